@@ -1,0 +1,103 @@
+"""Attention over a history that is partly exact and partly compressed.
+
+A history is a row of segments in token order. A few query tokens (decoding) read every segment in its own form: codes
+are expanded a tile at a time and never kept. Many query tokens (prefill) expand one layer's past transiently for MLX's
+fused attention, whose memory does not grow with queries times keys.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+
+from .codecs import Code, Codec
+
+Mask = mx.array | Literal["causal"] | None
+
+FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens in one form: the codes of their keys and values, and the codecs that read them."""
+
+    key_codec: Codec
+    keys: Code
+    value_codec: Codec
+    values: Code
+
+
+class Handle(ABC):
+    """What a cache hands to attention in the place of key and value arrays.
+
+    It has no array methods on purpose: a model that does arithmetic on keys before attention fails on it loudly.
+    """
+
+    @abstractmethod
+    def attend(self, q: mx.array, scale: float, mask: Mask) -> mx.array:
+        """Softmax attention of queries ``q`` ``[B, Hq, L, Dk]``: ``[B, Hq, L, Dv]`` in ``q``'s dtype.
+
+        ``mask`` is what mlx-lm passes: None, ``"causal"``, or an array that broadcasts to ``[B, Hq, L, S]``, boolean
+        (True: attend) or additive.
+        """
+
+
+@dataclass(frozen=True)
+class History(Handle):
+    """All tokens that a layer's queries may attend to, oldest first."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all segments."""
+        return sum(segment.keys.tokens for segment in self.segments)
+
+    def expand(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of all tokens, decoded."""
+        keys = [s.key_codec.decode(s.keys).astype(dtype) for s in self.segments]
+        values = [s.value_codec.decode(s.values).astype(dtype) for s in self.segments]
+        return mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)
+
+    def attend(self, q: mx.array, scale: float, mask: Mask) -> mx.array:
+        """See `Handle.attend`."""
+        if q.shape[2] > FEW_QUERIES:
+            keys, values = self.expand(q.dtype)
+            return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
+        return self._attend_codes(q, scale, mask)
+
+    def _attend_codes(self, q: mx.array, scale: float, mask: Mask) -> mx.array:
+        scaled = q.astype(mx.float32) * scale
+        scores = mx.concatenate([s.key_codec.scores(scaled, s.keys) for s in self.segments], axis=-1)
+        weights = mx.softmax(_masked(scores, mask), axis=-1, precise=True)
+        mixed, start = mx.array(0.0), 0
+        for s in self.segments:
+            part = weights[..., start : start + s.values.tokens]
+            mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
+        return mixed.astype(q.dtype)
+
+
+def causal_mask(queries: int, tokens: int, window_size: int | None = None) -> mx.array:
+    """Boolean ``[queries, tokens]``: the last ``queries`` of ``tokens`` see themselves and what came before.
+
+    With ``window_size`` each sees only the ``window_size`` newest of those, itself included.
+    """
+    query = mx.arange(tokens - queries, tokens)[:, None]
+    key = mx.arange(tokens)[None]
+    mask = query >= key
+    return mask if window_size is None else mask & (query < key + window_size)
+
+
+def _masked(scores: mx.array, mask: Mask) -> mx.array:
+    if mask is None:
+        return scores
+    if isinstance(mask, str):
+        if scores.shape[-2] == 1:
+            return scores
+        mask = causal_mask(scores.shape[-2], scores.shape[-1])
+    if mask.dtype == mx.bool_:
+        return mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    return scores + mask

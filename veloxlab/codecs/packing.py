@@ -1,0 +1,59 @@
+"""Tight bit packing: codes of any width from 1 to 8 bits, LSB first, in rows of uint32 words.
+
+Code ``i`` of a row with width ``b`` occupies bits ``i·b … i·b + b − 1`` of the row's little-endian bit string, so a
+width that does not divide 32 straddles words: 3 bits cost 3 bits. Eight codes of any width fill whole bytes, which is
+what both directions are built on. Only the end of a row is padded, to a whole word.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+WIDEST = 8
+_GROUP = 8  # codes that fill `bits` whole bytes, whatever the width
+_WORD_BYTES = 4
+
+
+def words_per_row(count: int, bits: int) -> int:
+    """uint32 words that hold ``count`` codes of ``bits`` bits each."""
+    return -(-count * bits // (8 * _WORD_BYTES))
+
+
+def pack(codes: mx.array, bits: int) -> mx.array:
+    """Pack ``codes`` ``[..., D]`` (integers below ``2**bits``) into uint32 words ``[..., words_per_row(D, bits)]``."""
+    *lead, count = codes.shape
+    groups = -(-count // _GROUP)
+    codes = _pad_last(codes.astype(mx.uint64), groups * _GROUP - count).reshape(*lead, groups, _GROUP)
+    shifts = mx.arange(0, _GROUP * bits, bits, dtype=mx.uint64)
+    joined = (codes << shifts).sum(axis=-1)  # disjoint bits: the sum is their union
+    byte = (joined[..., None] >> mx.arange(0, 8 * bits, 8, dtype=mx.uint64)).astype(mx.uint8)
+    row = byte.reshape(*lead, groups * bits)
+    padding = words_per_row(count, bits) * _WORD_BYTES - groups * bits
+    row = _pad_last(row, padding) if padding > 0 else row[..., : words_per_row(count, bits) * _WORD_BYTES]
+    return row.view(mx.uint32)
+
+
+def unpack(words: mx.array, bits: int, count: int, together: int = 1) -> mx.array:
+    """Codes ``[..., count]`` of packed ``words`` ``[..., words_per_row(count, bits)]``, as uint32.
+
+    With ``together = g`` (1, 2, 4 or 8; ``count`` a multiple of 8) each returned number holds ``g`` neighbouring codes,
+    the first in its low bits, in ``[..., count / g]``: an index into a table of ``g`` values at a time.
+    """
+    *lead, _ = words.shape
+    groups = -(-count // _GROUP)
+    byte = words.view(mx.uint8)
+    missing = groups * bits - byte.shape[-1]
+    byte = _pad_last(byte, missing) if missing > 0 else byte[..., : groups * bits]
+    byte = byte.reshape(*lead, groups, bits)
+    wide = mx.uint32 if bits <= _WORD_BYTES else mx.uint64
+    joined = byte[..., 0].astype(wide)
+    for i in range(1, bits):
+        joined = joined | (byte[..., i].astype(wide) << (8 * i))
+    step = bits * together
+    shifts = mx.arange(0, _GROUP * bits, step, dtype=wide)
+    codes = (joined[..., None] >> shifts) & mx.array((1 << step) - 1, wide)
+    return codes.astype(mx.uint32).reshape(*lead, groups * _GROUP // together)[..., : -(-count // together)]
+
+
+def _pad_last(x: mx.array, count: int) -> mx.array:
+    return x if count == 0 else mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count)])

@@ -1,0 +1,262 @@
+"""The one place that touches mlx-lm's internals: how a compressed cache gets into a model's attention.
+
+mlx-lm sends a cache that has ``bits`` to ``models.base.quantized_scaled_dot_product_attention``, which it looks up in
+its module at every call. Replacing that one name serves every model that uses mlx-lm's attention function, whatever the
+import order: given a `Handle` we attend, given anything else the original runs. Which layers take that path is found
+out by a dry run of one token that builds the graph and computes nothing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+from mlx_lm.models import base
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from .attention import Handle, Mask
+from .cache import Chunk, CompressedKVCache, Path
+from .codecs import find_method
+from .errors import InputError
+
+_HOOK = "quantized_scaled_dot_product_attention"
+
+
+# the hook -------------------------------------------------------------------------------------------------------------
+
+
+def attach() -> None:
+    """Let mlx-lm's attention read `Handle` objects. Done by `make_cache`; doing it again changes nothing."""
+    if not hasattr(base, _HOOK):
+        raise RuntimeError(f"This mlx-lm has no models.base.{_HOOK}: veloxlab needs mlx-lm 0.32.2 or a later 0.32.")
+    original = getattr(base, _HOOK)
+    if hasattr(original, "before_veloxlab"):
+        return
+
+    def attention(
+        queries: mx.array, q_keys: object, q_values: object, scale: float, mask: Mask, **kw: object
+    ) -> mx.array:
+        if isinstance(q_keys, Handle):
+            return q_keys.attend(queries, scale, mask)
+        array: mx.array = original(queries, q_keys, q_values, scale=scale, mask=mask, **kw)
+        return array
+
+    attention.before_veloxlab = original  # type: ignore[attr-defined]
+    setattr(base, _HOOK, attention)
+
+
+def detach() -> None:
+    """Undo `attach`, if no other library has replaced the function since. Caches made before stop working."""
+    original = getattr(getattr(base, _HOOK, None), "before_veloxlab", None)
+    if original is not None:
+        setattr(base, _HOOK, original)
+
+
+# the dry run ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LayerFacts:
+    """What a dry run learned of one entry of a model's prompt cache.
+
+    Attributes
+    ----------
+    layer : index in the prompt cache.
+    native : class name of the model's own cache.
+    compressible : whether the layer keeps all its keys and values in a plain ``KVCache``.
+    kv_heads, key_dim, value_dim : of its keys and values; 0 where there are none.
+    path : how attention reads a compressed cache there.
+    reason : why, in words.
+    """
+
+    layer: int
+    native: str
+    compressible: bool
+    kv_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    path: Path = "codes"
+    reason: str = "attention reads the codes"
+
+
+@dataclass
+class _Probe(Handle):
+    """Stands in for a cache and for the handle it gives: notes the shapes that pass and answers with zeros."""
+
+    facts: LayerFacts
+    offset: int = 0
+    fetched: bool = False
+    attended: bool = False
+    values: mx.array = field(default_factory=lambda: mx.zeros(0))
+
+    def __post_init__(self) -> None:
+        if self.facts.path == "codes":
+            self.bits, self.group_size = 0, 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        self.facts.kv_heads, self.facts.key_dim, self.facts.value_dim = keys.shape[1], keys.shape[-1], values.shape[-1]
+        self.fetched, self.values, self.offset = True, values, keys.shape[2]
+        return (self, self) if self.facts.path == "codes" else (keys, values)
+
+    def attend(self, q: mx.array, scale: float, mask: Mask) -> mx.array:
+        self.attended = True
+        return mx.zeros((*q.shape[:-1], self.values.shape[-1]), q.dtype)
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> None:
+        return None
+
+
+_known: dict[int, list[LayerFacts]] = {}  # by id: a module is a dict, which cannot be hashed
+
+
+def probe(model: Module) -> list[LayerFacts]:
+    """Facts of every entry of the model's prompt cache, from a dry run of one token that computes nothing.
+
+    Raises
+    ------
+    InputError : if the model fails whatever its caches hand out.
+    """
+    if id(model) not in _known:
+        attach()
+        facts = [
+            LayerFacts(i, type(c).__name__, type(c) is KVCache, reason=f"the model's own {type(c).__name__} is kept")
+            for i, c in enumerate(make_prompt_cache(model))
+        ]
+        for layer in facts:
+            if layer.compressible:
+                layer.reason = LayerFacts.reason
+        _dry_run(model, facts)
+        _known[id(model)] = facts
+        weakref.finalize(model, _known.pop, id(model), None)
+    return _known[id(model)]
+
+
+def _dry_run(model: Module, facts: list[LayerFacts]) -> None:
+    """Run one token until no layer fails, moving a layer that does from codes to arrays."""
+    for _ in range(len(facts) + 1):
+        native = make_prompt_cache(model)
+        caches = [_Probe(f) if f.compressible else own for f, own in zip(facts, native, strict=True)]
+        probes = [c for c in caches if isinstance(c, _Probe)]
+        try:
+            model(mx.array([[0]]), cache=caches)
+        except Exception as error:  # a model may fail on a handle in any way: that is the question
+            culprit = next((p for p in reversed(probes) if p.fetched and p.facts.path == "codes"), None)
+            if culprit is None:
+                raise InputError(
+                    f"This model ({type(model).__module__}) does not run on one token with its own caches: {error}"
+                ) from error
+            culprit.facts.path = "arrays"
+            culprit.facts.reason = f"its attention takes arrays only ({type(error).__name__}: {error})"
+            continue
+        silent = [p for p in probes if p.fetched and p.facts.path == "codes" and not p.attended]
+        if not silent:
+            break
+        for p in silent:
+            p.facts.path, p.facts.reason = "arrays", "its attention does not go through mlx-lm's own function"
+    for p in probes:
+        if not p.fetched:
+            p.facts.compressible, p.facts.reason = False, "the layer stores no keys and values of its own"
+
+
+# attaching a cache ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How one layer's cache is to be made: a method and code bits for keys and for values, and the method's options."""
+
+    key_method: str
+    key_bits: int
+    value_method: str
+    value_bits: int
+    options: dict[str, object] = field(default_factory=dict)
+
+
+class LayerPlan(Protocol):
+    """Settings for every layer of a model, such as a `veloxlab.Plan`."""
+
+    sinks: int
+    window: int
+    chunk: Chunk
+
+    def settings_for(self, model: Module) -> Sequence[LayerSettings]:
+        """One entry per entry of the prompt cache; raises `InputError` for another model's plan."""
+
+
+def make_cache(
+    model: Module,
+    method_or_plan: str | LayerPlan = "turboquant",
+    *,
+    bits: int = 4,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    sinks: int = 4,
+    window: int = 64,
+    chunk: Chunk = "exact",
+    **options: object,
+) -> list[Any]:
+    """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
+
+    Layers that hold no plain keys and values (state-space, convolution, sliding-window layers) keep the model's own.
+
+    Parameters
+    ----------
+    model : any mlx-lm model.
+    method_or_plan : a method's id (`veloxlab.methods`), or a `veloxlab.Plan`, which then says all the rest.
+    bits, key_bits, value_bits : code bits per coordinate; the last two override the first.
+    sinks, window : tokens kept exact, at the start and at the end.
+    chunk : whether tokens of one call attend to one another ``"exact"`` or through their ``"codes"``.
+    options : the method's own, such as ``variant="prod"`` or ``rotation="haar"``.
+
+    Raises
+    ------
+    InputError : unknown method or option, bits out of range, a plan for another model.
+    """
+    if isinstance(method_or_plan, str):
+        bits = _exact_width(model) if method_or_plan == "none" else bits
+        settings = LayerSettings(
+            method_or_plan,
+            bits if key_bits is None else key_bits,
+            method_or_plan,
+            bits if value_bits is None else value_bits,
+            options,
+        )
+        return attach_settings(model, [settings] * len(probe(model)), sinks=sinks, window=window, chunk=chunk)
+    plan = method_or_plan
+    return attach_settings(model, plan.settings_for(model), sinks=plan.sinks, window=plan.window, chunk=plan.chunk)
+
+
+def attach_settings(
+    model: Module, settings: Sequence[LayerSettings], *, sinks: int, window: int, chunk: Chunk
+) -> list[Any]:
+    """Make the prompt cache of ``model`` with the given settings, one per entry; see `make_cache`."""
+    attach()
+    return [
+        _compressed(facts, layer, sinks, window, chunk) if facts.compressible else own
+        for facts, layer, own in zip(probe(model), settings, make_prompt_cache(model), strict=True)
+    ]
+
+
+def _compressed(facts: LayerFacts, layer: LayerSettings, sinks: int, window: int, chunk: Chunk) -> CompressedKVCache:
+    return CompressedKVCache(
+        find_method(layer.key_method).codec(facts.key_dim, layer.key_bits, "keys", **layer.options),
+        find_method(layer.value_method).codec(facts.value_dim, layer.value_bits, "values", **layer.options),
+        sinks=sinks,
+        window=window,
+        chunk=chunk,
+        layer=facts.layer,
+        path=facts.path,
+        reason=facts.reason,
+    )
+
+
+def _exact_width(model: Module) -> Literal[16, 32]:
+    """Bits of the dtype in which ``model`` makes its keys: that of its first float parameter."""
+    parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    dtype = next(p.dtype for _, p in parameters if mx.issubdtype(p.dtype, mx.floating))
+    return 32 if dtype == mx.float32 else 16
