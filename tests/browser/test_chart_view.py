@@ -1,0 +1,191 @@
+"""The chart's front end alone, in an empty page: what it draws, patches, picks, follows and leaves behind."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import altair as alt
+import polars as pl
+import pytest
+
+from veloxlab.widgets.chart_view import STATIC, ChartView
+
+pytestmark = pytest.mark.browser
+
+BARS = ".mark-rect path"
+SVG = "svg.marks"
+
+
+def frame(*heights: float) -> pl.DataFrame:
+    return pl.DataFrame({"layer": range(len(heights)), "error": heights}, schema_overrides={"error": pl.Float64})
+
+
+def bars(*heights: float) -> alt.Chart:
+    marked = alt.condition("datum.layer === picked_layer", alt.value("#d8435c"), alt.value("#3b7dd8"))
+    return (
+        alt.Chart(frame(*heights), title=alt.TitleParams(text=alt.expr("caption")), width=300, height=120)
+        .mark_bar()
+        .encode(x="layer:O", y=alt.Y("error:Q").scale(domain=[0, 10]), color=marked)
+        .add_params(alt.param(name="picked_layer", value=None), alt.param(name="caption", value="first"))
+    )
+
+
+def state(view: ChartView) -> dict[str, Any]:
+    datasets = {name: rows.decode() for name, rows in view.content["datasets"].items()}
+    content = {**view.content, "datasets": datasets}
+    return {"runtime": "IPY_MODEL_r", "spec": view.spec, "content": content, "picked": view.picked, "rendered": 0}
+
+
+def open_chart(bare, view: ChartView, name: str = "one", *, shared: bool = True) -> None:
+    runtime = {key: getattr(view.runtime, key) for key in ("version", "code", "themes")}
+    code = (STATIC / "chart_view.js").read_text()
+    bare.page.evaluate("(given) => lab.open(...given)", [name, code, state(view), runtime, shared])
+
+
+def send(bare, view: ChartView, name: str = "one") -> None:
+    """Bring the page the newest state, as the comm would, and wait until it is drawn."""
+    now = state(view)
+    for key in ("spec", "content", "picked"):
+        bare.page.evaluate("([name, key, value]) => lab.charts[name].model.set(key, value)", [name, key, now[key]])
+    wait_for(bare, f"lab.charts.{name}.model.get('rendered') === {view.revision}")
+
+
+def wait_for(bare, condition: str) -> None:
+    bare.page.wait_for_function(f"() => {condition}", timeout=10_000)
+
+
+def heights(bare, name: str = "one") -> list[float]:
+    return bare.page.evaluate(
+        "(css) => [...document.querySelectorAll(css)].map((bar) => Math.round(bar.getBBox().height))", f"#{name} {BARS}"
+    )
+
+
+def fills(bare, name: str = "one") -> list[str]:
+    css = f"#{name} {BARS}"
+    return bare.page.evaluate("(css) => [...document.querySelectorAll(css)].map((b) => b.getAttribute('fill'))", css)
+
+
+def picked(bare, name: str = "one") -> int | None:
+    return bare.page.evaluate("(name) => lab.charts[name].model.get('picked')", name)
+
+
+def tag_svg(bare, name: str = "one") -> None:
+    bare.page.evaluate("(css) => { document.querySelector(css).dataset.kept = 'yes'; }", f"#{name} {SVG}")
+
+
+def kept_svg(bare, name: str = "one") -> bool:
+    return bare.page.locator(f"#{name} {SVG}").get_attribute("data-kept") == "yes"
+
+
+def test_new_numbers_patch_the_chart_without_embedding_it_anew(bare):
+    view = ChartView(bars(5, 10))
+    open_chart(bare, view)
+    assert heights(bare) == [60, 120]
+    assert "first" in bare.page.locator(f"#one {SVG}").text_content()
+    tag_svg(bare)
+    view.put(frame(10, 5, float("nan"), 2.5), caption="second")
+    send(bare, view)
+    assert heights(bare) == [120, 60, 30]  # NaN has no bar
+    assert "second" in bare.page.locator(f"#one {SVG}").text_content()
+    view.show(bars(1))
+    send(bare, view)
+    assert heights(bare) == [12]
+    assert kept_svg(bare)
+    view.show(bars(1).mark_bar(opacity=0.5))
+    send(bare, view)
+    assert not kept_svg(bare)
+    assert bare.errors == []
+    assert bare.outside == []
+
+
+def test_a_click_picks_a_layer_in_every_linked_chart_and_a_second_click_clears_it(bare):
+    for name in ("one", "two"):
+        open_chart(bare, ChartView(bars(5, 10, 5)), name)
+    bare.page.evaluate("lab.link('one', 'two')")
+    bare.page.locator(f"#one {BARS}").nth(1).click()
+    wait_for(bare, "lab.charts.two.model.get('picked') === 1")
+    wait_for(bare, f"document.querySelectorAll('#two {BARS}')[1].getAttribute('fill') === '#d8435c'")
+    assert fills(bare, "one") == fills(bare, "two") == ["#3b7dd8", "#d8435c", "#3b7dd8"]
+    bare.page.locator(f"#two {BARS}").nth(1).click()
+    wait_for(bare, f"document.querySelectorAll('#one {BARS}')[1].getAttribute('fill') === '#3b7dd8'")
+    assert picked(bare, "one") is None
+    bare.page.locator(f"#two {BARS}").nth(2).click()
+    assert picked(bare, "one") == 2
+    bare.page.locator(f"#one {SVG}").click(position={"x": 200, "y": 4})
+    assert picked(bare, "two") is None
+
+
+def test_a_layer_picked_in_python_is_marked(bare):
+    view = ChartView(bars(5, 10), picked=0)
+    open_chart(bare, view)
+    assert fills(bare) == ["#d8435c", "#3b7dd8"]
+    view.picked = 1
+    send(bare, view)
+    wait_for(bare, f"document.querySelectorAll('#one {BARS}')[1].getAttribute('fill') === '#d8435c'")
+
+
+def test_arrow_keys_pick_layers_before_the_page_takes_them(bare):
+    open_chart(bare, ChartView(bars(5, 10, 5)))
+    bare.page.keyboard.press("Tab")
+    bare.page.evaluate("document.addEventListener('keydown', (e) => { window.taken = e.key; }, true)")
+    for key, expected in (("ArrowRight", 0), ("ArrowRight", 1), ("End", 2), ("ArrowLeft", 1), ("Escape", None)):
+        bare.page.keyboard.press(key)
+        assert picked(bare) == expected
+    assert bare.page.evaluate("window.taken") is None, "the page saw a key that the chart uses"
+    bare.page.keyboard.press("Shift+Enter")
+    assert bare.page.evaluate("window.taken") == "Enter"
+
+
+@pytest.mark.parametrize(
+    "darken",
+    [
+        "document.body.dataset.jpThemeLight = 'false'",
+        "document.body.classList.add('vscode-dark')",
+        "document.body.style.background = '#111'",
+    ],
+)
+def test_a_dark_ground_gives_light_text_at_once(bare, darken):
+    open_chart(bare, ChartView(bars(5, 10)))
+    label = bare.page.locator(f"#one {SVG} .role-axis-label text").first
+    light = label.get_attribute("fill")
+    bare.page.evaluate(darken)
+    wait_for(bare, f"document.querySelector('#one .role-axis-label text').getAttribute('fill') !== '{light}'")
+    assert label.get_attribute("fill") == "#a3abb5"
+    assert heights(bare) == [60, 120]
+
+
+def test_closing_leaves_no_listener_and_no_element(bare):
+    before = bare.page.evaluate("lab.pageListeners()")
+    open_chart(bare, ChartView(bars(5, 10)))
+    bare.page.evaluate("document.querySelector('#one .veloxlab-chart').focus()")  # which listens for keys
+    assert bare.page.evaluate("lab.charts.one.model.listeners()") == 3
+    assert bare.page.evaluate("lab.pageListeners()") >= before + 3
+    bare.page.evaluate("lab.charts.one.cleanup()")
+    assert bare.page.evaluate("lab.charts.one.model.listeners()") == 0
+    assert bare.page.evaluate("lab.pageListeners()") == before
+    assert bare.page.evaluate("lab.charts.one.el.childElementCount") == 0
+    bare.page.evaluate("lab.charts.one.model.set('picked', 1)")
+    assert bare.errors == []
+
+
+def test_a_broken_update_says_so_and_the_next_one_is_drawn(bare):
+    view = ChartView(bars(5, 10))
+    open_chart(bare, view)
+    broken = {**state(view)["content"], "datasets": {"data-0": "{"}, "revision": 2}
+    bare.page.evaluate("(content) => lab.charts.one.model.set('content', content)", broken)
+    sentence = bare.page.locator("#one .veloxlab-sentence")
+    sentence.wait_for(state="visible")
+    assert sentence.text_content().startswith("This chart could not be drawn: ")
+    for _ in range(2):
+        view.put(frame(10, 5))
+    send(bare, view)
+    assert heights(bare) == [120, 60]
+    sentence.wait_for(state="hidden")
+
+
+def test_a_host_without_a_widget_manager_gets_the_bundle_from_the_chart_itself(bare):
+    view = ChartView(bars(5, 10))
+    open_chart(bare, view, shared=False)
+    assert heights(bare) == [60, 120]
+    assert json.loads(bare.page.evaluate("JSON.stringify(lab.charts.one.model.sent)")) == [{"wants": "runtime"}]

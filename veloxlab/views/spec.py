@@ -1,0 +1,122 @@
+"""A Vega-Lite spec taken apart into what stays (the spec) and what changes (data and params), and put together."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Spec = dict[str, Any]
+Rows = list[dict[str, Any]]
+
+
+def split(spec: Spec) -> tuple[Spec, dict[str, Rows], dict[str, Any]]:
+    """Take the rows, and the values of plain params, out of a spec.
+
+    Altair names a dataset by a hash of its rows, so that every new number changes the spec. Here datasets are renamed
+    ``data-0``, ``data-1``, ... in order of appearance: two charts that differ in numbers alone have one spec.
+
+    Parameters
+    ----------
+    spec
+        What ``chart.to_dict()`` gives; it is left as it is.
+
+    Returns
+    -------
+    tuple
+        The spec without them; the rows by dataset name; the values by param name. NaN and infinities become ``None``.
+    """
+    hashed: Mapping[str, Rows] = spec.get("datasets", {})
+    names: dict[str, str] = {}
+    rows: dict[str, Rows] = {}
+
+    def adopt(data: Spec) -> Spec:
+        given = str(data.get("name", ""))
+        if given in hashed:
+            name = names.setdefault(given, f"data-{len(rows)}")
+            rows.setdefault(name, finite_rows(hashed[given]))
+        elif isinstance(data.get("values"), list):
+            name = given or f"data-{len(rows)}"
+            rows[name] = finite_rows([row if isinstance(row, dict) else {"data": row} for row in data["values"]])
+        else:
+            return data
+        return {"name": name} | {key: data[key] for key in ("format",) if key in data}
+
+    def walk(node: object) -> object:
+        if isinstance(node, list):
+            return [walk(child) for child in node]
+        return inside(node) if isinstance(node, dict) else finite(node)
+
+    def inside(node: Spec) -> Spec:
+        return {
+            key: adopt(child) if key == "data" and isinstance(child, dict) else walk(child)
+            for key, child in node.items()
+            if key != "datasets" or node is not spec
+        }
+
+    bare = inside(spec)
+    values = {param["name"]: param.pop("value", None) for param in bare.get("params", []) if _is_value(param)}
+    return bare, rows, values
+
+
+def join(spec: Spec, datasets: Mapping[str, Rows], params: Mapping[str, Any]) -> Spec:
+    """Put rows and values of params back into a spec, for a picture that stands alone."""
+    placed = [
+        {**param, "value": params.get(param["name"])} if _is_value(param) else param for param in spec.get("params", [])
+    ]
+    return {**spec, **({"params": placed} if placed else {}), "datasets": dict(datasets)}
+
+
+def data_names(spec: object) -> Iterator[str]:
+    """Name every dataset that a spec reads."""
+    if isinstance(spec, list):
+        for child in spec:
+            yield from data_names(child)
+    elif isinstance(spec, dict):
+        for key, child in spec.items():
+            if key == "data" and isinstance(child, dict) and isinstance(child.get("name"), str):
+                yield child["name"]
+            yield from data_names(child)
+
+
+def title_of(spec: Spec) -> str:
+    """Give the first title that a spec states in words, or an empty string."""
+    title = spec.get("title", "")
+    text = title.get("text", "") if isinstance(title, dict) else title
+    if isinstance(text, list):
+        return " ".join(text)
+    if isinstance(text, str) and text:
+        return text
+    inner = (title_of(child) for room in ("vconcat", "hconcat", "concat", "layer") for child in spec.get(room, []))
+    return next((text for text in inner if text), "")
+
+
+def describe(spec: Spec, datasets: Mapping[str, Rows]) -> str:
+    """Say in one stable line what a chart shows: for text output, where no picture can be seen."""
+    count = sum(map(len, datasets.values()))
+    return f"{title_of(spec) or 'Chart'} ({count} rows)"
+
+
+def finite_rows(rows: Rows) -> Rows:
+    """Replace NaN and infinities, which JSON does not have, by ``None`` in every row."""
+    return [{key: finite(value) for key, value in row.items()} for row in rows]
+
+
+def finite(value: object) -> object:
+    """Replace NaN and infinities, which JSON does not have, by ``None``, however deep they lie."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: finite(child) for key, child in value.items()}
+    return [finite(child) for child in value] if isinstance(value, list) else value
+
+
+def compact(value: object) -> str:
+    """Write JSON without spaces, and refuse what JSON does not have."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False)
+
+
+def _is_value(param: Spec) -> bool:
+    """Tell a param that holds a plain value from a selection or an expression."""
+    return "select" not in param and "expr" not in param

@@ -1,0 +1,238 @@
+"""A chart that lives in the notebook: drawn once, then fed new numbers.
+
+The spec and what changes travel apart. ``spec`` is sent only when a chart is really another one; ``content`` (rows and
+params) is one trait, so that the page never sees half an update, whichever thread it came from.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import altair as alt
+import anywidget
+import ipywidgets
+import polars as pl
+import traitlets as t
+
+from veloxlab.errors import InputError
+from veloxlab.views import palette, picture
+from veloxlab.views.spec import Rows, Spec, compact, data_names, describe, finite_rows, join, split
+from veloxlab.widgets.vega_bundle import ensure_bundle
+
+STATIC = Path(__file__).parent / "static"
+PICKED = "picked_layer"  # the param that a chart must have for its layers to be picked
+Frames = pl.DataFrame | Mapping[str, pl.DataFrame]
+
+
+class VegaRuntime(anywidget.AnyWidget):
+    """The Vega bundle and the themes, sent once per kernel and shared by every chart."""
+
+    _esm = "export default {};"
+    _shared: ClassVar[VegaRuntime | None] = None
+    _making: ClassVar[threading.Lock] = threading.Lock()
+
+    version = t.Unicode().tag(sync=True)
+    code = t.Unicode().tag(sync=True)
+    themes = t.Dict().tag(sync=True)
+
+    @classmethod
+    def shared(cls) -> VegaRuntime:
+        """Give the one runtime of this kernel, made when first needed or after it was closed."""
+        with cls._making:
+            if cls._shared is None or cls._shared.comm is None:
+                bundle = ensure_bundle()
+                themes = {mode: palette.colours(mode) for mode in palette.INK}
+                cls._shared = cls(version=bundle.stem, code=bundle.read_text("utf-8"), themes=themes)
+            return cls._shared
+
+
+class ChartView(anywidget.AnyWidget):
+    """Show a chart, and change its numbers without drawing it anew.
+
+    Parameters
+    ----------
+    chart
+        An Altair chart of fixed width. Where it has a param ``picked_layer``, a click on a mark whose row has an
+        integer ``layer`` picks that layer.
+    summary
+        One stable line of text for outputs that show no picture; by default the title and the number of rows.
+    picked
+        The layer marked at first.
+
+    Examples
+    --------
+    >>> view = ChartView(error_map(frame))
+    >>> view.put(other_frame, caption="4 bits")  # same chart, other numbers: about a millisecond
+    >>> link(view, ChartView(bit_allocation(bits)))  # a layer picked in one is marked in the other
+    """
+
+    _esm = STATIC / "chart_view.js"
+    _css = STATIC / "chart_view.css"
+
+    runtime = t.Instance(VegaRuntime).tag(sync=True, **ipywidgets.widget_serialization)
+    spec = t.Dict().tag(sync=True)
+    content = t.Dict().tag(sync=True)
+    picked = t.Int(None, allow_none=True, help="the picked layer; set it from Python or by a click").tag(sync=True)
+    rendered = t.Int(0, help="the revision last drawn in a page").tag(sync=True)
+
+    _numbers: ClassVar[itertools.count[int]] = itertools.count(1)
+
+    def __init__(self, chart: alt.TopLevelMixin, *, summary: str = "", picked: int | None = None) -> None:
+        self.summary = summary
+        self._changing = threading.RLock()
+        self._bare: Spec = {}
+        self._data: dict[str, Rows | pl.DataFrame] = {}
+        super().__init__(runtime=VegaRuntime.shared(), picked=picked, **self._state_of(chart, revision=1))
+        self.on_msg(self._answer)
+
+    @property
+    def revision(self) -> int:
+        """The number of the newest content; once ``rendered`` equals it, the page shows that content."""
+        return int(self.content["revision"])
+
+    def show(self, chart: alt.TopLevelMixin, *, summary: str | None = None) -> None:
+        """Show another chart; where only its numbers differ, the page patches the one it has.
+
+        Parameters
+        ----------
+        chart
+            An Altair chart.
+        summary
+            The new line of text; without it the old one stays.
+        """
+        with self._changing:
+            state = self._state_of(chart, revision=self.revision + 1)
+            self.summary = self.summary if summary is None else summary
+            self.spec = state["spec"]
+            self.content = state["content"]
+
+    def put(self, frames: Frames | None = None, /, *, summary: str | None = None, **params: Any) -> None:
+        """Change rows and params of the chart that is shown.
+
+        Parameters
+        ----------
+        frames
+            Rows for the chart's first dataset, or frames by dataset name. Columns as in the chart's own frame.
+        summary
+            The new line of text; without it the old one stays.
+        **params
+            New values of the chart's params, for instance ``caption="3 bits"``.
+        """
+        with self._changing:
+            changed = self._named(frames)
+            self._check(changed, params)
+            self._data |= changed
+            self.summary = self.summary if summary is None else summary
+            self.content = {
+                **self.content,
+                "datasets": self.content["datasets"] | {name: _payload(rows) for name, rows in changed.items()},
+                "params": self.content["params"] | params,
+                "revision": self.revision + 1,
+            }
+
+    def to_dict(self) -> Spec:
+        """Give the chart as it is now: a Vega-Lite spec with its rows, params and picked layer."""
+        rows = {name: _rows(data) for name, data in self._data.items()}
+        return join(self._bare, rows, self.content["params"] | {PICKED: self.picked})
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """The rows of the chart's first dataset, as they are now."""
+        if not self._data:
+            raise InputError("This chart has no rows yet: give it some with put(frame).")
+        return _frame(next(iter(self._data.values())))
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the rows as CSV, and give the file's path."""
+        self.frame.write_csv(path)
+        return Path(path)
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write the rows as Parquet, and give the file's path."""
+        self.frame.write_parquet(path)
+        return Path(path)
+
+    def to_png(self, path: str | Path, *, width: int = 2 * picture.WIDTH) -> Path:
+        """Write the picture as PNG of a width in pixels, and give the file's path."""
+        Path(path).write_bytes(picture.png(self.to_dict(), width=width))
+        return Path(path)
+
+    def to_svg(self, path: str | Path) -> Path:
+        """Write the picture as SVG, and give the file's path."""
+        Path(path).write_text(picture.svg(self.to_dict()), encoding="utf-8")
+        return Path(path)
+
+    def __repr__(self) -> str:
+        return self.summary or describe(self._bare, {name: _rows(data) for name, data in self._data.items()})
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Show the live chart, and beside it a picture and a line for places where no kernel runs."""
+        bundle, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
+        still = {"image/png": base64.b64encode(picture.png(self.to_dict())).decode(), "text/plain": repr(self)}
+        return bundle | still, metadata
+
+    def _state_of(self, chart: alt.TopLevelMixin, *, revision: int) -> dict[str, Any]:
+        bare, rows, params = split(chart.to_dict())
+        if bare != self._bare:
+            self._bare, self._id = bare, next(self._numbers)
+        self._data = {**rows}
+        datasets = {name: _payload(table) for name, table in rows.items()}
+        params.pop(PICKED, None)
+        return {
+            "spec": {"id": self._id, "json": compact(bare)},
+            "content": {"spec": self._id, "datasets": datasets, "params": params, "revision": revision},
+        }
+
+    def _named(self, frames: Frames | None) -> dict[str, pl.DataFrame]:
+        if frames is None:
+            return {}
+        if not isinstance(frames, pl.DataFrame):
+            return dict(frames)
+        first = next(iter(self._data), None) or next(data_names(self._bare), "data-0")
+        return {first: frames}
+
+    def _check(self, changed: Mapping[str, pl.DataFrame], params: Mapping[str, Any]) -> None:
+        known = {"dataset": set(data_names(self._bare)), "param": set(self.content["params"])}
+        for kind, given in (("dataset", changed), ("param", params)):
+            for name in given:
+                if name not in known[kind]:
+                    names = ", ".join(sorted(known[kind])) or "none"
+                    raise InputError(f"This chart has no {kind} {name!r}: it has {names}.")
+
+    def _answer(self, _: object, message: object, __: object) -> None:
+        """Send the bundle to a page that cannot reach the shared runtime (marimo, Colab)."""
+        if message == {"wants": "runtime"}:
+            shared = self.runtime
+            self.send({"runtime": {"version": shared.version, "code": shared.code, "themes": shared.themes}})
+
+
+def link(*views: ipywidgets.Widget) -> None:
+    """Share the picked layer among views, in the page itself, so that it works while the kernel is busy or gone.
+
+    Parameters
+    ----------
+    *views
+        Widgets with a trait ``picked``.
+    """
+    for view in views[1:]:
+        ipywidgets.jslink((views[0], "picked"), (view, "picked"))
+
+
+def _payload(table: Rows | pl.DataFrame) -> bytes:
+    """Write rows as JSON. Polars writes NaN and infinities as null, in Rust."""
+    return (table.write_json() if isinstance(table, pl.DataFrame) else compact(table)).encode()
+
+
+def _rows(table: Rows | pl.DataFrame) -> Rows:
+    if isinstance(table, pl.DataFrame):
+        return finite_rows(table.to_dicts())
+    return table
+
+
+def _frame(table: Rows | pl.DataFrame) -> pl.DataFrame:
+    return table if isinstance(table, pl.DataFrame) else pl.DataFrame(table, infer_schema_length=None)
