@@ -1,0 +1,245 @@
+"""Reads GGUF files, the format of llama.cpp: metadata as Python values, tensors as float32 arrays.
+
+MLX has a reader too, but it opens the file for writing, so that it fails on an installed package which the user may
+not change; it does not check lengths, so that a cut-off download ends the process; and it decodes half of every Q4_K
+block with the scale of the other half. This one maps the file read-only and refuses what does not add up.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from veloxlab.errors import InputError
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Value = str | int | float | list[Any]
+T = TypeVar("T")
+
+SCALARS = {
+    0: "<u1",
+    1: "<i1",
+    2: "<u2",
+    3: "<i2",
+    4: "<u4",
+    5: "<i4",
+    6: "<f4",
+    7: "?",
+    10: "<u8",
+    11: "<i8",
+    12: "<f8",
+}
+STRING, ARRAY = 8, 9
+VERSIONS = (2, 3)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of tensor is stored: blocks of ``items`` values in ``size`` bytes, and what decodes them."""
+
+    name: str
+    items: int
+    size: int
+    decode: Callable[[Bytes], npt.NDArray[Any]]
+
+
+def _halves(blocks: Bytes, start: int) -> Floats:
+    """Read the float16 at byte ``start`` of every block, as a column [blocks, 1]."""
+    return blocks[:, start : start + 2].view(np.float16).astype(np.float32)
+
+
+def _nibbles(packed: Bytes) -> Bytes:
+    """Split bytes [..., n] into 4-bit numbers [..., 2n]: all the low halves, then all the high ones."""
+    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+
+
+def _bfloat16(blocks: Bytes) -> Floats:
+    return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+
+def _q4_0(blocks: Bytes) -> Floats:
+    return (_nibbles(blocks[:, 2:]).astype(np.float32) - 8) * _halves(blocks, 0)
+
+
+def _q4_1(blocks: Bytes) -> Floats:
+    values = _nibbles(blocks[:, 4:]) * _halves(blocks, 0)
+    values += _halves(blocks, 2)
+    return values
+
+
+def _q8_0(blocks: Bytes) -> Floats:
+    return blocks[:, 2:].view(np.int8) * _halves(blocks, 0)
+
+
+def _q4_k(blocks: Bytes) -> Floats:
+    """Eight groups of 32; their 6-bit scales and minima share twelve bytes, the last four in two pieces each."""
+    low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
+    scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=1)
+    minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=1)
+    codes = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
+    values = codes * (_halves(blocks, 0) * scales)[..., None]
+    return (values - (_halves(blocks, 2) * minima)[..., None]).reshape(-1, 256)
+
+
+def _q6_k(blocks: Bytes) -> Floats:
+    """Sixteen groups of 16 with 8-bit scales; the upper two bits of the codes lie apart from the lower four."""
+    low = _nibbles(blocks[:, :128].reshape(-1, 2, 64))
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3
+    codes = (low | (high.reshape(-1, 2, 128) << 4)).reshape(-1, 16, 16).astype(np.float32) - 32
+    scales = blocks[:, 192:208].view(np.int8) * _halves(blocks, 208)
+    return (codes * scales[..., None]).reshape(-1, 256)
+
+
+LAYOUTS = {
+    0: Layout("F32", 1, 4, lambda blocks: blocks.view(np.float32)),
+    1: Layout("F16", 1, 2, lambda blocks: blocks.view(np.float16).astype(np.float32)),
+    2: Layout("Q4_0", 32, 18, _q4_0),
+    3: Layout("Q4_1", 32, 20, _q4_1),
+    8: Layout("Q8_0", 32, 34, _q8_0),
+    12: Layout("Q4_K", 256, 144, _q4_k),
+    14: Layout("Q6_K", 256, 210, _q6_k),
+    30: Layout("BF16", 1, 2, _bfloat16),
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: ``shape`` is row-major (rows first), ``start`` counts bytes from the start of the file."""
+
+    shape: tuple[int, ...]
+    layout: Layout
+    start: int
+
+    @property
+    def size(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) // self.layout.items * self.layout.size
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """An opened GGUF file: ``metadata`` by key, ``tensors`` by name; ``read`` decodes one tensor."""
+
+    path: Path
+    metadata: dict[str, Value]
+    tensors: dict[str, Tensor]
+    content: Bytes
+
+    def value(self, key: str, kind: type[T], otherwise: T | None = None) -> T:
+        """Give the metadata value called ``key``, or ``otherwise`` where the file has none.
+
+        Raises
+        ------
+        InputError
+            There is no value, or it is not of the type ``kind``.
+        """
+        found = self.metadata.get(key, otherwise)
+        if not isinstance(found, kind):
+            raise InputError(
+                f"{self.path} has no metadata value {key} of the type {kind.__name__}; convert the model to GGUF again."
+            )
+        return found
+
+    def read(self, name: str) -> Floats:
+        """Decode the tensor called ``name`` to float32, in its own shape."""
+        tensor = self.tensors[name]
+        blocks = self.content[tensor.start : tensor.start + tensor.size].reshape(-1, tensor.layout.size)
+        values: Floats = tensor.layout.decode(blocks).reshape(tensor.shape)
+        return values
+
+
+class _Cursor:
+    """Reads values one after another; a length that runs past the end of the file is a ``ValueError``."""
+
+    def __init__(self, content: Bytes) -> None:
+        self.content, self.at = memoryview(content), 0
+
+    def take(self, count: int) -> memoryview:
+        end = self.at + count
+        if end > len(self.content):
+            raise ValueError("it ends too early")
+        self.at, start = end, self.at
+        return self.content[start:end]
+
+    def number(self, form: str) -> int:
+        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
+        return value
+
+    def string(self) -> str:
+        return bytes(self.take(self.number("<Q"))).decode("utf-8", "replace")
+
+    def value(self, kind: int) -> Value:
+        if kind == STRING:
+            return self.string()
+        if kind == ARRAY:
+            kind, count = self.number("<I"), self.number("<Q")
+            return [self.string() for _ in range(count)] if kind == STRING else list(self.scalars(kind, count).tolist())
+        value: Value = self.scalars(kind, 1)[0].item()
+        return value
+
+    def scalars(self, kind: int, count: int) -> npt.NDArray[Any]:
+        if kind not in SCALARS:
+            raise ValueError(f"it has a value of the unknown type {kind}")
+        form = np.dtype(SCALARS[kind])
+        return np.frombuffer(self.take(count * form.itemsize), form)
+
+
+def open_gguf(path: Path) -> Gguf:
+    """Open a GGUF file and read everything but the tensors' data, which is mapped and read on demand.
+
+    Raises
+    ------
+    InputError
+        The file is missing, is no GGUF, is cut off, or holds a tensor in a format that is not read here.
+    """
+    if not path.is_file():
+        raise InputError(f"There is no file {path}; give the path of a GGUF file.")
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise InputError(f"{path} is not a GGUF file: it starts with {magic!r} where GGUF files start with b'GGUF'.")
+    content = np.memmap(path, np.uint8, mode="r")
+    try:
+        metadata, tensors = _read_header(_Cursor(content))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise InputError(f"{path}: {error}") from None
+        raise InputError(f"{path} is damaged or cut off: {error}; download it again.") from error
+    return Gguf(path, metadata, tensors, content)
+
+
+def _read_header(cursor: _Cursor) -> tuple[dict[str, Value], dict[str, Tensor]]:
+    cursor.take(4)
+    version = cursor.number("<I")
+    if version not in VERSIONS:
+        raise InputError(f"GGUF version {version} is not read; versions {VERSIONS[0]} and {VERSIONS[1]} are.")
+    tensor_count, value_count = cursor.number("<Q"), cursor.number("<Q")
+    metadata = {cursor.string(): cursor.value(cursor.number("<I")) for _ in range(value_count)}
+    heads = [_read_tensor(cursor) for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"its alignment is {alignment}")
+    data = math.ceil(cursor.at / alignment) * alignment
+    tensors = {name: Tensor(shape, layout, data + offset) for name, shape, layout, offset in heads}
+    for name, tensor in tensors.items():
+        if tensor.start + tensor.size > len(cursor.content):
+            raise ValueError(f"the data of the tensor {name} ends after the file does")
+    return metadata, tensors
+
+
+def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], Layout, int]:
+    name = cursor.string()
+    shape = tuple(cursor.number("<Q") for _ in range(cursor.number("<I")))[::-1]
+    kind, offset = cursor.number("<I"), cursor.number("<Q")
+    if kind not in LAYOUTS:
+        known = ", ".join(layout.name for layout in LAYOUTS.values())
+        raise InputError(f"the tensor {name} has the format number {kind}, which is not read; {known} are.")
+    return name, shape, LAYOUTS[kind], offset

@@ -1,0 +1,158 @@
+"""What this machine offers: a fast BLAS for MLX's CPU back end, and facts about the device.
+
+``load_fast_blas`` must run before ``mlx.core`` is imported, so nothing here imports MLX at the top.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import platform
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, files, version
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+FAST_GFLOPS = 10.0
+PRODUCT_SIZE = 512
+MLX_WHEELS = ("mlx-cpu", "mlx-cuda-13", "mlx-cuda-12", "mlx-metal")
+
+
+@functools.cache
+def load_fast_blas() -> str | None:
+    """Give MLX's CPU back end a fast BLAS; call it before anything imports ``mlx.core``.
+
+    The Linux wheel of MLX links the reference BLAS (2 GFLOP/s on two cores). OpenBLAS, loaded before it with global
+    symbols, takes its place (130 GFLOP/s). macOS has Accelerate and needs nothing. ``VELOXLAB_BLAS=0`` in the
+    environment switches this off.
+
+    Returns
+    -------
+    str or None
+        Why OpenBLAS was not loaded, as a part of a sentence; ``None`` where nothing is left to do. Never raises.
+    """
+    if platform.system() != "Linux":
+        return None
+    if os.environ.get("VELOXLAB_BLAS") == "0":
+        return "VELOXLAB_BLAS=0 switches it off"
+    if "mlx.core" in sys.modules:
+        return "mlx was imported before veloxlab"
+    if platform.machine() != "x86_64":
+        return f"no OpenBLAS is packaged for {platform.machine()}"
+    libraries = [path for folder in _package_folders("ngsolve_openblas") for path in folder.glob("libopenblas*.so*")]
+    if not libraries:
+        return "the package ngsolve-openblas is not installed"
+    try:
+        _load_openblas(libraries[0])
+    except OSError as error:
+        return f"OpenBLAS could not be loaded ({error})"
+    return None
+
+
+def _package_folders(name: str) -> list[Path]:
+    """Find where a package lies without importing it: importing ngsolve_openblas loads the library, or fails to."""
+    spec = find_spec(name)
+    return [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or ()]
+
+
+def _load_openblas(library: Path) -> None:
+    """Load OpenBLAS with global symbols, beside the Fortran runtime that MLX's wheel brings.
+
+    OpenBLAS asks for libgfortran.so.5, which many machines lack, and looks for it in its own folder first. MLX's
+    wheel has one under another name. So a folder of links brings them together; the loader needs it only now.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for mlx in _package_folders("mlx"):
+            for neighbour in (mlx.parent / "mlx_cpu.libs").glob("lib*"):
+                (folder / neighbour.name).symlink_to(neighbour)
+                if neighbour.name.startswith("libgfortran-"):
+                    (folder / "libgfortran.so.5").symlink_to(neighbour)
+        link = folder / "libopenblas.so.0"
+        link.symlink_to(library)
+        ctypes.CDLL(str(link), ctypes.RTLD_GLOBAL)
+
+
+@dataclass(frozen=True)
+class Device:
+    """The device that MLX computes on: ``backend`` is ``"metal"``, ``"cuda"`` or ``"cpu"``."""
+
+    backend: str
+    name: str
+    memory_bytes: int
+    cores: int
+
+
+def device() -> Device:
+    """Describe the device that MLX uses by default; the memory of a GPU is its own, of a CPU the machine's."""
+    import mlx.core as mx
+
+    info = mx.device_info(mx.default_device())
+    name = str(info.get("device_name", platform.processor() or platform.machine()))
+    memory = int(info.get("memory_size") or info.get("total_memory") or _machine_memory_bytes())
+    return Device(backend(), name, memory, os.cpu_count() or 1)
+
+
+def backend() -> str:
+    """Name the back end of MLX's default device: ``"metal"``, ``"cuda"`` or ``"cpu"``."""
+    import mlx.core as mx
+
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+def _machine_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cpu_gflops() -> float:
+    """Measure a float32 product of two [512, 512] matrices on MLX's CPU stream, in GFLOP/s, the best of three.
+
+    A fast BLAS takes a few milliseconds in all, the reference BLAS about half a second.
+    """
+    import mlx.core as mx
+
+    a = mx.random.uniform(shape=(PRODUCT_SIZE, PRODUCT_SIZE), stream=mx.cpu)
+    mx.eval(a)
+    return 2 * PRODUCT_SIZE**3 / min(_seconds(a) for _ in range(3)) / 1e9
+
+
+def _seconds(a: mx.array) -> float:
+    import mlx.core as mx
+
+    start = time.perf_counter()
+    mx.eval(mx.matmul(a, a, stream=mx.cpu))
+    return time.perf_counter() - start
+
+
+def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Give the installed version of each package, and leave out those that are not installed."""
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def mlx_wheels() -> dict[str, bool]:
+    """Give the installed wheels of MLX's library, each with whether the library in place is the one it brought.
+
+    ``mlx-cpu`` and ``mlx-cuda-13`` own the same file: with both installed, the one unpacked last is used.
+    """
+    return {name: _owns_library(name) for name in installed_versions(MLX_WHEELS)}
+
+
+def _owns_library(wheel: str) -> bool:
+    libraries = [file for file in files(wheel) or () if file.stem == "libmlx"]
+    return any(Path(str(file.locate())).stat().st_size == file.size for file in libraries)
