@@ -1,0 +1,71 @@
+"""The shipped texts: what they hold, and where they are looked for."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from veloxlab import shipped
+from veloxlab.errors import InputError
+from veloxlab.texts import excerpt
+
+TITLE = re.compile(r"^ = [^=]+ = $", re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("split", "first", "last"),
+    [
+        ("test", "Robert <unk>", "1933 Treasure Coast hurricane"),
+        ("validation", "Homarus gammarus", "Papa <unk>"),
+    ],
+)
+def test_excerpt_is_six_whole_articles(split, first, last):
+    text = excerpt(split)
+    titles = TITLE.findall(text)
+    assert text.startswith(f" = {first} = \n")
+    assert (len(titles), titles[-1]) == (6, f" = {last} = ")
+    assert text.endswith(" . \n")
+    assert 95_000 < len(text) < 115_000
+
+
+def test_test_split_is_the_default():
+    assert excerpt() == excerpt("test")
+
+
+def test_splits_share_no_paragraph():
+    paragraphs = [{line for line in excerpt(split).splitlines() if len(line) > 100} for split in ("test", "validation")]
+    assert paragraphs[0].isdisjoint(paragraphs[1])
+
+
+def test_text_has_as_many_tokens_as_its_description_says(smollm2):
+    _, tokenizer = smollm2
+    assert [len(tokenizer.encode(excerpt(split))) // 1000 for split in ("test", "validation")] == [25, 28]
+
+
+def test_unknown_split_is_refused():
+    with pytest.raises(InputError, match="no text for the split 'train'; 'test' and 'validation' are the two"):
+        excerpt("train")
+
+
+def test_files_inside_the_package_come_before_those_beside_it(tmp_path, monkeypatch):
+    package = tmp_path / "site" / "veloxlab"
+    (package / "data").mkdir(parents=True)
+    (tmp_path / "site" / "data").mkdir()
+    monkeypatch.setattr(shipped, "PACKAGE", package)
+    assert shipped.shipped_folder("data") == package / "data"
+    assert shipped.is_installed(package / "data")
+    assert not shipped.is_installed(tmp_path / "site" / "data")
+
+
+def test_missing_folder_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "veloxlab")
+    with pytest.raises(InputError, match="The folder data of veloxlab is missing"):
+        excerpt()
+
+
+def test_missing_file_is_named(tmp_path, monkeypatch):
+    (tmp_path / "veloxlab" / "data").mkdir(parents=True)
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "veloxlab")
+    with pytest.raises(InputError, match=r"wikitext2_test_excerpt\.txt is missing"):
+        excerpt()
