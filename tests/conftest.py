@@ -8,7 +8,7 @@ import pytest
 
 from veloxlab import runtime
 
-BLAS_REFUSAL = runtime.load_fast_blas()  # before any test module imports mlx.core
+runtime.load_fast_blas()  # before any test module imports mlx.core
 
 if TYPE_CHECKING:
     import mlx.nn as nn

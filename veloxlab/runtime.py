@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 FAST_GFLOPS = 10.0
 PRODUCT_SIZE = 512
+SWITCHED_OFF = "VELOXLAB_BLAS=0 switches the fast one off"
+TOO_LATE = "mlx was imported before veloxlab"
+NOT_INSTALLED = "the package ngsolve-openblas is not installed"
 MLX_WHEELS = ("mlx-cpu", "mlx-cuda-13", "mlx-cuda-12", "mlx-metal")
 
 
@@ -42,14 +45,14 @@ def load_fast_blas() -> str | None:
     if platform.system() != "Linux":
         return None
     if os.environ.get("VELOXLAB_BLAS") == "0":
-        return "VELOXLAB_BLAS=0 switches it off"
+        return SWITCHED_OFF
     if "mlx.core" in sys.modules:
-        return "mlx was imported before veloxlab"
+        return TOO_LATE
     if platform.machine() != "x86_64":
         return f"no OpenBLAS is packaged for {platform.machine()}"
     libraries = [path for folder in _package_folders("ngsolve_openblas") for path in folder.glob("libopenblas*.so*")]
     if not libraries:
-        return "the package ngsolve-openblas is not installed"
+        return NOT_INSTALLED
     try:
         _load_openblas(libraries[0])
     except OSError as error:

@@ -1,0 +1,146 @@
+"""The command line: what it prints, what it starts, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+import pytest
+
+from veloxlab import checkup, cli, shipped
+from veloxlab.checkup import Check
+from veloxlab.cli import main
+
+
+class Started(Exception):  # noqa: N818 - it is no error: it ends the process, as execv does
+    """Carries what would have taken this process's place."""
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Run ``main`` and give the arguments of the JupyterLab that it starts."""
+
+    def execv(path, arguments):
+        raise Started(path, arguments)
+
+    def run(*argv):
+        with pytest.raises(Started) as start:
+            main(argv)
+        path, arguments = start.value.args
+        assert path == arguments[0] == sys.executable
+        assert arguments[1:3] == ["-m", "jupyterlab"]
+        return arguments[3:]
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    return run
+
+
+@pytest.fixture
+def installed(monkeypatch, tmp_path):
+    """As if veloxlab were installed from a wheel, and a user worked in an empty folder; gives that folder."""
+    notebooks = tmp_path / "site-packages" / "veloxlab" / "notebooks"
+    notebooks.mkdir(parents=True)
+    for name in ("00_tour.ipynb", "01_turboquant.ipynb"):
+        (notebooks / name).write_text(f"shipped {name}")
+    monkeypatch.setattr(shipped, "PACKAGE", notebooks.parent)
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    return work
+
+
+# JupyterLab
+
+
+def test_tour_of_a_clone_opens_in_place(started):
+    assert started() == [str(shipped.PACKAGE.parent / "notebooks" / "00_tour.ipynb")]
+
+
+def test_tour_of_an_installed_package_opens_in_a_copy(started, installed, capsys):
+    copies = installed / "veloxlab-notebooks"
+    assert started() == [str(copies / "00_tour.ipynb")]
+    assert (copies / "01_turboquant.ipynb").read_text() == "shipped 01_turboquant.ipynb"
+    assert capsys.readouterr().err == f"The notebooks are in {copies}.\n"
+
+
+def test_copies_are_never_overwritten(started, installed):
+    copies = installed / "veloxlab-notebooks"
+    copies.mkdir()
+    (copies / "00_tour.ipynb").write_text("changed by a user")
+    started()
+    assert (copies / "00_tour.ipynb").read_text() == "changed by a user"
+    assert (copies / "01_turboquant.ipynb").exists()
+
+
+def test_words_after_two_dashes_go_to_jupyterlab(started):
+    assert started("--", "--no-browser", "--port=9999")[1:] == ["--no-browser", "--port=9999"]
+
+
+def test_root_is_allowed_with_a_note(started, monkeypatch, capsys):
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert started()[1:] == ["--allow-root"]
+    assert capsys.readouterr().err == "Running as root, so JupyterLab is started with --allow-root.\n"
+    assert started("--", "--allow-root")[1:] == ["--allow-root"]
+
+
+def test_missing_jupyterlab_is_a_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    assert main([]) == 2
+    assert capsys.readouterr().err == "JupyterLab is not installed; run `uv pip install jupyterlab`.\n"
+
+
+def test_bad_input_is_a_sentence_and_status_2(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "veloxlab")
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("The folder notebooks of veloxlab is missing; ")
+
+
+# the doctor
+
+
+@pytest.fixture
+def checks(monkeypatch):
+    """Have the doctor find what a test says."""
+    return lambda *found: monkeypatch.setattr(checkup, "doctor", lambda: list(found))
+
+
+def test_checks_are_printed_as_an_aligned_table(checks, capsys):
+    checks(Check("mlx", "ok", "0.32.4"), Check("back end", "warn", "cpu", "add a GPU"))
+    assert main(["doctor"]) == 0
+    assert capsys.readouterr().out == (
+        "ok    mlx       0.32.4\n"
+        "WARN  back end  cpu\n"
+        "                -> add a GPU\n"
+    )  # fmt: skip
+
+
+def test_failed_check_is_status_1(checks, capsys):
+    checks(Check("mlx", "fail", "not installed", "install it"))
+    assert main(["doctor"]) == 1
+    assert capsys.readouterr().out.startswith("FAIL  mlx  not installed\n")
+
+
+def test_checks_are_printed_as_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {"name": "python", "status": "ok", "detail": sys.version.split()[0], "hint": ""} in printed
+
+
+def test_doctor_passes_nothing_on(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", "--", "--port=9999"])
+    assert "doctor passes nothing on, so leave out -- --port=9999" in capsys.readouterr().err
+
+
+def test_unknown_command_lists_the_known_ones(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["docter"])
+    assert "doctor" in capsys.readouterr().err.split("invalid choice")[1]
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out.startswith("veloxlab ")

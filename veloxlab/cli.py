@@ -1,0 +1,93 @@
+"""The command ``veloxlab``: alone it opens JupyterLab on the tour; ``veloxlab doctor`` checks the installation."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from veloxlab.errors import InputError
+from veloxlab.shipped import is_installed, shipped_folder
+
+TOUR = "00_tour.ipynb"
+COPY_FOLDER = Path("veloxlab-notebooks")
+MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; give its exit status: 0 is success, 1 a failed check, 2 bad input."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    end = words.index("--") if "--" in words else len(words)
+    parser = _parser()
+    options = parser.parse_args(words[:end])
+    options.passed_on = words[end + 1 :]
+    if options.passed_on and options.run is not open_lab:
+        parser.error(f"{options.command} passes nothing on, so leave out {' '.join(words[end:])}")
+    try:
+        status: int = options.run(options)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="veloxlab",
+        description="Without a command: open JupyterLab on the tour. What follows -- is passed on to JupyterLab.",
+    )
+    parser.add_argument("--version", action="version", version=f"veloxlab {version('veloxlab')}")
+    parser.set_defaults(run=open_lab)
+    commands = parser.add_subparsers(title="commands", dest="command")
+    doctor = commands.add_parser("doctor", help="check the device, the packages and the model's weights")
+    doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
+    doctor.set_defaults(run=show_checks)
+    return parser
+
+
+def open_lab(options: argparse.Namespace) -> int:
+    """Open JupyterLab on the tour notebook; this process becomes the server's."""
+    if find_spec("jupyterlab") is None:
+        raise InputError("JupyterLab is not installed; run `uv pip install jupyterlab`.")
+    arguments = [sys.executable, "-m", "jupyterlab", str(_notebooks() / TOUR), *options.passed_on]
+    if os.geteuid() == 0 and "--allow-root" not in arguments:
+        print("Running as root, so JupyterLab is started with --allow-root.", file=sys.stderr)
+        arguments.append("--allow-root")
+    os.execv(sys.executable, arguments)
+
+
+def _notebooks() -> Path:
+    """Give the folder of notebooks to work in: a clone's own, or a copy of an installed package's."""
+    folder = shipped_folder("notebooks")
+    if not is_installed(folder):
+        return folder
+    COPY_FOLDER.mkdir(exist_ok=True)
+    for notebook in sorted(folder.glob("*.ipynb")):
+        copy = COPY_FOLDER / notebook.name
+        if not copy.exists():  # a user's changes are never overwritten
+            shutil.copyfile(notebook, copy)
+    print(f"The notebooks are in {COPY_FOLDER.resolve()}.", file=sys.stderr)
+    return COPY_FOLDER.resolve()
+
+
+def show_checks(options: argparse.Namespace) -> int:
+    """Print what the doctor found, as a table or as JSON; status 1 if a check failed."""
+    from veloxlab.checkup import doctor
+
+    checks = doctor()
+    if options.json:
+        print(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            print(f"{MARKS[check.status]}  {check.name:<{width}}  {check.detail}")
+            if check.hint:
+                print(f"      {'':<{width}}  -> {check.hint}")
+    return int(any(check.status == "fail" for check in checks))
