@@ -19,7 +19,7 @@ class Started(Exception):  # noqa: N818 - it is no error: it ends the process, a
 
 @pytest.fixture
 def started(monkeypatch):
-    """Run ``main`` and give the arguments of the JupyterLab that it starts."""
+    """Run ``main``; give the folder that it opens in JupyterLab, and the arguments that follow."""
 
     def execv(path, arguments):
         raise Started(path, arguments)
@@ -30,7 +30,8 @@ def started(monkeypatch):
         path, arguments = start.value.args
         assert path == arguments[0] == sys.executable
         assert arguments[1:3] == ["-m", "jupyterlab"]
-        return arguments[3:]
+        assert arguments[4] == "--LabApp.default_url=/lab/tree/00_tour.ipynb"
+        return [arguments[3], *arguments[5:]]
 
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
@@ -55,13 +56,14 @@ def installed(monkeypatch, tmp_path):
 
 
 def test_tour_of_a_clone_opens_in_place(started):
-    assert started() == [str(shipped.PACKAGE.parent / "notebooks" / "00_tour.ipynb")]
+    assert started() == [str(shipped.PACKAGE.parent / "notebooks")]
 
 
 def test_tour_of_an_installed_package_opens_in_a_copy(started, installed, capsys):
     copies = installed / "veloxlab-notebooks"
-    assert started() == [str(copies / "00_tour.ipynb")]
-    assert (copies / "01_turboquant.ipynb").read_text() == "shipped 01_turboquant.ipynb"
+    assert started() == [str(copies)]
+    for name in ("00_tour.ipynb", "01_turboquant.ipynb"):
+        assert (copies / name).read_text() == f"shipped {name}"
     assert capsys.readouterr().err == f"The notebooks are in {copies}.\n"
 
 

@@ -56,7 +56,9 @@ def open_lab(options: argparse.Namespace) -> int:
     """Open JupyterLab on the tour notebook; this process becomes the server's."""
     if find_spec("jupyterlab") is None:
         raise InputError("JupyterLab is not installed; run `uv pip install jupyterlab`.")
-    arguments = [sys.executable, "-m", "jupyterlab", str(_notebooks() / TOUR), *options.passed_on]
+    # an address and not the file's path: JupyterLab prints it too, for a browser on another machine
+    start = f"--LabApp.default_url=/lab/tree/{TOUR}"
+    arguments = [sys.executable, "-m", "jupyterlab", str(_notebooks()), start, *options.passed_on]
     if os.geteuid() == 0 and "--allow-root" not in arguments:
         print("Running as root, so JupyterLab is started with --allow-root.", file=sys.stderr)
         arguments.append("--allow-root")
