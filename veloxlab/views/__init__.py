@@ -1,5 +1,21 @@
 """Charts as pure functions, a Polars frame in and an Altair chart out. Importing this makes our theme Altair's."""
 
 from veloxlab.views import theme
+from veloxlab.views.bits import bit_allocation, bit_caption
+from veloxlab.views.errors import error_caption, error_domain, error_map
+from veloxlab.views.fidelity import fidelity_caption, frontier
+from veloxlab.views.memory import memory_caption, memory_growth
+
+__all__ = [
+    "bit_allocation",
+    "bit_caption",
+    "error_caption",
+    "error_domain",
+    "error_map",
+    "fidelity_caption",
+    "frontier",
+    "memory_caption",
+    "memory_growth",
+]
 
 theme.enable()

@@ -16,6 +16,7 @@ KEYS, VALUES = "#3b7dd8", "#d9702a"
 TENSORS = {"keys": KEYS, "values": VALUES}
 PICKED = "#d8435c"
 NEUTRAL = "#808890"
+OTHER = "#6a6fd8"  # what is no method of ours, such as mlx-lm's own quantized cache
 
 # A method keeps its colour and its shape in every chart.
 METHODS = {
@@ -33,13 +34,25 @@ METHODS = {
 
 # Loss: little is quiet, much stands out, on either ground; one hue order, rising contrast, no red against green.
 LOSS: dict[Mode, list[str]] = {
-    "light": ["#eef3f7", "#c3d9e4", "#8fb6d3", "#6b8cc4", "#6a5aa8", "#6f2f83", "#5a0f52"],
-    "dark": ["#1d2730", "#23455a", "#2c688a", "#4f82bd", "#9186d1", "#d391cf", "#ffc9d6"],
+    "light": ["#f0f2e4", "#cbe2cd", "#93c8b8", "#5aa5a8", "#4a7a98", "#4a4f86", "#35195c"],
+    "dark": ["#1c2528", "#22424a", "#2a6670", "#3f8f8c", "#76b893", "#bcdc9b", "#f6f7b8"],
 }
 INK: dict[Mode, dict[str, str]] = {
     "light": {"strong": "#1f2328", "soft": "#59636e", "grid": "#e4e7eb"},
     "dark": {"strong": "#e8eaed", "soft": "#a3abb5", "grid": "#30363d"},
 }
+
+
+def colour_of(name: str) -> str:
+    """Give the colour of a cache or result by its name, which starts with its method's id (``"rvq K3 V3"``)."""
+    method = "none" if name == "fp16" else name.split(" ")[0]
+    return METHODS[method][0] if method in METHODS else OTHER
+
+
+def shape_of(name: str) -> str:
+    """Give the shape of a result's point by its name, as `colour_of`."""
+    method = name.split(" ")[0]
+    return METHODS[method][1] if method in METHODS else "stroke"
 
 
 def structure() -> dict[str, Any]:
@@ -60,9 +73,10 @@ def structure() -> dict[str, Any]:
             "domain": False,
         },
         "axisX": {"grid": False},
-        "axisBand": {"grid": False, "ticks": False, "labelAngle": 0, "labelOverlap": True},
+        "axisBand": {"grid": False, "ticks": False, "labelAngle": 0, "labelOverlap": True, "labelSeparation": 5},
         "header": {"labelFontSize": 12, "labelFontWeight": 600, "titleFontSize": 11},
         "legend": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "symbolType": "square"},
+        "style": {"caption": {"font": FONT, "fontSize": 12, "fontWeight": "normal"}},
         "line": {"strokeWidth": 2},
         "text": {"fontSize": 11},
         "rule": {"strokeWidth": 1.5},
@@ -96,6 +110,7 @@ def colours(mode: Mode) -> dict[str, Any]:
         },
         "header": {"labelColor": ink["strong"], "titleColor": ink["soft"]},
         "legend": {"labelColor": ink["soft"], "titleColor": ink["soft"], "gradientStrokeColor": ink["grid"]},
+        "style": {"caption": {"fill": ink["soft"]}},
         "text": {"color": ink["soft"]},
         "rule": {"color": ink["soft"]},
         "range": {"ramp": LOSS[mode], "heatmap": LOSS[mode], "category": [c for c, _ in METHODS.values()]},

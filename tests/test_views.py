@@ -1,0 +1,305 @@
+"""Charts: what they show, mark and refuse, and that their spec holds still when only numbers change."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Callable
+
+import altair as alt
+import nbformat
+import polars as pl
+import pytest
+import vl_convert
+from hypothesis import given
+from hypothesis import strategies as st
+
+from veloxlab import views
+from veloxlab.errors import InputError
+from veloxlab.views import palette, picture, theme
+from veloxlab.views.logscale import log_domain, log_ticks
+from veloxlab.views.spec import describe, join, split
+
+
+def error_frame(layers: int = 4, heads: int = 2, scale: float = 0.01, **replaced: float | None) -> pl.DataFrame:
+    rows = [
+        {"layer": layer, "head": head, "tensor": tensor, "rel_mse": scale * (1 + layer + head / 10)}
+        for tensor, layer, head in itertools.product(("keys", "values"), range(layers), range(heads))
+    ]
+    frame = pl.DataFrame(rows).with_columns(
+        cosine=1 - pl.col("rel_mse") / 2,
+        logit_error=pl.when(pl.col("tensor") == "keys").then("rel_mse"),
+        output_error=pl.col("rel_mse"),
+    )
+    first = (pl.col("layer") == 0) & (pl.col("head") == 0) & (pl.col("tensor") == "keys")
+    return frame.with_columns(
+        pl.when(first).then(value).otherwise(name).alias(name) for name, value in replaced.items()
+    )
+
+
+def bit_frame(layers: int = 4, codes: float = 3.0) -> pl.DataFrame:
+    rows = [
+        {"layer": layer, "tensor": tensor, "part": part, "bits_per_value": bits}
+        for tensor, layer in itertools.product(("keys", "values"), range(layers))
+        for part, bits in (("codes", codes), ("scales", 0.25))
+    ]
+    return pl.DataFrame(rows)
+
+
+def memory_frame(layers: int = 4) -> pl.DataFrame:
+    rows = [
+        {"tokens": tokens, "cache": cache, "layer": layer, "bytes": tokens * each * 1000, "kind": kind}
+        for tokens, kind in ((512, "measured"), (1024, "measured"), (2048, "predicted"))
+        for cache, each in (("fp16", 4), ("turboquant", 1))
+        for layer in range(layers)
+    ]
+    return pl.DataFrame(rows)
+
+
+def fidelity_frame() -> pl.DataFrame:
+    names = [f"{method} K{bits} V{bits}" for method in ("turboquant", "rvq") for bits in (2, 4)]
+    count = range(len(names) + 1)
+    return pl.DataFrame(
+        {
+            "name": [*names, "none"],
+            "key_bits": [2.25, 4.25, 2.5, 4.5, 16.0],
+            "value_bits": [2.25, 4.25, 2.5, 4.5, 16.0],
+            "kl_mean": [0.2, 0.01, 0.3, 0.02, 0.0],
+            "held_bytes": [1_000_000 * (i + 1) for i in count],
+            "top1_flips": [0.1 * i for i in count],
+            "perplexity": [12.0 + i for i in count],
+        }
+    )
+
+
+CHARTS: dict[str, Callable[[], alt.VConcatChart]] = {
+    "errors": lambda: views.error_map(error_frame()),
+    "bits": lambda: views.bit_allocation(bit_frame()),
+    "memory": lambda: views.memory_growth(memory_frame()),
+    "frontier": lambda: views.frontier(fidelity_frame()),
+}
+BY_LAYER = [name for name in CHARTS if name != "frontier"]
+
+
+def drawn(chart: alt.TopLevelMixin, **params: object) -> str:
+    bare, rows, values = split(chart.to_dict())
+    return picture.svg(join(bare, rows, values | params))
+
+
+def words(drawing: str) -> list[str]:
+    return re.findall(r"<(?:text|tspan)\b[^>]*>([^<]+)<", drawing)
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_a_chart_has_a_heading_and_draws_the_caption_it_is_given_later(name):
+    chart = CHARTS[name]()
+    said = words(drawn(chart, caption="said later"))
+    assert chart.to_dict()["title"]["text"] in said
+    assert "said later" in said
+
+
+@pytest.mark.parametrize("name", BY_LAYER)
+def test_a_picked_layer_is_marked_and_no_other_time_is_that_colour_used(name):
+    chart = CHARTS[name]()
+    assert palette.PICKED not in drawn(chart)
+    assert palette.PICKED in drawn(chart, picked_layer=2)
+    assert palette.PICKED not in drawn(chart, picked_layer=77)
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_a_chart_states_its_width(name):
+    # "container" freezes a JupyterLab tab
+    assert "container" not in json.dumps(CHARTS[name]().to_dict())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (
+            views.error_map(error_frame(scale=0.01), domain=(1e-3, 1)),
+            views.error_map(error_frame(scale=0.02), domain=(1e-3, 1)),
+        ),
+        (views.bit_allocation(bit_frame(codes=3), greatest=8), views.bit_allocation(bit_frame(codes=4), greatest=8)),
+        (views.memory_growth(memory_frame(4)), views.memory_growth(memory_frame(3))),
+    ],
+)
+def test_a_chart_of_other_numbers_has_the_same_spec(one, other):
+    assert split(one.to_dict())[0] == split(other.to_dict())[0]
+    assert split(one.to_dict())[1] != split(other.to_dict())[1]
+
+
+def test_a_large_model_is_drawn_with_at_most_two_thousand_marks_and_says_that_heads_are_grouped():
+    frame = error_frame(layers=80, heads=32)
+    drawing = drawn(views.error_map(frame))
+    assert len(re.findall("<path", drawing)) < 2_000
+    assert "KV heads, by 4" in words(drawing)
+
+
+def test_an_error_that_is_not_finite_is_crossed_and_counted():
+    chart = views.error_map(error_frame(rel_mse=math.nan))
+    assert words(drawn(chart)).count("×") == 1
+    assert any("× 1 not finite" in line for line in words(drawn(chart)))
+    assert "×" not in words(drawn(views.error_map(error_frame())))
+
+
+def test_an_error_of_zero_is_drawn_at_the_floor():
+    drawing = drawn(views.error_map(error_frame(rel_mse=0.0)))
+    assert "NaN" not in drawing
+    assert "×" not in words(drawing)
+    assert palette.LOSS["light"][0] in drawing or "rgb(240, 242, 228)" in drawing
+
+
+def test_a_tensor_without_values_is_left_out():
+    said = words(drawn(views.error_map(error_frame(), metric="logit_error")))
+    assert "KV head" in said
+    assert said.count("keys") == 2  # a name in the legend, and one map
+    assert said.count("values") == 1  # in the legend alone
+
+
+@pytest.mark.parametrize("metric", ["rel_mse", "cosine", "logit_error", "output_error"])
+def test_the_worst_layer_is_named(metric):
+    assert "most in layer 3" in views.error_caption(error_frame(), metric)
+
+
+def test_the_bytes_of_layers_add_up():
+    said = words(drawn(views.memory_growth(memory_frame(layers=4)), picked_layer=1))
+    assert "fp16  32.8 MB" in said
+    assert "turboquant  8.19 MB" in said
+    assert "layer 1 in turboquant: 2.05 MB" in said
+    assert "4.00 times less than fp16 (predicted)" in views.memory_caption(memory_frame())
+
+
+def test_bits_of_parts_add_up():
+    assert "keys 3.25 (3.00 of them codes)" in views.bit_caption(bit_frame())
+
+
+def test_the_exact_cache_is_told_of_and_not_drawn():
+    said = words(drawn(views.frontier(fidelity_frame())))
+    assert "none" not in said
+    assert any("Exact cache: KL 0, perplexity 16.00" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: views.error_map(error_frame(), metric="mse"), "There is no metric 'mse': choose one of rel_mse, "),
+        (lambda: views.error_map(error_frame().drop("head")), "error_map needs a column 'head': the frame has layer"),
+        (lambda: views.error_map(error_frame().clear()), "error_map needs at least one row: the frame is empty."),
+        (
+            lambda: views.bit_allocation(bit_frame().with_columns(layer=pl.lit("a"))),
+            "bit_allocation needs number in column 'layer': the frame has String there.",
+        ),
+        (lambda: views.frontier(fidelity_frame(), x="bytes"), "There is no cost 'bytes': choose one of bits, held_b"),
+    ],
+)
+def test_a_frame_that_does_not_fit_is_refused_in_a_sentence(make, sentence):
+    with pytest.raises(InputError, match=re.escape(sentence)):
+        make()
+
+
+# ---- the theme
+
+
+def luminance(colour: str) -> float:
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    dim, bright = sorted((luminance(one), luminance(other)))
+    return (bright + 0.05) / (dim + 0.05)
+
+
+@pytest.mark.parametrize("ground", ["#ffffff", "#111111"])
+def test_every_colour_reads_on_white_and_on_the_dark_ground(ground):
+    colours = [colour for colour, _ in palette.METHODS.values()]
+    for colour in [*colours, *palette.TENSORS.values(), palette.PICKED, palette.NEUTRAL, palette.OTHER]:
+        assert contrast(colour, ground) >= 3, colour
+
+
+def test_text_reads_on_its_ground():
+    for mode, ground in (("light", "#ffffff"), ("dark", "#111111")):
+        assert contrast(palette.INK[mode]["soft"], ground) >= 4.5
+        assert contrast(palette.INK[mode]["strong"], ground) >= 7
+
+
+def test_the_loss_ramp_stands_out_more_and_more():
+    for mode, ground in (("light", "#ffffff"), ("dark", "#111111")):
+        steps = [contrast(colour, ground) for colour in palette.LOSS[mode]]
+        assert steps == sorted(steps)
+
+
+def test_no_two_methods_look_alike():
+    assert len(set(palette.METHODS.values())) == len(palette.METHODS)
+    assert len({colour for colour, _ in palette.METHODS.values()}) == len(palette.METHODS)
+    assert palette.colour_of("rvq K3 V3") == palette.colour_of("rvq") != palette.colour_of("mlx-lm 4 bits")
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_a_plain_chart_leaves_a_live_one_a_picture_and_a_line_in_the_notebook(name):
+    data, metadata = CHARTS[name]()._repr_mimebundle_()
+    assert data[theme.LIVE]["$schema"].endswith("/v5.json")
+    assert data["text/plain"] == describe(data[theme.LIVE], data[theme.LIVE]["datasets"])
+    assert "rows" in data["text/plain"]
+    output = nbformat.v4.new_output("display_data", data=data, metadata=metadata)
+    cell = nbformat.v4.new_code_cell(outputs=[output])
+    nbformat.validate(nbformat.v4.new_notebook(cells=[cell]))
+    assert len(data["image/png"]) * 3 / 4 < 60_000
+
+
+def test_a_picture_is_as_wide_as_asked_and_smaller_than_vl_convert_makes_it():
+    spec = CHARTS["errors"]().to_dict()
+    for width in (700, 1400):
+        assert picture.png_size(picture.png(spec, width=width))[0] == pytest.approx(width, abs=2)
+    raw = vl_convert.svg_to_png(picture.svg(spec))
+    assert len(picture.repacked(raw)) < len(raw) / 2
+    assert picture.png_size(picture.repacked(raw)) == picture.png_size(raw)
+
+
+# ---- specs taken apart
+
+
+@pytest.mark.parametrize("name", CHARTS)
+def test_a_spec_taken_apart_and_put_together_draws_the_same(name):
+    spec = CHARTS[name]().to_dict()
+    numbered = re.compile(r"gradient_\d+")  # by vl-convert, over all that it ever drew
+    whole = vl_convert.vegalite_to_svg(picture.lit(spec))
+    assert numbered.sub("", drawn(CHARTS[name]())) == numbered.sub("", whole)
+
+
+def test_rows_become_json_without_nan_wherever_they_stand():
+    rows = [{"x": math.inf, "y": math.nan, "z": 1.5}]
+    _, data, _ = split({"layer": [{"data": {"values": rows}}, {"data": {"values": [1, math.nan], "name": "mine"}}]})
+    assert data == {"data-0": [{"x": None, "y": None, "z": 1.5}], "mine": [{"data": 1}, {"data": None}]}
+
+
+def test_datasets_are_named_in_order_of_appearance_and_once():
+    one, other = ({"values": [{"x": i}]} for i in (1, 2))
+    spec = {"datasets": {"b": one["values"], "a": other["values"]}}
+    spec["layer"] = [{"data": {"name": name}} for name in ("a", "b", "a")]
+    bare, data, _ = split(spec)
+    assert [layer["data"]["name"] for layer in bare["layer"]] == ["data-0", "data-1", "data-0"]
+    assert data == {"data-0": [{"x": 2}], "data-1": [{"x": 1}]}
+
+
+# ---- log scales
+
+
+@given(st.lists(st.floats(1e-12, 1e12), min_size=1))
+def test_a_log_domain_is_round_and_holds_what_it_should(values):
+    low, high = log_domain(values)
+    assert high >= max(values) * (1 - 1e-6)
+    assert all(low <= value * (1 + 1e-6) for value in values if value > max(values) * 1e-6)
+    assert high / low >= 4.9
+    ticks = log_ticks((low, high))
+    assert ticks == sorted(set(ticks))
+    assert len(ticks) >= 2
+    assert all(f"{tick:.0e}"[0] in "125" for tick in ticks)
+
+
+def test_values_without_a_logarithm_do_not_count():
+    assert log_domain([0, -1, math.nan, math.inf, 0.3, 0.004]) == log_domain([0.3, 0.004]) == (0.002, 0.5)
+    assert log_domain([]) == log_domain([0])

@@ -1,0 +1,126 @@
+"""What each cache costs and what it changes: the divergence of predictions against bits or bytes."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import altair as alt
+import polars as pl
+
+from veloxlab.views import palette
+from veloxlab.views.columns import known, require
+from veloxlab.views.furniture import caption_title, framed
+from veloxlab.views.logscale import Domain, log_domain, log_ticks
+
+# what a cache costs: words for an axis, and the number drawn
+COSTS = {
+    "bits": ("true bits a value, mean of keys and values", "(datum.key_bits + datum.value_bits) / 2"),
+    "held_bytes": ("bytes held (MB)", "datum.held_bytes / 1e6"),
+}
+FEW = 12  # points: beyond these only the tooltip says what each one is
+EXACT = "none"
+
+
+def frontier(
+    frame: pl.DataFrame,
+    *,
+    x: Literal["bits", "held_bytes"] = "bits",
+    domain: Domain | None = None,
+    caption: str | None = None,
+) -> alt.VConcatChart:
+    """Draw each measured cache by its cost and by how far it moves the model's predictions.
+
+    Parameters
+    ----------
+    frame
+        Rows of ``name``, ``key_bits``, ``value_bits``, ``kl_mean`` (nats), ``held_bytes``, ``top1_flips`` (0 to 1) and
+        ``perplexity``. A name starts with its method's id; a column ``method`` is used where there is one. The exact
+        cache (``"none"``), whose divergence has no place on a log scale, is told of in the caption.
+    x
+        ``"bits"`` for true bits per value, or ``"held_bytes"``.
+    domain
+        Least and greatest KL of the scale; give one to keep it steady while points are added.
+    caption
+        The line under the heading; by default what the exact cache gives.
+
+    Returns
+    -------
+    alt.VConcatChart
+        A chart with the param ``caption``.
+    """
+    known(x, COSTS, "cost")
+    numbers = ("key_bits", "value_bits", "kl_mean", "held_bytes", "top1_flips", "perplexity")
+    require(frame, {"name": "text", **dict.fromkeys(numbers, "number")}, "frontier")
+    method = pl.col("method") if "method" in frame.columns else pl.col("name").str.split(" ").list.first()
+    shown = frame.select("name", *numbers, method=method).sort("method", "key_bits", "value_bits", "name")
+    drawn = shown.filter(pl.col("method") != EXACT)
+    scale = domain or log_domain(drawn["kl_mean"])
+    plot = (
+        alt.layer(*_marks(drawn, x, named=drawn.height <= FEW))
+        .encode(
+            x=alt.X("cost:Q", title=COSTS[x][0]).scale(zero=False, nice=False, padding=24).axis(tickCount=6),
+            y=alt.Y("kl_mean:Q", title="mean KL from the exact model (nats)")
+            .scale(type="log", domain=scale, nice=False, clamp=True)
+            .axis(values=log_ticks(scale), format="~g"),
+        )
+        .properties(width=palette.WIDTH - 90, height=260, title=caption_title())
+    )
+    words = fidelity_caption(frame) if caption is None else caption
+    return framed([plot], shown, "What a smaller cache changes in the model's predictions", words, pickable=False)
+
+
+def fidelity_caption(frame: pl.DataFrame) -> str:
+    """Say what the exact cache gives, where it was measured, and which way is better."""
+    exact = frame.filter(pl.col("name") == EXACT)
+    better = "Lower left is better; grey steps join what nothing else beats."
+    if exact.is_empty():
+        return better
+    row = exact.row(0, named=True)
+    return f"{better} Exact cache: KL {row['kl_mean']:.1g}, perplexity {row['perplexity']:.2f}."
+
+
+def _marks(drawn: pl.DataFrame, x: str, *, named: bool) -> list[alt.Chart]:
+    methods = _by_divergence(drawn)
+    legend = alt.Legend(symbolOpacity=1, symbolSize=60)
+    colour = alt.Color("method:N", title=None, legend=legend).scale(
+        domain=methods, range=[palette.colour_of(m) for m in methods]
+    )
+    shape = alt.Shape("method:N", title=None, legend=legend).scale(
+        domain=methods, range=[palette.shape_of(m) for m in methods]
+    )
+    base = (
+        alt.Chart()
+        .transform_calculate(cost=COSTS[x][1])
+        .transform_filter(f"datum.method !== '{EXACT}' && isValid(datum.kl_mean) && isValid(datum.cost)")
+        .transform_filter("datum.kl_mean > 0")
+    )
+    best = (
+        base.transform_window(
+            best="min(kl_mean)", frame=[None, 0], sort=[alt.SortField("cost"), alt.SortField("kl_mean")]
+        )
+        .transform_filter("datum.kl_mean <= datum.best")
+        .mark_line(interpolate="step-after", color=palette.NEUTRAL, strokeWidth=4, opacity=0.3)
+    )
+    tooltip = [
+        alt.Tooltip("name:N"),
+        alt.Tooltip("kl_mean:Q", title="mean KL (nats)", format=".3g"),
+        alt.Tooltip("top1_flips:Q", title="top-1 changed", format=".2%"),
+        alt.Tooltip("perplexity:Q", format=".3f"),
+        alt.Tooltip("key_bits:Q", title="bits a key value", format=".2f"),
+        alt.Tooltip("value_bits:Q", title="bits a value's value", format=".2f"),
+        alt.Tooltip("held_bytes:Q", title="held bytes", format=",d"),
+    ]
+    lines = base.mark_line(strokeWidth=1.2, opacity=0.7).encode(color=colour)
+    points = base.mark_point(filled=True, size=70, opacity=1).encode(color=colour, shape=shape, tooltip=tooltip)
+    names = (
+        base.transform_calculate(short="slice(datum.name, length(datum.method) + 1)")
+        .mark_text(align="left", dx=7, dy=-7, fontSize=10)
+        .encode(text="short:N")
+    )
+    return [best, lines, points, *([names] if named else [])]
+
+
+def _by_divergence(drawn: pl.DataFrame) -> list[str]:
+    """List methods as their lines lie, from the top down, so that the legend reads like the chart."""
+    mean = drawn.filter(pl.col("kl_mean") > 0).group_by("method").agg(pl.col("kl_mean").log().mean())
+    return mean.sort("kl_mean", "method", descending=[True, False])["method"].to_list()

@@ -1,0 +1,90 @@
+"""What every chart has: a heading, a caption that can change, and where layers are drawn, an axis and a picked one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import altair as alt
+import polars as pl
+
+from veloxlab.views import palette
+
+PICKED = "picked_layer"
+IS_PICKED = f"datum.layer === {PICKED}"
+ALTAIR_ROWS = 5_000
+Plot = alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart
+
+
+def caption_title() -> alt.TitleParams:
+    """Give the line under the heading, whose words are the param ``caption``."""
+    return alt.TitleParams(text=alt.expr("caption"), style="caption")
+
+
+def framed(
+    plots: Sequence[Plot], data: pl.DataFrame, heading: str, caption: str, *, pickable: bool
+) -> alt.VConcatChart:
+    """Stack plots under a heading and a caption.
+
+    Parameters
+    ----------
+    plots
+        The plots, from top to bottom; the first one carries ``caption_title()``.
+    data
+        The rows that all plots read.
+    heading
+        What is seen.
+    caption
+        First value of the param ``caption``.
+    pickable
+        Whether the plots mark the param ``picked_layer``.
+
+    Returns
+    -------
+    alt.VConcatChart
+        The chart, with its params.
+    """
+    params = [alt.param(name="caption", value=caption)]
+    if pickable:
+        params.append(alt.param(name=PICKED, value=None))
+    chart: alt.VConcatChart = (
+        alt.vconcat(*plots, title=alt.TitleParams(text=heading), spacing=10)
+        .add_params(*params)
+        .resolve_scale(color="independent", opacity="independent", shape="independent")
+    )
+    # Altair refuses longer frames for the marks they might become; ours are pooled before they are drawn
+    chart.data = data if data.height <= ALTAIR_ROWS else alt.InlineData(values=data.to_dicts())
+    return chart
+
+
+def layer_step(layers: int) -> float:
+    """Give the width of one layer in pixels, so that a chart of any model is about as wide."""
+    return min(palette.WIDTH / max(layers, 1), 40)
+
+
+def layer_axis(*, labelled: bool, gap: float = 0) -> alt.X:
+    """Give the x axis that all plots by layer share, with a gap between layers as a share of a step."""
+    axis = alt.Axis(title="layer") if labelled else alt.Axis(labels=False, title=None)
+    return alt.X("layer:O", axis=axis).scale(paddingInner=gap, paddingOuter=gap / 2)
+
+
+def layer_columns() -> alt.Chart:
+    """Make every layer's full height something that can be clicked, whatever is drawn there."""
+    columns: alt.Chart = (
+        alt.Chart()
+        .transform_aggregate(groupby=["layer"])
+        .mark_rect(opacity=0, cursor="pointer", tooltip=None)
+        .encode(x="layer:O")
+    )
+    return columns
+
+
+def picked_outline() -> alt.Chart:
+    """Draw a frame around the picked layer, over the full height of a plot."""
+    outline: alt.Chart = (
+        alt.Chart()
+        .transform_filter(IS_PICKED)
+        .transform_aggregate(groupby=["layer"])
+        .mark_rect(filled=False, fill=None, stroke=palette.PICKED, strokeWidth=2, cornerRadius=2, cursor="pointer")
+        .encode(x="layer:O")
+    )
+    return outline

@@ -1,0 +1,46 @@
+"""Round ends and round ticks for log scales: 1, 2 and 5 of each decade."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+Domain = tuple[float, float]
+
+NEAR = 1e-9  # relative room for rounding errors
+DEEP = 1e-6  # what lies further under the greatest value is drawn at the floor
+
+
+def log_domain(values: Iterable[float]) -> Domain:
+    """Give round ends of a log scale that hold the values above zero, down to a millionth of the greatest.
+
+    Parameters
+    ----------
+    values
+        Numbers; those that are zero, negative or not finite have no place on a log scale and do not count.
+
+    Returns
+    -------
+    tuple
+        The least and the greatest value of the scale, at least a factor of five apart.
+    """
+    drawn = [value for value in values if 0 < value < math.inf]
+    greatest = max(drawn, default=1.0)
+    least = min((value for value in drawn if value > greatest * DEEP), default=greatest)
+    low = max(step for step in _round_numbers(least) if step <= least * (1 + NEAR))
+    high = min(step for step in _round_numbers(greatest) if step >= greatest * (1 - NEAR))
+    return (low, high) if high / low >= 5 else (low / 5, high)
+
+
+def log_ticks(domain: Domain) -> list[float]:
+    """Give round values within a domain, decades alone where there are more than three."""
+    low, high = (math.floor(math.log10(end) + NEAR) for end in domain)
+    steps = (1, 2, 5) if high - low <= 3 else (1,)
+    values = (float(f"{step}e{power}") for power in range(low, high + 1) for step in steps)
+    return [value for value in values if domain[0] * (1 - NEAR) <= value <= domain[1] * (1 + NEAR)]
+
+
+def _round_numbers(value: float) -> list[float]:
+    """Give round numbers from below a value to above it."""
+    power = math.floor(math.log10(value))
+    return [float(f"{step}e{power + decade}") for decade in (-1, 0, 1) for step in (1, 2, 5)]
