@@ -85,8 +85,8 @@ def _q4_k(blocks: Bytes) -> Floats:
     scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=1)
     minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=1)
     codes = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    values = codes * (_halves(blocks, 0) * scales)[..., None]
-    return (values - (_halves(blocks, 2) * minima)[..., None]).reshape(-1, 256)
+    values: Floats = codes * (_halves(blocks, 0) * scales)[..., None] - (_halves(blocks, 2) * minima)[..., None]
+    return values.reshape(-1, 256)
 
 
 def _q6_k(blocks: Bytes) -> Floats:
@@ -160,7 +160,7 @@ class _Cursor:
     """Reads values one after another; a length that runs past the end of the file is a ``ValueError``."""
 
     def __init__(self, content: Bytes) -> None:
-        self.content, self.at = memoryview(content), 0
+        self.content, self.at = content.data, 0
 
     def take(self, count: int) -> memoryview:
         end = self.at + count
