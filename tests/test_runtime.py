@@ -36,7 +36,8 @@ def without_mlx(monkeypatch):
 def test_mlx_multiplies_with_the_fast_blas():
     assert runtime.load_fast_blas() is None
     assert "libopenblas" in Path("/proc/self/maps").read_text()
-    assert any(runtime.cpu_gflops() > runtime.FAST_GFLOPS for _ in range(5))
+    # other work on the cores can slow OpenBLAS many times over, but not for long
+    assert any(runtime.cpu_gflops() > runtime.FAST_GFLOPS for _ in range(30))
 
 
 @on_linux_x86
