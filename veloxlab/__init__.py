@@ -1,1 +1,94 @@
-"""veloxlab."""
+"""veloxlab: a Jupyter laboratory and library for KV-cache compression on MLX.
+
+import veloxlab as vl
+model, tokenizer = vl.load("smollm2-135m")
+cache = vl.make_cache(model, "turboquant", bits=3)   # for mlx_lm.generate(..., prompt_cache=cache)
+vl.Lab(model, tokenizer)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from veloxlab.runtime import load_fast_blas
+
+if TYPE_CHECKING:
+    from veloxlab.allocate.plan import Plan
+    from veloxlab.checkup import doctor
+    from veloxlab.codecs import methods
+    from veloxlab.errors import InputError
+    from veloxlab.integrate import detach, make_cache
+    from veloxlab.measure import (
+        Capture,
+        capture,
+        fidelity,
+        layer_errors,
+        memory_growth,
+        relative_errors,
+        report,
+        token_errors,
+        token_fidelity,
+    )
+    from veloxlab.models import load
+    from veloxlab.texts import excerpt
+    from veloxlab.widgets.lab import Lab
+
+__version__ = "0.1.0"
+
+load_fast_blas()  # MLX binds to a BLAS when it is imported, and every module that imports it comes after this line
+
+_HOME = {
+    "Capture": "measure",
+    "InputError": "errors",
+    "Lab": "widgets.lab",
+    "Plan": "allocate.plan",
+    "capture": "measure",
+    "detach": "integrate",
+    "doctor": "checkup",
+    "excerpt": "texts",
+    "fidelity": "measure",
+    "layer_errors": "measure",
+    "load": "models",
+    "make_cache": "integrate",
+    "memory_growth": "measure",
+    "methods": "codecs",
+    "relative_errors": "measure",
+    "report": "measure",
+    "token_errors": "measure",
+    "token_fidelity": "measure",
+}
+
+__all__ = [
+    "Capture",
+    "InputError",
+    "Lab",
+    "Plan",
+    "capture",
+    "detach",
+    "doctor",
+    "excerpt",
+    "fidelity",
+    "layer_errors",
+    "load",
+    "make_cache",
+    "memory_growth",
+    "methods",
+    "relative_errors",
+    "report",
+    "token_errors",
+    "token_fidelity",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name when it is first used: ``import veloxlab`` and the command line stay quick."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'veloxlab' has no attribute {name!r}")
+    value = getattr(import_module(f"veloxlab.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

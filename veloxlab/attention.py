@@ -13,7 +13,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from .codecs import Code, Codec
+from veloxlab.codecs import Code, Codec
 
 Mask = mx.array | Literal["causal"] | None
 
@@ -78,6 +78,17 @@ class History(Handle):
             part = weights[..., start : start + s.values.tokens]
             mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
         return mixed.astype(q.dtype)
+
+
+def mask_for(
+    queries: int, offset: int, return_array: bool = False, window_size: int | None = None
+) -> mx.array | Literal["causal"] | None:
+    """The mask that ``queries`` new tokens behind ``offset`` others need, in the terms of mlx-lm's ``make_mask``."""
+    if window_size is None and queries == 1:
+        return None
+    if window_size is None and not return_array:
+        return "causal"
+    return causal_mask(queries, offset + queries, window_size)
 
 
 def causal_mask(queries: int, tokens: int, window_size: int | None = None) -> mx.array:

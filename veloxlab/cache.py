@@ -10,10 +10,10 @@ from typing import Literal
 
 import mlx.core as mx
 
-from .attention import History, Segment, causal_mask
-from .codecs import Code, Codec
-from .codecs.none import Exact
-from .errors import InputError
+from veloxlab.attention import History, Segment, mask_for
+from veloxlab.codecs import Code, Codec
+from veloxlab.codecs.none import Exact
+from veloxlab.errors import InputError
 
 Chunk = Literal["exact", "codes"]
 Path = Literal["codes", "arrays"]
@@ -26,11 +26,15 @@ _LARGEST = 2e9  # the largest magnitude whose scale a codec can store (`codec.st
 
 
 class Run:
-    """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, all with the same tokens."""
+    """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, all with the same tokens.
 
-    def __init__(self) -> None:
+    ``most`` is the largest number of tokens it will ever hold, where that is known.
+    """
+
+    def __init__(self, most: int | None = None) -> None:
         self._buffers: Arrays = {}
         self.tokens = 0
+        self.most = most
 
     @property
     def nbytes(self) -> int:
@@ -63,6 +67,7 @@ class Run:
                 continue
             # one token at a time is growth by decoding, and more will come; a longer append is sized as it is
             slack = max(8, total // _SLACK_SHARE) if keys.tokens < BLOCK else 0
+            slack = slack if self.most is None else min(slack, self.most - total)
             parts = [] if buffer is None else [buffer[:, :, : self.tokens]]
             shape = (*new.shape[:_TOKENS], slack, *new.shape[_TOKENS + 1 :])
             self._buffers[name] = mx.concatenate([*parts, new, mx.zeros(shape, new.dtype)], axis=_TOKENS)
@@ -120,7 +125,10 @@ class CompressedKVCache:
         self.key_codec, self.value_codec = key_codec, value_codec
         self.max_sinks, self.window, self.chunk, self.layer = sinks, window, chunk, layer
         self.path, self.reason = path, reason
-        self.sinks, self.packed, self.recent = Run(), Run(), Run()
+        # whole blocks leave the window, and none that it still covers
+        self._block = min(BLOCK, max(1, window))
+        self.sinks, self.packed, self.recent = Run(sinks), Run(), Run(window + self._block - 1)
+        self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
         if path == "codes":
             # mlx-lm sends a cache with these two attributes to its quantized attention, which `integrate` extends
             self.bits, self.group_size = 0, 0
@@ -138,6 +146,7 @@ class CompressedKVCache:
             Then this call stored nothing in this layer.
         """
         self._check_shapes(keys, values)
+        self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
         if self.chunk == "exact" and keys.shape[_TOKENS] > self.window:
             history = self._history(extra=(keys, values))
             self._store(keys, values)
@@ -150,11 +159,7 @@ class CompressedKVCache:
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | Literal["causal"] | None:
         """The mask that ``N`` new tokens need, in mlx-lm's terms."""
-        if window_size is None and not return_array:
-            return "causal" if N > 1 else None
-        if window_size is None and N == 1:
-            return None
-        return causal_mask(N, self.offset + N, window_size)
+        return mask_for(N, self.offset, return_array, window_size)
 
     @property
     def offset(self) -> int:
@@ -176,6 +181,11 @@ class CompressedKVCache:
     def nbytes(self) -> int:
         """Bytes held for this layer's tokens: sinks, codes, scales, window and growth slack."""
         return sum(run.nbytes for run in self._runs)
+
+    @property
+    def fp16_bytes(self) -> int:
+        """Bytes that the keys and values of the same tokens take in 16 bits each."""
+        return 2 * self.offset * self._values_per_token
 
     def size(self) -> int:
         """Tokens held."""
@@ -236,9 +246,7 @@ class CompressedKVCache:
         exact = Exact(self.key_codec.head_dim), Exact(self.value_codec.head_dim)
         to_sinks = min(count, max(0, self.max_sinks - self.offset))
         pending = self.recent.tokens + count - to_sinks
-        # encode whole blocks, and nothing that the window still covers
-        block = min(BLOCK, max(1, self.window))
-        to_packed = max(0, pending - self.window) // block * block
+        to_packed = max(0, pending - self.window) // self._block * self._block
         from_recent = min(to_packed, self.recent.tokens)
         from_new = to_packed - from_recent
 
@@ -248,9 +256,7 @@ class CompressedKVCache:
         leaving_values = mx.concatenate([leaving_values, values[:, :, to_sinks : to_sinks + from_new]], axis=_TOKENS)
 
         # everything that can fail comes before anything changes
-        for name, x, sink in (("keys", leaving_keys, keys), ("values", leaving_values, values)):
-            self._check_range(name, x)
-            self._check_range(name, sink[:, :, :to_sinks])
+        self._check_range(leaving_keys, leaving_values, keys[:, :, :to_sinks], values[:, :, :to_sinks])
 
         if to_sinks:
             self.sinks.append(exact[0].encode(keys[:, :, :to_sinks]), exact[1].encode(values[:, :, :to_sinks]))
@@ -270,9 +276,13 @@ class CompressedKVCache:
                     f"{codec.head_dim}. Make the cache for this model: vl.make_cache(model, ...)."
                 )
 
-    def _check_range(self, name: str, x: mx.array) -> None:
-        if x.size and not (mx.abs(x) <= _LARGEST).all().item():  # false for NaN too
+    def _check_range(self, *keys_and_values: mx.array) -> None:
+        """Raise `InputError` if a key or a value (they alternate) is no number that a codec can store."""
+        within = [(mx.abs(x) <= _LARGEST).all() for x in keys_and_values if x.size]  # false for NaN too
+        if within and not mx.stack(within).all().item():  # one wait for the device, whatever the number of arrays
+            bad = next(i for i, x in enumerate(keys_and_values) if x.size and not (mx.abs(x) <= _LARGEST).all().item())
             raise InputError(
-                f"Layer {self.layer}: the {name} of a token are NaN, infinite or beyond ±{_LARGEST:.0e} and were not "
-                "stored. The model overflowed, most likely in float16: load it in bfloat16 or float32 and start anew."
+                f"Layer {self.layer}: the {('keys', 'values')[bad % 2]} of a token are NaN, infinite or beyond "
+                f"±{_LARGEST:.0e} and were not stored. The model overflowed, most likely in float16: load it in "
+                "bfloat16 or float32 and start with a new cache."
             )

@@ -19,10 +19,10 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from .attention import Handle, Mask
-from .cache import Chunk, CompressedKVCache, Path
-from .codecs import find_method
-from .errors import InputError
+from veloxlab.attention import Handle, Mask
+from veloxlab.cache import Chunk, CompressedKVCache, Path
+from veloxlab.codecs import find_method
+from veloxlab.errors import InputError
 
 _HOOK = "quantized_scaled_dot_product_attention"
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from ..errors import InputError
-from . import none, turboquant
-from .codec import Code, Codec
-from .method import Method, Role
+import polars as pl
 
-__all__ = ["METHODS", "Code", "Codec", "Method", "Role", "find_method"]
+from veloxlab.codecs import none, turboquant
+from veloxlab.codecs.codec import Code, Codec
+from veloxlab.codecs.method import Method, Role
+from veloxlab.errors import InputError
+
+__all__ = ["METHODS", "Code", "Codec", "Method", "Role", "find_method", "methods"]
 
 METHODS: dict[str, Method] = {
     method.id: method
@@ -16,6 +18,23 @@ METHODS: dict[str, Method] = {
         none.METHOD,
     )
 }
+
+
+def methods() -> pl.DataFrame:
+    """The algorithms: ``id, name, paper, calibrated, least_bits, most_bits, stored, options``."""
+    return pl.DataFrame(
+        {
+            "id": method.id,
+            "name": method.name,
+            "paper": method.paper,
+            "calibrated": method.calibrated,
+            "least_bits": method.bits.start,
+            "most_bits": method.bits[-1],
+            "stored": method.stored,
+            "options": ", ".join(method.options),
+        }
+        for method in METHODS.values()
+    )
 
 
 def find_method(name: str) -> Method:

@@ -17,8 +17,8 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
-from .packing import WIDEST
+from veloxlab.codecs.packing import WIDEST
+from veloxlab.errors import InputError
 
 Floats = NDArray[np.float64]
 

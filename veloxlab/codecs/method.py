@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ..errors import InputError
-from .codec import Codec
+from veloxlab.codecs.codec import Codec
+from veloxlab.errors import InputError
 
 Role = Literal["keys", "values"]
 
@@ -37,8 +37,8 @@ class Method:
     options: tuple[str, ...]
     build: Callable[..., Codec]
 
-    def codec(self, head_dim: int, bits: int, role: Role, **options: object) -> Codec:
-        """Make the codec, after checking ``bits`` and the names of ``options`` (raises `InputError`)."""
+    def check(self, bits: int, role: Role, options: Mapping[str, object]) -> None:
+        """Raise `InputError` unless ``bits`` and the names of ``options`` are the method's."""
         if isinstance(bits, bool) or not isinstance(bits, int) or bits not in self.bits:
             raise InputError(
                 f"{role.capitalize()} at bits={bits!r} are out of range: {self.name} takes whole numbers of bits "
@@ -48,4 +48,8 @@ class Method:
         if unknown:
             known = ", ".join(self.options) or "none"
             raise InputError(f"{self.name} has no option {unknown[0]!r}. Its options are: {known}.")
+
+    def codec(self, head_dim: int, bits: int, role: Role, **options: object) -> Codec:
+        """Make the codec, after `check`."""
+        self.check(bits, role, options)
         return self.build(head_dim, bits, role, **options)

@@ -7,8 +7,8 @@ from typing import Self
 
 import mlx.core as mx
 
-from .codec import Code, check_vectors, per_kv_head
-from .method import Method, Role
+from veloxlab.codecs.codec import Code, check_vectors, per_kv_head
+from veloxlab.codecs.method import Method, Role
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from ..errors import InputError
-from .codebooks import Codebook, gaussian_codebook, sphere_codebook
-from .packing import pack, unpack, words_per_row
-from .transforms import haar_matrix
+from veloxlab.codecs.codebooks import Codebook, gaussian_codebook, sphere_codebook
+from veloxlab.codecs.packing import pack, unpack, words_per_row
+from veloxlab.codecs.transforms import haar_matrix
+from veloxlab.errors import InputError
 
 CodebookName = Literal["sphere", "gaussian"]
 SketchName = Literal["orthogonal", "gaussian"]
@@ -73,7 +73,8 @@ class ScalarQuantizer:
         _, _, joint = _tables(self)
         together = joint.shape[-1]
         index = unpack(words, self.bits, self.dim, together)
-        return mx.take(joint, index, axis=0).reshape(*words.shape[:-1], -1)[..., : self.dim]
+        levels = mx.take(joint, index, axis=0).reshape(*words.shape[:-1], index.shape[-1] * together)
+        return levels[..., : self.dim]
 
 
 _JOINT_INDEX_BITS = 16  # a joint table stays under 2 MB, inside a core's second-level cache

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import mlx.core as mx
 import numpy as np
 
-from ..errors import InputError
+from veloxlab.errors import InputError
 
 RotationName = Literal["hadamard", "haar"]
 
@@ -67,6 +67,8 @@ class SignedHadamard:
         return _signs(self.dim, self.seed).nbytes + _hartley(_odd_part(self.dim)).nbytes
 
     def _spread(self, x: mx.array) -> mx.array:
+        if x.size == 0:
+            return x  # MLX's transform refuses empty arrays
         odd = _odd_part(self.dim)
         if odd == 1:
             return mx.hadamard_transform(x)

@@ -24,12 +24,12 @@ from typing import Literal
 
 import mlx.core as mx
 
-from ..errors import InputError
-from .codebooks import check_bits
-from .codec import RotatedCodec
-from .method import Method, Role
-from .quantizers import CodebookName, ScalarQuantizer, SignSketch, SketchName
-from .transforms import RotationName
+from veloxlab.codecs.codebooks import check_bits
+from veloxlab.codecs.codec import RotatedCodec
+from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.quantizers import CodebookName, ScalarQuantizer, SignSketch, SketchName
+from veloxlab.codecs.transforms import RotationName
+from veloxlab.errors import InputError
 
 ScaleName = Literal["norm", "mse", "unbiased"]
 _SKETCH_SEED = 1_000_003  # keeps the sketch independent of a Haar rotation with the same seed

@@ -1,0 +1,228 @@
+"""The cache holds what it says, in the bytes it says, through any order of appending and trimming."""
+
+import copy
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from veloxlab.attention import History
+from veloxlab.cache import BLOCK, CompressedKVCache
+from veloxlab.codecs import find_method
+from veloxlab.errors import InputError
+
+HEADS, DIM = 3, 64
+
+
+def make(
+    method: str = "turboquant", bits: int = 4, dims: tuple[int, int] = (DIM, DIM), **settings
+) -> CompressedKVCache:
+    method = find_method(method)
+    return CompressedKVCache(method.codec(dims[0], bits, "keys"), method.codec(dims[1], bits, "values"), **settings)
+
+
+def tokens(count: int, seed: int = 0, dim: int = DIM, batch: int = 1) -> mx.array:
+    return mx.random.normal((batch, HEADS, count, dim), key=mx.random.key(seed))
+
+
+def feed(cache: CompressedKVCache, keys: mx.array, values: mx.array, chunks: list[int]) -> None:
+    start = 0
+    for count in chunks:
+        cache.update_and_fetch(keys[:, :, start : start + count], values[:, :, start : start + count])
+        start += count
+    mx.eval(cache.state)
+
+
+def expected(cache: CompressedKVCache, x: mx.array, side: str) -> np.ndarray:
+    """What the cache should hold of the tokens ``x`` that it was given: exact, decoded, exact."""
+    codec = cache.key_codec if side == "keys" else cache.value_codec
+    sinks, packed = cache.sinks.tokens, cache.packed.tokens
+    middle = codec.decode(codec.encode(x[:, :, sinks : sinks + packed]))
+    return np.concatenate([x[:, :, :sinks], middle, x[:, :, sinks + packed :]], axis=2)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    chunks=st.lists(st.integers(0, 70), min_size=1, max_size=8),
+    sinks=st.integers(0, 6),
+    window=st.integers(0, 70),
+    method=st.sampled_from([("turboquant", 3), ("none", 32)]),
+)
+def test_any_chunking_holds_the_same_tokens_in_order(chunks, sinks, window, method):
+    cache = make(*method, sinks=sinks, window=window)
+    total = sum(chunks)
+    keys, values = tokens(total, 1), tokens(total, 2)
+    feed(cache, keys, values, chunks)
+    assert cache.offset == cache.size() == total
+    assert cache.sinks.tokens == min(sinks, total)
+    block = min(BLOCK, max(1, window))
+    assert cache.recent.tokens < window + block
+    assert cache.recent.tokens >= min(window, total - cache.sinks.tokens)
+    if total:
+        held_keys, held_values = cache.keys_and_values()
+        assert np.allclose(held_keys, expected(cache, keys, "keys"), atol=1e-4)
+        assert np.allclose(held_values, expected(cache, values, "values"), atol=1e-4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.sampled_from(["add", "trim"]), st.integers(0, 60)), min_size=1, max_size=10),
+    sinks=st.integers(0, 5),
+    window=st.sampled_from([0, 1, 16, 64]),
+)
+def test_trimming_forgets_exactly_the_newest(steps, sinks, window):
+    """With the exact codec, whatever was appended and trimmed, the cache holds what a plain list would."""
+    cache = make("none", 32, sinks=sinks, window=window)
+    held = np.zeros((1, HEADS, 0, DIM), np.float32)
+    for seed, (step, count) in enumerate(steps):
+        if step == "add":
+            new = tokens(count, seed)
+            cache.update_and_fetch(new, new * 2)
+            held = np.concatenate([held, new], axis=2)
+        else:
+            assert cache.trim(count) == min(count, held.shape[2])
+            held = held[:, :, : max(0, held.shape[2] - count)]
+    assert cache.offset == held.shape[2]
+    assert cache.empty() == (held.shape[2] == 0)
+    if held.shape[2]:
+        keys, values = cache.keys_and_values()
+        assert np.array_equal(keys, held)
+        assert np.array_equal(values, held * 2)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("dims", [(64, 64), (128, 64), (80, 96)])
+def test_bytes_are_the_true_bits_within_two_percent_past_a_thousand_tokens(bits, dims):
+    for chunks in ([1200], [100] * 12, [1000] + [1] * 200):
+        cache = make(bits=bits, dims=dims, sinks=0, window=0)
+        feed(cache, tokens(1200, dim=dims[0]), tokens(1200, dim=dims[1]), chunks)
+        true = (
+            1200 * HEADS * (dims[0] * cache.key_codec.bits_per_value + dims[1] * cache.value_codec.bits_per_value) / 8
+        )
+        assert true <= cache.nbytes <= 1.02 * true
+        assert cache.nbytes == sum(a.nbytes for a in cache.state)
+
+
+def test_sinks_and_window_are_counted_at_their_own_width():
+    cache = make(sinks=4, window=64)
+    feed(cache, tokens(1000).astype(mx.float16), tokens(1000).astype(mx.float16), [1000])
+    exact = cache.sinks.tokens + cache.recent.tokens
+    assert 68 <= exact < 68 + BLOCK
+    packed_bytes = (1000 - exact) * HEADS * 2 * DIM * cache.key_codec.bits_per_value / 8
+    assert cache.nbytes == exact * HEADS * 2 * DIM * 2 + packed_bytes
+    assert cache.fp16_bytes == 1000 * HEADS * 2 * DIM * 2
+
+
+def test_trimmed_memory_is_really_released():
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    cache = make(bits=8, sinks=0, window=0)
+    feed(cache, tokens(20_000), tokens(20_000), [20_000])
+    full = mx.get_active_memory() - before
+    cache.trim(19_000)
+    mx.eval(cache.state)
+    left = mx.get_active_memory() - before
+    assert full >= cache.key_codec.bits_per_value * 2 * DIM * HEADS * 20_000 / 8
+    assert left < 0.06 * full  # a twentieth of the tokens
+
+
+def test_decoding_appends_in_place():
+    """Growth is amortised: of 300 tokens fed one at a time, few may make new buffers."""
+    cache = make(sinks=0, window=0)
+    feed(cache, tokens(2000), tokens(2000), [2000])
+    capacities = set()
+    for i in range(300):
+        feed(cache, tokens(1, i), tokens(1, i), [1])
+        capacities.add(cache.state[0].shape[2])
+    assert len(capacities) <= 300 / (2000 / 64) + 1
+
+
+@pytest.mark.parametrize("chunk", ["exact", "codes"])
+def test_the_chunk_option_says_what_a_prefill_attends_to(chunk):
+    cache = make(sinks=0, window=0, chunk=chunk)
+    keys, values = tokens(40, 1), tokens(40, 2)
+    history, _ = cache.update_and_fetch(keys, values)
+    assert isinstance(history, History)
+    seen, _ = history.expand(mx.float32)
+    same = np.allclose(seen, keys, atol=1e-6)
+    assert same == (chunk == "exact")
+    assert cache.packed.tokens == 40
+
+
+def test_a_decoded_token_inside_the_window_is_seen_exactly():
+    cache = make(sinks=0, window=8)
+    feed(cache, tokens(100, 1), tokens(100, 1), [100])
+    new = tokens(1, 9)
+    history, _ = cache.update_and_fetch(new, new)
+    assert np.array_equal(history.expand(mx.float32)[0][:, :, -1:], new)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20])
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("window", [0, 64])
+def test_nan_and_infinity_are_refused_by_layer_and_nothing_is_stored(bad, side, window):
+    cache = make(sinks=2, window=window, **{})
+    cache.layer = 7
+    feed(cache, tokens(200), tokens(200), [200])
+    before = (cache.offset, cache.nbytes)
+    arrays = {"keys": np.array(tokens(100, 3)), "values": np.array(tokens(100, 4))}
+    arrays[side][0, 1, 5, 3] = bad
+    with pytest.raises(InputError, match=rf"Layer 7: the {side} of a token are NaN, infinite or beyond"):
+        cache.update_and_fetch(mx.array(arrays["keys"]), mx.array(arrays["values"]))
+    assert (cache.offset, cache.nbytes) == before
+
+
+def test_a_bad_token_in_the_window_is_refused_before_it_is_packed():
+    cache = make(sinks=0, window=32)
+    bad = np.array(tokens(1))
+    bad[..., 0] = np.nan
+    feed(cache, mx.array(bad), tokens(1), [1])  # exact, as the model's own cache would keep it
+    with pytest.raises(InputError, match="keys of a token are NaN"):
+        feed(cache, tokens(64), tokens(64), [64])
+    assert cache.packed.tokens == 0
+
+
+def test_a_wrong_head_dimension_is_refused():
+    with pytest.raises(
+        InputError, match=r"Layer 0: values have a head dimension of 80, but this cache was made for 64"
+    ):
+        make().update_and_fetch(tokens(3), tokens(3, dim=80))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"sinks": -1}, "sinks=-1 is not a number of tokens"),
+        ({"window": 1.5}, "window=1.5 is not a number of tokens"),
+        ({"chunk": "both"}, "chunk='both' is unknown: choose 'exact' or 'codes'"),
+    ],
+)
+def test_bad_settings_are_refused(settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make(**settings)
+
+
+def test_a_copy_is_independent():
+    cache = make(window=8)
+    feed(cache, tokens(100), tokens(100), [100])
+    twin = copy.deepcopy(cache)
+    feed(twin, tokens(50, 1), tokens(50, 1), [50])
+    assert (cache.offset, twin.offset) == (100, 150)
+    assert twin.key_codec == cache.key_codec
+
+
+def test_mlx_lm_cannot_replace_it():
+    """``--kv-bits`` converts any cache that has ``to_quantized``, and would silently empty ours."""
+    assert not hasattr(make(), "to_quantized")
+    assert make(path="codes").bits == 0
+    assert not hasattr(make(path="arrays"), "bits")
+
+
+def test_a_batch_is_held_row_by_row():
+    cache = make(sinks=1, window=4)
+    keys, values = tokens(90, 1, batch=3), tokens(90, 2, batch=3)
+    feed(cache, keys, values, [90])
+    assert np.allclose(cache.keys_and_values()[0], expected(cache, keys, "keys"), atol=1e-4)
+    assert cache.fp16_bytes == 3 * 90 * HEADS * 2 * DIM * 2

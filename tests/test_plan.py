@@ -1,0 +1,79 @@
+"""A plan is a readable file that attaches as it says, to the model it was made for and no other."""
+
+import json
+
+import mlx.core as mx
+import pytest
+
+import veloxlab as vl
+from tests.test_integrate import tiny
+from veloxlab.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama")
+
+
+def test_a_plan_survives_its_file(model, tmp_path):
+    plan = vl.Plan.uniform(model, bits=3, value_bits=2, sinks=1, rotation="haar").with_layer(1, key_bits=8)
+    assert vl.Plan.load(plan.save(tmp_path / "plan.json")) == plan
+    assert json.loads((tmp_path / "plan.json").read_text())["layers"][1]["key_bits"] == 8
+    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_cache_is_what_its_plan_says(model):
+    plan = vl.Plan.uniform(model, bits=3, sinks=1, window=5, chunk="codes").with_layer(1, key_bits=8, value_bits=2)
+    first, second = vl.make_cache(model, plan)
+    assert (first.key_codec.bits, first.value_codec.bits) == (3, 3)
+    assert (second.key_codec.bits, second.value_codec.bits) == (8, 2)
+    assert (first.max_sinks, first.window, first.chunk) == (1, 5, "codes")
+    assert plan.frame["key_bits"].to_list() == [3, 8]
+
+
+def test_a_uniform_plan_attaches_as_the_method_does(model):
+    ids = mx.arange(40)[None]
+    by_plan = model(ids, cache=vl.make_cache(model, vl.Plan.uniform(model, bits=2)))
+    by_name = model(ids, cache=vl.make_cache(model, "turboquant", bits=2))
+    assert mx.array_equal(by_plan, by_name)
+
+
+def test_a_plan_for_another_model_is_refused(model):
+    other = tiny("llama", num_key_value_heads=4)
+    with pytest.raises(InputError, match="was made for a model with hash .* Make a plan for this model"):
+        vl.make_cache(other, vl.Plan.uniform(model))
+
+
+def test_fidelity_measures_a_plan(smollm2):
+    plan = vl.Plan.uniform(smollm2[0], bits=6, sinks=0, window=0)
+    row = vl.fidelity(*smollm2, plan, tokens=32)
+    assert row.select("name", "key_bits").row(0) == ("turboquant K6 V6", 6.25)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "There is no plan at"),
+        ("{", "is not a readable plan"),
+        ("[]", "is not a plan of the format 'veloxlab plan 1'"),
+        ('{"format": "veloxlab plan 9"}', "is not a plan of the format"),
+        ('{"format": "veloxlab plan 1", "layers": [{"bits": 3}]}', "missing or unknown fields"),
+        ('{"format": "veloxlab plan 1"}', "missing or unknown fields"),
+    ],
+)
+def test_a_file_that_is_no_plan_is_refused(tmp_path, content, sentence):
+    path = tmp_path / "plan.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=sentence):
+        vl.Plan.load(path)
+
+
+def test_an_impossible_plan_is_refused_before_it_can_be_saved(model):
+    plan = vl.Plan.uniform(model)
+    with pytest.raises(InputError, match="Values at bits=12 are out of range"):
+        plan.with_layer(0, value_bits=12)
+    with pytest.raises(InputError, match="has layers 0 to 1, and no layer 5"):
+        plan.with_layer(5, key_bits=2)
+    with pytest.raises(InputError, match="Unknown method"):
+        vl.Plan.uniform(model, "turbo")

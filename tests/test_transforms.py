@@ -1,0 +1,45 @@
+"""Rotations are orthogonal for any head dimension, flat, and the same everywhere."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from veloxlab.codecs.transforms import make_rotation
+from veloxlab.errors import InputError
+
+DIMS = [4, 7, 64, 72, 80, 96, 112, 128, 192, 256]
+
+
+@pytest.mark.parametrize("name", ["hadamard", "haar"])
+@pytest.mark.parametrize("dim", DIMS)
+def test_a_rotation_keeps_inner_products_and_can_be_undone(name, dim):
+    rotation = make_rotation(name, dim, seed=3)
+    x = mx.random.normal((2, 5, dim), key=mx.random.key(dim))
+    y = rotation.forward(x)
+    assert np.allclose(y @ y.swapaxes(-1, -2), x @ x.swapaxes(-1, -2), atol=1e-4 * dim)
+    assert np.allclose(rotation.inverse(y), x, atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", DIMS)
+def test_a_single_outlier_channel_is_spread_over_all_coordinates(dim):
+    turned = make_rotation("hadamard", dim, seed=0).forward(mx.eye(dim))
+    # flat would be 1/√dim; the odd-sized Hartley factor adds at most √2
+    assert mx.abs(turned).max().item() <= np.sqrt(2 / dim) + 1e-6
+
+
+def test_haar_is_uniform_in_sign():
+    """Without the correction by the signs of R's diagonal, a QR's Q has a negative mean diagonal."""
+    traces = [np.trace(np.array(make_rotation("haar", 8, seed).forward(mx.eye(8)))) for seed in range(400)]
+    assert abs(np.mean(traces)) < 4 / np.sqrt(400)  # the trace of a Haar matrix has mean 0 and variance 1
+
+
+def test_equal_seeds_give_equal_rotations_and_others_do_not():
+    x = mx.ones((1, 64))
+    first, again, other = (make_rotation("hadamard", 64, s).forward(x) for s in (1, 1, 2))
+    assert mx.array_equal(first, again)
+    assert not mx.array_equal(first, other)
+
+
+def test_an_unknown_rotation_is_refused():
+    with pytest.raises(InputError, match="choose 'hadamard' or 'haar'"):
+        make_rotation("fourier", 64, 0)

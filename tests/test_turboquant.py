@@ -1,0 +1,146 @@
+"""TurboQuant's own numbers: distortion and inner-product error on random unit vectors, with 20,000 pairs."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from veloxlab.codecs.codebooks import gaussian_codebook, sphere_codebook
+from veloxlab.codecs.turboquant import TurboQuant, TurboQuantProd, build
+from veloxlab.errors import InputError
+
+PAIRS = 20_000
+DIM = 128
+# d·E[(⟨q, k̂⟩ − ⟨q, k⟩)²] for unit vectors: norm scale, unbiased scale, prod with Gaussian and with orthogonal sketch
+INNER_PRODUCT_ERROR = {
+    1: (0.353, 0.555, 1.576, 0.569),
+    2: (0.117, 0.133, 0.580, 0.204),
+    3: (0.034, 0.0347, 0.180, 0.066),
+    4: (0.0093, 0.0092, 0.0528, 0.0192),
+    5: (0.0025, 0.0024, 0.0143, 0.0053),
+}
+# the table was sampled with as many pairs as we use: a mean of squares of N values has a relative deviation of √(2/N),
+# 1 %, on both sides, its last digit is rounded by up to 2 %, and a Gaussian sketch is itself one draw
+TOLERANCE = 0.06
+
+
+def unit_vectors(seed: int, dim: int = DIM) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((PAIRS, dim)).astype(np.float32)
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return unit_vectors(0), unit_vectors(1)
+
+
+def decoded(codec, keys: np.ndarray) -> np.ndarray:
+    return np.array(codec.decode(codec.encode(mx.array(keys)[None, None])))[0, 0]
+
+
+def inner_product_errors(codec, pairs) -> np.ndarray:
+    keys, queries = pairs
+    return (queries * (decoded(codec, keys) - keys)).sum(axis=1)
+
+
+@pytest.mark.parametrize("bits", INNER_PRODUCT_ERROR)
+@pytest.mark.parametrize(
+    ("column", "make"),
+    [
+        (0, lambda b: TurboQuant(DIM, b, scale="norm")),
+        (1, lambda b: TurboQuant(DIM, b, scale="unbiased")),
+        (2, lambda b: TurboQuantProd(DIM, b, sketch="gaussian")),
+        (3, lambda b: TurboQuantProd(DIM, b, sketch="orthogonal")),
+    ],
+    ids=["norm", "unbiased", "prod-gaussian", "prod-orthogonal"],
+)
+def test_inner_product_error(bits, column, make, pairs):
+    errors = inner_product_errors(make(bits), pairs)
+    assert DIM * np.mean(errors**2) == pytest.approx(INNER_PRODUCT_ERROR[bits][column], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_prod_variance_follows_the_closed_form(bits, pairs):
+    """(π/2)·D(b − 1)/d for the Gaussian sketch, where D(0) = 1."""
+    residual = sphere_codebook(bits - 1, DIM).distortion if bits > 1 else 1.0
+    errors = inner_product_errors(TurboQuantProd(DIM, bits), pairs)
+    assert DIM * np.mean(errors**2) == pytest.approx(math.pi / 2 * residual, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda b: TurboQuantProd(DIM, b, sketch="gaussian"),
+        lambda b: TurboQuantProd(DIM, b, sketch="orthogonal"),
+        lambda b: TurboQuant(DIM, b, scale="unbiased"),
+    ],
+    ids=["prod-gaussian", "prod-orthogonal", "unbiased"],
+)
+def test_unbiased_estimators_are_unbiased(bits, make, pairs):
+    """Against queries that are the keys themselves, where a bias shows most; within 3 standard errors and float16."""
+    keys, _ = pairs
+    lengths = np.random.default_rng(2).uniform(0.5, 2, (PAIRS, 1)).astype(np.float32)
+    ratio = (keys * decoded(make(bits), keys * lengths) / lengths).sum(axis=1)
+    standard_error = ratio.std() / math.sqrt(PAIRS)
+    # lengths vary, so the rounding of scales averages out; that of a one-bit residual's norm, always √d, does not
+    assert abs(ratio.mean() - 1) < 3 * standard_error + 2**-11
+
+
+@pytest.mark.parametrize(("bits", "kept"), [(1, 0.6374), (2, 0.8854), (3, 0.9672), (4, 0.9913)])
+def test_the_papers_norm_scale_shrinks_inner_products_by_one_minus_d(bits, kept, pairs):
+    keys, _ = pairs
+    ratio = (keys * decoded(TurboQuant(DIM, bits, scale="norm", codebook="gaussian"), keys)).sum(axis=1)
+    assert ratio.mean() == pytest.approx(1 - gaussian_codebook(bits).distortion, abs=4e-3)  # Gaussian table, d = 128
+    assert ratio.mean() == pytest.approx(kept, abs=2e-3)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("rotation", ["hadamard", "haar"])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_distortion_is_the_tables_and_between_the_bounds(bits, rotation, dim):
+    keys = unit_vectors(2, dim)
+    codec = TurboQuant(dim, bits, scale="norm", rotation=rotation)
+    mse = np.mean(((decoded(codec, keys) - keys) ** 2).sum(axis=1))
+    assert mse == pytest.approx(sphere_codebook(bits, dim).distortion, rel=0.01)
+    assert 4.0**-bits <= mse <= math.sqrt(3) * math.pi / 2 * 4.0**-bits
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_mse_scale_is_the_best_scale(bits, pairs):
+    keys, _ = pairs
+    errors = {
+        scale: np.mean((decoded(TurboQuant(DIM, bits, scale=scale), keys) - keys) ** 2)
+        for scale in ("mse", "norm", "unbiased")
+    }
+    assert errors["mse"] < min(errors["norm"], errors["unbiased"])
+
+
+def test_two_unbiased_bits_beat_three_bits_of_prod(pairs):
+    """The claim of arXiv 2604.18555."""
+    two = np.mean(inner_product_errors(TurboQuant(DIM, 2, scale="unbiased"), pairs) ** 2)
+    three = np.mean(inner_product_errors(TurboQuantProd(DIM, 3), pairs) ** 2)
+    assert two < three
+
+
+def test_keys_get_the_unbiased_scale_and_values_the_mse_scale():
+    assert build(64, 4, "keys").scale == "unbiased"
+    assert build(64, 4, "values").scale == "mse"
+    assert build(64, 4, "values", scale="norm").scale == "norm"
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: TurboQuant(64, 4, scale="max"), "Unknown scale 'max'"),
+        (lambda: TurboQuant(64, 4, codebook="uniform"), "Unknown codebook 'uniform'"),
+        (lambda: TurboQuant(64, 9), "out of range"),
+        (lambda: TurboQuantProd(64, 0), "out of range"),
+        (lambda: TurboQuantProd(64, 2, sketch="sparse"), "Unknown sketch 'sparse'"),
+        (lambda: build(64, 4, "keys", variant="max"), "Unknown TurboQuant variant 'max'"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_at_once(make, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make()

@@ -1,0 +1,1 @@
+"""Allocation of bits, and the portable `Plan` that it ends in."""

@@ -1,0 +1,131 @@
+"""A plan: which method and how many bits each layer's keys and values get, as a file that people can read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Self
+
+import polars as pl
+from mlx.nn.layers.base import Module
+
+from veloxlab.cache import Chunk
+from veloxlab.codecs import find_method
+from veloxlab.errors import InputError
+from veloxlab.files import write_atomically
+from veloxlab.integrate import LayerFacts, LayerSettings, probe
+
+FORMAT = "veloxlab plan 1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `veloxlab.make_cache` is to make for one model.
+
+    Attributes
+    ----------
+    model_hash : of the shapes that the plan was made for; `model_hash`.
+    layers : settings of each entry of the model's prompt cache; those of layers that keep their own cache are idle.
+    sinks, window, chunk : as for `veloxlab.make_cache`.
+    name : for people.
+    """
+
+    model_hash: str
+    layers: tuple[LayerSettings, ...]
+    sinks: int = 4
+    window: int = 64
+    chunk: Chunk = "exact"
+    name: str = ""
+
+    @classmethod
+    def uniform(
+        cls,
+        model: Module,
+        method: str = "turboquant",
+        *,
+        bits: int = 4,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        sinks: int = 4,
+        window: int = 64,
+        chunk: Chunk = "exact",
+        **options: object,
+    ) -> Self:
+        """The same method and bits for every layer of ``model``; raises `InputError` as `veloxlab.make_cache`."""
+        settings = LayerSettings(method, key_bits or bits, method, value_bits or bits, options)
+        facts = probe(model)
+        for layer in facts:
+            _check(layer, settings)
+        name = f"{method} K{settings.key_bits} V{settings.value_bits}"
+        return cls(model_hash(model), (settings,) * len(facts), sinks, window, chunk, name)
+
+    def with_layer(self, layer: int, **changes: object) -> Self:
+        """A plan that differs in one layer: any fields of `LayerSettings`, such as ``key_bits=8``."""
+        if not 0 <= layer < len(self.layers):
+            raise InputError(f"This plan has layers 0 to {len(self.layers) - 1}, and no layer {layer}.")
+        changed = replace(self.layers[layer], **changes)  # type: ignore[arg-type]
+        for method, bits, role in (
+            (changed.key_method, changed.key_bits, "keys"),
+            (changed.value_method, changed.value_bits, "values"),
+        ):
+            find_method(method).check(bits, role, changed.options)  # type: ignore[arg-type]
+        layers = (*self.layers[:layer], changed, *self.layers[layer + 1 :])
+        return replace(self, layers=layers)
+
+    def settings_for(self, model: Module) -> Sequence[LayerSettings]:
+        """The layers' settings, if this plan was made for a model of these shapes; else raise `InputError`."""
+        found = model_hash(model)
+        if found != self.model_hash:
+            raise InputError(
+                f"The plan {self.name!r} was made for a model with hash {self.model_hash}, and this model has {found}: "
+                "its layers or head dimensions differ. Make a plan for this model."
+            )
+        return self.layers
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """One row per layer: ``layer, key_method, key_bits, value_method, value_bits``, in code bits."""
+        rows = [
+            {"layer": i, **{k: v for k, v in asdict(s).items() if k != "options"}} for i, s in enumerate(self.layers)
+        ]
+        return pl.DataFrame(rows)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, whole or not at all, and return the path."""
+        path = Path(path)
+        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        write_atomically(path, text.encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan that `save` wrote; raises `InputError` for a file that is missing or is no plan."""
+        try:
+            content = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise InputError(f"There is no plan at {path}.") from None
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is not a readable plan ({error}). Save it again with plan.save.") from None
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise InputError(f"{path} is not a plan of the format {FORMAT!r}. Save it again with plan.save.")
+        try:
+            layers = tuple(LayerSettings(**layer) for layer in content.pop("layers"))
+            return cls(layers=layers, **content)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} is a plan with missing or unknown fields ({error}).") from None
+
+
+def model_hash(model: Module) -> str:
+    """Twelve hex digits over the shapes of a model's caches: what a plan depends on."""
+    shapes = [(f.layer, f.native, f.compressible, f.kv_heads, f.key_dim, f.value_dim) for f in probe(model)]
+    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:12]
+
+
+def _check(facts: LayerFacts, settings: LayerSettings) -> None:
+    """Make the codecs once, so that a plan that cannot be attached is never saved."""
+    if facts.compressible:
+        find_method(settings.key_method).codec(facts.key_dim, settings.key_bits, "keys", **settings.options)
+        find_method(settings.value_method).codec(facts.value_dim, settings.value_bits, "values", **settings.options)

@@ -1,0 +1,21 @@
+"""Measurements: capture, error, memory and quality, all as Polars frames with documented columns."""
+
+from __future__ import annotations
+
+from veloxlab.measure.activations import Capture, LayerCapture, capture
+from veloxlab.measure.errors import layer_errors, relative_errors, token_errors
+from veloxlab.measure.memory import memory_growth, report
+from veloxlab.measure.quality import fidelity, token_fidelity
+
+__all__ = [
+    "Capture",
+    "LayerCapture",
+    "capture",
+    "fidelity",
+    "layer_errors",
+    "memory_growth",
+    "relative_errors",
+    "report",
+    "token_errors",
+    "token_fidelity",
+]

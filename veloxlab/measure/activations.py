@@ -1,0 +1,124 @@
+"""Capture: the queries, keys and values of a real run of a model, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import make_prompt_cache
+
+from veloxlab import integrate
+from veloxlab.attention import Handle, Mask, mask_for
+from veloxlab.errors import InputError
+from veloxlab.measure.progress import Progress, silent
+from veloxlab.texts import excerpt
+
+
+@dataclass(frozen=True)
+class LayerCapture:
+    """What one layer's attention saw, as it went into the cache (after RoPE).
+
+    Attributes
+    ----------
+    layer : index in the prompt cache.
+    queries : ``[1, Hq, S, Dk]``, or None where the model computes attention by itself.
+    keys, values : ``[1, H, S, Dk]`` and ``[1, H, S, Dv]``.
+    scale : what the model multiplies q·k with, or None with ``queries``.
+    """
+
+    layer: int
+    queries: mx.array | None
+    keys: mx.array
+    values: mx.array
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One causal run over ``tokens``, held evaluated, so that any thread may use it."""
+
+    layers: tuple[LayerCapture, ...]
+    tokens: tuple[int, ...]
+
+    def __repr__(self) -> str:
+        """A stable line: arrays are not for printing."""
+        keys = self.layers[0].keys
+        return (
+            f"Capture(layers={len(self.layers)}, tokens={len(self.tokens)}, "
+            f"kv_heads={keys.shape[1]}, head_dim={keys.shape[-1]})"
+        )
+
+
+def capture(
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401 - mlx-lm's TokenizerWrapper, or anything with `encode`
+    text: str | None = None,
+    *,
+    tokens: int = 512,
+    progress: Progress = silent,
+) -> Capture:
+    """Run ``model`` over the first ``tokens`` tokens of ``text`` and keep what every attention layer saw.
+
+    Parameters
+    ----------
+    model, tokenizer : as `veloxlab.load` gives them.
+    text : what to read; the shipped WikiText-2 test excerpt by default.
+    tokens : how many tokens; the whole text if it is shorter.
+    progress : told of each layer.
+
+    Raises
+    ------
+    InputError : if the text has fewer than two tokens.
+    """
+    ids = encode(tokenizer, text)[:tokens]
+    facts = integrate.probe(model)
+    native = make_prompt_cache(model)
+    recorders = [_Recorder(f) if f.compressible else own for f, own in zip(facts, native, strict=True)]
+    model(mx.array([ids]), cache=recorders)  # lazy: nothing is computed before the layers below are
+    layers = []
+    for recorder in recorders:
+        if isinstance(recorder, _Recorder):
+            seen = recorder.seen()
+            mx.eval([a for a in (seen.queries, seen.keys, seen.values) if a is not None])
+            layers.append(seen)
+            progress(len(layers), sum(f.compressible for f in facts), f"layer {seen.layer}")
+    if not layers:
+        raise InputError("No layer of this model keeps plain keys and values: there is nothing to capture.")
+    return Capture(tuple(layers), tuple(ids))
+
+
+def encode(tokenizer: Any, text: str | None, least: int = 2) -> list[int]:  # noqa: ANN401
+    """Token ids of ``text`` (the shipped test excerpt if None); raises `InputError` below ``least`` tokens."""
+    ids = list(tokenizer.encode(excerpt("test") if text is None else text))
+    if len(ids) < least:
+        raise InputError(f"The text has {len(ids)} tokens and at least {least} are needed: give a longer text.")
+    return ids
+
+
+class _Recorder(Handle):
+    """A cache and its handle in one: attends exactly, and keeps what passed."""
+
+    def __init__(self, facts: integrate.LayerFacts) -> None:
+        self.facts, self.offset = facts, 0
+        self._queries: mx.array | None = None
+        self._scale: float | None = None
+        if facts.path == "codes":
+            self.bits, self.group_size = 0, 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        self._keys, self._values, self.offset = keys, values, keys.shape[2]
+        return (self, self) if self.facts.path == "codes" else (keys, values)
+
+    def attend(self, q: mx.array, scale: float, mask: Mask) -> mx.array:
+        self._queries, self._scale = q, scale
+        return mx.fast.scaled_dot_product_attention(q, self._keys, self._values, scale=scale, mask=cast("Any", mask))
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | Literal["causal"] | None:
+        return mask_for(N, self.offset, return_array, window_size)
+
+    def seen(self) -> LayerCapture:
+        return LayerCapture(self.facts.layer, self._queries, self._keys, self._values, self._scale)

@@ -1,0 +1,185 @@
+"""What compression does to a captured run: the error of every layer, KV head and tensor, by the model's own queries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+import polars as pl
+
+from veloxlab.attention import causal_mask
+from veloxlab.codecs import Codec, find_method
+from veloxlab.measure.activations import Capture, LayerCapture
+from veloxlab.measure.progress import Progress, silent
+
+Side = Literal["keys", "values"]
+
+LAYER_ERRORS = {
+    "layer": pl.Int32,
+    "head": pl.Int32,  # KV head
+    "tensor": pl.String,  # "keys" or "values": the one that is compressed, the other stays exact
+    "rel_mse": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over the tokens
+    "cosine": pl.Float64,  # mean over tokens of cos(x, x̂)
+    "logit_error": pl.Float64,  # keys only: root-mean-square change of scale·q·k over causal pairs, in nats
+    "output_error": pl.Float64,  # Σ‖o − ô‖² / Σ‖o‖² of the attention output, over the query heads of this KV head
+}
+"""Columns of `layer_errors`."""
+
+TOKEN_ERRORS = {
+    "layer": pl.Int32,
+    "head": pl.Int32,
+    "tensor": pl.String,
+    "bits": pl.Int32,  # code bits per coordinate
+    "position": pl.Int32,  # of the token in the text
+    "squared_error": pl.Float32,  # ‖x − x̂‖²
+    "squared_norm": pl.Float32,  # ‖x‖²
+}
+"""Columns of `token_errors`."""
+
+
+def layer_errors(
+    capture: Capture,
+    method: str = "turboquant",
+    *,
+    bits: int = 4,
+    key_bits: int | None = None,
+    value_bits: int | None = None,
+    sinks: int = 0,
+    window: int = 0,
+    progress: Progress = silent,
+    **options: object,
+) -> pl.DataFrame:
+    """Error of each layer, KV head and tensor when ``method`` compresses the captured keys or values.
+
+    The first ``sinks`` and the last ``window`` tokens stay exact and count as such. Attention is causal over the
+    captured queries, in float32. Columns: `LAYER_ERRORS`; ``logit_error`` and ``output_error`` are null where the
+    model does not show its queries.
+
+    Raises
+    ------
+    InputError : unknown method or option, bits out of range.
+    """
+    rows: list[dict[str, object]] = []
+    widths: dict[Side, int] = {"keys": key_bits or bits, "values": value_bits or bits}
+    for i, layer in enumerate(capture.layers):
+        for side, width in widths.items():
+            rows += _side_errors(layer, side, method, width, sinks, window, options)
+        progress(i + 1, len(capture.layers), f"errors of layer {layer.layer}")
+    return pl.DataFrame(rows, schema=LAYER_ERRORS)
+
+
+def token_errors(
+    capture: Capture,
+    method: str = "turboquant",
+    *,
+    bits: int = 4,
+    progress: Progress = silent,
+    **options: object,
+) -> pl.DataFrame:
+    """Squared error and squared norm of each captured token's key and value, every token compressed: `TOKEN_ERRORS`.
+
+    Relative errors with any number of exact sinks and recent tokens follow from sums of these, with no model run.
+    """
+    frames = []
+    for i, layer in enumerate(capture.layers):
+        for side in ("keys", "values"):
+            x, decoded = _decoded(layer, side, method, bits, options)
+            errors = np.array(mx.square(x - decoded).sum(axis=-1)[0])  # [H, S]
+            norms = np.array(mx.square(x).sum(axis=-1)[0])
+            heads, tokens = errors.shape
+            frames.append(
+                pl.DataFrame(
+                    {
+                        "layer": np.full(errors.size, layer.layer),
+                        "head": np.repeat(np.arange(heads), tokens),
+                        "tensor": [side] * errors.size,
+                        "bits": np.full(errors.size, bits),
+                        "position": np.tile(np.arange(tokens), heads),
+                        "squared_error": errors.reshape(-1),
+                        "squared_norm": norms.reshape(-1),
+                    },
+                    schema=TOKEN_ERRORS,
+                )
+            )
+        progress(i + 1, len(capture.layers), f"{bits} bits, layer {layer.layer}")
+    return pl.concat(frames)
+
+
+def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) -> pl.DataFrame:
+    """Relative MSE per layer, head, tensor and bits from `token_errors`, with exact sinks and recent tokens.
+
+    Columns ``layer, head, tensor, bits, rel_mse``, sorted.
+    """
+    last = pl.col("position").max()
+    packed = (pl.col("position") >= sinks) & (pl.col("position") <= last - window)
+    error = (pl.col("squared_error") * packed).sum() / pl.col("squared_norm").sum()
+    return tokens.group_by("layer", "head", "tensor", "bits").agg(rel_mse=error).sort("layer", "head", "tensor", "bits")
+
+
+def _decoded(
+    layer: LayerCapture, side: Side, method: str, bits: int, options: dict[str, object]
+) -> tuple[mx.array, mx.array]:
+    """Exact and decoded ``[1, H, S, D]``, both float32."""
+    x = (layer.keys if side == "keys" else layer.values).astype(mx.float32)
+    codec: Codec = find_method(method).codec(x.shape[-1], bits, side, **options)
+    return x, codec.decode(codec.encode(x)).astype(mx.float32)
+
+
+def _side_errors(
+    layer: LayerCapture,
+    side: Side,
+    method: str,
+    bits: int,
+    sinks: int,
+    window: int,
+    options: dict[str, object],
+) -> Iterator[dict[str, object]]:
+    x, decoded = _decoded(layer, side, method, bits, options)
+    position = mx.arange(x.shape[2])[:, None]
+    decoded = mx.where((position < sinks) | (position >= x.shape[2] - window), x, decoded)
+    error = mx.square(x - decoded).sum(axis=-1)
+    norm, decoded_norm = mx.linalg.norm(x, axis=-1), mx.linalg.norm(decoded, axis=-1)
+    cosine = (x * decoded).sum(axis=-1) / mx.maximum(norm * decoded_norm, 1e-30)
+    rel_mse = error.sum(axis=-1) / mx.square(norm).sum(axis=-1)
+    columns = [rel_mse[0], cosine.mean(axis=-1)[0]]
+    if layer.queries is not None and layer.scale is not None:
+        columns += _attention_errors(layer.queries, layer.scale, layer, side, decoded)
+    values = [np.array(c).tolist() for c in columns]
+    for head in range(x.shape[1]):
+        yield {
+            "layer": layer.layer,
+            "head": head,
+            "tensor": side,
+            "rel_mse": values[0][head],
+            "cosine": values[1][head],
+            "logit_error": values[2][head] if len(values) > 2 and side == "keys" else None,
+            "output_error": values[3][head] if len(values) > 2 else None,
+        }
+
+
+def _attention_errors(
+    queries: mx.array, scale: float, layer: LayerCapture, side: Side, decoded: mx.array
+) -> list[mx.array]:
+    """Logit error and attention-output error of each KV head, two arrays ``[H]``."""
+    keys, values = layer.keys.astype(mx.float32), layer.values.astype(mx.float32)
+    _, kv_heads, tokens, _ = keys.shape
+    q = queries[0].astype(mx.float32).reshape(kv_heads, -1, tokens, queries.shape[-1])  # [H, Hq/H, S, D]
+    mask = causal_mask(tokens, tokens)
+    pairs = tokens * (tokens + 1) / 2 * q.shape[1]
+
+    def logits(k: mx.array) -> mx.array:
+        return (q @ k[0][:, None].swapaxes(-1, -2)) * scale
+
+    def output(scores: mx.array, v: mx.array) -> mx.array:
+        weights = mx.softmax(mx.where(mask, scores, -mx.inf), axis=-1, precise=True)
+        return weights @ v[0][:, None]
+
+    exact = logits(keys)
+    changed = logits(decoded) if side == "keys" else exact
+    logit_error = mx.sqrt(mx.where(mask, mx.square(changed - exact), 0.0).sum(axis=(1, 2, 3)) / pairs)
+    out = output(exact, values)
+    out_changed = output(changed, decoded if side == "values" else values)
+    output_error = mx.square(out - out_changed).sum(axis=(1, 2, 3)) / mx.square(out).sum(axis=(1, 2, 3))
+    return [logit_error, output_error]

@@ -1,0 +1,255 @@
+"""How far a compressed cache moves a model's next-token distribution, measured against its own uncompressed run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+import polars as pl
+from mlx.nn.layers.base import Module
+
+from veloxlab import integrate
+from veloxlab.cache import Chunk
+from veloxlab.errors import InputError
+from veloxlab.measure.activations import encode
+from veloxlab.measure.memory import report
+from veloxlab.measure.progress import Progress, silent
+
+Mode = Literal["oneshot", "decode"]
+CacheMaker = Callable[[Module], list[Any]]
+
+FIDELITY = {
+    "name": pl.String,  # of the cache
+    "mode": pl.String,  # "oneshot": the whole window in one call; "decode": one token at a time after the prompt
+    "chunk": pl.String,  # whether tokens of one call attended to one another "exact" or through their "codes"
+    "positions": pl.Int64,  # predictions compared, over all windows
+    "kl_mean": pl.Float64,  # KL(exact ‖ compressed) of the next token, nats
+    "kl_median": pl.Float64,
+    "kl_p99": pl.Float64,
+    "kl_max": pl.Float64,
+    "top1_flips": pl.Float64,  # share of predictions whose most likely token changed, 0 to 1
+    "perplexity": pl.Float64,  # of the text, with the compressed cache
+    "perplexity_exact": pl.Float64,  # with mlx-lm's own cache
+    "key_bits": pl.Float64,  # true bits per packed value, mean over layers; null for a cache that is not ours
+    "value_bits": pl.Float64,
+    "held_bits": pl.Float64,  # held bytes · 8 / values held, exact tokens and slack included
+    "held_bytes": pl.Int64,  # of all layers, at the end of a window
+    "fp16_bytes": pl.Int64,  # what 16-bit keys and values of the same tokens take
+}
+"""Columns of `fidelity`."""
+
+TOKEN_FIDELITY = {
+    "window": pl.Int32,  # which stretch of the text
+    "position": pl.Int32,  # in the window, of the token that predicts
+    "token": pl.Int32,  # id of the token that came next
+    "kl": pl.Float64,  # nats
+    "flip": pl.Boolean,
+    "nll": pl.Float64,  # −log p(token), compressed, nats
+    "nll_exact": pl.Float64,
+}
+"""Columns of `token_fidelity`."""
+
+
+def fidelity(
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401
+    method_or_plan: str | integrate.LayerPlan | CacheMaker = "turboquant",
+    *,
+    text: str | None = None,
+    mode: Mode = "oneshot",
+    tokens: int = 512,
+    windows: int = 1,
+    prompt: int = 64,
+    chunk: Chunk = "codes",
+    name: str | None = None,
+    progress: Progress = silent,
+    **settings: object,
+) -> pl.DataFrame:
+    """Compare the model's predictions with a compressed cache and with its own, on the same text: one row, `FIDELITY`.
+
+    Parameters
+    ----------
+    model, tokenizer : as `veloxlab.load` gives them.
+    method_or_plan : a method's id or a `veloxlab.Plan`, as for `veloxlab.make_cache`; or any function from the model
+        to a prompt cache, such as one that makes mlx-lm's ``QuantizedKVCache``.
+    text : the shipped WikiText-2 test excerpt by default.
+    mode : ``"oneshot"`` reads each window in one call; ``"decode"`` reads ``prompt`` tokens in one call, then feeds the
+        true tokens one at a time, as generation would, and compares those predictions only.
+    tokens, windows : length and number of stretches of text, one after the other, each with a fresh cache.
+    chunk : as for `veloxlab.make_cache`, but ``"codes"`` by default: every token is then seen as the cache holds it.
+    name : for the row; by default the method and its bits.
+    progress : told of each window, and in ``"decode"`` of each token.
+    settings : further arguments of `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
+
+    Raises
+    ------
+    InputError : as `veloxlab.make_cache`; or if the text is too short.
+    """
+    make = _maker(method_or_plan, chunk, settings)
+    frame, caches = _compare(model, tokenizer, make, text, mode, tokens, windows, prompt, progress)
+    return pl.concat(
+        [
+            pl.DataFrame(
+                {
+                    "name": [name or _name(method_or_plan, settings)],
+                    "mode": [mode],
+                    "chunk": [None if callable(method_or_plan) else chunk],
+                }
+            ),
+            _summary(frame),
+            _holdings(caches),
+        ],
+        how="horizontal",
+    ).match_to_schema(FIDELITY)
+
+
+def token_fidelity(
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401
+    method_or_plan: str | integrate.LayerPlan | CacheMaker = "turboquant",
+    *,
+    text: str | None = None,
+    mode: Mode = "oneshot",
+    tokens: int = 512,
+    windows: int = 1,
+    prompt: int = 64,
+    chunk: Chunk = "codes",
+    progress: Progress = silent,
+    **settings: object,
+) -> pl.DataFrame:
+    """Like `fidelity`, but one row for each prediction: `TOKEN_FIDELITY`."""
+    make = _maker(method_or_plan, chunk, settings)
+    return _compare(model, tokenizer, make, text, mode, tokens, windows, prompt, progress)[0]
+
+
+def _summary(frame: pl.DataFrame) -> pl.DataFrame:
+    kl = pl.col("kl")
+    return frame.select(
+        positions=pl.len().cast(pl.Int64),
+        kl_mean=kl.mean(),
+        kl_median=kl.median(),
+        kl_p99=kl.quantile(0.99),
+        kl_max=kl.max(),
+        top1_flips=pl.col("flip").mean(),
+        perplexity=pl.col("nll").mean().exp(),
+        perplexity_exact=pl.col("nll_exact").mean().exp(),
+    )
+
+
+def _holdings(caches: list[Any]) -> pl.DataFrame:
+    return (
+        report(caches)
+        .filter(pl.col("tokens") > 0)
+        .select(
+            pl.col("key_bits", "value_bits").mean(),
+            held_bits=16 * pl.col("held_bytes").sum() / pl.col("fp16_bytes").sum(),
+            held_bytes=pl.col("held_bytes").sum(),
+            fp16_bytes=pl.col("fp16_bytes").sum(),
+        )
+    )
+
+
+def _maker(
+    method_or_plan: str | integrate.LayerPlan | CacheMaker, chunk: Chunk, settings: dict[str, object]
+) -> CacheMaker:
+    if callable(method_or_plan):
+        if settings:
+            raise InputError(f"A cache of your own takes no settings, but {sorted(settings)[0]!r} was given.")
+        return method_or_plan
+    return lambda model: integrate.make_cache(model, method_or_plan, chunk=chunk, **settings)  # type: ignore[arg-type]
+
+
+def _name(method_or_plan: str | integrate.LayerPlan | CacheMaker, settings: dict[str, object]) -> str:
+    if not isinstance(method_or_plan, str):
+        return getattr(method_or_plan, "name", None) or type(method_or_plan).__name__
+    if method_or_plan == "none":
+        return "none"
+    bits = settings.get("bits", 4)
+    return f"{method_or_plan} K{settings.get('key_bits') or bits} V{settings.get('value_bits') or bits}"
+
+
+def _compare(
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401
+    make: CacheMaker,
+    text: str | None,
+    mode: Mode,
+    tokens: int,
+    windows: int,
+    prompt: int,
+    progress: Progress,
+) -> tuple[pl.DataFrame, list[Any]]:
+    """`TOKEN_FIDELITY` rows of all windows, and the cache of the last."""
+    if mode not in ("oneshot", "decode"):
+        raise InputError(f"mode={mode!r} is unknown: choose 'oneshot' or 'decode'.")
+    if mode == "decode" and not 1 <= prompt < tokens - 1:
+        raise InputError(f"prompt={prompt} leaves nothing to decode of {tokens} tokens: take fewer, at least 1.")
+    ids = encode(tokenizer, text)
+    if len(ids) < tokens * (windows - 1) + 2:
+        raise InputError(
+            f"The text has {len(ids)} tokens, too few for {windows} windows of {tokens}: "
+            "give a longer text or take fewer or shorter windows."
+        )
+    frames = []
+    cache: list[Any] = []
+    for w in range(windows):
+        stretch = ids[w * tokens : (w + 1) * tokens]
+        label = f"window {w + 1} of {windows}"
+        progress(w, windows, f"{label}: exact")
+        exact = _log_probs(model(mx.array([stretch[:-1]])))
+        cache = make(model)
+        progress(w, windows, f"{label}: compressed")
+        if mode == "oneshot":
+            start = 0
+            changed = _log_probs(model(mx.array([stretch[:-1]]), cache=cache))
+        else:
+            start = prompt
+            changed = _decode(model, stretch, prompt, cache, progress, label)
+        frames.append(_rows(w, start, stretch[start + 1 :], exact[start:], changed))
+    progress(windows, windows, "done")
+    return pl.concat(frames), cache
+
+
+def _log_probs(logits: mx.array) -> mx.array:
+    """Log-probabilities ``[S, vocabulary]`` in float32, evaluated."""
+    logits = logits[0].astype(mx.float32)
+    log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.eval(log_probs)
+    return log_probs
+
+
+def _decode(
+    model: Module, ids: Sequence[int], prompt: int, cache: list[Any], progress: Progress, label: str
+) -> mx.array:
+    """Log-probabilities after each token from ``prompt`` on, fed one at a time."""
+    mx.eval(model(mx.array([ids[:prompt]]), cache=cache))
+    rows = []
+    for i in range(prompt, len(ids) - 1):
+        rows.append(_log_probs(model(mx.array([[ids[i]]]), cache=cache)))
+        progress(i - prompt + 1, len(ids) - 1 - prompt, f"{label}: decoding")
+    return mx.concatenate(rows)
+
+
+def _rows(window: int, start: int, targets: Sequence[int], exact: mx.array, changed: mx.array) -> pl.DataFrame:
+    target = mx.array(list(targets))[:, None]
+    columns = (
+        (mx.exp(exact) * (exact - changed)).sum(axis=-1),
+        exact.argmax(axis=-1) != changed.argmax(axis=-1),
+        -mx.take_along_axis(changed, target, axis=-1)[:, 0],
+        -mx.take_along_axis(exact, target, axis=-1)[:, 0],
+    )
+    kl, flip, nll, nll_exact = (np.array(c) for c in columns)
+    return pl.DataFrame(
+        {
+            "window": np.full(len(targets), window),
+            "position": np.arange(start, start + len(targets)),
+            "token": list(targets),
+            "kl": np.maximum(kl, 0.0),  # rounding of float32 sums can leave −1e-8
+            "flip": flip,
+            "nll": nll,
+            "nll_exact": nll_exact,
+        },
+        schema=TOKEN_FIDELITY,
+    )
