@@ -90,12 +90,35 @@ def test_more_bits_lose_less_in_every_layer(capture):
 def test_memory_growth_is_read_from_real_caches(capture):
     growth = vl.memory_growth(capture, bits=4, sinks=0, window=0, upto=1024, points=4)
     assert growth.schema == GROWTH
-    ours = growth.filter(cache="turboquant K4 V4", layer=5).sort("tokens")
-    assert ours["tokens"].to_list() == [256, 512, 768, 1024]
-    true = np.array([256, 512, 768, 1024]) * 3 * 2 * 64 * 4.25 / 8
-    assert np.allclose(ours["bytes"], true, rtol=0.05)  # growth slack of short appends
-    fp16 = growth.filter(cache="fp16", layer=5).sort("tokens")
-    assert fp16["bytes"].to_list() == [n * 3 * 2 * 64 * 2 for n in (256, 512, 768, 1024)]
+    for side in ("keys", "values"):
+        ours = growth.filter(cache="turboquant K4 V4", layer=5, tensor=side).sort("tokens")
+        assert ours["tokens"].to_list() == [256, 512, 768, 1024]
+        true = np.array([256, 512, 768, 1024]) * 3 * 64 * 4.25 / 8
+        assert np.allclose(ours["bytes"], true, rtol=0.05)  # growth slack of short appends
+        fp16 = growth.filter(cache="fp16", layer=5, tensor=side).sort("tokens")
+        assert fp16["bytes"].to_list() == [n * 3 * 64 * 2 for n in (256, 512, 768, 1024)]
+
+
+def test_a_prediction_goes_on_along_the_last_measured_line_and_says_so(capture):
+    growth = vl.memory_growth(capture, bits=4, sinks=4, window=64, upto=1024, points=4)
+    ahead = vl.predicted_growth(growth, 4096)
+    real = vl.memory_growth(capture, bits=4, sinks=4, window=64, upto=4096, points=1)
+    predicted = ahead.filter(kind="predicted")
+    assert predicted["tokens"].unique().to_list() == [4096]
+    assert len(predicted) == len(real)
+    keys = ["cache", "layer", "tensor"]
+    both = predicted.join(real, on=keys, suffix="_real")
+    # mlx-lm's cache grows by 256 tokens, and one appended 200 at a time has one step to spare: 4 % of these lengths
+    assert np.allclose(both["bytes"], both["bytes_real"], rtol=0.05)
+    assert vl.predicted_growth(growth, 1024).equals(growth)
+
+
+def test_code_bits_are_the_codecs_true_bits(capture):
+    bits = vl.code_bits(capture, bits=3)
+    assert (
+        bits.group_by("layer", "tensor").agg(pl.col("bits_per_value").sum())["bits_per_value"].unique().item() == 3.25
+    )
+    assert bits.filter(part="codes")["bits_per_value"].unique().to_list() == [3.0]
 
 
 def test_fidelity_of_the_exact_codec_is_perfect(smollm2):

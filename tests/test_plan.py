@@ -44,10 +44,19 @@ def test_a_plan_for_another_model_is_refused(model):
         vl.make_cache(other, vl.Plan.uniform(model))
 
 
-def test_fidelity_measures_a_plan(smollm2):
+def test_fidelity_measures_a_plan_as_it_measures_the_method(smollm2):
     plan = vl.Plan.uniform(smollm2[0], bits=6, sinks=0, window=0)
     row = vl.fidelity(*smollm2, plan, tokens=32)
-    assert row.select("name", "key_bits").row(0) == ("turboquant K6 V6", 6.25)
+    assert row.select("name", "chunk", "key_bits").row(0) == ("turboquant K6 V6", "codes", 6.25)
+    assert row.equals(vl.fidelity(*smollm2, bits=6, sinks=0, window=0, tokens=32))
+
+
+def test_bits_beside_a_plan_are_refused_and_exact_tokens_may_be_changed(model):
+    plan = vl.Plan.uniform(model)
+    for name, value in (("bits", 3), ("key_bits", 3), ("rotation", "haar")):
+        with pytest.raises(InputError, match=f"{name} was given beside a plan"):
+            vl.make_cache(model, plan, **{name: value})
+    assert vl.make_cache(model, plan, sinks=0, window=9)[0].window == 9
 
 
 @pytest.mark.parametrize(

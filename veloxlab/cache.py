@@ -19,6 +19,8 @@ Chunk = Literal["exact", "codes"]
 Path = Literal["codes", "arrays"]
 Arrays = dict[str, mx.array]
 
+DEFAULT_SINKS, DEFAULT_WINDOW = 4, 64  # tokens; a few first ones draw much attention, whatever the text
+DEFAULT_CHUNK: Chunk = "exact"
 BLOCK = 32  # tokens that leave the window together: encoding one at a time would cost a launch per token
 _SLACK_SHARE = 64  # a buffer that has to grow takes 1/64 more than it needs, so that growth costs O(1) a token
 _TOKENS = 2
@@ -40,6 +42,10 @@ class Run:
     def nbytes(self) -> int:
         """Bytes of the buffers, slack included."""
         return sum(b.nbytes for b in self._buffers.values())
+
+    def side_nbytes(self, side: str) -> int:
+        """Bytes of the buffers whose name starts with ``side/``."""
+        return sum(b.nbytes for name, b in self._buffers.items() if name.startswith(f"{side}/"))
 
     @property
     def buffers(self) -> list[mx.array]:
@@ -110,9 +116,9 @@ class CompressedKVCache:
         key_codec: Codec,
         value_codec: Codec,
         *,
-        sinks: int = 4,
-        window: int = 64,
-        chunk: Chunk = "exact",
+        sinks: int = DEFAULT_SINKS,
+        window: int = DEFAULT_WINDOW,
+        chunk: Chunk = DEFAULT_CHUNK,
         layer: int = 0,
         path: Path = "codes",
         reason: str = "",
@@ -181,6 +187,10 @@ class CompressedKVCache:
     def nbytes(self) -> int:
         """Bytes held for this layer's tokens: sinks, codes, scales, window and growth slack."""
         return sum(run.nbytes for run in self._runs)
+
+    def side_nbytes(self, side: Literal["keys", "values"]) -> int:
+        """Bytes held for the keys or for the values alone."""
+        return sum(run.side_nbytes(side) for run in self._runs)
 
     @property
     def fp16_bytes(self) -> int:

@@ -20,10 +20,11 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from veloxlab.attention import Handle, Mask
-from veloxlab.cache import Chunk, CompressedKVCache, Path
+from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk, CompressedKVCache, Path
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 
+DEFAULT_BITS = 4
 _HOOK = "quantized_scaled_dot_product_attention"
 
 
@@ -180,9 +181,12 @@ class LayerSettings:
 class LayerPlan(Protocol):
     """Settings for every layer of a model, such as a `veloxlab.Plan`."""
 
-    sinks: int
-    window: int
-    chunk: Chunk
+    @property
+    def sinks(self) -> int: ...  # noqa: D102 - as for `make_cache`
+    @property
+    def window(self) -> int: ...  # noqa: D102
+    @property
+    def chunk(self) -> Chunk: ...  # noqa: D102
 
     def settings_for(self, model: Module) -> Sequence[LayerSettings]:
         """One entry per entry of the prompt cache; raises `InputError` for another model's plan."""
@@ -192,12 +196,12 @@ def make_cache(
     model: Module,
     method_or_plan: str | LayerPlan = "turboquant",
     *,
-    bits: int = 4,
+    bits: int | None = None,
     key_bits: int | None = None,
     value_bits: int | None = None,
-    sinks: int = 4,
-    window: int = 64,
-    chunk: Chunk = "exact",
+    sinks: int | None = None,
+    window: int | None = None,
+    chunk: Chunk | None = None,
     **options: object,
 ) -> list[Any]:
     """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
@@ -207,35 +211,41 @@ def make_cache(
     Parameters
     ----------
     model : any mlx-lm model.
-    method_or_plan : a method's id (`veloxlab.methods`), or a `veloxlab.Plan`, which then says all the rest.
-    bits, key_bits, value_bits : code bits per coordinate; the last two override the first.
-    sinks, window : tokens kept exact, at the start and at the end.
-    chunk : whether tokens of one call attend to one another ``"exact"`` or through their ``"codes"``.
+    method_or_plan : a method's id (`veloxlab.methods`), or a `veloxlab.Plan`, which says which bits each layer gets.
+    bits, key_bits, value_bits : code bits per coordinate, 4 by default; the last two override the first.
+    sinks, window : tokens kept exact, at the start and at the end; 4 and 64 by default, or the plan's.
+    chunk : whether tokens of one call attend to one another ``"exact"`` or through their ``"codes"``; the former by
+        default, or the plan's.
     options : the method's own, such as ``variant="prod"`` or ``rotation="haar"``.
 
     Raises
     ------
-    InputError : unknown method or option, bits out of range, a plan for another model.
+    InputError : unknown method or option, bits out of range, a plan for another model, bits beside a plan.
     """
     if isinstance(method_or_plan, str):
-        bits = _exact_width(model) if method_or_plan == "none" else bits
-        settings = LayerSettings(
+        width = bits or (_exact_width(model) if method_or_plan == "none" else DEFAULT_BITS)
+        uniform = LayerSettings(
             method_or_plan,
-            bits if key_bits is None else key_bits,
+            width if key_bits is None else key_bits,
             method_or_plan,
-            bits if value_bits is None else value_bits,
+            width if value_bits is None else value_bits,
             options,
         )
-        return attach_settings(model, [settings] * len(probe(model)), sinks=sinks, window=window, chunk=chunk)
-    plan = method_or_plan
-    return attach_settings(model, plan.settings_for(model), sinks=plan.sinks, window=plan.window, chunk=plan.chunk)
-
-
-def attach_settings(
-    model: Module, settings: Sequence[LayerSettings], *, sinks: int, window: int, chunk: Chunk
-) -> list[Any]:
-    """Make the prompt cache of ``model`` with the given settings, one per entry; see `make_cache`."""
+        settings: Sequence[LayerSettings] = [uniform] * len(probe(model))
+        exact: tuple[int, int, Chunk] = (DEFAULT_SINKS, DEFAULT_WINDOW, DEFAULT_CHUNK)
+    else:
+        given = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits, **options}
+        beside = [name for name, value in given.items() if value is not None]
+        if beside:
+            raise InputError(f"{beside[0]} was given beside a plan, which says that for each layer: change the plan.")
+        settings = method_or_plan.settings_for(model)
+        exact = method_or_plan.sinks, method_or_plan.window, method_or_plan.chunk
     attach()
+    sinks, window, chunk = (
+        exact[0] if sinks is None else sinks,
+        exact[1] if window is None else window,
+        exact[2] if chunk is None else chunk,
+    )
     return [
         _compressed(facts, layer, sinks, window, chunk) if facts.compressible else own
         for facts, layer, own in zip(probe(model), settings, make_prompt_cache(model), strict=True)

@@ -12,11 +12,11 @@ from typing import Self
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab.cache import Chunk
+from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.files import write_atomically
-from veloxlab.integrate import LayerFacts, LayerSettings, probe
+from veloxlab.integrate import DEFAULT_BITS, LayerFacts, LayerSettings, probe
 
 FORMAT = "veloxlab plan 1"
 
@@ -35,9 +35,9 @@ class Plan:
 
     model_hash: str
     layers: tuple[LayerSettings, ...]
-    sinks: int = 4
-    window: int = 64
-    chunk: Chunk = "exact"
+    sinks: int = DEFAULT_SINKS
+    window: int = DEFAULT_WINDOW
+    chunk: Chunk = DEFAULT_CHUNK
     name: str = ""
 
     @classmethod
@@ -46,12 +46,12 @@ class Plan:
         model: Module,
         method: str = "turboquant",
         *,
-        bits: int = 4,
+        bits: int = DEFAULT_BITS,
         key_bits: int | None = None,
         value_bits: int | None = None,
-        sinks: int = 4,
-        window: int = 64,
-        chunk: Chunk = "exact",
+        sinks: int = DEFAULT_SINKS,
+        window: int = DEFAULT_WINDOW,
+        chunk: Chunk = DEFAULT_CHUNK,
         **options: object,
     ) -> Self:
         """The same method and bits for every layer of ``model``; raises `InputError` as `veloxlab.make_cache`."""

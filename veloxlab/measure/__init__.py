@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from veloxlab.measure.activations import Capture, LayerCapture, capture
 from veloxlab.measure.errors import layer_errors, relative_errors, token_errors
-from veloxlab.measure.memory import memory_growth, report
+from veloxlab.measure.memory import code_bits, memory_growth, predicted_growth, report
 from veloxlab.measure.quality import fidelity, token_fidelity
 
 __all__ = [
     "Capture",
     "LayerCapture",
     "capture",
+    "code_bits",
     "fidelity",
     "layer_errors",
     "memory_growth",
+    "predicted_growth",
     "relative_errors",
     "report",
     "token_errors",

@@ -11,6 +11,7 @@ import polars as pl
 
 from veloxlab.attention import causal_mask
 from veloxlab.codecs import Codec, find_method
+from veloxlab.integrate import DEFAULT_BITS
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.progress import Progress, silent
 
@@ -43,7 +44,7 @@ def layer_errors(
     capture: Capture,
     method: str = "turboquant",
     *,
-    bits: int = 4,
+    bits: int = DEFAULT_BITS,
     key_bits: int | None = None,
     value_bits: int | None = None,
     sinks: int = 0,
@@ -74,7 +75,7 @@ def token_errors(
     capture: Capture,
     method: str = "turboquant",
     *,
-    bits: int = 4,
+    bits: int = DEFAULT_BITS,
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:

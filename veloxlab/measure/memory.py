@@ -9,8 +9,9 @@ import mlx.core as mx
 import polars as pl
 from mlx_lm.models.cache import KVCache
 
-from veloxlab.cache import Chunk, CompressedKVCache
+from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
 from veloxlab.codecs import find_method
+from veloxlab.integrate import DEFAULT_BITS
 from veloxlab.measure.activations import Capture
 from veloxlab.measure.progress import Progress, silent
 
@@ -31,10 +32,19 @@ GROWTH = {
     "tokens": pl.Int64,
     "cache": pl.String,
     "layer": pl.Int32,
-    "bytes": pl.Int64,  # held by this layer
-    "kind": pl.String,  # "measured"
+    "tensor": pl.String,  # "keys" or "values"
+    "bytes": pl.Int64,  # held for this tensor of this layer
+    "kind": pl.String,  # "measured" or "predicted"
 }
 """Columns of `memory_growth`."""
+
+CODE_BITS = {
+    "layer": pl.Int32,
+    "tensor": pl.String,
+    "part": pl.String,  # "codes", or "scales" for norms and scales
+    "bits_per_value": pl.Float64,  # of a packed token; parts add up
+}
+"""Columns of `code_bits`."""
 
 
 def report(cache: Sequence[Any]) -> pl.DataFrame:
@@ -65,53 +75,80 @@ def _row(index: int, layer: Any) -> dict[str, object]:  # noqa: ANN401 - mlx-lm'
             "held_bytes": layer.nbytes,
             "fp16_bytes": layer.fp16_bytes,
         }
-    empty = layer.empty()
-    keys_and_values = getattr(layer, "keys_and_values", None)
-    bits = getattr(layer, "bits", None)
-    fp16 = None
-    if not empty and keys_and_values is not None:
-        fp16 = _fp16_bytes(keys_and_values(), bits)
-    return {
-        "layer": index,
-        "path": "own",
-        "reason": f"the model's own {type(layer).__name__}",
-        "tokens": 0 if empty else layer.size() or getattr(layer, "offset", 0),
-        "held_bytes": 0 if empty else layer.nbytes,
-        "fp16_bytes": fp16,
-    }
+    row: dict[str, object] = {"layer": index, "path": "own", "reason": f"the model's own {type(layer).__name__}"}
+    if layer.empty():
+        return row | {"tokens": 0, "held_bytes": 0, "fp16_bytes": 0}
+    row |= {"tokens": getattr(layer, "offset", None) or layer.size(), "held_bytes": layer.nbytes}
+    if hasattr(layer, "keys_and_values"):
+        sides = [_as_values(x, getattr(layer, "bits", None)) for x in layer.keys_and_values()]
+        row["fp16_bytes"] = sum(2 * count for count, _ in sides)
+        row["key_bits"], row["value_bits"] = (8 * nbytes / count for count, nbytes in sides)
+    return row
 
 
-def _fp16_bytes(keys_and_values: tuple[Any, Any], bits: int | None) -> int:
-    """Bytes of the same values in 16 bits; mlx-lm's quantized caches hold (packed words, scales, biases)."""
-    if bits:
-        return sum(2 * words.size * 32 // bits for words, _, _ in keys_and_values)
-    return sum(2 * x.size for x in keys_and_values)
+def _as_values(side: Any, bits: int | None) -> tuple[int, int]:  # noqa: ANN401
+    """Number of values in the keys or values of mlx-lm's caches, and their bytes; quantized: words, scales, biases."""
+    if bits is None:
+        return side.size, side.nbytes
+    return side[0].size * 32 // bits, sum(part.nbytes for part in side)
+
+
+def code_bits(
+    capture: Capture, method: str = "turboquant", *, bits: int = DEFAULT_BITS, **options: object
+) -> pl.DataFrame:
+    """True bits per value of packed keys and values in each layer, read off real codes: `CODE_BITS`."""
+    rows = []
+    for layer in capture.layers:
+        for side, x in (("keys", layer.keys[:, :, :1]), ("values", layer.values[:, :, :1])):
+            code = find_method(method).codec(x.shape[-1], bits, side, **options).encode(x)  # type: ignore[arg-type]
+            for part in ("codes", "scales"):
+                # what is floating point scales codes, the rest is codes
+                arrays = [a for a in code.arrays.values() if mx.issubdtype(a.dtype, mx.floating) == (part == "scales")]
+                share = 8 * sum(a.nbytes for a in arrays) / x.size
+                rows.append({"layer": layer.layer, "tensor": side, "part": part, "bits_per_value": share})
+    return pl.DataFrame(rows, schema=CODE_BITS)
+
+
+def predicted_growth(growth: pl.DataFrame, upto: int) -> pl.DataFrame:
+    """Add a row per tensor, layer and cache at ``upto`` tokens, on the line through its last two measured points.
+
+    Nothing is added where ``upto`` was measured. Columns as in ``growth``: `GROWTH`.
+    """
+    groups = growth.sort("tokens").group_by("cache", "layer", "tensor", maintain_order=True)
+    slope = (pl.col("bytes").last() - pl.col("bytes").get(-2)) / (pl.col("tokens").last() - pl.col("tokens").get(-2))
+    ahead = groups.agg(
+        bytes=(pl.col("bytes").last() + slope * (upto - pl.col("tokens").last())).round().cast(pl.Int64),
+        tokens=pl.lit(upto, pl.Int64),
+        kind=pl.lit("predicted"),
+        last=pl.col("tokens").last(),
+    )
+    return pl.concat([growth, ahead.filter(pl.col("last") < upto).select(growth.columns)])
 
 
 def memory_growth(
     capture: Capture,
     method: str = "turboquant",
     *,
-    bits: int = 4,
+    bits: int = DEFAULT_BITS,
     key_bits: int | None = None,
     value_bits: int | None = None,
-    sinks: int = 4,
-    window: int = 64,
+    sinks: int = DEFAULT_SINKS,
+    window: int = DEFAULT_WINDOW,
     upto: int = 4096,
     points: int = 8,
-    chunk: Chunk = "exact",
     name: str | None = None,
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:
     """Fill real caches with the captured keys and values, repeated up to ``upto`` tokens, and read their bytes.
 
-    Columns: `GROWTH`. Each layer gets ``points`` rows at evenly spaced lengths. Layers of one shape hold the same, so
-    one cache is filled for each shape. mlx-lm's own ``KVCache`` with the same tokens in 16 bits is there as ``"fp16"``.
+    Columns: `GROWTH`. Each tensor of each layer gets ``points`` rows, at evenly spaced lengths. Layers of one shape
+    hold the same, so one cache is filled for each shape. mlx-lm's own ``KVCache`` with the same tokens in 16 bits is
+    there as ``"fp16"``.
     """
     name = name or f"{method} K{key_bits or bits} V{value_bits or bits}"
     lengths = [upto * (i + 1) // points for i in range(points)]
-    shapes: dict[tuple[int, ...], dict[str, list[tuple[int, int]]]] = {}
+    shapes: dict[tuple[int, ...], dict[str, list[tuple[int, str, int]]]] = {}
     rows: list[dict[str, object]] = []
     for layer in capture.layers:
         shape = (*layer.keys.shape[1:2], layer.keys.shape[-1], layer.values.shape[-1])
@@ -121,7 +158,6 @@ def memory_growth(
                 find_method(method).codec(shape[2], value_bits or bits, "values", **options),
                 sinks=sinks,
                 window=window,
-                chunk=chunk,
                 layer=layer.layer,
             )
             keys, values = layer.keys.astype(mx.float16), layer.values.astype(mx.float16)
@@ -130,22 +166,27 @@ def memory_growth(
                 "fp16": _fill(KVCache(), keys, values, lengths, silent),
             }
         rows += [
-            {"tokens": tokens, "cache": label, "layer": layer.layer, "bytes": held, "kind": "measured"}
+            {"tokens": n, "cache": label, "layer": layer.layer, "tensor": side, "bytes": held, "kind": "measured"}
             for label, fill in shapes[shape].items()
-            for tokens, held in fill
+            for n, side, held in fill
         ]
     return pl.DataFrame(rows, schema=GROWTH)
 
 
 def _fill(
     cache: CompressedKVCache | KVCache, keys: mx.array, values: mx.array, lengths: Sequence[int], progress: Progress
-) -> list[tuple[int, int]]:
+) -> list[tuple[int, str, int]]:
+    """Tokens, tensor and bytes, at each of ``lengths``."""
     held = []
     for i, target in enumerate(lengths):
         while cache.offset < target:
             count = min(target - cache.offset, keys.shape[2])
             cache.update_and_fetch(keys[:, :, :count], values[:, :, :count])
         mx.eval(cache.state)
-        held.append((target, cache.nbytes))
+        if isinstance(cache, CompressedKVCache):
+            sizes = [cache.side_nbytes("keys"), cache.side_nbytes("values")]
+        else:
+            sizes = [x.nbytes for x in (cache.keys, cache.values) if x is not None]
+        held += [(target, side, size) for side, size in zip(("keys", "values"), sizes, strict=True)]
         progress(i + 1, len(lengths), f"filling {target} tokens")
     return held

@@ -78,7 +78,8 @@ def fidelity(
     mode : ``"oneshot"`` reads each window in one call; ``"decode"`` reads ``prompt`` tokens in one call, then feeds the
         true tokens one at a time, as generation would, and compares those predictions only.
     tokens, windows : length and number of stretches of text, one after the other, each with a fresh cache.
-    chunk : as for `veloxlab.make_cache`, but ``"codes"`` by default: every token is then seen as the cache holds it.
+    chunk : as for `veloxlab.make_cache`, but ``"codes"`` by default, for plans too: every token is then seen as the
+        cache holds it. With ``"exact"``, a one-shot run compares nothing but an exact window with itself.
     name : for the row; by default the method and its bits.
     progress : told of each window, and in ``"decode"`` of each token.
     settings : further arguments of `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
@@ -166,7 +167,7 @@ def _name(method_or_plan: str | integrate.LayerPlan | CacheMaker, settings: dict
         return getattr(method_or_plan, "name", None) or type(method_or_plan).__name__
     if method_or_plan == "none":
         return "none"
-    bits = settings.get("bits", 4)
+    bits = settings.get("bits", integrate.DEFAULT_BITS)
     return f"{method_or_plan} K{settings.get('key_bits') or bits} V{settings.get('value_bits') or bits}"
 
 

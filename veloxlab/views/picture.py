@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import vl_convert
@@ -49,8 +50,45 @@ def png(spec: Spec, *, width: int = WIDTH) -> bytes:
         The PNG file.
     """
     drawing = svg(spec)
-    natural = float(re.search(r'<svg[^>]*? width="([\d.]+)"', drawing)[1])  # type: ignore[index]
-    return repacked(vl_convert.svg_to_png(drawing, scale=width / natural))
+    return repacked(vl_convert.svg_to_png(drawing, scale=width / _size(drawing)[0]))
+
+
+def stacked(specs: Sequence[Spec], *, width: int = WIDTH) -> bytes:
+    """Draw several specs below one another as one PNG.
+
+    Parameters
+    ----------
+    specs
+        Vega-Lite specs with their data, from top to bottom.
+    width
+        Width of the picture in pixels, that of the widest chart.
+
+    Returns
+    -------
+    bytes
+        The PNG file.
+    """
+    drawings = [_apart(svg(spec), f"chart{i}-") for i, spec in enumerate(specs)]
+    sizes = [_size(drawing) for drawing in drawings]
+    broad, tall = max(w for w, _ in sizes), sum(h for _, h in sizes)
+    placed, top = [], 0.0
+    for drawing, (_, height) in zip(drawings, sizes, strict=True):
+        placed.append(drawing.replace("<svg", f'<svg y="{top}"', 1))
+        top += height
+    whole = f'<svg xmlns="http://www.w3.org/2000/svg" width="{broad}" height="{tall}">'
+    ground = f'<rect width="{broad}" height="{tall}" fill="white"/>'
+    return repacked(vl_convert.svg_to_png(whole + ground + "".join(placed) + "</svg>", scale=width / broad))
+
+
+def _apart(drawing: str, prefix: str) -> str:
+    """Keep the names inside one drawing, such as its clip paths, apart from those of its neighbours."""
+    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", drawing)
+
+
+def _size(drawing: str) -> tuple[float, float]:
+    root = re.search(r"<svg[^>]*>", drawing)[0]  # type: ignore[index]
+    width, height = (float(re.search(rf' {side}="([\d.]+)"', root)[1]) for side in ("width", "height"))  # type: ignore[index]
+    return width, height
 
 
 def repacked(picture: bytes) -> bytes:

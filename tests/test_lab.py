@@ -1,0 +1,172 @@
+"""The laboratory answers from measurements, on whatever thread its knobs are turned."""
+
+import base64
+import threading
+
+import polars as pl
+import pytest
+
+import veloxlab as vl
+from veloxlab.errors import InputError
+from veloxlab.views.picture import png_size
+
+
+@pytest.fixture(scope="module")
+def lab(smollm2):
+    lab = vl.Lab(*smollm2, tokens=96, sinks=2, window=16)
+    assert lab.wait(120)
+    yield lab
+    lab.worker.close()
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(lab):
+    yield
+    lab.layer = None
+    lab._reset()
+    lab.metric, lab.sinks, lab.window = "output_error", 2, 16
+    lab.key_bits = lab.value_bits = 4
+    assert lab.wait(120)
+
+
+def turn(lab, **knobs):
+    """Turn knobs as JupyterLab does, from a thread that is not the main one."""
+
+    def work():
+        for name, value in knobs.items():
+            setattr(lab, name, value)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert lab.wait(120)
+
+
+def mean_bits(lab, tensor: str) -> float:
+    frame = lab.bits.frame.filter(tensor=tensor).group_by("layer").agg(pl.col("bits_per_value").sum())
+    return frame["bits_per_value"].mean()
+
+
+def last_bytes(lab, cache: str = "turboquant") -> int:
+    frame = lab.memory.frame.filter(pl.col("cache").str.starts_with(cache), kind="measured")
+    return frame.filter(pl.col("tokens") == pl.col("tokens").max())["bytes"].sum()
+
+
+def test_moving_a_slider_twice_changes_the_charts_twice(lab):
+    seen = []
+    for bits in (4, 2, 6):
+        turn(lab, key_bits=bits)
+        errors = lab.errors.frame.filter(tensor="keys")["output_error"].mean()
+        seen.append((errors, mean_bits(lab, "keys"), last_bytes(lab)))
+    assert seen[1][0] > seen[0][0] > seen[2][0]
+    assert [bits for _, bits, _ in seen] == [4.25, 2.25, 6.25]
+    assert seen[1][2] < seen[0][2] < seen[2][2]
+    assert mean_bits(lab, "values") == 4.25
+
+
+def test_the_charts_show_what_the_measurements_say(lab):
+    turn(lab, key_bits=3, value_bits=5)
+    expected = vl.layer_errors(lab._capture, key_bits=3, value_bits=5, sinks=2, window=16)
+    shown = lab.errors.frame.select("layer", "head", "tensor", "output_error")
+    both = shown.join(expected, on=["layer", "head", "tensor"], suffix="_expected")
+    assert len(both) == len(expected) == 180
+    assert both["output_error"].to_list() == pytest.approx(both["output_error_expected"].to_list(), rel=1e-6)
+    cache = vl.make_cache(lab._model, key_bits=3, value_bits=5, sinks=2, window=16)
+    assert vl.report(cache)["key_bits"][0] == mean_bits(lab, "keys")
+
+
+def test_sinks_and_window_are_measured_anew(lab):
+    before = last_bytes(lab), lab.errors.frame["output_error"].mean()
+    turn(lab, window=64)
+    after = last_bytes(lab), lab.errors.frame["output_error"].mean()
+    assert after[0] > before[0]
+    assert after[1] < before[1]
+    assert lab._message.value == ""
+
+
+def test_a_picked_layer_is_marked_and_its_bits_are_its_own(lab):
+    turn(lab, layer=7)
+    assert lab.errors.picked == 7
+    turn(lab, key_bits=8)
+    assert lab.layer_bits[7] == (8, 4)
+    assert lab.layer_bits[6] == (4, 4)
+    turn(lab, layer=None)
+    assert lab.key_bits == 4
+    assert lab.plan.layers[7].key_bits == 8
+    assert "lab.plan" in lab._code.value
+    spent = lab.bits.frame.filter(tensor="keys", part="codes").sort("layer")["bits_per_value"].to_list()
+    assert spent == [4.0] * 7 + [8.0] + [4.0] * 22
+
+
+def test_a_pick_in_a_chart_reaches_the_laboratory(lab):
+    lab.errors.picked = 12
+    assert lab.layer == 12
+    lab.errors.picked = None
+    assert lab.layer is None
+
+
+def test_another_metric_is_another_chart(lab):
+    turn(lab, metric="rel_mse")
+    assert "rel_mse" in lab.errors.frame.columns
+    assert lab.errors.frame["rel_mse"].mean() == pytest.approx(0.0091 * 78 / 96, rel=0.1)  # 18 of 96 tokens are exact
+
+
+def test_a_measured_setting_joins_the_frontier(lab):
+    lab.measure()
+    assert lab.wait(120)
+    assert lab.measured["name"].to_list()[-1] == "turboquant K4 V4"
+    turn(lab, key_bits=2)
+    lab.measure()
+    assert lab.wait(120)
+    assert lab.measured["kl_mean"][-1] > lab.measured["kl_mean"][-2]
+    assert len(lab.frontier.frame) == len(lab.measured)
+
+
+def test_work_can_be_cancelled_and_the_laboratory_lives_on(lab):
+    count = len(lab.measured)
+    lab.measure()
+    lab.worker.cancel()
+    assert lab.wait(120)
+    assert len(lab.measured) == count
+    turn(lab, value_bits=3)
+    assert mean_bits(lab, "values") == 3.25
+
+
+def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(lab):
+    bundle = lab._repr_mimebundle_()
+    assert bundle["text/plain"].startswith("Lab(turboquant K4 V4, sinks=2, window=16: relative MSE of keys 0.00")
+    picture = base64.b64decode(bundle["image/png"])
+    width, height = png_size(picture)
+    assert width == 700
+    assert height > 800
+    assert len(picture) < 200_000
+
+
+def test_its_pictures_and_rows_can_be_taken_away(lab, tmp_path):
+    files = lab.save_pictures(tmp_path / "out")
+    assert {f.name for f in files} >= {"errors.svg", "errors.parquet", "bits.svg", "memory.parquet"}
+    assert pl.read_parquet(tmp_path / "out" / "errors.parquet").equals(lab.errors.frame)
+    assert (tmp_path / "out" / "memory.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "sentence"),
+    [
+        ("key_bits", 9, "Keys at bits=9 are out of range"),
+        ("window", -1, "window=-1 is not a number of tokens"),
+        ("layer", 30, "There is no layer 30: pick one from 0 to 29"),
+        ("metric", "speed", "There is no metric 'speed'"),
+    ],
+)
+def test_impossible_knobs_are_refused_and_nothing_changes(lab, knob, value, sentence):
+    before = lab.plan
+    with pytest.raises(InputError, match=sentence):
+        setattr(lab, knob, value)
+    assert lab.plan == before
+
+
+def test_a_laboratory_that_cannot_be_says_so_before_any_work(smollm2):
+    with pytest.raises(InputError, match="Unknown method 'turbo'"):
+        vl.Lab(*smollm2, method="turbo")
+    with pytest.raises(InputError, match="at least 2 are needed"):
+        vl.Lab(*smollm2, text="")

@@ -1,0 +1,390 @@
+"""The laboratory: what each layer loses, how bits are spent and what is held, while the knobs are turned."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+import polars as pl
+import traitlets as t
+from mlx.nn.layers.base import Module
+
+from veloxlab.allocate.plan import Plan
+from veloxlab.codecs import find_method
+from veloxlab.errors import InputError
+from veloxlab.measure import (
+    Capture,
+    capture,
+    code_bits,
+    fidelity,
+    layer_errors,
+    memory_growth,
+    predicted_growth,
+    token_errors,
+)
+from veloxlab.views import bit_allocation, bit_caption, error_caption, error_map, frontier, memory_caption, picture
+from veloxlab.views import memory_growth as memory_chart
+from veloxlab.widgets.chart_view import ChartView, link
+from veloxlab.widgets.progress import ProgressBar
+from veloxlab.widgets.tables import Bits, Tables
+from veloxlab.widgets.worker import Progress, Worker
+
+METRICS = {
+    "attention output (relative MSE)": "output_error",
+    "attention logits (nats)": "logit_error",
+    "keys and values (relative MSE)": "rel_mse",
+}
+DOMAINS = {"rel_mse": (1e-5, 1.0), "output_error": (1e-6, 1.0), "logit_error": (1e-3, 10.0)}
+ALL = "all layers"
+MEASURED_UPTO, DRAWN_UPTO = 4096, 16384  # tokens to which caches are really filled, and to which the chart goes on
+LIKELY_WIDTHS = (2, 3, 4, 5, 6, 8, 1, 7)  # the order in which widths are measured: those that people try first
+
+
+class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+    """Turn the knobs of a compressed cache and see what they cost, on the model's own keys and values.
+
+    A capture of ``tokens`` tokens and the first settings are measured at once; other bit widths are measured behind the
+    scenes, so that sliders answer from tables. Clicking a layer in any chart marks it in all, and the bit sliders
+    then speak of that layer alone. Nothing here needs a network.
+
+    Parameters
+    ----------
+    model, tokenizer : as `veloxlab.load` gives them.
+    method : a method that needs no calibration.
+    bits, key_bits, value_bits : code bits to begin with; the last two override the first.
+    sinks, window : tokens kept exact to begin with.
+    text : what the model reads; the shipped WikiText-2 test excerpt by default.
+    tokens : how much of it.
+
+    Attributes
+    ----------
+    key_bits, value_bits, sinks, window, layer, metric : traits; set them and the charts follow.
+    measured : `veloxlab.fidelity` of every setting that was measured.
+    plan : the settings as a `veloxlab.Plan`.
+    errors, bits, memory, frontier : the charts, each with ``frame``, ``to_parquet``, ``to_csv``, ``to_png`` and
+        ``to_svg``; there is a frontier once something was measured.
+
+    Raises
+    ------
+    InputError : unknown method, bits out of range, a text that is too short.
+    """
+
+    key_bits = t.Int(4, help="code bits of keys, of the picked layer or of all")
+    value_bits = t.Int(4, help="code bits of values")
+    sinks = t.Int(4, help="tokens at the start kept exact")
+    window = t.Int(64, help="newest tokens kept exact")
+    layer = t.Int(None, allow_none=True, help="the picked layer")
+    metric = t.Unicode("output_error", help="which error is drawn")
+
+    def __init__(
+        self,
+        model: Module,
+        tokenizer: Any,  # noqa: ANN401
+        *,
+        method: str = "turboquant",
+        bits: int = 4,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        sinks: int = 4,
+        window: int = 64,
+        text: str | None = None,
+        tokens: int = 256,
+    ) -> None:
+        self._model, self._tokenizer, self._text = model, tokenizer, text
+        self._method = find_method(method)
+        settings = {"key_bits": key_bits or bits, "value_bits": value_bits or bits, "sinks": sinks, "window": window}
+        Plan.uniform(model, method, **settings)  # type: ignore[arg-type]  # refuses what cannot be, before any work
+        self._capture: Capture = capture(model, tokenizer, text, tokens=tokens)
+        self._tables = Tables()
+        self._base = (settings["key_bits"], settings["value_bits"])
+        self._overrides: Bits = {}
+        self._turning = False
+        self._complete = True
+        self.measured = pl.DataFrame()
+        self.worker = Worker("veloxlab-lab")
+        for width in set(self._base):
+            self._measure_width(width, sinks, window)
+        super().__init__(**settings)
+        self._build()
+        self.observe(self._knob_turned, ["key_bits", "value_bits", "sinks", "window", "metric"])
+        self.observe(self._layer_picked, "layer")
+        self._measure_rest()
+
+    # state ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def layer_bits(self) -> Bits:
+        """Code bits of keys and values, by layer."""
+        return {c.layer: self._overrides.get(c.layer, self._base) for c in self._capture.layers}
+
+    @property
+    def name(self) -> str:
+        """The settings in a few words."""
+        key, value = self._base
+        changed = f" +{len(self._overrides)} layers" if self._overrides else ""
+        return f"{self._method.id} K{key} V{value}{changed}"
+
+    @property
+    def plan(self) -> Plan:
+        """The settings as a plan, for `veloxlab.make_cache` or a file."""
+        plan = Plan.uniform(
+            self._model,
+            self._method.id,
+            key_bits=self._base[0],
+            value_bits=self._base[1],
+            sinks=self.sinks,
+            window=self.window,
+        )
+        for layer, (key, value) in self._overrides.items():
+            plan = plan.with_layer(layer, key_bits=key, value_bits=value)
+        return plan
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until everything that was asked for is measured; False if that took longer than ``timeout`` seconds."""
+        return self.worker.wait(timeout)
+
+    def measure(self) -> None:
+        """Ask for the fidelity of the present settings; the result joins `measured` and the frontier chart."""
+        plan, name = self.plan, self.name
+
+        def job(progress: Progress) -> pl.DataFrame:
+            tokens = len(self._capture.tokens)
+            return fidelity(
+                self._model, self._tokenizer, plan, text=self._text, tokens=tokens, name=name, progress=progress
+            )
+
+        self.worker.submit("fidelity", job, on_done=self._add_measured, on_error=self._say)
+
+    def save_pictures(self, folder: str | Path) -> list[Path]:
+        """Write each chart as SVG and its rows as Parquet into ``folder``, and give the files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for name, view in self._charts().items():
+            files += [view.to_svg(folder / f"{name}.svg"), view.to_parquet(folder / f"{name}.parquet")]
+        return files
+
+    # how it looks where no kernel runs ------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        key, value = (self._mean_error(tensor) for tensor in ("keys", "values"))
+        return (
+            f"Lab({self.name}, sinks={self.sinks}, window={self.window}: relative MSE of keys {key:.4f}, "
+            f"of values {value:.4f}; {memory_caption(self.memory.frame.filter(kind='measured'))})"
+        )
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        still = picture.stacked([view.to_dict() for view in self._charts().values()])
+        return {**bundle, "image/png": base64.b64encode(still).decode(), "text/plain": repr(self)}
+
+    # building -------------------------------------------------------------------------------------------------------
+
+    def _build(self) -> None:
+        errors, bits, memory = self._error_rows(), self._tables.code_bits(self.layer_bits), self._memory_rows()
+        assert errors is not None, "the first settings are measured before anything is built"
+        assert bits is not None
+        assert memory is not None
+        top = self._method.bits[-1] + 1
+        self.errors = ChartView(error_map(errors, metric=self.metric, domain=DOMAINS[self.metric]))
+        self.bits = ChartView(bit_allocation(bits, greatest=top))
+        self.memory = ChartView(memory_chart(memory))
+        self.frontier: ChartView | None = None
+        link(self.errors, self.bits, self.memory)
+        t.link((self, "layer"), (self.errors, "picked"))
+        self._message = ipywidgets.HTML()
+        self._code = ipywidgets.HTML()
+        self._slot = ipywidgets.VBox()
+        self._tell_code()
+        self.children = [
+            self._controls(),
+            ProgressBar(self.worker),
+            self._message,
+            self.errors,
+            self.bits,
+            self.memory,
+            self._slot,
+            self._code,
+        ]
+        self.add_class("veloxlab-lab")
+
+    def _controls(self) -> ipywidgets.Widget:
+        widths = self._method.bits
+        layers = [ALL, *(str(c.layer) for c in self._capture.layers)]
+        key = _slider(self, "key_bits", "K bits", widths[0], widths[-1], tip="Code bits of each key coordinate")
+        value = _slider(self, "value_bits", "V bits", widths[0], widths[-1], tip="Code bits of each value coordinate")
+        sinks = _slider(self, "sinks", "sinks", 0, 64, tip="First tokens, kept exact")
+        window = _slider(self, "window", "window", 0, 256, step=16, tip="Newest tokens, kept exact")
+        layer = ipywidgets.Dropdown(
+            options=layers, description="layer", tooltip="Bits of one layer: pick it here or in a chart"
+        )
+        metric = ipywidgets.Dropdown(
+            options=list(METRICS.items()), description="error of", tooltip="What is drawn above"
+        )
+        t.link((self, "metric"), (metric, "value"))
+        t.link(
+            (self, "layer"),
+            (layer, "value"),
+            transform=(lambda n: ALL if n is None else str(n), lambda s: None if s == ALL else int(s)),
+        )
+        reset = ipywidgets.Button(description="Same for all", tooltip="Forget the bits of single layers")
+        reset.on_click(lambda _: self._reset())
+        measure = ipywidgets.Button(
+            description="Measure fidelity", tooltip="Run the model with this cache and compare its predictions"
+        )
+        measure.on_click(lambda _: self.measure())
+        return ipywidgets.VBox(
+            [
+                ipywidgets.HBox([key, value]),
+                ipywidgets.HBox([sinks, window]),
+                ipywidgets.HBox([layer, metric]),
+                ipywidgets.HBox([reset, measure]),
+            ]
+        )
+
+    # turning the knobs ----------------------------------------------------------------------------------------------
+
+    @t.validate("key_bits", "value_bits")
+    def _bits_are_the_methods(self, proposal: dict[str, Any]) -> int:
+        self._method.check(proposal["value"], "keys" if proposal["trait"].name == "key_bits" else "values", {})
+        return int(proposal["value"])
+
+    @t.validate("sinks", "window")
+    def _tokens_are_counted(self, proposal: dict[str, Any]) -> int:
+        if proposal["value"] < 0:
+            name = proposal["trait"].name
+            raise InputError(f"{name}={proposal['value']} is not a number of tokens: give a whole number, 0 or more.")
+        return int(proposal["value"])
+
+    @t.validate("layer")
+    def _layer_is_there(self, proposal: dict[str, Any]) -> int | None:
+        layers = [c.layer for c in self._capture.layers]
+        if proposal["value"] is not None and proposal["value"] not in layers:
+            raise InputError(f"There is no layer {proposal['value']}: pick one from {layers[0]} to {layers[-1]}.")
+        return None if proposal["value"] is None else int(proposal["value"])
+
+    @t.validate("metric")
+    def _metric_is_known(self, proposal: dict[str, Any]) -> str:
+        if proposal["value"] not in DOMAINS:
+            raise InputError(f"There is no metric {proposal['value']!r}: choose one of {', '.join(DOMAINS)}.")
+        return str(proposal["value"])
+
+    def _knob_turned(self, change: dict[str, Any]) -> None:
+        if self._turning:
+            return
+        if change["name"] in ("key_bits", "value_bits"):
+            widths = (self.key_bits, self.value_bits)
+            if self.layer is None:
+                self._base = widths
+            else:
+                self._overrides[self.layer] = widths
+        self._redraw(new_metric=change["name"] == "metric")
+
+    def _layer_picked(self, _: object) -> None:
+        """The bit sliders speak of the picked layer; showing its bits changes none."""
+        self._turning = True
+        try:
+            picked = self._base if self.layer is None else self._overrides.get(self.layer, self._base)
+            self.key_bits, self.value_bits = picked
+        finally:
+            self._turning = False
+
+    def _reset(self) -> None:
+        self._overrides = {}
+        self.layer = None
+        self._layer_picked(None)
+        self._redraw()
+
+    def _error_rows(self) -> pl.DataFrame | None:
+        return self._tables.errors(self.layer_bits, self.metric, self.sinks, self.window)
+
+    def _memory_rows(self) -> pl.DataFrame | None:
+        held = self._tables.memory(self.layer_bits, self.sinks, self.window, self.name)
+        return None if held is None else predicted_growth(held, DRAWN_UPTO)
+
+    def _redraw(self, *, new_metric: bool = False) -> None:
+        """Show what is measured of the present settings, and ask for what is not."""
+        errors, spent, held = self._error_rows(), self._tables.code_bits(self.layer_bits), self._memory_rows()
+        if errors is not None and new_metric:
+            self.errors.show(error_map(errors, metric=self.metric, domain=DOMAINS[self.metric]))
+        elif errors is not None:
+            self.errors.put(errors, caption=error_caption(errors, self.metric))
+        if spent is not None:
+            self.bits.put(spent, caption=bit_caption(spent))
+        if held is not None:
+            self.memory.put(held, caption=memory_caption(held))
+        self._tell_code()
+        self._complete = errors is not None and spent is not None and held is not None
+        self._say("" if self._complete else "Measuring these settings: a chart that waits shows the last ones.")
+        if not self._complete:
+            self._measure_rest()
+
+    def _say(self, sentence: str) -> None:
+        self._message.value = f"<em>{sentence}</em>" if sentence else ""
+
+    def _tell_code(self) -> None:
+        key, value = self._base
+        call = (
+            f'vl.make_cache(model, "{self._method.id}", key_bits={key}, value_bits={value}, '
+            f"sinks={self.sinks}, window={self.window})"
+        )
+        if self._overrides:
+            call = "vl.make_cache(model, lab.plan)"
+        self._code.value = f"<code>cache = {call}</code>"
+
+    def _mean_error(self, tensor: str) -> float:
+        bits = self.layer_bits
+        errors = self._tables.errors(bits, "rel_mse", self.sinks, self.window)
+        return float("nan") if errors is None else float(errors.filter(tensor=tensor)["rel_mse"].mean())  # type: ignore[arg-type]
+
+    # measuring ------------------------------------------------------------------------------------------------------
+
+    def _measure_rest(self) -> None:
+        """Measure what the present settings lack, then what the next ones may need, one width after another."""
+        sinks, window = self.sinks, self.window
+        wanted = {width for pair in self.layer_bits.values() for width in pair}
+        order = [*sorted(wanted), *(w for w in LIKELY_WIDTHS if w in self._method.bits and w not in wanted)]
+
+        def job(progress: Progress) -> None:
+            for i, width in enumerate(order):
+                progress(i, len(order), f"measuring {width} bits")
+                self._measure_width(width, sinks, window)
+                if not self._complete and wanted <= {*order[: i + 1]}:
+                    self._redraw(new_metric=True)
+
+        self.worker.submit("tables", job, on_error=self._say)
+
+    def _measure_width(self, width: int, sinks: int, window: int) -> None:
+        method, seen, tables, at = self._method.id, self._capture, self._tables, (width, sinks, window)
+        if width not in tables.tokens:
+            tables.tokens[width] = token_errors(seen, method, bits=width)
+            tables.codes[width] = code_bits(seen, method, bits=width)
+        if at not in tables.growth:
+            tables.growth[at] = memory_growth(seen, method, bits=width, sinks=sinks, window=window, upto=MEASURED_UPTO)
+        if at not in tables.attention:
+            tables.attention[at] = layer_errors(seen, method, bits=width, sinks=sinks, window=window)
+
+    def _add_measured(self, row: pl.DataFrame) -> None:
+        self.measured = pl.concat([self.measured, row]) if len(self.measured) else row
+        chart = frontier(self.measured, x="held_bytes")
+        if self.frontier is None:
+            self.frontier = ChartView(chart)
+            self._slot.children = [self.frontier]
+        else:
+            self.frontier.show(chart)
+
+    def _charts(self) -> dict[str, ChartView]:
+        charts = {"errors": self.errors, "bits": self.bits, "memory": self.memory}
+        return charts | ({"frontier": self.frontier} if self.frontier else {})
+
+
+def _slider(
+    lab: Lab, trait: str, description: str, least: int, most: int, *, step: int = 1, tip: str
+) -> ipywidgets.IntSlider:
+    slider = ipywidgets.IntSlider(
+        value=getattr(lab, trait), min=least, max=most, step=step, description=description, tooltip=tip
+    )
+    t.link((lab, trait), (slider, "value"))
+    return slider
