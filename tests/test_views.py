@@ -108,6 +108,13 @@ def test_a_picked_layer_is_marked_and_no_other_time_is_that_colour_used(name):
     assert palette.PICKED not in drawn(chart, picked_layer=77)
 
 
+@pytest.mark.parametrize("name", BY_LAYER)
+def test_a_pick_moves_nothing(name):
+    chart = CHARTS[name]()
+    sizes = [re.search(r'width="(.*?)" height="(.*?)"', drawn(chart, picked_layer=p)).groups() for p in (None, 0, 3)]
+    assert len(set(sizes)) == 1
+
+
 @pytest.mark.parametrize("name", CHARTS)
 def test_a_chart_states_its_width(name):
     # "container" freezes a JupyterLab tab

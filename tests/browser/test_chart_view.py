@@ -9,6 +9,7 @@ import altair as alt
 import polars as pl
 import pytest
 
+from veloxlab import views
 from veloxlab.widgets.chart_view import STATIC, ChartView
 
 pytestmark = pytest.mark.browser
@@ -114,6 +115,18 @@ def test_a_click_picks_a_layer_in_every_linked_chart_and_a_second_click_clears_i
     assert picked(bare, "one") == 2
     bare.page.locator(f"#one {SVG}").click(position={"x": 200, "y": 4})
     assert picked(bare, "two") is None
+
+
+def test_a_chart_grows_with_its_caption(bare):
+    view = ChartView(
+        views.memory_growth(pl.DataFrame({"tokens": [1], "cache": ["a"], "bytes": [1], "kind": ["measured"]}))
+    )
+    open_chart(bare, view)
+    width = "() => document.querySelector('#one svg.marks').clientWidth"
+    before = bare.page.evaluate(width)
+    view.put(caption="a caption " * 20)
+    send(bare, view)
+    assert bare.page.evaluate(width) > before + 100
 
 
 def test_a_layer_picked_in_python_is_marked(bare):

@@ -10,7 +10,7 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import known, require
 from veloxlab.views.furniture import Plot, caption_title, framed, layer_axis, layer_columns, layer_step, picked_outline
-from veloxlab.views.logscale import Domain, log_domain, log_ticks
+from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks
 
 # column: words for an axis, and the loss that is drawn (0 where nothing is lost)
 METRICS = {
@@ -100,7 +100,7 @@ def _means(metric: str, domain: Domain, tensors: list[str]) -> Plot:
         .transform_aggregate(loss="mean(loss)", groupby=["layer", "tensor"])
         .encode(
             x=layer_axis(labelled=False),
-            y=y.axis(values=log_ticks(domain), format="~g"),
+            y=y.axis(values=log_ticks(domain), labelExpr=LABEL),
             color=alt.Color("tensor:N", title=None).scale(domain=names, range=list(palette.TENSORS.values())),
         )
     )
@@ -120,7 +120,7 @@ def _cells(tensor: str, metric: str, domain: Domain, group: int, *, last: bool) 
         .transform_aggregate(loss="mean(loss)", rows="count()", finite="valid(loss)", groupby=["layer", "group"])
         .encode(x=layer_axis(labelled=last), y=alt.Y("group:O", title=[tensor, heads]))
     )
-    key = alt.Legend(values=log_ticks(domain), format="~g", gradientLength=110, gradientThickness=10)
+    key = alt.Legend(values=log_ticks(domain), labelExpr=LABEL, gradientLength=110, gradientThickness=10)
     colour = alt.Color("loss:Q", title=name, legend=key).scale(type="log", domain=domain, clamp=True)
     cells = (
         pooled.transform_filter("datum.finite > 0")

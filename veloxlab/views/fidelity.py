@@ -10,7 +10,7 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import known, require
 from veloxlab.views.furniture import caption_title, framed
-from veloxlab.views.logscale import Domain, log_domain, log_ticks
+from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks
 
 # what a cache costs: words for an axis, and the number drawn
 COSTS = {
@@ -59,9 +59,9 @@ def frontier(
         alt.layer(*_marks(drawn, x, named=drawn.height <= FEW))
         .encode(
             x=alt.X("cost:Q", title=COSTS[x][0]).scale(zero=False, nice=False, padding=24).axis(tickCount=6),
-            y=alt.Y("kl_mean:Q", title="mean KL from the exact model (nats)")
+            y=alt.Y("kl_mean:Q", title=["mean KL from the exact model", "nats"])
             .scale(type="log", domain=scale, nice=False, clamp=True)
-            .axis(values=log_ticks(scale), format="~g"),
+            .axis(values=log_ticks(scale), labelExpr=LABEL),
         )
         .properties(width=palette.WIDTH - 90, height=260, title=caption_title())
     )

@@ -79,12 +79,20 @@ def layer_columns() -> alt.Chart:
 
 
 def picked_outline() -> alt.Chart:
-    """Draw a frame around the picked layer, over the full height of a plot."""
+    """Draw a frame around the picked layer, over the full height of a plot and inside it, so that nothing moves."""
     outline: alt.Chart = (
         alt.Chart()
         .transform_filter(IS_PICKED)
         .transform_aggregate(groupby=["layer"])
-        .mark_rect(filled=False, fill=None, stroke=palette.PICKED, strokeWidth=2, cornerRadius=2, cursor="pointer")
-        .encode(x="layer:O")
+        .mark_rect(
+            filled=False,
+            fill=None,
+            stroke=palette.PICKED,
+            strokeWidth=2,
+            y2Offset=-2,
+            cornerRadius=2,
+            cursor="pointer",
+        )
+        .encode(x="layer:O", y=alt.value(2), y2=alt.value("height"))
     )
     return outline

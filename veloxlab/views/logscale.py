@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 Domain = tuple[float, float]
 
+LABEL = "format(datum.value, datum.value < 0.001 ? '~e' : '~g')"  # of a tick, in Vega: 0.002 and 2e-5
 NEAR = 1e-9  # relative room for rounding errors
 DEEP = 1e-6  # what lies further under the greatest value is drawn at the floor
 

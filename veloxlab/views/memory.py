@@ -42,7 +42,7 @@ def memory_growth(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VCo
         alt.layer(*_totals(caches), *_shares())
         .encode(
             x=alt.X("tokens:Q", title="tokens of context").axis(format=",d", tickCount=6).scale(zero=True, nice=False),
-            y=alt.Y("megabytes:Q", title="bytes held (MB)").axis(tickCount=5),
+            y=alt.Y("megabytes:Q", title=["bytes held", "MB"]).axis(tickCount=5),
         )
         .properties(width=palette.WIDTH - 100, height=220, title=caption_title())
     )

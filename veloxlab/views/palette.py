@@ -61,6 +61,7 @@ def structure() -> dict[str, Any]:
         "font": FONT,
         "background": "transparent",
         "padding": 6,
+        "autosize": {"type": "pad", "resize": True},  # a caption or label that grows must not be cut off
         "view": {"stroke": None, "continuousWidth": WIDTH, "continuousHeight": 220},
         "title": {"anchor": "start", "fontSize": 14, "fontWeight": 600, "offset": 8, "frame": "group"},
         "axis": {
@@ -73,6 +74,7 @@ def structure() -> dict[str, Any]:
             "domain": False,
         },
         "axisX": {"grid": False},
+        "axisY": {"minExtent": 40},  # so that charts under one another have one left edge
         "axisBand": {"grid": False, "ticks": False, "labelAngle": 0, "labelOverlap": True, "labelSeparation": 5},
         "header": {"labelFontSize": 12, "labelFontWeight": 600, "titleFontSize": 11},
         "legend": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "symbolType": "square"},

@@ -78,7 +78,8 @@ class ChartView(anywidget.AnyWidget):
     spec = t.Dict().tag(sync=True)
     content = t.Dict().tag(sync=True)
     picked = t.Int(None, allow_none=True, help="the picked layer; set it from Python or by a click").tag(sync=True)
-    rendered = t.Int(0, help="the revision last drawn in a page").tag(sync=True)
+    # the page alone sets this, so an echo of it would only be one more message per move of a slider
+    rendered = t.Int(0, help="the revision last drawn in a page").tag(sync=True, echo_update=False)
 
     _numbers: ClassVar[itertools.count[int]] = itertools.count(1)
 
