@@ -188,6 +188,19 @@ def test_the_exact_cache_is_told_of_and_not_drawn():
     assert any("Exact cache: KL 0, perplexity 16.00" in line for line in said)
 
 
+def test_every_finite_cache_is_drawn_and_the_others_are_named():
+    frame = fidelity_frame().with_columns(held_bits=pl.lit(4.5))
+    foreign = {"name": "mlx-lm 4 bits", "key_bits": None, "value_bits": None, "kl_mean": 0.05}
+    zero, broken = {"name": "qjl K8 V8", "kl_mean": 0.0}, {"name": "commvq K1 V1", "kl_mean": math.nan}
+    row = frame.row(0, named=True)
+    frame = pl.concat([frame, pl.DataFrame([row | more for more in (foreign, zero, broken)], schema=frame.schema)])
+    drawing = drawn(views.frontier(frame))
+    for name in ("mlx-lm 4 bits", "qjl K8 V8"):
+        assert f"name: {name};" in drawing
+    assert "NaN" not in drawing
+    assert any("Not finite: commvq K1 V1." in line for line in words(drawing))
+
+
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [

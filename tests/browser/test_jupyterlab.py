@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from veloxlab.views import palette
+
 pytestmark = pytest.mark.browser
 
 CELL = """
@@ -68,11 +70,35 @@ OUTLINED = f"""(counts) => counts.every((count, i) =>
 TOTAL = ".probe svg.marks >> nth=2 >> text=/turboquant .* MB/"
 
 
+PLAIN = """
+points = pl.DataFrame({
+    "name": ["rvq K2 V2", "rvq K4 V4"], "key_bits": [2.5, 4.5], "value_bits": [2.5, 4.5], "kl_mean": [0.2, 0.01],
+    "held_bytes": [2_000_000, 4_000_000], "top1_flips": [0.1, 0.01], "perplexity": [13.0, 12.0],
+})
+display(views.error_map(errors(3), caption="plain errors"), views.bit_allocation(spent(3), caption="plain bits"))
+display(views.memory_growth(held(3), caption="plain bytes"), views.frontier(points, caption="plain frontier"))
+"""
+
+
 @pytest.fixture(scope="module")
 def pictures() -> Path | None:
     """A folder for screenshots, where a person asked for them."""
     asked = os.environ.get("VELOXLAB_PICTURES")
     return Path(asked) if asked else None
+
+
+def test_plain_charts_are_drawn_by_jupyterlab_itself(notebook, pictures):
+    visit = notebook(CELL, PLAIN, name="plain.ipynb")
+    plain = ".jp-RenderedVegaCommon5"
+    for i, caption in enumerate(("errors", "bits", "bytes", "frontier")):
+        visit.page.locator(plain).nth(i).scroll_into_view_if_needed()
+        visit.page.locator(plain).nth(i).locator("svg.marks", has_text=f"plain {caption}").wait_for()
+        words = visit.page.locator(plain).nth(i).locator("text", has_text=f"plain {caption}")
+        assert words.get_attribute("fill") == palette.NEUTRAL  # without a colour of ours it would have none
+        if pictures:
+            visit.page.locator(plain).nth(i).screenshot(path=pictures / f"plain-{caption}.png")
+    assert visit.errors == []
+    assert visit.outside == []
 
 
 def step(visit, expected: int, key: str) -> None:

@@ -80,7 +80,11 @@ def error_caption(frame: pl.DataFrame, metric: str = "rel_mse") -> str:
     """Say the mean loss of keys and of values, which layer loses most, and how many values are not finite."""
     said = []
     for tensor in palette.TENSORS:
-        loss = _finite(frame.filter(pl.col("tensor") == tensor), metric).group_by("layer").agg(pl.col("loss").mean())
+        loss = (
+            _finite(frame.filter(pl.col("tensor") == tensor), metric)
+            .group_by("layer", maintain_order=True)
+            .agg(pl.col("loss").mean())
+        )
         if not loss.is_empty():
             worst = loss.sort("loss", "layer").row(-1, named=True)
             mean = sum(loss["loss"]) / loss.height

@@ -14,7 +14,11 @@ from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks
 
 # what a cache costs: words for an axis, and the number drawn
 COSTS = {
-    "bits": ("true bits a value, mean of keys and values", "(datum.key_bits + datum.value_bits) / 2"),
+    "bits": (
+        "true bits a value, mean of keys and values",
+        # a cache that is not ours states no bits of its own: what it holds, over what it keeps, says the same
+        "isValid(datum.key_bits) ? (datum.key_bits + datum.value_bits) / 2 : datum.held_bits",
+    ),
     "held_bytes": ("bytes held (MB)", "datum.held_bytes / 1e6"),
 }
 FEW = 12  # points: beyond these only the tooltip says what each one is
@@ -34,8 +38,9 @@ def frontier(
     ----------
     frame
         Rows of ``name``, ``key_bits``, ``value_bits``, ``kl_mean`` (nats), ``held_bytes``, ``top1_flips`` (0 to 1) and
-        ``perplexity``. A name starts with its method's id; a column ``method`` is used where there is one. The exact
-        cache (``"none"``), whose divergence has no place on a log scale, is told of in the caption.
+        ``perplexity``. A name starts with its method's id; a column ``method`` is used where there is one. Where bits
+        are null, a column ``held_bits`` stands in. The exact cache (``"none"``) is told of in the caption, and a
+        divergence of zero is drawn at the floor.
     x
         ``"bits"`` for true bits per value, or ``"held_bytes"``.
     domain
@@ -52,7 +57,8 @@ def frontier(
     numbers = ("key_bits", "value_bits", "kl_mean", "held_bytes", "top1_flips", "perplexity")
     require(frame, {"name": "text", **dict.fromkeys(numbers, "number")}, "frontier")
     method = pl.col("method") if "method" in frame.columns else pl.col("name").str.split(" ").list.first()
-    shown = frame.select("name", *numbers, method=method).sort("method", "key_bits", "value_bits", "name")
+    held = [pl.col("held_bits")] if "held_bits" in frame.columns else []
+    shown = frame.select("name", *numbers, *held, method=method).sort("method", "key_bits", "value_bits", "name")
     drawn = shown.filter(pl.col("method") != EXACT)
     scale = domain or log_domain(drawn["kl_mean"])
     plot = (
@@ -70,13 +76,14 @@ def frontier(
 
 
 def fidelity_caption(frame: pl.DataFrame) -> str:
-    """Say what the exact cache gives, where it was measured, and which way is better."""
-    exact = frame.filter(pl.col("name") == EXACT)
-    better = "Lower left is better; grey steps join what nothing else beats."
-    if exact.is_empty():
-        return better
-    row = exact.row(0, named=True)
-    return f"{better} Exact cache: KL {row['kl_mean']:.1g}, perplexity {row['perplexity']:.2f}."
+    """Say which way is better, what the exact cache gives where it was measured, and what could not be drawn."""
+    better = ["Lower left is better; grey steps join what nothing else beats."]
+    exact = [
+        f"Exact cache: KL {row['kl_mean']:.1g}, perplexity {row['perplexity']:.2f}."
+        for row in frame.filter(pl.col("name") == EXACT).head(1).iter_rows(named=True)
+    ]
+    lost = frame.filter(pl.col("kl_mean").is_null() | ~pl.col("kl_mean").is_finite())["name"].to_list()
+    return " ".join([*better, *exact, *([f"Not finite: {', '.join(lost)}."] if lost else [])])
 
 
 def _marks(drawn: pl.DataFrame, x: str, *, named: bool) -> list[alt.Chart]:
@@ -90,9 +97,8 @@ def _marks(drawn: pl.DataFrame, x: str, *, named: bool) -> list[alt.Chart]:
     )
     base = (
         alt.Chart()
-        .transform_calculate(cost=COSTS[x][1])
+        .transform_calculate(cost=COSTS[x][1], method="datum.method || split(datum.name, ' ')[0]")
         .transform_filter(f"datum.method !== '{EXACT}' && isValid(datum.kl_mean) && isValid(datum.cost)")
-        .transform_filter("datum.kl_mean > 0")
     )
     best = (
         base.transform_window(
@@ -122,5 +128,6 @@ def _marks(drawn: pl.DataFrame, x: str, *, named: bool) -> list[alt.Chart]:
 
 def _by_divergence(drawn: pl.DataFrame) -> list[str]:
     """List methods as their lines lie, from the top down, so that the legend reads like the chart."""
-    mean = drawn.filter(pl.col("kl_mean") > 0).group_by("method").agg(pl.col("kl_mean").log().mean())
-    return mean.sort("kl_mean", "method", descending=[True, False])["method"].to_list()
+    height = pl.col("kl_mean").filter(pl.col("kl_mean") > 0).log().mean()
+    mean = drawn.group_by("method").agg(height)
+    return mean.sort("kl_mean", "method", descending=[True, False], nulls_last=True)["method"].to_list()

@@ -56,7 +56,7 @@ def shape_of(name: str) -> str:
 
 
 def structure() -> dict[str, Any]:
-    """Give the part of the theme that is the same on any ground: type, sizes and spacing, and no colour of text."""
+    """Give the part of the theme that is the same on any ground: type, sizes and spacing, and no colour of guides."""
     return {
         "font": FONT,
         "background": "transparent",
@@ -78,10 +78,12 @@ def structure() -> dict[str, Any]:
         "axisBand": {"grid": False, "ticks": False, "labelAngle": 0, "labelOverlap": True, "labelSeparation": 5},
         "header": {"labelFontSize": 12, "labelFontWeight": 600, "titleFontSize": 11},
         "legend": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "symbolType": "square"},
-        "style": {"caption": {"font": FONT, "fontSize": 12, "fontWeight": "normal"}},
+        # on these JupyterLab's own dark theme is silent, so a plain chart has the colours that read on both grounds
+        "style": {"caption": {"font": FONT, "fontSize": 12, "fontWeight": "normal", "fill": NEUTRAL}},
+        "text": {"fontSize": 11, "color": NEUTRAL},
+        "rule": {"strokeWidth": 1.5, "color": NEUTRAL},
+        "range": {"ramp": LOSS["light"], "heatmap": LOSS["light"], "category": [c for c, _ in METHODS.values()]},
         "line": {"strokeWidth": 2},
-        "text": {"fontSize": 11},
-        "rule": {"strokeWidth": 1.5},
         "concat": {"spacing": 14},
         "facet": {"spacing": 8},
     }
@@ -115,7 +117,7 @@ def colours(mode: Mode) -> dict[str, Any]:
         "style": {"caption": {"fill": ink["soft"]}},
         "text": {"color": ink["soft"]},
         "rule": {"color": ink["soft"]},
-        "range": {"ramp": LOSS[mode], "heatmap": LOSS[mode], "category": [c for c, _ in METHODS.values()]},
+        "range": {"ramp": LOSS[mode], "heatmap": LOSS[mode]},
     }
 
 
