@@ -168,6 +168,22 @@ def test_a_dark_ground_gives_light_text_at_once(bare, darken):
     assert heights(bare) == [60, 120]
 
 
+def test_a_legend_keeps_its_colours_beside_a_chart_of_another_vega(bare):
+    # JupyterLab's own Vega numbers its gradients from 0 as ours does, and a page gives a name to the first that has it
+    other = "<svg width=9 height=9><defs><linearGradient id='gradient_0'></linearGradient></defs></svg>"
+    bare.page.evaluate("(svg) => { document.body.innerHTML = svg; }", other)
+    view = ChartView(bars(5, 10).encode(color=alt.Color("error:Q")))
+    open_chart(bare, view)
+    mine = """() => {
+      const filled = document.querySelector("#one [fill^='url']").getAttribute("fill");
+      return document.querySelector(filled.match(/#[^)]*/)[0]).closest("#one") !== null;
+    }"""
+    assert bare.page.evaluate(mine)
+    view.put(frame(1, 2, 3))
+    send(bare, view)
+    assert bare.page.evaluate(mine)
+
+
 def test_closing_leaves_no_listener_and_no_element(bare):
     before = bare.page.evaluate("lab.pageListeners()")
     open_chart(bare, ChartView(bars(5, 10)))

@@ -10,7 +10,7 @@ from pathlib import Path
 import platformdirs
 import vl_convert
 
-SNIPPET = "export { vegaEmbed, vega, vegaLite };"
+SNIPPET = "export { vegaEmbed };"  # vl-convert binds vega and vegaLite too, but to null
 
 
 def bundle_name() -> str:
@@ -32,7 +32,7 @@ def ensure_bundle() -> Path:
     Returns
     -------
     pathlib.Path
-        An ES module that exports ``vegaEmbed``, ``vega`` and ``vegaLite``.
+        An ES module that exports ``vegaEmbed``.
     """
     name = bundle_name()
     cache = platformdirs.user_cache_path("veloxlab")

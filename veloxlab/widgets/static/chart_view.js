@@ -2,17 +2,11 @@
 
 const PAGE = Symbol.for("veloxlab.vega"); // one import of the bundle per page, whatever the number of charts
 
-// Vega numbers the gradients of a page from 0, and so does JupyterLab's own Vega: start where that one never gets.
-function apart(module) {
-  for (let i = 0; i < 10_000; i++) module.vega.Gradient([0, 0], [1, 0]);
-  return module;
-}
-
 function importOnce(version, code) {
   const loaded = (globalThis[PAGE] ??= new Map());
   if (!loaded.has(version)) {
     const url = URL.createObjectURL(new Blob([code], { type: "text/javascript" }));
-    const module = import(/* @vite-ignore */ url).then(apart).finally(() => URL.revokeObjectURL(url));
+    const module = import(/* @vite-ignore */ url).finally(() => URL.revokeObjectURL(url));
     module.catch(() => loaded.delete(version)); // so that the next chart tries again
     loaded.set(version, module);
   }
@@ -96,6 +90,21 @@ function specOf(json, theme, datasets, values) {
   return spec;
 }
 
+// Vega numbers gradients from 0, and so does JupyterLab's own Vega on the same page: without names of our own the legend
+// of one chart would show the colours of another. A redraw brings Vega's names back.
+let gradients = 0;
+
+function ownGradients(plot) {
+  for (const gradient of plot.querySelectorAll("linearGradient[id^='gradient_']")) {
+    const [name, own] = [gradient.id, `veloxlab-${gradients++}`];
+    gradient.id = own;
+    for (const filled of plot.querySelectorAll(`[fill$='#${name})'], [data-gradient='${name}']`)) {
+      filled.dataset.gradient = name;
+      filled.setAttribute("fill", `url(#${own})`);
+    }
+  }
+}
+
 const PICKED = "picked_layer";
 
 function layersIn(datasets) {
@@ -142,6 +151,7 @@ class Chart {
     else return false;
     this.shown = { spec: spec.id, dark, revision: content.revision };
     await this.mark();
+    ownGradients(this.plot);
     if (!this.closed && model.get("rendered") !== content.revision) {
       model.set("rendered", content.revision);
       model.save_changes();
@@ -195,6 +205,7 @@ class Chart {
     const picked = this.model.get("picked");
     if (this.result.view.signal(PICKED) === picked) return;
     await this.result.view.signal(PICKED, picked).runAsync();
+    ownGradients(this.plot);
   }
 
   pick(layer) {
