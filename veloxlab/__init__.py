@@ -8,10 +8,11 @@ vl.Lab(model, tokenizer)
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from veloxlab.runtime import load_fast_blas
+from veloxlab.runtime import TOO_LATE, load_fast_blas
 
 if TYPE_CHECKING:
     from veloxlab.allocate.plan import Plan
@@ -38,7 +39,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-load_fast_blas()  # MLX binds to a BLAS when it is imported, and every module that imports it comes after this line
+# MLX binds to a BLAS when it is imported: every module here that imports it comes after this line
+if load_fast_blas() == TOO_LATE:
+    warnings.warn(
+        "mlx was imported before veloxlab, so matrix products on this CPU are about 30 times slower than need be: "
+        "import veloxlab first, before mlx or mlx_lm.",
+        stacklevel=2,
+    )
 
 _HOME = {
     "Capture": "measure",

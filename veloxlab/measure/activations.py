@@ -72,7 +72,7 @@ def capture(
     ------
     InputError : if the text has fewer than two tokens.
     """
-    ids = encode(tokenizer, text)[:tokens]
+    ids = encode(tokenizer, text, tokens)
     facts = integrate.probe(model)
     native = make_prompt_cache(model)
     recorders = [_Recorder(f) if f.compressible else own for f, own in zip(facts, native, strict=True)]
@@ -89,12 +89,19 @@ def capture(
     return Capture(tuple(layers), tuple(ids))
 
 
-def encode(tokenizer: Any, text: str | None, least: int = 2) -> list[int]:  # noqa: ANN401
-    """Token ids of ``text`` (the shipped test excerpt if None); raises `InputError` below ``least`` tokens."""
-    ids = list(tokenizer.encode(excerpt("test") if text is None else text))
-    if len(ids) < least:
-        raise InputError(f"The text has {len(ids)} tokens and at least {least} are needed: give a longer text.")
-    return ids
+def encode(tokenizer: Any, text: str | None, count: int) -> list[int]:  # noqa: ANN401
+    """Give the first ``count`` token ids of ``text`` (the shipped test excerpt if None), or all if there are fewer.
+
+    Raises `InputError` below two tokens.
+    """
+    text = excerpt("test") if text is None else text
+    # a long text need not be read to its end: no tokenizer makes tokens longer than this on average
+    ids = list(tokenizer.encode(text[: 16 * count]))
+    if len(ids) < count and len(text) > 16 * count:
+        ids = list(tokenizer.encode(text))
+    if len(ids) < 2:
+        raise InputError(f"The text has {len(ids)} tokens and at least 2 are needed: give a longer text.")
+    return ids[:count]
 
 
 class _Recorder(Handle):

@@ -187,7 +187,7 @@ def _compare(
         raise InputError(f"mode={mode!r} is unknown: choose 'oneshot' or 'decode'.")
     if mode == "decode" and not 1 <= prompt < tokens - 1:
         raise InputError(f"prompt={prompt} leaves nothing to decode of {tokens} tokens: take fewer, at least 1.")
-    ids = encode(tokenizer, text)
+    ids = encode(tokenizer, text, tokens * windows)
     if len(ids) < tokens * (windows - 1) + 2:
         raise InputError(
             f"The text has {len(ids)} tokens, too few for {windows} windows of {tokens}: "
