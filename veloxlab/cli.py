@@ -12,9 +12,13 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from veloxlab.errors import InputError
 from veloxlab.shipped import is_installed, shipped_folder
+
+if TYPE_CHECKING:
+    import polars as pl
 
 TOUR = "00_tour.ipynb"
 COPY_FOLDER = Path("veloxlab-notebooks")
@@ -49,6 +53,12 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check the device, the packages and the model's weights")
     doctor.add_argument("--json", action="store_true", help="print the checks as JSON")
     doctor.set_defaults(run=show_checks)
+    compare = commands.add_parser("compare", help="measure caches side by side on WikiText-2, and write the results")
+    compare.add_argument("--model", default="smollm2-135m", help="what to load (default: %(default)s)")
+    compare.add_argument("--tokens", type=int, default=512, help="length of a stretch of text (default: %(default)s)")
+    compare.add_argument("--windows", type=int, default=3, help="number of stretches (default: %(default)s)")
+    compare.add_argument("--out", type=Path, default=Path("results"), help="folder to write to (default: %(default)s)")
+    compare.set_defaults(run=compare_caches)
     return parser
 
 
@@ -77,6 +87,42 @@ def _notebooks() -> Path:
             shutil.copyfile(notebook, copy)
     print(f"The notebooks are in {COPY_FOLDER.resolve()}.", file=sys.stderr)
     return COPY_FOLDER.resolve()
+
+
+def compare_caches(options: argparse.Namespace) -> int:
+    """Measure, print the table, and write it as Parquet beside its chart as PNG."""
+    import veloxlab as vl
+    from veloxlab.measure.compare import compare
+    from veloxlab.views import frontier, picture
+
+    model, tokenizer = vl.load(options.model)
+    frame = compare(
+        model,
+        tokenizer,
+        tokens=options.tokens,
+        windows=options.windows,
+        progress=lambda done, total, label: print(f"{done} of {total}: {label}", file=sys.stderr),
+    )
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = f"compare_{Path(options.model).stem}"
+    frame.write_parquet(options.out / f"{stem}.parquet")
+    chart = frontier(frame, x="held_bytes")
+    (options.out / f"{stem}.png").write_bytes(picture.png(chart.to_dict(), width=2 * picture.WIDTH))
+    print(compared_table(frame))
+    return 0
+
+
+def compared_table(frame: pl.DataFrame) -> str:
+    """Give the results as a Markdown table."""
+    lines = [
+        "| cache | true bits a value | KL (nats) | top-1 flips | perplexity |",
+        "|---|---:|---:|---:|---:|",
+        f"| exact | | 0 | 0 % | {frame['perplexity_exact'][0]:.2f} |",
+    ]
+    for row in frame.sort("held_bits").iter_rows(named=True):
+        numbers = f"{row['kl_mean']:.4f} | {100 * row['top1_flips']:.1f} % | {row['perplexity']:.2f}"
+        lines.append(f"| {row['name']} | {row['held_bits']:.2f} | {numbers} |")
+    return "\n".join(lines)
 
 
 def show_checks(options: argparse.Namespace) -> int:
