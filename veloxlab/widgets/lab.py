@@ -301,7 +301,8 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         return self._tables.errors(self.layer_bits, self.metric, self.sinks, self.window)
 
     def _memory_rows(self) -> pl.DataFrame | None:
-        held = self._tables.memory(self.layer_bits, self.sinks, self.window, self.name)
+        # by the method's name alone: a name that moved with the sliders would leave the chart's colours
+        held = self._tables.memory(self.layer_bits, self.sinks, self.window, self._method.id)
         return None if held is None else predicted_growth(held, DRAWN_UPTO)
 
     def _redraw(self, *, new_metric: bool = False) -> None:
