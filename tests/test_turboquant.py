@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from veloxlab.codecs.codebooks import gaussian_codebook, sphere_codebook
-from veloxlab.codecs.turboquant import TurboQuant, TurboQuantProd, build
+from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.turboquant import TurboQuant, TurboQuantProd, TurboQuantSplit, build
 from veloxlab.errors import InputError
 
 PAIRS = 20_000
@@ -144,3 +145,74 @@ def test_keys_get_the_unbiased_scale_and_values_the_mse_scale():
 def test_what_it_cannot_do_is_refused_at_once(make, sentence):
     with pytest.raises(InputError, match=sentence):
         make()
+
+
+# outlier channels
+
+
+def loud(channels: list[int], tokens: int = 200, dim: int = DIM) -> mx.array:
+    """Vectors ``[1, 2, tokens, dim]`` of which these channels of the first head are ten times as large."""
+    x = np.random.default_rng(5).standard_normal((1, 2, tokens, dim)).astype(np.float32)
+    x[:, 0, :, channels] *= 10
+    return mx.array(x)
+
+
+def test_two_and_a_half_bits_are_two_and_a_quarter_and_the_norms():
+    codec = build(128, 2, "keys", outliers=32, outlier_bits=3)
+    assert codec.bits_per_value == 2.5
+    x = loud([3, 77])
+    assert codec.fit(Sample(x)).encode(x).nbytes * 8 == 2.5 * x.size
+
+
+def test_outliers_are_the_channels_of_most_energy_of_each_head():
+    channels = [1, 40, 41, 90, 127]
+    codec = TurboQuantSplit(DIM, 2, 5, 3).fit(Sample(loud(channels)))
+    assert codec.channels[:5] == tuple(channels)
+    assert codec == TurboQuantSplit(DIM, 2, 5, 3).fit(Sample(loud(channels)))
+    assert hash(codec) != hash(TurboQuantSplit(DIM, 2, 5, 3))
+
+
+def test_each_part_is_turboquant_of_its_channels():
+    x = loud(list(range(8)))
+    codec = TurboQuantSplit(DIM, 2, 8, 4).fit(Sample(x))
+    assert codec.channels[:8] == tuple(range(8))
+    parts = [(TurboQuant(8, 4), x[:, :1, :, :8]), (TurboQuant(DIM - 8, 2), x[:, :1, :, 8:])]
+    expected = mx.concatenate([part.decode(part.encode(half)) for part, half in parts], axis=-1)
+    assert np.allclose(codec.decode(codec.encode(x))[:, :1], expected, atol=1e-4)
+
+
+def test_a_split_pays_where_channels_stand_out_and_not_where_none_does():
+    """Against one instance with 3 bits everywhere, which takes 3.125 against 2.5 bits a value."""
+    x = loud(list(range(0, 128, 4)), tokens=1000)
+    split = TurboQuantSplit(DIM, 2, 32, 3, scale="mse").fit(Sample(x))
+    whole = TurboQuant(DIM, 3, scale="mse")
+    error = {c: mx.square(c.decode(c.encode(x)) - x).mean(axis=(0, 2, 3)).tolist() for c in (split, whole)}
+    assert error[split][0] < 1.05 * error[whole][0]  # head 0 has outliers: 97 % of its energy gets 3 bits
+    assert error[split][1] > 2 * error[whole][1]  # head 1 has none
+
+
+def test_scores_and_mix_of_a_split_are_decode_then_matmul():
+    x = loud([7, 8, 9, 60], tokens=70)
+    codec = TurboQuantSplit(DIM, 2, 4, 5).fit(Sample(x))
+    code, q = codec.encode(x), mx.random.normal((1, 6, 2, DIM), key=mx.random.key(1))
+    exact = mx.repeat(codec.decode(code), 3, axis=1)
+    assert np.allclose(codec.scores(q, code), q @ exact.swapaxes(-1, -2), atol=5e-3)  # sums of up to 1,000
+    p = mx.softmax(codec.scores(q, code) / 10, axis=-1)
+    assert np.allclose(codec.mix(p, code), p @ exact, atol=1e-3)
+    assert not codec.decode(codec.encode(mx.zeros((1, 2, 3, DIM)))).any()
+
+
+def test_a_split_has_to_see_activations():
+    codec = build(64, 2, "keys", outliers=16)
+    assert codec.outlier_bits == 3
+    with pytest.raises(InputError, match="has to see activations before it can encode"):
+        codec.encode(mx.zeros((1, 2, 3, 64)))
+    with pytest.raises(InputError, match="no channel stands out"):
+        codec.fit(Sample(mx.zeros((1, 2, 3, 64))))
+    with pytest.raises(InputError, match="fitted to 2 KV heads and was given 3"):
+        codec.fit(Sample(mx.ones((1, 2, 3, 64)))).encode(mx.zeros((1, 3, 1, 64)))
+    for outliers in (1, 62):
+        with pytest.raises(InputError, match="do not leave two parts: choose 4 to 60"):
+            build(64, 2, "keys", outliers=outliers)
+    with pytest.raises(InputError, match="with variant='mse' only"):
+        build(64, 2, "keys", variant="prod", outliers=16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import polars as pl
 
-from veloxlab.codecs import none, turboquant
+from veloxlab.codecs import commvq, none, polarquant, qjl, rabitq, ratequant, rvq, spectralquant, turboquant, vecinfer
 from veloxlab.codecs.codec import Code, Codec
 from veloxlab.codecs.method import Method, Role
 from veloxlab.errors import InputError
@@ -15,6 +15,14 @@ METHODS: dict[str, Method] = {
     method.id: method
     for method in (
         turboquant.METHOD,
+        rvq.METHOD,
+        vecinfer.METHOD,
+        ratequant.METHOD,
+        spectralquant.METHOD,
+        rabitq.METHOD,
+        qjl.METHOD,
+        polarquant.METHOD,
+        commvq.METHOD,
         none.METHOD,
     )
 }

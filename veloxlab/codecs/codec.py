@@ -1,18 +1,21 @@
 """The codec contract, and the shape that most algorithms share: rotate, quantize, scale.
 
-A codec compresses vectors of one head dimension. It is an immutable dataclass of plain numbers, so it can be compared,
-hashed, copied for nothing and written as JSON. Its constant tables are built once per process and shared by all layers.
+A codec compresses vectors of one head dimension. It is an immutable dataclass. One that needs no calibration holds
+plain numbers, so it can be compared, hashed, copied for nothing and written as JSON; its constant tables are built once
+per process and shared by all layers. One that does also holds the arrays that it learned, and is compared by identity.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 import mlx.core as mx
 
+from veloxlab.codecs.rope import Rope
 from veloxlab.codecs.transforms import Rotation, RotationName, make_rotation
 from veloxlab.errors import InputError
 
@@ -27,9 +30,11 @@ class Code:
     Attributes
     ----------
     arrays : what is stored, by name, every array with the tokens on axis 2.
+    start : position in the text of the first token; only a codec that undoes RoPE needs it.
     """
 
     arrays: dict[str, mx.array]
+    start: int = 0
 
     @property
     def tokens(self) -> int:
@@ -42,12 +47,34 @@ class Code:
         return sum(a.nbytes for a in self.arrays.values())
 
     def __getitem__(self, span: slice) -> Code:
-        """Tokens ``start:stop``, as views."""
-        return Code({name: a[:, :, span] for name, a in self.arrays.items()})
+        """Tokens ``start:stop`` (not negative), as views."""
+        return Code({name: a[:, :, span] for name, a in self.arrays.items()}, self.start + (span.start or 0))
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What calibration saw of one layer, for `Codec.fit`.
+
+    Attributes
+    ----------
+    x : keys (after RoPE) or values ``[B, H, S, D]``, float32.
+    queries : ``[B, Hq, S, D]`` float32, after RoPE, or None where the model does not show them.
+    rope : the layer's rotary embedding, with which the keys' position can be undone, or None.
+    seed : of everything random.
+    """
+
+    x: mx.array
+    queries: mx.array | None = None
+    rope: Rope | None = None
+    seed: int = 0
 
 
 class Codec(Protocol):
-    """What the cache and attention need to know of an algorithm. Shapes: x ``[B, H, S, D]``, q ``[B, Hq, L, D]``."""
+    """What the cache and attention need to know of an algorithm. Shapes: x ``[B, H, S, D]``, q ``[B, Hq, L, D]``.
+
+    A codec that has to be fitted holds what it learned in fields that are arrays, with one entry per KV head where the
+    algorithm says so; all other fields are plain numbers and words. That is what lets `veloxlab.calibration` save it.
+    """
 
     @property
     def head_dim(self) -> int:
@@ -61,11 +88,11 @@ class Codec(Protocol):
     def shared_bytes(self) -> int:
         """Bytes of constant tables, held once per process for all layers that use an equal codec."""
 
-    def fit(self, sample: mx.array) -> Self:
-        """Learn from ``sample`` ``[B, H, S, D]``; an algorithm that needs no calibration returns itself."""
+    def fit(self, sample: Sample) -> Self:
+        """Learn from what calibration saw; an algorithm that needs no calibration returns itself."""
 
-    def encode(self, x: mx.array) -> Code:
-        """Compress ``x`` ``[B, H, S, D]`` of any float dtype."""
+    def encode(self, x: mx.array, start: int = 0) -> Code:
+        """Compress ``x`` ``[B, H, S, D]`` of any float dtype, whose first token is at position ``start``."""
 
     def decode(self, code: Code) -> mx.array:
         """Reconstruct ``[B, H, S, D]`` in float32 (`none` keeps the dtype it was given)."""
@@ -92,15 +119,98 @@ def per_kv_head(x: mx.array, kv_heads: int) -> mx.array:
     return x.reshape(batch, kv_heads, heads // kv_heads * length, dim)
 
 
-class RotatedCodec(ABC):
-    """Rotate, quantize, scale: ``decode = scale · rotate⁻¹(expand)``.
+class TiledCodec(ABC):
+    """Attention over codes, a tile of tokens at a time, for every codec that says how a tile expands.
 
-    A subclass says how a rotated vector of root-mean-square 1 is quantized and expanded; encoding, the exact query
-    side and the tiles of attention are here. Attention never leaves the rotated space: the query is rotated once, and
-    the mix of values is rotated back once.
+    Vectors are coded in a space of the codec's own. There ``decode = from_codes(scale · expand)``, and the query is
+    brought into that space once (`query_to_codes`), the mix of values out of it once.
     """
 
     head_dim: int
+
+    @property
+    @abstractmethod
+    def bits_per_value(self) -> float:
+        """True stored bits per coordinate; see `Codec.bits_per_value`."""
+
+    @property
+    @abstractmethod
+    def shared_bytes(self) -> int:
+        """Bytes of constant tables; see `Codec.shared_bytes`."""
+
+    @property
+    def code_dim(self) -> int:
+        """Dimension of the space of the codes: ``head_dim``, unless a subclass codes in another."""
+        return self.head_dim
+
+    @abstractmethod
+    def encode(self, x: mx.array, start: int = 0) -> Code:
+        """See `Codec.encode`."""
+
+    @abstractmethod
+    def expand(self, code: Code) -> mx.array:
+        """Vectors in the space of the codes ``[B, H, S, D]``, before scaling, float32."""
+
+    def scales(self, code: Code) -> mx.array | None:
+        """What each expanded vector is to be multiplied with ``[B, H, S, 1]``, or None for 1."""
+        return None
+
+    def from_codes(self, y: mx.array) -> mx.array:
+        """Bring vectors ``[B, H, S, D]`` out of the space of the codes; linear."""
+        return y
+
+    def query_to_codes(self, q: mx.array) -> mx.array:
+        """Bring queries ``[B, H, L, D]`` into that space, so that ``q · from_codes(y) = query_to_codes(q) · y``."""
+        return q
+
+    def inner_products(self, q: mx.array) -> Callable[[Code], mx.array]:
+        """How queries ``[B, H, L, D]`` in the space of the codes read a tile: from its code to ``[B, H, L, S]``.
+
+        A codec that can do without expanding prepares its tables here, once for all tiles.
+        """
+        return lambda tile: q @ self.expand(tile).swapaxes(-1, -2)
+
+    def fit(self, sample: Sample) -> Self:
+        """Nothing to learn, unless a subclass says so."""
+        check_vectors(sample.x, self.head_dim)
+        return self
+
+    def decode(self, code: Code) -> mx.array:
+        """Reconstruct ``[B, H, S, D]``; see `Codec.decode`."""
+        y, scale = self.expand(code), self.scales(code)
+        return self.from_codes(y if scale is None else y * scale)
+
+    def scores(self, q: mx.array, code: Code) -> mx.array:
+        """``q · decode(code)ᵀ`` from the codes, a tile at a time; see `Codec.scores`."""
+        batch, heads, length, _ = q.shape
+        ours = self.query_to_codes(per_kv_head(q.astype(mx.float32), kv_heads_of(code)))
+        read = self.inner_products(ours)
+        parts: list[mx.array] = []
+        for start in range(0, code.tokens, TILE):
+            tile = _tile(code, start, after=parts[-1] if parts else None)
+            scores, scale = read(tile), self.scales(tile)
+            parts.append(scores if scale is None else scores * scale.swapaxes(-1, -2))
+        joined = mx.concatenate(parts, axis=-1) if parts else mx.zeros((*ours.shape[:-1], 0))
+        return joined.reshape(batch, heads, length, code.tokens)
+
+    def mix(self, p: mx.array, code: Code) -> mx.array:
+        """``p · decode(code)`` from the codes, a tile at a time; see `Codec.mix`."""
+        batch, heads, length, _ = p.shape
+        weights = per_kv_head(p.astype(mx.float32), kv_heads_of(code))
+        total = mx.zeros((*weights.shape[:-1], self.code_dim))
+        for start in range(0, code.tokens, TILE):
+            tile = _tile(code, start, after=total if start else None)
+            part, scale = weights[..., start : start + TILE], self.scales(tile)
+            total = total + (part if scale is None else part * scale.swapaxes(-1, -2)) @ self.expand(tile)
+        return self.from_codes(total).reshape(batch, heads, length, self.head_dim)
+
+
+class RotatedCodec(TiledCodec):
+    """Rotate, quantize, scale: ``decode = rotate⁻¹(scale · levels)``.
+
+    A subclass says how a rotated vector of root-mean-square 1 is quantized and what levels its codes stand for.
+    """
+
     rotation: RotationName
     seed: int
 
@@ -111,65 +221,53 @@ class RotatedCodec(ABC):
         """
 
     @abstractmethod
-    def expand(self, arrays: dict[str, mx.array]) -> mx.array:
+    def levels(self, arrays: dict[str, mx.array]) -> mx.array:
         """Rotated vectors ``[B, H, S, D]`` before scaling, float32."""
 
     @property
     def _rotation(self) -> Rotation:
         return make_rotation(self.rotation, self.head_dim, self.seed)
 
-    def fit(self, sample: mx.array) -> Self:
-        """Nothing to learn: the rotation makes every vector's coordinates alike."""
-        check_vectors(sample, self.head_dim)
-        return self
-
-    def encode(self, x: mx.array) -> Code:
+    def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         x = x.astype(mx.float32)
         rms = mx.linalg.norm(x, axis=-1, keepdims=True) / math.sqrt(self.head_dim)
         arrays, factor = self.quantize(self._rotation.forward(x / mx.where(rms == 0, 1.0, rms)))
-        return Code(arrays | {"root_scale": store_scale(rms * factor)})
+        return Code(arrays | {"root_scale": store_scale(rms * factor)}, start)
 
-    def decode(self, code: Code) -> mx.array:
-        """Reconstruct ``[B, H, S, D]``; see `Codec.decode`."""
-        return self._rotation.inverse(self.expand(code.arrays) * load_scale(code.arrays["root_scale"]))
+    def expand(self, code: Code) -> mx.array:
+        """Levels of the codes; see `TiledCodec.expand`."""
+        return self.levels(code.arrays)
 
-    def scores(self, q: mx.array, code: Code) -> mx.array:
-        """``q · decode(code)ᵀ`` from the codes, a tile at a time; see `Codec.scores`."""
-        batch, heads, length, _ = q.shape
-        kv_heads = code.arrays["root_scale"].shape[1]
-        rotated = self._rotation.forward(per_kv_head(q.astype(mx.float32), kv_heads))
-        parts: list[mx.array] = []
-        for start in range(0, code.tokens, TILE):
-            tile = _tile(code, start, after=parts[-1] if parts else None)
-            scale = load_scale(tile["root_scale"]).swapaxes(-1, -2)
-            parts.append(rotated @ self.expand(tile).swapaxes(-1, -2) * scale)
-        joined = mx.concatenate(parts, axis=-1) if parts else mx.zeros((*rotated.shape[:-1], 0))
-        return joined.reshape(batch, heads, length, code.tokens)
+    def scales(self, code: Code) -> mx.array:
+        """The stored scale; see `TiledCodec.scales`."""
+        return load_scale(code.arrays["root_scale"])
 
-    def mix(self, p: mx.array, code: Code) -> mx.array:
-        """``p · decode(code)`` from the codes, a tile at a time; see `Codec.mix`."""
-        batch, heads, length, _ = p.shape
-        kv_heads = code.arrays["root_scale"].shape[1]
-        weights = per_kv_head(p.astype(mx.float32), kv_heads)
-        total = mx.zeros((*weights.shape[:-1], self.head_dim))
-        for start in range(0, code.tokens, TILE):
-            tile = _tile(code, start, after=total if start else None)
-            scale = load_scale(tile["root_scale"]).swapaxes(-1, -2)
-            total = total + (weights[..., start : start + TILE] * scale) @ self.expand(tile)
-        return self._rotation.inverse(total).reshape(batch, heads, length, self.head_dim)
+    def from_codes(self, y: mx.array) -> mx.array:
+        """Rotate back."""
+        return self._rotation.inverse(y)
+
+    def query_to_codes(self, q: mx.array) -> mx.array:
+        """Rotate."""
+        return self._rotation.forward(q)
 
 
-def _tile(code: Code, start: int, after: mx.array | None) -> dict[str, mx.array]:
-    """Arrays of the tile that begins at ``start``, to be read only once ``after`` is computed.
+def kv_heads_of(code: Code) -> int:
+    """KV heads of a code."""
+    return int(next(iter(code.arrays.values())).shape[1])
+
+
+def _tile(code: Code, start: int, after: mx.array | None) -> Code:
+    """The tile that begins at ``start``, to be read only once ``after`` is computed.
 
     Without that order MLX evaluates twenty branches of a graph abreast, and so expands twenty tiles at once.
     """
-    arrays = code[start : start + TILE].arrays
+    tile = code[start : start + TILE]
     if after is None:
-        return arrays
-    return dict(zip(arrays, mx.depends(list(arrays.values()), [after]), strict=True))
+        return tile
+    arrays = tile.arrays
+    return Code(dict(zip(arrays, mx.depends(list(arrays.values()), [after]), strict=True)), tile.start)
 
 
 def store_scale(scale: mx.array) -> mx.array:

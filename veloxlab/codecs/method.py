@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from veloxlab.codecs.codec import Codec
 from veloxlab.errors import InputError
@@ -21,7 +21,7 @@ class Method:
     id : the name that users type.
     name : the name as its authors write it.
     paper : authors, year, arXiv id.
-    calibrated : whether it has to see activations before it can encode.
+    calibrated : whether its codec has to be fitted to activations before it can encode.
     bits : code widths it takes.
     stored : what is kept per vector, in words.
     options : keyword arguments of ``build`` beside head dimension, bits and role.
@@ -41,8 +41,7 @@ class Method:
         """Raise `InputError` unless ``bits`` and the names of ``options`` are the method's."""
         if isinstance(bits, bool) or not isinstance(bits, int) or bits not in self.bits:
             raise InputError(
-                f"{role.capitalize()} at bits={bits!r} are out of range: {self.name} takes whole numbers of bits "
-                f"from {self.bits.start} to {self.bits.stop - 1}."
+                f"{role.capitalize()} at bits={bits!r} are out of range: {self.name} takes {_words(self.bits)}."
             )
         unknown = sorted(set(options) - set(self.options))
         if unknown:
@@ -53,3 +52,47 @@ class Method:
         """Make the codec, after `check`."""
         self.check(bits, role, options)
         return self.build(head_dim, bits, role, **options)
+
+
+def _words(bits: range) -> str:
+    if bits.step == 1 and len(bits) > 1:
+        return f"whole numbers of bits from {bits[0]} to {bits[-1]}"
+    *first, last = map(str, bits)
+    return f"{', '.join(first)} or {last} bits" if first else f"{last} bits"
+
+
+class Calibrated(Protocol):
+    """Fitted codecs of one model, such as a `veloxlab.Calibration`."""
+
+    def codec(self, method: str, layer: int, role: Role, bits: int) -> Codec:
+        """Give the codec that was fitted to this layer; raises `InputError` if there is none."""
+
+
+def layer_codec(
+    method: Method,
+    layer: int,
+    head_dim: int,
+    bits: int,
+    role: Role,
+    options: Mapping[str, object],
+    calibration: Calibrated | None,
+) -> Codec:
+    """Give the codec for one layer's keys or values: made from numbers, or taken from ``calibration``.
+
+    Raises
+    ------
+    InputError : as `Method.check`; or if the method has to be calibrated and is not.
+    """
+    method.check(bits, role, options)
+    if calibration is not None:
+        if options:
+            raise InputError(
+                f"{sorted(options)[0]} was given beside a calibration, which was made with its own options."
+            )
+        return calibration.codec(method.id, layer, role, bits)
+    if method.calibrated:
+        raise InputError(
+            f"{method.name} has to see activations before it can encode: make calibration = "
+            f"vl.calibrate(model, tokenizer, {method.id!r}, bits={bits}), and pass calibration=calibration."
+        )
+    return method.codec(head_dim, bits, role, **options)

@@ -7,7 +7,7 @@ from typing import Self
 
 import mlx.core as mx
 
-from veloxlab.codecs.codec import Code, check_vectors, per_kv_head
+from veloxlab.codecs.codec import Code, Sample, check_vectors, per_kv_head
 from veloxlab.codecs.method import Method, Role
 
 
@@ -28,15 +28,15 @@ class Exact:
         """No tables."""
         return 0
 
-    def fit(self, sample: mx.array) -> Self:
+    def fit(self, sample: Sample) -> Self:
         """Nothing to learn."""
-        check_vectors(sample, self.head_dim)
+        check_vectors(sample.x, self.head_dim)
         return self
 
-    def encode(self, x: mx.array) -> Code:
+    def encode(self, x: mx.array, start: int = 0) -> Code:
         """Keep ``x`` ``[B, H, S, D]``."""
         check_vectors(x, self.head_dim)
-        return Code({"values": x})
+        return Code({"values": x}, start)
 
     def decode(self, code: Code) -> mx.array:
         """Give it back."""

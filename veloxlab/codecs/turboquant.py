@@ -7,6 +7,8 @@ V. Mirrokni, 2025 (ICLR 2026), arXiv 2504.19874. Scales from DRIVE (NeurIPS 2021
 Stored per vector of D coordinates
     ``mse``  b·D bits of codes and one 16-bit scale: b + 16/D bits per value.
     ``prod`` (b − 1)·D bits of codes, D sketch signs, the scale and the residual's norm: b + 32/D bits per value.
+    ``mse`` with ``outliers=k``: b'·k + b·(D − k) bits of codes and two scales. The paper calls 32 channels of 128 at 3
+             bits and 96 at 2 "2.5 bits": the codes are 2.25, the two 16-bit norms make it 2.5.
 
 Where we differ
     * The rotation is signs and Hadamard by default, not a dense Haar matrix: D log D work, and the same distortion.
@@ -27,11 +29,20 @@ import mlx.core as mx
 from veloxlab.codecs.codebooks import check_bits
 from veloxlab.codecs.codec import RotatedCodec
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.quantizers import CodebookName, ScalarQuantizer, SignSketch, SketchName
+from veloxlab.codecs.packing import WIDEST
+from veloxlab.codecs.quantizers import (
+    CodebookName,
+    ScalarQuantizer,
+    ScaleName,
+    SignSketch,
+    SketchName,
+    check_scale,
+    scale_factor,
+)
+from veloxlab.codecs.split import SplitCodec
 from veloxlab.codecs.transforms import RotationName
 from veloxlab.errors import InputError
 
-ScaleName = Literal["norm", "mse", "unbiased"]
 _SKETCH_SEED = 1_000_003  # keeps the sketch independent of a Haar rotation with the same seed
 
 
@@ -57,8 +68,7 @@ class TurboQuant(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.scale not in ("norm", "mse", "unbiased"):
-            raise InputError(f"Unknown scale {self.scale!r}: choose 'unbiased', 'mse' or 'norm'.")
+        check_scale(self.scale)
         _ = self._rotation, self._quantizer  # refuses what it cannot do now, not at the first token
 
     @property
@@ -78,10 +88,10 @@ class TurboQuant(RotatedCodec):
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
         """Nearest level of each coordinate, and the chosen scale."""
         codes = self._quantizer.assign(y)
-        factor = _scale_factor(self.scale, y, self._quantizer.levels_of(codes))
+        factor = scale_factor(self.scale, y, self._quantizer.levels_of(codes))
         return {"codes": self._quantizer.pack(codes)}, factor
 
-    def expand(self, arrays: dict[str, mx.array]) -> mx.array:
+    def levels(self, arrays: dict[str, mx.array]) -> mx.array:
         """Levels of the codes."""
         return self._quantizer.expand(arrays["codes"])
 
@@ -141,36 +151,67 @@ class TurboQuantProd(RotatedCodec):
         arrays |= {"signs": self._sketch.signs(residual), "residual_norm": norm.astype(mx.float16)}  # at most √D
         return arrays, mx.ones_like(norm)
 
-    def expand(self, arrays: dict[str, mx.array]) -> mx.array:
+    def levels(self, arrays: dict[str, mx.array]) -> mx.array:
         """Levels of the codes and the sketch's estimate of the residual."""
         estimate = self._sketch.expand(arrays["signs"]) @ self._sketch.matrix
         residual = estimate * (arrays["residual_norm"].astype(mx.float32) * self._sketch.unbiased_scale)
         return residual + self._quantizer.expand(arrays["codes"]) if self._quantizer else residual
 
 
-def _scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.array:
-    """What to multiply ``quantized`` with to stand for ``y``, both ``[..., D]`` with ``‖y‖ = √D``: ``[..., 1]``."""
-    dim = y.shape[-1]
-    if scale == "norm":
-        return mx.ones((*y.shape[:-1], 1))
-    inner = (y * quantized).sum(axis=-1, keepdims=True)
-    # a zero vector's codes say nothing: its root-mean-square of 0 makes the scale 0, if the factor is finite
-    inner = mx.where(inner == 0, float(dim), inner)
-    if scale == "unbiased":
-        return dim / inner
-    return inner / mx.square(quantized).sum(axis=-1, keepdims=True)
+@dataclass(frozen=True)
+class TurboQuantSplit(SplitCodec):
+    """Outlier channels apart: an instance of `TurboQuant` for the channels of most energy, and one for the others.
+
+    Parameters
+    ----------
+    head_dim, bits, scale, rotation, codebook, seed : as for `TurboQuant`.
+    outliers : k, channels that get ``outlier_bits``: 4 or more, and 4 or more are left.
+    outlier_bits : b', code bits of each of them.
+    channels : see `SplitCodec`; the paper does not say how it finds them.
+    """
+
+    head_dim: int
+    bits: int
+    outliers: int
+    outlier_bits: int
+    scale: ScaleName = "unbiased"
+    rotation: RotationName = "hadamard"
+    codebook: CodebookName = "sphere"
+    seed: int = 0
+    channels: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[TurboQuant, TurboQuant]:
+        """Of the outliers, and of the rest."""
+        shared = (self.scale, self.rotation, self.codebook, self.seed)
+        rest = self.head_dim - self.outliers
+        return TurboQuant(self.outliers, self.outlier_bits, *shared), TurboQuant(rest, self.bits, *shared)
 
 
 def build(
-    head_dim: int, bits: int, role: Role, *, variant: Literal["mse", "prod"] = "mse", **options: object
-) -> TurboQuant | TurboQuantProd:
-    """TurboQuant for keys (unbiased scale) or for values (MSE scale), unless ``scale`` says otherwise."""
+    head_dim: int,
+    bits: int,
+    role: Role,
+    *,
+    variant: Literal["mse", "prod"] = "mse",
+    outliers: int = 0,
+    outlier_bits: int | None = None,
+    **options: object,
+) -> TurboQuant | TurboQuantProd | TurboQuantSplit:
+    """TurboQuant for keys (unbiased scale) or for values (MSE scale), unless ``scale`` says otherwise.
+
+    ``outliers`` channels get ``outlier_bits`` instead of ``bits``, one more by default; such a codec has to be fitted.
+    """
     if variant == "prod":
+        if outliers:
+            raise InputError("Outlier channels are kept apart with variant='mse' only: leave out outliers, or 'prod'.")
         return TurboQuantProd(head_dim, bits, **options)  # type: ignore[arg-type]
     if variant != "mse":
         raise InputError(f"Unknown TurboQuant variant {variant!r}: choose 'mse' or 'prod'.")
-    defaults: dict[str, object] = {"scale": "unbiased" if role == "keys" else "mse"}
-    return TurboQuant(head_dim, bits, **(defaults | options))  # type: ignore[arg-type]
+    settings: dict[str, object] = {"scale": "unbiased" if role == "keys" else "mse"} | options
+    if not outliers:
+        return TurboQuant(head_dim, bits, **settings)  # type: ignore[arg-type]
+    return TurboQuantSplit(head_dim, bits, outliers, outlier_bits or min(bits + 1, WIDEST), **settings)  # type: ignore[arg-type]
 
 
 METHOD = Method(
@@ -180,6 +221,6 @@ METHOD = Method(
     calibrated=False,
     bits=range(1, 9),
     stored="b bits a coordinate, one 16-bit scale a vector",
-    options=("variant", "scale", "sketch", "rotation", "codebook", "seed"),
+    options=("variant", "scale", "sketch", "outliers", "outlier_bits", "rotation", "codebook", "seed"),
     build=build,
 )

@@ -1,0 +1,172 @@
+"""SpectralQuant's own numbers: water-filling, coding gain, effective dimensions, and what the bases are best at."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from veloxlab.codecs.codebooks import gaussian_codebook
+from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.quantizers import PlannedQuantizer, greedy_bits
+from veloxlab.codecs.spectralquant import SpectralQuant, build, effective_dimensions
+from veloxlab.errors import InputError
+
+DIM = 64
+HEADS = 2
+TOKENS = 4096
+SPECTRUM = 1 / np.arange(1, DIM + 1.0)  # of the synthetic vectors, steep enough for widths from 0 to 5
+
+
+def correlated(seed: int, tokens: int = TOKENS, mean: float = 0.0) -> mx.array:
+    """Gaussian vectors ``[1, HEADS, tokens, DIM]`` with that spectrum in a random basis of each head."""
+    rng = np.random.default_rng(0)
+    bases = [np.linalg.qr(rng.standard_normal((DIM, DIM)))[0] for _ in range(HEADS)]
+    offset = rng.standard_normal((HEADS, 1, DIM)) * mean
+    noise = np.random.default_rng(seed).standard_normal((HEADS, tokens, DIM)) * np.sqrt(SPECTRUM)
+    return mx.array((noise @ np.array(bases).swapaxes(1, 2) + offset)[None].astype(np.float32))
+
+
+def queries(seed: int, tokens: int = TOKENS) -> mx.array:
+    """Queries ``[1, 3·HEADS, tokens, DIM]`` that care for few directions, and not those where keys vary most."""
+    rng = np.random.default_rng(seed)
+    basis = np.linalg.qr(np.random.default_rng(99).standard_normal((DIM, DIM)))[0]
+    weighted = rng.standard_normal((3 * HEADS, tokens, DIM)) * np.sqrt(SPECTRUM)
+    return mx.array((weighted @ basis.T)[None].astype(np.float32))
+
+
+def relative_error(codec, x: mx.array) -> float:
+    return (mx.square(codec.decode(codec.encode(x)) - x).sum() / mx.square(x).sum()).item()
+
+
+def test_greedy_bits_follow_the_reverse_water_filling_of_the_text():
+    assert greedy_bits([16, 4, 1, 0.25], 6) == (3, 2, 1, 0)  # §5.4, D = 1: all errors of 0.25
+    assert greedy_bits([1, 1, 1, 1], 6) == (2, 2, 1, 1)  # ties to the lowest index
+    assert greedy_bits([100, 1, 1], 10, most=4) == (4, 3, 3)
+    assert greedy_bits([100, 1, 1], 6, least=2) == (2, 2, 2)
+    for budget in (-1, 33):
+        with pytest.raises(InputError, match=f"A budget of {budget} bits does not fit 4 components"):
+            greedy_bits([1, 1, 1, 1], budget)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_greedy_bits_are_as_good_as_any(seed):
+    weights = np.random.default_rng(seed).lognormal(0, 2, 6)
+    cost = lambda widths: float((weights * 4.0 ** -np.array(widths)).sum())  # noqa: E731
+    best = min(cost(w) for w in itertools.product(range(5), repeat=6) if sum(w) == 11)
+    assert cost(greedy_bits(list(weights), 11, most=4)) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("widths", [(8, 5, 3, 3, 1, 0, 0), (3,) * 64, (7,) * 30 + (1,) * 14, (0, 8, 0, 2), (8,) * 256])
+def test_a_bit_string_without_gaps_gives_back_the_codes(widths):
+    quantizer = PlannedQuantizer(widths)
+    codes = np.random.default_rng(0).integers(0, 1 << np.array(widths), (2, 3, 5, len(widths)))
+    words = quantizer.pack(mx.array(codes))
+    assert words.shape[-1] == -(-sum(widths) // 32)
+    text = "".join(format(w, "032b")[::-1] for w in np.array(words)[1, 2, 4])  # LSB first
+    expected = "".join(format(c, f"0{w}b")[::-1] for c, w in zip(codes[1, 2, 4], widths, strict=True) if w)
+    assert text.rstrip("0") == expected.rstrip("0")
+    assert mx.array_equal(quantizer.expand(words), quantizer.levels_of(mx.array(codes).astype(mx.uint32)))
+
+
+def test_each_coordinate_has_the_distortion_of_its_width():
+    widths = (8, 6, 4, 3, 2, 1, 0)
+    quantizer = PlannedQuantizer(widths)
+    y = mx.random.normal((200_000, len(widths)), key=mx.random.key(0))
+    error = np.square(np.array(quantizer.expand(quantizer.pack(quantizer.assign(y))) - y)).mean(axis=0)
+    expected = [gaussian_codebook(w).distortion if w else 1.0 for w in widths]
+    # 200,000 squares: 0.3 % for a Gaussian one, and the tail's overload weighs up to three times more at 8 bits
+    assert error == pytest.approx(expected, rel=0.03)
+
+
+def test_the_gain_over_one_width_is_the_codebooks_coding_gain():
+    """What the plan promises, Σ λ·D(b), is what is lost; to 5 %: a normalised vector is not quite Gaussian."""
+    x = correlated(1)
+    for bits in (2, 3):
+        codec = SpectralQuant(DIM, bits, centred=False, damping=0).fit(Sample(correlated(0)))
+        assert sum(codec.plan) == bits * DIM
+        assert list(codec.plan) == sorted(codec.plan, reverse=True)
+        distortion = [gaussian_codebook(b).distortion if b else 1.0 for b in codec.plan]
+        promised = (SPECTRUM * distortion).sum() / SPECTRUM.sum()
+        assert relative_error(codec, x) == pytest.approx(promised, rel=0.05)
+        gain = SPECTRUM.mean() / np.exp(np.log(SPECTRUM).mean())  # AM/GM, 1.9: what one width and any rotation loses
+        assert promised == pytest.approx(gaussian_codebook(bits).distortion / gain, rel=0.2)  # D(b) is not 4^−b
+
+
+def test_the_plan_is_a_water_filling_of_the_spectrum():
+    codec = SpectralQuant(DIM, 2, centred=False, damping=0).fit(Sample(correlated(0)))
+    ideal = greedy_bits(list(SPECTRUM), 2 * DIM)
+    assert np.abs(np.array(codec.plan) - ideal).max() <= 1  # a sampled spectrum, of vectors set to one length
+
+
+def test_keeping_the_mean_apart_pays_where_there_is_one():
+    train, x = correlated(0, mean=1.0), correlated(1, mean=1.0)
+    apart = SpectralQuant(DIM, 2).fit(Sample(train))
+    papers = SpectralQuant(DIM, 2, centred=False).fit(Sample(train))
+    assert relative_error(apart, x) < 0.9 * relative_error(papers, x)
+
+
+def test_damping_flattens_the_plan_and_helps_on_other_vectors():
+    """Calibrated on one spectrum, asked for vectors that are the same in all directions."""
+    other = mx.random.normal((1, HEADS, 512, DIM), key=mx.random.key(5))
+    bare, damped = (SpectralQuant(DIM, 3, damping=share).fit(Sample(correlated(0))) for share in (0, 0.2))
+    assert np.std(damped.plan) < np.std(bare.plan)
+    assert relative_error(damped, other) < 0.95 * relative_error(bare, other)
+
+
+def test_each_basis_is_best_at_what_it_minimises():
+    train, x = correlated(0), correlated(1)
+    asked, q = queries(2), queries(3, 256)
+    exact = q.reshape(1, HEADS, -1, DIM) @ x.swapaxes(-1, -2)
+    errors = {}
+    for basis in ("pca", "query", "hadamard"):
+        codec = SpectralQuant(DIM, 2, basis=basis).fit(Sample(train, asked))
+        scores = codec.scores(q, codec.encode(x)).reshape(exact.shape)
+        errors[basis] = relative_error(codec, x), mx.square(scores - exact).mean().item()
+    assert errors["pca"][0] < min(errors["query"][0], errors["hadamard"][0])
+    assert errors["query"][1] < 0.8 * min(errors["pca"][1], errors["hadamard"][1])
+
+
+def test_bases_lead_there_and_back():
+    x = correlated(0, 128)
+    for basis in ("pca", "query", "hadamard"):
+        codec = SpectralQuant(DIM, 2, basis=basis).fit(Sample(x, queries(0)))
+        assert np.allclose(codec.from_codes(x @ codec.forward), x, atol=1e-4)
+        assert np.allclose(
+            codec.query_to_codes(x) @ (x @ codec.forward).swapaxes(-1, -2), x @ x.swapaxes(-1, -2), atol=1e-3
+        )
+
+
+def test_effective_dimensions_in_both_conventions():
+    flat = mx.random.normal((1, 2, 20_000, 8), key=mx.random.key(0))
+    # (Σλ)²/Σλ²; of equal variances D, less the 1 + D/N of sampling
+    assert effective_dimensions(flat).uncentred == pytest.approx([8, 8], rel=0.01)
+    x = correlated(0, 20_000)
+    expected = SPECTRUM.sum() ** 2 / np.square(SPECTRUM).sum()
+    found = effective_dimensions(x)
+    assert found.uncentred == pytest.approx([expected] * HEADS, rel=0.03)
+    assert found.centred == pytest.approx(found.uncentred, rel=1e-2)
+    with_mean = effective_dimensions(correlated(0, 20_000, mean=3.0))
+    assert (with_mean.uncentred < 1.1).all()  # "3 %" is the mean vector
+    assert with_mean.centred == pytest.approx(found.centred, rel=1e-3)
+
+
+def test_what_it_cannot_learn_from_is_refused_with_what_is_needed():
+    with pytest.raises(InputError, match="calibrate it first"):
+        SpectralQuant(DIM, 2).encode(correlated(0, 4))
+    with pytest.raises(InputError, match="cannot learn 64 coordinates from 63 tokens"):
+        SpectralQuant(DIM, 2).fit(Sample(correlated(0, 63)))
+    with pytest.raises(InputError, match="All tokens of the sample are the same"):
+        SpectralQuant(DIM, 2).fit(Sample(mx.ones((1, 1, 100, DIM))))
+    with pytest.raises(InputError, match="needs the model's queries"):
+        SpectralQuant(DIM, 2, basis="query").fit(Sample(correlated(0, 100)))
+    with pytest.raises(InputError, match="calibrated on 2 KV heads and was given 1"):
+        SpectralQuant(DIM, 2).fit(Sample(correlated(0, 100))).encode(correlated(0, 4)[:, :1])
+
+
+def test_options_are_checked_and_values_have_no_queries():
+    for options in ({"basis": "svd"}, {"scale": "max"}, {"damping": -1}):
+        with pytest.raises(InputError, match="Unknown|damping=-1"):
+            build(DIM, 2, "keys", **options)
+    assert build(DIM, 2, "values", basis="query").basis == "pca"
+    assert build(DIM, 2, "keys", basis="query").basis == "query"

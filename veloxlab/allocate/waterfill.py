@@ -1,0 +1,144 @@
+"""Water-filling: how a budget of bits is best shared by components that differ in how much they matter.
+
+A component i (one KV head's keys, or its values) loses wᵢ·αᵢ·βᵢ^−bᵢ at bᵢ bits: w is its sensitivity, α and β say how
+the quantizer's distortion falls. Paper: RateQuant (arXiv 2605.06675). Reverse water-filling is Shannon's and
+Kolmogorov's (Cover and Thomas, *Elements of Information Theory*, §10.3.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veloxlab.codecs.quantizers import greedy_bits
+from veloxlab.errors import InputError
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DistortionFit:
+    """A quantizer's distortion at b bits, ``alpha · beta ** -b``, relative to the variance."""
+
+    alpha: float
+    beta: float
+
+    def at(self, bits: float) -> float:
+        """Distortion at ``bits``."""
+        return float(self.alpha * self.beta**-bits)
+
+
+def fit_distortion(bits: Sequence[float], distortions: Sequence[float]) -> DistortionFit:
+    """Least squares of ln D on b, over measured ``distortions`` > 0 at two or more ``bits`` (the paper's b is 2 to 6).
+
+    Fit keys and values apart: with one α and β for all, a wrong β changes only how widely the bits are spread.
+    """
+    widths, values = np.asarray(bits, np.float64), np.asarray(distortions, np.float64)
+    if len(widths) != len(values) or len(set(widths.tolist())) < 2 or not (values > 0).all():
+        raise InputError(
+            f"A fit takes as many distortions above 0 as widths, at two widths or more: it was given widths "
+            f"{widths.tolist()} and distortions {values.tolist()}."
+        )
+    slope, intercept = np.polyfit(widths, np.log(values), 1)
+    return DistortionFit(float(np.exp(intercept)), float(np.exp(-slope)))
+
+
+def reverse_water_filling(variances: Sequence[float], distortion: float) -> tuple[Floats, Floats]:
+    """Gaussian components at a total ``distortion``: Dᵢ = min(θ, λᵢ), and rates Rᵢ = ½·log₂(λᵢ/Dᵢ) in bits.
+
+    Raises `InputError` unless ``distortion`` is above 0 and at most the sum of the ``variances``.
+    """
+    spectrum = _positive(variances, "variances")
+    if not 0 < distortion <= spectrum.sum():
+        raise InputError(
+            f"A total distortion of {distortion} cannot be met: choose above 0 and at most the variances' sum, "
+            f"{spectrum.sum():.6g}."
+        )
+    ascending = np.sort(spectrum)
+    below = np.concatenate([[0.0], np.cumsum(ascending)[:-1]])  # what the components under the water lose in all
+    levels = (distortion - below) / np.arange(len(spectrum), 0, -1)
+    level = levels[np.argmax(levels <= ascending)]  # the first that is not under it
+    each = np.minimum(level, spectrum)
+    return each, 0.5 * np.log2(spectrum / each)
+
+
+def continuous_bits(
+    weights: Sequence[float], mean_bits: float, beta: float, *, least: float = -np.inf, most: float = np.inf
+) -> Floats:
+    """Widths, not whole, that lose least: bᵢ = b̄ + (ln wᵢ − mean ln w)/ln β, kept within bounds (RateQuant, Thm 2).
+
+    Components that would leave the bounds stay on them, and the rest share what is left.
+
+    Parameters
+    ----------
+    weights : wᵢ·αᵢ > 0 of each component.
+    mean_bits : b̄, between ``least`` and ``most``.
+    beta : above 1, by which one bit divides the distortion.
+    """
+    logs = np.log(_positive(weights, "weights")) / np.log(_rate(beta))
+    if not least <= mean_bits <= most:
+        raise InputError(f"A mean of {mean_bits} bits does not fit widths from {least} to {most}: choose between them.")
+    free = mean_bits + logs - logs.mean()
+    low = least if np.isfinite(least) else free.min()  # others that meet the upper bound only leave it more
+    high = most if np.isfinite(most) else free.max()
+    # Σ clip(log + level) is straight between the levels at which a component meets a bound
+    bends = np.sort(np.concatenate([low - logs, high - logs]))
+    totals = [np.clip(logs + bend, low, high).sum() for bend in bends]
+    return np.asarray(np.clip(logs + np.interp(mean_bits * len(logs), totals, bends), low, high))
+
+
+def integer_bits(
+    weights: Sequence[float],
+    mean_bits: float,
+    beta: float | Sequence[float],
+    *,
+    least: int = 2,
+    most: int = 8,
+) -> tuple[int, ...]:
+    """Whole widths that lose least, by marginal gain (RateQuant, §4): optimal, as distortion is convex in the width.
+
+    Parameters
+    ----------
+    weights : wᵢ·αᵢ ≥ 0 of each component.
+    mean_bits : b̄; the budget is ⌊b̄·N⌋ bits.
+    beta : above 1, by which one bit divides the distortion; one for all, or one for each component.
+    least, most : bounds of each width.
+
+    Raises
+    ------
+    InputError : the budget does not fit between the bounds.
+    """
+    rates = [_rate(b) for b in beta] if isinstance(beta, Sequence) else _rate(beta)
+    budget = int(np.floor(mean_bits * len(weights) + 1e-9))  # 2.7 · 10 is 27 bits, whatever the float says
+    return greedy_bits([float(w) for w in weights], budget, rates=rates, least=least, most=most)
+
+
+def loss(weights: Sequence[float], bits: Sequence[float], beta: float | Sequence[float]) -> float:
+    """Σ wᵢ·βᵢ^−bᵢ: what the widths ``bits`` lose, by the model."""
+    rates, widths = np.asarray(beta, np.float64), np.asarray(bits, np.float64)
+    return float((np.asarray(weights, np.float64) * rates**-widths).sum())
+
+
+def water_filling_gain(weights: Sequence[float]) -> float:
+    """AM/GM of the weights: by how much one width for all loses more than the continuous optimum (RateQuant, Thm 3).
+
+    For the variances of a transform's coordinates it is the coding gain.
+    """
+    positive = _positive(weights, "weights")
+    return float(positive.mean() / np.exp(np.log(positive).mean()))
+
+
+def _positive(values: Sequence[float], name: str) -> Floats:
+    array = np.asarray(values, np.float64)
+    if array.size == 0 or not (np.isfinite(array) & (array > 0)).all():
+        raise InputError(f"Water-filling takes one or more {name} above 0, and was given {array.tolist()}.")
+    return array
+
+
+def _rate(beta: float) -> float:
+    if not beta > 1:
+        raise InputError(f"beta={beta} does not fall: one more bit has to divide the distortion by more than 1.")
+    return float(beta)

@@ -1,0 +1,138 @@
+"""Training of CommVQ's tables: hard EM, one residual stage after another, with NumPy.
+
+A stage stands for a vector, read as ``D/2`` complex numbers, by ``C[a] + i·C[b]``: multiplying by ``i`` is the quarter
+turn of every pair, and so a complex table ``C`` ``[64, D/2]`` is the paper's 64 matrices ``[[x, y], [−y, x]]`` a pair.
+The M-step is then one complex least-squares problem for all pairs, with 64 unknowns each.
+
+The paper's trainer has soft assignments with an annealed temperature, 100 steps and a million vectors a stage. This one
+sees a thousand: its assignments are hard (the limit of the annealing), it takes few steps, and beside each vector it
+trains on two drawn from a Gaussian with the sample's mean and covariance. Those keep later stages from learning the
+sample by heart: on held-out values of SmolLM2 the squared error at 2 bits falls by 15 %, on keys by a quarter.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veloxlab.codecs.rope import Rope
+
+Floats = NDArray[np.float32]
+Indices = NDArray[np.int64]
+
+ENTRIES = 64  # of a stage's table, N_c' in the paper: indices of six bits
+STARTS, ROUNDS = 4, 2  # of the search for (a, b): within 0.02 % of the squared error of trying all 4,096
+STEPS = 5  # of EM a stage; fifteen gain another 1 %
+MOST_POINTS = 4096  # that are trained on
+_INVENTED = 2  # Gaussian vectors beside each of them
+_DIAGONAL = 0.1  # share of the covariance that is only variances
+_RIDGE = 1.0  # vectors' worth of pull towards zero, so that an unused entry is no singularity
+_PRODUCT = 1 << 18  # multiply-adds of one product: BLAS does not wake its threads for it, which cost more than they do
+
+
+def pairs(head_dim: int, rope: Rope | None) -> tuple[Indices, Indices]:
+    """Coordinates ``[D/2]`` that are first and second of each pair that ``rope`` rotates; half-split without one.
+
+    Coordinates that it leaves alone are paired by halves too: rotated by no angle, they commute with anything.
+    """
+    dims = head_dim if rope is None else rope.dims
+    rotated, rest = np.arange(dims), np.arange(dims, head_dim)
+    if rope is not None and rope.traditional:
+        first, second = rotated[0::2], rotated[1::2]
+    else:
+        first, second = np.split(rotated, 2)
+    return np.concatenate([first, rest[: len(rest) // 2]]), np.concatenate([second, rest[len(rest) // 2 :]])
+
+
+def train_tables(points: Floats, stages: int, layout: tuple[Indices, Indices], seed: int) -> Floats:
+    """Tables ``[stages, 64, D]`` of one head, float16 numbers, for ``points`` ``[N, D]`` of root-mean-square 1."""
+    rng = np.random.default_rng(seed)
+    if len(points) > MOST_POINTS:
+        points = points[rng.choice(len(points), MOST_POINTS, replace=False)]
+    order = np.concatenate(layout)  # all first coordinates, then all second ones: real parts, imaginary parts
+    residual = np.concatenate([points, _invented(points, _INVENTED * len(points), rng)])[:, order]
+    tables = np.empty((stages, ENTRIES, len(order)), np.float32)
+    for stage in range(stages):
+        start = residual[rng.choice(len(residual), ENTRIES, replace=False)]
+        table: Floats = (start - _turn(start)) / np.float32(2)  # (1 − i)/2 · z is what a = b needs to stand for z
+        a, b = _descend(residual, table, _parts(residual, table)[1].argmin(axis=1))
+        for _ in range(STEPS):
+            table = _least_squares(residual, a, b)
+            a, b = _descend(residual, table, b)
+        tables[stage] = table.astype(np.float16)
+        table = tables[stage]
+        a, b = _search(residual, table)
+        residual = residual - table[a] - _turn(table)[b]
+    return tables[..., np.argsort(order)]
+
+
+def _turn(x: Floats) -> Floats:
+    """``i·x``: every pair (x, y) to (−y, x)."""
+    real, imaginary = np.split(x, 2, axis=-1)
+    return np.concatenate([-imaginary, real], axis=-1)
+
+
+def _invented(points: Floats, count: int, rng: np.random.Generator) -> Floats:
+    """Gaussian vectors ``[count, D]`` of root-mean-square 1, with the mean and nearly the covariance of ``points``."""
+    covariance = np.cov(points.T.astype(np.float64))
+    variances = np.diag(np.diag(covariance)) + 1e-6 * np.eye(len(covariance))
+    root = np.linalg.cholesky((1 - _DIAGONAL) * covariance + _DIAGONAL * variances).astype(np.float32)
+    drawn = _product(rng.standard_normal((count, len(root)), np.float32), root.T) + points.mean(axis=0)
+    return np.asarray(drawn / np.sqrt(np.square(drawn).mean(axis=1, keepdims=True)))
+
+
+def _parts(x: Floats, table: Floats) -> tuple[Floats, Floats, Floats]:
+    """‖x − T_a − i·T_b‖² − ‖x‖², as what depends on a ``[N, 64]``, on b ``[N, 64]``, and on both ``[64, 64]``."""
+    norms, turned = np.square(table).sum(axis=1), _turn(table)
+    products = _product(x, np.concatenate([table, turned]).T)
+    return norms - 2 * products[:, :ENTRIES], norms - 2 * products[:, ENTRIES:], 2 * table @ turned.T
+
+
+def _search(x: Floats, table: Floats) -> tuple[Indices, Indices]:
+    """A best (a, b) for each vector: descent from several starts."""
+    of_a, of_b, of_both = _parts(x, table)
+    of_both_t = np.ascontiguousarray(of_both.T)
+    likely = np.argpartition(of_a + of_both.mean(axis=1), STARTS, axis=1)[:, :STARTS]
+    rows = np.arange(len(x))
+    best, best_a, best_b = np.full(len(x), np.inf, np.float32), likely[:, 0].copy(), likely[:, 0].copy()
+    for start in range(STARTS):
+        a = likely[:, start]
+        for _ in range(ROUNDS):
+            b = (of_b + of_both[a]).argmin(axis=1)
+            given_b = of_a + of_both_t[b]
+            a = given_b.argmin(axis=1)
+        distance = given_b[rows, a] + of_b[rows, b]
+        better = distance < best
+        best[better], best_a[better], best_b[better] = distance[better], a[better], b[better]
+    return best_a, best_b
+
+
+def _descend(x: Floats, table: Floats, b: Indices) -> tuple[Indices, Indices]:
+    """The best a for each vector's b, then the best b for that."""
+    of_a, of_b, of_both = _parts(x, table)
+    a = (of_a + np.ascontiguousarray(of_both.T)[b]).argmin(axis=1)
+    return a, (of_b + of_both[a]).argmin(axis=1)
+
+
+def _least_squares(x: Floats, a: Indices, b: Indices) -> Floats:
+    """The table that makes Σ‖x − T_a − i·T_b‖² least: ``SᴴS·T = Sᴴx`` for the rows S = e_a + i·e_b."""
+    together = np.bincount(a * ENTRIES + b, minlength=ENTRIES**2).reshape(ENTRIES, ENTRIES).astype(np.float64)
+    gram = np.diag(together.sum(axis=1) + together.sum(axis=0) + _RIDGE) + 1j * (together - together.T)
+    real, imaginary = np.split(_sums(x, a) - _turn(_sums(x, b)), 2, axis=1)
+    table = np.linalg.solve(gram, real + 1j * imaginary)
+    return np.concatenate([table.real, table.imag], axis=1).astype(np.float32)
+
+
+def _sums(x: Floats, index: Indices) -> Floats:
+    """Sum of the rows of ``x`` ``[N, D]`` at each index: ``[64, D]``."""
+    chosen = np.zeros((len(x), ENTRIES), np.float32)
+    chosen[np.arange(len(x)), index] = 1
+    rows = max(1, _PRODUCT // (ENTRIES * x.shape[1]))
+    parts = [chosen[at : at + rows].T @ x[at : at + rows] for at in range(0, len(x), rows)]
+    return np.asarray(np.sum(parts, axis=0))
+
+
+def _product(x: Floats, matrix: Floats) -> Floats:
+    """``x @ matrix``, some rows at a time."""
+    rows = max(1, _PRODUCT // matrix.size)
+    return np.concatenate([x[at : at + rows] @ matrix for at in range(0, len(x), rows)])

@@ -1,0 +1,306 @@
+"""QJL: keys as the signs of a random projection, values as groups of equal steps.
+
+Paper: *QJL: 1-Bit Quantized JL Transform for KV Cache Quantization with Zero Overhead*, A. Zandieh, M. Daliri, I. Han,
+AAAI 2025, arXiv 2406.03482.
+
+A key k is kept as sign(S k), for a random matrix S of m rows, and its norm. For an unrounded query
+⟨q, k⟩ ≈ c·‖k‖·⟨S q, sign(S k)⟩, which is right on average: c = √(π/2)/m for rows of independent Gaussians. Nothing is
+learned and no scale is kept per channel: that is the paper's *zero overhead*.
+
+Stored per vector of D coordinates
+    Keys: m = b·D signs and one 16-bit norm: b + 16/D bits per value. With ``outliers`` about D signs and 16 bits more.
+    Values: b·D bits of codes, and two 16-bit numbers for each group of 32: b + 1 bits per value. (The paper's
+    "2-bit" values take 3.)
+
+Defaults
+    ``bits`` = m/D. The paper's is 2 with another D signs for outliers, and 4 in the first layers: give those layers
+    more bits with a plan.
+
+Where we differ
+    * S is made of blocks of D orthogonal rows by default, as in the authors' code and not as in their text: at
+      m = D 2.75 times less variance for the same bits, and c is exact for every D. ``gaussian`` is the text's.
+    * Outlier channels (``outliers=k``) are found once for each KV head, by calibration, as the channels of largest
+      energy. The authors choose them anew for every 32 tokens; here every token is coded by itself. As theirs, they
+      are taken out of the key and get their own sketch and norm, of about D rows.
+    * Values: ``levels="ends"`` is the authors'. The default puts a level in the middle of each step, not on the least
+      and the largest value: a third less squared error at 2 bits, and a quarter of it at 1, for nothing.
+    * sign(0) = +1, so a sign is one bit.
+
+An estimate of inner products is what the signs are for. As a reconstruction of the key (`decode`) they are poor, and
+more bits buy little: the error falls as 1/b, where a scalar quantizer's falls as 4^−b.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+import mlx.core as mx
+
+from veloxlab.codecs.codebooks import check_bits
+from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
+from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.quantizers import GroupLevels, GroupQuantizer, SignSketch, SketchName
+from veloxlab.errors import InputError
+
+LEAST_TOKENS = 16  # the energy of a channel over fewer tokens says little
+_OUTLIER_SEED = 1_000_003  # keeps the sketch of the outliers independent of the other
+
+
+@dataclass(frozen=True)
+class QJL(TiledCodec):
+    """QJL's keys: signs of a sketch, and a norm (arXiv 2406.03482, Algorithm 1).
+
+    Parameters
+    ----------
+    head_dim : D, 2 or more.
+    bits : rows of the sketch as a multiple of D, 1 to 8.
+    sketch : ``"orthogonal"`` or ``"gaussian"``.
+    seed : of the sketch.
+    """
+
+    head_dim: int
+    bits: int
+    sketch: SketchName = "orthogonal"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        _ = self._sketch
+
+    @property
+    def _sketch(self) -> SignSketch:
+        return SignSketch(self.head_dim, self.bits * self.head_dim, self.sketch, self.seed)
+
+    @property
+    def code_dim(self) -> int:
+        """Rows of the sketch: keys and queries meet there."""
+        return self._sketch.rows
+
+    @property
+    def bits_per_value(self) -> float:
+        """b + 16/D, and the padding of a row to whole words."""
+        return (32 * self._sketch.words + 16) / self.head_dim
+
+    @property
+    def shared_bytes(self) -> int:
+        """The sketch."""
+        return self._sketch.nbytes
+
+    def encode(self, x: mx.array, start: int = 0) -> Code:
+        """Signs and norms of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
+        check_vectors(x, self.head_dim)
+        x = x.astype(mx.float32)
+        return Code({"signs": self._sketch.signs(x), "root_rms": _store_norm(x)}, start)
+
+    def expand(self, code: Code) -> mx.array:
+        """Signs, ±1 ``[B, H, S, m]``."""
+        return self._sketch.expand(code.arrays["signs"])
+
+    def scales(self, code: Code) -> mx.array:
+        """Norms, times the constant that makes the estimate right on average."""
+        return _load_norm(code.arrays["root_rms"], self.head_dim) * self._sketch.unbiased_scale
+
+    def from_codes(self, y: mx.array) -> mx.array:
+        """Back from the sketch: Sᵀ."""
+        return y @ self._sketch.matrix
+
+    def query_to_codes(self, q: mx.array) -> mx.array:
+        """Sketch the query, unrounded."""
+        return q @ self._sketch.matrix.T
+
+
+@dataclass(frozen=True, eq=False)
+class OutlierQJL(QJL):
+    """QJL's keys with ``outliers`` channels of each KV head in a sketch of their own.
+
+    A few channels of keys are often much larger than the rest; they would drown it in a common sketch, whose error is
+    proportional to the norm.
+
+    Parameters
+    ----------
+    outliers : channels that are kept apart, 1 to D/2.
+    channels : which, ``[H, outliers]`` uint32, or None before `fit`.
+    others : as for `QJL`.
+    """
+
+    outliers: int = 4
+    channels: mx.array | None = None
+
+    __eq__, __hash__ = object.__eq__, object.__hash__  # what is fitted is compared by identity
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        whole = isinstance(self.outliers, int) and not isinstance(self.outliers, bool)
+        if not whole or not 1 <= self.outliers <= self.head_dim // 2:
+            raise InputError(
+                f"outliers={self.outliers!r} of {self.head_dim} channels cannot be kept apart: "
+                f"choose a whole number from 1 to {self.head_dim // 2}."
+            )
+
+    @property
+    def _outlier_sketch(self) -> SignSketch:
+        rows = self.head_dim // self.outliers * self.outliers  # whole orthogonal blocks
+        return SignSketch(self.outliers, rows, self.sketch, self.seed + _OUTLIER_SEED)
+
+    @property
+    def code_dim(self) -> int:
+        """Rows of both sketches."""
+        return self._sketch.rows + self._outlier_sketch.rows
+
+    @property
+    def bits_per_value(self) -> float:
+        """About b + 1 + 32/D, and the padding of rows to whole words."""
+        return super().bits_per_value + (32 * self._outlier_sketch.words + 16) / self.head_dim
+
+    @property
+    def shared_bytes(self) -> int:
+        """Both sketches and the channels."""
+        channels = 0 if self.channels is None else self.channels.nbytes
+        return super().shared_bytes + self._outlier_sketch.nbytes + channels
+
+    def fit(self, sample: Sample) -> Self:
+        """Find the channels of largest energy of each KV head.
+
+        Raises `InputError` below 16 tokens, or if they are all the same.
+        """
+        check_vectors(sample.x, self.head_dim)
+        batch, _, tokens, _ = sample.x.shape
+        same = tokens > 0 and (sample.x == sample.x[:, :, :1]).all().item()
+        if batch * tokens < LEAST_TOKENS or same:
+            raise InputError(
+                f"Outlier channels take {LEAST_TOKENS} different tokens or more to find, and the sample has "
+                f"{batch * tokens}{', all the same' if same else ''}: calibrate on a longer text."
+            )
+        energy = mx.square(sample.x.astype(mx.float32)).sum(axis=(0, 2))
+        channels = mx.sort(mx.argsort(-energy, axis=-1)[:, : self.outliers], axis=-1)
+        mx.eval(channels)
+        return replace(self, channels=channels)
+
+    def encode(self, x: mx.array, start: int = 0) -> Code:
+        """Signs and norms of the outliers and of the rest; see `Codec.encode`."""
+        check_vectors(x, self.head_dim)
+        pick = self._pick(x.shape[1])
+        x = x.astype(mx.float32)
+        outliers = x @ pick.swapaxes(-1, -2)
+        arrays = {"outlier_signs": self._outlier_sketch.signs(outliers), "outlier_root_rms": _store_norm(outliers)}
+        return Code(super().encode(x - outliers @ pick).arrays | arrays, start)
+
+    def expand(self, code: Code) -> mx.array:
+        """Signs of both sketches, each with its own scale ``[B, H, S, m + m']``."""
+        outliers = self._outlier_sketch.expand(code.arrays["outlier_signs"])
+        scale = _load_norm(code.arrays["outlier_root_rms"], self.outliers) * self._outlier_sketch.unbiased_scale
+        return mx.concatenate([super().expand(code) * super().scales(code), outliers * scale], axis=-1)
+
+    def scales(self, code: Code) -> None:  # type: ignore[override]
+        """None: `expand` has scaled."""
+        return
+
+    def from_codes(self, y: mx.array) -> mx.array:
+        """Back from both sketches, each to its own channels."""
+        pick, rows = self._pick(y.shape[1]), self._sketch.rows
+        rest = super().from_codes(y[..., :rows])
+        return _without(rest, pick) + y[..., rows:] @ self._outlier_sketch.matrix @ pick
+
+    def query_to_codes(self, q: mx.array) -> mx.array:
+        """Sketch the outlier channels of the query and the rest of it."""
+        pick = self._pick(q.shape[1])
+        outliers = q @ pick.swapaxes(-1, -2) @ self._outlier_sketch.matrix.T
+        return mx.concatenate([super().query_to_codes(_without(q, pick)), outliers], axis=-1)
+
+    def _pick(self, heads: int) -> mx.array:
+        """``[H, outliers, D]``, a 1 where an outlier channel is."""
+        if self.channels is None:
+            raise InputError(
+                "QJL with outliers has to see keys before it can encode: make calibration = "
+                f"vl.calibrate(model, tokenizer, 'qjl', bits={self.bits}, outliers={self.outliers})."
+            )
+        if heads != self.channels.shape[0]:
+            raise InputError(
+                f"This codec was fitted to {self.channels.shape[0]} KV heads and was given {heads}: "
+                "calibrate it on the model that it is used with."
+            )
+        return (self.channels[..., None] == mx.arange(self.head_dim)).astype(mx.float32)
+
+
+@dataclass(frozen=True)
+class GroupedValues(TiledCodec):
+    """QJL's values: each token's coordinates in groups of equal steps.
+
+    Parameters
+    ----------
+    head_dim : D.
+    bits : code bits per coordinate, 1 to 8.
+    levels : ``"centres"``, or ``"ends"`` as the authors.
+    group : coordinates that share a step.
+    """
+
+    head_dim: int
+    bits: int
+    levels: GroupLevels = "centres"
+    group: int = 32
+
+    def __post_init__(self) -> None:
+        _ = self._quantizer
+
+    @property
+    def _quantizer(self) -> GroupQuantizer:
+        return GroupQuantizer(self.head_dim, self.bits, self.group, self.levels)
+
+    @property
+    def bits_per_value(self) -> float:
+        """b + 32/group, and the padding of a row to whole words."""
+        return self._quantizer.nbits / self.head_dim
+
+    @property
+    def shared_bytes(self) -> int:
+        """Nothing is shared."""
+        return 0
+
+    def encode(self, x: mx.array, start: int = 0) -> Code:
+        """Codes, steps and least numbers of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
+        check_vectors(x, self.head_dim)
+        return Code(self._quantizer.encode(x), start)
+
+    def expand(self, code: Code) -> mx.array:
+        """Decode; there is nothing else to be scaled."""
+        return self._quantizer.expand(code.arrays)
+
+
+def _store_norm(x: mx.array) -> mx.array:
+    """The root-mean-square of ``x`` ``[..., D]``, which float16 holds for larger vectors than the norm itself."""
+    return store_scale(mx.linalg.norm(x, axis=-1, keepdims=True) / math.sqrt(x.shape[-1]))
+
+
+def _load_norm(root: mx.array, dim: int) -> mx.array:
+    return load_scale(root) * math.sqrt(dim)
+
+
+def _without(x: mx.array, pick: mx.array) -> mx.array:
+    """``x`` ``[B, H, S, D]`` with 0 in the channels that ``pick`` ``[H, outliers, D]`` picks."""
+    return x * (1 - pick.sum(axis=-2, keepdims=True))
+
+
+def build(head_dim: int, bits: int, role: Role, **options: object) -> QJL | GroupedValues:
+    """Sketched keys, with ``outliers`` if asked for, or grouped values. Each role takes its own options."""
+    own = ("levels", "group") if role == "values" else ("sketch", "seed", "outliers")
+    options = {name: value for name, value in options.items() if name in own}
+    if role == "values":
+        return GroupedValues(head_dim, bits, **options)  # type: ignore[arg-type]
+    if options.get("outliers") in (None, 0):
+        options.pop("outliers", None)
+        return QJL(head_dim, bits, **options)  # type: ignore[arg-type]
+    return OutlierQJL(head_dim, bits, **options)  # type: ignore[arg-type]
+
+
+METHOD = Method(
+    id="qjl",
+    name="QJL",
+    paper="Zandieh, Daliri, Han 2024, arXiv 2406.03482",
+    calibrated=False,
+    bits=range(1, 9),
+    stored="keys: b signs a coordinate, one 16-bit norm; values: b bits a coordinate, 32 bits a group of 32",
+    options=("sketch", "outliers", "levels", "group", "seed"),
+    build=build,
+)

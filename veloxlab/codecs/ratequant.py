@@ -1,0 +1,164 @@
+"""RateQuant: an allocator of bits over a base quantizer; here the codec whose KV heads have different widths.
+
+Paper: *RateQuant: Optimal Mixed-Precision KV Cache Quantization via Rate-Distortion Theory*, F. Zuo, Z. Zhou, H. Cong,
+X. Xi, H. F. Leung, 2026, arXiv 2605.06675. Every KV head's keys and every KV head's values are a component with a width
+of its own. How many bits each should get is computed in `veloxlab.allocate.waterfill`.
+
+Stored per vector of D coordinates
+    What TurboQuant stores at the head's width bₕ: bₕ·D bits and one 16-bit scale. Over a layer, the mean of bₕ, and
+    16/D: b̄ + 16/D bits per value. The widths themselves are plain numbers of the codec.
+
+The base quantizer is TurboQuant, with its options. Heads of one width are coded together, in arrays ``[B, H_b, S, …]``
+named ``b2/codes``, ``b3/codes``: nothing is padded to the widest head.
+
+Where we differ
+    * Without ``head_bits`` it is TurboQuant at ``bits``, so that a plan may name it for all layers.
+    * The base's scale is unbiased for keys and MSE for values; the paper's TurboQuant stores the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import mlx.core as mx
+
+from veloxlab.codecs import turboquant
+from veloxlab.codecs.codebooks import check_bits
+from veloxlab.codecs.codec import Code, Sample, check_vectors, per_kv_head
+from veloxlab.codecs.method import Method, Role
+from veloxlab.errors import InputError
+
+HeadBits = Sequence[int] | Mapping[str, Sequence[int]]
+Base = turboquant.TurboQuant | turboquant.TurboQuantProd
+
+
+@dataclass(frozen=True)
+class RateQuant:
+    """TurboQuant with a width for each KV head; see the module.
+
+    Parameters
+    ----------
+    head_bits : code bits of each KV head, in order, 1 to 8.
+    base : a codec for each width in use, ascending, all of one head dimension.
+    """
+
+    head_bits: tuple[int, ...]
+    base: tuple[Base, ...]
+
+    def __post_init__(self) -> None:
+        if not self.head_bits:
+            raise InputError("RateQuant was given widths for no KV heads: give one for each, as head_bits=(2, 3, 2).")
+        if tuple(codec.bits for codec in self.base) != tuple(sorted(set(self.head_bits))):
+            raise InputError(
+                f"RateQuant's heads have widths {self.head_bits} and its codecs {[c.bits for c in self.base]}: "
+                "give one codec for each width, ascending."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """D; see `Codec.head_dim`."""
+        return self.base[0].head_dim
+
+    @property
+    def bits_per_value(self) -> float:
+        """Mean over the heads, scales and padding included."""
+        return sum(len(self._heads(codec)) * codec.bits_per_value for codec in self.base) / len(self.head_bits)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Tables of the widths in use; the rotation, which they share, counts for each."""
+        return sum(codec.shared_bytes for codec in self.base)
+
+    def fit(self, sample: Sample) -> Self:
+        """Nothing to learn: the widths are the plan's."""
+        check_vectors(sample.x, self.head_dim)
+        return self
+
+    def encode(self, x: mx.array, start: int = 0) -> Code:
+        """Compress ``x`` ``[B, H, S, D]``, heads of one width together; see `Codec.encode`."""
+        check_vectors(x, self.head_dim)
+        if x.shape[1] != len(self.head_bits):
+            raise InputError(
+                f"This codec has widths for {len(self.head_bits)} KV heads and was given {x.shape[1]}: "
+                "give one width for each head."
+            )
+        arrays: dict[str, mx.array] = {}
+        for codec in self.base:
+            code = codec.encode(x[:, mx.array(self._heads(codec))], start)
+            arrays |= {f"b{codec.bits}/{name}": array for name, array in code.arrays.items()}
+        return Code(arrays, start)
+
+    def decode(self, code: Code) -> mx.array:
+        """Reconstruct ``[B, H, S, D]``; see `Codec.decode`."""
+        return self._in_order([codec.decode(self._part(code, codec)) for codec in self.base])
+
+    def scores(self, q: mx.array, code: Code) -> mx.array:
+        """``q · decode(code)ᵀ`` of each width's heads; see `Codec.scores`."""
+        return self._by_width(q, code, lambda codec, part, own: codec.scores(part, own))
+
+    def mix(self, p: mx.array, code: Code) -> mx.array:
+        """``p · decode(code)`` of each width's heads; see `Codec.mix`."""
+        return self._by_width(p, code, lambda codec, part, own: codec.mix(part, own))
+
+    def _by_width(self, x: mx.array, code: Code, attend: Callable[[Base, mx.array, Code], mx.array]) -> mx.array:
+        """Give each codec the rows of ``x`` ``[B, Hq, L, ·]`` that read its heads, and put the answers in order."""
+        batch, heads, length, _ = x.shape
+        grouped = per_kv_head(x, len(self.head_bits))
+        parts = [
+            attend(codec, grouped[:, mx.array(self._heads(codec))], self._part(code, codec)) for codec in self.base
+        ]
+        return self._in_order(parts).reshape(batch, heads, length, parts[0].shape[-1])
+
+    def _heads(self, codec: Base) -> list[int]:
+        """KV heads with the width of ``codec``."""
+        return [head for head, bits in enumerate(self.head_bits) if bits == codec.bits]
+
+    def _part(self, code: Code, codec: Base) -> Code:
+        """What ``codec`` stored."""
+        prefix = f"b{codec.bits}/"
+        own = {n.removeprefix(prefix): a for n, a in code.arrays.items() if n.startswith(prefix)}
+        return Code(own, code.start)
+
+    def _in_order(self, parts: list[mx.array]) -> mx.array:
+        """Join arrays ``[B, H_b, ...]``, one for each width, into ``[B, H, ...]`` in the order of the heads."""
+        held = [head for codec in self.base for head in self._heads(codec)]
+        return mx.concatenate(parts, axis=1)[:, mx.array([held.index(head) for head in range(len(held))])]
+
+
+def build(
+    head_dim: int, bits: int, role: Role, *, head_bits: HeadBits | None = None, **options: object
+) -> RateQuant | Base:
+    """Widths of the heads, or TurboQuant at ``bits`` where none are given.
+
+    ``head_bits`` is a list of widths, or ``{"keys": [...], "values": [...]}``, as one plan of a layer says both.
+    ``options`` are TurboQuant's, but for outlier channels.
+    """
+    if isinstance(head_bits, Mapping):
+        unknown = sorted(set(head_bits) - {"keys", "values"})
+        if unknown:
+            raise InputError(f"head_bits has no side {unknown[0]!r}: give widths for 'keys' and 'values'.")
+        head_bits = head_bits.get(role)
+    if head_bits is None:
+        return _base(head_dim, bits, role, options)
+    widths = tuple(check_bits(width) for width in head_bits)
+    return RateQuant(widths, tuple(_base(head_dim, width, role, options) for width in sorted(set(widths))))
+
+
+def _base(head_dim: int, bits: int, role: Role, options: dict[str, object]) -> Base:
+    codec = turboquant.build(head_dim, bits, role, **options)  # type: ignore[arg-type]
+    assert not isinstance(codec, turboquant.TurboQuantSplit)  # outlier channels are none of our options
+    return codec
+
+
+METHOD = Method(
+    id="ratequant",
+    name="RateQuant",
+    paper="Zuo et al. 2026, arXiv 2605.06675",
+    calibrated=False,
+    bits=range(1, 9),
+    stored="TurboQuant's, with a width for each KV head",
+    options=("head_bits", "variant", "scale", "sketch", "rotation", "codebook", "seed"),
+    build=build,
+)

@@ -1,0 +1,45 @@
+"""Rotary position embedding (RoPE) and its inverse: mlx-lm hands a cache keys after RoPE, CommVQ wants them before.
+
+Paper: *RoFormer: Enhanced Transformer with Rotary Position Embedding*, J. Su et al., 2021, arXiv 2104.09864.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True, eq=False)
+class Rope:
+    """Rotates pairs of coordinates by angles that grow with the position: the layer's own parameters.
+
+    Attributes
+    ----------
+    dims : how many of a head's first coordinates are rotated; the rest pass.
+    traditional : pairs are neighbours (2i, 2i + 1) if true, (i, i + dims/2) if not.
+    base : of the geometric series of frequencies, or None where ``freqs`` says them.
+    freqs : tokens per radian of each pair ``[dims / 2]`` (mlx's convention: 1 / angular frequency), or None.
+    scale : what positions are multiplied with.
+    """
+
+    dims: int
+    traditional: bool = False
+    base: float | None = 10_000.0
+    freqs: mx.array | None = None
+    scale: float = 1.0
+
+    def forward(self, x: mx.array, start: int) -> mx.array:
+        """Rotate ``x`` ``[B, H, S, D]``, whose first token is at position ``start``."""
+        return self._rotate(x, start, self.scale)
+
+    def inverse(self, x: mx.array, start: int) -> mx.array:
+        """Undo `forward`: the same angles, with the other sign."""
+        return self._rotate(x, start, -self.scale)
+
+    def _rotate(self, x: mx.array, start: int, scale: float) -> mx.array:
+        if x.size == 0:
+            return x
+        return mx.fast.rope(
+            x, self.dims, traditional=self.traditional, base=self.base, scale=scale, offset=start, freqs=self.freqs
+        )

@@ -1,0 +1,274 @@
+"""SpectralQuant: each KV head's own coordinates, and bits where the variance is.
+
+Paper: *3 % Is All You Need*, A. Gopinath, 2026, and its water-filled second version with A. B. Vangara, 2026; neither
+is on arXiv (github.com/Dynamis-Labs/spectralquant). ``basis="query"`` takes the metric of *WUSH-KV* (ISTA, 2026) and
+its closed form; that queries, not keys, should choose a key's coordinates is OSCAR's finding (arXiv 2605.17757).
+
+Stored per vector of D coordinates
+    One bit string of b·D bits, in which coordinate i takes bᵢ = 0 … 8, and one 16-bit scale: b + 16/D bits per value.
+Learned per layer
+    For each KV head a basis, its standard deviations and means, in float32. One bit plan for all heads of a layer: the
+    codes of a layer are one array, in which all heads take the same bits. It is made from the heads' mean sorted
+    spectrum, and every head sorts its own coordinates into it.
+
+The steps: divide by the root-mean-square; go to the basis; take the mean off; quantize coordinate i with the Lloyd–Max
+levels of N(0, λᵢ). Bits by integer water-filling: one at a time to argmax λᵢ / 4^bᵢ.
+
+Where we differ
+    * ``basis``. ``"pca"`` is the paper's: eigenvectors of the head's own keys or values. ``"query"`` minimises the
+      error of q·k: with LLᵀ the second moment of the queries, PCA of Lᵀk, not orthogonal in k. (WUSH levels the
+      spectrum with Λ^−¼ and Hadamard, for one width everywhere; here water-filling takes that part.) Values are mixed
+      by no query that a cache could see: for them it is ``"pca"``. ``"hadamard"`` learns only means and variances.
+    * ``centred``. The paper's second moments are uncentred, and their first eigenvector is mostly the mean key, a
+      coordinate that is far from N(0, λ). We keep the mean apart, at no bits per token. ``False`` is the paper's.
+    * ``damping``. Texts differ, and values most: what a thousand tokens show of a head's spectrum is too steep for the
+      next text. We add 5 % of the mean variance to all; the paper nothing. A calibration text of many short pieces does
+      more for the same number of tokens.
+    * The scale. The paper stores the norm. ``mse`` stores ⟨y, ŷ⟩/‖ŷ‖² (in the metric of the basis) and is the default
+      for both roles: coordinates without bits are lost alike for all, and an ``unbiased`` scale would make up for them
+      in the coordinates that are nearly exact.
+    * No selective sketch (QJL): the paper's own ablation is better without.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, Self
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from veloxlab.codecs.codebooks import check_bits
+from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
+from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.quantizers import PlannedQuantizer, ScaleName, check_scale, greedy_bits
+from veloxlab.codecs.transforms import make_rotation
+from veloxlab.errors import InputError
+
+BasisName = Literal["pca", "query", "hadamard"]
+Floats = NDArray[np.float64]
+
+_METRIC_DAMPING = 1e-2  # WUSH's γ: the share of the queries' mean energy that every direction is given
+_SAME = 1e-9  # vectors that vary less than this, relative to their length, are all the same
+_LARGEST_FACTOR = 4.0  # of an unbiased scale: a vector that lies where no bits are would ask for an infinite one
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralQuant(TiledCodec):
+    """SpectralQuant of keys or values; see the module.
+
+    Parameters
+    ----------
+    head_dim : D, 4 or more.
+    bits : mean code bits per coordinate, 1 to 8.
+    basis : ``"pca"``, ``"query"`` or ``"hadamard"``.
+    centred : whether the mean is kept apart.
+    damping : share of the mean variance that is added in all directions, for what calibration never saw; 0 or more.
+    scale : ``"mse"`` (least squared error), ``"unbiased"`` (inner products right on average), ``"norm"`` (the paper's).
+    seed : of the Hadamard rotation's signs.
+    plan : bits of each coordinate of the basis, descending; learned, as all that follows.
+    forward, backward : to the basis and back, ``y = x @ forward``, ``[H, D, D]``; backward is None for the transpose.
+    mean, deviation : of each coordinate of the basis ``[H, 1, D]``, for vectors of root-mean-square 1.
+    """
+
+    head_dim: int
+    bits: int
+    basis: BasisName = "pca"
+    centred: bool = True
+    damping: float = 0.05
+    scale: ScaleName = "mse"
+    seed: int = 0
+    plan: tuple[int, ...] = ()
+    forward: mx.array | None = None
+    backward: mx.array | None = None
+    mean: mx.array | None = None
+    deviation: mx.array | None = None
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        if self.basis not in ("pca", "query", "hadamard"):
+            raise InputError(f"Unknown basis {self.basis!r}: choose 'pca', 'query' or 'hadamard'.")
+        check_scale(self.scale)
+        if not self.damping >= 0:
+            raise InputError(f"damping={self.damping} takes variance away: give a share of 0 or more, such as 0.05.")
+        _ = make_rotation("hadamard", self.head_dim, self.seed)
+
+    @property
+    def bits_per_value(self) -> float:
+        """b + 16/D, and the padding of a row to whole words."""
+        return (32 * -(-self.bits * self.head_dim // 32) + 16) / self.head_dim
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bases, means and deviations of all heads, and the levels."""
+        arrays = [a for a in (self.forward, self.backward, self.mean, self.deviation) if a is not None]
+        return sum(a.nbytes for a in arrays) + (PlannedQuantizer(self.plan).nbytes if self.plan else 0)
+
+    def fit(self, sample: Sample) -> Self:
+        """Learn basis, variances and bit plan of the layer.
+
+        Raises
+        ------
+        InputError : fewer tokens than coordinates, tokens that are all the same, or no queries for ``"query"``.
+        """
+        check_vectors(sample.x, self.head_dim)
+        x = _per_head(sample.x)
+        rms = np.sqrt(np.square(x).mean(axis=-1, keepdims=True))
+        tokens = int((rms > 0).sum(axis=1).min()) if x.size else 0
+        if tokens < self.head_dim:
+            raise InputError(
+                f"SpectralQuant cannot learn {self.head_dim} coordinates from {tokens} tokens that are not zero: "
+                f"give a text of {self.head_dim} tokens or more, better {8 * self.head_dim}."
+            )
+        x = x / np.where(rms == 0, 1.0, rms)
+        mean = x.mean(axis=1, keepdims=True) * self.centred
+        if np.square(x - x.mean(axis=1, keepdims=True)).mean(axis=(1, 2)).min() < _SAME:
+            raise InputError("All tokens of the sample are the same in one KV head: calibrate with a text that varies.")
+        moment = _damped(np.swapaxes(x - mean, 1, 2) @ (x - mean) / x.shape[1], self.damping)
+        forward, backward = self._bases(moment, sample.queries)
+        variance = np.einsum("hij,hik,hkj->hj", forward, moment, forward)
+        order = np.argsort(-variance, axis=1, kind="stable")
+        variance = np.take_along_axis(variance, order, 1)
+        variance = np.maximum(variance, 1e-9 * variance[:, :1])
+        forward = np.take_along_axis(forward, order[:, None], 2)
+        backward = None if backward is None else np.take_along_axis(backward, order[:, :, None], 1)
+        shares = variance / variance.sum(axis=1, keepdims=True)  # every head counts the same
+        return replace(
+            self,
+            plan=greedy_bits(shares.mean(axis=0).tolist(), self.bits * self.head_dim),
+            forward=_held(forward),
+            backward=None if backward is None else _held(backward),
+            mean=_held(mean @ forward),
+            deviation=_held(np.sqrt(variance)[:, None]),
+        )
+
+    def _bases(self, moment: Floats, queries: mx.array | None) -> tuple[Floats, Floats | None]:
+        """Matrices to the basis ``[H, D, D]``, and back where that is not the transpose; in any order of columns."""
+        if self.basis == "hadamard":
+            rotation = make_rotation("hadamard", self.head_dim, self.seed).forward(mx.eye(self.head_dim))
+            return np.repeat(np.array(rotation, np.float64)[None], len(moment), 0), None
+        if self.basis == "pca":
+            return np.linalg.eigh(moment).eigenvectors, None
+        if queries is None:
+            raise InputError("A query-weighted basis needs the model's queries, which it does not show: take 'pca'.")
+        asked = _per_head(queries)
+        asked = asked.reshape(len(moment), -1, self.head_dim)  # the queries that read one KV head, together
+        metric = np.linalg.cholesky(_damped(np.swapaxes(asked, 1, 2) @ asked / asked.shape[1], _METRIC_DAMPING))  # L
+        vectors = np.linalg.eigh(np.swapaxes(metric, 1, 2) @ moment @ metric).eigenvectors  # U
+        return metric @ vectors, np.swapaxes(np.linalg.solve(np.swapaxes(metric, 1, 2), vectors), 1, 2)
+
+    def encode(self, x: mx.array, start: int = 0) -> Code:
+        """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
+        check_vectors(x, self.head_dim)
+        forward, _, mean, deviation = self._fitted(x.shape[1])
+        x = x.astype(mx.float32)
+        rms = mx.linalg.norm(x, axis=-1, keepdims=True) / math.sqrt(self.head_dim)
+        y = (x / mx.where(rms == 0, 1.0, rms)) @ forward
+        quantizer = PlannedQuantizer(self.plan)
+        codes = quantizer.assign((y - mean) / deviation)
+        quantized = quantizer.levels_of(codes) * deviation + mean
+        factor = _scale_factor(self.scale, y, quantized)
+        return Code({"codes": quantizer.pack(codes), "root_scale": store_scale(rms * factor)}, start)
+
+    def expand(self, code: Code) -> mx.array:
+        """Levels of the codes, each coordinate with its variance and mean; see `TiledCodec.expand`."""
+        words = code.arrays["codes"]
+        _, _, mean, deviation = self._fitted(words.shape[1])
+        return PlannedQuantizer(self.plan).expand(words) * deviation + mean
+
+    def scales(self, code: Code) -> mx.array:
+        """The stored scale; see `TiledCodec.scales`."""
+        return load_scale(code.arrays["root_scale"])
+
+    def from_codes(self, y: mx.array) -> mx.array:
+        """Out of the basis."""
+        return y @ self._fitted(y.shape[1])[1]
+
+    def query_to_codes(self, q: mx.array) -> mx.array:
+        """Into the dual basis, which is the basis itself where that is orthonormal."""
+        return q @ self._fitted(q.shape[1])[1].swapaxes(-1, -2)
+
+    def _fitted(self, kv_heads: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        if self.forward is None or self.mean is None or self.deviation is None:
+            raise InputError(
+                "SpectralQuant has to see activations before it can encode: calibrate it first, "
+                "with vl.calibrate or codec.fit."
+            )
+        if kv_heads != self.forward.shape[0]:
+            raise InputError(
+                f"This codec was calibrated on {self.forward.shape[0]} KV heads and was given {kv_heads}: "
+                "use the codec of that layer."
+            )
+        backward = self.forward.swapaxes(-1, -2) if self.backward is None else self.backward
+        return self.forward, backward, self.mean, self.deviation
+
+
+class EffectiveDimensions(NamedTuple):
+    """Participation ratios (Σλ)² / Σλ² of each KV head ``[H]``: of the second moments, and of those about the mean."""
+
+    uncentred: Floats
+    centred: Floats
+
+
+def effective_dimensions(x: mx.array) -> EffectiveDimensions:
+    """How many directions hold the energy of keys or values ``[B, H, S, D]``, per KV head, 1 to D.
+
+    SpectralQuant's "3 %" is the uncentred number, most of which is the mean vector.
+    """
+    vectors = _per_head(x)
+
+    def participation(y: Floats) -> Floats:
+        moment = np.swapaxes(y, 1, 2) @ y
+        return np.asarray(np.square(np.trace(moment, axis1=1, axis2=2)) / np.square(moment).sum(axis=(1, 2)))
+
+    return EffectiveDimensions(participation(vectors), participation(vectors - vectors.mean(axis=1, keepdims=True)))
+
+
+def _per_head(x: mx.array) -> Floats:
+    """``[B, H, S, D]`` to ``[H, B·S, D]``, float64."""
+    array = np.array(x.astype(mx.float32), np.float64).swapaxes(0, 1)
+    return np.asarray(array.reshape(array.shape[0], -1, array.shape[-1]))
+
+
+def _damped(moment: Floats, share: float) -> Floats:
+    mean = np.trace(moment, axis1=1, axis2=2) / moment.shape[-1]
+    return np.asarray(moment + share * mean[:, None, None] * np.eye(moment.shape[-1]))
+
+
+def _held(array: Floats) -> mx.array:
+    held = mx.array(array.astype(np.float32))
+    mx.eval(held)
+    return held
+
+
+def _scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.array:
+    """What to multiply ``quantized`` with to stand for ``y``, both ``[..., D]``: ``[..., 1]``, finite and positive."""
+    if scale == "norm":
+        return mx.ones((*y.shape[:-1], 1))
+    inner = (y * quantized).sum(axis=-1, keepdims=True)
+    if scale == "mse":
+        energy = mx.square(quantized).sum(axis=-1, keepdims=True)
+        return mx.maximum(inner, 0.0) / mx.where(energy == 0, 1.0, energy)
+    energy = mx.square(y).sum(axis=-1, keepdims=True)
+    return mx.where(energy == 0, 1.0, energy) / mx.maximum(inner, mx.maximum(energy, 1e-9) / _LARGEST_FACTOR)
+
+
+def build(head_dim: int, bits: int, role: Role, **options: object) -> SpectralQuant:
+    """SpectralQuant for keys or values, to be fitted; for values a query-weighted basis is their own."""
+    if role == "values" and options.get("basis") == "query":
+        options["basis"] = "pca"
+    return SpectralQuant(head_dim, bits, **options)  # type: ignore[arg-type]
+
+
+METHOD = Method(
+    id="spectralquant",
+    name="SpectralQuant",
+    paper="Gopinath and Vangara 2026, not on arXiv",
+    calibrated=True,
+    bits=range(1, 9),
+    stored="b bits a coordinate on average, more where the variance is; one 16-bit scale a vector",
+    options=("basis", "centred", "damping", "scale", "seed"),
+    build=build,
+)
