@@ -9,31 +9,12 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache, trim_prompt_cache
 
 import veloxlab as vl
+from tests.tiny_models import tiny
 from veloxlab import integrate
 from veloxlab.cache import CompressedKVCache
 from veloxlab.errors import InputError
 
 PROMPT = "List the first ten prime numbers, then explain why 1 is not one of them."
-
-
-def tiny(family: str, **config):
-    """A small model of mlx-lm's own class with random weights."""
-    module = __import__(f"mlx_lm.models.{family}", fromlist=["Model"])
-    common = {
-        "model_type": family,
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "intermediate_size": 128,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "vocab_size": 96,
-        "head_dim": 64,
-    }
-    mx.random.seed(0)
-    model = module.Model(module.ModelArgs.from_dict(common | config))
-    mx.eval(model.parameters())
-    return model
 
 
 def chat(tokenizer, text: str) -> list[int]:

@@ -30,13 +30,15 @@ _LARGEST = 2e9  # the largest magnitude whose scale a codec can store (`codec.st
 class Run:
     """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, all with the same tokens.
 
-    ``most`` is the largest number of tokens it will ever hold, where that is known.
+    ``most`` is the largest number of tokens it will ever hold, where that is known; ``start`` is the position in the
+    text of the first one, where that never changes.
     """
 
-    def __init__(self, most: int | None = None) -> None:
+    def __init__(self, most: int | None = None, start: int = 0) -> None:
         self._buffers: Arrays = {}
         self.tokens = 0
         self.most = most
+        self.start = start
 
     @property
     def nbytes(self) -> int:
@@ -59,7 +61,8 @@ class Run:
                 name.removeprefix(f"{side}/"): buffer[:, :, : self.tokens]
                 for name, buffer in self._buffers.items()
                 if name.startswith(f"{side}/")
-            }
+            },
+            self.start,
         )
 
     def append(self, keys: Code, values: Code) -> None:
@@ -133,7 +136,7 @@ class CompressedKVCache:
         self.path, self.reason = path, reason
         # whole blocks leave the window, and none that it still covers
         self._block = min(BLOCK, max(1, window))
-        self.sinks, self.packed, self.recent = Run(sinks), Run(), Run(window + self._block - 1)
+        self.sinks, self.packed, self.recent = Run(sinks), Run(start=sinks), Run(window + self._block - 1)
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
         if path == "codes":
             # mlx-lm sends a cache with these two attributes to its quantized attention, which `integrate` extends
@@ -273,7 +276,10 @@ class CompressedKVCache:
         if from_recent:
             self.recent.drop_oldest(from_recent)
         if to_packed:
-            self.packed.append(self.key_codec.encode(leaving_keys), self.value_codec.encode(leaving_values))
+            start = self.packed.start + self.packed.tokens
+            self.packed.append(
+                self.key_codec.encode(leaving_keys, start), self.value_codec.encode(leaving_values, start)
+            )
         if to_sinks + from_new < count:
             rest_keys, rest_values = (x[:, :, to_sinks + from_new :] for x in (keys, values))
             self.recent.append(exact[0].encode(rest_keys), exact[1].encode(rest_values))

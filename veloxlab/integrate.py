@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models import base
@@ -21,10 +22,13 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from veloxlab.attention import Handle, Mask
 from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk, CompressedKVCache, Path
-from veloxlab.codecs import find_method
+from veloxlab.codecs import Role, find_method
+from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 
 DEFAULT_BITS = 4
+ROPE_NAMES = ("rope", "rotary_emb")
 _HOOK = "quantized_scaled_dot_product_attention"
 
 
@@ -164,6 +168,28 @@ def _dry_run(model: Module, facts: list[LayerFacts]) -> None:
             p.facts.compressible, p.facts.reason = False, "the layer stores no keys and values of its own"
 
 
+def rope_of(model: Module, layer: int) -> Rope | None:
+    """The rotary embedding of a layer's keys, or None where none is found or it is of a kind that is not known.
+
+    What is given was tried: undoing the layer's own rotation gives back the vector, up to a constant factor.
+    """
+    block = model.layers[layer]
+    module = next((m for name, m in block.named_modules() if name.split(".")[-1] in ROPE_NAMES), None)
+    if module is None or not hasattr(module, "dims"):
+        return None
+    rope = Rope(
+        dims=module.dims,
+        traditional=module.traditional,
+        base=getattr(module, "base", None) if isinstance(module, nn.RoPE) else None,
+        freqs=getattr(module, "_freqs", None),
+        scale=getattr(module, "scale", 1.0) if isinstance(module, nn.RoPE) else 1.0,
+    )
+    x = mx.random.normal((1, 1, 3, module.dims), key=mx.random.key(0))
+    back = rope.inverse(module(x, offset=7), 7)
+    factor = mx.linalg.norm(back) / mx.linalg.norm(x)
+    return rope if mx.allclose(back, x * factor, atol=1e-3).item() else None
+
+
 # attaching a cache ----------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +228,7 @@ def make_cache(
     sinks: int | None = None,
     window: int | None = None,
     chunk: Chunk | None = None,
+    calibration: Calibrated | None = None,
     **options: object,
 ) -> list[Any]:
     """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
@@ -216,6 +243,7 @@ def make_cache(
     sinks, window : tokens kept exact, at the start and at the end; 4 and 64 by default, or the plan's.
     chunk : whether tokens of one call attend to one another ``"exact"`` or through their ``"codes"``; the former by
         default, or the plan's.
+    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted.
     options : the method's own, such as ``variant="prod"`` or ``rotation="haar"``.
 
     Raises
@@ -247,15 +275,30 @@ def make_cache(
         exact[2] if chunk is None else chunk,
     )
     return [
-        _compressed(facts, layer, sinks, window, chunk) if facts.compressible else own
+        _compressed(facts, layer, sinks, window, chunk, calibration) if facts.compressible else own
         for facts, layer, own in zip(probe(model), settings, make_prompt_cache(model), strict=True)
     ]
 
 
-def _compressed(facts: LayerFacts, layer: LayerSettings, sinks: int, window: int, chunk: Chunk) -> CompressedKVCache:
+def _compressed(
+    facts: LayerFacts,
+    layer: LayerSettings,
+    sinks: int,
+    window: int,
+    chunk: Chunk,
+    calibration: Calibrated | None,
+) -> CompressedKVCache:
+    sides: tuple[tuple[str, int, int, Role], ...] = (
+        (layer.key_method, facts.key_dim, layer.key_bits, "keys"),
+        (layer.value_method, facts.value_dim, layer.value_bits, "values"),
+    )
+    key_codec, value_codec = (
+        layer_codec(find_method(method), facts.layer, dim, bits, role, layer.options, calibration)
+        for method, dim, bits, role in sides
+    )
     return CompressedKVCache(
-        find_method(layer.key_method).codec(facts.key_dim, layer.key_bits, "keys", **layer.options),
-        find_method(layer.value_method).codec(facts.value_dim, layer.value_bits, "values", **layer.options),
+        key_codec,
+        value_codec,
         sinks=sinks,
         window=window,
         chunk=chunk,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -73,20 +74,35 @@ def capture(
     InputError : if the text has fewer than two tokens.
     """
     ids = encode(tokenizer, text, tokens)
-    facts = integrate.probe(model)
-    native = make_prompt_cache(model)
-    recorders = [_Recorder(f) if f.compressible else own for f, own in zip(facts, native, strict=True)]
-    model(mx.array([ids]), cache=recorders)  # lazy: nothing is computed before the layers below are
     layers = []
-    for recorder in recorders:
+    count = sum(f.compressible for f in integrate.probe(model))
+    for seen in capture_layers(model, ids):
+        layers.append(seen)
+        progress(len(layers), count, f"layer {seen.layer}")
+    return Capture(tuple(layers), tuple(ids))
+
+
+def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
+    """Run ``model`` over the tokens ``ids`` and give what each layer saw, evaluated, one layer after another.
+
+    Nothing is held of a layer that was given: memory does not grow with the depth unless the caller keeps them.
+
+    Raises
+    ------
+    InputError : if no layer keeps plain keys and values.
+    """
+    native = make_prompt_cache(model)
+    facts = integrate.probe(model)
+    recorders = [_Recorder(f) if f.compressible else own for f, own in zip(facts, native, strict=True)]
+    if not any(isinstance(recorder, _Recorder) for recorder in recorders):
+        raise InputError("No layer of this model keeps plain keys and values: there is nothing to capture.")
+    model(mx.array([ids]), cache=recorders)  # lazy: nothing is computed before the layers below are
+    while recorders:
+        recorder = recorders.pop(0)
         if isinstance(recorder, _Recorder):
             seen = recorder.seen()
             mx.eval([a for a in (seen.queries, seen.keys, seen.values) if a is not None])
-            layers.append(seen)
-            progress(len(layers), sum(f.compressible for f in facts), f"layer {seen.layer}")
-    if not layers:
-        raise InputError("No layer of this model keeps plain keys and values: there is nothing to capture.")
-    return Capture(tuple(layers), tuple(ids))
+            yield seen
 
 
 def encode(tokenizer: Any, text: str | None, count: int) -> list[int]:  # noqa: ANN401
