@@ -143,14 +143,21 @@ def test_fidelity_at_four_bits_meets_the_bar_and_beats_mlx_lms_cache(smollm2):
     assert theirs.select("name", "chunk", "key_bits").row(0) == ("mlx-lm 4", None, 5.0)
 
 
+def test_one_reference_serves_many_caches(smollm2):
+    exact = vl.reference(*smollm2, tokens=40, windows=2)
+    for bits in (3, 6):
+        once = vl.judge(exact, bits=bits, sinks=0, window=0)
+        assert once.equals(vl.fidelity(*smollm2, bits=bits, sinks=0, window=0, tokens=40, windows=2))
+
+
 def test_decoding_token_by_token_is_as_good_as_one_shot(smollm2):
     """The two read codes of the same tokens; a drift between them would be a defect of the decode path.
 
     They are not equal to the last bit: a rounding error in one layer moves a code by one level in a later one.
     """
     settings = {"bits": 4, "sinks": 0, "window": 0, "tokens": 80, "prompt": 40}
-    one_shot = vl.token_fidelity(*smollm2, **settings).filter(pl.col("position") >= 40)
-    decoded = vl.token_fidelity(*smollm2, mode="decode", **settings)
+    one_shot = vl.fidelity(*smollm2, per_token=True, **settings).filter(pl.col("position") >= 40)
+    decoded = vl.fidelity(*smollm2, per_token=True, mode="decode", **settings)
     assert decoded.schema == TOKEN_FIDELITY
     assert decoded["kl"][0] == pytest.approx(one_shot["kl"][0], abs=1e-4)
     assert decoded["kl"].mean() == pytest.approx(one_shot["kl"].mean(), rel=0.2)

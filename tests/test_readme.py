@@ -4,11 +4,21 @@ from pathlib import Path
 
 import polars as pl
 
-from veloxlab.cli import compared_table
+from veloxlab.cli import compared_table, ratio_table
+from veloxlab.codecs import METHODS
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
-def test_the_table_is_the_committed_measurement():
-    frame = pl.read_parquet(ROOT / "data" / "results" / "compare_smollm2-135m.parquet")
-    assert compared_table(frame) in (ROOT / "README.md").read_text()
+def test_the_tables_are_the_committed_measurements():
+    results = ROOT / "data" / "results"
+    assert compared_table(pl.read_parquet(results / "compare_smollm2-135m.parquet")) in README
+    assert ratio_table(pl.read_parquet(results / "byte_ratios.parquet")) in README
+
+
+def test_every_method_is_listed_and_has_its_notebook():
+    names = [name for name in METHODS if name != "none"]
+    assert [name for name in names if f"| `{name}` |" in README] == names
+    for number, name in enumerate(names, start=1):
+        assert (ROOT / "notebooks" / f"{number:02}_{name}.ipynb").is_file()

@@ -90,9 +90,9 @@ def _notebooks() -> Path:
 
 
 def compare_caches(options: argparse.Namespace) -> int:
-    """Measure, print the table, and write it as Parquet beside its chart as PNG."""
+    """Measure, print the tables, and write them as Parquet beside a chart as PNG."""
     import veloxlab as vl
-    from veloxlab.measure.compare import compare
+    from veloxlab.measure.compare import byte_ratios, compare
     from veloxlab.views import frontier, picture
 
     model, tokenizer = vl.load(options.model)
@@ -103,25 +103,39 @@ def compare_caches(options: argparse.Namespace) -> int:
         windows=options.windows,
         progress=lambda done, total, label: print(f"{done} of {total}: {label}", file=sys.stderr),
     )
+    ratios = byte_ratios()
     options.out.mkdir(parents=True, exist_ok=True)
     stem = f"compare_{Path(options.model).stem}"
     frame.write_parquet(options.out / f"{stem}.parquet")
-    chart = frontier(frame, x="held_bytes")
+    ratios.write_parquet(options.out / "byte_ratios.parquet")
+    chart = frontier(frame, x="bits")
     (options.out / f"{stem}.png").write_bytes(picture.png(chart.to_dict(), width=2 * picture.WIDTH))
-    print(compared_table(frame))
+    print(compared_table(frame), ratio_table(ratios), sep="\n\n")
     return 0
 
 
 def compared_table(frame: pl.DataFrame) -> str:
-    """Give the results as a Markdown table."""
+    """Give the comparison as a Markdown table, by true bits; attention's time is a ratio to the exact cache's."""
+    stored = (frame["store_us"] / frame["store_ratio"])[0]
     lines = [
-        "| cache | true bits a value | KL (nats) | top-1 flips | perplexity |",
-        "|---|---:|---:|---:|---:|",
-        f"| exact | | 0 | 0 % | {frame['perplexity_exact'][0]:.2f} |",
+        "| cache | true bits a value | KL (nats) | top-1 flips | perplexity | tables, KB | store, µs | attend |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        f"| exact | | 0 | 0 % | {frame['perplexity_exact'][0]:.2f} | | {stored:.2f} | 1× |",
     ]
-    for row in frame.sort("held_bits").iter_rows(named=True):
-        numbers = f"{row['kl_mean']:.4f} | {100 * row['top1_flips']:.1f} % | {row['perplexity']:.2f}"
-        lines.append(f"| {row['name']} | {row['held_bits']:.2f} | {numbers} |")
+    for row in frame.sort("held_bits", "name").iter_rows(named=True):
+        numbers = [f"{row['held_bits']:.2f}", f"{row['kl_mean']:.4f}", f"{100 * row['top1_flips']:.1f} %"]
+        numbers += [f"{row['perplexity']:.2f}", f"{row['table_bytes'] / 1000:,.0f}"]
+        numbers += [f"{row['store_us']:.1f}", f"{row['attend_ratio']:.1f}×"]
+        lines.append(f"| {row['name']} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def ratio_table(frame: pl.DataFrame) -> str:
+    """Give the byte ratios as a Markdown table."""
+    lines = ["| cache | keys | values | whole cache |", "|---|---:|---:|---:|"]
+    for row in frame.iter_rows(named=True):
+        ratios = [f"{row[name]:.2f}×" for name in ("key_ratio", "value_ratio", "ratio")]
+        lines.append(f"| {row['name']} | {' | '.join(ratios)} |")
     return "\n".join(lines)
 
 

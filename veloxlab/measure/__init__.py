@@ -5,19 +5,21 @@ from __future__ import annotations
 from veloxlab.measure.activations import Capture, LayerCapture, capture
 from veloxlab.measure.errors import layer_errors, relative_errors, token_errors
 from veloxlab.measure.memory import code_bits, memory_growth, predicted_growth, report
-from veloxlab.measure.quality import fidelity, token_fidelity
+from veloxlab.measure.quality import Reference, fidelity, judge, reference
 
 __all__ = [
     "Capture",
     "LayerCapture",
+    "Reference",
     "capture",
     "code_bits",
     "fidelity",
+    "judge",
     "layer_errors",
     "memory_growth",
     "predicted_growth",
+    "reference",
     "relative_errors",
     "report",
     "token_errors",
-    "token_fidelity",
 ]

@@ -10,7 +10,8 @@ import numpy as np
 import polars as pl
 
 from veloxlab.attention import causal_mask
-from veloxlab.codecs import Codec, find_method
+from veloxlab.codecs import find_method
+from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.integrate import DEFAULT_BITS
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.progress import Progress, silent
@@ -49,6 +50,7 @@ def layer_errors(
     value_bits: int | None = None,
     sinks: int = 0,
     window: int = 0,
+    calibration: Calibrated | None = None,
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:
@@ -56,7 +58,7 @@ def layer_errors(
 
     The first ``sinks`` and the last ``window`` tokens stay exact and count as such. Attention is causal over the
     captured queries, in float32. Columns: `LAYER_ERRORS`; ``logit_error`` and ``output_error`` are null where the
-    model does not show its queries.
+    model does not show its queries. ``calibration`` is what `veloxlab.calibrate` gave.
 
     Raises
     ------
@@ -66,7 +68,7 @@ def layer_errors(
     widths: dict[Side, int] = {"keys": key_bits or bits, "values": value_bits or bits}
     for i, layer in enumerate(capture.layers):
         for side, width in widths.items():
-            rows += _side_errors(layer, side, method, width, sinks, window, options)
+            rows += _side_errors(layer, side, _decoded(layer, side, method, width, calibration, options), sinks, window)
         progress(i + 1, len(capture.layers), f"errors of layer {layer.layer}")
     return pl.DataFrame(rows, schema=LAYER_ERRORS)
 
@@ -76,6 +78,7 @@ def token_errors(
     method: str = "turboquant",
     *,
     bits: int = DEFAULT_BITS,
+    calibration: Calibrated | None = None,
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:
@@ -86,7 +89,7 @@ def token_errors(
     frames = []
     for i, layer in enumerate(capture.layers):
         for side in ("keys", "values"):
-            x, decoded = _decoded(layer, side, method, bits, options)
+            x, decoded = _decoded(layer, side, method, bits, calibration, options)
             errors = np.array(mx.square(x - decoded).sum(axis=-1)[0])  # [H, S]
             norms = np.array(mx.square(x).sum(axis=-1)[0])
             heads, tokens = errors.shape
@@ -120,24 +123,27 @@ def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) ->
 
 
 def _decoded(
-    layer: LayerCapture, side: Side, method: str, bits: int, options: dict[str, object]
+    layer: LayerCapture,
+    side: Side,
+    method: str,
+    bits: int,
+    calibration: Calibrated | None,
+    options: dict[str, object],
 ) -> tuple[mx.array, mx.array]:
     """Exact and decoded ``[1, H, S, D]``, both float32."""
     x = (layer.keys if side == "keys" else layer.values).astype(mx.float32)
-    codec: Codec = find_method(method).codec(x.shape[-1], bits, side, **options)
+    codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, side, options, calibration)
     return x, codec.decode(codec.encode(x)).astype(mx.float32)
 
 
 def _side_errors(
     layer: LayerCapture,
     side: Side,
-    method: str,
-    bits: int,
+    exact_and_decoded: tuple[mx.array, mx.array],
     sinks: int,
     window: int,
-    options: dict[str, object],
 ) -> Iterator[dict[str, object]]:
-    x, decoded = _decoded(layer, side, method, bits, options)
+    x, decoded = exact_and_decoded
     position = mx.arange(x.shape[2])[:, None]
     decoded = mx.where((position < sinks) | (position >= x.shape[2] - window), x, decoded)
     error = mx.square(x - decoded).sum(axis=-1)

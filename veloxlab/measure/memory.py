@@ -10,7 +10,8 @@ import polars as pl
 from mlx_lm.models.cache import KVCache
 
 from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
-from veloxlab.codecs import find_method
+from veloxlab.codecs import Role, find_method
+from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.integrate import DEFAULT_BITS
 from veloxlab.measure.activations import Capture
 from veloxlab.measure.progress import Progress, silent
@@ -94,13 +95,20 @@ def _as_values(side: Any, bits: int | None) -> tuple[int, int]:  # noqa: ANN401
 
 
 def code_bits(
-    capture: Capture, method: str = "turboquant", *, bits: int = DEFAULT_BITS, **options: object
+    capture: Capture,
+    method: str = "turboquant",
+    *,
+    bits: int = DEFAULT_BITS,
+    calibration: Calibrated | None = None,
+    **options: object,
 ) -> pl.DataFrame:
     """True bits per value of packed keys and values in each layer, read off real codes: `CODE_BITS`."""
     rows = []
+    sides: tuple[Role, Role] = ("keys", "values")
     for layer in capture.layers:
-        for side, x in (("keys", layer.keys[:, :, :1]), ("values", layer.values[:, :, :1])):
-            code = find_method(method).codec(x.shape[-1], bits, side, **options).encode(x)  # type: ignore[arg-type]
+        for side, x in zip(sides, (layer.keys[:, :, :1], layer.values[:, :, :1]), strict=True):
+            codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, side, options, calibration)
+            code = codec.encode(x)
             for part in ("codes", "scales"):
                 # what is floating point scales codes, the rest is codes
                 arrays = [a for a in code.arrays.values() if mx.issubdtype(a.dtype, mx.floating) == (part == "scales")]
@@ -137,6 +145,7 @@ def memory_growth(
     upto: int = 4096,
     points: int = 8,
     name: str | None = None,
+    calibration: Calibrated | None = None,
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:
@@ -146,6 +155,7 @@ def memory_growth(
     hold the same, so one cache is filled for each shape. mlx-lm's own ``KVCache`` with the same tokens in 16 bits is
     there as ``"fp16"``.
     """
+    found = find_method(method)
     name = name or f"{method} K{key_bits or bits} V{value_bits or bits}"
     lengths = [upto * (i + 1) // points for i in range(points)]
     shapes: dict[tuple[int, ...], dict[str, list[tuple[int, str, int]]]] = {}
@@ -154,8 +164,8 @@ def memory_growth(
         shape = (*layer.keys.shape[1:2], layer.keys.shape[-1], layer.values.shape[-1])
         if shape not in shapes:
             cache = CompressedKVCache(
-                find_method(method).codec(shape[1], key_bits or bits, "keys", **options),
-                find_method(method).codec(shape[2], value_bits or bits, "values", **options),
+                layer_codec(found, layer.layer, shape[1], key_bits or bits, "keys", options, calibration),
+                layer_codec(found, layer.layer, shape[2], value_bits or bits, "values", options, calibration),
                 sinks=sinks,
                 window=window,
                 layer=layer.layer,

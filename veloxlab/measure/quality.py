@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -36,9 +37,10 @@ FIDELITY = {
     "value_bits": pl.Float64,
     "held_bits": pl.Float64,  # held bytes · 8 / values held, exact tokens and slack included
     "held_bytes": pl.Int64,  # of all layers, at the end of a window
+    "table_bytes": pl.Int64,  # rotations and codebooks, which do not grow with the context
     "fp16_bytes": pl.Int64,  # what 16-bit keys and values of the same tokens take
 }
-"""Columns of `fidelity`."""
+"""Columns of `fidelity` and `judge`."""
 
 TOKEN_FIDELITY = {
     "window": pl.Int32,  # which stretch of the text
@@ -49,7 +51,47 @@ TOKEN_FIDELITY = {
     "nll": pl.Float64,  # −log p(token), compressed, nats
     "nll_exact": pl.Float64,
 }
-"""Columns of `token_fidelity`."""
+"""Columns of `judge` with ``per_token``."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a model predicts with its own cache, run once and compared with many others.
+
+    Attributes
+    ----------
+    model : the model.
+    stretches : token ids of each window of the text.
+    log_probs : for each, the log-probabilities of the next token ``[S - 1, vocabulary]``, float32, in nats.
+    """
+
+    model: Module
+    stretches: tuple[list[int], ...]
+    log_probs: tuple[mx.array, ...]
+
+
+def reference(
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401
+    *,
+    text: str | None = None,
+    tokens: int = 512,
+    windows: int = 1,
+    progress: Progress = silent,
+) -> Reference:
+    """Run the model with its own cache over stretches of text; the arguments are those of `fidelity`."""
+    ids = encode(tokenizer, text, tokens * windows)
+    if len(ids) < tokens * (windows - 1) + 2:
+        raise InputError(
+            f"The text has {len(ids)} tokens, too few for {windows} windows of {tokens}: "
+            "give a longer text or take fewer or shorter windows."
+        )
+    stretches = tuple(ids[w * tokens : (w + 1) * tokens] for w in range(windows))
+    log_probs = []
+    for w, stretch in enumerate(stretches):
+        progress(w, windows, f"window {w + 1} of {windows}: exact")
+        log_probs.append(_log_probs(model(mx.array([stretch[:-1]]))))
+    return Reference(model, stretches, tuple(log_probs))
 
 
 def fidelity(
@@ -58,14 +100,10 @@ def fidelity(
     method_or_plan: str | integrate.LayerPlan | CacheMaker = "turboquant",
     *,
     text: str | None = None,
-    mode: Mode = "oneshot",
     tokens: int = 512,
     windows: int = 1,
-    prompt: int = 64,
-    chunk: Chunk = "codes",
-    name: str | None = None,
     progress: Progress = silent,
-    **settings: object,
+    **options: Any,
 ) -> pl.DataFrame:
     """Compare the model's predictions with a compressed cache and with its own, on the same text: one row, `FIDELITY`.
 
@@ -75,54 +113,80 @@ def fidelity(
     method_or_plan : a method's id or a `veloxlab.Plan`, as for `veloxlab.make_cache`; or any function from the model
         to a prompt cache, such as one that makes mlx-lm's ``QuantizedKVCache``.
     text : the shipped WikiText-2 test excerpt by default.
-    mode : ``"oneshot"`` reads each window in one call; ``"decode"`` reads ``prompt`` tokens in one call, then feeds the
-        true tokens one at a time, as generation would, and compares those predictions only.
     tokens, windows : length and number of stretches of text, one after the other, each with a fresh cache.
-    chunk : as for `veloxlab.make_cache`, but ``"codes"`` by default, for plans too: every token is then seen as the
-        cache holds it. With ``"exact"``, a one-shot run compares nothing but an exact window with itself.
-    name : for the row; by default the method and its bits.
     progress : told of each window, and in ``"decode"`` of each token.
-    settings : further arguments of `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
+    options : those of `judge`: ``mode``, ``prompt``, ``chunk``, ``name``, ``per_token``, and the further arguments of
+        `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
 
     Raises
     ------
     InputError : as `veloxlab.make_cache`; or if the text is too short.
     """
-    make = _maker(method_or_plan, chunk, settings)
-    frame, caches = _compare(model, tokenizer, make, text, mode, tokens, windows, prompt, progress)
-    return pl.concat(
-        [
-            pl.DataFrame(
-                {
-                    "name": [name or _name(method_or_plan, settings)],
-                    "mode": [mode],
-                    "chunk": [None if callable(method_or_plan) else chunk],
-                }
-            ),
-            _summary(frame),
-            _holdings(caches),
-        ],
-        how="horizontal",
-    ).match_to_schema(FIDELITY)
+    exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
+    return judge(exact, method_or_plan, progress=progress, **options)
 
 
-def token_fidelity(
-    model: Module,
-    tokenizer: Any,  # noqa: ANN401
+def judge(
+    exact: Reference,
     method_or_plan: str | integrate.LayerPlan | CacheMaker = "turboquant",
     *,
-    text: str | None = None,
     mode: Mode = "oneshot",
-    tokens: int = 512,
-    windows: int = 1,
     prompt: int = 64,
     chunk: Chunk = "codes",
+    name: str | None = None,
+    per_token: bool = False,
     progress: Progress = silent,
     **settings: object,
 ) -> pl.DataFrame:
-    """Like `fidelity`, but one row for each prediction: `TOKEN_FIDELITY`."""
+    """Compare a compressed cache with a `reference` that was already run: one row, `FIDELITY`.
+
+    Parameters
+    ----------
+    exact : what to compare with.
+    method_or_plan, progress : as for `fidelity`.
+    mode : ``"oneshot"`` reads each window in one call; ``"decode"`` reads ``prompt`` tokens in one call, then feeds the
+        true tokens one at a time, as generation would, and compares those predictions only.
+    chunk : as for `veloxlab.make_cache`, but ``"codes"`` by default, for plans too: every token is then seen as the
+        cache holds it. With ``"exact"``, a one-shot run compares nothing but an exact window with itself.
+    name : for the row; by default the method and its bits.
+    per_token : give one row for each prediction, `TOKEN_FIDELITY`, instead of their summary.
+    settings : further arguments of `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
+
+    Raises
+    ------
+    InputError : as `veloxlab.make_cache`; or if ``mode`` is unknown or ``prompt`` leaves nothing to decode.
+    """
+    shortest = min(len(stretch) for stretch in exact.stretches)
+    if mode not in ("oneshot", "decode"):
+        raise InputError(f"mode={mode!r} is unknown: choose 'oneshot' or 'decode'.")
+    if mode == "decode" and not 1 <= prompt < shortest - 1:
+        raise InputError(f"prompt={prompt} leaves nothing to decode of {shortest} tokens: take fewer, at least 1.")
     make = _maker(method_or_plan, chunk, settings)
-    return _compare(model, tokenizer, make, text, mode, tokens, windows, prompt, progress)[0]
+    windows = len(exact.stretches)
+    frames = []
+    cache: list[Any] = []
+    for w, stretch in enumerate(exact.stretches):
+        cache = make(exact.model)
+        label = f"window {w + 1} of {windows}"
+        progress(w, windows, f"{label}: compressed")
+        if mode == "oneshot":
+            start = 0
+            changed = _log_probs(exact.model(mx.array([stretch[:-1]]), cache=cache))
+        else:
+            start = prompt
+            changed = _decode(exact.model, stretch, prompt, cache, progress, label)
+        frames.append(_rows(w, start, stretch[start + 1 :], exact.log_probs[w][start:], changed))
+    progress(windows, windows, "done")
+    frame = pl.concat(frames)
+    if per_token:
+        return frame
+    head = {
+        "name": [name or _name(method_or_plan, settings)],
+        "mode": [mode],
+        "chunk": [None if callable(method_or_plan) else chunk],
+    }
+    parts = [pl.DataFrame(head), _summary(frame), _holdings(cache)]
+    return pl.concat(parts, how="horizontal").match_to_schema(FIDELITY)
 
 
 def _summary(frame: pl.DataFrame) -> pl.DataFrame:
@@ -139,16 +203,15 @@ def _summary(frame: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def _holdings(caches: list[Any]) -> pl.DataFrame:
-    return (
-        report(caches)
-        .filter(pl.col("tokens") > 0)
-        .select(
-            pl.col("key_bits", "value_bits").mean(),
-            held_bits=16 * pl.col("held_bytes").sum() / pl.col("fp16_bytes").sum(),
-            held_bytes=pl.col("held_bytes").sum(),
-            fp16_bytes=pl.col("fp16_bytes").sum(),
-        )
+def _holdings(cache: list[Any]) -> pl.DataFrame:
+    layers = report(cache)
+    held = layers.filter(pl.col("tokens") > 0)
+    return held.select(
+        pl.col("key_bits", "value_bits").mean(),
+        held_bits=16 * pl.col("held_bytes").sum() / pl.col("fp16_bytes").sum(),
+        held_bytes=pl.col("held_bytes").sum(),
+        table_bytes=pl.lit(layers.filter(pl.col("path") == "shared")["held_bytes"].sum(), pl.Int64),
+        fp16_bytes=pl.col("fp16_bytes").sum(),
     )
 
 
@@ -169,48 +232,6 @@ def _name(method_or_plan: str | integrate.LayerPlan | CacheMaker, settings: dict
         return "none"
     bits = settings.get("bits", integrate.DEFAULT_BITS)
     return f"{method_or_plan} K{settings.get('key_bits') or bits} V{settings.get('value_bits') or bits}"
-
-
-def _compare(
-    model: Module,
-    tokenizer: Any,  # noqa: ANN401
-    make: CacheMaker,
-    text: str | None,
-    mode: Mode,
-    tokens: int,
-    windows: int,
-    prompt: int,
-    progress: Progress,
-) -> tuple[pl.DataFrame, list[Any]]:
-    """`TOKEN_FIDELITY` rows of all windows, and the cache of the last."""
-    if mode not in ("oneshot", "decode"):
-        raise InputError(f"mode={mode!r} is unknown: choose 'oneshot' or 'decode'.")
-    if mode == "decode" and not 1 <= prompt < tokens - 1:
-        raise InputError(f"prompt={prompt} leaves nothing to decode of {tokens} tokens: take fewer, at least 1.")
-    ids = encode(tokenizer, text, tokens * windows)
-    if len(ids) < tokens * (windows - 1) + 2:
-        raise InputError(
-            f"The text has {len(ids)} tokens, too few for {windows} windows of {tokens}: "
-            "give a longer text or take fewer or shorter windows."
-        )
-    frames = []
-    cache: list[Any] = []
-    for w in range(windows):
-        stretch = ids[w * tokens : (w + 1) * tokens]
-        label = f"window {w + 1} of {windows}"
-        progress(w, windows, f"{label}: exact")
-        exact = _log_probs(model(mx.array([stretch[:-1]])))
-        cache = make(model)
-        progress(w, windows, f"{label}: compressed")
-        if mode == "oneshot":
-            start = 0
-            changed = _log_probs(model(mx.array([stretch[:-1]]), cache=cache))
-        else:
-            start = prompt
-            changed = _decode(model, stretch, prompt, cache, progress, label)
-        frames.append(_rows(w, start, stretch[start + 1 :], exact[start:], changed))
-    progress(windows, windows, "done")
-    return pl.concat(frames), cache
 
 
 def _log_probs(logits: mx.array) -> mx.array:
