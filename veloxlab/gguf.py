@@ -1,4 +1,4 @@
-"""Reads GGUF files, the format of llama.cpp: metadata as Python values, tensors as float32 arrays.
+"""Reads GGUF files, the format of llama.cpp: metadata as Python values, tensors as float32 MLX arrays.
 
 MLX has a reader too, but it opens the file for writing, so that it fails on an installed package which the user may
 not change; it does not check lengths, so that a cut-off download ends the process; and it decodes half of every Q4_K
@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 
 from veloxlab.errors import InputError
 
 Bytes = npt.NDArray[np.uint8]
-Floats = npt.NDArray[np.float32]
 Value = str | int | float | list[Any]
 T = TypeVar("T")
 
@@ -48,65 +48,62 @@ class Layout:
     name: str
     items: int
     size: int
-    decode: Callable[[Bytes], npt.NDArray[Any]]
+    decode: Callable[[mx.array], mx.array]
 
 
-def _halves(blocks: Bytes, start: int) -> Floats:
+def _view(columns: mx.array, dtype: mx.Dtype) -> mx.array:
+    return mx.view(mx.contiguous(columns), dtype)
+
+
+def _halves(blocks: mx.array, start: int) -> mx.array:
     """Read the float16 at byte ``start`` of every block, as a column [blocks, 1]."""
-    return blocks[:, start : start + 2].view(np.float16).astype(np.float32)
+    return _view(blocks[:, start : start + 2], mx.float16).astype(mx.float32)
 
 
-def _nibbles(packed: Bytes) -> Bytes:
+def _nibbles(packed: mx.array) -> mx.array:
     """Split bytes [..., n] into 4-bit numbers [..., 2n]: all the low halves, then all the high ones."""
-    return np.concatenate([packed & 15, packed >> 4], axis=-1)
+    return mx.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
-def _bfloat16(blocks: Bytes) -> Floats:
-    return (blocks.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+def _q4_0(blocks: mx.array) -> mx.array:
+    return (_nibbles(blocks[:, 2:]).astype(mx.float32) - 8) * _halves(blocks, 0)
 
 
-def _q4_0(blocks: Bytes) -> Floats:
-    return (_nibbles(blocks[:, 2:]).astype(np.float32) - 8) * _halves(blocks, 0)
+def _q4_1(blocks: mx.array) -> mx.array:
+    return _nibbles(blocks[:, 4:]).astype(mx.float32) * _halves(blocks, 0) + _halves(blocks, 2)
 
 
-def _q4_1(blocks: Bytes) -> Floats:
-    values = _nibbles(blocks[:, 4:]) * _halves(blocks, 0)
-    values += _halves(blocks, 2)
-    return values
+def _q8_0(blocks: mx.array) -> mx.array:
+    return _view(blocks[:, 2:], mx.int8).astype(mx.float32) * _halves(blocks, 0)
 
 
-def _q8_0(blocks: Bytes) -> Floats:
-    return blocks[:, 2:].view(np.int8) * _halves(blocks, 0)
-
-
-def _q4_k(blocks: Bytes) -> Floats:
+def _q4_k(blocks: mx.array) -> mx.array:
     """Eight groups of 32; their 6-bit scales and minima share twelve bytes, the last four in two pieces each."""
     low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
-    scales = np.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=1)
-    minima = np.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=1)
-    codes = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
-    values: Floats = codes * (_halves(blocks, 0) * scales)[..., None] - (_halves(blocks, 2) * minima)[..., None]
-    return values.reshape(-1, 256)
+    scales = mx.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=1).astype(mx.float32)
+    minima = mx.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=1).astype(mx.float32)
+    codes = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32).astype(mx.float32)
+    return codes * (_halves(blocks, 0) * scales)[..., None] - (_halves(blocks, 2) * minima)[..., None]
 
 
-def _q6_k(blocks: Bytes) -> Floats:
+def _q6_k(blocks: mx.array) -> mx.array:
     """Sixteen groups of 16 with 8-bit scales; the upper two bits of the codes lie apart from the lower four."""
     low = _nibbles(blocks[:, :128].reshape(-1, 2, 64))
-    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> np.array([[0], [2], [4], [6]], np.uint8) & 3
-    codes = (low | (high.reshape(-1, 2, 128) << 4)).reshape(-1, 16, 16).astype(np.float32) - 32
-    scales = blocks[:, 192:208].view(np.int8) * _halves(blocks, 208)
-    return (codes * scales[..., None]).reshape(-1, 256)
+    high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> mx.array([[0], [2], [4], [6]], mx.uint8) & 3
+    codes = (low | (high.reshape(-1, 2, 128) << 4)).reshape(-1, 16, 16).astype(mx.float32) - 32
+    scales = _view(blocks[:, 192:208], mx.int8).astype(mx.float32) * _halves(blocks, 208)
+    return codes * scales[..., None]
 
 
 LAYOUTS = {
-    0: Layout("F32", 1, 4, lambda blocks: blocks.view(np.float32)),
-    1: Layout("F16", 1, 2, lambda blocks: blocks.view(np.float16).astype(np.float32)),
+    0: Layout("F32", 1, 4, lambda blocks: _view(blocks, mx.float32)),
+    1: Layout("F16", 1, 2, lambda blocks: _view(blocks, mx.float16)),
     2: Layout("Q4_0", 32, 18, _q4_0),
     3: Layout("Q4_1", 32, 20, _q4_1),
     8: Layout("Q8_0", 32, 34, _q8_0),
     12: Layout("Q4_K", 256, 144, _q4_k),
     14: Layout("Q6_K", 256, 210, _q6_k),
-    30: Layout("BF16", 1, 2, _bfloat16),
+    30: Layout("BF16", 1, 2, lambda blocks: _view(blocks, mx.bfloat16)),
 }
 
 
@@ -148,12 +145,11 @@ class Gguf:
             )
         return found
 
-    def read(self, name: str) -> Floats:
-        """Decode the tensor called ``name`` to float32, in its own shape."""
+    def read(self, name: str) -> mx.array:
+        """Decode the tensor called ``name`` to float32, in its own shape; not evaluated."""
         tensor = self.tensors[name]
-        blocks = self.content[tensor.start : tensor.start + tensor.size].reshape(-1, tensor.layout.size)
-        values: Floats = tensor.layout.decode(blocks).reshape(tensor.shape)
-        return values
+        blocks = mx.array(self.content[tensor.start : tensor.start + tensor.size]).reshape(-1, tensor.layout.size)
+        return tensor.layout.decode(blocks).astype(mx.float32).reshape(tensor.shape)
 
 
 class _Cursor:

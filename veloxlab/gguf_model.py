@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from veloxlab.errors import InputError
-from veloxlab.gguf import Floats, Gguf
+from veloxlab.gguf import Gguf
 
 if TYPE_CHECKING:
     from mlx_lm.models.llama import ModelArgs
@@ -46,18 +48,21 @@ def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
     InputError
         The file has another architecture than llama, or tensors that mlx-lm's llama model has no place for.
     """
-    from mlx_lm.models.llama import Model
-
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
         raise InputError(
             f"{file.path} has the architecture {architecture!r}, and only 'llama' is read from GGUF; "
             "load an mlx-lm conversion of this model instead."
         )
-    args = _model_args(file)
-    model: nn.Module = Model(args)
+    heads = _head_counts(file)
+    with ThreadPoolExecutor(1) as reader:
+        weights = reader.map(lambda name: _weight(file, name, heads, dtype), file.tensors)
+        # here and not above: the weights are read in the two seconds that importing mlx-lm takes
+        from mlx_lm.models.llama import Model
+
+        model: nn.Module = Model(_model_args(file))
     try:
-        model.load_weights([_weight(file, name, args, dtype) for name in file.tensors])
+        model.load_weights(list(weights))
     except ValueError as error:
         raise InputError(
             f"The tensors of {file.path} are not those of a plain llama model ({shorten(str(error), 160)}); "
@@ -70,12 +75,17 @@ def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
     return model
 
 
-def _weight(file: Gguf, name: str, args: ModelArgs, dtype: mx.Dtype) -> tuple[str, mx.array]:
+def _head_counts(file: Gguf) -> dict[str, int]:
+    """Give the number of query heads and of key heads, by the name of the projection that makes them."""
+    queries = file.value("llama.attention.head_count", int)
+    return {"attn_q": queries, "attn_k": file.value("llama.attention.head_count_kv", int, queries)}
+
+
+def _weight(file: Gguf, name: str, heads: Mapping[str, int], dtype: mx.Dtype) -> tuple[str, mx.array]:
     """Read one tensor under its mlx-lm name; evaluated at once, so that only one is held in float32."""
-    parameter = _parameter(name)
-    weight = mx.array(_half_split(name, file.read(name), args)).astype(dtype)
+    weight = _half_split(name, file.read(name), heads).astype(dtype)
     mx.eval(weight)
-    return parameter, weight
+    return _parameter(name), weight
 
 
 def _model_args(file: Gguf) -> ModelArgs:
@@ -83,8 +93,8 @@ def _model_args(file: Gguf) -> ModelArgs:
 
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{file.path} holds no token embeddings (token_embd.weight); give the file of a whole model.")
-    heads, width = file.value("llama.attention.head_count", int), file.value("llama.embedding_length", int)
-    head_dim = file.value("llama.attention.key_length", int, width // heads)
+    heads, width = _head_counts(file), file.value("llama.embedding_length", int)
+    head_dim = file.value("llama.attention.key_length", int, width // heads["attn_q"])
     scaling = file.value("llama.rope.scaling.type", str, "none")
     if scaling != "none" or file.value("llama.rope.dimension_count", int, head_dim) != head_dim:
         raise InputError(
@@ -96,8 +106,8 @@ def _model_args(file: Gguf) -> ModelArgs:
         hidden_size=width,
         num_hidden_layers=file.value("llama.block_count", int),
         intermediate_size=file.value("llama.feed_forward_length", int),
-        num_attention_heads=heads,
-        num_key_value_heads=file.value("llama.attention.head_count_kv", int, heads),
+        num_attention_heads=heads["attn_q"],
+        num_key_value_heads=heads["attn_k"],
         head_dim=head_dim,
         rms_norm_eps=file.value("llama.attention.layer_norm_rms_epsilon", float),
         vocab_size=file.tensors["token_embd.weight"].shape[0],
@@ -114,12 +124,11 @@ def _parameter(name: str) -> str:
     return f"{prefix}{MODULES.get(module, module)}.{kind}"
 
 
-def _half_split(name: str, values: Floats, args: ModelArgs) -> Floats:
+def _half_split(name: str, values: mx.array, heads: Mapping[str, int]) -> mx.array:
     """Undo llama.cpp's order of query and key rows, which suits a rotation of neighbours (traditional RoPE).
 
     mlx-lm's llama rotates coordinate i with i + D/2, so that the even rows of every head come first here.
     """
-    heads = {"attn_q": args.num_attention_heads, "attn_k": args.num_key_value_heads}
     count = heads.get(name.split(".")[-2])
     if count is None:
         return values
