@@ -170,3 +170,18 @@ def test_a_laboratory_that_cannot_be_says_so_before_any_work(smollm2):
         vl.Lab(*smollm2, method="turbo")
     with pytest.raises(InputError, match="at least 2 are needed"):
         vl.Lab(*smollm2, text="")
+
+
+def test_a_calibrated_method_has_the_widths_that_were_fitted(smollm2, tmp_path):
+    calibration = vl.calibrate(*smollm2, "spectralquant", bits=(2, 4), tokens=96, folder=tmp_path)
+    lab = vl.Lab(*smollm2, method="spectralquant", bits=2, tokens=64, sinks=0, window=0, calibration=calibration)
+    try:
+        assert lab.wait(300)
+        before = lab.errors.frame.filter(tensor="keys")["output_error"].mean()
+        lab.key_bits = 4
+        assert lab.wait(300)
+        assert lab.errors.frame.filter(tensor="keys")["output_error"].mean() < before / 2
+        with pytest.raises(InputError, match=r"holds no values at 3 bits, only at \[2, 4\]"):
+            lab.value_bits = 3
+    finally:
+        lab.worker.close()

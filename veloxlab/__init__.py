@@ -16,6 +16,7 @@ from veloxlab.runtime import TOO_LATE, load_fast_blas
 
 if TYPE_CHECKING:
     from veloxlab.allocate.plan import Plan
+    from veloxlab.calibration import Calibration, calibrate
     from veloxlab.checkup import doctor
     from veloxlab.codecs import methods
     from veloxlab.errors import InputError
@@ -25,13 +26,14 @@ if TYPE_CHECKING:
         capture,
         code_bits,
         fidelity,
+        judge,
         layer_errors,
         memory_growth,
         predicted_growth,
+        reference,
         relative_errors,
         report,
         token_errors,
-        token_fidelity,
     )
     from veloxlab.models import load
     from veloxlab.texts import excerpt
@@ -48,10 +50,12 @@ if load_fast_blas() == TOO_LATE:
     )
 
 _HOME = {
+    "Calibration": "calibration",
     "Capture": "measure",
     "InputError": "errors",
     "Lab": "widgets.lab",
     "Plan": "allocate.plan",
+    "calibrate": "calibration",
     "capture": "measure",
     "code_bits": "measure",
     "detach": "integrate",
@@ -67,30 +71,34 @@ _HOME = {
     "relative_errors": "measure",
     "report": "measure",
     "token_errors": "measure",
-    "token_fidelity": "measure",
+    "judge": "measure",
+    "reference": "measure",
 }
 
 __all__ = [
+    "Calibration",
     "Capture",
     "InputError",
     "Lab",
     "Plan",
+    "calibrate",
     "capture",
     "code_bits",
     "detach",
     "doctor",
     "excerpt",
     "fidelity",
+    "judge",
     "layer_errors",
     "load",
     "make_cache",
     "memory_growth",
     "methods",
     "predicted_growth",
+    "reference",
     "relative_errors",
     "report",
     "token_errors",
-    "token_fidelity",
 ]
 
 

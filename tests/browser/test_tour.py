@@ -93,7 +93,8 @@ def test_every_knob_of_the_tours_laboratory_moves_its_charts(notebook, capsys):
         )
 
     if pictures:
-        page.locator(LAB).screenshot(path=Path(pictures) / "tour-light.png")
+        page.set_viewport_size({"width": 1180, "height": 1900})
+        page.locator(LAB).screenshot(path=Path(pictures) / "lab.png")
     page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     page.wait_for_function(
         "() => [...document.querySelectorAll('.veloxlab-lab svg.marks')].every((svg) =>"
@@ -101,6 +102,6 @@ def test_every_knob_of_the_tours_laboratory_moves_its_charts(notebook, capsys):
     )
     page.locator("#jupyterlab-splash").wait_for(state="detached")
     if pictures:
-        page.locator(LAB).screenshot(path=Path(pictures) / "tour-dark.png")
+        page.locator(LAB).screenshot(path=Path(pictures) / "lab_dark.png")
     assert visit.errors == []
     assert visit.outside == []

@@ -12,12 +12,12 @@ from veloxlab.views.columns import known, require
 from veloxlab.views.furniture import Plot, caption_title, framed, layer_axis, layer_columns, layer_step, picked_outline
 from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks
 
-# column: words for an axis, and the loss that is drawn (0 where nothing is lost)
+# column: words for a tooltip, the unit for an axis, and the loss that is drawn (0 where nothing is lost)
 METRICS = {
-    "rel_mse": ("relative MSE", "datum.rel_mse"),
-    "cosine": ("1 − cosine", "1 - datum.cosine"),
-    "logit_error": ("error of logits (nats)", "datum.logit_error"),
-    "output_error": ("relative MSE of attention output", "datum.output_error"),
+    "rel_mse": ("relative MSE", "relative MSE", "datum.rel_mse"),
+    "cosine": ("1 − cosine", "1 − cosine", "1 - datum.cosine"),
+    "logit_error": ("error of logits (nats)", "nats", "datum.logit_error"),
+    "output_error": ("relative MSE of attention output", "relative MSE", "datum.output_error"),
 }
 HEADINGS = {
     "rel_mse": "How far decoded keys and values are from the exact ones",
@@ -94,8 +94,8 @@ def error_caption(frame: pl.DataFrame, metric: str = "rel_mse") -> str:
 
 
 def _means(metric: str, domain: Domain, tensors: list[str]) -> Plot:
-    name, expression = METRICS[metric]
-    y = alt.Y("loss:Q", title=[name, "mean over heads"]).scale(type="log", domain=domain, clamp=True, nice=False)
+    name, unit, expression = METRICS[metric]
+    y = alt.Y("loss:Q", title=[unit, "mean over heads"]).scale(type="log", domain=domain, clamp=True, nice=False)
     names = list(palette.TENSORS)
     marks = (
         alt.Chart()
@@ -115,7 +115,7 @@ def _means(metric: str, domain: Domain, tensors: list[str]) -> Plot:
 
 
 def _cells(tensor: str, metric: str, domain: Domain, group: int, *, last: bool) -> Plot:
-    name, expression = METRICS[metric]
+    name, unit, expression = METRICS[metric]
     heads = "KV head" if group == 1 else f"KV heads, by {group}"
     pooled = (
         alt.Chart()
@@ -125,7 +125,7 @@ def _cells(tensor: str, metric: str, domain: Domain, group: int, *, last: bool) 
         .encode(x=layer_axis(labelled=last), y=alt.Y("group:O", title=[tensor, heads]))
     )
     key = alt.Legend(values=log_ticks(domain), labelExpr=LABEL, gradientLength=110, gradientThickness=10)
-    colour = alt.Color("loss:Q", title=name, legend=key).scale(type="log", domain=domain, clamp=True)
+    colour = alt.Color("loss:Q", title=unit, legend=key).scale(type="log", domain=domain, clamp=True)
     cells = (
         pooled.transform_filter("datum.finite > 0")
         .mark_rect(cursor="pointer")

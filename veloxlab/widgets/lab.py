@@ -12,7 +12,8 @@ import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.plan import Plan
-from veloxlab.codecs import find_method
+from veloxlab.calibration import Calibration
+from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import (
     Capture,
@@ -52,11 +53,12 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     Parameters
     ----------
     model, tokenizer : as `veloxlab.load` gives them.
-    method : a method that needs no calibration.
+    method : a method's id.
     bits, key_bits, value_bits : code bits to begin with; the last two override the first.
     sinks, window : tokens kept exact to begin with.
     text : what the model reads; the shipped WikiText-2 test excerpt by default.
     tokens : how much of it.
+    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted; sliders have its widths.
 
     Attributes
     ----------
@@ -91,9 +93,11 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         window: int = 64,
         text: str | None = None,
         tokens: int = 256,
+        calibration: Calibration | None = None,
     ) -> None:
         self._model, self._tokenizer, self._text = model, tokenizer, text
-        self._method = find_method(method)
+        self._method, self._calibration = find_method(method), calibration
+        self._widths = list(self._method.bits) if calibration is None else calibration.widths
         settings = {"key_bits": key_bits or bits, "value_bits": value_bits or bits, "sinks": sinks, "window": window}
         Plan.uniform(model, method, **settings)  # type: ignore[arg-type]  # refuses what cannot be, before any work
         self._capture: Capture = capture(model, tokenizer, text, tokens=tokens)
@@ -151,9 +155,8 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
 
         def job(progress: Progress) -> pl.DataFrame:
             tokens = len(self._capture.tokens)
-            return fidelity(
-                self._model, self._tokenizer, plan, text=self._text, tokens=tokens, name=name, progress=progress
-            )
+            given: dict[str, Any] = {"text": self._text, "tokens": tokens, "calibration": self._calibration}
+            return fidelity(self._model, self._tokenizer, plan, name=name, progress=progress, **given)
 
         self.worker.submit("fidelity", job, on_done=self._add_measured, on_error=self._say)
 
@@ -187,7 +190,7 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         assert errors is not None, "the first settings are measured before anything is built"
         assert bits is not None
         assert memory is not None
-        top = self._method.bits[-1] + 1
+        top = self._widths[-1] + 1
         self.errors = ChartView(error_map(errors, metric=self.metric, domain=DOMAINS[self.metric]))
         self.bits = ChartView(bit_allocation(bits, greatest=top))
         self.memory = ChartView(memory_chart(memory))
@@ -200,7 +203,6 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self._tell_code()
         self.children = [
             self._controls(),
-            ProgressBar(self.worker),
             self._message,
             self.errors,
             self.bits,
@@ -211,17 +213,19 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.add_class("veloxlab-lab")
 
     def _controls(self) -> ipywidgets.Widget:
-        widths = self._method.bits
         layers = [ALL, *(str(c.layer) for c in self._capture.layers)]
-        key = _slider(self, "key_bits", "K bits", widths[0], widths[-1], tip="Code bits of each key coordinate")
-        value = _slider(self, "value_bits", "V bits", widths[0], widths[-1], tip="Code bits of each value coordinate")
+        key = _bits_slider(self, "key_bits", "K bits", self._widths, "Code bits of each key coordinate")
+        value = _bits_slider(self, "value_bits", "V bits", self._widths, "Code bits of each value coordinate")
         sinks = _slider(self, "sinks", "sinks", 0, 64, tip="First tokens, kept exact")
         window = _slider(self, "window", "window", 0, 256, step=16, tip="Newest tokens, kept exact")
         layer = ipywidgets.Dropdown(
             options=layers, description="layer", tooltip="Bits of one layer: pick it here or in a chart"
         )
         metric = ipywidgets.Dropdown(
-            options=list(METRICS.items()), description="error of", tooltip="What is drawn above"
+            options=list(METRICS.items()),
+            description="error of",
+            tooltip="What is drawn above",
+            layout={"width": "340px"},
         )
         t.link((self, "metric"), (metric, "value"))
         t.link(
@@ -240,7 +244,7 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
                 ipywidgets.HBox([key, value]),
                 ipywidgets.HBox([sinks, window]),
                 ipywidgets.HBox([layer, metric]),
-                ipywidgets.HBox([reset, measure]),
+                ipywidgets.HBox([reset, measure, ProgressBar(self.worker)]),
             ]
         )
 
@@ -248,8 +252,12 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
 
     @t.validate("key_bits", "value_bits")
     def _bits_are_the_methods(self, proposal: dict[str, Any]) -> int:
-        self._method.check(proposal["value"], "keys" if proposal["trait"].name == "key_bits" else "values", {})
-        return int(proposal["value"])
+        side: Role = "keys" if proposal["trait"].name == "key_bits" else "values"
+        width = proposal["value"]
+        self._method.check(width, side, {})
+        if width not in self._widths:
+            raise InputError(f"The calibration holds no {side} at {width} bits, only at {self._widths}: fit that too.")
+        return int(width)
 
     @t.validate("sinks", "window")
     def _tokens_are_counted(self, proposal: dict[str, Any]) -> int:
@@ -346,7 +354,7 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         """Measure what the present settings lack, then what the next ones may need, one width after another."""
         sinks, window = self.sinks, self.window
         wanted = {width for pair in self.layer_bits.values() for width in pair}
-        order = [*sorted(wanted), *(w for w in LIKELY_WIDTHS if w in self._method.bits and w not in wanted)]
+        order = [*sorted(wanted), *(w for w in LIKELY_WIDTHS if w in self._widths and w not in wanted)]
 
         def job(progress: Progress) -> None:
             for i, width in enumerate(order):
@@ -358,14 +366,16 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.worker.submit("tables", job, on_error=self._say)
 
     def _measure_width(self, width: int, sinks: int, window: int) -> None:
-        method, seen, tables, at = self._method.id, self._capture, self._tables, (width, sinks, window)
+        tables, at = self._tables, (width, sinks, window)
+        given: dict[str, Any] = {"method": self._method.id, "bits": width, "calibration": self._calibration}
         if width not in tables.tokens:
-            tables.tokens[width] = token_errors(seen, method, bits=width)
-            tables.codes[width] = code_bits(seen, method, bits=width)
+            tables.tokens[width] = token_errors(self._capture, **given)
+            tables.codes[width] = code_bits(self._capture, **given)
+        exact: dict[str, Any] = {"sinks": sinks, "window": window}
         if at not in tables.growth:
-            tables.growth[at] = memory_growth(seen, method, bits=width, sinks=sinks, window=window, upto=MEASURED_UPTO)
+            tables.growth[at] = memory_growth(self._capture, **exact, upto=MEASURED_UPTO, **given)
         if at not in tables.attention:
-            tables.attention[at] = layer_errors(seen, method, bits=width, sinks=sinks, window=window)
+            tables.attention[at] = layer_errors(self._capture, **exact, **given)
 
     def _add_measured(self, row: pl.DataFrame) -> None:
         self.measured = pl.concat([self.measured, row]) if len(self.measured) else row
@@ -387,5 +397,11 @@ def _slider(
     slider = ipywidgets.IntSlider(
         value=getattr(lab, trait), min=least, max=most, step=step, description=description, tooltip=tip
     )
+    t.link((lab, trait), (slider, "value"))
+    return slider
+
+
+def _bits_slider(lab: Lab, trait: str, description: str, widths: list[int], tip: str) -> ipywidgets.SelectionSlider:
+    slider = ipywidgets.SelectionSlider(value=getattr(lab, trait), options=widths, description=description, tooltip=tip)
     t.link((lab, trait), (slider, "value"))
     return slider
