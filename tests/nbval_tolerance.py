@@ -10,12 +10,24 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 
-RELATIVE, ABSOLUTE = 1e-3, 1e-6
+
+class Tolerance(NamedTuple):
+    """How far two numbers may be apart: by this share of the larger, or by this much."""
+
+    relative: float
+    absolute: float
+
+
+FINE = Tolerance(1e-3, 1e-6)
+# A cell with this tag shows how a cache moves predictions, or what codebooks do that were trained in the notebook. The
+# BLAS kernels of another CPU round otherwise, which moves codes, and over 256 tokens that moves KL by 15 % and flips by
+# 0.016 (measured with OPENBLAS_CORETYPE=Haswell).
+ROUGH_TAG, ROUGH = "rounding-sensitive", Tolerance(0.3, 0.02)
 DECIMAL = re.compile(r"[-+]?\d+\.\d+(?:[eE][-+]?\d+)?")  # integers stay exact
 HASHED_NAME = re.compile(r"data-[0-9a-f]{32}")  # what Altair calls a dataset: it changes with any last bit
 PICTURES = ("image/png", "image/svg+xml")  # they vary with the fonts of a machine
@@ -31,16 +43,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Have every cell of a notebook compare with a tolerance."""
     for item in items:
         if isinstance(item, IPyNbCell):
-            item.sanitize = tolerant(item.sanitize)
+            tags = item.cell.metadata.get("tags", [])
+            item.sanitize = tolerant(item.sanitize, ROUGH if ROUGH_TAG in tags else FINE)
 
 
-def tolerant(sanitize: Callable[[str], str]) -> Callable[[object], object]:
+def tolerant(sanitize: Callable[[str], str], tolerance: Tolerance = FINE) -> Callable[[object], object]:
     """Wrap nbval's ``sanitize`` so that what it returns compares with a tolerance."""
 
     def comparable(output: object) -> object:
         if isinstance(output, dict):
-            return TolerantSpec(with_numbered_datasets(output))
-        return TolerantText(sanitize(output)) if isinstance(output, str) else output
+            return TolerantSpec(with_numbered_datasets(output), tolerance)
+        return TolerantText(sanitize(output), tolerance) if isinstance(output, str) else output
 
     return comparable
 
@@ -48,11 +61,15 @@ def tolerant(sanitize: Callable[[str], str]) -> Callable[[object], object]:
 class TolerantText(str):
     """Text in which decimal numbers are equal if they are close."""
 
-    __slots__ = ()
     __hash__ = str.__hash__
 
+    def __new__(cls, text: str, tolerance: Tolerance = FINE) -> Self:
+        self = super().__new__(cls, text)
+        self.tolerance = tolerance
+        return self
+
     def __eq__(self, other: object) -> bool:
-        return close(str(self), other)
+        return close(str(self), other, self.tolerance)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -63,23 +80,27 @@ class TolerantSpec(dict[str, Any]):
 
     __hash__ = None
 
+    def __init__(self, spec: dict[str, Any], tolerance: Tolerance = FINE) -> None:
+        super().__init__(spec)
+        self.tolerance = tolerance
+
     def __eq__(self, other: object) -> bool:
-        return close(dict(self), other)
+        return close(dict(self), other, self.tolerance)
 
     def __ne__(self, other: object) -> bool:
         return not self == other
 
 
-def close(a: object, b: object) -> bool:
+def close(a: object, b: object, tolerance: Tolerance = FINE) -> bool:
     """Tell whether two trees of JSON are the same but for noise in their floats."""
     if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(close(a[key], b[key]) for key in a)
+        return a.keys() == b.keys() and all(close(a[key], b[key], tolerance) for key in a)
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(map(close, a, b))
+        return len(a) == len(b) and all(close(x, y, tolerance) for x, y in zip(a, b, strict=True))
     if isinstance(a, str) and isinstance(b, str):
-        return DECIMAL.sub("#", a) == DECIMAL.sub("#", b) and all(map(close, decimals(a), decimals(b)))
+        return DECIMAL.sub("#", a) == DECIMAL.sub("#", b) and close(decimals(a), decimals(b), tolerance)
     if isinstance(a, int | float) and isinstance(b, int | float) and float in (type(a), type(b)):
-        return math.isclose(a, b, rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+        return math.isclose(a, b, rel_tol=tolerance.relative, abs_tol=tolerance.absolute)
     return a == b
 
 

@@ -11,7 +11,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
-from tests.nbval_tolerance import tolerant
+from tests.nbval_tolerance import ROUGH_TAG, tolerant
 
 VEGA = "application/vnd.vegalite.v5+json"
 as_nbval = tolerant(lambda text: text.replace("0xabc", "0x…"))
@@ -105,7 +105,7 @@ def test_nbvals_own_patterns_still_apply():
 
 
 def test_nbval_compares_with_the_tolerance(tmp_path):
-    """A real run of nbval on cells whose saved output is right, noisy, wrong by 1 %, and a picture."""
+    """A real run of nbval on cells whose saved output is right, noisy, wrong by 1 %, a picture, and rough ones."""
     path = tmp_path / "cells.ipynb"
     nbformat.write(
         new_notebook(
@@ -114,6 +114,8 @@ def test_nbval_compares_with_the_tolerance(tmp_path):
                 printing("print(0.25)", "0.25000001\n"),
                 printing("print(0.25)", "0.2525\n"),
                 drawing("<svg>one font</svg>"),
+                printing("print(0.25)", "0.30\n", tags=[ROUGH_TAG]),
+                printing("print(0.25)", "0.40\n", tags=[ROUGH_TAG]),
             ]
         ),
         path,
@@ -127,11 +129,12 @@ def test_nbval_compares_with_the_tolerance(tmp_path):
         check=False,
     )
     outcomes = re.findall(r"::Cell \d (PASSED|FAILED) ", run.stdout)
-    assert outcomes == ["PASSED", "PASSED", "FAILED", "PASSED"], run.stdout + run.stderr
+    assert outcomes == ["PASSED", "PASSED", "FAILED", "PASSED", "PASSED", "FAILED"], run.stdout + run.stderr
 
 
-def printing(source, text):
-    return new_code_cell(source, execution_count=1, outputs=[new_output("stream", name="stdout", text=text)])
+def printing(source, text, tags=()):
+    outputs = [new_output("stream", name="stdout", text=text)]
+    return new_code_cell(source, execution_count=1, outputs=outputs, metadata={"tags": list(tags)})
 
 
 def drawing(saved):
