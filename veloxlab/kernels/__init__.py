@@ -1,0 +1,1 @@
+"""GPU kernels: one body each for Metal and CUDA, and an MLX-graph twin that defines what is right."""

@@ -1,0 +1,338 @@
+"""Attention of a few queries over a history of exact and packed tokens, in two launches.
+
+Flash decoding: each threadgroup takes a split of one KV head's tokens, reads keys, weighs and sums values, with an online
+softmax; a second kernel joins the splits. Exact tokens (sinks, recent ones) are splits like the others. Where the codes
+lie in a spread space, queries enter it and mixed values leave it inside the kernels.
+
+Products go through the GPU's matrix unit: levels, queries and weights in half precision on NVIDIA, sums in float32, as
+in MLX's own fused attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from string import Template
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
+from veloxlab.kernels.readers import Reader, Spread
+
+SIMDGROUPS = 4  # of a threadgroup
+GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works on at once
+PADDED_ROWS = MOST_ROWS = 8  # query rows that share one reading of the codes
+_TILE = 16  # tokens of one turn of a simdgroup
+_EXACT_SPLIT = 128  # exact tokens of one split
+_MEMORY = {"cuda": 48 * 1024, "metal": 32 * 1024}  # bytes of threadgroup memory that a kernel may declare
+_TABLE_WORDS = {"cuda": 8192, "metal": 2048}  # of it, at most, for tables
+_SHARES = {"cuda": (4, 8), "metal": (4, 4)}  # in which the matrix unit has a key and a value read
+_GROUPS = 1056  # threadgroups that fill a large GPU: 132 processors, 8 each
+_LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: a table is not filled for fewer
+_COMBINE_THREADS = 512
+_STEP = 16  # coordinates that dimensions are multiples of
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """Consecutive tokens that are not compressed: keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of one dtype."""
+
+    keys: mx.array
+    values: mx.array
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A layer's tokens: packed ones, and exact ones before and after them."""
+
+    keys: Reader
+    values: Reader
+    sinks: Exact | None
+    recent: Exact | None
+    key_dim: int
+    value_dim: int
+
+    @property
+    def exact_counts(self) -> tuple[int, int]:
+        """Tokens before and after the packed ones."""
+        sinks, recent = (0 if run is None else run.keys.shape[2] for run in (self.sinks, self.recent))
+        return sinks, recent
+
+
+def can_attend(tokens: Tokens, backend: GpuBackend) -> bool:
+    """Whether the dimensions suit the matrix unit and the readers' layouts."""
+    dims = (tokens.key_dim, tokens.value_dim, tokens.keys.dim, tokens.values.dim)
+    key_shares, value_shares = _SHARES[backend]
+    return (
+        all(dim % _STEP == 0 for dim in dims)
+        and max(dims) <= 512
+        and tokens.keys.shares(key_shares)
+        and tokens.values.shares(value_shares)
+    )
+
+
+def attend(
+    q: mx.array,
+    q_coded: mx.array | None,
+    tokens: Tokens,
+    mask: mx.array | None,
+    scale: float,
+    backend: GpuBackend,
+) -> tuple[mx.array, mx.array | None]:
+    """Softmax attention of ``q`` ``[B, Hq, L, Dk]`` over sinks, packed and recent tokens, in that order.
+
+    Parameters
+    ----------
+    q_coded : the queries in the space of the keys' codes ``[B, H, Hq/H · L, keys.dim]`` float32, where
+        ``keys.space`` is None.
+    mask : to be added to the scores ``[B, Hq, L, S]`` float32 (broadcast), or None.
+    scale : what queries are multiplied with.
+
+    Returns
+    -------
+    ``[B, Hq, L, Dv]`` in the dtype of ``q``, and, where ``values.space`` is None, the packed tokens' part of it in the
+    space of their codes ``[B, H, Hq/H · L, values.dim]`` float32, still to be brought out and added.
+    """
+    batch, query_heads, length, _ = q.shape
+    keys, values = tokens.keys, tokens.values
+    built = _build(_Shape.of(q, tokens, mask is not None, scale), tokens, backend)
+    sizes, splits = _sizes(tokens.exact_counts, keys.tokens, batch * built.kv_heads * built.row_tiles)
+    padded_rows = batch * built.kv_heads * built.row_tiles * built.rows
+    mixed, sums = launch(
+        built.attend,
+        _inputs(q, q_coded, tokens, mask, sizes),
+        backend=backend,
+        groups=(splits, built.kv_heads * built.row_tiles, batch),
+        threads=SIMDGROUPS * SIMD,
+        shapes=[(padded_rows, splits, built.largest_value), (padded_rows, splits, 2)],
+        dtypes=[mx.float32, mx.float32],
+    )
+    out_shape = (batch, query_heads, length, tokens.value_dim)
+    coded_shape = (batch, built.kv_heads, query_heads // built.kv_heads * length, values.dim)
+    inputs = {"mixed": mixed, "sums": sums, "sizes": sizes}
+    if values.space is not None:
+        inputs["v_signs"] = values.space.signs
+    out, *coded = launch(
+        built.combine,
+        inputs,
+        backend=backend,
+        groups=(batch * query_heads * length, 1, 1),
+        threads=_COMBINE_THREADS,
+        shapes=[out_shape, coded_shape] if values.space is None else [out_shape],
+        dtypes=[q.dtype, mx.float32] if values.space is None else [q.dtype],
+    )
+    return out, coded[0] if coded else None
+
+
+def attend_twin(
+    q: mx.array, q_coded: mx.array, tokens: Tokens, mask: mx.array | None, scale: float
+) -> tuple[mx.array, mx.array]:
+    """The exact and the coded part of what `attend` is to give, by MLX ops on everything expanded, in float32.
+
+    ``q_coded`` ``[B, H, Hq/H · L, keys.dim]``. The parts are ``[B, H, Hq/H · L, ·]``.
+    """
+    grouped = q.astype(mx.float32).reshape(q_coded.shape[0], q_coded.shape[1], q_coded.shape[2], -1)
+    runs = [run for run in (tokens.sinks, tokens.recent) if run is not None]
+    scores = [grouped @ run.keys.astype(mx.float32).swapaxes(-1, -2) for run in runs]
+    scores.insert(int(tokens.sinks is not None), q_coded @ tokens.keys.expand().swapaxes(-1, -2))
+    joined = mx.concatenate(scores, axis=-1) * scale
+    if mask is not None:
+        full = mx.broadcast_to(mask, (*q.shape[:3], joined.shape[-1]))
+        joined = joined + full.reshape(joined.shape)
+    weights = mx.softmax(joined, axis=-1)
+    sinks, _ = tokens.exact_counts
+    packed_end = sinks + tokens.keys.tokens
+    coded = weights[..., sinks:packed_end] @ tokens.values.expand()
+    plain = mx.zeros((*grouped.shape[:-1], tokens.value_dim))
+    for run, part in ((tokens.sinks, weights[..., :sinks]), (tokens.recent, weights[..., packed_end:])):
+        if run is not None:
+            plain = plain + part @ run.values.astype(mx.float32)
+    return plain, coded
+
+
+@lru_cache
+def _sizes(exact: tuple[int, int], packed: int, blocks: int) -> tuple[mx.array, int]:
+    """What the kernels have to know of the splits, and how many there are."""
+    sink_splits, recent_splits = (-(-count // _EXACT_SPLIT) for count in exact)
+    per_split = max(_LEAST_SPLIT, -(-packed * blocks // _GROUPS))
+    per_split = -(-per_split // (_TILE * SIMDGROUPS)) * _TILE * SIMDGROUPS
+    exact_splits = sink_splits + recent_splits
+    splits = exact_splits + -(-packed // per_split)
+    # eight numbers: MLX puts shorter arrays in another address space on Metal
+    sizes = mx.array([*exact, packed, sink_splits, exact_splits, splits, per_split, 0], mx.uint32)
+    mx.eval(sizes)
+    return sizes, splits
+
+
+class _Shape(NamedTuple):
+    """All that tells one pair of kernels from another."""
+
+    query_heads: int
+    kv_heads: int
+    length: int
+    query_type: mx.Dtype
+    exact_type: mx.Dtype
+    key_dim: int
+    value_dim: int
+    coded_key: int
+    coded_value: int
+    readers: tuple[object, ...]
+    same_table: bool
+    spread: tuple[bool, bool]
+    masked: bool
+    scale: float
+    has_scales: tuple[bool, bool]
+
+    @classmethod
+    def of(cls, q: mx.array, tokens: Tokens, masked: bool, scale: float) -> _Shape:
+        keys, values = tokens.keys, tokens.values
+        some = tokens.sinks or tokens.recent
+        return cls(
+            query_heads=q.shape[1],
+            kv_heads=keys.rows.shape[1],
+            length=q.shape[2],
+            query_type=q.dtype,
+            exact_type=mx.float32 if some is None else some.keys.dtype,
+            key_dim=tokens.key_dim,
+            value_dim=tokens.value_dim,
+            coded_key=keys.dim,
+            coded_value=values.dim,
+            readers=(keys.key, values.key),
+            same_table=keys.table_identity is not None and keys.table_identity is values.table_identity,
+            spread=(keys.space is not None, values.space is not None),
+            masked=masked,
+            scale=scale,
+            has_scales=(keys.root_scale is not None, values.root_scale is not None),
+        )
+
+
+@dataclass(frozen=True)
+class _Built:
+    """Two kernels, and how they share the work."""
+
+    attend: Source
+    combine: Source
+    kv_heads: int
+    rows: int
+    row_tiles: int
+    largest_value: int
+
+
+_BUILT: dict[tuple[_Shape, GpuBackend], _Built] = {}
+
+
+def _build(shape: _Shape, tokens: Tokens, backend: GpuBackend) -> _Built:
+    """The kernels for ``shape``; their text is long, so it is made once."""
+    known = _BUILT.get((shape, backend))
+    if known is not None:
+        return known
+    shared = shape.query_heads // shape.kv_heads
+    all_rows = shared * shape.length
+    rows = min(all_rows, MOST_ROWS)
+    row_tiles = -(-all_rows // rows)
+    largest_key, largest_value = max(shape.key_dim, shape.coded_key), max(shape.value_dim, shape.coded_value)
+    common = (
+        ("ALL_ROWS", f"{all_rows}u"),
+        ("EXACT_VALUE", shape.value_dim),
+        ("CODED_VALUE", shape.coded_value),
+        ("LARGEST_VALUE", largest_value),
+        ("VALUE_SPREAD", int(shape.spread[1])),
+    )
+    free = _MEMORY[backend] // 4 - _words(rows, largest_key, largest_value)
+    budget = min(free, _TABLE_WORDS[backend]) // (1 if shape.same_table else 2)
+    key = tokens.keys.fragment("k", "k", budget)
+    value = tokens.values.fragment("v", "k" if shape.same_table else "v", budget)
+    attend_kernel = Source(
+        name="_".join(["attend", *(str(part) for reader in shape.readers for part in reader), str(int(shape.same_table))]),  # type: ignore[attr-defined]
+        inputs=tuple(_inputs(None, None, tokens, None if not shape.masked else _no_signs(), None)),
+        outputs=("mixed", "sums"),
+        defines=(
+            *common,
+            ("ROWS", rows),
+            ("ROW_TILES", f"{row_tiles}u"),
+            ("QUERIES", f"{shape.length}u"),
+            ("SHARED", f"{shared}u"),
+            ("KV_HEADS", f"{shape.kv_heads}u"),
+            ("SCALE", f"{shape.scale!r}f"),
+            ("HAS_MASK", int(shape.masked)),
+            ("KEY_SPREAD", int(shape.spread[0])),
+            ("EXACT_KEY", shape.key_dim),
+            ("CODED_KEY", shape.coded_key),
+            ("LARGEST_KEY", largest_key),
+            ("EXACT_TYPE", type_name(shape.exact_type, backend)),
+            ("QUERY_TYPE", type_name(shape.query_type, backend)),
+            ("SIMDGROUPS", SIMDGROUPS),
+            ("THREADS", SIMDGROUPS * SIMD),
+            ("GROUPS_PER_PROCESSOR", GROUPS_PER_PROCESSOR if max(largest_key, largest_value) <= 128 else 2),
+            ("EXACT_SPLIT", _EXACT_SPLIT),
+            ("LOG2_E", "1.4426950408889634f"),
+        ),
+        headers=("simd.h", "readers.h", "spread.h", "attend.h"),
+        body=Template(source_file("attend.metal")).substitute(
+            declarations="\n".join(part.declarations for part in (key, value)),
+            key_setup=key.setup.replace("\n", "\n  "),
+            value_setup=value.setup.replace("\n", "\n  "),
+        ),
+    )
+    combine_kernel = Source(
+        name="combine",
+        inputs=("mixed", "sums", "sizes", *(("v_signs",) if shape.spread[1] else ())),
+        outputs=("out", *(() if shape.spread[1] else ("out_coded",))),
+        defines=(
+            *common,
+            ("ALL_PADDED", f"{row_tiles * rows}u"),
+            ("OUT_TYPE", type_name(shape.query_type, backend)),
+            ("THREADS", _COMBINE_THREADS),
+            ("MOST_SPLITS", _GROUPS + 128),
+        ),
+        headers=("simd.h", "spread.h"),
+        body=source_file("combine.metal"),
+    )
+    built = _Built(attend_kernel, combine_kernel, shape.kv_heads, rows, row_tiles, largest_value)
+    return _BUILT.setdefault((shape, backend), built)
+
+
+def _words(rows: int, largest_key: int, largest_value: int) -> int:
+    """Words of threadgroup memory beside the tables; see ``attend.metal``."""
+    a_simdgroup = PADDED_ROWS * (20 + 24 // 2 + 1) + 2 * rows
+    return PADDED_ROWS * largest_key + rows * largest_value + SIMDGROUPS * a_simdgroup + 64
+
+
+def _inputs(
+    q: mx.array | None, q_coded: mx.array | None, tokens: Tokens, mask: mx.array | None, sizes: mx.array | None
+) -> dict[str, Any]:
+    keys = tokens.keys
+    some = tokens.sinks or tokens.recent
+    nothing = _nothing(mx.float32 if some is None else some.keys.dtype)
+    sinks, recent = tokens.sinks or nothing, tokens.recent or nothing
+    arrays = {
+        "q": q,
+        "q_coded": q if q_coded is None else q_coded,
+        "k_signs": _no_signs() if keys.space is None else keys.space.signs,
+        **keys.arrays("k"),
+        **tokens.values.arrays("v"),
+        "sink_keys": sinks.keys,
+        "sink_values": sinks.values,
+        "recent_keys": recent.keys,
+        "recent_values": recent.values,
+        "sizes": sizes,
+    }
+    return arrays if mask is None else arrays | {"mask": mask}
+
+
+@lru_cache
+def _nothing(dtype: mx.Dtype) -> Exact:
+    empty = mx.zeros((1, 1, 1, _STEP), dtype)
+    mx.eval(empty)
+    return Exact(empty, empty)
+
+
+@lru_cache
+def _no_signs() -> mx.array:
+    signs = mx.zeros((_STEP,))
+    mx.eval(signs)
+    return signs
+
+
+__all__ = ["MOST_ROWS", "Exact", "Spread", "Tokens", "attend", "attend_twin", "can_attend"]

@@ -1,0 +1,99 @@
+// One threadgroup: ROWS query rows of one KV head, over one split of its tokens. Splits come in the order: sinks, recent
+// tokens (both exact), packed tokens. Row r is query head r / QUERIES of those that share the KV head, query r % QUERIES.
+const uint thread_id = thread_position_in_threadgroup.x, lane = thread_id % 32, simdgroup = thread_id / 32;
+const uint split = threadgroup_position_in_grid.x, batch = threadgroup_position_in_grid.z;
+const uint head = threadgroup_position_in_grid.y / ROW_TILES;
+const uint first_row = threadgroup_position_in_grid.y % ROW_TILES * ROWS;
+const uint sinks = sizes[0], recent = sizes[1], packed = sizes[2];
+const uint sink_splits = sizes[3], exact_splits = sizes[4], splits = sizes[5], per_split = sizes[6];
+
+threadgroup float queries[PADDED_ROWS * LARGEST_KEY];
+threadgroup float scores[SIMDGROUPS * PADDED_ROWS * SCORES_LENGTH];
+threadgroup half weights[SIMDGROUPS * PADDED_ROWS * WEIGHTS_LENGTH];
+threadgroup float fades[SIMDGROUPS * PADDED_ROWS];
+threadgroup float largest[SIMDGROUPS * ROWS], totals[SIMDGROUPS * ROWS];
+threadgroup float joined[ROWS * LARGEST_VALUE];
+$declarations
+
+const bool exact = split < exact_splits;
+Scratch scratch;
+scratch.scores = scores + simdgroup * PADDED_ROWS * SCORES_LENGTH;
+scratch.weights = weights + simdgroup * PADDED_ROWS * WEIGHTS_LENGTH;
+scratch.fades = fades + simdgroup * PADDED_ROWS;
+
+uint mask_rows[LANE_ROWS];
+UNROLL for (int i = 0; i < LANE_ROWS; i++) {
+  const uint last = ALL_ROWS - 1, wanted = first_row + 2 * i + lane / TILE, row = wanted < last ? wanted : last;
+  const uint query_head = head * SHARED + row / QUERIES;
+#if HAS_MASK
+  mask_rows[i] = batch * mask_strides[0] + query_head * mask_strides[1] + row % QUERIES * mask_strides[2];
+#else
+  mask_rows[i] = query_head;
+#endif
+}
+#if HAS_MASK
+const global_memory float* masks = mask;
+#else
+const global_memory float* masks = k_signs;
+#endif
+
+// the queries, in the space of what they are compared with; rows past the last are zero
+const bool given = !exact && !KEY_SPREAD;
+const uint query_dim = exact ? EXACT_KEY : CODED_KEY;
+for (uint i = thread_id; i < PADDED_ROWS * query_dim; i += THREADS) {
+  const uint row = first_row + i / query_dim, coordinate = i % query_dim;
+  float x = 0.0f;
+  if (i / query_dim < ROWS && row < ALL_ROWS) {
+    if (given) {
+      x = as_float(q_coded[((batch * KV_HEADS + head) * ALL_ROWS + row) * CODED_KEY + coordinate]);
+    } else {
+      x = as_float(q[batch * q_strides[0] + (head * SHARED + row / QUERIES) * q_strides[1] + row % QUERIES * q_strides[2] +
+                     coordinate]);
+    }
+    x *= SCALE * LOG2_E;
+    if (!exact && KEY_SPREAD) x *= k_signs[coordinate];
+  }
+  queries[i] = x;
+}
+
+const uint row = (batch * KV_HEADS + head) * (ROW_TILES * ROWS) + first_row;
+global_memory float* out_mixed = mixed + (row * splits + split) * LARGEST_VALUE;
+global_memory float* out_sums = sums + (row * splits + split) * 2;
+
+if (exact) {
+  group_barrier();
+  const bool at_start = split < sink_splits;
+  const uint first = (at_start ? split : split - sink_splits) * EXACT_SPLIT;
+  const uint count = at_start ? sinks : recent;
+  const uint end = first + EXACT_SPLIT < count ? first + EXACT_SPLIT : count;
+  ExactReader<EXACT_TYPE> keys, values;
+  if (at_start) {
+    keys.rows = sink_keys + batch * sink_keys_strides[0] + head * sink_keys_strides[1];
+    keys.token_stride = sink_keys_strides[2];
+    values.rows = sink_values + batch * sink_values_strides[0] + head * sink_values_strides[1];
+    values.token_stride = sink_values_strides[2];
+  } else {
+    keys.rows = recent_keys + batch * recent_keys_strides[0] + head * recent_keys_strides[1];
+    keys.token_stride = recent_keys_strides[2];
+    values.rows = recent_values + batch * recent_values_strides[0] + head * recent_values_strides[1];
+    values.token_stride = recent_values_strides[2];
+  }
+  Running<EXACT_VALUE / (2 * MIX_SHARES)> run;
+  attend<EXACT_KEY, EXACT_VALUE>(
+      keys, values, queries, masks + (at_start ? 0 : sinks + packed), mask_rows, first, end, scratch, simdgroup,
+      SIMDGROUPS, lane, run);
+  join<EXACT_VALUE>(
+      run, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, splits * LARGEST_VALUE, out_sums, splits * 2);
+} else {
+  $key_setup
+  $value_setup
+  group_barrier();
+  if (KEY_SPREAD) spread<CODED_KEY>(queries, ROWS, thread_id, THREADS);
+  const uint first = (split - exact_splits) * per_split;
+  const uint end = first + per_split < packed ? first + per_split : packed;
+  Running<CODED_VALUE / (2 * MIX_SHARES)> run;
+  attend<CODED_KEY, CODED_VALUE>(
+      k_reader, v_reader, queries, masks + sinks, mask_rows, first, end, scratch, simdgroup, SIMDGROUPS, lane, run);
+  join<CODED_VALUE>(
+      run, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, splits * LARGEST_VALUE, out_sums, splits * 2);
+}

@@ -1,0 +1,57 @@
+// One threadgroup: one query row. Joins its splits, brings the packed part out of the space of the codes where that is a
+// spreading, and adds the exact part; otherwise the packed part goes out as it is.
+const uint thread_id = thread_position_in_threadgroup.x, row = threadgroup_position_in_grid.x;
+const uint from = row / ALL_ROWS * ALL_PADDED + row % ALL_ROWS; // the last tile of a KV head's rows may be padded
+const uint exact_splits = sizes[4], splits = sizes[5];
+const global_memory float* row_sums = sums + from * splits * 2;
+const global_memory float* row_mixed = mixed + from * splits * LARGEST_VALUE;
+threadgroup float factors[MOST_SPLITS];
+threadgroup float plain[LARGEST_VALUE], coded[CODED_VALUE], parts[THREADS / 32 * 2];
+
+float largest = -1.0e30f;
+for (uint s = thread_id; s < splits; s += THREADS) largest = row_sums[2 * s] > largest ? row_sums[2 * s] : largest;
+largest = largest_of<32>(largest);
+if (thread_id % 32 == 0) parts[thread_id / 32] = largest;
+group_barrier();
+for (uint i = 0; i < THREADS / 32; i++) largest = parts[i] > largest ? parts[i] : largest;
+float total = 0.0f;
+for (uint s = thread_id; s < splits; s += THREADS) {
+  factors[s] = exponential2(row_sums[2 * s] - largest);
+  total += factors[s] * row_sums[2 * s + 1];
+}
+total = total_of<32>(total);
+if (thread_id % 32 == 0) parts[THREADS / 32 + thread_id / 32] = total;
+for (uint i = thread_id; i < LARGEST_VALUE; i += THREADS) plain[i] = 0.0f;
+for (uint i = thread_id; i < CODED_VALUE; i += THREADS) coded[i] = 0.0f;
+group_barrier();
+total = 0.0f;
+for (uint i = 0; i < THREADS / 32; i++) total += parts[THREADS / 32 + i];
+
+// every `lines`-th split for each line of threads
+constexpr uint lines = THREADS / LARGEST_VALUE;
+const uint line = thread_id / LARGEST_VALUE, column = thread_id % LARGEST_VALUE;
+float of_exact = 0.0f, of_packed = 0.0f;
+if (line < lines) {
+  for (uint s = line; s < exact_splits; s += lines) of_exact += factors[s] * row_mixed[s * LARGEST_VALUE + column];
+  for (uint s = exact_splits + line; s < splits; s += lines) {
+    of_packed += factors[s] * row_mixed[s * LARGEST_VALUE + column];
+  }
+}
+for (uint turn = 0; turn < lines; turn++) {
+  if (turn == line) {
+    plain[column] += of_exact / total;
+    if (column < CODED_VALUE) coded[column] += of_packed / total;
+  }
+  group_barrier();
+}
+if (VALUE_SPREAD) spread<CODED_VALUE>(coded, 1, thread_id, THREADS);
+for (uint i = thread_id; i < EXACT_VALUE; i += THREADS) {
+  float x = plain[i];
+#if VALUE_SPREAD
+  x += coded[i] * v_signs[i];
+#endif
+  out[row * EXACT_VALUE + i] = OUT_TYPE(x);
+}
+#if !VALUE_SPREAD
+for (uint i = thread_id; i < CODED_VALUE; i += THREADS) out_coded[row * CODED_VALUE + i] = coded[i];
+#endif

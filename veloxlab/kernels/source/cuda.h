@@ -1,0 +1,111 @@
+// What a body needs of CUDA, under the names that Metal has for it.
+#include <cuda_fp16.h>
+#include <cuda_bf16.h>
+
+#ifdef GROUPS_PER_PROCESSOR // with so many at once in mind the compiler chooses how many registers a thread has
+#undef __global__
+#define __global__ __location__(global) __launch_bounds__(THREADS, GROUPS_PER_PROCESSOR)
+#endif
+
+#define FUNCTION __device__ __forceinline__
+#define UNROLL _Pragma("unroll")
+#define global_memory /* __device__ is a macro that names `device` */
+#define thread
+#define threadgroup __shared__
+#define local_memory
+#define thread_position_in_threadgroup threadIdx
+#define threadgroup_position_in_grid blockIdx
+#define group_barrier() __syncthreads()
+#define simd_barrier() __syncwarp()
+
+typedef unsigned int uint;
+typedef unsigned char uchar;
+
+FUNCTION float simd_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+FUNCTION uint simd_shuffle_xor(uint x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+FUNCTION float simd_shuffle(float x, uint lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FUNCTION bool simd_any(bool x) { return __any_sync(0xffffffffu, x); }
+// x, about which the compiler is to assume nothing: it would take a sum of parts apart again, at every use
+FUNCTION uint opaque(uint x) {
+  asm("" : "+r"(x));
+  return x;
+}
+FUNCTION float exponential2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FUNCTION float sine(float x) { return sinf(x); }
+FUNCTION float cosine(float x) { return cosf(x); }
+FUNCTION float square_root(float x) { return sqrtf(x); }
+FUNCTION float as_float(half x) { return __half2float(x); }
+FUNCTION float as_float(float x) { return x; }
+FUNCTION float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Pairs of neighbouring coordinates, as the matrix unit takes them.
+typedef __half2 pair_t;
+FUNCTION pair_t make_pair(float x, float y) {
+  // beyond ±65504 half has only infinity, whose product with 0 is no number
+  return __floats2half2_rn(fminf(fmaxf(x, -65504.0f), 65504.0f), fminf(fmaxf(y, -65504.0f), 65504.0f));
+}
+FUNCTION float2 pair_floats(pair_t x) { return __half22float2(x); }
+
+// The matrix unit, scores: 16 tokens × 8 rows += 16 tokens × 16 coordinates · 16 coordinates × 8 rows. Four lanes share a
+// token, each with a quarter of its coordinates; a lane has part of two tokens, and two pairs of each go into a product.
+#define SCORE_TOKENS 16
+#define SCORE_OWN 2
+#define SCORE_PAIRS 2
+struct QueryPart {
+  pair_t pairs[2];
+};
+FUNCTION uint score_token(uint lane, uint own) { return lane / 4 + 8 * own; }
+FUNCTION uint score_quarter(uint lane) { return lane % 4; }
+// queries [8][dim]; a product takes coordinates 4 · step … of every quarter
+FUNCTION QueryPart query_part(const float* queries, uint dim, uint step, uint lane) {
+  const float* q = queries + (lane / 4) * dim + (lane % 4) * (dim / 4) + 4 * step;
+  return QueryPart{{make_pair(q[0], q[1]), make_pair(q[2], q[3])}};
+}
+FUNCTION void multiply(float (&sum)[4], pair_t a0, pair_t a1, pair_t a2, pair_t a3, pair_t b0, pair_t b1) {
+  const uint* a[4] = {(const uint*)&a0, (const uint*)&a1, (const uint*)&a2, (const uint*)&a3};
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(*a[0]), "r"(*a[1]), "r"(*a[2]), "r"(*a[3]), "r"(*(const uint*)&b0), "r"(*(const uint*)&b1));
+}
+struct Scores {
+  float sum[4];
+  FUNCTION void clear() { sum[0] = sum[1] = sum[2] = sum[3] = 0.0f; }
+  // x[own][pair]
+  FUNCTION void add(const pair_t (&x)[2][2], QueryPart q) {
+    multiply(sum, x[0][0], x[1][0], x[0][1], x[1][1], q.pairs[0], q.pairs[1]);
+  }
+  FUNCTION void store(float* scores, uint row_length, uint lane) const { // [8][row_length]
+    float* at = scores + 2 * (lane % 4) * row_length + lane / 4;
+    at[0] = sum[0], at[row_length] = sum[1], at[8] = sum[2], at[row_length + 8] = sum[3];
+  }
+};
+
+// The matrix unit, values: coordinates × 8 rows += coordinates × 16 tokens · 16 tokens × 8 rows. Eight lanes share a token,
+// each with an eighth of its coordinates; a lane has part of four tokens.
+#define MIX_TOKENS 16
+#define MIX_OWN 4
+#define MIX_SHARES 8
+#define MIX_SUMS 4
+struct WeightPart {
+  pair_t pairs[2];
+};
+FUNCTION uint mix_token(uint lane, uint own) { return 2 * (lane % 4) + own % 2 + 8 * (own / 2); }
+FUNCTION uint mix_share(uint lane) { return lane / 4; }
+FUNCTION WeightPart weight_part(const half* weights, uint row_length, uint lane) { // [8][row_length]
+  const half* at = weights + (lane / 4) * row_length + 2 * (lane % 4);
+  return WeightPart{{*(const pair_t*)at, *(const pair_t*)(at + 8)}};
+}
+struct Mixed {
+  float sum[MIX_SUMS];
+  FUNCTION void add(const pair_t (&x)[MIX_OWN], WeightPart weights) {
+    multiply(sum, __lows2half2(x[0], x[1]), __highs2half2(x[0], x[1]), __lows2half2(x[2], x[3]),
+             __highs2half2(x[2], x[3]), weights.pairs[0], weights.pairs[1]);
+  }
+};
+FUNCTION uint mix_output(uint lane) { return lane / 4; } // share whose coordinates a lane has the sums of
+FUNCTION uint mixed_row(uint lane, uint i) { return 2 * (lane % 4) + i % 2; }
+FUNCTION uint mixed_coordinate(uint, uint i) { return i / 2; } // of the pair
