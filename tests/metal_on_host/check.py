@@ -1,0 +1,64 @@
+"""Checks a kernel's syntax and address spaces, read as Metal, with clang's C++ for OpenCL (see ``opencl.h``)."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Collection, Mapping
+
+from tests.metal_on_host.text import INCLUDES, KernelError, body, defines, facts, numbered
+from veloxlab.kernels.launch import Source, source_file
+
+COMPILER = "clang-16"
+# OpenCL has these, Metal has none of them: double precision, and variables outside of functions that are not `constant`
+LACKING = ("cl_khr_fp64", "__opencl_c_fp64", "__opencl_c_device_enqueue", "__opencl_c_program_scope_global_variables")
+FLAGS = (
+    *("-x", "cl", "-cl-std=clc++2021", "-target", "spir64", "-cl-no-stdinc", "-fsyntax-only", *INCLUDES),
+    *("-Xclang", "-cl-ext=" + ",".join(["+cl_khr_fp16", *(f"-{name}" for name in LACKING)])),
+    "-Werror=pre-c++17-compat",  # up to macOS 15 Metal is C++14
+    *("-Xclang", "-ast-dump"),
+)
+# In Metal a method is one of objects of the thread; in OpenCL it has to say so.
+_METHOD = re.compile(r"^  (FUNCTION [^{]*\)(?: const)?)(?= \{)", re.MULTILINE)
+# OpenCL takes a pointer or reference that names no address space for one into any of them; Metal does not take it.
+_NO_SPACE = re.compile(
+    r"(?:ParmVarDecl|VarDecl|FieldDecl) (?!.* implicit ).* (?!used |referenced )(\w+) '([^']*__generic[^']*)'"
+    r"|(?:FunctionDecl|CXXMethodDecl) (?!.* implicit ).* (\w+) '([^'(]*__generic[^'(]*)\("
+)
+_FACTS = {"shape": "int", "strides": "long"}
+
+
+def check_syntax(source: Source, dtypes: Mapping[str, str], constant: Collection[str] = ()) -> None:
+    """Raise `KernelError` where Metal's compiler would refuse a kernel.
+
+    ``dtypes`` are the element types of inputs and outputs in Metal's names. Inputs named in ``constant`` are in that
+    address space, as MLX passes arrays of fewer than 8 elements.
+    """
+    outcome = subprocess.run(
+        [COMPILER, *FLAGS, "-"], input=_text(source, dtypes, constant), capture_output=True, text=True
+    )
+    if outcome.returncode != 0:
+        raise KernelError(f"{source.name}: {outcome.stderr[:4000]}")
+    if found := _NO_SPACE.search(outcome.stdout):
+        name, kind = (part for part in found.groups() if part)
+        raise KernelError(f"{source.name}: {name} names no address space: {kind.replace('__generic ', '')}")
+
+
+def _text(source: Source, dtypes: Mapping[str, str], constant: Collection[str]) -> str:
+    parameters = [
+        f"const {'constant' if name in constant else 'device'} {dtypes[name]}* {name}" for name in source.inputs
+    ]
+    parameters += [f"device {dtypes[name]}* {name}" for name in source.outputs]
+    parameters += [f"const constant {_FACTS[fact]}* {name}_{fact}" for name, fact in facts(source)]
+    parameters += ["uint3 thread_position_in_threadgroup", "uint3 threadgroup_position_in_grid"]
+    headers = [numbered(name, _METHOD.sub(r"  \1 thread", source_file(name))) for name in ("metal.h", *source.headers)]
+    return "".join(
+        [
+            defines(source),
+            '#include "opencl.h"\n',
+            *headers,
+            f"__kernel void {source.name}({', '.join(parameters)}) {{\n",
+            body(source),
+            "}\n",
+        ]
+    )

@@ -1,0 +1,148 @@
+"""Runs a kernel's body on a CPU, compiled with g++ against ``host.h``, which stands for the GPU.
+
+It catches what a run can show: threads that part before a barrier, races, steps outside an array, more threadgroup
+memory than Metal has.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tests.metal_on_host.text import INCLUDES, KernelError, body, defines, facts
+from veloxlab.kernels.launch import SIMD, Source
+
+COMPILER = "g++"
+# without jump threading, which would give a barrier behind a branch a copy for each side, as if it were two barriers
+FLAGS = ("-std=c++20", "-O1", "-fno-thread-jumps", "-fvisibility=hidden", "-shared", "-fPIC", "-w", *INCLUDES)
+CHECKS = ("-fsanitize=alignment,bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover")  # host.h reports them
+LIBRARIES = ("-nostdlib", "-lm", "-lc", "-lgcc")
+BFLOAT: np.dtype = np.dtype([("bfloat", np.uint16)])  # numpy has none
+TYPES: dict[np.dtype, str] = {
+    np.dtype(np.float32): "float",
+    np.dtype(np.float16): "half",
+    BFLOAT: "bfloat",
+    np.dtype(np.int32): "int",
+    np.dtype(np.uint32): "uint",
+    np.dtype(np.uint8): "uchar",
+}
+
+
+class _Array(ctypes.Structure):
+    """``host::Array``."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("data", ctypes.c_void_p),
+        ("bytes", ctypes.c_uint64),
+        ("is_output", ctypes.c_uint64),
+        ("shape", ctypes.c_int32 * 8),
+        ("strides", ctypes.c_int64 * 8),
+        ("region", ctypes.c_void_p),
+    )
+
+
+def run(
+    source: Source,
+    arrays: Mapping[str, np.ndarray],
+    groups: tuple[int, int, int],
+    threads: int,
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[np.dtype],
+) -> list[np.ndarray]:
+    """Run a kernel on ``groups`` threadgroups of ``threads`` threads, twice: these taken in one order and in the other.
+
+    ``arrays`` may be views with strides; what lies between their elements is NaN to the kernel. ``shapes`` and
+    ``dtypes`` are the outputs', which stay NaN (integers: all bits 1) where nothing is written. Raises `KernelError`.
+    """
+    assert threads % SIMD == 0, f"{threads} threads are not whole simdgroups"
+    assert threads <= 1024, f"{threads} threads in a threadgroup, where Metal has 1024"
+    inputs = {name: arrays[name] for name in source.inputs}
+    dtype_of = {name: array.dtype for name, array in inputs.items()}
+    dtype_of.update(zip(source.outputs, dtypes, strict=True))
+    library = _compiled(_text(source, {name: TYPES[dtype] for name, dtype in dtype_of.items()}))
+    memory = {name: _memory(array) for name, array in inputs.items()}
+    outcomes = []
+    for reverse in (False, True):
+        outputs = [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        given = [_array(name, memory[name], inputs[name]) for name in source.inputs]
+        given += [_array(name, output, output, 1) for name, output in zip(source.outputs, outputs, strict=True)]
+        failure = library.run((_Array * len(given))(*given), len(given), (ctypes.c_uint * 3)(*groups), threads, reverse)
+        if failure is not None:
+            raise KernelError(f"{source.name}: {failure.decode()}")
+        outcomes.append(outputs)
+    for name, one, other in zip(source.outputs, *outcomes, strict=True):
+        if one.tobytes() != other.tobytes():
+            raise KernelError(f"{source.name}: race: {name} depends on the order in which threads run")
+    return outcomes[0]
+
+
+def _memory(array: np.ndarray) -> np.ndarray:
+    """The bytes from the first element of a view to its last, those between its elements all 1."""
+    if array.size == 0:
+        return np.empty(0, np.uint8)
+    extent = array.itemsize + sum((n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True))
+    memory = np.full(extent, 0xFF, np.uint8)
+    np.ndarray(array.shape, array.dtype, memory.data, strides=array.strides)[...] = array
+    return memory
+
+
+def _array(name: str, memory: np.ndarray, like: np.ndarray, is_output: int = 0) -> _Array:
+    shape = (ctypes.c_int32 * 8)(*like.shape)
+    strides = (ctypes.c_int64 * 8)(*(stride // like.itemsize for stride in like.strides))
+    return _Array(name.encode(), memory.ctypes.data, memory.nbytes, is_output, shape, strides, None)
+
+
+def _text(source: Source, types: Mapping[str, str]) -> str:
+    place = {name: i for i, name in enumerate([*source.inputs, *source.outputs])}
+    lines = [
+        f"const {types[name]}* const {name} = (const {types[name]}*)host::arrays[{place[name]}].begin();"
+        for name in source.inputs
+    ]
+    lines += [
+        f"{types[name]}* const {name} = ({types[name]}*)host::arrays[{place[name]}].begin();" for name in source.outputs
+    ]
+    lines += [f"const auto* const {name}_{fact} = host::arrays[{place[name]}].{fact};" for name, fact in facts(source)]
+    return (
+        defines(source)
+        + "".join(f'#include "{name}"\n' for name in ("host.h", *source.headers))
+        + "#undef threadgroup\n#define threadgroup THREADGROUP\n#undef local_memory\n#define local_memory\n"
+        + "static void kernel() {\n"
+        + "const uint3 thread_position_in_threadgroup = {host::current, 0, 0};\n"
+        + "const uint3 threadgroup_position_in_grid = {host::position.x, host::position.y, host::position.z};\n"
+        + "\n".join(lines)
+        + "\n"
+        + body(source)
+        + "}\n"
+        + 'extern "C" __attribute__((visibility("default"))) const char* run(\n'
+        + "    host::Array* arrays, unsigned count, const unsigned* groups, unsigned threads, bool reversed) {\n"
+        + "  return host::run<kernel>(arrays, count, groups, threads, reversed);\n}\n"
+    )
+
+
+@functools.cache
+def _compiled(text: str) -> ctypes.CDLL:
+    path = _folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.so"
+    command = [COMPILER, *FLAGS, *CHECKS, "-x", "c++", "-", "-o", str(path), *LIBRARIES]
+    outcome = subprocess.run(command, input=text, capture_output=True, text=True)
+    if outcome.returncode != 0:
+        raise KernelError(outcome.stderr[:4000])
+    library = ctypes.CDLL(str(path))
+    library.run.restype = ctypes.c_char_p
+    return library
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="metal_on_host_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

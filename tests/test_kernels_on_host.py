@@ -1,0 +1,167 @@
+"""The kernels' Metal text, checked by clang and run on the CPU by ``tests/metal_on_host``, against their twins."""
+
+import dataclasses
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.metal_on_host import check, launch, run
+from veloxlab.codecs.transforms import SignedHadamard
+from veloxlab.kernels.attend import Exact, Shape, Spread, Tokens, attend, attend_twin
+from veloxlab.kernels.readers import TableReader
+
+MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")
+
+# Weights are kept in half precision, off by up to 2⁻¹¹ of each and in either direction. In a sum of independent values
+# such errors add up as the values do: to 2⁻¹¹ of the sum at most, in the root mean square. All else is float32.
+HALF = 2.0**-11
+# packed tokens: around the 16 and 32 of a simdgroup, and over several splits; and sinks, recent ones
+RUNS = ((1, 0, 0), (31, 4, 17), (32, 0, 40), (33, 3, 0), (200, 0, 0), (1000, 130, 129))
+
+
+@pytest.fixture(autouse=True)
+def _on_host(monkeypatch):
+    monkeypatch.setattr("veloxlab.kernels.launch._built", launch.built)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codes:
+    """Codes of ``bits`` bits for ``width`` coordinates each; ``joined``: read two at a time, as one code for both."""
+
+    bits: int
+    width: int = 1
+    joined: bool = False
+
+    def table(self, rng):
+        table = rng.standard_normal((2**self.bits, self.width), np.float32)
+        pairs = np.arange(4**self.bits)
+        low, high = pairs % 2**self.bits, pairs >> self.bits
+        return mx.array(np.concatenate([table[low], table[high]], axis=1) if self.joined else table)
+
+    def reader(self, rng, table, shape, dim, scaled, space):
+        """A reader of random codes, in a slice of heads of a larger array: its rows are not in one piece."""
+        batch, heads, tokens = shape
+        codes = rng.integers(0, 2**self.bits, (batch, heads + 2, tokens, dim // self.width), np.uint32)
+        root = rng.uniform(0.5, 1.5, (batch, heads + 2, tokens, 1)) * (rng.random((batch, heads + 2, tokens, 1)) < 0.95)
+        return TableReader(
+            dim=dim,
+            rows=mx.array(packed(codes, self.bits))[:, 1:-1],
+            root_scale=mx.array(root.astype(np.float16))[:, 1:-1] if scaled else None,
+            space=space,
+            bits=2 * self.bits if self.joined else self.bits,
+            table=table,
+        )
+
+
+def packed(codes, bits):
+    """Codes ``[..., n]``, LSB first and without gaps, in rows of uint32 words."""
+    string = (codes[..., None] >> np.arange(bits, dtype=np.uint32) & 1).astype(np.uint8).reshape(*codes.shape[:-1], -1)
+    string = np.pad(string, [(0, 0)] * (string.ndim - 1) + [(0, -string.shape[-1] % 32)])
+    return np.packbits(string, axis=-1, bitorder="little").view(np.uint32)
+
+
+def exact(rng, shape, dims, dtype):
+    """Exact tokens from the middle of longer buffers, or None for none."""
+    batch, heads, tokens = shape
+    if tokens == 0:
+        return None
+    buffers = (mx.array(rng.standard_normal((batch, heads, tokens + 5, dim), np.float32)) for dim in dims)
+    return Exact(*(buffer.astype(dtype)[:, :, 2:-3] for buffer in buffers))
+
+
+def biases(rng, shape):
+    """A mask: biases, and tokens not to be seen, whole splits of them among others. One is left in each row."""
+    hidden = rng.random(shape) < 0.2
+    hidden[..., : shape[-1] // 2] = True
+    hidden[..., -1] = False
+    return mx.array(np.where(hidden, -np.inf, rng.standard_normal(shape)).astype(np.float32))
+
+
+def assert_close(found, expected, tolerance):
+    found, expected = (np.array(x.astype(mx.float32), np.float64) for x in (found, expected))
+    error = np.sqrt(np.mean((found.reshape(expected.shape) - expected) ** 2))
+    assert error <= tolerance * np.sqrt(np.mean(expected**2))
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    keys: Codes
+    values: Codes  # the same object as ``keys``: with the same table, too
+    dim: int
+    shared: int  # query heads of a KV head
+    length: int = 1
+    value_dim: int | None = None
+    masked: bool = False
+    spread: bool = False
+    scaled: bool = True
+    dtype: mx.Dtype = mx.float32
+    batch: int = 2
+    kv_heads: int = 2
+
+    def __str__(self):
+        codes = "-".join(f"{c.bits}bit{c.width}{'joined' * c.joined}" for c in (self.keys, self.values))
+        return f"{codes}-dim{self.dim}-rows{self.shared * self.length}"
+
+
+PAIRS, VECTORS = Codes(4, joined=True), Codes(8, width=4)
+CASES = [
+    Case(Codes(1), Codes(1, joined=True), 64, 1, batch=1, kv_heads=1),
+    Case(Codes(2, joined=True), Codes(3), 80, 2, masked=True),
+    Case(Codes(3, joined=True), Codes(2), 96, 3, spread=True),
+    Case(PAIRS, PAIRS, 128, 4, spread=True, dtype=mx.float16),
+    Case(Codes(5), Codes(6), 112, 7, masked=True, spread=True),
+    Case(Codes(8), Codes(7), 192, 8, scaled=False),
+    Case(Codes(6), Codes(5), 256, 2, masked=True, dtype=mx.bfloat16),
+    Case(Codes(7), Codes(8), 64, 7, length=2, masked=True, value_dim=128),  # more rows than one threadgroup takes
+    Case(VECTORS, VECTORS, 128, 4),
+    Case(Codes(12, width=8), Codes(4), 64, 3, masked=True),  # a table too large for threadgroup memory
+    Case(Codes(3), Codes(12, width=8), 128, 8, scaled=False),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_over_codes_is_its_twins(case):
+    rng = np.random.default_rng(0)
+    dims = case.dim, case.value_dim or case.dim
+    key_table = case.keys.table(rng)
+    tables = key_table, key_table if case.values is case.keys else case.values.table(rng)
+    rotations = [SignedHadamard(dim, seed) for seed, dim in enumerate(dims)]
+    spaces = [
+        # the Hadamard matrix has ones in its first row, so that of the rotation shows the signs
+        Spread(rotation.forward(mx.eye(rotation.dim))[:, 0] * rotation.dim**0.5) if case.spread else None
+        for rotation in rotations
+    ]
+    query_heads = case.kv_heads * case.shared
+    for packed_tokens, sinks, recent in RUNS:
+        lead = case.batch, case.kv_heads
+        readers = [
+            codes.reader(rng, table, (*lead, packed_tokens), dim, case.scaled, space)
+            for codes, table, dim, space in zip((case.keys, case.values), tables, dims, spaces, strict=True)
+        ]
+        runs = [exact(rng, (*lead, count), dims, case.dtype) for count in (sinks, recent)]
+        tokens = Tokens(*readers, *runs, *dims)
+        q = mx.array(rng.standard_normal((case.batch, query_heads, case.length, case.dim), np.float32))
+        q = q.astype(case.dtype)
+        grouped = q.astype(mx.float32).reshape(*lead, -1, case.dim)
+        q_coded = rotations[0].forward(grouped) if case.spread else mx.roll(grouped, 1, axis=-1)
+        mask = None
+        if case.masked:
+            mask = biases(rng, (case.batch, 1, case.length, sinks + packed_tokens + recent))
+            mask = mx.broadcast_to(mask, (case.batch, query_heads, *mask.shape[2:]))
+        shape = Shape.of(q, tokens, case.masked, case.dim**-0.5)
+        scale = case.dim**-0.5
+        shape = Shape.of(q, tokens, case.masked, scale)
+        found, found_coded = attend(q, None if case.spread else q_coded, tokens, mask, shape, "metal")
+        plain, coded = attend_twin(q, q_coded, tokens, mask, scale)
+        assert found.shape == (case.batch, query_heads, case.length, dims[1])
+        assert found.dtype == case.dtype
+        tolerance = HALF + mx.finfo(case.dtype).eps
+        if case.spread:
+            assert found_coded is None
+            assert_close(found, plain + rotations[1].inverse(coded), tolerance)
+        else:
+            assert_close(found, plain, tolerance)
+            assert_close(found_coded, coded, tolerance)
