@@ -14,9 +14,16 @@ from typing import Literal
 import mlx.core as mx
 
 from veloxlab.codecs import Code, Codec
+from veloxlab.codecs.codec import TiledCodec, per_kv_head
+from veloxlab.codecs.none import Exact
+from veloxlab.kernels.attend import Exact as ExactTokens
+from veloxlab.kernels.attend import Tokens
+from veloxlab.kernels.checked import checked_attend
+from veloxlab.kernels.launch import gpu
 
 Mask = mx.array | Literal["causal"] | None
 
+_LEAST_PACKED = 8  # tokens below which MLX hands their scales to a Metal kernel in another address space
 FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
 
 
@@ -67,7 +74,43 @@ class History(Handle):
         if q.shape[2] > FEW_QUERIES:
             keys, values = self.expand(q.dtype)
             return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
-        return self._attend_codes(q, scale, mask)
+        fused = self._attend_in_kernel(q, scale, mask)
+        return self._attend_codes(q, scale, mask) if fused is None else fused
+
+    def _attend_in_kernel(self, q: mx.array, scale: float, mask: Mask) -> mx.array | None:
+        """By a GPU kernel, or None where there is no GPU, or no kernel for these segments and codecs."""
+        backend = gpu()
+        packed = next((s for s in self.segments if not isinstance(s.key_codec, Exact)), None)
+        if backend is None or packed is None or packed.keys.tokens < _LEAST_PACKED:
+            return None
+        at = self.segments.index(packed)
+        before, after = self.segments[:at], self.segments[at + 1 :]
+        key_codec, value_codec = packed.key_codec, packed.value_codec
+        if not (isinstance(key_codec, TiledCodec) and isinstance(value_codec, TiledCodec)):
+            return None
+        keys, values = key_codec.reader(packed.keys), value_codec.reader(packed.values)
+        if len(before) > 1 or len(after) > 1 or keys is None or values is None:
+            return None
+        tokens = Tokens(
+            keys,
+            values,
+            sinks=_exact_run(before),
+            recent=_exact_run(after),
+            key_dim=key_codec.head_dim,
+            value_dim=value_codec.head_dim,
+        )
+        kv_heads = keys.rows.shape[1]
+        coded = None
+        if keys.space is None:
+            coded = key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), kv_heads))
+        done = checked_attend(q, coded, tokens, _added(mask, q, self.tokens), scale, backend)
+        if done is None:
+            return None
+        out, mixed_codes = done
+        if mixed_codes is None:
+            return out
+        mixed = value_codec.from_codes(mixed_codes).reshape(out.shape)
+        return out + mixed.astype(out.dtype)
 
     def _attend_codes(self, q: mx.array, scale: float, mask: Mask) -> mx.array:
         scaled = q.astype(mx.float32) * scale
@@ -78,6 +121,21 @@ class History(Handle):
             part = weights[..., start : start + s.values.tokens]
             mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
         return mixed.astype(q.dtype)
+
+
+def _exact_run(segments: tuple[Segment, ...]) -> ExactTokens | None:
+    return ExactTokens(*(s.arrays["values"] for s in (segments[0].keys, segments[0].values))) if segments else None
+
+
+def _added(mask: Mask, q: mx.array, tokens: int) -> mx.array | None:
+    """The mask as something to be added to scores ``[B, Hq, L, S]`` float32, or None."""
+    if mask is None or (isinstance(mask, str) and q.shape[2] == 1):
+        return None
+    if isinstance(mask, str):
+        mask = causal_mask(q.shape[2], tokens)
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, mx.finfo(mx.float32).min)
+    return mx.broadcast_to(mask.astype(mx.float32), (*q.shape[:3], tokens))
 
 
 def mask_for(

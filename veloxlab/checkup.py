@@ -89,7 +89,19 @@ def _blas() -> Check:
 
 
 def _kernels() -> Check:
-    return Check("kernels", "ok", "none in this version: attention runs on MLX graph ops")
+    from veloxlab.kernels.launch import SWITCH, gpu
+
+    if runtime.backend() == "cpu":
+        return Check("kernels", "ok", "none on a CPU: MLX graph ops do their work")
+    if gpu() is None:
+        return Check("kernels", "warn", f"switched off by {SWITCH}=0: MLX graph ops do their work", f"unset {SWITCH}")
+    from veloxlab.kernels.checked import states, try_usual
+
+    try_usual()
+    wrong = [state for state in states() if state != "agrees"]
+    if wrong:
+        return Check("kernels", "warn", f"attend {wrong[0]}", "MLX graph ops do its work; please report it")
+    return Check("kernels", "ok", f"attend agrees with its MLX-graph twin in {states()['agrees']} cases")
 
 
 def _packages() -> list[Check]:

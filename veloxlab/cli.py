@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from veloxlab.errors import InputError
+from veloxlab.files import write_atomically
 from veloxlab.shipped import is_installed, shipped_folder
 
 if TYPE_CHECKING:
@@ -59,6 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--windows", type=int, default=3, help="number of stretches (default: %(default)s)")
     compare.add_argument("--out", type=Path, default=Path("results"), help="folder to write to (default: %(default)s)")
     compare.set_defaults(run=compare_caches)
+    bench = commands.add_parser("bench", help="time attention and decoding on this device, against exact and mlx-lm's")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
+    bench.add_argument("--tokens", type=int, nargs="+", help="lengths of the context (default: 4096 32768 131072)")
+    bench.set_defaults(run=time_kernels)
     return parser
 
 
@@ -137,6 +142,22 @@ def ratio_table(frame: pl.DataFrame) -> str:
         ratios = [f"{row[name]:.2f}×" for name in ("key_ratio", "value_ratio", "ratio")]
         lines.append(f"| {row['name']} | {' | '.join(ratios)} |")
     return "\n".join(lines)
+
+
+def time_kernels(options: argparse.Namespace) -> int:
+    """Time attention and decoding steps, say so as they come, and write them as JSON."""
+    from veloxlab.measure import bench
+
+    tokens = tuple(options.tokens or bench.TOKENS)
+    results = {
+        "attention": bench.decode_attention(bench.SHAPES, tokens),
+        "decode": bench.decode_steps(tokens=tuple(n for n in tokens if n <= bench.LONGEST_DECODE)),
+        "copy_gigabytes_per_second": bench.copy_bandwidth(),
+    }
+    results = {"facts": bench.facts()} | results
+    if options.json:
+        write_atomically(options.json, json.dumps(results, indent=1).encode())
+    return 0
 
 
 def show_checks(options: argparse.Namespace) -> int:

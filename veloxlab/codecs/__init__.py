@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import polars as pl
+from typing import TYPE_CHECKING
 
 from veloxlab.codecs import commvq, none, polarquant, qjl, rabitq, ratequant, rvq, spectralquant, turboquant, vecinfer
 from veloxlab.codecs.codec import Code, Codec
 from veloxlab.codecs.method import Method, Role
 from veloxlab.errors import InputError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 __all__ = ["METHODS", "Code", "Codec", "Method", "Role", "find_method", "methods"]
 
@@ -30,6 +33,8 @@ METHODS: dict[str, Method] = {
 
 def methods() -> pl.DataFrame:
     """The algorithms: ``id, name, paper, calibrated, least_bits, most_bits, stored, options``."""
+    import polars as pl  # codecs and kernels run without it, on a machine that only computes
+
     return pl.DataFrame(
         {
             "id": method.id,

@@ -16,8 +16,9 @@ from typing import Protocol, Self
 import mlx.core as mx
 
 from veloxlab.codecs.rope import Rope
-from veloxlab.codecs.transforms import Rotation, RotationName, make_rotation
+from veloxlab.codecs.transforms import Rotation, RotationName, SignedHadamard, make_rotation
 from veloxlab.errors import InputError
+from veloxlab.kernels.readers import Reader, Spread
 
 TOKENS = 2  # the axis of every array of a code that counts tokens: [B, H, S, ...]
 TILE = 1024  # tokens that attention expands at once, so that no decoded history exists
@@ -170,6 +171,10 @@ class TiledCodec(ABC):
         """
         return lambda tile: q @ self.expand(tile).swapaxes(-1, -2)
 
+    def reader(self, code: Code) -> Reader | None:
+        """How a GPU kernel reads the code in the space of the codes; None where none can, unless a subclass says how."""
+        return None
+
     def fit(self, sample: Sample) -> Self:
         """Nothing to learn, unless a subclass says so."""
         check_vectors(sample.x, self.head_dim)
@@ -227,6 +232,12 @@ class RotatedCodec(TiledCodec):
     @property
     def _rotation(self) -> Rotation:
         return make_rotation(self.rotation, self.head_dim, self.seed)
+
+    @property
+    def _space(self) -> Spread | None:
+        """The rotation, if kernels know it."""
+        rotation = self._rotation
+        return Spread(rotation.signs) if isinstance(rotation, SignedHadamard) else None
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""

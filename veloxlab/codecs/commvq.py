@@ -1,7 +1,7 @@
 """CommVQ: sums of table entries that commute with RoPE.
 
-Paper: *CommVQ: Commutative Vector Quantization for KV Cache Compression*, J. Li, Y. Zhang, …,
-C. Gan, 2025 (ICML), arXiv 2506.18879.
+Paper: *CommVQ: Commutative Vector Quantization for KV Cache Compression*, J. Li, Y. Zhang, M. Y. Hassan, T. Chafekar,
+T. Cai, Z. Ren, P. Guo, F. Karimzadeh, C. Reed, C. Wang, C. Gan, 2025 (ICML), arXiv 2506.18879.
 
 Keys are coded as they are before RoPE, pair by pair of the coordinates that it rotates. Each of R residual stages has
 64 matrices ``M(x, y) = [[x, y], [−y, x]]`` a pair; its code (a, b), shared by all pairs of the head, adds
@@ -10,7 +10,7 @@ Keys are coded as they are before RoPE, pair by pair of the coordinates that it 
 
 Stored per vector of D coordinates
     12·R bits of codes, to whole bytes, and one 16-bit scale, with R = bits·D/12 rounded. At D = 128: R = 11, 1.03 bits
-    of codes a value and 1.19 held; R = 21, 1.97 and 2.13. At D = 64: R = 5, 1.25 held; R = 11, 2.38 held.
+    of codes a value and 1.19 held; R = 21, 1.97 and 2.13. At D = 64: R = 5, 11, 16, 21; 1.25, 2.38, 3.25, 4.25 held.
     Tables per layer and KV head, in float16: R·64·D numbers.
 
 Where we differ
@@ -249,7 +249,7 @@ METHOD = Method(
     name="CommVQ",
     paper="Li et al. 2025, arXiv 2506.18879",
     calibrated=True,
-    bits=range(1, 4),
+    bits=range(1, 5),
     stored="12 bits for each of bits·D/12 stages, one 16-bit scale a vector",
     options=("stages", "scale"),
     build=build,

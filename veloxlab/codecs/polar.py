@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +17,8 @@ import numpy as np
 from veloxlab.codecs.codebooks import Floats, check_bits, lloyd_max
 from veloxlab.codecs.packing import pack, unpack
 from veloxlab.errors import InputError
+
+Table = tuple[mx.array, mx.array]
 
 _ROUNDS = 100  # of k-means in one dimension
 
@@ -49,8 +51,8 @@ class PolarTree:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables, shared by every layer of a process."""
-        return sum(a.nbytes for tables in _tables(self) for a in tables)
+        """Bytes of the tables: of the known densities, shared by every layer of a process; learned ones, its own."""
+        return sum(a.nbytes for tables in self._tables for a in tables)
 
     @property
     def code_bits(self) -> int:
@@ -77,13 +79,13 @@ class PolarTree:
         """Index of the nearest centroid of each angle, by level."""
         count = 1 << self.levels[0]
         around = mx.floor(angles[0] * (count / (2 * math.pi))).astype(mx.int32) & (count - 1)  # a circle has no end
-        tables = _tables(self)[1:]
+        tables = self._tables[1:]
         return [around, *(mx.searchsorted(edges, a) for (edges, _), a in zip(tables, angles[1:], strict=True))]
 
     def directions(self, codes: list[mx.array]) -> mx.array:
         """Unit vectors of the blocks ``[..., dim / block, block]``: cosines and sines multiplied down the tree."""
         y = mx.ones((*codes[-1].shape, 1))
-        for level, (_, circle) in zip(reversed(codes), reversed(_tables(self)), strict=True):
+        for level, (_, circle) in zip(reversed(codes), reversed(self._tables), strict=True):
             shape = (*y.shape[:-1], 2 * y.shape[-1])
             y = (mx.take(circle, level.reshape(y.shape), axis=0) * y[..., None]).reshape(shape)
         return y
@@ -107,6 +109,15 @@ class PolarTree:
             begin, used[bits] = used[bits], used[bits] + (self.dim >> level)
             codes.append(rows[bits][..., begin : used[bits]])
         return codes
+
+    @cached_property
+    def _tables(self) -> tuple[Table, ...]:
+        """Of each level; learned ones are kept here, so that they are released with the tree."""
+        if not self.centroids:
+            return _known_tables(self.levels)
+        ends = np.cumsum([1 << bits for bits in self.levels[1:]])
+        learned = np.split(np.array(self.centroids), ends[:-1])
+        return (_circle_table(self.levels[0]), *(_table(angles) for angles in learned))
 
     @property
     def _runs(self) -> dict[int, int]:
@@ -152,20 +163,21 @@ def _density(t: Floats, level: int) -> Floats:
 
 
 @lru_cache
-def _tables(tree: PolarTree) -> list[tuple[mx.array, mx.array]]:
-    """Boundaries of each level's angles, and cosine and sine of its centroids ``[2**bits, 2]``."""
-    tables, used = [], 0
-    for level, bits in enumerate(tree.levels, 1):
-        if level == 1:  # uniform on a circle: cells of equal width
-            angles = (np.arange(1 << bits) + 0.5) * 2 * math.pi / (1 << bits)
-        elif tree.centroids:
-            used, angles = used + (1 << bits), np.array(tree.centroids[used : used + (1 << bits)])
-        else:
-            angles, _ = angle_codebook(level, bits)
-        boundaries, circle = (angles[1:] + angles[:-1]) / 2, np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-        tables.append((mx.array(boundaries.astype(np.float32)), mx.array(circle.astype(np.float32))))
-    mx.eval(tables)
-    return tables
+def _known_tables(levels: tuple[int, ...]) -> tuple[Table, ...]:
+    return (_circle_table(levels[0]), *(_table(angle_codebook(i, b)[0]) for i, b in enumerate(levels[1:], 2)))
+
+
+def _circle_table(bits: int) -> Table:
+    """Of level 1, which is uniform on a circle: cells of equal width."""
+    return _table((np.arange(1 << bits) + 0.5) * 2 * math.pi / (1 << bits))
+
+
+def _table(angles: Floats) -> Table:
+    """Boundaries between ascending ``angles`` ``[N]``, and cosine and sine of each ``[N, 2]``."""
+    boundaries, circle = (angles[1:] + angles[:-1]) / 2, np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    table = mx.array(boundaries.astype(np.float32)), mx.array(circle.astype(np.float32))
+    mx.eval(table)
+    return table
 
 
 def _bytes(count: int, bits: int) -> int:

@@ -23,30 +23,36 @@ Where we differ
       3.375: a radius for every 16 coordinates costs one bit each. From 4 to 7 bits it comes within 2 % of TurboQuant.
     * The radius. The paper stores the norm (``scale="norm"``); ``mse``, for values, stores r·⟨u, û⟩, where u is the
       block's direction; ``unbiased``, for keys, multiplies a vector's radii with ‖x‖²/⟨x, x̂⟩. All take the same bits.
-    * Codebooks are computed from the densities (the paper's offline ones). ``codebook="fitted"`` learns them above
-      level 1 with k-means from calibration. The paper's online ones, new for every prompt, would make the code of one
-      token depend on the others.
+    * Codebooks. The paper draws its offline ones from samples by k-means++; ours (``codebook="offline"``) are computed
+      from the densities. ``"online"`` are the paper's others, k-means of the angles of the prompt: a cache fits them to
+      the first tokens that it packs, layer by layer, keys and values apart, and keeps them. ``"fitted"`` are the same
+      from calibration. Both learn the levels above the first, which a rotation leaves uniform, and start from the
+      offline ones. On SmolLM2 either lowers the squared error of keys by 2 % (``block``) to 7 % (``full``) and that of
+      values by less than 1 %.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from functools import cached_property
+from typing import Literal, Self, get_args
 
 import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.polar import PolarTree, fitted_angles, halvings
+from veloxlab.codecs.polar import PolarTree, angle_codebook, fitted_angles, halvings
 from veloxlab.codecs.quantizers import ScaleName, check_scale
 from veloxlab.codecs.transforms import Rotation, RotationName, make_rotation
 from veloxlab.errors import InputError
 
 Recursion = Literal["block", "full"]
+CodebookName = Literal["offline", "online", "fitted"]
 BLOCK_LEVELS = 4  # blocks of 16 coordinates
 _LEAST_ANGLES = 8  # for each centroid to be fitted
+_MOST_VECTORS = 1 << 13  # that codebooks are fitted to: of more, only every nth token is read
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,8 @@ class PolarQuant(TiledCodec):
     head_dim : D, a multiple of ``2**len(levels)``.
     levels : bits of the angles of each level, the first level's first.
     scale : ``"unbiased"`` (inner products right on average), ``"mse"`` (least squared error), ``"norm"`` (the paper's).
-    codebook : ``"offline"`` (from the known densities) or ``"fitted"`` (see `fit`).
+    codebook : ``"offline"`` (from the known densities), ``"online"`` (fitted by each cache to its first tokens; until
+        then as offline) or ``"fitted"`` (by calibration).
     rotation : ``"hadamard"`` or ``"haar"``.
     seed : of the rotation.
     centroids : angles that `fit` learned, level after level from the second on; empty before.
@@ -67,18 +74,18 @@ class PolarQuant(TiledCodec):
     head_dim: int
     levels: tuple[int, ...] = (4, 2, 2, 2)
     scale: ScaleName = "unbiased"
-    codebook: Literal["offline", "fitted"] = "offline"
+    codebook: CodebookName = "offline"
     rotation: RotationName = "hadamard"
     seed: int = 0
     centroids: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        if self.codebook not in ("offline", "fitted"):
-            raise InputError(f"Unknown codebook {self.codebook!r}: choose 'offline' or 'fitted'.")
+        if self.codebook not in get_args(CodebookName):
+            raise InputError(f"Unknown codebook {self.codebook!r}: choose 'offline', 'online' or 'fitted'.")
         _ = self._rotation, self.tree
 
-    @property
+    @cached_property
     def tree(self) -> PolarTree:
         """The quantizer of the angles."""
         return PolarTree(self.head_dim, self.levels, self.centroids)
@@ -97,33 +104,48 @@ class PolarQuant(TiledCodec):
         """Rotation and codebooks."""
         return self._rotation.nbytes + self.tree.nbytes
 
+    @property
+    def online(self) -> bool:
+        """Whether a cache is to `fit` this codec to the first tokens that it packs."""
+        return self.codebook == "online" and not self._is_fitted
+
+    @property
+    def _is_fitted(self) -> bool:
+        return len(self.centroids) == sum(1 << bits for bits in self.levels[1:])  # level 1 has nothing to learn
+
     def fit(self, sample: Sample) -> Self:
-        """Learn the angles above level 1 from ``sample.x``, if ``codebook`` says so; all heads of a layer share them.
+        """Learn the angles above level 1 from ``sample.x``, unless they are ``"offline"``; all heads share them.
+
+        An online codec takes what it gets: a level of which it sees too few different angles keeps its offline ones.
 
         Raises
         ------
-        InputError : too few vectors, or all the same.
+        InputError : ``"fitted"``, and too few vectors, or all the same.
         """
         check_vectors(sample.x, self.head_dim)
         if self.codebook == "offline":
             return self
-        angles, _ = self.tree.angles(self._rotation.forward(sample.x.astype(mx.float32)))
+        batch, heads, tokens, _ = sample.x.shape
+        x = sample.x[:, :, :: max(1, batch * heads * tokens // _MOST_VECTORS)].astype(mx.float32)
+        angles, _ = self.tree.angles(self._rotation.forward(x))
         learned: list[float] = []
         for level, bits in enumerate(self.levels[1:], 2):
             seen, least = np.sort(np.array(angles[level - 1]).ravel().astype(np.float64)), _LEAST_ANGLES << bits
-            if len(np.unique(seen)) < least:
-                tokens = -(-least // (sample.x.shape[1] * (self.head_dim >> level)))
+            different = len(np.unique(seen))
+            if different < least and self.codebook == "fitted":
+                needed = -(-least // (heads * (self.head_dim >> level)))
                 raise InputError(
-                    f"The sample shows {len(np.unique(seen))} different angles of level {level}, too few to fit "
-                    f"{1 << bits} to them: calibrate with at least {tokens} tokens that differ."
+                    f"The sample shows {different} different angles of level {level}, too few to fit {1 << bits} to "
+                    f"them: calibrate with at least {needed} tokens that differ."
                 )
-            learned += fitted_angles(seen, level, bits).tolist()
+            fitted = fitted_angles(seen, level, bits) if different >= least else angle_codebook(level, bits)[0]
+            learned += fitted.tolist()
         return replace(self, centroids=tuple(learned))
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
-        if self.codebook == "fitted" and not self.centroids:
+        if self.codebook == "fitted" and not self._is_fitted:
             raise InputError(
                 "PolarQuant with fitted codebooks has to see activations before it can encode: fit it with "
                 "vl.calibrate(model, tokenizer, 'polarquant', codebook='fitted'), or take codebook='offline'."
@@ -187,7 +209,7 @@ METHOD = Method(
     paper="Han et al. 2025, arXiv 2502.02617",
     calibrated=False,
     bits=range(2, 9),
-    stored="angles of a recursive polar transform, a 16-bit radius for every 16 coordinates",
+    stored="angles of a recursive polar transform, a 16-bit radius for every 16 coordinates; learned codebooks once a cache",
     options=("recursion", "levels", "scale", "codebook", "rotation", "seed"),
     build=build,
 )

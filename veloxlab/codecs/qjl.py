@@ -34,17 +34,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Self
 
 import mlx.core as mx
+import numpy as np
 
 from veloxlab.codecs.codebooks import check_bits
 from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.quantizers import GroupLevels, GroupQuantizer, SignSketch, SketchName
 from veloxlab.errors import InputError
+from veloxlab.kernels.readers import TableReader
 
 LEAST_TOKENS = 16  # the energy of a channel over fewer tokens says little
+_SIGNS = 4  # that kernels read at once
 _OUTLIER_SEED = 1_000_003  # keeps the sketch of the outliers independent of the other
 
 
@@ -97,6 +101,13 @@ class QJL(TiledCodec):
     def expand(self, code: Code) -> mx.array:
         """Signs, ±1 ``[B, H, S, m]``."""
         return self._sketch.expand(code.arrays["signs"])
+
+    def reader(self, code: Code) -> TableReader | None:
+        """Four signs at a time, each times the estimate's constant; see `TiledCodec.reader`."""
+        size = self._sketch.unbiased_scale * math.sqrt(self.head_dim)
+        return TableReader(
+            self.code_dim, code.arrays["signs"], code.arrays["root_rms"], None, _SIGNS, _sign_table(size)
+        )
 
     def scales(self, code: Code) -> mx.array:
         """Norms, times the constant that makes the estimate right on average."""
@@ -197,6 +208,10 @@ class OutlierQJL(QJL):
         """None: `expand` has scaled."""
         return
 
+    def reader(self, code: Code) -> TableReader | None:
+        """None: two sketches are not one row of codes."""
+        return None
+
     def from_codes(self, y: mx.array) -> mx.array:
         """Back from both sketches, each to its own channels."""
         pick, rows = self._pick(y.shape[1]), self._sketch.rows
@@ -266,6 +281,15 @@ class GroupedValues(TiledCodec):
     def expand(self, code: Code) -> mx.array:
         """Decode; there is nothing else to be scaled."""
         return self._quantizer.expand(code.arrays)
+
+
+@lru_cache
+def _sign_table(size: float) -> mx.array:
+    """What every combination of neighbouring signs stands for ``[2**4, 4]``: ±size."""
+    bits = np.arange(1 << _SIGNS)[:, None] >> np.arange(_SIGNS) & 1
+    table = mx.array(((2 * bits - 1) * size).astype(np.float32))
+    mx.eval(table)
+    return table
 
 
 def _store_norm(x: mx.array) -> mx.array:

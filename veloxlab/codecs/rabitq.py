@@ -17,6 +17,10 @@ Defaults
     Keys store the scale ‖x‖²/⟨x, u⟩, which makes inner products right on average (the papers' estimator), values store
     ⟨x, u⟩/‖u‖², which makes the squared error least.
 
+The whole cache at a sixth
+    ``vl.make_cache(model, "rabitq", key_bits=1, value_bits=4)``. With its scales a coordinate of a key and of a value
+    take 1.125 + 4.125 bits at D = 128, where 16-bit ones take 32: 6.1 times less.
+
 Where we differ
     * How t is found. ``exact`` tries every t at which a coordinate steps, as the paper, but sorted and summed instead
       of walked through with a heap, and over all t (the authors' code begins its walk late and can miss the best).
@@ -43,9 +47,10 @@ from veloxlab.codecs.codebooks import check_bits
 from veloxlab.codecs.codec import Code, RotatedCodec, Sample, check_vectors, load_scale
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.packing import pack, unpack, words_per_row
-from veloxlab.codecs.quantizers import scale_factor
+from veloxlab.codecs.quantizers import paired, scale_factor
 from veloxlab.codecs.transforms import RotationName
 from veloxlab.errors import InputError
+from veloxlab.kernels.readers import TableReader
 
 ScaleName = Literal["unbiased", "mse"]
 EncoderName = Literal["grid", "exact", "fast"]
@@ -115,6 +120,13 @@ class RaBitQ(RotatedCodec):
         """Grid points of the codes."""
         codes = unpack(arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
         return codes - float(2**self.bits - 1) / 2
+
+    def reader(self, code: Code) -> TableReader | None:
+        """The grid as a table; see `TiledCodec.reader`."""
+        together, table = _grid(self.bits)
+        return TableReader(
+            self.head_dim, code.arrays["codes"], code.arrays["root_scale"], self._space, self.bits * together, table
+        )
 
     def half_widths(self, code: Code, epsilon: float = EPSILON) -> mx.array:
         """By how much ⟨q, x̂⟩ of a query of length 1 may be off ``[B, H, S, 1]``: ε₀·‖x̂ − x‖/√(D − 1).
@@ -192,6 +204,10 @@ class CentredRaBitQ(RaBitQ):
         """None: `expand` has scaled."""
         return
 
+    def reader(self, code: Code) -> TableReader | None:
+        """As without a mean, until there is one, which no table holds."""
+        return super().reader(code) if self.centroid is None else None
+
     def _mean(self, heads: int) -> mx.array:
         assert self.centroid is not None
         if heads != self.centroid.shape[0]:
@@ -200,6 +216,13 @@ class CentredRaBitQ(RaBitQ):
                 "calibrate it on the model that it is used with."
             )
         return self.centroid[None, :, None]
+
+
+@lru_cache
+def _grid(bits: int) -> tuple[int, mx.array]:
+    """How many codes kernels read at once, and the grid points that those stand for."""
+    table = paired(np.arange(1 << bits) - (2**bits - 1) / 2, bits)
+    return table.shape[1], table
 
 
 @lru_cache
@@ -272,7 +295,7 @@ METHOD = Method(
     paper="Gao, Long 2024, arXiv 2405.12497; Gao et al. 2024, arXiv 2409.09913",
     calibrated=False,
     bits=range(1, 9),
-    stored="b bits a coordinate, one 16-bit scale a vector",
+    stored="b bits a coordinate, one 16-bit scale a vector; key_bits=1, value_bits=4 hold a sixth of a 16-bit cache",
     options=("scale", "encoder", "bounds", "centroid", "rotation", "seed"),
     build=build,
 )

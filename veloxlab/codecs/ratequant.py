@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import mlx.core as mx
@@ -40,26 +41,29 @@ class RateQuant:
 
     Parameters
     ----------
+    head_dim : D, 4 or more.
     head_bits : code bits of each KV head, in order, 1 to 8.
-    base : a codec for each width in use, ascending, all of one head dimension.
+    role : ``"keys"`` or ``"values"``, which chooses TurboQuant's scale unless the options do.
+    options : TurboQuant's own, as pairs of name and value.
     """
 
+    head_dim: int
     head_bits: tuple[int, ...]
-    base: tuple[Base, ...]
+    role: Role
+    options: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.head_bits:
             raise InputError("RateQuant was given widths for no KV heads: give one for each, as head_bits=(2, 3, 2).")
-        if tuple(codec.bits for codec in self.base) != tuple(sorted(set(self.head_bits))):
-            raise InputError(
-                f"RateQuant's heads have widths {self.head_bits} and its codecs {[c.bits for c in self.base]}: "
-                "give one codec for each width, ascending."
-            )
+        for width in self.head_bits:
+            check_bits(width)
+        _ = self.base  # refuses what it cannot do now, not at the first token
 
-    @property
-    def head_dim(self) -> int:
-        """D; see `Codec.head_dim`."""
-        return self.base[0].head_dim
+    @cached_property
+    def base(self) -> tuple[Base, ...]:
+        """A codec for each width in use, ascending."""
+        widths, options = sorted(set(self.head_bits)), dict(self.options)
+        return tuple(_base(self.head_dim, width, self.role, options) for width in widths)
 
     @property
     def bits_per_value(self) -> float:
@@ -142,11 +146,14 @@ def build(
         head_bits = head_bits.get(role)
     if head_bits is None:
         return _base(head_dim, bits, role, options)
-    widths = tuple(check_bits(width) for width in head_bits)
-    return RateQuant(widths, tuple(_base(head_dim, width, role, options) for width in sorted(set(widths))))
+    if not isinstance(head_bits, Sequence):
+        raise InputError(
+            f"head_bits={head_bits!r} is no list of widths: give one for each KV head, as head_bits=(2, 3)."
+        )
+    return RateQuant(head_dim, tuple(head_bits), role, tuple(sorted(options.items())))
 
 
-def _base(head_dim: int, bits: int, role: Role, options: dict[str, object]) -> Base:
+def _base(head_dim: int, bits: int, role: Role, options: Mapping[str, object]) -> Base:
     codec = turboquant.build(head_dim, bits, role, **options)  # type: ignore[arg-type]
     assert not isinstance(codec, turboquant.TurboQuantSplit)  # outlier channels are none of our options
     return codec

@@ -53,7 +53,7 @@ def _split(thing: object, prefix: str) -> tuple[Plain, Arrays]:
 
 def _filled(thing: T, values: Plain) -> T:
     known = {field.name for field in fields(thing)}  # type: ignore[arg-type]
-    if values.keys() != known and not (known - values.keys() <= {ROPE}):
+    if values.keys() != known:
         raise ValueError(f"its fields are {sorted(values)} and not {sorted(known)}")
     return replace(thing, **{name: _tuples(value) for name, value in values.items()})  # type: ignore[type-var]
 

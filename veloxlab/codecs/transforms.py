@@ -62,6 +62,11 @@ class SignedHadamard:
         return self._spread(y) * _signs(self.dim, self.seed)
 
     @property
+    def signs(self) -> mx.array:
+        """±1 for each coordinate ``[dim]``, float32."""
+        return _signs(self.dim, self.seed)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the signs and of the Hartley matrix."""
         return _signs(self.dim, self.seed).nbytes + _hartley(_odd_part(self.dim)).nbytes

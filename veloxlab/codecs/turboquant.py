@@ -1,8 +1,12 @@
 """TurboQuant: a random rotation, then the best scalar quantizer of one coordinate.
 
 Paper: *TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate*, A. Zandieh, M. Daliri, M. Hadian,
-V. Mirrokni, 2025 (ICLR 2026), arXiv 2504.19874. Scales from DRIVE (NeurIPS 2021) and EDEN (ICML 2022); see
-*A Note on TurboQuant and the Earlier DRIVE/EDEN Line of Work*, arXiv 2604.18555.
+V. Mirrokni, 2025 (ICLR 2026), arXiv 2504.19874.
+
+Prior art: DRIVE (NeurIPS 2021) and EDEN (ICML 2022), whose scales these are, and of which ``mse`` with the norm is a
+case (*A Note on TurboQuant and the Earlier DRIVE/EDEN Line of Work*, R. Ben-Basat et al., 2026, arXiv 2604.18555);
+HIGGS, a random Hadamard transform and the grid that is best for Gaussians, for weights (V. Malinovskii et al., 2024,
+arXiv 2411.17525); AQUA-KV, which took that to KV caches (A. Shutova et al., 2025, arXiv 2501.19392).
 
 Stored per vector of D coordinates
     ``mse``  b·D bits of codes and one 16-bit scale: b + 16/D bits per value.
@@ -22,12 +26,13 @@ Where we differ
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import mlx.core as mx
 
 from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import RotatedCodec
+from veloxlab.codecs.codec import Code, RotatedCodec
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.packing import WIDEST
 from veloxlab.codecs.quantizers import (
@@ -37,11 +42,13 @@ from veloxlab.codecs.quantizers import (
     SignSketch,
     SketchName,
     check_scale,
+    paired_levels,
     scale_factor,
 )
 from veloxlab.codecs.split import SplitCodec
 from veloxlab.codecs.transforms import RotationName
 from veloxlab.errors import InputError
+from veloxlab.kernels.readers import Spread, TableReader
 
 _SKETCH_SEED = 1_000_003  # keeps the sketch independent of a Haar rotation with the same seed
 
@@ -94,6 +101,16 @@ class TurboQuant(RotatedCodec):
     def levels(self, arrays: dict[str, mx.array]) -> mx.array:
         """Levels of the codes."""
         return self._quantizer.expand(arrays["codes"])
+
+    def reader(self, code: Code) -> TableReader:
+        """The scalar table, two codes at a time where they are narrow; see `TiledCodec.reader`."""
+        return TableReader(self.head_dim, code.arrays["codes"], code.arrays["root_scale"], *_layout(self))
+
+
+@lru_cache
+def _layout(codec: TurboQuant) -> tuple[Spread | None, int, mx.array]:
+    """Space, index width and table of a codec's codes for a kernel: asked for at every token of every layer."""
+    return codec._space, *paired_levels(codec._quantizer)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ C. Yang, Z. Tong, Z. Lin, W. Liu, J. Luan, W. Wang, 2025 (ACL 2026), arXiv 2510.
 
 Stored per vector of D coordinates
     D/d indices of b bits into a codebook of 2ᵇ sub-vectors of d coordinates, and nothing else: b/d bits per value, no
-    norm and no scale. Points are written ``d4b8``. The defaults are ``d8b8`` (1 bit), ``d4b8`` (2), ``d4b12`` (3).
+    norm and no scale. Points are written ``d4b8``. The defaults are ``d8b8`` (1 bit), ``d4b8`` (2), ``d4b12`` (3) and
+    ``d2b8`` (4). The paper's 1.25 bits are ``point={"keys": "d8b12", "values": "d8b8"}``, its 1.5 ``point="d8b12"``.
 
 Keys (after RoPE) are divided by λᵢ = √(max over tokens |Kᵢ|), per KV head and channel, and spread by a Hadamard
 transform; queries are multiplied with λ and spread alike, so that inner products are exact but for the coding. Values
@@ -23,7 +24,7 @@ Where we differ
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -42,8 +43,10 @@ from veloxlab.codecs.vector_codebooks import (
     unpack_indices,
 )
 from veloxlab.errors import InputError
+from veloxlab.kernels.readers import TableReader
 
-POINTS = {1: "d8b8", 2: "d4b8", 3: "d4b12"}
+Point = str | Mapping[str, str]
+POINTS = {1: "d8b8", 2: "d4b8", 3: "d4b12", 4: "d2b8"}
 _LEAST_PER_CENTROID = 2  # different sub-vectors, below which a codebook would only repeat its sample
 _FEW_QUERIES = 8  # per KV head, up to which tables are faster than expanding, on a CPU: 5 times for one query
 
@@ -189,6 +192,13 @@ class VecInfer(TiledCodec):
 
         return look_up
 
+    def reader(self, code: Code) -> TableReader | None:
+        """The codebook as a table; see `TiledCodec.reader`."""
+        if self.sub_dim % 2:
+            return None
+        _, centroids = self._fitted
+        return TableReader(self.head_dim, code.arrays["indices"], None, None, self.index_bits, centroids)
+
     def _indices(self, code: Code) -> mx.array:
         return unpack_indices(code.arrays["indices"], self.index_bits, self.parts)
 
@@ -198,18 +208,27 @@ def build(
     bits: int,
     role: Role,
     *,
-    point: str | None = None,
+    point: Point | None = None,
     smooth: bool | None = None,
     hadamard: bool | None = None,
     seed: int = 0,
 ) -> VecInfer:
-    """Make an unfitted VecInfer for keys (smoothed and spread) or values (as they are), unless the options say more."""
+    """Make an unfitted VecInfer for keys (smoothed and spread) or values (as they are), unless the options say more.
+
+    ``point`` is one for both roles, or ``{"keys": "d8b12", "values": "d8b8"}``; a role that is left out has that of
+    ``bits``.
+    """
+    if isinstance(point, Mapping):
+        unknown = sorted(set(point) - {"keys", "values"}, key=str)
+        if unknown:
+            raise InputError(f"point has no side {unknown[0]!r}: give points for 'keys' and 'values'.")
+        point = point.get(role)
     point = POINTS[bits] if point is None else point
-    found = re.fullmatch(r"d(\d+)b(\d+)", point)
+    found = re.fullmatch(r"d(\d+)b(\d+)", point) if isinstance(point, str) else None
     if found is None:
         raise InputError(
             f"point={point!r} is no point of VecInfer: write 'd4b8' for sub-vectors of 4 coordinates and indices of "
-            "8 bits."
+            "8 bits, or {'keys': 'd8b12', 'values': 'd8b8'}."
         )
     transformed = role == "keys"
     return VecInfer(
@@ -227,7 +246,7 @@ METHOD = Method(
     name="VecInfer",
     paper="Yao et al. 2025, arXiv 2510.06175",
     calibrated=True,
-    bits=range(1, 4),
+    bits=range(1, 5),
     stored="D/d indices of b bits a vector; per layer a codebook and a factor a channel",
     options=("point", "smooth", "hadamard", "seed"),
     build=build,

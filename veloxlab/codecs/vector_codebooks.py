@@ -18,36 +18,36 @@ from veloxlab.codecs.packing import WIDEST, pack, unpack, words_per_row
 
 Points = NDArray[np.float32]
 
-ITERATIONS = 30  # of Lloyd, as VecInfer
+ITERATIONS = 30  # of Lloyd, as VecInfer; fewer where `_MOST_WORK` ends them
 RESTARTS, _TRIAL = 3, 5  # seedings that are tried, for so many iterations each; the best one is gone on with
-_MANY = 1024  # centroids from which on one seeding is as good as another, and is not repeated
+_MANY = 1024  # centroids from which on one seeding is as good as another, and is neither repeated nor tried
 MOST_POINTS = 1 << 16  # that one codebook is trained on
 _MOST_PAIRS = 1 << 27  # of a point and a centroid, in one iteration: 32,768 points for 4096 centroids
+# pairs in all iterations: 4 for 4096 centroids, which have a dozen points each of a usual sample and soon learn them by
+# heart. All 30 take 3 times as long, and on other text of SmolLM2 the squared error is 0.7 % lower, 1.6 % at most
+_MOST_WORK = 1 << 29
 _SEEDING_POINTS = 8  # per centroid, in a trial
+_KNOWN = 128  # seeds for each one that is drawn at a time: among so many, those of one draw rarely meet
 _SETTLED = 3e-4  # relative gain of an iteration below which Lloyd ends
 # multiply-adds of one product: its distances stay in a second-level cache, and BLAS does not wake its threads for it
 _PRODUCT = 1 << 18
-_DISTANCES = 1 << 22  # floats held at once while encoding
+_DISTANCES = 1 << 22  # floats in a chunk while encoding, of which MLX's CPU back end may hold ten
 
 
 def train_codebook(points: Points, count: int, seed: int) -> Points:
     """K-means centroids ``[count, d]`` of ``points`` ``[N, d]``, the first of them zero.
 
     Seeds by k-means++, several times on a part of the points, then Lloyd's iteration on all (at most `MOST_POINTS`,
-    fewer for many centroids).
-    The same for the same points and seed. There must be more different points than centroids.
+    fewer for many centroids; fewer iterations too). Beside the points it holds arrays of N numbers and, a chunk at a
+    time, distances: never ``[N, count]``. The same for the same points and seed.
+    There must be more different points than centroids.
     """
     rng = np.random.default_rng(seed)
     most = min(MOST_POINTS, _MOST_PAIRS // count)
     if len(points) > most:
         points = points[rng.choice(len(points), most, replace=False)]
-    size = min(len(points), max(_SEEDING_POINTS * count, 8192))
-    trials = []
-    for _ in range(RESTARTS if count < _MANY else 1):
-        part = points[rng.choice(len(points), size, replace=False)]
-        trials.append(_lloyd(part, _spread_seeds(part, count, rng), _TRIAL))
-    best = min(trials, key=lambda trial: trial[1])
-    return _lloyd(points, best[0], ITERATIONS)[0]
+    start = _start(points, count, rng)
+    return _lloyd(points, start, min(ITERATIONS, max(1, _MOST_WORK // (len(points) * count))))[0]
 
 
 def nearest(points: mx.array, centroids: mx.array) -> mx.array:
@@ -89,17 +89,36 @@ def unpack_indices(words: mx.array, bits: int, count: int) -> mx.array:
     return unpack(words, bits, count) if bits < WIDEST else unpack(words, bits // 2, 2 * count, together=2)
 
 
+def _start(points: Points, count: int, rng: np.random.Generator) -> Points:
+    """Centroids to begin with, from a part of the points: of several seedings the best one after a few iterations."""
+    size = min(len(points), max(_SEEDING_POINTS * count, 8192))
+    trials = []
+    for _ in range(RESTARTS):
+        part = points[rng.choice(len(points), size, replace=False)]
+        seeds = _spread_seeds(part, count, rng)
+        if count >= _MANY:
+            return seeds
+        trials.append(_lloyd(part, seeds, _TRIAL))
+    return min(trials, key=lambda trial: trial[1])[0]
+
+
 def _spread_seeds(points: Points, count: int, rng: np.random.Generator) -> Points:
     """K-means++: zero, then points drawn with probability ∝ their squared distance to the nearest seed so far."""
     seeds = np.zeros((count, points.shape[1]), np.float32)
     norms = np.square(points).sum(axis=1)
-    left = norms.copy()
-    for i in range(1, count):
+    columns, left = np.ascontiguousarray(points.T), norms.copy()
+    known = 1
+    while known < count:
         cumulative = np.cumsum(left, dtype=np.float64)
-        drawn = int(np.searchsorted(cumulative, rng.random() * cumulative[-1], side="right"))
-        seeds[i] = points[min(drawn, len(points) - 1)]
-        distance = norms - 2 * points @ seeds[i] + float(seeds[i] @ seeds[i])
-        np.minimum(left, np.maximum(distance, 0), out=left)
+        draws = rng.random(min(max(1, known // _KNOWN), count - known)) * cumulative[-1]
+        drawn = points[np.minimum(np.searchsorted(cumulative, draws, side="right"), len(points) - 1)]
+        seeds[known : known + len(drawn)] = drawn
+        squares, size = np.square(drawn).sum(axis=1)[:, None], _PRODUCT // drawn.size
+        for at in range(0, len(points), size):
+            span = slice(at, at + size)
+            distances = norms[span] - 2 * (drawn @ columns[:, span]) + squares
+            np.minimum(left[span], np.maximum(distances.min(axis=0), 0), out=left[span])
+        known += len(drawn)
     return seeds
 
 
@@ -112,7 +131,9 @@ def _lloyd(points: Points, centroids: Points, iterations: int) -> tuple[Points, 
         sums = np.stack([np.bincount(codes, column, count) for column in points.T], axis=1)
         centroids = (sums / np.maximum(members, 1)[:, None]).astype(np.float32)
         empty = np.flatnonzero(members == 0)
-        centroids[empty] = points[np.argsort(distances, kind="stable")[len(points) - len(empty) :]]  # the worst served
+        if len(empty):
+            worst_served = np.argsort(distances, kind="stable")[len(points) - len(empty) :]
+            centroids[empty] = points[worst_served]
         centroids[0] = 0
         before, error = error, float(distances.mean())
         if before - error <= _SETTLED * error and not len(empty):

@@ -1,8 +1,8 @@
 """Attention of a few queries over a history of exact and packed tokens, in two launches.
 
-Flash decoding: each threadgroup takes a split of one KV head's tokens, reads keys, weighs and sums values, with an online
-softmax; a second kernel joins the splits. Exact tokens (sinks, recent ones) are splits like the others. Where the codes
-lie in a spread space, queries enter it and mixed values leave it inside the kernels.
+Flash decoding: each threadgroup takes a split of one KV head's tokens, reads keys, weighs and sums values, with an
+online softmax; a second kernel joins the splits. Exact tokens (sinks, recent ones) are splits like the others. Where
+the codes lie in a spread space, queries enter it and mixed values leave it inside the kernels.
 
 Products go through the GPU's matrix unit: levels, queries and weights in half precision on NVIDIA, sums in float32, as
 in MLX's own fused attention.
@@ -28,7 +28,7 @@ _EXACT_SPLIT = 128  # exact tokens of one split
 _MEMORY = {"cuda": 48 * 1024, "metal": 32 * 1024}  # bytes of threadgroup memory that a kernel may declare
 _TABLE_WORDS = {"cuda": 8192, "metal": 2048}  # of it, at most, for tables
 _SHARES = {"cuda": (4, 8), "metal": (4, 4)}  # in which the matrix unit has a key and a value read
-_GROUPS = 1056  # threadgroups that fill a large GPU: 132 processors, 8 each
+_GROUPS = 528  # threadgroups that fill a large GPU: 132 processors, 4 each
 _LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: a table is not filled for fewer
 _COMBINE_THREADS = 512
 _STEP = 16  # coordinates that dimensions are multiples of
@@ -77,7 +77,7 @@ def attend(
     q_coded: mx.array | None,
     tokens: Tokens,
     mask: mx.array | None,
-    scale: float,
+    shape: Shape,
     backend: GpuBackend,
 ) -> tuple[mx.array, mx.array | None]:
     """Softmax attention of ``q`` ``[B, Hq, L, Dk]`` over sinks, packed and recent tokens, in that order.
@@ -87,7 +87,7 @@ def attend(
     q_coded : the queries in the space of the keys' codes ``[B, H, Hq/H · L, keys.dim]`` float32, where
         ``keys.space`` is None.
     mask : to be added to the scores ``[B, Hq, L, S]`` float32 (broadcast), or None.
-    scale : what queries are multiplied with.
+    shape : `Shape.of` the queries, the tokens, whether there is a mask, and what queries are multiplied with.
 
     Returns
     -------
@@ -96,7 +96,7 @@ def attend(
     """
     batch, query_heads, length, _ = q.shape
     keys, values = tokens.keys, tokens.values
-    built = _build(_Shape.of(q, tokens, mask is not None, scale), tokens, backend)
+    built = _build(shape, tokens, backend)
     sizes, splits = _sizes(tokens.exact_counts, keys.tokens, batch * built.kv_heads * built.row_tiles)
     padded_rows = batch * built.kv_heads * built.row_tiles * built.rows
     mixed, sums = launch(
@@ -165,8 +165,8 @@ def _sizes(exact: tuple[int, int], packed: int, blocks: int) -> tuple[mx.array, 
     return sizes, splits
 
 
-class _Shape(NamedTuple):
-    """All that tells one pair of kernels from another."""
+class Shape(NamedTuple):
+    """All that tells the kernels of one call of `attend` from those of another."""
 
     query_heads: int
     kv_heads: int
@@ -177,7 +177,7 @@ class _Shape(NamedTuple):
     value_dim: int
     coded_key: int
     coded_value: int
-    readers: tuple[object, ...]
+    readers: tuple[tuple[int | str, ...], tuple[int | str, ...]]
     same_table: bool
     spread: tuple[bool, bool]
     masked: bool
@@ -185,7 +185,8 @@ class _Shape(NamedTuple):
     has_scales: tuple[bool, bool]
 
     @classmethod
-    def of(cls, q: mx.array, tokens: Tokens, masked: bool, scale: float) -> _Shape:
+    def of(cls, q: mx.array, tokens: Tokens, masked: bool, scale: float) -> Shape:
+        """That of a call with these."""
         keys, values = tokens.keys, tokens.values
         some = tokens.sinks or tokens.recent
         return cls(
@@ -219,10 +220,10 @@ class _Built:
     largest_value: int
 
 
-_BUILT: dict[tuple[_Shape, GpuBackend], _Built] = {}
+_BUILT: dict[tuple[Shape, GpuBackend], _Built] = {}
 
 
-def _build(shape: _Shape, tokens: Tokens, backend: GpuBackend) -> _Built:
+def _build(shape: Shape, tokens: Tokens, backend: GpuBackend) -> _Built:
     """The kernels for ``shape``; their text is long, so it is made once."""
     known = _BUILT.get((shape, backend))
     if known is not None:
@@ -244,7 +245,7 @@ def _build(shape: _Shape, tokens: Tokens, backend: GpuBackend) -> _Built:
     key = tokens.keys.fragment("k", "k", budget)
     value = tokens.values.fragment("v", "k" if shape.same_table else "v", budget)
     attend_kernel = Source(
-        name="_".join(["attend", *(str(part) for reader in shape.readers for part in reader), str(int(shape.same_table))]),  # type: ignore[attr-defined]
+        name="_".join(["attend", *map(str, (*shape.readers[0], *shape.readers[1], int(shape.same_table)))]),
         inputs=tuple(_inputs(None, None, tokens, None if not shape.masked else _no_signs(), None)),
         outputs=("mixed", "sums"),
         defines=(

@@ -1,18 +1,18 @@
 """Build a kernel's one body for the GPU at hand, and call it.
 
-A body is written in the subset that Metal and CUDA share, under Metal's names; ``source/cuda.h`` and ``source/metal.h``
-supply what differs. What is known when a kernel is built (widths, dimensions) comes as ``#define``, so that the compiler
-unrolls by it; a kernel is built once for each set of them.
+A body is written in the subset that Metal and CUDA share, under Metal's names; ``source/cuda.h`` and
+``source/metal.h`` supply what differs. What is known when a kernel is built (widths, dimensions) comes as ``#define``,
+so that the compiler unrolls by it; a kernel is built once for each set of them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Literal, cast
 
 import mlx.core as mx
 
@@ -79,9 +79,9 @@ def gpu() -> GpuBackend | None:
 
 
 @lru_cache(maxsize=512)
-def _built(source: Source, backend: GpuBackend) -> Any:
+def _built(source: Source, backend: GpuBackend) -> Callable[..., list[mx.array]]:
     make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
-    return make(
+    kernel = make(
         name=source.built_name,
         input_names=list(source.inputs),
         output_names=list(source.outputs),
@@ -89,6 +89,7 @@ def _built(source: Source, backend: GpuBackend) -> Any:
         header=source.header(f"{backend}.h"),
         ensure_row_contiguous=False,  # a cache's arrays are views of growing buffers: bodies go by their strides
     )
+    return cast(Callable[..., list[mx.array]], kernel)
 
 
 def launch(
@@ -102,8 +103,9 @@ def launch(
     dtypes: Sequence[mx.Dtype],
 ) -> list[mx.array]:
     """Run a kernel on ``groups`` threadgroups of ``threads`` threads; lazy, as any MLX operation."""
+    inputs = [arrays[name] for name in source.inputs]
     outputs: list[mx.array] = _built(source, backend)(
-        inputs=[_in_device_memory(arrays[name]) for name in source.inputs],
+        inputs=[_in_device_memory(array) for array in inputs] if backend == "metal" else inputs,
         template=[],
         grid=(groups[0] * threads, groups[1], groups[2]),
         threadgroup=(threads, 1, 1),
@@ -118,4 +120,6 @@ def _in_device_memory(array: mx.array) -> mx.array:
 
     It does so with fewer than 8 elements, and a body's pointers are to one space. A last axis of stride 0 adds some.
     """
-    return array if array.size >= _CONSTANT_BELOW else mx.broadcast_to(array[..., None], (*array.shape, _CONSTANT_BELOW))
+    return (
+        array if array.size >= _CONSTANT_BELOW else mx.broadcast_to(array[..., None], (*array.shape, _CONSTANT_BELOW))
+    )

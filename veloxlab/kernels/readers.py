@@ -1,13 +1,15 @@
 """How a kernel reads codes: layouts and tables that codecs hand over, so that no kernel knows an algorithm.
 
-A reader is one side (keys or values) of a layer's packed tokens. It gives vectors ``[B, H, S, dim]`` in the space of the
-codes. `Reader.expand` says in MLX ops what they are; ``source/readers.h`` says the same to a GPU.
+A reader is one side (keys or values) of a layer's packed tokens. It gives vectors ``[B, H, S, dim]`` in the space of
+the codes. `Reader.expand` says in MLX ops what they are; ``source/readers.h`` says the same to a GPU.
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import mlx.core as mx
 
@@ -20,6 +22,22 @@ class Spread:
     """A space of codes that `veloxlab.codecs.transforms.SignedHadamard` leads to, which kernels know how to enter."""
 
     signs: mx.array  # [dim], float32
+
+    def enter(self, x: mx.array) -> mx.array:
+        """Bring vectors ``[..., dim]`` there, by MLX ops."""
+        return self._transform(x * self.signs)
+
+    def leave(self, y: mx.array) -> mx.array:
+        """Undo `enter`."""
+        return self._transform(y) * self.signs
+
+    def _transform(self, x: mx.array) -> mx.array:
+        dim = x.shape[-1]
+        size = dim & -dim
+        blocks = mx.hadamard_transform(x.reshape(*x.shape[:-1], dim // size, size))
+        turn = 2 * math.pi / (dim // size) * mx.arange(dim // size)[:, None] * mx.arange(dim // size)
+        hartley = (mx.cos(turn) + mx.sin(turn)) / math.sqrt(dim // size)
+        return (hartley @ blocks).reshape(x.shape)
 
 
 @dataclass(frozen=True)
@@ -81,6 +99,15 @@ class Reader(ABC):
     def levels(self) -> mx.array:
         """Vectors before scaling ``[B, H, S, dim]``, float32, by MLX ops."""
 
+    def made_up(self, tokens: int, seed: int) -> Self:
+        """The same tables with random codes and scales of one batch entry's ``tokens``, to try a kernel on."""
+        heads, words = self.rows.shape[1], self.rows.shape[3]
+        codes, scales = mx.random.split(mx.random.key(seed))
+        rows: mx.array = mx.random.randint(0, 1 << 16, (2, 1, heads, tokens, words), key=codes).astype(mx.uint32)
+        rows = rows[0] << 16 | rows[1]
+        root = mx.random.uniform(0.5, 1.5, (1, heads, tokens, 1), key=scales).astype(mx.float16)
+        return replace(self, rows=rows, root_scale=None if self.root_scale is None else root)
+
     def expand(self) -> mx.array:
         """Vectors ``[B, H, S, dim]``, float32: the twin of what a kernel reads."""
         levels = self.levels()
@@ -91,8 +118,8 @@ class Reader(ABC):
 class TableReader(Reader):
     """Codes of ``bits`` bits, LSB first and without gaps, each of which stands for a row of ``table``.
 
-    ``table`` is ``[2**bits, n]`` float32, with n 1 or even: the levels of n neighbouring coordinates. Narrow scalar codes
-    are read two at a time; the codes of a vector quantizer are of the same kind.
+    ``table`` is ``[2**bits, n]`` float32, with n 1 or even: the levels of n neighbouring coordinates. Narrow scalar
+    codes are read two at a time; the codes of a vector quantizer are of the same kind.
     """
 
     bits: int
@@ -105,27 +132,39 @@ class TableReader(Reader):
 
     @property
     def table_identity(self) -> object | None:
+        """The table itself."""
         return self.table
 
     @property
     def key(self) -> tuple[int | str, ...]:
+        """See `Reader.key`."""
         return "table", self.bits, self.width, self.rows.shape[3]
 
     def shares(self, count: int) -> bool:
+        """See `Reader.shares`: no code may be cut."""
         return self.dim % count == 0 and self.dim // count % max(2, self.width) == 0
 
     def arrays(self, prefix: str) -> dict[str, mx.array]:
+        """See `Reader.arrays`."""
         return {f"{prefix}_rows": self.rows, **_scale_arrays(prefix, self), f"{prefix}_table": self.table}
 
     def fragment(self, prefix: str, home: str, budget: int) -> Fragment:
+        """See `Reader.fragment`."""
         entries, width = self.table.shape
         reader = f"TableReader<{self.bits}, {width}, {self.rows.shape[3]}, "
         if width > 1 and self.table.size > _MOST_ENTRIES:
             return Fragment("", _reader(prefix, f"{reader}GlobalTable<{width}>>", self, f"{{{home}_table}}"))
         words = max(1, width // 2)  # of an entry: a number, or pairs
         copies = self._copies(entries, words, budget)
-        kind, element = (f"SingleTable<{copies}>", "float") if width == 1 else (f"SharedTable<{width}, {copies}>", "pair_t")
-        made = _reader(prefix, f"{reader}{kind}>", self, f"{{{home}_entries, opaque(lane % {copies} * {words} * uint(sizeof({element})))}}")
+        kind, element = (
+            (f"SingleTable<{copies}>", "float") if width == 1 else (f"SharedTable<{width}, {copies}>", "pair_t")
+        )
+        made = _reader(
+            prefix,
+            f"{reader}{kind}>",
+            self,
+            f"{{{home}_entries, opaque(lane % {copies} * {words} * uint(sizeof({element})))}}",
+        )
         if home != prefix:
             return Fragment("", made)
         entry = (
@@ -152,6 +191,7 @@ class TableReader(Reader):
         return copies
 
     def levels(self) -> mx.array:
+        """See `Reader.levels`."""
         count = self.dim // self.width
         first = mx.arange(count, dtype=mx.uint32) * self.bits
         word, shift = first // 32, (first % 32).astype(mx.uint64)

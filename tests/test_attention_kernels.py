@@ -1,0 +1,144 @@
+"""Attention over a history through GPU kernels, run on the CPU: from codecs to the answer that graph ops give."""
+
+import math
+import shutil
+
+import mlx.core as mx
+import pytest
+
+from tests.metal_on_host import launch as host
+from veloxlab import attention
+from veloxlab.attention import History, Segment
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.none import Exact
+from veloxlab.codecs.turboquant import TurboQuant
+from veloxlab.kernels import attend, checked
+from veloxlab.kernels import launch as launching
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("g++") and shutil.which("clang-16")), reason="kernels run here through g++ and clang-16"
+)
+
+# The harness multiplies in float32 but keeps weights in half precision, as the kernel does: 2⁻¹¹ of each, which over
+# hundreds of tokens averages out to less
+TOLERANCE = 5e-4
+DIM = 64
+
+
+@pytest.fixture(autouse=True)
+def kernels_on_the_host(monkeypatch):
+    monkeypatch.setattr(attention, "gpu", lambda: "metal")
+    monkeypatch.setattr(launching, "_built", host.built)
+    monkeypatch.setattr(checked, "_states", {})
+    monkeypatch.setattr(attend, "_BUILT", {})
+
+
+def normal(*shape, seed=0, dtype=mx.float32):
+    return mx.random.normal(shape, key=mx.random.key(seed)).astype(dtype)
+
+
+def history(key_codec, value_codec, *, packed=150, sinks=4, recent=20, heads=2, dtype=mx.float32) -> History:
+    def segment(codecs, tokens, seed):
+        keys = normal(1, heads, tokens, codecs[0].head_dim, seed=seed, dtype=dtype)
+        values = normal(1, heads, tokens, codecs[1].head_dim, seed=seed + 1, dtype=dtype)
+        return Segment(codecs[0], codecs[0].encode(keys), codecs[1], codecs[1].encode(values))
+
+    exact = Exact(key_codec.head_dim), Exact(value_codec.head_dim)
+    segments = [segment((key_codec, value_codec), packed, 20)]
+    if sinks:
+        segments.insert(0, segment(exact, sinks, 10))
+    if recent:
+        segments.append(segment(exact, recent, 30))
+    return History(tuple(segments))
+
+
+def relative(x, wanted):
+    return float((mx.linalg.norm(x.astype(mx.float32) - wanted) / mx.linalg.norm(wanted)).item())
+
+
+def both(h: History, q, mask=None):
+    """What the kernel gives, and what graph ops give."""
+    in_kernel = h._attend_in_kernel(q, 1 / math.sqrt(q.shape[-1]), mask)
+    return in_kernel, h._attend_codes(q.astype(mx.float32), 1 / math.sqrt(q.shape[-1]), mask)
+
+
+@pytest.mark.parametrize(
+    ("method", "bits"),
+    [("turboquant", 2), ("turboquant", 3), ("turboquant", 6), ("ratequant", 4), ("rabitq", 1), ("rabitq", 4)],
+)
+def test_a_kernel_reads_what_a_codec_wrote(method, bits):
+    h = history(METHODS[method].codec(DIM, bits, "keys"), METHODS[method].codec(DIM, bits, "values"))
+    in_kernel, in_graph = both(h, normal(1, 4, 1, DIM))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+def test_keys_and_values_may_differ_in_codec_and_dimension():
+    keys, values = METHODS["qjl"].codec(DIM, 2, "keys"), TurboQuant(128, 4, "mse")
+    in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+def test_codebooks_of_vectors():
+    sample = Sample(normal(1, 2, 2048, DIM, seed=7))
+    keys, values = (METHODS["vecinfer"].codec(DIM, 2, role).fit(sample) for role in ("keys", "values"))
+    in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+@pytest.mark.parametrize("mask", ["causal", "window"])
+def test_several_queries_with_a_mask(mask):
+    h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"))
+    q = normal(1, 6, 3, DIM)
+    of_window = attention.causal_mask(3, h.tokens, window_size=40)
+    in_kernel, in_graph = both(h, q, mask if mask == "causal" else of_window)
+    assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+@pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (4, 0), (0, 20)])
+def test_exact_tokens_may_be_missing(sinks, recent):
+    h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"), sinks=sinks, recent=recent)
+    in_kernel, in_graph = both(h, normal(1, 2, 1, DIM))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+def test_half_precision_comes_out_as_it_went_in():
+    h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"), dtype=mx.float16)
+    in_kernel, in_graph = both(h, normal(1, 4, 1, DIM, dtype=mx.float16))
+    assert in_kernel.dtype == mx.float16
+    assert relative(in_kernel, in_graph) < 2e-3  # the answer is rounded to half precision, 2⁻¹¹ of each number
+
+
+def test_a_codec_that_no_kernel_reads_is_left_to_graph_ops():
+    h = history(METHODS["polarquant"].codec(DIM, 4, "keys"), METHODS["polarquant"].codec(DIM, 4, "values"))
+    assert h._attend_in_kernel(normal(1, 4, 1, DIM), 1.0, None) is None
+
+
+def test_a_kernel_that_disagrees_with_its_twin_is_switched_off_with_one_warning(monkeypatch):
+    h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"))
+    right = checked.attend
+    monkeypatch.setattr(checked, "attend", lambda *given: (right(*given)[0] * 1.01, None))
+    q = normal(1, 4, 1, DIM)
+    with pytest.warns(UserWarning, match="is switched off on this metal device: it differs from its twin by 0.01"):
+        wrong = h.attend(q, 0.125, None)
+    assert mx.array_equal(wrong, h.attend(q, 0.125, None))  # no second warning, which would be an error
+    assert mx.array_equal(wrong, h._attend_codes(q, 0.125, None))
+    assert checked.states() == {"it differs from its twin by 0.01": 1}
+
+
+def test_a_kernel_that_does_not_compile_is_switched_off_with_one_warning(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("program_source:12:3: error: use of undeclared identifier")
+
+    monkeypatch.setattr(checked, "attend", refuse)
+    h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"))
+    with pytest.warns(UserWarning, match="it does not run .program_source:12:3: error: use of undeclared identifier"):
+        h.attend(normal(1, 4, 1, DIM), 0.125, None)
+
+
+def test_the_switch_forbids_kernels(monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(launching.runtime, "backend", lambda: "cuda")
+    assert launching.gpu() == "cuda"
+    monkeypatch.setenv("VELOXLAB_KERNELS", "0")
+    assert launching.gpu() is None

@@ -1,0 +1,57 @@
+"""Kernels against their twins on a real GPU: ``pytest -m gpu``."""
+
+import math
+
+import mlx.core as mx
+import pytest
+
+from tests.test_attention_kernels import both, history, normal, relative
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.turboquant import TurboQuant
+from veloxlab.kernels import checked
+from veloxlab.kernels.launch import gpu
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(gpu() is None, reason="MLX computes on a CPU here, and kernels run on GPUs only"),
+]
+
+# levels, queries and weights are of half precision in the matrix unit; twins multiply in TF32 on NVIDIA: 11 bits, too
+TOLERANCE = 3e-3
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_every_width(bits):
+    h = history(TurboQuant(128, bits), TurboQuant(128, bits, "mse"), packed=5000, heads=8)
+    assert relative(*both(h, normal(1, 32, 1, 128))) < TOLERANCE
+
+
+@pytest.mark.parametrize("dim", [64, 80, 96, 112, 192, 256])
+def test_every_head_dimension(dim):
+    h = history(TurboQuant(dim, 4), TurboQuant(dim, 4, "mse"), packed=777)
+    assert relative(*both(h, normal(1, 14, 1, dim))) < TOLERANCE
+
+
+def test_masks_several_queries_and_half_precision():
+    h = history(TurboQuant(128, 3), TurboQuant(128, 2, "mse"), packed=1001, dtype=mx.float16)
+    assert relative(*both(h, normal(1, 6, 5, 128, dtype=mx.float16), "causal")) < TOLERANCE
+
+
+def test_grids_signs_and_codebooks():
+    sample = Sample(normal(1, 2, 2048, 128, seed=7))
+    vecinfer = [METHODS["vecinfer"].codec(128, 2, role).fit(sample) for role in ("keys", "values")]
+    rabitq = [METHODS["rabitq"].codec(128, bits, role) for bits, role in ((1, "keys"), (4, "values"))]
+    signs = METHODS["qjl"].codec(128, 2, "keys")
+    for keys, values in (vecinfer, rabitq, (signs, rabitq[1])):
+        assert relative(*both(history(keys, values, packed=900), normal(1, 8, 1, 128))) < TOLERANCE
+
+
+def test_a_long_context_in_many_splits():
+    h = history(TurboQuant(128, 4), TurboQuant(128, 4, "mse"), packed=65_000, heads=8)
+    in_kernel, in_graph = both(h, normal(1, 32, 1, 128) * math.sqrt(20))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+def test_nothing_was_switched_off():
+    assert set(checked.states()) <= {"agrees"}

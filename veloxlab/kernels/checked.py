@@ -1,0 +1,129 @@
+"""Attention by kernels that have shown, on this device, that they agree with their twin.
+
+Before a kernel is first used it runs on a few hundred made-up tokens beside `attend_twin`. One that disagrees, or that
+the compiler refuses, is switched off with one warning, and graph ops do its work.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
+from veloxlab.kernels.attend import Exact, Shape, Tokens, attend, attend_twin, can_attend
+from veloxlab.kernels.launch import GpuBackend, gpu
+from veloxlab.kernels.readers import Spread, TableReader
+
+_TOKENS = (3, 333, 70)  # sinks, packed and recent ones: no multiples of anything
+# half precision in levels, queries and weights: 4e-4 seen on an H100, for every width; a wrong table entry gives 1e-2
+_TOLERANCE = 3e-3
+
+_states: dict[object, str] = {}  # of each kernel: empty where it agrees, else what is wrong
+
+
+def checked_attend(
+    q: mx.array,
+    q_coded: mx.array | None,
+    tokens: Tokens,
+    mask: mx.array | None,
+    scale: float,
+    backend: GpuBackend,
+) -> tuple[mx.array, mx.array | None] | None:
+    """`attend`, or None where the kernel for this case cannot be had or does not agree with its twin."""
+    shape = Shape.of(q, tokens, mask is not None, scale)
+    which = shape, backend
+    if which not in _states:
+        if not can_attend(tokens, backend):
+            return None
+        _states[which] = _disagreement(q, q_coded is not None, tokens, mask is not None, scale, backend)
+        if _states[which]:
+            warnings.warn(
+                f"The kernel attend ({tokens.keys.key[0]} keys, {tokens.values.key[0]} values) is switched off on this "
+                f"{backend} device: {_states[which]}. MLX graph ops do its work, slower.",
+                stacklevel=2,
+            )
+    return None if _states[which] else attend(q, q_coded, tokens, mask, shape, backend)
+
+
+def states() -> dict[str, int]:
+    """How many kernels have been tried on this device, by outcome: ``"agrees"``, or what is wrong."""
+    counts: dict[str, int] = {}
+    for state in _states.values():
+        counts[state or "agrees"] = counts.get(state or "agrees", 0) + 1
+    return counts
+
+
+def try_usual() -> None:
+    """Try the kernels of 2-, 3-, 4- and 8-bit scalar codes at head dimensions 64 and 128, with four queries a KV head."""
+    backend = gpu()
+    for dim in (64, 128):
+        for bits in (2, 3, 4, 8):
+            together = 2 if bits <= 4 else 1
+            table = mx.random.normal((1 << (bits * together), together), key=mx.random.key(bits))
+            empty = mx.zeros((1, 2, 8, -(-dim * bits // 32)), mx.uint32)
+            scales = mx.ones((1, 2, 8, 1), mx.float16)
+            side = TableReader(dim, empty, scales, Spread(mx.ones((dim,))), bits * together, table)
+            if backend is not None:
+                q = mx.zeros((1, 8, 1, dim), mx.float16)
+                checked_attend(q, None, Tokens(side, side, None, None, dim, dim), None, dim**-0.5, backend)
+
+
+def _disagreement(
+    q: mx.array, coded_queries: bool, tokens: Tokens, masked: bool, scale: float, backend: GpuBackend
+) -> str:
+    """What is wrong with the kernel for this case, in words, or nothing."""
+    key = mx.random.key(0)
+    batch, query_heads, length = 1, q.shape[1], q.shape[2]
+    kv_heads, (sinks, packed, recent) = tokens.keys.rows.shape[1], _TOKENS
+    rows = query_heads // kv_heads * length
+
+    def normal(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:
+        nonlocal key
+        key, own = mx.random.split(key)
+        return mx.random.normal(shape, key=own).astype(dtype)
+
+    def exact(run: Exact | None, count: int) -> Exact | None:
+        if run is None:
+            return None
+        keys, values = (
+            normal(batch, kv_heads, count, dim, dtype=run.keys.dtype) for dim in (tokens.key_dim, tokens.value_dim)
+        )
+        return Exact(keys, values)
+
+    made_up = replace(
+        tokens,
+        keys=tokens.keys.made_up(packed, 1),
+        values=tokens.values.made_up(packed, 2),
+        sinks=exact(tokens.sinks, sinks),
+        recent=exact(tokens.recent, recent),
+    )
+    query = normal(batch, query_heads, length, tokens.key_dim, dtype=q.dtype)
+    total = packed + sum(made_up.exact_counts)
+    mask = mx.where(normal(batch, query_heads, length, total) < 1, 0.0, -1e9) if masked else None
+    # as large as queries that were brought there from unit ones; the space itself is the codec's business
+    queries_in_codes = normal(batch, kv_heads, rows, tokens.keys.dim)
+    space = tokens.keys.space
+    try:
+        if space is not None:
+            grouped = query.astype(mx.float32).reshape(batch, kv_heads, rows, tokens.key_dim)
+            queries_in_codes = space.enter(grouped)
+        shape = Shape.of(query, made_up, masked, scale)
+        out, coded = attend(query, queries_in_codes if coded_queries else None, made_up, mask, shape, backend)
+        plain, wanted_coded = attend_twin(query, queries_in_codes, made_up, mask, scale)
+        if made_up.values.space is not None:
+            plain = plain + made_up.values.space.leave(wanted_coded)
+        errors = [_relative(out.reshape(plain.shape), plain)]
+        if coded is not None:
+            errors.append(_relative(coded, wanted_coded))
+    except (RuntimeError, ValueError) as error:  # the compiler's, or the driver's
+        return f"it does not run ({str(error).strip().splitlines()[-1][:200]})"
+    worst = max(errors)
+    return "" if worst <= _TOLERANCE else f"it differs from its twin by {worst:.1g}"  # NaN differs too
+
+
+def _relative(x: mx.array, wanted: mx.array) -> float:
+    size = mx.maximum(mx.linalg.norm(wanted), 1e-9)
+    error = mx.linalg.norm(x.astype(mx.float32) - wanted) / size
+    return float(np.asarray(mx.where(mx.isnan(error), mx.inf, error)))
