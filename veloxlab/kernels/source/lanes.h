@@ -1,0 +1,38 @@
+// Vectors of DIM = m · 2^k numbers (m odd) in the registers of a simdgroup, and the transform of spread.h in that layout,
+// without threadgroup memory or barriers.
+
+// A vector has `count` neighbouring lanes; lane l of them holds coordinates l, l + count, l + 2 · count …, `each` in all.
+template <int DIM>
+struct Lanes {
+  enum { count = (DIM & -DIM) < 32 ? (DIM & -DIM) : 32, each = DIM / count };
+};
+
+// As `spread`. Every lane of the simdgroup calls it, with its place in its vector's lanes. `row` is row 1 of the Hartley
+// matrix of the m blocks, by 1/√DIM; the other rows have the same entries in other orders.
+template <int DIM>
+FUNCTION void spread_lanes(
+    thread float (&x)[Lanes<DIM>::each], thread const float (&row)[Blocks<DIM>::count], uint lane) {
+  constexpr int lanes = Lanes<DIM>::count, each = Lanes<DIM>::each;
+  constexpr int size = Blocks<DIM>::size, count = Blocks<DIM>::count, of_block = size / lanes;
+  UNROLL for (int step = 1; step < lanes; step *= 2) {
+    const float sign = (lane & step) == 0 ? 1.0f : -1.0f;
+    UNROLL for (int i = 0; i < each; i++) x[i] = simd_shuffle_xor(x[i], uint(step)) + sign * x[i];
+  }
+  UNROLL for (int step = 1; step < of_block; step *= 2) {
+    UNROLL for (int i = 0; i < each; i++) {
+      if ((i & step) == 0) {
+        const float a = x[i], b = x[i + step];
+        x[i] = a + b, x[i + step] = a - b;
+      }
+    }
+  }
+  UNROLL for (int i = 0; i < of_block; i++) {
+    float block[count];
+    UNROLL for (int b = 0; b < count; b++) block[b] = x[b * of_block + i];
+    UNROLL for (int b = 0; b < count; b++) {
+      float mixed = 0.0f;
+      UNROLL for (int c = 0; c < count; c++) mixed += block[c] * row[b * c % count];
+      x[b * of_block + i] = mixed;
+    }
+  }
+}
