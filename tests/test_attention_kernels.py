@@ -9,7 +9,7 @@ import pytest
 from tests.metal_on_host import launch as host
 from veloxlab import attention
 from veloxlab.attention import History, Segment
-from veloxlab.codecs import METHODS
+from veloxlab.codecs import METHODS, turboquant, vector_codebooks
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.none import Exact
 from veloxlab.codecs.turboquant import TurboQuant
@@ -142,3 +142,43 @@ def test_the_switch_forbids_kernels(monkeypatch):
     assert launching.gpu() == "cuda"
     monkeypatch.setenv("VELOXLAB_KERNELS", "0")
     assert launching.gpu() is None
+
+
+def test_a_codebook_is_searched_by_a_kernel_that_finds_what_its_twin_does(monkeypatch):
+    monkeypatch.setattr(vector_codebooks, "gpu", lambda: "metal")
+    codec = METHODS["vecinfer"].codec(DIM, 2, "keys").fit(Sample(normal(1, 2, 2048, DIM, seed=7)))
+    x = normal(1, 2, 33, DIM, seed=8)
+    in_kernel = codec.encode(x).arrays["indices"]
+    monkeypatch.setattr(vector_codebooks, "gpu", lambda: None)
+    assert mx.array_equal(in_kernel, codec.encode(x).arrays["indices"])
+    assert checked.states() == {"agrees": 1}
+
+
+def test_a_codebook_search_that_errs_is_switched_off(monkeypatch):
+    monkeypatch.setattr(vector_codebooks, "gpu", lambda: "metal")
+    monkeypatch.setattr(checked, "assign", lambda points, centroids, bits, backend: mx.zeros((67, 1), mx.uint32))
+    codec = METHODS["vecinfer"].codec(DIM, 2, "keys").fit(Sample(normal(1, 2, 2048, DIM, seed=7)))
+    with pytest.warns(UserWarning, match="The kernel assign is switched off .* other indices than its twin"):
+        codec.encode(normal(1, 2, 33, DIM, seed=8))
+
+
+@pytest.mark.parametrize("scale", ["unbiased", "mse", "norm"])
+def test_vectors_are_encoded_by_a_kernel_as_by_its_twin(monkeypatch, scale):
+    monkeypatch.setattr(turboquant, "gpu", lambda: "metal")
+    codec, x = TurboQuant(80, 3, scale), normal(1, 2, 33, 80, seed=8, dtype=mx.float16)
+    in_kernel = codec.decode(codec.encode(x))
+    monkeypatch.setattr(turboquant, "gpu", lambda: None)
+    assert checked.states() == {"agrees": 1}
+    # a coordinate that lies on a boundary to float rounding may be coded either way
+    assert relative(in_kernel, codec.decode(codec.encode(x))) < 1e-2
+
+
+def test_an_encoder_that_errs_is_switched_off(monkeypatch):
+    monkeypatch.setattr(turboquant, "gpu", lambda: "metal")
+    right = checked.encode
+    monkeypatch.setattr(checked, "encode", lambda *given: (right(*given)[0] + 1, right(*given)[1]))
+    codec, x = TurboQuant(DIM, 3), normal(1, 2, 33, DIM, seed=8)
+    with pytest.warns(UserWarning, match="The kernel encode is switched off .* it writes other codes"):
+        code = codec.encode(x)
+    monkeypatch.setattr(turboquant, "gpu", lambda: None)
+    assert mx.array_equal(code.arrays["codes"], codec.encode(x).arrays["codes"])

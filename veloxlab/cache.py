@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from veloxlab.attention import History, Segment, mask_for
 from veloxlab.codecs import Code, Codec
+from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
 
@@ -24,7 +25,10 @@ DEFAULT_CHUNK: Chunk = "exact"
 BLOCK = 32  # tokens that leave the window together: encoding one at a time would cost a launch per token
 _SLACK_SHARE = 64  # a buffer that has to grow takes 1/64 more than it needs, so that growth costs O(1) a token
 _TOKENS = 2
-_LARGEST = 2e9  # the largest magnitude whose scale a codec can store (`codec.store_scale`)
+# The largest magnitude that is stored; no root-mean-square is larger. An unbiased scale is that, times what the codes
+# lose: 2.5 for one bit of a random direction, and never more than 4 where it is clipped. It is kept as the float16 of
+# its root (`codec.store_scale`), and 4·1e9 < 65504².
+_LARGEST = 1e9
 
 
 class Run:
@@ -103,7 +107,8 @@ class CompressedKVCache:
 
     Parameters
     ----------
-    key_codec, value_codec : how packed tokens are stored. Their head dimensions may differ.
+    key_codec, value_codec : how packed tokens are stored. Their head dimensions may differ. A codec that says it is
+        ``online`` is fitted to the first tokens that are packed, and stays so, even if all of them are trimmed.
     sinks : tokens at the start of the text kept exact.
     window : newest tokens kept exact; up to `BLOCK` more wait to be encoded together.
     chunk : whether the tokens of one call attend to one another ``"exact"``, or through their ``"codes"`` as later
@@ -277,6 +282,8 @@ class CompressedKVCache:
             self.recent.drop_oldest(from_recent)
         if to_packed:
             start = self.packed.start + self.packed.tokens
+            self.key_codec = _fitted(self.key_codec, leaving_keys)
+            self.value_codec = _fitted(self.value_codec, leaving_values)
             self.packed.append(
                 self.key_codec.encode(leaving_keys, start), self.value_codec.encode(leaving_values, start)
             )
@@ -302,3 +309,8 @@ class CompressedKVCache:
                 f"±{_LARGEST:.0e} and were not stored. The model overflowed, most likely in float16: load it in "
                 "bfloat16 or float32 and start with a new cache."
             )
+
+
+def _fitted(codec: Codec, x: mx.array) -> Codec:
+    """The codec, or one fitted to ``x`` ``[B, H, S, D]``, the first tokens that it is to pack, if it is ``online``."""
+    return codec.fit(Sample(x.astype(mx.float32))) if getattr(codec, "online", False) else codec

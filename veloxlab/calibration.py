@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
 import mlx.core as mx
-import numpy as np
 import platformdirs
 import polars as pl
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
 
 from veloxlab import integrate
 from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.saving import from_parts, to_parts
 from veloxlab.errors import InputError
-from veloxlab.files import write_atomically
-from veloxlab.measure.activations import capture_layers, encode
+from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.texts import excerpt
 
-FORMAT = "veloxlab calibration 1"
+FORMAT = "veloxlab calibration 2"
 USUAL_TOKENS = 1024
 LEAST_TOKENS, LEAST_DISTINCT = 64, 16
+_USUAL = f"give natural text of at least {LEAST_TOKENS} tokens; {USUAL_TOKENS:,} are usual"
 ROLES: tuple[Role, Role] = ("keys", "values")
 Place = tuple[int, Role, int]  # layer, role, bits
 
@@ -44,7 +43,8 @@ class Calibration:
     Attributes
     ----------
     method : id of the algorithm.
-    facts : what it depends on: hashes of the model, the text and the algorithm's file, tokens, seed, widths, options.
+    facts : what it depends on: our version, hashes of the codecs' files, of the model and of the text; tokens, seed,
+        widths, options.
     codecs : the fitted codecs, by layer, role and bits.
     """
 
@@ -68,6 +68,16 @@ class Calibration:
                 f"Make one with vl.calibrate(model, tokenizer, {method!r}, bits={bits})."
             )
         return found
+
+    def check_model(self, model: Module) -> None:
+        """Raise `InputError` unless this was fitted to ``model``."""
+        found = integrate.fingerprint(model)
+        if found != self.facts["model"]:
+            raise InputError(
+                f"This calibration for {self.method!r} was made with the model {self.facts['model']} and not with this "
+                f"one, whose hash of weights and rotary embeddings is {found}: make one for it with "
+                f"vl.calibrate(model, tokenizer, {self.method!r}, bits={self.widths})."
+            )
 
     @property
     def widths(self) -> list[int]:
@@ -93,13 +103,13 @@ class Calibration:
             name = f"{layer}.{role}.{bits}"
             entries.append({"layer": layer, "role": role, "bits": bits, "head_dim": codec.head_dim, "fields": plain})
             arrays |= {f"{name}/{key}": array for key, array in own.items()}
+        content = {"format": FORMAT, "method": self.method, "facts": dict(self.facts), "codecs": entries}
         with tempfile.TemporaryDirectory(dir=tensors.parent) as folder:
-            whole = Path(folder) / "arrays.safetensors"
+            whole, said = Path(folder) / "arrays.safetensors", Path(folder) / "record.json"
             mx.save_safetensors(str(whole), arrays or {"none": mx.zeros(1)})
-            digest = _digest(whole.read_bytes())
-            whole.replace(tensors)
-        content = {"format": FORMAT, "method": self.method, "facts": dict(self.facts), "sha256": digest}
-        write_atomically(record, json.dumps({**content, "codecs": entries}, indent=1).encode())
+            said.write_text(json.dumps({**content, "sha256": _seal(content, whole.read_bytes())}, indent=1))
+            whole.replace(tensors)  # both are there, or neither: and if only one can be moved, the seal tells
+            said.replace(record)
         return record
 
     @classmethod
@@ -108,20 +118,26 @@ class Calibration:
         tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
         try:
             content = json.loads(record.read_bytes())
-            if content["format"] != FORMAT:
-                raise ValueError(f"its format is {content['format']!r} and not {FORMAT!r}")
-            if _digest(tensors.read_bytes()) != content["sha256"]:
-                raise ValueError(f"{tensors.name} is not what was written")
+            if content.get("format") != FORMAT:
+                raise ValueError(f"its format is {content.get('format')!r} and not {FORMAT!r}")
+            if _seal(content, tensors.read_bytes()) != content.get("sha256"):
+                raise ValueError(f"it or {tensors.name} is not what was written")
+            facts = content["facts"]
+            if (facts["version"], facts["code"]) != (version("veloxlab"), _code()):
+                raise ValueError(
+                    f"it was written by veloxlab {facts['version']} with codecs {facts['code']}, and this is "
+                    f"{version('veloxlab')} with codecs {_code()}"
+                )
             arrays: dict[str, mx.array] = mx.load(str(tensors))  # type: ignore[assignment]
             mx.eval(arrays)
             method = find_method(content["method"])
-            codecs = {_place(entry): _codec(entry, method.id, content["facts"], arrays) for entry in content["codecs"]}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            codecs = {_place(entry): _codec(entry, method.id, facts, arrays) for entry in content["codecs"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
             raise InputError(
                 f"The calibration {record} cannot be read ({reason}): make it again with vl.calibrate."
             ) from error
-        return cls(method.id, content["facts"], codecs)
+        return cls(method.id, facts, codecs)
 
 
 def calibrate(
@@ -142,13 +158,15 @@ def calibrate(
     The result is saved and found again by everything it depends on: the model's weights, the method and its options,
     the text, tokens, bits and seed. One layer's activations are held at a time.
 
+    TIMES
+
     Parameters
     ----------
     model, tokenizer : as `veloxlab.load` gives them.
     method : a method's id.
     text : what the model reads; the shipped WikiText-2 validation excerpt by default.
     bits : the width, or all widths, to fit keys and values for.
-    tokens : how much of the text.
+    tokens : how much of the text, 64 or more.
     seed : of everything random.
     folder : where to keep it; the user's cache folder by default.
     progress : told of each layer; what it raises ends the work and nothing is saved.
@@ -156,23 +174,27 @@ def calibrate(
 
     Raises
     ------
-    InputError : unknown method or option, bits out of range, or a text that is too short or too uniform.
+    InputError : unknown method or option, bits out of range, a text that is too short or too uniform, or activations
+        that are not finite.
     """
     found, widths = find_method(method), sorted({bits} if isinstance(bits, int) else set(bits))
     for width in widths:
         for role in ROLES:
             found.check(width, role, options)
-    ids = encode(tokenizer, excerpt("validation") if text is None else text, tokens)
+    plain = _plain(options)
+    if tokens < LEAST_TOKENS:
+        raise InputError(f"Calibration with tokens={tokens} is too little to fit anything to: {_USUAL}.")
+    ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     _check_text(ids)
     facts = {
         "version": version("veloxlab"),
-        "code": _digest(Path(inspect.getfile(found.build)).read_bytes())[:16],
-        "model": fingerprint(model),
+        "code": _code(),
+        "model": integrate.fingerprint(model),
         "text": _digest(json.dumps(ids).encode()),
         "tokens": len(ids),
         "seed": seed,
         "bits": widths,
-        "options": json.loads(json.dumps(options)),
+        "options": plain,
     }
     where = Path(folder) if folder else platformdirs.user_cache_path("veloxlab") / "calibrations"
     where.mkdir(parents=True, exist_ok=True)
@@ -190,6 +212,7 @@ def calibrate(
     layers = sum(f.compressible for f in integrate.probe(model))
     for done, seen in enumerate(capture_layers(model, ids)):
         progress(done, layers, f"fitting layer {seen.layer}")
+        _check_finite(seen)
         rope = integrate.rope_of(model, seen.layer)
         for role, x in zip(ROLES, (seen.keys, seen.values), strict=True):
             queries = None if seen.queries is None else seen.queries.astype(mx.float32)
@@ -203,27 +226,51 @@ def calibrate(
     return calibration
 
 
-def fingerprint(model: Module) -> str:
-    """Sixteen hex digits over the names, shapes and some numbers of a model's parameters."""
-    digest = hashlib.sha256()
-    parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-    for name, array in parameters:
-        flat = array.reshape(-1)
-        some = flat[:: max(1, flat.size // 64)].astype(mx.float32)
-        digest.update(f"{name} {array.shape} {array.dtype}".encode())
-        digest.update(np.array(some).tobytes())
-    return digest.hexdigest()[:16]
+def _plain(options: Mapping[str, object]) -> dict[str, object]:
+    """``options`` as they come back from a file."""
+    try:
+        return dict(json.loads(json.dumps(options)))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"The options {dict(options)} cannot be written to a calibration's file ({error}): give plain numbers and "
+            "words, or lists and mappings of them."
+        ) from None
 
 
 def _check_text(ids: Sequence[int]) -> None:
-    usual = f"give natural text of at least {LEAST_TOKENS} tokens; {USUAL_TOKENS:,} are usual"
     if len(ids) < LEAST_TOKENS:
-        raise InputError(f"The calibration text has {len(ids)} tokens, too few to fit anything to: {usual}.")
+        count = f"{len(ids)} token{'s' * (len(ids) != 1)}"
+        raise InputError(f"The calibration text has {count}, too few to fit anything to: {_USUAL}.")
     if len(set(ids)) < LEAST_DISTINCT:
         raise InputError(
             f"The calibration text has {len(set(ids))} different tokens among {len(ids)}, and at least "
-            f"{LEAST_DISTINCT} are needed: {usual}."
+            f"{LEAST_DISTINCT} are needed: {_USUAL}."
         )
+
+
+def _check_finite(seen: LayerCapture) -> None:
+    for name, x in (("queries", seen.queries), ("keys", seen.keys), ("values", seen.values)):
+        if x is not None and not mx.isfinite(x).all().item():
+            raise InputError(
+                f"The {name} of layer {seen.layer} hold numbers that are NaN or infinite, to which nothing can be "
+                "fitted: load the model with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
+            )
+
+
+@cache
+def _code() -> str:
+    """Sixteen hex digits over the files of all codecs: what is fitted, and what it means, depends on several."""
+    sources = [file for file in files("veloxlab.codecs").iterdir() if file.name.endswith(".py")]
+    digest = hashlib.sha256()
+    for name, content in sorted((file.name, file.read_bytes()) for file in sources):
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
+
+
+def _seal(content: Mapping[str, Any], tensors: bytes) -> str:
+    """Hash of all that a calibration's two files say, but for the hash itself."""
+    said = {name: part for name, part in content.items() if name != "sha256"}
+    return _digest(json.dumps(said, sort_keys=True).encode() + tensors)
 
 
 def _digest(content: bytes) -> str:

@@ -8,6 +8,7 @@ out by a dry run of one token that builds the graph and computes nothing.
 
 from __future__ import annotations
 
+import hashlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any, Literal, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models import base
@@ -29,6 +31,7 @@ from veloxlab.errors import InputError
 
 DEFAULT_BITS = 4
 ROPE_NAMES = ("rope", "rotary_emb")
+_FINGERPRINTED = 64  # numbers of an array that a fingerprint reads: so many or up to twice that, spread evenly
 _HOOK = "quantized_scaled_dot_product_attention"
 
 
@@ -190,6 +193,28 @@ def rope_of(model: Module, layer: int) -> Rope | None:
     return rope if mx.allclose(back, x * factor, atol=1e-3).item() else None
 
 
+def fingerprint(model: Module) -> str:
+    """Sixteen hex digits over what decides a model's activations, and so what a calibration of it is good for.
+
+    That is the names, shapes and some numbers of its parameters, and of its modules all plain numbers and hidden
+    arrays: base, scale and frequencies of a rotary embedding are no parameters.
+    """
+    digest = hashlib.sha256()
+    arrays: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
+    for name, module in model.named_modules():
+        for key, value in sorted((vars(module) | module).items()):
+            if isinstance(value, mx.array) and key.startswith("_"):
+                arrays.append((f"{name}.{key}", value))
+            elif isinstance(value, int | float | str) and key != "_training":
+                digest.update(f"{name}.{key}={value!r}\n".encode())
+    for name, array in arrays:
+        flat = array.reshape(-1)
+        some = flat[:: max(1, flat.size // _FINGERPRINTED)].astype(mx.float32)
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
+        digest.update(np.array(some).tobytes())
+    return digest.hexdigest()[:16]
+
+
 # attaching a cache ----------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +243,13 @@ class LayerPlan(Protocol):
         """One entry per entry of the prompt cache; raises `InputError` for another model's plan."""
 
 
+class ModelCalibration(Calibrated, Protocol):
+    """Codecs fitted to one model, such as a `veloxlab.Calibration`."""
+
+    def check_model(self, model: Module) -> None:
+        """Raise `InputError` unless the codecs were fitted to ``model``."""
+
+
 def make_cache(
     model: Module,
     method_or_plan: str | LayerPlan = "turboquant",
@@ -228,7 +260,7 @@ def make_cache(
     sinks: int | None = None,
     window: int | None = None,
     chunk: Chunk | None = None,
-    calibration: Calibrated | None = None,
+    calibration: ModelCalibration | None = None,
     **options: object,
 ) -> list[Any]:
     """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
@@ -248,8 +280,11 @@ def make_cache(
 
     Raises
     ------
-    InputError : unknown method or option, bits out of range, a plan for another model, bits beside a plan.
+    InputError : unknown method or option, bits out of range, a plan or a calibration for another model, bits beside a
+        plan.
     """
+    if calibration is not None:
+        calibration.check_model(model)
     if isinstance(method_or_plan, str):
         width = bits or (_exact_width(model) if method_or_plan == "none" else DEFAULT_BITS)
         uniform = LayerSettings(

@@ -172,7 +172,7 @@ class TiledCodec(ABC):
         return lambda tile: q @ self.expand(tile).swapaxes(-1, -2)
 
     def reader(self, code: Code) -> Reader | None:
-        """How a GPU kernel reads the code in the space of the codes; None where none can, unless a subclass says how."""
+        """How a GPU kernel reads the code, in its own space: None, which is not at all, unless a subclass says how."""
         return None
 
     def fit(self, sample: Sample) -> Self:

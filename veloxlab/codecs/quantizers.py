@@ -72,6 +72,16 @@ class ScalarQuantizer:
         raise InputError(f"Unknown codebook {self.codebook!r}: choose 'sphere' or 'gaussian'.")
 
     @property
+    def boundaries(self) -> mx.array:
+        """Between neighbouring levels ``[2**bits - 1]``, float32."""
+        return _tables(self)[0]
+
+    @property
+    def levels(self) -> mx.array:
+        """Ascending ``[2**bits]``, float32."""
+        return _tables(self)[1]
+
+    @property
     def words(self) -> int:
         """uint32 words that one vector's codes take."""
         return words_per_row(self.dim, self.bits)

@@ -32,7 +32,7 @@ from typing import Literal
 import mlx.core as mx
 
 from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import Code, RotatedCodec
+from veloxlab.codecs.codec import Code, RotatedCodec, check_vectors
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.packing import WIDEST
 from veloxlab.codecs.quantizers import (
@@ -48,6 +48,8 @@ from veloxlab.codecs.quantizers import (
 from veloxlab.codecs.split import SplitCodec
 from veloxlab.codecs.transforms import RotationName
 from veloxlab.errors import InputError
+from veloxlab.kernels.checked import ScalarTable, checked_encode
+from veloxlab.kernels.launch import gpu
 from veloxlab.kernels.readers import Spread, TableReader
 
 _SKETCH_SEED = 1_000_003  # keeps the sketch independent of a Haar rotation with the same seed
@@ -91,6 +93,22 @@ class TurboQuant(RotatedCodec):
     def shared_bytes(self) -> int:
         """Rotation and codebook."""
         return self._rotation.nbytes + self._quantizer.nbytes
+
+    def encode(self, x: mx.array, start: int = 0) -> Code:
+        """Compress ``x`` ``[B, H, S, D]``, by one kernel where there is a GPU; see `Codec.encode`."""
+        check_vectors(x, self.head_dim)
+        backend, space = gpu(), self._space
+        if backend is None or space is None:
+            return super().encode(x, start)
+        quantizer = self._quantizer
+        table = ScalarTable(space.signs, quantizer.boundaries, quantizer.levels, self.bits, self.scale)
+        written = checked_encode(x, table, backend, self._encode_by_graph)
+        codes, root_scale = self._encode_by_graph(x) if written is None else written
+        return Code({"codes": codes, "root_scale": root_scale}, start)
+
+    def _encode_by_graph(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        arrays = super().encode(x).arrays
+        return arrays["codes"], arrays["root_scale"]
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
         """Nearest level of each coordinate, and the chosen scale."""

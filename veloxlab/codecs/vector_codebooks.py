@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veloxlab.codecs.packing import WIDEST, pack, unpack, words_per_row
+from veloxlab.kernels.checked import checked_assign
+from veloxlab.kernels.launch import gpu
 
 Points = NDArray[np.float32]
 
@@ -61,6 +63,21 @@ def nearest(points: mx.array, centroids: mx.array) -> mx.array:
         (chunk,) = mx.depends([rows[start : start + size]], [found[-1]])
         found.append(mx.argmin(mx.addmm(half, chunk, -centroids.T), axis=-1))
     return mx.concatenate(found).reshape(lead)
+
+
+def packed_nearest(points: mx.array, centroids: mx.array, bits: int) -> mx.array:
+    """Indices of the nearest centroids ``[2**bits, d]`` of the sub-vectors of ``points`` ``[..., J·d]``, packed.
+
+    By a kernel where there is a GPU, which writes nothing but the words ``[..., index_words(J, bits)]``.
+    """
+    backend = gpu()
+    packed = None if backend is None else checked_assign(points, centroids, bits, backend, _packed_by_graph)
+    return _packed_by_graph(points, centroids, bits) if packed is None else packed
+
+
+def _packed_by_graph(points: mx.array, centroids: mx.array, bits: int) -> mx.array:
+    parts = points.shape[-1] // centroids.shape[-1]
+    return pack_indices(nearest(points.reshape(*points.shape[:-1], parts, -1), centroids), bits)
 
 
 def index_words(count: int, bits: int) -> int:

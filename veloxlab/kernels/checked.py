@@ -1,18 +1,22 @@
-"""Attention by kernels that have shown, on this device, that they agree with their twin.
+"""Kernels that have shown, on this device, that they agree with their twins.
 
-Before a kernel is first used it runs on a few hundred made-up tokens beside `attend_twin`. One that disagrees, or that
-the compiler refuses, is switched off with one warning, and graph ops do its work.
+Before a kernel is first used it runs on a little that is made up, beside its twin. One that disagrees, or that the
+compiler refuses, is switched off with one warning, and graph ops do its work.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from veloxlab.kernels.assign import assign
 from veloxlab.kernels.attend import Exact, Shape, Tokens, attend, attend_twin, can_attend
+from veloxlab.kernels.encode import can_spread, encode
 from veloxlab.kernels.launch import GpuBackend, gpu
 from veloxlab.kernels.readers import Spread, TableReader
 
@@ -20,7 +24,21 @@ _TOKENS = (3, 333, 70)  # sinks, packed and recent ones: no multiples of anythin
 # half precision in levels, queries and weights: 4e-4 seen on an H100, for every width; a wrong table entry gives 1e-2
 _TOLERANCE = 3e-3
 
+# a coordinate on a boundary, to float rounding, may be coded either way: a few in 10,000, and one in a word of ten
+_SAME_WORDS = 0.99
+_SCALES_APART = 2e-3  # two steps of half precision
+
 _states: dict[object, str] = {}  # of each kernel: empty where it agrees, else what is wrong
+
+
+class ScalarTable(NamedTuple):
+    """What `encode` quantizes with, in its order: see there."""
+
+    signs: mx.array
+    boundaries: mx.array
+    levels: mx.array
+    bits: int
+    scale: str
 
 
 def checked_attend(
@@ -38,13 +56,54 @@ def checked_attend(
         if not can_attend(tokens, backend):
             return None
         _states[which] = _disagreement(q, q_coded is not None, tokens, mask is not None, scale, backend)
-        if _states[which]:
-            warnings.warn(
-                f"The kernel attend ({tokens.keys.key[0]} keys, {tokens.values.key[0]} values) is switched off on this "
-                f"{backend} device: {_states[which]}. MLX graph ops do its work, slower.",
-                stacklevel=2,
-            )
+        _warn(f"attend ({tokens.keys.key[0]} keys, {tokens.values.key[0]} values)", _states[which], backend)
     return None if _states[which] else attend(q, q_coded, tokens, mask, shape, backend)
+
+
+def checked_assign(
+    points: mx.array,
+    centroids: mx.array,
+    bits: int,
+    backend: GpuBackend,
+    twin: Callable[[mx.array, mx.array, int], mx.array],
+) -> mx.array | None:
+    """`assign`, or None where the kernel for these shapes and types cannot be had or does not agree with ``twin``."""
+    which = "assign", points.shape[-1], points.dtype, centroids.shape, centroids.dtype, bits, backend
+    if which not in _states:
+        # whole numbers: no distance is rounded, and ties, of which there are many, go to the first
+        keys = mx.random.split(mx.random.key(0))
+        some = mx.random.randint(-8, 9, (67, points.shape[-1]), key=keys[0]).astype(points.dtype)
+        tables = mx.random.randint(-8, 9, centroids.shape, key=keys[1]).astype(centroids.dtype)
+        try:
+            same = mx.array_equal(assign(some, tables, bits, backend), twin(some, tables, bits)).item()
+            _states[which] = "" if same else "it finds other indices than its twin"
+        except (RuntimeError, ValueError) as error:  # the compiler's, or the driver's
+            _states[which] = _refusal(error)
+        _warn("assign", _states[which], backend)
+    return None if _states[which] else assign(points, centroids, bits, backend)
+
+
+def checked_encode(
+    x: mx.array,
+    table: ScalarTable,
+    backend: GpuBackend,
+    twin: Callable[[mx.array], tuple[mx.array, mx.array]],
+) -> tuple[mx.array, mx.array] | None:
+    """`encode`, or None where the kernel for these dimensions cannot be had or does not agree with ``twin``."""
+    if not can_spread(x.shape[-1]):
+        return None
+    which = "encode", x.shape[-1], x.dtype, table.bits, table.scale, backend
+    if which not in _states:
+        try:
+            some = mx.random.normal((1, 2, 67, x.shape[-1]), key=mx.random.key(0)).astype(x.dtype)
+            found, wanted = encode(some, *table, backend), twin(some)
+            same = _number((found[0] == wanted[0]).mean())
+            apart = _number(mx.abs(found[1].astype(mx.float32) / wanted[1].astype(mx.float32) - 1).max())
+            _states[which] = "" if same >= _SAME_WORDS and apart <= _SCALES_APART else "it writes other codes"
+        except (RuntimeError, ValueError) as error:  # the compiler's, or the driver's
+            _states[which] = _refusal(error)
+        _warn("encode", _states[which], backend)
+    return None if _states[which] else encode(x, *table, backend)
 
 
 def states() -> dict[str, int]:
@@ -56,7 +115,7 @@ def states() -> dict[str, int]:
 
 
 def try_usual() -> None:
-    """Try the kernels of 2-, 3-, 4- and 8-bit scalar codes at head dimensions 64 and 128, with four queries a KV head."""
+    """Try attention over 2-, 3-, 4- and 8-bit scalar codes at head dimensions 64 and 128, four queries a KV head."""
     backend = gpu()
     for dim in (64, 128):
         for bits in (2, 3, 4, 8):
@@ -118,12 +177,28 @@ def _disagreement(
         if coded is not None:
             errors.append(_relative(coded, wanted_coded))
     except (RuntimeError, ValueError) as error:  # the compiler's, or the driver's
-        return f"it does not run ({str(error).strip().splitlines()[-1][:200]})"
+        return _refusal(error)
     worst = max(errors)
     return "" if worst <= _TOLERANCE else f"it differs from its twin by {worst:.1g}"  # NaN differs too
+
+
+def _refusal(error: Exception) -> str:
+    return f"it does not run ({str(error).strip().splitlines()[-1][:200]})"
+
+
+def _warn(name: str, wrong: str, backend: GpuBackend) -> None:
+    if wrong:
+        warnings.warn(
+            f"The kernel {name} is switched off on this {backend} device: {wrong}. MLX graph ops do its work, slower.",
+            stacklevel=3,
+        )
 
 
 def _relative(x: mx.array, wanted: mx.array) -> float:
     size = mx.maximum(mx.linalg.norm(wanted), 1e-9)
     error = mx.linalg.norm(x.astype(mx.float32) - wanted) / size
-    return float(np.asarray(mx.where(mx.isnan(error), mx.inf, error)))
+    return _number(mx.where(mx.isnan(error), mx.inf, error))
+
+
+def _number(x: mx.array) -> float:
+    return float(np.asarray(x))

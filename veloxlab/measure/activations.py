@@ -106,17 +106,19 @@ def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
 
 
 def encode(tokenizer: Any, text: str | None, count: int) -> list[int]:  # noqa: ANN401
-    """Give the first ``count`` token ids of ``text`` (the shipped test excerpt if None), or all if there are fewer.
+    """Give `first_tokens` of ``text`` (the shipped test excerpt if None); raises `InputError` below two tokens."""
+    ids = first_tokens(tokenizer, excerpt("test") if text is None else text, count)
+    if len(ids) < min(2, count):
+        raise InputError(f"The text has {len(ids)} tokens and at least 2 are needed: give a longer text.")
+    return ids
 
-    Raises `InputError` below two tokens.
-    """
-    text = excerpt("test") if text is None else text
+
+def first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:  # noqa: ANN401
+    """Give the first ``count`` token ids of ``text``, or all if there are fewer."""
     # a long text need not be read to its end: no tokenizer makes tokens longer than this on average
     ids = list(tokenizer.encode(text[: 16 * count]))
     if len(ids) < count and len(text) > 16 * count:
         ids = list(tokenizer.encode(text))
-    if len(ids) < 2:
-        raise InputError(f"The text has {len(ids)} tokens and at least 2 are needed: give a longer text.")
     return ids[:count]
 
 
