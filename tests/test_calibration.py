@@ -1,18 +1,21 @@
 """Calibration: fitted from a model's activations, kept on disk, refused where it does not belong."""
 
 import json
+import tracemalloc
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from mlx_lm.models.rope_utils import initialize_rope
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab import integrate
-from veloxlab.calibration import fingerprint
-from veloxlab.codecs import METHODS
+from veloxlab import calibration, integrate
+from veloxlab.codecs import METHODS, vector_codebooks
 from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.commvq_training import ENTRIES, pairs, train_tables
 from veloxlab.codecs.saving import from_parts, to_parts
 from veloxlab.errors import InputError
 
@@ -45,16 +48,44 @@ def test_what_was_fitted_is_found_again_and_is_the_same(model, tmp_path):
         assert mx.array_equal(codec.decode(codec.encode(x)), again.codecs[at].decode(again.codecs[at].encode(x)))
 
 
-@pytest.mark.parametrize("method", [m.id for m in METHODS.values() if m.calibrated])
-def test_every_fitted_codec_survives_its_file(method):
-    x = mx.random.normal((1, 2, 2200, 64), key=mx.random.key(0))
-    rope = integrate.rope_of(tiny("llama"), 0)
-    for role in ("keys", "values"):
-        unfitted = METHODS[method].codec(64, METHODS[method].bits[0], role)
-        fitted = unfitted.fit(Sample(x, queries=x, rope=rope))
-        plain, arrays = to_parts(fitted)
-        back = from_parts(unfitted, json.loads(json.dumps(plain)), arrays)
-        assert mx.array_equal(back.decode(back.encode(x[:, :, :9], 5)), fitted.decode(fitted.encode(x[:, :, :9], 5)))
+VARIANTS = [(method, {}) for method in METHODS] + [
+    ("turboquant", {"variant": "prod"}),
+    ("turboquant", {"outliers": 16, "outlier_bits": 3}),
+    ("rvq", {"variant": "refined"}),
+    ("vecinfer", {"point": "d8b8", "smooth": False}),
+    ("ratequant", {"head_bits": [2, 4]}),
+    ("ratequant", {"head_bits": {"keys": [3, 1], "values": [2, 2]}, "variant": "prod", "sketch": "orthogonal"}),
+    ("spectralquant", {"basis": "query"}),
+    ("spectralquant", {"basis": "hadamard", "centred": False}),
+    ("rabitq", {"centroid": True}),
+    ("qjl", {"outliers": 4}),
+    ("polarquant", {"codebook": "fitted"}),
+    ("polarquant", {"recursion": "full"}),
+    ("polarquant", {"levels": [3, 2, 2]}),
+    ("commvq", {"stages": 2}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), VARIANTS, ids=lambda part: str(part))
+def test_what_was_saved_is_what_is_loaded(model, tmp_path, method, options):
+    bits = next(width for width in (16, 2) if width in METHODS[method].bits)
+    saved = calibrated(model, tmp_path, method, bits=bits, **options)
+    (file,) = tmp_path.glob("*.json")
+    loaded = vl.Calibration.load(file)
+    assert (loaded.method, loaded.facts, loaded.codecs.keys()) == (saved.method, saved.facts, saved.codecs.keys())
+    x = mx.random.normal((1, 2, 9, 64), key=mx.random.key(1)).astype(mx.float16)
+    for at, codec in saved.codecs.items():
+        assert type(loaded.codecs[at]) is type(codec)
+        assert to_parts(loaded.codecs[at])[0] == to_parts(codec)[0]
+        assert mx.array_equal(*(c.decode(c.encode(x, 5)) for c in (codec, loaded.codecs[at])))
+
+
+def test_fields_of_another_version_are_refused():
+    codec = METHODS["spectralquant"].codec(64, 2, "keys")
+    plain, arrays = to_parts(codec.fit(Sample(mx.random.normal((1, 2, 90, 64)))))
+    for changed in ({**plain, "unknown": 1}, {name: value for name, value in plain.items() if name != "plan"}):
+        with pytest.raises(ValueError, match="its fields are"):
+            from_parts(codec, changed, arrays)
 
 
 def test_the_same_seed_gives_the_same_codecs(model, tmp_path):
@@ -74,9 +105,35 @@ def test_anything_it_depends_on_makes_another(model, tmp_path, changed):
 
 def test_models_of_one_shape_have_different_fingerprints(model):
     other = tiny("llama")
-    assert fingerprint(other) == fingerprint(model)
+    assert integrate.fingerprint(other) == integrate.fingerprint(model)
     other.model.layers[1].self_attn.k_proj.weight = other.model.layers[1].self_attn.k_proj.weight * 1.01
-    assert fingerprint(other) != fingerprint(model)
+    assert integrate.fingerprint(other) != integrate.fingerprint(model)
+
+
+def test_rotary_embeddings_are_part_of_the_fingerprint():
+    """They are no parameters, and decide what keys look like."""
+    scaled = {"factor": 8.0, "original_max_position_embeddings": 8192}
+    llama3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0} | scaled
+    configs = [
+        {},
+        {"rope_theta": 500_000.0},
+        {"rope_traditional": True},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": llama3},
+        {"rope_scaling": llama3 | {"factor": 4.0}},
+        {"rope_scaling": {"type": "yarn"} | scaled},
+    ]
+    found = [integrate.fingerprint(tiny("llama", **config)) for config in configs]
+    assert len(set(found)) == len(configs)
+    assert integrate.fingerprint(tiny("llama", **configs[-1])) == found[-1]
+
+
+def test_training_and_use_leave_the_fingerprint_alone(model):
+    before = integrate.fingerprint(model)
+    model.train()
+    model(mx.array([[1, 2, 3]]), cache=vl.make_cache(model, "turboquant"))
+    assert integrate.fingerprint(model) == before
+    model.eval()
 
 
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
@@ -88,6 +145,92 @@ def test_a_damaged_file_is_named_and_made_again(model, tmp_path, suffix):
     with pytest.warns(UserWarning, match=r"spectralquant-.*\.json cannot be read .* It is made again now"):
         calibrated(model, tmp_path)
     assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "field"),
+    [
+        ("spectralquant", {}, "plan"),
+        ("polarquant", {"codebook": "fitted"}, "centroids"),
+        ("turboquant", {"outliers": 8}, "channels"),
+    ],
+)
+def test_one_changed_digit_is_found_wherever_it_is(model, tmp_path, method, options, field):
+    """Some of what was fitted is in the JSON, not among the tensors."""
+    calibrated(model, tmp_path, method, **options)
+    (file,) = tmp_path.glob("*.json")
+    whole = file.read_text()
+    content = json.loads(whole)
+    values = content["codecs"][-1]["fields"][field]
+    values[0] += 1
+    file.write_text(json.dumps(content, indent=1))
+    assert len(file.read_text()) - len(whole) in (-1, 0, 1)
+    with pytest.raises(InputError, match=rf"{method}-.*\.json cannot be read \(it or .* is not what was written\)"):
+        vl.Calibration.load(file)
+    with pytest.warns(UserWarning, match=rf"{method}-.*\.json cannot be read .* It is made again now"):
+        calibrated(model, tmp_path, method, **options)
+    assert file.read_text() == whole
+
+
+@pytest.mark.parametrize("content", ["3", "[]", "{}", '{"format": "veloxlab calibration 1"}', "no JSON"])
+def test_a_file_that_is_no_calibration_is_refused(model, tmp_path, content):
+    calibrated(model, tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    file.write_text(content)
+    with pytest.raises(InputError, match=rf"{file.name} cannot be read .*: make it again with vl\.calibrate"):
+        vl.Calibration.load(file)
+
+
+@pytest.mark.parametrize(("name", "found"), [("version", lambda _: "0.0.9"), ("_code", lambda: "0123456789abcdef")])
+def test_a_calibration_of_another_version_is_refused_and_not_found(model, tmp_path, monkeypatch, name, found):
+    calibrated(model, tmp_path)
+    (file,) = tmp_path.glob("*.json")
+    monkeypatch.setattr(calibration, name, found)
+    with pytest.raises(InputError, match="was written by veloxlab .* with codecs .*, and this is "):
+        vl.Calibration.load(file)
+    calibrated(model, tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def test_a_calibration_of_another_model_is_refused(model, tmp_path):
+    fitted = calibrated(model, tmp_path)
+    other = tiny("llama", rope_theta=500_000.0)
+    plan = vl.Plan.uniform(model, "turboquant").with_layer(0, key_method="spectralquant", value_method="spectralquant")
+    for asked in ("spectralquant", plan):
+        with pytest.raises(InputError) as refused:
+            vl.make_cache(other, asked, calibration=fitted)
+        sentence = str(refused.value)
+        assert f"'spectralquant' was made with the model {integrate.fingerprint(model)}" in sentence
+        assert integrate.fingerprint(other) in sentence
+        assert "vl.calibrate(model, tokenizer, 'spectralquant', bits=[2])" in sentence
+        assert sentence.count(". ") == 0
+
+
+def test_work_that_cannot_be_saved_leaves_nothing(model, tmp_path):
+    fitted = calibrated(model, tmp_path / "kept")
+    at = (0, "keys", 2)
+    broken = replace(fitted, codecs={at: replace(fitted.codecs[at], seed=object())})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        broken.save(tmp_path / "empty" / "some.json")
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_options_that_no_file_holds_are_refused(model, tmp_path):
+    with pytest.raises(InputError, match=r"options .*head_bits.* cannot be written .* plain numbers"):
+        calibrated(model, tmp_path, "ratequant", head_bits=np.array([2, 4]))
+
+
+@pytest.mark.parametrize(("tensor", "projection"), [("queries", "q_proj"), ("keys", "k_proj"), ("values", "v_proj")])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("method", ["turboquant", "spectralquant"])
+def test_activations_that_are_not_finite_are_named(tmp_path, tensor, projection, number, method):
+    sick = tiny("llama")
+    weight = getattr(sick.model.layers[1].self_attn, projection).weight
+    weight[0, 0] = number
+    with pytest.raises(InputError, match=rf"The {tensor} of layer 1 hold numbers that are NaN or infinite.*dtype="):
+        calibrated(sick, tmp_path, method)
+    assert not list(tmp_path.iterdir())
 
 
 def test_cancelled_work_leaves_nothing(model, tmp_path):
@@ -130,7 +273,8 @@ def test_measurements_take_it(smollm2, tmp_path):
     ("text", "sentence"),
     [
         ("too short", "has 9 tokens, too few .* at least 64 tokens; 1,024 are usual"),
-        ("x", "The text has 1 tokens and at least 2 are needed"),
+        ("", "has 0 tokens, too few .* at least 64 tokens"),
+        ("x", "has 1 token, too few .* at least 64 tokens"),
         ("x" * 500, "has 1 different tokens among 300, and at least 16"),
     ],
 )
@@ -157,10 +301,50 @@ def test_wrong_use_gets_a_sentence(model, tmp_path):
         ),
         (lambda: vl.calibrate(model, Letters(), "spectral", TEXT), "Unknown method 'spectral'"),
         (lambda: calibrated(model, tmp_path, bits=99), "Keys at bits=99 are out of range"),
+        (lambda: calibrated(model, tmp_path, tokens=9), "tokens=9 is too little .* at least 64 tokens"),
         (lambda: vl.Calibration.load(tmp_path / "gone.json"), "gone.json cannot be read .there is no such file"),
     ):
         with pytest.raises(InputError, match=sentence):
             call()
+
+
+# memory
+
+
+def traced_peak(act):
+    """Most bytes that NumPy held at once during ``act()``."""
+    tracemalloc.start()
+    act()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+@pytest.mark.parametrize(("count", "dim"), [(256, 8), (4096, 4)])
+def test_training_a_codebook_holds_no_distances_of_all_pairs(count, dim):
+    points = np.random.default_rng(0).standard_normal((20_000, dim)).astype(np.float32)
+    # some copies of the points, and one product's distances
+    bound = 4 * points.nbytes + 4 * vector_codebooks._PRODUCT
+    assert traced_peak(lambda: vector_codebooks.train_codebook(points, count, seed=0)) < bound
+    assert bound < 4 * len(points) * count / 5  # differences would be `dim` times as many
+
+
+def test_training_tables_holds_no_differences_to_all_entries():
+    points = np.random.default_rng(0).standard_normal((1024, 64)).astype(np.float32)
+    trained = 3 * points.nbytes  # with the invented vectors
+    # of each vector some distances to 64 entries, as large as itself, and some copies
+    assert traced_peak(lambda: train_tables(points, 2, pairs(64, None), seed=0)) < 12 * trained < ENTRIES * trained / 5
+
+
+def test_the_nearest_centroid_is_found_in_bounded_memory():
+    points, centroids = (mx.random.normal((n, 4), key=mx.random.key(n)) for n in (30_000, 4096))
+    mx.eval(points, centroids)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(vector_codebooks.nearest(points, centroids))
+    chunk = 4 * vector_codebooks._DISTANCES
+    bound = 12 * chunk  # MLX's CPU back end starts ten operations ahead of the one that runs
+    assert mx.get_peak_memory() - before < bound < 4 * len(points) * len(centroids) / 2
 
 
 # the rotary embedding of a layer

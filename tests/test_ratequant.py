@@ -16,9 +16,10 @@ from veloxlab.allocate.waterfill import (
     reverse_water_filling,
     water_filling_gain,
 )
+from veloxlab.codecs import turboquant
 from veloxlab.codecs.codebooks import gaussian_codebook, sphere_codebook
 from veloxlab.codecs.codec import TILE, Sample
-from veloxlab.codecs.ratequant import METHOD, RateQuant, build
+from veloxlab.codecs.ratequant import METHOD, build
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
 
@@ -197,6 +198,16 @@ def test_keys_and_values_of_one_plan_have_their_own_widths():
     assert values.head_bits == (2, 2)
     assert keys.fit(Sample(vectors(1, 2, 4, 64))) is keys
     assert isinstance(hash(keys), int)
+    assert [(codec.bits, codec.scale) for codec in keys.base] == [(2, "unbiased"), (3, "unbiased")]
+    assert [(codec.bits, codec.scale) for codec in values.base] == [(2, "mse")]
+
+
+def test_the_bases_options_are_turboquants_own():
+    options = {"variant": "prod", "sketch": "orthogonal", "seed": 5}
+    codec = METHOD.codec(64, 3, "keys", head_bits=(3, 2), **options)
+    assert codec.base == tuple(turboquant.build(64, bits, "keys", **options) for bits in (2, 3))
+    assert codec == build(64, 3, "keys", head_bits=[3, 2], **dict(reversed(options.items())))
+    assert codec != build(64, 3, "keys", head_bits=(3, 2))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +217,8 @@ def test_keys_and_values_of_one_plan_have_their_own_widths():
         (lambda: build(64, 3, "keys", head_bits=(3, 9)), "bits=9 is out of range"),
         (lambda: build(64, 3, "keys", head_bits={"queries": [3]}), "no side 'queries'"),
         (lambda: build(64, 3, "keys", head_bits=(3, 2)).encode(vectors(1, 3, 4, 64)), "2 KV heads and was given 3"),
-        (lambda: RateQuant((2, 3), (TurboQuant(64, 2),)), "one codec for each width"),
+        (lambda: build(64, 3, "keys", head_bits=(True, 1)), "bits=True is out of range"),
+        (lambda: build(64, 3, "keys", head_bits=3), "head_bits=3 is no list of widths"),
     ],
 )
 def test_widths_that_do_not_fit_are_refused(call, sentence):

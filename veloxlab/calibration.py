@@ -158,7 +158,9 @@ def calibrate(
     The result is saved and found again by everything it depends on: the model's weights, the method and its options,
     the text, tokens, bits and seed. One layer's activations are held at a time.
 
-    TIMES
+    In seconds of one core, SmolLM2 (30 layers, 1,024 tokens, float32) takes below 20 where only channels, means or
+    levels are learned, 30 for SpectralQuant, 45 to 75 for VecInfer, and 70, 100, 145 and 170 for CommVQ at 1, 2, 3 and
+    4 bits: it trains tables for values too, which takes as long as for keys. Each further width takes its time again.
 
     Parameters
     ----------

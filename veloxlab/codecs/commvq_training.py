@@ -8,6 +8,10 @@ The paper's trainer has soft assignments with an annealed temperature, 100 steps
 sees a thousand: its assignments are hard (the limit of the annealing), it takes few steps, and beside each vector it
 trains on two drawn from a Gaussian with the sample's mean and covariance. Those keep later stages from learning the
 sample by heart: on held-out values of SmolLM2 the squared error at 2 bits falls by 15 %, on keys by a quarter.
+
+It is the slowest of our trainers. A stage of one KV head takes about 0.05 seconds of one core for 1,024 tokens and
+D = 64: for SmolLM2's 3 heads and 30 layers 35, 50, 70 and 85 seconds at 1, 2, 3 and 4 bits for keys, and as many again
+for values. Most of that is matrix products of a size that one core does best.
 """
 
 from __future__ import annotations
