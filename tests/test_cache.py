@@ -9,18 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veloxlab.attention import History
-from veloxlab.cache import BLOCK, CompressedKVCache
+from veloxlab.cache import _LARGEST, BLOCK, CompressedKVCache
 from veloxlab.codecs import find_method
+from veloxlab.codecs.codec import Sample
 from veloxlab.errors import InputError
 
 HEADS, DIM = 3, 64
 
 
 def make(
-    method: str = "turboquant", bits: int = 4, dims: tuple[int, int] = (DIM, DIM), **settings
+    method: str = "turboquant",
+    bits: int = 4,
+    dims: tuple[int, int] = (DIM, DIM),
+    options: dict | None = None,
+    **settings,
 ) -> CompressedKVCache:
     method = find_method(method)
-    return CompressedKVCache(method.codec(dims[0], bits, "keys"), method.codec(dims[1], bits, "values"), **settings)
+    sides = zip(dims, ("keys", "values"), strict=True)
+    return CompressedKVCache(*(method.codec(dim, bits, role, **(options or {})) for dim, role in sides), **settings)
 
 
 def tokens(count: int, seed: int = 0, dim: int = DIM, batch: int = 1) -> mx.array:
@@ -159,7 +165,65 @@ def test_a_decoded_token_inside_the_window_is_seen_exactly():
     assert np.array_equal(history.expand(mx.float32)[0][:, :, -1:], new)
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20])
+def prompt(count: int, seed: int = 0) -> mx.array:
+    """Tokens near one vector of each head, whose angles are not those of random directions."""
+    return 0.3 * tokens(count, seed) + tokens(1, 99)
+
+
+@pytest.mark.parametrize("chunks", [[300], [100] * 3, [1] * 120])
+def test_an_online_codec_is_fitted_to_the_first_tokens_that_are_packed(chunks):
+    cache = make("polarquant", options={"codebook": "online"}, sinks=4, window=16)
+    unfitted = cache.key_codec, cache.value_codec
+    keys, values = prompt(sum(chunks), 1), prompt(sum(chunks), 2) * 3
+    feed(cache, keys[:, :, :20], values[:, :, :20], [20])
+    assert (cache.key_codec, cache.value_codec) == unfitted  # nothing is packed yet
+    cache.trim(20)
+    feed(cache, keys, values, chunks)
+    first = next(n for n in np.cumsum(chunks) if n - 4 - 16 >= 16)  # tokens when the first block left the window
+    block = (first - 4 - 16) // 16 * 16
+    for codec, x, before in zip((cache.key_codec, cache.value_codec), (keys, values), unfitted, strict=True):
+        assert codec == before.fit(Sample(x[:, :, 4 : 4 + block]))
+        assert not codec.online
+    held = cache.keys_and_values()
+    # float32, of numbers up to 15
+    assert np.allclose(held[0], expected(cache, keys, "keys"), atol=1e-4)
+    assert np.allclose(held[1], expected(cache, values, "values"), atol=1e-4)
+
+
+def test_an_online_codec_loses_less_of_its_prompt_and_stays_through_trimming_and_refilling():
+    x = prompt(300, 1)
+    online, offline = (make("polarquant", options={"codebook": c}, sinks=0, window=0) for c in ("online", "offline"))
+    feed(online, x, x, [300])
+    feed(offline, x, x, [300])
+    errors = [mx.square(cache.keys_and_values()[0] - x).mean().item() for cache in (online, offline)]
+    assert errors[0] < 0.98 * errors[1]
+    assert online.nbytes == offline.nbytes
+    fitted = online.key_codec
+    online.trim(120)
+    feed(online, x[:, :, 180:], x[:, :, 180:], [20] * 6)
+    assert np.allclose(online.keys_and_values()[0], expected(online, x, "keys"), atol=1e-4)
+    assert online.trim(10_000) == 300
+    assert online.empty()
+    y = tokens(200, 5)
+    feed(online, y, y, [150, 50])
+    assert online.key_codec is fitted
+    assert np.allclose(online.keys_and_values()[0], expected(online, y, "keys"), atol=1e-4)
+
+
+def test_a_first_block_with_too_little_to_learn_leaves_the_offline_tables():
+    cache = make("polarquant", 5, options={"codebook": "online"}, sinks=0, window=0)
+    same = mx.broadcast_to(tokens(1), (1, HEADS, 40, DIM))  # 48 different angles of level 2, where 64 are needed
+    feed(cache, same, same, [40])
+    x = tokens(50, 3)
+    feed(cache, x, x, [50])
+    plain = make("polarquant", 5, sinks=0, window=0)
+    both = mx.concatenate([same, x], axis=2)
+    feed(plain, both, both, [90])
+    assert mx.array_equal(cache.keys_and_values()[0], plain.keys_and_values()[0])
+    assert not cache.key_codec.online
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20, 1.001 * _LARGEST])
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("window", [0, 64])
 def test_nan_and_infinity_are_refused_by_layer_and_nothing_is_stored(bad, side, window):
@@ -172,6 +236,18 @@ def test_nan_and_infinity_are_refused_by_layer_and_nothing_is_stored(bad, side, 
     with pytest.raises(InputError, match=rf"Layer 7: the {side} of a token are NaN, infinite or beyond"):
         cache.update_and_fetch(mx.array(arrays["keys"]), mx.array(arrays["values"]))
     assert (cache.offset, cache.nbytes) == before
+
+
+@pytest.mark.parametrize(("method", "bits"), [("rabitq", 1), ("polarquant", 2), ("turboquant", 1)])
+def test_the_largest_numbers_that_are_taken_can_be_stored(method, bits):
+    """With the unbiased scales that are largest beside the root-mean-square: one bit of a random direction."""
+    cache = make(method, bits, sinks=0, window=0)
+    signs = np.random.default_rng(5).choice([-_LARGEST, _LARGEST], (1, HEADS, 500, DIM))
+    x = mx.array(signs.astype(np.float32))
+    feed(cache, x, x, [500])
+    keys, _ = cache.keys_and_values()
+    inner = (keys / _LARGEST * x / _LARGEST).mean(axis=-1)
+    assert np.allclose(inner, 1, atol=2e-3)  # unbiased: to the rounding of the scale, 2^-10
 
 
 def test_a_bad_token_in_the_window_is_refused_before_it_is_packed():

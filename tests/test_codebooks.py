@@ -8,15 +8,22 @@ import pytest
 from veloxlab.codecs.codebooks import coordinate_density, gaussian_codebook, lloyd_max, sphere_codebook
 from veloxlab.errors import InputError
 
-# Lloyd–Max for N(0, 1): distortion, index entropy, positive levels (TurboQuant's 0.36 / 0.117 / 0.03 / 0.009)
+# Lloyd–Max for N(0, 1): distortion, index entropy, signal to noise in dB, cosine, positive levels (TurboQuant's
+# 0.36 / 0.117 / 0.03 / 0.009)
 GAUSSIAN = {
-    1: (0.36338, 1.0, [0.79788]),
-    2: (0.117482, 1.9111, [0.45278, 1.51042]),
-    3: (0.0345478, 2.8249, [0.24509, 0.75601, 1.34391, 2.15195]),
-    4: (0.00950101, 3.7653, [0.12840, 0.38805, 0.65676, 0.94234, 1.25623, 1.61805, 2.06902, 2.73259]),
-    5: (0.00250467, 4.7298, None),
-    6: (0.00064424, 5.7101, None),
-    7: (0.00016348, 6.6996, None),
+    1: (0.36338, 1.0, 4.396, 0.79788, [0.79788]),
+    2: (0.117482, 1.9111, 9.300, 0.93942, [0.45278, 1.51042]),
+    3: (0.0345478, 2.8249, 14.616, 0.98257, [0.24509, 0.75601, 1.34391, 2.15195]),
+    4: (0.00950101, 3.7653, 20.222, 0.99524, [0.1284, 0.38805, 0.65676, 0.94234, 1.25623, 1.61805, 2.06902, 2.73259]),
+    5: (0.00250467, 4.7298, 26.012, 0.99875, None),
+    6: (0.00064424, 5.7101, 31.910, 0.99968, None),
+    7: (0.00016348, 6.6996, 37.865, 0.99992, None),
+}
+# the centroids in TurboQuant's released code, found by sampling
+RELEASED = {
+    1: [0.797885],
+    2: [0.4526475, 1.510017],
+    3: [0.2449, 0.75567, 1.34335, 2.1509],
 }
 # distortion with the exact density on the sphere, 1 to 4 bits
 SPHERE = {
@@ -29,12 +36,25 @@ SPHERE = {
 
 @pytest.mark.parametrize("bits", GAUSSIAN)
 def test_gaussian_table(bits):
-    distortion, entropy, levels = GAUSSIAN[bits]
+    distortion, entropy, decibels, cosine, levels = GAUSSIAN[bits]
     table = gaussian_codebook(bits)
-    assert table.distortion == pytest.approx(distortion, rel=2e-5)  # the figures have five or six digits
+    # the figures' last digits: five or six of the first, then four, three and five behind the point
+    assert table.distortion == pytest.approx(distortion, rel=2e-5)
     assert table.entropy_bits == pytest.approx(entropy, abs=5e-5)
+    assert -10 * math.log10(table.distortion) == pytest.approx(decibels, abs=6e-4)
+    x = np.linspace(-10, 10, 200_001)  # a step of 1e-4: at a boundary the sums change by less than that of a level
+    density, decoded = np.exp(-x * x / 2), table.levels[np.searchsorted(table.boundaries, x)]
+    inner, lengths = (density * x * decoded).sum(), (density * x * x).sum() * (density * decoded * decoded).sum()
+    assert inner / math.sqrt(lengths) == pytest.approx(cosine, abs=6e-6)
     if levels:
         assert table.levels[len(levels) :] == pytest.approx(levels, abs=6e-6)
+
+
+@pytest.mark.parametrize("bits", RELEASED)
+def test_the_released_centroids(bits):
+    released = RELEASED[bits]
+    off = {1: 1e-6, 2: 4.5e-4, 3: 1.1e-3}[bits]  # how far from the optimum theirs are; one bit has a closed form
+    assert gaussian_codebook(bits).levels[len(released) :] == pytest.approx(released, abs=off)
 
 
 @pytest.mark.parametrize("dim", SPHERE)

@@ -12,7 +12,7 @@ import pytest
 
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.commvq import METHOD, CommVQ
-from veloxlab.codecs.commvq_training import train_tables
+from veloxlab.codecs.commvq_training import pairs, train_tables
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 
@@ -48,46 +48,72 @@ def relative_error(codec: CommVQ, x: mx.array, start: int = 0) -> float:
     return (mx.square(codec.decode(codec.encode(x, start)) - x).sum() / mx.square(x).sum()).item()
 
 
+def exact_rotations(rope: Rope, position: int) -> np.ndarray:
+    """RoPE's own 2 × 2 blocks at a position, as one matrix ``[D, D]`` in float64: written without `Rope`."""
+    count = rope.dims // 2
+    period = rope.base ** (np.arange(count) / count) if rope.freqs is None else np.array(rope.freqs, np.float64)
+    first = np.arange(0, 2 * count, 2) if rope.traditional else np.arange(count)
+    second = first + 1 if rope.traditional else first + count
+    angle, matrix = position * rope.scale / period, np.eye(DIM)
+    matrix[first, first] = matrix[second, second] = np.cos(angle)
+    matrix[first, second], matrix[second, first] = -np.sin(angle), np.sin(angle)
+    return matrix
+
+
+def read_indices(codec: CommVQ, codes: mx.array) -> np.ndarray:
+    """Indices ``[..., 2·R]`` of 6 bits, least significant bit first: read without our unpack."""
+    bits = np.unpackbits(np.array(codes), axis=-1, bitorder="little")[..., : 12 * codec.stages]
+    return bits.reshape(*bits.shape[:-1], 2 * codec.stages, 6) @ (1 << np.arange(6))
+
+
 @pytest.mark.parametrize("name", ROPES)
-def test_the_tables_are_matrices_that_commute_with_rope(name):
-    """Every pair's M(x, y), built from the two tables, against RoPE's own 2 × 2 block at that position."""
+def test_every_m_commutes_with_rope_to_machine_precision(name):
+    """The paper's identity in float64, for the matrices M(x, y) of our tables and positions up to 1.3e5."""
     codec = fitted(name)
-    both = np.array(codec.both_tables(HEADS))[0, 0].astype(np.float64)  # [2, 64, D]
-    unit = mx.eye(DIM)[None, None].swapaxes(1, 2)  # [1, D, 1, D]: each coordinate is a token at that position
-    # a quarter turn takes one table to the other: 64 rows of float16 entries determine it to 1e-5
-    turn = np.linalg.lstsq(both[0], both[1], rcond=None)[0].T
-    assert np.allclose(turn, np.round(turn), atol=1e-4)
-    turn = np.round(turn)
-    assert np.array_equal(turn @ turn, -np.eye(DIM))
-    for position in (1, 77, 131_000):
-        rotation = np.array(codec.rope.forward(unit, position))[0, :, 0].T.astype(np.float64)  # column per coordinate
-        commutator = rotation @ turn - turn @ rotation
-        assert np.abs(commutator).max() <= FLOAT32
+    both = np.array(codec.both_tables(HEADS))[:, :2].astype(np.float64)  # of two stages: [H, 2, 2, 64, D]
+    first, second = pairs(DIM, codec.rope)
+    # what index a adds is the first row of M, what index b adds is the second; columns are a pair's coordinates
+    m = np.stack([both[..., first], both[..., second]], axis=-1).transpose(0, 1, 3, 4, 2, 5)  # [H, 2, 64, D/2, 2, 2]
+    assert np.array_equal(m[..., 0, 0], m[..., 1, 1])
+    assert np.array_equal(m[..., 0, 1], -m[..., 1, 0])
+    for position in (1, 4096, 130_000):
+        whole = exact_rotations(codec.rope, position)
+        turn = np.stack([[whole[first, first], whole[first, second]], [whole[second, first], whole[second, second]]])
+        turn = turn.transpose(2, 0, 1)  # [D/2, 2, 2]
+        # each entry is a difference of two sums of two products, every one rounded: at most six half steps of 2·max|M|
+        bound = 6 * np.abs(m).max() * np.finfo(float).eps
+        assert np.abs(m @ turn - turn @ m).max() <= bound
+        # and the layer's own rotation, which is float32, is that one: its angle is off by a step of the position
+        rotated = np.array(codec.rope.forward(mx.eye(DIM)[None, None].swapaxes(1, 2), position))[0, :, 0].T
+        assert np.abs(rotated - whole).max() <= 4 * FLOAT32 * max(1, position)
 
 
-def test_every_m_commutes_with_every_rotation_to_machine_precision():
-    """The paper's identity in float64, up to position 1.3e5."""
-    rng = np.random.default_rng(0)
-    for t in (1, 4096, 130_000):
-        angle = t * 10_000.0 ** (-rng.random())
-        rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        x, y = rng.standard_normal(2)
-        matrix = np.array([[x, y], [-y, x]])
-        # each entry is a difference of two products, at most 2·|x|·1, rounded three times
-        bound = 4 * max(abs(x), abs(y)) * np.finfo(float).eps
-        assert np.abs(rotation @ matrix - matrix @ rotation).max() <= bound
+@pytest.mark.parametrize("name", ROPES)
+def test_table_reuse_is_exact_in_double_precision(name):
+    """The paper's attention: turn the tables to a position once and look all codes up there."""
+    codec, position, tokens = fitted(name), 77_777, 20
+    code = codec.encode(codec.rope.forward(mx.array(keys_before_rope(tokens, seed=2)), 0), 0)
+    indices = read_indices(codec, code.arrays["codes"])[0]  # [H, S, 2R]
+    tables = np.array(codec.both_tables(HEADS)).astype(np.float64).reshape(HEADS, 2 * codec.stages, 64, DIM)
+    turn, q = exact_rotations(codec.rope, position), np.random.default_rng(0).standard_normal(DIM)
+    for head in range(HEADS):
+        entries = tables[head, np.arange(2 * codec.stages), indices[head]]  # [S, 2R, D]
+        decoded_then_rotated = entries.sum(axis=1) @ turn.T @ q
+        by_tables = tables[head] @ turn.T @ q  # [2R, 64]
+        looked_up = by_tables[np.arange(2 * codec.stages), indices[head]].sum(axis=1)
+        size = np.linalg.norm(q) * np.linalg.norm(entries, axis=-1).sum(axis=1).max()
+        assert np.abs(decoded_then_rotated - looked_up).max() <= 1e-14 * size
 
 
 @pytest.mark.parametrize("name", ROPES)
 def test_scores_from_rotated_tables_are_scores_of_rotated_sums(name):
-    """The paper's attention: rotate the tables to each position, look the codes up; ours rotates the sums."""
+    """The same in our float32, each token at its own position."""
     codec = fitted(name)
     start, tokens = 3000, 5
     rope = codec.rope
     code = codec.encode(rope.forward(mx.array(keys_before_rope(tokens, seed=2)), start), start)
     q = mx.random.normal((1, HEADS, 1, DIM), key=mx.random.key(0))
-    bits = np.unpackbits(np.array(code.arrays["codes"]), axis=-1, bitorder="little")[..., : 12 * codec.stages]
-    indices = bits.reshape(1, HEADS, tokens, 2 * codec.stages, 6) @ (1 << np.arange(6))  # read without our unpack
+    indices = read_indices(codec, code.arrays["codes"])
     tables = codec.both_tables(HEADS).reshape(1, HEADS, 2 * codec.stages * 64, 1, DIM)
     by_tables = np.zeros((HEADS, tokens))
     for t in range(tokens):
@@ -102,7 +128,7 @@ def test_scores_from_rotated_tables_are_scores_of_rotated_sums(name):
     assert np.abs(ours - by_tables).max() < 16 * FLOAT32 * size
 
 
-@pytest.mark.parametrize(("bits", "stages", "code_bits"), [(1, 11, 1.03125), (2, 21, 1.96875)])
+@pytest.mark.parametrize(("bits", "stages", "code_bits"), [(1, 11, 1.03125), (2, 21, 1.96875), (4, 43, 4.03125)])
 def test_bits_are_the_papers_at_head_dimension_128(bits, stages, code_bits):
     codec = METHOD.codec(128, bits, "keys")
     assert codec.stages == stages
@@ -129,8 +155,10 @@ def test_keys_are_coded_as_they_are_before_rope(name):
     same = np.array(first.arrays["codes"]) == np.array(later.arrays["codes"])
     assert same.all(axis=-1).mean() > 0.98  # rounding decides ties, and a tie changes all later stages
     there = codec.rope.forward(x, 3896)
-    # a wrong position gives keys that have nothing to do with those that were stored
-    assert relative_error(codec, there, 3896) < 0.25
+    at_zero = relative_error(codec, codec.rope.forward(x, 0))
+    # the same keys with other rounding, 6e-6 apart, but for a tie
+    assert relative_error(codec, there, 3896) == pytest.approx(at_zero, rel=0.01)
+    # a wrong position gives keys that have little to do with those that were stored: 0.8 to 1.7 against 0.035
     assert (mx.square(codec.decode(first) - there).mean() / mx.square(there).mean()).item() > 0.5
 
 
@@ -139,9 +167,11 @@ def test_a_cut_is_coded_as_in_the_whole(role):
     codec = fitted(role=role)
     x = codec.decode(codec.encode(mx.array(keys_before_rope(50, seed=5))))
     whole, part = codec.encode(x), codec.encode(x[:, :, 13:], 13)
-    same = np.array(whole.arrays["codes"])[:, :, 13:] == np.array(part.arrays["codes"])
-    assert same.all(axis=-1).mean() > 0.98
-    assert np.allclose(codec.decode(whole[13:]), codec.decode(part), atol=0.3)
+    same = (np.array(whole.arrays["codes"])[:, :, 13:] == np.array(part.arrays["codes"])).all(axis=-1)
+    assert same.mean() > 0.98  # one of the 74 vectors may round to another code
+    ours, again = np.array(codec.decode(whole[13:])), np.array(codec.decode(part))
+    # the same sums of the same entries; a scale may round to the float16 beside it, 2^-10 of it
+    assert np.allclose(ours[same], again[same], rtol=2**-9, atol=8 * FLOAT32 * np.abs(ours).max())
     assert part.start == whole[13:].start == 13
 
 
@@ -155,10 +185,12 @@ def test_more_vectors_than_a_chunk_are_coded_as_few_are():
 
 @pytest.mark.parametrize("role", ["keys", "values"])
 def test_more_stages_lose_less_on_vectors_never_seen(role):
-    x = mx.array(keys_before_rope(400, seed=7))
-    x = ROPES["half-split"].forward(x, 0) if role == "keys" else x
+    x = ROPES["half-split"].forward(mx.array(keys_before_rope(400, seed=7)), 0)
     errors = [relative_error(fitted(role=role, stages=stages), x) for stages in (1, 3, 11)]
-    assert errors[0] > 1.5 * errors[1] > 1.5**2 * errors[2]
+    # 24 bits more on 64 coordinates divide the error by 4^(24/64) = 1.7 where all directions count alike, and by more
+    # where six do, as before RoPE; 96 bits by 8 at best. Measured: 3.3 and 4.2 for keys, 1.7 and 5.2 for values
+    assert errors[0] > 1.5 * errors[1]
+    assert errors[1] > 3.5 * errors[2]
 
 
 def test_trained_tables_beat_vectors_taken_from_the_sample():
@@ -170,7 +202,7 @@ def test_trained_tables_beat_vectors_taken_from_the_sample():
     sizes = np.std(np.array(codec.tables), axis=(2, 3), keepdims=True)
     untrained = CommVQ(DIM, 1, "keys", tables=mx.array((random * sizes).astype(np.float16)), rope=rope)
     there = rope.forward(x, 0)
-    assert relative_error(codec, there) < 0.5 * relative_error(untrained, there)
+    assert relative_error(codec, there) < 0.1 * relative_error(untrained, there)  # measured: 0.035 against 0.56
 
 
 def test_training_lowers_the_error_as_em_must():
@@ -182,7 +214,7 @@ def test_training_lowers_the_error_as_em_must():
     x /= np.sqrt(np.square(x).mean(axis=1, keepdims=True))
     tables = mx.array(train_tables(x, 3, (np.arange(8), np.arange(8, 16)), seed=0))[None]
     codec = CommVQ(16, 2, "values", stages=3, scale="norm", tables=tables.astype(mx.float16))
-    # 64 centres on 16 dimensions, each at its own length: three stages of 64 leave a hundredth
+    # 64 centres on 16 dimensions, each at its own length: three stages of 64 leave 0.006, one 0.08
     assert relative_error(codec, mx.array(x)[None, None]) < 0.01
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.polar import PolarTree, angle_codebook
-from veloxlab.codecs.polarquant import PolarQuant, build, preset
+from veloxlab.codecs.polarquant import _MOST_VECTORS, PolarQuant, build, preset
 from veloxlab.codecs.quantizers import ScalarQuantizer
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
@@ -64,6 +64,19 @@ def test_angles_and_radius_say_all(vectors):
     for level in reversed(angles):
         y = np.stack([y * np.cos(level), y * np.sin(level)], axis=-1).reshape(*y.shape[:-1], -1)
     assert np.allclose(y, vectors, atol=1e-5)  # float32, seven levels
+
+
+def test_angles_and_radius_say_all_to_machine_precision():
+    """The same in double precision, which MLX has on the CPU only."""
+    x = np.random.default_rng(1).standard_normal((100, DIM))
+    with mx.stream(mx.cpu):
+        angles, radius = PolarTree(DIM, (8,) * 7).angles(mx.array(x, mx.float64))
+        y = np.array(radius)
+        assert y.dtype == np.float64
+        for level in reversed(angles):
+            y = np.stack([y * np.cos(level), y * np.sin(level)], axis=-1).reshape(*y.shape[:-1], -1)
+    # seven levels of four roundings, which add up at random: 1e-15 of a coordinate of 1
+    assert np.abs(y - x).max() <= 16 * np.finfo(float).eps * np.abs(x).max()
 
 
 @pytest.mark.parametrize("level", TWO_BITS)
@@ -149,14 +162,55 @@ def test_fitted_codebooks_of_random_vectors_are_the_offline_ones(vectors):
     assert codec == PolarQuant(DIM, codebook="fitted").fit(Sample(vectors))
 
 
-def test_fitted_codebooks_lose_less_where_angles_are_not_random():
-    """Vectors near one direction: the rotation does not spread them anew each time."""
+def near_one_direction(dim: int) -> tuple[mx.array, mx.array]:
+    """Vectors ``[1, 1, 800, dim]``, twice: the rotation does not spread them anew each time."""
     rng = np.random.default_rng(3)
-    near = rng.standard_normal(DIM) + 0.3 * rng.standard_normal((2, 1, 1, 800, DIM))
+    near = rng.standard_normal(dim) + 0.3 * rng.standard_normal((2, 1, 1, 800, dim))
     seen, new = (mx.array(x.astype(np.float32)) for x in near)
+    return seen, new
+
+
+def test_fitted_codebooks_lose_less_where_angles_are_not_random():
+    seen, new = near_one_direction(DIM)
     offline, fitted = (PolarQuant(DIM, scale="mse", codebook=c) for c in ("offline", "fitted"))
     assert offline.fit(Sample(seen)) is offline
     assert relative_error(fitted.fit(Sample(seen)), new) < relative_error(offline, new)
+
+
+def test_a_sample_of_many_vectors_is_read_in_part():
+    x = mx.random.normal((1, 4, 5 * _MOST_VECTORS // 4, 16), key=mx.random.key(0))
+    codec = PolarQuant(16, codebook="fitted")
+    assert codec.fit(Sample(x)) == codec.fit(Sample(x[:, :, ::5]))
+    assert codec.fit(Sample(x)) != codec.fit(Sample(x[:, :, ::4]))
+
+
+def test_an_online_codec_codes_as_offline_until_it_is_fitted():
+    online, x = PolarQuant(64, codebook="online"), near_one_direction(64)[0]
+    offline, fitted = PolarQuant(64), online.fit(Sample(x))
+    assert (online.online, fitted.online, offline.online) == (True, False, False)
+    assert mx.array_equal(online.decode(online.encode(x)), offline.decode(offline.encode(x)))
+    assert fitted.centroids == PolarQuant(64, codebook="fitted").fit(Sample(x)).centroids
+    assert fitted.tree.nbytes == offline.tree.nbytes
+    assert relative_error(fitted, x) < relative_error(offline, x)
+
+
+def test_an_online_codec_keeps_the_offline_angles_of_a_level_of_which_it_sees_too_few():
+    codec, x = PolarQuant(64, codebook="online"), near_one_direction(64)[0]
+    fitted = codec.fit(Sample(x[:, :, :5]))  # 80, 40 and 20 angles of levels 2 to 4, where 32 are needed
+    angles = np.split(np.array(fitted.centroids), 3)
+    known = [angle_codebook(level, 2)[0] for level in (2, 3, 4)]
+    assert [np.array_equal(a, b) for a, b in zip(angles, known, strict=True)] == [False, False, True]
+    nothing = codec.fit(Sample(x[:, :, :1]))
+    assert not nothing.online
+    assert mx.array_equal(nothing.decode(nothing.encode(x)), PolarQuant(64).decode(PolarQuant(64).encode(x)))
+
+
+def test_one_level_has_nothing_to_learn():
+    x = near_one_direction(64)[0]
+    for codebook in ("online", "fitted"):
+        codec = PolarQuant(64, (4,), codebook=codebook)
+        assert not codec.online
+        assert mx.array_equal(codec.decode(codec.encode(x)), PolarQuant(64, (4,)).decode(codec.encode(x)))
 
 
 def test_fitted_codebooks_need_a_sample():
@@ -176,7 +230,7 @@ def test_fitted_codebooks_need_a_sample():
         (lambda: PolarQuant(80, (4,) * 5), "5 levels .* head dimension of 80: give the bits of 1 to 4"),
         (lambda: PolarQuant(64, ()), "0 levels"),
         (lambda: PolarQuant(64, (4, 0)), "bits=0 is out of range"),
-        (lambda: PolarQuant(64, codebook="online"), "Unknown codebook 'online'"),
+        (lambda: PolarQuant(64, codebook="prompt"), "Unknown codebook 'prompt'.*'offline', 'online' or 'fitted'"),
         (lambda: PolarQuant(64, scale="max"), "Unknown scale 'max'"),
         (lambda: build(64, 4, "keys", recursion="half"), "Unknown recursion 'half'"),
     ],

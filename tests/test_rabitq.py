@@ -57,8 +57,9 @@ def test_a_vector_on_the_grid_is_kept_to_the_precision_of_its_scale():
     assert decoded(codec, x) == pytest.approx(x, abs=2**-9 * float(np.abs(x).max()))
 
 
-# mean 1 − cos², and d·Var of the unbiased estimate
+# mean 1 − cos², and d·Var of the unbiased estimate; one bit is the signs, whose 1 − cos² is Lloyd–Max's on the sphere
 DISTORTION = {
+    (128, 1): (0.36089, 0.555),
     (64, 2): (0.1126, 0.1276),
     (64, 3): (0.0330, 0.0342),
     (64, 4): (0.00870, 0.0088),
@@ -110,7 +111,13 @@ def test_trying_a_few_stretches_loses_next_to_nothing(bits):
 
 @pytest.mark.parametrize(
     ("dim", "mean", "deviation"),
-    [(64, 0.80101, 0.0262), (96, 0.79997, 0.0214), (128, 0.79944, 0.0186), (256, 0.79866, 0.0132)],
+    [
+        (64, 0.80101, 0.0262),
+        (96, 0.79997, 0.0214),
+        (128, 0.79944, 0.0186),
+        (256, 0.79866, 0.0132),
+        (1024, 0.79808, 0.0066),
+    ],
 )
 def test_one_bit_is_the_signs_and_its_cosine_is_the_papers(dim, mean, deviation):
     formula = math.sqrt(dim / math.pi) * 2 / (dim - 1) * math.exp(math.lgamma(dim / 2) - math.lgamma((dim - 1) / 2))
@@ -122,18 +129,32 @@ def test_one_bit_is_the_signs_and_its_cosine_is_the_papers(dim, mean, deviation)
     assert np.array_equal(np.array(codec.levels(code.arrays))[0, 0], np.where(y >= 0, 0.5, -0.5))
     cosine = np.sqrt(1 - np.array(code.arrays["sine"], np.float64) ** 2)
     assert cosine.mean() == pytest.approx(mean, abs=3 * deviation / math.sqrt(PAIRS))
-    assert cosine.std() == pytest.approx(deviation, rel=3 / math.sqrt(2 * PAIRS))
+    assert cosine.std() == pytest.approx(deviation, rel=3 / math.sqrt(2 * PAIRS) + 0.008)  # the table's last digit
 
 
-@pytest.mark.parametrize(("dim", "half_width"), [(64, 0.179), (128, 0.127)])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_the_variance_follows_from_the_cosine(dim):
+    """D·Var = (1 − c²)/c² · D/(D − 1), with each vector's own c: what is missing lies in a random direction."""
+    x, q = unit_vectors(dim), unit_vectors(dim, seed=1)
+    codec = RaBitQ(dim, 1, bounds=True)
+    code = codec.encode(mx.array(x)[None, None])
+    sine = np.array(code.arrays["sine"], np.float64) ** 2
+    errors = (q * (np.array(codec.decode(code))[0, 0] - x)).sum(axis=1)
+    # the variance is a mean of 4,000 squares: three standard errors
+    expected = np.mean(sine / (1 - sine)) * dim / (dim - 1)
+    assert dim * np.mean(errors**2) == pytest.approx(expected, rel=3 * math.sqrt(2 / PAIRS))
+
+
+@pytest.mark.parametrize(("dim", "half_width"), [(64, 0.179), (128, 0.127), (1024, 0.045)])
 def test_the_bound_holds_as_often_as_for_a_gaussian(dim, half_width):
     x, q = unit_vectors(dim), unit_vectors(dim, seed=1)
     lengths = np.random.default_rng(2).uniform(0.5, 2, (PAIRS, 1)).astype(np.float32)
     codec = RaBitQ(dim, 1, bounds=True)
     code = codec.encode(mx.array(x * lengths)[None, None])
     widths = np.array(codec.half_widths(code))[0, 0] / lengths
-    # the mean of a convex function of the cosine is a little above its value at the mean cosine
-    assert widths.mean() == pytest.approx(half_width, rel=0.01)
+    # the mean of a convex function of the cosine is a little above its value at the mean cosine; and half of the last
+    # digit of 0.045 is 1 % of it
+    assert widths.mean() == pytest.approx(half_width, rel=0.012)
     errors = (q * (np.array(codec.decode(code))[0, 0] / lengths - x)).sum(axis=1, keepdims=True)
     within = np.mean(np.abs(errors) <= widths)
     assert within == pytest.approx(0.945, abs=3 * math.sqrt(0.945 * 0.055 / PAIRS))

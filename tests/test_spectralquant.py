@@ -12,6 +12,7 @@ from veloxlab.codecs.quantizers import PlannedQuantizer, greedy_bits
 from veloxlab.codecs.spectralquant import SpectralQuant, build, effective_dimensions
 from veloxlab.errors import InputError
 
+FLOAT32 = 2.0**-23
 DIM = 64
 HEADS = 2
 TOKENS = 4096
@@ -75,12 +76,13 @@ def test_each_coordinate_has_the_distortion_of_its_width():
     y = mx.random.normal((200_000, len(widths)), key=mx.random.key(0))
     error = np.square(np.array(quantizer.expand(quantizer.pack(quantizer.assign(y))) - y)).mean(axis=0)
     expected = [gaussian_codebook(w).distortion if w else 1.0 for w in widths]
-    # 200,000 squares: 0.3 % for a Gaussian one, and the tail's overload weighs up to three times more at 8 bits
+    # three standard errors of a mean of 200,000 squares: 0.3 % where nothing is kept, 0.95 % at 6 bits, measured, where
+    # what lies beyond the last level weighs most
     assert error == pytest.approx(expected, rel=0.03)
 
 
 def test_the_gain_over_one_width_is_the_codebooks_coding_gain():
-    """What the plan promises, Σ λ·D(b), is what is lost; to 5 %: a normalised vector is not quite Gaussian."""
+    """What the plan promises, Σ λ·D(b), is what is lost; to 5 %: a normalised vector is not quite Gaussian (2.9 %)."""
     x = correlated(1)
     for bits in (2, 3):
         codec = SpectralQuant(DIM, bits, centred=False, damping=0).fit(Sample(correlated(0)))
@@ -90,7 +92,8 @@ def test_the_gain_over_one_width_is_the_codebooks_coding_gain():
         promised = (SPECTRUM * distortion).sum() / SPECTRUM.sum()
         assert relative_error(codec, x) == pytest.approx(promised, rel=0.05)
         gain = SPECTRUM.mean() / np.exp(np.log(SPECTRUM).mean())  # AM/GM, 1.9: what one width and any rotation loses
-        assert promised == pytest.approx(gaussian_codebook(bits).distortion / gain, rel=0.2)  # D(b) is not 4^−b
+        assert promised == pytest.approx(gaussian_codebook(bits).distortion / gain, rel=0.1)
+        # D(b) is not 4^−b: few bits are used better than many, and the plan has both. Measured: 6 % at 2 bits, 7 % at 3
 
 
 def test_the_plan_is_a_water_filling_of_the_spectrum():
@@ -103,7 +106,7 @@ def test_keeping_the_mean_apart_pays_where_there_is_one():
     train, x = correlated(0, mean=1.0), correlated(1, mean=1.0)
     apart = SpectralQuant(DIM, 2).fit(Sample(train))
     papers = SpectralQuant(DIM, 2, centred=False).fit(Sample(train))
-    assert relative_error(apart, x) < 0.9 * relative_error(papers, x)
+    assert relative_error(apart, x) < 0.6 * relative_error(papers, x)  # measured: 0.52
 
 
 def test_damping_flattens_the_plan_and_helps_on_other_vectors():
@@ -111,7 +114,7 @@ def test_damping_flattens_the_plan_and_helps_on_other_vectors():
     other = mx.random.normal((1, HEADS, 512, DIM), key=mx.random.key(5))
     bare, damped = (SpectralQuant(DIM, 3, damping=share).fit(Sample(correlated(0))) for share in (0, 0.2))
     assert np.std(damped.plan) < np.std(bare.plan)
-    assert relative_error(damped, other) < 0.95 * relative_error(bare, other)
+    assert relative_error(damped, other) < 0.75 * relative_error(bare, other)  # measured: 0.64
 
 
 def test_each_basis_is_best_at_what_it_minimises():
@@ -124,17 +127,19 @@ def test_each_basis_is_best_at_what_it_minimises():
         scores = codec.scores(q, codec.encode(x)).reshape(exact.shape)
         errors[basis] = relative_error(codec, x), mx.square(scores - exact).mean().item()
     assert errors["pca"][0] < min(errors["query"][0], errors["hadamard"][0])
-    assert errors["query"][1] < 0.8 * min(errors["pca"][1], errors["hadamard"][1])
+    # measured: 0.070, 0.084, 0.106 of the vectors; 0.024, 0.013, 0.037 in the scores
+    assert errors["query"][1] < 0.65 * min(errors["pca"][1], errors["hadamard"][1])
 
 
 def test_bases_lead_there_and_back():
     x = correlated(0, 128)
+    length = mx.linalg.norm(x, axis=-1).max().item()
     for basis in ("pca", "query", "hadamard"):
         codec = SpectralQuant(DIM, 2, basis=basis).fit(Sample(x, queries(0)))
-        assert np.allclose(codec.from_codes(x @ codec.forward), x, atol=1e-4)
-        assert np.allclose(
-            codec.query_to_codes(x) @ (x @ codec.forward).swapaxes(-1, -2), x @ x.swapaxes(-1, -2), atol=1e-3
-        )
+        # float32 sums of 64 products: at most 1.4 and 4.5 steps of the length and its square, measured
+        assert np.allclose(codec.from_codes(x @ codec.forward), x, rtol=0, atol=8 * FLOAT32 * length)
+        products = codec.query_to_codes(x) @ (x @ codec.forward).swapaxes(-1, -2)
+        assert np.allclose(products, x @ x.swapaxes(-1, -2), rtol=0, atol=16 * FLOAT32 * length**2)
 
 
 def test_effective_dimensions_in_both_conventions():
@@ -144,11 +149,13 @@ def test_effective_dimensions_in_both_conventions():
     x = correlated(0, 20_000)
     expected = SPECTRUM.sum() ** 2 / np.square(SPECTRUM).sum()
     found = effective_dimensions(x)
+    # each λ is known to √(2/20,000) = 1 %, and the largest, six tenths of Σλ², counts there twice: 1 % in all; measured
+    # 0.6 % and 1.2 %
     assert found.uncentred == pytest.approx([expected] * HEADS, rel=0.03)
-    assert found.centred == pytest.approx(found.uncentred, rel=1e-2)
+    assert found.centred == pytest.approx(found.uncentred, rel=2e-4)  # the sample's own mean: 1/20,000 of the energy
     with_mean = effective_dimensions(correlated(0, 20_000, mean=3.0))
     assert (with_mean.uncentred < 1.1).all()  # "3 %" is the mean vector
-    assert with_mean.centred == pytest.approx(found.centred, rel=1e-3)
+    assert with_mean.centred == pytest.approx(found.centred, rel=1e-6)  # float32 beside a mean of 3
 
 
 def test_what_it_cannot_learn_from_is_refused_with_what_is_needed():

@@ -61,6 +61,14 @@ def test_inner_product_error(bits, column, make, pairs):
     assert DIM * np.mean(errors**2) == pytest.approx(INNER_PRODUCT_ERROR[bits][column], rel=TOLERANCE)
 
 
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("sketch", ["gaussian", "orthogonal"])
+def test_prod_is_between_the_papers_bounds(bits, sketch, pairs):
+    """For unit vectors 4^−b ≤ d·D_prod (Theorem 3) and, by the upper bound of Theorem 2, at most √3·π²·4^−b."""
+    error = DIM * np.mean(inner_product_errors(TurboQuantProd(DIM, bits, sketch=sketch), pairs) ** 2)
+    assert 4.0**-bits <= error <= math.sqrt(3) * math.pi**2 * 4.0**-bits
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_prod_variance_follows_the_closed_form(bits, pairs):
     """(π/2)·D(b − 1)/d for the Gaussian sketch, where D(0) = 1."""

@@ -6,7 +6,7 @@ import pytest
 
 from veloxlab.cache import CompressedKVCache
 from veloxlab.codecs.codec import Sample
-from veloxlab.codecs.vecinfer import _FEW_QUERIES, POINTS, VecInfer, build
+from veloxlab.codecs.vecinfer import _FEW_QUERIES, METHOD, POINTS, VecInfer, build
 from veloxlab.codecs.vector_codebooks import can_pack, pack_indices, train_codebook, unpack_indices
 from veloxlab.errors import InputError
 
@@ -39,25 +39,35 @@ def test_the_dual_transform_keeps_inner_products(dim):
     assert np.abs(ours - exact).max() < 1e-5 * np.abs(exact).max()  # float32 sums of D products
 
 
-# test error of k-means on independent N(0, 1). Ours sees at most 65,536 sub-vectors, has one centroid at zero and
-# rounds to float16; the error is a mean over 10⁵ numbers, so that its own deviation is below 1 %
+# test error of k-means on independent N(0, 1), from 250,000 vectors. A mean over 10⁵ numbers has a deviation below 1 %.
+# Ours is above the table's for a centroid that is kept at zero, for float16, and for what it learns by heart: it sees
+# 64 to 256 sub-vectors a centroid up to 10 bits, where 1 to 3 % are measured, and 8 at 12 bits, where 6 % are at d = 4
+# and 4 % at d = 8. At d2b8 it is 6 % below: k-means++, the best of three, ends in better optima than the table's start,
+# near the 0.0079 of the best that there are
 @pytest.mark.parametrize(
-    ("point", "expected", "tolerance"),
-    [("d2b4", 0.1089, 0.02), ("d4b8", 0.0976, 0.03), ("d8b8", 0.3238, 0.03), ("d2b8", 0.00853, 0.08)],
+    ("point", "expected", "above", "below"),
+    [
+        ("d2b4", 0.1089, 0.02, 0.02),
+        ("d2b8", 0.00853, 0.0, 0.07),
+        ("d4b8", 0.0976, 0.03, 0.01),
+        ("d8b8", 0.3238, 0.03, 0.01),
+        ("d4b10", 0.0512, 0.045, 0.01),
+        ("d4b12", 0.0267, 0.085, 0.0),
+        ("d8b12", 0.1729, 0.055, 0.0),
+    ],
 )
-def test_distortion_of_gaussian_numbers(point, expected, tolerance):
+def test_distortion_of_gaussian_numbers(point, expected, above, below):
     codec = build(64, 2, "values", point=point).fit(Sample(normal(1, 1, 4096, 64)))
     error = relative_error(codec, normal(1, 1, 2048, 64, seed=1))
-    assert error == pytest.approx(expected, rel=tolerance)
+    assert expected * (1 - below) <= error <= expected * (1 + above)
 
 
-def test_twelve_bits_are_held_tight_and_lose_less():
-    """The paper's d8b12 has 0.173 from 250,000 vectors and 15 iterations: too slow here, so a small sample's share."""
+def test_a_small_sample_is_learned_by_heart():
     x, unseen = normal(1, 1, 1100, 64), normal(1, 1, 512, 64, seed=1)
     codec = build(64, 2, "values", point="d8b12").fit(Sample(x))
     assert codec.bits_per_value == 1.5
     assert 0.173 < relative_error(codec, unseen) < 0.3238  # worse than well trained, better than 8 bits
-    assert relative_error(codec, x) < 0.154  # two sub-vectors an entry: its own sample it knows by heart
+    assert relative_error(codec, x) < 0.154  # what 250,000 vectors lose of themselves; here two have an entry
 
 
 @pytest.mark.parametrize("bits", [1, 3, 4, 8, 10, 12])
@@ -104,15 +114,27 @@ def test_a_codebook_has_a_zero_and_serves_every_entry():
 
 
 def test_defaults_are_the_papers():
-    assert POINTS == {1: "d8b8", 2: "d4b8", 3: "d4b12"}
-    assert [build(128, bits, "keys").bits_per_value for bits in POINTS] == [1, 2, 3]
+    assert POINTS == {1: "d8b8", 2: "d4b8", 3: "d4b12", 4: "d2b8"}
+    assert [METHOD.codec(128, bits, "keys").bits_per_value for bits in METHOD.bits] == [1, 2, 3, 4]
     keys, values = build(64, 2, "keys"), build(64, 2, "values")
     assert (keys.smooth, keys.hadamard, values.smooth, values.hadamard) == (True, True, False, False)
+
+
+def test_a_point_for_each_side():
+    """The paper's 1.25 bits: twelve bits for eight coordinates of keys, eight for those of values."""
+    point = {"keys": "d8b12", "values": "d8b8"}
+    sides = [METHOD.codec(128, 1, role, point=point) for role in ("keys", "values")]
+    assert [(codec.sub_dim, codec.index_bits) for codec in sides] == [(8, 12), (8, 8)]
+    assert sum(codec.bits_per_value for codec in sides) / 2 == 1.25
+    assert METHOD.codec(64, 2, "values", point={"keys": "d4b10"}).index_bits == 8  # that of bits=2
 
 
 @pytest.mark.parametrize(
     ("act", "sentence"),
     [
+        (lambda: build(64, 2, "keys", point={"key": "d4b8"}), "point has no side 'key': give points for 'keys'"),
+        (lambda: build(64, 2, "keys", point={"keys": 48}), "point=48 is no point of VecInfer"),
+        (lambda: build(64, 2, "keys", point=["d4b8", "d8b8"]), r"point=\['d4b8', 'd8b8'\] is no point of VecInfer"),
         (lambda: build(64, 2, "keys", point="4x8"), "no point of VecInfer"),
         (lambda: build(64, 2, "keys", point="d7b8"), "do not divide a head dimension of 64"),
         (lambda: build(64, 2, "keys", point="d8b9"), "An index of 9 bits"),

@@ -28,7 +28,7 @@ Where we differ
       the first tokens that it packs, layer by layer, keys and values apart, and keeps them. ``"fitted"`` are the same
       from calibration. Both learn the levels above the first, which a rotation leaves uniform, and start from the
       offline ones. On SmolLM2 either lowers the squared error of keys by 2 % (``block``) to 7 % (``full``) and that of
-      values by less than 1 %.
+      values by less than 1 %. KL differs by no more than between two rotations; the paper's scores by 0.2 %.
 """
 
 from __future__ import annotations
