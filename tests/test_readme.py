@@ -1,10 +1,11 @@
 """The README's figures are those of the committed results."""
 
+import json
 from pathlib import Path
 
 import polars as pl
 
-from veloxlab.cli import compared_table, ratio_table
+from veloxlab.cli import bench_table, compared_table, ratio_table
 from veloxlab.codecs import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -15,6 +16,12 @@ def test_the_tables_are_the_committed_measurements():
     results = ROOT / "data" / "results"
     assert compared_table(pl.read_parquet(results / "compare_smollm2-135m.parquet")) in README
     assert ratio_table(pl.read_parquet(results / "byte_ratios.parquet")) in README
+
+
+def test_the_times_on_a_gpu_are_the_committed_measurements():
+    results = json.loads((ROOT / "data" / "results" / "bench_h100.json").read_text())
+    assert results["facts"]["device"] == "NVIDIA H100 80GB HBM3"
+    assert bench_table(results, 32, 8, 128) in README
 
 
 def test_every_method_is_listed_and_has_its_notebook():

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from veloxlab.attention import History, Segment, mask_for
 from veloxlab.codecs import Code, Codec
-from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.codec import fitted_online
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
 
@@ -282,8 +282,8 @@ class CompressedKVCache:
             self.recent.drop_oldest(from_recent)
         if to_packed:
             start = self.packed.start + self.packed.tokens
-            self.key_codec = _fitted(self.key_codec, leaving_keys)
-            self.value_codec = _fitted(self.value_codec, leaving_values)
+            self.key_codec = fitted_online(self.key_codec, leaving_keys)
+            self.value_codec = fitted_online(self.value_codec, leaving_values)
             self.packed.append(
                 self.key_codec.encode(leaving_keys, start), self.value_codec.encode(leaving_values, start)
             )
@@ -309,8 +309,3 @@ class CompressedKVCache:
                 f"±{_LARGEST:.0e} and were not stored. The model overflowed, most likely in float16: load it in "
                 "bfloat16 or float32 and start with a new cache."
             )
-
-
-def _fitted(codec: Codec, x: mx.array) -> Codec:
-    """The codec, or one fitted to ``x`` ``[B, H, S, D]``, the first tokens that it is to pack, if it is ``online``."""
-    return codec.fit(Sample(x.astype(mx.float32))) if getattr(codec, "online", False) else codec

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from veloxlab.errors import InputError
 from veloxlab.files import write_atomically
@@ -146,6 +146,23 @@ def ratio_table(frame: pl.DataFrame) -> str:
     for row in frame.iter_rows(named=True):
         ratios = [f"{row[name]:.2f}×" for name in ("key_ratio", "value_ratio", "ratio")]
         lines.append(f"| {row['name']} | {' | '.join(ratios)} |")
+    return "\n".join(lines)
+
+
+def bench_table(results: dict[str, Any], query_heads: int, kv_heads: int, head_dim: int) -> str:
+    """Give the times of attention of one shape, as ``veloxlab bench`` wrote them, as a Markdown table."""
+    shape = (query_heads, kv_heads, head_dim)
+    rows = [r for r in results["attention"] if (r["query_heads"], r["kv_heads"], r["head_dim"]) == shape]
+    tokens = sorted({row["tokens"] for row in rows})
+    lines = [f"| cache | {' | '.join(f'{n:,} tokens' for n in tokens)} |", f"|---|{'---:|' * len(tokens)}"]
+    for name in dict.fromkeys(row["cache"] for row in rows):
+        cells = [
+            f"{row['microseconds']:.0f} µs ({row['ratio']:.2f}×)"
+            for n in tokens
+            for row in rows
+            if (row["cache"], row["tokens"]) == (name, n)
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

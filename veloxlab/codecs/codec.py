@@ -264,6 +264,11 @@ class RotatedCodec(TiledCodec):
         return self._rotation.forward(q)
 
 
+def fitted_online(codec: Codec, x: mx.array) -> Codec:
+    """The codec, or, if it is one that is ``online``, that fitted to ``x`` ``[B, H, S, D]``, the first it is to pack."""
+    return codec.fit(Sample(x.astype(mx.float32))) if getattr(codec, "online", False) else codec
+
+
 def kv_heads_of(code: Code) -> int:
     """KV heads of a code."""
     return int(next(iter(code.arrays.values())).shape[1])

@@ -252,7 +252,8 @@ def _scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.arra
         energy = mx.square(quantized).sum(axis=-1, keepdims=True)
         return mx.maximum(inner, 0.0) / mx.where(energy == 0, 1.0, energy)
     energy = mx.square(y).sum(axis=-1, keepdims=True)
-    return mx.where(energy == 0, 1.0, energy) / mx.maximum(inner, mx.maximum(energy, 1e-9) / _LARGEST_FACTOR)
+    energy = mx.where(energy == 0, 1.0, energy)
+    return energy / mx.maximum(inner, energy / _LARGEST_FACTOR)
 
 
 def build(head_dim: int, bits: int, role: Role, **options: object) -> SpectralQuant:

@@ -11,6 +11,7 @@ import polars as pl
 
 from veloxlab.attention import causal_mask
 from veloxlab.codecs import find_method
+from veloxlab.codecs.codec import fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.integrate import DEFAULT_BITS
 from veloxlab.measure.activations import Capture, LayerCapture
@@ -133,6 +134,7 @@ def _decoded(
     """Exact and decoded ``[1, H, S, D]``, both float32."""
     x = (layer.keys if side == "keys" else layer.values).astype(mx.float32)
     codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, side, options, calibration)
+    codec = fitted_online(codec, x)
     return x, codec.decode(codec.encode(x)).astype(mx.float32)
 
 
