@@ -122,7 +122,7 @@ def compare_caches(options: argparse.Namespace) -> int:
 
 
 def compared_table(frame: pl.DataFrame) -> str:
-    """Give the comparison as a Markdown table, by true bits; attention's time in brackets is against the exact cache."""
+    """Give the comparison as a Markdown table, by true bits; attention's time in brackets, against the exact one."""
     stored, attended = ((frame[f"{name}_us"] / frame[f"{name}_ratio"])[0] for name in ("store", "attend"))
     exact_bytes = frame["fp16_bytes"][0]
     lines = [

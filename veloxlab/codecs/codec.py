@@ -265,7 +265,7 @@ class RotatedCodec(TiledCodec):
 
 
 def fitted_online(codec: Codec, x: mx.array) -> Codec:
-    """The codec, or, if it is one that is ``online``, that fitted to ``x`` ``[B, H, S, D]``, the first it is to pack."""
+    """The codec, or, if it is ``online``, one fitted to ``x`` ``[B, H, S, D]``, the first it is to pack."""
     return codec.fit(Sample(x.astype(mx.float32))) if getattr(codec, "online", False) else codec
 
 
