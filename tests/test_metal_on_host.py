@@ -49,6 +49,7 @@ def test_threads_share_memory_and_exchange():
 @needs_gcc
 def test_the_matrix_unit_multiplies():
     body = """
+    if (i >= 32) return;
     const uint at = matrix_row(i % 32) * 8 + matrix_column(i % 32);
     float2 sum = float2(1.0f);
     multiply(sum, float2(given[at], given[at + 1]), float2(given[64 + at], given[64 + at + 1]));
@@ -91,14 +92,18 @@ def test_what_nobody_wrote_is_not_a_number():
     [
         ("if (i < 5) group_barrier();\nout[i] = 0;", "threadgroup_barrier at probe.metal:2, thread 5 has ended"),
         ("if (i < 5) {\nsimd_barrier();\n} else {\nsimd_barrier();\n}", "at probe.metal:3, thread 5 in"),
-        ("if (i < 5) simd_barrier(); else simd_barrier();", "reached by another branch"),
+        ("if (i < 5) simd_barrier(); else simd_barrier();", "divergence"),
         ("if (i < 32) group_barrier();\nelse simd_barrier();", "divergence"),
         ("if (i < 32) simd_barrier();\ngroup_barrier();\nif (i < 9) simd_barrier();", "thread 9 has ended"),
         ("float x = 1;\nif (i < 5) x = simd_shuffle_xor(x, 1u);\nout[i] = x;", "thread 0 waits in simd_shuffle_xor"),
         ("for (uint k = 0; k < i; k++) simd_barrier();", "divergence"),
         ("out[i] = simd_shuffle(given[i], i + 1);", "thread 31 asks for lane 32"),
-        ("threadgroup float s[64];\ns[i] = given[i];\nout[i] = s[63 - i];", "race: out depends on the order"),
+        ("threadgroup float s[64];\ns[i] = given[i];\nout[i] = s[63 - i];", "race: thread 32 writes at probe.metal:3"),
         ("threadgroup float s[64];\ns[i] = given[i];\nsimd_barrier();\nout[i] = s[63 - i];", "race"),
+        ("threadgroup float s[64];\ns[i] = simd_shuffle_xor(given[i], 1u);\nout[i] = simd_shuffle(s[i ^ 1], 1u);", "race"),
+        ("threadgroup half s[64];\ns[i] = 1;\nsimd_barrier();\ns[i ^ 1] += s[i];", "race"),
+        ("out[i / 2] = 1;", "race: thread 1 writes at probe.metal:2 what thread 0 wrote at probe.metal:2"),
+        ("out[i] = 1;\nout[i] = out[63 - i];", "race"),
         ("out[i] = given[i + 1];", "thread 63 is 0 bytes past the end of given"),
         ("out[i] = given[i - 1];", "past the end of given"),  # 4 billion
         ("out[i + 3] = 0;", "past the end of out"),
@@ -115,6 +120,29 @@ def test_running_finds(body, message):
     with pytest.raises(KernelError) as error:
         run_on(body)
     assert message in str(error.value)
+
+
+@needs_gcc
+def test_threadgroups_do_not_share_their_outputs():
+    assert run_on("out[threadgroup_position_in_grid.x * 64 + i] = 1;", groups=(2, 1, 1)).all()
+    with pytest.raises(KernelError, match="what thread 5 of another threadgroup wrote"):
+        run_on("if (i == 5) out[i] = 1;", groups=(2, 1, 1))
+
+
+@needs_gcc
+def test_barriers_order_what_threads_share():
+    turns = """threadgroup float s[64];
+    s[i] = given[i];
+    for (uint step = 1; step < 64; step *= 2) {
+      group_barrier();
+      const float other = s[i ^ step];
+      group_barrier();
+      s[i] += other;
+    }
+    out[i] = s[i];"""
+    assert np.all(run_on(turns) == NUMBERS.sum())
+    in_simdgroups = turns.replace("group_barrier", "simd_barrier").replace("step < 64", "step < 32")
+    assert np.array_equal(run_on(in_simdgroups), np.repeat(NUMBERS.reshape(2, 32).sum(axis=1), 32))
 
 
 @needs_gcc

@@ -10,21 +10,28 @@ import atexit
 import ctypes
 import functools
 import hashlib
+import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from tests.metal_on_host.text import INCLUDES, KernelError, body, defines, facts
+from tests.metal_on_host.text import INCLUDES, PRELUDES, KernelError, body, defines, facts
 from veloxlab.kernels.launch import SIMD, Source
 
-COMPILER = "g++"
-# without jump threading, which would give a barrier behind a branch a copy for each side, as if it were two barriers
-FLAGS = ("-std=c++20", "-O1", "-fno-thread-jumps", "-fvisibility=hidden", "-shared", "-fPIC", "-w", *INCLUDES)
-CHECKS = ("-fsanitize=alignment,bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover")  # host.h reports them
+COMPILER = "g++" if sys.platform == "linux" else "g++ on Linux"
+FLAGS = ("-std=c++20", "-O1", "-fvisibility=hidden", "-fPIC", "-w", *INCLUDES)
+# Line tables, for messages; calls on each access to memory and on undefined behaviour, which machine.cpp takes; and no
+# jump threading or tail calls, since a barrier stands in the code as often, and where, as it does in the text.
+KERNEL_FLAGS = (
+    *("-g1", "-fno-thread-jumps", "-fno-optimize-sibling-calls"),
+    *("-fsanitize=thread,alignment,bounds,shift,integer-divide-by-zero", "-fno-sanitize-recover"),
+    "--param=tsan-instrument-func-entry-exit=0",
+)
 LIBRARIES = ("-nostdlib", "-lm", "-lc", "-lgcc")
 BFLOAT: np.dtype = np.dtype([("bfloat", np.uint16)])  # numpy has none
 TYPES: dict[np.dtype, str] = {
@@ -59,7 +66,7 @@ def run(
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[np.dtype],
 ) -> list[np.ndarray]:
-    """Run a kernel on ``groups`` threadgroups of ``threads`` threads, twice: these taken in one order and in the other.
+    """Run a kernel on ``groups`` threadgroups of ``threads`` threads, as ``launch`` does on a GPU.
 
     ``arrays`` may be views with strides; what lies between their elements is NaN to the kernel. ``shapes`` and
     ``dtypes`` are the outputs', which stay NaN (integers: all bits 1) where nothing is written. Raises `KernelError`.
@@ -71,19 +78,13 @@ def run(
     dtype_of.update(zip(source.outputs, dtypes, strict=True))
     library = _compiled(_text(source, {name: TYPES[dtype] for name, dtype in dtype_of.items()}))
     memory = {name: _memory(array) for name, array in inputs.items()}
-    outcomes = []
-    for reverse in (False, True):
-        outputs = [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
-        given = [_array(name, memory[name], inputs[name]) for name in source.inputs]
-        given += [_array(name, output, output, 1) for name, output in zip(source.outputs, outputs, strict=True)]
-        failure = library.run((_Array * len(given))(*given), len(given), (ctypes.c_uint * 3)(*groups), threads, reverse)
-        if failure is not None:
-            raise KernelError(f"{source.name}: {failure.decode()}")
-        outcomes.append(outputs)
-    for name, one, other in zip(source.outputs, *outcomes, strict=True):
-        if one.tobytes() != other.tobytes():
-            raise KernelError(f"{source.name}: race: {name} depends on the order in which threads run")
-    return outcomes[0]
+    outputs = [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+    given = [_array(name, memory[name], inputs[name]) for name in source.inputs]
+    given += [_array(name, output, output, 1) for name, output in zip(source.outputs, outputs, strict=True)]
+    failure = library.run((_Array * len(given))(*given), len(given), (ctypes.c_uint * 3)(*groups), threads)
+    if failure is not None:
+        raise KernelError(f"{source.name}: {_with_lines(failure.decode(), library)}")
+    return outputs
 
 
 def _memory(array: np.ndarray) -> np.ndarray:
@@ -116,29 +117,49 @@ def _text(source: Source, types: Mapping[str, str]) -> str:
         defines(source)
         + "".join(f'#include "{name}"\n' for name in ("host.h", *source.headers))
         + "#undef threadgroup\n#define threadgroup THREADGROUP\n#undef local_memory\n#define local_memory\n"
-        + "static void kernel() {\n"
+        + 'extern "C" void kernel() {\n'
         + "const uint3 thread_position_in_threadgroup = {host::current, 0, 0};\n"
         + "const uint3 threadgroup_position_in_grid = {host::position.x, host::position.y, host::position.z};\n"
         + "\n".join(lines)
         + "\n"
         + body(source)
         + "}\n"
-        + 'extern "C" __attribute__((visibility("default"))) const char* run(\n'
-        + "    host::Array* arrays, unsigned count, const unsigned* groups, unsigned threads, bool reversed) {\n"
-        + "  return host::run<kernel>(arrays, count, groups, threads, reversed);\n}\n"
     )
 
 
 @functools.cache
 def _compiled(text: str) -> ctypes.CDLL:
-    path = _folder() / f"{hashlib.sha256(text.encode()).hexdigest()}.so"
-    command = [COMPILER, *FLAGS, *CHECKS, "-x", "c++", "-", "-o", str(path), *LIBRARIES]
-    outcome = subprocess.run(command, input=text, capture_output=True, text=True)
-    if outcome.returncode != 0:
-        raise KernelError(outcome.stderr[:4000])
-    library = ctypes.CDLL(str(path))
+    path = _folder() / hashlib.sha256(text.encode()).hexdigest()
+    _compile(*FLAGS, *KERNEL_FLAGS, "-c", "-x", "c++", "-", "-o", f"{path}.o", text=text)
+    _compile("-shared", f"{path}.o", str(_machine()), "-o", f"{path}.so", *LIBRARIES)
+    library = ctypes.CDLL(f"{path}.so")
     library.run.restype = ctypes.c_char_p
     return library
+
+
+@functools.cache
+def _machine() -> Path:
+    path = _folder() / "machine.o"
+    _compile(*FLAGS, "-O2", "-c", str(PRELUDES / "machine.cpp"), "-o", str(path))
+    return path
+
+
+def _compile(*arguments: str, text: str | None = None) -> None:
+    outcome = subprocess.run([COMPILER, *arguments], input=text, capture_output=True, text=True)
+    if outcome.returncode != 0:
+        raise KernelError(outcome.stderr[:4000])
+
+
+def _with_lines(message: str, library: ctypes.CDLL) -> str:
+    """A message with file and line for each ``{address}``, and those that it was called from."""
+    return re.sub(r"\{(\w+)\}", lambda found: _place(found[1], library._name), message)
+
+
+def _place(address: str, library: str) -> str:
+    command = ["addr2line", "--inlines", "--exe", library, address]
+    frames = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = [Path(frame).name.split(" ")[0] for frame in frames]
+    return " < ".join(line for line in lines if not line.startswith("host.h:"))
 
 
 @functools.cache
