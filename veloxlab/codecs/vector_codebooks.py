@@ -76,8 +76,9 @@ def packed_nearest(points: mx.array, centroids: mx.array, bits: int) -> mx.array
 
 
 def _packed_by_graph(points: mx.array, centroids: mx.array, bits: int) -> mx.array:
-    parts = points.shape[-1] // centroids.shape[-1]
-    return pack_indices(nearest(points.reshape(*points.shape[:-1], parts, -1), centroids), bits)
+    dim = centroids.shape[-1]
+    sub_vectors = points.reshape(*points.shape[:-1], points.shape[-1] // dim, dim)
+    return pack_indices(nearest(sub_vectors, centroids), bits)
 
 
 def index_words(count: int, bits: int) -> int:
