@@ -80,11 +80,10 @@ class History(Handle):
     def _attend_in_kernel(self, q: mx.array, scale: float, mask: Mask) -> mx.array | None:
         """By a GPU kernel, or None where there is no GPU, or no kernel for these segments and codecs."""
         backend = gpu()
-        packed = next((s for s in self.segments if not isinstance(s.key_codec, Exact)), None)
-        if backend is None or packed is None or packed.keys.tokens < _LEAST_PACKED:
+        at = next((i for i, s in enumerate(self.segments) if not isinstance(s.key_codec, Exact)), None)
+        if backend is None or at is None or self.segments[at].keys.tokens < _LEAST_PACKED:
             return None
-        at = self.segments.index(packed)
-        before, after = self.segments[:at], self.segments[at + 1 :]
+        before, packed, after = self.segments[:at], self.segments[at], self.segments[at + 1 :]
         key_codec, value_codec = packed.key_codec, packed.value_codec
         if not (isinstance(key_codec, TiledCodec) and isinstance(value_codec, TiledCodec)):
             return None
