@@ -27,6 +27,7 @@ from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.integrate import make_cache
 from veloxlab.kernels.checked import states
 from veloxlab.kernels.launch import gpu
+from veloxlab.measure.speed import median_seconds
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -116,7 +117,7 @@ def copy_bandwidth() -> float:
     """Gigabytes a second of a large copy, read and written: what a roofline is made of."""
     source = mx.zeros((1 << 28,), mx.float32)
     mx.eval(source)
-    seconds = _median_seconds(lambda: source + 1)
+    seconds = median_seconds(lambda: source + 1, REPEATS)
     return 2 * source.nbytes / seconds / 1e9
 
 
@@ -228,22 +229,9 @@ def _microseconds(calls: list[Callable[[], mx.array]]) -> tuple[float, float]:
     """Median time of a call, of many evaluated together and of one alone."""
     calls = [calls[i % len(calls)] for i in range(IN_A_ROW)]
     return (
-        _median_seconds(lambda: [call() for call in calls]) / IN_A_ROW * 1e6,
-        _median_seconds(calls[0]) * 1e6,
+        median_seconds(lambda: [call() for call in calls], REPEATS) / IN_A_ROW * 1e6,
+        median_seconds(calls[0], REPEATS) * 1e6,
     )
-
-
-def _median_seconds(work: Callable[[], object]) -> float:
-    for _ in range(2):
-        mx.eval(work())
-    seconds = []
-    for _ in range(REPEATS):
-        mx.synchronize()
-        start = time.perf_counter()
-        mx.eval(work())
-        mx.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
 
 
 def _model(layers: int) -> Model:

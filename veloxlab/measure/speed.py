@@ -18,7 +18,7 @@ REPEATS = 5
 def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, float]:
     """Seconds to store a layer's captured keys and values, and seconds for one query to attend to them all.
 
-    ``make`` gives an empty cache for the layer, ours or any of mlx-lm's. Medians of `REPEATS`, after a first try.
+    ``make`` gives an empty cache for the layer, ours or any of mlx-lm's. Medians of `REPEATS`, after two first tries.
     """
     keys, values = layer.keys, layer.values
     heads = keys.shape[1] if layer.queries is None else layer.queries.shape[1]
@@ -37,14 +37,18 @@ def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, fl
             query, read_keys, read_values, cache=cache, scale=keys.shape[-1] ** -0.5, mask=None
         )
 
-    return _median(store), _median(attend)
+    return median_seconds(store), median_seconds(attend)
 
 
-def _median(work: Callable[[], object]) -> float:
-    mx.eval(work())
+def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Median time of evaluating what ``work`` gives, on a device that has nothing else to do, after two first tries."""
+    for _ in range(2):
+        mx.eval(work())
     seconds = []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
+        mx.synchronize()
         start = time.perf_counter()
         mx.eval(work())
+        mx.synchronize()
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
