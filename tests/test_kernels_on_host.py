@@ -9,6 +9,7 @@ import pytest
 
 from tests.metal_on_host import check, launch, run
 from veloxlab.codecs.transforms import SignedHadamard
+from veloxlab.kernels import attend as attending
 from veloxlab.kernels.attend import Exact, Shape, Spread, Tokens, attend, attend_twin
 from veloxlab.kernels.readers import TableReader
 
@@ -165,3 +166,25 @@ def test_attention_over_codes_is_its_twins(case):
         else:
             assert_close(found, plain, tolerance)
             assert_close(found_coded, coded, tolerance)
+
+
+@pytest.mark.parametrize("exact", [(0, 0), (4, 64), (1, 10**6), (10**6, 10**6)], ids=str)
+@pytest.mark.parametrize("packed", [8, 131_072, 10**7])
+@pytest.mark.parametrize("blocks", [1, 8, 10_000])
+def test_no_history_has_more_splits_than_the_last_kernel_has_room_for(exact, packed, blocks):
+    _, splits = attending._sizes(exact, packed, blocks)
+    assert splits <= attending.most_splits()
+
+
+def test_a_long_exact_run_is_cut_into_longer_splits(monkeypatch):
+    rng = np.random.default_rng(3)
+    monkeypatch.setattr(attending, "_MOST_EXACT_SPLITS", 2)
+    monkeypatch.setattr(attending, "_sizes", attending._sizes.__wrapped__)  # what is remembered has other splits
+    reader = Codes(4, joined=True).reader(rng, Codes(4, joined=True).table(rng), (1, 1, 40), 64, True, None)
+    sinks, recent = (exact(rng, (1, 1, count), (64, 64), mx.float32) for count in (5, 700))
+    tokens = Tokens(reader, reader, sinks, recent, 64, 64)
+    q = mx.array(rng.standard_normal((1, 2, 1, 64), np.float32))
+    found, found_coded = attend(q, q.reshape(1, 1, 2, 64), tokens, None, Shape.of(q, tokens, False, 0.125), "metal")
+    plain, coded = attend_twin(q, q.reshape(1, 1, 2, 64), tokens, None, 0.125)
+    assert_close(found, plain, HALF)
+    assert_close(found_coded, coded, HALF)

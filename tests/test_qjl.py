@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.groups import GroupQuantizer
 from veloxlab.codecs.qjl import METHOD, QJL, GroupedValues, OutlierQJL
-from veloxlab.codecs.quantizers import GroupQuantizer
 from veloxlab.codecs.rabitq import RaBitQ
 from veloxlab.errors import InputError
 

@@ -8,7 +8,8 @@ import pytest
 
 from veloxlab.codecs.codebooks import gaussian_codebook
 from veloxlab.codecs.codec import Sample
-from veloxlab.codecs.quantizers import PlannedQuantizer, greedy_bits
+from veloxlab.codecs.greedy import greedy_bits
+from veloxlab.codecs.quantizers import PlannedQuantizer
 from veloxlab.codecs.spectralquant import SpectralQuant, build, effective_dimensions
 from veloxlab.errors import InputError
 

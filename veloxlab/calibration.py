@@ -22,6 +22,7 @@ from mlx.nn.layers.base import Module
 from veloxlab import integrate
 from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.method import Method
 from veloxlab.codecs.saving import from_parts, to_parts
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
@@ -202,14 +203,36 @@ def calibrate(
     where.mkdir(parents=True, exist_ok=True)
     key = _digest(json.dumps([FORMAT, method, facts], sort_keys=True).encode())[:16]
     path = where / f"{method}-{key}.json"
-    if path.exists():
-        try:
-            kept = Calibration.load(path)
-        except InputError as error:
-            warnings.warn(f"{error} It is made again now.", stacklevel=2)
-        else:
-            if kept.facts == facts:
-                return kept
+    kept = _kept(path, facts)
+    if kept is not None:
+        return kept
+    calibration = Calibration(method, facts, _fitted(model, ids, found, widths, seed, progress, options))
+    calibration.save(path)
+    return calibration
+
+
+def _kept(path: Path, facts: dict[str, Any]) -> Calibration | None:
+    """What was saved of the same ``facts``, or None; a damaged file is named in a warning."""
+    if not path.exists():
+        return None
+    try:
+        kept = Calibration.load(path)
+    except InputError as error:
+        warnings.warn(f"{error} It is made again now.", stacklevel=3)
+        return None
+    return kept if kept.facts == facts else None
+
+
+def _fitted(
+    model: Module,
+    ids: Sequence[int],
+    method: Method,
+    widths: Sequence[int],
+    seed: int,
+    progress: Progress,
+    options: Mapping[str, object],
+) -> dict[Place, Codec]:
+    """Codecs of every layer, side and width, fitted while the model reads ``ids``."""
     codecs: dict[Place, Codec] = {}
     layers = sum(f.compressible for f in integrate.probe(model))
     for done, seen in enumerate(capture_layers(model, ids)):
@@ -220,12 +243,10 @@ def calibrate(
             queries = None if seen.queries is None else seen.queries.astype(mx.float32)
             sample = Sample(x.astype(mx.float32), queries, rope, seed)
             for width in widths:
-                codec = found.codec(x.shape[-1], width, role, **options)
+                codec = method.codec(x.shape[-1], width, role, **options)
                 codecs[seen.layer, role, width] = codec.fit(sample)
     progress(layers, layers, "done")
-    calibration = Calibration(method, facts, codecs)
-    calibration.save(path)
-    return calibration
+    return codecs
 
 
 def _plain(options: Mapping[str, object]) -> dict[str, object]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxlab.codecs.quantizers import greedy_bits
+from veloxlab.codecs.greedy import greedy_bits
 from veloxlab.errors import InputError
 
 Floats = NDArray[np.float64]

@@ -114,6 +114,20 @@ def check_vectors(x: mx.array, head_dim: int) -> None:
         )
 
 
+LEAST_TOKENS = 16  # of a statistic of a layer: that of fewer says little, its own error a quarter of the spread
+
+
+def check_sample(x: mx.array, what: str) -> None:
+    """Raise `InputError`, of ``what`` is to be learned, if ``x`` ``[B, H, S, D]`` has too few tokens, or only one."""
+    batch, _, tokens, _ = x.shape
+    same = tokens > 0 and (x == x[:, :, :1]).all().item()
+    if batch * tokens < LEAST_TOKENS or same:
+        raise InputError(
+            f"{what} {LEAST_TOKENS} different tokens or more to find, and the sample has {batch * tokens}"
+            f"{', all the same' if same else ''}: calibrate on a longer text."
+        )
+
+
 def per_kv_head(x: mx.array, kv_heads: int) -> mx.array:
     """``[B, Hq, L, D]`` to ``[B, H, Hq/H · L, D]``: the queries that read one KV head, together."""
     batch, heads, length, dim = x.shape

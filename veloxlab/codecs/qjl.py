@@ -41,13 +41,13 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
+from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_sample, check_vectors, load_scale, store_scale
+from veloxlab.codecs.groups import GroupLevels, GroupQuantizer
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.quantizers import GroupLevels, GroupQuantizer, SignSketch, SketchName
+from veloxlab.codecs.sketch import SignSketch, SketchName
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import TableReader
 
-LEAST_TOKENS = 16  # the energy of a channel over fewer tokens says little
 _SIGNS = 4  # that kernels read at once
 _OUTLIER_SEED = 1_000_003  # keeps the sketch of the outliers independent of the other
 
@@ -177,13 +177,7 @@ class OutlierQJL(QJL):
         Raises `InputError` below 16 tokens, or if they are all the same.
         """
         check_vectors(sample.x, self.head_dim)
-        batch, _, tokens, _ = sample.x.shape
-        same = tokens > 0 and (sample.x == sample.x[:, :, :1]).all().item()
-        if batch * tokens < LEAST_TOKENS or same:
-            raise InputError(
-                f"Outlier channels take {LEAST_TOKENS} different tokens or more to find, and the sample has "
-                f"{batch * tokens}{', all the same' if same else ''}: calibrate on a longer text."
-            )
+        check_sample(sample.x, "Outlier channels take")
         energy = mx.square(sample.x.astype(mx.float32)).sum(axis=(0, 2))
         channels = mx.sort(mx.argsort(-energy, axis=-1)[:, : self.outliers], axis=-1)
         mx.eval(channels)

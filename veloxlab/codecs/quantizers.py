@@ -1,12 +1,7 @@
-"""Quantizers of rotated coordinates: the scalar table, the same with bits planned for each coordinate, and the sign
-sketch that TurboQuant's `prod` and QJL share.
-"""
+"""Quantizers of rotated coordinates: the scalar table, and the same with bits planned for each coordinate."""
 
 from __future__ import annotations
 
-import heapq
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -15,14 +10,11 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.codebooks import Codebook, check_bits, gaussian_codebook, sphere_codebook
+from veloxlab.codecs.codebooks import Codebook, gaussian_codebook, sphere_codebook
 from veloxlab.codecs.packing import WIDEST, pack, unpack, words_per_row
-from veloxlab.codecs.transforms import haar_matrix
 from veloxlab.errors import InputError
 
 CodebookName = Literal["sphere", "gaussian"]
-SketchName = Literal["orthogonal", "gaussian"]
-GroupLevels = Literal["centres", "ends"]
 ScaleName = Literal["norm", "mse", "unbiased"]
 
 
@@ -152,50 +144,6 @@ def _tables(quantizer: ScalarQuantizer) -> tuple[mx.array, mx.array, mx.array]:
     return boundaries, levels, joint
 
 
-def greedy_bits(
-    weights: Sequence[float],
-    budget: int,
-    *,
-    rates: float | Sequence[float] = 4.0,
-    least: int = 0,
-    most: int = WIDEST,
-) -> tuple[int, ...]:
-    """Integer water-filling: the widths of total ``budget`` with the least Σ wᵢ·rᵢ^−bᵢ, one bit at a time.
-
-    Each bit goes where it saves most, wᵢ·rᵢ^−bᵢ·(1 − 1/rᵢ); ties to the lowest index. Optimal, since every term is
-    convex in its width. With r = 4 and variances as weights it is the rule argmax λᵢ / 4^bᵢ of SpectralQuant; with
-    fitted rates it is RateQuant's.
-
-    Parameters
-    ----------
-    weights : w ≥ 0 of each component.
-    budget : bits to give in all.
-    rates : r > 1, by which one more bit divides a component's term; one for all, or one each.
-    least, most : bounds of each width.
-
-    Raises
-    ------
-    InputError : the budget does not fit between the bounds.
-    """
-    count = len(weights)
-    each = [float(rates)] * count if isinstance(rates, int | float) else [float(r) for r in rates]
-    if not count * least <= budget <= count * most:
-        raise InputError(
-            f"A budget of {budget} bits does not fit {count} components of {least} to {most} bits each: "
-            f"give from {count * least} to {count * most}."
-        )
-    widths = [least] * count
-    saving = [w * r**-least * (1 - 1 / r) for w, r in zip(weights, each, strict=True)]
-    heap = [(-s, i) for i, s in enumerate(saving)] if most > least else []
-    heapq.heapify(heap)
-    for _ in range(budget - count * least):
-        saved, i = heapq.heappop(heap)
-        widths[i] += 1
-        if widths[i] < most:
-            heapq.heappush(heap, (saved / each[i], i))
-    return tuple(widths)
-
-
 @dataclass(frozen=True)
 class PlannedQuantizer:
     """Coordinate ``i``, of unit variance, is replaced by the nearest of the ``2**widths[i]`` Gaussian levels.
@@ -275,145 +223,3 @@ def _planned_tables(quantizer: PlannedQuantizer) -> tuple[mx.array, mx.array, mx
     )
     mx.eval(*arrays)
     return arrays
-
-
-@dataclass(frozen=True)
-class SignSketch:
-    """The signs of a random projection, from which inner products are estimated without bias (QJL, arXiv 2406.03482).
-
-    ``rows`` projections of ``dim`` coordinates. ``"gaussian"`` draws them independently, as the papers do;
-    ``"orthogonal"`` draws blocks of ``dim`` orthogonal rows of length √dim, with about 2.75 times less variance
-    for the same bits. ``rows`` is a multiple of ``dim`` for the latter.
-    """
-
-    dim: int
-    rows: int
-    kind: SketchName = "orthogonal"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("orthogonal", "gaussian"):
-            raise InputError(f"Unknown sketch {self.kind!r}: choose 'orthogonal' or 'gaussian'.")
-        if self.kind == "orthogonal" and self.rows % self.dim:
-            raise InputError(
-                f"An orthogonal sketch of {self.rows} rows does not fit a head dimension of {self.dim}: "
-                f"take a multiple of {self.dim} rows, or a gaussian sketch."
-            )
-
-    @property
-    def words(self) -> int:
-        """uint32 words that one vector's signs take."""
-        return words_per_row(self.rows, 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the projection, shared by every layer of a process."""
-        return self.matrix.nbytes
-
-    @property
-    def matrix(self) -> mx.array:
-        """The projection ``[rows, dim]``, float32."""
-        return _sketch_matrix(self)
-
-    @property
-    def unbiased_scale(self) -> float:
-        """``c`` such that ``c·‖x‖·⟨Sq, sign(Sx)⟩`` has mean ``⟨q, x⟩``: 1 / (rows · E|⟨row, u⟩|) for a unit ``u``."""
-        mean_abs = math.sqrt(2 / math.pi)
-        if self.kind == "orthogonal":  # a row is uniform on the sphere of radius √dim, not Gaussian
-            log_ratio = math.lgamma(self.dim / 2) - math.lgamma((self.dim + 1) / 2)
-            mean_abs = math.sqrt(self.dim / math.pi) * math.exp(log_ratio)
-        return 1 / (self.rows * mean_abs)
-
-    def signs(self, x: mx.array) -> mx.array:
-        """Signs of the projections of ``x`` ``[..., dim]`` as packed bits ``[..., words]``; the sign of 0 is +1."""
-        return pack((x @ self.matrix.T >= 0).astype(mx.uint32), 1)
-
-    def expand(self, words: mx.array) -> mx.array:
-        """Packed bits to ±1 ``[..., rows]``, float32."""
-        return unpack(words, 1, self.rows).astype(mx.float32) * 2 - 1
-
-
-@lru_cache
-def _sketch_matrix(sketch: SignSketch) -> mx.array:
-    if sketch.kind == "orthogonal":
-        blocks = [haar_matrix(sketch.dim, sketch.seed + i) for i in range(sketch.rows // sketch.dim)]
-        matrix = mx.concatenate(blocks) * math.sqrt(sketch.dim)
-    else:
-        rng = np.random.default_rng(sketch.seed)
-        matrix = mx.array(rng.standard_normal((sketch.rows, sketch.dim)).astype(np.float32))
-    mx.eval(matrix)
-    return matrix
-
-
-@dataclass(frozen=True)
-class GroupQuantizer:
-    """Groups of neighbouring coordinates, each cut into ``2**bits`` equal steps from its least to its largest number.
-
-    ``"centres"`` decodes a step to its middle; ``"ends"`` puts the outer levels on the least and the largest number, as
-    KIVI and QJL do. A group keeps two 16-bit numbers. The last one is shorter where ``group`` does not divide ``dim``.
-    """
-
-    dim: int
-    bits: int
-    group: int = 32
-    levels: GroupLevels = "centres"
-
-    def __post_init__(self) -> None:
-        check_bits(self.bits)
-        if self.levels not in ("centres", "ends"):
-            raise InputError(f"Unknown levels {self.levels!r}: choose 'centres' or 'ends'.")
-        if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:
-            raise InputError(f"group={self.group!r} is no number of coordinates: give a whole number, 1 or more.")
-
-    @property
-    def groups(self) -> int:
-        """Groups of one vector."""
-        return -(-self.dim // self.group)
-
-    @property
-    def nbits(self) -> int:
-        """Bits that one vector takes: whole words of codes, and 32 bits a group."""
-        return 32 * (words_per_row(self.dim, self.bits) + self.groups)
-
-    def encode(self, x: mx.array) -> dict[str, mx.array]:
-        """Give ``codes`` ``[..., words]`` and roots ``half_step``, ``least`` ``[..., groups]`` of ``[..., dim]``."""
-        x = self._grouped(x.astype(mx.float32))
-        least, largest = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
-        # roots, as for scales: float16 holds them for any |x| up to 4e9. The codes are of what is kept of them
-        root_least = (mx.sign(least) * mx.sqrt(mx.abs(least))).astype(mx.float16)
-        least = _signed_square(root_least)
-        root_half = mx.sqrt(mx.maximum(largest - least, 0.0) / (2 * self._steps)).astype(mx.float16)
-        step = 2 * _signed_square(root_half)
-        codes = (x - least) / mx.where(step == 0, 1.0, step) - self._shift
-        codes = self._flat(mx.clip(mx.round(codes), 0, 2**self.bits - 1))
-        return {"codes": pack(codes, self.bits), "half_step": root_half[..., 0], "least": root_least[..., 0]}
-
-    def expand(self, arrays: dict[str, mx.array]) -> mx.array:
-        """Decode to ``[..., dim]``, float32."""
-        codes = self._grouped(unpack(arrays["codes"], self.bits, self.dim).astype(mx.float32))
-        half_step, least = (_signed_square(arrays[name])[..., None] for name in ("half_step", "least"))
-        return self._flat(least + (codes + self._shift) * (2 * half_step))
-
-    @property
-    def _steps(self) -> int:
-        return (1 << self.bits) - int(self.levels == "ends")
-
-    @property
-    def _shift(self) -> float:
-        return 0.5 if self.levels == "centres" else 0.0
-
-    def _flat(self, x: mx.array) -> mx.array:
-        """``[..., groups, group]`` to ``[..., dim]``."""
-        return x.reshape(*x.shape[:-2], self.groups * self.group)[..., : self.dim]
-
-    def _grouped(self, x: mx.array) -> mx.array:
-        """``[..., dim]`` to ``[..., groups, group]``; the last group is filled up with its last coordinate."""
-        missing = self.groups * self.group - self.dim
-        if missing:
-            x = mx.concatenate([x, mx.repeat(x[..., -1:], missing, axis=-1)], axis=-1)
-        return x.reshape(*x.shape[:-1], self.groups, self.group)
-
-
-def _signed_square(root: mx.array) -> mx.array:
-    root = root.astype(mx.float32)
-    return root * mx.abs(root)

@@ -44,7 +44,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import Code, RotatedCodec, Sample, check_vectors, load_scale
+from veloxlab.codecs.codec import Code, RotatedCodec, Sample, check_sample, check_vectors, load_scale
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.packing import pack, unpack, words_per_row
 from veloxlab.codecs.quantizers import paired, scale_factor
@@ -55,7 +55,6 @@ from veloxlab.kernels.readers import TableReader
 ScaleName = Literal["unbiased", "mse"]
 EncoderName = Literal["grid", "exact", "fast"]
 EPSILON = 1.9  # the papers' ε₀: a single inner product is within the bound 94 times in 100, as a Gaussian within 1.9 σ
-LEAST_TOKENS = 16  # a mean of fewer says little: its own error would be a quarter of the spread of the vectors
 _TRIES = 24  # values of t that `grid` tries
 _AT_ONCE = 1 << 21  # numbers of one temporary array: vectors are encoded in chunks of that size
 _TINY = 1e-30
@@ -179,13 +178,7 @@ class CentredRaBitQ(RaBitQ):
     def fit(self, sample: Sample) -> Self:
         """Learn the mean of each KV head; raises `InputError` below 16 tokens, or if they are all the same."""
         check_vectors(sample.x, self.head_dim)
-        batch, _, tokens, _ = sample.x.shape
-        same = tokens > 0 and (sample.x == sample.x[:, :, :1]).all().item()
-        if batch * tokens < LEAST_TOKENS or same:
-            raise InputError(
-                f"A centroid takes {LEAST_TOKENS} different tokens or more, and the sample has {batch * tokens}"
-                f"{', all the same' if same else ''}: calibrate on a longer text."
-            )
+        check_sample(sample.x, "A centroid takes")
         centroid = sample.x.astype(mx.float32).mean(axis=(0, 2))
         mx.eval(centroid)
         return replace(self, centroid=centroid)

@@ -42,8 +42,9 @@ from numpy.typing import NDArray
 
 from veloxlab.codecs.codebooks import check_bits
 from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
+from veloxlab.codecs.greedy import greedy_bits
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.quantizers import PlannedQuantizer, ScaleName, check_scale, greedy_bits
+from veloxlab.codecs.quantizers import PlannedQuantizer, ScaleName, check_scale
 from veloxlab.codecs.transforms import make_rotation
 from veloxlab.errors import InputError
 

@@ -39,12 +39,11 @@ from veloxlab.codecs.quantizers import (
     CodebookName,
     ScalarQuantizer,
     ScaleName,
-    SignSketch,
-    SketchName,
     check_scale,
     paired_levels,
     scale_factor,
 )
+from veloxlab.codecs.sketch import SignSketch, SketchName
 from veloxlab.codecs.split import SplitCodec
 from veloxlab.codecs.transforms import RotationName
 from veloxlab.errors import InputError

@@ -24,13 +24,14 @@ SIMDGROUPS = 4  # of a threadgroup
 GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works on at once
 PADDED_ROWS = MOST_ROWS = 8  # query rows that share one reading of the codes
 _TILE = 16  # tokens of one turn of a simdgroup
-_EXACT_SPLIT = 128  # exact tokens of one split
+_EXACT_SPLIT, _MOST_EXACT_SPLITS = 128, 64  # exact tokens of one split at least; splits of either run at most
 _MEMORY = {"cuda": 48 * 1024, "metal": 32 * 1024}  # bytes of threadgroup memory that a kernel may declare
 _TABLE_WORDS = {"cuda": 8192, "metal": 2048}  # of it, at most, for tables
 _SHARES = {"cuda": (4, 8), "metal": (4, 4)}  # in which the matrix unit has a key and a value read
 _GROUPS = 528  # threadgroups that fill a large GPU: 132 processors, 4 each
 _LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: a table is not filled for fewer
 _COMBINE_THREADS = 512
+_SMALL = 128  # dimension up to which a thread's registers let as many threadgroups work at once
 _STEP = 16  # coordinates that dimensions are multiples of
 
 
@@ -97,19 +98,20 @@ def attend(
     batch, query_heads, length, _ = q.shape
     keys, values = tokens.keys, tokens.values
     built = _build(shape, tokens, backend)
-    sizes, splits = _sizes(tokens.exact_counts, keys.tokens, batch * built.kv_heads * built.row_tiles)
-    padded_rows = batch * built.kv_heads * built.row_tiles * built.rows
+    work = built.work
+    sizes, splits = _sizes(tokens.exact_counts, keys.tokens, batch * work.kv_heads * work.row_tiles)
+    padded_rows = batch * work.kv_heads * work.row_tiles * work.rows
     mixed, sums = launch(
         built.attend,
         _inputs(q, q_coded, tokens, mask, sizes),
         backend=backend,
-        groups=(splits, built.kv_heads * built.row_tiles, batch),
+        groups=(splits, work.kv_heads * work.row_tiles, batch),
         threads=SIMDGROUPS * SIMD,
-        shapes=[(padded_rows, splits, built.largest_value), (padded_rows, splits, 2)],
+        shapes=[(padded_rows, splits, work.largest_value), (padded_rows, splits, 2)],
         dtypes=[mx.float32, mx.float32],
     )
     out_shape = (batch, query_heads, length, tokens.value_dim)
-    coded_shape = (batch, built.kv_heads, query_heads // built.kv_heads * length, values.dim)
+    coded_shape = (batch, work.kv_heads, query_heads // work.kv_heads * length, values.dim)
     inputs = {"mixed": mixed, "sums": sums, "sizes": sizes}
     if values.space is not None:
         inputs["v_signs"] = values.space.signs
@@ -154,15 +156,27 @@ def attend_twin(
 @lru_cache
 def _sizes(exact: tuple[int, int], packed: int, blocks: int) -> tuple[mx.array, int]:
     """What the kernels have to know of the splits, and how many there are."""
-    sink_splits, recent_splits = (-(-count // _EXACT_SPLIT) for count in exact)
+    exact_per_split = max(_EXACT_SPLIT, _whole_turns(-(-max(exact) // _MOST_EXACT_SPLITS)))
+    sink_splits, recent_splits = (-(-count // exact_per_split) for count in exact)
     per_split = max(_LEAST_SPLIT, -(-packed * blocks // _GROUPS))
-    per_split = -(-per_split // (_TILE * SIMDGROUPS)) * _TILE * SIMDGROUPS
+    per_split = _whole_turns(per_split)
     exact_splits = sink_splits + recent_splits
     splits = exact_splits + -(-packed // per_split)
     # eight numbers: MLX puts shorter arrays in another address space on Metal
-    sizes = mx.array([*exact, packed, sink_splits, exact_splits, splits, per_split, 0], mx.uint32)
+    sizes = mx.array([*exact, packed, sink_splits, exact_splits, splits, per_split, exact_per_split], mx.uint32)
     mx.eval(sizes)
     return sizes, splits
+
+
+def most_splits() -> int:
+    """More than any history has, however long: those of packed tokens fill the GPU, those of exact ones are few."""
+    return _GROUPS + 1 + 2 * _MOST_EXACT_SPLITS
+
+
+def _whole_turns(tokens: int) -> int:
+    """``tokens``, or a few more, of which all simdgroups of a threadgroup have the same number of tiles."""
+    turn = _TILE * SIMDGROUPS
+    return -(-tokens // turn) * turn
 
 
 class Shape(NamedTuple):
@@ -208,16 +222,22 @@ class Shape(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class _Built:
+class _Work(NamedTuple):
+    """How the query rows of a KV head are shared out: ``rows`` of ``all_rows`` in each of ``row_tiles``."""
+
+    kv_heads: int
+    rows: int
+    row_tiles: int
+    all_rows: int
+    largest_value: int
+
+
+class _Built(NamedTuple):
     """Two kernels, and how they share the work."""
 
     attend: Source
     combine: Source
-    kv_heads: int
-    rows: int
-    row_tiles: int
-    largest_value: int
+    work: _Work
 
 
 _BUILT: dict[tuple[Shape, GpuBackend], _Built] = {}
@@ -228,32 +248,30 @@ def _build(shape: Shape, tokens: Tokens, backend: GpuBackend) -> _Built:
     known = _BUILT.get((shape, backend))
     if known is not None:
         return known
-    shared = shape.query_heads // shape.kv_heads
-    all_rows = shared * shape.length
+    all_rows = shape.query_heads // shape.kv_heads * shape.length
     rows = min(all_rows, MOST_ROWS)
-    row_tiles = -(-all_rows // rows)
-    largest_key, largest_value = max(shape.key_dim, shape.coded_key), max(shape.value_dim, shape.coded_value)
-    common = (
-        ("ALL_ROWS", f"{all_rows}u"),
-        ("EXACT_VALUE", shape.value_dim),
-        ("CODED_VALUE", shape.coded_value),
-        ("LARGEST_VALUE", largest_value),
-        ("VALUE_SPREAD", int(shape.spread[1])),
-    )
-    free = _MEMORY[backend] // 4 - _words(rows, largest_key, largest_value)
+    work = _Work(shape.kv_heads, rows, -(-all_rows // rows), all_rows, max(shape.value_dim, shape.coded_value))
+    built = _Built(_attend_source(shape, work, tokens, backend), _combine_source(shape, work, backend), work)
+    return _BUILT.setdefault((shape, backend), built)
+
+
+def _attend_source(shape: Shape, work: _Work, tokens: Tokens, backend: GpuBackend) -> Source:
+    largest_key = max(shape.key_dim, shape.coded_key)
+    free = _MEMORY[backend] // 4 - _words(work.rows, largest_key, work.largest_value)
     budget = min(free, _TABLE_WORDS[backend]) // (1 if shape.same_table else 2)
     key = tokens.keys.fragment("k", "k", budget)
     value = tokens.values.fragment("v", "k" if shape.same_table else "v", budget)
-    attend_kernel = Source(
+    at_once = GROUPS_PER_PROCESSOR if max(largest_key, work.largest_value) <= _SMALL else GROUPS_PER_PROCESSOR // 2
+    return Source(
         name="_".join(["attend", *map(str, (*shape.readers[0], *shape.readers[1], int(shape.same_table)))]),
-        inputs=tuple(_inputs(None, None, tokens, None if not shape.masked else _no_signs(), None)),
+        inputs=tuple(_inputs(None, None, tokens, _no_signs() if shape.masked else None, None)),
         outputs=("mixed", "sums"),
         defines=(
-            *common,
-            ("ROWS", rows),
-            ("ROW_TILES", f"{row_tiles}u"),
+            *_common_defines(shape, work),
+            ("ROWS", work.rows),
+            ("ROW_TILES", f"{work.row_tiles}u"),
             ("QUERIES", f"{shape.length}u"),
-            ("SHARED", f"{shared}u"),
+            ("SHARED", f"{shape.query_heads // shape.kv_heads}u"),
             ("KV_HEADS", f"{shape.kv_heads}u"),
             ("SCALE", f"{shape.scale!r}f"),
             ("HAS_MASK", int(shape.masked)),
@@ -265,8 +283,7 @@ def _build(shape: Shape, tokens: Tokens, backend: GpuBackend) -> _Built:
             ("QUERY_TYPE", type_name(shape.query_type, backend)),
             ("SIMDGROUPS", SIMDGROUPS),
             ("THREADS", SIMDGROUPS * SIMD),
-            ("GROUPS_PER_PROCESSOR", GROUPS_PER_PROCESSOR if max(largest_key, largest_value) <= 128 else 2),
-            ("EXACT_SPLIT", _EXACT_SPLIT),
+            ("GROUPS_PER_PROCESSOR", at_once),
             ("LOG2_E", "1.4426950408889634f"),
         ),
         headers=("simd.h", "readers.h", "spread.h", "attend.h"),
@@ -276,22 +293,33 @@ def _build(shape: Shape, tokens: Tokens, backend: GpuBackend) -> _Built:
             value_setup=value.setup.replace("\n", "\n  "),
         ),
     )
-    combine_kernel = Source(
+
+
+def _combine_source(shape: Shape, work: _Work, backend: GpuBackend) -> Source:
+    return Source(
         name="combine",
         inputs=("mixed", "sums", "sizes", *(("v_signs",) if shape.spread[1] else ())),
         outputs=("out", *(() if shape.spread[1] else ("out_coded",))),
         defines=(
-            *common,
-            ("ALL_PADDED", f"{row_tiles * rows}u"),
+            *_common_defines(shape, work),
+            ("ALL_PADDED", f"{work.row_tiles * work.rows}u"),
             ("OUT_TYPE", type_name(shape.query_type, backend)),
             ("THREADS", _COMBINE_THREADS),
-            ("MOST_SPLITS", _GROUPS + 128),
+            ("MOST_SPLITS", most_splits()),
         ),
         headers=("simd.h", "spread.h"),
         body=source_file("combine.metal"),
     )
-    built = _Built(attend_kernel, combine_kernel, shape.kv_heads, rows, row_tiles, largest_value)
-    return _BUILT.setdefault((shape, backend), built)
+
+
+def _common_defines(shape: Shape, work: _Work) -> tuple[tuple[str, int | str], ...]:
+    return (
+        ("ALL_ROWS", f"{work.all_rows}u"),
+        ("EXACT_VALUE", shape.value_dim),
+        ("CODED_VALUE", shape.coded_value),
+        ("LARGEST_VALUE", work.largest_value),
+        ("VALUE_SPREAD", int(shape.spread[1])),
+    )
 
 
 def _words(rows: int, largest_key: int, largest_value: int) -> int:

@@ -5,7 +5,8 @@ const uint split = threadgroup_position_in_grid.x, batch = threadgroup_position_
 const uint head = threadgroup_position_in_grid.y / ROW_TILES;
 const uint first_row = threadgroup_position_in_grid.y % ROW_TILES * ROWS;
 const uint sinks = sizes[0], recent = sizes[1], packed = sizes[2];
-const uint sink_splits = sizes[3], exact_splits = sizes[4], splits = sizes[5], per_split = sizes[6];
+const uint sink_splits = sizes[3], exact_splits = sizes[4], splits = sizes[5];
+const uint per_split = sizes[6], exact_per_split = sizes[7];
 
 threadgroup float queries[PADDED_ROWS * LARGEST_KEY];
 threadgroup float scores[SIMDGROUPS * PADDED_ROWS * SCORES_LENGTH];
@@ -63,9 +64,9 @@ global_memory float* out_sums = sums + (row * splits + split) * 2;
 if (exact) {
   group_barrier();
   const bool at_start = split < sink_splits;
-  const uint first = (at_start ? split : split - sink_splits) * EXACT_SPLIT;
+  const uint first = (at_start ? split : split - sink_splits) * exact_per_split;
   const uint count = at_start ? sinks : recent;
-  const uint end = first + EXACT_SPLIT < count ? first + EXACT_SPLIT : count;
+  const uint end = first + exact_per_split < count ? first + exact_per_split : count;
   ExactReader<EXACT_TYPE> keys, values;
   if (at_start) {
     keys.rows = sink_keys + batch * sink_keys_strides[0] + head * sink_keys_strides[1];
