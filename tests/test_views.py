@@ -323,3 +323,9 @@ def test_a_log_domain_is_round_and_holds_what_it_should(values):
 def test_values_without_a_logarithm_do_not_count():
     assert log_domain([0, -1, math.nan, math.inf, 0.3, 0.004]) == log_domain([0.3, 0.004]) == (0.002, 0.5)
     assert log_domain([]) == log_domain([0])
+
+
+def test_points_are_of_shapes_that_can_be_filled():
+    """Points are drawn filled and without an outline; a stroke has no inside, so it would not be seen."""
+    names = [*palette.METHODS, "mlx-lm 4 bit"]
+    assert "stroke" not in {palette.shape_of(name) for name in names}

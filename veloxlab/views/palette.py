@@ -52,7 +52,7 @@ def colour_of(name: str) -> str:
 def shape_of(name: str) -> str:
     """Give the shape of a result's point by its name, as `colour_of`."""
     method = name.split(" ")[0]
-    return METHODS[method][1] if method in METHODS else "stroke"
+    return METHODS[method][1] if method in METHODS else "triangle-left"
 
 
 def structure() -> dict[str, Any]:
