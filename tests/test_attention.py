@@ -37,7 +37,7 @@ def test_attend_equals_softmax_over_the_decoded_tokens(queries, mask, value_dim)
     batch, count = 2, 150
     cache = filled(count, value_dim=value_dim, batch=batch)
     history = cache._history()
-    keys, values = (np.array(x) for x in cache.keys_and_values())
+    keys, values = (np.array(x) for x in cache.decoded())
     q = normal(batch, HEADS * GROUP, queries, DIM, seed=3)
     allowed = {
         "none": np.ones((queries, count), bool),

@@ -67,7 +67,7 @@ def test_any_chunking_holds_the_same_tokens_in_order(chunks, sinks, window, meth
     assert cache.recent.tokens < window + block
     assert cache.recent.tokens >= min(window, total - cache.sinks.tokens)
     if total:
-        held_keys, held_values = cache.keys_and_values()
+        held_keys, held_values = cache.decoded()
         assert np.allclose(held_keys, expected(cache, keys, "keys"), atol=1e-4)
         assert np.allclose(held_values, expected(cache, values, "values"), atol=1e-4)
 
@@ -93,7 +93,7 @@ def test_trimming_forgets_exactly_the_newest(steps, sinks, window):
     assert cache.offset == held.shape[2]
     assert cache.empty() == (held.shape[2] == 0)
     if held.shape[2]:
-        keys, values = cache.keys_and_values()
+        keys, values = cache.decoded()
         assert np.array_equal(keys, held)
         assert np.array_equal(values, held * 2)
 
@@ -108,7 +108,7 @@ def test_bytes_are_the_true_bits_within_two_percent_past_a_thousand_tokens(bits,
             1200 * HEADS * (dims[0] * cache.key_codec.bits_per_value + dims[1] * cache.value_codec.bits_per_value) / 8
         )
         assert true <= cache.nbytes <= 1.02 * true
-        assert cache.nbytes == sum(a.nbytes for a in cache.state)
+        assert cache.nbytes == sum(a.nbytes for a in cache.buffers)
 
 
 def test_sinks_and_window_are_counted_at_their_own_width():
@@ -141,7 +141,7 @@ def test_decoding_appends_in_place():
     capacities = set()
     for i in range(300):
         feed(cache, tokens(1, i), tokens(1, i), [1])
-        capacities.add(cache.state[0].shape[2])
+        capacities.add(cache.buffers[0].shape[2])
     assert len(capacities) <= 300 / (2000 / 64) + 1
 
 
@@ -184,7 +184,7 @@ def test_an_online_codec_is_fitted_to_the_first_tokens_that_are_packed(chunks):
     for codec, x, before in zip((cache.key_codec, cache.value_codec), (keys, values), unfitted, strict=True):
         assert codec == before.fit(Sample(x[:, :, 4 : 4 + block]))
         assert not codec.online
-    held = cache.keys_and_values()
+    held = cache.decoded()
     # float32, of numbers up to 15
     assert np.allclose(held[0], expected(cache, keys, "keys"), atol=1e-4)
     assert np.allclose(held[1], expected(cache, values, "values"), atol=1e-4)
@@ -195,19 +195,19 @@ def test_an_online_codec_loses_less_of_its_prompt_and_stays_through_trimming_and
     online, offline = (make("polarquant", options={"codebook": c}, sinks=0, window=0) for c in ("online", "offline"))
     feed(online, x, x, [300])
     feed(offline, x, x, [300])
-    errors = [mx.square(cache.keys_and_values()[0] - x).mean().item() for cache in (online, offline)]
+    errors = [mx.square(cache.decoded()[0] - x).mean().item() for cache in (online, offline)]
     assert errors[0] < 0.98 * errors[1]
     assert online.nbytes == offline.nbytes
     fitted = online.key_codec
     online.trim(120)
     feed(online, x[:, :, 180:], x[:, :, 180:], [20] * 6)
-    assert np.allclose(online.keys_and_values()[0], expected(online, x, "keys"), atol=1e-4)
+    assert np.allclose(online.decoded()[0], expected(online, x, "keys"), atol=1e-4)
     assert online.trim(10_000) == 300
     assert online.empty()
     y = tokens(200, 5)
     feed(online, y, y, [150, 50])
     assert online.key_codec is fitted
-    assert np.allclose(online.keys_and_values()[0], expected(online, y, "keys"), atol=1e-4)
+    assert np.allclose(online.decoded()[0], expected(online, y, "keys"), atol=1e-4)
 
 
 def test_a_first_block_with_too_little_to_learn_leaves_the_offline_tables():
@@ -219,7 +219,7 @@ def test_a_first_block_with_too_little_to_learn_leaves_the_offline_tables():
     plain = make("polarquant", 5, sinks=0, window=0)
     both = mx.concatenate([same, x], axis=2)
     feed(plain, both, both, [90])
-    assert mx.array_equal(cache.keys_and_values()[0], plain.keys_and_values()[0])
+    assert mx.array_equal(cache.decoded()[0], plain.decoded()[0])
     assert not cache.key_codec.online
 
 
@@ -245,7 +245,7 @@ def test_the_largest_numbers_that_are_taken_can_be_stored(method, bits):
     signs = np.random.default_rng(5).choice([-_LARGEST, _LARGEST], (1, HEADS, 500, DIM))
     x = mx.array(signs.astype(np.float32))
     feed(cache, x, x, [500])
-    keys, _ = cache.keys_and_values()
+    keys, _ = cache.decoded()
     inner = (keys / _LARGEST * x / _LARGEST).mean(axis=-1)
     assert np.allclose(inner, 1, atol=2e-3)  # unbiased: to the rounding of the scale, 2^-10
 
@@ -300,5 +300,5 @@ def test_a_batch_is_held_row_by_row():
     cache = make(sinks=1, window=4)
     keys, values = tokens(90, 1, batch=3), tokens(90, 2, batch=3)
     feed(cache, keys, values, [90])
-    assert np.allclose(cache.keys_and_values()[0], expected(cache, keys, "keys"), atol=1e-4)
+    assert np.allclose(cache.decoded()[0], expected(cache, keys, "keys"), atol=1e-4)
     assert cache.fp16_bytes == 3 * 90 * HEADS * 2 * DIM * 2

@@ -181,7 +181,7 @@ def test_a_file_that_is_no_calibration_is_refused(model, tmp_path, content):
         vl.Calibration.load(file)
 
 
-@pytest.mark.parametrize(("name", "found"), [("version", lambda _: "0.0.9"), ("_code", lambda: "0123456789abcdef")])
+@pytest.mark.parametrize(("name", "found"), [("version", lambda _: "0.0.9"), ("code_hash", lambda: "0123456789abcdef")])
 def test_a_calibration_of_another_version_is_refused_and_not_found(model, tmp_path, monkeypatch, name, found):
     calibrated(model, tmp_path)
     (file,) = tmp_path.glob("*.json")

@@ -192,7 +192,7 @@ def test_attention_over_any_head_dimension_and_dtype(dim, dtype):
             q = vectors(1, 3 * KV_HEADS, 1, dim, seed=1, dtype=dtype)
             answer = history.attend(q, dim**-0.5, None)
             assert answer.dtype == dtype
-            keys, values = cache.keys_and_values()
+            keys, values = cache.decoded()
             assert (keys.shape[-1], values.shape[-1]) == (dim, value_dim)
             exact = mx.fast.scaled_dot_product_attention(q.astype(mx.float32), keys, values, scale=dim**-0.5, mask=None)
             # a score is right to 8 steps as above, so a weight to twice that, relative

@@ -169,7 +169,7 @@ def test_the_report_adds_up_to_the_live_buffers(smollm2):
     mx.eval([layer.state for layer in cache])
     report = vl.report(cache)
     layers, shared = report.filter(pl.col("layer").is_not_null()), report.filter(pl.col("path") == "shared")
-    assert layers["held_bytes"].sum() == sum(a.nbytes for layer in cache for a in layer.state)
+    assert layers["held_bytes"].sum() == sum(a.nbytes for layer in cache for a in layer.buffers)
     assert layers["held_bytes"].sum() == 30 * 1024 * 3 * 2 * 64 * 3.25 / 8
     assert layers["fp16_bytes"].sum() == 30 * 1024 * 3 * 2 * 64 * 2
     assert layers["key_bits"].unique().to_list() == [3.25]

@@ -227,7 +227,7 @@ def test_one_bit_keys_and_four_bit_values_hold_a_sixth():
         cache.update_and_fetch(k, v)
         mx.eval(cache.state)
     assert cache.fp16_bytes == 2 * 8192 * 2 * 2 * 128
-    assert cache.nbytes == sum(buffer.nbytes for buffer in cache.state)
+    assert cache.nbytes == sum(buffer.nbytes for buffer in cache.buffers)
     shared = cache.key_codec.shared_bytes + cache.value_codec.shared_bytes
     assert cache.fp16_bytes / (cache.nbytes + shared) >= 5.9
     assert cache.fp16_bytes / cache.nbytes == pytest.approx(32 / (1.125 + 4.125), rel=1e-9)

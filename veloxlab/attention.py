@@ -8,7 +8,8 @@ fused attention, whose memory does not grow with queries times keys.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import mlx.core as mx
@@ -44,11 +45,12 @@ class Handle(ABC):
     """
 
     @abstractmethod
-    def attend(self, q: mx.array, scale: float, mask: Mask) -> mx.array:
+    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         """Softmax attention of queries ``q`` ``[B, Hq, L, Dk]``: ``[B, Hq, L, Dv]`` in ``q``'s dtype.
 
         ``mask`` is what mlx-lm passes: None, ``"causal"``, or an array that broadcasts to ``[B, Hq, L, S]``, boolean
-        (True: attend) or additive.
+        (True: attend) or additive. ``sinks`` ``[Hq]`` are logits that each head's softmax has beside those of the
+        tokens, and that have no value: with them the weights of the tokens sum to less than one.
         """
 
 
@@ -69,13 +71,27 @@ class History(Handle):
         values = [s.value_codec.decode(s.values).astype(dtype) for s in self.segments]
         return mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)
 
-    def attend(self, q: mx.array, scale: float, mask: Mask) -> mx.array:
+    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         """See `Handle.attend`."""
         if q.shape[2] > FEW_QUERIES:
-            keys, values = self.expand(q.dtype)
-            return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask)
-        fused = self._attend_in_kernel(q, scale, mask)
-        return self._attend_codes(q, scale, mask) if fused is None else fused
+            keys, values = self.after(q).expand(q.dtype)
+            if sinks is not None:
+                sinks = sinks.astype(q.dtype)
+            return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+        fused = None if sinks is not None else self._attend_in_kernel(q, scale, mask)
+        return self._attend_codes(q, scale, mask, sinks) if fused is None else fused
+
+    def after(self, array: mx.array) -> History:
+        """The same history, to be read only once ``array`` is computed.
+
+        MLX evaluates many branches of a graph abreast, and would expand the past of many layers at once.
+        """
+        arrays = [a for s in self.segments for code in (s.keys, s.values) for a in code.arrays.values()]
+        left = iter(mx.depends(arrays, [array]) if arrays else [])
+        segments = tuple(
+            replace(s, keys=_with_arrays(s.keys, left), values=_with_arrays(s.values, left)) for s in self.segments
+        )
+        return History(segments)
 
     def _attend_in_kernel(self, q: mx.array, scale: float, mask: Mask) -> mx.array | None:
         """By a GPU kernel, or None where there is no GPU, or no kernel for these segments and codecs."""
@@ -111,15 +127,23 @@ class History(Handle):
         mixed = value_codec.from_codes(mixed_codes).reshape(out.shape)
         return out + mixed.astype(out.dtype)
 
-    def _attend_codes(self, q: mx.array, scale: float, mask: Mask) -> mx.array:
+    def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array:
         scaled = q.astype(mx.float32) * scale
-        scores = mx.concatenate([s.key_codec.scores(scaled, s.keys) for s in self.segments], axis=-1)
-        weights = mx.softmax(_masked(scores, mask), axis=-1, precise=True)
+        parts = [s.key_codec.scores(scaled, s.keys) for s in self.segments]
+        scores = _masked(mx.concatenate(parts, axis=-1), mask)
+        if sinks is not None:  # behind the tokens, so that their places stay
+            beside = mx.broadcast_to(sinks.astype(mx.float32)[None, :, None, None], (*q.shape[:3], 1))
+            scores = mx.concatenate([scores, beside], axis=-1)
+        weights = mx.softmax(scores, axis=-1, precise=True)
         mixed, start = mx.array(0.0), 0
         for s in self.segments:
             part = weights[..., start : start + s.values.tokens]
             mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
         return mixed.astype(q.dtype)
+
+
+def _with_arrays(code: Code, left: Iterator[mx.array]) -> Code:
+    return replace(code, arrays={name: next(left) for name in code.arrays})
 
 
 def _exact_run(segments: tuple[Segment, ...]) -> ExactTokens | None:
@@ -148,15 +172,18 @@ def mask_for(
     return causal_mask(queries, offset + queries, window_size)
 
 
-def causal_mask(queries: int, tokens: int, window_size: int | None = None) -> mx.array:
+def causal_mask(queries: int, tokens: int, window_size: int | None = None, padding: mx.array | None = None) -> mx.array:
     """Boolean ``[queries, tokens]``: the last ``queries`` of ``tokens`` see themselves and what came before.
 
-    With ``window_size`` each sees only the ``window_size`` newest of those, itself included.
+    With ``window_size`` each sees only the ``window_size`` newest of those, itself included. With ``padding`` ``[B]``,
+    the number of places at the start of each row of a batch that hold no token, it is ``[B, 1, queries, tokens]``.
     """
     query = mx.arange(tokens - queries, tokens)[:, None]
     key = mx.arange(tokens)[None]
     mask = query >= key
-    return mask if window_size is None else mask & (query < key + window_size)
+    if window_size is not None:
+        mask = mask & (query < key + window_size)
+    return mask if padding is None else mask & (key >= padding[:, None, None, None])
 
 
 def _masked(scores: mx.array, mask: Mask) -> mx.array:

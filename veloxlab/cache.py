@@ -1,29 +1,32 @@
 """The compressed cache of one attention layer, with the interface that mlx-lm expects of a cache.
 
 Three runs of tokens in order: `sinks` exact, then packed codes, then a `window` of recent exact tokens that are encoded
-in blocks as they age out. What is held is what is counted: there is no other copy of a token anywhere.
+in blocks as they age out. What is held is what is counted: there is no other copy of a token anywhere. A layer whose
+attention slides keeps only the tokens that it can still see.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import copy
+from collections.abc import Sequence
+from typing import Any, Literal, Self
 
 import mlx.core as mx
 
-from veloxlab.attention import History, Segment, mask_for
-from veloxlab.codecs import Code, Codec
+from veloxlab import cache_file
+from veloxlab.attention import History, Segment, causal_mask, mask_for
+from veloxlab.codecs import Codec
 from veloxlab.codecs.codec import fitted_online
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
+from veloxlab.runs import Run
 
 Chunk = Literal["exact", "codes"]
 Path = Literal["codes", "arrays"]
-Arrays = dict[str, mx.array]
 
 DEFAULT_SINKS, DEFAULT_WINDOW = 4, 64  # tokens; a few first ones draw much attention, whatever the text
 DEFAULT_CHUNK: Chunk = "exact"
 BLOCK = 32  # tokens that leave the window together: encoding one at a time would cost a launch per token
-_SLACK_SHARE = 64  # a buffer that has to grow takes 1/64 more than it needs, so that growth costs O(1) a token
 _TOKENS = 2
 # The largest magnitude that is stored; no root-mean-square is larger. An unbiased scale is that, times what the codes
 # lose: 2.5 for one bit of a random direction, and never more than 4 where it is clipped. It is kept as the float16 of
@@ -31,92 +34,28 @@ _TOKENS = 2
 _LARGEST = 1e9
 
 
-class Run:
-    """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, all with the same tokens.
-
-    ``most`` is the largest number of tokens it will ever hold, where that is known; ``start`` is the position in the
-    text of the first one, where that never changes.
-    """
-
-    def __init__(self, most: int | None = None, start: int = 0) -> None:
-        self._buffers: Arrays = {}
-        self.tokens = 0
-        self.most = most
-        self.start = start
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers, slack included."""
-        return sum(b.nbytes for b in self._buffers.values())
-
-    def side_nbytes(self, side: str) -> int:
-        """Bytes of the buffers whose name starts with ``side/``."""
-        return sum(b.nbytes for name, b in self._buffers.items() if name.startswith(f"{side}/"))
-
-    @property
-    def buffers(self) -> list[mx.array]:
-        """The live buffers."""
-        return list(self._buffers.values())
-
-    def code(self, side: str) -> Code:
-        """The arrays whose name starts with ``side/``, as the code of the tokens held."""
-        return Code(
-            {
-                name.removeprefix(f"{side}/"): buffer[:, :, : self.tokens]
-                for name, buffer in self._buffers.items()
-                if name.startswith(f"{side}/")
-            },
-            self.start,
-        )
-
-    def append(self, keys: Code, values: Code) -> None:
-        """Add tokens at the end."""
-        arrays = {f"keys/{n}": a for n, a in keys.arrays.items()} | {f"values/{n}": a for n, a in values.arrays.items()}
-        total = self.tokens + keys.tokens
-        for name, new in arrays.items():
-            buffer = self._buffers.get(name)
-            if buffer is not None and total <= buffer.shape[_TOKENS]:
-                buffer[:, :, self.tokens : total] = new
-                continue
-            # one token at a time is growth by decoding, and more will come; a longer append is sized as it is
-            slack = max(8, total // _SLACK_SHARE) if keys.tokens < BLOCK else 0
-            slack = slack if self.most is None else min(slack, self.most - total)
-            parts = [] if buffer is None else [buffer[:, :, : self.tokens]]
-            shape = (*new.shape[:_TOKENS], slack, *new.shape[_TOKENS + 1 :])
-            self._buffers[name] = mx.concatenate([*parts, new, mx.zeros(shape, new.dtype)], axis=_TOKENS)
-        self.tokens = total
-
-    def drop_oldest(self, count: int) -> None:
-        """Forget the first ``count`` tokens and release their memory."""
-        self._keep(slice(count, self.tokens))
-
-    def drop_newest(self, count: int) -> None:
-        """Forget the last ``count`` tokens and release their memory."""
-        self._keep(slice(0, self.tokens - count))
-
-    def _keep(self, span: slice) -> None:
-        if span.start == span.stop:
-            self._buffers = {}
-        else:  # a view would keep the whole buffer alive
-            self._buffers = {n: mx.contiguous(b[:, :, span]) for n, b in self._buffers.items()}
-        self.tokens = span.stop - span.start
-
-
 class CompressedKVCache:
     """Keys and values of one layer, compressed; a drop-in for mlx-lm's ``KVCache`` in a ``prompt_cache`` list.
+
+    With ``max_size`` it stands in for a ``RotatingKVCache``: then it holds the ``sinks`` and the newest tokens, those
+    that a query can still see, and never more bytes than that would.
 
     Parameters
     ----------
     key_codec, value_codec : how packed tokens are stored. Their head dimensions may differ. A codec that says it is
         ``online`` is fitted to the first tokens that are packed, and stays so, even if all of them are trimmed.
     sinks : tokens at the start of the text kept exact.
-    window : newest tokens kept exact; up to `BLOCK` more wait to be encoded together.
+    window : newest tokens kept exact, and of a sliding layer at most a quarter of what it sees; up to `BLOCK` more wait
+        to be encoded together.
     chunk : whether the tokens of one call attend to one another ``"exact"``, or through their ``"codes"`` as later
         tokens will.
     layer : index in the model, for messages and reports.
     path : ``"codes"`` hands attention a `History` that it reads packed; ``"arrays"`` hands out decoded arrays, for
         layers whose own arithmetic needs them.
     reason : why the layer takes that path, for reports.
+    max_size : tokens that a sliding layer sees, sinks and the query's own included; None sees all.
+    lends : whether other layers read this one's keys and values after it (`keys_and_values`).
+    model : what the cache was made for, in words, so that a saved one is not continued by another model.
     """
 
     def __init__(
@@ -130,26 +69,40 @@ class CompressedKVCache:
         layer: int = 0,
         path: Path = "codes",
         reason: str = "",
+        max_size: int | None = None,
+        lends: bool = False,
+        model: str = "",
     ) -> None:
         for name, count in (("sinks", sinks), ("window", window)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 0:
                 raise InputError(f"{name}={count!r} is not a number of tokens: give a whole number, 0 or more.")
+        if max_size is not None and max_size <= sinks:
+            raise InputError(f"max_size={max_size} leaves no room behind sinks={sinks}: give more than that.")
         if chunk not in ("exact", "codes"):
             raise InputError(f"chunk={chunk!r} is unknown: choose 'exact' or 'codes'.")
         self.key_codec, self.value_codec = key_codec, value_codec
         self.max_sinks, self.window, self.chunk, self.layer = sinks, window, chunk, layer
-        self.path, self.reason = path, reason
+        self.path, self.reason, self.max_size, self.lends, self.model = path, reason, max_size, lends, model
         # whole blocks leave the window, and none that it still covers
         self._block = min(BLOCK, max(1, window))
-        self.sinks, self.packed, self.recent = Run(sinks), Run(start=sinks), Run(window + self._block - 1)
+        most = window + self._block - 1
+        self._reach = None if max_size is None else max_size - sinks  # tokens behind the sinks that can be seen
+        if self._reach is not None:
+            # exact tokens are then at most half of what the layer's own cache would hold
+            self.window = min(window, self._reach // 4)
+            self._block = min(BLOCK, max(1, self.window))
+            most = min(self.window + self._block - 1, self._reach)
+        self.sinks, self.packed, self.recent = Run(sinks), Run(), Run(most)
+        self._evicted = 0  # tokens between the sinks and the oldest that is held
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
+        self._lent: History | None = None
         if path == "codes":
             # mlx-lm sends a cache with these two attributes to its quantized attention, which `integrate` extends
             self.bits, self.group_size = 0, 0
 
     # what attention layers call -------------------------------------------------------------------------------------
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[object, object]:
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Store ``keys`` ``[B, H, S, Dk]`` and ``values`` ``[B, H, S, Dv]``, and return what attention is to read.
 
         On the ``"codes"`` path both results are the same `History`; on ``"arrays"`` they are decoded arrays.
@@ -159,42 +112,87 @@ class CompressedKVCache:
         InputError : if the head dimensions are not the codecs', or if a key or value to be stored is NaN or infinite.
             Then this call stored nothing in this layer.
         """
+        self._lent = None
         self._check_shapes(keys, values)
         self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
+        hidden = self._held - self.visible
         if self.chunk == "exact" and keys.shape[_TOKENS] > self.window:
-            history = self._history(extra=(keys, values))
-            self._store(keys, values)
+            history = self._history(hidden, extra=(keys, values))
+            self._store(keys, values, all_seen=True)
         else:
-            self._store(keys, values)
-            history = self._history()
+            self._store(keys, values, all_seen=False)
+            history = self._history(hidden)
+        self._evict()
+        if self.lends:
+            self._lent = history
         return (history, history) if self.path == "codes" else history.expand(keys.dtype)
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | Literal["causal"] | None:
         """The mask that ``N`` new tokens need, in mlx-lm's terms."""
-        return mask_for(N, self.offset, return_array, window_size)
+        if self.max_size is None:
+            return mask_for(N, self.offset, return_array, window_size)
+        seen = self.visible + N
+        if N == 1:
+            smaller = window_size is not None and window_size < min(seen, self.max_size)
+            return causal_mask(1, seen, window_size)[0] if smaller else None
+        window_size = window_size or self.max_size
+        return causal_mask(N, seen, window_size) if seen > window_size or return_array else "causal"
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """What attention read last, for a layer that shares this one's keys and values; else all that is held."""
+        history = self._lent or self._history()
+        return (history, history) if self.path == "codes" else history.expand(mx.float32)
 
     @property
     def offset(self) -> int:
         """Tokens seen, which is the position of the next one."""
-        return self.sinks.tokens + self.packed.tokens + self.recent.tokens
+        return self._evicted + self._held
+
+    @property
+    def visible(self) -> int:
+        """Tokens held that the next one will see."""
+        return self._held if self.max_size is None else min(self._held, self.max_size - 1)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences held, all of one length."""
+        return next((buffer.shape[0] for buffer in self.buffers), 1)
 
     # what the rest of mlx-lm calls ----------------------------------------------------------------------------------
 
-    def keys_and_values(self) -> tuple[mx.array, mx.array]:
-        """All keys and values, decoded to float32: for looking at, not for attention."""
-        return self._history().expand(mx.float32)
-
     @property
-    def state(self) -> list[mx.array]:
-        """The live buffers, to be evaluated after each chunk of a prefill."""
-        return [buffer for run in self._runs for buffer in run.buffers]
+    def state(self) -> list[Any]:
+        """What is to be evaluated after each chunk of a prefill, and what is saved: a description, and the buffers."""
+        self._lent = None
+        content, arrays = self.describe()
+        return [cache_file.Description(content, arrays), *arrays]
+
+    @state.setter
+    def state(self, saved: Sequence[Any]) -> None:
+        self.__dict__ = type(self).from_state(saved).__dict__
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> Self:
+        """Rebuild a cache from what `state` gave and mlx-lm's ``save_prompt_cache`` wrote.
+
+        Raises
+        ------
+        InputError : it was altered, or saved by another version, method or model than is here.
+        """
+        content, arrays = cache_file.opened(state)
+        return cls.rebuild(content, arrays)
 
     @property
     def nbytes(self) -> int:
         """Bytes held for this layer's tokens: sinks, codes, scales, window and growth slack."""
         return sum(run.nbytes for run in self._runs)
+
+    @property
+    def buffers(self) -> list[mx.array]:
+        """The live buffers."""
+        return [buffer for run in self._runs for buffer in run.buffers.values()]
 
     def side_nbytes(self, side: Literal["keys", "values"]) -> int:
         """Bytes held for the keys or for the values alone."""
@@ -202,26 +200,40 @@ class CompressedKVCache:
 
     @property
     def fp16_bytes(self) -> int:
-        """Bytes that the keys and values of the same tokens take in 16 bits each."""
-        return 2 * self.offset * self._values_per_token
+        """Bytes that the layer's own cache holds of the same tokens at 16 bits a value."""
+        return 2 * self.size() * self._values_per_token
+
+    def decoded(self) -> tuple[mx.array, mx.array]:
+        """All keys and values held, decoded to float32: for looking at, not for attention."""
+        return self._history().expand(mx.float32)
 
     def size(self) -> int:
-        """Tokens held."""
-        return self.offset
+        """Tokens that can be seen."""
+        return self.offset if self.max_size is None else min(self.offset, self.max_size)
 
     def empty(self) -> bool:
         """Whether nothing is held."""
         return self.offset == 0
 
     def is_trimmable(self) -> bool:
-        """Always: the newest tokens can be dropped."""
-        return True
+        """Whether the newest tokens can be dropped: always, but for a sliding layer that has forgotten older ones."""
+        return self.max_size is None or self.offset < self.max_size
 
     def trim(self, n: int) -> int:
         """Drop the newest ``n`` tokens (at most all), release their memory, and return how many were dropped.
 
         What was encoded stays encoded: the window fills again with the tokens to come.
+
+        Raises
+        ------
+        InputError : if it is not trimmable.
         """
+        if not self.is_trimmable():
+            raise InputError(
+                f"Layer {self.layer} sees {self.max_size} tokens and has forgotten those before, which a shorter text "
+                "would see again: start a new cache."
+            )
+        self._lent = None
         dropped = left = min(n, self.offset)
         for run in reversed(self._runs):
             count = min(left, run.tokens)
@@ -230,25 +242,48 @@ class CompressedKVCache:
             left -= count
         return dropped
 
+    @staticmethod
+    def merge(caches: Sequence[CompressedKVCache]) -> Any:  # noqa: ANN401 - the class would import this module
+        """One `veloxlab.batch.BatchCompressedKVCache` of copies of ``caches``, each holding one sequence."""
+        from veloxlab.batch import BatchCompressedKVCache
+
+        return BatchCompressedKVCache([copy.deepcopy(cache) for cache in caches])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of its own tokens; codecs never change, and are shared."""
+        twin = copy.copy(self)
+        twin.sinks, twin.packed, twin.recent = (copy.deepcopy(run, memo) for run in self._runs)
+        twin._lent = None
+        return twin
+
     # inside ---------------------------------------------------------------------------------------------------------
 
     @property
     def _runs(self) -> tuple[Run, Run, Run]:
         return self.sinks, self.packed, self.recent
 
-    def _history(self, extra: tuple[mx.array, mx.array] | None = None) -> History:
-        """Segments of what is held, and of ``extra`` exact keys and values behind it."""
+    @property
+    def _held(self) -> int:
+        return self.sinks.tokens + self.packed.tokens + self.recent.tokens
+
+    def _history(self, hidden: int = 0, extra: tuple[mx.array, mx.array] | None = None) -> History:
+        """Segments of what is held, but for the ``hidden`` oldest behind the sinks, and of ``extra`` exact keys and
+        values behind it.
+        """
         exact_keys, exact_values = Exact(self.key_codec.head_dim), Exact(self.value_codec.head_dim)
         segments = []
         for run in self._runs:
-            if run.tokens:
+            skip = 0 if run is self.sinks else min(hidden, run.tokens)
+            hidden -= skip
+            if run.tokens > skip:
                 packed = run is self.packed
+                start = self.sinks.tokens + self._evicted if packed else 0
                 segments.append(
                     Segment(
                         self.key_codec if packed else exact_keys,
-                        run.code("keys"),
+                        run.code("keys", start)[skip:],
                         self.value_codec if packed else exact_values,
-                        run.code("values"),
+                        run.code("values", start)[skip:],
                     )
                 )
         if extra:
@@ -256,40 +291,104 @@ class CompressedKVCache:
             segments.append(Segment(exact_keys, exact_keys.encode(keys), exact_values, exact_values.encode(values)))
         return History(tuple(segments))
 
-    def _store(self, keys: mx.array, values: mx.array) -> None:
-        """Append tokens: to the sinks while they last, then through the window into codes."""
+    def _store(self, keys: mx.array, values: mx.array, *, all_seen: bool) -> None:
+        """Append tokens: to the sinks while they last, then through the window into codes.
+
+        With ``all_seen`` attention has what it needs of them, and those that a sliding layer will not see again are
+        not stored.
+        """
         count = keys.shape[_TOKENS]
         if count == 0:
             return
         exact = Exact(self.key_codec.head_dim), Exact(self.value_codec.head_dim)
         to_sinks = min(count, max(0, self.max_sinks - self.offset))
-        pending = self.recent.tokens + count - to_sinks
+        gone = 0 if self._reach is None or not all_seen else max(0, count - to_sinks - self._reach)
+        recent = 0 if gone else self.recent.tokens
+        pending = recent + count - to_sinks - gone
         to_packed = max(0, pending - self.window) // self._block * self._block
-        from_recent = min(to_packed, self.recent.tokens)
+        from_recent = min(to_packed, recent)
         from_new = to_packed - from_recent
 
+        first = to_sinks + gone
         leaving_keys = exact[0].decode(self.recent.code("keys")[:from_recent]) if from_recent else keys[:, :, :0]
         leaving_values = exact[1].decode(self.recent.code("values")[:from_recent]) if from_recent else values[:, :, :0]
-        leaving_keys = mx.concatenate([leaving_keys, keys[:, :, to_sinks : to_sinks + from_new]], axis=_TOKENS)
-        leaving_values = mx.concatenate([leaving_values, values[:, :, to_sinks : to_sinks + from_new]], axis=_TOKENS)
+        leaving_keys = mx.concatenate([leaving_keys, keys[:, :, first : first + from_new]], axis=_TOKENS)
+        leaving_values = mx.concatenate([leaving_values, values[:, :, first : first + from_new]], axis=_TOKENS)
 
         # everything that can fail comes before anything changes
         self._check_range(leaving_keys, leaving_values, keys[:, :, :to_sinks], values[:, :, :to_sinks])
 
         if to_sinks:
             self.sinks.append(exact[0].encode(keys[:, :, :to_sinks]), exact[1].encode(values[:, :, :to_sinks]))
+        if gone:
+            self._drop_oldest(self.packed.tokens + self.recent.tokens)
+            self._evicted += gone
         if from_recent:
             self.recent.drop_oldest(from_recent)
         if to_packed:
-            start = self.packed.start + self.packed.tokens
+            start = self.sinks.tokens + self._evicted + self.packed.tokens
             self.key_codec = fitted_online(self.key_codec, leaving_keys)
             self.value_codec = fitted_online(self.value_codec, leaving_values)
             self.packed.append(
                 self.key_codec.encode(leaving_keys, start), self.value_codec.encode(leaving_values, start)
             )
-        if to_sinks + from_new < count:
-            rest_keys, rest_values = (x[:, :, to_sinks + from_new :] for x in (keys, values))
+        if first + from_new < count:
+            rest_keys, rest_values = (x[:, :, first + from_new :] for x in (keys, values))
             self.recent.append(exact[0].encode(rest_keys), exact[1].encode(rest_values))
+
+    def _evict(self) -> None:
+        """Forget what a sliding layer sees no more; of packed tokens some together, as each time copies the rest."""
+        if self._reach is None:
+            return
+        over = self.packed.tokens + self.recent.tokens - self._reach
+        grain = min(BLOCK, max(1, self._reach // 8))
+        if over > 0:
+            self._drop_oldest(over if over > self.packed.tokens else over // grain * grain)
+
+    def _drop_oldest(self, count: int) -> None:
+        """Forget the first ``count`` tokens behind the sinks."""
+        self._evicted += count
+        for run in (self.packed, self.recent):
+            dropped = min(count, run.tokens)
+            if dropped:
+                run.drop_oldest(dropped)
+            count -= dropped
+
+    def describe(self) -> tuple[cache_file.Content, list[mx.array]]:
+        """What `rebuild` needs."""
+        codecs = {"keys": self.key_codec, "values": self.value_codec}
+        described, arrays = cache_file.describe_codecs(codecs)
+        content = {
+            "settings": {
+                "sinks": self.max_sinks,
+                "window": self.window,
+                "chunk": self.chunk,
+                "layer": self.layer,
+                "path": self.path,
+                "reason": self.reason,
+                "max_size": self.max_size,
+                "lends": self.lends,
+                "model": self.model,
+            },
+            "codecs": described,
+            "evicted": self._evicted,
+            "values_per_token": self._values_per_token,
+            "runs": [{"tokens": run.tokens, "buffers": list(run.buffers)} for run in self._runs],
+        }
+        return content, [*self.buffers, *arrays]
+
+    @classmethod
+    def rebuild(cls, content: cache_file.Content, arrays: Sequence[mx.array]) -> Self:
+        """Undo `describe`."""
+        cache_file.check_model(content["settings"]["model"])
+        left = list(arrays)
+        held = [{name: left.pop(0) for name in run["buffers"]} for run in content["runs"]]
+        codecs = cache_file.restore_codecs(content["codecs"], left)
+        self = cls(codecs["keys"], codecs["values"], **content["settings"])
+        for run, buffers, said in zip(self._runs, held, content["runs"], strict=True):
+            run.fill(buffers, said["tokens"])
+        self._evicted, self._values_per_token = content["evicted"], content["values_per_token"]
+        return self
 
     def _check_shapes(self, keys: mx.array, values: mx.array) -> None:
         for name, x, codec in (("keys", keys, self.key_codec), ("values", values, self.value_codec)):

@@ -8,9 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +21,7 @@ from veloxlab import integrate
 from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.method import Method
-from veloxlab.codecs.saving import from_parts, to_parts
+from veloxlab.codecs.saving import code_hash, from_parts, to_parts
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
 from veloxlab.measure.progress import Progress, silent
@@ -124,10 +122,10 @@ class Calibration:
             if _seal(content, tensors.read_bytes()) != content.get("sha256"):
                 raise ValueError(f"it or {tensors.name} is not what was written")
             facts = content["facts"]
-            if (facts["version"], facts["code"]) != (version("veloxlab"), _code()):
+            if (facts["version"], facts["code"]) != (version("veloxlab"), code_hash()):
                 raise ValueError(
                     f"it was written by veloxlab {facts['version']} with codecs {facts['code']}, and this is "
-                    f"{version('veloxlab')} with codecs {_code()}"
+                    f"{version('veloxlab')} with codecs {code_hash()}"
                 )
             arrays: dict[str, mx.array] = mx.load(str(tensors))  # type: ignore[assignment]
             mx.eval(arrays)
@@ -191,7 +189,7 @@ def calibrate(
     _check_text(ids)
     facts = {
         "version": version("veloxlab"),
-        "code": _code(),
+        "code": code_hash(),
         "model": integrate.fingerprint(model),
         "text": _digest(json.dumps(ids).encode()),
         "tokens": len(ids),
@@ -280,16 +278,6 @@ def _check_finite(seen: LayerCapture) -> None:
             )
 
 
-@cache
-def _code() -> str:
-    """Sixteen hex digits over the files of all codecs: what is fitted, and what it means, depends on several."""
-    sources = [file for file in files("veloxlab.codecs").iterdir() if file.name.endswith(".py")]
-    digest = hashlib.sha256()
-    for name, content in sorted((file.name, file.read_bytes()) for file in sources):
-        digest.update(f"{name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:16]
-
-
 def _seal(content: Mapping[str, Any], tensors: bytes) -> str:
     """Hash of all that a calibration's two files say, but for the hash itself."""
     said = {name: part for name, part in content.items() if name != "sha256"}
@@ -309,4 +297,4 @@ def _codec(entry: Mapping[str, Any], method: str, facts: Mapping[str, Any], arra
     prefix = f"{layer}.{role}.{bits}/"
     own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
     unfitted = find_method(method).codec(entry["head_dim"], bits, role, **facts["options"])
-    return from_parts(unfitted, entry["fields"], own)
+    return from_parts(type(unfitted), entry["fields"], own)

@@ -1,16 +1,17 @@
 """The one place that touches mlx-lm's internals: how a compressed cache gets into a model's attention.
 
-mlx-lm sends a cache that has ``bits`` to ``models.base.quantized_scaled_dot_product_attention``, which it looks up in
-its module at every call. Replacing that one name serves every model that uses mlx-lm's attention function, whatever the
-import order: given a `Handle` we attend, given anything else the original runs. Which layers take that path is found
-out by a dry run of one token that builds the graph and computes nothing.
+Models call ``models.base.scaled_dot_product_attention``, most of them by a name of their own. It is replaced, in `base`
+and in every module that holds it; and so is ``quantized_scaled_dot_product_attention``, to which it sends any cache
+that has ``bits``, for modules that we do not see. Given a `Handle` both let it attend, given anything else the original
+runs. Which layers take that way is found out by a dry run of one token that builds the graph and computes nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -20,49 +21,104 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models import base
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 
+from veloxlab import cache_file
 from veloxlab.attention import Handle, Mask
+from veloxlab.batch import BatchCompressedKVCache
 from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk, CompressedKVCache, Path
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 
+Sliding = Literal["compressed", "exact"]
+
 DEFAULT_BITS = 4
+DEFAULT_SLIDING: Sliding = "compressed"
 ROPE_NAMES = ("rope", "rotary_emb")
+LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of what they store
 _FINGERPRINTED = 64  # numbers of an array that a fingerprint reads: so many or up to twice that, spread evenly
-_HOOK = "quantized_scaled_dot_product_attention"
 
 
-# the hook -------------------------------------------------------------------------------------------------------------
+# the hooks ------------------------------------------------------------------------------------------------------------
 
 
-def attach() -> None:
-    """Let mlx-lm's attention read `Handle` objects. Done by `make_cache`; doing it again changes nothing."""
-    if not hasattr(base, _HOOK):
-        raise RuntimeError(f"This mlx-lm has no models.base.{_HOOK}: veloxlab needs mlx-lm 0.32.2 or a later 0.32.")
-    original = getattr(base, _HOOK)
-    if hasattr(original, "before_veloxlab"):
-        return
-
+def _attention(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
     def attention(
-        queries: mx.array, q_keys: object, q_values: object, scale: float, mask: Mask, **kw: object
+        queries: mx.array,
+        keys: Any,  # noqa: ANN401 - whatever a cache handed out
+        values: Any,  # noqa: ANN401
+        cache: Any,  # noqa: ANN401
+        scale: float,
+        mask: Mask,
+        sinks: mx.array | None = None,
+        **more: Any,
+    ) -> mx.array:
+        if isinstance(keys, Handle):
+            return keys.attend(queries, scale, mask, sinks)
+        return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks, **more)
+
+    return attention
+
+
+def _quantized_attention(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def attention(
+        queries: mx.array,
+        q_keys: Any,  # noqa: ANN401
+        q_values: Any,  # noqa: ANN401
+        scale: float,
+        mask: Mask,
+        **more: Any,
     ) -> mx.array:
         if isinstance(q_keys, Handle):
             return q_keys.attend(queries, scale, mask)
-        array: mx.array = original(queries, q_keys, q_values, scale=scale, mask=mask, **kw)
-        return array
+        return original(queries, q_keys, q_values, scale=scale, mask=mask, **more)
 
-    attention.before_veloxlab = original  # type: ignore[attr-defined]
-    setattr(base, _HOOK, attention)
+    return attention
+
+
+_HOOKS = {
+    "scaled_dot_product_attention": _attention,
+    "quantized_scaled_dot_product_attention": _quantized_attention,
+}
+_ours: dict[str, tuple[Callable[..., mx.array], Callable[..., mx.array]]] = {}  # by name: the original, and ours
+
+
+def attach() -> None:
+    """Let mlx-lm's attention read `Handle` objects. Done by `make_cache`; doing it again changes nothing.
+
+    Raises
+    ------
+    RuntimeError : mlx-lm has no such functions.
+    """
+    for name, hook in _HOOKS.items():
+        if name in _ours:
+            continue
+        original = getattr(base, name, None)
+        if original is None:
+            raise RuntimeError(f"This mlx-lm has no models.base.{name}: veloxlab needs mlx-lm 0.32.2 or a later 0.32.")
+        _ours[name] = original, hook(original)
+    for original, ours in _ours.values():
+        _rebind(original, ours)
+    for kind in (CompressedKVCache, BatchCompressedKVCache):  # mlx-lm looks up the class of a saved cache there
+        setattr(mlx_lm_cache, kind.__name__, kind)
 
 
 def detach() -> None:
-    """Undo `attach`, if no other library has replaced the function since. Caches made before stop working."""
-    original = getattr(getattr(base, _HOOK, None), "before_veloxlab", None)
-    if original is not None:
-        setattr(base, _HOOK, original)
+    """Undo `attach`, but where another library has replaced a function since. Caches made before stop working."""
+    for original, ours in _ours.values():
+        _rebind(ours, original)
+    _ours.clear()
+
+
+def _rebind(old: object, new: object) -> None:
+    """Put ``new`` wherever a module of mlx-lm holds ``old``."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mlx_lm.") and module is not None:
+            for attribute in [a for a, held in vars(module).items() if held is old]:
+                setattr(module, attribute, new)
 
 
 # the dry run ----------------------------------------------------------------------------------------------------------
@@ -70,14 +126,17 @@ def detach() -> None:
 
 @dataclass
 class LayerFacts:
-    """What a dry run learned of one entry of a model's prompt cache.
+    """What a dry run learned of one cache of a model.
 
     Attributes
     ----------
     layer : index in the prompt cache.
+    slot : index in that entry, where it is a list of caches (state-space and attention in one layer); else None.
     native : class name of the model's own cache.
-    compressible : whether the layer keeps all its keys and values in a plain ``KVCache``.
+    compressible : whether it holds keys and values that a compressed cache can hold in its place.
+    max_size, keep : tokens that a sliding layer sees, and how many first ones it never forgets; None and 0 elsewhere.
     kv_heads, key_dim, value_dim : of its keys and values; 0 where there are none.
+    lends : whether other layers read this one's keys and values from its cache.
     path : how attention reads a compressed cache there.
     reason : why, in words.
     """
@@ -85,35 +144,42 @@ class LayerFacts:
     layer: int
     native: str
     compressible: bool
+    slot: int | None = None
+    max_size: int | None = None
+    keep: int = 0
     kv_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
+    lends: bool = False
     path: Path = "codes"
     reason: str = "attention reads the codes"
 
 
-@dataclass
 class _Probe(Handle):
     """Stands in for a cache and for the handle it gives: notes the shapes that pass and answers with zeros."""
 
-    facts: LayerFacts
-    offset: int = 0
-    fetched: bool = False
-    attended: bool = False
-    values: mx.array = field(default_factory=lambda: mx.zeros(0))
-
-    def __post_init__(self) -> None:
-        if self.facts.path == "codes":
+    def __init__(self, facts: LayerFacts) -> None:
+        self.facts = facts
+        self.offset = 0
+        self.fetched = self.attended = False
+        if facts.path == "codes":
             self.bits, self.group_size = 0, 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         self.facts.kv_heads, self.facts.key_dim, self.facts.value_dim = keys.shape[1], keys.shape[-1], values.shape[-1]
-        self.fetched, self.values, self.offset = True, values, keys.shape[2]
-        return (self, self) if self.facts.path == "codes" else (keys, values)
+        self.fetched, self._pair, self.offset = True, (keys, values), keys.shape[2]
+        return self._handed()
 
-    def attend(self, q: mx.array, scale: float, mask: Mask) -> mx.array:
+    def keys_and_values(self) -> tuple[Any, Any]:
+        self.facts.lends = True
+        return self._handed()
+
+    def _handed(self) -> tuple[Any, Any]:
+        return (self, self) if self.facts.path == "codes" else self._pair
+
+    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         self.attended = True
-        return mx.zeros((*q.shape[:-1], self.values.shape[-1]), q.dtype)
+        return mx.zeros((*q.shape[:-1], self.facts.value_dim), q.dtype)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> None:
         return None
@@ -123,43 +189,89 @@ _known: dict[int, list[LayerFacts]] = {}  # by id: a module is a dict, which can
 
 
 def probe(model: Module) -> list[LayerFacts]:
-    """Facts of every entry of the model's prompt cache, from a dry run of one token that computes nothing.
+    """Facts of every cache of the model, from a dry run of one token that computes nothing.
 
     Raises
     ------
-    InputError : if the model fails whatever its caches hand out.
+    InputError : if the model fails with its own caches.
     """
     if id(model) not in _known:
         attach()
-        facts = [
-            LayerFacts(i, type(c).__name__, type(c) is KVCache, reason=f"the model's own {type(c).__name__} is kept")
-            for i, c in enumerate(make_prompt_cache(model))
-        ]
-        for layer in facts:
-            if layer.compressible:
-                layer.reason = LayerFacts.reason
+        facts = _first_facts(own_cache(model))
         _dry_run(model, facts)
+        _leave_latents(model, facts)
         _known[id(model)] = facts
+        cache_file.models_here[id(model)] = name_of(model)
         weakref.finalize(model, _known.pop, id(model), None)
+        weakref.finalize(model, cache_file.models_here.pop, id(model), None)
     return _known[id(model)]
 
 
+def own_cache(model: Module) -> list[Any]:
+    """The caches that mlx-lm makes for the model when veloxlab is not asked: `use` may have changed what it makes."""
+    make = getattr(type(model), "make_cache", None)
+    return list(make(model)) if make else [KVCache() for _ in model.layers]
+
+
+def with_caches(
+    model: Module, make: Callable[[LayerFacts], Any], facts: Sequence[LayerFacts] | None = None
+) -> list[Any]:
+    """The model's own caches, with what ``make`` gives in the place of each that a compressed one can take."""
+    caches = own_cache(model)
+    for found in probe(model) if facts is None else facts:
+        if not found.compressible:
+            continue
+        if found.slot is None:
+            caches[found.layer] = make(found)
+        else:
+            slots = list(caches[found.layer].caches)
+            slots[found.slot] = make(found)
+            caches[found.layer] = CacheList(*slots)
+    return caches
+
+
+def _first_facts(caches: Sequence[Any]) -> list[LayerFacts]:
+    """Facts before anything was run."""
+    facts = []
+    for layer, entry in enumerate(caches):
+        slots = list(enumerate(entry.caches)) if isinstance(entry, CacheList) else [(None, entry)]
+        for slot, own in slots:
+            name = type(own).__name__
+            found = LayerFacts(layer, name, type(own) in (KVCache, RotatingKVCache), slot)
+            if not found.compressible:
+                found.reason = f"the model's own {name} is kept"
+            elif type(own) is RotatingKVCache:
+                found.max_size, found.keep = own.max_size, own.keep
+                found.reason = f"attention reads the codes of the {own.max_size} tokens it sees"
+            facts.append(found)
+    return facts
+
+
 def _dry_run(model: Module, facts: list[LayerFacts]) -> None:
-    """Run one token until no layer fails, moving a layer that does from codes to arrays."""
-    for _ in range(len(facts) + 1):
-        native = make_prompt_cache(model)
-        caches = [_Probe(f) if f.compressible else own for f, own in zip(facts, native, strict=True)]
-        probes = [c for c in caches if isinstance(c, _Probe)]
+    """Run one token until no layer fails, moving a layer that does from codes to arrays, and then to its own cache."""
+    while True:
+        probes: list[_Probe] = []
+
+        def probed(found: LayerFacts, probes: list[_Probe] = probes) -> _Probe:
+            probes.append(_Probe(found))
+            return probes[-1]
+
+        caches = with_caches(model, probed, facts)
         try:
             model(mx.array([[0]]), cache=caches)
         except Exception as error:  # a model may fail on a handle in any way: that is the question
             culprit = next((p for p in reversed(probes) if p.fetched and p.facts.path == "codes"), None)
-            if culprit is None:
+            if culprit is not None:
+                culprit.facts.path = "arrays"
+                culprit.facts.reason = f"its attention takes arrays only ({type(error).__name__}: {error})"
+            elif probes:
+                for p in probes:
+                    p.facts.compressible = False
+                    p.facts.reason = f"it needs the model's own {p.facts.native} ({type(error).__name__}: {error})"
+            else:
                 raise InputError(
                     f"This model ({type(model).__module__}) does not run on one token with its own caches: {error}"
                 ) from error
-            culprit.facts.path = "arrays"
-            culprit.facts.reason = f"its attention takes arrays only ({type(error).__name__}: {error})"
             continue
         silent = [p for p in probes if p.fetched and p.facts.path == "codes" and not p.attended]
         if not silent:
@@ -169,6 +281,20 @@ def _dry_run(model: Module, facts: list[LayerFacts]) -> None:
     for p in probes:
         if not p.fetched:
             p.facts.compressible, p.facts.reason = False, "the layer stores no keys and values of its own"
+
+
+def _leave_latents(model: Module, facts: Sequence[LayerFacts]) -> None:
+    """Keep the own caches of layers that store latents: the model compresses there itself."""
+    widths = {getattr(module, LATENT) for _, module in model.named_modules() if hasattr(module, LATENT)}
+    for found in facts:
+        if found.compressible and found.kv_heads == 1 and widths & {found.key_dim, found.value_dim}:
+            found.compressible = False
+            found.reason = f"it stores latents (MLA), so the model's own {found.native} is kept"
+
+
+def name_of(model: Module) -> str:
+    """Family, layers and fingerprint of a model, to tell one from another."""
+    return f"{type(model).__module__.rpartition('.')[2]} of {len(model.layers)} layers, {fingerprint(model)}"
 
 
 def rope_of(model: Module, layer: int) -> Rope | None:
@@ -238,6 +364,8 @@ class LayerPlan(Protocol):
     def window(self) -> int: ...  # noqa: D102
     @property
     def chunk(self) -> Chunk: ...  # noqa: D102
+    @property
+    def sliding(self) -> Sliding: ...  # noqa: D102
 
     def settings_for(self, model: Module) -> Sequence[LayerSettings]:
         """One entry per entry of the prompt cache; raises `InputError` for another model's plan."""
@@ -260,12 +388,14 @@ def make_cache(
     sinks: int | None = None,
     window: int | None = None,
     chunk: Chunk | None = None,
+    sliding: Sliding | None = None,
     calibration: ModelCalibration | None = None,
     **options: object,
 ) -> list[Any]:
     """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
 
-    Layers that hold no plain keys and values (state-space, convolution, sliding-window layers) keep the model's own.
+    Layers that hold no keys and values (state-space, convolution), or latents (MLA), keep the model's own. Sliding
+    layers hold what they can see, compressed.
 
     Parameters
     ----------
@@ -275,6 +405,8 @@ def make_cache(
     sinks, window : tokens kept exact, at the start and at the end; 4 and 64 by default, or the plan's.
     chunk : whether tokens of one call attend to one another ``"exact"`` or through their ``"codes"``; the former by
         default, or the plan's.
+    sliding : whether layers with a sliding window are ``"compressed"``, or keep the model's own ``"exact"`` cache; the
+        former by default, or the plan's.
     calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted.
     options : the method's own, such as ``variant="prod"`` or ``rotation="haar"``.
 
@@ -294,35 +426,54 @@ def make_cache(
             width if value_bits is None else value_bits,
             options,
         )
-        settings: Sequence[LayerSettings] = [uniform] * len(probe(model))
-        exact: tuple[int, int, Chunk] = (DEFAULT_SINKS, DEFAULT_WINDOW, DEFAULT_CHUNK)
+        layers = 1 + max(found.layer for found in probe(model))
+        settings: Sequence[LayerSettings] = [uniform] * layers
+        usual: tuple[int, int, Chunk, Sliding] = (DEFAULT_SINKS, DEFAULT_WINDOW, DEFAULT_CHUNK, DEFAULT_SLIDING)
     else:
         given = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits, **options}
         beside = [name for name, value in given.items() if value is not None]
         if beside:
             raise InputError(f"{beside[0]} was given beside a plan, which says that for each layer: change the plan.")
-        settings = method_or_plan.settings_for(model)
-        exact = method_or_plan.sinks, method_or_plan.window, method_or_plan.chunk
+        plan = method_or_plan
+        settings = plan.settings_for(model)
+        usual = plan.sinks, plan.window, plan.chunk, plan.sliding
     attach()
-    sinks, window, chunk = (
-        exact[0] if sinks is None else sinks,
-        exact[1] if window is None else window,
-        exact[2] if chunk is None else chunk,
+    exact = Exactness(
+        usual[0] if sinks is None else sinks,
+        usual[1] if window is None else window,
+        usual[2] if chunk is None else chunk,
+        usual[3] if sliding is None else sliding,
     )
-    return [
-        _compressed(facts, layer, sinks, window, chunk, calibration) if facts.compressible else own
-        for facts, layer, own in zip(probe(model), settings, make_prompt_cache(model), strict=True)
-    ]
+    name = cache_file.models_here[id(model)]
+    caches = with_caches(model, lambda found: _compressed(found, settings[found.layer], exact, name, calibration))
+    for found in probe(model):
+        if not found.compressible:
+            own = caches[found.layer] if found.slot is None else caches[found.layer].caches[found.slot]
+            own.reason = found.reason  # for reports
+    return caches
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """Which tokens of a cache are kept exact; see `make_cache`."""
+
+    sinks: int
+    window: int
+    chunk: Chunk
+    sliding: Sliding
+
+    def __post_init__(self) -> None:
+        if self.sliding not in ("compressed", "exact"):
+            raise InputError(f"sliding={self.sliding!r} is unknown: choose 'compressed' or 'exact'.")
 
 
 def _compressed(
-    facts: LayerFacts,
-    layer: LayerSettings,
-    sinks: int,
-    window: int,
-    chunk: Chunk,
-    calibration: Calibrated | None,
-) -> CompressedKVCache:
+    facts: LayerFacts, layer: LayerSettings, exact: Exactness, model: str, calibration: Calibrated | None
+) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
+    if facts.max_size is not None and exact.sliding == "exact":
+        own: Any = RotatingKVCache(facts.max_size, facts.keep)
+        own.reason = f"its window of {facts.max_size} tokens is left exact, as asked"
+        return own
     sides: tuple[tuple[str, int, int, Role], ...] = (
         (layer.key_method, facts.key_dim, layer.key_bits, "keys"),
         (layer.value_method, facts.value_dim, layer.value_bits, "values"),
@@ -334,12 +485,15 @@ def _compressed(
     return CompressedKVCache(
         key_codec,
         value_codec,
-        sinks=sinks,
-        window=window,
-        chunk=chunk,
+        sinks=exact.sinks if facts.max_size is None else facts.keep,
+        window=exact.window,
+        chunk=exact.chunk,
         layer=facts.layer,
         path=facts.path,
         reason=facts.reason,
+        max_size=facts.max_size,
+        lends=facts.lends,
+        model=model,
     )
 
 

@@ -16,7 +16,7 @@ from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.files import write_atomically
-from veloxlab.integrate import DEFAULT_BITS, LayerFacts, LayerSettings, probe
+from veloxlab.integrate import DEFAULT_BITS, DEFAULT_SLIDING, LayerFacts, LayerSettings, Sliding, probe
 
 FORMAT = "veloxlab plan 1"
 
@@ -29,7 +29,7 @@ class Plan:
     ----------
     model_hash : of the shapes that the plan was made for; `model_hash`.
     layers : settings of each entry of the model's prompt cache; those of layers that keep their own cache are idle.
-    sinks, window, chunk : as for `veloxlab.make_cache`.
+    sinks, window, chunk, sliding : as for `veloxlab.make_cache`.
     name : for people.
     """
 
@@ -38,6 +38,7 @@ class Plan:
     sinks: int = DEFAULT_SINKS
     window: int = DEFAULT_WINDOW
     chunk: Chunk = DEFAULT_CHUNK
+    sliding: Sliding = DEFAULT_SLIDING
     name: str = ""
 
     @classmethod
@@ -52,6 +53,7 @@ class Plan:
         sinks: int = DEFAULT_SINKS,
         window: int = DEFAULT_WINDOW,
         chunk: Chunk = DEFAULT_CHUNK,
+        sliding: Sliding = DEFAULT_SLIDING,
         **options: object,
     ) -> Self:
         """The same method and bits for every layer of ``model``; raises `InputError` as `veloxlab.make_cache`."""
@@ -59,8 +61,9 @@ class Plan:
         facts = probe(model)
         for layer in facts:
             _check(layer, settings)
+        layers = 1 + max(layer.layer for layer in facts)
         name = f"{method} K{settings.key_bits} V{settings.value_bits}"
-        return cls(model_hash(model), (settings,) * len(facts), sinks, window, chunk, name)
+        return cls(model_hash(model), (settings,) * layers, sinks, window, chunk, sliding, name)
 
     def with_layer(self, layer: int, **changes: object) -> Self:
         """A plan that differs in one layer: any fields of `LayerSettings`, such as ``key_bits=8``."""
@@ -120,7 +123,10 @@ class Plan:
 
 def model_hash(model: Module) -> str:
     """Twelve hex digits over the shapes of a model's caches: what a plan depends on."""
-    shapes = [(f.layer, f.native, f.compressible, f.kv_heads, f.key_dim, f.value_dim) for f in probe(model)]
+    shapes = [
+        (f.layer, f.slot, f.native, f.compressible, f.max_size, f.kv_heads, f.key_dim, f.value_dim)
+        for f in probe(model)
+    ]
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:12]
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
+import hashlib
+from dataclasses import fields, is_dataclass
+from functools import cache
+from importlib import import_module
+from importlib.resources import files
 from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from veloxlab.codecs import METHODS
 from veloxlab.codecs.codec import Codec
 from veloxlab.codecs.rope import Rope
 
@@ -21,8 +26,8 @@ def to_parts(codec: Codec) -> tuple[Plain, Arrays]:
     return _split(codec, "")
 
 
-def from_parts(unfitted: Codec, plain: Plain, arrays: Arrays) -> Codec:
-    """Fill ``unfitted``, a codec of the same method and options, with what `to_parts` gave.
+def from_parts(kind: type[T], plain: Plain, arrays: Arrays) -> T:
+    """Make a codec of the class ``kind`` from what `to_parts` gave.
 
     Raises
     ------
@@ -31,8 +36,37 @@ def from_parts(unfitted: Codec, plain: Plain, arrays: Arrays) -> Codec:
     own = {name: value for name, value in (plain | arrays).items() if not name.startswith(f"{ROPE}.")}
     nested = {name.removeprefix(f"{ROPE}."): v for name, v in (plain | arrays).items() if name.startswith(f"{ROPE}.")}
     if nested:
-        own[ROPE] = _filled(Rope(0), nested)
-    return _filled(unfitted, own)
+        own[ROPE] = _filled(Rope, nested)
+    return _filled(kind, own)
+
+
+def class_name(codec: Codec) -> str:
+    """The codec's method and class, such as ``"turboquant.TurboQuant"``, by which `find_class` finds it."""
+    return f"{method_of(codec)}.{type(codec).__name__}"
+
+
+def method_of(codec: Codec) -> str:
+    """Id of the method that made the codec: each has a file of its own."""
+    return type(codec).__module__.rpartition(".")[2]
+
+
+def find_class(name: str) -> type[Codec]:
+    """The class of a codec that `class_name` named; raises `ValueError` if no method here has it."""
+    method, _, kind = name.partition(".")
+    found = getattr(import_module(f"veloxlab.codecs.{method}"), kind, None) if method in METHODS else None
+    if not (isinstance(found, type) and is_dataclass(found)):
+        raise ValueError(f"no method here has a codec called {name!r}")
+    return found  # type: ignore[return-value]
+
+
+@cache
+def code_hash() -> str:
+    """Sixteen hex digits over the files of all codecs: what codes mean, and what is fitted, depends on several."""
+    sources = [file for file in files("veloxlab.codecs").iterdir() if file.name.endswith(".py")]
+    digest = hashlib.sha256()
+    for name, content in sorted((file.name, file.read_bytes()) for file in sources):
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()[:16]
 
 
 def _split(thing: object, prefix: str) -> tuple[Plain, Arrays]:
@@ -51,11 +85,11 @@ def _split(thing: object, prefix: str) -> tuple[Plain, Arrays]:
     return plain, arrays
 
 
-def _filled(thing: T, values: Plain) -> T:
-    known = {field.name for field in fields(thing)}  # type: ignore[arg-type]
+def _filled(kind: type[T], values: Plain) -> T:
+    known = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     if values.keys() != known:
         raise ValueError(f"its fields are {sorted(values)} and not {sorted(known)}")
-    return replace(thing, **{name: _tuples(value) for name, value in values.items()})  # type: ignore[type-var]
+    return kind(**{name: _tuples(value) for name, value in values.items()})
 
 
 def _tuples(value: Any) -> Any:  # noqa: ANN401 - any JSON

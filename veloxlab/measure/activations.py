@@ -8,7 +8,6 @@ from typing import Any, Literal, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import make_prompt_cache
 
 from veloxlab import integrate
 from veloxlab.attention import Handle, Mask, mask_for
@@ -91,18 +90,21 @@ def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
     ------
     InputError : if no layer keeps plain keys and values.
     """
-    native = make_prompt_cache(model)
-    facts = integrate.probe(model)
-    recorders = [_Recorder(f) if f.compressible else own for f, own in zip(facts, native, strict=True)]
-    if not any(isinstance(recorder, _Recorder) for recorder in recorders):
+    recorders: list[_Recorder] = []
+
+    def recorded(facts: integrate.LayerFacts) -> _Recorder:
+        recorders.append(_Recorder(facts))
+        return recorders[-1]
+
+    caches = integrate.with_caches(model, recorded)
+    if not recorders:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to capture.")
-    model(mx.array([ids]), cache=recorders)  # lazy: nothing is computed before the layers below are
+    model(mx.array([ids]), cache=caches)  # lazy: nothing is computed before the layers below are
+    del caches
     while recorders:
-        recorder = recorders.pop(0)
-        if isinstance(recorder, _Recorder):
-            seen = recorder.seen()
-            mx.eval([a for a in (seen.queries, seen.keys, seen.values) if a is not None])
-            yield seen
+        seen = recorders.pop(0).seen()
+        mx.eval([a for a in (seen.queries, seen.keys, seen.values) if a is not None])
+        yield seen
 
 
 def encode(tokenizer: Any, text: str | None, count: int) -> list[int]:  # noqa: ANN401
@@ -136,14 +138,20 @@ class _Recorder(Handle):
         self._keys, self._values, self.offset = keys, values, keys.shape[2]
         return (self, self) if self.facts.path == "codes" else (keys, values)
 
-    def attend(self, q: mx.array, scale: float, mask: Mask) -> mx.array:
-        self._queries, self._scale = q, scale
-        return mx.fast.scaled_dot_product_attention(q, self._keys, self._values, scale=scale, mask=cast("Any", mask))
+    def keys_and_values(self) -> tuple[Any, Any]:
+        return (self, self) if self.facts.path == "codes" else (self._keys, self._values)
+
+    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+        if self._queries is None:  # layers that borrow these keys and values attend later
+            self._queries, self._scale = q, scale
+        return mx.fast.scaled_dot_product_attention(
+            q, self._keys, self._values, scale=scale, mask=cast("Any", mask), sinks=sinks
+        )
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | Literal["causal"] | None:
-        return mask_for(N, self.offset, return_array, window_size)
+        return mask_for(N, self.offset, return_array, window_size or self.facts.max_size)
 
     def seen(self) -> LayerCapture:
         return LayerCapture(self.facts.layer, self._queries, self._keys, self._values, self._scale)

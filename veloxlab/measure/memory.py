@@ -9,6 +9,7 @@ import mlx.core as mx
 import polars as pl
 from mlx_lm.models.cache import KVCache
 
+from veloxlab.batch import BatchCompressedKVCache
 from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
@@ -22,7 +23,7 @@ REPORT = {
     "reason": pl.String,
     "key_bits": pl.Float64,  # true bits per packed value: codes, scales, padding
     "value_bits": pl.Float64,
-    "tokens": pl.Int64,
+    "tokens": pl.Int64,  # that it holds and can see, of all sequences
     "exact_tokens": pl.Int64,  # sinks and window
     "held_bytes": pl.Int64,
     "fp16_bytes": pl.Int64,  # 16-bit keys and values of the same tokens
@@ -53,8 +54,9 @@ def report(cache: Sequence[Any]) -> pl.DataFrame:
 
     The last row holds the constant tables (rotations, codebooks) that equal codecs share in a process.
     """
-    rows = [_row(i, layer) for i, layer in enumerate(cache)]
-    ours = [layer for layer in cache if isinstance(layer, CompressedKVCache)]
+    slots = [(i, slot) for i, entry in enumerate(cache) for slot in getattr(entry, "caches", (entry,))]
+    rows = [_row(i, slot) for i, slot in slots]
+    ours = [one for _, slot in slots for one in _sequences(slot)]
     codecs = {codec for layer in ours for codec in (layer.key_codec, layer.value_codec)}
     if codecs:
         reason = f"tables of {len(codecs)} codec{'s' if len(codecs) > 1 else ''}, held once for all layers"
@@ -63,20 +65,29 @@ def report(cache: Sequence[Any]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=REPORT)
 
 
-def _row(index: int, layer: Any) -> dict[str, object]:  # noqa: ANN401 - mlx-lm's caches share no base that says more
-    if isinstance(layer, CompressedKVCache):
+def _sequences(slot: Any) -> list[CompressedKVCache]:  # noqa: ANN401 - mlx-lm's caches share no base that says more
+    """Our caches in a slot: itself, or those of a batch."""
+    if isinstance(slot, BatchCompressedKVCache):
+        return slot.rows
+    return [slot] if isinstance(slot, CompressedKVCache) else []
+
+
+def _row(index: int, layer: Any) -> dict[str, object]:  # noqa: ANN401
+    ours = _sequences(layer)
+    if ours:
         return {
             "layer": index,
-            "path": layer.path,
-            "reason": layer.reason,
-            "key_bits": layer.key_codec.bits_per_value,
-            "value_bits": layer.value_codec.bits_per_value,
-            "tokens": layer.offset,
-            "exact_tokens": layer.sinks.tokens + layer.recent.tokens,
+            "path": ours[0].path,
+            "reason": ours[0].reason,
+            "key_bits": ours[0].key_codec.bits_per_value,
+            "value_bits": ours[0].value_codec.bits_per_value,
+            "tokens": sum(one.size() for one in ours),
+            "exact_tokens": sum(one.sinks.tokens + one.recent.tokens for one in ours),
             "held_bytes": layer.nbytes,
-            "fp16_bytes": layer.fp16_bytes,
+            "fp16_bytes": sum(one.fp16_bytes for one in ours),
         }
-    row: dict[str, object] = {"layer": index, "path": "own", "reason": f"the model's own {type(layer).__name__}"}
+    reason = getattr(layer, "reason", f"the model's own {type(layer).__name__}")
+    row: dict[str, object] = {"layer": index, "path": "own", "reason": reason}
     if layer.empty():
         return row | {"tokens": 0, "held_bytes": 0, "fp16_bytes": 0}
     row |= {"tokens": getattr(layer, "offset", None) or layer.size(), "held_bytes": layer.nbytes}

@@ -1,0 +1,111 @@
+"""What a saved cache says of itself: settings, codecs and runs, under a seal, in the files that mlx-lm writes.
+
+mlx-lm saves the ``state`` of each cache: arrays as tensors, and words as the numbers of their characters. Ours begins
+with one word, a JSON text, and goes on with the arrays that it names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Self
+
+import mlx.core as mx
+import numpy as np
+
+from veloxlab.codecs import Codec
+from veloxlab.codecs.saving import class_name, code_hash, find_class, from_parts, to_parts
+from veloxlab.errors import InputError
+
+FORMAT = "veloxlab cache 1"
+Content = dict[str, Any]
+
+models_here: dict[int, str] = {}
+"""Models that caches were made for in this process, in words, by id: `veloxlab.integrate` keeps it."""
+
+
+class Description(str):
+    """A text that is written when its characters are asked for.
+
+    mlx-lm reads ``state`` after each chunk of a prefill, to evaluate its arrays, and once to save it. Only then does it
+    look at the characters: hashing all that is held would be too much to do each time.
+    """
+
+    _content: Content
+    _arrays: Sequence[mx.array]
+
+    def __new__(cls, content: Content, arrays: Sequence[mx.array]) -> Self:
+        """Hold what is to be said."""
+        self = super().__new__(cls)
+        self._content, self._arrays = content, arrays
+        return self
+
+    def __iter__(self) -> Iterator[str]:
+        content = {"format": FORMAT, "version": version("veloxlab"), "code": code_hash(), **self._content}
+        return iter(json.dumps({**content, "sha256": _seal(content, self._arrays)}))
+
+
+def opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
+    """The content and the arrays of a saved ``state``, evaluated and found to be what was written.
+
+    Raises
+    ------
+    InputError : they are not, or another version wrote them.
+    """
+    try:
+        # a state that was not saved holds a `Description`, whose characters come from its iterator
+        content = json.loads("".join(iter(state[0])))
+        arrays = list(state[1:])
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r} and not {FORMAT!r}")
+        if (content["version"], content["code"]) != (version("veloxlab"), code_hash()):
+            raise ValueError(
+                f"it was written by veloxlab {content['version']} with codecs {content['code']}, and this is "
+                f"{version('veloxlab')} with codecs {code_hash()}"
+            )
+        said = content.pop("sha256")
+        if _seal(content, arrays) != said:
+            raise ValueError("it is not what was written")
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError, OverflowError) as error:
+        raise InputError(f"This saved cache cannot be read ({error}): make it again from its text.") from error
+    return content, arrays
+
+
+def describe_codecs(codecs: Mapping[str, Codec]) -> tuple[Content, list[mx.array]]:
+    """Codecs by side, as JSON and arrays."""
+    content: Content = {}
+    arrays: list[mx.array] = []
+    for side, codec in codecs.items():
+        plain, own = to_parts(codec)
+        content[side] = {"class": class_name(codec), "fields": plain, "arrays": list(own)}
+        arrays += own.values()
+    return content, arrays
+
+
+def restore_codecs(content: Content, arrays: Sequence[mx.array]) -> dict[str, Codec]:
+    """Undo `describe_codecs`."""
+    left = list(arrays)
+    return {
+        side: from_parts(find_class(said["class"]), said["fields"], {name: left.pop(0) for name in said["arrays"]})
+        for side, said in content.items()
+    }
+
+
+def check_model(model: str) -> None:
+    """Raise `InputError` if caches were made for other models in this process, and none for ``model``."""
+    others = sorted(set(models_here.values()))
+    if model and others and model not in others:
+        raise InputError(
+            f"This cache was saved with the model {model}, and the model here is {', '.join(others)}: load that model "
+            "before its cache."
+        )
+
+
+def _seal(content: Content, arrays: Sequence[mx.array]) -> str:
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for array in arrays:
+        digest.update(f"{array.shape} {array.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(array.view(mx.uint8)).tobytes())
+    return digest.hexdigest()

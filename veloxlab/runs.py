@@ -1,0 +1,92 @@
+"""Consecutive tokens of a cache, in buffers that grow with them and shrink when they go."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from veloxlab.codecs import Code
+
+Arrays = dict[str, mx.array]
+
+_SLACK_SHARE = 64  # a buffer that has to grow takes 1/64 more than it needs, so that growth costs O(1) a token
+_TOKENS = 2
+
+
+class Run:
+    """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, all with the same tokens.
+
+    ``most`` is the largest number of tokens it will ever hold, where that is known.
+    """
+
+    def __init__(self, most: int | None = None, buffers: Arrays | None = None, tokens: int = 0) -> None:
+        self._buffers: Arrays = buffers or {}
+        self.tokens = tokens
+        self.most = most
+
+    def __deepcopy__(self, memo: object) -> Run:
+        """A run of its own: buffers are shared until one of the two changes them."""
+        return Run(self.most, {name: mx.array(buffer) for name, buffer in self._buffers.items()}, self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, slack included."""
+        return sum(b.nbytes for b in self._buffers.values())
+
+    def side_nbytes(self, side: str) -> int:
+        """Bytes of the buffers whose name starts with ``side/``."""
+        return sum(b.nbytes for name, b in self._buffers.items() if name.startswith(f"{side}/"))
+
+    @property
+    def buffers(self) -> Arrays:
+        """The live buffers, by side and name: ``"keys/codes"``."""
+        return self._buffers
+
+    def code(self, side: str, start: int = 0) -> Code:
+        """The arrays whose name starts with ``side/``, as the code of the tokens held, of which the first is at
+        position ``start`` of the text.
+        """
+        return Code(
+            {
+                name.removeprefix(f"{side}/"): buffer[:, :, : self.tokens]
+                for name, buffer in self._buffers.items()
+                if name.startswith(f"{side}/")
+            },
+            start,
+        )
+
+    def fill(self, buffers: Arrays, tokens: int) -> None:
+        """Hold ``tokens`` tokens in ``buffers``, as they were held before."""
+        self._buffers, self.tokens = buffers, tokens
+
+    def append(self, keys: Code, values: Code) -> None:
+        """Add tokens at the end."""
+        arrays = {f"keys/{n}": a for n, a in keys.arrays.items()} | {f"values/{n}": a for n, a in values.arrays.items()}
+        total = self.tokens + keys.tokens
+        for name, new in arrays.items():
+            buffer = self._buffers.get(name)
+            if buffer is not None and total <= buffer.shape[_TOKENS]:
+                buffer[:, :, self.tokens : total] = new
+                continue
+            # one token at a time is growth by decoding, and many will come; a first append is sized as it is
+            least = 8 if keys.tokens == 1 else 0
+            slack = max(least, total // _SLACK_SHARE) if keys.tokens == 1 or buffer is not None else 0
+            slack = slack if self.most is None else min(slack, self.most - total)
+            parts = [] if buffer is None else [buffer[:, :, : self.tokens]]
+            shape = (*new.shape[:_TOKENS], slack, *new.shape[_TOKENS + 1 :])
+            self._buffers[name] = mx.concatenate([*parts, new, mx.zeros(shape, new.dtype)], axis=_TOKENS)
+        self.tokens = total
+
+    def drop_oldest(self, count: int) -> None:
+        """Forget the first ``count`` tokens and release their memory."""
+        self._keep(slice(count, self.tokens))
+
+    def drop_newest(self, count: int) -> None:
+        """Forget the last ``count`` tokens and release their memory."""
+        self._keep(slice(0, self.tokens - count))
+
+    def _keep(self, span: slice) -> None:
+        if span.start == span.stop:
+            self._buffers = {}
+        else:  # a view would keep the whole buffer alive
+            self._buffers = {n: mx.contiguous(b[:, :, span]) for n, b in self._buffers.items()}
+        self.tokens = span.stop - span.start
