@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from veloxlab.checkup import doctor
     from veloxlab.codecs import methods
     from veloxlab.errors import InputError
-    from veloxlab.integrate import detach, make_cache
+    from veloxlab.integrate import detach, load_cache, make_cache
     from veloxlab.measure import (
         Capture,
         capture,
@@ -64,6 +64,7 @@ _HOME = {
     "fidelity": "measure",
     "layer_errors": "measure",
     "load": "models",
+    "load_cache": "integrate",
     "make_cache": "integrate",
     "memory_growth": "measure",
     "methods": "codecs",
@@ -91,6 +92,7 @@ __all__ = [
     "judge",
     "layer_errors",
     "load",
+    "load_cache",
     "make_cache",
     "memory_growth",
     "methods",

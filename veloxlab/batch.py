@@ -81,6 +81,7 @@ class BatchCompressedKVCache:
                     f"A cache of {row.sequences} sequences cannot join a batch: make one cache for each sequence."
                 )
         self._skip = [0] * len(self.rows)  # places of padding that are still to come before the first token of a row
+        self._padding = 0  # columns of the past that hold no token of any row
         self._left: list[int] | None = None  # tokens still to come of each row, before padding
         self._lent: BatchHistory | None = None
         if self.rows and self.rows[0].path == "codes":
@@ -101,6 +102,7 @@ class BatchCompressedKVCache:
             fetched.append(read)
             rows.append(BatchRow(read[0] if read else None, first, last, column))
             self._skip[i] -= first
+        self._padding += min(row.first for row in rows)
         if self._left is not None:
             self._left = [max(0, left - count) for left in self._left]
         if self.rows[0].path == "arrays":
@@ -115,10 +117,10 @@ class BatchCompressedKVCache:
         return causal_mask(N, self._width + N, window_size, self.left_padding)
 
     def keys_and_values(self) -> tuple[Any, Any]:
-        """What attention read last, for a layer that shares keys and values with this one; else all, decoded."""
+        """What attention read last, for a layer that shares keys and values with this one; else all, as arrays."""
         if self._lent:
             return self._lent, self._lent
-        shown = [None if row.empty() else row.decoded() for row in self.rows]
+        shown = [None if row.empty() else row.arrays() for row in self.rows]
         lengths = [pair[0].shape[2] if pair else 0 for pair in shown]
         return _stacked(shown, [max(lengths) - length for length in lengths], max(lengths))
 
@@ -166,13 +168,14 @@ class BatchCompressedKVCache:
         self.rows = [self.rows[i] for i in indices]
         self._skip = [self._skip[i] for i in indices]
         self._left = None if self._left is None else [self._left[i] for i in indices]
-        self._lent = None
+        self._padding, self._lent = 0, None
 
     def extend(self, other: BatchCompressedKVCache) -> None:
         """Take over the rows of ``other``, behind these."""
+        width = max(self._width, other._width)
         self.rows += other.rows
         self._skip += other._skip
-        self._lent = None
+        self._padding, self._lent = width - max(row.visible for row in self.rows), None
 
     def extract(self, idx: int) -> CompressedKVCache:
         """A copy of one row."""
@@ -184,13 +187,13 @@ class BatchCompressedKVCache:
     def state(self) -> list[Any]:
         """See `CompressedKVCache.state`."""
         self._lent = None
-        content: cache_file.Content = {"rows": [], "skip": self._skip, "left": self._left}
+        content: cache_file.Content = {"rows": [], "skip": self._skip, "left": self._left, "padding": self._padding}
         arrays: list[mx.array] = []
         for row in self.rows:
             said, own = row.describe()
             content["rows"].append({"arrays": len(own), "content": said})
             arrays += own
-        return [cache_file.Description(content, arrays), *arrays]
+        return [*arrays, cache_file.Description(content, arrays)]
 
     @state.setter
     def state(self, saved: Sequence[Any]) -> None:
@@ -205,7 +208,7 @@ class BatchCompressedKVCache:
             own, left = left[: said["arrays"]], left[said["arrays"] :]
             rows.append(CompressedKVCache.rebuild(said["content"], own))
         self = cls(rows)
-        self._skip, self._left = content["skip"], content["left"]
+        self._skip, self._left, self._padding = content["skip"], content["left"], content["padding"]
         return self
 
     @property
@@ -233,7 +236,9 @@ class BatchCompressedKVCache:
     @property
     def _width(self) -> int:
         """Columns that the past of all rows takes."""
-        return max((row.visible for row in self.rows), default=0)
+        width = max((row.visible for row in self.rows), default=0) + self._padding
+        most = self.rows[0].max_size if self.rows else None
+        return width if most is None else min(width, most - 1)
 
 
 def _stacked(

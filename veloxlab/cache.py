@@ -95,6 +95,7 @@ class CompressedKVCache:
         self.sinks, self.packed, self.recent = Run(sinks), Run(), Run(most)
         self._evicted = 0  # tokens between the sinks and the oldest that is held
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
+        self._dtype = "float32"  # of the keys, by name: a saved cache is written as words and arrays
         self._lent: History | None = None
         if path == "codes":
             # mlx-lm sends a cache with these two attributes to its quantized attention, which `integrate` extends
@@ -115,6 +116,7 @@ class CompressedKVCache:
         self._lent = None
         self._check_shapes(keys, values)
         self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
+        self._dtype = str(keys.dtype).rpartition(".")[2]
         hidden = self._held - self.visible
         if self.chunk == "exact" and keys.shape[_TOKENS] > self.window:
             history = self._history(hidden, extra=(keys, values))
@@ -143,7 +145,7 @@ class CompressedKVCache:
     def keys_and_values(self) -> tuple[Any, Any]:
         """What attention read last, for a layer that shares this one's keys and values; else all that is held."""
         history = self._lent or self._history()
-        return (history, history) if self.path == "codes" else history.expand(mx.float32)
+        return (history, history) if self.path == "codes" else self.arrays()
 
     @property
     def offset(self) -> int:
@@ -164,10 +166,10 @@ class CompressedKVCache:
 
     @property
     def state(self) -> list[Any]:
-        """What is to be evaluated after each chunk of a prefill, and what is saved: a description, and the buffers."""
+        """What is to be evaluated after each chunk of a prefill, and what is saved: the buffers, and a description."""
         self._lent = None
         content, arrays = self.describe()
-        return [cache_file.Description(content, arrays), *arrays]
+        return [*arrays, cache_file.Description(content, arrays)]
 
     @state.setter
     def state(self, saved: Sequence[Any]) -> None:
@@ -202,6 +204,10 @@ class CompressedKVCache:
     def fp16_bytes(self) -> int:
         """Bytes that the layer's own cache holds of the same tokens at 16 bits a value."""
         return 2 * self.size() * self._values_per_token
+
+    def arrays(self) -> tuple[mx.array, mx.array]:
+        """All keys and values that attention read last, or else holds, decoded, in the dtype they came in."""
+        return (self._lent or self._history()).expand(getattr(mx, self._dtype))
 
     def decoded(self) -> tuple[mx.array, mx.array]:
         """All keys and values held, decoded to float32: for looking at, not for attention."""
@@ -373,6 +379,7 @@ class CompressedKVCache:
             "codecs": described,
             "evicted": self._evicted,
             "values_per_token": self._values_per_token,
+            "dtype": self._dtype,
             "runs": [{"tokens": run.tokens, "buffers": list(run.buffers)} for run in self._runs],
         }
         return content, [*self.buffers, *arrays]
@@ -388,6 +395,7 @@ class CompressedKVCache:
         for run, buffers, said in zip(self._runs, held, content["runs"], strict=True):
             run.fill(buffers, said["tokens"])
         self._evicted, self._values_per_token = content["evicted"], content["values_per_token"]
+        self._dtype = content["dtype"]
         return self
 
     def _check_shapes(self, keys: mx.array, values: mx.array) -> None:

@@ -1,7 +1,7 @@
 """What a saved cache says of itself: settings, codecs and runs, under a seal, in the files that mlx-lm writes.
 
 mlx-lm saves the ``state`` of each cache: arrays as tensors, and words as the numbers of their characters. Ours begins
-with one word, a JSON text, and goes on with the arrays that it names.
+with arrays, and ends with one word, a JSON text that says what they are.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
     """
     try:
         # a state that was not saved holds a `Description`, whose characters come from its iterator
-        content = json.loads("".join(iter(state[0])))
-        arrays = list(state[1:])
+        content = json.loads("".join(iter(state[-1])))
+        arrays = list(state[:-1])
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r} and not {FORMAT!r}")
         if (content["version"], content["code"]) != (version("veloxlab"), code_hash()):

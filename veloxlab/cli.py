@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 TOUR = "00_tour.ipynb"
 COPY_FOLDER = Path("veloxlab-notebooks")
+MLX_LM = {"serve": "server", "generate": "generate", "cache-prompt": "cache_prompt"}
+"""Commands of mlx-lm's that work on a compressed cache: our name and theirs."""
+NUMBERS = {
+    "bits": "code bits a value (default: 4)",
+    "key_bits": "of keys, if other",
+    "value_bits": "of values, if other",
+    "sinks": "first tokens kept exact (default: 4)",
+    "window": "newest tokens kept exact (default: 64)",
+}
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
 
@@ -31,9 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     parser = _parser()
-    options = parser.parse_args(words[:end])
-    options.passed_on = words[end + 1 :]
-    if options.passed_on and options.run is not open_lab:
+    options, unknown = parser.parse_known_args(words[:end])
+    options.passed_on = [*unknown, *words[end + 1 :]] if options.run is run_mlx_lm else words[end + 1 :]
+    if unknown and options.run is not run_mlx_lm:
+        parser.error(f"unknown: {' '.join(unknown)}")
+    if options.passed_on and options.run not in (open_lab, run_mlx_lm):
         parser.error(f"{options.command} passes nothing on, so leave out {' '.join(words[end:])}")
     try:
         status: int = options.run(options)
@@ -64,7 +75,32 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
     bench.add_argument("--tokens", type=int, nargs="+", help="lengths of the context (default: 4096 32768 131072)")
     bench.set_defaults(run=time_kernels)
+    for name, theirs in MLX_LM.items():
+        run = commands.add_parser(name, help=f"mlx_lm.{theirs} on a compressed cache, with its options behind ours")
+        run.add_argument("model", help="smollm2-135m, a .gguf file, a folder, or a Hugging Face repo id")
+        run.add_argument("--method", help="how to compress (default: turboquant)")
+        run.add_argument(
+            "--plan", type=Path, metavar="FILE", help="a plan that plan.save wrote, in the place of --method"
+        )
+        for number in NUMBERS:
+            run.add_argument(f"--{number.replace('_', '-')}", type=int, metavar="N", help=NUMBERS[number])
+        run.set_defaults(run=run_mlx_lm)
     return parser
+
+
+def run_mlx_lm(options: argparse.Namespace) -> int:
+    """Run one of mlx-lm's commands on a compressed cache."""
+    from veloxlab.commands import Wanted, run
+
+    settings = {name: getattr(options, name) for name in NUMBERS if getattr(options, name) is not None}
+    run(
+        options.command,
+        MLX_LM[options.command],
+        options.model,
+        Wanted(options.plan, options.method, settings),
+        options.passed_on,
+    )
+    return 0
 
 
 def open_lab(options: argparse.Namespace) -> int:

@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import sys
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 from typing import Any, Literal, Protocol
 
 import mlx.core as mx
@@ -31,6 +33,7 @@ from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk, 
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.rope import Rope
+from veloxlab.codecs.saving import described, method_of, same_codec, same_kind
 from veloxlab.errors import InputError
 
 Sliding = Literal["compressed", "exact"]
@@ -297,6 +300,24 @@ def name_of(model: Module) -> str:
     return f"{type(model).__module__.rpartition('.')[2]} of {len(model.layers)} layers, {fingerprint(model)}"
 
 
+def use(model: Module, make: Callable[[], list[Any]]) -> None:
+    """Let mlx-lm call ``make`` wherever it makes a prompt cache for ``model`` itself: in its server, its batches."""
+    model.make_cache = make
+
+
+@contextmanager
+def replaced(module: object, attributes: Mapping[str, object]) -> Iterator[None]:
+    """Put ``attributes`` in the place of a module's own for a while."""
+    own = {name: getattr(module, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(module, name, value)
+
+
 def rope_of(model: Module, layer: int) -> Rope | None:
     """The rotary embedding of a layer's keys, or None where none is found or it is of a kind that is not known.
 
@@ -451,6 +472,69 @@ def make_cache(
             own = caches[found.layer] if found.slot is None else caches[found.layer].caches[found.slot]
             own.reason = found.reason  # for reports
     return caches
+
+
+def load_cache(
+    path: str | FilePath,
+    model: Module,
+    method_or_plan: str | LayerPlan | None = None,
+    **settings: Any,
+) -> list[Any]:
+    """Read a prompt cache that mlx-lm's ``save_prompt_cache`` wrote, and check that it is one for ``model``.
+
+    Parameters
+    ----------
+    path : the file.
+    model : the model that is to continue.
+    method_or_plan, settings : as for `make_cache`, if the cache has to be of that method, bits and calibration.
+
+    Raises
+    ------
+    InputError : there is no such file, it is damaged, or what it holds is not for this model, or not as wanted.
+    """
+    attach()
+    try:
+        caches = mlx_lm_cache.load_prompt_cache(str(path))
+    except InputError:
+        raise
+    except Exception as error:  # truncated, of another kind, or of a class that mlx-lm does not know
+        reason = "there is no such file" if not FilePath(path).exists() else str(error)
+        raise InputError(f"The prompt cache {path} cannot be read ({reason}): make it again from its text.") from error
+    wanted = method_or_plan is not None or settings
+    check_caches(model, caches, make_cache(model, method_or_plan or "turboquant", **settings) if wanted else None)
+    return list(caches)
+
+
+def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | None = None) -> None:
+    """Raise `InputError` unless ``caches`` were made for ``model``, and hold what those ``wanted`` would."""
+    name = probe(model) and cache_file.models_here[id(model)]
+    for found in _compressed_ones(caches):
+        if found.model != name:
+            raise InputError(
+                f"This prompt cache was made for the model {found.model}, and this is {name}: load that model."
+            )
+    if wanted is None or not caches:
+        return
+    if [type(c) for c in caches] != [type(c) for c in wanted]:
+        raise InputError("This prompt cache has layers of other kinds than what was asked for: make it again.")
+    for found, asked in zip(_compressed_ones(caches), _compressed_ones(wanted), strict=True):
+        for side in ("key_codec", "value_codec"):
+            theirs, ours = getattr(found, side), getattr(asked, side)
+            if not same_kind(theirs, ours):
+                raise InputError(
+                    f"This prompt cache holds {described(theirs)} in layer {found.layer}, and {described(ours)} was "
+                    "asked for: ask for what it holds, or make it again."
+                )
+            if not (getattr(ours, "online", False) or same_codec(theirs, ours)):
+                raise InputError(
+                    f"This prompt cache was made with another calibration of {method_of(ours)}, or other options, than "
+                    f"was asked for (layer {found.layer} differs): ask for those, or make the cache again."
+                )
+
+
+def _compressed_ones(caches: Sequence[Any]) -> list[CompressedKVCache]:
+    slots = [slot for entry in caches for slot in getattr(entry, "caches", (entry,))]
+    return [slot for slot in slots if isinstance(slot, CompressedKVCache)]
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,23 @@ def method_of(codec: Codec) -> str:
     return type(codec).__module__.rpartition(".")[2]
 
 
+def described(codec: Codec) -> str:
+    """The codec in a few words: its method and the true bits it takes."""
+    return f"{method_of(codec)} at {codec.bits_per_value:g} bits a value"
+
+
+def same_kind(one: Codec, other: Codec) -> bool:
+    """Whether two codecs are of one method and take the same bits."""
+    return type(one) is type(other) and one.bits_per_value == other.bits_per_value
+
+
+def same_codec(one: Codec, other: Codec) -> bool:
+    """Whether two codecs are of one kind, have the same options, and learned the same."""
+    (plain, arrays), (other_plain, others) = to_parts(one), to_parts(other)
+    same = same_kind(one, other) and plain == other_plain and arrays.keys() == others.keys()
+    return same and all(mx.array_equal(arrays[name], others[name]).item() for name in arrays)
+
+
 def find_class(name: str) -> type[Codec]:
     """The class of a codec that `class_name` named; raises `ValueError` if no method here has it."""
     method, _, kind = name.partition(".")

@@ -22,7 +22,7 @@ from veloxlab.measure.quality import FIDELITY, judge, reference
 from veloxlab.measure.speed import cache_speed
 
 GROUP_SIZE = 64  # mlx-lm's default
-EVERYTHING = {"sinks": 0, "window": 0}  # no token is kept exact
+EVERYTHING: dict[str, Any] = {"sinks": 0, "window": 0}  # no token is kept exact
 
 COMPARED = FIDELITY | {
     "store_us": pl.Float64,  # microseconds to store one token's key and value in one layer, in a block of 512
