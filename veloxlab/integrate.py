@@ -266,11 +266,11 @@ def _dry_run(model: Module, facts: list[LayerFacts]) -> None:
             culprit = next((p for p in reversed(probes) if p.fetched and p.facts.path == "codes"), None)
             if culprit is not None:
                 culprit.facts.path = "arrays"
-                culprit.facts.reason = f"its attention takes arrays only ({type(error).__name__}: {error})"
+                culprit.facts.reason = f"its own arithmetic needs arrays ({type(error).__name__} on anything else)"
             elif probes:
                 for p in probes:
                     p.facts.compressible = False
-                    p.facts.reason = f"it needs the model's own {p.facts.native} ({type(error).__name__}: {error})"
+                    p.facts.reason = f"it needs the model's own {p.facts.native} ({type(error).__name__} on any other)"
             else:
                 raise InputError(
                     f"This model ({type(model).__module__}) does not run on one token with its own caches: {error}"

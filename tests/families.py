@@ -1,0 +1,114 @@
+"""Every family of models on a compressed cache: what path its layers take, and what that changes in its logits.
+
+``uv run python -m tests.families`` writes the table to ``data/results``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import veloxlab as vl  # isort: skip - before mlx, so that MLX finds a fast BLAS
+
+import mlx.core as mx
+import numpy as np
+import polars as pl
+
+from tests.tiny_models import FAMILIES, tiny
+from veloxlab import integrate
+from veloxlab.cache import CompressedKVCache
+from veloxlab.files import write_atomically
+
+RESULTS = Path(__file__).parents[1] / "data" / "results"
+CHUNKS = [20, 33, *[1] * 20, 5, 2]  # a prompt in two pieces, decoding, and drafts of several tokens
+SOME_EXACT = {"sinks": 2, "window": 8}  # so that all three runs hold tokens
+ALL_CODED = {"sinks": 0, "window": 0, "chunk": "codes"}
+
+
+def logits(model: Any, cache: list[Any], chunks: list[int] = CHUNKS) -> np.ndarray:
+    """Logits of every token of a text that comes in ``chunks``."""
+    rows, start = [], 0
+    for count in chunks:
+        ids = mx.array([[7 * i % 90 for i in range(start, start + count)]])
+        rows.append(np.array(model(ids, cache=cache)[0].astype(mx.float32)))
+        start += count
+    return np.concatenate(rows)
+
+
+def as_arrays(cache: list[Any]) -> list[Any]:
+    """The same caches on the path that decodes: what reading the codes has to agree with."""
+    for entry in cache:
+        for slot in getattr(entry, "caches", (entry,)):
+            if isinstance(slot, CompressedKVCache) and slot.path == "codes":
+                slot.path = "arrays"
+                del slot.bits, slot.group_size
+    return cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """One family, with errors in units of the standard deviation of its logits."""
+
+    family: str
+    path: str  # of its layers, in order, with equal neighbours said once
+    reasons: str
+    exact_error: float  # largest difference from the model's own cache, with method "none"
+    codes_error: float  # largest difference between reading 8-bit codes and decoding them
+    eight_bit_error: float  # root-mean-square difference from the model's own cache, everything at 8 bits
+
+
+def measure(family: str) -> Measured:
+    """Run a family's small model on its own cache and on ours."""
+    model = tiny(family)
+    native = logits(model, integrate.own_cache(model))
+    exact = vl.make_cache(model, "none", **SOME_EXACT)
+    same = logits(model, exact)
+    coded = logits(model, vl.make_cache(model, bits=8, **ALL_CODED))
+    decoded = logits(model, as_arrays(vl.make_cache(model, bits=8, **ALL_CODED)))
+    report = vl.report(exact).filter(pl.col("layer").is_not_null())
+    unit = native.std()
+    return Measured(
+        family,
+        ", ".join(said_once(report["path"].to_list())),
+        "; ".join(report["reason"].unique(maintain_order=True).to_list()),
+        float(np.abs(same - native).max() / unit),
+        float(np.abs(coded - decoded).max() / unit),
+        float(np.sqrt(np.mean((coded - native) ** 2)) / unit),
+    )
+
+
+def said_once(words: list[str]) -> list[str]:
+    """``["own", "own", "codes"]`` as ``["2 × own", "codes"]``."""
+    runs: list[tuple[str, int]] = []
+    for word in words:
+        if runs and runs[-1][0] == word:
+            runs[-1] = word, runs[-1][1] + 1
+        else:
+            runs.append((word, 1))
+    return [word if count == 1 else f"{count} × {word}" for word, count in runs]
+
+
+def table(frame: pl.DataFrame) -> str:
+    """Markdown of `measure`'s rows."""
+    lines = [
+        "| family | paths of its caches | why | `none` | codes against decoded | 8 bit |",
+        "|---|---|---|---:|---:|---:|",
+    ]
+    for row in frame.iter_rows(named=True):
+        errors = [f"{row[name]:.0e}" for name in ("exact_error", "codes_error")]
+        words = [row["family"], row["path"], row["reasons"]]
+        lines.append(f"| {' | '.join([*words, *errors, format(row['eight_bit_error'], '.3f')])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure all families and write them down."""
+    frame = pl.DataFrame([dataclasses.asdict(measure(family)) for family in FAMILIES])
+    frame.write_parquet(RESULTS / "families.parquet")
+    write_atomically(RESULTS / "families.md", (table(frame) + "\n").encode())
+    print(table(frame))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""Models of every kind take the path that is expected of them, and keep their logits."""
+
+import polars as pl
+import pytest
+
+from tests import families
+from tests.families import FAMILIES, measure
+
+CODES = {
+    "qwen3_next": "3 × own, codes",  # linear attention in three layers of four
+    "phi": "2 × arrays",  # asks for the dtype of keys
+    "gemma2": "2 × arrays",  # caps its logits by its own arithmetic
+    "gemma3_text": "3 × codes",
+    "gemma3n": "2 × codes",  # two layers of four have caches, the others read theirs
+    "gemma4_text": "4 × codes",
+    "falcon_h1": "own, codes, own, codes",  # a state-space cache and one of keys and values in each layer
+    "gpt_oss": "4 × codes",
+    "deepseek_v3": "2 × own",  # latents
+    "olmo3": "4 × codes",
+    "lfm2": "codes, own, codes, own",
+    "mamba2": "2 × own",
+}
+# 8 bits in every layer lose 0.5 % of each vector (papers.md 0.1: relative MSE 2.6e-5), and a model of random weights
+# does not dampen it; gemma4's attention has a scale of 1 and not 1/√D, so the same error of a score weighs 8 times more
+EIGHT_BITS = {"gemma4_text": 0.3}
+# where a sum in another order moves a key over the edge of a code, later layers differ by a step of 8 bits
+STEP = {"gemma4_text": 0.1, "olmo2": 0.01}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_takes_its_path_and_keeps_its_logits(family):
+    found = measure(family)
+    assert found.path == CODES.get(family, "2 × codes")
+    assert found.exact_error < 1e-4  # float32, in another order
+    assert found.codes_error < STEP.get(family, 1e-4)
+    assert found.eight_bit_error < EIGHT_BITS.get(family, 0.06)
+
+
+def test_the_table_in_data_is_of_these_families():
+    frame = pl.read_parquet(families.RESULTS / "families.parquet")
+    assert frame["family"].to_list() == list(FAMILIES)
+    assert (families.RESULTS / "families.md").read_text() == families.table(frame) + "\n"
