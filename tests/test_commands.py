@@ -1,0 +1,154 @@
+"""mlx-lm's commands on compressed caches: the server with several requests at once, and prompt caches in files."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import veloxlab as vl
+from veloxlab import cli
+
+VELOXLAB = [sys.executable, "-c", "import sys; from veloxlab.cli import main; sys.exit(main())"]
+QUESTIONS = [
+    ("What is the capital of France?", 12),
+    ("List the first ten prime numbers, then explain why 1 is not one of them.", 40),
+    ("Say hello.", 5),
+    ("Write a story about a lighthouse keeper who finds a letter in a bottle.", 30),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextmanager
+def serving(*arguments: str):
+    """A server of smollm2-135m, and its port."""
+    port = free_port()
+    command = [*VELOXLAB, "serve", "smollm2-135m", *arguments, "--port", str(port), "--log-level", "WARNING"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert server.poll() is None, server.stdout.read()
+                time.sleep(0.1)
+        yield port
+    finally:
+        server.terminate()
+        server.wait(30)
+        server.stdout.close()
+
+
+def ask(port: int, messages: list[dict[str, str]], count: int) -> tuple[str, int]:
+    """The answer, and how many tokens of the question were held already."""
+    body = {"model": "default_model", "messages": messages, "max_tokens": count, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/v1/chat/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        answer = json.load(response)
+    held = answer["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    return answer["choices"][0]["message"]["content"], held
+
+
+def question(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+SETTINGS = ("--method", "turboquant", "--bits", "4", "--window", "16")
+
+
+def test_requests_at_once_get_the_answers_they_get_alone():
+    """With nothing reused: what is trimmed to a common beginning stays encoded, where a fresh window is exact."""
+    with serving(*SETTINGS, "--prompt-cache-size", "0") as port, ThreadPoolExecutor(len(QUESTIONS)) as pool:
+        alone = [ask(port, question(text), count)[0] for text, count in QUESTIONS]
+        assert "Paris" in alone[0]
+        for _ in range(3):
+            at_once = list(pool.map(lambda asked: ask(port, question(asked[0]), asked[1])[0], QUESTIONS))
+            assert at_once == alone
+
+
+def test_the_beginning_of_a_conversation_is_reused():
+    with serving(*SETTINGS) as port:
+        answer, _ = ask(port, question(QUESTIONS[1][0]), 40)
+        turns = [*question(QUESTIONS[1][0]), {"role": "assistant", "content": answer}, *question("Thank you. And 11?")]
+        _, held = ask(port, turns, 5)
+        assert held > 40  # of the first turn
+        again, held = ask(port, question(QUESTIONS[1][0]), 40)  # a cache of more than this, trimmed
+        assert held > 30
+        assert again
+
+
+def test_the_server_takes_a_plan(tmp_path, smollm2):
+    plan = vl.Plan.uniform(smollm2[0], key_bits=6, value_bits=4).save(tmp_path / "plan.json")
+    with serving("--plan", str(plan)) as port:
+        assert "Paris" in ask(port, question(QUESTIONS[0][0]), 12)[0]
+
+
+def test_the_server_is_not_reachable_from_other_machines():
+    with serving() as port:
+        listening = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        hosts = {line[1].split(":")[0] for line in listening if line[1].endswith(f":{port:04X}") and line[3] == "0A"}
+    assert hosts == {"0100007F"}  # 127.0.0.1
+
+
+def run(*arguments: str) -> str:
+    done = subprocess.run([*VELOXLAB, *arguments], capture_output=True, text=True, check=False, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_prompt_cache_is_made_and_continued_in_another_process(tmp_path):
+    file = str(tmp_path / "prompt.safetensors")
+    text = "The lighthouse keeper is called Ida. " + vl.excerpt()[:2000]
+    run("cache-prompt", "smollm2-135m", "--bits", "4", "--prompt", text, "--prompt-cache-file", file)
+    asked = ("--prompt", "Who is the lighthouse keeper?", "--max-tokens", "12")
+    assert "==========" in run("generate", "smollm2-135m", "--prompt-cache-file", file, *asked)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (
+            ["serve", "smollm2-135m", "--kv-bits", "4"],
+            "--kv-bits cannot be given here: the cache is compressed already",
+        ),
+        (["serve", "smollm2-135m", "--kv-bits=4"], "--kv-bits cannot be given here"),
+        (["serve", "smollm2-135m", "--kv-group-size", "32"], "--kv-group-size cannot be given here"),
+        (["serve", "smollm2-135m", "--model", "x"], "--model cannot be given here: the model is the first word"),
+        (["generate", "smollm2-135m", "--max-kv-size", "32"], "--max-kv-size cannot be given here"),
+        (["serve", "smollm2-135m", "--method", "zip"], "Unknown method 'zip'. Known methods:"),
+        (["serve", "smollm2-135m", "--method", "rvq", "--plan", "p.json"], "leave out --method"),
+        (["generate", "smollm2-135m", "--plan", "p.json", "--prompt", "x"], "There is no plan at p.json."),
+    ],
+)
+def test_what_contradicts_a_compressed_cache_is_refused_in_a_sentence(capsys, arguments, sentence):
+    assert cli.main(arguments) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_prompt_cache_of_another_width_is_refused(tmp_path, capsys):
+    file = str(tmp_path / "prompt.safetensors")
+    made = ["cache-prompt", "smollm2-135m", "--bits", "4", "--prompt", "Hello there.", "--prompt-cache-file", file]
+    assert cli.main(made) == 0
+    again = ["generate", "smollm2-135m", "--bits", "3", "--prompt-cache-file", file, "--prompt", "x"]
+    assert cli.main(again) == 2
+    assert "holds turboquant at 4.25 bits a value in layer 0" in capsys.readouterr().err
