@@ -80,3 +80,31 @@ def test_decoding_holds_no_decoded_history():
 def test_causal_masks_with_a_window_see_the_newest_only():
     mask = np.array(causal_mask(3, 6, window_size=2))
     assert mask.astype(int).tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("queries", [1, FEW_QUERIES, FEW_QUERIES + 1])
+@pytest.mark.parametrize("mask", ["none", "padded"])
+def test_attention_sinks_take_their_share_of_each_heads_weights(queries, mask):
+    """As gpt_oss has them: a logit for each head that belongs to no token, so that weights sum to less than one."""
+    batch, count = 2, 100
+    cache = filled(count, batch=batch)
+    keys, values = (np.array(x) for x in cache.decoded())
+    q = normal(batch, HEADS * GROUP, queries, DIM, seed=3)
+    sinks = 3 * normal(HEADS * GROUP, seed=4)
+    allowed = np.arange(count)[None, None, None] >= np.array([0, 40])[:, None, None, None]
+    allowed = np.ones((queries, count), bool) if mask == "none" else allowed
+    out = cache._history().attend(q, DIM**-0.5, None if mask == "none" else mx.array(allowed), sinks)
+    with_zero = (np.concatenate([x, np.zeros_like(x[:, :, :1])], axis=2) for x in (keys, values))
+    # the sink's logit as that of a token with a key of zeros, to whose score it is added
+    scores_beside = np.broadcast_to(np.array(sinks)[None, :, None, None], (batch, HEADS * GROUP, queries, 1))
+    expected = reference_beside(np.array(q), *with_zero, DIM**-0.5, allowed, scores_beside)
+    assert np.allclose(out, expected, atol=2e-5)
+
+
+def reference_beside(q, keys, values, scale, allowed, beside) -> np.ndarray:
+    keys, values = np.repeat(keys, GROUP, axis=1), np.repeat(values, GROUP, axis=1)
+    scores = q @ keys.swapaxes(-1, -2) * scale
+    scores[..., :-1] = np.where(allowed, scores[..., :-1], -np.inf)
+    scores[..., -1:] = beside
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True) @ values

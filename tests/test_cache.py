@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.models.cache import RotatingKVCache
 
 from veloxlab.attention import History
 from veloxlab.cache import _LARGEST, BLOCK, CompressedKVCache
@@ -260,6 +261,77 @@ def test_a_bad_token_in_the_window_is_refused_before_it_is_packed():
     assert cache.packed.tokens == 0
 
 
+# sliding layers -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [0, 4])
+@pytest.mark.parametrize("size", [6, 16, 50, 96, 128, 513])
+@pytest.mark.parametrize("dtype", [mx.float16, mx.float32])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_a_sliding_cache_is_never_larger_than_mlx_lms_own(keep, size, dtype, bits):
+    ours = make(bits=bits, sinks=keep, max_size=size)
+    own = RotatingKVCache(size, keep)
+    for count in [1, 1, 5, 40, *[1] * 150, 3, 200, 600, 2, *[1] * 100, 64, 10]:
+        x = tokens(count, count).astype(dtype)
+        for cache in (ours, own):
+            cache.update_and_fetch(x, x)
+        assert ours.nbytes <= own.nbytes
+        assert (ours.offset, ours.size()) == (own.offset, own.size())
+    if size > 64:
+        assert ours.nbytes < 0.75 * own.nbytes
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    chunks=st.lists(st.one_of(st.just(1), st.integers(1, 70)), min_size=1, max_size=14),
+    size=st.integers(6, 80),
+    keep=st.integers(0, 5),
+    window=st.sampled_from([0, 1, 16, 64]),
+    chunk=st.sampled_from(["exact", "codes"]),
+)
+def test_a_sliding_cache_shows_what_mlx_lms_own_shows(chunks, size, keep, window, chunk):
+    """With the exact codec: the same tokens, and the same mask but for the order of a ring at one query."""
+    ours = make("none", 32, sinks=keep, window=window, max_size=size, chunk=chunk, path="arrays")
+    own = RotatingKVCache(size, keep)
+    for seed, count in enumerate(chunks):
+        masks = [cache.make_mask(count) for cache in (ours, own)]
+        assert type(masks[0]) is type(masks[1])
+        assert np.array_equal(*masks)
+        x = tokens(count, seed)
+        shown, expected = (np.array(cache.update_and_fetch(x, 2 * x)[0]) for cache in (ours, own))
+        if count == 1:  # a set, as nothing is masked
+            shown, expected = (np.sort(a[0, 0, :, 0]) for a in (shown, expected))
+        assert np.array_equal(shown, expected)
+        assert ours.is_trimmable() == own.is_trimmable()
+
+
+def test_a_sliding_cache_that_has_forgotten_is_not_trimmed():
+    cache = make(sinks=0, max_size=20)
+    feed(cache, tokens(19), tokens(19), [19])
+    assert cache.trim(3) == 3
+    feed(cache, tokens(10), tokens(10), [10])
+    assert not cache.is_trimmable()
+    with pytest.raises(InputError, match="Layer 0 sees 20 tokens and has forgotten those before"):
+        cache.trim(1)
+    assert cache.offset == 26
+
+
+def test_a_smaller_window_than_the_caches_own_is_masked():
+    cache = make("none", 32, sinks=0, window=2, max_size=20)
+    feed(cache, tokens(30), tokens(30), [30])
+    assert cache.make_mask(1, window_size=5).tolist() == [False] * 15 + [True] * 5
+    assert cache.make_mask(1, window_size=20) is None
+
+
+def test_what_a_layer_lends_is_what_it_read_itself_until_the_step_is_over():
+    """Layers that share keys and values read them after their owner: a whole chunk, though a window keeps less."""
+    cache = make("none", 32, sinks=0, window=4, max_size=20, lends=True)
+    history, _ = cache.update_and_fetch(tokens(50), tokens(50))
+    assert cache.keys_and_values()[0] is history
+    mx.eval(cache.state)
+    assert cache.keys_and_values()[0].tokens == 20
+
+
 def test_a_wrong_head_dimension_is_refused():
     with pytest.raises(
         InputError, match=r"Layer 0: values have a head dimension of 80, but this cache was made for 64"
@@ -272,6 +344,7 @@ def test_a_wrong_head_dimension_is_refused():
     [
         ({"sinks": -1}, "sinks=-1 is not a number of tokens"),
         ({"window": 1.5}, "window=1.5 is not a number of tokens"),
+        ({"max_size": 4, "sinks": 4}, "max_size=4 leaves no room behind sinks=4"),
         ({"chunk": "both"}, "chunk='both' is unknown: choose 'exact' or 'codes'"),
     ],
 )

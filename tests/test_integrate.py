@@ -1,18 +1,22 @@
 """Caches get into mlx-lm's models by its own doors, layer by layer, and out again."""
 
+import inspect
+
 import mlx.core as mx
 import mlx_lm
 import numpy as np
 import polars as pl
 import pytest
-from mlx_lm.models import base
+from mlx_lm.generate import generate_step, speculative_generate_step
+from mlx_lm.models import base, llama
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache, trim_prompt_cache
 
 import veloxlab as vl
-from tests.tiny_models import tiny
+from tests.tiny_models import WINDOW, tiny
 from veloxlab import integrate
 from veloxlab.cache import CompressedKVCache
 from veloxlab.errors import InputError
+from veloxlab.integrate import own_cache
 
 PROMPT = "List the first ten prime numbers, then explain why 1 is not one of them."
 
@@ -89,67 +93,138 @@ def test_mlx_lms_own_quantized_cache_still_works_beside_ours(smollm2):
     assert np.array_equal(before, after)
 
 
+HOOKS = ("scaled_dot_product_attention", "quantized_scaled_dot_product_attention")
+
+
 def test_attaching_twice_is_attaching_once_and_detaching_restores():
     vl.detach()
-    original = base.quantized_scaled_dot_product_attention
+    originals = [getattr(base, name) for name in HOOKS]
     integrate.attach()
-    hooked = base.quantized_scaled_dot_product_attention
+    hooked = [getattr(base, name) for name in HOOKS]
+    assert llama.scaled_dot_product_attention is hooked[0] is not originals[0]
     integrate.attach()
-    assert base.quantized_scaled_dot_product_attention is hooked is not original
+    assert [getattr(base, name) for name in HOOKS] == hooked
+    for _ in range(2):
+        vl.detach()
+        assert [getattr(base, name) for name in HOOKS] == originals
+        assert llama.scaled_dot_product_attention is originals[0]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_function_that_another_library_put_there_is_left_alone(monkeypatch, wrapped):
+    model = tiny("llama")
+    ids = list(range(30))
+    native = stepwise(model, ids, make_prompt_cache(model), [20] + [1] * 10)
+    if wrapped:  # it came after us, and calls us
+        integrate.attach()
+    else:
+        vl.detach()
+    calls = []
+
+    def theirs(*args, inner=base.scaled_dot_product_attention, **kw):
+        calls.append(1)
+        return inner(*args, **kw)
+
+    monkeypatch.setattr(base, HOOKS[0], theirs)
+    monkeypatch.setattr(llama, HOOKS[0], theirs)
+    ours = stepwise(model, ids, vl.make_cache(model, "none"), [20] + [1] * 10)
+    assert np.allclose(ours, native, atol=2e-4)
+    assert np.array_equal(stepwise(model, ids, make_prompt_cache(model), [20] + [1] * 10), native)
+    assert calls
     vl.detach()
-    assert base.quantized_scaled_dot_product_attention is original
+    assert base.scaled_dot_product_attention is theirs
+    monkeypatch.undo()
     vl.detach()
-    assert base.quantized_scaled_dot_product_attention is original
+    assert np.array_equal(stepwise(model, ids, make_prompt_cache(model), [20] + [1] * 10), native)
 
 
 def test_mlx_lm_still_routes_caches_with_bits_through_the_name_we_replace(monkeypatch):
-    """The canary: when it fails, mlx-lm has moved the hook that `integrate` relies on."""
+    """The canary: when it fails, mlx-lm has moved the hooks that `integrate` relies on."""
+    vl.detach()
     seen = []
-    monkeypatch.setattr(base, integrate._HOOK, lambda *args, **kw: seen.append(args[1]) or args[0])
+    monkeypatch.setattr(base, HOOKS[1], lambda *args, **kw: seen.append(args[1]) or args[0])
     cache = CompressedKVCache.__new__(CompressedKVCache)
     cache.bits, cache.group_size = 0, 0
     handle = object()
     base.scaled_dot_product_attention(mx.zeros((1, 1, 1, 4)), handle, handle, cache, scale=1.0, mask=None)
     assert seen == [handle]
+    assert list(inspect.signature(base.scaled_dot_product_attention).parameters) == [
+        "queries", "keys", "values", "cache", "scale", "mask", "sinks",
+    ]  # fmt: skip
+    assert llama.scaled_dot_product_attention is base.scaled_dot_product_attention  # imported by name
 
 
-@pytest.mark.parametrize(
-    ("family", "config", "path"),
-    [
-        ("llama", {}, "codes"),
-        ("qwen2", {}, "codes"),
-        ("qwen3", {"max_position_embeddings": 512, "rope_theta": 1e4, "tie_word_embeddings": True}, "codes"),
-        ("gemma", {}, "codes"),
-        ("gemma2", {"query_pre_attn_scalar": 64}, "arrays"),  # softcaps its logits by its own arithmetic
-    ],
-)
-def test_each_family_takes_its_path_and_keeps_its_logits(family, config, path):
-    model = tiny(family, **config)
-    cache = vl.make_cache(model, "none", sinks=2, window=8)
+def test_sliding_layers_are_compressed_unless_they_are_to_be_exact():
+    model = tiny("gemma3_text")
+    assert [type(layer) for layer in vl.make_cache(model)] == [CompressedKVCache] * 3
+    cache = vl.make_cache(model, "none", sliding="exact")
+    assert [type(layer) for layer in cache] == [RotatingKVCache, RotatingKVCache, CompressedKVCache]
     report = vl.report(cache).filter(pl.col("layer").is_not_null())
-    assert report["path"].unique().to_list() == [path]
-    ids = list(range(50))
-    native = stepwise(model, ids, make_prompt_cache(model), [20, 20] + [1] * 10)
-    ours = stepwise(model, ids, cache, [20, 20] + [1] * 10)
+    assert report["path"].to_list() == ["own", "own", "codes"]
+    assert report["reason"][0] == f"its window of {WINDOW} tokens is left exact, as asked"
+    ids = list(range(40))
+    native = stepwise(model, ids, own_cache(model), [30] + [1] * 10)
+    assert np.allclose(stepwise(model, ids, cache, [30] + [1] * 10), native, atol=2e-4)
+    plan = vl.Plan.uniform(model, "none", bits=16, sliding="exact")
+    assert [type(layer) for layer in vl.make_cache(model, plan)] == [type(layer) for layer in cache]
+    with pytest.raises(InputError, match="sliding='no' is unknown: choose 'compressed' or 'exact'"):
+        vl.make_cache(model, sliding="no")
+
+
+@pytest.mark.parametrize("draft", [1, 4])
+@pytest.mark.parametrize("method", ["none", "turboquant"])
+def test_drafts_of_another_model_are_tried_and_trimmed(draft, method):
+    """Speculative decoding gives what decoding gives: it trims the drafts that were refused."""
+    model, drafting = tiny("llama"), tiny("llama", seed=1, num_hidden_layers=1)
+    settings = {"bits": 16 if method == "none" else 8, "sinks": 2, "window": 16}
+    prompt = mx.array(list(range(50)))
+    plain = [
+        t for t, _ in generate_step(prompt, model, max_tokens=40, prompt_cache=vl.make_cache(model, method, **settings))
+    ]
+    both = vl.make_cache(model, method, **settings) + vl.make_cache(drafting, method, **settings)
+    found = [
+        t for t, *_ in speculative_generate_step(
+            prompt, model, drafting, num_draft_tokens=draft, max_tokens=40, prompt_cache=both
+        )
+    ]  # fmt: skip
+    assert found == plain
+    assert both[0].offset == 50 + 39  # the last token was not fed
+
+
+def test_generation_goes_on_past_the_trained_length():
+    model = tiny("llama", max_position_embeddings=64)
+    native, ours = (stepwise(model, [i % 90 for i in range(200)], c, [100] + [1] * 100) for c in (
+        own_cache(model), vl.make_cache(model, "none", sinks=2, window=16)
+    ))  # fmt: skip
     assert np.allclose(ours, native, atol=2e-4)
 
 
-def test_layers_without_plain_keys_and_values_keep_the_models_own_cache():
-    model = tiny(
-        "gemma3_text", num_hidden_layers=6, sliding_window=16, sliding_window_pattern=3, query_pre_attn_scalar=64
-    )
-    cache = vl.make_cache(model, "none")
-    kinds = [type(layer) for layer in cache]
-    assert kinds == [RotatingKVCache, RotatingKVCache, CompressedKVCache] * 2
-    report = vl.report(cache).filter(pl.col("layer").is_not_null())
-    assert report["reason"].to_list()[:3] == [
-        "the model's own RotatingKVCache",
-        "the model's own RotatingKVCache",
-        "attention reads the codes",
-    ]
-    ids = list(range(40))
-    native = stepwise(model, ids, make_prompt_cache(model), [30] + [1] * 10)
-    assert np.allclose(stepwise(model, ids, cache, [30] + [1] * 10), native, atol=2e-4)
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("length", [1, 17, 2048])
+def test_any_batch_and_length_of_one_call(batch, length):
+    model = tiny("llama", num_hidden_layers=1)
+    ids = mx.array([[(3 * i + b) % 90 for i in range(length)] for b in range(batch)])
+    after = mx.array([[b + 1] for b in range(batch)])
+    rows = []
+    for cache in (own_cache(model), vl.make_cache(model, "none", sinks=2, window=16)):
+        model(ids, cache=cache)
+        rows.append(np.array(model(after, cache=cache)))
+    assert np.allclose(rows[0], rows[1], atol=2e-4)
+
+
+def test_thirty_two_thousand_tokens_in_one_layer():
+    """Too many for the model's own code on a CPU, which makes all scores of a chunk: 2,048 at a time."""
+    model = tiny("llama", num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
+    count = 2**15
+    ids = [(7 * i * i + i) % 90 for i in range(count + 3)]
+    rows = []
+    for cache in (own_cache(model), vl.make_cache(model, bits=8)):
+        for start in range(0, count, 2048):
+            model(mx.array([ids[start : start + 2048]]), cache=cache)
+            mx.eval([c.state for c in cache])
+        rows.append(np.array(model(mx.array([ids[count:]]), cache=cache)))
+        assert cache[0].offset == count + 3
+    assert np.sqrt(np.mean((rows[0] - rows[1]) ** 2)) < 0.01 * rows[0].std()  # 8 bits: 0.5 % of a vector
 
 
 def test_the_dry_run_computes_nothing_and_is_done_once(smollm2):

@@ -8,7 +8,7 @@ fused attention, whose memory does not grow with queries times keys.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,6 +25,7 @@ from veloxlab.kernels.launch import gpu
 Mask = mx.array | Literal["causal"] | None
 
 _LEAST_PACKED = 8  # tokens below which MLX hands their scales to a Metal kernel in another address space
+AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
 FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
 
 
@@ -67,9 +68,8 @@ class History(Handle):
 
     def expand(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
         """Keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of all tokens, decoded."""
-        keys = [s.key_codec.decode(s.keys).astype(dtype) for s in self.segments]
-        values = [s.value_codec.decode(s.values).astype(dtype) for s in self.segments]
-        return mx.concatenate(keys, axis=2), mx.concatenate(values, axis=2)
+        keys = _expanded([(s.key_codec, s.keys) for s in self.segments], dtype, after=None)
+        return keys, _expanded([(s.value_codec, s.values) for s in self.segments], dtype, after=keys)
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         """See `Handle.attend`."""
@@ -144,6 +144,27 @@ class History(Handle):
 
 def _with_arrays(code: Code, left: Iterator[mx.array]) -> Code:
     return replace(code, arrays={name: next(left) for name in code.arrays})
+
+
+def _expanded(parts: Sequence[tuple[Codec, Code]], dtype: mx.Dtype, after: mx.array | None) -> mx.array:
+    """Decoded tokens ``[B, H, S, D]`` of all ``parts`` in one array, to be made once ``after`` is computed.
+
+    They are decoded some at a time, each after the other: what decoding takes besides, in float32, is then small.
+    """
+    if len(parts) == 1 and isinstance(parts[0][0], Exact):
+        return parts[0][0].decode(parts[0][1]).astype(dtype)
+    some = next(iter(parts[0][1].arrays.values()))
+    ((dim,), total) = {codec.head_dim for codec, _ in parts}, sum(code.tokens for _, code in parts)
+    out, place = mx.zeros((*some.shape[:2], total, dim), dtype), 0
+    if after is not None:
+        (out,) = mx.depends([out], [after])
+    for codec, code in parts:
+        for start in range(0, code.tokens, AT_ONCE):
+            tile = code[start : start + AT_ONCE]
+            tile = _with_arrays(tile, iter(mx.depends(list(tile.arrays.values()), [out])))
+            out[:, :, place : place + tile.tokens] = codec.decode(tile).astype(dtype)
+            place += tile.tokens
+    return out
 
 
 def _exact_run(segments: tuple[Segment, ...]) -> ExactTokens | None:

@@ -86,7 +86,7 @@ _HOOKS = {
     "scaled_dot_product_attention": _attention,
     "quantized_scaled_dot_product_attention": _quantized_attention,
 }
-_ours: dict[str, tuple[Callable[..., mx.array], Callable[..., mx.array]]] = {}  # by name: the original, and ours
+_pairs: dict[str, list[tuple[Callable[..., mx.array], Callable[..., mx.array]]]] = {}  # by name: originals, and ours
 
 
 def attach() -> None:
@@ -97,23 +97,23 @@ def attach() -> None:
     RuntimeError : mlx-lm has no such functions.
     """
     for name, hook in _HOOKS.items():
-        if name in _ours:
-            continue
-        original = getattr(base, name, None)
-        if original is None:
+        held = getattr(base, name, None)
+        if held is None:
             raise RuntimeError(f"This mlx-lm has no models.base.{name}: veloxlab needs mlx-lm 0.32.2 or a later 0.32.")
-        _ours[name] = original, hook(original)
-    for original, ours in _ours.values():
-        _rebind(original, ours)
+        pairs = _pairs.setdefault(name, [])
+        if not any(held in pair for pair in pairs):  # mlx-lm's own, or what another library put there
+            pairs.append((held, hook(held)))
+        for original, ours in pairs:
+            _rebind(original, ours)
     for kind in (CompressedKVCache, BatchCompressedKVCache):  # mlx-lm looks up the class of a saved cache there
         setattr(mlx_lm_cache, kind.__name__, kind)
 
 
 def detach() -> None:
     """Undo `attach`, but where another library has replaced a function since. Caches made before stop working."""
-    for original, ours in _ours.values():
-        _rebind(ours, original)
-    _ours.clear()
+    for pairs in _pairs.values():
+        for original, ours in reversed(pairs):
+            _rebind(ours, original)
 
 
 def _rebind(old: object, new: object) -> None:

@@ -64,13 +64,16 @@ class Run:
         total = self.tokens + keys.tokens
         for name, new in arrays.items():
             buffer = self._buffers.get(name)
-            if buffer is not None and total <= buffer.shape[_TOKENS]:
+            one = keys.tokens == 1
+            if buffer is not None and total <= buffer.shape[_TOKENS] and (one or self.most is None):
                 buffer[:, :, self.tokens : total] = new
                 continue
-            # one token at a time is growth by decoding, and many will come; a first append is sized as it is
-            least = 8 if keys.tokens == 1 else 0
-            slack = max(least, total // _SLACK_SHARE) if keys.tokens == 1 or buffer is not None else 0
-            slack = slack if self.most is None else min(slack, self.most - total)
+            # one token at a time is growth by decoding, and many will come; a first append is sized as it is, and so is
+            # any to a small run
+            if self.most is not None:
+                slack = min(8, self.most - total) if one else 0
+            else:
+                slack = max(8 * one, total // _SLACK_SHARE) if one or buffer is not None else 0
             parts = [] if buffer is None else [buffer[:, :, : self.tokens]]
             shape = (*new.shape[:_TOKENS], slack, *new.shape[_TOKENS + 1 :])
             self._buffers[name] = mx.concatenate([*parts, new, mx.zeros(shape, new.dtype)], axis=_TOKENS)
