@@ -12,7 +12,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from veloxlab.runtime import TOO_LATE, load_fast_blas
+from veloxlab.runtime import TOO_LATE, keep_freed_memory, load_fast_blas
 
 if TYPE_CHECKING:
     from veloxlab.allocate.plan import Plan
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+keep_freed_memory()
 # MLX binds to a BLAS when it is imported: every module here that imports it comes after this line
 if load_fast_blas() == TOO_LATE:
     warnings.warn(

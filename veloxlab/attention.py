@@ -57,9 +57,17 @@ class Handle(ABC):
 
 @dataclass(frozen=True)
 class History(Handle):
-    """All tokens that a layer's queries may attend to, oldest first."""
+    """All tokens that a layer's queries may attend to, oldest first.
+
+    Attributes
+    ----------
+    segments : the tokens.
+    stored : what the cache made of those that came now. The answer to many queries is there once these are: else MLX
+        would leave the encoding of all layers, and their keys and values, for the end of a prefill.
+    """
 
     segments: tuple[Segment, ...]
+    stored: tuple[mx.array, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -77,7 +85,8 @@ class History(Handle):
             keys, values = self.after(q).expand(q.dtype)
             if sinks is not None:
                 sinks = sinks.astype(q.dtype)
-            return mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+            out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+            return mx.depends([out], list(self.stored))[0] if self.stored else out
         fused = None if sinks is not None else self._attend_in_kernel(q, scale, mask)
         return self._attend_codes(q, scale, mask, sinks) if fused is None else fused
 
@@ -91,7 +100,7 @@ class History(Handle):
         segments = tuple(
             replace(s, keys=_with_arrays(s.keys, left), values=_with_arrays(s.values, left)) for s in self.segments
         )
-        return History(segments)
+        return replace(self, segments=segments)
 
     def _attend_in_kernel(self, q: mx.array, scale: float, mask: Mask) -> mx.array | None:
         """By a GPU kernel, or None where there is no GPU, or no kernel for these segments and codecs."""
@@ -153,9 +162,8 @@ def _expanded(parts: Sequence[tuple[Codec, Code]], dtype: mx.Dtype, after: mx.ar
     """
     if len(parts) == 1 and isinstance(parts[0][0], Exact):
         return parts[0][0].decode(parts[0][1]).astype(dtype)
-    some = next(iter(parts[0][1].arrays.values()))
-    ((dim,), total) = {codec.head_dim for codec, _ in parts}, sum(code.tokens for _, code in parts)
-    out, place = mx.zeros((*some.shape[:2], total, dim), dtype), 0
+    batch, heads, _, dim = parts[0][0].decode(parts[0][1][:1]).shape
+    out, place = mx.zeros((batch, heads, sum(code.tokens for _, code in parts), dim), dtype), 0
     if after is not None:
         (out,) = mx.depends([out], [after])
     for codec, code in parts:

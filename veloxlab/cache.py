@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import mlx.core as mx
@@ -125,9 +126,13 @@ class CompressedKVCache:
             self._store(keys, values, all_seen=False)
             history = self._history(hidden)
         self._evict()
+        history = replace(history, stored=tuple(self.buffers))
         if self.lends:
             self._lent = history
-        return (history, history) if self.path == "codes" else history.expand(keys.dtype)
+        if self.path == "codes":
+            return history, history
+        read_keys, read_values = mx.depends(list(history.expand(keys.dtype)), self.buffers)
+        return read_keys, read_values
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None

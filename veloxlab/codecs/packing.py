@@ -7,11 +7,16 @@ what both directions are built on. Only the end of a row is padded, to a whole w
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
+from functools import cache, reduce
+
 import mlx.core as mx
 
 WIDEST = 8
 _GROUP = 8  # codes that fill `bits` whole bytes, whatever the width
 _WORD_BYTES = 4
+_BYTE = 8
 
 
 def words_per_row(count: int, bits: int) -> int:
@@ -39,6 +44,53 @@ def unpack(words: mx.array, bits: int, count: int, together: int = 1) -> mx.arra
     With ``together = g`` (1, 2, 4 or 8; ``count`` a multiple of 8) each returned number holds ``g`` neighbouring codes,
     the first in its low bits, in ``[..., count / g]``: an index into a table of ``g`` values at a time.
     """
+    if together == 1:
+        return spread(words, bits, count).astype(mx.uint32)
+    joined = _joined(words, bits, count)
+    step = bits * together
+    wide = joined.dtype
+    codes = (joined[..., None] >> mx.arange(0, _GROUP * bits, step, dtype=wide)) & mx.array((1 << step) - 1, wide)
+    per_group = _GROUP // together
+    return codes.astype(mx.uint32).reshape(*words.shape[:-1], joined.shape[-1] * per_group)[
+        ..., : -(-count // together)
+    ]
+
+
+def spread(words: mx.array, bits: int, count: int) -> mx.array:
+    """Codes ``[..., count]`` of packed ``words`` ``[..., words_per_row(count, bits)]``, each in a byte.
+
+    Some bytes together become a wider number, shifts and masks move each code to a byte of its own, and the number is
+    read as bytes again: one pass of fused arithmetic over few numbers, where a shift for each code would be many.
+    """
+    if bits == WIDEST:
+        return words.view(mx.uint8)[..., :count]
+    if bits in _WHOLE:
+        return _spread(_WHOLE[bits], bits)(words.view(mx.uint8)).view(mx.uint8)[..., :count]
+    groups = -(-count // _GROUP)
+    return _spread(mx.uint64, bits)(_joined(words, bits, count)).view(mx.uint8)[..., : groups * _GROUP][..., :count]
+
+
+_WHOLE = {1: mx.uint64, 2: mx.uint32, 4: mx.uint16}  # widths whose codes fill a byte, and what they spread into
+
+
+@cache
+def _spread(wide: mx.Dtype, bits: int) -> Callable[[mx.array], mx.array]:
+    """A function that moves code ``i`` of each number, at bit ``i·bits``, to byte ``i`` of one of type ``wide``."""
+
+    @mx.compile
+    def moved(codes: mx.array) -> mx.array:
+        codes = codes.astype(wide)
+        parts = [
+            (codes << mx.array((_BYTE - bits) * i, wide)) & mx.array(((1 << bits) - 1) << (_BYTE * i), wide)
+            for i in range(wide.size)
+        ]
+        return reduce(operator.or_, parts)
+
+    return moved
+
+
+def _joined(words: mx.array, bits: int, count: int) -> mx.array:
+    """Eight codes in each number: bytes of ``words``, ``bits`` at a time, ``[..., count / 8]``."""
     *lead, _ = words.shape
     groups = -(-count // _GROUP)
     byte = words.view(mx.uint8)
@@ -48,11 +100,8 @@ def unpack(words: mx.array, bits: int, count: int, together: int = 1) -> mx.arra
     wide = mx.uint32 if bits <= _WORD_BYTES else mx.uint64
     joined = byte[..., 0].astype(wide)
     for i in range(1, bits):
-        joined = joined | (byte[..., i].astype(wide) << (8 * i))
-    step = bits * together
-    shifts = mx.arange(0, _GROUP * bits, step, dtype=wide)
-    codes = (joined[..., None] >> shifts) & mx.array((1 << step) - 1, wide)
-    return codes.astype(mx.uint32).reshape(*lead, groups * _GROUP // together)[..., : -(-count // together)]
+        joined = joined | (byte[..., i].astype(wide) << (_BYTE * i))
+    return joined
 
 
 def _pad_last(x: mx.array, count: int) -> mx.array:

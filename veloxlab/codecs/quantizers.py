@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -11,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs.codebooks import Codebook, gaussian_codebook, sphere_codebook
-from veloxlab.codecs.packing import WIDEST, pack, unpack, words_per_row
+from veloxlab.codecs.levels import polynomial
+from veloxlab.codecs.packing import WIDEST, pack, spread, unpack, words_per_row
 from veloxlab.errors import InputError
 
 CodebookName = Literal["sphere", "gaussian"]
@@ -99,13 +101,22 @@ class ScalarQuantizer:
     def expand(self, words: mx.array) -> mx.array:
         """Words ``[..., words]`` to levels ``[..., dim]``, float32.
 
-        Several codes are looked up at once: on a CPU a gather costs the same for one float as for four.
+        Where no polynomial goes through them, several are looked up at once: on a CPU a gather costs the same for one
+        float as for four.
         """
+        valued = _polynomial(self)
+        if valued is not None:
+            return valued(spread(words, self.bits, self.dim))
         _, _, joint = _tables(self)
         together = joint.shape[-1]
         index = unpack(words, self.bits, self.dim, together)
         levels = mx.take(joint, index, axis=0).reshape(*words.shape[:-1], index.shape[-1] * together)
         return levels[..., : self.dim]
+
+
+@lru_cache
+def _polynomial(quantizer: ScalarQuantizer) -> Callable[[mx.array], mx.array] | None:
+    return polynomial(quantizer.table.levels)
 
 
 _PAIRED_BITS = 4  # up to which kernels read two codes at once, from a table of at most 256 pairs
