@@ -136,7 +136,7 @@ class History(Handle):
         mixed = value_codec.from_codes(mixed_codes).reshape(out.shape)
         return out + mixed.astype(out.dtype)
 
-    def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array:
+    def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         scaled = q.astype(mx.float32) * scale
         parts = [s.key_codec.scores(scaled, s.keys) for s in self.segments]
         scores = _masked(mx.concatenate(parts, axis=-1), mask)

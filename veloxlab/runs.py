@@ -9,6 +9,7 @@ from veloxlab.codecs import Code
 Arrays = dict[str, mx.array]
 
 _SLACK_SHARE = 64  # a buffer that has to grow takes 1/64 more than it needs, so that growth costs O(1) a token
+_FEW = 32  # tokens that leave a window together
 _TOKENS = 2
 
 
@@ -68,12 +69,12 @@ class Run:
             if buffer is not None and total <= buffer.shape[_TOKENS] and (one or self.most is None):
                 buffer[:, :, self.tokens : total] = new
                 continue
-            # one token at a time is growth by decoding, and many will come; a first append is sized as it is, and so is
-            # any to a small run
+            # few tokens at a time is growth by decoding, and many will come; a longer append is sized as it is, and so
+            # is any but of one token to a run that stays small
             if self.most is not None:
                 slack = min(8, self.most - total) if one else 0
             else:
-                slack = max(8 * one, total // _SLACK_SHARE) if one or buffer is not None else 0
+                slack = max(8 * one, total // _SLACK_SHARE) if keys.tokens <= _FEW else 0
             parts = [] if buffer is None else [buffer[:, :, : self.tokens]]
             shape = (*new.shape[:_TOKENS], slack, *new.shape[_TOKENS + 1 :])
             self._buffers[name] = mx.concatenate([*parts, new, mx.zeros(shape, new.dtype)], axis=_TOKENS)

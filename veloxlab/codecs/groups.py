@@ -8,7 +8,7 @@ from typing import Literal
 import mlx.core as mx
 
 from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.packing import pack, unpack, words_per_row
+from veloxlab.codecs.packing import pack, spread, words_per_row
 from veloxlab.errors import InputError
 
 GroupLevels = Literal["centres", "ends"]
@@ -59,7 +59,7 @@ class GroupQuantizer:
 
     def expand(self, arrays: dict[str, mx.array]) -> mx.array:
         """Decode to ``[..., dim]``, float32."""
-        codes = self._grouped(unpack(arrays["codes"], self.bits, self.dim).astype(mx.float32))
+        codes = self._grouped(spread(arrays["codes"], self.bits, self.dim).astype(mx.float32))
         half_step, least = (_signed_square(arrays[name])[..., None] for name in ("half_step", "least"))
         return self._flat(least + (codes + self._shift) * (2 * half_step))
 

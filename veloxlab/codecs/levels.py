@@ -12,7 +12,7 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-_MOST = 32  # levels: a polynomial through more costs more than the gather
+_MOST = 16  # levels: sums of the powers of more are not exact, and cost what the gather does
 _ROUNDING = 1e-6  # of a few steps in float32, beside the largest level
 
 
@@ -27,12 +27,8 @@ def polynomial(levels: np.ndarray) -> Callable[[mx.array], mx.array] | None:
     if not 2 <= count <= _MOST or np.abs(levels + levels[::-1]).max() > _ROUNDING * np.abs(levels).max():
         return None
     positive = place[count // 2 :]
-    square = positive**2
-    # the square runs from -1 to 1 too: powers of it are then numbers of one size, and sums of them are exact
-    low, high = square.min(), square.max()
-    slope, shift = (2 / (high - low), -(high + low) / (high - low)) if high > low else (1.0, 0.0)
-    terms = np.linalg.solve(np.vander(slope * square + shift), levels[count // 2 :] / positive)
-    numbers = mx.array(np.array([2 / (count - 1), slope, shift, *terms], np.float32))
+    terms = np.linalg.solve(np.vander(positive**2), levels[count // 2 :] / positive)
+    numbers = mx.array(np.array([2 / (count - 1), *terms], np.float32))
     mx.eval(numbers)
     evaluate, given = _odd_polynomial(len(terms)), list(numbers)
 
@@ -45,17 +41,17 @@ def polynomial(levels: np.ndarray) -> Callable[[mx.array], mx.array] | None:
 
 @cache
 def _odd_polynomial(terms: int) -> Callable[..., mx.array]:
-    """Fused arithmetic for any polynomial of so many terms: it is compiled once, and takes its numbers as arrays."""
+    """Fused arithmetic for any polynomial of so many terms: it is compiled once, and takes its numbers as arrays.
+
+    For shapes that are known: MLX's code for any shape is not vectorised.
+    """
 
     @mx.compile
-    def evaluated(
-        codes: mx.array, step: mx.array, slope: mx.array, shift: mx.array, first: mx.array, *rest: mx.array
-    ) -> mx.array:
+    def evaluated(codes: mx.array, step: mx.array, first: mx.array, *rest: mx.array) -> mx.array:
         x = codes.astype(mx.float32) * step - 1.0
-        argument = x * x * slope + shift
-        total = first
+        square, total = x * x, first
         for term in rest:
-            total = total * argument + term
+            total = total * square + term
         return total * x
 
     return evaluated

@@ -46,7 +46,7 @@ import numpy as np
 from veloxlab.codecs.codebooks import check_bits
 from veloxlab.codecs.codec import Code, RotatedCodec, Sample, check_sample, check_vectors, load_scale
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.packing import pack, unpack, words_per_row
+from veloxlab.codecs.packing import pack, spread, words_per_row
 from veloxlab.codecs.quantizers import paired, scale_factor
 from veloxlab.codecs.transforms import RotationName
 from veloxlab.errors import InputError
@@ -117,7 +117,7 @@ class RaBitQ(RotatedCodec):
 
     def levels(self, arrays: dict[str, mx.array]) -> mx.array:
         """Grid points of the codes."""
-        codes = unpack(arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
+        codes = spread(arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
         return codes - float(2**self.bits - 1) / 2
 
     def reader(self, code: Code) -> TableReader | None:

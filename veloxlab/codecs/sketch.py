@@ -10,7 +10,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.packing import pack, unpack, words_per_row
+from veloxlab.codecs.packing import pack, spread, words_per_row
 from veloxlab.codecs.transforms import haar_matrix
 from veloxlab.errors import InputError
 
@@ -70,7 +70,7 @@ class SignSketch:
 
     def expand(self, words: mx.array) -> mx.array:
         """Packed bits to ±1 ``[..., rows]``, float32."""
-        return unpack(words, 1, self.rows).astype(mx.float32) * 2 - 1
+        return spread(words, 1, self.rows).astype(mx.float32) * 2 - 1
 
 
 @lru_cache
