@@ -108,3 +108,19 @@ def reference_beside(q, keys, values, scale, allowed, beside) -> np.ndarray:
     scores[..., -1:] = beside
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     return weights / weights.sum(axis=-1, keepdims=True) @ values
+
+
+@pytest.mark.parametrize("method", [("turboquant", {}), ("polarquant", {}), ("ratequant", {"head_bits": (2, 4)})])
+@pytest.mark.parametrize("mask", ["causal", "array"])
+def test_kv_heads_may_be_expanded_one_after_another(monkeypatch, method, mask):
+    """Where the codec codes them alike; else all at once, to the same result."""
+    name, options = method
+    codecs = (find_method(name).codec(DIM, 4, role, **options) for role in ("keys", "values"))
+    cache = CompressedKVCache(*codecs, sinks=2, window=8)
+    cache.update_and_fetch(normal(1, HEADS, 90, DIM, seed=1), normal(1, HEADS, 90, DIM, seed=2))
+    q, sinks = normal(1, HEADS * GROUP, 40, DIM, seed=3), normal(HEADS * GROUP, seed=4)
+    given = "causal" if mask == "causal" else normal(1, HEADS * GROUP, 40, 90, seed=5)
+    together = cache._history().attend(q, 0.1, given, sinks)
+    monkeypatch.setattr("veloxlab.attention.EXPANDED_BYTES", 1)
+    apart = cache._history().attend(q, 0.1, given, sinks)
+    assert np.allclose(together, apart, atol=1e-5)

@@ -10,7 +10,7 @@ from tests.metal_on_host import launch as host
 from veloxlab import attention
 from veloxlab.attention import History, Segment
 from veloxlab.codecs import METHODS, turboquant, vector_codebooks
-from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.codec import Code, Sample
 from veloxlab.codecs.none import Exact
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import attend, checked
@@ -168,9 +168,20 @@ def test_vectors_are_encoded_by_a_kernel_as_by_its_twin(monkeypatch, scale):
     codec, x = TurboQuant(80, 3, scale), normal(1, 2, 33, 80, seed=8, dtype=mx.float16)
     in_kernel = codec.decode(codec.encode(x))
     monkeypatch.setattr(turboquant, "gpu", lambda: None)
-    assert checked.states() == {"agrees": 1}
+    assert checked.states() == {"agrees": 2}  # encode and decode
     # a coordinate that lies on a boundary to float rounding may be coded either way
     assert relative(in_kernel, codec.decode(codec.encode(x))) < 1e-2
+
+
+def test_a_decoder_that_errs_is_switched_off(monkeypatch):
+    monkeypatch.setattr(turboquant, "gpu", lambda: "metal")
+    right = checked.decode
+    monkeypatch.setattr(checked, "decode", lambda *given: 1.1 * right(*given))
+    codec, x = TurboQuant(DIM, 3), normal(1, 2, 33, DIM, seed=8)
+    code = codec._encode_by_graph(x)
+    with pytest.warns(UserWarning, match="The kernel decode is switched off .* differs from its twin by 0.1"):
+        decoded = codec.decode(Code(dict(zip(("codes", "root_scale"), code, strict=True))))
+    assert mx.array_equal(decoded, codec._decode_by_graph(*code))
 
 
 def test_an_encoder_that_errs_is_switched_off(monkeypatch):

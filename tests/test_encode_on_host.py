@@ -13,7 +13,7 @@ from veloxlab.codecs.quantizers import ScaleName, scale_factor
 from veloxlab.codecs.transforms import SignedHadamard
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
-from veloxlab.kernels.encode import can_spread, encode, spread
+from veloxlab.kernels.encode import can_spread, decode, encode, spread
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
@@ -111,6 +111,51 @@ def test_codes_and_scales_are_the_twins(case):
         if tokens > 1:
             assert root[1, 1, 2].item() == 0, "a zero vector has a scale of 0"
             assert np.array_equal(np.array(words[1, 1, 2]), np.array(twin["codes"][1, 1, 2]))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_decoding_is_its_twin(case):
+    """Of codes and scales in views of growing buffers, in every dtype."""
+    rng = np.random.default_rng(case.dim)
+    codec = TurboQuant(case.dim, case.bits, case.scale, seed=7)
+    signs = signs_of(SignedHadamard(case.dim, 7))
+    for tokens in (1, 43):
+        held = codec.encode(vectors(rng, case.dim, mx.float32, tokens + 5))[2 : tokens + 2]
+        words, root = held.arrays["codes"], held.arrays["root_scale"]
+        found = decode(words, root, signs, tables(codec)[1], case.bits, case.dtype, "metal")
+        expected = codec.decode(held)
+        assert found.dtype == case.dtype
+        assert found.shape == expected.shape
+        size = mx.linalg.norm(expected, axis=-1, keepdims=True) / case.dim**0.5
+        half_a_step = {mx.float32: 0.0, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}[case.dtype]
+        least = 2.0**-25  # half of float16's smallest number
+        allowed = ROUNDING * size + half_a_step * mx.abs(expected) + least
+        assert mx.all(mx.abs(found.astype(mx.float32) - expected) <= allowed)
+    assert decode(words[:, :, :0], root[:, :, :0], signs, tables(codec)[1], case.bits, case.dtype, "metal").size == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"codes": mx.zeros((1, 1, 2, 5), mx.uint32)}, r"give \[batch, heads, tokens, 6\] words of uint32"),
+        ({"codes": mx.zeros((1, 1, 2, 6))}, "of mlx.core.float32: give"),
+        ({"levels": mx.zeros((4,))}, "give 8 numbers"),
+        ({"bits": 0}, "bits=0"),
+        ({"dtype": mx.int32}, "no vectors of 64 numbers of mlx.core.int32"),
+    ],
+)
+def test_what_is_not_decoded_is_refused(change, sentence):
+    given = {
+        "codes": mx.zeros((1, 1, 2, 6), mx.uint32),
+        "root_scale": mx.zeros((1, 1, 2, 1), mx.float16),
+        "signs": mx.ones((64,)),
+        "levels": mx.zeros((8,)),
+        "bits": 3,
+        "dtype": mx.float16,
+        "backend": "metal",
+    }
+    with pytest.raises(InputError, match=sentence):
+        decode(**(given | change))
 
 
 def test_coordinates_may_be_apart():

@@ -53,5 +53,14 @@ def test_a_long_context_in_many_splits():
     assert relative(in_kernel, in_graph) < TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize(("dim", "bits"), [(64, 4), (80, 3), (128, 1), (128, 8), (256, 5)])
+def test_decoding(dim, bits, dtype):
+    codec = TurboQuant(dim, bits)
+    code = codec.encode(normal(2, 3, 333, dim))
+    wanted = codec._decode_by_graph(code.arrays["codes"], code.arrays["root_scale"])
+    assert relative(codec.decode(code, dtype), wanted) < TOLERANCE
+
+
 def test_nothing_was_switched_off():
     assert set(checked.states()) <= {"agrees"}

@@ -25,6 +25,7 @@ from veloxlab.kernels.launch import gpu
 Mask = mx.array | Literal["causal"] | None
 
 _LEAST_PACKED = 8  # tokens below which MLX hands their scales to a Metal kernel in another address space
+EXPANDED_BYTES = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
 AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
 FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
 
@@ -82,13 +83,47 @@ class History(Handle):
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         """See `Handle.attend`."""
         if q.shape[2] > FEW_QUERIES:
-            keys, values = self.after(q).expand(q.dtype)
-            if sinks is not None:
-                sinks = sinks.astype(q.dtype)
-            out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=scale, mask=mask, sinks=sinks)
+            out = self._attend_expanded(q, scale, mask, sinks)
             return mx.depends([out], list(self.stored))[0] if self.stored else out
         fused = None if sinks is not None else self._attend_in_kernel(q, scale, mask)
         return self._attend_codes(q, scale, mask, sinks) if fused is None else fused
+
+    def _attend_expanded(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array:
+        """By MLX's fused attention over decoded keys and values, of some KV heads after others where they are many."""
+        kv_heads, together = self._heads_together(q.dtype.size)
+        queries = q.shape[1] // kv_heads  # of a KV head
+        parts: list[mx.array] = []
+        for first in range(0, kv_heads, together):
+            heads = slice(first * queries, (first + together) * queries)
+            some = self if together == kv_heads else self._heads(slice(first, first + together))
+            keys, values = some.after(parts[-1] if parts else q).expand(q.dtype)
+            parts.append(
+                mx.fast.scaled_dot_product_attention(
+                    q[:, heads],
+                    keys,
+                    values,
+                    scale=scale,
+                    mask=_mask_of(mask, heads),
+                    sinks=None if sinks is None else sinks.astype(q.dtype)[heads],
+                )
+            )
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+
+    def _heads_together(self, bytes_each: int) -> tuple[int, int]:
+        """KV heads, and how many of them are expanded at once; one and one where they cannot be told apart."""
+        codecs = [codec for s in self.segments for codec in (s.key_codec, s.value_codec)]
+        if not all(isinstance(c, Exact) or (isinstance(c, TiledCodec) and c.heads_alike) for c in codecs):
+            return 1, 1
+        batch, kv_heads = next(iter(self.segments[-1].keys.arrays.values())).shape[:2]
+        head_bytes = batch * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * bytes_each
+        return kv_heads, min(kv_heads, max(1, EXPANDED_BYTES // max(1, head_bytes)))
+
+    def _heads(self, heads: slice) -> History:
+        """The same tokens of some KV heads."""
+        segments = tuple(
+            replace(s, keys=_code_of(s.keys, heads), values=_code_of(s.values, heads)) for s in self.segments
+        )
+        return History(segments)
 
     def after(self, array: mx.array) -> History:
         """The same history, to be read only once ``array`` is computed.
@@ -151,28 +186,33 @@ class History(Handle):
         return mixed.astype(q.dtype)
 
 
+def _code_of(code: Code, heads: slice) -> Code:
+    return replace(code, arrays={name: array[:, heads] for name, array in code.arrays.items()})
+
+
+def _mask_of(mask: Mask, heads: slice) -> Mask:
+    """The part of a mask that is about some query heads."""
+    return mask[:, heads] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] > 1 else mask
+
+
 def _with_arrays(code: Code, left: Iterator[mx.array]) -> Code:
     return replace(code, arrays={name: next(left) for name in code.arrays})
 
 
 def _expanded(parts: Sequence[tuple[Codec, Code]], dtype: mx.Dtype, after: mx.array | None) -> mx.array:
-    """Decoded tokens ``[B, H, S, D]`` of all ``parts`` in one array, to be made once ``after`` is computed.
+    """Decoded tokens ``[B, H, S, D]`` of all ``parts``, to be made once ``after`` is computed.
 
     They are decoded some at a time, each after the other: what decoding takes besides, in float32, is then small.
     """
-    if len(parts) == 1 and isinstance(parts[0][0], Exact):
-        return parts[0][0].decode(parts[0][1]).astype(dtype)
-    batch, heads, _, dim = parts[0][0].decode(parts[0][1][:1]).shape
-    out, place = mx.zeros((batch, heads, sum(code.tokens for _, code in parts), dim), dtype), 0
-    if after is not None:
-        (out,) = mx.depends([out], [after])
+    tiles: list[mx.array] = []
     for codec, code in parts:
         for start in range(0, code.tokens, AT_ONCE):
             tile = code[start : start + AT_ONCE]
-            tile = _with_arrays(tile, iter(mx.depends(list(tile.arrays.values()), [out])))
-            out[:, :, place : place + tile.tokens] = codec.decode(tile).astype(dtype)
-            place += tile.tokens
-    return out
+            before = tiles[-1] if tiles else after
+            if before is not None:
+                tile = _with_arrays(tile, iter(mx.depends(list(tile.arrays.values()), [before])))
+            tiles.append(codec.decode(tile, dtype))
+    return mx.concatenate(tiles, axis=2) if len(tiles) > 1 else tiles[0]
 
 
 def _exact_run(segments: tuple[Segment, ...]) -> ExactTokens | None:

@@ -75,6 +75,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
     bench.add_argument("--tokens", type=int, nargs="+", help="lengths of the context (default: 4096 32768 131072)")
     bench.set_defaults(run=time_kernels)
+    memory = commands.add_parser("memory", help="measure memory at its peak and a token's time, by length of text")
+    memory.add_argument("--model", default="smollm2-135m", help="what to load (default: %(default)s)")
+    memory.add_argument("--random", action="store_true", help="random weights of its shape, where it is not installed")
+    memory.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="lengths")
+    memory.add_argument("--layer-tokens", type=int, nargs="*", default=[], help="lengths for one layer of a 7B model")
+    memory.add_argument("--quantized", type=int, nargs="*", default=[4, 8], help="widths of mlx-lm's cache beside ours")
+    memory.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
+    memory.set_defaults(run=measure_lengths)
     for name, theirs in MLX_LM.items():
         run = commands.add_parser(name, help=f"mlx_lm.{theirs} on a compressed cache, with its options behind ours")
         run.add_argument("model", help="smollm2-135m, a .gguf file, a folder, or a Hugging Face repo id")
@@ -216,6 +224,41 @@ def time_kernels(options: argparse.Namespace) -> int:
     if options.json:
         write_atomically(options.json, json.dumps(results, indent=1).encode())
     return 0
+
+
+def measure_lengths(options: argparse.Namespace) -> int:
+    """Measure what each length costs, print the tables, and write them as JSON."""
+    import veloxlab as vl
+    from veloxlab.measure import bench, lengths
+
+    def say(done: int, total: int, label: str) -> None:
+        print(f"{done} of {total}: {label}", file=sys.stderr)
+
+    results: dict[str, Any] = {"facts": bench.facts()}
+    jobs = {options.model: options.tokens, "one layer of 7B": options.layer_tokens}
+    for name, tokens in jobs.items():
+        if not tokens:
+            continue
+        random = options.random or name != options.model
+        model = lengths.random_model(name) if random else vl.load(name)[0]
+        caches = lengths.makers(model, theirs=options.quantized)
+        frame = lengths.costs_by_length(model, caches, sorted(tokens), progress=say)
+        results[name] = frame.to_dicts()
+        print(f"{name}\n\n{lengths_table(frame)}\n")
+    if options.json:
+        write_atomically(options.json, json.dumps(results, indent=1).encode())
+    return 0
+
+
+def lengths_table(frame: pl.DataFrame) -> str:
+    """Give `measure.lengths.LENGTHS` as a Markdown table."""
+    lines = ["| cache | tokens | held, MB | peak in prefill, MB | peak in decoding, MB | a token, ms |"]
+    lines.append("|---|---:|---:|---:|---:|---:|")
+    for row in frame.sort("tokens", maintain_order=True).iter_rows(named=True):
+        sizes = [f"{row[name] / 1e6:,.1f}" for name in ("held_bytes", "prefill_peak_bytes", "decode_peak_bytes")]
+        time = f"{1e3 * row['decode_seconds']:.1f}"
+        lines.append(f"| {row['cache']} | {row['tokens']:,} | {' | '.join(sizes)} | {time} |")
+    return "\n".join(lines)
 
 
 def show_checks(options: argparse.Namespace) -> int:

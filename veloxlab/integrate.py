@@ -439,7 +439,7 @@ def make_cache(
     if calibration is not None:
         calibration.check_model(model)
     if isinstance(method_or_plan, str):
-        width = bits or (_exact_width(model) if method_or_plan == "none" else DEFAULT_BITS)
+        width = bits or (exact_width(model) if method_or_plan == "none" else DEFAULT_BITS)
         uniform = LayerSettings(
             method_or_plan,
             width if key_bits is None else key_bits,
@@ -581,7 +581,7 @@ def _compressed(
     )
 
 
-def _exact_width(model: Module) -> Literal[16, 32]:
+def exact_width(model: Module) -> Literal[16, 32]:
     """Bits of the dtype in which ``model`` makes its keys: that of its first float parameter."""
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     dtype = next(p.dtype for _, p in parameters if mx.issubdtype(p.dtype, mx.floating))

@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import ClassVar, Protocol, Self
 
 import mlx.core as mx
 
@@ -95,8 +95,8 @@ class Codec(Protocol):
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]`` of any float dtype, whose first token is at position ``start``."""
 
-    def decode(self, code: Code) -> mx.array:
-        """Reconstruct ``[B, H, S, D]`` in float32 (`none` keeps the dtype it was given)."""
+    def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
+        """Reconstruct ``[B, H, S, D]`` in ``dtype``: float32 if None is given, but by `none` what came."""
 
     def scores(self, q: mx.array, code: Code) -> mx.array:
         """``q · decode(code)ᵀ`` ``[B, Hq, L, S]``, float32, from the codes; query heads share KV heads in order."""
@@ -142,6 +142,7 @@ class TiledCodec(ABC):
     """
 
     head_dim: int
+    heads_alike: ClassVar[bool] = False  # whether it codes every KV head alike, so that some can be read without others
 
     @property
     @abstractmethod
@@ -194,10 +195,10 @@ class TiledCodec(ABC):
         check_vectors(sample.x, self.head_dim)
         return self
 
-    def decode(self, code: Code) -> mx.array:
+    def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
         """Reconstruct ``[B, H, S, D]``; see `Codec.decode`."""
         y, scale = self.expand(code), self.scales(code)
-        return self.from_codes(y if scale is None else y * scale)
+        return self.from_codes(y if scale is None else y * scale).astype(dtype or mx.float32)
 
     def scores(self, q: mx.array, code: Code) -> mx.array:
         """``q · decode(code)ᵀ`` from the codes, a tile at a time; see `Codec.scores`."""
@@ -232,6 +233,7 @@ class RotatedCodec(TiledCodec):
 
     rotation: RotationName
     seed: int
+    heads_alike: ClassVar[bool] = True
 
     @abstractmethod
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:

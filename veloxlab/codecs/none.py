@@ -38,9 +38,10 @@ class Exact:
         check_vectors(x, self.head_dim)
         return Code({"values": x}, start)
 
-    def decode(self, code: Code) -> mx.array:
+    def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
         """Give it back."""
-        return code.arrays["values"]
+        values = code.arrays["values"]
+        return values if dtype is None else values.astype(dtype)
 
     def scores(self, q: mx.array, code: Code) -> mx.array:
         """``q · xᵀ`` ``[B, Hq, L, S]``."""

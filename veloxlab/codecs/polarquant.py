@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -71,6 +71,7 @@ class PolarQuant(TiledCodec):
     centroids : angles that `fit` learned, level after level from the second on; empty before.
     """
 
+    heads_alike: ClassVar[bool] = True
     head_dim: int
     levels: tuple[int, ...] = (4, 2, 2, 2)
     scale: ScaleName = "unbiased"

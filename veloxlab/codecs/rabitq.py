@@ -38,7 +38,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 import mlx.core as mx
 import numpy as np
@@ -167,6 +167,7 @@ class CentredRaBitQ(RaBitQ):
     """
 
     centroid: mx.array | None = None
+    heads_alike: ClassVar[bool] = False
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # what is fitted is compared by identity
 

@@ -94,9 +94,9 @@ class RateQuant:
             arrays |= {f"b{codec.bits}/{name}": array for name, array in code.arrays.items()}
         return Code(arrays, start)
 
-    def decode(self, code: Code) -> mx.array:
+    def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
         """Reconstruct ``[B, H, S, D]``; see `Codec.decode`."""
-        return self._in_order([codec.decode(self._part(code, codec)) for codec in self.base])
+        return self._in_order([codec.decode(self._part(code, codec), dtype) for codec in self.base])
 
     def scores(self, q: mx.array, code: Code) -> mx.array:
         """``q · decode(code)ᵀ`` of each width's heads; see `Codec.scores`."""

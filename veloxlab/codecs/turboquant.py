@@ -47,7 +47,7 @@ from veloxlab.codecs.sketch import SignSketch, SketchName
 from veloxlab.codecs.split import SplitCodec
 from veloxlab.codecs.transforms import RotationName
 from veloxlab.errors import InputError
-from veloxlab.kernels.checked import ScalarTable, checked_encode
+from veloxlab.kernels.checked import ScalarTable, checked_decode, checked_encode
 from veloxlab.kernels.launch import gpu
 from veloxlab.kernels.readers import Spread, TableReader
 
@@ -99,11 +99,27 @@ class TurboQuant(RotatedCodec):
         backend, space = gpu(), self._space
         if backend is None or space is None:
             return super().encode(x, start)
-        quantizer = self._quantizer
-        table = ScalarTable(space.signs, quantizer.boundaries, quantizer.levels, self.bits, self.scale)
-        written = checked_encode(x, table, backend, self._encode_by_graph)
+        written = checked_encode(x, self._table(space), backend, self._encode_by_graph)
         codes, root_scale = self._encode_by_graph(x) if written is None else written
         return Code({"codes": codes, "root_scale": root_scale}, start)
+
+    def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
+        """Reconstruct ``[B, H, S, D]``, by one kernel where there is a GPU; see `Codec.decode`."""
+        backend, space = gpu(), self._space
+        if backend is None or space is None:
+            return super().decode(code, dtype)
+        codes, root_scale = code.arrays["codes"], code.arrays["root_scale"]
+        done = checked_decode(
+            codes, root_scale, self._table(space), dtype or mx.float32, backend, self._decode_by_graph
+        )
+        return super().decode(code, dtype) if done is None else done
+
+    def _table(self, space: Spread) -> ScalarTable:
+        quantizer = self._quantizer
+        return ScalarTable(space.signs, quantizer.boundaries, quantizer.levels, self.bits, self.scale)
+
+    def _decode_by_graph(self, codes: mx.array, root_scale: mx.array) -> mx.array:
+        return super().decode(Code({"codes": codes, "root_scale": root_scale}))
 
     def _encode_by_graph(self, x: mx.array) -> tuple[mx.array, mx.array]:
         arrays = super().encode(x).arrays

@@ -16,7 +16,7 @@ import numpy as np
 
 from veloxlab.kernels.assign import assign
 from veloxlab.kernels.attend import Exact, Shape, Tokens, attend, attend_twin, can_attend
-from veloxlab.kernels.encode import can_spread, encode
+from veloxlab.kernels.encode import can_spread, decode, encode
 from veloxlab.kernels.launch import GpuBackend, gpu
 from veloxlab.kernels.readers import Spread, TableReader
 
@@ -104,6 +104,36 @@ def checked_encode(
             _states[which] = _refusal(error)
         _warn("encode", _states[which], backend)
     return None if _states[which] else encode(x, *table, backend)
+
+
+def checked_decode(
+    codes: mx.array,
+    root_scale: mx.array,
+    table: ScalarTable,
+    dtype: mx.Dtype,
+    backend: GpuBackend,
+    twin: Callable[[mx.array, mx.array], mx.array],
+) -> mx.array | None:
+    """`decode`, or None where the kernel for these dimensions cannot be had or does not agree with ``twin``."""
+    dim = table.signs.shape[0]
+    if not can_spread(dim):
+        return None
+    which = "decode", dim, dtype, table.bits, backend
+    if which not in _states:
+        try:
+            keys = mx.random.split(mx.random.key(0), 3)
+            high, low = (mx.random.randint(0, 1 << 16, (1, 2, 67, codes.shape[-1]), key=k) for k in keys[:2])
+            some = high.astype(mx.uint32) << 16 | low.astype(mx.uint32)
+            roots = mx.random.uniform(0.5, 1.5, (1, 2, 67, 1), key=keys[2]).astype(mx.float16)
+            wanted = twin(some, roots)
+            error = _relative(decode(some, roots, table.signs, table.levels, table.bits, dtype, backend), wanted)
+            _states[which] = "" if error <= _TOLERANCE else f"it differs from its twin by {error:.1g}"
+        except (RuntimeError, ValueError) as refused:  # the compiler's, or the driver's
+            _states[which] = _refusal(refused)
+        _warn("decode", _states[which], backend)
+    if _states[which]:
+        return None
+    return decode(codes, root_scale, table.signs, table.levels, table.bits, dtype, backend)
 
 
 def states() -> dict[str, int]:

@@ -1,7 +1,7 @@
-"""Encoding of vectors with a scalar table in one launch, and the signed Hadamard transform alone.
+"""Encoding and decoding of vectors with a scalar table, in one launch each, and the signed Hadamard transform alone.
 
 A vector lies in the registers of a simdgroup's lanes (``source/lanes.h``): it is read once, and only its codes and its
-scale are written. The twins are ``RotatedCodec.encode`` with a `ScalarQuantizer`, and `SignedHadamard`.
+scale are written. The twins are ``RotatedCodec.encode`` and ``decode`` with a `ScalarQuantizer`, and `SignedHadamard`.
 """
 
 from __future__ import annotations
@@ -81,6 +81,58 @@ def encode(
     return codes, root_scale
 
 
+def decode(
+    codes: mx.array,
+    root_scale: mx.array,
+    signs: mx.array,
+    levels: mx.array,
+    bits: int,
+    dtype: mx.Dtype,
+    backend: GpuBackend,
+) -> mx.array:
+    """Vectors that `encode` packed: levels of their codes, spread back, times their scale.
+
+    Parameters
+    ----------
+    codes, root_scale : ``[B, H, S, ⌈D·bits / 32⌉]`` uint32 and ``[B, H, S, 1]`` float16, views with any strides.
+    signs, levels, bits : as for `encode`.
+    dtype : of the result: float32, float16 or bfloat16.
+    backend : the GPU.
+
+    Returns
+    -------
+    ``[B, H, S, D]``.
+
+    Raises
+    ------
+    InputError : a shape, dtype or width that the kernel does not take.
+    """
+    dim = signs.shape[0]
+    if not 1 <= bits <= 8:
+        raise InputError(f"bits={bits!r} is out of range: choose a whole number of bits from 1 to 8.")
+    if codes.ndim != 4 or codes.dtype != mx.uint32 or codes.shape[-1] != _words(dim, bits):
+        raise InputError(
+            f"codes have shape {list(codes.shape)} of {codes.dtype}: give [batch, heads, tokens, {_words(dim, bits)}] "
+            f"words of uint32, for {dim} numbers of {bits} bits."
+        )
+    if not can_spread(dim) or dtype not in _DTYPES:
+        raise InputError(f"The kernel gives no vectors of {dim} numbers of {dtype}: use the MLX-graph twin.")
+    _check_table("levels", levels, 2**bits)
+    shape = (*codes.shape[:-1], dim)
+    if codes.size == 0:
+        return mx.zeros(shape, dtype)
+    (out,) = launch(
+        _decode_source(dim, dtype, bits, backend),
+        {"codes": codes, "root_scale": root_scale, "signs": signs, "levels": levels},
+        backend=backend,
+        groups=(-(-math.prod(codes.shape[:-1]) // _vectors(dim)), 1, 1),
+        threads=_THREADS,
+        shapes=[shape],
+        dtypes=[dtype],
+    )
+    return out
+
+
 def spread(x: mx.array, signs: mx.array, backend: GpuBackend, *, inverse: bool = False) -> mx.array:
     """Signs, then an orthonormal Hadamard transform of any `can_spread` dimension; ``inverse`` undoes it.
 
@@ -128,6 +180,24 @@ def _encode_source(dim: int, dtype: mx.Dtype, bits: int, scale_name: str, backen
         ),
         headers=("simd.h", "spread.h", "lanes.h"),
         body=Template(source_file("encode.metal")).substitute(hartley=_hartley_row(dim)),
+    )
+
+
+@lru_cache
+def _decode_source(dim: int, dtype: mx.Dtype, bits: int, backend: GpuBackend) -> Source:
+    return Source(
+        name="decode",
+        inputs=("codes", "root_scale", "signs", "levels"),
+        outputs=("out",),
+        defines=(
+            ("HEAD_DIM", dim),
+            ("OUT_TYPE", type_name(dtype, backend)),
+            ("THREADS", _THREADS),
+            ("VECTORS", _vectors(dim)),
+            ("BITS", bits),
+        ),
+        headers=("spread.h", "lanes.h"),
+        body=Template(source_file("decode.metal")).substitute(hartley=_hartley_row(dim)),
     )
 
 
