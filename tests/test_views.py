@@ -329,3 +329,37 @@ def test_points_are_of_shapes_that_can_be_filled():
     """Points are drawn filled and without an outline; a stroke has no inside, so it would not be seen."""
     names = [*palette.METHODS, "mlx-lm 4 bit"]
     assert "stroke" not in {palette.shape_of(name) for name in names}
+
+
+def lengths_frame() -> pl.DataFrame:
+    rows = [
+        {
+            "cache": cache,
+            "tokens": tokens,
+            "prefill_peak_bytes": size,
+            "decode_peak_bytes": size,
+            "decode_seconds": 0.01,
+        }
+        for cache, each in (("exact 16 bit", 4000), ("mlx-lm 4 bit", 9000), ("turboquant 4 bit", 1000))
+        for tokens in (1024, 2048, 4096)
+        for size in [each * tokens]
+        if tokens == 1024 or not cache.startswith("mlx-lm")
+    ]
+    failed = pl.when(pl.col("cache") == "mlx-lm 4 bit").then(None)
+    return pl.DataFrame(rows).with_columns(
+        failed.otherwise(name).alias(name) for name in ("decode_peak_bytes", "decode_seconds")
+    )
+
+
+def test_costs_by_length_are_drawn_where_they_were_measured():
+    chart = views.costs_by_length(lengths_frame()).to_dict()
+    drawn = vl_convert.vegalite_to_svg(chart)
+    points = re.findall(r'aria-label="tokens of text: [^"]*peak while reading, MB: ([\d.]+); cache: ([^"]*)"', drawn)
+    assert {cache for _, cache in points} <= {"exact 16 bit", "mlx-lm 4 bit", "turboquant 4 bit"}
+    assert not re.search(r'peak while continuing, MB: [^"]*mlx-lm', drawn)  # a step that failed is no step of 0
+    assert re.search(r'peak while reading, MB: [^"]*mlx-lm', drawn)
+    caption = views.lengths_caption(lengths_frame())
+    assert caption.startswith("At 4,096 tokens turboquant 4 bit peaks at 0.25 of exact 16 bit's memory while reading")
+    assert "one more token" in views.lengths_caption(lengths_frame().filter(pl.col("cache") == "exact 16 bit"))
+    with pytest.raises(InputError, match="decode_seconds"):
+        views.costs_by_length(lengths_frame().drop("decode_seconds"))

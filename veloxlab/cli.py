@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     memory.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="lengths")
     memory.add_argument("--layer-tokens", type=int, nargs="*", default=[], help="lengths for one layer of a 7B model")
     memory.add_argument("--quantized", type=int, nargs="*", default=[4, 8], help="widths of mlx-lm's cache beside ours")
+    memory.add_argument("--quantized-upto", type=int, default=16384, metavar="TOKENS", help="which a CPU reads slowly")
     memory.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
     memory.set_defaults(run=measure_lengths)
     for name, theirs in MLX_LM.items():
@@ -228,6 +229,8 @@ def time_kernels(options: argparse.Namespace) -> int:
 
 def measure_lengths(options: argparse.Namespace) -> int:
     """Measure what each length costs, print the tables, and write them as JSON."""
+    import polars as pl
+
     import veloxlab as vl
     from veloxlab.measure import bench, lengths
 
@@ -242,7 +245,15 @@ def measure_lengths(options: argparse.Namespace) -> int:
         random = options.random or name != options.model
         model = lengths.random_model(name) if random else vl.load(name)[0]
         caches = lengths.makers(model, theirs=options.quantized)
-        frame = lengths.costs_by_length(model, caches, sorted(tokens), progress=say)
+        frame = pl.concat(
+            lengths.costs_by_length(
+                model,
+                {cache: make},
+                [n for n in sorted(tokens) if n <= options.quantized_upto or not cache.startswith("mlx-lm")],
+                progress=say,
+            )
+            for cache, make in caches.items()
+        )
         results[name] = frame.to_dicts()
         print(f"{name}\n\n{lengths_table(frame)}\n")
     if options.json:
@@ -255,8 +266,9 @@ def lengths_table(frame: pl.DataFrame) -> str:
     lines = ["| cache | tokens | held, MB | peak in prefill, MB | peak in decoding, MB | a token, ms |"]
     lines.append("|---|---:|---:|---:|---:|---:|")
     for row in frame.sort("tokens", maintain_order=True).iter_rows(named=True):
-        sizes = [f"{row[name] / 1e6:,.1f}" for name in ("held_bytes", "prefill_peak_bytes", "decode_peak_bytes")]
-        time = f"{1e3 * row['decode_seconds']:.1f}"
+        names = ("held_bytes", "prefill_peak_bytes", "decode_peak_bytes")
+        sizes = ["fails" if row[name] is None else f"{row[name] / 1e6:,.1f}" for name in names]
+        time = "fails" if row["decode_seconds"] is None else f"{1e3 * row['decode_seconds']:.1f}"
         lines.append(f"| {row['cache']} | {row['tokens']:,} | {' | '.join(sizes)} | {time} |")
     return "\n".join(lines)
 

@@ -25,8 +25,8 @@ LENGTHS = {
     "tokens": pl.Int64,
     "held_bytes": pl.Int64,  # by the cache after the prompt
     "prefill_peak_bytes": pl.Int64,  # while reading the tokens since the length before
-    "decode_peak_bytes": pl.Int64,  # while computing the next token
-    "decode_seconds": pl.Float64,  # of one token behind so many, median
+    "decode_peak_bytes": pl.Int64,  # while computing the next token; null where that fails
+    "decode_seconds": pl.Float64,  # of one token behind so many, median; null where that fails
 }
 """Columns of `costs_by_length`."""
 
@@ -69,13 +69,12 @@ def costs_by_length(
             mx.reset_peak_memory()
             try:
                 _read(model, ids[:, done:tokens], cache, chunk)
-                prefill = mx.get_peak_memory() - weights
-                held = sum(entry.nbytes for entry in cache)
-                seconds, decode = _decoding(model, cache, weights)
             except RuntimeError as error:  # on CUDA mlx-lm's quantized cache has no product for some shapes
                 progress(len(rows), len(caches) * len(lengths), f"{name} fails at {tokens:,} tokens: {error}")
                 break
-            done = tokens
+            done, prefill = tokens, mx.get_peak_memory() - weights
+            held = sum(entry.nbytes for entry in cache)
+            seconds, decode = _decoding(model, cache, weights)
             rows.append(
                 {
                     "cache": name,
@@ -98,22 +97,26 @@ def _read(model: Module, ids: mx.array, cache: list[Any], chunk: int) -> None:
         mx.eval(hidden, [entry.state for entry in cache])
 
 
-def _decoding(model: Module, cache: list[Any], weights: int) -> tuple[float, int]:
-    """Median seconds of a token, and the bytes at the peak; the cache is as before."""
+def _decoding(model: Module, cache: list[Any], weights: int) -> tuple[float | None, int | None]:
+    """Median seconds of a token, and the bytes at the peak, or None where it fails; the cache is as before."""
     seconds = []
     mx.clear_cache()
-    for step in range(STEPS + 2):
-        if step == 2:
-            mx.reset_peak_memory()
-        start = time.perf_counter()
-        mx.eval(model(mx.array([[1]]), cache=cache))
-        mx.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = mx.get_peak_memory() - weights
-    for entry in cache:
-        entry.trim(STEPS + 2)
-    mx.eval([entry.state for entry in cache])
-    return statistics.median(seconds[2:]), peak
+    before = cache[0].offset
+    try:
+        for step in range(STEPS + 2):
+            if step == 2:
+                mx.reset_peak_memory()
+            start = time.perf_counter()
+            mx.eval(model(mx.array([[1]]), cache=cache))
+            mx.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return statistics.median(seconds[2:]), mx.get_peak_memory() - weights
+    except RuntimeError:  # see above
+        return None, None
+    finally:
+        for entry in cache:
+            entry.trim(entry.offset - before)
+        mx.eval([entry.state for entry in cache])
 
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -4,16 +4,19 @@ from veloxlab.views import theme
 from veloxlab.views.bits import bit_allocation, bit_caption
 from veloxlab.views.errors import error_caption, error_domain, error_map
 from veloxlab.views.fidelity import fidelity_caption, frontier
+from veloxlab.views.lengths import costs_by_length, lengths_caption
 from veloxlab.views.memory import memory_caption, memory_growth
 
 __all__ = [
     "bit_allocation",
     "bit_caption",
+    "costs_by_length",
     "error_caption",
     "error_domain",
     "error_map",
     "fidelity_caption",
     "frontier",
+    "lengths_caption",
     "memory_caption",
     "memory_growth",
 ]

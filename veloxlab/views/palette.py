@@ -45,7 +45,7 @@ INK: dict[Mode, dict[str, str]] = {
 
 def colour_of(name: str) -> str:
     """Give the colour of a cache or result by its name, which starts with its method's id (``"rvq K3 V3"``)."""
-    method = "none" if name == "fp16" else name.split(" ")[0]
+    method = "none" if name == "fp16" or name.startswith("exact") else name.split(" ")[0]
     return METHODS[method][0] if method in METHODS else OTHER
 
 
