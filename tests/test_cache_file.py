@@ -128,6 +128,8 @@ def test_mlx_lms_own_reader_refuses_the_cache_of_a_model_that_is_not_here(model,
     monkeypatch.setattr(cache_file, "models_here", {1: "qwen3 of 28 layers, 0123456789abcdef"})
     with pytest.raises(InputError, match=r"saved with the model llama of 2 layers, \w+, and the model here is qwen3"):
         load_prompt_cache(str(file))
+    again = tiny("llama")  # the same weights, in a model that no cache was made for yet
+    assert vl.load_cache(file, again)[0].offset == len(IDS)
     monkeypatch.setattr(cache_file, "models_here", {})  # nothing is known of any model: then it is not for us to say
     assert load_prompt_cache(str(file))[0].offset == len(IDS)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
-from veloxlab.cli import bench_table, compared_table, ratio_table
+from veloxlab.cli import bench_table, compared_table, lengths_table, ratio_table
 from veloxlab.codecs import METHODS
 
 ROOT = Path(__file__).parents[1]
@@ -22,6 +22,17 @@ def test_the_times_on_a_gpu_are_the_committed_measurements():
     results = json.loads((ROOT / "data" / "results" / "bench_h100.json").read_text())
     assert results["facts"]["device"] == "NVIDIA H100 80GB HBM3"
     assert bench_table(results, 32, 8, 128) in README
+
+
+def test_the_peaks_of_memory_are_the_committed_measurements():
+    results = json.loads((ROOT / "data" / "results" / "memory_h200.json").read_text())
+    assert results["facts"]["device"] == "NVIDIA H200"
+    assert lengths_table(pl.DataFrame(results["smollm2-135m"])) in README
+    for name in ("memory_h200.json", "memory_cpu.json"):
+        rows = pl.DataFrame(json.loads((ROOT / "data" / "results" / name).read_text())["smollm2-135m"])
+        exact, ours = (rows.filter(pl.col("cache").str.starts_with(n)).sort("tokens") for n in ("exact", "turboquant"))
+        assert (ours["prefill_peak_bytes"] < exact["prefill_peak_bytes"]).all()
+        assert (ours["decode_peak_bytes"] < exact["decode_peak_bytes"]).all()
 
 
 def test_every_method_is_listed_and_has_its_notebook():

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from veloxlab.checkup import doctor
     from veloxlab.codecs import methods
     from veloxlab.errors import InputError
-    from veloxlab.integrate import detach, load_cache, make_cache
+    from veloxlab.integrate import detach
     from veloxlab.measure import (
         Capture,
         capture,
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
         token_errors,
     )
     from veloxlab.models import load
+    from veloxlab.prompt_cache import load_cache, make_cache
     from veloxlab.texts import excerpt
     from veloxlab.widgets.lab import Lab
 
@@ -65,8 +66,8 @@ _HOME = {
     "fidelity": "measure",
     "layer_errors": "measure",
     "load": "models",
-    "load_cache": "integrate",
-    "make_cache": "integrate",
+    "load_cache": "prompt_cache",
+    "make_cache": "prompt_cache",
     "memory_growth": "measure",
     "methods": "codecs",
     "predicted_growth": "measure",

@@ -98,8 +98,8 @@ def check_model(model: str) -> None:
     others = sorted(set(models_here.values()))
     if model and others and model not in others:
         raise InputError(
-            f"This cache was saved with the model {model}, and the model here is {', '.join(others)}: load that model "
-            "before its cache."
+            f"This cache was saved with the model {model}, and the model here is {', '.join(others)}: load that model, "
+            "and read the cache with vl.load_cache(file, model)."
         )
 
 

@@ -17,7 +17,7 @@ import platformdirs
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab import integrate
+from veloxlab import integrate, prompt_cache
 from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.method import Method
@@ -145,7 +145,7 @@ def calibrate(
     method: str,
     text: str | None = None,
     *,
-    bits: int | Sequence[int] = integrate.DEFAULT_BITS,
+    bits: int | Sequence[int] = prompt_cache.DEFAULT_BITS,
     tokens: int = USUAL_TOKENS,
     seed: int = 0,
     folder: str | Path | None = None,

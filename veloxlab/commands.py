@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx.nn.layers.base import Module
 
-from veloxlab import integrate
+from veloxlab import integrate, prompt_cache
 from veloxlab.allocate.plan import Plan
 from veloxlab.calibration import calibrate
 from veloxlab.codecs import find_method
@@ -51,13 +51,13 @@ class Wanted:
         settings = dict(self.settings)
         if self.plan is not None:
             plan = Plan.load(self.plan)
-            return lambda: integrate.make_cache(model, plan, **settings)
+            return lambda: prompt_cache.make_cache(model, plan, **settings)
         method = self.method or "turboquant"
         if find_method(method).calibrated:
-            usual = settings.get("bits", integrate.DEFAULT_BITS)
+            usual = settings.get("bits", prompt_cache.DEFAULT_BITS)
             widths = {settings.get(side, usual) for side in ("key_bits", "value_bits")}
             settings["calibration"] = calibrate(model, tokenizer, method, bits=sorted(widths), progress=_say)
-        return lambda: integrate.make_cache(model, method, **settings)
+        return lambda: prompt_cache.make_cache(model, method, **settings)
 
 
 class Loader:
@@ -78,7 +78,7 @@ class Loader:
             model, tokenizer = loaded[:2]
             make = self._wanted.maker(model, tokenizer)
             integrate.use(model, make)
-            integrate.check_caches(model, self._read_caches, make() if self._wanted.given else None)
+            prompt_cache.check_caches(model, self._read_caches, make() if self._wanted.given else None)
         return loaded
 
     def load_prompt_cache(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401

@@ -13,9 +13,8 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path as FilePath
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -29,17 +28,10 @@ from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
 from veloxlab import cache_file
 from veloxlab.attention import Handle, Mask
 from veloxlab.batch import BatchCompressedKVCache
-from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk, CompressedKVCache, Path
-from veloxlab.codecs import Role, find_method
-from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.cache import CompressedKVCache, Path
 from veloxlab.codecs.rope import Rope
-from veloxlab.codecs.saving import described, method_of, same_codec, same_kind
 from veloxlab.errors import InputError
 
-Sliding = Literal["compressed", "exact"]
-
-DEFAULT_BITS = 4
-DEFAULT_SLIDING: Sliding = "compressed"
 ROPE_NAMES = ("rope", "rotary_emb")
 LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of what they store
 _FINGERPRINTED = 64  # numbers of an array that a fingerprint reads: so many or up to twice that, spread evenly
@@ -360,225 +352,6 @@ def fingerprint(model: Module) -> str:
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
         digest.update(np.array(some).tobytes())
     return digest.hexdigest()[:16]
-
-
-# attaching a cache ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """How one layer's cache is to be made: a method and code bits for keys and for values, and the method's options."""
-
-    key_method: str
-    key_bits: int
-    value_method: str
-    value_bits: int
-    options: dict[str, object] = field(default_factory=dict)
-
-
-class LayerPlan(Protocol):
-    """Settings for every layer of a model, such as a `veloxlab.Plan`."""
-
-    @property
-    def sinks(self) -> int: ...  # noqa: D102 - as for `make_cache`
-    @property
-    def window(self) -> int: ...  # noqa: D102
-    @property
-    def chunk(self) -> Chunk: ...  # noqa: D102
-    @property
-    def sliding(self) -> Sliding: ...  # noqa: D102
-
-    def settings_for(self, model: Module) -> Sequence[LayerSettings]:
-        """One entry per entry of the prompt cache; raises `InputError` for another model's plan."""
-
-
-class ModelCalibration(Calibrated, Protocol):
-    """Codecs fitted to one model, such as a `veloxlab.Calibration`."""
-
-    def check_model(self, model: Module) -> None:
-        """Raise `InputError` unless the codecs were fitted to ``model``."""
-
-
-def make_cache(
-    model: Module,
-    method_or_plan: str | LayerPlan = "turboquant",
-    *,
-    bits: int | None = None,
-    key_bits: int | None = None,
-    value_bits: int | None = None,
-    sinks: int | None = None,
-    window: int | None = None,
-    chunk: Chunk | None = None,
-    sliding: Sliding | None = None,
-    calibration: ModelCalibration | None = None,
-    **options: object,
-) -> list[Any]:
-    """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
-
-    Layers that hold no keys and values (state-space, convolution), or latents (MLA), keep the model's own. Sliding
-    layers hold what they can see, compressed.
-
-    Parameters
-    ----------
-    model : any mlx-lm model.
-    method_or_plan : a method's id (`veloxlab.methods`), or a `veloxlab.Plan`, which says which bits each layer gets.
-    bits, key_bits, value_bits : code bits per coordinate, 4 by default; the last two override the first.
-    sinks, window : tokens kept exact, at the start and at the end; 4 and 64 by default, or the plan's.
-    chunk : whether tokens of one call attend to one another ``"exact"`` or through their ``"codes"``; the former by
-        default, or the plan's.
-    sliding : whether layers with a sliding window are ``"compressed"``, or keep the model's own ``"exact"`` cache; the
-        former by default, or the plan's.
-    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted.
-    options : the method's own, such as ``variant="prod"`` or ``rotation="haar"``.
-
-    Raises
-    ------
-    InputError : unknown method or option, bits out of range, a plan or a calibration for another model, bits beside a
-        plan.
-    """
-    if calibration is not None:
-        calibration.check_model(model)
-    if isinstance(method_or_plan, str):
-        width = bits or (exact_width(model) if method_or_plan == "none" else DEFAULT_BITS)
-        uniform = LayerSettings(
-            method_or_plan,
-            width if key_bits is None else key_bits,
-            method_or_plan,
-            width if value_bits is None else value_bits,
-            options,
-        )
-        layers = 1 + max(found.layer for found in probe(model))
-        settings: Sequence[LayerSettings] = [uniform] * layers
-        usual: tuple[int, int, Chunk, Sliding] = (DEFAULT_SINKS, DEFAULT_WINDOW, DEFAULT_CHUNK, DEFAULT_SLIDING)
-    else:
-        given = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits, **options}
-        beside = [name for name, value in given.items() if value is not None]
-        if beside:
-            raise InputError(f"{beside[0]} was given beside a plan, which says that for each layer: change the plan.")
-        plan = method_or_plan
-        settings = plan.settings_for(model)
-        usual = plan.sinks, plan.window, plan.chunk, plan.sliding
-    attach()
-    exact = Exactness(
-        usual[0] if sinks is None else sinks,
-        usual[1] if window is None else window,
-        usual[2] if chunk is None else chunk,
-        usual[3] if sliding is None else sliding,
-    )
-    name = cache_file.models_here[id(model)]
-    caches = with_caches(model, lambda found: _compressed(found, settings[found.layer], exact, name, calibration))
-    for found in probe(model):
-        if not found.compressible:
-            own = caches[found.layer] if found.slot is None else caches[found.layer].caches[found.slot]
-            own.reason = found.reason  # for reports
-    return caches
-
-
-def load_cache(
-    path: str | FilePath,
-    model: Module,
-    method_or_plan: str | LayerPlan | None = None,
-    **settings: Any,
-) -> list[Any]:
-    """Read a prompt cache that mlx-lm's ``save_prompt_cache`` wrote, and check that it is one for ``model``.
-
-    Parameters
-    ----------
-    path : the file.
-    model : the model that is to continue.
-    method_or_plan, settings : as for `make_cache`, if the cache has to be of that method, bits and calibration.
-
-    Raises
-    ------
-    InputError : there is no such file, it is damaged, or what it holds is not for this model, or not as wanted.
-    """
-    attach()
-    try:
-        caches = mlx_lm_cache.load_prompt_cache(str(path))
-    except InputError:
-        raise
-    except Exception as error:  # truncated, of another kind, or of a class that mlx-lm does not know
-        reason = "there is no such file" if not FilePath(path).exists() else str(error)
-        raise InputError(f"The prompt cache {path} cannot be read ({reason}): make it again from its text.") from error
-    wanted = method_or_plan is not None or settings
-    check_caches(model, caches, make_cache(model, method_or_plan or "turboquant", **settings) if wanted else None)
-    return list(caches)
-
-
-def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | None = None) -> None:
-    """Raise `InputError` unless ``caches`` were made for ``model``, and hold what those ``wanted`` would."""
-    name = probe(model) and cache_file.models_here[id(model)]
-    for found in _compressed_ones(caches):
-        if found.model != name:
-            raise InputError(
-                f"This prompt cache was made for the model {found.model}, and this is {name}: load that model."
-            )
-    if wanted is None or not caches:
-        return
-    if [type(c) for c in caches] != [type(c) for c in wanted]:
-        raise InputError("This prompt cache has layers of other kinds than what was asked for: make it again.")
-    for found, asked in zip(_compressed_ones(caches), _compressed_ones(wanted), strict=True):
-        for side in ("key_codec", "value_codec"):
-            theirs, ours = getattr(found, side), getattr(asked, side)
-            if not same_kind(theirs, ours):
-                raise InputError(
-                    f"This prompt cache holds {described(theirs)} in layer {found.layer}, and {described(ours)} was "
-                    "asked for: ask for what it holds, or make it again."
-                )
-            if not (getattr(ours, "online", False) or same_codec(theirs, ours)):
-                raise InputError(
-                    f"This prompt cache was made with another calibration of {method_of(ours)}, or other options, than "
-                    f"was asked for (layer {found.layer} differs): ask for those, or make the cache again."
-                )
-
-
-def _compressed_ones(caches: Sequence[Any]) -> list[CompressedKVCache]:
-    slots = [slot for entry in caches for slot in getattr(entry, "caches", (entry,))]
-    return [slot for slot in slots if isinstance(slot, CompressedKVCache)]
-
-
-@dataclass(frozen=True)
-class Exactness:
-    """Which tokens of a cache are kept exact; see `make_cache`."""
-
-    sinks: int
-    window: int
-    chunk: Chunk
-    sliding: Sliding
-
-    def __post_init__(self) -> None:
-        if self.sliding not in ("compressed", "exact"):
-            raise InputError(f"sliding={self.sliding!r} is unknown: choose 'compressed' or 'exact'.")
-
-
-def _compressed(
-    facts: LayerFacts, layer: LayerSettings, exact: Exactness, model: str, calibration: Calibrated | None
-) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
-    if facts.max_size is not None and exact.sliding == "exact":
-        own: Any = RotatingKVCache(facts.max_size, facts.keep)
-        own.reason = f"its window of {facts.max_size} tokens is left exact, as asked"
-        return own
-    sides: tuple[tuple[str, int, int, Role], ...] = (
-        (layer.key_method, facts.key_dim, layer.key_bits, "keys"),
-        (layer.value_method, facts.value_dim, layer.value_bits, "values"),
-    )
-    key_codec, value_codec = (
-        layer_codec(find_method(method), facts.layer, dim, bits, role, layer.options, calibration)
-        for method, dim, bits, role in sides
-    )
-    return CompressedKVCache(
-        key_codec,
-        value_codec,
-        sinks=exact.sinks if facts.max_size is None else facts.keep,
-        window=exact.window,
-        chunk=exact.chunk,
-        layer=facts.layer,
-        path=facts.path,
-        reason=facts.reason,
-        max_size=facts.max_size,
-        lends=facts.lends,
-        model=model,
-    )
 
 
 def exact_width(model: Module) -> Literal[16, 32]:

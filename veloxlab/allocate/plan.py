@@ -16,7 +16,8 @@ from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.files import write_atomically
-from veloxlab.integrate import DEFAULT_BITS, DEFAULT_SLIDING, LayerFacts, LayerSettings, Sliding, probe
+from veloxlab.integrate import LayerFacts, probe
+from veloxlab.prompt_cache import DEFAULT_BITS, DEFAULT_SLIDING, LayerSettings, Sliding
 
 FORMAT = "veloxlab plan 1"
 

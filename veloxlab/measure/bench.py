@@ -24,10 +24,10 @@ from veloxlab import runtime
 from veloxlab.attention import History, Segment
 from veloxlab.codecs.codec import Code
 from veloxlab.codecs.turboquant import TurboQuant
-from veloxlab.integrate import make_cache
 from veloxlab.kernels.checked import states
 from veloxlab.kernels.launch import gpu
 from veloxlab.measure.speed import median_seconds
+from veloxlab.prompt_cache import make_cache
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]

@@ -15,11 +15,12 @@ from veloxlab.cache import CompressedKVCache
 from veloxlab.calibration import calibrate
 from veloxlab.codecs import METHODS, Method, Role, find_method
 from veloxlab.codecs.codec import Sample
-from veloxlab.integrate import make_cache, probe
+from veloxlab.integrate import probe
 from veloxlab.measure.activations import capture
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import FIDELITY, judge, reference
 from veloxlab.measure.speed import cache_speed
+from veloxlab.prompt_cache import make_cache
 
 GROUP_SIZE = 64  # mlx-lm's default
 EVERYTHING: dict[str, Any] = {"sinks": 0, "window": 0}  # no token is kept exact

@@ -13,9 +13,9 @@ from veloxlab.attention import causal_mask
 from veloxlab.codecs import find_method
 from veloxlab.codecs.codec import fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
-from veloxlab.integrate import DEFAULT_BITS
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.progress import Progress, silent
+from veloxlab.prompt_cache import DEFAULT_BITS
 
 Side = Literal["keys", "values"]
 

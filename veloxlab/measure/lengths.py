@@ -17,8 +17,9 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.models.llama import Model, ModelArgs
 
-from veloxlab.integrate import exact_width, make_cache, own_cache
+from veloxlab.integrate import exact_width, own_cache
 from veloxlab.measure.progress import Progress, silent
+from veloxlab.prompt_cache import make_cache
 
 LENGTHS = {
     "cache": pl.String,

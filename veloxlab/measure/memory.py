@@ -13,9 +13,9 @@ from veloxlab.batch import BatchCompressedKVCache
 from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
-from veloxlab.integrate import DEFAULT_BITS
 from veloxlab.measure.activations import Capture
 from veloxlab.measure.progress import Progress, silent
+from veloxlab.prompt_cache import DEFAULT_BITS
 
 REPORT = {
     "layer": pl.Int32,  # null for tables that all layers share

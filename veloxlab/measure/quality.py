@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab import integrate
+from veloxlab import prompt_cache
 from veloxlab.cache import Chunk
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import encode
@@ -97,7 +97,7 @@ def reference(
 def fidelity(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
-    method_or_plan: str | integrate.LayerPlan | CacheMaker = "turboquant",
+    method_or_plan: str | prompt_cache.LayerPlan | CacheMaker = "turboquant",
     *,
     text: str | None = None,
     tokens: int = 512,
@@ -128,7 +128,7 @@ def fidelity(
 
 def judge(
     exact: Reference,
-    method_or_plan: str | integrate.LayerPlan | CacheMaker = "turboquant",
+    method_or_plan: str | prompt_cache.LayerPlan | CacheMaker = "turboquant",
     *,
     mode: Mode = "oneshot",
     prompt: int = 64,
@@ -216,21 +216,21 @@ def _holdings(cache: list[Any]) -> pl.DataFrame:
 
 
 def _maker(
-    method_or_plan: str | integrate.LayerPlan | CacheMaker, chunk: Chunk, settings: dict[str, object]
+    method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, chunk: Chunk, settings: dict[str, object]
 ) -> CacheMaker:
     if callable(method_or_plan):
         if settings:
             raise InputError(f"A cache of your own takes no settings, but {sorted(settings)[0]!r} was given.")
         return method_or_plan
-    return lambda model: integrate.make_cache(model, method_or_plan, chunk=chunk, **settings)  # type: ignore[arg-type]
+    return lambda model: prompt_cache.make_cache(model, method_or_plan, chunk=chunk, **settings)  # type: ignore[arg-type]
 
 
-def _name(method_or_plan: str | integrate.LayerPlan | CacheMaker, settings: dict[str, object]) -> str:
+def _name(method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, settings: dict[str, object]) -> str:
     if not isinstance(method_or_plan, str):
         return getattr(method_or_plan, "name", None) or type(method_or_plan).__name__
     if method_or_plan == "none":
         return "none"
-    bits = settings.get("bits", integrate.DEFAULT_BITS)
+    bits = settings.get("bits", prompt_cache.DEFAULT_BITS)
     return f"{method_or_plan} K{settings.get('key_bits') or bits} V{settings.get('value_bits') or bits}"
 
 
