@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import polars as pl
+import pytest
 
 from veloxlab.cli import bench_table, compared_table, lengths_table, ratio_table
 from veloxlab.codecs import METHODS
@@ -18,9 +19,11 @@ def test_the_tables_are_the_committed_measurements():
     assert ratio_table(pl.read_parquet(results / "byte_ratios.parquet")) in README
 
 
-def test_the_times_on_a_gpu_are_the_committed_measurements():
-    results = json.loads((ROOT / "data" / "results" / "bench_h100.json").read_text())
-    assert results["facts"]["device"] == "NVIDIA H100 80GB HBM3"
+@pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
+def test_the_times_on_a_gpu_are_the_committed_measurements(device):
+    name = device.split()[1].lower()
+    results = json.loads((ROOT / "data" / "results" / f"bench_{name}.json").read_text())
+    assert results["facts"]["device"] == device
     assert bench_table(results, 32, 8, 128) in README
 
 
