@@ -21,7 +21,7 @@ from veloxlab.errors import InputError
 from veloxlab.kernels.readers import Reader, Spread
 
 TOKENS = 2  # the axis of every array of a code that counts tokens: [B, H, S, ...]
-TILE = 2048  # tokens that attention expands at once, so that no decoded history exists
+TILE = 1024  # tokens that attention expands at once, so that no decoded history exists
 
 
 @dataclass(frozen=True)
