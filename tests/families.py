@@ -11,29 +11,19 @@ from typing import Any
 
 import veloxlab as vl  # isort: skip - before mlx, so that MLX finds a fast BLAS
 
-import mlx.core as mx
 import numpy as np
 import polars as pl
 
-from tests.tiny_models import FAMILIES, tiny
+from tests.tiny_models import FAMILIES, stepwise, tiny
 from veloxlab import integrate
 from veloxlab.cache import CompressedKVCache
 from veloxlab.files import write_atomically
 
 RESULTS = Path(__file__).parents[1] / "data" / "results"
 CHUNKS = [20, 33, *[1] * 20, 5, 2]  # a prompt in two pieces, decoding, and drafts of several tokens
+IDS = [7 * i % 90 for i in range(sum(CHUNKS))]
 SOME_EXACT = {"sinks": 2, "window": 8}  # so that all three runs hold tokens
 ALL_CODED = {"sinks": 0, "window": 0, "chunk": "codes"}
-
-
-def logits(model: Any, cache: list[Any], chunks: list[int] = CHUNKS) -> np.ndarray:
-    """Logits of every token of a text that comes in ``chunks``."""
-    rows, start = [], 0
-    for count in chunks:
-        ids = mx.array([[7 * i % 90 for i in range(start, start + count)]])
-        rows.append(np.array(model(ids, cache=cache)[0].astype(mx.float32)))
-        start += count
-    return np.concatenate(rows)
 
 
 def as_arrays(cache: list[Any]) -> list[Any]:
@@ -61,11 +51,11 @@ class Measured:
 def measure(family: str) -> Measured:
     """Run a family's small model on its own cache and on ours."""
     model = tiny(family)
-    native = logits(model, integrate.own_cache(model))
+    native = stepwise(model, IDS, integrate.own_cache(model), CHUNKS)
     exact = vl.make_cache(model, "none", **SOME_EXACT)
-    same = logits(model, exact)
-    coded = logits(model, vl.make_cache(model, bits=8, **ALL_CODED))
-    decoded = logits(model, as_arrays(vl.make_cache(model, bits=8, **ALL_CODED)))
+    same = stepwise(model, IDS, exact, CHUNKS)
+    coded = stepwise(model, IDS, vl.make_cache(model, bits=8, **ALL_CODED), CHUNKS)
+    decoded = stepwise(model, IDS, as_arrays(vl.make_cache(model, bits=8, **ALL_CODED)), CHUNKS)
     report = vl.report(exact).filter(pl.col("layer").is_not_null())
     unit = native.std()
     return Measured(

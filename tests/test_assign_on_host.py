@@ -63,6 +63,10 @@ CASES = [
 @needs_compilers
 @pytest.mark.parametrize(("bits", "dim", "parts", "lead"), CASES)
 def test_packed_indices_are_the_twins(bits, dim, parts, lead):
+    assert_indices_are_the_twins(bits, dim, parts, lead)
+
+
+def assert_indices_are_the_twins(bits, dim, parts, lead):
     rng = np.random.default_rng(bits)
     points, centroids = whole_numbers(rng, (*lead, parts * dim)), whole_numbers(rng, (2**bits, dim))
     found, expected = assign(points, centroids, bits, "metal"), twin(points, centroids, bits)
@@ -75,7 +79,7 @@ def test_packed_indices_are_the_twins(bits, dim, parts, lead):
 @pytest.mark.usefixtures("_as_on_nvidia")
 @pytest.mark.parametrize(("bits", "dim", "parts", "lead"), [CASES[1], CASES[4], CASES[7], CASES[9]])
 def test_the_larger_tile_of_points_gives_the_same(bits, dim, parts, lead):
-    test_packed_indices_are_the_twins(bits, dim, parts, lead)
+    assert_indices_are_the_twins(bits, dim, parts, lead)
 
 
 @needs_compilers

@@ -148,6 +148,18 @@ def test_a_batch_holds_the_bytes_of_its_rows_and_no_padding():
     assert (one.offset, batch.rows[1].offset) == (15, 10)
 
 
+def test_what_rows_lend_is_let_go_when_the_step_is_over():
+    """A chunk's exact keys would else stay beside their codes until the next one."""
+    rows = [make("none", 32, lends=True, window=4) for _ in range(2)]
+    batch = CompressedKVCache.merge(rows)
+    x = tokens(50, 0, batch=2)
+    history, _ = batch.update_and_fetch(x, x)
+    assert batch.keys_and_values()[0] is history
+    mx.eval(batch.state)
+    assert batch._lent is None
+    assert all(row._lent is None for row in batch.rows)
+
+
 def test_a_cache_of_several_sequences_cannot_join():
     cache = make()
     cache.update_and_fetch(tokens(3, 0, batch=2), tokens(3, 1, batch=2))

@@ -13,7 +13,7 @@ import veloxlab as vl
 from tests.tiny_models import tiny
 from veloxlab import cache_file
 from veloxlab.cache import CompressedKVCache
-from veloxlab.codecs import METHODS
+from veloxlab.codecs import METHODS, saving
 from veloxlab.errors import InputError
 
 IDS = list(range(1, 90))
@@ -164,7 +164,7 @@ def test_another_calibration_is_named(model, file, tmp_path):
 def test_another_version_is_named(model, file, monkeypatch, name, value, sentence):
     cache = filled(model)
     with monkeypatch.context() as patch:
-        patch.setattr(cache_file, name, value)
+        patch.setattr(cache_file if name == "FORMAT" else saving, name, value)
         save_prompt_cache(str(file), cache)
     with pytest.raises(InputError, match=sentence):
         load_prompt_cache(str(file))
@@ -206,5 +206,10 @@ def test_files_that_are_missing_or_something_else_are_named(model, file, tmp_pat
 
 def test_reading_state_to_evaluate_it_hashes_nothing(model, monkeypatch):
     cache = filled(model)
-    monkeypatch.setattr(cache_file, "_seal", lambda *_: pytest.fail("hashed"))
-    mx.eval([c.state for c in cache])
+    seals = []
+    monkeypatch.setattr(cache_file, "_seal", lambda *given: seals.append(given) or "")
+    states = [c.state for c in cache]
+    mx.eval(states)
+    assert not seals
+    assert all(json.loads("".join(iter(state[-1])))["sha256"] == "" for state in states)  # as it does to save
+    assert len(seals) == len(cache)

@@ -12,8 +12,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab import calibration, integrate
-from veloxlab.codecs import METHODS, vector_codebooks
+from veloxlab import integrate
+from veloxlab.codecs import METHODS, saving, vector_codebooks
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.commvq_training import ENTRIES, pairs, train_tables
 from veloxlab.codecs.saving import from_parts, to_parts
@@ -185,7 +185,7 @@ def test_a_file_that_is_no_calibration_is_refused(model, tmp_path, content):
 def test_a_calibration_of_another_version_is_refused_and_not_found(model, tmp_path, monkeypatch, name, found):
     calibrated(model, tmp_path)
     (file,) = tmp_path.glob("*.json")
-    monkeypatch.setattr(calibration, name, found)
+    monkeypatch.setattr(saving, name, found)
     with pytest.raises(InputError, match="was written by veloxlab .* with codecs .*, and this is "):
         vl.Calibration.load(file)
     calibrated(model, tmp_path)

@@ -12,7 +12,7 @@ from mlx_lm.models import base, llama
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache, trim_prompt_cache
 
 import veloxlab as vl
-from tests.tiny_models import WINDOW, tiny
+from tests.tiny_models import WINDOW, stepwise, tiny
 from veloxlab import integrate
 from veloxlab.cache import CompressedKVCache
 from veloxlab.errors import InputError
@@ -23,15 +23,6 @@ PROMPT = "List the first ten prime numbers, then explain why 1 is not one of the
 
 def chat(tokenizer, text: str) -> list[int]:
     return tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True)
-
-
-def stepwise(model, ids: list[int], cache, chunks: list[int]) -> np.ndarray:
-    """Logits of all ``ids``, fed in ``chunks``."""
-    rows, start = [], 0
-    for count in chunks:
-        rows.append(np.array(model(mx.array([ids[start : start + count]]), cache=cache)[0].astype(mx.float32)))
-        start += count
-    return np.concatenate(rows)
 
 
 def test_with_the_exact_codec_generation_is_mlx_lms_own(smollm2):

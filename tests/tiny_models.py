@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 COMMON = {
     "hidden_size": 64,
@@ -174,3 +175,12 @@ def tiny(family: str, seed: int = 0, **config: Any) -> Any:
     model = module.Model(module.ModelArgs.from_dict(known))
     mx.eval(model.parameters())
     return model
+
+
+def stepwise(model: Any, ids: list[int], cache: list[Any], chunks: list[int]) -> np.ndarray:
+    """Logits of all ``ids``, fed in ``chunks``."""
+    rows, start = [], 0
+    for count in chunks:
+        rows.append(np.array(model(mx.array([ids[start : start + count]]), cache=cache)[0].astype(mx.float32)))
+        start += count
+    return np.concatenate(rows)

@@ -66,7 +66,7 @@ def _own_mask(mask: Mask, index: int, row: BatchRow, tokens: int) -> Mask:
     return whole[at : at + 1, :, row.first : row.last, row.column : row.column + tokens]
 
 
-class BatchCompressedKVCache:
+class BatchCompressedKVCache(cache_file.Saved):
     """One layer of a batch; a drop-in for mlx-lm's ``BatchKVCache`` and ``BatchRotatingKVCache``.
 
     ``rows`` are the caches of its sequences, each of one sequence and all of one path. `CompressedKVCache.merge` makes
@@ -183,27 +183,26 @@ class BatchCompressedKVCache:
 
     # what the rest of mlx-lm calls ----------------------------------------------------------------------------------
 
-    @property
-    def state(self) -> list[Any]:
-        """See `CompressedKVCache.state`."""
+    def end_of_step(self) -> None:
+        """See `veloxlab.cache_file.Saved`."""
         self._lent = None
+        for row in self.rows:
+            row.end_of_step()
+
+    def describe(self) -> tuple[cache_file.Content, list[mx.array]]:
+        """See `veloxlab.cache_file.Saved`."""
         content: cache_file.Content = {"rows": [], "skip": self._skip, "left": self._left, "padding": self._padding}
         arrays: list[mx.array] = []
         for row in self.rows:
             said, own = row.describe()
             content["rows"].append({"arrays": len(own), "content": said})
             arrays += own
-        return [*arrays, cache_file.Description(content, arrays)]
-
-    @state.setter
-    def state(self, saved: Sequence[Any]) -> None:
-        self.__dict__ = type(self).from_state(saved).__dict__
+        return content, arrays
 
     @classmethod
-    def from_state(cls, state: Sequence[Any]) -> Self:
-        """See `CompressedKVCache.from_state`."""
-        content, left = cache_file.opened(state)
-        rows = []
+    def rebuild(cls, content: cache_file.Content, arrays: Sequence[mx.array]) -> Self:
+        """See `veloxlab.cache_file.Saved`."""
+        rows, left = [], list(arrays)
         for said in content["rows"]:
             own, left = left[: said["arrays"]], left[said["arrays"] :]
             rows.append(CompressedKVCache.rebuild(said["content"], own))

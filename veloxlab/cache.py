@@ -35,7 +35,7 @@ _TOKENS = 2
 _LARGEST = 1e9
 
 
-class CompressedKVCache:
+class CompressedKVCache(cache_file.Saved):
     """Keys and values of one layer, compressed; a drop-in for mlx-lm's ``KVCache`` in a ``prompt_cache`` list.
 
     With ``max_size`` it stands in for a ``RotatingKVCache``: then it holds the ``sinks`` and the newest tokens, those
@@ -168,28 +168,6 @@ class CompressedKVCache:
         return next((buffer.shape[0] for buffer in self.buffers), 1)
 
     # what the rest of mlx-lm calls ----------------------------------------------------------------------------------
-
-    @property
-    def state(self) -> list[Any]:
-        """What is to be evaluated after each chunk of a prefill, and what is saved: the buffers, and a description."""
-        self._lent = None
-        content, arrays = self.describe()
-        return [*arrays, cache_file.Description(content, arrays)]
-
-    @state.setter
-    def state(self, saved: Sequence[Any]) -> None:
-        self.__dict__ = type(self).from_state(saved).__dict__
-
-    @classmethod
-    def from_state(cls, state: Sequence[Any]) -> Self:
-        """Rebuild a cache from what `state` gave and mlx-lm's ``save_prompt_cache`` wrote.
-
-        Raises
-        ------
-        InputError : it was altered, or saved by another version, method or model than is here.
-        """
-        content, arrays = cache_file.opened(state)
-        return cls.rebuild(content, arrays)
 
     @property
     def nbytes(self) -> int:
@@ -365,8 +343,12 @@ class CompressedKVCache:
                 run.drop_oldest(dropped)
             count -= dropped
 
+    def end_of_step(self) -> None:
+        """See `veloxlab.cache_file.Saved`."""
+        self._lent = None
+
     def describe(self) -> tuple[cache_file.Content, list[mx.array]]:
-        """What `rebuild` needs."""
+        """See `veloxlab.cache_file.Saved`."""
         codecs = {"keys": self.key_codec, "values": self.value_codec}
         described, arrays = cache_file.describe_codecs(codecs)
         content = {
@@ -391,7 +373,7 @@ class CompressedKVCache:
 
     @classmethod
     def rebuild(cls, content: cache_file.Content, arrays: Sequence[mx.array]) -> Self:
-        """Undo `describe`."""
+        """See `veloxlab.cache_file.Saved`."""
         cache_file.check_model(content["settings"]["model"])
         left = list(arrays)
         held = [{name: left.pop(0) for name in run["buffers"]} for run in content["runs"]]

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any, Self
 
 import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs import Codec
-from veloxlab.codecs.saving import class_name, code_hash, find_class, from_parts, to_parts
+from veloxlab.codecs.saving import check_written, class_name, find_class, from_parts, to_parts, written
 from veloxlab.errors import InputError
 
 FORMAT = "veloxlab cache 1"
@@ -43,8 +43,46 @@ class Description(str):
         return self
 
     def __iter__(self) -> Iterator[str]:
-        content = {"format": FORMAT, "version": version("veloxlab"), "code": code_hash(), **self._content}
+        content = {"format": FORMAT, **written(), **self._content}
         return iter(json.dumps({**content, "sha256": _seal(content, self._arrays)}))
+
+
+class Saved(ABC):
+    """What mlx-lm needs of a cache to evaluate it, to save it and to read it again."""
+
+    @abstractmethod
+    def describe(self) -> tuple[Content, list[mx.array]]:
+        """What `rebuild` needs: what JSON can hold, and arrays, those that are held among them."""
+
+    @classmethod
+    @abstractmethod
+    def rebuild(cls, content: Content, arrays: Sequence[mx.array]) -> Self:
+        """Undo `describe`."""
+
+    @abstractmethod
+    def end_of_step(self) -> None:
+        """The layers have attended: let go of what was only for them."""
+
+    @property
+    def state(self) -> list[Any]:
+        """What is to be evaluated after each chunk of a prefill, and what is saved: the arrays, and a description."""
+        self.end_of_step()
+        content, arrays = self.describe()
+        return [*arrays, Description(content, arrays)]
+
+    @state.setter
+    def state(self, saved: Sequence[Any]) -> None:
+        self.__dict__ = type(self).from_state(saved).__dict__
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> Self:
+        """Rebuild a cache from what `state` gave and mlx-lm's ``save_prompt_cache`` wrote.
+
+        Raises
+        ------
+        InputError : it was altered, or saved by another version, method or model than is here.
+        """
+        return cls.rebuild(*opened(state))
 
 
 def opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
@@ -60,11 +98,7 @@ def opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
         arrays = list(state[:-1])
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r} and not {FORMAT!r}")
-        if (content["version"], content["code"]) != (version("veloxlab"), code_hash()):
-            raise ValueError(
-                f"it was written by veloxlab {content['version']} with codecs {content['code']}, and this is "
-                f"{version('veloxlab')} with codecs {code_hash()}"
-            )
+        check_written(content["version"], content["code"])
         said = content.pop("sha256")
         if _seal(content, arrays) != said:
             raise ValueError("it is not what was written")

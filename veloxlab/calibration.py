@@ -8,7 +8,6 @@ import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +20,7 @@ from veloxlab import integrate, prompt_cache
 from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.method import Method
-from veloxlab.codecs.saving import code_hash, from_parts, to_parts
+from veloxlab.codecs.saving import check_written, from_parts, to_parts, written
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
 from veloxlab.measure.progress import Progress, silent
@@ -122,11 +121,7 @@ class Calibration:
             if _seal(content, tensors.read_bytes()) != content.get("sha256"):
                 raise ValueError(f"it or {tensors.name} is not what was written")
             facts = content["facts"]
-            if (facts["version"], facts["code"]) != (version("veloxlab"), code_hash()):
-                raise ValueError(
-                    f"it was written by veloxlab {facts['version']} with codecs {facts['code']}, and this is "
-                    f"{version('veloxlab')} with codecs {code_hash()}"
-                )
+            check_written(facts["version"], facts["code"])
             arrays: dict[str, mx.array] = mx.load(str(tensors))  # type: ignore[assignment]
             mx.eval(arrays)
             method = find_method(content["method"])
@@ -188,8 +183,7 @@ def calibrate(
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     _check_text(ids)
     facts = {
-        "version": version("veloxlab"),
-        "code": code_hash(),
+        **written(),
         "model": integrate.fingerprint(model),
         "text": _digest(json.dumps(ids).encode()),
         "tokens": len(ids),

@@ -105,8 +105,9 @@ def run(command: str, theirs: str, name: str, wanted: Wanted, options: Sequence[
     module = import_module(f"mlx_lm.{theirs}")
     loader = Loader(module, name, wanted)
     names = [hooked for hooked in ("load", "load_prompt_cache") if hasattr(module, hooked)]
-    with integrate.replaced(module, {hooked: getattr(loader, hooked) for hooked in names}):
-        sys.argv = [f"mlx_lm.{theirs}", "--model", name, *options]
+    arguments = [f"mlx_lm.{theirs}", "--model", name, *options]
+    hooks = {hooked: getattr(loader, hooked) for hooked in names}
+    with integrate.replaced(module, hooks), integrate.replaced(sys, {"argv": arguments}):
         module.main()
 
 

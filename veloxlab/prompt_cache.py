@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -97,33 +97,20 @@ def make_cache(
     """
     if calibration is not None:
         calibration.check_model(model)
+    widths = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
     if isinstance(method_or_plan, str):
-        width = bits or (exact_width(model) if method_or_plan == "none" else DEFAULT_BITS)
-        uniform = LayerSettings(
-            method_or_plan,
-            width if key_bits is None else key_bits,
-            method_or_plan,
-            width if value_bits is None else value_bits,
-            options,
-        )
-        layers = 1 + max(found.layer for found in probe(model))
-        settings: Sequence[LayerSettings] = [uniform] * layers
-        usual: tuple[int, int, Chunk, Sliding] = (DEFAULT_SINKS, DEFAULT_WINDOW, DEFAULT_CHUNK, DEFAULT_SLIDING)
+        settings = _uniform(model, method_or_plan, widths, options)
+        usual = Exactness(DEFAULT_SINKS, DEFAULT_WINDOW, DEFAULT_CHUNK, DEFAULT_SLIDING)
     else:
-        given = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits, **options}
-        beside = [name for name, value in given.items() if value is not None]
+        beside = [name for name, value in (widths | options).items() if value is not None]
         if beside:
             raise InputError(f"{beside[0]} was given beside a plan, which says that for each layer: change the plan.")
         plan = method_or_plan
         settings = plan.settings_for(model)
-        usual = plan.sinks, plan.window, plan.chunk, plan.sliding
+        usual = Exactness(plan.sinks, plan.window, plan.chunk, plan.sliding)
+    asked = {"sinks": sinks, "window": window, "chunk": chunk, "sliding": sliding}
+    exact = replace(usual, **{name: value for name, value in asked.items() if value is not None})  # type: ignore[arg-type]
     attach()
-    exact = Exactness(
-        usual[0] if sinks is None else sinks,
-        usual[1] if window is None else window,
-        usual[2] if chunk is None else chunk,
-        usual[3] if sliding is None else sliding,
-    )
     name = cache_file.models_here[id(model)]
     caches = with_caches(model, lambda found: _compressed(found, settings[found.layer], exact, name, calibration))
     for found in probe(model):
@@ -131,6 +118,16 @@ def make_cache(
             own = caches[found.layer] if found.slot is None else caches[found.layer].caches[found.slot]
             own.reason = found.reason  # for reports
     return caches
+
+
+def _uniform(
+    model: Module, method: str, widths: Mapping[str, int | None], options: dict[str, object]
+) -> Sequence[LayerSettings]:
+    """The same settings for every layer."""
+    usual = widths["bits"] or (exact_width(model) if method == "none" else DEFAULT_BITS)
+    key_bits, value_bits = (usual if widths[side] is None else widths[side] for side in ("key_bits", "value_bits"))
+    settings = LayerSettings(method, key_bits, method, value_bits, options)  # type: ignore[arg-type]
+    return [settings] * (1 + max(found.layer for found in probe(model)))
 
 
 def load_cache(

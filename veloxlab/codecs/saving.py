@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from importlib.resources import files
 from typing import Any, TypeVar
 
@@ -74,6 +75,21 @@ def find_class(name: str) -> type[Codec]:
     if not (isinstance(found, type) and is_dataclass(found)):
         raise ValueError(f"no method here has a codec called {name!r}")
     return found  # type: ignore[return-value]
+
+
+def written() -> dict[str, str]:
+    """The version and the code that write a file now, for `check_written`."""
+    return {"version": version("veloxlab"), "code": code_hash()}
+
+
+def check_written(by: str, code: str) -> None:
+    """Raise `ValueError` unless a file's version and code are those that are here."""
+    here = written()
+    if (by, code) != (here["version"], here["code"]):
+        raise ValueError(
+            f"it was written by veloxlab {by} with codecs {code}, and this is {here['version']} with codecs "
+            f"{here['code']}"
+        )
 
 
 @cache

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import base
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
-from mlx_lm.models.llama import Model, ModelArgs
+from mlx_lm.models.llama import Model
 
 from veloxlab import runtime
 from veloxlab.attention import History, Segment
@@ -26,6 +26,7 @@ from veloxlab.codecs.codec import Code
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels.checked import states
 from veloxlab.kernels.launch import gpu
+from veloxlab.measure.lengths import random_model
 from veloxlab.measure.speed import median_seconds
 from veloxlab.prompt_cache import make_cache
 
@@ -235,22 +236,8 @@ def _microseconds(calls: list[Callable[[], mx.array]]) -> tuple[float, float]:
 
 
 def _model(layers: int) -> Model:
-    """Layers of the shape of Llama 3 8B with random weights in half precision, and a small vocabulary."""
-    arguments = ModelArgs(
-        model_type="llama",
-        hidden_size=4096,
-        num_hidden_layers=layers,
-        intermediate_size=14336,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        rms_norm_eps=1e-5,
-        vocab_size=4096,
-        rope_theta=500000.0,
-    )
-    model = Model(arguments)
-    model.set_dtype(mx.float16)
-    mx.eval(model.parameters())
-    return model
+    """Layers of the shape of an 8B model with random weights in half precision, and a small vocabulary."""
+    return random_model("one layer of 7B", num_hidden_layers=layers, vocab_size=4096)
 
 
 def _filled(model: Model, name: str, tokens: int) -> list[Any]:

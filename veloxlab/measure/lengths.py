@@ -141,9 +141,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Shapes of models that can be measured without their weights."""
 
 
-def random_model(shape: str) -> Model:
-    """A model of one of `SHAPES` with random weights in half precision, and a small vocabulary."""
-    model = Model(ModelArgs(model_type="llama", rms_norm_eps=1e-5, vocab_size=96, **SHAPES[shape]))
+def random_model(shape: str, **changes: Any) -> Model:
+    """A model of one of `SHAPES`, but for ``changes``, with random weights in half precision and a small vocabulary."""
+    model = Model(
+        ModelArgs(**{"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 96, **SHAPES[shape], **changes})
+    )
     model.set_dtype(mx.float16)
     mx.eval(model.parameters())
     return model
