@@ -134,7 +134,10 @@ def test_a_prompt_cache_is_made_and_continued_in_another_process(tmp_path):
         (["serve", "smollm2-135m", "--kv-bits=4"], "--kv-bits cannot be given here"),
         (["serve", "smollm2-135m", "--kv-group-size", "32"], "--kv-group-size cannot be given here"),
         (["serve", "smollm2-135m", "--model", "x"], "--model cannot be given here: the model is the first word"),
-        (["generate", "smollm2-135m", "--max-kv-size", "32"], "--max-kv-size cannot be given here"),
+        (
+            ["generate", "smollm2-135m", "--max-kv-size", "4", "--prompt", "x"],
+            "max_kv_size=4 leaves no room behind sinks=4",
+        ),
         (["serve", "smollm2-135m", "--method", "zip"], "Unknown method 'zip'. Known methods:"),
         (["serve", "smollm2-135m", "--method", "rvq", "--plan", "p.json"], "leave out --method"),
         (["generate", "smollm2-135m", "--plan", "p.json", "--prompt", "x"], "There is no plan at p.json."),

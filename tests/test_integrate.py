@@ -182,6 +182,20 @@ def test_drafts_of_another_model_are_tried_and_trimmed(draft, method):
     assert both[0].offset == 50 + 39  # the last token was not fed
 
 
+@pytest.mark.parametrize("chunks", [[20, 33, *[1] * 40, 5, 3], [90, *[1] * 20], [1] * 60])
+def test_a_rotating_prompt_is_mlx_lms_own(chunks):
+    """With ``max_kv_size`` the first tokens stay and the newest ones, whatever the order they come in."""
+    model = tiny("llama")
+    ids = [7 * i % 90 for i in range(sum(chunks))]
+    native = stepwise(model, ids, make_prompt_cache(model, 32), chunks)
+    cache = vl.make_cache(model, "none", sinks=4, window=8, max_kv_size=32)
+    assert np.allclose(stepwise(model, ids, cache, chunks), native, atol=2e-4)
+    lossy = vl.make_cache(model, bits=4, max_kv_size=32)
+    stepwise(model, ids, lossy, chunks)
+    assert lossy[0].size() == 32
+    assert lossy[0].nbytes < cache[0].nbytes
+
+
 def test_generation_goes_on_past_the_trained_length():
     model = tiny("llama", max_position_embeddings=64)
     native, ours = (stepwise(model, [i % 90 for i in range(200)], c, [100] + [1] * 100) for c in (

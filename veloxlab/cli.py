@@ -31,6 +31,7 @@ NUMBERS = {
     "value_bits": "of values, if other",
     "sinks": "first tokens kept exact (default: 4)",
     "window": "newest tokens kept exact (default: 64)",
+    "max_kv_size": "tokens held at most, older ones are forgotten (default: all)",
 }
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 

@@ -23,7 +23,6 @@ _OURS = {
     "--kv-bits": "the cache is compressed already: say how with --method and --bits, or leave those to mlx-lm",
     "--kv-group-size": "it belongs to --kv-bits, which a compressed cache takes the place of",
     "--quantized-kv-start": "it belongs to --kv-bits, which a compressed cache takes the place of",
-    "--max-kv-size": "a compressed cache keeps the whole text",
 }
 
 
@@ -33,7 +32,7 @@ class Wanted:
 
     plan: Path | None
     method: str | None
-    settings: dict[str, Any]  # bits, key_bits, value_bits, sinks, window; only those that were given
+    settings: dict[str, Any]  # bits, key_bits, value_bits, sinks, window, max_kv_size; only those that were given
 
     def __post_init__(self) -> None:
         if self.plan is not None and self.method is not None:

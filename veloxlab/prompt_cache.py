@@ -69,6 +69,7 @@ def make_cache(
     window: int | None = None,
     chunk: Chunk | None = None,
     sliding: Sliding | None = None,
+    max_kv_size: int | None = None,
     calibration: ModelCalibration | None = None,
     **options: object,
 ) -> list[Any]:
@@ -87,6 +88,8 @@ def make_cache(
         default, or the plan's.
     sliding : whether layers with a sliding window are ``"compressed"``, or keep the model's own ``"exact"`` cache; the
         former by default, or the plan's.
+    max_kv_size : tokens that layers without a window of their own are to hold at most, as mlx-lm's option of that name:
+        the ``sinks`` and the newest ones, older ones are forgotten. None keeps all.
     calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted.
     options : the method's own, such as ``variant="prod"`` or ``rotation="haar"``.
 
@@ -110,9 +113,13 @@ def make_cache(
         usual = Exactness(plan.sinks, plan.window, plan.chunk, plan.sliding)
     asked = {"sinks": sinks, "window": window, "chunk": chunk, "sliding": sliding}
     exact = replace(usual, **{name: value for name, value in asked.items() if value is not None})  # type: ignore[arg-type]
+    if max_kv_size is not None and max_kv_size <= exact.sinks:
+        raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={exact.sinks}: give more than that.")
     attach()
     name = cache_file.models_here[id(model)]
-    caches = with_caches(model, lambda found: _compressed(found, settings[found.layer], exact, name, calibration))
+    caches = with_caches(
+        model, lambda found: _compressed(found, settings[found.layer], exact, max_kv_size, name, calibration)
+    )
     for found in probe(model):
         if not found.compressible:
             own = caches[found.layer] if found.slot is None else caches[found.layer].caches[found.slot]
@@ -209,7 +216,12 @@ class Exactness:
 
 
 def _compressed(
-    facts: LayerFacts, layer: LayerSettings, exact: Exactness, model: str, calibration: Calibrated | None
+    facts: LayerFacts,
+    layer: LayerSettings,
+    exact: Exactness,
+    max_kv_size: int | None,
+    model: str,
+    calibration: Calibrated | None,
 ) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
     if facts.max_size is not None and exact.sliding == "exact":
         own: Any = RotatingKVCache(facts.max_size, facts.keep)
@@ -232,7 +244,7 @@ def _compressed(
         layer=facts.layer,
         path=facts.path,
         reason=facts.reason,
-        max_size=facts.max_size,
+        max_size=max_kv_size if facts.max_size is None else facts.max_size,
         lends=facts.lends,
         model=model,
     )
