@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from veloxlab.kernels.encode import hartley_row
 from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
 from veloxlab.kernels.readers import Reader, Spread
 
@@ -286,11 +287,12 @@ def _attend_source(shape: Shape, work: _Work, tokens: Tokens, backend: GpuBacken
             ("GROUPS_PER_PROCESSOR", at_once),
             ("LOG2_E", "1.4426950408889634f"),
         ),
-        headers=("simd.h", "readers.h", "spread.h", "attend.h"),
+        headers=("readers.h", "spread.h", "lanes.h", "attend.h"),
         body=Template(source_file("attend.metal")).substitute(
             declarations="\n".join(part.declarations for part in (key, value)),
             key_setup=key.setup.replace("\n", "\n  "),
             value_setup=value.setup.replace("\n", "\n  "),
+            key_hartley=hartley_row(shape.coded_key) if shape.spread[0] else "",
         ),
     )
 
@@ -307,8 +309,10 @@ def _combine_source(shape: Shape, work: _Work, backend: GpuBackend) -> Source:
             ("THREADS", _COMBINE_THREADS),
             ("MOST_SPLITS", most_splits()),
         ),
-        headers=("simd.h", "spread.h"),
-        body=source_file("combine.metal"),
+        headers=("simd.h", "spread.h", "lanes.h"),
+        body=Template(source_file("combine.metal")).substitute(
+            value_hartley=hartley_row(shape.coded_value) if shape.spread[1] else ""
+        ),
     )
 
 
@@ -324,8 +328,7 @@ def _common_defines(shape: Shape, work: _Work) -> tuple[tuple[str, int | str], .
 
 def _words(rows: int, largest_key: int, largest_value: int) -> int:
     """Words of threadgroup memory beside the tables; see ``attend.metal``."""
-    a_simdgroup = PADDED_ROWS * (20 + 24 // 2 + 1) + 2 * rows
-    return PADDED_ROWS * largest_key + rows * largest_value + SIMDGROUPS * a_simdgroup + 64
+    return PADDED_ROWS * (largest_key + 16) + rows * (largest_value + 8) + SIMDGROUPS * 2 * rows + 64
 
 
 def _inputs(

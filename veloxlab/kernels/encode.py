@@ -179,7 +179,7 @@ def _encode_source(dim: int, dtype: mx.Dtype, bits: int, scale_name: str, backen
             ("FACTOR", _FACTORS[scale_name]),
         ),
         headers=("simd.h", "spread.h", "lanes.h"),
-        body=Template(source_file("encode.metal")).substitute(hartley=_hartley_row(dim)),
+        body=Template(source_file("encode.metal")).substitute(hartley=hartley_row(dim)),
     )
 
 
@@ -197,7 +197,7 @@ def _decode_source(dim: int, dtype: mx.Dtype, bits: int, backend: GpuBackend) ->
             ("BITS", bits),
         ),
         headers=("spread.h", "lanes.h"),
-        body=Template(source_file("decode.metal")).substitute(hartley=_hartley_row(dim)),
+        body=Template(source_file("decode.metal")).substitute(hartley=hartley_row(dim)),
     )
 
 
@@ -209,7 +209,7 @@ def _spread_source(dim: int, dtype: mx.Dtype, inverse: bool, backend: GpuBackend
         outputs=("out",),
         defines=(*_layout(dim, dtype, backend), ("INVERSE", int(inverse))),
         headers=("spread.h", "lanes.h"),
-        body=Template(source_file("spread.metal")).substitute(hartley=_hartley_row(dim)),
+        body=Template(source_file("spread.metal")).substitute(hartley=hartley_row(dim)),
     )
 
 
@@ -222,7 +222,7 @@ def _layout(dim: int, dtype: mx.Dtype, backend: GpuBackend) -> tuple[tuple[str, 
     )
 
 
-def _hartley_row(dim: int) -> str:
+def hartley_row(dim: int) -> str:
     """Row 1 of the m-point Hartley matrix by 1/√dim, for dim = m·2^k with m odd; Metal's own cosine is a coarse one."""
     odd = dim // (dim & -dim)
     angles = [2 * math.pi * i / odd for i in range(odd)]

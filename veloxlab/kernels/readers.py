@@ -151,7 +151,8 @@ class TableReader(Reader):
     def fragment(self, prefix: str, home: str, budget: int) -> Fragment:
         """See `Reader.fragment`."""
         entries, width = self.table.shape
-        reader = f"TableReader<{self.bits}, {width}, {self.rows.shape[3]}, "
+        scales = "NoScales" if self.root_scale is None else "StoredScales"
+        reader = f"TableReader<{self.bits}, {width}, {self.rows.shape[3]}, {scales}, "
         if width > 1 and self.table.size > _MOST_ENTRIES:
             return Fragment("", _reader(prefix, f"{reader}GlobalTable<{width}>>", self, f"{{{home}_table}}"))
         words = max(1, width // 2)  # of an entry: a number, or pairs
@@ -163,7 +164,8 @@ class TableReader(Reader):
             prefix,
             f"{reader}{kind}>",
             self,
-            f"{{{home}_entries, opaque(lane % {copies} * {words} * uint(sizeof({element})))}}",
+            f"{{place_of({home}_entries + lane % {copies} * {words}), "
+            f"opaque({copies * words} * uint(sizeof({element})))}}",
         )
         if home != prefix:
             return Fragment("", made)
@@ -213,7 +215,7 @@ def _scale_arrays(prefix: str, reader: Reader) -> dict[str, mx.array]:
 def _reader(prefix: str, type_name: str, reader: Reader, tables: str) -> str:
     """The statement that makes a reader from rows, scales and ``tables``."""
     name = f"{prefix}_scales"
-    scales = "0, 0u" if reader.root_scale is None else f"{_at(name)}, uint({name}_strides[2])"
+    scales = "" if reader.root_scale is None else f"{_at(name)}, uint({name}_strides[2])"
     return (
         f"const {type_name} {prefix}_reader = {{{_at(prefix + '_rows')}, uint({prefix}_rows_strides[2]), "
         f"{{{scales}}}, {tables}}};"

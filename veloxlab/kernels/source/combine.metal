@@ -44,14 +44,19 @@ for (uint turn = 0; turn < lines; turn++) {
   }
   group_barrier();
 }
-if (VALUE_SPREAD) spread<CODED_VALUE>(coded, 1, thread_id, THREADS);
-for (uint i = thread_id; i < EXACT_VALUE; i += THREADS) {
-  float x = plain[i];
 #if VALUE_SPREAD
-  x += coded[i] * v_signs[i];
-#endif
-  out[row * EXACT_VALUE + i] = OUT_TYPE(x);
+if (thread_id < 32) { // some lanes hold what others do, if a vector has fewer
+  constexpr uint lanes = Lanes<CODED_VALUE>::count, each = Lanes<CODED_VALUE>::each;
+  float x[each];
+  UNROLL for (uint i = 0; i < each; i++) x[i] = coded[i * lanes + thread_id % lanes];
+  const float hartley[Blocks<CODED_VALUE>::count] = {$value_hartley};
+  spread_lanes<CODED_VALUE>(x, hartley, thread_id % lanes);
+  UNROLL for (uint i = 0; i < each; i++) {
+    const uint at = i * lanes + thread_id;
+    if (thread_id < lanes) out[row * EXACT_VALUE + at] = OUT_TYPE(plain[at] + x[i] * v_signs[at]);
+  }
 }
-#if !VALUE_SPREAD
+#else
+for (uint i = thread_id; i < EXACT_VALUE; i += THREADS) out[row * EXACT_VALUE + i] = OUT_TYPE(plain[i]);
 for (uint i = thread_id; i < CODED_VALUE; i += THREADS) out_coded[row * CODED_VALUE + i] = coded[i];
 #endif

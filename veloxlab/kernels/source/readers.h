@@ -1,6 +1,6 @@
-// How the codes of a vector become numbers. A reader gives WIDTH neighbouring coordinates of a token, from share · WIDTH on,
-// as pairs and before the vector's own scale; and that scale. It does so in two steps, so that memory is asked early:
-// `fetch` what is stored, `decode` it later.
+// How the codes of a vector become numbers. A reader stands at a token, and can `advance`. It gives WIDTH neighbouring
+// coordinates of the token some places on, from share · WIDTH on, as pairs and before the vector's own scale; and that
+// scale. It does so in two steps, so that memory is asked early: `fetch` what is stored, `decode` it later.
 
 // Bits FROM .. FROM + COUNT of a string that lies in words, LSB first; all positions are known when this is compiled.
 template <int FROM, int COUNT, int WORDS>
@@ -52,30 +52,44 @@ FUNCTION void load_bits(const global_memory uint* row, uint from, thread uint (&
   }
 }
 
-// The square of a stored root, or 1 where none is stored.
-struct Scales {
+// A scale is stored as its root.
+struct StoredScales {
   const global_memory half* roots;
   uint token_stride;
 
-  FUNCTION float of(uint token) const {
-    const float root = roots == 0 ? 1.0f : as_float(roots[token * token_stride]);
-    return root * root;
-  }
+  typedef half Fetched;
+  FUNCTION void advance(uint tokens) { roots += size_t(tokens) * token_stride; }
+  FUNCTION half fetch(int distance) const { return roots[distance * int(token_stride)]; }
+  static FUNCTION float decode(half root) { return as_float(root) * as_float(root); }
 };
 
-// A table in threadgroup memory, whose entries stand COPIES times, so that the lanes of a simdgroup meet in no bank. An
-// entry's copies take a power of two of bytes, so a shift and a mask find it; the lane's own copy begins `own` bytes later.
+struct NoScales {
+  typedef uint Fetched;
+  FUNCTION void advance(uint) {}
+  FUNCTION uint fetch(int) const { return 0; }
+  static FUNCTION float decode(uint) { return 1.0f; }
+};
+
+// Bytes from a table's begin to an entry, whose copies take SIZE of them, a power of two. `size` is the same number, about
+// which the compiler is to know nothing: a whole byte is one instruction, and to multiply it and add a place another.
+template <int FROM, int COUNT, int SIZE, int WORDS>
+FUNCTION uint entry_at(thread const uint (&words)[WORDS], uint size) {
+  if (COUNT == 8 && FROM % 8 == 0) return byte_of<FROM % 32 / 8>(words[FROM / 32]) * size;
+  return scaled_bits_of<FROM, COUNT, log2_of(SIZE)>(words);
+}
+
+// A table in threadgroup memory, whose entries stand COPIES times, so that the lanes of a simdgroup meet in no bank: the
+// lane's own copies begin at `own`.
 template <int SUB, int COPIES>
 struct SharedTable {
-  const local_memory pair_t* entries;
-  uint own; // bytes
+  place_t own;
+  uint size; // of an entry's copies, in bytes
 
   template <int FROM, int COUNT, int WORDS>
   FUNCTION void entry(thread const uint (&words)[WORDS], thread pair_t* x) const {
-    constexpr int size = COPIES * (SUB / 2) * int(sizeof(pair_t));
-    const uint at = scaled_bits_of<FROM, COUNT, log2_of(size)>(words) | own;
-    const local_memory pair_t* found = (const local_memory pair_t*)((const local_memory uchar*)entries + at);
-    UNROLL for (int i = 0; i < SUB / 2; i++) x[i] = found[i];
+    constexpr int bytes = COPIES * (SUB / 2) * int(sizeof(pair_t));
+    const uint at = entry_at<FROM, COUNT, bytes>(words, size);
+    UNROLL for (int i = 0; i < SUB / 2; i++) x[i] = pair_at(own, at + i * uint(sizeof(pair_t)));
   }
 };
 
@@ -93,13 +107,12 @@ struct GlobalTable {
 // Wide scalar codes, one coordinate each: the tables are of single numbers.
 template <int COPIES>
 struct SingleTable {
-  const local_memory float* entries;
-  uint own; // bytes
+  place_t own;
+  uint size; // of an entry's copies, in bytes
 
   template <int FROM, int COUNT, int WORDS>
   FUNCTION float level(thread const uint (&words)[WORDS]) const {
-    const uint at = scaled_bits_of<FROM, COUNT, log2_of(4 * COPIES)>(words) | own;
-    return *(const local_memory float*)((const local_memory uchar*)entries + at);
+    return float_at(own, entry_at<FROM, COUNT, 4 * COPIES>(words, size));
   }
 };
 
@@ -132,12 +145,15 @@ struct LookUp<COUNT, COUNT, BITS, 1, WORDS, Table> {
 };
 
 // Codes of BITS bits, each of which stands for SUB neighbouring coordinates.
-template <int BITS, int SUB, int ROW_WORDS, class Table>
+template <int BITS, int SUB, int ROW_WORDS, class ScalesOf, class Table>
 struct TableReader {
+  typedef ScalesOf Scales;
   const global_memory uint* rows;
   uint token_stride;
   Scales scales;
   Table table;
+
+  FUNCTION void advance(uint tokens) { rows += size_t(tokens) * token_stride, scales.advance(tokens); }
 
   template <int WIDTH>
   struct Fetched {
@@ -145,40 +161,39 @@ struct TableReader {
   };
 
   template <int WIDTH>
-  FUNCTION void fetch(uint token, uint share, thread Fetched<WIDTH>& to) const {
+  FUNCTION void fetch(int distance, uint share, thread Fetched<WIDTH>& to) const {
     constexpr int bits = WIDTH / SUB * BITS;
-    load_bits<bits, ROW_WORDS>(rows + token * token_stride, share * bits, to.words);
+    load_bits<bits, ROW_WORDS>(rows + distance * int(token_stride), share * bits, to.words);
   }
 
   template <int WIDTH>
   FUNCTION void decode(thread const Fetched<WIDTH>& from, uint, thread pair_t (&x)[WIDTH / 2]) const {
     LookUp<0, WIDTH / SUB, BITS, SUB, (WIDTH / SUB * BITS + 31) / 32, Table>::all(table, from.words, x);
   }
-
-  FUNCTION float scale(uint token) const { return scales.of(token); }
 };
 
 // Vectors that are not compressed.
 template <typename T>
 struct ExactReader {
+  typedef NoScales Scales;
   const global_memory T* rows;
   uint token_stride;
+  NoScales scales;
+
+  FUNCTION void advance(uint tokens) { rows += size_t(tokens) * token_stride; }
 
   template <int WIDTH>
   struct Fetched {
-    uint token;
+    const global_memory T* from;
   };
 
   template <int WIDTH>
-  FUNCTION void fetch(uint token, uint, thread Fetched<WIDTH>& to) const {
-    to.token = token;
+  FUNCTION void fetch(int distance, uint share, thread Fetched<WIDTH>& to) const {
+    to.from = rows + distance * int(token_stride) + share * WIDTH;
   }
 
   template <int WIDTH>
-  FUNCTION void decode(thread const Fetched<WIDTH>& from, uint share, thread pair_t (&x)[WIDTH / 2]) const {
-    const global_memory T* at = rows + from.token * token_stride + share * WIDTH;
-    UNROLL for (int i = 0; i < WIDTH / 2; i++) x[i] = make_pair(as_float(at[2 * i]), as_float(at[2 * i + 1]));
+  FUNCTION void decode(thread const Fetched<WIDTH>& row, uint, thread pair_t (&x)[WIDTH / 2]) const {
+    UNROLL for (int i = 0; i < WIDTH / 2; i++) x[i] = make_pair(as_float(row.from[2 * i]), as_float(row.from[2 * i + 1]));
   }
-
-  FUNCTION float scale(uint) const { return 1.0f; }
 };
