@@ -57,10 +57,10 @@ def relative(x, wanted):
     return float((mx.linalg.norm(x.astype(mx.float32) - wanted) / mx.linalg.norm(wanted)).item())
 
 
-def both(h: History, q, mask=None):
+def both(h: History, q, mask=None, sinks=None):
     """What the kernel gives, and what graph ops give."""
-    in_kernel = h._attend_in_kernel(q, 1 / math.sqrt(q.shape[-1]), mask)
-    return in_kernel, h._attend_codes(q.astype(mx.float32), 1 / math.sqrt(q.shape[-1]), mask)
+    scale = 1 / math.sqrt(q.shape[-1])
+    return h._attend_in_kernel(q, scale, mask, sinks), h._attend_codes(q.astype(mx.float32), scale, mask, sinks)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,16 @@ def test_several_queries_with_a_mask(mask):
     of_window = attention.causal_mask(3, h.tokens, window_size=40)
     in_kernel, in_graph = both(h, q, mask if mask == "causal" else of_window)
     assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["turboquant", "vecinfer"])  # inside the kernel's space, and outside
+def test_attention_sinks_take_their_share(method):
+    sample = Sample(normal(1, 2, 2048, DIM, seed=7))
+    h = history(*(METHODS[method].codec(DIM, 2, role).fit(sample) for role in ("keys", "values")))
+    q, logits = normal(1, 4, 1, DIM), mx.array([-1.0, 2.0, 4.0, 6.0])
+    in_kernel, in_graph = both(h, q, sinks=logits)
+    assert relative(in_kernel, in_graph) < TOLERANCE
+    assert relative(in_kernel, both(h, q)[1]) > 0.1
 
 
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (4, 0), (0, 20)])

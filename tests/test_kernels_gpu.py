@@ -38,6 +38,12 @@ def test_masks_several_queries_and_half_precision():
     assert relative(*both(h, normal(1, 6, 5, 128, dtype=mx.float16), "causal")) < TOLERANCE
 
 
+def test_attention_sinks():
+    h = history(TurboQuant(64, 4), TurboQuant(64, 4, "mse"), packed=500)
+    with_sinks = both(h, normal(1, 8, 1, 64), sinks=mx.array([-2.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+    assert relative(*with_sinks) < TOLERANCE
+
+
 def test_grids_signs_and_codebooks():
     sample = Sample(normal(1, 2, 2048, 128, seed=7))
     vecinfer = [METHODS["vecinfer"].codec(128, 2, role).fit(sample) for role in ("keys", "values")]

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.kernels.assign import assign
-from veloxlab.kernels.attend import Exact, Shape, Tokens, attend, attend_twin, can_attend
+from veloxlab.kernels.attend import Exact, Queries, Shape, Tokens, attend, attend_twin, can_attend
 from veloxlab.kernels.encode import can_spread, decode, encode
 from veloxlab.kernels.launch import GpuBackend, gpu
 from veloxlab.kernels.readers import Spread, TableReader
@@ -41,23 +41,16 @@ class ScalarTable(NamedTuple):
     scale: str
 
 
-def checked_attend(
-    q: mx.array,
-    q_coded: mx.array | None,
-    tokens: Tokens,
-    mask: mx.array | None,
-    scale: float,
-    backend: GpuBackend,
-) -> tuple[mx.array, mx.array | None] | None:
+def checked_attend(queries: Queries, tokens: Tokens, backend: GpuBackend) -> tuple[mx.array, mx.array | None] | None:
     """`attend`, or None where the kernel for this case cannot be had or does not agree with its twin."""
-    shape = Shape.of(q, tokens, mask is not None, scale)
+    shape = Shape.of(queries, tokens)
     which = shape, backend
     if which not in _states:
         if not can_attend(tokens, backend):
             return None
-        _states[which] = _disagreement(q, q_coded is not None, tokens, mask is not None, scale, backend)
+        _states[which] = _disagreement(queries, tokens, backend)
         _warn(f"attend ({tokens.keys.key[0]} keys, {tokens.values.key[0]} values)", _states[which], backend)
-    return None if _states[which] else attend(q, q_coded, tokens, mask, shape, backend)
+    return None if _states[which] else attend(queries, tokens, shape, backend)
 
 
 def checked_assign(
@@ -156,15 +149,13 @@ def try_usual() -> None:
             side = TableReader(dim, empty, scales, Spread(mx.ones((dim,))), bits * together, table)
             if backend is not None:
                 q = mx.zeros((1, 8, 1, dim), mx.float16)
-                checked_attend(q, None, Tokens(side, side, None, None, dim, dim), None, dim**-0.5, backend)
+                checked_attend(Queries(q, dim**-0.5), Tokens(side, side, None, None, dim, dim), backend)
 
 
-def _disagreement(
-    q: mx.array, coded_queries: bool, tokens: Tokens, masked: bool, scale: float, backend: GpuBackend
-) -> str:
+def _disagreement(queries: Queries, tokens: Tokens, backend: GpuBackend) -> str:
     """What is wrong with the kernel for this case, in words, or nothing."""
     key = mx.random.key(0)
-    batch, query_heads, length = 1, q.shape[1], q.shape[2]
+    batch, query_heads, length = 1, queries.q.shape[1], queries.q.shape[2]
     kv_heads, (sinks, packed, recent) = tokens.keys.rows.shape[1], _TOKENS
     rows = query_heads // kv_heads * length
 
@@ -188,19 +179,24 @@ def _disagreement(
         sinks=exact(tokens.sinks, sinks),
         recent=exact(tokens.recent, recent),
     )
-    query = normal(batch, query_heads, length, tokens.key_dim, dtype=q.dtype)
+    query = normal(batch, query_heads, length, tokens.key_dim, dtype=queries.q.dtype)
     total = packed + sum(made_up.exact_counts)
-    mask = mx.where(normal(batch, query_heads, length, total) < 1, 0.0, -1e9) if masked else None
+    mask, logits = None, None
+    if queries.mask is not None:
+        mask = mx.where(normal(batch, query_heads, length, total) < 1, 0.0, -1e9)
+    if queries.logits is not None:
+        logits = normal(query_heads)
     # as large as queries that were brought there from unit ones; the space itself is the codec's business
-    queries_in_codes = normal(batch, kv_heads, rows, tokens.keys.dim)
+    coded_queries = normal(batch, kv_heads, rows, tokens.keys.dim)
     space = tokens.keys.space
     try:
         if space is not None:
             grouped = query.astype(mx.float32).reshape(batch, kv_heads, rows, tokens.key_dim)
-            queries_in_codes = space.enter(grouped)
-        shape = Shape.of(query, made_up, masked, scale)
-        out, coded = attend(query, queries_in_codes if coded_queries else None, made_up, mask, shape, backend)
-        plain, wanted_coded = attend_twin(query, queries_in_codes, made_up, mask, scale)
+            coded_queries = space.enter(grouped)
+        asked = Queries(query, queries.scale, coded_queries, mask, logits)
+        given = asked if queries.coded is not None else replace(asked, coded=None)
+        out, coded = attend(given, made_up, Shape.of(given, made_up), backend)
+        plain, wanted_coded = attend_twin(asked, made_up)
         if made_up.values.space is not None:
             plain = plain + made_up.values.space.leave(wanted_coded)
         errors = [_relative(out.reshape(plain.shape), plain)]
