@@ -7,6 +7,21 @@ struct Lanes {
   enum { count = (DIM & -DIM) < 32 ? (DIM & -DIM) : 32, each = DIM / count };
 };
 
+// A lane's share of a vector whose coordinates are `stride` elements apart.
+template <int DIM, typename T>
+FUNCTION void load_lanes(thread float (&x)[Lanes<DIM>::each], const global_memory T* from, long stride, uint lane) {
+  UNROLL for (int i = 0; i < Lanes<DIM>::each; i++) x[i] = as_float(from[(i * Lanes<DIM>::count + lane) * stride]);
+}
+
+// Every lane of the simdgroup calls it. Squares overflow where a root of 16 bits has long been infinite, and vanish where it
+// has long been 0.
+template <int DIM>
+FUNCTION float root_mean_square(thread const float (&x)[Lanes<DIM>::each]) {
+  float total = 0.0f;
+  UNROLL for (int i = 0; i < Lanes<DIM>::each; i++) total += x[i] * x[i];
+  return square_root(total_of<Lanes<DIM>::count>(total)) / square_root(float(DIM));
+}
+
 // As `spread`. Every lane of the simdgroup calls it, with its place in its vector's lanes. `row` is row 1 of the Hartley
 // matrix of the m blocks, by 1/√DIM; the other rows have the same entries in other orders.
 template <int DIM>
