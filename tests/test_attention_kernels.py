@@ -206,6 +206,36 @@ def test_vectors_are_encoded_by_one_launch_as_by_the_twin(monkeypatch, codec):
     assert relative(decoded, codec.decode(codec.encode(x))) < 1e-2
 
 
+def test_heads_of_each_width_are_encoded_by_one_launch(monkeypatch):
+    on_the_host(monkeypatch)
+    codec = METHODS["ratequant"].codec(DIM, 3, "keys", head_bits=(2, 5, 2, 3, 2, 5))
+    x = normal(2, 6, 9, DIM, seed=8, dtype=mx.float16)
+    codec.encode(x)  # tries the kernels
+    names = launches(monkeypatch)
+    found = codec.encode(x).arrays
+    assert names == [f"encode_nearest_level_{bits}" for bits in (2, 3, 5)]
+    on_the_host(monkeypatch, False)
+    assert set(checked.states()) == {"agrees"}
+    for name, array in codec.encode(x).arrays.items():
+        assert found[name].shape == array.shape
+        assert mx.mean(found[name] == array).item() > 0.99  # a boundary, to float rounding
+
+
+@pytest.mark.parametrize("basis", ["pca", "query"])
+def test_a_calibrated_basis_is_a_product_and_one_launch(monkeypatch, basis):
+    on_the_host(monkeypatch)
+    sample = Sample(normal(1, 2, 400, DIM), normal(1, 4, 400, DIM, seed=1))
+    codec = METHODS["spectralquant"].codec(DIM, 3, "keys", basis=basis).fit(sample)
+    x = normal(2, 2, 9, DIM, seed=8, dtype=mx.float16)
+    codec.encode(x)  # tries the kernel
+    names = launches(monkeypatch)
+    in_kernel = codec.encode(x)
+    assert names == ["encode_by_plan"]
+    assert checked.states() == {"agrees": 1}
+    on_the_host(monkeypatch, False)
+    assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < 1e-2  # as above
+
+
 def test_a_decoder_that_errs_is_switched_off(monkeypatch):
     on_the_host(monkeypatch)
     right = checked.decode

@@ -258,7 +258,6 @@ class RotatedCodec(TiledCodec):
         rotation = self._rotation
         return Spread(rotation.signs) if isinstance(rotation, SignedHadamard) else None
 
-    @property
     def _encoder(self) -> SpreadEncoder | None:
         """The kernel that does what `quantize` says, or None where there is none."""
         return None

@@ -104,7 +104,6 @@ class RaBitQ(RotatedCodec):
         """The rotation: the grid needs no table."""
         return self._rotation.nbytes
 
-    @property
     def _encoder(self) -> SpreadEncoder | None:
         """None for ``exact``, which sorts steps, and for bounds, which take another sum."""
         if self.bounds or self.encoder == "exact" or self.rotation != "hadamard":

@@ -108,7 +108,6 @@ class Rvq(RotatedCodec):
         """Rotation and codebooks."""
         return self._rotation.nbytes + sum(table.nbytes for table in _tables(self.stages))
 
-    @property
     def _encoder(self) -> SpreadEncoder | None:
         return _encoder(self)
 

@@ -92,7 +92,6 @@ class TurboQuant(RotatedCodec):
         """Rotation and codebook."""
         return self._rotation.nbytes + self._quantizer.nbytes
 
-    @property
     def _encoder(self) -> SpreadEncoder | None:
         return _encoder(self)
 

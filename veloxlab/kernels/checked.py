@@ -88,17 +88,18 @@ def checked_assign(
 
 
 def encoded(
-    encoder: Encoder | None,
+    kernel: Callable[[], Encoder | None],
     twin: Callable[..., dict[str, mx.array]],
     x: mx.array,
     matrix: mx.array | None = None,
 ) -> dict[str, mx.array]:
-    """A code's arrays of ``x`` ``[B, H, S, D]``: by ``encoder`` where there is a GPU, or by ``twin``.
+    """A code's arrays of ``x`` ``[B, H, S, D]``: on a GPU by what ``kernel`` gives, or by ``twin``.
 
     Both are given ``x`` and, if there is a ``matrix`` ``[D, M]`` or ``[H, D, M]``, ``x @ matrix`` in float32. The twin
-    does all the work where there is no encoder, or its kernel cannot be had or does not agree with the twin.
+    does the work where there is no GPU or no encoder, and where its kernel cannot be had or does not agree with it.
     """
     backend, vectors = gpu(), _vectors(x, matrix)
+    encoder = None if backend is None else kernel()
     if backend is None or encoder is None or not encoder.takes(x):
         return twin(*vectors)
     name, *others = encoder.kernel

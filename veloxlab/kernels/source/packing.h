@@ -19,3 +19,19 @@ FUNCTION void pack_row(const local_memory uchar* codes, global_memory uint* row,
     row[w] = word;
   }
 }
+
+// The same for codes of different widths, of which code i takes bits begins[i] … begins[i + 1] − 1 of the row; `first_codes` says
+// which is the first that has bits in a word.
+template <int COUNT, int WORDS>
+FUNCTION void pack_plan(
+    const local_memory uchar* codes, const local_memory uint* begins, const global_memory uint* first_codes, long stride,
+    global_memory uint* row, uint lane, uint lanes) {
+  for (uint w = lane; w < WORDS; w += lanes) {
+    uint word = 0;
+    for (uint i = first_codes[w * stride]; i < COUNT && begins[i] < 32 * w + 32; i++) {
+      const int shift = int(begins[i]) - int(32 * w);
+      word |= shift < 0 ? uint(codes[i]) >> -shift : uint(codes[i]) << shift;
+    }
+    row[w] = word;
+  }
+}
