@@ -236,6 +236,28 @@ def test_a_calibrated_basis_is_a_product_and_one_launch(monkeypatch, basis):
     assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < 1e-2  # as above
 
 
+@pytest.mark.parametrize(
+    ("role", "options", "kernels"),
+    [
+        ("keys", {}, ["encode_signs"]),
+        ("keys", {"outliers": 3}, ["encode_signs"] * 2),
+        ("values", {}, ["encode_groups"]),
+        ("values", {"levels": "ends", "group": 20}, ["encode_groups"]),
+    ],
+)
+def test_signs_and_groups_are_one_launch_each(monkeypatch, role, options, kernels):
+    on_the_host(monkeypatch)
+    codec = METHODS["qjl"].codec(DIM, 2, role, **options).fit(Sample(normal(1, 2, 100, DIM)))
+    x = normal(2, 2, 9, DIM, seed=8, dtype=mx.float16)
+    codec.encode(x)  # tries the kernels
+    names = launches(monkeypatch)
+    in_kernel = codec.encode(x)
+    assert names == kernels
+    assert set(checked.states()) == {"agrees"}
+    on_the_host(monkeypatch, False)
+    assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < 1e-2  # as above
+
+
 def test_a_decoder_that_errs_is_switched_off(monkeypatch):
     on_the_host(monkeypatch)
     right = checked.decode
