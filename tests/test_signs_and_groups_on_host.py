@@ -1,4 +1,4 @@
-"""The kernels of signs and grouped steps: their Metal text, run on the CPU by ``tests/metal_on_host``, against twins."""
+"""The kernels of signs and grouped steps, whose Metal text ``tests/metal_on_host`` runs on the CPU, and their twins."""
 
 import shutil
 
