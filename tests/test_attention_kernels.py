@@ -173,6 +173,8 @@ ONE_LAUNCH = [
     *(TurboQuant(80, 3, scale) for scale in ("unbiased", "mse", "norm")),
     *(METHODS["rabitq"].codec(80, bits, role) for bits, role in ((1, "keys"), (4, "values"), (8, "keys"))),
     METHODS["rabitq"].codec(80, 5, "keys", encoder="fast"),
+    METHODS["rabitq"].codec(80, 2, "keys", bounds=True),
+    METHODS["rabitq"].codec(80, 3, "keys", centroid=True).fit(Sample(normal(1, 2, 40, 80))),
     *(METHODS["rvq"].codec(80, bits, "keys") for bits in (2, 8)),
     METHODS["rvq"].codec(80, 4, "values", variant="refined"),
 ]

@@ -72,6 +72,8 @@ GRIDS = [
     Case(RaBitQ(96, 7, seed=7), mx.float16),
     Case(RaBitQ(256, 8, "mse", seed=7), mx.float32),
     Case(RaBitQ(128, 4, encoder="fast", seed=7), mx.float16),
+    Case(RaBitQ(80, 3, bounds=True, seed=7), mx.bfloat16),
+    Case(RaBitQ(128, 8, bounds=True, seed=7), mx.float32),
     Case(RaBitQ(192, 8, "mse", encoder="fast", seed=7), mx.bfloat16),
 ]
 
@@ -178,6 +180,10 @@ def test_grid_points_are_of_a_stretch_as_good_as_the_twins(case):
         assert differ.sum() <= 0.01 * differ.size + 1, f"{differ.sum()} of {differ.size} vectors have other codes"
 
         check_scales(found["root_scale"], rms * scale_factor(codec.scale, y, u))
+        if codec.bounds:
+            rest = mx.linalg.norm(y - scale_factor("mse", y, u) * u, axis=-1, keepdims=True) / codec.head_dim**0.5
+            half_a_step = 2.0**-11 * rest  # and coordinates of y are off by their rounding
+            assert mx.all(mx.abs(found["sine"].astype(mx.float32) - rest) <= half_a_step + ROUNDING)
         if tokens > 1:
             check_a_zero_vector(codec, found, twin)
 

@@ -105,10 +105,10 @@ class RaBitQ(RotatedCodec):
         return self._rotation.nbytes
 
     def _encoder(self) -> SpreadEncoder | None:
-        """None for ``exact``, which sorts steps, and for bounds, which take another sum."""
-        if self.bounds or self.encoder == "exact" or self.rotation != "hadamard":
+        """None for ``exact``, which sorts steps, and where the rotation is no Hadamard transform."""
+        if self.encoder == "exact" or self.rotation != "hadamard":
             return None
-        return _encoder(self.head_dim, self.bits, self.scale, self.encoder, self.seed)
+        return _encoder(self.head_dim, self.bits, self.scale, self.encoder, self.bounds, self.seed)
 
     @property
     def _table(self) -> mx.array | None:
@@ -251,12 +251,12 @@ def _tries(bits: int) -> mx.array:
 
 
 @lru_cache
-def _encoder(dim: int, bits: int, scale: ScaleName, encoder: EncoderName, seed: int) -> SpreadEncoder:
+def _encoder(dim: int, bits: int, scale: ScaleName, encoder: EncoderName, sine: bool, seed: int) -> SpreadEncoder:
     tried = encoder == "grid" and bits > 1  # of one bit there is no second step to stretch for
     stretches = _tries(bits) if tried else mx.array([usual_stretch(dim, bits) if bits > 1 else 0.0])
     mx.eval(stretches)
     signs = SignedHadamard(dim, seed).signs
-    return SpreadEncoder(signs, StretchedGrid(stretches, bits, tried), scale, (("codes", bits),))
+    return SpreadEncoder(signs, StretchedGrid(stretches, bits, tried), scale, (("codes", bits),), sine)
 
 
 @lru_cache

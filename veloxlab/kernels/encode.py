@@ -32,6 +32,17 @@ from veloxlab.kernels.launch import GpuBackend, Source, launch, source_file
 # what a vector's root-mean-square is to be multiplied with, from the sums that ``encode.metal`` makes
 _FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
 
+# what is left of a vector of length √D when the nearest multiple of its grid point is taken away
+_REST: Final = (
+    "float rest = 0.0f;\n"
+    "UNROLL for (uint i = 0; i < each; i++) {\n"
+    "  const float off = y[i] - inner / squares * quantizer.level(own[i * lanes + lane]);\n"
+    "  rest += off * off;\n"
+    "}\n"
+    "rest = total_of<int(lanes)>(rest);"
+)
+_KEEP_REST: Final = "if (lane == 0) sines[vector] = half(square_root(rest / float(HEAD_DIM)));"
+
 
 @dataclass(frozen=True)
 class Fragment:
@@ -142,6 +153,7 @@ class SpreadEncoder:
     quantizer : of coordinates.
     scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.quantizers.scale_factor`.
     fields : name and width of each part that a code is cut into, from its high bits down; they are packed apart.
+    sine : whether that of the angle between a vector and what its codes stand for is kept too, as ``sine``.
 
     Raises
     ------
@@ -152,6 +164,7 @@ class SpreadEncoder:
     quantizer: Quantizer
     scale: str
     fields: tuple[tuple[str, int], ...]
+    sine: bool = False
 
     def __post_init__(self) -> None:
         if self.scale not in _FACTORS:
@@ -165,7 +178,7 @@ class SpreadEncoder:
     @property
     def kernel(self) -> tuple[object, ...]:
         """What tells its kernel from others for vectors of one dimension and type; first a name for people."""
-        return "encode", self.quantizer.fragment, self.scale, self.fields
+        return "encode", self.quantizer.fragment, self.scale, self.fields, self.sine
 
     def takes(self, x: mx.array) -> bool:
         """Whether vectors ``[B, H, S, D]`` fit the kernel's registers."""
@@ -175,21 +188,22 @@ class SpreadEncoder:
         """Encode ``x`` ``[B, H, S, D]``, float32, float16 or bfloat16, a view with any strides.
 
         Gives each field's codes ``[B, H, S, ⌈D·width / 32⌉]`` uint32, LSB first without gaps, and ``root_scale``, the
-        square root of each vector's scale ``[B, H, S, 1]``, float16. Raises `InputError` for a shape or dtype that the
-        kernel does not take.
+        square root of each vector's scale, and perhaps ``sine``, both ``[B, H, S, 1]`` float16. Raises `InputError` for
+        a shape or dtype that the kernel does not take.
         """
         check_fits(x)
         *lead, dim = x.shape
         check_table("signs", self.signs, dim)
-        names = (*(name for name, _ in self.fields), "root_scale")
+        numbers = ("root_scale", "sine") if self.sine else ("root_scale",)
+        names = (*(name for name, _ in self.fields), *numbers)
         widths = tuple(width for _, width in self.fields)
-        shapes = [(*lead, words(dim, width)) for width in widths] + [(*lead, 1)]
-        dtypes = [mx.uint32] * len(widths) + [mx.float16]
+        shapes = [(*lead, words(dim, width)) for width in widths] + [(*lead, 1)] * len(numbers)
+        dtypes = [mx.uint32] * len(widths) + [mx.float16] * len(numbers)
         if x.size == 0:
             return {name: mx.zeros(shape, dtype) for name, shape, dtype in zip(names, shapes, dtypes, strict=True)}
         arrays = {"x": x, "signs": self.signs, **self.quantizer.arrays}
         written = launch(
-            _source(dim, x.dtype, tuple(arrays), self.quantizer.fragment, widths, self.scale, backend),
+            _source(dim, x.dtype, tuple(arrays), self.quantizer.fragment, widths, self.scale, self.sine, backend),
             arrays,
             backend=backend,
             groups=groups_for(math.prod(lead), vectors_at_once(dim)),
@@ -208,6 +222,7 @@ def _source(
     quantizer: Fragment,
     widths: tuple[int, ...],
     scale: str,
+    sine: bool,
     backend: GpuBackend,
 ) -> Source:
     rows = [f"row_{width}_{i}" for i, width in enumerate(widths)]
@@ -217,15 +232,17 @@ def _source(
         for row, width, low in zip(rows, widths, below, strict=True)
     ]
     return Source(
-        name="_".join(["encode", quantizer.name, *map(str, widths)]),
+        name="_".join(["encode", quantizer.name, *map(str, widths), *(["sine"] if sine else [])]),
         inputs=inputs,
-        outputs=(*rows, "root_scale"),
+        outputs=(*rows, "root_scale", *(["sines"] if sine else [])),
         defines=(*layout(dim, dtype, backend), ("CODE_BITS", sum(widths)), ("FACTOR", _FACTORS[scale])),
         headers=("simd.h", "spread.h", "lanes.h", "quantizers.h", "packing.h"),
         body=Template(source_file("encode.metal")).substitute(
             hartley=hartley_row(dim),
             tables=quantizer.tables,
             quantizer=quantizer.setup,
+            rest=_REST if sine else "",
+            keep_rest=_KEEP_REST if sine else "",
             pack="\n  ".join(pack),
         ),
     )

@@ -31,9 +31,11 @@ UNROLL for (uint i = 0; i < each; i++) {
 }
 inner = total_of<int(lanes)>(inner), squares = total_of<int(lanes)>(squares);
 inner = inner == 0.0f ? float(HEAD_DIM) : inner; // of a zero vector, whose scale is 0 if the factor is finite
+$rest
 simd_barrier();
 
 if (vector < vectors) {
   if (lane == 0) root_scale[vector] = half(square_root(rms * (FACTOR)));
+  $keep_rest
   $pack
 }
