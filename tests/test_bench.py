@@ -50,13 +50,26 @@ def test_decoding_is_timed_with_caches_that_are_full(quick):
     assert ours["held_bytes"] < exact["held_bytes"]
 
 
+def test_encoding_is_timed_against_the_attention_of_the_same_layers(quick):
+    rows = bench.encode_steps(SMALL, 96, 5, progress=lambda _: None)
+    assert [row["cache"].split()[0] for row in rows[::2]] == list(bench.ENCODED)
+    assert [row["tokens"] for row in rows] == [1, 5] * len(bench.ENCODED)
+    assert len({row["attention_microseconds"] for row in rows}) == 1
+    for row in rows:
+        assert row["layers"] == 2
+        assert row["ratio"] == pytest.approx(row["microseconds"] / row["attention_microseconds"])
+
+
 def test_the_command_writes_what_it_measured(quick, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "SHAPES", (SMALL,))
+    monkeypatch.setattr(bench, "LONGEST_DECODE", 96)
+    monkeypatch.setattr(bench, "CHUNK", 5)
     monkeypatch.setattr(bench, "copy_bandwidth", lambda: 1.0)
     assert cli.main(["bench", "--json", str(tmp_path / "bench.json"), "--tokens", "64"]) == 0
     results = json.loads((tmp_path / "bench.json").read_text())
     assert results["facts"]["backend"] in ("cpu", "cuda", "metal")
     assert {row["tokens"] for row in results["attention"]} == {64}
+    assert {row["tokens"] for row in results["encode"]} == {1, 5}
     assert "turboquant 4 bit" in capsys.readouterr().out
 
 

@@ -62,6 +62,7 @@ inline float log2(float x) { return __builtin_log2f(x); }
 inline float sin(float x) { return __builtin_sinf(x); }
 inline float cos(float x) { return __builtin_cosf(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
+inline float rint(float x) { return __builtin_rintf(x); }
 
 struct simdgroup_float8x8 {
   float2 elements;

@@ -28,6 +28,7 @@ float log2(float);
 float sin(float);
 float cos(float);
 float sqrt(float);
+float rint(float);
 
 struct simdgroup_float8x8 {
   thread float2& thread_elements();

@@ -90,7 +90,7 @@ class RateQuant:
             )
         arrays: dict[str, mx.array] = {}
         for codec in self.base:
-            code = codec.encode(x[:, mx.array(self._heads(codec))], start)
+            code = codec.encode(_some_heads(x, self._heads(codec)), start)
             arrays |= {f"b{codec.bits}/{name}": array for name, array in code.arrays.items()}
         return Code(arrays, start)
 
@@ -111,7 +111,7 @@ class RateQuant:
         batch, heads, length, _ = x.shape
         grouped = per_kv_head(x, len(self.head_bits))
         parts = [
-            attend(codec, grouped[:, mx.array(self._heads(codec))], self._part(code, codec)) for codec in self.base
+            attend(codec, _some_heads(grouped, self._heads(codec)), self._part(code, codec)) for codec in self.base
         ]
         return self._in_order(parts).reshape(batch, heads, length, parts[0].shape[-1])
 
@@ -129,6 +129,13 @@ class RateQuant:
         """Join arrays ``[B, H_b, ...]``, one for each width, into ``[B, H, ...]`` in the order of the heads."""
         held = [head for codec in self.base for head in self._heads(codec)]
         return mx.concatenate(parts, axis=1)[:, mx.array([held.index(head) for head in range(len(held))])]
+
+
+def _some_heads(x: mx.array, heads: list[int]) -> mx.array:
+    """``heads``, ascending, of ``x`` ``[B, H, ...]``: a view where they are evenly spaced, else a copy."""
+    first, last, step = heads[0], heads[-1], heads[1] - heads[0] if len(heads) > 1 else 1
+    even = heads == list(range(first, last + 1, step))
+    return x[:, first : last + 1 : step] if even else x[:, mx.array(heads)]
 
 
 def build(

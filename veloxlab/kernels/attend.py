@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from veloxlab.kernels.encode import hartley_row
+from veloxlab.kernels.lanes import hartley_row
 from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
 from veloxlab.kernels.readers import Reader, Spread
 
@@ -301,7 +301,7 @@ def _attend_source(shape: Shape, work: _Work, queries: Queries, tokens: Tokens, 
             ("THREADS", SIMDGROUPS * SIMD),
             ("GROUPS_PER_PROCESSOR", at_once),
         ),
-        headers=("readers.h", "spread.h", "lanes.h", "attend.h"),
+        headers=("simd.h", "readers.h", "lanes.h", "attend.h"),
         body=Template(source_file("attend.metal")).substitute(
             declarations="\n".join(part.declarations for part in (key, value)),
             key_setup=key.setup.replace("\n", "\n  "),
@@ -329,7 +329,7 @@ def _combine_source(shape: Shape, work: _Work, backend: GpuBackend) -> Source:
             ("HAS_LOGITS", int(shape.with_logits)),
             ("QUERY_HEADS", f"{shape.query_heads}u"),
         ),
-        headers=("simd.h", "spread.h", "lanes.h"),
+        headers=("simd.h", "lanes.h"),
         body=Template(source_file("combine.metal")).substitute(
             value_hartley=hartley_row(shape.coded_value) if shape.spread[1] else ""
         ),

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +23,9 @@ from mlx_lm.models.llama import Model
 
 from veloxlab import runtime
 from veloxlab.attention import History, Segment
-from veloxlab.codecs.codec import Code
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.codec import Code, Codec, Sample
+from veloxlab.codecs.method import Role
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels.checked import states
 from veloxlab.kernels.launch import gpu
@@ -51,6 +54,10 @@ SHAPES = (Shape(32, 8, 128), Shape(16, 2, 128), Shape(8, 1, 256))
 TOKENS = (4096, 32768, 131072)
 BITS = (2, 3, 4, 8)
 LONGEST_DECODE = 32768  # tokens behind which whole models are timed
+CHUNK = 2048  # tokens of a prefill that are encoded at once
+ENCODED = ("turboquant", "rvq", "rabitq", "ratequant", "spectralquant", "qjl")  # methods whose encoding is timed
+_ENCODED_BITS = 4
+_ROLES: tuple[Role, Role] = ("keys", "values")
 
 
 def facts() -> Row:
@@ -161,6 +168,60 @@ def decode_steps(
     return rows
 
 
+def encode_steps(
+    shape: Shape = SHAPES[0],
+    behind: int = LONGEST_DECODE,
+    chunk: int = CHUNK,
+    methods: Sequence[str] = ENCODED,
+    progress: Progress = print,
+) -> list[Row]:
+    """What it takes to encode the keys and values of all layers: of one decoded token, and of a chunk of a prefill.
+
+    Rows: ``cache, query_heads, kv_heads, head_dim, layers, tokens, microseconds, attention_microseconds, ratio``. Both
+    times are of all layers, evaluated together; ``attention`` is that of one token to ``behind`` others, in 4-bit
+    codes, and ``ratio`` is to it. Calibrated methods are fitted to random vectors, once for all layers.
+    """
+    attention, _ = _microseconds(_ours(shape, behind, _ENCODED_BITS))
+    rows: list[Row] = []
+    for name in methods:
+        codecs = [_encoder(name, shape, role) for role in _ROLES]
+        for count in (1, chunk):
+            pairs = [[_normal(shape, count) for _ in codecs] for _ in range(IN_A_ROW)]
+            mx.eval(pairs)
+            calls = [partial(_encode, codecs, pair) for pair in pairs]
+            each, _ = _microseconds(calls)
+            rows.append(
+                {
+                    "cache": f"{name} {_ENCODED_BITS} bit",
+                    "query_heads": shape.query_heads,
+                    "kv_heads": shape.kv_heads,
+                    "head_dim": shape.head_dim,
+                    "layers": IN_A_ROW,
+                    "tokens": count,
+                    "microseconds": each * IN_A_ROW,
+                    "attention_microseconds": attention * IN_A_ROW,
+                    "ratio": each / attention,
+                }
+            )
+            progress(f"encoding {count} tokens of {IN_A_ROW} layers: {name}, {each * IN_A_ROW:.0f} µs")
+            del calls, pairs
+            mx.clear_cache()
+    return rows
+
+
+def _encode(codecs: Sequence[Codec], vectors: Sequence[mx.array]) -> list[dict[str, mx.array]]:
+    return [codec.encode(x).arrays for codec, x in zip(codecs, vectors, strict=True)]
+
+
+def _encoder(name: str, shape: Shape, role: Role) -> Codec:
+    """A codec of a method, fitted to random vectors; of RateQuant with heads of two widths."""
+    bits = _ENCODED_BITS
+    options: Row = {}
+    if name == "ratequant":
+        options["head_bits"] = tuple(bits + (-1) ** head for head in range(shape.kv_heads))
+    return METHODS[name].codec(shape.head_dim, bits, role, **options).fit(Sample(_normal(shape, 8 * shape.head_dim)))
+
+
 def _copies(bytes_each: int) -> int:
     """How many caches the calls of a row take in turn."""
     return max(1, min(IN_A_ROW, _CACHE_BYTES // bytes_each))
@@ -226,7 +287,7 @@ def _bytes(name: str, shape: Shape, tokens: int) -> int:
     return round(values * per_value / 8)
 
 
-def _microseconds(calls: list[Callable[[], mx.array]]) -> tuple[float, float]:
+def _microseconds(calls: Sequence[Callable[[], object]]) -> tuple[float, float]:
     """Median time of a call, of many evaluated together and of one alone."""
     calls = [calls[i % len(calls)] for i in range(IN_A_ROW)]
     return (

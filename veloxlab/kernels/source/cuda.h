@@ -43,6 +43,7 @@ FUNCTION float logarithm2(float x) {
 FUNCTION float sine(float x) { return sinf(x); }
 FUNCTION float cosine(float x) { return cosf(x); }
 FUNCTION float square_root(float x) { return sqrtf(x); }
+FUNCTION float nearest_whole(float x) { return rintf(x); } // halves to even
 FUNCTION float as_float(half x) { return __half2float(x); }
 FUNCTION float as_float(float x) { return x; }
 FUNCTION float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }

@@ -13,6 +13,7 @@ FUNCTION float logarithm2(float x) { return metal::log2(x); }
 FUNCTION float sine(float x) { return metal::sin(x); }
 FUNCTION float cosine(float x) { return metal::cos(x); }
 FUNCTION float square_root(float x) { return metal::sqrt(x); }
+FUNCTION float nearest_whole(float x) { return metal::rint(x); } // halves to even
 template <typename T>
 FUNCTION float as_float(T x) { return static_cast<float>(x); }
 
