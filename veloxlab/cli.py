@@ -213,15 +213,19 @@ def bench_table(results: dict[str, Any], query_heads: int, kv_heads: int, head_d
 
 
 def time_kernels(options: argparse.Namespace) -> int:
-    """Time attention, decoding steps and encoding, say so as they come, and write them as JSON."""
+    """Time attention, encoding, decoding and reading, say so as they come, and write them as JSON."""
+    from veloxlab.codecs import METHODS
     from veloxlab.measure import bench
+    from veloxlab.measure.bench import attention
 
-    tokens = tuple(options.tokens or bench.TOKENS)
-    results = {
-        "attention": bench.decode_attention(bench.SHAPES, tokens),
-        "decode": bench.decode_steps(tokens=tuple(n for n in tokens if n <= bench.LONGEST_DECODE)),
-        "encode": bench.encode_steps(bench.SHAPES[0], bench.LONGEST_DECODE, bench.CHUNK),
-        "copy_gigabytes_per_second": bench.copy_bandwidth(),
+    tokens = tuple(options.tokens or attention.TOKENS)
+    results: dict[str, Any] = {
+        "attention": bench.decode_attention(tokens=tokens),
+        "methods": bench.attention_of_methods([name for name in METHODS if name != "none"]),
+        "encode": bench.encode_steps(),
+        "decode": bench.decode_steps(tokens=tokens),
+        "read": bench.read_prompts(),
+        "gigabytes_per_second": bench.bandwidth(),
     }
     results = {"facts": bench.facts()} | results
     if options.json:
