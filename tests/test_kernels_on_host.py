@@ -117,6 +117,7 @@ CASES = [
     Case(Codes(8), Codes(7), 192, 8, scaled=False),
     Case(Codes(6), Codes(5), 256, 2, masked=True, dtype=mx.bfloat16),
     Case(Codes(7), Codes(8), 64, 7, length=2, masked=True, value_dim=128),  # more rows than one threadgroup takes
+    Case(PAIRS, Codes(4, joined=True), 256, 8, spread=True),  # little threadgroup memory is left for two tables
     Case(VECTORS, VECTORS, 128, 4),
     Case(Codes(12, width=8), Codes(4), 64, 3, masked=True),  # a table too large for threadgroup memory
     Case(Codes(3), Codes(12, width=8), 128, 8, scaled=False),

@@ -158,7 +158,7 @@ class History(Handle):
             key_dim=key_codec.head_dim,
             value_dim=value_codec.head_dim,
         )
-        kv_heads = keys.rows.shape[1]
+        kv_heads = keys.kv_heads
         coded = None
         if keys.space is None:
             coded = key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), kv_heads))
