@@ -9,7 +9,7 @@ import pytest
 from tests.metal_on_host import launch as host
 from veloxlab import attention
 from veloxlab.attention import History, Segment
-from veloxlab.codecs import METHODS, turboquant, vector_codebooks
+from veloxlab.codecs import METHODS, ratequant, turboquant, vector_codebooks
 from veloxlab.codecs.codec import Code, Sample
 from veloxlab.codecs.none import Exact
 from veloxlab.codecs.turboquant import TurboQuant
@@ -71,6 +71,23 @@ def test_a_kernel_reads_what_a_codec_wrote(method, bits):
     h = history(METHODS[method].codec(DIM, bits, "keys"), METHODS[method].codec(DIM, bits, "values"))
     in_kernel, in_graph = both(h, normal(1, 4, 1, DIM))
     assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "haar"])
+def test_heads_of_several_widths(rotation):
+    keys = ratequant.build(DIM, 3, "keys", head_bits=(4, 2, 3, 2), rotation=rotation)
+    values = ratequant.build(DIM, 3, "values", head_bits=(2, 3, 3, 6), rotation=rotation)
+    in_kernel, in_graph = both(history(keys, values, heads=4), normal(1, 8, 1, DIM))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+    assert checked.states() == {"agrees": 1}
+
+
+def test_layers_with_other_widths_take_the_same_kernel():
+    for widths in ((4, 2), (1, 3), (2, 2)):
+        codecs = (ratequant.build(DIM, 3, role, head_bits=widths) for role in ("keys", "values"))
+        in_kernel, in_graph = both(history(*codecs), normal(1, 4, 1, DIM))
+        assert relative(in_kernel, in_graph) < TOLERANCE
+    assert checked.states() == {"agrees": 1}
 
 
 def test_keys_and_values_may_differ_in_codec_and_dimension():

@@ -47,6 +47,13 @@ def test_grids_signs_and_codebooks():
         assert relative(*both(history(keys, values, packed=900), normal(1, 8, 1, 128))) < TOLERANCE
 
 
+@pytest.mark.parametrize("widths", [(3, 2, 4, 1), (2, 3, 8, 5)])
+@pytest.mark.parametrize("dim", [80, 128])
+def test_heads_of_several_widths(dim, widths):
+    keys, values = (METHODS["ratequant"].codec(dim, 3, role, head_bits=widths) for role in ("keys", "values"))
+    assert relative(*both(history(keys, values, packed=3001, heads=4), normal(1, 16, 1, dim))) < TOLERANCE
+
+
 def test_a_long_context_in_many_splits():
     h = history(TurboQuant(128, 4), TurboQuant(128, 4, "mse"), packed=65_000, heads=8)
     in_kernel, in_graph = both(h, normal(1, 32, 1, 128) * math.sqrt(20))

@@ -286,8 +286,8 @@ def fitted_online(codec: Codec, x: mx.array) -> Codec:
 
 
 def kv_heads_of(code: Code) -> int:
-    """KV heads of a code."""
-    return int(next(iter(code.arrays.values())).shape[1])
+    """KV heads of a code; an array may have something of all of them together."""
+    return max(int(array.shape[1]) for array in code.arrays.values())
 
 
 def _tile(code: Code, start: int, after: mx.array | None) -> Code:

@@ -2,5 +2,6 @@
 
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room, Spread
 from veloxlab.kernels.readers.table import TableReader
+from veloxlab.kernels.readers.widths import HeadWidths, WidthsReader
 
-__all__ = ["Fragment", "Reader", "Room", "Spread", "TableReader"]
+__all__ = ["Fragment", "HeadWidths", "Reader", "Room", "Spread", "TableReader", "WidthsReader"]

@@ -170,9 +170,9 @@ def at(name: str, head: str = "head") -> str:
     return f"{name} + batch * {name}_strides[0] + {head} * {name}_strides[1]"
 
 
-def with_stride(name: str) -> str:
+def with_stride(name: str, head: str = "head") -> str:
     """Two members of a reader: where this batch entry's and head's part of an array begins, and a token's step."""
-    return f"{at(name)}, uint({name}_strides[2])"
+    return f"{at(name, head)}, uint({name}_strides[2])"
 
 
 def scale_arrays(prefix: str, reader: Reader) -> dict[str, mx.array]:
@@ -180,9 +180,9 @@ def scale_arrays(prefix: str, reader: Reader) -> dict[str, mx.array]:
     return {} if reader.root_scale is None else {f"{prefix}_scales": reader.root_scale}
 
 
-def scales(prefix: str, reader: Reader) -> str:
+def scales(prefix: str, reader: Reader, head: str = "head") -> str:
     """The member of a reader that has the scales."""
-    return "{0, 0u}" if reader.root_scale is None else f"{{{with_stride(prefix + '_scales')}}}"
+    return "{0, 0u}" if reader.root_scale is None else f"{{{with_stride(prefix + '_scales', head)}}}"
 
 
 def made(prefix: str, type_name: str, *members: str) -> str:

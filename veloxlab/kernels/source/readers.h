@@ -30,6 +30,24 @@ FUNCTION void load_bits(const global_memory uint* row, uint from, thread uint (&
   }
 }
 
+// The words that hold bits from .. from + bits, COUNT of them or fewer, moved so that the first is bit 0; the others are 0.
+template <int COUNT>
+FUNCTION void load_some(const global_memory uint* row, uint from, uint bits, thread uint (&words)[COUNT]) {
+  const uint first = from / 32, shift = from % 32;
+  uint low = bits > 0 ? row[first] : 0u;
+  UNROLL for (int i = 0; i < COUNT; i++) {
+    const uint high = 32 * uint(i + 1) < shift + bits ? row[first + i + 1] : 0u;
+    words[i] = funnel(low, high, shift);
+    low = high;
+  }
+}
+
+// Takes the first bits, 32 at most, off a string.
+template <int COUNT>
+FUNCTION void drop_bits(thread uint (&words)[COUNT], uint bits) {
+  UNROLL for (int i = 0; i < COUNT; i++) words[i] = funnel(words[i], i + 1 < COUNT ? words[i + 1 < COUNT ? i + 1 : i] : 0u, bits);
+}
+
 // The square of a stored root, or 1 where none is stored.
 struct Scales {
   const global_memory half* roots;

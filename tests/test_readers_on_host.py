@@ -1,0 +1,61 @@
+"""Readers of every layout, run on the CPU as Metal text: attention through them is what their twins in MLX ops give."""
+
+import dataclasses
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.metal_on_host import check, launch, run
+from tests.test_kernels_on_host import Case, Codes, assert_attention_is_its_twins, roots
+from veloxlab.kernels.readers import HeadWidths, WidthsReader
+
+MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")
+
+
+@pytest.fixture(autouse=True)
+def _on_host(monkeypatch):
+    monkeypatch.setattr("veloxlab.kernels.launch._built", launch.built)
+
+
+def words(rng, shape, count):
+    """Random words ``[B, H, S, count]`` in a slice of heads of a larger array: its rows are not in one piece."""
+    batch, heads, tokens = shape
+    return mx.array(rng.integers(0, 2**32, (batch, heads + 2, tokens, count), np.uint32))[:, 1:-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Widths:
+    """Scalar codes of a width for each head."""
+
+    bits: tuple[int, ...]
+
+    def __str__(self):
+        return f"widths{''.join(map(str, self.bits))}"
+
+    def table(self, rng, dim, heads):
+        together = {bits: 2 if bits <= 4 else 1 for bits in dict.fromkeys(self.bits)}
+        levels = {b: mx.array(rng.standard_normal((2 ** (b * n), n), np.float32)) for b, n in together.items()}
+        return HeadWidths(self.bits, dim, levels)
+
+    def reader(self, rng, table, shape, dim, scaled, space):
+        batch, _, tokens = shape
+        rows = words(rng, (batch, 1, tokens), sum(table.words))
+        return WidthsReader(dim, rows, roots(rng, shape) if scaled else None, space, table)
+
+
+CASES = [
+    Case(Widths((3, 1, 2, 3)), Widths((2, 4, 4, 1)), 64, 1, kv_heads=4, batch=1),
+    Case(Widths((4, 2)), Widths((2, 3)), 80, 3, masked=True, spread=True),
+    Case(Widths((8, 3)), Widths((1, 5)), 96, 2, spread=True, dtype=mx.float16),
+    Case(Widths((5, 6)), Widths((7, 8)), 112, 7, length=2, masked=True, scaled=False),
+    Case(Widths((4, 3)), Codes(3), 128, 4, spread=True, value_dim=64),
+    Case(Widths((7, 4)), Widths((4, 7)), 256, 8),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_through_a_reader_is_its_twins(case):
+    assert_attention_is_its_twins(case)
