@@ -90,6 +90,16 @@ def test_layers_with_other_widths_take_the_same_kernel():
     assert checked.states() == {"agrees": 1}
 
 
+def test_layers_with_other_plans_take_the_same_kernel():
+    for seed in (1, 2):
+        uneven = mx.exp(normal(2, 1, DIM, seed=seed))
+        sample = Sample(normal(1, 2, 1024, DIM, seed=7) * uneven + 1)
+        codecs = [METHODS["spectralquant"].codec(DIM, 3, role).fit(sample) for role in ("keys", "values")]
+        in_kernel, in_graph = both(history(*codecs), normal(1, 4, 1, DIM))
+        assert relative(in_kernel, in_graph) < TOLERANCE
+    assert checked.states() == {"agrees": 1}
+
+
 def test_keys_and_values_may_differ_in_codec_and_dimension():
     keys, values = METHODS["qjl"].codec(DIM, 2, "keys"), TurboQuant(128, 4, "mse")
     in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))

@@ -54,6 +54,14 @@ def test_heads_of_several_widths(dim, widths):
     assert relative(*both(history(keys, values, packed=3001, heads=4), normal(1, 16, 1, dim))) < TOLERANCE
 
 
+@pytest.mark.parametrize("bits", [1, 3, 8])
+@pytest.mark.parametrize("dim", [80, 128, 256])
+def test_plans_of_widths(dim, bits):
+    sample = Sample(normal(1, 2, 2048, dim, seed=7) * mx.exp(normal(2, 1, dim, seed=8)) + 1)
+    keys, values = (METHODS["spectralquant"].codec(dim, bits, role).fit(sample) for role in ("keys", "values"))
+    assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
+
+
 def test_a_long_context_in_many_splits():
     h = history(TurboQuant(128, 4), TurboQuant(128, 4, "mse"), packed=65_000, heads=8)
     in_kernel, in_graph = both(h, normal(1, 32, 1, 128) * math.sqrt(20))

@@ -17,7 +17,7 @@ OPTIONS = {
     "rvq": [],
     "vecinfer": [{}, {"point": "d8b12"}],
     "ratequant": [{}, {"head_bits": (3, 2, 4)}, {"head_bits": (8, 1, 5)}, {"head_bits": (3, 3, 3), "rotation": "haar"}],
-    "spectralquant": [],
+    "spectralquant": [{}, {"basis": "query"}, {"basis": "hadamard", "centred": False}],
     "rabitq": [{}, {"bounds": True, "scale": "unbiased"}],
     "qjl": [],
     "polarquant": [],
@@ -30,7 +30,7 @@ WITHOUT = {
     "rvq": [{}],
     "vecinfer": [{"point": "d1b4"}],
     "ratequant": [{"head_bits": (3, 2, 4), "variant": "prod"}],
-    "spectralquant": [{}],
+    "spectralquant": [],
     "rabitq": [{"centroid": True}],
     "qjl": [{"outliers": 4}],
     "polarquant": [{}],
@@ -45,8 +45,9 @@ def normal(*shape, seed=0):
 
 def fitted(method, options, role, bits):
     codec = METHODS[method].build(DIM, bits, role, **options)
-    sample = Sample(normal(1, HEADS, 1024, DIM, seed=7) + normal(1, HEADS, 1, DIM, seed=6), rope=ROPE)
-    return codec.fit(sample)
+    uneven = mx.exp(normal(HEADS, 1, DIM, seed=8))  # channels differ, as those of models do
+    x = normal(1, HEADS, 1024, DIM, seed=7) * uneven + normal(1, HEADS, 1, DIM, seed=6)
+    return codec.fit(Sample(x, queries=normal(1, 2 * HEADS, 1024, DIM, seed=9), rope=ROPE))
 
 
 def cases(table):

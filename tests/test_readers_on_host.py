@@ -9,8 +9,9 @@ import pytest
 
 from tests.metal_on_host import check, launch, run
 from tests.test_kernels_on_host import Case, Codes, assert_attention_is_its_twins, roots
-from veloxlab.kernels.readers import HeadWidths, WidthsReader
+from veloxlab.kernels.readers import HeadWidths, PlanReader, WidthsReader, planned
 
+PAIRS = Codes(4, joined=True)
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")
 
@@ -46,6 +47,32 @@ class Widths:
         return WidthsReader(dim, rows, roots(rng, shape) if scaled else None, space, table)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Scalar codes of a width for each coordinate, of ``bits`` bits on average."""
+
+    bits: int
+    descending: bool = True
+
+    def __str__(self):
+        return f"plan{self.bits}{'' if self.descending else 'shuffled'}"
+
+    def table(self, rng, dim, heads):
+        widths = rng.permutation(np.repeat(np.arange(9), -(-dim // 9))[:dim])
+        while widths.sum() != self.bits * dim:
+            step = np.sign(self.bits * dim - widths.sum())
+            widths[rng.choice(np.flatnonzero(widths < 8 if step > 0 else widths > 0))] += step
+        widths = np.sort(widths)[::-1] if self.descending else widths
+        first = {width: 2 ** int(width) - 1 for width in range(9)}
+        levels = rng.standard_normal(511).astype(np.float32)
+        plan = planned(tuple(widths.tolist()), np.array([first[w] for w in widths.tolist()]), levels)
+        return plan, mx.array(rng.standard_normal((heads, dim, 2), np.float32))
+
+    def reader(self, rng, table, shape, dim, scaled, space):
+        rows = words(rng, shape, -(-self.bits * dim // 32))
+        return PlanReader(dim, rows, roots(rng, shape) if scaled else None, space, *table)
+
+
 CASES = [
     Case(Widths((3, 1, 2, 3)), Widths((2, 4, 4, 1)), 64, 1, kv_heads=4, batch=1),
     Case(Widths((4, 2)), Widths((2, 3)), 80, 3, masked=True, spread=True),
@@ -53,6 +80,11 @@ CASES = [
     Case(Widths((5, 6)), Widths((7, 8)), 112, 7, length=2, masked=True, scaled=False),
     Case(Widths((4, 3)), Codes(3), 128, 4, spread=True, value_dim=64),
     Case(Widths((7, 4)), Widths((4, 7)), 256, 8),
+    Case(Plan(2), Plan(3), 64, 1, kv_heads=3),
+    Case(Plan(3), Plan(1, descending=False), 80, 4, masked=True, dtype=mx.float16),
+    Case(Plan(8), Plan(4), 112, 7, length=2, masked=True, value_dim=128),
+    Case(Plan(4, descending=False), PAIRS, 256, 8, scaled=False),
+    Case(Codes(3), Plan(5), 128, 2, spread=True),
 ]
 
 

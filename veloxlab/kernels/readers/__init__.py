@@ -1,7 +1,18 @@
 """How kernels read codes: one file for each layout that codes have."""
 
+from veloxlab.kernels.readers.plan import PlanReader, planned
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room, Spread
 from veloxlab.kernels.readers.table import TableReader
 from veloxlab.kernels.readers.widths import HeadWidths, WidthsReader
 
-__all__ = ["Fragment", "HeadWidths", "Reader", "Room", "Spread", "TableReader", "WidthsReader"]
+__all__ = [
+    "Fragment",
+    "HeadWidths",
+    "PlanReader",
+    "Reader",
+    "Room",
+    "Spread",
+    "TableReader",
+    "WidthsReader",
+    "planned",
+]
