@@ -62,6 +62,13 @@ def test_plans_of_widths(dim, bits):
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
 
 
+@pytest.mark.parametrize("variant", ["plain", "refined"])
+@pytest.mark.parametrize(("dim", "bits"), [(64, 2), (128, 4), (80, 6), (128, 8)])
+def test_two_stages(dim, bits, variant):
+    keys, values = (METHODS["rvq"].codec(dim, bits, role, variant=variant) for role in ("keys", "values"))
+    assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
+
+
 def test_a_long_context_in_many_splits():
     h = history(TurboQuant(128, 4), TurboQuant(128, 4, "mse"), packed=65_000, heads=8)
     in_kernel, in_graph = both(h, normal(1, 32, 1, 128) * math.sqrt(20))

@@ -14,7 +14,7 @@ ROPE = Rope(DIM)
 # options of every algorithm that change what is stored; an algorithm that is not here fails below
 OPTIONS = {
     "turboquant": [{}, {"rotation": "haar"}],
-    "rvq": [],
+    "rvq": [{}, {"variant": "refined"}, {"rotation": "haar"}],
     "vecinfer": [{}, {"point": "d8b12"}],
     "ratequant": [{}, {"head_bits": (3, 2, 4)}, {"head_bits": (8, 1, 5)}, {"head_bits": (3, 3, 3), "rotation": "haar"}],
     "spectralquant": [{}, {"basis": "query"}, {"basis": "hadamard", "centred": False}],
@@ -27,7 +27,7 @@ OPTIONS = {
 # what no kernel reads: graph ops do
 WITHOUT = {
     "turboquant": [{"variant": "prod"}, {"outliers": 8}],
-    "rvq": [{}],
+    "rvq": [],
     "vecinfer": [{"point": "d1b4"}],
     "ratequant": [{"head_bits": (3, 2, 4), "variant": "prod"}],
     "spectralquant": [],

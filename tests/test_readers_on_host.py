@@ -9,7 +9,7 @@ import pytest
 
 from tests.metal_on_host import check, launch, run
 from tests.test_kernels_on_host import Case, Codes, assert_attention_is_its_twins, roots
-from veloxlab.kernels.readers import HeadWidths, PlanReader, WidthsReader, planned
+from veloxlab.kernels.readers import HeadWidths, PlanReader, StagesReader, WidthsReader, planned
 
 PAIRS = Codes(4, joined=True)
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
@@ -73,6 +73,26 @@ class Plan:
         return PlanReader(dim, rows, roots(rng, shape) if scaled else None, space, *table)
 
 
+@dataclasses.dataclass(frozen=True)
+class Stages:
+    """Codes of two stages of ``bits`` bits each, for ``width`` coordinates at once."""
+
+    bits: int
+    width: int = 1
+
+    def __str__(self):
+        return f"stages{self.bits}bit{self.width}"
+
+    def table(self, rng, dim, heads):
+        return mx.array(rng.standard_normal((4 ** (self.bits * self.width), self.width), np.float32))
+
+    def reader(self, rng, table, shape, dim, scaled, space):
+        coarse, fine = (words(rng, shape, -(-self.bits * dim // 32)) for _ in range(2))
+        scales = roots(rng, shape) if scaled else None
+        return StagesReader(dim, coarse, scales, space, fine, self.bits * self.width, table)
+
+
+TWO_STAGES = Stages(2, 2)
 CASES = [
     Case(Widths((3, 1, 2, 3)), Widths((2, 4, 4, 1)), 64, 1, kv_heads=4, batch=1),
     Case(Widths((4, 2)), Widths((2, 3)), 80, 3, masked=True, spread=True),
@@ -80,6 +100,10 @@ CASES = [
     Case(Widths((5, 6)), Widths((7, 8)), 112, 7, length=2, masked=True, scaled=False),
     Case(Widths((4, 3)), Codes(3), 128, 4, spread=True, value_dim=64),
     Case(Widths((7, 4)), Widths((4, 7)), 256, 8),
+    Case(Stages(1, 2), Stages(3), 64, 1, kv_heads=3),
+    Case(TWO_STAGES, TWO_STAGES, 128, 4, spread=True, dtype=mx.float16),  # one table for both
+    Case(Stages(4), Stages(1, 2), 80, 7, length=2, masked=True, spread=True),
+    Case(Stages(3), Stages(4), 96, 8, masked=True, scaled=False, value_dim=112),
     Case(Plan(2), Plan(3), 64, 1, kv_heads=3),
     Case(Plan(3), Plan(1, descending=False), 80, 4, masked=True, dtype=mx.float16),
     Case(Plan(8), Plan(4), 112, 7, length=2, masked=True, value_dim=128),

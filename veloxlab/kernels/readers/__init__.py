@@ -2,6 +2,7 @@
 
 from veloxlab.kernels.readers.plan import PlanReader, planned
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room, Spread
+from veloxlab.kernels.readers.stages import StagesReader
 from veloxlab.kernels.readers.table import TableReader
 from veloxlab.kernels.readers.widths import HeadWidths, WidthsReader
 
@@ -12,6 +13,7 @@ __all__ = [
     "Reader",
     "Room",
     "Spread",
+    "StagesReader",
     "TableReader",
     "WidthsReader",
     "planned",

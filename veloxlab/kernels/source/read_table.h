@@ -36,6 +36,10 @@ struct SharedTable {
     const local_memory pair_t* found = (const local_memory pair_t*)((const local_memory uchar*)entries + at);
     UNROLL for (int i = 0; i < SUB / 2; i++) x[i] = found[i];
   }
+
+  FUNCTION pair_t pair(uint code) const { // where SUB is 2
+    return *(const local_memory pair_t*)((const local_memory uchar*)entries + (code * COPIES * uint(sizeof(pair_t)) | own));
+  }
 };
 
 template <int SUB>
@@ -59,6 +63,10 @@ struct SingleTable {
   FUNCTION float level(thread const uint (&words)[WORDS]) const {
     const uint at = scaled_bits_of<FROM, COUNT, log2_of(4 * COPIES)>(words) | own;
     return *(const local_memory float*)((const local_memory uchar*)entries + at);
+  }
+
+  FUNCTION float number(uint code) const {
+    return *(const local_memory float*)((const local_memory uchar*)entries + (code * COPIES * 4u | own));
   }
 };
 

@@ -30,6 +30,15 @@ FUNCTION void load_bits(const global_memory uint* row, uint from, thread uint (&
   }
 }
 
+// Bits from .. from + count of a string that lies in words; in an unrolled loop positions are known when it is compiled.
+template <int WORDS>
+FUNCTION uint bits_at(thread const uint (&words)[WORDS], int from, int count) {
+  const int first = from / 32, shift = from % 32;
+  uint found = words[first] >> shift;
+  if (shift + count > 32) found |= words[first + 1] << (32 - shift);
+  return found & ((1u << count) - 1u);
+}
+
 // The words that hold bits from .. from + bits, COUNT of them or fewer, moved so that the first is bit 0; the others are 0.
 template <int COUNT>
 FUNCTION void load_some(const global_memory uint* row, uint from, uint bits, thread uint (&words)[COUNT]) {
