@@ -67,7 +67,7 @@ def both(h: History, q, mask=None):
     ("method", "bits"),
     [
         *(("turboquant", 2), ("turboquant", 3), ("turboquant", 6), ("ratequant", 4), ("rabitq", 1), ("rabitq", 4)),
-        *(("rvq", 2), ("rvq", 4), ("rvq", 8)),
+        *(("qjl", 1), ("qjl", 3), ("rvq", 2), ("rvq", 4), ("rvq", 8)),
     ],
 )
 def test_a_kernel_reads_what_a_codec_wrote(method, bits):

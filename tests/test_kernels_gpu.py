@@ -69,6 +69,13 @@ def test_two_stages(dim, bits, variant):
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
 
 
+@pytest.mark.parametrize("options", [{}, {"group": 24, "levels": "ends"}])
+@pytest.mark.parametrize(("dim", "bits"), [(64, 1), (128, 4), (80, 3), (128, 8)])
+def test_groups_of_steps(dim, bits, options):
+    keys, values = METHODS["qjl"].codec(dim, 1, "keys"), METHODS["qjl"].codec(dim, bits, "values", **options)
+    assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
+
+
 def test_a_long_context_in_many_splits():
     h = history(TurboQuant(128, 4), TurboQuant(128, 4, "mse"), packed=65_000, heads=8)
     in_kernel, in_graph = both(h, normal(1, 32, 1, 128) * math.sqrt(20))

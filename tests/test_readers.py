@@ -19,7 +19,7 @@ OPTIONS = {
     "ratequant": [{}, {"head_bits": (3, 2, 4)}, {"head_bits": (8, 1, 5)}, {"head_bits": (3, 3, 3), "rotation": "haar"}],
     "spectralquant": [{}, {"basis": "query"}, {"basis": "hadamard", "centred": False}],
     "rabitq": [{}, {"bounds": True, "scale": "unbiased"}],
-    "qjl": [],
+    "qjl": [{}, {"levels": "ends", "group": 24}],
     "polarquant": [],
     "commvq": [],
     "none": [],

@@ -9,7 +9,7 @@ import pytest
 
 from tests.metal_on_host import check, launch, run
 from tests.test_kernels_on_host import Case, Codes, assert_attention_is_its_twins, roots
-from veloxlab.kernels.readers import HeadWidths, PlanReader, StagesReader, WidthsReader, planned
+from veloxlab.kernels.readers import GroupsReader, HeadWidths, PlanReader, StagesReader, WidthsReader, planned
 
 PAIRS = Codes(4, joined=True)
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
@@ -92,6 +92,29 @@ class Stages:
         return StagesReader(dim, coarse, scales, space, fine, self.bits * self.width, table)
 
 
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Codes of ``bits`` bits in steps of each ``group`` of coordinates."""
+
+    bits: int
+    group: int = 32
+    centred: bool = True
+
+    def __str__(self):
+        return f"groups{self.bits}of{self.group}"
+
+    def table(self, rng, dim, heads):
+        return None
+
+    def reader(self, rng, table, shape, dim, scaled, space):
+        half_step, least = (roots(rng, shape, -(-dim // self.group)) for _ in range(2))
+        rows = words(rng, shape, -(-self.bits * dim // 32))
+        # as of real groups: steps of a fraction of what they go through, which begins below 0
+        return GroupsReader(
+            dim, rows, None, space, half_step * 0.5**self.bits, -least, self.bits, self.group, self.centred
+        )
+
+
 TWO_STAGES = Stages(2, 2)
 CASES = [
     Case(Widths((3, 1, 2, 3)), Widths((2, 4, 4, 1)), 64, 1, kv_heads=4, batch=1),
@@ -104,6 +127,10 @@ CASES = [
     Case(TWO_STAGES, TWO_STAGES, 128, 4, spread=True, dtype=mx.float16),  # one table for both
     Case(Stages(4), Stages(1, 2), 80, 7, length=2, masked=True, spread=True),
     Case(Stages(3), Stages(4), 96, 8, masked=True, scaled=False, value_dim=112),
+    Case(Codes(4), Groups(4), 64, 1, kv_heads=3),
+    Case(PAIRS, Groups(3), 80, 4, masked=True, spread=True, dtype=mx.float16),  # the last group is shorter
+    Case(Groups(5, group=6, centred=False), Groups(8, group=64), 128, 7, length=2, masked=True),
+    Case(Groups(1, group=200), Groups(2, group=5), 112, 3, scaled=False),
     Case(Plan(2), Plan(3), 64, 1, kv_heads=3),
     Case(Plan(3), Plan(1, descending=False), 80, 4, masked=True, dtype=mx.float16),
     Case(Plan(8), Plan(4), 112, 7, length=2, masked=True, value_dim=128),

@@ -46,7 +46,7 @@ from veloxlab.codecs.groups import GroupLevels, GroupQuantizer
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.sketch import SignSketch, SketchName
 from veloxlab.errors import InputError
-from veloxlab.kernels.readers import TableReader
+from veloxlab.kernels.readers import GroupsReader, TableReader
 
 _SIGNS = 4  # that kernels read at once
 _OUTLIER_SEED = 1_000_003  # keeps the sketch of the outliers independent of the other
@@ -275,6 +275,12 @@ class GroupedValues(TiledCodec):
     def expand(self, code: Code) -> mx.array:
         """Decode; there is nothing else to be scaled."""
         return self._quantizer.expand(code.arrays)
+
+    def reader(self, code: Code) -> GroupsReader:
+        """The groups' steps and least numbers; see `TiledCodec.reader`."""
+        codes, half_step, least = (code.arrays[name] for name in ("codes", "half_step", "least"))
+        layout = self.bits, self.group, self.levels == "centres"
+        return GroupsReader(self.head_dim, codes, None, None, half_step, least, *layout)
 
 
 @lru_cache

@@ -1,5 +1,6 @@
 """How kernels read codes: one file for each layout that codes have."""
 
+from veloxlab.kernels.readers.groups import GroupsReader
 from veloxlab.kernels.readers.plan import PlanReader, planned
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room, Spread
 from veloxlab.kernels.readers.stages import StagesReader
@@ -8,6 +9,7 @@ from veloxlab.kernels.readers.widths import HeadWidths, WidthsReader
 
 __all__ = [
     "Fragment",
+    "GroupsReader",
     "HeadWidths",
     "PlanReader",
     "Reader",
