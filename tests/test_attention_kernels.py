@@ -67,6 +67,7 @@ def both(h: History, q, mask=None):
     ("method", "bits"),
     [
         *(("turboquant", 2), ("turboquant", 3), ("turboquant", 6), ("ratequant", 4), ("rabitq", 1), ("rabitq", 4)),
+        *(("polarquant", 2), ("polarquant", 4), ("polarquant", 8)),
         *(("qjl", 1), ("qjl", 3), ("rvq", 2), ("rvq", 4), ("rvq", 8)),
     ],
 )
@@ -140,7 +141,7 @@ def test_half_precision_comes_out_as_it_went_in():
 
 
 def test_a_codec_that_no_kernel_reads_is_left_to_graph_ops():
-    h = history(METHODS["polarquant"].codec(DIM, 4, "keys"), METHODS["polarquant"].codec(DIM, 4, "values"))
+    h = history(*(METHODS["turboquant"].codec(DIM, 4, role, variant="prod") for role in ("keys", "values")))
     assert h._attend_in_kernel(normal(1, 4, 1, DIM), 1.0, None) is None
 
 

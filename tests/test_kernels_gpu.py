@@ -76,6 +76,13 @@ def test_groups_of_steps(dim, bits, options):
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
 
 
+@pytest.mark.parametrize("recursion", ["block", "full"])
+@pytest.mark.parametrize(("dim", "bits"), [(64, 2), (128, 4), (80, 3), (256, 8)])
+def test_angles(dim, bits, recursion):
+    keys, values = (METHODS["polarquant"].codec(dim, bits, role, recursion=recursion) for role in ("keys", "values"))
+    assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
+
+
 def test_a_long_context_in_many_splits():
     h = history(TurboQuant(128, 4), TurboQuant(128, 4, "mse"), packed=65_000, heads=8)
     in_kernel, in_graph = both(h, normal(1, 32, 1, 128) * math.sqrt(20))

@@ -20,7 +20,11 @@ OPTIONS = {
     "spectralquant": [{}, {"basis": "query"}, {"basis": "hadamard", "centred": False}],
     "rabitq": [{}, {"bounds": True, "scale": "unbiased"}],
     "qjl": [{}, {"levels": "ends", "group": 24}],
-    "polarquant": [],
+    "polarquant": [
+        *({}, {"recursion": "full"}, {"rotation": "haar"}, {"codebook": "fitted"}, {"levels": (2, 2)}),
+        {"recursion": "full", "codebook": "online"},
+        {"levels": (8, 3, 8)},
+    ],
     "commvq": [],
     "none": [],
 }
@@ -33,7 +37,7 @@ WITHOUT = {
     "spectralquant": [],
     "rabitq": [{"centroid": True}],
     "qjl": [{"outliers": 4}],
-    "polarquant": [{}],
+    "polarquant": [{"levels": (4, 3, 2, 1)}],
     "commvq": [{}],
     "none": [{}],
 }

@@ -9,7 +9,15 @@ import pytest
 
 from tests.metal_on_host import check, launch, run
 from tests.test_kernels_on_host import Case, Codes, assert_attention_is_its_twins, roots
-from veloxlab.kernels.readers import GroupsReader, HeadWidths, PlanReader, StagesReader, WidthsReader, planned
+from veloxlab.kernels.readers import (
+    GroupsReader,
+    HeadWidths,
+    PlanReader,
+    PolarReader,
+    StagesReader,
+    WidthsReader,
+    planned,
+)
 
 PAIRS = Codes(4, joined=True)
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
@@ -115,6 +123,31 @@ class Groups:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Polar:
+    """Angles of trees of coordinates, of these bits by level."""
+
+    widths: tuple[int, ...]
+
+    def __str__(self):
+        return f"polar{''.join(map(str, self.widths))}"
+
+    def table(self, rng, dim, heads):
+        angles = rng.uniform(0, 2 * np.pi, sum(1 << bits for bits in self.widths)).astype(np.float32)
+        return mx.array(np.stack([np.cos(angles), np.sin(angles)], axis=-1))
+
+    def reader(self, rng, table, shape, dim, scaled, space):
+        batch, heads, tokens = shape
+        bits = {b: sum(dim >> level for level, own in enumerate(self.widths, 1) if own == b) * b for b in self.widths}
+        rows = [
+            mx.array(rng.integers(0, 256, (batch, heads + 2, tokens, -(-n // 8)), np.uint8))[:, 1:-1]
+            for n in bits.values()
+        ]
+        radii = roots(rng, shape, dim >> len(self.widths))
+        return PolarReader(dim, rows[0], None, space, rows[1] if len(rows) > 1 else None, radii, self.widths, table)
+
+
+BLOCKS = Polar((4, 2, 2, 2))
 TWO_STAGES = Stages(2, 2)
 CASES = [
     Case(Widths((3, 1, 2, 3)), Widths((2, 4, 4, 1)), 64, 1, kv_heads=4, batch=1),
@@ -131,6 +164,11 @@ CASES = [
     Case(PAIRS, Groups(3), 80, 4, masked=True, spread=True, dtype=mx.float16),  # the last group is shorter
     Case(Groups(5, group=6, centred=False), Groups(8, group=64), 128, 7, length=2, masked=True),
     Case(Groups(1, group=200), Groups(2, group=5), 112, 3, scaled=False),
+    Case(BLOCKS, BLOCKS, 128, 4, spread=True, dtype=mx.float16),
+    Case(Polar((5, 3, 3, 3, 3, 3, 3)), Polar((2, 1, 1, 1, 1, 1, 1)), 128, 1, kv_heads=3),  # one radius for all
+    Case(Polar((3, 1, 1, 1)), Polar((8, 6, 6, 6)), 80, 7, length=2, masked=True, spread=True),
+    Case(Polar((8, 8, 8)), Polar((1, 7)), 96, 3, masked=True, value_dim=112),
+    Case(Polar((8, 7, 7, 7, 7, 7, 7, 7)), PAIRS, 256, 8),  # too many angles for threadgroup memory
     Case(Plan(2), Plan(3), 64, 1, kv_heads=3),
     Case(Plan(3), Plan(1, descending=False), 80, 4, masked=True, dtype=mx.float16),
     Case(Plan(8), Plan(4), 112, 7, length=2, masked=True, value_dim=128),

@@ -251,9 +251,7 @@ class RotatedCodec(TiledCodec):
 
     @property
     def _space(self) -> Spread | None:
-        """The rotation, if kernels know it."""
-        rotation = self._rotation
-        return Spread(rotation.signs) if isinstance(rotation, SignedHadamard) else None
+        return space_of(self._rotation)
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
@@ -278,6 +276,11 @@ class RotatedCodec(TiledCodec):
     def query_to_codes(self, q: mx.array) -> mx.array:
         """Rotate."""
         return self._rotation.forward(q)
+
+
+def space_of(rotation: Rotation) -> Spread | None:
+    """The space of codes that a rotation leads to, if kernels know it."""
+    return Spread(rotation.signs) if isinstance(rotation, SignedHadamard) else None
 
 
 def fitted_online(codec: Codec, x: mx.array) -> Codec:

@@ -2,6 +2,7 @@
 
 from veloxlab.kernels.readers.groups import GroupsReader
 from veloxlab.kernels.readers.plan import PlanReader, planned
+from veloxlab.kernels.readers.polar import PolarReader
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room, Spread
 from veloxlab.kernels.readers.stages import StagesReader
 from veloxlab.kernels.readers.table import TableReader
@@ -12,6 +13,7 @@ __all__ = [
     "GroupsReader",
     "HeadWidths",
     "PlanReader",
+    "PolarReader",
     "Reader",
     "Room",
     "Spread",

@@ -1,8 +1,6 @@
 // Scalar codes in equal steps, of a size and a beginning that neighbouring coordinates of a vector share: GROUP of them, the last
 // ones perhaps fewer.
 
-FUNCTION constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
-
 FUNCTION float signed_square(float x) { return x < 0.0f ? -x * x : x * x; }
 
 template <int BITS, int GROUP, int ROW_WORDS>

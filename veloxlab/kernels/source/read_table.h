@@ -20,8 +20,6 @@ FUNCTION uint scaled_bits_of(thread const uint (&words)[WORDS]) {
   return moved & (((1u << COUNT) - 1u) << POWER);
 }
 
-FUNCTION constexpr int log2_of(int x) { return x <= 1 ? 0 : 1 + log2_of(x / 2); }
-
 // A table in threadgroup memory, whose entries stand COPIES times, so that the lanes of a simdgroup meet in no bank. An
 // entry's copies take a power of two of bytes, so a shift and a mask find it; the lane's own copy begins `own` bytes later.
 template <int SUB, int COPIES>

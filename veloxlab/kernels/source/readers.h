@@ -2,6 +2,9 @@
 // as pairs and before the vector's own scale; and that scale. It does so in two steps, so that memory is asked early:
 // `fetch` what is stored, `decode` it later.
 
+FUNCTION constexpr int log2_of(int x) { return x <= 1 ? 0 : 1 + log2_of(x / 2); }
+FUNCTION constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
+
 // The words that hold bits from .. from + BITS of a row of ROW_WORDS words, moved so that the first is bit 0.
 template <int BITS, int ROW_WORDS>
 FUNCTION void load_bits(const global_memory uint* row, uint from, thread uint (&words)[(BITS + 31) / 32]) {
@@ -48,6 +51,18 @@ FUNCTION void load_some(const global_memory uint* row, uint from, uint bits, thr
     const uint high = 32 * uint(i + 1) < shift + bits ? row[first + i + 1] : 0u;
     words[i] = funnel(low, high, shift);
     low = high;
+  }
+}
+
+// The same of BITS bits, all known to be there, in a row of bytes.
+template <int BITS, int COUNT>
+FUNCTION void load_bytes(const global_memory uchar* row, uint from, thread uint (&words)[COUNT]) {
+  const global_memory uchar* bytes = row + from / 8;
+  const uint shift = from % 8;
+  UNROLL for (int i = 0; i < (BITS + 31) / 32; i++) {
+    uint parts[5];
+    UNROLL for (int k = 0; k < 5; k++) parts[k] = 32 * i + 8 * k < int(shift) + BITS ? uint(bytes[4 * i + k]) : 0u;
+    words[i] = funnel(parts[0] | parts[1] << 8 | parts[2] << 16 | parts[3] << 24, parts[4], shift);
   }
 }
 
