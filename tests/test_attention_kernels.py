@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -12,6 +13,7 @@ from veloxlab.attention import History, Segment
 from veloxlab.codecs import METHODS, ratequant, turboquant, vector_codebooks
 from veloxlab.codecs.codec import Code, Sample
 from veloxlab.codecs.none import Exact
+from veloxlab.codecs.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import attend, checked
 from veloxlab.kernels import launch as launching
@@ -115,6 +117,21 @@ def test_codebooks_of_vectors():
     keys, values = (METHODS["vecinfer"].codec(DIM, 2, role).fit(sample) for role in ("keys", "values"))
     in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))
     assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [Rope(DIM), Rope(DIM // 2, traditional=True), Rope(40, base=None, freqs=mx.arange(1, 21) * 3.0, scale=0.5)],
+    ids=["halves", "neighbours", "some"],
+)
+def test_sums_that_are_turned_to_their_positions(rope):
+    sample = Sample(normal(1, 2, 256, DIM, seed=7), rope=rope)
+    keys, values = (METHODS["commvq"].codec(DIM, 1, role).fit(sample) for role in ("keys", "values"))
+    h = history(keys, values)
+    moved = tuple(replace(s, keys=replace(s.keys, start=1000 + 4 * i)) for i, s in enumerate(h.segments))
+    in_kernel, in_graph = both(History(moved), normal(1, 4, 1, DIM))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+    assert checked.states() == {"agrees": 1}
 
 
 @pytest.mark.parametrize("mask", ["causal", "window"])

@@ -1,13 +1,16 @@
 """Kernels against their twins on a real GPU: ``pytest -m gpu``."""
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
 from tests.test_attention_kernels import both, history, normal, relative
+from veloxlab.attention import History
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import checked
 from veloxlab.kernels.launch import gpu
@@ -81,6 +84,16 @@ def test_groups_of_steps(dim, bits, options):
 def test_angles(dim, bits, recursion):
     keys, values = (METHODS["polarquant"].codec(dim, bits, role, recursion=recursion) for role in ("keys", "values"))
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+@pytest.mark.parametrize("rope", [Rope(128), Rope(64, traditional=True)], ids=["halves", "neighbours"])
+def test_sums_that_are_turned_to_their_positions(rope, bits):
+    sample = Sample(normal(1, 2, 512, 128, seed=7), rope=rope)
+    keys, values = (METHODS["commvq"].codec(128, bits, role).fit(sample) for role in ("keys", "values"))
+    h = history(keys, values, packed=3001)
+    moved = History(tuple(replace(s, keys=replace(s.keys, start=s.keys.start + 20_000)) for s in h.segments))
+    assert relative(*both(moved, normal(1, 8, 1, 128))) < TOLERANCE
 
 
 def test_a_long_context_in_many_splits():

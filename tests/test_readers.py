@@ -25,7 +25,7 @@ OPTIONS = {
         {"recursion": "full", "codebook": "online"},
         {"levels": (8, 3, 8)},
     ],
-    "commvq": [],
+    "commvq": [{}],
     "none": [],
 }
 # what no kernel reads: graph ops do
@@ -38,7 +38,7 @@ WITHOUT = {
     "rabitq": [{"centroid": True}],
     "qjl": [{"outliers": 4}],
     "polarquant": [{"levels": (4, 3, 2, 1)}],
-    "commvq": [{}],
+    "commvq": [],
     "none": [{}],
 }
 

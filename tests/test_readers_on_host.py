@@ -12,9 +12,11 @@ from tests.test_kernels_on_host import Case, Codes, assert_attention_is_its_twin
 from veloxlab.kernels.readers import (
     GroupsReader,
     HeadWidths,
+    PairOrder,
     PlanReader,
     PolarReader,
     StagesReader,
+    SumsReader,
     WidthsReader,
     planned,
 )
@@ -147,6 +149,31 @@ class Polar:
         return PolarReader(dim, rows[0], None, space, rows[1] if len(rows) > 1 else None, radii, self.widths, table)
 
 
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums of two entries of each stage, turned or not; of ``rotated`` coordinates, or all."""
+
+    stages: int
+    rotated: int = 0
+    traditional: bool = False
+    turned: bool = True
+
+    def __str__(self):
+        return f"sums{self.stages}{'turned' * self.turned}{self.rotated or ''}"
+
+    def table(self, rng, dim, heads):
+        angles = np.zeros(1 + dim // 2, np.float32)
+        angles[0], angles[1 : 1 + (self.rotated or dim) // 2] = 1234, rng.uniform(0, 1, (self.rotated or dim) // 2)
+        tables = rng.standard_normal((heads, self.stages, 64, dim)) / self.stages**0.5
+        return mx.array(tables.astype(np.float16)), mx.array(angles) if self.turned else None
+
+    def reader(self, rng, table, shape, dim, scaled, space):
+        batch, heads, tokens = shape
+        rows = mx.array(rng.integers(0, 256, (batch, heads + 2, tokens, -(-12 * self.stages // 8)), np.uint8))[:, 1:-1]
+        order = PairOrder(self.rotated or dim, self.traditional)
+        return SumsReader(dim, rows, roots(rng, shape) if scaled else None, space, table[0], order, table[1])
+
+
 BLOCKS = Polar((4, 2, 2, 2))
 TWO_STAGES = Stages(2, 2)
 CASES = [
@@ -169,6 +196,10 @@ CASES = [
     Case(Polar((3, 1, 1, 1)), Polar((8, 6, 6, 6)), 80, 7, length=2, masked=True, spread=True),
     Case(Polar((8, 8, 8)), Polar((1, 7)), 96, 3, masked=True, value_dim=112),
     Case(Polar((8, 7, 7, 7, 7, 7, 7, 7)), PAIRS, 256, 8),  # too many angles for threadgroup memory
+    Case(Sums(5), Sums(4, turned=False), 64, 1, kv_heads=3),
+    Case(Sums(7, rotated=40), Sums(10, turned=False), 80, 4, masked=True, dtype=mx.float16),
+    Case(Sums(3, rotated=48, traditional=True), Sums(2, traditional=True), 96, 7, length=2, masked=True, scaled=False),
+    Case(Sums(2, rotated=22), PAIRS, 112, 3, value_dim=64),  # pairs that begin at odd places
     Case(Plan(2), Plan(3), 64, 1, kv_heads=3),
     Case(Plan(3), Plan(1, descending=False), 80, 4, masked=True, dtype=mx.float16),
     Case(Plan(8), Plan(4), 112, 7, length=2, masked=True, value_dim=128),

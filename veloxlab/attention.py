@@ -161,7 +161,8 @@ class History(Handle):
         kv_heads = keys.kv_heads
         coded = None
         if keys.space is None:
-            coded = key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), kv_heads))
+            # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
+            coded = mx.contiguous(key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), kv_heads)))
         done = checked_attend(q, coded, tokens, _added(mask, q, self.tokens), scale, backend)
         if done is None:
             return None

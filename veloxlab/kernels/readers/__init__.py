@@ -5,6 +5,7 @@ from veloxlab.kernels.readers.plan import PlanReader, planned
 from veloxlab.kernels.readers.polar import PolarReader
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room, Spread
 from veloxlab.kernels.readers.stages import StagesReader
+from veloxlab.kernels.readers.sums import PairOrder, SumsReader
 from veloxlab.kernels.readers.table import TableReader
 from veloxlab.kernels.readers.widths import HeadWidths, WidthsReader
 
@@ -12,12 +13,14 @@ __all__ = [
     "Fragment",
     "GroupsReader",
     "HeadWidths",
+    "PairOrder",
     "PlanReader",
     "PolarReader",
     "Reader",
     "Room",
     "Spread",
     "StagesReader",
+    "SumsReader",
     "TableReader",
     "WidthsReader",
     "planned",
