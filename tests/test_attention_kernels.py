@@ -119,6 +119,14 @@ def test_codebooks_of_vectors():
     assert relative(in_kernel, in_graph) < TOLERANCE
 
 
+def test_codes_of_what_differs_from_a_mean():
+    sample = Sample(normal(1, 2, 256, DIM, seed=7) + 2)
+    keys, values = (METHODS["rabitq"].codec(DIM, 4, role, centroid=True).fit(sample) for role in ("keys", "values"))
+    in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+    assert checked.states() == {"agrees": 1}
+
+
 @pytest.mark.parametrize(
     "rope",
     [Rope(DIM), Rope(DIM // 2, traditional=True), Rope(40, base=None, freqs=mx.arange(1, 21) * 3.0, scale=0.5)],

@@ -96,6 +96,12 @@ def test_sums_that_are_turned_to_their_positions(rope, bits):
     assert relative(*both(moved, normal(1, 8, 1, 128))) < TOLERANCE
 
 
+def test_codes_of_what_differs_from_a_mean():
+    sample = Sample(normal(1, 2, 256, 128, seed=7) + 2)
+    keys, values = (METHODS["rabitq"].codec(128, 4, role, centroid=True).fit(sample) for role in ("keys", "values"))
+    assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, 128))) < TOLERANCE
+
+
 def test_a_long_context_in_many_splits():
     h = history(TurboQuant(128, 4), TurboQuant(128, 4, "mse"), packed=65_000, heads=8)
     in_kernel, in_graph = both(h, normal(1, 32, 1, 128) * math.sqrt(20))

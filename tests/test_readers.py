@@ -18,7 +18,7 @@ OPTIONS = {
     "vecinfer": [{}, {"point": "d8b12"}],
     "ratequant": [{}, {"head_bits": (3, 2, 4)}, {"head_bits": (8, 1, 5)}, {"head_bits": (3, 3, 3), "rotation": "haar"}],
     "spectralquant": [{}, {"basis": "query"}, {"basis": "hadamard", "centred": False}],
-    "rabitq": [{}, {"bounds": True, "scale": "unbiased"}],
+    "rabitq": [{}, {"bounds": True, "scale": "unbiased"}, {"centroid": True}, {"centroid": True, "rotation": "haar"}],
     "qjl": [{}, {"levels": "ends", "group": 24}],
     "polarquant": [
         *({}, {"recursion": "full"}, {"rotation": "haar"}, {"codebook": "fitted"}, {"levels": (2, 2)}),
@@ -35,7 +35,7 @@ WITHOUT = {
     "vecinfer": [{"point": "d1b4"}],
     "ratequant": [{"head_bits": (3, 2, 4), "variant": "prod"}],
     "spectralquant": [],
-    "rabitq": [{"centroid": True}],
+    "rabitq": [],
     "qjl": [{"outliers": 4}],
     "polarquant": [{"levels": (4, 3, 2, 1)}],
     "commvq": [],

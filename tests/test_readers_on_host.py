@@ -15,6 +15,7 @@ from veloxlab.kernels.readers import (
     PairOrder,
     PlanReader,
     PolarReader,
+    ShiftedTableReader,
     StagesReader,
     SumsReader,
     WidthsReader,
@@ -35,6 +36,22 @@ def words(rng, shape, count):
     """Random words ``[B, H, S, count]`` in a slice of heads of a larger array: its rows are not in one piece."""
     batch, heads, tokens = shape
     return mx.array(rng.integers(0, 2**32, (batch, heads + 2, tokens, count), np.uint32))[:, 1:-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shifted(Codes):
+    """Codes of one width, and what each head adds to its vectors."""
+
+    def __str__(self):
+        return f"shifted{super().__str__()}"
+
+    def table(self, rng, dim, heads):
+        return super().table(rng, dim, heads), mx.array(rng.standard_normal((heads, dim), np.float32))
+
+    def reader(self, rng, table, shape, dim, scaled, space):
+        plain = super().reader(rng, table[0], shape, dim, scaled, space)
+        fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
+        return ShiftedTableReader(**fields, shifts=table[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +217,9 @@ CASES = [
     Case(Sums(7, rotated=40), Sums(10, turned=False), 80, 4, masked=True, dtype=mx.float16),
     Case(Sums(3, rotated=48, traditional=True), Sums(2, traditional=True), 96, 7, length=2, masked=True, scaled=False),
     Case(Sums(2, rotated=22), PAIRS, 112, 3, value_dim=64),  # pairs that begin at odd places
+    Case(Shifted(4, joined=True), Shifted(2, joined=True), 128, 4, spread=True, dtype=mx.float16),
+    Case(Shifted(8), Shifted(12, width=8), 64, 7, length=2, masked=True),
+    Case(Shifted(3), Shifted(1), 80, 3, scaled=False),
     Case(Plan(2), Plan(3), 64, 1, kv_heads=3),
     Case(Plan(3), Plan(1, descending=False), 80, 4, masked=True, dtype=mx.float16),
     Case(Plan(8), Plan(4), 112, 7, length=2, masked=True, value_dim=128),

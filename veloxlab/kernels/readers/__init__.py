@@ -6,7 +6,7 @@ from veloxlab.kernels.readers.polar import PolarReader
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room, Spread
 from veloxlab.kernels.readers.stages import StagesReader
 from veloxlab.kernels.readers.sums import PairOrder, SumsReader
-from veloxlab.kernels.readers.table import TableReader
+from veloxlab.kernels.readers.table import ShiftedTableReader, TableReader
 from veloxlab.kernels.readers.widths import HeadWidths, WidthsReader
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "PolarReader",
     "Reader",
     "Room",
+    "ShiftedTableReader",
     "Spread",
     "StagesReader",
     "SumsReader",

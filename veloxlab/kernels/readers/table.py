@@ -1,4 +1,13 @@
-"""Codes of one width, each of which stands for a row of a table: scalar quantizers, grids, signs, vector codebooks."""
+"""Codes of one width, each of which stands for a row of a table: scalar quantizers, grids, signs, vector codebooks.
+
+A vector codebook could be read the other way round: a table of each query's products with all centroids, made once, of
+which a token's score sums D/d entries. At ``d4b8``, D = 128, that is 32 · 256 numbers a query row, 16 KB in half
+precision, and 64 KB for the 4 rows that share a KV head, where there are 48 KB (32 on Metal); the codebook takes 2 KB,
+so that 16 copies of it fit and lanes meet in no bank. A token's score takes as many reads of threadgroup memory either
+way, 32 of 8 bytes (of 16 with 8 rows), for what a matrix unit then adds up in 8 instructions for 16 tokens and 8 rows;
+sums of table entries are 32 additions a token and row. To make the table takes 32,768 multiplications a row, which a
+split of 256 tokens would itself take without it. So there is none; ``d8b12`` would have 128 KB a row, ``d2b8`` 32 KB.
+"""
 
 from __future__ import annotations
 
@@ -51,15 +60,48 @@ class TableReader(Reader):
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
         """See `Reader.fragment`."""
         table = shared_table(self.table, prefix, home, room)
-        members = with_stride(f"{prefix}_rows"), scales(prefix, self), table.made
+        return Fragment(table.declaration, table.filled + made(prefix, *self._typed(prefix, table)))
+
+    def _typed(self, prefix: str, table: TableText) -> tuple[str, ...]:
+        """Type and members of the reader."""
         type_name = f"TableReader<{self.bits}, {self.width}, {self.rows.shape[3]}, {table.type_name}>"
-        return Fragment(table.declaration, table.filled + made(prefix, type_name, *members))
+        return type_name, with_stride(f"{prefix}_rows"), scales(prefix, self), table.made
 
     def levels(self) -> mx.array:
         """See `Reader.levels`."""
         first = mx.arange(self.dim // self.width, dtype=mx.uint32) * self.bits
         codes = bits_at(self.rows, first, self.bits)
         return mx.take(self.table, codes, axis=0).reshape(*self.rows.shape[:3], self.dim)
+
+
+@dataclass(frozen=True, eq=False)
+class ShiftedTableReader(TableReader):
+    """The same, with something added to a KV head's vectors once they are scaled: ``shifts`` ``[H, dim]``, float32."""
+
+    headers: ClassVar[tuple[str, ...]] = (*TableReader.headers, "read_shifted.h")
+
+    shifts: mx.array
+
+    @property
+    def key(self) -> tuple[int | str, ...]:
+        """See `Reader.key`."""
+        return "shifted", *super().key
+
+    def arrays(self, prefix: str) -> dict[str, mx.array]:
+        """See `Reader.arrays`."""
+        return super().arrays(prefix) | {f"{prefix}_shifts": self.shifts}
+
+    def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
+        """See `Reader.fragment`."""
+        table = shared_table(self.table, prefix, home, room)
+        type_name, *members = self._typed(prefix, table)
+        shifts = f"{prefix}_shifts + head * {self.dim}"
+        shifted = made(prefix, f"ShiftedReader<{type_name}>", f"{{{', '.join(members)}}}", shifts)
+        return Fragment(table.declaration, table.filled + shifted)
+
+    def expand(self) -> mx.array:
+        """See `Reader.expand`."""
+        return super().expand() + self.shifts[None, :, None]
 
 
 @dataclass(frozen=True)
