@@ -195,6 +195,7 @@ BLOCKS = Polar((4, 2, 2, 2))
 TWO_STAGES = Stages(2, 2)
 CASES = [
     Case(Widths((3, 1, 2, 3)), Widths((2, 4, 4, 1)), 64, 1, kv_heads=4, batch=1),
+    Case(Widths((3,)), Polar((1,)), 64, 2, kv_heads=1),  # arrays so small that Metal has them elsewhere
     Case(Widths((4, 2)), Widths((2, 3)), 80, 3, masked=True, spread=True),
     Case(Widths((8, 3)), Widths((1, 5)), 96, 2, spread=True, dtype=mx.float16),
     Case(Widths((5, 6)), Widths((7, 8)), 112, 7, length=2, masked=True, scaled=False),

@@ -1,5 +1,5 @@
-// Scalar codes in equal steps, of a size and a beginning that neighbouring coordinates of a vector share: GROUP of them, the last
-// ones perhaps fewer.
+// Scalar codes in equal steps, of a size and a beginning that neighbouring coordinates of a vector share: GROUP of them, the
+// last ones perhaps fewer.
 
 FUNCTION float signed_square(float x) { return x < 0.0f ? -x * x : x * x; }
 

@@ -1,5 +1,5 @@
-// Radii, and angles of a binary tree above each block of coordinates: a coordinate is the radius of its block by a cosine or a
-// sine of one angle of every level. Level 1 has an angle for two coordinates, and so on. The codes of levels of one width
+// Radii, and angles of a binary tree above each block of coordinates: a coordinate is the radius of its block by a cosine or
+// a sine of one angle of every level. Level 1 has an angle for two coordinates, and so on. The codes of levels of one width
 // are in one row of bytes, level after level; there are two rows at most.
 
 // Widths come as digits of 4 bits, level 1 in the lowest.

@@ -1,5 +1,5 @@
-// Codes of two stages, each in a row of its own: a table has an entry for every pair of both. BITS of each stage stand for SUB
-// neighbouring coordinates.
+// Codes of two stages, each in a row of its own: a table has an entry for every pair of both. BITS of each stage stand for
+// SUB neighbouring coordinates.
 
 template <int BITS, class Codes>
 FUNCTION uint joint_code(thread const Codes& from, int i) {

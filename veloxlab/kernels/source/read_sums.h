@@ -1,7 +1,7 @@
-// Sums of table entries, turned to the token's position. Coordinates are pairs of neighbours (x, y) here, complex numbers: of each
-// of STAGES stages codes a and b of 6 bits add entry a, and entry b times i; and a pair is then turned by its own angle for
-// each position. Tables are float16 [STAGES][64][DIM] in another order: of their first ROTATED coordinates either neighbours
-// are a pair (TRADITIONAL) or the halves are, and the halves of what is behind.
+// Sums of table entries, turned to the token's position. Coordinates are pairs of neighbours (x, y) here, complex numbers:
+// of each of STAGES stages codes a and b of 6 bits add entry a, and entry b times i; and a pair is then turned by its own
+// angle for each position. Tables are float16 [STAGES][64][DIM] in another order: of their first ROTATED coordinates either
+// neighbours are a pair (TRADITIONAL) or the halves are, and the halves of what is behind.
 
 struct Complex {
   float x, y;

@@ -69,7 +69,7 @@ FUNCTION void load_bytes(const global_memory uchar* row, uint from, thread uint 
 // Takes the first bits, 32 at most, off a string.
 template <int COUNT>
 FUNCTION void drop_bits(thread uint (&words)[COUNT], uint bits) {
-  UNROLL for (int i = 0; i < COUNT; i++) words[i] = funnel(words[i], i + 1 < COUNT ? words[i + 1 < COUNT ? i + 1 : i] : 0u, bits);
+  UNROLL for (int i = 0; i < COUNT; i++) words[i] = funnel(words[i], i + 1 < COUNT ? words[i + 1] : 0u, bits);
 }
 
 // The square of a stored root, or 1 where none is stored.
