@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -9,10 +10,11 @@ import pytest
 from tests.metal_on_host import launch as host
 from veloxlab import attention
 from veloxlab.attention import History, Segment
-from veloxlab.codecs import METHODS, vector_codebooks
+from veloxlab.codecs import METHODS, ratequant, vector_codebooks
 from veloxlab.codecs import codec as codecs
 from veloxlab.codecs.codec import Code, Sample
 from veloxlab.codecs.none import Exact
+from veloxlab.codecs.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import attend, checked, encode
 from veloxlab.kernels import launch as launching
@@ -66,12 +68,43 @@ def both(h: History, q, mask=None, sinks=None):
 
 @pytest.mark.parametrize(
     ("method", "bits"),
-    [("turboquant", 2), ("turboquant", 3), ("turboquant", 6), ("ratequant", 4), ("rabitq", 1), ("rabitq", 4)],
+    [
+        *(("turboquant", 2), ("turboquant", 3), ("turboquant", 6), ("ratequant", 4), ("rabitq", 1), ("rabitq", 4)),
+        *(("polarquant", 2), ("polarquant", 4), ("polarquant", 8)),
+        *(("qjl", 1), ("qjl", 3), ("rvq", 2), ("rvq", 4), ("rvq", 8)),
+    ],
 )
 def test_a_kernel_reads_what_a_codec_wrote(method, bits):
     h = history(METHODS[method].codec(DIM, bits, "keys"), METHODS[method].codec(DIM, bits, "values"))
     in_kernel, in_graph = both(h, normal(1, 4, 1, DIM))
     assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+@pytest.mark.parametrize("rotation", ["hadamard", "haar"])
+def test_heads_of_several_widths(rotation):
+    keys = ratequant.build(DIM, 3, "keys", head_bits=(4, 2, 3, 2), rotation=rotation)
+    values = ratequant.build(DIM, 3, "values", head_bits=(2, 3, 3, 6), rotation=rotation)
+    in_kernel, in_graph = both(history(keys, values, heads=4), normal(1, 8, 1, DIM))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+    assert checked.states() == {"agrees": 1}
+
+
+def test_layers_with_other_widths_take_the_same_kernel():
+    for widths in ((4, 2), (1, 3), (2, 2)):
+        codecs = (ratequant.build(DIM, 3, role, head_bits=widths) for role in ("keys", "values"))
+        in_kernel, in_graph = both(history(*codecs), normal(1, 4, 1, DIM))
+        assert relative(in_kernel, in_graph) < TOLERANCE
+    assert checked.states() == {"agrees": 1}
+
+
+def test_layers_with_other_plans_take_the_same_kernel():
+    for seed in (1, 2):
+        uneven = mx.exp(normal(2, 1, DIM, seed=seed))
+        sample = Sample(normal(1, 2, 1024, DIM, seed=7) * uneven + 1)
+        codecs = [METHODS["spectralquant"].codec(DIM, 3, role).fit(sample) for role in ("keys", "values")]
+        in_kernel, in_graph = both(history(*codecs), normal(1, 4, 1, DIM))
+        assert relative(in_kernel, in_graph) < TOLERANCE
+    assert checked.states() == {"agrees": 1}
 
 
 def test_keys_and_values_may_differ_in_codec_and_dimension():
@@ -85,6 +118,29 @@ def test_codebooks_of_vectors():
     keys, values = (METHODS["vecinfer"].codec(DIM, 2, role).fit(sample) for role in ("keys", "values"))
     in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))
     assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+def test_codes_of_what_differs_from_a_mean():
+    sample = Sample(normal(1, 2, 256, DIM, seed=7) + 2)
+    keys, values = (METHODS["rabitq"].codec(DIM, 4, role, centroid=True).fit(sample) for role in ("keys", "values"))
+    in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+    assert checked.states() == {"agrees": 1}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [Rope(DIM), Rope(DIM // 2, traditional=True), Rope(40, base=None, freqs=mx.arange(1, 21) * 3.0, scale=0.5)],
+    ids=["halves", "neighbours", "some"],
+)
+def test_sums_that_are_turned_to_their_positions(rope):
+    sample = Sample(normal(1, 2, 256, DIM, seed=7), rope=rope)
+    keys, values = (METHODS["commvq"].codec(DIM, 1, role).fit(sample) for role in ("keys", "values"))
+    h = history(keys, values)
+    moved = tuple(replace(s, keys=replace(s.keys, start=1000 + 4 * i)) for i, s in enumerate(h.segments))
+    in_kernel, in_graph = both(History(moved), normal(1, 4, 1, DIM))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+    assert checked.states() == {"agrees": 1}
 
 
 @pytest.mark.parametrize("mask", ["causal", "window"])
@@ -121,7 +177,7 @@ def test_half_precision_comes_out_as_it_went_in():
 
 
 def test_a_codec_that_no_kernel_reads_is_left_to_graph_ops():
-    h = history(METHODS["polarquant"].codec(DIM, 4, "keys"), METHODS["polarquant"].codec(DIM, 4, "values"))
+    h = history(*(METHODS["turboquant"].codec(DIM, 4, role, variant="prod") for role in ("keys", "values")))
     assert h._attend_in_kernel(normal(1, 4, 1, DIM), 1.0, None) is None
 
 

@@ -1,13 +1,16 @@
 """Kernels against their twins on a real GPU: ``pytest -m gpu``."""
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
 
 from tests.test_attention_kernels import both, history, normal, relative
+from veloxlab.attention import History
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import checked
 from veloxlab.kernels.launch import gpu
@@ -53,6 +56,58 @@ def test_grids_signs_and_codebooks():
     signs = METHODS["qjl"].codec(128, 2, "keys")
     for keys, values in (vecinfer, rabitq, (signs, rabitq[1])):
         assert relative(*both(history(keys, values, packed=900), normal(1, 8, 1, 128))) < TOLERANCE
+
+
+@pytest.mark.parametrize("widths", [(3, 2, 4, 1), (2, 3, 8, 5)])
+@pytest.mark.parametrize("dim", [80, 128])
+def test_heads_of_several_widths(dim, widths):
+    keys, values = (METHODS["ratequant"].codec(dim, 3, role, head_bits=widths) for role in ("keys", "values"))
+    assert relative(*both(history(keys, values, packed=3001, heads=4), normal(1, 16, 1, dim))) < TOLERANCE
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+@pytest.mark.parametrize("dim", [80, 128, 256])
+def test_plans_of_widths(dim, bits):
+    sample = Sample(normal(1, 2, 2048, dim, seed=7) * mx.exp(normal(2, 1, dim, seed=8)) + 1)
+    keys, values = (METHODS["spectralquant"].codec(dim, bits, role).fit(sample) for role in ("keys", "values"))
+    assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
+
+
+@pytest.mark.parametrize("variant", ["plain", "refined"])
+@pytest.mark.parametrize(("dim", "bits"), [(64, 2), (128, 4), (80, 6), (128, 8)])
+def test_two_stages(dim, bits, variant):
+    keys, values = (METHODS["rvq"].codec(dim, bits, role, variant=variant) for role in ("keys", "values"))
+    assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
+
+
+@pytest.mark.parametrize("options", [{}, {"group": 24, "levels": "ends"}])
+@pytest.mark.parametrize(("dim", "bits"), [(64, 1), (128, 4), (80, 3), (128, 8)])
+def test_groups_of_steps(dim, bits, options):
+    keys, values = METHODS["qjl"].codec(dim, 1, "keys"), METHODS["qjl"].codec(dim, bits, "values", **options)
+    assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
+
+
+@pytest.mark.parametrize("recursion", ["block", "full"])
+@pytest.mark.parametrize(("dim", "bits"), [(64, 2), (128, 4), (80, 3), (256, 8)])
+def test_angles(dim, bits, recursion):
+    keys, values = (METHODS["polarquant"].codec(dim, bits, role, recursion=recursion) for role in ("keys", "values"))
+    assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+@pytest.mark.parametrize("rope", [Rope(128), Rope(64, traditional=True)], ids=["halves", "neighbours"])
+def test_sums_that_are_turned_to_their_positions(rope, bits):
+    sample = Sample(normal(1, 2, 512, 128, seed=7), rope=rope)
+    keys, values = (METHODS["commvq"].codec(128, bits, role).fit(sample) for role in ("keys", "values"))
+    h = history(keys, values, packed=3001)
+    moved = History(tuple(replace(s, keys=replace(s.keys, start=s.keys.start + 20_000)) for s in h.segments))
+    assert relative(*both(moved, normal(1, 8, 1, 128))) < TOLERANCE
+
+
+def test_codes_of_what_differs_from_a_mean():
+    sample = Sample(normal(1, 2, 256, 128, seed=7) + 2)
+    keys, values = (METHODS["rabitq"].codec(128, 4, role, centroid=True).fit(sample) for role in ("keys", "values"))
+    assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, 128))) < TOLERANCE
 
 
 def test_a_long_context_in_many_splits():

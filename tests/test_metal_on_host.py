@@ -191,6 +191,20 @@ def test_syntax_finds(body, message):
 
 
 @needs_clang
+def test_metal_takes_31_arguments():
+    names = tuple(f"given{i}" for i in range(28))
+    use = "out[thread_position_in_threadgroup.x] = given0[given0_strides[0] * given0_shape[0]];"
+    for inputs, refused in ((names, False), ((*names, "one_more"), True)):
+        source = Source("probe", inputs, ("out",), (), (), use)
+        types = dict.fromkeys((*inputs, "out"), "float")
+        if not refused:
+            check.check_syntax(source, types)
+            continue
+        with pytest.raises(KernelError, match="32 arguments, where Metal has 31"):
+            check.check_syntax(source, types)
+
+
+@needs_clang
 def test_small_arrays_are_in_another_address_space():
     body = "const global_memory float* at = given;\nout[i] = at[0];"
     syntax(body)

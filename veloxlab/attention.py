@@ -160,10 +160,11 @@ class History(Handle):
             key_dim=key_codec.head_dim,
             value_dim=value_codec.head_dim,
         )
-        kv_heads = keys.rows.shape[1]
+        kv_heads = keys.kv_heads
         coded = None
         if keys.space is None:
-            coded = key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), kv_heads))
+            # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
+            coded = mx.contiguous(key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), kv_heads)))
         logits = None if sinks is None else sinks.astype(mx.float32)
         done = checked_attend(Queries(q, scale, coded, _added(mask, q, self.tokens), logits), tokens, backend)
         if done is None:

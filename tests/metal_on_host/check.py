@@ -10,6 +10,7 @@ from tests.metal_on_host.text import INCLUDES, KernelError, body, defines, facts
 from veloxlab.kernels.launch import Source, source_file
 
 COMPILER = "clang-16"
+MOST_ARGUMENTS = 31  # of a kernel: Metal's; an array's shape or strides are one more
 # OpenCL has these, Metal has none of them: double precision, and variables outside of functions that are not `constant`
 LACKING = ("cl_khr_fp64", "__opencl_c_fp64", "__opencl_c_device_enqueue", "__opencl_c_program_scope_global_variables")
 FLAGS = (
@@ -34,6 +35,9 @@ def check_syntax(source: Source, dtypes: Mapping[str, str], constant: Collection
     ``dtypes`` are the element types of inputs and outputs in Metal's names. Inputs named in ``constant`` are in that
     address space, as MLX passes arrays of fewer than 8 elements.
     """
+    taken = len(source.inputs) + len(source.outputs) + len(facts(source))
+    if taken > MOST_ARGUMENTS:
+        raise KernelError(f"{source.name}: {taken} arguments, where Metal has {MOST_ARGUMENTS}")
     outcome = subprocess.run(
         [COMPILER, *FLAGS, "-"], input=_text(source, dtypes, constant), capture_output=True, text=True
     )

@@ -47,6 +47,7 @@ Vector2<T> vector2(T x) { return {x, x}; }
 struct uint3 {
   uint x, y, z;
 };
+typedef Vector2<half> half2;
 typedef Vector2<float> float2;
 typedef Vector4<float> float4;
 typedef Vector2<uint> uint2;

@@ -13,6 +13,7 @@ typedef __SIZE_TYPE__ size_t;
 typedef unsigned short ushort;
 typedef unsigned char uchar;
 typedef half bfloat;
+typedef half half2 __attribute__((ext_vector_type(2)));
 typedef float float2 __attribute__((ext_vector_type(2)));
 typedef float float4 __attribute__((ext_vector_type(4)));
 typedef uint uint2 __attribute__((ext_vector_type(2)));

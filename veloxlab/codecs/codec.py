@@ -254,9 +254,7 @@ class RotatedCodec(TiledCodec):
 
     @property
     def _space(self) -> Spread | None:
-        """The rotation, if kernels know it."""
-        rotation = self._rotation
-        return Spread(rotation.signs) if isinstance(rotation, SignedHadamard) else None
+        return space_of(self._rotation)
 
     def _encoder(self) -> SpreadEncoder | None:
         """The kernel that does what `quantize` says, or None where there is none."""
@@ -310,14 +308,19 @@ class RotatedCodec(TiledCodec):
         return self._rotation.forward(q)
 
 
+def space_of(rotation: Rotation) -> Spread | None:
+    """The space of codes that a rotation leads to, if kernels know it."""
+    return Spread(rotation.signs) if isinstance(rotation, SignedHadamard) else None
+
+
 def fitted_online(codec: Codec, x: mx.array) -> Codec:
     """The codec, or, if it is ``online``, one fitted to ``x`` ``[B, H, S, D]``, the first it is to pack."""
     return codec.fit(Sample(x.astype(mx.float32))) if getattr(codec, "online", False) else codec
 
 
 def kv_heads_of(code: Code) -> int:
-    """KV heads of a code."""
-    return int(next(iter(code.arrays.values())).shape[1])
+    """KV heads of a code; an array may have something of all of them together."""
+    return max(int(array.shape[1]) for array in code.arrays.values())
 
 
 def _tile(code: Code, start: int, after: mx.array | None) -> Code:

@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Self
 
 import mlx.core as mx
@@ -41,6 +42,7 @@ from veloxlab.codecs.packing import pack, unpack
 from veloxlab.codecs.quantizers import ScaleName, check_scale, scale_factor
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
+from veloxlab.kernels.readers import PairOrder, SumsReader
 
 _INDEX = 6  # bits of a or b
 _CHUNK = 8192  # vectors that are encoded at once
@@ -121,7 +123,9 @@ class CommVQ(TiledCodec):
             raise InputError("All tokens of the sample are the same in one KV head: calibrate with a text that varies.")
         layout = pairs(self.head_dim, rope)
         tables = [train_tables(head, self.stages, layout, sample.seed + i) for i, head in enumerate(heads)]
-        held = mx.array(np.stack(tables)).astype(mx.float16)
+        held = mx.array(np.ascontiguousarray(np.stack(tables))).astype(
+            mx.float16
+        )  # kernels step through it by its shape
         mx.eval(held)
         return replace(self, tables=held, rope=rope)
 
@@ -153,17 +157,44 @@ class CommVQ(TiledCodec):
         return Code({"codes": codes, "root_scale": root}, start)
 
     def expand(self, code: Code) -> mx.array:
-        """Sums of the entries, rotated to their positions; see `TiledCodec.expand`."""
+        """Sums of the entries, rotated to their positions, both coordinates of a pair side by side."""
         codes = code.arrays["codes"]
         heads, count = codes.shape[1], 2 * self.stages
-        flat = self.both_tables(heads).reshape(-1, self.head_dim)
+        tables = self._checked_tables(heads).astype(mx.float32)[..., self._orders[0]]
+        turned = mx.stack([-tables[..., 1::2], tables[..., 0::2]], axis=-1).reshape(tables.shape)
+        flat = mx.stack([tables, turned], axis=2).reshape(-1, self.head_dim)
         first = ENTRIES * mx.arange(heads * count, dtype=mx.uint32).reshape(heads, 1, count)  # row of each table
         rows = unpack(codes, _INDEX, count) + first
         total = mx.zeros((*codes.shape[:-1], self.head_dim))
         for i in range(count):
             (row,) = mx.depends([rows[..., i]], [total])  # or all stages' entries are held at once
             total = total + flat[row]
-        return total if self.rope is None else self.rope.forward(total, code.start)
+        return total if self.rope is None else replace(self.rope, traditional=True).forward(total, code.start)
+
+    def from_codes(self, y: mx.array) -> mx.array:
+        """Put the coordinates of pairs in their places."""
+        return mx.take(y, self._orders[1], axis=-1)
+
+    def query_to_codes(self, q: mx.array) -> mx.array:
+        """Put both coordinates of a pair side by side."""
+        return mx.take(q, self._orders[0], axis=-1)
+
+    def reader(self, code: Code) -> SumsReader:
+        """The tables, and where the tokens are; see `TiledCodec.reader`."""
+        codes = code.arrays["codes"]
+        angles = None if self.rope is None else _angles(self.rope, self.head_dim, code.start)
+        tables = self._checked_tables(codes.shape[1])
+        return SumsReader(self.head_dim, codes, code.arrays["root_scale"], None, tables, self._pair_order, angles)
+
+    @property
+    def _pair_order(self) -> PairOrder:
+        rope = self.rope
+        return PairOrder(self.head_dim, False) if rope is None else PairOrder(rope.dims, rope.traditional)
+
+    @property
+    def _orders(self) -> tuple[mx.array, mx.array]:
+        """Coordinates in the order of the codes, where those of a pair are neighbours, and its inverse, ``[D]``."""
+        return _orders(self.head_dim, self._pair_order)
 
     def scales(self, code: Code) -> mx.array:
         """The stored scale; see `TiledCodec.scales`."""
@@ -174,6 +205,13 @@ class CommVQ(TiledCodec):
 
         The second table is the first with each pair (x, y) turned to (−y, x).
         """
+        tables = self._checked_tables(kv_heads).astype(mx.float32)
+        first, second = pairs(self.head_dim, self.rope)
+        partner, sign = np.empty(self.head_dim, np.int32), np.empty(self.head_dim, np.float32)
+        partner[first], partner[second], sign[first], sign[second] = second, first, -1, 1
+        return mx.stack([tables, tables[..., mx.array(partner)] * mx.array(sign)], axis=2)
+
+    def _checked_tables(self, kv_heads: int) -> mx.array:
         if self.tables is None:
             raise InputError(
                 "CommVQ has to see activations before it can encode: calibrate it first, "
@@ -184,11 +222,23 @@ class CommVQ(TiledCodec):
                 f"This codec was calibrated on {self.tables.shape[0]} KV heads and was given {kv_heads}: "
                 "use the codec of that layer."
             )
-        first, second = pairs(self.head_dim, self.rope)
-        partner, sign = np.empty(self.head_dim, np.int32), np.empty(self.head_dim, np.float32)
-        partner[first], partner[second], sign[first], sign[second] = second, first, -1, 1
-        tables = self.tables.astype(mx.float32)
-        return mx.stack([tables, tables[..., mx.array(partner)] * mx.array(sign)], axis=2)
+        return self.tables
+
+
+@lru_cache
+def _orders(dim: int, order: PairOrder) -> tuple[mx.array, mx.array]:
+    there = order.pairs(dim).ravel()
+    orders = mx.array(there.astype(np.uint32)), mx.array(np.argsort(there).astype(np.uint32))
+    mx.eval(*orders)
+    return orders
+
+
+@lru_cache(maxsize=256)  # layers: while a prompt is decoded its packed tokens begin where they did
+def _angles(rope: Rope, dim: int, start: int) -> mx.array:
+    """The position of the first token, and what each pair is turned by from one to the next ``[1 + dim/2]``."""
+    angles = np.zeros(1 + dim // 2, np.float32)
+    angles[0], angles[1 : 1 + rope.dims // 2] = start, rope.angles
+    return mx.array(angles)
 
 
 def _unrotated(x: mx.array, rope: Rope | None, start: int) -> mx.array:

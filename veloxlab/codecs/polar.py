@@ -120,6 +120,16 @@ class PolarTree:
         return (_circle_table(self.levels[0]), *(_table(angles) for angles in learned))
 
     @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows of bytes, that of level 1 first."""
+        return tuple(f"angles_{bits}" for bits in self._runs)
+
+    @cached_property
+    def circles(self) -> mx.array:
+        """Cosine and sine of the angles of all levels, one after the other ``[entries, 2]``, float32, for kernels."""
+        return _known_circles(self.levels) if not self.centroids else _joined(self._tables)
+
+    @property
     def _runs(self) -> dict[int, int]:
         """How many codes of a vector have each width."""
         runs = dict.fromkeys(self.levels, 0)
@@ -165,6 +175,17 @@ def _density(t: Floats, level: int) -> Floats:
 @lru_cache
 def _known_tables(levels: tuple[int, ...]) -> tuple[Table, ...]:
     return (_circle_table(levels[0]), *(_table(angle_codebook(i, b)[0]) for i, b in enumerate(levels[1:], 2)))
+
+
+@lru_cache
+def _known_circles(levels: tuple[int, ...]) -> mx.array:
+    return _joined(_known_tables(levels))
+
+
+def _joined(tables: tuple[Table, ...]) -> mx.array:
+    circles = mx.concatenate([circle for _, circle in tables])
+    mx.eval(circles)
+    return circles
 
 
 def _circle_table(bits: int) -> Table:

@@ -41,12 +41,13 @@ from typing import ClassVar, Literal, Self, get_args
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
+from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, space_of, store_scale
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.polar import PolarTree, angle_codebook, fitted_angles, halvings
 from veloxlab.codecs.quantizers import ScaleName, check_scale
 from veloxlab.codecs.transforms import Rotation, RotationName, make_rotation
 from veloxlab.errors import InputError
+from veloxlab.kernels.readers.polar import MOST_LEVELS, MOST_ROWS, PolarReader
 
 Recursion = Literal["block", "full"]
 CodebookName = Literal["offline", "online", "fitted"]
@@ -168,6 +169,17 @@ class PolarQuant(TiledCodec):
         """Rotated vectors, radii times directions; see `TiledCodec.expand`."""
         radius = load_scale(code.arrays["root_rms"]) * math.sqrt(self.tree.block)
         return mx.flatten(self.tree.directions(self.tree.unpack(code.arrays)) * radius[..., None], -2)
+
+    def reader(self, code: Code) -> PolarReader | None:
+        """Radii and angles; None for more levels or widths than a kernel takes; see `TiledCodec.reader`."""
+        arrays, rows = code.arrays, self.tree.rows
+        if len(self.levels) > MOST_LEVELS or len(rows) > MOST_ROWS:
+            return None
+        other = arrays[rows[1]] if len(rows) > 1 else None
+        layout = self.levels, self.tree.circles
+        return PolarReader(
+            self.head_dim, arrays[rows[0]], None, space_of(self._rotation), other, arrays["root_rms"], *layout
+        )
 
     def from_codes(self, y: mx.array) -> mx.array:
         """Rotate back."""

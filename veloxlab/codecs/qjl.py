@@ -47,7 +47,7 @@ from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.sketch import SignSketch, SketchName, pack_signs
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import encoded
-from veloxlab.kernels.readers import TableReader
+from veloxlab.kernels.readers import GroupsReader, TableReader
 from veloxlab.kernels.signs import SignEncoder
 
 _SIGNS = 4  # that kernels read at once
@@ -277,6 +277,12 @@ class GroupedValues(TiledCodec):
     def expand(self, code: Code) -> mx.array:
         """Decode; there is nothing else to be scaled."""
         return self._quantizer.expand(code.arrays)
+
+    def reader(self, code: Code) -> GroupsReader:
+        """The groups' steps and least numbers; see `TiledCodec.reader`."""
+        codes, half_step, least = (code.arrays[name] for name in ("codes", "half_step", "least"))
+        layout = self.bits, self.group, self.levels == "centres"
+        return GroupsReader(self.head_dim, codes, None, None, half_step, least, *layout)
 
 
 @lru_cache

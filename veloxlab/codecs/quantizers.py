@@ -15,6 +15,7 @@ from veloxlab.codecs.codebooks import Codebook, gaussian_codebook, sphere_codebo
 from veloxlab.codecs.levels import polynomial
 from veloxlab.codecs.packing import WIDEST, pack, spread, unpack, words_per_row
 from veloxlab.errors import InputError
+from veloxlab.kernels.readers import planned
 
 CodebookName = Literal["sphere", "gaussian"]
 ScaleName = Literal["norm", "mse", "unbiased"]
@@ -260,3 +261,10 @@ def _planned_tables(quantizer: PlannedQuantizer) -> tuple[mx.array, mx.array, mx
     )
     mx.eval(*arrays)
     return arrays
+
+
+@lru_cache
+def kernel_plan(quantizer: PlannedQuantizer) -> mx.array:
+    """Widths and levels for `veloxlab.kernels.readers.PlanReader`."""
+    levels, first, _, _, _ = _planned_tables(quantizer)
+    return planned(quantizer.widths, np.array(first), np.array(levels))

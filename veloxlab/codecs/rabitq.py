@@ -37,7 +37,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import ClassVar, Literal, Self
 
 import mlx.core as mx
@@ -51,7 +51,7 @@ from veloxlab.codecs.quantizers import paired, scale_factor
 from veloxlab.codecs.transforms import RotationName, SignedHadamard
 from veloxlab.errors import InputError
 from veloxlab.kernels.encode import SpreadEncoder, StretchedGrid
-from veloxlab.kernels.readers import TableReader
+from veloxlab.kernels.readers import ShiftedTableReader, TableReader
 
 ScaleName = Literal["unbiased", "mse"]
 EncoderName = Literal["grid", "exact", "fast"]
@@ -131,7 +131,7 @@ class RaBitQ(RotatedCodec):
         codes = spread(arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
         return codes - float(2**self.bits - 1) / 2
 
-    def reader(self, code: Code) -> TableReader | None:
+    def reader(self, code: Code) -> TableReader:
         """The grid as a table; see `TiledCodec.reader`."""
         together, table = _grid(self.bits)
         return TableReader(
@@ -184,8 +184,10 @@ class CentredRaBitQ(RaBitQ):
 
     @property
     def shared_bytes(self) -> int:
-        """The rotation and the means."""
-        return super().shared_bytes + (0 if self.centroid is None else self.centroid.nbytes)
+        """The rotation and the means; rotated, too, where a kernel has read."""
+        means = [] if self.centroid is None else [self.centroid]
+        means += [self._rotated_mean] if "_rotated_mean" in vars(self) else []
+        return super().shared_bytes + sum(mean.nbytes for mean in means)
 
     def fit(self, sample: Sample) -> Self:
         """Learn the mean of each KV head; raises `InputError` below 16 tokens, or if they are all the same."""
@@ -213,9 +215,22 @@ class CentredRaBitQ(RaBitQ):
     def _table(self) -> mx.array | None:
         return super()._table if self.centroid is None else None
 
-    def reader(self, code: Code) -> TableReader | None:
-        """As without a mean, until there is one, which no table holds."""
-        return super().reader(code) if self.centroid is None else None
+    def reader(self, code: Code) -> TableReader:
+        """The grid, and the rotated means beside it; see `TiledCodec.reader`."""
+        plain = super().reader(code)
+        if self.centroid is None:
+            return plain
+        self._mean(plain.kv_heads)  # refuses other heads
+        layout = plain.space, plain.bits, plain.table
+        return ShiftedTableReader(self.head_dim, plain.rows, plain.root_scale, *layout, self._rotated_mean)
+
+    @cached_property
+    def _rotated_mean(self) -> mx.array:
+        """Means in the space of the codes ``[H, D]``."""
+        assert self.centroid is not None
+        mean = self._rotation.forward(self.centroid)
+        mx.eval(mean)
+        return mean
 
     def _mean(self, heads: int) -> mx.array:
         assert self.centroid is not None

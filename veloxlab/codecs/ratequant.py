@@ -8,8 +8,9 @@ Stored per vector of D coordinates
     What TurboQuant stores at the head's width bₕ: bₕ·D bits and one 16-bit scale. Over a layer, the mean of bₕ, and
     16/D: b̄ + 16/D bits per value. The widths themselves are plain numbers of the codec.
 
-The base quantizer is TurboQuant, with its options. Heads of one width are coded together, in arrays ``[B, H_b, S, …]``
-named ``b2/codes``, ``b3/codes``: nothing is padded to the widest head.
+The base quantizer is TurboQuant, with its options. The codes of all heads of a token are one row ``[B, 1, S, words]``,
+by width: nothing is padded to the widest head, and a kernel finds every head's own part. What is of one size for all
+heads, as the scales, is ``[B, H, S, …]`` in the same order.
 
 Where we differ
     * Without ``head_bits`` it is TurboQuant at ``bits``, so that a plan may name it for all layers.
@@ -18,25 +19,26 @@ Where we differ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Self
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 
 from veloxlab.codecs import turboquant
 from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import Code, Sample, check_vectors, per_kv_head
+from veloxlab.codecs.codec import Code, TiledCodec, check_vectors
 from veloxlab.codecs.method import Method, Role
 from veloxlab.errors import InputError
+from veloxlab.kernels.readers import HeadWidths, Spread, WidthsReader
 
 HeadBits = Sequence[int] | Mapping[str, Sequence[int]]
 Base = turboquant.TurboQuant | turboquant.TurboQuantProd
+_RAGGED = "codes"  # the array whose rows are as wide as the head's codes
 
 
 @dataclass(frozen=True)
-class RateQuant:
+class RateQuant(TiledCodec):
     """TurboQuant with a width for each KV head; see the module.
 
     Parameters
@@ -75,11 +77,6 @@ class RateQuant:
         """Tables of the widths in use; the rotation, which they share, counts for each."""
         return sum(codec.shared_bytes for codec in self.base)
 
-    def fit(self, sample: Sample) -> Self:
-        """Nothing to learn: the widths are the plan's."""
-        check_vectors(sample.x, self.head_dim)
-        return self
-
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]``, heads of one width together; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
@@ -88,47 +85,79 @@ class RateQuant:
                 f"This codec has widths for {len(self.head_bits)} KV heads and was given {x.shape[1]}: "
                 "give one width for each head."
             )
-        arrays: dict[str, mx.array] = {}
-        for codec in self.base:
-            code = codec.encode(_some_heads(x, self._heads(codec)), start)
-            arrays |= {f"b{codec.bits}/{name}": array for name, array in code.arrays.items()}
-        return Code(arrays, start)
+        parts = [codec.encode(_some_heads(x, self._heads(codec)), start).arrays for codec in self.base]
+        names = list(dict.fromkeys(name for part in parts for name in part))
+        return Code({name: _joined([part[name] for part in parts if name in part], name) for name in names}, start)
 
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
         """Reconstruct ``[B, H, S, D]``; see `Codec.decode`."""
-        return self._in_order([codec.decode(self._part(code, codec), dtype) for codec in self.base])
+        return self._in_order([codec.decode(part, dtype) for codec, part in self._parts(code)])
 
-    def scores(self, q: mx.array, code: Code) -> mx.array:
-        """``q · decode(code)ᵀ`` of each width's heads; see `Codec.scores`."""
-        return self._by_width(q, code, lambda codec, part, own: codec.scores(part, own))
+    def expand(self, code: Code) -> mx.array:
+        """Levels of the codes of every width; see `TiledCodec.expand`."""
+        return self._in_order([codec.expand(part) for codec, part in self._parts(code)])
 
-    def mix(self, p: mx.array, code: Code) -> mx.array:
-        """``p · decode(code)`` of each width's heads; see `Codec.mix`."""
-        return self._by_width(p, code, lambda codec, part, own: codec.mix(part, own))
+    def scales(self, code: Code) -> mx.array:
+        """The stored scales; see `TiledCodec.scales`."""
+        return self._in_order([codec.scales(part) for codec, part in self._parts(code)])
 
-    def _by_width(self, x: mx.array, code: Code, attend: Callable[[Base, mx.array, Code], mx.array]) -> mx.array:
-        """Give each codec the rows of ``x`` ``[B, Hq, L, ·]`` that read its heads, and put the answers in order."""
-        batch, heads, length, _ = x.shape
-        grouped = per_kv_head(x, len(self.head_bits))
-        parts = [
-            attend(codec, _some_heads(grouped, self._heads(codec)), self._part(code, codec)) for codec in self.base
-        ]
-        return self._in_order(parts).reshape(batch, heads, length, parts[0].shape[-1])
+    def from_codes(self, y: mx.array) -> mx.array:
+        """Rotate back: one rotation is all widths'."""
+        return self.base[0].from_codes(y)
+
+    def query_to_codes(self, q: mx.array) -> mx.array:
+        """Rotate."""
+        return self.base[0].query_to_codes(q)
+
+    def reader(self, code: Code) -> WidthsReader | None:
+        """Every head's own width and levels; None with the sketch of ``prod``; see `TiledCodec.reader`."""
+        layout = _layout(self)
+        if layout is None:
+            return None
+        return WidthsReader(self.head_dim, code.arrays[_RAGGED], code.arrays["root_scale"], *layout)
 
     def _heads(self, codec: Base) -> list[int]:
         """KV heads with the width of ``codec``."""
         return [head for head, bits in enumerate(self.head_bits) if bits == codec.bits]
 
-    def _part(self, code: Code, codec: Base) -> Code:
-        """What ``codec`` stored."""
-        prefix = f"b{codec.bits}/"
-        own = {n.removeprefix(prefix): a for n, a in code.arrays.items() if n.startswith(prefix)}
-        return Code(own, code.start)
+    def _parts(self, code: Code) -> list[tuple[Base, Code]]:
+        """What each codec stored, as it stored it."""
+        parts: list[tuple[Base, Code]] = []
+        word = head = 0
+        for codec in self.base:
+            count, words = len(self._heads(codec)), codec.code_words
+            arrays = {n: a[:, head : head + count] for n, a in code.arrays.items() if n != _RAGGED}
+            if words:
+                rows = code.arrays[_RAGGED][:, 0, :, word : word + count * words]
+                arrays[_RAGGED] = mx.unflatten(rows, -1, (count, words)).swapaxes(1, 2)
+            parts.append((codec, Code(arrays, code.start)))
+            word, head = word + count * words, head + count
+        return parts
 
     def _in_order(self, parts: list[mx.array]) -> mx.array:
         """Join arrays ``[B, H_b, ...]``, one for each width, into ``[B, H, ...]`` in the order of the heads."""
         held = [head for codec in self.base for head in self._heads(codec)]
-        return mx.concatenate(parts, axis=1)[:, mx.array([held.index(head) for head in range(len(held))])]
+        joined = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+        in_order = sorted(range(len(held)), key=held.__getitem__)
+        return joined if in_order == list(range(len(held))) else joined[:, mx.array(in_order)]
+
+
+def _joined(parts: list[mx.array], name: str) -> mx.array:
+    """What codecs stored of their heads, one after the other: ``[B, H, S, n]``, codes ``[B, 1, S, words]``."""
+    if name != _RAGGED:
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+    return mx.concatenate([mx.flatten(part.swapaxes(1, 2), -2) for part in parts], axis=-1)[:, None]
+
+
+@lru_cache
+def _layout(codec: RateQuant) -> tuple[Spread | None, HeadWidths] | None:
+    """Space and widths of a codec's codes for a kernel: asked for at every token of every layer."""
+    bases = [base for base in codec.base if isinstance(base, turboquant.TurboQuant)]
+    if len(bases) < len(codec.base):
+        return None
+    layouts = [turboquant.kernel_layout(base) for base in bases]
+    levels = {base.bits: table for base, (_, _, table) in zip(bases, layouts, strict=True)}
+    return layouts[0][0], HeadWidths(codec.head_bits, codec.head_dim, levels)
 
 
 def _some_heads(x: mx.array, heads: list[int]) -> mx.array:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,6 +29,15 @@ class Rope:
     base: float | None = 10_000.0
     freqs: mx.array | None = None
     scale: float = 1.0
+
+    @property
+    def angles(self) -> np.ndarray:
+        """By how much each pair is turned from one position to the next ``[dims / 2]``, float64 radians."""
+        if self.freqs is not None:
+            return self.scale / np.array(self.freqs.astype(mx.float32), np.float64)
+        assert self.base is not None
+        pairs = self.dims // 2
+        return np.asarray(self.scale * self.base ** (-np.arange(pairs) / pairs))
 
     def forward(self, x: mx.array, start: int) -> mx.array:
         """Rotate ``x`` ``[B, H, S, D]``, whose first token is at position ``start``."""

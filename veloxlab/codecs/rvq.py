@@ -47,9 +47,11 @@ from veloxlab.codecs.quantizers import JOINT_INDEX_BITS, CodebookName, ScaleName
 from veloxlab.codecs.transforms import RotationName
 from veloxlab.errors import InputError
 from veloxlab.kernels.encode import NearestLevel, SpreadEncoder
+from veloxlab.kernels.readers import StagesReader
 
 Variant = Literal["plain", "refined"]
 Residual = Literal["exact", "laplacian"]
+_PAIRED_BITS = 2  # of a stage, up to which kernels read two coordinates at once, from a table of at most 256 pairs
 VELOX_VARIANCE = math.sqrt(3 * math.pi) / 2  # VeloxQuant-MLX's constant for the variance of the residual, times 4^b
 
 
@@ -125,6 +127,11 @@ class Rvq(RotatedCodec):
         coarse, fine = (unpack(arrays[name], half, self.head_dim, together) for name in ("coarse", "fine"))
         levels = mx.take(joint, (coarse << (half * together)) | fine, axis=0)
         return levels.reshape(*coarse.shape[:-1], coarse.shape[-1] * together)[..., : self.head_dim]
+
+    def reader(self, code: Code) -> StagesReader:
+        """Both stages, and the levels that they stand for together; see `TiledCodec.reader`."""
+        coarse, fine, root_scale = (code.arrays[name] for name in ("coarse", "fine", "root_scale"))
+        return StagesReader(self.head_dim, coarse, root_scale, self._space, fine, *_kernel_table(self.stages))
 
     def decode_coarse(self, code: Code) -> mx.array:
         """Reconstruct ``[B, H, S, D]``, float32, from the first stage and the scale: ``fine`` is not read.
@@ -210,10 +217,7 @@ def _tables(stages: Stages) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     together = 1
     while 2 * together * 2 * half <= JOINT_INDEX_BITS and together < 8:
         together *= 2
-    index = np.arange(1 << (2 * half * together))[:, None]
-    shifts, mask = half * np.arange(together), (1 << half) - 1
-    cells = ((index >> (half * together) >> shifts & mask) << half) | (index >> shifts & mask)
-    arrays = (stages.boundaries, stages.levels, stages.levels[cells], stages.first.levels)
+    arrays = (stages.boundaries, stages.levels, _neighbours(stages, half, together), stages.first.levels)
     boundaries, levels, joint, coarse = (mx.array(a.astype(np.float32)) for a in arrays)
     mx.eval(boundaries, levels, joint, coarse)
     return boundaries, levels, joint, coarse
@@ -227,6 +231,24 @@ def _encoder(codec: Rvq) -> SpreadEncoder | None:
     boundaries, levels, _, _ = _tables(codec.stages)
     nearest = NearestLevel(boundaries, levels, codec.bits)
     return SpreadEncoder(space.signs, nearest, codec.scale, (("coarse", half), ("fine", half)))
+
+
+def _neighbours(stages: Stages, half: int, together: int) -> Floats:
+    """Levels of ``together`` coordinates ``[4**(half·together), together]``: coarse codes in the index's high bits."""
+    index = np.arange(1 << (2 * half * together))[:, None]
+    shifts, mask = half * np.arange(together), (1 << half) - 1
+    cells = ((index >> (half * together) >> shifts & mask) << half) | (index >> shifts & mask)
+    return np.asarray(stages.levels[cells])
+
+
+@lru_cache
+def _kernel_table(stages: Stages) -> tuple[int, mx.array]:
+    """How kernels read the codes: the width of a stage's index, and the levels that two of them stand for."""
+    half = (len(stages.levels).bit_length() - 1) // 2
+    together = 2 if half <= _PAIRED_BITS else 1
+    table = mx.array(_neighbours(stages, half, together).astype(np.float32))
+    mx.eval(table)
+    return half * together, table
 
 
 def build(head_dim: int, bits: int, role: Role, **options: object) -> Rvq:

@@ -45,11 +45,12 @@ from veloxlab.codecs.codebooks import check_bits
 from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
 from veloxlab.codecs.greedy import greedy_bits
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.quantizers import PlannedQuantizer, ScaleName, check_scale, plan_tables
+from veloxlab.codecs.quantizers import PlannedQuantizer, ScaleName, check_scale, kernel_plan, plan_tables
 from veloxlab.codecs.transforms import make_rotation
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import encoded
 from veloxlab.kernels.planned import PlannedEncoder
+from veloxlab.kernels.readers import PlanReader
 
 BasisName = Literal["pca", "query", "hadamard"]
 Floats = NDArray[np.float64]
@@ -108,6 +109,7 @@ class SpectralQuant(TiledCodec):
     def shared_bytes(self) -> int:
         """Bases, means and deviations of all heads, and the levels."""
         arrays = [a for a in (self.forward, self.backward, self.mean, self.deviation) if a is not None]
+        arrays += [self._fit] if "_fit" in vars(self) else []  # where a kernel has read
         return sum(a.nbytes for a in arrays) + (PlannedQuantizer(self.plan).nbytes if self.plan else 0)
 
     def fit(self, sample: Sample) -> Self:
@@ -204,6 +206,22 @@ class SpectralQuant(TiledCodec):
     def query_to_codes(self, q: mx.array) -> mx.array:
         """Into the dual basis, which is the basis itself where that is orthonormal."""
         return q @ self._fitted(q.shape[1])[1].swapaxes(-1, -2)
+
+    def reader(self, code: Code) -> PlanReader:
+        """Every coordinate's own width, deviation and mean; see `TiledCodec.reader`."""
+        words = code.arrays["codes"]
+        self._fitted(words.shape[1])
+        plan = kernel_plan(PlannedQuantizer(self.plan))
+        return PlanReader(self.head_dim, words, code.arrays["root_scale"], None, plan, self._fit)
+
+    @cached_property
+    def _fit(self) -> mx.array:
+        """Deviation and mean of each coordinate ``[H, D, 2]``, side by side as a kernel reads them."""
+        assert self.deviation is not None
+        assert self.mean is not None
+        fit = mx.stack([self.deviation[:, 0], self.mean[:, 0]], axis=-1)
+        mx.eval(fit)
+        return fit
 
     def _fitted(self, kv_heads: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         if self.forward is None or self.mean is None or self.deviation is None:

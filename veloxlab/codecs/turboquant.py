@@ -92,6 +92,11 @@ class TurboQuant(RotatedCodec):
         """Rotation and codebook."""
         return self._rotation.nbytes + self._quantizer.nbytes
 
+    @property
+    def code_words(self) -> int:
+        """uint32 words of a vector's codes."""
+        return self._quantizer.words
+
     def _encoder(self) -> SpreadEncoder | None:
         return _encoder(self)
 
@@ -111,7 +116,7 @@ class TurboQuant(RotatedCodec):
 
     def reader(self, code: Code) -> TableReader:
         """The scalar table, two codes at a time where they are narrow; see `TiledCodec.reader`."""
-        return TableReader(self.head_dim, code.arrays["codes"], code.arrays["root_scale"], *_layout(self))
+        return TableReader(self.head_dim, code.arrays["codes"], code.arrays["root_scale"], *kernel_layout(self))
 
 
 @lru_cache
@@ -124,7 +129,7 @@ def _encoder(codec: TurboQuant) -> SpreadEncoder | None:
 
 
 @lru_cache
-def _layout(codec: TurboQuant) -> tuple[Spread | None, int, mx.array]:
+def kernel_layout(codec: TurboQuant) -> tuple[Spread | None, int, mx.array]:
     """Space, index width and table of a codec's codes for a kernel: asked for at every token of every layer."""
     return codec._space, *paired_levels(codec._quantizer)
 
@@ -165,8 +170,12 @@ class TurboQuantProd(RotatedCodec):
     @property
     def bits_per_value(self) -> float:
         """b + 32/D, and the padding of rows to whole words."""
-        words = self._sketch.words + (self._quantizer.words if self._quantizer else 0)
-        return (32 * words + 32) / self.head_dim
+        return (32 * (self._sketch.words + self.code_words) + 32) / self.head_dim
+
+    @property
+    def code_words(self) -> int:
+        """uint32 words of a vector's codes, without the sketch: none at 1 bit."""
+        return self._quantizer.words if self._quantizer else 0
 
     @property
     def shared_bytes(self) -> int:

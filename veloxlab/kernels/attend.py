@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from veloxlab.kernels.lanes import hartley_row
 from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
-from veloxlab.kernels.readers import Reader, Spread
+from veloxlab.kernels.readers import Reader, Room, Spread
 
 SIMDGROUPS = 4  # of a threadgroup
 GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works on at once
@@ -27,7 +27,8 @@ PADDED_ROWS = MOST_ROWS = 8  # query rows that share one reading of the codes
 _TILE = 16  # tokens of one turn of a simdgroup
 _EXACT_SPLIT, _MOST_EXACT_SPLITS = 128, 64  # exact tokens of one split at least; splits of either run at most
 _MEMORY = {"cuda": 48 * 1024, "metal": 32 * 1024}  # bytes of threadgroup memory that a kernel may declare
-_TABLE_WORDS = {"cuda": 8192, "metal": 2048}  # of it, at most, for tables
+_TABLE_WORDS = {"cuda": 8192, "metal": 4096}  # of it, at most, for tables
+_PAIR_WORDS = {"cuda": 1, "metal": 2}  # of a pair of levels: half precision, or float32
 _SHARES = {"cuda": (4, 8), "metal": (4, 4)}  # in which the matrix unit has a key and a value read
 _GROUPS = 528  # threadgroups that fill a large GPU: 132 processors, 4 each
 _LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: a table is not filled for fewer
@@ -221,7 +222,7 @@ class Shape(NamedTuple):
         some = tokens.sinks or tokens.recent
         return cls(
             query_heads=q.shape[1],
-            kv_heads=keys.rows.shape[1],
+            kv_heads=keys.kv_heads,
             length=q.shape[2],
             query_type=q.dtype,
             exact_type=mx.float32 if some is None else some.keys.dtype,
@@ -275,9 +276,11 @@ def _build(shape: Shape, queries: Queries, tokens: Tokens, backend: GpuBackend) 
 def _attend_source(shape: Shape, work: _Work, queries: Queries, tokens: Tokens, backend: GpuBackend) -> Source:
     largest_key = max(shape.key_dim, shape.coded_key)
     free = _MEMORY[backend] // 4 - _words(work.rows, largest_key, work.largest_value)
-    budget = min(free, _TABLE_WORDS[backend]) // (1 if shape.same_table else 2)
-    key = tokens.keys.fragment("k", "k", budget)
-    value = tokens.values.fragment("v", "k" if shape.same_table else "v", budget)
+    words = min(free, _TABLE_WORDS[backend]) // (1 if shape.same_table else 2)
+    room = Room(words, _PAIR_WORDS[backend])
+    key = tokens.keys.fragment("k", "k", room)
+    value = tokens.values.fragment("v", "k" if shape.same_table else "v", room)
+    readers = dict.fromkeys((*tokens.keys.headers, *tokens.values.headers))
     at_once = GROUPS_PER_PROCESSOR if max(largest_key, work.largest_value) <= _SMALL else GROUPS_PER_PROCESSOR // 2
     return Source(
         name="_".join(["attend", *map(str, (*shape.readers[0], *shape.readers[1], int(shape.same_table)))]),
@@ -301,7 +304,7 @@ def _attend_source(shape: Shape, work: _Work, queries: Queries, tokens: Tokens, 
             ("THREADS", SIMDGROUPS * SIMD),
             ("GROUPS_PER_PROCESSOR", at_once),
         ),
-        headers=("simd.h", "readers.h", "lanes.h", "attend.h"),
+        headers=("simd.h", "readers.h", *readers, "lanes.h", "attend.h"),
         body=Template(source_file("attend.metal")).substitute(
             declarations="\n".join(part.declarations for part in (key, value)),
             key_setup=key.setup.replace("\n", "\n  "),

@@ -161,7 +161,7 @@ def _disagreement(queries: Queries, tokens: Tokens, backend: GpuBackend) -> str:
     """What is wrong with the kernel for this case, in words, or nothing."""
     key = mx.random.key(0)
     batch, query_heads, length = 1, queries.q.shape[1], queries.q.shape[2]
-    kv_heads, (sinks, packed, recent) = tokens.keys.rows.shape[1], _TOKENS
+    kv_heads, (sinks, packed, recent) = tokens.keys.kv_heads, _TOKENS
     rows = query_heads // kv_heads * length
 
     def normal(*shape: int, dtype: mx.Dtype = mx.float32) -> mx.array:

@@ -74,7 +74,7 @@ template <int KEY_DIM, int VALUE_DIM, class Keys, class Values>
 FUNCTION void attend(
     thread const Keys& keys,
     thread const Values& values,
-    const local_memory float* queries, // as `query_at` says; they are there after the first barrier
+    const local_memory float* queries, // as `query_at` says; they and what readers have are there after a barrier
     const global_memory float* mask,     // of the first row and the first token, if HAS_MASK
     thread const uint (&mask_rows)[LANE_ROWS], // where the mask of each of the lane's rows begins
     uint begin,
@@ -94,6 +94,7 @@ FUNCTION void attend(
   Keys key_reader = keys;
   Values value_reader = values;
   typename Values::Scales scale_reader = values.scales;
+  group_barrier();
   if (first < end) {
     key_reader.advance(first + score_token(lane)), scale_reader.advance(first + score_token(lane));
     value_reader.advance(first + mix_token(lane));
@@ -101,7 +102,6 @@ FUNCTION void attend(
     codes.template fetch_keys<false>(key_reader, scale_reader, last - int(score_token(lane)), lane);
     codes.template fetch_values<false>(value_reader, last - int(mix_token(lane)), lane);
   }
-  group_barrier();
   QueryPart query[STEPS];
   UNROLL for (int s = 0; s < STEPS; s++) query[s] = query_part(queries, QUERY_LENGTH(KEY_DIM), QUARTER + 4, s, lane);
 

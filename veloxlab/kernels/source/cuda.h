@@ -30,6 +30,8 @@ FUNCTION uint opaque(uint x) {
   asm("" : "+r"(x));
   return x;
 }
+// bits shift … shift + 31 of the 64 of both, for a shift of 0 to 32
+FUNCTION uint funnel(uint low, uint high, uint shift) { return __funnelshift_rc(low, high, shift); }
 FUNCTION float exponential2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

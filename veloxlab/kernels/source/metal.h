@@ -8,6 +8,10 @@
 #define simd_barrier() simdgroup_barrier(metal::mem_flags::mem_threadgroup)
 
 FUNCTION uint opaque(uint x) { return x; }
+// bits shift … shift + 31 of the 64 of both, for a shift of 0 to 32
+FUNCTION uint funnel(uint low, uint high, uint shift) {
+  return shift == 32u ? high : (low >> shift) | ((high << 1) << (31u - shift));
+}
 FUNCTION float exponential2(float x) { return metal::exp2(x); }
 FUNCTION float logarithm2(float x) { return metal::log2(x); }
 FUNCTION float sine(float x) { return metal::sin(x); }

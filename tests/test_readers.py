@@ -1,0 +1,100 @@
+"""What codecs hand to kernels: readers that expand to what the codec does, for every algorithm that has one."""
+
+import mlx.core as mx
+import pytest
+
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.codec import Code, Sample, TiledCodec
+from veloxlab.codecs.rope import Rope
+from veloxlab.kernels.readers import Reader
+
+DIM, HEADS = 64, 3
+ROPE = Rope(DIM)
+
+# options of every algorithm that change what is stored; an algorithm that is not here fails below
+OPTIONS = {
+    "turboquant": [{}, {"rotation": "haar"}],
+    "rvq": [{}, {"variant": "refined"}, {"rotation": "haar"}],
+    "vecinfer": [{}, {"point": "d8b12"}],
+    "ratequant": [{}, {"head_bits": (3, 2, 4)}, {"head_bits": (8, 1, 5)}, {"head_bits": (3, 3, 3), "rotation": "haar"}],
+    "spectralquant": [{}, {"basis": "query"}, {"basis": "hadamard", "centred": False}],
+    "rabitq": [{}, {"bounds": True, "scale": "unbiased"}, {"centroid": True}, {"centroid": True, "rotation": "haar"}],
+    "qjl": [{}, {"levels": "ends", "group": 24}],
+    "polarquant": [
+        *({}, {"recursion": "full"}, {"rotation": "haar"}, {"codebook": "fitted"}, {"levels": (2, 2)}),
+        {"recursion": "full", "codebook": "online"},
+        {"levels": (8, 3, 8)},
+    ],
+    "commvq": [{}],
+    "none": [],
+}
+# what no kernel reads: graph ops do
+WITHOUT = {
+    "turboquant": [{"variant": "prod"}, {"outliers": 8}],
+    "rvq": [],
+    "vecinfer": [{"point": "d1b4"}],
+    "ratequant": [{"head_bits": (3, 2, 4), "variant": "prod"}],
+    "spectralquant": [],
+    "rabitq": [],
+    "qjl": [{"outliers": 4}],
+    "polarquant": [{"levels": (4, 3, 2, 1)}],
+    "commvq": [],
+    "none": [{}],
+}
+
+
+def normal(*shape, seed=0):
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def fitted(method, options, role, bits):
+    codec = METHODS[method].build(DIM, bits, role, **options)
+    uneven = mx.exp(normal(HEADS, 1, DIM, seed=8))  # channels differ, as those of models do
+    x = normal(1, HEADS, 1024, DIM, seed=7) * uneven + normal(1, HEADS, 1, DIM, seed=6)
+    return codec.fit(Sample(x, queries=normal(1, 2 * HEADS, 1024, DIM, seed=9), rope=ROPE))
+
+
+def cases(table):
+    return [
+        pytest.param(method, given, role, id=f"{method}-{role}-{given}")
+        for method, options in table.items()
+        for given in options
+        for role in ("keys", "values")
+        if not (method == "qjl" and role == "values" and "outliers" in given)  # an option of keys
+    ]
+
+
+def in_a_buffer(code):
+    """The code as a cache holds it: views of larger buffers."""
+    padded = {n: mx.pad(a, [(0, 0), (0, 0), (3, 5), (0, 0)])[:, :, 3:-5] for n, a in code.arrays.items()}
+    return Code(padded, code.start)
+
+
+@pytest.mark.parametrize(("method", "options", "role"), cases(OPTIONS))
+def test_a_reader_expands_to_what_its_codec_does(method, options, role):
+    widths = METHODS[method].bits
+    for bits in sorted({widths[0], widths[len(widths) // 2], widths[-1]}) if "head_bits" not in options else [4]:
+        codec = fitted(method, options, role, bits)
+        code = in_a_buffer(codec.encode(normal(2, HEADS, 21, DIM), start=13))
+        assert isinstance(codec, TiledCodec)
+        reader = codec.reader(code)
+        assert isinstance(reader, Reader)
+        assert (reader.tokens, reader.kv_heads) == (21, HEADS)
+        scales = codec.scales(code)
+        wanted = codec.expand(code) if scales is None else codec.expand(code) * scales
+        assert reader.expand().shape == wanted.shape == (2, HEADS, 21, codec.code_dim)
+        assert mx.allclose(reader.expand(), wanted, rtol=1e-5, atol=1e-5 * float(mx.abs(wanted).max().item()))
+        made_up = reader.made_up(10, seed=1)
+        assert made_up.expand().shape == (1, HEADS, 10, codec.code_dim)
+        assert (made_up.key, made_up.kv_heads) == (reader.key, HEADS)
+
+
+@pytest.mark.parametrize(("method", "options", "role"), cases(WITHOUT))
+def test_what_no_kernel_reads_is_known(method, options, role):
+    codec = fitted(method, options, role, METHODS[method].bits[1])
+    code = codec.encode(normal(1, HEADS, 21, DIM))
+    assert not isinstance(codec, TiledCodec) or codec.reader(code) is None
+
+
+def test_every_algorithm_is_listed():
+    assert list(OPTIONS) == list(WITHOUT) == list(METHODS)
