@@ -65,8 +65,7 @@ def test_heads_of_several_widths(dim, widths):
     assert relative(*both(history(keys, values, packed=3001, heads=4), normal(1, 16, 1, dim))) < TOLERANCE
 
 
-@pytest.mark.parametrize("bits", [1, 3, 8])
-@pytest.mark.parametrize("dim", [80, 128, 256])
+@pytest.mark.parametrize(("dim", "bits"), [(80, 1), (128, 3), (256, 8)])
 def test_plans_of_widths(dim, bits):
     sample = Sample(normal(1, 2, 2048, dim, seed=7) * mx.exp(normal(2, 1, dim, seed=8)) + 1)
     keys, values = (METHODS["spectralquant"].codec(dim, bits, role).fit(sample) for role in ("keys", "values"))
@@ -80,15 +79,19 @@ def test_two_stages(dim, bits, variant):
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
 
 
-@pytest.mark.parametrize("options", [{}, {"group": 24, "levels": "ends"}])
-@pytest.mark.parametrize(("dim", "bits"), [(64, 1), (128, 4), (80, 3), (128, 8)])
+@pytest.mark.parametrize(
+    ("dim", "bits", "options"),
+    [(64, 1, {}), (128, 4, {}), (80, 3, {"group": 24, "levels": "ends"}), (128, 8, {"group": 24, "levels": "ends"})],
+)
 def test_groups_of_steps(dim, bits, options):
     keys, values = METHODS["qjl"].codec(dim, 1, "keys"), METHODS["qjl"].codec(dim, bits, "values", **options)
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
 
 
-@pytest.mark.parametrize("recursion", ["block", "full"])
-@pytest.mark.parametrize(("dim", "bits"), [(64, 2), (128, 4), (80, 3), (256, 8)])
+@pytest.mark.parametrize(
+    ("dim", "bits", "recursion"),
+    [(64, 2, "block"), (128, 4, "block"), (128, 4, "full"), (80, 3, "full"), (256, 8, "full")],
+)
 def test_angles(dim, bits, recursion):
     keys, values = (METHODS["polarquant"].codec(dim, bits, role, recursion=recursion) for role in ("keys", "values"))
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
@@ -133,19 +136,20 @@ def check_encoding(codec, dtype, monkeypatch):
     assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < CODED_APART
 
 
+# a kernel takes seconds to compile: every width, dimension and type, not every combination of them
 @pytest.mark.parametrize(
-    ("dim", "dtype"),
+    ("bits", "dim", "dtype"),
     [
-        (64, mx.float32),
-        (80, mx.bfloat16),
-        (96, mx.float16),
-        (112, mx.float32),
-        (128, mx.float16),
-        (128, mx.bfloat16),
-        (256, mx.float16),
+        (1, 64, mx.float32),
+        (2, 80, mx.bfloat16),
+        (3, 96, mx.float16),
+        (4, 128, mx.float16),
+        (5, 112, mx.float32),
+        (6, 128, mx.bfloat16),
+        (7, 256, mx.float16),
+        (8, 128, mx.float32),
     ],
 )
-@pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize(
     ("method", "role", "options"),
     [
@@ -161,8 +165,7 @@ def test_encoding_in_one_launch(method, role, options, bits, dim, dtype, monkeyp
     check_encoding(METHODS[method].codec(dim, bits, role, **options), dtype, monkeypatch)
 
 
-@pytest.mark.parametrize("dim", [64, 80, 128, 256])
-@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize(("bits", "dim"), [(2, 64), (4, 80), (6, 128), (8, 256)])
 @pytest.mark.parametrize("options", [{}, {"variant": "refined", "scale": "norm"}])
 def test_encoding_in_two_stages(options, bits, dim, monkeypatch):
     check_encoding(METHODS["rvq"].codec(dim, bits, "keys", **options), mx.float16, monkeypatch)
