@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -137,7 +138,23 @@ def test_attention_over_codes_is_its_twins(case):
     assert_attention_is_its_twins(case)
 
 
-def assert_attention_is_its_twins(case):
+class Call(NamedTuple):
+    """What attention is called with."""
+
+    q: mx.array
+    q_coded: mx.array
+    tokens: Tokens
+    mask: mx.array | None
+    scale: float
+    value_rotation: SignedHadamard
+
+    def attend(self, case, backend):
+        shape = Shape.of(self.q, self.tokens, case.masked, self.scale)
+        return attend(self.q, None if case.spread else self.q_coded, self.tokens, self.mask, shape, backend)
+
+
+def calls(case, runs):
+    """One call for each of ``runs``, numbers of packed tokens, sinks and recent tokens, all with the same tables."""
     rng = np.random.default_rng(0)
     dims = case.dim, case.value_dim or case.dim
     key_table = case.keys.table(rng, dims[0], case.kv_heads)
@@ -149,14 +166,13 @@ def assert_attention_is_its_twins(case):
         for rotation in rotations
     ]
     query_heads = case.kv_heads * case.shared
-    for packed_tokens, sinks, recent in RUNS:
+    for packed_tokens, sinks, recent in runs:
         lead = case.batch, case.kv_heads
         readers = [
             codes.reader(rng, table, (*lead, packed_tokens), dim, case.scaled, space)
             for codes, table, dim, space in zip((case.keys, case.values), tables, dims, spaces, strict=True)
         ]
-        runs = [exact(rng, (*lead, count), dims, case.dtype) for count in (sinks, recent)]
-        tokens = Tokens(*readers, *runs, *dims)
+        tokens = Tokens(*readers, *(exact(rng, (*lead, count), dims, case.dtype) for count in (sinks, recent)), *dims)
         q = mx.array(rng.standard_normal((case.batch, query_heads, case.length, case.dim), np.float32))
         q = q.astype(case.dtype)
         grouped = q.astype(mx.float32).reshape(*lead, -1, case.dim)
@@ -165,16 +181,19 @@ def assert_attention_is_its_twins(case):
         if case.masked:
             mask = biases(rng, (case.batch, 1, case.length, sinks + packed_tokens + recent))
             mask = mx.broadcast_to(mask, (case.batch, query_heads, *mask.shape[2:]))
-        scale = case.dim**-0.5
-        shape = Shape.of(q, tokens, case.masked, scale)
-        found, found_coded = attend(q, None if case.spread else q_coded, tokens, mask, shape, "metal")
-        plain, coded = attend_twin(q, q_coded, tokens, mask, scale)
-        assert found.shape == (case.batch, query_heads, case.length, dims[1])
+        yield Call(q, q_coded, tokens, mask, case.dim**-0.5, rotations[1])
+
+
+def assert_attention_is_its_twins(case):
+    for call in calls(case, RUNS):
+        found, found_coded = call.attend(case, "metal")
+        plain, coded = attend_twin(call.q, call.q_coded, call.tokens, call.mask, call.scale)
+        assert found.shape == (*call.q.shape[:3], call.tokens.value_dim)
         assert found.dtype == case.dtype
         tolerance = HALF + mx.finfo(case.dtype).eps
         if case.spread:
             assert found_coded is None
-            assert_close(found, plain + rotations[1].inverse(coded), tolerance)
+            assert_close(found, plain + call.value_rotation.inverse(coded), tolerance)
         else:
             assert_close(found, plain, tolerance)
             assert_close(found_coded, coded, tolerance)
