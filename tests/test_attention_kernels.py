@@ -10,12 +10,13 @@ import pytest
 from tests.metal_on_host import launch as host
 from veloxlab import attention
 from veloxlab.attention import History, Segment
-from veloxlab.codecs import METHODS, ratequant, turboquant, vector_codebooks
+from veloxlab.codecs import METHODS, ratequant, vector_codebooks
+from veloxlab.codecs import codec as codecs
 from veloxlab.codecs.codec import Code, Sample
 from veloxlab.codecs.none import Exact
 from veloxlab.codecs.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
-from veloxlab.kernels import attend, checked
+from veloxlab.kernels import attend, checked, encode
 from veloxlab.kernels import launch as launching
 
 pytestmark = pytest.mark.skipif(
@@ -59,10 +60,10 @@ def relative(x, wanted):
     return float((mx.linalg.norm(x.astype(mx.float32) - wanted) / mx.linalg.norm(wanted)).item())
 
 
-def both(h: History, q, mask=None):
+def both(h: History, q, mask=None, sinks=None):
     """What the kernel gives, and what graph ops give."""
-    in_kernel = h._attend_in_kernel(q, 1 / math.sqrt(q.shape[-1]), mask)
-    return in_kernel, h._attend_codes(q.astype(mx.float32), 1 / math.sqrt(q.shape[-1]), mask)
+    scale = 1 / math.sqrt(q.shape[-1])
+    return h._attend_in_kernel(q, scale, mask, sinks), h._attend_codes(q.astype(mx.float32), scale, mask, sinks)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +152,16 @@ def test_several_queries_with_a_mask(mask):
     assert relative(in_kernel, in_graph) < TOLERANCE
 
 
+@pytest.mark.parametrize("method", ["turboquant", "vecinfer"])  # inside the kernel's space, and outside
+def test_attention_sinks_take_their_share(method):
+    sample = Sample(normal(1, 2, 2048, DIM, seed=7))
+    h = history(*(METHODS[method].codec(DIM, 2, role).fit(sample) for role in ("keys", "values")))
+    q, logits = normal(1, 4, 1, DIM), mx.array([-1.0, 2.0, 4.0, 6.0])
+    in_kernel, in_graph = both(h, q, sinks=logits)
+    assert relative(in_kernel, in_graph) < TOLERANCE
+    assert relative(in_kernel, both(h, q)[1]) > 0.1
+
+
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (4, 0), (0, 20)])
 def test_exact_tokens_may_be_missing(sinks, recent):
     h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"), sinks=sinks, recent=recent)
@@ -218,34 +229,125 @@ def test_a_codebook_search_that_errs_is_switched_off(monkeypatch):
         codec.encode(normal(1, 2, 33, DIM, seed=8))
 
 
-@pytest.mark.parametrize("scale", ["unbiased", "mse", "norm"])
-def test_vectors_are_encoded_by_a_kernel_as_by_its_twin(monkeypatch, scale):
-    monkeypatch.setattr(turboquant, "gpu", lambda: "metal")
-    codec, x = TurboQuant(80, 3, scale), normal(1, 2, 33, 80, seed=8, dtype=mx.float16)
-    in_kernel = codec.decode(codec.encode(x))
-    monkeypatch.setattr(turboquant, "gpu", lambda: None)
-    assert checked.states() == {"agrees": 2}  # encode and decode
+def on_the_host(monkeypatch, yes=True):
+    """Whether codecs encode and decode by kernels."""
+    for module in (checked, codecs):
+        monkeypatch.setattr(module, "gpu", lambda: "metal" if yes else None)
+
+
+ONE_LAUNCH = [
+    *(TurboQuant(80, 3, scale) for scale in ("unbiased", "mse", "norm")),
+    *(METHODS["rabitq"].codec(80, bits, role) for bits, role in ((1, "keys"), (4, "values"), (8, "keys"))),
+    METHODS["rabitq"].codec(80, 5, "keys", encoder="fast"),
+    METHODS["rabitq"].codec(80, 2, "keys", bounds=True),
+    METHODS["rabitq"].codec(80, 3, "keys", centroid=True).fit(Sample(normal(1, 2, 40, 80))),
+    *(METHODS["rvq"].codec(80, bits, "keys") for bits in (2, 8)),
+    METHODS["rvq"].codec(80, 4, "values", variant="refined"),
+]
+
+
+def launches(monkeypatch):
+    """Names of the kernels that are launched from now on, as they come."""
+    names = []
+    built = launching._built
+
+    def counted(source, backend):
+        names.append(source.name)
+        return built(source, backend)
+
+    monkeypatch.setattr(launching, "_built", counted)
+    return names
+
+
+@pytest.mark.parametrize("codec", ONE_LAUNCH, ids=lambda c: f"{type(c).__name__}-{c.bits}bit-{c.scale}")
+def test_vectors_are_encoded_by_one_launch_as_by_the_twin(monkeypatch, codec):
+    on_the_host(monkeypatch)
+    x = normal(1, 2, 33, 80, seed=8, dtype=mx.float16)
+    codec.encode(x)  # tries the kernel
+    names = launches(monkeypatch)
+    in_kernel = codec.encode(x)
+    assert len(names) == 1
+    decoded = codec.decode(in_kernel)
+    assert set(checked.states()) == {"agrees"}
+    on_the_host(monkeypatch, False)
     # a coordinate that lies on a boundary to float rounding may be coded either way
-    assert relative(in_kernel, codec.decode(codec.encode(x))) < 1e-2
+    assert relative(decoded, codec.decode(codec.encode(x))) < 1e-2
+
+
+def test_heads_of_each_width_are_encoded_by_one_launch(monkeypatch):
+    on_the_host(monkeypatch)
+    codec = METHODS["ratequant"].codec(DIM, 3, "keys", head_bits=(2, 5, 2, 3, 2, 5))
+    x = normal(2, 6, 9, DIM, seed=8, dtype=mx.float16)
+    codec.encode(x)  # tries the kernels
+    names = launches(monkeypatch)
+    found = codec.encode(x).arrays
+    assert names == [f"encode_nearest_level_{bits}" for bits in (2, 3, 5)]
+    on_the_host(monkeypatch, False)
+    assert set(checked.states()) == {"agrees"}
+    for name, array in codec.encode(x).arrays.items():
+        assert found[name].shape == array.shape
+        assert mx.mean(found[name] == array).item() > 0.99  # a boundary, to float rounding
+
+
+@pytest.mark.parametrize("basis", ["pca", "query"])
+def test_a_calibrated_basis_is_a_product_and_one_launch(monkeypatch, basis):
+    on_the_host(monkeypatch)
+    sample = Sample(normal(1, 2, 400, DIM), normal(1, 4, 400, DIM, seed=1))
+    codec = METHODS["spectralquant"].codec(DIM, 3, "keys", basis=basis).fit(sample)
+    x = normal(2, 2, 9, DIM, seed=8, dtype=mx.float16)
+    codec.encode(x)  # tries the kernel
+    names = launches(monkeypatch)
+    in_kernel = codec.encode(x)
+    assert names == ["encode_by_plan"]
+    assert checked.states() == {"agrees": 1}
+    on_the_host(monkeypatch, False)
+    assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < 1e-2  # as above
+
+
+@pytest.mark.parametrize(
+    ("role", "options", "kernels"),
+    [
+        ("keys", {}, ["encode_signs"]),
+        ("keys", {"outliers": 3}, ["encode_signs"] * 2),
+        ("values", {}, ["encode_groups"]),
+        ("values", {"levels": "ends", "group": 20}, ["encode_groups"]),
+    ],
+)
+def test_signs_and_groups_are_one_launch_each(monkeypatch, role, options, kernels):
+    on_the_host(monkeypatch)
+    codec = METHODS["qjl"].codec(DIM, 2, role, **options).fit(Sample(normal(1, 2, 100, DIM)))
+    x = normal(2, 2, 9, DIM, seed=8, dtype=mx.float16)
+    codec.encode(x)  # tries the kernels
+    names = launches(monkeypatch)
+    in_kernel = codec.encode(x)
+    assert names == kernels
+    assert set(checked.states()) == {"agrees"}
+    on_the_host(monkeypatch, False)
+    assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < 1e-2  # as above
 
 
 def test_a_decoder_that_errs_is_switched_off(monkeypatch):
-    monkeypatch.setattr(turboquant, "gpu", lambda: "metal")
+    on_the_host(monkeypatch)
     right = checked.decode
     monkeypatch.setattr(checked, "decode", lambda *given: 1.1 * right(*given))
     codec, x = TurboQuant(DIM, 3), normal(1, 2, 33, DIM, seed=8)
-    code = codec._encode_by_graph(x)
+    arrays = codec._encode_by_graph(x)
     with pytest.warns(UserWarning, match="The kernel decode is switched off .* differs from its twin by 0.1"):
-        decoded = codec.decode(Code(dict(zip(("codes", "root_scale"), code, strict=True))))
-    assert mx.array_equal(decoded, codec._decode_by_graph(*code))
+        decoded = codec.decode(Code(arrays))
+    assert mx.array_equal(decoded, codec._decode_by_graph(**arrays))
 
 
-def test_an_encoder_that_errs_is_switched_off(monkeypatch):
-    monkeypatch.setattr(turboquant, "gpu", lambda: "metal")
-    right = checked.encode
-    monkeypatch.setattr(checked, "encode", lambda *given: (right(*given)[0] + 1, right(*given)[1]))
+@pytest.mark.parametrize("name", ["codes", "root_scale"])
+def test_an_encoder_that_errs_is_switched_off(monkeypatch, name):
+    on_the_host(monkeypatch)
+    right = encode.SpreadEncoder.__call__
+
+    def wrong(self, backend, x):
+        arrays = right(self, backend, x)
+        return arrays | {name: (arrays[name] * 1.01 + 1).astype(arrays[name].dtype)}
+
+    monkeypatch.setattr(encode.SpreadEncoder, "__call__", wrong)
     codec, x = TurboQuant(DIM, 3), normal(1, 2, 33, DIM, seed=8)
     with pytest.warns(UserWarning, match="The kernel encode is switched off .* it writes other codes"):
         code = codec.encode(x)
-    monkeypatch.setattr(turboquant, "gpu", lambda: None)
-    assert mx.array_equal(code.arrays["codes"], codec.encode(x).arrays["codes"])
+    assert all(mx.array_equal(code.arrays[name], array) for name, array in codec._encode_by_graph(x).items())

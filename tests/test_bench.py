@@ -1,15 +1,19 @@
 """The benchmark's rows, at sizes that take no time."""
 
 import json
+import time
 
+import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache
 
 from tests.tiny_models import tiny
 from veloxlab import cli
+from veloxlab.codecs import METHODS
 from veloxlab.measure import bench, lengths
+from veloxlab.measure.bench import attention, encoding, models, timing
 
-SMALL = bench.Shape(4, 2, 128)
+SMALL = timing.Shape(4, 2, 128)
 SMALL_MODEL = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -22,13 +26,16 @@ SMALL_MODEL = {
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(bench, "REPEATS", 1)
-    monkeypatch.setattr(bench, "IN_A_ROW", 2)
+    monkeypatch.setattr(timing, "REPEATS", 1)
+    monkeypatch.setattr(timing, "IN_A_ROW", 2)
+    monkeypatch.setattr(timing, "bandwidth", lambda: 100.0)
+    monkeypatch.setattr(attention, "bandwidth", lambda: 100.0)
+    monkeypatch.setattr(models, "_STEPS", 2)
     monkeypatch.setattr(
-        bench,
-        "_model",
-        lambda layers: tiny(
-            "llama", num_key_value_heads=8, num_attention_heads=32, head_dim=128, num_hidden_layers=layers
+        models,
+        "random_model",
+        lambda _shape, **changes: tiny(
+            "llama", **changes, num_key_value_heads=8, num_attention_heads=32, head_dim=128, hidden_size=64
         ),
     )
 
@@ -41,6 +48,33 @@ def test_attention_is_timed_against_exact_and_mlx_lms_own(quick):
     assert ours["ratio"] == pytest.approx(ours["microseconds"] / exact["microseconds"])
     # 16 bits against 4 and a 16-bit scale for 128 coordinates
     assert exact["bytes"] / ours["bytes"] == pytest.approx(16 / (4 + 16 / 128))
+    assert ours["roofline_microseconds"] == pytest.approx(ours["bytes"] / 100e3)  # 100 GB/s are 100 kB a µs
+
+
+def test_making_a_graph_is_no_part_of_evaluating_it(quick):
+    def slow():
+        time.sleep(0.02)
+        return mx.array(1.0) + 1
+
+    times = timing.microseconds([slow])
+    assert times.making >= 20_000
+    assert times.evaluating < 10_000
+    assert times.alone >= 20_000
+
+
+def test_attention_of_methods_reads_codes_of_their_own(quick):
+    rows = bench.attention_of_methods(["spectralquant", "qjl"], SMALL, 700, progress=lambda _: None)
+    assert [row["cache"] for row in rows] == ["exact 16 bit", "spectralquant 4 bit", "qjl 4 bit"]
+    assert rows[1]["ratio"] == pytest.approx(rows[1]["microseconds"] / rows[0]["microseconds"])
+    values = 2 * SMALL.kv_heads * 700 * SMALL.head_dim
+    assert rows[1]["bytes"] == values * (4 + 16 / 128) / 8
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
+def test_every_method_can_be_fitted_to_random_vectors(method):
+    for role in ("keys", "values"):
+        codec = attention.fitted(method, attention.Shape(2, 1, 64), role, bits=2)
+        assert codec.encode(mx.ones((1, 1, 3, 64))).tokens == 3
 
 
 def test_decoding_is_timed_with_caches_that_are_full(quick):
@@ -48,16 +82,34 @@ def test_decoding_is_timed_with_caches_that_are_full(quick):
     exact, _, ours = rows
     assert exact["ratio"] == 1
     assert ours["held_bytes"] < exact["held_bytes"]
+    assert all(row["milliseconds"] > 0 for row in rows)
 
 
-def test_the_command_writes_what_it_measured(quick, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(bench, "SHAPES", (SMALL,))
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda: 1.0)
+def test_reading_a_prompt_is_timed(quick):
+    exact, ours = bench.read_prompts(1, 100, [4], progress=lambda _: None)
+    assert exact["ratio"] == 1
+    assert ours["ratio"] == pytest.approx(exact["seconds"] / ours["seconds"])
+
+
+def test_encoding_is_timed_beside_attention(quick):
+    rows = bench.encode_steps(SMALL, 96, 5, progress=lambda _: None)
+    assert [row["cache"].split()[0] for row in rows[::2]] == list(encoding.ENCODED)
+    assert [row["tokens"] for row in rows] == [1, 5] * len(encoding.ENCODED)
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["microseconds"] / row["attention_microseconds"])
+
+
+def test_the_command_writes_what_it_measured(monkeypatch, tmp_path):
+    names = ("decode_attention", "attention_of_methods", "encode_steps", "decode_steps", "read_prompts")
+    for name in names:
+        monkeypatch.setattr(bench, name, lambda *given, name=name, **named: [{"of": name, **named}])
+    monkeypatch.setattr(bench, "bandwidth", lambda: 1.0)
     assert cli.main(["bench", "--json", str(tmp_path / "bench.json"), "--tokens", "64"]) == 0
     results = json.loads((tmp_path / "bench.json").read_text())
     assert results["facts"]["backend"] in ("cpu", "cuda", "metal")
-    assert {row["tokens"] for row in results["attention"]} == {64}
-    assert "turboquant 4 bit" in capsys.readouterr().out
+    assert results["attention"] == [{"of": "decode_attention", "tokens": [64]}]
+    assert results["decode"] == [{"of": "decode_steps", "tokens": [64]}]
+    assert [results[key][0]["of"] for key in ("methods", "encode", "read")] == [names[1], names[2], names[4]]
 
 
 def test_memory_is_measured_by_length_and_a_failing_step_is_no_number(monkeypatch, tmp_path, capsys):

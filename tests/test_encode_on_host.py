@@ -9,11 +9,15 @@ import pytest
 
 from tests.metal_on_host import check, launch, run
 from veloxlab.codecs.packing import pack, unpack
-from veloxlab.codecs.quantizers import ScaleName, scale_factor
+from veloxlab.codecs.quantizers import scale_factor
+from veloxlab.codecs.rabitq import RaBitQ
+from veloxlab.codecs.rvq import Rvq
 from veloxlab.codecs.transforms import SignedHadamard
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
-from veloxlab.kernels.encode import can_spread, decode, encode, spread
+from veloxlab.kernels.decode import decode, spread
+from veloxlab.kernels.encode import NearestLevel, SpreadEncoder, StretchedGrid
+from veloxlab.kernels.lanes import can_spread
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
@@ -31,25 +35,46 @@ def _on_host(monkeypatch):
 class Case:
     """A codec, and the dtype of what it encodes."""
 
-    dim: int
-    bits: int
-    scale: ScaleName
+    codec: TurboQuant | Rvq | RaBitQ
     dtype: mx.Dtype
 
     def __str__(self):
-        return f"d{self.dim}-{self.bits}bit-{self.scale}-{str(self.dtype).split('.')[-1]}"
+        codec, dtype = self.codec, str(self.dtype).split(".")[-1]
+        kind = getattr(codec, "encoder", getattr(codec, "variant", "mse"))
+        return f"{type(codec).__name__}-{kind}-d{codec.head_dim}-{codec.bits}bit-{codec.scale}-{dtype}"
 
 
 CASES = [
-    Case(16, 3, "norm", mx.float32),
-    Case(64, 1, "mse", mx.float32),
-    Case(80, 3, "mse", mx.bfloat16),
-    Case(96, 5, "unbiased", mx.float16),
-    Case(112, 6, "mse", mx.bfloat16),
-    Case(128, 4, "unbiased", mx.float16),
-    Case(192, 7, "norm", mx.float16),
-    Case(256, 8, "mse", mx.float16),
-    Case(512, 2, "unbiased", mx.float32),
+    Case(TurboQuant(16, 3, "norm", seed=7), mx.float32),
+    Case(TurboQuant(64, 1, "mse", seed=7), mx.float32),
+    Case(TurboQuant(80, 3, "mse", seed=7), mx.bfloat16),
+    Case(TurboQuant(96, 5, seed=7), mx.float16),
+    Case(TurboQuant(112, 6, "mse", seed=7), mx.bfloat16),
+    Case(TurboQuant(128, 4, seed=7), mx.float16),
+    Case(TurboQuant(192, 7, "norm", seed=7), mx.float16),
+    Case(TurboQuant(256, 8, "mse", seed=7), mx.float16),
+    Case(TurboQuant(512, 2, seed=7), mx.float32),
+]
+STAGES = [
+    Case(Rvq(64, 2, scale="mse", seed=7), mx.float32),
+    Case(Rvq(80, 4, "refined", seed=7), mx.float16),
+    Case(Rvq(96, 6, scale="norm", seed=7), mx.bfloat16),  # codes of 3 bits, some of no width
+    Case(Rvq(128, 8, residual="laplacian", seed=7), mx.float16),
+    Case(Rvq(256, 8, "refined", scale="mse", seed=7), mx.bfloat16),
+]
+GRIDS = [
+    Case(RaBitQ(64, 1, "mse", seed=7), mx.float32),
+    Case(RaBitQ(80, 2, seed=7), mx.bfloat16),
+    Case(RaBitQ(128, 3, "mse", seed=7), mx.float16),
+    Case(RaBitQ(128, 4, seed=7), mx.float16),
+    Case(RaBitQ(112, 5, "mse", seed=7), mx.bfloat16),
+    Case(RaBitQ(16, 6, seed=7), mx.float32),
+    Case(RaBitQ(96, 7, seed=7), mx.float16),
+    Case(RaBitQ(256, 8, "mse", seed=7), mx.float32),
+    Case(RaBitQ(128, 4, encoder="fast", seed=7), mx.float16),
+    Case(RaBitQ(80, 3, bounds=True, seed=7), mx.bfloat16),
+    Case(RaBitQ(128, 8, bounds=True, seed=7), mx.float32),
+    Case(RaBitQ(192, 8, "mse", encoder="fast", seed=7), mx.bfloat16),
 ]
 
 
@@ -65,73 +90,126 @@ def signs_of(rotation):
     return mx.sign(rotation.forward(mx.eye(rotation.dim))[:, 0])
 
 
-def tables(codec):
-    table = codec._quantizer.table
-    return mx.array(table.boundaries.astype(np.float32)), mx.array(table.levels.astype(np.float32))
+def codes_of(codec, arrays):
+    """Codes ``[B, H, S, D]`` from the words of their fields, whose rows must end in zeros."""
+    codes = mx.array(0, mx.uint32)
+    for name, width in codec._encoder().fields:
+        field = unpack(arrays[name], width, codec.head_dim)
+        assert mx.array_equal(pack(field, width), arrays[name]), "the end of a row is padded with zeros"
+        codes = codes << width | field
+    return codes
 
 
-def encoded(codec, x):
-    signs = signs_of(SignedHadamard(codec.head_dim, codec.seed))
-    return encode(x, signs, *tables(codec), codec.bits, codec.scale, "metal")
+def on_the_host(case, tokens):
+    """What kernel and twin make of some vectors, and these, spread and of root-mean-square 1, with their own."""
+    codec, dim = case.codec, case.codec.head_dim
+    x = vectors(np.random.default_rng(dim + tokens), dim, case.dtype, tokens)
+    found, twin = codec._encoder()("metal", x), codec.encode(x).arrays
+    assert {name: (a.shape, a.dtype) for name, a in found.items()} == {n: (a.shape, a.dtype) for n, a in twin.items()}
+    exact = x.astype(mx.float32)
+    rms = mx.linalg.norm(exact, axis=-1, keepdims=True) / dim**0.5
+    return found, twin, SignedHadamard(dim, 7).forward(exact / mx.where(rms == 0, 1.0, rms)), rms
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def check_scales(root, scale):
+    """Scales are those that go with the codes, rounded to one of two neighbours in float16."""
+    steps = np.array(root.view(mx.int16)) - np.array(mx.sqrt(scale).astype(mx.float16).view(mx.int16))
+    assert np.all(np.abs(steps) <= 1)
+    assert np.count_nonzero(steps) <= 0.01 * steps.size, f"{np.count_nonzero(steps)} of {steps.size} scales differ"
+
+
+def check_a_zero_vector(codec, found, twin):
+    assert found["root_scale"][1, 1, 2].item() == 0, "a zero vector has a scale of 0"
+    for name, _ in codec._encoder().fields:
+        assert mx.array_equal(found[name][1, 1, 2], twin[name][1, 1, 2])
+
+
+@pytest.mark.parametrize("case", CASES + STAGES, ids=str)
 def test_codes_and_scales_are_the_twins(case):
-    rng = np.random.default_rng(case.dim)
-    codec = TurboQuant(case.dim, case.bits, case.scale, seed=7)
-    boundaries, levels = tables(codec)
+    codec, nearest = case.codec, case.codec._encoder().quantizer
     for tokens in (1, 43):
-        x = vectors(rng, case.dim, case.dtype, tokens)
-        words, root = encoded(codec, x)
-        twin = codec.encode(x).arrays
-        assert words.dtype == mx.uint32
-        assert root.dtype == mx.float16
-        assert words.shape == twin["codes"].shape
-        assert root.shape == twin["root_scale"].shape
-        codes = unpack(words, case.bits, case.dim)
-        assert mx.array_equal(pack(codes, case.bits), words), "the end of a row is padded with zeros"
+        found, twin, y, rms = on_the_host(case, tokens)
+        codes, expected = codes_of(codec, found), codes_of(codec, twin)
 
-        # codes: one apart where a coordinate is at the boundary between two cells but for rounding, else the same
-        exact = x.astype(mx.float32)
-        rms = mx.linalg.norm(exact, axis=-1, keepdims=True) / case.dim**0.5
-        y = SignedHadamard(case.dim, 7).forward(exact / mx.where(rms == 0, 1.0, rms))
-        expected = unpack(twin["codes"], case.bits, case.dim)
-        apart = np.array(codes, np.int64) - np.array(expected, np.int64)
-        differ = apart != 0
-        assert np.all(np.abs(apart) <= 1)
-        boundary = np.array(mx.take(boundaries, mx.minimum(mx.minimum(codes, expected), 2**case.bits - 2)))
-        assert np.all(np.abs(np.array(y) - boundary)[differ] <= ROUNDING)
+        # codes: others where a coordinate is at the boundary between two cells but for rounding, else the same
+        differ = np.array(codes != expected)
+        lower, upper = mx.minimum(codes, expected), mx.maximum(codes, expected)
+        last = 2**codec.bits - 2
+        for boundary in (mx.minimum(lower, last), mx.clip(upper, 1, None) - 1):  # all between are of no width
+            off = mx.abs(y - mx.take(nearest.boundaries, boundary))
+            assert np.all(np.array(off)[differ] <= ROUNDING)
         assert differ.sum() <= differ.size * 2e-4 + 1, f"{differ.sum()} of {differ.size} codes differ"
 
-        # scales: those that go with the codes, rounded to one of two neighbours in float16
-        scale = rms * scale_factor(case.scale, y, mx.take(levels, codes))
-        steps = np.array(root.view(mx.int16)) - np.array(mx.sqrt(scale).astype(mx.float16).view(mx.int16))
-        assert np.all(np.abs(steps) <= 1)
-        assert np.count_nonzero(steps) <= 0.01 * steps.size, f"{np.count_nonzero(steps)} of {steps.size} scales differ"
+        check_scales(found["root_scale"], rms * scale_factor(codec.scale, y, mx.take(nearest.levels, codes)))
         if tokens > 1:
-            assert root[1, 1, 2].item() == 0, "a zero vector has a scale of 0"
-            assert np.array_equal(np.array(words[1, 1, 2]), np.array(twin["codes"][1, 1, 2]))
+            check_a_zero_vector(codec, found, twin)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", GRIDS, ids=str)
+def test_grid_points_are_of_a_stretch_as_good_as_the_twins(case):
+    codec, grid = case.codec, case.codec._encoder().quantizer
+    half_count = 2 ** (codec.bits - 1)
+    for tokens in (1, 43):
+        found, twin, y, rms = on_the_host(case, tokens)
+        codes = codes_of(codec, found)
+        u = codes - float(2**codec.bits - 1) / 2
+
+        # each vector's codes are those of one of the stretches, but where a coordinate is at a step for rounding …
+        size, steps = np.abs(np.array(y, np.float64))[..., None], np.abs(np.array(u, np.float64))[..., None] - 0.5
+        stretches = np.array(grid.stretches, np.float64)
+        if grid.tried:
+            stretches = half_count / np.maximum(size.max(axis=-2, keepdims=True), 1e-30) * stretches
+        reach = stretches * size
+        wanted = np.minimum(np.floor(reach), half_count - 1)
+        at_a_step = np.abs(reach - np.maximum(wanted, steps)) <= ROUNDING * stretches
+        fits = ((wanted == steps) | (at_a_step & (np.abs(wanted - steps) == 1))).all(axis=-2)
+        assert fits.any(axis=-1).all()
+        assert mx.array_equal(u >= 0, y >= 0) or mx.all(mx.abs(y[(u >= 0) != (y >= 0)]) <= ROUNDING)
+
+        # … and none of them has a smaller angle, but for what such rounding, over all coordinates, does to e = u − t·y
+        points = wanted + 0.5
+        error = np.linalg.norm(points - reach, axis=-2, keepdims=True)
+        sine = np.square(error) - np.square(((points - reach) * size).sum(axis=-2, keepdims=True)) / codec.head_dim
+        sine = sine / np.square(points).sum(axis=-2, keepdims=True)
+        rounding = 2 * ROUNDING * stretches * codec.head_dim**0.5 / error
+        if grid.tried:
+            assert np.any(
+                fits[..., None, :] & (sine * (1 - rounding) <= sine.min(axis=-1, keepdims=True)), axis=-1
+            ).all()
+        differ = np.array((codes != codes_of(codec, twin)).any(axis=-1))
+        assert differ.sum() <= 0.01 * differ.size + 1, f"{differ.sum()} of {differ.size} vectors have other codes"
+
+        check_scales(found["root_scale"], rms * scale_factor(codec.scale, y, u))
+        if codec.bounds:
+            rest = mx.linalg.norm(y - scale_factor("mse", y, u) * u, axis=-1, keepdims=True) / codec.head_dim**0.5
+            half_a_step = 2.0**-11 * rest  # and coordinates of y are off by their rounding
+            assert mx.all(mx.abs(found["sine"].astype(mx.float32) - rest) <= half_a_step + ROUNDING)
+        if tokens > 1:
+            check_a_zero_vector(codec, found, twin)
+
+
+DECODED = CASES + [case for case in GRIDS if case.codec.encoder == "grid"]
+
+
+@pytest.mark.parametrize("case", DECODED, ids=str)
 def test_decoding_is_its_twin(case):
     """Of codes and scales in views of growing buffers, in every dtype."""
-    rng = np.random.default_rng(case.dim)
-    codec = TurboQuant(case.dim, case.bits, case.scale, seed=7)
-    signs = signs_of(SignedHadamard(case.dim, 7))
+    codec, dim = case.codec, case.codec.head_dim
+    rng = np.random.default_rng(dim)
+    signs = signs_of(SignedHadamard(dim, 7))
     for tokens in (1, 43):
-        held = codec.encode(vectors(rng, case.dim, mx.float32, tokens + 5))[2 : tokens + 2]
+        held = codec.encode(vectors(rng, dim, mx.float32, tokens + 5))[2 : tokens + 2]
         words, root = held.arrays["codes"], held.arrays["root_scale"]
-        found = decode(words, root, signs, tables(codec)[1], case.bits, case.dtype, "metal")
+        found = decode(words, root, signs, codec._table, codec.bits, case.dtype, "metal")
         expected = codec.decode(held)
         assert found.dtype == case.dtype
         assert found.shape == expected.shape
-        size = mx.linalg.norm(expected, axis=-1, keepdims=True) / case.dim**0.5
+        size = mx.linalg.norm(expected, axis=-1, keepdims=True) / dim**0.5
         half_a_step = {mx.float32: 0.0, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}[case.dtype]
         least = 2.0**-25  # half of float16's smallest number
         allowed = ROUNDING * size + half_a_step * mx.abs(expected) + least
         assert mx.all(mx.abs(found.astype(mx.float32) - expected) <= allowed)
-    assert decode(words[:, :, :0], root[:, :, :0], signs, tables(codec)[1], case.bits, case.dtype, "metal").size == 0
+    assert decode(words[:, :, :0], root[:, :, :0], signs, codec._table, codec.bits, case.dtype, "metal").size == 0
 
 
 @pytest.mark.parametrize(
@@ -161,16 +239,14 @@ def test_what_is_not_decoded_is_refused(change, sentence):
 def test_coordinates_may_be_apart():
     codec = TurboQuant(64, 1)
     x = mx.array(np.random.default_rng(0).standard_normal((1, 1, 3, 128)).astype(np.float32))[..., ::2]
-    words, root = encoded(codec, x)
-    twin = codec.encode(x).arrays
-    assert mx.array_equal(words, twin["codes"])
-    assert mx.array_equal(root, twin["root_scale"])
+    found, twin = codec._encoder()("metal", x), codec.encode(x).arrays
+    assert all(mx.array_equal(found[name], array) for name, array in twin.items())
 
 
 def test_no_vectors_have_no_codes():
-    words, root = encoded(TurboQuant(64, 3), mx.zeros((1, 2, 0, 64)))
-    assert words.shape == (1, 2, 0, 6)
-    assert root.shape == (1, 2, 0, 1)
+    found = Rvq(64, 6)._encoder()("metal", mx.zeros((1, 2, 0, 64)))
+    shapes = {name: array.shape for name, array in found.items()}
+    assert shapes == {"coarse": (1, 2, 0, 6), "fine": (1, 2, 0, 6), "root_scale": (1, 2, 0, 1)}
 
 
 @pytest.mark.parametrize(
@@ -216,7 +292,9 @@ def test_what_fits_the_registers():
         ({"boundaries": mx.zeros((8,))}, "give 7 numbers"),
         ({"levels": mx.zeros((8,), mx.float16)}, "float16"),
         ({"bits": 9}, "bits=9"),
-        ({"scale_name": "least"}, "'least'"),
+        ({"scale": "least"}, "'least'"),
+        ({"fields": (("codes", 2),)}, r"Fields of \[2\] bits make no code of 3"),
+        ({"fields": (("codes", 3), ("none", 0))}, r"Fields of \[3, 0\] bits"),
     ],
 )
 def test_what_the_kernel_does_not_take_is_refused(change, sentence):
@@ -226,8 +304,17 @@ def test_what_the_kernel_does_not_take_is_refused(change, sentence):
         "boundaries": mx.zeros((7,)),
         "levels": mx.zeros((8,)),
         "bits": 3,
-        "scale_name": "mse",
-        "backend": "metal",
-    }
+        "scale": "mse",
+        "fields": (("codes", 3),),
+    } | change
+
+    def encode(x, signs, boundaries, levels, bits, scale, fields):
+        SpreadEncoder(signs, NearestLevel(boundaries, levels, bits), scale, fields)("metal", x)
+
     with pytest.raises(InputError, match=sentence):
-        encode(**(given | change))
+        encode(**given)
+
+
+def test_a_grid_needs_a_stretch():
+    with pytest.raises(InputError, match="give 1 numbers"):
+        StretchedGrid(mx.zeros((0,)), 3, tried=True)

@@ -22,6 +22,8 @@ pytestmark = [
 
 # levels, queries and weights are of half precision in the matrix unit; twins multiply in TF32 on NVIDIA: 11 bits, too
 TOLERANCE = 3e-3
+# a coordinate on a boundary, to the rounding of either's transform, may be coded either way: a step off, in few of them
+CODED_APART = 1e-2
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -39,6 +41,12 @@ def test_every_head_dimension(dim):
 def test_masks_several_queries_and_half_precision():
     h = history(TurboQuant(128, 3), TurboQuant(128, 2, "mse"), packed=1001, dtype=mx.float16)
     assert relative(*both(h, normal(1, 6, 5, 128, dtype=mx.float16), "causal")) < TOLERANCE
+
+
+def test_attention_sinks():
+    h = history(TurboQuant(64, 4), TurboQuant(64, 4, "mse"), packed=500)
+    with_sinks = both(h, normal(1, 8, 1, 64), sinks=mx.array([-2.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]))
+    assert relative(*with_sinks) < TOLERANCE
 
 
 def test_grids_signs_and_codebooks():
@@ -115,6 +123,56 @@ def test_decoding(dim, bits, dtype):
     code = codec.encode(normal(2, 3, 333, dim))
     wanted = codec._decode_by_graph(code.arrays["codes"], code.arrays["root_scale"])
     assert relative(codec.decode(code, dtype), wanted) < TOLERANCE
+
+
+def check_encoding(codec, dtype, monkeypatch):
+    x = normal(2, 333, 5, codec.head_dim, dtype=dtype)[:, :, 1:-1].swapaxes(1, 2)  # a view with strides of its own
+    in_kernel = codec.encode(x)
+    monkeypatch.setattr(checked, "gpu", lambda: None)
+    monkeypatch.setattr("veloxlab.codecs.codec.gpu", lambda: None)
+    assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < CODED_APART
+
+
+@pytest.mark.parametrize(
+    ("dim", "dtype"),
+    [
+        (64, mx.float32),
+        (80, mx.bfloat16),
+        (96, mx.float16),
+        (112, mx.float32),
+        (128, mx.float16),
+        (128, mx.bfloat16),
+        (256, mx.float16),
+    ],
+)
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize(
+    ("method", "role", "options"),
+    [
+        ("turboquant", "keys", {}),
+        ("rabitq", "keys", {}),
+        ("rabitq", "values", {"encoder": "fast"}),
+        ("rabitq", "keys", {"bounds": True}),
+        ("qjl", "keys", {}),
+        ("qjl", "values", {}),
+    ],
+)
+def test_encoding_in_one_launch(method, role, options, bits, dim, dtype, monkeypatch):
+    check_encoding(METHODS[method].codec(dim, bits, role, **options), dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+@pytest.mark.parametrize("bits", [2, 4, 6, 8])
+@pytest.mark.parametrize("options", [{}, {"variant": "refined", "scale": "norm"}])
+def test_encoding_in_two_stages(options, bits, dim, monkeypatch):
+    check_encoding(METHODS["rvq"].codec(dim, bits, "keys", **options), mx.float16, monkeypatch)
+
+
+@pytest.mark.parametrize("options", [{}, {"basis": "query"}, {"basis": "hadamard", "scale": "unbiased"}])
+@pytest.mark.parametrize(("dim", "bits"), [(64, 1), (80, 3), (128, 4), (256, 8)])
+def test_encoding_by_a_plan(dim, bits, options, monkeypatch):
+    sample = Sample(normal(1, 3, 4 * dim, dim, seed=7), normal(1, 6, 4 * dim, dim, seed=8))
+    check_encoding(METHODS["spectralquant"].codec(dim, bits, "keys", **options).fit(sample), mx.float16, monkeypatch)
 
 
 def test_nothing_was_switched_off():

@@ -11,7 +11,7 @@ import pytest
 from tests.metal_on_host import check, launch, run
 from veloxlab.codecs.transforms import SignedHadamard
 from veloxlab.kernels import attend as attending
-from veloxlab.kernels.attend import Exact, Shape, Spread, Tokens, attend, attend_twin
+from veloxlab.kernels.attend import Exact, Queries, Shape, Spread, Tokens, attend, attend_twin
 from veloxlab.kernels.readers import TableReader
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
@@ -106,6 +106,7 @@ class Case:
     length: int = 1
     value_dim: int | None = None
     masked: bool = False
+    logits: bool = False
     spread: bool = False
     scaled: bool = True
     dtype: mx.Dtype = mx.float32
@@ -119,13 +120,14 @@ class Case:
 PAIRS, VECTORS = Codes(4, joined=True), Codes(8, width=4)
 CASES = [
     Case(Codes(1), Codes(1, joined=True), 64, 1, batch=1, kv_heads=1),
-    Case(Codes(2, joined=True), Codes(3), 80, 2, masked=True),
+    Case(Codes(2, joined=True), Codes(3), 80, 2, masked=True, logits=True),
     Case(Codes(3, joined=True), Codes(2), 96, 3, spread=True),
-    Case(PAIRS, PAIRS, 128, 4, spread=True, dtype=mx.float16),
+    Case(PAIRS, PAIRS, 128, 4, logits=True, spread=True, dtype=mx.float16),
     Case(Codes(5), Codes(6), 112, 7, masked=True, spread=True),
     Case(Codes(8), Codes(7), 192, 8, scaled=False),
     Case(Codes(6), Codes(5), 256, 2, masked=True, dtype=mx.bfloat16),
-    Case(Codes(7), Codes(8), 64, 7, length=2, masked=True, value_dim=128),  # more rows than one threadgroup takes
+    # more rows than one threadgroup takes
+    Case(Codes(7), Codes(8), 64, 7, length=2, masked=True, logits=True, value_dim=128),
     Case(PAIRS, Codes(4, joined=True), 256, 8, spread=True),  # little threadgroup memory is left for two tables
     Case(VECTORS, VECTORS, 128, 4),
     Case(Codes(12, width=8), Codes(4), 64, 3, masked=True),  # a table too large for threadgroup memory
@@ -141,16 +143,13 @@ def test_attention_over_codes_is_its_twins(case):
 class Call(NamedTuple):
     """What attention is called with."""
 
-    q: mx.array
-    q_coded: mx.array
+    queries: Queries
     tokens: Tokens
-    mask: mx.array | None
-    scale: float
     value_rotation: SignedHadamard
 
     def attend(self, case, backend):
-        shape = Shape.of(self.q, self.tokens, case.masked, self.scale)
-        return attend(self.q, None if case.spread else self.q_coded, self.tokens, self.mask, shape, backend)
+        given = dataclasses.replace(self.queries, coded=None) if case.spread else self.queries
+        return attend(given, self.tokens, Shape.of(given, self.tokens), backend)
 
 
 def calls(case, runs):
@@ -181,14 +180,15 @@ def calls(case, runs):
         if case.masked:
             mask = biases(rng, (case.batch, 1, case.length, sinks + packed_tokens + recent))
             mask = mx.broadcast_to(mask, (case.batch, query_heads, *mask.shape[2:]))
-        yield Call(q, q_coded, tokens, mask, case.dim**-0.5, rotations[1])
+        logits = mx.array(rng.standard_normal(query_heads, np.float32)) if case.logits else None
+        yield Call(Queries(q, case.dim**-0.5, q_coded, mask, logits), tokens, rotations[1])
 
 
 def assert_attention_is_its_twins(case):
     for call in calls(case, RUNS):
         found, found_coded = call.attend(case, "metal")
-        plain, coded = attend_twin(call.q, call.q_coded, call.tokens, call.mask, call.scale)
-        assert found.shape == (*call.q.shape[:3], call.tokens.value_dim)
+        plain, coded = attend_twin(call.queries, call.tokens)
+        assert found.shape == (*call.queries.q.shape[:3], call.tokens.value_dim)
         assert found.dtype == case.dtype
         tolerance = HALF + mx.finfo(case.dtype).eps
         if case.spread:
@@ -215,7 +215,8 @@ def test_a_long_exact_run_is_cut_into_longer_splits(monkeypatch):
     sinks, recent = (exact(rng, (1, 1, count), (64, 64), mx.float32) for count in (5, 700))
     tokens = Tokens(reader, reader, sinks, recent, 64, 64)
     q = mx.array(rng.standard_normal((1, 2, 1, 64), np.float32))
-    found, found_coded = attend(q, q.reshape(1, 1, 2, 64), tokens, None, Shape.of(q, tokens, False, 0.125), "metal")
-    plain, coded = attend_twin(q, q.reshape(1, 1, 2, 64), tokens, None, 0.125)
+    queries = Queries(q, 0.125, q.reshape(1, 1, 2, 64))
+    found, found_coded = attend(queries, tokens, Shape.of(queries, tokens), "metal")
+    plain, coded = attend_twin(queries, tokens)
     assert_close(found, plain, HALF)
     assert_close(found_coded, coded, HALF)

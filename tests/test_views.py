@@ -363,3 +363,26 @@ def test_costs_by_length_are_drawn_where_they_were_measured():
     assert "one more token" in views.lengths_caption(lengths_frame().filter(pl.col("cache") == "exact 16 bit"))
     with pytest.raises(InputError, match="decode_seconds"):
         views.costs_by_length(lengths_frame().drop("decode_seconds"))
+
+
+def times_frame() -> pl.DataFrame:
+    rows = [
+        {"cache": cache, "tokens": tokens, "microseconds": time * tokens, "roofline_microseconds": 0.1, "ratio": time}
+        for tokens in (4, 8)
+        for cache, time in (("exact 16 bit", 1.0), ("mlx-lm 4 bit", 0.25), ("turboquant 4 bit", 0.5))
+    ]
+    return pl.DataFrame(rows)
+
+
+def test_attention_times_stand_beside_what_memory_would_take():
+    chart = views.attention_times(times_frame()).to_dict()
+    panels = chart["vconcat"]
+    assert [layer["mark"]["type"] for layer in panels[0]["layer"]] == ["bar", "tick", "text"]
+    assert [panel["layer"][0]["transform"][0]["filter"] for panel in panels] == [
+        "datum.tokens === 4",
+        "datum.tokens === 8",
+    ]
+    assert views.times_caption(times_frame()).startswith("At 8 tokens turboquant 4 bit takes 0.50 of exact's time")
+    assert "measured" in views.times_caption(times_frame().filter(pl.col("cache") == "exact 16 bit"))
+    with pytest.raises(InputError, match="roofline_microseconds"):
+        views.attention_times(times_frame().drop("roofline_microseconds"))

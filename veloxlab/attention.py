@@ -18,7 +18,7 @@ from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.codec import TiledCodec, per_kv_head
 from veloxlab.codecs.none import Exact
 from veloxlab.kernels.attend import Exact as ExactTokens
-from veloxlab.kernels.attend import Tokens
+from veloxlab.kernels.attend import Queries, Tokens
 from veloxlab.kernels.checked import checked_attend
 from veloxlab.kernels.launch import gpu
 
@@ -85,7 +85,7 @@ class History(Handle):
         if q.shape[2] > FEW_QUERIES:
             out = self._attend_expanded(q, scale, mask, sinks)
             return mx.depends([out], list(self.stored))[0] if self.stored else out
-        fused = None if sinks is not None else self._attend_in_kernel(q, scale, mask)
+        fused = self._attend_in_kernel(q, scale, mask, sinks)
         return self._attend_codes(q, scale, mask, sinks) if fused is None else fused
 
     def _attend_expanded(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array:
@@ -137,7 +137,9 @@ class History(Handle):
         )
         return replace(self, segments=segments)
 
-    def _attend_in_kernel(self, q: mx.array, scale: float, mask: Mask) -> mx.array | None:
+    def _attend_in_kernel(
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None
+    ) -> mx.array | None:
         """By a GPU kernel, or None where there is no GPU, or no kernel for these segments and codecs."""
         backend = gpu()
         at = next((i for i, s in enumerate(self.segments) if not isinstance(s.key_codec, Exact)), None)
@@ -163,7 +165,8 @@ class History(Handle):
         if keys.space is None:
             # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
             coded = mx.contiguous(key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), kv_heads)))
-        done = checked_attend(q, coded, tokens, _added(mask, q, self.tokens), scale, backend)
+        logits = None if sinks is None else sinks.astype(mx.float32)
+        done = checked_attend(Queries(q, scale, coded, _added(mask, q, self.tokens), logits), tokens, backend)
         if done is None:
             return None
         out, mixed_codes = done

@@ -270,9 +270,9 @@ class CompressedKVCache(cache_file.Saved):
                 segments.append(
                     Segment(
                         self.key_codec if packed else exact_keys,
-                        run.code("keys", start)[skip:],
+                        run.code("keys", start, skip),
                         self.value_codec if packed else exact_values,
-                        run.code("values", start)[skip:],
+                        run.code("values", start, skip),
                     )
                 )
         if extra:
@@ -299,13 +299,13 @@ class CompressedKVCache(cache_file.Saved):
         from_new = to_packed - from_recent
 
         first = to_sinks + gone
-        leaving_keys = exact[0].decode(self.recent.code("keys")[:from_recent]) if from_recent else keys[:, :, :0]
-        leaving_values = exact[1].decode(self.recent.code("values")[:from_recent]) if from_recent else values[:, :, :0]
-        leaving_keys = mx.concatenate([leaving_keys, keys[:, :, first : first + from_new]], axis=_TOKENS)
-        leaving_values = mx.concatenate([leaving_values, values[:, :, first : first + from_new]], axis=_TOKENS)
+        leaving = [keys[:, :, first : first + from_new], values[:, :, first : first + from_new]] if to_packed else []
+        if from_recent:
+            oldest = [self.recent.code(side)[:from_recent].arrays["values"] for side in ("keys", "values")]
+            leaving = [mx.concatenate([*pair], axis=_TOKENS) for pair in zip(oldest, leaving, strict=True)]
 
         # everything that can fail comes before anything changes
-        self._check_range(leaving_keys, leaving_values, keys[:, :, :to_sinks], values[:, :, :to_sinks])
+        self._check_range(*leaving, *((keys[:, :, :to_sinks], values[:, :, :to_sinks]) if to_sinks else ()))
 
         if to_sinks:
             self.sinks.append(exact[0].encode(keys[:, :, :to_sinks]), exact[1].encode(values[:, :, :to_sinks]))
@@ -316,11 +316,9 @@ class CompressedKVCache(cache_file.Saved):
             self.recent.drop_oldest(from_recent)
         if to_packed:
             start = self.sinks.tokens + self._evicted + self.packed.tokens
-            self.key_codec = fitted_online(self.key_codec, leaving_keys)
-            self.value_codec = fitted_online(self.value_codec, leaving_values)
-            self.packed.append(
-                self.key_codec.encode(leaving_keys, start), self.value_codec.encode(leaving_values, start)
-            )
+            self.key_codec = fitted_online(self.key_codec, leaving[0])
+            self.value_codec = fitted_online(self.value_codec, leaving[1])
+            self.packed.append(self.key_codec.encode(leaving[0], start), self.value_codec.encode(leaving[1], start))
         if first + from_new < count:
             rest_keys, rest_values = (x[:, :, first + from_new :] for x in (keys, values))
             self.recent.append(exact[0].encode(rest_keys), exact[1].encode(rest_values))

@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--windows", type=int, default=3, help="number of stretches (default: %(default)s)")
     compare.add_argument("--out", type=Path, default=Path("results"), help="folder to write to (default: %(default)s)")
     compare.set_defaults(run=compare_caches)
-    bench = commands.add_parser("bench", help="time attention and decoding on this device, against exact and mlx-lm's")
+    bench = commands.add_parser("bench", help="time attention, encoding and decoding here, against exact and mlx-lm's")
     bench.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
     bench.add_argument("--tokens", type=int, nargs="+", help="lengths of the context (default: 4096 32768 131072)")
     bench.set_defaults(run=time_kernels)
@@ -213,14 +213,19 @@ def bench_table(results: dict[str, Any], query_heads: int, kv_heads: int, head_d
 
 
 def time_kernels(options: argparse.Namespace) -> int:
-    """Time attention and decoding steps, say so as they come, and write them as JSON."""
+    """Time attention, encoding, decoding and reading, say so as they come, and write them as JSON."""
+    from veloxlab.codecs import METHODS
     from veloxlab.measure import bench
+    from veloxlab.measure.bench import attention
 
-    tokens = tuple(options.tokens or bench.TOKENS)
-    results = {
-        "attention": bench.decode_attention(bench.SHAPES, tokens),
-        "decode": bench.decode_steps(tokens=tuple(n for n in tokens if n <= bench.LONGEST_DECODE)),
-        "copy_gigabytes_per_second": bench.copy_bandwidth(),
+    tokens = tuple(options.tokens or attention.TOKENS)
+    results: dict[str, Any] = {
+        "attention": bench.decode_attention(tokens=tokens),
+        "methods": bench.attention_of_methods([name for name in METHODS if name != "none"]),
+        "encode": bench.encode_steps(),
+        "decode": bench.decode_steps(tokens=tokens),
+        "read": bench.read_prompts(),
+        "gigabytes_per_second": bench.bandwidth(),
     }
     results = {"facts": bench.facts()} | results
     if options.json:

@@ -23,6 +23,7 @@ class Run:
         self._buffers: Arrays = buffers or {}
         self.tokens = tokens
         self.most = most
+        self._codes: dict[tuple[str, int, int], Code] = {}  # views of the buffers as they are, by what was asked for
 
     def __deepcopy__(self, memo: object) -> Run:
         """A run of its own: buffers are shared until one of the two changes them."""
@@ -42,27 +43,32 @@ class Run:
         """The live buffers, by side and name: ``"keys/codes"``."""
         return self._buffers
 
-    def code(self, side: str, start: int = 0) -> Code:
-        """The arrays whose name starts with ``side/``, as the code of the tokens held, of which the first is at
-        position ``start`` of the text.
+    def code(self, side: str, start: int = 0, skip: int = 0) -> Code:
+        """The arrays whose name starts with ``side/``, as the code of the tokens held but for the ``skip`` oldest.
+
+        ``start`` is the position in the text of the oldest token held. Most runs are as they were at the token before:
+        they are asked for in every layer at every token, and cut again only once they have changed.
         """
-        return Code(
-            {
-                name.removeprefix(f"{side}/"): buffer[:, :, : self.tokens]
+        known = self._codes.get((side, start, skip))
+        if known is None:
+            views = {
+                name.removeprefix(f"{side}/"): buffer[:, :, skip : self.tokens]
                 for name, buffer in self._buffers.items()
                 if name.startswith(f"{side}/")
-            },
-            start,
-        )
+            }
+            known = self._codes[side, start, skip] = Code(views, start + skip)
+        return known
 
     def fill(self, buffers: Arrays, tokens: int) -> None:
         """Hold ``tokens`` tokens in ``buffers``, as they were held before."""
+        self._codes.clear()
         self._buffers, self.tokens = buffers, tokens
 
     def append(self, keys: Code, values: Code) -> None:
         """Add tokens at the end."""
         arrays = {f"keys/{n}": a for n, a in keys.arrays.items()} | {f"values/{n}": a for n, a in values.arrays.items()}
         total = self.tokens + keys.tokens
+        self._codes.clear()
         for name, new in arrays.items():
             buffer = self._buffers.get(name)
             one = keys.tokens == 1
@@ -89,6 +95,7 @@ class Run:
         self._keep(slice(0, self.tokens - count))
 
     def _keep(self, span: slice) -> None:
+        self._codes.clear()
         if span.start == span.stop:
             self._buffers = {}
         else:  # a view would keep the whole buffer alive

@@ -59,9 +59,11 @@ typedef Vector4<uint> uint4;
 namespace metal {
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 inline float exp2(float x) { return __builtin_exp2f(x); }
+inline float log2(float x) { return __builtin_log2f(x); }
 inline float sin(float x) { return __builtin_sinf(x); }
 inline float cos(float x) { return __builtin_cosf(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
+inline float rint(float x) { return __builtin_rintf(x); }
 
 struct simdgroup_float8x8 {
   float2 elements;

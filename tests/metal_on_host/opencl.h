@@ -9,6 +9,7 @@
 #define thread __private
 
 typedef unsigned int uint;
+typedef __SIZE_TYPE__ size_t;
 typedef unsigned short ushort;
 typedef unsigned char uchar;
 typedef half bfloat;
@@ -24,9 +25,11 @@ typedef uint uint4 __attribute__((ext_vector_type(4)));
 namespace metal {
 enum class mem_flags { mem_none, mem_device, mem_threadgroup };
 float exp2(float);
+float log2(float);
 float sin(float);
 float cos(float);
 float sqrt(float);
+float rint(float);
 
 struct simdgroup_float8x8 {
   thread float2& thread_elements();

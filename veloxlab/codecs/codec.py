@@ -18,6 +18,9 @@ import mlx.core as mx
 from veloxlab.codecs.rope import Rope
 from veloxlab.codecs.transforms import Rotation, RotationName, SignedHadamard, make_rotation
 from veloxlab.errors import InputError
+from veloxlab.kernels.checked import checked_decode, encoded
+from veloxlab.kernels.encode import SpreadEncoder
+from veloxlab.kernels.launch import gpu
 from veloxlab.kernels.readers import Reader, Spread
 
 TOKENS = 2  # the axis of every array of a code that counts tokens: [B, H, S, ...]
@@ -253,13 +256,40 @@ class RotatedCodec(TiledCodec):
     def _space(self) -> Spread | None:
         return space_of(self._rotation)
 
+    def _encoder(self) -> SpreadEncoder | None:
+        """The kernel that does what `quantize` says, or None where there is none."""
+        return None
+
+    @property
+    def _table(self) -> mx.array | None:
+        """What each of the ``codes`` stands for ``[2**bits]``, or None where they are of no such kind."""
+        return None
+
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
+        """Compress ``x`` ``[B, H, S, D]``, in one launch where there is a GPU and a kernel; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
+        return Code(encoded(self._encoder, self._encode_by_graph, x), start)
+
+    def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
+        """Reconstruct ``[B, H, S, D]``, in one launch where there is a GPU and a table; see `Codec.decode`."""
+        backend = gpu()
+        space, table = (None, None) if backend is None else (self._space, self._table)
+        if backend is None or space is None or table is None:
+            return super().decode(code, dtype)
+        codes, root_scale, bits = code.arrays["codes"], code.arrays["root_scale"], table.size.bit_length() - 1
+        wanted = dtype or mx.float32
+        twin = self._decode_by_graph
+        done = checked_decode(codes, root_scale, space.signs, table, bits, wanted, backend, twin)
+        return super().decode(code, dtype) if done is None else done
+
+    def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
         x = x.astype(mx.float32)
         rms = mx.linalg.norm(x, axis=-1, keepdims=True) / math.sqrt(self.head_dim)
         arrays, factor = self.quantize(self._rotation.forward(x / mx.where(rms == 0, 1.0, rms)))
-        return Code(arrays | {"root_scale": store_scale(rms * factor)}, start)
+        return arrays | {"root_scale": store_scale(rms * factor)}
+
+    def _decode_by_graph(self, codes: mx.array, root_scale: mx.array) -> mx.array:
+        return super().decode(Code({"codes": codes, "root_scale": root_scale}))
 
     def expand(self, code: Code) -> mx.array:
         """Levels of the codes; see `TiledCodec.expand`."""

@@ -10,6 +10,7 @@ import mlx.core as mx
 from veloxlab.codecs.codebooks import check_bits
 from veloxlab.codecs.packing import pack, spread, words_per_row
 from veloxlab.errors import InputError
+from veloxlab.kernels.groups import GroupEncoder
 
 GroupLevels = Literal["centres", "ends"]
 
@@ -56,6 +57,11 @@ class GroupQuantizer:
         codes = (x - least) / mx.where(step == 0, 1.0, step) - self._shift
         codes = self._flat(mx.clip(mx.round(codes), 0, 2**self.bits - 1))
         return {"codes": pack(codes, self.bits), "half_step": root_half[..., 0], "least": root_least[..., 0]}
+
+    @property
+    def encoder(self) -> GroupEncoder:
+        """The kernel that does what `encode` does."""
+        return GroupEncoder(self.bits, self.group, self._steps, self._shift)
 
     def expand(self, arrays: dict[str, mx.array]) -> mx.array:
         """Decode to ``[..., dim]``, float32."""

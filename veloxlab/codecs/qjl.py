@@ -44,9 +44,11 @@ from veloxlab.codecs.codebooks import check_bits
 from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_sample, check_vectors, load_scale, store_scale
 from veloxlab.codecs.groups import GroupLevels, GroupQuantizer
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.sketch import SignSketch, SketchName
+from veloxlab.codecs.sketch import SignSketch, SketchName, pack_signs
 from veloxlab.errors import InputError
+from veloxlab.kernels.checked import encoded
 from veloxlab.kernels.readers import GroupsReader, TableReader
+from veloxlab.kernels.signs import SignEncoder
 
 _SIGNS = 4  # that kernels read at once
 _OUTLIER_SEED = 1_000_003  # keeps the sketch of the outliers independent of the other
@@ -95,8 +97,7 @@ class QJL(TiledCodec):
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Signs and norms of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
-        x = x.astype(mx.float32)
-        return Code({"signs": self._sketch.signs(x), "root_rms": _store_norm(x)}, start)
+        return Code(_signs_and_size(self._sketch, x), start)
 
     def expand(self, code: Code) -> mx.array:
         """Signs, ±1 ``[B, H, S, m]``."""
@@ -189,8 +190,9 @@ class OutlierQJL(QJL):
         pick = self._pick(x.shape[1])
         x = x.astype(mx.float32)
         outliers = x @ pick.swapaxes(-1, -2)
-        arrays = {"outlier_signs": self._outlier_sketch.signs(outliers), "outlier_root_rms": _store_norm(outliers)}
-        return Code(super().encode(x - outliers @ pick).arrays | arrays, start)
+        own = _signs_and_size(self._outlier_sketch, outliers)
+        arrays = super().encode(x - outliers @ pick).arrays
+        return Code(arrays | {f"outlier_{name}": array for name, array in own.items()}, start)
 
     def expand(self, code: Code) -> mx.array:
         """Signs of both sketches, each with its own scale ``[B, H, S, m + m']``."""
@@ -270,7 +272,7 @@ class GroupedValues(TiledCodec):
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Codes, steps and least numbers of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
-        return Code(self._quantizer.encode(x), start)
+        return Code(encoded(lambda: self._quantizer.encoder, self._quantizer.encode, x), start)
 
     def expand(self, code: Code) -> mx.array:
         """Decode; there is nothing else to be scaled."""
@@ -292,9 +294,17 @@ def _sign_table(size: float) -> mx.array:
     return table
 
 
-def _store_norm(x: mx.array) -> mx.array:
-    """The root-mean-square of ``x`` ``[..., D]``, which float16 holds for larger vectors than the norm itself."""
-    return store_scale(mx.linalg.norm(x, axis=-1, keepdims=True) / math.sqrt(x.shape[-1]))
+def _signs_and_size(sketch: SignSketch, x: mx.array) -> dict[str, mx.array]:
+    """``signs`` of the sketch of ``x`` ``[B, H, S, D]``, and the root of its root-mean-square, ``root_rms``.
+
+    That is what float16 holds for larger vectors than the norm itself.
+    """
+    return encoded(SignEncoder, _signs_and_size_by_graph, x, sketch.matrix.T)
+
+
+def _signs_and_size_by_graph(x: mx.array, y: mx.array) -> dict[str, mx.array]:
+    rms = mx.linalg.norm(x.astype(mx.float32), axis=-1, keepdims=True) / math.sqrt(x.shape[-1])
+    return {"signs": pack_signs(y), "root_rms": store_scale(rms)}
 
 
 def _load_norm(root: mx.array, dim: int) -> mx.array:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -213,6 +213,32 @@ class PlannedQuantizer:
         following = mx.take(words, mx.minimum(word + 1, self.words - 1), axis=-1).astype(mx.uint64) << 32
         both = mx.take(words, word, axis=-1).astype(mx.uint64) | following
         return self.levels_of(((both >> shift) & mask).astype(mx.uint32))
+
+
+class PlanTables(NamedTuple):
+    """A bit plan as `veloxlab.kernels.planned.PlannedEncoder` takes it; see there."""
+
+    first_bits: mx.array
+    first_codes: mx.array
+    boundaries: mx.array
+    levels: mx.array
+
+
+@lru_cache
+def plan_tables(quantizer: PlannedQuantizer) -> PlanTables:
+    """Tables of the widths in use at their places among those of all widths, and where codes lie in a row of bits."""
+    boundaries, levels = (np.zeros((2 << WIDEST) - 1, np.float32) for _ in range(2))
+    for width in set(quantizer.widths) - {0}:
+        table, first = gaussian_codebook(width), (1 << width) - 1
+        boundaries[first : first + len(table.boundaries)] = table.boundaries
+        levels[first : first + len(table.levels)] = table.levels
+    ends = np.cumsum(quantizer.widths)
+    first_codes = np.searchsorted(ends, 32 * np.arange(quantizer.words), side="right")
+    first_bits = np.concatenate([[0], ends])
+    positions = mx.array(first_bits.astype(np.uint32)), mx.array(first_codes.astype(np.uint32))
+    tables = PlanTables(*positions, mx.array(boundaries), mx.array(levels))
+    mx.eval(*tables)
+    return tables
 
 
 @lru_cache

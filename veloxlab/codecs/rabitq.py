@@ -48,8 +48,9 @@ from veloxlab.codecs.codec import Code, RotatedCodec, Sample, check_sample, chec
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.packing import pack, spread, words_per_row
 from veloxlab.codecs.quantizers import paired, scale_factor
-from veloxlab.codecs.transforms import RotationName
+from veloxlab.codecs.transforms import RotationName, SignedHadamard
 from veloxlab.errors import InputError
+from veloxlab.kernels.encode import SpreadEncoder, StretchedGrid
 from veloxlab.kernels.readers import ShiftedTableReader, TableReader
 
 ScaleName = Literal["unbiased", "mse"]
@@ -102,6 +103,16 @@ class RaBitQ(RotatedCodec):
     def shared_bytes(self) -> int:
         """The rotation: the grid needs no table."""
         return self._rotation.nbytes
+
+    def _encoder(self) -> SpreadEncoder | None:
+        """None for ``exact``, which sorts steps, and where the rotation is no Hadamard transform."""
+        if self.encoder == "exact" or self.rotation != "hadamard":
+            return None
+        return _encoder(self.head_dim, self.bits, self.scale, self.encoder, self.bounds, self.seed)
+
+    @property
+    def _table(self) -> mx.array | None:
+        return _steps(self.bits)
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
         """Grid point of the best direction, the chosen scale, and the sine of the angle if bounds are wanted."""
@@ -200,6 +211,10 @@ class CentredRaBitQ(RaBitQ):
         """None: `expand` has scaled."""
         return
 
+    @property
+    def _table(self) -> mx.array | None:
+        return super()._table if self.centroid is None else None
+
     def reader(self, code: Code) -> TableReader:
         """The grid, and the rotated means beside it; see `TiledCodec.reader`."""
         plain = super().reader(code)
@@ -230,8 +245,33 @@ class CentredRaBitQ(RaBitQ):
 @lru_cache
 def _grid(bits: int) -> tuple[int, mx.array]:
     """How many codes kernels read at once, and the grid points that those stand for."""
-    table = paired(np.arange(1 << bits) - (2**bits - 1) / 2, bits)
+    table = paired(np.array(_steps(bits)), bits)
     return table.shape[1], table
+
+
+@lru_cache
+def _steps(bits: int) -> mx.array:
+    """The step that each code stands for ``[2**bits]``."""
+    steps: mx.array = mx.arange(1 << bits) - (2**bits - 1) / 2
+    mx.eval(steps)
+    return steps
+
+
+@lru_cache
+def _tries(bits: int) -> mx.array:
+    """Stretches that `grid` tries, in units of the one at which the largest coordinate is about to be cut off."""
+    tries = mx.linspace(0.9, 1 + 2.5 / 2 ** (bits - 1), _TRIES)
+    mx.eval(tries)
+    return tries
+
+
+@lru_cache
+def _encoder(dim: int, bits: int, scale: ScaleName, encoder: EncoderName, sine: bool, seed: int) -> SpreadEncoder:
+    tried = encoder == "grid" and bits > 1  # of one bit there is no second step to stretch for
+    stretches = _tries(bits) if tried else mx.array([usual_stretch(dim, bits) if bits > 1 else 0.0])
+    mx.eval(stretches)
+    signs = SignedHadamard(dim, seed).signs
+    return SpreadEncoder(signs, StretchedGrid(stretches, bits, tried), scale, (("codes", bits),), sine)
 
 
 @lru_cache
@@ -265,14 +305,19 @@ def _best_stretch(a: mx.array, bits: int) -> mx.array:
 def _tried_stretch(a: mx.array, bits: int) -> mx.array:
     """The best of `_TRIES` values of t around the one at which the largest coordinate is about to be cut off.
 
-    With more bits that one is nearly always the best; with fewer, more of the large coordinates are cut off.
+    With more bits that one is nearly always the best; with fewer, more of the large coordinates are cut off. The sine
+    of the angle tells near ones apart, where the cosine of 8 bits is 1 to float32's rounding: with e = u − t·a it is
+    √((‖e‖² − ⟨e, a⟩² / ‖a‖²) / ‖u‖²), in which nothing cancels.
     """
     top = 2 ** (bits - 1)
-    tries = mx.linspace(0.9, 1 + 2.5 / top, _TRIES)
-    t = top / mx.maximum(a.max(axis=-1, keepdims=True), _TINY) * tries
-    u = mx.minimum(mx.floor(t[..., None] * a[:, None]), top - 1) + 0.5
-    quality = mx.square((u * a[:, None]).sum(axis=-1)) / mx.square(u).sum(axis=-1)
-    return mx.take_along_axis(t, mx.argmax(quality, axis=-1, keepdims=True), axis=-1)
+    t = top / mx.maximum(a.max(axis=-1, keepdims=True), _TINY) * _tries(bits)
+    reach = t[..., None] * a[:, None]
+    u = mx.minimum(mx.floor(reach), top - 1) + 0.5
+    error = u - reach
+    along = mx.square((error * a[:, None]).sum(axis=-1))
+    along = along / mx.maximum(mx.square(a).sum(axis=-1, keepdims=True), _TINY)
+    sine = (mx.square(error).sum(axis=-1) - along) / mx.square(u).sum(axis=-1)  # squared
+    return mx.take_along_axis(t, mx.argmin(sine, axis=-1, keepdims=True), axis=-1)
 
 
 def _in_chunks(search: Callable[[mx.array, int], mx.array], a: mx.array, bits: int, width: int) -> mx.array:

@@ -85,7 +85,7 @@ class RateQuant(TiledCodec):
                 f"This codec has widths for {len(self.head_bits)} KV heads and was given {x.shape[1]}: "
                 "give one width for each head."
             )
-        parts = [codec.encode(x[:, mx.array(self._heads(codec))], start).arrays for codec in self.base]
+        parts = [codec.encode(_some_heads(x, self._heads(codec)), start).arrays for codec in self.base]
         names = list(dict.fromkeys(name for part in parts for name in part))
         return Code({name: _joined([part[name] for part in parts if name in part], name) for name in names}, start)
 
@@ -176,6 +176,13 @@ def _layout(codec: RateQuant) -> tuple[Spread | None, HeadWidths] | None:
     layouts = [turboquant.kernel_layout(base) for base in bases]
     levels = {base.bits: table for base, (_, _, table) in zip(bases, layouts, strict=True)}
     return layouts[0][0], HeadWidths(codec.head_bits, codec.head_dim, levels)
+
+
+def _some_heads(x: mx.array, heads: list[int]) -> mx.array:
+    """``heads``, ascending, of ``x`` ``[B, H, ...]``: a view where they are evenly spaced, else a copy."""
+    first, last, step = heads[0], heads[-1], heads[1] - heads[0] if len(heads) > 1 else 1
+    even = heads == list(range(first, last + 1, step))
+    return x[:, first : last + 1 : step] if even else x[:, mx.array(heads)]
 
 
 def build(

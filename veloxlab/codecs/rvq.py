@@ -46,6 +46,7 @@ from veloxlab.codecs.packing import pack, unpack, words_per_row
 from veloxlab.codecs.quantizers import JOINT_INDEX_BITS, CodebookName, ScaleName, check_scale, scale_factor
 from veloxlab.codecs.transforms import RotationName
 from veloxlab.errors import InputError
+from veloxlab.kernels.encode import NearestLevel, SpreadEncoder
 from veloxlab.kernels.readers import StagesReader
 
 Variant = Literal["plain", "refined"]
@@ -108,6 +109,9 @@ class Rvq(RotatedCodec):
     def shared_bytes(self) -> int:
         """Rotation and codebooks."""
         return self._rotation.nbytes + sum(table.nbytes for table in _tables(self.stages))
+
+    def _encoder(self) -> SpreadEncoder | None:
+        return _encoder(self)
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
         """The cell of both stages, its two halves packed apart, and the chosen scale."""
@@ -217,6 +221,16 @@ def _tables(stages: Stages) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     boundaries, levels, joint, coarse = (mx.array(a.astype(np.float32)) for a in arrays)
     mx.eval(boundaries, levels, joint, coarse)
     return boundaries, levels, joint, coarse
+
+
+@lru_cache
+def _encoder(codec: Rvq) -> SpreadEncoder | None:
+    space, half = codec._space, codec.bits // 2
+    if space is None:
+        return None
+    boundaries, levels, _, _ = _tables(codec.stages)
+    nearest = NearestLevel(boundaries, levels, codec.bits)
+    return SpreadEncoder(space.signs, nearest, codec.scale, (("coarse", half), ("fine", half)))
 
 
 def _neighbours(stages: Stages, half: int, together: int) -> Floats:

@@ -66,11 +66,16 @@ class SignSketch:
 
     def signs(self, x: mx.array) -> mx.array:
         """Signs of the projections of ``x`` ``[..., dim]`` as packed bits ``[..., words]``; the sign of 0 is +1."""
-        return pack((x @ self.matrix.T >= 0).astype(mx.uint32), 1)
+        return pack_signs(x @ self.matrix.T)
 
     def expand(self, words: mx.array) -> mx.array:
         """Packed bits to ±1 ``[..., rows]``, float32."""
         return spread(words, 1, self.rows).astype(mx.float32) * 2 - 1
+
+
+def pack_signs(y: mx.array) -> mx.array:
+    """Signs of projections ``[..., rows]`` as packed bits ``[..., words]``; the sign of 0 is +1."""
+    return pack((y >= 0).astype(mx.uint32), 1)
 
 
 @lru_cache

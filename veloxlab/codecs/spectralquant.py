@@ -11,7 +11,7 @@ Learned per layer
     codes of a layer are one array, in which all heads take the same bits. It is made from the heads' mean sorted
     spectrum, and every head sorts its own coordinates into it.
 
-The steps: divide by the root-mean-square; go to the basis; take the mean off; quantize coordinate i with the Lloyd–Max
+The steps: go to the basis; divide by the root-mean-square; take the mean off; quantize coordinate i with the Lloyd–Max
 levels of N(0, λᵢ). Bits by integer water-filling: one at a time to argmax λᵢ / 4^bᵢ.
 
 Where we differ
@@ -45,9 +45,11 @@ from veloxlab.codecs.codebooks import check_bits
 from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
 from veloxlab.codecs.greedy import greedy_bits
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.quantizers import PlannedQuantizer, ScaleName, check_scale, kernel_plan
+from veloxlab.codecs.quantizers import PlannedQuantizer, ScaleName, check_scale, kernel_plan, plan_tables
 from veloxlab.codecs.transforms import make_rotation
 from veloxlab.errors import InputError
+from veloxlab.kernels.checked import encoded
+from veloxlab.kernels.planned import PlannedEncoder
 from veloxlab.kernels.readers import PlanReader
 
 BasisName = Literal["pca", "query", "hadamard"]
@@ -166,15 +168,26 @@ class SpectralQuant(TiledCodec):
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
-        forward, _, mean, deviation = self._fitted(x.shape[1])
-        x = x.astype(mx.float32)
-        rms = mx.linalg.norm(x, axis=-1, keepdims=True) / math.sqrt(self.head_dim)
-        y = (x / mx.where(rms == 0, 1.0, rms)) @ forward
+        forward, _, _, _ = self._fitted(x.shape[1])
+        return Code(encoded(lambda: self._encoder, self._encode_by_graph, x, forward), start)
+
+    def _encode_by_graph(self, x: mx.array, y: mx.array) -> dict[str, mx.array]:
+        """Codes and scales of ``x``, given as well in the basis, ``y``; both ``[B, H, S, D]``."""
+        _, _, mean, deviation = self._fitted(x.shape[1])
+        rms = mx.linalg.norm(x.astype(mx.float32), axis=-1, keepdims=True) / math.sqrt(self.head_dim)
+        y = y / mx.where(rms == 0, 1.0, rms)
         quantizer = PlannedQuantizer(self.plan)
         codes = quantizer.assign((y - mean) / deviation)
         quantized = quantizer.levels_of(codes) * deviation + mean
         factor = _scale_factor(self.scale, y, quantized)
-        return Code({"codes": quantizer.pack(codes), "root_scale": store_scale(rms * factor)}, start)
+        return {"codes": quantizer.pack(codes), "root_scale": store_scale(rms * factor)}
+
+    @cached_property
+    def _encoder(self) -> PlannedEncoder:
+        assert self.mean is not None
+        assert self.deviation is not None
+        tables = plan_tables(PlannedQuantizer(self.plan))
+        return PlannedEncoder(*tables, self.mean, self.deviation, self.scale, _LARGEST_FACTOR)
 
     def expand(self, code: Code) -> mx.array:
         """Levels of the codes, each coordinate with its variance and mean; see `TiledCodec.expand`."""

@@ -32,7 +32,7 @@ from typing import Literal
 import mlx.core as mx
 
 from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import Code, RotatedCodec, check_vectors
+from veloxlab.codecs.codec import Code, RotatedCodec
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.packing import WIDEST
 from veloxlab.codecs.quantizers import (
@@ -47,8 +47,7 @@ from veloxlab.codecs.sketch import SignSketch, SketchName
 from veloxlab.codecs.split import SplitCodec
 from veloxlab.codecs.transforms import RotationName
 from veloxlab.errors import InputError
-from veloxlab.kernels.checked import ScalarTable, checked_decode, checked_encode
-from veloxlab.kernels.launch import gpu
+from veloxlab.kernels.encode import NearestLevel, SpreadEncoder
 from veloxlab.kernels.readers import Spread, TableReader
 
 _SKETCH_SEED = 1_000_003  # keeps the sketch independent of a Haar rotation with the same seed
@@ -98,37 +97,12 @@ class TurboQuant(RotatedCodec):
         """uint32 words of a vector's codes."""
         return self._quantizer.words
 
-    def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Compress ``x`` ``[B, H, S, D]``, by one kernel where there is a GPU; see `Codec.encode`."""
-        check_vectors(x, self.head_dim)
-        backend, space = gpu(), self._space
-        if backend is None or space is None:
-            return super().encode(x, start)
-        written = checked_encode(x, self._table(space), backend, self._encode_by_graph)
-        codes, root_scale = self._encode_by_graph(x) if written is None else written
-        return Code({"codes": codes, "root_scale": root_scale}, start)
+    def _encoder(self) -> SpreadEncoder | None:
+        return _encoder(self)
 
-    def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
-        """Reconstruct ``[B, H, S, D]``, by one kernel where there is a GPU; see `Codec.decode`."""
-        backend, space = gpu(), self._space
-        if backend is None or space is None:
-            return super().decode(code, dtype)
-        codes, root_scale = code.arrays["codes"], code.arrays["root_scale"]
-        done = checked_decode(
-            codes, root_scale, self._table(space), dtype or mx.float32, backend, self._decode_by_graph
-        )
-        return super().decode(code, dtype) if done is None else done
-
-    def _table(self, space: Spread) -> ScalarTable:
-        quantizer = self._quantizer
-        return ScalarTable(space.signs, quantizer.boundaries, quantizer.levels, self.bits, self.scale)
-
-    def _decode_by_graph(self, codes: mx.array, root_scale: mx.array) -> mx.array:
-        return super().decode(Code({"codes": codes, "root_scale": root_scale}))
-
-    def _encode_by_graph(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        arrays = super().encode(x).arrays
-        return arrays["codes"], arrays["root_scale"]
+    @property
+    def _table(self) -> mx.array:
+        return self._quantizer.levels
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
         """Nearest level of each coordinate, and the chosen scale."""
@@ -143,6 +117,15 @@ class TurboQuant(RotatedCodec):
     def reader(self, code: Code) -> TableReader:
         """The scalar table, two codes at a time where they are narrow; see `TiledCodec.reader`."""
         return TableReader(self.head_dim, code.arrays["codes"], code.arrays["root_scale"], *kernel_layout(self))
+
+
+@lru_cache
+def _encoder(codec: TurboQuant) -> SpreadEncoder | None:
+    space, quantizer = codec._space, codec._quantizer
+    if space is None:
+        return None
+    nearest = NearestLevel(quantizer.boundaries, quantizer.levels, codec.bits)
+    return SpreadEncoder(space.signs, nearest, codec.scale, (("codes", codec.bits),))
 
 
 @lru_cache

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from veloxlab.kernels.lanes import hartley_row
 from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
 from veloxlab.kernels.readers import Reader, Room, Spread
 
@@ -62,6 +63,27 @@ class Tokens:
         return sinks, recent
 
 
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """What attends.
+
+    Attributes
+    ----------
+    q : ``[B, Hq, L, Dk]``.
+    scale : what scores are multiplied with.
+    coded : the queries in the space of the keys' codes ``[B, H, Hq/H · L, keys.dim]`` float32, where kernels do not
+        know how to bring them there.
+    mask : to be added to the scores ``[B, Hq, L, S]`` float32, or None.
+    logits : what each head's softmax has beside the tokens' scores, without a value ``[Hq]`` float32, or None.
+    """
+
+    q: mx.array
+    scale: float
+    coded: mx.array | None = None
+    mask: mx.array | None = None
+    logits: mx.array | None = None
+
+
 def can_attend(tokens: Tokens, backend: GpuBackend) -> bool:
     """Whether the dimensions suit the matrix unit and the readers' layouts."""
     dims = (tokens.key_dim, tokens.value_dim, tokens.keys.dim, tokens.values.dim)
@@ -74,37 +96,24 @@ def can_attend(tokens: Tokens, backend: GpuBackend) -> bool:
     )
 
 
-def attend(
-    q: mx.array,
-    q_coded: mx.array | None,
-    tokens: Tokens,
-    mask: mx.array | None,
-    shape: Shape,
-    backend: GpuBackend,
-) -> tuple[mx.array, mx.array | None]:
-    """Softmax attention of ``q`` ``[B, Hq, L, Dk]`` over sinks, packed and recent tokens, in that order.
-
-    Parameters
-    ----------
-    q_coded : the queries in the space of the keys' codes ``[B, H, Hq/H · L, keys.dim]`` float32, where
-        ``keys.space`` is None.
-    mask : to be added to the scores ``[B, Hq, L, S]`` float32 (broadcast), or None.
-    shape : `Shape.of` the queries, the tokens, whether there is a mask, and what queries are multiplied with.
+def attend(queries: Queries, tokens: Tokens, shape: Shape, backend: GpuBackend) -> tuple[mx.array, mx.array | None]:
+    """Softmax attention over sinks, packed and recent tokens, in that order; ``shape`` is `Shape.of` both.
 
     Returns
     -------
-    ``[B, Hq, L, Dv]`` in the dtype of ``q``, and, where ``values.space`` is None, the packed tokens' part of it in the
-    space of their codes ``[B, H, Hq/H · L, values.dim]`` float32, still to be brought out and added.
+    ``[B, Hq, L, Dv]`` in the dtype of the queries, and, where ``values.space`` is None, the packed tokens' part of it
+    in the space of their codes ``[B, H, Hq/H · L, values.dim]`` float32, still to be brought out and added.
     """
+    q = queries.q
     batch, query_heads, length, _ = q.shape
     keys, values = tokens.keys, tokens.values
-    built = _build(shape, tokens, backend)
+    built = _build(shape, queries, tokens, backend)
     work = built.work
     sizes, splits = _sizes(tokens.exact_counts, keys.tokens, batch * work.kv_heads * work.row_tiles)
     padded_rows = batch * work.kv_heads * work.row_tiles * work.rows
     mixed, sums = launch(
         built.attend,
-        _inputs(q, q_coded, tokens, mask, sizes),
+        _inputs(queries, tokens, sizes),
         backend=backend,
         groups=(splits, work.kv_heads * work.row_tiles, batch),
         threads=SIMDGROUPS * SIMD,
@@ -116,6 +125,8 @@ def attend(
     inputs = {"mixed": mixed, "sums": sums, "sizes": sizes}
     if values.space is not None:
         inputs["v_signs"] = values.space.signs
+    if queries.logits is not None:
+        inputs["logits"] = queries.logits
     out, *coded = launch(
         built.combine,
         inputs,
@@ -128,27 +139,31 @@ def attend(
     return out, coded[0] if coded else None
 
 
-def attend_twin(
-    q: mx.array, q_coded: mx.array, tokens: Tokens, mask: mx.array | None, scale: float
-) -> tuple[mx.array, mx.array]:
+def attend_twin(queries: Queries, tokens: Tokens) -> tuple[mx.array, mx.array]:
     """The exact and the coded part of what `attend` is to give, by MLX ops on everything expanded, in float32.
 
-    ``q_coded`` ``[B, H, Hq/H · L, keys.dim]``. The parts are ``[B, H, Hq/H · L, ·]``.
+    ``queries.coded`` is to be given. The parts are ``[B, H, Hq/H · L, ·]``.
     """
-    grouped = q.astype(mx.float32).reshape(q_coded.shape[0], q_coded.shape[1], q_coded.shape[2], -1)
+    q, coded_queries = queries.q, queries.coded
+    assert coded_queries is not None
+    grouped = q.astype(mx.float32).reshape(*coded_queries.shape[:3], -1)
     runs = [run for run in (tokens.sinks, tokens.recent) if run is not None]
     scores = [grouped @ run.keys.astype(mx.float32).swapaxes(-1, -2) for run in runs]
-    scores.insert(int(tokens.sinks is not None), q_coded @ tokens.keys.expand().swapaxes(-1, -2))
-    joined = mx.concatenate(scores, axis=-1) * scale
-    if mask is not None:
-        full = mx.broadcast_to(mask, (*q.shape[:3], joined.shape[-1]))
+    scores.insert(int(tokens.sinks is not None), coded_queries @ tokens.keys.expand().swapaxes(-1, -2))
+    joined = mx.concatenate(scores, axis=-1) * queries.scale
+    if queries.mask is not None:
+        full = mx.broadcast_to(queries.mask, (*q.shape[:3], joined.shape[-1]))
         joined = joined + full.reshape(joined.shape)
+    if queries.logits is not None:  # behind the tokens, so that their places stay
+        beside = mx.broadcast_to(queries.logits[None, :, None, None], (*q.shape[:3], 1))
+        joined = mx.concatenate([joined, beside.reshape(*joined.shape[:-1], 1)], axis=-1)
     weights = mx.softmax(joined, axis=-1)
     sinks, _ = tokens.exact_counts
     packed_end = sinks + tokens.keys.tokens
     coded = weights[..., sinks:packed_end] @ tokens.values.expand()
     plain = mx.zeros((*grouped.shape[:-1], tokens.value_dim))
-    for run, part in ((tokens.sinks, weights[..., :sinks]), (tokens.recent, weights[..., packed_end:])):
+    end = packed_end + tokens.exact_counts[1]
+    for run, part in ((tokens.sinks, weights[..., :sinks]), (tokens.recent, weights[..., packed_end:end])):
         if run is not None:
             plain = plain + part @ run.values.astype(mx.float32)
     return plain, coded
@@ -196,13 +211,14 @@ class Shape(NamedTuple):
     same_table: bool
     spread: tuple[bool, bool]
     masked: bool
+    with_logits: bool
     scale: float
     has_scales: tuple[bool, bool]
 
     @classmethod
-    def of(cls, q: mx.array, tokens: Tokens, masked: bool, scale: float) -> Shape:
+    def of(cls, queries: Queries, tokens: Tokens) -> Shape:
         """That of a call with these."""
-        keys, values = tokens.keys, tokens.values
+        q, keys, values = queries.q, tokens.keys, tokens.values
         some = tokens.sinks or tokens.recent
         return cls(
             query_heads=q.shape[1],
@@ -217,8 +233,9 @@ class Shape(NamedTuple):
             readers=(keys.key, values.key),
             same_table=keys.table_identity is not None and keys.table_identity is values.table_identity,
             spread=(keys.space is not None, values.space is not None),
-            masked=masked,
-            scale=scale,
+            masked=queries.mask is not None,
+            with_logits=queries.logits is not None,
+            scale=queries.scale,
             has_scales=(keys.root_scale is not None, values.root_scale is not None),
         )
 
@@ -244,7 +261,7 @@ class _Built(NamedTuple):
 _BUILT: dict[tuple[Shape, GpuBackend], _Built] = {}
 
 
-def _build(shape: Shape, tokens: Tokens, backend: GpuBackend) -> _Built:
+def _build(shape: Shape, queries: Queries, tokens: Tokens, backend: GpuBackend) -> _Built:
     """The kernels for ``shape``; their text is long, so it is made once."""
     known = _BUILT.get((shape, backend))
     if known is not None:
@@ -252,11 +269,11 @@ def _build(shape: Shape, tokens: Tokens, backend: GpuBackend) -> _Built:
     all_rows = shape.query_heads // shape.kv_heads * shape.length
     rows = min(all_rows, MOST_ROWS)
     work = _Work(shape.kv_heads, rows, -(-all_rows // rows), all_rows, max(shape.value_dim, shape.coded_value))
-    built = _Built(_attend_source(shape, work, tokens, backend), _combine_source(shape, work, backend), work)
+    built = _Built(_attend_source(shape, work, queries, tokens, backend), _combine_source(shape, work, backend), work)
     return _BUILT.setdefault((shape, backend), built)
 
 
-def _attend_source(shape: Shape, work: _Work, tokens: Tokens, backend: GpuBackend) -> Source:
+def _attend_source(shape: Shape, work: _Work, queries: Queries, tokens: Tokens, backend: GpuBackend) -> Source:
     largest_key = max(shape.key_dim, shape.coded_key)
     free = _MEMORY[backend] // 4 - _words(work.rows, largest_key, work.largest_value)
     words = min(free, _TABLE_WORDS[backend]) // (1 if shape.same_table else 2)
@@ -267,13 +284,12 @@ def _attend_source(shape: Shape, work: _Work, tokens: Tokens, backend: GpuBacken
     at_once = GROUPS_PER_PROCESSOR if max(largest_key, work.largest_value) <= _SMALL else GROUPS_PER_PROCESSOR // 2
     return Source(
         name="_".join(["attend", *map(str, (*shape.readers[0], *shape.readers[1], int(shape.same_table)))]),
-        inputs=tuple(_inputs(None, None, tokens, _no_signs() if shape.masked else None, None)),
+        inputs=tuple(_inputs(queries, tokens, None)),
         outputs=("mixed", "sums"),
         defines=(
             *_common_defines(shape, work),
             ("ROWS", work.rows),
             ("ROW_TILES", f"{work.row_tiles}u"),
-            ("QUERIES", f"{shape.length}u"),
             ("SHARED", f"{shape.query_heads // shape.kv_heads}u"),
             ("KV_HEADS", f"{shape.kv_heads}u"),
             ("SCALE", f"{shape.scale!r}f"),
@@ -287,13 +303,13 @@ def _attend_source(shape: Shape, work: _Work, tokens: Tokens, backend: GpuBacken
             ("SIMDGROUPS", SIMDGROUPS),
             ("THREADS", SIMDGROUPS * SIMD),
             ("GROUPS_PER_PROCESSOR", at_once),
-            ("LOG2_E", "1.4426950408889634f"),
         ),
-        headers=("simd.h", "readers.h", *readers, "spread.h", "attend.h"),
+        headers=("simd.h", "readers.h", *readers, "lanes.h", "attend.h"),
         body=Template(source_file("attend.metal")).substitute(
             declarations="\n".join(part.declarations for part in (key, value)),
             key_setup=key.setup.replace("\n", "\n  "),
             value_setup=value.setup.replace("\n", "\n  "),
+            key_hartley=hartley_row(shape.coded_key) if shape.spread[0] else "",
         ),
     )
 
@@ -301,7 +317,11 @@ def _attend_source(shape: Shape, work: _Work, tokens: Tokens, backend: GpuBacken
 def _combine_source(shape: Shape, work: _Work, backend: GpuBackend) -> Source:
     return Source(
         name="combine",
-        inputs=("mixed", "sums", "sizes", *(("v_signs",) if shape.spread[1] else ())),
+        inputs=(
+            *("mixed", "sums", "sizes"),
+            *(("v_signs",) if shape.spread[1] else ()),
+            *(("logits",) if shape.with_logits else ()),
+        ),
         outputs=("out", *(() if shape.spread[1] else ("out_coded",))),
         defines=(
             *_common_defines(shape, work),
@@ -309,15 +329,21 @@ def _combine_source(shape: Shape, work: _Work, backend: GpuBackend) -> Source:
             ("OUT_TYPE", type_name(shape.query_type, backend)),
             ("THREADS", _COMBINE_THREADS),
             ("MOST_SPLITS", most_splits()),
+            ("HAS_LOGITS", int(shape.with_logits)),
+            ("QUERY_HEADS", f"{shape.query_heads}u"),
         ),
-        headers=("simd.h", "spread.h"),
-        body=source_file("combine.metal"),
+        headers=("simd.h", "lanes.h"),
+        body=Template(source_file("combine.metal")).substitute(
+            value_hartley=hartley_row(shape.coded_value) if shape.spread[1] else ""
+        ),
     )
 
 
 def _common_defines(shape: Shape, work: _Work) -> tuple[tuple[str, int | str], ...]:
     return (
         ("ALL_ROWS", f"{work.all_rows}u"),
+        ("QUERIES", f"{shape.length}u"),
+        ("LOG2_E", "1.4426950408889634f"),
         ("EXACT_VALUE", shape.value_dim),
         ("CODED_VALUE", shape.coded_value),
         ("LARGEST_VALUE", work.largest_value),
@@ -327,20 +353,18 @@ def _common_defines(shape: Shape, work: _Work) -> tuple[tuple[str, int | str], .
 
 def _words(rows: int, largest_key: int, largest_value: int) -> int:
     """Words of threadgroup memory beside the tables; see ``attend.metal``."""
-    a_simdgroup = PADDED_ROWS * (20 + 24 // 2 + 1) + 2 * rows
-    return PADDED_ROWS * largest_key + rows * largest_value + SIMDGROUPS * a_simdgroup + 64
+    return PADDED_ROWS * (largest_key + 16) + rows * (largest_value + 8) + SIMDGROUPS * 2 * rows + 64
 
 
-def _inputs(
-    q: mx.array | None, q_coded: mx.array | None, tokens: Tokens, mask: mx.array | None, sizes: mx.array | None
-) -> dict[str, Any]:
+def _inputs(queries: Queries, tokens: Tokens, sizes: mx.array | None) -> dict[str, Any]:
+    """What `attend` is launched with, by name; for the names alone, without ``sizes``."""
     keys = tokens.keys
     some = tokens.sinks or tokens.recent
     nothing = _nothing(mx.float32 if some is None else some.keys.dtype)
     sinks, recent = tokens.sinks or nothing, tokens.recent or nothing
     arrays = {
-        "q": q,
-        "q_coded": q if q_coded is None else q_coded,
+        "q": queries.q,
+        "q_coded": queries.q if queries.coded is None else queries.coded,
         "k_signs": _no_signs() if keys.space is None else keys.space.signs,
         **keys.arrays("k"),
         **tokens.values.arrays("v"),
@@ -350,7 +374,7 @@ def _inputs(
         "recent_values": recent.values,
         "sizes": sizes,
     }
-    return arrays if mask is None else arrays | {"mask": mask}
+    return arrays if queries.mask is None else arrays | {"mask": queries.mask}
 
 
 @lru_cache
@@ -367,4 +391,4 @@ def _no_signs() -> mx.array:
     return signs
 
 
-__all__ = ["MOST_ROWS", "Exact", "Spread", "Tokens", "attend", "attend_twin", "can_attend"]
+__all__ = ["MOST_ROWS", "Exact", "Queries", "Spread", "Tokens", "attend", "attend_twin", "can_attend"]

@@ -9,14 +9,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from veloxlab.kernels.assign import assign
-from veloxlab.kernels.attend import Exact, Shape, Tokens, attend, attend_twin, can_attend
-from veloxlab.kernels.encode import can_spread, decode, encode
+from veloxlab.kernels.attend import Exact, Queries, Shape, Tokens, attend, attend_twin, can_attend
+from veloxlab.kernels.decode import decode
+from veloxlab.kernels.lanes import can_spread
 from veloxlab.kernels.launch import GpuBackend, gpu
 from veloxlab.kernels.readers import Spread, TableReader
 
@@ -31,33 +32,30 @@ _SCALES_APART = 2e-3  # two steps of half precision
 _states: dict[object, str] = {}  # of each kernel: empty where it agrees, else what is wrong
 
 
-class ScalarTable(NamedTuple):
-    """What `encode` quantizes with, in its order: see there."""
+class Encoder(Protocol):
+    """A kernel that turns vectors into named arrays of a code, and what it is to be built for."""
 
-    signs: mx.array
-    boundaries: mx.array
-    levels: mx.array
-    bits: int
-    scale: str
+    @property
+    def kernel(self) -> tuple[object, ...]:
+        """What tells the kernel from others for vectors of one dimension and type; first its name."""
+
+    def takes(self, x: mx.array) -> bool:
+        """Whether the kernel is for such vectors ``[B, H, S, D]``."""
+
+    def __call__(self, *given: Any, **named: Any) -> dict[str, mx.array]:
+        """Encode, given the GPU, the vectors, and what else `encoded` says."""
 
 
-def checked_attend(
-    q: mx.array,
-    q_coded: mx.array | None,
-    tokens: Tokens,
-    mask: mx.array | None,
-    scale: float,
-    backend: GpuBackend,
-) -> tuple[mx.array, mx.array | None] | None:
+def checked_attend(queries: Queries, tokens: Tokens, backend: GpuBackend) -> tuple[mx.array, mx.array | None] | None:
     """`attend`, or None where the kernel for this case cannot be had or does not agree with its twin."""
-    shape = Shape.of(q, tokens, mask is not None, scale)
+    shape = Shape.of(queries, tokens)
     which = shape, backend
-    if which not in _states:
-        if not can_attend(tokens, backend):
-            return None
-        _states[which] = _disagreement(q, q_coded is not None, tokens, mask is not None, scale, backend)
-        _warn(f"attend ({tokens.keys.key[0]} keys, {tokens.values.key[0]} values)", _states[which], backend)
-    return None if _states[which] else attend(q, q_coded, tokens, mask, shape, backend)
+    if which not in _states and not can_attend(tokens, backend):
+        return None
+    name = f"attend ({tokens.keys.key[0]} keys, {tokens.values.key[0]} values)"
+    if not _agrees(which, name, backend, lambda: _disagreement(queries, tokens, backend)):
+        return None
+    return attend(queries, tokens, shape, backend)
 
 
 def checked_assign(
@@ -69,71 +67,71 @@ def checked_assign(
 ) -> mx.array | None:
     """`assign`, or None where the kernel for these shapes and types cannot be had or does not agree with ``twin``."""
     which = "assign", points.shape[-1], points.dtype, centroids.shape, centroids.dtype, bits, backend
-    if which not in _states:
+
+    def trial() -> str:
         # whole numbers: no distance is rounded, and ties, of which there are many, go to the first
         keys = mx.random.split(mx.random.key(0))
         some = mx.random.randint(-8, 9, (67, points.shape[-1]), key=keys[0]).astype(points.dtype)
         tables = mx.random.randint(-8, 9, centroids.shape, key=keys[1]).astype(centroids.dtype)
-        try:
-            same = mx.array_equal(assign(some, tables, bits, backend), twin(some, tables, bits)).item()
-            _states[which] = "" if same else "it finds other indices than its twin"
-        except (RuntimeError, ValueError) as error:  # the compiler's, or the driver's
-            _states[which] = _refusal(error)
-        _warn("assign", _states[which], backend)
-    return None if _states[which] else assign(points, centroids, bits, backend)
+        same = mx.array_equal(assign(some, tables, bits, backend), twin(some, tables, bits)).item()
+        return "" if same else "it finds other indices than its twin"
+
+    return assign(points, centroids, bits, backend) if _agrees(which, "assign", backend, trial) else None
 
 
-def checked_encode(
+def encoded(
+    kernel: Callable[[], Encoder | None],
+    twin: Callable[..., dict[str, mx.array]],
     x: mx.array,
-    table: ScalarTable,
-    backend: GpuBackend,
-    twin: Callable[[mx.array], tuple[mx.array, mx.array]],
-) -> tuple[mx.array, mx.array] | None:
-    """`encode`, or None where the kernel for these dimensions cannot be had or does not agree with ``twin``."""
-    if not can_spread(x.shape[-1]):
-        return None
-    which = "encode", x.shape[-1], x.dtype, table.bits, table.scale, backend
-    if which not in _states:
-        try:
-            some = mx.random.normal((1, 2, 67, x.shape[-1]), key=mx.random.key(0)).astype(x.dtype)
-            found, wanted = encode(some, *table, backend), twin(some)
-            same = _number((found[0] == wanted[0]).mean())
-            apart = _number(mx.abs(found[1].astype(mx.float32) / wanted[1].astype(mx.float32) - 1).max())
-            _states[which] = "" if same >= _SAME_WORDS and apart <= _SCALES_APART else "it writes other codes"
-        except (RuntimeError, ValueError) as error:  # the compiler's, or the driver's
-            _states[which] = _refusal(error)
-        _warn("encode", _states[which], backend)
-    return None if _states[which] else encode(x, *table, backend)
+    matrix: mx.array | None = None,
+) -> dict[str, mx.array]:
+    """A code's arrays of ``x`` ``[B, H, S, D]``: on a GPU by what ``kernel`` gives, or by ``twin``.
+
+    Both are given ``x`` and, if there is a ``matrix`` ``[D, M]`` or ``[H, D, M]``, ``x @ matrix`` in float32. The twin
+    does the work where there is no GPU or no encoder, and where its kernel cannot be had or does not agree with it.
+    """
+    backend, vectors = gpu(), _vectors(x, matrix)
+    encoder = None if backend is None else kernel()
+    if backend is None or encoder is None or not encoder.takes(x):
+        return twin(*vectors)
+    name, *others = encoder.kernel
+    which = name, *others, x.dtype, *(v.shape[-1] for v in vectors), backend
+
+    def trial() -> str:
+        some = mx.random.normal((1, x.shape[1], 67, x.shape[-1]), key=mx.random.key(0)).astype(x.dtype)
+        made_up = _vectors(some, matrix)
+        found, wanted = encoder(backend, *made_up), twin(*made_up)
+        return "" if all(_same(found[name], array) for name, array in wanted.items()) else "it writes other codes"
+
+    return encoder(backend, *vectors) if _agrees(which, str(name), backend, trial) else twin(*vectors)
 
 
 def checked_decode(
     codes: mx.array,
     root_scale: mx.array,
-    table: ScalarTable,
+    signs: mx.array,
+    levels: mx.array,
+    bits: int,
     dtype: mx.Dtype,
     backend: GpuBackend,
     twin: Callable[[mx.array, mx.array], mx.array],
 ) -> mx.array | None:
     """`decode`, or None where the kernel for these dimensions cannot be had or does not agree with ``twin``."""
-    dim = table.signs.shape[0]
+    dim = signs.shape[0]
     if not can_spread(dim):
         return None
-    which = "decode", dim, dtype, table.bits, backend
-    if which not in _states:
-        try:
-            keys = mx.random.split(mx.random.key(0), 3)
-            high, low = (mx.random.randint(0, 1 << 16, (1, 2, 67, codes.shape[-1]), key=k) for k in keys[:2])
-            some = high.astype(mx.uint32) << 16 | low.astype(mx.uint32)
-            roots = mx.random.uniform(0.5, 1.5, (1, 2, 67, 1), key=keys[2]).astype(mx.float16)
-            wanted = twin(some, roots)
-            error = _relative(decode(some, roots, table.signs, table.levels, table.bits, dtype, backend), wanted)
-            _states[which] = "" if error <= _TOLERANCE else f"it differs from its twin by {error:.1g}"
-        except (RuntimeError, ValueError) as refused:  # the compiler's, or the driver's
-            _states[which] = _refusal(refused)
-        _warn("decode", _states[which], backend)
-    if _states[which]:
+
+    def trial() -> str:
+        keys = mx.random.split(mx.random.key(0), 3)
+        high, low = (mx.random.randint(0, 1 << 16, (1, 2, 67, codes.shape[-1]), key=k) for k in keys[:2])
+        some = high.astype(mx.uint32) << 16 | low.astype(mx.uint32)
+        roots = mx.random.uniform(0.5, 1.5, (1, 2, 67, 1), key=keys[2]).astype(mx.float16)
+        error = _relative(decode(some, roots, signs, levels, bits, dtype, backend), twin(some, roots))
+        return "" if error <= _TOLERANCE else f"it differs from its twin by {error:.1g}"
+
+    if not _agrees(("decode", dim, dtype, bits, backend), "decode", backend, trial):
         return None
-    return decode(codes, root_scale, table.signs, table.levels, table.bits, dtype, backend)
+    return decode(codes, root_scale, signs, levels, bits, dtype, backend)
 
 
 def states() -> dict[str, int]:
@@ -156,15 +154,13 @@ def try_usual() -> None:
             side = TableReader(dim, empty, scales, Spread(mx.ones((dim,))), bits * together, table)
             if backend is not None:
                 q = mx.zeros((1, 8, 1, dim), mx.float16)
-                checked_attend(q, None, Tokens(side, side, None, None, dim, dim), None, dim**-0.5, backend)
+                checked_attend(Queries(q, dim**-0.5), Tokens(side, side, None, None, dim, dim), backend)
 
 
-def _disagreement(
-    q: mx.array, coded_queries: bool, tokens: Tokens, masked: bool, scale: float, backend: GpuBackend
-) -> str:
+def _disagreement(queries: Queries, tokens: Tokens, backend: GpuBackend) -> str:
     """What is wrong with the kernel for this case, in words, or nothing."""
     key = mx.random.key(0)
-    batch, query_heads, length = 1, q.shape[1], q.shape[2]
+    batch, query_heads, length = 1, queries.q.shape[1], queries.q.shape[2]
     kv_heads, (sinks, packed, recent) = tokens.keys.kv_heads, _TOKENS
     rows = query_heads // kv_heads * length
 
@@ -188,40 +184,58 @@ def _disagreement(
         sinks=exact(tokens.sinks, sinks),
         recent=exact(tokens.recent, recent),
     )
-    query = normal(batch, query_heads, length, tokens.key_dim, dtype=q.dtype)
+    query = normal(batch, query_heads, length, tokens.key_dim, dtype=queries.q.dtype)
     total = packed + sum(made_up.exact_counts)
-    mask = mx.where(normal(batch, query_heads, length, total) < 1, 0.0, -1e9) if masked else None
+    mask, logits = None, None
+    if queries.mask is not None:
+        mask = mx.where(normal(batch, query_heads, length, total) < 1, 0.0, -1e9)
+    if queries.logits is not None:
+        logits = normal(query_heads)
     # as large as queries that were brought there from unit ones; the space itself is the codec's business
-    queries_in_codes = normal(batch, kv_heads, rows, tokens.keys.dim)
+    coded_queries = normal(batch, kv_heads, rows, tokens.keys.dim)
     space = tokens.keys.space
-    try:
-        if space is not None:
-            grouped = query.astype(mx.float32).reshape(batch, kv_heads, rows, tokens.key_dim)
-            queries_in_codes = space.enter(grouped)
-        shape = Shape.of(query, made_up, masked, scale)
-        out, coded = attend(query, queries_in_codes if coded_queries else None, made_up, mask, shape, backend)
-        plain, wanted_coded = attend_twin(query, queries_in_codes, made_up, mask, scale)
-        if made_up.values.space is not None:
-            plain = plain + made_up.values.space.leave(wanted_coded)
-        errors = [_relative(out.reshape(plain.shape), plain)]
-        if coded is not None:
-            errors.append(_relative(coded, wanted_coded))
-    except (RuntimeError, ValueError) as error:  # the compiler's, or the driver's
-        return _refusal(error)
+    if space is not None:
+        grouped = query.astype(mx.float32).reshape(batch, kv_heads, rows, tokens.key_dim)
+        coded_queries = space.enter(grouped)
+    asked = Queries(query, queries.scale, coded_queries, mask, logits)
+    given = asked if queries.coded is not None else replace(asked, coded=None)
+    out, coded = attend(given, made_up, Shape.of(given, made_up), backend)
+    plain, wanted_coded = attend_twin(asked, made_up)
+    if made_up.values.space is not None:
+        plain = plain + made_up.values.space.leave(wanted_coded)
+    errors = [_relative(out.reshape(plain.shape), plain)]
+    if coded is not None:
+        errors.append(_relative(coded, wanted_coded))
     worst = max(errors)
     return "" if worst <= _TOLERANCE else f"it differs from its twin by {worst:.1g}"  # NaN differs too
 
 
-def _refusal(error: Exception) -> str:
-    return f"it does not run ({str(error).strip().splitlines()[-1][:200]})"
+def _agrees(which: object, name: str, backend: GpuBackend, trial: Callable[[], str]) -> bool:
+    """Whether a kernel does what its twin does. The first time ``trial`` says what is wrong with it, or nothing."""
+    if which not in _states:
+        try:
+            _states[which] = trial()
+        except (RuntimeError, ValueError) as error:  # the compiler's, or the driver's
+            _states[which] = f"it does not run ({str(error).strip().splitlines()[-1][:200]})"
+        if _states[which]:
+            warnings.warn(
+                f"The kernel {name} is switched off on this {backend} device: {_states[which]}. MLX graph ops do its "
+                "work, slower.",
+                stacklevel=3,
+            )
+    return not _states[which]
 
 
-def _warn(name: str, wrong: str, backend: GpuBackend) -> None:
-    if wrong:
-        warnings.warn(
-            f"The kernel {name} is switched off on this {backend} device: {wrong}. MLX graph ops do its work, slower.",
-            stacklevel=3,
-        )
+def _vectors(x: mx.array, matrix: mx.array | None) -> tuple[mx.array, ...]:
+    return (x,) if matrix is None else (x, x.astype(mx.float32) @ matrix)
+
+
+def _same(found: mx.array, wanted: mx.array) -> bool:
+    """Whether words, or roots of scales, are the same but for rounding; no NaN is."""
+    if wanted.dtype == mx.uint32:
+        return _number((found == wanted).mean()) >= _SAME_WORDS
+    apart = mx.abs(found.astype(mx.float32) - wanted.astype(mx.float32))
+    return bool((apart <= _SCALES_APART * mx.abs(wanted.astype(mx.float32))).all().item())
 
 
 def _relative(x: mx.array, wanted: mx.array) -> float:

@@ -1,12 +1,13 @@
-"""Encoding and decoding of vectors with a scalar table, in one launch each, and the signed Hadamard transform alone.
+"""Encoding of vectors in one launch: root-mean-square 1, a signed Hadamard transform, a quantizer, scale and packing.
 
 A vector lies in the registers of a simdgroup's lanes (``source/lanes.h``): it is read once, and only its codes and its
-scale are written. The twins are ``RotatedCodec.encode`` and ``decode`` with a `ScalarQuantizer`, and `SignedHadamard`.
+scale are written. The twin is ``RotatedCodec.encode``, with the quantizer that a codec has.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from functools import lru_cache
 from string import Template
 from typing import Final
@@ -14,258 +15,234 @@ from typing import Final
 import mlx.core as mx
 
 from veloxlab.errors import InputError
-from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
+from veloxlab.kernels.lanes import (
+    THREADS,
+    can_spread,
+    check_bits,
+    check_fits,
+    check_table,
+    groups_for,
+    hartley_row,
+    layout,
+    vectors_at_once,
+    words,
+)
+from veloxlab.kernels.launch import GpuBackend, Source, launch, source_file
 
-_THREADS = 128
-_MOST_EACH = 32  # numbers of a vector that a lane keeps in registers
-_WORD_BITS = 32
-_DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 # what a vector's root-mean-square is to be multiplied with, from the sums that ``encode.metal`` makes
 _FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
 
+# what is left of a vector of length √D when the nearest multiple of its grid point is taken away
+_REST: Final = (
+    "float rest = 0.0f;\n"
+    "UNROLL for (uint i = 0; i < each; i++) {\n"
+    "  const float off = y[i] - inner / squares * quantizer.level(own[i * lanes + lane]);\n"
+    "  rest += off * off;\n"
+    "}\n"
+    "rest = total_of<int(lanes)>(rest);"
+)
+_KEEP_REST: Final = "if (lane == 0) sines[vector] = half(square_root(rest / float(HEAD_DIM)));"
 
-def can_spread(dim: int) -> bool:
-    """Whether vectors of ``dim`` = m·2^k numbers, m odd, fit the registers of their lanes: 2^k of them, 32 at most."""
-    return 0 < dim <= _MOST_EACH * _lanes(dim)
+
+@dataclass(frozen=True)
+class Fragment:
+    """Text of a quantizer in a kernel.
+
+    Attributes
+    ----------
+    name : what tells it from others.
+    tables : threadgroup variables, and what fills them.
+    setup : the statement that makes it, once a vector lies spread in ``y``.
+    """
+
+    name: str
+    tables: str
+    setup: str
 
 
-def encode(
-    x: mx.array,
-    signs: mx.array,
-    boundaries: mx.array,
-    levels: mx.array,
-    bits: int,
-    scale_name: str,
-    backend: GpuBackend,
-) -> tuple[mx.array, mx.array]:
-    """Spread vectors, take the nearest level of each coordinate, and pack.
+@dataclass(frozen=True, eq=False)
+class NearestLevel:
+    """The nearest of ascending levels, as `veloxlab.codecs.quantizers.ScalarQuantizer` finds it.
 
     Parameters
     ----------
-    x : vectors ``[B, H, S, D]``, float32, float16 or bfloat16, a view with any strides.
-    signs : ±1 of each coordinate ``[D]``, float32; see `veloxlab.codecs.transforms.SignedHadamard`.
-    boundaries, levels : ascending ``[2**bits - 1]`` and ``[2**bits]``, float32, for coordinates of variance 1.
+    boundaries, levels : ``[2**bits - 1]``, of which some may be equal, and ``[2**bits]``; float32, for coordinates of
+        variance 1.
     bits : of a code, 1 to 8.
-    scale_name : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.quantizers.scale_factor`.
-    backend : the GPU.
+    """
 
-    Returns
-    -------
-    Codes ``[B, H, S, ⌈D·bits / 32⌉]`` uint32, LSB first without gaps, and the square root of each vector's scale
-    ``[B, H, S, 1]`` float16.
+    boundaries: mx.array
+    levels: mx.array
+    bits: int
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_table("boundaries", self.boundaries, 2**self.bits - 1)
+        check_table("levels", self.levels, 2**self.bits)
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """Inputs of the kernel."""
+        return {"boundaries": self.boundaries, "levels": self.levels}
+
+    @property
+    def fragment(self) -> Fragment:
+        """Its text, the same for all tables of a size."""
+        return _NEAREST_LEVEL
+
+
+@dataclass(frozen=True, eq=False)
+class StretchedGrid:
+    """The steps ±½, ±1½ … ±(2^(bits − 1) − ½), which stretched coordinates find downwards in size.
+
+    Parameters
+    ----------
+    stretches : ``[n]`` float32. The first one serves all vectors; but where they are to be tried, they are in units of
+        the stretch at which a vector's largest coordinate leaves the grid, and the one is taken with which vector and
+        grid point have the largest cosine.
+    bits : of a code, 1 to 8.
+    tried : see there.
+    """
+
+    stretches: mx.array
+    bits: int
+    tried: bool
+
+    def __post_init__(self) -> None:
+        check_bits(self.bits)
+        check_table("stretches", self.stretches, max(1, self.stretches.size))
+
+    @property
+    def arrays(self) -> dict[str, mx.array]:
+        """Inputs of the kernel."""
+        return {"stretches": self.stretches}
+
+    @property
+    def fragment(self) -> Fragment:
+        """Its text, the same for all stretches of a number."""
+        count = self.stretches.size
+        if not self.tried:
+            return Fragment("stretched_grid", "", "const StretchedGrid<CODE_BITS> quantizer = {stretches[0]};")
+        best = f"best_stretch<HEAD_DIM, CODE_BITS>(y, stretches, stretches_strides[0], {count})"
+        return Fragment(f"stretched_grid_of_{count}", "", f"const StretchedGrid<CODE_BITS> quantizer = {{{best}}};")
+
+
+Quantizer = NearestLevel | StretchedGrid
+
+_NEAREST_LEVEL = Fragment(
+    "nearest_level",
+    tables=(
+        "threadgroup float table[1 << CODE_BITS], bounds[1 << CODE_BITS];\n"
+        "for (uint i = thread_id; i < 1 << CODE_BITS; i += THREADS) {\n"
+        "  table[i] = levels[i * levels_strides[0]];\n"
+        "  if (i < (1 << CODE_BITS) - 1) bounds[i] = boundaries[i * boundaries_strides[0]];\n"
+        "}\n"
+        "group_barrier();"
+    ),
+    setup="const NearestLevel<CODE_BITS> quantizer = {bounds, table};",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class SpreadEncoder:
+    """Spreads vectors, quantizes each coordinate, and packs.
+
+    Parameters
+    ----------
+    signs : ±1 of each coordinate ``[D]``, float32; see `veloxlab.codecs.transforms.SignedHadamard`.
+    quantizer : of coordinates.
+    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.quantizers.scale_factor`.
+    fields : name and width of each part that a code is cut into, from its high bits down; they are packed apart.
+    sine : whether that of the angle between a vector and what its codes stand for is kept too, as ``sine``.
 
     Raises
     ------
-    InputError : a shape, dtype, width or scale that the kernel does not take.
+    InputError : another scale, or widths that do not add up to the code's.
     """
-    _check(x, signs)
-    if scale_name not in _FACTORS:
-        raise InputError(f"Unknown scale {scale_name!r}: choose 'unbiased', 'mse' or 'norm'.")
-    if not 1 <= bits <= 8:
-        raise InputError(f"bits={bits!r} is out of range: choose a whole number of bits from 1 to 8.")
-    for name, table, count in (("boundaries", boundaries, 2**bits - 1), ("levels", levels, 2**bits)):
-        _check_table(name, table, count)
-    *lead, dim = x.shape
-    shapes, dtypes = [(*lead, _words(dim, bits)), (*lead, 1)], [mx.uint32, mx.float16]
-    if x.size == 0:
-        return mx.zeros(shapes[0], dtypes[0]), mx.zeros(shapes[1], dtypes[1])
-    codes, root_scale = launch(
-        _encode_source(dim, x.dtype, bits, scale_name, backend),
-        {"x": x, "signs": signs, "boundaries": boundaries, "levels": levels},
-        backend=backend,
-        groups=(_groups(x), 1, 1),
-        threads=_THREADS,
-        shapes=shapes,
-        dtypes=dtypes,
-    )
-    return codes, root_scale
+
+    signs: mx.array
+    quantizer: Quantizer
+    scale: str
+    fields: tuple[tuple[str, int], ...]
+    sine: bool = False
+
+    def __post_init__(self) -> None:
+        if self.scale not in _FACTORS:
+            raise InputError(f"Unknown scale {self.scale!r}: choose 'unbiased', 'mse' or 'norm'.")
+        widths = [width for _, width in self.fields]
+        if sum(widths) != self.quantizer.bits or min(widths) < 1:
+            raise InputError(
+                f"Fields of {widths} bits make no code of {self.quantizer.bits}: give widths that add up to it."
+            )
+
+    @property
+    def kernel(self) -> tuple[object, ...]:
+        """What tells its kernel from others for vectors of one dimension and type; first a name for people."""
+        return "encode", self.quantizer.fragment, self.scale, self.fields, self.sine
+
+    def takes(self, x: mx.array) -> bool:
+        """Whether vectors ``[B, H, S, D]`` fit the kernel's registers."""
+        return can_spread(x.shape[-1])
+
+    def __call__(self, backend: GpuBackend, x: mx.array) -> dict[str, mx.array]:
+        """Encode ``x`` ``[B, H, S, D]``, float32, float16 or bfloat16, a view with any strides.
+
+        Gives each field's codes ``[B, H, S, ⌈D·width / 32⌉]`` uint32, LSB first without gaps, and ``root_scale``, the
+        square root of each vector's scale, and perhaps ``sine``, both ``[B, H, S, 1]`` float16. Raises `InputError` for
+        a shape or dtype that the kernel does not take.
+        """
+        check_fits(x)
+        *lead, dim = x.shape
+        check_table("signs", self.signs, dim)
+        numbers = ("root_scale", "sine") if self.sine else ("root_scale",)
+        names = (*(name for name, _ in self.fields), *numbers)
+        widths = tuple(width for _, width in self.fields)
+        shapes = [(*lead, words(dim, width)) for width in widths] + [(*lead, 1)] * len(numbers)
+        dtypes = [mx.uint32] * len(widths) + [mx.float16] * len(numbers)
+        if x.size == 0:
+            return {name: mx.zeros(shape, dtype) for name, shape, dtype in zip(names, shapes, dtypes, strict=True)}
+        arrays = {"x": x, "signs": self.signs, **self.quantizer.arrays}
+        written = launch(
+            _source(dim, x.dtype, tuple(arrays), self.quantizer.fragment, widths, self.scale, self.sine, backend),
+            arrays,
+            backend=backend,
+            groups=groups_for(math.prod(lead), vectors_at_once(dim)),
+            threads=THREADS,
+            shapes=shapes,
+            dtypes=dtypes,
+        )
+        return dict(zip(names, written, strict=True))
 
 
-def decode(
-    codes: mx.array,
-    root_scale: mx.array,
-    signs: mx.array,
-    levels: mx.array,
-    bits: int,
+@lru_cache
+def _source(
+    dim: int,
     dtype: mx.Dtype,
+    inputs: tuple[str, ...],
+    quantizer: Fragment,
+    widths: tuple[int, ...],
+    scale: str,
+    sine: bool,
     backend: GpuBackend,
-) -> mx.array:
-    """Vectors that `encode` packed: levels of their codes, spread back, times their scale.
-
-    Parameters
-    ----------
-    codes, root_scale : ``[B, H, S, ⌈D·bits / 32⌉]`` uint32 and ``[B, H, S, 1]`` float16, views with any strides.
-    signs, levels, bits : as for `encode`.
-    dtype : of the result: float32, float16 or bfloat16.
-    backend : the GPU.
-
-    Returns
-    -------
-    ``[B, H, S, D]``.
-
-    Raises
-    ------
-    InputError : a shape, dtype or width that the kernel does not take.
-    """
-    dim = signs.shape[0]
-    if not 1 <= bits <= 8:
-        raise InputError(f"bits={bits!r} is out of range: choose a whole number of bits from 1 to 8.")
-    if codes.ndim != 4 or codes.dtype != mx.uint32 or codes.shape[-1] != _words(dim, bits):
-        raise InputError(
-            f"codes have shape {list(codes.shape)} of {codes.dtype}: give [batch, heads, tokens, {_words(dim, bits)}] "
-            f"words of uint32, for {dim} numbers of {bits} bits."
-        )
-    if not can_spread(dim) or dtype not in _DTYPES:
-        raise InputError(f"The kernel gives no vectors of {dim} numbers of {dtype}: use the MLX-graph twin.")
-    _check_table("levels", levels, 2**bits)
-    shape = (*codes.shape[:-1], dim)
-    if codes.size == 0:
-        return mx.zeros(shape, dtype)
-    (out,) = launch(
-        _decode_source(dim, dtype, bits, backend),
-        {"codes": codes, "root_scale": root_scale, "signs": signs, "levels": levels},
-        backend=backend,
-        groups=(-(-math.prod(codes.shape[:-1]) // _vectors(dim)), 1, 1),
-        threads=_THREADS,
-        shapes=[shape],
-        dtypes=[dtype],
-    )
-    return out
-
-
-def spread(x: mx.array, signs: mx.array, backend: GpuBackend, *, inverse: bool = False) -> mx.array:
-    """Signs, then an orthonormal Hadamard transform of any `can_spread` dimension; ``inverse`` undoes it.
-
-    Parameters
-    ----------
-    x : vectors ``[B, H, S, D]``, float32, float16 or bfloat16, a view with any strides.
-    signs : ±1 of each coordinate ``[D]``, float32.
-    backend : the GPU.
-    inverse : transform, then signs.
-
-    Returns
-    -------
-    ``[B, H, S, D]`` float32: what `veloxlab.codecs.transforms.SignedHadamard` gives.
-
-    Raises
-    ------
-    InputError : a shape or dtype that the kernel does not take.
-    """
-    _check(x, signs)
-    if x.size == 0:
-        return x.astype(mx.float32)
-    (out,) = launch(
-        _spread_source(x.shape[-1], x.dtype, inverse, backend),
-        {"x": x, "signs": signs},
-        backend=backend,
-        groups=(_groups(x), 1, 1),
-        threads=_THREADS,
-        shapes=[x.shape],
-        dtypes=[mx.float32],
-    )
-    return out
-
-
-@lru_cache
-def _encode_source(dim: int, dtype: mx.Dtype, bits: int, scale_name: str, backend: GpuBackend) -> Source:
+) -> Source:
+    rows = [f"row_{width}_{i}" for i, width in enumerate(widths)]
+    below = [sum(widths[i + 1 :]) for i in range(len(widths))]  # bits of a code under the field
+    pack = [
+        f"pack_row<HEAD_DIM, {width}, {low}>(own, {row} + vector * {words(dim, width)}u, lane, lanes);"
+        for row, width, low in zip(rows, widths, below, strict=True)
+    ]
     return Source(
-        name="encode",
-        inputs=("x", "signs", "boundaries", "levels"),
-        outputs=("codes", "root_scale"),
-        defines=(
-            *_layout(dim, dtype, backend),
-            ("BITS", bits),
-            ("WORDS", _words(dim, bits)),
-            ("FACTOR", _FACTORS[scale_name]),
+        name="_".join(["encode", quantizer.name, *map(str, widths), *(["sine"] if sine else [])]),
+        inputs=inputs,
+        outputs=(*rows, "root_scale", *(["sines"] if sine else [])),
+        defines=(*layout(dim, dtype, backend), ("CODE_BITS", sum(widths)), ("FACTOR", _FACTORS[scale])),
+        headers=("simd.h", "lanes.h", "quantizers.h", "packing.h"),
+        body=Template(source_file("encode.metal")).substitute(
+            hartley=hartley_row(dim),
+            tables=quantizer.tables,
+            quantizer=quantizer.setup,
+            rest=_REST if sine else "",
+            keep_rest=_KEEP_REST if sine else "",
+            pack="\n  ".join(pack),
         ),
-        headers=("simd.h", "spread.h", "lanes.h"),
-        body=Template(source_file("encode.metal")).substitute(hartley=_hartley_row(dim)),
     )
-
-
-@lru_cache
-def _decode_source(dim: int, dtype: mx.Dtype, bits: int, backend: GpuBackend) -> Source:
-    return Source(
-        name="decode",
-        inputs=("codes", "root_scale", "signs", "levels"),
-        outputs=("out",),
-        defines=(
-            ("HEAD_DIM", dim),
-            ("OUT_TYPE", type_name(dtype, backend)),
-            ("THREADS", _THREADS),
-            ("VECTORS", _vectors(dim)),
-            ("BITS", bits),
-        ),
-        headers=("spread.h", "lanes.h"),
-        body=Template(source_file("decode.metal")).substitute(hartley=_hartley_row(dim)),
-    )
-
-
-@lru_cache
-def _spread_source(dim: int, dtype: mx.Dtype, inverse: bool, backend: GpuBackend) -> Source:
-    return Source(
-        name="spread",
-        inputs=("x", "signs"),
-        outputs=("out",),
-        defines=(*_layout(dim, dtype, backend), ("INVERSE", int(inverse))),
-        headers=("spread.h", "lanes.h"),
-        body=Template(source_file("spread.metal")).substitute(hartley=_hartley_row(dim)),
-    )
-
-
-def _layout(dim: int, dtype: mx.Dtype, backend: GpuBackend) -> tuple[tuple[str, int | str], ...]:
-    return (
-        ("HEAD_DIM", dim),
-        ("IN_TYPE", type_name(dtype, backend)),
-        ("THREADS", _THREADS),
-        ("VECTORS", _vectors(dim)),
-    )
-
-
-def _hartley_row(dim: int) -> str:
-    """Row 1 of the m-point Hartley matrix by 1/√dim, for dim = m·2^k with m odd; Metal's own cosine is a coarse one."""
-    odd = dim // (dim & -dim)
-    angles = [2 * math.pi * i / odd for i in range(odd)]
-    return ", ".join(f"{(math.cos(angle) + math.sin(angle)) / math.sqrt(dim)!r}f" for angle in angles)
-
-
-def _lanes(dim: int) -> int:
-    """Lanes that share a vector; as in ``lanes.h``."""
-    return min(dim & -dim, SIMD)
-
-
-def _vectors(dim: int) -> int:
-    """Vectors of a threadgroup."""
-    return _THREADS // _lanes(dim)
-
-
-def _groups(x: mx.array) -> int:
-    """Threadgroups for all vectors of ``x``."""
-    dim = x.shape[-1]
-    return -(-x.size // (dim * _vectors(dim)))
-
-
-def _words(dim: int, bits: int) -> int:
-    """Words of a packed vector."""
-    return -(-dim * bits // _WORD_BITS)
-
-
-def _check(x: mx.array, signs: mx.array) -> None:
-    if x.ndim != 4 or x.dtype not in _DTYPES:
-        raise InputError(
-            f"The kernel takes [batch, heads, tokens, dimension] of float32, float16 or bfloat16, and was given "
-            f"{list(x.shape)} of {x.dtype}: reshape it, or convert it to float32."
-        )
-    if not can_spread(x.shape[-1]):
-        raise InputError(
-            f"A vector of {x.shape[-1]} numbers does not fit the registers of its lanes: "
-            f"take m·2^k with m odd, at most {_MOST_EACH} times the smaller of 2^k and {SIMD}, or the MLX-graph twin."
-        )
-    _check_table("signs", signs, x.shape[-1])
-
-
-def _check_table(name: str, table: mx.array, count: int) -> None:
-    if table.shape != (count,) or table.dtype != mx.float32:
-        raise InputError(
-            f"{name} has shape {list(table.shape)} of {table.dtype}: give {count} numbers of float32, one axis."
-        )

@@ -85,11 +85,17 @@ def _built(source: Source, backend: GpuBackend) -> Callable[..., list[mx.array]]
         name=source.built_name,
         input_names=list(source.inputs),
         output_names=list(source.outputs),
-        source=source.body,
-        header=source.header(f"{backend}.h"),
+        source=_bare(source.body),
+        header=_bare(source.header(f"{backend}.h")),
         ensure_row_contiguous=False,  # a cache's arrays are views of growing buffers: bodies go by their strides
     )
     return cast(Callable[..., list[mx.array]], kernel)
+
+
+def _bare(text: str) -> str:
+    """The text without comments and indents: MLX copies all of it at every launch."""
+    lines = (line.partition("//")[0].strip() for line in text.splitlines())
+    return "\n".join(filter(None, lines)) + "\n"
 
 
 def launch(

@@ -4,10 +4,12 @@ from veloxlab.views import theme
 from veloxlab.views.bits import bit_allocation, bit_caption
 from veloxlab.views.errors import error_caption, error_domain, error_map
 from veloxlab.views.fidelity import fidelity_caption, frontier
+from veloxlab.views.kernels import attention_times, times_caption
 from veloxlab.views.lengths import costs_by_length, lengths_caption
 from veloxlab.views.memory import memory_caption, memory_growth
 
 __all__ = [
+    "attention_times",
     "bit_allocation",
     "bit_caption",
     "costs_by_length",
@@ -19,6 +21,7 @@ __all__ = [
     "lengths_caption",
     "memory_caption",
     "memory_growth",
+    "times_caption",
 ]
 
 theme.enable()

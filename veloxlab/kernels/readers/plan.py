@@ -8,7 +8,17 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.kernels.readers.reader import Fragment, Reader, Room, bits_at, made, scale_arrays, scales, with_stride
+from veloxlab.kernels.readers.reader import (
+    Fragment,
+    Reader,
+    Room,
+    bits_at,
+    made,
+    scale_arrays,
+    scales,
+    scales_type,
+    with_stride,
+)
 
 _LEVELS = 511  # of widths 0 to 8 together: 2**width each
 _FIRST, _WIDTH, _LEVEL = 0, 13, 17  # bit of a coordinate's word where each field begins
@@ -67,7 +77,7 @@ class PlanReader(Reader):
             *(planned, levels, factors, shifts),
             f"lane % {copies}",
         )
-        made_reader = made(prefix, f"PlanReader<{self.rows.shape[3]}, {copies}>", *members)
+        made_reader = made(prefix, f"PlanReader<{self.rows.shape[3]}, {copies}, {scales_type(self)}>", *members)
         return Fragment("\n".join(declarations), fill + made_reader)
 
     def levels(self) -> mx.array:

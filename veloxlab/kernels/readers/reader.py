@@ -182,7 +182,12 @@ def scale_arrays(prefix: str, reader: Reader) -> dict[str, mx.array]:
 
 def scales(prefix: str, reader: Reader, head: str = "head") -> str:
     """The member of a reader that has the scales."""
-    return "{0, 0u}" if reader.root_scale is None else f"{{{with_stride(prefix + '_scales', head)}}}"
+    return "{}" if reader.root_scale is None else f"{{{with_stride(prefix + '_scales', head)}}}"
+
+
+def scales_type(reader: Reader) -> str:
+    """The type of that member."""
+    return "NoScales" if reader.root_scale is None else "StoredScales"
 
 
 def made(prefix: str, type_name: str, *members: str) -> str:

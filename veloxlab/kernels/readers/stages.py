@@ -7,7 +7,17 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from veloxlab.kernels.readers.reader import Fragment, Reader, Room, bits_at, made, scale_arrays, scales, with_stride
+from veloxlab.kernels.readers.reader import (
+    Fragment,
+    Reader,
+    Room,
+    bits_at,
+    made,
+    scale_arrays,
+    scales,
+    scales_type,
+    with_stride,
+)
 from veloxlab.kernels.readers.table import shared_table
 
 
@@ -57,7 +67,8 @@ class StagesReader(Reader):
         """See `Reader.fragment`."""
         table = shared_table(self.table, prefix, home, room)
         rows, fine = (with_stride(f"{prefix}_{name}") for name in ("rows", "fine"))
-        type_name = f"StagesReader<{self.bits}, {self.table.shape[1]}, {self.rows.shape[3]}, {table.type_name}>"
+        kinds = f"{scales_type(self)}, {table.type_name}"
+        type_name = f"StagesReader<{self.bits}, {self.table.shape[1]}, {self.rows.shape[3]}, {kinds}>"
         return Fragment(
             table.declaration, table.filled + made(prefix, type_name, rows, fine, scales(prefix, self), table.made)
         )

@@ -12,7 +12,17 @@ from typing import ClassVar, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.kernels.readers.reader import Fragment, Reader, Room, bits_at, made, scale_arrays, scales, with_stride
+from veloxlab.kernels.readers.reader import (
+    Fragment,
+    Reader,
+    Room,
+    bits_at,
+    made,
+    scale_arrays,
+    scales,
+    scales_type,
+    with_stride,
+)
 
 _BITS, _ENTRIES = 6, 64  # of an index, and what it chooses from
 
@@ -73,7 +83,7 @@ class SumsReader(Reader):
             "",
             made(
                 prefix,
-                f"SumsReader<{self._stages}, {self.dim}, {rotated}, {traditional}, {turned}>",
+                f"SumsReader<{self._stages}, {self.dim}, {rotated}, {traditional}, {turned}, {scales_type(self)}>",
                 with_stride(f"{prefix}_rows"),
                 scales(prefix, self),
                 f"{prefix}_table + head * {self._stages * _ENTRIES * self.dim}",

@@ -16,7 +16,17 @@ from typing import ClassVar, Self
 
 import mlx.core as mx
 
-from veloxlab.kernels.readers.reader import Fragment, Reader, Room, bits_at, made, scale_arrays, scales, with_stride
+from veloxlab.kernels.readers.reader import (
+    Fragment,
+    Reader,
+    Room,
+    bits_at,
+    made,
+    scale_arrays,
+    scales,
+    scales_type,
+    with_stride,
+)
 
 _MOST_ENTRIES = 4096  # numbers of a table that goes to threadgroup memory
 
@@ -64,7 +74,8 @@ class TableReader(Reader):
 
     def _typed(self, prefix: str, table: TableText) -> tuple[str, ...]:
         """Type and members of the reader."""
-        type_name = f"TableReader<{self.bits}, {self.width}, {self.rows.shape[3]}, {table.type_name}>"
+        kinds = f"{scales_type(self)}, {table.type_name}"
+        type_name = f"TableReader<{self.bits}, {self.width}, {self.rows.shape[3]}, {kinds}>"
         return type_name, with_stride(f"{prefix}_rows"), scales(prefix, self), table.made
 
     def made_up(self, tokens: int, seed: int) -> Self:
@@ -133,7 +144,8 @@ def shared_table(table: mx.array, prefix: str, home: str, room: Room) -> TableTe
     words = max(1, width // 2)  # of an entry: a number, or pairs
     copies = room.copies(entries, width // 2)
     kind, element = (f"SingleTable<{copies}>", "float") if width == 1 else (f"SharedTable<{width}, {copies}>", "pair_t")
-    value = f"{{{home}_entries, opaque(lane % {copies} * {words} * uint(sizeof({element})))}}"
+    size = f"opaque({copies * words} * uint(sizeof({element})))"
+    value = f"{{place_of({home}_entries + lane % {copies} * {words}), {size}}}"
     if home != prefix:
         return TableText(kind, value, "", "")
     entry = (

@@ -10,7 +10,7 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.kernels.readers.reader import Fragment, Reader, Room, bits_at, made, scale_arrays, scales
+from veloxlab.kernels.readers.reader import Fragment, Reader, Room, bits_at, made, scale_arrays, scales, scales_type
 
 _NARROW, _WIDEST = 4, 8  # bits: there are two kernels, one for layers whose codes are all narrow
 _FIELDS = 4  # of a head's description
@@ -124,7 +124,7 @@ class WidthsReader(Reader):
             name,
             "lane",
         )
-        made_reader = made(prefix, f"WidthsReader<{self._most}, {pairs}>", *members)
+        made_reader = made(prefix, f"WidthsReader<{self._most}, {pairs}, {scales_type(self)}>", *members)
         return Fragment(f"threadgroup pair_t {name}[{pairs}];", fill + made_reader)
 
     def levels(self) -> mx.array:

@@ -1,139 +1,204 @@
 // Attention of ROWS query rows over the tokens begin .. end, by one simdgroup of several that share them.
 
-#define PADDED_ROWS 8     // what the matrix unit takes
-#define TILE 16           // tokens of one turn: its code has to stay in a processor's instruction cache
-#define SCORES_LENGTH 20  // of a row of a tile's scores, and of its weights: no two lanes meet in a bank
-#define WEIGHTS_LENGTH 24
-#define LANE_ROWS ((ROWS + 1) / 2) // rows that a lane weighs: lanes 0 – 15 the even ones, 16 – 31 the odd ones
+#define PADDED_ROWS 8 // what the matrix unit takes
+#define TILE 16       // tokens of one turn: its code has to stay in a processor's instruction cache
+#define PARTS (TILE / SCORE_TOKENS)
+#define LANE_ROWS 2   // rows whose scores a lane has; a score beyond the last row is one of a query of zeros
 #define MASKED -3.0e38f
+#define LEAST_LOG2 -60.0f // what a value's scale of 0 is taken for, where the largest is sought
 
-// What a simdgroup knows after some tokens. `mixed` is Σ weight · scale / unit · level, in the matrix unit's layout.
+// Rows of queries, and of what simdgroups join: a few numbers lie between quarters and between shares, so that lanes meet in
+// few banks.
+#define QUERY_LENGTH(DIM) ((DIM) + 16)
+#define JOINED_LENGTH(DIM) ((DIM) + MIX_SHARES)
+template <int DIM>
+FUNCTION uint query_at(uint row, uint coordinate) {
+  return row * QUERY_LENGTH(DIM) + coordinate / (DIM / 4) * (DIM / 4 + 4) + coordinate % (DIM / 4);
+}
+
+// What a simdgroup knows after some tokens. `largest` is that of score + log2(the value's scale), so that no weight times
+// scale is over 1 and half precision holds it. `mixed` is Σ weight · scale · level, in the matrix unit's layout.
 template <int PAIRS>
 struct Running {
-  float largest[LANE_ROWS], total[LANE_ROWS]; // of the scores; of the weights, each lane its own part
-  float unit;                                 // the largest scale of a value so far
+  float largest[LANE_ROWS], total[LANE_ROWS]; // of the weights, each lane its own part
   Mixed mixed[PAIRS];
 };
 
-// The simdgroup's own threadgroup memory.
-struct Scratch {
-  local_memory float* scores; // [PADDED_ROWS][SCORES_LENGTH]
-  local_memory half* weights; // [PADDED_ROWS][WEIGHTS_LENGTH]
-  local_memory float* fades;  // [PADDED_ROWS]
-};
+// Over the lanes that hold other tokens of the same rows.
+FUNCTION float largest_of_tokens(float x) {
+  UNROLL for (uint i = 0; i < 3; i++) {
+    const float other = simd_shuffle_xor(x, TOKEN_FAR(i));
+    x = x > other ? x : other;
+  }
+  return x;
+}
+FUNCTION float total_of_tokens(float x) {
+  UNROLL for (uint i = 0; i < 3; i++) x += simd_shuffle_xor(x, TOKEN_FAR(i));
+  return x;
+}
 
-template <int QUARTER, class Keys, class Codes>
-FUNCTION void fetch_keys(thread const Keys& keys, uint tile, uint end, uint lane, thread Codes& codes) {
-  UNROLL for (int part = 0; part < TILE / SCORE_TOKENS; part++) {
-    UNROLL for (int own = 0; own < SCORE_OWN; own++) {
-      const uint token = tile + part * SCORE_TOKENS + score_token(lane, own);
-      keys.template fetch<QUARTER>(token < end ? token : end - 1, score_quarter(lane), codes[part][own]);
+// What a lane reads of a tile, asked for while the one before is computed. Its readers stand at its first token of the tile:
+// scores, and so scales, are of other tokens than those whose values it reads. A token past the last one is read as that,
+// and masked later: no lane may leave the matrix unit.
+template <int QUARTER, int SHARE, class Keys, class Values>
+struct Fetched {
+  typename Keys::template Fetched<QUARTER> keys[PARTS][SCORE_OWN];
+  typename Values::template Fetched<SHARE> values[PARTS][MIX_OWN];
+  typename Keys::Scales::Fetched key_scales[PARTS][SCORE_OWN];
+  typename Values::Scales::Fetched value_scales[PARTS][SCORE_OWN];
+
+  template <bool WHOLE>
+  FUNCTION void fetch_keys(
+      thread const Keys& from, thread const typename Values::Scales& scales, int last, uint lane) {
+    UNROLL for (int part = 0; part < PARTS; part++) {
+      UNROLL for (int own = 0; own < SCORE_OWN; own++) {
+        const int distance = part * SCORE_TOKENS + SCORE_DISTANCE(own), token = WHOLE || distance < last ? distance : last;
+        from.template fetch<QUARTER>(token, score_quarter(lane), keys[part][own]);
+        key_scales[part][own] = from.scales.fetch(token), value_scales[part][own] = scales.fetch(token);
+      }
     }
   }
-}
+
+  template <bool WHOLE>
+  FUNCTION void fetch_values(thread const Values& from, int last, uint lane) {
+    UNROLL for (int part = 0; part < PARTS; part++) {
+      UNROLL for (int own = 0; own < MIX_OWN; own++) {
+        const int distance = part * MIX_TOKENS + MIX_DISTANCE(own), token = WHOLE || distance < last ? distance : last;
+        from.template fetch<SHARE>(token, mix_share(lane), values[part][own]);
+      }
+    }
+  }
+};
 
 template <int KEY_DIM, int VALUE_DIM, class Keys, class Values>
 FUNCTION void attend(
     thread const Keys& keys,
     thread const Values& values,
-    const local_memory float* queries,   // [PADDED_ROWS][KEY_DIM]
+    const local_memory float* queries, // as `query_at` says; they and what readers have are there after a barrier
     const global_memory float* mask,     // of the first row and the first token, if HAS_MASK
     thread const uint (&mask_rows)[LANE_ROWS], // where the mask of each of the lane's rows begins
     uint begin,
     uint end,
-    Scratch scratch,
     uint simdgroup,
     uint simdgroups,
     uint lane,
     thread Running<VALUE_DIM / (2 * MIX_SHARES)>& run) {
   constexpr int QUARTER = KEY_DIM / 4, SHARE = VALUE_DIM / MIX_SHARES, STEPS = QUARTER / (2 * SCORE_PAIRS);
-  UNROLL for (int i = 0; i < LANE_ROWS; i++) run.largest[i] = -1.0e30f, run.total[i] = 0.0f;
-  run.unit = 0.0f;
+  UNROLL for (int r = 0; r < LANE_ROWS; r++) run.largest[r] = -1.0e30f, run.total[r] = 0.0f;
   UNROLL for (int p = 0; p < SHARE / 2; p++) {
     UNROLL for (int i = 0; i < MIX_SUMS; i++) run.mixed[p].sum[i] = 0.0f;
   }
-  for (uint i = lane; i < PADDED_ROWS * WEIGHTS_LENGTH; i += 32) scratch.weights[i] = half(0.0f);
-  if (lane < PADDED_ROWS) scratch.fades[lane] = 1.0f;
 
+  Fetched<QUARTER, SHARE, Keys, Values> codes;
+  const uint first = begin + TILE * simdgroup, step = TILE * simdgroups;
+  Keys key_reader = keys;
+  Values value_reader = values;
+  typename Values::Scales scale_reader = values.scales;
+  group_barrier();
+  if (first < end) {
+    key_reader.advance(first + score_token(lane)), scale_reader.advance(first + score_token(lane));
+    value_reader.advance(first + mix_token(lane));
+    const int last = int(end - 1 - first);
+    codes.template fetch_keys<false>(key_reader, scale_reader, last - int(score_token(lane)), lane);
+    codes.template fetch_values<false>(value_reader, last - int(mix_token(lane)), lane);
+  }
   QueryPart query[STEPS];
-  UNROLL for (int s = 0; s < STEPS; s++) query[s] = query_part(queries, KEY_DIM, s, lane);
+  UNROLL for (int s = 0; s < STEPS; s++) query[s] = query_part(queries, QUERY_LENGTH(KEY_DIM), QUARTER + 4, s, lane);
 
-  // a token past the end is read as the last one, and masked later: no lane may leave the matrix unit
-  typename Keys::template Fetched<QUARTER> key_codes[TILE / SCORE_TOKENS][SCORE_OWN];
-  typename Values::template Fetched<SHARE> value_codes[TILE / MIX_TOKENS][MIX_OWN];
-  const uint first = begin + TILE * simdgroup;
-  if (first < end) fetch_keys<QUARTER>(keys, first, end, lane, key_codes);
-  for (uint tile = first; tile < end; tile += TILE * simdgroups) {
-    UNROLL for (int part = 0; part < TILE / MIX_TOKENS; part++) {
-      UNROLL for (int own = 0; own < MIX_OWN; own++) {
-        const uint at = tile + part * MIX_TOKENS + mix_token(lane, own);
-        values.template fetch<SHARE>(at < end ? at : end - 1, mix_share(lane), value_codes[part][own]);
+  for (uint tile = first; tile < end; tile += step) {
+    const uint next = tile + step;
+    const bool whole = next + TILE <= end; // the next one
+    const int last = int(end - 1 - next);
+    float key_scale[PARTS][SCORE_OWN], value_scale[PARTS][SCORE_OWN];
+    UNROLL for (int part = 0; part < PARTS; part++) {
+      UNROLL for (int own = 0; own < SCORE_OWN; own++) {
+        key_scale[part][own] = Keys::Scales::decode(codes.key_scales[part][own]);
+        value_scale[part][own] = Values::Scales::decode(codes.value_scales[part][own]);
       }
     }
-    const uint token = tile + lane % TILE;
-    const bool live = token < end;
-    const float key_scale = live ? keys.scale(token) : 0.0f, value_scale = live ? values.scale(token) : 0.0f;
 
-    UNROLL for (int part = 0; part < TILE / SCORE_TOKENS; part++) {
+    Scores scores[PARTS];
+    UNROLL for (int part = 0; part < PARTS; part++) {
       pair_t x[SCORE_OWN][QUARTER / 2];
       UNROLL for (int own = 0; own < SCORE_OWN; own++) {
-        keys.template decode<QUARTER>(key_codes[part][own], score_quarter(lane), x[own]);
+        keys.template decode<QUARTER>(codes.keys[part][own], score_quarter(lane), x[own]);
       }
-      Scores product;
-      product.clear();
+      scores[part].clear();
       UNROLL for (int s = 0; s < STEPS; s++) {
         pair_t pairs[SCORE_OWN][SCORE_PAIRS];
         UNROLL for (int own = 0; own < SCORE_OWN; own++) {
           UNROLL for (int p = 0; p < SCORE_PAIRS; p++) pairs[own][p] = x[own][s * SCORE_PAIRS + p];
         }
-        product.add(pairs, query[s]);
+        scores[part].add(pairs, query[s]);
       }
-      product.store(scratch.scores + part * SCORE_TOKENS, SCORES_LENGTH, lane);
     }
-    const uint next = tile + TILE * simdgroups;
-    if (next < end) fetch_keys<QUARTER>(keys, next, end, lane, key_codes);
-    simd_barrier();
-
-    // now a lane is a token, for half of the rows
-    const float widest = largest_of<TILE>(value_scale), unit = widest > run.unit ? widest : run.unit;
-    const float per_unit = unit > 0.0f ? 1.0f / unit : 0.0f;
-    bool faded = unit != run.unit; // seldom, after the first tiles
-    UNROLL for (int i = 0; i < LANE_ROWS; i++) {
-      // the last row of an odd number has a padding row beside it: no lane may leave the exchange
-      const uint r = 2 * i + lane / TILE;
-      float score = live ? scratch.scores[r * SCORES_LENGTH + lane % TILE] * key_scale : MASKED;
-      if (HAS_MASK && live && r < ROWS) score += mask[mask_rows[i] + token] * LOG2_E;
-      const float seen = largest_of<TILE>(score), largest = seen > run.largest[i] ? seen : run.largest[i];
-      const float weight = exponential2(score - largest), fade = exponential2(run.largest[i] - largest);
-      faded = faded || seen > run.largest[i];
-      run.largest[i] = largest;
-      run.total[i] = run.total[i] * fade + weight;
-      scratch.weights[r * WEIGHTS_LENGTH + lane % TILE] = half(weight * value_scale * per_unit);
-      if (lane % TILE == 0) scratch.fades[r] = fade * run.unit * per_unit;
+    key_reader.advance(step), scale_reader.advance(step);
+    if (whole) {
+      codes.template fetch_keys<true>(key_reader, scale_reader, last, lane);
+    } else if (next < end) {
+      codes.template fetch_keys<false>(key_reader, scale_reader, last - int(score_token(lane)), lane);
     }
-    run.unit = unit;
-    simd_barrier();
 
+    float seen[LANE_ROWS], fade[LANE_ROWS];
+    UNROLL for (int r = 0; r < LANE_ROWS; r++) seen[r] = MASKED;
+    UNROLL for (int part = 0; part < PARTS; part++) {
+      UNROLL for (int own = 0; own < SCORE_OWN; own++) {
+        const uint token = tile + part * SCORE_TOKENS + score_token(lane) + SCORE_DISTANCE(own);
+        const float size = value_scale[part][own] > 0.0f ? logarithm2(value_scale[part][own]) : LEAST_LOG2;
+        UNROLL for (int r = 0; r < LANE_ROWS; r++) {
+          float score = scores[part].sum[own * LANE_ROWS + r] * key_scale[part][own];
+          if (HAS_MASK && token < end && score_row(lane, r) < ROWS) score += mask[mask_rows[r] + token] * LOG2_E;
+          score = token < end ? score : MASKED;
+          scores[part].sum[own * LANE_ROWS + r] = score;
+          const float sized = score + (size > LEAST_LOG2 ? size : LEAST_LOG2);
+          seen[r] = sized > seen[r] ? sized : seen[r];
+        }
+      }
+    }
+    bool faded = false; // seldom, after the first tiles
+    UNROLL for (int r = 0; r < LANE_ROWS; r++) {
+      seen[r] = largest_of_tokens(seen[r]);
+      faded = faded || seen[r] > run.largest[r];
+      const float largest = seen[r] > run.largest[r] ? seen[r] : run.largest[r];
+      fade[r] = exponential2(run.largest[r] - largest);
+      run.largest[r] = largest, run.total[r] *= fade[r];
+    }
     if (simd_any(faded)) {
       float fades[MIX_SUMS];
-      UNROLL for (int i = 0; i < MIX_SUMS; i++) fades[i] = scratch.fades[mixed_row(lane, i)];
+      rows_to_mixed(fade, lane, fades);
       UNROLL for (int p = 0; p < SHARE / 2; p++) {
         UNROLL for (int i = 0; i < MIX_SUMS; i++) run.mixed[p].sum[i] *= fades[i];
       }
     }
-    UNROLL for (int part = 0; part < TILE / MIX_TOKENS; part++) {
+    float weights[PARTS][SCORE_OWN][LANE_ROWS];
+    UNROLL for (int part = 0; part < PARTS; part++) {
+      UNROLL for (int own = 0; own < SCORE_OWN; own++) {
+        UNROLL for (int r = 0; r < LANE_ROWS; r++) {
+          const float weight = exponential2(scores[part].sum[own * LANE_ROWS + r] - run.largest[r]);
+          run.total[r] += weight;
+          weights[part][own][r] = weight * value_scale[part][own];
+        }
+      }
+    }
+
+    UNROLL for (int part = 0; part < PARTS; part++) {
       pair_t x[MIX_OWN][SHARE / 2];
       UNROLL for (int own = 0; own < MIX_OWN; own++) {
-        values.template decode<SHARE>(value_codes[part][own], mix_share(lane), x[own]);
+        values.template decode<SHARE>(codes.values[part][own], mix_share(lane), x[own]);
       }
-      const WeightPart weights = weight_part(scratch.weights + part * MIX_TOKENS, WEIGHTS_LENGTH, lane);
+      const WeightPart some = weight_part(weights[part], lane);
       UNROLL for (int p = 0; p < SHARE / 2; p++) {
         pair_t pairs[MIX_OWN];
         UNROLL for (int own = 0; own < MIX_OWN; own++) pairs[own] = x[own][p];
-        run.mixed[p].add(pairs, weights);
+        run.mixed[p].add(pairs, some);
       }
     }
-    simd_barrier();
+    value_reader.advance(step);
+    if (whole) {
+      codes.template fetch_values<true>(value_reader, last, lane);
+    } else if (next < end) {
+      codes.template fetch_values<false>(value_reader, last - int(mix_token(lane)), lane);
+    }
   }
 }
 
@@ -147,7 +212,7 @@ FUNCTION void join(
     uint lane,
     local_memory float* largest, // [simdgroups][ROWS]
     local_memory float* totals,  // [simdgroups][ROWS]
-    local_memory float* joined,  // [ROWS][VALUE_DIM]
+    local_memory float* joined,  // [ROWS][JOINED_LENGTH(VALUE_DIM)]
     global_memory float* out_mixed,
     uint out_row,
     global_memory float* out_sums,
@@ -155,14 +220,14 @@ FUNCTION void join(
   constexpr int SHARE = VALUE_DIM / MIX_SHARES;
   const uint thread_id = simdgroup * 32 + lane, threads = simdgroups * 32;
   UNROLL for (int i = 0; i < LANE_ROWS; i++) {
-    const uint r = 2 * i + lane / TILE;
-    const float total = total_of<TILE>(run.total[i]);
-    if (lane % TILE == 0 && r < ROWS) {
+    const uint r = score_row(lane, i);
+    const float total = total_of_tokens(run.total[i]);
+    if (score_token(lane) == 0 && r < ROWS) {
       largest[simdgroup * ROWS + r] = run.largest[i];
       totals[simdgroup * ROWS + r] = total;
     }
   }
-  for (uint i = thread_id; i < ROWS * VALUE_DIM; i += threads) joined[i] = 0.0f;
+  for (uint i = thread_id; i < ROWS * JOINED_LENGTH(VALUE_DIM); i += threads) joined[i] = 0.0f;
   group_barrier();
   if (thread_id < ROWS) {
     float highest = largest[thread_id], total = 0.0f;
@@ -183,9 +248,9 @@ FUNCTION void join(
       UNROLL for (int i = 0; i < MIX_SUMS; i++) {
         const uint row = mixed_row(lane, i);
         if (row < ROWS) {
-          const float factor = largest[s * ROWS + row] * run.unit;
+          const float factor = largest[s * ROWS + row];
           UNROLL for (int p = 0; p < SHARE / 2; p++) {
-            joined[row * VALUE_DIM + mix_output(lane) * SHARE + 2 * p + mixed_coordinate(lane, i)] +=
+            joined[row * JOINED_LENGTH(VALUE_DIM) + mix_output(lane) * (SHARE + 1) + 2 * p + mixed_coordinate(lane, i)] +=
                 factor * run.mixed[p].sum[i];
           }
         }
@@ -193,5 +258,8 @@ FUNCTION void join(
     }
     group_barrier();
   }
-  for (uint i = thread_id; i < ROWS * VALUE_DIM; i += threads) out_mixed[i / VALUE_DIM * out_row + i % VALUE_DIM] = joined[i];
+  for (uint i = thread_id; i < ROWS * VALUE_DIM; i += threads) {
+    const uint row = i / VALUE_DIM, coordinate = i % VALUE_DIM;
+    out_mixed[row * out_row + coordinate] = joined[row * JOINED_LENGTH(VALUE_DIM) + coordinate + coordinate / SHARE];
+  }
 }

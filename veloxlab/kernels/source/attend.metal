@@ -8,23 +8,15 @@ const uint sinks = sizes[0], recent = sizes[1], packed = sizes[2];
 const uint sink_splits = sizes[3], exact_splits = sizes[4], splits = sizes[5];
 const uint per_split = sizes[6], exact_per_split = sizes[7];
 
-threadgroup float queries[PADDED_ROWS * LARGEST_KEY];
-threadgroup float scores[SIMDGROUPS * PADDED_ROWS * SCORES_LENGTH];
-threadgroup half weights[SIMDGROUPS * PADDED_ROWS * WEIGHTS_LENGTH];
-threadgroup float fades[SIMDGROUPS * PADDED_ROWS];
+threadgroup float queries[PADDED_ROWS * QUERY_LENGTH(LARGEST_KEY)];
 threadgroup float largest[SIMDGROUPS * ROWS], totals[SIMDGROUPS * ROWS];
-threadgroup float joined[ROWS * LARGEST_VALUE];
+threadgroup float joined[ROWS * JOINED_LENGTH(LARGEST_VALUE)];
 $declarations
 
 const bool exact = split < exact_splits;
-Scratch scratch;
-scratch.scores = scores + simdgroup * PADDED_ROWS * SCORES_LENGTH;
-scratch.weights = weights + simdgroup * PADDED_ROWS * WEIGHTS_LENGTH;
-scratch.fades = fades + simdgroup * PADDED_ROWS;
-
 uint mask_rows[LANE_ROWS];
 UNROLL for (int i = 0; i < LANE_ROWS; i++) {
-  const uint last = ALL_ROWS - 1, wanted = first_row + 2 * i + lane / TILE, row = wanted < last ? wanted : last;
+  const uint last = ALL_ROWS - 1, wanted = first_row + score_row(lane, i), row = wanted < last ? wanted : last;
   const uint query_head = head * SHARED + row / QUERIES;
 #if HAS_MASK
   mask_rows[i] = batch * mask_strides[0] + query_head * mask_strides[1] + row % QUERIES * mask_strides[2];
@@ -39,22 +31,38 @@ const global_memory float* masks = k_signs;
 #endif
 
 // the queries, in the space of what they are compared with; rows past the last are zero
-const bool given = !exact && !KEY_SPREAD;
-const uint query_dim = exact ? EXACT_KEY : CODED_KEY;
-for (uint i = thread_id; i < PADDED_ROWS * query_dim; i += THREADS) {
-  const uint row = first_row + i / query_dim, coordinate = i % query_dim;
-  float x = 0.0f;
-  if (i / query_dim < ROWS && row < ALL_ROWS) {
-    if (given) {
-      x = as_float(q_coded[((batch * KV_HEADS + head) * ALL_ROWS + row) * CODED_KEY + coordinate]);
-    } else {
-      x = as_float(q[batch * q_strides[0] + (head * SHARED + row / QUERIES) * q_strides[1] + row % QUERIES * q_strides[2] +
-                     coordinate]);
+for (uint r = simdgroup; r < PADDED_ROWS; r += SIMDGROUPS) {
+  const uint row = first_row + r;
+  const bool real = r < ROWS && row < ALL_ROWS;
+  const global_memory QUERY_TYPE* from =
+      q + (real ? batch * q_strides[0] + (head * SHARED + row / QUERIES) * q_strides[1] + row % QUERIES * q_strides[2] : 0);
+#if KEY_SPREAD
+  if (!exact) { // some lanes hold what others do, if a vector has fewer
+    constexpr uint lanes = Lanes<CODED_KEY>::count, each = Lanes<CODED_KEY>::each;
+    float x[each];
+    UNROLL for (uint i = 0; i < each; i++) {
+      const uint coordinate = i * lanes + lane % lanes;
+      x[i] = real ? as_float(from[coordinate]) * (SCALE * LOG2_E) * k_signs[coordinate] : 0.0f;
     }
-    x *= SCALE * LOG2_E;
-    if (!exact && KEY_SPREAD) x *= k_signs[coordinate];
+    const float hartley[Blocks<CODED_KEY>::count] = {$key_hartley};
+    spread_lanes<CODED_KEY>(x, hartley, lane % lanes);
+    UNROLL for (uint i = 0; i < each; i++) {
+      if (lane < lanes) queries[query_at<CODED_KEY>(r, i * lanes + lane)] = x[i];
+    }
   }
-  queries[i] = x;
+#else
+  if (!exact) {
+    const uint at = ((batch * KV_HEADS + head) * ALL_ROWS + (real ? row : 0)) * CODED_KEY;
+    for (uint i = lane; i < CODED_KEY; i += 32) {
+      queries[query_at<CODED_KEY>(r, i)] = real ? as_float(q_coded[at + i]) * (SCALE * LOG2_E) : 0.0f;
+    }
+  }
+#endif
+  if (exact) {
+    for (uint i = lane; i < EXACT_KEY; i += 32) {
+      queries[query_at<EXACT_KEY>(r, i)] = real ? as_float(from[i]) * (SCALE * LOG2_E) : 0.0f;
+    }
+  }
 }
 
 const uint row = (batch * KV_HEADS + head) * (ROW_TILES * ROWS) + first_row;
@@ -62,7 +70,6 @@ global_memory float* out_mixed = mixed + (row * splits + split) * LARGEST_VALUE;
 global_memory float* out_sums = sums + (row * splits + split) * 2;
 
 if (exact) {
-  group_barrier();
   const bool at_start = split < sink_splits;
   const uint first = (at_start ? split : split - sink_splits) * exact_per_split;
   const uint count = at_start ? sinks : recent;
@@ -81,20 +88,18 @@ if (exact) {
   }
   Running<EXACT_VALUE / (2 * MIX_SHARES)> run;
   attend<EXACT_KEY, EXACT_VALUE>(
-      keys, values, queries, masks + (at_start ? 0 : sinks + packed), mask_rows, first, end, scratch, simdgroup,
-      SIMDGROUPS, lane, run);
+      keys, values, queries, masks + (at_start ? 0 : sinks + packed), mask_rows, first, end, simdgroup, SIMDGROUPS,
+      lane, run);
   join<EXACT_VALUE>(
       run, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, splits * LARGEST_VALUE, out_sums, splits * 2);
 } else {
   $key_setup
   $value_setup
-  group_barrier();
-  if (KEY_SPREAD) spread<CODED_KEY>(queries, ROWS, thread_id, THREADS);
   const uint first = (split - exact_splits) * per_split;
   const uint end = first + per_split < packed ? first + per_split : packed;
   Running<CODED_VALUE / (2 * MIX_SHARES)> run;
   attend<CODED_KEY, CODED_VALUE>(
-      k_reader, v_reader, queries, masks + sinks, mask_rows, first, end, scratch, simdgroup, SIMDGROUPS, lane, run);
+      k_reader, v_reader, queries, masks + sinks, mask_rows, first, end, simdgroup, SIMDGROUPS, lane, run);
   join<CODED_VALUE>(
       run, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, splits * LARGEST_VALUE, out_sums, splits * 2);
 }

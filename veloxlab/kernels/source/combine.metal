@@ -1,5 +1,5 @@
-// One threadgroup: one query row. Joins its splits, brings the packed part out of the space of the codes where that is a
-// spreading, and adds the exact part; otherwise the packed part goes out as it is.
+// One threadgroup: one query row. Joins its splits, and a logit of its query head that weighs nothing; brings the packed part
+// out of the space of the codes where that is a spreading, and adds the exact part; otherwise the packed part goes out as it is.
 const uint thread_id = thread_position_in_threadgroup.x, row = threadgroup_position_in_grid.x;
 const uint from = row / ALL_ROWS * ALL_PADDED + row % ALL_ROWS; // the last tile of a KV head's rows may be padded
 const uint exact_splits = sizes[4], splits = sizes[5];
@@ -14,6 +14,10 @@ largest = largest_of<32>(largest);
 if (thread_id % 32 == 0) parts[thread_id / 32] = largest;
 group_barrier();
 for (uint i = 0; i < THREADS / 32; i++) largest = parts[i] > largest ? parts[i] : largest;
+#if HAS_LOGITS
+const float logit = logits[row / QUERIES % QUERY_HEADS * logits_strides[0]] * LOG2_E;
+largest = logit > largest ? logit : largest;
+#endif
 float total = 0.0f;
 for (uint s = thread_id; s < splits; s += THREADS) {
   factors[s] = exponential2(row_sums[2 * s] - largest);
@@ -26,6 +30,9 @@ for (uint i = thread_id; i < CODED_VALUE; i += THREADS) coded[i] = 0.0f;
 group_barrier();
 total = 0.0f;
 for (uint i = 0; i < THREADS / 32; i++) total += parts[THREADS / 32 + i];
+#if HAS_LOGITS
+total += exponential2(logit - largest);
+#endif
 
 // every `lines`-th split for each line of threads
 constexpr uint lines = THREADS / LARGEST_VALUE;
@@ -44,14 +51,19 @@ for (uint turn = 0; turn < lines; turn++) {
   }
   group_barrier();
 }
-if (VALUE_SPREAD) spread<CODED_VALUE>(coded, 1, thread_id, THREADS);
-for (uint i = thread_id; i < EXACT_VALUE; i += THREADS) {
-  float x = plain[i];
 #if VALUE_SPREAD
-  x += coded[i] * v_signs[i];
-#endif
-  out[row * EXACT_VALUE + i] = OUT_TYPE(x);
+if (thread_id < 32) { // some lanes hold what others do, if a vector has fewer
+  constexpr uint lanes = Lanes<CODED_VALUE>::count, each = Lanes<CODED_VALUE>::each;
+  float x[each];
+  UNROLL for (uint i = 0; i < each; i++) x[i] = coded[i * lanes + thread_id % lanes];
+  const float hartley[Blocks<CODED_VALUE>::count] = {$value_hartley};
+  spread_lanes<CODED_VALUE>(x, hartley, thread_id % lanes);
+  UNROLL for (uint i = 0; i < each; i++) {
+    const uint at = i * lanes + thread_id;
+    if (thread_id < lanes) out[row * EXACT_VALUE + at] = OUT_TYPE(plain[at] + x[i] * v_signs[at]);
+  }
 }
-#if !VALUE_SPREAD
+#else
+for (uint i = thread_id; i < EXACT_VALUE; i += THREADS) out[row * EXACT_VALUE + i] = OUT_TYPE(plain[i]);
 for (uint i = thread_id; i < CODED_VALUE; i += THREADS) out_coded[row * CODED_VALUE + i] = coded[i];
 #endif

@@ -37,9 +37,15 @@ FUNCTION float exponential2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+FUNCTION float logarithm2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 FUNCTION float sine(float x) { return sinf(x); }
 FUNCTION float cosine(float x) { return cosf(x); }
 FUNCTION float square_root(float x) { return sqrtf(x); }
+FUNCTION float nearest_whole(float x) { return rintf(x); } // halves to even
 FUNCTION float as_float(half x) { return __half2float(x); }
 FUNCTION float as_float(float x) { return x; }
 FUNCTION float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -52,6 +58,23 @@ FUNCTION pair_t make_pair(float x, float y) {
 }
 FUNCTION float2 pair_floats(pair_t x) { return __half22float2(x); }
 
+template <int BYTE>
+FUNCTION uint byte_of(uint word) { return __byte_perm(word, 0, 0x4440 + BYTE); }
+
+// A place in threadgroup memory, and what lies some bytes on from it. An address of 32 bits is found by one instruction.
+typedef uint place_t;
+FUNCTION place_t place_of(const void* x) { return uint(__cvta_generic_to_shared(x)); }
+FUNCTION uint word_at(place_t from, uint bytes) {
+  uint x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(from + bytes));
+  return x;
+}
+FUNCTION pair_t pair_at(place_t from, uint bytes) {
+  const uint x = word_at(from, bytes);
+  return *(const pair_t*)&x;
+}
+FUNCTION float float_at(place_t from, uint bytes) { return __uint_as_float(word_at(from, bytes)); }
+
 // The matrix unit, scores: 16 tokens × 8 rows += 16 tokens × 16 coordinates · 16 coordinates × 8 rows. Four lanes share a
 // token, each with a quarter of its coordinates; a lane has part of two tokens, and two pairs of each go into a product.
 #define SCORE_TOKENS 16
@@ -60,11 +83,12 @@ FUNCTION float2 pair_floats(pair_t x) { return __half22float2(x); }
 struct QueryPart {
   pair_t pairs[2];
 };
-FUNCTION uint score_token(uint lane, uint own) { return lane / 4 + 8 * own; }
+FUNCTION uint score_token(uint lane) { return lane / 4; } // the first; `own` ones lie 8 apart
+#define SCORE_DISTANCE(own) (8 * (own))
 FUNCTION uint score_quarter(uint lane) { return lane % 4; }
-// queries [8][dim]; a product takes coordinates 4 · step … of every quarter
-FUNCTION QueryPart query_part(const float* queries, uint dim, uint step, uint lane) {
-  const float* q = queries + (lane / 4) * dim + (lane % 4) * (dim / 4) + 4 * step;
+// A product takes coordinates 4 · step … of every quarter of a row.
+FUNCTION QueryPart query_part(const float* queries, uint row, uint quarter, uint step, uint lane) { // their lengths
+  const float* q = queries + (lane / 4) * row + (lane % 4) * quarter + 4 * step;
   return QueryPart{{make_pair(q[0], q[1]), make_pair(q[2], q[3])}};
 }
 FUNCTION void multiply(float (&sum)[4], pair_t a0, pair_t a1, pair_t a2, pair_t a3, pair_t b0, pair_t b1) {
@@ -73,6 +97,7 @@ FUNCTION void multiply(float (&sum)[4], pair_t a0, pair_t a1, pair_t a2, pair_t 
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(*a[0]), "r"(*a[1]), "r"(*a[2]), "r"(*a[3]), "r"(*(const uint*)&b0), "r"(*(const uint*)&b1));
 }
+// A lane gets the sums of its tokens and of two neighbouring rows: those of its first token, then of its second.
 struct Scores {
   float sum[4];
   FUNCTION void clear() { sum[0] = sum[1] = sum[2] = sum[3] = 0.0f; }
@@ -80,11 +105,9 @@ struct Scores {
   FUNCTION void add(const pair_t (&x)[2][2], QueryPart q) {
     multiply(sum, x[0][0], x[1][0], x[0][1], x[1][1], q.pairs[0], q.pairs[1]);
   }
-  FUNCTION void store(float* scores, uint row_length, uint lane) const { // [8][row_length]
-    float* at = scores + 2 * (lane % 4) * row_length + lane / 4;
-    at[0] = sum[0], at[row_length] = sum[1], at[8] = sum[2], at[row_length + 8] = sum[3];
-  }
 };
+FUNCTION uint score_row(uint lane, uint i) { return 2 * (lane % 4) + i; }
+#define TOKEN_FAR(i) (4u << (i)) // by how much the three lanes that hold other tokens of the same rows are apart
 
 // The matrix unit, values: coordinates × 8 rows += coordinates × 16 tokens · 16 tokens × 8 rows. Eight lanes share a token,
 // each with an eighth of its coordinates; a lane has part of four tokens.
@@ -95,11 +118,18 @@ struct Scores {
 struct WeightPart {
   pair_t pairs[2];
 };
-FUNCTION uint mix_token(uint lane, uint own) { return 2 * (lane % 4) + own % 2 + 8 * (own / 2); }
+FUNCTION uint mix_token(uint lane) { return 2 * (lane % 4); }
+#define MIX_DISTANCE(own) ((own) % 2 + 8 * ((own) / 2))
 FUNCTION uint mix_share(uint lane) { return lane / 4; }
-FUNCTION WeightPart weight_part(const half* weights, uint row_length, uint lane) { // [8][row_length]
-  const half* at = weights + (lane / 4) * row_length + 2 * (lane % 4);
-  return WeightPart{{*(const pair_t*)at, *(const pair_t*)(at + 8)}};
+// an 8 × 8 matrix of half precision, of which a lane has two neighbours in a row
+FUNCTION pair_t transposed(pair_t x) {
+  uint y;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(*(const uint*)&x));
+  return *(const pair_t*)&y;
+}
+FUNCTION WeightPart weight_part(const float (&weights)[2][2], uint) { // [own token][row]
+  return WeightPart{{transposed(__floats2half2_rn(weights[0][0], weights[0][1])),
+                     transposed(__floats2half2_rn(weights[1][0], weights[1][1]))}};
 }
 struct Mixed {
   float sum[MIX_SUMS];
@@ -111,3 +141,6 @@ struct Mixed {
 FUNCTION uint mix_output(uint lane) { return lane / 4; } // share whose coordinates a lane has the sums of
 FUNCTION uint mixed_row(uint lane, uint i) { return 2 * (lane % 4) + i % 2; }
 FUNCTION uint mixed_coordinate(uint, uint i) { return i / 2; } // of the pair
+FUNCTION void rows_to_mixed(const float (&of_rows)[2], uint, float (&of_sums)[MIX_SUMS]) {
+  UNROLL for (int i = 0; i < MIX_SUMS; i++) of_sums[i] = of_rows[i % 2];
+}

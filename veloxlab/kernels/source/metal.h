@@ -13,9 +13,11 @@ FUNCTION uint funnel(uint low, uint high, uint shift) {
   return shift == 32u ? high : (low >> shift) | ((high << 1) << (31u - shift));
 }
 FUNCTION float exponential2(float x) { return metal::exp2(x); }
+FUNCTION float logarithm2(float x) { return metal::log2(x); }
 FUNCTION float sine(float x) { return metal::sin(x); }
 FUNCTION float cosine(float x) { return metal::cos(x); }
 FUNCTION float square_root(float x) { return metal::sqrt(x); }
+FUNCTION float nearest_whole(float x) { return metal::rint(x); } // halves to even
 template <typename T>
 FUNCTION float as_float(T x) { return static_cast<float>(x); }
 
@@ -24,9 +26,13 @@ typedef float2 pair_t;
 FUNCTION pair_t make_pair(float x, float y) { return float2(x, y); }
 FUNCTION float2 pair_floats(pair_t x) { return x; }
 
-// Where a lane's two elements lie in an 8 × 8 matrix of a simdgroup: their row, and the first of their two columns.
+// Where a lane's two elements lie in an 8 × 8 matrix of a simdgroup: their row, and the first of their two columns; and which
+// lane has a row and a column.
 FUNCTION uint matrix_row(uint lane) { return (lane / 4 & 4) + (lane / 2) % 4; }
 FUNCTION uint matrix_column(uint lane) { return (lane / 4 & 2) * 2 + (lane % 2) * 2; }
+FUNCTION uint matrix_lane(uint row, uint column) {
+  return (row & 3) * 2 + (row & 4) * 4 + (column & 2) / 2 + (column & 4) * 2;
+}
 FUNCTION void multiply(thread float2& sum, float2 a, float2 b) {
   metal::simdgroup_float8x8 left, right, total;
   reinterpret_cast<thread float2&>(left.thread_elements()) = a;
@@ -36,6 +42,16 @@ FUNCTION void multiply(thread float2& sum, float2 a, float2 b) {
   sum = reinterpret_cast<thread float2&>(total.thread_elements());
 }
 
+template <int BYTE>
+FUNCTION uint byte_of(uint word) { return word >> (8 * BYTE) & 0xff; }
+
+// A place in threadgroup memory, and what lies some bytes on from it.
+typedef const threadgroup uchar* place_t;
+template <typename T>
+FUNCTION place_t place_of(const threadgroup T* x) { return (place_t)x; }
+FUNCTION pair_t pair_at(place_t from, uint bytes) { return *(const threadgroup pair_t*)(from + bytes); }
+FUNCTION float float_at(place_t from, uint bytes) { return *(const threadgroup float*)(from + bytes); }
+
 // The matrix unit, scores: 8 tokens × 8 rows += 8 tokens × 8 coordinates · 8 coordinates × 8 rows. Four lanes share a token,
 // each with a quarter of its coordinates; one pair of each goes into a product.
 #define SCORE_TOKENS 8
@@ -44,22 +60,26 @@ FUNCTION void multiply(thread float2& sum, float2 a, float2 b) {
 struct QueryPart {
   float2 pair;
 };
-FUNCTION uint score_token(uint lane, uint) { return matrix_row(lane); }
+FUNCTION uint score_token(uint lane) { return matrix_row(lane); }
+#define SCORE_DISTANCE(own) 0
 FUNCTION uint score_quarter(uint lane) { return matrix_column(lane) / 2; }
-FUNCTION QueryPart query_part(const threadgroup float* queries, uint dim, uint step, uint lane) {
-  const uint coordinate = matrix_row(lane) / 2 * (dim / 4) + 2 * step + matrix_row(lane) % 2;
-  const threadgroup float* q = queries + matrix_column(lane) * dim + coordinate;
-  return QueryPart{float2(q[0], q[dim])};
+FUNCTION QueryPart query_part(const threadgroup float* queries, uint row, uint quarter, uint step, uint lane) { // their lengths
+  const threadgroup float* q =
+      queries + matrix_column(lane) * row + matrix_row(lane) / 2 * quarter + 2 * step + matrix_row(lane) % 2;
+  return QueryPart{float2(q[0], q[row])};
 }
+// A lane gets the sums of its token and of two neighbouring rows.
 struct Scores {
-  float2 sum;
-  FUNCTION void clear() { sum = float2(0.0f); }
-  FUNCTION void add(thread const pair_t (&x)[1][1], QueryPart q) { multiply(sum, x[0][0], q.pair); }
-  FUNCTION void store(threadgroup float* scores, uint row_length, uint lane) const {
-    threadgroup float* at = scores + matrix_column(lane) * row_length + matrix_row(lane);
-    at[0] = sum.x, at[row_length] = sum.y;
+  float sum[2];
+  FUNCTION void clear() { sum[0] = sum[1] = 0.0f; }
+  FUNCTION void add(thread const pair_t (&x)[1][1], QueryPart q) {
+    float2 both = float2(sum[0], sum[1]);
+    multiply(both, x[0][0], q.pair);
+    sum[0] = both.x, sum[1] = both.y;
   }
 };
+FUNCTION uint score_row(uint lane, uint i) { return matrix_column(lane) + i; }
+#define TOKEN_FAR(i) ((i) == 2 ? 16u : 2u << (i)) // by how much the three lanes that hold other tokens of the same rows are apart
 
 // The matrix unit, values: 8 rows × coordinates += 8 rows × 8 tokens · 8 tokens × coordinates. Four lanes share a token, each
 // with a quarter of its coordinates.
@@ -70,11 +90,19 @@ struct Scores {
 struct WeightPart {
   float2 pair;
 };
-FUNCTION uint mix_token(uint lane, uint) { return matrix_row(lane); }
+FUNCTION uint mix_token(uint lane) { return matrix_row(lane); }
+#define MIX_DISTANCE(own) 0
 FUNCTION uint mix_share(uint lane) { return matrix_column(lane) / 2; }
-FUNCTION WeightPart weight_part(const threadgroup half* weights, uint row_length, uint lane) {
-  const threadgroup half* at = weights + matrix_row(lane) * row_length + matrix_column(lane);
-  return WeightPart{float2(at[0], at[1])};
+// element `column` of row `row` of a matrix of which each lane gives its two elements
+FUNCTION float element_of(float first, float second, uint row, uint column) {
+  const uint lane = matrix_lane(row, column);
+  const float of_first = simd_shuffle(first, lane), of_second = simd_shuffle(second, lane);
+  return column % 2 == 0 ? of_first : of_second;
+}
+FUNCTION WeightPart weight_part(thread const float (&weights)[1][2], uint lane) { // [own token][row]
+  const uint row = matrix_row(lane), token = matrix_column(lane);
+  const float first = element_of(weights[0][0], weights[0][1], token, row);
+  return WeightPart{float2(first, element_of(weights[0][0], weights[0][1], token + 1, row))};
 }
 struct Mixed {
   float2 sum;
@@ -83,3 +111,6 @@ struct Mixed {
 FUNCTION uint mix_output(uint lane) { return matrix_column(lane) / 2; }
 FUNCTION uint mixed_row(uint lane, uint) { return matrix_row(lane); }
 FUNCTION uint mixed_coordinate(uint, uint i) { return i; }
+FUNCTION void rows_to_mixed(thread const float (&of_rows)[2], uint lane, thread float (&of_sums)[MIX_SUMS]) {
+  of_sums[0] = of_sums[1] = element_of(of_rows[0], of_rows[1], 0, matrix_row(lane));
+}

@@ -5,6 +5,7 @@ FUNCTION float signed_square(float x) { return x < 0.0f ? -x * x : x * x; }
 
 template <int BITS, int GROUP, int ROW_WORDS>
 struct GroupsReader {
+  typedef NoScales Scales;
   const global_memory uint* rows;
   uint token_stride;
   const global_memory half* half_steps; // signed roots, and of `leasts` too
@@ -12,6 +13,12 @@ struct GroupsReader {
   const global_memory half* leasts;
   uint leasts_stride;
   float shift; // of a code, in steps
+  NoScales scales;
+
+  FUNCTION void advance(uint tokens) {
+    rows += size_t(tokens) * token_stride;
+    half_steps += size_t(tokens) * half_steps_stride, leasts += size_t(tokens) * leasts_stride;
+  }
 
   template <int WIDTH>
   struct Fetched {
@@ -20,13 +27,13 @@ struct GroupsReader {
   };
 
   template <int WIDTH>
-  FUNCTION void fetch(uint token, uint share, thread Fetched<WIDTH>& to) const {
+  FUNCTION void fetch(int distance, uint share, thread Fetched<WIDTH>& to) const {
     constexpr int run = common_divisor(GROUP, WIDTH); // coordinates that are in one group, wherever the share begins
-    load_bits<WIDTH * BITS, ROW_WORDS>(rows + token * token_stride, share * (WIDTH * BITS), to.words);
+    load_bits<WIDTH * BITS, ROW_WORDS>(rows + distance * int(token_stride), share * (WIDTH * BITS), to.words);
     UNROLL for (int i = 0; i < WIDTH / run; i++) {
       const uint group = (share * WIDTH + i * run) / GROUP;
-      to.half_steps[i] = half_steps[token * half_steps_stride + group];
-      to.leasts[i] = leasts[token * leasts_stride + group];
+      to.half_steps[i] = half_steps[distance * int(half_steps_stride) + int(group)];
+      to.leasts[i] = leasts[distance * int(leasts_stride) + int(group)];
     }
   }
 
@@ -41,6 +48,4 @@ struct GroupsReader {
     }
     UNROLL for (int i = 0; i < WIDTH / 2; i++) x[i] = make_pair(y[2 * i], y[2 * i + 1]);
   }
-
-  FUNCTION float scale(uint) const { return 1.0f; }
 };

@@ -30,8 +30,9 @@ FUNCTION void fill_plan(
   }
 }
 
-template <int ROW_WORDS, int COPIES>
+template <int ROW_WORDS, int COPIES, class ScalesOf>
 struct PlanReader {
+  typedef ScalesOf Scales;
   const global_memory uint* rows;
   uint token_stride;
   Scales scales;
@@ -41,6 +42,8 @@ struct PlanReader {
   const local_memory float* shifts;
   uint own; // copy
 
+  FUNCTION void advance(uint tokens) { rows += size_t(tokens) * token_stride, scales.advance(tokens); }
+
   // at most 8 bits a coordinate
   template <int WIDTH>
   struct Fetched {
@@ -48,12 +51,12 @@ struct PlanReader {
   };
 
   template <int WIDTH>
-  FUNCTION void fetch(uint token, uint share, thread Fetched<WIDTH>& to) const {
+  FUNCTION void fetch(int distance, uint share, thread Fetched<WIDTH>& to) const {
     constexpr int count = (WIDTH + 3) / 4 < ROW_WORDS ? (WIDTH + 3) / 4 : ROW_WORDS;
     const uint first = planned_first(plan[planned_place(share * WIDTH)]);
     const uint last = plan[planned_place(share * WIDTH + WIDTH - 1)];
     load_some<count>(
-        rows + token * token_stride, first, planned_first(last) + planned_width(last) - first, to.words);
+        rows + distance * int(token_stride), first, planned_first(last) + planned_width(last) - first, to.words);
   }
 
   template <int WIDTH>
@@ -77,6 +80,4 @@ struct PlanReader {
       begin = end;
     }
   }
-
-  FUNCTION float scale(uint token) const { return scales.of(token); }
 };

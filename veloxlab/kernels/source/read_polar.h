@@ -103,6 +103,7 @@ struct AnglesAbove<WIDTHS, DIM, LEVEL, 0> {
 
 template <uint WIDTHS, int LEVELS, int DIM, class Circles>
 struct PolarReader {
+  typedef NoScales Scales;
   const global_memory uchar* row; // of the width of level 1
   uint row_stride;
   const global_memory uchar* other;
@@ -111,6 +112,12 @@ struct PolarReader {
   uint radii_stride;
   float size; // √ of the coordinates of a block
   Circles circles;
+  NoScales scales;
+
+  FUNCTION void advance(uint tokens) {
+    row += size_t(tokens) * row_stride, other += size_t(tokens) * other_stride;
+    radii += size_t(tokens) * radii_stride;
+  }
 
   // a share is of whole trees of some levels; what is above is as many codes for each of them
   template <int WIDTH>
@@ -126,14 +133,14 @@ struct PolarReader {
   };
 
   template <int WIDTH>
-  FUNCTION void fetch(uint token, uint share, thread Fetched<WIDTH>& to) const {
+  FUNCTION void fetch(int distance, uint share, thread Fetched<WIDTH>& to) const {
     constexpr int tree = common_divisor(WIDTH, 1 << LEVELS), height = log2_of(tree);
-    const global_memory uchar* first = row + token * row_stride;
-    const global_memory uchar* second = other + token * other_stride;
+    const global_memory uchar* first = row + distance * int(row_stride);
+    const global_memory uchar* second = other + distance * int(other_stride);
     Angles<WIDTHS, DIM, WIDTH, height>::fetch(first, second, share, to.words);
     UNROLL for (int i = 0; i < WIDTH / tree; i++) {
       const uint coordinate = share * WIDTH + i * tree;
-      to.radii[i] = radii[token * radii_stride + (coordinate >> LEVELS)];
+      to.radii[i] = radii[distance * int(radii_stride) + int(coordinate >> LEVELS)];
       AnglesAbove<WIDTHS, DIM, height + 1, LEVELS - height>::fetch(first, second, coordinate, to.entries[i]);
     }
   }
@@ -154,6 +161,4 @@ struct PolarReader {
     Angles<WIDTHS, DIM, WIDTH, height>::grow(circles, from.words, y);
     UNROLL for (int i = 0; i < WIDTH / 2; i++) x[i] = make_pair(y[2 * i], y[2 * i + 1]);
   }
-
-  FUNCTION float scale(uint) const { return 1.0f; }
 };

@@ -23,8 +23,9 @@ struct Neighbours<BITS, 1> {
   }
 };
 
-template <int BITS, int SUB, int ROW_WORDS, class Table>
+template <int BITS, int SUB, int ROW_WORDS, class ScalesOf, class Table>
 struct StagesReader {
+  typedef ScalesOf Scales;
   const global_memory uint* coarse;
   uint coarse_stride;
   const global_memory uint* fine;
@@ -32,22 +33,25 @@ struct StagesReader {
   Scales scales;
   Table table;
 
+  FUNCTION void advance(uint tokens) {
+    coarse += size_t(tokens) * coarse_stride, fine += size_t(tokens) * fine_stride;
+    scales.advance(tokens);
+  }
+
   template <int WIDTH>
   struct Fetched {
     uint coarse[(WIDTH / SUB * BITS + 31) / 32], fine[(WIDTH / SUB * BITS + 31) / 32];
   };
 
   template <int WIDTH>
-  FUNCTION void fetch(uint token, uint share, thread Fetched<WIDTH>& to) const {
+  FUNCTION void fetch(int distance, uint share, thread Fetched<WIDTH>& to) const {
     constexpr int bits = WIDTH / SUB * BITS;
-    load_bits<bits, ROW_WORDS>(coarse + token * coarse_stride, share * bits, to.coarse);
-    load_bits<bits, ROW_WORDS>(fine + token * fine_stride, share * bits, to.fine);
+    load_bits<bits, ROW_WORDS>(coarse + distance * int(coarse_stride), share * bits, to.coarse);
+    load_bits<bits, ROW_WORDS>(fine + distance * int(fine_stride), share * bits, to.fine);
   }
 
   template <int WIDTH>
   FUNCTION void decode(thread const Fetched<WIDTH>& from, uint, thread pair_t (&x)[WIDTH / 2]) const {
     UNROLL for (int i = 0; i < WIDTH / 2; i++) x[i] = Neighbours<BITS, SUB>::of(table, from, i);
   }
-
-  FUNCTION float scale(uint token) const { return scales.of(token); }
 };

@@ -34,22 +34,31 @@ struct Entries<Order, 2> {
   }
 };
 
-template <int STAGES, int DIM, int ROTATED, int TRADITIONAL, int TURNED>
+template <int STAGES, int DIM, int ROTATED, int TRADITIONAL, int TURNED, class ScalesOf>
 struct SumsReader {
+  typedef ScalesOf Scales;
   const global_memory uchar* rows;
   uint token_stride;
   Scales scales;
   const global_memory half* tables;  // the head's
   const global_memory float* angles; // the first token's position, then of each pair the angle for one position
+  uint position; // behind the first token's
+
+  FUNCTION void advance(uint tokens) {
+    rows += size_t(tokens) * token_stride, position += tokens;
+    scales.advance(tokens);
+  }
 
   template <int WIDTH>
   struct Fetched {
-    uint token;
+    const global_memory uchar* row;
+    uint position;
   };
 
   template <int WIDTH>
-  FUNCTION void fetch(uint token, uint, thread Fetched<WIDTH>& to) const {
-    to.token = token;
+  FUNCTION void fetch(int distance, uint, thread Fetched<WIDTH>& to) const {
+    to.row = rows + distance * int(token_stride);
+    to.position = position + distance;
   }
 
   template <int WIDTH>
@@ -58,7 +67,7 @@ struct SumsReader {
     constexpr int pairs = WIDTH / 2;
     constexpr int together = !TRADITIONAL && pairs % 2 == 0 && DIM % 4 == 0 && ROTATED % 4 == 0 ? 2 : 1;
     const uint begin = share * pairs;
-    const global_memory uchar* row = rows + from.token * token_stride;
+    const global_memory uchar* row = from.row;
     Complex sum[pairs];
     UNROLL for (int i = 0; i < pairs; i++) sum[i].x = sum[i].y = 0.0f;
     for (uint stage = 0; stage < STAGES; stage++) {
@@ -80,13 +89,11 @@ struct SumsReader {
     UNROLL for (int i = 0; i < pairs; i++) {
       Complex z = sum[i];
       if (TURNED) {
-        const float angle = (angles[0] + float(from.token)) * angles[1 + begin + i], c = cosine(angle), s = sine(angle);
+        const float angle = (angles[0] + float(from.position)) * angles[1 + begin + i], c = cosine(angle), s = sine(angle);
         z.x = sum[i].x * c - sum[i].y * s;
         z.y = sum[i].x * s + sum[i].y * c;
       }
       x[i] = make_pair(z.x, z.y);
     }
   }
-
-  FUNCTION float scale(uint token) const { return scales.of(token); }
 };

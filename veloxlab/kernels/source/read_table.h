@@ -20,24 +20,29 @@ FUNCTION uint scaled_bits_of(thread const uint (&words)[WORDS]) {
   return moved & (((1u << COUNT) - 1u) << POWER);
 }
 
-// A table in threadgroup memory, whose entries stand COPIES times, so that the lanes of a simdgroup meet in no bank. An
-// entry's copies take a power of two of bytes, so a shift and a mask find it; the lane's own copy begins `own` bytes later.
+// Bytes from a table's begin to an entry, whose copies take SIZE of them, a power of two. `size` is the same number, about
+// which the compiler is to know nothing: a whole byte is one instruction, and to multiply it and add a place another.
+template <int FROM, int COUNT, int SIZE, int WORDS>
+FUNCTION uint entry_at(thread const uint (&words)[WORDS], uint size) {
+  if (COUNT == 8 && FROM % 8 == 0) return byte_of<FROM % 32 / 8>(words[FROM / 32]) * size;
+  return scaled_bits_of<FROM, COUNT, log2_of(SIZE)>(words);
+}
+
+// A table in threadgroup memory, whose entries stand COPIES times, so that the lanes of a simdgroup meet in no bank: the
+// lane's own copies begin at `own`.
 template <int SUB, int COPIES>
 struct SharedTable {
-  const local_memory pair_t* entries;
-  uint own; // bytes
+  place_t own;
+  uint size; // of an entry's copies, in bytes
 
   template <int FROM, int COUNT, int WORDS>
   FUNCTION void entry(thread const uint (&words)[WORDS], thread pair_t* x) const {
-    constexpr int size = COPIES * (SUB / 2) * int(sizeof(pair_t));
-    const uint at = scaled_bits_of<FROM, COUNT, log2_of(size)>(words) | own;
-    const local_memory pair_t* found = (const local_memory pair_t*)((const local_memory uchar*)entries + at);
-    UNROLL for (int i = 0; i < SUB / 2; i++) x[i] = found[i];
+    constexpr int bytes = COPIES * (SUB / 2) * int(sizeof(pair_t));
+    const uint at = entry_at<FROM, COUNT, bytes>(words, size);
+    UNROLL for (int i = 0; i < SUB / 2; i++) x[i] = pair_at(own, at + i * uint(sizeof(pair_t)));
   }
 
-  FUNCTION pair_t pair(uint code) const { // where SUB is 2
-    return *(const local_memory pair_t*)((const local_memory uchar*)entries + (code * COPIES * uint(sizeof(pair_t)) | own));
-  }
+  FUNCTION pair_t pair(uint code) const { return pair_at(own, code * size); } // where SUB is 2
 };
 
 template <int SUB>
@@ -54,18 +59,15 @@ struct GlobalTable {
 // Wide scalar codes, one coordinate each: the tables are of single numbers.
 template <int COPIES>
 struct SingleTable {
-  const local_memory float* entries;
-  uint own; // bytes
+  place_t own;
+  uint size; // of an entry's copies, in bytes
 
   template <int FROM, int COUNT, int WORDS>
   FUNCTION float level(thread const uint (&words)[WORDS]) const {
-    const uint at = scaled_bits_of<FROM, COUNT, log2_of(4 * COPIES)>(words) | own;
-    return *(const local_memory float*)((const local_memory uchar*)entries + at);
+    return float_at(own, entry_at<FROM, COUNT, 4 * COPIES>(words, size));
   }
 
-  FUNCTION float number(uint code) const {
-    return *(const local_memory float*)((const local_memory uchar*)entries + (code * COPIES * 4u | own));
-  }
+  FUNCTION float number(uint code) const { return float_at(own, code * size); }
 };
 
 // Looks up codes AT .. COUNT: a loop whose bit positions are known when it is compiled.
@@ -97,12 +99,15 @@ struct LookUp<COUNT, COUNT, BITS, 1, WORDS, Table> {
 };
 
 // Codes of BITS bits, each of which stands for SUB neighbouring coordinates.
-template <int BITS, int SUB, int ROW_WORDS, class Table>
+template <int BITS, int SUB, int ROW_WORDS, class ScalesOf, class Table>
 struct TableReader {
+  typedef ScalesOf Scales;
   const global_memory uint* rows;
   uint token_stride;
   Scales scales;
   Table table;
+
+  FUNCTION void advance(uint tokens) { rows += size_t(tokens) * token_stride, scales.advance(tokens); }
 
   template <int WIDTH>
   struct Fetched {
@@ -110,15 +115,13 @@ struct TableReader {
   };
 
   template <int WIDTH>
-  FUNCTION void fetch(uint token, uint share, thread Fetched<WIDTH>& to) const {
+  FUNCTION void fetch(int distance, uint share, thread Fetched<WIDTH>& to) const {
     constexpr int bits = WIDTH / SUB * BITS;
-    load_bits<bits, ROW_WORDS>(rows + token * token_stride, share * bits, to.words);
+    load_bits<bits, ROW_WORDS>(rows + distance * int(token_stride), share * bits, to.words);
   }
 
   template <int WIDTH>
   FUNCTION void decode(thread const Fetched<WIDTH>& from, uint, thread pair_t (&x)[WIDTH / 2]) const {
     LookUp<0, WIDTH / SUB, BITS, SUB, (WIDTH / SUB * BITS + 31) / 32, Table>::all(table, from.words, x);
   }
-
-  FUNCTION float scale(uint token) const { return scales.of(token); }
 };

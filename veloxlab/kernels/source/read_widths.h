@@ -28,8 +28,9 @@ FUNCTION void fill_widths(
 }
 
 // Codes of at most MOST bits.
-template <int MOST, int ROOM>
+template <int MOST, int ROOM, class ScalesOf>
 struct WidthsReader {
+  typedef ScalesOf Scales;
   const global_memory uint* rows; // the head's own part
   uint token_stride;
   Scales scales;
@@ -37,14 +38,16 @@ struct WidthsReader {
   const local_memory pair_t* entries;
   uint lane;
 
+  FUNCTION void advance(uint tokens) { rows += size_t(tokens) * token_stride, scales.advance(tokens); }
+
   template <int WIDTH>
   struct Fetched {
     uint words[(WIDTH * MOST + 31) / 32];
   };
 
   template <int WIDTH>
-  FUNCTION void fetch(uint token, uint share, thread Fetched<WIDTH>& to) const {
-    load_some<(WIDTH * MOST + 31) / 32>(rows + token * token_stride, share * WIDTH * bits, WIDTH * bits, to.words);
+  FUNCTION void fetch(int distance, uint share, thread Fetched<WIDTH>& to) const {
+    load_some<(WIDTH * MOST + 31) / 32>(rows + distance * int(token_stride), share * WIDTH * bits, WIDTH * bits, to.words);
   }
 
   template <int WIDTH>
@@ -72,6 +75,4 @@ struct WidthsReader {
       }
     }
   }
-
-  FUNCTION float scale(uint token) const { return scales.of(token); }
 };

@@ -1,6 +1,6 @@
-// How the codes of a vector become numbers. A reader gives WIDTH neighbouring coordinates of a token, from share · WIDTH on,
-// as pairs and before the vector's own scale; and that scale. It does so in two steps, so that memory is asked early:
-// `fetch` what is stored, `decode` it later.
+// How the codes of a vector become numbers. A reader stands at a token, and can `advance`. It gives WIDTH neighbouring
+// coordinates of the token some places on, from share · WIDTH on, as pairs and before the vector's own scale; and that
+// scale. It does so in two steps, so that memory is asked early: `fetch` what is stored, `decode` it later.
 
 FUNCTION constexpr int log2_of(int x) { return x <= 1 ? 0 : 1 + log2_of(x / 2); }
 FUNCTION constexpr int common_divisor(int a, int b) { return b == 0 ? a : common_divisor(b, a % b); }
@@ -72,38 +72,46 @@ FUNCTION void drop_bits(thread uint (&words)[COUNT], uint bits) {
   UNROLL for (int i = 0; i < COUNT; i++) words[i] = funnel(words[i], i + 1 < COUNT ? words[i + 1] : 0u, bits);
 }
 
-// The square of a stored root, or 1 where none is stored.
-struct Scales {
+// A scale is stored as its root.
+struct StoredScales {
   const global_memory half* roots;
   uint token_stride;
 
-  FUNCTION float of(uint token) const {
-    const float root = roots == 0 ? 1.0f : as_float(roots[token * token_stride]);
-    return root * root;
-  }
+  typedef half Fetched;
+  FUNCTION void advance(uint tokens) { roots += size_t(tokens) * token_stride; }
+  FUNCTION half fetch(int distance) const { return roots[distance * int(token_stride)]; }
+  static FUNCTION float decode(half root) { return as_float(root) * as_float(root); }
+};
+
+struct NoScales {
+  typedef uint Fetched;
+  FUNCTION void advance(uint) {}
+  FUNCTION uint fetch(int) const { return 0; }
+  static FUNCTION float decode(uint) { return 1.0f; }
 };
 
 // Vectors that are not compressed.
 template <typename T>
 struct ExactReader {
+  typedef NoScales Scales;
   const global_memory T* rows;
   uint token_stride;
+  NoScales scales;
+
+  FUNCTION void advance(uint tokens) { rows += size_t(tokens) * token_stride; }
 
   template <int WIDTH>
   struct Fetched {
-    uint token;
+    const global_memory T* from;
   };
 
   template <int WIDTH>
-  FUNCTION void fetch(uint token, uint, thread Fetched<WIDTH>& to) const {
-    to.token = token;
+  FUNCTION void fetch(int distance, uint share, thread Fetched<WIDTH>& to) const {
+    to.from = rows + distance * int(token_stride) + share * WIDTH;
   }
 
   template <int WIDTH>
-  FUNCTION void decode(thread const Fetched<WIDTH>& from, uint share, thread pair_t (&x)[WIDTH / 2]) const {
-    const global_memory T* at = rows + from.token * token_stride + share * WIDTH;
-    UNROLL for (int i = 0; i < WIDTH / 2; i++) x[i] = make_pair(as_float(at[2 * i]), as_float(at[2 * i + 1]));
+  FUNCTION void decode(thread const Fetched<WIDTH>& row, uint, thread pair_t (&x)[WIDTH / 2]) const {
+    UNROLL for (int i = 0; i < WIDTH / 2; i++) x[i] = make_pair(as_float(row.from[2 * i]), as_float(row.from[2 * i + 1]));
   }
-
-  FUNCTION float scale(uint) const { return 1.0f; }
 };

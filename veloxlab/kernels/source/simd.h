@@ -14,3 +14,10 @@ FUNCTION float total_of(float x) {
   UNROLL for (uint step = LANES / 2; step > 0; step /= 2) x += simd_shuffle_xor(x, step);
   return x;
 }
+
+// The bits that any of the lanes has.
+template <int LANES>
+FUNCTION uint union_of(uint x) {
+  UNROLL for (uint step = LANES / 2; step > 0; step /= 2) x |= simd_shuffle_xor(x, step);
+  return x;
+}

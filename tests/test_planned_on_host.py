@@ -1,0 +1,130 @@
+"""The kernel that encodes by a bit plan, its Metal text run on the CPU by ``tests/metal_on_host``, against its twin."""
+
+import dataclasses
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.metal_on_host import check, launch, run
+from tests.test_encode_on_host import ROUNDING, check_scales, vectors
+from veloxlab.codecs import spectralquant
+from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.quantizers import PlannedQuantizer
+from veloxlab.codecs.spectralquant import SpectralQuant
+from veloxlab.errors import InputError
+
+MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
+
+
+@pytest.fixture(autouse=True)
+def _on_host(monkeypatch):
+    monkeypatch.setattr("veloxlab.kernels.launch._built", launch.built)
+
+
+def fitted(dim, bits, plan=(), **options):
+    """A codec of three KV heads, each with a spectrum of its own, and perhaps another plan."""
+    rng = np.random.default_rng(dim)
+    mixing = rng.standard_normal((3, dim, dim)) * 0.9 ** np.arange(dim)
+    x, q = (mx.array((rng.standard_normal((1, 3, 4 * dim, dim)) @ mixing + 0.3).astype(np.float32)) for _ in range(2))
+    codec = SpectralQuant(dim, bits, **options).fit(Sample(x, q))
+    return dataclasses.replace(codec, plan=plan) if plan else codec
+
+
+# what `fitted` is given, and a dtype
+CASES = [
+    ({"dim": 64, "bits": 1}, mx.float32),
+    ({"dim": 80, "bits": 3, "scale": "unbiased"}, mx.bfloat16),
+    ({"dim": 128, "bits": 4, "basis": "query"}, mx.float16),
+    ({"dim": 128, "bits": 8, "basis": "hadamard", "scale": "norm"}, mx.float16),
+    ({"dim": 256, "bits": 2, "centred": False, "scale": "unbiased"}, mx.float32),
+    ({"dim": 96, "bits": 5, "plan": (3, 7, 0, 8, 6, 5, 8, 3) * 12}, mx.float16),
+    # two words, and no bits behind the middle of the second
+    ({"dim": 20, "bits": 3, "plan": (8, 8, 8, 8, 7, 6, 5, 4, 3, 2, 1, *[0] * 9)}, mx.float16),
+]
+
+
+@pytest.mark.parametrize(("given", "dtype"), CASES)
+def test_codes_and_scales_are_the_twins(given, dtype):
+    codec = fitted(**given)
+    dim, tables = codec.head_dim, codec._encoder
+    quantizer = PlannedQuantizer(codec.plan)
+    for tokens in (1, 43):
+        x = vectors(np.random.default_rng(tokens), dim, dtype, tokens)
+        y = x.astype(mx.float32) @ codec.forward
+        found, twin = codec._encoder("metal", x, y), codec._encode_by_graph(x, y)
+        assert {n: (a.shape, a.dtype) for n, a in found.items()} == {n: (a.shape, a.dtype) for n, a in twin.items()}
+        codes, expected = unpacked(codec.plan, found["codes"]), unpacked(codec.plan, twin["codes"])
+        assert mx.array_equal(quantizer.pack(codes), found["codes"]), "the end of a row is padded with zeros"
+
+        # codes: one apart where a coordinate is at the boundary between two cells but for rounding, else the same
+        rms = mx.linalg.norm(x.astype(mx.float32), axis=-1, keepdims=True) / dim**0.5
+        unit = y / mx.where(rms == 0, 1.0, rms)
+        apart = np.abs(np.array(codes, np.int64) - np.array(expected, np.int64))
+        differ = apart != 0
+        first = mx.array([2**width - 1 for width in codec.plan], mx.uint32)
+        last = mx.maximum(first, 1) - 1  # boundary of a width
+        boundary = mx.take(tables.boundaries, first + mx.minimum(mx.minimum(codes, expected), last))
+        off = mx.abs((unit - codec.mean) / codec.deviation - boundary)
+        assert np.all(apart <= 1)
+        allowed = ROUNDING * (mx.abs(unit) + mx.abs(codec.mean)) / codec.deviation
+        assert np.all(np.array(off <= allowed)[differ])
+        assert differ.sum() <= differ.size * 2e-4 + 1, f"{differ.sum()} of {differ.size} codes differ"
+
+        quantized = quantizer.levels_of(codes) * codec.deviation + codec.mean
+        check_scales(found["root_scale"], rms * spectralquant._scale_factor(codec.scale, unit, quantized))
+        if tokens > 1:
+            assert found["root_scale"][1, 1, 2].item() == 0, "a zero vector has a scale of 0"
+            assert mx.array_equal(found["codes"][1, 1, 2], twin["codes"][1, 1, 2])
+
+
+def unpacked(plan, words):
+    """Codes ``[..., D]`` of a string of bits, LSB first."""
+    bits = np.unpackbits(np.array(words).view(np.uint8), axis=-1, bitorder="little").astype(np.uint32)
+    ends = np.cumsum(plan)
+    parts = [bits[..., e - w : e] @ (1 << np.arange(w, dtype=np.uint32)) for w, e in zip(plan, ends, strict=True)]
+    return mx.array(np.stack(parts, axis=-1).astype(np.uint32))
+
+
+def test_all_layers_share_one_kernel():
+    first, second = fitted(64, 3), fitted(64, 3, (8, 8, 8, 0, 0, 0, 0, 0) * 8)
+    x = vectors(np.random.default_rng(0), 64, mx.float16, 2)
+    first._encoder("metal", x, x.astype(mx.float32))
+    built = run._compiled.cache_info().misses
+    second._encoder("metal", x, x.astype(mx.float32))
+    assert run._compiled.cache_info().misses == built
+
+
+def test_no_vectors_have_no_codes():
+    codec = fitted(64, 3)
+    found = codec._encoder("metal", mx.zeros((1, 3, 0, 64)), mx.zeros((1, 3, 0, 64)))
+    assert {name: array.shape for name, array in found.items()} == {"codes": (1, 3, 0, 6), "root_scale": (1, 3, 0, 1)}
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "sentence"),
+    [
+        (mx.zeros((1, 3, 2, 64), mx.int32), mx.zeros((1, 3, 2, 64)), "int32"),
+        (mx.zeros((1, 3, 2, 64)), mx.zeros((1, 3, 1, 64)), "give the same shape"),
+        (mx.zeros((1, 3, 2, 64)), mx.zeros((1, 3, 2, 64), mx.float16), "in float32"),
+        (mx.zeros((1, 2, 2, 64)), mx.zeros((1, 2, 2, 64)), "means of 2 KV heads"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_refused(x, y, sentence):
+    with pytest.raises(InputError, match=sentence):
+        fitted(64, 3)._encoder("metal", x, y)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"scale": "least"}, "'least'"),
+        ({"levels": mx.zeros((255,))}, "give 511 numbers"),
+        ({"mean": mx.zeros((3, 1, 32))}, "give 64 numbers"),
+    ],
+)
+def test_tables_that_do_not_fit_are_refused(change, sentence):
+    with pytest.raises(InputError, match=sentence):
+        dataclasses.replace(fitted(64, 3)._encoder, **change)

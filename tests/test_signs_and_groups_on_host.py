@@ -1,0 +1,129 @@
+"""The kernels of signs and grouped steps, whose Metal text ``tests/metal_on_host`` runs on the CPU, and their twins."""
+
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.metal_on_host import check, launch, run
+from tests.test_encode_on_host import vectors
+from veloxlab.codecs import qjl
+from veloxlab.codecs.groups import GroupQuantizer, _signed_square
+from veloxlab.codecs.packing import pack, unpack
+from veloxlab.errors import InputError
+from veloxlab.kernels.groups import GroupEncoder
+from veloxlab.kernels.signs import SignEncoder
+
+MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
+
+
+@pytest.fixture(autouse=True)
+def _on_host(monkeypatch):
+    monkeypatch.setattr("veloxlab.kernels.launch._built", launch.built)
+
+
+def shapes(arrays):
+    return {name: (array.shape, array.dtype) for name, array in arrays.items()}
+
+
+def check_roots(found, wanted):
+    """Sums and roots are rounded in another order: to one of two neighbours in float16."""
+    steps = np.array(found.view(mx.int16), np.int64) - np.array(wanted.view(mx.int16), np.int64)
+    assert np.all(np.abs(steps) <= 1)
+    assert np.count_nonzero(steps) <= 0.01 * steps.size, f"{np.count_nonzero(steps)} of {steps.size} roots differ"
+
+
+@pytest.mark.parametrize(
+    ("dim", "rows", "dtype"),
+    [
+        (128, 256, mx.float16),
+        (80, 80, mx.bfloat16),
+        (63, 189, mx.float32),
+        (4, 124, mx.float32),
+        (256, 2048, mx.float16),
+    ],
+)
+def test_signs_are_the_twins(dim, rows, dtype):
+    rng = np.random.default_rng(rows)
+    for tokens in (1, 43):
+        x, y = vectors(rng, dim, dtype, tokens), vectors(rng, rows, mx.float32, tokens)  # views with gaps
+        y = mx.where(mx.abs(y) < 0.05 * mx.abs(y).max(axis=-1, keepdims=True), mx.sign(y) * 0.0, y)  # 0 and -0
+        found, twin = SignEncoder()("metal", x, y), qjl._signs_and_size_by_graph(x, y)
+        assert shapes(found) == shapes(twin)
+        assert mx.array_equal(found["signs"], twin["signs"])
+        check_roots(found["root_rms"], twin["root_rms"])
+
+
+@pytest.mark.parametrize(
+    ("dim", "bits", "group", "levels", "dtype"),
+    [
+        (128, 2, 32, "centres", mx.float16),
+        (128, 4, 32, "ends", mx.float16),
+        (80, 3, 32, "centres", mx.bfloat16),  # the last group is shorter
+        (63, 1, 32, "centres", mx.float32),
+        (64, 1, 7, "ends", mx.float16),
+        (96, 8, 96, "centres", mx.float16),
+        (112, 5, 1000, "ends", mx.bfloat16),  # one group, shorter than it may be
+        (64, 7, 1, "centres", mx.float32),
+        (256, 6, 48, "centres", mx.float32),
+    ],
+)
+def test_grouped_steps_are_the_twins(dim, bits, group, levels, dtype):
+    quantizer = GroupQuantizer(dim, bits, group, levels)
+    for tokens in (1, 43):
+        x = vectors(np.random.default_rng(tokens), dim, dtype, tokens)
+        found, twin = quantizer.encoder("metal", x), quantizer.encode(x)
+        assert shapes(found) == shapes(twin)
+        check_roots(found["least"], twin["least"])
+        check_roots(found["half_step"], twin["half_step"])
+        codes = unpack(found["codes"], bits, dim)
+        assert mx.array_equal(pack(codes, bits), found["codes"]), "the end of a row is padded with zeros"
+
+        # a code is the nearest level of the step and the least number that are stored, but for their own rounding
+        least, half = (_signed_square(found[name])[..., None] for name in ("least", "half_step"))
+        grouped, least, step = (
+            np.array(a, np.float64) for a in (quantizer._grouped(x.astype(mx.float32)), least, 2 * half)
+        )
+        flat = step == 0
+        at = (grouped - least) / np.where(flat, 1, step) - quantizer._shift
+        rounding = 2.0**-23 * (np.abs(grouped) + np.abs(least)) / np.where(flat, 1, step)
+        nearest = np.clip(at, 0, 2**bits - 1)
+        coded = np.array(quantizer._grouped(codes.astype(mx.float32)), np.float64)
+        assert np.all(np.abs(coded - nearest) <= 0.5 + rounding)
+        same_steps = (found["least"] == twin["least"]) & (found["half_step"] == twin["half_step"])
+        expected = quantizer._grouped(unpack(twin["codes"], bits, dim).astype(mx.float32))
+        differ = np.array((mx.array(coded.astype(np.float32)) != expected) & same_steps[..., None])
+        assert differ.sum() <= differ.size * 2e-4 + 1, f"{differ.sum()} of {differ.size} codes differ"
+
+
+def test_no_vectors_have_no_codes():
+    none = mx.zeros((1, 2, 0, 80))
+    assert shapes(SignEncoder()("metal", none, none)) == shapes(qjl._signs_and_size_by_graph(none, none))
+    assert shapes(GroupQuantizer(80, 3).encoder("metal", none)) == {
+        "codes": ((1, 2, 0, 8), mx.uint32),
+        "half_step": ((1, 2, 0, 3), mx.float16),
+        "least": ((1, 2, 0, 3), mx.float16),
+    }
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "sentence"),
+    [
+        (mx.zeros((1, 3, 2, 64), mx.int32), mx.zeros((1, 3, 2, 64)), "int32"),
+        (mx.zeros((1, 3, 2, 64)), mx.zeros((1, 3, 1, 64)), "give .1, 3, 2, 'rows'. of float32"),
+        (mx.zeros((1, 3, 2, 64)), mx.zeros((1, 3, 2, 64), mx.float16), "of float32"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused(x, y, sentence):
+    with pytest.raises(InputError, match=sentence):
+        SignEncoder()("metal", x, y)
+
+
+def test_widths_and_types_that_cannot_be_packed_are_refused():
+    with pytest.raises(InputError, match="bits=9"):
+        GroupEncoder(9, 32, 512, 0.5)
+    with pytest.raises(InputError, match="int32"):
+        GroupEncoder(2, 32, 4, 0.5)("metal", mx.zeros((1, 1, 1, 64), mx.int32))
+    assert not GroupEncoder(2, 32, 4, 0.5).takes(mx.zeros((1, 1, 0, 5000)))

@@ -1,0 +1,137 @@
+"""Whole models with the layers of an 8B one and random weights: decoding behind a context, and reading one.
+
+A model has fewer layers than it would, and a small vocabulary: read the times as ratios.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.llama import Model
+
+from veloxlab.measure.bench.timing import Progress, Row, Shape, vectors
+from veloxlab.measure.lengths import random_model
+from veloxlab.prompt_cache import make_cache
+
+LAYERS = 8
+TOKENS = (4096, 32768, 131072)
+READ = 16384  # tokens of a prompt whose reading is timed
+_CHUNK = 2048  # tokens that mlx-lm reads together
+_STEPS, _FIRST = 32, 4  # tokens that are timed, and some before them
+_SHAPE = Shape(32, 8, 128)
+
+
+def decode_steps(
+    layers: int = LAYERS, tokens: Sequence[int] = TOKENS, bits: Sequence[int] = (4, 3), progress: Progress = print
+) -> list[Row]:
+    """Decoding behind ``tokens`` tokens, as mlx-lm does: the graph of a token is made while the one before is computed.
+
+    The caches are filled with random keys and values; nothing is prefilled. Rows: ``cache, layers, tokens,
+    milliseconds`` (of a token), ``ratio`` (exact time over this one's: more than 1 is faster), ``held_bytes``. A cache
+    that MLX cannot read on this device is told to ``progress`` and left out.
+    """
+    model = _model(layers)
+    rows: list[Row] = []
+    for count in tokens:
+        exact_time = 0.0
+        for name in ("exact 16 bit", "mlx-lm 4 bit", *(f"turboquant {b} bit" for b in bits)):
+            caches = _filled(model, name, count)
+            try:
+                seconds = _token_seconds(model, caches)
+            except RuntimeError as error:
+                # MLX 0.32.4 on CUDA has no product of one row with quantized ones for some numbers of tokens
+                progress(f"decoding behind {count} tokens: {name} fails: {error}")
+                continue
+            exact_time = exact_time or seconds
+            rows.append(
+                {
+                    "cache": name,
+                    "layers": layers,
+                    "tokens": count,
+                    "milliseconds": seconds * 1e3,
+                    "ratio": exact_time / seconds,
+                    "held_bytes": sum(cache.nbytes for cache in caches),
+                }
+            )
+            progress(f"decoding behind {count} tokens: {name}, {seconds * 1e3:.2f} ms a token")
+            del caches
+            mx.clear_cache()
+    return rows
+
+
+def read_prompts(
+    layers: int = LAYERS, tokens: int = READ, bits: Sequence[int] = (4, 3), progress: Progress = print
+) -> list[Row]:
+    """Reading a prompt of ``tokens`` random tokens in mlx-lm's chunks.
+
+    Rows: ``cache, layers, tokens, seconds, ratio`` (exact time over this one's), ``peak_bytes`` beside the weights.
+    """
+    model = _model(layers)
+    ids = mx.random.randint(0, 90, (1, tokens), key=mx.random.key(0))
+    mx.eval(ids)
+    rows: list[Row] = []
+    for name in ("exact 16 bit", *(f"turboquant {b} bit" for b in bits)):
+        for _ in range(2):  # the first time compiles
+            caches = _caches(model, name)
+            mx.clear_cache()
+            weights = mx.get_active_memory()
+            mx.reset_peak_memory()
+            start = time.perf_counter()
+            for first in range(0, tokens, _CHUNK):
+                hidden = model.model(ids[:, first : first + _CHUNK], cache=caches)
+                mx.eval(hidden, [cache.state for cache in caches])
+            seconds = time.perf_counter() - start
+        rows.append(
+            {
+                "cache": name,
+                "layers": layers,
+                "tokens": tokens,
+                "seconds": seconds,
+                "ratio": (rows[0]["seconds"] if rows else seconds) / seconds,
+                "peak_bytes": mx.get_peak_memory() - weights,
+            }
+        )
+        progress(f"reading {tokens} tokens: {name}, {seconds:.2f} s")
+    return rows
+
+
+def _model(layers: int) -> Model:
+    return random_model("one layer of 7B", num_hidden_layers=layers, vocab_size=4096)
+
+
+def _caches(model: Model, name: str) -> list[Any]:
+    if name.startswith("exact"):
+        return [KVCache() for _ in model.layers]
+    if name.startswith("mlx-lm"):
+        return [QuantizedKVCache(group_size=64, bits=int(name.split()[1])) for _ in model.layers]
+    return make_cache(model, "turboquant", bits=int(name.split()[1]))
+
+
+def _filled(model: Model, name: str, tokens: int) -> list[Any]:
+    """Caches that hold ``tokens`` random keys and values in every layer."""
+    caches = _caches(model, name)
+    for cache in caches:
+        for start in range(0, tokens, _CHUNK):
+            count = min(_CHUNK, tokens - start)
+            cache.update_and_fetch(vectors(_SHAPE, count), vectors(_SHAPE, count))
+            mx.eval(cache.state)
+    return caches
+
+
+def _token_seconds(model: Model, caches: list[Any]) -> float:
+    """Seconds of a token, over some in a row, each handed to the GPU while the one before is still computed."""
+    token = mx.array([[1]])
+    for step in range(_FIRST + _STEPS):
+        if step == _FIRST:
+            mx.synchronize()
+            start = time.perf_counter()
+        following = mx.argmax(model(token, cache=caches)[:, -1:], axis=-1)
+        mx.async_eval(following)
+        mx.eval(token)
+        token = following
+    mx.eval(token)
+    return (time.perf_counter() - start) / _STEPS
