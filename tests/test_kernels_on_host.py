@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -139,7 +140,20 @@ def test_attention_over_codes_is_its_twins(case):
     assert_attention_is_its_twins(case)
 
 
-def assert_attention_is_its_twins(case):
+class Call(NamedTuple):
+    """What attention is called with."""
+
+    queries: Queries
+    tokens: Tokens
+    value_rotation: SignedHadamard
+
+    def attend(self, case, backend):
+        given = dataclasses.replace(self.queries, coded=None) if case.spread else self.queries
+        return attend(given, self.tokens, Shape.of(given, self.tokens), backend)
+
+
+def calls(case, runs):
+    """One call for each of ``runs``, numbers of packed tokens, sinks and recent tokens, all with the same tables."""
     rng = np.random.default_rng(0)
     dims = case.dim, case.value_dim or case.dim
     key_table = case.keys.table(rng, dims[0], case.kv_heads)
@@ -151,14 +165,13 @@ def assert_attention_is_its_twins(case):
         for rotation in rotations
     ]
     query_heads = case.kv_heads * case.shared
-    for packed_tokens, sinks, recent in RUNS:
+    for packed_tokens, sinks, recent in runs:
         lead = case.batch, case.kv_heads
         readers = [
             codes.reader(rng, table, (*lead, packed_tokens), dim, case.scaled, space)
             for codes, table, dim, space in zip((case.keys, case.values), tables, dims, spaces, strict=True)
         ]
-        runs = [exact(rng, (*lead, count), dims, case.dtype) for count in (sinks, recent)]
-        tokens = Tokens(*readers, *runs, *dims)
+        tokens = Tokens(*readers, *(exact(rng, (*lead, count), dims, case.dtype) for count in (sinks, recent)), *dims)
         q = mx.array(rng.standard_normal((case.batch, query_heads, case.length, case.dim), np.float32))
         q = q.astype(case.dtype)
         grouped = q.astype(mx.float32).reshape(*lead, -1, case.dim)
@@ -168,16 +181,19 @@ def assert_attention_is_its_twins(case):
             mask = biases(rng, (case.batch, 1, case.length, sinks + packed_tokens + recent))
             mask = mx.broadcast_to(mask, (case.batch, query_heads, *mask.shape[2:]))
         logits = mx.array(rng.standard_normal(query_heads, np.float32)) if case.logits else None
-        queries = Queries(q, case.dim**-0.5, q_coded, mask, logits)
-        given = dataclasses.replace(queries, coded=None) if case.spread else queries
-        found, found_coded = attend(given, tokens, Shape.of(given, tokens), "metal")
-        plain, coded = attend_twin(queries, tokens)
-        assert found.shape == (case.batch, query_heads, case.length, dims[1])
+        yield Call(Queries(q, case.dim**-0.5, q_coded, mask, logits), tokens, rotations[1])
+
+
+def assert_attention_is_its_twins(case):
+    for call in calls(case, RUNS):
+        found, found_coded = call.attend(case, "metal")
+        plain, coded = attend_twin(call.queries, call.tokens)
+        assert found.shape == (*call.queries.q.shape[:3], call.tokens.value_dim)
         assert found.dtype == case.dtype
         tolerance = HALF + mx.finfo(case.dtype).eps
         if case.spread:
             assert found_coded is None
-            assert_close(found, plain + rotations[1].inverse(coded), tolerance)
+            assert_close(found, plain + call.value_rotation.inverse(coded), tolerance)
         else:
             assert_close(found, plain, tolerance)
             assert_close(found_coded, coded, tolerance)

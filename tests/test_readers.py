@@ -96,5 +96,12 @@ def test_what_no_kernel_reads_is_known(method, options, role):
     assert not isinstance(codec, TiledCodec) or codec.reader(code) is None
 
 
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_a_made_up_grid_has_numbers_around_1(bits):
+    codec = METHODS["rabitq"].codec(DIM, bits, "keys")  # its levels go up to 127.5: scores of those would say nothing
+    made_up = codec.reader(codec.encode(normal(1, HEADS, 21, DIM))).made_up(500, seed=0)
+    assert 0.5 < mx.sqrt(mx.square(made_up.expand()).mean()).item() < 2
+
+
 def test_every_algorithm_is_listed():
     assert list(OPTIONS) == list(WITHOUT) == list(METHODS)

@@ -19,7 +19,7 @@ Where we differ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -27,7 +27,7 @@ import mlx.core as mx
 
 from veloxlab.codecs import turboquant
 from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import Code, TiledCodec, check_vectors
+from veloxlab.codecs.codec import Code, TiledCodec, check_vectors, per_kv_head
 from veloxlab.codecs.method import Method, Role
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import HeadWidths, Spread, WidthsReader
@@ -93,6 +93,14 @@ class RateQuant(TiledCodec):
         """Reconstruct ``[B, H, S, D]``; see `Codec.decode`."""
         return self._in_order([codec.decode(part, dtype) for codec, part in self._parts(code)])
 
+    def scores(self, q: mx.array, code: Code) -> mx.array:
+        """``q · decode(code)ᵀ`` of each width's heads; see `Codec.scores`."""
+        return self._by_width(q, code, lambda codec, part, own: codec.scores(part, own))
+
+    def mix(self, p: mx.array, code: Code) -> mx.array:
+        """``p · decode(code)`` of each width's heads; see `Codec.mix`."""
+        return self._by_width(p, code, lambda codec, part, own: codec.mix(part, own))
+
     def expand(self, code: Code) -> mx.array:
         """Levels of the codes of every width; see `TiledCodec.expand`."""
         return self._in_order([codec.expand(part) for codec, part in self._parts(code)])
@@ -115,6 +123,16 @@ class RateQuant(TiledCodec):
         if layout is None:
             return None
         return WidthsReader(self.head_dim, code.arrays[_RAGGED], code.arrays["root_scale"], *layout)
+
+    def _by_width(self, x: mx.array, code: Code, attend: Callable[[Base, mx.array, Code], mx.array]) -> mx.array:
+        """Give each codec the rows of ``x`` ``[B, Hq, L, ·]`` that read its heads, and put the answers in order.
+
+        What is expanded is never put in order: it is far more than the answers.
+        """
+        batch, heads, length, _ = x.shape
+        grouped = per_kv_head(x, len(self.head_bits))
+        parts = [attend(codec, grouped[:, mx.array(self._heads(codec))], own) for codec, own in self._parts(code)]
+        return self._in_order(parts).reshape(batch, heads, length, parts[0].shape[-1])
 
     def _heads(self, codec: Base) -> list[int]:
         """KV heads with the width of ``codec``."""

@@ -11,8 +11,8 @@ split of 256 tokens would itself take without it. So there is none; ``d8b12`` wo
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import mlx.core as mx
 
@@ -77,6 +77,14 @@ class TableReader(Reader):
         kinds = f"{scales_type(self)}, {table.type_name}"
         type_name = f"TableReader<{self.bits}, {self.width}, {self.rows.shape[3]}, {kinds}>"
         return type_name, with_stride(f"{prefix}_rows"), scales(prefix, self), table.made
+
+    def made_up(self, tokens: int, seed: int) -> Self:
+        """See `Reader.made_up`; scales are such that vectors have numbers of a size around 1, whatever the table's."""
+        made_up = super().made_up(tokens, seed)
+        if made_up.root_scale is None:
+            return made_up
+        size = mx.sqrt(mx.square(self.table).mean())
+        return replace(made_up, root_scale=(made_up.root_scale / mx.sqrt(size)).astype(mx.float16))
 
     def levels(self) -> mx.array:
         """See `Reader.levels`."""

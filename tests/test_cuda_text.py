@@ -1,0 +1,70 @@
+"""The CUDA text of attention compiles, for every layout of codes: ``nvcc`` needs no GPU. Nothing is run."""
+
+import shutil
+import subprocess
+
+import mlx.core as mx
+import pytest
+
+from tests.test_kernels_on_host import CASES as TABLES
+from tests.test_kernels_on_host import calls
+from tests.test_readers_on_host import CASES as OTHERS
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to compile CUDA text")
+
+TYPES = {
+    mx.float32: "float",
+    mx.float16: "__half",
+    mx.bfloat16: "__nv_bfloat16",
+    mx.uint32: "unsigned int",
+    mx.uint8: "unsigned char",
+}
+# MLX passes shapes and strides by value
+FACTS = "template <class T> struct Fact {\n  T v[8];\n  __device__ T operator[](int i) const { return v[i]; }\n};\n"
+
+
+def compiled(text):
+    command = ["nvcc", "-arch=sm_90", "-std=c++17", "-ptx", "-x", "cu", "-o", "/dev/null", "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True)
+
+
+def kernel_text(source, inputs, outputs):
+    parameters = []
+    for name, dtype in zip(source.inputs, inputs, strict=True):
+        parameters.append(f"const {TYPES[dtype]}* {name}")
+        for fact, kind in (("shape", "int"), ("strides", "long long")):
+            if f"{name}_{fact}" in source.body:
+                parameters.append(f"const __grid_constant__ Fact<{kind}> {name}_{fact}")
+    parameters += [f"{TYPES[dtype]}* {name}" for name, dtype in zip(source.outputs, outputs, strict=True)]
+    signature = f'extern "C" __global__ void kernel({", ".join(parameters)})'
+    return f"{FACTS}{source.header('cuda.h')}\n{signature} {{\n{source.body}\n}}\n"
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """The texts of all kernels that are launched, which do nothing."""
+    launched = []
+
+    def built(source, backend):
+        assert backend == "cuda"
+
+        def kernel(*, inputs, output_shapes, output_dtypes, **_):
+            launched.append(kernel_text(source, [array.dtype for array in inputs], output_dtypes))
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+
+        return kernel
+
+    monkeypatch.setattr("veloxlab.kernels.launch._built", built)
+    return launched
+
+
+@pytest.mark.parametrize("case", TABLES[::4] + OTHERS, ids=str)
+def test_attention_compiles(case, texts):
+    next(calls(case, [(33, 4, 5)])).attend(case, "cuda")
+    assert len(texts) == 2
+    outcome = compiled(texts[0])
+    assert outcome.returncode == 0, outcome.stderr[:4000]
+
+
+def test_a_text_that_is_none_does_not_compile():
+    assert compiled("__global__ void kernel() { no_such(); }").returncode != 0
