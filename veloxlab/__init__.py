@@ -16,6 +16,7 @@ from veloxlab.runtime import TOO_LATE, keep_freed_memory, load_fast_blas
 
 if TYPE_CHECKING:
     from veloxlab.allocate.plan import Plan
+    from veloxlab.allocate.sensitivity import sensitivities
     from veloxlab.calibration import Calibration, calibrate
     from veloxlab.checkup import doctor
     from veloxlab.codecs import methods
@@ -57,6 +58,7 @@ _HOME = {
     "InputError": "errors",
     "Lab": "widgets.lab",
     "Plan": "allocate.plan",
+    "sensitivities": "allocate.sensitivity",
     "calibrate": "calibration",
     "capture": "measure",
     "code_bits": "measure",
@@ -102,6 +104,7 @@ __all__ = [
     "reference",
     "relative_errors",
     "report",
+    "sensitivities",
     "token_errors",
 ]
 
