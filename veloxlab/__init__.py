@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING
 from veloxlab.runtime import TOO_LATE, keep_freed_memory, load_fast_blas
 
 if TYPE_CHECKING:
+    from veloxlab.allocate.budget import AverageBits, BytesPerToken, QualityFloor, TokensInMemory
+    from veloxlab.allocate.curves import distortion_curves
     from veloxlab.allocate.plan import Plan
+    from veloxlab.allocate.points import Bounds
+    from veloxlab.allocate.rate_budget import RateBudget
+    from veloxlab.allocate.ratequant import allocate_bits, rate_budget
     from veloxlab.allocate.sensitivity import sensitivities
     from veloxlab.calibration import Calibration, calibrate
     from veloxlab.checkup import doctor
@@ -78,18 +83,35 @@ _HOME = {
     "token_errors": "measure",
     "judge": "measure",
     "reference": "measure",
+    "AverageBits": "allocate.budget",
+    "Bounds": "allocate.points",
+    "BytesPerToken": "allocate.budget",
+    "QualityFloor": "allocate.budget",
+    "RateBudget": "allocate.rate_budget",
+    "TokensInMemory": "allocate.budget",
+    "allocate_bits": "allocate.ratequant",
+    "distortion_curves": "allocate.curves",
+    "rate_budget": "allocate.ratequant",
 }
 
 __all__ = [
+    "AverageBits",
+    "Bounds",
+    "BytesPerToken",
     "Calibration",
     "Capture",
     "InputError",
     "Lab",
     "Plan",
+    "QualityFloor",
+    "RateBudget",
+    "TokensInMemory",
+    "allocate_bits",
     "calibrate",
     "capture",
     "code_bits",
     "detach",
+    "distortion_curves",
     "doctor",
     "excerpt",
     "fidelity",
@@ -101,6 +123,7 @@ __all__ = [
     "memory_growth",
     "methods",
     "predicted_growth",
+    "rate_budget",
     "reference",
     "relative_errors",
     "report",

@@ -91,6 +91,10 @@ class Problem:
         """Costs, ascending, and losses at every place where a step ends: the best that those costs can do."""
         return self._steps.costs, self._steps.losses
 
+    def at_step(self, step: int) -> Ints:
+        """Columns at a place of the `frontier`."""
+        return self._steps.choice(step)
+
     def within(self, budget: float) -> Solution:
         """The least loss for at most ``budget``; see the module for what is guaranteed.
 
