@@ -152,6 +152,13 @@ def test_a_text_fits_into_the_memory_that_it_was_given(model, rates):
     assert 0.95 * 300_000 < held <= 300_000
 
 
+def test_one_problem_serves_texts_of_any_length(rates):
+    """Where no layer slides, memory for a text is bytes for each token."""
+    lengths = [rates.solve(vl.TokensInMemory(n, 0.3)).bytes_per_token for n in (400, 600, 800)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len({tokens for bounds, tokens in rates._solved if bounds == vl.Bounds()}) == 1
+
+
 def test_a_floor_of_quality_takes_the_fewest_bytes(rates):
     costs, losses = (rates.frontier().filter(kind="allocated")[name] for name in ("bytes_per_token", "predicted_loss"))
     solved = rates.solve(vl.QualityFloor(losses[5] * 1.0001))
@@ -256,9 +263,9 @@ def test_models_of_other_kinds_are_allocated_and_attached(family, folder):
 
 
 def test_what_cannot_be_allocated_is_refused(model, rates):
-    with pytest.raises(InputError, match="A budget of 192 is too small: the cheapest choices cost 216"):
+    with pytest.raises(InputError, match="leaves 192.0 bytes a token .* within the bounds take 216.0: give more"):
         rates.solve(2.0)
-    with pytest.raises(InputError, match="This budget is too small for the least width"):
+    with pytest.raises(InputError, match="leaves 192.0 bytes a token .* takes more for all heads: give more"):
         rates.uniform(2.0)
     with pytest.raises(InputError, match="A uniform plan is made for a budget of bytes or bits"):
         rates.uniform(vl.QualityFloor(1))

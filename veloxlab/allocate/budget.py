@@ -102,9 +102,15 @@ class Limit:
     predicted_loss : the most that may be lost, or None.
     """
 
-    tokens: Mapping[int, int]
+    tokens: Mapping[int, float]
     nbytes: float | None = None
     predicted_loss: float | None = None
+
+    def per_token(self) -> Limit:
+        """The same for one token of the layers that hold most: it is one problem for all lengths of a text."""
+        most = max(self.tokens.values())
+        tokens = {layer: count / most for layer, count in self.tokens.items()}
+        return Limit(tokens, None if self.nbytes is None else self.nbytes / most, self.predicted_loss)
 
 
 @dataclass(frozen=True)
@@ -174,8 +180,8 @@ class QualityFloor:
 Budget = AverageBits | BytesPerToken | TokensInMemory | QualityFloor
 
 
-def _one_each(sizes: Sequence[LayerSize]) -> dict[int, int]:
-    return {size.layer: 1 for size in sizes}
+def _one_each(sizes: Sequence[LayerSize]) -> dict[int, float]:
+    return {size.layer: 1.0 for size in sizes}
 
 
 def _positive(name: str, number: float) -> float:

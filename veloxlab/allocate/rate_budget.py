@@ -100,7 +100,7 @@ class RateBudget:
         return head_tables(self.sensitivities, self.curves)
 
     @cached_property
-    def _solved(self) -> dict[tuple[Bounds, tuple[int, ...]], Choices]:
+    def _solved(self) -> dict[tuple[Bounds, tuple[float, ...]], Choices]:
         return {}
 
     def solve(self, budget: Budget | float, bounds: Bounds | None = None, *, name: str = "") -> Allocation:
@@ -112,14 +112,15 @@ class RateBudget:
         ------
         InputError : the budget is too small, or too good, for what was measured within the bounds.
         """
-        limit = (AverageBits(budget) if isinstance(budget, int | float) else budget).limit(
-            self.sizes, self.sinks, self.window
-        )
+        limit = self._limit(budget)
         choices = self._choices(bounds or Bounds(), limit)
         if limit.nbytes is None:
             assert limit.predicted_loss is not None
             solution = choices.problem.reaching(limit.predicted_loss)
         else:
+            least = choices.problem.least_cost
+            if limit.nbytes * (1 + 1e-9) < least:
+                raise InputError(_too_little(limit.nbytes, f"the least widths within the bounds take {least:,.1f}"))
             solution = choices.problem.within(limit.nbytes)
         chosen = choices.chosen(solution.choice)
         nbytes = sum(point.nbytes for point in chosen.values())
@@ -151,14 +152,12 @@ class RateBudget:
         ------
         InputError : the budget is too small, or is one of quality.
         """
-        limit = (AverageBits(budget) if isinstance(budget, int | float) else budget).limit(
-            self.sizes, self.sinks, self.window
-        )
+        limit = self._limit(budget)
         if limit.nbytes is None:
             raise InputError("A uniform plan is made for a budget of bytes or bits: give one of those.")
         chosen = self._uniform(limit)
         if chosen is None:
-            raise InputError("This budget is too small for the least width that was measured: give more.")
+            raise InputError(_too_little(limit.nbytes, "the least width that was measured takes more for all heads"))
         width = np.mean([point.width for point in chosen.values()])
         return self._plan(chosen, name or f"uniform, {width:.2f} code bits")
 
@@ -240,6 +239,10 @@ class RateBudget:
             "calibrations": self.calibrations,
         }
 
+    def _limit(self, budget: Budget | float) -> Limit:
+        wanted = AverageBits(budget) if isinstance(budget, int | float) else budget
+        return wanted.limit(self.sizes, self.sinks, self.window).per_token()
+
     def _choices(self, bounds: Bounds, limit: Limit) -> Choices:
         key = bounds, tuple(limit.tokens[size.layer] for size in self.sizes)
         if key not in self._solved:
@@ -285,3 +288,10 @@ class RateBudget:
             allocation=self.identity,
             calibrations={m: i for m, i in self.calibrations.items() if m in methods},
         )
+
+
+def _too_little(nbytes: float, least: str) -> str:
+    return (
+        f"This budget leaves {nbytes:,.1f} bytes a token for the codes of all layers, and {least}: give more, or allow "
+        "fewer bits."
+    )

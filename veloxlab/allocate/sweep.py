@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from veloxlab.allocate.plan import Plan
 from veloxlab.allocate.points import Bounds
 from veloxlab.allocate.rate_budget import RateBudget
 from veloxlab.allocate.ratequant import rate_budget
-from veloxlab.allocate.sensitivity import By
+from veloxlab.allocate.sensitivity import By, sensitivities
 from veloxlab.errors import InputError
 from veloxlab.files import read_sealed, write_atomically, write_sealed
 from veloxlab.measure.intervals import mean_interval
@@ -109,13 +110,15 @@ def sweep(
     least, most = MEASURED_BITS[0], MEASURED_BITS[-1]
     if wrong := [b for b in bits if not least <= b <= most]:
         raise InputError(f"bits={wrong[0]} are out of range: give from {least} to {most} code bits on average.")
-    rates = {
-        kind: rate_budget(
-            model, tokenizer, text=calibration_text, bits=MEASURED_BITS, by=kind, sequences=sequences, sinks=SINKS,
-            window=WINDOW, folder=folder, progress=progress,
-        )
-        for kind in by
-    }  # fmt: skip
+    first, *others = by
+    settings: dict[str, Any] = {"sequences": sequences, "sinks": SINKS, "folder": folder, "progress": progress}
+    of_first = rate_budget(
+        model, tokenizer, text=calibration_text, bits=MEASURED_BITS, by=first, window=WINDOW, **settings
+    )
+    rates = {first: of_first} | {
+        kind: replace(of_first, sensitivities=sensitivities(model, tokenizer, calibration_text, by=kind, **settings))
+        for kind in others
+    }
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
     facts = {"rates": {kind: found.identity for kind, found in rates.items()}, "stretches": list(exact.stretches)}
     frames = _measured_before(unfinished, facts)
@@ -242,9 +245,7 @@ def _measured_before(path: Path | None, facts: Mapping[str, Any]) -> dict[tuple[
     try:
         content = read_sealed(path, FORMAT)
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"The unfinished sweep {path} cannot be read ({error}): delete it and start again."
-        ) from error
+        raise InputError(f"The unfinished sweep {path} cannot be read ({error}): delete it and start again.") from error
     if content["facts"] != facts:
         return {}
     rows = pl.DataFrame(content["rows"], schema=SWEEP)
