@@ -22,8 +22,10 @@ from veloxlab.allocate.points import Bounds
 from veloxlab.allocate.rate_budget import RateBudget
 from veloxlab.allocate.ratequant import rate_budget
 from veloxlab.allocate.sensitivity import By, sensitivities
+from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
-from veloxlab.files import read_sealed, write_atomically, write_sealed
+from veloxlab.files import digest, read_sealed, write_atomically, write_sealed
+from veloxlab.integrate import fingerprint
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import Reference, judge, reference
@@ -120,7 +122,13 @@ def sweep(
         for kind in others
     }
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
-    facts = {"rates": {kind: found.identity for kind, found in rates.items()}, "stretches": list(exact.stretches)}
+    facts = {
+        **written(),
+        "model": fingerprint(model),
+        "by": list(by),
+        "calibration": digest([calibration_text, sequences]),
+        "stretches": list(exact.stretches),
+    }
     frames = _measured_before(unfinished, facts)
     jobs = [(b, allocation) for b in bits for allocation in (UNIFORM, *by)]
     for done, (mean_bits, allocation) in enumerate(jobs):
