@@ -30,8 +30,8 @@ class Bounds:
 
     Attributes
     ----------
-    least_bits, most_bits : code widths, of those that were measured. Below 2 bits the predicted loss is too high by
-        far, as softmax saturates: it then takes bits from where they are needed.
+    least_bits, most_bits : code widths, of those that were measured. At 1 bit the second-order prediction is too low:
+        allow it only where the budget leaves nothing else.
     protected_first, protected_last : so many first and last layers are left out, and are
     protection : ``"widest"``, at ``most_bits``, or ``"exact"``.
     keys_over_values : whether a layer's keys get as many bits as its values at least, on average over its heads.
