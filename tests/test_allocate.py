@@ -144,6 +144,12 @@ def test_between_whole_widths_uniform_bits_are_spread_evenly():
     assert spread_widths(costs, 79.9) is None
 
 
+@pytest.mark.parametrize("bits", [2.75, 3.5])
+def test_uniform_bits_are_the_same_for_keys_and_values(rates, bits):
+    frame = rates.uniform(bits).frame
+    assert frame["key_bits"].mean() == frame["value_bits"].mean() == pytest.approx(bits - 0.25, abs=1 / 12)
+
+
 def test_a_text_fits_into_the_memory_that_it_was_given(model, rates):
     plan = rates.plan(vl.TokensInMemory(600, 0.3))
     cache = vl.make_cache(model, plan)

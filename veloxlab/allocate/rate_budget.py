@@ -145,7 +145,8 @@ class RateBudget:
         """One width for all heads, and, for what is left, one bit more for some of them, evenly spread: no sensitivity
         has a say.
 
-        The heads are taken in the order of layer, side and head. The method is the first that was measured; where it
+        Keys' heads are taken in the order of the layers, then values': each side gets the same bits, which matters, as
+        keys are worth more. The method is the first that was measured; where it
         has one width for a layer's keys, whole sides are taken.
 
         Raises
@@ -252,7 +253,7 @@ class RateBudget:
     def _uniform(self, limit: Limit) -> Chosen | None:
         """Points of one width, or of two neighbouring ones; None if the least is too much."""
         assert limit.nbytes is not None
-        places = [(size.layer, side) for size in self.sizes for side in SIDES]
+        places = [(size.layer, side) for side in SIDES for size in self.sizes]
         tables = [self._tables[place][0] for place in places]
         tokens = [limit.tokens[layer] for layer, _ in places]
         parts = [len(t.nbytes) if t.method == PER_HEAD else 1 for t in tables]

@@ -89,8 +89,8 @@ def sweep(
 ) -> pl.DataFrame:
     """Measure uniform TurboQuant and RateQuant's allocations at equal bytes, every token through its codes: `SWEEP`.
 
-    Uniform bits between whole widths are one bit more for some of the heads, evenly spread in the order of layer, side
-    and head (`RateBudget.uniform`).
+    Uniform bits between whole widths are one bit more for some of the heads, evenly spread over keys and over
+    values (`RateBudget.uniform`).
 
     Parameters
     ----------
