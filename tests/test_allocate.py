@@ -147,7 +147,9 @@ def test_between_whole_widths_uniform_bits_are_spread_evenly():
 @pytest.mark.parametrize("bits", [2.75, 3.5])
 def test_uniform_bits_are_the_same_for_keys_and_values(rates, bits):
     frame = rates.uniform(bits).frame
-    assert frame["key_bits"].mean() == frame["value_bits"].mean() == pytest.approx(bits - 0.25, abs=1 / 12)
+    keys, values = frame["key_bits"].mean(), frame["value_bits"].mean()
+    assert (keys + values) / 2 == pytest.approx(bits - 0.25)
+    assert abs(keys - values) <= 1 / 6 + 1e-9  # one of six heads
 
 
 def test_a_text_fits_into_the_memory_that_it_was_given(model, rates):
