@@ -215,3 +215,11 @@ def test_activations_that_are_not_finite_are_refused(tmp_path):
     model.model.layers[1].self_attn.k_proj.weight = mx.full((128, 64), float("nan"))
     with pytest.raises(InputError, match="The sensitivity of layer 0's keys by 'gradient' is NaN or infinite"):
         measured(model, tmp_path)
+
+
+def test_half_precision_changes_sensitivities_by_little(tmp_path):
+    """bfloat16 has 8 bits of precision; squares of gradients through two layers are right to a few hundredths."""
+    exact, half = tiny("llama"), tiny("llama")
+    half.set_dtype(mx.bfloat16)
+    ours, expected = (measured(model, tmp_path)["sensitivity"].to_numpy() for model in (half, exact))
+    assert np.abs(np.log(ours / expected)).max() < 0.1
