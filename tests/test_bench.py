@@ -31,6 +31,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(timing, "bandwidth", lambda: 100.0)
     monkeypatch.setattr(attention, "bandwidth", lambda: 100.0)
     monkeypatch.setattr(models, "_STEPS", 2)
+    monkeypatch.setattr(models, "_FIRST", 1)
     monkeypatch.setattr(
         models,
         "random_model",

@@ -59,6 +59,31 @@ def test_bits_beside_a_plan_are_refused_and_exact_tokens_may_be_changed(model):
     assert vl.make_cache(model, plan, sinks=0, window=9)[0].window == 9
 
 
+def test_a_plan_of_before_there_were_allocations_is_read(model, tmp_path):
+    plan = vl.Plan.uniform(model, "ratequant", bits=3).with_layer(0, options={"head_bits": {"keys": [4, 2]}})
+    content = json.loads(plan.save(tmp_path / "plan.json").read_text())
+    for name in ("model", "allocation", "calibrations"):
+        del content[name]
+    for layer in content["layers"]:
+        del layer["key_options"], layer["value_options"]
+    (tmp_path / "plan.json").write_text(json.dumps(content))
+    loaded = vl.Plan.load(tmp_path / "plan.json")
+    assert loaded.layers == plan.layers
+    assert [loaded.widths(0, side) for side in ("keys", "values")] == [(4, 2), (3,)]
+
+
+def test_options_of_one_side_are_not_the_others(model):
+    plan = vl.Plan.uniform(model, "none", bits=32).with_layer(
+        0, key_method="ratequant", key_bits=3, key_options={"head_bits": [4, 3]}
+    )
+    first, _ = vl.make_cache(model, plan)
+    assert first.key_codec.head_bits == (4, 3)
+    assert first.value_codec.bits == 32
+    assert plan.frame["key_bits"].to_list() == [3.5, 32]
+    with pytest.raises(InputError, match="has no option 'head_bits'"):
+        plan.with_layer(0, value_options={"head_bits": [4, 3]})
+
+
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [

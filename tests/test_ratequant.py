@@ -95,6 +95,16 @@ def test_bounded_widths_keep_the_budget_and_are_best(least, most):
     assert (marginal[high] >= marginal[inside].max() - 1e-12).all()
 
 
+def test_components_with_rates_of_their_own_save_the_same_with_one_more_bit():
+    weights, rates = sensitivities(2, 12), [3.57] * 6 + [5.09] * 6
+    bits = continuous_bits(weights, 3, rates)
+    assert bits.mean() == pytest.approx(3, abs=1e-12)
+    assert np.ptp(np.log(weights) + np.log(np.log(rates)) - bits * np.log(rates)) < 1e-9
+    assert continuous_bits(weights, 3, [3.5] * 12) == pytest.approx(continuous_bits(weights, 3, 3.5), abs=1e-12)
+    bounded = continuous_bits(weights, 3, rates, least=2, most=4)
+    assert loss(weights, bits, rates) < loss(weights, bounded, rates) <= loss(weights, [3] * 12, rates)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("separate", [False, True], ids=["one-rate", "keys-and-values"])
 def test_marginal_gain_is_as_good_as_any_allocation(seed, separate):

@@ -6,6 +6,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from veloxlab.allocate.sweep import swept, swept_table
 from veloxlab.cli import bench_table, compared_table, lengths_table, ratio_table
 from veloxlab.codecs import METHODS
 
@@ -17,6 +18,7 @@ def test_the_tables_are_the_committed_measurements():
     results = ROOT / "data" / "results"
     assert compared_table(pl.read_parquet(results / "compare_smollm2-135m.parquet")) in README
     assert ratio_table(pl.read_parquet(results / "byte_ratios.parquet")) in README
+    assert swept_table(pl.read_parquet(results / "ratequant_smollm2-135m.parquet")) in README
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])
@@ -43,3 +45,13 @@ def test_every_method_is_listed_and_has_its_notebook():
     assert [name for name in names if f"| `{name}` |" in README] == names
     for number, name in enumerate(names, start=1):
         assert (ROOT / "notebooks" / f"{number:02}_{name}.ipynb").is_file()
+
+
+def test_allocated_bits_lose_less_than_uniform_ones_in_the_committed_sweep():
+    """At 2.5 bits and more, by more than chance has it; by keys' length always less so than by gradients."""
+    frame = swept(pl.read_parquet(ROOT / "data" / "results" / "ratequant_smollm2-135m.parquet"))
+    assert frame.group_by("bits").agg(pl.col("held_bytes").n_unique())["held_bytes"].to_list() == [1] * 5
+    for bits in (2.5, 3.0, 3.5, 4.0):
+        gradient, proxy = (frame.filter(bits=bits, allocation=by).row(0, named=True) for by in ("gradient", "key_norm"))
+        assert gradient["kl_change_high"] < 0
+        assert gradient["kl_mean"] < proxy["kl_mean"]

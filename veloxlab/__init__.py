@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING
 from veloxlab.runtime import TOO_LATE, keep_freed_memory, load_fast_blas
 
 if TYPE_CHECKING:
+    from veloxlab.allocate.budget import AverageBits, BytesPerToken, QualityFloor, TokensInMemory
+    from veloxlab.allocate.curves import distortion_curves
     from veloxlab.allocate.plan import Plan
+    from veloxlab.allocate.points import Bounds
+    from veloxlab.allocate.rate_budget import RateBudget
+    from veloxlab.allocate.ratequant import allocate_bits, rate_budget
+    from veloxlab.allocate.sensitivity import sensitivities
     from veloxlab.calibration import Calibration, calibrate
     from veloxlab.checkup import doctor
     from veloxlab.codecs import methods
@@ -57,6 +63,7 @@ _HOME = {
     "InputError": "errors",
     "Lab": "widgets.lab",
     "Plan": "allocate.plan",
+    "sensitivities": "allocate.sensitivity",
     "calibrate": "calibration",
     "capture": "measure",
     "code_bits": "measure",
@@ -76,18 +83,35 @@ _HOME = {
     "token_errors": "measure",
     "judge": "measure",
     "reference": "measure",
+    "AverageBits": "allocate.budget",
+    "Bounds": "allocate.points",
+    "BytesPerToken": "allocate.budget",
+    "QualityFloor": "allocate.budget",
+    "RateBudget": "allocate.rate_budget",
+    "TokensInMemory": "allocate.budget",
+    "allocate_bits": "allocate.ratequant",
+    "distortion_curves": "allocate.curves",
+    "rate_budget": "allocate.ratequant",
 }
 
 __all__ = [
+    "AverageBits",
+    "Bounds",
+    "BytesPerToken",
     "Calibration",
     "Capture",
     "InputError",
     "Lab",
     "Plan",
+    "QualityFloor",
+    "RateBudget",
+    "TokensInMemory",
+    "allocate_bits",
     "calibrate",
     "capture",
     "code_bits",
     "detach",
+    "distortion_curves",
     "doctor",
     "excerpt",
     "fidelity",
@@ -99,9 +123,11 @@ __all__ = [
     "memory_growth",
     "methods",
     "predicted_growth",
+    "rate_budget",
     "reference",
     "relative_errors",
     "report",
+    "sensitivities",
     "token_errors",
 ]
 

@@ -22,6 +22,7 @@ from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.saving import check_written, from_parts, to_parts, written
 from veloxlab.errors import InputError
+from veloxlab.files import digest
 from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.texts import excerpt
@@ -76,6 +77,11 @@ class Calibration:
                 f"one, whose hash of weights and rotary embeddings is {found}: make one for it with "
                 f"vl.calibrate(model, tokenizer, {self.method!r}, bits={self.widths})."
             )
+
+    @property
+    def identity(self) -> str:
+        """Sixteen hex digits over the method and everything that the codecs depend on."""
+        return digest([self.method, dict(self.facts)])[:16]
 
     @property
     def widths(self) -> list[int]:

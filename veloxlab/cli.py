@@ -72,6 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--windows", type=int, default=3, help="number of stretches (default: %(default)s)")
     compare.add_argument("--out", type=Path, default=Path("results"), help="folder to write to (default: %(default)s)")
     compare.set_defaults(run=compare_caches)
+    sweep = commands.add_parser("sweep", help="uniform bits against RateQuant's, in equal bytes, and write the results")
+    sweep.add_argument("--model", default="smollm2-135m", help="what to load (default: %(default)s)")
+    sweep.add_argument("--bits", type=float, nargs="+", help="code bits on average (default: 2 2.5 3 3.5 4)")
+    sweep.add_argument("--by", nargs="+", help="sensitivities (default: gradient key_norm)")
+    sweep.add_argument("--tokens", type=int, default=512, help="length of a stretch of text (default: %(default)s)")
+    sweep.add_argument("--windows", type=int, default=8, help="number of stretches (default: %(default)s)")
+    sweep.add_argument("--sequences", type=int, default=8, help="for the sensitivities (default: %(default)s)")
+    sweep.add_argument("--out", type=Path, default=Path("results"), help="folder to write to (default: %(default)s)")
+    sweep.set_defaults(run=sweep_bits)
     bench = commands.add_parser("bench", help="time attention, encoding and decoding here, against exact and mlx-lm's")
     bench.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
     bench.add_argument("--tokens", type=int, nargs="+", help="lengths of the context (default: 4096 32768 131072)")
@@ -164,6 +173,32 @@ def compare_caches(options: argparse.Namespace) -> int:
     tables = f"{compared_table(frame)}\n\n{ratio_table(ratios)}\n"
     write_atomically(options.out / f"{stem}.md", tables.encode())
     print(tables, end="")
+    return 0
+
+
+def sweep_bits(options: argparse.Namespace) -> int:
+    """Measure, print the table, and write it as Parquet and Markdown; a run that was stopped goes on."""
+    import veloxlab as vl
+    from veloxlab.allocate.sweep import BITS, sweep, swept_table, write_sweep
+
+    model, tokenizer = vl.load(options.model)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = f"ratequant_{Path(options.model).stem}"
+    unfinished = options.out / f"{stem}.unfinished.json"
+    frame = sweep(
+        model,
+        tokenizer,
+        bits=options.bits or BITS,
+        by=options.by or ("gradient", "key_norm"),
+        tokens=options.tokens,
+        windows=options.windows,
+        sequences=options.sequences,
+        unfinished=unfinished,
+        progress=lambda done, total, label: print(f"{done} of {total}: {label}", file=sys.stderr),
+    )
+    write_sweep(frame, options.out, stem)
+    unfinished.unlink(missing_ok=True)
+    print(swept_table(frame))
     return 0
 
 

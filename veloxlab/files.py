@@ -1,10 +1,14 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and under a seal that tells whether they are what was written."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -19,3 +23,28 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_sealed(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` as JSON with the hash of all it says, whole or not at all."""
+    write_atomically(path, json.dumps({**content, "sha256": digest(content)}, indent=1).encode())
+
+
+def read_sealed(path: Path, format: str) -> dict[str, Any]:  # noqa: A002 - the field's name in the file
+    """Read what `write_sealed` wrote under a ``"format"``.
+
+    Raises
+    ------
+    OSError, ValueError : it is missing, of another format, or not what was written.
+    """
+    content = json.loads(path.read_bytes())
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise ValueError(f"it is not of the format {format!r}")
+    if content.pop("sha256", None) != digest(content):
+        raise ValueError("it is not what was written")
+    return content
+
+
+def digest(content: object) -> str:
+    """SHA-256 of what JSON can hold, in hex digits."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

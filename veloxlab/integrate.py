@@ -29,6 +29,7 @@ from veloxlab import cache_file
 from veloxlab.attention import Handle, Mask
 from veloxlab.batch import BatchCompressedKVCache
 from veloxlab.cache import CompressedKVCache, Path
+from veloxlab.codecs.method import Role
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 
@@ -148,6 +149,11 @@ class LayerFacts:
     lends: bool = False
     path: Path = "codes"
     reason: str = "attention reads the codes"
+
+    @property
+    def dims(self) -> dict[Role, int]:
+        """Head dimensions of keys and of values."""
+        return {"keys": self.key_dim, "values": self.value_dim}
 
 
 class _Probe(Handle):

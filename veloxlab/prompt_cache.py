@@ -26,13 +26,26 @@ DEFAULT_SLIDING: Sliding = "compressed"
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """How one layer's cache is to be made: a method and code bits for keys and for values, and the method's options."""
+    """How one layer's cache is to be made: a method and code bits for keys and for values, and the methods' options.
+
+    ``options`` are both sides', ``key_options`` and ``value_options`` those of one, such as the widths of its heads.
+    """
 
     key_method: str
     key_bits: int
     value_method: str
     value_bits: int
     options: dict[str, object] = field(default_factory=dict)
+    key_options: dict[str, object] = field(default_factory=dict)
+    value_options: dict[str, object] = field(default_factory=dict)
+
+    @property
+    def sides(self) -> tuple[tuple[Role, str, int, dict[str, object]], ...]:
+        """Role, method, bits and options of keys and of values."""
+        return (
+            ("keys", self.key_method, self.key_bits, self.options | self.key_options),
+            ("values", self.value_method, self.value_bits, self.options | self.value_options),
+        )
 
 
 class LayerPlan(Protocol):
@@ -46,6 +59,9 @@ class LayerPlan(Protocol):
     def chunk(self) -> Chunk: ...  # noqa: D102
     @property
     def sliding(self) -> Sliding: ...  # noqa: D102
+    @property
+    def calibrations(self) -> Mapping[str, str]:
+        """Identities of the calibrations that the plan was made with, by method."""
 
     def settings_for(self, model: Module) -> Sequence[LayerSettings]:
         """One entry per entry of the prompt cache; raises `InputError` for another model's plan."""
@@ -53,6 +69,14 @@ class LayerPlan(Protocol):
 
 class ModelCalibration(Calibrated, Protocol):
     """Codecs fitted to one model, such as a `veloxlab.Calibration`."""
+
+    @property
+    def method(self) -> str:
+        """Id of the method whose codecs they are."""
+
+    @property
+    def identity(self) -> str:
+        """What tells this calibration from others."""
 
     def check_model(self, model: Module) -> None:
         """Raise `InputError` unless the codecs were fitted to ``model``."""
@@ -70,7 +94,7 @@ def make_cache(
     chunk: Chunk | None = None,
     sliding: Sliding | None = None,
     max_kv_size: int | None = None,
-    calibration: ModelCalibration | None = None,
+    calibration: ModelCalibration | Sequence[ModelCalibration] | None = None,
     **options: object,
 ) -> list[Any]:
     """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
@@ -90,16 +114,17 @@ def make_cache(
         former by default, or the plan's.
     max_kv_size : tokens that layers without a window of their own are to hold at most, as mlx-lm's option of that name:
         the ``sinks`` and the newest ones, older ones are forgotten. None keeps all.
-    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted.
+    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted; several, for a plan of several.
     options : the method's own, such as ``variant="prod"`` or ``rotation="haar"``.
 
     Raises
     ------
-    InputError : unknown method or option, bits out of range, a plan or a calibration for another model, bits beside a
-        plan.
+    InputError : unknown method or option, bits out of range, a plan or a calibration for another model, another
+        calibration than the plan was made with, bits beside a plan.
     """
-    if calibration is not None:
-        calibration.check_model(model)
+    given = () if calibration is None else calibration if isinstance(calibration, Sequence) else (calibration,)
+    for one in given:
+        one.check_model(model)
     widths = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
     if isinstance(method_or_plan, str):
         settings = _uniform(model, method_or_plan, widths, options)
@@ -110,6 +135,7 @@ def make_cache(
             raise InputError(f"{beside[0]} was given beside a plan, which says that for each layer: change the plan.")
         plan = method_or_plan
         settings = plan.settings_for(model)
+        _check_calibrations(plan, given)
         usual = Exactness(plan.sinks, plan.window, plan.chunk, plan.sliding)
     asked = {"sinks": sinks, "window": window, "chunk": chunk, "sliding": sliding}
     exact = replace(usual, **{name: value for name, value in asked.items() if value is not None})  # type: ignore[arg-type]
@@ -125,6 +151,16 @@ def make_cache(
             own = caches[found.layer] if found.slot is None else caches[found.layer].caches[found.slot]
             own.reason = found.reason  # for reports
     return caches
+
+
+def _check_calibrations(plan: LayerPlan, given: Sequence[ModelCalibration]) -> None:
+    for one in given:
+        wanted = plan.calibrations.get(one.method, one.identity)
+        if one.identity != wanted:
+            raise InputError(
+                f"This plan was made with the calibration {wanted} of {one.method}, and {one.identity} was given: give "
+                "that one, or make the plan again with this."
+            )
 
 
 def _uniform(
@@ -221,19 +257,17 @@ def _compressed(
     exact: Exactness,
     max_kv_size: int | None,
     model: str,
-    calibration: Calibrated | None,
+    calibration: ModelCalibration | Sequence[ModelCalibration] | None,
 ) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
     if facts.max_size is not None and exact.sliding == "exact":
         own: Any = RotatingKVCache(facts.max_size, facts.keep)
         own.reason = f"its window of {facts.max_size} tokens is left exact, as asked"
         return own
-    sides: tuple[tuple[str, int, int, Role], ...] = (
-        (layer.key_method, facts.key_dim, layer.key_bits, "keys"),
-        (layer.value_method, facts.value_dim, layer.value_bits, "values"),
-    )
     key_codec, value_codec = (
-        layer_codec(find_method(method), facts.layer, dim, bits, role, layer.options, calibration)
-        for method, dim, bits, role in sides
+        layer_codec(
+            find_method(method), facts.layer, facts.dims[role], bits, role, options, _for_method(calibration, method)
+        )
+        for role, method, bits, options in layer.sides
     )
     return CompressedKVCache(
         key_codec,
@@ -248,3 +282,12 @@ def _compressed(
         lends=facts.lends,
         model=model,
     )
+
+
+def _for_method(
+    calibration: ModelCalibration | Sequence[ModelCalibration] | None, method: str
+) -> ModelCalibration | None:
+    """The calibration of ``method`` among several; one that was given alone is for all."""
+    if not isinstance(calibration, Sequence):
+        return calibration
+    return next((one for one in calibration if one.method == method), None)

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
-from veloxlab.codecs import find_method
+from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.files import write_atomically
-from veloxlab.integrate import LayerFacts, probe
+from veloxlab.integrate import LayerFacts, name_of, probe
 from veloxlab.prompt_cache import DEFAULT_BITS, DEFAULT_SLIDING, LayerSettings, Sliding
 
 FORMAT = "veloxlab plan 1"
@@ -32,6 +32,9 @@ class Plan:
     layers : settings of each entry of the model's prompt cache; those of layers that keep their own cache are idle.
     sinks, window, chunk, sliding : as for `veloxlab.make_cache`.
     name : for people.
+    model : the model in words, for messages.
+    allocation : what tells the measurements that the bits were allocated by from others; empty if there were none.
+    calibrations : identities of the calibrations that it was made with, by method; `make_cache` wants the same.
     """
 
     model_hash: str
@@ -41,6 +44,9 @@ class Plan:
     chunk: Chunk = DEFAULT_CHUNK
     sliding: Sliding = DEFAULT_SLIDING
     name: str = ""
+    model: str = ""
+    allocation: str = ""
+    calibrations: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def uniform(
@@ -64,18 +70,15 @@ class Plan:
             _check(layer, settings)
         layers = 1 + max(layer.layer for layer in facts)
         name = f"{method} K{settings.key_bits} V{settings.value_bits}"
-        return cls(model_hash(model), (settings,) * layers, sinks, window, chunk, sliding, name)
+        return cls(model_hash(model), (settings,) * layers, sinks, window, chunk, sliding, name, name_of(model))
 
     def with_layer(self, layer: int, **changes: object) -> Self:
         """A plan that differs in one layer: any fields of `LayerSettings`, such as ``key_bits=8``."""
         if not 0 <= layer < len(self.layers):
             raise InputError(f"This plan has layers 0 to {len(self.layers) - 1}, and no layer {layer}.")
         changed = replace(self.layers[layer], **changes)  # type: ignore[arg-type]
-        for method, bits, role in (
-            (changed.key_method, changed.key_bits, "keys"),
-            (changed.value_method, changed.value_bits, "values"),
-        ):
-            find_method(method).check(bits, role, changed.options)  # type: ignore[arg-type]
+        for role, method, bits, options in changed.sides:
+            find_method(method).check(bits, role, options)
         layers = (*self.layers[:layer], changed, *self.layers[layer + 1 :])
         return replace(self, layers=layers)
 
@@ -84,18 +87,30 @@ class Plan:
         found = model_hash(model)
         if found != self.model_hash:
             raise InputError(
-                f"The plan {self.name!r} was made for a model with hash {self.model_hash}, and this model has {found}: "
-                "its layers or head dimensions differ. Make a plan for this model."
+                f"The plan {self.name!r} was made for a model with hash {self.model_hash} ({self.model or 'unnamed'}), "
+                f"and this model has {found} ({name_of(model)}): its layers or head dimensions differ. Make a plan for "
+                "this model."
             )
         return self.layers
 
     @property
     def frame(self) -> pl.DataFrame:
-        """One row per layer: ``layer, key_method, key_bits, value_method, value_bits``, in code bits."""
-        rows = [
-            {"layer": i, **{k: v for k, v in asdict(s).items() if k != "options"}} for i, s in enumerate(self.layers)
-        ]
+        """One row per layer: ``layer, key_method, key_bits, value_method, value_bits``; code bits, means over heads."""
+        rows = []
+        for i, layer in enumerate(self.layers):
+            row: dict[str, object] = {"layer": i}
+            for role, method, _, _ in layer.sides:
+                widths, side = self.widths(i, role), role.removesuffix("s")
+                row |= {f"{side}_method": method, f"{side}_bits": sum(widths) / len(widths)}
+            rows.append(row)
         return pl.DataFrame(rows)
+
+    def widths(self, layer: int, role: Role) -> tuple[int, ...]:
+        """Code bits of each head of a layer's keys or values, or one number for all of them."""
+        bits, options = next((bits, options) for side, _, bits, options in self.layers[layer].sides if side == role)
+        widths: Any = options.get("head_bits")
+        widths = widths.get(role) if isinstance(widths, Mapping) else widths
+        return (bits,) if widths is None else tuple(widths)
 
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all, and return the path."""
@@ -134,5 +149,5 @@ def model_hash(model: Module) -> str:
 def _check(facts: LayerFacts, settings: LayerSettings) -> None:
     """Make the codecs once, so that a plan that cannot be attached is never saved."""
     if facts.compressible:
-        find_method(settings.key_method).codec(facts.key_dim, settings.key_bits, "keys", **settings.options)
-        find_method(settings.value_method).codec(facts.value_dim, settings.value_bits, "values", **settings.options)
+        for role, method, bits, options in settings.sides:
+            find_method(method).codec(facts.dims[role], bits, role, **options)

@@ -66,28 +66,38 @@ def reverse_water_filling(variances: Sequence[float], distortion: float) -> tupl
 
 
 def continuous_bits(
-    weights: Sequence[float], mean_bits: float, beta: float, *, least: float = -np.inf, most: float = np.inf
+    weights: Sequence[float],
+    mean_bits: float,
+    beta: float | Sequence[float],
+    *,
+    least: float = -np.inf,
+    most: float = np.inf,
 ) -> Floats:
     """Widths, not whole, that lose least: bᵢ = b̄ + (ln wᵢ − mean ln w)/ln β, kept within bounds (RateQuant, Thm 2).
 
-    Components that would leave the bounds stay on them, and the rest share what is left.
+    With a rate for each component, one more bit saves the same everywhere: wᵢ·ln βᵢ·βᵢ^−bᵢ is one number. Components
+    that would leave the bounds stay on them, and the rest share what is left.
 
     Parameters
     ----------
     weights : wᵢ·αᵢ > 0 of each component.
     mean_bits : b̄, between ``least`` and ``most``.
-    beta : above 1, by which one bit divides the distortion.
+    beta : above 1, by which one bit divides the distortion; one for all, or one for each component.
     """
-    logs = np.log(_positive(weights, "weights")) / np.log(_rate(beta))
+    logs = np.log(_positive(weights, "weights"))
+    rates = np.log([_rate(b) for b in beta] if isinstance(beta, Sequence) else np.full(len(logs), _rate(beta)))
     if not least <= mean_bits <= most:
         raise InputError(f"A mean of {mean_bits} bits does not fit widths from {least} to {most}: choose between them.")
-    free = mean_bits + logs - logs.mean()
+    worth = logs + np.log(rates)  # ln of what a bit saves at 0 bits; bits are (worth + level) / rate
+    level = (mean_bits * len(logs) - (worth / rates).sum()) / (1 / rates).sum()
+    free = (worth + level) / rates
     low = least if np.isfinite(least) else free.min()  # others that meet the upper bound only leave it more
     high = most if np.isfinite(most) else free.max()
-    # Σ clip(log + level) is straight between the levels at which a component meets a bound
-    bends = np.sort(np.concatenate([low - logs, high - logs]))
-    totals = [np.clip(logs + bend, low, high).sum() for bend in bends]
-    return np.asarray(np.clip(logs + np.interp(mean_bits * len(logs), totals, bends), low, high))
+    # Σ clip((worth + level) / rate) is straight between the levels at which a component meets a bound
+    bends = np.sort(np.concatenate([low * rates - worth, high * rates - worth]))
+    totals = [np.clip((worth + bend) / rates, low, high).sum() for bend in bends]
+    level = np.interp(mean_bits * len(logs), totals, bends)
+    return np.asarray(np.clip((worth + level) / rates, low, high))
 
 
 def integer_bits(

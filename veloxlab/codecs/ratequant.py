@@ -2,7 +2,7 @@
 
 Paper: *RateQuant: Optimal Mixed-Precision KV Cache Quantization via Rate-Distortion Theory*, F. Zuo, Z. Zhou, H. Cong,
 X. Xi, H. F. Leung, 2026, arXiv 2605.06675. Every KV head's keys and every KV head's values are a component with a width
-of its own. How many bits each should get is computed in `veloxlab.allocate.waterfill`.
+of its own. How many bits each should get is measured and solved in `veloxlab.allocate.ratequant`.
 
 Stored per vector of D coordinates
     What TurboQuant stores at the head's width bₕ: bₕ·D bits and one 16-bit scale. Over a layer, the mean of bₕ, and

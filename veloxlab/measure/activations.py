@@ -90,10 +90,10 @@ def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
     ------
     InputError : if no layer keeps plain keys and values.
     """
-    recorders: list[_Recorder] = []
+    recorders: list[Recorder] = []
 
-    def recorded(facts: integrate.LayerFacts) -> _Recorder:
-        recorders.append(_Recorder(facts))
+    def recorded(facts: integrate.LayerFacts) -> Recorder:
+        recorders.append(Recorder(facts))
         return recorders[-1]
 
     caches = integrate.with_caches(model, recorded)
@@ -124,8 +124,11 @@ def first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:  # noqa: A
     return ids[:count]
 
 
-class _Recorder(Handle):
-    """A cache and its handle in one: attends exactly, and keeps what passed."""
+class Recorder(Handle):
+    """A cache and its handle in one: attends exactly, and keeps what passed.
+
+    A subclass may change keys and values on their way into `update_and_fetch`.
+    """
 
     def __init__(self, facts: integrate.LayerFacts) -> None:
         self.facts, self.offset = facts, 0
@@ -135,13 +138,16 @@ class _Recorder(Handle):
             self.bits, self.group_size = 0, 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Keep the keys and values of all tokens; see `veloxlab.cache.CompressedKVCache`."""
         self._keys, self._values, self.offset = keys, values, keys.shape[2]
         return (self, self) if self.facts.path == "codes" else (keys, values)
 
     def keys_and_values(self) -> tuple[Any, Any]:
+        """What was fetched, for a layer that shares it."""
         return (self, self) if self.facts.path == "codes" else (self._keys, self._values)
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+        """See `Handle.attend`; the layer's own queries are kept."""
         if self._queries is None:  # layers that borrow these keys and values attend later
             self._queries, self._scale = q, scale
         return mx.fast.scaled_dot_product_attention(
@@ -151,7 +157,9 @@ class _Recorder(Handle):
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | Literal["causal"] | None:
+        """The mask that ``N`` tokens need, in mlx-lm's terms."""
         return mask_for(N, self.offset, return_array, window_size or self.facts.max_size)
 
     def seen(self) -> LayerCapture:
+        """What passed."""
         return LayerCapture(self.facts.layer, self._queries, self._keys, self._values, self._scale)

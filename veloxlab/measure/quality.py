@@ -234,10 +234,20 @@ def _name(method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, settings: d
     return f"{method_or_plan} K{settings.get('key_bits') or bits} V{settings.get('value_bits') or bits}"
 
 
+def log_probabilities(logits: mx.array) -> mx.array:
+    """Log-probabilities of ``logits`` ``[S, vocabulary]``, float32, in nats."""
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def divergence(exact: mx.array, changed: mx.array) -> mx.array:
+    """KL(exact ‖ changed) ``[S]`` of log-probabilities ``[S, vocabulary]``, in nats."""
+    return (mx.exp(exact) * (exact - changed)).sum(axis=-1)
+
+
 def _log_probs(logits: mx.array) -> mx.array:
-    """Log-probabilities ``[S, vocabulary]`` in float32, evaluated."""
-    logits = logits[0].astype(mx.float32)
-    log_probs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    """`log_probabilities` of the one sequence of ``logits`` ``[1, S, vocabulary]``, evaluated."""
+    log_probs = log_probabilities(logits[0])
     mx.eval(log_probs)
     return log_probs
 
@@ -257,7 +267,7 @@ def _decode(
 def _rows(window: int, start: int, targets: Sequence[int], exact: mx.array, changed: mx.array) -> pl.DataFrame:
     target = mx.array(list(targets))[:, None]
     columns = (
-        (mx.exp(exact) * (exact - changed)).sum(axis=-1),
+        divergence(exact, changed),
         exact.argmax(axis=-1) != changed.argmax(axis=-1),
         -mx.take_along_axis(changed, target, axis=-1)[:, 0],
         -mx.take_along_axis(exact, target, axis=-1)[:, 0],

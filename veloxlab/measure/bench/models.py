@@ -21,7 +21,8 @@ LAYERS = 8
 TOKENS = (4096, 32768, 131072)
 READ = 16384  # tokens of a prompt whose reading is timed
 _CHUNK = 2048  # tokens that mlx-lm reads together
-_STEPS, _FIRST = 32, 4  # tokens that are timed, and some before them
+_STEPS = 64  # tokens that are timed: two blocks of them leave the window
+_FIRST = 40  # tokens before them: one block, so that every kernel is compiled
 _SHAPE = Shape(32, 8, 128)
 
 

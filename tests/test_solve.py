@@ -1,0 +1,129 @@
+"""Solvers over tables of costs and losses: as good as trying everything, and quick for many components."""
+
+import itertools
+import time
+
+import numpy as np
+import pytest
+
+from veloxlab.allocate.solve import Problem
+from veloxlab.allocate.waterfill import continuous_bits, integer_bits, loss, water_filling_gain
+from veloxlab.errors import InputError
+
+WIDTHS = np.arange(2, 7)
+
+
+def exponential(weights, betas, byte_of_a_bit=8.0, scale=2.0):
+    """Losses w·β^−b at bytes of b bits and a scale."""
+    costs = np.tile(byte_of_a_bit * WIDTHS + scale, (len(weights), 1))
+    return Problem(costs, np.asarray(weights)[:, None] * np.asarray(betas, float)[:, None] ** -WIDTHS)
+
+
+def everything(problem):
+    """Costs and losses of all choices of all components."""
+    count, columns = problem.costs.shape
+    every = np.array(list(itertools.product(range(columns), repeat=count)))
+    at = np.arange(count)
+    return problem.costs[at, every].sum(axis=1), problem.losses[at, every].sum(axis=1)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_convex_curves_are_allocated_as_well_as_by_trying_everything(seed):
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(2, 6))
+    weights, betas = rng.lognormal(0, 1.5, count), rng.uniform(2.5, 5.5, count)
+    problem = exponential(weights, betas)
+    costs, losses = everything(problem)
+    bits = int(rng.integers(2 * count, 6 * count + 1))
+    budget = 8 * bits + 2 * count
+    best = losses[costs <= budget].min()
+    solution = problem.within(budget)
+    assert solution.cost <= budget
+    assert solution.loss == pytest.approx(best, rel=1e-12)
+    assert solution.bound == pytest.approx(best, rel=1e-12)
+    # and RateQuant's greedy rule is the same
+    greedy = integer_bits(weights.tolist(), bits / count, betas.tolist(), least=2, most=6)
+    assert loss(weights, greedy, betas.tolist()) == pytest.approx(best, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_any_table_stays_between_its_bound_and_one_step_above_the_best(seed):
+    """Costs of any size, curves that are not convex, choices that are missing."""
+    rng = np.random.default_rng(seed)
+    count, columns = int(rng.integers(1, 5)), int(rng.integers(2, 7))
+    costs, losses = rng.integers(1, 40, (count, columns)).astype(float), rng.lognormal(0, 2, (count, columns))
+    missing = rng.random((count, columns)) < 0.2
+    missing[:, 0] = False
+    costs[missing] = losses[missing] = np.inf
+    problem = Problem(costs, losses)
+    every_cost, every_loss = everything(problem)
+    budget = rng.uniform(problem.least_cost, costs[~missing].reshape(-1).max() * count)
+    best = every_loss[every_cost <= budget].min()
+    solution = problem.within(budget)
+    assert solution.cost <= budget * (1 + 1e-9)
+    assert solution.bound - 1e-9 <= best <= solution.loss + 1e-9
+    assert solution.loss == pytest.approx(losses[np.arange(count), solution.choice].sum(), rel=1e-12)
+    reached = problem.reaching(solution.loss)
+    assert reached.loss <= solution.loss * (1 + 1e-9)
+    assert reached.bound - 1e-6 <= every_cost[every_loss <= solution.loss * (1 + 1e-12)].min() <= reached.cost + 1e-9
+
+
+def test_a_place_where_a_step_ends_is_optimal():
+    problem = exponential([1.0, 9.0, 2.0], [3.5, 3.5, 5.0])
+    costs, losses = everything(problem)
+    ends, best = problem.frontier
+    assert len(ends) == 1 + 3 * 4
+    for end, lowest in zip(ends, best, strict=True):
+        assert lowest == pytest.approx(losses[costs <= end + 1e-9].min(), rel=1e-12)
+
+
+def test_what_is_left_goes_to_what_fits():
+    """The steepest step costs 10 and does not fit into 9, but another does."""
+    problem = Problem(np.array([[0.0, 10.0], [0.0, 4.0]]), np.array([[100.0, 0.0], [1.0, 0.0]]))
+    solution = problem.within(9)
+    assert solution.choice.tolist() == [0, 1]
+    assert (solution.cost, solution.loss, solution.moves) == (4, 100, 1)
+    assert solution.bound == pytest.approx(101 - 9 * 10)
+
+
+def test_whole_widths_lose_little_against_continuous_ones():
+    weights = np.random.default_rng(0).lognormal(0, 0.76, 400)
+    problem = exponential(weights, [3.5] * 400)
+    whole = problem.within(400 * (8 * 4 + 2)).loss
+    ideal = loss(weights, continuous_bits(weights.tolist(), 4, 3.5, least=2, most=6), 3.5)
+    uniform = loss(weights, [4] * 400, 3.5)
+    assert ideal < whole < 1.1 * ideal
+    assert uniform / ideal == pytest.approx(water_filling_gain(weights.tolist()), rel=0.01)  # a few are on a bound
+
+
+def test_ten_thousand_components_are_a_bisection_away():
+    """A budget takes no pass over the table but for what is left over, and far less than the greedy rule on a heap."""
+    rng = np.random.default_rng(0)
+    weights, betas = rng.lognormal(0, 1.5, 10_000), rng.uniform(3, 5, 10_000)
+    problem = exponential(weights, betas)
+    budgets = [8 * bits * 10_000 + 2 * 10_000 + 3 for bits in (2.5, 3.0, 3.3, 4.1)]
+    problem.within(budgets[0])
+
+    def seconds(job):
+        start = time.perf_counter()
+        job()
+        return time.perf_counter() - start
+
+    solved = min(seconds(lambda: [problem.within(b) for b in budgets]) for _ in range(3)) / len(budgets)
+    heap = min(seconds(lambda: integer_bits(weights.tolist(), 3.0, betas.tolist(), least=2, most=6)) for _ in range(3))
+    assert all(problem.within(b).moves <= 1 for b in budgets)
+    assert heap / solved > 3
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: exponential([1, 2], [3, 3]).within(30), "A budget of 30 is too small: the cheapest choices cost 36"),
+        (lambda: exponential([1.0], [2.0]).reaching(0.01), "A loss of 0.01 cannot be reached: .* lose 0.015625"),
+        (lambda: Problem(np.zeros((2, 3)), np.zeros((3, 2))), r"have the shapes \(2, 3\) and \(3, 2\)"),
+        (lambda: Problem(np.full((1, 2), np.inf), np.zeros((1, 2))), "Component 0 has no choice left"),
+    ],
+)
+def test_what_has_no_answer_is_refused(call, sentence):
+    with pytest.raises(InputError, match=sentence):
+        call()

@@ -1,0 +1,135 @@
+"""How a codec's distortion falls with its bits, measured for every KV head's keys and values on real activations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import polars as pl
+from mlx.nn.layers.base import Module
+
+from veloxlab import integrate
+from veloxlab.allocate.proxies import SIDES
+from veloxlab.allocate.waterfill import fit_distortion
+from veloxlab.cache import DEFAULT_SINKS
+from veloxlab.codecs import find_method
+from veloxlab.codecs.codec import fitted_online
+from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.errors import InputError
+from veloxlab.measure.activations import capture_layers, first_tokens
+from veloxlab.measure.progress import Progress, silent
+from veloxlab.texts import excerpt
+
+USUAL_BITS = range(2, 7)  # the paper's
+
+CURVES = {
+    "layer": pl.Int32,
+    "head": pl.Int32,  # KV head
+    "side": pl.String,  # "keys" or "values"
+    "method": pl.String,
+    "bits": pl.Int32,  # code bits per coordinate
+    "head_dim": pl.Int32,
+    "distortion": pl.Float64,  # E‖x − x̂‖² over the tokens behind the sinks
+    "relative": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over the same tokens
+    "true_bits": pl.Float64,  # stored bits per coordinate: codes, scales, padding
+    "bytes_per_token": pl.Float64,  # stored for one token of this head and side
+}
+"""Columns of `distortion_curves`."""
+
+FITS = {
+    "method": pl.String,
+    "side": pl.String,
+    "alpha": pl.Float64,  # the mean relative distortion over the heads is about alpha · beta ** -bits
+    "beta": pl.Float64,
+}
+"""Columns of `fitted`."""
+
+
+def distortion_curves(
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401
+    methods: Sequence[str] = ("ratequant",),
+    text: str | None = None,
+    *,
+    bits: Sequence[int] = USUAL_BITS,
+    tokens: int = 1024,
+    sinks: int = DEFAULT_SINKS,
+    calibrations: Mapping[str, Calibrated] | None = None,
+    progress: Progress = silent,
+) -> pl.DataFrame:
+    """Measure the distortion of every KV head's keys and values by method and width: `CURVES`.
+
+    One layer's activations are held at a time.
+
+    Parameters
+    ----------
+    model, tokenizer : as `veloxlab.load` gives them.
+    methods : ids; ``"ratequant"`` is TurboQuant, whose widths may differ from head to head.
+    text : what the model reads, in one piece; the shipped WikiText-2 validation excerpt by default.
+    bits : code widths to measure, those of them that a method has.
+    tokens : how much of the text.
+    sinks : first tokens that are not counted, as the cache keeps them exact.
+    calibrations : what `veloxlab.calibrate` gave, by method, at these widths, for methods that have to be fitted.
+    progress : told of each layer.
+
+    Raises
+    ------
+    InputError : unknown method, none of the widths are its own, a calibration is missing, or the text is too short.
+    """
+    widths = {method: [b for b in sorted(set(bits)) if b in find_method(method).bits] for method in methods}
+    for method, own in widths.items():
+        if not own:
+            raise InputError(
+                f"{method} has none of the widths {sorted(set(bits))}: choose among those of vl.methods()."
+            )
+    ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
+    if sinks < 0 or len(ids) - sinks < 2:
+        raise InputError(
+            f"The text has {len(ids)} tokens, which leaves too few behind {sinks} sinks: give a longer text."
+        )
+    layers = sum(f.compressible for f in integrate.probe(model))
+    rows: list[tuple[object, ...]] = []
+    for done, seen in enumerate(capture_layers(model, ids)):
+        progress(done, layers, f"distortion of layer {seen.layer}")
+        for side, all_tokens in zip(SIDES, (seen.keys, seen.values), strict=True):
+            x = all_tokens[:, :, sinks:].astype(mx.float32)
+            head_dim, norm = x.shape[-1], _mean_square(x)
+            for method, own in widths.items():
+                fitted_before = (calibrations or {}).get(method)
+                for width in own:
+                    codec = layer_codec(find_method(method), seen.layer, head_dim, width, side, {}, fitted_before)
+                    codec = fitted_online(codec, x)
+                    code = codec.encode(x, sinks)
+                    distortion = _mean_square(x - codec.decode(code).astype(mx.float32))
+                    stored = code.nbytes / (x.shape[1] * x.shape[2])
+                    rows += [
+                        (seen.layer, head, side, method, width, head_dim, d, d / n, 8 * stored / head_dim, stored)
+                        for head, (d, n) in enumerate(zip(distortion, norm, strict=True))
+                    ]
+    progress(layers, layers, "done")
+    return pl.DataFrame(rows, schema=CURVES, orient="row")
+
+
+def fitted(curves: pl.DataFrame) -> pl.DataFrame:
+    """Fit α·β^−b to the mean relative distortion of each method's keys and of its values, least squares of its
+    logarithm: `FITS`.
+
+    Keys and values are fitted apart: a quantizer without a rotation does not treat them alike (arXiv 2605.06675, §4).
+
+    Raises
+    ------
+    InputError : a method was measured at one width only, or loses nothing.
+    """
+    means = curves.group_by("method", "side", "bits").agg(pl.col("relative").mean()).sort("method", "side", "bits")
+    rows = []
+    for (method, side), points in means.group_by("method", "side", maintain_order=True):
+        fit = fit_distortion(points["bits"].to_list(), points["relative"].to_list())
+        rows.append((method, side, fit.alpha, fit.beta))
+    return pl.DataFrame(rows, schema=FITS, orient="row")
+
+
+def _mean_square(x: mx.array) -> list[float]:
+    """E‖x‖² of each head of ``[1, H, S, D]``."""
+    return [float(n) for n in np.array(mx.square(x[0]).sum(axis=-1).mean(axis=-1))]

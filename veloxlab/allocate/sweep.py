@@ -1,0 +1,260 @@
+"""Uniform bits against allocated ones, in the same bytes: what each loses on a text that nothing was fitted to.
+
+The text is cut into windows, and an allocation is compared with uniform bits window by window: the interval is that of
+the paired differences, since windows differ much more from one another than caches do.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from mlx.nn.layers.base import Module
+
+from veloxlab.allocate.budget import BytesPerToken
+from veloxlab.allocate.plan import Plan
+from veloxlab.allocate.points import Bounds
+from veloxlab.allocate.rate_budget import RateBudget
+from veloxlab.allocate.ratequant import rate_budget
+from veloxlab.allocate.sensitivity import By, sensitivities
+from veloxlab.codecs.saving import written
+from veloxlab.errors import InputError
+from veloxlab.files import digest, read_sealed, write_atomically, write_sealed
+from veloxlab.integrate import fingerprint
+from veloxlab.measure.intervals import mean_interval
+from veloxlab.measure.progress import Progress, silent
+from veloxlab.measure.quality import Reference, judge, reference
+from veloxlab.prompt_cache import make_cache
+
+FORMAT = "veloxlab sweep 1"
+UNIFORM = "uniform"
+BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
+MEASURED_BITS = range(1, 8)
+SINKS, WINDOW = 4, 0  # tokens: nothing recent is exact, so that codes are compared and not windows
+
+SWEEP = {
+    "bits": pl.Float64,  # code bits of the uniform plan, on average
+    "allocation": pl.String,  # "uniform", or what the sensitivities are by
+    "window": pl.Int32,
+    "positions": pl.Int32,  # predictions
+    "kl_mean": pl.Float64,  # KL(exact ‖ compressed) of the next token, nats
+    "top1_flips": pl.Float64,  # share of predictions whose most likely token changed
+    "nll": pl.Float64,  # mean −log p of the text with the compressed cache, nats a token
+    "nll_exact": pl.Float64,
+    "held_bytes": pl.Int64,  # of all layers, at the end of the window
+    "key_bits": pl.Float64,  # code bits, mean over layers and heads
+    "value_bits": pl.Float64,
+    "predicted_loss": pl.Float64,  # a token; in the unit of the row's sensitivities, uniform's by the first of them
+}
+"""Columns of `sweep`."""
+
+SWEPT = {
+    "bits": pl.Float64,
+    "allocation": pl.String,
+    "windows": pl.Int32,
+    "kl_mean": pl.Float64,
+    "kl_change": pl.Float64,  # against uniform bits, mean over windows; null for uniform bits
+    "kl_change_low": pl.Float64,  # ends of its interval of 95 %, Student's t over the windows' differences
+    "kl_change_high": pl.Float64,
+    "top1_flips": pl.Float64,
+    "perplexity": pl.Float64,
+    "perplexity_exact": pl.Float64,
+    "held_bytes": pl.Int64,
+    "key_bits": pl.Float64,
+    "value_bits": pl.Float64,
+    "predicted_loss": pl.Float64,
+}
+"""Columns of `swept`."""
+
+
+def sweep(
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401
+    *,
+    bits: Sequence[float] = BITS,
+    by: Sequence[By] = ("gradient", "key_norm"),
+    text: str | None = None,
+    calibration_text: str | None = None,
+    tokens: int = 512,
+    windows: int = 8,
+    sequences: int = 8,
+    unfinished: Path | None = None,
+    folder: str | Path | None = None,
+    progress: Progress = silent,
+) -> pl.DataFrame:
+    """Measure uniform TurboQuant and RateQuant's allocations at equal bytes, every token through its codes: `SWEEP`.
+
+    Uniform bits between whole widths are one bit more for some of the heads, evenly spread over keys and over
+    values (`RateBudget.uniform`).
+
+    Parameters
+    ----------
+    model, tokenizer : as `veloxlab.load` gives them.
+    bits : code bits on average, 1 to 7.
+    by : kinds of sensitivity to allocate by; the first predicts uniform bits' loss.
+    text : what is judged on; the shipped WikiText-2 test excerpt by default.
+    calibration_text : what sensitivities and curves are measured on; the validation excerpt by default.
+    tokens, windows : length and number of the stretches judged on.
+    sequences : of 512 tokens, for the sensitivities.
+    unfinished : a file that keeps what was measured so far, and from which a run that was stopped goes on.
+    folder : where sensitivities are kept; the user's cache folder by default.
+    progress : told of each step; what it raises ends the work.
+
+    Raises
+    ------
+    InputError : as `rate_budget` and `veloxlab.reference`; or a number of bits is out of range.
+    """
+    least, most = MEASURED_BITS[0], MEASURED_BITS[-1]
+    if wrong := [b for b in bits if not least <= b <= most]:
+        raise InputError(f"bits={wrong[0]} are out of range: give from {least} to {most} code bits on average.")
+    first, *others = by
+    settings: dict[str, Any] = {"sequences": sequences, "sinks": SINKS, "folder": folder, "progress": progress}
+    of_first = rate_budget(
+        model, tokenizer, text=calibration_text, bits=MEASURED_BITS, by=first, window=WINDOW, **settings
+    )
+    rates = {first: of_first} | {
+        kind: replace(of_first, sensitivities=sensitivities(model, tokenizer, calibration_text, by=kind, **settings))
+        for kind in others
+    }
+    exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
+    facts = {
+        **written(),
+        "model": fingerprint(model),
+        "by": list(by),
+        "calibration": digest([calibration_text, sequences]),
+        "stretches": list(exact.stretches),
+    }
+    frames = _measured_before(unfinished, facts)
+    jobs = [(b, allocation) for b in bits for allocation in (UNIFORM, *by)]
+    for done, (mean_bits, allocation) in enumerate(jobs):
+        progress(done, len(jobs), f"{mean_bits:g} bits, {allocation}")
+        if (mean_bits, allocation) in frames:
+            continue
+        frames[mean_bits, allocation] = _job(exact, rates, mean_bits, allocation)
+        if unfinished is not None:
+            rows = pl.concat(frames.values()).to_dict(as_series=False)
+            write_sealed(unfinished, {"format": FORMAT, "facts": facts, "rows": rows})
+    progress(len(jobs), len(jobs), "done")
+    return pl.concat(frames[job] for job in jobs)
+
+
+def usual_bounds(mean_bits: float) -> Bounds:
+    """The paper's bounds (its Tables): of a width between two, one below the upper and two above the lower."""
+    return Bounds(max(1, int(np.ceil(mean_bits)) - 1), int(np.floor(mean_bits)) + 2)
+
+
+def swept(frame: pl.DataFrame) -> pl.DataFrame:
+    """Means over the windows of `sweep`, and what each allocation changes against uniform bits: `SWEPT`."""
+    rows = []
+    for (bits, allocation), own in frame.group_by("bits", "allocation", maintain_order=True):
+        uniform = frame.filter(bits=bits, allocation=UNIFORM).sort("window")["kl_mean"]
+        change = (own.sort("window")["kl_mean"] - uniform).to_list()
+        ends = (None, None, None) if allocation == UNIFORM else mean_interval(change)
+        weights = own["positions"] / own["positions"].sum()
+        mean = {name: float((own[name] * weights).sum()) for name in ("kl_mean", "top1_flips", "nll", "nll_exact")}
+        same = {name: own[name][0] for name in ("held_bytes", "key_bits", "value_bits", "predicted_loss")}
+        rows.append(
+            {
+                "bits": bits,
+                "allocation": allocation,
+                "windows": own.height,
+                "kl_mean": mean["kl_mean"],
+                **dict(zip(("kl_change", "kl_change_low", "kl_change_high"), ends, strict=True)),
+                "top1_flips": mean["top1_flips"],
+                "perplexity": float(np.exp(mean["nll"])),
+                "perplexity_exact": float(np.exp(mean["nll_exact"])),
+                **same,
+            }
+        )
+    return pl.DataFrame(rows, schema=SWEPT)
+
+
+def swept_table(frame: pl.DataFrame) -> str:
+    """`swept` as a Markdown table."""
+    lines = [
+        "| bits | allocation | KL (nats) | against uniform, 95 % | predicted | top-1 flips | perplexity | K / V bits "
+        "| held, KB |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in swept(frame).iter_rows(named=True):
+        change = ""
+        if row["kl_change"] is not None:
+            change = f"{row['kl_change']:+.4f} ({row['kl_change_low']:+.4f} to {row['kl_change_high']:+.4f})"
+        # a proxy's own unit is no divergence
+        predicted = f"{row['predicted_loss']:.3f}" if row["allocation"] in (UNIFORM, "gradient", "forward_kl") else ""
+        numbers = [f"{row['kl_mean']:.4f}", change, predicted, f"{100 * row['top1_flips']:.1f} %"]
+        numbers += [f"{row['perplexity']:.2f}", f"{row['key_bits']:.2f} / {row['value_bits']:.2f}"]
+        numbers.append(f"{row['held_bytes'] / 1000:,.1f}")
+        lines.append(f"| {row['bits']:g} | {row['allocation']} | {' | '.join(numbers)} |")
+    return "\n".join(lines)
+
+
+def write_sweep(frame: pl.DataFrame, folder: Path, stem: str) -> None:
+    """Write ``stem.parquet`` and the table ``stem.md``, each whole or not at all."""
+    held = io.BytesIO()
+    frame.write_parquet(held)
+    write_atomically(folder / f"{stem}.parquet", held.getvalue())
+    write_atomically(folder / f"{stem}.md", (swept_table(frame) + "\n").encode())
+
+
+def _job(exact: Reference, rates: Mapping[By, RateBudget], mean_bits: float, allocation: str) -> pl.DataFrame:
+    """Rows of one plan, a row a window."""
+    measured = rates.get(allocation) or next(iter(rates.values()))  # type: ignore[call-overload]
+    budget = _bytes_at(measured, mean_bits)
+    plan = measured.uniform(budget) if allocation == UNIFORM else measured.plan(budget, usual_bounds(mean_bits))
+    caches: list[list[Any]] = []
+
+    def made(model: Module) -> list[Any]:
+        caches[:] = [make_cache(model, plan, chunk="codes")]
+        return caches[0]
+
+    found = judge(exact, made, per_token=True).group_by("window").agg(
+        positions=pl.len().cast(pl.Int32),
+        kl_mean=pl.col("kl").mean(),
+        top1_flips=pl.col("flip").mean(),
+        nll=pl.col("nll").mean(),
+        nll_exact=pl.col("nll_exact").mean(),
+    )  # fmt: skip
+    return (
+        found.sort("window")
+        .with_columns(
+            bits=pl.lit(mean_bits),
+            allocation=pl.lit(allocation),
+            held_bytes=pl.lit(sum(entry.nbytes for entry in caches[0]), pl.Int64),
+            key_bits=pl.lit(_mean_bits(plan, "key_bits")),
+            value_bits=pl.lit(_mean_bits(plan, "value_bits")),
+            predicted_loss=pl.lit(measured.predicted_loss(plan)),
+        )
+        .match_to_schema(SWEEP)
+    )
+
+
+def _bytes_at(rates: RateBudget, mean_bits: float) -> BytesPerToken:
+    """Bytes that uniform bits take, in proportion between whole widths."""
+    uniform = rates.frontier().filter(kind=UNIFORM)["bytes_per_token"]
+    return BytesPerToken(float(np.interp(mean_bits, list(MEASURED_BITS), uniform.to_numpy())))
+
+
+def _mean_bits(plan: Plan, column: str) -> float:
+    """Mean over the layers that hold codes."""
+    coded = plan.frame.filter(pl.col("key_method") != "none")
+    return float(coded[column].mean())  # type: ignore[arg-type]
+
+
+def _measured_before(path: Path | None, facts: Mapping[str, Any]) -> dict[tuple[float, str], pl.DataFrame]:
+    """Frames by bits and allocation from a run that was stopped; none if it measured something else."""
+    if path is None or not path.exists():
+        return {}
+    try:
+        content = read_sealed(path, FORMAT)
+    except (OSError, ValueError) as error:
+        raise InputError(f"The unfinished sweep {path} cannot be read ({error}): delete it and start again.") from error
+    if content["facts"] != facts:
+        return {}
+    rows = pl.DataFrame(content["rows"], schema=SWEEP)
+    return {(b, a): own for (b, a), own in rows.group_by("bits", "allocation", maintain_order=True)}
