@@ -100,17 +100,24 @@ def test_encoding_is_timed_beside_attention(quick):
         assert row["ratio"] == pytest.approx(row["microseconds"] / row["attention_microseconds"])
 
 
-def test_the_command_writes_what_it_measured(monkeypatch, tmp_path):
+def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkeypatch, tmp_path):
     names = ("decode_attention", "attention_of_methods", "encode_steps", "decode_steps", "read_prompts")
     for name in names:
         monkeypatch.setattr(bench, name, lambda *given, name=name, **named: [{"of": name, **named}])
-    monkeypatch.setattr(bench, "bandwidth", lambda: 1.0)
-    assert cli.main(["bench", "--json", str(tmp_path / "bench.json"), "--tokens", "64"]) == 0
-    results = json.loads((tmp_path / "bench.json").read_text())
-    assert results["facts"]["backend"] in ("cpu", "cuda", "metal")
-    assert results["attention"] == [{"of": "decode_attention", "tokens": [64]}]
-    assert results["decode"] == [{"of": "decode_steps", "tokens": [64]}]
-    assert [results[key][0]["of"] for key in ("methods", "encode", "read")] == [names[1], names[2], names[4]]
+    path = tmp_path / "bench.json"
+    assert cli.main(["bench", "--json", str(path), "--tokens", "64"]) == 0
+    results = json.loads(path.read_text())
+    assert [part["rows"][0]["of"] for part in results.values()] == [*names]
+    assert all(part["facts"]["backend"] in ("cpu", "cuda", "metal") for part in results.values())
+    assert results["attention"]["rows"] == [{"of": "decode_attention", "tokens": [64]}]
+    assert results["decode"]["rows"] == [{"of": "decode_steps", "tokens": [64]}]
+
+    assert cli.main(["bench", "--json", str(path), "--tokens", "32", "--only", "decode"]) == 0
+    again = json.loads(path.read_text())
+    assert again["decode"]["rows"] == [{"of": "decode_steps", "tokens": [32]}]
+    assert {name: part for name, part in again.items() if name != "decode"} == {
+        name: part for name, part in results.items() if name != "decode"
+    }
 
 
 def test_memory_is_measured_by_length_and_a_failing_step_is_no_number(monkeypatch, tmp_path, capsys):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Literal, Self
 
 import mlx.core as mx
@@ -94,6 +93,7 @@ class CompressedKVCache(cache_file.Saved):
             self._block = min(BLOCK, max(1, self.window))
             most = min(self.window + self._block - 1, self._reach)
         self.sinks, self.packed, self.recent = Run(sinks), Run(), Run(most)
+        self._exact = Exact(key_codec.head_dim), Exact(value_codec.head_dim)
         self._evicted = 0  # tokens between the sinks and the oldest that is held
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
         self._dtype = "float32"  # of the keys, by name: a saved cache is written as words and arrays
@@ -120,13 +120,13 @@ class CompressedKVCache(cache_file.Saved):
         self._dtype = str(keys.dtype).rpartition(".")[2]
         hidden = self._held - self.visible
         if self.chunk == "exact" and keys.shape[_TOKENS] > self.window:
-            history = self._history(hidden, extra=(keys, values))
+            segments = self._segments(hidden, extra=(keys, values))
             self._store(keys, values, all_seen=True)
         else:
             self._store(keys, values, all_seen=False)
-            history = self._history(hidden)
+            segments = self._segments(hidden)
         self._evict()
-        history = replace(history, stored=tuple(self.buffers))
+        history = History(segments, stored=tuple(self.buffers))
         if self.lends:
             self._lent = history
         if self.path == "codes":
@@ -255,11 +255,14 @@ class CompressedKVCache(cache_file.Saved):
     def _held(self) -> int:
         return self.sinks.tokens + self.packed.tokens + self.recent.tokens
 
-    def _history(self, hidden: int = 0, extra: tuple[mx.array, mx.array] | None = None) -> History:
+    def _history(self) -> History:
+        return History(self._segments())
+
+    def _segments(self, hidden: int = 0, extra: tuple[mx.array, mx.array] | None = None) -> tuple[Segment, ...]:
         """Segments of what is held, but for the ``hidden`` oldest behind the sinks, and of ``extra`` exact keys and
         values behind it.
         """
-        exact_keys, exact_values = Exact(self.key_codec.head_dim), Exact(self.value_codec.head_dim)
+        exact_keys, exact_values = self._exact
         segments = []
         for run in self._runs:
             skip = 0 if run is self.sinks else min(hidden, run.tokens)
@@ -278,7 +281,7 @@ class CompressedKVCache(cache_file.Saved):
         if extra:
             keys, values = extra
             segments.append(Segment(exact_keys, exact_keys.encode(keys), exact_values, exact_values.encode(values)))
-        return History(tuple(segments))
+        return tuple(segments)
 
     def _store(self, keys: mx.array, values: mx.array, *, all_seen: bool) -> None:
         """Append tokens: to the sinks while they last, then through the window into codes.
@@ -289,7 +292,7 @@ class CompressedKVCache(cache_file.Saved):
         count = keys.shape[_TOKENS]
         if count == 0:
             return
-        exact = Exact(self.key_codec.head_dim), Exact(self.value_codec.head_dim)
+        exact = self._exact
         to_sinks = min(count, max(0, self.max_sinks - self.offset))
         gone = 0 if self._reach is None or not all_seen else max(0, count - to_sinks - self._reach)
         recent = 0 if gone else self.recent.tokens

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -84,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="time attention, encoding and decoding here, against exact and mlx-lm's")
     bench.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
     bench.add_argument("--tokens", type=int, nargs="+", help="lengths of the context (default: 4096 32768 131072)")
+    bench.add_argument(
+        "--only",
+        nargs="+",
+        choices=("attention", "methods", "encode", "decode", "read"),
+        help="measure these alone, and leave the rest of FILE as it is",
+    )
     bench.set_defaults(run=time_kernels)
     memory = commands.add_parser("memory", help="measure memory at its peak and a token's time, by length of text")
     memory.add_argument("--model", default="smollm2-135m", help="what to load (default: %(default)s)")
@@ -233,7 +239,7 @@ def ratio_table(frame: pl.DataFrame) -> str:
 def bench_table(results: dict[str, Any], query_heads: int, kv_heads: int, head_dim: int) -> str:
     """Give the times of attention of one shape, as ``veloxlab bench`` wrote them, as a Markdown table."""
     shape = (query_heads, kv_heads, head_dim)
-    rows = [r for r in results["attention"] if (r["query_heads"], r["kv_heads"], r["head_dim"]) == shape]
+    rows = [r for r in results["attention"]["rows"] if (r["query_heads"], r["kv_heads"], r["head_dim"]) == shape]
     tokens = sorted({row["tokens"] for row in rows})
     lines = [f"| cache | {' | '.join(f'{n:,} tokens' for n in tokens)} |", f"|---|{'---:|' * len(tokens)}"]
     for name in dict.fromkeys(row["cache"] for row in rows):
@@ -248,23 +254,26 @@ def bench_table(results: dict[str, Any], query_heads: int, kv_heads: int, head_d
 
 
 def time_kernels(options: argparse.Namespace) -> int:
-    """Time attention, encoding, decoding and reading, say so as they come, and write them as JSON."""
+    """Time attention, encoding, decoding and reading, say so as they come, and write them as JSON, with the device."""
     from veloxlab.codecs import METHODS
     from veloxlab.measure import bench
     from veloxlab.measure.bench import attention
 
     tokens = tuple(options.tokens or attention.TOKENS)
-    results: dict[str, Any] = {
-        "attention": bench.decode_attention(tokens=tokens),
-        "methods": bench.attention_of_methods([name for name in METHODS if name != "none"]),
-        "encode": bench.encode_steps(),
-        "decode": bench.decode_steps(tokens=tokens),
-        "read": bench.read_prompts(),
-        "gigabytes_per_second": bench.bandwidth(),
+    parts: dict[str, Callable[[], Any]] = {
+        "attention": lambda: bench.decode_attention(tokens=tokens),
+        "methods": lambda: bench.attention_of_methods([name for name in METHODS if name != "none"]),
+        "encode": bench.encode_steps,
+        "decode": lambda: bench.decode_steps(tokens=tokens),
+        "read": bench.read_prompts,
     }
-    results = {"facts": bench.facts()} | results
-    if options.json:
-        write_atomically(options.json, json.dumps(results, indent=1).encode())
+    written: Path | None = options.json
+    kept = json.loads(written.read_text()) if options.only and written and written.exists() else {}
+    for name in options.only or parts:
+        rows = parts[name]()
+        kept[name] = {"facts": bench.facts(), "rows": rows}
+        if written:
+            write_atomically(written, json.dumps(kept, indent=1).encode())
     return 0
 
 

@@ -50,11 +50,12 @@ def checked_attend(queries: Queries, tokens: Tokens, backend: GpuBackend) -> tup
     """`attend`, or None where the kernel for this case cannot be had or does not agree with its twin."""
     shape = Shape.of(queries, tokens)
     which = shape, backend
-    if which not in _states and not can_attend(tokens, backend):
-        return None
-    name = f"attend ({tokens.keys.key[0]} keys, {tokens.values.key[0]} values)"
-    if not _agrees(which, name, backend, lambda: _disagreement(queries, tokens, backend)):
-        return None
+    if _states.get(which) != "":  # asked at every token of every layer
+        name = f"attend ({tokens.keys.key[0]} keys, {tokens.values.key[0]} values)"
+        if not can_attend(tokens, backend):
+            return None
+        if not _agrees(which, name, backend, lambda: _disagreement(queries, tokens, backend)):
+            return None
     return attend(queries, tokens, shape, backend)
 
 

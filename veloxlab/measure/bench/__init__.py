@@ -6,11 +6,10 @@ All rows of one call are of one run on one device, to be read as ratios.
 from veloxlab.measure.bench.attention import attention_of_methods, decode_attention
 from veloxlab.measure.bench.encoding import encode_steps
 from veloxlab.measure.bench.models import decode_steps, read_prompts
-from veloxlab.measure.bench.timing import bandwidth, facts
+from veloxlab.measure.bench.timing import facts
 
 __all__ = [
     "attention_of_methods",
-    "bandwidth",
     "decode_attention",
     "decode_steps",
     "encode_steps",
