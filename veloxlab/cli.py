@@ -274,7 +274,25 @@ def time_kernels(options: argparse.Namespace) -> int:
         kept[name] = {"facts": bench.facts(), "rows": rows}
         if written:
             write_atomically(written, json.dumps(kept, indent=1).encode())
+    if written and "attention" in kept:
+        write_atomically(written.with_suffix(".png"), bench_picture(kept))
     return 0
+
+
+def bench_picture(results: dict[str, Any]) -> bytes:
+    """Draw the times of attention of the first shape that ``veloxlab bench`` wrote, as a PNG."""
+    import polars as pl
+
+    from veloxlab.views import attention_times, picture
+
+    times = pl.DataFrame(results["attention"]["rows"])
+    first = times.row(0, named=True)
+    shape = ("query_heads", "kv_heads", "head_dim")
+    heading = "Attention of one token: {} query heads, {} KV heads, head dimension {}".format(
+        *(first[n] for n in shape)
+    )
+    chart = attention_times(times.filter(*(pl.col(n) == first[n] for n in shape)), heading=heading)
+    return picture.png(chart.to_dict())
 
 
 def measure_lengths(options: argparse.Namespace) -> int:
