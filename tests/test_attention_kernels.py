@@ -10,7 +10,7 @@ import pytest
 from tests.metal_on_host import launch as host
 from veloxlab import attention
 from veloxlab.attention import History, Segment
-from veloxlab.codecs import METHODS, ratequant, vector_codebooks
+from veloxlab.codecs import METHODS, ratequant, transforms, vector_codebooks
 from veloxlab.codecs import codec as codecs
 from veloxlab.codecs.codec import Code, Sample
 from veloxlab.codecs.none import Exact
@@ -351,3 +351,32 @@ def test_an_encoder_that_errs_is_switched_off(monkeypatch, name):
     with pytest.warns(UserWarning, match="The kernel encode is switched off .* it writes other codes"):
         code = codec.encode(x)
     assert all(mx.array_equal(code.arrays[name], array) for name, array in codec._encode_by_graph(x).items())
+
+
+def test_a_rotation_of_blocks_is_one_launch(monkeypatch):
+    launched, host_built = [], host.built
+    monkeypatch.setattr(
+        launching, "_built", lambda source, backend: launched.append(source.name) or host_built(source, backend)
+    )
+    rotation, x = transforms.SignedHadamard(80, 3), normal(1, 2, 9, 80)
+    in_graph = rotation.forward(x)
+    assert not launched
+    monkeypatch.setattr(transforms, "gpu", lambda: "metal")
+    assert relative(rotation.forward(x), in_graph) < 1e-6
+    assert relative(rotation.inverse(in_graph), x) < 1e-6
+    assert set(launched) == {"spread"}
+    launched.clear()
+    transforms.SignedHadamard(64, 3).forward(normal(1, 2, 9, 64))  # MLX's own transform does
+    rotation.forward(normal(9, 80))  # no tokens of heads
+    assert not launched
+
+
+def test_a_rotation_that_errs_is_switched_off(monkeypatch):
+    right = checked.spread
+    monkeypatch.setattr(transforms, "gpu", lambda: "metal")
+    monkeypatch.setattr(checked, "spread", lambda *given, **named: 1.1 * right(*given, **named))
+    rotation, x = transforms.SignedHadamard(80, 3), normal(1, 2, 9, 80)
+    with pytest.warns(UserWarning, match="spread is switched off on this metal device: it differs"):
+        wrong = rotation.forward(x)
+    monkeypatch.setattr(transforms, "gpu", lambda: None)
+    assert mx.array_equal(wrong, rotation.forward(x))

@@ -7,6 +7,7 @@ values is rotated back once. Every rotation here is a frozen dataclass of plain 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal, Protocol
@@ -15,6 +16,8 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.errors import InputError
+from veloxlab.kernels.checked import checked_spread
+from veloxlab.kernels.launch import gpu
 
 RotationName = Literal["hadamard", "haar"]
 
@@ -55,11 +58,11 @@ class SignedHadamard:
 
     def forward(self, x: mx.array) -> mx.array:
         """Rotate ``x`` ``[..., dim]``."""
-        return self._spread(x * _signs(self.dim, self.seed))
+        return self._at_once(x, self._forward, inverse=False)
 
     def inverse(self, y: mx.array) -> mx.array:
         """Undo `forward`."""
-        return self._spread(y) * _signs(self.dim, self.seed)
+        return self._at_once(y, self._inverse, inverse=True)
 
     @property
     def signs(self) -> mx.array:
@@ -70,6 +73,18 @@ class SignedHadamard:
     def nbytes(self) -> int:
         """Bytes of the signs and of the Hartley matrix."""
         return _signs(self.dim, self.seed).nbytes + _hartley(_odd_part(self.dim)).nbytes
+
+    def _at_once(self, x: mx.array, twin: Callable[[mx.array], mx.array], *, inverse: bool) -> mx.array:
+        """By one kernel where MLX's own transform alone does not do and there is a GPU, else by ``twin``."""
+        backend = gpu() if x.ndim == 4 and x.size and _odd_part(self.dim) > 1 else None
+        done = None if backend is None else checked_spread(x, self.signs, backend, twin, inverse=inverse)
+        return twin(x) if done is None else done
+
+    def _forward(self, x: mx.array) -> mx.array:
+        return self._spread(x * self.signs)
+
+    def _inverse(self, y: mx.array) -> mx.array:
+        return self._spread(y) * self.signs
 
     def _spread(self, x: mx.array) -> mx.array:
         if x.size == 0:

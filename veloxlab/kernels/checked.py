@@ -16,7 +16,7 @@ import numpy as np
 
 from veloxlab.kernels.assign import assign
 from veloxlab.kernels.attend import Exact, Queries, Shape, Tokens, attend, attend_twin, can_attend
-from veloxlab.kernels.decode import decode
+from veloxlab.kernels.decode import decode, spread
 from veloxlab.kernels.lanes import can_spread
 from veloxlab.kernels.launch import GpuBackend, gpu
 from veloxlab.kernels.readers import Spread, TableReader
@@ -133,6 +133,24 @@ def checked_decode(
     if not _agrees(("decode", dim, dtype, bits, backend), "decode", backend, trial):
         return None
     return decode(codes, root_scale, signs, levels, bits, dtype, backend)
+
+
+def checked_spread(
+    x: mx.array, signs: mx.array, backend: GpuBackend, twin: Callable[[mx.array], mx.array], *, inverse: bool
+) -> mx.array | None:
+    """`spread`, or None where the kernel for these dimensions cannot be had or does not agree with ``twin``."""
+    dim = signs.shape[0]
+    if not can_spread(dim):
+        return None
+
+    def trial() -> str:
+        some = mx.random.normal((1, 2, 67, dim), key=mx.random.key(0)).astype(x.dtype)
+        error = _relative(spread(some, signs, backend, inverse=inverse), twin(some))
+        return "" if error <= _TOLERANCE else f"it differs from its twin by {error:.1g}"
+
+    if not _agrees(("spread", dim, x.dtype, inverse, backend), "spread", backend, trial):
+        return None
+    return spread(x, signs, backend, inverse=inverse)
 
 
 def states() -> dict[str, int]:
