@@ -9,6 +9,8 @@ import ctypes
 import functools
 import os
 import platform
+import shutil
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -128,6 +130,16 @@ def backend() -> str:
     if mx.default_device() == mx.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
+
+
+def driver() -> str:
+    """The version of NVIDIA's driver, or nothing where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ""
+    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
+    return answer.stdout.strip().partition("\n")[0] if answer.returncode == 0 else ""
 
 
 def _machine_memory_bytes() -> int:

@@ -46,11 +46,12 @@ class Microseconds(NamedTuple):
 
 
 def facts() -> Row:
-    """Device, versions, date, and what was found of the kernels."""
+    """Device, driver, versions, date, and what was found of the kernels."""
     device = runtime.device()
     versions = runtime.installed_versions(("veloxlab", "mlx", "mlx-lm"))
     return {
         "device": device.name,
+        "driver": runtime.driver(),
         "backend": device.backend,
         "memory_gib": round(device.memory_bytes / 2**30, 1),
         "kernels": gpu() or "none",

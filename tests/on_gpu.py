@@ -1,0 +1,65 @@
+"""What a GPU is asked in one go: the parity suite, then the benchmarks: ``python -m tests.on_gpu FOLDER [options]``.
+
+The folder gets ``parity.json`` (how many comparisons passed, and which did not) and ``bench.json``, both with device,
+driver, versions and date. The options are those of ``veloxlab bench``. A kernel takes seconds to compile, so that the
+suite is shared out among processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from veloxlab import cli
+from veloxlab.files import write_atomically
+from veloxlab.measure.bench import facts
+
+SUITE = Path(__file__).with_name("test_kernels_gpu.py")
+PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "gpu")
+_MOST_PROCESSES = 8
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run both, and give 1 if a comparison failed; benchmarks are run all the same."""
+    folder, *options = arguments
+    out = Path(folder)
+    out.mkdir(parents=True, exist_ok=True)
+    processes = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
+    found = parity(tests_of(SUITE), processes)
+    write_atomically(out / "parity.json", json.dumps({"facts": facts(), **found}, indent=1).encode())
+    print(f"{found['passed']} passed, {len(found['failed'])} failed, {found['skipped']} skipped")
+    benched = cli.main(["bench", "--json", str(out / "bench.json"), *options])
+    return 1 if found["failed"] else benched
+
+
+def tests_of(suite: Path) -> list[str]:
+    """The ids of all comparisons."""
+    listed = subprocess.run([*PYTEST, "--collect-only", str(suite)], capture_output=True, text=True, check=True)
+    return [line for line in listed.stdout.splitlines() if "::" in line]
+
+
+def parity(tests: Sequence[str], processes: int) -> dict[str, object]:
+    """Numbers of comparisons that passed and that were skipped, and the last lines of those that failed."""
+    shares = [share for share in (tests[i::processes] for i in range(processes)) if share]
+    with ThreadPoolExecutor(len(shares)) as pool:
+        outcomes = list(pool.map(_outcomes, shares))
+    lines = [line for outcome in outcomes for line in outcome]
+    return {
+        "passed": sum(line.startswith("PASSED") for line in lines),
+        "skipped": sum(line.startswith("SKIPPED") for line in lines),
+        "failed": [line for line in lines if line.startswith(("FAILED", "ERROR"))],
+    }
+
+
+def _outcomes(tests: Sequence[str]) -> list[str]:
+    run = subprocess.run([*PYTEST, "-rA", "--no-fold-skipped", *tests], capture_output=True, text=True, check=False)
+    return [line for line in run.stdout.splitlines() if line.startswith(("PASSED", "SKIPPED", "FAILED", "ERROR"))]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

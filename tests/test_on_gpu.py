@@ -1,0 +1,52 @@
+"""The script for a GPU: what passes, fails and is skipped is counted, in whatever process it ran."""
+
+import json
+
+import pytest
+
+from tests import on_gpu
+
+SUITE = """
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_numbers(number):
+    assert number != 3
+
+
+@pytest.mark.skip(reason="there is none")
+def test_of_none(): ...
+"""
+
+
+@pytest.fixture
+def suite(tmp_path, monkeypatch):
+    path = tmp_path / "test_some.py"
+    path.write_text(SUITE)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: a GPU\n")
+    monkeypatch.chdir(tmp_path)
+    return path
+
+
+def test_every_comparison_is_counted_once(suite):
+    tests = on_gpu.tests_of(suite)
+    assert len(tests) == 6
+    found = on_gpu.parity(tests, 2)
+    assert (found["passed"], found["skipped"]) == (4, 1)
+    (failed,) = found["failed"]
+    assert "test_numbers[3]" in failed
+
+
+def test_results_are_written_and_a_failure_is_told(suite, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(on_gpu, "SUITE", suite)
+    benched = []
+    monkeypatch.setattr(on_gpu.cli, "main", lambda words: benched.append(words) or 0)
+    assert on_gpu.main([str(tmp_path / "out"), "--tokens", "64"]) == 1
+    written = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert written["passed"] == 4
+    assert "driver" in written["facts"]
+    assert benched == [["bench", "--json", str(tmp_path / "out" / "bench.json"), "--tokens", "64"]]
+    assert "4 passed, 1 failed, 1 skipped" in capsys.readouterr().out
