@@ -1,7 +1,9 @@
 """The laboratory answers from measurements, on whatever thread its knobs are turned."""
 
 import base64
+import json
 import threading
+from html import escape
 
 import polars as pl
 import pytest
@@ -147,6 +149,41 @@ def test_its_pictures_and_rows_can_be_taken_away(lab, tmp_path):
     assert {f.name for f in files} >= {"errors.svg", "errors.parquet", "bits.svg", "memory.parquet"}
     assert pl.read_parquet(tmp_path / "out" / "errors.parquet").equals(lab.errors.frame)
     assert (tmp_path / "out" / "memory.svg").read_text().startswith("<svg")
+
+
+def test_its_state_can_be_taken_away_and_brought_back(lab):
+    turn(lab, key_bits=3, sinks=4)
+    lab.layer = 5
+    turn(lab, value_bits=6)
+    lab.metric = "rel_mse"
+    state, plan = json.loads(json.dumps(lab.state)), lab.plan
+    assert state["layers"] == {"5": [3, 6]}
+    lab.layer = None
+    lab._reset()
+    turn(lab, key_bits=8, sinks=0, metric="output_error")
+    lab.restore(state)
+    assert lab.wait(120)
+    assert lab.state == state
+    assert lab.plan == plan
+
+    with pytest.raises(InputError, match="of turboquant, and the state of rabitq"):
+        lab.restore(state | {"method": "rabitq"})
+    with pytest.raises(InputError, match="says nothing of sinks, window"):
+        lab.restore({name: state[name] for name in state if name not in ("sinks", "window")})
+    with pytest.raises(InputError, match="window=-3"):
+        lab.restore(state | {"bits": [2, 2], "window": -3})
+    assert lab.wait(120)
+    assert lab.state == state  # nothing of the refused state is left
+
+
+def test_it_can_be_taken_away_as_one_page(lab, tmp_path):
+    path = lab.export(tmp_path / "report.html")
+    page = path.read_text()
+    assert page.count('<div class="chart"') == len(lab._charts())
+    assert "turboquant K4 V4" in page
+    assert escape(lab.plan.to_json()[:60]) in page
+    assert "vegaEmbed" in page
+    assert "http://" not in page[: page.index('id="charts"')]
 
 
 @pytest.mark.parametrize(

@@ -112,10 +112,14 @@ class Plan:
         widths = widths.get(role) if isinstance(widths, Mapping) else widths
         return (bits,) if widths is None else tuple(widths)
 
+    def to_json(self) -> str:
+        """What `save` writes."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all, and return the path."""
         path = Path(path)
-        text = json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        text = self.to_json()
         write_atomically(path, text.encode())
         return path
 

@@ -15,6 +15,7 @@ from veloxlab.allocate.plan import Plan
 from veloxlab.calibration import Calibration
 from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
+from veloxlab.files import write_atomically
 from veloxlab.measure import (
     Capture,
     capture,
@@ -27,9 +28,11 @@ from veloxlab.measure import (
 )
 from veloxlab.views import bit_allocation, bit_caption, error_caption, error_map, frontier, memory_caption, picture
 from veloxlab.views import memory_growth as memory_chart
+from veloxlab.views.report import Section, report
 from veloxlab.widgets.chart_view import ChartView, link
 from veloxlab.widgets.progress import ProgressBar
 from veloxlab.widgets.tables import Bits, Tables
+from veloxlab.widgets.vega_bundle import ensure_bundle
 from veloxlab.widgets.worker import Progress, Worker
 
 METRICS = {
@@ -161,13 +164,81 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.worker.submit("fidelity", job, on_done=self._add_measured, on_error=self._say)
 
     def save_pictures(self, folder: str | Path) -> list[Path]:
-        """Write each chart as SVG and its rows as Parquet into ``folder``, and give the files."""
+        """Write each chart as SVG and PNG and its rows as Parquet into ``folder``, and give the files."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         files = []
         for name, view in self._charts().items():
-            files += [view.to_svg(folder / f"{name}.svg"), view.to_parquet(folder / f"{name}.parquet")]
+            files += [view.to_svg(folder / f"{name}.svg"), view.to_png(folder / f"{name}.png")]
+            files.append(view.to_parquet(folder / f"{name}.parquet"))
         return files
+
+    def export(self, path: str | Path) -> Path:
+        """Write what is seen as one HTML file that needs no network, and give its path.
+
+        It holds the charts, live and in light and dark, what was measured, the plan and the lines that use it.
+        """
+        headings = {
+            "errors": "What each layer loses",
+            "bits": "How the bits are spent",
+            "memory": "What is held",
+            "frontier": "What was measured",
+        }
+        charts = [Section(headings[name], chart=view.to_dict()) for name, view in self._charts().items()]
+        words = f"{len(self._capture.tokens)} tokens of text, sinks={self.sinks}, window={self.window}."
+        measured = [Section("Fidelity", table=self.measured)] if len(self.measured) else []
+        plan = Section("The plan", "Save it as plan.json.", code=self.plan.to_json())
+        use = Section("To use it", code='cache = vl.make_cache(model, vl.Plan.load("plan.json"))')
+        page = report(
+            f"veloxlab: {self.name}",
+            [Section(self.name, words), *charts, *measured, plan, use],
+            ensure_bundle().read_text("utf-8"),
+        )
+        write_atomically(Path(path), page.encode())
+        return Path(path)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The settings as plain words and numbers: what `restore` takes, and JSON holds."""
+        return {
+            "method": self._method.id,
+            "bits": list(self._base),
+            "layers": {str(layer): list(widths) for layer, widths in self._overrides.items()},
+            "sinks": self.sinks,
+            "window": self.window,
+            "layer": self.layer,
+            "metric": self.metric,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Turn the knobs to a `state` of a laboratory of the same method.
+
+        Raises
+        ------
+        InputError : another method's state, or one that says what this laboratory cannot be; nothing is changed then.
+        """
+        if state.get("method") != self._method.id:
+            raise InputError(
+                f"This laboratory is of {self._method.id}, and the state of {state.get('method')}: make a "
+                f"vl.Lab(model, tokenizer, method={state.get('method')!r})."
+            )
+        missing = sorted(set(self.state) - set(state))
+        if missing:
+            raise InputError(f"The state says nothing of {', '.join(missing)}: give what lab.state gave.")
+        before = self.state
+        try:
+            self._turn_to(state)
+        except Exception:
+            self._turn_to(before)
+            raise
+
+    def _turn_to(self, state: dict[str, Any]) -> None:
+        self.layer = None
+        self._overrides = {int(layer): (widths[0], widths[1]) for layer, widths in state["layers"].items()}
+        self.key_bits, self.value_bits = state["bits"]
+        self.sinks, self.window, self.metric = state["sinks"], state["window"], state["metric"]
+        self.layer = state["layer"]
+        self._redraw()
 
     # how it looks where no kernel runs ------------------------------------------------------------------------------
 

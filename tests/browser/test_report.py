@@ -1,0 +1,42 @@
+"""A report in a real browser, from its file alone: charts are drawn, light and dark, and no network is asked."""
+
+from __future__ import annotations
+
+import polars as pl
+import pytest
+
+from veloxlab import views
+from veloxlab.views.report import Section, report
+from veloxlab.widgets.vega_bundle import ensure_bundle
+
+pytestmark = pytest.mark.browser
+
+TEXT_COLOUR = "() => document.querySelector('svg.marks .role-axis-label text').getAttribute('fill')"
+
+
+def test_a_report_needs_nothing_but_itself(bare, tmp_path):
+    rows = [
+        {"tokens": tokens, "cache": cache, "layer": 0, "bytes": tokens * each, "kind": "measured"}
+        for tokens in (512, 1024)
+        for cache, each in (("fp16", 4000), ("turboquant", 1000))
+    ]
+    frame = pl.DataFrame(rows)
+    sections = [
+        Section("What is held", "By 1,024 tokens.", chart=views.memory_growth(frame).to_dict()),
+        Section("</script><b>numbers</b>", table=frame, code='cache = vl.make_cache(model, "turboquant")'),
+    ]
+    path = tmp_path / "report.html"
+    path.write_text(report("A <report>", sections, ensure_bundle().read_text("utf-8")), encoding="utf-8")
+
+    bare.page.emulate_media(color_scheme="light")
+    bare.page.goto(path.as_uri())
+    bare.page.wait_for_function("() => document.body.dataset.drawn === '1'", timeout=30_000)
+    assert bare.page.title() == "A <report>"
+    assert bare.page.locator("svg.marks").count() == 1
+    assert bare.page.locator("td").count() == frame.width * frame.height
+    assert bare.page.locator("h2").nth(1).inner_text() == "</script><b>numbers</b>"
+    light = bare.page.evaluate(TEXT_COLOUR)
+    bare.page.emulate_media(color_scheme="dark")
+    bare.page.wait_for_function(f"(light) => ({TEXT_COLOUR})() !== light", arg=light)
+    assert bare.errors == []
+    assert [url for url in bare.outside if not url.startswith("file:")] == []
