@@ -48,16 +48,15 @@ def pareto_front(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VCon
 
 def pareto_caption(frame: pl.DataFrame) -> str:
     """Say how many candidates are on the front, how many stopped early, and how many were not run."""
-    measured = frame.filter(pl.col("windows") > 0)
-    early = measured.filter(pl.col("windows") < frame["windows"].max()).height
-    parts = [f"{frame.filter(state=FRONT).height} of {frame.height} candidates are on the front"]
-    if early:
-        parts.append(f"{early} were dropped early")
-    if unrun := frame.height - measured.height:
-        parts.append(f"{unrun} were not run")
-    if lost := measured.filter(~pl.col("kl").is_finite()).height:
-        parts.append(f"{lost} gave no finite numbers")
-    return ", ".join(parts) + ". Lower left is better; bars are intervals."
+    finite = frame.filter(pl.col("kl").is_finite())
+    counts = {
+        "dropped early": finite.filter(pl.col("windows") < frame["windows"].max()).height,
+        "not run": frame.filter(windows=0).height,
+        "not finite": frame.filter(pl.col("windows") > 0).height - finite.height,
+    }
+    told = [f"{what}: {count}" for what, count in counts.items() if count]
+    front = f"{frame.filter(state=FRONT).height} of {frame.height} candidates are on the front"
+    return "; ".join([front, *told]) + ". Lower left is better; bars are intervals."
 
 
 def _marks(shown: pl.DataFrame, floor: float) -> list[alt.Chart]:
