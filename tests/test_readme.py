@@ -7,8 +7,9 @@ import polars as pl
 import pytest
 
 from veloxlab.allocate.sweep import swept, swept_table
-from veloxlab.cli import bench_table, compared_table, lengths_table, ratio_table
+from veloxlab.cli import bench_table, compared_table, front_table, lengths_table, ratio_table
 from veloxlab.codecs import METHODS
+from veloxlab.pareto import SearchResult
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -19,6 +20,7 @@ def test_the_tables_are_the_committed_measurements():
     assert compared_table(pl.read_parquet(results / "compare_smollm2-135m.parquet")) in README
     assert ratio_table(pl.read_parquet(results / "byte_ratios.parquet")) in README
     assert swept_table(pl.read_parquet(results / "ratequant_smollm2-135m.parquet")) in README
+    assert front_table(SearchResult.load(results / "search_smollm2-135m.parquet").front) in README
 
 
 @pytest.mark.parametrize("device", ["NVIDIA H100 80GB HBM3", "NVIDIA H200"])

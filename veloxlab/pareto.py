@@ -16,20 +16,17 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab import views
-from veloxlab.allocate.candidates import USUAL_BITS, Candidate, ModelShape, candidates
-from veloxlab.allocate.crew import Crew
+from veloxlab.allocate.candidates import USUAL_BITS, Candidate, ModelShape, calibrated_widths, candidates
+from veloxlab.allocate.crew import Crew, bench, model_name
 from veloxlab.allocate.plan import Plan
 from veloxlab.allocate.race import race
-from veloxlab.allocate.trials import Bench, Trial, Trials
+from veloxlab.allocate.trials import Trial, Trials
 from veloxlab.calibration import Calibration, calibrate
-from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.files import write_atomically
-from veloxlab.integrate import name_of
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import Mode
-from veloxlab.models import load
 
 FORMAT = "veloxlab search 1"
 OVER_BUDGET = "over budget"
@@ -195,18 +192,19 @@ def search(
         protected=protected,
     )
     job = Trials(
-        _named(model, executor),
+        model_name(model, executor),
         text,
         tokens,
         windows,
         mode or ("decode" if any(c.window for c in asked) else "oneshot"),
         prompt,
         context,
-        _widths(asked),
+        calibrated_widths(asked),
         None if folder is None else str(Path(folder).resolve()),
     )
-    _check(job, confidence)
-    crew = Crew(job, executor or _bench(job, model, tokenizer), progress)
+    if not 0 < confidence < 1:
+        raise InputError(f"confidence={confidence} is no share: give a number between 0 and 1, such as 0.95.")
+    crew = Crew(job, executor or bench(job, model, tokenizer), progress)
     shape = crew.shape()
     asked = tuple(dict.fromkeys(c.within(shape) for c in asked))
     nbytes, calibrations = crew.weigh(asked)
@@ -245,49 +243,12 @@ def search(
         "tokens": tokens,
         "windows": windows,
         "mode": job.mode,
+        "prompt": prompt,
         "confidence": confidence,
         "most_bytes_per_token": most_bytes_per_token,
         "most_kl": most_kl,
     }
     return SearchResult(pl.DataFrame(rows, schema=SEARCHED, orient="row"), shape, calibrations, settings)
-
-
-def _named(model: Module | str | Path, executor: Executor | None) -> str:
-    """What workers load, or, of a model that is here, what people read."""
-    if not isinstance(model, str | Path):
-        if executor is not None:
-            raise InputError(
-                "A loaded model was given beside an executor, whose workers load it for themselves: give its name or "
-                "path, as for vl.load."
-            )
-        return name_of(model)
-    path = Path(model).expanduser()
-    return str(path.resolve()) if path.exists() else str(model)
-
-
-def _bench(job: Trials, model: Module | str | Path, tokenizer: Any) -> Bench:  # noqa: ANN401
-    if isinstance(model, str | Path):
-        return Bench(job, *load(model))
-    if tokenizer is None:
-        raise InputError("The model's tokenizer is missing: give both, as vl.load gives them.")
-    return Bench(job, model, tokenizer)
-
-
-def _widths(asked: Sequence[Candidate]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """All widths of each method that has to be calibrated."""
-    widths: dict[str, set[int]] = {}
-    for c in asked:
-        if find_method(c.method).calibrated:
-            widths.setdefault(c.method, set()).update((c.key_bits, c.value_bits))
-    return tuple((method, tuple(sorted(own))) for method, own in widths.items())
-
-
-def _check(job: Trials, confidence: float) -> None:
-    for name, number, least in (("windows", job.windows, 1), ("tokens", job.tokens, 2), ("context", job.context, 1)):
-        if number < least:
-            raise InputError(f"{name}={number} leaves nothing to measure: give {least} or more.")
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence={confidence} is no share: give a number between 0 and 1, such as 0.95.")
 
 
 def _row(

@@ -134,6 +134,15 @@ def candidates(
     return tuple(dict.fromkeys(found))
 
 
+def calibrated_widths(some: Sequence[Candidate]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """All widths that ``some`` have of each method that has to be calibrated."""
+    widths: dict[str, set[int]] = {}
+    for c in some:
+        if find_method(c.method).calibrated:
+            widths.setdefault(c.method, set()).update((c.key_bits, c.value_bits))
+    return tuple((method, tuple(sorted(own))) for method, own in widths.items())
+
+
 def bytes_per_token(model: Module, plan: Plan, context: int, calibration: ModelCalibration | None = None) -> float:
     """What a cache of ``plan`` holds after a text of ``context`` tokens that was read in one call, for each of them.
 

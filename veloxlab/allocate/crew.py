@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
+
+from mlx.nn.layers.base import Module
 
 from veloxlab.allocate import trials
 from veloxlab.allocate.candidates import Candidate, ModelShape
 from veloxlab.allocate.trials import Bench, Trial, Trials, Weighed
+from veloxlab.errors import InputError
+from veloxlab.integrate import name_of
 from veloxlab.measure.progress import Progress
+from veloxlab.models import load
 
 Kind = Literal["shape", "weigh", "measure"]
 
@@ -78,3 +84,30 @@ class Crew:
         finally:  # whoever reads this may stop at any time
             for future in futures:
                 future.cancel()
+
+
+def model_name(model: Module | str | Path, executor: Executor | None) -> str:
+    """What workers load, or, of a model that is here, what people read.
+
+    Raises
+    ------
+    InputError : the model is loaded, and there is an executor.
+    """
+    if not isinstance(model, str | Path):
+        if executor is not None:
+            raise InputError(
+                "A loaded model was given beside an executor, whose workers load it for themselves: give its name or "
+                "path, as for vl.load."
+            )
+        return name_of(model)
+    path = Path(model).expanduser()
+    return str(path.resolve()) if path.exists() else str(model)
+
+
+def bench(job: Trials, model: Module | str | Path, tokenizer: Any) -> Bench:  # noqa: ANN401
+    """What does the jobs in this process; raises `InputError` for a loaded model without a tokenizer."""
+    if isinstance(model, str | Path):
+        return Bench(job, *load(model))
+    if tokenizer is None:
+        raise InputError("The model's tokenizer is missing: give both, as vl.load gives them.")
+    return Bench(job, model, tokenizer)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 from mlx.nn.layers.base import Module
@@ -43,6 +43,15 @@ class Trials:
     context: int
     widths: tuple[tuple[str, tuple[int, ...]], ...] = ()
     folder: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, number, least in (
+            ("windows", self.windows, 1),
+            ("tokens", self.tokens, 2),
+            ("context", self.context, 1),
+        ):
+            if number < least:
+                raise InputError(f"{name}={number} leaves nothing to measure: give {least} or more.")
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,10 @@ class Bench:
 
     def shape(self) -> ModelShape:
         """Of the model."""
+        return self._shape
+
+    @cached_property
+    def _shape(self) -> ModelShape:
         return ModelShape.of(self.model)
 
     def weigh(self, some: Sequence[Candidate]) -> Weighed:
