@@ -320,9 +320,15 @@ def test_a_pool_of_processes_gives_the_same(file, here):
         assert same(here, vl.search(file, methods=TWO, executor=pool, **SETTINGS))
 
 
-def test_threads_give_the_same(file, here):
+def test_threads_give_the_same_and_share_calibrations_by_their_folder(file, tmp_path):
+    settings = SETTINGS | {"methods": ("rabitq", "spectralquant"), "folder": tmp_path}
     with ThreadPoolExecutor(3) as pool:
-        assert same(here, vl.search(file, methods=TWO, executor=pool, **SETTINGS))
+        there = vl.search(file, executor=pool, **settings)
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    here = vl.search(file, **settings)
+    assert same(here, there)
+    assert here.calibrations == there.calibrations
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept  # found, and not made again
 
 
 def test_dask_gives_the_same(file, here):
