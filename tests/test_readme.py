@@ -6,8 +6,9 @@ from pathlib import Path
 import polars as pl
 
 from veloxlab.allocate.sweep import swept, swept_table
-from veloxlab.cli import bench_table, compared_table, lengths_table, ratio_table
+from veloxlab.cli import bench_table, compared_table, front_table, lengths_table, ratio_table
 from veloxlab.codecs import METHODS
+from veloxlab.pareto import SearchResult
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -18,6 +19,7 @@ def test_the_tables_are_the_committed_measurements():
     assert compared_table(pl.read_parquet(results / "compare_smollm2-135m.parquet")) in README
     assert ratio_table(pl.read_parquet(results / "byte_ratios.parquet")) in README
     assert swept_table(pl.read_parquet(results / "ratequant_smollm2-135m.parquet")) in README
+    assert front_table(SearchResult.load(results / "search_smollm2-135m.parquet").front) in README
 
 
 def test_the_times_on_a_gpu_are_the_committed_measurements():

@@ -74,13 +74,36 @@ def fidelity_frame() -> pl.DataFrame:
     )
 
 
+def pareto_frame() -> pl.DataFrame:
+    states = ["front", "front", "dominated", "over budget", "not finite"]
+    return pl.DataFrame(
+        {
+            "row": range(5),
+            "method": ["rvq", "turboquant", "turboquant", "qjl", "qjl"],
+            "key_bits": [2, 4, 2, 8, 1],
+            "value_bits": [2, 4, 4, 8, 1],
+            "sinks": [4] * 5,
+            "window": [0] * 5,
+            "protected": [[], [0, 29], [], [], []],
+            "bytes_per_token": [3000.5, 6000.0, 6100.0, 9000.0, 2000.0],
+            "windows": [8, 8, 3, 0, 1],
+            "kl": [0.9, 0.04, 0.5, None, math.nan],
+            "low": [0.8, -0.01, 0.4, None, None],
+            "high": [1.0, 0.09, 0.6, None, None],
+            "state": states,
+        },
+        schema_overrides={"protected": pl.List(pl.Int32)},
+    )
+
+
 CHARTS: dict[str, Callable[[], alt.VConcatChart]] = {
     "errors": lambda: views.error_map(error_frame()),
     "bits": lambda: views.bit_allocation(bit_frame()),
     "memory": lambda: views.memory_growth(memory_frame()),
     "frontier": lambda: views.frontier(fidelity_frame()),
+    "pareto_front": lambda: views.pareto_front(pareto_frame()),
 }
-BY_LAYER = [name for name in CHARTS if name != "frontier"]
+BY_LAYER = [name for name in CHARTS if name not in ("frontier", "pareto_front")]
 
 
 def drawn(chart: alt.TopLevelMixin, **params: object) -> str:
@@ -199,6 +222,15 @@ def test_every_finite_cache_is_drawn_and_the_others_are_named():
         assert f"name: {name};" in drawing
     assert "NaN" not in drawing
     assert any("Not finite: commvq K1 V1." in line for line in words(drawing))
+
+
+def test_a_front_is_drawn_with_its_intervals_and_what_was_not_measured_is_counted():
+    drawing = drawn(views.pareto_front(pareto_frame()))
+    assert "NaN" not in drawing  # an interval that reaches below zero ends at the floor
+    assert "exact layers: 0, 29;" in drawing
+    assert "qjl" not in drawing
+    said = "2 of 5 candidates are on the front; dropped early: 1; not run: 1; not finite: 1."
+    assert any(line.startswith(said) for line in words(drawing))
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         token_errors,
     )
     from veloxlab.models import load
+    from veloxlab.pareto import SearchResult, search
     from veloxlab.prompt_cache import load_cache, make_cache
     from veloxlab.texts import excerpt
     from veloxlab.widgets.lab import Lab
@@ -92,6 +93,8 @@ _HOME = {
     "allocate_bits": "allocate.ratequant",
     "distortion_curves": "allocate.curves",
     "rate_budget": "allocate.ratequant",
+    "SearchResult": "pareto",
+    "search": "pareto",
 }
 
 __all__ = [
@@ -105,6 +108,7 @@ __all__ = [
     "Plan",
     "QualityFloor",
     "RateBudget",
+    "SearchResult",
     "TokensInMemory",
     "allocate_bits",
     "calibrate",
@@ -127,6 +131,7 @@ __all__ = [
     "reference",
     "relative_errors",
     "report",
+    "search",
     "sensitivities",
     "token_errors",
 ]

@@ -81,6 +81,22 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--sequences", type=int, default=8, help="for the sensitivities (default: %(default)s)")
     sweep.add_argument("--out", type=Path, default=Path("results"), help="folder to write to (default: %(default)s)")
     sweep.set_defaults(run=sweep_bits)
+    search = commands.add_parser("search", help="measure the Pareto front of bytes and divergence, and write it")
+    search.add_argument("--model", default="smollm2-135m", help="what to load (default: %(default)s)")
+    search.add_argument("--methods", nargs="+", help="ids (default: those that need no calibration)")
+    search.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="of keys and of values (default: 2 3 4)")
+    search.add_argument("--sinks", type=int, nargs="+", default=[0, 4], help="exact first tokens (default: 0 4)")
+    search.add_argument("--window", type=int, nargs="+", default=[0], help="exact newest tokens (default: 0)")
+    search.add_argument(
+        "--protected", nargs="+", default=["none", "0"], help="layers left exact, as 0,-1 (default: none 0)"
+    )
+    search.add_argument("--most-bytes", type=float, help="a token at most (default: any)")
+    search.add_argument("--most-kl", type=float, help="nats at most (default: any)")
+    search.add_argument("--tokens", type=int, default=192, help="length of a stretch of text (default: %(default)s)")
+    search.add_argument("--windows", type=int, default=8, help="number of stretches (default: %(default)s)")
+    search.add_argument("--workers", type=int, default=1, help="processes that measure (default: %(default)s)")
+    search.add_argument("--out", type=Path, default=Path("results"), help="folder to write to (default: %(default)s)")
+    search.set_defaults(run=search_front)
     bench = commands.add_parser("bench", help="time attention, encoding and decoding here, against exact and mlx-lm's")
     bench.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
     bench.add_argument("--tokens", type=int, nargs="+", help="lengths of the context (default: 4096 32768 131072)")
@@ -206,6 +222,58 @@ def sweep_bits(options: argparse.Namespace) -> int:
     unfinished.unlink(missing_ok=True)
     print(swept_table(frame))
     return 0
+
+
+def search_front(options: argparse.Namespace) -> int:
+    """Search, print the front, and write all candidates as Parquet."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from contextlib import ExitStack
+
+    import veloxlab as vl
+
+    try:
+        protected = [() if word == "none" else tuple(map(int, word.split(","))) for word in options.protected]
+    except ValueError:
+        words = " ".join(options.protected)
+        raise InputError(f"--protected {words} names no layers: give numbers as 0 or 0,-1, or the word none.") from None
+    options.out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        executor = None
+        if options.workers > 1:
+            fresh = multiprocessing.get_context("spawn")  # MLX's threads do not survive a fork
+            executor = stack.enter_context(ProcessPoolExecutor(options.workers, mp_context=fresh))
+        result = vl.search(
+            options.model,
+            methods=options.methods,
+            bits=options.bits,
+            sinks=options.sinks,
+            window=options.window,
+            protected=protected,
+            most_bytes_per_token=options.most_bytes,
+            most_kl=options.most_kl,
+            tokens=options.tokens,
+            windows=options.windows,
+            executor=executor,
+            progress=lambda done, total, label: print(f"{done} of {total}: {label}", file=sys.stderr),
+        )
+    result.save(options.out / f"search_{Path(options.model).stem}.parquet")
+    print(front_table(result.front))
+    return 0
+
+
+def front_table(frame: pl.DataFrame) -> str:
+    """Give the front of a search as a Markdown table."""
+    lines = ["| cache | K / V bits | sinks | window | exact layers | bytes a token | KL (nats), 95 % | top-1 flips |"]
+    lines.append("|---|---|---:|---:|---|---:|---:|---:|")
+    for row in frame.iter_rows(named=True):
+        kl = f"{row['kl']:.4f}"
+        if row["low"] is not None:
+            kl += f" ({row['low']:.4f} to {row['high']:.4f})"
+        cells = [f"{row['key_bits']} / {row['value_bits']}", str(row["sinks"]), str(row["window"])]
+        cells += [", ".join(map(str, row["protected"])), f"{row['bytes_per_token']:,.1f}", kl]
+        lines.append(f"| {row['method']} | {' | '.join(cells)} | {100 * row['top1_flips']:.1f} % |")
+    return "\n".join(lines)
 
 
 def compared_table(frame: pl.DataFrame) -> str:

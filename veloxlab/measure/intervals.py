@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+import numpy.typing as npt
 
 from veloxlab.errors import InputError
 
@@ -36,10 +37,21 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
     InputError : there are fewer than two values.
     """
     numbers = np.asarray(values, np.float64)
-    if len(numbers) < 2:
-        raise InputError(f"An interval takes two values or more, and there are {len(numbers)}: measure more windows.")
+    low = float(lower_ends(numbers, confidence))
     mean = float(numbers.mean())
-    half = (
-        student_quantile((1 + confidence) / 2, len(numbers) - 1) * float(numbers.std(ddof=1)) / math.sqrt(len(numbers))
-    )
-    return mean, mean - half, mean + half
+    return mean, low, 2 * mean - low
+
+
+def lower_ends(values: npt.NDArray[np.float64], confidence: float = 0.95) -> npt.NDArray[np.float64]:
+    """Lower ends ``[...]`` of the two-sided t intervals of the means over the last axis of ``values`` ``[..., N]``.
+
+    Raises
+    ------
+    InputError : there are fewer than two values.
+    """
+    count = values.shape[-1]
+    if count < 2:
+        raise InputError(f"An interval takes two values or more, and there are {count}: measure more windows.")
+    half = student_quantile((1 + confidence) / 2, count - 1) * values.std(axis=-1, ddof=1) / math.sqrt(count)
+    ends: npt.NDArray[np.float64] = values.mean(axis=-1) - half
+    return ends

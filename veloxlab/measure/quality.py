@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import mlx.core as mx
 import numpy as np
@@ -69,6 +69,15 @@ class Reference:
     stretches: tuple[list[int], ...]
     log_probs: tuple[mx.array, ...]
 
+    @classmethod
+    def of(cls, model: Module, stretches: Sequence[list[int]], progress: Progress = silent) -> Self:
+        """Run the model with its own cache over stretches of token ids."""
+        log_probs = []
+        for w, stretch in enumerate(stretches):
+            progress(w, len(stretches), f"window {w + 1} of {len(stretches)}: exact")
+            log_probs.append(_log_probs(model(mx.array([stretch[:-1]]))))
+        return cls(model, tuple(stretches), tuple(log_probs))
+
 
 def reference(
     model: Module,
@@ -86,12 +95,7 @@ def reference(
             f"The text has {len(ids)} tokens, too few for {windows} windows of {tokens}: "
             "give a longer text or take fewer or shorter windows."
         )
-    stretches = tuple(ids[w * tokens : (w + 1) * tokens] for w in range(windows))
-    log_probs = []
-    for w, stretch in enumerate(stretches):
-        progress(w, windows, f"window {w + 1} of {windows}: exact")
-        log_probs.append(_log_probs(model(mx.array([stretch[:-1]]))))
-    return Reference(model, stretches, tuple(log_probs))
+    return Reference.of(model, [ids[w * tokens : (w + 1) * tokens] for w in range(windows)], progress)
 
 
 def fidelity(

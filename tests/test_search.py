@@ -1,0 +1,386 @@
+"""The search drops what is surely beaten and nothing else, and gives the same front wherever its jobs run."""
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import polars as pl
+import pytest
+
+import veloxlab as vl
+from tests.gguf_files import write_llama
+from tests.test_calibration import TEXT, Letters
+from tests.tiny_models import tiny
+from veloxlab import cli
+from veloxlab.allocate.candidates import Candidate, ModelShape, bytes_per_token, candidates
+from veloxlab.allocate.race import GROUP, LEAST_WINDOWS, on_front, race
+from veloxlab.allocate.trials import Trials
+from veloxlab.errors import InputError
+from veloxlab.measure.quality import judge, reference
+from veloxlab.pareto import SEARCHED
+
+SETTINGS = {"bits": (2, 4), "text": TEXT, "tokens": 40, "windows": 5, "context": 300}
+TWO = ("turboquant", "rabitq")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def result(model):
+    return vl.search(model, Letters(), methods=TWO, **SETTINGS)
+
+
+# the race, on numbers that were made up -----------------------------------------------------------------------------
+
+
+def made_up(means, noise=0.01, seed=0):
+    """A callback that gives each entrant its mean on windows that differ much, and a little noise of its own; and what
+    it was asked."""
+    rng = np.random.default_rng(seed)
+    common, own = rng.uniform(0.5, 1.5, 50), rng.normal(0, noise, (len(means), 50))
+    asked = []
+
+    def measure(numbers, window):
+        asked.append((window, list(numbers)))
+        return [float(means[i] * common[window] + own[i, window]) for i in numbers]
+
+    return measure, asked
+
+
+def test_what_is_surely_beaten_is_dropped_early_and_the_front_is_measured_to_the_end():
+    nbytes, means = [1, 2, 2, 3, 3], [8, 4, 9, 2, 6]
+    measure, asked = made_up(means)
+    entrants = race(nbytes, measure, 8)
+    assert [e.state for e in entrants] == ["front", "front", "dominated", "front", "dominated"]
+    counts = [len(e.kls) for e in entrants]
+    assert counts == [8, 8, counts[2], 8, counts[4]]
+    assert all(LEAST_WINDOWS <= n < 8 for n in (counts[2], counts[4]))
+    assert asked[-1] == (7, [0, 1, 3])
+
+
+def test_nobody_is_dropped_for_what_two_windows_say():
+    entrants = race([1, 1], made_up([1, 9], noise=0)[0], LEAST_WINDOWS - 1)
+    assert [e.state for e in entrants] == ["front", "close"]
+
+
+def test_fewer_bytes_are_never_beaten_by_more():
+    entrants = race([1, 2], made_up([9, 1])[0], 8)
+    assert [e.state for e in entrants] == ["front", "front"]
+
+
+def test_what_is_beaten_by_less_than_its_noise_is_close_and_not_dominated():
+    entrants = race([1, 1], made_up([5, 5.01], noise=0.5, seed=1)[0], 8)
+    assert sorted(e.state for e in entrants) == ["close", "front"]
+    assert all(len(e.kls) == 8 for e in entrants)
+
+
+def test_equals_are_both_on_the_front():
+    assert on_front([1, 1, 2], [3.0, 3.0, 3.0]) == [True, True, False]
+
+
+def test_an_equal_is_dropped_as_rarely_as_the_confidence_says():
+    dropped = 0
+    for seed in range(600):
+        entrants = race([1, 2], made_up([5, 5], noise=0.5, seed=seed)[0], 8)
+        dropped += entrants[1].state == "dominated"
+    # one side of 5 %, over all looks together; three standard deviations of 600 trials are 0.02
+    assert 0 < dropped / 600 < 0.025 + 0.02
+
+
+def test_under_a_floor_cheaper_ones_run_first_and_the_others_not_once_it_is_met():
+    count = 3 * GROUP
+    means = [10.0 - 0.5 * i for i in range(count)]
+    shuffled = list(np.random.default_rng(0).permutation(count))
+    nbytes, kls = [float(i) for i in shuffled], [means[i] for i in shuffled]
+    measure, asked = made_up(kls, noise=0)
+    entrants = race(nbytes, measure, 6, most_kl=5.0)
+    states = [entrants[shuffled.index(i)].state for i in range(count)]  # by bytes
+    assert set(states[:GROUP]) == {"above floor"}
+    # windows weigh 0.5 to 1.5, so which of the second group meets it is said by the mean of what was measured
+    means_seen = [entrants[shuffled.index(i)].mean_kl for i in range(GROUP, 2 * GROUP)]
+    met = [s == "front" for s in states[GROUP : 2 * GROUP]]
+    assert any(met)
+    assert all(kl <= 5.0 for kl, front in zip(means_seen, met, strict=True) if front)
+    assert states[2 * GROUP :] == ["not needed"] * GROUP
+    assert {i for _, numbers in asked for i in numbers} == {shuffled.index(i) for i in range(2 * GROUP)}
+
+
+def test_what_is_not_finite_is_out_at_once():
+    entrants = race([1, 2], lambda numbers, window: [[float("nan"), 1.0][i] for i in numbers], 4)
+    assert [(e.state, len(e.kls)) for e in entrants] == [("not finite", 1), ("front", 4)]
+
+
+# candidates ---------------------------------------------------------------------------------------------------------
+
+
+def test_candidates_are_all_combinations_at_widths_that_a_method_has():
+    found = candidates(["turboquant", "rvq"], key_bits=[2, 3], value_bits=[4], sinks=[0, 4], protected=[(), (0, -1)])
+    assert len(found) == (2 + 1) * 2 * 2  # RVQ has no odd widths
+    assert Candidate("rvq", 2, 4, 4, 0, (0, -1)) in found
+    assert found[0].name == "turboquant K2 V4, 0 sinks, window 0"
+    named = {c.method for c in candidates()}
+    assert named == {"turboquant", "rvq", "rabitq", "polarquant", "qjl"}
+
+
+@pytest.mark.parametrize("protected", [(), (-1,)])
+@pytest.mark.parametrize(("sinks", "window"), [(4, 0), (2, 33)])
+@pytest.mark.parametrize("method", ["turboquant", "qjl"])
+def test_bytes_per_token_are_those_that_a_cache_reports(model, method, sinks, window, protected):
+    tokens = 333
+    plan = Candidate(method, 2, 4, sinks, window, protected).plan(ModelShape.of(model))
+    cache = vl.make_cache(model, plan, chunk="codes")
+    ids = [i % 90 for i in range(tokens)]
+    mx.eval(model(mx.array([ids]), cache=cache))
+    assert bytes_per_token(model, plan, tokens) * tokens == pytest.approx(
+        vl.report(cache)["held_bytes"].sum(), abs=1e-6
+    )
+
+
+def test_a_plan_leaves_protected_layers_exact(model):
+    shape = ModelShape.of(model)
+    assert Candidate("rabitq", 2, 3, protected=(-1,)).within(shape).protected == (1,)
+    plan = Candidate("rabitq", 2, 3, protected=(-1,)).plan(shape)
+    assert plan.frame["key_method"].to_list() == ["rabitq", "none"]
+    with pytest.raises(InputError, match="There is no layer 2 to protect: .* has layers 0 to 1"):
+        Candidate("rabitq", 2, 3, protected=(2,)).plan(shape)
+
+
+# the search ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_frame_holds_what_judging_a_plan_gives(model, result):
+    frame = result.frame
+    assert frame.schema == SEARCHED
+    assert frame.height == 2 * 4
+    assert frame["bytes_per_token"].is_sorted()
+    assert result.front.height >= 1
+    assert on_front(result.front["bytes_per_token"].to_list(), result.front["kl"].to_list()) == [True] * len(
+        result.front
+    )
+    exact = reference(model, Letters(), text=TEXT, tokens=40, windows=5)
+    for row in result.front.iter_rows(named=True):
+        judged = judge(exact, result.plan(row["row"]), chunk="codes")
+        assert judged["kl_mean"][0] == pytest.approx(row["kl"], rel=1e-5)  # float32 sums of other lengths
+        assert row["low"] <= row["kl"] <= row["high"]
+
+
+def same(one, other):
+    """All but the time that it took."""
+    return one.frame.drop("seconds").equals(other.frame.drop("seconds"))
+
+
+def test_it_gives_the_same_again(model, result):
+    assert same(result, vl.search(model, Letters(), methods=TWO, **SETTINGS))
+
+
+def test_a_budget_spares_what_is_above_it(model, result):
+    most = float(result.frame["bytes_per_token"].median())
+    cheap = vl.search(model, Letters(), methods=TWO, most_bytes_per_token=most, **SETTINGS)
+    over = cheap.frame.filter(pl.col("bytes_per_token") > most)
+    assert over.height > 0
+    assert over["state"].unique().to_list() == ["over budget"]
+    assert over["windows"].sum() == 0
+    assert over["kl"].null_count() == over.height
+
+
+def test_a_floor_leaves_what_meets_it(model, result):
+    most = float(result.front["kl"].median())
+    good = vl.search(model, Letters(), methods=TWO, most_kl=most, **SETTINGS)
+    assert (good.front["kl"] <= most).all()
+    assert good.front["row"][0] == result.front.filter(pl.col("kl") <= most)["row"][0]
+
+
+def test_what_nothing_meets_is_said_in_a_sentence(model):
+    with pytest.raises(InputError, match=r"No candidate holds at most 10.0 bytes a token at 300 tokens; the least is"):
+        vl.search(model, Letters(), methods=TWO, most_bytes_per_token=10, **SETTINGS)
+    with pytest.raises(InputError, match=r"No candidate has a KL of at most 1e-12 nats; the least is .*: allow more"):
+        vl.search(model, Letters(), methods=TWO, most_kl=1e-12, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"methods": ["turbo"]}, "turbo"),
+        ({"methods": ["rvq"], "bits": [3]}, "rvq has none of the widths"),
+        ({"methods": []}, "There is nothing to search"),
+        ({"sinks": [-1]}, "sinks=-1 and window=0 are numbers of tokens"),
+        ({"windows": 0}, "windows=0 leaves nothing to measure"),
+        ({"confidence": 1.0}, "confidence=1.0 is no share"),
+        ({"tokens": 2000}, "too few for 5 windows of 2000"),
+        ({"protected": [(7,)]}, "There is no layer 7 to protect"),
+    ],
+)
+def test_bad_input_is_refused(model, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        vl.search(model, Letters(), **(SETTINGS | {"methods": TWO} | settings))
+
+
+def test_a_model_that_is_loaded_is_nothing_for_workers(model):
+    with (
+        ThreadPoolExecutor(1) as executor,
+        pytest.raises(InputError, match="beside an executor, .* give its name or path"),
+    ):
+        vl.search(model, Letters(), executor=executor)
+    with pytest.raises(InputError, match="tokenizer is missing"):
+        vl.search(model)
+
+
+def test_windows_are_judged_one_token_at_a_time(model):
+    found = vl.search(
+        model, Letters(), methods=["turboquant"], window=(0, 8), prompt=20, **(SETTINGS | {"bits": [2], "windows": 3})
+    )
+    assert found.settings["mode"] == "decode"
+    exact = reference(model, Letters(), text=TEXT, tokens=40, windows=3)
+    for row in found.frame.filter(windows=3).iter_rows(named=True):
+        judged = judge(exact, found.plan(row["row"]), chunk="codes", mode="decode", prompt=20)
+        assert judged["kl_mean"][0] == pytest.approx(row["kl"], rel=1e-5)
+
+
+def test_a_calibrated_method_is_fitted_once_for_all_its_widths(model, tmp_path):
+    settings = SETTINGS | {"windows": 3, "text": None, "tokens": 24}
+    found = vl.search(model, Letters(), methods=["spectralquant"], folder=tmp_path, **settings)
+    assert len(list(tmp_path.glob("*.json"))) == 1
+    plan = found.plan(int(found.front["row"][0]))
+    fitted = found.calibration(model, Letters(), "spectralquant", folder=tmp_path)
+    assert plan.calibrations == {"spectralquant": fitted.identity}
+    vl.make_cache(model, plan, calibration=fitted)
+    with pytest.raises(InputError, match="turboquant was not calibrated"):
+        found.calibration(model, Letters(), "turboquant", folder=tmp_path)
+
+
+def test_it_is_saved_and_read_again(result, tmp_path):
+    path = result.save(tmp_path / "search.parquet")
+    again = vl.SearchResult.load(path)
+    assert again.frame.equals(result.frame)
+    assert again.settings == result.settings
+    row = int(result.front["row"][-1])
+    assert again.plan(row) == result.plan(row)
+    assert repr(again) == f"SearchResult(candidates=8, front={result.front.height})"
+    with pytest.raises(InputError, match="This search has no row 99"):
+        result.plan(99)
+    with pytest.raises(InputError, match="there is no such file"):
+        vl.SearchResult.load(tmp_path / "gone.parquet")
+    result.frame.write_parquet(path)
+    with pytest.raises(InputError, match="cannot be read .*: make it again with vl.search"):
+        vl.SearchResult.load(path)
+
+
+def test_the_chart_draws_every_measured_candidate(result):
+    rows = result.chart().to_dict()["datasets"]
+    assert len(next(iter(rows.values()))) == result.frame.filter(pl.col("windows") > 0).height
+
+
+def test_progress_counts_up_and_what_it_raises_ends_the_search(model):
+    told = []
+    vl.search(model, Letters(), methods=TWO, progress=lambda *said: told.append(said), **SETTINGS)
+    measured = [done for done, _, label in told if ": " in label and label.startswith("window")]
+    assert measured == list(range(1, len(measured) + 1))
+    assert told[-1][0] <= told[-1][1]
+
+    def stop(done, total, label):
+        if label == "window 2 of 5":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vl.search(model, Letters(), methods=TWO, progress=stop, **SETTINGS)
+
+
+# executors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """A model that workers can load, with a tokenizer of one token a character."""
+    letters = [*(chr(33 + i) for i in range(93)), "th", "Ġ", "<end>"]
+    return write_llama(
+        tmp_path_factory.mktemp("model") / "tiny.gguf",
+        **{
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": "gpt-2",
+            "tokenizer.ggml.tokens": letters,
+            "tokenizer.ggml.merges": ["t h"],
+            "tokenizer.ggml.token_type": mx.array([1] * 95 + [3], mx.int32),
+            "tokenizer.ggml.eos_token_id": mx.array(95, mx.uint32),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def here(file):
+    return vl.search(file, methods=TWO, **SETTINGS)
+
+
+def test_a_pool_of_processes_gives_the_same(file, here):
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert same(here, vl.search(file, methods=TWO, executor=pool, **SETTINGS))
+
+
+def test_threads_give_the_same_and_share_calibrations_by_their_folder(file, tmp_path):
+    settings = SETTINGS | {"methods": ("rabitq", "spectralquant"), "folder": tmp_path}
+    with ThreadPoolExecutor(3) as pool:
+        there = vl.search(file, executor=pool, **settings)
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    here = vl.search(file, **settings)
+    assert same(here, there)
+    assert here.calibrations == there.calibrations
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept  # found, and not made again
+
+
+def test_dask_gives_the_same(file, here):
+    from distributed import Client, LocalCluster
+
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster) as client,
+    ):
+        assert same(here, vl.search(file, methods=TWO, executor=client.get_executor(), **SETTINGS))
+
+
+def test_what_waits_is_cancelled_when_progress_raises(file):
+    def stop(done, total, label):
+        if label.startswith("window 1 of 5: "):
+            raise KeyboardInterrupt
+
+    class Counted(ThreadPoolExecutor):
+        futures = ()
+
+        def submit(self, *args, **more):
+            self.futures = (*self.futures, super().submit(*args, **more))
+            return self.futures[-1]
+
+    with Counted(1) as pool:
+        with pytest.raises(KeyboardInterrupt):
+            vl.search(file, methods=TWO, executor=pool, progress=stop, **SETTINGS)
+        assert sum(future.cancelled() for future in pool.futures) >= 5  # of eight, one is done and one may run
+
+
+def test_a_worker_says_what_is_wrong_as_this_process_does(tmp_path):
+    with (
+        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
+        pytest.raises(InputError, match="gone.gguf"),
+    ):
+        vl.search(tmp_path / "gone.gguf", methods=TWO, executor=pool, **SETTINGS)
+
+
+def test_jobs_are_plain_words_and_numbers(file):
+    job = Trials(str(file), None, 8, 2, "oneshot", 4, 16)
+    assert hash(job) == hash(replace(job))
+
+
+# the command --------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_prints_the_front_and_writes_all(file, tmp_path, capsys):
+    words = ["search", "--model", str(file), "--methods", "turboquant", "--bits", "2", "4", "--sinks", "0"]
+    words += ["--tokens", "24", "--windows", "3", "--protected", "none", "0,-1", "--out", str(tmp_path)]
+    assert cli.main(words) == 0
+    written = vl.SearchResult.load(tmp_path / "search_tiny.parquet")
+    assert written.frame.height == 4 * 2
+    assert capsys.readouterr().out == cli.front_table(written.front) + "\n"
+    assert cli.main([*words, "--protected", "first"]) == 2
+    assert "--protected first names no layers" in capsys.readouterr().err
