@@ -37,7 +37,16 @@ def mean_bits(allocation, rates, side):
 
 
 def test_without_a_weight_it_is_the_plain_allocation(allocator, rates):
-    assert allocator.solve(Setting(3.25)) == rates.solve(vl.AverageBits(3.25))
+    found, plain = allocator.solve(Setting(3.25)), rates.solve(vl.AverageBits(3.25))
+    assert found.plan == plain.plan
+    assert (found.predicted_loss, found.predicted_least) == (plain.predicted_loss, plain.predicted_least)
+
+
+def test_uniform_bits_are_of_the_bytes_that_are_spent_and_not_of_those_that_could_be(allocator, rates):
+    found = allocator.solve(Setting(vl.AverageBits(9.0), vl.Bounds(2, 3)))
+    assert found.true_bits == pytest.approx(3.25)
+    assert rates.bytes_per_token(allocator.uniform(found)) == pytest.approx(found.bytes_per_token)
+    assert found.predicted_uniform_loss == pytest.approx(found.predicted_loss)  # all at 3 bits, both
 
 
 def test_what_heads_get_adds_up_to_the_plan(rates):
@@ -45,6 +54,8 @@ def test_what_heads_get_adds_up_to_the_plan(rates):
     heads = rates.heads(found.plan)
     assert heads.height == 3 * 2 * 2  # layers, heads, sides
     assert heads["predicted_loss"].sum() == pytest.approx(found.predicted_loss)
+    assert rates.bytes_per_token(found.plan) == pytest.approx(found.bytes_per_token)
+    assert rates.true_bits(found.plan) == pytest.approx(found.true_bits)
     for (layer, side), own in heads.group_by("layer", "side"):
         assert tuple(own.sort("head")["bits"]) == found.plan.widths(layer, side)
 
@@ -98,7 +109,7 @@ def test_keys_that_count_more_get_more_bits_in_the_same_bytes(allocator, rates):
         assert found.bytes_per_token == pytest.approx(plain.bytes_per_token, rel=0.02)  # a bit of one head
         assert found.predicted_loss == pytest.approx(rates.predicted_loss(found.plan))
         assert found.predicted_loss >= plain.predicted_loss  # as measured, no plan of these bytes loses less
-        assert found.predicted_uniform_loss == pytest.approx(plain.predicted_uniform_loss)
+        assert found.predicted_uniform_loss == rates.predicted_loss(allocator.uniform(found))
         assert found.predicted_least is None
         assert found.plan.allocation == rates.identity
 

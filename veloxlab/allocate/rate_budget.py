@@ -11,6 +11,7 @@ Where we differ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -220,16 +221,18 @@ class RateBudget:
         InputError : a method or a width of the plan was not measured.
         """
         total = 0.0
-        for size in self.sizes:
+        for size, nbytes in self._layer_bytes(plan):
             held = held_tokens(size, tokens, sinks=plan.sinks, window=plan.window)
-            total += held.exact * size.exact_bytes
-            for side, method, _, _ in plan.layers[size.layer].sides:
-                if method == EXACT:
-                    total += held.packed * exact_point(size, side).nbytes
-                else:
-                    table, columns = self._columns(plan, size, side, method)
-                    total += held.packed * table.point(columns).nbytes
+            total += held.exact * size.exact_bytes + held.packed * nbytes
         return total
+
+    def bytes_per_token(self, plan: Plan) -> float:
+        """Bytes of one packed token in all layers; exact layers are counted as they are. Raises as `heads`."""
+        return sum(nbytes for _, nbytes in self._layer_bytes(plan))
+
+    def true_bits(self, plan: Plan) -> float:
+        """Bits of each packed value on average, scales included. Raises as `heads`."""
+        return 8 * self.bytes_per_token(plan) / self._values
 
     def frontier(self, bounds: Bounds | None = None) -> pl.DataFrame:
         """The least predicted loss at every number of bytes where it is certain, and uniform widths: `FRONTIER`."""
@@ -279,6 +282,18 @@ class RateBudget:
                 "the method's curves at these widths."
             )
         return table, np.broadcast_to([table.widths.index(w) for w in widths], size.kv_heads).tolist()
+
+    def _layer_bytes(self, plan: Plan) -> Iterator[tuple[LayerSize, float]]:
+        """Layers, and the bytes of one packed token in each."""
+        for size in self.sizes:
+            nbytes = 0.0
+            for side, method, _, _ in plan.layers[size.layer].sides:
+                if method == EXACT:
+                    nbytes += exact_point(size, side).nbytes
+                else:
+                    table, columns = self._columns(plan, size, side, method)
+                    nbytes += table.point(columns).nbytes
+            yield size, nbytes
 
     @property
     def _values(self) -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import polars as pl
 
 from veloxlab.allocate.budget import MEGABYTE, AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
+from veloxlab.allocate.plan import Plan
 from veloxlab.allocate.points import Bounds
 from veloxlab.allocate.rate_budget import Allocation, RateBudget
 from veloxlab.errors import InputError
@@ -90,32 +91,36 @@ class Allocator:
     def __init__(self, rates: RateBudget) -> None:
         self.rates = rates
         self._weighed: dict[float, RateBudget] = {1.0: rates}
+        self._spans: dict[tuple[Bounds, int], Spans] = {}
+        self._last: tuple[Setting, Allocation] | None = None
 
     def solve(self, setting: Setting) -> Allocation:
-        """Allocate; with a weight of keys, nothing is said of the least that any plan would lose.
+        """Allocate. Uniform bits' loss is of the bytes that are spent, and None where even the least width takes more.
+
+        With a weight of keys, nothing is said of the least that any plan would lose.
 
         Raises
         ------
         InputError : as `RateBudget.solve`.
         """
+        last = self._last
+        if last is not None and last[0] == setting:
+            return last[1]
         if setting.key_weight == 1:
-            return self.rates.solve(setting.budget, setting.bounds)
-        weighed, budget = self._rates(setting.key_weight), setting.budget
-        if isinstance(budget, QualityFloor):
-            budget = self._reaching(weighed, budget.predicted_loss, setting.bounds)
-        found = weighed.solve(budget, setting.bounds)
+            found = self.rates.solve(setting.budget, setting.bounds)
+        else:
+            found = self._solve_weighed(setting)
+        uniform = self.uniform(found)
+        found = replace(found, predicted_uniform_loss=None if uniform is None else self.rates.predicted_loss(uniform))
+        self._last = setting, found
+        return found
+
+    def uniform(self, found: Allocation) -> Plan | None:
+        """Uniform bits in the bytes that an allocation spends; None where even the least width takes more."""
         try:
-            room = BytesPerToken(found.bytes_per_token) if isinstance(setting.budget, QualityFloor) else budget
-            uniform = self.rates.predicted_loss(self.rates.uniform(room))
-        except InputError:  # even the least measured width takes more
-            uniform = None
-        return replace(
-            found,
-            plan=replace(found.plan, allocation=self.rates.identity),
-            predicted_loss=self.rates.predicted_loss(found.plan),
-            predicted_least=None,
-            predicted_uniform_loss=uniform,
-        )
+            return self.rates.uniform(BytesPerToken(found.bytes_per_token))
+        except InputError:
+            return None
 
     def spans(self, bounds: Bounds, tokens: int) -> Spans:
         """What budgets can ask for within ``bounds``, and for a text of so many tokens.
@@ -124,11 +129,26 @@ class Allocator:
         ------
         InputError : no measured width is within the bounds.
         """
-        best = self.rates.frontier(bounds).filter(kind="allocated")
-        bits, nbytes, losses = (_ends(best[name]) for name in ("true_bits", "bytes_per_token", "predicted_loss"))
-        # a hair more than a plan takes, so that what is asked for at an end is not refused for its rounding
-        held = [self.rates.held_bytes(self.rates.plan(BytesPerToken(end), bounds), tokens) for end in nbytes]
-        return Spans(bits, nbytes, (held[0] / MEGABYTE * (1 + 1e-9), held[1] / MEGABYTE * (1 + 1e-9)), losses, tokens)
+        if (bounds, tokens) not in self._spans:
+            best = self.rates.frontier(bounds).filter(kind="allocated")
+            bits, nbytes, losses = (_ends(best[name]) for name in ("true_bits", "bytes_per_token", "predicted_loss"))
+            plans = [self.rates.plan(BytesPerToken(end), bounds) for end in nbytes]
+            # a hair more than a plan holds, so that no end is refused for its rounding
+            least, most = (self.rates.held_bytes(plan, tokens) / MEGABYTE * (1 + 1e-9) for plan in plans)
+            self._spans[bounds, tokens] = Spans(bits, nbytes, (least, most), losses, tokens)
+        return self._spans[bounds, tokens]
+
+    def _solve_weighed(self, setting: Setting) -> Allocation:
+        weighed, budget = self._rates(setting.key_weight), setting.budget
+        if isinstance(budget, QualityFloor):
+            budget = self._reaching(weighed, budget.predicted_loss, setting.bounds)
+        found = weighed.solve(budget, setting.bounds)
+        return replace(
+            found,
+            plan=replace(found.plan, allocation=self.rates.identity),
+            predicted_loss=self.rates.predicted_loss(found.plan),
+            predicted_least=None,
+        )
 
     def _rates(self, key_weight: float) -> RateBudget:
         if key_weight not in self._weighed:
