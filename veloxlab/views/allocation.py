@@ -151,7 +151,7 @@ def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: s
         .encode(
             x=layer_axis(labelled=True, gap=0.2),
             xOffset=alt.XOffset("kind:N").scale(domain=list(KINDS)),
-            y=alt.Y("predicted_loss:Q", title=["predicted loss", unit]).axis(tickCount=4).scale(zero=True),
+            y=alt.Y("predicted_loss:Q", title=["predicted loss", unit]).axis(tickCount=4, format="~g").scale(zero=True),
             color=alt.Color("kind:N", title=None).scale(domain=list(KINDS), range=colours),
             tooltip=[
                 alt.Tooltip("layer:O"),

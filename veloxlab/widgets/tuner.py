@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
     budget : to begin with, of true bits if it is a number; by default half of what can be spent.
     bounds, key_weight : as `veloxlab.allocate.setting.Setting` has them.
     text, tokens, windows : of measurements, as for `veloxlab.fidelity`.
-    measured : further arguments of `veloxlab.rate_budget`, where tables are to be measured.
+    rate_settings : further arguments of `veloxlab.rate_budget`, where tables are to be measured.
 
     Attributes
     ----------
@@ -76,14 +76,12 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
         text: str | None = None,
         tokens: int = 512,
         windows: int = 1,
-        **measured: Any,
+        rate_settings: Mapping[str, Any] | None = None,
     ) -> None:
         if isinstance(rates, RateBudget):
             self._model, self._tokenizer, found = model, tokenizer, rates
-            if measured:
-                raise InputError(
-                    f"The tables are measured already, so {sorted(measured)[0]!r} has no use: leave it out."
-                )
+            if rate_settings:
+                raise InputError("The tables are measured already, so rate_settings have no use: leave them out.")
             if model is not None and model_hash(model) != rates.model_hash:
                 raise InputError(f"These tables are of {rates.model}, not of this model: measure this one's.")
         else:
@@ -92,7 +90,7 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
             raise InputError("To measure, a model needs its tokenizer: give both, as vl.load gives them.")
         self._text, self._sample = text, {"tokens": tokens, "windows": windows}
         self._first = budget, bounds or Bounds(), key_weight
-        self._measuring = measured
+        self._rate_settings = dict(rate_settings or {})
         self.rates: RateBudget | None = None
         self.measured = pl.DataFrame(schema=JUDGED)
         self.worker = Worker("veloxlab-tuner")
@@ -146,7 +144,8 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
     @property
     def allocation(self) -> Allocation:
         """The plan and what is predicted of it."""
-        return self._allocator.solve(self._now)
+        setting = self._now
+        return self._allocator.solve(setting)
 
     @property
     def plan(self) -> Plan:
@@ -162,7 +161,7 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
         self.children = [self._waiting(), self._message]
 
         def job(progress: Progress) -> RateBudget:
-            return kept_rate_budget(self._model, self._tokenizer, progress=progress, **self._measuring)
+            return kept_rate_budget(self._model, self._tokenizer, progress=progress, **self._rate_settings)
 
         self.worker.submit("tables", job, on_done=self._build, on_error=self._say)
 
