@@ -105,7 +105,7 @@ def _cells(side: str, scale: tuple[int, int], group: int, *, last: bool, told: b
     low, high = scale
     widths = list(range(low, high + 1))
     legend = alt.Legend(
-        title="bits", values=widths, symbolFillColor=SIDES[side], symbolType="square", symbolSize=120,
+        title="bits", values=widths, format="d", symbolFillColor=SIDES[side], symbolType="square", symbolSize=120,
         symbolStrokeWidth=0, direction="vertical", columns=1 if len(widths) <= 3 else 2,
     )  # fmt: skip
     opacity = alt.Opacity("bits:Q", legend=legend).scale(

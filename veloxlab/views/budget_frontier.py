@@ -52,7 +52,7 @@ def budget_frontier(
     """
     needed = {"role": "text", "kind": "text", "true_bits": "number", "loss": "number", "name": "text"}
     require(rows, needed, "budget_frontier")  # type: ignore[arg-type]
-    scale = domain or log_domain(rows["loss"])
+    scale = domain or log_domain(rows["loss"].drop_nulls())
     width = bits or (float(rows["true_bits"].min()), float(rows["true_bits"].max()))  # type: ignore[arg-type]
     colours = [palette.METHODS[method][0] for method in KINDS.values()]
     shapes = [palette.METHODS[method][1] for method in KINDS.values()]

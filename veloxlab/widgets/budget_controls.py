@@ -19,8 +19,8 @@ KINDS = {
     "tokens in memory": TokensInMemory,
     "predicted loss": QualityFloor,
 }
-STYLE = {"description_width": "120px"}
-WIDE = {"width": "380px"}
+STYLE = {"description_width": "104px"}
+WIDE = {"width": "352px"}
 MOST_TOKENS = 1_000_000
 
 
@@ -115,8 +115,8 @@ class BoundsControl(ipywidgets.VBox):  # type: ignore[misc]
     ) -> None:
         self._asked, self._refused, self._showing = asked, refused, False
         self.widths = ipywidgets.SelectionRangeSlider(
-            options=list(widths), index=(0, len(widths) - 1), description="least and most bits",
-            tooltip="Code bits that a head may get", style=STYLE, layout=WIDE,
+            options=list(widths), index=(0, len(widths) - 1), description="bits allowed",
+            tooltip="Least and most code bits that a head may get", style=STYLE, layout=WIDE,
         )  # fmt: skip
         self.first = _layers("first layers", "So many first layers are left out of the allocation", layers)
         self.last = _layers("last layers", "So many last layers are left out of the allocation", layers)
@@ -125,7 +125,7 @@ class BoundsControl(ipywidgets.VBox):  # type: ignore[misc]
             tooltip="What first and last layers that are left out get", style=STYLE, layout=WIDE,
         )  # fmt: skip
         self.keys_first = ipywidgets.Checkbox(
-            description="keys get no fewer bits than values", indent=False, layout={"margin": "0 0 0 128px"},
+            description="keys get no fewer bits than values", indent=False, layout={"margin": "0 0 0 112px"},
             tooltip="In each layer, on average over its heads",
         )  # fmt: skip
         self.key_weight = ipywidgets.FloatLogSlider(

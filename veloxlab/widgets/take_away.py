@@ -24,8 +24,8 @@ class TakeAway(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no type
     def __init__(self, plan: Callable[[], Plan], path: str = "plan.json") -> None:
         self._plan = plan
         self.path = ipywidgets.Text(
-            path, description="file", tooltip="Where to save the plan", style={"description_width": "120px"},
-            layout={"width": "380px"},
+            path, description="file", tooltip="Where to save the plan", style={"description_width": "104px"},
+            layout={"width": "352px"},
         )  # fmt: skip
         self.button = ipywidgets.Button(description="Save plan", tooltip="Write the plan as JSON, whole or not at all")
         self.said = ipywidgets.HTML()

@@ -191,7 +191,8 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
     def __repr__(self) -> str:
         if self.rates is None:
             return "BudgetTuner(no tables yet)"
-        return f"BudgetTuner({self.charts.headline(self.allocation)})"
+        found = self.allocation
+        return f"BudgetTuner({self.charts.spent(found)}; {self.charts.predicted(found)})"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle = super()._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
@@ -302,7 +303,8 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
         setting, found = self._now, self.allocation
         self.charts.show(setting, found, self.measured)
         self._say("")
-        self._told.value = f"<b>{html.escape(self.charts.headline(found))}</b>"
+        words = f"<b>{html.escape(self.charts.predicted(found))}</b><br>{html.escape(self.charts.spent(found))}"
+        self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
         self._show_controls()
 
     def _show_controls(self) -> None:

@@ -76,16 +76,18 @@ class TunerCharts:
         self.losses.put(layers, caption=loss_caption(layers, unit=self.unit))
         self.frontier.put(self._frontier_rows(setting, found, measured))
 
-    def headline(self, found: Allocation) -> str:
-        """Say what is spent and what is predicted."""
-        said = (
+    def spent(self, found: Allocation) -> str:
+        """Say what an allocation takes."""
+        return (
             f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; code bits: keys "
-            f"{found.key_bits:.2f}, values {found.value_bits:.2f}; predicted loss {found.predicted_loss:.3g} "
-            f"{self.unit}"
+            f"{found.key_bits:.2f}, values {found.value_bits:.2f}"
         )
-        if found.predicted_uniform_loss is not None:
-            said += f", of uniform bits in the same bytes {found.predicted_uniform_loss:.3g}"
-        return said
+
+    def predicted(self, found: Allocation) -> str:
+        """Say what an allocation, and uniform bits in the same bytes, are predicted to lose."""
+        said = f"Predicted loss {found.predicted_loss:.3g} {self.unit}"
+        uniform = found.predicted_uniform_loss
+        return said if uniform is None else f"{said}; of uniform bits in the same bytes {uniform:.3g}"
 
     def _heads(self, found: Allocation) -> pl.DataFrame:
         """What each head gets, allocated and by uniform bits in the same bytes, where there are such."""
@@ -106,5 +108,5 @@ class TunerCharts:
 
     def _frontier_caption(self) -> str:
         if self._by in NATS:
-            return "Measured is the mean KL from the exact model's predictions; a square at the dashed line is the plan"
+            return "Measured is the mean KL from the exact model's predictions; the hollow square is this plan"
         return f"Losses by {self._by} are no divergences: what is measured stands in the table below"
