@@ -130,17 +130,6 @@ def test_measuring_taking_away_and_the_time_of_a_move(notebook, lab, capsys):
         page.wait_for_function(IDLE)
     assert page.locator(f"{TUNER} table tr").count() == 3
 
-    # a plan that another process reads
-    box = page.locator(f"{TUNER} .widget-text input[type=text]")
-    for name in ("nowhere/plan.json", "tuned.json"):
-        box.fill(name)
-        box.press("Tab")
-        page.locator(f"{TUNER} pre", has_text=f'vl.Plan.load("{name}")').wait_for()
-        page.get_by_role("button", name="Save plan").click()
-        words = "There is no folder" if "/" in name else "Saved to "
-        page.locator(f"{TUNER} .widget-html", has_text=words).last.wait_for()
-    assert vl.Plan.load(folder / "tuned.json").frame.height == 30
-
     times = pressed(page, "true bits", ["ArrowLeft", "ArrowLeft", "ArrowRight", "ArrowRight"] * 5, [0, 1, 2])
     with capsys.disabled():
         print(
@@ -159,5 +148,15 @@ def test_measuring_taking_away_and_the_time_of_a_move(notebook, lab, capsys):
     page.locator("#jupyterlab-splash").wait_for(state="detached")
     if pictures:
         page.locator(TUNER).screenshot(path=Path(pictures) / "tuner_dark.png")
+    # a plan that another process reads
+    box = page.locator(f"{TUNER} .widget-text input[type=text]")
+    for name in ("nowhere/plan.json", "tuned.json"):
+        box.fill(name)
+        box.press("Tab")
+        page.locator(f"{TUNER} pre", has_text=f'vl.Plan.load("{name}")').wait_for()
+        page.get_by_role("button", name="Save plan").click()
+        words = "There is no folder" if "/" in name else "Saved to "
+        page.locator(f"{TUNER} .widget-html", has_text=words).last.wait_for()
+    assert vl.Plan.load(folder / "tuned.json").frame.height == 30
     assert visit.errors == []
     assert visit.outside == []

@@ -39,7 +39,7 @@ class BudgetControl(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self.kind = ipywidgets.Dropdown(
             options=KINDS, description="budget", tooltip="What the budget is counted in", style=STYLE, layout=WIDE
         )
-        self.bits = _float_slider("true bits a value", ".2f", "Stored bits for each packed value, scales included")
+        self.bits = _float_slider("true bits", ".2f", "Stored bits for each packed value, scales included")
         self.nbytes = _float_slider(
             "bytes a token", ",.0f", "Bytes of one packed token's keys and values in all layers"
         )

@@ -240,9 +240,10 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
             )  # fmt: skip
             button.on_click(lambda _, kind=kind: self._measure_asked(kind))
             buttons.append(button)
-        left = ipywidgets.VBox([self._budget, ipywidgets.HBox(buttons), ProgressBar(self.worker), self._message])
         self.children = [
-            ipywidgets.HBox([left, self._bounds], layout={"flex_flow": "row wrap"}),
+            ipywidgets.HBox([self._budget, self._bounds], layout={"flex_flow": "row wrap"}),
+            ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")]),
+            self._message,
             self._told,
             *self.charts.views,
             self._history,
