@@ -21,6 +21,7 @@ KINDS = {
 }
 STYLE = {"description_width": "104px"}
 WIDE = {"width": "352px"}
+COLUMN = {"width": "362px"}  # two of them fit into an output of JupyterLab beside its file browser
 MOST_TOKENS = 1_000_000
 
 
@@ -63,7 +64,7 @@ class BudgetControl(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         for knobs in self._knobs.values():
             for knob in knobs:
                 knob.observe(lambda _: self._ask(self._turned), "value")
-        super().__init__([self.kind, self._slot])
+        super().__init__([self.kind, self._slot], layout=COLUMN)
 
     def show(self, budget: Budget, spans: Spans) -> None:
         """Show a budget and how far each knob goes, and ask for nothing."""
@@ -125,8 +126,9 @@ class BoundsControl(ipywidgets.VBox):  # type: ignore[misc]
             tooltip="What first and last layers that are left out get", style=STYLE, layout=WIDE,
         )  # fmt: skip
         self.keys_first = ipywidgets.Checkbox(
-            description="keys get no fewer bits than values", indent=False, layout={"margin": "0 0 0 112px"},
-            tooltip="In each layer, on average over its heads",
+            description="keys no fewer than values", indent=False,
+            layout={"margin": "0 0 0 112px", "width": "244px"},
+            tooltip="A layer's keys get as many bits as its values at least, on average over its heads",
         )  # fmt: skip
         self.key_weight = ipywidgets.FloatLogSlider(
             1.0, base=2, min=-4, max=4, step=0.25, description="weight of keys", readout_format=".2f", style=STYLE,
@@ -135,7 +137,7 @@ class BoundsControl(ipywidgets.VBox):  # type: ignore[misc]
         knobs = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
         for knob in knobs:
             knob.observe(lambda _: self._turned(), "value")
-        super().__init__(knobs)
+        super().__init__(knobs, layout=COLUMN)
 
     def show(self, bounds: Bounds, key_weight: float) -> None:
         """Show bounds, and ask for nothing."""
