@@ -51,6 +51,11 @@ def bytes_per_token(plan, model):
     return total
 
 
+def test_uniform_bits_are_of_the_method_that_was_named_first(several):
+    plan = several.uniform(3.25)
+    assert {layer.key_method for layer in plan.layers} == {layer.value_method for layer in plan.layers} == {"ratequant"}
+
+
 # curves
 
 

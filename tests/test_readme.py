@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 
 import polars as pl
+import pytest
 
-from veloxlab.allocate.sweep import swept, swept_table
+from veloxlab.allocate.budget import BytesPerToken
+from veloxlab.allocate.rate_budget import RateBudget
+from veloxlab.allocate.sensitivity import settled
+from veloxlab.allocate.sweep import swept, swept_table, usual_bounds
 from veloxlab.cli import bench_table, compared_table, front_table, lengths_table, ratio_table
 from veloxlab.codecs import METHODS
 from veloxlab.pareto import SearchResult
@@ -54,3 +58,29 @@ def test_allocated_bits_lose_less_than_uniform_ones_in_the_committed_sweep():
         gradient, proxy = (frame.filter(bits=bits, allocation=by).row(0, named=True) for by in ("gradient", "key_norm"))
         assert gradient["kl_change_high"] < 0
         assert gradient["kl_mean"] < proxy["kl_mean"]
+
+
+def test_the_committed_tables_predict_what_the_committed_sweep_says():
+    results = ROOT / "data" / "results"
+    rates = RateBudget.load(results / "rates_smollm2-135m.json")
+    bytes_of_widths = rates.frontier().filter(kind="uniform").sort("true_bits")["bytes_per_token"].to_list()
+    frame = swept(pl.read_parquet(results / "ratequant_smollm2-135m.parquet"))
+    for bits in (2, 3, 4):
+        budget = BytesPerToken(bytes_of_widths[bits - 1])
+        for allocation, plan in (
+            ("uniform", rates.uniform(budget)),
+            ("gradient", rates.plan(budget, usual_bounds(bits))),
+        ):
+            expected = frame.filter(bits=bits, allocation=allocation)["predicted_loss"].item()
+            # the two were measured apart: gradients of float32 differ in their last digits
+            assert rates.predicted_loss(plan) == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_committed_sensitivities_are_those_of_the_committed_tables():
+    results = ROOT / "data" / "results"
+    rates = RateBudget.load(results / "rates_smollm2-135m.json")
+    each = pl.read_parquet(results / "sensitivities_smollm2-135m.parquet")
+    assert set(each["by"]) == {"gradient", "key_norm", "attention_output", "forward_kl"}
+    both = settled(each.filter(by="gradient"), 8).join(rates.sensitivities, on=["layer", "head", "side"])
+    assert both.height == 180
+    assert both["sensitivity"].to_list() == pytest.approx(both["sensitivity_right"].to_list(), rel=1e-3)

@@ -96,14 +96,69 @@ def pareto_frame() -> pl.DataFrame:
     )
 
 
+def head_frame(layers: int = 4, heads: int = 2, more: int = 0) -> pl.DataFrame:
+    """Layer 0 is kept exact."""
+    rows = [
+        {
+            "layer": layer,
+            "head": head,
+            "side": side,
+            "method": "none" if layer == 0 else "ratequant",
+            "bits": 16 if layer == 0 else 2 + (layer + head + more) % 4,
+            "predicted_loss": 0.0 if layer == 0 else 0.25 * layer,
+        }
+        for side, layer, head in itertools.product(("keys", "values"), range(layers), range(heads))
+    ]
+    return pl.DataFrame(rows)
+
+
+def loss_frame(layers: int = 4, scale: float = 1.0) -> pl.DataFrame:
+    rows = [
+        {"layer": layer, "kind": kind, "predicted_loss": scale * times * (1 + layer)}
+        for layer, (kind, times) in itertools.product(range(layers), (("allocated", 0.1), ("uniform", 0.25)))
+    ]
+    return pl.DataFrame(rows)
+
+
+def sensitivity_frame(layers: int = 4, heads: int = 2) -> pl.DataFrame:
+    rows = [
+        {"layer": layer, "head": head, "side": side, "sensitivity": 0.01 * (1 + layer) * 4.0**head}
+        for side, layer, head in itertools.product(("keys", "values"), range(layers), range(heads))
+    ]
+    return pl.DataFrame(rows)
+
+
+def line_frame(steps: int = 5) -> pl.DataFrame:
+    rows = [
+        {
+            "kind": kind,
+            "true_bits": 2 + 4 * step / (steps - 1),
+            "predicted_loss": factor * 4.0 ** (-4 * step / (steps - 1)),
+        }
+        for kind, factor in (("allocated", 1.0), ("uniform", 2.0))
+        for step in range(steps)
+    ]
+    return pl.DataFrame(rows)
+
+
+def budget_rows(bits: float = 3.0, measured: float | None = 0.125) -> pl.DataFrame:
+    now = pl.DataFrame({"kind": ["allocated", "uniform"], "true_bits": [bits] * 2, "predicted_loss": [0.25, 0.5]})
+    row = {"kind": ["allocated"], "true_bits": [bits], "kl_mean": [measured], "name": ["ratequant 3.00 bits"]}
+    return views.frontier_rows(line_frame(), now, pl.DataFrame(row, schema_overrides={"kl_mean": pl.Float64}))
+
+
 CHARTS: dict[str, Callable[[], alt.VConcatChart]] = {
     "errors": lambda: views.error_map(error_frame()),
     "bits": lambda: views.bit_allocation(bit_frame()),
     "memory": lambda: views.memory_growth(memory_frame()),
     "frontier": lambda: views.frontier(fidelity_frame()),
     "pareto_front": lambda: views.pareto_front(pareto_frame()),
+    "allocation": lambda: views.allocation_map(head_frame()),
+    "losses": lambda: views.loss_by_layer(loss_frame()),
+    "sensitivity": lambda: views.sensitivity_by_layer(sensitivity_frame()),
+    "budget": lambda: views.budget_frontier(budget_rows()),
 }
-BY_LAYER = [name for name in CHARTS if name not in ("frontier", "pareto_front")]
+BY_LAYER = [name for name in CHARTS if name not in ("frontier", "pareto_front", "budget")]
 
 
 def drawn(chart: alt.TopLevelMixin, **params: object) -> str:
@@ -153,6 +208,15 @@ def test_a_chart_states_its_width(name):
         ),
         (views.bit_allocation(bit_frame(codes=3), greatest=8), views.bit_allocation(bit_frame(codes=4), greatest=8)),
         (views.memory_growth(memory_frame(4)), views.memory_growth(memory_frame(3))),
+        (
+            views.allocation_map(head_frame(), least=2, most=6),
+            views.allocation_map(head_frame(more=1), least=2, most=6),
+        ),
+        (views.loss_by_layer(loss_frame()), views.loss_by_layer(loss_frame(scale=2.0))),
+        (
+            views.budget_frontier(budget_rows(3.0), bits=(2, 6), domain=(1e-3, 5)),
+            views.budget_frontier(budget_rows(4.0, 0.01), bits=(2, 6), domain=(1e-3, 5)),
+        ),
     ],
 )
 def test_a_chart_of_other_numbers_has_the_same_spec(one, other):
@@ -165,6 +229,73 @@ def test_a_large_model_is_drawn_with_at_most_two_thousand_marks_and_says_that_he
     drawing = drawn(views.error_map(frame))
     assert len(re.findall("<path", drawing)) < 2_000
     assert "KV heads, by 4" in words(drawing)
+
+
+def test_the_tuners_charts_of_a_large_model_have_at_most_two_thousand_marks():
+    for chart in (
+        views.allocation_map(head_frame(layers=80, heads=32)),
+        views.loss_by_layer(loss_frame(layers=80)),
+        views.sensitivity_by_layer(sensitivity_frame(layers=80, heads=32)),
+        views.budget_frontier(views.frontier_rows(line_frame(steps=20_000))),
+    ):
+        assert len(re.findall("<(?:path|line|rect)", drawn(chart))) < 2_000
+    assert "KV heads, by 4" in words(drawn(views.allocation_map(head_frame(layers=80, heads=32))))
+
+
+def test_heads_that_are_kept_exact_are_grey_and_counted():
+    drawing = drawn(views.allocation_map(head_frame()))
+    assert drawing.count(f'fill="{palette.NEUTRAL}"') >= 4
+    assert any("keys 3.83 bits on average, 2 to 5; values 3.83" in line for line in words(drawing))
+    assert any("grey: 4 kept exact" in line for line in words(drawing))
+    coded = head_frame().filter(pl.col("layer") > 0)
+    assert "exact" not in views.allocation_caption(coded)
+    assert "bits of keys: 3;" in drawing
+    assert "predicted loss: 0.25" in drawing
+
+
+def test_a_plan_that_is_exact_throughout_is_drawn():
+    drawing = drawn(views.allocation_map(head_frame(layers=1)))
+    assert any("grey: 4 kept exact" in line for line in words(drawing))
+    assert "NaN" not in drawing
+
+
+def test_predicted_losses_are_added_up_and_compared():
+    assert views.loss_caption(loss_frame()) == "Predicted, nats a token: allocated 1, uniform 2.5: 2.50 times as much"
+    assert views.loss_caption(loss_frame().filter(kind="allocated")) == "Predicted, nats a token: allocated 1"
+    by_head = pl.concat([loss_frame(scale=0.5), loss_frame(scale=0.5)])
+    assert drawn(views.loss_by_layer(by_head)) == drawn(views.loss_by_layer(loss_frame()))
+
+
+def test_the_spread_of_sensitivities_is_told_and_what_has_no_logarithm_is_counted():
+    frame = sensitivity_frame()
+    said = views.sensitivity_caption(frame)
+    assert "keys: AM/GM 1.41, most in layer 3, head 1" in said  # 1.25 of the heads, 2.5 / 24 ** 0.25 of the layers
+    assert "not above zero" not in said
+    silent = frame.with_columns(sensitivity=pl.when(pl.col("layer") == 0).then(0.0).otherwise("sensitivity"))
+    chart = views.sensitivity_by_layer(silent)
+    assert any("4 not above zero" in line for line in words(drawn(chart)))
+    assert "NaN" not in drawn(chart)
+
+
+def test_predicted_points_are_hollow_and_measured_ones_full():
+    def points(rows: pl.DataFrame, role: str) -> list[str]:
+        return re.findall(rf"<path[^>]*loss: {role}, [^>]*>", drawn(views.budget_frontier(rows)))
+
+    assert [len(points(budget_rows(), role)) for role in ("predicted", "measured")] == [2, 1]
+    assert [len(points(budget_rows(measured=None), role)) for role in ("predicted", "measured")] == [2, 0]
+    assert not any("fill=" in point for point in points(budget_rows(), "predicted"))
+    assert f'fill="{palette.METHODS["ratequant"][0]}"' in points(budget_rows(), "measured")[0]
+    assert "0.25" in words(drawn(views.budget_frontier(budget_rows())))
+
+
+def test_a_long_frontier_is_thinned_and_keeps_its_ends():
+    rows = views.frontier_rows(line_frame(steps=1000))
+    for kind, own in rows.group_by("kind"):
+        whole = line_frame(steps=1000).filter(kind=kind[0])
+        assert own.height <= 162
+        for end in (pl.Series.min, pl.Series.max):
+            assert end(own["true_bits"]) == end(whole["true_bits"])
+    assert views.frontier_rows(line_frame()).height == line_frame().height
 
 
 def test_an_error_that_is_not_finite_is_crossed_and_counted():

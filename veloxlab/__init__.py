@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from veloxlab.prompt_cache import load_cache, make_cache
     from veloxlab.texts import excerpt
     from veloxlab.widgets.lab import Lab
+    from veloxlab.widgets.tuner import BudgetTuner
 
 __version__ = "0.1.0"
 
@@ -59,6 +60,7 @@ if load_fast_blas() == TOO_LATE:
     )
 
 _HOME = {
+    "BudgetTuner": "widgets.tuner",
     "Calibration": "calibration",
     "Capture": "measure",
     "InputError": "errors",
@@ -100,6 +102,7 @@ _HOME = {
 __all__ = [
     "AverageBits",
     "Bounds",
+    "BudgetTuner",
     "BytesPerToken",
     "Calibration",
     "Capture",

@@ -141,7 +141,7 @@ def head_tables(sensitivities: pl.DataFrame, curves: pl.DataFrame) -> Tables:
         raise InputError(f"The sensitivities are of {len(by)} kinds, {by}: give one kind.")
     share = pl.col("relative") if by == ["key_norm"] else pl.col("distortion") / (2 * pl.col("head_dim"))
     weights = sensitivities.select("layer", "head", "side", "sensitivity")
-    joined = curves.join(weights, on=["layer", "head", "side"], how="left").with_columns(
+    joined = curves.join(weights, on=["layer", "head", "side"], how="left", maintain_order="left").with_columns(
         predicted_loss=pl.col("sensitivity") * share
     )
     heads = curves.select("layer", "head", "side").unique()
@@ -152,7 +152,8 @@ def head_tables(sensitivities: pl.DataFrame, curves: pl.DataFrame) -> Tables:
         )
     tables: Tables = {}
     columns = ["layer", "side", "method"]
-    for (layer, side, method), rows in joined.sort("head", "bits").group_by(columns, maintain_order=True):
+    ordered = joined.sort("head", "bits", maintain_order=True)  # methods stay as they were named
+    for (layer, side, method), rows in ordered.group_by(columns, maintain_order=True):
         widths = rows["bits"].unique().sort().to_list()
         count = rows["head"].n_unique()
         nbytes, losses = (
@@ -183,7 +184,7 @@ def side_points(tables: Tables, sizes: Sequence[LayerSize], bounds: Bounds) -> d
                     f"{size.layer}: widen the bounds, or measure those widths."
                 )
             if size.layer in protected:
-                points = [_exact(size, side)] if bounds.protection == "exact" else _widest(points)
+                points = [exact_point(size, side)] if bounds.protection == "exact" else _widest(points)
             found[size.layer, side] = points
     return found
 
@@ -193,6 +194,7 @@ def _widest(points: Sequence[Point]) -> list[Point]:
     return [min((p for p in points if p.width == width), key=lambda p: p.predicted_loss)]
 
 
-def _exact(size: LayerSize, side: Role) -> Point:
+def exact_point(size: LayerSize, side: Role) -> Point:
+    """A layer's side left as it is."""
     dim = size.key_dim if side == "keys" else size.value_dim
     return Point(EXACT, size.exact_bits, None, size.exact_bits, size.kv_heads * dim * size.exact_bits / 8, 0.0)

@@ -11,6 +11,7 @@ Where we differ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +20,25 @@ from typing import Any, Self
 import numpy as np
 import polars as pl
 
-from veloxlab.allocate.budget import AverageBits, Budget, LayerSize, Limit
+from veloxlab.allocate.budget import AverageBits, Budget, LayerSize, Limit, held_tokens
 from veloxlab.allocate.choices import Choices, spread_widths
 from veloxlab.allocate.curves import CURVES
 from veloxlab.allocate.plan import Plan
-from veloxlab.allocate.points import EXACT, PER_HEAD, Bounds, Chosen, Tables, head_tables, side_points
+from veloxlab.allocate.points import (
+    EXACT,
+    PER_HEAD,
+    Bounds,
+    Chosen,
+    HeadTable,
+    Tables,
+    exact_point,
+    head_tables,
+    side_points,
+)
 from veloxlab.allocate.proxies import SIDES
 from veloxlab.allocate.sensitivity import SENSITIVITIES
 from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW
+from veloxlab.codecs import Role
 from veloxlab.errors import InputError
 from veloxlab.files import digest, read_sealed, write_sealed
 from veloxlab.prompt_cache import LayerSettings
@@ -40,6 +52,16 @@ FRONTIER = {
     "predicted_loss": pl.Float64,  # a token, in the unit of the sensitivities
 }
 """Columns of `RateBudget.frontier`."""
+
+HEADS = {
+    "layer": pl.Int32,
+    "head": pl.Int32,  # KV head
+    "side": pl.String,  # "keys" or "values"
+    "method": pl.String,
+    "bits": pl.Int32,  # code bits; those of an exact value where the method is "none"
+    "predicted_loss": pl.Float64,  # a token, of this head's side alone; 0 where it is exact
+}
+"""Columns of `RateBudget.heads`."""
 
 
 @dataclass(frozen=True)
@@ -169,21 +191,48 @@ class RateBudget:
         ------
         InputError : a method or a width of it was not measured.
         """
-        total = 0.0
+        return float(self.heads(plan)["predicted_loss"].sum())
+
+    def heads(self, plan: Plan) -> pl.DataFrame:
+        """What each KV head's keys and values get from a plan, and are predicted to lose: `HEADS`.
+
+        Raises
+        ------
+        InputError : a method or a width of it was not measured.
+        """
+        rows: list[tuple[object, ...]] = []
         for size in self.sizes:
-            for side, method, _, _ in plan.layers[size.layer].sides:
+            for side, method, bits, _ in plan.layers[size.layer].sides:
                 if method == EXACT:
+                    rows += [(size.layer, head, side, EXACT, bits, 0.0) for head in range(size.kv_heads)]
                     continue
-                widths = plan.widths(size.layer, side)
-                table = next((t for t in self._tables[size.layer, side] if t.method == method), None)
-                if table is None or not set(widths) <= set(table.widths):
-                    raise InputError(
-                        f"{method} at {widths} bits was not measured for the {side} of layer {size.layer}: measure "
-                        "the method's curves at these widths."
-                    )
-                columns = np.broadcast_to([table.widths.index(w) for w in widths], size.kv_heads)
-                total += table.point(columns.tolist()).predicted_loss
+                table, columns = self._columns(plan, size, side, method)
+                rows += [
+                    (size.layer, head, side, method, table.widths[c], float(table.losses[head, c]))
+                    for head, c in enumerate(columns)
+                ]
+        return pl.DataFrame(rows, schema=HEADS, orient="row")
+
+    def held_bytes(self, plan: Plan, tokens: int) -> float:
+        """Bytes that the compressed layers hold at most after a text of ``tokens``: what `TokensInMemory` counts.
+
+        Raises
+        ------
+        InputError : a method or a width of the plan was not measured.
+        """
+        total = 0.0
+        for size, nbytes in self._layer_bytes(plan):
+            held = held_tokens(size, tokens, sinks=plan.sinks, window=plan.window)
+            total += held.exact * size.exact_bytes + held.packed * nbytes
         return total
+
+    def bytes_per_token(self, plan: Plan) -> float:
+        """Bytes of one packed token in all layers; exact layers are counted as they are. Raises as `heads`."""
+        return sum(nbytes for _, nbytes in self._layer_bytes(plan))
+
+    def true_bits(self, plan: Plan) -> float:
+        """Bits of each packed value on average, scales included. Raises as `heads`."""
+        return 8 * self.bytes_per_token(plan) / self._values
 
     def frontier(self, bounds: Bounds | None = None) -> pl.DataFrame:
         """The least predicted loss at every number of bytes where it is certain, and uniform widths: `FRONTIER`."""
@@ -222,6 +271,29 @@ class RateBudget:
             ) from error
 
     # inside ---------------------------------------------------------------------------------------------------------
+
+    def _columns(self, plan: Plan, size: LayerSize, side: Role, method: str) -> tuple[HeadTable, list[int]]:
+        """The table of a method, and the column of each head of a layer's side."""
+        widths = plan.widths(size.layer, side)
+        table = next((t for t in self._tables[size.layer, side] if t.method == method), None)
+        if table is None or not set(widths) <= set(table.widths):
+            raise InputError(
+                f"{method} at {widths} bits was not measured for the {side} of layer {size.layer}: measure "
+                "the method's curves at these widths."
+            )
+        return table, np.broadcast_to([table.widths.index(w) for w in widths], size.kv_heads).tolist()
+
+    def _layer_bytes(self, plan: Plan) -> Iterator[tuple[LayerSize, float]]:
+        """Layers, and the bytes of one packed token in each."""
+        for size in self.sizes:
+            nbytes = 0.0
+            for side, method, _, _ in plan.layers[size.layer].sides:
+                if method == EXACT:
+                    nbytes += exact_point(size, side).nbytes
+                else:
+                    table, columns = self._columns(plan, size, side, method)
+                    nbytes += table.point(columns).nbytes
+            yield size, nbytes
 
     @property
     def _values(self) -> int:

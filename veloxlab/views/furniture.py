@@ -61,6 +61,11 @@ def layer_step(layers: int) -> float:
     return min(palette.WIDTH / max(layers, 1), 40)
 
 
+def layer_width(layers: int) -> float:
+    """Give the width of all layers, for marks side by side in a layer: a step would be of one mark."""
+    return layer_step(layers) * max(layers, 1)
+
+
 def layer_axis(*, labelled: bool, gap: float = 0) -> alt.X:
     """Give the x axis that all plots by layer share, with a gap between layers as a share of a step."""
     axis = alt.Axis(title="layer") if labelled else alt.Axis(labels=False, title=None)

@@ -1,0 +1,172 @@
+"""Settings one after another: what a knob asks for, how far it can go, and keys weighed against values."""
+
+import pytest
+
+import veloxlab as vl
+from tests.test_calibration import TEXT, Letters
+from tests.tiny_models import tiny
+from veloxlab.allocate.kept import kept_rate_budget
+from veloxlab.allocate.setting import Allocator, Setting
+from veloxlab.errors import InputError
+
+MEASURED = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama", num_hidden_layers=3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("rates")
+
+
+@pytest.fixture(scope="module")
+def rates(model, folder):
+    return vl.rate_budget(model, Letters(), text=TEXT, folder=folder, **MEASURED)
+
+
+@pytest.fixture
+def allocator(rates):
+    return Allocator(rates)
+
+
+def mean_bits(allocation, rates, side):
+    return rates.heads(allocation.plan).filter(side=side)["bits"].mean()
+
+
+def test_without_a_weight_it_is_the_plain_allocation(allocator, rates):
+    found, plain = allocator.solve(Setting(3.25)), rates.solve(vl.AverageBits(3.25))
+    assert found.plan == plain.plan
+    assert (found.predicted_loss, found.predicted_least) == (plain.predicted_loss, plain.predicted_least)
+
+
+def test_uniform_bits_are_of_the_bytes_that_are_spent_and_not_of_those_that_could_be(allocator, rates):
+    found = allocator.solve(Setting(vl.AverageBits(9.0), vl.Bounds(2, 3)))
+    assert found.true_bits == pytest.approx(3.25)
+    assert rates.bytes_per_token(allocator.uniform(found)) == pytest.approx(found.bytes_per_token)
+    assert found.predicted_uniform_loss == pytest.approx(found.predicted_loss)  # all at 3 bits, both
+
+
+def test_what_heads_get_adds_up_to_the_plan(rates):
+    found = rates.solve(3.25)
+    heads = rates.heads(found.plan)
+    assert heads.height == 3 * 2 * 2  # layers, heads, sides
+    assert heads["predicted_loss"].sum() == pytest.approx(found.predicted_loss)
+    assert rates.bytes_per_token(found.plan) == pytest.approx(found.bytes_per_token)
+    assert rates.true_bits(found.plan) == pytest.approx(found.true_bits)
+    for (layer, side), own in heads.group_by("layer", "side"):
+        assert tuple(own.sort("head")["bits"]) == found.plan.widths(layer, side)
+
+
+def test_exact_layers_lose_nothing_and_hold_all(rates):
+    found = rates.solve(16.0, vl.Bounds(protected_first=1, protection="exact"))
+    exact = rates.heads(found.plan).filter(layer=0)
+    assert set(exact["method"]) == {"none"}
+    assert exact["predicted_loss"].to_list() == [0.0] * 4
+    codes = rates.held_bytes(rates.plan(16.0), 1000)
+    assert rates.held_bytes(found.plan, 1000) > codes  # 32 bits in one layer, and the widest in the others
+
+
+@pytest.mark.parametrize("tokens", [200, 1000])
+def test_a_plan_holds_the_memory_that_its_budget_gave(rates, tokens):
+    for megabytes in (0.11, 0.13):
+        budget = vl.TokensInMemory(tokens, megabytes * tokens / 200)
+        held = rates.held_bytes(rates.plan(budget), tokens)
+        assert 0.97 * budget.megabytes <= held / 1e6 <= budget.megabytes  # a step gives a head a bit in each token
+
+
+@pytest.mark.parametrize("bounds", [vl.Bounds(), vl.Bounds(3, 5, protected_last=1), vl.Bounds(keys_over_values=True)])
+def test_every_budget_within_the_spans_is_allocated_and_none_below(allocator, bounds):
+    spans = allocator.spans(bounds, 500)
+    for kind, (least, most) in (
+        (vl.AverageBits, spans.bits),
+        (vl.BytesPerToken, spans.nbytes),
+        (lambda end: vl.TokensInMemory(500, end), spans.megabytes),
+        (vl.QualityFloor, spans.predicted_loss),
+    ):
+        for end in (least, (least + most) / 2, most):
+            allocator.solve(Setting(kind(end), bounds))
+        with pytest.raises(InputError):
+            allocator.solve(Setting(kind(0.99 * least), bounds))
+
+
+def test_the_nearest_budget_within_the_spans(allocator):
+    spans = allocator.spans(vl.Bounds(3, 5), 500)
+    assert spans.nearest(vl.AverageBits(1)) == vl.AverageBits(spans.bits[0])
+    assert spans.nearest(vl.BytesPerToken(1e9)) == vl.BytesPerToken(spans.nbytes[1])
+    assert spans.nearest(vl.TokensInMemory(500, 1e-9)) == vl.TokensInMemory(500, spans.megabytes[0])
+    assert spans.nearest(vl.QualityFloor(1e9)) == vl.QualityFloor(spans.predicted_loss[1])
+    inside = vl.AverageBits(sum(spans.bits) / 2)
+    assert spans.nearest(inside) == inside
+
+
+def test_keys_that_count_more_get_more_bits_in_the_same_bytes(allocator, rates):
+    plain, more, less = (allocator.solve(Setting(3.25, key_weight=weight)) for weight in (1.0, 1e4, 1e-4))
+    assert mean_bits(less, rates, "keys") <= mean_bits(plain, rates, "keys") < mean_bits(more, rates, "keys")
+    for found in (more, less):
+        assert found.bytes_per_token == pytest.approx(plain.bytes_per_token, rel=0.02)  # a bit of one head
+        assert found.predicted_loss == pytest.approx(rates.predicted_loss(found.plan))
+        assert found.predicted_loss >= plain.predicted_loss  # as measured, no plan of these bytes loses less
+        assert found.predicted_uniform_loss == rates.predicted_loss(allocator.uniform(found))
+        assert found.predicted_least is None
+        assert found.plan.allocation == rates.identity
+
+
+@pytest.mark.parametrize("weight", [0.25, 4.0])
+def test_a_floor_of_quality_is_of_the_measured_loss_whatever_keys_weigh(allocator, rates, weight):
+    floor = allocator.solve(Setting(3.25)).predicted_loss
+    found = allocator.solve(Setting(vl.QualityFloor(floor), key_weight=weight))
+    assert found.predicted_loss <= floor * (1 + 1e-9)
+    assert found.bytes_per_token >= allocator.solve(Setting(vl.QualityFloor(floor))).bytes_per_token
+    fewer = allocator.solve(Setting(vl.BytesPerToken(found.bytes_per_token - 8), key_weight=weight))
+    assert fewer.predicted_loss > floor  # a head's next bit takes 8 bytes
+
+
+def test_below_the_least_width_there_are_no_uniform_bits_to_compare_with(model, folder):
+    rates = vl.rate_budget(model, Letters(), ("ratequant", "polarquant"), TEXT, folder=folder, **MEASURED)
+    found = Allocator(rates).solve(Setting(2.1, key_weight=2.0))  # PolarQuant has no scales: 2 bits are 2.00
+    assert found.predicted_uniform_loss is None
+    assert found.predicted_loss > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: Setting("3"), "'3' is no budget: give a number of true bits"),
+        (lambda: Setting(3.0, key_weight=0.0), "key_weight=0.0 weighs nothing"),
+    ],
+)
+def test_settings_that_ask_for_nothing_are_refused(make, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make()
+
+
+def test_a_loss_that_no_weight_can_reach_is_refused(allocator):
+    with pytest.raises(InputError, match="cannot be reached: the most bits lose"):
+        allocator.solve(Setting(vl.QualityFloor(1e-9), key_weight=2.0))
+
+
+def test_measurements_are_kept_and_found_again_by_their_settings(model, folder, tmp_path):
+    told = []
+
+    def progress(done, total, label):
+        told.append(label)
+
+    given = {"text": TEXT, "folder": tmp_path, "progress": progress, **MEASURED}
+    first = kept_rate_budget(model, Letters(), **given)
+    assert "distortion of layer 0" in told
+    told.clear()
+    assert kept_rate_budget(model, Letters(), **given).identity == first.identity
+    assert told == []
+    kept_rate_budget(model, Letters(), **given, bits=range(2, 4))
+    assert "distortion of layer 0" in told
+    file = next(path for path in tmp_path.glob("*.json") if '"veloxlab rate budget' in path.read_text())
+    for path in tmp_path.glob("*.json"):
+        path.write_text(path.read_text().replace('"layer"', '"lair"'))
+    told.clear()
+    with pytest.warns(UserWarning, match="They are (measured|made) again now"):
+        assert kept_rate_budget(model, Letters(), **given).identity == first.identity
+    assert told != []
+    assert file.exists()

@@ -1,0 +1,370 @@
+"""The tuner answers from tables on whatever thread its knobs are turned, and measures what it is asked to."""
+
+import base64
+import threading
+
+import pytest
+
+import veloxlab as vl
+from tests.test_calibration import TEXT, Letters
+from tests.tiny_models import tiny
+from veloxlab.allocate.judged import JUDGED
+from veloxlab.allocate.setting import Setting
+from veloxlab.errors import InputError
+from veloxlab.views.picture import png_size
+from veloxlab.widgets import ProgressBar
+
+MEASURED = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
+PATIENCE = 120  # seconds
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama", num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("rates")
+
+
+@pytest.fixture(scope="module")
+def rates(model, folder):
+    return vl.rate_budget(model, Letters(), text=TEXT, folder=folder, **MEASURED)
+
+
+@pytest.fixture
+def tuner(rates, model):
+    tuner = vl.BudgetTuner(rates, model, Letters(), budget=3.25, text=TEXT, tokens=48)
+    yield tuner
+    tuner.worker.close()
+
+
+def turn(work) -> None:
+    """Turn knobs as JupyterLab does, from a thread that is not the main one."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def drawn_bits(tuner, side: str) -> float:
+    return tuner.charts.bits.frame.filter(side=side)["bits"].mean()
+
+
+def now(tuner) -> dict[str, float]:
+    return dict(tuner.charts.frontier.frame.filter(role="now").select("kind", "loss").iter_rows())
+
+
+# from Python
+
+
+def test_a_budget_set_twice_changes_every_chart_twice(tuner):
+    seen = []
+    for bits in (3.25, 4.25, 5.25):
+        turn(lambda bits=bits: setattr(tuner, "budget", bits))
+        assert tuner.budget == vl.AverageBits(bits)
+        losses = tuner.charts.losses.frame.filter(kind="allocated")["predicted_loss"].sum()
+        seen.append((drawn_bits(tuner, "keys") + drawn_bits(tuner, "values"), -losses, -now(tuner)["allocated"]))
+    assert all(len(set(column)) == 3 for column in zip(*seen, strict=True))
+    assert seen == sorted(seen)
+
+
+def test_the_charts_show_what_the_tables_say(tuner, rates):
+    tuner.budget = vl.BytesPerToken(rates.solve(4.25).bytes_per_token)
+    expected = rates.solve(4.25)
+    assert tuner.plan == expected.plan
+    heads = rates.heads(expected.plan)
+    assert tuner.charts.bits.frame.sort("layer", "side", "head").equals(
+        heads.select(tuner.charts.bits.frame.columns).sort("layer", "side", "head")
+    )
+    assert now(tuner)["allocated"] == pytest.approx(expected.predicted_loss)
+    assert now(tuner)["uniform"] == pytest.approx(rates.predicted_loss(rates.uniform(4.25)))
+    assert f"{expected.predicted_loss:.3g} nats a token" in tuner._told.value
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [vl.AverageBits(4.0), vl.BytesPerToken(500.0), vl.TokensInMemory(2000, 1.5), vl.QualityFloor(0.003)],
+)
+def test_a_budget_of_any_kind_is_shown_by_its_own_knobs(tuner, budget):
+    tuner.budget = budget
+    control = tuner._budget
+    assert control.kind.value is type(budget)
+    knobs = control._slot.children
+    assert [knob.value for knob in knobs] == pytest.approx(list(vars(budget).values()))
+    assert tuner.budget == budget  # showing it asked for nothing
+
+
+def test_bounds_are_kept_and_shown(tuner):
+    tuner.tune(budget=4.5, bounds=vl.Bounds(3, 5, protected_first=1, protection="widest"))
+    bits = tuner.charts.bits.frame
+    assert set(bits["bits"]) <= {3, 4, 5}
+    assert set(bits.filter(layer=0)["bits"]) == {5}
+    assert tuner._bounds.widths.value == (3, 5)
+    assert tuner._bounds.first.value == 1
+    tuner.tune(budget=16.0, bounds=vl.Bounds(protected_last=1, protection="exact"))
+    assert set(tuner.charts.bits.frame.filter(layer=3)["method"]) == {"none"}
+    assert "grey: 4 kept exact" in tuner.charts.bits.content["params"]["caption"]
+
+
+def test_several_parts_are_set_at_once_or_none(tuner):
+    tuner.tune(budget=5.0, bounds=vl.Bounds(4, 6), key_weight=2.0)
+    before = tuner.setting
+    assert before == Setting(vl.AverageBits(5.0), vl.Bounds(4, 6), 2.0)
+    for parts, sentence in (
+        ({"budget": 2.25}, "give more, or allow fewer bits"),
+        ({"budget": "much"}, "'much' is no budget"),
+        ({"key_weight": 0.0}, "weighs nothing"),
+        ({"budget": vl.QualityFloor(1e-9)}, "cannot be reached"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            tuner.tune(**parts)
+        assert tuner.setting is before
+
+
+def test_keys_that_weigh_more_get_more_bits(tuner):
+    before = drawn_bits(tuner, "keys")
+    tuner.key_weight = 10_000.0
+    assert drawn_bits(tuner, "keys") > before
+    assert tuner._bounds.key_weight.value == 16.0  # as far as the knob goes
+    assert tuner.key_weight == 10_000.0
+
+
+def test_a_layer_is_picked_in_python_or_in_a_chart(tuner):
+    tuner.layer = 2
+    assert tuner.charts.bits.picked == 2
+    tuner.charts.bits.picked = 1
+    assert tuner.layer == 1
+    with pytest.raises(InputError, match="There is no layer 9: pick one from 0 to 3"):
+        tuner.layer = 9
+
+
+# by hand
+
+
+def test_every_knob_of_the_budget_twice(tuner):
+    control = tuner._budget
+    for kind, knob, values in (
+        (vl.AverageBits, control.bits, (4.0, 3.0)),
+        (vl.BytesPerToken, control.nbytes, (500.0, 600.0)),
+        (vl.TokensInMemory, control.megabytes, (2.5, 3.0)),
+        (vl.QualityFloor, control.loss, (0.004, 0.002)),
+    ):
+        turn(lambda kind=kind: setattr(control.kind, "value", kind))
+        assert type(tuner.budget) is kind
+        for value in values:
+            turn(lambda knob=knob, value=value: setattr(knob, "value", value))
+            assert list(vars(tuner.budget).values())[-1] == pytest.approx(value)
+    assert tuner._message.value == ""
+
+
+@pytest.mark.parametrize("kind", [vl.BytesPerToken, vl.TokensInMemory, vl.QualityFloor, vl.AverageBits])
+def test_another_kind_of_budget_keeps_the_plan(tuner, kind):
+    before = tuner.plan
+    tuner._budget.kind.value = kind
+    assert type(tuner.budget) is kind
+    assert tuner.plan.layers == before.layers
+
+
+def test_a_longer_text_wants_more_memory_and_gets_the_least_that_fits(tuner):
+    tuner._budget.kind.value = vl.TokensInMemory
+    tuner._budget.tokens.value = 40_000
+    assert tuner.budget.tokens == 40_000
+    assert "the nearest that they can" in tuner._message.value
+    assert drawn_bits(tuner, "keys") == drawn_bits(tuner, "values") == 2
+    turn(lambda: setattr(tuner._budget.megabytes, "value", tuner._budget.megabytes.max))
+    assert drawn_bits(tuner, "keys") == 6
+    assert tuner._message.value == ""
+
+
+def test_what_a_hand_cannot_have_is_said_and_everything_stays(tuner):
+    tuner._budget.kind.value = vl.TokensInMemory
+    before = tuner.setting
+    turn(lambda: setattr(tuner._budget.tokens, "value", 3))
+    assert "3 tokens are all kept exact" in tuner._message.value
+    assert tuner.setting is before
+    assert tuner._budget.tokens.value == before.budget.tokens  # the knobs show what is
+    turn(lambda: setattr(tuner._budget.tokens, "value", 900))
+    assert tuner.budget.tokens == 900
+
+
+def test_every_bound_by_hand_twice(tuner):
+    control = tuner._bounds
+    tuner.budget = 4.5
+    for knob, values in (
+        (control.widths, ((3, 6), (3, 5))),
+        (control.first, (1, 2)),
+        (control.last, (1, 0)),
+        (control.keys_first, (True, False)),
+        (control.key_weight, (2.0, 0.5)),
+        (control.protection, ("exact", "widest")),
+    ):
+        for value in values:
+            before = tuner.setting
+            turn(lambda knob=knob, value=value: setattr(knob, "value", value))
+            assert tuner.setting != before
+    assert tuner.bounds == vl.Bounds(3, 5, 2, 0)
+    assert tuner.key_weight == 0.5
+    assert set(tuner.charts.bits.frame["bits"]) <= {3, 4, 5}
+
+
+def test_bounds_that_cannot_spend_the_budget_move_it(tuner):
+    turn(lambda: setattr(tuner._bounds.widths, "value", (5, 6)))
+    assert tuner.bounds == vl.Bounds(5, 6)
+    assert tuner.budget == vl.AverageBits(tuner._allocator.spans(vl.Bounds(5, 6), 1).bits[0])
+    assert "the nearest that they can" in tuner._message.value
+
+
+# measuring
+
+
+def test_a_measured_plan_stands_beside_its_prediction(tuner, model):
+    tuner.measure()
+    assert tuner.wait(PATIENCE)
+    tuner.measure("uniform")
+    assert tuner.wait(PATIENCE)
+    assert dict(tuner.measured.schema) == JUDGED
+    assert tuner.measured["name"].to_list() == ["ratequant 3.25 bits", "uniform 3.25 bits"]
+    first = tuner.measured.row(0, named=True)
+    assert first["predicted_loss"] == pytest.approx(tuner.allocation.predicted_loss)
+    assert first["true_bits"] == pytest.approx(tuner.allocation.true_bits)
+    expected = vl.fidelity(model, Letters(), tuner.plan, text=TEXT, tokens=48)
+    assert first["kl_mean"] == pytest.approx(expected["kl_mean"].item(), rel=1e-5)
+    shown = tuner.charts.frontier.frame.filter(role="measured")
+    assert shown["kind"].to_list() == ["allocated", "uniform"]
+    assert shown["loss"].to_list() == tuner.measured["kl_mean"].to_list()
+    assert tuner._history.value.index("uniform 3.25 bits") < tuner._history.value.index("ratequant 3.25 bits")
+    tuner.budget = 5.0  # what was measured stays
+    assert tuner.charts.frontier.frame.filter(role="measured").height == 2
+
+
+def test_measuring_can_be_cancelled_and_the_tuner_lives_on(tuner):
+    tuner.measure()
+    tuner.worker.cancel()
+    assert tuner.wait(PATIENCE)
+    assert tuner.measured.is_empty()
+    tuner.budget = 4.0
+    assert drawn_bits(tuner, "keys") > 0
+    tuner.measure()
+    assert tuner.wait(PATIENCE)
+    assert tuner.measured.height == 1
+
+
+def test_what_goes_wrong_in_measuring_is_said(rates, model):
+    tuner = vl.BudgetTuner(rates, model, Letters(), budget=3.25, text="a", tokens=48)
+    tuner.measure()
+    assert tuner.wait(PATIENCE)
+    assert "give a longer text" in tuner._message.value
+    assert tuner.measured.is_empty()
+    tuner.budget = 4.0
+    assert tuner._message.value == ""
+    tuner.worker.close()
+
+
+def test_losses_that_are_no_divergences_are_not_compared_with_one(model, folder):
+    rates = vl.rate_budget(model, Letters(), text=TEXT, by="key_norm", folder=folder, **MEASURED)
+    tuner = vl.BudgetTuner(rates, model, Letters(), budget=3.25, text=TEXT, tokens=48)
+    tuner.measure()
+    assert tuner.wait(PATIENCE)
+    assert tuner.measured.height == 1
+    assert tuner.charts.frontier.frame.filter(role="measured").is_empty()
+    assert "in the unit of key_norm" in repr(tuner)
+    assert "no divergences" in tuner.charts.frontier.content["params"]["caption"]
+    tuner.worker.close()
+
+
+# without a model, and with nothing but one
+
+
+def test_tables_from_disk_need_no_model_but_to_measure(rates, tmp_path):
+    tuner = vl.BudgetTuner(vl.RateBudget.load(rates.save(tmp_path / "rates.json")))
+    before = drawn_bits(tuner, "keys")
+    tuner.budget = 6.0
+    assert drawn_bits(tuner, "keys") > before
+    assert tuner.save(tmp_path / "plan.json").is_file()
+    with pytest.raises(InputError, match="needs the model"):
+        tuner.measure()
+    *buttons, _ = tuner.children[1].children
+    assert [button.disabled for button in buttons] == [True, True]
+
+
+def test_a_model_is_measured_first_and_found_again(model, tmp_path):
+    given = {"budget": 3.25, "rate_settings": {"text": TEXT, "folder": tmp_path, **MEASURED}}
+    tuner = vl.BudgetTuner(model, Letters(), **given)
+    assert any(isinstance(part, ProgressBar) for part in tuner.children[0].children)
+    assert repr(tuner) == "BudgetTuner(no tables yet)" or tuner.rates is not None
+    assert tuner.wait(PATIENCE)
+    assert tuner.budget == vl.AverageBits(3.25)
+    tuner.budget = 5.0
+    other = vl.BudgetTuner(model, Letters(), **given)
+    assert other.wait(PATIENCE)
+    assert other.rates.identity == tuner.rates.identity
+    tuner.worker.close()
+    other.worker.close()
+
+
+def test_a_start_that_was_cancelled_can_be_made_again(model, tmp_path):
+    tuner = vl.BudgetTuner(model, Letters(), rate_settings={"text": TEXT, "folder": tmp_path, **MEASURED})
+    tuner.worker.cancel()
+    assert tuner.wait(PATIENCE)
+    for knob in (lambda: tuner.plan, lambda: setattr(tuner, "budget", 3.0), lambda: setattr(tuner, "layer", 1)):
+        with pytest.raises(InputError, match="not measured yet"):
+            knob()
+    again, _ = tuner.children[0].children
+    again.click()
+    assert tuner.wait(PATIENCE)
+    assert tuner.plan.layers
+    tuner.worker.close()
+
+
+def test_a_budget_that_the_tables_cannot_serve_is_said_when_they_are_there(model, tmp_path):
+    tuner = vl.BudgetTuner(model, Letters(), budget=1.0, rate_settings={"text": TEXT, "folder": tmp_path, **MEASURED})
+    assert tuner.wait(PATIENCE)
+    assert "give more, or allow fewer bits" in tuner._message.value
+    assert tuner._message in tuner.children
+    tuner.worker.close()
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda rates, model: vl.BudgetTuner(rates, model), "a model needs its tokenizer"),
+        (lambda rates, model: vl.BudgetTuner(model), "a model needs its tokenizer"),
+        (lambda rates, model: vl.BudgetTuner(rates, tiny("llama"), Letters()), "These tables are of llama of 4 layers"),
+        (lambda rates, model: vl.BudgetTuner(rates, rate_settings={"bits": (2, 3)}), "rate_settings have no use"),
+        (lambda rates, model: vl.BudgetTuner(rates, budget=0.5), "give more, or allow fewer bits"),
+    ],
+)
+def test_a_tuner_that_cannot_be_says_so(rates, model, make, sentence):
+    with pytest.raises(InputError, match=sentence):
+        make(rates, model)
+
+
+# taking away
+
+
+def test_a_plan_is_saved_where_the_box_says(tuner, tmp_path):
+    box = tuner._take_away
+    box.path.value = str(tmp_path / "mine.json")
+    assert f'vl.Plan.load("{tmp_path}/mine.json")' in box.code.value.replace("&quot;", '"')
+    box.button.click()
+    assert f"Saved to {tmp_path}/mine.json" in box.said.value
+    assert vl.Plan.load(tmp_path / "mine.json") == tuner.plan
+    for path, sentence in (
+        (tmp_path, "is a folder: give the name of a file"),
+        (tmp_path / "none" / "plan.json", "There is no folder"),
+    ):
+        box.path.value = str(path)
+        box.button.click()
+        assert sentence in box.said.value
+
+
+def test_a_place_that_cannot_be_written_is_said(tuner):
+    with pytest.raises(InputError, match=r"/proc/plan.json cannot be written \(.+\): choose another place"):
+        tuner.save("/proc/plan.json")
+
+
+def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(tuner):
+    bundle = tuner._repr_mimebundle_()
+    assert bundle["text/plain"].startswith("BudgetTuner(3.25 true bits a value, 416 bytes a token; code bits: keys ")
+    assert png_size(base64.b64decode(bundle["image/png"]))[0] == 700

@@ -1,0 +1,53 @@
+"""Measurements of a model kept on disk, and found again by everything they depend on."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+from mlx.nn.layers.base import Module
+
+from veloxlab.allocate.rate_budget import FORMAT, RateBudget
+from veloxlab.allocate.ratequant import rate_budget
+from veloxlab.codecs.saving import written
+from veloxlab.errors import InputError
+from veloxlab.files import digest
+from veloxlab.integrate import fingerprint
+from veloxlab.measure.progress import Progress, silent
+
+
+def kept_rate_budget(
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401
+    *,
+    folder: str | Path | None = None,
+    progress: Progress = silent,
+    **measured: Any,
+) -> RateBudget:
+    """Give what `rate_budget` measured of this model with the same arguments before, or measure it and keep it.
+
+    Parameters
+    ----------
+    model, tokenizer : as `veloxlab.load` gives them.
+    folder : where it is kept; the user's cache folder by default.
+    progress : told of each step of measuring.
+    measured : further arguments of `rate_budget`, all plain values.
+
+    Raises
+    ------
+    InputError : as `rate_budget`; a damaged file is told of in a warning, and made again.
+    """
+    where = Path(folder) if folder else platformdirs.user_cache_path("veloxlab") / "rates"
+    where.mkdir(parents=True, exist_ok=True)
+    facts = {name: list(given) if isinstance(given, range) else given for name, given in measured.items()}
+    path = where / f"{digest([FORMAT, written(), fingerprint(model), facts])[:16]}.json"
+    if path.exists():
+        try:
+            return RateBudget.load(path)
+        except InputError as error:
+            warnings.warn(f"{error} They are made again now.", stacklevel=2)
+    rates = rate_budget(model, tokenizer, folder=folder, progress=progress, **measured)
+    rates.save(path)
+    return rates

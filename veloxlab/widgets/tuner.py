@@ -1,0 +1,353 @@
+"""The tuner of budgets: what bits buy, which heads get them, and what a plan really costs when it is measured."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ipywidgets
+import polars as pl
+import traitlets as t
+from mlx.nn.layers.base import Module
+
+from veloxlab.allocate.budget import MEGABYTE, AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
+from veloxlab.allocate.judged import JUDGED, PlanKind, judged
+from veloxlab.allocate.kept import kept_rate_budget
+from veloxlab.allocate.plan import Plan, model_hash
+from veloxlab.allocate.points import Bounds
+from veloxlab.allocate.rate_budget import Allocation, RateBudget
+from veloxlab.allocate.setting import Allocator, Setting, Spans
+from veloxlab.errors import InputError
+from veloxlab.views import picture
+from veloxlab.widgets.budget_controls import BoundsControl, BudgetControl
+from veloxlab.widgets.history import history
+from veloxlab.widgets.progress import ProgressBar
+from veloxlab.widgets.take_away import TakeAway
+from veloxlab.widgets.tuner_charts import TunerCharts
+from veloxlab.widgets.worker import Progress, Worker
+
+TOKENS = 4096  # of a text, until one is asked for
+
+
+class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+    """Turn a budget and its bounds, and see which heads get the bits and what that is predicted to cost.
+
+    Everything but *Measure* answers from tables: of a `veloxlab.RateBudget`, or measured first, with progress, and kept
+    on disk. Losses are predictions unless they are said to be measured. Nothing here needs a network.
+
+    Parameters
+    ----------
+    rates : what `veloxlab.rate_budget` measured, or `veloxlab.RateBudget.load` read; or a model, then its tokenizer.
+    model, tokenizer : as `veloxlab.load` gives them, to measure plans with; without them all else works.
+    budget : to begin with, of true bits if it is a number; by default half of what can be spent.
+    bounds, key_weight : as `veloxlab.allocate.setting.Setting` has them.
+    text, tokens, windows : of measurements, as for `veloxlab.fidelity`.
+    rate_settings : further arguments of `veloxlab.rate_budget`, where tables are to be measured.
+
+    Attributes
+    ----------
+    setting, layer : traits; ``budget``, ``bounds`` and ``key_weight`` are the setting's parts and can be set alone.
+    rates : the tables; None until they are measured.
+    allocation, plan : what is allocated now.
+    measured : a row for each plan that was measured, `veloxlab.allocate.judged.JUDGED`.
+    charts : `TunerCharts`.
+
+    Raises
+    ------
+    InputError : the tables are of another model; the budget cannot be; or a model came without its tokenizer.
+    """
+
+    setting = t.Instance(Setting, allow_none=True, help="budget, bounds and weight of keys")
+    layer = t.Int(None, allow_none=True, help="the picked layer")
+
+    def __init__(
+        self,
+        rates: RateBudget | Module,
+        model: Any = None,  # noqa: ANN401 - a model; or the tokenizer, where rates are to be measured
+        tokenizer: Any = None,  # noqa: ANN401
+        *,
+        budget: Budget | float | None = None,
+        bounds: Bounds | None = None,
+        key_weight: float = 1.0,
+        text: str | None = None,
+        tokens: int = 512,
+        windows: int = 1,
+        rate_settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        if isinstance(rates, RateBudget):
+            self._model, self._tokenizer, found = model, tokenizer, rates
+            if rate_settings:
+                raise InputError("The tables are measured already, so rate_settings have no use: leave them out.")
+            if model is not None and model_hash(model) != rates.model_hash:
+                raise InputError(f"These tables are of {rates.model}, not of this model: measure this one's.")
+        else:
+            self._model, self._tokenizer, found = rates, tokenizer or model, None
+        if self._model is not None and self._tokenizer is None:
+            raise InputError("To measure, a model needs its tokenizer: give both, as vl.load gives them.")
+        self._text, self._sample = text, {"tokens": tokens, "windows": windows}
+        self._first = budget, bounds or Bounds(), key_weight
+        self._rate_settings = dict(rate_settings or {})
+        self.rates: RateBudget | None = None
+        self.measured = pl.DataFrame(schema=JUDGED)
+        self.worker = Worker("veloxlab-tuner")
+        self._message = ipywidgets.HTML()
+        super().__init__()
+        self.add_class("veloxlab-tuner")
+        self.observe(lambda _: self._redraw(), "setting")
+        if found is None:
+            self.start()
+        else:
+            self._build(found)
+
+    # state ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> Budget:
+        """What is asked for; set it to another budget, or to a number of true bits."""
+        return self._now.budget
+
+    @budget.setter
+    def budget(self, budget: Budget | float) -> None:
+        self.tune(budget=budget)
+
+    @property
+    def bounds(self) -> Bounds:
+        """What the allocation may do."""
+        return self._now.bounds
+
+    @bounds.setter
+    def bounds(self, bounds: Bounds) -> None:
+        self.tune(bounds=bounds)
+
+    @property
+    def key_weight(self) -> float:
+        """How many times as much an error in keys counts in the choice."""
+        return self._now.key_weight
+
+    @key_weight.setter
+    def key_weight(self, weight: float) -> None:
+        self.tune(key_weight=weight)
+
+    def tune(self, **parts: Any) -> None:
+        """Change some of ``budget``, ``bounds`` and ``key_weight`` at once.
+
+        Raises
+        ------
+        InputError : they do not go together; nothing is changed then.
+        """
+        self.setting = replace(self._now, **parts)
+
+    @property
+    def allocation(self) -> Allocation:
+        """The plan and what is predicted of it."""
+        setting = self._now
+        return self._allocator.solve(setting)
+
+    @property
+    def plan(self) -> Plan:
+        """For `veloxlab.make_cache`, or a file."""
+        return self.allocation.plan
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until everything that was asked for is measured; False if that took longer than ``timeout`` seconds."""
+        return self.worker.wait(timeout)
+
+    def start(self) -> None:
+        """Measure the tables, or find them on disk, and show the tuner once they are there."""
+        self.children = [self._waiting(), self._message]
+
+        def job(progress: Progress) -> RateBudget:
+            return kept_rate_budget(self._model, self._tokenizer, progress=progress, **self._rate_settings)
+
+        self.worker.submit("tables", job, on_done=self._build, on_error=self._say)
+
+    def measure(self, kind: PlanKind = "allocated") -> None:
+        """Ask for the fidelity of the present plan, or of uniform bits in its bytes; the row joins `measured`.
+
+        Raises
+        ------
+        InputError : the tuner has no model; or there are no uniform bits in so few bytes.
+        """
+        if self._model is None:
+            raise InputError("To measure a plan the tuner needs the model: vl.BudgetTuner(rates, model, tokenizer).")
+        rates, plan = self._rates, self._plan_of(kind)
+
+        def job(progress: Progress) -> pl.DataFrame:
+            given: dict[str, Any] = {"kind": kind, "text": self._text, "progress": progress, **self._sample}
+            return judged(rates, plan, self._model, self._tokenizer, **given)
+
+        self.worker.submit("fidelity", job, on_done=self._add_measured, on_error=self._say)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the present plan, whole or not at all, and give the file's full path."""
+        return self._take_away.save(path)
+
+    # how it looks where no kernel runs ------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        if self.rates is None:
+            return "BudgetTuner(no tables yet)"
+        found = self.allocation
+        return f"BudgetTuner({self.charts.spent(found)}; {self.charts.predicted(found)})"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        bundle = super()._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
+        if self.rates is None:
+            return bundle  # type: ignore[no-any-return]
+        still = picture.stacked([view.to_dict() for view in self.charts.views])
+        return {**bundle, "image/png": base64.b64encode(still).decode()}
+
+    # building -------------------------------------------------------------------------------------------------------
+
+    def _waiting(self) -> ipywidgets.Widget:
+        again = ipywidgets.Button(description="Measure tables", tooltip="Sensitivities and distortions of this model")
+        again.on_click(lambda _: self.start())
+        return ipywidgets.HBox([again, ProgressBar(self.worker)])
+
+    def _build(self, rates: RateBudget) -> None:
+        """Show the tuner of these tables. On the worker's thread, where they were measured."""
+        allocator = Allocator(rates)
+        budget, bounds, key_weight = self._first
+        if budget is None:
+            budget = AverageBits(round(sum(allocator.spans(bounds, TOKENS).bits) / 2, 1))
+        setting = Setting(budget, bounds, key_weight)  # type: ignore[arg-type]  # a number becomes a budget
+        found = allocator.solve(setting)
+        self._allocator, self.rates = allocator, rates
+        self.charts = TunerCharts(allocator, setting, found)
+        t.link((self, "layer"), (self.charts.bits, "picked"))
+        self._make_controls()
+        self.set_trait("setting", setting)
+        self.add_class("ready")
+
+    def _make_controls(self) -> None:
+        rates = self._rates
+        self._budget = BudgetControl(self._budget_asked, self._converted, TOKENS)
+        self._bounds = BoundsControl(self._bounds_asked, self._say, self._widths, len(rates.sizes))
+        self._take_away = TakeAway(lambda: self.plan)
+        self._told = ipywidgets.HTML()
+        self._history = ipywidgets.HTML()
+        why = "" if self._model is not None else ": give the tuner the model and its tokenizer"
+        buttons = []
+        kinds: Sequence[tuple[str, PlanKind]] = (("Measure", "allocated"), ("Measure uniform", "uniform"))
+        for words, kind in kinds:
+            button = ipywidgets.Button(
+                description=words, disabled=self._model is None, layout={"width": "140px"},
+                tooltip=f"Run the model with the {kind} plan, and compare its predictions{why}",
+            )  # fmt: skip
+            button.on_click(lambda _, kind=kind: self._measure_asked(kind))
+            buttons.append(button)
+        self.children = [
+            ipywidgets.HBox([self._budget, self._bounds], layout={"flex_flow": "row wrap"}),
+            ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")]),
+            self._message,
+            self._told,
+            *self.charts.views,
+            self._history,
+            self._take_away,
+        ]
+
+    # turning the knobs ----------------------------------------------------------------------------------------------
+
+    @t.validate("setting")
+    def _setting_can_be_allocated(self, proposal: dict[str, Any]) -> Setting:
+        setting: Setting = proposal["value"]
+        self._allocator.solve(setting)
+        return setting
+
+    @t.validate("layer")
+    def _layer_is_there(self, proposal: dict[str, Any]) -> int | None:
+        layers = [size.layer for size in self._rates.sizes]
+        if proposal["value"] is not None and proposal["value"] not in layers:
+            raise InputError(f"There is no layer {proposal['value']}: pick one from {layers[0]} to {layers[-1]}.")
+        return None if proposal["value"] is None else int(proposal["value"])
+
+    def _budget_asked(self, budget: Budget) -> None:
+        self._asked(replace(self._now, budget=budget))
+
+    def _bounds_asked(self, bounds: Bounds, key_weight: float) -> None:
+        self._asked(replace(self._now, bounds=bounds, key_weight=key_weight))
+
+    def _asked(self, setting: Setting) -> None:
+        """Do what a hand asks for, or what comes nearest; an error is said, and everything stays as it was."""
+        try:
+            nearest = replace(setting, budget=self._spans(setting).nearest(setting.budget))
+            self.setting = nearest
+            moved = nearest.budget != setting.budget
+            self._say("These bounds cannot spend that: the budget is the nearest that they can." if moved else "")
+        except InputError as error:
+            self._say(str(error))
+        self._show_controls()
+
+    def _measure_asked(self, kind: PlanKind) -> None:
+        try:
+            self.measure(kind)
+        except InputError as error:
+            self._say(str(error))
+
+    def _converted(self, kind: type) -> Budget:
+        """The budget of a kind that holds what is held now."""
+        found, tokens = self.allocation, self._budget.tokens.value
+        if kind is AverageBits:
+            return AverageBits(found.true_bits)
+        if kind is BytesPerToken:
+            return BytesPerToken(found.bytes_per_token)
+        if kind is TokensInMemory:
+            return TokensInMemory(tokens, self._rates.held_bytes(found.plan, tokens) / MEGABYTE * (1 + 1e-9))
+        return QualityFloor(found.predicted_loss)
+
+    def _redraw(self) -> None:
+        """Show the present setting, from tables alone."""
+        setting, found = self._now, self.allocation
+        self.charts.show(setting, found, self.measured)
+        self._say("")
+        words = f"<b>{html.escape(self.charts.predicted(found))}</b><br>{html.escape(self.charts.spent(found))}"
+        self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
+        self._show_controls()
+
+    def _show_controls(self) -> None:
+        setting = self._now
+        self._budget.show(setting.budget, self._spans(setting))
+        self._bounds.show(setting.bounds, setting.key_weight)
+
+    def _say(self, sentence: str) -> None:
+        self._message.value = f"<em>{html.escape(sentence)}</em>" if sentence else ""
+
+    # what is shown --------------------------------------------------------------------------------------------------
+
+    @property
+    def _now(self) -> Setting:
+        if self.setting is None:
+            raise InputError("The tables are not measured yet: wait for them with wait().")
+        return self.setting
+
+    @property
+    def _rates(self) -> RateBudget:
+        if self.rates is None:
+            raise InputError("The tables are not measured yet: wait for them with wait().")
+        return self.rates
+
+    @property
+    def _widths(self) -> list[int]:
+        return self._rates.curves["bits"].unique().sort().to_list()
+
+    def _spans(self, setting: Setting) -> Spans:
+        tokens = setting.budget.tokens if isinstance(setting.budget, TokensInMemory) else self._budget.tokens.value
+        return self._allocator.spans(setting.bounds, tokens)
+
+    def _plan_of(self, kind: PlanKind) -> Plan:
+        found = self.allocation
+        if kind == "allocated":
+            return replace(found.plan, name=f"ratequant {found.true_bits:.2f} bits")
+        uniform = self._allocator.uniform(found)
+        if uniform is None:
+            raise InputError("No uniform bits take as few bytes as this plan: measure it at a larger budget.")
+        return replace(uniform, name=f"uniform {found.true_bits:.2f} bits")
+
+    def _add_measured(self, row: pl.DataFrame) -> None:
+        self.measured = pl.concat([self.measured, row])
+        self._history.value = history(self.measured)
+        self.charts.show(self._now, self.allocation, self.measured)
