@@ -1,26 +1,68 @@
 """Charts as pure functions, a Polars frame in and an Altair chart out. Importing this makes our theme Altair's."""
 
 from veloxlab.views import theme
+from veloxlab.views.attention_map import attention_caption, attention_maps
 from veloxlab.views.bits import bit_allocation, bit_caption
+from veloxlab.views.distributions import (
+    channel_caption,
+    channel_ranges,
+    density,
+    density_caption,
+    levels_caption,
+    levels_on_density,
+)
+from veloxlab.views.error_profiles import (
+    distribution_caption,
+    error_distribution,
+    errors_along_position,
+    profile_caption,
+)
 from veloxlab.views.errors import error_caption, error_domain, error_map
 from veloxlab.views.fidelity import fidelity_caption, frontier
 from veloxlab.views.kernels import attention_times, times_caption
 from veloxlab.views.lengths import costs_by_length, lengths_caption
 from veloxlab.views.memory import memory_caption, memory_growth
+from veloxlab.views.outliers import outlier_caption, outliers_by_layer
+from veloxlab.views.polar_angles import angle_caption, angle_densities
+from veloxlab.views.rope_pairs import pair_caption, pair_energy, pair_turns
+from veloxlab.views.spectrum import dimensions_by_layer, dimensions_caption, spectrum, spectrum_caption
 
 __all__ = [
+    "angle_caption",
+    "angle_densities",
+    "attention_caption",
+    "attention_maps",
     "attention_times",
     "bit_allocation",
     "bit_caption",
+    "channel_caption",
+    "channel_ranges",
     "costs_by_length",
+    "density",
+    "density_caption",
+    "dimensions_by_layer",
+    "dimensions_caption",
+    "distribution_caption",
     "error_caption",
+    "error_distribution",
     "error_domain",
     "error_map",
+    "errors_along_position",
     "fidelity_caption",
     "frontier",
     "lengths_caption",
+    "levels_caption",
+    "levels_on_density",
     "memory_caption",
     "memory_growth",
+    "outlier_caption",
+    "outliers_by_layer",
+    "pair_caption",
+    "pair_energy",
+    "pair_turns",
+    "profile_caption",
+    "spectrum",
+    "spectrum_caption",
     "times_caption",
 ]
 
