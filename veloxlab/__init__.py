@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from veloxlab.models import load
     from veloxlab.prompt_cache import load_cache, make_cache
     from veloxlab.texts import excerpt
+    from veloxlab.widgets.key_explorer import KeyExplorer
     from veloxlab.widgets.lab import Lab
 
 __version__ = "0.1.0"
@@ -61,6 +62,7 @@ _HOME = {
     "Calibration": "calibration",
     "Capture": "measure",
     "InputError": "errors",
+    "KeyExplorer": "widgets.key_explorer",
     "Lab": "widgets.lab",
     "Plan": "allocate.plan",
     "sensitivities": "allocate.sensitivity",
@@ -101,6 +103,7 @@ __all__ = [
     "Calibration",
     "Capture",
     "InputError",
+    "KeyExplorer",
     "Lab",
     "Plan",
     "QualityFloor",

@@ -88,6 +88,11 @@ def _map(kind: str, words: str, *, first: bool) -> alt.LayerChart:
         .mark_text(text="×", fontWeight="bold")
         .encode(x="key:Q", y="query:Q")
     )
-    layered: alt.LayerChart = alt.layer(cells, broken)  # type: ignore[assignment]
-    name = alt.TitleParams(text=words, anchor="middle", fontSize=11, fontWeight="normal", offset=4)
-    return layered.properties(width=SIDE, height=SIDE, title=name)
+    name = (
+        alt.Chart()
+        .transform_aggregate(cells="count()")
+        .mark_text(text=words, baseline="bottom")
+        .encode(x=alt.value(SIDE / 2), y=alt.value(-5))
+    )
+    layered: alt.LayerChart = alt.layer(cells, broken, name)  # type: ignore[assignment]
+    return layered.properties(width=SIDE, height=SIDE)

@@ -21,6 +21,7 @@ SPACE_WORDS = {
 }
 UNITS = {"smoothed": "in λ", "smoothed_rotated": "in λ", "eigenbasis": "in the vector's RMS"}
 MARKS = 1_800  # at most: more would make a slider stutter, so channels are then drawn in groups
+MOST_SAID = 2  # panels of which a caption speaks one by one
 SHARES_SHOWN = 8  # levels at most beside which their share is written
 
 
@@ -57,17 +58,19 @@ def channel_ranges(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
 
 
 def channel_caption(frame: pl.DataFrame) -> str:
-    """Say how loud the loudest channel of each space and tensor is, and how many values are not finite."""
-    said, both = [], frame["tensor"].n_unique() > 1
+    """Say how loud the loudest channel of a panel is, of many the most and the least, and what is not finite."""
+    ratios, both = {}, frame["tensor"].n_unique() > 1
     for (space, tensor), own in frame.group_by("space", "tensor", maintain_order=True):
-        usual, loud = own["rms"].median(), own.sort("rms", nulls_last=False).row(-1, named=True)
-        if usual and loud["rms"] is not None:
-            named = f"{tensor} {SPACE_WORDS[str(space)]}" if both else SPACE_WORDS[str(space)]
-            said.append(f"{named} {loud['rms'] / float(usual):.1f}")  # type: ignore[arg-type]
+        usual, loud = own["rms"].median(), own["rms"].max()
+        if usual and loud is not None:
+            words = SPACE_WORDS[str(space)]
+            ratios[f"{tensor} {words}" if both else words] = float(loud) / float(usual)  # type: ignore[arg-type]
+    if len(ratios) > MOST_SAID:
+        ratios = dict(end(ratios.items(), key=lambda named: named[1]) for end in (max, min))
+    said = ", ".join(f"{words} {ratio:.1f}" for words, ratio in ratios.items()) or "no channel has any size"
     broken = int(frame["not_finite"].sum())
-    ratios = ", ".join(said) or "no channel stands out"
-    end = f"; × {broken} not finite" if broken else ""
-    return f"{head_words(frame)}. Loudest channel over the median one: {ratios}{end}"
+    last = f"; × {broken} not finite" if broken else ""
+    return f"{head_words(frame)}. Loudest channel over the median one: {said}{last}"
 
 
 def density(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -140,8 +143,9 @@ def levels_caption(frame: pl.DataFrame, method: str = "") -> str:
         own = frame.filter(pl.col("tensor") == tensor)
         if not own.is_empty():
             count = own.filter(pl.col("kind") == "level").height
-            said.append(f"{tensor}: {f'{count} levels' if count else 'vector codes, a line'}")
-    name = f"{method} at {frame['bits'][0]} bits. " if method else ""
+            said.append(f"{tensor}: {f'{count} levels' if count else 'no common levels, a line'}")
+    bits = frame["bits"][0]
+    name = f"{method} at {bits} {'bit' if bits == 1 else 'bits'}. " if method else ""
     return f"{name}{head_words(frame)}. " + ", ".join(said)
 
 

@@ -35,7 +35,7 @@ def outliers_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt
     tensors = [tensor for tensor in palette.TENSORS if tensor in set(frame["tensor"])]
     spaces = [space for space in palette.SPACES if space in set(frame["space"])]
     domain = log_domain(means["loudest_ratio"].drop_nulls())
-    step = layer_step(means["layer"].n_unique())
+    step = 0.85 * layer_step(means["layer"].n_unique())  # room for a broad legend
     plots = [
         _lines(tensor, spaces, domain, legend=tensor == tensors[0], last=tensor == tensors[-1]).properties(
             width=alt.Step(step), height=120

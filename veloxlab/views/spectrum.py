@@ -73,9 +73,8 @@ def spectrum_caption(frame: pl.DataFrame) -> str:
         own = frame.filter(pl.col("tensor") == tensor)
         found = [1 / float(own.filter(pl.col("about") == about)["share"].pow(2).sum() or 1) for about in ABOUT]
         if not own.is_empty():
-            said.append(f"{tensor} {found[0]:.1f} with the mean, {found[1]:.1f} without")
-    count = frame["rank"].n_unique()
-    return f"{head_words(frame)}. Effective dimensions of {count}: " + "; ".join(said)
+            said.append(f"{tensor} {found[0]:.1f} with the mean, {found[1]:.1f} without it")
+    return f"{head_words(frame)}. Effective dimensions: " + "; ".join(said)
 
 
 def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -98,7 +97,7 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> a
     means = frame.group_by("layer", "tensor", maintain_order=True).agg(
         pl.col("uncentred", "centred", "mean_share").mean()
     )
-    step = layer_step(means["layer"].n_unique())
+    step = 0.88 * layer_step(means["layer"].n_unique())  # room for a broad legend
     plots = [
         _counts(means).properties(width=alt.Step(step), height=150, title=caption_title()),
         _mean_shares().properties(width=alt.Step(step), height=80),
