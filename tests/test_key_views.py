@@ -346,7 +346,7 @@ def test_effective_dimensions_are_said():
 
 def test_the_strongest_pair_is_named():
     said = views.pair_caption(pairs())
-    assert "Pair 5 (channels 5 and 13) holds 30 %, 90 % of that in its mean; the slower half 60 %" in said
+    assert "Pair 5 (channels 5 and 13) holds 30 %, 90 % of it its mean; the slower half 60 %" in said
 
 
 def test_how_far_angles_are_from_expected_is_said():

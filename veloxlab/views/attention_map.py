@@ -30,7 +30,7 @@ def attention_maps(
     """
     numbers = ("query", "query_end", "key", "key_end", "weight", "moved")
     require(frame, {"kind": "text"} | dict.fromkeys(numbers, "number"), "attention_maps")  # type: ignore[arg-type]
-    shown = frame.select("kind", *numbers)
+    shown = frame.select("kind", *numbers[:-1])
     maps = [_map(kind, words, first=kind == "exact") for kind, words in KINDS.items()]
     side_by_side: alt.HConcatChart = alt.hconcat(*maps, spacing=12).properties(title=caption_title())
     words = attention_caption(frame) if caption is None else caption
@@ -78,7 +78,6 @@ def _map(kind: str, words: str, *, first: bool) -> alt.LayerChart:
                 alt.Tooltip("query:Q", title="queries from"),
                 alt.Tooltip("key:Q", title="keys from"),
                 alt.Tooltip("weight:Q", title=words, format=".3~g"),
-                alt.Tooltip("moved:Q", title="attention moved", format=".1%"),
             ],
         )
     )

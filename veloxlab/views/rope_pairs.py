@@ -66,7 +66,7 @@ def pair_caption(frame: pl.DataFrame) -> str:
     channels = f"channels {most['first']} and {most['second']}"
     return (
         f"{head_words(frame)}. Pair {most['pair']} ({channels}) holds {100 * most['energy_share']:.0f} %, "
-        f"{100 * most['mean_share']:.0f} % of that in its mean; the slower half {100 * slow:.0f} %"
+        f"{100 * most['mean_share']:.0f} % of it its mean; the slower half {100 * slow:.0f} %"
     )
 
 

@@ -48,7 +48,7 @@ def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatC
             x=alt.X("rank:Q", title="direction, the strongest first")
             .scale(nice=False, domainMin=1)
             .axis(tickMinStep=1),
-            y=alt.Y("share:Q", title="share of energy")
+            y=alt.Y("share:Q", title=["one direction's", "share of energy"])
             .scale(type="log", domain=domain, clamp=True)
             .axis(values=log_ticks(domain), labelExpr=LABEL),
             color=tensor_colour(),
