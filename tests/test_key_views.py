@@ -190,8 +190,16 @@ def _with_first(frame: pl.DataFrame, replaced: dict[str, float]) -> pl.DataFrame
     return frame.with_columns(pl.when(first).then(v).otherwise(k).alias(k) for k, v in replaced.items())
 
 
+def by_layer(layers: int = 3, dim: int = 8, **replaced) -> pl.DataFrame:
+    frames = [
+        channels(dim, tensors=("keys",), loud=4.0 + i).with_columns(layer=pl.lit(i, pl.Int32)) for i in range(layers)
+    ]
+    return _with_first(pl.concat(frames), replaced)
+
+
 FRAMES: dict[str, tuple[Callable[..., alt.VConcatChart], Callable[..., pl.DataFrame]]] = {
     "channel_ranges": (views.channel_ranges, channels),
+    "channel_map": (views.channel_map, by_layer),
     "density": (views.density, coordinates),
     "levels_on_density": (views.levels_on_density, levels),
     "outliers_by_layer": (views.outliers_by_layer, loudness),
@@ -248,6 +256,13 @@ def test_a_frame_of_several_heads_or_layers_is_refused_in_a_sentence(name):
             draw(two)
 
 
+def test_a_map_of_several_heads_tensors_or_spaces_is_refused():
+    for column, other in (("head", 7), ("tensor", "values"), ("space", "rotated")):
+        two = pl.concat([by_layer(), by_layer().with_columns(pl.lit(other, by_layer().schema[column]).alias(column))])
+        with pytest.raises(InputError, match=f"channel_map shows one {column} and the frame has 2: filter it."):
+            views.channel_map(two)
+
+
 @pytest.mark.parametrize("name", OF_ONE_HEAD)
 def test_a_caption_names_the_head(name):
     said = FRAMES[name][0](FRAMES[name][1]()).to_dict()["params"][0]["value"]
@@ -272,6 +287,7 @@ def test_another_layer_or_head_is_the_same_spec_with_other_numbers(one, other):
     "chart",
     [
         lambda: views.channel_ranges(channels(256, spaces=SPACES)),
+        lambda: views.channel_map(by_layer(80, 128)),
         lambda: views.outliers_by_layer(loudness(64)),
         lambda: views.attention_maps(attention(32)),
         lambda: views.pair_turns(points(800)),
@@ -294,6 +310,7 @@ def test_channels_of_many_panels_are_grouped_and_say_so():
     ("chart", "count"),
     [
         (lambda **more: views.channel_ranges(channels(**more)), {"not_finite": 3}),
+        (lambda **more: views.channel_map(by_layer(**more)), {"not_finite": 3}),
         (lambda **more: views.outliers_by_layer(loudness(**more)), {"not_finite": 3}),
         (lambda **more: views.attention_maps(attention(**more)), {"weight": math.nan}),
         (lambda **more: views.errors_along_position(profile(**more)), {"not_finite": 3}),
@@ -312,6 +329,8 @@ def test_a_density_says_what_lies_beyond_its_ends():
 
 
 def test_the_loudest_channel_is_said():
+    said = views.channel_map_caption(by_layer())
+    assert said == "KV head 1. Loudest: layer 2, channel 5, 6.0 times the median channel"
     assert "over the median one: keys as cached 6.0, values as cached 6.0" in views.channel_caption(channels())
     many = pl.concat(
         [channels(tensors=("keys",), spaces=(s,), loud=v) for s, v in zip(SPACES, range(2, 8), strict=True)]
@@ -381,9 +400,9 @@ def test_a_picked_layer_is_marked(name):
 def test_keys_and_values_have_their_colours_and_a_chart_fits_a_notebook(name):
     spec = FRAMES[name][0](FRAMES[name][1]()).to_dict()
     drawing = picture.svg(spec)
-    if name not in ("attention_maps", "outliers_by_layer"):
+    if name not in ("attention_maps", "outliers_by_layer", "channel_map"):
         assert palette.KEYS in drawing
-    if "tensor" in FRAMES[name][1]().columns and name != "outliers_by_layer":
+    if "tensor" in FRAMES[name][1]().columns and name not in ("outliers_by_layer", "channel_map"):
         assert palette.VALUES in drawing
     assert float(re.search(r' width="([\d.]+)"', drawing)[1]) < 790
     assert "container" not in str(spec)

@@ -3,6 +3,7 @@
 from veloxlab.views import theme
 from veloxlab.views.attention_map import attention_caption, attention_maps
 from veloxlab.views.bits import bit_allocation, bit_caption
+from veloxlab.views.channel_map import channel_map, channel_map_caption
 from veloxlab.views.distributions import (
     channel_caption,
     channel_ranges,
@@ -36,6 +37,8 @@ __all__ = [
     "bit_allocation",
     "bit_caption",
     "channel_caption",
+    "channel_map",
+    "channel_map_caption",
     "channel_ranges",
     "costs_by_length",
     "density",
