@@ -6,10 +6,13 @@ import itertools
 import json
 import math
 import re
+import struct
+import zlib
 from collections.abc import Callable
 
 import altair as alt
 import nbformat
+import numpy as np
 import polars as pl
 import pytest
 import vl_convert
@@ -438,8 +441,31 @@ def test_a_picture_is_as_wide_as_asked_and_smaller_than_vl_convert_makes_it():
     for width in (700, 1400):
         assert picture.png_size(picture.png(spec, width=width))[0] == pytest.approx(width, abs=2)
     raw = vl_convert.svg_to_png(picture.svg(spec))
-    assert len(picture.repacked(raw)) < len(raw) / 2
-    assert picture.png_size(picture.repacked(raw)) == picture.png_size(raw)
+    small = picture.repacked(raw)
+    assert len(small) < len(raw) / 2
+    assert picture.png_size(small) == picture.png_size(raw)
+    before, after = (png_rows(png) for png in (raw, small))
+    assert (before[:, 0] == 1).all()  # differences to the pixel on the left, as vl-convert writes them
+    assert (after[:, 0] == 0).all()  # pixels
+    pixels = after[:, 1:].reshape(len(after), -1, 4)
+    left = np.pad(pixels, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    assert np.array_equal(pixels - left, before[:, 1:].reshape(pixels.shape))
+    assert picture.repacked(small) == small
+
+
+def png_rows(png: bytes) -> np.ndarray:
+    at, data = 8, b""
+    while at < len(png):
+        (length,) = struct.unpack_from(">I", png, at)
+        data += png[at + 8 : at + 8 + length] if png[at + 4 : at + 8] == b"IDAT" else b""
+        at += 12 + length
+    return np.frombuffer(zlib.decompress(data), np.uint8).reshape(picture.png_size(png)[1], -1)
+
+
+def test_numbers_of_a_saved_chart_have_six_digits():
+    chart = alt.Chart(pl.DataFrame({"x": [1 / 3, 2e-9 / 3], "n": [1234567, 2]})).mark_point().encode(x="x", y="n")
+    spec = chart._repr_mimebundle_()[0][theme.LIVE]
+    assert spec["datasets"]["data-0"] == [{"x": 0.333333, "n": 1234567}, {"x": 6.66667e-10, "n": 2}]
 
 
 # ---- specs taken apart

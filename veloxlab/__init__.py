@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from veloxlab.pareto import SearchResult, search
     from veloxlab.prompt_cache import load_cache, make_cache
     from veloxlab.texts import excerpt
+    from veloxlab.widgets.key_explorer import KeyExplorer
     from veloxlab.widgets.lab import Lab
     from veloxlab.widgets.tuner import BudgetTuner
 
@@ -64,6 +65,7 @@ _HOME = {
     "Calibration": "calibration",
     "Capture": "measure",
     "InputError": "errors",
+    "KeyExplorer": "widgets.key_explorer",
     "Lab": "widgets.lab",
     "Plan": "allocate.plan",
     "sensitivities": "allocate.sensitivity",
@@ -107,6 +109,7 @@ __all__ = [
     "Calibration",
     "Capture",
     "InputError",
+    "KeyExplorer",
     "Lab",
     "Plan",
     "QualityFloor",

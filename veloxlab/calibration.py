@@ -236,10 +236,9 @@ def _fitted(
     for done, seen in enumerate(capture_layers(model, ids)):
         progress(done, layers, f"fitting layer {seen.layer}")
         _check_finite(seen)
-        rope = integrate.rope_of(model, seen.layer)
         for role, x in zip(ROLES, (seen.keys, seen.values), strict=True):
             queries = None if seen.queries is None else seen.queries.astype(mx.float32)
-            sample = Sample(x.astype(mx.float32), queries, rope, seed)
+            sample = Sample(x.astype(mx.float32), queries, seen.rope, seed)
             for width in widths:
                 codec = method.codec(x.shape[-1], width, role, **options)
                 codecs[seen.layer, role, width] = codec.fit(sample)

@@ -142,11 +142,16 @@ class PolarTree:
 def angle_codebook(level: int, bits: int) -> tuple[Floats, float]:
     """Lloyd–Max angles of a level from 2 on, ascending ``[2**bits]``, and the mean of cos(ψ − ψ̂) that they reach."""
     t = np.linspace(0, math.pi / 2, 2**16 + 1)
-    density = _density(t, level)
-    angles = lloyd_max(lambda t: _density(t, level), 0, math.pi / 2, bits).levels
+    density = angle_density(t, level)
+    angles = lloyd_max(lambda t: angle_density(t, level), 0, math.pi / 2, bits).levels
     angles = (angles + math.pi / 2 - angles[::-1]) / 2  # the density is even about π/4, and so is the optimum
     cosine = np.cos(t - angles[np.searchsorted((angles[1:] + angles[:-1]) / 2, t)])
     return angles, float((density * cosine).sum() / density.sum())
+
+
+def angle_density(t: Floats, level: int) -> Floats:
+    """Density of a rotated vector's angles ``t`` on [0, π/2], of a level from 2 on, not normalized."""
+    return np.asarray(np.clip(np.sin(2 * t), 0, None) ** (2 ** (level - 1) - 1))
 
 
 def fitted_angles(seen: Floats, level: int, bits: int) -> Floats:
@@ -166,10 +171,6 @@ def fitted_angles(seen: Floats, level: int, bits: int) -> Floats:
 def halvings(dim: int) -> int:
     """How often ``dim`` can be halved: the most levels it has."""
     return (dim & -dim).bit_length() - 1
-
-
-def _density(t: Floats, level: int) -> Floats:
-    return np.asarray(np.clip(np.sin(2 * t), 0, None) ** (2 ** (level - 1) - 1))
 
 
 @lru_cache

@@ -127,8 +127,7 @@ class VecInfer(TiledCodec):
         x = sample.x.astype(mx.float32)
         if x.size and not mx.isfinite(x).all().item():
             raise InputError("The sample holds values that are NaN or infinite: calibrate in bfloat16 or float32.")
-        factors = mx.sqrt(mx.abs(x).max(axis=(0, 2))) if self.smooth and x.size else mx.ones((1, 1))
-        factors = mx.where(factors == 0, 1.0, factors)  # a channel that is always 0 says nothing of its size
+        factors = smoothing_factors(x) if self.smooth and x.size else mx.ones((1, 1))
         y = self._spread.forward(x / factors[:, None]) if self.hadamard else x / factors[:, None]
         points = np.array(y).reshape(-1, self.sub_dim)
         self._check_enough(points, tokens=x.shape[0] * x.shape[2], heads=x.shape[1])
@@ -200,6 +199,12 @@ class VecInfer(TiledCodec):
 
     def _indices(self, code: Code) -> mx.array:
         return unpack_indices(code.arrays["indices"], self.index_bits, self.parts)
+
+
+def smoothing_factors(x: mx.array) -> mx.array:
+    """What VecInfer divides each channel of ``x`` ``[B, H, S, D]`` with: λ = √(max over tokens |x|) ``[H, D]``."""
+    factors = mx.sqrt(mx.abs(x).max(axis=(0, 2)))
+    return mx.where(factors == 0, 1.0, factors)  # a channel that is always 0 says nothing of its size
 
 
 def build(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab import integrate
 from veloxlab.attention import Handle, Mask, mask_for
+from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.texts import excerpt
@@ -26,6 +27,7 @@ class LayerCapture:
     queries : ``[1, Hq, S, Dk]``, or None where the model computes attention by itself.
     keys, values : ``[1, H, S, Dk]`` and ``[1, H, S, Dv]``.
     scale : what the model multiplies q·k with, or None with ``queries``.
+    rope : the rotary embedding that keys and queries went through, or None where none is known.
     """
 
     layer: int
@@ -33,6 +35,7 @@ class LayerCapture:
     keys: mx.array
     values: mx.array
     scale: float | None
+    rope: Rope | None = None
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
     while recorders:
         seen = recorders.pop(0).seen()
         mx.eval([a for a in (seen.queries, seen.keys, seen.values) if a is not None])
-        yield seen
+        yield replace(seen, rope=integrate.rope_of(model, seen.layer))
 
 
 def encode(tokenizer: Any, text: str | None, count: int) -> list[int]:  # noqa: ANN401

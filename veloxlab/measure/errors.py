@@ -69,7 +69,9 @@ def layer_errors(
     widths: dict[Side, int] = {"keys": key_bits or bits, "values": value_bits or bits}
     for i, layer in enumerate(capture.layers):
         for side, width in widths.items():
-            rows += _side_errors(layer, side, _decoded(layer, side, method, width, calibration, options), sinks, window)
+            rows += _side_errors(
+                layer, side, exact_and_decoded(layer, side, method, width, calibration, options), sinks, window
+            )
         progress(i + 1, len(capture.layers), f"errors of layer {layer.layer}")
     return pl.DataFrame(rows, schema=LAYER_ERRORS)
 
@@ -90,7 +92,7 @@ def token_errors(
     frames = []
     for i, layer in enumerate(capture.layers):
         for side in ("keys", "values"):
-            x, decoded = _decoded(layer, side, method, bits, calibration, options)
+            x, decoded = exact_and_decoded(layer, side, method, bits, calibration, options)
             errors = np.array(mx.square(x - decoded).sum(axis=-1)[0])  # [H, S]
             norms = np.array(mx.square(x).sum(axis=-1)[0])
             heads, tokens = errors.shape
@@ -123,7 +125,7 @@ def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) ->
     return tokens.group_by("layer", "head", "tensor", "bits").agg(rel_mse=error).sort("layer", "head", "tensor", "bits")
 
 
-def _decoded(
+def exact_and_decoded(
     layer: LayerCapture,
     side: Side,
     method: str,
@@ -131,7 +133,7 @@ def _decoded(
     calibration: Calibrated | None,
     options: dict[str, object],
 ) -> tuple[mx.array, mx.array]:
-    """Exact and decoded ``[1, H, S, D]``, both float32."""
+    """Exact and decoded ``[1, H, S, D]`` of one layer, both float32."""
     x = (layer.keys if side == "keys" else layer.values).astype(mx.float32)
     codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, side, options, calibration)
     codec = fitted_online(codec, x)

@@ -2,39 +2,84 @@
 
 from veloxlab.views import theme
 from veloxlab.views.allocation import allocation_caption, allocation_map, loss_by_layer, loss_caption
+from veloxlab.views.attention_map import attention_caption, attention_maps
 from veloxlab.views.bits import bit_allocation, bit_caption
 from veloxlab.views.budget_frontier import budget_frontier, frontier_rows
+from veloxlab.views.channel_map import channel_map, channel_map_caption
+from veloxlab.views.distributions import (
+    channel_caption,
+    channel_ranges,
+    density,
+    density_caption,
+    levels_caption,
+    levels_on_density,
+)
+from veloxlab.views.error_profiles import (
+    distribution_caption,
+    error_distribution,
+    errors_along_position,
+    profile_caption,
+)
 from veloxlab.views.errors import error_caption, error_domain, error_map
 from veloxlab.views.fidelity import fidelity_caption, frontier
 from veloxlab.views.kernels import attention_times, times_caption
 from veloxlab.views.lengths import costs_by_length, lengths_caption
 from veloxlab.views.memory import memory_caption, memory_growth
+from veloxlab.views.outliers import outlier_caption, outliers_by_layer
 from veloxlab.views.pareto import pareto_caption, pareto_front
+from veloxlab.views.polar_angles import angle_caption, angle_densities
+from veloxlab.views.rope_pairs import pair_caption, pair_energy, pair_turns
 from veloxlab.views.sensitivity import sensitivity_by_layer, sensitivity_caption
+from veloxlab.views.spectrum import dimensions_by_layer, dimensions_caption, spectrum, spectrum_caption
 
 __all__ = [
     "allocation_caption",
     "allocation_map",
+    "angle_caption",
+    "angle_densities",
+    "attention_caption",
+    "attention_maps",
     "attention_times",
     "bit_allocation",
     "bit_caption",
     "budget_frontier",
+    "channel_caption",
+    "channel_map",
+    "channel_map_caption",
+    "channel_ranges",
     "costs_by_length",
+    "density",
+    "density_caption",
+    "dimensions_by_layer",
+    "dimensions_caption",
+    "distribution_caption",
     "error_caption",
+    "error_distribution",
     "error_domain",
     "error_map",
+    "errors_along_position",
     "fidelity_caption",
     "frontier",
     "frontier_rows",
     "lengths_caption",
+    "levels_caption",
+    "levels_on_density",
     "loss_by_layer",
     "loss_caption",
     "memory_caption",
     "memory_growth",
+    "outlier_caption",
+    "outliers_by_layer",
+    "pair_caption",
+    "pair_energy",
+    "pair_turns",
     "pareto_caption",
     "pareto_front",
+    "profile_caption",
     "sensitivity_by_layer",
     "sensitivity_caption",
+    "spectrum",
+    "spectrum_caption",
     "times_caption",
 ]
 

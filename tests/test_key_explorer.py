@@ -1,0 +1,187 @@
+"""The explorer of keys and values answers from measurements, on whatever thread its controls are moved."""
+
+import base64
+import threading
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import polars as pl
+import pytest
+
+import veloxlab as vl
+from veloxlab.errors import InputError
+from veloxlab.measure.activations import Capture, LayerCapture
+from veloxlab.measure.distributions import channel_distributions
+from veloxlab.measure.levels import level_densities
+from veloxlab.measure.rope_pairs import rope_pairs
+from veloxlab.measure.spectra import spectra
+from veloxlab.views.picture import png_size
+from veloxlab.widgets.key_explorer import KeyExplorer
+
+FIRST = {"layer": 7, "head": 0, "tensor": "keys", "space": "raw", "method": "turboquant", "bits": 2}
+
+
+@pytest.fixture(scope="module")
+def seen(smollm2):
+    capture = vl.capture(*smollm2, tokens=96)
+    return replace(capture, layers=capture.layers[6:10])
+
+
+@pytest.fixture(scope="module")
+def explorer(seen):
+    explorer = KeyExplorer(seen, layer=7)
+    assert explorer.wait(120)
+    yield explorer
+    explorer.worker.close()
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(explorer):
+    yield
+    move(explorer, **FIRST)
+
+
+def move(explorer, **controls):
+    """Move controls as JupyterLab does, from a thread that is not the main one."""
+
+    def work():
+        for name, value in controls.items():
+            setattr(explorer, name, value)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert explorer.wait(120)
+
+
+def caption(explorer, chart: str) -> str:
+    return explorer.charts[chart].content["params"]["caption"]
+
+
+@pytest.mark.parametrize(
+    ("control", "values", "charts"),
+    [
+        ("layer", (8, 6), ["channels", "density", "levels", "spectrum", "pairs"]),
+        ("head", (1, 2), ["channels", "density", "levels", "spectrum", "pairs"]),
+        ("tensor", ("values", "keys"), ["channels", "density", "levels", "spectrum"]),
+        ("space", ("before_rope", "rotated", "smoothed", "smoothed_rotated", "eigenbasis"), ["channels", "density"]),
+        ("method", ("rabitq", "qjl"), ["levels"]),
+        ("bits", (3, 5), ["levels"]),
+    ],
+)
+def test_every_control_moved_twice_changes_its_charts_twice_and_no_other(explorer, control, values, charts):
+    for value in values:
+        before = {name: (view.revision, view.frame) for name, view in explorer.charts.items()}
+        move(explorer, **{control: value})
+        for name, view in explorer.charts.items():
+            revision, frame = before[name]
+            assert (view.revision > revision) == (name in charts)
+            assert (not view.frame.equals(frame)) == (name in charts)
+    assert explorer.problem == ""
+
+
+def test_the_charts_show_what_the_measurements_say(explorer, seen):
+    move(explorer, layer=8, head=1, tensor="values", space="rotated", method="rvq", bits=4)
+    layer = replace(seen, layers=seen.layers[2:3])
+    for chart, frame in (
+        ("channels", channel_distributions(layer, "rotated", tensors=("values",))),
+        ("levels", level_densities(layer, "rvq", bits=4, tensors=("values",))),
+        ("spectrum", spectra(layer, tensors=("values",))),
+        ("pairs", rope_pairs(layer)),
+    ):
+        shown = explorer.charts[chart].frame
+        assert shown.equals(frame.filter(head=1).select(shown.columns))
+    assert "Layer 8, KV head 1. Loudest channel over the median one: rotated" in caption(explorer, "channels")
+    assert "rvq at 4 bits. Layer 8, KV head 1. values: 16 levels" in caption(explorer, "levels")
+
+
+def test_a_layer_that_was_seen_is_shown_at_once_and_its_spec_stays(explorer):
+    specs = {name: view.spec["id"] for name, view in explorer.charts.items()}
+    explorer.layer = 8  # measured ahead: no waiting
+    assert all("Layer 8" in caption(explorer, name) for name in explorer.charts)
+    assert {name: view.spec["id"] for name, view in explorer.charts.items()} == specs
+
+
+def test_what_cannot_be_seen_is_a_sentence_and_the_other_charts_follow(explorer):
+    move(explorer, space="before_rope")
+    move(explorer, tensor="values")
+    assert explorer.problem == "Values go through no RoPE: choose keys, or the space 'raw'."
+    assert explorer.problem in explorer._message.value
+    assert "keys" not in set(explorer.charts["spectrum"].frame["tensor"])
+    assert set(explorer.charts["channels"].frame["tensor"]) == {"keys"}  # the older choice
+    move(explorer, method="polarquant", bits=1)
+    assert "Values at bits=1 are out of range: PolarQuant takes" in explorer.problem
+    move(explorer, tensor="keys", bits=4)
+    assert (explorer.problem, explorer._message.value) == ("", "")
+    assert "polarquant at 4 bits" in caption(explorer, "levels")
+
+
+def test_controls_and_traits_are_one(explorer):
+    boxes = {box.description: box for row in explorer.children[0].children[:3] for box in row.children}
+    boxes["space"].value = "rotated"
+    boxes["bits"].value = 5
+    assert explorer.wait(120)
+    assert (explorer.space, explorer.bits) == ("rotated", 5)
+    explorer.layer = 9
+    assert boxes["layer"].value == 9
+
+
+@pytest.mark.parametrize(
+    ("control", "value", "sentence"),
+    [
+        ("layer", 30, "There is no layer 30: choose one of 6, 7, 8, 9"),
+        ("head", 3, "There is no KV head 3: choose one from 0 to 2"),
+        ("tensor", "queries", "There is no tensor 'queries': choose one of keys, values"),
+        ("space", "fourier", "There is no space 'fourier': choose one of raw"),
+        ("method", "turbo", "Unknown method 'turbo'"),
+        ("method", "commvq", "'commvq' is not among the methods that can be seen here: turboquant, "),
+        ("method", "none", "'none' is not among the methods"),
+        ("bits", 9, "bits=9 is out of range: choose a whole number from 1 to 8"),
+    ],
+)
+def test_impossible_choices_are_refused_and_nothing_changes(explorer, control, value, sentence):
+    before = {name: getattr(explorer, name) for name in FIRST}
+    with pytest.raises(InputError, match=sentence):
+        setattr(explorer, control, value)
+    assert {name: getattr(explorer, name) for name in FIRST} == before
+
+
+def test_an_explorer_that_cannot_be_says_so(seen):
+    with pytest.raises(InputError, match="There is no layer 1"):
+        KeyExplorer(seen, layer=1)
+    with pytest.raises(InputError, match="Values go through no RoPE"):
+        KeyExplorer(seen, tensor="values", space="before_rope")
+
+
+def test_a_capture_without_rope_has_no_pairs():
+    x = mx.array(np.random.default_rng(0).standard_normal((1, 2, 80, 16)).astype(np.float32))
+    explorer = KeyExplorer(Capture((LayerCapture(0, None, x, x, None),), tuple(range(80))))
+    try:
+        assert list(explorer.charts) == ["channels", "density", "levels", "spectrum"]
+        move(explorer, space="before_rope")
+        assert explorer.problem == "Layer 0 has no rotary embedding that is known: choose the space 'raw'."
+    finally:
+        explorer.worker.close()
+
+
+def test_a_calibrated_method_can_be_seen_with_its_calibration(smollm2, seen, tmp_path):
+    calibration = vl.calibrate(*smollm2, "spectralquant", bits=2, tokens=96, folder=tmp_path)
+    explorer = KeyExplorer(seen, method="spectralquant", bits=2, calibration=calibration)
+    try:
+        assert "spectralquant at 2 bits. Layer 6, KV head 0. keys: no common levels" in caption(explorer, "levels")
+        move(explorer, bits=3)
+        assert "This calibration holds no keys of layer 6 at 3 bits" in explorer.problem
+    finally:
+        explorer.worker.close()
+
+
+def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(explorer, tmp_path):
+    bundle = explorer._repr_mimebundle_()
+    line = "KeyExplorer(keys, as cached, turboquant at 2 bits: Layer 7, KV head 0. Loudest channel over the median one:"
+    assert bundle["text/plain"].startswith(line)
+    picture = base64.b64decode(bundle["image/png"])
+    assert png_size(picture)[0] == pytest.approx(700, abs=2)  # whole pixels of a scaled drawing
+    assert len(picture) < 200_000
+    path = explorer.charts["channels"].to_parquet(tmp_path / "channels.parquet")
+    assert pl.read_parquet(path).height == 64

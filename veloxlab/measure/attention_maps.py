@@ -1,0 +1,95 @@
+"""The attention map of one head, exact and with compressed keys, pooled to what an eye can take in."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from veloxlab.attention import causal_mask
+from veloxlab.codecs.method import Calibrated
+from veloxlab.errors import InputError
+from veloxlab.measure.activations import LayerCapture
+from veloxlab.measure.errors import exact_and_decoded
+from veloxlab.prompt_cache import DEFAULT_BITS
+
+ATTENTION_MAP = {
+    "kind": pl.String,  # "exact", "compressed", or "difference": compressed less exact
+    "query": pl.Int32,  # first position of a block of queries
+    "query_end": pl.Int32,  # the position behind it
+    "key": pl.Int32,  # of a block of keys, at or before the queries
+    "key_end": pl.Int32,
+    "weight": pl.Float64,  # attention that the block of keys gets, mean over the queries of the block: rows add up to 1
+    "moved": pl.Float64,  # ½ Σ|p − p̂| over single keys, mean over the queries of the block: the same in its row
+}
+"""Columns of `attention_map`."""
+
+BLOCKS = 32  # a side: three triangles of 528 cells
+
+
+def attention_map(
+    layer: LayerCapture,
+    head: int,
+    method: str = "turboquant",
+    *,
+    bits: int = DEFAULT_BITS,
+    calibration: Calibrated | None = None,
+    blocks: int = BLOCKS,
+    **options: object,
+) -> pl.DataFrame:
+    """Causal attention of one query head over exact keys, over keys that ``method`` compressed, and the difference.
+
+    Every key is compressed, none stays exact. Attention is causal over all tokens, as if the layer had no window.
+    Columns: `ATTENTION_MAP`.
+
+    Raises
+    ------
+    InputError : no such query head, a layer that does not show its queries, fewer than two blocks; as
+        `veloxlab.layer_errors`.
+    """
+    if layer.queries is None or layer.scale is None:
+        raise InputError(f"Layer {layer.layer} does not show its queries, so there is no attention map: take another.")
+    heads, kv_heads = layer.queries.shape[1], layer.keys.shape[1]
+    if not 0 <= head < heads:
+        raise InputError(f"There is no query head {head}: choose one from 0 to {heads - 1}.")
+    if blocks < 2:
+        raise InputError(f"A map of blocks={blocks} shows nothing: give 2 or more, such as {BLOCKS}.")
+    both = exact_and_decoded(layer, "keys", method, bits, calibration, options)
+    own = head // (heads // kv_heads)
+    q = layer.queries[0, head].astype(mx.float32)
+    exact, compressed = (_weights(q, x[0, own], layer.scale) for x in both)
+    edges = block_edges(len(exact), blocks)
+    moved = np.add.reduceat(np.abs(exact - compressed).sum(axis=1) / 2, edges[:-1]) / np.diff(edges)
+    pooled = {"exact": pooled_weights(exact, edges), "compressed": pooled_weights(compressed, edges)}
+    pooled["difference"] = pooled["compressed"] - pooled["exact"]
+    rows, columns = np.tril_indices(len(edges) - 1)
+    place = {
+        "query": edges[rows],
+        "query_end": edges[rows + 1],
+        "key": edges[columns],
+        "key_end": edges[columns + 1],
+        "moved": moved[rows],
+    }
+    frames = [
+        pl.DataFrame(place | {"kind": [kind] * len(rows), "weight": weights[rows, columns]})
+        for kind, weights in pooled.items()
+    ]
+    return pl.concat(frames).select(pl.col(name).cast(dtype) for name, dtype in ATTENTION_MAP.items())
+
+
+def block_edges(tokens: int, blocks: int) -> NDArray[np.int64]:
+    """Where blocks begin, and where the last one ends: as equal as whole tokens allow, none empty."""
+    return np.round(np.linspace(0, tokens, min(blocks, tokens) + 1)).astype(np.int64)
+
+
+def pooled_weights(weights: NDArray[np.float64], edges: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Sum over the keys of each block, mean over its queries: of ``[S, S]``, ``[blocks, blocks]``."""
+    summed = np.add.reduceat(np.add.reduceat(weights, edges[:-1], axis=1), edges[:-1], axis=0)
+    return np.asarray(summed / np.diff(edges)[:, None])
+
+
+def _weights(q: mx.array, k: mx.array, scale: float) -> NDArray[np.float64]:
+    """Causal attention weights ``[S, S]`` of queries and keys ``[S, D]``."""
+    scores = mx.where(causal_mask(len(q), len(k)), (q @ k.T) * scale, -mx.inf)
+    return np.array(mx.softmax(scores, axis=-1, precise=True)).astype(np.float64)

@@ -1,0 +1,131 @@
+"""What a method quantizes and with which levels: both as its codec has them, in the space of its codes.
+
+There ``decode = from_codes(scale · expand)`` (see `veloxlab.codecs.codec.TiledCodec`), where ``from_codes`` is linear.
+So exact vectors are brought into that space by the inverse of its matrix and divided by their stored scale: they then
+lie on the same axis as the levels, whatever the algorithm.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+import polars as pl
+
+from veloxlab.codecs import find_method
+from veloxlab.codecs.codec import TiledCodec, fitted_online
+from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.errors import InputError
+from veloxlab.measure.activations import Capture, LayerCapture
+from veloxlab.measure.distributions import BINS, bin_edges, check_bins, histogram
+from veloxlab.measure.errors import Side
+from veloxlab.measure.spaces import SIDES, Floats
+from veloxlab.prompt_cache import DEFAULT_BITS
+
+LEVELS = {
+    "layer": pl.Int32,
+    "head": pl.Int32,
+    "tensor": pl.String,
+    "bits": pl.Int32,
+    "kind": pl.String,  # "exact": a bin of what is quantized; "level": one value of a table; "decoded": a bin of those
+    "value": pl.Float64,  # middle of a bin, or the level; in units of the vector's stored scale
+    "width": pl.Float64,  # of a bin; null of a level
+    "density": pl.Float64,  # share of coordinates a unit; null of a level
+    "share": pl.Float64,  # of the coordinates that are in the bin, or are coded by the level
+    "outside": pl.Float64,  # share of the exact coordinates that lie beyond the bins, the same in every row of a head
+}
+"""Columns of `level_densities`."""
+
+MOST_LEVELS = 32  # that are drawn one by one: of a table with more, and of vector codes, the density is given
+
+
+class Coded(NamedTuple):
+    """One layer's keys or values in the space of their codes, over their stored scale: each ``[H, S, m]``."""
+
+    exact: Floats
+    decoded: Floats
+
+
+def coded_coordinates(
+    layer: LayerCapture,
+    side: Side,
+    method: str = "turboquant",
+    bits: int = DEFAULT_BITS,
+    *,
+    calibration: Calibrated | None = None,
+    **options: object,
+) -> Coded:
+    """What ``method`` quantizes of a layer, and what its codes stand for.
+
+    QJL's space is that of its sketch, m = bits·D. Methods that store no scale are seen in the unit of the vectors.
+
+    Raises
+    ------
+    InputError : as `veloxlab.layer_errors`; or for a method without codes of coordinates, such as ``"none"``.
+    """
+    x = (layer.keys if side == "keys" else layer.values).astype(mx.float32)
+    codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, side, options, calibration)
+    codec = fitted_online(codec, x)
+    if not isinstance(codec, TiledCodec):
+        raise InputError(f"{method!r} keeps vectors as they are, so there are no levels to see: choose another method.")
+    code = codec.encode(x)
+    decoded, scale = codec.expand(code), codec.scales(code)
+    size = codec.code_dim
+    back = codec.from_codes(mx.broadcast_to(mx.eye(size), (1, x.shape[1], size, size)))
+    exact = np.array(x[0]) @ np.linalg.pinv(np.array(back[0]))
+    if scale is not None:
+        stored = np.array(scale[0])
+        exact = exact / np.where(stored == 0, 1.0, stored)
+    return Coded(exact.astype(np.float32), np.array(decoded[0]))
+
+
+def level_densities(
+    capture: Capture,
+    method: str = "turboquant",
+    *,
+    bits: int = DEFAULT_BITS,
+    tensors: tuple[Side, ...] = SIDES,
+    calibration: Calibrated | None = None,
+    bins: int = BINS,
+    **options: object,
+) -> pl.DataFrame:
+    """The density of what ``method`` quantizes of each head, and the levels that stand for it: `LEVELS`.
+
+    Up to `MOST_LEVELS` different values are given one by one, with the share of coordinates that each codes; of more,
+    the density.
+
+    Raises
+    ------
+    InputError : as `coded_coordinates`; fewer than two bins.
+    """
+    check_bins(bins)
+    frames = []
+    for layer in capture.layers:
+        for side in tensors:
+            coded = coded_coordinates(layer, side, method, bits, calibration=calibration, **options)
+            for head, (exact, decoded) in enumerate(zip(*coded, strict=True)):
+                place = {"layer": layer.layer, "head": head, "tensor": side, "bits": bits}
+                rows = _rows(exact.reshape(-1), decoded.reshape(-1), bins)
+                frames.append(rows.with_columns(pl.lit(value).alias(name) for name, value in place.items()))
+    return pl.concat([frame.select(pl.col(name).cast(dtype) for name, dtype in LEVELS.items()) for frame in frames])
+
+
+def _rows(exact: Floats, decoded: Floats, bins: int) -> pl.DataFrame:
+    if not (np.isfinite(exact).all() and np.isfinite(decoded).all()):
+        raise InputError("Some of these coordinates, or of their codes, are NaN or infinite: see vl.layer_errors.")
+    edges = bin_edges(exact, bins)
+    outside = float(((exact < edges[0]) | (exact > edges[-1])).mean())
+    parts = [_binned(exact, edges, "exact")]
+    values, counts = np.unique(decoded, return_counts=True)
+    if len(values) <= MOST_LEVELS:
+        columns = {"value": values.astype(np.float64), "share": counts / decoded.size}
+        parts.append(pl.DataFrame(columns).with_columns(kind=pl.lit("level")))
+    else:
+        parts.append(_binned(decoded, edges, "decoded"))
+    return pl.concat(parts, how="diagonal").with_columns(outside=pl.lit(outside))
+
+
+def _binned(coordinates: Floats, edges: np.ndarray, kind: str) -> pl.DataFrame:
+    found = histogram(coordinates, edges)
+    return found.with_columns(share=pl.col("density") * pl.col("width"), kind=pl.lit(kind))

@@ -1,0 +1,97 @@
+"""One head's attention map: over exact keys, over compressed ones, and what moved between them."""
+
+from __future__ import annotations
+
+import altair as alt
+import polars as pl
+
+from veloxlab.views.columns import require
+from veloxlab.views.furniture import caption_title, framed
+from veloxlab.views.logscale import LABEL, log_ticks
+
+KINDS = {"exact": "exact keys", "compressed": "compressed keys", "difference": "|difference|"}
+DOMAIN = (1e-3, 1.0)
+SIDE = 178  # pixels of a map
+
+
+def attention_maps(
+    frame: pl.DataFrame, *, heading: str = "Attention of one head", caption: str | None = None
+) -> alt.VConcatChart:
+    """Draw attention weights of blocks of queries over blocks of keys, exact and compressed, and the difference.
+
+    Parameters
+    ----------
+    frame
+        Rows of `veloxlab.measure.attention_maps.ATTENTION_MAP`. A weight that is not finite is marked with a cross.
+    heading
+        What is seen, such as layer, head and method.
+    caption
+        The line under the heading; by default how much attention moved.
+    """
+    numbers = ("query", "query_end", "key", "key_end", "weight", "moved")
+    require(frame, {"kind": "text"} | dict.fromkeys(numbers, "number"), "attention_maps")  # type: ignore[arg-type]
+    shown = frame.select("kind", *numbers[:-1])
+    maps = [_map(kind, words, first=kind == "exact") for kind, words in KINDS.items()]
+    side_by_side: alt.HConcatChart = alt.hconcat(*maps, spacing=12).properties(title=caption_title())
+    words = attention_caption(frame) if caption is None else caption
+    chart = framed([side_by_side], shown, heading, words, pickable=False)
+    return chart.resolve_scale(color="shared")  # type: ignore[no-any-return]
+
+
+def attention_caption(frame: pl.DataFrame) -> str:
+    """Say what share of attention goes to other keys than before, on average over queries, and of the worst block."""
+    rows = frame.filter(pl.col("kind") == "exact").group_by("query", "query_end").agg(pl.col("moved").first())
+    queries = rows["query_end"] - rows["query"]
+    mean = float((rows["moved"] * queries).sum()) / float(queries.sum())
+    worst = rows.sort("moved", "query").row(-1, named=True)
+    broken = frame.filter(~pl.col("weight").is_finite()).height
+    said = (
+        f"{100 * mean:.1f} % of attention moves to other keys; most, {100 * worst['moved']:.1f} %, "
+        f"for queries {worst['query']} to {worst['query_end'] - 1}"
+    )
+    return said + (f"; × {broken} not finite" if broken else "")
+
+
+def _map(kind: str, words: str, *, first: bool) -> alt.LayerChart:
+    base = (
+        alt.Chart()
+        .transform_filter(f"datum.kind === '{kind}'")
+        .encode(
+            x=alt.X("key:Q", title="position of the key").scale(nice=False).axis(tickCount=4),
+            x2="key_end:Q",
+            y=alt.Y("query:Q", title="position of the query" if first else None)
+            .scale(nice=False, reverse=True)
+            .axis(tickCount=4, labels=first, minExtent=40 if first else 0),
+            y2="query_end:Q",
+        )
+    )
+    key = alt.Legend(values=log_ticks(DOMAIN), labelExpr=LABEL, gradientLength=110, gradientThickness=10)
+    cells = (
+        base.transform_filter("isValid(datum.weight)")
+        .transform_calculate(size="abs(datum.weight)")
+        .mark_rect()
+        .encode(
+            color=alt.Color("size:Q", title=["attention", "weight"], legend=key).scale(
+                type="log", domain=DOMAIN, clamp=True
+            ),
+            tooltip=[
+                alt.Tooltip("query:Q", title="queries from"),
+                alt.Tooltip("key:Q", title="keys from"),
+                alt.Tooltip("weight:Q", title=words, format=".3~g"),
+            ],
+        )
+    )
+    broken = (
+        alt.Chart()
+        .transform_filter(f"datum.kind === '{kind}' && !isValid(datum.weight)")
+        .mark_text(text="×", fontWeight="bold")
+        .encode(x="key:Q", y="query:Q")
+    )
+    name = (
+        alt.Chart()
+        .transform_aggregate(cells="count()")
+        .mark_text(text=words, baseline="bottom")
+        .encode(x=alt.value(SIDE / 2), y=alt.value(-5))
+    )
+    layered: alt.LayerChart = alt.layer(cells, broken, name)  # type: ignore[assignment]
+    return layered.properties(width=SIDE, height=SIDE)

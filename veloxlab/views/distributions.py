@@ -1,0 +1,235 @@
+"""How the coordinates of one head are distributed: channel by channel, all together, and under a method's levels."""
+
+from __future__ import annotations
+
+import math
+
+import altair as alt
+import polars as pl
+
+from veloxlab.views import palette
+from veloxlab.views.columns import one_head, require
+from veloxlab.views.furniture import Plot, caption_title, framed, head_words, tensor_colour
+
+SPACE_WORDS = {
+    "raw": "as cached",
+    "before_rope": "before RoPE",
+    "rotated": "rotated",
+    "smoothed": "smoothed",
+    "smoothed_rotated": "smoothed, rotated",
+    "eigenbasis": "eigenbasis",
+}
+UNITS = {"smoothed": "in λ", "smoothed_rotated": "in λ", "eigenbasis": "in the vector's RMS"}
+MARKS = 1_800  # at most: more would make a slider stutter, so channels are then drawn in groups
+MOST_SAID = 2  # panels of which a caption speaks one by one
+SHARES_SHOWN = 8  # levels at most beside which their share is written
+
+
+def channel_ranges(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+    """Draw where each channel of one head lies over the tokens, a panel for each space and tensor.
+
+    Parameters
+    ----------
+    frame
+        Rows of one head of `veloxlab.measure.distributions.CHANNELS`. A channel with tokens that are not finite has a
+        cross.
+    caption
+        The line under the heading; by default the loudest channel of each panel.
+
+    Returns
+    -------
+    alt.VConcatChart
+        A chart with the param ``caption``.
+    """
+    numbers = ("layer", "head", "channel", "mean", "rms", "least", "low", "high", "most", "not_finite")
+    require(frame, {"tensor": "text", "space": "text"} | dict.fromkeys(numbers, "number"), "channel_ranges")  # type: ignore[arg-type]
+    one_head(frame, "channel_ranges")
+    group = math.ceil(3 * frame.height / MARKS)
+    shown = _grouped(frame, group)
+    panels = shown.select("space", "tensor").unique(maintain_order=True).rows()
+    height = 130 if len(panels) <= 2 else 84
+    plots = [
+        _ranges(space, tensor, group, last=place == len(panels) - 1).properties(width=palette.WIDTH, height=height)
+        for place, (space, tensor) in enumerate(panels)
+    ]
+    plots[0] = plots[0].properties(title=caption_title())
+    words = channel_caption(frame) if caption is None else caption
+    return framed(plots, shown, "Where the channels of one head lie", words, pickable=False)
+
+
+def channel_caption(frame: pl.DataFrame) -> str:
+    """Say how loud the loudest channel of a panel is, of many the most and the least, and what is not finite."""
+    ratios, both = {}, frame["tensor"].n_unique() > 1
+    for (space, tensor), own in frame.group_by("space", "tensor", maintain_order=True):
+        usual, loud = own["rms"].median(), own["rms"].max()
+        if usual and loud is not None:
+            words = SPACE_WORDS[str(space)]
+            ratios[f"{tensor} {words}" if both else words] = float(loud) / float(usual)  # type: ignore[arg-type]
+    if len(ratios) > MOST_SAID:
+        ratios = dict(end(ratios.items(), key=lambda named: named[1]) for end in (max, min))
+    said = ", ".join(f"{words} {ratio:.1f}" for words, ratio in ratios.items()) or "no channel has any size"
+    broken = int(frame["not_finite"].sum())
+    last = f"; × {broken} not finite" if broken else ""
+    return f"{head_words(frame)}. Loudest channel over the median one: {said}{last}"
+
+
+def density(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+    """Draw the density of all coordinates of one head, a panel for each space, keys and values together.
+
+    Parameters
+    ----------
+    frame
+        Rows of one head of `veloxlab.measure.distributions.DENSITIES`.
+    caption
+        The line under the heading; by default how many coordinates lie outside of what is drawn.
+    """
+    numbers = ("layer", "head", "value", "width", "density", "below", "above", "not_finite")
+    require(frame, {"tensor": "text", "space": "text"} | dict.fromkeys(numbers, "number"), "density")  # type: ignore[arg-type]
+    one_head(frame, "density")
+    shown = frame.select("tensor", "space", *numbers[2:5])
+    spaces = shown["space"].unique(maintain_order=True).to_list()
+    plots: list[Plot] = [
+        _curve(space, legend=space == spaces[0]).properties(width=palette.WIDTH, height=150 if len(spaces) == 1 else 80)
+        for space in spaces
+    ]
+    plots[0] = plots[0].properties(title=caption_title())
+    words = density_caption(frame) if caption is None else caption
+    return framed(plots, shown, "Density of all coordinates of one head", words, pickable=False)
+
+
+def density_caption(frame: pl.DataFrame) -> str:
+    """Say what share of coordinates lies beyond the ends, at most, and how many are not finite."""
+    ends = frame.select(outside=pl.col("below") + pl.col("above"))["outside"].max()
+    heads = frame.group_by("tensor", "space").agg(pl.col("not_finite").first())
+    broken = int(heads["not_finite"].sum())
+    said = f"{head_words(frame)}. Beyond the ends lie {100 * float(ends or 0):.2f} % of coordinates at most"  # type: ignore[arg-type]
+    return said + (f"; × {broken} not finite" if broken else "")
+
+
+def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str | None = None) -> alt.VConcatChart:
+    """Draw the density of what a method quantizes, and its levels as lines upon it; keys and values apart.
+
+    Parameters
+    ----------
+    frame
+        Rows of one head of `veloxlab.measure.levels.LEVELS`. Of vector codes, which have no levels of single
+        coordinates, the density of the decoded ones is a line.
+    method
+        Its name, for the caption.
+    caption
+        The line under the heading; by default how many levels there are.
+    """
+    numbers = ("layer", "head", "bits", "value", "width", "density", "share", "outside")
+    require(frame, {"tensor": "text", "kind": "text"} | dict.fromkeys(numbers, "number"), "levels_on_density")  # type: ignore[arg-type]
+    one_head(frame, "levels_on_density")
+    shown = frame.select("tensor", "kind", *numbers[2:7])
+    tensors = [tensor for tensor in palette.TENSORS if tensor in set(frame["tensor"])]
+    plots = [
+        _levels(tensor, shown.filter(tensor=tensor, kind="level").height, last=tensor == tensors[-1]).properties(
+            width=palette.WIDTH, height=110
+        )
+        for tensor in tensors
+    ]
+    plots[0] = plots[0].properties(title=caption_title())
+    words = levels_caption(frame, method) if caption is None else caption
+    chart = framed(plots, shown, "What is quantized, and the levels that stand for it", words, pickable=False)
+    return chart.resolve_scale(x="shared")  # type: ignore[no-any-return]
+
+
+def levels_caption(frame: pl.DataFrame, method: str = "") -> str:
+    """Say of which method and head, and how many levels stand for the coordinates of keys and of values."""
+    said = []
+    for tensor in palette.TENSORS:
+        own = frame.filter(pl.col("tensor") == tensor)
+        if not own.is_empty():
+            count = own.filter(pl.col("kind") == "level").height
+            said.append(f"{tensor}: {f'{count} levels' if count else 'no common levels, a line'}")
+    bits = frame["bits"][0]
+    name = f"{method} at {bits} {'bit' if bits == 1 else 'bits'}. " if method else ""
+    return f"{name}{head_words(frame)}. " + ", ".join(said)
+
+
+def _grouped(frame: pl.DataFrame, group: int) -> pl.DataFrame:
+    """Channels by ``group``: the ends of all, the means of their means and sizes; itself for groups of one."""
+    first = pl.col("channel") // group * group
+    return frame.group_by("space", "tensor", channel=first, maintain_order=True).agg(
+        pl.col("mean").mean(),
+        pl.col("rms").pow(2).mean().sqrt(),
+        pl.col("least", "low").min(),
+        pl.col("high", "most").max(),
+        pl.col("not_finite").sum(),
+    )
+
+
+def _ranges(space: str, tensor: str, group: int, *, last: bool) -> Plot:
+    colour = palette.TENSORS[tensor]
+    own = alt.Chart().transform_filter(f"datum.tensor === '{tensor}' && datum.space === '{space}'")
+    unit = [UNITS[space]] if space in UNITS else []
+    title = [tensor, *SPACE_WORDS[space].split(", "), *unit]
+    words = "channel" if group == 1 else f"channels, by {group}"
+    x = alt.X("begin:Q", title=words if last else None).scale(nice=False).axis(tickMinStep=1, labels=last)
+    y = alt.Y("least:Q", title=title).axis(tickCount=4)
+    base = own.transform_calculate(begin="datum.channel - 0.45", to=f"datum.channel + {group} - 0.55").encode(
+        x=x, x2="to:Q"
+    )
+    whole = base.mark_rect(color=colour, opacity=0.25).encode(y=y, y2="most:Q")
+    usual = base.mark_rect(color=colour, opacity=0.45).encode(y=alt.Y("low:Q"), y2="high:Q")
+    mean = base.mark_rule(color=colour, strokeWidth=2).encode(y=alt.Y("mean:Q"))
+    zero = own.transform_aggregate(channels="count()").mark_rule(strokeWidth=0.5).encode(y=alt.datum(0))
+    named = ("channel", "mean", "rms", "least", "low", "high", "most")
+    tips = [alt.Tooltip(f"{name}:Q", format=".3~g") for name in named]
+    broken = (
+        own.transform_filter("datum.not_finite > 0")
+        .mark_text(text="×", fontSize=13, fontWeight="bold", color=palette.PICKED)
+        .encode(
+            x=alt.X("channel:Q"),
+            y=alt.value(6),
+            tooltip=[alt.Tooltip("channel:Q"), alt.Tooltip("not_finite:Q", title="not finite")],
+        )
+    )
+    return alt.layer(zero, whole.encode(tooltip=tips), usual.encode(tooltip=tips), mean, broken)
+
+
+def _curve(space: str, *, legend: bool) -> Plot:
+    unit = UNITS.get(space, "in the unit of the activations")
+    curve: alt.Chart = (
+        alt.Chart()
+        .transform_filter(f"datum.space === '{space}'")
+        .mark_area(interpolate="step", opacity=0.3, line={"interpolate": "step", "strokeWidth": 1.5})
+        .encode(
+            x=alt.X("value:Q", title=f"coordinate, {unit}").scale(nice=False),
+            # a square root lets the tails be seen, and has a place for 0
+            y=alt.Y("density:Q", title=[*SPACE_WORDS[space].split(", "), "density, √ scale"], stack=None)
+            .scale(type="sqrt")
+            .axis(tickCount=4),
+            color=tensor_colour(legend=legend),
+            tooltip=[
+                alt.Tooltip("tensor:N"),
+                alt.Tooltip("value:Q", format=".3~g"),
+                alt.Tooltip("density:Q", format=".3~g"),
+            ],
+        )
+    )
+    return curve
+
+
+def _levels(tensor: str, count: int, *, last: bool) -> Plot:
+    colour = palette.TENSORS[tensor]
+    own = alt.Chart().transform_filter(f"datum.tensor === '{tensor}'")
+    x = alt.X("value:Q", title="coordinate in the space of the codes, over the stored scale" if last else None)
+    y = alt.Y("density:Q", title=[tensor, "density"]).axis(tickCount=4)
+    base = own.encode(x=x)
+    exact = base.transform_filter("datum.kind === 'exact'").mark_area(interpolate="step", color=colour, opacity=0.35)
+    decoded = base.transform_filter("datum.kind === 'decoded'").mark_line(
+        interpolate="step", strokeWidth=1.5, color=colour
+    )
+    levels = base.transform_filter("datum.kind === 'level'")
+    tips = [alt.Tooltip("value:Q", title="level", format=".4~g"), alt.Tooltip("share:Q", title="codes", format=".1%")]
+    rules = levels.mark_rule(color=colour, strokeWidth=1.5).encode(
+        y=alt.value(14), y2=alt.value("height"), tooltip=tips
+    )
+    room = exact.transform_calculate(room="1.15 * datum.density").mark_point(opacity=0).encode(y=alt.Y("room:Q"))
+    layers: list[alt.Chart] = [exact.encode(y=y), room, decoded.encode(y=alt.Y("density:Q")), rules]
+    if count <= SHARES_SHOWN:
+        layers.append(levels.mark_text(dy=-8).encode(y=alt.value(14), text=alt.Text("share:Q", format=".0%")))
+    return alt.layer(*layers)
