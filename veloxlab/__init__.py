@@ -33,8 +33,10 @@ if TYPE_CHECKING:
         code_bits,
         fidelity,
         judge,
+        largest_contexts,
         layer_errors,
         memory_growth,
+        plan_memory,
         predicted_growth,
         reference,
         relative_errors,
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     )
     from veloxlab.models import load
     from veloxlab.prompt_cache import load_cache, make_cache
+    from veloxlab.shapes import ModelShape
     from veloxlab.texts import excerpt
     from veloxlab.widgets.lab import Lab
 
@@ -71,12 +74,15 @@ _HOME = {
     "doctor": "checkup",
     "excerpt": "texts",
     "fidelity": "measure",
+    "largest_contexts": "measure",
     "layer_errors": "measure",
     "load": "models",
     "load_cache": "prompt_cache",
     "make_cache": "prompt_cache",
     "memory_growth": "measure",
     "methods": "codecs",
+    "ModelShape": "shapes",
+    "plan_memory": "measure",
     "predicted_growth": "measure",
     "relative_errors": "measure",
     "report": "measure",
@@ -102,6 +108,7 @@ __all__ = [
     "Capture",
     "InputError",
     "Lab",
+    "ModelShape",
     "Plan",
     "QualityFloor",
     "RateBudget",
@@ -116,12 +123,14 @@ __all__ = [
     "excerpt",
     "fidelity",
     "judge",
+    "largest_contexts",
     "layer_errors",
     "load",
     "load_cache",
     "make_cache",
     "memory_growth",
     "methods",
+    "plan_memory",
     "predicted_growth",
     "rate_budget",
     "reference",

@@ -324,7 +324,7 @@ def blank_codec(codec: Codec, kv_heads: int) -> Codec:
     One that has to be fitted may say by a method ``blank(kv_heads)`` what it will hold; any other is given back.
     """
     blank = getattr(codec, "blank", None)
-    return codec if blank is None else blank(kv_heads)  # type: ignore[no-any-return]
+    return codec if blank is None else blank(kv_heads)
 
 
 def kv_heads_of(code: Code) -> int:

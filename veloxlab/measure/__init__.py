@@ -5,6 +5,7 @@ from __future__ import annotations
 from veloxlab.measure.activations import Capture, LayerCapture, capture
 from veloxlab.measure.errors import layer_errors, relative_errors, token_errors
 from veloxlab.measure.memory import code_bits, memory_growth, predicted_growth, report
+from veloxlab.measure.planned_memory import largest_contexts, plan_memory
 from veloxlab.measure.quality import Reference, fidelity, judge, reference
 
 __all__ = [
@@ -15,8 +16,10 @@ __all__ = [
     "code_bits",
     "fidelity",
     "judge",
+    "largest_contexts",
     "layer_errors",
     "memory_growth",
+    "plan_memory",
     "predicted_growth",
     "reference",
     "relative_errors",
