@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from veloxlab.shapes import ModelShape
     from veloxlab.texts import excerpt
     from veloxlab.widgets.lab import Lab
+    from veloxlab.widgets.planner import MemoryPlanner
 
 __version__ = "0.1.0"
 
@@ -81,6 +82,7 @@ _HOME = {
     "make_cache": "prompt_cache",
     "memory_growth": "measure",
     "methods": "codecs",
+    "MemoryPlanner": "widgets.planner",
     "ModelShape": "shapes",
     "plan_memory": "measure",
     "predicted_growth": "measure",
@@ -108,6 +110,7 @@ __all__ = [
     "Capture",
     "InputError",
     "Lab",
+    "MemoryPlanner",
     "ModelShape",
     "Plan",
     "QualityFloor",

@@ -7,6 +7,7 @@ from veloxlab.views.fidelity import fidelity_caption, frontier
 from veloxlab.views.kernels import attention_times, times_caption
 from veloxlab.views.lengths import costs_by_length, lengths_caption
 from veloxlab.views.memory import memory_caption, memory_growth
+from veloxlab.views.memory_plan import memory_plan, plan_caption
 
 __all__ = [
     "attention_times",
@@ -21,6 +22,8 @@ __all__ = [
     "lengths_caption",
     "memory_caption",
     "memory_growth",
+    "memory_plan",
+    "plan_caption",
     "times_caption",
 ]
 
