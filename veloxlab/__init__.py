@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from veloxlab.allocate.sensitivity import sensitivities
     from veloxlab.calibration import Calibration, calibrate
     from veloxlab.checkup import doctor
-    from veloxlab.codecs import methods
+    from veloxlab.codecs import methods, register, unregister
     from veloxlab.errors import InputError
     from veloxlab.integrate import detach
     from veloxlab.measure import (
@@ -36,11 +36,13 @@ if TYPE_CHECKING:
         largest_contexts,
         layer_errors,
         memory_growth,
+        passkey,
         plan_memory,
         predicted_growth,
         reference,
         relative_errors,
         report,
+        side_by_side,
         token_errors,
     )
     from veloxlab.models import load
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from veloxlab.texts import excerpt
     from veloxlab.widgets.lab import Lab
     from veloxlab.widgets.planner import MemoryPlanner
+    from veloxlab.widgets.side_by_side import SideBySide
 
 __version__ = "0.1.0"
 
@@ -84,11 +87,16 @@ _HOME = {
     "methods": "codecs",
     "MemoryPlanner": "widgets.planner",
     "ModelShape": "shapes",
+    "SideBySide": "widgets.side_by_side",
+    "passkey": "measure",
     "plan_memory": "measure",
+    "side_by_side": "measure",
     "predicted_growth": "measure",
+    "register": "codecs",
     "relative_errors": "measure",
     "report": "measure",
     "token_errors": "measure",
+    "unregister": "codecs",
     "judge": "measure",
     "reference": "measure",
     "AverageBits": "allocate.budget",
@@ -115,6 +123,7 @@ __all__ = [
     "Plan",
     "QualityFloor",
     "RateBudget",
+    "SideBySide",
     "TokensInMemory",
     "allocate_bits",
     "calibrate",
@@ -133,14 +142,18 @@ __all__ = [
     "make_cache",
     "memory_growth",
     "methods",
+    "passkey",
     "plan_memory",
     "predicted_growth",
     "rate_budget",
     "reference",
+    "register",
     "relative_errors",
     "report",
     "sensitivities",
+    "side_by_side",
     "token_errors",
+    "unregister",
 ]
 
 
