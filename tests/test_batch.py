@@ -13,9 +13,10 @@ import veloxlab as vl
 from tests.tiny_models import FAMILIES, tiny
 from veloxlab.attention import causal_mask
 from veloxlab.batch import BatchCompressedKVCache
-from veloxlab.cache import BLOCK, CompressedKVCache
+from veloxlab.cache import CompressedKVCache
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
+from veloxlab.windows import BLOCK
 
 HEADS, DIM = 2, 32
 SOME_EXACT = {"sinks": 2, "window": 8}

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import RotatingKVCache
 
 from veloxlab.attention import History
-from veloxlab.cache import _LARGEST, BLOCK, CompressedKVCache
+from veloxlab.cache import _LARGEST, CompressedKVCache
 from veloxlab.codecs import find_method
 from veloxlab.codecs.codec import Sample
 from veloxlab.errors import InputError
+from veloxlab.windows import BLOCK
 
 HEADS, DIM = 3, 64
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from veloxlab.allocate.sensitivity import sensitivities
     from veloxlab.calibration import Calibration, calibrate
     from veloxlab.checkup import doctor
-    from veloxlab.codecs import methods
+    from veloxlab.codecs import methods, register, unregister
     from veloxlab.errors import InputError
     from veloxlab.integrate import detach
     from veloxlab.measure import (
@@ -33,20 +33,27 @@ if TYPE_CHECKING:
         code_bits,
         fidelity,
         judge,
+        largest_contexts,
         layer_errors,
         memory_growth,
+        passkey,
+        plan_memory,
         predicted_growth,
         reference,
         relative_errors,
         report,
+        side_by_side,
         token_errors,
     )
     from veloxlab.models import load
     from veloxlab.pareto import SearchResult, search
     from veloxlab.prompt_cache import load_cache, make_cache
+    from veloxlab.shapes import ModelShape
     from veloxlab.texts import excerpt
     from veloxlab.widgets.key_explorer import KeyExplorer
     from veloxlab.widgets.lab import Lab
+    from veloxlab.widgets.planner import MemoryPlanner
+    from veloxlab.widgets.side_by_side import SideBySide
     from veloxlab.widgets.tuner import BudgetTuner
 
 __version__ = "0.1.0"
@@ -76,16 +83,25 @@ _HOME = {
     "doctor": "checkup",
     "excerpt": "texts",
     "fidelity": "measure",
+    "largest_contexts": "measure",
     "layer_errors": "measure",
     "load": "models",
     "load_cache": "prompt_cache",
     "make_cache": "prompt_cache",
     "memory_growth": "measure",
     "methods": "codecs",
+    "MemoryPlanner": "widgets.planner",
+    "ModelShape": "shapes",
+    "SideBySide": "widgets.side_by_side",
+    "passkey": "measure",
+    "plan_memory": "measure",
+    "side_by_side": "measure",
     "predicted_growth": "measure",
+    "register": "codecs",
     "relative_errors": "measure",
     "report": "measure",
     "token_errors": "measure",
+    "unregister": "codecs",
     "judge": "measure",
     "reference": "measure",
     "AverageBits": "allocate.budget",
@@ -111,10 +127,13 @@ __all__ = [
     "InputError",
     "KeyExplorer",
     "Lab",
+    "MemoryPlanner",
+    "ModelShape",
     "Plan",
     "QualityFloor",
     "RateBudget",
     "SearchResult",
+    "SideBySide",
     "TokensInMemory",
     "allocate_bits",
     "calibrate",
@@ -126,20 +145,26 @@ __all__ = [
     "excerpt",
     "fidelity",
     "judge",
+    "largest_contexts",
     "layer_errors",
     "load",
     "load_cache",
     "make_cache",
     "memory_growth",
     "methods",
+    "passkey",
+    "plan_memory",
     "predicted_growth",
     "rate_budget",
     "reference",
+    "register",
     "relative_errors",
     "report",
     "search",
     "sensitivities",
+    "side_by_side",
     "token_errors",
+    "unregister",
 ]
 
 

@@ -20,13 +20,13 @@ from veloxlab.codecs.codec import fitted_online
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
 from veloxlab.runs import Run
+from veloxlab.windows import Windows
 
 Chunk = Literal["exact", "codes"]
 Path = Literal["codes", "arrays"]
 
 DEFAULT_SINKS, DEFAULT_WINDOW = 4, 64  # tokens; a few first ones draw much attention, whatever the text
 DEFAULT_CHUNK: Chunk = "exact"
-BLOCK = 32  # tokens that leave the window together: encoding one at a time would cost a launch per token
 _TOKENS = 2
 # The largest magnitude that is stored; no root-mean-square is larger. An unbiased scale is that, times what the codes
 # lose: 2.5 for one bit of a random direction, and never more than 4 where it is clipped. It is kept as the float16 of
@@ -45,8 +45,8 @@ class CompressedKVCache(cache_file.Saved):
     key_codec, value_codec : how packed tokens are stored. Their head dimensions may differ. A codec that says it is
         ``online`` is fitted to the first tokens that are packed, and stays so, even if all of them are trimmed.
     sinks : tokens at the start of the text kept exact.
-    window : newest tokens kept exact, and of a sliding layer at most a quarter of what it sees; up to `BLOCK` more wait
-        to be encoded together.
+    window : newest tokens kept exact, and of a sliding layer at most a quarter of what it sees; up to
+        `veloxlab.windows.BLOCK` more wait to be encoded together.
     chunk : whether the tokens of one call attend to one another ``"exact"``, or through their ``"codes"`` as later
         tokens will.
     layer : index in the model, for messages and reports.
@@ -81,18 +81,10 @@ class CompressedKVCache(cache_file.Saved):
         if chunk not in ("exact", "codes"):
             raise InputError(f"chunk={chunk!r} is unknown: choose 'exact' or 'codes'.")
         self.key_codec, self.value_codec = key_codec, value_codec
-        self.max_sinks, self.window, self.chunk, self.layer = sinks, window, chunk, layer
+        self.max_sinks, self.chunk, self.layer = sinks, chunk, layer
         self.path, self.reason, self.max_size, self.lends, self.model = path, reason, max_size, lends, model
-        # whole blocks leave the window, and none that it still covers
-        self._block = min(BLOCK, max(1, window))
-        most = window + self._block - 1
-        self._reach = None if max_size is None else max_size - sinks  # tokens behind the sinks that can be seen
-        if self._reach is not None:
-            # exact tokens are then at most half of what the layer's own cache would hold
-            self.window = min(window, self._reach // 4)
-            self._block = min(BLOCK, max(1, self.window))
-            most = min(self.window + self._block - 1, self._reach)
-        self.sinks, self.packed, self.recent = Run(sinks), Run(), Run(most)
+        self._windows = Windows.of(sinks, window, max_size)
+        self.sinks, self.packed, self.recent = Run(sinks), Run(), Run(self._windows.most_recent)
         self._exact = Exact(key_codec.head_dim), Exact(value_codec.head_dim)
         self._evicted = 0  # tokens between the sinks and the oldest that is held
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
@@ -151,6 +143,11 @@ class CompressedKVCache(cache_file.Saved):
         """What attention read last, for a layer that shares this one's keys and values; else all that is held."""
         history = self._lent or self._history()
         return (history, history) if self.path == "codes" else self.arrays()
+
+    @property
+    def window(self) -> int:
+        """Newest tokens kept exact."""
+        return self._windows.window
 
     @property
     def offset(self) -> int:
@@ -293,16 +290,13 @@ class CompressedKVCache(cache_file.Saved):
         if count == 0:
             return
         exact = self._exact
-        to_sinks = min(count, max(0, self.max_sinks - self.offset))
-        gone = 0 if self._reach is None or not all_seen else max(0, count - to_sinks - self._reach)
-        recent = 0 if gone else self.recent.tokens
-        pending = recent + count - to_sinks - gone
-        to_packed = max(0, pending - self.window) // self._block * self._block
-        from_recent = min(to_packed, recent)
-        from_new = to_packed - from_recent
+        coming = self._windows.arrival(count, self.offset, self.recent.tokens, all_seen=all_seen)
+        to_sinks, gone, from_recent, from_new = coming.to_sinks, coming.gone, coming.from_recent, coming.from_new
 
         first = to_sinks + gone
-        leaving = [keys[:, :, first : first + from_new], values[:, :, first : first + from_new]] if to_packed else []
+        leaving = []
+        if coming.to_packed:
+            leaving = [keys[:, :, first : first + from_new], values[:, :, first : first + from_new]]
         if from_recent:
             oldest = [self.recent.code(side)[:from_recent].arrays["values"] for side in ("keys", "values")]
             leaving = [mx.concatenate([*pair], axis=_TOKENS) for pair in zip(oldest, leaving, strict=True)]
@@ -317,23 +311,20 @@ class CompressedKVCache(cache_file.Saved):
             self._evicted += gone
         if from_recent:
             self.recent.drop_oldest(from_recent)
-        if to_packed:
+        if coming.to_packed:
             start = self.sinks.tokens + self._evicted + self.packed.tokens
             self.key_codec = fitted_online(self.key_codec, leaving[0])
             self.value_codec = fitted_online(self.value_codec, leaving[1])
             self.packed.append(self.key_codec.encode(leaving[0], start), self.value_codec.encode(leaving[1], start))
-        if first + from_new < count:
+        if coming.to_recent:
             rest_keys, rest_values = (x[:, :, first + from_new :] for x in (keys, values))
             self.recent.append(exact[0].encode(rest_keys), exact[1].encode(rest_values))
 
     def _evict(self) -> None:
-        """Forget what a sliding layer sees no more; of packed tokens some together, as each time copies the rest."""
-        if self._reach is None:
-            return
-        over = self.packed.tokens + self.recent.tokens - self._reach
-        grain = min(BLOCK, max(1, self._reach // 8))
-        if over > 0:
-            self._drop_oldest(over if over > self.packed.tokens else over // grain * grain)
+        """Forget what a sliding layer sees no more."""
+        leaving = self._windows.leaving(self.packed.tokens, self.recent.tokens)
+        if leaving:
+            self._drop_oldest(leaving)
 
     def _drop_oldest(self, count: int) -> None:
         """Forget the first ``count`` tokens behind the sinks."""

@@ -23,7 +23,8 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
+from mlx_lm.utils import _get_classes
 
 from veloxlab import cache_file
 from veloxlab.attention import Handle, Mask
@@ -197,15 +198,52 @@ def probe(model: Module) -> list[LayerFacts]:
     InputError : if the model fails with its own caches.
     """
     if id(model) not in _known:
-        attach()
-        facts = _first_facts(own_cache(model))
-        _dry_run(model, facts)
-        _leave_latents(model, facts)
-        _known[id(model)] = facts
+        _known[id(model)] = dry_run(model)
         cache_file.models_here[id(model)] = name_of(model)
         weakref.finalize(model, _known.pop, id(model), None)
         weakref.finalize(model, cache_file.models_here.pop, id(model), None)
     return _known[id(model)]
+
+
+def dry_run(model: Module) -> list[LayerFacts]:
+    """What `probe` gives, without a look at the weights: they may be such as were never made.
+
+    Raises
+    ------
+    InputError : if the model fails with its own caches.
+    """
+    attach()
+    facts = _first_facts(own_cache(model))
+    _dry_run(model, facts)
+    _leave_latents(model, facts)
+    return facts
+
+
+def weightless(config: Mapping[str, Any]) -> Module:
+    """A model of mlx-lm's own class for a ``config.json``, whose weights are never made as long as none is read.
+
+    Raises
+    ------
+    InputError : mlx-lm has no such model, or the configuration is not a model's.
+    """
+    try:
+        kind, arguments = _get_classes(dict(config))
+        model: Module = kind(arguments.from_dict(dict(config)))
+    except Exception as error:  # every model reads its configuration in its own way
+        raise InputError(
+            f"mlx-lm makes no model of this configuration (model_type {config.get('model_type')!r}: "
+            f"{type(error).__name__}: {error}): give a model's config.json, or type the shape in."
+        ) from error
+    model.set_dtype(mx.bfloat16)
+    return model
+
+
+def state_bytes(model: Module) -> int:
+    """Bytes of the states of one sequence that do not grow with it (state-space, convolution), from shapes alone."""
+    caches = own_cache(model)
+    model(mx.array([[0]]), cache=caches)
+    slots = [slot for entry in caches for slot in getattr(entry, "caches", (entry,))]
+    return sum(slot.nbytes for slot in slots if isinstance(slot, ArraysCache))
 
 
 def own_cache(model: Module) -> list[Any]:

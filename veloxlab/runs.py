@@ -13,6 +13,20 @@ _FEW = 32  # tokens that leave a window together
 _TOKENS = 2
 
 
+def room(held: int, tokens: int, new: int, most: int | None) -> int:
+    """Tokens that a run's buffers have room for once ``new`` ones have joined, ``tokens`` in all.
+
+    ``held`` is what they had room for before, 0 if there were none, and ``most`` as for `Run`. Few tokens at a time is
+    growth by decoding, and many will come; a longer append is sized as it is, and so is any but of one token to a run
+    that stays small.
+    """
+    if tokens <= held and (new == 1 or most is None):
+        return held
+    if most is not None:
+        return tokens + (min(8, most - tokens) if new == 1 else 0)
+    return tokens + (max(8 * (new == 1), tokens // _SLACK_SHARE) if new <= _FEW else 0)
+
+
 class Run:
     """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, all with the same tokens.
 
@@ -71,18 +85,13 @@ class Run:
         self._codes.clear()
         for name, new in arrays.items():
             buffer = self._buffers.get(name)
-            one = keys.tokens == 1
-            if buffer is not None and total <= buffer.shape[_TOKENS] and (one or self.most is None):
+            held = 0 if buffer is None else buffer.shape[_TOKENS]
+            wanted = room(held, total, keys.tokens, self.most)
+            if buffer is not None and wanted == held:
                 buffer[:, :, self.tokens : total] = new
                 continue
-            # few tokens at a time is growth by decoding, and many will come; a longer append is sized as it is, and so
-            # is any but of one token to a run that stays small
-            if self.most is not None:
-                slack = min(8, self.most - total) if one else 0
-            else:
-                slack = max(8 * one, total // _SLACK_SHARE) if keys.tokens <= _FEW else 0
             parts = [] if buffer is None else [buffer[:, :, : self.tokens]]
-            shape = (*new.shape[:_TOKENS], slack, *new.shape[_TOKENS + 1 :])
+            shape = (*new.shape[:_TOKENS], wanted - total, *new.shape[_TOKENS + 1 :])
             self._buffers[name] = mx.concatenate([*parts, new, mx.zeros(shape, new.dtype)], axis=_TOKENS)
         self.tokens = total
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.cache import BLOCK
 from veloxlab.errors import InputError
 from veloxlab.integrate import exact_width, probe
+from veloxlab.windows import BLOCK
 
 MEGABYTE = 1_000_000
 

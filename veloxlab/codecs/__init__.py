@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING
 
 from veloxlab.codecs import commvq, none, polarquant, qjl, rabitq, ratequant, rvq, spectralquant, turboquant, vecinfer
@@ -12,7 +14,7 @@ from veloxlab.errors import InputError
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["METHODS", "Code", "Codec", "Method", "Role", "find_method", "methods"]
+__all__ = ["METHODS", "Code", "Codec", "Method", "Role", "find_method", "methods", "register", "unregister"]
 
 METHODS: dict[str, Method] = {
     method.id: method
@@ -55,3 +57,61 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise InputError(f"Unknown method {name!r}. Known methods: {', '.join(METHODS)}.")
     return METHODS[name]
+
+
+_OURS = frozenset(METHODS)
+_ID = re.compile(r"[a-z][a-z0-9_]*")
+
+
+def register(method: Method, *, replace: bool = False) -> Method:
+    """Make an algorithm from elsewhere one of the methods: of caches, plans, measurements, charts and widgets.
+
+    It lasts as long as the process, or until `unregister`. A cache that is saved with it is read again where a method
+    of this id is registered, with classes of the same names and fields; whether their code is the same is not checked.
+
+    Parameters
+    ----------
+    method : its id is lower case, such as ``"round_to_nearest"``, and it names the classes of its ``codecs``, which are
+        frozen dataclasses.
+    replace : whether a method of this id that was registered before makes room, as when a notebook's cell runs again.
+
+    Returns
+    -------
+    Method
+        The method.
+
+    Raises
+    ------
+    InputError : the id is taken or is no name, the method names no classes or other things, or takes no bits.
+    """
+    if not _ID.fullmatch(method.id):
+        raise InputError(f"{method.id!r} is no id of a method: take small letters, digits and _, a letter first.")
+    if method.id in _OURS:
+        raise InputError(f"The method {method.id!r} comes with veloxlab and stays as it is: choose another id.")
+    if method.id in METHODS and not replace:
+        raise InputError(
+            f"A method {method.id!r} is registered already: vl.unregister({method.id!r}) first, or replace=True."
+        )
+    if not method.codecs:
+        raise InputError(
+            f"The method {method.id!r} names no classes: give Method(codecs=(...)) those that its build makes."
+        )
+    for kind in method.codecs:
+        if not (isinstance(kind, type) and is_dataclass(kind) and kind.__dataclass_params__.frozen):  # type: ignore[attr-defined]
+            raise InputError(f"{kind!r} is no frozen dataclass, as a codec has to be: write @dataclass(frozen=True).")
+    if not len(method.bits):
+        raise InputError(f"The method {method.id!r} takes no bits: give a range, such as range(2, 9).")
+    METHODS[method.id] = method
+    return method
+
+
+def unregister(name: str) -> None:
+    """Undo `register`. Caches that were made with the method go on.
+
+    Raises
+    ------
+    InputError : no such method was registered, or it is one of veloxlab's own.
+    """
+    if name in _OURS:
+        raise InputError(f"The method {name!r} comes with veloxlab and stays.")
+    del METHODS[find_method(name).id]

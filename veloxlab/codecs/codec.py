@@ -318,6 +318,15 @@ def fitted_online(codec: Codec, x: mx.array) -> Codec:
     return codec.fit(Sample(x.astype(mx.float32))) if getattr(codec, "online", False) else codec
 
 
+def blank_codec(codec: Codec, kv_heads: int) -> Codec:
+    """A codec of the layout of ``codec`` once it is fitted to ``kv_heads`` heads, for predictions of bytes.
+
+    One that has to be fitted may say by a method ``blank(kv_heads)`` what it will hold; any other is given back.
+    """
+    blank = getattr(codec, "blank", None)
+    return codec if blank is None else blank(kv_heads)
+
+
 def kv_heads_of(code: Code) -> int:
     """KV heads of a code; an array may have something of all of them together."""
     return max(int(array.shape[1]) for array in code.arrays.values())

@@ -129,6 +129,10 @@ class CommVQ(TiledCodec):
         mx.eval(held)
         return replace(self, tables=held, rope=rope)
 
+    def blank(self, kv_heads: int) -> Self:
+        """Zeros in the place of the tables, and no rotary embedding; see `blank_codec`."""
+        return replace(self, tables=mx.zeros((kv_heads, self.stages, ENTRIES, self.head_dim), mx.float16))
+
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]``, whose first token is at position ``start``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)

@@ -26,6 +26,8 @@ class Method:
     stored : what is kept per vector, in words.
     options : keyword arguments of ``build`` beside head dimension, bits and role.
     build : makes the codec: ``build(head_dim, bits, role, **options)``.
+    codecs : classes of the codecs that it makes, by which a saved cache finds them again. Those here are found by their
+        file; a method that is registered from elsewhere (`veloxlab.register`) has to name them.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Method:
     stored: str
     options: tuple[str, ...]
     build: Callable[..., Codec]
+    codecs: tuple[type, ...] = ()
 
     def check(self, bits: int, role: Role, options: Mapping[str, object]) -> None:
         """Raise `InputError` unless ``bits`` and the names of ``options`` are the method's."""

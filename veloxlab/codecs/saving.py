@@ -15,6 +15,7 @@ import mlx.core as mx
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.codec import Codec
 from veloxlab.codecs.rope import Rope
+from veloxlab.errors import InputError
 
 Plain = dict[str, Any]
 Arrays = dict[str, mx.array]
@@ -47,8 +48,9 @@ def class_name(codec: Codec) -> str:
 
 
 def method_of(codec: Codec) -> str:
-    """Id of the method that made the codec: each has a file of its own."""
-    return type(codec).__module__.rpartition(".")[2]
+    """Id of the method that made the codec: of ours each has a file of its own, any other names its classes."""
+    named = (method.id for method in METHODS.values() if type(codec) in method.codecs)
+    return next(named, type(codec).__module__.rpartition(".")[2])
 
 
 def described(codec: Codec) -> str:
@@ -69,11 +71,17 @@ def same_codec(one: Codec, other: Codec) -> bool:
 
 
 def find_class(name: str) -> type[Codec]:
-    """The class of a codec that `class_name` named; raises `ValueError` if no method here has it."""
+    """The class of a codec that `class_name` named; raises `InputError` if no method here has it."""
     method, _, kind = name.partition(".")
-    found = getattr(import_module(f"veloxlab.codecs.{method}"), kind, None) if method in METHODS else None
+    found = None
+    if method in METHODS and METHODS[method].codecs:
+        found = next((each for each in METHODS[method].codecs if each.__name__ == kind), None)
+    elif method in METHODS:
+        found = getattr(import_module(f"veloxlab.codecs.{method}"), kind, None)
     if not (isinstance(found, type) and is_dataclass(found)):
-        raise ValueError(f"no method here has a codec called {name!r}")
+        raise InputError(
+            f"No method here has a codec called {name!r}: register its method first, with vl.register(method)."
+        )
     return found  # type: ignore[return-value]
 
 

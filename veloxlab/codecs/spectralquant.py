@@ -150,6 +150,16 @@ class SpectralQuant(TiledCodec):
             deviation=_held(np.sqrt(variance)[:, None]),
         )
 
+    def blank(self, kv_heads: int) -> Self:
+        """Zeros in the place of what is learned, and as many bits for every coordinate; see `blank_codec`.
+
+        The table of levels of a learned plan, whose widths differ, is up to 2 KB larger.
+        """
+        matrix, row = mx.zeros((kv_heads, self.head_dim, self.head_dim)), mx.zeros((kv_heads, 1, self.head_dim))
+        backward = matrix if self.basis == "query" else None
+        plan = (self.bits,) * self.head_dim
+        return replace(self, plan=plan, forward=matrix, backward=backward, mean=row, deviation=row)
+
     def _bases(self, moment: Floats, queries: mx.array | None) -> tuple[Floats, Floats | None]:
         """Matrices to the basis ``[H, D, D]``, and back where that is not the transpose; in any order of columns."""
         if self.basis == "hadamard":

@@ -137,6 +137,12 @@ class VecInfer(TiledCodec):
         mx.eval(factors, centroids)
         return replace(self, factors=factors, centroids=centroids)
 
+    def blank(self, kv_heads: int) -> Self:
+        """Zeros in the place of what is learned; see `blank_codec`."""
+        shape = (kv_heads, self.head_dim) if self.smooth else (1, 1)
+        centroids = mx.zeros((1 << self.index_bits, self.sub_dim), mx.float16)
+        return replace(self, factors=mx.zeros(shape), centroids=centroids)
+
     def _check_enough(self, points: np.ndarray, tokens: int, heads: int) -> None:
         least = _LEAST_PER_CENTROID << self.index_bits
         different = len(np.unique(points, axis=0))

@@ -22,9 +22,11 @@ from veloxlab.views.error_profiles import (
 )
 from veloxlab.views.errors import error_caption, error_domain, error_map
 from veloxlab.views.fidelity import fidelity_caption, frontier
+from veloxlab.views.generation import passkey_caption, passkey_map, strip_caption, token_strip
 from veloxlab.views.kernels import attention_times, times_caption
 from veloxlab.views.lengths import costs_by_length, lengths_caption
 from veloxlab.views.memory import memory_caption, memory_growth
+from veloxlab.views.memory_plan import memory_plan, plan_caption
 from veloxlab.views.outliers import outlier_caption, outliers_by_layer
 from veloxlab.views.pareto import pareto_caption, pareto_front
 from veloxlab.views.polar_angles import angle_caption, angle_densities
@@ -68,6 +70,7 @@ __all__ = [
     "loss_caption",
     "memory_caption",
     "memory_growth",
+    "memory_plan",
     "outlier_caption",
     "outliers_by_layer",
     "pair_caption",
@@ -75,12 +78,17 @@ __all__ = [
     "pair_turns",
     "pareto_caption",
     "pareto_front",
+    "passkey_caption",
+    "passkey_map",
+    "plan_caption",
     "profile_caption",
     "sensitivity_by_layer",
     "sensitivity_caption",
     "spectrum",
     "spectrum_caption",
+    "strip_caption",
     "times_caption",
+    "token_strip",
 ]
 
 theme.enable()

@@ -1,0 +1,60 @@
+"""Two texts that come side by side in a real JupyterLab: run, cancelled, run again, in either theme."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+CELL = """
+import veloxlab as vl
+model, tokenizer = vl.load("smollm2-135m")
+vl.SideBySide(model, tokenizer, bits=2, tokens=24)
+"""
+WIDGET = ".veloxlab-side-by-side"
+CHART = f"{WIDGET} svg.marks"
+IDLE = f"() => document.querySelector('{WIDGET} .widget-hprogress')?.style.visibility === 'hidden'"
+BUSY = f"() => document.querySelector('{WIDGET} .widget-hprogress')?.style.visibility === 'visible'"
+
+
+def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
+    visit = notebook(CELL, name="side.ipynb")
+    page = visit.page
+    page.set_default_timeout(120_000)
+    generate = page.get_by_role("button", name="Generate")
+    generate.click()
+    page.locator(CHART, has_text="The same text for").wait_for()  # the first tokens, while others are made
+    page.locator(CHART, has_text="The texts part at token").wait_for()
+    page.wait_for_function(IDLE)
+    assert page.locator(f"{CHART} [stroke='#d8435c']").count() == 2
+    whole = page.locator(CHART).text_content()
+
+    # another run, on another thread, and not to its end
+    page.locator(f"{WIDGET} textarea").fill("Why is the sky blue?")
+    page.locator(f"{WIDGET} textarea").blur()
+    generate.click()
+    page.wait_for_function(BUSY)
+    page.wait_for_function(f"(before) => document.querySelector('{CHART}').textContent !== before", arg=whole)
+    page.get_by_role("button", name="Cancel").click()
+    page.wait_for_function(IDLE)
+    page.locator(f"{WIDGET} select").select_option("rabitq")
+    generate.click()
+    page.wait_for_function(BUSY)
+    page.wait_for_function(IDLE)
+
+    pictures = os.environ.get("VELOXLAB_PICTURES")
+    if pictures:
+        page.locator(WIDGET).screenshot(path=Path(pictures) / "side_by_side.png")
+    light = page.locator(f"{CHART} .mark-text text").first.get_attribute("fill")
+    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
+    page.wait_for_function(
+        f"(light) => document.querySelector('{CHART} .mark-text text').getAttribute('fill') !== light", arg=light
+    )
+    page.locator("#jupyterlab-splash").wait_for(state="detached")
+    if pictures:
+        page.locator(WIDGET).screenshot(path=Path(pictures) / "side_by_side_dark.png")
+    assert visit.errors == []
+    assert visit.outside == []

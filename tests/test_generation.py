@@ -1,0 +1,294 @@
+"""Two texts from one prompt: what they are, where they part, what was lost; and numbers that were hidden."""
+
+import itertools
+import re
+import threading
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import polars as pl
+import pytest
+from mlx_lm.models.cache import make_prompt_cache
+
+import veloxlab as vl
+from tests.tiny_models import tiny
+from veloxlab.errors import InputError
+from veloxlab.measure.generation import GENERATION, PASSKEY, first_parting, prompt_ids
+from veloxlab.views import passkey_map, picture, strip_caption, token_strip
+from veloxlab.views.generation import COLUMNS, _places
+
+IDS = [i * i % 90 for i in range(60)]  # behind which this model with random weights parts at one bit
+
+
+class Tokenizer:
+    """Each character is a token."""
+
+    eos_token_ids = frozenset({95})
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(c) % 90 for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(32 + i) for i in ids)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def parted(model):
+    frame = vl.side_by_side(model, Tokenizer(), IDS, bits=1, sinks=0, window=0, tokens=24)
+    assert first_parting(frame) is not None
+    return frame
+
+
+def texts(frame):
+    return [frame.filter(pl.col("side") == side)["token"].to_list() for side in ("exact", "compressed")]
+
+
+def test_the_texts_are_those_that_mlx_lm_generates(smollm2):
+    model, tokenizer = smollm2
+    frame = vl.side_by_side(model, tokenizer, "Name a colour.", bits=3, window=4, tokens=8)
+    ids = prompt_ids(tokenizer, "Name a colour.")
+    for side, cache in (("exact", None), ("compressed", vl.make_cache(model, bits=3, window=4))):
+        text = mlx_lm.generate(model, tokenizer, ids, max_tokens=8, prompt_cache=cache)
+        own = frame.filter(pl.col("side") == side)["text"]
+        assert "".join(own).removesuffix("<|im_end|>") == text
+
+
+def test_divergences_are_those_of_two_predictions_of_one_text(model, parted):
+    """Behind the parting the exact model reads the compressed cache's text: again, from the start."""
+    ours = texts(parted)[1]
+    caches = make_prompt_cache(model), vl.make_cache(model, bits=1, sinks=0, window=0)
+    probabilities = []
+    for cache in caches:
+        rows = [model(mx.array([IDS[:-1]]), cache=cache)]
+        rows = [model(mx.array([[token]]), cache=cache)[0, -1] for token in (IDS[-1], *ours[:-1])]
+        probabilities.append(np.array(mx.softmax(mx.stack(rows), axis=-1), np.float64))
+    exact, compressed = probabilities
+    kl = (exact * np.log(exact / compressed)).sum(axis=-1)
+    shown = parted.filter(pl.col("side") == "compressed")
+    # float32 sums of 96 terms in another order
+    assert np.allclose(shown["kl"], kl, rtol=1e-3, atol=1e-6)
+    assert np.allclose(shown["probability"], compressed[range(len(ours)), ours], rtol=1e-4)
+    assert np.allclose(shown["exact_probability"], exact[range(len(ours)), ours], rtol=1e-4)
+    assert shown["kl"].min() > 0
+
+
+def test_the_exact_cache_loses_nothing_and_never_parts(model):
+    frame = vl.side_by_side(model, Tokenizer(), IDS, "none", bits=32, tokens=12)
+    assert first_parting(frame) is None
+    assert frame["kl"].max() < 1e-5  # rounding: a prompt in blocks is not the sum of a prompt in one
+    assert frame.schema == GENERATION
+    assert "The same text for 12 tokens" in strip_caption(frame, None)
+
+
+def test_a_run_repeats(model, parted):
+    again = vl.side_by_side(model, Tokenizer(), IDS, bits=1, sinks=0, window=0, tokens=24)
+    assert again.equals(parted)
+
+
+def test_texts_part_at_the_first_token_that_differs(parted):
+    exact, compressed = texts(parted)
+    at = first_parting(parted)
+    assert exact[:at] == compressed[:at]
+    assert exact[at] != compressed[at]
+    shorter = pl.concat([parted.filter(pl.col("position") < at), parted.filter(pl.col("side") == "exact").head(at + 1)])
+    assert first_parting(shorter.unique(["side", "position"], maintain_order=True)) == at
+
+
+def test_a_side_that_ends_its_text_ends(model, parted):
+    exact, compressed = texts(parted)
+    at = first_parting(parted)
+
+    class Ending(Tokenizer):
+        eos_token_ids = frozenset({exact[at]})
+
+    frame = vl.side_by_side(model, Ending(), IDS, bits=1, sinks=0, window=0, tokens=24)
+    ends = exact.index(exact[at]) + 1
+    assert texts(frame)[0] == exact[:ends]
+    stop = compressed.index(exact[at]) + 1 if exact[at] in compressed else 24
+    assert texts(frame)[1] == compressed[:stop]
+
+
+def test_rows_come_as_they_are_made_and_work_can_be_ended(model):
+    seen = []
+
+    def watch(rows):
+        seen.append(len(rows))
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        vl.side_by_side(model, Tokenizer(), IDS, tokens=20, on_token=watch)
+    assert seen == [2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"prompt": " "}, "The prompt is empty"),
+        ({"prompt": []}, "The prompt is empty"),
+        ({"tokens": 0}, "tokens=0 is not a number of tokens to generate"),
+        ({"method_or_plan": "turbo"}, "Unknown method 'turbo'"),
+        ({"method_or_plan": make_prompt_cache, "bits": 3}, "A cache of your own takes no settings, but 'bits'"),
+    ],
+)
+def test_bad_input_gets_a_sentence(model, arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        vl.side_by_side(model, Tokenizer(), **{"prompt": IDS} | arguments)
+
+
+# a number that was hidden
+
+
+def test_a_hidden_number_is_found_by_the_exact_cache_and_lost_at_one_bit(smollm2):
+    exact = vl.passkey(*smollm2, "none", bits=32, context=160, depths=(0.3, 0.9))
+    assert exact.schema == PASSKEY
+    assert exact["hit"].to_list() == [True] * 4
+    assert exact["context"].to_list() == [160] * 4
+    lost = vl.passkey(*smollm2, bits=1, sinks=0, window=0, context=160, depths=(0.3,))
+    assert lost["hit"].to_list() == [True, False]
+    assert lost["passkey"][0] == exact["passkey"][0]
+
+
+def test_a_needle_lies_where_it_is_said_to(model):
+    read = []
+
+    class Watching(Tokenizer):
+        def decode(self, ids):
+            return "?"
+
+    def cache(model):
+        made = make_prompt_cache(model)
+        own = made[0].update_and_fetch
+        made[0].update_and_fetch = lambda keys, values: (read.append(keys.shape[2]), own(keys, values))[1]
+        return made
+
+    frame = vl.passkey(model, Watching(), cache, context=400, depths=(0.0, 1.0), text="x" * 1000)
+    assert frame["hit"].to_list() == [False] * 4
+    assert read[:3] == [399, 1, len("\n\nWhat is the pass key? The pass key is")]  # the question comes by itself
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"depths": (0.5, 1.5)}, "A depth of 1.5 is outside of the text"),
+        ({"context": 20}, "context=20 has no room for a text"),
+        ({"context": 400, "text": "short"}, "context=400 is longer than the text, which has 5 tokens"),
+    ],
+)
+def test_a_needle_that_cannot_be_hidden_is_refused(model, arguments, sentence):
+    with pytest.raises(InputError, match=sentence):
+        vl.passkey(model, Tokenizer(), **arguments)
+
+
+# pictures
+
+
+def test_the_strip_shows_every_token_and_frames_the_parting(parted):
+    at = first_parting(parted)
+    drawing = picture.svg(token_strip(parted, parting=at).to_dict())
+    assert drawing.count('stroke="#d8435c"') == 2
+    assert f"The texts part at token {at + 1}" in drawing
+    assert "exact" in drawing
+    assert "compressed" in drawing
+    whole = token_strip(parted, lines=9).to_dict()
+    assert [plot["height"] for plot in whole["vconcat"]] == [9 * 25] * 2
+    assert 'stroke="#d8435c"' not in picture.svg(whole)
+
+
+def test_tokens_are_laid_out_in_lines_without_a_gap_or_an_overlap():
+    words = ["Once", " upon", " a", " time", ",\n", "there", " was"] + [" word"] * 40
+    places = list(_places(pl.Series(words)))
+    assert places[4] == (",\u21b5", 0, 16, 18)
+    assert places[5] == ("there", 1, 0, 5)
+    assert places[6] == ("was", 1, 6, 9)
+    for (_, line, _, end), (_, following, column, after) in itertools.pairwise(places):
+        assert following > line or column >= end
+        assert after <= COLUMNS
+    assert places[-1][1] == 3
+
+
+def test_the_map_says_what_was_found():
+    frame = pl.DataFrame(
+        [
+            (d, 100, "12345", side, f" {a}.", a == "12345")
+            for d, side, a in (
+                (0.1, "exact", "12345"),
+                (0.5, "exact", "12345"),
+                (0.1, "compressed", "12345"),
+                (0.5, "compressed", "12"),
+            )
+        ],
+        schema=PASSKEY,
+        orient="row",
+    )
+    drawing = picture.svg(passkey_map(frame).to_dict())
+    assert "Found in 100 tokens: exact 2 of 2, compressed 1 of 2." in drawing
+    said = re.findall(r"<text\b[^>]*>([\u2713\u2717][^<]*)<", drawing)
+    assert sorted(said) == ["\u2713 12345.", "\u2713 12345.", "\u2713 12345.", "\u2717 12."]
+
+
+# the widget
+
+
+@pytest.fixture
+def widget(model):
+    widget = vl.SideBySide(model, Tokenizer(), prompt="a prompt of some words", bits=1, window=0, sinks=0, tokens=12)
+    yield widget
+    widget.worker.close()
+
+
+def test_the_widget_shows_what_is_generated_from_any_thread(widget, model):
+    assert repr(widget).endswith("nothing is generated yet.)")
+    for bits in (1, 8):
+        widget.bits = bits
+        thread = threading.Thread(target=widget.run)
+        thread.start()
+        thread.join()
+        assert widget.wait(60)
+        expected = vl.side_by_side(model, Tokenizer(), widget.prompt, bits=bits, window=0, sinks=0, tokens=12)
+        assert widget.generated.equals(expected)
+        assert len(widget.chart.frame) == len(expected)
+    bundle = widget._repr_mimebundle_()
+    assert bundle["image/png"].startswith("iVBOR")
+    assert bundle["text/plain"].startswith("SideBySide(turboquant at 8 bits: ")
+
+
+def test_a_cancelled_run_keeps_what_it_has_and_the_widget_lives_on(widget):
+    widget.tokens = 400
+    first = threading.Event()
+    widget.worker.watch(lambda status: first.set() if status.done >= 3 else None)
+    widget.run()
+    assert first.wait(60)
+    widget.cancel()
+    assert widget.wait(60)
+    assert 3 <= widget.generated["position"].max() + 1 < 400
+    widget.tokens = 2
+    widget.run()
+    assert widget.wait(60)
+    assert len(widget.generated) == 4
+
+
+def test_what_goes_wrong_is_said_in_the_widget(widget):
+    widget.prompt = " "
+    widget.run()
+    assert widget.wait(60)
+    assert "The prompt is empty" in widget._message.value
+    widget.method = "rvq"
+    assert widget.bits == 2
+    with pytest.raises(InputError, match="tokens=0 is out of range"):
+        widget.tokens = 0
+    with pytest.raises(InputError, match="Unknown method 'turbo'"):
+        widget.method = "turbo"
+
+
+def test_a_widget_that_cannot_be_says_so(model):
+    with pytest.raises(InputError, match="SideBySide has no knob 'colour'"):
+        vl.SideBySide(model, Tokenizer(), colour="red")
+    with pytest.raises(InputError, match="Keys at bits=9"):
+        vl.SideBySide(model, Tokenizer(), bits=9)

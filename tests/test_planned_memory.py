@@ -1,0 +1,298 @@
+"""What is planned is what real caches hold, to the byte, and what fits fits."""
+
+import json
+
+import mlx.core as mx
+import polars as pl
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+
+import veloxlab as vl
+from tests.tiny_models import COMMON, FAMILIES, tiny
+from veloxlab.cache import CompressedKVCache
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.none import Exact
+from veloxlab.errors import InputError
+from veloxlab.measure.buffers import calls, compressed_room, own_room
+from veloxlab.measure.layouts import GRAIN, MOST_TOKENS, PARTS, cache_layouts
+from veloxlab.measure.planned_memory import LARGEST, PLANNED
+from veloxlab.shapes import shape_of
+from veloxlab.windows import Windows
+
+TOKENS, DECODED = 300, 40
+SOME_EXACT = {"sinks": 3, "window": 20}
+LLAMA = {"model_type": "llama", **COMMON}
+
+
+class Tokenizer:
+    def encode(self, text):
+        return [ord(c) % 90 for c in text]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama")
+
+
+def read(model, cache, tokens=TOKENS, decoded=DECODED, batch=1):
+    """Feed a model as mlx-lm's generator does: a prompt in chunks, then token by token."""
+    ids = mx.arange(batch * tokens).reshape(batch, tokens) * 7 % 90
+    start = 0
+    for count in calls(tokens, decoded):
+        model(ids[:, start : start + count], cache=cache)
+        mx.eval([entry.state for entry in cache])
+        start += count
+    return cache
+
+
+def parts_of(cache) -> dict[str, int]:
+    """Bytes of the live buffers of a prompt cache by part, as the plan names them."""
+    layers = [slot for entry in cache for slot in getattr(entry, "caches", (entry,))]
+    sizes = dict.fromkeys(PARTS, 0)
+    for layer in layers:
+        if not isinstance(layer, CompressedKVCache):
+            sizes["states" if hasattr(layer, "cache") else "exact"] += layer.nbytes
+            continue
+        for part, run in (("sinks", layer.sinks), ("window", layer.recent)):
+            sizes[part] += run.nbytes
+        for buffer in layer.packed.buffers.values():
+            exact = isinstance(layer.key_codec, Exact)
+            sizes["scales" if mx.issubdtype(buffer.dtype, mx.floating) and not exact else "codes"] += buffer.nbytes
+    sizes["tables"] = vl.report(cache).filter(pl.col("path") == "shared")["held_bytes"].sum()
+    return {part: nbytes for part, nbytes in sizes.items() if nbytes}
+
+
+def planned_parts(frame: pl.DataFrame) -> dict[str, int]:
+    ours = frame.filter(pl.col("cache") == frame["cache"][0])
+    return dict(ours.select("part", "bytes").rows())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(0, 400),
+    decoded=st.integers(0, 80),
+    sinks=st.integers(0, 6),
+    window=st.sampled_from([0, 1, 7, 32, 70]),
+    max_size=st.one_of(st.none(), st.integers(7, 160)),
+    chunk=st.integers(1, 90),
+)
+def test_room_is_that_of_a_real_caches_buffers(tokens, decoded, sinks, window, max_size, chunk):
+    decoded = min(decoded, tokens)
+    cache = CompressedKVCache(Exact(4), Exact(4), sinks=sinks, window=window, max_size=max_size)
+    for count in calls(tokens, decoded, chunk):
+        cache.update_and_fetch(*[mx.zeros((1, 1, count, 4))] * 2)
+    real = [next((b.shape[2] for b in run.buffers.values()), 0) for run in (cache.sinks, cache.packed, cache.recent)]
+    room = compressed_room(Windows.of(sinks, window, max_size), tokens, decoded, chunk)
+    assert [room.sinks, room.packed, room.recent] == real
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 700),
+    decoded=st.integers(0, 80),
+    max_size=st.one_of(st.none(), st.integers(2, 300)),
+    chunk=st.integers(2, 400),
+)
+def test_room_of_mlx_lms_own_caches_is_that_of_real_ones(tokens, decoded, max_size, chunk):
+    decoded = min(decoded, tokens)
+    caches = [RotatingKVCache(max_size)] if max_size else [KVCache(), QuantizedKVCache(group_size=32, bits=4)]
+    for cache in caches:
+        for count in calls(tokens, decoded, chunk):
+            cache.update_and_fetch(*[mx.zeros((1, 1, count, 32))] * 2)
+        keys = cache.keys[0] if isinstance(cache, QuantizedKVCache) else cache.keys
+        assert own_room(tokens, decoded, max_size, chunk) == keys.shape[2]
+
+
+@pytest.mark.parametrize("decoded", [0, DECODED])
+@pytest.mark.parametrize("method", METHODS)
+def test_every_methods_plan_is_its_caches_bytes(model, method, decoded, tmp_path):
+    known = METHODS[method]
+    bits = 32 if method == "none" else 2
+    calibration = None
+    if known.calibrated:
+        text = "".join(chr(32 + i * i % 90) for i in range(400))
+        calibration = vl.calibrate(model, Tokenizer(), method, text, bits=bits, tokens=400, folder=tmp_path)
+    cache = read(model, vl.make_cache(model, method, bits=bits, calibration=calibration, **SOME_EXACT), decoded=decoded)
+    asked = {"context": TOKENS, "decoded": decoded, "bits": bits, **SOME_EXACT}
+    fitted = planned_parts(vl.plan_memory(model, method, calibration=calibration, **asked))
+    assert fitted == parts_of(cache)
+    before = planned_parts(vl.plan_memory(model, method, **asked))
+    if method == "spectralquant":  # the levels of widths that differ: at most those of 1 to 8 bits, and 8 more words
+        slack = before.pop("tables") - fitted.pop("tables")
+        codecs = 2 * len(cache)
+        assert -codecs * 4 * 511 <= slack <= 0
+    assert before == fitted
+
+
+FAMILIES_PLANNED = ["gemma3_text", "mistral", "falcon_h1", "lfm2", "deepseek_v3", "qwen3_next", "gemma4_text", "phi"]
+
+
+@pytest.mark.parametrize("sliding", ["compressed", "exact"])
+@pytest.mark.parametrize("family", FAMILIES_PLANNED)
+def test_layers_of_every_kind_are_planned(family, sliding):
+    model = tiny(family)
+    cache = read(model, vl.make_cache(model, "turboquant", bits=3, sliding=sliding, **SOME_EXACT))
+    frame = vl.plan_memory(model, bits=3, context=TOKENS, decoded=DECODED, sliding=sliding, **SOME_EXACT)
+    assert planned_parts(frame) == parts_of(cache)
+    own = read(model, make_prompt_cache(model))
+    held = sum(entry.nbytes for entry in own)
+    states = sum(part for name, part in planned_parts(frame).items() if name == "states")
+    exact = frame.filter(pl.col("cache") == "fp16", pl.col("part") == "exact")["bytes"].sum()
+    assert 2 * exact + states == held  # these models compute in 32 bits
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mlx_lms_quantized_caches_are_planned(model, bits):
+    cache = read(model, [QuantizedKVCache(group_size=64, bits=bits) for _ in model.layers])
+    frame = vl.plan_memory(model, context=TOKENS, decoded=DECODED)
+    assert frame.filter(pl.col("cache") == f"mlx-lm {bits} bit")["bytes"].sum() == sum(c.nbytes for c in cache)
+
+
+def test_there_is_no_quantized_cache_beside_a_model_that_mlx_lm_cannot_quantize():
+    for family in ("gemma3_text", "deepseek_v3"):
+        assert vl.plan_memory(tiny(family))["cache"].unique().sort().to_list() == ["fp16", "turboquant K4 V4"]
+
+
+def test_a_batch_holds_as_much_for_each_sequence_and_its_tables_once(model):
+    cache = read(model, vl.make_cache(model, "turboquant", bits=4, **SOME_EXACT), batch=3)
+    frame = vl.plan_memory(model, context=TOKENS, decoded=DECODED, batch=3, **SOME_EXACT)
+    assert planned_parts(frame) == parts_of(cache)
+    assert frame["batch"].unique().to_list() == [3]
+
+
+def test_head_bits_and_options_are_planned(model):
+    for method, options in (("ratequant", {"head_bits": (2, 5)}), ("turboquant", {"variant": "prod"})):
+        cache = read(model, vl.make_cache(model, method, bits=3, **SOME_EXACT, **options))
+        frame = vl.plan_memory(model, method, bits=3, context=TOKENS, decoded=DECODED, **SOME_EXACT, **options)
+        assert planned_parts(frame) == parts_of(cache)
+
+
+# what is known of a model
+
+
+def test_a_configuration_on_disk_says_what_its_model_says(tmp_path, model):
+    (tmp_path / "tiny").mkdir()
+    file = tmp_path / "tiny" / "config.json"
+    file.write_text(json.dumps(LLAMA))
+    wide = shape_of(model)
+    assert wide.exact_bytes == 4
+    for given_as in (LLAMA, file, str(file), file.parent):
+        shape = shape_of(given_as)
+        assert shape.caches == wide.caches
+        assert shape.exact_bytes == 2
+    assert shape_of(file.parent).name == "tiny"
+    assert shape_of(LLAMA | {"torch_dtype": "float32"}).exact_bytes == 4
+    typed = vl.ModelShape.typed(layers=2, kv_heads=2, head_dim=64)
+    assert vl.plan_memory(typed).equals(vl.plan_memory(LLAMA))
+    assert typed.values_per_token == 2 * 2 * 128
+
+
+def test_a_typed_shape_slides_where_it_is_said_to():
+    family = FAMILIES["gemma3_text"]
+    config = {"model_type": "gemma3_text", **COMMON, **family}
+    typed = vl.ModelShape.typed(
+        layers=3, kv_heads=2, head_dim=64, sliding_window=family["sliding_window"], full_every=3
+    )
+    assert vl.plan_memory(typed, context=5000).equals(vl.plan_memory(config, context=5000))
+
+
+def test_a_large_models_weights_are_never_made():
+    before = mx.get_active_memory()
+    config = LLAMA | {"hidden_size": 8192, "num_hidden_layers": 80, "intermediate_size": 28672}
+    mx.reset_peak_memory()
+    shape = shape_of(config | {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128})
+    assert shape.values_per_token == 80 * 8 * 256
+    assert mx.get_peak_memory() - before < 1_000_000  # bytes, of weights of 10^11
+
+
+def test_a_repository_is_found_in_the_local_cache_alone(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    revision = tmp_path / "models--someone--tiny" / "snapshots" / "abc"
+    revision.mkdir(parents=True)
+    (revision / "config.json").write_text(json.dumps(LLAMA))
+    refs = tmp_path / "models--someone--tiny" / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("abc")
+    assert shape_of("someone/tiny").name == "someone/tiny"
+    with pytest.raises(InputError, match="no file or folder someone/other, .* nothing is downloaded"):
+        shape_of("someone/other")
+
+
+# what fits
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "falcon_h1"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_largest_context_fits_and_a_little_more_does_not(family, batch):
+    layouts = cache_layouts(tiny(family), bits=3)
+    for layout in layouts:
+        for memory in (3e6, 2e7, 1.37e8):
+            tokens = layout.largest_context(memory, batch)
+            assert 0 < tokens < MOST_TOKENS
+            assert layout.held(tokens, batch) <= memory < layout.held(tokens + GRAIN, batch)
+    assert layouts[0].largest_context(1, batch) == 0
+
+
+def test_what_never_grows_fits_without_end(model):
+    shape = vl.ModelShape.typed(layers=2, kv_heads=2, head_dim=64, sliding_window=128)
+    assert cache_layouts(shape)[0].largest_context(1e9) == MOST_TOKENS
+
+
+def test_frames_have_their_columns_and_say_that_they_are_predictions(model):
+    frame = vl.plan_memory(model, context=[1000, 2000])
+    assert frame.schema == PLANNED
+    assert frame["kind"].unique().to_list() == ["predicted"]
+    assert frame["tokens"].unique().sort().to_list() == [1000, 2000]
+    rows = vl.largest_contexts(model, 1e8)
+    assert rows.schema == LARGEST
+    assert rows["cache"].to_list() == ["turboquant K4 V4", "fp16", "mlx-lm 4 bit", "mlx-lm 8 bit"]
+    assert rows["tokens"][0] > 3 * rows["tokens"][1]
+
+
+@pytest.mark.parametrize(
+    ("given_as", "settings", "sentence"),
+    [
+        (LLAMA, {"method": "turbo"}, "Unknown method 'turbo'"),
+        (LLAMA, {"bits": 9}, "Keys at bits=9 are out of range"),
+        (LLAMA, {"window": -1}, "window=-1 is not a number of tokens"),
+        (LLAMA, {"sliding": "no"}, "sliding='no' is unknown"),
+        (LLAMA, {"context": 0}, "context=0 cannot be planned for"),
+        (LLAMA, {"context": 5, "decoded": 6}, "context=5 cannot be planned for: give a whole number, 6 or more"),
+        (LLAMA, {"batch": 0}, "batch=0 cannot be planned for"),
+        (LLAMA, {"colour": "red"}, "TurboQuant has no option 'colour'"),
+        ({"model_type": "nothing"}, {}, "mlx-lm makes no model of this configuration .model_type 'nothing'"),
+        ({}, {}, "mlx-lm makes no model of this configuration"),
+        ("/nowhere/config.json", {}, "There is no file or folder /nowhere/config.json"),
+        (LLAMA, {"method": "qjl", "outliers": 4}, "calibrat"),
+    ],
+)
+def test_bad_input_gets_a_sentence(given_as, settings, sentence):
+    with pytest.raises(InputError, match=sentence):
+        vl.plan_memory(given_as, **settings)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "sentence"),
+    [
+        ({"layers": 0}, "layers=0 is not the shape of a model"),
+        ({"value_dim": 1.5}, "value_dim=1.5 is not the shape of a model"),
+        ({"full_every": 6}, "full_every=6 has no meaning without sliding_window"),
+    ],
+)
+def test_a_shape_that_cannot_be_is_refused(numbers, sentence):
+    with pytest.raises(InputError, match=sentence):
+        vl.ModelShape.typed(**{"layers": 2, "kv_heads": 2, "head_dim": 64} | numbers)
+
+
+def test_no_memory_is_refused_and_an_unreadable_configuration_too(tmp_path):
+    with pytest.raises(InputError, match="memory_bytes=0 holds nothing"):
+        vl.largest_contexts(LLAMA, 0)
+    for content in ("{", "[]"):
+        file = tmp_path / "config.json"
+        file.write_text(content)
+        with pytest.raises(InputError, match=r"config\.json (is not a readable|holds no) configuration"):
+            shape_of(file)

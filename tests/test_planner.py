@@ -1,0 +1,131 @@
+"""The memory planner shows what is planned for its knobs, on whatever thread they are turned."""
+
+import threading
+
+import polars as pl
+import pytest
+
+import veloxlab as vl
+from tests.tiny_models import tiny
+from veloxlab.errors import InputError
+
+LLAMA_8B = {"layers": 32, "kv_heads": 8, "head_dim": 128}
+
+
+@pytest.fixture
+def planner():
+    planner = vl.MemoryPlanner(**LLAMA_8B, memory_gb=8.0)
+    yield planner
+    planner.worker.close()
+
+
+def turn(planner, **knobs):
+    """Turn knobs as JupyterLab does, from a thread that is not the main one."""
+
+    def work():
+        for name, value in knobs.items():
+            setattr(planner, name, value)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert planner.wait(60)
+    assert planner._message.value == ""
+
+
+def drawn(planner) -> int:
+    """Bytes of the first cache, as the chart shows them."""
+    frame = planner.chart.frame.filter(pl.col("part").is_not_null())
+    return frame.filter(pl.col("cache") == frame["cache"][0])["bytes"].sum()
+
+
+def expected(**settings) -> int:
+    frame = vl.plan_memory(vl.ModelShape.typed(**LLAMA_8B), **settings)
+    return frame.filter(pl.col("cache") == frame["cache"][0])["bytes"].sum()
+
+
+def test_every_knob_moves_the_chart_twice(planner):
+    assert drawn(planner) == expected(context=32_768)
+    settings = {"context": 32_768}
+    for name, values in {
+        "context": (65_536, 4096),
+        "batch": (3, 2),
+        "key_bits": (2, 5),
+        "value_bits": (3, 6),
+        "sinks": (0, 8),
+        "window": (0, 128),
+    }.items():
+        for value in values:
+            settings[name] = value
+            turn(planner, **{name: value})
+            assert drawn(planner) == expected(**settings), (name, value)
+
+
+def test_every_method_is_planned_with_widths_of_its_own(planner):
+    for method in vl.methods()["id"]:
+        turn(planner, method=method)
+        bits = {"key_bits": planner.key_bits, "value_bits": planner.value_bits}
+        assert drawn(planner) == expected(context=32_768, method=method, **bits)
+        assert method in planner._code.value
+    turn(planner, method="rvq")
+    assert planner.key_bits in (2, 4, 6, 8)
+
+
+def test_a_typed_shape_is_planned(planner):
+    before = drawn(planner)
+    turn(planner, layers=64)
+    assert drawn(planner) == pytest.approx(2 * before, rel=1e-4)  # but for the tables
+    turn(planner, sliding_window=1024, full_every=4)
+    assert drawn(planner) < before
+    assert planner.chart.frame["cache"].unique().sort().to_list() == ["fp16", "turboquant K4 V4"]
+
+
+def test_more_memory_is_a_larger_context(planner):
+    first = planner.largest["tokens"][0]
+    turn(planner, memory_gb=16.0)
+    assert planner.largest["tokens"][0] > 1.9 * first
+    contexts = planner.chart.frame.filter(pl.col("context").is_not_null())
+    assert contexts["context"].to_list() == planner.largest["tokens"].to_list()
+
+
+def test_a_model_that_is_here_is_planned_as_it_is():
+    model = tiny("gemma3_text")
+    planner = vl.MemoryPlanner(model, context=4096, method="rabitq", window=16)
+    assert planner.plan.equals(vl.plan_memory(model, "rabitq", context=4096, window=16))
+    bundle = planner._repr_mimebundle_()
+    assert bundle["image/png"].startswith("iVBOR")
+    assert bundle["text/plain"].startswith("MemoryPlanner(gemma3_text: 4,096 tokens as rabitq K4 V4: ")
+
+
+def test_a_shape_that_cannot_be_is_said_and_the_chart_stays(planner):
+    before = drawn(planner)
+    planner.full_every = 6
+    assert planner.wait(60)
+    assert "full_every=6 has no meaning without sliding_window" in planner._message.value
+    assert drawn(planner) == before
+    turn(planner, full_every=0)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "sentence"),
+    [
+        ("context", 0, "context=0 cannot be planned for here: give a whole number from 256 to 2097152"),
+        ("window", 2000, "window=2000 cannot be planned for here"),
+        ("memory_gb", 0.0, "memory_gb=0.0 holds nothing"),
+        ("method", "turbo", "Unknown method 'turbo'"),
+    ],
+)
+def test_impossible_knobs_are_refused_and_nothing_changes(planner, knob, value, sentence):
+    before = planner.plan
+    with pytest.raises(InputError, match=sentence):
+        setattr(planner, knob, value)
+    with pytest.raises(InputError, match=sentence):
+        vl.MemoryPlanner(**{knob: value})
+    assert planner.plan.equals(before)
+
+
+def test_bits_that_a_method_does_not_have_and_unknown_knobs_are_refused_at_once():
+    with pytest.raises(InputError, match="Keys at bits=3 are out of range"):
+        vl.MemoryPlanner(method="rvq", key_bits=3)
+    with pytest.raises(InputError, match="MemoryPlanner has no knob 'colour'"):
+        vl.MemoryPlanner(colour="red")

@@ -1,0 +1,194 @@
+"""A method from elsewhere is a method like ours until it is taken back, and one that cannot be is refused."""
+
+import dataclasses
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+
+import veloxlab as vl
+from tests.tiny_models import tiny
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.codec import Code, TiledCodec, check_vectors
+from veloxlab.codecs.method import Method
+from veloxlab.codecs.packing import pack, unpack, words_per_row
+from veloxlab.errors import InputError
+from veloxlab.views import palette
+
+IDS = [i * i % 90 for i in range(80)]
+
+
+@dataclass(frozen=True)
+class Absmax(TiledCodec):
+    """Round to the nearest of 2**bits - 1 steps between plus and minus a vector's largest number."""
+
+    head_dim: int
+    bits: int
+
+    @property
+    def bits_per_value(self):
+        return (32 * words_per_row(self.head_dim, self.bits) + 16) / self.head_dim
+
+    @property
+    def shared_bytes(self):
+        return 0
+
+    @property
+    def top(self):
+        return 2 ** (self.bits - 1) - 1
+
+    def encode(self, x, start=0):
+        check_vectors(x, self.head_dim)
+        step = (mx.abs(x.astype(mx.float32)).max(axis=-1, keepdims=True) / self.top).astype(mx.float16)
+        rounded = mx.round(x / mx.where(step == 0, 1.0, step.astype(mx.float32)))
+        codes = mx.clip(rounded, -self.top, self.top) + self.top
+        return Code({"codes": pack(codes.astype(mx.uint32), self.bits), "step": step}, start)
+
+    def expand(self, code):
+        return unpack(code.arrays["codes"], self.bits, self.head_dim).astype(mx.float32) - self.top
+
+    def scales(self, code):
+        return code.arrays["step"].astype(mx.float32)
+
+
+@dataclass(frozen=True, eq=False)
+class Centred(Absmax):
+    """Around a mean that is learned."""
+
+    mean: mx.array | None = None
+
+    def fit(self, sample):
+        return replace(self, mean=sample.x.mean(axis=(0, 2), keepdims=True)[0])
+
+    def encode(self, x, start=0):
+        return super().encode(x - self.mean, start)
+
+    def from_codes(self, y):
+        raise NotImplementedError  # not read here
+
+
+def method(**changes) -> Method:
+    usual = Method(
+        id="absmax",
+        name="Absmax",
+        paper="none",
+        calibrated=False,
+        bits=range(2, 9),
+        stored="b bits a coordinate, one 16-bit step a vector",
+        options=(),
+        build=lambda head_dim, bits, role: Absmax(head_dim, bits),
+        codecs=(Absmax,),
+    )
+    return dataclasses.replace(usual, **changes)
+
+
+@pytest.fixture
+def absmax():
+    before = list(METHODS)
+    yield vl.register(method())
+    vl.unregister("absmax")
+    assert list(METHODS) == before
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama")
+
+
+def test_it_is_listed_and_found_and_gone_again(model):
+    before = vl.methods()
+    vl.register(method())
+    try:
+        assert vl.methods()["id"].to_list() == [*before["id"], "absmax"]
+    finally:
+        vl.unregister("absmax")
+    assert vl.methods().equals(before)
+    with pytest.raises(InputError, match="Unknown method 'absmax'"):
+        vl.make_cache(model, "absmax")
+
+
+def test_caches_plans_reports_and_measurements_take_it(absmax, model, tmp_path):
+    cache = vl.make_cache(model, "absmax", bits=4, sinks=2, window=8)
+    model(mx.array([IDS]), cache=cache)
+    mx.eval([layer.state for layer in cache])
+    assert vl.report(cache)["key_bits"][0] == 4.25
+    planned = vl.plan_memory(model, "absmax", bits=4, sinks=2, window=8, context=len(IDS))
+    assert planned.filter(cache="absmax K4 V4")["bytes"].sum() == sum(layer.nbytes for layer in cache)
+    plan = vl.Plan.uniform(model, "absmax", bits=3)
+    assert vl.Plan.load(plan.save(tmp_path / "plan.json")) == plan
+    assert palette.colour_of("absmax K4 V4") == palette.OTHER
+    text = vl.side_by_side(model, Plain(), IDS, "absmax", bits=8, tokens=4, window=4)
+    assert text["kl"].max() < 1e-3
+
+
+def test_a_saved_cache_comes_back_while_it_is_registered(model, tmp_path):
+    vl.register(method())
+    try:
+        cache = vl.make_cache(model, "absmax", bits=4, sinks=2, window=8)
+        model(mx.array([IDS]), cache=cache)
+        file = tmp_path / "prompt.safetensors"
+        save_prompt_cache(str(file), cache)
+        again = load_prompt_cache(str(file))
+        logits = [model(mx.array([[7]]), cache=one) for one in (cache, again)]
+        assert mx.array_equal(*logits)
+    finally:
+        vl.unregister("absmax")
+    with pytest.raises(
+        InputError, match="No method here has a codec called 'absmax.Absmax': register its method first"
+    ):
+        load_prompt_cache(str(file))
+
+
+class Plain:
+    def encode(self, text):
+        return [ord(c) % 90 for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(32 + i) for i in ids)
+
+
+def test_what_it_learns_is_learned_anew_each_time(model, tmp_path):
+    """A file of an older calibration could not tell that the cell was changed since."""
+    learned = method(calibrated=True, build=lambda head_dim, bits, role: Centred(head_dim, bits), codecs=(Centred,))
+    vl.register(learned)
+    try:
+        text = "".join(chr(32 + i * i % 90) for i in range(400))
+        calibration = vl.calibrate(model, Plain(), "absmax", text, bits=4, tokens=100, folder=tmp_path)
+        assert calibration.codec("absmax", 0, "keys", 4).mean.shape == (2, 1, 64)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        vl.unregister("absmax")
+
+
+def test_a_cell_that_runs_again_replaces_what_it_registered(absmax):
+    with pytest.raises(InputError, match=r"'absmax' is registered already: vl.unregister"):
+        vl.register(method())
+    assert vl.register(method(name="Absmax again"), replace=True) is METHODS["absmax"]
+    assert vl.methods()["name"].to_list()[-1] == "Absmax again"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"id": "turboquant"}, "The method 'turboquant' comes with veloxlab and stays as it is"),
+        ({"id": "Abs max"}, "'Abs max' is no id of a method"),
+        ({"id": ""}, "'' is no id of a method"),
+        ({"codecs": ()}, "'absmax' names no classes"),
+        ({"codecs": (int,)}, "<class 'int'> is no frozen dataclass"),
+        ({"bits": range(0)}, "'absmax' takes no bits"),
+    ],
+)
+def test_a_method_that_cannot_be_is_refused(changes, sentence):
+    before = list(METHODS)
+    for replaced in (False, True):
+        with pytest.raises(InputError, match=sentence):
+            vl.register(method(**changes), replace=replaced)
+    assert list(METHODS) == before
+
+
+def test_what_was_never_registered_is_not_taken_back():
+    with pytest.raises(InputError, match="Unknown method 'absmax'"):
+        vl.unregister("absmax")
+    with pytest.raises(InputError, match="'none' comes with veloxlab and stays"):
+        vl.unregister("none")

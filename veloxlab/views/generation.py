@@ -1,0 +1,192 @@
+"""Two texts from one prompt, token by token, with what each prediction has lost; and a map of passkeys found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import altair as alt
+import polars as pl
+
+from veloxlab.views import palette
+from veloxlab.views.columns import require
+from veloxlab.views.furniture import caption_title, framed
+
+SIDES = ("exact", "compressed")
+FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
+COLUMNS = 84  # characters of a line
+ADVANCE = 7.25  # pixels of a character at a size of 12
+LINE = 25  # pixels
+LOST = (1e-3, 10.0)  # nats, from quiet to loud: KL that is drawn
+BREAK = "\u21b5"  # stands for a new line
+ROW = 34  # pixels of a side in the map of passkeys
+
+
+def token_strip(
+    frame: pl.DataFrame, *, parting: int | None = None, lines: int | None = None, caption: str | None = None
+) -> alt.VConcatChart:
+    """Draw two texts as their tokens, with a bar under each of the compressed cache's, coloured by divergence.
+
+    Parameters
+    ----------
+    frame
+        Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position``, ``text``, ``probability``,
+        ``exact_probability`` and ``kl`` (nats).
+    parting
+        The first position at which the texts differ, which is framed.
+    lines
+        Lines to leave room for; by default those that there are. Give one to keep it steady while text comes.
+    caption
+        The line under the heading; by default where the texts part and what was lost.
+
+    Returns
+    -------
+    alt.VConcatChart
+        A chart with the param ``caption``.
+    """
+    numbers = {"position": "number", "probability": "number", "exact_probability": "number", "kl": "number"}
+    require(frame, {"side": "text", "text": "text", **numbers}, "token_strip")  # type: ignore[dict-item]
+    rows = pl.concat([_laid_out(frame.filter(pl.col("side") == side), parting) for side in SIDES])
+    count = lines or int(rows["line"].max()) + 1  # type: ignore[arg-type]
+    plots = [_text(side, count) for side in SIDES]
+    plots[0] = plots[0].properties(title=caption_title())
+    words = strip_caption(frame, parting) if caption is None else caption
+    return framed(plots, rows, "The same prompt, exact and compressed", words, pickable=False)
+
+
+def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
+    """Say where the texts part, and the mean divergence until there and behind."""
+    ours = frame.filter(pl.col("side") == "compressed")
+    total = ours["kl"].mean()
+    mean = f"mean KL {total:.3g} nats" if isinstance(total, float) else "no prediction yet"
+    if parting is None:
+        return f"The same text for {len(ours)} tokens; {mean}."
+    return f"The texts part at token {parting + 1} (framed); {mean} over {len(ours)} predictions."
+
+
+def lines_for(tokens: int) -> int:
+    """Lines that so many tokens of ordinary text need, and some more."""
+    return math.ceil(tokens * 5.5 / COLUMNS) + 2
+
+
+def passkey_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+    """Draw which hidden numbers were found, by depth and cache.
+
+    Parameters
+    ----------
+    frame
+        Rows of `veloxlab.measure.generation.PASSKEY`: ``depth`` (0 to 1), ``side``, ``passkey``, ``answer``, ``hit``.
+    caption
+        The line under the heading; by default how many were found.
+
+    Returns
+    -------
+    alt.VConcatChart
+        A chart with the param ``caption``.
+    """
+    texts = dict.fromkeys(("side", "passkey", "answer"), "text")
+    require(frame, {"depth": "number", "context": "number", **texts}, "passkey_map")  # type: ignore[dict-item]
+    shown = frame.select("depth", "side", "passkey", "context", answer=pl.col("answer").str.strip_chars(), hit="hit")
+    base = alt.Chart().encode(
+        x=alt.X("depth:O", title="depth of the needle in the text").axis(format=".0%"),
+        y=alt.Y("side:N", sort=list(SIDES), title=None),
+        tooltip=["side:N", "passkey:N", "answer:N", alt.Tooltip("depth:Q", format=".0%")],
+    )
+    found, missed = (base.transform_filter(test) for test in ("datum.hit", "!datum.hit"))
+    marks = (
+        found.mark_rect(color=palette.KEYS, opacity=0.25, cornerRadius=3),
+        missed.mark_rect(filled=False, stroke=palette.PICKED, strokeWidth=1.5, strokeDash=[4, 3], cornerRadius=3),
+        base.transform_calculate(label="(datum.hit ? '\u2713 ' : '\u2717 ') + slice(datum.answer, 0, 9)")
+        .mark_text(font=FONT, fontSize=11)
+        .encode(text="label:N"),
+    )
+    plot = (
+        alt.layer(*marks)
+        .resolve_scale(color="independent")
+        .properties(width=palette.WIDTH - 60, height=alt.Step(ROW), title=caption_title())
+    )
+    words = passkey_caption(frame) if caption is None else caption
+    return framed([plot], shown, "Numbers hidden in a text, and what was answered", words, pickable=False)
+
+
+def passkey_caption(frame: pl.DataFrame) -> str:
+    """Say how many numbers each cache found, and in how long a text."""
+    found = [
+        f"{side} {own['hit'].sum()} of {len(own)}" for side in SIDES if len(own := frame.filter(pl.col("side") == side))
+    ]
+    return f"Found in {frame['context'][0]:,} tokens: {', '.join(found)}."
+
+
+def _laid_out(own: pl.DataFrame, parting: int | None) -> pl.DataFrame:
+    """Places of one side's tokens: line and column of the first character, and characters."""
+    places = pl.DataFrame(
+        list(_places(own["text"])),
+        schema={"shown": pl.String, "line": pl.Int32, "column": pl.Int32, "end": pl.Int32},
+        orient="row",
+    )
+    parted = pl.lit(None, pl.Boolean) if parting is None else pl.col("position") == parting
+    shown = own.select(
+        "side", "position", "text", "probability", "exact_probability", "kl", parts=parted.fill_null(False)
+    )
+    return pl.concat([shown, places], how="horizontal")
+
+
+def _places(texts: pl.Series) -> Iterator[tuple[str, int, int, int]]:
+    line = column = 0
+    for text in texts:
+        shown = text.replace("\n", BREAK).replace("\t", " ")
+        start = len(shown) - len(shown.lstrip(" "))
+        word = shown.strip(" ")
+        if column + start + len(word) > COLUMNS and column > 0:
+            line, column, start = line + 1, 0, 0
+        yield word, line, column + start, column + start + len(word)
+        column += start + len(word) + (len(shown) - len(shown.rstrip(" ")) if word else 0)
+        if text.endswith("\n"):
+            line, column = line + 1, 0
+
+
+def _text(side: str, lines: int) -> alt.LayerChart | alt.FacetChart:
+    base = (
+        alt.Chart()
+        .transform_filter(f"datum.side === '{side}'")
+        .transform_calculate(
+            low="datum.line + 0.8", high="datum.line + 0.95", top="datum.line + 0.08", middle="datum.line + 0.45"
+        )
+        .encode(
+            x=alt.X("column:Q", axis=None).scale(domain=[0, COLUMNS], nice=False),
+            x2="end:Q",
+            tooltip=[
+                alt.Tooltip("text:N"),
+                alt.Tooltip("position:Q"),
+                alt.Tooltip("probability:Q", title="probability here", format=".3f"),
+                alt.Tooltip("exact_probability:Q", title="exact cache's, same text", format=".3f"),
+                alt.Tooltip("kl:Q", title="KL (nats)", format=".3g"),
+            ],
+        )
+    )
+    axis = alt.Axis(title=side, labels=False, ticks=False, grid=False)
+    down = alt.Scale(domain=[0, lines], reverse=True, nice=False)
+    frame = (
+        base.transform_filter("datum.parts")
+        .mark_rect(filled=False, fill=None, stroke=palette.PICKED, cornerRadius=2, xOffset=-2, x2Offset=2)
+        .encode(y=alt.Y("top:Q", axis=axis, scale=down), y2="high:Q")
+    )
+    words = base.mark_text(align="left", baseline="middle", font=FONT, fontSize=12).encode(
+        y=alt.Y("middle:Q", axis=axis, scale=down), text="shown:N"
+    )
+    layers = [frame, words]
+    if side == "compressed":
+        legend = alt.Legend(
+            title="KL from the exact cache (nats)", orient="bottom", format="~g", gradientLength=220, tickCount=4
+        )
+        bars = (
+            base.transform_calculate(lost=f"max(datum.kl, {LOST[0]})")
+            .mark_rect(cornerRadius=1)
+            .encode(
+                y=alt.Y("low:Q", axis=axis, scale=down),
+                y2="high:Q",
+                color=alt.Color("lost:Q", legend=legend).scale(type="log", domain=list(LOST), clamp=True),
+            )
+        )
+        layers = [bars, *layers]
+    return alt.layer(*layers).properties(width=COLUMNS * ADVANCE, height=LINE * lines)

@@ -1,0 +1,270 @@
+"""The memory planner: any model, context, batch and method, and whether it fits, before anything is loaded."""
+
+from __future__ import annotations
+
+import base64
+import threading
+from typing import Any
+
+import ipywidgets
+import polars as pl
+import traitlets as t
+
+from veloxlab.codecs import METHODS, Method, find_method
+from veloxlab.errors import InputError
+from veloxlab.measure.layouts import CacheLayout, cache_layouts
+from veloxlab.measure.planned_memory import largest, planned
+from veloxlab.shapes import ModelOrConfig, ModelShape, shape_of
+from veloxlab.views import memory_plan, picture, plan_caption
+from veloxlab.widgets.chart_view import ChartView
+from veloxlab.widgets.worker import Progress, Worker
+
+GIGABYTE = 1e9
+LEAST, MOST = 8, 21  # powers of two between which the context slider runs
+TYPED = {
+    "layers": "layers",
+    "kv_heads": "KV heads",
+    "head_dim": "head dim",
+    "sliding_window": "sliding",
+    "full_every": "full every",
+}
+RANGES = {
+    "context": (2**LEAST, 2**MOST),
+    "batch": (1, 100_000),
+    "sinks": (0, 256),
+    "window": (0, 1024),
+    "layers": (1, 1000),
+    "kv_heads": (1, 1000),
+    "head_dim": (1, 10_000),
+    "sliding_window": (0, 2**MOST),
+    "full_every": (0, 1000),
+}
+KNOBS = ("context", "batch", "memory_gb")  # of them a chart is made by sums alone
+WIDTHS = ("key_bits", "value_bits")
+SETTINGS = ("method", *WIDTHS, "sinks", "window", *TYPED)
+
+
+class MemoryPlanner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+    """See what a context will take, and how long one fits, as predicted by the layout of the codes.
+
+    Parameters
+    ----------
+    model_or_config : as for `veloxlab.shapes.shape_of`: a model, a ``config.json`` or its folder, the id of a cached
+        repository. Without one, boxes for layers, KV heads and head dimensions are shown.
+    knobs : first values of the traits, such as ``method="rabitq"`` or ``memory_gb=24``.
+
+    Attributes
+    ----------
+    context, batch, memory_gb : traits: tokens of each sequence, sequences, and memory for the cache in 10^9 bytes.
+    method, key_bits, value_bits, sinks, window : traits, as for `veloxlab.make_cache`.
+    layers, kv_heads, head_dim, sliding_window, full_every : traits: the shape, where none was given; the last two as
+        for `veloxlab.ModelShape.typed`, and 0 for none.
+    chart : the `ChartView`.
+
+    Raises
+    ------
+    InputError : there is no such model here, an unknown method, bits out of range, a number that cannot be.
+    """
+
+    context = t.Int(32_768, help="tokens of each sequence")
+    batch = t.Int(1, help="sequences")
+    memory_gb = t.Float(8.0, help="memory for the cache alone, 10^9 bytes")
+    method = t.Unicode("turboquant", help="a method's id")
+    key_bits = t.Int(4, help="code bits of keys")
+    value_bits = t.Int(4, help="code bits of values")
+    sinks = t.Int(4, help="tokens at the start kept exact")
+    window = t.Int(64, help="newest tokens kept exact")
+    layers = t.Int(32, help="layers that keep keys and values")
+    kv_heads = t.Int(8, help="KV heads of a layer")
+    head_dim = t.Int(128, help="numbers of a key or value of one head")
+    sliding_window = t.Int(0, help="tokens that a sliding layer sees; 0: none slides")
+    full_every = t.Int(0, help="every so many-th layer sees all tokens; 0: none does")
+
+    def __init__(self, model_or_config: ModelOrConfig | None = None, **knobs: Any) -> None:
+        unknown = sorted(set(knobs) - {*KNOBS, *SETTINGS})
+        if unknown:
+            raise InputError(
+                f"MemoryPlanner has no knob {unknown[0]!r}. Its knobs are: {', '.join((*KNOBS, *SETTINGS))}."
+            )
+        self._given = None if model_or_config is None else shape_of(model_or_config)
+        self._drawing = threading.Lock()
+        self.worker = Worker("veloxlab-planner")
+        super().__init__(**knobs)
+        for trait in (width for width in WIDTHS if width not in knobs):
+            setattr(self, trait, self._nearest(trait))
+        self._layouts = self._lay_out()
+        self._message = ipywidgets.HTML()
+        self._code = ipywidgets.HTML()
+        self.chart = ChartView(memory_plan(self.plan, self.largest))
+        self._tell_code()
+        self.children = [self._controls(), self._message, self.chart, self._code]
+        self.add_class("veloxlab-planner")
+        self.observe(lambda _: self._draw(), KNOBS)
+        self.observe(self._settings_changed, SETTINGS)
+
+    # state ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> ModelShape:
+        """The model's shape: that which was given, or that which is typed in."""
+        if self._given is not None:
+            return self._given
+        return ModelShape.typed(
+            layers=self.layers,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            sliding_window=self.sliding_window or None,
+            full_every=self.full_every or None,
+        )
+
+    @property
+    def plan(self) -> pl.DataFrame:
+        """Bytes by part at this context: `veloxlab.measure.planned_memory.PLANNED`."""
+        return planned(self._layouts, [self.context], self.batch)
+
+    @property
+    def largest(self) -> pl.DataFrame:
+        """The largest contexts that fit: `veloxlab.measure.planned_memory.LARGEST`."""
+        return largest(self._layouts, self.memory_gb * GIGABYTE, self.batch)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the chart shows these settings; False if that took longer than ``timeout`` seconds."""
+        return self.worker.wait(timeout)
+
+    # how it looks where no kernel runs ------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        return f"MemoryPlanner({self.shape.name}: {plan_caption(self.plan, self.largest)})"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        still = picture.png(self.chart.to_dict())
+        return {**bundle, "image/png": base64.b64encode(still).decode(), "text/plain": repr(self)}
+
+    # building -------------------------------------------------------------------------------------------------------
+
+    def _controls(self) -> ipywidgets.Widget:
+        context = ipywidgets.FloatLogSlider(
+            value=self.context,
+            base=2,
+            min=LEAST,
+            max=MOST,
+            step=0.25,
+            description="context",
+            readout_format=",.0f",
+            tooltip="Tokens of each sequence",
+        )
+        t.link((self, "context"), (context, "value"), transform=(float, round))
+        memory = ipywidgets.BoundedFloatText(
+            min=1e-3,
+            max=1e5,
+            step=1,
+            description="memory (GB)",
+            tooltip="For the cache alone, in 10^9 bytes",
+            style={"description_width": "initial"},
+        )
+        t.link((self, "memory_gb"), (memory, "value"))
+        method = ipywidgets.Dropdown(options=list(METHODS), description="method", tooltip="How vectors are coded")
+        t.link((self, "method"), (method, "value"))
+        self._widths = [self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")]
+        sinks = self._number(ipywidgets.IntSlider, "sinks", "sinks")
+        window = self._number(ipywidgets.IntSlider, "window", "window")
+        batch = self._number(ipywidgets.BoundedIntText, "batch", "batch")
+        rows = [[context, batch, memory], [method, *self._widths], [sinks, window]]
+        if self._given is None:
+            boxes = [self._number(ipywidgets.BoundedIntText, name, words) for name, words in TYPED.items()]
+            rows += [boxes[:3], boxes[3:]]
+        return ipywidgets.VBox([ipywidgets.HBox(row) for row in rows])
+
+    def _number(self, kind: type[ipywidgets.Widget], trait: str, description: str) -> ipywidgets.Widget:
+        least, most = RANGES[trait]
+        widget = kind(
+            value=getattr(self, trait),
+            min=least,
+            max=most,
+            description=description,
+            tooltip=self.traits()[trait].help.capitalize(),
+        )
+        t.link((self, trait), (widget, "value"))
+        return widget
+
+    def _bits(self, trait: str, description: str) -> ipywidgets.SelectionSlider:
+        widths = list(self._method.bits)
+        slider = ipywidgets.SelectionSlider(
+            value=getattr(self, trait), options=widths, description=description, tooltip="Code bits of each coordinate"
+        )
+        t.link((self, trait), (slider, "value"))
+        return slider
+
+    # turning the knobs ----------------------------------------------------------------------------------------------
+
+    @property
+    def _method(self) -> Method:
+        return find_method(self.method)
+
+    @t.validate("method")
+    def _method_is_known(self, proposal: dict[str, Any]) -> str:
+        return find_method(proposal["value"]).id
+
+    @t.validate(*RANGES)
+    def _number_is_in_range(self, proposal: dict[str, Any]) -> int:
+        name, number = proposal["trait"].name, proposal["value"]
+        least, most = RANGES[name]
+        if not least <= number <= most:
+            raise InputError(f"{name}={number} cannot be planned for here: give a whole number from {least} to {most}.")
+        return int(number)
+
+    @t.validate("memory_gb")
+    def _there_is_memory(self, proposal: dict[str, Any]) -> float:
+        if not proposal["value"] > 0:
+            raise InputError(f"memory_gb={proposal['value']} holds nothing: give a number of 10^9 bytes above 0.")
+        return float(proposal["value"])
+
+    def _settings_changed(self, change: dict[str, Any]) -> None:
+        if change["name"] == "method":
+            self._offer_widths()
+        # codecs make tables, and those belong to the thread that made them
+        self.worker.submit("layouts", self._planned_anew, on_done=self._take, on_error=self._say)
+
+    def _offer_widths(self) -> None:
+        """The method's own widths, and of them those next to the present ones."""
+        for trait, slider in zip(WIDTHS, self._widths, strict=True):
+            nearest = self._nearest(trait)
+            slider.options = list(self._method.bits)
+            slider.value = nearest
+
+    def _nearest(self, trait: str) -> int:
+        return min(self._method.bits, key=lambda width: abs(width - getattr(self, trait)))
+
+    def _planned_anew(self, progress: Progress) -> tuple[CacheLayout, ...]:
+        progress(0, 1, "planning")
+        return self._lay_out()
+
+    def _lay_out(self) -> tuple[CacheLayout, ...]:
+        return cache_layouts(
+            self.shape,
+            self.method,
+            key_bits=self.key_bits,
+            value_bits=self.value_bits,
+            sinks=self.sinks,
+            window=self.window,
+        )
+
+    def _take(self, layouts: tuple[CacheLayout, ...]) -> None:
+        self._layouts = layouts
+        self._say("")
+        self._tell_code()
+        self._draw()
+
+    def _draw(self) -> None:
+        with self._drawing:  # knobs and the worker come on threads of their own
+            self.chart.show(memory_plan(self.plan, self.largest))
+
+    def _say(self, sentence: str) -> None:
+        self._message.value = f"<em>{sentence}</em>" if sentence else ""
+
+    def _tell_code(self) -> None:
+        self._code.value = (
+            f'<code>cache = vl.make_cache(model, "{self.method}", key_bits={self.key_bits}, '
+            f"value_bits={self.value_bits}, sinks={self.sinks}, window={self.window})</code>"
+        )

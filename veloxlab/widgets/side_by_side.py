@@ -1,0 +1,207 @@
+"""Two texts from one prompt, as they come: the exact cache's and a compressed one's."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import ipywidgets
+import polars as pl
+import traitlets as t
+from mlx.nn.layers.base import Module
+
+from veloxlab.calibration import Calibration
+from veloxlab.codecs import METHODS, find_method
+from veloxlab.codecs.method import Method
+from veloxlab.errors import InputError
+from veloxlab.measure.generation import GENERATION, first_parting, side_by_side
+from veloxlab.views import picture, strip_caption, token_strip
+from veloxlab.views.generation import lines_for
+from veloxlab.widgets.chart_view import ChartView
+from veloxlab.widgets.progress import ProgressBar
+from veloxlab.widgets.worker import Progress, Worker
+
+PROMPT = "Tell me about the history of the city of Paris."
+RANGES = {"tokens": (1, 512), "sinks": (0, 64), "window": (0, 256)}
+
+
+class SideBySide(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+    """Continue a prompt with the exact cache and with a compressed one, and see token by token where they part.
+
+    Greedy, so that a run repeats. *Generate* starts it, the text comes as it is made, and *Cancel* ends it.
+
+    Parameters
+    ----------
+    model, tokenizer : as `veloxlab.load` gives them.
+    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted.
+    knobs : first values of the traits, such as ``prompt="…"``, ``method="rabitq"`` or ``bits=2``.
+
+    Attributes
+    ----------
+    prompt : trait: a user's message, or a text to continue where the tokenizer has no template.
+    method, bits, sinks, window : traits, as for `veloxlab.make_cache`.
+    tokens : trait: to generate at most.
+    generated : rows of `veloxlab.measure.generation.GENERATION`, of the newest run so far.
+    chart : the `ChartView`, once something was generated.
+
+    Raises
+    ------
+    InputError : an unknown method or knob, a number that cannot be.
+    """
+
+    prompt = t.Unicode(PROMPT, help="what is continued")
+    method = t.Unicode("turboquant", help="a method's id")
+    bits = t.Int(3, help="code bits of keys and values")
+    tokens = t.Int(64, help="tokens to generate at most")
+    sinks = t.Int(4, help="tokens at the start kept exact")
+    window = t.Int(16, help="newest tokens kept exact")
+
+    def __init__(
+        self,
+        model: Module,
+        tokenizer: Any,  # noqa: ANN401
+        *,
+        calibration: Calibration | None = None,
+        **knobs: Any,
+    ) -> None:
+        known = ("prompt", "method", "bits", *RANGES)
+        unknown = sorted(set(knobs) - {*known})
+        if unknown:
+            raise InputError(f"SideBySide has no knob {unknown[0]!r}. Its knobs are: {', '.join(known)}.")
+        self._model, self._tokenizer, self._calibration = model, tokenizer, calibration
+        self.generated = pl.DataFrame(schema=GENERATION)
+        self.chart: ChartView | None = None
+        self.worker = Worker("veloxlab-side-by-side")
+        super().__init__(**knobs)
+        self._method.check(self.bits, "keys", {})
+        self._message = ipywidgets.HTML()
+        self._slot = ipywidgets.VBox()
+        self.children = [self._controls(), self._message, self._slot]
+        self.add_class("veloxlab-side-by-side")
+        self.observe(lambda _: self._offer_widths(), "method")
+
+    # state ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def parting(self) -> int | None:
+        """The first position at which the texts differ."""
+        return first_parting(self.generated)
+
+    def run(self) -> None:
+        """Generate with the present settings; an older run is ended."""
+        prompt, method, tokens = self.prompt, self.method, self.tokens
+        settings: dict[str, Any] = {
+            "bits": self.bits,
+            "sinks": self.sinks,
+            "window": self.window,
+            "calibration": self._calibration,
+        }
+
+        def job(progress: Progress) -> None:
+            def show(rows: pl.DataFrame) -> None:
+                progress.check()
+                self._show(rows, tokens)
+
+            side_by_side(
+                self._model,
+                self._tokenizer,
+                prompt,
+                method,
+                tokens=tokens,
+                on_token=show,
+                progress=progress,
+                **settings,
+            )
+
+        self._say("")
+        self.worker.submit("generation", job, on_error=self._say)
+
+    def cancel(self) -> None:
+        """End the run; what was generated stays."""
+        self.worker.cancel()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until the run is over; False if that took longer than ``timeout`` seconds."""
+        return self.worker.wait(timeout)
+
+    # how it looks where no kernel runs ------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        said = strip_caption(self.generated, self._framed) if len(self.generated) else "nothing is generated yet."
+        return f"SideBySide({self.method} at {self.bits} bits: {said})"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        bundle = {**super()._repr_mimebundle_(**kwargs), "text/plain": repr(self)}
+        if self.chart is not None:
+            bundle["image/png"] = base64.b64encode(picture.png(self.chart.to_dict())).decode()
+        return bundle
+
+    # building -------------------------------------------------------------------------------------------------------
+
+    def _controls(self) -> ipywidgets.Widget:
+        prompt = ipywidgets.Textarea(
+            value=self.prompt, description="prompt", rows=3, layout={"width": "640px"}, continuous_update=False
+        )
+        t.link((self, "prompt"), (prompt, "value"))
+        method = ipywidgets.Dropdown(options=list(METHODS), description="method", tooltip="How vectors are coded")
+        t.link((self, "method"), (method, "value"))
+        self._widths = ipywidgets.SelectionSlider(
+            value=self.bits, options=list(self._method.bits), description="bits", tooltip="Code bits of each coordinate"
+        )
+        t.link((self, "bits"), (self._widths, "value"))
+        numbers = [self._slider(name) for name in RANGES]
+        generate = ipywidgets.Button(description="Generate", tooltip="Continue the prompt with both caches")
+        generate.on_click(lambda _: self.run())
+        rows = [[method, self._widths], numbers, [generate, ProgressBar(self.worker)]]
+        return ipywidgets.VBox([prompt, *(ipywidgets.HBox(row) for row in rows)])
+
+    def _slider(self, trait: str) -> ipywidgets.IntSlider:
+        least, most = RANGES[trait]
+        tip = self.traits()[trait].help.capitalize()
+        slider = ipywidgets.IntSlider(value=getattr(self, trait), min=least, max=most, description=trait, tooltip=tip)
+        t.link((self, trait), (slider, "value"))
+        return slider
+
+    # turning the knobs ----------------------------------------------------------------------------------------------
+
+    @property
+    def _method(self) -> Method:
+        return find_method(self.method)
+
+    @property
+    def _framed(self) -> int | None:
+        """Where the texts part, once both have a token there."""
+        parting = self.parting
+        both = parting is not None and self.generated.filter(pl.col("position") == parting).height == 2
+        return parting if both else None
+
+    @t.validate("method")
+    def _method_is_known(self, proposal: dict[str, Any]) -> str:
+        return find_method(proposal["value"]).id
+
+    @t.validate(*RANGES)
+    def _number_is_in_range(self, proposal: dict[str, Any]) -> int:
+        name, number = proposal["trait"].name, proposal["value"]
+        least, most = RANGES[name]
+        if not least <= number <= most:
+            raise InputError(f"{name}={number} is out of range: give a whole number from {least} to {most}.")
+        return int(number)
+
+    def _offer_widths(self) -> None:
+        """The method's own widths, and of them the one next to the present one."""
+        widths = list(self._method.bits)
+        nearest = min(widths, key=lambda width: abs(width - self.bits))
+        self._widths.options = widths
+        self._widths.value = nearest
+
+    def _show(self, rows: pl.DataFrame, tokens: int) -> None:
+        self.generated = rows
+        chart = token_strip(rows, parting=self._framed, lines=lines_for(tokens))
+        if self.chart is None:
+            self.chart = ChartView(chart)
+            self._slot.children = [self.chart]
+        else:
+            self.chart.show(chart)
+
+    def _say(self, sentence: str) -> None:
+        self._message.value = f"<em>{sentence}</em>" if sentence else ""
