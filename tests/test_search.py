@@ -14,7 +14,7 @@ from tests.gguf_files import write_llama
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
-from veloxlab.allocate.candidates import Candidate, ModelShape, bytes_per_token, candidates
+from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token, candidates
 from veloxlab.allocate.race import GROUP, LEAST_WINDOWS, on_front, race
 from veloxlab.allocate.trials import Trials
 from veloxlab.errors import InputError
@@ -132,7 +132,7 @@ def test_candidates_are_all_combinations_at_widths_that_a_method_has():
 @pytest.mark.parametrize("method", ["turboquant", "qjl"])
 def test_bytes_per_token_are_those_that_a_cache_reports(model, method, sinks, window, protected):
     tokens = 333
-    plan = Candidate(method, 2, 4, sinks, window, protected).plan(ModelShape.of(model))
+    plan = Candidate(method, 2, 4, sinks, window, protected).plan(PlannedModel.of(model))
     cache = vl.make_cache(model, plan, chunk="codes")
     ids = [i % 90 for i in range(tokens)]
     mx.eval(model(mx.array([ids]), cache=cache))
@@ -142,7 +142,7 @@ def test_bytes_per_token_are_those_that_a_cache_reports(model, method, sinks, wi
 
 
 def test_a_plan_leaves_protected_layers_exact(model):
-    shape = ModelShape.of(model)
+    shape = PlannedModel.of(model)
     assert Candidate("rabitq", 2, 3, protected=(-1,)).within(shape).protected == (1,)
     plan = Candidate("rabitq", 2, 3, protected=(-1,)).plan(shape)
     assert plan.frame["key_method"].to_list() == ["rabitq", "none"]

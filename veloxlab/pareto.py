@@ -16,7 +16,7 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab import views
-from veloxlab.allocate.candidates import USUAL_BITS, Candidate, ModelShape, calibrated_widths, candidates
+from veloxlab.allocate.candidates import USUAL_BITS, Candidate, PlannedModel, calibrated_widths, candidates
 from veloxlab.allocate.crew import Crew, bench, model_name
 from veloxlab.allocate.plan import Plan
 from veloxlab.allocate.race import race
@@ -64,7 +64,7 @@ class SearchResult:
     """
 
     frame: pl.DataFrame
-    shape: ModelShape
+    shape: PlannedModel
     calibrations: Mapping[str, str]
     settings: Mapping[str, Any]
 
@@ -123,7 +123,7 @@ class SearchResult:
         try:
             said = json.loads(pl.read_parquet_metadata(path)[FORMAT])
             frame = pl.read_parquet(path).match_to_schema(SEARCHED)
-            return cls(frame, ModelShape(**said["shape"]), said["calibrations"], said["settings"])
+            return cls(frame, PlannedModel(**said["shape"]), said["calibrations"], said["settings"])
         except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
             reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
             raise InputError(f"The search {path} cannot be read ({reason}): make it again with vl.search.") from error

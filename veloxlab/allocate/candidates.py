@@ -21,7 +21,7 @@ USUAL_BITS = (2, 3, 4)
 
 
 @dataclass(frozen=True)
-class ModelShape:
+class PlannedModel:
     """What a plan has to know of a model.
 
     Attributes
@@ -37,7 +37,7 @@ class ModelShape:
     exact_bits: int
 
     @classmethod
-    def of(cls, model: Module) -> ModelShape:
+    def of(cls, model: Module) -> PlannedModel:
         """The shape of ``model``; raises `InputError` if none of its layers can be compressed."""
         layer_sizes(model)
         return cls(name_of(model), model_hash(model), 1 + max(f.layer for f in probe(model)), exact_width(model))
@@ -70,14 +70,14 @@ class Candidate:
             parts.append(f"exact {'layer' if len(self.protected) == 1 else 'layers'} {_words(self.protected)}")
         return ", ".join(parts)
 
-    def within(self, shape: ModelShape) -> Candidate:
+    def within(self, shape: PlannedModel) -> Candidate:
         """The same with layers counted from 0, in their order; raises `InputError` if there is no such layer."""
         n = shape.entries
         if wrong := [layer for layer in self.protected if not -n <= layer < n]:
             raise InputError(f"There is no layer {wrong[0]} to protect: {shape.model} has layers 0 to {n - 1}.")
         return replace(self, protected=tuple(sorted({layer % n for layer in self.protected})))
 
-    def plan(self, shape: ModelShape, calibration: str | None = None) -> Plan:
+    def plan(self, shape: PlannedModel, calibration: str | None = None) -> Plan:
         """The plan for a model; ``calibration`` is the identity of the one that its codecs come from."""
         coded = LayerSettings(self.method, self.key_bits, self.method, self.value_bits)
         exact = LayerSettings("none", shape.exact_bits, "none", shape.exact_bits)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate import trials
-from veloxlab.allocate.candidates import Candidate, ModelShape
+from veloxlab.allocate.candidates import Candidate, PlannedModel
 from veloxlab.allocate.trials import Bench, Trial, Trials, Weighed
 from veloxlab.errors import InputError
 from veloxlab.integrate import name_of
@@ -37,10 +37,10 @@ class Crew:
     progress: Progress
     _measured: int = 0
 
-    def shape(self) -> ModelShape:
+    def shape(self) -> PlannedModel:
         """Of the model."""
         self.progress(0, 1, "loading the model")
-        found: ModelShape
+        found: PlannedModel
         ((_, found),) = self._results("shape", [()])
         return found
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.candidates import Candidate, ModelShape, bytes_per_token
+from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token
 from veloxlab.calibration import Calibration, calibrate
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import encode
@@ -97,13 +97,13 @@ class Bench:
                 f"{self.trials.tokens}: give a longer text or take fewer or shorter windows."
             )
 
-    def shape(self) -> ModelShape:
+    def shape(self) -> PlannedModel:
         """Of the model."""
         return self._shape
 
     @cached_property
-    def _shape(self) -> ModelShape:
-        return ModelShape.of(self.model)
+    def _shape(self) -> PlannedModel:
+        return PlannedModel.of(self.model)
 
     def weigh(self, some: Sequence[Candidate]) -> Weighed:
         """Count the bytes of candidates of one method, which is calibrated first if need be."""
@@ -148,7 +148,7 @@ class Bench:
 _one_at_a_time = threading.Lock()  # a worker may have threads, and there is one model and one window
 
 
-def shape(trials: Trials) -> ModelShape:
+def shape(trials: Trials) -> PlannedModel:
     """`Bench.shape`, in a worker."""
     with _one_at_a_time:
         return _bench(trials).shape()
