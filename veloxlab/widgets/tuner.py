@@ -192,7 +192,7 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
         if self.rates is None:
             return "BudgetTuner(no tables yet)"
         found = self.allocation
-        return f"BudgetTuner({self.charts.spent(found)}; {self.charts.predicted(found)})"
+        return f"BudgetTuner({self.charts.spent(found)}. {self.charts.predicted(found)})"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         bundle = super()._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
