@@ -61,7 +61,7 @@ def budget_frontier(
         .transform_filter("isValid(datum.loss) && datum.loss > 0")
         .encode(
             x=alt.X("true_bits:Q", title="true bits a packed value, scales included")
-            .scale(domain=list(width), nice=False, clamp=True, padding=8)
+            .scale(domain=list(width), nice=False, padding=8)
             .axis(tickCount=7, grid=True),
             y=alt.Y("loss:Q", title=["loss", unit])
             .scale(type="log", domain=scale, nice=False, clamp=True)
@@ -76,7 +76,7 @@ def budget_frontier(
         alt.Tooltip("true_bits:Q", title="true bits", format=".3f"),
         alt.Tooltip("loss:Q", title=unit, format=".3g"),
     ]
-    lines = base.transform_filter("datum.role === 'line'").mark_line(strokeWidth=1.5, strokeDash=[5, 4])
+    lines = base.transform_filter("datum.role === 'line'").mark_line(strokeWidth=1.5, strokeDash=[5, 4], clip=True)
     now = base.transform_filter("datum.role === 'now'").transform_calculate(said="'predicted, ' + datum.kind")
     gap = (
         now.transform_aggregate(low="min(loss)", high="max(loss)", at="mean(true_bits)")
