@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, Self
 
 import mlx.core as mx
@@ -85,7 +86,6 @@ class CompressedKVCache(cache_file.Saved):
         self.path, self.reason, self.max_size, self.lends, self.model = path, reason, max_size, lends, model
         self._windows = Windows.of(sinks, window, max_size)
         self.sinks, self.packed, self.recent = Run(sinks), Run(), Run(self._windows.most_recent)
-        self._exact = Exact(key_codec.head_dim), Exact(value_codec.head_dim)
         self._evicted = 0  # tokens between the sinks and the oldest that is held
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
         self._dtype = "float32"  # of the keys, by name: a saved cache is written as words and arrays
@@ -245,6 +245,11 @@ class CompressedKVCache(cache_file.Saved):
     # inside ---------------------------------------------------------------------------------------------------------
 
     @property
+    def _exact(self) -> tuple[Exact, Exact]:
+        """The codecs of exact keys and values."""
+        return _exact(self.key_codec.head_dim), _exact(self.value_codec.head_dim)
+
+    @property
     def _runs(self) -> tuple[Run, Run, Run]:
         return self.sinks, self.packed, self.recent
 
@@ -395,3 +400,8 @@ class CompressedKVCache(cache_file.Saved):
                 f"±{_LARGEST:.0e} and were not stored. The model overflowed, most likely in float16: load it in "
                 "bfloat16 or float32 and start with a new cache."
             )
+
+
+@lru_cache
+def _exact(head_dim: int) -> Exact:
+    return Exact(head_dim)  # asked for at every token of every layer
