@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import altair as alt
 import polars as pl
@@ -21,7 +22,7 @@ def caption_title() -> alt.TitleParams:
 
 
 def framed(
-    plots: Sequence[Plot], data: pl.DataFrame, heading: str, caption: str, *, pickable: bool
+    plots: Sequence[Plot], data: pl.DataFrame, heading: str, caption: str, *, pickable: bool, dashed: bool = False
 ) -> alt.VConcatChart:
     """Stack plots under a heading and a caption.
 
@@ -37,6 +38,8 @@ def framed(
         First value of the param ``caption``.
     pickable
         Whether the plots mark the param ``picked_layer``.
+    dashed
+        Whether the plots tell lines apart by dashes, each in its own way.
 
     Returns
     -------
@@ -46,10 +49,11 @@ def framed(
     params = [alt.param(name="caption", value=caption)]
     if pickable:
         params.append(alt.param(name=PICKED, value=None))
+    dashes: dict[str, Any] = {"strokeDash": "independent"} if dashed else {}
     chart: alt.VConcatChart = (
         alt.vconcat(*plots, title=alt.TitleParams(text=heading), spacing=10)
         .add_params(*params)
-        .resolve_scale(color="independent", opacity="independent", shape="independent", strokeDash="independent")
+        .resolve_scale(color="independent", opacity="independent", shape="independent", **dashes)
     )
     # Altair refuses longer frames for the marks they might become; ours are pooled before they are drawn
     chart.data = data if data.height <= ALTAIR_ROWS else alt.InlineData(values=data.to_dicts())

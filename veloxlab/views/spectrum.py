@@ -63,7 +63,7 @@ def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatC
         .properties(width=palette.WIDTH - 110, height=190, title=caption_title())
     )
     words = spectrum_caption(frame) if caption is None else caption
-    return framed([line], shown, "Directions that hold the energy of one head", words, pickable=False)
+    return framed([line], shown, "Directions that hold the energy of one head", words, pickable=False, dashed=True)
 
 
 def spectrum_caption(frame: pl.DataFrame) -> str:
@@ -103,7 +103,9 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> a
         _mean_shares().properties(width=alt.Step(step), height=80),
     ]
     words = dimensions_caption(frame) if caption is None else caption
-    return framed(plots, means, "How many directions a head uses, and its mean vector", words, pickable=True)
+    return framed(
+        plots, means, "How many directions a head uses, and its mean vector", words, pickable=True, dashed=True
+    )
 
 
 def dimensions_caption(frame: pl.DataFrame) -> str:
