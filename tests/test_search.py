@@ -1,6 +1,8 @@
 """The search drops what is surely beaten and nothing else, and gives the same front wherever its jobs run."""
 
 import multiprocessing
+import os
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 
@@ -331,6 +333,16 @@ def test_threads_give_the_same_and_share_calibrations_by_their_folder(file, tmp_
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept  # found, and not made again
 
 
+@pytest.fixture
+def own_environment() -> Iterator[None]:
+    """Dask tells this process's environment how many threads its workers' BLAS has, and leaves it there."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.mark.usefixtures("own_environment")
 def test_dask_gives_the_same(file, here):
     from distributed import Client, LocalCluster
 
