@@ -9,6 +9,8 @@ from mlx_lm.models.cache import KVCache
 
 from tests.tiny_models import tiny
 from veloxlab import cli
+from veloxlab.cli import speed
+from veloxlab.cli.tables import lengths_table
 from veloxlab.codecs import METHODS
 from veloxlab.measure import bench, lengths
 from veloxlab.measure.bench import attention, encoding, models, timing
@@ -107,7 +109,7 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
     names = ("decode_attention", "attention_of_methods", "encode_steps", "decode_steps", "read_prompts")
     for name in names:
         monkeypatch.setattr(bench, name, lambda *given, name=name, **named: [{"of": name, **named}])
-    monkeypatch.setattr(cli, "bench_picture", lambda results: str(len(results)).encode())
+    monkeypatch.setattr(speed, "bench_picture", lambda results: str(len(results)).encode())
     path = tmp_path / "bench.json"
     assert cli.main(["bench", "--json", str(path), "--tokens", "64"]) == 0
     results = json.loads(path.read_text())
@@ -127,7 +129,7 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
 
 def test_the_committed_times_are_drawn():
     results = json.loads((shipped_folder("data") / "results" / "bench_h200.json").read_text())
-    assert cli.bench_picture(results).startswith(b"\x89PNG")
+    assert speed.bench_picture(results).startswith(b"\x89PNG")
 
 
 def test_memory_is_measured_by_length_and_a_failing_step_is_no_number(monkeypatch, tmp_path, capsys):
@@ -159,5 +161,5 @@ def test_a_cache_that_cannot_decode_has_no_time():
     frame = lengths.costs_by_length(model, {"it": lambda: [Failing(), Failing()]}, [8, 16])
     assert frame["tokens"].to_list() == [8, 16]
     assert frame["decode_seconds"].to_list() == frame["decode_peak_bytes"].to_list() == [None, None]
-    assert "| it | 8 |" in cli.lengths_table(frame)
-    assert "| fails | fails |" in cli.lengths_table(frame)
+    assert "| it | 8 |" in lengths_table(frame)
+    assert "| fails | fails |" in lengths_table(frame)

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from veloxlab import checkup, cli, shipped
+from veloxlab import checkup, shipped
 from veloxlab.checkup import Check
-from veloxlab.cli import main
+from veloxlab.cli import jupyterlab, main
 
 
 class Started(Exception):  # noqa: N818 - it is no error: it ends the process, as execv does
@@ -88,7 +88,7 @@ def test_root_is_allowed_with_a_note(started, monkeypatch, capsys):
 
 
 def test_missing_jupyterlab_is_a_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(jupyterlab, "find_spec", lambda name: None)
     assert main([]) == 2
     assert capsys.readouterr().err == "JupyterLab is not installed; run `uv pip install jupyterlab`.\n"
 

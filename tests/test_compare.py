@@ -4,7 +4,7 @@ import polars as pl
 
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
-from veloxlab.cli import compared_table, ratio_table
+from veloxlab.cli.tables import compared_table, ratio_table
 from veloxlab.codecs import METHODS
 from veloxlab.measure.compare import COMPARED, LONG, byte_ratios, compare
 

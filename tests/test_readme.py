@@ -9,8 +9,8 @@ import pytest
 from veloxlab.allocate.budget import BytesPerToken
 from veloxlab.allocate.rate_budget import RateBudget
 from veloxlab.allocate.sensitivity import settled
-from veloxlab.allocate.sweep import swept, swept_table, usual_bounds
-from veloxlab.cli import bench_table, compared_table, front_table, lengths_table, ratio_table
+from veloxlab.allocate.sweep import swept, usual_bounds
+from veloxlab.cli.tables import bench_table, compared_table, front_table, lengths_table, ratio_table, swept_table
 from veloxlab.codecs import METHODS
 from veloxlab.pareto import SearchResult
 
@@ -22,7 +22,7 @@ def test_the_tables_are_the_committed_measurements():
     results = ROOT / "data" / "results"
     assert compared_table(pl.read_parquet(results / "compare_smollm2-135m.parquet")) in README
     assert ratio_table(pl.read_parquet(results / "byte_ratios.parquet")) in README
-    assert swept_table(pl.read_parquet(results / "ratequant_smollm2-135m.parquet")) in README
+    assert swept_table(swept(pl.read_parquet(results / "ratequant_smollm2-135m.parquet"))) in README
     assert front_table(SearchResult.load(results / "search_smollm2-135m.parquet").front) in README
 
 

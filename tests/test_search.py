@@ -19,6 +19,7 @@ from veloxlab import cli
 from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token, candidates
 from veloxlab.allocate.race import GROUP, LEAST_WINDOWS, on_front, race
 from veloxlab.allocate.trials import Trials
+from veloxlab.cli.tables import front_table
 from veloxlab.errors import InputError
 from veloxlab.measure.quality import judge, reference
 from veloxlab.pareto import SEARCHED
@@ -393,6 +394,6 @@ def test_the_command_prints_the_front_and_writes_all(file, tmp_path, capsys):
     assert cli.main(words) == 0
     written = vl.SearchResult.load(tmp_path / "search_tiny.parquet")
     assert written.frame.height == 4 * 2
-    assert capsys.readouterr().out == cli.front_table(written.front) + "\n"
+    assert capsys.readouterr().out == front_table(written.front) + "\n"
     assert cli.main([*words, "--protected", "first"]) == 2
     assert "--protected first names no layers" in capsys.readouterr().err

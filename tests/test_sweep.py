@@ -7,7 +7,8 @@ import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
-from veloxlab.allocate.sweep import SWEEP, SWEPT, sweep, swept, swept_table, usual_bounds
+from veloxlab.allocate.sweep import SWEEP, SWEPT, sweep, swept, usual_bounds
+from veloxlab.cli.tables import swept_table
 from veloxlab.errors import InputError
 from veloxlab.measure.intervals import mean_interval
 
@@ -90,7 +91,7 @@ def test_the_command_writes_a_table_and_its_rows(model, tmp_path, monkeypatch, c
     ]
     written = pl.read_parquet(tmp_path / "out" / "ratequant_smollm2-135m.parquet")
     assert capsys.readouterr().out == (tmp_path / "out" / "ratequant_smollm2-135m.md").read_text()
-    assert swept_table(written).count("\n| 3 | ") == 2
+    assert swept_table(swept(written)).count("\n| 3 | ") == 2
 
 
 def test_usual_bounds_are_the_papers():

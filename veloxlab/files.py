@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -23,6 +27,13 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_parquet(path: Path, frame: pl.DataFrame, metadata: dict[str, str] | None = None) -> None:
+    """Write ``frame`` as Parquet, whole or not at all."""
+    held = io.BytesIO()
+    frame.write_parquet(held, metadata=metadata)
+    write_atomically(path, held.getvalue())
 
 
 def write_sealed(path: Path, content: Mapping[str, Any]) -> None:

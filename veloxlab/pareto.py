@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from veloxlab.allocate.race import race
 from veloxlab.allocate.trials import Trial, Trials
 from veloxlab.calibration import Calibration, calibrate
 from veloxlab.errors import InputError
-from veloxlab.files import write_atomically
+from veloxlab.files import write_parquet
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import Mode
@@ -111,10 +110,9 @@ class SearchResult:
 
     def save(self, path: str | Path) -> Path:
         """Write it as Parquet, whole or not at all, and return the path."""
-        path, held = Path(path), io.BytesIO()
+        path = Path(path)
         said = {"shape": asdict(self.shape), "calibrations": dict(self.calibrations), "settings": dict(self.settings)}
-        self.frame.write_parquet(held, metadata={FORMAT: json.dumps(said)})
-        write_atomically(path, held.getvalue())
+        write_parquet(path, self.frame, {FORMAT: json.dumps(said)})
         return path
 
     @classmethod

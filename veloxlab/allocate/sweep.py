@@ -6,7 +6,6 @@ the paired differences, since windows differ much more from one another than cac
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from veloxlab.allocate.ratequant import rate_budget
 from veloxlab.allocate.sensitivity import By, sensitivities
 from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
-from veloxlab.files import digest, read_sealed, write_atomically, write_sealed
+from veloxlab.files import digest, read_sealed, write_sealed
 from veloxlab.integrate import fingerprint
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.progress import Progress, silent
@@ -172,34 +171,6 @@ def swept(frame: pl.DataFrame) -> pl.DataFrame:
             }
         )
     return pl.DataFrame(rows, schema=SWEPT)
-
-
-def swept_table(frame: pl.DataFrame) -> str:
-    """`swept` as a Markdown table."""
-    lines = [
-        "| bits | allocation | KL (nats) | against uniform, 95 % | predicted | top-1 flips | perplexity | K / V bits "
-        "| held, KB |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in swept(frame).iter_rows(named=True):
-        change = ""
-        if row["kl_change"] is not None:
-            change = f"{row['kl_change']:+.4f} ({row['kl_change_low']:+.4f} to {row['kl_change_high']:+.4f})"
-        # a proxy's own unit is no divergence
-        predicted = f"{row['predicted_loss']:.3f}" if row["allocation"] in (UNIFORM, "gradient", "forward_kl") else ""
-        numbers = [f"{row['kl_mean']:.4f}", change, predicted, f"{100 * row['top1_flips']:.1f} %"]
-        numbers += [f"{row['perplexity']:.2f}", f"{row['key_bits']:.2f} / {row['value_bits']:.2f}"]
-        numbers.append(f"{row['held_bytes'] / 1000:,.1f}")
-        lines.append(f"| {row['bits']:g} | {row['allocation']} | {' | '.join(numbers)} |")
-    return "\n".join(lines)
-
-
-def write_sweep(frame: pl.DataFrame, folder: Path, stem: str) -> None:
-    """Write ``stem.parquet`` and the table ``stem.md``, each whole or not at all."""
-    held = io.BytesIO()
-    frame.write_parquet(held)
-    write_atomically(folder / f"{stem}.parquet", held.getvalue())
-    write_atomically(folder / f"{stem}.md", (swept_table(frame) + "\n").encode())
 
 
 def _job(exact: Reference, rates: Mapping[By, RateBudget], mean_bits: float, allocation: str) -> pl.DataFrame:

@@ -20,6 +20,7 @@ import polars as pl
 import traitlets as t
 
 from veloxlab.errors import InputError
+from veloxlab.files import write_atomically, write_parquet
 from veloxlab.views import palette, picture
 from veloxlab.views.spec import Rows, Spec, compact, data_names, describe, finite_rows, join, split
 from veloxlab.widgets.vega_bundle import ensure_bundle
@@ -150,22 +151,22 @@ class ChartView(anywidget.AnyWidget):
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the rows as CSV, and give the file's path."""
-        self.frame.write_csv(path)
+        write_atomically(Path(path), self.frame.write_csv().encode())
         return Path(path)
 
     def to_parquet(self, path: str | Path) -> Path:
         """Write the rows as Parquet, and give the file's path."""
-        self.frame.write_parquet(path)
+        write_parquet(Path(path), self.frame)
         return Path(path)
 
     def to_png(self, path: str | Path, *, width: int = 2 * picture.WIDTH) -> Path:
         """Write the picture as PNG of a width in pixels, and give the file's path."""
-        Path(path).write_bytes(picture.png(self.to_dict(), width=width))
+        write_atomically(Path(path), picture.png(self.to_dict(), width=width))
         return Path(path)
 
     def to_svg(self, path: str | Path) -> Path:
         """Write the picture as SVG, and give the file's path."""
-        Path(path).write_text(picture.svg(self.to_dict()), encoding="utf-8")
+        write_atomically(Path(path), picture.svg(self.to_dict()).encode())
         return Path(path)
 
     def __repr__(self) -> str:

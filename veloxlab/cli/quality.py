@@ -1,0 +1,139 @@
+"""``compare``, ``sweep`` and ``search``: what caches lose for their bytes, measured on text and written to a folder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from veloxlab.cli.arguments import Commands, add_model, add_out, add_text
+from veloxlab.cli.progress import say
+from veloxlab.cli.tables import compared_table, front_table, ratio_table, swept_table
+from veloxlab.errors import InputError
+from veloxlab.files import write_atomically, write_parquet
+
+
+def add(commands: Commands) -> None:
+    """Add the commands."""
+    comparing = commands.add_parser("compare", help="measure caches side by side on WikiText-2, and write the results")
+    add_model(comparing)
+    add_text(comparing, tokens=512, windows=3)
+    add_out(comparing)
+    comparing.set_defaults(run=compare_caches, passes_on="nothing")
+
+    sweeping = commands.add_parser("sweep", help="uniform bits against RateQuant's, in equal bytes; write the results")
+    add_model(sweeping)
+    sweeping.add_argument("--bits", type=float, nargs="+", help="code bits on average (default: 2 2.5 3 3.5 4)")
+    sweeping.add_argument("--by", nargs="+", help="sensitivities (default: gradient key_norm)")
+    add_text(sweeping, tokens=512, windows=8)
+    sweeping.add_argument("--sequences", type=int, default=8, help="for the sensitivities (default: %(default)s)")
+    add_out(sweeping)
+    sweeping.set_defaults(run=sweep_bits, passes_on="nothing")
+
+    searching = commands.add_parser("search", help="measure the Pareto front of bytes and divergence, and write it")
+    add_model(searching)
+    searching.add_argument("--methods", nargs="+", help="ids (default: those that need no calibration)")
+    searching.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="of keys and values (default: 2 3 4)")
+    searching.add_argument("--sinks", type=int, nargs="+", default=[0, 4], help="exact first tokens (default: 0 4)")
+    searching.add_argument("--window", type=int, nargs="+", default=[0], help="exact newest tokens (default: 0)")
+    searching.add_argument(
+        "--protected", nargs="+", default=["none", "0"], help="layers left exact, as 0,-1 (default: none 0)"
+    )
+    searching.add_argument("--most-bytes", type=float, help="a token at most (default: any)")
+    searching.add_argument("--most-kl", type=float, help="nats at most (default: any)")
+    add_text(searching, tokens=192, windows=8)
+    searching.add_argument("--workers", type=int, default=1, help="processes that measure (default: %(default)s)")
+    add_out(searching)
+    searching.set_defaults(run=search_front, passes_on="nothing")
+
+
+def compare_caches(options: argparse.Namespace) -> int:
+    """Measure, print the tables, and write them as Parquet and Markdown beside a chart as PNG."""
+    import veloxlab as vl
+    from veloxlab.measure.compare import byte_ratios, compare
+    from veloxlab.views import frontier, picture
+
+    model, tokenizer = vl.load(options.model)
+    frame = compare(
+        model,
+        tokenizer,
+        tokens=options.tokens,
+        windows=options.windows,
+        progress=say,
+    )
+    ratios = byte_ratios()
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = f"compare_{Path(options.model).stem}"
+    write_parquet(options.out / f"{stem}.parquet", frame)
+    write_parquet(options.out / "byte_ratios.parquet", ratios)
+    drawn = picture.png(frontier(frame, x="bits").to_dict(), width=2 * picture.WIDTH)
+    write_atomically(options.out / f"{stem}.png", drawn)
+    tables = f"{compared_table(frame)}\n\n{ratio_table(ratios)}\n"
+    write_atomically(options.out / f"{stem}.md", tables.encode())
+    print(tables, end="")
+    return 0
+
+
+def sweep_bits(options: argparse.Namespace) -> int:
+    """Measure, print the table, and write it as Parquet and Markdown; a run that was stopped goes on."""
+    import veloxlab as vl
+    from veloxlab.allocate.sweep import BITS, sweep, swept
+
+    model, tokenizer = vl.load(options.model)
+    options.out.mkdir(parents=True, exist_ok=True)
+    stem = f"ratequant_{Path(options.model).stem}"
+    unfinished = options.out / f"{stem}.unfinished.json"
+    frame = sweep(
+        model,
+        tokenizer,
+        bits=options.bits or BITS,
+        by=options.by or ("gradient", "key_norm"),
+        tokens=options.tokens,
+        windows=options.windows,
+        sequences=options.sequences,
+        unfinished=unfinished,
+        progress=say,
+    )
+    table = swept_table(swept(frame))
+    write_parquet(options.out / f"{stem}.parquet", frame)
+    write_atomically(options.out / f"{stem}.md", f"{table}\n".encode())
+    unfinished.unlink(missing_ok=True)
+    print(table)
+    return 0
+
+
+def search_front(options: argparse.Namespace) -> int:
+    """Search, print the front, and write all candidates as Parquet."""
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+    from contextlib import ExitStack
+
+    import veloxlab as vl
+
+    try:
+        protected = [() if word == "none" else tuple(map(int, word.split(","))) for word in options.protected]
+    except ValueError:
+        words = " ".join(options.protected)
+        raise InputError(f"--protected {words} names no layers: give numbers as 0 or 0,-1, or the word none.") from None
+    options.out.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        executor = None
+        if options.workers > 1:
+            fresh = multiprocessing.get_context("spawn")  # MLX's threads do not survive a fork
+            executor = stack.enter_context(ProcessPoolExecutor(options.workers, mp_context=fresh))
+        result = vl.search(
+            options.model,
+            methods=options.methods,
+            bits=options.bits,
+            sinks=options.sinks,
+            window=options.window,
+            protected=protected,
+            most_bytes_per_token=options.most_bytes,
+            most_kl=options.most_kl,
+            tokens=options.tokens,
+            windows=options.windows,
+            executor=executor,
+            progress=say,
+        )
+    result.save(options.out / f"search_{Path(options.model).stem}.parquet")
+    print(front_table(result.front))
+    return 0

@@ -1,0 +1,110 @@
+"""``bench`` and ``memory``: times on this device, and memory at its peak, beside exact and mlx-lm's own caches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from veloxlab.cli.arguments import Commands, add_json, add_model
+from veloxlab.cli.progress import say
+from veloxlab.cli.tables import lengths_table
+from veloxlab.files import write_atomically
+
+PARTS = ("attention", "methods", "encode", "decode", "read")
+
+
+def add(commands: Commands) -> None:
+    """Add the commands."""
+    timing = commands.add_parser("bench", help="time attention, encoding and decoding here, against exact and mlx-lm's")
+    add_json(timing)
+    timing.add_argument("--tokens", type=int, nargs="+", help="lengths of the context (default: 4096 32768 131072)")
+    timing.add_argument(
+        "--only", nargs="+", choices=PARTS, help="measure these alone, and leave the rest of FILE as it is"
+    )
+    timing.set_defaults(run=time_kernels, passes_on="nothing")
+
+    memory = commands.add_parser("memory", help="measure memory at its peak and a token's time, by length of text")
+    add_model(memory)
+    memory.add_argument("--random", action="store_true", help="random weights of its shape, where it is not installed")
+    memory.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="lengths")
+    memory.add_argument("--layer-tokens", type=int, nargs="*", default=[], help="lengths for one layer of a 7B model")
+    memory.add_argument("--quantized", type=int, nargs="*", default=[4, 8], help="widths of mlx-lm's cache beside ours")
+    memory.add_argument("--quantized-upto", type=int, default=16384, metavar="TOKENS", help="which a CPU reads slowly")
+    add_json(memory)
+    memory.set_defaults(run=measure_lengths, passes_on="nothing")
+
+
+def time_kernels(options: argparse.Namespace) -> int:
+    """Time attention, encoding, decoding and reading, say so as they come, and write them as JSON, with the device."""
+    from veloxlab.codecs import METHODS
+    from veloxlab.measure import bench
+    from veloxlab.measure.bench import attention
+
+    tokens = tuple(options.tokens or attention.TOKENS)
+    parts: dict[str, Callable[[], Any]] = {
+        "attention": lambda: bench.decode_attention(tokens=tokens),
+        "methods": lambda: bench.attention_of_methods([name for name in METHODS if name != "none"]),
+        "encode": bench.encode_steps,
+        "decode": lambda: bench.decode_steps(tokens=tokens),
+        "read": bench.read_prompts,
+    }
+    written: Path | None = options.json
+    kept = json.loads(written.read_text()) if options.only and written and written.exists() else {}
+    for name in options.only or parts:
+        rows = parts[name]()
+        kept[name] = {"facts": bench.facts(), "rows": rows}
+        if written:
+            write_atomically(written, json.dumps(kept, indent=1).encode())
+    if written and "attention" in kept:
+        write_atomically(written.with_suffix(".png"), bench_picture(kept))
+    return 0
+
+
+def bench_picture(results: dict[str, Any]) -> bytes:
+    """Draw the times of attention of the first shape that ``veloxlab bench`` wrote, as a PNG."""
+    import polars as pl
+
+    from veloxlab.views import attention_times, picture
+
+    times = pl.DataFrame(results["attention"]["rows"])
+    first = times.row(0, named=True)
+    shape = ("query_heads", "kv_heads", "head_dim")
+    heading = "Attention of one token: {} query heads, {} KV heads, head dimension {}".format(
+        *(first[n] for n in shape)
+    )
+    chart = attention_times(times.filter(*(pl.col(n) == first[n] for n in shape)), heading=heading)
+    return picture.png(chart.to_dict())
+
+
+def measure_lengths(options: argparse.Namespace) -> int:
+    """Measure what each length costs, print the tables, and write them as JSON."""
+    import polars as pl
+
+    import veloxlab as vl
+    from veloxlab.measure import bench, lengths
+
+    results: dict[str, Any] = {"facts": bench.facts()}
+    jobs = {options.model: options.tokens, "one layer of 7B": options.layer_tokens}
+    for name, tokens in jobs.items():
+        if not tokens:
+            continue
+        random = options.random or name != options.model
+        model = lengths.random_model(name) if random else vl.load(name)[0]
+        caches = lengths.makers(model, theirs=options.quantized)
+        frame = pl.concat(
+            lengths.costs_by_length(
+                model,
+                {cache: make},
+                [n for n in sorted(tokens) if n <= options.quantized_upto or not cache.startswith("mlx-lm")],
+                progress=say,
+            )
+            for cache, make in caches.items()
+        )
+        results[name] = frame.to_dicts()
+        print(f"{name}\n\n{lengths_table(frame)}\n")
+    if options.json:
+        write_atomically(options.json, json.dumps(results, indent=1).encode())
+    return 0
