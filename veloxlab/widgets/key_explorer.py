@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import threading
 from collections.abc import Collection
 from typing import Any
@@ -15,20 +14,20 @@ from veloxlab.codecs import METHODS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
 from veloxlab.measure.spaces import SIDES, SPACES, check_space
-from veloxlab.views import picture
 from veloxlab.views.distributions import SPACE_WORDS
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.key_charts import CHARTS
 from veloxlab.widgets.key_frames import KeyFrames, Look, Question
+from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.progress import ProgressBar
-from veloxlab.widgets.worker import Progress, Worker, sentence
+from veloxlab.widgets.worker import Progress, sentence
 
 EXACT = "none"  # the method without levels
 WIDEST = 8  # bits of the slider
 PAIRS = "pairs"  # the chart that needs a rotary embedding
 
 
-class KeyExplorer(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+class KeyExplorer(Panel):
     """See one KV head's keys or values in the spaces in which methods code them.
 
     Everything is measured on the capture, once, on a thread of its own; what the next moves may need is measured ahead.
@@ -85,31 +84,24 @@ class KeyExplorer(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
         self._unmeasurable: dict[Question, str] = {}
         self._shown: dict[str, tuple[object, ...]] = {}  # question, head and shape of what each chart shows
         self._showing = threading.Lock()
-        self.worker = Worker("veloxlab-keys")
         first = capture.layers[0].layer if layer is None else layer
-        super().__init__(layer=first, head=head, tensor=tensor, space=space, method=method, bits=bits)
+        super().__init__("keys", layer=first, head=head, tensor=tensor, space=space, method=method, bits=bits)
         self.charts = {name: self._first_view(name) for name in self._names}
-        self._message = ipywidgets.HTML()
         self.children = [self._controls(), self._message, *self.charts.values()]
-        self.add_class("veloxlab-keys")
         self.observe(lambda _: self._choose(), ["layer", "head", "tensor", "space", "method", "bits"])
         self.observe(lambda change: self._say(change["new"]), "problem")
         self._measure_ahead()
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until everything that was asked for is drawn; False if that took longer than ``timeout`` seconds."""
-        return self.worker.wait(timeout)
+    @property
+    def views(self) -> tuple[ChartView, ...]:
+        """The charts."""
+        return tuple(self.charts.values())
 
     def __repr__(self) -> str:
         return (
             f"KeyExplorer({self.tensor}, {SPACE_WORDS[self.space]}, {self.method} at {self.bits} bits: "
             f"{self.charts['channels'].content['params']['caption']})"
         )
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        bundle = super()._repr_mimebundle_(**kwargs)
-        still = picture.stacked([view.to_dict() for view in self.charts.values()])
-        return {**bundle, "image/png": base64.b64encode(still).decode(), "text/plain": repr(self)}
 
     # choices --------------------------------------------------------------------------------------------------------
 
@@ -189,9 +181,6 @@ class KeyExplorer(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
             asked = [look.questions[name] for name in self._names]
             self.problem = " ".join(dict.fromkeys(self._unmeasurable[q] for q in asked if q in self._unmeasurable))
 
-    def _say(self, words: str) -> None:
-        self._message.value = f"<em>{words}</em>" if words else ""
-
     def _measure_ahead(self) -> None:
         """Measure what the present choice lacks and draw it; then what the next move of any one control may need."""
         now = self._look()
@@ -221,29 +210,20 @@ class KeyExplorer(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
             self._unmeasurable[question] = sentence(error)
 
     def _controls(self) -> ipywidgets.Widget:
-        def chosen(name: str, options: list[Any], tip: str) -> ipywidgets.Dropdown:
-            box = ipywidgets.Dropdown(options=options, value=getattr(self, name), description=name, tooltip=tip)
-            t.link((self, name), (box, "value"))
-            return box
-
-        def slid(name: str, options: list[int], tip: str) -> ipywidgets.SelectionSlider:
-            slider = ipywidgets.SelectionSlider(
-                options=options, value=getattr(self, name), description=name, tooltip=tip
-            )
-            t.link((self, name), (slider, "value"))
-            return slider
-
         heads = range(min(c.keys.shape[1] for c in self._layers.values()))
         spaces = [(SPACE_WORDS[space], space) for space in SPACES]
         rows = [
-            [slid("layer", list(self._layers), "Layer of the model"), slid("head", list(heads), "KV head")],
             [
-                chosen("tensor", list(SIDES), "Keys or values"),
-                chosen("space", spaces, "The space in which their coordinates are seen"),
+                self._steps("layer", list(self._layers), tip="Layer of the model"),
+                self._steps("head", list(heads), tip="KV head"),
             ],
             [
-                chosen("method", self._methods, "The method whose levels are drawn"),
-                slid("bits", list(range(1, WIDEST + 1)), "Its code bits"),
+                self._choice("tensor", list(SIDES), tip="Keys or values"),
+                self._choice("space", spaces, tip="The space in which their coordinates are seen"),
+            ],
+            [
+                self._choice("method", self._methods, tip="The method whose levels are drawn"),
+                self._steps("bits", list(range(1, WIDEST + 1)), tip="Its code bits"),
             ],
             [ProgressBar(self.worker)],
         ]

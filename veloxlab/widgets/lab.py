@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +15,24 @@ from veloxlab.calibration import Calibration
 from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.files import write_atomically
-from veloxlab.measure import (
-    Capture,
-    capture,
-    code_bits,
-    fidelity,
-    layer_errors,
+from veloxlab.measure import Capture, capture, fidelity, predicted_growth
+from veloxlab.views import (
+    bit_allocation,
+    bit_caption,
+    error_caption,
+    error_map,
+    frontier,
+    memory_caption,
     memory_growth,
-    predicted_growth,
-    token_errors,
 )
-from veloxlab.views import bit_allocation, bit_caption, error_caption, error_map, frontier, memory_caption, picture
-from veloxlab.views import memory_growth as memory_chart
 from veloxlab.views.report import Section, report
 from veloxlab.widgets.chart_view import ChartView, link
+from veloxlab.widgets.measuring import Measuring
+from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.progress import ProgressBar
-from veloxlab.widgets.tables import Bits, Tables
+from veloxlab.widgets.tables import Bits
 from veloxlab.widgets.vega_bundle import ensure_bundle
-from veloxlab.widgets.worker import Progress, Worker
+from veloxlab.widgets.worker import Progress
 
 METRICS = {
     "attention output (relative MSE)": "output_error",
@@ -42,11 +41,16 @@ METRICS = {
 }
 DOMAINS = {"rel_mse": (1e-5, 1.0), "output_error": (1e-6, 1.0), "logit_error": (1e-3, 10.0)}
 ALL = "all layers"
-MEASURED_UPTO, DRAWN_UPTO = 4096, 16384  # tokens to which caches are really filled, and to which the chart goes on
-LIKELY_WIDTHS = (2, 3, 4, 5, 6, 8, 1, 7)  # the order in which widths are measured: those that people try first
+DRAWN_UPTO = 16384  # tokens to which the memory chart goes on
+HEADINGS = {
+    "errors": "What each layer loses",
+    "bits": "How the bits are spent",
+    "memory": "What is held",
+    "frontier": "What was measured",
+}
 
 
-class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+class Lab(Panel):
     """Turn the knobs of a compressed cache and see what they cost, on the model's own keys and values.
 
     A capture of ``tokens`` tokens and the first settings are measured at once; other bit widths are measured behind the
@@ -100,20 +104,18 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     ) -> None:
         self._model, self._tokenizer, self._text = model, tokenizer, text
         self._method, self._calibration = find_method(method), calibration
-        self._widths = list(self._method.bits) if calibration is None else calibration.widths
         settings = {"key_bits": key_bits or bits, "value_bits": value_bits or bits, "sinks": sinks, "window": window}
         Plan.uniform(model, method, **settings)  # type: ignore[arg-type]  # refuses what cannot be, before any work
         self._capture: Capture = capture(model, tokenizer, text, tokens=tokens)
-        self._tables = Tables()
+        self._measuring = Measuring(self._capture, self._method, calibration)
         self._base = (settings["key_bits"], settings["value_bits"])
         self._overrides: Bits = {}
         self._turning = False
         self._complete = True
         self.measured = pl.DataFrame()
-        self.worker = Worker("veloxlab-lab")
         for width in set(self._base):
-            self._measure_width(width, sinks, window)
-        super().__init__(**settings)
+            self._measuring.width(width, sinks, window)
+        super().__init__("lab", **settings)
         self._build()
         self.observe(self._knob_turned, ["key_bits", "value_bits", "sinks", "window", "metric"])
         self.observe(self._layer_picked, "layer")
@@ -148,10 +150,6 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
             plan = plan.with_layer(layer, key_bits=key, value_bits=value)
         return plan
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until everything that was asked for is measured; False if that took longer than ``timeout`` seconds."""
-        return self.worker.wait(timeout)
-
     def measure(self) -> None:
         """Ask for the fidelity of the present settings; the result joins `measured` and the frontier chart."""
         plan, name = self.plan, self.name
@@ -178,13 +176,7 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
 
         It holds the charts, live and in light and dark, what was measured, the plan and the lines that use it.
         """
-        headings = {
-            "errors": "What each layer loses",
-            "bits": "How the bits are spent",
-            "memory": "What is held",
-            "frontier": "What was measured",
-        }
-        charts = [Section(headings[name], chart=view.to_dict()) for name, view in self._charts().items()]
+        charts = [Section(HEADINGS[name], chart=view.to_dict()) for name, view in self._charts().items()]
         words = f"{len(self._capture.tokens)} tokens of text, sinks={self.sinks}, window={self.window}."
         measured = [Section("Fidelity", table=self.measured)] if len(self.measured) else []
         plan = Section("The plan", "Save it as plan.json.", code=self.plan.to_json())
@@ -249,26 +241,29 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
             f"of values {value:.4f}; {memory_caption(self.memory.frame.filter(kind='measured'))})"
         )
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        bundle = super()._repr_mimebundle_(**kwargs)
-        still = picture.stacked([view.to_dict() for view in self._charts().values()])
-        return {**bundle, "image/png": base64.b64encode(still).decode(), "text/plain": repr(self)}
+    @property
+    def views(self) -> list[ChartView]:
+        """The charts."""
+        return list(self._charts().values())
 
     # building -------------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        errors, bits, memory = self._error_rows(), self._tables.code_bits(self.layer_bits), self._memory_rows()
+        errors, bits, memory = (
+            self._error_rows(),
+            self._measuring.tables.code_bits(self.layer_bits),
+            self._memory_rows(),
+        )
         assert errors is not None, "the first settings are measured before anything is built"
         assert bits is not None
         assert memory is not None
-        top = self._widths[-1] + 1
+        top = self._measuring.widths[-1] + 1
         self.errors = ChartView(error_map(errors, metric=self.metric, domain=DOMAINS[self.metric]))
         self.bits = ChartView(bit_allocation(bits, greatest=top))
-        self.memory = ChartView(memory_chart(memory))
+        self.memory = ChartView(memory_growth(memory))
         self.frontier: ChartView | None = None
         link(self.errors, self.bits, self.memory)
         t.link((self, "layer"), (self.errors, "picked"))
-        self._message = ipywidgets.HTML()
         self._code = ipywidgets.HTML()
         self._slot = ipywidgets.VBox()
         self._tell_code()
@@ -281,29 +276,24 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
             self._slot,
             self._code,
         ]
-        self.add_class("veloxlab-lab")
 
     def _controls(self) -> ipywidgets.Widget:
         layers = [ALL, *(str(c.layer) for c in self._capture.layers)]
-        key = _bits_slider(self, "key_bits", "K bits", self._widths, "Code bits of each key coordinate")
-        value = _bits_slider(self, "value_bits", "V bits", self._widths, "Code bits of each value coordinate")
-        sinks = _slider(self, "sinks", "sinks", 0, 64, tip="First tokens, kept exact")
-        window = _slider(self, "window", "window", 0, 256, step=16, tip="Newest tokens, kept exact")
+        widths = self._measuring.widths
+        key = self._steps("key_bits", widths, "K bits", "Code bits of each key coordinate")
+        value = self._steps("value_bits", widths, "V bits", "Code bits of each value coordinate")
+        sinks = self._number("sinks", (0, 64), tip="First tokens, kept exact")
+        window = self._number("window", (0, 256), tip="Newest tokens, kept exact", step=16)
         layer = ipywidgets.Dropdown(
             options=layers, description="layer", tooltip="Bits of one layer: pick it here or in a chart"
         )
-        metric = ipywidgets.Dropdown(
-            options=list(METRICS.items()),
-            description="error of",
-            tooltip="What is drawn above",
-            layout={"width": "340px"},
-        )
-        t.link((self, "metric"), (metric, "value"))
         t.link(
             (self, "layer"),
             (layer, "value"),
             transform=(lambda n: ALL if n is None else str(n), lambda s: None if s == ALL else int(s)),
         )
+        metric = self._choice("metric", list(METRICS.items()), "error of", "What is drawn above")
+        metric.layout.width = "340px"
         reset = ipywidgets.Button(description="Same for all", tooltip="Forget the bits of single layers")
         reset.on_click(lambda _: self._reset())
         measure = ipywidgets.Button(
@@ -326,8 +316,10 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         side: Role = "keys" if proposal["trait"].name == "key_bits" else "values"
         width = proposal["value"]
         self._method.check(width, side, {})
-        if width not in self._widths:
-            raise InputError(f"The calibration holds no {side} at {width} bits, only at {self._widths}: fit that too.")
+        if width not in self._measuring.widths:
+            raise InputError(
+                f"The calibration holds no {side} at {width} bits, only at {self._measuring.widths}: fit that too."
+            )
         return int(width)
 
     @t.validate("sinks", "window")
@@ -377,16 +369,19 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self._redraw()
 
     def _error_rows(self) -> pl.DataFrame | None:
-        return self._tables.errors(self.layer_bits, self.metric, self.sinks, self.window)
+        return self._measuring.tables.errors(self.layer_bits, self.metric, self.sinks, self.window)
+
+    def _bit_rows(self) -> pl.DataFrame | None:
+        return self._measuring.tables.code_bits(self.layer_bits)
 
     def _memory_rows(self) -> pl.DataFrame | None:
         # by the method's name alone: a name that moved with the sliders would leave the chart's colours
-        held = self._tables.memory(self.layer_bits, self.sinks, self.window, self._method.id)
+        held = self._measuring.tables.memory(self.layer_bits, self.sinks, self.window, self._method.id)
         return None if held is None else predicted_growth(held, DRAWN_UPTO)
 
     def _redraw(self, *, new_metric: bool = False) -> None:
         """Show what is measured of the present settings, and ask for what is not."""
-        errors, spent, held = self._error_rows(), self._tables.code_bits(self.layer_bits), self._memory_rows()
+        errors, spent, held = self._error_rows(), self._bit_rows(), self._memory_rows()
         if errors is not None and new_metric:
             self.errors.show(error_map(errors, metric=self.metric, domain=DOMAINS[self.metric]))
         elif errors is not None:
@@ -401,9 +396,6 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         if not self._complete:
             self._measure_rest()
 
-    def _say(self, sentence: str) -> None:
-        self._message.value = f"<em>{sentence}</em>" if sentence else ""
-
     def _tell_code(self) -> None:
         key, value = self._base
         call = (
@@ -416,7 +408,7 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
 
     def _mean_error(self, tensor: str) -> float:
         bits = self.layer_bits
-        errors = self._tables.errors(bits, "rel_mse", self.sinks, self.window)
+        errors = self._measuring.tables.errors(bits, "rel_mse", self.sinks, self.window)
         return float("nan") if errors is None else float(errors.filter(tensor=tensor)["rel_mse"].mean())  # type: ignore[arg-type]
 
     # measuring ------------------------------------------------------------------------------------------------------
@@ -425,28 +417,16 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         """Measure what the present settings lack, then what the next ones may need, one width after another."""
         sinks, window = self.sinks, self.window
         wanted = {width for pair in self.layer_bits.values() for width in pair}
-        order = [*sorted(wanted), *(w for w in LIKELY_WIDTHS if w in self._widths and w not in wanted)]
+        order = self._measuring.order(wanted)
 
         def job(progress: Progress) -> None:
             for i, width in enumerate(order):
                 progress(i, len(order), f"measuring {width} bits")
-                self._measure_width(width, sinks, window)
+                self._measuring.width(width, sinks, window)
                 if not self._complete and wanted <= {*order[: i + 1]}:
                     self._redraw(new_metric=True)
 
         self.worker.submit("tables", job, on_error=self._say)
-
-    def _measure_width(self, width: int, sinks: int, window: int) -> None:
-        tables, at = self._tables, (width, sinks, window)
-        given: dict[str, Any] = {"method": self._method.id, "bits": width, "calibration": self._calibration}
-        if width not in tables.tokens:
-            tables.tokens[width] = token_errors(self._capture, **given)
-            tables.codes[width] = code_bits(self._capture, **given)
-        exact: dict[str, Any] = {"sinks": sinks, "window": window}
-        if at not in tables.growth:
-            tables.growth[at] = memory_growth(self._capture, **exact, upto=MEASURED_UPTO, **given)
-        if at not in tables.attention:
-            tables.attention[at] = layer_errors(self._capture, **exact, **given)
 
     def _add_measured(self, row: pl.DataFrame) -> None:
         self.measured = pl.concat([self.measured, row]) if len(self.measured) else row
@@ -460,19 +440,3 @@ class Lab(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     def _charts(self) -> dict[str, ChartView]:
         charts = {"errors": self.errors, "bits": self.bits, "memory": self.memory}
         return charts | ({"frontier": self.frontier} if self.frontier else {})
-
-
-def _slider(
-    lab: Lab, trait: str, description: str, least: int, most: int, *, step: int = 1, tip: str
-) -> ipywidgets.IntSlider:
-    slider = ipywidgets.IntSlider(
-        value=getattr(lab, trait), min=least, max=most, step=step, description=description, tooltip=tip
-    )
-    t.link((lab, trait), (slider, "value"))
-    return slider
-
-
-def _bits_slider(lab: Lab, trait: str, description: str, widths: list[int], tip: str) -> ipywidgets.SelectionSlider:
-    slider = ipywidgets.SelectionSlider(value=getattr(lab, trait), options=widths, description=description, tooltip=tip)
-    t.link((lab, trait), (slider, "value"))
-    return slider

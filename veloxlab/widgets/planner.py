@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import threading
 from typing import Any
 
@@ -15,9 +14,10 @@ from veloxlab.errors import InputError
 from veloxlab.measure.layouts import CacheLayout, cache_layouts
 from veloxlab.measure.planned_memory import largest, planned
 from veloxlab.shapes import ModelOrConfig, ModelShape, shape_of
-from veloxlab.views import memory_plan, picture, plan_caption
+from veloxlab.views import memory_plan, plan_caption
 from veloxlab.widgets.chart_view import ChartView
-from veloxlab.widgets.worker import Progress, Worker
+from veloxlab.widgets.panel import Panel, inside, offer
+from veloxlab.widgets.worker import Progress
 
 GIGABYTE = 1e9
 LEAST, MOST = 8, 21  # powers of two between which the context slider runs
@@ -44,7 +44,7 @@ WIDTHS = ("key_bits", "value_bits")
 SETTINGS = ("method", *WIDTHS, "sinks", "window", *TYPED)
 
 
-class MemoryPlanner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+class MemoryPlanner(Panel):
     """See what a context will take, and how long one fits, as predicted by the layout of the codes.
 
     Parameters
@@ -88,17 +88,14 @@ class MemoryPlanner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
             )
         self._given = None if model_or_config is None else shape_of(model_or_config)
         self._drawing = threading.Lock()
-        self.worker = Worker("veloxlab-planner")
-        super().__init__(**knobs)
+        super().__init__("planner", **knobs)
         for trait in (width for width in WIDTHS if width not in knobs):
             setattr(self, trait, self._nearest(trait))
         self._layouts = self._lay_out()
-        self._message = ipywidgets.HTML()
         self._code = ipywidgets.HTML()
         self.chart = ChartView(memory_plan(self.plan, self.largest))
         self._tell_code()
         self.children = [self._controls(), self._message, self.chart, self._code]
-        self.add_class("veloxlab-planner")
         self.observe(lambda _: self._draw(), KNOBS)
         self.observe(self._settings_changed, SETTINGS)
 
@@ -127,19 +124,15 @@ class MemoryPlanner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         """The largest contexts that fit: `veloxlab.measure.planned_memory.LARGEST`."""
         return largest(self._layouts, self.memory_gb * GIGABYTE, self.batch)
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the chart shows these settings; False if that took longer than ``timeout`` seconds."""
-        return self.worker.wait(timeout)
-
     # how it looks where no kernel runs ------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         return f"MemoryPlanner({self.shape.name}: {plan_caption(self.plan, self.largest)})"
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        bundle = super()._repr_mimebundle_(**kwargs)
-        still = picture.png(self.chart.to_dict())
-        return {**bundle, "image/png": base64.b64encode(still).decode(), "text/plain": repr(self)}
+    @property
+    def views(self) -> tuple[ChartView]:
+        """The chart."""
+        return (self.chart,)
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -164,37 +157,21 @@ class MemoryPlanner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
             style={"description_width": "initial"},
         )
         t.link((self, "memory_gb"), (memory, "value"))
-        method = ipywidgets.Dropdown(options=list(METHODS), description="method", tooltip="How vectors are coded")
-        t.link((self, "method"), (method, "value"))
-        self._widths = [self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")]
-        sinks = self._number(ipywidgets.IntSlider, "sinks", "sinks")
-        window = self._number(ipywidgets.IntSlider, "window", "window")
-        batch = self._number(ipywidgets.BoundedIntText, "batch", "batch")
+        method = self._choice("method", list(METHODS), tip="How vectors are coded")
+        widths, tip = list(self._method.bits), "Code bits of each coordinate"
+        self._widths = [
+            self._steps(trait, widths, words, tip) for trait, words in zip(WIDTHS, ("K bits", "V bits"), strict=True)
+        ]
+        sinks, window = (self._number(name, RANGES[name]) for name in ("sinks", "window"))
+        batch = self._box("batch", "batch")
         rows = [[context, batch, memory], [method, *self._widths], [sinks, window]]
         if self._given is None:
-            boxes = [self._number(ipywidgets.BoundedIntText, name, words) for name, words in TYPED.items()]
+            boxes = [self._box(name, words) for name, words in TYPED.items()]
             rows += [boxes[:3], boxes[3:]]
         return ipywidgets.VBox([ipywidgets.HBox(row) for row in rows])
 
-    def _number(self, kind: type[ipywidgets.Widget], trait: str, description: str) -> ipywidgets.Widget:
-        least, most = RANGES[trait]
-        widget = kind(
-            value=getattr(self, trait),
-            min=least,
-            max=most,
-            description=description,
-            tooltip=self.traits()[trait].help.capitalize(),
-        )
-        t.link((self, trait), (widget, "value"))
-        return widget
-
-    def _bits(self, trait: str, description: str) -> ipywidgets.SelectionSlider:
-        widths = list(self._method.bits)
-        slider = ipywidgets.SelectionSlider(
-            value=getattr(self, trait), options=widths, description=description, tooltip="Code bits of each coordinate"
-        )
-        t.link((self, trait), (slider, "value"))
-        return slider
+    def _box(self, trait: str, words: str) -> ipywidgets.Widget:
+        return self._number(trait, RANGES[trait], words, kind=ipywidgets.BoundedIntText)
 
     # turning the knobs ----------------------------------------------------------------------------------------------
 
@@ -208,11 +185,7 @@ class MemoryPlanner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     @t.validate(*RANGES)
     def _number_is_in_range(self, proposal: dict[str, Any]) -> int:
-        name, number = proposal["trait"].name, proposal["value"]
-        least, most = RANGES[name]
-        if not least <= number <= most:
-            raise InputError(f"{name}={number} cannot be planned for here: give a whole number from {least} to {most}.")
-        return int(number)
+        return inside(proposal, RANGES[proposal["trait"].name])
 
     @t.validate("memory_gb")
     def _there_is_memory(self, proposal: dict[str, Any]) -> float:
@@ -222,16 +195,10 @@ class MemoryPlanner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     def _settings_changed(self, change: dict[str, Any]) -> None:
         if change["name"] == "method":
-            self._offer_widths()
+            for slider in self._widths:
+                offer(slider, self._method)
         # codecs make tables, and those belong to the thread that made them
         self.worker.submit("layouts", self._planned_anew, on_done=self._take, on_error=self._say)
-
-    def _offer_widths(self) -> None:
-        """The method's own widths, and of them those next to the present ones."""
-        for trait, slider in zip(WIDTHS, self._widths, strict=True):
-            nearest = self._nearest(trait)
-            slider.options = list(self._method.bits)
-            slider.value = nearest
 
     def _nearest(self, trait: str) -> int:
         return min(self._method.bits, key=lambda width: abs(width - getattr(self, trait)))
@@ -259,9 +226,6 @@ class MemoryPlanner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def _draw(self) -> None:
         with self._drawing:  # knobs and the worker come on threads of their own
             self.chart.show(memory_plan(self.plan, self.largest))
-
-    def _say(self, sentence: str) -> None:
-        self._message.value = f"<em>{sentence}</em>" if sentence else ""
 
     def _tell_code(self) -> None:
         self._code.value = (

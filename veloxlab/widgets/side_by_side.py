@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any
 
 import ipywidgets
@@ -15,17 +14,18 @@ from veloxlab.codecs import METHODS, find_method
 from veloxlab.codecs.method import Method
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, first_parting, side_by_side
-from veloxlab.views import picture, strip_caption, token_strip
+from veloxlab.views import strip_caption, token_strip
 from veloxlab.views.generation import lines_for
 from veloxlab.widgets.chart_view import ChartView
+from veloxlab.widgets.panel import Panel, inside, offer
 from veloxlab.widgets.progress import ProgressBar
-from veloxlab.widgets.worker import Progress, Worker
+from veloxlab.widgets.worker import Progress
 
 PROMPT = "Tell me about the history of the city of Paris."
 RANGES = {"tokens": (1, 512), "sinks": (0, 64), "window": (0, 256)}
 
 
-class SideBySide(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+class SideBySide(Panel):
     """Continue a prompt with the exact cache and with a compressed one, and see token by token where they part.
 
     Greedy, so that a run repeats. *Generate* starts it, the text comes as it is made, and *Cancel* ends it.
@@ -71,14 +71,11 @@ class SideBySide(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
         self._model, self._tokenizer, self._calibration = model, tokenizer, calibration
         self.generated = pl.DataFrame(schema=GENERATION)
         self.chart: ChartView | None = None
-        self.worker = Worker("veloxlab-side-by-side")
-        super().__init__(**knobs)
+        super().__init__("side-by-side", **knobs)
         self._method.check(self.bits, "keys", {})
-        self._message = ipywidgets.HTML()
         self._slot = ipywidgets.VBox()
         self.children = [self._controls(), self._message, self._slot]
-        self.add_class("veloxlab-side-by-side")
-        self.observe(lambda _: self._offer_widths(), "method")
+        self.observe(lambda _: offer(self._widths, self._method), "method")
 
     # state ----------------------------------------------------------------------------------------------------------
 
@@ -120,21 +117,16 @@ class SideBySide(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
         """End the run; what was generated stays."""
         self.worker.cancel()
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until the run is over; False if that took longer than ``timeout`` seconds."""
-        return self.worker.wait(timeout)
-
     # how it looks where no kernel runs ------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
         said = strip_caption(self.generated, self._framed) if len(self.generated) else "nothing is generated yet."
         return f"SideBySide({self.method} at {self.bits} bits: {said})"
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        bundle = {**super()._repr_mimebundle_(**kwargs), "text/plain": repr(self)}
-        if self.chart is not None:
-            bundle["image/png"] = base64.b64encode(picture.png(self.chart.to_dict())).decode()
-        return bundle
+    @property
+    def views(self) -> tuple[ChartView, ...]:
+        """The chart, once something was generated."""
+        return () if self.chart is None else (self.chart,)
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -142,25 +134,14 @@ class SideBySide(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
         prompt = ipywidgets.Textarea(
             value=self.prompt, description="prompt", rows=3, layout={"width": "640px"}, continuous_update=False
         )
-        t.link((self, "prompt"), (prompt, "value"))
-        method = ipywidgets.Dropdown(options=list(METHODS), description="method", tooltip="How vectors are coded")
-        t.link((self, "method"), (method, "value"))
-        self._widths = ipywidgets.SelectionSlider(
-            value=self.bits, options=list(self._method.bits), description="bits", tooltip="Code bits of each coordinate"
-        )
-        t.link((self, "bits"), (self._widths, "value"))
-        numbers = [self._slider(name) for name in RANGES]
+        self._knob("prompt", prompt)
+        method = self._choice("method", list(METHODS), tip="How vectors are coded")
+        self._widths = self._steps("bits", list(self._method.bits), tip="Code bits of each coordinate")
+        numbers = [self._number(name, ends) for name, ends in RANGES.items()]
         generate = ipywidgets.Button(description="Generate", tooltip="Continue the prompt with both caches")
         generate.on_click(lambda _: self.run())
         rows = [[method, self._widths], numbers, [generate, ProgressBar(self.worker)]]
         return ipywidgets.VBox([prompt, *(ipywidgets.HBox(row) for row in rows)])
-
-    def _slider(self, trait: str) -> ipywidgets.IntSlider:
-        least, most = RANGES[trait]
-        tip = self.traits()[trait].help.capitalize()
-        slider = ipywidgets.IntSlider(value=getattr(self, trait), min=least, max=most, description=trait, tooltip=tip)
-        t.link((self, trait), (slider, "value"))
-        return slider
 
     # turning the knobs ----------------------------------------------------------------------------------------------
 
@@ -181,18 +162,7 @@ class SideBySide(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
 
     @t.validate(*RANGES)
     def _number_is_in_range(self, proposal: dict[str, Any]) -> int:
-        name, number = proposal["trait"].name, proposal["value"]
-        least, most = RANGES[name]
-        if not least <= number <= most:
-            raise InputError(f"{name}={number} is out of range: give a whole number from {least} to {most}.")
-        return int(number)
-
-    def _offer_widths(self) -> None:
-        """The method's own widths, and of them the one next to the present one."""
-        widths = list(self._method.bits)
-        nearest = min(widths, key=lambda width: abs(width - self.bits))
-        self._widths.options = widths
-        self._widths.value = nearest
+        return inside(proposal, RANGES[proposal["trait"].name])
 
     def _show(self, rows: pl.DataFrame, tokens: int) -> None:
         self.generated = rows
@@ -202,6 +172,3 @@ class SideBySide(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no ty
             self._slot.children = [self.chart]
         else:
             self.chart.show(chart)
-
-    def _say(self, sentence: str) -> None:
-        self._message.value = f"<em>{sentence}</em>" if sentence else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -22,18 +21,19 @@ from veloxlab.allocate.points import Bounds
 from veloxlab.allocate.rate_budget import Allocation, RateBudget
 from veloxlab.allocate.setting import Allocator, Setting, Spans
 from veloxlab.errors import InputError
-from veloxlab.views import picture
 from veloxlab.widgets.budget_controls import BoundsControl, BudgetControl
+from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.history import history
+from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.progress import ProgressBar
 from veloxlab.widgets.take_away import TakeAway
 from veloxlab.widgets.tuner_charts import TunerCharts
-from veloxlab.widgets.worker import Progress, Worker
+from veloxlab.widgets.worker import Progress
 
 TOKENS = 4096  # of a text, until one is asked for
 
 
-class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+class BudgetTuner(Panel):
     """Turn a budget and its bounds, and see which heads get the bits and what that is predicted to cost.
 
     Everything but *Measure* answers from tables: of a `veloxlab.RateBudget`, or measured first, with progress, and kept
@@ -93,10 +93,7 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
         self._rate_settings = dict(rate_settings or {})
         self.rates: RateBudget | None = None
         self.measured = pl.DataFrame(schema=JUDGED)
-        self.worker = Worker("veloxlab-tuner")
-        self._message = ipywidgets.HTML()
-        super().__init__()
-        self.add_class("veloxlab-tuner")
+        super().__init__("tuner")
         self.observe(lambda _: self._redraw(), "setting")
         if found is None:
             self.start()
@@ -152,10 +149,6 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
         """For `veloxlab.make_cache`, or a file."""
         return self.allocation.plan
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until everything that was asked for is measured; False if that took longer than ``timeout`` seconds."""
-        return self.worker.wait(timeout)
-
     def start(self) -> None:
         """Measure the tables, or find them on disk, and show the tuner once they are there."""
         self.children = [self._waiting(), self._message]
@@ -194,12 +187,10 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
         found = self.allocation
         return f"BudgetTuner({self.charts.spent(found)}. {self.charts.predicted(found)})"
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        bundle = super()._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
-        if self.rates is None:
-            return bundle  # type: ignore[no-any-return]
-        still = picture.stacked([view.to_dict() for view in self.charts.views])
-        return {**bundle, "image/png": base64.b64encode(still).decode()}
+    @property
+    def views(self) -> Sequence[ChartView]:
+        """The charts, once there are tables."""
+        return () if self.rates is None else self.charts.views
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -312,9 +303,6 @@ class BudgetTuner(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no t
         setting = self._now
         self._budget.show(setting.budget, self._spans(setting))
         self._bounds.show(setting.bounds, setting.key_weight)
-
-    def _say(self, sentence: str) -> None:
-        self._message.value = f"<em>{html.escape(sentence)}</em>" if sentence else ""
 
     # what is shown --------------------------------------------------------------------------------------------------
 
