@@ -1,6 +1,7 @@
 """The explorer of keys and values answers from measurements, on whatever thread its controls are moved."""
 
 import base64
+import html
 import threading
 from dataclasses import replace
 
@@ -107,7 +108,7 @@ def test_what_cannot_be_seen_is_a_sentence_and_the_other_charts_follow(explorer)
     move(explorer, space="before_rope")
     move(explorer, tensor="values")
     assert explorer.problem == "Values go through no RoPE: choose keys, or the space 'raw'."
-    assert explorer.problem in explorer._message.value
+    assert explorer.problem in html.unescape(explorer._message.value)
     assert "keys" not in set(explorer.charts["spectrum"].frame["tensor"])
     assert set(explorer.charts["channels"].frame["tensor"]) == {"keys"}  # the older choice
     move(explorer, method="polarquant", bits=1)
