@@ -179,7 +179,7 @@ def test_its_state_can_be_taken_away_and_brought_back(lab):
 def test_it_can_be_taken_away_as_one_page(lab, tmp_path):
     path = lab.export(tmp_path / "report.html")
     page = path.read_text()
-    assert page.count('<div class="chart"') == len(lab._charts())
+    assert page.count('<div class="chart"') == len(lab.views)
     assert "turboquant K4 V4" in page
     assert escape(lab.plan.to_json()[:60]) in page
     assert "vegaEmbed" in page

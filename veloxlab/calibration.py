@@ -140,6 +140,11 @@ class Calibration:
         return cls(method.id, facts, codecs)
 
 
+def calibration_of(method: str, calibration: Calibration | None) -> Calibration | None:
+    """``calibration`` where it is this method's, else None: where methods are chosen, most of them need none."""
+    return calibration if calibration is not None and calibration.method == method else None
+
+
 def calibrate(
     model: Module,
     tokenizer: Any,  # noqa: ANN401

@@ -19,6 +19,8 @@ import nbformat
 import pytest
 from playwright.sync_api import Browser, Page, Request, sync_playwright
 
+from tests.browser.shown import IS_LIGHT, turn
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
     "--no-sandbox",
@@ -144,6 +146,8 @@ def notebook(lab: tuple[str, Path], browser: Browser) -> Iterator[Callable[..., 
         page.goto(f"{address}/lab/tree/{name}?reset")
         page.wait_for_function("window.jupyterapp !== undefined")
         page.evaluate(READY)
+        if not page.evaluate(IS_LIGHT % "true"):
+            turn(page, "Light")  # the server remembers what another test turned it to
         # before the kernel is idle this would open a dialog and never come back
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
         return visit

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
+
+from tests.browser.shown import Shown
 
 pytestmark = pytest.mark.browser
 
@@ -16,8 +15,6 @@ vl.SideBySide(model, tokenizer, bits=2, tokens=24)
 """
 WIDGET = ".veloxlab-side-by-side"
 CHART = f"{WIDGET} svg.marks"
-IDLE = f"() => document.querySelector('{WIDGET} .widget-hprogress')?.style.visibility === 'hidden'"
-BUSY = f"() => document.querySelector('{WIDGET} .widget-hprogress')?.style.visibility === 'visible'"
 # every text that the chart has shown, however short: the first tokens may stand for a moment only
 WATCH = f"""() => {{
   window.shown = new Set();
@@ -31,12 +28,13 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
     visit = notebook(CELL, name="side.ipynb")
     page = visit.page
     page.set_default_timeout(120_000)
+    side = Shown(page, WIDGET)
     generate = page.get_by_role("button", name="Generate")
     generate.wait_for()
     page.evaluate(WATCH)
     generate.click()
     page.locator(CHART, has_text="The texts part at token").wait_for()
-    page.wait_for_function(IDLE)
+    side.idle()
     assert page.evaluate("() => window.shown.size") > 1  # the first tokens came while others were made
     assert page.locator(f"{CHART} [stroke='#d8435c']").count() == 2
     whole = page.locator(CHART).text_content()
@@ -45,25 +43,16 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
     page.locator(f"{WIDGET} textarea").fill("Why is the sky blue?")
     page.locator(f"{WIDGET} textarea").blur()
     generate.click()
-    page.wait_for_function(BUSY)
+    side.busy()
     page.wait_for_function(f"(before) => document.querySelector('{CHART}').textContent !== before", arg=whole)
     page.get_by_role("button", name="Cancel").click()
-    page.wait_for_function(IDLE)
-    page.locator(f"{WIDGET} select").select_option("rabitq")
+    side.idle()
+    side.dropdown("method").select_option("rabitq")
     generate.click()
-    page.wait_for_function(BUSY)
-    page.wait_for_function(IDLE)
+    page.locator(CHART, has_text="rabitq at 2 bits").wait_for()  # of the method that was chosen last, to its end
+    page.locator(CHART, has_text="The texts").wait_for()
+    side.idle()
 
-    pictures = os.environ.get("VELOXLAB_PICTURES")
-    if pictures:
-        page.locator(WIDGET).screenshot(path=Path(pictures) / "side_by_side.png")
-    light = page.locator(f"{CHART} .mark-text text").first.get_attribute("fill")
-    page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
-    page.wait_for_function(
-        f"(light) => document.querySelector('{CHART} .mark-text text').getAttribute('fill') !== light", arg=light
-    )
-    page.locator("#jupyterlab-splash").wait_for(state="detached")
-    if pictures:
-        page.locator(WIDGET).screenshot(path=Path(pictures) / "side_by_side_dark.png")
+    side.turns_dark("side_by_side")
     assert visit.errors == []
     assert visit.outside == []

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from veloxlab.codecs import commvq, none, polarquant, qjl, rabitq, ratequant, rvq, spectralquant, turboquant, vecinfer
 from veloxlab.codecs.codec import Code, Codec
-from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.method import ROLES, Method, Role
 from veloxlab.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["METHODS", "Code", "Codec", "Method", "Role", "find_method", "methods", "register", "unregister"]
+__all__ = ["METHODS", "ROLES", "Code", "Codec", "Method", "Role", "find_method", "methods", "register", "unregister"]
 
 METHODS: dict[str, Method] = {
     method.id: method

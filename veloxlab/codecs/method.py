@@ -10,6 +10,7 @@ from veloxlab.codecs.codec import Codec
 from veloxlab.errors import InputError
 
 Role = Literal["keys", "values"]
+ROLES: tuple[Role, Role] = ("keys", "values")
 
 
 @dataclass(frozen=True)

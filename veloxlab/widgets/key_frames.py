@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from veloxlab.codecs.method import Calibrated
+from veloxlab.calibration import Calibration, calibration_of
 from veloxlab.measure import Capture
 from veloxlab.measure.distributions import channel_distributions, densities
 from veloxlab.measure.errors import Side
@@ -48,12 +48,12 @@ class KeyFrames:
     Attributes
     ----------
     capture : whose layers are measured, one at a time.
-    calibration : for methods that have to be fitted.
+    calibration : for the method that it was made for.
     frames : what was measured.
     """
 
     capture: Capture
-    calibration: Calibrated | None = None
+    calibration: Calibration | None = None
     frames: dict[Question, pl.DataFrame] = field(default_factory=dict)
 
     def measure(self, question: Question) -> pl.DataFrame:
@@ -70,7 +70,7 @@ class KeyFrames:
             "channels": lambda seen, tensor, space: channel_distributions(seen, space, tensors=(tensor,)),
             "density": lambda seen, tensor, space: densities(seen, space, tensors=(tensor,)),
             "levels": lambda seen, tensor, method, bits: level_densities(
-                seen, method, bits=bits, tensors=(tensor,), calibration=self.calibration
+                seen, method, bits=bits, tensors=(tensor,), calibration=calibration_of(method, self.calibration)
             ),
             "spectrum": lambda seen, tensor: spectra(seen, tensors=(tensor,)),
             "pairs": rope_pairs,

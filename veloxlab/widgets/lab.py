@@ -12,21 +12,14 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.plan import Plan
 from veloxlab.calibration import Calibration
-from veloxlab.codecs import Role, find_method
+from veloxlab.codecs import ROLES, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.files import write_atomically
-from veloxlab.measure import Capture, capture, fidelity, predicted_growth
-from veloxlab.views import (
-    bit_allocation,
-    bit_caption,
-    error_caption,
-    error_map,
-    frontier,
-    memory_caption,
-    memory_growth,
-)
+from veloxlab.measure import Capture, capture, fidelity
+from veloxlab.views import memory_caption
 from veloxlab.views.report import Section, report
-from veloxlab.widgets.chart_view import ChartView, link
+from veloxlab.widgets.chart_view import ChartView
+from veloxlab.widgets.lab_charts import DOMAINS, METRICS, Knobs, LabCharts
 from veloxlab.widgets.measuring import Measuring
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.progress import ProgressBar
@@ -34,20 +27,7 @@ from veloxlab.widgets.tables import Bits
 from veloxlab.widgets.vega_bundle import ensure_bundle
 from veloxlab.widgets.worker import Progress
 
-METRICS = {
-    "attention output (relative MSE)": "output_error",
-    "attention logits (nats)": "logit_error",
-    "keys and values (relative MSE)": "rel_mse",
-}
-DOMAINS = {"rel_mse": (1e-5, 1.0), "output_error": (1e-6, 1.0), "logit_error": (1e-3, 10.0)}
 ALL = "all layers"
-DRAWN_UPTO = 16384  # tokens to which the memory chart goes on
-HEADINGS = {
-    "errors": "What each layer loses",
-    "bits": "How the bits are spent",
-    "memory": "What is held",
-    "frontier": "What was measured",
-}
 
 
 class Lab(Panel):
@@ -163,27 +143,20 @@ class Lab(Panel):
 
     def save_pictures(self, folder: str | Path) -> list[Path]:
         """Write each chart as SVG and PNG and its rows as Parquet into ``folder``, and give the files."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        files = []
-        for name, view in self._charts().items():
-            files += [view.to_svg(folder / f"{name}.svg"), view.to_png(folder / f"{name}.png")]
-            files.append(view.to_parquet(folder / f"{name}.parquet"))
-        return files
+        return self._charts.save(Path(folder))
 
     def export(self, path: str | Path) -> Path:
         """Write what is seen as one HTML file that needs no network, and give its path.
 
         It holds the charts, live and in light and dark, what was measured, the plan and the lines that use it.
         """
-        charts = [Section(HEADINGS[name], chart=view.to_dict()) for name, view in self._charts().items()]
         words = f"{len(self._capture.tokens)} tokens of text, sinks={self.sinks}, window={self.window}."
         measured = [Section("Fidelity", table=self.measured)] if len(self.measured) else []
         plan = Section("The plan", "Save it as plan.json.", code=self.plan.to_json())
         use = Section("To use it", code='cache = vl.make_cache(model, vl.Plan.load("plan.json"))')
         page = report(
             f"veloxlab: {self.name}",
-            [Section(self.name, words), *charts, *measured, plan, use],
+            [Section(self.name, words), *self._charts.sections, *measured, plan, use],
             ensure_bundle().read_text("utf-8"),
         )
         write_atomically(Path(path), page.encode())
@@ -217,16 +190,21 @@ class Lab(Panel):
         missing = sorted(set(self.state) - set(state))
         if missing:
             raise InputError(f"The state says nothing of {', '.join(missing)}: give what lab.state gave.")
-        before = self.state
+        overrides: Bits = {int(layer): (widths[0], widths[1]) for layer, widths in state["layers"].items()}
+        for layer, widths in overrides.items():
+            self._check_layer(layer)
+            for side, width in zip(ROLES, widths, strict=True):
+                self._check_width(width, side)
+        before, overrides_before = self.state, self._overrides
         try:
-            self._turn_to(state)
+            self._turn_to(state, overrides)
         except Exception:
-            self._turn_to(before)
+            self._turn_to(before, overrides_before)
             raise
 
-    def _turn_to(self, state: dict[str, Any]) -> None:
+    def _turn_to(self, state: dict[str, Any], overrides: Bits) -> None:
         self.layer = None
-        self._overrides = {int(layer): (widths[0], widths[1]) for layer, widths in state["layers"].items()}
+        self._overrides = overrides
         self.key_bits, self.value_bits = state["bits"]
         self.sinks, self.window, self.metric = state["sinks"], state["window"], state["metric"]
         self.layer = state["layer"]
@@ -235,7 +213,7 @@ class Lab(Panel):
     # how it looks where no kernel runs ------------------------------------------------------------------------------
 
     def __repr__(self) -> str:
-        key, value = (self._mean_error(tensor) for tensor in ("keys", "values"))
+        key, value = (self._charts.relative_error(self._knobs, tensor) for tensor in ("keys", "values"))
         return (
             f"Lab({self.name}, sinks={self.sinks}, window={self.window}: relative MSE of keys {key:.4f}, "
             f"of values {value:.4f}; {memory_caption(self.memory.frame.filter(kind='measured'))})"
@@ -244,38 +222,38 @@ class Lab(Panel):
     @property
     def views(self) -> list[ChartView]:
         """The charts."""
-        return list(self._charts().values())
+        return list(self._charts.named.values())
+
+    @property
+    def errors(self) -> ChartView:
+        """What each layer loses."""
+        return self._charts.errors
+
+    @property
+    def bits(self) -> ChartView:
+        """How the bits are spent."""
+        return self._charts.bits
+
+    @property
+    def memory(self) -> ChartView:
+        """What is held."""
+        return self._charts.memory
+
+    @property
+    def frontier(self) -> ChartView | None:
+        """What was measured, once something was."""
+        return self._charts.frontier
 
     # building -------------------------------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        errors, bits, memory = (
-            self._error_rows(),
-            self._measuring.tables.code_bits(self.layer_bits),
-            self._memory_rows(),
-        )
-        assert errors is not None, "the first settings are measured before anything is built"
-        assert bits is not None
-        assert memory is not None
-        top = self._measuring.widths[-1] + 1
-        self.errors = ChartView(error_map(errors, metric=self.metric, domain=DOMAINS[self.metric]))
-        self.bits = ChartView(bit_allocation(bits, greatest=top))
-        self.memory = ChartView(memory_growth(memory))
-        self.frontier: ChartView | None = None
-        link(self.errors, self.bits, self.memory)
+        greatest = self._measuring.widths[-1] + 1
+        self._charts = LabCharts(self._measuring.tables, self._method.id, greatest, self._knobs)
         t.link((self, "layer"), (self.errors, "picked"))
         self._code = ipywidgets.HTML()
         self._slot = ipywidgets.VBox()
         self._tell_code()
-        self.children = [
-            self._controls(),
-            self._message,
-            self.errors,
-            self.bits,
-            self.memory,
-            self._slot,
-            self._code,
-        ]
+        self.children = [self._controls(), self._message, *self.views, self._slot, self._code]
 
     def _controls(self) -> ipywidgets.Widget:
         layers = [ALL, *(str(c.layer) for c in self._capture.layers)]
@@ -313,14 +291,8 @@ class Lab(Panel):
 
     @t.validate("key_bits", "value_bits")
     def _bits_are_the_methods(self, proposal: dict[str, Any]) -> int:
-        side: Role = "keys" if proposal["trait"].name == "key_bits" else "values"
-        width = proposal["value"]
-        self._method.check(width, side, {})
-        if width not in self._measuring.widths:
-            raise InputError(
-                f"The calibration holds no {side} at {width} bits, only at {self._measuring.widths}: fit that too."
-            )
-        return int(width)
+        self._check_width(proposal["value"], "keys" if proposal["trait"].name == "key_bits" else "values")
+        return int(proposal["value"])
 
     @t.validate("sinks", "window")
     def _tokens_are_counted(self, proposal: dict[str, Any]) -> int:
@@ -331,16 +303,28 @@ class Lab(Panel):
 
     @t.validate("layer")
     def _layer_is_there(self, proposal: dict[str, Any]) -> int | None:
-        layers = [c.layer for c in self._capture.layers]
-        if proposal["value"] is not None and proposal["value"] not in layers:
-            raise InputError(f"There is no layer {proposal['value']}: pick one from {layers[0]} to {layers[-1]}.")
-        return None if proposal["value"] is None else int(proposal["value"])
+        if proposal["value"] is None:
+            return None
+        self._check_layer(proposal["value"])
+        return int(proposal["value"])
 
     @t.validate("metric")
     def _metric_is_known(self, proposal: dict[str, Any]) -> str:
         if proposal["value"] not in DOMAINS:
             raise InputError(f"There is no metric {proposal['value']!r}: choose one of {', '.join(DOMAINS)}.")
         return str(proposal["value"])
+
+    def _check_width(self, width: int, side: Role) -> None:
+        self._method.check(width, side, {})
+        if width not in self._measuring.widths:
+            raise InputError(
+                f"The calibration holds no {side} at {width} bits, only at {self._measuring.widths}: fit that too."
+            )
+
+    def _check_layer(self, layer: int) -> None:
+        layers = [c.layer for c in self._capture.layers]
+        if layer not in layers:
+            raise InputError(f"There is no layer {layer}: pick one from {layers[0]} to {layers[-1]}.")
 
     def _knob_turned(self, change: dict[str, Any]) -> None:
         if self._turning:
@@ -368,30 +352,14 @@ class Lab(Panel):
         self._layer_picked(None)
         self._redraw()
 
-    def _error_rows(self) -> pl.DataFrame | None:
-        return self._measuring.tables.errors(self.layer_bits, self.metric, self.sinks, self.window)
-
-    def _bit_rows(self) -> pl.DataFrame | None:
-        return self._measuring.tables.code_bits(self.layer_bits)
-
-    def _memory_rows(self) -> pl.DataFrame | None:
-        # by the method's name alone: a name that moved with the sliders would leave the chart's colours
-        held = self._measuring.tables.memory(self.layer_bits, self.sinks, self.window, self._method.id)
-        return None if held is None else predicted_growth(held, DRAWN_UPTO)
+    @property
+    def _knobs(self) -> Knobs:
+        return Knobs(self.layer_bits, self.sinks, self.window, self.metric)
 
     def _redraw(self, *, new_metric: bool = False) -> None:
         """Show what is measured of the present settings, and ask for what is not."""
-        errors, spent, held = self._error_rows(), self._bit_rows(), self._memory_rows()
-        if errors is not None and new_metric:
-            self.errors.show(error_map(errors, metric=self.metric, domain=DOMAINS[self.metric]))
-        elif errors is not None:
-            self.errors.put(errors, caption=error_caption(errors, self.metric))
-        if spent is not None:
-            self.bits.put(spent, caption=bit_caption(spent))
-        if held is not None:
-            self.memory.put(held, caption=memory_caption(held))
+        self._complete = self._charts.show(self._knobs, new_metric=new_metric)
         self._tell_code()
-        self._complete = errors is not None and spent is not None and held is not None
         self._say("" if self._complete else "Measuring these settings: a chart that waits shows the last ones.")
         if not self._complete:
             self._measure_rest()
@@ -405,11 +373,6 @@ class Lab(Panel):
         if self._overrides:
             call = "vl.make_cache(model, lab.plan)"
         self._code.value = f"<code>cache = {call}</code>"
-
-    def _mean_error(self, tensor: str) -> float:
-        bits = self.layer_bits
-        errors = self._measuring.tables.errors(bits, "rel_mse", self.sinks, self.window)
-        return float("nan") if errors is None else float(errors.filter(tensor=tensor)["rel_mse"].mean())  # type: ignore[arg-type]
 
     # measuring ------------------------------------------------------------------------------------------------------
 
@@ -430,13 +393,7 @@ class Lab(Panel):
 
     def _add_measured(self, row: pl.DataFrame) -> None:
         self.measured = pl.concat([self.measured, row]) if len(self.measured) else row
-        chart = frontier(self.measured, x="held_bytes")
-        if self.frontier is None:
-            self.frontier = ChartView(chart)
-            self._slot.children = [self.frontier]
-        else:
-            self.frontier.show(chart)
+        self._charts.show_measured(self.measured, self._place)
 
-    def _charts(self) -> dict[str, ChartView]:
-        charts = {"errors": self.errors, "bits": self.bits, "memory": self.memory}
-        return charts | ({"frontier": self.frontier} if self.frontier else {})
+    def _place(self, chart: ChartView) -> None:
+        self._slot.children = [chart]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import altair as alt
 import ipywidgets
 import polars as pl
 import traitlets as t
 
-from veloxlab.codecs import METHODS, Method, find_method
+from veloxlab.codecs import METHODS, Method, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.layouts import CacheLayout, cache_layouts
 from veloxlab.measure.planned_memory import largest, planned
@@ -93,7 +94,7 @@ class MemoryPlanner(Panel):
             setattr(self, trait, self._nearest(trait))
         self._layouts = self._lay_out()
         self._code = ipywidgets.HTML()
-        self.chart = ChartView(memory_plan(self.plan, self.largest))
+        self.chart = ChartView(self._drawn())
         self._tell_code()
         self.children = [self._controls(), self._message, self.chart, self._code]
         self.observe(lambda _: self._draw(), KNOBS)
@@ -117,12 +118,12 @@ class MemoryPlanner(Panel):
     @property
     def plan(self) -> pl.DataFrame:
         """Bytes by part at this context: `veloxlab.measure.planned_memory.PLANNED`."""
-        return planned(self._layouts, [self.context], self.batch)
+        return self._planned(self._layouts)
 
     @property
     def largest(self) -> pl.DataFrame:
         """The largest contexts that fit: `veloxlab.measure.planned_memory.LARGEST`."""
-        return largest(self._layouts, self.memory_gb * GIGABYTE, self.batch)
+        return self._largest(self._layouts)
 
     # how it looks where no kernel runs ------------------------------------------------------------------------------
 
@@ -183,6 +184,12 @@ class MemoryPlanner(Panel):
     def _method_is_known(self, proposal: dict[str, Any]) -> str:
         return find_method(proposal["value"]).id
 
+    @t.validate(*WIDTHS)
+    def _bits_are_the_methods(self, proposal: dict[str, Any]) -> int:
+        side: Role = "keys" if proposal["trait"].name == "key_bits" else "values"
+        self._method.check(proposal["value"], side, {})
+        return int(proposal["value"])
+
     @t.validate(*RANGES)
     def _number_is_in_range(self, proposal: dict[str, Any]) -> int:
         return inside(proposal, RANGES[proposal["trait"].name])
@@ -217,6 +224,12 @@ class MemoryPlanner(Panel):
             window=self.window,
         )
 
+    def _planned(self, layouts: tuple[CacheLayout, ...]) -> pl.DataFrame:
+        return planned(layouts, [self.context], self.batch)
+
+    def _largest(self, layouts: tuple[CacheLayout, ...]) -> pl.DataFrame:
+        return largest(layouts, self.memory_gb * GIGABYTE, self.batch)
+
     def _take(self, layouts: tuple[CacheLayout, ...]) -> None:
         self._layouts = layouts
         self._say("")
@@ -225,7 +238,11 @@ class MemoryPlanner(Panel):
 
     def _draw(self) -> None:
         with self._drawing:  # knobs and the worker come on threads of their own
-            self.chart.show(memory_plan(self.plan, self.largest))
+            self.chart.show(self._drawn())
+
+    def _drawn(self) -> alt.VConcatChart:
+        layouts = self._layouts  # both halves of one chart: the worker may put others here meanwhile
+        return memory_plan(self._planned(layouts), self._largest(layouts))
 
     def _tell_code(self) -> None:
         self._code.value = (

@@ -9,7 +9,7 @@ import polars as pl
 import traitlets as t
 from mlx.nn.layers.base import Module
 
-from veloxlab.calibration import Calibration
+from veloxlab.calibration import Calibration, calibration_of
 from veloxlab.codecs import METHODS, find_method
 from veloxlab.codecs.method import Method
 from veloxlab.errors import InputError
@@ -72,12 +72,16 @@ class SideBySide(Panel):
         self.generated = pl.DataFrame(schema=GENERATION)
         self.chart: ChartView | None = None
         super().__init__("side-by-side", **knobs)
-        self._method.check(self.bits, "keys", {})
         self._slot = ipywidgets.VBox()
         self.children = [self._controls(), self._message, self._slot]
         self.observe(lambda _: offer(self._widths, self._method), "method")
 
     # state ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """What the compressed cache is, in a few words."""
+        return f"{self.method} at {self.bits} bits"
 
     @property
     def parting(self) -> int | None:
@@ -86,29 +90,22 @@ class SideBySide(Panel):
 
     def run(self) -> None:
         """Generate with the present settings; an older run is ended."""
-        prompt, method, tokens = self.prompt, self.method, self.tokens
+        prompt, method, tokens, name = self.prompt, self.method, self.tokens, self.name
         settings: dict[str, Any] = {
+            "tokens": tokens,
             "bits": self.bits,
             "sinks": self.sinks,
             "window": self.window,
-            "calibration": self._calibration,
+            "calibration": calibration_of(method, self._calibration),
         }
 
         def job(progress: Progress) -> None:
             def show(rows: pl.DataFrame) -> None:
                 progress.check()
-                self._show(rows, tokens)
+                self._show(rows, tokens, name)
 
-            side_by_side(
-                self._model,
-                self._tokenizer,
-                prompt,
-                method,
-                tokens=tokens,
-                on_token=show,
-                progress=progress,
-                **settings,
-            )
+            given: dict[str, Any] = {"on_token": show, "progress": progress, **settings}
+            side_by_side(self._model, self._tokenizer, prompt, method, **given)
 
         self._say("")
         self.worker.submit("generation", job, on_error=self._say)
@@ -121,7 +118,7 @@ class SideBySide(Panel):
 
     def __repr__(self) -> str:
         said = strip_caption(self.generated, self._framed) if len(self.generated) else "nothing is generated yet."
-        return f"SideBySide({self.method} at {self.bits} bits: {said})"
+        return f"SideBySide({self.name}: {said})"
 
     @property
     def views(self) -> tuple[ChartView, ...]:
@@ -160,13 +157,19 @@ class SideBySide(Panel):
     def _method_is_known(self, proposal: dict[str, Any]) -> str:
         return find_method(proposal["value"]).id
 
+    @t.validate("bits")
+    def _bits_are_the_methods(self, proposal: dict[str, Any]) -> int:
+        self._method.check(proposal["value"], "keys", {})
+        return int(proposal["value"])
+
     @t.validate(*RANGES)
     def _number_is_in_range(self, proposal: dict[str, Any]) -> int:
         return inside(proposal, RANGES[proposal["trait"].name])
 
-    def _show(self, rows: pl.DataFrame, tokens: int) -> None:
+    def _show(self, rows: pl.DataFrame, tokens: int, name: str) -> None:
         self.generated = rows
-        chart = token_strip(rows, parting=self._framed, lines=lines_for(tokens))
+        said = f"{name}. {strip_caption(rows, self._framed)}"
+        chart = token_strip(rows, parting=self._framed, lines=lines_for(tokens), caption=said)
         if self.chart is None:
             self.chart = ChartView(chart)
             self._slot.children = [self.chart]

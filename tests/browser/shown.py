@@ -1,0 +1,103 @@
+"""One widget of ours as a page shows it: what its charts say, its knobs, and how it waits."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from playwright.sync_api import Locator, Page
+
+from veloxlab.views import palette
+
+IS_LIGHT = "document.body.dataset.jpThemeLight === '%s'"
+
+
+def turn(page: Page, theme: str) -> None:
+    """Turn JupyterLab to the theme ``"Light"`` or ``"Dark"``, and wait until it has turned."""
+    page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {theme}'}})")
+    page.wait_for_function("() => " + IS_LIGHT % ("true" if theme == "Light" else "false"))
+    page.locator("#jupyterlab-splash").wait_for(state="detached")
+
+
+class Shown:
+    """The widget that is at a CSS selector.
+
+    Attributes
+    ----------
+    box, charts : selectors, of the widget and of the charts in it.
+    """
+
+    def __init__(self, page: Page, box: str) -> None:
+        self.page, self.box, self.charts = page, box, f"{box} svg.marks"
+        # a mark may move and no word change with it: how long the picture is, is a part of what it says
+        self._texts = f"[...document.querySelectorAll('{self.charts}')].map((c) => c.textContent + c.innerHTML.length)"
+        self._bar = f"document.querySelector('{box} .widget-hprogress')?.style.visibility"
+
+    def drawn(self, count: int) -> None:
+        """Wait for so many charts, and from then on note when a person acts and when a chart last changed."""
+        self.page.locator(self.charts).nth(count - 1).wait_for()
+        self.page.evaluate(
+            f"""() => {{
+              window.moved = {{ acted: 0, drawn: 0 }};
+              for (const event of ["keydown", "change"])
+                window.addEventListener(event, () => {{ window.moved.acted = performance.now(); }}, true);
+              const observer = new MutationObserver(() => {{ window.moved.drawn = performance.now(); }});
+              for (const chart of document.querySelectorAll("{self.box} .veloxlab-chart"))
+                observer.observe(chart, {{ subtree: true, childList: true, attributes: true, characterData: true }});
+            }}"""
+        )
+
+    def changes(self, act: Callable[[], object], charts: Sequence[int]) -> float:
+        """Act, wait until these charts say something new, and give the milliseconds until they did."""
+        before = self.page.evaluate(f"() => {self._texts}")
+        act()
+        self.page.wait_for_function(
+            f"([before, charts]) => {{ const now = {self._texts}; return charts.every((i) => now[i] !== before[i]); }}",
+            arg=[before, list(charts)],
+        )
+        return float(self.page.evaluate("() => window.moved.drawn - window.moved.acted"))
+
+    def pressed(self, name: str, keys: Sequence[str], charts: Sequence[int], place: int = 0) -> list[float]:
+        """Press keys on the slider of this name, and give how long these charts took after each."""
+        self.page.locator(f"{self.box} .widget-slider", has_text=name).locator(".noUi-handle").nth(place).focus()
+        return [self.changes(lambda key=key: self.page.keyboard.press(key), charts) for key in keys]
+
+    def dropdown(self, name: str) -> Locator:
+        """Give the list of this name."""
+        return self.page.locator(f"{self.box} .widget-dropdown", has_text=name).locator("select")
+
+    def idle(self) -> None:
+        """Wait until nothing is measured any more."""
+        self.page.wait_for_function(f"() => {self._bar} === 'hidden'")
+
+    def busy(self) -> None:
+        """Wait until something is measured."""
+        self.page.wait_for_function(f"() => {self._bar} === 'visible'")
+
+    def picture(self, name: str, height: int = 0) -> None:
+        """Keep a screenshot, where a person asked for them by VELOXLAB_PICTURES."""
+        folder = os.environ.get("VELOXLAB_PICTURES")
+        if folder:
+            if height:
+                self.page.set_viewport_size({"width": 1180, "height": height})
+            self.page.locator(self.box).screenshot(path=Path(folder) / f"{name}.png")
+
+    def turns_dark(self, name: str, height: int = 0) -> None:
+        """Turn JupyterLab dark, and wait until every chart's words have the ink of the dark; picture both."""
+        self.picture(name, height)
+        turn(self.page, "Dark")
+        light, dark = (palette.INK[mode]["soft"] for mode in ("light", "dark"))
+        self.page.wait_for_function(
+            f"""() => [...document.querySelectorAll("{self.charts}")].every((chart) => {{
+              const fills = [...chart.querySelectorAll("text")].map((text) => text.getAttribute("fill"));
+              return fills.includes("{dark}") && !fills.includes("{light}");
+            }})"""
+        )
+        self.picture(f"{name}_dark", height)
+
+
+def milliseconds(times: Sequence[float]) -> str:
+    """Say a median and its spread."""
+    return f"median {statistics.median(times):.0f} ms of {len(times)} moves ({min(times):.0f} to {max(times):.0f})"
