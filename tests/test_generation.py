@@ -246,7 +246,7 @@ def widget(model):
 def test_the_widget_shows_what_is_generated_from_any_thread(widget, model):
     assert repr(widget).endswith("nothing is generated yet.)")
     for bits in (1, 8):
-        widget.bits = bits
+        widget.key_bits = widget.value_bits = bits
         thread = threading.Thread(target=widget.run)
         thread.start()
         thread.join()
@@ -280,7 +280,9 @@ def test_what_goes_wrong_is_said_in_the_widget(widget):
     assert widget.wait(60)
     assert "The prompt is empty" in widget._message.value
     widget.method = "rvq"
-    assert widget.bits == 2
+    assert (widget.key_bits, widget.value_bits) == (2, 2)  # the nearest that it has
+    with pytest.raises(InputError, match="Values at bits=3 are out of range"):
+        widget.value_bits = 3
     with pytest.raises(InputError, match="tokens=0 is out of range"):
         widget.tokens = 0
     with pytest.raises(InputError, match="Unknown method 'turbo'"):

@@ -24,7 +24,7 @@ def lab(smollm2):
 @pytest.fixture(autouse=True)
 def _as_it_was(lab):
     yield
-    lab.layer = None
+    lab.page, lab.method, lab.layer = "cache", "turboquant", None
     lab._reset()
     lab.metric, lab.sinks, lab.window = "output_error", 2, 16
     lab.key_bits = lab.value_bits = 4
@@ -166,24 +166,31 @@ def test_its_state_can_be_taken_away_and_brought_back(lab):
     assert lab.state == state
     assert lab.plan == plan
 
-    with pytest.raises(InputError, match="of turboquant, and the state of rabitq"):
-        lab.restore(state | {"method": "rabitq"})
     with pytest.raises(InputError, match="says nothing of sinks, window"):
         lab.restore({name: state[name] for name in state if name not in ("sinks", "window")})
-    with pytest.raises(InputError, match="window=-3"):
-        lab.restore(state | {"bits": [2, 2], "window": -3})
+    for impossible, sentence in (
+        ({"bits": [2, 2], "window": -3}, "window=-3"),
+        ({"bits": [2, 77]}, "Values at bits=77 are out of range"),
+        ({"layers": {"99": [2, 2]}}, "There is no layer 99"),
+        ({"layers": {"3": [0, 2]}}, "Keys at bits=0 are out of range"),
+        ({"method": "turbo"}, "Unknown method 'turbo'"),
+        ({"method": "rabitq", "head": 5}, "There is no KV head 5"),
+        ({"page": "speed"}, "There is no page 'speed'"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            lab.restore(state | impossible)
+        assert lab.state == state
     assert lab.wait(120)
     assert lab.state == state  # nothing of the refused state is left
 
 
 def test_it_can_be_taken_away_as_one_page(lab, tmp_path):
-    path = lab.export(tmp_path / "report.html")
-    page = path.read_text()
-    assert page.count('<div class="chart"') == len(lab.views)
+    page = lab.export(tmp_path / "report.html").read_text()
+    assert page.count('<div class="chart"') == len(lab.named)
     assert "turboquant K4 V4" in page
     assert escape(lab.plan.to_json()[:60]) in page
-    assert "vegaEmbed" in page
-    assert "http://" not in page[: page.index('id="charts"')]
+    specs = page[page.index('id="charts"') :]
+    assert all(f'"{heading}"' in specs for heading in ("What each layer loses", "Bits spent on a value"))
 
 
 @pytest.mark.parametrize(
@@ -193,13 +200,31 @@ def test_it_can_be_taken_away_as_one_page(lab, tmp_path):
         ("window", -1, "window=-1 is not a number of tokens"),
         ("layer", 30, "There is no layer 30: pick one from 0 to 29"),
         ("metric", "speed", "There is no metric 'speed'"),
+        ("method", "none", "'none' compresses nothing"),
+        ("head", 3, "There is no KV head 3"),
+        ("page", "speed", "There is no page 'speed'"),
     ],
 )
 def test_impossible_knobs_are_refused_and_nothing_changes(lab, knob, value, sentence):
-    before = lab.plan
+    before = lab.state, lab.plan
     with pytest.raises(InputError, match=sentence):
         setattr(lab, knob, value)
-    assert lab.plan == before
+    assert (lab.state, lab.plan) == before
+
+
+def test_another_method_takes_the_nearest_widths_and_goes_on_the_charts(lab):
+    turn(lab, layer=7)
+    turn(lab, key_bits=3)
+    turn(lab, method="rvq")  # which has even widths alone
+    assert lab.layer_bits[7][0] in (2, 4)
+    assert lab.layer_bits[6] == (4, 4)
+    assert lab.name.startswith("rvq K4 V4")
+    assert set(lab.memory.frame["cache"]) == {"fp16", "rvq"}
+    expected = vl.layer_errors(lab._capture, "rvq", bits=4, sinks=2, window=16)
+    shown = lab.errors.frame.filter(layer=6, tensor="keys")["output_error"].to_list()
+    assert shown == pytest.approx(expected.filter(layer=6, tensor="keys")["output_error"].to_list(), rel=1e-6)
+    turn(lab, method="turboquant")
+    assert set(lab.memory.frame["cache"]) == {"fp16", "turboquant"}
 
 
 def test_a_laboratory_that_cannot_be_says_so_before_any_work(smollm2):

@@ -128,6 +128,47 @@ def test_cancel_ends_one_key_or_all(worker, key, left):
     assert results == left
 
 
+def test_what_nobody_waits_for_makes_way_and_begins_anew(worker, news):
+    starts, go = [], threading.Event()
+    asked, first = [], threading.Event()
+
+    def ahead(progress: Progress) -> None:
+        starts.append(len(asked))
+        first.set()
+        while not go.wait(0.001):
+            progress.check()
+
+    worker.submit("ahead", ahead, ahead=True)
+    assert first.wait(PATIENCE)
+    worker.submit("also ahead", lambda _: asked.append("also ahead"), ahead=True)  # takes nobody's place
+    for key in ("one", "two"):
+        worker.submit(key, lambda _, key=key: (asked.append(key), asked[1:] and go.set()))
+    idle(worker)
+    assert asked[:2] == ["one", "two"]
+    assert starts[0] == 0
+    assert starts[-1] >= 2
+    assert [s.state for s in news if s.key == "ahead"][-1] == "done"
+    assert "cancelled" not in {s.state for s in news}
+
+
+def test_what_made_way_can_be_cancelled_while_it_waits(worker, news):
+    held, started = Held(), threading.Event()
+
+    def ahead(progress: Progress) -> None:
+        started.set()
+        while True:
+            progress.check()
+
+    worker.submit("ahead", ahead, ahead=True)
+    assert started.wait(PATIENCE)
+    worker.submit("held", held)
+    assert held.started.wait(PATIENCE)
+    worker.cancel("ahead")
+    held.go.set()
+    idle(worker)
+    assert [s.state for s in news if s.key == "ahead"][-1] == "cancelled"
+
+
 def test_a_job_cannot_swallow_its_cancellation(worker, news):
     started = threading.Event()
 

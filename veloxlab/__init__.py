@@ -50,6 +50,8 @@ if TYPE_CHECKING:
     from veloxlab.prompt_cache import load_cache, make_cache
     from veloxlab.shapes import ModelShape
     from veloxlab.texts import excerpt
+    from veloxlab.widgets.cache_explorer import CacheExplorer
+    from veloxlab.widgets.error_explorer import ErrorExplorer
     from veloxlab.widgets.key_explorer import KeyExplorer
     from veloxlab.widgets.lab import Lab
     from veloxlab.widgets.planner import MemoryPlanner
@@ -69,7 +71,9 @@ if load_fast_blas() == TOO_LATE:
 
 _HOME = {
     "BudgetTuner": "widgets.tuner",
+    "CacheExplorer": "widgets.cache_explorer",
     "Calibration": "calibration",
+    "ErrorExplorer": "widgets.error_explorer",
     "Capture": "measure",
     "InputError": "errors",
     "KeyExplorer": "widgets.key_explorer",
@@ -122,8 +126,10 @@ __all__ = [
     "Bounds",
     "BudgetTuner",
     "BytesPerToken",
+    "CacheExplorer",
     "Calibration",
     "Capture",
+    "ErrorExplorer",
     "InputError",
     "KeyExplorer",
     "Lab",

@@ -17,7 +17,7 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab import integrate, prompt_cache
-from veloxlab.codecs import Codec, Role, find_method
+from veloxlab.codecs import ROLES, Codec, Role, find_method
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.saving import check_written, from_parts, to_parts, written
@@ -31,7 +31,6 @@ FORMAT = "veloxlab calibration 2"
 USUAL_TOKENS = 1024
 LEAST_TOKENS, LEAST_DISTINCT = 64, 16
 _USUAL = f"give natural text of at least {LEAST_TOKENS} tokens; {USUAL_TOKENS:,} are usual"
-ROLES: tuple[Role, Role] = ("keys", "values")
 Place = tuple[int, Role, int]  # layer, role, bits
 
 
@@ -87,6 +86,22 @@ class Calibration:
     def widths(self) -> list[int]:
         """The bits that were fitted."""
         return sorted({at[2] for at in self.codecs})
+
+    def joined(self, other: Calibration) -> Calibration:
+        """Give this calibration with the widths of another one beside its own; codecs of each width are fitted alone.
+
+        Raises
+        ------
+        InputError : the other differs in more than its widths: another method, model, text or option.
+        """
+        both = [{**c.facts, "method": c.method, "bits": None} for c in (self, other)]
+        if both[0] != both[1]:
+            differs = [name for name in both[0] if both[0][name] != both[1].get(name)]
+            raise InputError(
+                f"These calibrations differ in {', '.join(differs)} and not in widths alone: make both with the same."
+            )
+        widths = sorted({*self.widths, *other.widths})
+        return Calibration(self.method, {**self.facts, "bits": widths}, {**self.codecs, **other.codecs})
 
     @property
     def frame(self) -> pl.DataFrame:

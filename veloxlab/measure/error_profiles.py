@@ -30,6 +30,15 @@ ERROR_DENSITIES = {
 }
 """Columns of `error_densities`."""
 
+ERRORS_BY_BITS = {
+    "tensor": pl.String,
+    "bits": pl.Int32,
+    "error": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over all vectors whose error is finite
+    "true_bits": pl.Float64,  # that a value really takes
+    "not_finite": pl.Int64,
+}
+"""Columns of `errors_by_bits`."""
+
 BLOCKS, BINS = 64, 60
 SIDE = ["tensor", "bits"]
 RELATIVE = pl.col("squared_error").cast(pl.Float64) / pl.col("squared_norm").cast(pl.Float64)
@@ -61,6 +70,29 @@ def errors_along_position(tokens: pl.DataFrame, *, blocks: int = BLOCKS) -> pl.D
         .sort(*SIDE, "position")
         .select(pl.col(name).cast(dtype) for name, dtype in PROFILE.items())
     )
+
+
+def errors_by_bits(tokens: pl.DataFrame, true_bits: pl.DataFrame) -> pl.DataFrame:
+    """The error at each width of `veloxlab.token_errors`, beside what a value takes by `veloxlab.code_bits`.
+
+    Columns: `ERRORS_BY_BITS`. Both frames have rows of several widths; the second one a column ``bits`` too.
+
+    Raises
+    ------
+    InputError : no row.
+    """
+    if tokens.is_empty():
+        raise InputError("There is nothing to pool: give token_errors with rows.")
+    finite = pl.col("squared_error").is_finite()
+    errors = tokens.group_by(SIDE).agg(
+        error=pl.col("squared_error").filter(finite).cast(pl.Float64).sum()
+        / pl.col("squared_norm").filter(finite).cast(pl.Float64).sum(),
+        not_finite=(~finite).sum(),
+    )
+    layers = true_bits.group_by(*SIDE, "layer").agg(true_bits=pl.col("bits_per_value").sum())
+    taken = layers.group_by(SIDE).agg(pl.col("true_bits").mean())
+    joined = errors.join(taken, on=SIDE).sort(SIDE)
+    return joined.select(pl.col(name).cast(dtype) for name, dtype in ERRORS_BY_BITS.items())
 
 
 def error_densities(tokens: pl.DataFrame, *, bins: int = BINS) -> pl.DataFrame:

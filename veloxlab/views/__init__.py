@@ -15,9 +15,11 @@ from veloxlab.views.distributions import (
     levels_on_density,
 )
 from veloxlab.views.error_profiles import (
+    by_bits_caption,
     distribution_caption,
     error_distribution,
     errors_along_position,
+    errors_by_bits,
     profile_caption,
 )
 from veloxlab.views.errors import error_caption, error_domain, error_map
@@ -45,6 +47,7 @@ __all__ = [
     "bit_allocation",
     "bit_caption",
     "budget_frontier",
+    "by_bits_caption",
     "channel_caption",
     "channel_map",
     "channel_map_caption",
@@ -60,6 +63,7 @@ __all__ = [
     "error_domain",
     "error_map",
     "errors_along_position",
+    "errors_by_bits",
     "fidelity_caption",
     "frontier",
     "frontier_rows",

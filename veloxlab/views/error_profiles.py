@@ -1,4 +1,4 @@
-"""Errors of single vectors: along the text, and how they are distributed."""
+"""Errors of single vectors: along the text, how they are distributed, and how they fall with bits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import require
 from veloxlab.views.furniture import Plot, caption_title, framed, tensor_colour
-from veloxlab.views.logscale import LABEL, log_ticks
+from veloxlab.views.logscale import LABEL, log_domain, log_ticks
 
 
 def errors_along_position(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -92,6 +92,59 @@ def distribution_caption(frame: pl.DataFrame) -> str:
     said = [f"{zero} vectors without error are not drawn"] if zero else []
     said += [f"× {broken} not finite"] if broken else []
     return "; ".join(said) or "Every vector of the capture is counted"
+
+
+def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+    """Draw how the error of keys and of values falls with the true bits of a value.
+
+    Parameters
+    ----------
+    frame
+        Rows of `veloxlab.measure.error_profiles.ERRORS_BY_BITS`.
+    caption
+        The line under the heading; by default what one more bit does.
+    """
+    numbers = ("bits", "error", "true_bits", "not_finite")
+    require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "errors_by_bits")  # type: ignore[arg-type]
+    shown = frame.select("tensor", *numbers)
+    scale = log_domain(frame["error"])
+    base = (
+        alt.Chart()
+        .transform_filter("isValid(datum.error)")
+        .encode(
+            x=alt.X("true_bits:Q", title="true bits a value, scales included").scale(zero=False, padding=12),
+            y=alt.Y("error:Q", title=["relative", "squared error"])
+            .scale(type="log", domain=scale, nice=False, clamp=True)
+            .axis(values=log_ticks(scale), labelExpr=LABEL),
+            color=tensor_colour(legend=True),
+        )
+    )
+    tips = [
+        alt.Tooltip("tensor:N"),
+        alt.Tooltip("bits:Q", title="code bits"),
+        alt.Tooltip("true_bits:Q", title="true bits", format=".2f"),
+        alt.Tooltip("error:Q", format=".3~g"),
+    ]
+    points = base.mark_point(filled=True, size=50, opacity=1).encode(tooltip=tips)
+    plot = alt.layer(base.mark_line(strokeWidth=1.5), points).properties(
+        width=palette.WIDTH - 90, height=150, title=caption_title()
+    )
+    words = by_bits_caption(frame) if caption is None else caption
+    return framed([plot], shown, "How the error falls with bits", words, pickable=False)
+
+
+def by_bits_caption(frame: pl.DataFrame) -> str:
+    """Say by what factor an error falls with one more bit, on average, and how many errors are not finite."""
+    said = []
+    for tensor in palette.TENSORS:
+        own = frame.filter(pl.col("tensor") == tensor, pl.col("error") > 0).sort("true_bits")
+        spent = own["true_bits"][-1] - own["true_bits"][0] if len(own) > 1 else 0
+        if spent > 0:
+            factor = (own["error"][0] / own["error"][-1]) ** (1 / spent)
+            said.append(f"{tensor} {factor:.1f}×")
+    broken = int(frame["not_finite"].sum())
+    words = f"One more bit divides the error by: {', '.join(said)}" if said else "One width alone"
+    return words + (f"; × {broken} not finite" if broken else "")
 
 
 def _along(bits: int, *, legend: bool, last: bool) -> Plot:

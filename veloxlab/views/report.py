@@ -21,14 +21,14 @@ class Section:
 
     Attributes
     ----------
-    heading : what is seen.
+    heading : what is seen; empty where a chart says it.
     words : a paragraph.
     chart : a Vega-Lite spec with its data.
     table : a frame, drawn whole.
     code : text to be copied.
     """
 
-    heading: str
+    heading: str = ""
     words: str = ""
     chart: Spec | None = None
     table: pl.DataFrame | None = None
@@ -64,7 +64,7 @@ def report(title: str, sections: Sequence[Section], script: str) -> str:
 
 
 def _part(section: Section, number: object) -> str:
-    lines = [f"<h2>{escape(section.heading)}</h2>"]
+    lines = [f"<h2>{escape(section.heading)}</h2>"] if section.heading else []
     if section.words:
         lines.append(f"<p>{escape(section.words)}</p>")
     if callable(number):

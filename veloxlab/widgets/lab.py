@@ -1,399 +1,267 @@
-"""The laboratory: what each layer loses, how bits are spent and what is held, while the knobs are turned."""
+"""The laboratory: every view of one cache on pages of their own, which share what is chosen."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ipywidgets
 import polars as pl
 import traitlets as t
-from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.plan import Plan
-from veloxlab.calibration import Calibration
-from veloxlab.codecs import ROLES, Role, find_method
 from veloxlab.errors import InputError
-from veloxlab.files import write_atomically
-from veloxlab.measure import Capture, capture, fidelity
-from veloxlab.views import memory_caption
-from veloxlab.views.report import Section, report
+from veloxlab.views.report import Section
+from veloxlab.widgets.cache_explorer import WIDTHS, CacheExplorer
 from veloxlab.widgets.chart_view import ChartView
-from veloxlab.widgets.lab_charts import DOMAINS, METRICS, Knobs, LabCharts
-from veloxlab.widgets.measuring import Measuring
-from veloxlab.widgets.panel import Panel
+from veloxlab.widgets.error_explorer import ErrorExplorer
+from veloxlab.widgets.key_explorer import KeyExplorer
+from veloxlab.widgets.measured_points import MeasuredPoints
+from veloxlab.widgets.panel import Panel, nearest
+from veloxlab.widgets.planner import MemoryPlanner
 from veloxlab.widgets.progress import ProgressBar
+from veloxlab.widgets.side_by_side import SideBySide
 from veloxlab.widgets.tables import Bits
-from veloxlab.widgets.vega_bundle import ensure_bundle
+from veloxlab.widgets.tuner import BudgetTuner
 from veloxlab.widgets.worker import Progress
 
-ALL = "all layers"
+NAMES = ("cache", "errors", "keys", "compare", "generation", "budget", "memory")
+SELECTION = ("method", "layer", "head", *WIDTHS, "sinks", "window")  # a method before its widths
 
 
-class Lab(Panel):
-    """Turn the knobs of a compressed cache and see what they cost, on the model's own keys and values.
-
-    A capture of ``tokens`` tokens and the first settings are measured at once; other bit widths are measured behind the
-    scenes, so that sliders answer from tables. Clicking a layer in any chart marks it in all, and the bit sliders
-    then speak of that layer alone. Nothing here needs a network.
-
-    Parameters
-    ----------
-    model, tokenizer : as `veloxlab.load` gives them.
-    method : a method's id.
-    bits, key_bits, value_bits : code bits to begin with; the last two override the first.
-    sinks, window : tokens kept exact to begin with.
-    text : what the model reads; the shipped WikiText-2 test excerpt by default.
-    tokens : how much of it.
-    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted; sliders have its widths.
+@dataclass(frozen=True)
+class Page:
+    """One page that is made when it is first opened.
 
     Attributes
     ----------
-    key_bits, value_bits, sinks, window, layer, metric : traits; set them and the charts follow.
-    measured : `veloxlab.fidelity` of every setting that was measured.
-    plan : the settings as a `veloxlab.Plan`.
-    errors, bits, memory, frontier : the charts, each with ``frame``, ``to_parquet``, ``to_csv``, ``to_png`` and
-        ``to_svg``; there is a frontier once something was measured.
+    title : on its tab.
+    make : given what is chosen, by the names of its own traits; on the worker's thread.
+    shares : traits that it and the laboratory have in common; ``bits`` are those of the keys or values that it shows.
+    """
+
+    title: str
+    make: Callable[..., Panel]
+    shares: tuple[str, ...]
+
+
+class Lab(CacheExplorer):
+    """See everything about one model's compressed cache, page by page, and take away what was found.
+
+    The first page is that of a `CacheExplorer`, with its parameters. The others are made when they are first opened.
+    Method, bits, layer and head are one choice for all pages. All work is done by one thread, with progress; each page
+    can cancel it. Nothing here needs a network.
+
+    Attributes
+    ----------
+    page : trait: the name of the open page, one of ``cache``, ``errors``, ``keys``, ``compare``, ``generation``,
+        ``budget`` and ``memory``.
+    head : trait: the chosen KV head.
+    pages : the pages that were made, by name, each a widget of its own: `ErrorExplorer`, `KeyExplorer`, `SideBySide`,
+        `BudgetTuner`, `MemoryPlanner`.
+    method, key_bits, value_bits, sinks, window, layer, metric, measured, plan, errors, bits, memory, frontier : as
+        `CacheExplorer` has them.
 
     Raises
     ------
     InputError : unknown method, bits out of range, a text that is too short.
     """
 
-    key_bits = t.Int(4, help="code bits of keys, of the picked layer or of all")
-    value_bits = t.Int(4, help="code bits of values")
-    sinks = t.Int(4, help="tokens at the start kept exact")
-    window = t.Int(64, help="newest tokens kept exact")
-    layer = t.Int(None, allow_none=True, help="the picked layer")
-    metric = t.Unicode("output_error", help="which error is drawn")
+    NAME = "lab"
 
-    def __init__(
-        self,
-        model: Module,
-        tokenizer: Any,  # noqa: ANN401
-        *,
-        method: str = "turboquant",
-        bits: int = 4,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
-        sinks: int = 4,
-        window: int = 64,
-        text: str | None = None,
-        tokens: int = 256,
-        calibration: Calibration | None = None,
-    ) -> None:
-        self._model, self._tokenizer, self._text = model, tokenizer, text
-        self._method, self._calibration = find_method(method), calibration
-        settings = {"key_bits": key_bits or bits, "value_bits": value_bits or bits, "sinks": sinks, "window": window}
-        Plan.uniform(model, method, **settings)  # type: ignore[arg-type]  # refuses what cannot be, before any work
-        self._capture: Capture = capture(model, tokenizer, text, tokens=tokens)
-        self._measuring = Measuring(self._capture, self._method, calibration)
-        self._base = (settings["key_bits"], settings["value_bits"])
-        self._overrides: Bits = {}
-        self._turning = False
-        self._complete = True
-        self.measured = pl.DataFrame()
-        for width in set(self._base):
-            self._measuring.width(width, sinks, window)
-        super().__init__("lab", **settings)
-        self._build()
-        self.observe(self._knob_turned, ["key_bits", "value_bits", "sinks", "window", "metric"])
-        self.observe(self._layer_picked, "layer")
-        self._measure_rest()
+    page = t.Unicode("cache", help="the open page")
+    head = t.Int(0, help="the chosen KV head")
 
-    # state ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def layer_bits(self) -> Bits:
-        """Code bits of keys and values, by layer."""
-        return {c.layer: self._overrides.get(c.layer, self._base) for c in self._capture.layers}
-
-    @property
-    def name(self) -> str:
-        """The settings in a few words."""
-        key, value = self._base
-        changed = f" +{len(self._overrides)} layers" if self._overrides else ""
-        return f"{self._method.id} K{key} V{value}{changed}"
-
-    @property
-    def plan(self) -> Plan:
-        """The settings as a plan, for `veloxlab.make_cache` or a file."""
-        plan = Plan.uniform(
-            self._model,
-            self._method.id,
-            key_bits=self._base[0],
-            value_bits=self._base[1],
-            sinks=self.sinks,
-            window=self.window,
-        )
-        for layer, (key, value) in self._overrides.items():
-            plan = plan.with_layer(layer, key_bits=key, value_bits=value)
-        return plan
-
-    def measure(self) -> None:
-        """Ask for the fidelity of the present settings; the result joins `measured` and the frontier chart."""
-        plan, name = self.plan, self.name
-
-        def job(progress: Progress) -> pl.DataFrame:
-            tokens = len(self._capture.tokens)
-            given: dict[str, Any] = {"text": self._text, "tokens": tokens, "calibration": self._calibration}
-            return fidelity(self._model, self._tokenizer, plan, name=name, progress=progress, **given)
-
-        self.worker.submit("fidelity", job, on_done=self._add_measured, on_error=self._say)
-
-    def save_pictures(self, folder: str | Path) -> list[Path]:
-        """Write each chart as SVG and PNG and its rows as Parquet into ``folder``, and give the files."""
-        return self._charts.save(Path(folder))
-
-    def export(self, path: str | Path) -> Path:
-        """Write what is seen as one HTML file that needs no network, and give its path.
-
-        It holds the charts, live and in light and dark, what was measured, the plan and the lines that use it.
-        """
-        words = f"{len(self._capture.tokens)} tokens of text, sinks={self.sinks}, window={self.window}."
-        measured = [Section("Fidelity", table=self.measured)] if len(self.measured) else []
-        plan = Section("The plan", "Save it as plan.json.", code=self.plan.to_json())
-        use = Section("To use it", code='cache = vl.make_cache(model, vl.Plan.load("plan.json"))')
-        page = report(
-            f"veloxlab: {self.name}",
-            [Section(self.name, words), *self._charts.sections, *measured, plan, use],
-            ensure_bundle().read_text("utf-8"),
-        )
-        write_atomically(Path(path), page.encode())
-        return Path(path)
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The settings as plain words and numbers: what `restore` takes, and JSON holds."""
-        return {
-            "method": self._method.id,
-            "bits": list(self._base),
-            "layers": {str(layer): list(widths) for layer, widths in self._overrides.items()},
-            "sinks": self.sinks,
-            "window": self.window,
-            "layer": self.layer,
-            "metric": self.metric,
+    def _arrange(self) -> None:
+        self.pages: dict[str, Panel] = {}
+        self._sharing = False
+        given: dict[str, Any] = {"fitting": self._fitting, "worker": self.worker}
+        both = self._model, self._tokenizer
+        seen, whole = ("method", "layer", "head", "bits"), ("method", *WIDTHS, "sinks", "window")
+        self._kinds = {
+            "errors": Page("Errors", partial(ErrorExplorer, self._capture, **given), seen),
+            "keys": Page("Keys and values", partial(KeyExplorer, self._capture, **given), seen),
+            "generation": Page("Generation", partial(SideBySide, *both, **given), whole),
+            "budget": Page("Budget", partial(BudgetTuner, *both, worker=self.worker), ("layer",)),
+            "memory": Page("Memory", partial(MemoryPlanner, self._model, worker=self.worker), whole),
         }
+        self._places = {name: ipywidgets.VBox([ProgressBar(self.worker)]) for name in self._kinds}
+        cache = [self._controls(), self._message, self.errors, self.bits, self.memory, self._code]
+        places = {"cache": ipywidgets.VBox(cache), "compare": self._comparison(), **self._places}
+        titles = {"cache": "Cache", "compare": "Compare"} | {name: kind.title for name, kind in self._kinds.items()}
+        self._tabs = ipywidgets.Tab([places[name] for name in NAMES], titles=[titles[name] for name in NAMES])
+        t.link((self, "page"), (self._tabs, "selected_index"), transform=(NAMES.index, lambda i: NAMES[i or 0]))
+        self.observe(lambda _: self._open(), "page")
+        self.observe(lambda _: self._bring(), SELECTION)
+        self.children = [self._tabs]
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Turn the knobs to a `state` of a laboratory of the same method.
+    # pages ----------------------------------------------------------------------------------------------------------
+
+    def turn_to(self, page: str) -> Panel:
+        """Open a page and wait until it is there; give it, or the laboratory itself for ``cache`` and ``compare``.
 
         Raises
         ------
-        InputError : another method's state, or one that says what this laboratory cannot be; nothing is changed then.
+        InputError : there is no such page, or it could not be made.
         """
-        if state.get("method") != self._method.id:
-            raise InputError(
-                f"This laboratory is of {self._method.id}, and the state of {state.get('method')}: make a "
-                f"vl.Lab(model, tokenizer, method={state.get('method')!r})."
-            )
-        missing = sorted(set(self.state) - set(state))
-        if missing:
-            raise InputError(f"The state says nothing of {', '.join(missing)}: give what lab.state gave.")
-        overrides: Bits = {int(layer): (widths[0], widths[1]) for layer, widths in state["layers"].items()}
-        for layer, widths in overrides.items():
-            self._check_layer(layer)
-            for side, width in zip(ROLES, widths, strict=True):
-                self._check_width(width, side)
-        before, overrides_before = self.state, self._overrides
-        try:
-            self._turn_to(state, overrides)
-        except Exception:
-            self._turn_to(before, overrides_before)
-            raise
+        self.page = page
+        self.worker.wait()
+        if page in self._kinds and page not in self.pages:
+            raise InputError(f"The page {page!r} could not be made: {self.worker.last_error}")
+        return self.pages.get(page, self)
 
-    def _turn_to(self, state: dict[str, Any], overrides: Bits) -> None:
-        self.layer = None
-        self._overrides = overrides
-        self.key_bits, self.value_bits = state["bits"]
-        self.sinks, self.window, self.metric = state["sinks"], state["window"], state["metric"]
-        self.layer = state["layer"]
-        self._redraw()
-
-    # how it looks where no kernel runs ------------------------------------------------------------------------------
-
-    def __repr__(self) -> str:
-        key, value = (self._charts.relative_error(self._knobs, tensor) for tensor in ("keys", "values"))
-        return (
-            f"Lab({self.name}, sinks={self.sinks}, window={self.window}: relative MSE of keys {key:.4f}, "
-            f"of values {value:.4f}; {memory_caption(self.memory.frame.filter(kind='measured'))})"
-        )
-
-    @property
-    def views(self) -> list[ChartView]:
-        """The charts."""
-        return list(self._charts.named.values())
-
-    @property
-    def errors(self) -> ChartView:
-        """What each layer loses."""
-        return self._charts.errors
-
-    @property
-    def bits(self) -> ChartView:
-        """How the bits are spent."""
-        return self._charts.bits
-
-    @property
-    def memory(self) -> ChartView:
-        """What is held."""
-        return self._charts.memory
-
-    @property
-    def frontier(self) -> ChartView | None:
-        """What was measured, once something was."""
-        return self._charts.frontier
-
-    # building -------------------------------------------------------------------------------------------------------
-
-    def _build(self) -> None:
-        greatest = self._measuring.widths[-1] + 1
-        self._charts = LabCharts(self._measuring.tables, self._method.id, greatest, self._knobs)
-        t.link((self, "layer"), (self.errors, "picked"))
-        self._code = ipywidgets.HTML()
-        self._slot = ipywidgets.VBox()
-        self._tell_code()
-        self.children = [self._controls(), self._message, *self.views, self._slot, self._code]
-
-    def _controls(self) -> ipywidgets.Widget:
-        layers = [ALL, *(str(c.layer) for c in self._capture.layers)]
-        widths = self._measuring.widths
-        key = self._steps("key_bits", widths, "K bits", "Code bits of each key coordinate")
-        value = self._steps("value_bits", widths, "V bits", "Code bits of each value coordinate")
-        sinks = self._number("sinks", (0, 64), tip="First tokens, kept exact")
-        window = self._number("window", (0, 256), tip="Newest tokens, kept exact", step=16)
-        layer = ipywidgets.Dropdown(
-            options=layers, description="layer", tooltip="Bits of one layer: pick it here or in a chart"
-        )
-        t.link(
-            (self, "layer"),
-            (layer, "value"),
-            transform=(lambda n: ALL if n is None else str(n), lambda s: None if s == ALL else int(s)),
-        )
-        metric = self._choice("metric", list(METRICS.items()), "error of", "What is drawn above")
-        metric.layout.width = "340px"
-        reset = ipywidgets.Button(description="Same for all", tooltip="Forget the bits of single layers")
-        reset.on_click(lambda _: self._reset())
-        measure = ipywidgets.Button(
-            description="Measure fidelity", tooltip="Run the model with this cache and compare its predictions"
-        )
-        measure.on_click(lambda _: self.measure())
-        return ipywidgets.VBox(
-            [
-                ipywidgets.HBox([key, value]),
-                ipywidgets.HBox([sinks, window]),
-                ipywidgets.HBox([layer, metric]),
-                ipywidgets.HBox([reset, measure, ProgressBar(self.worker)]),
-            ]
-        )
-
-    # turning the knobs ----------------------------------------------------------------------------------------------
-
-    @t.validate("key_bits", "value_bits")
-    def _bits_are_the_methods(self, proposal: dict[str, Any]) -> int:
-        self._check_width(proposal["value"], "keys" if proposal["trait"].name == "key_bits" else "values")
-        return int(proposal["value"])
-
-    @t.validate("sinks", "window")
-    def _tokens_are_counted(self, proposal: dict[str, Any]) -> int:
-        if proposal["value"] < 0:
-            name = proposal["trait"].name
-            raise InputError(f"{name}={proposal['value']} is not a number of tokens: give a whole number, 0 or more.")
-        return int(proposal["value"])
-
-    @t.validate("layer")
-    def _layer_is_there(self, proposal: dict[str, Any]) -> int | None:
-        if proposal["value"] is None:
-            return None
-        self._check_layer(proposal["value"])
-        return int(proposal["value"])
-
-    @t.validate("metric")
-    def _metric_is_known(self, proposal: dict[str, Any]) -> str:
-        if proposal["value"] not in DOMAINS:
-            raise InputError(f"There is no metric {proposal['value']!r}: choose one of {', '.join(DOMAINS)}.")
-        return str(proposal["value"])
-
-    def _check_width(self, width: int, side: Role) -> None:
-        self._method.check(width, side, {})
-        if width not in self._measuring.widths:
-            raise InputError(
-                f"The calibration holds no {side} at {width} bits, only at {self._measuring.widths}: fit that too."
-            )
-
-    def _check_layer(self, layer: int) -> None:
-        layers = [c.layer for c in self._capture.layers]
-        if layer not in layers:
-            raise InputError(f"There is no layer {layer}: pick one from {layers[0]} to {layers[-1]}.")
-
-    def _knob_turned(self, change: dict[str, Any]) -> None:
-        if self._turning:
-            return
-        if change["name"] in ("key_bits", "value_bits"):
-            widths = (self.key_bits, self.value_bits)
-            if self.layer is None:
-                self._base = widths
-            else:
-                self._overrides[self.layer] = widths
-        self._redraw(new_metric=change["name"] == "metric")
-
-    def _layer_picked(self, _: object) -> None:
-        """The bit sliders speak of the picked layer; showing its bits changes none."""
-        self._turning = True
-        try:
-            picked = self._base if self.layer is None else self._overrides.get(self.layer, self._base)
-            self.key_bits, self.value_bits = picked
-        finally:
-            self._turning = False
-
-    def _reset(self) -> None:
-        self._overrides = {}
-        self.layer = None
-        self._layer_picked(None)
-        self._redraw()
-
-    @property
-    def _knobs(self) -> Knobs:
-        return Knobs(self.layer_bits, self.sinks, self.window, self.metric)
-
-    def _redraw(self, *, new_metric: bool = False) -> None:
-        """Show what is measured of the present settings, and ask for what is not."""
-        self._complete = self._charts.show(self._knobs, new_metric=new_metric)
-        self._tell_code()
-        self._say("" if self._complete else "Measuring these settings: a chart that waits shows the last ones.")
-        if not self._complete:
-            self._measure_rest()
-
-    def _tell_code(self) -> None:
-        key, value = self._base
-        call = (
-            f'vl.make_cache(model, "{self._method.id}", key_bits={key}, value_bits={value}, '
-            f"sinks={self.sinks}, window={self.window})"
-        )
-        if self._overrides:
-            call = "vl.make_cache(model, lab.plan)"
-        self._code.value = f"<code>cache = {call}</code>"
-
-    # measuring ------------------------------------------------------------------------------------------------------
-
-    def _measure_rest(self) -> None:
-        """Measure what the present settings lack, then what the next ones may need, one width after another."""
-        sinks, window = self.sinks, self.window
-        wanted = {width for pair in self.layer_bits.values() for width in pair}
-        order = self._measuring.order(wanted)
+    def compare(self) -> None:
+        """Ask for the fidelity of every method that needs no fitting, at the present bits or those next to them."""
+        here, fitting = self.state, self._fitting
+        nearby = {
+            method: [nearest(fitting.widths(method), width) for width in self._base] for method in fitting.methods
+        }
+        ready = {m: bits for m, bits in nearby.items() if all(fitting.is_ready(m, width) for width in bits)}
 
         def job(progress: Progress) -> None:
-            for i, width in enumerate(order):
-                progress(i, len(order), f"measuring {width} bits")
-                self._measuring.width(width, sinks, window)
-                if not self._complete and wanted <= {*order[: i + 1]}:
-                    self._redraw(new_metric=True)
+            for done, (method, bits) in enumerate(ready.items()):
+                progress(done, len(ready), f"measuring {method}")
+                plan = self._uniform(method, bits[0], bits[1])
+                name = f"{method} K{bits[0]} V{bits[1]}"
+                row = self._fidelity(plan, name, method, bits, lambda *_: progress.check())
+                self._add_measured(row, {**here, "method": method, "bits": bits, "layers": {}})
 
-        self.worker.submit("tables", job, on_error=self._say)
+        self._submit("comparison", job)
 
-    def _add_measured(self, row: pl.DataFrame) -> None:
-        self.measured = pl.concat([self.measured, row]) if len(self.measured) else row
-        self._charts.show_measured(self.measured, self._place)
+    def _open(self) -> None:
+        """Make the page if it is new, and bring it to what is chosen."""
+        name = self.page
+        if name not in self._kinds or name in self.pages:
+            self._bring()
+            return
+        kind, chosen = self._kinds[name], self._chosen(name)
 
-    def _place(self, chart: ChartView) -> None:
-        self._slot.children = [chart]
+        def make(progress: Progress) -> Panel:
+            progress(0, 1, "measuring what the page shows first")
+            return kind.make(**chosen)
+
+        self._submit(f"page {name}", make, on_done=lambda panel: self._show_page(name, panel))
+
+    def _show_page(self, name: str, panel: Panel) -> None:
+        self.pages[name] = panel
+        panel.observe(lambda _: self._take(name), self._kinds[name].shares)
+        self._places[name].children = [panel]
+        self._bring()  # to what was chosen while it was made
+
+    # one choice for all ---------------------------------------------------------------------------------------------
+
+    def _ours(self, page: str) -> dict[str, str]:
+        """Names of the laboratory's traits by those of the page, a method before its widths."""
+        shows_values = getattr(self.pages.get(page), "tensor", "keys") == "values"
+        return {name: WIDTHS[shows_values] if name == "bits" else name for name in self._kinds[page].shares}
+
+    def _chosen(self, page: str) -> dict[str, Any]:
+        """What is chosen, by the page's names. A page without layers has the bits of all, whichever is picked."""
+        whole = {} if "layer" in self._kinds[page].shares else dict(zip(WIDTHS, self._base, strict=True))
+        chosen = {theirs: whole.get(ours, getattr(self, ours)) for theirs, ours in self._ours(page).items()}
+        panel = self.pages.get(page)
+        none = {name for name in chosen if panel is not None and panel.traits()[name].allow_none}
+        return {name: value for name, value in chosen.items() if value is not None or name in none}
+
+    def _bring(self) -> None:
+        """Bring the open page to what is chosen; what it cannot follow it says."""
+        panel = self.pages.get(self.page)
+        if panel is None or self._sharing:
+            return
+        self._sharing = True
+        try:
+            for name, value in self._chosen(self.page).items():
+                setattr(panel, name, value)
+        except InputError as error:
+            panel.say(str(error))
+        finally:
+            self._sharing = False
+
+    def _take(self, page: str) -> None:
+        """Choose what was chosen on a page; the page says what cannot be, and goes back."""
+        if self._sharing:
+            return
+        panel, before = self.pages[page], self._chosen(page)
+        chosen = {ours: getattr(panel, theirs) for theirs, ours in self._ours(page).items()}
+        changed = {
+            ours: chosen[ours] for theirs, ours in self._ours(page).items() if chosen[ours] != before.get(theirs)
+        }
+        self._sharing = True
+        try:
+            if "layer" not in self._kinds[page].shares and {*changed} & {*WIDTHS}:
+                self.layer = None  # its bits are those of all layers
+            for ours, value in changed.items():
+                setattr(self, ours, value)
+        except InputError as error:
+            panel.say(str(error))
+        finally:
+            self._sharing = False
+        self._bring()
+
+    @t.validate("page")
+    def _page_is_there(self, proposal: dict[str, Any]) -> str:
+        if proposal["value"] not in NAMES:
+            raise InputError(f"There is no page {proposal['value']!r}: open one of {', '.join(NAMES)}.")
+        return str(proposal["value"])
+
+    @t.validate("head")
+    def _head_is_there(self, proposal: dict[str, Any]) -> int:
+        heads = min(c.keys.shape[1] for c in self._capture.layers)
+        if not 0 <= proposal["value"] < heads:
+            raise InputError(f"There is no KV head {proposal['value']}: choose one from 0 to {heads - 1}.")
+        return int(proposal["value"])
+
+    # the page that compares -----------------------------------------------------------------------------------------
+
+    def _comparison(self) -> ipywidgets.Widget:
+        self._points = MeasuredPoints(self.restore)
+        one = ipywidgets.Button(description="Measure this cache", tooltip="Its predictions beside the exact cache's")
+        one.on_click(lambda _: self.measure())
+        every = ipywidgets.Button(
+            description="Measure all methods", tooltip="At these bits, each method that needs no fitting"
+        )
+        every.on_click(lambda _: self.compare())
+        buttons = ipywidgets.HBox([one, every, ProgressBar(self.worker, flex="1 1 auto")])
+        return ipywidgets.VBox([buttons, self._message, self._slot, self._points])
+
+    def _add_measured(self, row: pl.DataFrame, state: dict[str, Any]) -> None:
+        super()._add_measured(row, state)
+        self._points.show(self.measured["name"].to_list(), self._settings_measured)
+
+    # what is taken away ---------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The choices as plain words and numbers: what `restore` takes, and JSON holds."""
+        return super().state | {"head": self.head, "page": self.page}
+
+    def _turn_to(self, state: Mapping[str, Any], overrides: Bits) -> None:
+        super()._turn_to(state, overrides)
+        self.head, self.page = state["head"], state["page"]
+
+    @property
+    def named(self) -> dict[str, ChartView]:
+        """The charts of every page that was made; those of the first page by their names alone."""
+        pages = {f"{page}_{name}": view for page, panel in self.pages.items() for name, view in panel.named.items()}
+        return super().named | pages
+
+    @property
+    def sections(self) -> list[Section]:
+        """What a report says: the charts of every page that was made, what was measured, the plan and its use."""
+        words = f"{len(self._capture.tokens)} tokens of text, sinks={self.sinks}, window={self.window}."
+        charts = [Section(chart=view.to_dict()) for view in self._charts.named.values()]
+        for name, panel in self.pages.items():
+            charts += [Section(self._kinds[name].title, str(panel)), *panel.sections]
+        measured = [Section("Fidelity", table=self.measured)] if len(self.measured) else []
+        plan = Section("The plan", "Save it as plan.json.", code=self.plan.to_json())
+        use = Section("To use it", code="\n".join(self.lines('vl.Plan.load("plan.json")')))
+        return [Section(self.name, words), *charts, *measured, plan, use]
+
+    @property
+    def views(self) -> tuple[ChartView, ...]:
+        """The charts of the open page."""
+        if self.page in self._kinds:
+            return self.pages[self.page].views if self.page in self.pages else ()
+        charts = self._charts.named
+        return tuple(view for name, view in charts.items() if (name == "frontier") == (self.page == "compare"))

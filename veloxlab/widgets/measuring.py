@@ -1,13 +1,13 @@
-"""What the laboratory measures of a capture: each width once, at its sinks and window."""
+"""What is measured of a method on a capture: each width once, at its sinks and window."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-from veloxlab.calibration import Calibration
-from veloxlab.codecs import Method
 from veloxlab.measure import Capture, code_bits, layer_errors, memory_growth, token_errors
+from veloxlab.measure.progress import Progress, silent
+from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.tables import Tables
 
 MEASURED_UPTO = 4096  # tokens to which caches are really filled
@@ -19,25 +19,26 @@ class Measuring:
 
     Attributes
     ----------
+    method : the method's id.
     tables : what is measured so far.
-    widths : code bits that can be measured: the method's own, or those of the calibration.
+    widths : code bits that can be measured.
     """
 
-    def __init__(self, capture: Capture, method: Method, calibration: Calibration | None) -> None:
-        self._capture = capture
-        self._given: dict[str, Any] = {"method": method.id, "calibration": calibration}
+    def __init__(self, capture: Capture, method: str, fitting: Fitting) -> None:
+        self._capture, self._fitting = capture, fitting
+        self.method, self.widths = method, fitting.widths(method)
         self.tables = Tables()
-        self.widths = list(method.bits) if calibration is None else calibration.widths
 
-    def order(self, wanted: Iterable[int]) -> list[int]:
-        """All widths: those that are wanted now, then those that may be next."""
-        first = sorted({*wanted})
-        return [*first, *(width for width in LIKELY_WIDTHS if width in self.widths and width not in first)]
+    def likely(self, wanted: Iterable[int]) -> list[int]:
+        """Widths that may be wanted next and need no fitting first."""
+        ready = [width for width in self.widths if self._fitting.is_ready(self.method, width)]
+        return [width for width in LIKELY_WIDTHS if width in ready and width not in wanted]
 
-    def width(self, width: int, sinks: int, window: int) -> None:
-        """Measure one width, but for what is measured already."""
+    def width(self, width: int, sinks: int, window: int, progress: Progress = silent) -> None:
+        """Measure one width, but for what is measured already; what has to be fitted first tells its progress."""
         tables, at = self.tables, (width, sinks, window)
-        given: dict[str, Any] = {**self._given, "bits": width}
+        calibration = self._fitting.calibration(self.method, [width], progress)
+        given: dict[str, Any] = {"method": self.method, "calibration": calibration, "bits": width}
         exact: dict[str, Any] = {"sinks": sinks, "window": window}
         if width not in tables.tokens:
             tables.tokens[width] = token_errors(self._capture, **given)

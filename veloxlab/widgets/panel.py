@@ -5,46 +5,82 @@ from __future__ import annotations
 import base64
 import html
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
 import traitlets as t
 
-from veloxlab.codecs import Method
 from veloxlab.errors import InputError
+from veloxlab.files import write_atomically
 from veloxlab.views import picture
+from veloxlab.views.report import Section, report
 from veloxlab.widgets.chart_view import ChartView
-from veloxlab.widgets.worker import Worker
+from veloxlab.widgets.vega_bundle import ensure_bundle
+from veloxlab.widgets.worker import Job, Worker
 
 
 class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """A widget of charts that a worker measures.
 
-    A subclass calls ``Panel.__init__`` with its worker's name and its traits, and then puts together its children,
-    `message` among them.
+    A subclass calls ``Panel.__init__`` with its name, its worker if it shares another panel's, and its traits, and then
+    puts together its children, `message` among them.
 
     Attributes
     ----------
-    worker : does what takes longer than a moment; widgets of one panel share it.
+    worker : does what takes longer than a moment; panels may share one.
     """
 
-    def __init__(self, name: str, **traits: Any) -> None:
-        self.worker = Worker(f"veloxlab-{name}")
+    def __init__(self, name: str, worker: Worker | None = None, **traits: Any) -> None:
+        self._name = name
+        self.worker = worker or Worker(f"veloxlab-{name}")
         self._message = ipywidgets.HTML()
         super().__init__(**traits)
         self.add_class(f"veloxlab-{name}")
 
     @property
     @abstractmethod
-    def views(self) -> Sequence[ChartView]:
+    def named(self) -> dict[str, ChartView]:
+        """The charts that are there now, by name, from top to bottom."""
+
+    @property
+    def views(self) -> tuple[ChartView, ...]:
         """The charts that are there now, from top to bottom."""
+        return tuple(self.named.values())
+
+    def _submit(
+        self, key: str, job: Job, *, on_done: Callable[[Any], None] = lambda _: None, ahead: bool = False
+    ) -> None:
+        """Ask the worker for a job of this panel; see `Worker.submit`."""
+        self.worker.submit(f"{self._name}: {key}", job, on_done=on_done, on_error=self.say, ahead=ahead)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until everything that was asked for is done; False if that took longer than ``timeout`` seconds."""
         return self.worker.wait(timeout)
 
-    def _say(self, sentence: str) -> None:
+    @property
+    def sections(self) -> list[Section]:
+        """What a report says of it: its charts."""
+        return [Section(chart=view.to_dict()) for view in self.views]
+
+    def export(self, path: str | Path) -> Path:
+        """Write what is seen as one HTML file that needs no network, its charts live, light and dark; give its path."""
+        page = report(f"veloxlab: {self}", self.sections, ensure_bundle().read_text("utf-8"))
+        write_atomically(Path(path), page.encode())
+        return Path(path)
+
+    def save_pictures(self, folder: str | Path) -> list[Path]:
+        """Write each chart as SVG and PNG and its rows as Parquet into ``folder``, and give the files."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = []
+        for name, view in self.named.items():
+            files += [view.to_svg(folder / f"{name}.svg"), view.to_png(folder / f"{name}.png")]
+            files.append(view.to_parquet(folder / f"{name}.parquet"))
+        return files
+
+    def say(self, sentence: str) -> None:
         """Show a sentence, of what went wrong or is awaited, or none."""
         self._message.value = f"<em>{html.escape(sentence)}</em>" if sentence else ""
 
@@ -88,11 +124,16 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         return self._knob(trait, control, tip)
 
 
-def offer(slider: ipywidgets.SelectionSlider, method: Method) -> None:
+def nearest(widths: Iterable[int], width: int) -> int:
+    """The one of ``widths`` that is next to ``width``."""
+    return min(widths, key=lambda each: abs(each - width))
+
+
+def offer(slider: ipywidgets.SelectionSlider, widths: Sequence[int]) -> None:
     """Give a slider the widths of another method, and move it to the one next to its own."""
-    nearest = min(method.bits, key=lambda width: abs(width - slider.value))
-    slider.options = list(method.bits)
-    slider.value = nearest
+    value = nearest(widths, slider.value)
+    slider.options = list(widths)
+    slider.value = value
 
 
 def inside(proposal: dict[str, Any], ends: tuple[int, int]) -> int:

@@ -17,8 +17,8 @@ from veloxlab.measure.planned_memory import largest, planned
 from veloxlab.shapes import ModelOrConfig, ModelShape, shape_of
 from veloxlab.views import memory_plan, plan_caption
 from veloxlab.widgets.chart_view import ChartView
-from veloxlab.widgets.panel import Panel, inside, offer
-from veloxlab.widgets.worker import Progress
+from veloxlab.widgets.panel import Panel, inside, nearest, offer
+from veloxlab.widgets.worker import Progress, Worker
 
 GIGABYTE = 1e9
 LEAST, MOST = 8, 21  # powers of two between which the context slider runs
@@ -52,6 +52,7 @@ class MemoryPlanner(Panel):
     ----------
     model_or_config : as for `veloxlab.shapes.shape_of`: a model, a ``config.json`` or its folder, the id of a cached
         repository. Without one, boxes for layers, KV heads and head dimensions are shown.
+    worker : of the laboratory that it is a page of.
     knobs : first values of the traits, such as ``method="rabitq"`` or ``memory_gb=24``.
 
     Attributes
@@ -81,7 +82,9 @@ class MemoryPlanner(Panel):
     sliding_window = t.Int(0, help="tokens that a sliding layer sees; 0: none slides")
     full_every = t.Int(0, help="every so many-th layer sees all tokens; 0: none does")
 
-    def __init__(self, model_or_config: ModelOrConfig | None = None, **knobs: Any) -> None:
+    def __init__(
+        self, model_or_config: ModelOrConfig | None = None, *, worker: Worker | None = None, **knobs: Any
+    ) -> None:
         unknown = sorted(set(knobs) - {*KNOBS, *SETTINGS})
         if unknown:
             raise InputError(
@@ -89,9 +92,9 @@ class MemoryPlanner(Panel):
             )
         self._given = None if model_or_config is None else shape_of(model_or_config)
         self._drawing = threading.Lock()
-        super().__init__("planner", **knobs)
+        super().__init__("planner", worker, **knobs)
         for trait in (width for width in WIDTHS if width not in knobs):
-            setattr(self, trait, self._nearest(trait))
+            setattr(self, trait, nearest(self._method.bits, getattr(self, trait)))
         self._layouts = self._lay_out()
         self._code = ipywidgets.HTML()
         self.chart = ChartView(self._drawn())
@@ -131,9 +134,9 @@ class MemoryPlanner(Panel):
         return f"MemoryPlanner({self.shape.name}: {plan_caption(self.plan, self.largest)})"
 
     @property
-    def views(self) -> tuple[ChartView]:
+    def named(self) -> dict[str, ChartView]:
         """The chart."""
-        return (self.chart,)
+        return {"memory_plan": self.chart}
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -203,12 +206,9 @@ class MemoryPlanner(Panel):
     def _settings_changed(self, change: dict[str, Any]) -> None:
         if change["name"] == "method":
             for slider in self._widths:
-                offer(slider, self._method)
+                offer(slider, self._method.bits)
         # codecs make tables, and those belong to the thread that made them
-        self.worker.submit("layouts", self._planned_anew, on_done=self._take, on_error=self._say)
-
-    def _nearest(self, trait: str) -> int:
-        return min(self._method.bits, key=lambda width: abs(width - getattr(self, trait)))
+        self._submit("layouts", self._planned_anew, on_done=self._take)
 
     def _planned_anew(self, progress: Progress) -> tuple[CacheLayout, ...]:
         progress(0, 1, "planning")
@@ -232,7 +232,7 @@ class MemoryPlanner(Panel):
 
     def _take(self, layouts: tuple[CacheLayout, ...]) -> None:
         self._layouts = layouts
-        self._say("")
+        self.say("")
         self._tell_code()
         self._draw()
 

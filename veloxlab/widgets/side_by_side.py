@@ -9,19 +9,20 @@ import polars as pl
 import traitlets as t
 from mlx.nn.layers.base import Module
 
-from veloxlab.calibration import Calibration, calibration_of
-from veloxlab.codecs import METHODS, find_method
-from veloxlab.codecs.method import Method
+from veloxlab.calibration import Calibration
+from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, first_parting, side_by_side
 from veloxlab.views import strip_caption, token_strip
 from veloxlab.views.generation import lines_for
 from veloxlab.widgets.chart_view import ChartView
+from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.panel import Panel, inside, offer
 from veloxlab.widgets.progress import ProgressBar
-from veloxlab.widgets.worker import Progress
+from veloxlab.widgets.worker import Progress, Worker
 
 PROMPT = "Tell me about the history of the city of Paris."
+WIDTHS = ("key_bits", "value_bits")
 RANGES = {"tokens": (1, 512), "sinks": (0, 64), "window": (0, 256)}
 
 
@@ -33,13 +34,14 @@ class SideBySide(Panel):
     Parameters
     ----------
     model, tokenizer : as `veloxlab.load` gives them.
-    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted.
-    knobs : first values of the traits, such as ``prompt="…"``, ``method="rabitq"`` or ``bits=2``.
+    calibration : what `veloxlab.calibrate` gave; else a method that has to be fitted is fitted when it first runs.
+    fitting, worker : of the laboratory that it is a page of; the first stands in for the calibration.
+    knobs : first values of the traits, such as ``prompt="…"`` or ``method="rabitq"``; ``bits=2`` is of both sides.
 
     Attributes
     ----------
     prompt : trait: a user's message, or a text to continue where the tokenizer has no template.
-    method, bits, sinks, window : traits, as for `veloxlab.make_cache`.
+    method, key_bits, value_bits, sinks, window : traits, as for `veloxlab.make_cache`.
     tokens : trait: to generate at most.
     generated : rows of `veloxlab.measure.generation.GENERATION`, of the newest run so far.
     chart : the `ChartView`, once something was generated.
@@ -51,7 +53,8 @@ class SideBySide(Panel):
 
     prompt = t.Unicode(PROMPT, help="what is continued")
     method = t.Unicode("turboquant", help="a method's id")
-    bits = t.Int(3, help="code bits of keys and values")
+    key_bits = t.Int(3, help="code bits of keys")
+    value_bits = t.Int(3, help="code bits of values")
     tokens = t.Int(64, help="tokens to generate at most")
     sinks = t.Int(4, help="tokens at the start kept exact")
     window = t.Int(16, help="newest tokens kept exact")
@@ -62,26 +65,32 @@ class SideBySide(Panel):
         tokenizer: Any,  # noqa: ANN401
         *,
         calibration: Calibration | None = None,
+        fitting: Fitting | None = None,
+        worker: Worker | None = None,
         **knobs: Any,
     ) -> None:
-        known = ("prompt", "method", "bits", *RANGES)
+        known = ("prompt", "method", "bits", *WIDTHS, *RANGES)
         unknown = sorted(set(knobs) - {*known})
         if unknown:
             raise InputError(f"SideBySide has no knob {unknown[0]!r}. Its knobs are: {', '.join(known)}.")
-        self._model, self._tokenizer, self._calibration = model, tokenizer, calibration
+        if "bits" in knobs:
+            knobs = dict.fromkeys(WIDTHS, knobs["bits"]) | {name: knobs[name] for name in knobs if name != "bits"}
+        self._model, self._tokenizer = model, tokenizer
+        self._fitting = fitting or Fitting(model, tokenizer, calibration)
         self.generated = pl.DataFrame(schema=GENERATION)
         self.chart: ChartView | None = None
-        super().__init__("side-by-side", **knobs)
+        super().__init__("side-by-side", worker, **knobs)
         self._slot = ipywidgets.VBox()
         self.children = [self._controls(), self._message, self._slot]
-        self.observe(lambda _: offer(self._widths, self._method), "method")
+        self.observe(lambda _: self._offer(), "method")
 
     # state ----------------------------------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
         """What the compressed cache is, in a few words."""
-        return f"{self.method} at {self.bits} bits"
+        widths = f"{self.key_bits}" if self.key_bits == self.value_bits else f"K{self.key_bits} V{self.value_bits}"
+        return f"{self.method} at {widths} bits"
 
     @property
     def parting(self) -> int | None:
@@ -93,10 +102,10 @@ class SideBySide(Panel):
         prompt, method, tokens, name = self.prompt, self.method, self.tokens, self.name
         settings: dict[str, Any] = {
             "tokens": tokens,
-            "bits": self.bits,
+            "key_bits": self.key_bits,
+            "value_bits": self.value_bits,
             "sinks": self.sinks,
             "window": self.window,
-            "calibration": calibration_of(method, self._calibration),
         }
 
         def job(progress: Progress) -> None:
@@ -104,11 +113,12 @@ class SideBySide(Panel):
                 progress.check()
                 self._show(rows, tokens, name)
 
-            given: dict[str, Any] = {"on_token": show, "progress": progress, **settings}
+            calibration = self._fitting.calibration(method, {settings["key_bits"], settings["value_bits"]}, progress)
+            given: dict[str, Any] = {"on_token": show, "progress": progress, "calibration": calibration, **settings}
             side_by_side(self._model, self._tokenizer, prompt, method, **given)
 
-        self._say("")
-        self.worker.submit("generation", job, on_error=self._say)
+        self.say("")
+        self._submit("generation", job)
 
     def cancel(self) -> None:
         """End the run; what was generated stays."""
@@ -121,9 +131,9 @@ class SideBySide(Panel):
         return f"SideBySide({self.name}: {said})"
 
     @property
-    def views(self) -> tuple[ChartView, ...]:
+    def named(self) -> dict[str, ChartView]:
         """The chart, once something was generated."""
-        return () if self.chart is None else (self.chart,)
+        return {} if self.chart is None else {"texts": self.chart}
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -132,19 +142,22 @@ class SideBySide(Panel):
             value=self.prompt, description="prompt", rows=3, layout={"width": "640px"}, continuous_update=False
         )
         self._knob("prompt", prompt)
-        method = self._choice("method", list(METHODS), tip="How vectors are coded")
-        self._widths = self._steps("bits", list(self._method.bits), tip="Code bits of each coordinate")
+        method = self._choice("method", self._fitting.methods, tip="How vectors are coded")
+        widths, tip = self._fitting.widths(self.method), "Code bits of each coordinate"
+        self._widths = [
+            self._steps(trait, widths, words, tip) for trait, words in zip(WIDTHS, ("K bits", "V bits"), strict=True)
+        ]
         numbers = [self._number(name, ends) for name, ends in RANGES.items()]
         generate = ipywidgets.Button(description="Generate", tooltip="Continue the prompt with both caches")
         generate.on_click(lambda _: self.run())
-        rows = [[method, self._widths], numbers, [generate, ProgressBar(self.worker)]]
+        rows = [[method, *self._widths], numbers, [generate, ProgressBar(self.worker)]]
         return ipywidgets.VBox([prompt, *(ipywidgets.HBox(row) for row in rows)])
 
     # turning the knobs ----------------------------------------------------------------------------------------------
 
-    @property
-    def _method(self) -> Method:
-        return find_method(self.method)
+    def _offer(self) -> None:
+        for slider in self._widths:
+            offer(slider, self._fitting.widths(self.method))
 
     @property
     def _framed(self) -> int | None:
@@ -157,9 +170,10 @@ class SideBySide(Panel):
     def _method_is_known(self, proposal: dict[str, Any]) -> str:
         return find_method(proposal["value"]).id
 
-    @t.validate("bits")
+    @t.validate(*WIDTHS)
     def _bits_are_the_methods(self, proposal: dict[str, Any]) -> int:
-        self._method.check(proposal["value"], "keys", {})
+        side: Role = "keys" if proposal["trait"].name == "key_bits" else "values"
+        find_method(self.method).check(proposal["value"], side, {})
         return int(proposal["value"])
 
     @t.validate(*RANGES)

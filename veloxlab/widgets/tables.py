@@ -36,6 +36,11 @@ class Tables:
         chosen = _choose(self.tokens, bits)
         return None if chosen is None else relative_errors(chosen, sinks=sinks, window=window)
 
+    def relative_error(self, bits: Bits, sinks: int, window: int, tensor: str) -> float:
+        """Mean relative error of all keys or values; NaN while it is not measured."""
+        errors = self.errors(bits, "rel_mse", sinks, window)
+        return float("nan") if errors is None else float(errors.filter(tensor=tensor)["rel_mse"].mean())  # type: ignore[arg-type]
+
     def code_bits(self, bits: Bits) -> pl.DataFrame | None:
         """``layer, tensor, part, bits_per_value``, each layer at its bits."""
         return _choose(self.codes, bits)

@@ -28,7 +28,7 @@ from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.progress import ProgressBar
 from veloxlab.widgets.take_away import TakeAway
 from veloxlab.widgets.tuner_charts import TunerCharts
-from veloxlab.widgets.worker import Progress
+from veloxlab.widgets.worker import Progress, Worker
 
 TOKENS = 4096  # of a text, until one is asked for
 
@@ -47,6 +47,8 @@ class BudgetTuner(Panel):
     bounds, key_weight : as `veloxlab.allocate.setting.Setting` has them.
     text, tokens, windows : of measurements, as for `veloxlab.fidelity`.
     rate_settings : further arguments of `veloxlab.rate_budget`, where tables are to be measured.
+    layer : the picked one.
+    worker : of the laboratory that it is a page of.
 
     Attributes
     ----------
@@ -77,6 +79,8 @@ class BudgetTuner(Panel):
         tokens: int = 512,
         windows: int = 1,
         rate_settings: Mapping[str, Any] | None = None,
+        layer: int | None = None,
+        worker: Worker | None = None,
     ) -> None:
         if isinstance(rates, RateBudget):
             self._model, self._tokenizer, found = model, tokenizer, rates
@@ -93,7 +97,7 @@ class BudgetTuner(Panel):
         self._rate_settings = dict(rate_settings or {})
         self.rates: RateBudget | None = None
         self.measured = pl.DataFrame(schema=JUDGED)
-        super().__init__("tuner")
+        super().__init__("tuner", worker, layer=layer)
         self.observe(lambda _: self._redraw(), "setting")
         if found is None:
             self.start()
@@ -156,7 +160,7 @@ class BudgetTuner(Panel):
         def job(progress: Progress) -> RateBudget:
             return kept_rate_budget(self._model, self._tokenizer, progress=progress, **self._rate_settings)
 
-        self.worker.submit("tables", job, on_done=self._build, on_error=self._say)
+        self._submit("tables", job, on_done=self._build)
 
     def measure(self, kind: PlanKind = "allocated") -> None:
         """Ask for the fidelity of the present plan, or of uniform bits in its bytes; the row joins `measured`.
@@ -173,7 +177,7 @@ class BudgetTuner(Panel):
             given: dict[str, Any] = {"kind": kind, "text": self._text, "progress": progress, **self._sample}
             return judged(rates, plan, self._model, self._tokenizer, **given)
 
-        self.worker.submit("fidelity", job, on_done=self._add_measured, on_error=self._say)
+        self._submit("fidelity", job, on_done=self._add_measured)
 
     def save(self, path: str | Path) -> Path:
         """Write the present plan, whole or not at all, and give the file's full path."""
@@ -188,9 +192,9 @@ class BudgetTuner(Panel):
         return f"BudgetTuner({self.charts.spent(found)}. {self.charts.predicted(found)})"
 
     @property
-    def views(self) -> Sequence[ChartView]:
+    def named(self) -> dict[str, ChartView]:
         """The charts, once there are tables."""
-        return () if self.rates is None else self.charts.views
+        return {} if self.rates is None else self.charts.named
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -217,7 +221,7 @@ class BudgetTuner(Panel):
     def _make_controls(self) -> None:
         rates = self._rates
         self._budget = BudgetControl(self._budget_asked, self._converted, TOKENS)
-        self._bounds = BoundsControl(self._bounds_asked, self._say, self._widths, len(rates.sizes))
+        self._bounds = BoundsControl(self._bounds_asked, self.say, self._widths, len(rates.sizes))
         self._take_away = TakeAway(lambda: self.plan)
         self._told = ipywidgets.HTML()
         self._history = ipywidgets.HTML()
@@ -236,7 +240,7 @@ class BudgetTuner(Panel):
             ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")]),
             self._message,
             self._told,
-            *self.charts.views,
+            *self.charts.named.values(),
             self._history,
             self._take_away,
         ]
@@ -251,8 +255,8 @@ class BudgetTuner(Panel):
 
     @t.validate("layer")
     def _layer_is_there(self, proposal: dict[str, Any]) -> int | None:
-        layers = [size.layer for size in self._rates.sizes]
-        if proposal["value"] is not None and proposal["value"] not in layers:
+        layers = [] if self.rates is None else [size.layer for size in self.rates.sizes]
+        if layers and proposal["value"] is not None and proposal["value"] not in layers:
             raise InputError(f"There is no layer {proposal['value']}: pick one from {layers[0]} to {layers[-1]}.")
         return None if proposal["value"] is None else int(proposal["value"])
 
@@ -268,16 +272,16 @@ class BudgetTuner(Panel):
             nearest = replace(setting, budget=self._spans(setting).nearest(setting.budget))
             self.setting = nearest
             moved = nearest.budget != setting.budget
-            self._say("These bounds cannot spend that: the budget is the nearest that they can." if moved else "")
+            self.say("These bounds cannot spend that: the budget is the nearest that they can." if moved else "")
         except InputError as error:
-            self._say(str(error))
+            self.say(str(error))
         self._show_controls()
 
     def _measure_asked(self, kind: PlanKind) -> None:
         try:
             self.measure(kind)
         except InputError as error:
-            self._say(str(error))
+            self.say(str(error))
 
     def _converted(self, kind: type) -> Budget:
         """The budget of a kind that holds what is held now."""
@@ -294,7 +298,7 @@ class BudgetTuner(Panel):
         """Show the present setting, from tables alone."""
         setting, found = self._now, self.allocation
         self.charts.show(setting, found, self.measured)
-        self._say("")
+        self.say("")
         words = f"<b>{html.escape(self.charts.predicted(found))}</b><br>{html.escape(self.charts.spent(found))}"
         self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
         self._show_controls()

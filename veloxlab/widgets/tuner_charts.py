@@ -63,9 +63,9 @@ class TunerCharts:
         link(self.bits, self.losses, self.sensitivity)
 
     @property
-    def views(self) -> tuple[ChartView, ...]:
+    def named(self) -> dict[str, ChartView]:
         """From top to bottom."""
-        return self.bits, self.losses, self.frontier, self.sensitivity
+        return {"bits": self.bits, "losses": self.losses, "frontier": self.frontier, "sensitivity": self.sensitivity}
 
     def show(self, setting: Setting, found: Allocation, measured: pl.DataFrame) -> None:
         """Redraw: an allocation, and what was measured so far (`veloxlab.allocate.judged.JUDGED`)."""

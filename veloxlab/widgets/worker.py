@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from veloxlab.errors import InputError
@@ -80,6 +80,7 @@ class _Request:
     job: Job
     on_done: Callable[[Any], None]
     on_error: Callable[[str], None]
+    ahead: bool = False
     unwanted: threading.Event = field(default_factory=threading.Event)
     why: State = "cancelled"  # it is unwanted
 
@@ -118,6 +119,7 @@ class Worker:
         *,
         on_done: Callable[[Any], None] = lambda result: None,
         on_error: Callable[[str], None] = lambda sentence: None,
+        ahead: bool = False,
     ) -> None:
         """Ask for a job; an older one of the same key is dropped, or cancelled if it runs.
 
@@ -131,13 +133,18 @@ class Worker:
             Given what the job returns, unless it was overtaken meanwhile.
         on_error
             Given a sentence if the job, or ``on_done``, raises.
+        ahead
+            Nobody waits for it yet: it makes way for any other job, and begins anew behind it.
         """
-        request = _Request(key, job, on_done, on_error)
+        request = _Request(key, job, on_done, on_error, ahead)
         with self._changed:
             if self._closed:
                 raise InputError(f"The worker {self.name!r} is closed: make a new one.")
             dropped = self._forget(key, "overtaken")
             self._waiting[key] = request
+            if self._running is not None and self._running.ahead and not ahead and not self._running.unwanted.is_set():
+                self._running.why = "waiting"
+                self._running.unwanted.set()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
                 self._thread.start()
@@ -195,9 +202,17 @@ class Worker:
                     if self._closed:
                         return
                     self._changed.wait()
-                request = self._waiting.pop(next(iter(self._waiting)))
+                # false sorts first, and the sort is stable: the oldest of those that somebody waits for
+                key = min(self._waiting, key=lambda each: self._waiting[each].ahead)
+                request = self._waiting.pop(key)
                 self._running = request
-            self._tell(self._outcome(request))
+            outcome = self._outcome(request)
+            with self._changed:
+                if outcome.state == "waiting":
+                    outcome = replace(outcome, state=request.why)  # it may have been cancelled since
+                    if request.why == "waiting" and request.key not in self._waiting:
+                        self._waiting[request.key] = replace(request, unwanted=threading.Event())
+            self._tell(outcome)
             with self._changed:
                 self._running = None
                 self._changed.notify_all()

@@ -1,0 +1,105 @@
+"""The explorer of errors: its charts show what is measured, of the head and method that are chosen."""
+
+import threading
+from dataclasses import replace
+
+import polars as pl
+import pytest
+
+import veloxlab as vl
+from veloxlab.errors import InputError
+from veloxlab.measure.attention_maps import attention_map
+from veloxlab.measure.error_profiles import errors_along_position, errors_by_bits
+from veloxlab.views import by_bits_caption, picture
+from veloxlab.views import errors_by_bits as drawn
+
+ALL = ["attention", "positions", "distribution", "by_bits"]
+
+
+@pytest.fixture(scope="module")
+def seen(smollm2):
+    capture = vl.capture(*smollm2, tokens=96)
+    return replace(capture, layers=capture.layers[6:9])
+
+
+@pytest.fixture(scope="module")
+def explorer(seen):
+    explorer = vl.ErrorExplorer(seen, layer=7)
+    assert explorer.wait(120)
+    yield explorer
+    explorer.worker.close()
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(explorer):
+    yield
+    move(explorer, layer=7, head=0, method="turboquant", bits=2)
+
+
+def move(explorer, **controls):
+    """Move controls as JupyterLab does, from a thread that is not the main one."""
+
+    def work():
+        for name, value in controls.items():
+            setattr(explorer, name, value)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert explorer.wait(120)
+
+
+@pytest.mark.parametrize(
+    ("control", "values", "charts"),
+    [
+        ("layer", (8, 6), ALL),
+        ("head", (1, 2), ALL),
+        ("method", ("rabitq", "polarquant"), ALL),
+        ("bits", (3, 5), ["attention", "positions", "distribution"]),
+    ],
+)
+def test_every_control_moved_twice_changes_its_charts_twice_and_no_other(explorer, control, values, charts):
+    for value in values:
+        before = {name: view.frame for name, view in explorer.charts.items()}
+        move(explorer, **{control: value})
+        for name, view in explorer.charts.items():
+            assert (not view.frame.equals(before[name])) == (name in charts), name
+    assert explorer.problem == ""
+
+
+def test_the_charts_show_what_the_measurements_say(explorer, seen):
+    move(explorer, layer=8, head=1, method="rvq", bits=4)
+    layer = replace(seen, layers=seen.layers[2:3])
+    tokens = vl.token_errors(layer, "rvq", bits=4).filter(head=1)
+    along = errors_along_position(tokens, blocks=32)
+    assert explorer.charts["positions"].frame.equals(along.select(explorer.charts["positions"].frame.columns))
+    maps = attention_map(layer.layers[0], 3, "rvq", bits=4)  # three query heads a KV head
+    shown = explorer.charts["attention"].frame
+    assert shown.select("kind", "query", "key", "weight").equals(maps.select("kind", "query", "key", "weight"))
+    assert "rvq at 4 bits, layer 8: " in explorer.charts["attention"].content["params"]["caption"]
+
+
+def test_the_error_falls_with_bits_as_the_sums_say(seen):
+    layer = replace(seen, layers=seen.layers[:1])
+    widths = (2, 4)
+    tokens = pl.concat(vl.token_errors(layer, bits=bits) for bits in widths)
+    taken = pl.concat(vl.code_bits(layer, bits=bits).with_columns(bits=pl.lit(bits, pl.Int32)) for bits in widths)
+    frame = errors_by_bits(tokens, taken)
+    assert frame["true_bits"].to_list() == [2.25, 4.25] * 2
+    keys = tokens.filter(tensor="keys", bits=2)
+    expected = keys["squared_error"].cast(pl.Float64).sum() / keys["squared_norm"].cast(pl.Float64).sum()
+    assert frame["error"][0] == pytest.approx(expected, rel=1e-12)
+    factor = (frame["error"][0] / frame["error"][1]) ** 0.5
+    assert f"keys {factor:.1f}×" in by_bits_caption(frame)
+    assert "How the error falls with bits" in picture.svg(drawn(frame).to_dict())
+    broken = frame.with_columns(not_finite=pl.lit(3))
+    assert by_bits_caption(broken).endswith("× 12 not finite")
+    with pytest.raises(InputError, match="nothing to pool"):
+        errors_by_bits(tokens.clear(), taken)
+
+
+def test_a_method_that_has_to_be_fitted_needs_its_calibration(explorer):
+    with pytest.raises(InputError, match=r"One that has to be fitted takes ErrorExplorer\(capture, calibration="):
+        explorer.method = "commvq"
+    move(explorer, method="polarquant", bits=1)
+    assert "Keys at bits=1 are out of range: PolarQuant takes" in explorer.problem

@@ -1,0 +1,196 @@
+"""The laboratory's pages: each is made when it is opened, and all share one choice. A small model, random weights."""
+
+import json
+import threading
+
+import pytest
+
+import veloxlab as vl
+from tests.tiny_models import tiny
+from veloxlab.errors import InputError
+from veloxlab.views.picture import png_size
+from veloxlab.widgets.lab import NAMES
+
+PAGES = [name for name in NAMES if name not in ("cache", "compare")]
+
+
+class Letters:
+    """A tokenizer of one token per character."""
+
+    eos_token_ids = frozenset({95})
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(letter) % 90 for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(32 + i) for i in ids)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        lab = vl.Lab(tiny("llama"), Letters(), tokens=128, sinks=2, window=16)
+        assert lab.wait(120)
+        yield lab
+        lab.worker.close()
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was(lab):
+    yield
+    lab.page, lab.method, lab.layer, lab.head = "cache", "turboquant", None, 0
+    lab._reset()
+    lab.key_bits = lab.value_bits = 4
+    lab.sinks, lab.window = 2, 16
+    assert lab.wait(120)
+
+
+def turn(lab, panel=None, **knobs):
+    """Turn knobs as JupyterLab does, from a thread that is not the main one."""
+
+    def work():
+        for name, value in knobs.items():
+            setattr(panel or lab, name, value)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert lab.wait(120)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_made_when_it_is_opened_and_once(lab, page):
+    first = lab.turn_to(page)
+    assert lab.page == page
+    assert lab._tabs.selected_index == NAMES.index(page)
+    assert first.worker is lab.worker
+    assert lab._places[page].children == (first,)
+    lab._tabs.selected_index = 0
+    assert lab.page == "cache"
+    assert lab.turn_to(page) is first
+
+
+def test_what_is_chosen_on_one_page_is_chosen_on_all(lab):
+    keys, errors, plans, texts = (lab.turn_to(page) for page in ("keys", "errors", "memory", "generation"))
+    turn(lab, page="keys")
+    turn(lab, keys, layer=1, head=1, method="rabitq")
+    assert (lab.layer, lab.head, lab.method, lab.errors.picked) == (1, 1, "rabitq", 1)
+    turn(lab, page="errors")
+    assert (errors.layer, errors.head, errors.method) == (1, 1, "rabitq")
+    assert "Layer 1" in keys.charts["spectrum"].content["params"]["caption"]
+
+    turn(lab, errors, bits=3)  # of the layer that is chosen, as the sliders of the first page
+    assert lab.layer_bits == {0: (4, 4), 1: (3, 4)}
+    turn(lab, page="memory")
+    assert (plans.method, plans.key_bits, plans.value_bits, plans.window) == ("rabitq", 4, 4, 16)
+    turn(lab, plans, value_bits=2, window=32)  # of all layers: this page has none
+    assert (lab.layer, lab.window, lab.layer_bits[0]) == (None, 32, (4, 2))
+    turn(lab, page="generation")
+    assert (texts.method, texts.key_bits, texts.value_bits, texts.window) == ("rabitq", 4, 2, 32)
+
+
+def test_the_bits_of_a_page_that_shows_values_are_those_of_values(lab):
+    keys = lab.turn_to("keys")
+    turn(lab, keys, tensor="values")
+    turn(lab, keys, bits=6)
+    assert (lab.key_bits, lab.value_bits) == (4, 6)
+    turn(lab, keys, tensor="keys")
+
+
+def test_what_a_page_cannot_choose_is_said_there_and_nothing_else_moves(lab):
+    keys = lab.turn_to("keys")
+    turn(lab, method="polarquant")
+    turn(lab, keys, bits=1)
+    assert "Keys at bits=1 are out of range" in keys._message.value
+    assert lab.key_bits == 4
+
+
+def test_a_method_that_learns_is_fitted_when_it_is_chosen(lab):
+    turn(lab, method="spectralquant")
+    assert lab.worker.last_error is None
+    assert lab.name == "spectralquant K4 V4"
+    calibration = lab._fitting.calibration("spectralquant", [4])
+    expected = vl.layer_errors(lab._capture, "spectralquant", bits=4, sinks=2, window=16, calibration=calibration)
+    shown = lab.errors.frame.filter(tensor="keys")["output_error"].sum()
+    assert shown == pytest.approx(expected.filter(tensor="keys")["output_error"].sum(), rel=1e-6)
+    assert "calibration = vl.calibrate(model, tokenizer, &quot;" not in lab._code.value
+    assert 'vl.calibrate(model, tokenizer, "spectralquant", bits=[4])' in lab._code.value
+    turn(lab, value_bits=2)
+    assert lab._fitting.calibration("spectralquant", [2, 4]).widths == [2, 4]
+    turn(lab, page="keys")
+    keys = lab.turn_to("keys")
+    assert (keys.method, keys.bits, keys.problem) == ("spectralquant", 4, "")
+
+
+def test_methods_are_measured_side_by_side_and_a_point_is_taken_up_again(lab):
+    turn(lab, layer=1)
+    turn(lab, key_bits=8)
+    lab.measure()
+    assert lab.wait(120)
+    measured = lab.state
+    turn(lab, layer=None)
+    lab.compare()
+    assert lab.wait(300)
+    names = lab.measured["name"].to_list()
+    assert names[0] == "turboquant K4 V4 +1 layers"
+    assert {name.split(" ")[0] for name in names[1:]} >= {"turboquant", "rvq", "rabitq", "qjl", "polarquant"}
+    assert len(lab.frontier.frame) == len(names)
+    lab._points._list.value = names.index("rabitq K4 V4")
+    lab._points._button.click()
+    assert lab.wait(120)
+    assert (lab.method, lab.layer_bits[1]) == ("rabitq", (4, 4))
+    lab._points._list.value = 0
+    lab._points._button.click()
+    assert lab.wait(120)
+    assert lab.state == measured
+
+
+def test_state_names_head_and_page(lab):
+    turn(lab, head=1, page="keys")
+    state = json.loads(json.dumps(lab.state))
+    assert (state["head"], state["page"]) == (1, "keys")
+    turn(lab, head=0, page="cache")
+    lab.restore(state)
+    assert lab.wait(120)
+    assert lab.state == state
+
+
+def test_a_report_has_the_charts_of_every_page_that_was_made(lab, tmp_path):
+    for page in PAGES:
+        lab.turn_to(page)
+    assert {name.split("_")[0] for name in lab.named} >= {"errors", "keys", "budget", "memory"}
+    html = lab.export(tmp_path / "report.html").read_text()
+    assert html.count('<div class="chart"') == len(lab.named)
+    assert "Keys and values" in html
+    files = lab.save_pictures(tmp_path / "pictures")
+    assert len(files) == 3 * len(lab.named)
+
+
+def test_what_is_saved_without_a_kernel_is_the_open_page(lab):
+    def picture() -> bytes:
+        import base64
+
+        return base64.b64decode(lab._repr_mimebundle_()["image/png"])
+
+    turn(lab, page="cache")
+    first = png_size(picture())
+    turn(lab, page="keys")
+    assert png_size(picture()) != first
+
+
+def test_a_page_that_cannot_be_made_says_so_and_the_laboratory_lives_on(smollm2):
+    class Silent(Letters):
+        def encode(self, text, add_special_tokens=True):
+            return super().encode(text)[:300]
+
+    lab = vl.Lab(tiny("llama"), Silent(), tokens=64)
+    try:
+        lab.wait(60)
+        lab._kinds["keys"] = lab._kinds["keys"].__class__("Keys", lambda **_: 1 / 0, ())
+        with pytest.raises(InputError, match="The page 'keys' could not be made: division by zero"):
+            lab.turn_to("keys")
+        assert "ZeroDivisionError" in lab._message.value
+        assert lab.turn_to("errors").charts
+    finally:
+        lab.worker.close()

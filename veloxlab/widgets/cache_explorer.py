@@ -1,0 +1,439 @@
+"""The explorer of one cache: what each layer loses, how bits are spent and what is held, while its knobs are turned."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import ipywidgets
+import polars as pl
+import traitlets as t
+from mlx.nn.layers.base import Module
+
+from veloxlab.allocate.plan import Plan
+from veloxlab.calibration import Calibration
+from veloxlab.codecs import ROLES, Role, find_method
+from veloxlab.errors import InputError
+from veloxlab.measure import Capture, capture, fidelity
+from veloxlab.measure.progress import Progress as Tell
+from veloxlab.views import memory_caption
+from veloxlab.widgets.cache_charts import DOMAINS, METRICS, CacheCharts, Knobs
+from veloxlab.widgets.chart_view import ChartView
+from veloxlab.widgets.fitting import Fitting
+from veloxlab.widgets.measuring import Measuring
+from veloxlab.widgets.panel import Panel, nearest, offer
+from veloxlab.widgets.progress import ProgressBar
+from veloxlab.widgets.tables import Bits
+from veloxlab.widgets.worker import Progress
+
+ALL = "all layers"
+WIDTHS = ("key_bits", "value_bits")
+
+
+class CacheExplorer(Panel):
+    """Turn the knobs of a compressed cache and see what they cost, on the model's own keys and values.
+
+    A capture of ``tokens`` tokens and the first settings are measured at once; other bit widths are measured behind the
+    scenes, so that sliders answer from tables. A method that learns is fitted when it is first chosen, with progress.
+    Clicking a layer in any chart marks it in all, and the bit sliders then speak of that layer alone. Nothing here
+    needs a network.
+
+    Parameters
+    ----------
+    model, tokenizer : as `veloxlab.load` gives them.
+    method : a method's id.
+    bits, key_bits, value_bits : code bits to begin with; the last two override the first.
+    sinks, window : tokens kept exact to begin with.
+    text : what the model reads; the shipped WikiText-2 test excerpt by default.
+    tokens : how much of it.
+    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted; sliders have its widths.
+
+    Attributes
+    ----------
+    method, key_bits, value_bits, sinks, window, layer, metric : traits; set them and the charts follow.
+    measured : `veloxlab.fidelity` of every setting that was measured.
+    plan : the settings as a `veloxlab.Plan`.
+    errors, bits, memory, frontier : the charts, each with ``frame``, ``to_parquet``, ``to_csv``, ``to_png`` and
+        ``to_svg``; there is a frontier once something was measured.
+
+    Raises
+    ------
+    InputError : unknown method, bits out of range, a text that is too short.
+    """
+
+    NAME = "cache"
+
+    method = t.Unicode("turboquant", help="a method's id")
+    key_bits = t.Int(4, help="code bits of keys, of the picked layer or of all")
+    value_bits = t.Int(4, help="code bits of values")
+    sinks = t.Int(4, help="tokens at the start kept exact")
+    window = t.Int(64, help="newest tokens kept exact")
+    layer = t.Int(None, allow_none=True, help="the picked layer")
+    metric = t.Unicode("output_error", help="which error is drawn")
+
+    def __init__(
+        self,
+        model: Module,
+        tokenizer: Any,  # noqa: ANN401
+        *,
+        method: str = "turboquant",
+        bits: int = 4,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        sinks: int = 4,
+        window: int = 64,
+        text: str | None = None,
+        tokens: int = 256,
+        calibration: Calibration | None = None,
+    ) -> None:
+        self._model, self._tokenizer, self._text = model, tokenizer, text
+        self._fitting = Fitting(model, tokenizer, calibration)
+        base = (bits if key_bits is None else key_bits, bits if value_bits is None else value_bits)
+        # refuses what cannot be, before any work
+        Plan.uniform(model, method, key_bits=base[0], value_bits=base[1], sinks=sinks, window=window)
+        self._capture: Capture = capture(model, tokenizer, text, tokens=tokens)
+        self._measurings: dict[str, Measuring] = {}
+        self._base, self._overrides = base, Bits()
+        self._turning = False
+        self._complete = True
+        self._drawing = threading.Lock()
+        self.measured = pl.DataFrame()
+        self._settings_measured: list[dict[str, Any]] = []
+        for width in set(base):
+            self._measuring_of(method).width(width, sinks, window)
+        knobs = {"method": method, "key_bits": base[0], "value_bits": base[1], "sinks": sinks, "window": window}
+        super().__init__(self.NAME, None, **knobs)
+        self._charts = CacheCharts(self._measuring.tables, self._knobs)
+        t.link((self, "layer"), (self.errors, "picked"))
+        self._code = ipywidgets.HTML()
+        self._slot = ipywidgets.VBox()
+        self._tell_code()
+        # before those of a page that follows: it comes to widths that the method has
+        self.observe(lambda _: self._method_chosen(), "method")
+        self.observe(self._knob_turned, [*WIDTHS, "sinks", "window", "metric"])
+        self.observe(lambda _: self._layer_picked(), "layer")
+        self._arrange()
+        self._measure_rest()
+
+    # state ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def layer_bits(self) -> Bits:
+        """Code bits of keys and values, by layer."""
+        return {c.layer: self._overrides.get(c.layer, self._base) for c in self._capture.layers}
+
+    @property
+    def name(self) -> str:
+        """The settings in a few words."""
+        key, value = self._base
+        changed = f" +{len(self._overrides)} layers" if self._overrides else ""
+        return f"{self.method} K{key} V{value}{changed}"
+
+    @property
+    def plan(self) -> Plan:
+        """The settings as a plan, for `veloxlab.make_cache` or a file."""
+        plan = self._uniform(self.method, *self._base)
+        for layer, (key, value) in self._overrides.items():
+            plan = plan.with_layer(layer, key_bits=key, value_bits=value)
+        return plan
+
+    def _uniform(self, method: str, key_bits: int, value_bits: int) -> Plan:
+        """A plan of these widths for all layers, at the present sinks and window."""
+        exact: dict[str, Any] = {"sinks": self.sinks, "window": self.window}
+        return Plan.uniform(self._model, method, key_bits=key_bits, value_bits=value_bits, **exact)
+
+    def measure(self) -> None:
+        """Ask for the fidelity of the present settings; the result joins `measured` and the frontier chart."""
+        plan, name, state = self.plan, self.name, self.state
+        widths = {width for pair in self.layer_bits.values() for width in pair}
+
+        def job(progress: Progress) -> pl.DataFrame:
+            return self._fidelity(plan, name, state["method"], widths, progress)
+
+        self._submit("fidelity", job, on_done=lambda row: self._add_measured(row, state))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The settings as plain words and numbers: what `restore` takes, and JSON holds."""
+        return {
+            "method": self.method,
+            "bits": list(self._base),
+            "layers": {str(layer): list(widths) for layer, widths in self._overrides.items()},
+            "sinks": self.sinks,
+            "window": self.window,
+            "layer": self.layer,
+            "metric": self.metric,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Turn the knobs to a `state`.
+
+        Raises
+        ------
+        InputError : it says what cannot be here; nothing is changed then.
+        """
+        missing = sorted(set(self.state) - set(state))
+        if missing:
+            raise InputError(f"The state says nothing of {', '.join(missing)}: give what {self.NAME}.state gave.")
+        method = self._known(state["method"])
+        overrides: Bits = {int(layer): (widths[0], widths[1]) for layer, widths in state["layers"].items()}
+        for layer in overrides:
+            self._check_layer(layer)
+        for widths in (tuple(state["bits"]), *overrides.values()):
+            for side, width in zip(ROLES, widths, strict=True):
+                self._check_width(width, side, method)
+        before, overrides_before = self.state, self._overrides
+        try:
+            self._turn_to(state, overrides)
+        except Exception:
+            self._turn_to(before, overrides_before)
+            raise
+
+    def _turn_to(self, state: Mapping[str, Any], overrides: Bits) -> None:
+        self.layer = None
+        self.method = state["method"]
+        self._overrides = overrides
+        self.key_bits, self.value_bits = state["bits"]
+        self.sinks, self.window, self.metric = state["sinks"], state["window"], state["metric"]
+        self.layer = state["layer"]
+        self._redraw()
+
+    # how it looks where no kernel runs ------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        tables, at = self._measuring.tables, (self.layer_bits, self.sinks, self.window)
+        key, value = (tables.relative_error(*at, tensor) for tensor in ROLES)
+        return (
+            f"{type(self).__name__}({self.name}, sinks={self.sinks}, window={self.window}: relative MSE of keys "
+            f"{key:.4f}, of values {value:.4f}; {memory_caption(self.memory.frame.filter(kind='measured'))})"
+        )
+
+    @property
+    def named(self) -> dict[str, ChartView]:
+        """The charts."""
+        return self._charts.named
+
+    @property
+    def errors(self) -> ChartView:
+        """What each layer loses."""
+        return self._charts.errors
+
+    @property
+    def bits(self) -> ChartView:
+        """How the bits are spent."""
+        return self._charts.bits
+
+    @property
+    def memory(self) -> ChartView:
+        """What is held."""
+        return self._charts.memory
+
+    @property
+    def frontier(self) -> ChartView | None:
+        """What was measured, once something was."""
+        return self._charts.frontier
+
+    # building -------------------------------------------------------------------------------------------------------
+
+    def _arrange(self) -> None:
+        """Put the parts together."""
+        self.children = [self._controls(), self._message, self.errors, self.bits, self.memory, self._slot, self._code]
+
+    def _controls(self) -> ipywidgets.Widget:
+        layers = [ALL, *(str(c.layer) for c in self._capture.layers)]
+        widths = self._measuring.widths
+        method = self._choice("method", self._fitting.methods, tip="How vectors are coded")
+        key = self._steps("key_bits", widths, "K bits", "Code bits of each key coordinate")
+        value = self._steps("value_bits", widths, "V bits", "Code bits of each value coordinate")
+        self._width_sliders = key, value
+        sinks = self._number("sinks", (0, 64), tip="First tokens, kept exact")
+        window = self._number("window", (0, 256), tip="Newest tokens, kept exact", step=16)
+        layer = ipywidgets.Dropdown(
+            options=layers, description="layer", tooltip="Bits of one layer: pick it here or in a chart"
+        )
+        t.link(
+            (self, "layer"),
+            (layer, "value"),
+            transform=(lambda n: ALL if n is None else str(n), lambda s: None if s == ALL else int(s)),
+        )
+        metric = self._choice("metric", list(METRICS.items()), "error of", "Which error is drawn")
+        metric.layout.width = "340px"
+        reset = ipywidgets.Button(description="Same for all", tooltip="Forget the bits of single layers")
+        reset.on_click(lambda _: self._reset())
+        measure = ipywidgets.Button(
+            description="Measure fidelity", tooltip="Run the model with this cache and compare its predictions"
+        )
+        measure.on_click(lambda _: self.measure())
+        rows = [
+            [method, metric],
+            [key, value],
+            [sinks, window],
+            [layer, reset, measure],
+            [ProgressBar(self.worker, flex="1 1 auto")],
+        ]
+        return ipywidgets.VBox([ipywidgets.HBox(row) for row in rows])
+
+    # turning the knobs ----------------------------------------------------------------------------------------------
+
+    @t.validate("method")
+    def _method_can_be_had(self, proposal: dict[str, Any]) -> str:
+        return self._known(proposal["value"])
+
+    @t.validate(*WIDTHS)
+    def _bits_are_the_methods(self, proposal: dict[str, Any]) -> int:
+        self._check_width(proposal["value"], "keys" if proposal["trait"].name == "key_bits" else "values", self.method)
+        return int(proposal["value"])
+
+    @t.validate("sinks", "window")
+    def _tokens_are_counted(self, proposal: dict[str, Any]) -> int:
+        if proposal["value"] < 0:
+            name = proposal["trait"].name
+            raise InputError(f"{name}={proposal['value']} is not a number of tokens: give a whole number, 0 or more.")
+        return int(proposal["value"])
+
+    @t.validate("layer")
+    def _layer_is_there(self, proposal: dict[str, Any]) -> int | None:
+        if proposal["value"] is None:
+            return None
+        self._check_layer(proposal["value"])
+        return int(proposal["value"])
+
+    @t.validate("metric")
+    def _metric_is_known(self, proposal: dict[str, Any]) -> str:
+        if proposal["value"] not in DOMAINS:
+            raise InputError(f"There is no metric {proposal['value']!r}: choose one of {', '.join(DOMAINS)}.")
+        return str(proposal["value"])
+
+    def _known(self, method: str) -> str:
+        found = find_method(method).id
+        if found not in self._fitting.methods:
+            raise InputError(f"{found!r} compresses nothing: choose one of {', '.join(self._fitting.methods)}.")
+        return found
+
+    def _check_width(self, width: int, side: Role, method: str) -> None:
+        find_method(method).check(width, side, {})
+        widths = self._fitting.widths(method)
+        if width not in widths:
+            raise InputError(f"The calibration holds no {side} at {width} bits, only at {widths}: fit that too.")
+
+    def _check_layer(self, layer: int) -> None:
+        layers = [c.layer for c in self._capture.layers]
+        if layer not in layers:
+            raise InputError(f"There is no layer {layer}: pick one from {layers[0]} to {layers[-1]}.")
+
+    def _method_chosen(self) -> None:
+        """Bring every width to the nearest that the method has."""
+        widths = self._measuring.widths
+        self._base = (nearest(widths, self._base[0]), nearest(widths, self._base[1]))
+        self._overrides = {
+            layer: (nearest(widths, key), nearest(widths, value)) for layer, (key, value) in self._overrides.items()
+        }
+        self._turning = True
+        try:
+            for slider in self._width_sliders:
+                offer(slider, widths)
+        finally:
+            self._turning = False
+        self._layer_picked()
+        self._redraw()
+
+    def _knob_turned(self, change: dict[str, Any]) -> None:
+        if self._turning:
+            return
+        if change["name"] in WIDTHS:
+            widths = (self.key_bits, self.value_bits)
+            if self.layer is None:
+                self._base = widths
+            else:
+                self._overrides[self.layer] = widths
+        self._redraw()
+
+    def _layer_picked(self) -> None:
+        """The bit sliders speak of the picked layer; showing its bits changes none."""
+        self._turning = True
+        try:
+            picked = self._base if self.layer is None else self._overrides.get(self.layer, self._base)
+            self.key_bits, self.value_bits = picked
+        finally:
+            self._turning = False
+
+    def _reset(self) -> None:
+        self._overrides = {}
+        self.layer = None
+        self._layer_picked()
+        self._redraw()
+
+    @property
+    def _knobs(self) -> Knobs:
+        return Knobs(self.method, self.layer_bits, self.sinks, self.window, self.metric)
+
+    def _redraw(self) -> None:
+        """Show what is measured of the present settings, and ask for what is not."""
+        with self._drawing:  # the one who comes last reads the newest settings
+            self._complete = self._charts.show(self._measuring.tables, self._knobs)
+            self._tell_code()
+            self.say("" if self._complete else "Measuring these settings: a chart that waits shows the last ones.")
+        if not self._complete:
+            self._measure_rest()
+
+    def lines(self, what: str) -> list[str]:
+        """Lines of Python that make the cache of ``what``: a plan, or a method and its settings."""
+        if not find_method(self.method).calibrated:
+            return [f"cache = vl.make_cache(model, {what})"]
+        widths = sorted({width for pair in self.layer_bits.values() for width in pair})
+        return [
+            f'calibration = vl.calibrate(model, tokenizer, "{self.method}", bits={widths})',
+            f"cache = vl.make_cache(model, {what}, calibration=calibration)",
+        ]
+
+    def _tell_code(self) -> None:
+        key, value = self._base
+        settings = f'"{self.method}", key_bits={key}, value_bits={value}, sinks={self.sinks}, window={self.window}'
+        lines = self.lines(f"{self.NAME}.plan" if self._overrides else settings)
+        self._code.value = f"<code>{'<br>'.join(lines)}</code>"
+
+    # measuring ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _measuring(self) -> Measuring:
+        return self._measuring_of(self.method)
+
+    def _measuring_of(self, method: str) -> Measuring:
+        if method not in self._measurings:
+            self._measurings[method] = Measuring(self._capture, method, self._fitting)
+        return self._measurings[method]
+
+    def _measure_rest(self) -> None:
+        """Measure what the present settings lack; and behind all else, what the next ones may need."""
+        measuring, sinks, window = self._measuring, self.sinks, self.window
+        wanted = sorted({width for pair in self.layer_bits.values() for width in pair})
+
+        def job(progress: Progress) -> None:
+            for i, width in enumerate(wanted):
+                progress(i, len(wanted), f"measuring {width} bits")
+                measuring.width(width, sinks, window, progress)
+            if not self._complete:
+                self._redraw()
+
+        def ahead(progress: Progress) -> None:
+            likely = measuring.likely(wanted)
+            for i, width in enumerate(likely):
+                progress(i, len(likely), f"measuring {width} bits")
+                measuring.width(width, sinks, window)
+
+        self._submit("tables", job)
+        self._submit("ahead", ahead, ahead=True)
+
+    def _fidelity(self, plan: Plan, name: str, method: str, widths: Collection[int], progress: Tell) -> pl.DataFrame:
+        calibration = self._fitting.calibration(method, widths, progress)
+        given: dict[str, Any] = {"text": self._text, "tokens": len(self._capture.tokens), "calibration": calibration}
+        return fidelity(self._model, self._tokenizer, plan, name=name, progress=progress, **given)
+
+    def _add_measured(self, row: pl.DataFrame, state: dict[str, Any]) -> None:
+        self.measured = pl.concat([self.measured, row]) if len(self.measured) else row
+        self._settings_measured.append(state)
+        self._charts.show_measured(self.measured, self._place)
+
+    def _place(self, chart: ChartView) -> None:
+        self._slot.children = [chart]
