@@ -9,7 +9,7 @@ import mlx_lm
 import numpy as np
 import polars as pl
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 import veloxlab as vl
 from tests.tiny_models import tiny
@@ -47,6 +47,20 @@ def parted(model):
 
 def texts(frame):
     return [frame.filter(pl.col("side") == side)["token"].to_list() for side in ("exact", "compressed")]
+
+
+class Poisoned(KVCache):
+    """Hands out values that are not numbers."""
+
+    def update_and_fetch(self, keys, values):
+        keys, values = super().update_and_fetch(keys, values)
+        return keys, values * mx.nan
+
+
+def test_a_prediction_that_is_not_a_number_is_not_shown_as_exact(model):
+    frame = vl.side_by_side(model, Tokenizer(), IDS, lambda m: [Poisoned() for _ in m.layers], tokens=2)
+    kl = frame.filter(pl.col("side") == "compressed")["kl"]
+    assert kl.is_nan().all()
 
 
 def test_the_texts_are_those_that_mlx_lm_generates(smollm2):

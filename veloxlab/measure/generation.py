@@ -85,7 +85,7 @@ class _Reader:
 
     def divergence_from(self, exact: _Reader) -> float:
         """KL of this prediction from that of a reader of the same text, in nats."""
-        return max(0.0, _number(divergence(exact.log_probs, self.log_probs)))  # float32 sums can leave −1e-8
+        return _number(divergence(exact.log_probs, self.log_probs))
 
     def twin(self) -> _Reader:
         """Another reader behind the same text."""

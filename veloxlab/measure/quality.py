@@ -200,7 +200,7 @@ def _summary(frame: pl.DataFrame) -> pl.DataFrame:
         kl_mean=kl.mean(),
         kl_median=kl.median(),
         kl_p99=kl.quantile(0.99),
-        kl_max=kl.max(),
+        kl_max=kl.nan_max(),  # where `max` passes NaN over
         top1_flips=pl.col("flip").mean(),
         perplexity=pl.col("nll").mean().exp(),
         perplexity_exact=pl.col("nll_exact").mean().exp(),
@@ -245,8 +245,9 @@ def log_probabilities(logits: mx.array) -> mx.array:
 
 
 def divergence(exact: mx.array, changed: mx.array) -> mx.array:
-    """KL(exact ‖ changed) ``[S]`` of log-probabilities ``[S, vocabulary]``, in nats."""
-    return (mx.exp(exact) * (exact - changed)).sum(axis=-1)
+    """KL(exact ‖ changed) ``[S]`` of log-probabilities ``[S, vocabulary]``, in nats; NaN where either is."""
+    kl = (mx.exp(exact) * (exact - changed)).sum(axis=-1)
+    return mx.maximum(kl, 0.0)  # rounding of float32 sums can leave −1e-8; NaN stays
 
 
 def _log_probs(logits: mx.array) -> mx.array:
@@ -282,7 +283,7 @@ def _rows(window: int, start: int, targets: Sequence[int], exact: mx.array, chan
             "window": np.full(len(targets), window),
             "position": np.arange(start, start + len(targets)),
             "token": list(targets),
-            "kl": np.maximum(kl, 0.0),  # rounding of float32 sums can leave −1e-8
+            "kl": kl,
             "flip": flip,
             "nll": nll,
             "nll_exact": nll_exact,
