@@ -60,6 +60,13 @@ def test_the_interval_is_of_the_differences_of_the_same_windows(frame):
     assert summary.filter(allocation="uniform")["kl_change"].null_count() == 2
 
 
+def test_one_window_has_no_interval(frame):
+    summary = swept(frame.filter(window=0))
+    assert summary["windows"].unique().to_list() == [1]
+    assert summary.select(pl.col("^kl_change.*$").null_count()).row(0) == (summary.height,) * 3
+    assert swept_table(summary).count("| gradient | ") == 2
+
+
 def test_a_sweep_that_was_stopped_goes_on(model, folder, frame, tmp_path):
     unfinished = tmp_path / "sweep.json"
 
