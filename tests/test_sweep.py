@@ -101,6 +101,13 @@ def test_the_command_writes_a_table_and_its_rows(model, tmp_path, monkeypatch, c
     assert swept_table(swept(written)).count("\n| 3 | ") == 2
 
 
+def test_whole_widths_may_be_whole_numbers(model, folder):
+    shorter = SETTINGS | {"bits": (2, 3), "by": ("gradient",), "windows": 1, "folder": folder}
+    found = sweep(model, Letters(), **shorter)
+    assert found.schema == SWEEP
+    assert found["bits"].unique().to_list() == [2.0, 3.0]
+
+
 def test_usual_bounds_are_the_papers():
     assert [(b.least_bits, b.most_bits) for b in map(usual_bounds, (2.5, 3.0, 3.5, 4.0, 5.0))] == [
         (2, 4), (2, 5), (3, 5), (3, 6), (4, 7)

@@ -111,6 +111,7 @@ def sweep(
     least, most = MEASURED_BITS[0], MEASURED_BITS[-1]
     if wrong := [b for b in bits if not least <= b <= most]:
         raise InputError(f"bits={wrong[0]} are out of range: give from {least} to {most} code bits on average.")
+    bits = [float(b) for b in bits]
     first, *others = by
     settings: dict[str, Any] = {"sequences": sequences, "sinks": SINKS, "folder": folder, "progress": progress}
     of_first = rate_budget(
