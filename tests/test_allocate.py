@@ -208,6 +208,12 @@ def test_bounds_are_kept(model, rates):
     assert free.predicted_loss <= paired.predicted_loss
 
 
+@pytest.mark.parametrize("side", ["protected_first", "protected_last"])
+def test_more_protected_layers_than_there_are_is_all_of_them(rates, side):
+    exact = rates.plan(32.0, vl.Bounds(**{side: 5}, protection="exact"))
+    assert {layer.key_method for layer in exact.layers} == {"none"}
+
+
 def test_across_methods_a_plan_is_no_worse_than_with_one(model, rates, several):
     for bits in (2.3, 3.1, 4.0):
         solved = several.solve(bits)
