@@ -214,6 +214,15 @@ def test_more_protected_layers_than_there_are_is_all_of_them(rates, side):
     assert {layer.key_method for layer in exact.layers} == {"none"}
 
 
+def test_a_plan_of_another_model_is_refused(rates):
+    other = vl.Plan.uniform(tiny("llama", num_hidden_layers=2), "ratequant", bits=3)
+    for ask in (rates.heads, rates.predicted_loss, rates.bytes_per_token, rates.true_bits):
+        with pytest.raises(InputError, match="made for another model than these measurements"):
+            ask(other)
+    with pytest.raises(InputError, match="made for another model than these measurements"):
+        rates.held_bytes(other, 600)
+
+
 def test_across_methods_a_plan_is_no_worse_than_with_one(model, rates, several):
     for bits in (2.3, 3.1, 4.0):
         solved = several.solve(bits)

@@ -187,9 +187,7 @@ class RateBudget:
     def predicted_loss(self, plan: Plan) -> float:
         """What a plan that holds measured methods and widths is predicted to lose a token; 0 for exact sides.
 
-        Raises
-        ------
-        InputError : a method or a width of it was not measured.
+        Raises as `heads`.
         """
         return float(self.heads(plan)["predicted_loss"].sum())
 
@@ -198,8 +196,9 @@ class RateBudget:
 
         Raises
         ------
-        InputError : a method or a width of it was not measured.
+        InputError : the plan is of another model, or a method or a width of it was not measured.
         """
+        self._check(plan)
         rows: list[tuple[object, ...]] = []
         for size in self.sizes:
             for side, method, bits, _ in plan.layers[size.layer].sides:
@@ -216,9 +215,7 @@ class RateBudget:
     def held_bytes(self, plan: Plan, tokens: int) -> float:
         """Bytes that the compressed layers hold at most after a text of ``tokens``: what `TokensInMemory` counts.
 
-        Raises
-        ------
-        InputError : a method or a width of the plan was not measured.
+        Raises as `heads`.
         """
         total = 0.0
         for size, nbytes in self._layer_bytes(plan):
@@ -272,6 +269,14 @@ class RateBudget:
 
     # inside ---------------------------------------------------------------------------------------------------------
 
+    def _check(self, plan: Plan) -> None:
+        if plan.model_hash != self.model_hash:
+            raise InputError(
+                f"The plan {plan.name!r} was made for another model than these measurements, which are of {self.model} "
+                f"({self.model_hash}): give a plan for it, or measure {plan.model or 'the plan’s model'} "
+                f"({plan.model_hash})."
+            )
+
     def _columns(self, plan: Plan, size: LayerSize, side: Role, method: str) -> tuple[HeadTable, list[int]]:
         """The table of a method, and the column of each head of a layer's side."""
         widths = plan.widths(size.layer, side)
@@ -285,6 +290,7 @@ class RateBudget:
 
     def _layer_bytes(self, plan: Plan) -> Iterator[tuple[LayerSize, float]]:
         """Layers, and the bytes of one packed token in each."""
+        self._check(plan)
         for size in self.sizes:
             nbytes = 0.0
             for side, method, _, _ in plan.layers[size.layer].sides:
