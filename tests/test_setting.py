@@ -170,3 +170,11 @@ def test_measurements_are_kept_and_found_again_by_their_settings(model, folder, 
         assert kept_rate_budget(model, Letters(), **given).identity == first.identity
     assert told != []
     assert file.exists()
+
+
+def test_measurements_are_found_again_by_the_calibrations_identities(model, tmp_path):
+    fitted = [vl.calibrate(model, Letters(), "spectralquant", bits=3, seed=seed, folder=tmp_path) for seed in (0, 1)]
+    given = {"methods": ["spectralquant"], "bits": (3,), "text": TEXT, "folder": tmp_path, **MEASURED}
+    first, other = (kept_rate_budget(model, Letters(), calibrations=[one], **given) for one in fitted)
+    assert first.calibrations != other.calibrations
+    assert kept_rate_budget(model, Letters(), calibrations=fitted[:1], **given).identity == first.identity
