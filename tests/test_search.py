@@ -273,6 +273,16 @@ def test_it_is_saved_and_read_again(result, tmp_path):
         vl.SearchResult.load(path)
 
 
+def test_it_says_which_text_it_judged_on(model, result):
+    def said(text):
+        fewer = SETTINGS | {"windows": 2, "bits": [2], "text": text}
+        return vl.search(model, Letters(), methods=["turboquant"], **fewer).settings["text"]
+
+    assert said(None) is None
+    assert said(TEXT) == result.settings["text"] != said(TEXT[1:])
+    assert len(said(TEXT)) == 16
+
+
 def test_the_chart_draws_every_measured_candidate(result):
     rows = result.chart().to_dict()["datasets"]
     assert len(next(iter(rows.values()))) == result.frame.filter(pl.col("windows") > 0).height
