@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +18,7 @@ from tests.gguf_files import write_llama
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
+from veloxlab.allocate import trials
 from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token, candidates
 from veloxlab.allocate.race import GROUP, LEAST_WINDOWS, on_front, race
 from veloxlab.allocate.trials import Trials
@@ -301,6 +304,24 @@ def test_progress_counts_up_and_what_it_raises_ends_the_search(model):
 
     with pytest.raises(KeyboardInterrupt):
         vl.search(model, Letters(), methods=TWO, progress=stop, **SETTINGS)
+
+
+def test_the_seconds_of_a_trial_are_without_its_calibration(model, tmp_path, monkeypatch):
+    told = []
+
+    def fitted(*given, **more):
+        told.append("fitted")
+        return vl.calibrate(*given, **more)
+
+    def clock():
+        told.append("clock")
+        return time.perf_counter()
+
+    monkeypatch.setattr(trials, "calibrate", fitted)
+    monkeypatch.setattr(trials, "time", SimpleNamespace(perf_counter=clock))
+    job = Trials("here", TEXT, 24, 1, "oneshot", 4, 16, (("spectralquant", (3,)),), str(tmp_path))
+    trials.Bench(job, model, Letters()).measure(Candidate("spectralquant", 3, 3), 0)
+    assert told == ["fitted", "clock", "clock"]
 
 
 # executors ----------------------------------------------------------------------------------------------------------
