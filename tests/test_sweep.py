@@ -108,6 +108,15 @@ def test_whole_widths_may_be_whole_numbers(model, folder):
     assert found["bits"].unique().to_list() == [2.0, 3.0]
 
 
+@pytest.mark.parametrize(("first", "others"), [("gradient", "key_norm"), ("key_norm", "gradient")])
+def test_predictions_are_shown_where_they_are_nats(frame, first, others):
+    order = {"uniform": 0, first: 1, others: 2}
+    rows = frame.sort("bits", pl.col("allocation").replace_strict(order), maintain_order=True)
+    lines = swept_table(swept(rows)).splitlines()[2:]
+    shown = {line.split(" | ")[1] for line in lines if line.split(" | ")[4].strip()}
+    assert shown == ({"uniform", "gradient"} if first == "gradient" else {"gradient"})
+
+
 def test_usual_bounds_are_the_papers():
     assert [(b.least_bits, b.most_bits) for b in map(usual_bounds, (2.5, 3.0, 3.5, 4.0, 5.0))] == [
         (2, 4), (2, 5), (3, 5), (3, 6), (4, 7)

@@ -36,6 +36,7 @@ from veloxlab.measure.progress import Progress, silent
 from veloxlab.texts import excerpt
 
 By = Literal["gradient", "key_norm", "attention_output", "forward_kl"]
+NATS: tuple[By, By] = ("gradient", "forward_kl")  # those whose predicted losses are divergences
 
 FORMAT = "veloxlab sensitivities 1"
 LEAST_TOKENS = 16  # of a sequence behind the sinks
@@ -44,7 +45,7 @@ SENSITIVITIES = {
     "layer": pl.Int32,
     "head": pl.Int32,  # KV head
     "side": pl.String,  # "keys" or "values"
-    "sensitivity": pl.Float64,  # of the loss, in nats a token, to ½·E‖x − x̂‖²/D; of "key_norm", E‖x‖²
+    "sensitivity": pl.Float64,  # what a token loses for ½·E‖x − x̂‖²/D, in nats by `NATS`; of "key_norm", E‖x‖²
     "sequences": pl.Int32,  # that it is the mean of
     "tokens": pl.Int32,  # of each sequence that were counted, those behind the sinks
     "by": pl.String,

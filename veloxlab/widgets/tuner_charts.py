@@ -6,6 +6,7 @@ import polars as pl
 
 from veloxlab.allocate.points import Bounds
 from veloxlab.allocate.rate_budget import Allocation
+from veloxlab.allocate.sensitivity import NATS
 from veloxlab.allocate.setting import Allocator, Setting
 from veloxlab.views import (
     allocation_caption,
@@ -18,8 +19,6 @@ from veloxlab.views import (
 )
 from veloxlab.views.logscale import log_domain
 from veloxlab.widgets.chart_view import ChartView, link
-
-NATS = ("gradient", "forward_kl")  # sensitivities whose predicted losses are divergences
 
 
 class TunerCharts:
