@@ -46,7 +46,9 @@ def kept_rate_budget(
         return rate_budget(model, tokenizer, folder=folder, progress=progress, **measured)
     where = Path(folder) if folder else platformdirs.user_cache_path("veloxlab") / "rates"
     where.mkdir(parents=True, exist_ok=True)
-    facts = {name: list(given) if isinstance(given, range) else given for name, given in measured.items()}
+    facts: dict[str, Any] = {
+        name: list(given) if isinstance(given, range) else given for name, given in measured.items()
+    }
     if "calibrations" in facts:
         facts["calibrations"] = [calibration.identity for calibration in facts["calibrations"]]
     path = where / f"{digest([FORMAT, written(), fingerprint(model), facts])[:16]}.json"
