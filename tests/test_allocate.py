@@ -136,9 +136,9 @@ def test_a_plan_holds_what_its_budget_allows_and_loses_less_than_uniform_bits(mo
     assert solved.true_bits == pytest.approx(8 * held / 768)
     assert solved.predicted_loss == pytest.approx(rates.predicted_loss(solved.plan), rel=1e-9)
     assert solved.predicted_loss <= solved.predicted_uniform_loss * (1 + 1e-9)
-    uniform = rates.uniform(bits)
-    assert bytes_per_token(uniform, model) <= bits * 3 * 256 / 8
-    assert rates.predicted_loss(uniform) == pytest.approx(solved.predicted_uniform_loss, rel=1e-9)
+    assert bytes_per_token(rates.uniform(bits), model) <= bits * 3 * 256 / 8
+    assert solved.uniform.layers == rates.uniform(vl.BytesPerToken(held)).layers  # of what is spent
+    assert rates.predicted_loss(solved.uniform) == pytest.approx(solved.predicted_uniform_loss, rel=1e-9)
 
 
 def test_between_whole_widths_uniform_bits_are_spread_evenly():

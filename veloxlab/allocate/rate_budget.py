@@ -75,8 +75,9 @@ class Allocation:
     true_bits : for each packed value, scales included; ``key_bits`` and ``value_bits`` are means of code bits.
     predicted_loss : a token; by gradients or divergences, in nats.
     predicted_least : no plan of these choices and this budget is predicted to lose less; with a `QualityFloor`, None.
-    predicted_uniform_loss : with one width for all heads, or two neighbouring ones evenly mixed, in no more bytes; None
+    uniform : one width for all heads, or two neighbouring ones evenly mixed, in no more bytes than ``plan`` takes; None
         where even the least measured width takes more.
+    predicted_uniform_loss : of that one.
     """
 
     plan: Plan
@@ -86,6 +87,7 @@ class Allocation:
     value_bits: float
     predicted_loss: float
     predicted_least: float | None
+    uniform: Plan | None
     predicted_uniform_loss: float | None
 
 
@@ -146,8 +148,7 @@ class RateBudget:
             solution = choices.problem.within(limit.nbytes)
         chosen = choices.chosen(solution.choice)
         nbytes = sum(point.nbytes for point in chosen.values())
-        room = solution.cost if limit.nbytes is None else limit.nbytes
-        uniform = self._uniform(Limit(limit.tokens, room))
+        uniform = self._uniform(Limit(limit.tokens, solution.cost))
         return Allocation(
             self._plan(chosen, name or f"allocated, {8 * nbytes / self._values:.2f} bits"),
             nbytes,
@@ -156,6 +157,7 @@ class RateBudget:
             float(np.mean([chosen[size.layer, "values"].width for size in self.sizes])),
             solution.loss,
             None if limit.nbytes is None else solution.bound,
+            None if uniform is None else self._uniform_plan(uniform),
             None if uniform is None else sum(point.predicted_loss for point in uniform.values()),
         )
 
@@ -181,8 +183,7 @@ class RateBudget:
         chosen = self._uniform(limit)
         if chosen is None:
             raise InputError(_too_little(limit.nbytes, "the least width that was measured takes more for all heads"))
-        width = np.mean([point.width for point in chosen.values()])
-        return self._plan(chosen, name or f"uniform, {width:.2f} code bits")
+        return self._uniform_plan(chosen, name)
 
     def predicted_loss(self, plan: Plan) -> float:
         """What a plan that holds measured methods and widths is predicted to lose a token; 0 for exact sides.
@@ -347,6 +348,10 @@ class RateBudget:
             place: table.point(np.broadcast_to(own, len(table.nbytes)).tolist())
             for place, table, own in zip(places, tables, by_place, strict=True)
         }
+
+    def _uniform_plan(self, chosen: Chosen, name: str = "") -> Plan:
+        width = np.mean([point.width for point in chosen.values()])
+        return self._plan(chosen, name or f"uniform, {width:.2f} code bits")
 
     def _plan(self, chosen: Chosen, name: str) -> Plan:
         idle = LayerSettings("none", self.sizes[0].exact_bits, "none", self.sizes[0].exact_bits)

@@ -90,7 +90,7 @@ class TunerCharts:
 
     def _heads(self, found: Allocation) -> pl.DataFrame:
         """What each head gets, allocated and by uniform bits in the same bytes, where there are such."""
-        plans = {"allocated": found.plan, "uniform": self._allocator.uniform(found)}
+        plans = {"allocated": found.plan, "uniform": found.uniform}
         return pl.concat(
             self._rates.heads(plan).with_columns(kind=pl.lit(kind)) for kind, plan in plans.items() if plan is not None
         )
