@@ -107,5 +107,7 @@ class TunerCharts:
 
     def _frontier_caption(self) -> str:
         if self._by in NATS:
-            return "Measured is the mean KL from the exact model's predictions; the hollow square is this plan"
+            return (
+                "The hollow square is this plan, predicted for codes alone; measured is the mean KL, its window exact"
+            )
         return f"Losses by {self._by} are no divergences: what is measured stands in the table below"
