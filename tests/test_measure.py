@@ -119,6 +119,11 @@ def test_code_bits_are_the_codecs_true_bits(capture):
         bits.group_by("layer", "tensor").agg(pl.col("bits_per_value").sum())["bits_per_value"].unique().item() == 3.25
     )
     assert bits.filter(part="codes")["bits_per_value"].unique().to_list() == [3.0]
+    exact = vl.code_bits(capture, "none", bits=32)  # whose numbers are floating point, and no scales
+    assert exact.group_by("part").agg(pl.col("bits_per_value").mean()).sort("part").rows() == [
+        ("codes", 32.0),
+        ("scales", 0.0),
+    ]
 
 
 def test_fidelity_of_the_exact_codec_is_perfect(smollm2):
