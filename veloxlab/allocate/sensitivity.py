@@ -193,7 +193,16 @@ def _rows(layers: Sequence[int], found: Sequence[Sides], sequence: int, tokens: 
 
 def _by_gradient(model: Module, ids: Sequence[int], sinks: int, step: Step) -> list[Sides]:
     step("gradients")
-    squares = [[mean_square(gradient, sinks) for gradient in pair] for pair in loss_gradients(model, ids)]
+    try:
+        gradients = loss_gradients(model, ids)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"The loss of this model ({type(model).__module__}) cannot be differentiated ({error}): choose "
+            "by='attention_output' or by='forward_kl'."
+        ) from error
+    squares = [[mean_square(gradient, sinks) for gradient in pair] for pair in gradients]
     mx.eval(squares)
     found = [(np.array(keys, np.float64), np.array(values, np.float64)) for keys, values in squares]
     reached = [max(keys.max(), values.max()) != 0 for keys, values in found]  # NaN is told elsewhere
