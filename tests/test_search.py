@@ -2,10 +2,10 @@
 
 import multiprocessing
 import os
+import pickle
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -411,9 +411,10 @@ def test_a_worker_says_what_is_wrong_as_this_process_does(tmp_path):
         vl.search(tmp_path / "gone.gguf", methods=TWO, executor=pool, **SETTINGS)
 
 
-def test_jobs_are_plain_words_and_numbers(file):
-    job = Trials(str(file), None, 8, 2, "oneshot", 4, 16)
-    assert hash(job) == hash(replace(job))
+def test_jobs_are_the_same_on_the_other_side_of_a_pipe(file):
+    job = Trials(str(file), None, 8, 2, "oneshot", 4, 16, (("spectralquant", (2, 3)),))
+    there = pickle.loads(pickle.dumps(job))
+    assert (there, hash(there)) == (job, hash(job))  # by which a worker keeps what it loaded
 
 
 # the command --------------------------------------------------------------------------------------------------------
