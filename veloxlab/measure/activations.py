@@ -118,12 +118,12 @@ def encode(tokenizer: Any, text: str | None, count: int) -> list[int]:  # noqa: 
     return ids
 
 
-def first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:  # noqa: ANN401
-    """Give the first ``count`` token ids of ``text``, or all if there are fewer."""
+def first_tokens(tokenizer: Any, text: str, count: int, **options: bool) -> list[int]:  # noqa: ANN401
+    """Give the first ``count`` token ids of ``text``, or all if there are fewer; ``options`` are the tokenizer's."""
     # a long text need not be read to its end: no tokenizer makes tokens longer than this on average
-    ids = list(tokenizer.encode(text[: 16 * count]))
+    ids = list(tokenizer.encode(text[: 16 * count], **options))
     if len(ids) < count and len(text) > 16 * count:
-        ids = list(tokenizer.encode(text))
+        ids = list(tokenizer.encode(text, **options))
     return ids[:count]
 
 

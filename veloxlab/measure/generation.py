@@ -15,9 +15,10 @@ import mlx.core as mx
 import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import make_prompt_cache
 
 from veloxlab.errors import InputError
+from veloxlab.integrate import own_cache
+from veloxlab.measure.activations import first_tokens
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities
 from veloxlab.prompt_cache import LayerPlan, make_cache
@@ -27,7 +28,7 @@ Side = Literal["exact", "compressed"]
 SIDES: tuple[Side, Side] = ("exact", "compressed")
 CHUNK = 2048  # tokens of a prompt that are read together
 USUAL_TOKENS = 64
-_LONGEST = 16  # characters of a token, on average: no more of a text is looked at
+_PLAIN = {"add_special_tokens": False}  # a text without marks of its beginning or end
 
 GENERATION = {
     "side": pl.String,  # whose text it is: "exact" or "compressed"
@@ -126,7 +127,7 @@ def side_by_side(
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     made = _made(model, method_or_plan, settings)
     progress(0, tokens, "reading the prompt")
-    exact = _Reader.of(model, make_prompt_cache(model), ids)
+    exact = _Reader.of(model, own_cache(model), ids)
     compressed = _Reader.of(model, made, ids)
     judge = exact  # the exact model behind the compressed cache's text: the same reader until the texts part
     stops = _stops(tokenizer)
@@ -248,10 +249,10 @@ def passkey(
     if wrong:
         raise InputError(f"A depth of {wrong[0]} is outside of the text: give shares from 0 to 1.")
     numbers = np.random.default_rng(seed).integers(10 ** (DIGITS - 1), 10**DIGITS, len(depths))
-    filler = _plain(tokenizer, (excerpt() if text is None else text)[: _LONGEST * context])
-    question = _plain(tokenizer, QUESTION)
+    filler = first_tokens(tokenizer, excerpt() if text is None else text, context, **_PLAIN)
+    question = tokenizer.encode(QUESTION, **_PLAIN)
     makers: dict[Side, CacheMaker] = {
-        "exact": make_prompt_cache,
+        "exact": own_cache,
         "compressed": lambda model: _made(model, method_or_plan, settings),
     }
     rows: list[dict[str, object]] = []
@@ -271,7 +272,7 @@ def passkey(
 
 def _hidden(tokenizer: Any, filler: Sequence[int], context: int, depth: float, number: str) -> list[int]:  # noqa: ANN401
     """Ids of the task and of a text of ``context`` tokens in all, with the needle at a depth of it."""
-    task, needle = _plain(tokenizer, TASK), _plain(tokenizer, NEEDLE.format(number))
+    task, needle = (list(tokenizer.encode(words, **_PLAIN)) for words in (TASK, NEEDLE.format(number)))
     room = context - len(task) - len(needle)
     if room < 1:
         raise InputError(
@@ -296,11 +297,6 @@ def _answer(reader: _Reader, tokenizer: Any) -> str:  # noqa: ANN401
         ids.append(token)
         reader.read(token)
     return str(tokenizer.decode(ids))
-
-
-def _plain(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401
-    """Ids of a text without marks of its beginning or end."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _number(x: mx.array) -> float:
