@@ -11,8 +11,6 @@ there are hundreds of times those elsewhere: ``sinks`` of them are left out, as 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -98,7 +96,7 @@ def sensitivities(
     facts = {
         **written(),
         "model": integrate.fingerprint(model),
-        "text": hashlib.sha256(json.dumps(stretches).encode()).hexdigest(),
+        "text": digest(stretches),
         "sequences": sequences,
         "tokens": tokens,
         "sinks": sinks,
