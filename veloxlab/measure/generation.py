@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -19,14 +20,14 @@ from mlx.nn.layers.base import Module
 from veloxlab.errors import InputError
 from veloxlab.integrate import own_cache
 from veloxlab.measure.activations import first_tokens
+from veloxlab.measure.buffers import calls
 from veloxlab.measure.progress import Progress, silent
-from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities
-from veloxlab.prompt_cache import LayerPlan, make_cache
+from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities, maker
+from veloxlab.prompt_cache import LayerPlan
 from veloxlab.texts import excerpt
 
 Side = Literal["exact", "compressed"]
 SIDES: tuple[Side, Side] = ("exact", "compressed")
-CHUNK = 2048  # tokens of a prompt that are read together
 USUAL_TOKENS = 64
 _PLAIN = {"add_special_tokens": False}  # a text without marks of its beginning or end
 
@@ -66,9 +67,9 @@ class _Reader:
     def of(cls, model: Module, cache: list[Any], prompt: Sequence[int]) -> _Reader:
         """Read a prompt as mlx-lm's generator does: in chunks, and its last token by itself, which sees codes."""
         reader = cls(model, cache, mx.zeros(0))
-        for start in range(0, len(prompt) - 1, CHUNK):
-            reader.read(*prompt[start : min(start + CHUNK, len(prompt) - 1)])
-        reader.read(prompt[-1])
+        left = iter(prompt)
+        for count in calls(len(prompt)):
+            reader.read(*islice(left, count))
         return reader
 
     def read(self, *tokens: int) -> None:
@@ -125,7 +126,7 @@ def side_by_side(
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InputError(f"tokens={tokens!r} is not a number of tokens to generate: give a whole number, 1 or more.")
     ids = prompt_ids(tokenizer, prompt, chat=chat)
-    made = _made(model, method_or_plan, settings)
+    made = maker(method_or_plan, settings)(model)
     progress(0, tokens, "reading the prompt")
     exact = _Reader.of(model, own_cache(model), ids)
     compressed = _Reader.of(model, made, ids)
@@ -191,18 +192,9 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, chat: bool = True
     return ids
 
 
-def _made(model: Module, method_or_plan: str | LayerPlan | CacheMaker, settings: dict[str, Any]) -> list[Any]:
-    if not callable(method_or_plan):
-        return make_cache(model, method_or_plan, **settings)
-    if settings:
-        raise InputError(f"A cache of your own takes no settings, but {sorted(settings)[0]!r} was given.")
-    return method_or_plan(model)
-
-
 def _added(tokenizer: Any, before: Sequence[int], token: int) -> str:  # noqa: ANN401
     """What a token adds to a text: a character of several tokens is shown at the last of them."""
-    ids = [*before]
-    shown = [str(tokenizer.decode(part)).rstrip("\ufffd") for part in (ids, [*ids, token])]
+    shown = [str(tokenizer.decode(part)).rstrip("\ufffd") for part in (before, [*before, token])]
     return shown[1][len(shown[0]) :]
 
 
@@ -253,7 +245,7 @@ def passkey(
     question = tokenizer.encode(QUESTION, **_PLAIN)
     makers: dict[Side, CacheMaker] = {
         "exact": own_cache,
-        "compressed": lambda model: _made(model, method_or_plan, settings),
+        "compressed": maker(method_or_plan, settings),
     }
     rows: list[dict[str, object]] = []
     for depth, number in zip(depths, numbers, strict=True):

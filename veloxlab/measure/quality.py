@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -165,7 +165,7 @@ def judge(
         raise InputError(f"mode={mode!r} is unknown: choose 'oneshot' or 'decode'.")
     if mode == "decode" and not 1 <= prompt < shortest - 1:
         raise InputError(f"prompt={prompt} leaves nothing to decode of {shortest} tokens: take fewer, at least 1.")
-    make = _maker(method_or_plan, chunk, settings)
+    make = maker(method_or_plan, settings, chunk=chunk)
     windows = len(exact.stretches)
     frames = []
     cache: list[Any] = []
@@ -219,14 +219,20 @@ def _holdings(cache: list[Any]) -> pl.DataFrame:
     )
 
 
-def _maker(
-    method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, chunk: Chunk, settings: dict[str, object]
+def maker(
+    method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, settings: Mapping[str, object], **usual: Chunk
 ) -> CacheMaker:
+    """What makes a cache by ``settings`` and the ``usual`` ones; a function that makes one of its own takes none.
+
+    Raises
+    ------
+    InputError : ``settings`` for such a function.
+    """
     if callable(method_or_plan):
         if settings:
             raise InputError(f"A cache of your own takes no settings, but {sorted(settings)[0]!r} was given.")
         return method_or_plan
-    return lambda model: prompt_cache.make_cache(model, method_or_plan, chunk=chunk, **settings)  # type: ignore[arg-type]
+    return lambda model: prompt_cache.make_cache(model, method_or_plan, **usual, **settings)  # type: ignore[arg-type]
 
 
 def _name(method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, settings: dict[str, object]) -> str:
