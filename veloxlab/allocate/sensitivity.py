@@ -18,16 +18,15 @@ from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import numpy as np
-import platformdirs
 import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab import integrate
 from veloxlab.allocate.proxies import SIDES, Sides, Step, by_attention_output, by_forward_kl, by_norm, mean_square
 from veloxlab.cache import DEFAULT_SINKS
-from veloxlab.codecs.saving import check_written, written
+from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
-from veloxlab.files import digest, read_sealed, write_sealed
+from veloxlab.files import digest, kept_in, read_sealed, write_sealed
 from veloxlab.measure.activations import first_tokens
 from veloxlab.measure.gradients import loss_gradients
 from veloxlab.measure.progress import Progress, silent
@@ -68,7 +67,8 @@ def sensitivities(
 ) -> pl.DataFrame:
     """Measure the sensitivity of every KV head's keys and values: `SENSITIVITIES`, sorted by layer, side and head.
 
-    The result is kept on disk and found again by everything it depends on. One sequence is held at a time.
+    The result is kept on disk and found again by the model's weights, the text's tokens and these settings. One
+    sequence is held at a time.
 
     Parameters
     ----------
@@ -102,10 +102,8 @@ def sensitivities(
         "sinks": sinks,
         "by": by,
     }
-    where = Path(folder) if folder else platformdirs.user_cache_path("veloxlab") / "sensitivities"
-    where.mkdir(parents=True, exist_ok=True)
-    path = where / f"{by}-{digest([FORMAT, facts])[:16]}.json"
-    frame = _kept(path, facts)
+    path = kept_in("sensitivities", folder) / f"{by}-{digest([FORMAT, facts])[:16]}.json"
+    frame = _kept(path)
     if frame is None:
         frame = pl.concat(_measured(model, stretches, by, sinks, progress))
         write_sealed(path, {"format": FORMAT, "facts": facts, "columns": frame.to_dict(as_series=False)})
@@ -142,16 +140,12 @@ def _stretches(tokenizer: Any, text: str | None, sequences: int, tokens: int, si
     return [ids[i * tokens : (i + 1) * tokens] for i in range(sequences)]
 
 
-def _kept(path: Path, facts: dict[str, Any]) -> pl.DataFrame | None:
-    """What was kept of the same ``facts``, or None; a damaged file is named in a warning."""
+def _kept(path: Path) -> pl.DataFrame | None:
+    """What was kept, or None; a damaged file is named in a warning."""
     if not path.exists():
         return None
     try:
-        content = read_sealed(path, FORMAT)
-        check_written(content["facts"]["version"], content["facts"]["code"])
-        if content["facts"] != facts:
-            raise ValueError("it is of another model or text")
-        return pl.DataFrame(content["columns"], schema=_EACH)
+        return pl.DataFrame(read_sealed(path, FORMAT)["columns"], schema=_EACH)
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         warnings.warn(f"The sensitivities {path} cannot be read ({error}). They are measured again now.", stacklevel=3)
         return None
