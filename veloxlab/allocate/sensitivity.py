@@ -27,7 +27,7 @@ from veloxlab.cache import DEFAULT_SINKS
 from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
 from veloxlab.files import digest, kept_in, read_sealed, write_sealed
-from veloxlab.measure.activations import first_tokens
+from veloxlab.measure.activations import stretches
 from veloxlab.measure.gradients import loss_gradients
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.texts import excerpt
@@ -92,11 +92,12 @@ def sensitivities(
     """
     if by not in get_args(By):
         raise InputError(f"by={by!r} is unknown: choose {', '.join(map(repr, get_args(By)))}.")
-    stretches = _stretches(tokenizer, text, sequences, tokens, sinks)
+    _check(sequences, tokens, sinks)
+    read = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
     facts = {
         **written(),
         "model": integrate.fingerprint(model),
-        "text": digest(stretches),
+        "text": digest(read),
         "sequences": sequences,
         "tokens": tokens,
         "sinks": sinks,
@@ -105,7 +106,7 @@ def sensitivities(
     path = kept_in("sensitivities", folder) / f"{by}-{digest([FORMAT, facts])[:16]}.json"
     frame = _kept(path)
     if frame is None:
-        frame = pl.concat(_measured(model, stretches, by, sinks, progress))
+        frame = pl.concat(_measured(model, read, by, sinks, progress))
         write_sealed(path, {"format": FORMAT, "facts": facts, "columns": frame.to_dict(as_series=False)})
     return frame if per_sequence else settled(frame, sequences)
 
@@ -124,20 +125,12 @@ def settled(each: pl.DataFrame, sequences: int) -> pl.DataFrame:
     )
 
 
-def _stretches(tokenizer: Any, text: str | None, sequences: int, tokens: int, sinks: int) -> list[list[int]]:  # noqa: ANN401
-    """Token ids of each sequence."""
+def _check(sequences: int, tokens: int, sinks: int) -> None:
     if sequences < 1 or sinks < 0 or tokens - sinks < LEAST_TOKENS:
         raise InputError(
             f"{sequences} sequences of {tokens} tokens with {sinks} sinks say too little: take at least 1 sequence, "
             f"and {LEAST_TOKENS} tokens more than the sinks."
         )
-    ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, sequences * tokens)
-    if len(ids) < sequences * tokens:
-        raise InputError(
-            f"The text has {len(ids)} tokens, too few for {sequences} sequences of {tokens}: give a longer text, or "
-            "take fewer or shorter sequences."
-        )
-    return [ids[i * tokens : (i + 1) * tokens] for i in range(sequences)]
 
 
 def _kept(path: Path) -> pl.DataFrame | None:
@@ -152,19 +145,19 @@ def _kept(path: Path) -> pl.DataFrame | None:
 
 
 def _measured(
-    model: Module, stretches: Sequence[list[int]], by: By, sinks: int, progress: Progress
+    model: Module, read: Sequence[list[int]], by: By, sinks: int, progress: Progress
 ) -> Iterator[pl.DataFrame]:
     """Rows of each sequence."""
     layers = [f.layer for f in integrate.probe(model) if f.compressible]
     if not layers:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to measure.")
     each = {"gradient": 1, "key_norm": 1, "attention_output": len(layers), "forward_kl": 2 * len(layers) + 1}[by]
-    total = each * len(stretches)
-    for i, ids in enumerate(stretches):
+    total = each * len(read)
+    for i, ids in enumerate(read):
         done = iter(range(i * each, (i + 1) * each))
 
         def step(label: str, i: int = i, done: Iterator[int] = done) -> None:
-            progress(next(done), total, f"sequence {i + 1} of {len(stretches)}: {label}")
+            progress(next(done), total, f"sequence {i + 1} of {len(read)}: {label}")
 
         yield _rows(layers, _MEASURES[by](model, ids, sinks, step), i, len(ids) - sinks, by)
     progress(total, total, "done")

@@ -14,7 +14,7 @@ from mlx.nn.layers.base import Module
 from veloxlab import prompt_cache
 from veloxlab.cache import Chunk
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import encode
+from veloxlab.measure.activations import stretches
 from veloxlab.measure.memory import report
 from veloxlab.measure.progress import Progress, silent
 
@@ -89,13 +89,7 @@ def reference(
     progress: Progress = silent,
 ) -> Reference:
     """Run the model with its own cache over stretches of text; the arguments are those of `fidelity`."""
-    ids = encode(tokenizer, text, tokens * windows)
-    if len(ids) < tokens * (windows - 1) + 2:
-        raise InputError(
-            f"The text has {len(ids)} tokens, too few for {windows} windows of {tokens}: "
-            "give a longer text or take fewer or shorter windows."
-        )
-    return Reference.of(model, [ids[w * tokens : (w + 1) * tokens] for w in range(windows)], progress)
+    return Reference.of(model, stretches(tokenizer, text, tokens, windows, last=2), progress)
 
 
 def fidelity(
