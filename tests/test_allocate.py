@@ -136,9 +136,9 @@ def test_a_plan_holds_what_its_budget_allows_and_loses_less_than_uniform_bits(mo
     assert solved.true_bits == pytest.approx(8 * held / 768)
     assert solved.predicted_loss == pytest.approx(rates.predicted_loss(solved.plan), rel=1e-9)
     assert solved.predicted_loss <= solved.predicted_uniform_loss * (1 + 1e-9)
-    uniform = rates.uniform(bits)
-    assert bytes_per_token(uniform, model) <= bits * 3 * 256 / 8
-    assert rates.predicted_loss(uniform) == pytest.approx(solved.predicted_uniform_loss, rel=1e-9)
+    assert bytes_per_token(rates.uniform(bits), model) <= bits * 3 * 256 / 8
+    assert solved.uniform.layers == rates.uniform(vl.BytesPerToken(held)).layers  # of what is spent
+    assert rates.predicted_loss(solved.uniform) == pytest.approx(solved.predicted_uniform_loss, rel=1e-9)
 
 
 def test_between_whole_widths_uniform_bits_are_spread_evenly():
@@ -206,6 +206,21 @@ def test_bounds_are_kept(model, rates):
         assert sum(paired.plan.widths(layer, "keys")) >= sum(paired.plan.widths(layer, "values"))
     assert any(sum(free.plan.widths(n, "keys")) < sum(free.plan.widths(n, "values")) for n in range(3))
     assert free.predicted_loss <= paired.predicted_loss
+
+
+@pytest.mark.parametrize("side", ["protected_first", "protected_last"])
+def test_more_protected_layers_than_there_are_is_all_of_them(rates, side):
+    exact = rates.plan(32.0, vl.Bounds(**{side: 5}, protection="exact"))
+    assert {layer.key_method for layer in exact.layers} == {"none"}
+
+
+def test_a_plan_of_another_model_is_refused(rates):
+    other = vl.Plan.uniform(tiny("llama", num_hidden_layers=2), "ratequant", bits=3)
+    for ask in (rates.heads, rates.predicted_loss, rates.bytes_per_token, rates.true_bits):
+        with pytest.raises(InputError, match="made for another model than these measurements"):
+            ask(other)
+    with pytest.raises(InputError, match="made for another model than these measurements"):
+        rates.held_bytes(other, 600)
 
 
 def test_across_methods_a_plan_is_no_worse_than_with_one(model, rates, several):

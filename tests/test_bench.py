@@ -31,7 +31,7 @@ SMALL_MODEL = {
 def quick(monkeypatch):
     monkeypatch.setattr(timing, "REPEATS", 1)
     monkeypatch.setattr(timing, "IN_A_ROW", 2)
-    monkeypatch.setattr(timing, "bandwidth", lambda: 100.0)
+    monkeypatch.setattr(encoding, "IN_A_ROW", 2)
     monkeypatch.setattr(attention, "bandwidth", lambda: 100.0)
     monkeypatch.setattr(models, "_STEPS", 2)
     monkeypatch.setattr(models, "_FIRST", 1)
@@ -101,6 +101,7 @@ def test_encoding_is_timed_beside_attention(quick):
     rows = bench.encode_steps(SMALL, 96, 5, progress=lambda _: None)
     assert [row["cache"].split()[0] for row in rows[::2]] == list(encoding.ENCODED)
     assert [row["tokens"] for row in rows] == [1, 5] * len(encoding.ENCODED)
+    assert {row["layers"] for row in rows} == {2}
     for row in rows:
         assert row["ratio"] == pytest.approx(row["microseconds"] / row["attention_microseconds"])
 

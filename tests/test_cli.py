@@ -11,6 +11,7 @@ import pytest
 from veloxlab import checkup, shipped
 from veloxlab.checkup import Check
 from veloxlab.cli import jupyterlab, main
+from veloxlab.cli.quality import results_name
 
 
 class Started(Exception):  # noqa: N818 - it is no error: it ends the process, as execv does
@@ -146,3 +147,17 @@ def test_version_is_printed(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
     assert capsys.readouterr().out.startswith("veloxlab ")
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("smollm2-135m", "smollm2-135m"),
+        ("meta-llama/Llama-3.2-1B", "Llama-3.2-1B"),
+        ("models/Llama-3.2-1B.Q4_K_M.gguf", "Llama-3.2-1B.Q4_K_M"),
+        ("models/tiny.GGUF", "tiny"),
+        ("models/Qwen2.5-0.5B/", "Qwen2.5-0.5B"),
+    ],
+)
+def test_results_have_the_models_whole_name(model, name):
+    assert results_name(model) == name

@@ -9,10 +9,11 @@ import mlx_lm
 import numpy as np
 import polars as pl
 import pytest
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 import veloxlab as vl
 from tests.tiny_models import tiny
+from veloxlab import integrate
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, PASSKEY, first_parting, prompt_ids
 from veloxlab.views import passkey_map, picture, strip_caption, token_strip
@@ -47,6 +48,20 @@ def parted(model):
 
 def texts(frame):
     return [frame.filter(pl.col("side") == side)["token"].to_list() for side in ("exact", "compressed")]
+
+
+class Poisoned(KVCache):
+    """Hands out values that are not numbers."""
+
+    def update_and_fetch(self, keys, values):
+        keys, values = super().update_and_fetch(keys, values)
+        return keys, values * mx.nan
+
+
+def test_a_prediction_that_is_not_a_number_is_not_shown_as_exact(model):
+    frame = vl.side_by_side(model, Tokenizer(), IDS, lambda m: [Poisoned() for _ in m.layers], tokens=2)
+    kl = frame.filter(pl.col("side") == "compressed")["kl"]
+    assert kl.is_nan().all()
 
 
 def test_the_texts_are_those_that_mlx_lm_generates(smollm2):
@@ -155,6 +170,15 @@ def test_a_hidden_number_is_found_by_the_exact_cache_and_lost_at_one_bit(smollm2
     assert lost["passkey"][0] == exact["passkey"][0]
 
 
+def test_tokens_of_many_characters_are_counted_to_the_end_of_the_text(model):
+    class Long(Tokenizer):
+        def encode(self, text, add_special_tokens=True):
+            return super().encode(text[::40])
+
+    frame = vl.passkey(model, Long(), context=100, depths=(0.5,), text="x" * 40 * 120)
+    assert frame["context"].to_list() == [100] * 2
+
+
 def test_a_needle_lies_where_it_is_said_to(model):
     read = []
 
@@ -184,6 +208,14 @@ def test_a_needle_lies_where_it_is_said_to(model):
 def test_a_needle_that_cannot_be_hidden_is_refused(model, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
         vl.passkey(model, Tokenizer(), **arguments)
+
+
+def test_the_exact_side_is_exact_in_a_model_that_was_told_to_compress():
+    used = tiny("llama")
+    settings = {"bits": 1, "sinks": 0, "window": 0}
+    before = vl.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings)
+    integrate.use(used, lambda: vl.make_cache(used, **settings))
+    assert vl.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings).equals(before)
 
 
 # pictures

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import polars as pl
 import pytest
-from mlx_lm.models.cache import QuantizedKVCache, make_prompt_cache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 import veloxlab as vl
 from veloxlab.codecs import find_method
@@ -12,7 +12,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.errors import LAYER_ERRORS, TOKEN_ERRORS
 from veloxlab.measure.memory import GROWTH, REPORT
-from veloxlab.measure.quality import FIDELITY, TOKEN_FIDELITY
+from veloxlab.measure.quality import FIDELITY, TOKEN_FIDELITY, divergence, log_probabilities
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,11 @@ def test_code_bits_are_the_codecs_true_bits(capture):
         bits.group_by("layer", "tensor").agg(pl.col("bits_per_value").sum())["bits_per_value"].unique().item() == 3.25
     )
     assert bits.filter(part="codes")["bits_per_value"].unique().to_list() == [3.0]
+    exact = vl.code_bits(capture, "none", bits=32)  # whose numbers are floating point, and no scales
+    assert exact.group_by("part").agg(pl.col("bits_per_value").mean()).sort("part").rows() == [
+        ("codes", 32.0),
+        ("scales", 0.0),
+    ]
 
 
 def test_fidelity_of_the_exact_codec_is_perfect(smollm2):
@@ -141,6 +146,24 @@ def test_fidelity_at_four_bits_meets_the_bar_and_beats_mlx_lms_cache(smollm2):
     assert ours.select("name", "chunk").row(0) == ("turboquant K4 V4", "codes")
     # 4 bits, and a 32-bit scale and bias for 64 values: the model runs in float32
     assert theirs.select("name", "chunk", "key_bits").row(0) == ("mlx-lm 4", None, 5.0)
+
+
+def test_a_divergence_is_never_below_zero_and_stays_nan_where_a_prediction_is():
+    exact = log_probabilities(mx.random.normal((64, 500), key=mx.random.key(1)))
+    assert (mx.exp(exact) * (exact - exact.astype(mx.float16).astype(mx.float32))).sum(-1).min() < 0
+    nearby = divergence(exact, exact.astype(mx.float16).astype(mx.float32))
+    assert (nearby >= 0).all()
+    assert mx.isnan(divergence(exact, exact * mx.nan)).all()
+
+
+def test_the_summary_of_predictions_that_are_not_numbers_says_so(smollm2):
+    class Poisoned(KVCache):
+        def update_and_fetch(self, keys, values):
+            keys, values = super().update_and_fetch(keys, values)
+            return keys, values * mx.nan
+
+    row = vl.fidelity(*smollm2, lambda m: [Poisoned() for _ in m.layers], tokens=8).row(0, named=True)
+    assert all(np.isnan(row[name]) for name in ("kl_mean", "kl_median", "kl_p99", "kl_max"))
 
 
 def test_one_reference_serves_many_caches(smollm2):

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 import veloxlab as vl
@@ -37,7 +38,7 @@ def model():
 
 
 def read(model, cache, tokens=TOKENS, decoded=DECODED, batch=1):
-    """Feed a model as mlx-lm's generator does: a prompt in chunks, then token by token."""
+    """Feed a model as mlx-lm's generator does: a prompt in chunks but for its last token, then token by token."""
     ids = mx.arange(batch * tokens).reshape(batch, tokens) * 7 % 90
     start = 0
     for count in calls(tokens, decoded):
@@ -103,6 +104,21 @@ def test_room_of_mlx_lms_own_caches_is_that_of_real_ones(tokens, decoded, max_si
             cache.update_and_fetch(*[mx.zeros((1, 1, count, 32))] * 2)
         keys = cache.keys[0] if isinstance(cache, QuantizedKVCache) else cache.keys
         assert own_room(tokens, decoded, max_size, chunk) == keys.shape[2]
+
+
+@pytest.mark.parametrize("decoded", [0, DECODED])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_what_is_planned_is_what_mlx_lms_generator_leaves(family, decoded):
+    model = tiny(family)
+    prompt = mx.arange(TOKENS - decoded) * 7 % 90
+    ours, own = vl.make_cache(model, bits=3, **SOME_EXACT), make_prompt_cache(model)
+    for cache in (ours, own):
+        assert len(list(generate_step(prompt, model, max_tokens=decoded, prompt_cache=cache))) == decoded
+        assert cache[0].offset == TOKENS
+    frame = vl.plan_memory(model, bits=3, context=TOKENS, decoded=decoded, **SOME_EXACT)
+    assert planned_parts(frame) == parts_of(ours)
+    exact = frame.filter(pl.col("cache") == "fp16")["bytes"].sum()
+    assert 2 * exact == sum(entry.nbytes for entry in own)  # these models compute in 32 bits
 
 
 @pytest.mark.parametrize("decoded", [0, DECODED])

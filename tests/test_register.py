@@ -8,7 +8,9 @@ import pytest
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 import veloxlab as vl
+from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
+from veloxlab.allocate.kept import kept_rate_budget
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.codec import Code, TiledCodec, check_vectors
 from veloxlab.codecs.method import Method
@@ -110,7 +112,8 @@ def test_it_is_listed_and_found_and_gone_again(model):
 
 def test_caches_plans_reports_and_measurements_take_it(absmax, model, tmp_path):
     cache = vl.make_cache(model, "absmax", bits=4, sinks=2, window=8)
-    model(mx.array([IDS]), cache=cache)
+    for part in (IDS[:-1], IDS[-1:]):  # as mlx-lm's generator does
+        model(mx.array([part]), cache=cache)
     mx.eval([layer.state for layer in cache])
     assert vl.report(cache)["key_bits"][0] == 4.25
     planned = vl.plan_memory(model, "absmax", bits=4, sinks=2, window=8, context=len(IDS))
@@ -192,3 +195,11 @@ def test_what_was_never_registered_is_not_taken_back():
         vl.unregister("absmax")
     with pytest.raises(InputError, match="'none' comes with veloxlab and stays"):
         vl.unregister("none")
+
+
+def test_measurements_of_it_are_made_again_as_its_code_may_have_changed(absmax, model, tmp_path):
+    measured = {"methods": ["absmax"], "text": TEXT, "sequences": 1, "tokens": 32, "bits": (3,), "folder": tmp_path}
+    first = kept_rate_budget(model, Letters(), **measured)
+    vl.register(method(build=lambda head_dim, bits, role: Absmax(head_dim, bits + 1)), replace=True)
+    again = kept_rate_budget(model, Letters(), **measured)
+    assert (again.curves["distortion"] < first.curves["distortion"]).all()

@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import pickle
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import replace
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +18,7 @@ from tests.gguf_files import write_llama
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
+from veloxlab.allocate import trials
 from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token, candidates
 from veloxlab.allocate.race import GROUP, LEAST_WINDOWS, on_front, race
 from veloxlab.allocate.trials import Trials
@@ -273,6 +276,16 @@ def test_it_is_saved_and_read_again(result, tmp_path):
         vl.SearchResult.load(path)
 
 
+def test_it_says_which_text_it_judged_on(model, result):
+    def said(text):
+        fewer = SETTINGS | {"windows": 2, "bits": [2], "text": text}
+        return vl.search(model, Letters(), methods=["turboquant"], **fewer).settings["text"]
+
+    assert said(None) is None
+    assert said(TEXT) == result.settings["text"] != said(TEXT[1:])
+    assert len(said(TEXT)) == 16
+
+
 def test_the_chart_draws_every_measured_candidate(result):
     rows = result.chart().to_dict()["datasets"]
     assert len(next(iter(rows.values()))) == result.frame.filter(pl.col("windows") > 0).height
@@ -291,6 +304,24 @@ def test_progress_counts_up_and_what_it_raises_ends_the_search(model):
 
     with pytest.raises(KeyboardInterrupt):
         vl.search(model, Letters(), methods=TWO, progress=stop, **SETTINGS)
+
+
+def test_the_seconds_of_a_trial_are_without_its_calibration(model, tmp_path, monkeypatch):
+    told = []
+
+    def fitted(*given, **more):
+        told.append("fitted")
+        return vl.calibrate(*given, **more)
+
+    def clock():
+        told.append("clock")
+        return time.perf_counter()
+
+    monkeypatch.setattr(trials, "calibrate", fitted)
+    monkeypatch.setattr(trials, "time", SimpleNamespace(perf_counter=clock))
+    job = Trials("here", TEXT, 24, 1, "oneshot", 4, 16, (("spectralquant", (3,)),), str(tmp_path))
+    trials.Bench(job, model, Letters()).measure(Candidate("spectralquant", 3, 3), 0)
+    assert told == ["fitted", "clock", "clock"]
 
 
 # executors ----------------------------------------------------------------------------------------------------------
@@ -380,9 +411,10 @@ def test_a_worker_says_what_is_wrong_as_this_process_does(tmp_path):
         vl.search(tmp_path / "gone.gguf", methods=TWO, executor=pool, **SETTINGS)
 
 
-def test_jobs_are_plain_words_and_numbers(file):
-    job = Trials(str(file), None, 8, 2, "oneshot", 4, 16)
-    assert hash(job) == hash(replace(job))
+def test_jobs_are_the_same_on_the_other_side_of_a_pipe(file):
+    job = Trials(str(file), None, 8, 2, "oneshot", 4, 16, (("spectralquant", (2, 3)),))
+    there = pickle.loads(pickle.dumps(job))
+    assert (there, hash(there)) == (job, hash(job))  # by which a worker keeps what it loaded
 
 
 # the command --------------------------------------------------------------------------------------------------------

@@ -209,6 +209,13 @@ def test_a_model_that_cannot_be_differentiated_is_refused(model, tmp_path, monke
     with pytest.raises(InputError, match="cannot be differentiated .*Kernel.*: choose by='attention_output'"):
         measured(model, tmp_path)
 
+    def refuse(*_):
+        raise InputError("This sentence is whole.")
+
+    monkeypatch.setattr(mx, "grad", refuse)
+    with pytest.raises(InputError, match="^This sentence is whole.$"):
+        measured(model, tmp_path)
+
 
 def test_activations_that_are_not_finite_are_refused(tmp_path):
     model = tiny("llama")

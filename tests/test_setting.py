@@ -43,10 +43,11 @@ def test_without_a_weight_it_is_the_plain_allocation(allocator, rates):
 
 
 def test_uniform_bits_are_of_the_bytes_that_are_spent_and_not_of_those_that_could_be(allocator, rates):
-    found = allocator.solve(Setting(vl.AverageBits(9.0), vl.Bounds(2, 3)))
-    assert found.true_bits == pytest.approx(3.25)
-    assert rates.bytes_per_token(allocator.uniform(found)) == pytest.approx(found.bytes_per_token)
-    assert found.predicted_uniform_loss == pytest.approx(found.predicted_loss)  # all at 3 bits, both
+    budget, bounds = vl.AverageBits(9.0), vl.Bounds(2, 3)
+    for found in (allocator.solve(Setting(budget, bounds)), rates.solve(budget, bounds)):
+        assert found.true_bits == pytest.approx(3.25)
+        assert rates.bytes_per_token(found.uniform) == pytest.approx(found.bytes_per_token)
+        assert found.predicted_uniform_loss == pytest.approx(found.predicted_loss)  # all at 3 bits, both
 
 
 def test_what_heads_get_adds_up_to_the_plan(rates):
@@ -109,9 +110,9 @@ def test_keys_that_count_more_get_more_bits_in_the_same_bytes(allocator, rates):
         assert found.bytes_per_token == pytest.approx(plain.bytes_per_token, rel=0.02)  # a bit of one head
         assert found.predicted_loss == pytest.approx(rates.predicted_loss(found.plan))
         assert found.predicted_loss >= plain.predicted_loss  # as measured, no plan of these bytes loses less
-        assert found.predicted_uniform_loss == rates.predicted_loss(allocator.uniform(found))
+        assert found.predicted_uniform_loss == rates.predicted_loss(found.uniform)
         assert found.predicted_least is None
-        assert found.plan.allocation == rates.identity
+        assert found.plan.allocation == found.uniform.allocation == rates.identity
 
 
 @pytest.mark.parametrize("weight", [0.25, 4.0])
@@ -127,7 +128,7 @@ def test_a_floor_of_quality_is_of_the_measured_loss_whatever_keys_weigh(allocato
 def test_below_the_least_width_there_are_no_uniform_bits_to_compare_with(model, folder):
     rates = vl.rate_budget(model, Letters(), ("ratequant", "polarquant"), TEXT, folder=folder, **MEASURED)
     found = Allocator(rates).solve(Setting(2.1, key_weight=2.0))  # PolarQuant has no scales: 2 bits are 2.00
-    assert found.predicted_uniform_loss is None
+    assert found.uniform is found.predicted_uniform_loss is None
     assert found.predicted_loss > 0
 
 
@@ -170,3 +171,11 @@ def test_measurements_are_kept_and_found_again_by_their_settings(model, folder, 
         assert kept_rate_budget(model, Letters(), **given).identity == first.identity
     assert told != []
     assert file.exists()
+
+
+def test_measurements_are_found_again_by_the_calibrations_identities(model, tmp_path):
+    fitted = [vl.calibrate(model, Letters(), "spectralquant", bits=3, seed=seed, folder=tmp_path) for seed in (0, 1)]
+    given = {"methods": ["spectralquant"], "bits": (3,), "text": TEXT, "folder": tmp_path, **MEASURED}
+    first, other = (kept_rate_budget(model, Letters(), calibrations=[one], **given) for one in fitted)
+    assert first.calibrations != other.calibrations
+    assert kept_rate_budget(model, Letters(), calibrations=fitted[:1], **given).identity == first.identity

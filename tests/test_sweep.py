@@ -60,6 +60,13 @@ def test_the_interval_is_of_the_differences_of_the_same_windows(frame):
     assert summary.filter(allocation="uniform")["kl_change"].null_count() == 2
 
 
+def test_one_window_has_no_interval(frame):
+    summary = swept(frame.filter(window=0))
+    assert summary["windows"].unique().to_list() == [1]
+    assert summary.select(pl.col("^kl_change.*$").null_count()).row(0) == (summary.height,) * 3
+    assert swept_table(summary).count("| gradient | ") == 2
+
+
 def test_a_sweep_that_was_stopped_goes_on(model, folder, frame, tmp_path):
     unfinished = tmp_path / "sweep.json"
 
@@ -92,6 +99,22 @@ def test_the_command_writes_a_table_and_its_rows(model, tmp_path, monkeypatch, c
     written = pl.read_parquet(tmp_path / "out" / "ratequant_smollm2-135m.parquet")
     assert capsys.readouterr().out == (tmp_path / "out" / "ratequant_smollm2-135m.md").read_text()
     assert swept_table(swept(written)).count("\n| 3 | ") == 2
+
+
+def test_whole_widths_may_be_whole_numbers(model, folder):
+    shorter = SETTINGS | {"bits": (2, 3), "by": ("gradient",), "windows": 1, "folder": folder}
+    found = sweep(model, Letters(), **shorter)
+    assert found.schema == SWEEP
+    assert found["bits"].unique().to_list() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(("first", "others"), [("gradient", "key_norm"), ("key_norm", "gradient")])
+def test_predictions_are_shown_where_they_are_nats(frame, first, others):
+    order = {"uniform": 0, first: 1, others: 2}
+    rows = frame.sort("bits", pl.col("allocation").replace_strict(order), maintain_order=True)
+    lines = swept_table(swept(rows)).splitlines()[2:]
+    shown = {line.split(" | ")[1] for line in lines if line.split(" | ")[4].strip()}
+    assert shown == ({"uniform", "gradient"} if first == "gradient" else {"gradient"})
 
 
 def test_usual_bounds_are_the_papers():

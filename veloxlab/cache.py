@@ -74,17 +74,12 @@ class CompressedKVCache(cache_file.Saved):
         lends: bool = False,
         model: str = "",
     ) -> None:
-        for name, count in (("sinks", sinks), ("window", window)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise InputError(f"{name}={count!r} is not a number of tokens: give a whole number, 0 or more.")
-        if max_size is not None and max_size <= sinks:
-            raise InputError(f"max_size={max_size} leaves no room behind sinks={sinks}: give more than that.")
+        self._windows = Windows.of(sinks, window, max_size)
         if chunk not in ("exact", "codes"):
             raise InputError(f"chunk={chunk!r} is unknown: choose 'exact' or 'codes'.")
         self.key_codec, self.value_codec = key_codec, value_codec
         self.max_sinks, self.chunk, self.layer = sinks, chunk, layer
         self.path, self.reason, self.max_size, self.lends, self.model = path, reason, max_size, lends, model
-        self._windows = Windows.of(sinks, window, max_size)
         self.sinks, self.packed, self.recent = Run(sinks), Run(), Run(self._windows.most_recent)
         self._evicted = 0  # tokens between the sinks and the oldest that is held
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import mlx.core as mx
-import platformdirs
 import polars as pl
 from mlx.nn.layers.base import Module
 
@@ -22,7 +21,7 @@ from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.saving import check_written, from_parts, to_parts, written
 from veloxlab.errors import InputError
-from veloxlab.files import digest
+from veloxlab.files import digest, kept_in
 from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.texts import excerpt
@@ -220,10 +219,8 @@ def calibrate(
     }
     if found.codecs:  # registered: a file could not tell whether its code is still the same
         return Calibration(method, facts, _fitted(model, ids, found, widths, seed, progress, options))
-    where = Path(folder) if folder else platformdirs.user_cache_path("veloxlab") / "calibrations"
-    where.mkdir(parents=True, exist_ok=True)
     key = _digest(json.dumps([FORMAT, method, facts], sort_keys=True).encode())[:16]
-    path = where / f"{method}-{key}.json"
+    path = kept_in("calibrations", folder) / f"{method}-{key}.json"
     kept = _kept(path, facts)
     if kept is not None:
         return kept

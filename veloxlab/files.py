@@ -11,8 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import platformdirs
+
 if TYPE_CHECKING:
     import polars as pl
+
+
+def kept_in(kind: str, folder: str | Path | None = None) -> Path:
+    """Give the folder that keeps measurements of a ``kind``, made if need be: the one named, or of the user's cache."""
+    where = Path(folder) if folder else platformdirs.user_cache_path("veloxlab") / kind
+    where.mkdir(parents=True, exist_ok=True)
+    return where
 
 
 def write_atomically(path: Path, content: bytes) -> None:

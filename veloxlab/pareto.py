@@ -22,7 +22,7 @@ from veloxlab.allocate.race import race
 from veloxlab.allocate.trials import Trial, Trials
 from veloxlab.calibration import Calibration, calibrate
 from veloxlab.errors import InputError
-from veloxlab.files import write_parquet
+from veloxlab.files import digest, write_parquet
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import Mode
@@ -59,7 +59,7 @@ class SearchResult:
     frame : all candidates, `SEARCHED`, by their bytes.
     shape : of the model.
     calibrations : identities of the calibrations that were used, by method.
-    settings : arguments of `search` that the numbers depend on.
+    settings : arguments of `search` that the numbers depend on; of a text of one's own, sixteen hex digits.
     """
 
     frame: pl.DataFrame
@@ -237,6 +237,7 @@ def search(
     ]
     settings = {
         "model": job.model,
+        "text": None if text is None else digest(text)[:16],
         "context": context,
         "tokens": tokens,
         "windows": windows,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+from veloxlab.errors import InputError
+
 BLOCK = 32  # tokens that leave the window together: encoding one at a time would cost a launch per token
 
 
@@ -60,7 +62,16 @@ class Windows:
 
         Whole blocks leave the window, and none that it still covers. In a sliding layer exact tokens are at most half
         of what the layer's own cache would hold.
+
+        Raises
+        ------
+        InputError : ``sinks`` or ``window`` is no number of tokens, or ``max_size`` leaves no room behind the sinks.
         """
+        for name, count in (("sinks", sinks), ("window", window)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+                raise InputError(f"{name}={count!r} is not a number of tokens: give a whole number, 0 or more.")
+        if max_size is not None and max_size <= sinks:
+            raise InputError(f"max_size={max_size} leaves no room behind sinks={sinks}: give more than that.")
         reach = None if max_size is None else max_size - sinks
         if reach is not None:
             window = min(window, reach // 4)

@@ -11,7 +11,7 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab import integrate
-from veloxlab.allocate.proxies import SIDES
+from veloxlab.allocate.proxies import SIDES, mean_square
 from veloxlab.allocate.waterfill import fit_distortion
 from veloxlab.cache import DEFAULT_SINKS
 from veloxlab.codecs import find_method
@@ -95,14 +95,14 @@ def distortion_curves(
         progress(done, layers, f"distortion of layer {seen.layer}")
         for side, all_tokens in zip(SIDES, (seen.keys, seen.values), strict=True):
             x = all_tokens[:, :, sinks:].astype(mx.float32)
-            head_dim, norm = x.shape[-1], _mean_square(x)
+            head_dim, norm = x.shape[-1], np.array(mean_square(x, 0), np.float64)
             for method, own in widths.items():
                 fitted_before = (calibrations or {}).get(method)
                 for width in own:
                     codec = layer_codec(find_method(method), seen.layer, head_dim, width, side, {}, fitted_before)
                     codec = fitted_online(codec, x)
                     code = codec.encode(x, sinks)
-                    distortion = _mean_square(x - codec.decode(code).astype(mx.float32))
+                    distortion = np.array(mean_square(x - codec.decode(code).astype(mx.float32), 0), np.float64)
                     stored = code.nbytes / (x.shape[1] * x.shape[2])
                     rows += [
                         (seen.layer, head, side, method, width, head_dim, d, d / n, 8 * stored / head_dim, stored)
@@ -128,8 +128,3 @@ def fitted(curves: pl.DataFrame) -> pl.DataFrame:
         fit = fit_distortion(points["bits"].to_list(), points["relative"].to_list())
         rows.append((method, side, fit.alpha, fit.beta))
     return pl.DataFrame(rows, schema=FITS, orient="row")
-
-
-def _mean_square(x: mx.array) -> list[float]:
-    """E‖x‖² of each head of ``[1, H, S, D]``."""
-    return [float(n) for n in np.array(mx.square(x[0]).sum(axis=-1).mean(axis=-1))]

@@ -18,8 +18,8 @@ JUDGED = {
     "kind": pl.String,  # "allocated" or "uniform"
     "true_bits": pl.Float64,  # of each packed value
     "bytes_per_token": pl.Float64,
-    "predicted_loss": pl.Float64,  # in the unit of the sensitivities
-    **FIDELITY,
+    "predicted_loss": pl.Float64,  # in the unit of the sensitivities, were all tokens behind the sinks codes
+    **FIDELITY,  # measured with the plan's window, which is exact: less is lost than without
 }
 """Columns of `judged`."""
 

@@ -1,4 +1,4 @@
-"""Measurements of a model kept on disk, and found again by everything they depend on."""
+"""Measurements of a model kept on disk, and found again by its weights and their arguments."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.rate_budget import FORMAT, RateBudget
 from veloxlab.allocate.ratequant import rate_budget
+from veloxlab.codecs import find_method
 from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
-from veloxlab.files import digest
+from veloxlab.files import digest, kept_in
 from veloxlab.integrate import fingerprint
 from veloxlab.measure.progress import Progress, silent
 
@@ -28,21 +28,27 @@ def kept_rate_budget(
 ) -> RateBudget:
     """Give what `rate_budget` measured of this model with the same arguments before, or measure it and keep it.
 
+    With a method that was registered (`veloxlab.register`) it is measured each time: its code may have changed.
+
     Parameters
     ----------
     model, tokenizer : as `veloxlab.load` gives them.
     folder : where it is kept; the user's cache folder by default.
     progress : told of each step of measuring.
-    measured : further arguments of `rate_budget`, all plain values.
+    measured : further arguments of `rate_budget`.
 
     Raises
     ------
     InputError : as `rate_budget`; a damaged file is told of in a warning, and made again.
     """
-    where = Path(folder) if folder else platformdirs.user_cache_path("veloxlab") / "rates"
-    where.mkdir(parents=True, exist_ok=True)
-    facts = {name: list(given) if isinstance(given, range) else given for name, given in measured.items()}
-    path = where / f"{digest([FORMAT, written(), fingerprint(model), facts])[:16]}.json"
+    if any(find_method(method).codecs for method in measured.get("methods", ())):
+        return rate_budget(model, tokenizer, folder=folder, progress=progress, **measured)
+    facts: dict[str, Any] = {
+        name: list(given) if isinstance(given, range) else given for name, given in measured.items()
+    }
+    if "calibrations" in facts:
+        facts["calibrations"] = [calibration.identity for calibration in facts["calibrations"]]
+    path = kept_in("rates", folder) / f"{digest([FORMAT, written(), fingerprint(model), facts])[:16]}.json"
     if path.exists():
         try:
             return RateBudget.load(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,7 @@ from mlx.nn.layers.base import Module
 from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
-from veloxlab.files import write_atomically
+from veloxlab.files import digest, write_atomically
 from veloxlab.integrate import LayerFacts, name_of, probe
 from veloxlab.prompt_cache import DEFAULT_BITS, DEFAULT_SLIDING, LayerSettings, Sliding
 
@@ -147,7 +146,7 @@ def model_hash(model: Module) -> str:
         (f.layer, f.slot, f.native, f.compressible, f.max_size, f.kv_heads, f.key_dim, f.value_dim)
         for f in probe(model)
     ]
-    return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()[:12]
+    return digest(shapes)[:12]
 
 
 def _check(facts: LayerFacts, settings: LayerSettings) -> None:

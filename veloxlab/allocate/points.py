@@ -172,7 +172,8 @@ def side_points(tables: Tables, sizes: Sequence[LayerSize], bounds: Bounds) -> d
     ------
     InputError : no measured width is within the bounds.
     """
-    protected = {s.layer for s in (*sizes[: bounds.protected_first], *sizes[len(sizes) - bounds.protected_last :])}
+    last = sizes[max(0, len(sizes) - bounds.protected_last) :]
+    protected = {size.layer for size in (*sizes[: bounds.protected_first], *last)}
     found: dict[Place, list[Point]] = {}
     for size in sizes:
         for side in SIDES:

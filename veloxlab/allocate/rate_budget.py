@@ -75,8 +75,9 @@ class Allocation:
     true_bits : for each packed value, scales included; ``key_bits`` and ``value_bits`` are means of code bits.
     predicted_loss : a token; by gradients or divergences, in nats.
     predicted_least : no plan of these choices and this budget is predicted to lose less; with a `QualityFloor`, None.
-    predicted_uniform_loss : with one width for all heads, or two neighbouring ones evenly mixed, in no more bytes; None
+    uniform : one width for all heads, or two neighbouring ones evenly mixed, in no more bytes than ``plan`` takes; None
         where even the least measured width takes more.
+    predicted_uniform_loss : of that one.
     """
 
     plan: Plan
@@ -86,6 +87,7 @@ class Allocation:
     value_bits: float
     predicted_loss: float
     predicted_least: float | None
+    uniform: Plan | None
     predicted_uniform_loss: float | None
 
 
@@ -146,8 +148,7 @@ class RateBudget:
             solution = choices.problem.within(limit.nbytes)
         chosen = choices.chosen(solution.choice)
         nbytes = sum(point.nbytes for point in chosen.values())
-        room = solution.cost if limit.nbytes is None else limit.nbytes
-        uniform = self._uniform(Limit(limit.tokens, room))
+        uniform = self._uniform(Limit(limit.tokens, solution.cost))
         return Allocation(
             self._plan(chosen, name or f"allocated, {8 * nbytes / self._values:.2f} bits"),
             nbytes,
@@ -156,6 +157,7 @@ class RateBudget:
             float(np.mean([chosen[size.layer, "values"].width for size in self.sizes])),
             solution.loss,
             None if limit.nbytes is None else solution.bound,
+            None if uniform is None else self._uniform_plan(uniform),
             None if uniform is None else sum(point.predicted_loss for point in uniform.values()),
         )
 
@@ -181,15 +183,12 @@ class RateBudget:
         chosen = self._uniform(limit)
         if chosen is None:
             raise InputError(_too_little(limit.nbytes, "the least width that was measured takes more for all heads"))
-        width = np.mean([point.width for point in chosen.values()])
-        return self._plan(chosen, name or f"uniform, {width:.2f} code bits")
+        return self._uniform_plan(chosen, name)
 
     def predicted_loss(self, plan: Plan) -> float:
         """What a plan that holds measured methods and widths is predicted to lose a token; 0 for exact sides.
 
-        Raises
-        ------
-        InputError : a method or a width of it was not measured.
+        Raises as `heads`.
         """
         return float(self.heads(plan)["predicted_loss"].sum())
 
@@ -198,8 +197,9 @@ class RateBudget:
 
         Raises
         ------
-        InputError : a method or a width of it was not measured.
+        InputError : the plan is of another model, or a method or a width of it was not measured.
         """
+        self._check(plan)
         rows: list[tuple[object, ...]] = []
         for size in self.sizes:
             for side, method, bits, _ in plan.layers[size.layer].sides:
@@ -216,9 +216,7 @@ class RateBudget:
     def held_bytes(self, plan: Plan, tokens: int) -> float:
         """Bytes that the compressed layers hold at most after a text of ``tokens``: what `TokensInMemory` counts.
 
-        Raises
-        ------
-        InputError : a method or a width of the plan was not measured.
+        Raises as `heads`.
         """
         total = 0.0
         for size, nbytes in self._layer_bytes(plan):
@@ -272,6 +270,14 @@ class RateBudget:
 
     # inside ---------------------------------------------------------------------------------------------------------
 
+    def _check(self, plan: Plan) -> None:
+        if plan.model_hash != self.model_hash:
+            raise InputError(
+                f"The plan {plan.name!r} was made for another model than these measurements, which are of {self.model} "
+                f"({self.model_hash}): give a plan for it, or measure {plan.model or 'the plan’s model'} "
+                f"({plan.model_hash})."
+            )
+
     def _columns(self, plan: Plan, size: LayerSize, side: Role, method: str) -> tuple[HeadTable, list[int]]:
         """The table of a method, and the column of each head of a layer's side."""
         widths = plan.widths(size.layer, side)
@@ -285,6 +291,7 @@ class RateBudget:
 
     def _layer_bytes(self, plan: Plan) -> Iterator[tuple[LayerSize, float]]:
         """Layers, and the bytes of one packed token in each."""
+        self._check(plan)
         for size in self.sizes:
             nbytes = 0.0
             for side, method, _, _ in plan.layers[size.layer].sides:
@@ -341,6 +348,10 @@ class RateBudget:
             place: table.point(np.broadcast_to(own, len(table.nbytes)).tolist())
             for place, table, own in zip(places, tables, by_place, strict=True)
         }
+
+    def _uniform_plan(self, chosen: Chosen, name: str = "") -> Plan:
+        width = np.mean([point.width for point in chosen.values()])
+        return self._plan(chosen, name or f"uniform, {width:.2f} code bits")
 
     def _plan(self, chosen: Chosen, name: str) -> Plan:
         idle = LayerSettings("none", self.sizes[0].exact_bits, "none", self.sizes[0].exact_bits)

@@ -11,8 +11,6 @@ there are hundreds of times those elsewhere: ``sinks`` of them are left out, as 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,22 +18,22 @@ from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import numpy as np
-import platformdirs
 import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab import integrate
 from veloxlab.allocate.proxies import SIDES, Sides, Step, by_attention_output, by_forward_kl, by_norm, mean_square
 from veloxlab.cache import DEFAULT_SINKS
-from veloxlab.codecs.saving import check_written, written
+from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
-from veloxlab.files import digest, read_sealed, write_sealed
-from veloxlab.measure.activations import first_tokens
+from veloxlab.files import digest, kept_in, read_sealed, write_sealed
+from veloxlab.measure.activations import stretches
 from veloxlab.measure.gradients import loss_gradients
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.texts import excerpt
 
 By = Literal["gradient", "key_norm", "attention_output", "forward_kl"]
+NATS: tuple[By, By] = ("gradient", "forward_kl")  # those whose predicted losses are divergences
 
 FORMAT = "veloxlab sensitivities 1"
 LEAST_TOKENS = 16  # of a sequence behind the sinks
@@ -44,7 +42,7 @@ SENSITIVITIES = {
     "layer": pl.Int32,
     "head": pl.Int32,  # KV head
     "side": pl.String,  # "keys" or "values"
-    "sensitivity": pl.Float64,  # of the loss, in nats a token, to ½·E‖x − x̂‖²/D; of "key_norm", E‖x‖²
+    "sensitivity": pl.Float64,  # what a token loses for ½·E‖x − x̂‖²/D, in nats by `NATS`; of "key_norm", E‖x‖²
     "sequences": pl.Int32,  # that it is the mean of
     "tokens": pl.Int32,  # of each sequence that were counted, those behind the sinks
     "by": pl.String,
@@ -69,7 +67,8 @@ def sensitivities(
 ) -> pl.DataFrame:
     """Measure the sensitivity of every KV head's keys and values: `SENSITIVITIES`, sorted by layer, side and head.
 
-    The result is kept on disk and found again by everything it depends on. One sequence is held at a time.
+    The result is kept on disk and found again by the model's weights, the text's tokens and these settings. One
+    sequence is held at a time.
 
     Parameters
     ----------
@@ -93,22 +92,21 @@ def sensitivities(
     """
     if by not in get_args(By):
         raise InputError(f"by={by!r} is unknown: choose {', '.join(map(repr, get_args(By)))}.")
-    stretches = _stretches(tokenizer, text, sequences, tokens, sinks)
+    _check(sequences, tokens, sinks)
+    read = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
     facts = {
         **written(),
         "model": integrate.fingerprint(model),
-        "text": hashlib.sha256(json.dumps(stretches).encode()).hexdigest(),
+        "text": digest(read),
         "sequences": sequences,
         "tokens": tokens,
         "sinks": sinks,
         "by": by,
     }
-    where = Path(folder) if folder else platformdirs.user_cache_path("veloxlab") / "sensitivities"
-    where.mkdir(parents=True, exist_ok=True)
-    path = where / f"{by}-{digest([FORMAT, facts])[:16]}.json"
-    frame = _kept(path, facts)
+    path = kept_in("sensitivities", folder) / f"{by}-{digest([FORMAT, facts])[:16]}.json"
+    frame = _kept(path)
     if frame is None:
-        frame = pl.concat(_measured(model, stretches, by, sinks, progress))
+        frame = pl.concat(_measured(model, read, by, sinks, progress))
         write_sealed(path, {"format": FORMAT, "facts": facts, "columns": frame.to_dict(as_series=False)})
     return frame if per_sequence else settled(frame, sequences)
 
@@ -127,51 +125,39 @@ def settled(each: pl.DataFrame, sequences: int) -> pl.DataFrame:
     )
 
 
-def _stretches(tokenizer: Any, text: str | None, sequences: int, tokens: int, sinks: int) -> list[list[int]]:  # noqa: ANN401
-    """Token ids of each sequence."""
+def _check(sequences: int, tokens: int, sinks: int) -> None:
     if sequences < 1 or sinks < 0 or tokens - sinks < LEAST_TOKENS:
         raise InputError(
             f"{sequences} sequences of {tokens} tokens with {sinks} sinks say too little: take at least 1 sequence, "
             f"and {LEAST_TOKENS} tokens more than the sinks."
         )
-    ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, sequences * tokens)
-    if len(ids) < sequences * tokens:
-        raise InputError(
-            f"The text has {len(ids)} tokens, too few for {sequences} sequences of {tokens}: give a longer text, or "
-            "take fewer or shorter sequences."
-        )
-    return [ids[i * tokens : (i + 1) * tokens] for i in range(sequences)]
 
 
-def _kept(path: Path, facts: dict[str, Any]) -> pl.DataFrame | None:
-    """What was kept of the same ``facts``, or None; a damaged file is named in a warning."""
+def _kept(path: Path) -> pl.DataFrame | None:
+    """What was kept, or None; a damaged file is named in a warning."""
     if not path.exists():
         return None
     try:
-        content = read_sealed(path, FORMAT)
-        check_written(content["facts"]["version"], content["facts"]["code"])
-        if content["facts"] != facts:
-            raise ValueError("it is of another model or text")
-        return pl.DataFrame(content["columns"], schema=_EACH)
+        return pl.DataFrame(read_sealed(path, FORMAT)["columns"], schema=_EACH)
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         warnings.warn(f"The sensitivities {path} cannot be read ({error}). They are measured again now.", stacklevel=3)
         return None
 
 
 def _measured(
-    model: Module, stretches: Sequence[list[int]], by: By, sinks: int, progress: Progress
+    model: Module, read: Sequence[list[int]], by: By, sinks: int, progress: Progress
 ) -> Iterator[pl.DataFrame]:
     """Rows of each sequence."""
     layers = [f.layer for f in integrate.probe(model) if f.compressible]
     if not layers:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to measure.")
     each = {"gradient": 1, "key_norm": 1, "attention_output": len(layers), "forward_kl": 2 * len(layers) + 1}[by]
-    total = each * len(stretches)
-    for i, ids in enumerate(stretches):
+    total = each * len(read)
+    for i, ids in enumerate(read):
         done = iter(range(i * each, (i + 1) * each))
 
         def step(label: str, i: int = i, done: Iterator[int] = done) -> None:
-            progress(next(done), total, f"sequence {i + 1} of {len(stretches)}: {label}")
+            progress(next(done), total, f"sequence {i + 1} of {len(read)}: {label}")
 
         yield _rows(layers, _MEASURES[by](model, ids, sinks, step), i, len(ids) - sinks, by)
     progress(total, total, "done")
@@ -192,7 +178,16 @@ def _rows(layers: Sequence[int], found: Sequence[Sides], sequence: int, tokens: 
 
 def _by_gradient(model: Module, ids: Sequence[int], sinks: int, step: Step) -> list[Sides]:
     step("gradients")
-    squares = [[mean_square(gradient, sinks) for gradient in pair] for pair in loss_gradients(model, ids)]
+    try:
+        gradients = loss_gradients(model, ids)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"The loss of this model ({type(model).__module__}) cannot be differentiated ({error}): choose "
+            "by='attention_output' or by='forward_kl'."
+        ) from error
+    squares = [[mean_square(gradient, sinks) for gradient in pair] for pair in gradients]
     mx.eval(squares)
     found = [(np.array(keys, np.float64), np.array(values, np.float64)) for keys, values in squares]
     reached = [max(keys.max(), values.max()) != 0 for keys, values in found]  # NaN is told elsewhere

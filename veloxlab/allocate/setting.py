@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 import polars as pl
 
 from veloxlab.allocate.budget import MEGABYTE, AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
-from veloxlab.allocate.plan import Plan
 from veloxlab.allocate.points import Bounds
 from veloxlab.allocate.rate_budget import Allocation, RateBudget
 from veloxlab.errors import InputError
@@ -95,9 +94,7 @@ class Allocator:
         self._last: tuple[Setting, Allocation] | None = None
 
     def solve(self, setting: Setting) -> Allocation:
-        """Allocate. Uniform bits' loss is of the bytes that are spent, and None where even the least width takes more.
-
-        With a weight of keys, nothing is said of the least that any plan would lose.
+        """Allocate. With a weight of keys, nothing is said of the least that any plan would lose.
 
         Raises
         ------
@@ -110,17 +107,8 @@ class Allocator:
             found = self.rates.solve(setting.budget, setting.bounds)
         else:
             found = self._solve_weighed(setting)
-        uniform = self.uniform(found)
-        found = replace(found, predicted_uniform_loss=None if uniform is None else self.rates.predicted_loss(uniform))
         self._last = setting, found
         return found
-
-    def uniform(self, found: Allocation) -> Plan | None:
-        """Uniform bits in the bytes that an allocation spends; None where even the least width takes more."""
-        try:
-            return self.rates.uniform(BytesPerToken(found.bytes_per_token))
-        except InputError:
-            return None
 
     def spans(self, bounds: Bounds, tokens: int) -> Spans:
         """What budgets can ask for within ``bounds``, and for a text of so many tokens.
@@ -143,11 +131,14 @@ class Allocator:
         if isinstance(budget, QualityFloor):
             budget = self._reaching(weighed, budget.predicted_loss, setting.bounds)
         found = weighed.solve(budget, setting.bounds)
+        uniform = None if found.uniform is None else replace(found.uniform, allocation=self.rates.identity)
         return replace(
             found,
             plan=replace(found.plan, allocation=self.rates.identity),
             predicted_loss=self.rates.predicted_loss(found.plan),
             predicted_least=None,
+            uniform=uniform,
+            predicted_uniform_loss=None if uniform is None else self.rates.predicted_loss(uniform),
         )
 
     def _rates(self, key_weight: float) -> RateBudget:

@@ -36,14 +36,12 @@ class Solution:
     choice : ``[N]``, the column that each component takes.
     cost, loss : their sums.
     bound : no choice of at most the budget's cost loses less; of at most the loss asked for, none costs less.
-    moves : steps that were taken one by one after the bisection, each a pass over the table.
     """
 
     choice: Ints
     cost: float
     loss: float
     bound: float
-    moves: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,11 +80,6 @@ class Problem:
         return float(self._steps.costs[0])
 
     @property
-    def least_loss(self) -> float:
-        """Loss of the best choices."""
-        return float(self._steps.losses[-1])
-
-    @property
     def frontier(self) -> tuple[Floats, Floats]:
         """Costs, ascending, and losses at every place where a step ends: the best that those costs can do."""
         return self._steps.costs, self._steps.losses
@@ -112,8 +105,8 @@ class Problem:
         taken = int(np.searchsorted(steps.costs, room, side="right")) - 1
         left = max(0.0, budget - float(steps.costs[taken]))
         slope = float(steps.slopes[taken]) if taken < len(steps.slopes) else 0.0
-        choice, moves = self._filled(steps.choice(taken), room)
-        return self._solution(choice, float(steps.losses[taken]) - slope * left, moves)
+        choice = self._filled(steps.choice(taken), room)
+        return self._solution(choice, float(steps.losses[taken]) - slope * left)
 
     def reaching(self, loss: float) -> Solution:
         """The least cost for a loss of at most ``loss``: the first place in the order that has it.
@@ -134,29 +127,27 @@ class Problem:
         taken = int(np.searchsorted(-steps.losses, -allowed, side="left"))
         over = max(0.0, loss - float(steps.losses[taken]))
         slope = float(steps.slopes[taken - 1]) if taken else np.inf
-        return self._solution(steps.choice(taken), float(steps.costs[taken]) - over / slope, 0)
+        return self._solution(steps.choice(taken), float(steps.costs[taken]) - over / slope)
 
-    def _filled(self, choice: Ints, room: float) -> tuple[Ints, int]:
+    def _filled(self, choice: Ints, room: float) -> Ints:
         """Spend what is left on the moves that save most for their cost, among all that fit."""
         rows = np.arange(len(choice))
-        moves = 0
         while True:
             cost, loss = self.costs[rows, choice], self.losses[rows, choice]
             extra, gain = self.costs - cost[:, None], loss[:, None] - self.losses
             fits = (extra <= room - cost.sum()) & (gain > 0)
             if not fits.any():
-                return choice, moves
+                return choice
             worth = np.where(fits, np.inf, -np.inf)  # a move that costs nothing is worth most
             np.divide(gain, extra, out=worth, where=fits & (extra > 0))
             row, column = np.unravel_index(np.argmax(worth), worth.shape)
             choice = choice.copy()
             choice[row] = column
-            moves += 1
 
-    def _solution(self, choice: Ints, bound: float, moves: int) -> Solution:
+    def _solution(self, choice: Ints, bound: float) -> Solution:
         rows = np.arange(len(choice))
         cost, loss = float(self.costs[rows, choice].sum()), float(self.losses[rows, choice].sum())
-        return Solution(choice, cost, loss, bound, moves)
+        return Solution(choice, cost, loss, bound)
 
 
 @dataclass(frozen=True, eq=False)

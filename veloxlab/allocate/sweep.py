@@ -57,7 +57,7 @@ SWEPT = {
     "allocation": pl.String,
     "windows": pl.Int32,
     "kl_mean": pl.Float64,
-    "kl_change": pl.Float64,  # against uniform bits, mean over windows; null for uniform bits
+    "kl_change": pl.Float64,  # against uniform bits, mean over windows; null for uniform bits, and for one window
     "kl_change_low": pl.Float64,  # ends of its interval of 95 %, Student's t over the windows' differences
     "kl_change_high": pl.Float64,
     "top1_flips": pl.Float64,
@@ -111,6 +111,7 @@ def sweep(
     least, most = MEASURED_BITS[0], MEASURED_BITS[-1]
     if wrong := [b for b in bits if not least <= b <= most]:
         raise InputError(f"bits={wrong[0]} are out of range: give from {least} to {most} code bits on average.")
+    bits = [float(b) for b in bits]
     first, *others = by
     settings: dict[str, Any] = {"sequences": sequences, "sinks": SINKS, "folder": folder, "progress": progress}
     of_first = rate_budget(
@@ -153,7 +154,8 @@ def swept(frame: pl.DataFrame) -> pl.DataFrame:
     for (bits, allocation), own in frame.group_by("bits", "allocation", maintain_order=True):
         uniform = frame.filter(bits=bits, allocation=UNIFORM).sort("window")["kl_mean"]
         change = (own.sort("window")["kl_mean"] - uniform).to_list()
-        ends = (None, None, None) if allocation == UNIFORM else mean_interval(change)
+        sure = allocation != UNIFORM and own.height > 1
+        ends = mean_interval(change) if sure else (None, None, None)
         weights = own["positions"] / own["positions"].sum()
         mean = {name: float((own[name] * weights).sum()) for name in ("kl_mean", "top1_flips", "nll", "nll_exact")}
         same = {name: own[name][0] for name in ("held_bytes", "key_bits", "value_bits", "predicted_loss")}

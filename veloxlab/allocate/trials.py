@@ -14,7 +14,7 @@ from mlx.nn.layers.base import Module
 from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token
 from veloxlab.calibration import Calibration, calibrate
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import encode
+from veloxlab.measure.activations import stretches
 from veloxlab.measure.quality import Mode, Reference, judge
 from veloxlab.models import load
 
@@ -62,7 +62,7 @@ class Trial:
     ----------
     kl : mean KL(exact ‖ compressed) of the next token, nats.
     top1_flips : share of predictions whose most likely token changed.
-    seconds : that it took, without the exact run.
+    seconds : that it took, without the exact run and the calibration.
     """
 
     kl: float
@@ -80,7 +80,7 @@ class Weighed:
 
 @dataclass(eq=False)
 class Bench:
-    """A model that is here, the text as its tokens, and the exact run of the window that is being judged."""
+    """A model that is here, the text as windows of tokens, and the exact run of the window that is being judged."""
 
     trials: Trials
     model: Module
@@ -89,13 +89,7 @@ class Bench:
     _fitted: dict[str, Calibration] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        wanted = self.trials.tokens * self.trials.windows
-        self._ids = encode(self.tokenizer, self.trials.text, wanted)
-        if len(self._ids) < wanted:
-            raise InputError(
-                f"The text has {len(self._ids)} tokens, too few for {self.trials.windows} windows of "
-                f"{self.trials.tokens}: give a longer text or take fewer or shorter windows."
-            )
+        self._windows = stretches(self.tokenizer, self.trials.text, self.trials.tokens, self.trials.windows)
 
     def shape(self) -> PlannedModel:
         """Of the model."""
@@ -114,22 +108,18 @@ class Bench:
 
     def measure(self, candidate: Candidate, window: int) -> Trial:
         """Judge a candidate on a window, every token seen as the cache holds it."""
-        exact = self._reference(window)
+        exact, plan = self._reference(window), candidate.plan(self.shape())
+        fitted = self._calibration(candidate.method)
         start = time.perf_counter()
-        row = judge(
-            exact,
-            candidate.plan(self.shape()),
-            mode=self.trials.mode,
-            prompt=self.trials.prompt,
-            calibration=self._calibration(candidate.method),
-        ).row(0, named=True)
+        row = judge(exact, plan, mode=self.trials.mode, prompt=self.trials.prompt, calibration=fitted).row(
+            0, named=True
+        )
         return Trial(row["kl_mean"], row["top1_flips"], time.perf_counter() - start)
 
     def _reference(self, window: int) -> Reference:
         if window not in self._exact:
             self._exact.clear()  # one at a time: a window's log-probabilities are tens of megabytes
-            ids = self._ids[window * self.trials.tokens : (window + 1) * self.trials.tokens]
-            self._exact[window] = Reference.of(self.model, [ids])
+            self._exact[window] = Reference.of(self.model, [self._windows[window]])
         return self._exact[window]
 
     def _calibration(self, method: str) -> Calibration | None:

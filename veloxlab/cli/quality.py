@@ -62,7 +62,7 @@ def compare_caches(options: argparse.Namespace) -> int:
     )
     ratios = byte_ratios()
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"compare_{Path(options.model).stem}"
+    stem = f"compare_{results_name(options.model)}"
     write_parquet(options.out / f"{stem}.parquet", frame)
     write_parquet(options.out / "byte_ratios.parquet", ratios)
     drawn = picture.png(frontier(frame, x="bits").to_dict(), width=2 * picture.WIDTH)
@@ -80,7 +80,7 @@ def sweep_bits(options: argparse.Namespace) -> int:
 
     model, tokenizer = vl.load(options.model)
     options.out.mkdir(parents=True, exist_ok=True)
-    stem = f"ratequant_{Path(options.model).stem}"
+    stem = f"ratequant_{results_name(options.model)}"
     unfinished = options.out / f"{stem}.unfinished.json"
     frame = sweep(
         model,
@@ -134,6 +134,12 @@ def search_front(options: argparse.Namespace) -> int:
             executor=executor,
             progress=say,
         )
-    result.save(options.out / f"search_{Path(options.model).stem}.parquet")
+    result.save(options.out / f"search_{results_name(options.model)}.parquet")
     print(front_table(result.front))
     return 0
+
+
+def results_name(model: str) -> str:
+    """What a model's results are named after: a dot in its name begins no suffix but ``.gguf``."""
+    path = Path(model)
+    return path.stem if path.suffix.lower() == ".gguf" else path.name

@@ -81,17 +81,21 @@ def lengths_table(frame: pl.DataFrame) -> str:
 
 def swept_table(frame: pl.DataFrame) -> str:
     """Give `veloxlab.allocate.sweep.SWEPT` as a Markdown table."""
+    from veloxlab.allocate.sensitivity import NATS
+    from veloxlab.allocate.sweep import UNIFORM
+
     lines = [
         "| bits | allocation | KL (nats) | against uniform, 95 % | predicted | top-1 flips | perplexity | K / V bits "
         "| held, KB |",
         "|---:|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
+    first = next((by for by in frame["allocation"] if by != UNIFORM), UNIFORM)  # which predicts uniform bits' loss too
     for row in frame.iter_rows(named=True):
         change = ""
         if row["kl_change"] is not None:
             change = f"{row['kl_change']:+.4f} ({row['kl_change_low']:+.4f} to {row['kl_change_high']:+.4f})"
-        # a proxy's own unit is no divergence
-        predicted = f"{row['predicted_loss']:.3f}" if row["allocation"] in ("uniform", "gradient", "forward_kl") else ""
+        by = first if row["allocation"] == UNIFORM else row["allocation"]
+        predicted = f"{row['predicted_loss']:.3f}" if by in NATS else ""  # a proxy's own unit is no divergence
         numbers = [f"{row['kl_mean']:.4f}", change, predicted, f"{100 * row['top1_flips']:.1f} %"]
         numbers += [f"{row['perplexity']:.2f}", f"{row['key_bits']:.2f} / {row['value_bits']:.2f}"]
         numbers.append(f"{row['held_bytes'] / 1000:,.1f}")

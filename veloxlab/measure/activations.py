@@ -118,12 +118,43 @@ def encode(tokenizer: Any, text: str | None, count: int) -> list[int]:  # noqa: 
     return ids
 
 
-def first_tokens(tokenizer: Any, text: str, count: int) -> list[int]:  # noqa: ANN401
-    """Give the first ``count`` token ids of ``text``, or all if there are fewer."""
+def stretches(
+    tokenizer: Any,  # noqa: ANN401
+    text: str | None,
+    tokens: int,
+    count: int,
+    *,
+    last: int | None = None,
+    name: str = "windows",
+) -> list[list[int]]:
+    """Give ``count`` stretches of ``tokens`` token ids, one after another.
+
+    Parameters
+    ----------
+    tokenizer, text : as for `encode`.
+    tokens, count : of a stretch, and how many stretches.
+    last : tokens of the last stretch at least; all of them by default.
+    name : of the stretches, for a message.
+
+    Raises
+    ------
+    InputError : the text is too short.
+    """
+    ids = first_tokens(tokenizer, excerpt("test") if text is None else text, tokens * count)
+    if len(ids) < tokens * (count - 1) + (tokens if last is None else last):
+        raise InputError(
+            f"The text has {len(ids)} tokens, too few for {count} {name} of {tokens}: give a longer text or take fewer "
+            f"or shorter {name}."
+        )
+    return [ids[i * tokens : (i + 1) * tokens] for i in range(count)]
+
+
+def first_tokens(tokenizer: Any, text: str, count: int, **options: bool) -> list[int]:  # noqa: ANN401
+    """Give the first ``count`` token ids of ``text``, or all if there are fewer; ``options`` are the tokenizer's."""
     # a long text need not be read to its end: no tokenizer makes tokens longer than this on average
-    ids = list(tokenizer.encode(text[: 16 * count]))
+    ids = list(tokenizer.encode(text[: 16 * count], **options))
     if len(ids) < count and len(text) > 16 * count:
-        ids = list(tokenizer.encode(text))
+        ids = list(tokenizer.encode(text, **options))
     return ids[:count]
 
 

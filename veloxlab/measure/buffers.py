@@ -1,7 +1,7 @@
 """How many tokens a cache's buffers have room for after a text: ours, and mlx-lm's own. Counts alone, no arrays.
 
 Buffers grow in steps and with slack, so what is held depends on how the tokens came: here, as mlx-lm's generator brings
-them, a prompt in chunks and then one token after another.
+them: a prompt in chunks but for its last token, and then one token after another.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ class Room:
 
 
 def calls(tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Iterator[int]:
-    """Sizes of the calls that bring ``tokens`` tokens, of which the last ``decoded`` were generated one at a time."""
-    read = tokens - decoded
+    """Sizes of the calls that bring ``tokens`` tokens, of which the last ``decoded`` were generated.
+
+    Those come one at a time, and so does the last one of the prompt.
+    """
+    alone = min(tokens, decoded + 1)
+    read = tokens - alone
     for start in range(0, read, chunk):
         yield min(chunk, read - start)
-    for _ in range(decoded):
+    for _ in range(alone):
         yield 1
 
 

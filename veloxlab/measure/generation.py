@@ -9,25 +9,27 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import make_prompt_cache
 
 from veloxlab.errors import InputError
+from veloxlab.integrate import own_cache
+from veloxlab.measure.activations import first_tokens
+from veloxlab.measure.buffers import calls
 from veloxlab.measure.progress import Progress, silent
-from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities
-from veloxlab.prompt_cache import LayerPlan, make_cache
+from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities, maker
+from veloxlab.prompt_cache import LayerPlan
 from veloxlab.texts import excerpt
 
 Side = Literal["exact", "compressed"]
 SIDES: tuple[Side, Side] = ("exact", "compressed")
-CHUNK = 2048  # tokens of a prompt that are read together
 USUAL_TOKENS = 64
-_LONGEST = 16  # characters of a token, on average: no more of a text is looked at
+_PLAIN = {"add_special_tokens": False}  # a text without marks of its beginning or end
 
 GENERATION = {
     "side": pl.String,  # whose text it is: "exact" or "compressed"
@@ -65,9 +67,9 @@ class _Reader:
     def of(cls, model: Module, cache: list[Any], prompt: Sequence[int]) -> _Reader:
         """Read a prompt as mlx-lm's generator does: in chunks, and its last token by itself, which sees codes."""
         reader = cls(model, cache, mx.zeros(0))
-        for start in range(0, len(prompt) - 1, CHUNK):
-            reader.read(*prompt[start : min(start + CHUNK, len(prompt) - 1)])
-        reader.read(prompt[-1])
+        left = iter(prompt)
+        for count in calls(len(prompt)):
+            reader.read(*islice(left, count))
         return reader
 
     def read(self, *tokens: int) -> None:
@@ -85,7 +87,7 @@ class _Reader:
 
     def divergence_from(self, exact: _Reader) -> float:
         """KL of this prediction from that of a reader of the same text, in nats."""
-        return max(0.0, _number(divergence(exact.log_probs, self.log_probs)))  # float32 sums can leave −1e-8
+        return _number(divergence(exact.log_probs, self.log_probs))
 
     def twin(self) -> _Reader:
         """Another reader behind the same text."""
@@ -124,9 +126,9 @@ def side_by_side(
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise InputError(f"tokens={tokens!r} is not a number of tokens to generate: give a whole number, 1 or more.")
     ids = prompt_ids(tokenizer, prompt, chat=chat)
-    made = _made(model, method_or_plan, settings)
+    made = maker(method_or_plan, settings)(model)
     progress(0, tokens, "reading the prompt")
-    exact = _Reader.of(model, make_prompt_cache(model), ids)
+    exact = _Reader.of(model, own_cache(model), ids)
     compressed = _Reader.of(model, made, ids)
     judge = exact  # the exact model behind the compressed cache's text: the same reader until the texts part
     stops = _stops(tokenizer)
@@ -190,18 +192,9 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, chat: bool = True
     return ids
 
 
-def _made(model: Module, method_or_plan: str | LayerPlan | CacheMaker, settings: dict[str, Any]) -> list[Any]:
-    if not callable(method_or_plan):
-        return make_cache(model, method_or_plan, **settings)
-    if settings:
-        raise InputError(f"A cache of your own takes no settings, but {sorted(settings)[0]!r} was given.")
-    return method_or_plan(model)
-
-
 def _added(tokenizer: Any, before: Sequence[int], token: int) -> str:  # noqa: ANN401
     """What a token adds to a text: a character of several tokens is shown at the last of them."""
-    ids = [*before]
-    shown = [str(tokenizer.decode(part)).rstrip("\ufffd") for part in (ids, [*ids, token])]
+    shown = [str(tokenizer.decode(part)).rstrip("\ufffd") for part in (before, [*before, token])]
     return shown[1][len(shown[0]) :]
 
 
@@ -248,11 +241,11 @@ def passkey(
     if wrong:
         raise InputError(f"A depth of {wrong[0]} is outside of the text: give shares from 0 to 1.")
     numbers = np.random.default_rng(seed).integers(10 ** (DIGITS - 1), 10**DIGITS, len(depths))
-    filler = _plain(tokenizer, (excerpt() if text is None else text)[: _LONGEST * context])
-    question = _plain(tokenizer, QUESTION)
+    filler = first_tokens(tokenizer, excerpt() if text is None else text, context, **_PLAIN)
+    question = tokenizer.encode(QUESTION, **_PLAIN)
     makers: dict[Side, CacheMaker] = {
-        "exact": make_prompt_cache,
-        "compressed": lambda model: _made(model, method_or_plan, settings),
+        "exact": own_cache,
+        "compressed": maker(method_or_plan, settings),
     }
     rows: list[dict[str, object]] = []
     for depth, number in zip(depths, numbers, strict=True):
@@ -271,7 +264,7 @@ def passkey(
 
 def _hidden(tokenizer: Any, filler: Sequence[int], context: int, depth: float, number: str) -> list[int]:  # noqa: ANN401
     """Ids of the task and of a text of ``context`` tokens in all, with the needle at a depth of it."""
-    task, needle = _plain(tokenizer, TASK), _plain(tokenizer, NEEDLE.format(number))
+    task, needle = (list(tokenizer.encode(words, **_PLAIN)) for words in (TASK, NEEDLE.format(number)))
     room = context - len(task) - len(needle)
     if room < 1:
         raise InputError(
@@ -296,11 +289,6 @@ def _answer(reader: _Reader, tokenizer: Any) -> str:  # noqa: ANN401
         ids.append(token)
         reader.read(token)
     return str(tokenizer.decode(ids))
-
-
-def _plain(tokenizer: Any, text: str) -> list[int]:  # noqa: ANN401
-    """Ids of a text without marks of its beginning or end."""
-    return list(tokenizer.encode(text, add_special_tokens=False))
 
 
 def _number(x: mx.array) -> float:

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW
+from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.codecs.codec import blank_codec
 from veloxlab.codecs.method import Calibrated, Method, layer_codec
 from veloxlab.codecs.none import Exact
-from veloxlab.errors import InputError
 from veloxlab.integrate import LayerFacts
 from veloxlab.measure.buffers import compressed_room, own_room
-from veloxlab.prompt_cache import DEFAULT_BITS, DEFAULT_SLIDING, Sliding
+from veloxlab.prompt_cache import DEFAULT_BITS, DEFAULT_SLIDING, Exactness, Sliding
 from veloxlab.shapes import ModelOrConfig, ModelShape, shape_of
 from veloxlab.windows import Windows
 
@@ -134,18 +133,14 @@ def cache_layouts(
     """
     shape = shape_of(model_or_config)
     found = find_method(method)
-    for name, count in (("sinks", sinks), ("window", window)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-            raise InputError(f"{name}={count!r} is not a number of tokens: give a whole number, 0 or more.")
-    if sliding not in ("compressed", "exact"):
-        raise InputError(f"sliding={sliding!r} is unknown: choose 'compressed' or 'exact'.")
+    exact = Exactness(sinks, window, DEFAULT_CHUNK, sliding)
     usual = bits or (8 * shape.exact_bytes if method == "none" else DEFAULT_BITS)
     widths: dict[Role, int] = {"keys": key_bits or usual, "values": value_bits or usual}
     codecs: set[Codec] = set()
     known: dict[object, tuple[int, int]] = {}
     kinds: Counter[LayerLayout] = Counter()
     for facts in shape.caches:
-        if not facts.compressible or (facts.max_size is not None and sliding == "exact"):
+        if not facts.compressible or (facts.max_size is not None and exact.sliding == "exact"):
             kinds[_own(facts, shape.exact_bytes)] += 1
             continue
         codes = scales = 0
@@ -156,7 +151,7 @@ def cache_layouts(
             if place not in known:
                 known[place] = token_bytes(codec, facts.kv_heads, shape.exact_bytes)
             codes, scales = codes + known[place][0], scales + known[place][1]
-        windows = Windows.of(sinks if facts.max_size is None else facts.keep, window, facts.max_size)
+        windows = Windows.of(exact.sinks if facts.max_size is None else facts.keep, exact.window, facts.max_size)
         kinds[LayerLayout(1, _exact_bytes(facts, shape.exact_bytes), codes, scales, windows)] += 1
     name = method if method == "none" else f"{method} K{widths['keys']} V{widths['values']}"
     tables = sum(codec.shared_bytes for codec in codecs)
@@ -199,10 +194,7 @@ def _own(facts: LayerFacts, exact_bytes: int) -> LayerLayout:
 
 
 def _counted(kinds: Counter[LayerLayout]) -> tuple[LayerLayout, ...]:
-    return tuple(
-        LayerLayout(count, kind.exact, kind.codes, kind.scales, kind.windows, kind.max_size)
-        for kind, count in kinds.items()
-    )
+    return tuple(replace(kind, layers=count) for kind, count in kinds.items())
 
 
 def _others(shape: ModelShape) -> Sequence[CacheLayout]:

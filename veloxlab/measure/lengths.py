@@ -18,6 +18,7 @@ from mlx_lm.models.cache import QuantizedKVCache
 from mlx_lm.models.llama import Model, ModelArgs
 
 from veloxlab.integrate import exact_width, own_cache
+from veloxlab.measure.buffers import CHUNK
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.prompt_cache import make_cache
 
@@ -31,7 +32,6 @@ LENGTHS = {
 }
 """Columns of `costs_by_length`."""
 
-CHUNK = 2048  # tokens of a prompt that mlx-lm reads together
 STEPS = 7
 
 Maker = Callable[[], list[Any]]
@@ -69,7 +69,7 @@ def costs_by_length(
                 weights = mx.get_active_memory()
             mx.reset_peak_memory()
             try:
-                _read(model, ids[:, done:tokens], cache, chunk)
+                read(model, ids[:, done:tokens], cache, chunk)
             except RuntimeError as error:  # on CUDA mlx-lm's quantized cache has no product for some shapes
                 progress(len(rows), len(caches) * len(lengths), f"{name} fails at {tokens:,} tokens: {error}")
                 break
@@ -90,7 +90,7 @@ def costs_by_length(
     return pl.DataFrame(rows, schema=LENGTHS)
 
 
-def _read(model: Module, ids: mx.array, cache: list[Any], chunk: int) -> None:
+def read(model: Module, ids: mx.array, cache: list[Any], chunk: int = CHUNK) -> None:
     """Feed ``ids`` ``[1, S]``, ``chunk`` at a time, up to the last layer: mlx-lm's generator makes no logits there."""
     layers: Any = getattr(model, "model", model)
     for start in range(0, ids.shape[1], chunk):

@@ -14,6 +14,7 @@ from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.measure.activations import Capture
+from veloxlab.measure.layouts import token_bytes
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.prompt_cache import DEFAULT_BITS
 
@@ -113,17 +114,15 @@ def code_bits(
     calibration: Calibrated | None = None,
     **options: object,
 ) -> pl.DataFrame:
-    """True bits per value of packed keys and values in each layer, read off real codes: `CODE_BITS`."""
+    """True bits per value of packed keys and values in each layer, as `token_bytes` counts them: `CODE_BITS`."""
     rows = []
     sides: tuple[Role, Role] = ("keys", "values")
     for layer in capture.layers:
-        for side, x in zip(sides, (layer.keys[:, :, :1], layer.values[:, :, :1]), strict=True):
-            codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, side, options, calibration)
-            code = codec.encode(x)
-            for part in ("codes", "scales"):
-                # what is floating point scales codes, the rest is codes
-                arrays = [a for a in code.arrays.values() if mx.issubdtype(a.dtype, mx.floating) == (part == "scales")]
-                share = 8 * sum(a.nbytes for a in arrays) / x.size
+        for side, x in zip(sides, (layer.keys, layer.values), strict=True):
+            _, heads, _, head_dim = x.shape
+            codec = layer_codec(find_method(method), layer.layer, head_dim, bits, side, options, calibration)
+            for part, nbytes in zip(("codes", "scales"), token_bytes(codec, heads, x.dtype.size), strict=True):
+                share = 8 * nbytes / (heads * head_dim)
                 rows.append({"layer": layer.layer, "tensor": side, "part": part, "bits_per_value": share})
     return pl.DataFrame(rows, schema=CODE_BITS)
 

@@ -43,8 +43,9 @@ def plan_memory(
 ) -> pl.DataFrame:
     """Predict the bytes that a compressed cache will hold, beside the exact one and mlx-lm's quantized ones: `PLANNED`.
 
-    Exact to the byte for a text that mlx-lm's generator reads, in chunks of 2,048 tokens, but for the tables of
-    SpectralQuant (see its ``blank``). A text that is generated leaves buffers room to grow: say how much of it was.
+    Exact to the byte for a text that mlx-lm's generator reads, in chunks of 2,048 tokens and its last token by itself,
+    but for the tables of SpectralQuant (see its ``blank``). A text that is generated leaves buffers room to grow: say
+    how much of it was.
 
     Parameters
     ----------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -14,7 +14,7 @@ from mlx.nn.layers.base import Module
 from veloxlab import prompt_cache
 from veloxlab.cache import Chunk
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import encode
+from veloxlab.measure.activations import stretches
 from veloxlab.measure.memory import report
 from veloxlab.measure.progress import Progress, silent
 
@@ -89,13 +89,7 @@ def reference(
     progress: Progress = silent,
 ) -> Reference:
     """Run the model with its own cache over stretches of text; the arguments are those of `fidelity`."""
-    ids = encode(tokenizer, text, tokens * windows)
-    if len(ids) < tokens * (windows - 1) + 2:
-        raise InputError(
-            f"The text has {len(ids)} tokens, too few for {windows} windows of {tokens}: "
-            "give a longer text or take fewer or shorter windows."
-        )
-    return Reference.of(model, [ids[w * tokens : (w + 1) * tokens] for w in range(windows)], progress)
+    return Reference.of(model, stretches(tokenizer, text, tokens, windows, last=2), progress)
 
 
 def fidelity(
@@ -165,7 +159,7 @@ def judge(
         raise InputError(f"mode={mode!r} is unknown: choose 'oneshot' or 'decode'.")
     if mode == "decode" and not 1 <= prompt < shortest - 1:
         raise InputError(f"prompt={prompt} leaves nothing to decode of {shortest} tokens: take fewer, at least 1.")
-    make = _maker(method_or_plan, chunk, settings)
+    make = maker(method_or_plan, settings, chunk=chunk)
     windows = len(exact.stretches)
     frames = []
     cache: list[Any] = []
@@ -200,7 +194,7 @@ def _summary(frame: pl.DataFrame) -> pl.DataFrame:
         kl_mean=kl.mean(),
         kl_median=kl.median(),
         kl_p99=kl.quantile(0.99),
-        kl_max=kl.max(),
+        kl_max=kl.nan_max(),  # where `max` passes NaN over
         top1_flips=pl.col("flip").mean(),
         perplexity=pl.col("nll").mean().exp(),
         perplexity_exact=pl.col("nll_exact").mean().exp(),
@@ -219,14 +213,20 @@ def _holdings(cache: list[Any]) -> pl.DataFrame:
     )
 
 
-def _maker(
-    method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, chunk: Chunk, settings: dict[str, object]
+def maker(
+    method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, settings: Mapping[str, object], **usual: Chunk
 ) -> CacheMaker:
+    """What makes a cache by ``settings`` and the ``usual`` ones; a function that makes one of its own takes none.
+
+    Raises
+    ------
+    InputError : ``settings`` for such a function.
+    """
     if callable(method_or_plan):
         if settings:
             raise InputError(f"A cache of your own takes no settings, but {sorted(settings)[0]!r} was given.")
         return method_or_plan
-    return lambda model: prompt_cache.make_cache(model, method_or_plan, chunk=chunk, **settings)  # type: ignore[arg-type]
+    return lambda model: prompt_cache.make_cache(model, method_or_plan, **usual, **settings)  # type: ignore[arg-type]
 
 
 def _name(method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, settings: dict[str, object]) -> str:
@@ -245,8 +245,9 @@ def log_probabilities(logits: mx.array) -> mx.array:
 
 
 def divergence(exact: mx.array, changed: mx.array) -> mx.array:
-    """KL(exact ‖ changed) ``[S]`` of log-probabilities ``[S, vocabulary]``, in nats."""
-    return (mx.exp(exact) * (exact - changed)).sum(axis=-1)
+    """KL(exact ‖ changed) ``[S]`` of log-probabilities ``[S, vocabulary]``, in nats; NaN where either is."""
+    kl = (mx.exp(exact) * (exact - changed)).sum(axis=-1)
+    return mx.maximum(kl, 0.0)  # rounding of float32 sums can leave −1e-8; NaN stays
 
 
 def _log_probs(logits: mx.array) -> mx.array:
@@ -282,7 +283,7 @@ def _rows(window: int, start: int, targets: Sequence[int], exact: mx.array, chan
             "window": np.full(len(targets), window),
             "position": np.arange(start, start + len(targets)),
             "token": list(targets),
-            "kl": np.maximum(kl, 0.0),  # rounding of float32 sums can leave −1e-8
+            "kl": kl,
             "flip": flip,
             "nll": nll,
             "nll_exact": nll_exact,

@@ -334,10 +334,9 @@ class BudgetTuner(Panel):
         found = self.allocation
         if kind == "allocated":
             return replace(found.plan, name=f"ratequant {found.true_bits:.2f} bits")
-        uniform = self._allocator.uniform(found)
-        if uniform is None:
+        if found.uniform is None:
             raise InputError("No uniform bits take as few bytes as this plan: measure it at a larger budget.")
-        return replace(uniform, name=f"uniform {found.true_bits:.2f} bits")
+        return replace(found.uniform, name=f"uniform {found.true_bits:.2f} bits")
 
     def _add_measured(self, row: pl.DataFrame) -> None:
         self.measured = pl.concat([self.measured, row])

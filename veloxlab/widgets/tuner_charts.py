@@ -6,6 +6,7 @@ import polars as pl
 
 from veloxlab.allocate.points import Bounds
 from veloxlab.allocate.rate_budget import Allocation
+from veloxlab.allocate.sensitivity import NATS
 from veloxlab.allocate.setting import Allocator, Setting
 from veloxlab.views import (
     allocation_caption,
@@ -18,8 +19,6 @@ from veloxlab.views import (
 )
 from veloxlab.views.logscale import log_domain
 from veloxlab.widgets.chart_view import ChartView, link
-
-NATS = ("gradient", "forward_kl")  # sensitivities whose predicted losses are divergences
 
 
 class TunerCharts:
@@ -91,7 +90,7 @@ class TunerCharts:
 
     def _heads(self, found: Allocation) -> pl.DataFrame:
         """What each head gets, allocated and by uniform bits in the same bytes, where there are such."""
-        plans = {"allocated": found.plan, "uniform": self._allocator.uniform(found)}
+        plans = {"allocated": found.plan, "uniform": found.uniform}
         return pl.concat(
             self._rates.heads(plan).with_columns(kind=pl.lit(kind)) for kind, plan in plans.items() if plan is not None
         )
@@ -108,5 +107,7 @@ class TunerCharts:
 
     def _frontier_caption(self) -> str:
         if self._by in NATS:
-            return "Measured is the mean KL from the exact model's predictions; the hollow square is this plan"
+            return (
+                "The hollow square is this plan, predicted for codes alone; measured is the mean KL, its window exact"
+            )
         return f"Losses by {self._by} are no divergences: what is measured stands in the table below"

@@ -11,8 +11,8 @@ from veloxlab.codecs.codec import Codec
 from veloxlab.codecs.method import Role
 from veloxlab.measure.bench.attention import METHOD_BITS, SHAPES, TOKENS, fitted, ours
 from veloxlab.measure.bench.timing import IN_A_ROW, Progress, Row, Shape, microseconds, vectors
+from veloxlab.measure.buffers import CHUNK
 
-CHUNK = 2048  # tokens of a prefill that are encoded at once
 ENCODED = ("turboquant", "rvq", "rabitq", "ratequant", "spectralquant", "qjl")  # methods whose encoding is timed
 _ROLES: tuple[Role, Role] = ("keys", "values")
 

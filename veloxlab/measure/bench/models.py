@@ -10,17 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from mlx_lm.models.llama import Model
 
 from veloxlab.measure.bench.timing import Progress, Row, Shape, vectors
-from veloxlab.measure.lengths import random_model
-from veloxlab.prompt_cache import make_cache
+from veloxlab.measure.buffers import CHUNK
+from veloxlab.measure.lengths import Maker, makers, random_model, read
 
 LAYERS = 8
 TOKENS = (4096, 32768, 131072)
 READ = 16384  # tokens of a prompt whose reading is timed
-_CHUNK = 2048  # tokens that mlx-lm reads together
 _STEPS = 64  # tokens that are timed: two blocks of them leave the window
 _FIRST = 40  # tokens before them: one block, so that every kernel is compiled
 _SHAPE = Shape(32, 8, 128)
@@ -39,8 +37,8 @@ def decode_steps(
     rows: list[Row] = []
     for count in tokens:
         exact_time = 0.0
-        for name in ("exact 16 bit", "mlx-lm 4 bit", *(f"turboquant {b} bit" for b in bits)):
-            caches = _filled(model, name, count)
+        for name, make in makers(model, bits, theirs=(4,)).items():
+            caches = _filled(make, count)
             try:
                 seconds = _token_seconds(model, caches)
             except RuntimeError as error:
@@ -75,16 +73,14 @@ def read_prompts(
     ids = mx.random.randint(0, 90, (1, tokens), key=mx.random.key(0))
     mx.eval(ids)
     rows: list[Row] = []
-    for name in ("exact 16 bit", *(f"turboquant {b} bit" for b in bits)):
+    for name, make in makers(model, bits, theirs=()).items():
         for _ in range(2):  # the first time compiles
-            caches = _caches(model, name)
+            caches = make()
             mx.clear_cache()
             weights = mx.get_active_memory()
             mx.reset_peak_memory()
             start = time.perf_counter()
-            for first in range(0, tokens, _CHUNK):
-                hidden = model.model(ids[:, first : first + _CHUNK], cache=caches)
-                mx.eval(hidden, [cache.state for cache in caches])
+            read(model, ids, caches)
             seconds = time.perf_counter() - start
         rows.append(
             {
@@ -104,20 +100,12 @@ def _model(layers: int) -> Model:
     return random_model("one layer of 7B", num_hidden_layers=layers, vocab_size=4096)
 
 
-def _caches(model: Model, name: str) -> list[Any]:
-    if name.startswith("exact"):
-        return [KVCache() for _ in model.layers]
-    if name.startswith("mlx-lm"):
-        return [QuantizedKVCache(group_size=64, bits=int(name.split()[1])) for _ in model.layers]
-    return make_cache(model, "turboquant", bits=int(name.split()[1]))
-
-
-def _filled(model: Model, name: str, tokens: int) -> list[Any]:
+def _filled(make: Maker, tokens: int) -> list[Any]:
     """Caches that hold ``tokens`` random keys and values in every layer."""
-    caches = _caches(model, name)
+    caches = make()
     for cache in caches:
-        for start in range(0, tokens, _CHUNK):
-            count = min(_CHUNK, tokens - start)
+        for start in range(0, tokens, CHUNK):
+            count = min(CHUNK, tokens - start)
             cache.update_and_fetch(vectors(_SHAPE, count), vectors(_SHAPE, count))
             mx.eval(cache.state)
     return caches
