@@ -16,7 +16,7 @@ from tests.tiny_models import tiny
 from veloxlab import integrate
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, PASSKEY, first_parting, prompt_ids
-from veloxlab.views import passkey_map, picture, strip_caption, token_strip
+from veloxlab.views import held_caption, held_while_generating, passkey_map, picture, strip_caption, token_strip
 from veloxlab.views.generation import COLUMNS, _places
 
 IDS = [i * i % 90 for i in range(60)]  # behind which this model with random weights parts at one bit
@@ -265,6 +265,22 @@ def test_the_map_says_what_was_found():
     assert sorted(said) == ["\u2713 12345.", "\u2713 12345.", "\u2713 12345.", "\u2717 12."]
 
 
+def test_what_is_held_is_what_the_caches_hold(model, parted):
+    prompt, ours = make_prompt_cache(model), vl.make_cache(model, bits=1, sinks=0, window=0)
+    texts_of = dict(zip(("exact", "compressed"), texts(parted), strict=True))
+    for side, cache in (("exact", prompt), ("compressed", ours)):
+        model(mx.array([IDS[:-1]]), cache=cache)
+        for token, held in zip(
+            [IDS[-1], *texts_of[side][:-1]], parted.filter(pl.col("side") == side)["held_bytes"], strict=True
+        ):
+            mx.eval(model(mx.array([[token]]), cache=cache))
+            assert held == sum(entry.nbytes for entry in cache)
+    said = held_caption(parted)
+    last = [parted.filter(pl.col("side") == side)["held_bytes"][-1] for side in ("exact", "compressed")]
+    assert f"{last[0] / last[1]:.2f} times less" in said
+    assert said in picture.svg(held_while_generating(parted).to_dict())
+
+
 # the widget
 
 
@@ -285,7 +301,7 @@ def test_the_widget_shows_what_is_generated_from_any_thread(widget, model):
         assert widget.wait(60)
         expected = vl.side_by_side(model, Tokenizer(), widget.prompt, bits=bits, window=0, sinks=0, tokens=12)
         assert widget.generated.equals(expected)
-        assert len(widget.chart.frame) == len(expected)
+        assert len(widget.charts["texts"].frame) == len(expected)
     bundle = widget._repr_mimebundle_()
     assert bundle["image/png"].startswith("iVBOR")
     assert bundle["text/plain"].startswith("SideBySide(turboquant at 8 bits: ")

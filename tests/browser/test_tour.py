@@ -43,13 +43,26 @@ def test_every_knob_of_the_tours_laboratory_moves_its_charts(notebook, capsys):
     page.wait_for_function(
         "() => document.querySelectorAll('.veloxlab-lab svg.marks')[2].textContent.includes('layer 7 in')"
     )
-    page.wait_for_function("() => document.querySelector('.veloxlab-lab select').value === '7'")  # by the kernel
+    picked = lab.dropdown("layer").element_handle()
+    page.wait_for_function("(select) => select.value === '7'", arg=picked)  # by the kernel
     lab.pressed("K bits", ["ArrowRight"], [1, 2])  # of that layer alone: the mean error may stay at two digits
-    page.locator(f"{LAB} select").first.select_option("all layers")
+    lab.dropdown("layer").select_option("all layers")
     page.get_by_role("button", name="Same for all").click()
 
+    # what is measured stands on a page of its own, and a point of it turns the knobs
     page.get_by_role("button", name="Measure fidelity").click()
-    page.locator(lab.charts).nth(3).wait_for()
+    page.get_by_role("tab", name="Compare").click()
+    page.locator(lab.charts, has_text="What a smaller cache changes").wait_for()
+    lab.idle()
+    page.get_by_role("tab", name="Cache").click()
+    lab.pressed("K bits", ["ArrowLeft"], [0, 1, 2])
+    page.get_by_role("tab", name="Compare").click()
+    lab.changes(page.get_by_role("button", name="Use it").click, [0, 1, 2])
+    page.get_by_role("tab", name="Cache").click()
+
+    # methods: the widths that there are, and charts of their own
+    for method in ("rvq", "turboquant"):
+        lab.changes(lambda method=method: lab.dropdown("method").select_option(method), [0, 2])
     lab.idle()
 
     times = lab.pressed("K bits", ["ArrowLeft", "ArrowLeft", "ArrowRight", "ArrowRight"] * 5, [0, 1, 2])

@@ -39,6 +39,7 @@ GENERATION = {
     "probability": pl.Float64,  # that its own cache gave it
     "exact_probability": pl.Float64,  # that the exact cache gives it behind the same text
     "kl": pl.Float64,  # KL(exact ‖ compressed) of the prediction it was taken from, nats; null on the exact side
+    "held_bytes": pl.Int64,  # that its own cache held when it was predicted
 }
 """Columns of `side_by_side`."""
 
@@ -76,6 +77,11 @@ class _Reader:
         """Read these tokens in one call."""
         self.log_probs = log_probabilities(self.model(mx.array([tokens]), cache=self.cache)[0, -1])
         mx.eval(self.log_probs, [entry.state for entry in self.cache])
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its cache's buffers."""
+        return sum(entry.nbytes for entry in self.cache)
 
     def best(self) -> int:
         """The most likely next token."""
@@ -153,6 +159,7 @@ def side_by_side(
                     "probability": own.probability(token),
                     "exact_probability": other.probability(token),
                     "kl": None if side == "exact" else own.divergence_from(judge),
+                    "held_bytes": own.held_bytes,
                 }
             )
             texts[side].append(token)

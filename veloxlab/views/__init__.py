@@ -24,7 +24,14 @@ from veloxlab.views.error_profiles import (
 )
 from veloxlab.views.errors import error_caption, error_domain, error_map
 from veloxlab.views.fidelity import fidelity_caption, frontier
-from veloxlab.views.generation import passkey_caption, passkey_map, strip_caption, token_strip
+from veloxlab.views.generation import (
+    held_caption,
+    held_while_generating,
+    passkey_caption,
+    passkey_map,
+    strip_caption,
+    token_strip,
+)
 from veloxlab.views.kernels import attention_times, times_caption
 from veloxlab.views.lengths import costs_by_length, lengths_caption
 from veloxlab.views.memory import memory_caption, memory_growth
@@ -67,6 +74,8 @@ __all__ = [
     "fidelity_caption",
     "frontier",
     "frontier_rows",
+    "held_caption",
+    "held_while_generating",
     "lengths_caption",
     "levels_caption",
     "levels_on_density",

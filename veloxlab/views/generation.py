@@ -1,4 +1,4 @@
-"""Two texts from one prompt, token by token, with what each prediction has lost; and a map of passkeys found."""
+"""Two texts from one prompt, token by token: what predictions lost, what caches held; and a map of passkeys found."""
 
 from __future__ import annotations
 
@@ -62,6 +62,60 @@ def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
     if parting is None:
         return f"The same text for {len(ours)} tokens; {mean}."
     return f"The texts part at token {parting + 1} (framed); {mean} over {len(ours)} predictions."
+
+
+def held_while_generating(
+    frame: pl.DataFrame, *, tokens: int | None = None, caption: str | None = None
+) -> alt.VConcatChart:
+    """Draw the bytes that each cache holds while texts are generated.
+
+    Parameters
+    ----------
+    frame
+        Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position`` and ``held_bytes``.
+    tokens
+        Tokens to leave room for; by default those that there are. Give it to keep the axis steady while text comes.
+    caption
+        The line under the heading; by default what is held at the end.
+
+    Returns
+    -------
+    alt.VConcatChart
+        A chart with the param ``caption``.
+    """
+    require(frame, {"side": "text", "position": "number", "held_bytes": "number"}, "held_while_generating")
+    shown = frame.select("side", "position", "held_bytes")
+    last = (tokens or int(shown["position"].max()) + 1) - 1  # type: ignore[arg-type]
+    colours = [palette.NEUTRAL, palette.KEYS]
+    base = (
+        alt.Chart()
+        .transform_calculate(megabytes="datum.held_bytes / 1e6")
+        .encode(
+            x=alt.X("position:Q", title="tokens generated").scale(domain=[0, max(last, 1)], nice=False),
+            y=alt.Y("megabytes:Q", title=["bytes held", "MB"]).axis(tickCount=4).scale(zero=True),
+            color=alt.Color("side:N", title=None).scale(domain=list(SIDES), range=colours),
+            tooltip=["side:N", "position:Q", alt.Tooltip("held_bytes:Q", title="held bytes", format=",d")],
+        )
+    )
+    line = base.mark_line(interpolate="step-after", strokeWidth=2)
+    plot = alt.layer(line, base.mark_point(size=14, filled=True, opacity=1)).properties(
+        width=palette.WIDTH - 100, height=120, title=caption_title()
+    )
+    words = held_caption(frame) if caption is None else caption
+    return framed([plot], shown, "Bytes held while the texts are generated", words, pickable=False)
+
+
+def held_caption(frame: pl.DataFrame) -> str:
+    """Say what each cache holds behind its newest token, and how many times less the compressed one is."""
+    held = {
+        side: own.sort("position")["held_bytes"][-1]
+        for side in SIDES
+        if len(own := frame.filter(pl.col("side") == side))
+    }
+    said = [f"{side} {held_bytes / 1e6:,.3g} MB" for side, held_bytes in held.items()]
+    both = held.get("exact") and held.get("compressed")
+    less = f", {held['exact'] / held['compressed']:.2f} times less" if both else ""
+    return f"Held now: {', '.join(said)}{less} (buffers grow in steps)"
 
 
 def lines_for(tokens: int) -> int:

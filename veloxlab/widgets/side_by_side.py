@@ -13,7 +13,7 @@ from veloxlab.calibration import Calibration
 from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, first_parting, side_by_side
-from veloxlab.views import strip_caption, token_strip
+from veloxlab.views import held_while_generating, strip_caption, token_strip
 from veloxlab.views.generation import lines_for
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.fitting import Fitting
@@ -44,7 +44,7 @@ class SideBySide(Panel):
     method, key_bits, value_bits, sinks, window : traits, as for `veloxlab.make_cache`.
     tokens : trait: to generate at most.
     generated : rows of `veloxlab.measure.generation.GENERATION`, of the newest run so far.
-    chart : the `ChartView`, once something was generated.
+    charts : by name ``texts`` and ``held``, once something was generated.
 
     Raises
     ------
@@ -78,7 +78,7 @@ class SideBySide(Panel):
         self._model, self._tokenizer = model, tokenizer
         self._fitting = fitting or Fitting(model, tokenizer, calibration)
         self.generated = pl.DataFrame(schema=GENERATION)
-        self.chart: ChartView | None = None
+        self.charts: dict[str, ChartView] = {}
         super().__init__("side-by-side", worker, **knobs)
         self._slot = ipywidgets.VBox()
         self.children = [self._controls(), self._message, self._slot]
@@ -132,8 +132,8 @@ class SideBySide(Panel):
 
     @property
     def named(self) -> dict[str, ChartView]:
-        """The chart, once something was generated."""
-        return {} if self.chart is None else {"texts": self.chart}
+        """The charts, once something was generated."""
+        return self.charts
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -183,9 +183,13 @@ class SideBySide(Panel):
     def _show(self, rows: pl.DataFrame, tokens: int, name: str) -> None:
         self.generated = rows
         said = f"{name}. {strip_caption(rows, self._framed)}"
-        chart = token_strip(rows, parting=self._framed, lines=lines_for(tokens), caption=said)
-        if self.chart is None:
-            self.chart = ChartView(chart)
-            self._slot.children = [self.chart]
+        charts = {
+            "texts": token_strip(rows, parting=self._framed, lines=lines_for(tokens), caption=said),
+            "held": held_while_generating(rows, tokens=tokens),
+        }
+        if self.charts:
+            for name, chart in charts.items():
+                self.charts[name].show(chart)
         else:
-            self.chart.show(chart)
+            self.charts = {name: ChartView(chart) for name, chart in charts.items()}
+            self._slot.children = [*self.charts.values()]

@@ -1,0 +1,97 @@
+"""The laboratory's pages in a real JupyterLab: one choice for all, every page in light and dark, no network."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.browser.shown import Shown, milliseconds, turn
+
+pytestmark = pytest.mark.browser
+
+CELLS = (
+    """
+import veloxlab as vl
+model, tokenizer = vl.load("smollm2-135m")
+""",
+    """
+lab = vl.Lab(model, tokenizer, tokens=128)
+lab
+""",
+)
+LAB = ".veloxlab-lab"
+
+
+def tab(page, name: str) -> None:
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, capsys):
+    visit = notebook(*CELLS, name="pages.ipynb")
+    page = visit.page
+    page.set_default_timeout(120_000)
+    lab = Shown(page, LAB)
+    lab.drawn(3)
+
+    # every control of the page of errors, twice
+    tab(page, "Errors")
+    errors = Shown(page, ".veloxlab-errors")
+    errors.drawn(4)
+    errors.idle()
+    errors.pressed("layer", ["ArrowRight", "ArrowRight"], [0, 1, 2, 3])
+    errors.pressed("head", ["ArrowRight", "ArrowRight"], [0, 1, 2, 3])
+    errors.pressed("bits", ["ArrowLeft", "ArrowLeft"], [0, 1, 2])
+    for method in ("rabitq", "turboquant"):
+        errors.changes(lambda method=method: errors.dropdown("method").select_option(method), [0, 1, 2, 3])
+    errors.idle()
+    times = errors.pressed("layer", ["ArrowLeft", "ArrowRight"] * 6, [0, 1, 2, 3])
+    with capsys.disabled():
+        print(f"\nlayer to four charts of errors: {milliseconds(times)}")
+    errors.picture("errors", height=1700)
+
+    # what was chosen there is chosen here
+    tab(page, "Keys and values")
+    keys = Shown(page, ".veloxlab-keys")
+    keys.drawn(5)
+    page.locator(keys.charts, has_text="Layer 2, KV head 2").first.wait_for()
+    keys.pressed("layer", ["ArrowRight"], [0, 1, 2, 3])
+    tab(page, "Cache")
+    picked = Shown(page, LAB).dropdown("layer").first.element_handle()
+    page.wait_for_function("(select) => select.value === '3'", arg=picked)
+    page.locator(lab.charts, has_text="layer 3 in").first.wait_for()
+
+    # a page without layers has the bits of all
+    tab(page, "Memory")
+    plans = Shown(page, ".veloxlab-planner")
+    plans.drawn(1)
+    page.locator(plans.charts, has_text="turboquant K4 V4").first.wait_for()
+    plans.pressed("V bits", ["ArrowLeft"], [0])
+    page.locator(plans.charts, has_text="turboquant K4 V3").first.wait_for()
+
+    tab(page, "Generation")
+    page.locator(".veloxlab-side-by-side").get_by_role("button", name="Generate").wait_for()
+    assert "3" in page.locator(".veloxlab-side-by-side .widget-slider", has_text="V bits").inner_text()
+
+    # methods beside each other, and a point that is taken up again; a run can be ended
+    tab(page, "Compare")
+    page.get_by_role("button", name="Measure all methods").click()
+    page.locator(f"{LAB} svg.marks", has_text="What a smaller cache changes").wait_for()
+    page.wait_for_function(
+        "() => document.querySelectorAll('.veloxlab-lab .widget-dropdown select option').length > 0"
+        " && [...document.querySelectorAll('.veloxlab-lab select option')].filter((o) => /: rvq K/.test(o.text)).length"
+    )
+    page.locator(LAB).get_by_role("button", name="Cancel").locator("visible=true").first.click()
+    points = lab.dropdown("measured")
+    points.select_option(label=points.locator("option", has_text="rvq K").first.text_content())
+    page.get_by_role("button", name="Use it").click()
+    tab(page, "Cache")
+    lab.drawn(3)
+    page.locator(lab.charts, has_text="rvq").first.wait_for()
+
+    turn(page, "Dark")
+    for name, box, height in (("Errors", errors, 1700), ("Keys and values", keys, 2300), ("Memory", plans, 900)):
+        tab(page, name)
+        page.locator(box.charts).first.wait_for()
+        turn(page, "Light")
+        box.turns_dark(f"page_{name.split(' ')[0].lower()}", height=height)
+    assert visit.errors == []
+    assert visit.outside == []
