@@ -184,6 +184,10 @@ def test_a_configuration_on_disk_says_what_its_model_says(tmp_path, model):
         assert shape.exact_bytes == 2
     assert shape_of(file.parent).name == "tiny"
     assert shape_of(LLAMA | {"torch_dtype": "float32"}).exact_bytes == 4
+    config = {"model_type": "lfm2", **COMMON, **FAMILIES["lfm2"]}
+    loaded, said = shape_of(tiny("lfm2")), [shape_of(config | extra) for extra in ({}, {"torch_dtype": "float32"})]
+    assert [shape.state_bytes for shape in said] == [loaded.state_bytes // 2, loaded.state_bytes]
+    assert loaded.state_bytes > 0
     typed = vl.ModelShape.typed(layers=2, kv_heads=2, head_dim=64)
     assert vl.plan_memory(typed).equals(vl.plan_memory(LLAMA))
     assert typed.values_per_token == 2 * 2 * 128

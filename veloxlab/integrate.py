@@ -222,6 +222,8 @@ def dry_run(model: Module) -> list[LayerFacts]:
 def weightless(config: Mapping[str, Any]) -> Module:
     """A model of mlx-lm's own class for a ``config.json``, whose weights are never made as long as none is read.
 
+    It computes in float32 where the configuration says so, and else in 16 bits.
+
     Raises
     ------
     InputError : mlx-lm has no such model, or the configuration is not a model's.
@@ -234,7 +236,8 @@ def weightless(config: Mapping[str, Any]) -> Module:
             f"mlx-lm makes no model of this configuration (model_type {config.get('model_type')!r}: "
             f"{type(error).__name__}: {error}): give a model's config.json, or type the shape in."
         ) from error
-    model.set_dtype(mx.bfloat16)
+    named = config.get("dtype") or config.get("torch_dtype")
+    model.set_dtype(mx.float32 if named == "float32" else mx.bfloat16)
     return model
 
 

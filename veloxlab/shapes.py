@@ -133,8 +133,7 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
 
 def _of_config(config: Mapping[str, Any], name: str) -> ModelShape:
     model = weightless(config)
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    return _checked(ModelShape(name, tuple(dry_run(model)), 4 if dtype == "float32" else 2, state_bytes(model)))
+    return _checked(ModelShape(name, tuple(dry_run(model)), exact_width(model) // 8, state_bytes(model)))
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], str]:
