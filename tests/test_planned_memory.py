@@ -262,6 +262,9 @@ def test_frames_have_their_columns_and_say_that_they_are_predictions(model):
     [
         (LLAMA, {"method": "turbo"}, "Unknown method 'turbo'"),
         (LLAMA, {"bits": 9}, "Keys at bits=9 are out of range"),
+        (LLAMA, {"bits": 0}, "Keys at bits=0 are out of range"),
+        (LLAMA, {"key_bits": 0}, "Keys at bits=0 are out of range"),
+        (LLAMA, {"value_bits": 0}, "Values at bits=0 are out of range"),
         (LLAMA, {"window": -1}, "window=-1 is not a number of tokens"),
         (LLAMA, {"sliding": "no"}, "sliding='no' is unknown"),
         (LLAMA, {"context": 0}, "context=0 cannot be planned for"),

@@ -167,7 +167,9 @@ def _uniform(
     model: Module, method: str, widths: Mapping[str, int | None], options: dict[str, object]
 ) -> Sequence[LayerSettings]:
     """The same settings for every layer."""
-    usual = widths["bits"] or (exact_width(model) if method == "none" else DEFAULT_BITS)
+    usual = widths["bits"]
+    if usual is None:
+        usual = exact_width(model) if method == "none" else DEFAULT_BITS
     key_bits, value_bits = (usual if widths[side] is None else widths[side] for side in ("key_bits", "value_bits"))
     settings = LayerSettings(method, key_bits, method, value_bits, options)  # type: ignore[arg-type]
     return [settings] * (1 + max(found.layer for found in probe(model)))

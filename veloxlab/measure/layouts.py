@@ -139,8 +139,12 @@ def cache_layouts(
             raise InputError(f"{name}={count!r} is not a number of tokens: give a whole number, 0 or more.")
     if sliding not in ("compressed", "exact"):
         raise InputError(f"sliding={sliding!r} is unknown: choose 'compressed' or 'exact'.")
-    usual = bits or (8 * shape.exact_bytes if method == "none" else DEFAULT_BITS)
-    widths: dict[Role, int] = {"keys": key_bits or usual, "values": value_bits or usual}
+    if bits is None:
+        bits = 8 * shape.exact_bytes if method == "none" else DEFAULT_BITS
+    widths: dict[Role, int] = {
+        "keys": bits if key_bits is None else key_bits,
+        "values": bits if value_bits is None else value_bits,
+    }
     codecs: set[Codec] = set()
     known: dict[object, tuple[int, int]] = {}
     kinds: Counter[LayerLayout] = Counter()
