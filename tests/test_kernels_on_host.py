@@ -140,6 +140,23 @@ def test_attention_over_codes_is_its_twins(case):
     assert_attention_is_its_twins(case)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_of_one_name_are_the_same(case, monkeypatch):
+    """MLX keeps compiled kernels by name, and would run one for the other."""
+    sources = []
+
+    def built(source, backend):
+        sources.append(source)
+        return lambda *, output_shapes, output_dtypes, **_: list(map(mx.zeros, output_shapes, output_dtypes))
+
+    monkeypatch.setattr("veloxlab.kernels.launch._built", built)
+    for field in ("masked", "logits", "spread", "scaled"):
+        for given in (True, False):
+            changed = dataclasses.replace(case, **{field: given})
+            next(calls(changed, [(33, 4, 5)])).attend(changed, "metal")
+    assert len({source.built_name for source in sources}) == len(set(sources))
+
+
 class Call(NamedTuple):
     """What attention is called with."""
 

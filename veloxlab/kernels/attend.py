@@ -282,8 +282,9 @@ def _attend_source(shape: Shape, work: _Work, queries: Queries, tokens: Tokens, 
     value = tokens.values.fragment("v", "k" if shape.same_table else "v", room)
     readers = dict.fromkeys((*tokens.keys.headers, *tokens.values.headers))
     at_once = GROUPS_PER_PROCESSOR if max(largest_key, work.largest_value) <= _SMALL else GROUPS_PER_PROCESSOR // 2
+    told_apart = *shape.readers[0], *shape.readers[1], int(shape.same_table), *map(int, shape.has_scales)
     return Source(
-        name="_".join(["attend", *map(str, (*shape.readers[0], *shape.readers[1], int(shape.same_table)))]),
+        name="_".join(["attend", *map(str, told_apart)]),
         inputs=tuple(_inputs(queries, tokens, None)),
         outputs=("mixed", "sums"),
         defines=(
