@@ -295,6 +295,11 @@ def test_a_shape_that_cannot_be_is_refused(numbers, sentence):
         vl.ModelShape.typed(**{"layers": 2, "kv_heads": 2, "head_dim": 64} | numbers)
 
 
+def test_a_folder_without_a_configuration_is_called_that(tmp_path):
+    with pytest.raises(InputError, match=f"The folder {tmp_path} has no config.json, and no"):
+        shape_of(tmp_path)
+
+
 def test_no_memory_is_refused_and_an_unreadable_configuration_too(tmp_path):
     with pytest.raises(InputError, match="memory_bytes=0 holds nothing"):
         vl.largest_contexts(LLAMA, 0)

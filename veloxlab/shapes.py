@@ -160,9 +160,10 @@ def _in_hub_cache(repo: str) -> Path:
     except hub.HFValidationError:
         found = None
     if not isinstance(found, str):
+        said = f"The folder {repo} has no config.json" if Path(repo).is_dir() else f"There is no file or folder {repo}"
         raise InputError(
-            f"There is no file or folder {repo}, and no config.json of a repository of that name in the local Hugging "
-            "Face cache; nothing is downloaded here. Give a loaded model, a config.json, or type the shape in: "
+            f"{said}, and no config.json of a repository of that name lies in the local Hugging Face cache; nothing "
+            "is downloaded here. Give a loaded model, a config.json, or type the shape in: "
             "vl.ModelShape.typed(layers=32, kv_heads=8, head_dim=128)."
         )
     return Path(found)
