@@ -192,7 +192,7 @@ def calibrate(
     facts = {
         **written(),
         "model": integrate.fingerprint(model),
-        "text": _digest(json.dumps(ids).encode()),
+        "text": digest(ids),
         "tokens": len(ids),
         "seed": seed,
         "bits": widths,
@@ -202,7 +202,7 @@ def calibrate(
         return Calibration(method, facts, _fitted(model, ids, found, widths, seed, progress, options))
     where = Path(folder) if folder else platformdirs.user_cache_path("veloxlab") / "calibrations"
     where.mkdir(parents=True, exist_ok=True)
-    key = _digest(json.dumps([FORMAT, method, facts], sort_keys=True).encode())[:16]
+    key = digest([FORMAT, method, facts])[:16]
     path = where / f"{method}-{key}.json"
     kept = _kept(path, facts)
     if kept is not None:
@@ -283,11 +283,7 @@ def _check_finite(seen: LayerCapture) -> None:
 def _seal(content: Mapping[str, Any], tensors: bytes) -> str:
     """Hash of all that a calibration's two files say, but for the hash itself."""
     said = {name: part for name, part in content.items() if name != "sha256"}
-    return _digest(json.dumps(said, sort_keys=True).encode() + tensors)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + tensors).hexdigest()
 
 
 def _place(entry: Mapping[str, Any]) -> Place:
