@@ -15,6 +15,7 @@ from veloxlab.cache import CompressedKVCache
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
+from veloxlab.integrate import slots_of
 from veloxlab.measure.buffers import calls, compressed_room, own_room
 from veloxlab.measure.layouts import GRAIN, MOST_TOKENS, PARTS, cache_layouts
 from veloxlab.measure.planned_memory import LARGEST, PLANNED
@@ -49,9 +50,8 @@ def read(model, cache, tokens=TOKENS, decoded=DECODED, batch=1):
 
 def parts_of(cache) -> dict[str, int]:
     """Bytes of the live buffers of a prompt cache by part, as the plan names them."""
-    layers = [slot for entry in cache for slot in getattr(entry, "caches", (entry,))]
     sizes = dict.fromkeys(PARTS, 0)
-    for layer in layers:
+    for layer in slots_of(cache):
         if not isinstance(layer, CompressedKVCache):
             sizes["states" if hasattr(layer, "cache") else "exact"] += layer.nbytes
             continue

@@ -245,8 +245,12 @@ def state_bytes(model: Module) -> int:
     """Bytes of the states of one sequence that do not grow with it (state-space, convolution), from shapes alone."""
     caches = own_cache(model)
     model(mx.array([[0]]), cache=caches)
-    slots = [slot for entry in caches for slot in getattr(entry, "caches", (entry,))]
-    return sum(slot.nbytes for slot in slots if isinstance(slot, ArraysCache))
+    return sum(slot.nbytes for slot in slots_of(caches) if isinstance(slot, ArraysCache))
+
+
+def slots_of(caches: Sequence[Any]) -> list[Any]:
+    """The single caches of a prompt cache, of which some layers have several."""
+    return [slot for entry in caches for slot in getattr(entry, "caches", (entry,))]
 
 
 def own_cache(model: Module) -> list[Any]:

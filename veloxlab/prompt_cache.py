@@ -16,7 +16,7 @@ from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.saving import described, method_of, same_codec, same_kind
 from veloxlab.errors import InputError
-from veloxlab.integrate import LayerFacts, attach, exact_width, probe, with_caches
+from veloxlab.integrate import LayerFacts, attach, exact_width, probe, slots_of, with_caches
 
 Sliding = Literal["compressed", "exact"]
 
@@ -235,8 +235,7 @@ def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | N
 
 
 def _compressed_ones(caches: Sequence[Any]) -> list[CompressedKVCache]:
-    slots = [slot for entry in caches for slot in getattr(entry, "caches", (entry,))]
-    return [slot for slot in slots if isinstance(slot, CompressedKVCache)]
+    return [slot for slot in slots_of(caches) if isinstance(slot, CompressedKVCache)]
 
 
 @dataclass(frozen=True)
