@@ -300,6 +300,12 @@ def test_a_folder_without_a_configuration_is_called_that(tmp_path):
         shape_of(tmp_path)
 
 
+def test_an_mlx_lm_that_shows_no_classes_of_models_is_a_sentence(monkeypatch):
+    monkeypatch.delattr("mlx_lm.utils._get_classes")
+    with pytest.raises(InputError, match="mlx-lm makes no model of this configuration .*ImportError"):
+        shape_of(LLAMA)
+
+
 def test_no_memory_is_refused_and_an_unreadable_configuration_too(tmp_path):
     with pytest.raises(InputError, match="memory_bytes=0 holds nothing"):
         vl.largest_contexts(LLAMA, 0)

@@ -24,7 +24,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
-from mlx_lm.utils import _get_classes
 
 from veloxlab import cache_file
 from veloxlab.attention import Handle, Mask
@@ -229,6 +228,8 @@ def weightless(config: Mapping[str, Any]) -> Module:
     InputError : mlx-lm has no such model, or the configuration is not a model's.
     """
     try:
+        from mlx_lm.utils import _get_classes  # private: an mlx-lm without it does all but this
+
         kind, arguments = _get_classes(dict(config))
         model: Module = kind(arguments.from_dict(dict(config)))
     except Exception as error:  # every model reads its configuration in its own way
