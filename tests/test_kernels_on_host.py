@@ -11,8 +11,8 @@ import pytest
 from tests.metal_on_host import check, launch, run
 from veloxlab.codecs.transforms import SignedHadamard
 from veloxlab.kernels import attend as attending
-from veloxlab.kernels.attend import Exact, Queries, Shape, Spread, Tokens, attend, attend_twin
-from veloxlab.kernels.readers import TableReader
+from veloxlab.kernels.attend import Exact, Queries, Shape, Tokens, attend, attend_twin
+from veloxlab.kernels.readers import Spread, TableReader
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")

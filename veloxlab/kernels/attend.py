@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from veloxlab.kernels.lanes import hartley_row
 from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
-from veloxlab.kernels.readers import Reader, Room, Spread
+from veloxlab.kernels.readers import Reader, Room
 
 SIMDGROUPS = 4  # of a threadgroup
 GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works on at once
@@ -390,6 +390,3 @@ def _no_signs() -> mx.array:
     signs = mx.zeros((_STEP,))
     mx.eval(signs)
     return signs
-
-
-__all__ = ["MOST_ROWS", "Exact", "Queries", "Spread", "Tokens", "attend", "attend_twin", "can_attend"]
