@@ -178,7 +178,6 @@ def _sizes(exact: tuple[int, int], packed: int, blocks: int) -> tuple[mx.array, 
     per_split = _whole_turns(per_split)
     exact_splits = sink_splits + recent_splits
     splits = exact_splits + -(-packed // per_split)
-    # eight numbers: MLX puts shorter arrays in another address space on Metal
     sizes = mx.array([*exact, packed, sink_splits, exact_splits, splits, per_split, exact_per_split], mx.uint32)
     mx.eval(sizes)
     return sizes, splits
