@@ -28,11 +28,10 @@ ALL_CODED = {"sinks": 0, "window": 0, "chunk": "codes"}
 
 def as_arrays(cache: list[Any]) -> list[Any]:
     """The same caches on the path that decodes: what reading the codes has to agree with."""
-    for entry in cache:
-        for slot in getattr(entry, "caches", (entry,)):
-            if isinstance(slot, CompressedKVCache) and slot.path == "codes":
-                slot.path = "arrays"
-                del slot.bits, slot.group_size
+    for slot in integrate.slots_of(cache):
+        if isinstance(slot, CompressedKVCache) and slot.path == "codes":
+            slot.path = "arrays"
+            del slot.bits, slot.group_size
     return cache
 
 

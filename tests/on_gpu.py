@@ -57,8 +57,12 @@ def parity(tests: Sequence[str], processes: int) -> dict[str, object]:
 
 
 def _outcomes(tests: Sequence[str]) -> list[str]:
+    """A line for each test, or two where its teardown failed, and another where the process died before the end."""
     run = subprocess.run([*PYTEST, "-rA", "--no-fold-skipped", *tests], capture_output=True, text=True, check=False)
-    return [line for line in run.stdout.splitlines() if line.startswith(("PASSED", "SKIPPED", "FAILED", "ERROR"))]
+    lines = [line for line in run.stdout.splitlines() if line.startswith(("PASSED", "SKIPPED", "FAILED", "ERROR"))]
+    lost = len(tests) - len({line.split(" ", 1)[1].partition(" - ")[0] for line in lines})
+    died = f"ERROR {lost} tests of this process gave no outcome (exit code {run.returncode})"
+    return [*lines, died] if lost else lines
 
 
 if __name__ == "__main__":

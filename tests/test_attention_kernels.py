@@ -169,6 +169,14 @@ def test_exact_tokens_may_be_missing(sinks, recent):
     assert relative(in_kernel, in_graph) < TOLERANCE
 
 
+@pytest.mark.parametrize("method", ["turboquant", "qjl", "polarquant"])  # with scales, steps and radii of each token
+def test_few_packed_tokens_are_read_from_the_first_on(method):
+    codecs = [METHODS[method].codec(DIM, 4, role) for role in ("keys", "values")]
+    for packed in (1, 7):
+        in_kernel, in_graph = both(history(*codecs, packed=packed, heads=1), normal(1, 2, 1, DIM))
+        assert relative(in_kernel, in_graph) < TOLERANCE
+
+
 def test_half_precision_comes_out_as_it_went_in():
     h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"), dtype=mx.float16)
     in_kernel, in_graph = both(h, normal(1, 4, 1, DIM, dtype=mx.float16))

@@ -262,6 +262,54 @@ def test_a_bad_token_in_the_window_is_refused_before_it_is_packed():
     assert cache.packed.tokens == 0
 
 
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("chunks", [[12], [3, 8, 1], [10, 30]])
+def test_a_codec_that_cannot_encode_changes_nothing(side, chunks):
+    sides = {role: find_method("polarquant").codec(DIM, 4, role) for role in ("keys", "values")}
+    sides[side] = find_method("polarquant").codec(DIM, 4, side, codebook="fitted")
+    cache = CompressedKVCache(*sides.values(), sinks=2, window=5)
+    *early, last = chunks
+    feed(cache, tokens(sum(early)), tokens(sum(early)), early)
+    before = cache.offset, cache.nbytes, [run.tokens for run in cache._runs], cache.key_codec, cache.value_codec
+    with pytest.raises(InputError, match="PolarQuant with fitted codebooks has to see activations"):
+        cache.update_and_fetch(tokens(last), tokens(last))
+    assert before == (
+        cache.offset,
+        cache.nbytes,
+        [run.tokens for run in cache._runs],
+        cache.key_codec,
+        cache.value_codec,
+    )
+
+
+def positions(cache: CompressedKVCache, chunks: list[int]) -> list[tuple[int, int]]:
+    """First position and number of the tokens that the cache encodes, call by call."""
+    seen = []
+
+    class Recording(type(cache.key_codec)):
+        def encode(self, x, start=0):
+            seen.append((start, x.shape[2]))
+            return super().encode(x, start)
+
+    cache.key_codec = Recording(**vars(cache.key_codec))
+    for count in chunks:
+        cache.update_and_fetch(tokens(count), tokens(count))
+    return seen
+
+
+@pytest.mark.parametrize("max_size", [None, 40])
+@pytest.mark.parametrize("chunks", [[100], [1] * 120, [3, 50, 2, 90, 1, 200], [30, 30, 30, 7, 7, 300, 5, 5, 5]])
+def test_each_block_is_encoded_at_its_own_positions(chunks, max_size):
+    cache = make(sinks=4, window=8, max_size=max_size)
+    blocks = positions(cache, chunks)
+    end = 4
+    for start, count in blocks:
+        assert start == end or (max_size is not None and start > end)  # what a sliding layer skips is never encoded
+        end = start + count
+    assert end == cache.offset - cache.recent.tokens
+    assert len(blocks) > 0
+
+
 # sliding layers -------------------------------------------------------------------------------------------------------
 
 

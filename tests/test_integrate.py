@@ -162,6 +162,13 @@ def test_sliding_layers_are_compressed_unless_they_are_to_be_exact():
         vl.make_cache(model, sliding="no")
 
 
+@pytest.mark.parametrize("method", ["turboquant", "none"])
+@pytest.mark.parametrize(("name", "side"), [("bits", "Keys"), ("key_bits", "Keys"), ("value_bits", "Values")])
+def test_no_bits_are_out_of_range_and_not_the_usual_ones(name, side, method):
+    with pytest.raises(InputError, match=f"{side} at bits=0 are out of range"):
+        vl.make_cache(tiny("llama"), method, **{name: 0})
+
+
 @pytest.mark.parametrize("draft", [1, 4])
 @pytest.mark.parametrize("method", ["none", "turboquant"])
 def test_drafts_of_another_model_are_tried_and_trimmed(draft, method):

@@ -11,8 +11,8 @@ import pytest
 from tests.metal_on_host import check, launch, run
 from veloxlab.codecs.transforms import SignedHadamard
 from veloxlab.kernels import attend as attending
-from veloxlab.kernels.attend import Exact, Queries, Shape, Spread, Tokens, attend, attend_twin
-from veloxlab.kernels.readers import TableReader
+from veloxlab.kernels.attend import Exact, Queries, Shape, Tokens, attend, attend_twin
+from veloxlab.kernels.readers import Spread, TableReader
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")
@@ -138,6 +138,23 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_over_codes_is_its_twins(case):
     assert_attention_is_its_twins(case)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernels_of_one_name_are_the_same(case, monkeypatch):
+    """MLX keeps compiled kernels by name, and would run one for the other."""
+    sources = []
+
+    def built(source, backend):
+        sources.append(source)
+        return lambda *, output_shapes, output_dtypes, **_: list(map(mx.zeros, output_shapes, output_dtypes))
+
+    monkeypatch.setattr("veloxlab.kernels.launch._built", built)
+    for field in ("masked", "logits", "spread", "scaled"):
+        for given in (True, False):
+            changed = dataclasses.replace(case, **{field: given})
+            next(calls(changed, [(33, 4, 5)])).attend(changed, "metal")
+    assert len({source.built_name for source in sources}) == len(set(sources))
 
 
 class Call(NamedTuple):

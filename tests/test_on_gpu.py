@@ -40,6 +40,13 @@ def test_every_comparison_is_counted_once(suite):
     assert "test_numbers[3]" in failed
 
 
+def test_a_process_that_dies_is_a_failure_of_its_tests(suite):
+    suite.write_text(SUITE.replace("assert number != 3", "assert number < 3 or __import__('os')._exit(1)"))
+    tests = on_gpu.tests_of(suite)
+    found = on_gpu.parity(tests, 1)
+    assert found["failed"] == ["ERROR 6 tests of this process gave no outcome (exit code 1)"]
+
+
 def test_results_are_written_and_a_failure_is_told(suite, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(on_gpu, "SUITE", suite)
     benched = []

@@ -16,6 +16,7 @@ from veloxlab.cache import CompressedKVCache
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
+from veloxlab.integrate import slots_of
 from veloxlab.measure.buffers import calls, compressed_room, own_room
 from veloxlab.measure.layouts import GRAIN, MOST_TOKENS, PARTS, cache_layouts
 from veloxlab.measure.planned_memory import LARGEST, PLANNED
@@ -50,9 +51,8 @@ def read(model, cache, tokens=TOKENS, decoded=DECODED, batch=1):
 
 def parts_of(cache) -> dict[str, int]:
     """Bytes of the live buffers of a prompt cache by part, as the plan names them."""
-    layers = [slot for entry in cache for slot in getattr(entry, "caches", (entry,))]
     sizes = dict.fromkeys(PARTS, 0)
-    for layer in layers:
+    for layer in slots_of(cache):
         if not isinstance(layer, CompressedKVCache):
             sizes["states" if hasattr(layer, "cache") else "exact"] += layer.nbytes
             continue
@@ -200,6 +200,10 @@ def test_a_configuration_on_disk_says_what_its_model_says(tmp_path, model):
         assert shape.exact_bytes == 2
     assert shape_of(file.parent).name == "tiny"
     assert shape_of(LLAMA | {"torch_dtype": "float32"}).exact_bytes == 4
+    config = {"model_type": "lfm2", **COMMON, **FAMILIES["lfm2"]}
+    loaded, said = shape_of(tiny("lfm2")), [shape_of(config | extra) for extra in ({}, {"torch_dtype": "float32"})]
+    assert [shape.state_bytes for shape in said] == [loaded.state_bytes // 2, loaded.state_bytes]
+    assert loaded.state_bytes > 0
     typed = vl.ModelShape.typed(layers=2, kv_heads=2, head_dim=64)
     assert vl.plan_memory(typed).equals(vl.plan_memory(LLAMA))
     assert typed.values_per_token == 2 * 2 * 128
@@ -274,6 +278,9 @@ def test_frames_have_their_columns_and_say_that_they_are_predictions(model):
     [
         (LLAMA, {"method": "turbo"}, "Unknown method 'turbo'"),
         (LLAMA, {"bits": 9}, "Keys at bits=9 are out of range"),
+        (LLAMA, {"bits": 0}, "Keys at bits=0 are out of range"),
+        (LLAMA, {"key_bits": 0}, "Keys at bits=0 are out of range"),
+        (LLAMA, {"value_bits": 0}, "Values at bits=0 are out of range"),
         (LLAMA, {"window": -1}, "window=-1 is not a number of tokens"),
         (LLAMA, {"sliding": "no"}, "sliding='no' is unknown"),
         (LLAMA, {"context": 0}, "context=0 cannot be planned for"),
@@ -302,6 +309,17 @@ def test_bad_input_gets_a_sentence(given_as, settings, sentence):
 def test_a_shape_that_cannot_be_is_refused(numbers, sentence):
     with pytest.raises(InputError, match=sentence):
         vl.ModelShape.typed(**{"layers": 2, "kv_heads": 2, "head_dim": 64} | numbers)
+
+
+def test_a_folder_without_a_configuration_is_called_that(tmp_path):
+    with pytest.raises(InputError, match=f"The folder {tmp_path} has no config.json, and no"):
+        shape_of(tmp_path)
+
+
+def test_an_mlx_lm_that_shows_no_classes_of_models_is_a_sentence(monkeypatch):
+    monkeypatch.delattr("mlx_lm.utils._get_classes")
+    with pytest.raises(InputError, match="mlx-lm makes no model of this configuration .*ImportError"):
+        shape_of(LLAMA)
 
 
 def test_no_memory_is_refused_and_an_unreadable_configuration_too(tmp_path):

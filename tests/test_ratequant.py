@@ -196,6 +196,15 @@ def test_a_cut_code_is_the_code_of_the_cut():
         assert (np.array(whole.arrays[name]) == np.array(part.arrays[name])).mean() > 0.99
 
 
+def test_the_layout_of_a_layer_is_kept_however_many_layers_there_are():
+    codec = build(64, 3, "keys", head_bits=HEAD_BITS)
+    code = codec.encode(vectors(1, 5, 3, 64))
+    widths = codec.reader(code).widths
+    for others in itertools.islice(itertools.product((2, 3, 4), repeat=5), 130):
+        build(64, 3, "keys", head_bits=others).reader(code)
+    assert codec.reader(code).widths is widths
+
+
 def test_without_widths_it_is_turboquant():
     assert METHOD.codec(64, 3, "keys") == TurboQuant(64, 3, scale="unbiased")
     assert METHOD.codec(64, 3, "values", head_bits={"keys": [2, 3]}) == TurboQuant(64, 3, scale="mse")

@@ -15,6 +15,8 @@ from veloxlab.codecs import METHODS
 from veloxlab.codecs.codec import Code, TiledCodec, check_vectors
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.packing import pack, unpack, words_per_row
+from veloxlab.codecs.saving import class_name, find_class
+from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
 from veloxlab.views import palette
 
@@ -141,6 +143,47 @@ def test_a_saved_cache_comes_back_while_it_is_registered(model, tmp_path):
         InputError, match="No method here has a codec called 'absmax.Absmax': register its method first"
     ):
         load_prompt_cache(str(file))
+
+
+def cell() -> Method:
+    """What a notebook's cell gives when it runs: a class that is new each time, of the same name and fields."""
+
+    @dataclass(frozen=True)
+    class Rounded(Absmax):
+        pass
+
+    return method(build=lambda head_dim, bits, role: Rounded(head_dim, bits), codecs=(Rounded,))
+
+
+@pytest.mark.parametrize("meanwhile", ["replaced", "taken back"])
+def test_a_cache_of_a_method_that_went_is_saved_under_its_id_and_read_again(meanwhile, model, tmp_path):
+    vl.register(cell())
+    try:
+        cache = vl.make_cache(model, "absmax", bits=4, sinks=2, window=8)
+        model(mx.array([IDS]), cache=cache)
+        file = tmp_path / "prompt.safetensors"
+        if meanwhile == "replaced":
+            vl.register(cell(), replace=True)
+            save_prompt_cache(str(file), cache)
+        else:
+            vl.unregister("absmax")
+            save_prompt_cache(str(file), cache)
+            with pytest.raises(InputError, match="No method here has a codec called 'absmax.Rounded'"):
+                load_prompt_cache(str(file))
+            vl.register(cell())
+        again = load_prompt_cache(str(file))
+        assert type(again[0].key_codec) is METHODS["absmax"].codecs[0] is not type(cache[0].key_codec)
+        logits = [model(mx.array([[7]]), cache=one) for one in (cache, again)]
+        assert mx.array_equal(*logits)
+    finally:
+        vl.unregister("absmax")
+
+
+def test_a_class_of_ours_is_always_found_by_its_file():
+    codec = vl.register(method(build=METHODS["turboquant"].build, codecs=(TurboQuant,))).codec(64, 4, "keys")
+    assert class_name(codec) == "turboquant.TurboQuant"
+    vl.unregister("absmax")
+    assert find_class(class_name(codec)) is TurboQuant
 
 
 class Plain:

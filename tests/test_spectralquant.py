@@ -1,6 +1,7 @@
 """SpectralQuant's own numbers: water-filling, coding gain, effective dimensions, and what the bases are best at."""
 
 import itertools
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -157,6 +158,28 @@ def test_effective_dimensions_in_both_conventions():
     with_mean = effective_dimensions(correlated(0, 20_000, mean=3.0))
     assert (with_mean.uncentred < 1.1).all()  # "3 %" is the mean vector
     assert with_mean.centred == pytest.approx(found.centred, rel=1e-6)  # float32 beside a mean of 3
+
+
+def test_the_tables_of_a_layer_are_kept_however_many_layers_there_are():
+    codec = SpectralQuant(DIM, 2).fit(Sample(correlated(0)))
+    code = codec.encode(correlated(1, 3))
+    plan = codec.reader(code).plan
+    for i in range(130):
+        moved = list(codec.plan)
+        moved[0], moved[1 + i % 60], moved[-1] = i // 60, 8, 7
+        replace(codec, plan=tuple(moved)).reader(code)
+    assert codec.reader(code).plan is plan
+
+
+def test_tables_that_kernels_take_are_counted_once_they_are_made():
+    codec = SpectralQuant(DIM, 2).fit(Sample(correlated(0)))
+    code, before = codec.encode(correlated(1, 3)), codec.shared_bytes
+    reader = codec.reader(code)
+    assert codec.shared_bytes - before == reader.plan.nbytes + reader.fit.nbytes == 4 * (DIM + 511 + HEADS * DIM * 2)
+    before = codec.shared_bytes
+    encoder = codec._encoder
+    positions = encoder.first_bits.size + encoder.first_codes.size
+    assert codec.shared_bytes - before == 4 * (2 * 511 + positions)
 
 
 def test_what_it_cannot_learn_from_is_refused_with_what_is_needed():

@@ -24,7 +24,6 @@ from veloxlab.kernels.launch import gpu
 
 Mask = mx.array | Literal["causal"] | None
 
-_LEAST_PACKED = 8  # tokens below which MLX hands their scales to a Metal kernel in another address space
 EXPANDED_BYTES = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
 AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
 FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
@@ -143,7 +142,7 @@ class History(Handle):
         """By a GPU kernel, or None where there is no GPU, or no kernel for these segments and codecs."""
         backend = gpu()
         at = next((i for i, s in enumerate(self.segments) if not isinstance(s.key_codec, Exact)), None)
-        if backend is None or at is None or self.segments[at].keys.tokens < _LEAST_PACKED:
+        if backend is None or at is None:
             return None
         before, packed, after = self.segments[:at], self.segments[at], self.segments[at + 1 :]
         key_codec, value_codec = packed.key_codec, packed.value_codec

@@ -98,13 +98,11 @@ class CompressedKVCache(cache_file.Saved):
 
         Raises
         ------
-        InputError : if the head dimensions are not the codecs', or if a key or value to be stored is NaN or infinite.
-            Then this call stored nothing in this layer.
+        InputError : if the head dimensions are not the codecs', if a key or value to be stored is NaN or infinite, or
+            if a codec cannot encode yet. Then this call stored nothing in this layer.
         """
         self._lent = None
         self._check_shapes(keys, values)
-        self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
-        self._dtype = str(keys.dtype).rpartition(".")[2]
         hidden = self._held - self.visible
         if self.chunk == "exact" and keys.shape[_TOKENS] > self.window:
             segments = self._segments(hidden, extra=(keys, values))
@@ -113,6 +111,8 @@ class CompressedKVCache(cache_file.Saved):
             self._store(keys, values, all_seen=False)
             segments = self._segments(hidden)
         self._evict()
+        self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
+        self._dtype = str(keys.dtype).rpartition(".")[2]
         history = History(segments, stored=tuple(self.buffers))
         if self.lends:
             self._lent = history
@@ -303,6 +303,11 @@ class CompressedKVCache(cache_file.Saved):
 
         # everything that can fail comes before anything changes
         self._check_range(*leaving, *((keys[:, :, :to_sinks], values[:, :, :to_sinks]) if to_sinks else ()))
+        key_codec, value_codec, codes = self.key_codec, self.value_codec, None
+        if leaving:
+            start = self.offset + first - (0 if gone else self.recent.tokens)  # of the oldest token to be encoded
+            key_codec, value_codec = fitted_online(key_codec, leaving[0]), fitted_online(value_codec, leaving[1])
+            codes = key_codec.encode(leaving[0], start), value_codec.encode(leaving[1], start)
 
         if to_sinks:
             self.sinks.append(exact[0].encode(keys[:, :, :to_sinks]), exact[1].encode(values[:, :, :to_sinks]))
@@ -311,11 +316,9 @@ class CompressedKVCache(cache_file.Saved):
             self._evicted += gone
         if from_recent:
             self.recent.drop_oldest(from_recent)
-        if coming.to_packed:
-            start = self.sinks.tokens + self._evicted + self.packed.tokens
-            self.key_codec = fitted_online(self.key_codec, leaving[0])
-            self.value_codec = fitted_online(self.value_codec, leaving[1])
-            self.packed.append(self.key_codec.encode(leaving[0], start), self.value_codec.encode(leaving[1], start))
+        self.key_codec, self.value_codec = key_codec, value_codec
+        if codes:
+            self.packed.append(*codes)
         if coming.to_recent:
             rest_keys, rest_values = (x[:, :, first + from_new :] for x in (keys, values))
             self.recent.append(exact[0].encode(rest_keys), exact[1].encode(rest_values))

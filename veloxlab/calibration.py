@@ -211,7 +211,7 @@ def calibrate(
     facts = {
         **written(),
         "model": integrate.fingerprint(model),
-        "text": _digest(json.dumps(ids).encode()),
+        "text": digest(ids),
         "tokens": len(ids),
         "seed": seed,
         "bits": widths,
@@ -219,7 +219,7 @@ def calibrate(
     }
     if found.codecs:  # registered: a file could not tell whether its code is still the same
         return Calibration(method, facts, _fitted(model, ids, found, widths, seed, progress, options))
-    key = _digest(json.dumps([FORMAT, method, facts], sort_keys=True).encode())[:16]
+    key = digest([FORMAT, method, facts])[:16]
     path = kept_in("calibrations", folder) / f"{method}-{key}.json"
     kept = _kept(path, facts)
     if kept is not None:
@@ -300,11 +300,7 @@ def _check_finite(seen: LayerCapture) -> None:
 def _seal(content: Mapping[str, Any], tensors: bytes) -> str:
     """Hash of all that a calibration's two files say, but for the hash itself."""
     said = {name: part for name, part in content.items() if name != "sha256"}
-    return _digest(json.dumps(said, sort_keys=True).encode() + tensors)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + tensors).hexdigest()
 
 
 def _place(entry: Mapping[str, Any]) -> Place:

@@ -24,7 +24,6 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
-from mlx_lm.utils import _get_classes
 
 from veloxlab import cache_file
 from veloxlab.attention import Handle, Mask
@@ -222,11 +221,15 @@ def dry_run(model: Module) -> list[LayerFacts]:
 def weightless(config: Mapping[str, Any]) -> Module:
     """A model of mlx-lm's own class for a ``config.json``, whose weights are never made as long as none is read.
 
+    It computes in float32 where the configuration says so, and else in 16 bits.
+
     Raises
     ------
     InputError : mlx-lm has no such model, or the configuration is not a model's.
     """
     try:
+        from mlx_lm.utils import _get_classes  # private: an mlx-lm without it does all but this
+
         kind, arguments = _get_classes(dict(config))
         model: Module = kind(arguments.from_dict(dict(config)))
     except Exception as error:  # every model reads its configuration in its own way
@@ -234,7 +237,8 @@ def weightless(config: Mapping[str, Any]) -> Module:
             f"mlx-lm makes no model of this configuration (model_type {config.get('model_type')!r}: "
             f"{type(error).__name__}: {error}): give a model's config.json, or type the shape in."
         ) from error
-    model.set_dtype(mx.bfloat16)
+    named = config.get("dtype") or config.get("torch_dtype")
+    model.set_dtype(mx.float32 if named == "float32" else mx.bfloat16)
     return model
 
 
@@ -242,8 +246,12 @@ def state_bytes(model: Module) -> int:
     """Bytes of the states of one sequence that do not grow with it (state-space, convolution), from shapes alone."""
     caches = own_cache(model)
     model(mx.array([[0]]), cache=caches)
-    slots = [slot for entry in caches for slot in getattr(entry, "caches", (entry,))]
-    return sum(slot.nbytes for slot in slots if isinstance(slot, ArraysCache))
+    return sum(slot.nbytes for slot in slots_of(caches) if isinstance(slot, ArraysCache))
+
+
+def slots_of(caches: Sequence[Any]) -> list[Any]:
+    """The single caches of a prompt cache, of which some layers have several."""
+    return [slot for entry in caches for slot in getattr(entry, "caches", (entry,))]
 
 
 def own_cache(model: Module) -> list[Any]:

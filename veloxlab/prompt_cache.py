@@ -16,7 +16,7 @@ from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.saving import described, method_of, same_codec, same_kind
 from veloxlab.errors import InputError
-from veloxlab.integrate import LayerFacts, attach, exact_width, probe, with_caches
+from veloxlab.integrate import LayerFacts, attach, exact_width, probe, slots_of, with_caches
 
 Sliding = Literal["compressed", "exact"]
 
@@ -167,7 +167,9 @@ def _uniform(
     model: Module, method: str, widths: Mapping[str, int | None], options: dict[str, object]
 ) -> Sequence[LayerSettings]:
     """The same settings for every layer."""
-    usual = widths["bits"] or (exact_width(model) if method == "none" else DEFAULT_BITS)
+    usual = widths["bits"]
+    if usual is None:
+        usual = exact_width(model) if method == "none" else DEFAULT_BITS
     key_bits, value_bits = (usual if widths[side] is None else widths[side] for side in ("key_bits", "value_bits"))
     settings = LayerSettings(method, key_bits, method, value_bits, options)  # type: ignore[arg-type]
     return [settings] * (1 + max(found.layer for found in probe(model)))
@@ -233,8 +235,7 @@ def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | N
 
 
 def _compressed_ones(caches: Sequence[Any]) -> list[CompressedKVCache]:
-    slots = [slot for entry in caches for slot in getattr(entry, "caches", (entry,))]
-    return [slot for slot in slots if isinstance(slot, CompressedKVCache)]
+    return [slot for slot in slots_of(caches) if isinstance(slot, CompressedKVCache)]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ dry run as any other (`veloxlab.integrate`): which layers slide, share, or keep 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -120,9 +120,8 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
     if isinstance(model_or_config, ModelShape):
         return model_or_config
     if isinstance(model_or_config, Module):
-        model = model_or_config
-        name = type(model).__module__.rpartition(".")[2]
-        return _checked(ModelShape(name, tuple(probe(model)), exact_width(model) // 8, state_bytes(model)))
+        name = type(model_or_config).__module__.rpartition(".")[2]
+        return _of_model(model_or_config, name, probe(model_or_config))
     if isinstance(model_or_config, Mapping):
         return _of_config(model_or_config, str(model_or_config.get("model_type", "no model")))
     path = Path(model_or_config).expanduser()
@@ -133,8 +132,12 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
 
 def _of_config(config: Mapping[str, Any], name: str) -> ModelShape:
     model = weightless(config)
-    dtype = config.get("dtype") or config.get("torch_dtype")
-    return _checked(ModelShape(name, tuple(dry_run(model)), 4 if dtype == "float32" else 2, state_bytes(model)))
+    return _of_model(model, name, dry_run(model))
+
+
+def _of_model(model: Module, name: str, caches: Sequence[LayerFacts]) -> ModelShape:
+    states = state_bytes(model) if any(cache.native in STATES for cache in caches) else 0  # few models have any
+    return _checked(ModelShape(name, tuple(caches), exact_width(model) // 8, states))
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], str]:
@@ -161,9 +164,10 @@ def _in_hub_cache(repo: str) -> Path:
     except hub.HFValidationError:
         found = None
     if not isinstance(found, str):
+        said = f"The folder {repo} has no config.json" if Path(repo).is_dir() else f"There is no file or folder {repo}"
         raise InputError(
-            f"There is no file or folder {repo}, and no config.json of a repository of that name in the local Hugging "
-            "Face cache; nothing is downloaded here. Give a loaded model, a config.json, or type the shape in: "
+            f"{said}, and no config.json of a repository of that name lies in the local Hugging Face cache; nothing "
+            "is downloaded here. Give a loaded model, a config.json, or type the shape in: "
             "vl.ModelShape.typed(layers=32, kv_heads=8, head_dim=128)."
         )
     return Path(found)

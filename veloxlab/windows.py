@@ -76,8 +76,7 @@ class Windows:
         if reach is not None:
             window = min(window, reach // 4)
         block = min(BLOCK, max(1, window))
-        most = window + block - 1
-        return cls(sinks, window, block, most if reach is None else min(most, reach), reach)
+        return cls(sinks, window, block, window + block - 1, reach)
 
     def arrival(self, count: int, offset: int, recent: int, *, all_seen: bool) -> Arrival:
         """Where ``count`` tokens go that come after ``offset`` others, of which ``recent`` are in the window.

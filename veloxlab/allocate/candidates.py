@@ -13,7 +13,7 @@ from veloxlab.allocate.budget import held_tokens, layer_sizes
 from veloxlab.allocate.plan import Plan, model_hash
 from veloxlab.codecs import METHODS, find_method
 from veloxlab.errors import InputError
-from veloxlab.integrate import exact_width, name_of, probe
+from veloxlab.integrate import exact_width, name_of, probe, slots_of
 from veloxlab.measure.memory import report
 from veloxlab.prompt_cache import LayerSettings, ModelCalibration, make_cache
 
@@ -151,12 +151,10 @@ def bytes_per_token(model: Module, plan: Plan, context: int, calibration: ModelC
     that slide.
     """
     cache = make_cache(model, plan, calibration=calibration)
-    slots: dict[int, Any] = {
-        slot.layer: slot for entry in cache for slot in getattr(entry, "caches", (entry,)) if hasattr(slot, "key_codec")
-    }
+    layers: dict[int, Any] = {slot.layer: slot for slot in slots_of(cache) if hasattr(slot, "key_codec")}
     total = float(report(cache).filter(path="shared")["held_bytes"].sum())
     for size in layer_sizes(model):
-        slot = slots[size.layer]
+        slot = layers[size.layer]
         held = held_tokens(size, context, sinks=plan.sinks, window=plan.window, decoded=False)
         coded = sum(codec.bits_per_value * codec.head_dim / 8 for codec in (slot.key_codec, slot.value_codec))
         total += held.exact * size.exact_bytes + held.packed * size.kv_heads * coded

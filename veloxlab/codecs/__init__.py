@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from veloxlab.codecs import commvq, none, polarquant, qjl, rabitq, ratequant, rvq, spectralquant, turboquant, vecinfer
 from veloxlab.codecs.codec import Code, Codec
@@ -14,7 +15,19 @@ from veloxlab.errors import InputError
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = ["METHODS", "ROLES", "Code", "Codec", "Method", "Role", "find_method", "methods", "register", "unregister"]
+__all__ = [
+    "METHODS",
+    "ROLES",
+    "Code",
+    "Codec",
+    "Method",
+    "Role",
+    "find_method",
+    "methods",
+    "register",
+    "registered_id",
+    "unregister",
+]
 
 METHODS: dict[str, Method] = {
     method.id: method
@@ -61,6 +74,7 @@ def find_method(name: str) -> Method:
 
 _OURS = frozenset(METHODS)
 _ID = re.compile(r"[a-z][a-z0-9_]*")
+_IDS: WeakKeyDictionary[type, str] = WeakKeyDictionary()  # of methods by codec class: codecs outlive `unregister`
 
 
 def register(method: Method, *, replace: bool = False) -> Method:
@@ -102,11 +116,17 @@ def register(method: Method, *, replace: bool = False) -> Method:
     if not len(method.bits):
         raise InputError(f"The method {method.id!r} takes no bits: give a range, such as range(2, 9).")
     METHODS[method.id] = method
+    _IDS.update({kind: method.id for kind in method.codecs if not kind.__module__.startswith(f"{__name__}.")})
     return method
 
 
+def registered_id(kind: type) -> str | None:
+    """Id under which ``kind``, a class from elsewhere, was last registered, even if that was undone since."""
+    return _IDS.get(kind)
+
+
 def unregister(name: str) -> None:
-    """Undo `register`. Caches that were made with the method go on.
+    """Undo `register`. Caches that were made with the method go on, and are saved under its id.
 
     Raises
     ------

@@ -36,7 +36,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
-from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, pairs, train_tables
+from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, pair_order, pairs, train_tables
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.packing import pack, unpack
 from veloxlab.codecs.quantizers import ScaleName, check_scale, scale_factor
@@ -188,17 +188,13 @@ class CommVQ(TiledCodec):
         codes = code.arrays["codes"]
         angles = None if self.rope is None else _angles(self.rope, self.head_dim, code.start)
         tables = self._checked_tables(codes.shape[1])
-        return SumsReader(self.head_dim, codes, code.arrays["root_scale"], None, tables, self._pair_order, angles)
-
-    @property
-    def _pair_order(self) -> PairOrder:
-        rope = self.rope
-        return PairOrder(self.head_dim, False) if rope is None else PairOrder(rope.dims, rope.traditional)
+        order = pair_order(self.head_dim, self.rope)
+        return SumsReader(self.head_dim, codes, code.arrays["root_scale"], None, tables, order, angles)
 
     @property
     def _orders(self) -> tuple[mx.array, mx.array]:
         """Coordinates in the order of the codes, where those of a pair are neighbours, and its inverse, ``[D]``."""
-        return _orders(self.head_dim, self._pair_order)
+        return _orders(self.head_dim, pair_order(self.head_dim, self.rope))
 
     def scales(self, code: Code) -> mx.array:
         """The stored scale; see `TiledCodec.scales`."""

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veloxlab.codecs.rope import Rope
+from veloxlab.kernels.readers import PairOrder
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -39,13 +40,13 @@ def pairs(head_dim: int, rope: Rope | None) -> tuple[Indices, Indices]:
 
     Coordinates that it leaves alone are paired by halves too: rotated by no angle, they commute with anything.
     """
-    dims = head_dim if rope is None else rope.dims
-    rotated, rest = np.arange(dims), np.arange(dims, head_dim)
-    if rope is not None and rope.traditional:
-        first, second = rotated[0::2], rotated[1::2]
-    else:
-        first, second = np.split(rotated, 2)
-    return np.concatenate([first, rest[: len(rest) // 2]]), np.concatenate([second, rest[len(rest) // 2 :]])
+    first, second = pair_order(head_dim, rope).pairs(head_dim).T
+    return first, second
+
+
+def pair_order(head_dim: int, rope: Rope | None) -> PairOrder:
+    """The same as kernels have it."""
+    return PairOrder(head_dim, False) if rope is None else PairOrder(rope.dims, rope.traditional)
 
 
 def train_tables(points: Floats, stages: int, layout: tuple[Indices, Indices], seed: int) -> Floats:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import groupby
 from typing import Literal, NamedTuple
 
@@ -156,12 +156,21 @@ def _tables(quantizer: ScalarQuantizer) -> tuple[mx.array, mx.array, mx.array]:
     return boundaries, levels, joint
 
 
+class PlanTables(NamedTuple):
+    """A bit plan as `veloxlab.kernels.planned.PlannedEncoder` takes it; see there."""
+
+    first_bits: mx.array
+    first_codes: mx.array
+    boundaries: mx.array
+    levels: mx.array
+
+
 @dataclass(frozen=True)
 class PlannedQuantizer:
     """Coordinate ``i``, of unit variance, is replaced by the nearest of the ``2**widths[i]`` Gaussian levels.
 
     A width of 0 keeps nothing: the level is 0. All codes of a vector lie in one bit string, in order and without a gap,
-    LSB first, padded at its end only.
+    LSB first, padded at its end only. Every layer has a plan of its own: its tables are kept here.
     """
 
     widths: tuple[int, ...]
@@ -178,8 +187,10 @@ class PlannedQuantizer:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tables, shared by every layer of a process."""
-        return sum(table.nbytes for table in _planned_tables(self))
+        """Bytes of the tables; of those that kernels take, where one has run."""
+        kernels: list[mx.array] = [self.kernel_plan] if "kernel_plan" in vars(self) else []
+        kernels += self.encoder_tables if "encoder_tables" in vars(self) else ()
+        return sum(table.nbytes for table in (*self._tables, *kernels))
 
     def assign(self, y: mx.array) -> mx.array:
         """Index of the nearest level of each coordinate of ``y`` ``[..., dim]``."""
@@ -192,12 +203,12 @@ class PlannedQuantizer:
 
     def levels_of(self, codes: mx.array) -> mx.array:
         """Level of each code, ``[..., dim]``."""
-        levels, first, _, _, _ = _planned_tables(self)
+        levels, first, _, _, _ = self._tables
         return mx.take(levels, codes + first)
 
     def pack(self, codes: mx.array) -> mx.array:
         """Codes ``[..., dim]`` to words ``[..., words]``."""
-        _, _, word, shift, _ = _planned_tables(self)
+        _, _, word, shift, _ = self._tables
         empty = mx.zeros((*codes.shape[:-1], self.words + 1), mx.uint32)
         if codes.size == 0:
             return empty[..., :-1]
@@ -207,64 +218,52 @@ class PlannedQuantizer:
 
     def expand(self, words: mx.array) -> mx.array:
         """Words ``[..., words]`` to levels ``[..., dim]``, float32."""
-        _, _, word, shift, mask = _planned_tables(self)
+        _, _, word, shift, mask = self._tables
         if words.size == 0:
             return mx.zeros((*words.shape[:-1], len(self.widths)))
         following = mx.take(words, mx.minimum(word + 1, self.words - 1), axis=-1).astype(mx.uint64) << 32
         both = mx.take(words, word, axis=-1).astype(mx.uint64) | following
         return self.levels_of(((both >> shift) & mask).astype(mx.uint32))
 
+    @cached_property
+    def _tables(self) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
+        """All levels of the widths in use, and for each coordinate: its first level, its word, its shift, its mask."""
+        widths = np.array(self.widths)
+        first: dict[int, int] = {}
+        levels: list[float] = []
+        for width in sorted(set(self.widths)):
+            first[width] = len(levels)
+            levels += list(gaussian_codebook(width).levels) if width else [0.0]
+        offset = np.cumsum(widths) - widths
+        word = np.minimum(offset // 32, max(self.words - 1, 0))  # a tail of no bits begins past the last word
+        arrays = (
+            mx.array(np.array(levels, np.float32)),
+            mx.array(np.array([first[w] for w in self.widths], np.uint32)),
+            mx.array(word.astype(np.uint32)),
+            mx.array((offset % 32).astype(np.uint64)),
+            mx.array((1 << widths) - 1).astype(mx.uint64),
+        )
+        mx.eval(*arrays)
+        return arrays
 
-class PlanTables(NamedTuple):
-    """A bit plan as `veloxlab.kernels.planned.PlannedEncoder` takes it; see there."""
+    @cached_property
+    def kernel_plan(self) -> mx.array:
+        """Widths and levels for `veloxlab.kernels.readers.PlanReader`."""
+        levels, first, _, _, _ = self._tables
+        return planned(self.widths, np.array(first), np.array(levels))
 
-    first_bits: mx.array
-    first_codes: mx.array
-    boundaries: mx.array
-    levels: mx.array
-
-
-@lru_cache
-def plan_tables(quantizer: PlannedQuantizer) -> PlanTables:
-    """Tables of the widths in use at their places among those of all widths, and where codes lie in a row of bits."""
-    boundaries, levels = (np.zeros((2 << WIDEST) - 1, np.float32) for _ in range(2))
-    for width in set(quantizer.widths) - {0}:
-        table, first = gaussian_codebook(width), (1 << width) - 1
-        boundaries[first : first + len(table.boundaries)] = table.boundaries
-        levels[first : first + len(table.levels)] = table.levels
-    ends = np.cumsum(quantizer.widths)
-    first_codes = np.searchsorted(ends, 32 * np.arange(quantizer.words), side="right")
-    first_bits = np.concatenate([[0], ends])
-    positions = mx.array(first_bits.astype(np.uint32)), mx.array(first_codes.astype(np.uint32))
-    tables = PlanTables(*positions, mx.array(boundaries), mx.array(levels))
-    mx.eval(*tables)
-    return tables
-
-
-@lru_cache
-def _planned_tables(quantizer: PlannedQuantizer) -> tuple[mx.array, mx.array, mx.array, mx.array, mx.array]:
-    """All levels of the widths in use, and for each coordinate: its first level, its word, its shift, its mask."""
-    widths = np.array(quantizer.widths)
-    first: dict[int, int] = {}
-    levels: list[float] = []
-    for width in sorted(set(quantizer.widths)):
-        first[width] = len(levels)
-        levels += list(gaussian_codebook(width).levels) if width else [0.0]
-    offset = np.cumsum(widths) - widths
-    word = np.minimum(offset // 32, max(quantizer.words - 1, 0))  # a tail of no bits begins past the last word
-    arrays = (
-        mx.array(np.array(levels, np.float32)),
-        mx.array(np.array([first[w] for w in quantizer.widths], np.uint32)),
-        mx.array(word.astype(np.uint32)),
-        mx.array((offset % 32).astype(np.uint64)),
-        mx.array((1 << widths) - 1).astype(mx.uint64),
-    )
-    mx.eval(*arrays)
-    return arrays
-
-
-@lru_cache
-def kernel_plan(quantizer: PlannedQuantizer) -> mx.array:
-    """Widths and levels for `veloxlab.kernels.readers.PlanReader`."""
-    levels, first, _, _, _ = _planned_tables(quantizer)
-    return planned(quantizer.widths, np.array(first), np.array(levels))
+    @cached_property
+    def encoder_tables(self) -> PlanTables:
+        """Tables of the widths in use at their places among those of all, and where codes lie in a row of bits."""
+        boundaries, levels = (np.zeros((2 << WIDEST) - 1, np.float32) for _ in range(2))
+        for width in set(self.widths) - {0}:
+            table, first = gaussian_codebook(width), (1 << width) - 1
+            boundaries[first : first + len(table.boundaries)] = table.boundaries
+            levels[first : first + len(table.levels)] = table.levels
+        ends = np.cumsum(self.widths)
+        first_codes = np.searchsorted(ends, 32 * np.arange(self.words), side="right")
+        first_bits = np.concatenate([[0], ends])
+        positions = mx.array(first_bits.astype(np.uint32)), mx.array(first_codes.astype(np.uint32))
+        tables = PlanTables(*positions, mx.array(boundaries), mx.array(levels))
+        mx.eval(*tables)
+        return tables

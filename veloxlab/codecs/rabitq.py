@@ -101,7 +101,7 @@ class RaBitQ(RotatedCodec):
 
     @property
     def shared_bytes(self) -> int:
-        """The rotation: the grid needs no table."""
+        """The rotation; of the grid only kernels take tables, one or two KB for each width, which do not count."""
         return self._rotation.nbytes
 
     def _encoder(self) -> SpreadEncoder | None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import mlx.core as mx
 
@@ -119,10 +119,19 @@ class RateQuant(TiledCodec):
 
     def reader(self, code: Code) -> WidthsReader | None:
         """Every head's own width and levels; None with the sketch of ``prod``; see `TiledCodec.reader`."""
-        layout = _layout(self)
-        if layout is None:
+        if self._layout is None:
             return None
-        return WidthsReader(self.head_dim, code.arrays[_RAGGED], code.arrays["root_scale"], *layout)
+        return WidthsReader(self.head_dim, code.arrays[_RAGGED], code.arrays["root_scale"], *self._layout)
+
+    @cached_property
+    def _layout(self) -> tuple[Spread | None, HeadWidths] | None:
+        """Space and widths of the codes for a kernel: asked for at every token, and each layer has its own."""
+        bases = [base for base in self.base if isinstance(base, turboquant.TurboQuant)]
+        if len(bases) < len(self.base):
+            return None
+        layouts = [turboquant.kernel_layout(base) for base in bases]
+        levels = {base.bits: table for base, (_, _, table) in zip(bases, layouts, strict=True)}
+        return layouts[0][0], HeadWidths(self.head_bits, self.head_dim, levels)
 
     def _by_width(self, x: mx.array, code: Code, attend: Callable[[Base, mx.array, Code], mx.array]) -> mx.array:
         """Give each codec the rows of ``x`` ``[B, Hq, L, ·]`` that read its heads, and put the answers in order.
@@ -165,17 +174,6 @@ def _joined(parts: list[mx.array], name: str) -> mx.array:
     if name != _RAGGED:
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
     return mx.concatenate([mx.flatten(part.swapaxes(1, 2), -2) for part in parts], axis=-1)[:, None]
-
-
-@lru_cache
-def _layout(codec: RateQuant) -> tuple[Spread | None, HeadWidths] | None:
-    """Space and widths of a codec's codes for a kernel: asked for at every token of every layer."""
-    bases = [base for base in codec.base if isinstance(base, turboquant.TurboQuant)]
-    if len(bases) < len(codec.base):
-        return None
-    layouts = [turboquant.kernel_layout(base) for base in bases]
-    levels = {base.bits: table for base, (_, _, table) in zip(bases, layouts, strict=True)}
-    return layouts[0][0], HeadWidths(codec.head_bits, codec.head_dim, levels)
 
 
 def _some_heads(x: mx.array, heads: list[int]) -> mx.array:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from veloxlab.codecs import METHODS
+from veloxlab.codecs import METHODS, registered_id
 from veloxlab.codecs.codec import Codec
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
@@ -49,8 +49,7 @@ def class_name(codec: Codec) -> str:
 
 def method_of(codec: Codec) -> str:
     """Id of the method that made the codec: of ours each has a file of its own, any other names its classes."""
-    named = (method.id for method in METHODS.values() if type(codec) in method.codecs)
-    return next(named, type(codec).__module__.rpartition(".")[2])
+    return registered_id(type(codec)) or type(codec).__module__.rpartition(".")[2]
 
 
 def described(codec: Codec) -> str:

@@ -45,7 +45,7 @@ from veloxlab.codecs.codebooks import check_bits
 from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
 from veloxlab.codecs.greedy import greedy_bits
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.quantizers import PlannedQuantizer, ScaleName, check_scale, kernel_plan, plan_tables
+from veloxlab.codecs.quantizers import PlannedQuantizer, ScaleName, check_scale
 from veloxlab.codecs.transforms import make_rotation
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import encoded
@@ -107,10 +107,10 @@ class SpectralQuant(TiledCodec):
 
     @property
     def shared_bytes(self) -> int:
-        """Bases, means and deviations of all heads, and the levels."""
+        """Bases, means, deviations, and the plan's tables; of those that kernels take, where one has run."""
         arrays = [a for a in (self.forward, self.backward, self.mean, self.deviation) if a is not None]
-        arrays += [self._fit] if "_fit" in vars(self) else []  # where a kernel has read
-        return sum(a.nbytes for a in arrays) + (PlannedQuantizer(self.plan).nbytes if self.plan else 0)
+        arrays += [self._fit] if "_fit" in vars(self) else []
+        return sum(a.nbytes for a in arrays) + (self._quantizer.nbytes if self.plan else 0)
 
     def fit(self, sample: Sample) -> Self:
         """Learn basis, variances and bit plan of the layer.
@@ -186,7 +186,7 @@ class SpectralQuant(TiledCodec):
         _, _, mean, deviation = self._fitted(x.shape[1])
         rms = mx.linalg.norm(x.astype(mx.float32), axis=-1, keepdims=True) / math.sqrt(self.head_dim)
         y = y / mx.where(rms == 0, 1.0, rms)
-        quantizer = PlannedQuantizer(self.plan)
+        quantizer = self._quantizer
         codes = quantizer.assign((y - mean) / deviation)
         quantized = quantizer.levels_of(codes) * deviation + mean
         factor = _scale_factor(self.scale, y, quantized)
@@ -196,14 +196,13 @@ class SpectralQuant(TiledCodec):
     def _encoder(self) -> PlannedEncoder:
         assert self.mean is not None
         assert self.deviation is not None
-        tables = plan_tables(PlannedQuantizer(self.plan))
-        return PlannedEncoder(*tables, self.mean, self.deviation, self.scale, _LARGEST_FACTOR)
+        return PlannedEncoder(*self._quantizer.encoder_tables, self.mean, self.deviation, self.scale, _LARGEST_FACTOR)
 
     def expand(self, code: Code) -> mx.array:
         """Levels of the codes, each coordinate with its variance and mean; see `TiledCodec.expand`."""
         words = code.arrays["codes"]
         _, _, mean, deviation = self._fitted(words.shape[1])
-        return PlannedQuantizer(self.plan).expand(words) * deviation + mean
+        return self._quantizer.expand(words) * deviation + mean
 
     def scales(self, code: Code) -> mx.array:
         """The stored scale; see `TiledCodec.scales`."""
@@ -221,8 +220,11 @@ class SpectralQuant(TiledCodec):
         """Every coordinate's own width, deviation and mean; see `TiledCodec.reader`."""
         words = code.arrays["codes"]
         self._fitted(words.shape[1])
-        plan = kernel_plan(PlannedQuantizer(self.plan))
-        return PlanReader(self.head_dim, words, code.arrays["root_scale"], None, plan, self._fit)
+        return PlanReader(self.head_dim, words, code.arrays["root_scale"], None, self._quantizer.kernel_plan, self._fit)
+
+    @cached_property
+    def _quantizer(self) -> PlannedQuantizer:
+        return PlannedQuantizer(self.plan)
 
     @cached_property
     def _fit(self) -> mx.array:

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from veloxlab.kernels.lanes import hartley_row
 from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
-from veloxlab.kernels.readers import Reader, Room, Spread
+from veloxlab.kernels.readers import Reader, Room
 
 SIMDGROUPS = 4  # of a threadgroup
 GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works on at once
@@ -178,7 +178,6 @@ def _sizes(exact: tuple[int, int], packed: int, blocks: int) -> tuple[mx.array, 
     per_split = _whole_turns(per_split)
     exact_splits = sink_splits + recent_splits
     splits = exact_splits + -(-packed // per_split)
-    # eight numbers: MLX puts shorter arrays in another address space on Metal
     sizes = mx.array([*exact, packed, sink_splits, exact_splits, splits, per_split, exact_per_split], mx.uint32)
     mx.eval(sizes)
     return sizes, splits
@@ -282,8 +281,9 @@ def _attend_source(shape: Shape, work: _Work, queries: Queries, tokens: Tokens, 
     value = tokens.values.fragment("v", "k" if shape.same_table else "v", room)
     readers = dict.fromkeys((*tokens.keys.headers, *tokens.values.headers))
     at_once = GROUPS_PER_PROCESSOR if max(largest_key, work.largest_value) <= _SMALL else GROUPS_PER_PROCESSOR // 2
+    told_apart = *shape.readers[0], *shape.readers[1], int(shape.same_table), *map(int, shape.has_scales)
     return Source(
-        name="_".join(["attend", *map(str, (*shape.readers[0], *shape.readers[1], int(shape.same_table)))]),
+        name="_".join(["attend", *map(str, told_apart)]),
         inputs=tuple(_inputs(queries, tokens, None)),
         outputs=("mixed", "sums"),
         defines=(
@@ -389,6 +389,3 @@ def _no_signs() -> mx.array:
     signs = mx.zeros((_STEP,))
     mx.eval(signs)
     return signs
-
-
-__all__ = ["MOST_ROWS", "Exact", "Queries", "Spread", "Tokens", "attend", "attend_twin", "can_attend"]

@@ -42,7 +42,7 @@ class Encoder(Protocol):
     def takes(self, x: mx.array) -> bool:
         """Whether the kernel is for such vectors ``[B, H, S, D]``."""
 
-    def __call__(self, *given: Any, **named: Any) -> dict[str, mx.array]:
+    def __call__(self, *given: Any) -> dict[str, mx.array]:
         """Encode, given the GPU, the vectors, and what else `encoded` says."""
 
 

@@ -29,7 +29,7 @@ class SignEncoder:
 
     def takes(self, x: mx.array) -> bool:
         """Whether there is a kernel for vectors ``[B, H, S, D]``: for all."""
-        return x.ndim == 4
+        return True
 
     def __call__(self, backend: GpuBackend, x: mx.array, y: mx.array) -> dict[str, mx.array]:
         """Encode ``x`` ``[B, H, S, D]`` in any float type, whose projections ``y`` ``[B, H, S, m]`` are float32.

@@ -134,8 +134,12 @@ def cache_layouts(
     shape = shape_of(model_or_config)
     found = find_method(method)
     exact = Exactness(sinks, window, DEFAULT_CHUNK, sliding)
-    usual = bits or (8 * shape.exact_bytes if method == "none" else DEFAULT_BITS)
-    widths: dict[Role, int] = {"keys": key_bits or usual, "values": value_bits or usual}
+    if bits is None:
+        bits = 8 * shape.exact_bytes if method == "none" else DEFAULT_BITS
+    widths: dict[Role, int] = {
+        "keys": bits if key_bits is None else key_bits,
+        "values": bits if value_bits is None else value_bits,
+    }
     codecs: set[Codec] = set()
     known: dict[object, tuple[int, int]] = {}
     kinds: Counter[LayerLayout] = Counter()

@@ -13,6 +13,7 @@ from veloxlab.batch import BatchCompressedKVCache
 from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.integrate import slots_of
 from veloxlab.measure.activations import Capture
 from veloxlab.measure.layouts import token_bytes
 from veloxlab.measure.progress import Progress, silent
@@ -55,9 +56,8 @@ def report(cache: Sequence[Any]) -> pl.DataFrame:
 
     The last row holds the constant tables (rotations, codebooks) that equal codecs share in a process.
     """
-    slots = [(i, slot) for i, entry in enumerate(cache) for slot in getattr(entry, "caches", (entry,))]
-    rows = [_row(i, slot) for i, slot in slots]
-    ours = [one for _, slot in slots for one in _sequences(slot)]
+    rows = [_row(i, slot) for i, entry in enumerate(cache) for slot in slots_of([entry])]
+    ours = [one for slot in slots_of(cache) for one in _sequences(slot)]
     codecs = {codec for layer in ours for codec in (layer.key_codec, layer.value_codec)}
     if codecs:
         reason = f"tables of {len(codecs)} codec{'s' if len(codecs) > 1 else ''}, held once for all layers"

@@ -11,7 +11,8 @@ import mlx.core as mx
 
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room, bits_at, made, with_stride
 
-MOST_LEVELS, MOST_ROWS = 8, 2  # of angles, and of bytes: Metal has no room for the arrays of more
+MOST_LEVELS = 8  # of angles: their widths are digits of 4 bits of one uint
+MOST_ROWS = 2  # of bytes: Metal has no room for the arrays of more
 
 
 @dataclass(frozen=True, eq=False)
