@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Error, Page, Request, sync_playwright
 
 from tests.browser.shown import IS_LIGHT, turn
 
@@ -37,11 +37,11 @@ class Visit:
     """A page, with what went wrong in it and what it asked of the outside world."""
 
     page: Page
-    errors: list[str] = field(default_factory=list)
+    errors: list[Error] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("pageerror", lambda error: self.errors.append(error))
         self.page.on("request", self._note)
 
     def _note(self, request: Request) -> None:
