@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
+from tests.execute_notebooks import NOTEBOOKS
 from tests.nbval_tolerance import ROUGH_TAG, tolerant
+from veloxlab.codecs.turboquant import TurboQuant
 
 VEGA = "application/vnd.vegalite.v5+json"
+LENGTH = 1.005  # of what a codec decodes: at 2 bits and the unbiased scale the squared error is then 1 % more
+LONGER = f"""
+from veloxlab.codecs.turboquant import TurboQuant
+decode = TurboQuant.decode
+TurboQuant.decode = lambda codec, *given: {LENGTH} * decode(codec, *given)
+"""
 as_nbval = tolerant(lambda text: text.replace("0xabc", "0x…"))
 
 
@@ -120,16 +130,43 @@ def test_nbval_compares_with_the_tolerance(tmp_path):
         ),
         path,
     )
+    assert outcomes(path) == ["PASSED", "PASSED", "FAILED", "PASSED", "PASSED", "FAILED"]
+
+
+def test_a_codec_that_loses_one_percent_more_fails_its_notebook(tmp_path):
+    """TurboQuant's notebook as far as its first table of numbers, in kernels where each decoded vector is too long."""
+    startup = tmp_path / "ipython" / "profile_default" / "startup" / "longer.py"
+    startup.parent.mkdir(parents=True)
+    startup.write_text(LONGER)
+    notebook = nbformat.read(NOTEBOOKS / "01_turboquant.ipynb", as_version=4)
+    table = next(place for place, cell in enumerate(notebook.cells) if "loss, paper" in cell.source)
+    notebook.cells = notebook.cells[: table + 1]
+    nbformat.write(notebook, tmp_path / "longer.ipynb")
+    assert outcomes(tmp_path / "longer.ipynb", IPYTHONDIR=str(tmp_path / "ipython")) == ["PASSED", "PASSED", "FAILED"]
+
+
+def test_what_that_codec_loses_is_one_percent():
+    codec = TurboQuant(64, 2)
+    x = mx.random.normal((1, 1, 1000, 64), key=mx.random.key(0))
+    decoded = codec.decode(codec.encode(x))
+    loss, longer = (mx.square(y - x).sum().item() for y in (decoded, LENGTH * decoded))
+    assert longer / loss == pytest.approx(1.01, abs=0.001)
+
+
+def outcomes(path: Path, **environment: str) -> list[str]:
+    """Give what a real run of nbval says of each code cell of a notebook."""
     command = [sys.executable, "-m", "pytest", "--nbval", "--nbval-current-env", "-p", "tests.nbval_tolerance", "-v"]
     run = subprocess.run(
-        [*command, "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(tmp_path), str(path)],
+        [*command, "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(path.parent), str(path)],
         cwd=Path(__file__).parents[1],
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         check=False,
     )
-    outcomes = re.findall(r"::Cell \d (PASSED|FAILED) ", run.stdout)
-    assert outcomes == ["PASSED", "PASSED", "FAILED", "PASSED", "PASSED", "FAILED"], run.stdout + run.stderr
+    found = re.findall(r"::Cell \d (PASSED|FAILED) ", run.stdout)
+    assert found, run.stdout + run.stderr
+    return found
 
 
 def printing(source, text, tags=()):

@@ -1,4 +1,4 @@
-"""A real Chromium, a bare page, and a real JupyterLab in its own folders. Nothing outside this machine resolves."""
+"""A real Chromium, a bare page, and a real Jupyter in its own folders. Nothing outside this machine resolves."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import Browser, Page, Request, sync_playwright
+from playwright.sync_api import Browser, Error, Page, Request, sync_playwright
 
 from tests.browser.shown import IS_LIGHT, turn
 
@@ -37,11 +37,11 @@ class Visit:
     """A page, with what went wrong in it and what it asked of the outside world."""
 
     page: Page
-    errors: list[str] = field(default_factory=list)
+    errors: list[Error] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("pageerror", lambda error: self.errors.append(error))
         self.page.on("request", self._note)
 
     def _note(self, request: Request) -> None:
@@ -71,16 +71,16 @@ def bare(browser: Browser) -> Iterator[Visit]:
     page.close()
 
 
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """Start JupyterLab, and give its address and the folder that it serves."""
+@contextlib.contextmanager
+def served(module: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Start a server, ``"jupyterlab"`` or ``"notebook"``, and give its address and the folder that it serves."""
     notebooks, state = tmp_path_factory.mktemp("notebooks"), tmp_path_factory.mktemp("state")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folders = {f"JUPYTER_{kind}_DIR": str(state / kind.lower()) for kind in ("CONFIG", "DATA", "RUNTIME")}
     folders |= {f"JUPYTERLAB_{kind}_DIR": str(state / kind.lower()) for kind in ("SETTINGS", "WORKSPACES")}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--expose-app-in-browser"]
+    command = [sys.executable, "-m", module, "--no-browser", "--allow-root", "--expose-app-in-browser"]
     command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token="]
     command += ["--LabApp.news_url=None", f"--ServerApp.root_dir={notebooks}"]
     notices = state / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
@@ -111,7 +111,7 @@ def _wait(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/api", timeout=2):
             return
         if server.poll() is not None or time.monotonic() > deadline:
-            pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
+            pytest.fail(f"Jupyter did not start:\n{log.read_text()[-2000:]}")
         time.sleep(0.2)
 
 
@@ -129,10 +129,9 @@ READY = """async () => {
 }"""
 
 
-@pytest.fixture
-def notebook(lab: tuple[str, Path], browser: Browser) -> Iterator[Callable[..., Visit]]:
-    """Give a function that writes cells to a notebook, opens it in JupyterLab and runs it."""
-    address, folder = lab
+@contextlib.contextmanager
+def opener(browser: Browser, address: str, folder: Path, query: str = "") -> Iterator[Callable[..., Visit]]:
+    """Give a function that writes cells to a notebook, opens it below an address and runs it."""
     pages: list[Page] = []
 
     def run(*cells: str, name: str = "test.ipynb") -> Visit:
@@ -143,7 +142,7 @@ def notebook(lab: tuple[str, Path], browser: Browser) -> Iterator[Callable[..., 
         page.set_default_timeout(60_000)
         pages.append(page)
         visit = Visit(page)
-        page.goto(f"{address}/lab/tree/{name}?reset")
+        page.goto(f"{address}/{name}{query}")
         page.wait_for_function("window.jupyterapp !== undefined")
         page.evaluate(READY)
         if not page.evaluate(IS_LIGHT % "true"):
@@ -155,3 +154,18 @@ def notebook(lab: tuple[str, Path], browser: Browser) -> Iterator[Callable[..., 
     yield run
     for page in pages:
         page.close()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """Start JupyterLab, and give its address and the folder that it serves."""
+    with served("jupyterlab", tmp_path_factory) as place:
+        yield place
+
+
+@pytest.fixture
+def notebook(lab: tuple[str, Path], browser: Browser) -> Iterator[Callable[..., Visit]]:
+    """Give a function that writes cells to a notebook, opens it in JupyterLab and runs it."""
+    address, folder = lab
+    with opener(browser, f"{address}/lab/tree", folder, "?reset") as run:
+        yield run

@@ -1,0 +1,45 @@
+"""The tour's laboratory in Notebook 7, the other front end that people run notebooks in, with no network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from playwright.sync_api import Browser
+
+from tests.browser.conftest import Visit, opener, served
+from tests.browser.shown import Shown
+from tests.browser.test_tour import LAB, lab_cells
+
+pytestmark = pytest.mark.browser
+
+# Notebook 7.6's own, in its keyboard shortcuts: a notebook without any widget has it too
+KNOWN = "(reading 'schema')", "/static/notebook/notebook_core."
+
+
+@pytest.fixture
+def notebook7(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[Callable[..., Visit]]:
+    with (
+        served("notebook", tmp_path_factory) as (address, folder),
+        opener(browser, f"{address}/notebooks", folder) as run,
+    ):
+        yield run
+
+
+def test_the_tours_laboratory_moves_its_charts_in_notebook_7(notebook7):
+    visit = notebook7(*lab_cells(), name="tour.ipynb")
+    page = visit.page
+    page.set_default_timeout(90_000)
+    assert page.evaluate("() => window.jupyterapp.name") == "Jupyter Notebook"
+    lab = Shown(page, LAB)
+    lab.drawn(3)
+
+    # by mouse: Notebook keeps the arrow keys (https://github.com/jupyter/notebook/issues/7716)
+    track = page.locator(f"{LAB} .widget-slider", has_text="K bits").locator(".noUi-base")
+    width = track.bounding_box()["width"]
+    for share in (0.1, 0.9):  # twice: only the first message of a comm is handled on the main thread
+        lab.changes(lambda share=share: track.click(position={"x": share * width, "y": 2}), [0, 1, 2])
+        page.locator(".noUi-state-tap").wait_for(state="detached")  # while the handle glides, clicks do nothing
+    lab.picture("lab_notebook7")
+    assert [error for error in visit.errors if not all(part in error.stack for part in KNOWN)] == []
+    assert visit.outside == []
