@@ -72,8 +72,8 @@ def test_the_charts_show_what_the_measurements_say(explorer, seen):
     layer = replace(seen, layers=seen.layers[2:3])
     tokens = vl.token_errors(layer, "rvq", bits=4).filter(head=1)
     along = errors_along_position(tokens, blocks=32)
-    assert explorer.charts["positions"].frame.equals(along.select(explorer.charts["positions"].frame.columns))
-    maps = attention_map(layer.layers[0], 3, "rvq", bits=4)  # three query heads a KV head
+    assert explorer.charts["positions"].frame.drop("head").equals(along)
+    maps = attention_map(layer.layers[0], 3, "rvq", bits=4, blocks=20)  # three query heads a KV head
     shown = explorer.charts["attention"].frame
     assert shown.select("kind", "query", "key", "weight").equals(maps.select("kind", "query", "key", "weight"))
     assert "rvq at 4 bits, layer 8: " in explorer.charts["attention"].content["params"]["caption"]

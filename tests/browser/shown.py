@@ -85,12 +85,13 @@ class Shown:
             self.page.locator(self.box).screenshot(path=Path(folder) / f"{name}.png")
 
     def turns_dark(self, name: str, height: int = 0) -> None:
-        """Turn JupyterLab dark, and wait until every chart's words have the ink of the dark; picture both."""
+        """Turn JupyterLab dark, and wait until the words of every chart that is seen are of its ink; picture both."""
         self.picture(name, height)
         turn(self.page, "Dark")
         light, dark = (palette.INK[mode]["soft"] for mode in ("light", "dark"))
         self.page.wait_for_function(
             f"""() => [...document.querySelectorAll("{self.charts}")].every((chart) => {{
+              if (!chart.checkVisibility()) return true;
               const fills = [...chart.querySelectorAll("text")].map((text) => text.getAttribute("fill"));
               return fills.includes("{dark}") && !fills.includes("{light}");
             }})"""

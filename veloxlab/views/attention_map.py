@@ -11,7 +11,7 @@ from veloxlab.views.logscale import LABEL, log_ticks
 
 KINDS = {"exact": "exact keys", "compressed": "compressed keys", "difference": "|difference|"}
 DOMAIN = (1e-3, 1.0)
-SIDE = 178  # pixels of a map
+SIDE = 160  # pixels of a map
 
 
 def attention_maps(

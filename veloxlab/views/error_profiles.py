@@ -8,7 +8,7 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import require
 from veloxlab.views.furniture import Plot, caption_title, framed, tensor_colour
-from veloxlab.views.logscale import LABEL, log_domain, log_ticks
+from veloxlab.views.logscale import LABEL, log_ticks
 
 
 def errors_along_position(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -26,10 +26,7 @@ def errors_along_position(frame: pl.DataFrame, *, caption: str | None = None) ->
     require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "errors_along_position")  # type: ignore[arg-type]
     shown = frame.select("tensor", *numbers)
     widths = shown["bits"].unique().sort().to_list()
-    plots = [
-        _along(bits, legend=bits == widths[0], last=bits == widths[-1]).properties(width=palette.WIDTH - 90, height=110)
-        for bits in widths
-    ]
+    plots = [_along(bits, widths).properties(width=palette.WIDTH - 90, height=110) for bits in widths]
     plots[0] = plots[0].properties(title=caption_title())
     words = profile_caption(frame) if caption is None else caption
     return framed(plots, shown, "Error of keys and values along the text", words, pickable=False)
@@ -59,17 +56,20 @@ def error_distribution(frame: pl.DataFrame, *, caption: str | None = None) -> al
     require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "error_distribution")  # type: ignore[arg-type]
     shown = frame.select("tensor", *numbers[:4])
     widths = shown["bits"].unique().sort().to_list()
-    domain = (float(shown["least"].min()), float(shown["most"].max()))  # type: ignore[arg-type]
+    axis = alt.X("middle:Q", title="relative squared error of a vector").scale(type="log", nice=False)
+    axis = axis.axis(tickCount=5, labelExpr=LABEL)
+    if len(widths) > 1:  # one axis for all; alone, a width's own rows make its axis, whichever come
+        domain = (float(shown["least"].min()), float(shown["most"].max()))  # type: ignore[arg-type]
+        axis = axis.scale(type="log", domain=domain, nice=False).axis(values=log_ticks(domain), labelExpr=LABEL)
     plots: list[Plot] = [
-        alt.Chart()
-        .transform_filter(f"datum.bits === {bits}")
+        _of_width(bits, widths)
         .transform_calculate(middle="sqrt(datum.least * datum.most)")
         .mark_area(interpolate="step", opacity=0.3, line={"interpolate": "step", "strokeWidth": 1.5})
         .encode(
-            x=alt.X("middle:Q", title="relative squared error of a vector" if bits == widths[-1] else None)
-            .scale(type="log", domain=domain, nice=False)
-            .axis(values=log_ticks(domain), labelExpr=LABEL),
-            y=alt.Y("share:Q", title=[f"{bits} bits", "share of vectors"], stack=None).axis(format="%", tickCount=3),
+            x=axis if bits == widths[-1] else axis.title(None),
+            y=alt.Y("share:Q", title=_titled(bits, widths, "share of vectors"), stack=None).axis(
+                format="%", tickCount=3
+            ),
             color=tensor_colour(legend=bits == widths[0]),
             tooltip=[
                 alt.Tooltip("tensor:N"),
@@ -107,15 +107,16 @@ def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
     numbers = ("bits", "error", "true_bits", "not_finite")
     require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "errors_by_bits")  # type: ignore[arg-type]
     shown = frame.select("tensor", *numbers)
-    scale = log_domain(frame["error"])
     base = (
         alt.Chart()
         .transform_filter("isValid(datum.error)")
         .encode(
-            x=alt.X("true_bits:Q", title="true bits a value, scales included").scale(zero=False, padding=12),
+            x=alt.X("true_bits:Q", title="true bits a value, scales included")
+            .scale(zero=False, nice=False, padding=12)
+            .axis(tickMinStep=1),
             y=alt.Y("error:Q", title=["relative", "squared error"])
-            .scale(type="log", domain=scale, nice=False, clamp=True)
-            .axis(values=log_ticks(scale), labelExpr=LABEL),
+            .scale(type="log")
+            .axis(tickCount=5, labelExpr=LABEL),
             color=tensor_colour(legend=True),
         )
     )
@@ -147,15 +148,24 @@ def by_bits_caption(frame: pl.DataFrame) -> str:
     return words + (f"; × {broken} not finite" if broken else "")
 
 
-def _along(bits: int, *, legend: bool, last: bool) -> Plot:
-    colour = tensor_colour(legend=legend)
+def _of_width(bits: int, widths: list[int]) -> alt.Chart:
+    """The rows of one width: all rows where there is no other, so that rows of another may take their place."""
+    return alt.Chart().transform_filter(f"datum.bits === {bits}" if len(widths) > 1 else "true")
+
+
+def _titled(bits: int, widths: list[int], what: str) -> list[str]:
+    return [f"{bits} bits", what] if len(widths) > 1 else [what]
+
+
+def _along(bits: int, widths: list[int]) -> Plot:
+    colour = tensor_colour(legend=bits == widths[0])
+    title = "position in the text, tokens" if bits == widths[-1] else None
     base = (
-        alt.Chart()
-        .transform_filter(f"datum.bits === {bits}")
+        _of_width(bits, widths)
         .transform_calculate(middle="(datum.position + datum.position_end - 1) / 2")
-        .encode(x=alt.X("middle:Q", title="position in the text, tokens" if last else None).scale(nice=False))
+        .encode(x=alt.X("middle:Q", title=title).scale(nice=False))
     )
-    y = alt.Y("low:Q", title=[f"{bits} bits", "relative error"]).scale(zero=True).axis(tickCount=4)
+    y = alt.Y("low:Q", title=_titled(bits, widths, "relative error")).scale(zero=True).axis(tickCount=4)
     finite = base.transform_filter("isValid(datum.median)")
     band = finite.mark_area(opacity=0.25).encode(y=y, y2="high:Q", color=colour)
     tips = [alt.Tooltip("tensor:N"), alt.Tooltip("position:Q"), alt.Tooltip("median:Q", format=".3~g")]

@@ -10,14 +10,11 @@ import polars as pl
 from veloxlab import views
 from veloxlab.calibration import Calibration
 from veloxlab.measure import Capture
-from veloxlab.measure.error_profiles import error_densities, errors_along_position
 from veloxlab.widgets.error_frames import MEASURES, ErrorLook
 from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.layer_explorer import WIDEST, LayerChart, LayerExplorer, LayerFrames
 from veloxlab.widgets.progress import ProgressBar
 from veloxlab.widgets.worker import Worker
-
-BLOCKS = 32  # of positions: a tenth and nine tenths need some vectors each
 
 
 def _attention(frame: pl.DataFrame, look: ErrorLook) -> str:
@@ -59,17 +56,17 @@ class ErrorExplorer(LayerExplorer[ErrorLook]):
             lambda *_: None,
         ),
         "positions": LayerChart(
-            lambda frame, _: views.errors_along_position(errors_along_position(frame, blocks=BLOCKS)),
-            lambda frame, _: views.profile_caption(errors_along_position(frame, blocks=BLOCKS)),
-            None,
+            lambda frame, _: views.errors_along_position(frame),
+            lambda frame, _: views.profile_caption(frame),
+            lambda *_: None,
         ),
         "distribution": LayerChart(
-            lambda frame, _: views.error_distribution(error_densities(frame)),
-            lambda frame, _: views.distribution_caption(error_densities(frame)),
-            None,
+            lambda frame, _: views.error_distribution(frame),
+            lambda frame, _: views.distribution_caption(frame),
+            lambda *_: None,
         ),
         "by_bits": LayerChart(
-            lambda frame, _: views.errors_by_bits(frame), lambda frame, _: views.by_bits_caption(frame), None
+            lambda frame, _: views.errors_by_bits(frame), lambda frame, _: views.by_bits_caption(frame), lambda *_: None
         ),
     }
 

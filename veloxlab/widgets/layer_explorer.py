@@ -45,13 +45,12 @@ class LayerChart:
     ----------
     draw : the chart of a frame and a `Look`.
     caption : the line under its heading.
-    shape : what its spec depends on beside numbers: frames of one shape can be put into one chart. None where every
-        frame is drawn anew.
+    shape : what its spec depends on beside numbers: frames of one shape can be put into one chart.
     """
 
     draw: Callable[[pl.DataFrame, Any], alt.VConcatChart]
     caption: Callable[[pl.DataFrame, Any], str]
-    shape: Callable[[pl.DataFrame, Any], object] | None
+    shape: Callable[[pl.DataFrame, Any], object]
 
 
 @dataclass
@@ -186,7 +185,7 @@ class LayerExplorer(Panel, Generic[L]):
     def _first_view(self, name: str) -> ChartView:
         look, chart = self._look(), self.CHARTS[name]
         frame = self._frames.measure(look.questions[name]).filter(head=self.head)  # what cannot be is refused here
-        self._shown[name] = (look.questions[name], self.head, chart.shape and chart.shape(frame, look))
+        self._shown[name] = (look.questions[name], self.head, chart.shape(frame, look))
         return ChartView(chart.draw(frame, look))
 
     def _show(self) -> None:
@@ -199,7 +198,7 @@ class LayerExplorer(Panel, Generic[L]):
                 if measured is None or self._shown[name][:2] == (question, head):
                     continue
                 frame = measured.filter(head=head)
-                shape = object() if chart.shape is None else chart.shape(frame, look)
+                shape = chart.shape(frame, look)
                 if shape == self._shown[name][2]:
                     view.put(frame, caption=chart.caption(frame, look))
                 else:
@@ -213,7 +212,9 @@ class LayerExplorer(Panel, Generic[L]):
         now = self._look()
         missing = [now.questions[name] for name in self._names if now.questions[name] not in self._frames.frames]
         likely = [look for look in self._likely() if look != now]
-        ahead = dict.fromkeys(look.questions[name] for look in likely for name in self._names)
+        known = {*self._frames.frames, *self._unmeasurable}
+        questions = dict.fromkeys(look.questions[name] for look in likely for name in self._names)
+        ahead = [question for question in questions if question not in known]
 
         def job(questions: Collection[Question], progress: Progress) -> None:
             for done, question in enumerate(questions):
@@ -223,7 +224,8 @@ class LayerExplorer(Panel, Generic[L]):
 
         if missing:
             self._submit("frames", lambda progress: job(missing, progress))
-        self._submit("ahead", lambda progress: job(ahead, progress), ahead=True)
+        if ahead:
+            self._submit("ahead", lambda progress: job(ahead, progress), ahead=True)
 
     def _try(self, question: Question, progress: Progress) -> None:
         try:

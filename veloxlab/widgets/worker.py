@@ -19,6 +19,7 @@ from veloxlab.errors import InputError
 State = Literal["waiting", "running", "done", "cancelled", "overtaken", "failed"]
 Job = Callable[["Progress"], Any]
 
+QUIET = 0.25  # seconds without a request before what nobody waits for begins: it would slow a hand on a slider
 log = logging.getLogger(__name__)
 
 
@@ -110,6 +111,7 @@ class Worker:
         self._running: _Request | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
+        self._asked = 0.0
         self._listeners: list[Callable[[Status], None]] = []
 
     def submit(
@@ -134,7 +136,8 @@ class Worker:
         on_error
             Given a sentence if the job, or ``on_done``, raises.
         ahead
-            Nobody waits for it yet: it makes way for any other job, and begins anew behind it.
+            Nobody waits for it yet: it begins after a quiet moment, makes way for any other job and begins anew behind
+            it.
         """
         request = _Request(key, job, on_done, on_error, ahead)
         with self._changed:
@@ -142,6 +145,7 @@ class Worker:
                 raise InputError(f"The worker {self.name!r} is closed: make a new one.")
             dropped = self._forget(key, "overtaken")
             self._waiting[key] = request
+            self._asked = time.monotonic()
             if self._running is not None and self._running.ahead and not ahead and not self._running.unwanted.is_set():
                 self._running.why = "waiting"
                 self._running.unwanted.set()
@@ -198,13 +202,9 @@ class Worker:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not self._waiting:
-                    if self._closed:
-                        return
-                    self._changed.wait()
-                # false sorts first, and the sort is stable: the oldest of those that somebody waits for
-                key = min(self._waiting, key=lambda each: self._waiting[each].ahead)
-                request = self._waiting.pop(key)
+                request = self._next()
+                if request is None:
+                    return
                 self._running = request
             outcome = self._outcome(request)
             with self._changed:
@@ -216,6 +216,21 @@ class Worker:
             with self._changed:
                 self._running = None
                 self._changed.notify_all()
+
+    def _next(self) -> _Request | None:
+        """Wait for the next request and take it; None once the worker is closed. The lock is held."""
+        while True:
+            if not self._waiting:
+                if self._closed:
+                    return None
+                self._changed.wait()
+                continue
+            # false sorts first, and the sort is stable: the oldest of those that somebody waits for
+            key = min(self._waiting, key=lambda each: self._waiting[each].ahead)
+            quiet = self._asked + QUIET - time.monotonic()
+            if not self._waiting[key].ahead or quiet <= 0:
+                return self._waiting.pop(key)
+            self._changed.wait(quiet)
 
     def _outcome(self, request: _Request) -> Status:
         key = request.key

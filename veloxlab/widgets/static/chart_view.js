@@ -135,6 +135,11 @@ class Chart {
     return this.turn;
   }
 
+  // On a page of tabs that is not open: what nobody sees is drawn once it is seen.
+  get isHidden() {
+    return this.result !== null && this.el.isConnected && this.plot.offsetParent === null;
+  }
+
   say(sentence) {
     this.sentence.textContent = sentence;
     this.sentence.hidden = !sentence;
@@ -145,6 +150,7 @@ class Chart {
     const spec = model.get("spec");
     const content = model.get("content");
     if (content.spec !== spec.id) return false; // its spec is still on the way
+    if (this.isHidden) return false;
     const dark = isDark(this.el);
     if (!this.result || spec.id !== shown.spec || dark !== shown.dark) await this.embed(spec, content, dark);
     else if (content.revision !== shown.revision) await this.patch(content);
@@ -201,7 +207,7 @@ class Chart {
   // ---- the picked layer: one number or null, shared by linked charts through their models
 
   async mark() {
-    if (!this.result || !this.signals.has(PICKED)) return;
+    if (!this.result || this.isHidden || !this.signals.has(PICKED)) return;
     const picked = this.model.get("picked");
     if (this.result.view.signal(PICKED) === picked) return;
     await this.result.view.signal(PICKED, picked).runAsync();
@@ -261,6 +267,9 @@ async function render({ model, el }) {
   listen(model, "change:content", update);
   listen(model, "change:picked", () => chart.mark());
   closers.push(onGround(update));
+  const seen = new ResizeObserver(() => chart.update().then(() => chart.mark()));
+  seen.observe(chart.plot);
+  closers.push(() => seen.disconnect());
 
   // JupyterLab takes arrow keys at the document, before the chart sees them; the window comes first. Only while the
   // chart has the focus, and only the keys that it uses.
@@ -274,5 +283,11 @@ async function render({ model, el }) {
   await update();
   return () => closers.forEach((close) => close());
 }
+
+// Notebook 7 keeps arrow keys from sliders (https://github.com/jupyter/notebook/issues/7716); not from one that says so.
+globalThis.veloxlabSliders ??= document.addEventListener("focusin", (event) => {
+  const handle = event.target.closest?.("[class*='veloxlab-'] .noUi-handle");
+  handle?.setAttribute("data-lm-suppress-shortcuts", "true");
+}) ?? true;
 
 export default { render };
