@@ -312,7 +312,7 @@ def test_channels_of_many_panels_are_grouped_and_say_so():
         (lambda **more: views.channel_ranges(channels(**more)), {"not_finite": 3}),
         (lambda **more: views.channel_map(by_layer(**more)), {"not_finite": 3}),
         (lambda **more: views.outliers_by_layer(loudness(**more)), {"not_finite": 3}),
-        (lambda **more: views.attention_maps(attention(**more)), {"weight": math.nan}),
+        (lambda **more: views.attention_maps(attention(**more)), {"weight": math.nan, "moved": math.nan}),
         (lambda **more: views.errors_along_position(profile(**more)), {"not_finite": 3}),
     ],
 )
@@ -320,6 +320,7 @@ def test_what_is_not_finite_is_crossed_and_counted(chart, count):
     said = words(drawn(chart(**count)))
     assert said.count("×") == 1
     assert any(re.search(r"× \d not finite", line) for line in said)
+    assert not any("nan" in line for line in said)
     assert "×" not in words(drawn(chart()))
 
 

@@ -1,6 +1,7 @@
 """The tuner answers from tables on whatever thread its knobs are turned, and measures what it is asked to."""
 
 import base64
+import json
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
+from veloxlab.allocate import kept
 from veloxlab.allocate.judged import JUDGED
 from veloxlab.allocate.setting import Setting
 from veloxlab.errors import InputError
@@ -105,6 +107,10 @@ def test_bounds_are_kept_and_shown(tuner):
     tuner.tune(budget=16.0, bounds=vl.Bounds(protected_last=1, protection="exact"))
     assert set(tuner.charts.bits.frame.filter(layer=3)["method"]) == {"none"}
     assert "grey: 4 kept exact" in tuner.charts.bits.content["params"]["caption"]
+    # exact layers take more bits than the axis had, and it goes on to them
+    ends = tuner.charts._ends[0]
+    assert ends[1] >= tuner.charts.frontier.frame["true_bits"].max() > tuner.charts._usual[0][1]
+    assert str(ends[1]) in json.dumps(tuner.charts.frontier.to_dict())
 
 
 def test_several_parts_are_set_at_once_or_none(tuner):
@@ -288,7 +294,7 @@ def test_tables_from_disk_need_no_model_but_to_measure(rates, tmp_path):
     assert [button.disabled for button in buttons] == [True, True]
 
 
-def test_a_model_is_measured_first_and_found_again(model, tmp_path):
+def test_a_model_is_measured_first_and_found_again(model, tmp_path, monkeypatch):
     given = {"budget": 3.25, "rate_settings": {"text": TEXT, "folder": tmp_path, **MEASURED}}
     tuner = vl.BudgetTuner(model, Letters(), **given)
     assert any(isinstance(part, ProgressBar) for part in tuner.children[0].children)
@@ -296,6 +302,7 @@ def test_a_model_is_measured_first_and_found_again(model, tmp_path):
     assert tuner.wait(PATIENCE)
     assert tuner.budget == vl.AverageBits(3.25)
     tuner.budget = 5.0
+    monkeypatch.setattr(kept, "rate_budget", lambda *_, **__: pytest.fail("it was measured again"))
     other = vl.BudgetTuner(model, Letters(), **given)
     assert other.wait(PATIENCE)
     assert other.rates.identity == tuner.rates.identity
@@ -307,13 +314,19 @@ def test_a_start_that_was_cancelled_can_be_made_again(model, tmp_path):
     tuner = vl.BudgetTuner(model, Letters(), rate_settings={"text": TEXT, "folder": tmp_path, **MEASURED})
     tuner.worker.cancel()
     assert tuner.wait(PATIENCE)
-    for knob in (lambda: tuner.plan, lambda: setattr(tuner, "budget", 3.0), lambda: setattr(tuner, "layer", 1)):
+    tuner.layer = 1  # which is picked once there are charts
+    for knob in (lambda: tuner.plan, lambda: setattr(tuner, "budget", 3.0)):
         with pytest.raises(InputError, match="not measured yet"):
             knob()
     again, _ = tuner.children[0].children
     again.click()
     assert tuner.wait(PATIENCE)
     assert tuner.plan.layers
+    assert tuner.charts.bits.picked == 1
+    children = tuner.children
+    tuner.start()
+    assert tuner.wait(PATIENCE)
+    assert tuner.children == children  # the tables are there
     tuner.worker.close()
 
 

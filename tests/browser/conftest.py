@@ -138,7 +138,7 @@ def opener(browser: Browser, address: str, folder: Path, query: str = "") -> Ite
         document = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
         document.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(document, folder / name)
-        page = browser.new_page(viewport={"width": 1180, "height": 1500})
+        page = browser.new_page(viewport={"width": 1280, "height": 1500})
         page.set_default_timeout(60_000)
         pages.append(page)
         visit = Visit(page)

@@ -77,15 +77,15 @@ class Shown:
         self.page.wait_for_function(f"() => {self._bar} === 'visible'")
 
     def picture(self, name: str, height: int = 0) -> None:
-        """Keep a screenshot, where a person asked for them by VELOXLAB_PICTURES."""
+        """Keep a screenshot of this name, where a person asked for them by VELOXLAB_PICTURES."""
         folder = os.environ.get("VELOXLAB_PICTURES")
-        if folder:
+        if folder and name:
             if height:
-                self.page.set_viewport_size({"width": 1180, "height": height})
+                self.page.set_viewport_size({"width": 1280, "height": height})
             self.page.locator(self.box).screenshot(path=Path(folder) / f"{name}.png")
 
     def turns_dark(self, name: str, height: int = 0) -> None:
-        """Turn JupyterLab dark, and wait until the words of every chart that is seen are of its ink; picture both."""
+        """Turn JupyterLab dark, wait until the words of every chart that is seen are of its ink, and picture both."""
         self.picture(name, height)
         turn(self.page, "Dark")
         light, dark = (palette.INK[mode]["soft"] for mode in ("light", "dark"))
@@ -96,7 +96,7 @@ class Shown:
               return fills.includes("{dark}") && !fills.includes("{light}");
             }})"""
         )
-        self.picture(f"{name}_dark", height)
+        self.picture(name and f"{name}_dark", height)
 
 
 def milliseconds(times: Sequence[float]) -> str:

@@ -53,7 +53,6 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     widths = errors.pressed("bits", ["ArrowLeft", "ArrowRight"] * 6, [0, 1, 2])
     with capsys.disabled():
         print(f"\nlayer to four charts of errors: {milliseconds(layers)}; bits to three: {milliseconds(widths)}")
-    errors.picture("errors", height=1700)
 
     # what was chosen there is chosen here
     tab(page, "Keys and values")
@@ -87,15 +86,13 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     page.locator(LAB).get_by_role("button", name="Cancel").locator("visible=true").first.click()
     points.select_option(label=points.locator("option", has_text="rvq K").first.text_content())
     page.get_by_role("button", name="Use it").click()
+    lab.turns_dark("compare")
     tab(page, "Cache")
-    lab.drawn(3)
     page.locator(lab.charts, has_text="rvq").first.wait_for()
-
-    turn(page, "Dark")
-    for name, box, height in (("Errors", errors, 1700), ("Keys and values", keys, 2300), ("Memory", plans, 900)):
+    for name, box in (("Errors", errors), ("Keys and values", keys), ("Memory", plans)):
         tab(page, name)
-        page.locator(box.charts).first.wait_for()
+        box.idle()
         turn(page, "Light")
-        box.turns_dark(f"page_{name.split(' ')[0].lower()}", height=height)
+        box.turns_dark("errors" if box is errors else "", height=1700)
     assert visit.errors == []
     assert visit.outside == []

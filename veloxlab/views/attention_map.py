@@ -40,11 +40,14 @@ def attention_maps(
 
 def attention_caption(frame: pl.DataFrame) -> str:
     """Say what share of attention goes to other keys than before, on average over queries, and of the worst block."""
+    broken = frame.filter(~pl.col("weight").is_finite()).height
     rows = frame.filter(pl.col("kind") == "exact").group_by("query", "query_end").agg(pl.col("moved").first())
+    rows = rows.filter(pl.col("moved").is_finite())
+    if rows.is_empty():
+        return f"× {broken} not finite"
     queries = rows["query_end"] - rows["query"]
     mean = float((rows["moved"] * queries).sum()) / float(queries.sum())
     worst = rows.sort("moved", "query").row(-1, named=True)
-    broken = frame.filter(~pl.col("weight").is_finite()).height
     said = (
         f"{100 * mean:.1f} % of attention moves to other keys; most, {100 * worst['moved']:.1f} %, "
         f"for queries {worst['query']} to {worst['query_end'] - 1}"

@@ -108,7 +108,7 @@ def frontier_rows(
     ----------
     lines
         Rows of ``kind``, ``true_bits`` and ``predicted_loss``, such as `veloxlab.RateBudget.frontier`; of more than
-        `STEPS` steps of a kind, as many are taken, evenly spread, with the first and the last.
+        `STEPS` steps of a kind, about as many are taken, evenly spread, with the first and the last.
     now
         The same columns, of the plan that is looked at, and of uniform bits in its bytes.
     measured

@@ -8,7 +8,7 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import require
 from veloxlab.views.furniture import Plot, caption_title, framed, tensor_colour
-from veloxlab.views.logscale import LABEL, log_ticks
+from veloxlab.views.logscale import LABEL, log_steps, log_ticks
 
 
 def errors_along_position(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -57,7 +57,7 @@ def error_distribution(frame: pl.DataFrame, *, caption: str | None = None) -> al
     shown = frame.select("tensor", *numbers[:4])
     widths = shown["bits"].unique().sort().to_list()
     axis = alt.X("middle:Q", title="relative squared error of a vector").scale(type="log", nice=False)
-    axis = axis.axis(tickCount=5, labelExpr=LABEL)
+    axis = axis.axis(values=log_steps(1, 2, 5), labelExpr=LABEL)
     if len(widths) > 1:  # one axis for all; alone, a width's own rows make its axis, whichever come
         domain = (float(shown["least"].min()), float(shown["most"].max()))  # type: ignore[arg-type]
         axis = axis.scale(type="log", domain=domain, nice=False).axis(values=log_ticks(domain), labelExpr=LABEL)
@@ -116,7 +116,7 @@ def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
             .axis(tickMinStep=1),
             y=alt.Y("error:Q", title=["relative", "squared error"])
             .scale(type="log")
-            .axis(tickCount=5, labelExpr=LABEL),
+            .axis(values=log_steps(1), labelExpr=LABEL),
             color=tensor_colour(legend=True),
         )
     )

@@ -35,7 +35,7 @@ def token_strip(
     parting
         The first position at which the texts differ, which is framed.
     lines
-        Lines to leave room for; by default those that there are. Give one to keep it steady while text comes.
+        Lines to leave room for at least; give them to keep the chart steady while text comes.
     caption
         The line under the heading; by default where the texts part and what was lost.
 
@@ -47,7 +47,7 @@ def token_strip(
     numbers = {"position": "number", "probability": "number", "exact_probability": "number", "kl": "number"}
     require(frame, {"side": "text", "text": "text", **numbers}, "token_strip")  # type: ignore[dict-item]
     rows = pl.concat([_laid_out(frame.filter(pl.col("side") == side), parting) for side in SIDES])
-    count = lines or int(rows["line"].max()) + 1  # type: ignore[arg-type]
+    count = max(lines or 0, int(rows["line"].max()) + 1)  # type: ignore[arg-type]
     plots = [_text(side, count) for side in SIDES]
     plots[0] = plots[0].properties(title=caption_title())
     words = strip_caption(frame, parting) if caption is None else caption
@@ -154,11 +154,7 @@ def passkey_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
         .mark_text(font=FONT, fontSize=11)
         .encode(text="label:N"),
     )
-    plot = (
-        alt.layer(*marks)
-        .resolve_scale(color="independent")
-        .properties(width=palette.WIDTH - 60, height=alt.Step(ROW), title=caption_title())
-    )
+    plot = alt.layer(*marks).properties(width=palette.WIDTH - 60, height=alt.Step(ROW), title=caption_title())
     words = passkey_caption(frame) if caption is None else caption
     return framed([plot], shown, "Numbers hidden in a text, and what was answered", words, pickable=False)
 

@@ -41,6 +41,11 @@ def log_ticks(domain: Domain) -> list[float]:
     return [value for value in values if domain[0] * (1 - NEAR) <= value <= domain[1] * (1 + NEAR)]
 
 
+def log_steps(*steps: int) -> list[float]:
+    """Give such steps of every decade, for an axis whose ends its rows make: only those between them are drawn."""
+    return [float(f"{step}e{power}") for power in range(-12, 7) for step in steps]
+
+
 def _round_numbers(value: float) -> list[float]:
     """Give round numbers from below a value to above it."""
     power = math.floor(math.log10(value))

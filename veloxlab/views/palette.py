@@ -7,7 +7,7 @@ from typing import Any, Literal
 Mode = Literal["light", "dark"]
 
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
-WIDTH = 560  # pixels of a plot; with axes and legend a chart stays under 700
+WIDTH = 560  # pixels of a plot; with axes and legend a chart stays under 790
 STEP = 18  # pixels of a layer or head in a map
 
 # Each colour keeps a contrast of at least 3 to 1 against both white and #111 (a test holds it to that), and the pairs

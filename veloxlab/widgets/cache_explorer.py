@@ -62,7 +62,7 @@ class CacheExplorer(Panel):
     InputError : unknown method, bits out of range, a text that is too short.
     """
 
-    NAME = "cache"
+    NAME = "explorer"
 
     method = t.Unicode("turboquant", help="a method's id")
     key_bits = t.Int(4, help="code bits of keys, of the picked layer or of all")

@@ -219,7 +219,9 @@ class Lab(CacheExplorer):
         one = ipywidgets.Button(description="Measure this cache", tooltip="Its predictions beside the exact cache's")
         one.on_click(lambda _: self.measure())
         every = ipywidgets.Button(
-            description="Measure all methods", tooltip="At these bits, each method that needs no fitting"
+            description="Measure all methods",
+            tooltip="At these bits, each method that needs no fitting",
+            layout={"width": "auto"},
         )
         every.on_click(lambda _: self.compare())
         buttons = ipywidgets.HBox([one, every, ProgressBar(self.worker, flex="1 1 auto")])

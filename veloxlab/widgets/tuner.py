@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,7 @@ class BudgetTuner(Panel):
         self._first = budget, bounds or Bounds(), key_weight
         self._rate_settings = dict(rate_settings or {})
         self.rates: RateBudget | None = None
+        self._drawing = threading.Lock()
         self.measured = pl.DataFrame(schema=JUDGED)
         super().__init__("tuner", worker, layer=layer)
         self.observe(lambda _: self._redraw(), "setting")
@@ -154,7 +156,9 @@ class BudgetTuner(Panel):
         return self.allocation.plan
 
     def start(self) -> None:
-        """Measure the tables, or find them on disk, and show the tuner once they are there."""
+        """Measure the tables, or find them on disk, and show the tuner once they are there; nothing if they are."""
+        if self.rates is not None:
+            return
         self.children = [self._waiting(), self._message]
 
         def job(progress: Progress) -> RateBudget:
@@ -296,8 +300,9 @@ class BudgetTuner(Panel):
 
     def _redraw(self) -> None:
         """Show the present setting, from tables alone."""
-        setting, found = self._now, self.allocation
-        self.charts.show(setting, found, self.measured)
+        with self._drawing:  # the one who comes last reads the newest
+            setting, found = self._now, self.allocation
+            self.charts.show(setting, found, self.measured)
         self.say("")
         words = f"<b>{html.escape(self.charts.predicted(found))}</b><br>{html.escape(self.charts.spent(found))}"
         self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
@@ -341,4 +346,5 @@ class BudgetTuner(Panel):
     def _add_measured(self, row: pl.DataFrame) -> None:
         self.measured = pl.concat([self.measured, row])
         self._history.value = history(self.measured)
-        self.charts.show(self._now, self.allocation, self.measured)
+        with self._drawing:
+            self.charts.show(self._now, self.allocation, self.measured)

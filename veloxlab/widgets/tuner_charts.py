@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import altair as alt
 import polars as pl
 
 from veloxlab.allocate.points import Bounds
@@ -17,7 +18,7 @@ from veloxlab.views import (
     loss_caption,
     sensitivity_by_layer,
 )
-from veloxlab.views.logscale import log_domain
+from veloxlab.views.logscale import Domain, log_domain
 from veloxlab.widgets.chart_view import ChartView, link
 
 
@@ -48,15 +49,11 @@ class TunerCharts:
         allocated = heads.filter(kind="allocated")
         self.bits = ChartView(allocation_map(allocated, least=min(widths), most=max(widths)))
         self.losses = ChartView(loss_by_layer(heads, unit=self.unit))
-        self.frontier = ChartView(
-            budget_frontier(
-                self._frontier_rows(setting, found, pl.DataFrame()),
-                unit=self.unit,
-                bits=(min(true_bits), max(true_bits)),
-                domain=log_domain(everything["predicted_loss"]),
-                caption=self._frontier_caption(),
-            )
-        )
+        # what all of these bounds can do; others, and measurements, may lie beyond
+        self._usual = (min(true_bits), max(true_bits)), everything["predicted_loss"].to_list()
+        rows = self._frontier_rows(setting, found, pl.DataFrame())
+        self._ends = self._ends_with(rows)
+        self.frontier = ChartView(self._drawn(rows))
         unit = "nats a unit of error" if self._by in NATS else self.unit
         self.sensitivity = ChartView(sensitivity_by_layer(weights, unit=unit))
         link(self.bits, self.losses, self.sensitivity)
@@ -73,7 +70,12 @@ class TunerCharts:
         layers = heads.group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
         self.bits.put(allocated.select(self.bits.frame.columns), caption=allocation_caption(allocated))
         self.losses.put(layers, caption=loss_caption(layers, unit=self.unit))
-        self.frontier.put(self._frontier_rows(setting, found, measured))
+        rows = self._frontier_rows(setting, found, measured)
+        before, self._ends = self._ends, self._ends_with(rows)
+        if before == self._ends:
+            self.frontier.put(rows)
+        else:
+            self.frontier.show(self._drawn(rows))
 
     def spent(self, found: Allocation) -> str:
         """Say what an allocation takes."""
@@ -104,6 +106,16 @@ class TunerCharts:
         )
         drawn = measured if self._by in NATS and not measured.is_empty() else None
         return frontier_rows(self._rates.frontier(setting.bounds), now, drawn)
+
+    def _ends_with(self, rows: pl.DataFrame) -> tuple[Domain, Domain]:
+        """Ends of the frontier's axes, of true bits and of loss, between which all of these rows lie."""
+        (low, high), losses = self._usual
+        bits = rows["true_bits"].to_list()
+        return (min(low, *bits), max(high, *bits)), log_domain([*losses, *rows["loss"].drop_nulls().to_list()])
+
+    def _drawn(self, rows: pl.DataFrame) -> alt.VConcatChart:
+        bits, domain = self._ends
+        return budget_frontier(rows, unit=self.unit, bits=bits, domain=domain, caption=self._frontier_caption())
 
     def _frontier_caption(self) -> str:
         if self._by in NATS:
