@@ -76,7 +76,7 @@ def test_the_charts_show_what_the_measurements_say(explorer, seen):
     maps = attention_map(layer.layers[0], 3, "rvq", bits=4, blocks=20)  # three query heads a KV head
     shown = explorer.charts["attention"].frame
     assert shown.select("kind", "query", "key", "weight").equals(maps.select("kind", "query", "key", "weight"))
-    assert "rvq at 4 bits, layer 8: " in explorer.charts["attention"].content["params"]["caption"]
+    assert "rvq at 4 bits, layer 8, KV head 1: " in explorer.charts["attention"].content["params"]["caption"]
 
 
 def test_the_error_falls_with_bits_as_the_sums_say(seen):

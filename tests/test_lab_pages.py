@@ -80,14 +80,32 @@ def test_what_is_chosen_on_one_page_is_chosen_on_all(lab):
     assert (errors.layer, errors.head, errors.method) == (1, 1, "rabitq")
     assert "Layer 1" in keys.charts["spectrum"].content["params"]["caption"]
 
-    turn(lab, errors, bits=3)  # of the layer that is chosen, as the sliders of the first page
-    assert lab.layer_bits == {0: (4, 4), 1: (3, 4)}
+    turn(lab, errors, bits=3)  # of all layers, for none has bits of its own
+    assert lab.layer_bits == {0: (3, 4), 1: (3, 4)}
+    assert "K3 for all layers." in errors._message.value
     turn(lab, page="memory")
-    assert (plans.method, plans.key_bits, plans.value_bits, plans.window) == ("rabitq", 4, 4, 16)
-    turn(lab, plans, value_bits=2, window=32)  # of all layers: this page has none
-    assert (lab.layer, lab.window, lab.layer_bits[0]) == (None, 32, (4, 2))
+    assert (plans.method, plans.key_bits, plans.value_bits, plans.window) == ("rabitq", 3, 4, 16)
+    turn(lab, plans, value_bits=2, window=32)
+    assert (lab.window, lab.layer_bits[0]) == (32, (3, 2))
     turn(lab, page="generation")
-    assert (texts.method, texts.key_bits, texts.value_bits, texts.window) == ("rabitq", 4, 2, 32)
+    assert (texts.method, texts.key_bits, texts.value_bits, texts.window) == ("rabitq", 3, 2, 32)
+
+
+def test_a_layer_that_has_bits_of_its_own_keeps_and_shows_them(lab):
+    turn(lab, layer=1)
+    turn(lab, key_bits=8)
+    errors = lab.turn_to("errors")
+    assert (errors.layer, errors.bits) == (1, 8)
+    turn(lab, errors, bits=7)
+    assert lab.layer_bits == {0: (4, 4), 1: (7, 4)}
+    assert "K7 for layer 1, which has bits of its own." in errors._message.value
+    turn(lab, errors, layer=0)
+    assert errors.bits == 4
+    turn(lab, errors, bits=5)
+    assert lab.layer_bits == {0: (5, 4), 1: (7, 4)}
+    assert "K5 for all layers but 1." in errors._message.value
+    plans = lab.turn_to("memory")
+    assert plans.key_bits == 5
 
 
 def test_the_bits_of_a_page_that_shows_values_are_those_of_values(lab):
@@ -144,6 +162,21 @@ def test_methods_are_measured_side_by_side_and_a_point_is_taken_up_again(lab):
     lab._points._button.click()
     assert lab.wait(120)
     assert lab.state == measured
+
+
+def test_what_was_measured_is_said_and_a_cancelled_fit_too(lab):
+    lab.measure()
+    assert lab.wait(120)
+    assert "Measured turboquant K4 V4: mean KL" in lab._message.value
+    started = threading.Event()
+    end = lab.worker.watch(lambda status: started.set() if status.label.startswith("fitting") else None)
+    lab.method = "vecinfer"
+    assert started.wait(60)
+    lab.worker.cancel()
+    assert lab.wait(120)
+    end()
+    assert "Cancelled: charts show the last settings" in lab._message.value
+    assert set(lab.memory.frame["cache"]) == {"fp16", "turboquant"}
 
 
 def test_state_names_head_and_page(lab):

@@ -62,7 +62,7 @@ class Calibration:
             raise InputError(
                 f"This calibration holds no {role} of layer {layer} at {bits} bits: it has layers {layers[0]} to "
                 f"{layers[-1]} at {', '.join(map(str, self.widths))} bits. "
-                f"Make one with vl.calibrate(model, tokenizer, {method!r}, bits={bits})."
+                f"Make one with vl.calibrate(model, tokenizer, {method!r}, bits={sorted({*self.widths, bits})})."
             )
         return found
 

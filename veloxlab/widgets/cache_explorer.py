@@ -25,7 +25,7 @@ from veloxlab.widgets.measuring import Measuring
 from veloxlab.widgets.panel import Panel, nearest, offer
 from veloxlab.widgets.progress import ProgressBar
 from veloxlab.widgets.tables import Bits
-from veloxlab.widgets.worker import Progress
+from veloxlab.widgets.worker import Progress, Status
 
 ALL = "all layers"
 WIDTHS = ("key_bits", "value_bits")
@@ -63,6 +63,7 @@ class CacheExplorer(Panel):
     """
 
     NAME = "explorer"
+    WHERE = "The chart below has every measured point."
 
     method = t.Unicode("turboquant", help="a method's id")
     key_bits = t.Int(4, help="code bits of keys, of the picked layer or of all")
@@ -114,6 +115,7 @@ class CacheExplorer(Panel):
         self.observe(self._knob_turned, [*WIDTHS, "sinks", "window", "metric"])
         self.observe(lambda _: self._layer_picked(), "layer")
         self._arrange()
+        self.worker.watch(self._follow)
         self._measure_rest()
 
     # state ----------------------------------------------------------------------------------------------------------
@@ -404,6 +406,10 @@ class CacheExplorer(Panel):
             self._measurings[method] = Measuring(self._capture, method, self._fitting)
         return self._measurings[method]
 
+    def _follow(self, status: Status) -> None:
+        if status.state == "cancelled" and status.key == f"{self._name}: tables" and not self._complete:
+            self.say("Cancelled: charts show the last settings that were measured. Move a knob to measure these.")
+
     def _measure_rest(self) -> None:
         """Measure what the present settings lack; and behind all else, what the next ones may need."""
         measuring, sinks, window = self._measuring, self.sinks, self.window
@@ -434,6 +440,10 @@ class CacheExplorer(Panel):
         self.measured = pl.concat([self.measured, row]) if len(self.measured) else row
         self._settings_measured.append(state)
         self._charts.show_measured(self.measured, self._place)
+        name, kl, perplexity = row.select("name", "kl_mean", "perplexity").row(0)
+        self.say(
+            f"Measured {name}: mean KL {kl:.3g} nats from the exact cache, perplexity {perplexity:.2f}. {self.WHERE}"
+        )
 
     def _place(self, chart: ChartView) -> None:
         self._slot.children = [chart]

@@ -18,7 +18,8 @@ from veloxlab.widgets.worker import Worker
 
 
 def _attention(frame: pl.DataFrame, look: ErrorLook) -> str:
-    return f"{look.method} at {look.bits} bits, layer {look.layer}: {views.attention_caption(frame)}"
+    where = f"layer {look.layer}, KV head {frame['head'][0]}"
+    return f"{look.method} at {look.bits} bits, {where}: {views.attention_caption(frame)}"
 
 
 class ErrorExplorer(LayerExplorer[ErrorLook]):

@@ -11,6 +11,7 @@ import ipywidgets
 import polars as pl
 import traitlets as t
 
+from veloxlab.codecs import ROLES
 from veloxlab.errors import InputError
 from veloxlab.views.report import Section
 from veloxlab.widgets.cache_explorer import WIDTHS, CacheExplorer
@@ -69,6 +70,7 @@ class Lab(CacheExplorer):
     """
 
     NAME = "lab"
+    WHERE = "The page Compare has every measured point."
 
     page = t.Unicode("cache", help="the open page")
     head = t.Int(0, help="the chosen KV head")
@@ -86,7 +88,10 @@ class Lab(CacheExplorer):
             "budget": Page("Budget", partial(BudgetTuner, *both, worker=self.worker), ("layer",)),
             "memory": Page("Memory", partial(MemoryPlanner, self._model, worker=self.worker), whole),
         }
-        self._places = {name: ipywidgets.VBox([ProgressBar(self.worker)]) for name in self._kinds}
+        waiting = "<em>This page is made when what runs now is done.</em>"
+        self._places = {
+            name: ipywidgets.VBox([ipywidgets.HTML(waiting), ProgressBar(self.worker)]) for name in self._kinds
+        }
         cache = [self._controls(), self._message, self.errors, self.bits, self.memory, self._code]
         places = {"cache": ipywidgets.VBox(cache), "compare": self._comparison(), **self._places}
         titles = {"cache": "Cache", "compare": "Compare"} | {name: kind.title for name, kind in self._kinds.items()}
@@ -145,7 +150,7 @@ class Lab(CacheExplorer):
 
     def _show_page(self, name: str, panel: Panel) -> None:
         self.pages[name] = panel
-        panel.observe(lambda _: self._take(name), self._kinds[name].shares)
+        panel.observe(lambda change: self._take(name, change), self._kinds[name].shares)
         self._places[name].children = [panel]
         self._bring()  # to what was chosen while it was made
 
@@ -157,12 +162,17 @@ class Lab(CacheExplorer):
         return {name: WIDTHS[shows_values] if name == "bits" else name for name in self._kinds[page].shares}
 
     def _chosen(self, page: str) -> dict[str, Any]:
-        """What is chosen, by the page's names. A page without layers has the bits of all, whichever is picked."""
-        whole = {} if "layer" in self._kinds[page].shares else dict(zip(WIDTHS, self._base, strict=True))
-        chosen = {theirs: whole.get(ours, getattr(self, ours)) for theirs, ours in self._ours(page).items()}
-        panel = self.pages.get(page)
-        none = {name for name in chosen if panel is not None and panel.traits()[name].allow_none}
-        return {name: value for name, value in chosen.items() if value is not None or name in none}
+        """What is chosen, by the page's names; bits are those of the layer that the page shows, or of all layers."""
+        panel, chosen = self.pages.get(page), {}
+        for theirs, ours in self._ours(page).items():
+            if ours in WIDTHS:
+                shown = getattr(panel, "layer", self.layer) if self.layer is None else self.layer
+                own = self._overrides.get(shown) if "layer" in self._kinds[page].shares and shown is not None else None
+                widths = own or self._base
+                chosen[theirs] = widths[WIDTHS.index(ours)]
+            elif getattr(self, ours) is not None or (panel is not None and panel.traits()[theirs].allow_none):
+                chosen[theirs] = getattr(self, ours)
+        return chosen
 
     def _bring(self) -> None:
         """Bring the open page to what is chosen; what it cannot follow it says."""
@@ -178,26 +188,44 @@ class Lab(CacheExplorer):
         finally:
             self._sharing = False
 
-    def _take(self, page: str) -> None:
+    def _take(self, page: str, change: dict[str, Any]) -> None:
         """Choose what was chosen on a page; the page says what cannot be, and goes back."""
         if self._sharing:
             return
-        panel, before = self.pages[page], self._chosen(page)
-        chosen = {ours: getattr(panel, theirs) for theirs, ours in self._ours(page).items()}
-        changed = {
-            ours: chosen[ours] for theirs, ours in self._ours(page).items() if chosen[ours] != before.get(theirs)
-        }
+        panel, ours = self.pages[page], self._ours(page)[change["name"]]
         self._sharing = True
         try:
-            if "layer" not in self._kinds[page].shares and {*changed} & {*WIDTHS}:
-                self.layer = None  # its bits are those of all layers
-            for ours, value in changed.items():
-                setattr(self, ours, value)
+            if "method" in self._kinds[page].shares:
+                self.method = panel.method  # its widths may be news of the same move
+            if ours in WIDTHS:
+                layer = panel.layer if "layer" in self._kinds[page].shares else None
+                panel.say(self._set_width(ours, change["new"], layer))
+            else:
+                setattr(self, ours, change["new"])
         except InputError as error:
             panel.say(str(error))
         finally:
             self._sharing = False
         self._bring()
+
+    def _set_width(self, side: str, width: int, layer: int | None) -> str:
+        """Set bits of one layer if it has bits of its own, or else of all; give a sentence that says which."""
+        place, words = WIDTHS.index(side), "K" if side == "key_bits" else "V"
+        self._check_width(width, ROLES[place], self.method)
+        if layer in self._overrides:
+            own = list(self._overrides[layer])
+            own[place] = width
+            self._overrides[layer] = (own[0], own[1])
+            said = f"{words}{width} for layer {layer}, which has bits of its own."
+        else:
+            base = list(self._base)
+            base[place] = width
+            self._base = (base[0], base[1])
+            alone = f" but {', '.join(map(str, sorted(self._overrides)))}" if self._overrides else ""
+            said = f"{words}{width} for all layers{alone}."
+        self._layer_picked()
+        self._redraw()
+        return said
 
     @t.validate("page")
     def _page_is_there(self, proposal: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ class MeasuredPoints(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has n
     def __init__(self, take: Callable[[Mapping[str, Any]], None]) -> None:
         self._settings: list[Mapping[str, Any]] = []
         self._list = ipywidgets.Dropdown(
-            options=[], description="measured", tooltip="A point of the chart", layout={"width": "420px"}
+            options=[], description="measured", tooltip="A point of the chart", layout={"width": "520px"}
         )
         self._button = ipywidgets.Button(description="Use it", tooltip="Turn the knobs to this point", disabled=True)
         self._button.on_click(lambda _: take(self._settings[self._list.value]))

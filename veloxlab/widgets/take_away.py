@@ -21,7 +21,7 @@ class TakeAway(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no type
     path : of the file to begin with.
     """
 
-    def __init__(self, plan: Callable[[], Plan], path: str = "plan.json") -> None:
+    def __init__(self, plan: Callable[[], Plan], path: str = "budget_plan.json") -> None:
         self._plan = plan
         self.path = ipywidgets.Text(
             path, description="file", tooltip="Where to save the plan", style={"description_width": "104px"},

@@ -160,6 +160,10 @@ class BudgetTuner(Panel):
         if self.rates is not None:
             return
         self.children = [self._waiting(), self._message]
+        self.say(
+            "How much each head matters is measured once, by gradients, and kept on disk. That takes a minute or more; "
+            "then every move of a knob is answered from tables."
+        )
 
         def job(progress: Progress) -> RateBudget:
             return kept_rate_budget(self._model, self._tokenizer, progress=progress, **self._rate_settings)
