@@ -69,9 +69,9 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     tab(page, "Memory")
     plans = Shown(page, ".veloxlab-planner")
     plans.drawn(1)
-    page.locator(plans.charts, has_text="turboquant K4 V4").first.wait_for()
+    page.locator(plans.charts, has_text="turboquant K2 V4").first.wait_for()
     plans.pressed("V bits", ["ArrowLeft"], [0])
-    page.locator(plans.charts, has_text="turboquant K4 V3").first.wait_for()
+    page.locator(plans.charts, has_text="turboquant K2 V3").first.wait_for()
 
     tab(page, "Generation")
     page.locator(".veloxlab-side-by-side").get_by_role("button", name="Generate").wait_for()
