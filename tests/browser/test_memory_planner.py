@@ -27,14 +27,21 @@ def test_the_knobs_of_the_planner_move_its_chart(notebook):
         ("K bits", "ArrowLeft ArrowLeft"),
         ("V bits", "ArrowRight ArrowRight"),
         ("context", "ArrowLeft ArrowLeft"),
+        ("sinks", "End Home"),
         ("window", "End Home"),
     ):
         planner.pressed(name, keys.split(), [0])
     boxes = page.locator(f"{PLANNER} input[type=number]")
-    for place, value in ((0, "4"), (1, "24"), (2, "16")):  # sequences, memory, layers
-        boxes.nth(place).fill(value)
-        planner.changes(lambda place=place: boxes.nth(place).press("Enter"), [0])
-    page.locator(f"{PLANNER} select").select_option("rabitq")
+    # sequences, memory, layers, KV heads, head dimension, tokens that a sliding layer sees, every which sees all
+    twice = [("2", "4"), ("12", "24"), ("24", "16"), ("4", "8"), ("64", "128"), ("1024", "4096"), ("2", "0")]
+    for place, values in enumerate(twice):
+        for value in values:
+            boxes.nth(place).fill(value)
+            planner.changes(lambda place=place: boxes.nth(place).press("Enter"), [0])
+    boxes.nth(5).fill("0")  # none slides
+    planner.changes(lambda: boxes.nth(5).press("Enter"), [0])
+    planner.changes(lambda: page.locator(f"{PLANNER} select").select_option("rvq"), [0])
+    planner.changes(lambda: page.locator(f"{PLANNER} select").select_option("rabitq"), [0])
     page.locator(planner.charts, has_text="4 sequences of 92,682 tokens as rabitq K2 V6: ").wait_for()
     page.locator(planner.charts, has_text="of 24 GB").wait_for()
 

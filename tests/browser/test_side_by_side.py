@@ -40,6 +40,19 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
     assert page.locator(f"{CHART} [stroke='#d8435c']").count() == 2
     whole = page.locator(CHART).first.text_content()
 
+    for name, keys, value in (
+        ("K bits", ("ArrowRight", "ArrowRight"), "4"),
+        ("V bits", ("ArrowRight", "ArrowLeft"), "2"),
+        ("tokens", ("ArrowLeft", "ArrowLeft"), "22"),
+        ("sinks", ("ArrowRight", "ArrowRight"), "6"),
+        ("window", ("ArrowLeft", "ArrowLeft"), "14"),
+    ):
+        slider = page.locator(f"{WIDGET} .widget-slider", has_text=name)
+        slider.locator(".noUi-handle").focus()
+        for key in keys:
+            page.keyboard.press(key)
+        slider.locator(".widget-readout", has_text=value).wait_for()
+
     # another run, on another thread, and not to its end
     page.locator(f"{WIDGET} textarea").fill("Why is the sky blue?")
     page.locator(f"{WIDGET} textarea").blur()
@@ -48,9 +61,10 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
     page.wait_for_function(f"(before) => document.querySelector('{CHART}').textContent !== before", arg=whole)
     page.get_by_role("button", name="Cancel").click()
     side.idle()
-    side.dropdown("method").select_option("rabitq")
+    for method in ("rvq", "rabitq"):
+        side.dropdown("method").select_option(method)
     generate.click()
-    page.locator(CHART, has_text="rabitq at 2 bits").wait_for()  # of the method that was chosen last, to its end
+    page.locator(CHART, has_text="rabitq at K4 V2 bits").wait_for()  # of the method that was chosen last, to its end
     page.locator(CHART, has_text="The texts").wait_for()
     side.idle()
 

@@ -132,8 +132,9 @@ def nearest(widths: Iterable[int], width: int) -> int:
 def offer(slider: ipywidgets.SelectionSlider, widths: Sequence[int]) -> None:
     """Give a slider the widths of another method, and move it to the one next to its own."""
     value = nearest(widths, slider.value)
-    slider.options = list(widths)
-    slider.value = value
+    with slider.hold_sync():  # one message: between two, the page would send the end of its new scale back
+        slider.options = list(widths)
+        slider.value = value
 
 
 def inside(proposal: dict[str, Any], ends: tuple[int, int]) -> int:
