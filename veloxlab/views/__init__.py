@@ -6,6 +6,7 @@ from veloxlab.views.attention_map import attention_caption, attention_maps
 from veloxlab.views.bits import bit_allocation, bit_caption
 from veloxlab.views.budget_frontier import budget_frontier, frontier_rows
 from veloxlab.views.channel_map import channel_map, channel_map_caption
+from veloxlab.views.coordinate_bits import coordinate_caption, coordinate_map
 from veloxlab.views.distributions import (
     channel_caption,
     channel_ranges,
@@ -59,6 +60,8 @@ __all__ = [
     "channel_map",
     "channel_map_caption",
     "channel_ranges",
+    "coordinate_caption",
+    "coordinate_map",
     "costs_by_length",
     "density",
     "density_caption",

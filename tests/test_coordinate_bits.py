@@ -1,0 +1,41 @@
+"""Bits of single coordinates: what a fitted codec's plan says, and its map."""
+
+import polars as pl
+import pytest
+
+import veloxlab as vl
+from tests.test_calibration import TEXT, Letters
+from tests.tiny_models import tiny
+from veloxlab.errors import InputError
+from veloxlab.measure.coordinate_bits import COORDINATE_BITS, coordinate_bits
+from veloxlab.views import coordinate_caption, coordinate_map, picture
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("calibrations")
+    return vl.calibrate(tiny("llama"), Letters(), "spectralquant", TEXT, bits=2, tokens=300, folder=folder)
+
+
+def test_the_bits_are_those_of_the_plans(calibration):
+    frame = coordinate_bits(calibration, 2)
+    assert frame.schema == COORDINATE_BITS
+    for (layer, role, bits), codec in calibration.codecs.items():
+        own = frame.filter(layer=layer, tensor=role).sort("coordinate")
+        assert own["bits"].to_list() == list(codec.plan)
+        assert own["bits"].mean() == bits
+    with pytest.raises(InputError, match="nothing at 3 bits"):
+        coordinate_bits(calibration, 3)
+
+
+def test_the_map_says_means_and_what_gets_none(calibration):
+    frame = coordinate_bits(calibration, 2)
+    none = 100 * (frame.filter(tensor="keys")["bits"] == 0).mean()
+    assert f"keys 2.00 on average, {frame.filter(tensor='keys')['bits'].max()} at most, none for {none:.0f} %" in (
+        coordinate_caption(frame)
+    )
+    drawing = picture.svg(coordinate_map(frame).to_dict())
+    assert coordinate_caption(frame) in drawing
+    many = pl.concat(frame.with_columns(pl.col("layer") + 2 * i) for i in range(40))
+    assert len(coordinate_map(many).to_dict()["datasets"].popitem()[1]) <= 2000
+    assert "coordinates, by" in picture.svg(coordinate_map(many).to_dict())
