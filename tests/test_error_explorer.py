@@ -1,12 +1,12 @@
 """The explorer of errors: its charts show what is measured, of the head and method that are chosen."""
 
-import threading
 from dataclasses import replace
 
 import polars as pl
 import pytest
 
 import veloxlab as vl
+from tests.knobs import turn
 from veloxlab.errors import InputError
 from veloxlab.measure.attention_maps import attention_map
 from veloxlab.measure.error_profiles import errors_along_position, errors_by_bits
@@ -33,20 +33,7 @@ def explorer(seen):
 @pytest.fixture(autouse=True)
 def _as_it_was(explorer):
     yield
-    move(explorer, layer=7, head=0, method="turboquant", bits=2)
-
-
-def move(explorer, **controls):
-    """Move controls as JupyterLab does, from a thread that is not the main one."""
-
-    def work():
-        for name, value in controls.items():
-            setattr(explorer, name, value)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert explorer.wait(120)
+    turn(explorer, layer=7, head=0, method="turboquant", bits=2)
 
 
 @pytest.mark.parametrize(
@@ -61,14 +48,14 @@ def move(explorer, **controls):
 def test_every_control_moved_twice_changes_its_charts_twice_and_no_other(explorer, control, values, charts):
     for value in values:
         before = {name: view.frame for name, view in explorer.charts.items()}
-        move(explorer, **{control: value})
+        turn(explorer, **{control: value})
         for name, view in explorer.charts.items():
             assert (not view.frame.equals(before[name])) == (name in charts), name
     assert explorer.problem == ""
 
 
 def test_the_charts_show_what_the_measurements_say(explorer, seen):
-    move(explorer, layer=8, head=1, method="rvq", bits=4)
+    turn(explorer, layer=8, head=1, method="rvq", bits=4)
     layer = replace(seen, layers=seen.layers[2:3])
     tokens = vl.token_errors(layer, "rvq", bits=4).filter(head=1)
     along = errors_along_position(tokens, blocks=32)
@@ -101,5 +88,5 @@ def test_the_error_falls_with_bits_as_the_sums_say(seen):
 def test_a_method_that_has_to_be_fitted_needs_its_calibration(explorer):
     with pytest.raises(InputError, match=r"One that has to be fitted takes ErrorExplorer\(capture, calibration="):
         explorer.method = "commvq"
-    move(explorer, method="polarquant", bits=1)
+    turn(explorer, method="polarquant", bits=1)
     assert "Keys at bits=1 are out of range: PolarQuant takes" in explorer.problem

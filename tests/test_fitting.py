@@ -4,16 +4,10 @@ import mlx.core as mx
 import pytest
 
 import veloxlab as vl
+from tests.test_calibration import Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.widgets.fitting import Fitting
-
-
-class Letters:
-    """A tokenizer of one token per character."""
-
-    def encode(self, text):
-        return [ord(letter) % 90 for letter in text]
 
 
 @pytest.fixture(scope="module")

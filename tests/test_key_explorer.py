@@ -2,7 +2,6 @@
 
 import base64
 import html
-import threading
 from dataclasses import replace
 
 import mlx.core as mx
@@ -11,6 +10,7 @@ import polars as pl
 import pytest
 
 import veloxlab as vl
+from tests.knobs import turn
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.distributions import channel_distributions
@@ -40,20 +40,7 @@ def explorer(seen):
 @pytest.fixture(autouse=True)
 def _as_it_was(explorer):
     yield
-    move(explorer, **FIRST)
-
-
-def move(explorer, **controls):
-    """Move controls as JupyterLab does, from a thread that is not the main one."""
-
-    def work():
-        for name, value in controls.items():
-            setattr(explorer, name, value)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert explorer.wait(120)
+    turn(explorer, **FIRST)
 
 
 def caption(explorer, chart: str) -> str:
@@ -74,7 +61,7 @@ def caption(explorer, chart: str) -> str:
 def test_every_control_moved_twice_changes_its_charts_twice_and_no_other(explorer, control, values, charts):
     for value in values:
         before = {name: (view.revision, view.frame) for name, view in explorer.charts.items()}
-        move(explorer, **{control: value})
+        turn(explorer, **{control: value})
         for name, view in explorer.charts.items():
             revision, frame = before[name]
             assert (view.revision > revision) == (name in charts)
@@ -83,7 +70,7 @@ def test_every_control_moved_twice_changes_its_charts_twice_and_no_other(explore
 
 
 def test_the_charts_show_what_the_measurements_say(explorer, seen):
-    move(explorer, layer=8, head=1, tensor="values", space="rotated", method="rvq", bits=4)
+    turn(explorer, layer=8, head=1, tensor="values", space="rotated", method="rvq", bits=4)
     layer = replace(seen, layers=seen.layers[2:3])
     for chart, frame in (
         ("channels", channel_distributions(layer, "rotated", tensors=("values",))),
@@ -105,15 +92,15 @@ def test_a_layer_that_was_seen_is_shown_at_once_and_its_spec_stays(explorer):
 
 
 def test_what_cannot_be_seen_is_a_sentence_and_the_other_charts_follow(explorer):
-    move(explorer, space="before_rope")
-    move(explorer, tensor="values")
+    turn(explorer, space="before_rope")
+    turn(explorer, tensor="values")
     assert explorer.problem == "Values go through no RoPE: choose keys, or the space 'raw'."
     assert explorer.problem in html.unescape(explorer._message.value)
     assert "keys" not in set(explorer.charts["spectrum"].frame["tensor"])
     assert set(explorer.charts["channels"].frame["tensor"]) == {"keys"}  # the older choice
-    move(explorer, method="polarquant", bits=1)
+    turn(explorer, method="polarquant", bits=1)
     assert "Values at bits=1 are out of range: PolarQuant takes" in explorer.problem
-    move(explorer, tensor="keys", bits=4)
+    turn(explorer, tensor="keys", bits=4)
     assert (explorer.problem, explorer._message.value) == ("", "")
     assert "polarquant at 4 bits" in caption(explorer, "levels")
 
@@ -160,7 +147,7 @@ def test_a_capture_without_rope_has_no_pairs():
     explorer = KeyExplorer(Capture((LayerCapture(0, None, x, x, None),), tuple(range(80))))
     try:
         assert list(explorer.charts) == ["channels", "density", "levels", "spectrum"]
-        move(explorer, space="before_rope")
+        turn(explorer, space="before_rope")
         assert explorer.problem == "Layer 0 has no rotary embedding that is known: choose the space 'raw'."
     finally:
         explorer.worker.close()
@@ -171,7 +158,7 @@ def test_a_calibrated_method_can_be_seen_with_its_calibration(smollm2, seen, tmp
     explorer = KeyExplorer(seen, method="spectralquant", bits=2, calibration=calibration)
     try:
         assert "spectralquant at 2 bits. Layer 6, KV head 0. keys: no common levels" in caption(explorer, "levels")
-        move(explorer, bits=3)
+        turn(explorer, bits=3)
         assert "This calibration holds no keys of layer 6 at 3 bits" in explorer.problem
     finally:
         explorer.worker.close()

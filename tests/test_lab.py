@@ -2,13 +2,13 @@
 
 import base64
 import json
-import threading
 from html import escape
 
 import polars as pl
 import pytest
 
 import veloxlab as vl
+from tests.knobs import turn
 from veloxlab.errors import InputError
 from veloxlab.views.picture import png_size
 
@@ -28,19 +28,6 @@ def _as_it_was(lab):
     lab._reset()
     lab.metric, lab.sinks, lab.window = "output_error", 2, 16
     lab.key_bits = lab.value_bits = 4
-    assert lab.wait(120)
-
-
-def turn(lab, **knobs):
-    """Turn knobs as JupyterLab does, from a thread that is not the main one."""
-
-    def work():
-        for name, value in knobs.items():
-            setattr(lab, name, value)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
     assert lab.wait(120)
 
 

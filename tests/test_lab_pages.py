@@ -6,6 +6,7 @@ import threading
 import pytest
 
 import veloxlab as vl
+from tests.knobs import turn
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.views.picture import png_size
@@ -46,19 +47,6 @@ def _as_it_was(lab):
     assert lab.wait(120)
 
 
-def turn(lab, panel=None, **knobs):
-    """Turn knobs as JupyterLab does, from a thread that is not the main one."""
-
-    def work():
-        for name, value in knobs.items():
-            setattr(panel or lab, name, value)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert lab.wait(120)
-
-
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_is_made_when_it_is_opened_and_once(lab, page):
     first = lab.turn_to(page)
@@ -74,18 +62,18 @@ def test_a_page_is_made_when_it_is_opened_and_once(lab, page):
 def test_what_is_chosen_on_one_page_is_chosen_on_all(lab):
     keys, errors, plans, texts = (lab.turn_to(page) for page in ("keys", "errors", "memory", "generation"))
     turn(lab, page="keys")
-    turn(lab, keys, layer=1, head=1, method="rabitq")
+    turn(keys, layer=1, head=1, method="rabitq")
     assert (lab.layer, lab.head, lab.method, lab.errors.picked) == (1, 1, "rabitq", 1)
     turn(lab, page="errors")
     assert (errors.layer, errors.head, errors.method) == (1, 1, "rabitq")
     assert "Layer 1" in keys.charts["spectrum"].content["params"]["caption"]
 
-    turn(lab, errors, bits=3)  # of all layers, for none has bits of its own
+    turn(errors, bits=3)  # of all layers, for none has bits of its own
     assert lab.layer_bits == {0: (3, 4), 1: (3, 4)}
     assert "K3 for all layers." in errors._message.value
     turn(lab, page="memory")
     assert (plans.method, plans.key_bits, plans.value_bits, plans.window) == ("rabitq", 3, 4, 16)
-    turn(lab, plans, value_bits=2, window=32)
+    turn(plans, value_bits=2, window=32)
     assert (lab.window, lab.layer_bits[0]) == (32, (3, 2))
     turn(lab, page="generation")
     assert (texts.method, texts.key_bits, texts.value_bits, texts.window) == ("rabitq", 3, 2, 32)
@@ -96,12 +84,12 @@ def test_a_layer_that_has_bits_of_its_own_keeps_and_shows_them(lab):
     turn(lab, key_bits=8)
     errors = lab.turn_to("errors")
     assert (errors.layer, errors.bits) == (1, 8)
-    turn(lab, errors, bits=7)
+    turn(errors, bits=7)
     assert lab.layer_bits == {0: (4, 4), 1: (7, 4)}
     assert "K7 for layer 1, which has bits of its own." in errors._message.value
-    turn(lab, errors, layer=0)
+    turn(errors, layer=0)
     assert errors.bits == 4
-    turn(lab, errors, bits=5)
+    turn(errors, bits=5)
     assert lab.layer_bits == {0: (5, 4), 1: (7, 4)}
     assert "K5 for all layers but 1." in errors._message.value
     plans = lab.turn_to("memory")
@@ -110,16 +98,16 @@ def test_a_layer_that_has_bits_of_its_own_keeps_and_shows_them(lab):
 
 def test_the_bits_of_a_page_that_shows_values_are_those_of_values(lab):
     keys = lab.turn_to("keys")
-    turn(lab, keys, tensor="values")
-    turn(lab, keys, bits=6)
+    turn(keys, tensor="values")
+    turn(keys, bits=6)
     assert (lab.key_bits, lab.value_bits) == (4, 6)
-    turn(lab, keys, tensor="keys")
+    turn(keys, tensor="keys")
 
 
 def test_what_a_page_cannot_choose_is_said_there_and_nothing_else_moves(lab):
     keys = lab.turn_to("keys")
     turn(lab, method="polarquant")
-    turn(lab, keys, bits=1)
+    turn(keys, bits=1)
     assert "Keys at bits=1 are out of range" in keys._message.value
     assert lab.key_bits == 4
 
@@ -162,6 +150,23 @@ def test_methods_are_measured_side_by_side_and_a_point_is_taken_up_again(lab):
     lab._points._button.click()
     assert lab.wait(120)
     assert lab.state == measured
+
+
+def test_a_knob_that_is_turned_while_methods_are_measured_changes_no_point(lab):
+    def measured() -> tuple[list, list]:
+        rows, settings = lab.measured[before:], lab._settings_measured[before:]
+        return rows.select("name", "held_bytes", "kl_mean").rows(), [point["window"] for point in settings]
+
+    before = len(lab.measured)
+    lab.compare()
+    assert lab.wait(300)
+    rows, windows = measured()
+    before = len(lab.measured)
+    lab.compare()
+    lab.window = 96
+    assert lab.wait(300)
+    assert measured() == (rows, windows)
+    assert set(windows) == {16}
 
 
 def test_what_was_measured_is_said_and_a_cancelled_fit_too(lab):

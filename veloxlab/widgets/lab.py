@@ -123,13 +123,15 @@ class Lab(CacheExplorer):
             method: [nearest(fitting.widths(method), width) for width in self._base] for method in fitting.methods
         }
         ready = {m: bits for m, bits in nearby.items() if all(fitting.is_ready(m, width) for width in bits)}
+        plans = {
+            method: self._uniform(method, *bits) for method, bits in ready.items()
+        }  # knobs may be turned meanwhile
 
         def job(progress: Progress) -> None:
             for done, (method, bits) in enumerate(ready.items()):
                 progress(done, len(ready), f"measuring {method}")
-                plan = self._uniform(method, bits[0], bits[1])
                 name = f"{method} K{bits[0]} V{bits[1]}"
-                row = self._fidelity(plan, name, method, bits, lambda *_: progress.check())
+                row = self._fidelity(plans[method], name, method, bits, lambda *_: progress.check())
                 self._add_measured(row, {**here, "method": method, "bits": bits, "layers": {}})
 
         self._submit("comparison", job)

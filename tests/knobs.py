@@ -1,0 +1,21 @@
+"""Turns a widget's knobs as JupyterLab does."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+PATIENCE = 120  # seconds
+
+
+def turn(widget: Any, **knobs: Any) -> None:
+    """Set traits from a thread that is not the main one, and wait until all that they ask for is done."""
+
+    def work() -> None:
+        for name, value in knobs.items():
+            setattr(widget, name, value)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert widget.wait(PATIENCE)
