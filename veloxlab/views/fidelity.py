@@ -9,7 +9,7 @@ import polars as pl
 
 from veloxlab.views import palette
 from veloxlab.views.columns import known, require
-from veloxlab.views.furniture import caption_title, framed
+from veloxlab.views.furniture import caption_title, framed, method_look
 from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks
 
 # what a cache costs: words for an axis, and the number drawn
@@ -88,13 +88,7 @@ def fidelity_caption(frame: pl.DataFrame) -> str:
 
 def _marks(drawn: pl.DataFrame, x: str, *, named: bool) -> list[alt.Chart]:
     methods = _by_divergence(drawn)
-    legend = alt.Legend(symbolOpacity=1, symbolSize=60)
-    colour = alt.Color("method:N", title=None, legend=legend).scale(
-        domain=methods, range=[palette.colour_of(m) for m in methods]
-    )
-    shape = alt.Shape("method:N", title=None, legend=legend).scale(
-        domain=methods, range=[palette.shape_of(m) for m in methods]
-    )
+    colour, shape = method_look(methods)
     base = (
         alt.Chart()
         .transform_calculate(cost=COSTS[x][1], method="datum.method || split(datum.name, ' ')[0]")

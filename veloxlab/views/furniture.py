@@ -67,6 +67,16 @@ def tensor_colour(*, legend: bool = True) -> alt.Color:
     return colour if legend else colour.legend(None)
 
 
+def method_look(methods: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
+    """Give methods the colours and shapes that they have in every chart, with one legend, in this order."""
+    legend = alt.Legend(symbolOpacity=1, symbolSize=60)
+    colours, shapes = [palette.colour_of(m) for m in methods], [palette.shape_of(m) for m in methods]
+    return (
+        alt.Color("method:N", title=None, legend=legend).scale(domain=methods, range=colours),
+        alt.Shape("method:N", title=None, legend=legend).scale(domain=methods, range=shapes),
+    )
+
+
 def head_words(frame: pl.DataFrame) -> str:
     """Name the one layer and KV head of a frame."""
     return f"Layer {frame['layer'][0]}, KV head {frame['head'][0]}"

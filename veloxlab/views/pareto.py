@@ -7,7 +7,7 @@ import polars as pl
 
 from veloxlab.views import palette
 from veloxlab.views.columns import require
-from veloxlab.views.furniture import caption_title, framed
+from veloxlab.views.furniture import caption_title, framed, method_look
 from veloxlab.views.logscale import LABEL, log_domain, log_ticks
 
 FRONT = "front"
@@ -61,13 +61,7 @@ def pareto_caption(frame: pl.DataFrame) -> str:
 
 def _marks(shown: pl.DataFrame, floor: float) -> list[alt.Chart]:
     methods = shown["method"].unique(maintain_order=True).sort().to_list()
-    legend = alt.Legend(symbolOpacity=1, symbolSize=60)
-    colour = alt.Color("method:N", title=None, legend=legend).scale(
-        domain=methods, range=[palette.colour_of(m) for m in methods]
-    )
-    shape = alt.Shape("method:N", title=None, legend=legend).scale(
-        domain=methods, range=[palette.shape_of(m) for m in methods]
-    )
+    colour, shape = method_look(methods)
     tooltip = [
         alt.Tooltip("row:Q"),
         alt.Tooltip("method:N"),
