@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
@@ -22,12 +21,12 @@ from veloxlab.allocate.race import race
 from veloxlab.allocate.trials import Trial, Trials
 from veloxlab.calibration import Calibration, calibrate
 from veloxlab.errors import InputError
-from veloxlab.files import digest, write_parquet
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import Mode
+from veloxlab.store import digest, read_sealed_parquet, write_sealed_parquet
 
-FORMAT = "veloxlab search 1"
+FORMAT = "veloxlab search 2"
 OVER_BUDGET = "over budget"
 
 SEARCHED: dict[str, type[pl.DataType] | pl.DataType] = {
@@ -109,19 +108,20 @@ class SearchResult:
         return calibrate(model, tokenizer, method, bits=widths, folder=folder)
 
     def save(self, path: str | Path) -> Path:
-        """Write it as Parquet, whole or not at all, and return the path."""
+        """Write it as sealed Parquet, whole or not at all, and return the path; `InputError` where it cannot be."""
         path = Path(path)
         said = {"shape": asdict(self.shape), "calibrations": dict(self.calibrations), "settings": dict(self.settings)}
-        write_parquet(path, self.frame, {FORMAT: json.dumps(said)})
+        write_sealed_parquet(path, self.frame, FORMAT, said)
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `InputError` for a file that is missing or is no search."""
+        """Read what `save` wrote; raises `InputError` for a file that is missing, damaged or no search."""
         try:
-            said = json.loads(pl.read_parquet_metadata(path)[FORMAT])
-            frame = pl.read_parquet(path).match_to_schema(SEARCHED)
-            return cls(frame, PlannedModel(**said["shape"]), said["calibrations"], said["settings"])
+            frame, said = read_sealed_parquet(Path(path), FORMAT)
+            return cls(
+                frame.match_to_schema(SEARCHED), PlannedModel(**said["shape"]), said["calibrations"], said["settings"]
+            )
         except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
             reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
             raise InputError(f"The search {path} cannot be read ({reason}): make it again with vl.search.") from error
