@@ -100,15 +100,17 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_work(tmp_path):
 # finished work --------------------------------------------------------------------------------------------------------
 
 LONG = {
-    "calibrate": lambda model, folder: vl.calibrate(
-        model, Letters(), "turboquant", TEXT, bits=3, tokens=64, folder=folder, outliers=8
-    ).frame,
+    "calibrate": lambda model, folder: (
+        vl.calibrate(model, Letters(), "turboquant", TEXT, bits=3, tokens=64, folder=folder, outliers=8).frame
+    ),
     "sensitivities": lambda model, folder: vl.sensitivities(
         model, Letters(), TEXT, sequences=1, tokens=24, by="key_norm", folder=folder
     ),
-    "rates": lambda model, folder: kept_rate_budget(
-        model, Letters(), folder=folder, text=TEXT, bits=(2, 3), sequences=1, tokens=24, by="key_norm"
-    ).curves,
+    "rates": lambda model, folder: (
+        kept_rate_budget(
+            model, Letters(), folder=folder, text=TEXT, bits=(2, 3), sequences=1, tokens=24, by="key_norm"
+        ).curves
+    ),
 }
 
 
@@ -127,8 +129,9 @@ def test_what_cannot_be_kept_is_given_and_told_of(model, tmp_path, work):
 
 
 def test_an_unfinished_run_goes_on_where_it_cannot_be_kept(tmp_path):
-    run = store.Unfinished(tmp_path / "none" / "run.json", "a run", {})
-    with pytest.warns(UserWarning, match="There is no folder .* The run goes on"):
+    (tmp_path / "file").write_text("")
+    run = store.Unfinished(tmp_path / "file" / "run.json", "a run", {})
+    with pytest.warns(UserWarning, match="The folder .* cannot be made .* The run goes on"):
         run.put([1])
     run.put([1, 2])  # a second warning would be an error
 
