@@ -67,7 +67,7 @@ class Crew:
         """Take over what was measured before, and keep there what is measured from now on."""
         self._unfinished = unfinished
         for (*plain, protected), window, trial in unfinished.read() or ():
-            self._known[Candidate(*plain, tuple(protected)), window] = Trial(*trial)
+            self._known[Candidate(*plain, protected=tuple(protected)), window] = Trial(*trial)
 
     def weigh(self, some: Sequence[Candidate]) -> tuple[list[float], dict[str, str]]:
         """Bytes per token of each candidate, and identities of the calibrations of methods that have one."""
