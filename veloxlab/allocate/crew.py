@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
@@ -66,8 +66,9 @@ class Crew:
     def go_on(self, unfinished: Unfinished) -> None:
         """Take over what was measured before, and keep there what is measured from now on."""
         self._unfinished = unfinished
-        for (*plain, protected), window, trial in unfinished.read() or ():
-            self._known[Candidate(*plain, protected=tuple(protected)), window] = Trial(*trial)
+        for known, window, trial in unfinished.read() or ():
+            candidate = replace(Candidate(*known), protected=tuple(known[-1]))
+            self._known[candidate, window] = Trial(*trial)
 
     def weigh(self, some: Sequence[Candidate]) -> tuple[list[float], dict[str, str]]:
         """Bytes per token of each candidate, and identities of the calibrations of methods that have one."""
