@@ -11,7 +11,7 @@ from mlx_lm.models.cache import CacheList, load_prompt_cache, save_prompt_cache
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab import cache_file
+from veloxlab import cache_file, identity
 from veloxlab.cache import CompressedKVCache
 from veloxlab.codecs import METHODS, saving
 from veloxlab.errors import InputError
@@ -125,12 +125,13 @@ def test_another_model_is_named(model, file):
 
 def test_mlx_lms_own_reader_refuses_the_cache_of_a_model_that_is_not_here(model, file, monkeypatch):
     save_prompt_cache(str(file), filled(model))
-    monkeypatch.setattr(cache_file, "models_here", {1: "qwen3 of 28 layers, 0123456789abcdef"})
+    other = tiny("qwen3")
+    monkeypatch.setattr(identity, "models_here", {id(other): other})
     with pytest.raises(InputError, match=r"saved with the model llama of 2 layers, \w+, and the model here is qwen3"):
         load_prompt_cache(str(file))
     again = tiny("llama")  # the same weights, in a model that no cache was made for yet
     assert vl.load_cache(file, again)[0].offset == len(IDS)
-    monkeypatch.setattr(cache_file, "models_here", {})  # nothing is known of any model: then it is not for us to say
+    monkeypatch.setattr(identity, "models_here", {})  # nothing is known of any model: then it is not for us to say
     assert load_prompt_cache(str(file))[0].offset == len(IDS)
 
 

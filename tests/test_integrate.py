@@ -3,6 +3,7 @@
 import inspect
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import polars as pl
@@ -277,7 +278,7 @@ def test_a_report_of_mlx_lms_caches_counts_their_bytes_and_sixteen_bits_beside(s
 
 
 def test_a_model_that_cannot_run_says_so():
-    class Broken:
+    class Broken(nn.Module):
         layers = (1,)
 
         def __call__(self, tokens, cache):

@@ -15,15 +15,13 @@ from typing import Any, Self
 import mlx.core as mx
 import numpy as np
 
+from veloxlab import identity
 from veloxlab.codecs import Codec
 from veloxlab.codecs.saving import check_written, class_name, find_class, from_parts, to_parts, written
 from veloxlab.errors import InputError
 
 FORMAT = "veloxlab cache 1"
 Content = dict[str, Any]
-
-models_here: dict[int, str] = {}
-"""Models that caches were made for in this process, in words, by id: `veloxlab.integrate` keeps it."""
 
 
 class Description(str):
@@ -127,10 +125,15 @@ def restore_codecs(content: Content, arrays: Sequence[mx.array]) -> dict[str, Co
     }
 
 
-def check_model(model: str) -> None:
-    """Raise `InputError` if caches were made for other models in this process, and none for ``model``."""
-    others = sorted(set(models_here.values()))
-    if model and others and model not in others:
+def check_model(model: str, layer: int | None) -> None:
+    """Raise `InputError` if caches were made for other models in this process, and none for ``model``.
+
+    What these models are is computed now, which takes milliseconds: it is done for the first layer of a file alone.
+    """
+    if not model or layer:
+        return
+    others = sorted({identity.name_of(other) for other in list(identity.models_here.values())})
+    if others and model not in others:
         raise InputError(
             f"This cache was saved with the model {model}, and the model here is {', '.join(others)}: load that model, "
             "and read the cache with vl.load_cache(file, model)."

@@ -22,6 +22,7 @@ from veloxlab.codecs.method import Method
 from veloxlab.codecs.saving import check_written, from_parts, to_parts, written
 from veloxlab.errors import InputError
 from veloxlab.files import digest, kept_in
+from veloxlab.identity import fingerprint
 from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.texts import excerpt
@@ -68,7 +69,7 @@ class Calibration:
 
     def check_model(self, model: Module) -> None:
         """Raise `InputError` unless this was fitted to ``model``."""
-        found = integrate.fingerprint(model)
+        found = fingerprint(model)
         if found != self.facts["model"]:
             raise InputError(
                 f"This calibration for {self.method!r} was made with the model {self.facts['model']} and not with this "
@@ -210,7 +211,7 @@ def calibrate(
     _check_text(ids)
     facts = {
         **written(),
-        "model": integrate.fingerprint(model),
+        "model": fingerprint(model),
         "text": digest(ids),
         "tokens": len(ids),
         "seed": seed,

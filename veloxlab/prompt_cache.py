@@ -10,12 +10,12 @@ from typing import Any, Literal, Protocol
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import RotatingKVCache, load_prompt_cache
 
-from veloxlab import cache_file
 from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk, CompressedKVCache
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.saving import described, method_of, same_codec, same_kind
 from veloxlab.errors import InputError
+from veloxlab.identity import name_of
 from veloxlab.integrate import LayerFacts, attach, exact_width, probe, slots_of, with_caches
 
 Sliding = Literal["compressed", "exact"]
@@ -142,7 +142,7 @@ def make_cache(
     if max_kv_size is not None and max_kv_size <= exact.sinks:
         raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={exact.sinks}: give more than that.")
     attach()
-    name = cache_file.models_here[id(model)]
+    name = name_of(model)
     caches = with_caches(
         model, lambda found: _compressed(found, settings[found.layer], exact, max_kv_size, name, calibration)
     )
@@ -208,8 +208,7 @@ def load_cache(
 
 def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | None = None) -> None:
     """Raise `InputError` unless ``caches`` were made for ``model``, and hold what those ``wanted`` would."""
-    probe(model)
-    name = cache_file.models_here[id(model)]
+    name = name_of(model)
     for found in _compressed_ones(caches):
         if found.model != name:
             raise InputError(

@@ -14,7 +14,7 @@ from veloxlab.codecs import find_method
 from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
 from veloxlab.files import digest, kept_in
-from veloxlab.integrate import fingerprint
+from veloxlab.identity import fingerprint
 from veloxlab.measure.progress import Progress, silent
 
 

@@ -27,6 +27,7 @@ from veloxlab.cache import DEFAULT_SINKS
 from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
 from veloxlab.files import digest, kept_in, read_sealed, write_sealed
+from veloxlab.identity import fingerprint
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.gradients import loss_gradients
 from veloxlab.measure.progress import Progress, silent
@@ -96,7 +97,7 @@ def sensitivities(
     read = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
     facts = {
         **written(),
-        "model": integrate.fingerprint(model),
+        "model": fingerprint(model),
         "text": digest(read),
         "sequences": sequences,
         "tokens": tokens,

@@ -24,7 +24,7 @@ from veloxlab.allocate.sensitivity import By, sensitivities
 from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
 from veloxlab.files import digest, read_sealed, write_sealed
-from veloxlab.integrate import fingerprint
+from veloxlab.identity import fingerprint
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import Reference, judge, reference
