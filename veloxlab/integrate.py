@@ -27,6 +27,7 @@ from veloxlab import identity
 from veloxlab.attention import Handle, Mask
 from veloxlab.batch import BatchCompressedKVCache
 from veloxlab.cache import CompressedKVCache, Path
+from veloxlab.cache_file import SEALED
 from veloxlab.codecs.method import Role
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
@@ -95,7 +96,11 @@ def attach() -> None:
             pairs.append((held, hook(held)))
         for original, ours in pairs:
             _rebind(original, ours)
-    for kind in (CompressedKVCache, BatchCompressedKVCache):  # mlx-lm looks up the class of a saved cache there
+    for kind in (
+        CompressedKVCache,
+        BatchCompressedKVCache,
+        *SEALED.values(),
+    ):  # mlx-lm looks up the class of a saved cache there
         setattr(mlx_lm_cache, kind.__name__, kind)
 
 
@@ -244,9 +249,14 @@ def weightless(config: Mapping[str, Any]) -> Module:
 
 def state_bytes(model: Module) -> int:
     """Bytes of the states of one sequence that do not grow with it (state-space, convolution), from shapes alone."""
+    return sum(slot.nbytes for slot in slots_of(after_one_token(model)) if isinstance(slot, ArraysCache))
+
+
+def after_one_token(model: Module) -> list[Any]:
+    """The model's own caches as one token leaves them, whose numbers are not computed: for shapes and dtypes."""
     caches = own_cache(model)
     model(mx.array([[0]]), cache=caches)
-    return sum(slot.nbytes for slot in slots_of(caches) if isinstance(slot, ArraysCache))
+    return caches
 
 
 def slots_of(caches: Sequence[Any]) -> list[Any]:
