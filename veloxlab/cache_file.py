@@ -19,10 +19,10 @@ from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKV
 
 from veloxlab import identity
 from veloxlab.codecs import Codec
-from veloxlab.codecs.saving import check_written, class_name, find_class, from_parts, to_parts, written
+from veloxlab.codecs.saving import check_version, class_name, find_class, from_parts, to_parts, version_of
 from veloxlab.errors import InputError
 
-FORMAT = "veloxlab cache 1"
+FORMAT = "veloxlab cache 2"
 NOT_WRITTEN = "it is not what was written"
 Content = dict[str, Any]
 
@@ -44,7 +44,7 @@ class Description(str):
         return self
 
     def __iter__(self) -> Iterator[str]:
-        content = {"format": FORMAT, **written(), **self._content}
+        content = {"format": FORMAT, **self._content}
         return iter(json.dumps({**content, "sha256": _seal(content, self._arrays)}))
 
 
@@ -151,7 +151,6 @@ def opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
         arrays = list(state[:-1])
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r} and not {FORMAT!r}")
-        check_written(content["version"], content["code"])
         said = content.pop("sha256")
         if _seal(content, arrays) != said:
             raise ValueError(NOT_WRITTEN)
@@ -170,18 +169,27 @@ def describe_codecs(codecs: Mapping[str, Codec]) -> tuple[Content, list[mx.array
     arrays: list[mx.array] = []
     for side, codec in codecs.items():
         plain, own = to_parts(codec)
-        content[side] = {"class": class_name(codec), "fields": plain, "arrays": list(own)}
+        content[side] = {
+            "class": class_name(codec),
+            "version": version_of(codec),
+            "fields": plain,
+            "arrays": list(own),
+        }
         arrays += own.values()
     return content, arrays
 
 
 def restore_codecs(content: Content, arrays: Sequence[mx.array]) -> dict[str, Codec]:
-    """Undo `describe_codecs`."""
-    left = list(arrays)
-    return {
-        side: from_parts(find_class(said["class"]), said["fields"], {name: left.pop(0) for name in said["arrays"]})
-        for side, said in content.items()
-    }
+    """Undo `describe_codecs`; raises `InputError` for codecs of another version."""
+    left, codecs = list(arrays), {}
+    for side, said in content.items():
+        kind, own = find_class(said["class"]), {name: left.pop(0) for name in said["arrays"]}
+        try:
+            check_version(said["class"].partition(".")[0], said["version"])
+            codecs[side] = from_parts(kind, said["fields"], own)
+        except ValueError as error:
+            raise _unreadable(error) from error
+    return codecs
 
 
 def check_model(model: str, layer: int | None) -> None:

@@ -19,7 +19,7 @@ from veloxlab import integrate, prompt_cache
 from veloxlab.codecs import ROLES, Codec, Role, find_method
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.method import Method
-from veloxlab.codecs.saving import check_written, from_parts, to_parts, written
+from veloxlab.codecs.saving import check_version, from_parts, to_parts
 from veloxlab.errors import InputError
 from veloxlab.files import digest, kept_in
 from veloxlab.identity import fingerprint
@@ -27,7 +27,7 @@ from veloxlab.measure.activations import LayerCapture, capture_layers, first_tok
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.texts import excerpt
 
-FORMAT = "veloxlab calibration 2"
+FORMAT = "veloxlab calibration 3"
 USUAL_TOKENS = 1024
 LEAST_TOKENS, LEAST_DISTINCT = 64, 16
 _USUAL = f"give natural text of at least {LEAST_TOKENS} tokens; {USUAL_TOKENS:,} are usual"
@@ -41,8 +41,8 @@ class Calibration:
     Attributes
     ----------
     method : id of the algorithm.
-    facts : what it depends on: our version, hashes of the codecs' files, of the model and of the text; tokens, seed,
-        widths, options.
+    facts : what it depends on: the method's version, hashes of the model and of the text; tokens, seed, widths,
+        options.
     codecs : the fitted codecs, by layer, role and bits.
     """
 
@@ -142,10 +142,10 @@ class Calibration:
             if _seal(content, tensors.read_bytes()) != content.get("sha256"):
                 raise ValueError(f"it or {tensors.name} is not what was written")
             facts = content["facts"]
-            check_written(facts["version"], facts["code"])
             arrays: dict[str, mx.array] = mx.load(str(tensors))  # type: ignore[assignment]
             mx.eval(arrays)
             method = find_method(content["method"])
+            check_version(method.id, facts["version"])
             codecs = {_place(entry): _codec(entry, method.id, facts, arrays) for entry in content["codecs"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
@@ -210,7 +210,7 @@ def calibrate(
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     _check_text(ids)
     facts = {
-        **written(),
+        "version": found.version,
         "model": fingerprint(model),
         "text": digest(ids),
         "tokens": len(ids),

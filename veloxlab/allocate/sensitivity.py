@@ -24,7 +24,6 @@ from mlx.nn.layers.base import Module
 from veloxlab import integrate
 from veloxlab.allocate.proxies import SIDES, Sides, Step, by_attention_output, by_forward_kl, by_norm, mean_square
 from veloxlab.cache import DEFAULT_SINKS
-from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
 from veloxlab.files import digest, kept_in, read_sealed, write_sealed
 from veloxlab.identity import fingerprint
@@ -96,7 +95,6 @@ def sensitivities(
     _check(sequences, tokens, sinks)
     read = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
     facts = {
-        **written(),
         "model": fingerprint(model),
         "text": digest(read),
         "sequences": sequences,
