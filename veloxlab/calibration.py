@@ -79,8 +79,8 @@ class Calibration:
 
     @property
     def identity(self) -> str:
-        """Sixteen hex digits over the method and everything that the codecs depend on."""
-        return digest([self.method, dict(self.facts)])[:16]
+        """Sixteen hex digits over the method and all that a codec depends on: widths are fitted each alone."""
+        return digest([self.method, {name: fact for name, fact in self.facts.items() if name != "bits"}])[:16]
 
     @property
     def widths(self) -> list[int]:

@@ -148,7 +148,7 @@ def _held(cache: Any) -> list[str | None]:  # noqa: ANN401
         return [None if x is None or x.ndim < 3 else f"a state of {x.shape[1:]}" for x in cache.cache]
     held: list[str | None] = []
     for side in ("keys", "values"):
-        x = getattr(cache, side, None)
+        x: Any = getattr(cache, side, None)
         packed = isinstance(x, list | tuple)  # mlx-lm's quantized: words, scales, biases
         x = x[-1] if packed else x
         if x is None:
