@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -11,9 +12,9 @@ from mlx_lm.models.cache import CacheList, load_prompt_cache, save_prompt_cache
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab import cache_file
+from veloxlab import cache_file, identity
 from veloxlab.cache import CompressedKVCache
-from veloxlab.codecs import METHODS, saving
+from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
 
 IDS = list(range(1, 90))
@@ -125,12 +126,13 @@ def test_another_model_is_named(model, file):
 
 def test_mlx_lms_own_reader_refuses_the_cache_of_a_model_that_is_not_here(model, file, monkeypatch):
     save_prompt_cache(str(file), filled(model))
-    monkeypatch.setattr(cache_file, "models_here", {1: "qwen3 of 28 layers, 0123456789abcdef"})
+    other = tiny("qwen3")
+    monkeypatch.setattr(identity, "models_here", {id(other): other})
     with pytest.raises(InputError, match=r"saved with the model llama of 2 layers, \w+, and the model here is qwen3"):
         load_prompt_cache(str(file))
     again = tiny("llama")  # the same weights, in a model that no cache was made for yet
     assert vl.load_cache(file, again)[0].offset == len(IDS)
-    monkeypatch.setattr(cache_file, "models_here", {})  # nothing is known of any model: then it is not for us to say
+    monkeypatch.setattr(identity, "models_here", {})  # nothing is known of any model: then it is not for us to say
     assert load_prompt_cache(str(file))[0].offset == len(IDS)
 
 
@@ -153,20 +155,23 @@ def test_another_calibration_is_named(model, file, tmp_path):
         vl.load_cache(file, model, "spectralquant", calibration=second)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "sentence"),
-    [
-        ("version", lambda _: "0.0.1", "it was written by veloxlab 0.0.1"),
-        ("code_hash", lambda: "0123456789abcdef", "with codecs 0123456789abcdef"),
-        ("FORMAT", "veloxlab cache 0", "its format is 'veloxlab cache 0' and not 'veloxlab cache 1'"),
-    ],
-)
-def test_another_version_is_named(model, file, monkeypatch, name, value, sentence):
+def test_another_format_is_named(model, file, monkeypatch):
     cache = filled(model)
     with monkeypatch.context() as patch:
-        patch.setattr(cache_file if name == "FORMAT" else saving, name, value)
+        patch.setattr(cache_file, "FORMAT", "veloxlab cache 0")
         save_prompt_cache(str(file), cache)
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(InputError, match="its format is 'veloxlab cache 0' and not 'veloxlab cache 2'"):
+        load_prompt_cache(str(file))
+
+
+def test_another_version_of_the_method_is_named_and_of_others_is_none_of_its_business(model, file, monkeypatch):
+    save_prompt_cache(str(file), filled(model))
+    monkeypatch.setitem(METHODS, "rabitq", replace(METHODS["rabitq"], version=2))
+    assert len(load_prompt_cache(str(file))) == 2
+    monkeypatch.setitem(METHODS, "turboquant", replace(METHODS["turboquant"], version=2))
+    with pytest.raises(
+        InputError, match=r"\(it has codes of turboquant of version 1, and here they are of version 2\)"
+    ):
         load_prompt_cache(str(file))
 
 

@@ -1,11 +1,15 @@
 """Calibrations that are made when a method is chosen, width by width, and joined."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import pytest
 
 import veloxlab as vl
-from tests.test_calibration import Letters
+from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.saving import to_parts
 from veloxlab.errors import InputError
 from veloxlab.widgets.fitting import Fitting
 
@@ -33,6 +37,40 @@ def test_widths_fitted_apart_are_those_fitted_together(model):
     for at, codec in together.codecs.items():
         other = joined.codecs[at]
         assert mx.array_equal(codec.decode(codec.encode(x)), other.decode(other.encode(x)))
+
+
+CALIBRATED = [(name, {}) for name, method in METHODS.items() if method.calibrated] + [
+    ("turboquant", {"outliers": 16}),
+    ("vecinfer", {"smooth": False}),
+    ("polarquant", {"codebook": "fitted"}),
+    ("rabitq", {"centroid": True}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), CALIBRATED, ids=str)
+def test_more_widths_are_no_other_calibration(model, method, options):
+    """What is fitted at one width is the same to the bit, whatever was fitted beside it."""
+    first = 1 if method == "vecinfer" else 2  # at 3 bits that takes a longer text
+    given = {"tokens": 300, **options}
+    one, more = (vl.calibrate(model, Letters(), method, TEXT, bits=b, **given) for b in (first, (first, first + 1)))
+    assert one.identity == more.identity
+    for at, codec in one.codecs.items():
+        (plain, arrays), (more_plain, more_arrays) = to_parts(codec), to_parts(more.codecs[at])
+        assert plain == more_plain
+        assert arrays.keys() == more_arrays.keys()
+        assert all(mx.array_equal(arrays[name], more_arrays[name]) for name in arrays)
+
+
+def test_a_plan_takes_a_calibration_of_more_widths_and_no_other(model):
+    one, more, other = (calibrate(model, **settings) for settings in ({"bits": 2}, {"bits": (2, 3)}, {"seed": 1}))
+    plan = vl.Plan.uniform(model, "spectralquant", bits=2)
+    plan = replace(plan, calibrations={"spectralquant": one.identity})
+    assert vl.make_cache(model, plan, calibration=more)[0].key_codec is more.codecs[0, "keys", 2]
+    with pytest.raises(InputError, match=f"made with the calibration {one.identity} of spectralquant"):
+        vl.make_cache(model, plan, calibration=other)
+    wider = replace(vl.Plan.uniform(model, "spectralquant", bits=3), calibrations={"spectralquant": one.identity})
+    with pytest.raises(InputError, match="holds no keys of layer 0 at 3 bits"):
+        vl.make_cache(model, wider, calibration=one)
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,19 @@ def test_a_cache_of_a_method_that_went_is_saved_under_its_id_and_read_again(mean
         vl.unregister("absmax")
 
 
+def test_a_cache_of_another_version_of_a_registered_method_is_refused(model, tmp_path):
+    file = tmp_path / "prompt.safetensors"
+    vl.register(cell())
+    try:
+        cache = vl.make_cache(model, "absmax", bits=4)
+        vl.register(replace(cell(), version=2), replace=True)
+        save_prompt_cache(str(file), cache)
+        with pytest.raises(InputError, match="codes of absmax of version 1, and here they are of version 2"):
+            load_prompt_cache(str(file))
+    finally:
+        vl.unregister("absmax")
+
+
 def test_a_class_of_ours_is_always_found_by_its_file():
     codec = vl.register(method(build=METHODS["turboquant"].build, codecs=(TurboQuant,))).codec(64, 4, "keys")
     assert class_name(codec) == "turboquant.TurboQuant"

@@ -47,7 +47,8 @@ if TYPE_CHECKING:
     )
     from veloxlab.models import load
     from veloxlab.pareto import SearchResult, search
-    from veloxlab.prompt_cache import load_cache, make_cache
+    from veloxlab.prompt_cache import make_cache
+    from veloxlab.prompt_file import load_cache
     from veloxlab.shapes import ModelShape
     from veloxlab.texts import excerpt
     from veloxlab.widgets.cache_explorer import CacheExplorer
@@ -90,7 +91,7 @@ _HOME = {
     "largest_contexts": "measure",
     "layer_errors": "measure",
     "load": "models",
-    "load_cache": "prompt_cache",
+    "load_cache": "prompt_file",
     "make_cache": "prompt_cache",
     "memory_growth": "measure",
     "methods": "codecs",

@@ -369,7 +369,7 @@ class CompressedKVCache(cache_file.Saved):
     @classmethod
     def rebuild(cls, content: cache_file.Content, arrays: Sequence[mx.array]) -> Self:
         """See `veloxlab.cache_file.Saved`."""
-        cache_file.check_model(content["settings"]["model"])
+        cache_file.check_model(content["settings"]["model"], content["settings"]["layer"])
         left = list(arrays)
         held = [{name: left.pop(0) for name in run["buffers"]} for run in content["runs"]]
         codecs = cache_file.restore_codecs(content["codecs"], left)

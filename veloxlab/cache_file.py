@@ -10,20 +10,21 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKVCache
 
+from veloxlab import identity
 from veloxlab.codecs import Codec
-from veloxlab.codecs.saving import check_written, class_name, find_class, from_parts, to_parts, written
+from veloxlab.codecs.saving import check_version, class_name, find_class, from_parts, to_parts, version_of
 from veloxlab.errors import InputError
 
-FORMAT = "veloxlab cache 1"
+FORMAT = "veloxlab cache 2"
+NOT_WRITTEN = "it is not what was written"
 Content = dict[str, Any]
-
-models_here: dict[int, str] = {}
-"""Models that caches were made for in this process, in words, by id: `veloxlab.integrate` keeps it."""
 
 
 class Description(str):
@@ -43,7 +44,7 @@ class Description(str):
         return self
 
     def __iter__(self) -> Iterator[str]:
-        content = {"format": FORMAT, **written(), **self._content}
+        content = {"format": FORMAT, **self._content}
         return iter(json.dumps({**content, "sha256": _seal(content, self._arrays)}))
 
 
@@ -85,6 +86,58 @@ class Saved(ABC):
         return cls.rebuild(*opened(state))
 
 
+class Sealed:
+    """What one of mlx-lm's own caches adds to what it saves: the model and layer that it is of, and a checksum.
+
+    `seal` makes a cache one of these; it stays what it was in all else.
+    """
+
+    native: ClassVar[Any]  # mlx-lm's class
+    model: str | None = None
+    layer: int | None = None
+    reason: str
+
+    @property
+    def state(self) -> list[Any]:
+        """The cache's own state, and a description of it."""
+        own = self.native.state.fget(self)
+        leaves, arrays = _leaves(own)
+        settings = {"model": self.model, "layer": self.layer, "reason": self.reason}
+        return [own, Description({"settings": settings, "leaves": leaves}, arrays)]
+
+    @state.setter
+    def state(self, saved: Sequence[Any]) -> None:
+        leaves, arrays = _leaves(saved[0])
+        content, _ = opened([*arrays, saved[-1]])
+        if content.get("leaves") != leaves:
+            raise _unreadable(NOT_WRITTEN)
+        settings = content["settings"]
+        check_model(settings["model"], settings["layer"])
+        self.native.state.fset(self, saved[0])
+        self.__dict__ |= settings
+
+
+def _leaves(state: object) -> tuple[dict[str, str], list[mx.array]]:
+    """Kinds of all that a state holds, by name, and as arrays all but None."""
+    leaves: list[tuple[str, Any]] = tree_flatten(state)  # type: ignore[assignment]
+    return {name: type(leaf).__name__ for name, leaf in leaves}, [mx.array(x) for _, x in leaves if x is not None]
+
+
+SEALED = {
+    kind: type(f"Sealed{kind.__name__}", (Sealed, kind), {"native": kind, "reason": f"the model's own {kind.__name__}"})
+    for kind in (KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache)
+}
+"""Classes that mlx-lm's models make caches of, and those that save them under a checksum."""
+
+
+def seal(cache: Any, model: str, layer: int, reason: str) -> None:  # noqa: ANN401 - any of mlx-lm's own
+    """Let a cache of mlx-lm's own save what it is of, under a checksum, where it is of a kind that mlx-lm reads."""
+    if type(cache) in SEALED:
+        cache.__class__ = SEALED[type(cache)]
+        cache.model, cache.layer = model, layer
+    cache.reason = reason
+
+
 def opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
     """The content and the arrays of a saved ``state``, evaluated and found to be what was written.
 
@@ -98,13 +151,16 @@ def opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
         arrays = list(state[:-1])
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r} and not {FORMAT!r}")
-        check_written(content["version"], content["code"])
         said = content.pop("sha256")
         if _seal(content, arrays) != said:
-            raise ValueError("it is not what was written")
+            raise ValueError(NOT_WRITTEN)
     except (ValueError, KeyError, TypeError, IndexError, RuntimeError, OverflowError) as error:
-        raise InputError(f"This saved cache cannot be read ({error}): make it again from its text.") from error
+        raise _unreadable(error) from error
     return content, arrays
+
+
+def _unreadable(reason: object) -> InputError:
+    return InputError(f"This saved cache cannot be read ({reason}): make it again from its text.")
 
 
 def describe_codecs(codecs: Mapping[str, Codec]) -> tuple[Content, list[mx.array]]:
@@ -113,24 +169,38 @@ def describe_codecs(codecs: Mapping[str, Codec]) -> tuple[Content, list[mx.array
     arrays: list[mx.array] = []
     for side, codec in codecs.items():
         plain, own = to_parts(codec)
-        content[side] = {"class": class_name(codec), "fields": plain, "arrays": list(own)}
+        content[side] = {
+            "class": class_name(codec),
+            "version": version_of(codec),
+            "fields": plain,
+            "arrays": list(own),
+        }
         arrays += own.values()
     return content, arrays
 
 
 def restore_codecs(content: Content, arrays: Sequence[mx.array]) -> dict[str, Codec]:
-    """Undo `describe_codecs`."""
-    left = list(arrays)
-    return {
-        side: from_parts(find_class(said["class"]), said["fields"], {name: left.pop(0) for name in said["arrays"]})
-        for side, said in content.items()
-    }
+    """Undo `describe_codecs`; raises `InputError` for codecs of another version."""
+    left, codecs = list(arrays), {}
+    for side, said in content.items():
+        kind, own = find_class(said["class"]), {name: left.pop(0) for name in said["arrays"]}
+        try:
+            check_version(said["class"].partition(".")[0], said["version"])
+            codecs[side] = from_parts(kind, said["fields"], own)
+        except ValueError as error:
+            raise _unreadable(error) from error
+    return codecs
 
 
-def check_model(model: str) -> None:
-    """Raise `InputError` if caches were made for other models in this process, and none for ``model``."""
-    others = sorted(set(models_here.values()))
-    if model and others and model not in others:
+def check_model(model: str, layer: int | None) -> None:
+    """Raise `InputError` if caches were made for other models in this process, and none for ``model``.
+
+    What these models are is computed now, which takes milliseconds: it is done for the first layer of a file alone.
+    """
+    if not model or layer:
+        return
+    others = sorted({identity.name_of(other) for other in list(identity.models_here.values())})
+    if others and model not in others:
         raise InputError(
             f"This cache was saved with the model {model}, and the model here is {', '.join(others)}: load that model, "
             "and read the cache with vl.load_cache(file, model)."
@@ -141,5 +211,5 @@ def _seal(content: Content, arrays: Sequence[mx.array]) -> str:
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for array in arrays:
         digest.update(f"{array.shape} {array.dtype}\n".encode())
-        digest.update(np.ascontiguousarray(array.view(mx.uint8)).tobytes())
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
     return digest.hexdigest()

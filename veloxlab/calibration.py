@@ -18,14 +18,15 @@ from veloxlab import integrate, prompt_cache
 from veloxlab.codecs import ROLES, Codec, Role, find_method
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.method import Method
-from veloxlab.codecs.saving import check_written, from_parts, to_parts, written
+from veloxlab.codecs.saving import check_version, from_parts, to_parts
 from veloxlab.errors import InputError
+from veloxlab.identity import fingerprint
 from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in, write_together
 from veloxlab.texts import excerpt
 
-FORMAT = "veloxlab calibration 2"
+FORMAT = "veloxlab calibration 3"
 USUAL_TOKENS = 1024
 LEAST_TOKENS, LEAST_DISTINCT = 64, 16
 _USUAL = f"give natural text of at least {LEAST_TOKENS} tokens; {USUAL_TOKENS:,} are usual"
@@ -39,8 +40,8 @@ class Calibration:
     Attributes
     ----------
     method : id of the algorithm.
-    facts : what it depends on: our version, hashes of the codecs' files, of the model and of the text; tokens, seed,
-        widths, options.
+    facts : what it depends on: the method's version, hashes of the model and of the text; tokens, seed, widths,
+        options.
     codecs : the fitted codecs, by layer, role and bits.
     """
 
@@ -67,7 +68,7 @@ class Calibration:
 
     def check_model(self, model: Module) -> None:
         """Raise `InputError` unless this was fitted to ``model``."""
-        found = integrate.fingerprint(model)
+        found = fingerprint(model)
         if found != self.facts["model"]:
             raise InputError(
                 f"This calibration for {self.method!r} was made with the model {self.facts['model']} and not with this "
@@ -77,8 +78,8 @@ class Calibration:
 
     @property
     def identity(self) -> str:
-        """Sixteen hex digits over the method and everything that the codecs depend on."""
-        return digest([self.method, dict(self.facts)])[:16]
+        """Sixteen hex digits over the method and all that a codec depends on: widths are fitted each alone."""
+        return digest([self.method, {name: fact for name, fact in self.facts.items() if name != "bits"}])[:16]
 
     @property
     def widths(self) -> list[int]:
@@ -141,10 +142,10 @@ class Calibration:
             if _seal(content, tensors.read_bytes()) != content.get("sha256"):
                 raise ValueError(f"it or {tensors.name} is not what was written")
             facts = content["facts"]
-            check_written(facts["version"], facts["code"])
             arrays: dict[str, mx.array] = mx.load(str(tensors))  # type: ignore[assignment]
             mx.eval(arrays)
             method = find_method(content["method"])
+            check_version(method.id, facts["version"])
             codecs = {_place(entry): _codec(entry, method.id, facts, arrays) for entry in content["codecs"]}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
@@ -209,8 +210,8 @@ def calibrate(
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     _check_text(ids)
     facts = {
-        **written(),
-        "model": integrate.fingerprint(model),
+        "version": found.version,
+        "model": fingerprint(model),
         "text": digest(ids),
         "tokens": len(ids),
         "seed": seed,

@@ -17,6 +17,7 @@ from veloxlab.calibration import calibrate
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.models import DEMO_MODEL, load
+from veloxlab.prompt_file import check_caches
 
 _OURS = {
     "--model": "the model is the first word, as in `veloxlab {command} MODEL`",
@@ -65,7 +66,7 @@ class Loader:
     def __init__(self, module: Any, name: str, wanted: Wanted) -> None:  # noqa: ANN401
         self._load, self._read = module.load, getattr(module, "load_prompt_cache", None)
         self._name, self._wanted = name, wanted
-        self._read_caches: list[Any] = []
+        self._read_caches: list[Any] | None = None
 
     def load(self, path: str, **options: Any) -> tuple[Any, ...]:
         """Load as mlx-lm does, or a GGUF by `veloxlab.load`; the command's own model then makes compressed caches."""
@@ -77,7 +78,8 @@ class Loader:
             model, tokenizer = loaded[:2]
             make = self._wanted.maker(model, tokenizer)
             integrate.use(model, make)
-            prompt_cache.check_caches(model, self._read_caches, make() if self._wanted.given else None)
+            if self._read_caches is not None:
+                check_caches(model, self._read_caches, make() if self._wanted.given else None)
         return loaded
 
     def load_prompt_cache(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401

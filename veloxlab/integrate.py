@@ -8,7 +8,6 @@ runs. Which layers take that way is found out by a dry run of one token that bui
 
 from __future__ import annotations
 
-import hashlib
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,24 +17,23 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
-from veloxlab import cache_file
+from veloxlab import identity
 from veloxlab.attention import Handle, Mask
 from veloxlab.batch import BatchCompressedKVCache
 from veloxlab.cache import CompressedKVCache, Path
+from veloxlab.cache_file import SEALED
 from veloxlab.codecs.method import Role
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 
 ROPE_NAMES = ("rope", "rotary_emb")
 LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of what they store
-_FINGERPRINTED = 64  # numbers of an array that a fingerprint reads: so many or up to twice that, spread evenly
 
 
 # the hooks ------------------------------------------------------------------------------------------------------------
@@ -98,7 +96,11 @@ def attach() -> None:
             pairs.append((held, hook(held)))
         for original, ours in pairs:
             _rebind(original, ours)
-    for kind in (CompressedKVCache, BatchCompressedKVCache):  # mlx-lm looks up the class of a saved cache there
+    for kind in (
+        CompressedKVCache,
+        BatchCompressedKVCache,
+        *SEALED.values(),
+    ):  # mlx-lm looks up the class of a saved cache there
         setattr(mlx_lm_cache, kind.__name__, kind)
 
 
@@ -186,22 +188,25 @@ class _Probe(Handle):
         return None
 
 
-_known: dict[int, list[LayerFacts]] = {}  # by id: a module is a dict, which cannot be hashed
+_known: dict[int, tuple[str, list[LayerFacts]]] = {}  # structure and facts, by id: a module cannot be hashed
 
 
 def probe(model: Module) -> list[LayerFacts]:
     """Facts of every cache of the model, from a dry run of one token that computes nothing.
 
+    It is done once for each structure of a model: adapters, or layers that were taken out, need another.
+
     Raises
     ------
     InputError : if the model fails with its own caches.
     """
+    now = identity.structure(model)
     if id(model) not in _known:
-        _known[id(model)] = dry_run(model)
-        cache_file.models_here[id(model)] = name_of(model)
         weakref.finalize(model, _known.pop, id(model), None)
-        weakref.finalize(model, cache_file.models_here.pop, id(model), None)
-    return _known[id(model)]
+    if _known.get(id(model), ("", []))[0] != now:
+        _known[id(model)] = now, dry_run(model)
+        identity.models_here[id(model)] = model
+    return _known[id(model)][1]
 
 
 def dry_run(model: Module) -> list[LayerFacts]:
@@ -244,9 +249,14 @@ def weightless(config: Mapping[str, Any]) -> Module:
 
 def state_bytes(model: Module) -> int:
     """Bytes of the states of one sequence that do not grow with it (state-space, convolution), from shapes alone."""
+    return sum(slot.nbytes for slot in slots_of(after_one_token(model)) if isinstance(slot, ArraysCache))
+
+
+def after_one_token(model: Module) -> list[Any]:
+    """The model's own caches as one token leaves them, whose numbers are not computed: for shapes and dtypes."""
     caches = own_cache(model)
     model(mx.array([[0]]), cache=caches)
-    return sum(slot.nbytes for slot in slots_of(caches) if isinstance(slot, ArraysCache))
+    return caches
 
 
 def slots_of(caches: Sequence[Any]) -> list[Any]:
@@ -339,11 +349,6 @@ def _leave_latents(model: Module, facts: Sequence[LayerFacts]) -> None:
             found.reason = f"it stores latents (MLA), so the model's own {found.native} is kept"
 
 
-def name_of(model: Module) -> str:
-    """Family, layers and fingerprint of a model, to tell one from another."""
-    return f"{type(model).__module__.rpartition('.')[2]} of {len(model.layers)} layers, {fingerprint(model)}"
-
-
 def use(model: Module, make: Callable[[], list[Any]]) -> None:
     """Let mlx-lm call ``make`` wherever it makes a prompt cache for ``model`` itself: in its server, its batches."""
     model.make_cache = make
@@ -382,28 +387,6 @@ def rope_of(model: Module, layer: int) -> Rope | None:
     back = rope.inverse(module(x, offset=7), 7)
     factor = mx.linalg.norm(back) / mx.linalg.norm(x)
     return rope if mx.allclose(back, x * factor, atol=1e-3).item() else None
-
-
-def fingerprint(model: Module) -> str:
-    """Sixteen hex digits over what decides a model's activations, and so what a calibration of it is good for.
-
-    That is the names, shapes and some numbers of its parameters, and of its modules all plain numbers and hidden
-    arrays: base, scale and frequencies of a rotary embedding are no parameters.
-    """
-    digest = hashlib.sha256()
-    arrays: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-    for name, module in model.named_modules():
-        for key, value in sorted((vars(module) | module).items()):
-            if isinstance(value, mx.array) and key.startswith("_"):
-                arrays.append((f"{name}.{key}", value))
-            elif isinstance(value, int | float | str) and key != "_training":
-                digest.update(f"{name}.{key}={value!r}\n".encode())
-    for name, array in arrays:
-        flat = array.reshape(-1)
-        some = flat[:: max(1, flat.size // _FINGERPRINTED)].astype(mx.float32)
-        digest.update(f"{name} {array.shape} {array.dtype}\n".encode())
-        digest.update(np.array(some).tobytes())
-    return digest.hexdigest()[:16]
 
 
 def exact_width(model: Module) -> Literal[16, 32]:

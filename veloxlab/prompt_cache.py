@@ -1,22 +1,21 @@
-"""The prompt cache of a whole model: made compressed, read from a file, and checked against what is wanted."""
+"""The prompt cache of a whole model, made compressed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import RotatingKVCache, load_prompt_cache
+from mlx_lm.models.cache import RotatingKVCache
 
-from veloxlab import cache_file
 from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk, CompressedKVCache
+from veloxlab.cache_file import seal
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
-from veloxlab.codecs.saving import described, method_of, same_codec, same_kind
 from veloxlab.errors import InputError
-from veloxlab.integrate import LayerFacts, attach, exact_width, probe, slots_of, with_caches
+from veloxlab.identity import name_of
+from veloxlab.integrate import LayerFacts, attach, exact_width, probe, with_caches
 
 Sliding = Literal["compressed", "exact"]
 
@@ -142,14 +141,14 @@ def make_cache(
     if max_kv_size is not None and max_kv_size <= exact.sinks:
         raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={exact.sinks}: give more than that.")
     attach()
-    name = cache_file.models_here[id(model)]
+    name = name_of(model)
     caches = with_caches(
         model, lambda found: _compressed(found, settings[found.layer], exact, max_kv_size, name, calibration)
     )
     for found in probe(model):
-        if not found.compressible:
-            own = caches[found.layer] if found.slot is None else caches[found.layer].caches[found.slot]
-            own.reason = found.reason  # for reports
+        own = caches[found.layer] if found.slot is None else caches[found.layer].caches[found.slot]
+        if not isinstance(own, CompressedKVCache):
+            seal(own, name, found.layer, getattr(own, "reason", found.reason))
     return caches
 
 
@@ -173,69 +172,6 @@ def _uniform(
     key_bits, value_bits = (usual if widths[side] is None else widths[side] for side in ("key_bits", "value_bits"))
     settings = LayerSettings(method, key_bits, method, value_bits, options)  # type: ignore[arg-type]
     return [settings] * (1 + max(found.layer for found in probe(model)))
-
-
-def load_cache(
-    path: str | Path,
-    model: Module,
-    method_or_plan: str | LayerPlan | None = None,
-    **settings: Any,
-) -> list[Any]:
-    """Read a prompt cache that mlx-lm's ``save_prompt_cache`` wrote, and check that it is one for ``model``.
-
-    Parameters
-    ----------
-    path : the file.
-    model : the model that is to continue.
-    method_or_plan, settings : as for `make_cache`, if the cache has to be of that method, bits and calibration.
-
-    Raises
-    ------
-    InputError : there is no such file, it is damaged, or what it holds is not for this model, or not as wanted.
-    """
-    probe(model)  # so that a cache made for it is known to be for a model that is here
-    try:
-        caches = load_prompt_cache(str(path))
-    except InputError:
-        raise
-    except Exception as error:  # truncated, of another kind, or of a class that mlx-lm does not know
-        reason = "there is no such file" if not Path(path).exists() else str(error)
-        raise InputError(f"The prompt cache {path} cannot be read ({reason}): make it again from its text.") from error
-    wanted = method_or_plan is not None or settings
-    check_caches(model, caches, make_cache(model, method_or_plan or "turboquant", **settings) if wanted else None)
-    return list(caches)
-
-
-def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | None = None) -> None:
-    """Raise `InputError` unless ``caches`` were made for ``model``, and hold what those ``wanted`` would."""
-    probe(model)
-    name = cache_file.models_here[id(model)]
-    for found in _compressed_ones(caches):
-        if found.model != name:
-            raise InputError(
-                f"This prompt cache was made for the model {found.model}, and this is {name}: load that model."
-            )
-    if wanted is None or not caches:
-        return
-    if [type(c) for c in caches] != [type(c) for c in wanted]:
-        raise InputError("This prompt cache has layers of other kinds than what was asked for: make it again.")
-    for found, asked in zip(_compressed_ones(caches), _compressed_ones(wanted), strict=True):
-        for side in ("key_codec", "value_codec"):
-            theirs, ours = getattr(found, side), getattr(asked, side)
-            if not same_kind(theirs, ours):
-                raise InputError(
-                    f"This prompt cache holds {described(theirs)} in layer {found.layer}, and {described(ours)} was "
-                    "asked for: ask for what it holds, or make it again."
-                )
-            if not (getattr(ours, "online", False) or same_codec(theirs, ours)):
-                raise InputError(
-                    f"This prompt cache was made with another calibration of {method_of(ours)}, or other options, than "
-                    f"was asked for (layer {found.layer} differs): ask for those, or make the cache again."
-                )
-
-
-def _compressed_ones(caches: Sequence[Any]) -> list[CompressedKVCache]:
-    return [slot for slot in slots_of(caches) if isinstance(slot, CompressedKVCache)]
 
 
 @dataclass(frozen=True)

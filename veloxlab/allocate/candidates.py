@@ -13,7 +13,8 @@ from veloxlab.allocate.budget import held_tokens, layer_sizes
 from veloxlab.allocate.plan import Plan, model_hash
 from veloxlab.codecs import METHODS, find_method
 from veloxlab.errors import InputError
-from veloxlab.integrate import exact_width, name_of, probe, slots_of
+from veloxlab.identity import name_of
+from veloxlab.integrate import exact_width, probe, slots_of
 from veloxlab.measure.memory import report
 from veloxlab.prompt_cache import LayerSettings, ModelCalibration, make_cache
 

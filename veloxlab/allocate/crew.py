@@ -16,7 +16,7 @@ from veloxlab.allocate import trials
 from veloxlab.allocate.candidates import Candidate, PlannedModel
 from veloxlab.allocate.trials import Bench, Trial, Trials, Weighed
 from veloxlab.errors import InputError
-from veloxlab.integrate import name_of
+from veloxlab.identity import name_of
 from veloxlab.measure.progress import Progress
 from veloxlab.models import load
 from veloxlab.store import Unfinished

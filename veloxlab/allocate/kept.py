@@ -7,11 +7,11 @@ from typing import Any
 
 from mlx.nn.layers.base import Module
 
+from veloxlab.allocate.points import PER_HEAD
 from veloxlab.allocate.rate_budget import FORMAT, RateBudget
 from veloxlab.allocate.ratequant import rate_budget
 from veloxlab.codecs import find_method
-from veloxlab.codecs.saving import written
-from veloxlab.integrate import fingerprint
+from veloxlab.identity import fingerprint
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
 
@@ -39,14 +39,16 @@ def kept_rate_budget(
     ------
     InputError : as `rate_budget`; a damaged file is told of in a warning, and made again.
     """
-    if any(find_method(method).codecs for method in measured.get("methods", ())):
+    methods = [find_method(method) for method in measured.get("methods", (PER_HEAD,))]
+    if any(method.codecs for method in methods):
         return rate_budget(model, tokenizer, folder=folder, progress=progress, **measured)
     facts: dict[str, Any] = {
         name: list(given) if isinstance(given, range) else given for name, given in measured.items()
     }
     if "calibrations" in facts:
         facts["calibrations"] = [calibration.identity for calibration in facts["calibrations"]]
-    path = kept_in("rates", folder) / f"{digest([FORMAT, written(), fingerprint(model), facts])[:16]}.json"
+    versions = {method.id: method.version for method in methods}
+    path = kept_in("rates", folder) / f"{digest([FORMAT, versions, fingerprint(model), facts])[:16]}.json"
     return kept(
         path,
         RateBudget.load,

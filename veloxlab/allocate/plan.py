@@ -14,7 +14,8 @@ from mlx.nn.layers.base import Module
 from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
-from veloxlab.integrate import LayerFacts, name_of, probe
+from veloxlab.identity import name_of
+from veloxlab.integrate import LayerFacts, probe
 from veloxlab.prompt_cache import DEFAULT_BITS, DEFAULT_SLIDING, LayerSettings, Sliding
 from veloxlab.store import digest, write_atomically
 

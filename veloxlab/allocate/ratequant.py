@@ -16,7 +16,8 @@ from veloxlab.allocate.rate_budget import RateBudget
 from veloxlab.allocate.sensitivity import By, sensitivities
 from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.calibration import Calibration
-from veloxlab.integrate import name_of, probe
+from veloxlab.identity import name_of
+from veloxlab.integrate import probe
 from veloxlab.measure.progress import Progress, silent
 
 

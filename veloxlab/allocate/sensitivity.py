@@ -23,8 +23,8 @@ from mlx.nn.layers.base import Module
 from veloxlab import integrate
 from veloxlab.allocate.proxies import SIDES, Sides, Step, by_attention_output, by_forward_kl, by_norm, mean_square
 from veloxlab.cache import DEFAULT_SINKS
-from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
+from veloxlab.identity import fingerprint
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.gradients import loss_gradients
 from veloxlab.measure.progress import Progress, silent
@@ -94,8 +94,7 @@ def sensitivities(
     _check(sequences, tokens, sinks)
     read = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
     facts = {
-        **written(),
-        "model": integrate.fingerprint(model),
+        "model": fingerprint(model),
         "text": digest(read),
         "sequences": sequences,
         "tokens": tokens,

@@ -17,13 +17,13 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.budget import BytesPerToken
 from veloxlab.allocate.plan import Plan
-from veloxlab.allocate.points import Bounds
+from veloxlab.allocate.points import PER_HEAD, Bounds
 from veloxlab.allocate.rate_budget import RateBudget
 from veloxlab.allocate.ratequant import rate_budget
 from veloxlab.allocate.sensitivity import By, sensitivities
-from veloxlab.codecs.saving import written
+from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
-from veloxlab.integrate import fingerprint
+from veloxlab.identity import fingerprint
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import Reference, judge, reference
@@ -123,7 +123,7 @@ def sweep(
     }
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
     facts = {
-        **written(),
+        "version": find_method(PER_HEAD).version,
         "model": fingerprint(model),
         "by": list(by),
         "calibration": digest([calibration_text, sequences]),

@@ -13,9 +13,9 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token
 from veloxlab.calibration import Calibration, calibrate
-from veloxlab.codecs.saving import written
+from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
-from veloxlab.integrate import fingerprint
+from veloxlab.identity import fingerprint
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.quality import Mode, Reference, judge
 from veloxlab.models import load
@@ -99,8 +99,9 @@ class Bench:
         return self._shape
 
     def identity(self) -> str:
-        """What tells this model, this text and this code from others, but for what is calibrated."""
-        return digest([written(), fingerprint(self.model), self._windows])
+        """Checksum of model, text and versions of methods, but for what is calibrated."""
+        versions = {method.id: method.version for method in METHODS.values()}
+        return digest([versions, fingerprint(self.model), self._windows])
 
     @cached_property
     def _shape(self) -> PlannedModel:

@@ -25,7 +25,7 @@ __all__ = [
     "find_method",
     "methods",
     "register",
-    "registered_id",
+    "registered",
     "unregister",
 ]
 
@@ -74,14 +74,15 @@ def find_method(name: str) -> Method:
 
 _OURS = frozenset(METHODS)
 _ID = re.compile(r"[a-z][a-z0-9_]*")
-_IDS: WeakKeyDictionary[type, str] = WeakKeyDictionary()  # of methods by codec class: codecs outlive `unregister`
+# ids and versions of methods by codec class: codecs outlive `unregister`
+_REGISTERED: WeakKeyDictionary[type, tuple[str, int]] = WeakKeyDictionary()
 
 
 def register(method: Method, *, replace: bool = False) -> Method:
     """Make an algorithm from elsewhere one of the methods: of caches, plans, measurements, charts and widgets.
 
     It lasts as long as the process, or until `unregister`. A cache that is saved with it is read again where a method
-    of this id is registered, with classes of the same names and fields; whether their code is the same is not checked.
+    of this id and version is registered, with classes of the same names and fields.
 
     Parameters
     ----------
@@ -116,13 +117,14 @@ def register(method: Method, *, replace: bool = False) -> Method:
     if not len(method.bits):
         raise InputError(f"The method {method.id!r} takes no bits: give a range, such as range(2, 9).")
     METHODS[method.id] = method
-    _IDS.update({kind: method.id for kind in method.codecs if not kind.__module__.startswith(f"{__name__}.")})
+    named = (method.id, method.version)
+    _REGISTERED.update({kind: named for kind in method.codecs if not kind.__module__.startswith(f"{__name__}.")})
     return method
 
 
-def registered_id(kind: type) -> str | None:
-    """Id under which ``kind``, a class from elsewhere, was last registered, even if that was undone since."""
-    return _IDS.get(kind)
+def registered(kind: type) -> tuple[str, int] | None:
+    """Id and version under which ``kind``, a class from elsewhere, was last registered, even if undone since."""
+    return _REGISTERED.get(kind)
 
 
 def unregister(name: str) -> None:

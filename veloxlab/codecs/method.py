@@ -29,6 +29,8 @@ class Method:
     build : makes the codec: ``build(head_dim, bits, role, **options)``.
     codecs : classes of the codecs that it makes, by which a saved cache finds them again. Those here are found by their
         file; a method that is registered from elsewhere (`veloxlab.register`) has to name them.
+    version : what its codes mean, and what is fitted. Raise it with every change that gives other codes, or another fit
+        of the same activations: files of before are then refused, and made again.
     """
 
     id: str
@@ -40,6 +42,7 @@ class Method:
     options: tuple[str, ...]
     build: Callable[..., Codec]
     codecs: tuple[type, ...] = ()
+    version: int = 1
 
     def check(self, bits: int, role: Role, options: Mapping[str, object]) -> None:
         """Raise `InputError` unless ``bits`` and the names of ``options`` are the method's."""

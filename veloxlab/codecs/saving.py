@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import fields, is_dataclass
-from functools import cache
 from importlib import import_module
-from importlib.metadata import version
-from importlib.resources import files
 from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from veloxlab.codecs import METHODS, registered_id
+from veloxlab.codecs import METHODS, find_method, registered
 from veloxlab.codecs.codec import Codec
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
@@ -49,7 +45,14 @@ def class_name(codec: Codec) -> str:
 
 def method_of(codec: Codec) -> str:
     """Id of the method that made the codec: of ours each has a file of its own, any other names its classes."""
-    return registered_id(type(codec)) or type(codec).__module__.rpartition(".")[2]
+    found = registered(type(codec))
+    return found[0] if found else type(codec).__module__.rpartition(".")[2]
+
+
+def version_of(codec: Codec) -> int:
+    """Version of the method that made the codec; 0 if it was made by none, and so cannot be read again."""
+    found, ours = registered(type(codec)), METHODS.get(method_of(codec))
+    return found[1] if found else ours.version if ours else 0
 
 
 def described(codec: Codec) -> str:
@@ -84,29 +87,11 @@ def find_class(name: str) -> type[Codec]:
     return found  # type: ignore[return-value]
 
 
-def written() -> dict[str, str]:
-    """The version and the code that write a file now, for `check_written`."""
-    return {"version": version("veloxlab"), "code": code_hash()}
-
-
-def check_written(by: str, code: str) -> None:
-    """Raise `ValueError` unless a file's version and code are those that are here."""
-    here = written()
-    if (by, code) != (here["version"], here["code"]):
-        raise ValueError(
-            f"it was written by veloxlab {by} with codecs {code}, and this is {here['version']} with codecs "
-            f"{here['code']}"
-        )
-
-
-@cache
-def code_hash() -> str:
-    """Sixteen hex digits over the files of all codecs: what codes mean, and what is fitted, depends on several."""
-    sources = [file for file in files("veloxlab.codecs").iterdir() if file.name.endswith(".py")]
-    digest = hashlib.sha256()
-    for name, content in sorted((file.name, file.read_bytes()) for file in sources):
-        digest.update(f"{name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:16]
+def check_version(method: str, version: object) -> None:
+    """Raise `ValueError` unless a file's ``version`` of a method is the one that is here."""
+    here = find_method(method).version
+    if version != here:
+        raise ValueError(f"it has codes of {method} of version {version}, and here they are of version {here}")
 
 
 def _split(thing: object, prefix: str) -> tuple[Plain, Arrays]:

@@ -1,0 +1,97 @@
+"""A model is told from another by what it is now, and not by what it was when it was first seen."""
+
+import time
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+import veloxlab as vl
+from tests.tiny_models import tiny
+from veloxlab import identity, integrate
+from veloxlab.errors import InputError
+
+IDS = list(range(1, 90))
+SEED = 13  # no model of another test is alike
+
+
+@pytest.fixture
+def model():
+    return tiny("llama", seed=SEED)
+
+
+def scaled(model):
+    model.layers[1].self_attn.k_proj.weight *= 3
+
+
+def one_column(model):
+    weight = model.layers[0].self_attn.k_proj.weight
+    weight[:, 5:15] = weight[:, 5:15] * 2
+
+
+def adapted(model):
+    linear_to_lora_layers(model, 1, {"rank": 2, "scale": 20.0, "dropout": 0.0, "keys": {"self_attn.q_proj"}})
+
+
+CHANGES = {
+    "scaled in place": scaled,
+    "some columns": one_column,
+    "an adapter that does nothing yet": adapted,
+    "a cast": lambda model: model.set_dtype(mx.bfloat16),
+    "quantized": nn.quantize,
+    "another rotation": lambda model: setattr(model.layers[0].self_attn.rope, "base", 5e5),
+    "fewer layers": lambda model: setattr(model.model, "layers", model.model.layers[:1]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_changed_model_is_another(model, change, tmp_path):
+    """Its old caches are refused, by both readers, and those that it makes now are read."""
+    before, after = tmp_path / "before.safetensors", tmp_path / "after.safetensors"
+    save_prompt_cache(str(before), vl.make_cache(model))
+    change(model)
+    for read in (lambda: vl.load_cache(before, model), lambda: load_prompt_cache(str(before))):
+        with pytest.raises(InputError, match="the model llama of 2 layers, "):
+            read()
+    cache = vl.make_cache(model)
+    model(mx.array([IDS]), cache=cache)
+    save_prompt_cache(str(after), cache)
+    assert [c.offset for c in vl.load_cache(after, model)] == [len(IDS)] * len(model.layers)
+    assert len(load_prompt_cache(str(after))) == len(model.layers)
+
+
+def test_a_change_that_is_undone_is_none(model, tmp_path):
+    file = tmp_path / "prompt.safetensors"
+    save_prompt_cache(str(file), vl.make_cache(model))
+    scaled(model)
+    vl.make_cache(model)
+    model.layers[1].self_attn.k_proj.weight = tiny("llama", seed=SEED).layers[1].self_attn.k_proj.weight
+    assert len(vl.load_cache(file, model)) == 2
+
+
+def test_a_model_with_fewer_layers_is_looked_at_anew(model):
+    assert len(integrate.probe(model)) == 2
+    model.model.layers = model.model.layers[:1]
+    assert len(integrate.probe(model)) == 1
+    assert len(vl.make_cache(model)) == 1
+
+
+def test_the_order_in_which_parts_were_set_is_no_difference(model):
+    other = tiny("llama", seed=SEED)
+    attention = other.layers[0].self_attn
+    attention["q_proj"] = attention.pop("q_proj")
+    assert list(attention) != list(model.layers[0].self_attn)
+    assert identity.fingerprint(other) == identity.fingerprint(model)
+
+
+def test_it_is_cheap(smollm2):
+    model, _ = smollm2
+    identity.fingerprint(model)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        identity.fingerprint(model)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 0.1
