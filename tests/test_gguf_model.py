@@ -7,7 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
-from tests.gguf_files import HEAD_DIM, VOCAB, tiny_tensors, write_llama
+from tests.gguf_files import HEAD_DIM, VOCAB, byte_level, tiny_tensors, write_llama
 from veloxlab.errors import InputError
 from veloxlab.gguf import open_gguf
 from veloxlab.gguf_model import build_model, build_tokenizer, word_splitter
@@ -92,20 +92,8 @@ def test_sentencepiece_vocabulary_is_refused(tmp_path):
 # tokenizers of other GGUF files
 
 
-def bpe(tokens, merges, types, **ids):
-    """Metadata of a byte-level vocabulary, with the ids of tokens that it names."""
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "gpt-2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.token_type": mx.array(types, mx.int32),
-        **{f"tokenizer.ggml.{name}_token_id": mx.array(number, mx.uint32) for name, number in ids.items()},
-    }
-
-
 def test_beginning_of_text_is_added_where_the_file_says_so(tmp_path):
-    metadata = bpe(["<s>", "a", "b", "ab"], ["a b"], [3, 1, 1, 1], bos=0)
+    metadata = byte_level(["<s>", "a", "b", "ab"], ["a b"], [3, 1, 1, 1], bos=0)
     metadata["tokenizer.ggml.add_bos_token"] = mx.array(True)
     tokenizer = build_tokenizer(open_llama(tmp_path, **metadata))
     assert tokenizer.encode("abb") == [0, 3, 2]
@@ -120,7 +108,7 @@ MARKS = {"<think>": 4, "</think>": 4, "a b": 4, "<unk>": 2, "<|end|>": 3}  # and
 def marked(tmp_path):
     tokens = [*LETTERS, *MARKS]
     kinds = [1] * len(LETTERS) + [*MARKS.values()]
-    return build_tokenizer(open_llama(tmp_path, **bpe(tokens, ["a b"], kinds, eot=len(LETTERS) + 4)))
+    return build_tokenizer(open_llama(tmp_path, **byte_level(tokens, ["a b"], kinds, eot=len(LETTERS) + 4)))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +137,7 @@ def test_tokens_that_the_user_defined_are_text_and_control_tokens_are_not(marked
 
 def test_generation_ends_at_every_end_that_the_file_names(tmp_path):
     tokens = ["S", "TOP", "STOP", "TURN", "CALL", "<|eom_id|>"]
-    metadata = bpe(tokens, ["S TOP"], [1, 1, 3, 3, 3, 3], eos=2, eot=3, eom=4)
+    metadata = byte_level(tokens, ["S TOP"], [1, 1, 3, 3, 3, 3], eos=2, eot=3, eom=4)
     assert build_tokenizer(open_llama(tmp_path, **metadata)).eos_token_ids == {2, 3, 4, 5}
 
 
@@ -165,7 +153,7 @@ def test_generation_ends_at_every_end_that_the_file_names(tmp_path):
 )
 def test_vocabulary_that_does_not_add_up_is_refused(tmp_path, merge, kinds, ids, message):
     with pytest.raises(InputError, match=message):
-        build_tokenizer(open_llama(tmp_path, **bpe(["a", "b", "ab"], [merge], kinds, **ids)))
+        build_tokenizer(open_llama(tmp_path, **byte_level(["a", "b", "ab"], [merge], kinds, **ids)))
 
 
 @pytest.mark.parametrize(
