@@ -6,6 +6,7 @@ import struct
 
 import mlx.core as mx
 import numpy as np
+from tokenizers.pre_tokenizers import ByteLevel
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 4, 2, 8, 24, 96
 
@@ -25,11 +26,11 @@ def tiny_metadata(**changes):
     return {**values, **changes}
 
 
-def tiny_tensors(tied=True):
+def tiny_tensors(tied=True, vocabulary=VOCAB):
     mx.random.seed(0)
-    shapes = {"token_embd": (VOCAB, WIDTH), "output_norm": (WIDTH,)}
+    shapes = {"token_embd": (vocabulary, WIDTH), "output_norm": (WIDTH,)}
     if not tied:
-        shapes["output"] = (VOCAB, WIDTH)
+        shapes["output"] = (vocabulary, WIDTH)
     for layer in range(2):
         block = {
             "attn_q": (HEADS * HEAD_DIM, WIDTH),
@@ -50,6 +51,26 @@ def write_llama(path, tensors=None, **metadata):
     """Write a tiny llama model with random weights; ``metadata`` adds to its own values or replaces them."""
     mx.save_gguf(str(path), tiny_tensors() if tensors is None else tensors, tiny_metadata(**metadata))
     return path
+
+
+def byte_level(tokens, merges, types, **ids):
+    """Metadata of a byte-level vocabulary, with the ids of tokens that it names."""
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": mx.array(types, mx.int32),
+        **{f"tokenizer.ggml.{name}_token_id": mx.array(number, mx.uint32) for name, number in ids.items()},
+    }
+
+
+def write_chat_model(path):
+    """Write a whole model that can be talked to, of 512 positions: a token for each byte, `<end>`, and a template."""
+    tokens = [*sorted(ByteLevel.alphabet()), "ab", "<end>"]
+    vocabulary = byte_level(tokens, ["a b"], [1] * (len(tokens) - 1) + [3], eos=len(tokens) - 1)
+    vocabulary["tokenizer.chat_template"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}<end>{% endfor %}"
+    return write_llama(path, tiny_tensors(vocabulary=len(tokens)), **vocabulary)
 
 
 def write_tensor(path, kind, shape, data):

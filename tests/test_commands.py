@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
 import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 import veloxlab as vl
+from tests.servers import VELOXLAB, post, serving
+from tests.test_calibration import Letters
+from tests.tiny_models import tiny
 from veloxlab import cli
+from veloxlab.codecs.saving import same_codec
+from veloxlab.commands import Wanted
+from veloxlab.errors import InputError
 
-VELOXLAB = [sys.executable, "-c", "import sys; from veloxlab.cli import main; sys.exit(main())"]
 QUESTIONS = [
     ("What is the capital of France?", 12),
     ("List the first ten prime numbers, then explain why 1 is not one of them.", 40),
@@ -28,43 +26,11 @@ QUESTIONS = [
 ]
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-@contextmanager
-def serving(*arguments: str):
-    """A server of smollm2-135m, and its port."""
-    port = free_port()
-    command = [*VELOXLAB, "serve", "smollm2-135m", *arguments, "--port", str(port), "--log-level", "WARNING"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        for _ in range(600):
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                break
-            except (urllib.error.URLError, ConnectionError):
-                assert server.poll() is None, server.stdout.read()
-                time.sleep(0.1)
-        yield port
-    finally:
-        server.terminate()
-        server.wait(30)
-        server.stdout.close()
-
-
 def ask(port: int, messages: list[dict[str, str]], count: int) -> tuple[str, int]:
     """The answer, and how many tokens of the question were held already."""
     body = {"model": "default_model", "messages": messages, "max_tokens": count, "temperature": 0}
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/chat/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
-    )
-    with urllib.request.urlopen(request, timeout=120) as response:
-        answer = json.load(response)
+    status, answer = post(port, "/v1/chat/completions", body)
+    assert status == 200, answer
     held = answer["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0)
     return answer["choices"][0]["message"]["content"], held
 
@@ -101,6 +67,56 @@ def test_the_server_takes_a_plan(tmp_path, smollm2):
     plan = vl.Plan.uniform(smollm2[0], key_bits=6, value_bits=4).save(tmp_path / "plan.json")
     with serving("--plan", str(plan)) as port:
         assert "Paris" in ask(port, question(QUESTIONS[0][0]), 12)[0]
+
+
+@pytest.fixture
+def learner(tmp_path, monkeypatch):
+    """A model, a plan of a method that learns, and what was fitted for it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = tiny("llama")
+    settings = {"key_bits": 3, "value_bits": 2}
+    fitted = vl.calibrate(model, Letters(), "spectralquant", bits=[2, 3], folder=tmp_path)
+    return model, vl.Plan.uniform(model, "spectralquant", **settings), fitted
+
+
+def silent(done, total, label):
+    raise AssertionError(f"this was to be fitted already: {label}")
+
+
+def test_a_plan_of_a_method_that_learns_takes_what_was_fitted(learner):
+    model, plan, fitted = learner
+    cache = Wanted(plan, None, {}, [fitted]).maker(model, Letters(), silent)()
+    assert cache[1].key_codec is fitted.codecs[1, "keys", 3]
+    assert cache[1].value_codec is fitted.codecs[1, "values", 2]
+
+
+def test_widths_of_one_method_may_be_in_files_of_their_own(learner, tmp_path):
+    model, plan, fitted = learner
+    files = [
+        str(vl.calibrate(model, Letters(), "spectralquant", bits=bits).save(tmp_path / str(bits))) for bits in (2, 3)
+    ]
+    cache = Wanted(plan, None, {}, [vl.Calibration.load(file) for file in files]).maker(model, Letters(), silent)()
+    assert same_codec(cache[0].key_codec, fitted.codecs[0, "keys", 3])
+    assert same_codec(cache[0].value_codec, fitted.codecs[0, "values", 2])
+
+
+def test_a_plan_of_a_method_that_learns_is_fitted_with_progress(learner):
+    model, plan, fitted = learner
+    told = []
+    make = Wanted(plan, None, {}).maker(model, Letters(), lambda done, total, label: told.append((done, total)))
+    assert told == [(0, 2), (1, 2), (2, 2)]
+    for layer, cache in enumerate(make()):
+        assert same_codec(cache.key_codec, fitted.codecs[layer, "keys", 3])
+
+
+def test_a_calibration_of_nothing_that_is_used_is_refused(learner):
+    with pytest.raises(InputError, match="A calibration of spectralquant was given, and turboquant is used"):
+        Wanted(None, None, {}, [learner[2]])
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_is_fitted(learner):
+    with pytest.raises(InputError, match="was made for a model with hash"):
+        Wanted(learner[1], None, {}).maker(tiny("llama", num_hidden_layers=3), Letters(), silent)
 
 
 def test_the_server_is_not_reachable_from_other_machines():
@@ -141,6 +157,7 @@ def test_a_prompt_cache_is_made_and_continued_in_another_process(tmp_path):
         (["serve", "smollm2-135m", "--method", "zip"], "Unknown method 'zip'. Known methods:"),
         (["serve", "smollm2-135m", "--method", "rvq", "--plan", "p.json"], "leave out --method"),
         (["generate", "smollm2-135m", "--plan", "p.json", "--prompt", "x"], "There is no plan at p.json."),
+        (["serve", "smollm2-135m", "--calibration", "c.json"], "The calibration c.json cannot be read"),
     ],
 )
 def test_what_contradicts_a_compressed_cache_is_refused_in_a_sentence(capsys, arguments, sentence):

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import subprocess
+import sys
 import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 
@@ -11,6 +17,10 @@ from veloxlab.errors import InputError
 from veloxlab.widgets import Progress, ProgressBar, Status, Worker
 
 PATIENCE = 20  # seconds
+
+
+class PanicException(BaseException):
+    """As Polars' own, which is no Exception."""
 
 
 @pytest.fixture
@@ -193,6 +203,9 @@ def test_a_job_cannot_swallow_its_cancellation(worker, news):
         (InputError("There are no 9 bits:\n choose 2 to 8."), "There are no 9 bits: choose 2 to 8."),
         (KeyError("layer"), "This stopped with KeyError: 'layer'."),
         (MemoryError(), "This stopped with MemoryError."),
+        (SystemExit(3), "This stopped with SystemExit: 3."),
+        (KeyboardInterrupt(), "This stopped with KeyboardInterrupt."),
+        (PanicException("a shape is wrong"), "This stopped with PanicException: a shape is wrong."),
     ],
 )
 def test_an_error_becomes_a_sentence_and_the_worker_goes_on(worker, news, error, said):
@@ -218,9 +231,14 @@ def test_an_error_in_a_callback_is_said_too(worker):
     assert sentences == ["This stopped with ZeroDivisionError: division by zero."]
 
 
-def test_a_listener_that_fails_is_logged_and_stops_nobody(worker, caplog):
+@pytest.mark.parametrize("kind", [ValueError, SystemExit])
+def test_a_listener_that_fails_is_logged_and_stops_nobody(worker, caplog, kind):
     results: list[int] = []
-    end = worker.watch(lambda status: 1 / 0)
+
+    def fail(_: Status) -> None:
+        raise kind
+
+    end = worker.watch(fail)
     with caplog.at_level(logging.ERROR):
         worker.submit("key", lambda _: 1, on_done=results.append)
         idle(worker)
@@ -241,15 +259,103 @@ def test_wait_gives_up_at_its_deadline(worker):
     idle(worker)
 
 
-def test_a_closed_worker_has_no_thread_and_takes_no_job():
-    worker = Worker("closing")
-    held = Held()
-    worker.submit("key", held)
-    assert held.started.wait(PATIENCE)
+def test_a_closed_worker_ends_its_thread_without_waiting_and_takes_no_job(worker, news):
+    go, started = threading.Event(), threading.Event()
+
+    def deaf(_: Progress) -> None:
+        started.set()
+        go.wait(PATIENCE)
+
+    worker.submit("key", deaf)
+    assert started.wait(PATIENCE)
+    thread = thread_of(worker)
+    worker.submit("later", Held())
     worker.close()
-    assert "closing" not in {thread.name for thread in threading.enumerate()}
-    with pytest.raises(InputError, match="The worker 'closing' is closed"):
-        worker.submit("key", held)
+    assert thread.is_alive()  # in the job, which nobody can interrupt
+    go.set()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert {status.key for status in news if status.state == "cancelled"} == {"key", "later"}
+    with pytest.raises(InputError, match="The worker 'test-worker' is closed"):
+        worker.submit("key", Held())
+
+
+def thread_of(worker: Worker) -> threading.Thread:
+    return next(thread for thread in threading.enumerate() if thread.name == worker.name)
+
+
+@dataclass(eq=False)
+class Owner:
+    """As a widget that has a worker, asks it for jobs and listens to it."""
+
+    worker: Worker
+    newest: Status | None = None
+
+    def follow(self, status: Status) -> None:
+        self.newest = status
+
+    def job(self, progress: Progress) -> None:
+        progress(1, 2)
+
+
+def test_an_idle_worker_that_nobody_holds_ends_its_thread():
+    worker = Worker("forgotten")
+    owner = Owner(worker)
+    worker.watch(owner.follow)
+    worker.submit("key", owner.job)
+    idle(worker)
+    thread, gone = thread_of(worker), weakref.ref(worker)
+    del worker, owner
+    gc.collect()
+    assert gone() is None
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
+def test_jobs_of_a_worker_that_nobody_holds_are_done():
+    results: list[str] = []
+    finished = threading.Event()
+    Worker().submit("key", lambda _: "done", on_done=lambda result: (results.append(result), finished.set()))
+    assert finished.wait(PATIENCE)
+    assert results == ["done"]
+
+
+SCRIPTS = {
+    "left": "worker.submit('key', compute); worker.wait()",
+    "closed": "worker.submit('key', compute); worker.wait(); worker.close()",
+    "busy": "worker.submit('key', compute); time.sleep(0.05)",
+    "forgotten": "worker.submit('key', compute); worker.wait(); del worker; gc.collect()",
+}
+COMPUTES = """
+import gc, sys, time, types
+import veloxlab
+import mlx.core as mx
+package = types.ModuleType("veloxlab.widgets")  # whose own imports take seconds
+package.__path__ = [veloxlab.__path__[0] + "/widgets"]
+sys.modules["veloxlab.widgets"] = package
+from veloxlab.widgets.worker import Worker
+def compute(progress):
+    x = mx.random.normal((192, 192))
+    for _ in range(300 if {busy} else 3):
+        progress.check()
+        x = x @ x / 14
+        mx.eval(x)
+worker = Worker()
+{end}
+"""
+
+
+def test_scripts_end_with_status_0():
+    """MLX 0.32.4 aborts in about a seventh of processes that end just after a thread that has computed."""
+
+    def status(name: str) -> tuple[str, int, str]:
+        script = COMPUTES.format(busy=name == "busy", end=SCRIPTS[name])
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        return name, done.returncode, done.stderr
+
+    with ThreadPoolExecutor(4) as pool:
+        ends = list(pool.map(status, [*SCRIPTS] * 5))
+    assert ends == [(name, 0, "") for name in [*SCRIPTS] * 5]
 
 
 # ---- the bar

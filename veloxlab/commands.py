@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from mlx.nn.layers.base import Module
 
 from veloxlab import integrate, prompt_cache
 from veloxlab.allocate.plan import Plan
-from veloxlab.calibration import calibrate
+from veloxlab.calibration import Calibration, calibrate
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
+from veloxlab.measure.progress import Progress
 from veloxlab.models import DEMO_MODEL, load
 from veloxlab.prompt_file import check_caches
 
@@ -29,35 +30,63 @@ _OURS = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What cache a command is to use: a plan's file, or a method and what else `veloxlab.make_cache` takes."""
+    """What cache a command is to use: a plan, or a method and what else `veloxlab.make_cache` takes.
 
-    plan: Path | None
+    Attributes
+    ----------
+    plan, method : one of them, or neither, which is TurboQuant.
+    settings : bits, key_bits, value_bits, sinks, window, max_kv_size; only those that were given.
+    calibrations : made before, of methods that are used; what else has to be fitted is, when the model is there.
+    """
+
+    plan: Plan | None
     method: str | None
-    settings: dict[str, Any]  # bits, key_bits, value_bits, sinks, window, max_kv_size; only those that were given
+    settings: dict[str, Any]
+    calibrations: Sequence[Calibration] = ()
 
     def __post_init__(self) -> None:
-        if self.plan is not None and self.method is not None:
-            raise InputError("--plan says which method each layer gets: leave out --method.")
         if self.method is not None:
             find_method(self.method)
+        used = self._widths()
+        for unused in (each.method for each in self.calibrations if each.method not in used):
+            raise InputError(f"A calibration of {unused} was given, and {', '.join(used)} is used: leave it out.")
 
     @property
     def given(self) -> bool:
         """Whether anything was asked for."""
         return self.plan is not None or self.method is not None or bool(self.settings)
 
-    def maker(self, model: Module, tokenizer: Any) -> Callable[[], list[Any]]:  # noqa: ANN401
-        """What makes one cache after another for ``model``; a method that has to be calibrated is, once, now."""
-        settings = dict(self.settings)
+    def maker(self, model: Module, tokenizer: Any, progress: Progress) -> Callable[[], list[Any]]:  # noqa: ANN401
+        """What makes one cache after another for ``model``; what has to be fitted for it is, once, now."""
         if self.plan is not None:
-            plan = Plan.load(self.plan)
-            return lambda: prompt_cache.make_cache(model, plan, **settings)
-        method = self.method or "turboquant"
-        if find_method(method).calibrated:
-            usual = settings.get("bits", prompt_cache.DEFAULT_BITS)
-            widths = {settings.get(side, usual) for side in ("key_bits", "value_bits")}
-            settings["calibration"] = calibrate(model, tokenizer, method, bits=sorted(widths), progress=_say)
-        return lambda: prompt_cache.make_cache(model, method, **settings)
+            self.plan.settings_for(model)  # refused before anything is fitted
+        fitted = _joined(self.calibrations)
+        for method, widths in self._widths().items():
+            learns = find_method(method).calibrated or (self.plan is not None and method in self.plan.calibrations)
+            if learns and method not in fitted:
+                fitted[method] = calibrate(model, tokenizer, method, bits=sorted(widths), progress=progress)
+        settings = {**self.settings, "calibration": [*fitted.values()]}
+        return lambda: prompt_cache.make_cache(model, self.plan or self.method or "turboquant", **settings)
+
+    def _widths(self) -> Mapping[str, set[int]]:
+        """The methods that are used, and the bits of each."""
+        widths: dict[str, set[int]] = {}
+        if self.plan is None:
+            usual = self.settings.get("bits", prompt_cache.DEFAULT_BITS)
+            both = {self.settings.get(side, usual) for side in ("key_bits", "value_bits")}
+            return {self.method or "turboquant": both}
+        for layer in self.plan.layers:
+            for _, method, bits, _ in layer.sides:
+                widths.setdefault(method, set()).add(bits)
+        return widths
+
+
+def _joined(some: Sequence[Calibration]) -> dict[str, Calibration]:
+    """Calibrations by method; those of one method, at widths of their own, as one."""
+    by_method: dict[str, Calibration] = {}
+    for each in some:
+        by_method[each.method] = by_method[each.method].joined(each) if each.method in by_method else each
+    return by_method
 
 
 class Loader:
@@ -67,6 +96,8 @@ class Loader:
         self._load, self._read = module.load, getattr(module, "load_prompt_cache", None)
         self._name, self._wanted = name, wanted
         self._read_caches: list[Any] | None = None
+        self.stopped = threading.Event()
+        """Ends what is being fitted, and the thread that does it."""
 
     def load(self, path: str, **options: Any) -> tuple[Any, ...]:
         """Load as mlx-lm does, or a GGUF by `veloxlab.load`; the command's own model then makes compressed caches."""
@@ -76,11 +107,17 @@ class Loader:
             loaded = self._load(path, **options)
         if path == self._name:  # and not a draft model, which is small
             model, tokenizer = loaded[:2]
-            make = self._wanted.maker(model, tokenizer)
+            make = self._wanted.maker(model, tokenizer, self.say)
             integrate.use(model, make)
             if self._read_caches is not None:
                 check_caches(model, self._read_caches, make() if self._wanted.given else None)
         return loaded
+
+    def say(self, done: int, total: int, label: str) -> None:
+        """Print how far a fit has come, or end it."""
+        if self.stopped.is_set():
+            raise KeyboardInterrupt
+        print(f"{done} of {total}: {label}", file=sys.stderr)
 
     def load_prompt_cache(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
         """Read a file as mlx-lm does, and keep what was read until the model is there, which it has to fit."""
@@ -108,9 +145,9 @@ def run(command: str, theirs: str, name: str, wanted: Wanted, options: Sequence[
     names = [hooked for hooked in ("load", "load_prompt_cache") if hasattr(module, hooked)]
     arguments = [f"mlx_lm.{theirs}", "--model", name, *options]
     hooks = {hooked: getattr(loader, hooked) for hooked in names}
+    if theirs == "server":
+        from veloxlab.serving import hooks_of  # here, as it imports the server
+
+        hooks |= hooks_of(loader.stopped)
     with integrate.replaced(module, hooks), integrate.replaced(sys, {"argv": arguments}):
         module.main()
-
-
-def _say(done: int, total: int, label: str) -> None:
-    print(f"{done} of {total}: {label}", file=sys.stderr)

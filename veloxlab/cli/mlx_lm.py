@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from veloxlab.cli.arguments import Commands
+from veloxlab.errors import InputError
 
 THEIRS = {"serve": "server", "generate": "generate", "cache-prompt": "cache_prompt"}
 """Our names of the commands, and theirs."""
@@ -28,6 +29,14 @@ def add(commands: Commands) -> None:
         parser.add_argument(
             "--plan", type=Path, metavar="FILE", help="a plan that plan.save wrote, in the place of --method"
         )
+        parser.add_argument(
+            "--calibration",
+            type=Path,
+            action="append",
+            default=[],
+            metavar="FILE",
+            help="what calibration.save wrote, once for each file; other methods that learn are fitted first",
+        )
         for number, words in NUMBERS.items():
             parser.add_argument(f"--{number.replace('_', '-')}", type=int, metavar="N", help=words)
         parser.set_defaults(run=run_theirs, passes_on="unknown")
@@ -35,9 +44,14 @@ def add(commands: Commands) -> None:
 
 def run_theirs(options: argparse.Namespace) -> int:
     """Run one of them."""
+    from veloxlab.allocate.plan import Plan
+    from veloxlab.calibration import Calibration
     from veloxlab.commands import Wanted, run
 
     settings = {name: getattr(options, name) for name in NUMBERS if getattr(options, name) is not None}
-    wanted = Wanted(options.plan, options.method, settings)
+    if options.plan is not None and options.method is not None:
+        raise InputError("--plan says which method each layer gets: leave out --method.")
+    plan = None if options.plan is None else Plan.load(options.plan)
+    wanted = Wanted(plan, options.method, settings, [Calibration.load(path) for path in options.calibration])
     run(options.command, THEIRS[options.command], options.model, wanted, options.passed_on)
     return 0

@@ -6,20 +6,18 @@ that made them. So callbacks only submit jobs here, and only the newest job of a
 
 from __future__ import annotations
 
-import atexit
 import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import finalize
 
 from veloxlab.errors import InputError
+from veloxlab.widgets.line import Line, Request, State, start_thread
 
-State = Literal["waiting", "running", "done", "cancelled", "overtaken", "failed"]
 Job = Callable[["Progress"], Any]
-
-QUIET = 0.25  # seconds without a request before what nobody waits for begins: it would slow a hand on a slider
 log = logging.getLogger(__name__)
 
 
@@ -75,21 +73,11 @@ class Progress:
             raise Cancelled
 
 
-@dataclass(eq=False)
-class _Request:
-    key: str
-    job: Job
-    on_done: Callable[[Any], None]
-    on_error: Callable[[str], None]
-    ahead: bool = False
-    unwanted: threading.Event = field(default_factory=threading.Event)
-    why: State = "cancelled"  # it is unwanted
-
-
 class Worker:
     """Run jobs one after another on one thread, and drop those that were overtaken.
 
-    Every method may be called from any thread. Results, errors and news are delivered on the worker's thread.
+    Every method may be called from any thread. Results, errors and news are delivered on the worker's thread, which
+    ends when the worker is closed, or has no job and is referred to by nobody.
 
     Parameters
     ----------
@@ -104,14 +92,11 @@ class Worker:
 
     def __init__(self, name: str = "veloxlab-worker") -> None:
         self.name = name
-        self.last_error: Exception | None = None
+        self.last_error: BaseException | None = None
         """What the last failed job raised, with its trace."""
-        self._changed = threading.Condition()
-        self._waiting: dict[str, _Request] = {}
-        self._running: _Request | None = None
-        self._thread: threading.Thread | None = None
-        self._closed = False
-        self._asked = 0.0
+        self._line = Line()
+        self._started = False
+        finalize(self, self._line.close).atexit = False  # the end of Python ends every thread
         self._listeners: list[Callable[[Status], None]] = []
 
     def submit(
@@ -139,41 +124,31 @@ class Worker:
             Nobody waits for it yet: it begins after a quiet moment, makes way for any other job and begins anew behind
             it.
         """
-        request = _Request(key, job, on_done, on_error, ahead)
-        with self._changed:
-            if self._closed:
+        with self._line.changed:
+            if self._line.closed:
                 raise InputError(f"The worker {self.name!r} is closed: make a new one.")
-            dropped = self._forget(key, "overtaken")
-            self._waiting[key] = request
-            self._asked = time.monotonic()
-            if self._running is not None and self._running.ahead and not ahead and not self._running.unwanted.is_set():
-                self._running.why = "waiting"
-                self._running.unwanted.set()
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name=self.name, daemon=True)
-                self._thread.start()
-                atexit.register(self.close)
-            self._changed.notify_all()
+            dropped = self._line.add(Request(self._run, key, job, on_done, on_error, ahead))
+            if not self._started:
+                self._started = True
+                start_thread(self._line, self.name)
         self._tell_all(dropped)
         self._tell(Status(key, "waiting"))
 
     def cancel(self, key: str | None = None) -> None:
         """Drop what waits and end what runs: of one key, or everything."""
-        with self._changed:
-            keys = [*self._waiting] + ([self._running.key] if self._running else []) if key is None else [key]
-            dropped = [request for each in dict.fromkeys(keys) for request in self._forget(each, "cancelled")]
-            self._changed.notify_all()
+        with self._line.changed:
+            dropped = self._line.forget(key, "cancelled")
         self._tell_all(dropped)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing waits or runs, and tell whether that came before ``timeout`` seconds."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
-            while self._waiting or self._running:
+        with self._line.changed:
+            while self._line.waiting or self._line.running:
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return False
-                self._changed.wait(left)
+                self._line.changed.wait(left)
         return True
 
     def watch(self, listener: Callable[[Status], None]) -> Callable[[], None]:
@@ -181,58 +156,20 @@ class Worker:
         self._listeners.append(listener)
         return lambda: self._listeners.remove(listener) if listener in self._listeners else None
 
-    def close(self, timeout: float = 5.0) -> None:
-        """Cancel everything and end the thread, which is given ``timeout`` seconds."""
-        with self._changed:
-            self._closed = True
-        self.cancel()
-        atexit.unregister(self.close)
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join(timeout)
+    def close(self) -> None:
+        """Cancel everything and let the thread end. This does not wait; `wait` does, for a job that still runs."""
+        self._tell_all(self._line.close())
 
-    def _forget(self, key: str, why: State) -> list[_Request]:
-        """Make a key's jobs unwanted, and give the one that did not start. The lock is held."""
-        waiting = self._waiting.pop(key, None)
-        running = self._running if self._running is not None and self._running.key == key else None
-        for request in filter(None, (waiting, running)):
-            request.why = why
-            request.unwanted.set()
-        return [waiting] if waiting else []
+    def _run(self, request: Request) -> None:
+        outcome = self._outcome(request)
+        with self._line.changed:
+            if outcome.state == "waiting":
+                outcome = replace(outcome, state=request.why)  # it may have been cancelled since
+                if request.why == "waiting" and request.key not in self._line.waiting:
+                    self._line.waiting[request.key] = replace(request, unwanted=threading.Event())
+        self._tell(outcome)
 
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                request = self._next()
-                if request is None:
-                    return
-                self._running = request
-            outcome = self._outcome(request)
-            with self._changed:
-                if outcome.state == "waiting":
-                    outcome = replace(outcome, state=request.why)  # it may have been cancelled since
-                    if request.why == "waiting" and request.key not in self._waiting:
-                        self._waiting[request.key] = replace(request, unwanted=threading.Event())
-            self._tell(outcome)
-            with self._changed:
-                self._running = None
-                self._changed.notify_all()
-
-    def _next(self) -> _Request | None:
-        """Wait for the next request and take it; None once the worker is closed. The lock is held."""
-        while True:
-            if not self._waiting:
-                if self._closed:
-                    return None
-                self._changed.wait()
-                continue
-            # false sorts first, and the sort is stable: the oldest of those that somebody waits for
-            key = min(self._waiting, key=lambda each: self._waiting[each].ahead)
-            quiet = self._asked + QUIET - time.monotonic()
-            if not self._waiting[key].ahead or quiet <= 0:
-                return self._waiting.pop(key)
-            self._changed.wait(quiet)
-
-    def _outcome(self, request: _Request) -> Status:
+    def _outcome(self, request: Request) -> Status:
         key = request.key
         newest = Status(key, "running")
 
@@ -249,7 +186,7 @@ class Worker:
             request.on_done(result)
         except Cancelled:
             return Status(key, request.why, newest.done, newest.total)
-        except Exception as error:  # noqa: BLE001 - whatever a job raises is said to the person who waits for it
+        except BaseException as error:  # noqa: BLE001 - whatever a job raises is said to the person who waits for it
             if request.unwanted.is_set():
                 return Status(key, request.why, newest.done, newest.total)
             self.last_error = error
@@ -257,7 +194,7 @@ class Worker:
             return Status(key, "failed", newest.done, newest.total, sentence(error))
         return Status(key, "done", newest.total, newest.total)
 
-    def _tell_all(self, dropped: list[_Request]) -> None:
+    def _tell_all(self, dropped: list[Request]) -> None:
         for request in dropped:
             self._tell(Status(request.key, request.why))
 
@@ -268,11 +205,11 @@ class Worker:
     def _safely(self, tell: Callable[[Any], None], news: object) -> None:
         try:
             tell(news)
-        except Exception:
+        except BaseException:
             log.exception("A listener of %s failed.", self.name)  # the jobs of others go on
 
 
-def sentence(error: Exception) -> str:
+def sentence(error: BaseException) -> str:
     """Say an error in one sentence: bad input in its own words, anything else with its type."""
     words = " ".join(str(error).split())
     if isinstance(error, InputError):

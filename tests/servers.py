@@ -1,0 +1,56 @@
+"""Starts `veloxlab serve` for a test, asks it, and sees that Ctrl-C ends it well."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+VELOXLAB = [sys.executable, "-c", "import sys; from veloxlab.cli import main; sys.exit(main())"]
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+@contextmanager
+def serving(*arguments: str, model: str = "smollm2-135m"):
+    """A server of a model, and its port; at the end it gets Ctrl-C and has to end with status 0."""
+    port = free_port()
+    command = [*VELOXLAB, "serve", model, *arguments, "--port", str(port), "--log-level", "WARNING"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        for _ in range(600):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert server.poll() is None, server.stdout.read()
+                time.sleep(0.1)
+        yield port
+        server.send_signal(signal.SIGINT)
+        assert server.wait(120) == 0, server.stdout.read()
+    finally:
+        server.kill()
+        server.wait(30)
+        server.stdout.close()
+
+
+def post(port: int, path: str, body: dict | bytes) -> tuple[int, dict]:
+    """Status and content of an answer."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", content, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=600) as response:
+            return response.status, json.load(response)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)

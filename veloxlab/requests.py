@@ -1,0 +1,164 @@
+"""What a request to the server may say: every field that mlx-lm 0.32.2 reads, by type and range."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+from jsonschema import Draft202012Validator
+from jsonschema.exceptions import best_match
+
+from veloxlab.errors import InputError
+
+Schema = dict[str, Any]
+SHOWN = 60  # characters of a wrong value
+WHOLE, MILLION = 2**31 - 1, 10**6
+
+
+def _number(least: float, most: float, kind: str = "number") -> Schema:
+    words = "a whole number" if kind == "integer" else "a number"
+    return {"type": kind, "minimum": least, "maximum": most, "description": f"{words} from {least:,} to {most:,}"}
+
+
+def _or_null(schema: Schema) -> Schema:
+    return {"anyOf": [schema, {"type": "null"}], "description": f"{schema['description']}, or null"}
+
+
+STRING: Schema = {"type": "string", "minLength": 1, "description": "a string that is not empty"}
+FLAG: Schema = {"type": "boolean", "description": "true or false"}
+OBJECT: Schema = {"type": "object", "description": "an object"}
+TEXT: Schema = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+}
+ADDRESS: Schema = {"type": "string", "pattern": "^(data:|https?://)"}
+PLACE: Schema = {"anyOf": [ADDRESS, {"type": "object", "required": ["url"], "properties": {"url": ADDRESS}}]}
+IMAGE: Schema = {
+    "type": "object",
+    "required": ["type"],
+    "anyOf": [{"required": ["image_url"]}, {"required": ["image"]}],
+    "properties": {"type": {"enum": ["image_url", "input_image", "image"]}, "image_url": PLACE, "image": PLACE},
+}
+CALLS: Schema = {
+    "type": ["array", "null"],
+    "items": {
+        "type": "object",
+        "properties": {
+            "function": {"type": "object", "properties": {"arguments": {"type": ["string", "object", "null"]}}}
+        },
+    },
+}
+
+
+def _messages(*parts: Schema) -> Schema:
+    """Messages whose content is text, or a list of ``parts``."""
+    return {
+        "type": "array",
+        "minItems": 1,
+        "items": {
+            "type": "object",
+            "required": ["role"],
+            "properties": {
+                "role": STRING,
+                "content": {"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"anyOf": parts}}]},
+                "tool_calls": CALLS,
+            },
+        },
+        "description": f"a list of objects with a role and a content of text{' or images' * (IMAGE in parts)}",
+    }
+
+
+FIELDS: dict[str, Schema] = {
+    "prompt": STRING,
+    "model": STRING,
+    "adapters": _or_null(STRING),
+    "draft_model": _or_null(STRING),
+    "stream": FLAG,
+    "logprobs": FLAG,
+    "max_tokens": _number(1, WHOLE, "integer"),
+    "max_completion_tokens": _or_null(_number(1, WHOLE, "integer")),
+    "num_draft_tokens": _number(0, 1024, "integer"),
+    "top_logprobs": _number(-1, 11, "integer"),
+    "temperature": _number(0, MILLION),
+    "top_p": _number(0, 1),
+    "top_k": _number(0, WHOLE, "integer"),
+    "min_p": _number(0, 1),
+    "xtc_probability": _number(0, 1),
+    "xtc_threshold": _number(0, 0.5),
+    "repetition_penalty": _number(0, MILLION),
+    "presence_penalty": _number(-MILLION, MILLION),
+    "frequency_penalty": _number(-MILLION, MILLION),
+    "repetition_context_size": _number(0, WHOLE, "integer"),
+    "presence_context_size": _number(0, WHOLE, "integer"),
+    "frequency_context_size": _number(0, WHOLE, "integer"),
+    "seed": _or_null(_number(0, 2**64 - 1, "integer")),
+    "logit_bias": {
+        "type": ["object", "null"],
+        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
+        "additionalProperties": _number(-MILLION, MILLION),
+        "description": "an object of token ids and numbers, or null",
+    },
+    "stop": {
+        "anyOf": [STRING, {"type": "array", "items": STRING}, {"type": "null"}],
+        "description": "a string or a list of strings that are not empty, or null",
+    },
+    "stream_options": {
+        "type": ["object", "null"],
+        "required": ["include_usage"],
+        "properties": {"include_usage": FLAG},
+        "description": "an object with include_usage, true or false, or null",
+    },
+    "tools": {"type": ["array", "null"], "items": OBJECT, "description": "a list of objects, or null"},
+    "role_mapping": {
+        "type": ["object", "null"],
+        "additionalProperties": {"type": "string"},
+        "description": "an object of strings, or null",
+    },
+    "chat_template_kwargs": _or_null(OBJECT),
+}
+
+
+def _validator(*parts: Schema) -> Draft202012Validator:
+    return Draft202012Validator({"type": "object", "properties": {"messages": _messages(*parts), **FIELDS}})
+
+
+TEXT_ONLY, WITH_IMAGES = _validator(TEXT), _validator(TEXT, IMAGE)
+
+
+def check_fields(content: bytes, asked: str, *, images: bool) -> None:
+    """Raise `InputError` unless a request is JSON that mlx-lm's server documents.
+
+    Parameters
+    ----------
+    content : the request's body.
+    asked : the field that it must have, ``"messages"`` or ``"prompt"``.
+    images : whether messages may hold images.
+    """
+    try:
+        request = json.loads(content, parse_constant=_refuse, parse_float=_finite)
+        json.dumps(request, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError("The request holds half of a surrogate pair: send whole characters.") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"The request is not valid JSON ({error}).") from None
+    validator = WITH_IMAGES if images else TEXT_ONLY
+    fields = validator.schema["properties"]
+    fault = best_match(validator.iter_errors(request))
+    if fault is not None:
+        where = fault.json_path.removeprefix("$").removeprefix(".")
+        value = json.dumps(fault.instance)
+        value = value if len(value) <= SHOWN else f"{value[:SHOWN]}..."
+        words = fields[fault.absolute_path[0]]["description"] if where else "an object"
+        raise InputError(f"The {f'field {where}' if where else 'request'} is {value}: give {words}.")
+    if asked not in request:
+        raise InputError(f"The request has no field {asked}: give {fields[asked]['description']}.")
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    return _refuse(text) if abs(number) == float("inf") else number
