@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from veloxlab.files import write_atomically
+from veloxlab.store import write_atomically
 
 ROOT = Path(__file__).parents[1]
 BASE = ("jupyterlab==4.4.9", "ipywidgets==8.1.7")  # of repo2docker's own environment (2026-08)

@@ -17,7 +17,7 @@ import polars as pl
 from tests.tiny_models import FAMILIES, stepwise, tiny
 from veloxlab import integrate
 from veloxlab.cache import CompressedKVCache
-from veloxlab.files import write_atomically
+from veloxlab.store import write_atomically
 
 RESULTS = Path(__file__).parents[1] / "data" / "results"
 CHUNKS = [20, 33, *[1] * 20, 5, 2]  # a prompt in two pieces, decoding, and drafts of several tokens

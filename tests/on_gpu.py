@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from veloxlab import cli
-from veloxlab.files import write_atomically
 from veloxlab.measure.bench import facts
+from veloxlab.store import write_atomically
 
 SUITE = Path(__file__).with_name("test_kernels_gpu.py")
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "gpu")

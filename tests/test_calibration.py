@@ -142,7 +142,7 @@ def test_a_damaged_file_is_named_and_made_again(model, tmp_path, suffix):
     (file,) = tmp_path.glob(f"*{suffix}")
     whole = file.read_bytes()
     file.write_bytes(whole[:-9])
-    with pytest.warns(UserWarning, match=r"spectralquant-.*\.json cannot be read .* It is made again now"):
+    with pytest.warns(UserWarning, match=r"spectralquant-.*\.json cannot be read .* The file is made again now"):
         calibrated(model, tmp_path)
     assert file.read_bytes() == whole
 
@@ -167,7 +167,7 @@ def test_one_changed_digit_is_found_wherever_it_is(model, tmp_path, method, opti
     assert len(file.read_text()) - len(whole) in (-1, 0, 1)
     with pytest.raises(InputError, match=rf"{method}-.*\.json cannot be read \(it or .* is not what was written\)"):
         vl.Calibration.load(file)
-    with pytest.warns(UserWarning, match=rf"{method}-.*\.json cannot be read .* It is made again now"):
+    with pytest.warns(UserWarning, match=rf"{method}-.*\.json cannot be read .* The file is made again now"):
         calibrated(model, tmp_path, method, **options)
     assert file.read_text() == whole
 

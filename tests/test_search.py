@@ -3,9 +3,11 @@
 import multiprocessing
 import os
 import pickle
+import signal
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -18,7 +20,7 @@ from tests.gguf_files import write_llama
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
-from veloxlab.allocate import trials
+from veloxlab.allocate import crew, trials
 from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token, candidates
 from veloxlab.allocate.race import GROUP, LEAST_WINDOWS, on_front, race
 from veloxlab.allocate.trials import Trials
@@ -34,6 +36,13 @@ TWO = ("turboquant", "rabitq")
 @pytest.fixture(scope="module")
 def model():
     return tiny("llama")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch, tmp_path):
+    """Searches that are stopped go on from the user's cache folder: each test has its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "veloxlab" / "searches"
 
 
 @pytest.fixture(scope="module")
@@ -306,6 +315,49 @@ def test_progress_counts_up_and_what_it_raises_ends_the_search(model):
         vl.search(model, Letters(), methods=TWO, progress=stop, **SETTINGS)
 
 
+def stop_at(count):
+    """A progress that ends a search once so many measurements are done."""
+
+    def stop(done, total, label):
+        if ": " in label and label.startswith("window") and done == count:
+            raise KeyboardInterrupt
+
+    return stop
+
+
+def test_a_search_that_was_stopped_goes_on(model, result, own_cache, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        vl.search(model, Letters(), methods=TWO, progress=stop_at(11), **SETTINGS)
+    (kept,) = own_cache.iterdir()
+    measured = []
+    before = trials.Bench.measure
+    monkeypatch.setattr(trials.Bench, "measure", lambda *job: measured.append(job) or before(*job))
+    told = []
+    again = vl.search(model, Letters(), methods=TWO, progress=lambda *said: told.append(said), **SETTINGS)
+    assert same(result, again)
+    assert len(measured) == result.frame["windows"].sum() - 11
+    assert told[-1][0] == result.frame["windows"].sum()
+    assert not kept.exists()
+
+
+@pytest.mark.parametrize("other", [{"text": TEXT[1:]}, {"mode": "decode", "prompt": 20}])
+def test_what_was_measured_of_something_else_is_not_taken(model, own_cache, other):
+    with pytest.raises(KeyboardInterrupt):
+        vl.search(model, Letters(), methods=TWO, progress=stop_at(3), **SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        vl.search(model, Letters(), methods=TWO, progress=stop_at(1), **(SETTINGS | other))
+    assert len(list(own_cache.iterdir())) == 2
+
+
+def test_a_damaged_file_of_a_stopped_search_is_told_of(model, own_cache):
+    with pytest.raises(KeyboardInterrupt):
+        vl.search(model, Letters(), methods=TWO, progress=stop_at(3), **SETTINGS)
+    (kept,) = own_cache.iterdir()
+    kept.write_bytes(kept.read_bytes().replace(b'"turboquant"', b'"rabitq"', 1))
+    with pytest.raises(InputError, match="unfinished run .* cannot be read .*: delete it and start again"):
+        vl.search(model, Letters(), methods=TWO, **SETTINGS)
+
+
 def test_the_seconds_of_a_trial_are_without_its_calibration(model, tmp_path, monkeypatch):
     told = []
 
@@ -365,6 +417,46 @@ def test_threads_give_the_same_and_share_calibrations_by_their_folder(file, tmp_
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept  # found, and not made again
 
 
+def test_a_worker_that_dies_ends_no_search(file, here):
+    killed = []
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+        def kill(done, total, label):
+            if label.startswith("window 2 of 5: ") and not killed:
+                killed.extend(pool._processes)
+                os.kill(killed[0], signal.SIGKILL)
+
+        with pytest.warns(UserWarning, match="A worker process of this search died, .* one new process does the rest"):
+            found = vl.search(file, methods=TWO, executor=pool, progress=kill, **SETTINGS)
+    assert same(here, found)
+
+
+class Dying(ThreadPoolExecutor):
+    """Breaks, as a pool does whose process dies, at its first job that measures a candidate."""
+
+    def __init__(self, *args, **more):
+        super().__init__(1)
+
+    def submit(self, do, *job):
+        if do is trials.measure and job[1].method == "rabitq":
+            broken = Future()
+            broken.set_exception(BrokenExecutor())
+            return broken
+        return super().submit(do, *job)
+
+
+def test_what_kills_a_process_twice_is_named_and_the_rest_is_kept(file, own_cache, monkeypatch):
+    monkeypatch.setattr(crew, "ProcessPoolExecutor", Dying)
+    with (
+        Dying() as pool,
+        pytest.warns(UserWarning, match="A worker process of this search died"),
+        pytest.raises(InputError, match="died again, alone and while it was measuring rabitq K. V., 4 sinks"),
+    ):
+        vl.search(file, methods=TWO, executor=pool, **SETTINGS)
+    (kept,) = own_cache.iterdir()
+    assert kept.read_text().count('"turboquant"') == 4
+
+
 @pytest.fixture
 def own_environment() -> Iterator[None]:
     """Dask tells this process's environment how many threads its workers' BLAS has, and leaves it there."""
@@ -390,17 +482,21 @@ def test_what_waits_is_cancelled_when_progress_raises(file):
         if label.startswith("window 1 of 5: "):
             raise KeyboardInterrupt
 
+    stopped = threading.Event()
+
     class Counted(ThreadPoolExecutor):
         futures = ()
 
-        def submit(self, *args, **more):
-            self.futures = (*self.futures, super().submit(*args, **more))
+        def submit(self, do, *job):
+            waits = do is trials.measure and self.futures
+            self.futures = (*self.futures, super().submit(lambda: (waits and stopped.wait(60), do(*job))[1]))
             return self.futures[-1]
 
     with Counted(1) as pool:
         with pytest.raises(KeyboardInterrupt):
             vl.search(file, methods=TWO, executor=pool, progress=stop, **SETTINGS)
-        assert sum(future.cancelled() for future in pool.futures) >= 5  # of eight, one is done and one may run
+        assert sum(future.cancelled() for future in pool.futures) == 6  # of eight, one is done and one runs
+        stopped.set()
 
 
 def test_a_worker_says_what_is_wrong_as_this_process_does(tmp_path):

@@ -273,10 +273,10 @@ def test_the_spread_of_sensitivities_is_told_and_what_has_no_logarithm_is_counte
     frame = sensitivity_frame()
     said = views.sensitivity_caption(frame)
     assert "keys: AM/GM 1.41, most in layer 3, head 1" in said  # 1.25 of the heads, 2.5 / 24 ** 0.25 of the layers
-    assert "not above zero" not in said
+    assert "not drawn" not in said
     silent = frame.with_columns(sensitivity=pl.when(pl.col("layer") == 0).then(0.0).otherwise("sensitivity"))
     chart = views.sensitivity_by_layer(silent)
-    assert any("4 not above zero" in line for line in words(drawn(chart)))
+    assert any("4 not drawn: not above zero, or not finite" in line for line in words(drawn(chart)))
     assert "NaN" not in drawn(chart)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
-import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +20,9 @@ from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.saving import check_written, from_parts, to_parts, written
 from veloxlab.errors import InputError
-from veloxlab.files import digest, kept_in
 from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
 from veloxlab.measure.progress import Progress, silent
+from veloxlab.store import digest, kept, kept_in, write_together
 from veloxlab.texts import excerpt
 
 FORMAT = "veloxlab calibration 2"
@@ -112,7 +111,10 @@ class Calibration:
         return pl.DataFrame(rows, schema=["layer", "tensor", "bits", "true_bits", "table_bytes"], orient="row")
 
     def save(self, path: str | Path) -> Path:
-        """Write ``path`` with the suffix ``.safetensors`` and, beside it, ``.json``; give the path of the latter."""
+        """Write ``path`` with the suffix ``.safetensors`` and, beside it, ``.json``; give the path of the latter.
+
+        Raises `InputError` where they cannot be written.
+        """
         tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
         arrays: dict[str, mx.array] = {}
         entries = []
@@ -122,12 +124,10 @@ class Calibration:
             entries.append({"layer": layer, "role": role, "bits": bits, "head_dim": codec.head_dim, "fields": plain})
             arrays |= {f"{name}/{key}": array for key, array in own.items()}
         content = {"format": FORMAT, "method": self.method, "facts": dict(self.facts), "codecs": entries}
-        with tempfile.TemporaryDirectory(dir=tensors.parent) as folder:
-            whole, said = Path(folder) / "arrays.safetensors", Path(folder) / "record.json"
-            mx.save_safetensors(str(whole), arrays or {"none": mx.zeros(1)})
-            said.write_text(json.dumps({**content, "sha256": _seal(content, whole.read_bytes())}, indent=1))
-            whole.replace(tensors)  # both are there, or neither: and if only one can be moved, the seal tells
-            said.replace(record)
+        held = io.BytesIO()
+        mx.save_safetensors(held, arrays or {"none": mx.zeros(1)})
+        said = json.dumps({**content, "sha256": _seal(content, held.getvalue())}, indent=1)
+        write_together({tensors: held.getvalue(), record: said.encode()})  # if one alone is moved, the seal tells
         return record
 
     @classmethod
@@ -190,7 +190,7 @@ def calibrate(
     bits : the width, or all widths, to fit keys and values for.
     tokens : how much of the text, 64 or more.
     seed : of everything random.
-    folder : where to keep it; the user's cache folder by default.
+    folder : where to keep it; the user's cache folder by default. Where it cannot be written a warning says so.
     progress : told of each layer; what it raises ends the work and nothing is saved.
     options : the method's own.
 
@@ -217,28 +217,23 @@ def calibrate(
         "bits": widths,
         "options": plain,
     }
-    if found.codecs:  # registered: a file could not tell whether its code is still the same
+
+    def made() -> Calibration:
         return Calibration(method, facts, _fitted(model, ids, found, widths, seed, progress, options))
+
+    if found.codecs:  # registered: a file could not tell whether its code is still the same
+        return made()
     key = digest([FORMAT, method, facts])[:16]
     path = kept_in("calibrations", folder) / f"{method}-{key}.json"
-    kept = _kept(path, facts)
-    if kept is not None:
-        return kept
-    calibration = Calibration(method, facts, _fitted(model, ids, found, widths, seed, progress, options))
-    calibration.save(path)
-    return calibration
+    return kept(path, lambda path: _loaded(path, facts), made, Calibration.save)
 
 
-def _kept(path: Path, facts: dict[str, Any]) -> Calibration | None:
-    """What was saved of the same ``facts``, or None; a damaged file is named in a warning."""
-    if not path.exists():
-        return None
-    try:
-        kept = Calibration.load(path)
-    except InputError as error:
-        warnings.warn(f"{error} It is made again now.", stacklevel=3)
-        return None
-    return kept if kept.facts == facts else None
+def _loaded(path: Path, facts: dict[str, Any]) -> Calibration:
+    """What was saved of the same ``facts``."""
+    found = Calibration.load(path)
+    if found.facts != facts:
+        raise InputError(f"The calibration {path} was made of something else than its name says.")
+    return found
 
 
 def _fitted(

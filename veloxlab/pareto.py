@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,13 +21,15 @@ from veloxlab.allocate.plan import Plan
 from veloxlab.allocate.race import race
 from veloxlab.allocate.trials import Trial, Trials
 from veloxlab.calibration import Calibration, calibrate
+from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
-from veloxlab.files import digest, write_parquet
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import Mode
+from veloxlab.store import Unfinished, digest, kept_in, read_sealed_parquet, write_sealed_parquet
 
-FORMAT = "veloxlab search 1"
+FORMAT = "veloxlab search 2"
+UNFINISHED = "veloxlab unfinished search 1"
 OVER_BUDGET = "over budget"
 
 SEARCHED: dict[str, type[pl.DataType] | pl.DataType] = {
@@ -109,19 +111,20 @@ class SearchResult:
         return calibrate(model, tokenizer, method, bits=widths, folder=folder)
 
     def save(self, path: str | Path) -> Path:
-        """Write it as Parquet, whole or not at all, and return the path."""
+        """Write it as sealed Parquet, whole or not at all, and return the path; `InputError` where it cannot be."""
         path = Path(path)
         said = {"shape": asdict(self.shape), "calibrations": dict(self.calibrations), "settings": dict(self.settings)}
-        write_parquet(path, self.frame, {FORMAT: json.dumps(said)})
+        write_sealed_parquet(path, self.frame, FORMAT, said)
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read what `save` wrote; raises `InputError` for a file that is missing or is no search."""
+        """Read what `save` wrote; raises `InputError` for a file that is missing, damaged or no search."""
         try:
-            said = json.loads(pl.read_parquet_metadata(path)[FORMAT])
-            frame = pl.read_parquet(path).match_to_schema(SEARCHED)
-            return cls(frame, PlannedModel(**said["shape"]), said["calibrations"], said["settings"])
+            frame, said = read_sealed_parquet(Path(path), FORMAT)
+            return cls(
+                frame.match_to_schema(SEARCHED), PlannedModel(**said["shape"]), said["calibrations"], said["settings"]
+            )
         except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
             reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
             raise InputError(f"The search {path} cannot be read ({reason}): make it again with vl.search.") from error
@@ -155,6 +158,7 @@ def search(
 
     All candidates are judged on one window of text after another, and those that are surely beaten stop early
     (`veloxlab.allocate.race`). Nothing is drawn at random: the same arguments give the same result, with any executor.
+    What was measured is kept on disk until the end, and a search that was stopped goes on from there.
 
     Parameters
     ----------
@@ -170,15 +174,17 @@ def search(
     mode, prompt : as for `veloxlab.judge`. By default ``"oneshot"`` if no candidate has a window, and else
         ``"decode"``: read in one call, most tokens would see their neighbours through codes and not in the window.
     confidence : of the intervals, and of what is dropped.
-    folder : where calibrations are kept; the user's cache folder by default. Workers share it by its path.
+    folder : where calibrations are kept, and measurements until the end; the user's cache folder by default. Workers
+        share it by its path. With a method that was registered (`veloxlab.register`) no measurements are kept.
     executor : any `concurrent.futures.Executor`, such as a pool of processes (spawned, not forked: MLX has threads) or
         Dask's ``client.get_executor()``; its workers load the model by its name. By default all runs in this process.
+        If a process of a pool dies, a warning says so, and one new process does what is left.
     progress : told of each measurement; what it raises ends the search, and what is waiting is cancelled.
 
     Raises
     ------
     InputError : nothing to search, no candidate within the budget or the floor, a text that is too short, a loaded
-        model beside an executor; or as `veloxlab.load` and `veloxlab.calibrate`.
+        model beside an executor, processes that die; or as `veloxlab.load` and `veloxlab.calibrate`.
     """
     asked = candidates(
         methods,
@@ -202,27 +208,29 @@ def search(
     )
     if not 0 < confidence < 1:
         raise InputError(f"confidence={confidence} is no share: give a number between 0 and 1, such as 0.95.")
-    crew = Crew(job, executor or bench(job, model, tokenizer), progress)
-    shape = crew.shape()
-    asked = tuple(dict.fromkeys(c.within(shape) for c in asked))
-    nbytes, calibrations = crew.weigh(asked)
-    order = sorted(range(len(asked)), key=lambda i: nbytes[i])
-    asked, nbytes = tuple(asked[i] for i in order), [nbytes[i] for i in order]
-    affordable = sum(most_bytes_per_token is None or n <= most_bytes_per_token for n in nbytes)
-    if not affordable:
-        raise InputError(
-            f"No candidate holds at most {most_bytes_per_token:,.1f} bytes a token at {context:,} tokens; the least "
-            f"is {nbytes[0]:,.1f}, of {asked[0].name}: give more bytes, or candidates of fewer bits."
-        )
-    measured: list[list[Trial]] = [[] for _ in asked]
+    with closing(Crew(job, executor or bench(job, model, tokenizer), progress)) as crew:
+        shape = crew.shape()
+        asked = tuple(dict.fromkeys(c.within(shape) for c in asked))
+        nbytes, calibrations = crew.weigh(asked)
+        order = sorted(range(len(asked)), key=lambda i: nbytes[i])
+        asked, nbytes = tuple(asked[i] for i in order), [nbytes[i] for i in order]
+        affordable = sum(most_bytes_per_token is None or n <= most_bytes_per_token for n in nbytes)
+        if not affordable:
+            raise InputError(
+                f"No candidate holds at most {most_bytes_per_token:,.1f} bytes a token at {context:,} tokens; the "
+                f"least is {nbytes[0]:,.1f}, of {asked[0].name}: give more bytes, or candidates of fewer bits."
+            )
+        unfinished = _unfinished(job, asked, [crew.identity(), job.mode, prompt, calibrations])
+        crew.go_on(unfinished)
+        measured: list[list[Trial]] = [[] for _ in asked]
 
-    def round_of(numbers: Sequence[int], window: int) -> list[float]:
-        found = crew.measure([asked[i] for i in numbers], window)
-        for i, trial in zip(numbers, found, strict=True):
-            measured[i].append(trial)
-        return [trial.kl for trial in found]
+        def round_of(numbers: Sequence[int], window: int) -> list[float]:
+            found = crew.measure([asked[i] for i in numbers], window)
+            for i, trial in zip(numbers, found, strict=True):
+                measured[i].append(trial)
+            return [trial.kl for trial in found]
 
-    entrants = race(nbytes[:affordable], round_of, windows, most_kl=most_kl, confidence=confidence)
+        entrants = race(nbytes[:affordable], round_of, windows, most_kl=most_kl, confidence=confidence)
     states = [entrant.state for entrant in entrants] + [OVER_BUDGET] * (len(asked) - affordable)
     if most_kl is not None and "front" not in states:
         kls = [entrant.mean_kl for entrant in entrants]
@@ -247,7 +255,16 @@ def search(
         "most_bytes_per_token": most_bytes_per_token,
         "most_kl": most_kl,
     }
+    unfinished.remove()
     return SearchResult(pl.DataFrame(rows, schema=SEARCHED, orient="row"), shape, calibrations, settings)
+
+
+def _unfinished(job: Trials, asked: Sequence[Candidate], facts: Sequence[Any]) -> Unfinished:
+    """Where a search keeps what it measured until its end; ``facts`` are all that decides what a candidate does."""
+    if any(find_method(c.method).codecs for c in asked):  # registered: its code may have changed
+        return Unfinished(None, UNFINISHED, {})
+    path = kept_in("searches", job.folder) / f"search-{digest(facts)[:16]}.unfinished.json"
+    return Unfinished(path, UNFINISHED, {"facts": facts})
 
 
 def _row(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Collection, Mapping
+from pathlib import Path
 
+from tests.metal_on_host.kept import kept
 from tests.metal_on_host.text import INCLUDES, KernelError, body, defines, facts, numbered
 from veloxlab.kernels.launch import Source, source_file
 
@@ -38,14 +40,19 @@ def check_syntax(source: Source, dtypes: Mapping[str, str], constant: Collection
     taken = len(source.inputs) + len(source.outputs) + len(facts(source))
     if taken > MOST_ARGUMENTS:
         raise KernelError(f"{source.name}: {taken} arguments, where Metal has {MOST_ARGUMENTS}")
-    outcome = subprocess.run(
-        [COMPILER, *FLAGS, "-"], input=_text(source, dtypes, constant), capture_output=True, text=True
-    )
+    text = _text(source, dtypes, constant)
+    kept(".checked", COMPILER, [*FLAGS, _NO_SPACE.pattern], text, lambda path: _check(source.name, text, path))
+
+
+def _check(kernel: str, text: str, path: Path) -> None:
+    """Check ``text``, and leave an empty file at ``path`` if it is right."""
+    outcome = subprocess.run([COMPILER, *FLAGS, "-"], input=text, capture_output=True, text=True)
     if outcome.returncode != 0:
-        raise KernelError(f"{source.name}: {outcome.stderr[:4000]}")
+        raise KernelError(f"{kernel}: {outcome.stderr[:4000]}")
     if found := _NO_SPACE.search(outcome.stdout):
         name, kind = (part for part in found.groups() if part)
-        raise KernelError(f"{source.name}: {name} names no address space: {kind.replace('__generic ', '')}")
+        raise KernelError(f"{kernel}: {name} names no address space: {kind.replace('__generic ', '')}")
+    path.touch()
 
 
 def _text(source: Source, dtypes: Mapping[str, str], constant: Collection[str]) -> str:

@@ -6,20 +6,17 @@ memory than Metal has.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import functools
-import hashlib
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from tests.metal_on_host.kept import kept
 from tests.metal_on_host.text import INCLUDES, PRELUDES, KernelError, body, defines, facts
 from veloxlab.kernels.launch import SIMD, Source
 
@@ -129,19 +126,20 @@ def _text(source: Source, types: Mapping[str, str]) -> str:
 
 @functools.cache
 def _compiled(text: str) -> ctypes.CDLL:
-    path = _folder() / hashlib.sha256(text.encode()).hexdigest()
-    _compile(*FLAGS, *KERNEL_FLAGS, "-c", "-x", "c++", "-", "-o", f"{path}.o", text=text)
-    _compile("-shared", f"{path}.o", str(_machine()), "-o", f"{path}.so", *LIBRARIES)
-    library = ctypes.CDLL(f"{path}.so")
+    def make(path: Path) -> None:
+        _compile(*FLAGS, *KERNEL_FLAGS, "-c", "-x", "c++", "-", "-o", f"{path}.o", text=text)
+        _compile("-shared", f"{path}.o", str(_machine()), "-o", str(path), *LIBRARIES)
+
+    library = ctypes.CDLL(str(kept(".so", COMPILER, [*FLAGS, *KERNEL_FLAGS, *LIBRARIES], text, make)))
     library.run.restype = ctypes.c_char_p
     return library
 
 
 @functools.cache
 def _machine() -> Path:
-    path = _folder() / "machine.o"
-    _compile(*FLAGS, "-O2", "-c", str(PRELUDES / "machine.cpp"), "-o", str(path))
-    return path
+    flags = [*FLAGS, "-O2"]
+    source = PRELUDES / "machine.cpp"
+    return kept(".o", COMPILER, flags, "", lambda path: _compile(*flags, "-c", str(source), "-o", str(path)))
 
 
 def _compile(*arguments: str, text: str | None = None) -> None:
@@ -160,10 +158,3 @@ def _place(address: str, library: str) -> str:
     frames = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     lines = [Path(frame).name.split(" ")[0] for frame in frames]
     return " < ".join(line for line in lines if not line.startswith("host.h:"))
-
-
-@functools.cache
-def _folder() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="metal_on_host_"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder

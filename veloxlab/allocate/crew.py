@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor, as_completed
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
+from dataclasses import astuple, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +19,16 @@ from veloxlab.errors import InputError
 from veloxlab.integrate import name_of
 from veloxlab.measure.progress import Progress
 from veloxlab.models import load
+from veloxlab.store import Unfinished
 
-Kind = Literal["shape", "weigh", "measure"]
+Kind = Literal["shape", "identity", "weigh", "measure"]
 
 
 @dataclass(eq=False)
 class Crew:
     """Does jobs, tells of them, and gives results in the order that they were asked for.
+
+    If a process of the executor dies, one new process does what is left. To be closed in the end.
 
     Attributes
     ----------
@@ -36,6 +41,14 @@ class Crew:
     worker: Executor | Bench
     progress: Progress
     _measured: int = 0
+    _spare: ProcessPoolExecutor | None = None
+    _unfinished: Unfinished | None = None
+    _known: dict[tuple[Candidate, int], Trial] = field(default_factory=dict)
+
+    def close(self) -> None:
+        """End the process that was started in the place of dead ones, if there is one."""
+        if self._spare is not None:
+            self._spare.shutdown(cancel_futures=True)
 
     def shape(self) -> PlannedModel:
         """Of the model."""
@@ -43,6 +56,19 @@ class Crew:
         found: PlannedModel
         ((_, found),) = self._results("shape", [()])
         return found
+
+    def identity(self) -> str:
+        """Of the model and the text, as `Bench.identity`."""
+        found: str
+        ((_, found),) = self._results("identity", [()])
+        return found
+
+    def go_on(self, unfinished: Unfinished) -> None:
+        """Take over what was measured before, and keep there what is measured from now on."""
+        self._unfinished = unfinished
+        for known, window, trial in unfinished.read() or ():
+            candidate = replace(Candidate(*known), protected=tuple(known[-1]))
+            self._known[candidate, window] = Trial(*trial)
 
     def weigh(self, some: Sequence[Candidate]) -> tuple[list[float], dict[str, str]]:
         """Bytes per token of each candidate, and identities of the calibrations of methods that have one."""
@@ -64,26 +90,77 @@ class Crew:
         windows = self.trials.windows
         most = self._measured + len(some) * (windows - window)  # fewer if some are dropped
         self.progress(self._measured, most, f"window {window + 1} of {windows}")
-        found: dict[int, Trial] = {}
-        for i, trial in self._results("measure", [(c, window) for c in some]):
-            found[i] = trial
+        left = [(c, window) for c in some if (c, window) not in self._known]
+        self._measured += len(some) - len(left)
+        for i, trial in self._results("measure", left):
+            self._known[left[i]] = trial
+            if self._unfinished is not None:
+                self._unfinished.put([[astuple(c), w, astuple(known)] for (c, w), known in self._known.items()])
             self._measured += 1
-            self.progress(self._measured, most, f"window {window + 1} of {windows}: {some[i].name}")
-        return [found[i] for i in range(len(some))]
+            self.progress(self._measured, most, f"window {window + 1} of {windows}: {left[i][0].name}")
+        return [self._known[c, window] for c in some]
 
     def _results(self, kind: Kind, jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Number and result of each job, as it is done."""
+        left = dict(enumerate(jobs))
+        while left:
+            try:
+                for i, result in self._tried(kind, dict(left)):
+                    del left[i]
+                    yield i, result
+            except BrokenExecutor as error:
+                self._replace_worker(error, kind, next(iter(left.values())))
+
+    def _tried(self, kind: Kind, jobs: Mapping[int, tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """As `_results`; if the executor breaks that is raised once the jobs that it finished are given."""
         if isinstance(self.worker, Bench):
             do = getattr(self.worker, kind)
-            yield from ((i, do(*job)) for i, job in enumerate(jobs))
+            yield from ((i, do(*job)) for i, job in jobs.items())
             return
-        futures = {self.worker.submit(getattr(trials, kind), self.trials, *job): i for i, job in enumerate(jobs)}
+        futures: dict[Future[Any], int] = {}
+        broken: BrokenExecutor | None = None
         try:
+            for i, job in jobs.items():
+                futures[self.worker.submit(getattr(trials, kind), self.trials, *job)] = i
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                try:
+                    result = future.result()
+                except BrokenExecutor as error:
+                    broken = error
+                else:
+                    yield futures[future], result
         finally:  # whoever reads this may stop at any time
             for future in futures:
                 future.cancel()
+        if broken is not None:
+            raise broken
+
+    def _replace_worker(self, error: BrokenExecutor, kind: Kind, job: tuple[Any, ...]) -> None:
+        """Start a process for the jobs that are left, of which ``job`` is the first.
+
+        Raises
+        ------
+        InputError : such a process died too. It does one job at a time, so it died of this one.
+        """
+        if self._spare is not None:
+            raise InputError(
+                f"A worker process died again, alone and while it was {_doing(kind, job)}: leave that out, or look for "
+                "what ended it, such as too little memory. The same search then goes on with what was measured."
+            ) from error
+        warnings.warn(
+            "A worker process of this search died, perhaps for want of memory, and its executor takes no more jobs. "
+            "What was measured is kept, and one new process does the rest.",
+            stacklevel=2,
+        )
+        # spawned, not forked: MLX has threads
+        self._spare = self.worker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+
+
+def _doing(kind: Kind, job: tuple[Any, ...]) -> str:
+    """A job in words."""
+    if kind == "measure":
+        return f"measuring {job[0].name}"
+    return f"weighing {job[0][0].method}" if kind == "weigh" else "loading the model"
 
 
 def model_name(model: Module | str | Path, executor: Executor | None) -> str:

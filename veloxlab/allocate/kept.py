@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,9 @@ from veloxlab.allocate.rate_budget import FORMAT, RateBudget
 from veloxlab.allocate.ratequant import rate_budget
 from veloxlab.codecs import find_method
 from veloxlab.codecs.saving import written
-from veloxlab.errors import InputError
-from veloxlab.files import digest, kept_in
 from veloxlab.integrate import fingerprint
 from veloxlab.measure.progress import Progress, silent
+from veloxlab.store import digest, kept, kept_in
 
 
 def kept_rate_budget(
@@ -33,7 +31,7 @@ def kept_rate_budget(
     Parameters
     ----------
     model, tokenizer : as `veloxlab.load` gives them.
-    folder : where it is kept; the user's cache folder by default.
+    folder : where it is kept; the user's cache folder by default. Where it cannot be written a warning says so.
     progress : told of each step of measuring.
     measured : further arguments of `rate_budget`.
 
@@ -49,11 +47,9 @@ def kept_rate_budget(
     if "calibrations" in facts:
         facts["calibrations"] = [calibration.identity for calibration in facts["calibrations"]]
     path = kept_in("rates", folder) / f"{digest([FORMAT, written(), fingerprint(model), facts])[:16]}.json"
-    if path.exists():
-        try:
-            return RateBudget.load(path)
-        except InputError as error:
-            warnings.warn(f"{error} They are made again now.", stacklevel=2)
-    rates = rate_budget(model, tokenizer, folder=folder, progress=progress, **measured)
-    rates.save(path)
-    return rates
+    return kept(
+        path,
+        RateBudget.load,
+        lambda: rate_budget(model, tokenizer, folder=folder, progress=progress, **measured),
+        RateBudget.save,
+    )

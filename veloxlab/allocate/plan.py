@@ -14,9 +14,9 @@ from mlx.nn.layers.base import Module
 from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
-from veloxlab.files import digest, write_atomically
 from veloxlab.integrate import LayerFacts, name_of, probe
 from veloxlab.prompt_cache import DEFAULT_BITS, DEFAULT_SLIDING, LayerSettings, Sliding
+from veloxlab.store import digest, write_atomically
 
 FORMAT = "veloxlab plan 1"
 
@@ -116,7 +116,7 @@ class Plan:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
 
     def save(self, path: str | Path) -> Path:
-        """Write the plan as JSON, whole or not at all, and return the path."""
+        """Write the plan as JSON, whole or not at all, and return the path; raises `InputError` where it cannot be."""
         path = Path(path)
         text = self.to_json()
         write_atomically(path, text.encode())

@@ -40,8 +40,8 @@ from veloxlab.allocate.sensitivity import SENSITIVITIES
 from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.codecs import Role
 from veloxlab.errors import InputError
-from veloxlab.files import digest, read_sealed, write_sealed
 from veloxlab.prompt_cache import LayerSettings
+from veloxlab.store import digest, read_sealed, write_sealed
 
 FORMAT = "veloxlab rate budget 1"
 
@@ -245,7 +245,7 @@ class RateBudget:
         return frame.with_columns(true_bits=8 * pl.col("bytes_per_token") / self._values).select(list(FRONTIER))
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON under a seal, whole or not at all, and return the path."""
+        """Write it as JSON under a seal, whole or not at all, and return the path; `InputError` where it cannot be."""
         path = Path(path)
         write_sealed(path, {"format": FORMAT, **self._content()})
         return path

@@ -11,7 +11,6 @@ there are hundreds of times those elsewhere: ``sinks`` of them are left out, as 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -26,10 +25,10 @@ from veloxlab.allocate.proxies import SIDES, Sides, Step, by_attention_output, b
 from veloxlab.cache import DEFAULT_SINKS
 from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
-from veloxlab.files import digest, kept_in, read_sealed, write_sealed
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.gradients import loss_gradients
 from veloxlab.measure.progress import Progress, silent
+from veloxlab.store import digest, kept, kept_in, read_sealed, write_sealed
 from veloxlab.texts import excerpt
 
 By = Literal["gradient", "key_norm", "attention_output", "forward_kl"]
@@ -82,7 +81,7 @@ def sensitivities(
         their distortion: all heads of a layer share it, and the text is read twice for each layer.
     sinks : first tokens of a sequence that are not counted.
     per_sequence : give a row for each sequence; `settled` makes means of them.
-    folder : where to keep the result; the user's cache folder by default.
+    folder : where to keep the result; the user's cache folder by default. Where it cannot be written a warning says so.
     progress : told of each step; what it raises ends the work and nothing is kept.
 
     Raises
@@ -104,10 +103,14 @@ def sensitivities(
         "by": by,
     }
     path = kept_in("sensitivities", folder) / f"{by}-{digest([FORMAT, facts])[:16]}.json"
-    frame = _kept(path)
-    if frame is None:
-        frame = pl.concat(_measured(model, read, by, sinks, progress))
-        write_sealed(path, {"format": FORMAT, "facts": facts, "columns": frame.to_dict(as_series=False)})
+    frame = kept(
+        path,
+        _loaded,
+        lambda: pl.concat(_measured(model, read, by, sinks, progress)),
+        lambda made, path: write_sealed(
+            path, {"format": FORMAT, "facts": facts, "columns": made.to_dict(as_series=False)}
+        ),
+    )
     return frame if per_sequence else settled(frame, sequences)
 
 
@@ -133,15 +136,12 @@ def _check(sequences: int, tokens: int, sinks: int) -> None:
         )
 
 
-def _kept(path: Path) -> pl.DataFrame | None:
-    """What was kept, or None; a damaged file is named in a warning."""
-    if not path.exists():
-        return None
+def _loaded(path: Path) -> pl.DataFrame:
+    """What was kept."""
     try:
         return pl.DataFrame(read_sealed(path, FORMAT)["columns"], schema=_EACH)
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-        warnings.warn(f"The sensitivities {path} cannot be read ({error}). They are measured again now.", stacklevel=3)
-        return None
+        raise InputError(f"The sensitivities {path} cannot be read ({error}).") from error
 
 
 def _measured(

@@ -23,12 +23,12 @@ from veloxlab.allocate.ratequant import rate_budget
 from veloxlab.allocate.sensitivity import By, sensitivities
 from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
-from veloxlab.files import digest, read_sealed, write_sealed
 from veloxlab.integrate import fingerprint
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import Reference, judge, reference
 from veloxlab.prompt_cache import make_cache
+from veloxlab.store import Unfinished, digest
 
 FORMAT = "veloxlab sweep 1"
 UNIFORM = "uniform"
@@ -129,16 +129,15 @@ def sweep(
         "calibration": digest([calibration_text, sequences]),
         "stretches": list(exact.stretches),
     }
-    frames = _measured_before(unfinished, facts)
+    kept = Unfinished(unfinished, FORMAT, facts)
+    frames = _by_job(pl.DataFrame(kept.read() or {}, schema=SWEEP))
     jobs = [(b, allocation) for b in bits for allocation in (UNIFORM, *by)]
     for done, (mean_bits, allocation) in enumerate(jobs):
         progress(done, len(jobs), f"{mean_bits:g} bits, {allocation}")
         if (mean_bits, allocation) in frames:
             continue
         frames[mean_bits, allocation] = _job(exact, rates, mean_bits, allocation)
-        if unfinished is not None:
-            rows = pl.concat(frames.values()).to_dict(as_series=False)
-            write_sealed(unfinished, {"format": FORMAT, "facts": facts, "rows": rows})
+        kept.put(pl.concat(frames.values()).to_dict(as_series=False))
     progress(len(jobs), len(jobs), "done")
     return pl.concat(frames[job] for job in jobs)
 
@@ -219,15 +218,6 @@ def _mean_bits(plan: Plan, column: str) -> float:
     return float(coded[column].mean())  # type: ignore[arg-type]
 
 
-def _measured_before(path: Path | None, facts: Mapping[str, Any]) -> dict[tuple[float, str], pl.DataFrame]:
-    """Frames by bits and allocation from a run that was stopped; none if it measured something else."""
-    if path is None or not path.exists():
-        return {}
-    try:
-        content = read_sealed(path, FORMAT)
-    except (OSError, ValueError) as error:
-        raise InputError(f"The unfinished sweep {path} cannot be read ({error}): delete it and start again.") from error
-    if content["facts"] != facts:
-        return {}
-    rows = pl.DataFrame(content["rows"], schema=SWEEP)
+def _by_job(rows: pl.DataFrame) -> dict[tuple[float, str], pl.DataFrame]:
+    """Frames by bits and allocation."""
     return {(b, a): own for (b, a), own in rows.group_by("bits", "allocation", maintain_order=True)}

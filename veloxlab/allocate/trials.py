@@ -13,10 +13,13 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token
 from veloxlab.calibration import Calibration, calibrate
+from veloxlab.codecs.saving import written
 from veloxlab.errors import InputError
+from veloxlab.integrate import fingerprint
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.quality import Mode, Reference, judge
 from veloxlab.models import load
+from veloxlab.store import digest
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,10 @@ class Bench:
         """Of the model."""
         return self._shape
 
+    def identity(self) -> str:
+        """What tells this model, this text and this code from others, but for what is calibrated."""
+        return digest([written(), fingerprint(self.model), self._windows])
+
     @cached_property
     def _shape(self) -> PlannedModel:
         return PlannedModel.of(self.model)
@@ -142,6 +149,12 @@ def shape(trials: Trials) -> PlannedModel:
     """`Bench.shape`, in a worker."""
     with _one_at_a_time:
         return _bench(trials).shape()
+
+
+def identity(trials: Trials) -> str:
+    """`Bench.identity`, in a worker."""
+    with _one_at_a_time:
+        return _bench(trials).identity()
 
 
 def weigh(trials: Trials, some: Sequence[Candidate]) -> Weighed:

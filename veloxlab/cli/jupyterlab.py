@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from veloxlab.errors import InputError
 from veloxlab.shipped import is_installed, shipped_folder
+from veloxlab.store import make_folder, write_atomically
 
 TOUR = "00_tour.ipynb"
 COPY_FOLDER = Path("veloxlab-notebooks")
@@ -34,10 +34,10 @@ def _notebooks() -> Path:
     folder = shipped_folder("notebooks")
     if not is_installed(folder):
         return folder
-    COPY_FOLDER.mkdir(exist_ok=True)
+    make_folder(COPY_FOLDER)
     for notebook in sorted(folder.glob("*.ipynb")):
         copy = COPY_FOLDER / notebook.name
         if not copy.exists():  # a user's changes are never overwritten
-            shutil.copyfile(notebook, copy)
+            write_atomically(copy, notebook.read_bytes())
     print(f"The notebooks are in {COPY_FOLDER.resolve()}.", file=sys.stderr)
     return COPY_FOLDER.resolve()

@@ -9,7 +9,7 @@ from veloxlab.cli.arguments import Commands, add_model, add_out, add_text
 from veloxlab.cli.progress import say
 from veloxlab.cli.tables import compared_table, front_table, ratio_table, swept_table
 from veloxlab.errors import InputError
-from veloxlab.files import write_atomically, write_parquet
+from veloxlab.store import make_folder, write_atomically, write_parquet
 
 
 def add(commands: Commands) -> None:
@@ -52,6 +52,7 @@ def compare_caches(options: argparse.Namespace) -> int:
     from veloxlab.measure.compare import byte_ratios, compare
     from veloxlab.views import frontier, picture
 
+    make_folder(options.out)
     model, tokenizer = vl.load(options.model)
     frame = compare(
         model,
@@ -61,7 +62,6 @@ def compare_caches(options: argparse.Namespace) -> int:
         progress=say,
     )
     ratios = byte_ratios()
-    options.out.mkdir(parents=True, exist_ok=True)
     stem = f"compare_{results_name(options.model)}"
     write_parquet(options.out / f"{stem}.parquet", frame)
     write_parquet(options.out / "byte_ratios.parquet", ratios)
@@ -78,8 +78,8 @@ def sweep_bits(options: argparse.Namespace) -> int:
     import veloxlab as vl
     from veloxlab.allocate.sweep import BITS, sweep, swept
 
+    make_folder(options.out)
     model, tokenizer = vl.load(options.model)
-    options.out.mkdir(parents=True, exist_ok=True)
     stem = f"ratequant_{results_name(options.model)}"
     unfinished = options.out / f"{stem}.unfinished.json"
     frame = sweep(
@@ -114,7 +114,7 @@ def search_front(options: argparse.Namespace) -> int:
     except ValueError:
         words = " ".join(options.protected)
         raise InputError(f"--protected {words} names no layers: give numbers as 0 or 0,-1, or the word none.") from None
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     with ExitStack() as stack:
         executor = None
         if options.workers > 1:
@@ -134,8 +134,8 @@ def search_front(options: argparse.Namespace) -> int:
             executor=executor,
             progress=say,
         )
-    result.save(options.out / f"search_{results_name(options.model)}.parquet")
     print(front_table(result.front))
+    result.save(options.out / f"search_{results_name(options.model)}.parquet")
     return 0
 
 

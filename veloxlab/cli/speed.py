@@ -11,7 +11,7 @@ from typing import Any
 from veloxlab.cli.arguments import Commands, add_json, add_model
 from veloxlab.cli.progress import say
 from veloxlab.cli.tables import lengths_table
-from veloxlab.files import write_atomically
+from veloxlab.store import check_place, write_atomically
 
 PARTS = ("attention", "methods", "encode", "decode", "read")
 
@@ -52,6 +52,8 @@ def time_kernels(options: argparse.Namespace) -> int:
         "read": bench.read_prompts,
     }
     written: Path | None = options.json
+    if written:
+        check_place(written)
     kept = json.loads(written.read_text()) if options.only and written and written.exists() else {}
     for name in options.only or parts:
         rows = parts[name]()
@@ -86,6 +88,8 @@ def measure_lengths(options: argparse.Namespace) -> int:
     import veloxlab as vl
     from veloxlab.measure import bench, lengths
 
+    if options.json:
+        check_place(options.json)
     results: dict[str, Any] = {"facts": bench.facts()}
     jobs = {options.model: options.tokens, "one layer of 7B": options.layer_tokens}
     for name, tokens in jobs.items():

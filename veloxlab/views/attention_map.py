@@ -7,7 +7,7 @@ import polars as pl
 
 from veloxlab.views.columns import require
 from veloxlab.views.furniture import caption_title, framed
-from veloxlab.views.logscale import LABEL, log_ticks
+from veloxlab.views.logscale import LABEL, log_ticks, on_log_scale
 
 KINDS = {"exact": "exact keys", "compressed": "compressed keys", "difference": "|difference|"}
 DOMAIN = (1e-3, 1.0)
@@ -40,7 +40,7 @@ def attention_maps(
 
 def attention_caption(frame: pl.DataFrame) -> str:
     """Say what share of attention goes to other keys than before, on average over queries, and of the worst block."""
-    broken = frame.filter(~pl.col("weight").is_finite()).height
+    broken = frame.height - frame.filter(pl.col("weight").is_finite()).height
     rows = frame.filter(pl.col("kind") == "exact").group_by("query", "query_end").agg(pl.col("moved").first())
     rows = rows.filter(pl.col("moved").is_finite())
     if rows.is_empty():
@@ -70,11 +70,10 @@ def _map(kind: str, words: str, *, first: bool) -> alt.LayerChart:
     )
     key = alt.Legend(values=log_ticks(DOMAIN), labelExpr=LABEL, gradientLength=110, gradientThickness=10)
     cells = (
-        base.transform_filter("isValid(datum.weight)")
-        .transform_calculate(size="abs(datum.weight)")
+        on_log_scale(base.transform_calculate(size="isValid(datum.weight) ? abs(datum.weight) : null"), "size", DOMAIN)
         .mark_rect()
         .encode(
-            color=alt.Color("size:Q", title=["attention", "weight"], legend=key).scale(
+            color=alt.Color("size_drawn:Q", title=["attention", "weight"], legend=key).scale(
                 type="log", domain=DOMAIN, clamp=True
             ),
             tooltip=[

@@ -9,7 +9,7 @@ from veloxlab.views import palette
 from veloxlab.views.allocation import KINDS
 from veloxlab.views.columns import require
 from veloxlab.views.furniture import caption_title, framed
-from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks
+from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks, not_drawn, on_log_scale
 
 STEPS = 160  # of the predicted line that are drawn: a page shows no more
 ROWS = {
@@ -28,11 +28,11 @@ def budget_frontier(
     unit: str = "nats a token",
     bits: tuple[float, float] | None = None,
     domain: Domain | None = None,
-    caption: str = "",
+    caption: str | None = None,
 ) -> alt.VConcatChart:
     """Draw the least predicted loss at every number of bits and uniform bits' beside it, one plan, and measurements.
 
-    Dashed lines and hollow points are predicted; full points are measured.
+    Dashed lines and hollow points are predicted; full points are measured. A loss of zero is drawn at the floor.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ def budget_frontier(
     bits, domain
         Ends of the scales of true bits and of the loss; give them to keep them steady while a slider moves.
     caption
-        The line under the heading.
+        The line under the heading; by default how many losses are not drawn.
 
     Returns
     -------
@@ -52,22 +52,18 @@ def budget_frontier(
     """
     needed = {"role": "text", "kind": "text", "true_bits": "number", "loss": "number", "name": "text"}
     require(rows, needed, "budget_frontier")  # type: ignore[arg-type]
-    scale = domain or log_domain(rows["loss"].drop_nulls())
+    scale = domain or log_domain(rows["loss"])
     width = bits or (float(rows["true_bits"].min()), float(rows["true_bits"].max()))  # type: ignore[arg-type]
     colours = [palette.METHODS[method][0] for method in KINDS.values()]
     shapes = [palette.METHODS[method][1] for method in KINDS.values()]
-    base = (
-        alt.Chart()
-        .transform_filter("isValid(datum.loss) && datum.loss > 0")
-        .encode(
-            x=alt.X("true_bits:Q", title="true bits a packed value, scales included")
-            .scale(domain=list(width), nice=False, padding=8)
-            .axis(tickCount=7, grid=True),
-            y=alt.Y("loss:Q", title=["loss", unit])
-            .scale(type="log", domain=scale, nice=False, clamp=True)
-            .axis(values=log_ticks(scale), labelExpr=LABEL),
-            color=alt.Color("kind:N", title=None).scale(domain=list(KINDS), range=colours),
-        )
+    base = on_log_scale(alt.Chart(), "loss", scale).encode(
+        x=alt.X("true_bits:Q", title="true bits a packed value, scales included")
+        .scale(domain=list(width), nice=False, padding=8)
+        .axis(tickCount=7, grid=True),
+        y=alt.Y("loss_drawn:Q", title=["loss", unit])
+        .scale(type="log", domain=scale, nice=False, clamp=True)
+        .axis(values=log_ticks(scale), labelExpr=LABEL),
+        color=alt.Color("kind:N", title=None).scale(domain=list(KINDS), range=colours),
     )
     shape = alt.Shape("kind:N", title=None).scale(domain=list(KINDS), range=shapes)
     tooltip = [
@@ -79,7 +75,7 @@ def budget_frontier(
     lines = base.transform_filter("datum.role === 'line'").mark_line(strokeWidth=1.5, strokeDash=[5, 4], clip=True)
     now = base.transform_filter("datum.role === 'now'").transform_calculate(said="'predicted, ' + datum.kind")
     gap = (
-        now.transform_aggregate(low="min(loss)", high="max(loss)", at="mean(true_bits)")
+        now.transform_aggregate(low="min(loss_drawn)", high="max(loss_drawn)", at="mean(true_bits)")
         .mark_rule(strokeWidth=1, color=palette.NEUTRAL)
         .encode(x="at:Q", y="low:Q", y2="high:Q", color=alt.value(palette.NEUTRAL))
     )
@@ -94,9 +90,8 @@ def budget_frontier(
     plot = alt.layer(lines, gap, predicted, measured, words.encode(text="short:N")).properties(
         width=palette.WIDTH - 20, height=230, title=caption_title()
     )
-    return framed(
-        [plot], rows, "What bits buy: dashed and hollow is predicted, full is measured", caption, pickable=False
-    )
+    said = "; ".join(not_drawn(rows["loss"])) if caption is None else caption
+    return framed([plot], rows, "What bits buy: dashed and hollow is predicted, full is measured", said, pickable=False)
 
 
 def frontier_rows(

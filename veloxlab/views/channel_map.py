@@ -11,7 +11,7 @@ from veloxlab.errors import InputError
 from veloxlab.views import palette
 from veloxlab.views.columns import require
 from veloxlab.views.furniture import caption_title, framed
-from veloxlab.views.logscale import LABEL, log_ticks
+from veloxlab.views.logscale import LABEL, log_ticks, not_drawn, on_log_scale
 
 CELLS = 1_920  # at most: more channels are drawn in groups, each by its loudest
 DOMAIN = (0.5, 20.0)  # of root-mean-square over the median channel's, clamped
@@ -60,10 +60,10 @@ def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
         alt.Tooltip("ratio:Q", title="over median", format=".3~g"),
     ]
     cells = (
-        base.transform_filter("isValid(datum.ratio)")
+        on_log_scale(base, "ratio", DOMAIN)
         .mark_rect()
         .encode(
-            color=alt.Color("ratio:Q", title=["RMS over", "the median"], legend=key).scale(
+            color=alt.Color("ratio_drawn:Q", title=["RMS over", "the median"], legend=key).scale(
                 type="log", domain=DOMAIN, clamp=True
             ),
             tooltip=tips,
@@ -83,11 +83,13 @@ def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
 
 
 def channel_map_caption(frame: pl.DataFrame) -> str:
-    """Say which channel of which layer is loudest, by how much, and how many values are not finite."""
+    """Say which channel is loudest and by how much, how many values are not finite, and how many channels not drawn."""
     ratios = frame.with_columns(ratio=pl.col("rms") / pl.col("rms").median().over("layer"))
-    loud = ratios.sort("ratio", "layer", "channel", nulls_last=False).row(-1, named=True)
+    heard = ratios.filter(pl.col("ratio").is_finite()).sort("ratio", "layer", "channel")
     broken = int(frame["not_finite"].sum())
-    most = (
-        f"Loudest: layer {loud['layer']}, channel {loud['channel']}, {loud['ratio'] or 0:.1f} times the median channel"
-    )
-    return f"KV head {loud['head']}. {most}" + (f"; × {broken} not finite" if broken else "")
+    said = [
+        f"Loudest: layer {loud['layer']}, channel {loud['channel']}, {loud['ratio']:.1f} times the median channel"
+        for loud in heard.tail(1).iter_rows(named=True)
+    ]
+    said += [f"× {broken} not finite"] if broken else []
+    return f"KV head {frame['head'][0]}. " + "; ".join([*said, *not_drawn(ratios["ratio"])])

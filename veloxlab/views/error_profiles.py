@@ -8,7 +8,7 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import require
 from veloxlab.views.furniture import Plot, caption_title, framed, tensor_colour
-from veloxlab.views.logscale import LABEL, log_steps, log_ticks
+from veloxlab.views.logscale import LABEL, log_domain, log_steps, log_ticks, not_drawn, on_log_scale
 
 
 def errors_along_position(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -56,14 +56,16 @@ def error_distribution(frame: pl.DataFrame, *, caption: str | None = None) -> al
     require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "error_distribution")  # type: ignore[arg-type]
     shown = frame.select("tensor", *numbers[:4])
     widths = shown["bits"].unique().sort().to_list()
-    axis = alt.X("middle:Q", title="relative squared error of a vector").scale(type="log", nice=False)
+    axis = alt.X("middle_drawn:Q", title="relative squared error of a vector").scale(type="log", nice=False)
     axis = axis.axis(values=log_steps(1, 2, 5), labelExpr=LABEL)
     if len(widths) > 1:  # one axis for all; alone, a width's own rows make its axis, whichever come
-        domain = (float(shown["least"].min()), float(shown["most"].max()))  # type: ignore[arg-type]
+        bins = shown.filter(pl.col("least").is_finite() & pl.col("most").is_finite() & (pl.col("least") > 0))
+        domain = log_domain([])
+        if not bins.is_empty():
+            domain = (float(bins["least"].min()), float(bins["most"].max()))  # type: ignore[arg-type]
         axis = axis.scale(type="log", domain=domain, nice=False).axis(values=log_ticks(domain), labelExpr=LABEL)
     plots: list[Plot] = [
-        _of_width(bits, widths)
-        .transform_calculate(middle="sqrt(datum.least * datum.most)")
+        on_log_scale(_of_width(bits, widths).transform_calculate(middle="sqrt(datum.least * datum.most)"), "middle")
         .mark_area(interpolate="step", opacity=0.3, line={"interpolate": "step", "strokeWidth": 1.5})
         .encode(
             x=axis if bits == widths[-1] else axis.title(None),
@@ -91,6 +93,7 @@ def distribution_caption(frame: pl.DataFrame) -> str:
     zero, broken = int(sides["zero"].sum()), int(sides["not_finite"].sum())
     said = [f"{zero} vectors without error are not drawn"] if zero else []
     said += [f"× {broken} not finite"] if broken else []
+    said += not_drawn(frame["least"] * frame["most"], zero=True)
     return "; ".join(said) or "Every vector of the capture is counted"
 
 
@@ -107,18 +110,14 @@ def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
     numbers = ("bits", "error", "true_bits", "not_finite")
     require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "errors_by_bits")  # type: ignore[arg-type]
     shown = frame.select("tensor", *numbers)
-    base = (
-        alt.Chart()
-        .transform_filter("isValid(datum.error)")
-        .encode(
-            x=alt.X("true_bits:Q", title="true bits a value, scales included")
-            .scale(zero=False, nice=False, padding=12)
-            .axis(tickMinStep=1),
-            y=alt.Y("error:Q", title=["relative", "squared error"])
-            .scale(type="log")
-            .axis(values=log_steps(1), labelExpr=LABEL),
-            color=tensor_colour(legend=True),
-        )
+    base = on_log_scale(alt.Chart(), "error").encode(
+        x=alt.X("true_bits:Q", title="true bits a value, scales included")
+        .scale(zero=False, nice=False, padding=12)
+        .axis(tickMinStep=1),
+        y=alt.Y("error_drawn:Q", title=["relative", "squared error"])
+        .scale(type="log")
+        .axis(values=log_steps(1), labelExpr=LABEL),
+        color=tensor_colour(legend=True),
     )
     tips = [
         alt.Tooltip("tensor:N"),
@@ -135,17 +134,20 @@ def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
 
 
 def by_bits_caption(frame: pl.DataFrame) -> str:
-    """Say by what factor an error falls with one more bit, on average, and how many errors are not finite."""
+    """Say by what factor an error falls with a bit, on average, how many are not finite, and how many not drawn."""
     said = []
     for tensor in palette.TENSORS:
-        own = frame.filter(pl.col("tensor") == tensor, pl.col("error") > 0).sort("true_bits")
+        own = frame.filter(pl.col("tensor") == tensor, pl.col("error").is_finite() & (pl.col("error") > 0)).sort(
+            "true_bits"
+        )
         spent = own["true_bits"][-1] - own["true_bits"][0] if len(own) > 1 else 0
         if spent > 0:
             factor = (own["error"][0] / own["error"][-1]) ** (1 / spent)
             said.append(f"{tensor} {factor:.1f}×")
     broken = int(frame["not_finite"].sum())
     words = f"One more bit divides the error by: {', '.join(said)}" if said else "One width alone"
-    return words + (f"; × {broken} not finite" if broken else "")
+    words += f"; × {broken} not finite" if broken else ""
+    return "; ".join([words, *not_drawn(frame["error"], zero=True)])
 
 
 def _of_width(bits: int, widths: list[int]) -> alt.Chart:

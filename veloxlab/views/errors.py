@@ -10,12 +10,12 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import known, require
 from veloxlab.views.furniture import Plot, caption_title, framed, layer_axis, layer_columns, layer_step, picked_outline
-from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks
+from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks, on_log_scale
 
 # column: words for a tooltip, the unit for an axis, and the loss that is drawn (0 where nothing is lost)
 METRICS = {
     "rel_mse": ("relative MSE", "relative MSE", "datum.rel_mse"),
-    "cosine": ("1 − cosine", "1 − cosine", "1 - datum.cosine"),
+    "cosine": ("1 − cosine", "1 − cosine", "isValid(datum.cosine) ? 1 - datum.cosine : null"),
     "logit_error": ("error of logits (nats)", "nats", "datum.logit_error"),
     "output_error": ("relative MSE of attention output", "relative MSE", "datum.output_error"),
 }
@@ -78,35 +78,32 @@ def error_domain(frame: pl.DataFrame, metric: str = "rel_mse") -> Domain:
 
 def error_caption(frame: pl.DataFrame, metric: str = "rel_mse") -> str:
     """Say the mean loss of keys and of values, which layer loses most, and how many values are not finite."""
-    said = []
+    said, broken = [], 0
     for tensor in palette.TENSORS:
-        loss = (
-            _finite(frame.filter(pl.col("tensor") == tensor), metric)
-            .group_by("layer", maintain_order=True)
-            .agg(pl.col("loss").mean())
-        )
+        own = frame.filter(pl.col("tensor") == tensor)
+        finite = _finite(own, metric)
+        broken += 0 if own[metric].is_null().all() else own.height - finite.height
+        loss = finite.group_by("layer", maintain_order=True).agg(pl.col("loss").mean())
         if not loss.is_empty():
             worst = loss.sort("loss", "layer").row(-1, named=True)
             mean = sum(loss["loss"]) / loss.height
             said.append(f"{tensor}: mean {mean:.2g}, most in layer {worst['layer']} ({worst['loss']:.2g})")
-    broken = frame.filter(pl.col(metric).is_not_null() & ~pl.col(metric).is_finite()).height
     return "; ".join([*said, *([f"× {broken} not finite"] if broken else [])])
 
 
 def _means(metric: str, domain: Domain, tensors: list[str]) -> Plot:
     name, unit, expression = METRICS[metric]
-    y = alt.Y("loss:Q", title=[unit, "mean over heads"]).scale(type="log", domain=domain, clamp=True, nice=False)
+    y = alt.Y("loss_drawn:Q", title=[unit, "mean over heads"]).scale(type="log", domain=domain, clamp=True, nice=False)
     names = list(palette.TENSORS)
-    marks = (
+    means = (
         alt.Chart()
         .transform_calculate(loss=expression)
-        .transform_filter("isValid(datum.loss)")
         .transform_aggregate(loss="mean(loss)", groupby=["layer", "tensor"])
-        .encode(
-            x=layer_axis(labelled=False),
-            y=y.axis(values=log_ticks(domain), labelExpr=LABEL),
-            color=alt.Color("tensor:N", title=None).scale(domain=names, range=list(palette.TENSORS.values())),
-        )
+    )
+    marks = on_log_scale(means, "loss", domain).encode(
+        x=layer_axis(labelled=False),
+        y=y.axis(values=log_ticks(domain), labelExpr=LABEL),
+        color=alt.Color("tensor:N", title=None).scale(domain=names, range=list(palette.TENSORS.values())),
     )
     shape = alt.Shape("tensor:N", title=None).scale(domain=names, range=["circle", "square"])
     tooltip = [alt.Tooltip("layer:O"), alt.Tooltip("tensor:N"), alt.Tooltip("loss:Q", title=name, format=".3g")]
@@ -125,9 +122,9 @@ def _cells(tensor: str, metric: str, domain: Domain, group: int, *, last: bool) 
         .encode(x=layer_axis(labelled=last), y=alt.Y("group:O", title=[tensor, heads]))
     )
     key = alt.Legend(values=log_ticks(domain), labelExpr=LABEL, gradientLength=110, gradientThickness=10)
-    colour = alt.Color("loss:Q", title=unit, legend=key).scale(type="log", domain=domain, clamp=True)
+    colour = alt.Color("loss_drawn:Q", title=unit, legend=key).scale(type="log", domain=domain, clamp=True)
     cells = (
-        pooled.transform_filter("datum.finite > 0")
+        on_log_scale(pooled, "loss", domain)
         .mark_rect(cursor="pointer")
         .encode(
             color=colour,

@@ -10,7 +10,7 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import known, require
 from veloxlab.views.furniture import caption_title, framed, method_look
-from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks
+from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks, on_log_scale
 
 # what a cache costs: words for an axis, and the number drawn
 COSTS = {
@@ -58,41 +58,48 @@ def frontier(
     require(frame, {"name": "text", **dict.fromkeys(numbers, "number")}, "frontier")
     method = pl.col("method") if "method" in frame.columns else pl.col("name").str.split(" ").list.first()
     held = [pl.col("held_bits")] if "held_bits" in frame.columns else []
-    shown = frame.select("name", *numbers, *held, method=method).sort("method", "key_bits", "value_bits", "name")
+    shown = frame.select("name", *numbers, *held, method=method).drop_nulls("name")
+    shown = shown.sort("method", "key_bits", "value_bits", "name")
     drawn = shown.filter(pl.col("method") != EXACT)
     scale = domain or log_domain(drawn["kl_mean"])
     plot = (
-        alt.layer(*_marks(drawn, x, named=drawn.height <= FEW))
+        alt.layer(*_marks(drawn, x, scale, named=drawn.height <= FEW))
         .encode(
             x=alt.X("cost:Q", title=COSTS[x][0]).scale(zero=False, nice=False, padding=24).axis(tickCount=6),
-            y=alt.Y("kl_mean:Q", title=["mean KL from the exact model", "nats"])
+            y=alt.Y("kl_mean_drawn:Q", title=["mean KL from the exact model", "nats"])
             .scale(type="log", domain=scale, nice=False, clamp=True)
             .axis(values=log_ticks(scale), labelExpr=LABEL),
         )
         .properties(width=palette.WIDTH - 90, height=260, title=caption_title())
     )
-    words = fidelity_caption(frame) if caption is None else caption
+    words = fidelity_caption(frame, x) if caption is None else caption
     return framed([plot], shown, "What a smaller cache changes in the model's predictions", words, pickable=False)
 
 
-def fidelity_caption(frame: pl.DataFrame) -> str:
+def fidelity_caption(frame: pl.DataFrame, x: Literal["bits", "held_bytes"] = "bits") -> str:
     """Say which way is better, what the exact cache gives where it was measured, and what could not be drawn."""
     better = ["Lower left is better; grey steps join what nothing else beats."]
     exact = [
         f"Exact cache: KL {row['kl_mean']:.1g}, perplexity {row['perplexity']:.2f}."
         for row in frame.filter(pl.col("name") == EXACT).head(1).iter_rows(named=True)
     ]
-    lost = frame.filter(pl.col("kl_mean").is_null() | ~pl.col("kl_mean").is_finite())["name"].to_list()
-    return " ".join([*better, *exact, *([f"Not finite: {', '.join(lost)}."] if lost else [])])
+    names = pl.col("name").fill_null("a row without a name")
+    finite = pl.col("kl_mean").is_finite().fill_null(value=False)
+    bits = pl.coalesce("key_bits", *(["held_bits"] if "held_bits" in frame.columns else []))
+    cost = {"bits": bits + pl.col("value_bits").fill_null(0), "held_bytes": pl.col("held_bytes")}[x]
+    lost = frame.filter(~finite).select(names)["name"].to_list()
+    bare = frame.filter(finite & (cost.is_null() | pl.col("name").is_null())).select(names)["name"].to_list()
+    told = [f"{what}: {', '.join(own)}." for what, own in (("Not finite", lost), ("Not drawn", bare)) if own]
+    return " ".join([*better, *exact, *told])
 
 
-def _marks(drawn: pl.DataFrame, x: str, *, named: bool) -> list[alt.Chart]:
+def _marks(drawn: pl.DataFrame, x: str, scale: Domain, *, named: bool) -> list[alt.Chart]:
     methods = _by_divergence(drawn)
     colour, shape = method_look(methods)
     base = (
-        alt.Chart()
+        on_log_scale(alt.Chart(), "kl_mean", scale)
         .transform_calculate(cost=COSTS[x][1], method="datum.method || split(datum.name, ' ')[0]")
-        .transform_filter(f"datum.method !== '{EXACT}' && isValid(datum.kl_mean) && isValid(datum.cost)")
+        .transform_filter(f"datum.method !== '{EXACT}' && isValid(datum.cost)")
     )
     best = (
         base.transform_window(
@@ -122,6 +129,6 @@ def _marks(drawn: pl.DataFrame, x: str, *, named: bool) -> list[alt.Chart]:
 
 def _by_divergence(drawn: pl.DataFrame) -> list[str]:
     """List methods as their lines lie, from the top down, so that the legend reads like the chart."""
-    height = pl.col("kl_mean").filter(pl.col("kl_mean") > 0).log().mean()
+    height = pl.col("kl_mean").filter(pl.col("kl_mean").is_finite() & (pl.col("kl_mean") > 0)).log().mean()
     mean = drawn.group_by("method").agg(height)
     return mean.sort("kl_mean", "method", descending=[True, False], nulls_last=True)["method"].to_list()

@@ -11,6 +11,7 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import require
 from veloxlab.views.furniture import caption_title, framed
+from veloxlab.views.logscale import not_drawn, on_log_scale
 
 SIDES = ("exact", "compressed")
 FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
@@ -57,8 +58,10 @@ def token_strip(
 def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
     """Say where the texts part, and the mean divergence until there and behind."""
     ours = frame.filter(pl.col("side") == "compressed")
-    total = ours["kl"].mean()
+    kls = ours["kl"].drop_nulls()
+    total = kls.filter(kls.is_finite()).mean()
     mean = f"mean KL {total:.3g} nats" if isinstance(total, float) else "no prediction yet"
+    mean = "; ".join([mean, *not_drawn(kls)])
     if parting is None:
         return f"The same text for {len(ours)} tokens; {mean}."
     return f"The texts part at token {parting + 1} (framed); {mean} over {len(ours)} predictions."
@@ -230,12 +233,12 @@ def _text(side: str, lines: int) -> alt.LayerChart | alt.FacetChart:
             title="KL from the exact cache (nats)", orient="bottom", format="~g", gradientLength=220, tickCount=4
         )
         bars = (
-            base.transform_calculate(lost=f"max(datum.kl, {LOST[0]})")
+            on_log_scale(base, "kl", LOST)
             .mark_rect(cornerRadius=1)
             .encode(
                 y=alt.Y("low:Q", axis=axis, scale=down),
                 y2="high:Q",
-                color=alt.Color("lost:Q", legend=legend).scale(type="log", domain=list(LOST), clamp=True),
+                color=alt.Color("kl_drawn:Q", legend=legend).scale(type="log", domain=list(LOST), clamp=True),
             )
         )
         layers = [bars, *layers]

@@ -8,6 +8,7 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import require
 from veloxlab.views.furniture import caption_title, framed
+from veloxlab.views.logscale import not_drawn, on_log_scale
 from veloxlab.views.memory import MEGABYTE
 
 PANELS = (
@@ -36,8 +37,7 @@ def costs_by_length(
     shown = frame.select(*needed).sort("tokens", maintain_order=True)
     caches = shown["cache"].unique(maintain_order=True).to_list()
     plots = [
-        _panel(name, title, unit, caches, shown["tokens"].unique().sort().to_list(), place)
-        for place, (name, title, unit) in enumerate(PANELS)
+        _panel(name, title, unit, caches, _lengths(shown), place) for place, (name, title, unit) in enumerate(PANELS)
     ]
     plots[0] = plots[0].properties(title=caption_title())
     words = lengths_caption(frame) if caption is None else caption
@@ -47,17 +47,27 @@ def costs_by_length(
 def lengths_caption(frame: pl.DataFrame) -> str:
     """Say how the last cache's peaks compare with the first one's at the longest text that both have."""
     caches = frame["cache"].unique(maintain_order=True).to_list()
-    shared = [set(frame.filter(pl.col("cache") == name)["tokens"]) for name in (caches[0], caches[-1])]
+    peaks = ("prefill_peak_bytes", "decode_peak_bytes")
+    whole = frame.drop_nulls(["tokens", *peaks])
+    shared = [set(_lengths(whole.filter(pl.col("cache") == name))) for name in (caches[0], caches[-1])]
+    left_out = not_drawn(frame["tokens"], zero=True)
     if len(caches) < 2 or not shared[0] & shared[1]:
-        return "Memory beside the model's weights, and the time of one more token"
+        return "; ".join(["Memory beside the model's weights, and the time of one more token", *left_out])
     longest = max(shared[0] & shared[1])
-    rows = {row["cache"]: row for row in frame.filter(pl.col("tokens") == longest).iter_rows(named=True)}
+    rows = {row["cache"]: row for row in whole.filter(pl.col("tokens") == longest).iter_rows(named=True)}
     first, last = rows[caches[0]], rows[caches[-1]]
-    shares = [f"{last[name] / first[name]:.2f}" for name in ("prefill_peak_bytes", "decode_peak_bytes")]
-    return (
+    shares = [f"{last[name] / first[name]:.2f}" for name in peaks]
+    said = (
         f"At {longest:,} tokens {caches[-1]} peaks at {shares[0]} of {caches[0]}'s memory while reading, "
         f"at {shares[1]} while continuing"
     )
+    return "; ".join([said, *left_out])
+
+
+def _lengths(frame: pl.DataFrame) -> list[int]:
+    """Numbers of tokens that have a place on a log scale."""
+    tokens = frame["tokens"].unique().sort()
+    return tokens.filter(tokens.is_finite() & (tokens > 0)).to_list()
 
 
 def _panel(
@@ -69,11 +79,11 @@ def _panel(
     )
     axis = alt.Axis(values=tokens, format=",d", labels=last, ticks=last, title="tokens of text" if last else None)
     base = (
-        alt.Chart()
+        on_log_scale(alt.Chart(), "tokens")
         .transform_filter(f"isValid(datum.{name})")
         .transform_calculate(shown=f"datum.{name} / {unit}")
         .encode(
-            x=alt.X("tokens:Q", axis=axis).scale(type="log", base=2, nice=False),
+            x=alt.X("tokens_drawn:Q", axis=axis).scale(type="log", base=2, nice=False),
             y=alt.Y("shown:Q", title=title).axis(tickCount=4).scale(zero=True),
             color=colour,
         )

@@ -1,9 +1,12 @@
-"""Round ends and round ticks for log scales: 1, 2 and 5 of each decade."""
+"""Log scales: what has a place on one, and round ends and ticks, 1, 2 and 5 of each decade."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+
+import altair as alt
+import polars as pl
 
 Domain = tuple[float, float]
 
@@ -12,20 +15,47 @@ NEAR = 1e-9  # relative room for rounding errors
 DEEP = 1e-6  # what lies further under the greatest value is drawn at the floor
 
 
-def log_domain(values: Iterable[float]) -> Domain:
+def on_log_scale(chart: alt.Chart, field: str, domain: Domain | None = None) -> alt.Chart:
+    """Give the rows of a chart a field that a log scale can show, named ``{field}_drawn``: all log scales read such.
+
+    Rows in which the field is null, NaN or infinite are left out; `not_drawn` counts them for a caption.
+
+    Parameters
+    ----------
+    chart
+        Its rows may change later: this is done in the page.
+    field
+        A number of each row.
+    domain
+        Ends of the scale: what is below, such as zero, is drawn at the floor. Without them zero and less is left out.
+    """
+    value = f"datum.{field}"
+    there = chart.transform_filter(f"isValid({value}) && isFinite({value})" + ("" if domain else f" && {value} > 0"))
+    return there.transform_calculate(**{f"{field}_drawn": f"max({value}, {domain[0]!r})" if domain else value})
+
+
+def not_drawn(values: pl.Series, *, zero: bool = False) -> list[str]:
+    """Say how many values are null, NaN or infinite, or, with ``zero``, not above zero; nothing if there are none."""
+    numbers = values.cast(pl.Float64)
+    drawn = numbers.is_finite() & ((numbers > 0) | (not zero))
+    count = len(numbers) - int(drawn.sum())
+    return [f"{count} not drawn: {'not above zero, or ' * zero}not finite"] if count else []
+
+
+def log_domain(values: Iterable[float | None]) -> Domain:
     """Give round ends of a log scale that hold the values above zero, down to a millionth of the greatest.
 
     Parameters
     ----------
     values
-        Numbers; those that are zero, negative or not finite have no place on a log scale and do not count.
+        Numbers; those that are null, zero, negative or not finite have no place on a log scale and do not count.
 
     Returns
     -------
     tuple
         The least and the greatest value of the scale, at least a factor of five apart.
     """
-    drawn = [value for value in values if 0 < value < math.inf]
+    drawn = [value for value in values if value is not None and 0 < value < math.inf]
     greatest = max(drawn, default=1.0)
     least = min((value for value in drawn if value > greatest * DEEP), default=greatest)
     low = max(step for step in _round_numbers(least) if step <= least * (1 + NEAR))

@@ -8,7 +8,7 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import require
 from veloxlab.views.furniture import caption_title, framed, method_look
-from veloxlab.views.logscale import LABEL, log_domain, log_ticks
+from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks, on_log_scale
 
 FRONT = "front"
 NUMBERS = ("row", "key_bits", "value_bits", "sinks", "window", "bytes_per_token", "windows", "kl", "low", "high")
@@ -31,12 +31,12 @@ def pareto_front(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VCon
     shown = frame.filter(pl.col("kl").is_finite()).select(*texts, *NUMBERS, protected=protected)
     scale = log_domain(shown["kl"])
     plot = (
-        alt.layer(*_marks(shown, scale[0]))
+        alt.layer(*_marks(shown, scale))
         .encode(
             x=alt.X("bytes_per_token:Q", title="bytes held for a token")
             .scale(zero=False, nice=False, padding=24)
             .axis(tickCount=6),
-            y=alt.Y("kl:Q", title=["mean KL from the exact model", "nats"])
+            y=alt.Y("kl_drawn:Q", title=["mean KL from the exact model", "nats"])
             .scale(type="log", domain=scale, nice=False, clamp=True)
             .axis(values=log_ticks(scale), labelExpr=LABEL),
         )
@@ -59,7 +59,7 @@ def pareto_caption(frame: pl.DataFrame) -> str:
     return "; ".join([front, *told]) + ". Lower left is better; bars are intervals."
 
 
-def _marks(shown: pl.DataFrame, floor: float) -> list[alt.Chart]:
+def _marks(shown: pl.DataFrame, scale: Domain) -> list[alt.Chart]:
     methods = shown["method"].unique(maintain_order=True).sort().to_list()
     colour, shape = method_look(methods)
     tooltip = [
@@ -77,14 +77,13 @@ def _marks(shown: pl.DataFrame, floor: float) -> list[alt.Chart]:
         alt.Tooltip("windows:Q", title="windows measured"),
         alt.Tooltip("state:N"),
     ]
-    front = alt.Chart().transform_filter(f"datum.state === '{FRONT}'")
+    measured = on_log_scale(alt.Chart(), "kl", scale)
+    front = measured.transform_filter(f"datum.state === '{FRONT}'")
     steps = front.mark_line(interpolate="step-after", color=palette.NEUTRAL, strokeWidth=4, opacity=0.3)
-    # a log scale has no place for an end at or below zero
-    ends = front.transform_calculate(bottom=f"max(datum.low, {floor})", top=f"max(datum.high, {floor})")
-    intervals = ends.mark_rule(strokeWidth=1.5, opacity=0.7).encode(y="bottom:Q", y2="top:Q", color=colour)
+    ends = on_log_scale(on_log_scale(front, "low", scale), "high", scale)
+    intervals = ends.mark_rule(strokeWidth=1.5, opacity=0.7).encode(y="low_drawn:Q", y2="high_drawn:Q", color=colour)
     others = (
-        alt.Chart()
-        .transform_filter(f"datum.state !== '{FRONT}'")
+        measured.transform_filter(f"datum.state !== '{FRONT}'")
         .mark_point(filled=True, size=36, opacity=0.3)
         .encode(color=colour, shape=shape, tooltip=tooltip)
     )

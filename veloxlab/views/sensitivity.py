@@ -8,7 +8,7 @@ import polars as pl
 from veloxlab.views import palette
 from veloxlab.views.columns import require
 from veloxlab.views.furniture import caption_title, framed, layer_axis, layer_columns, layer_width, picked_outline
-from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks
+from veloxlab.views.logscale import LABEL, Domain, log_domain, log_ticks, not_drawn, on_log_scale
 
 
 def sensitivity_by_layer(
@@ -45,13 +45,16 @@ def sensitivity_by_layer(
     shown = shown.sort("side", "layer")
     scale = domain or log_domain(above["sensitivity"])
     sides = list(palette.TENSORS)
-    marks = alt.Chart().encode(
+    rows = alt.Chart()
+    for field in ("mean", "least", "greatest"):
+        rows = on_log_scale(rows, field, scale)
+    marks = rows.encode(
         x=layer_axis(labelled=True, gap=0.12),
         xOffset=alt.XOffset("side:N").scale(domain=sides),
         color=alt.Color("side:N", title=None).scale(domain=sides, range=list(palette.TENSORS.values())),
     )
     y = (
-        alt.Y("mean:Q", title=["sensitivity", unit])
+        alt.Y("mean_drawn:Q", title=["sensitivity", unit])
         .scale(type="log", domain=scale, nice=False, clamp=True)
         .axis(values=log_ticks(scale), labelExpr=LABEL)
     )
@@ -62,7 +65,7 @@ def sensitivity_by_layer(
         alt.Tooltip("least:Q", format=".3g"),
         alt.Tooltip("greatest:Q", format=".3g"),
     ]
-    spans = marks.mark_rule(strokeWidth=2, opacity=0.55).encode(y=alt.Y("least:Q"), y2="greatest:Q")
+    spans = marks.mark_rule(strokeWidth=2, opacity=0.55).encode(y=alt.Y("least_drawn:Q"), y2="greatest_drawn:Q")
     points = marks.mark_point(filled=True, size=34, opacity=1, cursor="pointer").encode(
         y=y, tooltip=tooltip, shape=alt.Shape("side:N", title=None).scale(domain=sides, range=["circle", "square"])
     )
@@ -83,7 +86,4 @@ def sensitivity_caption(frame: pl.DataFrame) -> str:
             ratio = own.select(pl.col("sensitivity").mean() / pl.col("sensitivity").log().mean().exp()).item()
             most = own.sort("sensitivity").row(-1, named=True)
             said.append(f"{side}: AM/GM {ratio:.2f}, most in layer {most['layer']}, head {most['head']}")
-    lost = frame.filter(
-        ~(pl.col("sensitivity").is_finite() & (pl.col("sensitivity") > 0)).fill_null(value=False)
-    ).height
-    return "; ".join([*said, *([f"{lost} not above zero"] if lost else [])])
+    return "; ".join([*said, *not_drawn(frame["sensitivity"], zero=True)])

@@ -18,11 +18,12 @@ from veloxlab.views.furniture import (
     picked_outline,
     tensor_colour,
 )
-from veloxlab.views.logscale import LABEL, log_domain, log_ticks
+from veloxlab.views.logscale import LABEL, log_domain, log_ticks, not_drawn, on_log_scale
 
 ABOUT = {"origin": "with the mean vector", "mean": "without it"}
 DASHES = ([4, 3], [1, 0])
 FLOOR = 1e-4  # shares below are drawn there
+MEANS = [pl.col(n).filter(pl.col(n).is_finite()).mean() for n in ("uncentred", "centred", "mean_share")]
 
 
 def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -41,14 +42,14 @@ def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatC
     shown = frame.select("tensor", "about", "rank", "share")
     domain = (FLOOR, 1.0)
     line = (
-        alt.Chart()
+        on_log_scale(alt.Chart(), "share", domain)
         .transform_calculate(seen=f"datum.about === 'origin' ? '{ABOUT['origin']}' : '{ABOUT['mean']}'")
         .mark_line(strokeWidth=1.8)
         .encode(
             x=alt.X("rank:Q", title="direction, the strongest first")
             .scale(nice=False, domainMin=1)
             .axis(tickMinStep=1),
-            y=alt.Y("share:Q", title=["one direction's", "share of energy"])
+            y=alt.Y("share_drawn:Q", title=["one direction's", "share of energy"])
             .scale(type="log", domain=domain, clamp=True)
             .axis(values=log_ticks(domain), labelExpr=LABEL),
             color=tensor_colour(),
@@ -70,11 +71,11 @@ def spectrum_caption(frame: pl.DataFrame) -> str:
     """Say the effective dimensions (Σλ)² / Σλ² of keys and of values, with the mean vector and without."""
     said = []
     for tensor in palette.TENSORS:
-        own = frame.filter(pl.col("tensor") == tensor)
+        own = frame.filter(pl.col("tensor") == tensor, pl.col("share").is_finite())
         found = [1 / float(own.filter(pl.col("about") == about)["share"].pow(2).sum() or 1) for about in ABOUT]
         if not own.is_empty():
             said.append(f"{tensor} {found[0]:.1f} with the mean, {found[1]:.1f} without it")
-    return f"{head_words(frame)}. Effective dimensions: " + "; ".join(said)
+    return f"{head_words(frame)}. Effective dimensions: " + "; ".join([*said, *not_drawn(frame["share"])])
 
 
 def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -94,9 +95,7 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> a
     """
     numbers = ("layer", "head", "head_dim", "uncentred", "centred", "mean_share")
     require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "dimensions_by_layer")  # type: ignore[arg-type]
-    means = frame.group_by("layer", "tensor", maintain_order=True).agg(
-        pl.col("uncentred", "centred", "mean_share").mean()
-    )
+    means = frame.group_by("layer", "tensor", maintain_order=True).agg(*MEANS)
     step = 0.88 * layer_step(means["layer"].n_unique())  # room for a broad legend
     plots = [
         _counts(means).properties(width=alt.Step(step), height=150, title=caption_title()),
@@ -110,25 +109,26 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> a
 
 def dimensions_caption(frame: pl.DataFrame) -> str:
     """Say the mean effective dimensions over all heads, and the share of energy that is the mean vector."""
-    means = frame.group_by("tensor").agg(pl.col("uncentred", "centred", "mean_share").mean())
+    means = frame.group_by("tensor").agg(*MEANS).drop_nulls()
     rows = {row["tensor"]: row for row in means.iter_rows(named=True)}
     own = [(tensor, rows[tensor]) for tensor in palette.TENSORS if tensor in rows]
     counts = "; ".join(
         f"{tensor} {row['uncentred']:.1f} with the mean, {row['centred']:.1f} without" for tensor, row in own
     )
     shares = " and ".join(f"{100 * row['mean_share']:.0f} %" for _, row in own)
-    return f"Of {frame['head_dim'][0]}: {counts}. The mean vector holds {shares}"
+    said = f"Of {frame['head_dim'][0]}: {counts}. The mean vector holds {shares}"
+    return "; ".join([said, *not_drawn(pl.concat([frame["uncentred"], frame["centred"].rename("uncentred")]))])
 
 
 def _counts(means: pl.DataFrame) -> Plot:
     domain = log_domain([*means["uncentred"], *means["centred"]])
+    counts = alt.Chart().transform_fold(["uncentred", "centred"], as_=["which", "dimensions"])
     marks = (
-        alt.Chart()
-        .transform_fold(["uncentred", "centred"], as_=["which", "dimensions"])
+        on_log_scale(counts, "dimensions", domain)
         .transform_calculate(seen=f"datum.which === 'uncentred' ? '{ABOUT['origin']}' : '{ABOUT['mean']}'")
         .encode(
             x=layer_axis(labelled=False),
-            y=alt.Y("dimensions:Q", title=["effective dimensions", "mean over KV heads"])
+            y=alt.Y("dimensions_drawn:Q", title=["effective dimensions", "mean over KV heads"])
             .scale(type="log", domain=domain, clamp=True, nice=False)
             .axis(values=log_ticks(domain), labelExpr=LABEL),
             color=tensor_colour(),

@@ -20,7 +20,7 @@ import polars as pl
 import traitlets as t
 
 from veloxlab.errors import InputError
-from veloxlab.files import write_atomically, write_parquet
+from veloxlab.store import write_atomically, write_parquet
 from veloxlab.views import palette, picture
 from veloxlab.views.spec import Rows, Spec, compact, data_names, describe, finite, finite_rows, join, split
 from veloxlab.widgets.lifetime import Ending, keep_shown, loosen

@@ -15,7 +15,7 @@ import polars as pl
 import traitlets as t
 
 from veloxlab.errors import InputError
-from veloxlab.files import write_atomically
+from veloxlab.store import make_folder, write_atomically
 from veloxlab.views import picture
 from veloxlab.views.report import Section, report
 from veloxlab.widgets.chart_view import ChartView
@@ -101,8 +101,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     def save_pictures(self, folder: str | Path) -> list[Path]:
         """Write each chart as SVG and PNG and its rows as Parquet into ``folder``, and give the files."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = make_folder(folder)
         files = []
         for name, view in self.named.items():
             files += [view.to_svg(folder / f"{name}.svg"), view.to_png(folder / f"{name}.png")]

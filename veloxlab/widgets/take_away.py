@@ -43,15 +43,7 @@ class TakeAway(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no type
         ------
         InputError : there is no such folder, it is no place for a file, or it cannot be written.
         """
-        path = Path(self.path.value.strip() if path is None else path).expanduser().absolute()
-        if path.is_dir() or not path.name:
-            raise InputError(f"{path} is a folder: give the name of a file in it, such as plan.json.")
-        if not path.parent.is_dir():
-            raise InputError(f"There is no folder {path.parent}: make it, or choose another.")
-        try:
-            return self._plan().save(path)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written ({error.strerror}): choose another place.") from error
+        return self._plan().save(Path(self.path.value.strip() if path is None else path).expanduser().absolute())
 
     def _clicked(self) -> None:
         try:

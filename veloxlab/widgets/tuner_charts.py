@@ -18,7 +18,7 @@ from veloxlab.views import (
     loss_caption,
     sensitivity_by_layer,
 )
-from veloxlab.views.logscale import Domain, log_domain
+from veloxlab.views.logscale import Domain, log_domain, not_drawn
 from veloxlab.widgets.chart_view import ChartView, link
 
 
@@ -73,7 +73,7 @@ class TunerCharts:
         rows = self._frontier_rows(setting, found, measured)
         before, self._ends = self._ends, self._ends_with(rows)
         if before == self._ends:
-            self.frontier.put(rows)
+            self.frontier.put(rows, caption=self._frontier_caption(rows))
         else:
             self.frontier.show(self._drawn(rows))
 
@@ -111,15 +111,16 @@ class TunerCharts:
         """Ends of the frontier's axes, of true bits and of loss, between which all of these rows lie."""
         (low, high), losses = self._usual
         bits = rows["true_bits"].to_list()
-        return (min(low, *bits), max(high, *bits)), log_domain([*losses, *rows["loss"].drop_nulls().to_list()])
+        return (min(low, *bits), max(high, *bits)), log_domain([*losses, *rows["loss"].to_list()])
 
     def _drawn(self, rows: pl.DataFrame) -> alt.VConcatChart:
         bits, domain = self._ends
-        return budget_frontier(rows, unit=self.unit, bits=bits, domain=domain, caption=self._frontier_caption())
+        return budget_frontier(rows, unit=self.unit, bits=bits, domain=domain, caption=self._frontier_caption(rows))
 
-    def _frontier_caption(self) -> str:
+    def _frontier_caption(self, rows: pl.DataFrame) -> str:
+        said = f"Losses by {self._by} are no divergences: what is measured stands in the table below"
         if self._by in NATS:
-            return (
+            said = (
                 "The hollow square is this plan, predicted for codes alone; measured is the mean KL, its window exact"
             )
-        return f"Losses by {self._by} are no divergences: what is measured stands in the table below"
+        return "; ".join([said, *not_drawn(rows["loss"])])

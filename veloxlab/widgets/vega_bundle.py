@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 import platformdirs
 import vl_convert
+
+from veloxlab.errors import InputError
+from veloxlab.store import make_folder, write_atomically
 
 SNIPPET = "export { vegaEmbed };"  # vl-convert binds vega and vegaLite too, but to null
 
@@ -41,7 +43,7 @@ def ensure_bundle() -> Path:
     code = vl_convert.javascript_bundle(SNIPPET, vl_version=_newest_vegalite())
     try:
         return _write(cache, name, code)
-    except OSError:  # a read-only home, as containers have it
+    except InputError:  # a read-only home, as containers have it
         return _write(Path(tempfile.mkdtemp(prefix="veloxlab-")), name, code)
 
 
@@ -51,13 +53,6 @@ def _newest_vegalite() -> str:
 
 
 def _write(folder: Path, name: str, text: str) -> Path:
-    """Write by rename, so that two kernels that start together never read half a file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=folder, prefix=f".{name}-")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        return Path(partial).replace(folder / name)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+    path = make_folder(folder) / name
+    write_atomically(path, text.encode())
+    return path

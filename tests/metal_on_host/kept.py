@@ -1,0 +1,54 @@
+"""Where compiled kernels are kept between test runs, by a checksum of all that they are made from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import platformdirs
+
+from tests.metal_on_host.text import HEADERS, INCLUDES, PRELUDES
+
+
+def kept(suffix: str, compiler: str, flags: Sequence[str], text: str, make: Callable[[Path], None]) -> Path:
+    """The file that ``make`` writes from ``text``, made only once for a text, compiler, flags and headers.
+
+    Folders of headers are no part of the checksum, so that all checkouts share what was compiled.
+    ``make`` gets a path of its own to write to. If it raises, nothing is kept.
+    """
+    made_from = "\0".join([_version(compiler), *(f for f in flags if f not in INCLUDES), _headers(), text])
+    path = _folder() / f"{hashlib.sha256(made_from.encode()).hexdigest()}{suffix}"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            new = Path(folder) / path.name
+            make(new)
+            new.replace(path)
+    return path
+
+
+@functools.cache
+def _folder() -> Path:
+    """``VELOXLAB_TEST_CACHE``, or a folder of the user's cache."""
+    chosen = os.environ.get("VELOXLAB_TEST_CACHE")
+    folder = Path(chosen) if chosen else platformdirs.user_cache_path("veloxlab") / "tests"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@functools.cache
+def _headers() -> str:
+    """Checksum of the files that a kernel's text may include, and of the machine that runs it."""
+    checksum = hashlib.sha256()
+    for path in sorted([*HEADERS.glob("*.h"), *PRELUDES.glob("*.h"), *PRELUDES.glob("*.cpp")]):
+        checksum.update(path.name.encode() + path.read_bytes())
+    return checksum.hexdigest()
