@@ -92,20 +92,80 @@ def test_sentencepiece_vocabulary_is_refused(tmp_path):
 # tokenizers of other GGUF files
 
 
-def test_beginning_of_text_is_added_where_the_file_says_so(tmp_path):
-    tokens = ["<s>", "a", "b", "ab"]
-    metadata = {
+def bpe(tokens, merges, types, **ids):
+    """Metadata of a byte-level vocabulary, with the ids of tokens that it names."""
+    return {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.merges": ["a b"],
-        "tokenizer.ggml.token_type": mx.array([3, 1, 1, 1], mx.int32),
-        "tokenizer.ggml.add_bos_token": mx.array(True),
-        "tokenizer.ggml.bos_token_id": mx.array(0, mx.uint32),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.token_type": mx.array(types, mx.int32),
+        **{f"tokenizer.ggml.{name}_token_id": mx.array(number, mx.uint32) for name, number in ids.items()},
     }
+
+
+def test_beginning_of_text_is_added_where_the_file_says_so(tmp_path):
+    metadata = bpe(["<s>", "a", "b", "ab"], ["a b"], [3, 1, 1, 1], bos=0)
+    metadata["tokenizer.ggml.add_bos_token"] = mx.array(True)
     tokenizer = build_tokenizer(open_llama(tmp_path, **metadata))
     assert tokenizer.encode("abb") == [0, 3, 2]
     assert tokenizer.encode("abb", add_special_tokens=False) == [3, 2]
+
+
+LETTERS = ["<", ">", "/", "t", "h", "i", "n", "k", "a", "b", "ab", "Ġ"]
+MARKS = {"<think>": 4, "</think>": 4, "a b": 4, "<unk>": 2, "<|end|>": 3}  # and their types
+
+
+@pytest.fixture
+def marked(tmp_path):
+    tokens = [*LETTERS, *MARKS]
+    kinds = [1] * len(LETTERS) + [*MARKS.values()]
+    return build_tokenizer(open_llama(tmp_path, **bpe(tokens, ["a b"], kinds, eot=len(LETTERS) + 4)))
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("a<think>b</think>", ["a", "<think>", "b", "</think>"]),
+        ("a b<think", ["a b", "<", "t", "h", "i", "n", "k"]),
+        ("<unk>b<|end|>", ["<unk>", "b", "<|end|>"]),
+    ],
+)
+def test_tokens_that_are_no_text_are_never_split_and_come_back_as_they_were(marked, text, pieces):
+    ids = marked.encode(text)
+    assert marked.convert_ids_to_tokens(ids) == pieces
+    assert marked.decode(ids) == text
+    streamed = marked.detokenizer
+    for number in ids:
+        streamed.add_token(number)
+    streamed.finalize()
+    assert streamed.text == text
+
+
+def test_tokens_that_the_user_defined_are_text_and_control_tokens_are_not(marked):
+    ids = marked.encode("<think>b<|end|>")
+    assert marked.decode(ids, skip_special_tokens=True) == "<think>b"
+
+
+def test_generation_ends_at_every_end_that_the_file_names(tmp_path):
+    tokens = ["S", "TOP", "STOP", "TURN", "CALL", "<|eom_id|>"]
+    metadata = bpe(tokens, ["S TOP"], [1, 1, 3, 3, 3, 3], eos=2, eot=3, eom=4)
+    assert build_tokenizer(open_llama(tmp_path, **metadata)).eos_token_ids == {2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("merge", "kinds", "ids", "message"),
+    [
+        ("a b", [1, 1, 1], {"eot": 3}, "names the token 3 as eot, and has 3;"),
+        ("a b", [1, 1, 1], {"bos": 9}, "names the token 9 as bos, and has 3;"),
+        ("a b", [1], {}, "has 3 tokens and 1 token types"),
+        ("b a", [1, 1, 1], {}, "merges of .* do not fit its tokens .*`ba` out of vocabulary"),
+        ("ab", [1, 1, 1], {}, "merges of .* do not fit its tokens"),
+    ],
+)
+def test_vocabulary_that_does_not_add_up_is_refused(tmp_path, merge, kinds, ids, message):
+    with pytest.raises(InputError, match=message):
+        build_tokenizer(open_llama(tmp_path, **bpe(["a", "b", "ab"], [merge], kinds, **ids)))
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,9 @@ LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-CONTROL_TOKEN = 3
-TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>")
+ATOMIC = {2: True, 3: True, 4: False}  # token types that no text is split across: unknown, control, user-defined
+NAMED = ("bos", "eos", "eot", "eom", "unknown", "padding")  # tokens that a file may name by their ids
+TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>")  # of files that do not name them
 
 
 def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
@@ -57,6 +58,7 @@ def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
     heads = _head_counts(file)
     with ThreadPoolExecutor(1) as reader:
         weights = reader.map(lambda name: _weight(file, name, heads, dtype), file.tensors)
+        reader.submit(mx.clear_streams)  # MLX aborts the process if that ends just after a thread that has streams
         # here and not above: the weights are read in the two seconds that importing mlx-lm takes
         from mlx_lm.models.llama import Model
 
@@ -141,7 +143,8 @@ def build_tokenizer(file: Gguf) -> TokenizerWrapper:
     Raises
     ------
     InputError
-        The file holds another kind of vocabulary than byte-level BPE, or splits words in a way not known here.
+        The file holds another kind of vocabulary than byte-level BPE, splits words in a way not known here, or has
+        merges, types or ids that do not fit its tokens.
     """
     from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
@@ -157,27 +160,47 @@ def build_tokenizer(file: Gguf) -> TokenizerWrapper:
     tokens: list[str] = file.value("tokenizer.ggml.tokens", list)
     merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges", list)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words == "llama-bpe"))
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words == "llama-bpe"))
+    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
+        raise InputError(f"The merges of {file.path} do not fit its tokens ({error}); download it again.") from None
     tokenizer.pre_tokenizer = word_splitter(words)
     tokenizer.decoder = decoders.ByteLevel()
     types = file.value("tokenizer.ggml.token_type", list)
-    control = [token for token, type_ in zip(tokens, types, strict=True) if type_ == CONTROL_TOKEN]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    if len(types) != len(tokens):
+        raise InputError(f"{file.path} has {len(tokens)} tokens and {len(types)} token types; download it again.")
+    atomic = [
+        AddedToken(token, special=ATOMIC[kind], normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in ATOMIC
+    ]
+    tokenizer.add_tokens(atomic)
+    named = _named_tokens(file, len(tokens))
     if file.value("tokenizer.ggml.add_bos_token", bool, words == "llama-bpe"):
         bos = file.value("tokenizer.ggml.bos_token_id", int)
         tokenizer.post_processor = processors.TemplateProcessing([tokens[bos], "$A"], None, [(tokens[bos], bos)])
 
-    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    numbers = {role: file.value(f"tokenizer.ggml.{key}_token_id", int, -1) for role, key in keys.items()}
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         chat_template=file.metadata.get("tokenizer.chat_template"),
         model_max_length=file.value("llama.context_length", int),
-        **{f"{role}_token": tokens[number] for role, number in numbers.items() if number >= 0},
+        **{role: tokens[named[name]] for role, name in roles.items() if name in named},
     )
-    ends = {vocabulary[token] for token in TURN_ENDS if token in vocabulary}
+    ends = {named[name] for name in ("eot", "eom") if name in named}
+    ends |= {vocabulary[token] for token in TURN_ENDS if token in vocabulary}
     return TokenizerWrapper(fast, BPEStreamingDetokenizer, eos_token_ids=ends)
+
+
+def _named_tokens(file: Gguf, count: int) -> dict[str, int]:
+    """The ids of the tokens that ``file`` names, such as the one that ends a turn; it has ``count`` tokens."""
+    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in NAMED}
+    named = {name: file.value(key, int) for name, key in keys.items() if key in file.metadata}
+    for name, number in named.items():
+        if not 0 <= number < count:
+            raise InputError(f"{file.path} names the token {number} as {name}, and has {count}; download it again.")
+    return named
 
 
 def word_splitter(name: str) -> PreTokenizer:

@@ -13,10 +13,9 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 
 if TYPE_CHECKING:
-    from veloxlab.widgets.worker import Progress
+    from veloxlab.widgets.worker import Job
 
 State = Literal["waiting", "running", "done", "cancelled", "overtaken", "failed"]
-Job = Callable[["Progress"], Any]
 
 QUIET = 0.25  # seconds without a request before what nobody waits for begins: it would slow a hand on a slider
 IDLE = 60.0  # seconds after which an idle thread looks whether its worker is still there, should it miss the news

@@ -15,8 +15,9 @@ from typing import Any
 from weakref import finalize
 
 from veloxlab.errors import InputError
-from veloxlab.widgets.line import Job, Line, Request, State, start_thread
+from veloxlab.widgets.line import Line, Request, State, start_thread
 
+Job = Callable[["Progress"], Any]
 log = logging.getLogger(__name__)
 
 
