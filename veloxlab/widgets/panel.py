@@ -45,6 +45,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self._name, self._owns_worker = name, worker is None
         self.worker = worker or Worker(f"veloxlab-{name}")
         self._message = ipywidgets.HTML()
+        loosen(self._message)  # what follows may fail
         super().__init__(**traits)
         self.add_class(f"veloxlab-{name}")
         loosen(self)
