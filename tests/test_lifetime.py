@@ -300,7 +300,7 @@ def test_running_the_cell_of_a_lab_again_keeps_one_capture_in_a_real_kernel():
     finally:
         client.stop_channels()
         manager.shutdown_kernel(now=True)
-    captures, labs, threads, widgets = counts[0].split()
+    captures, labs, threads, _ = counts[0].split()
     assert (captures, labs, threads) == ("1", "1", "1")
     assert counts == counts[:1] * 3
 

@@ -395,7 +395,7 @@ class CacheExplorer(Panel):
         key, value = self._base
         settings = f'"{self.method}", key_bits={key}, value_bits={value}, sinks={self.sinks}, window={self.window}'
         lines = self.lines(f"{self.NAME}.plan" if self._overrides else settings)
-        self._code.value = f"<code>{'<br>'.join(map(html.escape, lines))}</code>"
+        self._code.value = f"<code>{'<br>'.join(html.escape(line, quote=False) for line in lines)}</code>"
 
     # measuring ------------------------------------------------------------------------------------------------------
 
