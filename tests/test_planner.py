@@ -111,7 +111,7 @@ def test_a_shape_that_cannot_be_is_said_and_the_chart_stays(planner):
     [
         ("context", 0, "context=0 is out of range: give a whole number from 256 to 2097152"),
         ("window", 2000, "window=2000 is out of range"),
-        ("memory_gb", 0.0, "memory_gb=0.0 holds nothing"),
+        ("memory_gb", 0.0, "memory_gb=0.0 is no memory"),
         ("method", "turbo", "Unknown method 'turbo'"),
     ],
 )

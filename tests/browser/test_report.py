@@ -20,7 +20,7 @@ def test_a_report_needs_nothing_but_itself(bare, tmp_path):
         for tokens in (512, 1024)
         for cache, each in (("fp16", 4000), ("turboquant", 1000))
     ]
-    frame = pl.DataFrame(rows)
+    frame = pl.DataFrame(rows).with_columns(cache=pl.col("cache").replace("fp16", "<!-- <script>"))
     sections = [
         Section("What is held", "By 1,024 tokens.", chart=views.memory_growth(frame).to_dict()),
         Section("</script><b>numbers</b>", table=frame, code='cache = vl.make_cache(model, "turboquant")'),
@@ -33,6 +33,7 @@ def test_a_report_needs_nothing_but_itself(bare, tmp_path):
     bare.page.wait_for_function("() => document.body.dataset.drawn === '1'", timeout=30_000)
     assert bare.page.title() == "A <report>"
     assert bare.page.locator("svg.marks").count() == 1
+    assert "<!-- <script>" in bare.page.locator("svg.marks").text_content()
     assert bare.page.locator("td").count() == frame.width * frame.height
     assert bare.page.locator("h2").nth(1).inner_text() == "</script><b>numbers</b>"
     light = bare.page.evaluate(TEXT_COLOUR)

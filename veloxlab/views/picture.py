@@ -83,8 +83,11 @@ def stacked(specs: Sequence[Spec], *, width: int = WIDTH) -> bytes:
 
 
 def _apart(drawing: str, prefix: str) -> str:
-    """Keep the names inside one drawing, such as its clip paths, apart from those of its neighbours."""
-    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", drawing)
+    """Keep the names inside one drawing, such as its clip paths, apart from those of its neighbours.
+
+    Names stand in tags; the same characters in a text are left alone.
+    """
+    return re.sub(r"<[^>]*>", lambda tag: re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", tag[0]), drawing)
 
 
 def _size(drawing: str) -> tuple[float, float]:

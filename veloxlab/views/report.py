@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -12,7 +11,7 @@ from string import Template
 import polars as pl
 
 from veloxlab.views import palette
-from veloxlab.views.spec import Spec
+from veloxlab.views.spec import Spec, compact, finite
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def report(title: str, sections: Sequence[Section], script: str) -> str:
         title=escape(title),
         font=palette.FONT,
         sections="\n".join(parts),
-        charts=_inert(json.dumps({"specs": charts, "themes": themes})),
+        charts=_inert({"specs": finite(charts), "themes": themes}),
         script=_inert(script),
     )
 
@@ -87,6 +86,6 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _inert(text: str) -> str:
-    r"""Text that ends no script element: ``</`` becomes ``<\/``, which JSON reads alike and the page undoes."""
-    return text.replace("</", "<\\/")
+def _inert(value: object) -> str:
+    """JSON in which HTML sees no mark of its own: neither ``</script`` nor ``<!--``, for there is no ``<``."""
+    return compact(value).replace("<", "\\u003c")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import threading
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from veloxlab.views import memory_caption
 from veloxlab.widgets.cache_charts import DOMAINS, METRICS, CacheCharts, Knobs
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.fitting import Fitting
+from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.measuring import Measuring
 from veloxlab.widgets.panel import Panel, nearest, offer
 from veloxlab.widgets.progress import ProgressBar
@@ -95,7 +97,7 @@ class CacheExplorer(Panel):
         Plan.uniform(model, method, key_bits=base[0], value_bits=base[1], sinks=sinks, window=window)
         self._capture: Capture = capture(model, tokenizer, text, tokens=tokens)
         self._measurings: dict[str, Measuring] = {}
-        self._base, self._overrides = base, Bits()
+        self._base, self._overrides = base, Bits()  # never changed in place: the worker reads them
         self._turning = False
         self._complete = True
         self._drawing = threading.Lock()
@@ -115,7 +117,7 @@ class CacheExplorer(Panel):
         self.observe(self._knob_turned, [*WIDTHS, "sinks", "window", "metric"])
         self.observe(lambda _: self._layer_picked(), "layer")
         self._arrange()
-        self.worker.watch(self._follow)
+        self.worker.watch(weakly(self._follow))
         self._measure_rest()
 
     # state ----------------------------------------------------------------------------------------------------------
@@ -348,7 +350,7 @@ class CacheExplorer(Panel):
             if self.layer is None:
                 self._base = widths
             else:
-                self._overrides[self.layer] = widths
+                self._overrides = self._overrides | {self.layer: widths}
         self._redraw()
 
     def _layer_picked(self) -> None:
@@ -393,7 +395,7 @@ class CacheExplorer(Panel):
         key, value = self._base
         settings = f'"{self.method}", key_bits={key}, value_bits={value}, sinks={self.sinks}, window={self.window}'
         lines = self.lines(f"{self.NAME}.plan" if self._overrides else settings)
-        self._code.value = f"<code>{'<br>'.join(lines)}</code>"
+        self._code.value = f"<code>{'<br>'.join(html.escape(line, quote=False) for line in lines)}</code>"
 
     # measuring ------------------------------------------------------------------------------------------------------
 
@@ -402,8 +404,8 @@ class CacheExplorer(Panel):
         return self._measuring_of(self.method)
 
     def _measuring_of(self, method: str) -> Measuring:
-        if method not in self._measurings:
-            self._measurings[method] = Measuring(self._capture, method, self._fitting)
+        if method not in self._measurings:  # one for all threads, whichever comes first
+            self._measurings.setdefault(method, Measuring(self._capture, method, self._fitting))
         return self._measurings[method]
 
     def _follow(self, status: Status) -> None:

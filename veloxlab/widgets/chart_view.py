@@ -22,7 +22,8 @@ import traitlets as t
 from veloxlab.errors import InputError
 from veloxlab.store import write_atomically, write_parquet
 from veloxlab.views import palette, picture
-from veloxlab.views.spec import Rows, Spec, compact, data_names, describe, finite_rows, join, split
+from veloxlab.views.spec import Rows, Spec, compact, data_names, describe, finite, finite_rows, join, split
+from veloxlab.widgets.lifetime import Ending, keep_shown, loosen
 from veloxlab.widgets.vega_bundle import ensure_bundle
 
 STATIC = Path(__file__).parent / "static"
@@ -33,6 +34,7 @@ Frames = pl.DataFrame | Mapping[str, pl.DataFrame]
 class VegaRuntime(anywidget.AnyWidget):
     """The Vega bundle and the themes, sent once per kernel and shared by every chart."""
 
+    SHARED = True  # no part of any widget
     _esm = "export default {};"
     _shared: ClassVar[VegaRuntime | None] = None
     _making: ClassVar[threading.Lock] = threading.Lock()
@@ -52,7 +54,7 @@ class VegaRuntime(anywidget.AnyWidget):
             return cls._shared
 
 
-class ChartView(anywidget.AnyWidget):
+class ChartView(Ending, anywidget.AnyWidget):
     """Show a chart, and change its numbers without drawing it anew.
 
     Parameters
@@ -72,8 +74,9 @@ class ChartView(anywidget.AnyWidget):
     >>> link(view, ChartView(bit_allocation(bits)))  # a layer picked in one is marked in the other
     """
 
-    _esm = STATIC / "chart_view.js"
-    _css = STATIC / "chart_view.css"
+    # text, and no path: anywidget watches a path, and its signal would hold every chart for ever
+    _esm = (STATIC / "chart_view.js").read_text("utf-8")
+    _css = (STATIC / "chart_view.css").read_text("utf-8")
 
     runtime = t.Instance(VegaRuntime).tag(sync=True, **ipywidgets.widget_serialization)
     spec = t.Dict().tag(sync=True)
@@ -87,10 +90,12 @@ class ChartView(anywidget.AnyWidget):
     def __init__(self, chart: alt.TopLevelMixin, *, summary: str = "", picked: int | None = None) -> None:
         self.summary = summary
         self._changing = threading.RLock()
+        self._links: list[ipywidgets.Widget] = []
         self._bare: Spec = {}
         self._data: dict[str, Rows | pl.DataFrame] = {}
         super().__init__(runtime=VegaRuntime.shared(), picked=picked, **self._state_of(chart, revision=1))
         self.on_msg(self._answer)
+        loosen(self)
 
     @property
     def revision(self) -> int:
@@ -133,21 +138,22 @@ class ChartView(anywidget.AnyWidget):
             self.content = {
                 **self.content,
                 "datasets": self.content["datasets"] | {name: _payload(rows) for name, rows in changed.items()},
-                "params": self.content["params"] | params,
+                "params": self.content["params"] | {name: finite(value) for name, value in params.items()},
                 "revision": self.revision + 1,
             }
 
     def to_dict(self) -> Spec:
         """Give the chart as it is now: a Vega-Lite spec with its rows, params and picked layer."""
-        rows = {name: _rows(data) for name, data in self._data.items()}
-        return join(self._bare, rows, self.content["params"] | {PICKED: self.picked})
+        with self._changing:
+            return join(self._bare, self._all_rows(), self.content["params"] | {PICKED: self.picked})
 
     @property
     def frame(self) -> pl.DataFrame:
         """The rows of the chart's first dataset, as they are now."""
-        if not self._data:
-            raise InputError("This chart has no rows yet: give it some with put(frame).")
-        return _frame(next(iter(self._data.values())))
+        with self._changing:
+            if not self._data:
+                raise InputError("This chart has no rows yet: give it some with put(frame).")
+            return _frame(next(iter(self._data.values())))
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the rows as CSV, and give the file's path."""
@@ -170,13 +176,18 @@ class ChartView(anywidget.AnyWidget):
         return Path(path)
 
     def __repr__(self) -> str:
-        return self.summary or describe(self._bare, {name: _rows(data) for name, data in self._data.items()})
+        with self._changing:
+            return self.summary or describe(self._bare, self._all_rows())
 
     def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         """Show the live chart, and beside it a picture and a line for places where no kernel runs."""
+        keep_shown(self)
         bundle, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
         still = {"image/png": base64.b64encode(picture.png(self.to_dict())).decode(), "text/plain": repr(self)}
         return bundle | still, metadata
+
+    def _all_rows(self) -> dict[str, Rows]:
+        return {name: _rows(data) for name, data in self._data.items()}
 
     def _state_of(self, chart: alt.TopLevelMixin, *, revision: int) -> dict[str, Any]:
         bare, rows, params = split(chart.to_dict())
@@ -222,7 +233,10 @@ def link(*views: ipywidgets.Widget) -> None:
         Widgets with a trait ``picked``.
     """
     for view in views[1:]:
-        ipywidgets.jslink((views[0], "picked"), (view, "picked"))
+        joined = ipywidgets.jslink((views[0], "picked"), (view, "picked"))
+        for end in (views[0], view):
+            end._links = [*getattr(end, "_links", ()), joined]  # it ends with either of them
+        loosen(joined)
 
 
 def _payload(table: Rows | pl.DataFrame) -> bytes:

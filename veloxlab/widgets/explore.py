@@ -13,9 +13,10 @@ import polars as pl
 from veloxlab.errors import InputError
 from veloxlab.views import picture
 from veloxlab.widgets.chart_view import ChartView
+from veloxlab.widgets.lifetime import Ending, keep_shown, loosen
 
 
-class Explore(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+class Explore(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """Show one of several frames as a chart; a slider chooses which. Nothing is computed when it moves.
 
     Parameters
@@ -53,6 +54,7 @@ class Explore(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self.view = ChartView(draw(self._frames[start]))
         self.slider.observe(lambda _: self._show(), "value")
         super().__init__([self.slider, self.view])
+        loosen(self)
 
     def _show(self) -> None:
         self.view.show(self._draw(self._frames[self.slider.value]))
@@ -61,6 +63,7 @@ class Explore(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         return f"Explore({self.slider.description} = {self.slider.value} of {', '.join(map(str, self._frames))})"
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        keep_shown(self)
         bundle = super()._repr_mimebundle_(**kwargs)
         still = base64.b64encode(picture.png(self.view.to_dict())).decode()
         return {**bundle, "image/png": still, "text/plain": repr(self)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import escape
+
 import polars as pl
 
 COLUMNS = {
@@ -38,7 +40,7 @@ def _row(row: dict[str, object]) -> str:
 def _said(name: str, value: object) -> str:
     if name == "held_bytes":
         return f"{value / 1e6:.3f}"  # type: ignore[operator]
-    return FORMATS[name].format(value) if name in FORMATS else str(value)
+    return FORMATS[name].format(value) if name in FORMATS else escape(str(value))
 
 
 def _cell(place: int) -> str:

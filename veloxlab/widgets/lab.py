@@ -76,7 +76,7 @@ class Lab(CacheExplorer):
     head = t.Int(0, help="the chosen KV head")
 
     def _arrange(self) -> None:
-        self.pages: dict[str, Panel] = {}
+        self._pages: dict[str, Panel] = {}  # never changed in place: the worker adds pages while others read them
         self._sharing = False
         given: dict[str, Any] = {"fitting": self._fitting, "worker": self.worker}
         both = self._model, self._tokenizer
@@ -102,6 +102,11 @@ class Lab(CacheExplorer):
         self.children = [self._tabs]
 
     # pages ----------------------------------------------------------------------------------------------------------
+
+    @property
+    def pages(self) -> dict[str, Panel]:
+        """The pages that were made and are not closed, by name."""
+        return {name: panel for name, panel in self._pages.items() if panel.comm is not None}
 
     def turn_to(self, page: str) -> Panel:
         """Open a page and wait until it is there; give it, or the laboratory itself for ``cache`` and ``compare``.
@@ -151,7 +156,7 @@ class Lab(CacheExplorer):
         self._submit(f"page {name}", make, on_done=lambda panel: self._show_page(name, panel))
 
     def _show_page(self, name: str, panel: Panel) -> None:
-        self.pages[name] = panel
+        self._pages = self._pages | {name: panel}
         panel.observe(lambda change: self._take(name, change), self._kinds[name].shares)
         self._places[name].children = [panel]
         self._bring()  # to what was chosen while it was made
@@ -217,7 +222,7 @@ class Lab(CacheExplorer):
         if layer in self._overrides:
             own = list(self._overrides[layer])
             own[place] = width
-            self._overrides[layer] = (own[0], own[1])
+            self._overrides = self._overrides | {layer: (own[0], own[1])}
             said = f"{words}{width} for layer {layer}, which has bits of its own."
         else:
             base = list(self._base)

@@ -212,9 +212,8 @@ class LayerExplorer(Panel, Generic[L]):
         now = self._look()
         missing = [now.questions[name] for name in self._names if now.questions[name] not in self._frames.frames]
         likely = [look for look in self._likely() if look != now]
-        known = {*self._frames.frames, *self._unmeasurable}
         questions = dict.fromkeys(look.questions[name] for look in likely for name in self._names)
-        ahead = [question for question in questions if question not in known]
+        ahead = [q for q in questions if q not in self._frames.frames and q not in self._unmeasurable]
 
         def job(questions: Collection[Question], progress: Progress) -> None:
             for done, question in enumerate(questions):

@@ -41,8 +41,8 @@ class Measuring:
         given: dict[str, Any] = {"method": self.method, "calibration": calibration, "bits": width}
         exact: dict[str, Any] = {"sinks": sinks, "window": window}
         if width not in tables.tokens:
-            tables.tokens[width] = token_errors(self._capture, **given)
             tables.codes[width] = code_bits(self._capture, **given)
+            tables.tokens[width] = token_errors(self._capture, **given)  # last: it says that both are there
         if at not in tables.growth:
             tables.growth[at] = memory_growth(self._capture, **exact, upto=MEASURED_UPTO, **given)
         if at not in tables.attention:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets
+import polars as pl
 import traitlets as t
 
 from veloxlab.errors import InputError
@@ -17,15 +19,22 @@ from veloxlab.store import make_folder, write_atomically
 from veloxlab.views import picture
 from veloxlab.views.report import Section, report
 from veloxlab.widgets.chart_view import ChartView
+from veloxlab.widgets.lifetime import Ending, keep_shown, loosen, weakly
 from veloxlab.widgets.vega_bundle import ensure_bundle
 from veloxlab.widgets.worker import Job, Worker
 
+KEPT = {"_model_id", "_cross_validation_lock", "_repr_mimebundle_", "_name", "worker"}  # by a closed panel
 
-class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
+
+class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """A widget of charts that a worker measures.
 
     A subclass calls ``Panel.__init__`` with its name, its worker if it shares another panel's, and its traits, and then
-    puts together its children, `message` among them.
+    puts together its children, `message` among them; these come last, for they are then made to end with the panel.
+
+    `close` ends it: its widgets leave the page, its worker stops, and it lets go of the model and of all that it
+    measured but the public tables. The same happens when nothing refers to it any more, and when the cell that shows
+    it is run again, unless a variable still holds it.
 
     Attributes
     ----------
@@ -33,11 +42,32 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """
 
     def __init__(self, name: str, worker: Worker | None = None, **traits: Any) -> None:
-        self._name = name
+        self._name, self._owns_worker = name, worker is None
         self.worker = worker or Worker(f"veloxlab-{name}")
         self._message = ipywidgets.HTML()
+        loosen(self._message)  # what follows may fail
         super().__init__(**traits)
         self.add_class(f"veloxlab-{name}")
+        loosen(self)
+
+    @t.observe("children")
+    def _children_are_there(self, _: object) -> None:
+        loosen(self)
+
+    def close(self) -> None:
+        """End it, and its work; see the class. What is asked of it then raises `InputError`."""
+        if self.comm is None:
+            return
+        if self._owns_worker:
+            self.worker.close()
+        super().close()
+        self.unobserve_all()
+        self.children = ()
+        let_go = [name for name, value in vars(self).items() if not _is_kept(name, value)]
+        self._let_go = frozenset(let_go)
+        for name in let_go:
+            delattr(self, name)
+        self.__class__ = _closed(type(self))
 
     @property
     @abstractmethod
@@ -53,7 +83,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         self, key: str, job: Job, *, on_done: Callable[[Any], None] = lambda _: None, ahead: bool = False
     ) -> None:
         """Ask the worker for a job of this panel; see `Worker.submit`."""
-        self.worker.submit(f"{self._name}: {key}", job, on_done=on_done, on_error=self.say, ahead=ahead)
+        self.worker.submit(f"{self._name}: {key}", job, on_done=on_done, on_error=weakly(self.say), ahead=ahead)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until everything that was asked for is done; False if that took longer than ``timeout`` seconds."""
@@ -85,6 +115,7 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """Show the live widget, and beside it a picture and a line for places where no kernel runs."""
+        keep_shown(self)
         bundle = super()._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
         if self.views:
             still = picture.stacked([view.to_dict() for view in self.views])
@@ -121,6 +152,33 @@ class Panel(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
         """A slider, or a box, for a whole number between ``ends``."""
         control = kind(value=getattr(self, trait), min=ends[0], max=ends[1], step=step, description=words or trait)
         return self._knob(trait, control, tip)
+
+
+class _Closed:
+    """What a closed panel becomes: it gives its tables, and a sentence for all else."""
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        if name in vars(self).get("_let_go", ()):
+            raise InputError(f"This {type(self).__name__} is closed: make a new one.")
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(closed)"
+
+    def say(self, sentence: str) -> None:
+        """Nobody sees it."""
+
+    def close(self) -> None:
+        """It is closed."""
+
+
+@functools.cache
+def _closed(kind: type[Panel]) -> type:
+    return type(kind.__name__, (_Closed, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _is_kept(name: str, value: object) -> bool:
+    return name.startswith("_trait_") or name in KEPT or (isinstance(value, pl.DataFrame) and not name.startswith("_"))
 
 
 def nearest(widths: Iterable[int], width: int) -> int:

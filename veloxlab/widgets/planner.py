@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import math
 import threading
 from typing import Any
 
@@ -199,8 +201,8 @@ class MemoryPlanner(Panel):
 
     @t.validate("memory_gb")
     def _there_is_memory(self, proposal: dict[str, Any]) -> float:
-        if not proposal["value"] > 0:
-            raise InputError(f"memory_gb={proposal['value']} holds nothing: give a number of 10^9 bytes above 0.")
+        if not 0 < proposal["value"] < math.inf:
+            raise InputError(f"memory_gb={proposal['value']} is no memory: give a number of 10^9 bytes above 0.")
         return float(proposal["value"])
 
     def _settings_changed(self, change: dict[str, Any]) -> None:
@@ -246,6 +248,6 @@ class MemoryPlanner(Panel):
 
     def _tell_code(self) -> None:
         self._code.value = (
-            f'<code>cache = vl.make_cache(model, "{self.method}", key_bits={self.key_bits}, '
+            f'<code>cache = vl.make_cache(model, "{html.escape(self.method)}", key_bits={self.key_bits}, '
             f"value_bits={self.value_bits}, sinks={self.sinks}, window={self.window})</code>"
         )

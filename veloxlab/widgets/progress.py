@@ -7,6 +7,7 @@ from typing import Any
 
 import ipywidgets
 
+from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.worker import Status, Worker
 
 PAUSE = 0.05  # seconds between two moves of the bar: a page needs no more, and the comm is spared
@@ -32,7 +33,7 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]
             [self._bar, self._label, self._button], layout={"align_items": "center", "height": "34px", **layout}
         )
         self._show(busy=False)
-        self._unwatch = worker.watch(self._follow)
+        self._unwatch = worker.watch(weakly(self._follow))
 
     def close(self) -> None:
         """Stop following the worker, and close the widget."""

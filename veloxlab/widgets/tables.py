@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import polars as pl
@@ -15,6 +16,8 @@ ATTENTION = ("logit_error", "output_error")
 @dataclass
 class Tables:
     """Measurements by code bits, each taken once. Frames are never changed, so any thread may read them.
+
+    The worker adds frames while a page reads others, so nothing here loops over a dictionary.
 
     Attributes
     ----------
@@ -32,8 +35,8 @@ class Tables:
     def errors(self, bits: Bits, metric: str, sinks: int, window: int) -> pl.DataFrame | None:
         """``layer, head, tensor`` and the metric, each layer at its bits; None if some of it is not measured yet."""
         if metric in ATTENTION:
-            return _choose(_at(self.attention, sinks, window), bits)
-        chosen = _choose(self.tokens, bits)
+            return _choose(lambda width: self.attention.get((width, sinks, window)), bits)
+        chosen = _choose(self.tokens.get, bits)
         return None if chosen is None else relative_errors(chosen, sinks=sinks, window=window)
 
     def relative_error(self, bits: Bits, sinks: int, window: int, tensor: str) -> float:
@@ -43,23 +46,19 @@ class Tables:
 
     def code_bits(self, bits: Bits) -> pl.DataFrame | None:
         """``layer, tensor, part, bits_per_value``, each layer at its bits."""
-        return _choose(self.codes, bits)
+        return _choose(self.codes.get, bits)
 
     def memory(self, bits: Bits, sinks: int, window: int, name: str) -> pl.DataFrame | None:
         """`memory_growth` rows of the cache called ``name`` and of fp16, each layer at its bits."""
-        chosen = _choose(_at(self.growth, sinks, window), bits)
+        chosen = _choose(lambda width: self.growth.get((width, sinks, window)), bits)
         if chosen is None:
             return None
         ours = pl.col("cache") != "fp16"
         return chosen.with_columns(cache=pl.when(ours).then(pl.lit(name)).otherwise("cache"))
 
 
-def _at(source: dict[tuple[int, int, int], pl.DataFrame], sinks: int, window: int) -> dict[int, pl.DataFrame]:
-    return {bits: frame for (bits, s, w), frame in source.items() if (s, w) == (sinks, window)}
-
-
-def _choose(source: dict[int, pl.DataFrame], bits: Bits) -> pl.DataFrame | None:
-    """Rows of each layer's keys and values from the frame measured at their bits."""
+def _choose(measured: Callable[[int], pl.DataFrame | None], bits: Bits) -> pl.DataFrame | None:
+    """Rows of each layer's keys and values from the frame measured at their bits; None if one is missing."""
     wanted = pl.DataFrame(
         [
             {"layer": layer, "tensor": tensor, "wanted": width}
@@ -68,8 +67,10 @@ def _choose(source: dict[int, pl.DataFrame], bits: Bits) -> pl.DataFrame | None:
         ],
         schema={"layer": pl.Int32, "tensor": pl.String, "wanted": pl.Int32},
     )
-    widths = wanted["wanted"].unique().to_list()
-    if any(width not in source for width in widths):
-        return None
-    parts = [source[w].join(wanted.filter(wanted=w), on=["layer", "tensor"], how="semi") for w in widths]
+    parts = []
+    for width in wanted["wanted"].unique().to_list():
+        frame = measured(width)
+        if frame is None:
+            return None
+        parts.append(frame.join(wanted.filter(wanted=width), on=["layer", "tensor"], how="semi"))
     return pl.concat(parts).sort("tensor", "layer", maintain_order=True)

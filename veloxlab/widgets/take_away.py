@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,7 +54,7 @@ class TakeAway(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no type
 
     def _tell_code(self) -> None:
         lines = [
-            f'plan = vl.Plan.load("{self.path.value.strip()}")',
+            f"plan = vl.Plan.load({json.dumps(self.path.value.strip(), ensure_ascii=False)})",
             "cache = vl.make_cache(model, plan)",
             "mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)",
         ]

@@ -219,8 +219,8 @@ class BudgetTuner(Panel):
             budget = AverageBits(round(sum(allocator.spans(bounds, TOKENS).bits) / 2, 1))
         setting = Setting(budget, bounds, key_weight)  # type: ignore[arg-type]  # a number becomes a budget
         found = allocator.solve(setting)
-        self._allocator, self.rates = allocator, rates
-        self.charts = TunerCharts(allocator, setting, found)
+        self._allocator, self.charts = allocator, TunerCharts(allocator, setting, found)
+        self.rates = rates  # once the charts are there: a page may ask for them meanwhile
         t.link((self, "layer"), (self.charts.bits, "picked"))
         self._make_controls()
         self.set_trait("setting", setting)
