@@ -390,14 +390,19 @@ class CompressedKVCache(cache_file.Saved):
 
     def _check_range(self, *keys_and_values: mx.array) -> None:
         """Raise `InputError` if a key or a value (they alternate) is no number that a codec can store."""
-        within = [(mx.abs(x) <= _LARGEST).all() for x in keys_and_values if x.size]  # false for NaN too
+        within = [_in_range(x) for x in keys_and_values]
         if within and not mx.stack(within).all().item():  # one wait for the device, whatever the number of arrays
-            bad = next(i for i, x in enumerate(keys_and_values) if x.size and not (mx.abs(x) <= _LARGEST).all().item())
+            bad = next(i for i, good in enumerate(within) if not good.item())
             raise InputError(
                 f"Layer {self.layer}: the {('keys', 'values')[bad % 2]} of a token are NaN, infinite or beyond "
                 f"±{_LARGEST:.0e} and were not stored. The model overflowed, most likely in float16: load it in "
                 "bfloat16 or float32 and start with a new cache."
             )
+
+
+def _in_range(x: mx.array) -> mx.array:
+    """Whether all numbers are finite and none is beyond the largest. In float16 that limit itself is infinite."""
+    return (mx.abs(x.astype(mx.float32)) <= _LARGEST).all()  # false for NaN too
 
 
 @lru_cache
