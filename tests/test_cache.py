@@ -396,6 +396,23 @@ def test_a_sliding_cache_that_has_forgotten_is_not_trimmed():
     assert cache.offset == 26
 
 
+@pytest.mark.parametrize("count", [-5, 1.0, 2.5, np.nan, True, None, "3"])
+@pytest.mark.parametrize("max_size", [None, 200])
+def test_a_trim_of_no_number_of_tokens_is_refused(count, max_size):
+    """A negative one lengthened the cache by tokens that nobody wrote."""
+    cache = make(sinks=2, window=8, max_size=max_size)
+    feed(cache, tokens(100), tokens(100), [100])
+    batch = CompressedKVCache.merge([cache, cache])
+    held = np.array(cache.decoded()[0])
+    for trimmed in (cache, batch):
+        with pytest.raises(InputError, match=f"n={count!r} is not a number of tokens: give a whole number, 0 or more"):
+            trimmed.trim(count)
+    for one in (cache, *batch.rows):
+        assert one.offset == 100
+        assert np.array_equal(one.decoded()[0], held)
+    assert cache.trim(np.int64(7)) == batch.trim(np.int64(7)) == 7
+
+
 def test_a_smaller_window_than_the_caches_own_is_masked():
     cache = make("none", 32, sinks=0, window=2, max_size=20)
     feed(cache, tokens(30), tokens(30), [30])
