@@ -148,6 +148,12 @@ def test_keys_get_the_unbiased_scale_and_values_the_mse_scale():
         (lambda: TurboQuantProd(64, 0), "out of range"),
         (lambda: TurboQuantProd(64, 2, sketch="sparse"), "Unknown sketch 'sparse'"),
         (lambda: build(64, 4, "keys", variant="max"), "Unknown TurboQuant variant 'max'"),
+        (lambda: build(64, 4, "keys", variant="prod", scale="mse"), "scale='mse' is for variant='mse' alone"),
+        (lambda: build(64, 4, "values", variant="prod", outlier_bits=5), "outlier_bits=5 is for variant='mse' alone"),
+        (lambda: build(64, 4, "keys", sketch="orthogonal"), "sketch='orthogonal' is for variant='prod' alone"),
+        (lambda: build(64, 4, "keys", sketch="gaussian", outliers=8), "sketch='gaussian' is for variant='prod' alone"),
+        (lambda: build(64, 4, "keys", outlier_bits=5), "outlier_bits=5 was given without outliers"),
+        (lambda: build(64, 4, "keys", outliers=8, outlier_bits=0), "bits=0 is out of range"),
     ],
 )
 def test_what_it_cannot_do_is_refused_at_once(make, sentence):
@@ -222,5 +228,5 @@ def test_a_split_has_to_see_activations():
     for outliers in (1, 62):
         with pytest.raises(InputError, match="do not leave two parts: choose 4 to 60"):
             build(64, 2, "keys", outliers=outliers)
-    with pytest.raises(InputError, match="with variant='mse' only"):
+    with pytest.raises(InputError, match="outliers=16 is for variant='mse' alone, and the variant is 'prod'"):
         build(64, 2, "keys", variant="prod", outliers=16)
