@@ -26,7 +26,7 @@ Where we differ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import mlx.core as mx
@@ -223,7 +223,7 @@ class TurboQuantSplit(SplitCodec):
     seed: int = 0
     channels: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def parts(self) -> tuple[TurboQuant, TurboQuant]:
         """Of the outliers, and of the rest."""
         shared = (self.scale, self.rotation, self.codebook, self.seed)
