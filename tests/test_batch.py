@@ -161,6 +161,92 @@ def test_what_rows_lend_is_let_go_when_the_step_is_over():
     assert all(row._lent is None for row in batch.rows)
 
 
+@pytest.mark.parametrize("path", ["codes", "arrays"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_row_stores_nothing_in_any_row_and_the_others_go_on(path, bad):
+    """Alone and in the batch the other rows then hold and read the same."""
+    settings = {**SOME_EXACT, "path": path, "lends": True, "chunk": "codes"}
+    rows = [make(**settings) for _ in range(3)]
+    for i, row in enumerate(rows):
+        row.update_and_fetch(tokens(20 + i, i), tokens(20 + i, i))
+    batch = CompressedKVCache.merge(rows)
+    lengths, x = [40, 37, 39], tokens(40, 5, batch=3)
+    batch.prepare(lengths=lengths, right_padding=[0, 3, 1])
+    spoilt = np.array(x)
+    spoilt[1, 0, 3, 3] = bad
+    before = batch.describe()
+    with pytest.raises(InputError, match="Layer 0: the values of a token are NaN, infinite or beyond"):
+        batch.update_and_fetch(x, mx.array(spoilt))
+    after = batch.describe()
+    assert after[0] == before[0]
+    assert all(mx.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+
+    batch.filter([0, 2])
+    some = x[mx.array([0, 2])]
+    q, mask = tokens(40, 6, batch=2), batch.make_mask(40)
+    got = attend(batch, q, some, some, mask)
+    batch.finalize()
+    for at, i in enumerate([0, 2]):
+        own = (part[at : at + 1, :, : lengths[i]] for part in (q, some, some))
+        expected = attend(rows[i], *own, rows[i].make_mask(lengths[i]))
+        assert np.allclose(got[at : at + 1, :, : lengths[i]], expected, atol=1e-5)  # rounding of float32
+        assert np.array_equal(batch.rows[at].decoded()[0], rows[i].decoded()[0])
+
+
+def test_rows_are_trimmed_all_or_none():
+    rows = [make("none", 32, sinks=0, max_size=20) for _ in range(2)]
+    for row, count in zip(rows, (10, 30), strict=True):
+        row.update_and_fetch(tokens(count, 1), tokens(count, 2))
+    batch = CompressedKVCache.merge(rows)
+    with pytest.raises(InputError, match="has forgotten those before"):
+        batch.trim(3)
+    assert batch.offset.tolist() == [10, 30]
+
+
+def test_rows_that_join_amid_padding_keep_what_they_expect():
+    """Each side says how many tokens are still to come before its padding; a side that says nothing has none."""
+    sides = [BatchCompressedKVCache([make("none", 32) for _ in range(2)]) for _ in range(3)]
+    sides[0].prepare(lengths=[6, 2], right_padding=[0, 4])
+    sides[2].prepare(lengths=[3, 5], right_padding=[2, 0])
+    batch = sides[0]
+    for other in sides[1:]:
+        batch.extend(other)
+    x = tokens(4, 1, batch=6)
+    for part in (x, x):
+        batch.update_and_fetch(part, part)
+    assert [row.offset for row in batch.rows] == [6, 2, 8, 8, 3, 5]
+    batch.finalize()
+    batch.update_and_fetch(x, x)
+    assert [row.offset for row in batch.rows] == [10, 6, 12, 12, 7, 9]
+
+
+@pytest.mark.parametrize("path", ["codes", "arrays"])
+@pytest.mark.parametrize("max_size", [None, 20])
+def test_a_layer_that_borrows_reads_what_its_owner_fetched(path, max_size):
+    """Widths and columns too, where all rows begin with padding: the mask is made once, for both layers."""
+    batch = BatchCompressedKVCache(
+        [make("none", 32, path=path, lends=True, max_size=max_size, sinks=0) for _ in range(2)]
+    )
+    batch.prepare(left_padding=[2, 3])
+    for count in (30, 1):
+        x = tokens(count, count, batch=2)
+        fetched, lent = batch.update_and_fetch(x, 2 * x), batch.keys_and_values()
+        if path == "codes":
+            assert lent[0] is lent[1] is fetched[0]
+        else:
+            assert [side.shape for side in lent] == [side.shape for side in fetched]
+            assert all(mx.array_equal(a, b) for a, b in zip(lent, fetched, strict=True))
+
+
+def test_all_that_a_batch_holds_stands_where_its_mask_says():
+    batch = BatchCompressedKVCache([make("none", 32, path="arrays") for _ in range(2)])
+    batch.prepare(left_padding=[2, 3])
+    x = tokens(5, 0, batch=2)
+    fetched = batch.update_and_fetch(x, x)
+    assert batch.left_padding.tolist() == [2, 3]
+    assert mx.array_equal(batch.keys_and_values()[0], fetched[0])
+
+
 def test_a_cache_of_several_sequences_cannot_join():
     cache = make()
     cache.update_and_fetch(tokens(3, 0, batch=2), tokens(3, 1, batch=2))

@@ -240,6 +240,37 @@ def test_nan_and_infinity_are_refused_by_layer_and_nothing_is_stored(bad, side, 
     assert (cache.offset, cache.nbytes) == before
 
 
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("sinks", [0, 100])
+def test_what_is_not_finite_is_refused_in_every_dtype(dtype, bad, sinks):
+    cache = make(sinks=sinks, window=0)
+    keys = np.array(tokens(40))
+    keys[0, 1, 5, 3] = bad
+    with pytest.raises(InputError, match="the keys of a token are NaN, infinite or beyond"):
+        cache.update_and_fetch(mx.array(keys).astype(dtype), tokens(40).astype(dtype))
+    assert cache.empty()
+
+
+@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
+@pytest.mark.parametrize("path", ["codes", "arrays"])
+@pytest.mark.parametrize("queries", [1, 30])
+def test_the_largest_numbers_of_float16_are_read_as_finite_ones(dtype, path, queries):
+    """Codes may decode to a little more than 65,504, which float16 does not hold."""
+    cache = make(bits=2, sinks=0, window=0, path=path, chunk="codes")
+    largest = np.sign(tokens(1)) * 65504
+    x = mx.array(largest).astype(dtype)
+    keys, values = cache.update_and_fetch(x, x)
+    q = tokens(queries).astype(dtype)
+    if path == "codes":
+        assert (np.abs(cache.decoded()[1]) > 65504).any()
+        out = keys.attend(q, 1e-6, None)
+    else:
+        assert mx.isfinite(keys).all()
+        out = mx.fast.scaled_dot_product_attention(q, keys, values, scale=1e-6)
+    assert mx.isfinite(out.astype(mx.float32)).all()
+
+
 @pytest.mark.parametrize(("method", "bits"), [("rabitq", 1), ("polarquant", 2), ("turboquant", 1)])
 def test_the_largest_numbers_that_are_taken_can_be_stored(method, bits):
     """With the unbiased scales that are largest beside the root-mean-square: one bit of a random direction."""
@@ -363,6 +394,23 @@ def test_a_sliding_cache_that_has_forgotten_is_not_trimmed():
     with pytest.raises(InputError, match="Layer 0 sees 20 tokens and has forgotten those before"):
         cache.trim(1)
     assert cache.offset == 26
+
+
+@pytest.mark.parametrize("count", [-5, 1.0, 2.5, np.nan, True, None, "3"])
+@pytest.mark.parametrize("max_size", [None, 200])
+def test_a_trim_of_no_number_of_tokens_is_refused(count, max_size):
+    """A negative one lengthened the cache by tokens that nobody wrote."""
+    cache = make(sinks=2, window=8, max_size=max_size)
+    feed(cache, tokens(100), tokens(100), [100])
+    batch = CompressedKVCache.merge([cache, cache])
+    held = np.array(cache.decoded()[0])
+    for trimmed in (cache, batch):
+        with pytest.raises(InputError, match=f"n={count!r} is not a number of tokens: give a whole number, 0 or more"):
+            trimmed.trim(count)
+    for one in (cache, *batch.rows):
+        assert one.offset == 100
+        assert np.array_equal(one.decoded()[0], held)
+    assert cache.trim(np.int64(7)) == batch.trim(np.int64(7)) == 7
 
 
 def test_a_smaller_window_than_the_caches_own_is_masked():

@@ -253,3 +253,13 @@ def test_what_it_cannot_do_is_said():
         METHOD.codec(DIM, 1, "values").fit(Sample(x[:, :, :63]))
     with pytest.raises(InputError, match="calibrated on 2 KV heads and was given 1"):
         fitted().encode(x[:, :1])
+
+
+def test_angles_for_kernels_are_made_once_however_many_layers_there_are():
+    x = mx.zeros((1, HEADS, 1, DIM))
+    codecs = [replace(fitted(), rope=Rope(DIM, base=10_000.0 + i)) for i in range(300)]
+    codes = [[codec.encode(x, start) for start in (4, 36)] for codec in codecs]
+    seen = [[codec.reader(code).angles for code in own] for codec, own in zip(codecs, codes, strict=True)]
+    for codec, own, kept in zip(codecs, codes, seen, strict=True):
+        assert [codec.reader(code).angles is angles for code, angles in zip(own, kept, strict=True)] == [True, True]
+        assert [angles[0].item() for angles in kept] == [4, 36]

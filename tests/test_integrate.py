@@ -1,6 +1,7 @@
 """Caches get into mlx-lm's models by its own doors, layer by layer, and out again."""
 
 import inspect
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +11,14 @@ import polars as pl
 import pytest
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import base, llama
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache, trim_prompt_cache
+from mlx_lm.models.cache import (
+    CacheList,
+    KVCache,
+    QuantizedKVCache,
+    RotatingKVCache,
+    make_prompt_cache,
+    trim_prompt_cache,
+)
 
 import veloxlab as vl
 from tests.tiny_models import WINDOW, stepwise, tiny
@@ -18,6 +26,8 @@ from veloxlab import integrate
 from veloxlab.cache import CompressedKVCache
 from veloxlab.errors import InputError
 from veloxlab.integrate import own_cache
+from veloxlab.measure.activations import capture_layers
+from veloxlab.prompt_cache import LayerSettings
 
 PROMPT = "List the first ten prime numbers, then explain why 1 is not one of them."
 
@@ -287,3 +297,57 @@ def test_a_model_that_cannot_run_says_so():
 
     with pytest.raises(InputError, match="does not run on one token with its own caches: no such thing"):
         integrate.probe(Broken())
+
+
+class TwoCaches(nn.Module):
+    """A model whose only layer attends twice, with a cache for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(32, 64)
+        self.layers = [nn.Linear(64, 64)]
+
+    def __call__(self, ids: mx.array, cache: list[CacheList]) -> mx.array:
+        x = self.embed(ids)
+        for one in cache[0].caches:
+            heads = mx.unflatten(self.layers[0](x), -1, (4, 16)).swapaxes(1, 2)
+            mask = base.create_attention_mask(x, one)
+            keys, values = one.update_and_fetch(heads, -heads)
+            out = base.scaled_dot_product_attention(heads, keys, values, cache=one, scale=0.25, mask=mask)
+            x = x + mx.flatten(out.swapaxes(1, 2), -2)
+        return self.embed.as_linear(x)
+
+    def make_cache(self) -> list[CacheList]:
+        return [CacheList(KVCache(), KVCache())]
+
+
+def test_of_two_caches_of_a_layer_one_is_compressed():
+    """A calibration has one codec for a layer's keys: both caches would have used the one that was fitted last."""
+    model, ids = TwoCaches(), list(range(1, 31))
+    cache = vl.make_cache(model, "none")
+    assert [type(one) for one in cache[0].caches] == [CompressedKVCache, KVCache]
+    assert "another cache of the layer is compressed" in vl.report(cache)["reason"][1]
+    native = stepwise(model, ids, model.make_cache(), [30])
+    assert np.allclose(stepwise(model, ids, cache, [20, 10]), native, atol=1e-4)  # float32, in another order
+    (seen,) = capture_layers(model, ids)
+    first = mx.unflatten(model.layers[0](model.embed(mx.array([ids]))), -1, (4, 16)).swapaxes(1, 2)
+    assert np.allclose(seen.keys, first, atol=1e-6)
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A plan of someone's own, which has never looked at a model."""
+
+    sinks: int = 2
+    window: int = 8
+    chunk: str = "exact"
+    sliding: str = "compressed"
+    calibrations: dict = field(default_factory=dict)
+
+    def settings_for(self, model):
+        return [LayerSettings("turboquant", 4, "turboquant", 2) for _ in model.layers]
+
+
+def test_a_plan_that_never_looked_at_the_model_makes_its_cache():
+    cache = vl.make_cache(tiny("llama"), Foreign())
+    assert [(one.key_codec.bits, one.value_codec.bits, one.window) for one in cache] == [(4, 2, 8)] * 2

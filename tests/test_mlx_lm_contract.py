@@ -76,10 +76,10 @@ class KVCache(_Adapted, CompressedKVCache):
         usual = {"sinks": 0, "window": 0, "path": "arrays"}
         super().__init__(key_codec or unknown, value_codec or unknown, **{**usual, **settings})
 
-    def update_and_fetch(self, keys, values):
+    def check(self, keys, values):
         if self.empty():
             self.key_codec, self.value_codec = self.codecs(keys, values)
-        return super().update_and_fetch(keys, values)
+        return super().check(keys, values)
 
     @staticmethod
     def merge(caches):

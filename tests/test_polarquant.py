@@ -228,6 +228,9 @@ def test_fitted_codebooks_need_a_sample():
     ("make", "sentence"),
     [
         (lambda: PolarQuant(80, (4,) * 5), "5 levels .* head dimension of 80: give the bits of 1 to 4"),
+        (lambda: build(72, 4, "keys"), r"of 72: give the bits of 1 to 3 levels, such as levels=\(4, 2, 2\)\."),
+        (lambda: build(66, 4, "keys"), r"of 66: give the bits of one level, such as levels=\(4,\)\."),
+        (lambda: build(81, 4, "keys"), "of 81: it is odd, so choose another method"),
         (lambda: PolarQuant(64, ()), "0 levels"),
         (lambda: PolarQuant(64, (4, 0)), "bits=0 is out of range"),
         (lambda: PolarQuant(64, codebook="prompt"), "Unknown codebook 'prompt'.*'offline', 'online' or 'fitted'"),

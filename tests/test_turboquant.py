@@ -1,6 +1,7 @@
 """TurboQuant's own numbers: distortion and inner-product error on random unit vectors, with 20,000 pairs."""
 
 import math
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -148,6 +149,12 @@ def test_keys_get_the_unbiased_scale_and_values_the_mse_scale():
         (lambda: TurboQuantProd(64, 0), "out of range"),
         (lambda: TurboQuantProd(64, 2, sketch="sparse"), "Unknown sketch 'sparse'"),
         (lambda: build(64, 4, "keys", variant="max"), "Unknown TurboQuant variant 'max'"),
+        (lambda: build(64, 4, "keys", variant="prod", scale="mse"), "scale='mse' is for variant='mse' alone"),
+        (lambda: build(64, 4, "values", variant="prod", outlier_bits=5), "outlier_bits=5 is for variant='mse' alone"),
+        (lambda: build(64, 4, "keys", sketch="orthogonal"), "sketch='orthogonal' is for variant='prod' alone"),
+        (lambda: build(64, 4, "keys", sketch="gaussian", outliers=8), "sketch='gaussian' is for variant='prod' alone"),
+        (lambda: build(64, 4, "keys", outlier_bits=5), "outlier_bits=5 was given without outliers"),
+        (lambda: build(64, 4, "keys", outliers=8, outlier_bits=0), "bits=0 is out of range"),
     ],
 )
 def test_what_it_cannot_do_is_refused_at_once(make, sentence):
@@ -210,6 +217,15 @@ def test_scores_and_mix_of_a_split_are_decode_then_matmul():
     assert not codec.decode(codec.encode(mx.zeros((1, 2, 3, DIM)))).any()
 
 
+def test_tables_of_a_split_are_made_once_however_many_layers_there_are():
+    """They were kept for 128 codecs, keys' and values': of 65 layers none was found again at the next token."""
+    unfitted = build(8, 2, "keys", outliers=4)
+    codecs = [replace(unfitted, channels=(0, 1, 2, 3) * (1 + i)) for i in range(300)]
+    first = [codec._order(1 + i)[0] for i, codec in enumerate(codecs)]
+    assert all(codec._order(1 + i)[0] is kept for i, (codec, kept) in enumerate(zip(codecs, first, strict=True)))
+    assert all(codec.parts is codec.parts for codec in codecs)
+
+
 def test_a_split_has_to_see_activations():
     codec = build(64, 2, "keys", outliers=16)
     assert codec.outlier_bits == 3
@@ -222,5 +238,5 @@ def test_a_split_has_to_see_activations():
     for outliers in (1, 62):
         with pytest.raises(InputError, match="do not leave two parts: choose 4 to 60"):
             build(64, 2, "keys", outliers=outliers)
-    with pytest.raises(InputError, match="with variant='mse' only"):
+    with pytest.raises(InputError, match="outliers=16 is for variant='mse' alone, and the variant is 'prod'"):
         build(64, 2, "keys", variant="prod", outliers=16)

@@ -26,6 +26,7 @@ Mask = mx.array | Literal["causal"] | None
 
 EXPANDED_BYTES = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
 AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
+_LARGEST_HALF = 65504.0  # of float16
 FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
 
 
@@ -186,7 +187,7 @@ class History(Handle):
         for s in self.segments:
             part = weights[..., start : start + s.values.tokens]
             mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
-        return mixed.astype(q.dtype)
+        return _narrowed(mixed, q.dtype)
 
 
 def _code_of(code: Code, heads: slice) -> Code:
@@ -214,8 +215,21 @@ def _expanded(parts: Sequence[tuple[Codec, Code]], dtype: mx.Dtype, after: mx.ar
             before = tiles[-1] if tiles else after
             if before is not None:
                 tile = _with_arrays(tile, iter(mx.depends(list(tile.arrays.values()), [before])))
-            tiles.append(codec.decode(tile, dtype))
+            tiles.append(codec.decode(tile, dtype) if isinstance(codec, Exact) else _decoded(codec, tile, dtype))
     return mx.concatenate(tiles, axis=2) if len(tiles) > 1 else tiles[0]
+
+
+def _decoded(codec: Codec, code: Code, dtype: mx.Dtype) -> mx.array:
+    """Decoded tokens, all finite: what decoding loses may lift float16's largest numbers beyond it."""
+    x = codec.decode(code, dtype)
+    return mx.clip(x, -_LARGEST_HALF, _LARGEST_HALF) if dtype == mx.float16 else x
+
+
+def _narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Float32 numbers in ``dtype``. Those that are finite stay so."""
+    if dtype == mx.float16:
+        x = mx.where(mx.isinf(x), x, mx.clip(x, -_LARGEST_HALF, _LARGEST_HALF))
+    return x.astype(dtype)
 
 
 def _exact_run(segments: tuple[Segment, ...]) -> ExactTokens | None:

@@ -18,6 +18,7 @@ from veloxlab import cache_file
 from veloxlab.attention import Handle, History, Mask, causal_mask
 from veloxlab.cache import CompressedKVCache
 from veloxlab.errors import InputError
+from veloxlab.windows import token_count
 
 
 @dataclass(frozen=True)
@@ -82,34 +83,40 @@ class BatchCompressedKVCache(cache_file.Saved):
                 )
         self._skip = [0] * len(self.rows)  # places of padding that are still to come before the first token of a row
         self._padding = 0  # columns of the past that hold no token of any row
-        self._left: list[int] | None = None  # tokens still to come of each row, before padding
-        self._lent: BatchHistory | None = None
+        self._left: list[int | None] = [None] * len(self.rows)  # tokens of a row to come before padding; None: all
+        self._lent: tuple[Any, Any] | None = None  # what was fetched last
         if self.rows and self.rows[0].path == "codes":
             self.bits, self.group_size = 0, 0
 
     # what attention layers call -------------------------------------------------------------------------------------
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """Give each row its own of the tokens ``[B, H, S, D]``; see `CompressedKVCache.update_and_fetch`."""
+        """Give each row its own of the tokens ``[B, H, S, D]``; see `CompressedKVCache.update_and_fetch`.
+
+        Where that raises for one row, nothing is stored in any.
+        """
         count, width = keys.shape[2], self._width
-        rows, fetched = [], []
+        spans, coming = [], []
         for i, cache in enumerate(self.rows):
-            first = min(self._skip[i], count)
-            last = count if self._left is None else max(first, min(count, self._left[i]))
+            first, left = min(self._skip[i], count), self._left[i]
+            last = count if left is None else max(first, min(count, left))
             own_keys, own_values = (x[i : i + 1, :, first:last] for x in (keys, values))
-            column = width - cache.visible + first
-            read = cache.update_and_fetch(own_keys, own_values) if last > first else None
-            fetched.append(read)
-            rows.append(BatchRow(read[0] if read else None, first, last, column))
-            self._skip[i] -= first
-        self._padding += min(row.first for row in rows)
-        if self._left is not None:
-            self._left = [max(0, left - count) for left in self._left]
+            spans.append((first, last, width - cache.visible + first))
+            coming.append(cache.check(own_keys, own_values) if last > first else None)
+        read = [cache.store(own) if own else None for cache, own in zip(self.rows, coming, strict=True)]
+        self._skip = [skip - first for skip, (first, _, _) in zip(self._skip, spans, strict=True)]
+        self._left = [None if left is None else max(0, left - count) for left in self._left]
+        self._padding += min(first for first, _, _ in spans)
+        fetched: tuple[Any, Any]
         if self.rows[0].path == "arrays":
-            return _stacked(fetched, [row.column for row in rows], width + count)
-        history = BatchHistory(tuple(rows))
-        self._lent = history if self.rows[0].lends else None
-        return history, history
+            fetched = _stacked(read, [column for _, _, column in spans], width + count)
+        else:
+            history = BatchHistory(
+                tuple(BatchRow(own[0] if own else None, *span) for own, span in zip(read, spans, strict=True))
+            )
+            fetched = history, history
+        self._lent = fetched if self.rows[0].lends else None
+        return fetched
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """Boolean ``[B, 1, N, S]``: each row sees its own past, and of its new tokens itself and those before."""
@@ -119,10 +126,11 @@ class BatchCompressedKVCache(cache_file.Saved):
     def keys_and_values(self) -> tuple[Any, Any]:
         """What attention read last, for a layer that shares keys and values with this one; else all, as arrays."""
         if self._lent:
-            return self._lent, self._lent
+            return self._lent
         shown = [None if row.empty() else row.arrays() for row in self.rows]
         lengths = [pair[0].shape[2] if pair else 0 for pair in shown]
-        return _stacked(shown, [max(lengths) - length for length in lengths], max(lengths))
+        width = max(lengths) + self._padding
+        return _stacked(shown, [width - length for length in lengths], width)
 
     @property
     def offset(self) -> mx.array:
@@ -160,14 +168,14 @@ class BatchCompressedKVCache(cache_file.Saved):
 
     def finalize(self) -> None:
         """The padding announced by `prepare` is over."""
-        self._left = None
+        self._left = [None] * len(self.rows)
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep only these rows, in this order."""
         indices = [int(i) for i in batch_indices]
         self.rows = [self.rows[i] for i in indices]
         self._skip = [self._skip[i] for i in indices]
-        self._left = None if self._left is None else [self._left[i] for i in indices]
+        self._left = [self._left[i] for i in indices]
         self._padding, self._lent = 0, None
 
     def extend(self, other: BatchCompressedKVCache) -> None:
@@ -175,7 +183,8 @@ class BatchCompressedKVCache(cache_file.Saved):
         width = max(self._width, other._width)
         self.rows += other.rows
         self._skip += other._skip
-        self._padding, self._lent = width - max(row.visible for row in self.rows), None
+        self._left += other._left
+        self._padding, self._lent = width - max((row.visible for row in self.rows), default=0), None
 
     def extract(self, idx: int) -> CompressedKVCache:
         """A copy of one row."""
@@ -228,7 +237,15 @@ class BatchCompressedKVCache(cache_file.Saved):
         return all(row.is_trimmable() for row in self.rows)
 
     def trim(self, n: int) -> int:
-        """Drop the newest ``n`` tokens of each row (at most all), and return how many the longest lost."""
+        """Drop the newest ``n`` tokens of each row (at most all), and return how many the longest lost.
+
+        Raises
+        ------
+        InputError : as `CompressedKVCache.trim`, of any row. Then no row lost a token.
+        """
+        token_count("n", n)
+        for row in self.rows:
+            row.check_trimmable()
         self._lent = None
         return max((row.trim(n) for row in self.rows), default=0)
 

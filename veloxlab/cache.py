@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, Self
 
@@ -16,12 +17,12 @@ import mlx.core as mx
 
 from veloxlab import cache_file
 from veloxlab.attention import History, Segment, causal_mask, mask_for
-from veloxlab.codecs import Codec
+from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.codec import fitted_online
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
 from veloxlab.runs import Run
-from veloxlab.windows import Windows
+from veloxlab.windows import Arrival, Windows, token_count
 
 Chunk = Literal["exact", "codes"]
 Path = Literal["codes", "arrays"]
@@ -33,6 +34,27 @@ _TOKENS = 2
 # lose: 2.5 for one bit of a random direction, and never more than 4 where it is clipped. It is kept as the float16 of
 # its root (`codec.store_scale`), and 4·1e9 < 65504².
 _LARGEST = 1e9
+
+
+@dataclass(frozen=True)
+class Coming:
+    """Tokens of one call that a cache can store: `CompressedKVCache.check` gives them, `CompressedKVCache.store` takes.
+
+    Attributes
+    ----------
+    keys, values : as they came.
+    all_seen : whether attention reads them as they came, and not as they are stored.
+    arrival : where they go.
+    codecs : of keys and of values, fitted.
+    codes : of the keys and values that leave the window, if any do.
+    """
+
+    keys: mx.array
+    values: mx.array
+    all_seen: bool
+    arrival: Arrival
+    codecs: tuple[Codec, Codec]
+    codes: tuple[Code, Code] | None
 
 
 class CompressedKVCache(cache_file.Saved):
@@ -78,9 +100,9 @@ class CompressedKVCache(cache_file.Saved):
         if chunk not in ("exact", "codes"):
             raise InputError(f"chunk={chunk!r} is unknown: choose 'exact' or 'codes'.")
         self.key_codec, self.value_codec = key_codec, value_codec
-        self.max_sinks, self.chunk, self.layer = sinks, chunk, layer
+        self.max_sinks, self.chunk, self.layer = self._windows.sinks, chunk, layer
         self.path, self.reason, self.max_size, self.lends, self.model = path, reason, max_size, lends, model
-        self.sinks, self.packed, self.recent = Run(sinks), Run(), Run(self._windows.most_recent)
+        self.sinks, self.packed, self.recent = Run(self.max_sinks), Run(), Run(self._windows.most_recent)
         self._evicted = 0  # tokens between the sinks and the oldest that is held
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
         self._dtype = "float32"  # of the keys, by name: a saved cache is written as words and arrays
@@ -101,14 +123,39 @@ class CompressedKVCache(cache_file.Saved):
         InputError : if the head dimensions are not the codecs', if a key or value to be stored is NaN or infinite, or
             if a codec cannot encode yet. Then this call stored nothing in this layer.
         """
-        self._lent = None
+        return self.store(self.check(keys, values))
+
+    def check(self, keys: mx.array, values: mx.array) -> Coming:
+        """The first half of `update_and_fetch`: all that can fail, and changes nothing. See there what it raises."""
         self._check_shapes(keys, values)
+        count = keys.shape[_TOKENS]
+        all_seen = self.chunk == "exact" and count > self.window
+        arrival = self._windows.arrival(count, self.offset, self.recent.tokens, all_seen=all_seen)
+        to_sinks, first = arrival.to_sinks, arrival.to_sinks + arrival.gone
+        leaving = []
+        if arrival.to_packed:
+            leaving = [x[:, :, first : first + arrival.from_new] for x in (keys, values)]
+        if arrival.from_recent:
+            oldest = [self.recent.code(side)[: arrival.from_recent].arrays["values"] for side in ("keys", "values")]
+            leaving = [mx.concatenate([*pair], axis=_TOKENS) for pair in zip(oldest, leaving, strict=True)]
+        self._check_range(*leaving, *((keys[:, :, :to_sinks], values[:, :, :to_sinks]) if to_sinks else ()))
+        if not leaving:
+            return Coming(keys, values, all_seen, arrival, (self.key_codec, self.value_codec), None)
+        start = self.offset + first - (0 if arrival.gone else self.recent.tokens)  # of the oldest token to be encoded
+        codecs = fitted_online(self.key_codec, leaving[0]), fitted_online(self.value_codec, leaving[1])
+        codes = codecs[0].encode(leaving[0], start), codecs[1].encode(leaving[1], start)
+        return Coming(keys, values, all_seen, arrival, codecs, codes)
+
+    def store(self, coming: Coming) -> tuple[Any, Any]:
+        """The second half of `update_and_fetch`, which nothing in the tokens can make fail."""
+        self._lent = None
+        keys, values = coming.keys, coming.values
         hidden = self._held - self.visible
-        if self.chunk == "exact" and keys.shape[_TOKENS] > self.window:
+        if coming.all_seen:
             segments = self._segments(hidden, extra=(keys, values))
-            self._store(keys, values, all_seen=True)
+            self._append(coming)
         else:
-            self._store(keys, values, all_seen=False)
+            self._append(coming)
             segments = self._segments(hidden)
         self._evict()
         self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
@@ -200,6 +247,14 @@ class CompressedKVCache(cache_file.Saved):
         """Whether the newest tokens can be dropped: always, but for a sliding layer that has forgotten older ones."""
         return self.max_size is None or self.offset < self.max_size
 
+    def check_trimmable(self) -> None:
+        """Raise `InputError` unless it is trimmable."""
+        if not self.is_trimmable():
+            raise InputError(
+                f"Layer {self.layer} sees {self.max_size} tokens and has forgotten those before, which a shorter text "
+                "would see again: start a new cache."
+            )
+
     def trim(self, n: int) -> int:
         """Drop the newest ``n`` tokens (at most all), release their memory, and return how many were dropped.
 
@@ -207,20 +262,17 @@ class CompressedKVCache(cache_file.Saved):
 
         Raises
         ------
-        InputError : if it is not trimmable.
+        InputError : if ``n`` is no whole number of at least 0, or the cache is not trimmable.
         """
-        if not self.is_trimmable():
-            raise InputError(
-                f"Layer {self.layer} sees {self.max_size} tokens and has forgotten those before, which a shorter text "
-                "would see again: start a new cache."
-            )
+        count = token_count("n", n)
+        self.check_trimmable()
         self._lent = None
-        dropped = left = min(n, self.offset)
+        dropped = left = min(count, self.offset)
         for run in reversed(self._runs):
-            count = min(left, run.tokens)
-            if count:
-                run.drop_newest(count)
-            left -= count
+            newest = min(left, run.tokens)
+            if newest:
+                run.drop_newest(newest)
+            left -= newest
         return dropped
 
     @staticmethod
@@ -280,48 +332,26 @@ class CompressedKVCache(cache_file.Saved):
             segments.append(Segment(exact_keys, exact_keys.encode(keys), exact_values, exact_values.encode(values)))
         return tuple(segments)
 
-    def _store(self, keys: mx.array, values: mx.array, *, all_seen: bool) -> None:
-        """Append tokens: to the sinks while they last, then through the window into codes.
+    def _append(self, coming: Coming) -> None:
+        """Add tokens: to the sinks while they last, then through the window into codes.
 
-        With ``all_seen`` attention has what it needs of them, and those that a sliding layer will not see again are
-        not stored.
+        Where attention has what it needs of them, those that a sliding layer will not see again are not stored.
         """
-        count = keys.shape[_TOKENS]
-        if count == 0:
-            return
-        exact = self._exact
-        coming = self._windows.arrival(count, self.offset, self.recent.tokens, all_seen=all_seen)
-        to_sinks, gone, from_recent, from_new = coming.to_sinks, coming.gone, coming.from_recent, coming.from_new
-
-        first = to_sinks + gone
-        leaving = []
-        if coming.to_packed:
-            leaving = [keys[:, :, first : first + from_new], values[:, :, first : first + from_new]]
-        if from_recent:
-            oldest = [self.recent.code(side)[:from_recent].arrays["values"] for side in ("keys", "values")]
-            leaving = [mx.concatenate([*pair], axis=_TOKENS) for pair in zip(oldest, leaving, strict=True)]
-
-        # everything that can fail comes before anything changes
-        self._check_range(*leaving, *((keys[:, :, :to_sinks], values[:, :, :to_sinks]) if to_sinks else ()))
-        key_codec, value_codec, codes = self.key_codec, self.value_codec, None
-        if leaving:
-            start = self.offset + first - (0 if gone else self.recent.tokens)  # of the oldest token to be encoded
-            key_codec, value_codec = fitted_online(key_codec, leaving[0]), fitted_online(value_codec, leaving[1])
-            codes = key_codec.encode(leaving[0], start), value_codec.encode(leaving[1], start)
-
+        keys, values, arrival = coming.keys, coming.values, coming.arrival
+        exact, to_sinks = self._exact, arrival.to_sinks
         if to_sinks:
             self.sinks.append(exact[0].encode(keys[:, :, :to_sinks]), exact[1].encode(values[:, :, :to_sinks]))
-        if gone:
+        if arrival.gone:
             self._drop_oldest(self.packed.tokens + self.recent.tokens)
-            self._evicted += gone
-        if from_recent:
-            self.recent.drop_oldest(from_recent)
-        self.key_codec, self.value_codec = key_codec, value_codec
-        if codes:
-            self.packed.append(*codes)
-        if coming.to_recent:
-            rest_keys, rest_values = (x[:, :, first + from_new :] for x in (keys, values))
-            self.recent.append(exact[0].encode(rest_keys), exact[1].encode(rest_values))
+            self._evicted += arrival.gone
+        if arrival.from_recent:
+            self.recent.drop_oldest(arrival.from_recent)
+        self.key_codec, self.value_codec = coming.codecs
+        if coming.codes:
+            self.packed.append(*coming.codes)
+        if arrival.to_recent:
+            rest = to_sinks + arrival.gone + arrival.from_new
+            self.recent.append(exact[0].encode(keys[:, :, rest:]), exact[1].encode(values[:, :, rest:]))
 
     def _evict(self) -> None:
         """Forget what a sliding layer sees no more."""
@@ -390,14 +420,19 @@ class CompressedKVCache(cache_file.Saved):
 
     def _check_range(self, *keys_and_values: mx.array) -> None:
         """Raise `InputError` if a key or a value (they alternate) is no number that a codec can store."""
-        within = [(mx.abs(x) <= _LARGEST).all() for x in keys_and_values if x.size]  # false for NaN too
+        within = [_in_range(x) for x in keys_and_values]
         if within and not mx.stack(within).all().item():  # one wait for the device, whatever the number of arrays
-            bad = next(i for i, x in enumerate(keys_and_values) if x.size and not (mx.abs(x) <= _LARGEST).all().item())
+            bad = next(i for i, good in enumerate(within) if not good.item())
             raise InputError(
                 f"Layer {self.layer}: the {('keys', 'values')[bad % 2]} of a token are NaN, infinite or beyond "
                 f"±{_LARGEST:.0e} and were not stored. The model overflowed, most likely in float16: load it in "
                 "bfloat16 or float32 and start with a new cache."
             )
+
+
+def _in_range(x: mx.array) -> mx.array:
+    """Whether all numbers are finite and none is beyond the largest. In float16 that limit itself is infinite."""
+    return (mx.abs(x.astype(mx.float32)) <= _LARGEST).all()  # false for NaN too
 
 
 @lru_cache

@@ -220,6 +220,7 @@ def dry_run(model: Module) -> list[LayerFacts]:
     facts = _first_facts(own_cache(model))
     _dry_run(model, facts)
     _leave_latents(model, facts)
+    _leave_all_but_one(facts)
     return facts
 
 
@@ -347,6 +348,17 @@ def _leave_latents(model: Module, facts: Sequence[LayerFacts]) -> None:
         if found.compressible and found.kv_heads == 1 and widths & {found.key_dim, found.value_dim}:
             found.compressible = False
             found.reason = f"it stores latents (MLA), so the model's own {found.native} is kept"
+
+
+def _leave_all_but_one(facts: Sequence[LayerFacts]) -> None:
+    """Compress one cache of each layer: plans, calibrations and measurements have one key codec and one value codec."""
+    taken: set[int] = set()
+    for found in facts:
+        if found.compressible and found.layer in taken:
+            found.compressible = False
+            found.reason = f"another cache of the layer is compressed, so the model's own {found.native} is kept"
+        elif found.compressible:
+            taken.add(found.layer)
 
 
 def use(model: Module, make: Callable[[], list[Any]]) -> None:

@@ -98,8 +98,8 @@ def make_cache(
 ) -> list[Any]:
     """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
 
-    Layers that hold no keys and values (state-space, convolution), or latents (MLA), keep the model's own. Sliding
-    layers hold what they can see, compressed.
+    Layers that hold no keys and values (state-space, convolution), or latents (MLA), keep the model's own; so does all
+    but one cache of a layer that has several. Sliding layers hold what they can see, compressed.
 
     Parameters
     ----------
@@ -121,6 +121,7 @@ def make_cache(
     InputError : unknown method or option, bits out of range, a plan or a calibration for another model, another
         calibration than the plan was made with, bits beside a plan.
     """
+    facts = probe(model)
     given = () if calibration is None else calibration if isinstance(calibration, Sequence) else (calibration,)
     for one in given:
         one.check_model(model)
@@ -145,7 +146,7 @@ def make_cache(
     caches = with_caches(
         model, lambda found: _compressed(found, settings[found.layer], exact, max_kv_size, name, calibration)
     )
-    for found in probe(model):
+    for found in facts:
         own = caches[found.layer] if found.slot is None else caches[found.layer].caches[found.slot]
         if not isinstance(own, CompressedKVCache):
             seal(own, name, found.layer, getattr(own, "reason", found.reason))

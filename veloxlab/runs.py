@@ -5,26 +5,26 @@ from __future__ import annotations
 import mlx.core as mx
 
 from veloxlab.codecs import Code
+from veloxlab.windows import BLOCK
 
 Arrays = dict[str, mx.array]
 
 _SLACK_SHARE = 64  # a buffer that has to grow takes 1/64 more than it needs, so that growth costs O(1) a token
-_FEW = 32  # tokens that leave a window together
 _TOKENS = 2
 
 
 def room(held: int, tokens: int, new: int, most: int | None) -> int:
     """Tokens that a run's buffers have room for once ``new`` ones have joined, ``tokens`` in all.
 
-    ``held`` is what they had room for before, 0 if there were none, and ``most`` as for `Run`. Few tokens at a time is
-    growth by decoding, and many will come; a longer append is sized as it is, and so is any but of one token to a run
-    that stays small.
+    ``held`` is what they had room for before, 0 if there were none, and ``most`` as for `Run`. At most a block of
+    tokens at a time is growth by decoding, and many will come; a longer append is sized as it is, and so is any but of
+    one token to a run that stays small.
     """
     if tokens <= held and (new == 1 or most is None):
         return held
     if most is not None:
         return tokens + (min(8, most - tokens) if new == 1 else 0)
-    return tokens + (max(8 * (new == 1), tokens // _SLACK_SHARE) if new <= _FEW else 0)
+    return tokens + (max(8 * (new == 1), tokens // _SLACK_SHARE) if new <= BLOCK else 0)
 
 
 class Run:

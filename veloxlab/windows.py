@@ -5,12 +5,24 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Self
 
 from veloxlab.errors import InputError
 
 BLOCK = 32  # tokens that leave the window together: encoding one at a time would cost a launch per token
+
+
+def token_count(name: str, count: object) -> int:
+    """Give ``count`` as a number of tokens; raises `InputError` unless it is a whole number, 0 or more."""
+    try:
+        whole = -1 if isinstance(count, bool) else operator.index(count)  # type: ignore[arg-type]
+    except TypeError:
+        whole = -1
+    if whole < 0:
+        raise InputError(f"{name}={count!r} is not a number of tokens: give a whole number, 0 or more.")
+    return whole
 
 
 @dataclass(frozen=True)
@@ -67,9 +79,7 @@ class Windows:
         ------
         InputError : ``sinks`` or ``window`` is no number of tokens, or ``max_size`` leaves no room behind the sinks.
         """
-        for name, count in (("sinks", sinks), ("window", window)):
-            if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-                raise InputError(f"{name}={count!r} is not a number of tokens: give a whole number, 0 or more.")
+        sinks, window = token_count("sinks", sinks), token_count("window", window)
         if max_size is not None and max_size <= sinks:
             raise InputError(f"max_size={max_size} leaves no room behind sinks={sinks}: give more than that.")
         reach = None if max_size is None else max_size - sinks

@@ -28,8 +28,9 @@ Where we differ
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Self
 
 import mlx.core as mx
@@ -44,6 +45,7 @@ from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import PairOrder, SumsReader
 
+_SEQUENCES = 256  # of a batch, whose positions are remembered
 _INDEX = 6  # bits of a or b
 _CHUNK = 8192  # vectors that are encoded at once
 _MOST_FACTOR = 4.0  # of a scale over the norm: an outlier that its code misses has a factor without meaning, or sign
@@ -117,7 +119,7 @@ class CommVQ(TiledCodec):
         if tokens < ENTRIES:
             raise InputError(
                 f"CommVQ cannot learn tables of {ENTRIES} entries from {tokens} tokens that are not zero: "
-                f"give a text of {ENTRIES} tokens or more, better 2,048."
+                f"give a text with {ENTRIES} such tokens or more, better 2,048."
             )
         if min(head.var(axis=0).mean() for head in heads) < _SAME:
             raise InputError("All tokens of the sample are the same in one KV head: calibrate with a text that varies.")
@@ -186,10 +188,26 @@ class CommVQ(TiledCodec):
     def reader(self, code: Code) -> SumsReader:
         """The tables, and where the tokens are; see `TiledCodec.reader`."""
         codes = code.arrays["codes"]
-        angles = None if self.rope is None else _angles(self.rope, self.head_dim, code.start)
+        angles = None if self.rope is None else self._angles(code.start)
         tables = self._checked_tables(codes.shape[1])
         order = pair_order(self.head_dim, self.rope)
         return SumsReader(self.head_dim, codes, code.arrays["root_scale"], None, tables, order, angles)
+
+    @cached_property
+    def _angles(self) -> Callable[[int], mx.array]:
+        """By position of the first token: that, and what each pair is turned by at each token ``[1 + D/2]``.
+
+        Each layer has its own. While a prompt is decoded the packed tokens of its sequence begin where they did.
+        """
+
+        @lru_cache(maxsize=_SEQUENCES)
+        def angles(start: int) -> mx.array:
+            assert self.rope is not None
+            both = np.zeros(1 + self.head_dim // 2, np.float32)
+            both[0], both[1 : 1 + self.rope.dims // 2] = start, self.rope.angles
+            return mx.array(both)
+
+        return angles
 
     @property
     def _orders(self) -> tuple[mx.array, mx.array]:
@@ -231,14 +249,6 @@ def _orders(dim: int, order: PairOrder) -> tuple[mx.array, mx.array]:
     orders = mx.array(there.astype(np.uint32)), mx.array(np.argsort(there).astype(np.uint32))
     mx.eval(*orders)
     return orders
-
-
-@lru_cache(maxsize=256)  # layers: while a prompt is decoded its packed tokens begin where they did
-def _angles(rope: Rope, dim: int, start: int) -> mx.array:
-    """The position of the first token, and what each pair is turned by from one to the next ``[1 + dim/2]``."""
-    angles = np.zeros(1 + dim // 2, np.float32)
-    angles[0], angles[1 : 1 + rope.dims // 2] = start, rope.angles
-    return mx.array(angles)
 
 
 def _unrotated(x: mx.array, rope: Rope | None, start: int) -> mx.array:

@@ -38,8 +38,7 @@ class PolarTree:
     def __post_init__(self) -> None:
         if not self.levels or self.dim % self.block:
             raise InputError(
-                f"{len(self.levels)} levels of angles do not fit a head dimension of {self.dim}: give the bits of 1 to "
-                f"{halvings(self.dim)} levels, such as levels=(4, 2, 2, 2)."
+                f"{len(self.levels)} levels of angles do not fit a head dimension of {self.dim}: {_way_out(self.dim)}."
             )
         for bits in self.levels:
             check_bits(bits)
@@ -171,6 +170,15 @@ def fitted_angles(seen: Floats, level: int, bits: int) -> Floats:
 def halvings(dim: int) -> int:
     """How often ``dim`` can be halved: the most levels it has."""
     return (dim & -dim).bit_length() - 1
+
+
+def _way_out(dim: int) -> str:
+    """What to do where levels do not fit ``dim``."""
+    most = halvings(dim)
+    if not most:
+        return "it is odd, so choose another method"
+    counts = "one level" if most == 1 else f"1 to {most} levels"
+    return f"give the bits of {counts}, such as levels={(4, 2, 2, 2)[:most]}"
 
 
 @lru_cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import replace
-from functools import lru_cache
+from functools import cached_property
 from typing import Self
 
 import mlx.core as mx
@@ -107,16 +107,16 @@ class SplitCodec(TiledCodec):
             raise InputError(
                 f"This codec was fitted to {known} KV heads and was given {kv_heads}: fit it to this layer."
             )
-        return _orders(self.head_dim, self.outliers, self.channels)
+        return self._orders
 
-
-@lru_cache
-def _orders(dim: int, outliers: int, channels: tuple[int, ...]) -> tuple[mx.array, mx.array]:
-    heads = np.array(channels).reshape(-1, outliers)
-    order = np.stack([np.concatenate([head, np.setdiff1d(np.arange(dim), head)]) for head in heads])
-    there, back = (mx.array(a[None, :, None].astype(np.uint32)) for a in (order, np.argsort(order, axis=-1)))
-    mx.eval(there, back)
-    return there, back
+    @cached_property
+    def _orders(self) -> tuple[mx.array, mx.array]:
+        """See `_order`: asked for at every token, and each layer has its own."""
+        heads = np.array(self.channels).reshape(-1, self.outliers)
+        order = np.stack([np.concatenate([head, np.setdiff1d(np.arange(self.head_dim), head)]) for head in heads])
+        there, back = (mx.array(a[None, :, None].astype(np.uint32)) for a in (order, np.argsort(order, axis=-1)))
+        mx.eval(there, back)
+        return there, back
 
 
 def _reordered(x: mx.array, order: mx.array) -> mx.array:

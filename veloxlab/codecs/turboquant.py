@@ -26,7 +26,7 @@ Where we differ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import mlx.core as mx
@@ -50,6 +50,7 @@ from veloxlab.errors import InputError
 from veloxlab.kernels.encode import NearestLevel, SpreadEncoder
 from veloxlab.kernels.readers import Spread, TableReader
 
+_ONLY = {"scale": "mse", "outliers": "mse", "outlier_bits": "mse", "sketch": "prod"}  # options of one variant
 _SKETCH_SEED = 1_000_003  # keeps the sketch independent of a Haar rotation with the same seed
 
 
@@ -222,7 +223,7 @@ class TurboQuantSplit(SplitCodec):
     seed: int = 0
     channels: tuple[int, ...] = ()
 
-    @property
+    @cached_property
     def parts(self) -> tuple[TurboQuant, TurboQuant]:
         """Of the outliers, and of the rest."""
         shared = (self.scale, self.rotation, self.codebook, self.seed)
@@ -244,16 +245,24 @@ def build(
 
     ``outliers`` channels get ``outlier_bits`` instead of ``bits``, one more by default; such a codec has to be fitted.
     """
-    if variant == "prod":
-        if outliers:
-            raise InputError("Outlier channels are kept apart with variant='mse' only: leave out outliers, or 'prod'.")
-        return TurboQuantProd(head_dim, bits, **options)  # type: ignore[arg-type]
-    if variant != "mse":
+    if variant not in ("mse", "prod"):
         raise InputError(f"Unknown TurboQuant variant {variant!r}: choose 'mse' or 'prod'.")
+    apart = {"outliers": outliers or None, "outlier_bits": outlier_bits}
+    for name, value in (apart | options).items():
+        if value is not None and _ONLY.get(name, variant) != variant:
+            raise InputError(
+                f"{name}={value!r} is for variant={_ONLY[name]!r} alone, and the variant is {variant!r}: leave out one "
+                "of the two."
+            )
+    if variant == "prod":
+        return TurboQuantProd(head_dim, bits, **options)  # type: ignore[arg-type]
+    if outlier_bits is not None and not outliers:
+        raise InputError(f"outlier_bits={outlier_bits!r} was given without outliers: say how many, as outliers=32.")
     settings: dict[str, object] = {"scale": "unbiased" if role == "keys" else "mse"} | options
     if not outliers:
         return TurboQuant(head_dim, bits, **settings)  # type: ignore[arg-type]
-    return TurboQuantSplit(head_dim, bits, outliers, outlier_bits or min(bits + 1, WIDEST), **settings)  # type: ignore[arg-type]
+    wider = min(bits + 1, WIDEST) if outlier_bits is None else outlier_bits
+    return TurboQuantSplit(head_dim, bits, outliers, wider, **settings)  # type: ignore[arg-type]
 
 
 METHOD = Method(

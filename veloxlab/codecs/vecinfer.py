@@ -78,9 +78,10 @@ class VecInfer(TiledCodec):
 
     def __post_init__(self) -> None:
         if self.sub_dim < 1 or self.head_dim % self.sub_dim:
+            fits = next(d for d in (4, 2, 1) if self.head_dim % d == 0)
             raise InputError(
                 f"Sub-vectors of {self.sub_dim} do not divide a head dimension of {self.head_dim}: "
-                "choose a point whose d does, such as 'd4b8'."
+                f"choose a point whose d does, such as point='d{fits}b8'."
             )
         if not can_pack(self.index_bits) or self.index_bits > 12:
             raise InputError(f"An index of {self.index_bits} bits cannot be used: choose 1 to 8, 10 or 12 bits.")
@@ -147,7 +148,7 @@ class VecInfer(TiledCodec):
         least = _LEAST_PER_CENTROID << self.index_bits
         different = len(np.unique(points, axis=0))
         if different < least:
-            needed = -(-least // max(1, heads * self.parts))
+            needed = max(-(-least // max(1, heads * self.parts)), tokens + 1)  # of those given some are alike
             raise InputError(
                 f"A codebook of {1 << self.index_bits} entries takes {least:,} different sub-vectors, and the sample's "
                 f"{tokens:,} tokens have {different:,}: calibrate on ordinary text of at least {needed:,} tokens, "

@@ -169,7 +169,7 @@ def attend_twin(queries: Queries, tokens: Tokens) -> tuple[mx.array, mx.array]:
     return plain, coded
 
 
-@lru_cache
+@lru_cache(maxsize=1024)  # sequences of a batch, whose lengths differ: every layer asks for those of all
 def _sizes(exact: tuple[int, int], packed: int, blocks: int) -> tuple[mx.array, int]:
     """What the kernels have to know of the splits, and how many there are."""
     exact_per_split = max(_EXACT_SPLIT, _whole_turns(-(-max(exact) // _MOST_EXACT_SPLITS)))
