@@ -12,6 +12,7 @@ from mlx_lm.models.cache import RotatingKVCache, load_prompt_cache
 
 from veloxlab import cache_file
 from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk, CompressedKVCache
+from veloxlab.checks import CALIBRATIONS, FILE, OPTION_VALUES, WORDS, check_fields, checked, whole
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.saving import described, method_of, same_codec, same_kind
@@ -38,6 +39,10 @@ class LayerSettings:
     options: dict[str, object] = field(default_factory=dict)
     key_options: dict[str, object] = field(default_factory=dict)
     value_options: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, key_method=WORDS, key_bits=whole(), value_method=WORDS, value_bits=whole())
+        check_fields(self, options=OPTION_VALUES, key_options=OPTION_VALUES, value_options=OPTION_VALUES)
 
     @property
     def sides(self) -> tuple[tuple[Role, str, int, dict[str, object]], ...]:
@@ -82,6 +87,7 @@ class ModelCalibration(Calibrated, Protocol):
         """Raise `InputError` unless the codecs were fitted to ``model``."""
 
 
+@checked(calibration=CALIBRATIONS)
 def make_cache(
     model: Module,
     method_or_plan: str | LayerPlan = "turboquant",
@@ -175,6 +181,7 @@ def _uniform(
     return [settings] * (1 + max(found.layer for found in probe(model)))
 
 
+@checked(path=FILE, calibration=CALIBRATIONS)
 def load_cache(
     path: str | Path,
     model: Module,
@@ -246,10 +253,6 @@ class Exactness:
     window: int
     chunk: Chunk
     sliding: Sliding
-
-    def __post_init__(self) -> None:
-        if self.sliding not in ("compressed", "exact"):
-            raise InputError(f"sliding={self.sliding!r} is unknown: choose 'compressed' or 'exact'.")
 
 
 def _compressed(

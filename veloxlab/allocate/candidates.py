@@ -11,6 +11,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.budget import held_tokens, layer_sizes
 from veloxlab.allocate.plan import Plan, model_hash
+from veloxlab.checks import WORDS, checked, many, whole
 from veloxlab.codecs import METHODS, find_method
 from veloxlab.errors import InputError
 from veloxlab.integrate import exact_width, name_of, probe, slots_of
@@ -18,6 +19,13 @@ from veloxlab.measure.memory import report
 from veloxlab.prompt_cache import LayerSettings, ModelCalibration, make_cache
 
 USUAL_BITS = (2, 3, 4)
+COMBINED = {
+    "methods": many(WORDS),
+    **dict.fromkeys(("bits", "key_bits", "value_bits"), many(whole())),
+    **dict.fromkeys(("sinks", "window"), many(whole(0))),
+    "protected": many(many(whole(), empty=True)),
+}
+"""Checks of what `candidates` combines."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class Candidate:
         )
 
 
+@checked(**COMBINED)
 def candidates(
     methods: Sequence[str] | None = None,
     *,
@@ -127,10 +136,6 @@ def candidates(
         found += [
             Candidate(name, k, v, s, w, tuple(p)) for p, s, w, k, v in product(protected, sinks, window, keys, values)
         ]
-    if not found:
-        raise InputError("There is nothing to search: give at least one of methods, sinks, window and protected.")
-    if wrong := [c for c in found if c.sinks < 0 or c.window < 0]:
-        raise InputError(f"sinks={wrong[0].sinks} and window={wrong[0].window} are numbers of tokens: give 0 or more.")
     return tuple(dict.fromkeys(found))
 
 

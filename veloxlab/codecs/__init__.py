@@ -7,6 +7,7 @@ from dataclasses import is_dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from veloxlab.checks import FLAG, checked, instance
 from veloxlab.codecs import commvq, none, polarquant, qjl, rabitq, ratequant, rvq, spectralquant, turboquant, vecinfer
 from veloxlab.codecs.codec import Code, Codec
 from veloxlab.codecs.method import ROLES, Method, Role
@@ -67,7 +68,7 @@ def methods() -> pl.DataFrame:
 
 def find_method(name: str) -> Method:
     """The method called ``name``; raises `InputError` that lists the known ones."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError(f"Unknown method {name!r}. Known methods: {', '.join(METHODS)}.")
     return METHODS[name]
 
@@ -77,6 +78,7 @@ _ID = re.compile(r"[a-z][a-z0-9_]*")
 _IDS: WeakKeyDictionary[type, str] = WeakKeyDictionary()  # of methods by codec class: codecs outlive `unregister`
 
 
+@checked(method=instance(Method, "a veloxlab.codecs.Method"), replace=FLAG)
 def register(method: Method, *, replace: bool = False) -> Method:
     """Make an algorithm from elsewhere one of the methods: of caches, plans, measurements, charts and widgets.
 
@@ -125,6 +127,7 @@ def registered_id(kind: type) -> str | None:
     return _IDS.get(kind)
 
 
+@checked()
 def unregister(name: str) -> None:
     """Undo `register`. Caches that were made with the method go on, and are saved under its id.
 

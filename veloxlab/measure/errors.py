@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 
 from veloxlab.attention import causal_mask
+from veloxlab.checks import checked, measured
 from veloxlab.codecs import find_method
 from veloxlab.codecs.codec import fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
@@ -42,6 +43,7 @@ TOKEN_ERRORS = {
 """Columns of `token_errors`."""
 
 
+@checked()
 def layer_errors(
     capture: Capture,
     method: str = "turboquant",
@@ -76,6 +78,7 @@ def layer_errors(
     return pl.DataFrame(rows, schema=LAYER_ERRORS)
 
 
+@checked()
 def token_errors(
     capture: Capture,
     method: str = "turboquant",
@@ -114,6 +117,7 @@ def token_errors(
     return pl.concat(frames)
 
 
+@checked(tokens=measured(TOKEN_ERRORS, "vl.token_errors"))
 def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) -> pl.DataFrame:
     """Relative MSE per layer, head, tensor and bits from `token_errors`, with exact sinks and recent tokens.
 

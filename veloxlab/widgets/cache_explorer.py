@@ -13,6 +13,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.plan import Plan
 from veloxlab.calibration import Calibration
+from veloxlab.checks import checked
 from veloxlab.codecs import ROLES, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture, capture, fidelity
@@ -73,6 +74,7 @@ class CacheExplorer(Panel):
     layer = t.Int(None, allow_none=True, help="the picked layer")
     metric = t.Unicode("output_error", help="which error is drawn")
 
+    @checked()
     def __init__(
         self,
         model: Module,

@@ -8,6 +8,7 @@ import ipywidgets
 import traitlets as t
 
 from veloxlab.calibration import Calibration
+from veloxlab.checks import checked
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
 from veloxlab.measure.spaces import SIDES, SPACES, check_space
@@ -59,6 +60,7 @@ class KeyExplorer(LayerExplorer[KeyLook]):
     tensor = t.Unicode("keys", help="keys or values")
     space = t.Unicode("raw", help="space in which they are seen")
 
+    @checked()
     def __init__(
         self,
         capture: Capture,

@@ -10,11 +10,12 @@ import ipywidgets
 import polars as pl
 import traitlets as t
 
+from veloxlab.checks import checked, whole
 from veloxlab.codecs import METHODS, Method, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.layouts import CacheLayout, cache_layouts
 from veloxlab.measure.planned_memory import largest, planned
-from veloxlab.shapes import ModelOrConfig, ModelShape, shape_of
+from veloxlab.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 from veloxlab.views import memory_plan, plan_caption
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.panel import Panel, inside, nearest, offer
@@ -82,6 +83,7 @@ class MemoryPlanner(Panel):
     sliding_window = t.Int(0, help="tokens that a sliding layer sees; 0: none slides")
     full_every = t.Int(0, help="every so many-th layer sees all tokens; 0: none does")
 
+    @checked(model_or_config=MODEL_OR_CONFIG, **dict.fromkeys(TYPED, whole(0)))
     def __init__(
         self, model_or_config: ModelOrConfig | None = None, *, worker: Worker | None = None, **knobs: Any
     ) -> None:

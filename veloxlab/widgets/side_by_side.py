@@ -10,6 +10,7 @@ import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.calibration import Calibration
+from veloxlab.checks import WORDS, checked
 from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, first_parting, side_by_side
@@ -59,6 +60,7 @@ class SideBySide(Panel):
     sinks = t.Int(4, help="tokens at the start kept exact")
     window = t.Int(16, help="newest tokens kept exact")
 
+    @checked(prompt=WORDS)
     def __init__(
         self,
         model: Module,
