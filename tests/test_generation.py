@@ -147,7 +147,6 @@ def test_rows_come_as_they_are_made_and_work_can_be_ended(model):
     [
         ({"prompt": " "}, "The prompt is empty"),
         ({"prompt": []}, "The prompt is empty"),
-        ({"tokens": 0}, "tokens=0 is not a number of tokens to generate"),
         ({"method_or_plan": "turbo"}, "Unknown method 'turbo'"),
         ({"method_or_plan": make_prompt_cache, "bits": 3}, "A cache of your own takes no settings, but 'bits'"),
     ],
@@ -200,7 +199,6 @@ def test_a_needle_lies_where_it_is_said_to(model):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"depths": (0.5, 1.5)}, "A depth of 1.5 is outside of the text"),
         ({"context": 20}, "context=20 has no room for a text"),
         ({"context": 400, "text": "short"}, "context=400 is longer than the text, which has 5 tokens"),
     ],

@@ -505,3 +505,13 @@ def test_a_keyword_that_there_is_not_is_python_s_own_error(here):
 def test_checked_functions_keep_their_signatures():
     assert "key_bits" in inspect.signature(vl.make_cache).parameters
     assert "tokens" in inspect.signature(vl.CacheExplorer).parameters
+
+
+def test_knobs_read_what_arguments_may_be(here):
+    planner = vl.MemoryPlanner(here.shape)
+    planner.key_bits, planner.memory_gb = np.int64(3), np.float32(4)
+    assert (planner.key_bits, planner.memory_gb) == (3, 4)
+    for knob, value in (("key_bits", "x"), ("sinks", 2.5), ("memory_gb", NAN), ("method", 5), ("context", True)):
+        with pytest.raises(InputError, match=f"^{knob}=.* cannot be used: give "):
+            setattr(planner, knob, value)
+    planner.worker.close()

@@ -30,7 +30,7 @@ from veloxlab.texts import excerpt
 Side = Literal["exact", "compressed"]
 SIDES: tuple[Side, Side] = ("exact", "compressed")
 USUAL_TOKENS = 64
-PROMPT = either(WORDS, many(whole(0)))  # a text, or token ids
+PROMPT = either(WORDS, many(whole(0), empty=True))  # a text, or token ids
 _PLAIN = {"add_special_tokens": False}  # a text without marks of its beginning or end
 
 GENERATION = {

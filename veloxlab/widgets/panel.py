@@ -12,7 +12,7 @@ from typing import Any
 import ipywidgets
 import traitlets as t
 
-from veloxlab.errors import InputError
+from veloxlab.checks import whole
 from veloxlab.files import write_atomically
 from veloxlab.views import picture
 from veloxlab.views.report import Section, report
@@ -139,7 +139,5 @@ def offer(slider: ipywidgets.SelectionSlider, widths: Sequence[int]) -> None:
 
 def inside(proposal: dict[str, Any], ends: tuple[int, int]) -> int:
     """The number that a trait is proposed; raises `InputError` if it is not between ``ends``."""
-    name, number = proposal["trait"].name, proposal["value"]
-    if not ends[0] <= number <= ends[1]:
-        raise InputError(f"{name}={number} is out of range: give a whole number from {ends[0]} to {ends[1]}.")
-    return int(number)
+    number: int = whole(*ends)(proposal["trait"].name, proposal["value"])
+    return number

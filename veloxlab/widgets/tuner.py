@@ -29,6 +29,7 @@ from veloxlab.widgets.history import history
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.progress import ProgressBar
 from veloxlab.widgets.take_away import TakeAway
+from veloxlab.widgets.traits import Whole
 from veloxlab.widgets.tuner_charts import TunerCharts
 from veloxlab.widgets.worker import Progress, Worker
 
@@ -66,7 +67,7 @@ class BudgetTuner(Panel):
     """
 
     setting = t.Instance(Setting, allow_none=True, help="budget, bounds and weight of keys")
-    layer = t.Int(None, allow_none=True, help="the picked layer")
+    layer = Whole(None, allow_none=True, help="the picked layer")
 
     @checked(
         rates=either(instance(RateBudget, "what vl.rate_budget measured"), MODEL),
