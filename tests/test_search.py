@@ -213,6 +213,7 @@ def test_what_nothing_meets_is_said_in_a_sentence(model):
     [
         ({"methods": ["turbo"]}, "turbo"),
         ({"methods": ["rvq"], "bits": [3]}, "rvq has none of the widths"),
+        ({"key_bits": []}, r"none of the widths \[\] of key_bits"),
         ({"methods": []}, "There is nothing to search"),
         ({"sinks": [-1]}, "sinks=-1 and window=0 are numbers of tokens"),
         ({"windows": 0}, "windows=0 leaves nothing to measure"),

@@ -45,6 +45,11 @@ class Capture:
     layers: tuple[LayerCapture, ...]
     tokens: tuple[int, ...]
 
+    @property
+    def exact_bits(self) -> int:
+        """Bits of a number of the keys."""
+        return 8 * self.layers[0].keys.dtype.size
+
     def __repr__(self) -> str:
         """A stable line: arrays are not for printing."""
         keys = self.layers[0].keys
