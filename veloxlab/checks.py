@@ -233,7 +233,7 @@ OPTIONS: dict[str, Check] = {
     "damping": real(least=0),
     "group": _ONE_OR_MORE,
     "hadamard": FLAG,
-    "outlier_bits": _ONE_OR_MORE,
+    "outlier_bits": whole(),
     "outliers": _COUNT,
     "seed": _COUNT,
     "smooth": FLAG,

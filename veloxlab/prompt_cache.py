@@ -53,6 +53,26 @@ class LayerSettings:
         )
 
 
+def usual_bits(method: str, exact_bits: int, bits: int | None = None) -> int:
+    """Code bits where ``bits`` is None: those of an exact value for ``"none"``, else `DEFAULT_BITS`."""
+    if bits is not None:
+        return bits
+    return exact_bits if method == "none" else DEFAULT_BITS
+
+
+def side_bits(
+    method: str, exact_bits: int, bits: int | None = None, key_bits: int | None = None, value_bits: int | None = None
+) -> dict[Role, int]:
+    """Code bits of keys and of values: those of one side override ``bits``, and no number but None is a default."""
+    both = usual_bits(method, exact_bits, bits)
+    return {"keys": both if key_bits is None else key_bits, "values": both if value_bits is None else value_bits}
+
+
+def cache_name(method: str, widths: Mapping[Role, int]) -> str:
+    """What a cache of one method is called, such as ``"turboquant K4 V4"``."""
+    return method if method == "none" else f"{method} K{widths['keys']} V{widths['values']}"
+
+
 class LayerPlan(Protocol):
     """Settings for every layer of a model, such as a `veloxlab.Plan`."""
 
@@ -173,11 +193,8 @@ def _uniform(
     model: Module, method: str, widths: Mapping[str, int | None], options: dict[str, object]
 ) -> Sequence[LayerSettings]:
     """The same settings for every layer."""
-    usual = widths["bits"]
-    if usual is None:
-        usual = exact_width(model) if method == "none" else DEFAULT_BITS
-    key_bits, value_bits = (usual if widths[side] is None else widths[side] for side in ("key_bits", "value_bits"))
-    settings = LayerSettings(method, key_bits, method, value_bits, options)  # type: ignore[arg-type]
+    sides = side_bits(method, exact_width(model), **widths)
+    settings = LayerSettings(method, sides["keys"], method, sides["values"], options)
     return [settings] * (1 + max(found.layer for found in probe(model)))
 
 

@@ -129,10 +129,16 @@ def candidates(
     found: list[Candidate] = []
     for name in dict.fromkeys(names if methods is None else methods):
         own = find_method(name).bits
-        keys, values = ([b for b in (wide or bits) if b in own] for wide in (key_bits, value_bits))
+        asked = {
+            "key_bits": bits if key_bits is None else key_bits,
+            "value_bits": bits if value_bits is None else value_bits,
+        }
+        keys, values = ([b for b in widths if b in own] for widths in asked.values())
         if not keys or not values:
-            asked = sorted({*(key_bits or bits), *(value_bits or bits)})
-            raise InputError(f"{name} has none of the widths {asked}: choose among those of vl.methods().")
+            side = "value_bits" if keys else "key_bits"
+            raise InputError(
+                f"{name} has none of the widths {sorted(asked[side])} of {side}: choose among those of vl.methods()."
+            )
         found += [
             Candidate(name, k, v, s, w, tuple(p)) for p, s, w, k, v in product(protected, sinks, window, keys, values)
         ]

@@ -16,8 +16,8 @@ from veloxlab.checks import ARGUMENTS, FILE, MAPPING, WORDS, check_fields, check
 from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.files import digest, write_atomically
-from veloxlab.integrate import LayerFacts, name_of, probe
-from veloxlab.prompt_cache import DEFAULT_BITS, DEFAULT_SLIDING, LayerSettings, Sliding
+from veloxlab.integrate import LayerFacts, exact_width, name_of, probe
+from veloxlab.prompt_cache import DEFAULT_SLIDING, LayerSettings, Sliding, cache_name, side_bits
 
 FORMAT = "veloxlab plan 1"
 
@@ -60,7 +60,7 @@ class Plan:
         model: Module,
         method: str = "turboquant",
         *,
-        bits: int = DEFAULT_BITS,
+        bits: int | None = None,
         key_bits: int | None = None,
         value_bits: int | None = None,
         sinks: int = DEFAULT_SINKS,
@@ -70,12 +70,13 @@ class Plan:
         **options: object,
     ) -> Self:
         """The same method and bits for every layer of ``model``; raises `InputError` as `veloxlab.make_cache`."""
-        settings = LayerSettings(method, key_bits or bits, method, value_bits or bits, options)
+        widths = side_bits(method, exact_width(model), bits, key_bits, value_bits)
+        settings = LayerSettings(method, widths["keys"], method, widths["values"], options)
         facts = probe(model)
         for layer in facts:
             _check(layer, settings)
         layers = 1 + max(layer.layer for layer in facts)
-        name = f"{method} K{settings.key_bits} V{settings.value_bits}"
+        name = cache_name(method, widths)
         return cls(model_hash(model), (settings,) * layers, sinks, window, chunk, sliding, name, name_of(model))
 
     @checked()

@@ -253,7 +253,8 @@ def build(
     settings: dict[str, object] = {"scale": "unbiased" if role == "keys" else "mse"} | options
     if not outliers:
         return TurboQuant(head_dim, bits, **settings)  # type: ignore[arg-type]
-    return TurboQuantSplit(head_dim, bits, outliers, outlier_bits or min(bits + 1, WIDEST), **settings)  # type: ignore[arg-type]
+    wider = min(bits + 1, WIDEST) if outlier_bits is None else outlier_bits
+    return TurboQuantSplit(head_dim, bits, outliers, wider, **settings)  # type: ignore[arg-type]
 
 
 METHOD = Method(

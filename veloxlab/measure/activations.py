@@ -49,6 +49,11 @@ class Capture:
     def __post_init__(self) -> None:
         check_fields(self, layers=many(instance(LayerCapture, "what a layer saw")), tokens=many(whole(0)))
 
+    @property
+    def exact_bits(self) -> int:
+        """Bits of a number of the keys."""
+        return 8 * self.layers[0].keys.dtype.size
+
     def __repr__(self) -> str:
         """A stable line: arrays are not for printing."""
         keys = self.layers[0].keys

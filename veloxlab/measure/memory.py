@@ -19,7 +19,7 @@ from veloxlab.integrate import slots_of
 from veloxlab.measure.activations import Capture
 from veloxlab.measure.layouts import token_bytes
 from veloxlab.measure.progress import Progress, silent
-from veloxlab.prompt_cache import DEFAULT_BITS
+from veloxlab.prompt_cache import cache_name, side_bits, usual_bits
 
 REPORT = {
     "layer": pl.Int32,  # null for tables that all layers share
@@ -114,12 +114,13 @@ def code_bits(
     capture: Capture,
     method: str = "turboquant",
     *,
-    bits: int = DEFAULT_BITS,
+    bits: int | None = None,
     calibration: Calibrated | None = None,
     **options: object,
 ) -> pl.DataFrame:
     """True bits per value of packed keys and values in each layer, as `token_bytes` counts them: `CODE_BITS`."""
     rows = []
+    bits = usual_bits(method, capture.exact_bits, bits)
     sides: tuple[Role, Role] = ("keys", "values")
     for layer in capture.layers:
         for side, x in zip(sides, (layer.keys, layer.values), strict=True):
@@ -155,7 +156,7 @@ def memory_growth(
     capture: Capture,
     method: str = "turboquant",
     *,
-    bits: int = DEFAULT_BITS,
+    bits: int | None = None,
     key_bits: int | None = None,
     value_bits: int | None = None,
     sinks: int = DEFAULT_SINKS,
@@ -176,7 +177,8 @@ def memory_growth(
     if upto < points:
         raise InputError(f"upto={upto} tokens have no {points} lengths: give more tokens, or fewer points.")
     found = find_method(method)
-    name = name or f"{method} K{key_bits or bits} V{value_bits or bits}"
+    widths = side_bits(method, capture.exact_bits, bits, key_bits, value_bits)
+    name = name or cache_name(method, widths)
     lengths = [upto * (i + 1) // points for i in range(points)]
     shapes: dict[tuple[int, ...], dict[str, list[tuple[int, str, int]]]] = {}
     rows: list[dict[str, object]] = []
@@ -184,8 +186,8 @@ def memory_growth(
         shape = (*layer.keys.shape[1:2], layer.keys.shape[-1], layer.values.shape[-1])
         if shape not in shapes:
             cache = CompressedKVCache(
-                layer_codec(found, layer.layer, shape[1], key_bits or bits, "keys", options, calibration),
-                layer_codec(found, layer.layer, shape[2], value_bits or bits, "values", options, calibration),
+                layer_codec(found, layer.layer, shape[1], widths["keys"], "keys", options, calibration),
+                layer_codec(found, layer.layer, shape[2], widths["values"], "values", options, calibration),
                 sinks=sinks,
                 window=window,
                 layer=layer.layer,

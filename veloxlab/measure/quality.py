@@ -238,10 +238,9 @@ def maker(
 def _name(method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, settings: dict[str, object]) -> str:
     if not isinstance(method_or_plan, str):
         return getattr(method_or_plan, "name", None) or type(method_or_plan).__name__
-    if method_or_plan == "none":
-        return "none"
-    bits = settings.get("bits", prompt_cache.DEFAULT_BITS)
-    return f"{method_or_plan} K{settings.get('key_bits') or bits} V{settings.get('value_bits') or bits}"
+    given = (settings.get(name) for name in ("bits", "key_bits", "value_bits"))
+    exact_bits = 16  # the name of an exact cache tells none
+    return prompt_cache.cache_name(method_or_plan, prompt_cache.side_bits(method_or_plan, exact_bits, *given))  # type: ignore[arg-type]
 
 
 def log_probabilities(logits: mx.array) -> mx.array:
