@@ -354,6 +354,29 @@ def test_every_public_name_has_a_row():
     assert all(not inspect.signature(getattr(vl, name)).parameters for name in NOTHING_TO_GIVE)
 
 
+OPTIONS = [(m.id, option) for m in METHODS.values() for option in m.options]
+NO_OPTION = ["no such word", -1, NAN, 5.5, [-1], object(), 10**6]
+NO_FLAGS = [*NO_OPTION, 1, 0, []]
+OWN_OPTIONS: dict[str, list[Any]] = {
+    "seed": NO_OPTION[:-1],
+    "damping": [*NO_OPTION[:3], *NO_OPTION[4:6], True],
+    "outlier_bits": ["no such word", NAN, 5.5, [3], object()],
+    **dict.fromkeys(("group", "stages"), NO_OPTION[:-1]),
+    **dict.fromkeys(("smooth", "hadamard", "centred", "bounds", "centroid"), NO_FLAGS),
+}
+VALUES_ALONE = [("qjl", "levels"), ("qjl", "group")]
+
+
+@pytest.mark.parametrize(("name", "option"), OPTIONS)
+def test_an_option_of_a_method_that_cannot_be_gets_one_sentence(name, option):
+    own = METHODS[name]
+    role = "values" if (name, option) in VALUES_ALONE else "keys"
+    beside = {"variant": "prod"} if option == "sketch" and "variant" in own.options else {}
+    for value in OWN_OPTIONS.get(option, NO_OPTION):
+        with pytest.raises(InputError, match=r"^[^\n]+\.$"):
+            own.codec(64, own.bits[-1], role, **beside, **{option: value})
+
+
 def test_what_only_goes_wrong_together_is_refused(here):
     with pytest.raises(InputError, match="two points"):
         vl.predicted_growth(here.growth.filter(tokens=16), 64)

@@ -21,6 +21,7 @@ from veloxlab.errors import InputError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -237,7 +238,6 @@ OPTIONS: dict[str, Check] = {
     "outliers": _COUNT,
     "seed": _COUNT,
     "smooth": FLAG,
-    "stages": _ONE_OR_MORE,
 }
 """Numbers and flags among the options of veloxlab's own methods; words are checked by the codecs."""
 
@@ -282,7 +282,7 @@ def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
                     given.arguments[name] = {n: _read(known, n, v, None) for n, v in value.items()}
                 else:
                     given.arguments[name] = _read(known, name, value, takes.parameters[name].default)
-            return function(*given.args, **given.kwargs)  # type: ignore[arg-type]
+            return function(*given.args, **given.kwargs)
 
         return wrapper
 
@@ -321,7 +321,7 @@ def _between(number: float, least: float | None, most: float | None) -> bool:
     return (least is None or number >= least) and (most is None or number <= most)
 
 
-def _inside(value: Any, fits: bool) -> Any:  # noqa: ANN401
+def _inside(value: T, fits: bool) -> T:
     if not fits:
         raise ValueError
     return value
