@@ -329,7 +329,7 @@ def test_what_goes_wrong_is_said_in_the_widget(widget):
     assert (widget.key_bits, widget.value_bits) == (2, 2)  # the nearest that it has
     with pytest.raises(InputError, match="Values at bits=3 are out of range"):
         widget.value_bits = 3
-    with pytest.raises(InputError, match="tokens=0 is out of range"):
+    with pytest.raises(InputError, match="tokens=0 cannot be used"):
         widget.tokens = 0
     with pytest.raises(InputError, match="Unknown method 'turbo'"):
         widget.method = "turbo"
