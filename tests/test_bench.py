@@ -4,8 +4,9 @@ import json
 import time
 
 import mlx.core as mx
+import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from tests.tiny_models import tiny
 from veloxlab import cli
@@ -13,6 +14,8 @@ from veloxlab.cli import speed
 from veloxlab.cli.tables import lengths_table
 from veloxlab.codecs import METHODS
 from veloxlab.measure import bench, lengths
+from veloxlab.measure import speed as measured_speed
+from veloxlab.measure.activations import LayerCapture
 from veloxlab.measure.bench import attention, encoding, models, timing
 from veloxlab.shipped import shipped_folder
 
@@ -164,3 +167,28 @@ def test_a_cache_that_cannot_decode_has_no_time():
     assert frame["decode_seconds"].to_list() == frame["decode_peak_bytes"].to_list() == [None, None]
     assert "| it | 8 |" in lengths_table(frame)
     assert "| fails | fails |" in lengths_table(frame)
+
+
+@pytest.mark.parametrize("way", [attention._exact, attention._mlx_lm, attention.ours])
+def test_a_call_leaves_the_query_to_the_next(way):
+    bits = () if way is attention._exact else (4,)
+    call = way(SMALL, 64, *bits)[0]
+    first, second = call(), call()
+    assert mx.array_equal(first, second)
+    assert mx.abs(first).max() > 0
+
+
+@pytest.mark.parametrize("make", [KVCache, lambda: QuantizedKVCache(64, 4)])
+def test_every_timed_query_is_the_same(make, monkeypatch):
+    seen = []
+
+    def spied(queries, *arguments, **options):
+        seen.append(np.array(queries))
+        return original(queries, *arguments, **options)
+
+    original = measured_speed.scaled_dot_product_attention
+    monkeypatch.setattr(measured_speed, "scaled_dot_product_attention", spied)
+    x = mx.random.normal((1, 2, 16, 64))
+    measured_speed.cache_speed(LayerCapture(0, None, x, x, None), make)
+    assert len(seen) > 1
+    assert all(np.array_equal(query, seen[0]) for query in seen)

@@ -87,9 +87,6 @@ def test_a_sliding_layer_counts_what_it_sees():
 @pytest.mark.parametrize(
     ("budget", "sentence"),
     [
-        (lambda: vl.AverageBits(0), "A budget with bits=0 gives nothing to share"),
-        (lambda: vl.BytesPerToken(float("nan")), "nbytes=nan gives nothing"),
-        (lambda: vl.QualityFloor(-1), "predicted_loss=-1"),
         (lambda: vl.TokensInMemory(60, 5), "60 tokens are all kept exact by 4 sinks and a window of 64, in 0.139 MB"),
         (lambda: vl.TokensInMemory(1000, 0.1), "0.1 MB are less than the exact tokens take"),
     ],

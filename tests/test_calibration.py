@@ -220,7 +220,7 @@ def test_work_that_cannot_be_saved_leaves_nothing(model, tmp_path):
 
 def test_options_that_no_file_holds_are_refused(model, tmp_path):
     with pytest.raises(InputError, match=r"options .*head_bits.* cannot be written .* plain numbers"):
-        calibrated(model, tmp_path, "ratequant", head_bits=np.array([2, 4]))
+        calibrated(model, tmp_path, "ratequant", head_bits={2, 4})
 
 
 @pytest.mark.parametrize(("tensor", "projection"), [("queries", "q_proj"), ("keys", "k_proj"), ("values", "v_proj")])
@@ -303,7 +303,6 @@ def test_wrong_use_gets_a_sentence(model, tmp_path):
         ),
         (lambda: vl.calibrate(model, Letters(), "spectral", TEXT), "Unknown method 'spectral'"),
         (lambda: calibrated(model, tmp_path, bits=99), "Keys at bits=99 are out of range"),
-        (lambda: calibrated(model, tmp_path, tokens=9), "tokens=9 is too little .* at least 64 tokens"),
         (lambda: vl.Calibration.load(tmp_path / "gone.json"), "gone.json cannot be read .there is no such file"),
     ):
         with pytest.raises(InputError, match=sentence):

@@ -221,7 +221,6 @@ def test_a_layer_that_hides_its_queries_has_no_attention_errors():
         (lambda m, t: vl.capture(m, t, ""), "The text has 0 tokens and at least 2 are needed"),
         (lambda m, t: vl.fidelity(m, t, text=""), "The text has 0 tokens"),
         (lambda m, t: vl.fidelity(m, t, text="Some words.", windows=5), "too few for 5 windows of 512"),
-        (lambda m, t: vl.fidelity(m, t, mode="slow"), "mode='slow' is unknown: choose 'oneshot' or 'decode'"),
         (lambda m, t: vl.fidelity(m, t, mode="decode", tokens=10, prompt=10), "prompt=10 leaves nothing to decode"),
         (lambda m, t: vl.fidelity(m, t, "turbo"), "Unknown method 'turbo'"),
         (lambda m, t: vl.fidelity(m, t, make_prompt_cache, bits=3), "takes no settings, but 'bits' was given"),

@@ -6,8 +6,11 @@ import mlx.core as mx
 import pytest
 
 import veloxlab as vl
+from tests.test_calibration import TEXT, Letters
 from tests.test_integrate import tiny
+from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
+from veloxlab.measure import code_bits, token_errors
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +114,41 @@ def test_an_impossible_plan_is_refused_before_it_can_be_saved(model):
         plan.with_layer(5, key_bits=2)
     with pytest.raises(InputError, match="Unknown method"):
         vl.Plan.uniform(model, "turbo")
+
+
+def test_an_exact_plan_is_made_without_a_width(model):
+    plan = vl.Plan.uniform(model, "none")
+    assert plan.name == "none"
+    ids = mx.arange(40)[None]
+    assert mx.array_equal(model(ids, cache=vl.make_cache(model, plan)), model(ids, cache=vl.make_cache(model, "none")))
+
+
+ZERO_BITS = {
+    "make_cache": vl.make_cache,
+    "Plan.uniform": vl.Plan.uniform,
+    "layer_errors": lambda model, **bits: vl.layer_errors(_seen(model), **bits),
+    "memory_growth": lambda model, **bits: vl.memory_growth(_seen(model), upto=64, **bits),
+    "plan_memory": vl.plan_memory,
+    "fidelity": lambda model, **bits: vl.fidelity(model, Letters(), text=TEXT, tokens=16, **bits),
+}
+
+
+@pytest.mark.parametrize("side", ["bits", "key_bits", "value_bits"])
+@pytest.mark.parametrize("call", ZERO_BITS.values(), ids=ZERO_BITS)
+def test_no_bits_are_no_default(model, call, side):
+    with pytest.raises(InputError, match=f"{'Values' if side == 'value_bits' else 'Keys'} at bits=0 are out of range"):
+        call(model, **{side: 0})
+
+
+def test_outlier_channels_of_no_bits_are_refused():
+    with pytest.raises(InputError, match="bits=0 is out of range"):
+        find_method("turboquant").codec(64, 3, "keys", outliers=8, outlier_bits=0)
+
+
+@pytest.mark.parametrize("call", [vl.layer_errors, token_errors, vl.memory_growth, code_bits])
+def test_exact_values_are_measured_without_a_width(model, call):
+    assert call(_seen(model), "none").height
+
+
+def _seen(model):
+    return vl.capture(model, Letters(), TEXT, tokens=16)

@@ -109,9 +109,9 @@ def test_a_shape_that_cannot_be_is_said_and_the_chart_stays(planner):
 @pytest.mark.parametrize(
     ("knob", "value", "sentence"),
     [
-        ("context", 0, "context=0 is out of range: give a whole number from 256 to 2097152"),
-        ("window", 2000, "window=2000 is out of range"),
-        ("memory_gb", 0.0, "memory_gb=0.0 is no memory"),
+        ("context", 0, "context=0 cannot be used: give a whole number from 256 to 2097152"),
+        ("window", 2000, "window=2000 cannot be used"),
+        ("memory_gb", 0.0, "memory_gb=0.0 cannot be used: give a finite number above 0"),
         ("method", "turbo", "Unknown method 'turbo'"),
     ],
 )

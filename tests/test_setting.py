@@ -135,8 +135,8 @@ def test_below_the_least_width_there_are_no_uniform_bits_to_compare_with(model, 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Setting("3"), "'3' is no budget: give a number of true bits"),
-        (lambda: Setting(3.0, key_weight=0.0), "key_weight=0.0 weighs nothing"),
+        (lambda: Setting("3"), "budget='3' cannot be used: give vl.AverageBits, .* or a number of true bits"),
+        (lambda: Setting(3.0, key_weight=0.0), "key_weight=0.0 cannot be used: give a finite number above 0"),
     ],
 )
 def test_settings_that_ask_for_nothing_are_refused(make, sentence):

@@ -15,6 +15,7 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab import integrate, prompt_cache
+from veloxlab.checks import FILE, checked, either, many, whole
 from veloxlab.codecs import ROLES, Codec, Role, find_method
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.method import Method
@@ -66,6 +67,7 @@ class Calibration:
             )
         return found
 
+    @checked()
     def check_model(self, model: Module) -> None:
         """Raise `InputError` unless this was fitted to ``model``."""
         found = fingerprint(model)
@@ -111,6 +113,7 @@ class Calibration:
         ]
         return pl.DataFrame(rows, schema=["layer", "tensor", "bits", "true_bits", "table_bytes"], orient="row")
 
+    @checked()
     def save(self, path: str | Path) -> Path:
         """Write ``path`` with the suffix ``.safetensors`` and, beside it, ``.json``; give the path of the latter.
 
@@ -132,6 +135,7 @@ class Calibration:
         return record
 
     @classmethod
+    @checked(path=FILE)
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `InputError` for a file that is missing, damaged or of another version."""
         tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
@@ -160,6 +164,7 @@ def calibration_of(method: str, calibration: Calibration | None) -> Calibration 
     return calibration if calibration is not None and calibration.method == method else None
 
 
+@checked(bits=either(whole(), many(whole())), tokens=whole(LEAST_TOKENS))
 def calibrate(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
@@ -205,8 +210,6 @@ def calibrate(
         for role in ROLES:
             found.check(width, role, options)
     plain = _plain(options)
-    if tokens < LEAST_TOKENS:
-        raise InputError(f"Calibration with tokens={tokens} is too little to fit anything to: {_USUAL}.")
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     _check_text(ids)
     facts = {

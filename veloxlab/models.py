@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from veloxlab.checks import MAPPING, PATH, WORDS, checked
 from veloxlab.errors import InputError
 from veloxlab.gguf import open_gguf
 from veloxlab.gguf_model import build_model, build_tokenizer
@@ -22,6 +23,7 @@ DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
+@checked(name=PATH, adapter_path=PATH, revision=WORDS, tokenizer_config=MAPPING, model_config=MAPPING)
 def load(
     name: str | Path, *, dtype: str | mx.Dtype | None = None, **options: Any
 ) -> tuple[nn.Module, TokenizerWrapper]:

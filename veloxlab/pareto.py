@@ -15,12 +15,13 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab import views
-from veloxlab.allocate.candidates import USUAL_BITS, Candidate, PlannedModel, calibrated_widths, candidates
+from veloxlab.allocate.candidates import COMBINED, USUAL_BITS, Candidate, PlannedModel, calibrated_widths, candidates
 from veloxlab.allocate.crew import Crew, bench, model_name
 from veloxlab.allocate.plan import Plan
 from veloxlab.allocate.race import race
 from veloxlab.allocate.trials import Trial, Trials
 from veloxlab.calibration import Calibration, calibrate
+from veloxlab.checks import FILE, MODEL, PATH, checked, either, having, real, whole
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.intervals import mean_interval
@@ -31,6 +32,16 @@ from veloxlab.store import Unfinished, digest, kept_in, read_sealed_parquet, wri
 FORMAT = "veloxlab search 2"
 UNFINISHED = "veloxlab unfinished search 1"
 OVER_BUDGET = "over budget"
+SEARCH = {
+    **COMBINED,
+    "model": either(MODEL, PATH),
+    "most_bytes_per_token": real(above=0),
+    "most_kl": real(above=0),
+    "tokens": whole(2),
+    "confidence": real(above=0, below=1),
+    "executor": having("an executor of concurrent.futures, or Dask's", "submit"),
+}
+"""Checks of the arguments of `search`."""
 
 SEARCHED: dict[str, type[pl.DataType] | pl.DataType] = {
     "row": pl.Int32,  # of the candidate, for `SearchResult.plan`
@@ -82,6 +93,7 @@ class SearchResult:
         """The front, and behind it all else that was measured; a point's tooltip says its settings."""
         return views.pareto_front(self.frame)
 
+    @checked(row=whole(0))
     def plan(self, row: int) -> Plan:
         """The plan of a candidate, by its number in the column ``row``; raises `InputError` if there is none.
 
@@ -95,6 +107,7 @@ class SearchResult:
         candidate = replace(candidate, protected=tuple(candidate.protected))
         return candidate.plan(self.shape, self.calibrations.get(candidate.method))
 
+    @checked()
     def calibration(
         self,
         model: Module,
@@ -110,6 +123,7 @@ class SearchResult:
         widths = sorted({*rows["key_bits"].to_list(), *rows["value_bits"].to_list()})
         return calibrate(model, tokenizer, method, bits=widths, folder=folder)
 
+    @checked()
     def save(self, path: str | Path) -> Path:
         """Write it as sealed Parquet, whole or not at all, and return the path; `InputError` where it cannot be."""
         path = Path(path)
@@ -118,6 +132,7 @@ class SearchResult:
         return path
 
     @classmethod
+    @checked(path=FILE)
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `InputError` for a file that is missing, damaged or no search."""
         try:
@@ -130,6 +145,7 @@ class SearchResult:
             raise InputError(f"The search {path} cannot be read ({reason}): make it again with vl.search.") from error
 
 
+@checked(**SEARCH)
 def search(
     model: Module | str | Path,
     tokenizer: Any = None,  # noqa: ANN401
@@ -206,8 +222,6 @@ def search(
         calibrated_widths(asked),
         None if folder is None else str(Path(folder).resolve()),
     )
-    if not 0 < confidence < 1:
-        raise InputError(f"confidence={confidence} is no share: give a number between 0 and 1, such as 0.95.")
     with closing(Crew(job, executor or bench(job, model, tokenizer), progress)) as crew:
         shape = crew.shape()
         asked = tuple(dict.fromkeys(c.within(shape) for c in asked))

@@ -11,6 +11,7 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk, CompressedKVCache
 from veloxlab.cache_file import seal
+from veloxlab.checks import CALIBRATIONS, OPTION_VALUES, WORDS, check_fields, checked, whole
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
@@ -38,6 +39,10 @@ class LayerSettings:
     key_options: dict[str, object] = field(default_factory=dict)
     value_options: dict[str, object] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_fields(self, key_method=WORDS, key_bits=whole(), value_method=WORDS, value_bits=whole())
+        check_fields(self, options=OPTION_VALUES, key_options=OPTION_VALUES, value_options=OPTION_VALUES)
+
     @property
     def sides(self) -> tuple[tuple[Role, str, int, dict[str, object]], ...]:
         """Role, method, bits and options of keys and of values."""
@@ -45,6 +50,26 @@ class LayerSettings:
             ("keys", self.key_method, self.key_bits, self.options | self.key_options),
             ("values", self.value_method, self.value_bits, self.options | self.value_options),
         )
+
+
+def usual_bits(method: str, exact_bits: int, bits: int | None = None) -> int:
+    """Code bits where ``bits`` is None: those of an exact value for ``"none"``, else `DEFAULT_BITS`."""
+    if bits is not None:
+        return bits
+    return exact_bits if method == "none" else DEFAULT_BITS
+
+
+def side_bits(
+    method: str, exact_bits: int, bits: int | None = None, key_bits: int | None = None, value_bits: int | None = None
+) -> dict[Role, int]:
+    """Code bits of keys and of values: those of one side override ``bits``, and no number but None is a default."""
+    both = usual_bits(method, exact_bits, bits)
+    return {"keys": both if key_bits is None else key_bits, "values": both if value_bits is None else value_bits}
+
+
+def cache_name(method: str, widths: Mapping[Role, int]) -> str:
+    """What a cache of one method is called, such as ``"turboquant K4 V4"``."""
+    return method if method == "none" else f"{method} K{widths['keys']} V{widths['values']}"
 
 
 class LayerPlan(Protocol):
@@ -81,6 +106,7 @@ class ModelCalibration(Calibrated, Protocol):
         """Raise `InputError` unless the codecs were fitted to ``model``."""
 
 
+@checked(calibration=CALIBRATIONS)
 def make_cache(
     model: Module,
     method_or_plan: str | LayerPlan = "turboquant",
@@ -167,11 +193,8 @@ def _uniform(
     model: Module, method: str, widths: Mapping[str, int | None], options: dict[str, object]
 ) -> Sequence[LayerSettings]:
     """The same settings for every layer."""
-    usual = widths["bits"]
-    if usual is None:
-        usual = exact_width(model) if method == "none" else DEFAULT_BITS
-    key_bits, value_bits = (usual if widths[side] is None else widths[side] for side in ("key_bits", "value_bits"))
-    settings = LayerSettings(method, key_bits, method, value_bits, options)  # type: ignore[arg-type]
+    sides = side_bits(method, exact_width(model), **widths)
+    settings = LayerSettings(method, sides["keys"], method, sides["values"], options)
     return [settings] * (1 + max(found.layer for found in probe(model)))
 
 
@@ -183,10 +206,6 @@ class Exactness:
     window: int
     chunk: Chunk
     sliding: Sliding
-
-    def __post_init__(self) -> None:
-        if self.sliding not in ("compressed", "exact"):
-            raise InputError(f"sliding={self.sliding!r} is unknown: choose 'compressed' or 'exact'.")
 
 
 def _compressed(

@@ -12,6 +12,7 @@ from mlx_lm.models.cache import ArraysCache, load_prompt_cache
 
 from veloxlab.batch import BatchCompressedKVCache
 from veloxlab.cache import CompressedKVCache
+from veloxlab.checks import CALIBRATIONS, FILE, checked
 from veloxlab.codecs.saving import described, method_of, same_codec, same_kind
 from veloxlab.errors import InputError
 from veloxlab.identity import name_of
@@ -21,6 +22,7 @@ from veloxlab.prompt_cache import LayerPlan, make_cache
 _AXES = 4  # of keys and values: batch, heads, tokens, width
 
 
+@checked(path=FILE, calibration=CALIBRATIONS)
 def load_cache(
     path: str | Path,
     model: Module,

@@ -14,12 +14,14 @@ from typing import Any, Self
 
 from mlx.nn.layers.base import Module
 
+from veloxlab.checks import MODEL, PATH, WORDS, check_fields, checked, either, instance, many, whole
 from veloxlab.errors import InputError
 from veloxlab.integrate import LayerFacts, dry_run, exact_width, probe, state_bytes, weightless
 from veloxlab.models import DEMO_MODEL, load
 
 GROWING = ("KVCache", "RotatingKVCache")  # mlx-lm's caches of keys and values
 STATES = ("ArraysCache",)  # and of states
+_NUMBERS = ("layers", "kv_heads", "head_dim", "value_dim", "sliding_window", "full_every")
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,12 @@ class ModelShape:
     exact_bytes: int = 2
     state_bytes: int = 0
 
+    def __post_init__(self) -> None:
+        check_fields(self, name=WORDS, caches=many(instance(LayerFacts, "facts of a cache")))
+        check_fields(self, exact_bytes=whole(1), state_bytes=whole(0))
+
     @classmethod
+    @checked(**dict.fromkeys(_NUMBERS, whole(1)))
     def typed(
         cls,
         *,
@@ -65,17 +72,6 @@ class ModelShape:
         ------
         InputError : a number below 1.
         """
-        numbers = {
-            "layers": layers,
-            "kv_heads": kv_heads,
-            "head_dim": head_dim,
-            "value_dim": value_dim,
-            "sliding_window": sliding_window,
-            "full_every": full_every,
-        }
-        for what, number in numbers.items():
-            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
-                raise InputError(f"{what}={number!r} is not the shape of a model: give a whole number, 1 or more.")
         if full_every is not None and sliding_window is None:
             raise InputError(f"full_every={full_every} has no meaning without sliding_window: give that too.")
         full = {layer for layer in range(layers) if full_every and (layer + 1) % full_every == 0}
@@ -101,8 +97,12 @@ class ModelShape:
 
 
 ModelOrConfig = Module | ModelShape | Mapping[str, Any] | str | Path
+MODEL_OR_CONFIG = either(
+    MODEL, instance((ModelShape, Mapping), "a vl.ModelShape or the content of a config.json"), PATH
+)
 
 
+@checked(model_or_config=MODEL_OR_CONFIG)
 def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
     """Find the shapes of a model's caches.
 

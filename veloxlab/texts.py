@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
+from veloxlab.checks import checked, choice
 from veloxlab.errors import InputError
 from veloxlab.shipped import shipped_folder
 
 Split = Literal["test", "validation"]
 
 
+@checked(split=choice(*get_args(Split)))
 def excerpt(split: Split = "test") -> str:
     """Give the first articles of a split of WikiText-2, about 100,000 characters (25,000 tokens).
 
@@ -20,8 +22,6 @@ def excerpt(split: Split = "test") -> str:
     InputError
         There is no such split, or the file is not installed.
     """
-    if split not in get_args(Split):
-        raise InputError(f"There is no text for the split {split!r}; 'test' and 'validation' are the two.")
     path = shipped_folder("data") / f"wikitext2_{split}_excerpt.txt"
     if not path.is_file():
         raise InputError(f"The text {path} is missing; install veloxlab again, or use a clone of it.")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from mlx.nn.layers.base import Module
 
+from veloxlab.checks import Check, check_fields, either, instance, real, whole
 from veloxlab.errors import InputError
 from veloxlab.integrate import exact_width, probe
 from veloxlab.windows import BLOCK
@@ -119,10 +121,13 @@ class AverageBits:
 
     bits: float
 
+    def __post_init__(self) -> None:
+        check_fields(self, bits=real(above=0))
+
     def limit(self, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:
         """Bytes of one packed token in all layers."""
         values = sum(size.values_per_token for size in sizes)
-        return Limit(_one_each(sizes), _positive("bits", self.bits) * values / 8)
+        return Limit(_one_each(sizes), self.bits * values / 8)
 
 
 @dataclass(frozen=True)
@@ -131,9 +136,12 @@ class BytesPerToken:
 
     nbytes: float
 
+    def __post_init__(self) -> None:
+        check_fields(self, nbytes=real(above=0))
+
     def limit(self, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:
         """The bytes themselves."""
-        return Limit(_one_each(sizes), _positive("nbytes", self.nbytes))
+        return Limit(_one_each(sizes), self.nbytes)
 
 
 @dataclass(frozen=True)
@@ -147,10 +155,12 @@ class TokensInMemory:
     tokens: int
     megabytes: float
 
+    def __post_init__(self) -> None:
+        check_fields(self, tokens=whole(1), megabytes=real(above=0))
+
     def limit(self, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:
         """What the exact tokens leave; raises `InputError` if that is nothing."""
-        room = _positive("megabytes", self.megabytes) * MEGABYTE
-        _positive("tokens", self.tokens)
+        room = self.megabytes * MEGABYTE
         held = {size.layer: held_tokens(size, self.tokens, sinks=sinks, window=window) for size in sizes}
         exact = sum(held[size.layer].exact * size.exact_bytes for size in sizes)
         if not any(h.packed for h in held.values()):
@@ -172,19 +182,21 @@ class QualityFloor:
 
     predicted_loss: float
 
+    def __post_init__(self) -> None:
+        check_fields(self, predicted_loss=real(above=0))
+
     def limit(self, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:
         """The loss itself."""
-        return Limit(_one_each(sizes), predicted_loss=_positive("predicted_loss", self.predicted_loss))
+        return Limit(_one_each(sizes), predicted_loss=self.predicted_loss)
 
 
 Budget = AverageBits | BytesPerToken | TokensInMemory | QualityFloor
+BUDGET = either(
+    instance(get_args(Budget), "vl.AverageBits, vl.BytesPerToken, vl.TokensInMemory or vl.QualityFloor"),
+    Check("a number of true bits above 0", lambda value: AverageBits(real(above=0).read(value))),
+)
+"""A budget, or a number of true bits."""
 
 
 def _one_each(sizes: Sequence[LayerSize]) -> dict[int, float]:
     return {size.layer: 1.0 for size in sizes}
-
-
-def _positive(name: str, number: float) -> float:
-    if not 0 < number < float("inf"):
-        raise InputError(f"A budget with {name}={number} gives nothing to share: give a number above 0.")
-    return float(number)

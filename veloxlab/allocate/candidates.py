@@ -11,6 +11,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.budget import held_tokens, layer_sizes
 from veloxlab.allocate.plan import Plan, model_hash
+from veloxlab.checks import WORDS, checked, many, whole
 from veloxlab.codecs import METHODS, find_method
 from veloxlab.errors import InputError
 from veloxlab.identity import name_of
@@ -19,6 +20,13 @@ from veloxlab.measure.memory import report
 from veloxlab.prompt_cache import LayerSettings, ModelCalibration, make_cache
 
 USUAL_BITS = (2, 3, 4)
+COMBINED = {
+    "methods": many(WORDS),
+    **dict.fromkeys(("bits", "key_bits", "value_bits"), many(whole())),
+    **dict.fromkeys(("sinks", "window"), many(whole(0))),
+    "protected": many(many(whole(), empty=True)),
+}
+"""Checks of what `candidates` combines."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class Candidate:
         )
 
 
+@checked(**COMBINED)
 def candidates(
     methods: Sequence[str] | None = None,
     *,
@@ -121,17 +130,19 @@ def candidates(
     found: list[Candidate] = []
     for name in dict.fromkeys(names if methods is None else methods):
         own = find_method(name).bits
-        keys, values = ([b for b in (wide or bits) if b in own] for wide in (key_bits, value_bits))
+        asked = {
+            "key_bits": bits if key_bits is None else key_bits,
+            "value_bits": bits if value_bits is None else value_bits,
+        }
+        keys, values = ([b for b in widths if b in own] for widths in asked.values())
         if not keys or not values:
-            asked = sorted({*(key_bits or bits), *(value_bits or bits)})
-            raise InputError(f"{name} has none of the widths {asked}: choose among those of vl.methods().")
+            side = "value_bits" if keys else "key_bits"
+            raise InputError(
+                f"{name} has none of the widths {sorted(asked[side])} of {side}: choose among those of vl.methods()."
+            )
         found += [
             Candidate(name, k, v, s, w, tuple(p)) for p, s, w, k, v in product(protected, sinks, window, keys, values)
         ]
-    if not found:
-        raise InputError("There is nothing to search: give at least one of methods, sinks, window and protected.")
-    if wrong := [c for c in found if c.sinks < 0 or c.window < 0]:
-        raise InputError(f"sinks={wrong[0].sinks} and window={wrong[0].window} are numbers of tokens: give 0 or more.")
     return tuple(dict.fromkeys(found))
 
 

@@ -14,6 +14,7 @@ from veloxlab import integrate
 from veloxlab.allocate.proxies import SIDES, mean_square
 from veloxlab.allocate.waterfill import fit_distortion
 from veloxlab.cache import DEFAULT_SINKS
+from veloxlab.checks import MAPPING, checked, many, whole
 from veloxlab.codecs import find_method
 from veloxlab.codecs.codec import fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
@@ -47,6 +48,7 @@ FITS = {
 """Columns of `fitted`."""
 
 
+@checked(bits=many(whole()), calibrations=MAPPING)
 def distortion_curves(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
@@ -85,7 +87,7 @@ def distortion_curves(
                 f"{method} has none of the widths {sorted(set(bits))}: choose among those of vl.methods()."
             )
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
-    if sinks < 0 or len(ids) - sinks < 2:
+    if len(ids) - sinks < 2:
         raise InputError(
             f"The text has {len(ids)} tokens, which leaves too few behind {sinks} sinks: give a longer text."
         )

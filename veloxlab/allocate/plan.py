@@ -12,11 +12,12 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
+from veloxlab.checks import ARGUMENTS, FILE, MAPPING, WORDS, check_fields, checked, instance, many
 from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.identity import name_of
-from veloxlab.integrate import LayerFacts, probe
-from veloxlab.prompt_cache import DEFAULT_BITS, DEFAULT_SLIDING, LayerSettings, Sliding
+from veloxlab.integrate import LayerFacts, exact_width, probe
+from veloxlab.prompt_cache import DEFAULT_SLIDING, LayerSettings, Sliding, cache_name, side_bits
 from veloxlab.store import digest, write_atomically
 
 FORMAT = "veloxlab plan 1"
@@ -48,13 +49,19 @@ class Plan:
     allocation: str = ""
     calibrations: dict[str, str] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_fields(self, layers=many(instance(LayerSettings, "settings of a layer")), calibrations=MAPPING)
+        check_fields(self, **{name: ARGUMENTS[name] for name in ("sinks", "window", "chunk", "sliding", "name")})
+        check_fields(self, model_hash=WORDS, model=WORDS, allocation=WORDS)
+
     @classmethod
+    @checked()
     def uniform(
         cls,
         model: Module,
         method: str = "turboquant",
         *,
-        bits: int = DEFAULT_BITS,
+        bits: int | None = None,
         key_bits: int | None = None,
         value_bits: int | None = None,
         sinks: int = DEFAULT_SINKS,
@@ -64,14 +71,16 @@ class Plan:
         **options: object,
     ) -> Self:
         """The same method and bits for every layer of ``model``; raises `InputError` as `veloxlab.make_cache`."""
-        settings = LayerSettings(method, key_bits or bits, method, value_bits or bits, options)
+        widths = side_bits(method, exact_width(model), bits, key_bits, value_bits)
+        settings = LayerSettings(method, widths["keys"], method, widths["values"], options)
         facts = probe(model)
         for layer in facts:
             _check(layer, settings)
         layers = 1 + max(layer.layer for layer in facts)
-        name = f"{method} K{settings.key_bits} V{settings.value_bits}"
+        name = cache_name(method, widths)
         return cls(model_hash(model), (settings,) * layers, sinks, window, chunk, sliding, name, name_of(model))
 
+    @checked()
     def with_layer(self, layer: int, **changes: object) -> Self:
         """A plan that differs in one layer: any fields of `LayerSettings`, such as ``key_bits=8``."""
         if not 0 <= layer < len(self.layers):
@@ -82,6 +91,7 @@ class Plan:
         layers = (*self.layers[:layer], changed, *self.layers[layer + 1 :])
         return replace(self, layers=layers)
 
+    @checked()
     def settings_for(self, model: Module) -> Sequence[LayerSettings]:
         """The layers' settings, if this plan was made for a model of these shapes; else raise `InputError`."""
         found = model_hash(model)
@@ -116,6 +126,7 @@ class Plan:
         """What `save` writes."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
 
+    @checked()
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all, and return the path; raises `InputError` where it cannot be."""
         path = Path(path)
@@ -124,13 +135,14 @@ class Plan:
         return path
 
     @classmethod
+    @checked(path=FILE)
     def load(cls, path: str | Path) -> Self:
         """Read a plan that `save` wrote; raises `InputError` for a file that is missing or is no plan."""
         try:
             content = json.loads(Path(path).read_text())
         except FileNotFoundError:
             raise InputError(f"There is no plan at {path}.") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{path} is not a readable plan ({error}). Save it again with plan.save.") from None
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
             raise InputError(f"{path} is not a plan of the format {FORMAT!r}. Save it again with plan.save.")
@@ -139,6 +151,8 @@ class Plan:
             return cls(layers=layers, **content)
         except (KeyError, TypeError) as error:
             raise InputError(f"{path} is a plan with missing or unknown fields ({error}).") from None
+        except InputError as error:
+            raise InputError(f"{path} is no plan that can be used. {error}") from None
 
 
 def model_hash(model: Module) -> str:

@@ -16,6 +16,7 @@ import polars as pl
 from veloxlab.allocate.budget import LayerSize
 from veloxlab.allocate.proxies import SIDES
 from veloxlab.allocate.solve import Problem
+from veloxlab.checks import FLAG, check_fields, choice, instance, whole
 from veloxlab.codecs import Role
 from veloxlab.errors import InputError
 
@@ -45,14 +46,13 @@ class Bounds:
     keys_over_values: bool = False
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least_bits <= self.most_bits:
-            raise InputError(
-                f"Bounds of {self.least_bits} to {self.most_bits} bits hold no width: give 1 ≤ least ≤ most."
-            )
-        if min(self.protected_first, self.protected_last) < 0:
-            raise InputError("A negative number of layers cannot be protected: give 0 or more.")
-        if self.protection not in get_args(Protection):
-            raise InputError(f"protection={self.protection!r} is unknown: choose 'widest' or 'exact'.")
+        check_fields(self, least_bits=whole(1), most_bits=whole(1), protected_first=whole(0), protected_last=whole(0))
+        check_fields(self, protection=choice(*get_args(Protection)), keys_over_values=FLAG)
+        if self.least_bits > self.most_bits:
+            raise InputError(f"Bounds of {self.least_bits} to {self.most_bits} bits hold no width: give least ≤ most.")
+
+
+BOUNDS = instance(Bounds, "vl.Bounds, such as vl.Bounds(least_bits=2, most_bits=4)")
 
 
 @dataclass(frozen=True)

@@ -20,11 +20,12 @@ from typing import Any, Self
 import numpy as np
 import polars as pl
 
-from veloxlab.allocate.budget import AverageBits, Budget, LayerSize, Limit, held_tokens
+from veloxlab.allocate.budget import BUDGET, Budget, LayerSize, Limit, held_tokens
 from veloxlab.allocate.choices import Choices, spread_widths
 from veloxlab.allocate.curves import CURVES
 from veloxlab.allocate.plan import Plan
 from veloxlab.allocate.points import (
+    BOUNDS,
     EXACT,
     PER_HEAD,
     Bounds,
@@ -38,6 +39,7 @@ from veloxlab.allocate.points import (
 from veloxlab.allocate.proxies import SIDES
 from veloxlab.allocate.sensitivity import SENSITIVITIES
 from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW
+from veloxlab.checks import FILE, checked
 from veloxlab.codecs import Role
 from veloxlab.errors import InputError
 from veloxlab.prompt_cache import LayerSettings
@@ -127,6 +129,7 @@ class RateBudget:
     def _solved(self) -> dict[tuple[Bounds, tuple[float, ...]], Choices]:
         return {}
 
+    @checked(bounds=BOUNDS)
     def solve(self, budget: Budget | float, bounds: Bounds | None = None, *, name: str = "") -> Allocation:
         """Allocate a budget, of true bits if it is a number.
 
@@ -165,6 +168,7 @@ class RateBudget:
         """The plan of `solve`."""
         return self.solve(budget, bounds, name=name).plan
 
+    @checked()
     def uniform(self, budget: Budget | float, *, name: str = "") -> Plan:
         """One width for all heads, and, for what is left, one bit more for some of them, evenly spread: no sensitivity
         has a say.
@@ -232,6 +236,7 @@ class RateBudget:
         """Bits of each packed value on average, scales included. Raises as `heads`."""
         return 8 * self.bytes_per_token(plan) / self._values
 
+    @checked(bounds=BOUNDS)
     def frontier(self, bounds: Bounds | None = None) -> pl.DataFrame:
         """The least predicted loss at every number of bytes where it is certain, and uniform widths: `FRONTIER`."""
         one = Limit({size.layer: 1 for size in self.sizes})
@@ -244,6 +249,7 @@ class RateBudget:
         frame = pl.DataFrame(rows, schema=["kind", "bytes_per_token", "predicted_loss"], orient="row")
         return frame.with_columns(true_bits=8 * pl.col("bytes_per_token") / self._values).select(list(FRONTIER))
 
+    @checked()
     def save(self, path: str | Path) -> Path:
         """Write it as JSON under a seal, whole or not at all, and return the path; `InputError` where it cannot be."""
         path = Path(path)
@@ -251,6 +257,7 @@ class RateBudget:
         return path
 
     @classmethod
+    @checked(path=FILE)
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `InputError` for a file that is missing or was altered."""
         try:
@@ -320,7 +327,7 @@ class RateBudget:
         }
 
     def _limit(self, budget: Budget | float) -> Limit:
-        wanted = AverageBits(budget) if isinstance(budget, int | float) else budget
+        wanted: Budget = BUDGET("budget", budget)
         return wanted.limit(self.sizes, self.sinks, self.window).per_token()
 
     def _choices(self, bounds: Bounds, limit: Limit) -> Choices:

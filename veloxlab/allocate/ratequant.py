@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.budget import Budget, layer_sizes
+from veloxlab.allocate.budget import BUDGET, Budget, layer_sizes
 from veloxlab.allocate.curves import USUAL_BITS, distortion_curves
 from veloxlab.allocate.plan import Plan, model_hash
-from veloxlab.allocate.points import PER_HEAD, Bounds
+from veloxlab.allocate.points import BOUNDS, PER_HEAD, Bounds
 from veloxlab.allocate.rate_budget import RateBudget
 from veloxlab.allocate.sensitivity import By, sensitivities
 from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.calibration import Calibration
+from veloxlab.checks import CALIBRATION, checked, choice, many, whole
 from veloxlab.identity import name_of
 from veloxlab.integrate import probe
 from veloxlab.measure.progress import Progress, silent
 
+MEASURED = {
+    "bits": many(whole()),
+    "by": choice(*get_args(By)),
+    "calibrations": many(CALIBRATION, empty=True),
+}
+"""Checks of the arguments that say what is measured."""
 
+
+@checked(**MEASURED)
 def rate_budget(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
@@ -84,6 +93,7 @@ def rate_budget(
     )
 
 
+@checked(budget=BUDGET, bounds=BOUNDS, **MEASURED)
 def allocate_bits(
     model: Module,
     tokenizer: Any,  # noqa: ANN401

@@ -23,6 +23,7 @@ from mlx.nn.layers.base import Module
 from veloxlab import integrate
 from veloxlab.allocate.proxies import SIDES, Sides, Step, by_attention_output, by_forward_kl, by_norm, mean_square
 from veloxlab.cache import DEFAULT_SINKS
+from veloxlab.checks import checked, choice
 from veloxlab.errors import InputError
 from veloxlab.identity import fingerprint
 from veloxlab.measure.activations import stretches
@@ -51,6 +52,7 @@ SENSITIVITIES = {
 _EACH = {"sequence" if name == "sequences" else name: dtype for name, dtype in SENSITIVITIES.items()}
 
 
+@checked(by=choice(*get_args(By)))
 def sensitivities(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
@@ -89,9 +91,10 @@ def sensitivities(
     InputError : ``by`` is unknown; the text is too short; the model has no plain keys and values, shows no queries, or
         its gradient cannot be taken; gradients or activations are not finite.
     """
-    if by not in get_args(By):
-        raise InputError(f"by={by!r} is unknown: choose {', '.join(map(repr, get_args(By)))}.")
-    _check(sequences, tokens, sinks)
+    if tokens - sinks < LEAST_TOKENS:
+        raise InputError(
+            f"tokens={tokens} with sinks={sinks} say too little: take {LEAST_TOKENS} tokens more than the sinks."
+        )
     read = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
     facts = {
         "model": fingerprint(model),
@@ -125,14 +128,6 @@ def settled(each: pl.DataFrame, sequences: int) -> pl.DataFrame:
         .sort("layer", "side", "head")
         .select(list(SENSITIVITIES))
     )
-
-
-def _check(sequences: int, tokens: int, sinks: int) -> None:
-    if sequences < 1 or sinks < 0 or tokens - sinks < LEAST_TOKENS:
-        raise InputError(
-            f"{sequences} sequences of {tokens} tokens with {sinks} sinks say too little: take at least 1 sequence, "
-            f"and {LEAST_TOKENS} tokens more than the sinks."
-        )
 
 
 def _loaded(path: Path) -> pl.DataFrame:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 
 import polars as pl
 
-from veloxlab.allocate.budget import MEGABYTE, AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
-from veloxlab.allocate.points import Bounds
+from veloxlab.allocate.budget import BUDGET, MEGABYTE, AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
+from veloxlab.allocate.points import BOUNDS, Bounds
 from veloxlab.allocate.rate_budget import Allocation, RateBudget
+from veloxlab.checks import check_fields, real
 from veloxlab.errors import InputError
 
 
@@ -36,15 +37,7 @@ class Setting:
     key_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.budget, int | float):
-            object.__setattr__(self, "budget", AverageBits(float(self.budget)))
-        if not isinstance(self.budget, Budget):
-            raise InputError(
-                f"{self.budget!r} is no budget: give a number of true bits, vl.AverageBits, vl.BytesPerToken, "
-                "vl.TokensInMemory or vl.QualityFloor."
-            )
-        if not 0 < self.key_weight < float("inf"):
-            raise InputError(f"key_weight={self.key_weight} weighs nothing: give a number above 0, 1 for no weight.")
+        check_fields(self, budget=BUDGET, bounds=BOUNDS, key_weight=real(above=0))
 
 
 @dataclass(frozen=True)

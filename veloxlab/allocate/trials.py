@@ -14,7 +14,6 @@ from mlx.nn.layers.base import Module
 from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token
 from veloxlab.calibration import Calibration, calibrate
 from veloxlab.codecs import METHODS
-from veloxlab.errors import InputError
 from veloxlab.identity import fingerprint
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.quality import Mode, Reference, judge
@@ -46,15 +45,6 @@ class Trials:
     context: int
     widths: tuple[tuple[str, tuple[int, ...]], ...] = ()
     folder: str | None = None
-
-    def __post_init__(self) -> None:
-        for name, number, least in (
-            ("windows", self.windows, 1),
-            ("tokens", self.tokens, 2),
-            ("context", self.context, 1),
-        ):
-            if number < least:
-                raise InputError(f"{name}={number} leaves nothing to measure: give {least} or more.")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import is_dataclass
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
+from veloxlab.checks import FLAG, checked, instance
 from veloxlab.codecs import commvq, none, polarquant, qjl, rabitq, ratequant, rvq, spectralquant, turboquant, vecinfer
 from veloxlab.codecs.codec import Code, Codec
 from veloxlab.codecs.method import ROLES, Method, Role
@@ -67,7 +68,7 @@ def methods() -> pl.DataFrame:
 
 def find_method(name: str) -> Method:
     """The method called ``name``; raises `InputError` that lists the known ones."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise InputError(f"Unknown method {name!r}. Known methods: {', '.join(METHODS)}.")
     return METHODS[name]
 
@@ -78,6 +79,7 @@ _ID = re.compile(r"[a-z][a-z0-9_]*")
 _REGISTERED: WeakKeyDictionary[type, tuple[str, int]] = WeakKeyDictionary()
 
 
+@checked(method=instance(Method, "a veloxlab.codecs.Method"), replace=FLAG)
 def register(method: Method, *, replace: bool = False) -> Method:
     """Make an algorithm from elsewhere one of the methods: of caches, plans, measurements, charts and widgets.
 
@@ -127,6 +129,7 @@ def registered(kind: type) -> tuple[str, int] | None:
     return _REGISTERED.get(kind)
 
 
+@checked()
 def unregister(name: str) -> None:
     """Undo `register`. Caches that were made with the method go on, and are saved under its id.
 

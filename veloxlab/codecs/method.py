@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from veloxlab.checks import check_options
 from veloxlab.codecs.codec import Codec
 from veloxlab.errors import InputError
 
@@ -54,6 +55,8 @@ class Method:
         if unknown:
             known = ", ".join(self.options) or "none"
             raise InputError(f"{self.name} has no option {unknown[0]!r}. Its options are: {known}.")
+        if not self.codecs:  # those of a method from elsewhere mean what it says
+            check_options(options)
 
     def codec(self, head_dim: int, bits: int, role: Role, **options: object) -> Codec:
         """Make the codec, after `check`."""

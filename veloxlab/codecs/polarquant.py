@@ -41,6 +41,7 @@ from typing import ClassVar, Literal, Self, get_args
 import mlx.core as mx
 import numpy as np
 
+from veloxlab.checks import many, whole
 from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, space_of, store_scale
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.polar import PolarTree, angle_codebook, fitted_angles, halvings
@@ -211,7 +212,7 @@ def build(
     **options: object,
 ) -> PolarQuant:
     """PolarQuant for keys (unbiased scale) or values (MSE scale), with the preset's ``levels`` or the given ones."""
-    widths = preset(head_dim, bits, recursion) if levels is None else tuple(levels)
+    widths = preset(head_dim, bits, recursion) if levels is None else many(whole(1))("levels", levels)
     defaults: dict[str, object] = {"scale": "unbiased" if role == "keys" else "mse"}
     return PolarQuant(head_dim, widths, **(defaults | options))  # type: ignore[arg-type]
 

@@ -11,6 +11,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab import integrate
 from veloxlab.attention import Handle, Mask, mask_for
+from veloxlab.checks import check_fields, checked, instance, many, whole
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.measure.progress import Progress, silent
@@ -45,6 +46,14 @@ class Capture:
     layers: tuple[LayerCapture, ...]
     tokens: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        check_fields(self, layers=many(instance(LayerCapture, "what a layer saw")), tokens=many(whole(0)))
+
+    @property
+    def exact_bits(self) -> int:
+        """Bits of a number of the keys."""
+        return 8 * self.layers[0].keys.dtype.size
+
     def __repr__(self) -> str:
         """A stable line: arrays are not for printing."""
         keys = self.layers[0].keys
@@ -54,6 +63,7 @@ class Capture:
         )
 
 
+@checked()
 def capture(
     model: Module,
     tokenizer: Any,  # noqa: ANN401 - mlx-lm's TokenizerWrapper, or anything with `encode`

@@ -12,7 +12,7 @@ from veloxlab.codecs.method import Calibrated
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture
 from veloxlab.measure.errors import exact_and_decoded
-from veloxlab.prompt_cache import DEFAULT_BITS
+from veloxlab.prompt_cache import usual_bits
 
 ATTENTION_MAP = {
     "kind": pl.String,  # "exact", "compressed", or "difference": compressed less exact
@@ -33,7 +33,7 @@ def attention_map(
     head: int,
     method: str = "turboquant",
     *,
-    bits: int = DEFAULT_BITS,
+    bits: int | None = None,
     calibration: Calibrated | None = None,
     blocks: int = BLOCKS,
     **options: object,
@@ -55,7 +55,8 @@ def attention_map(
         raise InputError(f"There is no query head {head}: choose one from 0 to {heads - 1}.")
     if blocks < 2:
         raise InputError(f"A map of blocks={blocks} shows nothing: give 2 or more, such as {BLOCKS}.")
-    both = exact_and_decoded(layer, "keys", method, bits, calibration, options)
+    width = usual_bits(method, 8 * layer.keys.dtype.size, bits)
+    both = exact_and_decoded(layer, "keys", method, width, calibration, options)
     own = head // (heads // kv_heads)
     q = layer.queries[0, head].astype(mx.float32)
     exact, compressed = (_weights(q, x[0, own], layer.scale) for x in both)

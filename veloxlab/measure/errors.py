@@ -10,12 +10,13 @@ import numpy as np
 import polars as pl
 
 from veloxlab.attention import causal_mask
+from veloxlab.checks import checked, measured
 from veloxlab.codecs import find_method
 from veloxlab.codecs.codec import fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.progress import Progress, silent
-from veloxlab.prompt_cache import DEFAULT_BITS
+from veloxlab.prompt_cache import side_bits, usual_bits
 
 Side = Literal["keys", "values"]
 
@@ -42,11 +43,12 @@ TOKEN_ERRORS = {
 """Columns of `token_errors`."""
 
 
+@checked()
 def layer_errors(
     capture: Capture,
     method: str = "turboquant",
     *,
-    bits: int = DEFAULT_BITS,
+    bits: int | None = None,
     key_bits: int | None = None,
     value_bits: int | None = None,
     sinks: int = 0,
@@ -66,7 +68,8 @@ def layer_errors(
     InputError : unknown method or option, bits out of range.
     """
     rows: list[dict[str, object]] = []
-    widths: dict[Side, int] = {"keys": key_bits or bits, "values": value_bits or bits}
+    find_method(method)
+    widths = side_bits(method, capture.exact_bits, bits, key_bits, value_bits)
     for i, layer in enumerate(capture.layers):
         for side, width in widths.items():
             rows += _side_errors(
@@ -76,11 +79,12 @@ def layer_errors(
     return pl.DataFrame(rows, schema=LAYER_ERRORS)
 
 
+@checked()
 def token_errors(
     capture: Capture,
     method: str = "turboquant",
     *,
-    bits: int = DEFAULT_BITS,
+    bits: int | None = None,
     calibration: Calibrated | None = None,
     progress: Progress = silent,
     **options: object,
@@ -90,6 +94,7 @@ def token_errors(
     Relative errors with any number of exact sinks and recent tokens follow from sums of these, with no model run.
     """
     frames = []
+    bits = usual_bits(method, capture.exact_bits, bits)
     for i, layer in enumerate(capture.layers):
         for side in ("keys", "values"):
             x, decoded = exact_and_decoded(layer, side, method, bits, calibration, options)
@@ -114,6 +119,7 @@ def token_errors(
     return pl.concat(frames)
 
 
+@checked(tokens=measured(TOKEN_ERRORS, "vl.token_errors"))
 def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) -> pl.DataFrame:
     """Relative MSE per layer, head, tensor and bits from `token_errors`, with exact sinks and recent tokens.
 

@@ -17,6 +17,7 @@ import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
 
+from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, FLAG, FUNCTION, WORDS, checked, either, many, real, whole
 from veloxlab.errors import InputError
 from veloxlab.integrate import own_cache
 from veloxlab.measure.activations import first_tokens
@@ -29,6 +30,7 @@ from veloxlab.texts import excerpt
 Side = Literal["exact", "compressed"]
 SIDES: tuple[Side, Side] = ("exact", "compressed")
 USUAL_TOKENS = 64
+PROMPT = either(WORDS, many(whole(0), empty=True))  # a text, or token ids
 _PLAIN = {"add_special_tokens": False}  # a text without marks of its beginning or end
 
 GENERATION = {
@@ -100,6 +102,7 @@ class _Reader:
         return _Reader(self.model, copy.deepcopy(self.cache), self.log_probs)
 
 
+@checked(method_or_plan=CACHE_MAKER, calibration=CALIBRATIONS, prompt=PROMPT, chat=FLAG, on_token=FUNCTION)
 def side_by_side(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
@@ -129,8 +132,6 @@ def side_by_side(
     ------
     InputError : as `veloxlab.make_cache`; or an empty prompt; or no tokens asked for.
     """
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise InputError(f"tokens={tokens!r} is not a number of tokens to generate: give a whole number, 1 or more.")
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     made = maker(method_or_plan, settings)(model)
     progress(0, tokens, "reading the prompt")
@@ -212,6 +213,7 @@ DIGITS = 5
 DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
+@checked(method_or_plan=CACHE_MAKER, calibration=CALIBRATIONS, depths=many(real(least=0, most=1)))
 def passkey(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
@@ -244,9 +246,6 @@ def passkey(
     InputError : as `veloxlab.make_cache`; a depth outside of the text; a context too short for the needle, or longer
         than the text.
     """
-    wrong = [depth for depth in depths if not 0 <= depth <= 1]
-    if wrong:
-        raise InputError(f"A depth of {wrong[0]} is outside of the text: give shares from 0 to 1.")
     numbers = np.random.default_rng(seed).integers(10 ** (DIGITS - 1), 10**DIGITS, len(depths))
     filler = first_tokens(tokenizer, excerpt() if text is None else text, context, **_PLAIN)
     question = tokenizer.encode(QUESTION, **_PLAIN)

@@ -18,7 +18,7 @@ from veloxlab.codecs.method import Calibrated, Method, layer_codec
 from veloxlab.codecs.none import Exact
 from veloxlab.integrate import LayerFacts
 from veloxlab.measure.buffers import compressed_room, own_room
-from veloxlab.prompt_cache import DEFAULT_BITS, DEFAULT_SLIDING, Exactness, Sliding
+from veloxlab.prompt_cache import DEFAULT_SLIDING, Exactness, Sliding, cache_name, side_bits
 from veloxlab.shapes import ModelOrConfig, ModelShape, shape_of
 from veloxlab.windows import Windows
 
@@ -134,12 +134,7 @@ def cache_layouts(
     shape = shape_of(model_or_config)
     found = find_method(method)
     exact = Exactness(sinks, window, DEFAULT_CHUNK, sliding)
-    if bits is None:
-        bits = 8 * shape.exact_bytes if method == "none" else DEFAULT_BITS
-    widths: dict[Role, int] = {
-        "keys": bits if key_bits is None else key_bits,
-        "values": bits if value_bits is None else value_bits,
-    }
+    widths = side_bits(method, 8 * shape.exact_bytes, bits, key_bits, value_bits)
     codecs: set[Codec] = set()
     known: dict[object, tuple[int, int]] = {}
     kinds: Counter[LayerLayout] = Counter()
@@ -157,9 +152,8 @@ def cache_layouts(
             codes, scales = codes + known[place][0], scales + known[place][1]
         windows = Windows.of(exact.sinks if facts.max_size is None else facts.keep, exact.window, facts.max_size)
         kinds[LayerLayout(1, _exact_bytes(facts, shape.exact_bytes), codes, scales, windows)] += 1
-    name = method if method == "none" else f"{method} K{widths['keys']} V{widths['values']}"
     tables = sum(codec.shared_bytes for codec in codecs)
-    ours = CacheLayout(name, _counted(kinds), tables, shape.state_bytes)
+    ours = CacheLayout(cache_name(method, widths), _counted(kinds), tables, shape.state_bytes)
     return ours, *_others(shape)
 
 

@@ -11,13 +11,15 @@ from mlx_lm.models.cache import KVCache
 
 from veloxlab.batch import BatchCompressedKVCache
 from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
+from veloxlab.checks import CACHE, checked, measured, whole
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.errors import InputError
 from veloxlab.integrate import slots_of
 from veloxlab.measure.activations import Capture
 from veloxlab.measure.layouts import token_bytes
 from veloxlab.measure.progress import Progress, silent
-from veloxlab.prompt_cache import DEFAULT_BITS
+from veloxlab.prompt_cache import cache_name, side_bits, usual_bits
 
 REPORT = {
     "layer": pl.Int32,  # null for tables that all layers share
@@ -51,6 +53,7 @@ CODE_BITS = {
 """Columns of `code_bits`."""
 
 
+@checked(cache=CACHE)
 def report(cache: Sequence[Any]) -> pl.DataFrame:
     """What each layer of a prompt cache holds, how attention reads it, and why: `REPORT`.
 
@@ -106,16 +109,18 @@ def _as_values(side: Any, bits: int | None) -> tuple[int, int]:  # noqa: ANN401
     return side[0].size * 32 // bits, sum(part.nbytes for part in side)
 
 
+@checked()
 def code_bits(
     capture: Capture,
     method: str = "turboquant",
     *,
-    bits: int = DEFAULT_BITS,
+    bits: int | None = None,
     calibration: Calibrated | None = None,
     **options: object,
 ) -> pl.DataFrame:
     """True bits per value of packed keys and values in each layer, as `token_bytes` counts them: `CODE_BITS`."""
     rows = []
+    bits = usual_bits(method, capture.exact_bits, bits)
     sides: tuple[Role, Role] = ("keys", "values")
     for layer in capture.layers:
         for side, x in zip(sides, (layer.keys, layer.values), strict=True):
@@ -127,11 +132,14 @@ def code_bits(
     return pl.DataFrame(rows, schema=CODE_BITS)
 
 
+@checked(growth=measured(GROWTH, "vl.memory_growth"))
 def predicted_growth(growth: pl.DataFrame, upto: int) -> pl.DataFrame:
     """Add a row per tensor, layer and cache at ``upto`` tokens, on the line through its last two measured points.
 
     Nothing is added where ``upto`` was measured. Columns as in ``growth``: `GROWTH`.
     """
+    if growth["tokens"].n_unique() < 2:
+        raise InputError("A line takes two points: give a growth that was measured at two numbers of tokens or more.")
     groups = growth.sort("tokens").group_by("cache", "layer", "tensor", maintain_order=True)
     slope = (pl.col("bytes").last() - pl.col("bytes").get(-2)) / (pl.col("tokens").last() - pl.col("tokens").get(-2))
     ahead = groups.agg(
@@ -143,11 +151,12 @@ def predicted_growth(growth: pl.DataFrame, upto: int) -> pl.DataFrame:
     return pl.concat([growth, ahead.filter(pl.col("last") < upto).select(growth.columns)])
 
 
+@checked(points=whole(1))
 def memory_growth(
     capture: Capture,
     method: str = "turboquant",
     *,
-    bits: int = DEFAULT_BITS,
+    bits: int | None = None,
     key_bits: int | None = None,
     value_bits: int | None = None,
     sinks: int = DEFAULT_SINKS,
@@ -165,8 +174,11 @@ def memory_growth(
     hold the same, so one cache is filled for each shape. mlx-lm's own ``KVCache`` with the same tokens in 16 bits is
     there as ``"fp16"``.
     """
+    if upto < points:
+        raise InputError(f"upto={upto} tokens have no {points} lengths: give more tokens, or fewer points.")
     found = find_method(method)
-    name = name or f"{method} K{key_bits or bits} V{value_bits or bits}"
+    widths = side_bits(method, capture.exact_bits, bits, key_bits, value_bits)
+    name = name or cache_name(method, widths)
     lengths = [upto * (i + 1) // points for i in range(points)]
     shapes: dict[tuple[int, ...], dict[str, list[tuple[int, str, int]]]] = {}
     rows: list[dict[str, object]] = []
@@ -174,8 +186,8 @@ def memory_growth(
         shape = (*layer.keys.shape[1:2], layer.keys.shape[-1], layer.values.shape[-1])
         if shape not in shapes:
             cache = CompressedKVCache(
-                layer_codec(found, layer.layer, shape[1], key_bits or bits, "keys", options, calibration),
-                layer_codec(found, layer.layer, shape[2], value_bits or bits, "values", options, calibration),
+                layer_codec(found, layer.layer, shape[1], widths["keys"], "keys", options, calibration),
+                layer_codec(found, layer.layer, shape[2], widths["values"], "values", options, calibration),
                 sinks=sinks,
                 window=window,
                 layer=layer.layer,

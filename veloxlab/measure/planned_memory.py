@@ -7,9 +7,10 @@ from typing import Any
 
 import polars as pl
 
+from veloxlab.checks import checked, either, many, real, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.layouts import CacheLayout, cache_layouts
-from veloxlab.shapes import ModelOrConfig
+from veloxlab.shapes import MODEL_OR_CONFIG, ModelOrConfig
 
 PLANNED = {
     "cache": pl.String,  # the one that was asked for first, then those that it is compared with
@@ -32,6 +33,7 @@ LARGEST = {
 """Columns of `largest_contexts`."""
 
 
+@checked(model_or_config=MODEL_OR_CONFIG, context=either(whole(1), many(whole(1))))
 def plan_memory(
     model_or_config: ModelOrConfig,
     method: str = "turboquant",
@@ -63,10 +65,8 @@ def plan_memory(
     InputError : as `veloxlab.make_cache`; a model that is not here; numbers of tokens or sequences below 0 or 1.
     """
     lengths = [context] if isinstance(context, int) else list(context)
-    _whole("batch", batch, 1)
-    _whole("decoded", decoded, 0)
-    for length in lengths:
-        _whole("context", length, max(1, decoded))
+    if min(lengths) < decoded:
+        raise InputError(f"context={min(lengths)} has fewer tokens than decoded={decoded}: give no less than those.")
     return planned(cache_layouts(model_or_config, method, **settings), lengths, batch, decoded)
 
 
@@ -82,6 +82,7 @@ def planned(layouts: Sequence[CacheLayout], contexts: Sequence[int], batch: int 
     return pl.DataFrame(rows, schema=PLANNED)
 
 
+@checked(model_or_config=MODEL_OR_CONFIG, memory_bytes=real(above=0))
 def largest_contexts(
     model_or_config: ModelOrConfig,
     memory_bytes: float,
@@ -98,9 +99,6 @@ def largest_contexts(
     ------
     InputError : as `plan_memory`; or no memory.
     """
-    _whole("batch", batch, 1)
-    if not memory_bytes > 0:
-        raise InputError(f"memory_bytes={memory_bytes!r} holds nothing: give a number of bytes, such as 8e9.")
     return largest(cache_layouts(model_or_config, method, **settings), memory_bytes, batch)
 
 
@@ -111,8 +109,3 @@ def largest(layouts: Sequence[CacheLayout], memory_bytes: float, batch: int = 1)
         tokens = layout.largest_context(memory_bytes, batch)
         rows.append((layout.name, int(memory_bytes), batch, tokens, layout.held(tokens, batch), "predicted"))
     return pl.DataFrame(rows, schema=LARGEST, orient="row")
-
-
-def _whole(what: str, number: int, least: int) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise InputError(f"{what}={number!r} cannot be planned for: give a whole number, {least} or more.")

@@ -13,6 +13,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab import prompt_cache
 from veloxlab.cache import Chunk
+from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, checked, having, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.memory import report
@@ -79,6 +80,7 @@ class Reference:
         return cls(model, tuple(stretches), tuple(log_probs))
 
 
+@checked(tokens=whole(2))
 def reference(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
@@ -92,6 +94,7 @@ def reference(
     return Reference.of(model, stretches(tokenizer, text, tokens, windows, last=2), progress)
 
 
+@checked(method_or_plan=CACHE_MAKER, calibration=CALIBRATIONS, tokens=whole(2))
 def fidelity(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
@@ -124,6 +127,11 @@ def fidelity(
     return judge(exact, method_or_plan, progress=progress, **options)
 
 
+@checked(
+    method_or_plan=CACHE_MAKER,
+    calibration=CALIBRATIONS,
+    exact=having("what vl.reference gave", "stretches", "log_probs"),
+)
 def judge(
     exact: Reference,
     method_or_plan: str | prompt_cache.LayerPlan | CacheMaker = "turboquant",
@@ -155,8 +163,6 @@ def judge(
     InputError : as `veloxlab.make_cache`; or if ``mode`` is unknown or ``prompt`` leaves nothing to decode.
     """
     shortest = min(len(stretch) for stretch in exact.stretches)
-    if mode not in ("oneshot", "decode"):
-        raise InputError(f"mode={mode!r} is unknown: choose 'oneshot' or 'decode'.")
     if mode == "decode" and not 1 <= prompt < shortest - 1:
         raise InputError(f"prompt={prompt} leaves nothing to decode of {shortest} tokens: take fewer, at least 1.")
     make = maker(method_or_plan, settings, chunk=chunk)
@@ -232,10 +238,9 @@ def maker(
 def _name(method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, settings: dict[str, object]) -> str:
     if not isinstance(method_or_plan, str):
         return getattr(method_or_plan, "name", None) or type(method_or_plan).__name__
-    if method_or_plan == "none":
-        return "none"
-    bits = settings.get("bits", prompt_cache.DEFAULT_BITS)
-    return f"{method_or_plan} K{settings.get('key_bits') or bits} V{settings.get('value_bits') or bits}"
+    given = (settings.get(name) for name in ("bits", "key_bits", "value_bits"))
+    exact_bits = 16  # the name of an exact cache tells none
+    return prompt_cache.cache_name(method_or_plan, prompt_cache.side_bits(method_or_plan, exact_bits, *given))  # type: ignore[arg-type]
 
 
 def log_probabilities(logits: mx.array) -> mx.array:

@@ -14,6 +14,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.plan import Plan
 from veloxlab.calibration import Calibration
+from veloxlab.checks import checked
 from veloxlab.codecs import ROLES, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture, capture, fidelity
@@ -27,6 +28,7 @@ from veloxlab.widgets.measuring import Measuring
 from veloxlab.widgets.panel import Panel, nearest, offer
 from veloxlab.widgets.progress import ProgressBar
 from veloxlab.widgets.tables import Bits
+from veloxlab.widgets.traits import Whole, Words
 from veloxlab.widgets.worker import Progress, Status
 
 ALL = "all layers"
@@ -67,14 +69,15 @@ class CacheExplorer(Panel):
     NAME = "explorer"
     WHERE = "The chart below has every measured point."
 
-    method = t.Unicode("turboquant", help="a method's id")
-    key_bits = t.Int(4, help="code bits of keys, of the picked layer or of all")
-    value_bits = t.Int(4, help="code bits of values")
-    sinks = t.Int(4, help="tokens at the start kept exact")
-    window = t.Int(64, help="newest tokens kept exact")
-    layer = t.Int(None, allow_none=True, help="the picked layer")
-    metric = t.Unicode("output_error", help="which error is drawn")
+    method = Words("turboquant", help="a method's id")
+    key_bits = Whole(4, help="code bits of keys, of the picked layer or of all")
+    value_bits = Whole(4, help="code bits of values")
+    sinks = Whole(4, help="tokens at the start kept exact")
+    window = Whole(64, help="newest tokens kept exact")
+    layer = Whole(None, allow_none=True, help="the picked layer")
+    metric = Words("output_error", help="which error is drawn")
 
+    @checked()
     def __init__(
         self,
         model: Module,

@@ -9,6 +9,7 @@ import polars as pl
 
 from veloxlab import views
 from veloxlab.calibration import Calibration
+from veloxlab.checks import checked
 from veloxlab.measure import Capture
 from veloxlab.widgets.error_frames import MEASURES, ErrorLook
 from veloxlab.widgets.fitting import Fitting
@@ -71,6 +72,7 @@ class ErrorExplorer(LayerExplorer[ErrorLook]):
         ),
     }
 
+    @checked()
     def __init__(
         self,
         capture: Capture,

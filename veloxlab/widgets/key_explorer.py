@@ -8,6 +8,7 @@ import ipywidgets
 import traitlets as t
 
 from veloxlab.calibration import Calibration
+from veloxlab.checks import checked
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
 from veloxlab.measure.spaces import SIDES, SPACES, check_space
@@ -17,6 +18,7 @@ from veloxlab.widgets.key_charts import CHARTS
 from veloxlab.widgets.key_frames import MEASURES, KeyLook
 from veloxlab.widgets.layer_explorer import WIDEST, LayerChart, LayerExplorer, LayerFrames, listed
 from veloxlab.widgets.progress import ProgressBar
+from veloxlab.widgets.traits import Words
 from veloxlab.widgets.worker import Worker
 
 PAIRS = "pairs"  # the chart that needs a rotary embedding
@@ -56,9 +58,10 @@ class KeyExplorer(LayerExplorer[KeyLook]):
     CHARTS: ClassVar[dict[str, LayerChart]] = CHARTS
     KNOBS = ("layer", "tensor", "space", "method", "bits")
 
-    tensor = t.Unicode("keys", help="keys or values")
-    space = t.Unicode("raw", help="space in which they are seen")
+    tensor = Words("keys", help="keys or values")
+    space = Words("raw", help="space in which they are seen")
 
+    @checked()
     def __init__(
         self,
         capture: Capture,

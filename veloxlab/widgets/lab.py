@@ -24,6 +24,7 @@ from veloxlab.widgets.planner import MemoryPlanner
 from veloxlab.widgets.progress import ProgressBar
 from veloxlab.widgets.side_by_side import SideBySide
 from veloxlab.widgets.tables import Bits
+from veloxlab.widgets.traits import Whole, Words
 from veloxlab.widgets.tuner import BudgetTuner
 from veloxlab.widgets.worker import Progress
 
@@ -72,8 +73,8 @@ class Lab(CacheExplorer):
     NAME = "lab"
     WHERE = "The page Compare has every measured point."
 
-    page = t.Unicode("cache", help="the open page")
-    head = t.Int(0, help="the chosen KV head")
+    page = Words("cache", help="the open page")
+    head = Whole(0, help="the chosen KV head")
 
     def _arrange(self) -> None:
         self._pages: dict[str, Panel] = {}  # never changed in place: the worker adds pages while others read them

@@ -20,6 +20,7 @@ from veloxlab.measure.progress import silent
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.panel import Panel
+from veloxlab.widgets.traits import Whole, Words
 from veloxlab.widgets.worker import Progress, Worker, sentence
 
 WIDEST = 8  # bits of the slider
@@ -96,11 +97,11 @@ class LayerExplorer(Panel, Generic[L]):
     CHARTS: ClassVar[Mapping[str, LayerChart]]
     KNOBS: ClassVar[tuple[str, ...]]  # of a look; the head is one more
 
-    layer = t.Int(help="layer, by its index in the prompt cache")
-    head = t.Int(0, help="KV head")
-    method = t.Unicode("turboquant", help="a method's id")
-    bits = t.Int(2, help="its code bits")
-    problem = t.Unicode("", help="why a chart shows an older choice")
+    layer = Whole(help="layer, by its index in the prompt cache")
+    head = Whole(0, help="KV head")
+    method = Words("turboquant", help="a method's id")
+    bits = Whole(2, help="its code bits")
+    problem = Words("", help="why a chart shows an older choice")
 
     def __init__(self, frames: LayerFrames, names: Collection[str], worker: Worker | None, **traits: Any) -> None:
         self._frames, self._fitting, self._names = frames, frames.fitting, list(names)

@@ -14,6 +14,7 @@ import ipywidgets
 import polars as pl
 import traitlets as t
 
+from veloxlab.checks import whole
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
 from veloxlab.views import picture
@@ -196,7 +197,5 @@ def offer(slider: ipywidgets.SelectionSlider, widths: Sequence[int]) -> None:
 
 def inside(proposal: dict[str, Any], ends: tuple[int, int]) -> int:
     """The number that a trait is proposed; raises `InputError` if it is not between ``ends``."""
-    name, number = proposal["trait"].name, proposal["value"]
-    if not ends[0] <= number <= ends[1]:
-        raise InputError(f"{name}={number} is out of range: give a whole number from {ends[0]} to {ends[1]}.")
-    return int(number)
+    number: int = whole(*ends)(proposal["trait"].name, proposal["value"])
+    return number

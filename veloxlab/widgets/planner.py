@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 import threading
 from typing import Any
 
@@ -12,14 +11,16 @@ import ipywidgets
 import polars as pl
 import traitlets as t
 
+from veloxlab.checks import ARGUMENTS, checked, whole
 from veloxlab.codecs import METHODS, Method, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.layouts import CacheLayout, cache_layouts
 from veloxlab.measure.planned_memory import largest, planned
-from veloxlab.shapes import ModelOrConfig, ModelShape, shape_of
+from veloxlab.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 from veloxlab.views import memory_plan, plan_caption
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.panel import Panel, inside, nearest, offer
+from veloxlab.widgets.traits import Real, Whole, Words
 from veloxlab.widgets.worker import Progress, Worker
 
 GIGABYTE = 1e9
@@ -70,20 +71,21 @@ class MemoryPlanner(Panel):
     InputError : there is no such model here, an unknown method, bits out of range, a number that cannot be.
     """
 
-    context = t.Int(32_768, help="tokens of each sequence")
-    batch = t.Int(1, help="sequences")
-    memory_gb = t.Float(8.0, help="memory for the cache alone, 10^9 bytes")
-    method = t.Unicode("turboquant", help="a method's id")
-    key_bits = t.Int(4, help="code bits of keys")
-    value_bits = t.Int(4, help="code bits of values")
-    sinks = t.Int(4, help="tokens at the start kept exact")
-    window = t.Int(64, help="newest tokens kept exact")
-    layers = t.Int(32, help="layers that keep keys and values")
-    kv_heads = t.Int(8, help="KV heads of a layer")
-    head_dim = t.Int(128, help="numbers of a key or value of one head")
-    sliding_window = t.Int(0, help="tokens that a sliding layer sees; 0: none slides")
-    full_every = t.Int(0, help="every so many-th layer sees all tokens; 0: none does")
+    context = Whole(32_768, help="tokens of each sequence")
+    batch = Whole(1, help="sequences")
+    memory_gb = Real(8.0, help="memory for the cache alone, 10^9 bytes")
+    method = Words("turboquant", help="a method's id")
+    key_bits = Whole(4, help="code bits of keys")
+    value_bits = Whole(4, help="code bits of values")
+    sinks = Whole(4, help="tokens at the start kept exact")
+    window = Whole(64, help="newest tokens kept exact")
+    layers = Whole(32, help="layers that keep keys and values")
+    kv_heads = Whole(8, help="KV heads of a layer")
+    head_dim = Whole(128, help="numbers of a key or value of one head")
+    sliding_window = Whole(0, help="tokens that a sliding layer sees; 0: none slides")
+    full_every = Whole(0, help="every so many-th layer sees all tokens; 0: none does")
 
+    @checked(model_or_config=MODEL_OR_CONFIG, **{name: whole(*ends) for name, ends in RANGES.items()})
     def __init__(
         self, model_or_config: ModelOrConfig | None = None, *, worker: Worker | None = None, **knobs: Any
     ) -> None:
@@ -201,9 +203,8 @@ class MemoryPlanner(Panel):
 
     @t.validate("memory_gb")
     def _there_is_memory(self, proposal: dict[str, Any]) -> float:
-        if not 0 < proposal["value"] < math.inf:
-            raise InputError(f"memory_gb={proposal['value']} is no memory: give a number of 10^9 bytes above 0.")
-        return float(proposal["value"])
+        number: float = ARGUMENTS["memory_gb"]("memory_gb", proposal["value"])
+        return number
 
     def _settings_changed(self, change: dict[str, Any]) -> None:
         if change["name"] == "method":

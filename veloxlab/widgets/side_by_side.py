@@ -10,6 +10,7 @@ import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.calibration import Calibration
+from veloxlab.checks import WORDS, checked, whole
 from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, first_parting, side_by_side
@@ -19,6 +20,7 @@ from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.panel import Panel, inside, offer
 from veloxlab.widgets.progress import ProgressBar
+from veloxlab.widgets.traits import Whole, Words
 from veloxlab.widgets.worker import Progress, Worker
 
 PROMPT = "Tell me about the history of the city of Paris."
@@ -51,14 +53,15 @@ class SideBySide(Panel):
     InputError : an unknown method or knob, a number that cannot be.
     """
 
-    prompt = t.Unicode(PROMPT, help="what is continued")
-    method = t.Unicode("turboquant", help="a method's id")
-    key_bits = t.Int(3, help="code bits of keys")
-    value_bits = t.Int(3, help="code bits of values")
-    tokens = t.Int(64, help="tokens to generate at most")
-    sinks = t.Int(4, help="tokens at the start kept exact")
-    window = t.Int(16, help="newest tokens kept exact")
+    prompt = Words(PROMPT, help="what is continued")
+    method = Words("turboquant", help="a method's id")
+    key_bits = Whole(3, help="code bits of keys")
+    value_bits = Whole(3, help="code bits of values")
+    tokens = Whole(64, help="tokens to generate at most")
+    sinks = Whole(4, help="tokens at the start kept exact")
+    window = Whole(16, help="newest tokens kept exact")
 
+    @checked(prompt=WORDS, **{name: whole(*ends) for name, ends in RANGES.items()})
     def __init__(
         self,
         model: Module,

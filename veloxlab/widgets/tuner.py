@@ -14,13 +14,14 @@ import polars as pl
 import traitlets as t
 from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.budget import MEGABYTE, AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
+from veloxlab.allocate.budget import BUDGET, MEGABYTE, AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
 from veloxlab.allocate.judged import JUDGED, PlanKind, judged
 from veloxlab.allocate.kept import kept_rate_budget
 from veloxlab.allocate.plan import Plan, model_hash
-from veloxlab.allocate.points import Bounds
+from veloxlab.allocate.points import BOUNDS, Bounds
 from veloxlab.allocate.rate_budget import Allocation, RateBudget
 from veloxlab.allocate.setting import Allocator, Setting, Spans
+from veloxlab.checks import MAPPING, MODEL, TOKENIZER, checked, either, instance, maybe, whole
 from veloxlab.errors import InputError
 from veloxlab.widgets.budget_controls import BoundsControl, BudgetControl
 from veloxlab.widgets.chart_view import ChartView
@@ -28,6 +29,7 @@ from veloxlab.widgets.history import history
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.progress import ProgressBar
 from veloxlab.widgets.take_away import TakeAway
+from veloxlab.widgets.traits import Whole
 from veloxlab.widgets.tuner_charts import TunerCharts
 from veloxlab.widgets.worker import Progress, Worker
 
@@ -65,8 +67,16 @@ class BudgetTuner(Panel):
     """
 
     setting = t.Instance(Setting, allow_none=True, help="budget, bounds and weight of keys")
-    layer = t.Int(None, allow_none=True, help="the picked layer")
+    layer = Whole(None, allow_none=True, help="the picked layer")
 
+    @checked(
+        rates=either(instance(RateBudget, "what vl.rate_budget measured"), MODEL),
+        model=either(MODEL, TOKENIZER),
+        budget=BUDGET,
+        bounds=BOUNDS,
+        tokens=whole(2),
+        rate_settings=MAPPING,
+    )
     def __init__(
         self,
         rates: RateBudget | Module,
@@ -84,7 +94,7 @@ class BudgetTuner(Panel):
         worker: Worker | None = None,
     ) -> None:
         if isinstance(rates, RateBudget):
-            self._model, self._tokenizer, found = model, tokenizer, rates
+            self._model, self._tokenizer, found = maybe(MODEL)("model", model), tokenizer, rates
             if rate_settings:
                 raise InputError("The tables are measured already, so rate_settings have no use: leave them out.")
             if model is not None and model_hash(model) != rates.model_hash:

@@ -1,6 +1,7 @@
 """Attention of one token: exact, mlx-lm's own quantized, and over codes.
 
-Every one of many calls has a cache of its own, as far as memory allows.
+Every one of many calls has a cache of its own, as far as memory allows, and a query of its own: mlx-lm's quantized
+attention scales the one that it is given in its place.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def ours(shape: Shape, tokens: int, bits: int) -> _Calls:
 def _attending(shape: Shape, histories: Sequence[History]) -> _Calls:
     q, scale = query(shape), shape.head_dim**-0.5
     mx.eval(q)
-    return [lambda h=h: h.attend(q, scale, None) for h in histories]  # type: ignore[misc]
+    return [lambda h=h: h.attend(mx.array(q), scale, None) for h in histories]  # type: ignore[misc]
 
 
 def _row(name: str, shape: Shape, tokens: int, calls: _Calls, size: int) -> Row:
@@ -143,7 +144,8 @@ def _exact(shape: Shape, tokens: int) -> _Calls:
     count = copies(2 * _SIXTEEN * shape.kv_heads * tokens * shape.head_dim)
     pairs = [(vectors(shape, tokens), vectors(shape, tokens)) for _ in range(count)]
     mx.eval(q, pairs)
-    return [lambda k=k, v=v: mx.fast.scaled_dot_product_attention(q, k, v, scale=scale) for k, v in pairs]  # type: ignore[misc]
+    attention = mx.fast.scaled_dot_product_attention
+    return [lambda k=k, v=v: attention(mx.array(q), k, v, scale=scale) for k, v in pairs]  # type: ignore[misc]
 
 
 def _mlx_lm(shape: Shape, tokens: int, bits: int) -> _Calls:
@@ -155,7 +157,7 @@ def _mlx_lm(shape: Shape, tokens: int, bits: int) -> _Calls:
     mx.eval(q, pairs)
     attention = base.quantized_scaled_dot_product_attention
     return [
-        lambda k=k, v=v: attention(q, k, v, scale=scale, mask=None, group_size=group, bits=bits)  # type: ignore[misc]
+        lambda k=k, v=v: attention(mx.array(q), k, v, scale=scale, mask=None, group_size=group, bits=bits)  # type: ignore[misc]
         for k, v in pairs
     ]
 
