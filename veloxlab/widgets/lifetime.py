@@ -111,7 +111,7 @@ def parts(whole: ipywidgets.Widget) -> list[ipywidgets.Widget]:
     while waiting:
         value = waiting.pop()
         if type(value) in (list, tuple):
-            waiting += value  # type: ignore[operator]
+            waiting += value  # type: ignore[arg-type]  # narrowed by the line above
         elif type(value) is dict:
             waiting += value.copy().values()
         elif isinstance(value, ipywidgets.Widget) and id(value) not in found and not hasattr(value, "SHARED"):

@@ -42,6 +42,8 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     worker : does what takes longer than a moment; panels may share one.
     """
 
+    children: Any
+
     def __init__(self, name: str, worker: Worker | None = None, **traits: Any) -> None:
         self._name, self._owns_worker = name, worker is None
         self.worker = worker or Worker(f"veloxlab-{name}")
@@ -68,7 +70,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self._let_go = frozenset(let_go)
         for name in let_go:
             delattr(self, name)
-        self.__class__ = _closed(type(self))
+        self.__class__ = _closed(type(self))  # type: ignore[arg-type]  # a class of traits can be hashed
 
     @property
     @abstractmethod
