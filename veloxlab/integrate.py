@@ -195,7 +195,6 @@ class Probe(Handle):
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> None:
         """No mask: a single token sees all that there is."""
-        return
 
 
 _known: dict[int, list[LayerFacts]] = {}  # by id: a module is a dict, which cannot be hashed
