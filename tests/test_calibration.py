@@ -5,14 +5,11 @@ import tracemalloc
 from dataclasses import replace
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx_lm.models.rope_utils import initialize_rope
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab import integrate
 from veloxlab.codecs import METHODS, vector_codebooks
 from veloxlab.codecs.codec import Sample
 from veloxlab.codecs.commvq_training import ENTRIES, pairs, train_tables
@@ -346,43 +343,3 @@ def test_the_nearest_centroid_is_found_in_bounded_memory():
     chunk = 4 * vector_codebooks._DISTANCES
     bound = 12 * chunk  # MLX's CPU back end starts ten operations ahead of the one that runs
     assert mx.get_peak_memory() - before < bound < 4 * len(points) * len(centroids) / 2
-
-
-# the rotary embedding of a layer
-
-
-@pytest.mark.parametrize("traditional", [False, True])
-@pytest.mark.parametrize(
-    "scaling",
-    [
-        None,
-        {"type": "linear", "factor": 4.0},
-        {
-            "rope_type": "llama3",
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-        {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096},
-    ],
-)
-def test_a_layers_rope_is_found_and_undone(model, scaling, traditional):
-    block = model.model.layers[0].self_attn
-    block.rope = initialize_rope(64, 10_000.0, traditional, scaling, 8192)
-    rope = integrate.rope_of(model, 0)
-    assert rope is not None
-    x = mx.random.normal((1, 2, 5, 64), key=mx.random.key(1))
-    turned = block.rope(x, offset=4000)
-    back = rope.inverse(turned, 4000)
-    # angles of up to 4,000 radians in float32 are good to 2e-4; undoing uses the same angles as doing
-    assert mx.allclose(back * (mx.linalg.norm(x) / mx.linalg.norm(back)), x, atol=1e-4)
-    assert mx.allclose(rope.forward(back, 4000), turned, atol=1e-4)
-
-
-def test_a_layer_without_a_known_rope_has_none(model):
-    block = model.model.layers[1].self_attn
-    own = block.rope
-    block.rope = nn.Identity()
-    assert integrate.rope_of(model, 1) is None
-    block.rope = own

@@ -371,6 +371,10 @@ def test_a_front_is_drawn_with_its_intervals_and_what_was_not_measured_is_counte
     ("make", "sentence"),
     [
         (lambda: views.error_map(error_frame(), metric="mse"), "There is no metric 'mse': choose one of rel_mse, "),
+        (
+            lambda: views.error_map(error_frame().with_columns(rel_mse=pl.lit(None, pl.Float64))),
+            "error_map has no rel_mse to draw",
+        ),
         (lambda: views.error_map(error_frame().drop("head")), "error_map needs a column 'head': the frame has layer"),
         (lambda: views.error_map(error_frame().clear()), "error_map needs at least one row: the frame is empty."),
         (

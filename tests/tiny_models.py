@@ -169,7 +169,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def tiny(family: str, seed: int = 0, **config: Any) -> Any:
     """A small model of mlx-lm's own class with random weights."""
-    known = {"model_type": family, **COMMON, **FAMILIES[family], **config}
+    known = {"model_type": family, **COMMON, **FAMILIES.get(family, {}), **config}
     module = __import__(f"mlx_lm.models.{known.pop('model', family)}", fromlist=["Model"])
     mx.random.seed(seed)
     model = module.Model(module.ModelArgs.from_dict(known))

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models import base
@@ -29,10 +28,8 @@ from veloxlab.batch import BatchCompressedKVCache
 from veloxlab.cache import CompressedKVCache, Path
 from veloxlab.cache_file import SEALED
 from veloxlab.codecs.method import Role
-from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 
-ROPE_NAMES = ("rope", "rotary_emb")
 LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of what they store
 
 
@@ -158,34 +155,48 @@ class LayerFacts:
         return {"keys": self.key_dim, "values": self.value_dim}
 
 
-class _Probe(Handle):
-    """Stands in for a cache and for the handle it gives: notes the shapes that pass and answers with zeros."""
+class Probe(Handle):
+    """Stands in for a cache and for the handle it gives: notes what passes and answers with zeros.
 
-    def __init__(self, facts: LayerFacts) -> None:
+    Parameters
+    ----------
+    facts : of the cache; the shapes that pass are noted there.
+    offset : how many tokens the model is told that it holds.
+
+    Attributes
+    ----------
+    keys : what it was given.
+    """
+
+    def __init__(self, facts: LayerFacts, offset: int = 0) -> None:
         self.facts = facts
-        self.offset = 0
+        self.offset = offset
         self.fetched = self.attended = False
         if facts.path == "codes":
             self.bits, self.group_size = 0, 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Note the shapes of what a layer stores."""
         self.facts.kv_heads, self.facts.key_dim, self.facts.value_dim = keys.shape[1], keys.shape[-1], values.shape[-1]
-        self.fetched, self._pair, self.offset = True, (keys, values), keys.shape[2]
+        self.fetched, self.keys, self._values = True, keys, values
+        self.offset += keys.shape[2]
         return self._handed()
 
     def keys_and_values(self) -> tuple[Any, Any]:
+        """What was fetched, for a layer that shares it."""
         self.facts.lends = True
         return self._handed()
 
     def _handed(self) -> tuple[Any, Any]:
-        return (self, self) if self.facts.path == "codes" else self._pair
+        return (self, self) if self.facts.path == "codes" else (self.keys, self._values)
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+        """Zeros, whatever is asked."""
         self.attended = True
         return mx.zeros((*q.shape[:-1], self.facts.value_dim), q.dtype)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> None:
-        return None
+        """No mask: a single token sees all that there is."""
 
 
 _known: dict[int, tuple[str, list[LayerFacts]]] = {}  # structure and facts, by id: a module cannot be hashed
@@ -308,10 +319,10 @@ def _first_facts(caches: Sequence[Any]) -> list[LayerFacts]:
 def _dry_run(model: Module, facts: list[LayerFacts]) -> None:
     """Run one token until no layer fails, moving a layer that does from codes to arrays, and then to its own cache."""
     while True:
-        probes: list[_Probe] = []
+        probes: list[Probe] = []
 
-        def probed(found: LayerFacts, probes: list[_Probe] = probes) -> _Probe:
-            probes.append(_Probe(found))
+        def probed(found: LayerFacts, probes: list[Probe] = probes) -> Probe:
+            probes.append(Probe(found))
             return probes[-1]
 
         caches = with_caches(model, probed, facts)
@@ -377,28 +388,6 @@ def replaced(module: object, attributes: Mapping[str, object]) -> Iterator[None]
     finally:
         for name, value in own.items():
             setattr(module, name, value)
-
-
-def rope_of(model: Module, layer: int) -> Rope | None:
-    """The rotary embedding of a layer's keys, or None where none is found or it is of a kind that is not known.
-
-    What is given was tried: undoing the layer's own rotation gives back the vector, up to a constant factor.
-    """
-    block = model.layers[layer]
-    module = next((m for name, m in block.named_modules() if name.split(".")[-1] in ROPE_NAMES), None)
-    if module is None or not hasattr(module, "dims"):
-        return None
-    rope = Rope(
-        dims=module.dims,
-        traditional=module.traditional,
-        base=getattr(module, "base", None) if isinstance(module, nn.RoPE) else None,
-        freqs=getattr(module, "_freqs", None),
-        scale=getattr(module, "scale", 1.0) if isinstance(module, nn.RoPE) else 1.0,
-    )
-    x = mx.random.normal((1, 1, 3, module.dims), key=mx.random.key(0))
-    back = rope.inverse(module(x, offset=7), 7)
-    factor = mx.linalg.norm(back) / mx.linalg.norm(x)
-    return rope if mx.allclose(back, x * factor, atol=1e-3).item() else None
 
 
 def exact_width(model: Module) -> Literal[16, 32]:

@@ -21,6 +21,7 @@ from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import capture_layers, first_tokens
 from veloxlab.measure.progress import Progress, silent
+from veloxlab.measure.ratios import ratio
 from veloxlab.texts import excerpt
 
 USUAL_BITS = range(2, 7)  # the paper's
@@ -107,8 +108,8 @@ def distortion_curves(
                     distortion = np.array(mean_square(x - codec.decode(code).astype(mx.float32), 0), np.float64)
                     stored = code.nbytes / (x.shape[1] * x.shape[2])
                     rows += [
-                        (seen.layer, head, side, method, width, head_dim, d, d / n, 8 * stored / head_dim, stored)
-                        for head, (d, n) in enumerate(zip(distortion, norm, strict=True))
+                        (seen.layer, head, side, method, width, head_dim, d, r, 8 * stored / head_dim, stored)
+                        for head, (d, r) in enumerate(zip(distortion, ratio(distortion, norm), strict=True))
                     ]
     progress(layers, layers, "done")
     return pl.DataFrame(rows, schema=CURVES, orient="row")

@@ -20,6 +20,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Recorder, capture_layers
 from veloxlab.measure.errors import layer_errors
 from veloxlab.measure.quality import divergence, log_probabilities
+from veloxlab.measure.ratios import ratio
 
 Sides = tuple[NDArray[np.float64], NDArray[np.float64]]  # of keys and of values, one number a KV head
 Step = Callable[[str], None]
@@ -52,7 +53,7 @@ def by_attention_output(model: Module, ids: Sequence[int], sinks: int, step: Ste
         sides = []
         for side, x in zip(SIDES, (seen.keys, seen.values), strict=True):
             trial = _trial(x.shape[-1], side)
-            sides.append(errors.filter(tensor=side)["output_error"].to_numpy() / per_value(trial, x, sinks))
+            sides.append(ratio(errors.filter(tensor=side)["output_error"].to_numpy(), per_value(trial, x, sinks)))
         found.append((sides[0], sides[1]))
     return found
 
@@ -90,7 +91,7 @@ def by_forward_kl(model: Module, ids: Sequence[int], sinks: int, step: Step) -> 
             trial = _Trial(facts, side, sinks)
             caches = integrate.with_caches(model, _instead_of(facts, trial))
             moved = divergence(exact, log_probabilities(model(x, cache=caches)[0])).mean().item()
-            sides.append(np.full(facts.kv_heads, moved / trial.moved.sum()))
+            sides.append(np.full(facts.kv_heads, ratio(moved, trial.moved.sum())))
         found.append((sides[0], sides[1]))
     return found
 

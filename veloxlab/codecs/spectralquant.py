@@ -258,7 +258,7 @@ class EffectiveDimensions(NamedTuple):
 
 
 def effective_dimensions(x: mx.array) -> EffectiveDimensions:
-    """How many directions hold the energy of keys or values ``[B, H, S, D]``, per KV head, 1 to D.
+    """How many directions hold the energy of keys or values ``[B, H, S, D]``, per KV head, 1 to D; 0 of zeros.
 
     SpectralQuant's "3 %" is the uncentred number, most of which is the mean vector.
     """
@@ -266,7 +266,8 @@ def effective_dimensions(x: mx.array) -> EffectiveDimensions:
 
     def participation(y: Floats) -> Floats:
         moment = np.swapaxes(y, 1, 2) @ y
-        return np.asarray(np.square(np.trace(moment, axis1=1, axis2=2)) / np.square(moment).sum(axis=(1, 2)))
+        squares = np.square(moment).sum(axis=(1, 2))
+        return np.asarray(np.square(np.trace(moment, axis1=1, axis2=2)) / np.where(squares == 0, 1.0, squares))
 
     return EffectiveDimensions(participation(vectors), participation(vectors - vectors.mean(axis=1, keepdims=True)))
 

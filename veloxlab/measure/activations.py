@@ -15,6 +15,7 @@ from veloxlab.checks import check_fields, checked, instance, many, whole
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.measure.progress import Progress, silent
+from veloxlab.ropes import ropes_of
 from veloxlab.texts import excerpt
 
 
@@ -112,12 +113,13 @@ def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
     caches = integrate.with_caches(model, recorded)
     if not recorders:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to capture.")
+    ropes = ropes_of(model, ids)
     model(mx.array([ids]), cache=caches)  # lazy: nothing is computed before the layers below are
     del caches
-    while recorders:
+    for rope in ropes:
         seen = recorders.pop(0).seen()
         mx.eval([a for a in (seen.queries, seen.keys, seen.values) if a is not None])
-        yield replace(seen, rope=integrate.rope_of(model, seen.layer))
+        yield replace(seen, rope=rope)
 
 
 def encode(tokenizer: Any, text: str | None, count: int) -> list[int]:  # noqa: ANN401

@@ -6,6 +6,7 @@ import numpy as np
 import polars as pl
 
 from veloxlab.errors import InputError
+from veloxlab.measure.ratios import ratio_of
 
 PROFILE = {
     "tensor": pl.String,
@@ -33,7 +34,7 @@ ERROR_DENSITIES = {
 ERRORS_BY_BITS = {
     "tensor": pl.String,
     "bits": pl.Int32,
-    "error": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over all vectors whose error is finite
+    "error": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over all vectors whose error is finite; null of none
     "true_bits": pl.Float64,  # that a value really takes
     "not_finite": pl.Int64,
 }
@@ -41,7 +42,7 @@ ERRORS_BY_BITS = {
 
 BLOCKS, BINS = 64, 60
 SIDE = ["tensor", "bits"]
-RELATIVE = pl.col("squared_error").cast(pl.Float64) / pl.col("squared_norm").cast(pl.Float64)
+RELATIVE = ratio_of(pl.col("squared_error").cast(pl.Float64), pl.col("squared_norm").cast(pl.Float64))
 
 
 def errors_along_position(tokens: pl.DataFrame, *, blocks: int = BLOCKS) -> pl.DataFrame:
@@ -84,11 +85,8 @@ def errors_by_bits(tokens: pl.DataFrame, true_bits: pl.DataFrame) -> pl.DataFram
     if tokens.is_empty():
         raise InputError("There is nothing to pool: give token_errors with rows.")
     finite = pl.col("squared_error").is_finite()
-    errors = tokens.group_by(SIDE).agg(
-        error=pl.col("squared_error").filter(finite).cast(pl.Float64).sum()
-        / pl.col("squared_norm").filter(finite).cast(pl.Float64).sum(),
-        not_finite=(~finite).sum(),
-    )
+    sums = (pl.col(f"squared_{of}").filter(finite).cast(pl.Float64).sum() for of in ("error", "norm"))
+    errors = tokens.group_by(SIDE).agg(error=pl.when(finite.any()).then(ratio_of(*sums)), not_finite=(~finite).sum())
     layers = true_bits.group_by(*SIDE, "layer").agg(true_bits=pl.col("bits_per_value").sum())
     taken = layers.group_by(SIDE).agg(pl.col("true_bits").mean())
     joined = errors.join(taken, on=SIDE).sort(SIDE)
@@ -100,15 +98,15 @@ def error_densities(tokens: pl.DataFrame, *, bins: int = BINS) -> pl.DataFrame:
 
     Raises
     ------
-    InputError : fewer than two bins, or no vector with an error that is finite and above 0.
+    InputError : fewer than two bins, or no row.
     """
     errors = tokens.select(*SIDE, error=RELATIVE)
-    drawn = errors.filter(pl.col("error").is_finite() & (pl.col("error") > 0))
-    if bins < 2 or drawn.is_empty():
+    if bins < 2 or errors.is_empty():
         raise InputError(
-            f"There is no error above 0 to draw, or fewer than 2 bins: bins={bins} of {drawn.height} errors."
+            f"There is nothing to draw: bins={bins} of {errors.height} errors. Give rows and 2 bins or more."
         )
-    low, high = float(drawn["error"].min()), float(drawn["error"].max())  # type: ignore[arg-type]
+    drawn = errors.filter(pl.col("error").is_finite() & (pl.col("error") > 0))["error"]
+    low, high = (float(end) for end in (drawn.min() or 1.0, drawn.max() or 1.0))  # type: ignore[arg-type]
     edges = np.geomspace(low / 1.01, high * 1.01, bins + 1)  # a little room, so that the ends lie inside
     frames = []
     for (tensor, bits), own in errors.sort(SIDE, maintain_order=True).group_by(SIDE, maintain_order=True):

@@ -8,6 +8,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 import polars as pl
+from numpy.typing import ArrayLike
 
 from veloxlab.attention import causal_mask
 from veloxlab.checks import checked, measured
@@ -16,6 +17,7 @@ from veloxlab.codecs.codec import fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.progress import Progress, silent
+from veloxlab.measure.ratios import ratio, ratio_of
 from veloxlab.prompt_cache import side_bits, usual_bits
 
 Side = Literal["keys", "values"]
@@ -24,8 +26,8 @@ LAYER_ERRORS = {
     "layer": pl.Int32,
     "head": pl.Int32,  # KV head
     "tensor": pl.String,  # "keys" or "values": the one that is compressed, the other stays exact
-    "rel_mse": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over the tokens
-    "cosine": pl.Float64,  # mean over tokens of cos(x, x̂)
+    "rel_mse": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over the tokens; 0 where nothing is lost, of a head of zeros too
+    "cosine": pl.Float64,  # mean over tokens of cos(x, x̂); 1 where nothing is lost
     "logit_error": pl.Float64,  # keys only: root-mean-square change of scale·q·k over causal pairs, in nats
     "output_error": pl.Float64,  # Σ‖o − ô‖² / Σ‖o‖² of the attention output, over the query heads of this KV head
 }
@@ -127,7 +129,7 @@ def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) ->
     """
     last = pl.col("position").max()
     packed = (pl.col("position") >= sinks) & (pl.col("position") <= last - window)
-    error = (pl.col("squared_error") * packed).sum() / pl.col("squared_norm").sum()
+    error = ratio_of((pl.col("squared_error") * packed).sum(), pl.col("squared_norm").sum())
     return tokens.group_by("layer", "head", "tensor", "bits").agg(rel_mse=error).sort("layer", "head", "tensor", "bits")
 
 
@@ -159,8 +161,8 @@ def _side_errors(
     error = mx.square(x - decoded).sum(axis=-1)
     norm, decoded_norm = mx.linalg.norm(x, axis=-1), mx.linalg.norm(decoded, axis=-1)
     cosine = (x * decoded).sum(axis=-1) / mx.maximum(norm * decoded_norm, 1e-30)
-    rel_mse = error.sum(axis=-1) / mx.square(norm).sum(axis=-1)
-    columns = [rel_mse[0], cosine.mean(axis=-1)[0]]
+    cosine = mx.where(error == 0, 1.0, cosine)
+    columns: list[ArrayLike] = [ratio(error.sum(axis=-1)[0], mx.square(norm).sum(axis=-1)[0]), cosine.mean(axis=-1)[0]]
     if layer.queries is not None and layer.scale is not None:
         columns += _attention_errors(layer.queries, layer.scale, layer, side, decoded)
     values = [np.array(c).tolist() for c in columns]
@@ -178,7 +180,7 @@ def _side_errors(
 
 def _attention_errors(
     queries: mx.array, scale: float, layer: LayerCapture, side: Side, decoded: mx.array
-) -> list[mx.array]:
+) -> list[ArrayLike]:
     """Logit error and attention-output error of each KV head, two arrays ``[H]``."""
     keys, values = layer.keys.astype(mx.float32), layer.values.astype(mx.float32)
     _, kv_heads, tokens, _ = keys.shape
@@ -198,5 +200,5 @@ def _attention_errors(
     logit_error = mx.sqrt(mx.where(mask, mx.square(changed - exact), 0.0).sum(axis=(1, 2, 3)) / pairs)
     out = output(exact, values)
     out_changed = output(changed, decoded if side == "values" else values)
-    output_error = mx.square(out - out_changed).sum(axis=(1, 2, 3)) / mx.square(out).sum(axis=(1, 2, 3))
-    return [logit_error, output_error]
+    moved = mx.square(out - out_changed).sum(axis=(1, 2, 3))
+    return [logit_error, ratio(moved, mx.square(out).sum(axis=(1, 2, 3)))]

@@ -15,6 +15,7 @@ from veloxlab.codecs.commvq_training import pairs
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
+from veloxlab.measure.ratios import ratio
 from veloxlab.measure.spaces import vectors
 
 PAIRS = {
@@ -65,8 +66,8 @@ def rope_pairs(capture: Capture) -> pl.DataFrame:
             "first": np.tile(first, heads),
             "second": np.tile(second, heads),
             "wavelength": np.tile(2 * math.pi / layer.rope.angles, heads),
-            "energy_share": (energy / np.square(x).sum(axis=2).mean(axis=1)[:, None]).reshape(-1),
-            "mean_share": (mean / np.where(energy == 0, 1.0, energy)).reshape(-1),
+            "energy_share": ratio(energy, np.square(x).sum(axis=2).mean(axis=1)[:, None]).reshape(-1),
+            "mean_share": ratio(mean, energy).reshape(-1),
         }
         frames.append(pl.DataFrame(columns, schema=PAIRS))
     if not frames:

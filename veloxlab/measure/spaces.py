@@ -70,8 +70,14 @@ def vectors(layer: LayerCapture, side: Side, space: Space = "raw") -> Floats:
 def _on_axes(x: mx.array, layer: int) -> mx.array:
     if not mx.isfinite(x).all().item():
         raise InputError(f"Layer {layer} holds numbers that are NaN or infinite, which have no axes: see it in 'raw'.")
-    fitted = SpectralQuant(x.shape[-1], bits=4).fit(Sample(x))  # axes and mean do not depend on the bits
+    heads = mx.array([head for head in range(x.shape[1]) if x[:, head].any().item()])  # one of zeros stays where it is
+    if not heads.size:
+        return x
+    own = x[:, heads]
+    fitted = SpectralQuant(x.shape[-1], bits=4).fit(Sample(own))  # axes and mean do not depend on the bits
     assert fitted.forward is not None
     assert fitted.mean is not None
-    rms = mx.sqrt(mx.square(x).mean(axis=-1, keepdims=True))
-    return x / mx.where(rms == 0, 1.0, rms) @ fitted.forward - fitted.mean
+    rms = mx.sqrt(mx.square(own).mean(axis=-1, keepdims=True))
+    moved = mx.zeros_like(x)
+    moved[:, heads] = own / mx.where(rms == 0, 1.0, rms) @ fitted.forward - fitted.mean
+    return moved

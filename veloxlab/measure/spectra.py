@@ -12,6 +12,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture
 from veloxlab.measure.distributions import seen
 from veloxlab.measure.errors import Side
+from veloxlab.measure.ratios import ratio
 from veloxlab.measure.spaces import SIDES
 
 SPECTRUM = {
@@ -29,7 +30,7 @@ DIMENSIONS = {
     "head": pl.Int32,
     "tensor": pl.String,
     "head_dim": pl.Int32,
-    "uncentred": pl.Float64,  # effective dimensions (Σλ)² / Σλ² of the second moments, 1 to D
+    "uncentred": pl.Float64,  # effective dimensions (Σλ)² / Σλ² of the second moments, 1 to D; 0 of a head of zeros
     "centred": pl.Float64,  # of those about the mean
     "mean_share": pl.Float64,  # ‖mean vector‖² / mean ‖x‖²
 }
@@ -43,7 +44,7 @@ def spectra(capture: Capture, *, tensors: tuple[Side, ...] = SIDES) -> pl.DataFr
 
     Raises
     ------
-    InputError : numbers that are NaN or infinite, or a head that does not vary.
+    InputError : numbers that are NaN or infinite, or a head that does not vary and is not zero.
     """
     frames = []
     for layer, side, x in seen(capture, "raw", tensors):
@@ -80,16 +81,16 @@ def dimensions(capture: Capture, *, tensors: tuple[Side, ...] = SIDES) -> pl.Dat
             "head_dim": [dim] * heads,
             "uncentred": found.uncentred,
             "centred": found.centred,
-            "mean_share": mean / energy,
+            "mean_share": ratio(mean, energy),
         }
         frames.append(pl.DataFrame(columns, schema=DIMENSIONS))
     return pl.concat(frames)
 
 
 def spectrum_shares(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Eigenvalues of xᵀx of vectors ``[S, D]``, as shares of their sum, the largest first ``[D]``."""
+    """Eigenvalues of xᵀx of vectors ``[S, D]``, as shares of their sum, the largest first ``[D]``; 0 of zeros."""
     values = np.clip(np.linalg.eigvalsh(x.T @ x)[::-1], 0.0, None)  # rounding makes some slightly negative
-    return np.asarray(values / values.sum())
+    return ratio(values, values.sum())
 
 
 def _check(x: NDArray[np.float32], layer: int, side: Side) -> None:
@@ -98,5 +99,5 @@ def _check(x: NDArray[np.float32], layer: int, side: Side) -> None:
             f"The {side} of layer {layer} hold numbers that are NaN or infinite, which have no spectrum: load the "
             "model with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
         )
-    if (x == x[:, :1]).all(axis=(1, 2)).any():
+    if ((x == x[:, :1]) & (x[:, :1] != 0).any(axis=2, keepdims=True)).all(axis=(1, 2)).any():
         raise InputError(f"A head of the {side} of layer {layer} does not vary over the tokens: capture a longer text.")

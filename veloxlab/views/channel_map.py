@@ -16,6 +16,7 @@ from veloxlab.views.logscale import LABEL, log_ticks, not_drawn, on_log_scale
 CELLS = 1_920  # at most: more channels are drawn in groups, each by its loudest
 DOMAIN = (0.5, 20.0)  # of root-mean-square over the median channel's, clamped
 STEP, TALLEST = 11, 330  # pixels of a layer, and of the map
+RATIO = pl.when(pl.col("rms") == 0).then(0.0).otherwise(pl.col("rms") / pl.col("rms").median().over("layer"))
 
 
 def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -35,9 +36,8 @@ def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
         if frame[name].n_unique() > 1:
             raise InputError(f"channel_map shows one {name} and the frame has {frame[name].n_unique()}: filter it.")
     group = math.ceil(frame.height / CELLS)
-    ratio = pl.col("rms") / pl.col("rms").median().over("layer")
     shown = (
-        frame.select("layer", "not_finite", channel=pl.col("channel") // group * group, ratio=ratio)
+        frame.select("layer", "not_finite", channel=pl.col("channel") // group * group, ratio=RATIO)
         .group_by("layer", "channel", maintain_order=True)
         .agg(pl.col("ratio").max(), pl.col("not_finite").sum())
         .with_columns(channel_end=pl.col("channel") + group)
@@ -84,7 +84,7 @@ def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
 
 def channel_map_caption(frame: pl.DataFrame) -> str:
     """Say which channel is loudest and by how much, how many values are not finite, and how many channels not drawn."""
-    ratios = frame.with_columns(ratio=pl.col("rms") / pl.col("rms").median().over("layer"))
+    ratios = frame.with_columns(ratio=RATIO)
     heard = ratios.filter(pl.col("ratio").is_finite()).sort("ratio", "layer", "channel")
     broken = int(frame["not_finite"].sum())
     said = [

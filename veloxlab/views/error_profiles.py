@@ -103,7 +103,7 @@ def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
     Parameters
     ----------
     frame
-        Rows of `veloxlab.measure.error_profiles.ERRORS_BY_BITS`.
+        Rows of `veloxlab.measure.error_profiles.ERRORS_BY_BITS`; errors of 0 have no place on a log scale.
     caption
         The line under the heading; by default what one more bit does.
     """
@@ -145,7 +145,8 @@ def by_bits_caption(frame: pl.DataFrame) -> str:
             factor = (own["error"][0] / own["error"][-1]) ** (1 / spent)
             said.append(f"{tensor} {factor:.1f}×")
     broken = int(frame["not_finite"].sum())
-    words = f"One more bit divides the error by: {', '.join(said)}" if said else "One width alone"
+    alone = "One width alone" if (frame["error"] > 0).any() else "Nothing is lost"
+    words = f"One more bit divides the error by: {', '.join(said)}" if said else alone
     words += f"; × {broken} not finite" if broken else ""
     return "; ".join([words, *not_drawn(frame["error"], zero=True)])
 

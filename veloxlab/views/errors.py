@@ -7,6 +7,7 @@ import math
 import altair as alt
 import polars as pl
 
+from veloxlab.errors import InputError
 from veloxlab.views import palette
 from veloxlab.views.columns import known, require
 from veloxlab.views.furniture import Plot, caption_title, framed, layer_axis, layer_columns, layer_step, picked_outline
@@ -37,7 +38,7 @@ def error_map(
     ----------
     frame
         Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``) and the metric's column. A value that is
-        not finite is marked with a cross; a tensor without values is left out.
+        not finite is marked with a cross; one that is null is left out.
     metric
         ``"rel_mse"``, ``"cosine"``, ``"logit_error"`` or ``"output_error"``.
     domain
@@ -49,12 +50,18 @@ def error_map(
     -------
     alt.VConcatChart
         A chart with the params ``caption`` and ``picked_layer``.
+
+    Raises
+    ------
+    InputError
+        If the frame does not fit, or holds no value of the metric.
     """
     known(metric, METRICS, "metric")
     require(frame, {"layer": "number", "head": "number", "tensor": "text", metric: "number"}, "error_map")
-    shown = frame.select("layer", "head", "tensor", metric)
-    tensors = [t for t in palette.TENSORS if not shown.filter(pl.col("tensor") == t)[metric].is_null().all()]
-    shown = shown.filter(pl.col("tensor").is_in(tensors)).sort("tensor", "layer", "head")
+    shown = frame.select("layer", "head", "tensor", metric).drop_nulls(metric).sort("tensor", "layer", "head")
+    tensors = [tensor for tensor in palette.TENSORS if tensor in shown["tensor"]]
+    if not tensors:
+        raise InputError(f"error_map has no {metric} to draw: take 'rel_mse', which every model shows.")
     layers, heads = shown["layer"].n_unique(), shown["head"].n_unique()
     group = math.ceil(layers * heads * len(tensors) / MARKS)
     scale = domain or error_domain(frame, metric)

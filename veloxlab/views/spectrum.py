@@ -72,7 +72,8 @@ def spectrum_caption(frame: pl.DataFrame) -> str:
     said = []
     for tensor in palette.TENSORS:
         own = frame.filter(pl.col("tensor") == tensor, pl.col("share").is_finite())
-        found = [1 / float(own.filter(pl.col("about") == about)["share"].pow(2).sum() or 1) for about in ABOUT]
+        squares = [own.filter(pl.col("about") == about)["share"].pow(2).sum() for about in ABOUT]
+        found = [1 / float(square) if square else 0.0 for square in squares]  # a head of zeros has no direction
         if not own.is_empty():
             said.append(f"{tensor} {found[0]:.1f} with the mean, {found[1]:.1f} without it")
     return f"{head_words(frame)}. Effective dimensions: " + "; ".join([*said, *not_drawn(frame["share"])])

@@ -27,12 +27,16 @@ from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.measuring import Measuring
 from veloxlab.widgets.panel import Panel, nearest, offer
 from veloxlab.widgets.progress import ProgressBar
-from veloxlab.widgets.tables import Bits
+from veloxlab.widgets.tables import ATTENTION, Bits
 from veloxlab.widgets.traits import Whole, Words
 from veloxlab.widgets.worker import Progress, Status
 
 ALL = "all layers"
 WIDTHS = ("key_bits", "value_bits")
+NO_QUERIES = (
+    "This model computes attention by itself and does not show its queries: errors of keys and values can be seen, "
+    "those of attention cannot."
+)
 
 
 class CacheExplorer(Panel):
@@ -55,7 +59,8 @@ class CacheExplorer(Panel):
 
     Attributes
     ----------
-    method, key_bits, value_bits, sinks, window, layer, metric : traits; set them and the charts follow.
+    method, key_bits, value_bits, sinks, window, layer, metric : traits; set them and the charts follow. Where a model
+        does not show its queries, the metric is ``"rel_mse"`` and no other.
     measured : `veloxlab.fidelity` of every setting that was measured.
     plan : the settings as a `veloxlab.Plan`.
     errors, bits, memory, frontier : the charts, each with ``frame``, ``to_parquet``, ``to_csv``, ``to_png`` and
@@ -108,8 +113,11 @@ class CacheExplorer(Panel):
         self._settings_measured: list[dict[str, Any]] = []
         for width in set(base):
             self._measuring_of(method).width(width, sinks, window)
+        metric = next(
+            m for m in (type(self).metric.default_value, *self._metrics.values()) if m in self._metrics.values()
+        )
         knobs = {"method": method, "key_bits": base[0], "value_bits": base[1], "sinks": sinks, "window": window}
-        super().__init__(self.NAME, None, **knobs)
+        super().__init__(self.NAME, None, **knobs, metric=metric)
         self._charts = CacheCharts(self._measuring.tables, self._knobs)
         t.link((self, "layer"), (self.errors, "picked"))
         self._code = ipywidgets.HTML()
@@ -120,8 +128,16 @@ class CacheExplorer(Panel):
         self.observe(self._knob_turned, [*WIDTHS, "sinks", "window", "metric"])
         self.observe(lambda _: self._layer_picked(), "layer")
         self._arrange()
+        if len(self._metrics) < len(METRICS):
+            self.say_always(NO_QUERIES)
         self.worker.watch(weakly(self._follow))
         self._measure_rest()
+
+    @property
+    def _metrics(self) -> dict[str, str]:
+        """The errors that can be drawn, by their words: those of attention take its queries."""
+        shown = any(c.queries is not None for c in self._capture.layers)
+        return {words: metric for words, metric in METRICS.items() if shown or metric not in ATTENTION}
 
     # state ----------------------------------------------------------------------------------------------------------
 
@@ -264,7 +280,7 @@ class CacheExplorer(Panel):
             (layer, "value"),
             transform=(lambda n: ALL if n is None else str(n), lambda s: None if s == ALL else int(s)),
         )
-        metric = self._choice("metric", list(METRICS.items()), "error of", "Which error is drawn")
+        metric = self._choice("metric", list(self._metrics.items()), "error of", "Which error is drawn")
         metric.layout.width = "340px"
         reset = ipywidgets.Button(description="Same for all", tooltip="Forget the bits of single layers")
         reset.on_click(lambda _: self._reset())
@@ -310,6 +326,8 @@ class CacheExplorer(Panel):
     def _metric_is_known(self, proposal: dict[str, Any]) -> str:
         if proposal["value"] not in DOMAINS:
             raise InputError(f"There is no metric {proposal['value']!r}: choose one of {', '.join(DOMAINS)}.")
+        if proposal["value"] not in self._metrics.values():
+            raise InputError(f"There is no {proposal['value']} here. {NO_QUERIES}")
         return str(proposal["value"])
 
     def _known(self, method: str) -> str:

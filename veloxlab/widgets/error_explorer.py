@@ -90,6 +90,8 @@ class ErrorExplorer(LayerExplorer[ErrorLook]):
         names = [name for name in self.CHARTS if name != "attention" or maps]
         super().__init__(frames, names, worker, layer=layer, head=head, method=method, bits=bits)
         self.children = [self._controls(), self._message, *self.charts.values()]
+        if not maps:
+            self.say_always("Not every layer shows its queries, so there are no attention maps.")
 
     def __repr__(self) -> str:
         said = self.charts["positions"].content["params"]["caption"]

@@ -81,6 +81,8 @@ class KeyExplorer(LayerExplorer[KeyLook]):
         knobs = {"layer": layer, "head": head, "tensor": tensor, "space": space, "method": method, "bits": bits}
         super().__init__(frames, names, worker, **knobs)
         self.children = [self._controls(), self._message, *self.charts.values()]
+        if PAIRS not in names:
+            self.say_always("Not every layer has a rotary embedding that is known, so there is no chart of its pairs.")
 
     def __repr__(self) -> str:
         return (

@@ -40,9 +40,11 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     Attributes
     ----------
     worker : does what takes longer than a moment; panels may share one.
+    lasting : a sentence that is shown where there is no other: what cannot be shown here, and why.
     """
 
     children: Any
+    lasting = ""
 
     def __init__(self, name: str, worker: Worker | None = None, **traits: Any) -> None:
         self._name, self._owns_worker = name, worker is None
@@ -113,8 +115,14 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         return files
 
     def say(self, sentence: str) -> None:
-        """Show a sentence, of what went wrong or is awaited, or none."""
-        self._message.value = f"<em>{html.escape(sentence)}</em>" if sentence else ""
+        """Show a sentence, of what went wrong or is awaited; where there is none, the `lasting` one."""
+        shown = sentence or self.lasting
+        self._message.value = f"<em>{html.escape(shown)}</em>" if shown else ""
+
+    def say_always(self, sentence: str) -> None:
+        """Make a sentence the `lasting` one, and show it."""
+        self.lasting = sentence
+        self.say("")
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """Show the live widget, and beside it a picture and a line for places where no kernel runs."""

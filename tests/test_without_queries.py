@@ -1,0 +1,52 @@
+"""Models that compute attention by themselves show no queries: the laboratory opens and says what it cannot show."""
+
+import pytest
+
+import veloxlab as vl
+from tests.tiny_models import tiny
+from veloxlab.errors import InputError
+from veloxlab.widgets.cache_explorer import NO_QUERIES
+
+STABLELM = {"rope_theta": 1e4, "use_qkv_bias": False, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5}
+
+
+class Letters:
+    """A tokenizer of one token for each letter."""
+
+    def encode(self, text: str) -> list[int]:
+        """Numbers that differ from place to place."""
+        return [(7 * i * i + 3 * i) % 90 for i in range(len(text))]
+
+
+@pytest.fixture(scope="module", params=["gemma2", "stablelm"])
+def lab(request):
+    model = tiny(request.param, **(STABLELM if request.param == "stablelm" else {}))
+    lab = vl.Lab(model, Letters(), tokens=64, window=8)
+    assert lab.wait(120)
+    yield lab
+    lab.worker.close()
+
+
+def test_the_laboratory_opens_with_errors_of_keys_and_values(lab):
+    assert (lab.metric, lab.worker.last_error) == ("rel_mse", None)
+    assert set(lab.errors.frame["tensor"]) == {"keys", "values"}
+    assert lab.errors.frame["rel_mse"].is_finite().all()
+    assert NO_QUERIES in lab._message.value
+    lab.key_bits = 2
+    assert lab.wait(120)
+    assert NO_QUERIES in lab._message.value  # still, once the new settings are measured
+
+
+def test_errors_of_attention_are_refused(lab):
+    for metric in ("output_error", "logit_error"):
+        with pytest.raises(InputError, match=f"There is no {metric} here. This model computes attention by itself"):
+            lab.metric = metric
+    assert lab.metric == "rel_mse"
+    with pytest.raises(InputError, match="There is no output_error here"):
+        lab.restore({**lab.state, "metric": "output_error"})
+
+
+def test_its_page_of_errors_says_that_there_are_no_attention_maps(lab):
+    page = lab.turn_to("errors")
+    assert "attention" not in page.charts
+    assert "there are no attention maps" in page._message.value
