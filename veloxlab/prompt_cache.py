@@ -16,7 +16,7 @@ from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.saving import described, method_of, same_codec, same_kind
 from veloxlab.errors import InputError
-from veloxlab.integrate import LayerFacts, attach, exact_width, probe, slots_of, with_caches
+from veloxlab.integrate import LayerFacts, attach, exact_width, probe, slot_of, slots_of, with_caches
 
 Sliding = Literal["compressed", "exact"]
 
@@ -168,8 +168,7 @@ def make_cache(
     )
     for found in probe(model):
         if not found.compressible:
-            own = caches[found.layer] if found.slot is None else caches[found.layer].caches[found.slot]
-            own.reason = found.reason  # for reports
+            slot_of(caches, found).reason = found.reason  # for reports
     return caches
 
 

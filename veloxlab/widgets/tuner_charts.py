@@ -85,7 +85,8 @@ class TunerCharts:
         )
         if not found.only_least:
             return said
-        return f"{said}. Nothing is allocated: the bounds' least width, {found.bounds.least_bits}, is all that this pays for"
+        least = found.bounds.least_bits
+        return f"{said}. Nothing is allocated: the bounds' least width, {least}, is all that this pays for"
 
     def predicted(self, found: Allocation) -> str:
         """Say what an allocation, and uniform bits in the same bytes, are predicted to lose."""
