@@ -62,7 +62,7 @@ def test_uniform_bits_are_of_the_method_that_was_named_first(several):
 def test_curves_are_what_codecs_do_to_a_capture(model, rates):
     curves = rates.curves
     assert curves.schema == CURVES
-    assert curves.height == 3 * 2 * 2 * 5  # layers, heads, sides, widths
+    assert curves.height == 3 * 2 * 2 * 6  # layers, heads, sides, widths
     seen = vl.capture(model, Letters(), TEXT, tokens=128)
     tokens = vl.token_errors(seen, bits=3).filter(pl.col("position") >= 2, layer=1, tensor="keys", head=0)
     row = curves.filter(layer=1, head=0, side="keys", bits=3).row(0, named=True)
@@ -74,12 +74,12 @@ def test_curves_are_what_codecs_do_to_a_capture(model, rates):
 def test_fits_of_keys_and_values_are_those_of_the_codebook(rates):
     """A rotated random vector is as good as Gaussian: keys' unbiased scale alone costs 1/(1 − D)."""
     fits = {row["side"]: row for row in fitted(rates.curves).iter_rows(named=True)}
-    ideal = [sphere_codebook(b, 64).distortion for b in range(2, 7)]
-    slope, intercept = np.polyfit(range(2, 7), np.log(ideal), 1)
+    ideal = [sphere_codebook(b, 64).distortion for b in range(1, 7)]
+    slope, intercept = np.polyfit(range(1, 7), np.log(ideal), 1)
     assert fits["values"]["beta"] == pytest.approx(np.exp(-slope), rel=0.03)
     assert fits["values"]["alpha"] == pytest.approx(np.exp(intercept), rel=0.1)
     unbiased = [d / (1 - d) for d in ideal]
-    slope, intercept = np.polyfit(range(2, 7), np.log(unbiased), 1)
+    slope, intercept = np.polyfit(range(1, 7), np.log(unbiased), 1)
     assert fits["keys"]["beta"] == pytest.approx(np.exp(-slope), rel=0.03)
     assert fits["keys"]["alpha"] == pytest.approx(np.exp(intercept), rel=0.1)
 
@@ -182,14 +182,30 @@ def test_a_floor_of_quality_takes_the_fewest_bytes(rates):
 
 
 def test_the_frontier_falls_and_lies_under_uniform_widths(rates):
-    frontier = rates.frontier()
+    frontier = rates.frontier(vl.Bounds(1, 6))
     best, uniform = frontier.filter(kind="allocated"), frontier.filter(kind="uniform")
     assert best["bytes_per_token"].is_sorted()
     assert best["predicted_loss"].is_sorted(descending=True)
-    assert uniform["true_bits"].to_list() == [2.25, 3.25, 4.25, 5.25, 6.25]
+    assert uniform["true_bits"].to_list() == [1.25, 2.25, 3.25, 4.25, 5.25, 6.25]
     for row in uniform.iter_rows(named=True):
         under = best.filter(pl.col("bytes_per_token") <= row["bytes_per_token"])["predicted_loss"].min()
         assert under <= row["predicted_loss"] * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("budget", "least"), [(2.0, 1), (2.25, 1), (2.37, 1), (2.38, 2), (3.25, 2)])
+def test_one_bit_is_given_only_where_two_bits_would_spend_the_budget(rates, budget, least):
+    """Every value has 0.25 bits of scales, so that 19/18 of what 2 bits take is 2.375."""
+    found = rates.solve(budget)
+    assert found.bounds == vl.Bounds(least_bits=least)
+    assert not found.only_least
+    if budget >= 2.25:
+        assert found.predicted_loss < found.predicted_uniform_loss
+
+
+def test_bounds_that_leave_nothing_to_allocate_are_told(rates):
+    found = rates.solve(2.25, vl.Bounds())
+    assert found.only_least
+    assert set(rates.heads(found.plan)["bits"]) == {2}
 
 
 def test_bounds_are_kept(model, rates):
@@ -225,8 +241,8 @@ def test_a_plan_of_another_model_is_refused(rates):
 
 def test_across_methods_a_plan_is_no_worse_than_with_one(model, rates, several):
     for bits in (2.3, 3.1, 4.0):
-        solved = several.solve(bits)
-        assert solved.predicted_loss <= rates.solve(bits).predicted_loss * (1 + 1e-6)
+        solved = several.solve(bits, vl.Bounds())
+        assert solved.predicted_loss <= rates.solve(bits, vl.Bounds()).predicted_loss * (1 + 1e-6)
         assert bytes_per_token(solved.plan, model) == pytest.approx(solved.bytes_per_token)
     methods = {s for layer in several.plan(3.1).layers for s in (layer.key_method, layer.value_method)}
     assert methods <= {"ratequant", "rabitq", "polarquant"}
@@ -293,9 +309,11 @@ def test_models_of_other_kinds_are_allocated_and_attached(family, folder):
 
 def test_what_cannot_be_allocated_is_refused(model, rates):
     with pytest.raises(InputError, match="leaves 192.0 bytes a token .* within the bounds take 216.0: give more"):
-        rates.solve(2.0)
-    with pytest.raises(InputError, match="leaves 192.0 bytes a token .* takes more for all heads: give more"):
-        rates.uniform(2.0)
+        rates.solve(2.0, vl.Bounds())
+    with pytest.raises(InputError, match="leaves 96.0 bytes a token .* within the bounds take 120.0: give more"):
+        rates.solve(1.0)
+    with pytest.raises(InputError, match="leaves 96.0 bytes a token .* takes more for all heads: give more"):
+        rates.uniform(1.0)
     with pytest.raises(InputError, match="A uniform plan is made for a budget of bytes or bits"):
         rates.uniform(vl.QualityFloor(1))
     with pytest.raises(InputError, match="No width from 7 to 8 bits was measured for keys of layer 0"):
@@ -316,7 +334,7 @@ def test_a_key_norm_weighs_the_relative_distortion(model, folder):
     table = head_tables(rates.sensitivities, rates.curves)[1, "keys"][0]
     row = rates.curves.filter(layer=1, head=0, side="keys", bits=2).row(0, named=True)
     norm = rates.sensitivities.filter(layer=1, head=0, side="keys")["sensitivity"][0]
-    assert table.losses[0, 0] == pytest.approx(norm * row["relative"])
+    assert table.losses[0, 1] == pytest.approx(norm * row["relative"])
 
 
 # on a real model

@@ -192,3 +192,47 @@ def test_every_timed_query_is_the_same(make, monkeypatch):
     measured_speed.cache_speed(LayerCapture(0, None, x, x, None), make)
     assert len(seen) > 1
     assert all(np.array_equal(query, seen[0]) for query in seen)
+
+
+@pytest.mark.parametrize("family", ["falcon_h1", "qwen3_next", "mistral", "gemma3n"])
+def test_lengths_of_layers_of_every_kind_are_measured(family):
+    """States and sliding windows cannot be trimmed: what decoding reads there stays read."""
+    model, told = tiny(family), {}
+    caches = lengths.makers(model, theirs=(4,))
+    frame = lengths.costs_by_length(model, caches, [8, 40], on_rows=lambda rows, left_out: told.update(left_out))
+    slides = family in ("mistral", "gemma3n")
+    assert [*told] == ["mlx-lm 4 bit"] * slides
+    assert frame["cache"].to_list() == [name for name in caches if name not in told for _ in range(2)]
+    assert frame["decode_seconds"].null_count() == 0
+
+
+def test_lengths_that_a_cache_cannot_go_back_to_are_left_out():
+    model, told = tiny("falcon_h1"), {}
+    caches = {"own": lengths.makers(model)["exact 32 bit"]}
+    frame = lengths.costs_by_length(model, caches, [8, 10], on_rows=lambda rows, left_out: told.update(left_out))
+    assert frame["tokens"].to_list() == [8]
+    assert "from 10 tokens on: it cannot be trimmed, and has read 17 tokens" in told["own"]
+
+
+def test_lengths_are_on_disk_as_they_come(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(lengths.SHAPES, "smollm2-135m", SMALL_MODEL | {"head_dim": 80})
+    words = ["memory", "--random", "--tokens", "16", "--json", str(tmp_path / "memory.json")]
+    assert cli.main(words) == 0
+    results = json.loads((tmp_path / "memory.json").read_text())
+    reason = "mlx-lm has no 4-bit cache for this model: keys of layer 0 have head dimension 80, no multiple of"
+    assert reason in results["left_out"]["smollm2-135m"]["mlx-lm 4 bit"]
+    assert reason in capsys.readouterr().out
+    measured = (tmp_path / "memory.json").read_text()
+
+    def stopped(done, total, label):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed, "say", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main(words)
+    (unfinished,) = tmp_path.glob("*.unfinished.json")
+    assert [row["cache"] for row in json.loads(unfinished.read_text())["smollm2-135m"]] == ["exact 16 bit"]
+    assert (tmp_path / "memory.json").read_text() == measured
+    assert cli.main(["memory", "--random", "--model", "unknown"]) == 2
+    assert "No shape of 'unknown' is known" in capsys.readouterr().err

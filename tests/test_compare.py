@@ -1,11 +1,17 @@
 """The comparison behind the README's tables, on a small model and on small shapes."""
 
 import polars as pl
+import pytest
 
+import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
+from veloxlab import cli
+from veloxlab.cli import quality
 from veloxlab.cli.tables import compared_table, ratio_table
 from veloxlab.codecs import METHODS
+from veloxlab.errors import InputError
+from veloxlab.measure import compare as measured
 from veloxlab.measure.compare import COMPARED, LONG, byte_ratios, compare
 
 
@@ -32,3 +38,78 @@ def test_whole_caches_are_as_small_as_promised():
     assert ratios["rvq K2 V2"]["key_ratio"] >= 7.5
     assert ratios["rabitq K1 V4"]["ratio"] >= 5.9
     assert ratio_table(frame).count("\n") == 1 + frame.height
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "reason"),
+    [
+        ("falcon_h1", {}, None),
+        ("qwen3_next", {}, None),
+        ("lfm2", {}, "head dimension 16, no multiple of its groups of 64"),
+        ("llama", {"head_dim": 80}, "head dimension 80, no multiple"),
+        ("llama", {"head_dim": 256}, "no room for keys of head dimension 256"),
+        ("gemma3_text", {}, "layer 0 slides"),
+    ],
+)
+def test_a_cache_that_a_model_cannot_have_is_left_out_and_the_others_are_kept(monkeypatch, family, config, reason):
+    monkeypatch.setattr(measured, "METHODS", {"turboquant": METHODS["turboquant"]})
+    told, rows = {}, []
+    frame = compare(
+        tiny(family, **config), Letters(), bits=(3,), text=TEXT, tokens=24, windows=1,
+        on_rows=lambda so_far, left_out: (told.update(left_out), rows.append(so_far.height)),
+    )  # fmt: skip
+    wide = reason is None or "256" in reason
+    assert frame["name"].to_list() == [
+        "turboquant 3 bit",
+        *["mlx-lm 3 bit"] * (reason is None),
+        *["mlx-lm 8 bit"] * wide,
+    ]
+    assert rows[-1] == frame.height
+    assert len(rows) == 3
+    assert (reason in told["mlx-lm 3 bit"]) if reason else not told
+
+
+def test_an_unknown_failure_is_told_with_its_kind(monkeypatch):
+    monkeypatch.setattr(measured, "METHODS", {"turboquant": METHODS["turboquant"]})
+    monkeypatch.setattr(measured, "_ours", lambda *_: lambda model: [])
+    told, labels = {}, []
+    frame = compare(
+        tiny("llama"), Letters(), bits=(4,), text=TEXT, tokens=24, windows=1,
+        progress=lambda done, total, label: labels.append(label), on_rows=lambda _, left_out: told.update(left_out),
+    )  # fmt: skip
+    assert frame["name"].to_list() == ["mlx-lm 4 bit", "mlx-lm 8 bit"]
+    assert told == {"turboquant 4 bit": "IndexError: list index out of range"}
+    assert "turboquant 4 bit is left out: IndexError: list index out of range" in labels
+
+
+def test_rows_are_on_disk_as_they_come_and_the_table_says_what_is_left_out(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(vl, "load", lambda name: (tiny("llama", head_dim=80), Letters()))
+    monkeypatch.setattr(measured, "METHODS", {"turboquant": METHODS["turboquant"]})
+    words = ["compare", "--tokens", "24", "--windows", "1", "--out", str(tmp_path)]
+
+    def stopped(done, total, label):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(quality, "say", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            cli.main(words)
+    (unfinished,) = tmp_path.glob("*")
+    assert pl.read_parquet(unfinished)["name"].to_list() == ["turboquant 1 bit", "turboquant 2 bit"]
+    assert cli.main(words) == 0
+    assert "mlx-lm 8 bit is left out: mlx-lm has no 8-bit cache for this model" in capsys.readouterr().out
+    stem = "compare_smollm2-135m"
+    assert {p.name for p in tmp_path.iterdir()} == {
+        *(f"{stem}.{x}" for x in ("md", "parquet", "png")),
+        "byte_ratios.parquet",
+    }
+    assert pl.read_parquet(tmp_path / f"{stem}.parquet").height == 4
+
+
+def test_a_model_without_any_of_these_caches_is_a_sentence(monkeypatch):
+    monkeypatch.setattr(measured, "METHODS", {})
+    with pytest.raises(
+        InputError, match=r"No cache can be compared with this model's own; mlx-lm 3 bit: mlx-lm has no"
+    ):
+        compare(tiny("llama", head_dim=80), Letters(), bits=(3,), text=TEXT, tokens=24, windows=1)

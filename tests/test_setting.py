@@ -126,7 +126,9 @@ def test_a_floor_of_quality_is_of_the_measured_loss_whatever_keys_weigh(allocato
 
 
 def test_below_the_least_width_there_are_no_uniform_bits_to_compare_with(model, folder):
-    rates = vl.rate_budget(model, Letters(), ("ratequant", "polarquant"), TEXT, folder=folder, **MEASURED)
+    rates = vl.rate_budget(
+        model, Letters(), ("ratequant", "polarquant"), TEXT, bits=(2, 3, 4), folder=folder, **MEASURED
+    )
     found = Allocator(rates).solve(Setting(2.1, key_weight=2.0))  # PolarQuant has no scales: 2 bits are 2.00
     assert found.uniform is found.predicted_uniform_loss is None
     assert found.predicted_loss > 0

@@ -1,6 +1,7 @@
 """The tuner answers from tables on whatever thread its knobs are turned, and measures what it is asked to."""
 
 import base64
+import html
 import json
 import threading
 
@@ -117,6 +118,10 @@ def test_several_parts_are_set_at_once_or_none(tuner):
     tuner.tune(budget=5.0, bounds=vl.Bounds(4, 6), key_weight=2.0)
     before = tuner.setting
     assert before == Setting(vl.AverageBits(5.0), vl.Bounds(4, 6), 2.0)
+    tuner.tune(budget=4.25)
+    assert "Nothing is allocated: the bounds' least width, 4," in html.unescape(tuner._told.value)
+    tuner.tune(budget=5.0)
+    assert "Nothing" not in tuner._told.value
     for parts, sentence in (
         ({"budget": 2.25}, "give more, or allow fewer bits"),
         ({"budget": "much"}, "budget='much' cannot be used"),
@@ -125,7 +130,7 @@ def test_several_parts_are_set_at_once_or_none(tuner):
     ):
         with pytest.raises(InputError, match=sentence):
             tuner.tune(**parts)
-        assert tuner.setting is before
+        assert tuner.setting == before
 
 
 def test_keys_that_weigh_more_get_more_bits(tuner):

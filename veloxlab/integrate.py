@@ -276,6 +276,12 @@ def slots_of(caches: Sequence[Any]) -> list[Any]:
     return [slot for entry in caches for slot in getattr(entry, "caches", (entry,))]
 
 
+def slot_of(caches: Sequence[Any], facts: LayerFacts) -> Any:  # noqa: ANN401 - mlx-lm's caches share no base
+    """The single cache of a prompt cache that ``facts`` are of."""
+    entry = caches[facts.layer]
+    return entry if facts.slot is None else entry.caches[facts.slot]
+
+
 def own_cache(model: Module) -> list[Any]:
     """The caches that mlx-lm makes for the model when veloxlab is not asked: `use` may have changed what it makes."""
     make = getattr(type(model), "make_cache", None)

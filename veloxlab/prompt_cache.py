@@ -16,7 +16,7 @@ from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
 from veloxlab.identity import name_of
-from veloxlab.integrate import LayerFacts, attach, exact_width, probe, with_caches
+from veloxlab.integrate import LayerFacts, attach, exact_width, probe, slot_of, with_caches
 
 Sliding = Literal["compressed", "exact"]
 
@@ -173,7 +173,7 @@ def make_cache(
         model, lambda found: _compressed(found, settings[found.layer], exact, max_kv_size, name, calibration)
     )
     for found in facts:
-        own = caches[found.layer] if found.slot is None else caches[found.layer].caches[found.slot]
+        own = slot_of(caches, found)
         if not isinstance(own, CompressedKVCache):
             seal(own, name, found.layer, getattr(own, "reason", found.reason))
     return caches

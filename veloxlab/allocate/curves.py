@@ -24,7 +24,7 @@ from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.ratios import ratio
 from veloxlab.texts import excerpt
 
-USUAL_BITS = range(2, 7)  # the paper's
+USUAL_BITS = range(1, 7)  # the paper's, and 1 bit for budgets near 2
 
 CURVES = {
     "layer": pl.Int32,

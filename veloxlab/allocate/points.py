@@ -32,7 +32,7 @@ class Bounds:
     Attributes
     ----------
     least_bits, most_bits : code widths, of those that were measured. At 1 bit the second-order prediction is too low:
-        allow it only where the budget leaves nothing else.
+        allow it only where the budget leaves nothing else, as `RateBudget.solve` does where no bounds are given.
     protected_first, protected_last : so many first and last layers are left out, and are
     protection : ``"widest"``, at ``most_bits``, or ``"exact"``.
     keys_over_values : whether a layer's keys get as many bits as its values at least, on average over its heads.

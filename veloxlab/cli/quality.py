@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from veloxlab.cli.arguments import Commands, add_model, add_out, add_text
 from veloxlab.cli.progress import say
-from veloxlab.cli.tables import compared_table, front_table, ratio_table, swept_table
+from veloxlab.cli.tables import compared_table, front_table, left_out_lines, ratio_table, swept_table
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically, write_parquet
+
+if TYPE_CHECKING:
+    import polars as pl
 
 
 def add(commands: Commands) -> None:
@@ -47,12 +52,23 @@ def add(commands: Commands) -> None:
 
 
 def compare_caches(options: argparse.Namespace) -> int:
-    """Measure, print the tables, and write them as Parquet and Markdown beside a chart as PNG."""
+    """Measure, print the tables, and write them as Parquet and Markdown beside a chart as PNG.
+
+    What is measured lies in an unfinished Parquet file until all is.
+    """
     import veloxlab as vl
     from veloxlab.measure.compare import byte_ratios, compare
     from veloxlab.views import frontier, picture
 
     make_folder(options.out)
+    stem = f"compare_{results_name(options.model)}"
+    unfinished = options.out / f"{stem}.unfinished.parquet"
+    missing: dict[str, str] = {}
+
+    def keep(rows: pl.DataFrame, left_out: Mapping[str, str]) -> None:
+        write_parquet(unfinished, rows)
+        missing.update(left_out)
+
     model, tokenizer = vl.load(options.model)
     frame = compare(
         model,
@@ -60,15 +76,16 @@ def compare_caches(options: argparse.Namespace) -> int:
         tokens=options.tokens,
         windows=options.windows,
         progress=say,
+        on_rows=keep,
     )
     ratios = byte_ratios()
-    stem = f"compare_{results_name(options.model)}"
     write_parquet(options.out / f"{stem}.parquet", frame)
     write_parquet(options.out / "byte_ratios.parquet", ratios)
     drawn = picture.png(frontier(frame, x="bits").to_dict(), width=2 * picture.WIDTH)
     write_atomically(options.out / f"{stem}.png", drawn)
-    tables = f"{compared_table(frame)}\n\n{ratio_table(ratios)}\n"
+    tables = f"{compared_table(frame)}{left_out_lines(missing)}\n\n{ratio_table(ratios)}\n"
     write_atomically(options.out / f"{stem}.md", tables.encode())
+    unfinished.unlink()
     print(tables, end="")
     return 0
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from veloxlab.cli.arguments import Commands, add_json, add_model
 from veloxlab.cli.progress import say
-from veloxlab.cli.tables import lengths_table
+from veloxlab.cli.tables import left_out_lines, lengths_table
 from veloxlab.store import check_place, write_atomically
+
+if TYPE_CHECKING:
+    import polars as pl
 
 PARTS = ("attention", "methods", "encode", "decode", "read")
 
@@ -82,15 +86,25 @@ def bench_picture(results: dict[str, Any]) -> bytes:
 
 
 def measure_lengths(options: argparse.Namespace) -> int:
-    """Measure what each length costs, print the tables, and write them as JSON."""
-    import polars as pl
+    """Measure what each length costs, print the tables, and write them as JSON.
 
+    What is measured lies in an unfinished file until all is.
+    """
     import veloxlab as vl
     from veloxlab.measure import bench, lengths
 
     if options.json:
         check_place(options.json)
     results: dict[str, Any] = {"facts": bench.facts()}
+    left_out: dict[str, Mapping[str, str]] = {}  # by model: why a cache has no row, or not all
+    written: Path | None = options.json
+    unfinished = written and written.with_suffix(".unfinished.json")
+
+    def keep(name: str, rows: pl.DataFrame, missing: Mapping[str, str]) -> None:
+        results[name], left_out[name] = rows.to_dicts(), dict(missing)
+        if unfinished:
+            write_atomically(unfinished, json.dumps(results | {"left_out": left_out}, indent=1).encode())
+
     jobs = {options.model: options.tokens, "one layer of 7B": options.layer_tokens}
     for name, tokens in jobs.items():
         if not tokens:
@@ -98,17 +112,15 @@ def measure_lengths(options: argparse.Namespace) -> int:
         random = options.random or name != options.model
         model = lengths.random_model(name) if random else vl.load(name)[0]
         caches = lengths.makers(model, theirs=options.quantized)
-        frame = pl.concat(
-            lengths.costs_by_length(
-                model,
-                {cache: make},
-                [n for n in sorted(tokens) if n <= options.quantized_upto or not cache.startswith("mlx-lm")],
-                progress=say,
-            )
-            for cache, make in caches.items()
+        few = [n for n in tokens if n <= options.quantized_upto]
+        frame = lengths.costs_by_length(
+            model,
+            caches,
+            {cache: few if cache.startswith("mlx-lm") else tokens for cache in caches},
+            progress=say,
+            on_rows=partial(keep, name),
         )
-        results[name] = frame.to_dicts()
-        print(f"{name}\n\n{lengths_table(frame)}\n")
-    if options.json:
-        write_atomically(options.json, json.dumps(results, indent=1).encode())
+        print(f"{name}\n\n{lengths_table(frame)}{left_out_lines(left_out[name])}\n")
+    if written and unfinished:
+        unfinished.replace(written)
     return 0

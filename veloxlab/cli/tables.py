@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ def compared_table(frame: pl.DataFrame) -> str:
         numbers += [f"{row['store_us']:.1f}", f"{row['attend_us']:,.0f} ({row['attend_ratio']:.1f}×)"]
         lines.append(f"| {row['name']} | {' | '.join(numbers)} |")
     return "\n".join(lines)
+
+
+def left_out_lines(left_out: Mapping[str, str]) -> str:
+    """Say which caches have no row, or not all, and why: a line each, after an empty one; nothing if all have."""
+    return "".join(f"\n\n{name} is left out: {reason}" for name, reason in left_out.items())
 
 
 def ratio_table(frame: pl.DataFrame) -> str:

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import polars as pl
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.cache import KVCache
 
 from veloxlab.cache import CompressedKVCache
 from veloxlab.calibration import calibrate
 from veloxlab.codecs import METHODS, Method, Role, find_method
 from veloxlab.codecs.codec import Sample
-from veloxlab.integrate import probe
-from veloxlab.measure.activations import capture
-from veloxlab.measure.progress import Progress, silent
-from veloxlab.measure.quality import FIDELITY, judge, reference
+from veloxlab.errors import InputError
+from veloxlab.integrate import probe, slot_of
+from veloxlab.measure.activations import LayerCapture, capture
+from veloxlab.measure.progress import OnRows, Progress, in_words, silent, unseen
+from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, judge, reference
+from veloxlab.measure.quantized import quantized_cache
 from veloxlab.measure.speed import cache_speed
 from veloxlab.prompt_cache import make_cache
 
-GROUP_SIZE = 64  # mlx-lm's default
 EVERYTHING: dict[str, Any] = {"sinks": 0, "window": 0}  # no token is kept exact
 
 COMPARED = FIDELITY | {
@@ -53,48 +55,61 @@ def compare(
     tokens: int = 512,
     windows: int = 3,
     progress: Progress = silent,
+    on_rows: OnRows = unseen,
 ) -> pl.DataFrame:
     """Measure every method at those of ``bits`` that it has, and mlx-lm's quantized cache: a row each, `COMPARED`.
 
     Everything is compressed, no token is kept exact, and each is seen through its codes. Methods that have to be
-    calibrated are, on the validation text.
+    calibrated are, on the validation text. A cache that this model cannot have is left out; ``progress`` and
+    ``on_rows`` are told why.
+
+    Raises
+    ------
+    InputError : as `veloxlab.reference` and `veloxlab.capture`; or every cache is left out.
     """
-    jobs = [(m, b) for m in METHODS.values() if m.id != "none" for b in bits if b in m.bits]
+    ours = [(m, b) for m in METHODS.values() if m.id != "none" for b in bits if b in m.bits]
+    jobs: dict[str, Callable[[], CacheMaker]] = {
+        f"{m.id} {b} bit": partial(_ours, model, tokenizer, m, b) for m, b in ours
+    }
     theirs = [b for b in (2, 3, 4, 8) if b in bits or b == 8]
-    steps = len(jobs) + len(theirs)
+    jobs |= {f"mlx-lm {b} bit": lambda b=b: lambda m: quantized_cache(m, b) for b in theirs}
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     seen = capture(model, tokenizer, text, tokens=tokens).layers[0]
     plain = cache_speed(seen, KVCache)
-
-    def row(name: str, make: Callable[[Module], list[Any]]) -> pl.DataFrame:
-        store, attend = cache_speed(seen, lambda: make(model)[seen.layer])
-        return judge(exact, make, name=name).with_columns(
-            store_us=pl.lit(1e6 * store / len(exact.stretches[0])),
-            store_ratio=pl.lit(store / plain[0]),
-            attend_us=pl.lit(1e6 * attend),
-            attend_ratio=pl.lit(attend / plain[1]),
-        )
-
-    rows = []
-    for i, (method, width) in enumerate(jobs):
-        name = f"{method.id} {width} bit"
-        progress(i, steps, name)
-        rows.append(row(name, _ours(model, tokenizer, method, width)).with_columns(chunk=pl.lit("codes")))
-    for i, width in enumerate(theirs, start=len(jobs)):
-        name = f"mlx-lm {width} bit"
-        progress(i, steps, name)
-        rows.append(row(name, _quantized(width)))
-    progress(steps, steps, "done")
-    return pl.concat(rows).match_to_schema(COMPARED)
+    rows = [pl.DataFrame(schema=COMPARED)]
+    left_out: dict[str, str] = {}
+    for i, (name, job) in enumerate(jobs.items()):
+        progress(i, len(jobs), name)
+        try:
+            rows.append(_row(exact, seen, plain, name, job()))
+        except Exception as error:  # noqa: BLE001 - a method, a model or mlx-lm may refuse in any way
+            left_out[name] = in_words(error)
+            progress(i, len(jobs), f"{name} is left out: {left_out[name]}")
+        on_rows(pl.concat(rows), left_out)
+    if len(rows) == 1:
+        first, reason = next(iter(left_out.items()))
+        raise InputError(f"No cache can be compared with this model's own; {first}: {reason}")
+    progress(len(jobs), len(jobs), "done")
+    return pl.concat(rows)
 
 
-def _ours(model: Module, tokenizer: Any, method: Method, bits: int) -> Callable[[Module], list[Any]]:  # noqa: ANN401
+def _row(exact: Reference, seen: LayerCapture, plain: tuple[float, float], name: str, make: CacheMaker) -> pl.DataFrame:
+    """One row of `COMPARED`; ``plain`` are the seconds of the exact cache to store and to attend."""
+    facts = next(found for found in probe(exact.model) if found.compressible)  # of the layer that was captured first
+    store, attend = cache_speed(seen, lambda: slot_of(make(exact.model), facts))
+    row = judge(exact, make, name=name)
+    return row.with_columns(
+        chunk=pl.lit(None if name.startswith("mlx-lm") else "codes"),
+        store_us=pl.lit(1e6 * store / len(exact.stretches[0])),
+        store_ratio=pl.lit(store / plain[0]),
+        attend_us=pl.lit(1e6 * attend),
+        attend_ratio=pl.lit(attend / plain[1]),
+    ).match_to_schema(COMPARED)
+
+
+def _ours(model: Module, tokenizer: Any, method: Method, bits: int) -> CacheMaker:  # noqa: ANN401
     fitted = calibrate(model, tokenizer, method.id, bits=bits) if method.calibrated else None
     return lambda m: make_cache(m, method.id, bits=bits, calibration=fitted, chunk="codes", **EVERYTHING)
-
-
-def _quantized(bits: int) -> Callable[[Module], list[Any]]:
-    return lambda model: [QuantizedKVCache(group_size=GROUP_SIZE, bits=bits) for _ in probe(model)]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from veloxlab.codecs.method import Calibrated, Method, layer_codec
 from veloxlab.codecs.none import Exact
 from veloxlab.integrate import LayerFacts
 from veloxlab.measure.buffers import compressed_room, own_room
+from veloxlab.measure.quantized import GROUP, why_not_quantized
 from veloxlab.prompt_cache import DEFAULT_SLIDING, Exactness, Sliding, cache_name, side_bits
 from veloxlab.shapes import ModelOrConfig, ModelShape, shape_of
 from veloxlab.windows import Windows
@@ -28,7 +29,6 @@ layers whose cache is the model's own; states that do not grow; and constant tab
 
 GRAIN = 256  # tokens: the largest context that fits is found in such steps
 MOST_TOKENS = 2**24  # and not looked for beyond
-GROUP = 64  # mlx-lm's usual group of its quantized cache
 THEIR_BITS = (4, 8)
 ROLES: tuple[Role, Role] = ("keys", "values")
 
@@ -199,13 +199,8 @@ def _others(shape: ModelShape) -> Sequence[CacheLayout]:
     """The exact cache in 16 bits, and mlx-lm's quantized ones: it has none for layers that slide or store latents."""
     exact = CacheLayout("fp16", _counted(Counter(_own(facts, 2) for facts in shape.caches)), states=shape.state_bytes)
     growing = [facts for facts in shape.caches if facts.kv_heads]
-    if not all(
-        facts.compressible and facts.max_size is None and facts.key_dim % GROUP == facts.value_dim % GROUP == 0
-        for facts in growing
-    ):
-        return (exact,)
     quantized = []
-    for bits in THEIR_BITS:
+    for bits in (b for b in THEIR_BITS if why_not_quantized(shape.caches, b) is None):
         kinds: Counter[LayerLayout] = Counter()
         for facts in growing:
             values = facts.kv_heads * (facts.key_dim + facts.value_dim)

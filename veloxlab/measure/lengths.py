@@ -14,12 +14,14 @@ from typing import Any
 import mlx.core as mx
 import polars as pl
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import QuantizedKVCache
+from mlx_lm.models.cache import can_trim_prompt_cache
 from mlx_lm.models.llama import Model, ModelArgs
 
-from veloxlab.integrate import exact_width, own_cache
+from veloxlab.errors import InputError
+from veloxlab.integrate import exact_width, own_cache, slots_of
 from veloxlab.measure.buffers import CHUNK
-from veloxlab.measure.progress import Progress, silent
+from veloxlab.measure.progress import OnRows, Progress, in_words, silent, unseen
+from veloxlab.measure.quantized import quantized_cache
 from veloxlab.prompt_cache import make_cache
 
 LENGTHS = {
@@ -41,52 +43,43 @@ def makers(model: Module, bits: Sequence[int] = (4,), theirs: Sequence[int] = (4
     """The model's own cache, TurboQuant at some ``bits``, and mlx-lm's quantized cache at the widths ``theirs``."""
     own = {f"exact {exact_width(model)} bit": lambda: own_cache(model)}
     ours = {f"turboquant {b} bit": lambda b=b: make_cache(model, "turboquant", bits=b) for b in bits}
-    quantized = {
-        f"mlx-lm {b} bit": lambda b=b: [QuantizedKVCache(group_size=64, bits=b) for _ in model.layers] for b in theirs
-    }
+    quantized = {f"mlx-lm {b} bit": lambda b=b: quantized_cache(model, b) for b in theirs}
     return {**own, **quantized, **ours}
 
 
 def costs_by_length(
     model: Module,
     caches: Mapping[str, Maker],
-    lengths: Sequence[int],
+    lengths: Sequence[int] | Mapping[str, Sequence[int]],
     *,
     chunk: int = CHUNK,
     progress: Progress = silent,
+    on_rows: OnRows = unseen,
 ) -> pl.DataFrame:
-    """Fill each of ``caches`` up to each of ``lengths`` (ascending), with tokens at random; rows are `LENGTHS`."""
-    ids = mx.random.randint(0, 90, (1, max(lengths)), key=mx.random.key(0))
+    """Fill each of ``caches`` up to each of ``lengths``, or of its own ones, with tokens at random: `LENGTHS`.
+
+    A cache that a model, or mlx-lm on this device, cannot have is left out from the length on at which it fails;
+    ``progress`` and ``on_rows`` are told why.
+    """
+    wanted = lengths if isinstance(lengths, Mapping) else dict.fromkeys(caches, lengths)
+    total = sum(map(len, wanted.values()))
+    ids = mx.random.randint(0, 90, (1, max(n for own in wanted.values() for n in own)), key=mx.random.key(0))
     mx.eval(ids)
     rows: list[dict[str, object]] = []
+    left_out: dict[str, str] = {}
     for name, make in caches.items():
-        cache, done = make(), 0
-        for tokens in lengths:
-            progress(len(rows), len(caches) * len(lengths), f"{name}, {tokens:,} tokens")
-            mx.clear_cache()
-            mx.synchronize()
-            if done == 0:
-                weights = mx.get_active_memory()
-            mx.reset_peak_memory()
+        filling = _Filling(model, make, ids, chunk)
+        for tokens in sorted(set(wanted[name])):
+            at = f"{name} at {tokens:,} tokens"
+            progress(len(rows), total, at)
             try:
-                read(model, ids[:, done:tokens], cache, chunk)
-            except RuntimeError as error:  # on CUDA mlx-lm's quantized cache has no product for some shapes
-                progress(len(rows), len(caches) * len(lengths), f"{name} fails at {tokens:,} tokens: {error}")
+                rows.append({"cache": name, "tokens": tokens, **filling.costs(tokens)})
+            except Exception as error:  # noqa: BLE001 - a model, mlx-lm or MLX may refuse in any way
+                left_out[name] = f"from {tokens:,} tokens on: {in_words(error)}"
+                progress(len(rows), total, f"{at} is left out: {in_words(error)}")
+            on_rows(pl.DataFrame(rows, schema=LENGTHS), left_out)
+            if name in left_out:
                 break
-            done, prefill = tokens, mx.get_peak_memory() - weights
-            held = sum(entry.nbytes for entry in cache)
-            seconds, decode = _decoding(model, cache, weights)
-            rows.append(
-                {
-                    "cache": name,
-                    "tokens": tokens,
-                    "held_bytes": held,
-                    "prefill_peak_bytes": prefill,
-                    "decode_peak_bytes": decode,
-                    "decode_seconds": seconds,
-                }
-            )
-        del cache
     return pl.DataFrame(rows, schema=LENGTHS)
 
 
@@ -98,26 +91,67 @@ def read(model: Module, ids: mx.array, cache: list[Any], chunk: int = CHUNK) -> 
         mx.eval(hidden, [entry.state for entry in cache])
 
 
-def _decoding(model: Module, cache: list[Any], weights: int) -> tuple[float | None, int | None]:
-    """Median seconds of a token, and the bytes at the peak, or None where it fails; the cache is as before."""
-    seconds = []
-    mx.clear_cache()
-    before = cache[0].offset
-    try:
-        for step in range(STEPS + 2):
-            if step == 2:
-                mx.reset_peak_memory()
-            start = time.perf_counter()
-            mx.eval(model(mx.array([[1]]), cache=cache))
+class _Filling:
+    """One cache, which grows from length to length."""
+
+    def __init__(self, model: Module, make: Maker, ids: mx.array, chunk: int) -> None:
+        self.model, self.make, self.ids, self.chunk = model, make, ids, chunk
+        self.cache: list[Any] = []
+        self.done = self.weights = 0  # tokens that it has read; bytes
+
+    def costs(self, tokens: int) -> dict[str, object]:
+        """Read up to so many tokens, and give the numbers of a row of `LENGTHS`."""
+        if not self.cache:
+            self.cache = self.make()
+            mx.clear_cache()
             mx.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return statistics.median(seconds[2:]), mx.get_peak_memory() - weights
-    except RuntimeError:  # see above
-        return None, None
-    finally:
-        for entry in cache:
-            entry.trim(entry.offset - before)
-        mx.eval([entry.state for entry in cache])
+            self.weights = mx.get_active_memory()
+        if tokens <= self.done:
+            raise InputError(f"it cannot be trimmed, and has read {self.done} tokens: give lengths further apart.")
+        mx.clear_cache()
+        mx.synchronize()
+        mx.reset_peak_memory()
+        read(self.model, self.ids[:, self.done : tokens], self.cache, self.chunk)
+        self.done, prefill = tokens, mx.get_peak_memory() - self.weights
+        held = sum(entry.nbytes for entry in self.cache)
+        seconds, decode = self._decoding()
+        return {
+            "held_bytes": held,
+            "prefill_peak_bytes": prefill,
+            "decode_peak_bytes": decode,
+            "decode_seconds": seconds,
+        }
+
+    def _decoding(self) -> tuple[float | None, int | None]:
+        """Median seconds of a token, and the bytes at the peak, or None where it fails.
+
+        The cache is then as before; one that cannot be trimmed has read some tokens more.
+        """
+        seconds: list[float] = []
+        slots = slots_of(self.cache)
+        before = [getattr(slot, "offset", 0) for slot in slots]
+        failed: RuntimeError | None = None
+        mx.clear_cache()
+        try:
+            for step in range(STEPS + 2):
+                if step == 2:
+                    mx.reset_peak_memory()
+                start = time.perf_counter()
+                mx.eval(self.model(mx.array([[1]]), cache=self.cache))
+                mx.synchronize()
+                seconds.append(time.perf_counter() - start)
+        except RuntimeError as error:  # on CUDA mlx-lm's quantized cache has no product for some shapes
+            failed = error
+        peak = mx.get_peak_memory() - self.weights
+        if can_trim_prompt_cache(self.cache):
+            for slot, offset in zip(slots, before, strict=True):
+                slot.trim(slot.offset - offset)
+            mx.eval([entry.state for entry in self.cache])
+        elif failed is None:
+            self.done += len(seconds)
+        else:
+            raise failed
+        return (statistics.median(seconds[2:]), peak) if failed is None else (None, None)
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -142,7 +176,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_model(shape: str, **changes: Any) -> Model:
-    """A model of one of `SHAPES`, but for ``changes``, with random weights in half precision and a small vocabulary."""
+    """A model of one of `SHAPES`, but for ``changes``, with random weights in half precision and a small vocabulary.
+
+    Raises
+    ------
+    InputError : no such shape.
+    """
+    if shape not in SHAPES:
+        raise InputError(f"No shape of {shape!r} is known: choose one of {', '.join(map(repr, SHAPES))}.")
     model = Model(
         ModelArgs(**{"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 96, **SHAPES[shape], **changes})
     )

@@ -79,10 +79,14 @@ class TunerCharts:
 
     def spent(self, found: Allocation) -> str:
         """Say what an allocation takes."""
-        return (
+        said = (
             f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; code bits: keys "
             f"{found.key_bits:.2f}, values {found.value_bits:.2f}"
         )
+        if not found.only_least:
+            return said
+        least = found.bounds.least_bits
+        return f"{said}. Nothing is allocated: the bounds' least width, {least}, is all that this pays for"
 
     def predicted(self, found: Allocation) -> str:
         """Say what an allocation, and uniform bits in the same bytes, are predicted to lose."""
