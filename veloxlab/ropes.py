@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.nn.layers.base import Module
 
 from veloxlab.codecs.rope import Rope
@@ -73,4 +74,4 @@ def _between(before: mx.array, after: mx.array, known: Sequence[Rope]) -> Rope |
 
 
 def _distance(x: mx.array, y: mx.array) -> float:
-    return float(mx.linalg.norm(x.astype(mx.float32) - y.astype(mx.float32)).item())
+    return float(np.asarray(mx.linalg.norm(x.astype(mx.float32) - y.astype(mx.float32))))

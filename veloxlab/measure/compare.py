@@ -72,7 +72,7 @@ def compare(
         f"{m.id} {b} bit": partial(_ours, model, tokenizer, m, b) for m, b in ours
     }
     theirs = [b for b in (2, 3, 4, 8) if b in bits or b == 8]
-    jobs |= {f"mlx-lm {b} bit": lambda b=b: lambda m: quantized_cache(m, b) for b in theirs}
+    jobs |= {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     seen = capture(model, tokenizer, text, tokens=tokens).layers[0]
     plain = cache_speed(seen, KVCache)
