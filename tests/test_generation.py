@@ -13,7 +13,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab import integrate
+from veloxlab import hooks
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, PASSKEY, first_parting, prompt_ids
 from veloxlab.views import held_caption, held_while_generating, passkey_map, picture, strip_caption, token_strip
@@ -212,7 +212,7 @@ def test_the_exact_side_is_exact_in_a_model_that_was_told_to_compress():
     used = tiny("llama")
     settings = {"bits": 1, "sinks": 0, "window": 0}
     before = vl.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings)
-    integrate.use(used, lambda: vl.make_cache(used, **settings))
+    hooks.use(used, lambda: vl.make_cache(used, **settings))
     assert vl.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings).equals(before)
 
 

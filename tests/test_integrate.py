@@ -22,11 +22,11 @@ from mlx_lm.models.cache import (
 
 import veloxlab as vl
 from tests.tiny_models import WINDOW, stepwise, tiny
-from veloxlab import integrate
+from veloxlab import hooks, probing
 from veloxlab.cache import CompressedKVCache
 from veloxlab.errors import InputError
-from veloxlab.integrate import own_cache
 from veloxlab.measure.activations import capture_layers
+from veloxlab.probing import own_cache
 from veloxlab.prompt_cache import LayerSettings
 
 PROMPT = "List the first ten prime numbers, then explain why 1 is not one of them."
@@ -101,10 +101,10 @@ HOOKS = ("scaled_dot_product_attention", "quantized_scaled_dot_product_attention
 def test_attaching_twice_is_attaching_once_and_detaching_restores():
     vl.detach()
     originals = [getattr(base, name) for name in HOOKS]
-    integrate.attach()
+    hooks.attach()
     hooked = [getattr(base, name) for name in HOOKS]
     assert llama.scaled_dot_product_attention is hooked[0] is not originals[0]
-    integrate.attach()
+    hooks.attach()
     assert [getattr(base, name) for name in HOOKS] == hooked
     for _ in range(2):
         vl.detach()
@@ -118,7 +118,7 @@ def test_a_function_that_another_library_put_there_is_left_alone(monkeypatch, wr
     ids = list(range(30))
     native = stepwise(model, ids, make_prompt_cache(model), [20] + [1] * 10)
     if wrapped:  # it came after us, and calls us
-        integrate.attach()
+        hooks.attach()
     else:
         vl.detach()
     calls = []
@@ -141,7 +141,7 @@ def test_a_function_that_another_library_put_there_is_left_alone(monkeypatch, wr
 
 
 def test_mlx_lm_still_routes_caches_with_bits_through_the_name_we_replace(monkeypatch):
-    """The canary: when it fails, mlx-lm has moved the hooks that `integrate` relies on."""
+    """The canary: when it fails, mlx-lm has moved the functions that `hooks` relies on."""
     vl.detach()
     seen = []
     monkeypatch.setattr(base, HOOKS[1], lambda *args, **kw: seen.append(args[1]) or args[0])
@@ -256,8 +256,8 @@ def test_the_dry_run_computes_nothing_and_is_done_once(smollm2):
     model, _ = smollm2
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    facts = integrate.probe(model)
-    assert integrate.probe(model) is facts
+    facts = probing.probe(model)
+    assert probing.probe(model) is facts
     assert mx.get_peak_memory() - before < 2**20
     assert (facts[0].kv_heads, facts[0].key_dim, facts[0].value_dim) == (3, 64, 64)
 
@@ -294,7 +294,7 @@ def test_a_model_that_cannot_run_says_so():
             raise TypeError("no such thing")
 
     with pytest.raises(InputError, match="does not run on one token with its own caches: no such thing"):
-        integrate.probe(Broken())
+        probing.probe(Broken())
 
 
 class TwoCaches(nn.Module):

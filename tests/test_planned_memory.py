@@ -16,10 +16,10 @@ from veloxlab.cache import CompressedKVCache
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
-from veloxlab.integrate import slots_of
 from veloxlab.measure.buffers import calls, compressed_room, own_room
 from veloxlab.measure.layouts import GRAIN, MOST_TOKENS, PARTS, cache_layouts
 from veloxlab.measure.planned_memory import LARGEST, PLANNED
+from veloxlab.probing import slots_of
 from veloxlab.shapes import shape_of
 from veloxlab.windows import Windows
 

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from veloxlab.allocate.rate_budget import RateBudget
     from veloxlab.allocate.ratequant import allocate_bits, rate_budget
     from veloxlab.allocate.sensitivity import sensitivities
-    from veloxlab.calibration import Calibration, calibrate
+    from veloxlab.calibrating import calibrate
+    from veloxlab.calibration import Calibration
     from veloxlab.checkup import doctor
     from veloxlab.codecs import methods, register, unregister
     from veloxlab.errors import InputError
-    from veloxlab.integrate import detach
+    from veloxlab.hooks import detach
     from veloxlab.measure import (
         Capture,
         capture,
@@ -81,10 +82,10 @@ _HOME = {
     "Lab": "widgets.lab",
     "Plan": "allocate.plan",
     "sensitivities": "allocate.sensitivity",
-    "calibrate": "calibration",
+    "calibrate": "calibrating",
     "capture": "measure",
     "code_bits": "measure",
-    "detach": "integrate",
+    "detach": "hooks",
     "doctor": "checkup",
     "excerpt": "texts",
     "fidelity": "measure",

@@ -7,7 +7,6 @@ fused attention, whose memory does not grow with queries times keys.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -17,12 +16,11 @@ import mlx.core as mx
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.codec import TiledCodec, per_kv_head
 from veloxlab.codecs.none import Exact
+from veloxlab.hooks import Handle, Mask
 from veloxlab.kernels.attend import Exact as ExactTokens
 from veloxlab.kernels.attend import Queries, Tokens
 from veloxlab.kernels.checked import checked_attend
 from veloxlab.kernels.launch import gpu
-
-Mask = mx.array | Literal["causal"] | None
 
 EXPANDED_BYTES = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
 AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
@@ -38,22 +36,6 @@ class Segment:
     keys: Code
     value_codec: Codec
     values: Code
-
-
-class Handle(ABC):
-    """What a cache hands to attention in the place of key and value arrays.
-
-    It has no array methods on purpose: a model that does arithmetic on keys before attention fails on it loudly.
-    """
-
-    @abstractmethod
-    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
-        """Softmax attention of queries ``q`` ``[B, Hq, L, Dk]``: ``[B, Hq, L, Dv]`` in ``q``'s dtype.
-
-        ``mask`` is what mlx-lm passes: None, ``"causal"``, or an array that broadcasts to ``[B, Hq, L, S]``, boolean
-        (True: attend) or additive. ``sinks`` ``[Hq]`` are logits that each head's softmax has beside those of the
-        tokens, and that have no value: with them the weights of the tokens sum to less than one.
-        """
 
 
 @dataclass(frozen=True)

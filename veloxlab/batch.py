@@ -15,9 +15,10 @@ from typing import Any, Self
 import mlx.core as mx
 
 from veloxlab import cache_file
-from veloxlab.attention import Handle, History, Mask, causal_mask
+from veloxlab.attention import History, causal_mask
 from veloxlab.cache import CompressedKVCache
 from veloxlab.errors import InputError
+from veloxlab.hooks import Handle, Mask, loadable
 from veloxlab.windows import token_count
 
 
@@ -67,6 +68,7 @@ def _own_mask(mask: Mask, index: int, row: BatchRow, tokens: int) -> Mask:
     return whole[at : at + 1, :, row.first : row.last, row.column : row.column + tokens]
 
 
+@loadable
 class BatchCompressedKVCache(cache_file.Saved):
     """One layer of a batch; a drop-in for mlx-lm's ``BatchKVCache`` and ``BatchRotatingKVCache``.
 

@@ -21,11 +21,12 @@ from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.codec import fitted_online
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
+from veloxlab.hooks import loadable
+from veloxlab.probing import Path
 from veloxlab.runs import Run
 from veloxlab.windows import Arrival, Windows, token_count
 
 Chunk = Literal["exact", "codes"]
-Path = Literal["codes", "arrays"]
 
 DEFAULT_SINKS, DEFAULT_WINDOW = 4, 64  # tokens; a few first ones draw much attention, whatever the text
 DEFAULT_CHUNK: Chunk = "exact"
@@ -57,6 +58,7 @@ class Coming:
     codes: tuple[Code, Code] | None
 
 
+@loadable
 class CompressedKVCache(cache_file.Saved):
     """Keys and values of one layer, compressed; a drop-in for mlx-lm's ``KVCache`` in a ``prompt_cache`` list.
 
@@ -108,7 +110,7 @@ class CompressedKVCache(cache_file.Saved):
         self._dtype = "float32"  # of the keys, by name: a saved cache is written as words and arrays
         self._lent: History | None = None
         if path == "codes":
-            # mlx-lm sends a cache with these two attributes to its quantized attention, which `integrate` extends
+            # mlx-lm sends a cache with these two attributes to its quantized attention, which `hooks` extends
             self.bits, self.group_size = 0, 0
 
     # what attention layers call -------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from veloxlab import identity
 from veloxlab.codecs import Codec
 from veloxlab.codecs.saving import check_version, class_name, find_class, from_parts, to_parts, version_of
 from veloxlab.errors import InputError
+from veloxlab.hooks import loadable
 
 FORMAT = "veloxlab cache 2"
 NOT_WRITTEN = "it is not what was written"
@@ -124,7 +125,9 @@ def _leaves(state: object) -> tuple[dict[str, str], list[mx.array]]:
 
 
 SEALED = {
-    kind: type(f"Sealed{kind.__name__}", (Sealed, kind), {"native": kind, "reason": f"the model's own {kind.__name__}"})
+    kind: loadable(
+        type(f"Sealed{kind.__name__}", (Sealed, kind), {"native": kind, "reason": f"the model's own {kind.__name__}"})
+    )
     for kind in (KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache)
 }
 """Classes that mlx-lm's models make caches of, and those that save them under a checksum."""

@@ -11,9 +11,10 @@ from typing import Any
 
 from mlx.nn.layers.base import Module
 
-from veloxlab import integrate, prompt_cache
+from veloxlab import hooks, prompt_cache
 from veloxlab.allocate.plan import Plan
-from veloxlab.calibration import Calibration, calibrate
+from veloxlab.calibrating import calibrate
+from veloxlab.calibration import Calibration
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.progress import Progress
@@ -108,7 +109,7 @@ class Loader:
         if path == self._name:  # and not a draft model, which is small
             model, tokenizer = loaded[:2]
             make = self._wanted.maker(model, tokenizer, self.say)
-            integrate.use(model, make)
+            hooks.use(model, make)
             if self._read_caches is not None:
                 check_caches(model, self._read_caches, make() if self._wanted.given else None)
         return loaded
@@ -139,15 +140,15 @@ def run(command: str, theirs: str, name: str, wanted: Wanted, options: Sequence[
         reason = _OURS.get(option.partition("=")[0])
         if reason:
             raise InputError(f"{option.partition('=')[0]} cannot be given here: {reason.format(command=command)}.")
-    integrate.attach()  # a prompt cache's file is read before the model
+    hooks.attach()  # a prompt cache's file is read before the model
     module = import_module(f"mlx_lm.{theirs}")
     loader = Loader(module, name, wanted)
     names = [hooked for hooked in ("load", "load_prompt_cache") if hasattr(module, hooked)]
     arguments = [f"mlx_lm.{theirs}", "--model", name, *options]
-    hooks = {hooked: getattr(loader, hooked) for hooked in names}
+    replacements = {hooked: getattr(loader, hooked) for hooked in names}
     if theirs == "server":
         from veloxlab.serving import hooks_of  # here, as it imports the server
 
-        hooks |= hooks_of(loader.stopped)
-    with integrate.replaced(module, hooks), integrate.replaced(sys, {"argv": arguments}):
+        replacements |= hooks_of(loader.stopped)
+    with hooks.replaced(module, replacements), hooks.replaced(sys, {"argv": arguments}):
         module.main()

@@ -20,7 +20,8 @@ from veloxlab.allocate.crew import Crew, bench, model_name
 from veloxlab.allocate.plan import Plan
 from veloxlab.allocate.race import race
 from veloxlab.allocate.trials import Trial, Trials
-from veloxlab.calibration import Calibration, calibrate
+from veloxlab.calibrating import calibrate
+from veloxlab.calibration import Calibration
 from veloxlab.checks import FILE, MODEL, PATH, checked, either, having, real, whole
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError

@@ -15,8 +15,9 @@ from veloxlab.checks import CALIBRATIONS, OPTION_VALUES, WORDS, check_fields, ch
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
+from veloxlab.hooks import attach
 from veloxlab.identity import name_of
-from veloxlab.integrate import LayerFacts, attach, exact_width, probe, slot_of, with_caches
+from veloxlab.probing import LayerFacts, exact_width, probe, slot_of, with_caches
 
 Sliding = Literal["compressed", "exact"]
 

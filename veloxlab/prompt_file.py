@@ -15,8 +15,9 @@ from veloxlab.cache import CompressedKVCache
 from veloxlab.checks import CALIBRATIONS, FILE, checked
 from veloxlab.codecs.saving import described, method_of, same_codec, same_kind
 from veloxlab.errors import InputError
+from veloxlab.hooks import attach
 from veloxlab.identity import name_of
-from veloxlab.integrate import after_one_token, attach, probe, slots_of
+from veloxlab.probing import after_one_token, probe, slots_of
 from veloxlab.prompt_cache import LayerPlan, make_cache
 
 _AXES = 4  # of keys and values: batch, heads, tokens, width

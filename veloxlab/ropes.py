@@ -15,7 +15,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from veloxlab.codecs.rope import Rope
-from veloxlab.integrate import LayerFacts, Probe, with_caches
+from veloxlab.probing import LayerFacts, Probe, with_caches
 
 TOKENS = 8  # different ones, each alone: the embedding of one may be zero
 POSITION = 100  # of the second run: far enough that most pairs have turned

@@ -1,7 +1,7 @@
 """Shapes of a model's caches: of one that is loaded, of a configuration on disk, or typed in. Nothing is downloaded.
 
 A configuration becomes a model of mlx-lm's own class whose weights are never made, and that model is asked by the same
-dry run as any other (`veloxlab.integrate`): which layers slide, share, or keep what is no keys and values.
+dry run as any other (`veloxlab.probing`): which layers slide, share, or keep what is no keys and values.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.checks import MODEL, PATH, WORDS, check_fields, checked, either, instance, many, whole
 from veloxlab.errors import InputError
-from veloxlab.integrate import LayerFacts, dry_run, exact_width, probe, state_bytes, weightless
 from veloxlab.models import DEMO_MODEL, load
+from veloxlab.probing import LayerFacts, dry_run, exact_width, probe, state_bytes, weightless
 
 GROWING = ("KVCache", "RotatingKVCache")  # mlx-lm's caches of keys and values
 STATES = ("ArraysCache",)  # and of states

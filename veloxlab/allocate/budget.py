@@ -10,7 +10,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.checks import Check, check_fields, either, instance, real, whole
 from veloxlab.errors import InputError
-from veloxlab.integrate import exact_width, probe
+from veloxlab.probing import exact_width, probe
 from veloxlab.windows import BLOCK
 
 MEGABYTE = 1_000_000
@@ -22,7 +22,7 @@ class LayerSize:
 
     Attributes
     ----------
-    layer, kv_heads, key_dim, value_dim, max_size, keep : as `veloxlab.integrate.LayerFacts` has them.
+    layer, kv_heads, key_dim, value_dim, max_size, keep : as `veloxlab.probing.LayerFacts` has them.
     exact_bits : of an exact value.
     """
 

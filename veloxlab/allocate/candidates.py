@@ -15,8 +15,8 @@ from veloxlab.checks import WORDS, checked, many, whole
 from veloxlab.codecs import METHODS, find_method
 from veloxlab.errors import InputError
 from veloxlab.identity import name_of
-from veloxlab.integrate import exact_width, probe, slots_of
 from veloxlab.measure.memory import report
+from veloxlab.probing import exact_width, probe, slots_of
 from veloxlab.prompt_cache import LayerSettings, ModelCalibration, make_cache
 
 USUAL_BITS = (2, 3, 4)

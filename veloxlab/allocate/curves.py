@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab import integrate
+from veloxlab import probing
 from veloxlab.allocate.proxies import SIDES, mean_square
 from veloxlab.allocate.waterfill import fit_distortion
 from veloxlab.cache import DEFAULT_SINKS
@@ -92,7 +92,7 @@ def distortion_curves(
         raise InputError(
             f"The text has {len(ids)} tokens, which leaves too few behind {sinks} sinks: give a longer text."
         )
-    layers = sum(f.compressible for f in integrate.probe(model))
+    layers = sum(f.compressible for f in probing.probe(model))
     rows: list[tuple[object, ...]] = []
     for done, seen in enumerate(capture_layers(model, ids)):
         progress(done, layers, f"distortion of layer {seen.layer}")

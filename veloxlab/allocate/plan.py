@@ -16,7 +16,7 @@ from veloxlab.checks import ARGUMENTS, FILE, MAPPING, WORDS, check_fields, check
 from veloxlab.codecs import Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.identity import name_of
-from veloxlab.integrate import LayerFacts, exact_width, probe
+from veloxlab.probing import LayerFacts, exact_width, probe
 from veloxlab.prompt_cache import DEFAULT_SLIDING, LayerSettings, Sliding, cache_name, side_bits
 from veloxlab.store import digest, write_atomically
 

@@ -14,7 +14,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
-from veloxlab import integrate
+from veloxlab import probing
 from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Recorder, capture_layers
@@ -61,7 +61,7 @@ def by_attention_output(model: Module, ids: Sequence[int], sinks: int, step: Ste
 class _Trial(Recorder):
     """Compresses one side's tokens behind the sinks, and keeps how far they went."""
 
-    def __init__(self, facts: integrate.LayerFacts, side: Role, sinks: int) -> None:
+    def __init__(self, facts: probing.LayerFacts, side: Role, sinks: int) -> None:
         super().__init__(facts)
         self._side, self._sinks = side, sinks
         self.moved = np.zeros(0)
@@ -82,21 +82,21 @@ def by_forward_kl(model: Module, ids: Sequence[int], sinks: int, step: Step) -> 
     step("exact")
     exact = log_probabilities(model(x)[0])
     found = []
-    for facts in integrate.probe(model):
+    for facts in probing.probe(model):
         if not facts.compressible:
             continue
         sides = []
         for side in SIDES:
             step(f"{side} of layer {facts.layer}")
             trial = _Trial(facts, side, sinks)
-            caches = integrate.with_caches(model, _instead_of(facts, trial))
+            caches = probing.with_caches(model, _instead_of(facts, trial))
             moved = divergence(exact, log_probabilities(model(x, cache=caches)[0])).mean().item()
             sides.append(np.full(facts.kv_heads, ratio(moved, trial.moved.sum())))
         found.append((sides[0], sides[1]))
     return found
 
 
-def _instead_of(facts: integrate.LayerFacts, trial: Recorder) -> Callable[[integrate.LayerFacts], Recorder]:
+def _instead_of(facts: probing.LayerFacts, trial: Recorder) -> Callable[[probing.LayerFacts], Recorder]:
     """The trial in its layer, and recorders in the others."""
     return lambda found: trial if found is facts else Recorder(found)
 

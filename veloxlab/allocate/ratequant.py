@@ -18,8 +18,8 @@ from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.calibration import Calibration
 from veloxlab.checks import CALIBRATION, checked, choice, many, whole
 from veloxlab.identity import name_of
-from veloxlab.integrate import probe
 from veloxlab.measure.progress import Progress, silent
+from veloxlab.probing import probe
 
 MEASURED = {
     "bits": many(whole()),

@@ -20,7 +20,7 @@ import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab import integrate
+from veloxlab import probing
 from veloxlab.allocate.proxies import SIDES, Sides, Step, by_attention_output, by_forward_kl, by_norm, mean_square
 from veloxlab.cache import DEFAULT_SINKS
 from veloxlab.checks import checked, choice
@@ -142,7 +142,7 @@ def _measured(
     model: Module, read: Sequence[list[int]], by: By, sinks: int, progress: Progress
 ) -> Iterator[pl.DataFrame]:
     """Rows of each sequence."""
-    layers = [f.layer for f in integrate.probe(model) if f.compressible]
+    layers = [f.layer for f in probing.probe(model) if f.compressible]
     if not layers:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to measure.")
     each = {"gradient": 1, "key_norm": 1, "attention_output": len(layers), "forward_kl": 2 * len(layers) + 1}[by]
@@ -186,7 +186,7 @@ def _by_gradient(model: Module, ids: Sequence[int], sinks: int, step: Step) -> l
     found = [(np.array(keys, np.float64), np.array(values, np.float64)) for keys, values in squares]
     reached = [max(keys.max(), values.max()) != 0 for keys, values in found]  # NaN is told elsewhere
     if not all(reached):
-        layer = [f.layer for f in integrate.probe(model) if f.compressible][reached.index(False)]
+        layer = [f.layer for f in probing.probe(model) if f.compressible][reached.index(False)]
         raise InputError(
             f"No gradient of the loss reaches the keys and values of layer {layer}: choose by='attention_output' or "
             "by='forward_kl'."

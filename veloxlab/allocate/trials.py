@@ -12,7 +12,8 @@ from typing import Any
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token
-from veloxlab.calibration import Calibration, calibrate
+from veloxlab.calibrating import calibrate
+from veloxlab.calibration import Calibration
 from veloxlab.codecs import METHODS
 from veloxlab.identity import fingerprint
 from veloxlab.measure.activations import stretches

@@ -9,11 +9,12 @@ from typing import Any, Literal, cast
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from veloxlab import integrate
-from veloxlab.attention import Handle, Mask, mask_for
+from veloxlab import probing
+from veloxlab.attention import mask_for
 from veloxlab.checks import check_fields, checked, instance, many, whole
 from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
+from veloxlab.hooks import Handle, Mask
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.ropes import ropes_of
 from veloxlab.texts import excerpt
@@ -88,7 +89,7 @@ def capture(
     """
     ids = encode(tokenizer, text, tokens)
     layers = []
-    count = sum(f.compressible for f in integrate.probe(model))
+    count = sum(f.compressible for f in probing.probe(model))
     for seen in capture_layers(model, ids):
         layers.append(seen)
         progress(len(layers), count, f"layer {seen.layer}")
@@ -106,11 +107,11 @@ def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
     """
     recorders: list[Recorder] = []
 
-    def recorded(facts: integrate.LayerFacts) -> Recorder:
+    def recorded(facts: probing.LayerFacts) -> Recorder:
         recorders.append(Recorder(facts))
         return recorders[-1]
 
-    caches = integrate.with_caches(model, recorded)
+    caches = probing.with_caches(model, recorded)
     if not recorders:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to capture.")
     ropes = ropes_of(model, ids)
@@ -176,7 +177,7 @@ class Recorder(Handle):
     A subclass may change keys and values on their way into `update_and_fetch`.
     """
 
-    def __init__(self, facts: integrate.LayerFacts) -> None:
+    def __init__(self, facts: probing.LayerFacts) -> None:
         self.facts, self.offset = facts, 0
         self._queries: mx.array | None = None
         self._scale: float | None = None

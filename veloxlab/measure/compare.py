@@ -13,16 +13,16 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import KVCache
 
 from veloxlab.cache import CompressedKVCache
-from veloxlab.calibration import calibrate
+from veloxlab.calibrating import calibrate
 from veloxlab.codecs import METHODS, Method, Role, find_method
 from veloxlab.codecs.codec import Sample
 from veloxlab.errors import InputError
-from veloxlab.integrate import probe, slot_of
 from veloxlab.measure.activations import LayerCapture, capture
 from veloxlab.measure.progress import OnRows, Progress, in_words, silent, unseen
 from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, judge, reference
 from veloxlab.measure.quantized import quantized_cache
 from veloxlab.measure.speed import cache_speed
+from veloxlab.probing import probe, slot_of
 from veloxlab.prompt_cache import make_cache
 
 EVERYTHING: dict[str, Any] = {"sinks": 0, "window": 0}  # no token is kept exact

@@ -19,11 +19,11 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, FLAG, FUNCTION, WORDS, checked, either, many, real, whole
 from veloxlab.errors import InputError
-from veloxlab.integrate import own_cache
 from veloxlab.measure.activations import first_tokens
 from veloxlab.measure.buffers import calls
 from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities, maker
+from veloxlab.probing import own_cache
 from veloxlab.prompt_cache import LayerPlan
 from veloxlab.texts import excerpt
 

@@ -16,9 +16,9 @@ from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.codecs.codec import blank_codec
 from veloxlab.codecs.method import Calibrated, Method, layer_codec
 from veloxlab.codecs.none import Exact
-from veloxlab.integrate import LayerFacts
 from veloxlab.measure.buffers import compressed_room, own_room
 from veloxlab.measure.quantized import GROUP, why_not_quantized
+from veloxlab.probing import LayerFacts
 from veloxlab.prompt_cache import DEFAULT_SLIDING, Exactness, Sliding, cache_name, side_bits
 from veloxlab.shapes import ModelOrConfig, ModelShape, shape_of
 from veloxlab.windows import Windows

@@ -18,10 +18,10 @@ from mlx_lm.models.cache import can_trim_prompt_cache
 from mlx_lm.models.llama import Model, ModelArgs
 
 from veloxlab.errors import InputError
-from veloxlab.integrate import exact_width, own_cache, slots_of
 from veloxlab.measure.buffers import CHUNK
 from veloxlab.measure.progress import OnRows, Progress, in_words, silent, unseen
 from veloxlab.measure.quantized import quantized_cache
+from veloxlab.probing import exact_width, own_cache, slots_of
 from veloxlab.prompt_cache import make_cache
 
 LENGTHS = {

@@ -15,10 +15,10 @@ from veloxlab.checks import CACHE, checked, measured, whole
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
-from veloxlab.integrate import slots_of
 from veloxlab.measure.activations import Capture
 from veloxlab.measure.layouts import token_bytes
 from veloxlab.measure.progress import Progress, silent
+from veloxlab.probing import slots_of
 from veloxlab.prompt_cache import cache_name, side_bits, usual_bits
 
 REPORT = {

@@ -9,7 +9,7 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import QuantizedKVCache
 
 from veloxlab.errors import InputError
-from veloxlab.integrate import LayerFacts, probe, with_caches
+from veloxlab.probing import LayerFacts, probe, with_caches
 
 GROUP = 64  # values that share a scale: mlx-lm's default
 _WORD = 32  # bits

@@ -8,7 +8,8 @@ from typing import Any
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.calibration import Calibration, calibrate, calibration_of
+from veloxlab.calibrating import calibrate
+from veloxlab.calibration import Calibration, calibration_of
 from veloxlab.codecs import METHODS, Method, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.progress import Progress, silent

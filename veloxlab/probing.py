@@ -1,122 +1,27 @@
-"""The one place that touches mlx-lm's internals: how a compressed cache gets into a model's attention.
+"""The dry run of a model: which of its caches can be compressed, and how their attention reads codes.
 
-Models call ``models.base.scaled_dot_product_attention``, most of them by a name of their own. It is replaced, in `base`
-and in every module that holds it; and so is ``quantized_scaled_dot_product_attention``, to which it sends any cache
-that has ``bits``, for modules that we do not see. Given a `Handle` both let it attend, given anything else the original
-runs. Which layers take that way is found out by a dry run of one token that builds the graph and computes nothing.
+It runs one token, builds the graph and computes nothing.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
-from mlx_lm.models import base
-from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from veloxlab import identity
-from veloxlab.attention import Handle, Mask
-from veloxlab.batch import BatchCompressedKVCache
-from veloxlab.cache import CompressedKVCache, Path
-from veloxlab.cache_file import SEALED
 from veloxlab.codecs.method import Role
 from veloxlab.errors import InputError
+from veloxlab.hooks import Handle, Mask, attach
 
+Path = Literal["codes", "arrays"]
 LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of what they store
-
-
-# the hooks ------------------------------------------------------------------------------------------------------------
-
-
-def _attention(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    def attention(
-        queries: mx.array,
-        keys: Any,  # noqa: ANN401 - whatever a cache handed out
-        values: Any,  # noqa: ANN401
-        cache: Any,  # noqa: ANN401
-        scale: float,
-        mask: Mask,
-        sinks: mx.array | None = None,
-        **more: Any,
-    ) -> mx.array:
-        if isinstance(keys, Handle):
-            return keys.attend(queries, scale, mask, sinks)
-        return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks, **more)
-
-    return attention
-
-
-def _quantized_attention(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    def attention(
-        queries: mx.array,
-        q_keys: Any,  # noqa: ANN401
-        q_values: Any,  # noqa: ANN401
-        scale: float,
-        mask: Mask,
-        **more: Any,
-    ) -> mx.array:
-        if isinstance(q_keys, Handle):
-            return q_keys.attend(queries, scale, mask)
-        return original(queries, q_keys, q_values, scale=scale, mask=mask, **more)
-
-    return attention
-
-
-_HOOKS = {
-    "scaled_dot_product_attention": _attention,
-    "quantized_scaled_dot_product_attention": _quantized_attention,
-}
-_pairs: dict[str, list[tuple[Callable[..., mx.array], Callable[..., mx.array]]]] = {}  # by name: originals, and ours
-
-
-def attach() -> None:
-    """Let mlx-lm's attention read `Handle` objects. Done by `make_cache`; doing it again changes nothing.
-
-    Raises
-    ------
-    RuntimeError : mlx-lm has no such functions.
-    """
-    for name, hook in _HOOKS.items():
-        held = getattr(base, name, None)
-        if held is None:
-            raise RuntimeError(f"This mlx-lm has no models.base.{name}: veloxlab needs mlx-lm 0.32.2 or a later 0.32.")
-        pairs = _pairs.setdefault(name, [])
-        if not any(held in pair for pair in pairs):  # mlx-lm's own, or what another library put there
-            pairs.append((held, hook(held)))
-        for original, ours in pairs:
-            _rebind(original, ours)
-    for kind in (
-        CompressedKVCache,
-        BatchCompressedKVCache,
-        *SEALED.values(),
-    ):  # mlx-lm looks up the class of a saved cache there
-        setattr(mlx_lm_cache, kind.__name__, kind)
-
-
-def detach() -> None:
-    """Undo `attach`, but where another library has replaced a function since. Caches made before stop working."""
-    for pairs in _pairs.values():
-        for original, ours in reversed(pairs):
-            _rebind(ours, original)
-
-
-def _rebind(old: object, new: object) -> None:
-    """Put ``new`` wherever a module of mlx-lm holds ``old``."""
-    for name, module in list(sys.modules.items()):
-        if name.startswith("mlx_lm.") and module is not None:
-            for attribute in [a for a, held in vars(module).items() if held is old]:
-                setattr(module, attribute, new)
-
-
-# the dry run ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -376,24 +281,6 @@ def _leave_all_but_one(facts: Sequence[LayerFacts]) -> None:
             found.reason = f"another cache of the layer is compressed, so the model's own {found.native} is kept"
         elif found.compressible:
             taken.add(found.layer)
-
-
-def use(model: Module, make: Callable[[], list[Any]]) -> None:
-    """Let mlx-lm call ``make`` wherever it makes a prompt cache for ``model`` itself: in its server, its batches."""
-    model.make_cache = make
-
-
-@contextmanager
-def replaced(module: object, attributes: Mapping[str, object]) -> Iterator[None]:
-    """Put ``attributes`` in the place of a module's own for a while."""
-    own = {name: getattr(module, name) for name in attributes}
-    for name, value in attributes.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in own.items():
-            setattr(module, name, value)
 
 
 def exact_width(model: Module) -> Literal[16, 32]:
