@@ -18,6 +18,6 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[nn.Module, TokenizerWrapper]:
     """SmolLM2-135M-Instruct in float32, and its tokenizer."""
-    from veloxlab.models import load
+    from veloxlab.models.loading import load
 
     return load("smollm2-135m", dtype="float32")

@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 
 from tests.tiny_models import FAMILIES, stepwise, tiny
-from veloxlab import probing
-from veloxlab.cache import CompressedKVCache
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.mlxlm import probe
 from veloxlab.store import write_atomically
 
 RESULTS = Path(__file__).parents[1] / "data" / "results"
@@ -28,7 +28,7 @@ ALL_CODED = {"sinks": 0, "window": 0, "chunk": "codes"}
 
 def as_arrays(cache: list[Any]) -> list[Any]:
     """The same caches on the path that decodes: what reading the codes has to agree with."""
-    for slot in probing.slots_of(cache):
+    for slot in probe.slots_of(cache):
         if isinstance(slot, CompressedKVCache) and slot.path == "codes":
             slot.path = "arrays"
             del slot.bits, slot.group_size
@@ -50,7 +50,7 @@ class Measured:
 def measure(family: str) -> Measured:
     """Run a family's small model on its own cache and on ours."""
     model = tiny(family)
-    native = stepwise(model, IDS, probing.own_cache(model), CHUNKS)
+    native = stepwise(model, IDS, probe.own_cache(model), CHUNKS)
     exact = vl.make_cache(model, "none", **SOME_EXACT)
     same = stepwise(model, IDS, exact, CHUNKS)
     coded = stepwise(model, IDS, vl.make_cache(model, bits=8, **ALL_CODED), CHUNKS)

@@ -14,8 +14,8 @@ from tests.tiny_models import tiny
 from veloxlab.allocate.choices import spread_widths
 from veloxlab.allocate.curves import CURVES, fitted
 from veloxlab.allocate.points import head_tables
-from veloxlab.allocate.waterfill import water_filling_gain
-from veloxlab.codecs.codebooks import sphere_codebook
+from veloxlab.codecs.parts.codebooks import sphere_codebook
+from veloxlab.codecs.parts.water_filling import water_filling_gain
 from veloxlab.errors import InputError
 
 SETTINGS = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.metal_on_host import check, launch, run
-from veloxlab.codecs.vector_codebooks import nearest, pack_indices, unpack_indices
+from veloxlab.codecs.parts.vector import nearest, pack_indices, unpack_indices
 from veloxlab.errors import InputError
 from veloxlab.kernels import assign as kernel
 from veloxlab.kernels.assign import assign
@@ -20,7 +20,7 @@ needs_compilers = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def _on_host(monkeypatch):
-    monkeypatch.setattr("veloxlab.kernels.launch._built", launch.built)
+    monkeypatch.setattr("veloxlab.kernels.backend._built", launch.built)
 
 
 @pytest.fixture

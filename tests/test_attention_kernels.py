@@ -8,16 +8,17 @@ import mlx.core as mx
 import pytest
 
 from tests.metal_on_host import launch as host
-from veloxlab import attention
-from veloxlab.attention import History, Segment
-from veloxlab.codecs import METHODS, ratequant, transforms, vector_codebooks
-from veloxlab.codecs import codec as codecs
-from veloxlab.codecs.codec import Code, Sample
+from veloxlab.cache import attention
+from veloxlab.cache.attention import History, Segment
+from veloxlab.codecs import METHODS, ratequant
+from veloxlab.codecs import base as codecs
+from veloxlab.codecs.base import Code, Sample
 from veloxlab.codecs.none import Exact
-from veloxlab.codecs.rope import Rope
+from veloxlab.codecs.parts import transforms, vector
+from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import attend, checked, encode
-from veloxlab.kernels import launch as launching
+from veloxlab.kernels import backend as launching
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("clang-16")), reason="kernels run here through g++ and clang-16"
@@ -220,17 +221,17 @@ def test_the_switch_forbids_kernels(monkeypatch):
 
 
 def test_a_codebook_is_searched_by_a_kernel_that_finds_what_its_twin_does(monkeypatch):
-    monkeypatch.setattr(vector_codebooks, "gpu", lambda: "metal")
+    monkeypatch.setattr(vector, "gpu", lambda: "metal")
     codec = METHODS["vecinfer"].codec(DIM, 2, "keys").fit(Sample(normal(1, 2, 2048, DIM, seed=7)))
     x = normal(1, 2, 33, DIM, seed=8)
     in_kernel = codec.encode(x).arrays["indices"]
-    monkeypatch.setattr(vector_codebooks, "gpu", lambda: None)
+    monkeypatch.setattr(vector, "gpu", lambda: None)
     assert mx.array_equal(in_kernel, codec.encode(x).arrays["indices"])
     assert checked.states() == {"agrees": 1}
 
 
 def test_a_codebook_search_that_errs_is_switched_off(monkeypatch):
-    monkeypatch.setattr(vector_codebooks, "gpu", lambda: "metal")
+    monkeypatch.setattr(vector, "gpu", lambda: "metal")
     monkeypatch.setattr(checked, "assign", lambda points, centroids, bits, backend: mx.zeros((67, 1), mx.uint32))
     codec = METHODS["vecinfer"].codec(DIM, 2, "keys").fit(Sample(normal(1, 2, 2048, DIM, seed=7)))
     with pytest.warns(UserWarning, match="The kernel assign is switched off .* other indices than its twin"):

@@ -11,12 +11,12 @@ from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
 import veloxlab as vl
 from tests.tiny_models import FAMILIES, tiny
-from veloxlab.attention import causal_mask
-from veloxlab.batch import BatchCompressedKVCache
-from veloxlab.cache import CompressedKVCache
+from veloxlab.cache.attention import causal_mask
+from veloxlab.cache.batch import BatchCompressedKVCache
+from veloxlab.cache.counts import BLOCK
+from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
-from veloxlab.windows import BLOCK
 
 HEADS, DIM = 2, 32
 SOME_EXACT = {"sinks": 2, "window": 8}

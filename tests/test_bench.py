@@ -14,10 +14,10 @@ from veloxlab.cli import speed
 from veloxlab.cli.tables import lengths_table
 from veloxlab.codecs import METHODS
 from veloxlab.measure import bench, lengths
-from veloxlab.measure import speed as measured_speed
-from veloxlab.measure.activations import LayerCapture
-from veloxlab.measure.bench import attention, encoding, models, timing
-from veloxlab.shipped import shipped_folder
+from veloxlab.measure import compare as measured_speed
+from veloxlab.measure.bench import attention, models, timing
+from veloxlab.measure.capture import LayerCapture
+from veloxlab.texts import shipped_folder
 
 SMALL = timing.Shape(4, 2, 128)
 SMALL_MODEL = {
@@ -34,7 +34,7 @@ SMALL_MODEL = {
 def quick(monkeypatch):
     monkeypatch.setattr(timing, "REPEATS", 1)
     monkeypatch.setattr(timing, "IN_A_ROW", 2)
-    monkeypatch.setattr(encoding, "IN_A_ROW", 2)
+    monkeypatch.setattr(attention, "IN_A_ROW", 2)
     monkeypatch.setattr(attention, "bandwidth", lambda: 100.0)
     monkeypatch.setattr(models, "_STEPS", 2)
     monkeypatch.setattr(models, "_FIRST", 1)
@@ -102,8 +102,8 @@ def test_reading_a_prompt_is_timed(quick):
 
 def test_encoding_is_timed_beside_attention(quick):
     rows = bench.encode_steps(SMALL, 96, 5, progress=lambda _: None)
-    assert [row["cache"].split()[0] for row in rows[::2]] == list(encoding.ENCODED)
-    assert [row["tokens"] for row in rows] == [1, 5] * len(encoding.ENCODED)
+    assert [row["cache"].split()[0] for row in rows[::2]] == list(attention.ENCODED)
+    assert [row["tokens"] for row in rows] == [1, 5] * len(attention.ENCODED)
     assert {row["layers"] for row in rows} == {2}
     for row in rows:
         assert row["ratio"] == pytest.approx(row["microseconds"] / row["attention_microseconds"])

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import RotatingKVCache
 
-from veloxlab.attention import History
-from veloxlab.cache import _LARGEST, CompressedKVCache
+from veloxlab.cache.attention import History
+from veloxlab.cache.counts import BLOCK
+from veloxlab.cache.layer import _LARGEST, CompressedKVCache
 from veloxlab.codecs import find_method
-from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
-from veloxlab.windows import BLOCK
 
 HEADS, DIM = 3, 64
 

@@ -12,10 +12,11 @@ from mlx_lm.models.cache import CacheList, load_prompt_cache, save_prompt_cache
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab import cache_file, identity
-from veloxlab.cache import CompressedKVCache
+from veloxlab.cache import saved
+from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
+from veloxlab.mlxlm import identity
 
 IDS = list(range(1, 90))
 SOME_EXACT = {"sinks": 2, "window": 8}
@@ -158,7 +159,7 @@ def test_another_calibration_is_named(model, file, tmp_path):
 def test_another_format_is_named(model, file, monkeypatch):
     cache = filled(model)
     with monkeypatch.context() as patch:
-        patch.setattr(cache_file, "FORMAT", "veloxlab cache 0")
+        patch.setattr(saved, "FORMAT", "veloxlab cache 0")
         save_prompt_cache(str(file), cache)
     with pytest.raises(InputError, match="its format is 'veloxlab cache 0' and not 'veloxlab cache 2'"):
         load_prompt_cache(str(file))
@@ -212,7 +213,7 @@ def test_files_that_are_missing_or_something_else_are_named(model, file, tmp_pat
 def test_reading_state_to_evaluate_it_hashes_nothing(model, monkeypatch):
     cache = filled(model)
     seals = []
-    monkeypatch.setattr(cache_file, "_seal", lambda *given: seals.append(given) or "")
+    monkeypatch.setattr(saved, "_seal", lambda *given: seals.append(given) or "")
     states = [c.state for c in cache]
     mx.eval(states)
     assert not seals

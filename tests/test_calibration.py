@@ -10,12 +10,13 @@ import pytest
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab.codecs import METHODS, vector_codebooks
-from veloxlab.codecs.codec import Sample
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.base import Sample
 from veloxlab.codecs.commvq_training import ENTRIES, pairs, train_tables
+from veloxlab.codecs.parts import vector
 from veloxlab.codecs.saving import from_parts, to_parts
 from veloxlab.errors import InputError
-from veloxlab.identity import fingerprint
+from veloxlab.mlxlm.identity import fingerprint
 
 TEXT = "the quick brown fox jumps over the lazy dog while 1234567890 birds watch; " * 20
 
@@ -322,8 +323,8 @@ def traced_peak(act):
 def test_training_a_codebook_holds_no_distances_of_all_pairs(count, dim):
     points = np.random.default_rng(0).standard_normal((20_000, dim)).astype(np.float32)
     # some copies of the points, and one product's distances
-    bound = 4 * points.nbytes + 4 * vector_codebooks._PRODUCT
-    assert traced_peak(lambda: vector_codebooks.train_codebook(points, count, seed=0)) < bound
+    bound = 4 * points.nbytes + 4 * vector._PRODUCT
+    assert traced_peak(lambda: vector.train_codebook(points, count, seed=0)) < bound
     assert bound < 4 * len(points) * count / 5  # differences would be `dim` times as many
 
 
@@ -339,7 +340,7 @@ def test_the_nearest_centroid_is_found_in_bounded_memory():
     mx.eval(points, centroids)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    mx.eval(vector_codebooks.nearest(points, centroids))
-    chunk = 4 * vector_codebooks._DISTANCES
+    mx.eval(vector.nearest(points, centroids))
+    chunk = 4 * vector._DISTANCES
     bound = 12 * chunk  # MLX's CPU back end starts ten operations ahead of the one that runs
     assert mx.get_peak_memory() - before < bound < 4 * len(points) * len(centroids) / 2

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from veloxlab import checkup, shipped
+from veloxlab import checkup, texts
 from veloxlab.checkup import Check
-from veloxlab.cli import jupyterlab, main
+from veloxlab.cli import main, start
 from veloxlab.cli.quality import results_name
 
 
@@ -46,7 +46,7 @@ def installed(monkeypatch, tmp_path):
     notebooks.mkdir(parents=True)
     for name in ("00_tour.ipynb", "01_turboquant.ipynb"):
         (notebooks / name).write_text(f"shipped {name}")
-    monkeypatch.setattr(shipped, "PACKAGE", notebooks.parent)
+    monkeypatch.setattr(texts, "PACKAGE", notebooks.parent)
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -57,7 +57,7 @@ def installed(monkeypatch, tmp_path):
 
 
 def test_tour_of_a_clone_opens_in_place(started):
-    assert started() == [str(shipped.PACKAGE.parent / "notebooks")]
+    assert started() == [str(texts.PACKAGE.parent / "notebooks")]
 
 
 def test_tour_of_an_installed_package_opens_in_a_copy(started, installed, capsys):
@@ -89,13 +89,13 @@ def test_root_is_allowed_with_a_note(started, monkeypatch, capsys):
 
 
 def test_missing_jupyterlab_is_a_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(jupyterlab, "find_spec", lambda name: None)
+    monkeypatch.setattr(start, "find_spec", lambda name: None)
     assert main([]) == 2
     assert capsys.readouterr().err == "JupyterLab is not installed; run `uv pip install jupyterlab`.\n"
 
 
 def test_bad_input_is_a_sentence_and_status_2(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "veloxlab")
+    monkeypatch.setattr(texts, "PACKAGE", tmp_path / "veloxlab")
     assert main([]) == 2
     assert capsys.readouterr().err.startswith("The folder notebooks of veloxlab is missing; ")
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from veloxlab.codecs.codebooks import coordinate_density, gaussian_codebook, lloyd_max, sphere_codebook
+from veloxlab.codecs.parts.codebooks import coordinate_density, gaussian_codebook, lloyd_max, sphere_codebook
 from veloxlab.errors import InputError
 
 # Lloyd–Max for N(0, 1): distortion, index entropy, signal to noise in dB, cosine, positive levels (TurboQuant's

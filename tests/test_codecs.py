@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import veloxlab as vl
-from veloxlab.cache import _LARGEST, CompressedKVCache
+from veloxlab.cache.layer import _LARGEST, CompressedKVCache
 from veloxlab.codecs import METHODS, Method, find_method
-from veloxlab.codecs.codec import TILE, Codec, Sample
+from veloxlab.codecs.base import TILE, Codec, Sample
+from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.qjl import QJL
 from veloxlab.codecs.rabitq import CentredRaBitQ
-from veloxlab.codecs.rope import Rope
 from veloxlab.errors import InputError
 
 DIMS = [64, 80, 96, 112, 128, 192, 256]

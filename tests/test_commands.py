@@ -15,8 +15,8 @@ from tests.test_calibration import Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
 from veloxlab.codecs.saving import same_codec
-from veloxlab.commands import Wanted
 from veloxlab.errors import InputError
+from veloxlab.serve.commands import Wanted
 
 QUESTIONS = [
     ("What is the capital of France?", 12),

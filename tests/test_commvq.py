@@ -10,10 +10,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.base import Sample
 from veloxlab.codecs.commvq import METHOD, CommVQ
 from veloxlab.codecs.commvq_training import pairs, train_tables
-from veloxlab.codecs.rope import Rope
+from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 
 DIM, HEADS = 64, 2

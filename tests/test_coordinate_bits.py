@@ -7,7 +7,7 @@ import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
-from veloxlab.measure.coordinate_bits import COORDINATE_BITS, coordinate_bits
+from veloxlab.measure.levels import COORDINATE_BITS, coordinate_bits
 from veloxlab.views import coordinate_caption, coordinate_map, picture
 
 

@@ -54,7 +54,7 @@ def texts(monkeypatch):
 
         return kernel
 
-    monkeypatch.setattr("veloxlab.kernels.launch._built", built)
+    monkeypatch.setattr("veloxlab.kernels.backend._built", built)
     return launched
 
 

@@ -9,20 +9,34 @@ import polars as pl
 import pytest
 
 import veloxlab as vl
-from veloxlab.codecs.codebooks import sphere_codebook
-from veloxlab.codecs.rope import Rope
+from veloxlab.codecs.parts.codebooks import sphere_codebook
+from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.attention_maps import ATTENTION_MAP, attention_map, block_edges, pooled_weights
-from veloxlab.measure.distributions import CHANNELS, DENSITIES, channel_distributions, densities
-from veloxlab.measure.error_profiles import ERROR_DENSITIES, PROFILE, error_densities, errors_along_position
-from veloxlab.measure.errors import TOKEN_ERRORS
-from veloxlab.measure.levels import LEVELS, coded_coordinates, level_densities
-from veloxlab.measure.outliers import OUTLIERS, outlier_channels
-from veloxlab.measure.polar_angles import ANGLES, expected_density, polar_angles
-from veloxlab.measure.rope_pairs import PAIR_POINTS, PAIRS, pair_points, rope_pairs
-from veloxlab.measure.spaces import SPACES, vectors
-from veloxlab.measure.spectra import DIMENSIONS, SPECTRUM, dimensions, spectra, spectrum_shares
+from veloxlab.measure.capture import Capture, LayerCapture
+from veloxlab.measure.distributions import (
+    CHANNELS,
+    DENSITIES,
+    OUTLIERS,
+    SPACES,
+    channel_distributions,
+    densities,
+    outlier_channels,
+    vectors,
+)
+from veloxlab.measure.errors import ERROR_DENSITIES, PROFILE, TOKEN_ERRORS, error_densities, errors_along_position
+from veloxlab.measure.levels import ANGLES, LEVELS, coded_coordinates, expected_density, level_densities, polar_angles
+from veloxlab.measure.spectra import (
+    DIMENSIONS,
+    PAIR_POINTS,
+    PAIRS,
+    SPECTRUM,
+    dimensions,
+    pair_points,
+    rope_pairs,
+    spectra,
+    spectrum_shares,
+)
 
 HEADS, TOKENS, DIM = 2, 256, 16
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from tests.metal_on_host import check, launch, run
-from veloxlab.codecs.packing import pack, unpack
-from veloxlab.codecs.quantizers import scale_factor
+from veloxlab.codecs.parts.packing import pack, unpack
+from veloxlab.codecs.parts.scalar import scale_factor
+from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.rabitq import RaBitQ
 from veloxlab.codecs.rvq import Rvq
-from veloxlab.codecs.transforms import SignedHadamard
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
 from veloxlab.kernels.decode import decode, spread
@@ -28,7 +28,7 @@ ROUNDING = 16 * 2.0**-23
 
 @pytest.fixture(autouse=True)
 def _on_host(monkeypatch):
-    monkeypatch.setattr("veloxlab.kernels.launch._built", launch.built)
+    monkeypatch.setattr("veloxlab.kernels.backend._built", launch.built)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,9 +13,9 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab import hooks
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, PASSKEY, first_parting, prompt_ids
+from veloxlab.mlxlm import hooks
 from veloxlab.views import held_caption, held_while_generating, passkey_map, picture, strip_caption, token_strip
 from veloxlab.views.generation import COLUMNS, _places
 

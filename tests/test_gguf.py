@@ -10,7 +10,7 @@ import pytest
 
 from tests.gguf_files import random_content, write_llama, write_tensor
 from veloxlab.errors import InputError
-from veloxlab.gguf import LAYOUTS, open_gguf
+from veloxlab.models.gguf_file import LAYOUTS, open_gguf
 
 # tensor formats, against MLX's own reader
 

@@ -9,8 +9,8 @@ from mlx_lm.models import llama
 
 from tests.gguf_files import HEAD_DIM, VOCAB, byte_level, tiny_tensors, write_llama
 from veloxlab.errors import InputError
-from veloxlab.gguf import open_gguf
-from veloxlab.gguf_model import build_model, build_tokenizer, word_splitter
+from veloxlab.models.gguf import build_model, build_tokenizer, word_splitter
+from veloxlab.models.gguf_file import open_gguf
 
 
 def open_llama(folder, tensors=None, **metadata):

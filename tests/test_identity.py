@@ -10,8 +10,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab import identity, probing
 from veloxlab.errors import InputError
+from veloxlab.mlxlm import identity, probe
 
 IDS = list(range(1, 90))
 SEED = 13  # no model of another test is alike
@@ -72,9 +72,9 @@ def test_a_change_that_is_undone_is_none(model, tmp_path):
 
 
 def test_a_model_with_fewer_layers_is_looked_at_anew(model):
-    assert len(probing.probe(model)) == 2
+    assert len(probe.probe(model)) == 2
     model.model.layers = model.model.layers[:1]
-    assert len(probing.probe(model)) == 1
+    assert len(probe.probe(model)) == 1
     assert len(vl.make_cache(model)) == 1
 
 

@@ -22,12 +22,12 @@ from mlx_lm.models.cache import (
 
 import veloxlab as vl
 from tests.tiny_models import WINDOW, stepwise, tiny
-from veloxlab import hooks, probing
-from veloxlab.cache import CompressedKVCache
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.cache.make import LayerSettings
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import capture_layers
-from veloxlab.probing import own_cache
-from veloxlab.prompt_cache import LayerSettings
+from veloxlab.measure.capture import capture_layers
+from veloxlab.mlxlm import hooks, probe
+from veloxlab.mlxlm.probe import own_cache
 
 PROMPT = "List the first ten prime numbers, then explain why 1 is not one of them."
 
@@ -256,8 +256,8 @@ def test_the_dry_run_computes_nothing_and_is_done_once(smollm2):
     model, _ = smollm2
     mx.reset_peak_memory()
     before = mx.get_active_memory()
-    facts = probing.probe(model)
-    assert probing.probe(model) is facts
+    facts = probe.probe(model)
+    assert probe.probe(model) is facts
     assert mx.get_peak_memory() - before < 2**20
     assert (facts[0].kv_heads, facts[0].key_dim, facts[0].value_dim) == (3, 64, 64)
 
@@ -294,7 +294,7 @@ def test_a_model_that_cannot_run_says_so():
             raise TypeError("no such thing")
 
     with pytest.raises(InputError, match="does not run on one token with its own caches: no such thing"):
-        probing.probe(Broken())
+        probe.probe(Broken())
 
 
 class TwoCaches(nn.Module):

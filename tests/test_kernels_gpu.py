@@ -7,13 +7,13 @@ import mlx.core as mx
 import pytest
 
 from tests.test_attention_kernels import both, history, normal, relative
-from veloxlab.attention import History
+from veloxlab.cache.attention import History
 from veloxlab.codecs import METHODS
-from veloxlab.codecs.codec import Sample
-from veloxlab.codecs.rope import Rope
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import checked
-from veloxlab.kernels.launch import gpu
+from veloxlab.kernels.backend import gpu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -140,7 +140,7 @@ def check_encoding(codec, dtype, monkeypatch):
     x = normal(2, 333, 5, codec.head_dim, dtype=dtype)[:, :, 1:-1].swapaxes(1, 2)  # a view with strides of its own
     in_kernel = codec.encode(x)
     monkeypatch.setattr(checked, "gpu", lambda: None)
-    monkeypatch.setattr("veloxlab.codecs.codec.gpu", lambda: None)
+    monkeypatch.setattr("veloxlab.codecs.base.gpu", lambda: None)
     assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < CODED_APART
 
 

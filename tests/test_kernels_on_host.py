@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.metal_on_host import check, launch, run
-from veloxlab.codecs.transforms import SignedHadamard
+from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.kernels import attend as attending
 from veloxlab.kernels.attend import Exact, Queries, Shape, Tokens, attend, attend_twin
 from veloxlab.kernels.readers import Spread, TableReader
@@ -26,7 +26,7 @@ RUNS = ((1, 0, 0), (31, 4, 17), (32, 0, 40), (33, 3, 0), (200, 0, 0), (1000, 130
 
 @pytest.fixture(autouse=True)
 def _on_host(monkeypatch):
-    monkeypatch.setattr("veloxlab.kernels.launch._built", launch.built)
+    monkeypatch.setattr("veloxlab.kernels.backend._built", launch.built)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ def test_kernels_of_one_name_are_the_same(case, monkeypatch):
         sources.append(source)
         return lambda *, output_shapes, output_dtypes, **_: list(map(mx.zeros, output_shapes, output_dtypes))
 
-    monkeypatch.setattr("veloxlab.kernels.launch._built", built)
+    monkeypatch.setattr("veloxlab.kernels.backend._built", built)
     for field in ("masked", "logits", "spread", "scaled"):
         for given in (True, False):
             changed = dataclasses.replace(case, **{field: given})

@@ -12,13 +12,12 @@ import pytest
 import veloxlab as vl
 from tests.knobs import turn
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, LayerCapture
+from veloxlab.measure.capture import Capture, LayerCapture
 from veloxlab.measure.distributions import channel_distributions
 from veloxlab.measure.levels import level_densities
-from veloxlab.measure.rope_pairs import rope_pairs
-from veloxlab.measure.spectra import spectra
+from veloxlab.measure.spectra import rope_pairs, spectra
 from veloxlab.views.picture import png_size
-from veloxlab.widgets.key_explorer import KeyExplorer
+from veloxlab.widgets.pages.keys import KeyExplorer
 
 FIRST = {"layer": 7, "head": 0, "tensor": "keys", "space": "raw", "method": "turboquant", "bits": 2}
 

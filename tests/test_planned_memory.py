@@ -12,16 +12,15 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make
 
 import veloxlab as vl
 from tests.tiny_models import COMMON, FAMILIES, tiny
-from veloxlab.cache import CompressedKVCache
+from veloxlab.cache.counts import Windows
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.cache.room import calls, compressed_room, own_room
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
-from veloxlab.measure.buffers import calls, compressed_room, own_room
-from veloxlab.measure.layouts import GRAIN, MOST_TOKENS, PARTS, cache_layouts
-from veloxlab.measure.planned_memory import LARGEST, PLANNED
-from veloxlab.probing import slots_of
-from veloxlab.shapes import shape_of
-from veloxlab.windows import Windows
+from veloxlab.measure.planned_memory import GRAIN, LARGEST, MOST_TOKENS, PARTS, PLANNED, cache_layouts
+from veloxlab.mlxlm.probe import slots_of
+from veloxlab.models.shapes import shape_of
 
 TOKENS, DECODED = 300, 40
 SOME_EXACT = {"sinks": 3, "window": 20}

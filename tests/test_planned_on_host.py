@@ -10,8 +10,8 @@ import pytest
 from tests.metal_on_host import check, launch, run
 from tests.test_encode_on_host import ROUNDING, check_scales, vectors
 from veloxlab.codecs import spectralquant
-from veloxlab.codecs.codec import Sample
-from veloxlab.codecs.quantizers import PlannedQuantizer
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.parts.scalar import PlannedQuantizer
 from veloxlab.codecs.spectralquant import SpectralQuant
 from veloxlab.errors import InputError
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISS
 
 @pytest.fixture(autouse=True)
 def _on_host(monkeypatch):
-    monkeypatch.setattr("veloxlab.kernels.launch._built", launch.built)
+    monkeypatch.setattr("veloxlab.kernels.backend._built", launch.built)
 
 
 def fitted(dim, bits, plan=(), **options):

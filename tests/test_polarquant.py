@@ -6,10 +6,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxlab.codecs.codec import Sample
-from veloxlab.codecs.polar import PolarTree, angle_codebook
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.parts.polar import PolarTree, angle_codebook
+from veloxlab.codecs.parts.scalar import ScalarQuantizer
 from veloxlab.codecs.polarquant import _MOST_VECTORS, PolarQuant, build, preset
-from veloxlab.codecs.quantizers import ScalarQuantizer
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
 

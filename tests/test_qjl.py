@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxlab.codecs.codec import Sample
-from veloxlab.codecs.groups import GroupQuantizer
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.parts.groups import GroupQuantizer
 from veloxlab.codecs.qjl import METHOD, QJL, GroupedValues, OutlierQJL
 from veloxlab.codecs.rabitq import RaBitQ
 from veloxlab.errors import InputError

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxlab.cache import CompressedKVCache
-from veloxlab.codecs.codec import Sample
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.codecs.base import Sample
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.rabitq import EPSILON, METHOD, CentredRaBitQ, RaBitQ, _best_stretch, _tried_stretch, usual_stretch
 from veloxlab.errors import InputError

@@ -8,7 +8,10 @@ import pytest
 
 import veloxlab as vl
 from tests.test_integrate import tiny
-from veloxlab.allocate.waterfill import (
+from veloxlab.codecs import turboquant
+from veloxlab.codecs.base import TILE, Sample
+from veloxlab.codecs.parts.codebooks import gaussian_codebook, sphere_codebook
+from veloxlab.codecs.parts.water_filling import (
     continuous_bits,
     fit_distortion,
     integer_bits,
@@ -16,9 +19,6 @@ from veloxlab.allocate.waterfill import (
     reverse_water_filling,
     water_filling_gain,
 )
-from veloxlab.codecs import turboquant
-from veloxlab.codecs.codebooks import gaussian_codebook, sphere_codebook
-from veloxlab.codecs.codec import TILE, Sample
 from veloxlab.codecs.ratequant import METHOD, build
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError

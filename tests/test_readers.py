@@ -4,8 +4,8 @@ import mlx.core as mx
 import pytest
 
 from veloxlab.codecs import METHODS
-from veloxlab.codecs.codec import Code, Sample, TiledCodec
-from veloxlab.codecs.rope import Rope
+from veloxlab.codecs.base import Code, Sample, TiledCodec
+from veloxlab.codecs.parts.rope import Rope
 from veloxlab.kernels.readers import Reader
 
 DIM, HEADS = 64, 3

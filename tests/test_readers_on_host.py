@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISS
 
 @pytest.fixture(autouse=True)
 def _on_host(monkeypatch):
-    monkeypatch.setattr("veloxlab.kernels.launch._built", launch.built)
+    monkeypatch.setattr("veloxlab.kernels.backend._built", launch.built)
 
 
 def words(rng, shape, count):

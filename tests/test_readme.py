@@ -7,12 +7,12 @@ import polars as pl
 import pytest
 
 from veloxlab.allocate.budget import BytesPerToken
-from veloxlab.allocate.rate_budget import RateBudget
+from veloxlab.allocate.rates import RateBudget
+from veloxlab.allocate.search.result import SearchResult
 from veloxlab.allocate.sensitivity import settled
 from veloxlab.allocate.sweep import swept, usual_bounds
 from veloxlab.cli.tables import bench_table, compared_table, front_table, lengths_table, ratio_table, swept_table
 from veloxlab.codecs import METHODS
-from veloxlab.pareto import SearchResult
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -10,15 +10,15 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
-from veloxlab.allocate.kept import kept_rate_budget
+from veloxlab.allocate.ratequant import kept_rate_budget
 from veloxlab.codecs import METHODS
-from veloxlab.codecs.codec import Code, TiledCodec, check_vectors
+from veloxlab.codecs.base import Code, TiledCodec, check_vectors
 from veloxlab.codecs.method import Method
-from veloxlab.codecs.packing import pack, unpack, words_per_row
+from veloxlab.codecs.parts.packing import pack, unpack, words_per_row
 from veloxlab.codecs.saving import class_name, find_class
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
-from veloxlab.views import palette
+from veloxlab.views import theme
 
 IDS = [i * i % 90 for i in range(80)]
 
@@ -122,7 +122,7 @@ def test_caches_plans_reports_and_measurements_take_it(absmax, model, tmp_path):
     assert planned.filter(cache="absmax K4 V4")["bytes"].sum() == sum(layer.nbytes for layer in cache)
     plan = vl.Plan.uniform(model, "absmax", bits=3)
     assert vl.Plan.load(plan.save(tmp_path / "plan.json")) == plan
-    assert palette.colour_of("absmax K4 V4") == palette.OTHER
+    assert theme.colour_of("absmax K4 V4") == theme.OTHER
     text = vl.side_by_side(model, Plain(), IDS, "absmax", bits=8, tokens=4, window=4)
     assert text["kl"].max() < 1e-3
 

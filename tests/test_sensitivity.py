@@ -9,11 +9,11 @@ import pytest
 import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
-from veloxlab import probing
 from veloxlab.allocate.sensitivity import SENSITIVITIES, settled
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Recorder, capture_layers
+from veloxlab.measure.capture import Recorder, capture_layers
 from veloxlab.measure.gradients import loss_gradients
+from veloxlab.mlxlm import probe
 
 SHORT = {"sequences": 2, "tokens": 48, "sinks": 4}
 IDS = [7 * i % 90 for i in range(40)]
@@ -55,8 +55,8 @@ class Moved(Recorder):
 
 
 def loss_when(model, layer, side, change):
-    facts = [f for f in probing.probe(model) if f.compressible]
-    caches = probing.with_caches(model, lambda f: Moved(f, side, change if f is facts[layer] else mx.zeros(1)))
+    facts = [f for f in probe.probe(model) if f.compressible]
+    caches = probe.with_caches(model, lambda f: Moved(f, side, change if f is facts[layer] else mx.zeros(1)))
     logits = model(mx.array([IDS[:-1]]), cache=caches)[0].astype(mx.float32)
     return nn.losses.cross_entropy(logits, mx.array(IDS[1:]), reduction="sum").item()
 
@@ -66,7 +66,7 @@ def test_gradients_are_what_finite_differences_find(family):
     """Also through layers that slide, that others borrow from, that have sinks, and that have state in between."""
     model = tiny(family)
     gradients = loss_gradients(model, IDS)
-    facts = [f for f in probing.probe(model) if f.compressible]
+    facts = [f for f in probe.probe(model) if f.compressible]
     assert len(gradients) == len(facts) > 0
     for layer, pair in enumerate(gradients):
         for side, gradient in enumerate(pair):

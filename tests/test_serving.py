@@ -16,10 +16,10 @@ from tests.gguf_files import write_chat_model
 from tests.servers import free_port, post, serving
 from tests.tiny_models import tiny
 from veloxlab import cli
-from veloxlab import serving as served
-from veloxlab.commands import Loader, Wanted
 from veloxlab.errors import InputError
-from veloxlab.requests import FIELDS, check_fields
+from veloxlab.serve import server as served
+from veloxlab.serve.commands import Loader, Wanted
+from veloxlab.serve.requests import FIELDS, check_fields
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO = [{"role": "user", "content": "hello"}]

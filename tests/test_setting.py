@@ -5,7 +5,7 @@ import pytest
 import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
-from veloxlab.allocate.kept import kept_rate_budget
+from veloxlab.allocate.ratequant import kept_rate_budget
 from veloxlab.allocate.setting import Allocator, Setting
 from veloxlab.errors import InputError
 

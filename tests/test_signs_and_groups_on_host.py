@@ -9,8 +9,8 @@ import pytest
 from tests.metal_on_host import check, launch, run
 from tests.test_encode_on_host import vectors
 from veloxlab.codecs import qjl
-from veloxlab.codecs.groups import GroupQuantizer, _signed_square
-from veloxlab.codecs.packing import pack, unpack
+from veloxlab.codecs.parts.groups import GroupQuantizer, _signed_square
+from veloxlab.codecs.parts.packing import pack, unpack
 from veloxlab.errors import InputError
 from veloxlab.kernels.groups import GroupEncoder
 from veloxlab.kernels.signs import SignEncoder
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISS
 
 @pytest.fixture(autouse=True)
 def _on_host(monkeypatch):
-    monkeypatch.setattr("veloxlab.kernels.launch._built", launch.built)
+    monkeypatch.setattr("veloxlab.kernels.backend._built", launch.built)
 
 
 def shapes(arrays):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from veloxlab.allocate.solve import Problem
-from veloxlab.allocate.waterfill import continuous_bits, integer_bits, loss, water_filling_gain
+from veloxlab.codecs.parts.water_filling import continuous_bits, integer_bits, loss, water_filling_gain
 from veloxlab.errors import InputError
 
 WIDTHS = np.arange(2, 7)

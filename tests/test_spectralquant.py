@@ -7,10 +7,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxlab.codecs.codebooks import gaussian_codebook
-from veloxlab.codecs.codec import Sample
-from veloxlab.codecs.greedy import greedy_bits
-from veloxlab.codecs.quantizers import PlannedQuantizer
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.parts.codebooks import gaussian_codebook
+from veloxlab.codecs.parts.scalar import PlannedQuantizer
+from veloxlab.codecs.parts.water_filling import greedy_bits
 from veloxlab.codecs.spectralquant import SpectralQuant, build, effective_dimensions
 from veloxlab.errors import InputError
 
@@ -43,7 +43,7 @@ def relative_error(codec, x: mx.array) -> float:
 
 
 def test_greedy_bits_follow_the_reverse_water_filling_of_the_text():
-    assert greedy_bits([16, 4, 1, 0.25], 6) == (3, 2, 1, 0)  # §5.4, D = 1: all errors of 0.25
+    assert greedy_bits([16, 4, 1, 0.25], 6) == (3, 2, 1, 0)  # .5.4, D = 1: all errors of 0.25
     assert greedy_bits([1, 1, 1, 1], 6) == (2, 2, 1, 1)  # ties to the lowest index
     assert greedy_bits([100, 1, 1], 10, most=4) == (4, 3, 3)
     assert greedy_bits([100, 1, 1], 6, least=2) == (2, 2, 2)

@@ -15,10 +15,10 @@ import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import store
-from veloxlab.allocate.candidates import PlannedModel
-from veloxlab.allocate.kept import kept_rate_budget
+from veloxlab.allocate.ratequant import kept_rate_budget
+from veloxlab.allocate.search.candidates import PlannedModel
+from veloxlab.allocate.search.result import SEARCHED, SearchResult
 from veloxlab.errors import InputError
-from veloxlab.pareto import SEARCHED, SearchResult
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from veloxlab import shipped
+from veloxlab import texts
 from veloxlab.errors import InputError
 from veloxlab.texts import excerpt
 
@@ -52,20 +52,20 @@ def test_files_inside_the_package_come_before_those_beside_it(tmp_path, monkeypa
     package = tmp_path / "site" / "veloxlab"
     (package / "data").mkdir(parents=True)
     (tmp_path / "site" / "data").mkdir()
-    monkeypatch.setattr(shipped, "PACKAGE", package)
-    assert shipped.shipped_folder("data") == package / "data"
-    assert shipped.is_installed(package / "data")
-    assert not shipped.is_installed(tmp_path / "site" / "data")
+    monkeypatch.setattr(texts, "PACKAGE", package)
+    assert texts.shipped_folder("data") == package / "data"
+    assert texts.is_installed(package / "data")
+    assert not texts.is_installed(tmp_path / "site" / "data")
 
 
 def test_missing_folder_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "veloxlab")
+    monkeypatch.setattr(texts, "PACKAGE", tmp_path / "veloxlab")
     with pytest.raises(InputError, match="The folder data of veloxlab is missing"):
         excerpt()
 
 
 def test_missing_file_is_named(tmp_path, monkeypatch):
     (tmp_path / "veloxlab" / "data").mkdir(parents=True)
-    monkeypatch.setattr(shipped, "PACKAGE", tmp_path / "veloxlab")
+    monkeypatch.setattr(texts, "PACKAGE", tmp_path / "veloxlab")
     with pytest.raises(InputError, match=r"wikitext2_test_excerpt\.txt is missing"):
         excerpt()

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxlab.codecs.transforms import make_rotation
+from veloxlab.codecs.parts.transforms import make_rotation
 from veloxlab.errors import InputError
 
 FLOAT32 = 2.0**-23

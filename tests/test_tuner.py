@@ -10,8 +10,8 @@ import pytest
 import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
-from veloxlab.allocate import kept
-from veloxlab.allocate.judged import JUDGED
+from veloxlab.allocate import ratequant
+from veloxlab.allocate.ratequant import JUDGED
 from veloxlab.allocate.setting import Setting
 from veloxlab.errors import InputError
 from veloxlab.views.picture import png_size
@@ -307,7 +307,7 @@ def test_a_model_is_measured_first_and_found_again(model, tmp_path, monkeypatch)
     assert tuner.wait(PATIENCE)
     assert tuner.budget == vl.AverageBits(3.25)
     tuner.budget = 5.0
-    monkeypatch.setattr(kept, "rate_budget", lambda *_, **__: pytest.fail("it was measured again"))
+    monkeypatch.setattr(ratequant, "rate_budget", lambda *_, **__: pytest.fail("it was measured again"))
     other = vl.BudgetTuner(model, Letters(), **given)
     assert other.wait(PATIENCE)
     assert other.rates.identity == tuner.rates.identity

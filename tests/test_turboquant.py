@@ -7,8 +7,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxlab.codecs.codebooks import gaussian_codebook, sphere_codebook
-from veloxlab.codecs.codec import Sample
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.parts.codebooks import gaussian_codebook, sphere_codebook
 from veloxlab.codecs.turboquant import TurboQuant, TurboQuantProd, TurboQuantSplit, build
 from veloxlab.errors import InputError
 

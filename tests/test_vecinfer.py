@@ -4,10 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from veloxlab.cache import CompressedKVCache
-from veloxlab.codecs.codec import Sample
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.parts.vector import can_pack, pack_indices, train_codebook, unpack_indices
 from veloxlab.codecs.vecinfer import _FEW_QUERIES, METHOD, POINTS, VecInfer, build
-from veloxlab.codecs.vector_codebooks import can_pack, pack_indices, train_codebook, unpack_indices
 from veloxlab.errors import InputError
 
 

@@ -8,7 +8,7 @@ import platformdirs
 import pytest
 import vl_convert
 
-from veloxlab.widgets.vega_bundle import bundle_name, ensure_bundle
+from veloxlab.widgets.chart_view import bundle_name, ensure_bundle
 
 
 @pytest.fixture
@@ -61,5 +61,5 @@ def test_a_failed_bundler_leaves_nothing_behind(monkeypatch, tmp_path):
 
 def test_the_name_changes_with_the_version_of_the_bundler(monkeypatch):
     before = bundle_name()
-    monkeypatch.setattr("veloxlab.widgets.vega_bundle.version", lambda package: "99.0")
+    monkeypatch.setattr("veloxlab.widgets.chart_view.version", lambda package: "99.0")
     assert bundle_name() != before

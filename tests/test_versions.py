@@ -7,8 +7,8 @@ import mlx.core as mx
 import pytest
 
 from veloxlab.codecs import METHODS
-from veloxlab.codecs.codec import Sample
-from veloxlab.codecs.rope import Rope
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.parts.rope import Rope
 
 VECTOR, FIRST = 7, 4  # numbers of one decoded vector that are noted
 LIKE_THEN: dict[tuple[str, int], tuple[float, list[float] | None]] = {

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from veloxlab import views
 from veloxlab.errors import InputError
-from veloxlab.views import palette, picture, theme
-from veloxlab.views.logscale import log_domain, log_ticks
+from veloxlab.views import picture, theme
+from veloxlab.views.furniture import log_domain, log_ticks
 from veloxlab.views.spec import describe, join, split
 
 
@@ -184,9 +184,9 @@ def test_a_chart_has_a_heading_and_draws_the_caption_it_is_given_later(name):
 @pytest.mark.parametrize("name", BY_LAYER)
 def test_a_picked_layer_is_marked_and_no_other_time_is_that_colour_used(name):
     chart = CHARTS[name]()
-    assert palette.PICKED not in drawn(chart)
-    assert palette.PICKED in drawn(chart, picked_layer=2)
-    assert palette.PICKED not in drawn(chart, picked_layer=77)
+    assert theme.PICKED not in drawn(chart)
+    assert theme.PICKED in drawn(chart, picked_layer=2)
+    assert theme.PICKED not in drawn(chart, picked_layer=77)
 
 
 @pytest.mark.parametrize("name", BY_LAYER)
@@ -247,7 +247,7 @@ def test_the_tuners_charts_of_a_large_model_have_at_most_two_thousand_marks():
 
 def test_heads_that_are_kept_exact_are_grey_and_counted():
     drawing = drawn(views.allocation_map(head_frame()))
-    assert drawing.count(f'fill="{palette.NEUTRAL}"') >= 4
+    assert drawing.count(f'fill="{theme.NEUTRAL}"') >= 4
     assert any("keys 3.83 bits on average, 2 to 5; values 3.83" in line for line in words(drawing))
     assert any("grey: 4 kept exact" in line for line in words(drawing))
     coded = head_frame().filter(pl.col("layer") > 0)
@@ -287,7 +287,7 @@ def test_predicted_points_are_hollow_and_measured_ones_full():
     assert [len(points(budget_rows(), role)) for role in ("predicted", "measured")] == [2, 1]
     assert [len(points(budget_rows(measured=None), role)) for role in ("predicted", "measured")] == [2, 0]
     assert not any("fill=" in point for point in points(budget_rows(), "predicted"))
-    assert f'fill="{palette.METHODS["ratequant"][0]}"' in points(budget_rows(), "measured")[0]
+    assert f'fill="{theme.METHODS["ratequant"][0]}"' in points(budget_rows(), "measured")[0]
     assert "0.25" in words(drawn(views.budget_frontier(budget_rows())))
 
 
@@ -312,7 +312,7 @@ def test_an_error_of_zero_is_drawn_at_the_floor():
     drawing = drawn(views.error_map(error_frame(rel_mse=0.0)))
     assert "NaN" not in drawing
     assert "×" not in words(drawing)
-    assert palette.LOSS["light"][0] in drawing or "rgb(240, 242, 228)" in drawing
+    assert theme.LOSS["light"][0] in drawing or "rgb(240, 242, 228)" in drawing
 
 
 def test_a_tensor_without_values_is_left_out():
@@ -405,27 +405,27 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("ground", ["#ffffff", "#111111"])
 def test_every_colour_reads_on_white_and_on_the_dark_ground(ground):
-    colours = [colour for colour, _ in palette.METHODS.values()]
-    for colour in [*colours, *palette.TENSORS.values(), palette.PICKED, palette.NEUTRAL, palette.OTHER]:
+    colours = [colour for colour, _ in theme.METHODS.values()]
+    for colour in [*colours, *theme.TENSORS.values(), theme.PICKED, theme.NEUTRAL, theme.OTHER]:
         assert contrast(colour, ground) >= 3, colour
 
 
 def test_text_reads_on_its_ground():
     for mode, ground in (("light", "#ffffff"), ("dark", "#111111")):
-        assert contrast(palette.INK[mode]["soft"], ground) >= 4.5
-        assert contrast(palette.INK[mode]["strong"], ground) >= 7
+        assert contrast(theme.INK[mode]["soft"], ground) >= 4.5
+        assert contrast(theme.INK[mode]["strong"], ground) >= 7
 
 
 def test_the_loss_ramp_stands_out_more_and_more():
     for mode, ground in (("light", "#ffffff"), ("dark", "#111111")):
-        steps = [contrast(colour, ground) for colour in palette.LOSS[mode]]
+        steps = [contrast(colour, ground) for colour in theme.LOSS[mode]]
         assert steps == sorted(steps)
 
 
 def test_no_two_methods_look_alike():
-    assert len(set(palette.METHODS.values())) == len(palette.METHODS)
-    assert len({colour for colour, _ in palette.METHODS.values()}) == len(palette.METHODS)
-    assert palette.colour_of("rvq K3 V3") == palette.colour_of("rvq") != palette.colour_of("mlx-lm 4 bits")
+    assert len(set(theme.METHODS.values())) == len(theme.METHODS)
+    assert len({colour for colour, _ in theme.METHODS.values()}) == len(theme.METHODS)
+    assert theme.colour_of("rvq K3 V3") == theme.colour_of("rvq") != theme.colour_of("mlx-lm 4 bits")
 
 
 @pytest.mark.parametrize("name", CHARTS)
@@ -520,8 +520,8 @@ def test_values_without_a_logarithm_do_not_count():
 
 def test_points_are_of_shapes_that_can_be_filled():
     """Points are drawn filled and without an outline; a stroke has no inside, so it would not be seen."""
-    names = [*palette.METHODS, "mlx-lm 4 bit"]
-    assert "stroke" not in {palette.shape_of(name) for name in names}
+    names = [*theme.METHODS, "mlx-lm 4 bit"]
+    assert "stroke" not in {theme.shape_of(name) for name in names}
 
 
 def lengths_frame() -> pl.DataFrame:

@@ -5,7 +5,7 @@ import pytest
 import veloxlab as vl
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
-from veloxlab.widgets.cache_explorer import NO_QUERIES
+from veloxlab.widgets.pages.cache import NO_QUERIES
 
 STABLELM = {"rope_theta": 1e4, "use_qkv_bias": False, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5}
 

@@ -10,17 +10,14 @@ from tests.tiny_models import tiny
 from veloxlab.allocate.curves import distortion_curves
 from veloxlab.allocate.sensitivity import sensitivities
 from veloxlab.codecs import METHODS
-from veloxlab.measure.activations import Capture, capture_layers
-from veloxlab.measure.distributions import channel_distributions
-from veloxlab.measure.error_profiles import error_densities, errors_along_position, errors_by_bits
-from veloxlab.measure.ratios import ratio
-from veloxlab.measure.rope_pairs import rope_pairs
-from veloxlab.measure.spaces import vectors
-from veloxlab.measure.spectra import dimensions, spectra
+from veloxlab.measure.capture import Capture, capture_layers
+from veloxlab.measure.distributions import channel_distributions, vectors
+from veloxlab.measure.errors import error_densities, errors_along_position, errors_by_bits, ratio
+from veloxlab.measure.spectra import dimensions, rope_pairs, spectra
 from veloxlab.views import by_bits_caption, channel_map_caption, spectrum_caption
-from veloxlab.widgets.error_explorer import ErrorExplorer
-from veloxlab.widgets.key_explorer import KeyExplorer
-from veloxlab.widgets.tables import Tables
+from veloxlab.widgets.pages.cache import Tables
+from veloxlab.widgets.pages.errors import ErrorExplorer
+from veloxlab.widgets.pages.keys import KeyExplorer
 
 IDS = [(7 * i * i + 3 * i) % 90 for i in range(96)]
 

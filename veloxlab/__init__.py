@@ -17,17 +17,18 @@ from veloxlab.runtime import TOO_LATE, keep_freed_memory, load_fast_blas
 if TYPE_CHECKING:
     from veloxlab.allocate.budget import AverageBits, BytesPerToken, QualityFloor, TokensInMemory
     from veloxlab.allocate.curves import distortion_curves
-    from veloxlab.allocate.plan import Plan
     from veloxlab.allocate.points import Bounds
-    from veloxlab.allocate.rate_budget import RateBudget
     from veloxlab.allocate.ratequant import allocate_bits, rate_budget
+    from veloxlab.allocate.rates import RateBudget
+    from veloxlab.allocate.search.result import SearchResult, search
     from veloxlab.allocate.sensitivity import sensitivities
-    from veloxlab.calibrating import calibrate
-    from veloxlab.calibration import Calibration
+    from veloxlab.cache.calibration import Calibration
+    from veloxlab.cache.load import load_cache
+    from veloxlab.cache.make import make_cache
+    from veloxlab.cache.plan import Plan
     from veloxlab.checkup import doctor
     from veloxlab.codecs import methods, register, unregister
     from veloxlab.errors import InputError
-    from veloxlab.hooks import detach
     from veloxlab.measure import (
         Capture,
         capture,
@@ -46,19 +47,18 @@ if TYPE_CHECKING:
         side_by_side,
         token_errors,
     )
-    from veloxlab.models import load
-    from veloxlab.pareto import SearchResult, search
-    from veloxlab.prompt_cache import make_cache
-    from veloxlab.prompt_file import load_cache
-    from veloxlab.shapes import ModelShape
+    from veloxlab.measure.calibrate import calibrate
+    from veloxlab.mlxlm.hooks import detach
+    from veloxlab.models.loading import load
+    from veloxlab.models.shapes import ModelShape
     from veloxlab.texts import excerpt
-    from veloxlab.widgets.cache_explorer import CacheExplorer
-    from veloxlab.widgets.error_explorer import ErrorExplorer
-    from veloxlab.widgets.key_explorer import KeyExplorer
     from veloxlab.widgets.lab import Lab
-    from veloxlab.widgets.planner import MemoryPlanner
-    from veloxlab.widgets.side_by_side import SideBySide
-    from veloxlab.widgets.tuner import BudgetTuner
+    from veloxlab.widgets.pages.budget import BudgetTuner
+    from veloxlab.widgets.pages.cache import CacheExplorer
+    from veloxlab.widgets.pages.errors import ErrorExplorer
+    from veloxlab.widgets.pages.generation import SideBySide
+    from veloxlab.widgets.pages.keys import KeyExplorer
+    from veloxlab.widgets.pages.memory import MemoryPlanner
 
 __version__ = "0.1.0"
 
@@ -72,33 +72,33 @@ if load_fast_blas() == TOO_LATE:
     )
 
 _HOME = {
-    "BudgetTuner": "widgets.tuner",
-    "CacheExplorer": "widgets.cache_explorer",
-    "Calibration": "calibration",
-    "ErrorExplorer": "widgets.error_explorer",
+    "BudgetTuner": "widgets.pages.budget",
+    "CacheExplorer": "widgets.pages.cache",
+    "Calibration": "cache.calibration",
+    "ErrorExplorer": "widgets.pages.errors",
     "Capture": "measure",
     "InputError": "errors",
-    "KeyExplorer": "widgets.key_explorer",
+    "KeyExplorer": "widgets.pages.keys",
     "Lab": "widgets.lab",
-    "Plan": "allocate.plan",
+    "Plan": "cache.plan",
     "sensitivities": "allocate.sensitivity",
-    "calibrate": "calibrating",
+    "calibrate": "measure.calibrate",
     "capture": "measure",
     "code_bits": "measure",
-    "detach": "hooks",
+    "detach": "mlxlm.hooks",
     "doctor": "checkup",
     "excerpt": "texts",
     "fidelity": "measure",
     "largest_contexts": "measure",
     "layer_errors": "measure",
-    "load": "models",
-    "load_cache": "prompt_file",
-    "make_cache": "prompt_cache",
+    "load": "models.loading",
+    "load_cache": "cache.load",
+    "make_cache": "cache.make",
     "memory_growth": "measure",
     "methods": "codecs",
-    "MemoryPlanner": "widgets.planner",
-    "ModelShape": "shapes",
-    "SideBySide": "widgets.side_by_side",
+    "MemoryPlanner": "widgets.pages.memory",
+    "ModelShape": "models.shapes",
+    "SideBySide": "widgets.pages.generation",
     "passkey": "measure",
     "plan_memory": "measure",
     "side_by_side": "measure",
@@ -114,13 +114,13 @@ _HOME = {
     "Bounds": "allocate.points",
     "BytesPerToken": "allocate.budget",
     "QualityFloor": "allocate.budget",
-    "RateBudget": "allocate.rate_budget",
+    "RateBudget": "allocate.rates",
     "TokensInMemory": "allocate.budget",
     "allocate_bits": "allocate.ratequant",
     "distortion_curves": "allocate.curves",
     "rate_budget": "allocate.ratequant",
-    "SearchResult": "pareto",
-    "search": "pareto",
+    "SearchResult": "allocate.search.result",
+    "search": "allocate.search.result",
 }
 
 __all__ = [

@@ -159,7 +159,7 @@ def _read_model(value: Any) -> Any:  # noqa: ANN401
 
 def _read_plan(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, os.PathLike):
-        from veloxlab.allocate.plan import Plan  # which takes its arguments by this module
+        from veloxlab.cache.plan import Plan  # which takes its arguments by this module
 
         return Plan.load(FILE("the plan's path", value))
     return _inside(value, isinstance(value, str) or (hasattr(value, "settings_for") and not isinstance(value, type)))

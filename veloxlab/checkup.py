@@ -89,7 +89,7 @@ def _blas() -> Check:
 
 
 def _kernels() -> Check:
-    from veloxlab.kernels.launch import SWITCH, gpu
+    from veloxlab.kernels.backend import SWITCH, gpu
 
     if runtime.backend() == "cpu":
         return Check("kernels", "ok", "none on a CPU: MLX graph ops do their work")
@@ -115,7 +115,7 @@ def _packages() -> list[Check]:
 
 
 def _weights() -> Check:
-    from veloxlab.models import DEMO_MODEL, demo_model_path
+    from veloxlab.models.loading import DEMO_MODEL, demo_model_path
 
     try:
         path = demo_model_path()

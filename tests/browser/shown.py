@@ -9,7 +9,7 @@ from pathlib import Path
 
 from playwright.sync_api import Locator, Page
 
-from veloxlab.views import palette
+from veloxlab.views import theme
 
 IS_LIGHT = "document.body.dataset.jpThemeLight === '%s'"
 
@@ -88,7 +88,7 @@ class Shown:
         """Turn JupyterLab dark, wait until the words of every chart that is seen are of its ink, and picture both."""
         self.picture(name, height)
         turn(self.page, "Dark")
-        light, dark = (palette.INK[mode]["soft"] for mode in ("light", "dark"))
+        light, dark = (theme.INK[mode]["soft"] for mode in ("light", "dark"))
         self.page.wait_for_function(
             f"""() => [...document.querySelectorAll("{self.charts}")].every((chart) => {{
               if (!chart.checkVisibility()) return true;

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from veloxlab.views import palette
+from veloxlab.views import theme
 
 pytestmark = pytest.mark.browser
 
@@ -94,7 +94,7 @@ def test_plain_charts_are_drawn_by_jupyterlab_itself(notebook, pictures):
         visit.page.locator(plain).nth(i).scroll_into_view_if_needed()
         visit.page.locator(plain).nth(i).locator("svg.marks", has_text=f"plain {caption}").wait_for()
         words = visit.page.locator(plain).nth(i).locator("text", has_text=f"plain {caption}")
-        assert words.get_attribute("fill") == palette.NEUTRAL  # without a colour of ours it would have none
+        assert words.get_attribute("fill") == theme.NEUTRAL  # without a colour of ours it would have none
         if pictures:
             visit.page.locator(plain).nth(i).screenshot(path=pictures / f"plain-{caption}.png")
     assert visit.errors == []

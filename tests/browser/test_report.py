@@ -7,7 +7,7 @@ import pytest
 
 from veloxlab import views
 from veloxlab.views.report import Section, report
-from veloxlab.widgets.vega_bundle import ensure_bundle
+from veloxlab.widgets.chart_view import ensure_bundle
 
 pytestmark = pytest.mark.browser
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.browser
 
 TABLES = """
 import veloxlab as vl
-from veloxlab.shipped import shipped_folder
+from veloxlab.texts import shipped_folder
 
 rates = vl.RateBudget.load(shipped_folder("data") / "results" / "rates_smollm2-135m.json")
 """

@@ -1,4 +1,4 @@
-"""Takes MLX's place in ``veloxlab.kernels.launch``: kernels are checked as Metal, and run on the CPU at once."""
+"""Takes MLX's place in ``veloxlab.kernels.backend``: kernels are checked as Metal, and run on the CPU at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from tests.metal_on_host.check import check_syntax
 from tests.metal_on_host.run import BFLOAT, TYPES, run
-from veloxlab.kernels.launch import GpuBackend, Source
+from veloxlab.kernels.backend import GpuBackend, Source
 
 DTYPES: dict[mx.Dtype, np.dtype] = {
     mx.float32: np.dtype(np.float32),

@@ -8,10 +8,10 @@ from typing import get_args
 
 from mlx.nn.layers.base import Module
 
+from veloxlab.cache.counts import BLOCK
 from veloxlab.checks import Check, check_fields, either, instance, real, whole
 from veloxlab.errors import InputError
-from veloxlab.probing import exact_width, probe
-from veloxlab.windows import BLOCK
+from veloxlab.mlxlm.probe import exact_width, probe
 
 MEGABYTE = 1_000_000
 
@@ -22,7 +22,7 @@ class LayerSize:
 
     Attributes
     ----------
-    layer, kv_heads, key_dim, value_dim, max_size, keep : as `veloxlab.probing.LayerFacts` has them.
+    layer, kv_heads, key_dim, value_dim, max_size, keep : as `veloxlab.mlxlm.probe.LayerFacts` has them.
     exact_bits : of an exact value.
     """
 
@@ -72,7 +72,7 @@ class HeldTokens:
 
 
 def held_tokens(size: LayerSize, tokens: int, *, sinks: int, window: int, decoded: bool = True) -> HeldTokens:
-    """Tokens that the layer's `veloxlab.cache.CompressedKVCache` has room for after ``tokens``, at most.
+    """Tokens that the layer's `veloxlab.cache.layer.CompressedKVCache` has room for after ``tokens``, at most.
 
     With ``decoded`` they came one at a time, and buffers hold slack for more; else in one call, and the numbers are
     exact for a layer that does not slide.

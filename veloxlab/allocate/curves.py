@@ -10,18 +10,18 @@ import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab import probing
-from veloxlab.allocate.proxies import SIDES, mean_square
-from veloxlab.allocate.waterfill import fit_distortion
-from veloxlab.cache import DEFAULT_SINKS
+from veloxlab.allocate.sensitivity import SIDES, mean_square
+from veloxlab.cache.layer import DEFAULT_SINKS
 from veloxlab.checks import MAPPING, checked, many, whole
 from veloxlab.codecs import find_method
-from veloxlab.codecs.codec import fitted_online
+from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.codecs.parts.water_filling import fit_distortion
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import capture_layers, first_tokens
-from veloxlab.measure.progress import Progress, silent
-from veloxlab.measure.ratios import ratio
+from veloxlab.measure.capture import capture_layers, first_tokens
+from veloxlab.measure.errors import ratio
+from veloxlab.mlxlm import probe
+from veloxlab.progress import Progress, silent
 from veloxlab.texts import excerpt
 
 USUAL_BITS = range(1, 7)  # the paper's, and 1 bit for budgets near 2
@@ -92,7 +92,7 @@ def distortion_curves(
         raise InputError(
             f"The text has {len(ids)} tokens, which leaves too few behind {sinks} sinks: give a longer text."
         )
-    layers = sum(f.compressible for f in probing.probe(model))
+    layers = sum(f.compressible for f in probe.probe(model))
     rows: list[tuple[object, ...]] = []
     for done, seen in enumerate(capture_layers(model, ids)):
         progress(done, layers, f"distortion of layer {seen.layer}")
@@ -119,7 +119,7 @@ def fitted(curves: pl.DataFrame) -> pl.DataFrame:
     """Fit α·β^−b to the mean relative distortion of each method's keys and of its values, least squares of its
     logarithm: `FITS`.
 
-    Keys and values are fitted apart: a quantizer without a rotation does not treat them alike (arXiv 2605.06675, §4).
+    Keys and values are fitted apart: a quantizer without a rotation does not treat them alike (arXiv 2605.06675, .4).
 
     Raises
     ------

@@ -14,7 +14,7 @@ import numpy as np
 import polars as pl
 
 from veloxlab.allocate.budget import LayerSize
-from veloxlab.allocate.proxies import SIDES
+from veloxlab.allocate.sensitivity import SIDES
 from veloxlab.allocate.solve import Problem
 from veloxlab.checks import FLAG, check_fields, choice, instance, whole
 from veloxlab.codecs import Role
@@ -61,7 +61,7 @@ class Point:
 
     Attributes
     ----------
-    method, bits : as `veloxlab.prompt_cache.LayerSettings` has them; ``bits`` is rounded where heads differ.
+    method, bits : as `veloxlab.cache.make.LayerSettings` has them; ``bits`` is rounded where heads differ.
     head_bits : the width of each head, or None where they are alike.
     width : mean code bits over the heads.
     nbytes : of one packed token.

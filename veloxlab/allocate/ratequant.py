@@ -4,22 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
+import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.budget import BUDGET, Budget, layer_sizes
 from veloxlab.allocate.curves import USUAL_BITS, distortion_curves
-from veloxlab.allocate.plan import Plan, model_hash
 from veloxlab.allocate.points import BOUNDS, PER_HEAD, Bounds
-from veloxlab.allocate.rate_budget import RateBudget
+from veloxlab.allocate.rates import FORMAT, RateBudget
 from veloxlab.allocate.sensitivity import By, sensitivities
-from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW
-from veloxlab.calibration import Calibration
+from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW
+from veloxlab.cache.plan import Plan, model_hash
 from veloxlab.checks import CALIBRATION, checked, choice, many, whole
-from veloxlab.identity import name_of
-from veloxlab.measure.progress import Progress, silent
-from veloxlab.probing import probe
+from veloxlab.codecs import find_method
+from veloxlab.measure.quality import FIDELITY, fidelity
+from veloxlab.mlxlm.identity import fingerprint, name_of
+from veloxlab.mlxlm.probe import probe
+from veloxlab.progress import Progress, silent
+from veloxlab.store import digest, kept, kept_in
 
 MEASURED = {
     "bits": many(whole()),
@@ -106,3 +110,92 @@ def allocate_bits(
     To try several budgets, keep the `RateBudget`.
     """
     return rate_budget(model, tokenizer, **measured).plan(budget, bounds)
+
+
+def kept_rate_budget(
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401
+    *,
+    folder: str | Path | None = None,
+    progress: Progress = silent,
+    **measured: Any,
+) -> RateBudget:
+    """Give what `rate_budget` measured of this model with the same arguments before, or measure it and keep it.
+
+    With a method that was registered (`veloxlab.register`) it is measured each time: its code may have changed.
+
+    Parameters
+    ----------
+    model, tokenizer : as `veloxlab.load` gives them.
+    folder : where it is kept; the user's cache folder by default. Where it cannot be written a warning says so.
+    progress : told of each step of measuring.
+    measured : further arguments of `rate_budget`.
+
+    Raises
+    ------
+    InputError : as `rate_budget`; a damaged file is told of in a warning, and made again.
+    """
+    methods = [find_method(method) for method in measured.get("methods", (PER_HEAD,))]
+    if any(method.codecs for method in methods):
+        return rate_budget(model, tokenizer, folder=folder, progress=progress, **measured)
+    facts: dict[str, Any] = {
+        name: list(given) if isinstance(given, range) else given for name, given in measured.items()
+    }
+    if "calibrations" in facts:
+        facts["calibrations"] = [calibration.identity for calibration in facts["calibrations"]]
+    versions = {method.id: method.version for method in methods}
+    path = kept_in("rates", folder) / f"{digest([FORMAT, versions, fingerprint(model), facts])[:16]}.json"
+    return kept(
+        path,
+        RateBudget.load,
+        lambda: rate_budget(model, tokenizer, folder=folder, progress=progress, **measured),
+        RateBudget.save,
+    )
+
+
+PlanKind = Literal["allocated", "uniform"]
+
+JUDGED = {
+    "kind": pl.String,  # "allocated" or "uniform"
+    "true_bits": pl.Float64,  # of each packed value
+    "bytes_per_token": pl.Float64,
+    "predicted_loss": pl.Float64,  # in the unit of the sensitivities, were all tokens behind the sinks codes
+    **FIDELITY,  # measured with the plan's window, which is exact: less is lost than without
+}
+"""Columns of `judged`."""
+
+
+def judged(
+    rates: RateBudget,
+    plan: Plan,
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401
+    *,
+    kind: PlanKind = "allocated",
+    text: str | None = None,
+    tokens: int = 512,
+    windows: int = 1,
+    progress: Progress = silent,
+) -> pl.DataFrame:
+    """Measure a plan by `veloxlab.fidelity`, and say what ``rates`` predict of it: one row, `JUDGED`.
+
+    Parameters
+    ----------
+    rates : the measurements that the plan was made from.
+    plan : of this model.
+    model, tokenizer, text, tokens, windows, progress : as for `veloxlab.fidelity`.
+    kind : how the plan came about.
+
+    Raises
+    ------
+    InputError : as `veloxlab.fidelity`, and as `RateBudget.heads`.
+    """
+    predicted = {
+        "kind": [kind],
+        "true_bits": [rates.true_bits(plan)],
+        "bytes_per_token": [rates.bytes_per_token(plan)],
+        "predicted_loss": [rates.predicted_loss(plan)],
+    }
+    given: dict[str, Any] = {"text": text, "tokens": tokens, "windows": windows, "progress": progress}
+    row = fidelity(model, tokenizer, plan, name=plan.name, **given)
+    return pl.concat([pl.DataFrame(predicted), row], how="horizontal").match_to_schema(JUDGED)

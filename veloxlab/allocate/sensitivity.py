@@ -1,12 +1,7 @@
-"""How much a model's loss minds an error in each KV head's keys, and in its values.
+"""Sensitivities without a backward pass: trials that compress a little, and the length of keys and values.
 
-Paper: RateQuant (arXiv 2605.06675), which takes the squared gradient of the loss: by the diagonal of the Fisher
-information, an error δ of a head's keys costs ½·E‖∂L/∂K‖²·E‖δ‖²/D nats a token if it points in no direction more than
-in another, which a random rotation sees to. Here L is the negative log-likelihood of all tokens of a sequence, in nats,
-so that the sensitivity does not shrink with the sequence's length.
-
-The other kinds are proxies, there to be compared with it. The first tokens draw most of attention, and the gradients
-there are hundreds of times those elsewhere: ``sinks`` of them are left out, as the cache keeps them exact.
+Each function takes a model, the token ids of one sequence, how many first tokens do not count, and what is told of each
+step; it gives for each layer with plain keys and values the sensitivities of its KV heads, of keys and of values.
 """
 
 from __future__ import annotations
@@ -19,18 +14,120 @@ import mlx.core as mx
 import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
+from numpy.typing import NDArray
 
-from veloxlab import probing
-from veloxlab.allocate.proxies import SIDES, Sides, Step, by_attention_output, by_forward_kl, by_norm, mean_square
-from veloxlab.cache import DEFAULT_SINKS
+from veloxlab.cache.layer import DEFAULT_SINKS
 from veloxlab.checks import checked, choice
+from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.errors import InputError
-from veloxlab.identity import fingerprint
-from veloxlab.measure.activations import stretches
+from veloxlab.measure.capture import Capture, Recorder, capture_layers, stretches
+from veloxlab.measure.errors import layer_errors, ratio
 from veloxlab.measure.gradients import loss_gradients
-from veloxlab.measure.progress import Progress, silent
+from veloxlab.measure.quality import divergence, log_probabilities
+from veloxlab.mlxlm import probe
+from veloxlab.mlxlm.identity import fingerprint
+from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in, read_sealed, write_sealed
 from veloxlab.texts import excerpt
+
+Sides = tuple[NDArray[np.float64], NDArray[np.float64]]  # of keys and of values, one number a KV head
+Step = Callable[[str], None]
+
+SIDES: tuple[Role, Role] = ("keys", "values")
+REFERENCE = ("turboquant", 3)  # method and bits of the trials
+
+
+def by_norm(model: Module, ids: Sequence[int], sinks: int, step: Step) -> list[Sides]:
+    """E‖x‖² of each head."""
+    step("norms")
+    return [
+        (np.array(mean_square(seen.keys, sinks), np.float64), np.array(mean_square(seen.values, sinks), np.float64))
+        for seen in capture_layers(model, ids)
+    ]
+
+
+def by_attention_output(model: Module, ids: Sequence[int], sinks: int, step: Step) -> list[Sides]:
+    """The relative error of each KV head's attention output in a trial of one side, over its `per_value`."""
+    method, bits = REFERENCE
+    found = []
+    for seen in capture_layers(model, ids):
+        step(f"attention of layer {seen.layer}")
+        if seen.queries is None:
+            raise InputError(
+                f"Layer {seen.layer} of this model does not show its queries, so the error of its output cannot be "
+                "measured: choose by='gradient' or by='forward_kl'."
+            )
+        errors = layer_errors(Capture((seen,), tuple(ids)), method, bits=bits, sinks=sinks).sort("head")
+        sides = []
+        for side, x in zip(SIDES, (seen.keys, seen.values), strict=True):
+            trial = _trial(x.shape[-1], side)
+            sides.append(ratio(errors.filter(tensor=side)["output_error"].to_numpy(), per_value(trial, x, sinks)))
+        found.append((sides[0], sides[1]))
+    return found
+
+
+class _Trial(Recorder):
+    """Compresses one side's tokens behind the sinks, and keeps how far they went."""
+
+    def __init__(self, facts: probe.LayerFacts, side: Role, sinks: int) -> None:
+        super().__init__(facts)
+        self._side, self._sinks = side, sinks
+        self.moved = np.zeros(0)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        x = keys if self._side == "keys" else values
+        codec = _trial(x.shape[-1], self._side)
+        coded = mx.concatenate(
+            [x[:, :, : self._sinks], _decoded(codec, x[:, :, self._sinks :]).astype(x.dtype)], axis=2
+        )
+        self.moved = per_value(codec, x, self._sinks)
+        return super().update_and_fetch(*((coded, values) if self._side == "keys" else (keys, coded)))
+
+
+def by_forward_kl(model: Module, ids: Sequence[int], sinks: int, step: Step) -> list[Sides]:
+    """The divergence of the predictions in a trial of one layer's side, over the `per_value` of its heads."""
+    x = mx.array([list(ids[:-1])])
+    step("exact")
+    exact = log_probabilities(model(x)[0])
+    found = []
+    for facts in probe.probe(model):
+        if not facts.compressible:
+            continue
+        sides = []
+        for side in SIDES:
+            step(f"{side} of layer {facts.layer}")
+            trial = _Trial(facts, side, sinks)
+            caches = probe.with_caches(model, _instead_of(facts, trial))
+            moved = divergence(exact, log_probabilities(model(x, cache=caches)[0])).mean().item()
+            sides.append(np.full(facts.kv_heads, ratio(moved, trial.moved.sum())))
+        found.append((sides[0], sides[1]))
+    return found
+
+
+def _instead_of(facts: probe.LayerFacts, trial: Recorder) -> Callable[[probe.LayerFacts], Recorder]:
+    """The trial in its layer, and recorders in the others."""
+    return lambda found: trial if found is facts else Recorder(found)
+
+
+def _trial(head_dim: int, side: Role) -> Codec:
+    method, bits = REFERENCE
+    return find_method(method).codec(head_dim, bits, side)
+
+
+def _decoded(codec: Codec, x: mx.array) -> mx.array:
+    return codec.decode(codec.encode(x))
+
+
+def per_value(codec: Codec, x: mx.array, sinks: int) -> NDArray[np.float64]:
+    """½·E‖x − x̂‖²/D of each head: what a sensitivity is multiplied with."""
+    behind = x[:, :, sinks:].astype(mx.float32)
+    return np.array(mean_square(behind - _decoded(codec, behind), 0), np.float64) / (2 * x.shape[-1])
+
+
+def mean_square(x: mx.array, sinks: int) -> mx.array:
+    """E‖x‖² of each head ``[H]`` of ``[1, H, S, D]`` over the tokens behind the sinks."""
+    return mx.square(x[0, :, sinks:].astype(mx.float32)).sum(axis=-1).mean(axis=-1)
+
 
 By = Literal["gradient", "key_norm", "attention_output", "forward_kl"]
 NATS: tuple[By, By] = ("gradient", "forward_kl")  # those whose predicted losses are divergences
@@ -142,7 +239,7 @@ def _measured(
     model: Module, read: Sequence[list[int]], by: By, sinks: int, progress: Progress
 ) -> Iterator[pl.DataFrame]:
     """Rows of each sequence."""
-    layers = [f.layer for f in probing.probe(model) if f.compressible]
+    layers = [f.layer for f in probe.probe(model) if f.compressible]
     if not layers:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to measure.")
     each = {"gradient": 1, "key_norm": 1, "attention_output": len(layers), "forward_kl": 2 * len(layers) + 1}[by]
@@ -186,7 +283,7 @@ def _by_gradient(model: Module, ids: Sequence[int], sinks: int, step: Step) -> l
     found = [(np.array(keys, np.float64), np.array(values, np.float64)) for keys, values in squares]
     reached = [max(keys.max(), values.max()) != 0 for keys, values in found]  # NaN is told elsewhere
     if not all(reached):
-        layer = [f.layer for f in probing.probe(model) if f.compressible][reached.index(False)]
+        layer = [f.layer for f in probe.probe(model) if f.compressible][reached.index(False)]
         raise InputError(
             f"No gradient of the loss reaches the keys and values of layer {layer}: choose by='attention_output' or "
             "by='forward_kl'."

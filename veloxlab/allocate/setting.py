@@ -12,7 +12,7 @@ import polars as pl
 
 from veloxlab.allocate.budget import BUDGET, MEGABYTE, AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
 from veloxlab.allocate.points import BOUNDS, Bounds
-from veloxlab.allocate.rate_budget import Allocation, RateBudget
+from veloxlab.allocate.rates import Allocation, RateBudget
 from veloxlab.checks import check_fields, real
 from veloxlab.errors import InputError
 

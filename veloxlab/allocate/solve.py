@@ -8,7 +8,7 @@ solution (H. Everett, 1963; Y. Shoham and A. Gersho, 1988, for bit allocation), 
 What is guaranteed
     Where the steps end exactly at the budget, no other choice within it loses less. Elsewhere what is left over is
     filled with the best moves that fit, and `Solution.bound` says what no choice within the budget can fall below.
-    For convex curves with steps of one cost it is RateQuant's greedy rule (arXiv 2605.06675, §4), and optimal always.
+    For convex curves with steps of one cost it is RateQuant's greedy rule (arXiv 2605.06675, .4), and optimal always.
 """
 
 from __future__ import annotations

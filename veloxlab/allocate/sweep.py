@@ -16,18 +16,18 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.budget import BytesPerToken
-from veloxlab.allocate.plan import Plan
 from veloxlab.allocate.points import PER_HEAD, Bounds
-from veloxlab.allocate.rate_budget import RateBudget
 from veloxlab.allocate.ratequant import rate_budget
+from veloxlab.allocate.rates import RateBudget
 from veloxlab.allocate.sensitivity import By, sensitivities
+from veloxlab.cache.make import make_cache
+from veloxlab.cache.plan import Plan
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
-from veloxlab.identity import fingerprint
 from veloxlab.measure.intervals import mean_interval
-from veloxlab.measure.progress import Progress, silent
 from veloxlab.measure.quality import Reference, judge, reference
-from veloxlab.prompt_cache import make_cache
+from veloxlab.mlxlm.identity import fingerprint
+from veloxlab.progress import Progress, silent
 from veloxlab.store import Unfinished, digest
 
 FORMAT = "veloxlab sweep 1"

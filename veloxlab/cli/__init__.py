@@ -10,8 +10,8 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from veloxlab.cli import checks, mlx_lm, quality, speed
-from veloxlab.cli.jupyterlab import open_lab
+from veloxlab.cli import quality, serve, speed, start
+from veloxlab.cli.start import open_lab
 from veloxlab.errors import InputError
 
 
@@ -43,6 +43,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"veloxlab {version('veloxlab')}")
     parser.set_defaults(run=open_lab, passes_on="behind")
     commands = parser.add_subparsers(title="commands", dest="command")
-    for room in (checks, quality, speed, mlx_lm):
+    for room in (start, quality, speed, serve):
         room.add(commands)
     return parser

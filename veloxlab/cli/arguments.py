@@ -1,8 +1,9 @@
-"""Arguments that several commands take."""
+"""Arguments and messages that several commands share."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TypeAlias
 
@@ -28,3 +29,8 @@ def add_out(parser: argparse.ArgumentParser) -> None:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The one file that results go to."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the results")
+
+
+def say(done: int, total: int, label: str) -> None:
+    """Print how far the work has come, where it is in no output's way."""
+    print(f"{done} of {total}: {label}", file=sys.stderr)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from veloxlab.cli.arguments import Commands, add_model, add_out, add_text
-from veloxlab.cli.progress import say
+from veloxlab.cli.arguments import Commands, add_model, add_out, add_text, say
 from veloxlab.cli.tables import compared_table, front_table, left_out_lines, ratio_table, swept_table
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically, write_parquet

@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veloxlab.cli.arguments import Commands, add_json, add_model
-from veloxlab.cli.progress import say
+from veloxlab.cli.arguments import Commands, add_json, add_model, say
 from veloxlab.cli.tables import left_out_lines, lengths_table
 from veloxlab.store import check_place, write_atomically
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from veloxlab.checks import FLAG, checked, instance
 from veloxlab.codecs import commvq, none, polarquant, qjl, rabitq, ratequant, rvq, spectralquant, turboquant, vecinfer
-from veloxlab.codecs.codec import Code, Codec
+from veloxlab.codecs.base import Code, Codec
 from veloxlab.codecs.method import ROLES, Method, Role
 from veloxlab.errors import InputError
 

@@ -36,12 +36,12 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
+from veloxlab.codecs.base import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
 from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, pair_order, pairs, train_tables
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.packing import pack, unpack
-from veloxlab.codecs.quantizers import ScaleName, check_scale, scale_factor
-from veloxlab.codecs.rope import Rope
+from veloxlab.codecs.parts.packing import pack, unpack
+from veloxlab.codecs.parts.rope import Rope
+from veloxlab.codecs.parts.scalar import ScaleName, check_scale, scale_factor
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import PairOrder, SumsReader
 

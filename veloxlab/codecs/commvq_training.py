@@ -19,7 +19,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxlab.codecs.rope import Rope
+from veloxlab.codecs.parts.rope import Rope
 from veloxlab.kernels.readers import PairOrder
 
 Floats = NDArray[np.float32]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from veloxlab.checks import check_options
-from veloxlab.codecs.codec import Codec
+from veloxlab.codecs.base import Codec
 from veloxlab.errors import InputError
 
 Role = Literal["keys", "values"]

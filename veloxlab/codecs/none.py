@@ -7,7 +7,7 @@ from typing import Self
 
 import mlx.core as mx
 
-from veloxlab.codecs.codec import Code, Sample, check_vectors, per_kv_head
+from veloxlab.codecs.base import Code, Sample, check_vectors, per_kv_head
 from veloxlab.codecs.method import Method, Role
 
 

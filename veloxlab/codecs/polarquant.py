@@ -42,11 +42,11 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import many, whole
-from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, space_of, store_scale
+from veloxlab.codecs.base import Code, Sample, TiledCodec, check_vectors, load_scale, space_of, store_scale
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.polar import PolarTree, angle_codebook, fitted_angles, halvings
-from veloxlab.codecs.quantizers import ScaleName, check_scale
-from veloxlab.codecs.transforms import Rotation, RotationName, make_rotation
+from veloxlab.codecs.parts.polar import PolarTree, angle_codebook, fitted_angles, halvings
+from veloxlab.codecs.parts.scalar import ScaleName, check_scale
+from veloxlab.codecs.parts.transforms import Rotation, RotationName, make_rotation
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers.polar import MOST_LEVELS, MOST_ROWS, PolarReader
 

@@ -40,11 +40,11 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_sample, check_vectors, load_scale, store_scale
-from veloxlab.codecs.groups import GroupLevels, GroupQuantizer
+from veloxlab.codecs.base import Code, Sample, TiledCodec, check_sample, check_vectors, load_scale, store_scale
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.sketch import SignSketch, SketchName, pack_signs
+from veloxlab.codecs.parts.codebooks import check_bits
+from veloxlab.codecs.parts.groups import GroupLevels, GroupQuantizer
+from veloxlab.codecs.parts.sketch import SignSketch, SketchName, pack_signs
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import encoded
 from veloxlab.kernels.readers import GroupsReader, TableReader

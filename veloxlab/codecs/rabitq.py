@@ -43,12 +43,12 @@ from typing import ClassVar, Literal, Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import Code, RotatedCodec, Sample, check_sample, check_vectors, load_scale
+from veloxlab.codecs.base import Code, RotatedCodec, Sample, check_sample, check_vectors, load_scale
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.packing import pack, spread, words_per_row
-from veloxlab.codecs.quantizers import paired, scale_factor
-from veloxlab.codecs.transforms import RotationName, SignedHadamard
+from veloxlab.codecs.parts.codebooks import check_bits
+from veloxlab.codecs.parts.packing import pack, spread, words_per_row
+from veloxlab.codecs.parts.scalar import paired, scale_factor
+from veloxlab.codecs.parts.transforms import RotationName, SignedHadamard
 from veloxlab.errors import InputError
 from veloxlab.kernels.encode import SpreadEncoder, StretchedGrid
 from veloxlab.kernels.readers import ShiftedTableReader, TableReader

@@ -26,9 +26,9 @@ from functools import cached_property
 import mlx.core as mx
 
 from veloxlab.codecs import turboquant
-from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import Code, TiledCodec, check_vectors, per_kv_head
+from veloxlab.codecs.base import Code, TiledCodec, check_vectors, per_kv_head
 from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.parts.codebooks import check_bits
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import HeadWidths, Spread, WidthsReader
 

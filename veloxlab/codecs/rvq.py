@@ -31,7 +31,9 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.codebooks import (
+from veloxlab.codecs.base import Code, RotatedCodec
+from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.parts.codebooks import (
     REACH,
     Codebook,
     Floats,
@@ -40,11 +42,9 @@ from veloxlab.codecs.codebooks import (
     lloyd_max,
     sphere_codebook,
 )
-from veloxlab.codecs.codec import Code, RotatedCodec
-from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.packing import pack, unpack, words_per_row
-from veloxlab.codecs.quantizers import JOINT_INDEX_BITS, CodebookName, ScaleName, check_scale, scale_factor
-from veloxlab.codecs.transforms import RotationName
+from veloxlab.codecs.parts.packing import pack, unpack, words_per_row
+from veloxlab.codecs.parts.scalar import JOINT_INDEX_BITS, CodebookName, ScaleName, check_scale, scale_factor
+from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.errors import InputError
 from veloxlab.kernels.encode import NearestLevel, SpreadEncoder
 from veloxlab.kernels.readers import StagesReader

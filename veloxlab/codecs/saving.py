@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import mlx.core as mx
 
 from veloxlab.codecs import METHODS, find_method, registered
-from veloxlab.codecs.codec import Codec
-from veloxlab.codecs.rope import Rope
+from veloxlab.codecs.base import Codec
+from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 
 Plain = dict[str, Any]

@@ -41,12 +41,12 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
-from veloxlab.codecs.greedy import greedy_bits
+from veloxlab.codecs.base import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.quantizers import PlannedQuantizer, ScaleName, check_scale
-from veloxlab.codecs.transforms import make_rotation
+from veloxlab.codecs.parts.codebooks import check_bits
+from veloxlab.codecs.parts.scalar import PlannedQuantizer, ScaleName, check_scale
+from veloxlab.codecs.parts.transforms import make_rotation
+from veloxlab.codecs.parts.water_filling import greedy_bits
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import encoded
 from veloxlab.kernels.planned import PlannedEncoder

@@ -31,11 +31,12 @@ from typing import Literal
 
 import mlx.core as mx
 
-from veloxlab.codecs.codebooks import check_bits
-from veloxlab.codecs.codec import Code, RotatedCodec
+from veloxlab.codecs.base import Code, RotatedCodec
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.packing import WIDEST
-from veloxlab.codecs.quantizers import (
+from veloxlab.codecs.parts.codebooks import check_bits
+from veloxlab.codecs.parts.outliers import SplitCodec
+from veloxlab.codecs.parts.packing import WIDEST
+from veloxlab.codecs.parts.scalar import (
     CodebookName,
     ScalarQuantizer,
     ScaleName,
@@ -43,9 +44,8 @@ from veloxlab.codecs.quantizers import (
     paired_levels,
     scale_factor,
 )
-from veloxlab.codecs.sketch import SignSketch, SketchName
-from veloxlab.codecs.split import SplitCodec
-from veloxlab.codecs.transforms import RotationName
+from veloxlab.codecs.parts.sketch import SignSketch, SketchName
+from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.errors import InputError
 from veloxlab.kernels.encode import NearestLevel, SpreadEncoder
 from veloxlab.kernels.readers import Spread, TableReader

@@ -32,10 +32,10 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.codec import Code, Sample, TiledCodec, check_vectors
+from veloxlab.codecs.base import Code, Sample, TiledCodec, check_vectors
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.transforms import SignedHadamard
-from veloxlab.codecs.vector_codebooks import (
+from veloxlab.codecs.parts.transforms import SignedHadamard
+from veloxlab.codecs.parts.vector import (
     can_pack,
     index_words,
     packed_nearest,

@@ -1,5 +1,5 @@
 """Nearest centroids of sub-vectors, packed, in one launch: what `nearest` and `pack_indices` of
-`veloxlab.codecs.vector_codebooks` do, which are its twin.
+`veloxlab.codecs.parts.vector` do, which are its twin.
 
 A threadgroup takes a few dozen points and all centroids, a tile of them at a time. Inner products are summed up in
 registers, in float32, and each point's least distance ``‖c‖²/2 − x·c`` is kept there: only packed indices are written.
@@ -14,7 +14,7 @@ from math import prod
 import mlx.core as mx
 
 from veloxlab.errors import InputError
-from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
+from veloxlab.kernels.backend import SIMD, GpuBackend, Source, launch, source_file, type_name
 
 SIMDGROUPS = 8  # of a threadgroup
 # points of a simdgroup, whose sums with 8 centroids each thread has in registers: Apple's GPUs have 128 a thread

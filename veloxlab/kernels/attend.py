@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from veloxlab.kernels.backend import SIMD, GpuBackend, Source, launch, source_file, type_name
 from veloxlab.kernels.lanes import hartley_row
-from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
 from veloxlab.kernels.readers import Reader, Room
 
 SIMDGROUPS = 4  # of a threadgroup

@@ -16,9 +16,9 @@ import numpy as np
 
 from veloxlab.kernels.assign import assign
 from veloxlab.kernels.attend import Exact, Queries, Shape, Tokens, attend, attend_twin, can_attend
+from veloxlab.kernels.backend import GpuBackend, gpu
 from veloxlab.kernels.decode import decode, spread
 from veloxlab.kernels.lanes import can_spread
-from veloxlab.kernels.launch import GpuBackend, gpu
 from veloxlab.kernels.readers import Spread, TableReader
 
 _TOKENS = (3, 333, 70)  # sinks, packed and recent ones: no multiples of anything

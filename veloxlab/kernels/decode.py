@@ -13,6 +13,7 @@ from string import Template
 import mlx.core as mx
 
 from veloxlab.errors import InputError
+from veloxlab.kernels.backend import GpuBackend, Source, launch, source_file, type_name
 from veloxlab.kernels.lanes import (
     DTYPES,
     THREADS,
@@ -26,7 +27,6 @@ from veloxlab.kernels.lanes import (
     vectors_at_once,
     words,
 )
-from veloxlab.kernels.launch import GpuBackend, Source, launch, source_file, type_name
 
 
 def decode(
@@ -94,7 +94,7 @@ def spread(x: mx.array, signs: mx.array, backend: GpuBackend, *, inverse: bool =
 
     Returns
     -------
-    ``[B, H, S, D]`` float32: what `veloxlab.codecs.transforms.SignedHadamard` gives.
+    ``[B, H, S, D]`` float32: what `veloxlab.codecs.parts.transforms.SignedHadamard` gives.
 
     Raises
     ------

@@ -15,6 +15,7 @@ from typing import Final
 import mlx.core as mx
 
 from veloxlab.errors import InputError
+from veloxlab.kernels.backend import GpuBackend, Source, launch, source_file
 from veloxlab.kernels.lanes import (
     THREADS,
     can_spread,
@@ -27,7 +28,6 @@ from veloxlab.kernels.lanes import (
     vectors_at_once,
     words,
 )
-from veloxlab.kernels.launch import GpuBackend, Source, launch, source_file
 
 # what a vector's root-mean-square is to be multiplied with, from the sums that ``encode.metal`` makes
 _FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
@@ -62,7 +62,7 @@ class Fragment:
 
 @dataclass(frozen=True, eq=False)
 class NearestLevel:
-    """The nearest of ascending levels, as `veloxlab.codecs.quantizers.ScalarQuantizer` finds it.
+    """The nearest of ascending levels, as `veloxlab.codecs.parts.scalar.ScalarQuantizer` finds it.
 
     Parameters
     ----------
@@ -149,9 +149,9 @@ class SpreadEncoder:
 
     Parameters
     ----------
-    signs : ±1 of each coordinate ``[D]``, float32; see `veloxlab.codecs.transforms.SignedHadamard`.
+    signs : ±1 of each coordinate ``[D]``, float32; see `veloxlab.codecs.parts.transforms.SignedHadamard`.
     quantizer : of coordinates.
-    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.quantizers.scale_factor`.
+    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.parts.scalar.scale_factor`.
     fields : name and width of each part that a code is cut into, from its high bits down; they are packed apart.
     sine : whether that of the angle between a vector and what its codes stand for is kept too, as ``sine``.
 

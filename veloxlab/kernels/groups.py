@@ -1,6 +1,6 @@
 """Equal steps from the least to the largest number of each group of coordinates, coded and packed in one launch.
 
-The twin is `veloxlab.codecs.groups.GroupQuantizer.encode`.
+The twin is `veloxlab.codecs.parts.groups.GroupQuantizer.encode`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from functools import lru_cache
 
 import mlx.core as mx
 
+from veloxlab.kernels.backend import SIMD, GpuBackend, Source, launch, source_file, type_name
 from veloxlab.kernels.lanes import THREADS, check_bits, check_vectors, groups_for, words
-from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
 
 _VECTORS = THREADS // SIMD  # of a threadgroup
 _LARGEST_DIM = 4096  # of which a threadgroup's codes take half of Metal's threadgroup memory

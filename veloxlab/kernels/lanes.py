@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 
 from veloxlab.errors import InputError
-from veloxlab.kernels.launch import SIMD, GpuBackend, type_name
+from veloxlab.kernels.backend import SIMD, GpuBackend, type_name
 
 THREADS = 128  # of a threadgroup
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)  # that kernels read and write vectors in

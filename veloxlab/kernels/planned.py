@@ -13,6 +13,7 @@ from typing import Final
 import mlx.core as mx
 
 from veloxlab.errors import InputError
+from veloxlab.kernels.backend import GpuBackend, Source, launch, source_file
 from veloxlab.kernels.lanes import (
     THREADS,
     WIDEST,
@@ -23,7 +24,6 @@ from veloxlab.kernels.lanes import (
     layout,
     vectors_at_once,
 )
-from veloxlab.kernels.launch import GpuBackend, Source, launch, source_file
 
 _ENTRIES: Final = (2 << WIDEST) - 1  # of the tables of all widths from 0 bits on
 # what a vector's root-mean-square is to be multiplied with, from the sums that ``planned.metal`` makes

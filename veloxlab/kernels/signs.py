@@ -12,8 +12,8 @@ from functools import lru_cache
 import mlx.core as mx
 
 from veloxlab.errors import InputError
+from veloxlab.kernels.backend import SIMD, GpuBackend, Source, launch, source_file, type_name
 from veloxlab.kernels.lanes import THREADS, check_vectors, groups_for, words
-from veloxlab.kernels.launch import SIMD, GpuBackend, Source, launch, source_file, type_name
 
 _VECTORS = THREADS // SIMD  # of a threadgroup
 

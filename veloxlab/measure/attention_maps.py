@@ -7,12 +7,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from veloxlab.attention import causal_mask
+from veloxlab.cache.attention import causal_mask
+from veloxlab.cache.make import usual_bits
 from veloxlab.codecs.method import Calibrated
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import LayerCapture
+from veloxlab.measure.capture import LayerCapture
 from veloxlab.measure.errors import exact_and_decoded
-from veloxlab.prompt_cache import usual_bits
 
 ATTENTION_MAP = {
     "kind": pl.String,  # "exact", "compressed", or "difference": compressed less exact

@@ -1,23 +1,95 @@
-"""How the coordinates of keys and values are distributed: channel by channel, and all of a head together."""
+"""The spaces in which methods see keys and values: as they are, before RoPE, spread, smoothed, on learned axes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal, get_args
 
+import mlx.core as mx
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.parts.transforms import SignedHadamard
+from veloxlab.codecs.spectralquant import SpectralQuant
+from veloxlab.codecs.vecinfer import smoothing_factors
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture
+from veloxlab.measure.capture import Capture, LayerCapture
 from veloxlab.measure.errors import Side
-from veloxlab.measure.spaces import Floats, Space, sides_of, vectors
+
+Floats = NDArray[np.float32]
+Space = Literal["raw", "before_rope", "rotated", "smoothed", "smoothed_rotated", "eigenbasis"]
+SPACES: tuple[Space, ...] = get_args(Space)
+SIDES: tuple[Side, ...] = get_args(Side)
+
+
+def check_space(space: str) -> None:
+    """Raise `InputError` unless ``space`` is one of `SPACES`."""
+    if space not in SPACES:
+        raise InputError(f"There is no space {space!r}: choose one of {', '.join(SPACES)}.")
+
+
+def sides_of(space: Space) -> tuple[Side, ...]:
+    """Which of keys and values there are in a space: RoPE turns keys alone."""
+    check_space(space)
+    return ("keys",) if space == "before_rope" else SIDES
+
+
+def vectors(layer: LayerCapture, side: Side, space: Space = "raw") -> Floats:
+    """Keys or values of a layer in one of the spaces ``[H, S, D]``, float32.
+
+    ``raw``               As they go into the cache: keys after RoPE.
+    ``before_rope``       Keys with their rotary embedding undone, as CommVQ codes them.
+    ``rotated``           Random signs, then Hadamard: what TurboQuant, RVQ, RaBitQ and PolarQuant code.
+    ``smoothed``          Each channel over λ = √(max |x|), VecInfer's first step; in units of λ.
+    ``smoothed_rotated``  The same, then signs and Hadamard: what VecInfer codes of keys.
+    ``eigenbasis``        SpectralQuant's axes, learned from these very vectors: of root-mean-square 1, the mean taken
+                          off, the largest variance first.
+
+    Raises
+    ------
+    InputError : an unknown space; values, or a layer without a known RoPE, before RoPE; too few tokens, or numbers that
+        are not finite, for an eigenbasis.
+    """
+    check_space(space)
+    x = (layer.keys if side == "keys" else layer.values).astype(mx.float32)
+    if space == "before_rope":
+        if side == "values":
+            raise InputError("Values go through no RoPE: choose keys, or the space 'raw'.")
+        if layer.rope is None:
+            raise InputError(f"Layer {layer.layer} has no rotary embedding that is known: choose the space 'raw'.")
+        x = layer.rope.inverse(x, 0)
+    elif space == "eigenbasis":
+        x = _on_axes(x, layer.layer)
+    elif space in ("smoothed", "smoothed_rotated"):
+        x = x / smoothing_factors(x)[:, None]
+    if space in ("rotated", "smoothed_rotated"):
+        x = SignedHadamard(x.shape[-1], seed=0).forward(x)
+    return np.array(x[0])
+
+
+def _on_axes(x: mx.array, layer: int) -> mx.array:
+    if not mx.isfinite(x).all().item():
+        raise InputError(f"Layer {layer} holds numbers that are NaN or infinite, which have no axes: see it in 'raw'.")
+    heads = mx.array([head for head in range(x.shape[1]) if x[:, head].any().item()])  # one of zeros stays where it is
+    if not heads.size:
+        return x
+    own = x[:, heads]
+    fitted = SpectralQuant(x.shape[-1], bits=4).fit(Sample(own))  # axes and mean do not depend on the bits
+    assert fitted.forward is not None
+    assert fitted.mean is not None
+    rms = mx.sqrt(mx.square(own).mean(axis=-1, keepdims=True))
+    moved = mx.zeros_like(x)
+    moved[:, heads] = own / mx.where(rms == 0, 1.0, rms) @ fitted.forward - fitted.mean
+    return moved
+
 
 CHANNELS = {
     "layer": pl.Int32,
     "head": pl.Int32,  # KV head
     "tensor": pl.String,  # "keys" or "values"
-    "space": pl.String,  # see `veloxlab.measure.spaces.vectors`
+    "space": pl.String,  # see `veloxlab.measure.distributions.vectors`
     "channel": pl.Int32,
     "mean": pl.Float64,  # over the tokens that are finite, as all that follows; in the space's own unit
     "rms": pl.Float64,
@@ -59,7 +131,7 @@ def channel_distributions(
 
     Raises
     ------
-    InputError : as `veloxlab.measure.spaces.vectors`.
+    InputError : as `veloxlab.measure.distributions.vectors`.
     """
     frames = []
     for layer, side, x in seen(capture, space, tensors):
@@ -87,7 +159,7 @@ def densities(
 
     Raises
     ------
-    InputError : as `veloxlab.measure.spaces.vectors`; fewer than two bins, or a head with no finite coordinate.
+    InputError : as `veloxlab.measure.distributions.vectors`; fewer than two bins, or a head with no finite coordinate.
     """
     check_bins(bins)
     frames = []
@@ -157,3 +229,53 @@ def check_bins(bins: int) -> None:
     """Raise `InputError` unless a histogram can have so many bins."""
     if bins < 2:
         raise InputError(f"A density of bins={bins} shows nothing: give 2 or more, such as {BINS}.")
+
+
+OUTLIERS = {
+    "layer": pl.Int32,
+    "head": pl.Int32,
+    "tensor": pl.String,
+    "space": pl.String,
+    "loudest": pl.Int32,  # the channel of greatest root-mean-square over the tokens
+    "loudest_ratio": pl.Float64,  # its root-mean-square, in those of the median channel
+    "outlier_channels": pl.Int32,  # channels of more than `LOUD` times the median channel's
+    "peak_ratio": pl.Float64,  # greatest |coordinate| of the head, in root-mean-squares of all its coordinates
+    "not_finite": pl.Int32,  # coordinates that are NaN or infinite, and do not count
+}
+"""Columns of `outlier_channels`; ratios are null where the median channel, or the head, is zero."""
+
+LOUD = 3.0
+
+
+def outlier_channels(
+    capture: Capture, space: Space = "raw", *, tensors: tuple[Side, ...] | None = None
+) -> pl.DataFrame:
+    """How far single channels and single coordinates of each head stand out: `OUTLIERS`.
+
+    A uniform quantizer's steps are as wide as the loudest coordinate asks for, so ``peak_ratio`` is what it pays.
+
+    Raises
+    ------
+    InputError : as `veloxlab.measure.distributions.vectors`.
+    """
+    rows = []
+    for layer, side, x in seen(capture, space, tensors):
+        for head, own in enumerate(x.astype(np.float64)):
+            finite = np.isfinite(own)
+            known = np.where(finite, own, 0.0)
+            rms = np.sqrt(np.square(known).sum(axis=0) / np.maximum(finite.sum(axis=0), 1))
+            usual, whole = float(np.median(rms)), float(np.sqrt(np.square(known).sum() / max(finite.sum(), 1)))
+            rows.append(
+                {
+                    "layer": layer,
+                    "head": head,
+                    "tensor": side,
+                    "space": space,
+                    "loudest": int(rms.argmax()),
+                    "loudest_ratio": float(rms.max()) / usual if usual else None,
+                    "outlier_channels": int((rms > LOUD * usual).sum()),
+                    "peak_ratio": float(np.abs(known).max()) / whole if whole else None,
+                    "not_finite": int(own.size - finite.sum()),
+                }
+            )
+    return pl.DataFrame(rows, schema=OUTLIERS)

@@ -1,24 +1,37 @@
-"""What compression does to a captured run: the error of every layer, KV head and tensor, by the model's own queries."""
+"""What compression does to a captured run: errors of layers, KV heads, tensors and single tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
 import polars as pl
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
-from veloxlab.attention import causal_mask
+from veloxlab.cache.attention import causal_mask
+from veloxlab.cache.make import side_bits, usual_bits
 from veloxlab.checks import checked, measured
 from veloxlab.codecs import find_method
-from veloxlab.codecs.codec import fitted_online
+from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
-from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.progress import Progress, silent
-from veloxlab.measure.ratios import ratio, ratio_of
-from veloxlab.prompt_cache import side_bits, usual_bits
+from veloxlab.errors import InputError
+from veloxlab.measure.capture import Capture, LayerCapture
+from veloxlab.progress import Progress, silent
+
+
+def ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[Any]:
+    """``part / whole`` by element: 0 where ``part`` is 0, and infinite where ``whole`` alone is."""
+    part, whole = np.asarray(part), np.asarray(whole)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.where(part == 0, 0, part / whole))
+
+
+def ratio_of(part: pl.Expr, whole: pl.Expr) -> pl.Expr:
+    """`ratio` of two columns."""
+    return pl.when(part == 0).then(0.0).otherwise(part / whole)
+
 
 Side = Literal["keys", "values"]
 
@@ -202,3 +215,119 @@ def _attention_errors(
     out_changed = output(changed, decoded if side == "values" else values)
     moved = mx.square(out - out_changed).sum(axis=(1, 2, 3))
     return [logit_error, ratio(moved, mx.square(out).sum(axis=(1, 2, 3)))]
+
+
+PROFILE = {
+    "tensor": pl.String,
+    "bits": pl.Int32,
+    "position": pl.Int32,  # first of a block of positions
+    "position_end": pl.Int32,  # the one behind it
+    "low": pl.Float64,  # relative squared error ‖x − x̂‖² / ‖x‖²: a tenth of layers, heads and tokens lies below
+    "median": pl.Float64,
+    "high": pl.Float64,  # a tenth lies above
+    "not_finite": pl.Int64,  # vectors whose error is NaN or infinite
+}
+"""Columns of `errors_along_position`; quantiles are null where no error is finite."""
+
+ERROR_DENSITIES = {
+    "tensor": pl.String,
+    "bits": pl.Int32,
+    "least": pl.Float64,  # ends of a bin of relative squared error, equal on a log scale
+    "most": pl.Float64,
+    "share": pl.Float64,  # of the vectors with an error above 0
+    "zero": pl.Int64,  # vectors without error, which a log scale cannot show
+    "not_finite": pl.Int64,
+}
+"""Columns of `error_densities`."""
+
+ERRORS_BY_BITS = {
+    "tensor": pl.String,
+    "bits": pl.Int32,
+    "error": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over all vectors whose error is finite; null of none
+    "true_bits": pl.Float64,  # that a value really takes
+    "not_finite": pl.Int64,
+}
+"""Columns of `errors_by_bits`."""
+
+BLOCKS, BINS = 64, 60
+SIDE = ["tensor", "bits"]
+RELATIVE = ratio_of(pl.col("squared_error").cast(pl.Float64), pl.col("squared_norm").cast(pl.Float64))
+
+
+def errors_along_position(tokens: pl.DataFrame, *, blocks: int = BLOCKS) -> pl.DataFrame:
+    """Quantiles of the relative error of `veloxlab.token_errors` in blocks of positions: `PROFILE`.
+
+    Raises
+    ------
+    InputError : no block, or no row.
+    """
+    if blocks < 1 or tokens.is_empty():
+        raise InputError(f"There is nothing to pool: give token_errors with rows, and blocks={BLOCKS} or so.")
+    size = -(-(tokens["position"].max() + 1) // blocks)  # type: ignore[operator]
+    last = pl.col("position").max() + 1
+    error = pl.col("error").filter(pl.col("error").is_finite())
+    return (
+        tokens.with_columns(error=RELATIVE, block=pl.col("position") // size * size)
+        .group_by(*SIDE, "block")
+        .agg(
+            position_end=last,
+            low=error.quantile(0.1),
+            median=error.median(),
+            high=error.quantile(0.9),
+            not_finite=(~pl.col("error").is_finite()).sum(),
+        )
+        .rename({"block": "position"})
+        .sort(*SIDE, "position")
+        .select(pl.col(name).cast(dtype) for name, dtype in PROFILE.items())
+    )
+
+
+def errors_by_bits(tokens: pl.DataFrame, true_bits: pl.DataFrame) -> pl.DataFrame:
+    """The error at each width of `veloxlab.token_errors`, beside what a value takes by `veloxlab.code_bits`.
+
+    Columns: `ERRORS_BY_BITS`. Both frames have rows of several widths; the second one a column ``bits`` too.
+
+    Raises
+    ------
+    InputError : no row.
+    """
+    if tokens.is_empty():
+        raise InputError("There is nothing to pool: give token_errors with rows.")
+    finite = pl.col("squared_error").is_finite()
+    sums = (pl.col(f"squared_{of}").filter(finite).cast(pl.Float64).sum() for of in ("error", "norm"))
+    errors = tokens.group_by(SIDE).agg(error=pl.when(finite.any()).then(ratio_of(*sums)), not_finite=(~finite).sum())
+    layers = true_bits.group_by(*SIDE, "layer").agg(true_bits=pl.col("bits_per_value").sum())
+    taken = layers.group_by(SIDE).agg(pl.col("true_bits").mean())
+    joined = errors.join(taken, on=SIDE).sort(SIDE)
+    return joined.select(pl.col(name).cast(dtype) for name, dtype in ERRORS_BY_BITS.items())
+
+
+def error_densities(tokens: pl.DataFrame, *, bins: int = BINS) -> pl.DataFrame:
+    """How relative errors of single vectors of `veloxlab.token_errors` are distributed: `ERROR_DENSITIES`.
+
+    Raises
+    ------
+    InputError : fewer than two bins, or no row.
+    """
+    errors = tokens.select(*SIDE, error=RELATIVE)
+    if bins < 2 or errors.is_empty():
+        raise InputError(
+            f"There is nothing to draw: bins={bins} of {errors.height} errors. Give rows and 2 bins or more."
+        )
+    drawn = errors.filter(pl.col("error").is_finite() & (pl.col("error") > 0))["error"]
+    low, high = (float(end) for end in (drawn.min() or 1.0, drawn.max() or 1.0))  # type: ignore[arg-type]
+    edges = np.geomspace(low / 1.01, high * 1.01, bins + 1)  # a little room, so that the ends lie inside
+    frames = []
+    for (tensor, bits), own in errors.sort(SIDE, maintain_order=True).group_by(SIDE, maintain_order=True):
+        error = own["error"].to_numpy()
+        positive = error[np.isfinite(error) & (error > 0)]
+        counts, _ = np.histogram(positive, edges)
+        columns = {"least": edges[:-1], "most": edges[1:], "share": counts / max(positive.size, 1)}
+        place = {
+            "tensor": tensor,
+            "bits": bits,
+            "zero": int((error == 0).sum()),
+            "not_finite": int((~np.isfinite(error)).sum()),
+        }
+        frames.append(pl.DataFrame(columns).with_columns(pl.lit(value).alias(name) for name, value in place.items()))
+    return pl.concat([f.select(pl.col(name).cast(dtype) for name, dtype in ERROR_DENSITIES.items()) for f in frames])

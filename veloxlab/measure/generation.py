@@ -17,14 +17,14 @@ import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
 
+from veloxlab.cache.make import LayerPlan
+from veloxlab.cache.room import calls
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, FLAG, FUNCTION, WORDS, checked, either, many, real, whole
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import first_tokens
-from veloxlab.measure.buffers import calls
-from veloxlab.measure.progress import Progress, silent
+from veloxlab.measure.capture import first_tokens
 from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities, maker
-from veloxlab.probing import own_cache
-from veloxlab.prompt_cache import LayerPlan
+from veloxlab.mlxlm.probe import own_cache
+from veloxlab.progress import Progress, silent
 from veloxlab.texts import excerpt
 
 Side = Literal["exact", "compressed"]

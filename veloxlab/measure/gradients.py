@@ -8,15 +8,15 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from veloxlab import probing
-from veloxlab.measure.activations import Recorder
+from veloxlab.measure.capture import Recorder
 from veloxlab.measure.quality import log_probabilities
+from veloxlab.mlxlm import probe
 
 
 class _Perturbed(Recorder):
     """Adds to keys and values, where they enter the cache, what the loss is to be differentiated by."""
 
-    def __init__(self, facts: probing.LayerFacts, perturbation: tuple[mx.array, mx.array]) -> None:
+    def __init__(self, facts: probe.LayerFacts, perturbation: tuple[mx.array, mx.array]) -> None:
         super().__init__(facts)
         self._perturbation = perturbation
 
@@ -35,13 +35,13 @@ def loss_gradients(model: Module, ids: Sequence[int]) -> list[tuple[mx.array, mx
     ------
     RuntimeError, ValueError : a part of the model cannot be differentiated, in MLX's words.
     """
-    facts = [f for f in probing.probe(model) if f.compressible]
+    facts = [f for f in probe.probe(model) if f.compressible]
     x = mx.array([list(ids)])
     tokens = len(ids) - 1
 
     def loss(perturbations: list[tuple[mx.array, mx.array]]) -> mx.array:
         left = iter(perturbations)
-        caches = probing.with_caches(model, lambda found: _Perturbed(found, next(left)))
+        caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left)))
         log_probs = log_probabilities(model(x[:, :-1], cache=caches)[0])
         return -mx.take_along_axis(log_probs, x[0, 1:, None], axis=-1).sum()
 

@@ -17,12 +17,12 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import can_trim_prompt_cache
 from mlx_lm.models.llama import Model, ModelArgs
 
+from veloxlab.cache.make import make_cache
+from veloxlab.cache.room import CHUNK
 from veloxlab.errors import InputError
-from veloxlab.measure.buffers import CHUNK
-from veloxlab.measure.progress import OnRows, Progress, in_words, silent, unseen
-from veloxlab.measure.quantized import quantized_cache
-from veloxlab.probing import exact_width, own_cache, slots_of
-from veloxlab.prompt_cache import make_cache
+from veloxlab.mlxlm.probe import exact_width, own_cache, slots_of
+from veloxlab.mlxlm.quantized import quantized_cache
+from veloxlab.progress import OnRows, Progress, in_words, silent, unseen
 
 LENGTHS = {
     "cache": pl.String,

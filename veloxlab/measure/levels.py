@@ -1,27 +1,31 @@
 """What a method quantizes and with which levels: both as its codec has them, in the space of its codes.
 
-There ``decode = from_codes(scale · expand)`` (see `veloxlab.codecs.codec.TiledCodec`), where ``from_codes`` is linear.
+There ``decode = from_codes(scale · expand)`` (see `veloxlab.codecs.base.TiledCodec`), where ``from_codes`` is linear.
 So exact vectors are brought into that space by the inverse of its matrix and divided by their stored scale: they then
 lie on the same axis as the levels, whatever the algorithm.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 import polars as pl
 
+from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.make import DEFAULT_BITS
 from veloxlab.codecs import find_method
-from veloxlab.codecs.codec import TiledCodec, fitted_online
+from veloxlab.codecs.base import TiledCodec, fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.codecs.parts.codebooks import Floats
+from veloxlab.codecs.parts.polar import PolarTree, angle_density, halvings
+from veloxlab.codecs.polarquant import BLOCK_LEVELS
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.distributions import BINS, bin_edges, check_bins, histogram
+from veloxlab.measure.capture import Capture, LayerCapture
+from veloxlab.measure.distributions import BINS, SIDES, bin_edges, check_bins, histogram, seen
 from veloxlab.measure.errors import Side
-from veloxlab.measure.spaces import SIDES, Floats
-from veloxlab.prompt_cache import DEFAULT_BITS
 
 LEVELS = {
     "layer": pl.Int32,
@@ -129,3 +133,92 @@ def _rows(exact: Floats, decoded: Floats, bins: int) -> pl.DataFrame:
 def _binned(coordinates: Floats, edges: np.ndarray, kind: str) -> pl.DataFrame:
     found = histogram(coordinates, edges)
     return found.with_columns(share=pl.col("density") * pl.col("width"), kind=pl.lit(kind))
+
+
+COORDINATE_BITS = {
+    "layer": pl.Int32,
+    "tensor": pl.String,
+    "coordinate": pl.Int32,  # in the codec's own space: for SpectralQuant the axes of its basis, by variance
+    "bits": pl.Int32,
+}
+"""Columns of `coordinate_bits`."""
+
+
+def coordinate_bits(calibration: Calibration, bits: int) -> pl.DataFrame:
+    """Code bits of each coordinate, of all layers at one width: `COORDINATE_BITS`.
+
+    A codec without a bit plan gives every coordinate the same.
+
+    Raises
+    ------
+    InputError : nothing was fitted at this width.
+    """
+    if bits not in calibration.widths:
+        raise InputError(f"The calibration holds nothing at {bits} bits: choose one of {calibration.widths}.")
+    frames = []
+    for (layer, role, width), codec in calibration.codecs.items():
+        if width == bits:
+            plan = list(getattr(codec, "plan", ())) or [bits] * codec.head_dim
+            place = {"layer": [layer] * len(plan), "tensor": [role] * len(plan)}
+            frames.append(pl.DataFrame({**place, "coordinate": range(len(plan)), "bits": plan}, schema=COORDINATE_BITS))
+    return pl.concat(frames).sort("tensor", "layer", "coordinate")
+
+
+ANGLES = {
+    "layer": pl.Int32,
+    "head": pl.Int32,
+    "tensor": pl.String,
+    "level": pl.Int32,  # from 1: of pairs of coordinates, of pairs of radii, ...
+    "angle": pl.Float64,  # radians, middle of a bin
+    "density": pl.Float64,  # share of the level's angles a radian
+    "expected": pl.Float64,  # what the random rotation is to make of it: the density of the offline codebooks
+}
+"""Columns of `polar_angles`."""
+
+BINS = 48
+
+
+def polar_angles(
+    capture: Capture,
+    *,
+    levels: int = BLOCK_LEVELS,
+    rotated: bool = True,
+    tensors: tuple[Side, ...] = SIDES,
+    bins: int = BINS,
+) -> pl.DataFrame:
+    """Histogram of each head's polar angles by level, as densities: `ANGLES`.
+
+    ``rotated=False`` shows why PolarQuant rotates first.
+
+    Raises
+    ------
+    InputError : more levels than the head dimension can be halved, fewer than two bins, or a capture that is not
+        finite.
+    """
+    check_bins(bins)
+    frames = []
+    for layer, side, x in seen(capture, "rotated" if rotated else "raw", tensors):
+        if not 1 <= levels <= halvings(x.shape[-1]):
+            raise InputError(
+                f"levels={levels} does not fit a head dimension of {x.shape[-1]}: choose 1 to {halvings(x.shape[-1])}."
+            )
+        if not np.isfinite(x).all():
+            raise InputError(f"The {side} of layer {layer} hold numbers that are NaN or infinite, which have no angle.")
+        angles, _ = PolarTree(x.shape[-1], (1,) * levels).angles(mx.array(x))
+        for level, found in enumerate(angles, 1):
+            low, high = (-math.pi, math.pi) if level == 1 else (0.0, math.pi / 2)
+            edges = np.linspace(low, high, bins + 1)
+            for head, own in enumerate(np.array(found)):
+                rows = histogram(own.reshape(-1), edges).select(angle="value", density="density")
+                place = {"layer": layer, "head": head, "tensor": side, "level": level}
+                expected = pl.Series(expected_density(rows["angle"].to_numpy(), level))
+                frames.append(rows.with_columns(*(pl.lit(v).alias(k) for k, v in place.items()), expected=expected))
+    return pl.concat([frame.select(pl.col(name).cast(dtype) for name, dtype in ANGLES.items()) for frame in frames])
+
+
+def expected_density(angle: Floats, level: int) -> Floats:
+    """Density of a randomly rotated vector's angles (radians) of a level, from 1 on."""
+    if level == 1:
+        return np.full(len(angle), 1 / (2 * math.pi))
+    grid = np.linspace(0, math.pi / 2, 4097)
+    return np.asarray(angle_density(angle, level) / np.trapezoid(angle_density(grid, level), grid))

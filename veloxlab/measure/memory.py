@@ -9,17 +9,17 @@ import mlx.core as mx
 import polars as pl
 from mlx_lm.models.cache import KVCache
 
-from veloxlab.batch import BatchCompressedKVCache
-from veloxlab.cache import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
+from veloxlab.cache.batch import BatchCompressedKVCache
+from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
+from veloxlab.cache.make import cache_name, side_bits, usual_bits
 from veloxlab.checks import CACHE, checked, measured, whole
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture
-from veloxlab.measure.layouts import token_bytes
-from veloxlab.measure.progress import Progress, silent
-from veloxlab.probing import slots_of
-from veloxlab.prompt_cache import cache_name, side_bits, usual_bits
+from veloxlab.measure.capture import Capture
+from veloxlab.measure.planned_memory import token_bytes
+from veloxlab.mlxlm.probe import slots_of
+from veloxlab.progress import Progress, silent
 
 REPORT = {
     "layer": pl.Int32,  # null for tables that all layers share

@@ -11,13 +11,13 @@ import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab import prompt_cache
-from veloxlab.cache import Chunk
+from veloxlab.cache import make
+from veloxlab.cache.layer import Chunk
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, checked, having, whole
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import stretches
+from veloxlab.measure.capture import stretches
 from veloxlab.measure.memory import report
-from veloxlab.measure.progress import Progress, silent
+from veloxlab.progress import Progress, silent
 
 Mode = Literal["oneshot", "decode"]
 CacheMaker = Callable[[Module], list[Any]]
@@ -98,7 +98,7 @@ def reference(
 def fidelity(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
-    method_or_plan: str | prompt_cache.LayerPlan | CacheMaker = "turboquant",
+    method_or_plan: str | make.LayerPlan | CacheMaker = "turboquant",
     *,
     text: str | None = None,
     tokens: int = 512,
@@ -134,7 +134,7 @@ def fidelity(
 )
 def judge(
     exact: Reference,
-    method_or_plan: str | prompt_cache.LayerPlan | CacheMaker = "turboquant",
+    method_or_plan: str | make.LayerPlan | CacheMaker = "turboquant",
     *,
     mode: Mode = "oneshot",
     prompt: int = 64,
@@ -220,7 +220,7 @@ def _holdings(cache: list[Any]) -> pl.DataFrame:
 
 
 def maker(
-    method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, settings: Mapping[str, object], **usual: Chunk
+    method_or_plan: str | make.LayerPlan | CacheMaker, settings: Mapping[str, object], **usual: Chunk
 ) -> CacheMaker:
     """What makes a cache by ``settings`` and the ``usual`` ones; a function that makes one of its own takes none.
 
@@ -232,15 +232,15 @@ def maker(
         if settings:
             raise InputError(f"A cache of your own takes no settings, but {sorted(settings)[0]!r} was given.")
         return method_or_plan
-    return lambda model: prompt_cache.make_cache(model, method_or_plan, **usual, **settings)  # type: ignore[arg-type]
+    return lambda model: make.make_cache(model, method_or_plan, **usual, **settings)  # type: ignore[arg-type]
 
 
-def _name(method_or_plan: str | prompt_cache.LayerPlan | CacheMaker, settings: dict[str, object]) -> str:
+def _name(method_or_plan: str | make.LayerPlan | CacheMaker, settings: dict[str, object]) -> str:
     if not isinstance(method_or_plan, str):
         return getattr(method_or_plan, "name", None) or type(method_or_plan).__name__
     given = (settings.get(name) for name in ("bits", "key_bits", "value_bits"))
     exact_bits = 16  # the name of an exact cache tells none
-    return prompt_cache.cache_name(method_or_plan, prompt_cache.side_bits(method_or_plan, exact_bits, *given))  # type: ignore[arg-type]
+    return make.cache_name(method_or_plan, make.side_bits(method_or_plan, exact_bits, *given))  # type: ignore[arg-type]
 
 
 def log_probabilities(logits: mx.array) -> mx.array:

@@ -1,13 +1,22 @@
 """Charts as pure functions, a Polars frame in and an Altair chart out. Importing this makes our theme Altair's."""
 
 from veloxlab.views import theme
-from veloxlab.views.allocation import allocation_caption, allocation_map, loss_by_layer, loss_caption
+from veloxlab.views.allocation import (
+    allocation_caption,
+    allocation_map,
+    budget_frontier,
+    frontier_rows,
+    loss_by_layer,
+    loss_caption,
+    sensitivity_by_layer,
+    sensitivity_caption,
+)
 from veloxlab.views.attention_map import attention_caption, attention_maps
-from veloxlab.views.bits import bit_allocation, bit_caption
-from veloxlab.views.budget_frontier import budget_frontier, frontier_rows
-from veloxlab.views.channel_map import channel_map, channel_map_caption
-from veloxlab.views.coordinate_bits import coordinate_caption, coordinate_map
+from veloxlab.views.bits import bit_allocation, bit_caption, coordinate_caption, coordinate_map
+from veloxlab.views.channels import channel_map, channel_map_caption, outlier_caption, outliers_by_layer
 from veloxlab.views.distributions import (
+    angle_caption,
+    angle_densities,
     channel_caption,
     channel_ranges,
     density,
@@ -15,16 +24,18 @@ from veloxlab.views.distributions import (
     levels_caption,
     levels_on_density,
 )
-from veloxlab.views.error_profiles import (
+from veloxlab.views.errors import (
     by_bits_caption,
     distribution_caption,
+    error_caption,
     error_distribution,
+    error_domain,
+    error_map,
     errors_along_position,
     errors_by_bits,
     profile_caption,
 )
-from veloxlab.views.errors import error_caption, error_domain, error_map
-from veloxlab.views.fidelity import fidelity_caption, frontier
+from veloxlab.views.frontier import fidelity_caption, frontier, pareto_caption, pareto_front
 from veloxlab.views.generation import (
     held_caption,
     held_while_generating,
@@ -33,16 +44,17 @@ from veloxlab.views.generation import (
     strip_caption,
     token_strip,
 )
-from veloxlab.views.kernels import attention_times, times_caption
-from veloxlab.views.lengths import costs_by_length, lengths_caption
-from veloxlab.views.memory import memory_caption, memory_growth
-from veloxlab.views.memory_plan import memory_plan, plan_caption
-from veloxlab.views.outliers import outlier_caption, outliers_by_layer
-from veloxlab.views.pareto import pareto_caption, pareto_front
-from veloxlab.views.polar_angles import angle_caption, angle_densities
-from veloxlab.views.rope_pairs import pair_caption, pair_energy, pair_turns
-from veloxlab.views.sensitivity import sensitivity_by_layer, sensitivity_caption
-from veloxlab.views.spectrum import dimensions_by_layer, dimensions_caption, spectrum, spectrum_caption
+from veloxlab.views.memory import memory_caption, memory_growth, memory_plan, plan_caption
+from veloxlab.views.spectrum import (
+    dimensions_by_layer,
+    dimensions_caption,
+    pair_caption,
+    pair_energy,
+    pair_turns,
+    spectrum,
+    spectrum_caption,
+)
+from veloxlab.views.speed import attention_times, costs_by_length, lengths_caption, times_caption
 
 __all__ = [
     "allocation_caption",

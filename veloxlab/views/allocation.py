@@ -7,10 +7,11 @@ import math
 import altair as alt
 import polars as pl
 
-from veloxlab.views import palette
-from veloxlab.views.columns import require
+from veloxlab.views import theme
 from veloxlab.views.errors import MARKS
 from veloxlab.views.furniture import (
+    LABEL,
+    Domain,
     Plot,
     caption_title,
     framed,
@@ -18,11 +19,16 @@ from veloxlab.views.furniture import (
     layer_columns,
     layer_step,
     layer_width,
+    log_domain,
+    log_ticks,
+    not_drawn,
+    on_log_scale,
     picked_outline,
+    require,
 )
 
 EXACT = "none"
-SIDES = palette.TENSORS  # a side is drawn in its tensor's colour
+SIDES = theme.TENSORS  # a side is drawn in its tensor's colour
 KINDS = {"allocated": "ratequant", "uniform": "turboquant"}  # whose colours they have
 FAINTEST = 0.12  # opacity of the fewest bits: still a cell
 
@@ -118,7 +124,7 @@ def _cells(side: str, scale: tuple[int, int], group: int, *, last: bool, told: b
     )
     exact = (
         pooled.transform_filter("datum.exact === 1")
-        .mark_rect(color=palette.NEUTRAL, cursor="pointer")
+        .mark_rect(color=theme.NEUTRAL, cursor="pointer")
         .encode(tooltip=tooltip)
     )
     return alt.layer(coded, exact, picked_outline())
@@ -144,7 +150,7 @@ def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: s
     """
     require(frame, {"layer": "number", "kind": "text", "predicted_loss": "number"}, "loss_by_layer")
     shown = frame.group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
-    colours = [palette.METHODS[method][0] for method in KINDS.values()]
+    colours = [theme.METHODS[method][0] for method in KINDS.values()]
     bars = (
         alt.Chart()
         .mark_bar(cursor="pointer")
@@ -173,3 +179,196 @@ def loss_caption(frame: pl.DataFrame, *, unit: str = "nats a token") -> str:
     said = [f"{kind} {sums[kind]:.3g}" for kind in KINDS if kind in sums]
     times = f": {sums['uniform'] / sums['allocated']:.2f} times as much" if len(said) == 2 and sums["allocated"] else ""
     return f"Predicted, {unit}: {', '.join(said)}{times}"
+
+
+STEPS = 160  # of the predicted line that are drawn: a page shows no more
+ROWS = {
+    "role": pl.String,  # "line", "now" or "measured"
+    "kind": pl.String,  # "allocated" or "uniform"
+    "true_bits": pl.Float64,
+    "loss": pl.Float64,
+    "name": pl.String,  # of a measured plan
+}
+"""Columns of `frontier_rows`."""
+
+
+def budget_frontier(
+    rows: pl.DataFrame,
+    *,
+    unit: str = "nats a token",
+    bits: tuple[float, float] | None = None,
+    domain: Domain | None = None,
+    caption: str | None = None,
+) -> alt.VConcatChart:
+    """Draw the least predicted loss at every number of bits and uniform bits' beside it, one plan, and measurements.
+
+    Dashed lines and hollow points are predicted; full points are measured. A loss of zero is drawn at the floor.
+
+    Parameters
+    ----------
+    rows
+        What `frontier_rows` gives.
+    unit
+        Of the loss.
+    bits, domain
+        Ends of the scales of true bits and of the loss; give them to keep them steady while a slider moves.
+    caption
+        The line under the heading; by default how many losses are not drawn.
+
+    Returns
+    -------
+    alt.VConcatChart
+        A chart with the param ``caption``.
+    """
+    needed = {"role": "text", "kind": "text", "true_bits": "number", "loss": "number", "name": "text"}
+    require(rows, needed, "budget_frontier")  # type: ignore[arg-type]
+    scale = domain or log_domain(rows["loss"])
+    width = bits or (float(rows["true_bits"].min()), float(rows["true_bits"].max()))  # type: ignore[arg-type]
+    colours = [theme.METHODS[method][0] for method in KINDS.values()]
+    shapes = [theme.METHODS[method][1] for method in KINDS.values()]
+    base = on_log_scale(alt.Chart(), "loss", scale).encode(
+        x=alt.X("true_bits:Q", title="true bits a packed value, scales included")
+        .scale(domain=list(width), nice=False, padding=8)
+        .axis(tickCount=7, grid=True),
+        y=alt.Y("loss_drawn:Q", title=["loss", unit])
+        .scale(type="log", domain=scale, nice=False, clamp=True)
+        .axis(values=log_ticks(scale), labelExpr=LABEL),
+        color=alt.Color("kind:N", title=None).scale(domain=list(KINDS), range=colours),
+    )
+    shape = alt.Shape("kind:N", title=None).scale(domain=list(KINDS), range=shapes)
+    tooltip = [
+        alt.Tooltip("said:N", title="loss"),
+        alt.Tooltip("name:N"),
+        alt.Tooltip("true_bits:Q", title="true bits", format=".3f"),
+        alt.Tooltip("loss:Q", title=unit, format=".3g"),
+    ]
+    lines = base.transform_filter("datum.role === 'line'").mark_line(strokeWidth=1.5, strokeDash=[5, 4], clip=True)
+    now = base.transform_filter("datum.role === 'now'").transform_calculate(said="'predicted, ' + datum.kind")
+    gap = (
+        now.transform_aggregate(low="min(loss_drawn)", high="max(loss_drawn)", at="mean(true_bits)")
+        .mark_rule(strokeWidth=1, color=theme.NEUTRAL)
+        .encode(x="at:Q", y="low:Q", y2="high:Q", color=alt.value(theme.NEUTRAL))
+    )
+    predicted = now.mark_point(filled=False, strokeWidth=2.5, size=110, opacity=1).encode(shape=shape, tooltip=tooltip)
+    words = now.transform_calculate(short="format(datum.loss, '.3~g')").mark_text(align="left", dx=11, fontWeight=600)
+    measured = (
+        base.transform_filter("datum.role === 'measured'")
+        .transform_calculate(said="'measured, ' + datum.kind")
+        .mark_point(filled=True, size=60, opacity=1)
+        .encode(shape=shape, tooltip=tooltip)
+    )
+    plot = alt.layer(lines, gap, predicted, measured, words.encode(text="short:N")).properties(
+        width=theme.WIDTH - 20, height=230, title=caption_title()
+    )
+    said = "; ".join(not_drawn(rows["loss"])) if caption is None else caption
+    return framed([plot], rows, "What bits buy: dashed and hollow is predicted, full is measured", said, pickable=False)
+
+
+def frontier_rows(
+    lines: pl.DataFrame, now: pl.DataFrame | None = None, measured: pl.DataFrame | None = None
+) -> pl.DataFrame:
+    """Put what the chart reads into one frame, `ROWS`.
+
+    Parameters
+    ----------
+    lines
+        Rows of ``kind``, ``true_bits`` and ``predicted_loss``, such as `veloxlab.RateBudget.frontier`; of more than
+        `STEPS` steps of a kind, about as many are taken, evenly spread, with the first and the last.
+    now
+        The same columns, of the plan that is looked at, and of uniform bits in its bytes.
+    measured
+        Rows of ``kind``, ``true_bits``, ``kl_mean`` (nats) and ``name``.
+    """
+    require(lines, {"kind": "text", "true_bits": "number", "predicted_loss": "number"}, "frontier_rows")
+    place, count = pl.int_range(pl.len()).over("kind"), pl.len().over("kind")
+    stride = (count / STEPS).ceil()
+    thin = lines.sort("kind", "true_bits").filter((place % stride == 0) | (place == count - 1))
+    parts = [_part(thin, "line", "predicted_loss")]
+    if now is not None:
+        parts.append(_part(now, "now", "predicted_loss"))
+    if measured is not None:
+        parts.append(_part(measured, "measured", "kl_mean"))
+    return pl.concat(parts)
+
+
+def _part(frame: pl.DataFrame, role: str, loss: str) -> pl.DataFrame:
+    name = pl.col("name") if "name" in frame.columns else pl.lit("")
+    return frame.select(role=pl.lit(role), kind="kind", true_bits="true_bits", loss=loss, name=name).cast(ROWS)  # type: ignore[arg-type]
+
+
+def sensitivity_by_layer(
+    frame: pl.DataFrame,
+    *,
+    unit: str = "nats a unit of error",
+    domain: Domain | None = None,
+    caption: str | None = None,
+) -> alt.VConcatChart:
+    """Draw the sensitivities of each layer's KV heads: their mean as a point, from the least head to the greatest.
+
+    Parameters
+    ----------
+    frame
+        Rows of ``layer``, ``head``, ``side`` (``"keys"`` or ``"values"``) and ``sensitivity``. What is not above zero
+        has no place on the scale and is counted in the caption.
+    unit
+        Of a sensitivity; an error's unit is ½·E‖x − x̂‖²/D.
+    domain
+        Least and greatest value of the scale.
+    caption
+        The line under the heading; by default how far the heads of each side differ.
+
+    Returns
+    -------
+    alt.VConcatChart
+        A chart with the params ``caption`` and ``picked_layer``.
+    """
+    needed = {"layer": "number", "head": "number", "side": "text", "sensitivity": "number"}
+    require(frame, needed, "sensitivity_by_layer")  # type: ignore[arg-type]
+    above = frame.filter(pl.col("sensitivity").is_finite() & (pl.col("sensitivity") > 0))
+    value = pl.col("sensitivity")
+    shown = above.group_by("layer", "side").agg(mean=value.mean(), least=value.min(), greatest=value.max())
+    shown = shown.sort("side", "layer")
+    scale = domain or log_domain(above["sensitivity"])
+    sides = list(theme.TENSORS)
+    rows = alt.Chart()
+    for field in ("mean", "least", "greatest"):
+        rows = on_log_scale(rows, field, scale)
+    marks = rows.encode(
+        x=layer_axis(labelled=True, gap=0.12),
+        xOffset=alt.XOffset("side:N").scale(domain=sides),
+        color=alt.Color("side:N", title=None).scale(domain=sides, range=list(theme.TENSORS.values())),
+    )
+    y = (
+        alt.Y("mean_drawn:Q", title=["sensitivity", unit])
+        .scale(type="log", domain=scale, nice=False, clamp=True)
+        .axis(values=log_ticks(scale), labelExpr=LABEL)
+    )
+    tooltip = [
+        alt.Tooltip("layer:O"),
+        alt.Tooltip("side:N"),
+        alt.Tooltip("mean:Q", title="mean of its heads", format=".3g"),
+        alt.Tooltip("least:Q", format=".3g"),
+        alt.Tooltip("greatest:Q", format=".3g"),
+    ]
+    spans = marks.mark_rule(strokeWidth=2, opacity=0.55).encode(y=alt.Y("least_drawn:Q"), y2="greatest_drawn:Q")
+    points = marks.mark_point(filled=True, size=34, opacity=1, cursor="pointer").encode(
+        y=y, tooltip=tooltip, shape=alt.Shape("side:N", title=None).scale(domain=sides, range=["circle", "square"])
+    )
+    plot = alt.layer(layer_columns(), spans, points, picked_outline()).properties(
+        width=layer_width(shown["layer"].n_unique()), height=130, title=caption_title()
+    )
+    words = sensitivity_caption(frame) if caption is None else caption
+    heading = "How much the loss feels an error in keys and in values"
+    return framed([plot], shown, heading, words, pickable=True)
+
+
+def sensitivity_caption(frame: pl.DataFrame) -> str:
+    """Say the spread of each side's heads, as the ratio of the arithmetic to the geometric mean, and the greatest."""
+    said = []
+    for side in theme.TENSORS:
+        own = frame.filter(pl.col("side") == side, pl.col("sensitivity").is_finite(), pl.col("sensitivity") > 0)
+        if not own.is_empty():
+            ratio = own.select(pl.col("sensitivity").mean() / pl.col("sensitivity").log().mean().exp()).item()
+            most = own.sort("sensitivity").row(-1, named=True)
+            said.append(f"{side}: AM/GM {ratio:.2f}, most in layer {most['layer']}, head {most['head']}")
+    return "; ".join([*said, *not_drawn(frame["sensitivity"], zero=True)])

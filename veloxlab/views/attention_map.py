@@ -5,9 +5,7 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from veloxlab.views.columns import require
-from veloxlab.views.furniture import caption_title, framed
-from veloxlab.views.logscale import LABEL, log_ticks, on_log_scale
+from veloxlab.views.furniture import LABEL, caption_title, framed, log_ticks, on_log_scale, require
 
 KINDS = {"exact": "exact keys", "compressed": "compressed keys", "difference": "|difference|"}
 DOMAIN = (1e-3, 1.0)

@@ -7,9 +7,8 @@ import math
 import altair as alt
 import polars as pl
 
-from veloxlab.views import palette
-from veloxlab.views.columns import one_head, require
-from veloxlab.views.furniture import Plot, caption_title, framed, head_words, tensor_colour
+from veloxlab.views import theme
+from veloxlab.views.furniture import Plot, caption_title, framed, head_words, one_head, require, tensor_colour
 
 SPACE_WORDS = {
     "raw": "as cached",
@@ -49,7 +48,7 @@ def channel_ranges(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
     panels = shown.select("space", "tensor").unique(maintain_order=True).rows()
     height = 130 if len(panels) <= 2 else 84
     plots = [
-        _ranges(space, tensor, group, last=place == len(panels) - 1).properties(width=palette.WIDTH, height=height)
+        _ranges(space, tensor, group, last=place == len(panels) - 1).properties(width=theme.WIDTH, height=height)
         for place, (space, tensor) in enumerate(panels)
     ]
     plots[0] = plots[0].properties(title=caption_title())
@@ -89,7 +88,7 @@ def density(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatCh
     shown = frame.select("tensor", "space", *numbers[2:5])
     spaces = shown["space"].unique(maintain_order=True).to_list()
     plots: list[Plot] = [
-        _curve(space, legend=space == spaces[0]).properties(width=palette.WIDTH, height=150 if len(spaces) == 1 else 80)
+        _curve(space, legend=space == spaces[0]).properties(width=theme.WIDTH, height=150 if len(spaces) == 1 else 80)
         for space in spaces
     ]
     plots[0] = plots[0].properties(title=caption_title())
@@ -123,10 +122,10 @@ def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str | N
     require(frame, {"tensor": "text", "kind": "text"} | dict.fromkeys(numbers, "number"), "levels_on_density")  # type: ignore[arg-type]
     one_head(frame, "levels_on_density")
     shown = frame.select("tensor", "kind", *numbers[2:7])
-    tensors = [tensor for tensor in palette.TENSORS if tensor in set(frame["tensor"])]
+    tensors = [tensor for tensor in theme.TENSORS if tensor in set(frame["tensor"])]
     plots = [
         _levels(tensor, shown.filter(tensor=tensor, kind="level").height, last=tensor == tensors[-1]).properties(
-            width=palette.WIDTH, height=110
+            width=theme.WIDTH, height=110
         )
         for tensor in tensors
     ]
@@ -139,7 +138,7 @@ def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str | N
 def levels_caption(frame: pl.DataFrame, method: str = "") -> str:
     """Say of which method and head, and how many levels stand for the coordinates of keys and of values."""
     said = []
-    for tensor in palette.TENSORS:
+    for tensor in theme.TENSORS:
         own = frame.filter(pl.col("tensor") == tensor)
         if not own.is_empty():
             count = own.filter(pl.col("kind") == "level").height
@@ -162,7 +161,7 @@ def _grouped(frame: pl.DataFrame, group: int) -> pl.DataFrame:
 
 
 def _ranges(space: str, tensor: str, group: int, *, last: bool) -> Plot:
-    colour = palette.TENSORS[tensor]
+    colour = theme.TENSORS[tensor]
     own = alt.Chart().transform_filter(f"datum.tensor === '{tensor}' && datum.space === '{space}'")
     unit = [UNITS[space]] if space in UNITS else []
     title = [tensor, *SPACE_WORDS[space].split(", "), *unit]
@@ -180,7 +179,7 @@ def _ranges(space: str, tensor: str, group: int, *, last: bool) -> Plot:
     tips = [alt.Tooltip(f"{name}:Q", format=".3~g") for name in named]
     broken = (
         own.transform_filter("datum.not_finite > 0")
-        .mark_text(text="×", fontSize=13, fontWeight="bold", color=palette.PICKED)
+        .mark_text(text="×", fontSize=13, fontWeight="bold", color=theme.PICKED)
         .encode(
             x=alt.X("channel:Q"),
             y=alt.value(6),
@@ -214,7 +213,7 @@ def _curve(space: str, *, legend: bool) -> Plot:
 
 
 def _levels(tensor: str, count: int, *, last: bool) -> Plot:
-    colour = palette.TENSORS[tensor]
+    colour = theme.TENSORS[tensor]
     own = alt.Chart().transform_filter(f"datum.tensor === '{tensor}'")
     x = alt.X("value:Q", title="coordinate in the space of the codes, over the stored scale" if last else None)
     y = alt.Y("density:Q", title=[tensor, "density"]).axis(tickCount=4)
@@ -233,3 +232,51 @@ def _levels(tensor: str, count: int, *, last: bool) -> Plot:
     if count <= SHARES_SHOWN:
         layers.append(levels.mark_text(dy=-8).encode(y=alt.value(14), text=alt.Text("share:Q", format=".0%")))
     return alt.layer(*layers)
+
+
+def angle_densities(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+    """Draw the density of one head's polar angles, a panel for each level; dashed, what the codebooks expect.
+
+    Parameters
+    ----------
+    frame
+        Rows of one head of `veloxlab.measure.levels.ANGLES`.
+    caption
+        The line under the heading; by default how far each level is from what is expected.
+    """
+    numbers = ("layer", "head", "level", "angle", "density", "expected")
+    require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "angle_densities")  # type: ignore[arg-type]
+    one_head(frame, "angle_densities")
+    shown = frame.select("tensor", *numbers[2:])
+    levels = shown["level"].unique().sort().to_list()
+    plots = [_panel(level, last=level == levels[-1]).properties(width=theme.WIDTH - 90, height=84) for level in levels]
+    plots[0] = plots[0].properties(title=caption_title())
+    words = angle_caption(frame) if caption is None else caption
+    return framed(plots, shown, "Angles of PolarQuant's recursion", words, pickable=False)
+
+
+def angle_caption(frame: pl.DataFrame) -> str:
+    """Say which share of each level's angles lies elsewhere than expected: ½ Σ|density − expected| over the bins."""
+    apart = (pl.col("density") - pl.col("expected")).abs().sum() / (pl.col("density").sum() * 2)
+    shares = frame.group_by("level", "tensor").agg(apart=apart).sort("level", "tensor")
+    said = []
+    for tensor in theme.TENSORS:
+        own = shares.filter(pl.col("tensor") == tensor)["apart"]
+        if len(own):
+            said.append(f"{tensor} {', '.join(f'{100 * share:.0f}' for share in own)} %")
+    return f"{head_words(frame)}. Elsewhere than expected (dashed), by level: " + "; ".join(said)
+
+
+def _panel(level: int, *, last: bool) -> Plot:
+    colour = tensor_colour(legend=level == 1)
+    x = alt.X("angle:Q", title="angle, radians" if last or level == 1 else None).scale(nice=False)
+    base = alt.Chart().transform_filter(f"datum.level === {level}").encode(x=x)
+    y = alt.Y("density:Q", title=[f"level {level}", "density"]).axis(tickCount=3)
+    tips = [alt.Tooltip("tensor:N"), alt.Tooltip("angle:Q", format=".3~g"), alt.Tooltip("density:Q", format=".3~g")]
+    measured = base.mark_line(interpolate="step", strokeWidth=1.5).encode(y=y, color=colour, tooltip=tips)
+    expected = (
+        base.transform_aggregate(expected="mean(expected)", groupby=["angle"])
+        .mark_line(strokeDash=[4, 3], strokeWidth=1.5, color=theme.NEUTRAL)
+        .encode(y=alt.Y("expected:Q"))
+    )
+    return alt.layer(measured, expected)

@@ -1,14 +1,137 @@
-"""What every chart has: a heading, a caption that can change, and where layers are drawn, an axis and a picked one."""
+"""What a chart asks of its frame, said in a sentence where it is not met."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import altair as alt
 import polars as pl
 
-from veloxlab.views import palette
+from veloxlab.errors import InputError
+from veloxlab.views import theme
+
+Kind = Literal["number", "text"]
+
+
+def require(frame: pl.DataFrame, columns: Mapping[str, Kind], chart: str) -> None:
+    """Refuse a frame that lacks a column, holds another kind of value in one, or has no rows.
+
+    Parameters
+    ----------
+    frame
+        What a chart was given.
+    columns
+        Names and kinds of the columns that it needs.
+    chart
+        The chart's name, for the sentence.
+
+    Raises
+    ------
+    InputError
+        If the frame does not fit.
+    """
+    for name, kind in columns.items():
+        if name not in frame.columns:
+            raise InputError(f"{chart} needs a column {name!r}: the frame has {', '.join(frame.columns) or 'none'}.")
+        dtype = frame.schema[name]
+        if not (dtype.is_numeric() if kind == "number" else dtype in (pl.String, pl.Categorical, pl.Enum)):
+            raise InputError(f"{chart} needs {kind} in column {name!r}: the frame has {dtype} there.")
+    if frame.is_empty():
+        raise InputError(f"{chart} needs at least one row: the frame is empty.")
+
+
+def one_head(frame: pl.DataFrame, chart: str) -> None:
+    """Refuse a frame with rows of more than one layer or head, and say how to choose."""
+    for name in ("layer", "head"):
+        found = frame[name].unique().sort().to_list()
+        if len(found) > 1:
+            raise InputError(
+                f"{chart} shows one head and the frame has {len(found)} values of {name!r}: "
+                f"choose with frame.filter(layer={frame['layer'][0]}, head={frame['head'][0]})."
+            )
+
+
+def known(value: str, choices: Mapping[str, object], what: str) -> None:
+    """Refuse a name that is not among the choices, and list them."""
+    if value not in choices:
+        raise InputError(f"There is no {what} {value!r}: choose one of {', '.join(choices)}.")
+
+
+Domain = tuple[float, float]
+
+LABEL = "format(datum.value, datum.value < 0.001 ? '~e' : '~g')"  # of a tick, in Vega: 0.002 and 2e-5
+NEAR = 1e-9  # relative room for rounding errors
+DEEP = 1e-6  # what lies further under the greatest value is drawn at the floor
+
+
+def on_log_scale(chart: alt.Chart, field: str, domain: Domain | None = None) -> alt.Chart:
+    """Give the rows of a chart a field that a log scale can show, named ``{field}_drawn``: all log scales read such.
+
+    Rows in which the field is null, NaN or infinite are left out; `not_drawn` counts them for a caption.
+
+    Parameters
+    ----------
+    chart
+        Its rows may change later: this is done in the page.
+    field
+        A number of each row.
+    domain
+        Ends of the scale: what is below, such as zero, is drawn at the floor. Without them zero and less is left out.
+    """
+    value = f"datum.{field}"
+    there = chart.transform_filter(f"isValid({value}) && isFinite({value})" + ("" if domain else f" && {value} > 0"))
+    return there.transform_calculate(**{f"{field}_drawn": f"max({value}, {domain[0]!r})" if domain else value})
+
+
+def not_drawn(values: pl.Series, *, zero: bool = False) -> list[str]:
+    """Say how many values are null, NaN or infinite, or, with ``zero``, not above zero; nothing if there are none."""
+    numbers = values.cast(pl.Float64)
+    drawn = numbers.is_finite() & ((numbers > 0) | (not zero))
+    count = len(numbers) - int(drawn.sum())
+    return [f"{count} not drawn: {'not above zero, or ' * zero}not finite"] if count else []
+
+
+def log_domain(values: Iterable[float | None]) -> Domain:
+    """Give round ends of a log scale that hold the values above zero, down to a millionth of the greatest.
+
+    Parameters
+    ----------
+    values
+        Numbers; those that are null, zero, negative or not finite have no place on a log scale and do not count.
+
+    Returns
+    -------
+    tuple
+        The least and the greatest value of the scale, at least a factor of five apart.
+    """
+    drawn = [value for value in values if value is not None and 0 < value < math.inf]
+    greatest = max(drawn, default=1.0)
+    least = min((value for value in drawn if value > greatest * DEEP), default=greatest)
+    low = max(step for step in _round_numbers(least) if step <= least * (1 + NEAR))
+    high = min(step for step in _round_numbers(greatest) if step >= greatest * (1 - NEAR))
+    return (low, high) if high / low >= 5 else (low / 5, high)
+
+
+def log_ticks(domain: Domain) -> list[float]:
+    """Give round values within a domain, decades alone where there are more than three."""
+    low, high = (math.floor(math.log10(end) + NEAR) for end in domain)
+    steps = (1, 2, 5) if high - low <= 3 else (1,)
+    values = (float(f"{step}e{power}") for power in range(low, high + 1) for step in steps)
+    return [value for value in values if domain[0] * (1 - NEAR) <= value <= domain[1] * (1 + NEAR)]
+
+
+def log_steps(*steps: int) -> list[float]:
+    """Give such steps of every decade, for an axis whose ends its rows make: only those between them are drawn."""
+    return [float(f"{step}e{power}") for power in range(-12, 7) for step in steps]
+
+
+def _round_numbers(value: float) -> list[float]:
+    """Give round numbers from below a value to above it."""
+    power = math.floor(math.log10(value))
+    return [float(f"{step}e{power + decade}") for decade in (-1, 0, 1) for step in (1, 2, 5)]
+
 
 PICKED = "picked_layer"
 IS_PICKED = f"datum.layer === {PICKED}"
@@ -62,7 +185,7 @@ def framed(
 
 def tensor_colour(*, legend: bool = True) -> alt.Color:
     """Give keys and values the colours that they have in every chart, and a legend where one is wanted."""
-    names, colours = list(palette.TENSORS), list(palette.TENSORS.values())
+    names, colours = list(theme.TENSORS), list(theme.TENSORS.values())
     colour: alt.Color = alt.Color("tensor:N", title=None).scale(domain=names, range=colours)
     return colour if legend else colour.legend(None)
 
@@ -70,7 +193,7 @@ def tensor_colour(*, legend: bool = True) -> alt.Color:
 def method_look(methods: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
     """Give methods the colours and shapes that they have in every chart, with one legend, in this order."""
     legend = alt.Legend(symbolOpacity=1, symbolSize=60)
-    colours, shapes = [palette.colour_of(m) for m in methods], [palette.shape_of(m) for m in methods]
+    colours, shapes = [theme.colour_of(m) for m in methods], [theme.shape_of(m) for m in methods]
     return (
         alt.Color("method:N", title=None, legend=legend).scale(domain=methods, range=colours),
         alt.Shape("method:N", title=None, legend=legend).scale(domain=methods, range=shapes),
@@ -84,7 +207,7 @@ def head_words(frame: pl.DataFrame) -> str:
 
 def layer_step(layers: int) -> float:
     """Give the width of one layer in pixels, so that a chart of any model is about as wide."""
-    return min(palette.WIDTH / max(layers, 1), 40)
+    return min(theme.WIDTH / max(layers, 1), 40)
 
 
 def layer_width(layers: int) -> float:
@@ -118,7 +241,7 @@ def picked_outline() -> alt.Chart:
         .mark_rect(
             filled=False,
             fill=None,
-            stroke=palette.PICKED,
+            stroke=theme.PICKED,
             strokeWidth=2,
             y2Offset=-2,
             cornerRadius=2,

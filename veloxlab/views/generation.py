@@ -8,10 +8,8 @@ from collections.abc import Iterator
 import altair as alt
 import polars as pl
 
-from veloxlab.views import palette
-from veloxlab.views.columns import require
-from veloxlab.views.furniture import caption_title, framed
-from veloxlab.views.logscale import not_drawn, on_log_scale
+from veloxlab.views import theme
+from veloxlab.views.furniture import caption_title, framed, not_drawn, on_log_scale, require
 
 SIDES = ("exact", "compressed")
 FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
@@ -89,7 +87,7 @@ def held_while_generating(
     require(frame, {"side": "text", "position": "number", "held_bytes": "number"}, "held_while_generating")
     shown = frame.select("side", "position", "held_bytes")
     last = (tokens or int(shown["position"].max()) + 1) - 1  # type: ignore[arg-type]
-    colours = [palette.NEUTRAL, palette.KEYS]
+    colours = [theme.NEUTRAL, theme.KEYS]
     base = (
         alt.Chart()
         .transform_calculate(megabytes="datum.held_bytes / 1e6")
@@ -102,7 +100,7 @@ def held_while_generating(
     )
     line = base.mark_line(interpolate="step-after", strokeWidth=2)
     plot = alt.layer(line, base.mark_point(size=14, filled=True, opacity=1)).properties(
-        width=palette.WIDTH - 100, height=120, title=caption_title()
+        width=theme.WIDTH - 100, height=120, title=caption_title()
     )
     words = held_caption(frame) if caption is None else caption
     return framed([plot], shown, "Bytes held while the texts are generated", words, pickable=False)
@@ -151,13 +149,13 @@ def passkey_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
     )
     found, missed = (base.transform_filter(test) for test in ("datum.hit", "!datum.hit"))
     marks = (
-        found.mark_rect(color=palette.KEYS, opacity=0.25, cornerRadius=3),
-        missed.mark_rect(filled=False, stroke=palette.PICKED, strokeWidth=1.5, strokeDash=[4, 3], cornerRadius=3),
+        found.mark_rect(color=theme.KEYS, opacity=0.25, cornerRadius=3),
+        missed.mark_rect(filled=False, stroke=theme.PICKED, strokeWidth=1.5, strokeDash=[4, 3], cornerRadius=3),
         base.transform_calculate(label="(datum.hit ? '\u2713 ' : '\u2717 ') + slice(datum.answer, 0, 9)")
         .mark_text(font=FONT, fontSize=11)
         .encode(text="label:N"),
     )
-    plot = alt.layer(*marks).properties(width=palette.WIDTH - 60, height=alt.Step(ROW), title=caption_title())
+    plot = alt.layer(*marks).properties(width=theme.WIDTH - 60, height=alt.Step(ROW), title=caption_title())
     words = passkey_caption(frame) if caption is None else caption
     return framed([plot], shown, "Numbers hidden in a text, and what was answered", words, pickable=False)
 
@@ -221,7 +219,7 @@ def _text(side: str, lines: int) -> alt.LayerChart | alt.FacetChart:
     down = alt.Scale(domain=[0, lines], reverse=True, nice=False)
     frame = (
         base.transform_filter("datum.parts")
-        .mark_rect(filled=False, fill=None, stroke=palette.PICKED, cornerRadius=2, xOffset=-2, x2Offset=2)
+        .mark_rect(filled=False, fill=None, stroke=theme.PICKED, cornerRadius=2, xOffset=-2, x2Offset=2)
         .encode(y=alt.Y("top:Q", axis=axis, scale=down), y2="high:Q")
     )
     words = base.mark_text(align="left", baseline="middle", font=FONT, fontSize=12).encode(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import vl_convert
 
-from veloxlab.views import palette
+from veloxlab.views import theme
 from veloxlab.views.spec import Spec
 
 WIDTH = 700  # pixels: as wide as GitHub and nbviewer show an output
@@ -131,7 +131,7 @@ def png_size(picture: bytes) -> tuple[int, int]:
 
 def lit(spec: Spec) -> Spec:
     """Give a spec the colours of the light theme and a white ground."""
-    config: dict[str, Any] = palette.merge(spec.get("config", {}), palette.colours("light"))
+    config: dict[str, Any] = theme.merge(spec.get("config", {}), theme.colours("light"))
     return {**spec, "config": config | {"background": "white"}}
 
 

@@ -10,7 +10,7 @@ from string import Template
 
 import polars as pl
 
-from veloxlab.views import palette
+from veloxlab.views import theme
 from veloxlab.views.spec import Spec, compact, finite
 
 
@@ -49,13 +49,13 @@ def report(title: str, sections: Sequence[Section], script: str) -> str:
     charts = [section.chart for section in sections if section.chart is not None]
     numbers = iter(range(len(charts)))
     parts = [_part(section, numbers.__next__ if section.chart is not None else None) for section in sections]
-    themes = {mode: palette.colours(mode) | {"background": "transparent"} for mode in palette.INK}
-    ink = {f"{mode}_{name}": colour for mode, colours in palette.INK.items() for name, colour in colours.items()}
+    themes = {mode: theme.colours(mode) | {"background": "transparent"} for mode in theme.INK}
+    ink = {f"{mode}_{name}": colour for mode, colours in theme.INK.items() for name, colour in colours.items()}
     page = Template((files("veloxlab.views") / "report.html").read_text(encoding="utf-8"))
     return page.substitute(
         ink,
         title=escape(title),
-        font=palette.FONT,
+        font=theme.FONT,
         sections="\n".join(parts),
         charts=_inert({"specs": finite(charts), "themes": themes}),
         script=_inert(script),

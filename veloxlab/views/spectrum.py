@@ -5,9 +5,9 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from veloxlab.views import palette
-from veloxlab.views.columns import one_head, require
+from veloxlab.views import theme
 from veloxlab.views.furniture import (
+    LABEL,
     Plot,
     caption_title,
     framed,
@@ -15,10 +15,15 @@ from veloxlab.views.furniture import (
     layer_axis,
     layer_columns,
     layer_step,
+    log_domain,
+    log_ticks,
+    not_drawn,
+    on_log_scale,
+    one_head,
     picked_outline,
+    require,
     tensor_colour,
 )
-from veloxlab.views.logscale import LABEL, log_domain, log_ticks, not_drawn, on_log_scale
 
 ABOUT = {"origin": "with the mean vector", "mean": "without it"}
 DASHES = ([4, 3], [1, 0])
@@ -61,7 +66,7 @@ def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatC
                 alt.Tooltip("share:Q", format=".3~g"),
             ],
         )
-        .properties(width=palette.WIDTH - 110, height=190, title=caption_title())
+        .properties(width=theme.WIDTH - 110, height=190, title=caption_title())
     )
     words = spectrum_caption(frame) if caption is None else caption
     return framed([line], shown, "Directions that hold the energy of one head", words, pickable=False, dashed=True)
@@ -70,7 +75,7 @@ def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatC
 def spectrum_caption(frame: pl.DataFrame) -> str:
     """Say the effective dimensions (Σλ)² / Σλ² of keys and of values, with the mean vector and without."""
     said = []
-    for tensor in palette.TENSORS:
+    for tensor in theme.TENSORS:
         own = frame.filter(pl.col("tensor") == tensor, pl.col("share").is_finite())
         squares = [own.filter(pl.col("about") == about)["share"].pow(2).sum() for about in ABOUT]
         found = [1 / float(square) if square else 0.0 for square in squares]  # a head of zeros has no direction
@@ -112,7 +117,7 @@ def dimensions_caption(frame: pl.DataFrame) -> str:
     """Say the mean effective dimensions over all heads, and the share of energy that is the mean vector."""
     means = frame.group_by("tensor").agg(*MEANS).drop_nulls()
     rows = {row["tensor"]: row for row in means.iter_rows(named=True)}
-    own = [(tensor, rows[tensor]) for tensor in palette.TENSORS if tensor in rows]
+    own = [(tensor, rows[tensor]) for tensor in theme.TENSORS if tensor in rows]
     counts = "; ".join(
         f"{tensor} {row['uncentred']:.1f} with the mean, {row['centred']:.1f} without" for tensor, row in own
     )
@@ -159,3 +164,106 @@ def _mean_shares() -> Plot:
 def _with_mean() -> alt.StrokeDash:
     dash: alt.StrokeDash = alt.StrokeDash("seen:N", title=None).scale(domain=list(ABOUT.values()), range=list(DASHES))
     return dash.legend(symbolType="stroke")
+
+
+STAGES = ("before RoPE", "after RoPE")
+PARTS = {"mean vector": 1.0, "around it": 0.4}
+
+
+def pair_energy(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+    """Draw the energy of each RoPE pair of one head's keys, and how much of it is their mean before RoPE.
+
+    Parameters
+    ----------
+    frame
+        Rows of one head of `veloxlab.measure.spectra.PAIRS`.
+    caption
+        The line under the heading; by default how the energy lies between fast and slow pairs.
+    """
+    numbers = ("layer", "head", "pair", "first", "second", "wavelength", "energy_share", "mean_share")
+    require(frame, dict.fromkeys(numbers, "number"), "pair_energy")
+    one_head(frame, "pair_energy")
+    shown = frame.select(*numbers[2:])
+    ends = shown.sort("pair")["wavelength"]
+    title = f"pair, from a turn in {ends[0]:,.3g} tokens to one in {ends[-1]:,.0f}"
+    parts = "datum.part === 'mean' ? '{}' : '{}'".format(*PARTS)
+    bars = (
+        alt.Chart()
+        .transform_calculate(mean="datum.energy_share * datum.mean_share", rest="datum.energy_share - datum.mean")
+        .transform_fold(["mean", "rest"], as_=["part", "share"])
+        .transform_calculate(what=parts, order="datum.part === 'mean' ? 0 : 1")
+        .mark_bar(color=theme.KEYS)
+        .encode(
+            x=alt.X("pair:O", title=title),
+            y=alt.Y("share:Q", title=["keys", "share of energy"]).axis(format="%", tickCount=5),
+            opacity=alt.Opacity("what:N", title=None)
+            .scale(domain=list(PARTS), range=list(PARTS.values()))
+            .legend(symbolFillColor=theme.KEYS, symbolStrokeWidth=0, symbolType="square"),
+            order=alt.Order("order:Q"),
+            tooltip=[
+                alt.Tooltip("pair:O"),
+                alt.Tooltip("first:O", title="channel"),
+                alt.Tooltip("second:O", title="and channel"),
+                alt.Tooltip("wavelength:Q", title="tokens a turn", format=",.3~g"),
+                alt.Tooltip("what:N"),
+                alt.Tooltip("share:Q", format=".2%"),
+            ],
+        )
+        .properties(width=theme.WIDTH - 90, height=150, title=caption_title())
+    )
+    words = pair_caption(frame) if caption is None else caption
+    return framed([bars], shown, "Energy of the pairs of channels that RoPE turns", words, pickable=False)
+
+
+def pair_caption(frame: pl.DataFrame) -> str:
+    """Say which pair holds most, and what the slower half of the pairs holds together."""
+    own = frame.sort("energy_share", "pair")
+    most = own.row(-1, named=True)
+    slow = frame.filter(pl.col("pair") >= pl.col("pair").max() / 2)["energy_share"].sum()
+    channels = f"channels {most['first']} and {most['second']}"
+    return (
+        f"{head_words(frame)}. Pair {most['pair']} ({channels}) holds {100 * most['energy_share']:.0f} %, "
+        f"{100 * most['mean_share']:.0f} % of it its mean; the slower half {100 * slow:.0f} %"
+    )
+
+
+def pair_turns(
+    frame: pl.DataFrame, *, heading: str = "One pair of channels of the keys", caption: str = ""
+) -> alt.VConcatChart:
+    """Draw one pair of channels over the tokens, before and after RoPE, side by side in one scale.
+
+    Parameters
+    ----------
+    frame
+        Rows of `veloxlab.measure.spectra.PAIR_POINTS`. Later tokens are stronger.
+    heading
+        What is seen, such as layer, head and pair.
+    caption
+        The line under the heading; by default how many tokens are drawn.
+    """
+    require(frame, {"stage": "text", "position": "number", "x": "number", "y": "number"}, "pair_turns")
+    shown = frame.select("stage", "position", "x", "y")
+    reach = float(max(shown["x"].abs().max(), shown["y"].abs().max(), 1e-12)) * 1.05  # type: ignore[type-var, arg-type]
+    panels = [_cloud(stage, reach, first=stage == STAGES[0]) for stage in STAGES]
+    side_by_side: alt.HConcatChart = alt.hconcat(*panels, spacing=24).properties(title=caption_title())
+    words = caption or f"{shown['position'].n_unique()} tokens, from faint to strong; a cross marks their mean"
+    return framed([side_by_side], shown, heading, words, pickable=False)
+
+
+def _cloud(stage: str, reach: float, *, first: bool) -> alt.LayerChart:
+    own = alt.Chart().transform_filter(f"datum.stage === '{stage}'")
+    x = alt.X("x:Q", title=f"first coordinate, {stage}").scale(domain=[-reach, reach], nice=False)
+    y = alt.Y("y:Q", title="second coordinate" if first else None).scale(domain=[-reach, reach], nice=False)
+    points = own.mark_circle(size=14, color=theme.KEYS).encode(
+        x=x.axis(tickCount=5),
+        y=y.axis(tickCount=5),
+        opacity=alt.Opacity("position:Q", legend=None).scale(range=[0.15, 0.9]),
+        tooltip=[alt.Tooltip("position:Q"), alt.Tooltip("x:Q", format=".3~g"), alt.Tooltip("y:Q", format=".3~g")],
+    )
+    mean = (
+        own.transform_aggregate(x="mean(x)", y="mean(y)")
+        .mark_text(text="+", fontSize=22, fontWeight="bold")
+        .encode(x="x:Q", y="y:Q")
+    )
+    layered: alt.LayerChart = alt.layer(points, mean)  # type: ignore[assignment]
+    return layered.properties(width=230, height=230)

@@ -1,14 +1,149 @@
-"""Our look and our renderer, made the ones that Altair uses."""
+"""One visual language for every chart: type, spacing, and colours that read on white and on a dark ground."""
 
 from __future__ import annotations
 
 import base64
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
-from veloxlab.views import palette, picture
+from veloxlab.views import picture
 from veloxlab.views.spec import Spec, compact, describe, join, split
+
+Mode = Literal["light", "dark"]
+
+FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
+WIDTH = 560  # pixels of a plot; with axes and legend a chart stays under 790
+STEP = 18  # pixels of a layer or head in a map
+
+# Each colour keeps a contrast of at least 3 to 1 against both white and #111 (a test holds it to that), and the pairs
+# that must be told apart differ in lightness or shape as well as in hue.
+KEYS, VALUES = "#3b7dd8", "#d9702a"
+TENSORS = {"keys": KEYS, "values": VALUES}
+PICKED = "#d8435c"
+NEUTRAL = "#808890"
+OTHER = "#6a6fd8"  # what is no method of ours, such as mlx-lm's own quantized cache
+
+# A method keeps its colour and its shape in every chart.
+METHODS = {
+    "turboquant": ("#3b7dd8", "circle"),
+    "ratequant": ("#d9702a", "square"),
+    "rabitq": ("#1b9e8a", "triangle-up"),
+    "polarquant": ("#8e63ce", "diamond"),
+    "commvq": ("#cc5aa0", "cross"),
+    "spectralquant": ("#b58900", "triangle-down"),
+    "vecinfer": ("#2b93b8", "square"),
+    "rvq": ("#3f9142", "diamond"),
+    "qjl": ("#a0693a", "triangle-right"),
+    "none": (NEUTRAL, "circle"),
+}
+
+# A space in which keys and values are seen has the look of a method that codes them there.
+SPACES = {
+    "raw": (NEUTRAL, "circle"),
+    "before_rope": METHODS["commvq"],
+    "rotated": METHODS["polarquant"],
+    "smoothed": METHODS["vecinfer"],
+    "smoothed_rotated": METHODS["rvq"],
+    "eigenbasis": METHODS["spectralquant"],
+}
+
+# Loss: little is quiet, much stands out, on either ground; one hue order, rising contrast, no red against green.
+LOSS: dict[Mode, list[str]] = {
+    "light": ["#f0f2e4", "#cbe2cd", "#93c8b8", "#5aa5a8", "#4a7a98", "#4a4f86", "#35195c"],
+    "dark": ["#1c2528", "#22424a", "#2a6670", "#3f8f8c", "#76b893", "#bcdc9b", "#f6f7b8"],
+}
+INK: dict[Mode, dict[str, str]] = {
+    "light": {"strong": "#1f2328", "soft": "#59636e", "grid": "#e4e7eb"},
+    "dark": {"strong": "#e8eaed", "soft": "#a3abb5", "grid": "#30363d"},
+}
+
+
+def colour_of(name: str) -> str:
+    """Give the colour of a cache or result by its name, which starts with its method's id (``"rvq K3 V3"``)."""
+    method = "none" if name == "fp16" or name.startswith("exact") else name.split(" ")[0]
+    return METHODS[method][0] if method in METHODS else OTHER
+
+
+def shape_of(name: str) -> str:
+    """Give the shape of a result's point by its name, as `colour_of`."""
+    method = name.split(" ")[0]
+    return METHODS[method][1] if method in METHODS else "triangle-left"
+
+
+def structure() -> dict[str, Any]:
+    """Give the part of the theme that is the same on any ground: type, sizes and spacing, and no colour of guides."""
+    return {
+        "font": FONT,
+        "background": "transparent",
+        "padding": 6,
+        "autosize": {"type": "pad", "resize": True},  # a caption or label that grows must not be cut off
+        "view": {"stroke": None, "continuousWidth": WIDTH, "continuousHeight": 220},
+        "title": {"anchor": "start", "fontSize": 14, "fontWeight": 600, "offset": 8, "frame": "group"},
+        "axis": {
+            "labelFontSize": 11,
+            "titleFontSize": 11,
+            "titleFontWeight": "normal",
+            "titlePadding": 8,
+            "labelPadding": 4,
+            "tickSize": 4,
+            "domain": False,
+        },
+        "axisX": {"grid": False},
+        "axisY": {"minExtent": 40},  # so that charts under one another have one left edge
+        "axisBand": {"grid": False, "ticks": False, "labelAngle": 0, "labelOverlap": True, "labelSeparation": 5},
+        "header": {"labelFontSize": 12, "labelFontWeight": 600, "titleFontSize": 11},
+        "legend": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "symbolType": "square"},
+        # on these JupyterLab's own dark theme is silent, so a plain chart has the colours that read on both grounds
+        "style": {"caption": {"font": FONT, "fontSize": 12, "fontWeight": "normal", "fill": NEUTRAL}},
+        "text": {"fontSize": 11, "color": NEUTRAL},
+        "rule": {"strokeWidth": 1.5, "color": NEUTRAL},
+        "range": {"ramp": LOSS["light"], "heatmap": LOSS["light"], "category": [c for c, _ in METHODS.values()]},
+        "line": {"strokeWidth": 2},
+        "concat": {"spacing": 14},
+        "facet": {"spacing": 8},
+    }
+
+
+def colours(mode: Mode) -> dict[str, Any]:
+    """Give the colours of one ground: of text, of grids and of the loss ramp.
+
+    Parameters
+    ----------
+    mode
+        ``"light"`` or ``"dark"``.
+
+    Returns
+    -------
+    dict
+        A Vega-Lite config, to be laid over ``structure()``.
+    """
+    ink = INK[mode]
+    return {
+        "title": {"color": ink["strong"], "subtitleColor": ink["soft"]},
+        "axis": {
+            "labelColor": ink["soft"],
+            "titleColor": ink["soft"],
+            "tickColor": ink["grid"],
+            "gridColor": ink["grid"],
+            "domainColor": ink["grid"],
+        },
+        "header": {"labelColor": ink["strong"], "titleColor": ink["soft"]},
+        "legend": {"labelColor": ink["soft"], "titleColor": ink["soft"], "gradientStrokeColor": ink["grid"]},
+        "style": {"caption": {"fill": ink["soft"]}},
+        "text": {"color": ink["soft"]},
+        "rule": {"color": ink["soft"]},
+        "range": {"ramp": LOSS[mode], "heatmap": LOSS[mode]},
+    }
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Lay one config over another, key by key."""
+    return below | {
+        key: merge(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
+        for key, value in above.items()
+    }
+
 
 DIGITS = 6  # of a number in a plain chart: more than a screen can show, and a third of a saved notebook's size less
 LIVE = "application/vnd.vegalite.v5+json"  # the newest that JupyterLab 4.6 draws; what our charts use is in v5 and v6
@@ -21,7 +156,7 @@ def enable() -> None:
     Altair's own renderers need a network or an older Vega-Lite in JupyterLab 4.6; this one needs neither, and leaves
     a picture and a line of text in the saved notebook.
     """
-    alt.theme.register("veloxlab", enable=True)(lambda: alt.theme.ThemeConfig(config=palette.structure()))  # type: ignore[typeddict-item]
+    alt.theme.register("veloxlab", enable=True)(lambda: alt.theme.ThemeConfig(config=structure()))  # type: ignore[typeddict-item]
     alt.renderers.register("veloxlab", render)
     alt.renderers.enable("veloxlab")
 

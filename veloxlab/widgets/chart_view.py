@@ -1,30 +1,75 @@
-"""A chart that lives in the notebook: drawn once, then fed new numbers.
-
-The spec and what changes travel apart. ``spec`` is sent only when a chart is really another one; ``content`` (rows and
-params) is one trait, so that the page never sees half an update, whichever thread it came from.
-"""
+"""The Vega ES module, made once on this machine so that charts need no network and no third-party file is shipped."""
 
 from __future__ import annotations
 
 import base64
 import itertools
+import tempfile
 import threading
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
 import altair as alt
 import anywidget
 import ipywidgets
+import platformdirs
 import polars as pl
 import traitlets as t
+import vl_convert
 
 from veloxlab.errors import InputError
-from veloxlab.store import write_atomically, write_parquet
-from veloxlab.views import palette, picture
+from veloxlab.store import make_folder, write_atomically, write_parquet
+from veloxlab.views import picture, theme
 from veloxlab.views.spec import Rows, Spec, compact, data_names, describe, finite, finite_rows, join, split
 from veloxlab.widgets.lifetime import Ending, keep_shown, loosen
-from veloxlab.widgets.vega_bundle import ensure_bundle
+
+SNIPPET = "export { vegaEmbed };"  # vl-convert binds vega and vegaLite too, but to null
+
+
+def bundle_name() -> str:
+    """Name the bundle's file after everything that decides its text.
+
+    Returns
+    -------
+    str
+        For instance ``"vega-vlc1.9.0.post1-vl6.4.js"``.
+    """
+    return f"vega-vlc{version('vl-convert-python')}-vl{_newest_vegalite()}.js"
+
+
+def ensure_bundle() -> Path:
+    """Make the Vega bundle if this machine has none yet.
+
+    The file goes to the user's cache folder, or to a private temporary one where that cannot be written.
+
+    Returns
+    -------
+    pathlib.Path
+        An ES module that exports ``vegaEmbed``.
+    """
+    name = bundle_name()
+    cache = platformdirs.user_cache_path("veloxlab")
+    if (cache / name).is_file():
+        return cache / name
+    code = vl_convert.javascript_bundle(SNIPPET, vl_version=_newest_vegalite())
+    try:
+        return _write(cache, name, code)
+    except InputError:  # a read-only home, as containers have it
+        return _write(Path(tempfile.mkdtemp(prefix="veloxlab-")), name, code)
+
+
+def _newest_vegalite() -> str:
+    newest: str = max(vl_convert.get_vegalite_versions(), key=lambda v: tuple(map(int, v.split("."))))
+    return newest
+
+
+def _write(folder: Path, name: str, text: str) -> Path:
+    path = make_folder(folder) / name
+    write_atomically(path, text.encode())
+    return path
+
 
 STATIC = Path(__file__).parent / "static"
 PICKED = "picked_layer"  # the param that a chart must have for its layers to be picked
@@ -49,7 +94,7 @@ class VegaRuntime(anywidget.AnyWidget):
         with cls._making:
             if cls._shared is None or cls._shared.comm is None:
                 bundle = ensure_bundle()
-                themes = {mode: palette.colours(mode) for mode in palette.INK}
+                themes = {mode: theme.colours(mode) for mode in theme.INK}
                 cls._shared = cls(version=bundle.stem, code=bundle.read_text("utf-8"), themes=themes)
             return cls._shared
 

@@ -8,11 +8,11 @@ from typing import Any
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.calibrating import calibrate
-from veloxlab.calibration import Calibration, calibration_of
+from veloxlab.cache.calibration import Calibration, calibration_of
 from veloxlab.codecs import METHODS, Method, find_method
 from veloxlab.errors import InputError
-from veloxlab.measure.progress import Progress, silent
+from veloxlab.measure.calibrate import calibrate
+from veloxlab.progress import Progress, silent
 
 EXACT = "none"  # the method that compresses nothing
 

@@ -14,18 +14,16 @@ import traitlets as t
 from veloxlab.codecs import ROLES
 from veloxlab.errors import InputError
 from veloxlab.views.report import Section
-from veloxlab.widgets.cache_explorer import WIDTHS, CacheExplorer
 from veloxlab.widgets.chart_view import ChartView
-from veloxlab.widgets.error_explorer import ErrorExplorer
-from veloxlab.widgets.key_explorer import KeyExplorer
-from veloxlab.widgets.measured_points import MeasuredPoints
-from veloxlab.widgets.panel import Panel, nearest
-from veloxlab.widgets.planner import MemoryPlanner
-from veloxlab.widgets.progress import ProgressBar
-from veloxlab.widgets.side_by_side import SideBySide
-from veloxlab.widgets.tables import Bits
+from veloxlab.widgets.pages.budget import BudgetTuner
+from veloxlab.widgets.pages.cache import WIDTHS, Bits, CacheExplorer
+from veloxlab.widgets.pages.compare import MeasuredPoints
+from veloxlab.widgets.pages.errors import ErrorExplorer
+from veloxlab.widgets.pages.generation import SideBySide
+from veloxlab.widgets.pages.keys import KeyExplorer
+from veloxlab.widgets.pages.memory import MemoryPlanner
+from veloxlab.widgets.panel import Panel, ProgressBar, nearest
 from veloxlab.widgets.traits import Whole, Words
-from veloxlab.widgets.tuner import BudgetTuner
 from veloxlab.widgets.worker import Progress
 
 NAMES = ("cache", "errors", "keys", "compare", "generation", "budget", "memory")

@@ -19,7 +19,7 @@ _BANKS = 32  # of threadgroup memory, 4 bytes wide
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """A space of codes that `veloxlab.codecs.transforms.SignedHadamard` leads to, which kernels know how to enter."""
+    """The space that `veloxlab.codecs.parts.transforms.SignedHadamard` leads to; kernels can enter it."""
 
     signs: mx.array  # [dim], float32
 

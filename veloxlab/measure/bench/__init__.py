@@ -3,8 +3,7 @@
 All rows of one call are of one run on one device, to be read as ratios.
 """
 
-from veloxlab.measure.bench.attention import attention_of_methods, decode_attention
-from veloxlab.measure.bench.encoding import encode_steps
+from veloxlab.measure.bench.attention import attention_of_methods, decode_attention, encode_steps
 from veloxlab.measure.bench.models import decode_steps, read_prompts
 from veloxlab.measure.bench.timing import facts
 

@@ -12,8 +12,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.llama import Model
 
+from veloxlab.cache.room import CHUNK
 from veloxlab.measure.bench.timing import Progress, Row, Shape, vectors
-from veloxlab.measure.buffers import CHUNK
 from veloxlab.measure.lengths import Maker, makers, random_model, read
 
 LAYERS = 8

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from veloxlab import runtime
+from veloxlab.kernels.backend import gpu
 from veloxlab.kernels.checked import states
-from veloxlab.kernels.launch import gpu
-from veloxlab.measure.speed import median_seconds
+from veloxlab.measure.compare import median_seconds
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]

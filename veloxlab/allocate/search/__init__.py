@@ -1,0 +1,1 @@
+"""The search for a cache: candidates, runner, race, result."""

@@ -1,0 +1,1 @@
+"""The compressed cache: plan, layers, batches, attention over codes, files."""

@@ -1,0 +1,266 @@
+"""Attention over a history that is partly exact and partly compressed.
+
+A history is a row of segments in token order. A few query tokens (decoding) read every segment in its own form: codes
+are expanded a tile at a time and never kept. Many query tokens (prefill) expand one layer's past transiently for MLX's
+fused attention, whose memory does not grow with queries times keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import mlx.core as mx
+
+from veloxlab.codecs import Code, Codec
+from veloxlab.codecs.base import TiledCodec, per_kv_head
+from veloxlab.codecs.none import Exact
+from veloxlab.kernels.attend import Exact as ExactTokens
+from veloxlab.kernels.attend import Queries, Tokens
+from veloxlab.kernels.backend import gpu
+from veloxlab.kernels.checked import checked_attend
+from veloxlab.mlxlm.hooks import Handle, Mask
+
+EXPANDED_BYTES = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
+AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
+_LARGEST_HALF = 65504.0  # of float16
+FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Consecutive tokens in one form: the codes of their keys and values, and the codecs that read them."""
+
+    key_codec: Codec
+    keys: Code
+    value_codec: Codec
+    values: Code
+
+
+@dataclass(frozen=True)
+class History(Handle):
+    """All tokens that a layer's queries may attend to, oldest first.
+
+    Attributes
+    ----------
+    segments : the tokens.
+    stored : what the cache made of those that came now. The answer to many queries is there once these are: else MLX
+        would leave the encoding of all layers, and their keys and values, for the end of a prefill.
+    """
+
+    segments: tuple[Segment, ...]
+    stored: tuple[mx.array, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in all segments."""
+        return sum(segment.keys.tokens for segment in self.segments)
+
+    def expand(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of all tokens, decoded."""
+        keys = _expanded([(s.key_codec, s.keys) for s in self.segments], dtype, after=None)
+        return keys, _expanded([(s.value_codec, s.values) for s in self.segments], dtype, after=keys)
+
+    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+        """See `Handle.attend`."""
+        if q.shape[2] > FEW_QUERIES:
+            out = self._attend_expanded(q, scale, mask, sinks)
+            return mx.depends([out], list(self.stored))[0] if self.stored else out
+        fused = self._attend_in_kernel(q, scale, mask, sinks)
+        return self._attend_codes(q, scale, mask, sinks) if fused is None else fused
+
+    def _attend_expanded(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array:
+        """By MLX's fused attention over decoded keys and values, of some KV heads after others where they are many."""
+        kv_heads, together = self._heads_together(q.dtype.size)
+        queries = q.shape[1] // kv_heads  # of a KV head
+        parts: list[mx.array] = []
+        for first in range(0, kv_heads, together):
+            heads = slice(first * queries, (first + together) * queries)
+            some = self if together == kv_heads else self._heads(slice(first, first + together))
+            keys, values = some.after(parts[-1] if parts else q).expand(q.dtype)
+            parts.append(
+                mx.fast.scaled_dot_product_attention(
+                    q[:, heads],
+                    keys,
+                    values,
+                    scale=scale,
+                    mask=_mask_of(mask, heads),
+                    sinks=None if sinks is None else sinks.astype(q.dtype)[heads],
+                )
+            )
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+
+    def _heads_together(self, bytes_each: int) -> tuple[int, int]:
+        """KV heads, and how many of them are expanded at once; one and one where they cannot be told apart."""
+        codecs = [codec for s in self.segments for codec in (s.key_codec, s.value_codec)]
+        if not all(isinstance(c, Exact) or (isinstance(c, TiledCodec) and c.heads_alike) for c in codecs):
+            return 1, 1
+        batch, kv_heads = next(iter(self.segments[-1].keys.arrays.values())).shape[:2]
+        head_bytes = batch * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * bytes_each
+        return kv_heads, min(kv_heads, max(1, EXPANDED_BYTES // max(1, head_bytes)))
+
+    def _heads(self, heads: slice) -> History:
+        """The same tokens of some KV heads."""
+        segments = tuple(
+            replace(s, keys=_code_of(s.keys, heads), values=_code_of(s.values, heads)) for s in self.segments
+        )
+        return History(segments)
+
+    def after(self, array: mx.array) -> History:
+        """The same history, to be read only once ``array`` is computed.
+
+        MLX evaluates many branches of a graph abreast, and would expand the past of many layers at once.
+        """
+        arrays = [a for s in self.segments for code in (s.keys, s.values) for a in code.arrays.values()]
+        left = iter(mx.depends(arrays, [array]) if arrays else [])
+        segments = tuple(
+            replace(s, keys=_with_arrays(s.keys, left), values=_with_arrays(s.values, left)) for s in self.segments
+        )
+        return replace(self, segments=segments)
+
+    def _attend_in_kernel(
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None
+    ) -> mx.array | None:
+        """By a GPU kernel, or None where there is no GPU, or no kernel for these segments and codecs."""
+        backend = gpu()
+        at = next((i for i, s in enumerate(self.segments) if not isinstance(s.key_codec, Exact)), None)
+        if backend is None or at is None:
+            return None
+        before, packed, after = self.segments[:at], self.segments[at], self.segments[at + 1 :]
+        key_codec, value_codec = packed.key_codec, packed.value_codec
+        if not (isinstance(key_codec, TiledCodec) and isinstance(value_codec, TiledCodec)):
+            return None
+        keys, values = key_codec.reader(packed.keys), value_codec.reader(packed.values)
+        if len(before) > 1 or len(after) > 1 or keys is None or values is None:
+            return None
+        tokens = Tokens(
+            keys,
+            values,
+            sinks=_exact_run(before),
+            recent=_exact_run(after),
+            key_dim=key_codec.head_dim,
+            value_dim=value_codec.head_dim,
+        )
+        kv_heads = keys.kv_heads
+        coded = None
+        if keys.space is None:
+            # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
+            coded = mx.contiguous(key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), kv_heads)))
+        logits = None if sinks is None else sinks.astype(mx.float32)
+        done = checked_attend(Queries(q, scale, coded, _added(mask, q, self.tokens), logits), tokens, backend)
+        if done is None:
+            return None
+        out, mixed_codes = done
+        if mixed_codes is None:
+            return out
+        mixed = value_codec.from_codes(mixed_codes).reshape(out.shape)
+        return out + mixed.astype(out.dtype)
+
+    def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+        scaled = q.astype(mx.float32) * scale
+        parts = [s.key_codec.scores(scaled, s.keys) for s in self.segments]
+        scores = _masked(mx.concatenate(parts, axis=-1), mask)
+        if sinks is not None:  # behind the tokens, so that their places stay
+            beside = mx.broadcast_to(sinks.astype(mx.float32)[None, :, None, None], (*q.shape[:3], 1))
+            scores = mx.concatenate([scores, beside], axis=-1)
+        weights = mx.softmax(scores, axis=-1, precise=True)
+        mixed, start = mx.array(0.0), 0
+        for s in self.segments:
+            part = weights[..., start : start + s.values.tokens]
+            mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
+        return _narrowed(mixed, q.dtype)
+
+
+def _code_of(code: Code, heads: slice) -> Code:
+    return replace(code, arrays={name: array[:, heads] for name, array in code.arrays.items()})
+
+
+def _mask_of(mask: Mask, heads: slice) -> Mask:
+    """The part of a mask that is about some query heads."""
+    return mask[:, heads] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] > 1 else mask
+
+
+def _with_arrays(code: Code, left: Iterator[mx.array]) -> Code:
+    return replace(code, arrays={name: next(left) for name in code.arrays})
+
+
+def _expanded(parts: Sequence[tuple[Codec, Code]], dtype: mx.Dtype, after: mx.array | None) -> mx.array:
+    """Decoded tokens ``[B, H, S, D]`` of all ``parts``, to be made once ``after`` is computed.
+
+    They are decoded some at a time, each after the other: what decoding takes besides, in float32, is then small.
+    """
+    tiles: list[mx.array] = []
+    for codec, code in parts:
+        for start in range(0, code.tokens, AT_ONCE):
+            tile = code[start : start + AT_ONCE]
+            before = tiles[-1] if tiles else after
+            if before is not None:
+                tile = _with_arrays(tile, iter(mx.depends(list(tile.arrays.values()), [before])))
+            tiles.append(codec.decode(tile, dtype) if isinstance(codec, Exact) else _decoded(codec, tile, dtype))
+    return mx.concatenate(tiles, axis=2) if len(tiles) > 1 else tiles[0]
+
+
+def _decoded(codec: Codec, code: Code, dtype: mx.Dtype) -> mx.array:
+    """Decoded tokens, all finite: what decoding loses may lift float16's largest numbers beyond it."""
+    x = codec.decode(code, dtype)
+    return mx.clip(x, -_LARGEST_HALF, _LARGEST_HALF) if dtype == mx.float16 else x
+
+
+def _narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Float32 numbers in ``dtype``. Those that are finite stay so."""
+    if dtype == mx.float16:
+        x = mx.where(mx.isinf(x), x, mx.clip(x, -_LARGEST_HALF, _LARGEST_HALF))
+    return x.astype(dtype)
+
+
+def _exact_run(segments: tuple[Segment, ...]) -> ExactTokens | None:
+    return ExactTokens(*(s.arrays["values"] for s in (segments[0].keys, segments[0].values))) if segments else None
+
+
+def _added(mask: Mask, q: mx.array, tokens: int) -> mx.array | None:
+    """The mask as something to be added to scores ``[B, Hq, L, S]`` float32, or None."""
+    if mask is None or (isinstance(mask, str) and q.shape[2] == 1):
+        return None
+    if isinstance(mask, str):
+        mask = causal_mask(q.shape[2], tokens)
+    if mask.dtype == mx.bool_:
+        mask = mx.where(mask, 0.0, mx.finfo(mx.float32).min)
+    return mx.broadcast_to(mask.astype(mx.float32), (*q.shape[:3], tokens))
+
+
+def mask_for(
+    queries: int, offset: int, return_array: bool = False, window_size: int | None = None
+) -> mx.array | Literal["causal"] | None:
+    """The mask that ``queries`` new tokens behind ``offset`` others need, in the terms of mlx-lm's ``make_mask``."""
+    if window_size is None and queries == 1:
+        return None
+    if window_size is None and not return_array:
+        return "causal"
+    return causal_mask(queries, offset + queries, window_size)
+
+
+def causal_mask(queries: int, tokens: int, window_size: int | None = None, padding: mx.array | None = None) -> mx.array:
+    """Boolean ``[queries, tokens]``: the last ``queries`` of ``tokens`` see themselves and what came before.
+
+    With ``window_size`` each sees only the ``window_size`` newest of those, itself included. With ``padding`` ``[B]``,
+    the number of places at the start of each row of a batch that hold no token, it is ``[B, 1, queries, tokens]``.
+    """
+    query = mx.arange(tokens - queries, tokens)[:, None]
+    key = mx.arange(tokens)[None]
+    mask = query >= key
+    if window_size is not None:
+        mask = mask & (query < key + window_size)
+    return mask if padding is None else mask & (key >= padding[:, None, None, None])
+
+
+def _masked(scores: mx.array, mask: Mask) -> mx.array:
+    if mask is None:
+        return scores
+    if isinstance(mask, str):
+        if scores.shape[-2] == 1:
+            return scores
+        mask = causal_mask(scores.shape[-2], scores.shape[-1])
+    if mask.dtype == mx.bool_:
+        return mx.where(mask, scores, mx.finfo(scores.dtype).min)
+    return scores + mask

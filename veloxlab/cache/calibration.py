@@ -1,0 +1,173 @@
+"""A calibration: codecs that were fitted to one model, as data and as files."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import mlx.core as mx
+import polars as pl
+from mlx.nn.layers.base import Module
+
+from veloxlab.checks import FILE, checked
+from veloxlab.codecs import Codec, Role, find_method
+from veloxlab.codecs.saving import check_version, from_parts, to_parts
+from veloxlab.errors import InputError
+from veloxlab.mlxlm.identity import fingerprint
+from veloxlab.store import digest, write_together
+
+FORMAT = "veloxlab calibration 3"
+Place = tuple[int, Role, int]  # layer, role, bits
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Codecs that were fitted to one model, for `veloxlab.make_cache` and the measurements.
+
+    Attributes
+    ----------
+    method : id of the algorithm.
+    facts : what it depends on: the method's version, hashes of the model and of the text; tokens, seed, widths,
+        options.
+    codecs : the fitted codecs, by layer, role and bits.
+    """
+
+    method: str
+    facts: Mapping[str, Any]
+    codecs: Mapping[Place, Codec] = field(repr=False)
+
+    def codec(self, method: str, layer: int, role: Role, bits: int) -> Codec:
+        """Give the codec fitted to a layer's keys or values at ``bits``; raises `InputError` if there is none."""
+        if method != self.method:
+            raise InputError(
+                f"This calibration is for {self.method!r} and not for {method!r}: "
+                f"make one with vl.calibrate(model, tokenizer, {method!r})."
+            )
+        found = self.codecs.get((layer, role, bits))
+        if found is None:
+            layers = sorted({at[0] for at in self.codecs})
+            raise InputError(
+                f"This calibration holds no {role} of layer {layer} at {bits} bits: it has layers {layers[0]} to "
+                f"{layers[-1]} at {', '.join(map(str, self.widths))} bits. "
+                f"Make one with vl.calibrate(model, tokenizer, {method!r}, bits={sorted({*self.widths, bits})})."
+            )
+        return found
+
+    @checked()
+    def check_model(self, model: Module) -> None:
+        """Raise `InputError` unless this was fitted to ``model``."""
+        found = fingerprint(model)
+        if found != self.facts["model"]:
+            raise InputError(
+                f"This calibration for {self.method!r} was made with the model {self.facts['model']} and not with this "
+                f"one, whose hash of weights and rotary embeddings is {found}: make one for it with "
+                f"vl.calibrate(model, tokenizer, {self.method!r}, bits={self.widths})."
+            )
+
+    @property
+    def identity(self) -> str:
+        """Sixteen hex digits over the method and all that a codec depends on: widths are fitted each alone."""
+        return digest([self.method, {name: fact for name, fact in self.facts.items() if name != "bits"}])[:16]
+
+    @property
+    def widths(self) -> list[int]:
+        """The bits that were fitted."""
+        return sorted({at[2] for at in self.codecs})
+
+    def joined(self, other: Calibration) -> Calibration:
+        """Give this calibration with the widths of another one beside its own; codecs of each width are fitted alone.
+
+        Raises
+        ------
+        InputError : the other differs in more than its widths: another method, model, text or option.
+        """
+        both = [{**c.facts, "method": c.method, "bits": None} for c in (self, other)]
+        if both[0] != both[1]:
+            differs = [name for name in both[0] if both[0][name] != both[1].get(name)]
+            raise InputError(
+                f"These calibrations differ in {', '.join(differs)} and not in widths alone: make both with the same."
+            )
+        widths = sorted({*self.widths, *other.widths})
+        return Calibration(self.method, {**self.facts, "bits": widths}, {**self.codecs, **other.codecs})
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """One row per codec: ``layer, tensor, bits, true_bits, table_bytes``."""
+        rows = [
+            (layer, role, bits, codec.bits_per_value, codec.shared_bytes)
+            for (layer, role, bits), codec in self.codecs.items()
+        ]
+        return pl.DataFrame(rows, schema=["layer", "tensor", "bits", "true_bits", "table_bytes"], orient="row")
+
+    @checked()
+    def save(self, path: str | Path) -> Path:
+        """Write ``path`` with the suffix ``.safetensors`` and, beside it, ``.json``; give the path of the latter.
+
+        Raises `InputError` where they cannot be written.
+        """
+        tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
+        arrays: dict[str, mx.array] = {}
+        entries = []
+        for (layer, role, bits), codec in self.codecs.items():
+            plain, own = to_parts(codec)
+            name = f"{layer}.{role}.{bits}"
+            entries.append({"layer": layer, "role": role, "bits": bits, "head_dim": codec.head_dim, "fields": plain})
+            arrays |= {f"{name}/{key}": array for key, array in own.items()}
+        content = {"format": FORMAT, "method": self.method, "facts": dict(self.facts), "codecs": entries}
+        held = io.BytesIO()
+        mx.save_safetensors(held, arrays or {"none": mx.zeros(1)})
+        said = json.dumps({**content, "sha256": _seal(content, held.getvalue())}, indent=1)
+        write_together({tensors: held.getvalue(), record: said.encode()})  # if one alone is moved, the seal tells
+        return record
+
+    @classmethod
+    @checked(path=FILE)
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; raises `InputError` for a file that is missing, damaged or of another version."""
+        tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
+        try:
+            content = json.loads(record.read_bytes())
+            if content.get("format") != FORMAT:
+                raise ValueError(f"its format is {content.get('format')!r} and not {FORMAT!r}")
+            if _seal(content, tensors.read_bytes()) != content.get("sha256"):
+                raise ValueError(f"it or {tensors.name} is not what was written")
+            facts = content["facts"]
+            arrays: dict[str, mx.array] = mx.load(str(tensors))  # type: ignore[assignment]
+            mx.eval(arrays)
+            method = find_method(content["method"])
+            check_version(method.id, facts["version"])
+            codecs = {_place(entry): _codec(entry, method.id, facts, arrays) for entry in content["codecs"]}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
+            raise InputError(
+                f"The calibration {record} cannot be read ({reason}): make it again with vl.calibrate."
+            ) from error
+        return cls(method.id, facts, codecs)
+
+
+def calibration_of(method: str, calibration: Calibration | None) -> Calibration | None:
+    """``calibration`` where it is this method's, else None: where methods are chosen, most of them need none."""
+    return calibration if calibration is not None and calibration.method == method else None
+
+
+def _seal(content: Mapping[str, Any], tensors: bytes) -> str:
+    """Hash of all that a calibration's two files say, but for the hash itself."""
+    said = {name: part for name, part in content.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + tensors).hexdigest()
+
+
+def _place(entry: Mapping[str, Any]) -> Place:
+    return entry["layer"], entry["role"], entry["bits"]
+
+
+def _codec(entry: Mapping[str, Any], method: str, facts: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> Codec:
+    layer, role, bits = _place(entry)
+    prefix = f"{layer}.{role}.{bits}/"
+    own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+    unfitted = find_method(method).codec(entry["head_dim"], bits, role, **facts["options"])
+    return from_parts(type(unfitted), entry["fields"], own)

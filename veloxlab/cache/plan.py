@@ -1,0 +1,171 @@
+"""A plan: which method and how many bits each layer's keys and values get, as a file that people can read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Self
+
+import polars as pl
+from mlx.nn.layers.base import Module
+
+from veloxlab.cache.layer import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
+from veloxlab.cache.make import DEFAULT_SLIDING, LayerSettings, Sliding, cache_name, side_bits
+from veloxlab.checks import ARGUMENTS, FILE, MAPPING, WORDS, check_fields, checked, instance, many
+from veloxlab.codecs import Role, find_method
+from veloxlab.errors import InputError
+from veloxlab.mlxlm.identity import name_of
+from veloxlab.mlxlm.probe import LayerFacts, exact_width, probe
+from veloxlab.store import digest, write_atomically
+
+FORMAT = "veloxlab plan 1"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `veloxlab.make_cache` is to make for one model.
+
+    Attributes
+    ----------
+    model_hash : of the shapes that the plan was made for; `model_hash`.
+    layers : settings of each entry of the model's prompt cache; those of layers that keep their own cache are idle.
+    sinks, window, chunk, sliding : as for `veloxlab.make_cache`.
+    name : for people.
+    model : the model in words, for messages.
+    allocation : what tells the measurements that the bits were allocated by from others; empty if there were none.
+    calibrations : identities of the calibrations that it was made with, by method; `make_cache` wants the same.
+    """
+
+    model_hash: str
+    layers: tuple[LayerSettings, ...]
+    sinks: int = DEFAULT_SINKS
+    window: int = DEFAULT_WINDOW
+    chunk: Chunk = DEFAULT_CHUNK
+    sliding: Sliding = DEFAULT_SLIDING
+    name: str = ""
+    model: str = ""
+    allocation: str = ""
+    calibrations: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, layers=many(instance(LayerSettings, "settings of a layer")), calibrations=MAPPING)
+        check_fields(self, **{name: ARGUMENTS[name] for name in ("sinks", "window", "chunk", "sliding", "name")})
+        check_fields(self, model_hash=WORDS, model=WORDS, allocation=WORDS)
+
+    @classmethod
+    @checked()
+    def uniform(
+        cls,
+        model: Module,
+        method: str = "turboquant",
+        *,
+        bits: int | None = None,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        sinks: int = DEFAULT_SINKS,
+        window: int = DEFAULT_WINDOW,
+        chunk: Chunk = DEFAULT_CHUNK,
+        sliding: Sliding = DEFAULT_SLIDING,
+        **options: object,
+    ) -> Self:
+        """The same method and bits for every layer of ``model``; raises `InputError` as `veloxlab.make_cache`."""
+        widths = side_bits(method, exact_width(model), bits, key_bits, value_bits)
+        settings = LayerSettings(method, widths["keys"], method, widths["values"], options)
+        facts = probe(model)
+        for layer in facts:
+            _check(layer, settings)
+        layers = 1 + max(layer.layer for layer in facts)
+        name = cache_name(method, widths)
+        return cls(model_hash(model), (settings,) * layers, sinks, window, chunk, sliding, name, name_of(model))
+
+    @checked()
+    def with_layer(self, layer: int, **changes: object) -> Self:
+        """A plan that differs in one layer: any fields of `LayerSettings`, such as ``key_bits=8``."""
+        if not 0 <= layer < len(self.layers):
+            raise InputError(f"This plan has layers 0 to {len(self.layers) - 1}, and no layer {layer}.")
+        changed = replace(self.layers[layer], **changes)  # type: ignore[arg-type]
+        for role, method, bits, options in changed.sides:
+            find_method(method).check(bits, role, options)
+        layers = (*self.layers[:layer], changed, *self.layers[layer + 1 :])
+        return replace(self, layers=layers)
+
+    @checked()
+    def settings_for(self, model: Module) -> Sequence[LayerSettings]:
+        """The layers' settings, if this plan was made for a model of these shapes; else raise `InputError`."""
+        found = model_hash(model)
+        if found != self.model_hash:
+            raise InputError(
+                f"The plan {self.name!r} was made for a model with hash {self.model_hash} ({self.model or 'unnamed'}), "
+                f"and this model has {found} ({name_of(model)}): its layers or head dimensions differ. Make a plan for "
+                "this model."
+            )
+        return self.layers
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """One row per layer: ``layer, key_method, key_bits, value_method, value_bits``; code bits, means over heads."""
+        rows = []
+        for i, layer in enumerate(self.layers):
+            row: dict[str, object] = {"layer": i}
+            for role, method, _, _ in layer.sides:
+                widths, side = self.widths(i, role), role.removesuffix("s")
+                row |= {f"{side}_method": method, f"{side}_bits": sum(widths) / len(widths)}
+            rows.append(row)
+        return pl.DataFrame(rows)
+
+    def widths(self, layer: int, role: Role) -> tuple[int, ...]:
+        """Code bits of each head of a layer's keys or values, or one number for all of them."""
+        bits, options = next((bits, options) for side, _, bits, options in self.layers[layer].sides if side == role)
+        widths: Any = options.get("head_bits")
+        widths = widths.get(role) if isinstance(widths, Mapping) else widths
+        return (bits,) if widths is None else tuple(widths)
+
+    def to_json(self) -> str:
+        """What `save` writes."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+
+    @checked()
+    def save(self, path: str | Path) -> Path:
+        """Write the plan as JSON, whole or not at all, and return the path; raises `InputError` where it cannot be."""
+        path = Path(path)
+        text = self.to_json()
+        write_atomically(path, text.encode())
+        return path
+
+    @classmethod
+    @checked(path=FILE)
+    def load(cls, path: str | Path) -> Self:
+        """Read a plan that `save` wrote; raises `InputError` for a file that is missing or is no plan."""
+        try:
+            content = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise InputError(f"There is no plan at {path}.") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"{path} is not a readable plan ({error}). Save it again with plan.save.") from None
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise InputError(f"{path} is not a plan of the format {FORMAT!r}. Save it again with plan.save.")
+        try:
+            layers = tuple(LayerSettings(**layer) for layer in content.pop("layers"))
+            return cls(layers=layers, **content)
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} is a plan with missing or unknown fields ({error}).") from None
+        except InputError as error:
+            raise InputError(f"{path} is no plan that can be used. {error}") from None
+
+
+def model_hash(model: Module) -> str:
+    """Twelve hex digits over the shapes of a model's caches: what a plan depends on."""
+    shapes = [
+        (f.layer, f.slot, f.native, f.compressible, f.max_size, f.kv_heads, f.key_dim, f.value_dim)
+        for f in probe(model)
+    ]
+    return digest(shapes)[:12]
+
+
+def _check(facts: LayerFacts, settings: LayerSettings) -> None:
+    """Make the codecs once, so that a plan that cannot be attached is never saved."""
+    if facts.compressible:
+        for role, method, bits, options in settings.sides:
+            find_method(method).codec(facts.dims[role], bits, role, **options)

@@ -1,0 +1,218 @@
+"""What a saved cache says of itself: settings, codecs and runs, under a seal, in the files that mlx-lm writes.
+
+mlx-lm saves the ``state`` of each cache: arrays as tensors, and words as the numbers of their characters. Ours begins
+with arrays, and ends with one word, a JSON text that says what they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Self
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKVCache
+
+from veloxlab.codecs import Codec
+from veloxlab.codecs.saving import check_version, class_name, find_class, from_parts, to_parts, version_of
+from veloxlab.errors import InputError
+from veloxlab.mlxlm import identity
+from veloxlab.mlxlm.hooks import loadable
+
+FORMAT = "veloxlab cache 2"
+NOT_WRITTEN = "it is not what was written"
+Content = dict[str, Any]
+
+
+class Description(str):
+    """A text that is written when its characters are asked for.
+
+    mlx-lm reads ``state`` after each chunk of a prefill, to evaluate its arrays, and once to save it. Only then does it
+    look at the characters: hashing all that is held would be too much to do each time.
+    """
+
+    _content: Content
+    _arrays: Sequence[mx.array]
+
+    def __new__(cls, content: Content, arrays: Sequence[mx.array]) -> Self:
+        """Hold what is to be said."""
+        self = super().__new__(cls)
+        self._content, self._arrays = content, arrays
+        return self
+
+    def __iter__(self) -> Iterator[str]:
+        content = {"format": FORMAT, **self._content}
+        return iter(json.dumps({**content, "sha256": _seal(content, self._arrays)}))
+
+
+class Saved(ABC):
+    """What mlx-lm needs of a cache to evaluate it, to save it and to read it again."""
+
+    @abstractmethod
+    def describe(self) -> tuple[Content, list[mx.array]]:
+        """What `rebuild` needs: what JSON can hold, and arrays, those that are held among them."""
+
+    @classmethod
+    @abstractmethod
+    def rebuild(cls, content: Content, arrays: Sequence[mx.array]) -> Self:
+        """Undo `describe`."""
+
+    @abstractmethod
+    def end_of_step(self) -> None:
+        """The layers have attended: let go of what was only for them."""
+
+    @property
+    def state(self) -> list[Any]:
+        """What is to be evaluated after each chunk of a prefill, and what is saved: the arrays, and a description."""
+        self.end_of_step()
+        content, arrays = self.describe()
+        return [*arrays, Description(content, arrays)]
+
+    @state.setter
+    def state(self, saved: Sequence[Any]) -> None:
+        self.__dict__ = type(self).from_state(saved).__dict__
+
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> Self:
+        """Rebuild a cache from what `state` gave and mlx-lm's ``save_prompt_cache`` wrote.
+
+        Raises
+        ------
+        InputError : it was altered, or saved by another version, method or model than is here.
+        """
+        return cls.rebuild(*opened(state))
+
+
+class Sealed:
+    """What one of mlx-lm's own caches adds to what it saves: the model and layer that it is of, and a checksum.
+
+    `seal` makes a cache one of these; it stays what it was in all else.
+    """
+
+    native: ClassVar[Any]  # mlx-lm's class
+    model: str | None = None
+    layer: int | None = None
+    reason: str
+
+    @property
+    def state(self) -> list[Any]:
+        """The cache's own state, and a description of it."""
+        own = self.native.state.fget(self)
+        leaves, arrays = _leaves(own)
+        settings = {"model": self.model, "layer": self.layer, "reason": self.reason}
+        return [own, Description({"settings": settings, "leaves": leaves}, arrays)]
+
+    @state.setter
+    def state(self, saved: Sequence[Any]) -> None:
+        leaves, arrays = _leaves(saved[0])
+        content, _ = opened([*arrays, saved[-1]])
+        if content.get("leaves") != leaves:
+            raise _unreadable(NOT_WRITTEN)
+        settings = content["settings"]
+        check_model(settings["model"], settings["layer"])
+        self.native.state.fset(self, saved[0])
+        self.__dict__ |= settings
+
+
+def _leaves(state: object) -> tuple[dict[str, str], list[mx.array]]:
+    """Kinds of all that a state holds, by name, and as arrays all but None."""
+    leaves: list[tuple[str, Any]] = tree_flatten(state)  # type: ignore[assignment]
+    return {name: type(leaf).__name__ for name, leaf in leaves}, [mx.array(x) for _, x in leaves if x is not None]
+
+
+SEALED = {
+    kind: loadable(
+        type(f"Sealed{kind.__name__}", (Sealed, kind), {"native": kind, "reason": f"the model's own {kind.__name__}"})
+    )
+    for kind in (KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache)
+}
+"""Classes that mlx-lm's models make caches of, and those that save them under a checksum."""
+
+
+def seal(cache: Any, model: str, layer: int, reason: str) -> None:  # noqa: ANN401 - any of mlx-lm's own
+    """Let a cache of mlx-lm's own save what it is of, under a checksum, where it is of a kind that mlx-lm reads."""
+    if type(cache) in SEALED:
+        cache.__class__ = SEALED[type(cache)]
+        cache.model, cache.layer = model, layer
+    cache.reason = reason
+
+
+def opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
+    """The content and the arrays of a saved ``state``, evaluated and found to be what was written.
+
+    Raises
+    ------
+    InputError : they are not, or another version wrote them.
+    """
+    try:
+        # a state that was not saved holds a `Description`, whose characters come from its iterator
+        content = json.loads("".join(iter(state[-1])))
+        arrays = list(state[:-1])
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r} and not {FORMAT!r}")
+        said = content.pop("sha256")
+        if _seal(content, arrays) != said:
+            raise ValueError(NOT_WRITTEN)
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError, OverflowError) as error:
+        raise _unreadable(error) from error
+    return content, arrays
+
+
+def _unreadable(reason: object) -> InputError:
+    return InputError(f"This saved cache cannot be read ({reason}): make it again from its text.")
+
+
+def describe_codecs(codecs: Mapping[str, Codec]) -> tuple[Content, list[mx.array]]:
+    """Codecs by side, as JSON and arrays."""
+    content: Content = {}
+    arrays: list[mx.array] = []
+    for side, codec in codecs.items():
+        plain, own = to_parts(codec)
+        content[side] = {
+            "class": class_name(codec),
+            "version": version_of(codec),
+            "fields": plain,
+            "arrays": list(own),
+        }
+        arrays += own.values()
+    return content, arrays
+
+
+def restore_codecs(content: Content, arrays: Sequence[mx.array]) -> dict[str, Codec]:
+    """Undo `describe_codecs`; raises `InputError` for codecs of another version."""
+    left, codecs = list(arrays), {}
+    for side, said in content.items():
+        kind, own = find_class(said["class"]), {name: left.pop(0) for name in said["arrays"]}
+        try:
+            check_version(said["class"].partition(".")[0], said["version"])
+            codecs[side] = from_parts(kind, said["fields"], own)
+        except ValueError as error:
+            raise _unreadable(error) from error
+    return codecs
+
+
+def check_model(model: str, layer: int | None) -> None:
+    """Raise `InputError` if caches were made for other models in this process, and none for ``model``.
+
+    What these models are is computed now, which takes milliseconds: it is done for the first layer of a file alone.
+    """
+    if not model or layer:
+        return
+    others = sorted({identity.name_of(other) for other in list(identity.models_here.values())})
+    if others and model not in others:
+        raise InputError(
+            f"This cache was saved with the model {model}, and the model here is {', '.join(others)}: load that model, "
+            "and read the cache with vl.load_cache(file, model)."
+        )
+
+
+def _seal(content: Content, arrays: Sequence[mx.array]) -> str:
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for array in arrays:
+        digest.update(f"{array.shape} {array.dtype}\n".encode())
+        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Parts that algorithms are made of: packing, transforms, quantizers, tables."""

@@ -1,0 +1,180 @@
+"""Scalar codebooks, computed: the Lloyd–Max levels of one coordinate of a randomly rotated vector.
+
+A vector of ``dim`` coordinates scaled to root-mean-square 1 and rotated at random lies on the sphere of radius √dim.
+One coordinate then has the density f(t) ∝ (1 − t²/dim)^((dim − 3)/2) on [−√dim, √dim] (a scaled Beta; TurboQuant,
+arXiv 2504.19874, Lemma 1), which tends to N(0, 1). Levels here have that unit variance: divide by √dim for unit ones.
+
+The optimum is found by Newton's method on Lloyd's two conditions at once (every level the mean of its cell, every
+boundary halfway between levels), from the high-rate compander as a start. Cell moments come from Gauss–Legendre nodes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from veloxlab.codecs.parts.packing import WIDEST
+from veloxlab.errors import InputError
+
+Floats = NDArray[np.float64]
+
+REACH = 12.0  # standard deviations: the density beyond is below 1e-32
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(96)
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """A scalar quantizer of a unit-variance coordinate.
+
+    Attributes
+    ----------
+    levels : the reconstruction values, ascending, ``[2**bits]``.
+    boundaries : halfway points between them, ``[2**bits - 1]``.
+    distortion : E(x − x̂)², relative to the variance of 1.
+    entropy_bits : entropy of the index, in bits.
+    """
+
+    levels: Floats
+    boundaries: Floats
+    distortion: float
+    entropy_bits: float
+
+
+def check_bits(bits: int) -> int:
+    """Return ``bits`` if it is a width that can be packed, else raise `InputError`."""
+    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= WIDEST:
+        raise InputError(f"bits={bits!r} is out of range: choose a whole number of bits from 1 to {WIDEST}.")
+    return bits
+
+
+def gaussian_codebook(bits: int) -> Codebook:
+    """Lloyd–Max for N(0, 1): the limit of large head dimensions."""
+    return _lloyd_max(check_bits(bits), None)
+
+
+def sphere_codebook(bits: int, dim: int) -> Codebook:
+    """Lloyd–Max for one coordinate of a random point on the sphere of radius √dim, exact for every ``dim``."""
+    if dim < 4:
+        raise InputError(f"A head dimension of {dim} is too small for a rotated codebook: it takes 4 or more.")
+    return _lloyd_max(check_bits(bits), dim)
+
+
+@lru_cache
+def _lloyd_max(bits: int, dim: int | None) -> Codebook:
+    reach = REACH if dim is None else min(REACH, math.sqrt(dim))
+    levels = _compander_start(2**bits, dim, reach)
+    for _ in range(100):
+        residual, jacobian = _lloyd_residual(levels, dim, reach)
+        step = np.linalg.solve(jacobian, residual)
+        # a damped step keeps the levels in order; close to the optimum it is Newton's own
+        gap = np.diff(levels, prepend=-reach, append=reach).min()
+        levels = levels - step * min(1.0, 0.4 * gap / max(np.abs(step).max(), 1e-300))
+        if np.abs(step).max() < 1e-12:
+            break
+    levels = (levels - levels[::-1]) / 2  # the density is even, and so is the optimum
+    mass, _, second = _cell_moments(levels, dim, reach)
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    probability = mass[mass > 0]
+    return Codebook(
+        levels=levels,
+        boundaries=boundaries,
+        distortion=float(second.sum()),
+        entropy_bits=float(-(probability * np.log2(probability)).sum()),
+    )
+
+
+def coordinate_density(t: Floats, dim: int | None) -> Floats:
+    """Density of one coordinate of unit variance: on the sphere in ``dim`` dimensions, or N(0, 1) for None."""
+    if dim is None:
+        return np.exp(-t * t / 2) / math.sqrt(2 * math.pi)
+    log_norm = math.lgamma(dim / 2) - math.lgamma((dim - 1) / 2) - 0.5 * math.log(math.pi * dim)
+    inside = np.clip(1 - t * t / dim, 0.0, None)
+    return np.asarray(math.exp(log_norm) * inside ** ((dim - 3) / 2))
+
+
+def _edges(levels: Floats, reach: float) -> Floats:
+    return np.concatenate([[-reach], (levels[1:] + levels[:-1]) / 2, [reach]])
+
+
+def _cell_moments(levels: Floats, dim: int | None, reach: float) -> tuple[Floats, Floats, Floats]:
+    """Mass, mean and squared error about the level of every cell, each ``[levels]``."""
+    edges = _edges(levels, reach)
+    half, middle = np.diff(edges)[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
+    t = middle + half * _NODES
+    weight = half * _WEIGHTS * coordinate_density(t, dim)
+    mass = weight.sum(axis=1)
+    mean = (weight * t).sum(axis=1) / mass
+    return mass, mean, (weight * (t - levels[:, None]) ** 2).sum(axis=1)
+
+
+def _lloyd_residual(levels: Floats, dim: int | None, reach: float) -> tuple[Floats, Floats]:
+    """How far each level is from the mean of its cell, and the derivative of that by every level (tridiagonal)."""
+    mass, mean, _ = _cell_moments(levels, dim, reach)
+    edges = _edges(levels, reach)
+    density = coordinate_density(edges, dim)
+    by_lower = density[:-1] * (mean - edges[:-1]) / mass / 2  # an edge moves by half of each level beside it
+    by_upper = density[1:] * (edges[1:] - mean) / mass / 2
+    by_lower[0] = by_upper[-1] = 0.0  # the outer edges do not move
+    n = len(levels)
+    jacobian = np.eye(n) - np.diag(by_lower + by_upper)
+    jacobian[np.arange(1, n), np.arange(n - 1)] -= by_lower[1:]
+    jacobian[np.arange(n - 1), np.arange(1, n)] -= by_upper[:-1]
+    return levels - mean, jacobian
+
+
+def _compander_start(count: int, dim: int | None, reach: float) -> Floats:
+    """Panter and Dite: at high rate the levels are evenly spaced quantiles of the cube root of the density."""
+    grid = np.linspace(-reach, reach, 20_001)
+    cumulative = np.cumsum(coordinate_density(grid, dim) ** (1 / 3))
+    return np.interp((np.arange(count) + 0.5) / count, cumulative / cumulative[-1], grid)
+
+
+_GRID = 2**16  # cells of a tabulated density
+_ROUNDS = 2_000  # of Lloyd's iteration; from this start 256 levels need some hundreds
+
+
+def lloyd_max(density: Callable[[Floats], Floats], low: float, high: float, bits: int) -> Codebook:
+    """Lloyd–Max for any ``density`` on ``[low, high]``, which need not be normalized, by Lloyd's own iteration.
+
+    A density with several peaks has several local optima: the best of a few starts is given. ``distortion`` is in the
+    square of the unit of ``low`` and ``high``.
+    """
+    t = np.linspace(low, high, _GRID + 1)
+    f = density(t)
+    return min((_lloyd(t, f, bits, power) for power in (1 / 3, 1 / 2, 1.0)), key=lambda found: found.distortion)
+
+
+def _lloyd(t: Floats, f: Floats, bits: int, power: float) -> Codebook:
+    """Lloyd's iteration for density ``f`` at ``t``, from the quantiles of ``f**power`` (1/3: Panter and Dite's)."""
+    mass, first = (_integral(g, t) for g in (f, f * t))
+    start = np.cumsum(f**power)
+    levels = np.interp((np.arange(2**bits) + 0.5) / 2**bits, start / start[-1], t)
+    for _ in range(_ROUNDS):
+        edges = np.concatenate([t[:1], (levels[1:] + levels[:-1]) / 2, t[-1:]])
+        inside = np.diff(np.interp(edges, t, mass))
+        means = np.diff(np.interp(edges, t, first)) / np.where(inside > 0, inside, 1.0)
+        step = np.where(inside > 0, means - levels, 0.0)
+        levels = levels + step
+        # the iteration closes a fiftieth or less of what is left: at 4 bits the levels then are right to a few 1e-6
+        if np.abs(step).max() < 1e-10 * (t[-1] - t[0]):
+            break
+    boundaries = (levels[1:] + levels[:-1]) / 2
+    error = f * (t - levels[np.searchsorted(boundaries, t)]) ** 2
+    probability = np.diff(np.interp(np.concatenate([t[:1], boundaries, t[-1:]]), t, mass)) / mass[-1]
+    probability = probability[probability > 0]
+    return Codebook(
+        levels=levels,
+        boundaries=boundaries,
+        distortion=float(_integral(error, t)[-1] / mass[-1]),
+        entropy_bits=float(-(probability * np.log2(probability)).sum()),
+    )
+
+
+def _integral(f: Floats, t: Floats) -> Floats:
+    """From the first point to every point, by trapezoids."""
+    return np.concatenate([[0.0], np.cumsum((f[1:] + f[:-1]) * np.diff(t) / 2)])

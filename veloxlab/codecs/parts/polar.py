@@ -1,0 +1,214 @@
+"""The recursive polar transform and the quantizer of its angles (PolarQuant, arXiv 2502.02617).
+
+Coordinates are paired into radius and angle, the radii are paired again, L times: ``2**L`` coordinates become one
+radius and ``2**L − 1`` angles. Of a randomly rotated vector all angles are independent. Those of level 1 are uniform on
+the circle, those of level ℓ have the density sin^(2^(ℓ−1) − 1)(2ψ) on [0, π/2].
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from veloxlab.codecs.parts.codebooks import Floats, check_bits, lloyd_max
+from veloxlab.codecs.parts.packing import pack, unpack
+from veloxlab.errors import InputError
+
+Table = tuple[mx.array, mx.array]
+
+_ROUNDS = 100  # of k-means in one dimension
+
+
+@dataclass(frozen=True)
+class PolarTree:
+    """Quantizes the directions of the blocks of ``2**len(levels)`` coordinates that ``dim`` is made of.
+
+    ``levels`` are the bits of each level's angles, level 1 first. ``centroids`` are learned ones, level after level
+    from the second on; empty for those of the known densities.
+    """
+
+    dim: int
+    levels: tuple[int, ...]
+    centroids: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.levels or self.dim % self.block:
+            raise InputError(
+                f"{len(self.levels)} levels of angles do not fit a head dimension of {self.dim}: {_way_out(self.dim)}."
+            )
+        for bits in self.levels:
+            check_bits(bits)
+
+    @property
+    def block(self) -> int:
+        """Coordinates that share a radius."""
+        return 1 << len(self.levels)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables: of the known densities, shared by every layer of a process; learned ones, its own."""
+        return sum(a.nbytes for tables in self._tables for a in tables)
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a vector's codes: levels of equal width are packed together, in whole bytes."""
+        return 8 * sum(_bytes(count, bits) for bits, count in self._runs.items())
+
+    @property
+    def expected_cosine(self) -> float:
+        """Mean of ⟨u, û⟩ over unit vectors u: a product, since the angles of the levels are independent."""
+        half_cell = math.pi / 2 ** self.levels[0]
+        rest = (angle_codebook(level, bits)[1] for level, bits in enumerate(self.levels[1:], 2))
+        return float(math.sin(half_cell) / half_cell * math.prod(rest))
+
+    def angles(self, y: mx.array) -> tuple[list[mx.array], mx.array]:
+        """Angles of ``y`` ``[..., dim]``, of each level ``[..., dim / 2^ℓ]``, and the radii ``[..., dim / block]``."""
+        angles = []
+        for _ in self.levels:
+            pairs = mx.unflatten(y, -1, (-1, 2))
+            angles.append(mx.arctan2(pairs[..., 1], pairs[..., 0]))
+            y = mx.sqrt(mx.square(pairs).sum(axis=-1))
+        return angles, y
+
+    def assign(self, angles: list[mx.array]) -> list[mx.array]:
+        """Index of the nearest centroid of each angle, by level."""
+        count = 1 << self.levels[0]
+        around = mx.floor(angles[0] * (count / (2 * math.pi))).astype(mx.int32) & (count - 1)  # a circle has no end
+        tables = self._tables[1:]
+        return [around, *(mx.searchsorted(edges, a) for (edges, _), a in zip(tables, angles[1:], strict=True))]
+
+    def directions(self, codes: list[mx.array]) -> mx.array:
+        """Unit vectors of the blocks ``[..., dim / block, block]``: cosines and sines multiplied down the tree."""
+        y = mx.ones((*codes[-1].shape, 1))
+        for level, (_, circle) in zip(reversed(codes), reversed(self._tables), strict=True):
+            shape = (*y.shape[:-1], 2 * y.shape[-1])
+            y = (mx.take(circle, level.reshape(y.shape), axis=0) * y[..., None]).reshape(shape)
+        return y
+
+    def pack(self, codes: list[mx.array]) -> dict[str, mx.array]:
+        """Rows of bytes, one for each width."""
+        rows = {
+            bits: mx.concatenate([c for c, b in zip(codes, self.levels, strict=True) if b == bits], axis=-1)
+            for bits in self._runs
+        }
+        return {
+            f"angles_{bits}": pack(row, bits).view(mx.uint8)[..., : _bytes(row.shape[-1], bits)]
+            for bits, row in rows.items()
+        }
+
+    def unpack(self, arrays: dict[str, mx.array]) -> list[mx.array]:
+        """Codes by level, from what `pack` gave."""
+        rows = {bits: unpack(arrays[f"angles_{bits}"], bits, count) for bits, count in self._runs.items()}
+        codes, used = [], dict.fromkeys(rows, 0)
+        for level, bits in enumerate(self.levels, 1):
+            begin, used[bits] = used[bits], used[bits] + (self.dim >> level)
+            codes.append(rows[bits][..., begin : used[bits]])
+        return codes
+
+    @cached_property
+    def _tables(self) -> tuple[Table, ...]:
+        """Of each level; learned ones are kept here, so that they are released with the tree."""
+        if not self.centroids:
+            return _known_tables(self.levels)
+        ends = np.cumsum([1 << bits for bits in self.levels[1:]])
+        learned = np.split(np.array(self.centroids), ends[:-1])
+        return (_circle_table(self.levels[0]), *(_table(angles) for angles in learned))
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows of bytes, that of level 1 first."""
+        return tuple(f"angles_{bits}" for bits in self._runs)
+
+    @cached_property
+    def circles(self) -> mx.array:
+        """Cosine and sine of the angles of all levels, one after the other ``[entries, 2]``, float32, for kernels."""
+        return _known_circles(self.levels) if not self.centroids else _joined(self._tables)
+
+    @property
+    def _runs(self) -> dict[int, int]:
+        """How many codes of a vector have each width."""
+        runs = dict.fromkeys(self.levels, 0)
+        for level, bits in enumerate(self.levels, 1):
+            runs[bits] += self.dim >> level
+        return runs
+
+
+@lru_cache
+def angle_codebook(level: int, bits: int) -> tuple[Floats, float]:
+    """Lloyd–Max angles of a level from 2 on, ascending ``[2**bits]``, and the mean of cos(ψ − ψ̂) that they reach."""
+    t = np.linspace(0, math.pi / 2, 2**16 + 1)
+    density = angle_density(t, level)
+    angles = lloyd_max(lambda t: angle_density(t, level), 0, math.pi / 2, bits).levels
+    angles = (angles + math.pi / 2 - angles[::-1]) / 2  # the density is even about π/4, and so is the optimum
+    cosine = np.cos(t - angles[np.searchsorted((angles[1:] + angles[:-1]) / 2, t)])
+    return angles, float((density * cosine).sum() / density.sum())
+
+
+def angle_density(t: Floats, level: int) -> Floats:
+    """Density of a rotated vector's angles ``t`` on [0, π/2], of a level from 2 on, not normalized."""
+    return np.asarray(np.clip(np.sin(2 * t), 0, None) ** (2 ** (level - 1) - 1))
+
+
+def fitted_angles(seen: Floats, level: int, bits: int) -> Floats:
+    """K-means of the angles ``seen``, sorted, from the level's Lloyd–Max angles; one that loses all numbers stays."""
+    angles, total = angle_codebook(level, bits)[0], np.concatenate([[0.0], np.cumsum(seen)])
+    for _ in range(_ROUNDS):
+        cuts = np.searchsorted(seen, (angles[1:] + angles[:-1]) / 2)
+        ends = np.concatenate([[0], cuts, [len(seen)]])
+        count = np.diff(ends)
+        moved = np.where(count > 0, np.diff(total[ends]) / np.maximum(count, 1), angles)
+        if np.array_equal(moved, angles):
+            break
+        angles = np.sort(moved)
+    return angles
+
+
+def halvings(dim: int) -> int:
+    """How often ``dim`` can be halved: the most levels it has."""
+    return (dim & -dim).bit_length() - 1
+
+
+def _way_out(dim: int) -> str:
+    """What to do where levels do not fit ``dim``."""
+    most = halvings(dim)
+    if not most:
+        return "it is odd, so choose another method"
+    counts = "one level" if most == 1 else f"1 to {most} levels"
+    return f"give the bits of {counts}, such as levels={(4, 2, 2, 2)[:most]}"
+
+
+@lru_cache
+def _known_tables(levels: tuple[int, ...]) -> tuple[Table, ...]:
+    return (_circle_table(levels[0]), *(_table(angle_codebook(i, b)[0]) for i, b in enumerate(levels[1:], 2)))
+
+
+@lru_cache
+def _known_circles(levels: tuple[int, ...]) -> mx.array:
+    return _joined(_known_tables(levels))
+
+
+def _joined(tables: tuple[Table, ...]) -> mx.array:
+    circles = mx.concatenate([circle for _, circle in tables])
+    mx.eval(circles)
+    return circles
+
+
+def _circle_table(bits: int) -> Table:
+    """Of level 1, which is uniform on a circle: cells of equal width."""
+    return _table((np.arange(1 << bits) + 0.5) * 2 * math.pi / (1 << bits))
+
+
+def _table(angles: Floats) -> Table:
+    """Boundaries between ascending ``angles`` ``[N]``, and cosine and sine of each ``[N, 2]``."""
+    boundaries, circle = (angles[1:] + angles[:-1]) / 2, np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+    table = mx.array(boundaries.astype(np.float32)), mx.array(circle.astype(np.float32))
+    mx.eval(table)
+    return table
+
+
+def _bytes(count: int, bits: int) -> int:
+    return -(-count * bits // 8)

@@ -1,0 +1,212 @@
+"""Capture: the queries, keys and values of a real run of a model, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+
+from veloxlab.cache.attention import mask_for
+from veloxlab.checks import check_fields, checked, instance, many, whole
+from veloxlab.codecs.parts.rope import Rope
+from veloxlab.errors import InputError
+from veloxlab.mlxlm import probe
+from veloxlab.mlxlm.hooks import Handle, Mask
+from veloxlab.mlxlm.ropes import ropes_of
+from veloxlab.progress import Progress, silent
+from veloxlab.texts import excerpt
+
+
+@dataclass(frozen=True)
+class LayerCapture:
+    """What one layer's attention saw, as it went into the cache (after RoPE).
+
+    Attributes
+    ----------
+    layer : index in the prompt cache.
+    queries : ``[1, Hq, S, Dk]``, or None where the model computes attention by itself.
+    keys, values : ``[1, H, S, Dk]`` and ``[1, H, S, Dv]``.
+    scale : what the model multiplies q·k with, or None with ``queries``.
+    rope : the rotary embedding that keys and queries went through, or None where none is known.
+    """
+
+    layer: int
+    queries: mx.array | None
+    keys: mx.array
+    values: mx.array
+    scale: float | None
+    rope: Rope | None = None
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One causal run over ``tokens``, held evaluated, so that any thread may use it."""
+
+    layers: tuple[LayerCapture, ...]
+    tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        check_fields(self, layers=many(instance(LayerCapture, "what a layer saw")), tokens=many(whole(0)))
+
+    @property
+    def exact_bits(self) -> int:
+        """Bits of a number of the keys."""
+        return 8 * self.layers[0].keys.dtype.size
+
+    def __repr__(self) -> str:
+        """A stable line: arrays are not for printing."""
+        keys = self.layers[0].keys
+        return (
+            f"Capture(layers={len(self.layers)}, tokens={len(self.tokens)}, "
+            f"kv_heads={keys.shape[1]}, head_dim={keys.shape[-1]})"
+        )
+
+
+@checked()
+def capture(
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401 - mlx-lm's TokenizerWrapper, or anything with `encode`
+    text: str | None = None,
+    *,
+    tokens: int = 512,
+    progress: Progress = silent,
+) -> Capture:
+    """Run ``model`` over the first ``tokens`` tokens of ``text`` and keep what every attention layer saw.
+
+    Parameters
+    ----------
+    model, tokenizer : as `veloxlab.load` gives them.
+    text : what to read; the shipped WikiText-2 test excerpt by default.
+    tokens : how many tokens; the whole text if it is shorter.
+    progress : told of each layer.
+
+    Raises
+    ------
+    InputError : if the text has fewer than two tokens.
+    """
+    ids = encode(tokenizer, text, tokens)
+    layers = []
+    count = sum(f.compressible for f in probe.probe(model))
+    for seen in capture_layers(model, ids):
+        layers.append(seen)
+        progress(len(layers), count, f"layer {seen.layer}")
+    return Capture(tuple(layers), tuple(ids))
+
+
+def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
+    """Run ``model`` over the tokens ``ids`` and give what each layer saw, evaluated, one layer after another.
+
+    Nothing is held of a layer that was given: memory does not grow with the depth unless the caller keeps them.
+
+    Raises
+    ------
+    InputError : if no layer keeps plain keys and values.
+    """
+    recorders: list[Recorder] = []
+
+    def recorded(facts: probe.LayerFacts) -> Recorder:
+        recorders.append(Recorder(facts))
+        return recorders[-1]
+
+    caches = probe.with_caches(model, recorded)
+    if not recorders:
+        raise InputError("No layer of this model keeps plain keys and values: there is nothing to capture.")
+    ropes = ropes_of(model, ids)
+    model(mx.array([ids]), cache=caches)  # lazy: nothing is computed before the layers below are
+    del caches
+    for rope in ropes:
+        seen = recorders.pop(0).seen()
+        mx.eval([a for a in (seen.queries, seen.keys, seen.values) if a is not None])
+        yield replace(seen, rope=rope)
+
+
+def encode(tokenizer: Any, text: str | None, count: int) -> list[int]:  # noqa: ANN401
+    """Give `first_tokens` of ``text`` (the shipped test excerpt if None); raises `InputError` below two tokens."""
+    ids = first_tokens(tokenizer, excerpt("test") if text is None else text, count)
+    if len(ids) < min(2, count):
+        raise InputError(f"The text has {len(ids)} tokens and at least 2 are needed: give a longer text.")
+    return ids
+
+
+def stretches(
+    tokenizer: Any,  # noqa: ANN401
+    text: str | None,
+    tokens: int,
+    count: int,
+    *,
+    last: int | None = None,
+    name: str = "windows",
+) -> list[list[int]]:
+    """Give ``count`` stretches of ``tokens`` token ids, one after another.
+
+    Parameters
+    ----------
+    tokenizer, text : as for `encode`.
+    tokens, count : of a stretch, and how many stretches.
+    last : tokens of the last stretch at least; all of them by default.
+    name : of the stretches, for a message.
+
+    Raises
+    ------
+    InputError : the text is too short.
+    """
+    ids = first_tokens(tokenizer, excerpt("test") if text is None else text, tokens * count)
+    if len(ids) < tokens * (count - 1) + (tokens if last is None else last):
+        raise InputError(
+            f"The text has {len(ids)} tokens, too few for {count} {name} of {tokens}: give a longer text or take fewer "
+            f"or shorter {name}."
+        )
+    return [ids[i * tokens : (i + 1) * tokens] for i in range(count)]
+
+
+def first_tokens(tokenizer: Any, text: str, count: int, **options: bool) -> list[int]:  # noqa: ANN401
+    """Give the first ``count`` token ids of ``text``, or all if there are fewer; ``options`` are the tokenizer's."""
+    # a long text need not be read to its end: no tokenizer makes tokens longer than this on average
+    ids = list(tokenizer.encode(text[: 16 * count], **options))
+    if len(ids) < count and len(text) > 16 * count:
+        ids = list(tokenizer.encode(text, **options))
+    return ids[:count]
+
+
+class Recorder(Handle):
+    """A cache and its handle in one: attends exactly, and keeps what passed.
+
+    A subclass may change keys and values on their way into `update_and_fetch`.
+    """
+
+    def __init__(self, facts: probe.LayerFacts) -> None:
+        self.facts, self.offset = facts, 0
+        self._queries: mx.array | None = None
+        self._scale: float | None = None
+        if facts.path == "codes":
+            self.bits, self.group_size = 0, 0
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Keep the keys and values of all tokens; see `veloxlab.cache.layer.CompressedKVCache`."""
+        self._keys, self._values, self.offset = keys, values, keys.shape[2]
+        return (self, self) if self.facts.path == "codes" else (keys, values)
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """What was fetched, for a layer that shares it."""
+        return (self, self) if self.facts.path == "codes" else (self._keys, self._values)
+
+    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+        """See `Handle.attend`; the layer's own queries are kept."""
+        if self._queries is None:  # layers that borrow these keys and values attend later
+            self._queries, self._scale = q, scale
+        return mx.fast.scaled_dot_product_attention(
+            q, self._keys, self._values, scale=scale, mask=cast("Any", mask), sinks=sinks
+        )
+
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | Literal["causal"] | None:
+        """The mask that ``N`` tokens need, in mlx-lm's terms."""
+        return mask_for(N, self.offset, return_array, window_size or self.facts.max_size)
+
+    def seen(self) -> LayerCapture:
+        """What passed."""
+        return LayerCapture(self.facts.layer, self._queries, self._keys, self._values, self._scale)

@@ -1,0 +1,1 @@
+"""All that touches mlx-lm: hooks, the dry run of a model, and what tells models apart."""

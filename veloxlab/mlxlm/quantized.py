@@ -1,0 +1,44 @@
+"""mlx-lm's own quantized cache, in the layers of a model that can have one: what ours is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import QuantizedKVCache
+
+from veloxlab.errors import InputError
+from veloxlab.mlxlm.probe import LayerFacts, probe, with_caches
+
+GROUP = 64  # values that share a scale: mlx-lm's default
+_WORD = 32  # bits
+
+
+def why_not_quantized(layers: Sequence[LayerFacts], bits: int) -> str | None:
+    """Why mlx-lm's quantized cache cannot hold the keys and values of these layers; None if it can."""
+    for found in layers:
+        if found.kv_heads and not found.compressible:
+            return f"in layer {found.layer} {found.reason}"
+        if found.max_size is not None:
+            return f"layer {found.layer} slides"
+        for role, dim in found.dims.items():
+            if dim % GROUP:
+                return f"{role} of layer {found.layer} have head dimension {dim}, no multiple of its groups of {GROUP}"
+            if (
+                dim // (_WORD // bits) != dim * bits // _WORD
+            ):  # the words that it has room for, and those that there are
+                return f"its buffers have no room for {role} of head dimension {dim}"
+    return None
+
+
+def quantized_cache(model: Module, bits: int) -> list[Any]:
+    """mlx-lm's quantized caches in a model's layers with keys and values, and its own caches in the others.
+
+    Raises
+    ------
+    InputError : mlx-lm has none for this model.
+    """
+    if reason := why_not_quantized(probe(model), bits):
+        raise InputError(f"mlx-lm has no {bits}-bit cache for this model: {reason}.")
+    return with_caches(model, lambda _: QuantizedKVCache(group_size=GROUP, bits=bits))

@@ -1,0 +1,77 @@
+"""Which rotary embedding the keys of each cache went through, found out from the keys themselves.
+
+That a layer owns a rotary embedding does not say that it uses it, nor how; and caches need not be as many as layers.
+So the model runs on single tokens at two positions. A single token attends to itself alone: what it makes of a layer's
+input is the same at both, and its keys differ by the rotation that they went through, if they did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.nn.layers.base import Module
+
+from veloxlab.codecs.parts.rope import Rope
+from veloxlab.mlxlm.probe import LayerFacts, Probe, with_caches
+
+TOKENS = 8  # different ones, each alone: the embedding of one may be zero
+POSITION = 100  # of the second run: far enough that most pairs have turned
+SHARE = 0.05  # of the way that keys move, by which they may miss: bfloat16 rounds to 0.4 %, several times
+
+
+def ropes_of(model: Module, ids: Sequence[int]) -> list[Rope | None]:
+    """The rotary embedding of the keys of each cache that can be compressed, in their order, or None.
+
+    None where keys do not turn, and where no rotary embedding of the model that is of a known kind turns them so. Of a
+    known kind are `mlx.nn.RoPE` and what has fixed frequencies; one that changes with the length of the text is not.
+    ``ids`` are some tokens that the model knows.
+    """
+    known = _known(model)
+    some = mx.array(list(dict.fromkeys(ids))[:TOKENS])[:, None]
+    both = (_keys_at(model, some, at) for at in (0, POSITION))
+    return [_between(before, after, known) for before, after in zip(*both, strict=True)]
+
+
+def _known(model: Module) -> list[Rope]:
+    """The different rotary embeddings of known kinds that the model owns."""
+    found: dict[tuple[object, ...], Rope] = {}
+    for _, module in model.named_modules():
+        freqs = getattr(module, "_freqs", None)
+        if type(module) is nn.RoPE:
+            rope = Rope(module.dims, module.traditional, module.base, scale=module.scale)
+        elif isinstance(freqs, mx.array) and freqs.ndim == 1:
+            rope = Rope(2 * freqs.size, getattr(module, "traditional", False), None, freqs)
+        else:
+            continue
+        found.setdefault((rope.dims, rope.traditional, rope.base, rope.scale, tuple(rope.angles)), rope)
+    return list(found.values())
+
+
+def _keys_at(model: Module, ids: mx.array, position: int) -> list[mx.array]:
+    """Keys ``[B, H, 1, D]`` that each cache is given of single tokens ``[B, 1]`` at a position."""
+    probes: list[Probe] = []
+
+    def probed(facts: LayerFacts) -> Probe:
+        probes.append(Probe(facts, position))
+        return probes[-1]
+
+    model(ids, cache=with_caches(model, probed))
+    return [probe.keys for probe in probes]
+
+
+def _between(before: mx.array, after: mx.array, known: Sequence[Rope]) -> Rope | None:
+    """The one that turns keys at position 0 into those at `POSITION`, or None."""
+    misses = [
+        (_distance(after, rope.forward(before, POSITION)), place)
+        for place, rope in enumerate(known)
+        if rope.dims <= before.shape[-1]
+    ]
+    miss, best = min(misses, default=(0.0, 0))
+    return known[best] if misses and miss < SHARE * _distance(after, before) else None
+
+
+def _distance(x: mx.array, y: mx.array) -> float:
+    return float(np.asarray(mx.linalg.norm(x.astype(mx.float32) - y.astype(mx.float32))))

@@ -1,0 +1,1 @@
+"""Models: loading, GGUF files, and shapes of models without weights."""

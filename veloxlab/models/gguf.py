@@ -1,0 +1,225 @@
+"""Turns a GGUF file of the llama architecture into mlx-lm's own llama model, and its vocabulary into a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from textwrap import shorten
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from veloxlab.errors import InputError
+from veloxlab.models.gguf_file import Gguf
+
+if TYPE_CHECKING:
+    from mlx_lm.models.llama import ModelArgs
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from tokenizers.pre_tokenizers import PreTokenizer
+
+MODULES = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+LLAMA3_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+ATOMIC = {2: True, 3: True, 4: False}  # token types that no text is split across: unknown, control, user-defined
+NAMED = ("bos", "eos", "eot", "eom", "unknown", "padding")  # tokens that a file may name by their ids
+TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>")  # of files that do not name them
+
+
+def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
+    """Build mlx-lm's llama model from a GGUF file, its weights decoded to ``dtype`` and evaluated.
+
+    Raises
+    ------
+    InputError
+        The file has another architecture than llama, or tensors that mlx-lm's llama model has no place for.
+    """
+    architecture = file.metadata.get("general.architecture")
+    if architecture != "llama":
+        raise InputError(
+            f"{file.path} has the architecture {architecture!r}, and only 'llama' is read from GGUF; "
+            "load an mlx-lm conversion of this model instead."
+        )
+    heads = _head_counts(file)
+    with ThreadPoolExecutor(1) as reader:
+        weights = reader.map(lambda name: _weight(file, name, heads, dtype), file.tensors)
+        reader.submit(mx.clear_streams)  # MLX aborts the process if that ends just after a thread that has streams
+        # here and not above: the weights are read in the two seconds that importing mlx-lm takes
+        from mlx_lm.models.llama import Model
+
+        model: nn.Module = Model(_model_args(file))
+    try:
+        model.load_weights(list(weights))
+    except ValueError as error:
+        raise InputError(
+            f"The tensors of {file.path} are not those of a plain llama model ({shorten(str(error), 160)}); "
+            "load an mlx-lm conversion of this model instead."
+        ) from error
+    model.eval()
+    # the whole tree and not its parameters alone: RoPE frequencies are no parameters, and an array that is still
+    # lazy cannot be evaluated on another thread, where notebook widgets run
+    mx.eval(model)
+    return model
+
+
+def _head_counts(file: Gguf) -> dict[str, int]:
+    """Give the number of query heads and of key heads, by the name of the projection that makes them."""
+    queries = file.value("llama.attention.head_count", int)
+    return {"attn_q": queries, "attn_k": file.value("llama.attention.head_count_kv", int, queries)}
+
+
+def _weight(file: Gguf, name: str, heads: Mapping[str, int], dtype: mx.Dtype) -> tuple[str, mx.array]:
+    """Read one tensor under its mlx-lm name; evaluated at once, so that only one is held in float32."""
+    weight = _half_split(name, file.read(name), heads).astype(dtype)
+    mx.eval(weight)
+    return _parameter(name), weight
+
+
+def _model_args(file: Gguf) -> ModelArgs:
+    from mlx_lm.models.llama import ModelArgs
+
+    if "token_embd.weight" not in file.tensors:
+        raise InputError(f"{file.path} holds no token embeddings (token_embd.weight); give the file of a whole model.")
+    heads, width = _head_counts(file), file.value("llama.embedding_length", int)
+    head_dim = file.value("llama.attention.key_length", int, width // heads["attn_q"])
+    scaling = file.value("llama.rope.scaling.type", str, "none")
+    if scaling != "none" or file.value("llama.rope.dimension_count", int, head_dim) != head_dim:
+        raise InputError(
+            f"{file.path} scales its rotary positions ({scaling!r}) or rotates only a part of each head, "
+            "which is not read from GGUF; load an mlx-lm conversion of this model instead."
+        )
+    return ModelArgs(
+        model_type="llama",
+        hidden_size=width,
+        num_hidden_layers=file.value("llama.block_count", int),
+        intermediate_size=file.value("llama.feed_forward_length", int),
+        num_attention_heads=heads["attn_q"],
+        num_key_value_heads=heads["attn_k"],
+        head_dim=head_dim,
+        rms_norm_eps=file.value("llama.attention.layer_norm_rms_epsilon", float),
+        vocab_size=file.tensors["token_embd.weight"].shape[0],
+        max_position_embeddings=file.value("llama.context_length", int),
+        rope_theta=file.value("llama.rope.freq_base", float, 10000.0),
+        tie_word_embeddings="output.weight" not in file.tensors,
+    )
+
+
+def _parameter(name: str) -> str:
+    """Translate ``blk.3.attn_q.weight`` to ``model.layers.3.self_attn.q_proj.weight``; unknown names pass."""
+    *block, module, kind = name.split(".")
+    prefix = f"model.layers.{block[1]}." if len(block) == 2 else ""
+    return f"{prefix}{MODULES.get(module, module)}.{kind}"
+
+
+def _half_split(name: str, values: mx.array, heads: Mapping[str, int]) -> mx.array:
+    """Undo llama.cpp's order of query and key rows, which suits a rotation of neighbours (traditional RoPE).
+
+    mlx-lm's llama rotates coordinate i with i + D/2, so that the even rows of every head come first here.
+    """
+    count = heads.get(name.split(".")[-2])
+    if count is None:
+        return values
+    return values.reshape(count, -1, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+
+
+def build_tokenizer(file: Gguf) -> TokenizerWrapper:
+    """Build mlx-lm's tokenizer from the vocabulary, merges and chat template in a GGUF file.
+
+    Raises
+    ------
+    InputError
+        The file holds another kind of vocabulary than byte-level BPE, splits words in a way not known here, or has
+        merges, types or ids that do not fit its tokens.
+    """
+    from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+    from tokenizers import AddedToken, Tokenizer, decoders, models, processors
+    from transformers import PreTrainedTokenizerFast
+
+    kind = file.metadata.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise InputError(
+            f"{file.path} has a tokenizer of the kind {kind!r}, and only byte-level BPE ('gpt2') is read from GGUF; "
+            "load an mlx-lm conversion of this model instead."
+        )
+    words = file.value("tokenizer.ggml.pre", str)
+    tokens: list[str] = file.value("tokenizer.ggml.tokens", list)
+    merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges", list)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    try:
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words == "llama-bpe"))
+    except Exception as error:  # noqa: BLE001 - tokenizers raises nothing narrower
+        raise InputError(f"The merges of {file.path} do not fit its tokens ({error}); download it again.") from None
+    tokenizer.pre_tokenizer = word_splitter(words)
+    tokenizer.decoder = decoders.ByteLevel()
+    types = file.value("tokenizer.ggml.token_type", list)
+    if len(types) != len(tokens):
+        raise InputError(f"{file.path} has {len(tokens)} tokens and {len(types)} token types; download it again.")
+    atomic = [
+        AddedToken(token, special=ATOMIC[kind], normalized=False)
+        for token, kind in zip(tokens, types, strict=True)
+        if kind in ATOMIC
+    ]
+    tokenizer.add_tokens(atomic)
+    named = _named_tokens(file, len(tokens))
+    if file.value("tokenizer.ggml.add_bos_token", bool, words == "llama-bpe"):
+        bos = file.value("tokenizer.ggml.bos_token_id", int)
+        tokenizer.post_processor = processors.TemplateProcessing([tokens[bos], "$A"], None, [(tokens[bos], bos)])
+
+    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        chat_template=file.metadata.get("tokenizer.chat_template"),
+        model_max_length=file.value("llama.context_length", int),
+        **{role: tokens[named[name]] for role, name in roles.items() if name in named},
+    )
+    ends = {named[name] for name in ("eot", "eom") if name in named}
+    ends |= {vocabulary[token] for token in TURN_ENDS if token in vocabulary}
+    return TokenizerWrapper(fast, BPEStreamingDetokenizer, eos_token_ids=ends)
+
+
+def _named_tokens(file: Gguf, count: int) -> dict[str, int]:
+    """The ids of the tokens that ``file`` names, such as the one that ends a turn; it has ``count`` tokens."""
+    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in NAMED}
+    named = {name: file.value(key, int) for name, key in keys.items() if key in file.metadata}
+    for name, number in named.items():
+        if not 0 <= number < count:
+            raise InputError(f"{file.path} names the token {number} as {name}, and has {count}; download it again.")
+    return named
+
+
+def word_splitter(name: str) -> PreTokenizer:
+    """Give the rule that cuts text into words before BPE, by the name that llama.cpp has for it.
+
+    Raises
+    ------
+    InputError
+        The name is not one of ``smollm``, ``gpt-2`` and ``llama-bpe``.
+    """
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    if name == "gpt-2":
+        return ByteLevel(add_prefix_space=False)
+    if name == "smollm":
+        return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    if name == "llama-bpe":
+        return Sequence([Split(Regex(LLAMA3_WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
+    raise InputError(
+        f"The tokenizer splits words by the rule {name!r}, which is not known; 'smollm', 'gpt-2' and 'llama-bpe' are."
+    )

