@@ -15,8 +15,8 @@ from veloxlab.cli.tables import lengths_table
 from veloxlab.codecs import METHODS
 from veloxlab.measure import bench, lengths
 from veloxlab.measure import compare as measured_speed
+from veloxlab.measure.activations import LayerCapture
 from veloxlab.measure.bench import attention, models, timing
-from veloxlab.measure.capture import LayerCapture
 from veloxlab.texts import shipped_folder
 
 SMALL = timing.Shape(4, 2, 128)

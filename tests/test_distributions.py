@@ -12,8 +12,8 @@ import veloxlab as vl
 from veloxlab.codecs.parts.codebooks import sphere_codebook
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
+from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.attention_maps import ATTENTION_MAP, attention_map, block_edges, pooled_weights
-from veloxlab.measure.capture import Capture, LayerCapture
 from veloxlab.measure.distributions import (
     CHANNELS,
     DENSITIES,

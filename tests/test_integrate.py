@@ -25,7 +25,7 @@ from tests.tiny_models import WINDOW, stepwise, tiny
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.make import LayerSettings
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import capture_layers
+from veloxlab.measure.activations import capture_layers
 from veloxlab.mlxlm import hooks, probe
 from veloxlab.mlxlm.probe import own_cache
 

@@ -12,7 +12,7 @@ import pytest
 import veloxlab as vl
 from tests.knobs import turn
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import Capture, LayerCapture
+from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.distributions import channel_distributions
 from veloxlab.measure.levels import level_densities
 from veloxlab.measure.spectra import rope_pairs, spectra

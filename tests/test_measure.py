@@ -9,7 +9,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 import veloxlab as vl
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import Capture, LayerCapture
+from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.errors import LAYER_ERRORS, TOKEN_ERRORS
 from veloxlab.measure.memory import GROWTH, REPORT
 from veloxlab.measure.quality import FIDELITY, TOKEN_FIDELITY, divergence, log_probabilities

@@ -5,7 +5,7 @@ import pytest
 from mlx_lm.models import llama
 
 from tests.tiny_models import tiny
-from veloxlab.measure.capture import capture_layers
+from veloxlab.measure.activations import capture_layers
 from veloxlab.mlxlm.ropes import ropes_of
 
 IDS = [7 * i % 90 for i in range(40)]

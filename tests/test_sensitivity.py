@@ -11,7 +11,7 @@ from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab.allocate.sensitivity import SENSITIVITIES, settled
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import Recorder, capture_layers
+from veloxlab.measure.activations import Recorder, capture_layers
 from veloxlab.measure.gradients import loss_gradients
 from veloxlab.mlxlm import probe
 

@@ -10,7 +10,7 @@ from tests.tiny_models import tiny
 from veloxlab.allocate.curves import distortion_curves
 from veloxlab.allocate.sensitivity import sensitivities
 from veloxlab.codecs import METHODS
-from veloxlab.measure.capture import Capture, capture_layers
+from veloxlab.measure.activations import Capture, capture_layers
 from veloxlab.measure.distributions import channel_distributions, vectors
 from veloxlab.measure.errors import error_densities, errors_along_position, errors_by_bits, ratio
 from veloxlab.measure.spectra import dimensions, rope_pairs, spectra

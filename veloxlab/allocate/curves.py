@@ -18,7 +18,7 @@ from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.parts.water_filling import fit_distortion
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import capture_layers, first_tokens
+from veloxlab.measure.activations import capture_layers, first_tokens
 from veloxlab.measure.errors import ratio
 from veloxlab.mlxlm import probe
 from veloxlab.progress import Progress, silent

@@ -20,7 +20,7 @@ from veloxlab.cache.layer import DEFAULT_SINKS
 from veloxlab.checks import checked, choice
 from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import Capture, Recorder, capture_layers, stretches
+from veloxlab.measure.activations import Capture, Recorder, capture_layers, stretches
 from veloxlab.measure.errors import layer_errors, ratio
 from veloxlab.measure.gradients import loss_gradients
 from veloxlab.measure.quality import divergence, log_probabilities

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from veloxlab.measure.capture import Capture, LayerCapture, capture
+from veloxlab.measure.activations import Capture, LayerCapture, capture
 from veloxlab.measure.errors import layer_errors, relative_errors, token_errors
 from veloxlab.measure.generation import first_parting, passkey, side_by_side
 from veloxlab.measure.memory import code_bits, memory_growth, predicted_growth, report

@@ -11,7 +11,7 @@ from veloxlab.cache.attention import causal_mask
 from veloxlab.cache.make import usual_bits
 from veloxlab.codecs.method import Calibrated
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import LayerCapture
+from veloxlab.measure.activations import LayerCapture
 from veloxlab.measure.errors import exact_and_decoded
 
 ATTENTION_MAP = {

@@ -17,7 +17,7 @@ from veloxlab.codecs import ROLES, Codec, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.method import Method
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import LayerCapture, capture_layers, first_tokens
+from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent

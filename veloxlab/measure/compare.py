@@ -20,8 +20,8 @@ from veloxlab.cache.make import make_cache
 from veloxlab.codecs import METHODS, Method, Role, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
+from veloxlab.measure.activations import LayerCapture, capture
 from veloxlab.measure.calibrate import calibrate
-from veloxlab.measure.capture import LayerCapture, capture
 from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, judge, reference
 from veloxlab.mlxlm.probe import probe, slot_of
 from veloxlab.mlxlm.quantized import quantized_cache

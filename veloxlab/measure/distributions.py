@@ -15,7 +15,7 @@ from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.spectralquant import SpectralQuant
 from veloxlab.codecs.vecinfer import smoothing_factors
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import Capture, LayerCapture
+from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.errors import Side
 
 Floats = NDArray[np.float32]

@@ -17,7 +17,7 @@ from veloxlab.codecs import find_method
 from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import Capture, LayerCapture
+from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.progress import Progress, silent
 
 

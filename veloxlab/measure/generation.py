@@ -21,7 +21,7 @@ from veloxlab.cache.make import LayerPlan
 from veloxlab.cache.room import calls
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, FLAG, FUNCTION, WORDS, checked, either, many, real, whole
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import first_tokens
+from veloxlab.measure.activations import first_tokens
 from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities, maker
 from veloxlab.mlxlm.probe import own_cache
 from veloxlab.progress import Progress, silent

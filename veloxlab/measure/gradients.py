@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from veloxlab.measure.capture import Recorder
+from veloxlab.measure.activations import Recorder
 from veloxlab.measure.quality import log_probabilities
 from veloxlab.mlxlm import probe
 

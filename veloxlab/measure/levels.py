@@ -19,12 +19,12 @@ from veloxlab.cache.make import DEFAULT_BITS
 from veloxlab.codecs import find_method
 from veloxlab.codecs.base import TiledCodec, fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
-from veloxlab.codecs.parts.codebooks import Floats
+from veloxlab.codecs.parts.codebooks import Floats as Angles
 from veloxlab.codecs.parts.polar import PolarTree, angle_density, halvings
 from veloxlab.codecs.polarquant import BLOCK_LEVELS
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import Capture, LayerCapture
-from veloxlab.measure.distributions import BINS, SIDES, bin_edges, check_bins, histogram, seen
+from veloxlab.measure.activations import Capture, LayerCapture
+from veloxlab.measure.distributions import BINS, SIDES, Floats, bin_edges, check_bins, histogram, seen
 from veloxlab.measure.errors import Side
 
 LEVELS = {
@@ -216,7 +216,7 @@ def polar_angles(
     return pl.concat([frame.select(pl.col(name).cast(dtype) for name, dtype in ANGLES.items()) for frame in frames])
 
 
-def expected_density(angle: Floats, level: int) -> Floats:
+def expected_density(angle: Angles, level: int) -> Angles:
     """Density of a randomly rotated vector's angles (radians) of a level, from 1 on."""
     if level == 1:
         return np.full(len(angle), 1 / (2 * math.pi))

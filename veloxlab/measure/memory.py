@@ -16,7 +16,7 @@ from veloxlab.checks import CACHE, checked, measured, whole
 from veloxlab.codecs import Role, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import Capture
+from veloxlab.measure.activations import Capture
 from veloxlab.measure.planned_memory import token_bytes
 from veloxlab.mlxlm.probe import slots_of
 from veloxlab.progress import Progress, silent

@@ -15,7 +15,7 @@ from veloxlab.cache import make
 from veloxlab.cache.layer import Chunk
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, checked, having, whole
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import stretches
+from veloxlab.measure.activations import stretches
 from veloxlab.measure.memory import report
 from veloxlab.progress import Progress, silent
 

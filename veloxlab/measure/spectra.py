@@ -13,7 +13,7 @@ from veloxlab.codecs.commvq_training import pairs
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.spectralquant import effective_dimensions
 from veloxlab.errors import InputError
-from veloxlab.measure.capture import Capture, LayerCapture
+from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.distributions import SIDES, seen, vectors
 from veloxlab.measure.errors import Side, ratio
 

@@ -19,8 +19,8 @@ from veloxlab.allocate.search.candidates import Candidate, PlannedModel, bytes_p
 from veloxlab.cache.calibration import Calibration
 from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
+from veloxlab.measure.activations import stretches
 from veloxlab.measure.calibrate import calibrate
-from veloxlab.measure.capture import stretches
 from veloxlab.measure.quality import Mode, Reference, judge
 from veloxlab.mlxlm.identity import fingerprint, name_of
 from veloxlab.models.loading import load
