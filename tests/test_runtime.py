@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 import sys
@@ -10,7 +11,8 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from veloxlab import checkup, models, runtime
+import veloxlab as vl
+from veloxlab import cgroups, checkup, models, runtime
 from veloxlab.checkup import Check, doctor
 
 on_linux_x86 = pytest.mark.skipif(
@@ -88,6 +90,100 @@ def test_mac_needs_no_blas(monkeypatch):
     assert load_afresh() is None
 
 
+# sharing a machine
+
+
+def write_files(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{text}\n")
+
+
+@pytest.fixture
+def groups(monkeypatch, tmp_path):
+    """Limits of control groups: give this process's groups, and files by their path below /sys/fs/cgroup."""
+    monkeypatch.setattr(cgroups, "ROOT", tmp_path / "fs")
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
+
+    def limited(own: str, **files: str) -> None:
+        write_files(tmp_path, {"own": own} | {f"fs/{name}": text for name, text in files.items()})
+
+    return limited
+
+
+V1 = "11:cpu,cpuacct:/job/7\n4:memory:/job/7\n0::/"
+NONE_V1 = "9223372036854771712"
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "memory", "quota"),
+    [
+        ("0::/a/b", {"a/memory.max": "3000", "a/b/memory.max": "max", "a/b/cpu.max": "150000 100000"}, 3000, 1.5),
+        ("0::/a/b", {"a/memory.max": "3000", "a/b/memory.max": "2000", "a/cpu.max": "max 100000"}, 2000, None),
+        ("0::/as/the/host/sees/it", {"memory.max": "1000", "cpu.max": "50000 100000"}, 1000, 0.5),
+        (
+            V1,
+            {
+                "memory/job/7/memory.limit_in_bytes": NONE_V1,
+                "memory/job/memory.limit_in_bytes": "5000",
+                "cpu/job/7/cpu.cfs_quota_us": "300000",
+                "cpu/job/7/cpu.cfs_period_us": "100000",
+                "cpu/cpu.cfs_quota_us": "-1",
+                "cpu/cpu.cfs_period_us": "100000",
+            },
+            5000,
+            3.0,
+        ),
+        (V1, {"memory/memory.limit_in_bytes": NONE_V1}, None, None),
+    ],
+)
+def test_the_least_limit_of_control_groups_counts(groups, own, files, memory, quota):
+    groups(own, **files)
+    assert cgroups.memory_limit() == memory
+    assert cgroups.cpu_quota() == quota
+
+
+def test_systems_without_control_groups_have_no_limits(monkeypatch, tmp_path):
+    monkeypatch.setattr(cgroups, "OWN", tmp_path / "missing")
+    assert cgroups.memory_limit() is cgroups.cpu_quota() is None
+
+
+@pytest.mark.skipif(runtime.backend() == "cuda", reason="a GPU's memory is its own")
+def test_memory_offered_is_what_a_control_group_allows(groups):
+    groups("0::/", **{"memory.max": "3000000000"})
+    assert runtime.device().memory_bytes == 3_000_000_000
+    assert (found("memory").status, found("memory").detail) == ("warn", "2.8 GiB")
+    planner = vl.MemoryPlanner(layers=2, kv_heads=1, head_dim=64)
+    assert planner.memory_gb == 3.0
+    planner.close()
+
+
+@on_linux_x86
+@pytest.mark.parametrize(
+    ("quota", "given", "asked"),
+    [
+        ("max 100000", {}, {"OPENBLAS_THREAD_TIMEOUT": "4"}),
+        ("150000 100000", {}, {"OPENBLAS_THREAD_TIMEOUT": "4", "OPENBLAS_NUM_THREADS": "2"}),
+        ("150000 100000", {"OMP_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": "3", "OPENBLAS_THREAD_TIMEOUT": "4"}),
+        ("max 100000", {"OPENBLAS_THREAD_TIMEOUT": "20"}, {"OPENBLAS_THREAD_TIMEOUT": "20"}),
+    ],
+)
+def test_openblas_is_asked_for_short_spins_and_no_more_threads_than_a_quota(groups, monkeypatch, quota, given, asked):
+    groups("0::/", **{"cpu.max": quota})
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(os, "environ", dict(given))
+    runtime._share_the_cores()
+    assert os.environ == asked
+
+
+@on_linux_x86
+def test_openblas_is_loaded_with_these_settings():
+    program = "import os\nfrom veloxlab import runtime\nprint(runtime.blas_threads(), os.environ[runtime.SPIN])"
+    command = [sys.executable, "-c", program]
+    output = subprocess.run(command, env={"OPENBLAS_NUM_THREADS": "1"}, check=True, capture_output=True, text=True)
+    assert output.stdout == "1 4\n"
+
+
 # the device
 
 
@@ -157,8 +253,34 @@ def test_doctor_explains_a_slow_blas(monkeypatch, reason, hint):
     monkeypatch.setattr(runtime, "cpu_gflops", lambda: 2.4)
     monkeypatch.setattr(runtime, "load_fast_blas", lambda: reason)
     check = found("BLAS")
-    assert check.detail == f"2 GFLOP/s in float32 on the CPU: {reason or 'the CPU is busy or slow'}"
+    assert check.detail.startswith("2 GFLOP/s in float32 on the CPU")
+    assert check.detail.endswith(f": {reason or 'the CPU is busy or slow'}")
     assert (check.status, check.hint) == ("warn", hint)
+
+
+@pytest.mark.parametrize(
+    ("threads", "spin", "words"),
+    [
+        (1, "4", "100 GFLOP/s in float32 on the CPU with 1 thread and a short spin"),
+        (2, "20", "100 GFLOP/s in float32 on the CPU with 2 threads and OPENBLAS_THREAD_TIMEOUT=20"),
+        (None, "4", "100 GFLOP/s in float32 on the CPU"),
+    ],
+)
+def test_doctor_tells_of_threads(monkeypatch, threads, spin, words):
+    monkeypatch.setattr(runtime, "cpu_gflops", lambda: 100.0)
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
+    monkeypatch.setattr(runtime, "blas_threads", lambda: threads)
+    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", spin)
+    assert (found("BLAS").status, found("BLAS").detail) == ("ok", words)
+
+
+def test_doctor_warns_of_more_threads_than_cores(monkeypatch):
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
+    monkeypatch.setattr(runtime, "blas_threads", lambda: 8)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "8")
+    check = found("BLAS")
+    assert (check.status, check.hint) == ("warn", "unset OPENBLAS_NUM_THREADS")
+    assert check.detail.endswith("more than this process may use at once (2)")
 
 
 def test_doctor_warns_of_little_memory(monkeypatch):

@@ -14,8 +14,9 @@ from veloxlab.allocate import kept
 from veloxlab.allocate.judged import JUDGED
 from veloxlab.allocate.setting import Setting
 from veloxlab.errors import InputError
+from veloxlab.runtime import Device
 from veloxlab.views.picture import png_size
-from veloxlab.widgets import ProgressBar
+from veloxlab.widgets import ProgressBar, budget_controls
 
 MEASURED = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
 PATIENCE = 120  # seconds
@@ -186,6 +187,17 @@ def test_a_longer_text_wants_more_memory_and_gets_the_least_that_fits(tuner):
     turn(lambda: setattr(tuner._budget.megabytes, "value", tuner._budget.megabytes.max))
     assert drawn_bits(tuner, "keys") == 6
     assert tuner._message.value == ""
+
+
+def test_the_slider_of_memory_ends_at_what_this_process_may_use(tuner, monkeypatch):
+    tuner._budget.kind.value = vl.TokensInMemory
+    tuner.budget = vl.TokensInMemory(2_000, 1.5)
+    assert tuner._budget.megabytes.max > 1.6
+    monkeypatch.setattr(budget_controls, "device", lambda: Device("cpu", "small", 1_600_000, 1))
+    tuner.budget = vl.TokensInMemory(2_000, 1.4)
+    assert tuner._budget.megabytes.max == 1.6
+    tuner.budget = vl.TokensInMemory(2_000, 1.7)  # asked for in Python, perhaps for another machine
+    assert tuner._budget.megabytes.value == tuner._budget.megabytes.max == 1.7
 
 
 def test_what_a_hand_cannot_have_is_said_and_everything_stays(tuner):

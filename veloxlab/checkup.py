@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 from dataclasses import dataclass
@@ -76,7 +77,11 @@ def _memory() -> Check:
 
 def _blas() -> Check:
     gflops = runtime.cpu_gflops()
-    detail = f"{gflops:.0f} GFLOP/s in float32 on the CPU"
+    detail = f"{gflops:.0f} GFLOP/s in float32 on the CPU{_threads()}"
+    threads = runtime.blas_threads() or 1
+    if threads > runtime.cores():
+        hint = next((f"unset {name}" for name in runtime.THREADS if name in os.environ), "start Python again")
+        return Check("BLAS", "warn", f"{detail}, more than this process may use at once ({runtime.cores()})", hint)
     if gflops >= runtime.FAST_GFLOPS:
         return Check("BLAS", "ok", detail)
     reason = runtime.load_fast_blas() or "the CPU is busy or slow"
@@ -86,6 +91,16 @@ def _blas() -> Check:
         runtime.NOT_INSTALLED: "uv pip install ngsolve-openblas",
     }
     return Check("BLAS", "warn", f"{detail}: {reason}", hints.get(reason, "expect slow prefill"))
+
+
+def _threads() -> str:
+    """OpenBLAS's threads, and how long they spin."""
+    count = runtime.blas_threads()
+    if count is None:
+        return ""
+    spin = os.environ.get(runtime.SPIN, "")
+    spins = "a short spin" if spin == runtime.SHORT_SPIN else f"{runtime.SPIN}={spin}"
+    return f" with {count} thread{'s' * (count != 1)} and {spins}"
 
 
 def _kernels() -> Check:

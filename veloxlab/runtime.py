@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 import os
 import platform
 import shutil
@@ -20,6 +21,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from veloxlab import cgroups
+
 if TYPE_CHECKING:
     import mlx.core as mx
 
@@ -31,6 +34,9 @@ NOT_INSTALLED = "the package ngsolve-openblas is not installed"
 KEPT_BYTES = 256 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _LARGEST_MMAP_THRESHOLD = 32 << 20  # that glibc takes
+SPIN = "OPENBLAS_THREAD_TIMEOUT"
+SHORT_SPIN = "4"  # 2^4 cycles, the least that OpenBLAS takes
+THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")  # in the order in which OpenBLAS reads them
 MLX_WHEELS = ("mlx-cpu", "mlx-cuda-13", "mlx-cuda-12", "mlx-metal")
 
 
@@ -58,11 +64,35 @@ def load_fast_blas() -> str | None:
     libraries = [path for folder in _package_folders("ngsolve_openblas") for path in folder.glob("libopenblas*.so*")]
     if not libraries:
         return NOT_INSTALLED
+    _share_the_cores()
     try:
         _load_openblas(libraries[0])
     except OSError as error:
         return f"OpenBLAS could not be loaded ({error})"
     return None
+
+
+def _share_the_cores() -> None:
+    """Let OpenBLAS's threads, and numpy's, wait without spinning, and be no more than a control group gives time for.
+
+    A thread that spins for long keeps other work, and other threads, from the core. OpenBLAS minds the affinity by
+    itself. Environment variables that say otherwise stay as they are.
+    """
+    os.environ.setdefault(SPIN, SHORT_SPIN)
+    if cores() < len(os.sched_getaffinity(0)) and not any(name in os.environ for name in THREADS):
+        os.environ[THREADS[0]] = str(cores())
+
+
+def blas_threads() -> int | None:
+    """Threads that OpenBLAS has; None where it is not loaded."""
+    count = getattr(ctypes.CDLL(None), "openblas_get_num_threads", None)
+    return None if count is None else int(count())
+
+
+def cores() -> int:
+    """Processors that this process may use: by its affinity, and by the quota of its control group, rounded up."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, math.ceil(cgroups.cpu_quota() or usable))
 
 
 def keep_freed_memory() -> None:
@@ -105,7 +135,10 @@ def _load_openblas(library: Path) -> None:
 
 @dataclass(frozen=True)
 class Device:
-    """The device that MLX computes on: ``backend`` is ``"metal"``, ``"cuda"`` or ``"cpu"``."""
+    """The device that MLX computes on: ``backend`` is ``"metal"``, ``"cuda"`` or ``"cpu"``.
+
+    ``memory_bytes`` and ``cores`` are what this process may use.
+    """
 
     backend: str
     name: str
@@ -114,13 +147,18 @@ class Device:
 
 
 def device() -> Device:
-    """Describe the device that MLX uses by default; the memory of a GPU is its own, of a CPU the machine's."""
+    """Describe the device that MLX uses by default.
+
+    Memory of an NVIDIA GPU is its own; else it is the machine's, or what a control group allows of it.
+    """
     import mlx.core as mx
 
     info = mx.device_info(mx.default_device())
     name = str(info.get("device_name", platform.processor() or platform.machine()))
     memory = int(info.get("memory_size") or info.get("total_memory") or _machine_memory_bytes())
-    return Device(backend(), name, memory, os.cpu_count() or 1)
+    if backend() != "cuda":
+        memory = min(memory, cgroups.memory_limit() or memory)
+    return Device(backend(), name, memory, cores())
 
 
 def backend() -> str:

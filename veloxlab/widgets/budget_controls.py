@@ -8,10 +8,11 @@ from typing import Any
 
 import ipywidgets
 
-from veloxlab.allocate.budget import AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
+from veloxlab.allocate.budget import MEGABYTE, AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
 from veloxlab.allocate.points import Bounds
 from veloxlab.allocate.setting import Spans
 from veloxlab.errors import InputError
+from veloxlab.runtime import device
 
 KINDS = {
     "average bits": AverageBits,
@@ -77,7 +78,9 @@ class BudgetControl(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
                     _set(self.nbytes, nbytes, spans.nbytes, step=_hundredth(spans.nbytes))
                 case TokensInMemory(tokens, megabytes):
                     self.tokens.value = tokens
-                    _set(self.megabytes, megabytes, spans.megabytes, step=_hundredth(spans.megabytes))
+                    least, most = spans.megabytes
+                    span = least, max(least, min(most, device().memory_bytes / MEGABYTE))
+                    _set(self.megabytes, megabytes, span, step=_hundredth(span))
                 case QualityFloor(loss):
                     low, high = min(spans.predicted_loss[0], loss), max(spans.predicted_loss[1], loss)
                     _ends(self.loss, math.log10(low), math.log10(high))

@@ -16,6 +16,7 @@ from veloxlab.codecs import METHODS, Method, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.layouts import CacheLayout, cache_layouts
 from veloxlab.measure.planned_memory import largest, planned
+from veloxlab.runtime import device
 from veloxlab.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 from veloxlab.views import memory_plan, plan_caption
 from veloxlab.widgets.chart_view import ChartView
@@ -73,7 +74,7 @@ class MemoryPlanner(Panel):
 
     context = Whole(32_768, help="tokens of each sequence")
     batch = Whole(1, help="sequences")
-    memory_gb = Real(8.0, help="memory for the cache alone, 10^9 bytes")
+    memory_gb = Real(help="memory for the cache alone, 10^9 bytes; at first 8, or what this machine may use")
     method = Words("turboquant", help="a method's id")
     key_bits = Whole(4, help="code bits of keys")
     value_bits = Whole(4, help="code bits of values")
@@ -200,6 +201,10 @@ class MemoryPlanner(Panel):
     @t.validate(*RANGES)
     def _number_is_in_range(self, proposal: dict[str, Any]) -> int:
         return inside(proposal, RANGES[proposal["trait"].name])
+
+    @t.default("memory_gb")
+    def _memory_here(self) -> float:
+        return min(8.0, device().memory_bytes // (GIGABYTE // 10) / 10)
 
     @t.validate("memory_gb")
     def _there_is_memory(self, proposal: dict[str, Any]) -> float:
