@@ -11,36 +11,52 @@ from veloxlab.allocate.rates import RateBudget
 from veloxlab.allocate.search.result import SearchResult
 from veloxlab.allocate.sensitivity import settled
 from veloxlab.allocate.sweep import swept, usual_bounds
-from veloxlab.cli.tables import bench_table, compared_table, front_table, lengths_table, ratio_table, swept_table
+from veloxlab.cli.tables import bench_tables, compared_table, front_table, lengths_table, ratio_table, swept_table
 from veloxlab.codecs import METHODS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_tables_are_the_committed_measurements():
-    results = ROOT / "data" / "results"
-    assert compared_table(pl.read_parquet(results / "compare_smollm2-135m.parquet")) in README
-    assert ratio_table(pl.read_parquet(results / "byte_ratios.parquet")) in README
-    assert swept_table(swept(pl.read_parquet(results / "ratequant_smollm2-135m.parquet"))) in README
-    assert front_table(SearchResult.load(results / "search_smollm2-135m.parquet").front) in README
+RESULTS = ROOT / "data" / "results"
+
+
+def test_the_table_of_the_readme_is_rows_of_the_committed_comparison():
+    whole = (RESULTS / "compare_smollm2-135m.md").read_text().splitlines()
+    rows = [line for line in README.splitlines() if line.count("|") == whole[0].count("|") and "×)" in line]
+    assert len(rows) > 8
+    assert [row for row in rows if row not in whole] == []
+
+
+def test_the_tables_of_results_are_the_committed_measurements():
+    compared = (RESULTS / "compare_smollm2-135m.md").read_text()
+    assert compared_table(pl.read_parquet(RESULTS / "compare_smollm2-135m.parquet")) in compared
+    assert ratio_table(pl.read_parquet(RESULTS / "byte_ratios.parquet")) in compared
+    swept_rows = swept(pl.read_parquet(RESULTS / "ratequant_smollm2-135m.parquet"))
+    assert (RESULTS / "ratequant_smollm2-135m.md").read_text() == swept_table(swept_rows) + "\n"
+    front = SearchResult.load(RESULTS / "search_smollm2-135m.parquet").front
+    assert (RESULTS / "search_smollm2-135m.md").read_text() == front_table(front) + "\n"
 
 
 def test_the_times_on_a_gpu_are_the_committed_measurements():
-    results = json.loads((ROOT / "data" / "results" / "bench_h200.json").read_text())
+    results = json.loads((RESULTS / "bench_h200.json").read_text())
     assert {part["facts"]["device"] for part in results.values()} == {"NVIDIA H200"}
-    assert bench_table(results, 32, 8, 128) in README
+    assert (RESULTS / "bench_h200.md").read_text() == bench_tables(results) + "\n"
 
 
 def test_the_peaks_of_memory_are_the_committed_measurements():
-    results = json.loads((ROOT / "data" / "results" / "memory_h200.json").read_text())
+    results = json.loads((RESULTS / "memory_h200.json").read_text())
     assert results["facts"]["device"] == "NVIDIA H200"
-    assert lengths_table(pl.DataFrame(results["smollm2-135m"])) in README
+    assert lengths_table(pl.DataFrame(results["smollm2-135m"])) in (RESULTS / "memory_h200.md").read_text()
     for name in ("memory_h200.json", "memory_cpu.json"):
-        rows = pl.DataFrame(json.loads((ROOT / "data" / "results" / name).read_text())["smollm2-135m"])
+        rows = pl.DataFrame(json.loads((RESULTS / name).read_text())["smollm2-135m"])
         exact, ours = (rows.filter(pl.col("cache").str.starts_with(n)).sort("tokens") for n in ("exact", "turboquant"))
         assert (ours["prefill_peak_bytes"] < exact["prefill_peak_bytes"]).all()
         assert (ours["decode_peak_bytes"] < exact["decode_peak_bytes"]).all()
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
 
 
 def test_every_method_is_listed_and_has_its_notebook():

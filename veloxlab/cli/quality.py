@@ -118,7 +118,7 @@ def sweep_bits(options: argparse.Namespace) -> int:
 
 
 def search_front(options: argparse.Namespace) -> int:
-    """Search, print the front, and write all candidates as Parquet."""
+    """Search, print the Pareto front, and write it as Markdown and all candidates as Parquet."""
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
     from contextlib import ExitStack
@@ -150,8 +150,10 @@ def search_front(options: argparse.Namespace) -> int:
             executor=executor,
             progress=say,
         )
-    print(front_table(result.front))
-    result.save(options.out / f"search_{results_name(options.model)}.parquet")
+    table, stem = front_table(result.front), f"search_{results_name(options.model)}"
+    result.save(options.out / f"{stem}.parquet")
+    write_atomically(options.out / f"{stem}.md", f"{table}\n".encode())
+    print(table)
     return 0
 
 

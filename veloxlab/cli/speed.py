@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veloxlab.cli.arguments import Commands, add_json, add_model, say
-from veloxlab.cli.tables import left_out_lines, lengths_table
+from veloxlab.cli.tables import bench_tables, left_out_lines, lengths_table
 from veloxlab.store import check_place, write_atomically
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def time_kernels(options: argparse.Namespace) -> int:
             write_atomically(written, json.dumps(kept, indent=1).encode())
     if written and "attention" in kept:
         write_atomically(written.with_suffix(".png"), bench_picture(kept))
+        write_atomically(written.with_suffix(".md"), f"{bench_tables(kept)}\n".encode())
     return 0
 
 
@@ -96,6 +97,7 @@ def measure_lengths(options: argparse.Namespace) -> int:
         check_place(options.json)
     results: dict[str, Any] = {"facts": bench.facts()}
     left_out: dict[str, Mapping[str, str]] = {}  # by model: why a cache has no row, or not all
+    tables: list[str] = []
     written: Path | None = options.json
     unfinished = written and written.with_suffix(".unfinished.json")
 
@@ -119,7 +121,9 @@ def measure_lengths(options: argparse.Namespace) -> int:
             progress=say,
             on_rows=partial(keep, name),
         )
-        print(f"{name}\n\n{lengths_table(frame)}{left_out_lines(left_out[name])}\n")
+        tables.append(f"{name}\n\n{lengths_table(frame)}{left_out_lines(left_out[name])}\n")
+        print(tables[-1])
     if written and unfinished:
         unfinished.replace(written)
+        write_atomically(written.with_suffix(".md"), "\n".join(tables).encode())
     return 0

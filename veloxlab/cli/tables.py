@@ -73,6 +73,18 @@ def bench_table(results: dict[str, Any], query_heads: int, kv_heads: int, head_d
     return "\n".join(lines)
 
 
+def bench_tables(results: dict[str, Any]) -> str:
+    """Give the times of attention of every shape that ``veloxlab bench`` wrote, each under a line that names it."""
+    facts = results["attention"]["facts"]
+    shapes = dict.fromkeys((r["query_heads"], r["kv_heads"], r["head_dim"]) for r in results["attention"]["rows"])
+    tables = [
+        f"{query_heads} query heads, {kv_heads} KV heads, head dimension {dim}\n\n"
+        + bench_table(results, query_heads, kv_heads, dim)
+        for query_heads, kv_heads, dim in shapes
+    ]
+    return "\n\n".join([f"Attention of one query token on an {facts['device']}, {facts['date']}", *tables])
+
+
 def lengths_table(frame: pl.DataFrame) -> str:
     """Give `measure.lengths.LENGTHS` as a Markdown table."""
     lines = ["| cache | tokens | held, MB | peak in prefill, MB | peak in decoding, MB | a token, ms |"]

@@ -1,0 +1,68 @@
+"""Writes notebooks/18_reference.ipynb: every public name with its signature, what it is for, shapes and units.
+
+Run ``python -m tests.reference`` after a change of a public name or of its docstring.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import nbformat
+
+import veloxlab as vl
+from veloxlab import measure, views
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "18_reference.ipynb"
+ROOMS = (("vl", vl, "The top"), ("vl.measure", measure, "Measurements"), ("vl.views", views, "Charts"))
+SECTIONS = ("Parameters", "Attributes", "Returns", "Raises")
+INTRODUCTION = """# Reference
+
+Every public name: how it is called, what it is for, and the shapes and units of what it takes and gives. It is
+generated from the docstrings by `python -m tests.reference`.
+"""
+COUNT = "import veloxlab as vl\n\nprint(len(vl.__all__), 'names at the top')"
+
+
+def names(room: object) -> list[str]:
+    """Public names of a module, as it declares them."""
+    return sorted(getattr(room, "__all__"))  # noqa: B009 - a module's type has none
+
+
+def entry(prefix: str, name: str, thing: object) -> str:
+    """A name as Markdown: signature, first paragraph, and the sections that tell shapes and units."""
+    signature = f"{prefix}.{name}"
+    if callable(thing):
+        try:
+            signature += re.sub(r"<[^<>]* at 0x\w+>", "…", str(inspect.signature(thing)))
+        except ValueError:
+            signature += "(…)"
+    words = inspect.getdoc(thing) if callable(thing) else None
+    first, *rest = re.split(rf"\n\n(?=(?:{'|'.join(SECTIONS)})\n-+\n)", words or f"A table of {type(thing).__name__}.")
+    lines = [f"### `{prefix}.{name}`", f"```python\n{signature}\n```", first.split("\n\n")[0].replace("\n", " ")]
+    for section in rest:
+        title, _, body = section.split("\n", 2)
+        lines.append(f"**{title}**\n\n```text\n{body.strip()}\n```")
+    return "\n\n".join(lines)
+
+
+def notebook() -> str:
+    """The notebook as text."""
+    book = nbformat.v4.new_notebook()
+    book.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    count = nbformat.v4.new_code_cell(COUNT, execution_count=1)
+    said = f"{len(names(vl))} names at the top\n"
+    count.outputs = [nbformat.v4.new_output("stream", name="stdout", text=said)]
+    cells = [nbformat.v4.new_markdown_cell(INTRODUCTION), count]
+    for prefix, room, title in ROOMS:
+        cells.append(nbformat.v4.new_markdown_cell(f"## {title}: `{prefix}`"))
+        cells += [nbformat.v4.new_markdown_cell(entry(prefix, name, getattr(room, name))) for name in names(room)]
+    for i, cell in enumerate(cells):
+        cell["id"] = f"reference-{i}"
+    book.cells = cells
+    return nbformat.writes(book) + "\n"
+
+
+if __name__ == "__main__":
+    NOTEBOOK.write_text(notebook())
