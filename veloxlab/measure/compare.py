@@ -22,10 +22,11 @@ from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture
 from veloxlab.measure.calibrate import calibrate
+from veloxlab.measure.experiments import Experiment, LeftOut
 from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, judge, reference
 from veloxlab.mlxlm.probe import probe, slot_of
 from veloxlab.mlxlm.quantized import quantized_cache
-from veloxlab.progress import OnRows, Progress, in_words, silent, unseen
+from veloxlab.progress import OnRows, Progress, silent, unseen
 
 REPEATS = 5
 
@@ -112,30 +113,29 @@ def compare(
     ------
     InputError : as `veloxlab.reference` and `veloxlab.capture`; or every cache is left out.
     """
-    ours = [(m, b) for m in METHODS.values() if m.id != "none" for b in bits if b in m.bits]
     jobs: dict[str, Callable[[], CacheMaker]] = {
-        f"{m.id} {b} bit": partial(_ours, model, tokenizer, m, b) for m, b in ours
+        f"{m.id} {b} bit": partial(_ours, model, tokenizer, m, b)
+        for m in METHODS.values()
+        for b in bits
+        if m.id != "none" and b in m.bits
     }
     theirs = [b for b in (2, 3, 4, 8) if b in bits or b == 8]
     jobs |= {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     seen = capture(model, tokenizer, text, tokens=tokens).layers[0]
     plain = cache_speed(seen, KVCache)
-    rows = [pl.DataFrame(schema=COMPARED)]
+    experiment: Experiment[str, pl.DataFrame] = Experiment(
+        lambda name: _row(exact, seen, plain, name, jobs[name]()), progress=progress
+    )
     left_out: dict[str, str] = {}
-    for i, (name, job) in enumerate(jobs.items()):
-        progress(i, len(jobs), name)
-        try:
-            rows.append(_row(exact, seen, plain, name, job()))
-        except Exception as error:  # noqa: BLE001 - a method, a model or mlx-lm may refuse in any way
-            left_out[name] = in_words(error)
-            progress(i, len(jobs), f"{name} is left out: {left_out[name]}")
-        on_rows(pl.concat(rows), left_out)
-    if len(rows) == 1:
+    for name, result in experiment.run_possible(tuple(jobs)):
+        if isinstance(result, LeftOut):
+            left_out[name] = result.reason
+        on_rows(pl.concat([pl.DataFrame(schema=COMPARED), *experiment.known.values()]), left_out)
+    if not experiment.known:
         first, reason = next(iter(left_out.items()))
         raise InputError(f"No cache can be compared with this model's own; {first}: {reason}")
-    progress(len(jobs), len(jobs), "done")
-    return pl.concat(rows)
+    return pl.concat(experiment.known.values())
 
 
 def _row(exact: Reference, seen: LayerCapture, plain: tuple[float, float], name: str, make: CacheMaker) -> pl.DataFrame:
