@@ -7,12 +7,16 @@ import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 import veloxlab as vl
+from tests.test_calibration import TEXT, Letters
+from tests.tiny_models import tiny
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.errors import LAYER_ERRORS, TOKEN_ERRORS
+from veloxlab.measure.footprint import predicted_bytes
 from veloxlab.measure.memory import GROWTH, REPORT
-from veloxlab.measure.quality import FIDELITY, TOKEN_FIDELITY, divergence, log_probabilities
+from veloxlab.measure.quality import FIDELITY, TOKEN_FIDELITY, Reference, divergence, log_probabilities
+from veloxlab.runtime import Device
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +233,40 @@ def test_a_layer_that_hides_its_queries_has_no_attention_errors():
 def test_bad_input_gets_a_sentence(smollm2, call, sentence):
     with pytest.raises(InputError, match=sentence):
         call(*smollm2)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_predictions_that_do_not_fit_are_refused_before_they_are_made(monkeypatch, tmp_path, width):
+    model, rows = tiny("llama"), 96 * 4  # bytes of a token's predictions
+    ids = [1, 2, 3] * 20
+    needed = rows * (60 * width + 3 * 60)
+    room = mx.get_active_memory() + needed
+    monkeypatch.setattr("veloxlab.runtime.device", lambda: Device("cpu", "it", room, 1))
+    assert predicted_bytes(model, [60] * width) == needed
+    assert len(Reference.of(model, [ids] * width).log_probs) == width
+    monkeypatch.setattr("veloxlab.runtime.device", lambda: Device("cpu", "small", 4096, 1))
+    with pytest.raises(InputError, match=f"of up to 60 tokens take {needed:,} bytes at least, and 0 are left here"):
+        Reference.of(model, [ids] * width)
+    with pytest.raises(InputError, match=r"1 stretch of up to 40 tokens take .* bytes at least"):
+        vl.sensitivities(model, Letters(), TEXT, sequences=1, tokens=40, folder=tmp_path)
+
+
+def test_memory_of_predictions_is_no_more_than_is_taken(smollm2):
+    """It is a bound from below: what it refuses could not have been run."""
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    exact = vl.reference(*smollm2, tokens=128, windows=2)
+    vl.judge(exact, "turboquant", bits=4)
+    taken = mx.get_peak_memory() - before
+    assert 0.7 < predicted_bytes(exact.model, [128, 128]) / taken < 1
+
+
+def test_a_last_stretch_that_is_short_is_said():
+    model = tiny("llama")
+    with pytest.warns(UserWarning, match="The text ends early: the last of 2 windows has 20 tokens, and not 60"):
+        exact = vl.reference(model, Letters(), text="abcd" * 20, tokens=60, windows=2)
+    assert list(map(len, exact.stretches)) == [60, 20]
 
 
 def test_the_report_has_its_documented_columns(smollm2):

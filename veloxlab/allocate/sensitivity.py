@@ -22,6 +22,7 @@ from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Recorder, capture_layers, stretches
 from veloxlab.measure.errors import layer_errors, ratio
+from veloxlab.measure.footprint import check_room
 from veloxlab.measure.gradients import loss_gradients
 from veloxlab.measure.quality import divergence, log_probabilities
 from veloxlab.mlxlm import probe
@@ -185,8 +186,8 @@ def sensitivities(
 
     Raises
     ------
-    InputError : ``by`` is unknown; the text is too short; the model has no plain keys and values, shows no queries, or
-        its gradient cannot be taken; gradients or activations are not finite.
+    InputError : ``by`` is unknown; the text is too short; a sequence does not fit into memory; the model has no plain
+        keys and values, shows no queries, or its gradient cannot be taken; gradients or activations are not finite.
     """
     if tokens - sinks < LEAST_TOKENS:
         raise InputError(
@@ -242,6 +243,8 @@ def _measured(
     layers = [f.layer for f in probe.probe(model) if f.compressible]
     if not layers:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to measure.")
+    if by in ("gradient", "forward_kl"):
+        check_room(model, [max(map(len, read))])
     each = {"gradient": 1, "key_norm": 1, "attention_output": len(layers), "forward_kl": 2 * len(layers) + 1}[by]
     total = each * len(read)
     for i, ids in enumerate(read):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
@@ -146,7 +147,7 @@ def stretches(
     ----------
     tokenizer, text : as for `encode`.
     tokens, count : of a stretch, and how many stretches.
-    last : tokens of the last stretch at least; all of them by default.
+    last : tokens of the last stretch at least, with a warning if they are fewer than ``tokens``; all by default.
     name : of the stretches, for a message.
 
     Raises
@@ -159,6 +160,9 @@ def stretches(
             f"The text has {len(ids)} tokens, too few for {count} {name} of {tokens}: give a longer text or take fewer "
             f"or shorter {name}."
         )
+    if missing := tokens * count - len(ids):
+        end = f"The text ends early: the last of {count} {name} has {tokens - missing} tokens, and not {tokens}."
+        warnings.warn(end, stacklevel=3)
     return [ids[i * tokens : (i + 1) * tokens] for i in range(count)]
 
 

@@ -16,6 +16,7 @@ from veloxlab.cache.layer import Chunk
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, checked, having, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
+from veloxlab.measure.footprint import check_room
 from veloxlab.measure.memory import report
 from veloxlab.progress import Progress, silent
 
@@ -72,7 +73,8 @@ class Reference:
 
     @classmethod
     def of(cls, model: Module, stretches: Sequence[list[int]], progress: Progress = silent) -> Self:
-        """Run the model with its own cache over stretches of token ids."""
+        """Run the model with its own cache over stretches of token ids; raises `InputError` if memory is too small."""
+        check_room(model, [len(stretch) for stretch in stretches])
         log_probs = []
         for w, stretch in enumerate(stretches):
             progress(w, len(stretches), f"window {w + 1} of {len(stretches)}: exact")
@@ -90,7 +92,10 @@ def reference(
     windows: int = 1,
     progress: Progress = silent,
 ) -> Reference:
-    """Run the model with its own cache over stretches of text; the arguments are those of `fidelity`."""
+    """Run the model with its own cache over stretches of text; arguments and errors are those of `fidelity`.
+
+    The last stretch may be shorter than ``tokens`` where the text ends: a warning says so.
+    """
     return Reference.of(model, stretches(tokenizer, text, tokens, windows, last=2), progress)
 
 
@@ -121,7 +126,7 @@ def fidelity(
 
     Raises
     ------
-    InputError : as `veloxlab.make_cache`; or if the text is too short.
+    InputError : as `veloxlab.make_cache`; or if the text is too short, or the predictions do not fit into memory.
     """
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
     return judge(exact, method_or_plan, progress=progress, **options)
