@@ -12,6 +12,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache.attention import mask_for
 from veloxlab.checks import check_fields, checked, instance, many, whole
+from veloxlab.codecs import Role
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import probe
@@ -40,6 +41,10 @@ class LayerCapture:
     values: mx.array
     scale: float | None
     rope: Rope | None = None
+
+    def vectors(self, tensor: Role) -> mx.array:
+        """Keys or values, in float32."""
+        return (self.keys if tensor == "keys" else self.values).astype(mx.float32)
 
 
 @dataclass(frozen=True)

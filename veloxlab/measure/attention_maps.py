@@ -13,6 +13,7 @@ from veloxlab.codecs.method import Calibrated
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture
 from veloxlab.measure.errors import exact_and_decoded
+from veloxlab.measure.frames import in_schema
 
 ATTENTION_MAP = {
     "kind": pl.String,  # "exact", "compressed", or "difference": compressed less exact
@@ -65,18 +66,10 @@ def attention_map(
     pooled = {"exact": pooled_weights(exact, edges), "compressed": pooled_weights(compressed, edges)}
     pooled["difference"] = pooled["compressed"] - pooled["exact"]
     rows, columns = np.tril_indices(len(edges) - 1)
-    place = {
-        "query": edges[rows],
-        "query_end": edges[rows + 1],
-        "key": edges[columns],
-        "key_end": edges[columns + 1],
-        "moved": moved[rows],
-    }
-    frames = [
-        pl.DataFrame(place | {"kind": [kind] * len(rows), "weight": weights[rows, columns]})
-        for kind, weights in pooled.items()
-    ]
-    return pl.concat(frames).select(pl.col(name).cast(dtype) for name, dtype in ATTENTION_MAP.items())
+    queries = {"query": edges[rows], "query_end": edges[rows + 1], "moved": moved[rows]}
+    cells = pl.DataFrame(queries | {"key": edges[columns], "key_end": edges[columns + 1]})
+    frames = [cells.with_columns(kind=pl.lit(k), weight=pl.Series(w[rows, columns])) for k, w in pooled.items()]
+    return in_schema(pl.concat(frames), ATTENTION_MAP)
 
 
 def block_edges(tokens: int, blocks: int) -> NDArray[np.int64]:

@@ -1,27 +1,67 @@
-"""The spaces in which methods see keys and values: as they are, before RoPE, spread, smoothed, on learned axes."""
+"""The spaces in which methods see keys and values: as they are, before RoPE, rotated, smoothed, on learned axes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal, get_args
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from veloxlab.codecs import ROLES, Role
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.spectralquant import SpectralQuant
 from veloxlab.codecs.vecinfer import smoothing_factors
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.errors import Side
+from veloxlab.measure.frames import PLACE, by_head
 
 Floats = NDArray[np.float32]
 Space = Literal["raw", "before_rope", "rotated", "smoothed", "smoothed_rotated", "eigenbasis"]
 SPACES: tuple[Space, ...] = get_args(Space)
-SIDES: tuple[Side, ...] = get_args(Side)
+
+CHANNELS = PLACE | {
+    "space": pl.String,  # see `vectors`
+    "channel": pl.Int32,
+    "mean": pl.Float64,  # over the tokens that are finite, as all that follows; in the space's own unit
+    "rms": pl.Float64,
+    "least": pl.Float64,
+    "low": pl.Float64,  # 1 % of the tokens lie below
+    "median": pl.Float64,
+    "high": pl.Float64,  # 1 % lie above
+    "most": pl.Float64,
+    "not_finite": pl.Int32,  # tokens that are NaN or infinite
+}
+"""Columns of `channel_distributions`; null where no token is finite."""
+
+DENSITIES = PLACE | {
+    "space": pl.String,
+    "value": pl.Float64,  # middle of a bin
+    "width": pl.Float64,  # of the bin
+    "density": pl.Float64,  # share of the finite coordinates a unit of the space
+    "below": pl.Float64,  # share of them under the first bin, the same in every row of a head
+    "above": pl.Float64,  # over the last one
+    "not_finite": pl.Int32,
+}
+"""Columns of `densities`."""
+
+OUTLIERS = PLACE | {
+    "space": pl.String,
+    "loudest": pl.Int32,  # the channel of greatest root-mean-square over the tokens
+    "loudest_ratio": pl.Float64,  # its root-mean-square, in those of the median channel
+    "outlier_channels": pl.Int32,  # channels of more than `OUTLIER` times the median channel's
+    "peak_ratio": pl.Float64,  # greatest |coordinate| of the head, in root-mean-squares of all its coordinates
+    "not_finite": pl.Int32,  # coordinates that are NaN or infinite, and do not count
+}
+"""Columns of `outlier_channels`; ratios are null where the median channel, or the head, is zero."""
+
+BINS = 80
+TAIL = 5e-4  # share of coordinates that a density may leave out at either end, and says so
+OUTLIER = 3.0
+SUMMARY = ("mean", "rms", "least", "low", "median", "high", "most")
 
 
 def check_space(space: str) -> None:
@@ -30,13 +70,7 @@ def check_space(space: str) -> None:
         raise InputError(f"There is no space {space!r}: choose one of {', '.join(SPACES)}.")
 
 
-def sides_of(space: Space) -> tuple[Side, ...]:
-    """Which of keys and values there are in a space: RoPE turns keys alone."""
-    check_space(space)
-    return ("keys",) if space == "before_rope" else SIDES
-
-
-def vectors(layer: LayerCapture, side: Side, space: Space = "raw") -> Floats:
+def vectors(layer: LayerCapture, tensor: Role, space: Space = "raw") -> Floats:
     """Keys or values of a layer in one of the spaces ``[H, S, D]``, float32.
 
     ``raw``               As they go into the cache: keys after RoPE.
@@ -53,9 +87,9 @@ def vectors(layer: LayerCapture, side: Side, space: Space = "raw") -> Floats:
         are not finite, for an eigenbasis.
     """
     check_space(space)
-    x = (layer.keys if side == "keys" else layer.values).astype(mx.float32)
+    x = layer.vectors(tensor)
     if space == "before_rope":
-        if side == "values":
+        if tensor == "values":
             raise InputError("Values go through no RoPE: choose keys, or the space 'raw'.")
         if layer.rope is None:
             raise InputError(f"Layer {layer.layer} has no rotary embedding that is known: choose the space 'raw'.")
@@ -85,44 +119,19 @@ def _on_axes(x: mx.array, layer: int) -> mx.array:
     return moved
 
 
-CHANNELS = {
-    "layer": pl.Int32,
-    "head": pl.Int32,  # KV head
-    "tensor": pl.String,  # "keys" or "values"
-    "space": pl.String,  # see `veloxlab.measure.distributions.vectors`
-    "channel": pl.Int32,
-    "mean": pl.Float64,  # over the tokens that are finite, as all that follows; in the space's own unit
-    "rms": pl.Float64,
-    "least": pl.Float64,
-    "low": pl.Float64,  # 1 % of the tokens lie below
-    "median": pl.Float64,
-    "high": pl.Float64,  # 1 % lie above
-    "most": pl.Float64,
-    "not_finite": pl.Int32,  # tokens that are NaN or infinite
-}
-"""Columns of `channel_distributions`; null where no token is finite."""
-
-DENSITIES = {
-    "layer": pl.Int32,
-    "head": pl.Int32,
-    "tensor": pl.String,
-    "space": pl.String,
-    "value": pl.Float64,  # middle of a bin
-    "width": pl.Float64,  # of the bin
-    "density": pl.Float64,  # share of the finite coordinates a unit of the space
-    "below": pl.Float64,  # share of them under the first bin, the same in every row of a head
-    "above": pl.Float64,  # over the last one
-    "not_finite": pl.Int32,
-}
-"""Columns of `densities`."""
-
-BINS = 80
-TAIL = 5e-4  # share of coordinates that a density may leave out at either end, and says so
-SUMMARY = ("mean", "rms", "least", "low", "median", "high", "most")
+def seen(
+    capture: Capture, space: Space = "raw", tensors: Sequence[Role] | None = None
+) -> Iterator[tuple[int, Role, Floats]]:
+    """Layer, tensor and vectors ``[H, S, D]`` in a space, of all layers; by default of all tensors that it has."""
+    check_space(space)
+    usual = ROLES[:1] if space == "before_rope" else ROLES
+    for layer in capture.layers:
+        for tensor in usual if tensors is None else tensors:
+            yield layer.layer, tensor, vectors(layer, tensor, space)
 
 
 def channel_distributions(
-    capture: Capture, space: Space = "raw", *, tensors: tuple[Side, ...] | None = None
+    capture: Capture, space: Space = "raw", *, tensors: tuple[Role, ...] | None = None
 ) -> pl.DataFrame:
     """Mean, size and quantiles of every channel over the tokens of a capture: `CHANNELS`.
 
@@ -131,27 +140,19 @@ def channel_distributions(
 
     Raises
     ------
-    InputError : as `veloxlab.measure.distributions.vectors`.
+    InputError : as `vectors`.
     """
     frames = []
-    for layer, side, x in seen(capture, space, tensors):
-        heads, tokens, dim = x.shape
-        finite = np.isfinite(x)
-        columns = dict(zip(SUMMARY, (c.reshape(-1) for c in summary(x)), strict=True))
-        place = {
-            "layer": np.full(heads * dim, layer),
-            "head": np.repeat(np.arange(heads), dim),
-            "tensor": [side] * (heads * dim),
-            "space": [space] * (heads * dim),
-            "channel": np.tile(np.arange(dim), heads),
-        }
-        broken = (tokens - finite.sum(axis=1)).reshape(-1)
-        frames.append(pl.DataFrame(place | columns | {"not_finite": broken}, schema=CHANNELS))
+    for layer, tensor, x in seen(capture, space, tensors):
+        columns: dict[str, Any] = {"space": space, "channel": np.arange(x.shape[2])}
+        columns |= dict(zip(SUMMARY, summary(x), strict=True))
+        columns["not_finite"] = (~np.isfinite(x)).sum(axis=1)
+        frames.append(by_head(CHANNELS, layer, tensor, columns))
     return pl.concat(frames).with_columns(pl.col(SUMMARY).fill_nan(None))
 
 
 def densities(
-    capture: Capture, space: Space = "raw", *, tensors: tuple[Side, ...] | None = None, bins: int = BINS
+    capture: Capture, space: Space = "raw", *, tensors: tuple[Role, ...] | None = None, bins: int = BINS
 ) -> pl.DataFrame:
     """Histogram of all coordinates of each head, as a density: `DENSITIES`.
 
@@ -159,34 +160,60 @@ def densities(
 
     Raises
     ------
-    InputError : as `veloxlab.measure.distributions.vectors`; fewer than two bins, or a head with no finite coordinate.
+    InputError : as `vectors`; fewer than two bins, or a head with no finite coordinate.
     """
     check_bins(bins)
     frames = []
-    for layer, side, x in seen(capture, space, tensors):
+    for layer, tensor, x in seen(capture, space, tensors):
         for head, coordinates in enumerate(x.reshape(len(x), -1)):
             finite = coordinates[np.isfinite(coordinates)]
             if not finite.size:
                 raise InputError(
-                    f"Head {head} of the {side} of layer {layer} has no finite coordinate: load the model with "
+                    f"Head {head} of the {tensor} of layer {layer} has no finite coordinate: load the model with "
                     "dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
                 )
             edges = bin_edges(finite, bins)
-            place = {"layer": layer, "head": head, "tensor": side, "space": space}
-            outside = {"below": (finite < edges[0]).mean(), "above": (finite > edges[-1]).mean()}
-            counts = {"not_finite": coordinates.size - finite.size}
-            frames.append(
-                histogram(finite, edges).with_columns(pl.lit(v).alias(k) for k, v in (place | outside | counts).items())
-            )
-    return pl.concat([frame.select(pl.col(name).cast(dtype) for name, dtype in DENSITIES.items()) for frame in frames])
+            columns = histogram(finite, edges) | {
+                "head": head,
+                "space": space,
+                "below": (finite < edges[0]).mean(),
+                "above": (finite > edges[-1]).mean(),
+                "not_finite": coordinates.size - finite.size,
+            }
+            frames.append(by_head(DENSITIES, layer, tensor, columns))
+    return pl.concat(frames)
 
 
-def seen(capture: Capture, space: Space, tensors: tuple[Side, ...] | None) -> Iterator[tuple[int, Side, Floats]]:
-    """Layer, tensor and vectors ``[H, S, D]`` in a space, of all layers of a capture."""
-    sides = sides_of(space) if tensors is None else tensors
-    for layer in capture.layers:
-        for side in sides:
-            yield layer.layer, side, vectors(layer, side, space)
+def outlier_channels(
+    capture: Capture, space: Space = "raw", *, tensors: tuple[Role, ...] | None = None
+) -> pl.DataFrame:
+    """How far single channels and single coordinates of each head stand out: `OUTLIERS`.
+
+    The steps of a uniform quantizer are as wide as the greatest coordinate needs: ``peak_ratio`` is this cost.
+
+    Raises
+    ------
+    InputError : as `vectors`.
+    """
+    frames = []
+    for layer, tensor, x in seen(capture, space, tensors):
+        finite = np.isfinite(x)
+        known = np.where(finite, x, 0.0).astype(np.float64)
+        squares, counts = np.square(known).sum(axis=1), finite.sum(axis=1)  # [H, D]
+        rms = np.sqrt(squares / np.maximum(counts, 1))
+        usual = np.median(rms, axis=1)
+        whole = np.sqrt(squares.sum(axis=1) / np.maximum(counts.sum(axis=1), 1))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            columns = {
+                "loudest": rms.argmax(axis=1),
+                "loudest_ratio": np.where(usual > 0, rms.max(axis=1) / usual, np.nan),
+                "outlier_channels": (rms > OUTLIER * usual[:, None]).sum(axis=1),
+                "peak_ratio": np.where(whole > 0, np.abs(known).max(axis=(1, 2)) / whole, np.nan),
+                "not_finite": (~finite).sum(axis=(1, 2)),
+            }
+        rows = {name: column[:, None] for name, column in columns.items()}
+        frames.append(by_head(OUTLIERS, layer, tensor, rows | {"space": space}))
+    return pl.concat(frames).with_columns(pl.col("loudest_ratio", "peak_ratio").fill_nan(None))
 
 
 def summary(x: Floats) -> list[NDArray[np.float64]]:
@@ -216,66 +243,14 @@ def bin_edges(coordinates: Floats, bins: int) -> NDArray[np.float64]:
     return np.linspace(low, high, bins + 1)
 
 
-def histogram(coordinates: Floats, edges: NDArray[np.float64]) -> pl.DataFrame:
+def histogram(coordinates: Floats, edges: NDArray[np.float64]) -> dict[str, Any]:
     """``value, width, density`` of each bin; what lies outside counts in the whole of which densities are shares."""
     counts, _ = np.histogram(coordinates, edges)
     width = np.diff(edges)
-    return pl.DataFrame(
-        {"value": (edges[1:] + edges[:-1]) / 2, "width": width, "density": counts / (coordinates.size * width)}
-    )
+    return {"value": (edges[1:] + edges[:-1]) / 2, "width": width, "density": counts / (coordinates.size * width)}
 
 
 def check_bins(bins: int) -> None:
     """Raise `InputError` unless a histogram can have so many bins."""
     if bins < 2:
         raise InputError(f"A density of bins={bins} shows nothing: give 2 or more, such as {BINS}.")
-
-
-OUTLIERS = {
-    "layer": pl.Int32,
-    "head": pl.Int32,
-    "tensor": pl.String,
-    "space": pl.String,
-    "loudest": pl.Int32,  # the channel of greatest root-mean-square over the tokens
-    "loudest_ratio": pl.Float64,  # its root-mean-square, in those of the median channel
-    "outlier_channels": pl.Int32,  # channels of more than `LOUD` times the median channel's
-    "peak_ratio": pl.Float64,  # greatest |coordinate| of the head, in root-mean-squares of all its coordinates
-    "not_finite": pl.Int32,  # coordinates that are NaN or infinite, and do not count
-}
-"""Columns of `outlier_channels`; ratios are null where the median channel, or the head, is zero."""
-
-LOUD = 3.0
-
-
-def outlier_channels(
-    capture: Capture, space: Space = "raw", *, tensors: tuple[Side, ...] | None = None
-) -> pl.DataFrame:
-    """How far single channels and single coordinates of each head stand out: `OUTLIERS`.
-
-    A uniform quantizer's steps are as wide as the loudest coordinate asks for, so ``peak_ratio`` is what it pays.
-
-    Raises
-    ------
-    InputError : as `veloxlab.measure.distributions.vectors`.
-    """
-    rows = []
-    for layer, side, x in seen(capture, space, tensors):
-        for head, own in enumerate(x.astype(np.float64)):
-            finite = np.isfinite(own)
-            known = np.where(finite, own, 0.0)
-            rms = np.sqrt(np.square(known).sum(axis=0) / np.maximum(finite.sum(axis=0), 1))
-            usual, whole = float(np.median(rms)), float(np.sqrt(np.square(known).sum() / max(finite.sum(), 1)))
-            rows.append(
-                {
-                    "layer": layer,
-                    "head": head,
-                    "tensor": side,
-                    "space": space,
-                    "loudest": int(rms.argmax()),
-                    "loudest_ratio": float(rms.max()) / usual if usual else None,
-                    "outlier_channels": int((rms > LOUD * usual).sum()),
-                    "peak_ratio": float(np.abs(known).max()) / whole if whole else None,
-                    "not_finite": int(own.size - finite.sum()),
-                }
-            )
-    return pl.DataFrame(rows, schema=OUTLIERS)

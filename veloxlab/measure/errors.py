@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -13,12 +12,29 @@ from numpy.typing import ArrayLike, NDArray
 from veloxlab.cache.attention import causal_mask
 from veloxlab.cache.make import side_bits, usual_bits
 from veloxlab.checks import checked, measured
-from veloxlab.codecs import find_method
+from veloxlab.codecs import ROLES, Role, find_method
 from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
+from veloxlab.measure.frames import PLACE, by_head, in_schema
 from veloxlab.progress import Progress, silent
+
+LAYER_ERRORS = PLACE | {  # of the tensor that is compressed; the other one stays exact
+    "rel_mse": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over the tokens; 0 where nothing is lost, of a head of zeros too
+    "cosine": pl.Float64,  # mean over tokens of cos(x, x̂); 1 where nothing is lost
+    "logit_error": pl.Float64,  # keys only: root-mean-square change of scale·q·k over causal pairs, in nats
+    "output_error": pl.Float64,  # Σ‖o − ô‖² / Σ‖o‖² of the attention output, over the query heads of this KV head
+}
+"""Columns of `layer_errors`."""
+
+TOKEN_ERRORS = PLACE | {
+    "bits": pl.Int32,  # code bits per coordinate
+    "position": pl.Int32,  # of the token in the text
+    "squared_error": pl.Float32,  # ‖x − x̂‖²
+    "squared_norm": pl.Float32,  # ‖x‖²
+}
+"""Columns of `token_errors`."""
 
 
 def ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[Any]:
@@ -31,31 +47,6 @@ def ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[Any]:
 def ratio_of(part: pl.Expr, whole: pl.Expr) -> pl.Expr:
     """`ratio` of two columns."""
     return pl.when(part == 0).then(0.0).otherwise(part / whole)
-
-
-Side = Literal["keys", "values"]
-
-LAYER_ERRORS = {
-    "layer": pl.Int32,
-    "head": pl.Int32,  # KV head
-    "tensor": pl.String,  # "keys" or "values": the one that is compressed, the other stays exact
-    "rel_mse": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over the tokens; 0 where nothing is lost, of a head of zeros too
-    "cosine": pl.Float64,  # mean over tokens of cos(x, x̂); 1 where nothing is lost
-    "logit_error": pl.Float64,  # keys only: root-mean-square change of scale·q·k over causal pairs, in nats
-    "output_error": pl.Float64,  # Σ‖o − ô‖² / Σ‖o‖² of the attention output, over the query heads of this KV head
-}
-"""Columns of `layer_errors`."""
-
-TOKEN_ERRORS = {
-    "layer": pl.Int32,
-    "head": pl.Int32,
-    "tensor": pl.String,
-    "bits": pl.Int32,  # code bits per coordinate
-    "position": pl.Int32,  # of the token in the text
-    "squared_error": pl.Float32,  # ‖x − x̂‖²
-    "squared_norm": pl.Float32,  # ‖x‖²
-}
-"""Columns of `token_errors`."""
 
 
 @checked()
@@ -82,16 +73,19 @@ def layer_errors(
     ------
     InputError : unknown method or option, bits out of range.
     """
-    rows: list[dict[str, object]] = []
+    frames = []
     find_method(method)
     widths = side_bits(method, capture.exact_bits, bits, key_bits, value_bits)
     for i, layer in enumerate(capture.layers):
-        for side, width in widths.items():
-            rows += _side_errors(
-                layer, side, exact_and_decoded(layer, side, method, width, calibration, options), sinks, window
-            )
+        for tensor, width in widths.items():
+            x, decoded = exact_and_decoded(layer, tensor, method, width, calibration, options)
+            position = mx.arange(x.shape[2])[:, None]
+            decoded = mx.where((position < sinks) | (position >= x.shape[2] - window), x, decoded)
+            columns = _vector_errors(x, decoded) | _attention_errors(layer, tensor, decoded)
+            rows = {name: np.array(column)[:, None] for name, column in columns.items()}
+            frames.append(by_head(LAYER_ERRORS, layer.layer, tensor, rows))
         progress(i + 1, len(capture.layers), f"errors of layer {layer.layer}")
-    return pl.DataFrame(rows, schema=LAYER_ERRORS)
+    return pl.concat(frames)
 
 
 @checked()
@@ -111,25 +105,15 @@ def token_errors(
     frames = []
     bits = usual_bits(method, capture.exact_bits, bits)
     for i, layer in enumerate(capture.layers):
-        for side in ("keys", "values"):
-            x, decoded = exact_and_decoded(layer, side, method, bits, calibration, options)
-            errors = np.array(mx.square(x - decoded).sum(axis=-1)[0])  # [H, S]
-            norms = np.array(mx.square(x).sum(axis=-1)[0])
-            heads, tokens = errors.shape
-            frames.append(
-                pl.DataFrame(
-                    {
-                        "layer": np.full(errors.size, layer.layer),
-                        "head": np.repeat(np.arange(heads), tokens),
-                        "tensor": [side] * errors.size,
-                        "bits": np.full(errors.size, bits),
-                        "position": np.tile(np.arange(tokens), heads),
-                        "squared_error": errors.reshape(-1),
-                        "squared_norm": norms.reshape(-1),
-                    },
-                    schema=TOKEN_ERRORS,
-                )
-            )
+        for tensor in ROLES:
+            x, decoded = exact_and_decoded(layer, tensor, method, bits, calibration, options)
+            columns = {
+                "bits": bits,
+                "position": np.arange(x.shape[2]),
+                "squared_error": np.array(mx.square(x - decoded).sum(axis=-1)[0]),  # [H, S]
+                "squared_norm": np.array(mx.square(x).sum(axis=-1)[0]),
+            }
+            frames.append(by_head(TOKEN_ERRORS, layer.layer, tensor, columns))
         progress(i + 1, len(capture.layers), f"{bits} bits, layer {layer.layer}")
     return pl.concat(frames)
 
@@ -148,58 +132,37 @@ def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) ->
 
 def exact_and_decoded(
     layer: LayerCapture,
-    side: Side,
+    tensor: Role,
     method: str,
     bits: int,
     calibration: Calibrated | None,
     options: dict[str, object],
 ) -> tuple[mx.array, mx.array]:
     """Exact and decoded ``[1, H, S, D]`` of one layer, both float32."""
-    x = (layer.keys if side == "keys" else layer.values).astype(mx.float32)
-    codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, side, options, calibration)
+    x = layer.vectors(tensor)
+    codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, tensor, options, calibration)
     codec = fitted_online(codec, x)
     return x, codec.decode(codec.encode(x)).astype(mx.float32)
 
 
-def _side_errors(
-    layer: LayerCapture,
-    side: Side,
-    exact_and_decoded: tuple[mx.array, mx.array],
-    sinks: int,
-    window: int,
-) -> Iterator[dict[str, object]]:
-    x, decoded = exact_and_decoded
-    position = mx.arange(x.shape[2])[:, None]
-    decoded = mx.where((position < sinks) | (position >= x.shape[2] - window), x, decoded)
+def _vector_errors(x: mx.array, decoded: mx.array) -> dict[str, ArrayLike]:
+    """Relative squared error and mean cosine of each KV head ``[H]``."""
     error = mx.square(x - decoded).sum(axis=-1)
     norm, decoded_norm = mx.linalg.norm(x, axis=-1), mx.linalg.norm(decoded, axis=-1)
     cosine = (x * decoded).sum(axis=-1) / mx.maximum(norm * decoded_norm, 1e-30)
     cosine = mx.where(error == 0, 1.0, cosine)
-    columns: list[ArrayLike] = [ratio(error.sum(axis=-1)[0], mx.square(norm).sum(axis=-1)[0]), cosine.mean(axis=-1)[0]]
-    if layer.queries is not None and layer.scale is not None:
-        columns += _attention_errors(layer.queries, layer.scale, layer, side, decoded)
-    values = [np.array(c).tolist() for c in columns]
-    for head in range(x.shape[1]):
-        yield {
-            "layer": layer.layer,
-            "head": head,
-            "tensor": side,
-            "rel_mse": values[0][head],
-            "cosine": values[1][head],
-            "logit_error": values[2][head] if len(values) > 2 and side == "keys" else None,
-            "output_error": values[3][head] if len(values) > 2 else None,
-        }
+    rel_mse = ratio(error.sum(axis=-1)[0], mx.square(norm).sum(axis=-1)[0])
+    return {"rel_mse": rel_mse, "cosine": cosine.mean(axis=-1)[0]}
 
 
-def _attention_errors(
-    queries: mx.array, scale: float, layer: LayerCapture, side: Side, decoded: mx.array
-) -> list[ArrayLike]:
-    """Logit error and attention-output error of each KV head, two arrays ``[H]``."""
-    keys, values = layer.keys.astype(mx.float32), layer.values.astype(mx.float32)
+def _attention_errors(layer: LayerCapture, tensor: Role, decoded: mx.array) -> dict[str, ArrayLike]:
+    """Logit error and attention-output error of each KV head ``[H]``; none where the model shows no queries."""
+    if layer.queries is None or layer.scale is None:
+        return {}
+    keys, values, scale = layer.vectors("keys"), layer.vectors("values"), layer.scale
     _, kv_heads, tokens, _ = keys.shape
-    q = queries[0].astype(mx.float32).reshape(kv_heads, -1, tokens, queries.shape[-1])  # [H, Hq/H, S, D]
+    q = layer.queries[0].astype(mx.float32).reshape(kv_heads, -1, tokens, keys.shape[-1])  # [H, Hq/H, S, D]
     mask = causal_mask(tokens, tokens)
-    pairs = tokens * (tokens + 1) / 2 * q.shape[1]
 
     def logits(k: mx.array) -> mx.array:
         return (q @ k[0][:, None].swapaxes(-1, -2)) * scale
@@ -209,12 +172,15 @@ def _attention_errors(
         return weights @ v[0][:, None]
 
     exact = logits(keys)
-    changed = logits(decoded) if side == "keys" else exact
-    logit_error = mx.sqrt(mx.where(mask, mx.square(changed - exact), 0.0).sum(axis=(1, 2, 3)) / pairs)
+    changed = logits(decoded) if tensor == "keys" else exact
     out = output(exact, values)
-    out_changed = output(changed, decoded if side == "values" else values)
+    out_changed = output(changed, decoded if tensor == "values" else values)
     moved = mx.square(out - out_changed).sum(axis=(1, 2, 3))
-    return [logit_error, ratio(moved, mx.square(out).sum(axis=(1, 2, 3)))]
+    errors: dict[str, ArrayLike] = {"output_error": ratio(moved, mx.square(out).sum(axis=(1, 2, 3)))}
+    if tensor == "keys":
+        pairs = tokens * (tokens + 1) / 2 * q.shape[1]
+        errors["logit_error"] = mx.sqrt(mx.where(mask, mx.square(changed - exact), 0.0).sum(axis=(1, 2, 3)) / pairs)
+    return errors
 
 
 PROFILE = {
@@ -250,7 +216,7 @@ ERRORS_BY_BITS = {
 """Columns of `errors_by_bits`."""
 
 BLOCKS, BINS = 64, 60
-SIDE = ["tensor", "bits"]
+GROUP = ["tensor", "bits"]
 RELATIVE = ratio_of(pl.col("squared_error").cast(pl.Float64), pl.col("squared_norm").cast(pl.Float64))
 
 
@@ -266,9 +232,9 @@ def errors_along_position(tokens: pl.DataFrame, *, blocks: int = BLOCKS) -> pl.D
     size = -(-(tokens["position"].max() + 1) // blocks)  # type: ignore[operator]
     last = pl.col("position").max() + 1
     error = pl.col("error").filter(pl.col("error").is_finite())
-    return (
+    blocks_of_errors = (
         tokens.with_columns(error=RELATIVE, block=pl.col("position") // size * size)
-        .group_by(*SIDE, "block")
+        .group_by(*GROUP, "block")
         .agg(
             position_end=last,
             low=error.quantile(0.1),
@@ -277,9 +243,9 @@ def errors_along_position(tokens: pl.DataFrame, *, blocks: int = BLOCKS) -> pl.D
             not_finite=(~pl.col("error").is_finite()).sum(),
         )
         .rename({"block": "position"})
-        .sort(*SIDE, "position")
-        .select(pl.col(name).cast(dtype) for name, dtype in PROFILE.items())
+        .sort(*GROUP, "position")
     )
+    return in_schema(blocks_of_errors, PROFILE)
 
 
 def errors_by_bits(tokens: pl.DataFrame, true_bits: pl.DataFrame) -> pl.DataFrame:
@@ -295,11 +261,10 @@ def errors_by_bits(tokens: pl.DataFrame, true_bits: pl.DataFrame) -> pl.DataFram
         raise InputError("There is nothing to pool: give token_errors with rows.")
     finite = pl.col("squared_error").is_finite()
     sums = (pl.col(f"squared_{of}").filter(finite).cast(pl.Float64).sum() for of in ("error", "norm"))
-    errors = tokens.group_by(SIDE).agg(error=pl.when(finite.any()).then(ratio_of(*sums)), not_finite=(~finite).sum())
-    layers = true_bits.group_by(*SIDE, "layer").agg(true_bits=pl.col("bits_per_value").sum())
-    taken = layers.group_by(SIDE).agg(pl.col("true_bits").mean())
-    joined = errors.join(taken, on=SIDE).sort(SIDE)
-    return joined.select(pl.col(name).cast(dtype) for name, dtype in ERRORS_BY_BITS.items())
+    errors = tokens.group_by(GROUP).agg(error=pl.when(finite.any()).then(ratio_of(*sums)), not_finite=(~finite).sum())
+    layers = true_bits.group_by(*GROUP, "layer").agg(true_bits=pl.col("bits_per_value").sum())
+    taken = layers.group_by(GROUP).agg(pl.col("true_bits").mean())
+    return in_schema(errors.join(taken, on=GROUP).sort(GROUP), ERRORS_BY_BITS)
 
 
 def error_densities(tokens: pl.DataFrame, *, bins: int = BINS) -> pl.DataFrame:
@@ -309,7 +274,7 @@ def error_densities(tokens: pl.DataFrame, *, bins: int = BINS) -> pl.DataFrame:
     ------
     InputError : fewer than two bins, or no row.
     """
-    errors = tokens.select(*SIDE, error=RELATIVE)
+    errors = tokens.select(*GROUP, error=RELATIVE)
     if bins < 2 or errors.is_empty():
         raise InputError(
             f"There is nothing to draw: bins={bins} of {errors.height} errors. Give rows and 2 bins or more."
@@ -318,16 +283,11 @@ def error_densities(tokens: pl.DataFrame, *, bins: int = BINS) -> pl.DataFrame:
     low, high = (float(end) for end in (drawn.min() or 1.0, drawn.max() or 1.0))  # type: ignore[arg-type]
     edges = np.geomspace(low / 1.01, high * 1.01, bins + 1)  # a little room, so that the ends lie inside
     frames = []
-    for (tensor, bits), own in errors.sort(SIDE, maintain_order=True).group_by(SIDE, maintain_order=True):
+    for (tensor, bits), own in errors.sort(GROUP, maintain_order=True).group_by(GROUP, maintain_order=True):
         error = own["error"].to_numpy()
         positive = error[np.isfinite(error) & (error > 0)]
         counts, _ = np.histogram(positive, edges)
         columns = {"least": edges[:-1], "most": edges[1:], "share": counts / max(positive.size, 1)}
-        place = {
-            "tensor": tensor,
-            "bits": bits,
-            "zero": int((error == 0).sum()),
-            "not_finite": int((~np.isfinite(error)).sum()),
-        }
-        frames.append(pl.DataFrame(columns).with_columns(pl.lit(value).alias(name) for name, value in place.items()))
-    return pl.concat([f.select(pl.col(name).cast(dtype) for name, dtype in ERROR_DENSITIES.items()) for f in frames])
+        place = {"tensor": tensor, "bits": bits, "zero": (error == 0).sum(), "not_finite": (~np.isfinite(error)).sum()}
+        frames.append(in_schema(pl.DataFrame(columns | place), ERROR_DENSITIES))
+    return pl.concat(frames)

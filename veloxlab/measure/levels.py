@@ -16,7 +16,7 @@ import polars as pl
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.make import DEFAULT_BITS
-from veloxlab.codecs import find_method
+from veloxlab.codecs import ROLES, Role, find_method
 from veloxlab.codecs.base import TiledCodec, fitted_online
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.parts.codebooks import Floats as Angles
@@ -24,13 +24,10 @@ from veloxlab.codecs.parts.polar import PolarTree, angle_density, halvings
 from veloxlab.codecs.polarquant import BLOCK_LEVELS
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.distributions import BINS, SIDES, Floats, bin_edges, check_bins, histogram, seen
-from veloxlab.measure.errors import Side
+from veloxlab.measure.distributions import BINS, Floats, bin_edges, check_bins, histogram, seen
+from veloxlab.measure.frames import PLACE, by_head
 
-LEVELS = {
-    "layer": pl.Int32,
-    "head": pl.Int32,
-    "tensor": pl.String,
+LEVELS = PLACE | {
     "bits": pl.Int32,
     "kind": pl.String,  # "exact": a bin of what is quantized; "level": one value of a table; "decoded": a bin of those
     "value": pl.Float64,  # middle of a bin, or the level; in units of the vector's stored scale
@@ -41,7 +38,24 @@ LEVELS = {
 }
 """Columns of `level_densities`."""
 
+COORDINATE_BITS = {
+    "layer": pl.Int32,
+    "tensor": pl.String,
+    "coordinate": pl.Int32,  # in the codec's own space: for SpectralQuant the axes of its basis, by variance
+    "bits": pl.Int32,
+}
+"""Columns of `coordinate_bits`."""
+
+ANGLES = PLACE | {
+    "level": pl.Int32,  # from 1: of pairs of coordinates, of pairs of radii, ...
+    "angle": pl.Float64,  # radians, middle of a bin
+    "density": pl.Float64,  # share of the level's angles a radian
+    "expected": pl.Float64,  # what the random rotation is to make of it: the density of the offline codebooks
+}
+"""Columns of `polar_angles`."""
+
 MOST_LEVELS = 32  # that are drawn one by one: of a table with more, and of vector codes, the density is given
+ANGLE_BINS = 48
 
 
 class Coded(NamedTuple):
@@ -53,7 +67,7 @@ class Coded(NamedTuple):
 
 def coded_coordinates(
     layer: LayerCapture,
-    side: Side,
+    tensor: Role,
     method: str = "turboquant",
     bits: int = DEFAULT_BITS,
     *,
@@ -68,8 +82,8 @@ def coded_coordinates(
     ------
     InputError : as `veloxlab.layer_errors`; or for a method without codes of coordinates, such as ``"none"``.
     """
-    x = (layer.keys if side == "keys" else layer.values).astype(mx.float32)
-    codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, side, options, calibration)
+    x = layer.vectors(tensor)
+    codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, tensor, options, calibration)
     codec = fitted_online(codec, x)
     if not isinstance(codec, TiledCodec):
         raise InputError(f"{method!r} keeps vectors as they are, so there are no levels to see: choose another method.")
@@ -89,7 +103,7 @@ def level_densities(
     method: str = "turboquant",
     *,
     bits: int = DEFAULT_BITS,
-    tensors: tuple[Side, ...] = SIDES,
+    tensors: tuple[Role, ...] = ROLES,
     calibration: Calibrated | None = None,
     bins: int = BINS,
     **options: object,
@@ -106,42 +120,24 @@ def level_densities(
     check_bins(bins)
     frames = []
     for layer in capture.layers:
-        for side in tensors:
-            coded = coded_coordinates(layer, side, method, bits, calibration=calibration, **options)
+        for tensor in tensors:
+            coded = coded_coordinates(layer, tensor, method, bits, calibration=calibration, **options)
             for head, (exact, decoded) in enumerate(zip(*coded, strict=True)):
-                place = {"layer": layer.layer, "head": head, "tensor": side, "bits": bits}
-                rows = _rows(exact.reshape(-1), decoded.reshape(-1), bins)
-                frames.append(rows.with_columns(pl.lit(value).alias(name) for name, value in place.items()))
-    return pl.concat([frame.select(pl.col(name).cast(dtype) for name, dtype in LEVELS.items()) for frame in frames])
-
-
-def _rows(exact: Floats, decoded: Floats, bins: int) -> pl.DataFrame:
-    if not (np.isfinite(exact).all() and np.isfinite(decoded).all()):
-        raise InputError("Some of these coordinates, or of their codes, are NaN or infinite: see vl.layer_errors.")
-    edges = bin_edges(exact, bins)
-    outside = float(((exact < edges[0]) | (exact > edges[-1])).mean())
-    parts = [_binned(exact, edges, "exact")]
-    values, counts = np.unique(decoded, return_counts=True)
-    if len(values) <= MOST_LEVELS:
-        columns = {"value": values.astype(np.float64), "share": counts / decoded.size}
-        parts.append(pl.DataFrame(columns).with_columns(kind=pl.lit("level")))
-    else:
-        parts.append(_binned(decoded, edges, "decoded"))
-    return pl.concat(parts, how="diagonal").with_columns(outside=pl.lit(outside))
-
-
-def _binned(coordinates: Floats, edges: np.ndarray, kind: str) -> pl.DataFrame:
-    found = histogram(coordinates, edges)
-    return found.with_columns(share=pl.col("density") * pl.col("width"), kind=pl.lit(kind))
-
-
-COORDINATE_BITS = {
-    "layer": pl.Int32,
-    "tensor": pl.String,
-    "coordinate": pl.Int32,  # in the codec's own space: for SpectralQuant the axes of its basis, by variance
-    "bits": pl.Int32,
-}
-"""Columns of `coordinate_bits`."""
+                if not (np.isfinite(exact).all() and np.isfinite(decoded).all()):
+                    raise InputError("Some coordinates, or their codes, are NaN or infinite: see vl.layer_errors.")
+                edges = bin_edges(exact, bins)
+                outside = ((exact < edges[0]) | (exact > edges[-1])).mean()
+                values, counts = np.unique(decoded, return_counts=True)
+                bars = {"exact": histogram(exact.reshape(-1), edges)}
+                if len(values) > MOST_LEVELS:
+                    bars["decoded"] = histogram(decoded.reshape(-1), edges)
+                parts = {kind: bar | {"share": bar["density"] * bar["width"]} for kind, bar in bars.items()}
+                if len(values) <= MOST_LEVELS:
+                    parts["level"] = {"value": values, "share": counts / decoded.size}
+                for kind, part in parts.items():
+                    place = {"head": head, "bits": bits, "kind": kind, "outside": outside}
+                    frames.append(by_head(LEVELS, layer.layer, tensor, place | part))
+    return pl.concat(frames)
 
 
 def coordinate_bits(calibration: Calibration, bits: int) -> pl.DataFrame:
@@ -156,26 +152,12 @@ def coordinate_bits(calibration: Calibration, bits: int) -> pl.DataFrame:
     if bits not in calibration.widths:
         raise InputError(f"The calibration holds nothing at {bits} bits: choose one of {calibration.widths}.")
     frames = []
-    for (layer, role, width), codec in calibration.codecs.items():
+    for (layer, tensor, width), codec in calibration.codecs.items():
         if width == bits:
             plan = list(getattr(codec, "plan", ())) or [bits] * codec.head_dim
-            place = {"layer": [layer] * len(plan), "tensor": [role] * len(plan)}
+            place = {"layer": [layer] * len(plan), "tensor": [tensor] * len(plan)}
             frames.append(pl.DataFrame({**place, "coordinate": range(len(plan)), "bits": plan}, schema=COORDINATE_BITS))
     return pl.concat(frames).sort("tensor", "layer", "coordinate")
-
-
-ANGLES = {
-    "layer": pl.Int32,
-    "head": pl.Int32,
-    "tensor": pl.String,
-    "level": pl.Int32,  # from 1: of pairs of coordinates, of pairs of radii, ...
-    "angle": pl.Float64,  # radians, middle of a bin
-    "density": pl.Float64,  # share of the level's angles a radian
-    "expected": pl.Float64,  # what the random rotation is to make of it: the density of the offline codebooks
-}
-"""Columns of `polar_angles`."""
-
-BINS = 48
 
 
 def polar_angles(
@@ -183,8 +165,8 @@ def polar_angles(
     *,
     levels: int = BLOCK_LEVELS,
     rotated: bool = True,
-    tensors: tuple[Side, ...] = SIDES,
-    bins: int = BINS,
+    tensors: tuple[Role, ...] = ROLES,
+    bins: int = ANGLE_BINS,
 ) -> pl.DataFrame:
     """Histogram of each head's polar angles by level, as densities: `ANGLES`.
 
@@ -197,23 +179,25 @@ def polar_angles(
     """
     check_bins(bins)
     frames = []
-    for layer, side, x in seen(capture, "rotated" if rotated else "raw", tensors):
-        if not 1 <= levels <= halvings(x.shape[-1]):
-            raise InputError(
-                f"levels={levels} does not fit a head dimension of {x.shape[-1]}: choose 1 to {halvings(x.shape[-1])}."
-            )
+    for layer, tensor, x in seen(capture, "rotated" if rotated else "raw", tensors):
+        most = halvings(x.shape[-1])
+        if not 1 <= levels <= most:
+            raise InputError(f"levels={levels} does not fit a head dimension of {x.shape[-1]}: choose 1 to {most}.")
         if not np.isfinite(x).all():
-            raise InputError(f"The {side} of layer {layer} hold numbers that are NaN or infinite, which have no angle.")
+            raise InputError(f"The {tensor} of layer {layer} hold NaN or infinite numbers, which have no angle.")
         angles, _ = PolarTree(x.shape[-1], (1,) * levels).angles(mx.array(x))
         for level, found in enumerate(angles, 1):
             low, high = (-math.pi, math.pi) if level == 1 else (0.0, math.pi / 2)
             edges = np.linspace(low, high, bins + 1)
-            for head, own in enumerate(np.array(found)):
-                rows = histogram(own.reshape(-1), edges).select(angle="value", density="density")
-                place = {"layer": layer, "head": head, "tensor": side, "level": level}
-                expected = pl.Series(expected_density(rows["angle"].to_numpy(), level))
-                frames.append(rows.with_columns(*(pl.lit(v).alias(k) for k, v in place.items()), expected=expected))
-    return pl.concat([frame.select(pl.col(name).cast(dtype) for name, dtype in ANGLES.items()) for frame in frames])
+            bars = [histogram(own.reshape(-1), edges) for own in np.array(found)]
+            columns = {
+                "level": level,
+                "angle": bars[0]["value"],
+                "density": np.stack([bar["density"] for bar in bars]),
+                "expected": expected_density(bars[0]["value"], level),
+            }
+            frames.append(by_head(ANGLES, layer, tensor, columns))
+    return pl.concat(frames)
 
 
 def expected_density(angle: Angles, level: int) -> Angles:

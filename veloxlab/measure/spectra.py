@@ -9,101 +9,30 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
+from veloxlab.codecs import ROLES, Role
 from veloxlab.codecs.commvq_training import pairs
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.spectralquant import effective_dimensions
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.distributions import SIDES, seen, vectors
-from veloxlab.measure.errors import Side, ratio
+from veloxlab.measure.distributions import seen, vectors
+from veloxlab.measure.errors import ratio
+from veloxlab.measure.frames import PLACE, by_head, in_schema
 
-SPECTRUM = {
-    "layer": pl.Int32,
-    "head": pl.Int32,
-    "tensor": pl.String,
+SPECTRUM = PLACE | {
     "about": pl.String,  # "origin": second moments as they are; "mean": of what is left without the mean vector
     "rank": pl.Int32,  # from 1, the strongest direction
     "share": pl.Float64,  # of the sum over all directions
 }
 """Columns of `spectra`."""
 
-DIMENSIONS = {
-    "layer": pl.Int32,
-    "head": pl.Int32,
-    "tensor": pl.String,
+DIMENSIONS = PLACE | {
     "head_dim": pl.Int32,
     "uncentred": pl.Float64,  # effective dimensions (Σλ)² / Σλ² of the second moments, 1 to D; 0 of a head of zeros
     "centred": pl.Float64,  # of those about the mean
     "mean_share": pl.Float64,  # ‖mean vector‖² / mean ‖x‖²
 }
 """Columns of `dimensions`."""
-
-ABOUT = ("origin", "mean")
-
-
-def spectra(capture: Capture, *, tensors: tuple[Side, ...] = SIDES) -> pl.DataFrame:
-    """Eigenvalues of the second moments of each head, with and without its mean vector, as shares: `SPECTRUM`.
-
-    Raises
-    ------
-    InputError : numbers that are NaN or infinite, or a head that does not vary and is not zero.
-    """
-    frames = []
-    for layer, side, x in seen(capture, "raw", tensors):
-        _check(x, layer, side)
-        for head, own in enumerate(x.astype(np.float64)):
-            for about, y in zip(ABOUT, (own, own - own.mean(axis=0)), strict=True):
-                shares = spectrum_shares(y)
-                place = {"layer": layer, "head": head, "tensor": side, "about": about}
-                ranks = pl.DataFrame({"rank": np.arange(1, len(shares) + 1), "share": shares})
-                frames.append(ranks.select(*(pl.lit(v).alias(k) for k, v in place.items()), "rank", "share"))
-    return pl.concat(frames).cast(SPECTRUM)  # type: ignore[arg-type]
-
-
-def dimensions(capture: Capture, *, tensors: tuple[Side, ...] = SIDES) -> pl.DataFrame:
-    """Effective dimensions of each head with and without its mean vector, and what the mean vector holds: `DIMENSIONS`.
-
-    *3 % Is All You Need* (A. Gopinath, 2026) counts them about the origin.
-
-    Raises
-    ------
-    InputError : as `spectra`.
-    """
-    frames = []
-    for layer, side, x in seen(capture, "raw", tensors):
-        _check(x, layer, side)
-        found = effective_dimensions(mx.array(x[None]))
-        energy = np.square(x.astype(np.float64)).sum(axis=2).mean(axis=1)
-        mean = np.square(x.astype(np.float64).mean(axis=1)).sum(axis=1)
-        heads, _, dim = x.shape
-        columns = {
-            "layer": [layer] * heads,
-            "head": np.arange(heads),
-            "tensor": [side] * heads,
-            "head_dim": [dim] * heads,
-            "uncentred": found.uncentred,
-            "centred": found.centred,
-            "mean_share": ratio(mean, energy),
-        }
-        frames.append(pl.DataFrame(columns, schema=DIMENSIONS))
-    return pl.concat(frames)
-
-
-def spectrum_shares(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Eigenvalues of xᵀx of vectors ``[S, D]``, as shares of their sum, the largest first ``[D]``; 0 of zeros."""
-    values = np.clip(np.linalg.eigvalsh(x.T @ x)[::-1], 0.0, None)  # rounding makes some slightly negative
-    return ratio(values, values.sum())
-
-
-def _check(x: NDArray[np.float32], layer: int, side: Side) -> None:
-    if not np.isfinite(x).all():
-        raise InputError(
-            f"The {side} of layer {layer} hold numbers that are NaN or infinite, which have no spectrum: load the "
-            "model with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
-        )
-    if ((x == x[:, :1]) & (x[:, :1] != 0).any(axis=2, keepdims=True)).all(axis=(1, 2)).any():
-        raise InputError(f"A head of the {side} of layer {layer} does not vary over the tokens: capture a longer text.")
-
 
 PAIRS = {
     "layer": pl.Int32,
@@ -126,7 +55,63 @@ PAIR_POINTS = {
 """Columns of `pair_points`."""
 
 POINTS = 800  # tokens at most: of more, every nth is shown
-STAGES = {"before RoPE": "before_rope", "after RoPE": "raw"}
+
+
+def spectra(capture: Capture, *, tensors: tuple[Role, ...] = ROLES) -> pl.DataFrame:
+    """Eigenvalues of the second moments of each head, with and without its mean vector, as shares: `SPECTRUM`.
+
+    Raises
+    ------
+    InputError : numbers that are NaN or infinite, or a head that does not vary and is not zero.
+    """
+    frames = []
+    for layer, tensor, x in seen(capture, tensors=tensors):
+        _check(x, layer, tensor)
+        for head, own in enumerate(x.astype(np.float64)):
+            for about, y in (("origin", own), ("mean", own - own.mean(axis=0))):
+                shares = spectrum_shares(y)
+                columns = {"head": head, "about": about, "rank": np.arange(1, len(shares) + 1), "share": shares}
+                frames.append(by_head(SPECTRUM, layer, tensor, columns))
+    return pl.concat(frames)
+
+
+def dimensions(capture: Capture, *, tensors: tuple[Role, ...] = ROLES) -> pl.DataFrame:
+    """Effective dimensions of each head with and without its mean vector, and what the mean vector holds: `DIMENSIONS`.
+
+    *3 % Is All You Need* (A. Gopinath, 2026) counts them about the origin.
+
+    Raises
+    ------
+    InputError : as `spectra`.
+    """
+    frames = []
+    for layer, tensor, x in seen(capture, tensors=tensors):
+        _check(x, layer, tensor)
+        found = effective_dimensions(mx.array(x[None]))
+        energy = np.square(x.astype(np.float64)).sum(axis=2).mean(axis=1)
+        mean = np.square(x.astype(np.float64).mean(axis=1)).sum(axis=1)
+        columns = {"uncentred": found.uncentred, "centred": found.centred, "mean_share": ratio(mean, energy)}
+        rows = {name: np.asarray(column)[:, None] for name, column in columns.items()}
+        frames.append(by_head(DIMENSIONS, layer, tensor, rows | {"head_dim": x.shape[2]}))
+    return pl.concat(frames)
+
+
+def spectrum_shares(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Eigenvalues of xᵀx of vectors ``[S, D]``, as shares of their sum, the largest first ``[D]``; 0 of zeros."""
+    values = np.clip(np.linalg.eigvalsh(x.T @ x)[::-1], 0.0, None)  # rounding makes some slightly negative
+    return ratio(values, values.sum())
+
+
+def _check(x: NDArray[np.float32], layer: int, tensor: Role) -> None:
+    if not np.isfinite(x).all():
+        raise InputError(
+            f"The {tensor} of layer {layer} hold numbers that are NaN or infinite, which have no spectrum: load the "
+            "model with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
+        )
+    if ((x == x[:, :1]) & (x[:, :1] != 0).any(axis=2, keepdims=True)).all(axis=(1, 2)).any():
+        raise InputError(
+            f"A head of the {tensor} of layer {layer} does not vary over the tokens: capture a longer text."
+        )
 
 
 def rope_pairs(capture: Capture) -> pl.DataFrame:
@@ -141,22 +126,18 @@ def rope_pairs(capture: Capture) -> pl.DataFrame:
         if layer.rope is None:
             continue
         x = vectors(layer, "keys", "before_rope").astype(np.float64)
-        heads, _, dim = x.shape
-        first, second = turned_pairs(layer.rope, dim)
+        first, second = turned_pairs(layer.rope, x.shape[2])
         energy = pair_energy(x, first, second)
         mean = pair_energy(x.mean(axis=1, keepdims=True), first, second)
-        count = heads * len(first)
         columns = {
-            "layer": np.full(count, layer.layer),
-            "head": np.repeat(np.arange(heads), len(first)),
-            "pair": np.tile(np.arange(len(first)), heads),
-            "first": np.tile(first, heads),
-            "second": np.tile(second, heads),
-            "wavelength": np.tile(2 * math.pi / layer.rope.angles, heads),
-            "energy_share": ratio(energy, np.square(x).sum(axis=2).mean(axis=1)[:, None]).reshape(-1),
-            "mean_share": ratio(mean, energy).reshape(-1),
+            "pair": np.arange(len(first)),
+            "first": first,
+            "second": second,
+            "wavelength": 2 * math.pi / np.asarray(layer.rope.angles),
+            "energy_share": ratio(energy, np.square(x).sum(axis=2).mean(axis=1)[:, None]),
+            "mean_share": ratio(mean, energy),
         }
-        frames.append(pl.DataFrame(columns, schema=PAIRS))
+        frames.append(by_head(PAIRS, layer.layer, "keys", columns))
     if not frames:
         raise InputError("No layer of this capture has a rotary embedding that is known, so there are no pairs to see.")
     return pl.concat(frames)
@@ -178,15 +159,10 @@ def pair_points(layer: LayerCapture, head: int, pair: int) -> pl.DataFrame:
             raise InputError(f"There is no {what} {number}: choose one from 0 to {count - 1}.")
     shown = np.arange(0, tokens, -(-tokens // POINTS))
     frames = []
-    for stage, x in zip(STAGES, (before, vectors(layer, "keys", "raw")), strict=True):
+    for stage, x in (("before RoPE", before), ("after RoPE", vectors(layer, "keys"))):
         own = x[head][shown]
-        columns = {
-            "position": shown,
-            "stage": [stage] * len(shown),
-            "x": own[:, first[pair]],
-            "y": own[:, second[pair]],
-        }
-        frames.append(pl.DataFrame(columns, schema=PAIR_POINTS))
+        rows = {"position": shown, "x": own[:, first[pair]], "y": own[:, second[pair]]}
+        frames.append(in_schema(pl.DataFrame(rows).with_columns(stage=pl.lit(stage)), PAIR_POINTS))
     return pl.concat(frames)
 
 

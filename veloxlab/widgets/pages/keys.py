@@ -13,10 +13,10 @@ import traitlets as t
 from veloxlab import views
 from veloxlab.cache.calibration import Calibration
 from veloxlab.checks import checked
+from veloxlab.codecs import ROLES, Role
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
-from veloxlab.measure.distributions import SIDES, SPACES, Space, channel_distributions, check_space, densities
-from veloxlab.measure.errors import Side
+from veloxlab.measure.distributions import SPACES, Space, channel_distributions, check_space, densities
 from veloxlab.measure.levels import level_densities
 from veloxlab.measure.spectra import rope_pairs, spectra
 from veloxlab.progress import Progress
@@ -33,7 +33,7 @@ class KeyLook:
     """What is looked at: a layer's keys or values in a space, and a method at a width."""
 
     layer: int
-    tensor: Side
+    tensor: Role
     space: Space
     method: str
     bits: int
@@ -50,7 +50,7 @@ class KeyLook:
         }
 
 
-def _levels(fitting: Fitting, progress: Progress, seen: Capture, tensor: Side, method: str, bits: int) -> pl.DataFrame:
+def _levels(fitting: Fitting, progress: Progress, seen: Capture, tensor: Role, method: str, bits: int) -> pl.DataFrame:
     calibration = fitting.calibration(method, [bits], progress)
     return level_densities(seen, method, bits=bits, tensors=(tensor,), calibration=calibration)
 
@@ -163,8 +163,8 @@ class KeyExplorer(LayerExplorer[KeyLook]):
 
     @t.validate("tensor")
     def _tensor_is_known(self, proposal: dict[str, Any]) -> str:
-        if proposal["value"] not in SIDES:
-            raise InputError(f"There is no tensor {proposal['value']!r}: choose one of {listed(SIDES)}.")
+        if proposal["value"] not in ROLES:
+            raise InputError(f"There is no tensor {proposal['value']!r}: choose one of {listed(ROLES)}.")
         return str(proposal["value"])
 
     @t.validate("space")
@@ -176,7 +176,7 @@ class KeyExplorer(LayerExplorer[KeyLook]):
         return KeyLook(**({name: getattr(self, name) for name in self.KNOBS} | changed))
 
     def _likely(self) -> list[KeyLook]:
-        looks = [self._look(space=space) for space in SPACES] + [self._look(tensor=side) for side in SIDES]
+        looks = [self._look(space=space) for space in SPACES] + [self._look(tensor=side) for side in ROLES]
         return [*self._neighbours(), *looks]
 
     def _controls(self) -> ipywidgets.Widget:
@@ -187,7 +187,7 @@ class KeyExplorer(LayerExplorer[KeyLook]):
                 self._steps("head", list(self.heads), tip="KV head"),
             ],
             [
-                self._choice("tensor", list(SIDES), tip="Keys or values"),
+                self._choice("tensor", list(ROLES), tip="Keys or values"),
                 self._choice("space", spaces, tip="The space in which their coordinates are seen"),
             ],
             [
