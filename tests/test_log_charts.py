@@ -136,7 +136,7 @@ def test_a_row_of_nulls_is_no_hindrance_to_a_frontier():
 
 def test_a_cosine_that_is_missing_is_no_error_of_one():
     said = drawn(views.error_map(replaced(error_frame(), "cosine", None), metric="cosine"))
-    assert words(said).count("×") == 1
+    assert any("× 1 not finite" in line for line in words(said))
     assert not re.search(r"cosine: 1[;\"]", said)
 
 

@@ -169,7 +169,7 @@ def test_measurements_are_kept_and_found_again_by_their_settings(model, folder, 
     for path in tmp_path.glob("*.json"):
         path.write_text(path.read_text().replace('"layer"', '"lair"'))
     told.clear()
-    with pytest.warns(UserWarning, match="They are (measured|made) again now"):
+    with pytest.warns(UserWarning, match="The file is made again now"):
         assert kept_rate_budget(model, Letters(), **given).identity == first.identity
     assert told != []
     assert file.exists()

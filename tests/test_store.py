@@ -118,8 +118,10 @@ LONG = {
 def test_what_cannot_be_kept_is_given_and_told_of(model, tmp_path, work):
     kept = LONG[work](model, tmp_path / "good")
     (tmp_path / "file").write_text("")
-    with pytest.warns(UserWarning, match=r"The folder .*file cannot be made .* The result is given, and is not kept\."):
-        assert LONG[work](model, tmp_path / "file").equals(kept)
+    with pytest.raises(InputError, match="give the path of a folder"):  # before the work
+        LONG[work](model, tmp_path / "file")
+    with pytest.warns(UserWarning, match=r"The folder .*new cannot be made .* The result is given, and is not kept\."):
+        assert LONG[work](model, tmp_path / "file" / "new").equals(kept)
     with (
         full_disk(),
         pytest.warns(UserWarning, match=r"cannot be written \(.+\): .* The result is given, and is not kept\."),

@@ -16,7 +16,8 @@ from veloxlab.allocate.setting import Setting
 from veloxlab.errors import InputError
 from veloxlab.runtime import Device
 from veloxlab.views.picture import png_size
-from veloxlab.widgets import ProgressBar, budget_controls
+from veloxlab.widgets import ProgressBar
+from veloxlab.widgets.pages import budget_controls
 
 MEASURED = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
 PATIENCE = 120  # seconds

@@ -71,7 +71,7 @@ def test_errors_of_single_tokens_pooled_say_the_same(seen):
     taken = vl.code_bits(seen, bits=4).with_columns(bits=pl.lit(4, pl.Int32))
     by_bits = errors_by_bits(head, taken)
     assert by_bits["error"].to_list() == [0.0, 0.0]
-    assert by_bits_caption(by_bits) == "Nothing is lost"
+    assert by_bits_caption(by_bits) == "Nothing is lost; 2 not drawn: not above zero, or not finite"
 
 
 def test_of_vectors_without_a_finite_error_there_is_no_error(seen):
