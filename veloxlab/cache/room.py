@@ -26,6 +26,25 @@ class Room:
     recent: int
 
 
+@dataclass
+class _Buffer:
+    """Tokens of one buffer, and how many it has room for."""
+
+    tokens: int = 0
+    room: int = 0
+
+    def add(self, count: int, most: int | None = None) -> None:
+        """Append tokens to a buffer that holds ``most`` at most."""
+        if count:
+            self.tokens += count
+            self.room = room(self.room, self.tokens, count, most)
+
+    def drop(self, count: int) -> None:
+        """Forget the oldest tokens: the rest is copied, without room to grow."""
+        if count:
+            self.room = self.tokens = self.tokens - count
+
+
 def calls(tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Iterator[int]:
     """Sizes of the calls that bring ``tokens`` tokens, of which the last ``decoded`` were generated.
 
@@ -42,31 +61,22 @@ def calls(tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Iterator[int]:
 @lru_cache(maxsize=4096)
 def compressed_room(windows: Windows, tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Room:
     """Room of a `CompressedKVCache` after the `calls` of a text, its ``chunk`` being ``"exact"``."""
-    sinks = packed = recent = offset = 0
-    sink_room = packed_room = recent_room = 0
+    sinks, packed, recent, offset = _Buffer(), _Buffer(), _Buffer(), 0
     for count in calls(tokens, decoded, chunk):
-        coming = windows.arrival(count, offset, recent, all_seen=count > windows.window)
+        coming = windows.arrival(count, offset, recent.tokens, all_seen=count > windows.window)
         offset += count
-        if coming.to_sinks:
-            sinks += coming.to_sinks
-            sink_room = room(sink_room, sinks, coming.to_sinks, windows.sinks)
+        sinks.add(coming.to_sinks, windows.sinks)
         if coming.gone:
-            packed = recent = packed_room = recent_room = 0
-        if coming.from_recent:
-            recent = recent_room = recent - coming.from_recent
-        if coming.to_packed:
-            packed += coming.to_packed
-            packed_room = room(packed_room, packed, coming.to_packed, None)
-        if coming.to_recent:
-            recent += coming.to_recent
-            recent_room = room(recent_room, recent, coming.to_recent, windows.most_recent)
-        leaving = windows.leaving(packed, recent)
-        of_packed = min(leaving, packed)
-        if of_packed:
-            packed = packed_room = packed - of_packed
-        if leaving > of_packed:
-            recent = recent_room = recent - (leaving - of_packed)
-    return Room(sink_room, packed_room, recent_room)
+            packed.drop(packed.tokens)
+            recent.drop(recent.tokens)
+        recent.drop(coming.from_recent)
+        packed.add(coming.to_packed)
+        recent.add(coming.to_recent, windows.most_recent)
+        leaving = windows.leaving(packed.tokens, recent.tokens)
+        of_packed = min(leaving, packed.tokens)
+        packed.drop(of_packed)
+        recent.drop(leaving - of_packed)
+    return Room(sinks.room, packed.room, recent.room)
 
 
 @lru_cache(maxsize=4096)

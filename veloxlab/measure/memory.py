@@ -13,10 +13,11 @@ from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
 from veloxlab.cache.make import cache_name, side_bits, usual_bits
 from veloxlab.checks import CACHE, checked, measured, whole
-from veloxlab.codecs import Role, find_method
+from veloxlab.codecs import ROLES, find_method
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture
+from veloxlab.measure.frames import in_schema
 from veloxlab.measure.planned_memory import token_bytes
 from veloxlab.mlxlm.probe import slots_of
 from veloxlab.progress import Progress, silent
@@ -121,15 +122,14 @@ def code_bits(
     """True bits per value of packed keys and values in each layer, as `token_bytes` counts them: `CODE_BITS`."""
     rows = []
     bits = usual_bits(method, capture.exact_bits, bits)
-    sides: tuple[Role, Role] = ("keys", "values")
     for layer in capture.layers:
-        for side, x in zip(sides, (layer.keys, layer.values), strict=True):
-            _, heads, _, head_dim = x.shape
-            codec = layer_codec(find_method(method), layer.layer, head_dim, bits, side, options, calibration)
-            for part, nbytes in zip(("codes", "scales"), token_bytes(codec, heads, x.dtype.size), strict=True):
-                share = 8 * nbytes / (heads * head_dim)
-                rows.append({"layer": layer.layer, "tensor": side, "part": part, "bits_per_value": share})
-    return pl.DataFrame(rows, schema=CODE_BITS)
+        for tensor in ROLES:
+            _, heads, _, head_dim = layer.vectors(tensor).shape
+            codec = layer_codec(find_method(method), layer.layer, head_dim, bits, tensor, options, calibration)
+            sizes = token_bytes(codec, heads, capture.exact_bits // 8)
+            shares = (8 * nbytes / (heads * head_dim) for nbytes in sizes)
+            rows += [(layer.layer, tensor, *part) for part in zip(("codes", "scales"), shares, strict=True)]
+    return pl.DataFrame(rows, schema=CODE_BITS, orient="row")
 
 
 @checked(growth=measured(GROWTH, "vl.memory_growth"))
@@ -178,47 +178,40 @@ def memory_growth(
         raise InputError(f"upto={upto} tokens have no {points} lengths: give more tokens, or fewer points.")
     found = find_method(method)
     widths = side_bits(method, capture.exact_bits, bits, key_bits, value_bits)
-    name = name or cache_name(method, widths)
     lengths = [upto * (i + 1) // points for i in range(points)]
-    shapes: dict[tuple[int, ...], dict[str, list[tuple[int, str, int]]]] = {}
-    rows: list[dict[str, object]] = []
+    filled: dict[tuple[int, ...], pl.DataFrame] = {}
+    frames = []
     for layer in capture.layers:
-        shape = (*layer.keys.shape[1:2], layer.keys.shape[-1], layer.values.shape[-1])
-        if shape not in shapes:
-            cache = CompressedKVCache(
-                layer_codec(found, layer.layer, shape[1], widths["keys"], "keys", options, calibration),
-                layer_codec(found, layer.layer, shape[2], widths["values"], "values", options, calibration),
-                sinks=sinks,
-                window=window,
-                layer=layer.layer,
+        keys, values = layer.keys, layer.values
+        shape = (*keys.shape[1:2], keys.shape[-1], values.shape[-1])
+        if shape not in filled:
+            key_codec, value_codec = (
+                layer_codec(found, layer.layer, head_dim, widths[tensor], tensor, options, calibration)
+                for tensor, head_dim in zip(ROLES, shape[1:], strict=True)
             )
-            keys, values = layer.keys.astype(mx.float16), layer.values.astype(mx.float16)
-            shapes[shape] = {
-                name: _fill(cache, layer.keys, layer.values, lengths, progress),
-                "fp16": _fill(KVCache(), keys, values, lengths, silent),
-            }
-        rows += [
-            {"tokens": n, "cache": label, "layer": layer.layer, "tensor": side, "bytes": held, "kind": "measured"}
-            for label, fill in shapes[shape].items()
-            for n, side, held in fill
-        ]
-    return pl.DataFrame(rows, schema=GROWTH)
+            cache = CompressedKVCache(key_codec, value_codec, sinks=sinks, window=window, layer=layer.layer)
+            ours = _fill(cache, keys, values, lengths, progress)
+            exact = _fill(KVCache(), keys.astype(mx.float16), values.astype(mx.float16), lengths, silent)
+            names = {name or cache_name(method, widths): ours, "fp16": exact}
+            filled[shape] = pl.concat(rows.with_columns(cache=pl.lit(label)) for label, rows in names.items())
+        frames.append(filled[shape].with_columns(layer=pl.lit(layer.layer), kind=pl.lit("measured")))
+    return in_schema(pl.concat(frames), GROWTH)
 
 
 def _fill(
     cache: CompressedKVCache | KVCache, keys: mx.array, values: mx.array, lengths: Sequence[int], progress: Progress
-) -> list[tuple[int, str, int]]:
+) -> pl.DataFrame:
     """Tokens, tensor and bytes, at each of ``lengths``."""
-    held = []
+    rows = []
     for i, target in enumerate(lengths):
         while cache.offset < target:
             count = min(target - cache.offset, keys.shape[2])
             cache.update_and_fetch(keys[:, :, :count], values[:, :, :count])
         mx.eval(cache.state)
         if isinstance(cache, CompressedKVCache):
-            sizes = [cache.side_nbytes("keys"), cache.side_nbytes("values")]
+            sizes = [cache.side_nbytes(tensor) for tensor in ROLES]
         else:
             sizes = [x.nbytes for x in (cache.keys, cache.values) if x is not None]
-        held += [(target, side, size) for side, size in zip(("keys", "values"), sizes, strict=True)]
+        rows += [(target, *held) for held in zip(ROLES, sizes, strict=True)]
         progress(i + 1, len(lengths), f"filling {target} tokens")
-    return held
+    return pl.DataFrame(rows, schema=("tokens", "tensor", "bytes"), orient="row")

@@ -6,7 +6,7 @@ Predicted from what the codecs store, and not measured; tests hold it to the byt
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from veloxlab.cache.layer import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.cache.make import DEFAULT_SLIDING, Exactness, Sliding, cache_name, side_bits
 from veloxlab.cache.room import compressed_room, own_room
 from veloxlab.checks import checked, either, many, real, whole
-from veloxlab.codecs import Codec, Role, find_method
+from veloxlab.codecs import ROLES, Codec, Role, find_method
 from veloxlab.codecs.base import blank_codec
 from veloxlab.codecs.method import Calibrated, Method, layer_codec
 from veloxlab.codecs.none import Exact
@@ -27,6 +27,26 @@ from veloxlab.mlxlm.probe import LayerFacts
 from veloxlab.mlxlm.quantized import GROUP, why_not_quantized
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 
+PLANNED = {
+    "cache": pl.String,  # the one that was asked for first, then those that it is compared with
+    "tokens": pl.Int64,  # of each sequence
+    "batch": pl.Int64,  # sequences
+    "part": pl.String,  # one of `veloxlab.measure.planned_memory.PARTS`
+    "bytes": pl.Int64,  # of the part, in all layers and sequences; parts add up
+    "kind": pl.String,  # "predicted"
+}
+"""Columns of `plan_memory`."""
+
+LARGEST = {
+    "cache": pl.String,
+    "memory_bytes": pl.Int64,  # that there are
+    "batch": pl.Int64,
+    "tokens": pl.Int64,  # the largest context, in steps of 256
+    "bytes": pl.Int64,  # that it takes
+    "kind": pl.String,  # "predicted"
+}
+"""Columns of `largest_contexts`."""
+
 PARTS = ("codes", "scales", "sinks", "window", "exact", "states", "tables")
 """Parts of what a cache holds: codes, and scales and norms, of packed tokens; exact first and newest tokens; tokens of
 layers whose cache is the model's own; states that do not grow; and constant tables, which all sequences share."""
@@ -34,7 +54,6 @@ layers whose cache is the model's own; states that do not grow; and constant tab
 GRAIN = 256  # tokens: the largest context that fits is found in such steps
 MOST_TOKENS = 2**24  # and not looked for beyond
 THEIR_BITS = (4, 8)
-ROLES: tuple[Role, Role] = ("keys", "values")
 
 
 @dataclass(frozen=True)
@@ -60,12 +79,12 @@ class LayerLayout:
     def parts(self, tokens: int, decoded: int) -> Mapping[str, int]:
         """Bytes by part after ``tokens`` tokens of one sequence."""
         if self.windows is None:
-            held = self.layers * own_room(tokens, decoded, self.max_size)
-            return {"codes": held * self.codes, "scales": held * self.scales, "exact": held * self.exact}
-        room = compressed_room(self.windows, tokens, decoded)
-        per_token = {"codes": self.codes, "scales": self.scales, "sinks": self.exact, "window": self.exact}
-        counts = {"codes": room.packed, "scales": room.packed, "sinks": room.sinks, "window": room.recent}
-        return {part: self.layers * per_token[part] * counts[part] for part in counts}
+            counts = dict.fromkeys(("codes", "scales", "exact"), own_room(tokens, decoded, self.max_size))
+        else:
+            room = compressed_room(self.windows, tokens, decoded)
+            counts = {"codes": room.packed, "scales": room.packed, "sinks": room.sinks, "window": room.recent}
+        per_token = {"codes": self.codes, "scales": self.scales}
+        return {part: self.layers * per_token.get(part, self.exact) * count for part, count in counts.items()}
 
 
 @dataclass(frozen=True)
@@ -147,15 +166,15 @@ def cache_layouts(
             kinds[_own(facts, shape.exact_bytes)] += 1
             continue
         codes = scales = 0
-        for role in ROLES:
-            codec = _codec(found, facts, widths[role], role, options, calibration)
+        for tensor in ROLES:
+            codec = _codec(found, facts, widths[tensor], tensor, options, calibration)
             codecs.add(codec)
-            place = (facts.layer if calibration else None, facts.kv_heads, facts.dims[role], role)
+            place = (facts.layer if calibration else None, facts.kv_heads, facts.dims[tensor], tensor)
             if place not in known:
                 known[place] = token_bytes(codec, facts.kv_heads, shape.exact_bytes)
             codes, scales = codes + known[place][0], scales + known[place][1]
         windows = Windows.of(exact.sinks if facts.max_size is None else facts.keep, exact.window, facts.max_size)
-        kinds[LayerLayout(1, _exact_bytes(facts, shape.exact_bytes), codes, scales, windows)] += 1
+        kinds[replace(_own(facts, shape.exact_bytes), codes=codes, scales=scales, windows=windows, max_size=None)] += 1
     tables = sum(codec.shared_bytes for codec in codecs)
     ours = CacheLayout(cache_name(method, widths), _counted(kinds), tables, shape.state_bytes)
     return ours, *_others(shape)
@@ -178,61 +197,38 @@ def _codec(
     method: Method,
     facts: LayerFacts,
     bits: int,
-    role: Role,
+    tensor: Role,
     options: Mapping[str, object],
     calibration: Calibrated | None,
 ) -> Codec:
     if calibration is not None or not method.calibrated:
-        return layer_codec(method, facts.layer, facts.dims[role], bits, role, options, calibration)
-    return blank_codec(method.codec(facts.dims[role], bits, role, **options), facts.kv_heads)
+        return layer_codec(method, facts.layer, facts.dims[tensor], bits, tensor, options, calibration)
+    return blank_codec(method.codec(facts.dims[tensor], bits, tensor, **options), facts.kv_heads)
 
 
-def _exact_bytes(facts: LayerFacts, exact_bytes: int) -> int:
-    return exact_bytes * facts.kv_heads * (facts.key_dim + facts.value_dim)
+def _token_values(facts: LayerFacts) -> int:
+    return facts.kv_heads * (facts.key_dim + facts.value_dim)
 
 
 def _own(facts: LayerFacts, exact_bytes: int) -> LayerLayout:
-    return LayerLayout(1, _exact_bytes(facts, exact_bytes), max_size=facts.max_size)
+    return LayerLayout(1, exact_bytes * _token_values(facts), max_size=facts.max_size)
 
 
 def _counted(kinds: Counter[LayerLayout]) -> tuple[LayerLayout, ...]:
     return tuple(replace(kind, layers=count) for kind, count in kinds.items())
 
 
-def _others(shape: ModelShape) -> Sequence[CacheLayout]:
+def _others(shape: ModelShape) -> Iterator[CacheLayout]:
     """The exact cache in 16 bits, and mlx-lm's quantized ones: it has none for layers that slide or store latents."""
-    exact = CacheLayout("fp16", _counted(Counter(_own(facts, 2) for facts in shape.caches)), states=shape.state_bytes)
-    growing = [facts for facts in shape.caches if facts.kv_heads]
-    quantized = []
+    own = Counter(_own(facts, 2) for facts in shape.caches)
+    yield CacheLayout("fp16", _counted(own), states=shape.state_bytes)
     for bits in (b for b in THEIR_BITS if why_not_quantized(shape.caches, b) is None):
-        kinds: Counter[LayerLayout] = Counter()
-        for facts in growing:
-            values = facts.kv_heads * (facts.key_dim + facts.value_dim)
-            # a scale and a bias for each group, of the type that the keys have
-            kinds[LayerLayout(1, codes=values * bits // 8, scales=2 * shape.exact_bytes * values // GROUP)] += 1
-        quantized.append(CacheLayout(f"mlx-lm {bits} bit", _counted(kinds), states=shape.state_bytes))
-    return exact, *quantized
-
-
-PLANNED = {
-    "cache": pl.String,  # the one that was asked for first, then those that it is compared with
-    "tokens": pl.Int64,  # of each sequence
-    "batch": pl.Int64,  # sequences
-    "part": pl.String,  # one of `veloxlab.measure.planned_memory.PARTS`
-    "bytes": pl.Int64,  # of the part, in all layers and sequences; parts add up
-    "kind": pl.String,  # "predicted"
-}
-"""Columns of `plan_memory`."""
-
-LARGEST = {
-    "cache": pl.String,
-    "memory_bytes": pl.Int64,  # that there are
-    "batch": pl.Int64,
-    "tokens": pl.Int64,  # the largest context, in steps of 256
-    "bytes": pl.Int64,  # that it takes
-    "kind": pl.String,  # "predicted"
-}
-"""Columns of `largest_contexts`."""
+        # a scale and a bias for each group, of the type that the keys have
+        quantized = Counter(
+            LayerLayout(1, codes=values * bits // 8, scales=2 * shape.exact_bytes * values // GROUP)
+            for values in (_token_values(facts) for facts in shape.caches if facts.kv_heads)
+        )
+        yield CacheLayout(f"mlx-lm {bits} bit", _counted(quantized), states=shape.state_bytes)
 
 
 @checked(model_or_config=MODEL_OR_CONFIG, context=either(whole(1), many(whole(1))))
