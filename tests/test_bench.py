@@ -81,8 +81,8 @@ def test_attention_of_methods_reads_codes_of_their_own(quick):
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
 def test_every_method_can_be_fitted_to_random_vectors(method):
-    for role in ("keys", "values"):
-        codec = attention.fitted(method, attention.Shape(2, 1, 64), role, bits=2)
+    for tensor in ("keys", "values"):
+        codec = attention.fitted(method, attention.Shape(2, 1, 64), tensor, bits=2)
         assert codec.encode(mx.ones((1, 1, 3, 64))).tokens == 3
 
 
@@ -169,10 +169,10 @@ def test_a_cache_that_cannot_decode_has_no_time():
     assert "| fails | fails |" in lengths_table(frame)
 
 
-@pytest.mark.parametrize("way", [attention._exact, attention._mlx_lm, attention.ours])
+@pytest.mark.parametrize("way", [attention.exact, attention.mlx_lm, attention.over_codes])
 def test_a_call_leaves_the_query_to_the_next(way):
-    bits = () if way is attention._exact else (4,)
-    call = way(SMALL, 64, *bits)[0]
+    bits = () if way is attention.exact else (4,)
+    call = attention.calls(SMALL, way(SMALL, 64, *bits))[0][0]
     first, second = call(), call()
     assert mx.array_equal(first, second)
     assert mx.abs(first).max() > 0

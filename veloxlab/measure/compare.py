@@ -1,11 +1,8 @@
-"""How long a cache takes to store tokens and to attend to them: to be read as ratios of one run."""
+"""All methods beside mlx-lm's quantized cache: divergence, bytes, and time to store tokens and to attend to them."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,61 +14,17 @@ from mlx_lm.models.cache import KVCache
 
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.make import make_cache
-from veloxlab.codecs import METHODS, Method, Role, find_method
+from veloxlab.codecs import METHODS, ROLES, Method, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture
+from veloxlab.measure.bench.timing import median_seconds
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.experiments import Experiment, LeftOut
 from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, judge, reference
 from veloxlab.mlxlm.probe import probe, slot_of
 from veloxlab.mlxlm.quantized import quantized_cache
 from veloxlab.progress import OnRows, Progress, silent, unseen
-
-REPEATS = 5
-
-
-def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds to store a layer's captured keys and values, and seconds for one query to attend to them all.
-
-    ``make`` gives an empty cache for the layer, ours or any of mlx-lm's. Medians of `REPEATS`, after two first tries.
-    """
-    keys, values = layer.keys, layer.values
-    heads = keys.shape[1] if layer.queries is None else layer.queries.shape[1]
-    query = mx.random.normal((1, heads, 1, keys.shape[-1]), dtype=keys.dtype, key=mx.random.key(0))
-    cache = make()
-    read_keys, read_values = cache.update_and_fetch(keys, values)
-    mx.eval(cache.state, query)
-
-    def store() -> object:
-        fresh = make()
-        fresh.update_and_fetch(keys, values)
-        return fresh.state
-
-    def attend() -> object:
-        own = mx.array(query)  # mlx-lm's quantized attention scales the one that it is given in its place
-        return scaled_dot_product_attention(
-            own, read_keys, read_values, cache=cache, scale=keys.shape[-1] ** -0.5, mask=None
-        )
-
-    return median_seconds(store), median_seconds(attend)
-
-
-def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median time of evaluating what ``work`` gives, on a device that has nothing else to do, after two first tries."""
-    for _ in range(2):
-        mx.eval(work())
-    seconds = []
-    for _ in range(repeats):
-        mx.synchronize()
-        start = time.perf_counter()
-        mx.eval(work())
-        mx.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
-
-
-EVERYTHING: dict[str, Any] = {"sinks": 0, "window": 0}  # no token is kept exact
 
 COMPARED = FIDELITY | {
     "store_us": pl.Float64,  # microseconds to store one token's key and value in one layer, in a block of 512
@@ -90,6 +43,10 @@ RATIOS = {
     "ratio": pl.Float64,  # of keys and values together
 }
 """Columns of `byte_ratios`."""
+
+REPEATS = 5
+PRESETS = (("vecinfer", 1, 1), ("rvq", 2, 2), ("rabitq", 1, 4), ("turboquant", 2, 2), ("turboquant", 4, 4))
+"""Methods, with bits of keys and of values, of `byte_ratios`."""
 
 
 def compare(
@@ -154,50 +111,52 @@ def _row(exact: Reference, seen: LayerCapture, plain: tuple[float, float], name:
 
 def _ours(model: Module, tokenizer: Any, method: Method, bits: int) -> CacheMaker:  # noqa: ANN401
     fitted = calibrate(model, tokenizer, method.id, bits=bits) if method.calibrated else None
-    return lambda m: make_cache(m, method.id, bits=bits, calibration=fitted, chunk="codes", **EVERYTHING)
+    return lambda m: make_cache(m, method.id, bits=bits, calibration=fitted, chunk="codes", sinks=0, window=0)
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A layer's cache: KV heads, head dimension and tokens."""
+def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds to store a layer's captured keys and values, and seconds for one query to attend to them all.
 
-    kv_heads: int = 8
-    head_dim: int = 128
-    tokens: int = 8192
+    ``make`` gives an empty cache for the layer, ours or any of mlx-lm's. Medians of `REPEATS`, after two first tries.
+    """
+    keys, values = layer.keys, layer.values
+    heads = keys.shape[1] if layer.queries is None else layer.queries.shape[1]
+    query = mx.random.normal((1, heads, 1, keys.shape[-1]), dtype=keys.dtype, key=mx.random.key(0))
+    cache = make()
+    read_keys, read_values = cache.update_and_fetch(keys, values)
+    mx.eval(cache.state, query)
+
+    def store() -> object:
+        fresh = make()
+        fresh.update_and_fetch(keys, values)
+        return fresh.state
+
+    def attend() -> object:
+        own = mx.array(query)  # mlx-lm's quantized attention scales the one that it is given in its place
+        return scaled_dot_product_attention(
+            own, read_keys, read_values, cache=cache, scale=keys.shape[-1] ** -0.5, mask=None
+        )
+
+    return median_seconds(store, REPEATS), median_seconds(attend, REPEATS)
 
 
-LONG = Shape()
-PRESETS = (("vecinfer", 1, 1), ("rvq", 2, 2), ("rabitq", 1, 4), ("turboquant", 2, 2), ("turboquant", 4, 4))
-
-
-def byte_ratios(shape: Shape = LONG) -> pl.DataFrame:
+def byte_ratios(kv_heads: int = 8, head_dim: int = 128, tokens: int = 8192) -> pl.DataFrame:
     """Fill real caches of one layer with random keys and values, and read their bytes: `RATIOS`.
 
-    Presets are a method, bits of keys and bits of values. Codebooks are counted; they are fitted to random vectors.
+    Codebooks are counted; they are fitted to random vectors. The caches are those of `PRESETS`.
     """
-    key = mx.random.key(0)
-    x = mx.random.normal((1, shape.kv_heads, shape.tokens, shape.head_dim), key=key).astype(mx.float16)
-    mx.eval(x)
+    x = mx.random.normal((1, kv_heads, tokens, head_dim), key=mx.random.key(0)).astype(mx.float16)
+    sample = Sample(x[:, :, :1024].astype(mx.float32))
     rows = []
     for name, key_bits, value_bits in PRESETS:
-        sides: tuple[tuple[Role, int], ...] = (("keys", key_bits), ("values", value_bits))
-        codecs = []
-        for role, width in sides:
-            codec = find_method(name).codec(shape.head_dim, width, role)
-            codecs.append(codec.fit(Sample(x[:, :, :1024].astype(mx.float32))))
-        cache = CompressedKVCache(codecs[0], codecs[1], sinks=0, window=0)
+        widths = dict(zip(ROLES, (key_bits, value_bits), strict=True))
+        codecs = {
+            tensor: find_method(name).codec(head_dim, bits, tensor).fit(sample) for tensor, bits in widths.items()
+        }
+        cache = CompressedKVCache(codecs["keys"], codecs["values"], sinks=0, window=0)
         cache.update_and_fetch(x, x)
         mx.eval(cache.state)
-        keys = cache.side_nbytes("keys") + codecs[0].shared_bytes
-        values = cache.side_nbytes("values") + codecs[1].shared_bytes
-        rows.append(
-            {
-                "name": f"{name} K{key_bits} V{value_bits}",
-                "tokens": shape.tokens,
-                "head_dim": shape.head_dim,
-                "key_ratio": x.nbytes / keys,
-                "value_ratio": x.nbytes / values,
-                "ratio": 2 * x.nbytes / (keys + values),
-            }
-        )
-    return pl.DataFrame(rows, schema=RATIOS)
+        keys, values = (cache.side_nbytes(tensor) + codec.shared_bytes for tensor, codec in codecs.items())
+        ratios = (x.nbytes / keys, x.nbytes / values, 2 * x.nbytes / (keys + values))
+        rows.append((f"{name} K{key_bits} V{value_bits}", tokens, head_dim, *ratios))
+    return pl.DataFrame(rows, schema=RATIOS, orient="row")

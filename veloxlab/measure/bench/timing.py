@@ -19,7 +19,6 @@ import mlx.core as mx
 from veloxlab import runtime
 from veloxlab.kernels.backend import gpu
 from veloxlab.kernels.checked import states
-from veloxlab.measure.compare import median_seconds
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -35,6 +34,11 @@ class Shape:
     query_heads: int
     kv_heads: int
     head_dim: int
+
+    @property
+    def scale(self) -> float:
+        """What attention multiplies q·k with."""
+        return float(self.head_dim**-0.5)
 
 
 class Microseconds(NamedTuple):
@@ -80,6 +84,19 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> Microseconds:
     return Microseconds(
         statistics.median(evaluating) * one, statistics.median(making) * one, median_seconds(calls[0], REPEATS) * 1e6
     )
+
+
+def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
+    """Median time of evaluating what ``work`` gives, on a device that has nothing else to do, after two first tries."""
+    seconds = []
+    for repeat in range(repeats + 2):
+        mx.synchronize()
+        start = time.perf_counter()
+        mx.eval(work())
+        mx.synchronize()
+        if repeat >= 2:
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
 
 
 def copies(bytes_each: int) -> int:
