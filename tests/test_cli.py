@@ -84,7 +84,7 @@ def test_words_after_two_dashes_go_to_jupyterlab(started):
 def test_root_is_allowed_with_a_note(started, monkeypatch, capsys):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert started()[1:] == ["--allow-root"]
-    assert capsys.readouterr().err == "Running as root, so JupyterLab is started with --allow-root.\n"
+    assert capsys.readouterr().err == "This process runs as root, so JupyterLab starts with --allow-root.\n"
     assert started("--", "--allow-root")[1:] == ["--allow-root"]
 
 
@@ -134,7 +134,7 @@ def test_checks_are_printed_as_json(capsys):
 def test_doctor_passes_nothing_on(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["doctor", "--", "--port=9999"])
-    assert "doctor passes nothing on, so leave out -- --port=9999" in capsys.readouterr().err
+    assert "doctor accepts no arguments after --: leave out -- --port=9999" in capsys.readouterr().err
 
 
 def test_unknown_command_lists_the_known_ones(capsys):

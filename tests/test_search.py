@@ -520,4 +520,4 @@ def test_the_command_prints_the_front_and_writes_all(file, tmp_path, capsys):
     assert written.frame.height == 4 * 2
     assert capsys.readouterr().out == front_table(written.front) + "\n"
     assert cli.main([*words, "--protected", "first"]) == 2
-    assert "--protected first names no layers" in capsys.readouterr().err
+    assert "--protected first is not a list of layers" in capsys.readouterr().err

@@ -1,6 +1,6 @@
-"""The command ``veloxlab``: alone it opens JupyterLab on the tour; ``veloxlab doctor`` checks the installation.
+"""The command ``veloxlab``: alone it opens JupyterLab at the tour; ``veloxlab doctor`` checks the installation.
 
-Nothing here imports MLX before a command wants it: the doctor has to run where it is broken.
+No module here imports MLX before a command needs it: the doctor must run where MLX is broken.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from veloxlab.errors import InputError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; give its exit status: 0 is success, 1 a failed check, 2 bad input."""
+    """Run the command line; return its exit status: 0 is success, 1 a failed check, 2 bad input."""
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
     parser = _parser()
@@ -24,9 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     behind = words[end + 1 :]
     options.passed_on = [*unknown, *behind]
     if unknown and options.passes_on != "unknown":
-        parser.error(f"unknown: {' '.join(unknown)}")
+        parser.error(f"unknown arguments: {' '.join(unknown)}")
     if behind and options.passes_on == "nothing":
-        parser.error(f"{options.command} passes nothing on, so leave out {' '.join(words[end:])}")
+        parser.error(f"{options.command} accepts no arguments after --: leave out {' '.join(words[end:])}")
     try:
         status: int = options.run(options)
     except InputError as error:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="veloxlab",
-        description="Without a command: open JupyterLab on the tour. What follows -- is passed on to JupyterLab.",
+        description="Without a command, open JupyterLab at the tour notebook. Arguments after -- go to JupyterLab.",
     )
     parser.add_argument("--version", action="version", version=f"veloxlab {version('veloxlab')}")
     parser.set_defaults(run=open_lab, passes_on="behind")

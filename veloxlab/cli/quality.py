@@ -1,4 +1,4 @@
-"""``compare``, ``sweep`` and ``search``: what caches lose for their bytes, measured on text and written to a folder."""
+"""``compare``, ``sweep`` and ``search``: measure the quality and the bytes of caches on text; write to a folder."""
 
 from __future__ import annotations
 
@@ -18,34 +18,36 @@ if TYPE_CHECKING:
 
 def add(commands: Commands) -> None:
     """Add the commands."""
-    comparing = commands.add_parser("compare", help="measure caches side by side on WikiText-2, and write the results")
+    comparing = commands.add_parser("compare", help="measure quality, memory and time of all caches on WikiText-2")
     add_model(comparing)
     add_text(comparing, tokens=512, windows=3)
     add_out(comparing)
     comparing.set_defaults(run=compare_caches, passes_on="nothing")
 
-    sweeping = commands.add_parser("sweep", help="uniform bits against RateQuant's, in equal bytes; write the results")
+    sweeping = commands.add_parser("sweep", help="compare uniform bits with RateQuant in equal bytes")
     add_model(sweeping)
-    sweeping.add_argument("--bits", type=float, nargs="+", help="code bits on average (default: 2 2.5 3 3.5 4)")
-    sweeping.add_argument("--by", nargs="+", help="sensitivities (default: gradient key_norm)")
+    sweeping.add_argument("--bits", type=float, nargs="+", help="average code bits (default: 2 2.5 3 3.5 4)")
+    sweeping.add_argument("--by", nargs="+", help="kinds of sensitivity (default: gradient key_norm)")
     add_text(sweeping, tokens=512, windows=8)
-    sweeping.add_argument("--sequences", type=int, default=8, help="for the sensitivities (default: %(default)s)")
+    sweeping.add_argument("--sequences", type=int, default=8, help="texts for sensitivities (default: %(default)s)")
     add_out(sweeping)
     sweeping.set_defaults(run=sweep_bits, passes_on="nothing")
 
-    searching = commands.add_parser("search", help="measure the Pareto front of bytes and divergence, and write it")
+    searching = commands.add_parser("search", help="search for the Pareto front of bytes and divergence")
     add_model(searching)
-    searching.add_argument("--methods", nargs="+", help="ids (default: those that need no calibration)")
-    searching.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4], help="of keys and values (default: 2 3 4)")
+    searching.add_argument("--methods", nargs="+", help="method ids (default: all methods without calibration)")
+    searching.add_argument(
+        "--bits", type=int, nargs="+", default=[2, 3, 4], help="bits of keys and values (default: 2 3 4)"
+    )
     searching.add_argument("--sinks", type=int, nargs="+", default=[0, 4], help="exact first tokens (default: 0 4)")
     searching.add_argument("--window", type=int, nargs="+", default=[0], help="exact newest tokens (default: 0)")
     searching.add_argument(
-        "--protected", nargs="+", default=["none", "0"], help="layers left exact, as 0,-1 (default: none 0)"
+        "--protected", nargs="+", default=["none", "0"], help="exact layers, such as 0,-1 (default: none 0)"
     )
-    searching.add_argument("--most-bytes", type=float, help="a token at most (default: any)")
-    searching.add_argument("--most-kl", type=float, help="nats at most (default: any)")
+    searching.add_argument("--most-bytes", type=float, help="maximum bytes per token (default: no limit)")
+    searching.add_argument("--most-kl", type=float, help="maximum KL divergence in nats (default: no limit)")
     add_text(searching, tokens=192, windows=8)
-    searching.add_argument("--workers", type=int, default=1, help="processes that measure (default: %(default)s)")
+    searching.add_argument("--workers", type=int, default=1, help="number of processes (default: %(default)s)")
     add_out(searching)
     searching.set_defaults(run=search_front, passes_on="nothing")
 
@@ -53,7 +55,7 @@ def add(commands: Commands) -> None:
 def compare_caches(options: argparse.Namespace) -> int:
     """Measure, print the tables, and write them as Parquet and Markdown beside a chart as PNG.
 
-    What is measured lies in an unfinished Parquet file until all is.
+    An unfinished Parquet file holds the rows until all are measured.
     """
     import veloxlab as vl
     from veloxlab.measure.compare import byte_ratios, compare
@@ -90,7 +92,7 @@ def compare_caches(options: argparse.Namespace) -> int:
 
 
 def sweep_bits(options: argparse.Namespace) -> int:
-    """Measure, print the table, and write it as Parquet and Markdown; a run that was stopped goes on."""
+    """Measure, print the table, and write it as Parquet and Markdown; a stopped run continues."""
     import veloxlab as vl
     from veloxlab.allocate.sweep import BITS, sweep, swept
 
@@ -129,7 +131,7 @@ def search_front(options: argparse.Namespace) -> int:
         protected = [() if word == "none" else tuple(map(int, word.split(","))) for word in options.protected]
     except ValueError:
         words = " ".join(options.protected)
-        raise InputError(f"--protected {words} names no layers: give numbers as 0 or 0,-1, or the word none.") from None
+        raise InputError(f"--protected {words} is not a list of layers: give numbers, as 0 or 0,-1, or none.") from None
     make_folder(options.out)
     with ExitStack() as stack:
         executor = None
@@ -158,6 +160,6 @@ def search_front(options: argparse.Namespace) -> int:
 
 
 def results_name(model: str) -> str:
-    """What a model's results are named after: a dot in its name begins no suffix but ``.gguf``."""
+    """Return the name of a model's result files: its name, without the suffix ``.gguf``."""
     path = Path(model)
     return path.stem if path.suffix.lower() == ".gguf" else path.name

@@ -1,4 +1,4 @@
-"""``bench`` and ``memory``: times on this device, and memory at its peak, beside exact and mlx-lm's own caches."""
+"""``bench`` and ``memory``: times and peak memory on this device, with exact and mlx-lm's own caches as baselines."""
 
 from __future__ import annotations
 
@@ -21,27 +21,29 @@ PARTS = ("attention", "methods", "encode", "decode", "read")
 
 def add(commands: Commands) -> None:
     """Add the commands."""
-    timing = commands.add_parser("bench", help="time attention, encoding and decoding here, against exact and mlx-lm's")
+    timing = commands.add_parser("bench", help="time attention, encoding and decoding on this device")
     add_json(timing)
-    timing.add_argument("--tokens", type=int, nargs="+", help="lengths of the context (default: 4096 32768 131072)")
+    timing.add_argument("--tokens", type=int, nargs="+", help="context lengths (default: 4096 32768 131072)")
     timing.add_argument(
-        "--only", nargs="+", choices=PARTS, help="measure these alone, and leave the rest of FILE as it is"
+        "--only", nargs="+", choices=PARTS, help="measure only these parts; keep the other parts of FILE"
     )
     timing.set_defaults(run=time_kernels, passes_on="nothing")
 
-    memory = commands.add_parser("memory", help="measure memory at its peak and a token's time, by length of text")
+    memory = commands.add_parser("memory", help="measure peak memory and time per token, by length of text")
     add_model(memory)
-    memory.add_argument("--random", action="store_true", help="random weights of its shape, where it is not installed")
-    memory.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="lengths")
+    memory.add_argument("--random", action="store_true", help="random weights in the model's shape")
+    memory.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 16384], help="text lengths")
     memory.add_argument("--layer-tokens", type=int, nargs="*", default=[], help="lengths for one layer of a 7B model")
-    memory.add_argument("--quantized", type=int, nargs="*", default=[4, 8], help="widths of mlx-lm's cache beside ours")
-    memory.add_argument("--quantized-upto", type=int, default=16384, metavar="TOKENS", help="which a CPU reads slowly")
+    memory.add_argument("--quantized", type=int, nargs="*", default=[4, 8], help="bits of mlx-lm's own quantized cache")
+    memory.add_argument(
+        "--quantized-upto", type=int, default=16384, metavar="TOKENS", help="maximum length for mlx-lm's cache"
+    )
     add_json(memory)
     memory.set_defaults(run=measure_lengths, passes_on="nothing")
 
 
 def time_kernels(options: argparse.Namespace) -> int:
-    """Time attention, encoding, decoding and reading, say so as they come, and write them as JSON, with the device."""
+    """Time attention, encoding, decoding and reading; write the times and the device as JSON."""
     from veloxlab.codecs import METHODS
     from veloxlab.measure import bench
     from veloxlab.measure.bench import attention
@@ -86,9 +88,9 @@ def bench_picture(results: dict[str, Any]) -> bytes:
 
 
 def measure_lengths(options: argparse.Namespace) -> int:
-    """Measure what each length costs, print the tables, and write them as JSON.
+    """Measure memory and time for each length, print the tables, and write them as JSON.
 
-    What is measured lies in an unfinished file until all is.
+    An unfinished file holds the rows until all are measured.
     """
     import veloxlab as vl
     from veloxlab.measure import bench, lengths

@@ -1,4 +1,4 @@
-"""``veloxlab`` alone opens JupyterLab on the tour; ``veloxlab doctor`` checks the installation."""
+"""``veloxlab`` alone opens JupyterLab at the tour; ``veloxlab doctor`` checks the installation."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ COPY_FOLDER = Path("veloxlab-notebooks")
 
 
 def open_lab(options: argparse.Namespace) -> int:
-    """Open JupyterLab on the tour notebook; this process becomes the server's."""
+    """Open JupyterLab at the tour notebook; the server replaces this process."""
     if find_spec("jupyterlab") is None:
         raise InputError("JupyterLab is not installed; run `uv pip install jupyterlab`.")
-    # an address and not the file's path: JupyterLab prints it too, for a browser on another machine
+    # JupyterLab also prints this address, for a browser on another machine
     start = f"--LabApp.default_url=/lab/tree/{TOUR}"
     arguments = [sys.executable, "-m", "jupyterlab", str(_notebooks()), start, *options.passed_on]
     if os.geteuid() == 0 and "--allow-root" not in arguments:
-        print("Running as root, so JupyterLab is started with --allow-root.", file=sys.stderr)
+        print("This process runs as root, so JupyterLab starts with --allow-root.", file=sys.stderr)
         arguments.append("--allow-root")
     os.execv(sys.executable, arguments)
 
 
 def _notebooks() -> Path:
-    """Give the folder of notebooks to work in: a clone's own, or a copy of an installed package's."""
+    """Return the folder of notebooks: that of the clone, or a copy of that of the installed package."""
     folder = shipped_folder("notebooks")
     if not is_installed(folder):
         return folder
@@ -57,7 +57,7 @@ def add(commands: Commands) -> None:
 
 
 def show_checks(options: argparse.Namespace) -> int:
-    """Print what the doctor found, as a table or as JSON; status 1 if a check failed."""
+    """Print the checks as a table or as JSON; return status 1 if a check failed."""
     from veloxlab.checkup import doctor
 
     checks = doctor()

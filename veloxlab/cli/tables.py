@@ -1,4 +1,4 @@
-"""Measurements as Markdown tables: what commands print, and the README shows."""
+"""Measurements as Markdown tables, for the commands and the README."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def front_table(frame: pl.DataFrame) -> str:
-    """Give the front of a search as a Markdown table."""
+    """Return the Pareto front of a search as a Markdown table."""
     lines = ["| cache | K / V bits | sinks | window | exact layers | bytes a token | KL (nats), 95 % | top-1 flips |"]
     lines.append("|---|---|---:|---:|---|---:|---:|---:|")
     for row in frame.iter_rows(named=True):
@@ -43,7 +43,7 @@ def compared_table(frame: pl.DataFrame) -> str:
 
 
 def left_out_lines(left_out: Mapping[str, str]) -> str:
-    """Say which caches have no row, or not all, and why: a line each, after an empty one; nothing if all have."""
+    """Return one line for each cache without some of its rows, with the reason; empty if no row is missing."""
     return "".join(f"\n\n{name} is left out: {reason}" for name, reason in left_out.items())
 
 
@@ -113,7 +113,7 @@ def swept_table(frame: pl.DataFrame) -> str:
         if row["kl_change"] is not None:
             change = f"{row['kl_change']:+.4f} ({row['kl_change_low']:+.4f} to {row['kl_change_high']:+.4f})"
         by = first if row["allocation"] == UNIFORM else row["allocation"]
-        predicted = f"{row['predicted_loss']:.3f}" if by in NATS else ""  # a proxy's own unit is no divergence
+        predicted = f"{row['predicted_loss']:.3f}" if by in NATS else ""  # the unit of a proxy is not nats
         numbers = [f"{row['kl_mean']:.4f}", change, predicted, f"{100 * row['top1_flips']:.1f} %"]
         numbers += [f"{row['perplexity']:.2f}", f"{row['key_bits']:.2f} / {row['value_bits']:.2f}"]
         numbers.append(f"{row['held_bytes'] / 1000:,.1f}")
