@@ -251,7 +251,7 @@ def test_what_it_cannot_do_is_said():
         METHOD.codec(65, 1, "keys")
     with pytest.raises(InputError, match="63 tokens"):
         METHOD.codec(DIM, 1, "values").fit(Sample(x[:, :, :63]))
-    with pytest.raises(InputError, match="calibrated on 2 KV heads and was given 1"):
+    with pytest.raises(InputError, match="fitted to 2 KV heads and was given 1"):
         fitted().encode(x[:, :1])
 
 

@@ -141,6 +141,15 @@ def test_every_methods_plan_is_its_caches_bytes(model, method, decoded, tmp_path
     assert before == fitted
 
 
+@pytest.mark.parametrize("method", ["turboquant", "qjl"])
+def test_outlier_channels_are_planned_before_they_are_found(model, method, tmp_path):
+    asked = {"bits": 2, **SOME_EXACT}
+    text = "".join(chr(32 + i * i % 90) for i in range(400))
+    calibration = vl.calibrate(model, Tokenizer(), method, text, bits=2, tokens=100, outliers=8, folder=tmp_path)
+    cache = read(model, vl.make_cache(model, method, calibration=calibration, **asked), decoded=0)
+    assert planned_parts(vl.plan_memory(model, method, context=TOKENS, outliers=8, **asked)) == parts_of(cache)
+
+
 FAMILIES_PLANNED = ["gemma3_text", "mistral", "falcon_h1", "lfm2", "deepseek_v3", "qwen3_next", "gemma4_text", "phi"]
 
 
@@ -285,7 +294,6 @@ def test_frames_have_their_columns_and_say_that_they_are_predictions(model):
         ({"model_type": "nothing"}, {}, "mlx-lm makes no model of this configuration .model_type 'nothing'"),
         ({}, {}, "mlx-lm makes no model of this configuration"),
         ("/nowhere/config.json", {}, "There is no file or folder /nowhere/config.json"),
-        (LLAMA, {"method": "qjl", "outliers": 4}, "calibrat"),
     ],
 )
 def test_bad_input_gets_a_sentence(given_as, settings, sentence):

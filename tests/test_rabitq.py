@@ -243,7 +243,7 @@ def test_keys_get_the_unbiased_scale_and_values_the_mse_scale():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: RaBitQ(64, 0), "out of range"),
+        (lambda: METHOD.codec(64, 0, "keys"), "out of range"),
         (lambda: RaBitQ(64, 4, scale="norm"), "Unknown scale 'norm'"),
         (lambda: RaBitQ(64, 4, encoder="slow"), "Unknown encoder 'slow'"),
         (lambda: RaBitQ(64, 4, rotation="kac"), "Unknown rotation 'kac'"),

@@ -14,7 +14,7 @@ from veloxlab.allocate.ratequant import kept_rate_budget
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.base import Code, TiledCodec, check_vectors
 from veloxlab.codecs.method import Method
-from veloxlab.codecs.parts.packing import pack, unpack, words_per_row
+from veloxlab.codecs.parts.packing import Row, pack, packed, unpack
 from veloxlab.codecs.saving import class_name, find_class
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
@@ -31,8 +31,8 @@ class Absmax(TiledCodec):
     bits: int
 
     @property
-    def bits_per_value(self):
-        return (32 * words_per_row(self.head_dim, self.bits) + 16) / self.head_dim
+    def layout(self):
+        return {"codes": packed(self.head_dim, self.bits), "step": Row(mx.float16, 1)}
 
     @property
     def shared_bytes(self):

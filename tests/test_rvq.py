@@ -107,7 +107,6 @@ def test_keys_at_one_bit_twice_take_7_5_times_less_than_in_16_bits():
     ("make", "sentence"),
     [
         (lambda: METHOD.codec(DIM, 3, "keys"), "takes 2, 4, 6 or 8 bits"),
-        (lambda: Rvq(DIM, 3), "cannot be halved"),
         (lambda: Rvq(DIM, 2, variant="fine"), "Unknown variant 'fine'"),
         (lambda: Rvq(DIM, 2, residual="normal"), "Unknown residual 'normal'"),
         (lambda: Rvq(DIM, 2, codebook="uniform"), "Unknown codebook 'uniform'"),

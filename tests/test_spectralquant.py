@@ -183,7 +183,7 @@ def test_tables_that_kernels_take_are_counted_once_they_are_made():
 
 
 def test_what_it_cannot_learn_from_is_refused_with_what_is_needed():
-    with pytest.raises(InputError, match="calibrate it first"):
+    with pytest.raises(InputError, match="has to see activations"):
         SpectralQuant(DIM, 2).encode(correlated(0, 4))
     with pytest.raises(InputError, match="cannot learn 64 coordinates from 63 tokens"):
         SpectralQuant(DIM, 2).fit(Sample(correlated(0, 63)))
@@ -191,7 +191,7 @@ def test_what_it_cannot_learn_from_is_refused_with_what_is_needed():
         SpectralQuant(DIM, 2).fit(Sample(mx.ones((1, 1, 100, DIM))))
     with pytest.raises(InputError, match="needs the model's queries"):
         SpectralQuant(DIM, 2, basis="query").fit(Sample(correlated(0, 100)))
-    with pytest.raises(InputError, match="calibrated on 2 KV heads and was given 1"):
+    with pytest.raises(InputError, match="fitted to 2 KV heads and was given 1"):
         SpectralQuant(DIM, 2).fit(Sample(correlated(0, 100))).encode(correlated(0, 4)[:, :1])
 
 

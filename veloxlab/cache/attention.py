@@ -94,7 +94,7 @@ class History(Handle):
     def _heads_together(self, bytes_each: int) -> tuple[int, int]:
         """KV heads, and how many of them are expanded at once; one and one where they cannot be told apart."""
         codecs = [codec for s in self.segments for codec in (s.key_codec, s.value_codec)]
-        if not all(isinstance(c, Exact) or (isinstance(c, TiledCodec) and c.heads_alike) for c in codecs):
+        if not all(codec.heads_alike for codec in codecs):
             return 1, 1
         batch, kv_heads = next(iter(self.segments[-1].keys.arrays.values())).shape[:2]
         head_bytes = batch * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * bytes_each

@@ -121,7 +121,7 @@ def _check_codecs(found: CompressedKVCache, asked: CompressedKVCache) -> None:
                 f"This prompt cache holds {described(theirs)} in layer {found.layer}, and {described(ours)} was "
                 "asked for: ask for what it holds, or make it again."
             )
-        if not (getattr(ours, "online", False) or same_codec(theirs, ours)):
+        if not (ours.online or same_codec(theirs, ours)):
             raise InputError(
                 f"This prompt cache was made with another calibration of {method_of(ours)}, or other options, than "
                 f"was asked for (layer {found.layer} differs): ask for those, or make the cache again."

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import mlx.core as mx
 
+from veloxlab.codecs.parts.packing import Layout, Row
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.parts.transforms import Rotation, RotationName, SignedHadamard, make_rotation
 from veloxlab.errors import InputError
@@ -55,6 +56,34 @@ class Code:
         return Code({name: a[:, :, span] for name, a in self.arrays.items()}, self.start + (span.start or 0))
 
 
+SCALE = Row(mx.float16, 1)  # what `store_scale` keeps of a vector
+
+
+def empty_code(codec: Codec, batch: int = 1, kv_heads: int = 1, dtype: mx.Dtype = mx.float16) -> Code:
+    """The code of no tokens that ``codec`` makes of vectors of type ``dtype``, by its layout."""
+    return Code(
+        {
+            name: mx.zeros((batch, 1 if row.joint else kv_heads, 0, row.count), row.dtype or dtype)
+            for name, row in codec.layout.items()
+        }
+    )
+
+
+def token_bytes(codec: Codec, kv_heads: int, exact_bytes: int = 2) -> tuple[int, int]:
+    """Bytes of codes, and of scales and norms, that ``codec`` stores of one token's ``kv_heads`` vectors.
+
+    ``exact_bytes`` are those of a number that is not compressed; they count as codes.
+    """
+    codes = scales = 0
+    for row in codec.layout.values():
+        size = row.nbytes(exact_bytes) * (1 if row.joint else kv_heads)
+        if row.dtype is not None and mx.issubdtype(row.dtype, mx.floating):
+            scales += size
+        else:
+            codes += size
+    return codes, scales
+
+
 @dataclass(frozen=True)
 class Sample:
     """What calibration saw of one layer, for `Codec.fit`.
@@ -73,37 +102,66 @@ class Sample:
     seed: int = 0
 
 
-class Codec(Protocol):
+class Codec(ABC):
     """What the cache and attention need to know of an algorithm. Shapes: x ``[B, H, S, D]``, q ``[B, Hq, L, D]``.
 
-    A codec that has to be fitted holds what it learned in fields that are arrays, with one entry per KV head where the
-    algorithm says so; all other fields are plain numbers and words. That lets `veloxlab.cache.calibration` save it.
+    A codec is a frozen dataclass. One that has to be fitted holds what it learned in fields that are arrays, with one
+    entry per KV head where the algorithm says so; all other fields are plain numbers and words, so that
+    `veloxlab.codecs.saving` can write them.
+
+    Attributes
+    ----------
+    head_dim : D, the length of the vectors.
+    heads_alike : whether it codes every KV head alike, so that some can be read without others.
+    plan : code bits of each coordinate ``[D]``, where they differ; else empty.
     """
 
+    head_dim: int
+    heads_alike: ClassVar[bool] = False
+    plan: tuple[int, ...] = ()
+
     @property
-    def head_dim(self) -> int:
-        """D, the length of the vectors."""
+    @abstractmethod
+    def layout(self) -> Layout:
+        """The arrays of a code by name: type, and numbers or words a vector."""
 
     @property
     def bits_per_value(self) -> float:
         """True stored bits per coordinate: codes, scales, norms and padding."""
+        return 8 * sum(row.nbytes() for row in self.layout.values()) / self.head_dim
 
     @property
+    @abstractmethod
     def shared_bytes(self) -> int:
         """Bytes of constant tables, held once per process for all layers that use an equal codec."""
 
+    @property
+    def online(self) -> bool:
+        """Whether a cache is to `fit` this codec to the first tokens that it packs."""
+        return False
+
+    def blank(self, kv_heads: int) -> Self:
+        """A codec as large as this one fitted to ``kv_heads`` heads, zeros in place of what is learned."""
+        return self
+
     def fit(self, sample: Sample) -> Self:
         """Learn from what calibration saw; an algorithm that needs no calibration returns itself."""
+        check_vectors(sample.x, self.head_dim)
+        return self
 
+    @abstractmethod
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]`` of any float dtype, whose first token is at position ``start``."""
 
+    @abstractmethod
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
         """Reconstruct ``[B, H, S, D]`` in ``dtype``: float32 if None is given, but by `none` what came."""
 
+    @abstractmethod
     def scores(self, q: mx.array, code: Code) -> mx.array:
         """``q · decode(code)ᵀ`` ``[B, Hq, L, S]``, float32, from the codes; query heads share KV heads in order."""
 
+    @abstractmethod
     def mix(self, p: mx.array, code: Code) -> mx.array:
         """``p · decode(code)`` ``[B, Hq, L, D]``, float32, for weights ``p`` ``[B, Hq, L, S]``, read from the codes."""
 
@@ -131,40 +189,45 @@ def check_sample(x: mx.array, what: str) -> None:
         )
 
 
+def check_heads(fitted: int, given: int) -> None:
+    """Raise `InputError` unless a codec fitted to ``fitted`` KV heads was given as many."""
+    if fitted != given:
+        raise InputError(
+            f"This codec was fitted to {fitted} KV heads and was given {given}: calibrate it on the model, and use it "
+            "in the layer, that it was fitted to."
+        )
+
+
+def not_fitted(method: str, options: str = "") -> InputError:
+    """The error of a codec of ``method``, by its name, that saw nothing; ``options`` are of `veloxlab.calibrate`."""
+    return InputError(
+        f"{method} has to see activations before it can encode: make calibration = "
+        f"vl.calibrate(model, tokenizer, {method.lower()!r}{options}), or call codec.fit(sample)."
+    )
+
+
+def unbiased_keys(role: str, options: Mapping[str, object]) -> dict[str, Any]:
+    """``options``, with the unbiased scale for keys and the MSE scale for values, unless they say otherwise."""
+    return {"scale": "unbiased" if role == "keys" else "mse", **options}
+
+
 def per_kv_head(x: mx.array, kv_heads: int) -> mx.array:
     """``[B, Hq, L, D]`` to ``[B, H, Hq/H · L, D]``: the queries that read one KV head, together."""
     batch, heads, length, dim = x.shape
     return x.reshape(batch, kv_heads, heads // kv_heads * length, dim)
 
 
-class TiledCodec(ABC):
+class TiledCodec(Codec):
     """Attention over codes, a tile of tokens at a time, for every codec that says how a tile expands.
 
     Vectors are coded in a space of the codec's own. There ``decode = from_codes(scale · expand)``, and the query is
     brought into that space once (`query_to_codes`), the mix of values out of it once.
     """
 
-    head_dim: int
-    heads_alike: ClassVar[bool] = False  # whether it codes every KV head alike, so that some can be read without others
-
-    @property
-    @abstractmethod
-    def bits_per_value(self) -> float:
-        """True stored bits per coordinate; see `Codec.bits_per_value`."""
-
-    @property
-    @abstractmethod
-    def shared_bytes(self) -> int:
-        """Bytes of constant tables; see `Codec.shared_bytes`."""
-
     @property
     def code_dim(self) -> int:
         """Dimension of the space of the codes: ``head_dim``, unless a subclass codes in another."""
         return self.head_dim
-
-    @abstractmethod
-    def encode(self, x: mx.array, start: int = 0) -> Code:
-        """See `Codec.encode`."""
 
     @abstractmethod
     def expand(self, code: Code) -> mx.array:
@@ -192,11 +255,6 @@ class TiledCodec(ABC):
     def reader(self, code: Code) -> Reader | None:
         """How a GPU kernel reads the code, in its own space: None, which is not at all, unless a subclass says how."""
         return None
-
-    def fit(self, sample: Sample) -> Self:
-        """Nothing to learn, unless a subclass says so."""
-        check_vectors(sample.x, self.head_dim)
-        return self
 
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
         """Reconstruct ``[B, H, S, D]``; see `Codec.decode`."""
@@ -228,15 +286,36 @@ class TiledCodec(ABC):
         return self.from_codes(total).reshape(batch, heads, length, self.head_dim)
 
 
-class RotatedCodec(TiledCodec):
-    """Rotate, quantize, scale: ``decode = rotate⁻¹(scale · levels)``.
-
-    A subclass says how a rotated vector of root-mean-square 1 is quantized and what levels its codes stand for.
-    """
+class RotatedSpace(TiledCodec):
+    """A codec whose space of codes is a random rotation of the vectors: the same for all KV heads."""
 
     rotation: RotationName
     seed: int
     heads_alike: ClassVar[bool] = True
+
+    @property
+    def _rotation(self) -> Rotation:
+        return make_rotation(self.rotation, self.head_dim, self.seed)
+
+    @property
+    def _space(self) -> Spread | None:
+        """The space of the codes, if kernels know it."""
+        return Spread(self._rotation.signs) if isinstance(self._rotation, SignedHadamard) else None
+
+    def from_codes(self, y: mx.array) -> mx.array:
+        """Rotate back."""
+        return self._rotation.inverse(y)
+
+    def query_to_codes(self, q: mx.array) -> mx.array:
+        """Rotate."""
+        return self._rotation.forward(q)
+
+
+class RotatedCodec(RotatedSpace):
+    """Rotate, quantize, scale: ``decode = rotate⁻¹(scale · levels)``.
+
+    A subclass says how a rotated vector of root-mean-square 1 is quantized and what levels its codes stand for.
+    """
 
     @abstractmethod
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
@@ -247,14 +326,6 @@ class RotatedCodec(TiledCodec):
     @abstractmethod
     def levels(self, arrays: dict[str, mx.array]) -> mx.array:
         """Rotated vectors ``[B, H, S, D]`` before scaling, float32."""
-
-    @property
-    def _rotation(self) -> Rotation:
-        return make_rotation(self.rotation, self.head_dim, self.seed)
-
-    @property
-    def _space(self) -> Spread | None:
-        return space_of(self._rotation)
 
     def _encoder(self) -> SpreadEncoder | None:
         """The kernel that does what `quantize` says, or None where there is none."""
@@ -299,32 +370,10 @@ class RotatedCodec(TiledCodec):
         """The stored scale; see `TiledCodec.scales`."""
         return load_scale(code.arrays["root_scale"])
 
-    def from_codes(self, y: mx.array) -> mx.array:
-        """Rotate back."""
-        return self._rotation.inverse(y)
-
-    def query_to_codes(self, q: mx.array) -> mx.array:
-        """Rotate."""
-        return self._rotation.forward(q)
-
-
-def space_of(rotation: Rotation) -> Spread | None:
-    """The space of codes that a rotation leads to, if kernels know it."""
-    return Spread(rotation.signs) if isinstance(rotation, SignedHadamard) else None
-
 
 def fitted_online(codec: Codec, x: mx.array) -> Codec:
-    """The codec, or, if it is ``online``, one fitted to ``x`` ``[B, H, S, D]``, the first it is to pack."""
-    return codec.fit(Sample(x.astype(mx.float32))) if getattr(codec, "online", False) else codec
-
-
-def blank_codec(codec: Codec, kv_heads: int) -> Codec:
-    """A codec of the layout of ``codec`` once it is fitted to ``kv_heads`` heads, for predictions of bytes.
-
-    One that has to be fitted may say by a method ``blank(kv_heads)`` what it will hold; any other is given back.
-    """
-    blank = getattr(codec, "blank", None)
-    return codec if blank is None else blank(kv_heads)
+    """The codec, or, if it is `Codec.online`, one fitted to ``x`` ``[B, H, S, D]``, the first that it is to pack."""
+    return codec.fit(Sample(x.astype(mx.float32))) if codec.online else codec
 
 
 def kv_heads_of(code: Code) -> int:

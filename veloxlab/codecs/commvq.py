@@ -36,10 +36,20 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
+from veloxlab.codecs.base import (
+    SCALE,
+    Code,
+    Sample,
+    TiledCodec,
+    check_heads,
+    check_vectors,
+    load_scale,
+    not_fitted,
+    store_scale,
+)
 from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, pair_order, pairs, train_tables
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.packing import pack, unpack
+from veloxlab.codecs.parts.packing import Layout, Row, pack, unpack
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.parts.scalar import ScaleName, check_scale, scale_factor
 from veloxlab.errors import InputError
@@ -85,13 +95,9 @@ class CommVQ(TiledCodec):
             object.__setattr__(self, "stages", max(1, round(self.bits * self.head_dim / (2 * _INDEX))))
 
     @property
-    def _bytes(self) -> int:
-        return -(-2 * _INDEX * self.stages // 8)
-
-    @property
-    def bits_per_value(self) -> float:
-        """12·R bits to whole bytes, and the scale."""
-        return (8 * self._bytes + 16) / self.head_dim
+    def layout(self) -> Layout:
+        """12·R bits to whole bytes, and a scale."""
+        return {"codes": Row(mx.uint8, -(-2 * _INDEX * self.stages // 8)), "root_scale": SCALE}
 
     @property
     def shared_bytes(self) -> int:
@@ -132,7 +138,7 @@ class CommVQ(TiledCodec):
         return replace(self, tables=held, rope=rope)
 
     def blank(self, kv_heads: int) -> Self:
-        """Zeros in the place of the tables, and no rotary embedding; see `blank_codec`."""
+        """Zeros in the place of the tables, and no rotary embedding; see `Codec.blank`."""
         return replace(self, tables=mx.zeros((kv_heads, self.stages, ENTRIES, self.head_dim), mx.float16))
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
@@ -143,7 +149,7 @@ class CommVQ(TiledCodec):
             nothing = x.shape[:3]
             return Code(
                 {
-                    "codes": mx.zeros((*nothing, self._bytes), mx.uint8),
+                    "codes": mx.zeros((*nothing, self.layout["codes"].count), mx.uint8),
                     "root_scale": mx.zeros((*nothing, 1), mx.float16),
                 },
                 start,
@@ -156,7 +162,7 @@ class CommVQ(TiledCodec):
                 (piece,) = mx.depends([piece], [parts[-1][0]])
             y, rms = _normalized(_unrotated(piece.astype(mx.float32), self.rope, start + at))
             codes, coded = _encode_stages(y, both)
-            packed = pack(codes, _INDEX).view(mx.uint8)[..., : self._bytes]
+            packed = pack(codes, _INDEX).view(mx.uint8)[..., : self.layout["codes"].count]
             factor = mx.clip(scale_factor(self.scale, y, coded), 0.0, _MOST_FACTOR)
             parts.append([packed, store_scale(rms * factor)])
         codes, root = (mx.concatenate([part[i] for part in parts], axis=2) for i in (0, 1))
@@ -231,15 +237,8 @@ class CommVQ(TiledCodec):
 
     def _checked_tables(self, kv_heads: int) -> mx.array:
         if self.tables is None:
-            raise InputError(
-                "CommVQ has to see activations before it can encode: calibrate it first, "
-                "with vl.calibrate or codec.fit."
-            )
-        if kv_heads != self.tables.shape[0]:
-            raise InputError(
-                f"This codec was calibrated on {self.tables.shape[0]} KV heads and was given {kv_heads}: "
-                "use the codec of that layer."
-            )
+            raise not_fitted("CommVQ", f", bits={self.bits}")
+        check_heads(self.tables.shape[0], kv_heads)
         return self.tables
 
 

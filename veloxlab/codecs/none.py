@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Self
+from typing import ClassVar
 
 import mlx.core as mx
 
-from veloxlab.codecs.base import Code, Sample, check_vectors, per_kv_head
+from veloxlab.codecs.base import Code, Codec, check_vectors, per_kv_head
 from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.parts.packing import Layout, Row
 
 
 @dataclass(frozen=True)
-class Exact:
+class Exact(Codec):
     """Vectors of ``head_dim`` coordinates, not compressed. ``bits`` is 16 or 32 and only says what a value weighs."""
 
+    heads_alike: ClassVar[bool] = True
     head_dim: int
     bits: int = 16
+
+    @property
+    def layout(self) -> Layout:
+        """The vectors as they came."""
+        return {"values": Row(None, self.head_dim)}
 
     @property
     def bits_per_value(self) -> float:
@@ -27,11 +34,6 @@ class Exact:
     def shared_bytes(self) -> int:
         """No tables."""
         return 0
-
-    def fit(self, sample: Sample) -> Self:
-        """Nothing to learn."""
-        check_vectors(sample.x, self.head_dim)
-        return self
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Keep ``x`` ``[B, H, S, D]``."""

@@ -36,17 +36,27 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import many, whole
-from veloxlab.codecs.base import Code, Sample, TiledCodec, check_vectors, load_scale, space_of, store_scale
+from veloxlab.codecs.base import (
+    Code,
+    RotatedSpace,
+    Sample,
+    check_vectors,
+    load_scale,
+    not_fitted,
+    store_scale,
+    unbiased_keys,
+)
 from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.parts.packing import Layout, Row
 from veloxlab.codecs.parts.polar import PolarTree, angle_codebook, fitted_angles, halvings
 from veloxlab.codecs.parts.scalar import ScaleName, check_scale
-from veloxlab.codecs.parts.transforms import Rotation, RotationName, make_rotation
+from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers.polar import MOST_LEVELS, MOST_ROWS, PolarReader
 
@@ -58,7 +68,7 @@ _MOST_VECTORS = 1 << 13  # that codebooks are fitted to: of more, only every nth
 
 
 @dataclass(frozen=True)
-class PolarQuant(TiledCodec):
+class PolarQuant(RotatedSpace):
     """PolarQuant (arXiv 2502.02617, Algorithm 1).
 
     Parameters
@@ -73,7 +83,6 @@ class PolarQuant(TiledCodec):
     centroids : angles that `fit` learned, level after level from the second on; empty before.
     """
 
-    heads_alike: ClassVar[bool] = True
     head_dim: int
     levels: tuple[int, ...] = (4, 2, 2, 2)
     scale: ScaleName = "unbiased"
@@ -94,13 +103,9 @@ class PolarQuant(TiledCodec):
         return PolarTree(self.head_dim, self.levels, self.centroids)
 
     @property
-    def _rotation(self) -> Rotation:
-        return make_rotation(self.rotation, self.head_dim, self.seed)
-
-    @property
-    def bits_per_value(self) -> float:
-        """Codes in whole bytes, and 16 bits for each radius."""
-        return (self.tree.code_bits + 16 * self.head_dim // self.tree.block) / self.head_dim
+    def layout(self) -> Layout:
+        """Codes of each width in whole bytes, and a radius for each block."""
+        return self.tree.layout | {"root_rms": Row(mx.float16, self.head_dim // self.tree.block)}
 
     @property
     def shared_bytes(self) -> int:
@@ -149,10 +154,7 @@ class PolarQuant(TiledCodec):
         """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         if self.codebook == "fitted" and not self._is_fitted:
-            raise InputError(
-                "PolarQuant with fitted codebooks has to see activations before it can encode: fit it with "
-                "vl.calibrate(model, tokenizer, 'polarquant', codebook='fitted'), or take codebook='offline'."
-            )
+            raise not_fitted("PolarQuant", ", codebook='fitted'")
         y = self._rotation.forward(x.astype(mx.float32))
         angles, radius = self.tree.angles(y)
         codes = self.tree.assign(angles)
@@ -178,17 +180,7 @@ class PolarQuant(TiledCodec):
             return None
         other = arrays[rows[1]] if len(rows) > 1 else None
         layout = self.levels, self.tree.circles
-        return PolarReader(
-            self.head_dim, arrays[rows[0]], None, space_of(self._rotation), other, arrays["root_rms"], *layout
-        )
-
-    def from_codes(self, y: mx.array) -> mx.array:
-        """Rotate back."""
-        return self._rotation.inverse(y)
-
-    def query_to_codes(self, q: mx.array) -> mx.array:
-        """Rotate."""
-        return self._rotation.forward(q)
+        return PolarReader(self.head_dim, arrays[rows[0]], None, self._space, other, arrays["root_rms"], *layout)
 
 
 def preset(head_dim: int, bits: int, recursion: Recursion) -> tuple[int, ...]:
@@ -213,8 +205,7 @@ def build(
 ) -> PolarQuant:
     """PolarQuant for keys (unbiased scale) or values (MSE scale), with the preset's ``levels`` or the given ones."""
     widths = preset(head_dim, bits, recursion) if levels is None else many(whole(1))("levels", levels)
-    defaults: dict[str, object] = {"scale": "unbiased" if role == "keys" else "mse"}
-    return PolarQuant(head_dim, widths, **(defaults | options))  # type: ignore[arg-type]
+    return PolarQuant(head_dim, widths, **unbiased_keys(role, options))
 
 
 METHOD = Method(

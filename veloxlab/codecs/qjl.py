@@ -33,19 +33,19 @@ more bits buy little: the error falls as 1/b, where a scalar quantizer's falls a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Self
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, Sample, TiledCodec, check_sample, check_vectors, load_scale, store_scale
+from veloxlab.codecs.base import SCALE, Code, TiledCodec, check_vectors, load_scale, store_scale
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.codebooks import check_bits
 from veloxlab.codecs.parts.groups import GroupLevels, GroupQuantizer
+from veloxlab.codecs.parts.outliers import SplitCodec
+from veloxlab.codecs.parts.packing import Layout, packed
 from veloxlab.codecs.parts.sketch import SignSketch, SketchName, pack_signs
-from veloxlab.errors import InputError
 from veloxlab.kernels.checked import encoded
 from veloxlab.kernels.readers import GroupsReader, TableReader
 from veloxlab.kernels.signs import SignEncoder
@@ -61,7 +61,7 @@ class QJL(TiledCodec):
     Parameters
     ----------
     head_dim : D, 2 or more.
-    bits : rows of the sketch as a multiple of D, 1 to 8.
+    bits : rows of the sketch as a multiple of D.
     sketch : ``"orthogonal"`` or ``"gaussian"``.
     seed : of the sketch.
     """
@@ -72,7 +72,6 @@ class QJL(TiledCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
         _ = self._sketch
 
     @property
@@ -85,9 +84,9 @@ class QJL(TiledCodec):
         return self._sketch.rows
 
     @property
-    def bits_per_value(self) -> float:
-        """b + 16/D, and the padding of a row to whole words."""
-        return (32 * self._sketch.words + 16) / self.head_dim
+    def layout(self) -> Layout:
+        """b·D signs, and a norm."""
+        return {"signs": packed(self.code_dim, 1), "root_rms": SCALE}
 
     @property
     def shared_bytes(self) -> int:
@@ -124,7 +123,7 @@ class QJL(TiledCodec):
 
 
 @dataclass(frozen=True, eq=False)
-class OutlierQJL(QJL):
+class OutlierQJL(SplitCodec):
     """QJL's keys with ``outliers`` channels of each KV head in a sketch of their own.
 
     A few channels of keys are often much larger than the rest; they would drown it in a common sketch, whose error is
@@ -132,107 +131,30 @@ class OutlierQJL(QJL):
 
     Parameters
     ----------
-    outliers : channels that are kept apart, 1 to D/2.
-    channels : which, ``[H, outliers]`` uint32, or None before `fit`.
-    others : as for `QJL`.
+    head_dim, bits, sketch, seed : as for `QJL`.
+    outliers : channels that are kept apart, 1 to D/2. Their sketch has D rows, or as many as whole blocks allow.
+    channels : which; see `SplitCodec`.
     """
 
+    method: ClassVar[str] = "QJL"
+    head_dim: int
+    bits: int
+    sketch: SketchName = "orthogonal"
+    seed: int = 0
     outliers: int = 4
-    channels: mx.array | None = None
-
-    __eq__, __hash__ = object.__eq__, object.__hash__  # what is fitted is compared by identity
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        whole = isinstance(self.outliers, int) and not isinstance(self.outliers, bool)
-        if not whole or not 1 <= self.outliers <= self.head_dim // 2:
-            raise InputError(
-                f"outliers={self.outliers!r} of {self.head_dim} channels cannot be kept apart: "
-                f"choose a whole number from 1 to {self.head_dim // 2}."
-            )
+    channels: tuple[int, ...] = ()
 
     @property
-    def _outlier_sketch(self) -> SignSketch:
-        rows = self.head_dim // self.outliers * self.outliers  # whole orthogonal blocks
-        return SignSketch(self.outliers, rows, self.sketch, self.seed + _OUTLIER_SEED)
+    def most_apart(self) -> int:
+        """Half of the channels."""
+        return self.head_dim // 2
 
-    @property
-    def code_dim(self) -> int:
-        """Rows of both sketches."""
-        return self._sketch.rows + self._outlier_sketch.rows
-
-    @property
-    def bits_per_value(self) -> float:
-        """About b + 1 + 32/D, and the padding of rows to whole words."""
-        return super().bits_per_value + (32 * self._outlier_sketch.words + 16) / self.head_dim
-
-    @property
-    def shared_bytes(self) -> int:
-        """Both sketches and the channels."""
-        channels = 0 if self.channels is None else self.channels.nbytes
-        return super().shared_bytes + self._outlier_sketch.nbytes + channels
-
-    def fit(self, sample: Sample) -> Self:
-        """Find the channels of largest energy of each KV head.
-
-        Raises `InputError` below 16 tokens, or if they are all the same.
-        """
-        check_vectors(sample.x, self.head_dim)
-        check_sample(sample.x, "Outlier channels take")
-        energy = mx.square(sample.x.astype(mx.float32)).sum(axis=(0, 2))
-        channels = mx.sort(mx.argsort(-energy, axis=-1)[:, : self.outliers], axis=-1)
-        mx.eval(channels)
-        return replace(self, channels=channels)
-
-    def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Signs and norms of the outliers and of the rest; see `Codec.encode`."""
-        check_vectors(x, self.head_dim)
-        pick = self._pick(x.shape[1])
-        x = x.astype(mx.float32)
-        outliers = x @ pick.swapaxes(-1, -2)
-        own = _signs_and_size(self._outlier_sketch, outliers)
-        arrays = super().encode(x - outliers @ pick).arrays
-        return Code(arrays | {f"outlier_{name}": array for name, array in own.items()}, start)
-
-    def expand(self, code: Code) -> mx.array:
-        """Signs of both sketches, each with its own scale ``[B, H, S, m + m']``."""
-        outliers = self._outlier_sketch.expand(code.arrays["outlier_signs"])
-        scale = _load_norm(code.arrays["outlier_root_rms"], self.outliers) * self._outlier_sketch.unbiased_scale
-        return mx.concatenate([super().expand(code) * super().scales(code), outliers * scale], axis=-1)
-
-    def scales(self, code: Code) -> None:  # type: ignore[override]
-        """None: `expand` has scaled."""
-        return
-
-    def reader(self, code: Code) -> TableReader | None:
-        """None: two sketches are not one row of codes."""
-        return None
-
-    def from_codes(self, y: mx.array) -> mx.array:
-        """Back from both sketches, each to its own channels."""
-        pick, rows = self._pick(y.shape[1]), self._sketch.rows
-        rest = super().from_codes(y[..., :rows])
-        return _without(rest, pick) + y[..., rows:] @ self._outlier_sketch.matrix @ pick
-
-    def query_to_codes(self, q: mx.array) -> mx.array:
-        """Sketch the outlier channels of the query and the rest of it."""
-        pick = self._pick(q.shape[1])
-        outliers = q @ pick.swapaxes(-1, -2) @ self._outlier_sketch.matrix.T
-        return mx.concatenate([super().query_to_codes(_without(q, pick)), outliers], axis=-1)
-
-    def _pick(self, heads: int) -> mx.array:
-        """``[H, outliers, D]``, a 1 where an outlier channel is."""
-        if self.channels is None:
-            raise InputError(
-                "QJL with outliers has to see keys before it can encode: make calibration = "
-                f"vl.calibrate(model, tokenizer, 'qjl', bits={self.bits}, outliers={self.outliers})."
-            )
-        if heads != self.channels.shape[0]:
-            raise InputError(
-                f"This codec was fitted to {self.channels.shape[0]} KV heads and was given {heads}: "
-                "calibrate it on the model that it is used with."
-            )
-        return (self.channels[..., None] == mx.arange(self.head_dim)).astype(mx.float32)
+    @cached_property
+    def parts(self) -> tuple[QJL, QJL]:
+        """Of the outliers, and of the whole vector without them."""
+        rows = self.head_dim // self.outliers
+        apart = QJL(self.outliers, rows, self.sketch, self.seed + _OUTLIER_SEED)
+        return apart, QJL(self.head_dim, self.bits, self.sketch, self.seed)
 
 
 @dataclass(frozen=True)
@@ -260,9 +182,9 @@ class GroupedValues(TiledCodec):
         return GroupQuantizer(self.head_dim, self.bits, self.group, self.levels)
 
     @property
-    def bits_per_value(self) -> float:
-        """b + 32/group, and the padding of a row to whole words."""
-        return self._quantizer.nbits / self.head_dim
+    def layout(self) -> Layout:
+        """b bits a coordinate, and two numbers a group."""
+        return self._quantizer.layout
 
     @property
     def shared_bytes(self) -> int:
@@ -311,12 +233,7 @@ def _load_norm(root: mx.array, dim: int) -> mx.array:
     return load_scale(root) * math.sqrt(dim)
 
 
-def _without(x: mx.array, pick: mx.array) -> mx.array:
-    """``x`` ``[B, H, S, D]`` with 0 in the channels that ``pick`` ``[H, outliers, D]`` picks."""
-    return x * (1 - pick.sum(axis=-2, keepdims=True))
-
-
-def build(head_dim: int, bits: int, role: Role, **options: object) -> QJL | GroupedValues:
+def build(head_dim: int, bits: int, role: Role, **options: object) -> QJL | OutlierQJL | GroupedValues:
     """Sketched keys, with ``outliers`` if asked for, or grouped values. Each role takes its own options."""
     own = ("levels", "group") if role == "values" else ("sketch", "seed", "outliers")
     options = {name: value for name, value in options.items() if name in own}

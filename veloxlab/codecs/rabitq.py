@@ -43,10 +43,19 @@ from typing import ClassVar, Literal, Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, RotatedCodec, Sample, check_sample, check_vectors, load_scale
+from veloxlab.codecs.base import (
+    SCALE,
+    Code,
+    RotatedCodec,
+    Sample,
+    check_heads,
+    check_sample,
+    check_vectors,
+    load_scale,
+    unbiased_keys,
+)
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.codebooks import check_bits
-from veloxlab.codecs.parts.packing import pack, spread, words_per_row
+from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, spread
 from veloxlab.codecs.parts.scalar import paired, scale_factor
 from veloxlab.codecs.parts.transforms import RotationName, SignedHadamard
 from veloxlab.errors import InputError
@@ -85,7 +94,6 @@ class RaBitQ(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
         if self.scale not in ("unbiased", "mse"):
             raise InputError(f"Unknown scale {self.scale!r}: choose 'unbiased' or 'mse'.")
         if self.encoder not in ("grid", "exact", "fast"):
@@ -95,9 +103,10 @@ class RaBitQ(RotatedCodec):
         _ = self._rotation
 
     @property
-    def bits_per_value(self) -> float:
-        """B + 16/D, 16/D more with bounds, and the padding of a row to whole words."""
-        return (32 * words_per_row(self.head_dim, self.bits) + 16 * (1 + self.bounds)) / self.head_dim
+    def layout(self) -> Layout:
+        """B·D bits and a scale; the sine with bounds."""
+        sine = {"sine": Row(mx.float16, 1)} if self.bounds else {}
+        return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE} | sine
 
     @property
     def shared_bytes(self) -> int:
@@ -234,11 +243,7 @@ class CentredRaBitQ(RaBitQ):
 
     def _mean(self, heads: int) -> mx.array:
         assert self.centroid is not None
-        if heads != self.centroid.shape[0]:
-            raise InputError(
-                f"This codec was fitted to {self.centroid.shape[0]} KV heads and was given {heads}: "
-                "calibrate it on the model that it is used with."
-            )
+        check_heads(self.centroid.shape[0], heads)
         return self.centroid[None, :, None]
 
 
@@ -337,10 +342,9 @@ def build(head_dim: int, bits: int, role: Role, *, centroid: bool = False, **opt
 
     ``bounds`` are of inner products, so they are for keys alone; values leave them out.
     """
-    defaults: dict[str, object] = {"scale": "unbiased" if role == "keys" else "mse"}
     if role == "values":
         options.pop("bounds", None)
-    return (CentredRaBitQ if centroid else RaBitQ)(head_dim, bits, **(defaults | options))  # type: ignore[arg-type]
+    return (CentredRaBitQ if centroid else RaBitQ)(head_dim, bits, **unbiased_keys(role, options))
 
 
 METHOD = Method(

@@ -26,9 +26,10 @@ from functools import cached_property
 import mlx.core as mx
 
 from veloxlab.codecs import turboquant
-from veloxlab.codecs.base import Code, TiledCodec, check_vectors, per_kv_head
+from veloxlab.codecs.base import Code, TiledCodec, check_heads, check_vectors, per_kv_head
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts.codebooks import check_bits
+from veloxlab.codecs.parts.packing import Layout, Row
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import HeadWidths, Spread, WidthsReader
 
@@ -68,6 +69,13 @@ class RateQuant(TiledCodec):
         return tuple(_base(self.head_dim, width, self.role, options) for width in widths)
 
     @property
+    def layout(self) -> Layout:
+        """The codes of all heads in one row, each head's at its own width; else what the base stores."""
+        words = sum(len(self._heads(codec)) * _words(codec) for codec in self.base)
+        codes = {_RAGGED: Row(mx.uint32, words, joint=True)} if words else {}
+        return codes | {name: row for name, row in self.base[0].layout.items() if name != _RAGGED}
+
+    @property
     def bits_per_value(self) -> float:
         """Mean over the heads, scales and padding included."""
         return sum(len(self._heads(codec)) * codec.bits_per_value for codec in self.base) / len(self.head_bits)
@@ -80,11 +88,7 @@ class RateQuant(TiledCodec):
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]``, heads of one width together; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
-        if x.shape[1] != len(self.head_bits):
-            raise InputError(
-                f"This codec has widths for {len(self.head_bits)} KV heads and was given {x.shape[1]}: "
-                "give one width for each head."
-            )
+        check_heads(len(self.head_bits), x.shape[1])
         parts = [codec.encode(_some_heads(x, self._heads(codec)), start).arrays for codec in self.base]
         names = list(dict.fromkeys(name for part in parts for name in part))
         return Code({name: _joined([part[name] for part in parts if name in part], name) for name in names}, start)
@@ -152,7 +156,7 @@ class RateQuant(TiledCodec):
         parts: list[tuple[Base, Code]] = []
         word = head = 0
         for codec in self.base:
-            count, words = len(self._heads(codec)), codec.code_words
+            count, words = len(self._heads(codec)), _words(codec)
             arrays = {n: a[:, head : head + count] for n, a in code.arrays.items() if n != _RAGGED}
             if words:
                 rows = code.arrays[_RAGGED][:, 0, :, word : word + count * words]
@@ -167,6 +171,11 @@ class RateQuant(TiledCodec):
         joined = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
         in_order = sorted(range(len(held)), key=held.__getitem__)
         return joined if in_order == list(range(len(held))) else joined[:, mx.array(in_order)]
+
+
+def _words(codec: Base) -> int:
+    """Words of a vector's codes: none of one bit that is a sketch."""
+    return codec.layout[_RAGGED].count if _RAGGED in codec.layout else 0
 
 
 def _joined(parts: list[mx.array], name: str) -> mx.array:

@@ -31,7 +31,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, RotatedCodec
+from veloxlab.codecs.base import SCALE, Code, RotatedCodec, unbiased_keys
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts.codebooks import (
     REACH,
@@ -42,7 +42,7 @@ from veloxlab.codecs.parts.codebooks import (
     lloyd_max,
     sphere_codebook,
 )
-from veloxlab.codecs.parts.packing import pack, unpack, words_per_row
+from veloxlab.codecs.parts.packing import Layout, pack, packed, unpack
 from veloxlab.codecs.parts.scalar import JOINT_INDEX_BITS, CodebookName, ScaleName, check_scale, scale_factor
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.errors import InputError
@@ -89,8 +89,6 @@ class Rvq(RotatedCodec):
         ):
             if value not in known:
                 raise InputError(f"Unknown {name} {value!r}: choose {known[0]!r} or {known[1]!r}.")
-        if self.bits not in (2, 4, 6, 8):
-            raise InputError(f"bits={self.bits!r} cannot be halved between two stages: choose 2, 4, 6 or 8.")
         _ = self._rotation, self.stages
 
     @property
@@ -101,9 +99,10 @@ class Rvq(RotatedCodec):
         return _stages(dim, self.bits // 2, self.variant, residual)
 
     @property
-    def bits_per_value(self) -> float:
-        """b + 16/D, and the padding of each stage's row to whole words."""
-        return (2 * 32 * words_per_row(self.head_dim, self.bits // 2) + 16) / self.head_dim
+    def layout(self) -> Layout:
+        """Two stages of b/2 bits, and a scale."""
+        stage = packed(self.head_dim, self.bits // 2)
+        return {"coarse": stage, "fine": stage, "root_scale": SCALE}
 
     @property
     def shared_bytes(self) -> int:
@@ -253,8 +252,7 @@ def _kernel_table(stages: Stages) -> tuple[int, mx.array]:
 
 def build(head_dim: int, bits: int, role: Role, **options: object) -> Rvq:
     """TurboQuant-RVQ for keys (unbiased scale) or for values (MSE scale), unless ``scale`` says otherwise."""
-    defaults: dict[str, object] = {"scale": "unbiased" if role == "keys" else "mse"}
-    return Rvq(head_dim, bits, **(defaults | options))  # type: ignore[arg-type]
+    return Rvq(head_dim, bits, **unbiased_keys(role, options))
 
 
 METHOD = Method(

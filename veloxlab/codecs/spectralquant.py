@@ -41,9 +41,19 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxlab.codecs.base import Code, Sample, TiledCodec, check_vectors, load_scale, store_scale
+from veloxlab.codecs.base import (
+    SCALE,
+    Code,
+    Sample,
+    TiledCodec,
+    check_heads,
+    check_vectors,
+    load_scale,
+    not_fitted,
+    store_scale,
+)
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.codebooks import check_bits
+from veloxlab.codecs.parts.packing import Layout, packed
 from veloxlab.codecs.parts.scalar import PlannedQuantizer, ScaleName, check_scale
 from veloxlab.codecs.parts.transforms import make_rotation
 from veloxlab.codecs.parts.water_filling import greedy_bits
@@ -92,7 +102,6 @@ class SpectralQuant(TiledCodec):
     deviation: mx.array | None = None
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
         if self.basis not in ("pca", "query", "hadamard"):
             raise InputError(f"Unknown basis {self.basis!r}: choose 'pca', 'query' or 'hadamard'.")
         check_scale(self.scale)
@@ -101,9 +110,9 @@ class SpectralQuant(TiledCodec):
         _ = make_rotation("hadamard", self.head_dim, self.seed)
 
     @property
-    def bits_per_value(self) -> float:
-        """b + 16/D, and the padding of a row to whole words."""
-        return (32 * -(-self.bits * self.head_dim // 32) + 16) / self.head_dim
+    def layout(self) -> Layout:
+        """One bit string of b·D bits, and a scale."""
+        return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE}
 
     @property
     def shared_bytes(self) -> int:
@@ -151,7 +160,7 @@ class SpectralQuant(TiledCodec):
         )
 
     def blank(self, kv_heads: int) -> Self:
-        """Zeros in the place of what is learned, and as many bits for every coordinate; see `blank_codec`.
+        """Zeros in the place of what is learned, and as many bits for every coordinate; see `Codec.blank`.
 
         The table of levels of a learned plan, whose widths differ, is up to 2 KB larger.
         """
@@ -237,15 +246,8 @@ class SpectralQuant(TiledCodec):
 
     def _fitted(self, kv_heads: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         if self.forward is None or self.mean is None or self.deviation is None:
-            raise InputError(
-                "SpectralQuant has to see activations before it can encode: calibrate it first, "
-                "with vl.calibrate or codec.fit."
-            )
-        if kv_heads != self.forward.shape[0]:
-            raise InputError(
-                f"This codec was calibrated on {self.forward.shape[0]} KV heads and was given {kv_heads}: "
-                "use the codec of that layer."
-            )
+            raise not_fitted("SpectralQuant", f", bits={self.bits}")
+        check_heads(self.forward.shape[0], kv_heads)
         backward = self.forward.swapaxes(-1, -2) if self.backward is None else self.backward
         return self.forward, backward, self.mean, self.deviation
 

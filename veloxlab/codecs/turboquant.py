@@ -27,15 +27,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import mlx.core as mx
 
-from veloxlab.codecs.base import Code, RotatedCodec
+from veloxlab.codecs.base import SCALE, Code, RotatedCodec, unbiased_keys
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.codebooks import check_bits
 from veloxlab.codecs.parts.outliers import SplitCodec
-from veloxlab.codecs.parts.packing import WIDEST
+from veloxlab.codecs.parts.packing import WIDEST, Layout, Row, packed
 from veloxlab.codecs.parts.scalar import (
     CodebookName,
     ScalarQuantizer,
@@ -84,19 +83,14 @@ class TurboQuant(RotatedCodec):
         return ScalarQuantizer(self.head_dim, self.bits, self.codebook)
 
     @property
-    def bits_per_value(self) -> float:
-        """b + 16/D, and the padding of a row to whole words."""
-        return (32 * self._quantizer.words + 16) / self.head_dim
+    def layout(self) -> Layout:
+        """b·D bits and a scale."""
+        return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE}
 
     @property
     def shared_bytes(self) -> int:
         """Rotation and codebook."""
         return self._rotation.nbytes + self._quantizer.nbytes
-
-    @property
-    def code_words(self) -> int:
-        """uint32 words of a vector's codes."""
-        return self._quantizer.words
 
     def _encoder(self) -> SpreadEncoder | None:
         return _encoder(self)
@@ -157,7 +151,6 @@ class TurboQuantProd(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
         _ = self._rotation, self._quantizer, self._sketch
 
     @property
@@ -169,14 +162,11 @@ class TurboQuantProd(RotatedCodec):
         return SignSketch(self.head_dim, self.head_dim, self.sketch, self.seed + _SKETCH_SEED)
 
     @property
-    def bits_per_value(self) -> float:
-        """b + 32/D, and the padding of rows to whole words."""
-        return (32 * (self._sketch.words + self.code_words) + 32) / self.head_dim
-
-    @property
-    def code_words(self) -> int:
-        """uint32 words of a vector's codes, without the sketch: none at 1 bit."""
-        return self._quantizer.words if self._quantizer else 0
+    def layout(self) -> Layout:
+        """(b − 1)·D bits of codes, none at 1 bit; D signs, the residual's norm and a scale."""
+        codes = {"codes": packed(self.head_dim, self.bits - 1)} if self.bits > 1 else {}
+        norm = Row(mx.float16, 1)
+        return codes | {"signs": packed(self.head_dim, 1), "residual_norm": norm, "root_scale": SCALE}
 
     @property
     def shared_bytes(self) -> int:
@@ -201,7 +191,7 @@ class TurboQuantProd(RotatedCodec):
         return residual + self._quantizer.expand(arrays["codes"]) if self._quantizer else residual
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TurboQuantSplit(SplitCodec):
     """Outlier channels apart: an instance of `TurboQuant` for the channels of most energy, and one for the others.
 
@@ -213,6 +203,8 @@ class TurboQuantSplit(SplitCodec):
     channels : see `SplitCodec`; the paper does not say how it finds them.
     """
 
+    method: ClassVar[str] = "TurboQuant"
+    least_apart: ClassVar[int] = 4  # the least dimension of a rotated codebook
     head_dim: int
     bits: int
     outliers: int
@@ -222,6 +214,11 @@ class TurboQuantSplit(SplitCodec):
     codebook: CodebookName = "sphere"
     seed: int = 0
     channels: tuple[int, ...] = ()
+
+    @property
+    def most_apart(self) -> int:
+        """As many, so that 4 are left."""
+        return self.head_dim - self.least_apart
 
     @cached_property
     def parts(self) -> tuple[TurboQuant, TurboQuant]:
@@ -258,11 +255,11 @@ def build(
         return TurboQuantProd(head_dim, bits, **options)  # type: ignore[arg-type]
     if outlier_bits is not None and not outliers:
         raise InputError(f"outlier_bits={outlier_bits!r} was given without outliers: say how many, as outliers=32.")
-    settings: dict[str, object] = {"scale": "unbiased" if role == "keys" else "mse"} | options
+    settings = unbiased_keys(role, options)
     if not outliers:
-        return TurboQuant(head_dim, bits, **settings)  # type: ignore[arg-type]
+        return TurboQuant(head_dim, bits, **settings)
     wider = min(bits + 1, WIDEST) if outlier_bits is None else outlier_bits
-    return TurboQuantSplit(head_dim, bits, outliers, wider, **settings)  # type: ignore[arg-type]
+    return TurboQuantSplit(head_dim, bits, outliers, wider, **settings)
 
 
 METHOD = Method(

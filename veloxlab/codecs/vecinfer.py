@@ -32,12 +32,12 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, Sample, TiledCodec, check_vectors
+from veloxlab.codecs.base import Code, Sample, TiledCodec, check_heads, check_vectors, not_fitted
 from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.parts.packing import Layout, packed
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.parts.vector import (
     can_pack,
-    index_words,
     packed_nearest,
     train_codebook,
     unpack_indices,
@@ -92,9 +92,9 @@ class VecInfer(TiledCodec):
         return self.head_dim // self.sub_dim
 
     @property
-    def bits_per_value(self) -> float:
-        """b/d, and the padding of a row to whole words."""
-        return 32 * index_words(self.parts, self.index_bits) / self.head_dim
+    def layout(self) -> Layout:
+        """D/d indices of b bits."""
+        return {"indices": packed(self.parts, self.index_bits)}
 
     @property
     def shared_bytes(self) -> int:
@@ -110,10 +110,7 @@ class VecInfer(TiledCodec):
     def _fitted(self) -> tuple[mx.array, mx.array]:
         """Factors ``[H, 1, D]`` and centroids, both float32."""
         if self.factors is None or self.centroids is None:
-            raise InputError(
-                "VecInfer has no codebook yet and never makes one up: calibrate it first, vl.calibrate(model, "
-                "tokenizer, 'vecinfer', bits=...), or codec.fit(sample)."
-            )
+            raise not_fitted("VecInfer")
         return self.factors[:, None], self.centroids.astype(mx.float32)
 
     def fit(self, sample: Sample) -> Self:
@@ -139,7 +136,7 @@ class VecInfer(TiledCodec):
         return replace(self, factors=factors, centroids=centroids)
 
     def blank(self, kv_heads: int) -> Self:
-        """Zeros in the place of what is learned; see `blank_codec`."""
+        """Zeros in the place of what is learned; see `Codec.blank`."""
         shape = (kv_heads, self.head_dim) if self.smooth else (1, 1)
         centroids = mx.zeros((1 << self.index_bits, self.sub_dim), mx.float16)
         return replace(self, factors=mx.zeros(shape), centroids=centroids)
@@ -159,8 +156,8 @@ class VecInfer(TiledCodec):
         """Index of the nearest centroid of each sub-vector of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         factors, centroids = self._fitted
-        if self.smooth and x.shape[1] != len(factors):
-            raise InputError(f"This codec was fitted to {len(factors)} KV heads and was given {x.shape[1]}.")
+        if self.smooth:
+            check_heads(len(factors), x.shape[1])
         y = x.astype(mx.float32) / factors
         y = self._spread.forward(y) if self.hadamard else y
         return Code({"indices": packed_nearest(y, centroids, self.index_bits)}, start)

@@ -154,7 +154,7 @@ def coordinate_bits(calibration: Calibration, bits: int) -> pl.DataFrame:
     frames = []
     for (layer, tensor, width), codec in calibration.codecs.items():
         if width == bits:
-            plan = list(getattr(codec, "plan", ())) or [bits] * codec.head_dim
+            plan = list(codec.plan) or [bits] * codec.head_dim
             place = {"layer": [layer] * len(plan), "tensor": [tensor] * len(plan)}
             frames.append(pl.DataFrame({**place, "coordinate": range(len(plan)), "bits": plan}, schema=COORDINATE_BITS))
     return pl.concat(frames).sort("tensor", "layer", "coordinate")

@@ -14,11 +14,11 @@ from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCach
 from veloxlab.cache.make import cache_name, side_bits, usual_bits
 from veloxlab.checks import CACHE, checked, measured, whole
 from veloxlab.codecs import ROLES, find_method
+from veloxlab.codecs.base import token_bytes
 from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture
 from veloxlab.measure.frames import in_schema
-from veloxlab.measure.planned_memory import token_bytes
 from veloxlab.mlxlm.probe import slots_of
 from veloxlab.progress import Progress, silent
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import mlx.core as mx
 import polars as pl
 
 from veloxlab.cache.counts import Windows
@@ -19,9 +18,8 @@ from veloxlab.cache.make import DEFAULT_SLIDING, Exactness, Sliding, cache_name,
 from veloxlab.cache.room import compressed_room, own_room
 from veloxlab.checks import checked, either, many, real, whole
 from veloxlab.codecs import ROLES, Codec, Role, find_method
-from veloxlab.codecs.base import blank_codec
+from veloxlab.codecs.base import token_bytes
 from veloxlab.codecs.method import Calibrated, Method, layer_codec
-from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import LayerFacts
 from veloxlab.mlxlm.quantized import GROUP, why_not_quantized
@@ -180,19 +178,6 @@ def cache_layouts(
     return ours, *_others(shape)
 
 
-def token_bytes(codec: Codec, kv_heads: int, exact_bytes: int = 2) -> tuple[int, int]:
-    """Bytes of codes, and of scales and norms, that a codec stores of one token's ``kv_heads`` vectors.
-
-    Read off the shapes of a code that is never computed.
-    """
-    dtype = mx.float32 if exact_bytes == 4 else mx.float16
-    code = codec.encode(mx.zeros((1, kv_heads, 1, codec.head_dim), dtype))
-    if isinstance(codec, Exact):
-        return code.nbytes, 0
-    scales = sum(a.nbytes for a in code.arrays.values() if mx.issubdtype(a.dtype, mx.floating))
-    return code.nbytes - scales, scales
-
-
 def _codec(
     method: Method,
     facts: LayerFacts,
@@ -201,9 +186,9 @@ def _codec(
     options: Mapping[str, object],
     calibration: Calibrated | None,
 ) -> Codec:
-    if calibration is not None or not method.calibrated:
+    if calibration is not None:
         return layer_codec(method, facts.layer, facts.dims[tensor], bits, tensor, options, calibration)
-    return blank_codec(method.codec(facts.dims[tensor], bits, tensor, **options), facts.kv_heads)
+    return method.codec(facts.dims[tensor], bits, tensor, **options).blank(facts.kv_heads)
 
 
 def _token_values(facts: LayerFacts) -> int:

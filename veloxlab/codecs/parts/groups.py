@@ -7,8 +7,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from veloxlab.codecs.parts.codebooks import check_bits
-from veloxlab.codecs.parts.packing import pack, spread, words_per_row
+from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, spread
 from veloxlab.errors import InputError
 from veloxlab.kernels.groups import GroupEncoder
 
@@ -29,7 +28,6 @@ class GroupQuantizer:
     levels: GroupLevels = "centres"
 
     def __post_init__(self) -> None:
-        check_bits(self.bits)
         if self.levels not in ("centres", "ends"):
             raise InputError(f"Unknown levels {self.levels!r}: choose 'centres' or 'ends'.")
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:
@@ -41,9 +39,10 @@ class GroupQuantizer:
         return -(-self.dim // self.group)
 
     @property
-    def nbits(self) -> int:
-        """Bits that one vector takes: whole words of codes, and 32 bits a group."""
-        return 32 * (words_per_row(self.dim, self.bits) + self.groups)
+    def layout(self) -> Layout:
+        """What one vector takes: whole words of codes, and two 16-bit numbers a group."""
+        number = Row(mx.float16, self.groups)
+        return {"codes": packed(self.dim, self.bits), "half_step": number, "least": number}
 
     def encode(self, x: mx.array) -> dict[str, mx.array]:
         """Give ``codes`` ``[..., words]`` and roots ``half_step``, ``least`` ``[..., groups]`` of ``[..., dim]``."""

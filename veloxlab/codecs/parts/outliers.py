@@ -5,49 +5,81 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import replace
 from functools import cached_property
-from typing import Self
+from typing import ClassVar, Self
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, RotatedCodec, Sample, TiledCodec, check_vectors
+from veloxlab.checks import whole
+from veloxlab.codecs.base import (
+    Code,
+    Sample,
+    TiledCodec,
+    check_heads,
+    check_sample,
+    check_vectors,
+    not_fitted,
+)
+from veloxlab.codecs.parts.packing import Layout
 from veloxlab.errors import InputError
 
-_LEAST_CHANNELS = 4  # of either part: the least dimension of a rotated codebook
 _OUTLIER = "outlier_"  # how the names of their arrays begin
 
 
 class SplitCodec(TiledCodec):
-    """Two rotated codecs side by side. A subclass is a dataclass with these fields, and says which codecs.
+    """Two codecs side by side. A subclass is a frozen dataclass with these fields, and says which codecs.
 
     Attributes
     ----------
-    outliers : k, how many channels stand out.
+    method : its name.
+    least_apart : of channels.
+    bits : code bits of the channels that are no outliers.
+    outliers : k, how many channels of each KV head stand out.
     channels : their indices, k for each KV head in turn; empty before `fit`.
     """
 
+    method: ClassVar[str]
+    least_apart: ClassVar[int] = 1
     head_dim: int
+    bits: int
     outliers: int
     channels: tuple[int, ...]
 
     @property
     @abstractmethod
-    def parts(self) -> tuple[RotatedCodec, RotatedCodec]:
-        """The codecs of the outliers and of the rest."""
+    def most_apart(self) -> int:
+        """The most channels that can be outliers."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> tuple[TiledCodec, TiledCodec]:
+        """The codecs of the outliers ``[..., k]`` and of the rest.
+
+        The second takes either the ``D − k`` other channels, or all ``D`` with zeros in place of the outliers.
+        """
 
     def __post_init__(self) -> None:
-        most = self.head_dim - _LEAST_CHANNELS
-        if not _LEAST_CHANNELS <= self.outliers <= most:
+        if isinstance(self.channels, mx.array):  # as files of the last version hold those of QJL
+            object.__setattr__(self, "channels", tuple(self.channels.reshape(-1).tolist()))
+        object.__setattr__(self, "channels", self.channels or ())
+        whole()("outliers", self.outliers)
+        if not self.least_apart <= self.outliers <= self.most_apart:
             raise InputError(
-                f"outliers={self.outliers!r} of {self.head_dim} channels do not leave two parts: choose "
-                f"{_LEAST_CHANNELS} to {most}."
+                f"outliers={self.outliers!r} of {self.head_dim} channels do not leave two parts: choose a whole number "
+                f"from {self.least_apart} to {self.most_apart}."
             )
         _ = self.parts
 
     @property
-    def bits_per_value(self) -> float:
-        """Bits of both parts, each with its own scale."""
-        return sum(part.bits_per_value * part.head_dim for part in self.parts) / self.head_dim
+    def layout(self) -> Layout:
+        """What both parts store."""
+        outliers, rest = (part.layout for part in self.parts)
+        return {_OUTLIER + name: row for name, row in outliers.items()} | rest
+
+    @property
+    def code_dim(self) -> int:
+        """Both parts, one after the other."""
+        return sum(part.code_dim for part in self.parts)
 
     @property
     def shared_bytes(self) -> int:
@@ -55,14 +87,22 @@ class SplitCodec(TiledCodec):
         kv_heads = len(self.channels) // self.outliers
         return sum(part.shared_bytes for part in self.parts) + 2 * 4 * kv_heads * self.head_dim
 
+    def blank(self, kv_heads: int) -> Self:
+        """The first channels of every head; see `Codec.blank`."""
+        return replace(self, channels=tuple(range(self.outliers)) * kv_heads)  # type: ignore[type-var]
+
     def fit(self, sample: Sample) -> Self:
-        """Find the channels with the largest mean square, for each KV head."""
+        """Find the channels with the largest mean square, for each KV head.
+
+        Raises `InputError` below 16 tokens, if they are all the same, or if a KV head has only zeros.
+        """
         check_vectors(sample.x, self.head_dim)
+        check_sample(sample.x, "Outlier channels take")
         energy = np.array(mx.square(sample.x.astype(mx.float32)).sum(axis=(0, 2)))
         if not energy.any(axis=-1).all():
             raise InputError(
-                "The sample has no token, or only zeros in a KV head, so that no channel stands out: calibrate with at "
-                "least one token that is not zero."
+                "The sample has only zeros in a KV head, so that no channel stands out: calibrate with a text that "
+                "has others."
             )
         found = np.sort(np.argsort(-energy, axis=-1, kind="stable")[:, : self.outliers], axis=-1)
         return replace(self, channels=tuple(found.ravel().tolist()))  # type: ignore[type-var]
@@ -70,43 +110,46 @@ class SplitCodec(TiledCodec):
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
-        outliers, rest = self._split(_reordered(x, self._order(x.shape[1])[0]))
-        arrays = {_OUTLIER + name: a for name, a in self.parts[0].encode(outliers).arrays.items()}
-        return Code(arrays | self.parts[1].encode(rest).arrays, start)
+        outliers, rest = (part.encode(y).arrays for part, y in zip(self.parts, self._split(x), strict=True))
+        return Code({_OUTLIER + name: array for name, array in outliers.items()} | rest, start)
 
     def expand(self, code: Code) -> mx.array:
-        """Both parts, rotated and scaled; see `TiledCodec.expand`."""
-        outliers = {n.removeprefix(_OUTLIER): a for n, a in code.arrays.items() if n.startswith(_OUTLIER)}
-        codes = Code(outliers), Code({name: code.arrays[name] for name in outliers})
-        expanded = [part.expand(c) * part.scales(c) for part, c in zip(self.parts, codes, strict=True)]
+        """Both parts, each with its own scale; see `TiledCodec.expand`."""
+        outliers = Code({name: code.arrays[_OUTLIER + name] for name in self.parts[0].layout})
+        expanded = []
+        for part, own in zip(self.parts, (outliers, code), strict=True):
+            y, scale = part.expand(own), part.scales(own)
+            expanded.append(y if scale is None else y * scale)
         return mx.concatenate(expanded, axis=-1)
 
     def from_codes(self, y: mx.array) -> mx.array:
-        """Rotate both parts back, and put the channels in their places."""
-        back = [part.from_codes(half) for part, half in zip(self.parts, self._split(y), strict=True)]
-        return _reordered(mx.concatenate(back, axis=-1), self._order(y.shape[1])[1])
+        """Bring both parts back, and put the channels in their places."""
+        order, inverse = self._order(y.shape[1])
+        first = self.parts[0].code_dim
+        outliers, rest = self.parts[0].from_codes(y[..., :first]), self.parts[1].from_codes(y[..., first:])
+        if rest.shape[-1] == self.head_dim:
+            rest = _reordered(rest, order)[..., self.outliers :]
+        return _reordered(mx.concatenate([outliers, rest], axis=-1), inverse)
 
     def query_to_codes(self, q: mx.array) -> mx.array:
-        """Bring the outliers to the front, and rotate both parts."""
-        halves = self._split(_reordered(q, self._order(q.shape[1])[0]))
-        ours = [part.query_to_codes(half) for part, half in zip(self.parts, halves, strict=True)]
+        """Bring each part's channels into its space."""
+        ours = [part.query_to_codes(own) for part, own in zip(self.parts, self._split(q), strict=True)]
         return mx.concatenate(ours, axis=-1)
 
     def _split(self, x: mx.array) -> tuple[mx.array, mx.array]:
-        return x[..., : self.outliers], x[..., self.outliers :]
+        """The outlier channels of ``x`` ``[B, H, S, D]``, and the rest as the second part takes it."""
+        order, inverse = self._order(x.shape[1])
+        ordered = _reordered(x, order)
+        outliers, rest = ordered[..., : self.outliers], ordered[..., self.outliers :]
+        if self.parts[1].head_dim == self.head_dim:
+            rest = _reordered(mx.concatenate([mx.zeros_like(outliers), rest], axis=-1), inverse)
+        return outliers, rest
 
     def _order(self, kv_heads: int) -> tuple[mx.array, mx.array]:
         """Channels in the order of the codes, and its inverse: each ``[1, H, 1, D]``."""
-        known = len(self.channels) // self.outliers
-        if not known:
-            raise InputError(
-                "A codec with outlier channels has to see activations before it can encode: fit it with "
-                f"vl.calibrate(model, tokenizer, method, outliers={self.outliers})."
-            )
-        if known != kv_heads:
-            raise InputError(
-                f"This codec was fitted to {known} KV heads and was given {kv_heads}: fit it to this layer."
-            )
+        if not self.channels:
+            raise not_fitted(self.method, f", bits={self.bits}, outliers={self.outliers}")
+        check_heads(len(self.channels) // self.outliers, kv_heads)
         return self._orders
 
     @cached_property

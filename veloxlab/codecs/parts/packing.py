@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache, reduce
 
 import mlx.core as mx
@@ -19,9 +20,37 @@ _WORD_BYTES = 4
 _BYTE = 8
 
 
+@dataclass(frozen=True)
+class Row:
+    """One array of a code, ``[B, H, S, count]``, as a codec declares it in its `Codec.layout`.
+
+    Attributes
+    ----------
+    dtype : of its numbers: packed codes are unsigned, scales and norms floating. None for exact vectors as they came.
+    count : numbers (packed: words) that it keeps of one vector; if ``joint``, of all KV heads' vectors.
+    joint : whether the KV heads of a token share one row: ``[B, 1, S, count]``.
+    """
+
+    dtype: mx.Dtype | None
+    count: int
+    joint: bool = False
+
+    def nbytes(self, exact_bytes: int = 2) -> int:
+        """Bytes of the row, where an exact number takes ``exact_bytes``."""
+        return self.count * (exact_bytes if self.dtype is None else self.dtype.size)
+
+
+Layout = dict[str, Row]
+
+
 def words_per_row(count: int, bits: int) -> int:
     """uint32 words that hold ``count`` codes of ``bits`` bits each."""
     return -(-count * bits // (8 * _WORD_BYTES))
+
+
+def packed(count: int, bits: int) -> Row:
+    """The row that `pack` makes of ``count`` codes of ``bits`` bits, in whole words."""
+    return Row(mx.uint32, words_per_row(count, bits))
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:

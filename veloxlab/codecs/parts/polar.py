@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs.parts.codebooks import Floats, check_bits, lloyd_max
-from veloxlab.codecs.parts.packing import pack, unpack
+from veloxlab.codecs.parts.packing import Layout, Row, pack, unpack
 from veloxlab.errors import InputError
 
 Table = tuple[mx.array, mx.array]
@@ -54,9 +54,9 @@ class PolarTree:
         return sum(a.nbytes for tables in self._tables for a in tables)
 
     @property
-    def code_bits(self) -> int:
-        """Bits of a vector's codes: levels of equal width are packed together, in whole bytes."""
-        return 8 * sum(_bytes(count, bits) for bits, count in self._runs.items())
+    def layout(self) -> Layout:
+        """Rows of bytes: levels of equal width are packed together."""
+        return {f"angles_{bits}": Row(mx.uint8, _bytes(count, bits)) for bits, count in self._runs.items()}
 
     @property
     def expected_cosine(self) -> float:
@@ -121,7 +121,7 @@ class PolarTree:
     @property
     def rows(self) -> tuple[str, ...]:
         """Names of the rows of bytes, that of level 1 first."""
-        return tuple(f"angles_{bits}" for bits in self._runs)
+        return tuple(self.layout)
 
     @cached_property
     def circles(self) -> mx.array:
