@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a worker has a core of its own, and so have its kernels
 
 from veloxlab import runtime
 
@@ -13,6 +17,24 @@ runtime.load_fast_blas()  # before any test module imports mlx.core
 if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+# Files of tests that take more than a few seconds together; all others are ``-m quick``.
+SLOW = frozenset(
+    """
+    allocate attention_kernels batch bench cache cache_file calibration codebooks codecs commands commvq compare
+    cuda_text encode_on_host families fitting generation inputs integrate kernels_on_host key_explorer key_views lab
+    lab_pages lifetime log_charts measure nbval_tolerance notebooks planned_memory planner prompt_file rabitq readers
+    readers_on_host search serving tuner turboquant vecinfer views widget_pages
+    """.split()
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what gives a verdict quickly."""
+    for item in items:
+        file = item.path
+        if file.suffix == ".py" and file.parent.name == "tests" and file.stem.removeprefix("test_") not in SLOW:
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(scope="session")

@@ -114,8 +114,10 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
     for name in names:
         monkeypatch.setattr(bench, name, lambda *given, name=name, **named: [{"of": name, **named}])
     monkeypatch.setattr(speed, "bench_picture", lambda results: str(len(results)).encode())
+    monkeypatch.setattr(speed, "bench_tables", lambda results: f"{len(results)} parts")
     path = tmp_path / "bench.json"
     assert cli.main(["bench", "--json", str(path), "--tokens", "64"]) == 0
+    assert path.with_suffix(".md").read_text() == "5 parts\n"
     results = json.loads(path.read_text())
     assert [part["rows"][0]["of"] for part in results.values()] == [*names]
     assert path.with_suffix(".png").read_bytes() == b"5"
