@@ -20,12 +20,50 @@ if TYPE_CHECKING:
 
 # Files of tests that take more than a few seconds together; all others are ``-m quick``.
 SLOW = frozenset(
-    """
-    allocate attention_kernels batch bench cache cache_file calibration codebooks codecs commands commvq compare
-    cuda_text encode_on_host families fitting generation inputs integrate kernels_on_host key_explorer key_views lab
-    lab_pages lifetime log_charts measure nbval_tolerance notebooks planned_memory planner prompt_file rabitq readers
-    readers_on_host search serving tuner turboquant vecinfer views widget_pages
-    """.split()
+    [
+        "allocate",
+        "attention_kernels",
+        "batch",
+        "bench",
+        "cache",
+        "cache_file",
+        "calibration",
+        "codebooks",
+        "codecs",
+        "commands",
+        "commvq",
+        "compare",
+        "cuda_text",
+        "encode_on_host",
+        "families",
+        "fitting",
+        "generation",
+        "inputs",
+        "integrate",
+        "kernels_on_host",
+        "key_explorer",
+        "key_views",
+        "lab",
+        "lab_pages",
+        "lifetime",
+        "log_charts",
+        "measure",
+        "nbval_tolerance",
+        "notebooks",
+        "planned_memory",
+        "planner",
+        "prompt_file",
+        "rabitq",
+        "readers",
+        "readers_on_host",
+        "search",
+        "serving",
+        "tuner",
+        "turboquant",
+        "vecinfer",
+        "views",
+        "widget_pages",
+    ]
 )
 
 
