@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import altair as alt
 import polars as pl
@@ -23,7 +24,8 @@ from tests.test_views import (
     words,
 )
 from veloxlab import views
-from veloxlab.views.furniture import log_domain, not_drawn
+from veloxlab.views import picture
+from veloxlab.views.scales import log_domain, not_drawn
 
 ERRORS_BY_BITS = pl.DataFrame(
     {
@@ -36,43 +38,62 @@ ERRORS_BY_BITS = pl.DataFrame(
 )
 STRIP = pl.DataFrame(
     {
-        "side": ["exact"] * 3 + ["compressed"] * 3,
-        "position": [0, 1, 2] * 2,
-        "token": [5, 6, 7] * 2,
-        "text": [" one", " two", " three"] * 2,
-        "probability": [0.5] * 6,
-        "exact_probability": [0.5] * 6,
-        "kl": [None] * 3 + [0.2, 0.02, 0.5],
-        "held_bytes": [100] * 6,
+        "side": ["exact"] * 6 + ["compressed"] * 6,
+        "position": [*range(6)] * 2,
+        "token": [*range(5, 11)] * 2,
+        "text": [" one", " two", " three", " four", " five", " six"] * 2,
+        "probability": [0.5] * 12,
+        "exact_probability": [0.5] * 12,
+        "kl": [None] * 6 + [0.2, 0.02, 0.5, 0.1, 0.3, 0.4],
+        "held_bytes": [100] * 12,
     }
 )
-# what draws a frame, the frame, and the column that a log scale shows
-CHARTS: dict[str, tuple[Callable[[pl.DataFrame], alt.TopLevelMixin], pl.DataFrame, str]] = {
+Draw = Callable[[pl.DataFrame], alt.TopLevelMixin]
+# what draws a frame, what says its caption, the frame, and the column that a log scale shows
+CHARTS: dict[str, tuple[Draw, Callable[[pl.DataFrame], str], pl.DataFrame, str]] = {
     **{
-        f"error_map {m}": (lambda f, m=m: views.error_map(f, metric=m), error_frame(), m) for m in ("rel_mse", "cosine")
+        f"error_map {m}": (
+            lambda f, m=m: views.error_map(f, metric=m),
+            lambda f, m=m: views.error_caption(f, m),
+            error_frame(),
+            m,
+        )
+        for m in ("rel_mse", "cosine")
     },
-    "frontier": (views.frontier, fidelity_frame(), "kl_mean"),
-    "pareto_front": (views.pareto_front, pareto_frame().filter(windows=8), "kl"),
-    "sensitivity": (views.sensitivity_by_layer, sensitivity_frame(), "sensitivity"),
-    "budget": (views.budget_frontier, budget_rows(), "loss"),
-    "attention_maps": (views.attention_maps, attention(), "weight"),
-    "channel_map": (views.channel_map, by_layer(), "rms"),
-    "outliers": (views.outliers_by_layer, loudness(), "loudest_ratio"),
-    "spectrum": (views.spectrum, shares(), "share"),
-    "dimensions": (views.dimensions_by_layer, counts(), "centred"),
-    "error_distribution": (views.error_distribution, spread(), "least"),
-    "errors_by_bits": (views.errors_by_bits, ERRORS_BY_BITS, "error"),
-    "strip": (views.token_strip, STRIP, "kl"),
-    "lengths": (views.costs_by_length, lengths_frame(), "tokens"),
+    "frontier": (views.frontier, views.fidelity_caption, fidelity_frame(), "kl_mean"),
+    "pareto_front": (views.pareto_front, views.pareto_caption, pareto_frame().filter(windows=8), "kl"),
+    "sensitivity": (views.sensitivity_by_layer, views.sensitivity_caption, sensitivity_frame(), "sensitivity"),
+    "budget": (views.budget_frontier, lambda f: "; ".join(not_drawn(f["loss"])), budget_rows(), "loss"),
+    "attention_maps": (views.attention_maps, views.attention_caption, attention(), "weight"),
+    "channel_map": (views.channel_map, views.channel_map_caption, by_layer(), "rms"),
+    "outliers": (views.outliers_by_layer, views.outlier_caption, loudness(), "loudest_ratio"),
+    "spectrum": (views.spectrum, views.spectrum_caption, shares(), "share"),
+    "dimensions": (views.dimensions_by_layer, views.dimensions_caption, counts(), "centred"),
+    "error_distribution": (views.error_distribution, views.distribution_caption, spread(), "least"),
+    "errors_by_bits": (views.errors_by_bits, views.by_bits_caption, ERRORS_BY_BITS, "error"),
+    "strip": (views.token_strip, lambda f: views.strip_caption(f, None), STRIP, "kl"),
+    "lengths": (views.costs_by_length, views.lengths_caption, lengths_frame(), "tokens"),
 }
+NOT_FINITE = (None, math.nan, math.inf)
 COUNTED = r"[1-9]\d* not (?:drawn|finite)|not finite: [1-9]|Not finite: \w+"
 EACH = pytest.mark.parametrize("name", CHARTS)
 
 
-def replaced(frame: pl.DataFrame, column: str, value: float | None) -> pl.DataFrame:
-    """The frame with another value in its last row but one."""
-    place = pl.int_range(pl.len()) == pl.len() - 2
-    return frame.with_columns(pl.when(place).then(pl.lit(value)).otherwise(column).alias(column))
+def replaced(frame: pl.DataFrame, column: str, *values: float | None) -> pl.DataFrame:
+    """The frame with other values in its last rows but one."""
+    first = frame.height - 1 - len(values)
+    column_type = pl.Float64 if any(isinstance(value, float) for value in values) else frame.schema[column]
+    new = pl.Series(column, values, column_type, strict=False)
+    old = frame[column].cast(column_type)
+    return frame.with_columns(pl.concat([old[:first], new, old[-1:]]))
+
+
+@cache
+def spoilt(name: str) -> dict:
+    """The spec of a chart of which several rows hold, each in its place, what has no logarithm."""
+    draw, _, frame, column = CHARTS[name]
+    rows = pl.concat([frame] * math.ceil(12 / frame.height))
+    return draw(replaced(rows, column, *NOT_FINITE, 0.0, -1.0)).to_dict()
 
 
 def scales(node: object) -> Iterator[str]:
@@ -89,32 +110,35 @@ def scales(node: object) -> Iterator[str]:
 
 
 @EACH
-def test_every_log_scale_shows_what_the_shared_function_gives_and_of_good_numbers_all(name):
-    draw, frame, _ = CHARTS[name]
-    spec = draw(frame).to_dict()
-    assert not any(re.search(COUNTED, line) for line in words(drawn(draw(frame))))
-    fields = set(scales(spec))
+def test_every_log_scale_shows_what_the_shared_function_gives(name):
+    fields = set(scales(spoilt(name)))
     assert fields
-    made = set(re.findall(r'"as": "(\w+_drawn)"', json.dumps(spec)))
+    made = set(re.findall(r'"as": "(\w+_drawn)"', json.dumps(spoilt(name))))
     assert fields <= made
 
 
 @EACH
-@pytest.mark.parametrize("value", [None, math.nan, math.inf, 0.0, -1.0])
-def test_what_has_no_logarithm_is_not_drawn_or_is_at_the_floor(name, value):
-    draw, frame, column = CHARTS[name]
-    if column == "tokens" and value is not None and not math.isfinite(value):
-        frame = frame.with_columns(pl.col("tokens").cast(pl.Float64))
-    said = drawn(draw(replaced(frame, column, value)))
+def test_what_has_no_logarithm_is_not_drawn_or_is_at_the_floor_and_the_chart_says_so(name):
+    said = picture.svg(spoilt(name))
     assert not re.search(r"NaN|Infinity|undefined", said)
-    no_number = value is None or not math.isfinite(value)
-    if no_number and not (name == "strip" and value is None):  # nothing was predicted there
-        assert any(re.search(COUNTED, line) for line in words(said))
+    assert any(re.search(COUNTED, line) for line in words(said))
+
+
+@EACH
+@pytest.mark.parametrize("value", [*NOT_FINITE, 0.0, -1.0, "good"])
+def test_a_caption_counts_what_is_no_number_and_of_good_numbers_none(name, value):
+    _, caption, frame, column = CHARTS[name]
+    said = caption(frame if value == "good" else replaced(frame, column, value))
+    assert "nan" not in said
+    if value == "good":
+        assert not re.search(COUNTED, said)
+    elif value in NOT_FINITE and not (name == "strip" and value is None):  # nothing was predicted there
+        assert re.search(COUNTED, said)
 
 
 @pytest.mark.parametrize("name", ["error_map rel_mse", "frontier", "budget"])
 def test_zero_is_drawn_where_the_floor_is(name):
-    draw, frame, column = CHARTS[name]
+    draw, _, frame, column = CHARTS[name]
 
     def marks(value: float | None) -> int:
         return len(

@@ -10,22 +10,17 @@ import polars as pl
 from veloxlab.views import theme
 from veloxlab.views.errors import MARKS
 from veloxlab.views.furniture import (
-    LABEL,
-    Domain,
     Plot,
-    caption_title,
     framed,
     layer_axis,
-    layer_columns,
     layer_step,
     layer_width,
-    log_domain,
-    log_ticks,
-    not_drawn,
-    on_log_scale,
+    over_layers,
     picked_outline,
     require,
+    tips,
 )
+from veloxlab.views.scales import Domain, log_domain, log_y, not_drawn, on_log_scale
 
 EXACT = "none"
 SIDES = theme.TENSORS  # a side is drawn in its tensor's colour
@@ -38,23 +33,12 @@ def allocation_map(
 ) -> alt.VConcatChart:
     """Draw the code bits of every layer and KV head, keys above values: the fuller the colour, the more bits.
 
-    Parameters
-    ----------
-    frame
-        Rows of ``layer``, ``head``, ``side`` (``"keys"`` or ``"values"``), ``method`` and ``bits``; cells of the method
-        ``"none"`` are kept exact, and grey. A column ``predicted_loss`` is told of each cell where there is one.
-    least, most
-        Ends of the scale in code bits; give them to keep a slider's colours steady.
-    caption
-        The line under the heading; by default the means of keys and of values.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the params ``caption`` and ``picked_layer``.
+    Rows of ``layer``, ``head``, ``side`` (``"keys"`` or ``"values"``), ``method`` and ``bits``; cells of the method
+    ``"none"`` are kept exact, and grey. A column ``predicted_loss`` is told of each cell where there is one. ``least``,
+    ``most``: ends of the scale in code bits; give them to keep a slider's colours steady.
     """
-    needed = {"layer": "number", "head": "number", "side": "text", "method": "text", "bits": "number"}
-    require(frame, needed, "allocation_map")  # type: ignore[arg-type]
+    needed = ("layer", "head", "side", "method", "bits")
+    require(frame, "allocation_map", *needed)
     told = [name for name in ("predicted_loss",) if name in frame.columns]
     shown = frame.select(*needed, *told).sort("side", "layer", "head")
     coded = shown.filter(pl.col("method") != EXACT)["bits"]
@@ -71,7 +55,6 @@ def allocation_map(
         )
         for side in sides
     ]
-    maps[0] = maps[0].properties(title=caption_title())
     words = allocation_caption(frame) if caption is None else caption
     return framed(maps, shown, "Code bits of each layer and KV head", words, pickable=True)
 
@@ -101,11 +84,7 @@ def _cells(side: str, scale: tuple[int, int], group: int, *, last: bool, told: b
         .transform_aggregate(bits="mean(bits)", exact="mean(is_exact)", lost=lost, groupby=["layer", "group"])
         .encode(x=layer_axis(labelled=last, gap=0.06), y=alt.Y("group:O", title=[side, heads]).scale(paddingInner=0.06))
     )
-    tooltip = [
-        alt.Tooltip("layer:O"),
-        alt.Tooltip("group:O", title=heads),
-        alt.Tooltip("bits:Q", title=f"bits of {side}", format=".3~g"),
-    ]
+    tooltip = tips("layer:O", ("group:O", heads), ("bits:Q", f"bits of {side}", ".3~g"))
     if told:
         tooltip.append(alt.Tooltip("lost:Q", title="predicted loss", format=".2g"))
     low, high = scale
@@ -133,22 +112,10 @@ def _cells(side: str, scale: tuple[int, int], group: int, *, last: bool, told: b
 def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: str | None = None) -> alt.VConcatChart:
     """Draw what each layer is predicted to lose, allocated and with uniform bits side by side.
 
-    Parameters
-    ----------
-    frame
-        Rows of ``layer``, ``kind`` (``"allocated"`` or ``"uniform"``) and ``predicted_loss``; rows of a layer and kind
-        add up.
-    unit
-        Of the loss.
-    caption
-        The line under the heading; by default the sums.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the params ``caption`` and ``picked_layer``.
+    Rows of ``layer``, ``kind`` (``"allocated"`` or ``"uniform"``) and ``predicted_loss``; rows of a layer and kind add
+    up. ``unit``: of the loss.
     """
-    require(frame, {"layer": "number", "kind": "text", "predicted_loss": "number"}, "loss_by_layer")
+    require(frame, "loss_by_layer", "layer", "kind", "predicted_loss")
     shown = frame.group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
     colours = [theme.METHODS[method][0] for method in KINDS.values()]
     bars = (
@@ -159,16 +126,10 @@ def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: s
             xOffset=alt.XOffset("kind:N").scale(domain=list(KINDS)),
             y=alt.Y("predicted_loss:Q", title=["predicted loss", unit]).axis(tickCount=4, format="~g").scale(zero=True),
             color=alt.Color("kind:N", title=None).scale(domain=list(KINDS), range=colours),
-            tooltip=[
-                alt.Tooltip("layer:O"),
-                alt.Tooltip("kind:N"),
-                alt.Tooltip("predicted_loss:Q", title=f"predicted ({unit})", format=".3g"),
-            ],
+            tooltip=tips("layer:O", "kind:N", ("predicted_loss:Q", f"predicted ({unit})", ".3g")),
         )
     )
-    plot = alt.layer(layer_columns(), bars, picked_outline()).properties(
-        width=layer_width(shown["layer"].n_unique()), height=100, title=caption_title()
-    )
+    plot = over_layers(bars).properties(width=layer_width(shown["layer"].n_unique()), height=100)
     words = loss_caption(frame, unit=unit) if caption is None else caption
     return framed([plot], shown, "Predicted loss of each layer, in equal bytes", words, pickable=True)
 
@@ -204,24 +165,10 @@ def budget_frontier(
 
     Dashed lines and hollow points are predicted; full points are measured. A loss of zero is drawn at the floor.
 
-    Parameters
-    ----------
-    rows
-        What `frontier_rows` gives.
-    unit
-        Of the loss.
-    bits, domain
-        Ends of the scales of true bits and of the loss; give them to keep them steady while a slider moves.
-    caption
-        The line under the heading; by default how many losses are not drawn.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the param ``caption``.
+    What `frontier_rows` gives. ``unit``: of the loss. ``bits``, ``domain``: ends of the scales of true bits and of the
+    loss; give them to keep them steady while a slider moves.
     """
-    needed = {"role": "text", "kind": "text", "true_bits": "number", "loss": "number", "name": "text"}
-    require(rows, needed, "budget_frontier")  # type: ignore[arg-type]
+    require(rows, "budget_frontier", "role", "kind", "true_bits", "loss", "name")
     scale = domain or log_domain(rows["loss"])
     width = bits or (float(rows["true_bits"].min()), float(rows["true_bits"].max()))  # type: ignore[arg-type]
     colours = [theme.METHODS[method][0] for method in KINDS.values()]
@@ -230,18 +177,11 @@ def budget_frontier(
         x=alt.X("true_bits:Q", title="true bits a packed value, scales included")
         .scale(domain=list(width), nice=False, padding=8)
         .axis(tickCount=7, grid=True),
-        y=alt.Y("loss_drawn:Q", title=["loss", unit])
-        .scale(type="log", domain=scale, nice=False, clamp=True)
-        .axis(values=log_ticks(scale), labelExpr=LABEL),
+        y=log_y("loss", ["loss", unit], scale),
         color=alt.Color("kind:N", title=None).scale(domain=list(KINDS), range=colours),
     )
     shape = alt.Shape("kind:N", title=None).scale(domain=list(KINDS), range=shapes)
-    tooltip = [
-        alt.Tooltip("said:N", title="loss"),
-        alt.Tooltip("name:N"),
-        alt.Tooltip("true_bits:Q", title="true bits", format=".3f"),
-        alt.Tooltip("loss:Q", title=unit, format=".3g"),
-    ]
+    tooltip = tips(("said:N", "loss"), "name:N", ("true_bits:Q", "true bits", ".3f"), ("loss:Q", unit, ".3g"))
     lines = base.transform_filter("datum.role === 'line'").mark_line(strokeWidth=1.5, strokeDash=[5, 4], clip=True)
     now = base.transform_filter("datum.role === 'now'").transform_calculate(said="'predicted, ' + datum.kind")
     gap = (
@@ -258,10 +198,10 @@ def budget_frontier(
         .encode(shape=shape, tooltip=tooltip)
     )
     plot = alt.layer(lines, gap, predicted, measured, words.encode(text="short:N")).properties(
-        width=theme.WIDTH - 20, height=230, title=caption_title()
+        width=theme.WIDTH - 20, height=230
     )
     said = "; ".join(not_drawn(rows["loss"])) if caption is None else caption
-    return framed([plot], rows, "What bits buy: dashed and hollow is predicted, full is measured", said, pickable=False)
+    return framed([plot], rows, "What bits buy: dashed and hollow is predicted, full is measured", said)
 
 
 def frontier_rows(
@@ -269,17 +209,12 @@ def frontier_rows(
 ) -> pl.DataFrame:
     """Put what the chart reads into one frame, `ROWS`.
 
-    Parameters
-    ----------
-    lines
-        Rows of ``kind``, ``true_bits`` and ``predicted_loss``, such as `veloxlab.RateBudget.frontier`; of more than
-        `STEPS` steps of a kind, about as many are taken, evenly spread, with the first and the last.
-    now
-        The same columns, of the plan that is looked at, and of uniform bits in its bytes.
-    measured
-        Rows of ``kind``, ``true_bits``, ``kl_mean`` (nats) and ``name``.
+    ``lines``: rows of ``kind``, ``true_bits`` and ``predicted_loss``, such as `veloxlab.RateBudget.frontier`; of more
+    than `STEPS` steps of a kind, about as many are taken, evenly spread, with the first and the last. ``now``: the same
+    columns, of the plan that is looked at, and of uniform bits in its bytes. ``measured``: rows of ``kind``,
+    ``true_bits``, ``kl_mean`` (nats) and ``name``.
     """
-    require(lines, {"kind": "text", "true_bits": "number", "predicted_loss": "number"}, "frontier_rows")
+    require(lines, "frontier_rows", "kind", "true_bits", "predicted_loss")
     place, count = pl.int_range(pl.len()).over("kind"), pl.len().over("kind")
     stride = (count / STEPS).ceil()
     thin = lines.sort("kind", "true_bits").filter((place % stride == 0) | (place == count - 1))
@@ -305,25 +240,11 @@ def sensitivity_by_layer(
 ) -> alt.VConcatChart:
     """Draw the sensitivities of each layer's KV heads: their mean as a point, from the least head to the greatest.
 
-    Parameters
-    ----------
-    frame
-        Rows of ``layer``, ``head``, ``side`` (``"keys"`` or ``"values"``) and ``sensitivity``. What is not above zero
-        has no place on the scale and is counted in the caption.
-    unit
-        Of a sensitivity; an error's unit is ½·E‖x − x̂‖²/D.
-    domain
-        Least and greatest value of the scale.
-    caption
-        The line under the heading; by default how far the heads of each side differ.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the params ``caption`` and ``picked_layer``.
+    Rows of ``layer``, ``head``, ``side`` (``"keys"`` or ``"values"``) and ``sensitivity``. What is not above zero has
+    no place on the scale and is counted in the caption. ``unit``: of a sensitivity; an error's unit is ½·E‖x − x̂‖²/D.
+    ``domain``: least and greatest value of the scale.
     """
-    needed = {"layer": "number", "head": "number", "side": "text", "sensitivity": "number"}
-    require(frame, needed, "sensitivity_by_layer")  # type: ignore[arg-type]
+    require(frame, "sensitivity_by_layer", "layer", "head", "side", "sensitivity")
     above = frame.filter(pl.col("sensitivity").is_finite() & (pl.col("sensitivity") > 0))
     value = pl.col("sensitivity")
     shown = above.group_by("layer", "side").agg(mean=value.mean(), least=value.min(), greatest=value.max())
@@ -338,25 +259,19 @@ def sensitivity_by_layer(
         xOffset=alt.XOffset("side:N").scale(domain=sides),
         color=alt.Color("side:N", title=None).scale(domain=sides, range=list(theme.TENSORS.values())),
     )
-    y = (
-        alt.Y("mean_drawn:Q", title=["sensitivity", unit])
-        .scale(type="log", domain=scale, nice=False, clamp=True)
-        .axis(values=log_ticks(scale), labelExpr=LABEL)
+    y = log_y("mean", ["sensitivity", unit], scale)
+    tooltip = tips(
+        "layer:O",
+        "side:N",
+        ("mean:Q", "mean of its heads", ".3g"),
+        ("least:Q", None, ".3g"),
+        ("greatest:Q", None, ".3g"),
     )
-    tooltip = [
-        alt.Tooltip("layer:O"),
-        alt.Tooltip("side:N"),
-        alt.Tooltip("mean:Q", title="mean of its heads", format=".3g"),
-        alt.Tooltip("least:Q", format=".3g"),
-        alt.Tooltip("greatest:Q", format=".3g"),
-    ]
     spans = marks.mark_rule(strokeWidth=2, opacity=0.55).encode(y=alt.Y("least_drawn:Q"), y2="greatest_drawn:Q")
     points = marks.mark_point(filled=True, size=34, opacity=1, cursor="pointer").encode(
         y=y, tooltip=tooltip, shape=alt.Shape("side:N", title=None).scale(domain=sides, range=["circle", "square"])
     )
-    plot = alt.layer(layer_columns(), spans, points, picked_outline()).properties(
-        width=layer_width(shown["layer"].n_unique()), height=130, title=caption_title()
-    )
+    plot = over_layers(spans, points).properties(width=layer_width(shown["layer"].n_unique()), height=130)
     words = sensitivity_caption(frame) if caption is None else caption
     heading = "How much the loss feels an error in keys and in values"
     return framed([plot], shown, heading, words, pickable=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from veloxlab.views.furniture import LABEL, caption_title, framed, log_ticks, on_log_scale, require
+from veloxlab.views.furniture import framed, require, tips
+from veloxlab.views.scales import log_colour, on_log_scale
 
 KINDS = {"exact": "exact keys", "compressed": "compressed keys", "difference": "|difference|"}
 DOMAIN = (1e-3, 1.0)
@@ -17,22 +18,16 @@ def attention_maps(
 ) -> alt.VConcatChart:
     """Draw attention weights of blocks of queries over blocks of keys, exact and compressed, and the difference.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.attention_maps.ATTENTION_MAP`. A weight that is not finite is marked with a cross.
-    heading
-        What is seen, such as layer, head and method.
-    caption
-        The line under the heading; by default how much attention moved.
+    Rows of `veloxlab.measure.attention_maps.ATTENTION_MAP`. A weight that is not finite is marked with a cross.
+    ``heading``: what is seen, such as layer, head and method.
     """
     numbers = ("query", "query_end", "key", "key_end", "weight", "moved")
-    require(frame, {"kind": "text"} | dict.fromkeys(numbers, "number"), "attention_maps")  # type: ignore[arg-type]
+    require(frame, "attention_maps", "kind", *numbers)
     shown = frame.select("kind", *numbers[:-1])
     maps = [_map(kind, words, first=kind == "exact") for kind, words in KINDS.items()]
-    side_by_side: alt.HConcatChart = alt.hconcat(*maps, spacing=12).properties(title=caption_title())
+    side_by_side: alt.HConcatChart = alt.hconcat(*maps, spacing=12)
     words = attention_caption(frame) if caption is None else caption
-    chart = framed([side_by_side], shown, heading, words, pickable=False)
+    chart = framed([side_by_side], shown, heading, words)
     return chart.resolve_scale(color="shared")  # type: ignore[no-any-return]
 
 
@@ -66,19 +61,12 @@ def _map(kind: str, words: str, *, first: bool) -> alt.LayerChart:
             y2="query_end:Q",
         )
     )
-    key = alt.Legend(values=log_ticks(DOMAIN), labelExpr=LABEL, gradientLength=110, gradientThickness=10)
     cells = (
         on_log_scale(base.transform_calculate(size="isValid(datum.weight) ? abs(datum.weight) : null"), "size", DOMAIN)
         .mark_rect()
         .encode(
-            color=alt.Color("size_drawn:Q", title=["attention", "weight"], legend=key).scale(
-                type="log", domain=DOMAIN, clamp=True
-            ),
-            tooltip=[
-                alt.Tooltip("query:Q", title="queries from"),
-                alt.Tooltip("key:Q", title="keys from"),
-                alt.Tooltip("weight:Q", title=words, format=".3~g"),
-            ],
+            color=log_colour("size", ["attention", "weight"], DOMAIN),
+            tooltip=tips(("query:Q", "queries from"), ("key:Q", "keys from"), ("weight:Q", words, ".3~g")),
         )
     )
     broken = (

@@ -10,13 +10,14 @@ import polars as pl
 from veloxlab.views import theme
 from veloxlab.views.furniture import (
     Plot,
-    caption_title,
+    by_tensor,
     framed,
     layer_axis,
-    layer_columns,
     layer_step,
-    picked_outline,
+    over_layers,
     require,
+    tensors_of,
+    tips,
 )
 
 # What bits are spent on, from the base of a bar upwards: the fainter, the less of it says something about a value.
@@ -28,28 +29,17 @@ def bit_allocation(
 ) -> alt.VConcatChart:
     """Draw the bits that each layer spends on a value.
 
-    Parameters
-    ----------
-    frame
-        Rows of ``layer``, ``tensor`` (``"keys"`` or ``"values"``), ``part`` and ``bits_per_value``; the parts of a
-        layer add up. ``"codes"`` and ``"scales"`` come first; any other part is drawn above them.
-    greatest
-        Top of the scale in bits; give one to compare charts or to keep a slider's bars steady.
-    caption
-        The line under the heading; by default the mean of keys and of values.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the params ``caption`` and ``picked_layer``.
+    Rows of ``layer``, ``tensor`` (``"keys"`` or ``"values"``), ``part`` and ``bits_per_value``; the parts of a layer
+    add up. ``"codes"`` and ``"scales"`` come first; any other part is drawn above them. ``greatest``: top of the scale
+    in bits; give one to compare charts or to keep a slider's bars steady.
     """
-    needed = {"layer": "number", "tensor": "text", "part": "text", "bits_per_value": "number"}
-    require(frame, needed, "bit_allocation")  # type: ignore[arg-type]
+    needed = ("layer", "tensor", "part", "bits_per_value")
+    require(frame, "bit_allocation", *needed)
     parts = [*PARTS, *sorted(set(frame["part"]) - set(PARTS))]
     parts = [part for part in parts if part in set(frame["part"])]
     order = f"indexof({parts}, datum.part)"
     shown = frame.select(*needed).sort("tensor", "layer", pl.col("part").replace_strict(parts, range(len(parts))))
-    tensors = [tensor for tensor in theme.TENSORS if tensor in set(frame["tensor"])]
+    tensors = tensors_of(frame)
     totals = shown.group_by("layer", "tensor").agg(pl.col("bits_per_value").sum())["bits_per_value"]
     top = greatest or math.ceil(float(totals.max()))  # type: ignore[arg-type]
     step = layer_step(shown["layer"].n_unique())
@@ -57,7 +47,6 @@ def bit_allocation(
         _bars(tensor, parts, order, top, last=tensor == tensors[-1]).properties(width=alt.Step(step), height=90)
         for tensor in tensors
     ]
-    rows[0] = rows[0].properties(title=caption_title())
     words = bit_caption(frame) if caption is None else caption
     heading = "Bits spent on a value, scales included"
     return framed(rows, shown, heading, words, pickable=True)
@@ -67,12 +56,10 @@ def bit_caption(frame: pl.DataFrame) -> str:
     """Say the mean bits per value of keys and of values, with the part that is not codes."""
     said = []
     layers = frame["layer"].n_unique()
-    for tensor in theme.TENSORS:
-        own = frame.filter(pl.col("tensor") == tensor)
-        if not own.is_empty():
-            total = own["bits_per_value"].sum() / layers
-            codes = own.filter(pl.col("part") == "codes")["bits_per_value"].sum() / layers
-            said.append(f"{tensor} {total:.2f} ({codes:.2f} of them codes)")
+    for tensor, own in by_tensor(frame):
+        total = own["bits_per_value"].sum() / layers
+        codes = own.filter(pl.col("part") == "codes")["bits_per_value"].sum() / layers
+        said.append(f"{tensor} {total:.2f} ({codes:.2f} of them codes)")
     return "Mean bits a value, dashed: " + ", ".join(said)
 
 
@@ -92,11 +79,7 @@ def _bars(tensor: str, parts: list[str], order: str, top: float, *, last: bool) 
             y=y,
             opacity=opacity,
             order=alt.Order("order:Q"),
-            tooltip=[
-                alt.Tooltip("layer:O"),
-                alt.Tooltip("part:N", title=tensor),
-                alt.Tooltip("bits_per_value:Q", title="bits a value", format=".3f"),
-            ],
+            tooltip=tips("layer:O", ("part:N", tensor), ("bits_per_value:Q", "bits a value", ".3f")),
         )
     )
     mean = (
@@ -105,7 +88,7 @@ def _bars(tensor: str, parts: list[str], order: str, top: float, *, last: bool) 
         .mark_rule(strokeDash=[3, 3], strokeWidth=1)
         .encode(y=alt.Y("mean:Q"))
     )
-    return alt.layer(layer_columns(), bars, mean, picked_outline())
+    return over_layers(bars, mean)
 
 
 CELLS = 1_900  # at most: more coordinates are drawn in groups, each by its mean
@@ -115,15 +98,9 @@ STEP, TALLEST = 11, 220  # pixels of a layer, and of a map
 def coordinate_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw the code bits of every layer and coordinate, keys above values.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.levels.COORDINATE_BITS`.
-    caption
-        The line under the heading; by default means, and how many coordinates get no bits.
+    Rows of `veloxlab.measure.levels.COORDINATE_BITS`.
     """
-    needed = {"layer": "number", "tensor": "text", "coordinate": "number", "bits": "number"}
-    require(frame, needed, "coordinate_map")  # type: ignore[arg-type]
+    require(frame, "coordinate_map", "layer", "tensor", "coordinate", "bits")
     group = math.ceil(frame.height / CELLS)
     shown = (
         frame.select("layer", "tensor", "bits", coordinate=pl.col("coordinate") // group * group)
@@ -131,7 +108,7 @@ def coordinate_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
         .agg(pl.col("bits").mean())
         .with_columns(end=pl.min_horizontal(pl.col("coordinate") + group, frame["coordinate"].max() + 1))  # type: ignore[operator]
     )
-    tensors = [tensor for tensor in theme.TENSORS if tensor in set(shown["tensor"])]
+    tensors = tensors_of(shown)
     most = int(frame["bits"].max())  # type: ignore[arg-type]
     step = min(STEP, TALLEST / shown["layer"].n_unique())
     words = "coordinate" if group == 1 else f"coordinates, by {group}"
@@ -141,9 +118,8 @@ def coordinate_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
         )
         for tensor in tensors
     ]
-    plots[0] = plots[0].properties(title=caption_title())
     said = coordinate_caption(frame) if caption is None else caption
-    return framed(plots, shown, "Code bits of each coordinate, by layer", said, pickable=False)
+    return framed(plots, shown, "Code bits of each coordinate, by layer", said)
 
 
 def coordinate_caption(frame: pl.DataFrame) -> str:
@@ -168,11 +144,7 @@ def _cells(tensor: str, most: int, words: str | None) -> Plot:
             x2="end:Q",
             y=alt.Y("layer:O", title=[tensor, "layer"]).axis(labelOverlap=True),
             color=alt.Color("bits:Q", title=["bits of", tensor], legend=key).scale(domain=[0, most]),
-            tooltip=[
-                alt.Tooltip("layer:O"),
-                alt.Tooltip("coordinate:O", title="coordinates from"),
-                alt.Tooltip("bits:Q", title=f"bits of {tensor}", format=".3~g"),
-            ],
+            tooltip=tips("layer:O", ("coordinate:O", "coordinates from"), ("bits:Q", f"bits of {tensor}", ".3~g")),
         )
     )
     return cells

@@ -11,21 +11,16 @@ from veloxlab.errors import InputError
 from veloxlab.views import theme
 from veloxlab.views.distributions import SPACE_WORDS
 from veloxlab.views.furniture import (
-    LABEL,
-    Domain,
     Plot,
-    caption_title,
     framed,
     layer_axis,
-    layer_columns,
     layer_step,
-    log_domain,
-    log_ticks,
-    not_drawn,
-    on_log_scale,
-    picked_outline,
+    lines_by_layer,
     require,
+    tensors_of,
+    tips,
 )
+from veloxlab.views.scales import Domain, log_colour, log_domain, log_y, not_drawn, on_log_scale
 
 CELLS = 1_920  # at most: more channels are drawn in groups, each by its loudest
 DOMAIN = (0.5, 20.0)  # of root-mean-square over the median channel's, clamped
@@ -36,16 +31,11 @@ RATIO = pl.when(pl.col("rms") == 0).then(0.0).otherwise(pl.col("rms") / pl.col("
 def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw how loud each channel of one head is in every layer, over the median channel of that layer.
 
-    Parameters
-    ----------
-    frame
-        Rows of one head, tensor and space of `veloxlab.measure.distributions.CHANNELS`, of many layers. A channel with
-        tokens that are not finite has a cross.
-    caption
-        The line under the heading; by default the loudest channel of all.
+    Rows of one head, tensor and space of `veloxlab.measure.distributions.CHANNELS`, of many layers. A channel with
+    tokens that are not finite has a cross.
     """
     numbers = ("layer", "head", "channel", "rms", "not_finite")
-    require(frame, {"tensor": "text", "space": "text"} | dict.fromkeys(numbers, "number"), "channel_map")  # type: ignore[arg-type]
+    require(frame, "channel_map", "tensor", "space", *numbers)
     for name in ("head", "tensor", "space"):
         if frame[name].n_unique() > 1:
             raise InputError(f"channel_map shows one {name} and the frame has {frame[name].n_unique()}: filter it.")
@@ -67,20 +57,13 @@ def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
             y=alt.Y("layer:O", title=[frame["tensor"][0], "layer"]),
         )
     )
-    key = alt.Legend(values=log_ticks(DOMAIN), labelExpr=LABEL, gradientLength=110, gradientThickness=10)
-    tips = [
-        alt.Tooltip("layer:O"),
-        alt.Tooltip("channel:O"),
-        alt.Tooltip("ratio:Q", title="over median", format=".3~g"),
-    ]
+    tooltip = tips("layer:O", "channel:O", ("ratio:Q", "over median", ".3~g"))
     cells = (
         on_log_scale(base, "ratio", DOMAIN)
         .mark_rect()
         .encode(
-            color=alt.Color("ratio_drawn:Q", title=["RMS over", "the median"], legend=key).scale(
-                type="log", domain=DOMAIN, clamp=True
-            ),
-            tooltip=tips,
+            color=log_colour("ratio", ["RMS over", "the median"], DOMAIN),
+            tooltip=tooltip,
         )
     )
     broken = (
@@ -88,12 +71,12 @@ def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
         .transform_filter("datum.not_finite > 0")
         .transform_calculate(middle="(datum.channel + datum.channel_end - 1) / 2")
         .mark_text(text="×", fontWeight="bold", color=theme.PICKED)
-        .encode(x=alt.X("middle:Q"), y=alt.Y("layer:O"), tooltip=[alt.Tooltip("not_finite:Q", title="not finite")])
+        .encode(x=alt.X("middle:Q"), y=alt.Y("layer:O"), tooltip=tips(("not_finite:Q", "not finite")))
     )
     height = alt.Step(min(STEP, TALLEST / layers))
-    plot = alt.layer(cells, broken).properties(width=theme.WIDTH - 20, height=height, title=caption_title())
+    plot = alt.layer(cells, broken).properties(width=theme.WIDTH - 20, height=height)
     said = channel_map_caption(frame) if caption is None else caption
-    return framed([plot], shown, "Loud channels of one KV head, by layer", said, pickable=False)
+    return framed([plot], shown, "Loud channels of one KV head, by layer", said)
 
 
 def channel_map_caption(frame: pl.DataFrame) -> str:
@@ -115,24 +98,14 @@ OUTLIER_RATIO = pl.col("loudest_ratio").filter(pl.col("loudest_ratio").is_finite
 def outliers_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw the loudest channel of each layer over its median channel, a line for each space; mean over KV heads.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.distributions.OUTLIERS`.
-    caption
-        The line under the heading; by default the mean over layers of each space.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the params ``caption`` and ``picked_layer``.
+    Rows of `veloxlab.measure.distributions.OUTLIERS`.
     """
     numbers = ("layer", "head", "loudest_ratio", "not_finite")
-    require(frame, {"tensor": "text", "space": "text"} | dict.fromkeys(numbers, "number"), "outliers_by_layer")  # type: ignore[arg-type]
+    require(frame, "outliers_by_layer", "tensor", "space", *numbers)
     means = frame.group_by("layer", "tensor", "space", maintain_order=True).agg(
         OUTLIER_RATIO, pl.col("not_finite").sum()
     )
-    tensors = [tensor for tensor in theme.TENSORS if tensor in set(frame["tensor"])]
+    tensors = tensors_of(frame)
     spaces = [space for space in theme.SPACES if space in set(frame["space"])]
     domain = log_domain(means["loudest_ratio"])
     step = 0.85 * layer_step(means["layer"].n_unique())  # room for a broad legend
@@ -142,7 +115,6 @@ def outliers_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt
         )
         for tensor in tensors
     ]
-    plots[0] = plots[0].properties(title=caption_title())
     words = outlier_caption(frame) if caption is None else caption
     return framed(plots, means, "How far the loudest channel stands out", words, pickable=True)
 
@@ -168,20 +140,18 @@ def _lines(tensor: str, spaces: list[str], domain: Domain, *, legend: bool, last
         .transform_calculate(seen=named)
         .encode(
             x=layer_axis(labelled=last),
-            y=alt.Y("loudest_ratio_drawn:Q", title=[tensor, "loudest / median RMS"])
-            .scale(type="log", domain=domain, nice=False, clamp=True)
-            .axis(values=log_ticks(domain), labelExpr=LABEL),
+            y=log_y("loudest_ratio", [tensor, "loudest / median RMS"], domain),
             color=colour if legend else colour.legend(None),
         )
     )
     shape = alt.Shape("seen:N", title=None).scale(domain=words, range=[theme.SPACES[s][1] for s in spaces])
     shape = shape if legend else shape.legend(None)
-    tips = [alt.Tooltip("layer:O"), alt.Tooltip("seen:N"), alt.Tooltip("loudest_ratio:Q", title=tensor, format=".3~g")]
-    points = base.mark_point(filled=True, size=30, opacity=1, cursor="pointer").encode(shape=shape, tooltip=tips)
+    tooltip = tips("layer:O", "seen:N", ("loudest_ratio:Q", tensor, ".3~g"))
+    points = base.mark_point(filled=True, size=30, opacity=1, cursor="pointer").encode(shape=shape, tooltip=tooltip)
     broken = (
         alt.Chart()
         .transform_filter(f"datum.tensor === '{tensor}' && datum.not_finite > 0")
         .mark_text(text="×", fontSize=13, fontWeight="bold", color=theme.PICKED)
         .encode(x=alt.X("layer:O"), y=alt.value(6))
     )
-    return alt.layer(layer_columns(), picked_outline(), base.mark_line(strokeWidth=1.5), points, broken)
+    return lines_by_layer(base, points, broken)

@@ -8,7 +8,17 @@ import altair as alt
 import polars as pl
 
 from veloxlab.views import theme
-from veloxlab.views.furniture import Plot, caption_title, framed, head_words, one_head, require, tensor_colour
+from veloxlab.views.furniture import (
+    Plot,
+    by_tensor,
+    framed,
+    head_words,
+    one_head,
+    require,
+    tensor_colour,
+    tensors_of,
+    tips,
+)
 
 SPACE_WORDS = {
     "raw": "as cached",
@@ -27,21 +37,11 @@ SHARES_SHOWN = 8  # levels at most beside which their share is written
 def channel_ranges(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw where each channel of one head lies over the tokens, a panel for each space and tensor.
 
-    Parameters
-    ----------
-    frame
-        Rows of one head of `veloxlab.measure.distributions.CHANNELS`. A channel with tokens that are not finite has a
-        cross.
-    caption
-        The line under the heading; by default the loudest channel of each panel.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the param ``caption``.
+    Rows of one head of `veloxlab.measure.distributions.CHANNELS`. A channel with tokens that are not finite has a
+    cross.
     """
     numbers = ("layer", "head", "channel", "mean", "rms", "least", "low", "high", "most", "not_finite")
-    require(frame, {"tensor": "text", "space": "text"} | dict.fromkeys(numbers, "number"), "channel_ranges")  # type: ignore[arg-type]
+    require(frame, "channel_ranges", "tensor", "space", *numbers)
     one_head(frame, "channel_ranges")
     group = math.ceil(3 * frame.height / MARKS)
     shown = _grouped(frame, group)
@@ -51,9 +51,8 @@ def channel_ranges(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
         _ranges(space, tensor, group, last=place == len(panels) - 1).properties(width=theme.WIDTH, height=height)
         for place, (space, tensor) in enumerate(panels)
     ]
-    plots[0] = plots[0].properties(title=caption_title())
     words = channel_caption(frame) if caption is None else caption
-    return framed(plots, shown, "Where the channels of one head lie", words, pickable=False)
+    return framed(plots, shown, "Where the channels of one head lie", words)
 
 
 def channel_caption(frame: pl.DataFrame) -> str:
@@ -75,15 +74,10 @@ def channel_caption(frame: pl.DataFrame) -> str:
 def density(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw the density of all coordinates of one head, a panel for each space, keys and values together.
 
-    Parameters
-    ----------
-    frame
-        Rows of one head of `veloxlab.measure.distributions.DENSITIES`.
-    caption
-        The line under the heading; by default how many coordinates lie outside of what is drawn.
+    Rows of one head of `veloxlab.measure.distributions.DENSITIES`.
     """
     numbers = ("layer", "head", "value", "width", "density", "below", "above", "not_finite")
-    require(frame, {"tensor": "text", "space": "text"} | dict.fromkeys(numbers, "number"), "density")  # type: ignore[arg-type]
+    require(frame, "density", "tensor", "space", *numbers)
     one_head(frame, "density")
     shown = frame.select("tensor", "space", *numbers[2:5])
     spaces = shown["space"].unique(maintain_order=True).to_list()
@@ -91,9 +85,8 @@ def density(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatCh
         _curve(space, legend=space == spaces[0]).properties(width=theme.WIDTH, height=150 if len(spaces) == 1 else 80)
         for space in spaces
     ]
-    plots[0] = plots[0].properties(title=caption_title())
     words = density_caption(frame) if caption is None else caption
-    return framed(plots, shown, "Density of all coordinates of one head", words, pickable=False)
+    return framed(plots, shown, "Density of all coordinates of one head", words)
 
 
 def density_caption(frame: pl.DataFrame) -> str:
@@ -108,41 +101,31 @@ def density_caption(frame: pl.DataFrame) -> str:
 def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str | None = None) -> alt.VConcatChart:
     """Draw the density of what a method quantizes, and its levels as lines upon it; keys and values apart.
 
-    Parameters
-    ----------
-    frame
-        Rows of one head of `veloxlab.measure.levels.LEVELS`. Of vector codes, which have no levels of single
-        coordinates, the density of the decoded ones is a line.
-    method
-        Its name, for the caption.
-    caption
-        The line under the heading; by default how many levels there are.
+    Rows of one head of `veloxlab.measure.levels.LEVELS`. Of vector codes, which have no levels of single coordinates,
+    the density of the decoded ones is a line. ``method``: its name, for the caption.
     """
     numbers = ("layer", "head", "bits", "value", "width", "density", "share", "outside")
-    require(frame, {"tensor": "text", "kind": "text"} | dict.fromkeys(numbers, "number"), "levels_on_density")  # type: ignore[arg-type]
+    require(frame, "levels_on_density", "tensor", "kind", *numbers)
     one_head(frame, "levels_on_density")
     shown = frame.select("tensor", "kind", *numbers[2:7])
-    tensors = [tensor for tensor in theme.TENSORS if tensor in set(frame["tensor"])]
+    tensors = tensors_of(frame)
     plots = [
         _levels(tensor, shown.filter(tensor=tensor, kind="level").height, last=tensor == tensors[-1]).properties(
             width=theme.WIDTH, height=110
         )
         for tensor in tensors
     ]
-    plots[0] = plots[0].properties(title=caption_title())
     words = levels_caption(frame, method) if caption is None else caption
-    chart = framed(plots, shown, "What is quantized, and the levels that stand for it", words, pickable=False)
+    chart = framed(plots, shown, "What is quantized, and the levels that stand for it", words)
     return chart.resolve_scale(x="shared")  # type: ignore[no-any-return]
 
 
 def levels_caption(frame: pl.DataFrame, method: str = "") -> str:
     """Say of which method and head, and how many levels stand for the coordinates of keys and of values."""
     said = []
-    for tensor in theme.TENSORS:
-        own = frame.filter(pl.col("tensor") == tensor)
-        if not own.is_empty():
-            count = own.filter(pl.col("kind") == "level").height
-            said.append(f"{tensor}: {f'{count} levels' if count else 'no common levels, a line'}")
+    for tensor, own in by_tensor(frame):
+        count = own.filter(pl.col("kind") == "level").height
+        said.append(f"{tensor}: {f'{count} levels' if count else 'no common levels, a line'}")
     bits = frame["bits"][0]
     name = f"{method} at {bits} {'bit' if bits == 1 else 'bits'}. " if method else ""
     return f"{name}{head_words(frame)}. " + ", ".join(said)
@@ -176,17 +159,17 @@ def _ranges(space: str, tensor: str, group: int, *, last: bool) -> Plot:
     mean = base.mark_rule(color=colour, strokeWidth=2).encode(y=alt.Y("mean:Q"))
     zero = own.transform_aggregate(channels="count()").mark_rule(strokeWidth=0.5).encode(y=alt.datum(0))
     named = ("channel", "mean", "rms", "least", "low", "high", "most")
-    tips = [alt.Tooltip(f"{name}:Q", format=".3~g") for name in named]
+    tooltip = tips(*((f"{name}:Q", None, ".3~g") for name in named))
     broken = (
         own.transform_filter("datum.not_finite > 0")
         .mark_text(text="×", fontSize=13, fontWeight="bold", color=theme.PICKED)
         .encode(
             x=alt.X("channel:Q"),
             y=alt.value(6),
-            tooltip=[alt.Tooltip("channel:Q"), alt.Tooltip("not_finite:Q", title="not finite")],
+            tooltip=tips("channel:Q", ("not_finite:Q", "not finite")),
         )
     )
-    return alt.layer(zero, whole.encode(tooltip=tips), usual.encode(tooltip=tips), mean, broken)
+    return alt.layer(zero, whole.encode(tooltip=tooltip), usual.encode(tooltip=tooltip), mean, broken)
 
 
 def _curve(space: str, *, legend: bool) -> Plot:
@@ -202,11 +185,7 @@ def _curve(space: str, *, legend: bool) -> Plot:
             .scale(type="sqrt")
             .axis(tickCount=4),
             color=tensor_colour(legend=legend),
-            tooltip=[
-                alt.Tooltip("tensor:N"),
-                alt.Tooltip("value:Q", format=".3~g"),
-                alt.Tooltip("density:Q", format=".3~g"),
-            ],
+            tooltip=tips("tensor:N", ("value:Q", None, ".3~g"), ("density:Q", None, ".3~g")),
         )
     )
     return curve
@@ -223,9 +202,9 @@ def _levels(tensor: str, count: int, *, last: bool) -> Plot:
         interpolate="step", strokeWidth=1.5, color=colour
     )
     levels = base.transform_filter("datum.kind === 'level'")
-    tips = [alt.Tooltip("value:Q", title="level", format=".4~g"), alt.Tooltip("share:Q", title="codes", format=".1%")]
+    tooltip = tips(("value:Q", "level", ".4~g"), ("share:Q", "codes", ".1%"))
     rules = levels.mark_rule(color=colour, strokeWidth=1.5).encode(
-        y=alt.value(14), y2=alt.value("height"), tooltip=tips
+        y=alt.value(14), y2=alt.value("height"), tooltip=tooltip
     )
     room = exact.transform_calculate(room="1.15 * datum.density").mark_point(opacity=0).encode(y=alt.Y("room:Q"))
     layers: list[alt.Chart] = [exact.encode(y=y), room, decoded.encode(y=alt.Y("density:Q")), rules]
@@ -237,22 +216,16 @@ def _levels(tensor: str, count: int, *, last: bool) -> Plot:
 def angle_densities(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw the density of one head's polar angles, a panel for each level; dashed, what the codebooks expect.
 
-    Parameters
-    ----------
-    frame
-        Rows of one head of `veloxlab.measure.levels.ANGLES`.
-    caption
-        The line under the heading; by default how far each level is from what is expected.
+    Rows of one head of `veloxlab.measure.levels.ANGLES`.
     """
     numbers = ("layer", "head", "level", "angle", "density", "expected")
-    require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "angle_densities")  # type: ignore[arg-type]
+    require(frame, "angle_densities", "tensor", *numbers)
     one_head(frame, "angle_densities")
     shown = frame.select("tensor", *numbers[2:])
     levels = shown["level"].unique().sort().to_list()
     plots = [_panel(level, last=level == levels[-1]).properties(width=theme.WIDTH - 90, height=84) for level in levels]
-    plots[0] = plots[0].properties(title=caption_title())
     words = angle_caption(frame) if caption is None else caption
-    return framed(plots, shown, "Angles of PolarQuant's recursion", words, pickable=False)
+    return framed(plots, shown, "Angles of PolarQuant's recursion", words)
 
 
 def angle_caption(frame: pl.DataFrame) -> str:
@@ -272,8 +245,8 @@ def _panel(level: int, *, last: bool) -> Plot:
     x = alt.X("angle:Q", title="angle, radians" if last or level == 1 else None).scale(nice=False)
     base = alt.Chart().transform_filter(f"datum.level === {level}").encode(x=x)
     y = alt.Y("density:Q", title=[f"level {level}", "density"]).axis(tickCount=3)
-    tips = [alt.Tooltip("tensor:N"), alt.Tooltip("angle:Q", format=".3~g"), alt.Tooltip("density:Q", format=".3~g")]
-    measured = base.mark_line(interpolate="step", strokeWidth=1.5).encode(y=y, color=colour, tooltip=tips)
+    tooltip = tips("tensor:N", ("angle:Q", None, ".3~g"), ("density:Q", None, ".3~g"))
+    measured = base.mark_line(interpolate="step", strokeWidth=1.5).encode(y=y, color=colour, tooltip=tooltip)
     expected = (
         base.transform_aggregate(expected="mean(expected)", groupby=["angle"])
         .mark_line(strokeDash=[4, 3], strokeWidth=1.5, color=theme.NEUTRAL)

@@ -10,24 +10,19 @@ import polars as pl
 from veloxlab.errors import InputError
 from veloxlab.views import theme
 from veloxlab.views.furniture import (
-    LABEL,
-    Domain,
     Plot,
-    caption_title,
     framed,
     known,
     layer_axis,
-    layer_columns,
     layer_step,
-    log_domain,
-    log_steps,
-    log_ticks,
-    not_drawn,
-    on_log_scale,
+    lines_by_layer,
     picked_outline,
     require,
     tensor_colour,
+    tensors_of,
+    tips,
 )
+from veloxlab.views.scales import LABEL, Domain, log_colour, log_domain, log_steps, log_ticks, not_drawn, on_log_scale
 
 # column: words for a tooltip, the unit for an axis, and the loss that is drawn (0 where nothing is lost)
 METRICS = {
@@ -50,39 +45,23 @@ def error_map(
 ) -> alt.VConcatChart:
     """Draw the error of every layer and KV head.
 
-    Parameters
-    ----------
-    frame
-        Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``) and the metric's column. A value that is
-        not finite is marked with a cross; one that is null is left out.
-    metric
-        ``"rel_mse"``, ``"cosine"``, ``"logit_error"`` or ``"output_error"``.
-    domain
-        Least and greatest loss of the scales; give one to compare charts or to keep a slider's colours steady.
-    caption
-        The line under the heading; by default means and the worst layer.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the params ``caption`` and ``picked_layer``.
-
-    Raises
-    ------
-    InputError
-        If the frame does not fit, or holds no value of the metric.
+    Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``) and the metric's column. A value that is not
+    finite is marked with a cross; one that is null is left out. ``metric``: ``"rel_mse"``, ``"cosine"``,
+    ``"logit_error"`` or ``"output_error"``. ``domain``: least and greatest loss of the scales; give one to compare
+    charts or to keep a slider's colours steady. Raises `InputError` if the
+    frame does not fit, or holds no value of the metric.
     """
     known(metric, METRICS, "metric")
-    require(frame, {"layer": "number", "head": "number", "tensor": "text", metric: "number"}, "error_map")
+    require(frame, "error_map", "layer", "head", "tensor", metric)
     shown = frame.select("layer", "head", "tensor", metric).drop_nulls(metric).sort("tensor", "layer", "head")
-    tensors = [tensor for tensor in theme.TENSORS if tensor in shown["tensor"]]
+    tensors = tensors_of(shown)
     if not tensors:
         raise InputError(f"error_map has no {metric} to draw: take 'rel_mse', which every model shows.")
     layers, heads = shown["layer"].n_unique(), shown["head"].n_unique()
     group = math.ceil(layers * heads * len(tensors) / MARKS)
     scale = domain or error_domain(frame, metric)
     step = layer_step(layers)
-    means = _means(metric, scale, tensors).properties(width=alt.Step(step), height=110, title=caption_title())
+    means = _means(metric, scale, tensors).properties(width=alt.Step(step), height=110)
     tall = max(min(step, 18), 6, 40 / heads)
     maps = [
         _cells(tensor, metric, scale, group, last=tensor == tensors[-1]).properties(
@@ -129,9 +108,9 @@ def _means(metric: str, domain: Domain, tensors: list[str]) -> Plot:
         color=alt.Color("tensor:N", title=None).scale(domain=names, range=list(theme.TENSORS.values())),
     )
     shape = alt.Shape("tensor:N", title=None).scale(domain=names, range=["circle", "square"])
-    tooltip = [alt.Tooltip("layer:O"), alt.Tooltip("tensor:N"), alt.Tooltip("loss:Q", title=name, format=".3g")]
+    tooltip = tips("layer:O", "tensor:N", ("loss:Q", name, ".3g"))
     points = marks.mark_point(filled=True, size=36, opacity=1, cursor="pointer").encode(shape=shape, tooltip=tooltip)
-    return alt.layer(layer_columns(), picked_outline(), marks.mark_line(strokeWidth=1.5), points)
+    return lines_by_layer(marks, points)
 
 
 def _cells(tensor: str, metric: str, domain: Domain, group: int, *, last: bool) -> Plot:
@@ -144,27 +123,20 @@ def _cells(tensor: str, metric: str, domain: Domain, group: int, *, last: bool) 
         .transform_aggregate(loss="mean(loss)", rows="count()", finite="valid(loss)", groupby=["layer", "group"])
         .encode(x=layer_axis(labelled=last), y=alt.Y("group:O", title=[tensor, heads]))
     )
-    key = alt.Legend(values=log_ticks(domain), labelExpr=LABEL, gradientLength=110, gradientThickness=10)
-    colour = alt.Color("loss_drawn:Q", title=unit, legend=key).scale(type="log", domain=domain, clamp=True)
+    colour = log_colour("loss", unit, domain)
     cells = (
         on_log_scale(pooled, "loss", domain)
         .mark_rect(cursor="pointer")
         .encode(
             color=colour,
-            tooltip=[
-                alt.Tooltip("layer:O"),
-                alt.Tooltip("group:O", title=heads),
-                alt.Tooltip("loss:Q", title=f"{tensor}: {name}", format=".3g"),
-            ],
+            tooltip=tips("layer:O", ("group:O", heads), ("loss:Q", f"{tensor}: {name}", ".3g")),
         )
     )
     broken = (
         pooled.transform_filter("datum.finite < datum.rows")
         .transform_calculate(note="'not finite in ' + (datum.rows - datum.finite) + ' of ' + datum.rows")
         .mark_text(text="×", fontSize=13, fontWeight="bold", color=theme.PICKED, cursor="pointer")
-        .encode(
-            tooltip=[alt.Tooltip("layer:O"), alt.Tooltip("group:O", title=heads), alt.Tooltip("note:N", title=name)]
-        )
+        .encode(tooltip=tips("layer:O", ("group:O", heads), ("note:N", name)))
     )
     return alt.layer(cells, broken, picked_outline())
 
@@ -177,22 +149,16 @@ def _finite(frame: pl.DataFrame, metric: str) -> pl.DataFrame:
 def errors_along_position(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw the relative error of keys and values along the text: medians, and bands that hold eight tenths.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.errors.PROFILE`; a panel for each width. Blocks with an error that is not
-        finite are marked with a cross.
-    caption
-        The line under the heading; by default the mean of the medians.
+    Rows of `veloxlab.measure.errors.PROFILE`; a panel for each width. Blocks with an error that is not finite are
+    marked with a cross.
     """
     numbers = ("bits", "position", "position_end", "low", "median", "high", "not_finite")
-    require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "errors_along_position")  # type: ignore[arg-type]
+    require(frame, "errors_along_position", "tensor", *numbers)
     shown = frame.select("tensor", *numbers)
     widths = shown["bits"].unique().sort().to_list()
     plots = [_along(bits, widths).properties(width=theme.WIDTH - 90, height=110) for bits in widths]
-    plots[0] = plots[0].properties(title=caption_title())
     words = profile_caption(frame) if caption is None else caption
-    return framed(plots, shown, "Error of keys and values along the text", words, pickable=False)
+    return framed(plots, shown, "Error of keys and values along the text", words)
 
 
 def profile_caption(frame: pl.DataFrame) -> str:
@@ -208,15 +174,10 @@ def profile_caption(frame: pl.DataFrame) -> str:
 def error_distribution(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw how the relative errors of single vectors are distributed, a panel for each width.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.errors.ERROR_DENSITIES`.
-    caption
-        The line under the heading; by default what a log scale cannot show.
+    Rows of `veloxlab.measure.errors.ERROR_DENSITIES`.
     """
     numbers = ("bits", "least", "most", "share", "zero", "not_finite")
-    require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "error_distribution")  # type: ignore[arg-type]
+    require(frame, "error_distribution", "tensor", *numbers)
     shown = frame.select("tensor", *numbers[:4])
     widths = shown["bits"].unique().sort().to_list()
     axis = alt.X("middle_drawn:Q", title="relative squared error of a vector").scale(type="log", nice=False)
@@ -236,18 +197,13 @@ def error_distribution(frame: pl.DataFrame, *, caption: str | None = None) -> al
                 format="%", tickCount=3
             ),
             color=tensor_colour(legend=bits == widths[0]),
-            tooltip=[
-                alt.Tooltip("tensor:N"),
-                alt.Tooltip("middle:Q", title="error", format=".3~g"),
-                alt.Tooltip("share:Q", format=".2%"),
-            ],
+            tooltip=tips("tensor:N", ("middle:Q", "error", ".3~g"), ("share:Q", None, ".2%")),
         )
         .properties(width=theme.WIDTH - 90, height=100)
         for bits in widths
     ]
-    plots[0] = plots[0].properties(title=caption_title())
     words = distribution_caption(frame) if caption is None else caption
-    return framed(plots, shown, "How errors of single vectors are distributed", words, pickable=False)
+    return framed(plots, shown, "How errors of single vectors are distributed", words)
 
 
 def distribution_caption(frame: pl.DataFrame) -> str:
@@ -263,15 +219,10 @@ def distribution_caption(frame: pl.DataFrame) -> str:
 def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw how the error of keys and of values falls with the true bits of a value.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.errors.ERRORS_BY_BITS`; errors of 0 have no place on a log scale.
-    caption
-        The line under the heading; by default what one more bit does.
+    Rows of `veloxlab.measure.errors.ERRORS_BY_BITS`; errors of 0 have no place on a log scale.
     """
     numbers = ("bits", "error", "true_bits", "not_finite")
-    require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "errors_by_bits")  # type: ignore[arg-type]
+    require(frame, "errors_by_bits", "tensor", *numbers)
     shown = frame.select("tensor", *numbers)
     base = on_log_scale(alt.Chart(), "error").encode(
         x=alt.X("true_bits:Q", title="true bits a value, scales included")
@@ -282,18 +233,11 @@ def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
         .axis(values=log_steps(1), labelExpr=LABEL),
         color=tensor_colour(legend=True),
     )
-    tips = [
-        alt.Tooltip("tensor:N"),
-        alt.Tooltip("bits:Q", title="code bits"),
-        alt.Tooltip("true_bits:Q", title="true bits", format=".2f"),
-        alt.Tooltip("error:Q", format=".3~g"),
-    ]
-    points = base.mark_point(filled=True, size=50, opacity=1).encode(tooltip=tips)
-    plot = alt.layer(base.mark_line(strokeWidth=1.5), points).properties(
-        width=theme.WIDTH - 90, height=150, title=caption_title()
-    )
+    tooltip = tips("tensor:N", ("bits:Q", "code bits"), ("true_bits:Q", "true bits", ".2f"), ("error:Q", None, ".3~g"))
+    points = base.mark_point(filled=True, size=50, opacity=1).encode(tooltip=tooltip)
+    plot = alt.layer(base.mark_line(strokeWidth=1.5), points).properties(width=theme.WIDTH - 90, height=150)
     words = by_bits_caption(frame) if caption is None else caption
-    return framed([plot], shown, "How the error falls with bits", words, pickable=False)
+    return framed([plot], shown, "How the error falls with bits", words)
 
 
 def by_bits_caption(frame: pl.DataFrame) -> str:
@@ -334,11 +278,11 @@ def _along(bits: int, widths: list[int]) -> Plot:
     y = alt.Y("low:Q", title=_titled(bits, widths, "relative error")).scale(zero=True).axis(tickCount=4)
     finite = base.transform_filter("isValid(datum.median)")
     band = finite.mark_area(opacity=0.25).encode(y=y, y2="high:Q", color=colour)
-    tips = [alt.Tooltip("tensor:N"), alt.Tooltip("position:Q"), alt.Tooltip("median:Q", format=".3~g")]
-    line = finite.mark_line(strokeWidth=1.5).encode(y=alt.Y("median:Q"), color=colour, tooltip=tips)
+    tooltip = tips("tensor:N", "position:Q", ("median:Q", None, ".3~g"))
+    line = finite.mark_line(strokeWidth=1.5).encode(y=alt.Y("median:Q"), color=colour, tooltip=tooltip)
     broken = (
         base.transform_filter("datum.not_finite > 0")
         .mark_text(text="×", fontSize=13, fontWeight="bold", color=theme.PICKED)
-        .encode(y=alt.value(6), tooltip=[alt.Tooltip("tensor:N"), alt.Tooltip("not_finite:Q", title="not finite")])
+        .encode(y=alt.value(6), tooltip=tips("tensor:N", ("not_finite:Q", "not finite")))
     )
     return alt.layer(band, line, broken)

@@ -8,18 +8,8 @@ import altair as alt
 import polars as pl
 
 from veloxlab.views import theme
-from veloxlab.views.furniture import (
-    LABEL,
-    Domain,
-    caption_title,
-    framed,
-    known,
-    log_domain,
-    log_ticks,
-    method_look,
-    on_log_scale,
-    require,
-)
+from veloxlab.views.furniture import framed, known, method_look, require, tips
+from veloxlab.views.scales import Domain, log_domain, log_y, on_log_scale
 
 # what a cache costs: words for an axis, and the number drawn
 COSTS = {
@@ -43,28 +33,15 @@ def frontier(
 ) -> alt.VConcatChart:
     """Draw each measured cache by its cost and by how far it moves the model's predictions.
 
-    Parameters
-    ----------
-    frame
-        Rows of ``name``, ``key_bits``, ``value_bits``, ``kl_mean`` (nats), ``held_bytes``, ``top1_flips`` (0 to 1) and
-        ``perplexity``. A name starts with its method's id; a column ``method`` is used where there is one. Where bits
-        are null, a column ``held_bits`` stands in. The exact cache (``"none"``) is told of in the caption, and a
-        divergence of zero is drawn at the floor.
-    x
-        ``"bits"`` for true bits per value, or ``"held_bytes"``.
-    domain
-        Least and greatest KL of the scale; give one to keep it steady while points are added.
-    caption
-        The line under the heading; by default what the exact cache gives.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the param ``caption``.
+    Rows of ``name``, ``key_bits``, ``value_bits``, ``kl_mean`` (nats), ``held_bytes``, ``top1_flips`` (0 to 1) and
+    ``perplexity``. A name starts with its method's id; a column ``method`` is used where there is one. Where bits are
+    null, a column ``held_bits`` stands in. The exact cache (``"none"``) is told of in the caption, and a divergence of
+    zero is drawn at the floor. ``x``: ``"bits"`` for true bits per value, or ``"held_bytes"``. ``domain``: least and
+    greatest KL of the scale; give one to keep it steady while points are added.
     """
     known(x, COSTS, "cost")
     numbers = ("key_bits", "value_bits", "kl_mean", "held_bytes", "top1_flips", "perplexity")
-    require(frame, {"name": "text", **dict.fromkeys(numbers, "number")}, "frontier")
+    require(frame, "frontier", "name", *numbers)
     method = pl.col("method") if "method" in frame.columns else pl.col("name").str.split(" ").list.first()
     held = [pl.col("held_bits")] if "held_bits" in frame.columns else []
     shown = frame.select("name", *numbers, *held, method=method).drop_nulls("name")
@@ -75,14 +52,12 @@ def frontier(
         alt.layer(*_marks(drawn, x, scale, named=drawn.height <= FEW))
         .encode(
             x=alt.X("cost:Q", title=COSTS[x][0]).scale(zero=False, nice=False, padding=24).axis(tickCount=6),
-            y=alt.Y("kl_mean_drawn:Q", title=["mean KL from the exact model", "nats"])
-            .scale(type="log", domain=scale, nice=False, clamp=True)
-            .axis(values=log_ticks(scale), labelExpr=LABEL),
+            y=log_y("kl_mean", ["mean KL from the exact model", "nats"], scale),
         )
-        .properties(width=theme.WIDTH - 90, height=260, title=caption_title())
+        .properties(width=theme.WIDTH - 90, height=260)
     )
     words = fidelity_caption(frame, x) if caption is None else caption
-    return framed([plot], shown, "What a smaller cache changes in the model's predictions", words, pickable=False)
+    return framed([plot], shown, "What a smaller cache changes in the model's predictions", words)
 
 
 def fidelity_caption(frame: pl.DataFrame, x: Literal["bits", "held_bytes"] = "bits") -> str:
@@ -117,15 +92,15 @@ def _marks(drawn: pl.DataFrame, x: str, scale: Domain, *, named: bool) -> list[a
         .transform_filter("datum.kl_mean <= datum.best")
         .mark_line(interpolate="step-after", color=theme.NEUTRAL, strokeWidth=4, opacity=0.3)
     )
-    tooltip = [
-        alt.Tooltip("name:N"),
-        alt.Tooltip("kl_mean:Q", title="mean KL (nats)", format=".3g"),
-        alt.Tooltip("top1_flips:Q", title="top-1 changed", format=".2%"),
-        alt.Tooltip("perplexity:Q", format=".3f"),
-        alt.Tooltip("key_bits:Q", title="bits a key value", format=".2f"),
-        alt.Tooltip("value_bits:Q", title="bits a value's value", format=".2f"),
-        alt.Tooltip("held_bytes:Q", title="held bytes", format=",d"),
-    ]
+    tooltip = tips(
+        "name:N",
+        ("kl_mean:Q", "mean KL (nats)", ".3g"),
+        ("top1_flips:Q", "top-1 changed", ".2%"),
+        ("perplexity:Q", None, ".3f"),
+        ("key_bits:Q", "bits a key value", ".2f"),
+        ("value_bits:Q", "bits a value's value", ".2f"),
+        ("held_bytes:Q", "held bytes", ",d"),
+    )
     lines = base.mark_line(strokeWidth=1.2, opacity=0.7).encode(color=colour)
     points = base.mark_point(filled=True, size=70, opacity=1).encode(color=colour, shape=shape, tooltip=tooltip)
     names = (
@@ -150,18 +125,12 @@ NUMBERS = ("row", "key_bits", "value_bits", "sinks", "window", "bytes_per_token"
 def pareto_front(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw candidates by the bytes they hold for a token and by how far they move the model's predictions.
 
-    Parameters
-    ----------
-    frame
-        Rows of a search (``SEARCHED``). Those of the state ``"front"`` are joined, with their intervals; others
-        that were measured are faint; those that were not are counted in the caption.
-    caption
-        The line under the heading; by default `pareto_caption`.
+    Rows of a search (``SEARCHED``). Those of the state ``"front"`` are joined, with their intervals; others that were
+    measured are faint; those that were not are counted in the caption.
     """
-    texts = dict.fromkeys(("method", "state"), "text")
-    require(frame, texts | dict.fromkeys(NUMBERS, "number"), "pareto_front")  # type: ignore[arg-type]
+    require(frame, "pareto_front", "method", "state", *NUMBERS)
     protected = pl.col("protected").cast(pl.List(pl.String)).list.join(", ")
-    shown = frame.filter(pl.col("kl").is_finite()).select(*texts, *NUMBERS, protected=protected)
+    shown = frame.filter(pl.col("kl").is_finite()).select("method", "state", *NUMBERS, protected=protected)
     scale = log_domain(shown["kl"])
     plot = (
         alt.layer(*_front_marks(shown, scale))
@@ -169,14 +138,12 @@ def pareto_front(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VCon
             x=alt.X("bytes_per_token:Q", title="bytes held for a token")
             .scale(zero=False, nice=False, padding=24)
             .axis(tickCount=6),
-            y=alt.Y("kl_drawn:Q", title=["mean KL from the exact model", "nats"])
-            .scale(type="log", domain=scale, nice=False, clamp=True)
-            .axis(values=log_ticks(scale), labelExpr=LABEL),
+            y=log_y("kl", ["mean KL from the exact model", "nats"], scale),
         )
-        .properties(width=theme.WIDTH - 90, height=280, title=caption_title())
+        .properties(width=theme.WIDTH - 90, height=280)
     )
     words = pareto_caption(frame) if caption is None else caption
-    return framed([plot], shown, "The caches that nothing else beats", words, pickable=False)
+    return framed([plot], shown, "The caches that nothing else beats", words)
 
 
 def pareto_caption(frame: pl.DataFrame) -> str:
@@ -195,21 +162,21 @@ def pareto_caption(frame: pl.DataFrame) -> str:
 def _front_marks(shown: pl.DataFrame, scale: Domain) -> list[alt.Chart]:
     methods = shown["method"].unique(maintain_order=True).sort().to_list()
     colour, shape = method_look(methods)
-    tooltip = [
-        alt.Tooltip("row:Q"),
-        alt.Tooltip("method:N"),
-        alt.Tooltip("key_bits:Q", title="bits of keys"),
-        alt.Tooltip("value_bits:Q", title="bits of values"),
-        alt.Tooltip("sinks:Q"),
-        alt.Tooltip("window:Q"),
-        alt.Tooltip("protected:N", title="exact layers"),
-        alt.Tooltip("bytes_per_token:Q", title="bytes a token", format=",.1f"),
-        alt.Tooltip("kl:Q", title="mean KL (nats)", format=".3g"),
-        alt.Tooltip("low:Q", title="interval from", format=".3g"),
-        alt.Tooltip("high:Q", title="to", format=".3g"),
-        alt.Tooltip("windows:Q", title="windows measured"),
-        alt.Tooltip("state:N"),
-    ]
+    tooltip = tips(
+        "row:Q",
+        "method:N",
+        ("key_bits:Q", "bits of keys"),
+        ("value_bits:Q", "bits of values"),
+        "sinks:Q",
+        "window:Q",
+        ("protected:N", "exact layers"),
+        ("bytes_per_token:Q", "bytes a token", ",.1f"),
+        ("kl:Q", "mean KL (nats)", ".3g"),
+        ("low:Q", "interval from", ".3g"),
+        ("high:Q", "to", ".3g"),
+        ("windows:Q", "windows measured"),
+        "state:N",
+    )
     measured = on_log_scale(alt.Chart(), "kl", scale)
     front = measured.transform_filter(f"datum.state === '{FRONT}'")
     steps = front.mark_line(interpolate="step-after", color=theme.NEUTRAL, strokeWidth=4, opacity=0.3)

@@ -1,10 +1,9 @@
-"""What a chart asks of its frame, said in a sentence where it is not met."""
+"""Parts that charts share: checks of a frame's columns, axes, colours, tooltips, marks by layer, and the frame."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import altair as alt
 import polars as pl
@@ -12,31 +11,20 @@ import polars as pl
 from veloxlab.errors import InputError
 from veloxlab.views import theme
 
-Kind = Literal["number", "text"]
+# Columns that hold text, whichever frame they are in; all others that a chart asks for hold numbers.
+NAMES = ("answer", "cache", "method", "name", "passkey", "text")
+SORTS = ("about", "kind", "part", "role", "side", "space", "stage", "state", "tensor")
+TEXTS = frozenset((*NAMES, *SORTS))
 
 
-def require(frame: pl.DataFrame, columns: Mapping[str, Kind], chart: str) -> None:
-    """Refuse a frame that lacks a column, holds another kind of value in one, or has no rows.
-
-    Parameters
-    ----------
-    frame
-        What a chart was given.
-    columns
-        Names and kinds of the columns that it needs.
-    chart
-        The chart's name, for the sentence.
-
-    Raises
-    ------
-    InputError
-        If the frame does not fit.
-    """
-    for name, kind in columns.items():
+def require(frame: pl.DataFrame, chart: str, *columns: str) -> None:
+    """Raise `InputError` for a frame that lacks a column, holds another kind of value in one, or has no rows."""
+    for name in columns:
         if name not in frame.columns:
             raise InputError(f"{chart} needs a column {name!r}: the frame has {', '.join(frame.columns) or 'none'}.")
         dtype = frame.schema[name]
-        if not (dtype.is_numeric() if kind == "number" else dtype in (pl.String, pl.Categorical, pl.Enum)):
+        if not (dtype in (pl.String, pl.Categorical, pl.Enum) if name in TEXTS else dtype.is_numeric()):
+            kind = "text" if name in TEXTS else "number"
             raise InputError(f"{chart} needs {kind} in column {name!r}: the frame has {dtype} there.")
     if frame.is_empty():
         raise InputError(f"{chart} needs at least one row: the frame is empty.")
@@ -59,78 +47,15 @@ def known(value: str, choices: Mapping[str, object], what: str) -> None:
         raise InputError(f"There is no {what} {value!r}: choose one of {', '.join(choices)}.")
 
 
-Domain = tuple[float, float]
-
-LABEL = "format(datum.value, datum.value < 0.001 ? '~e' : '~g')"  # of a tick, in Vega: 0.002 and 2e-5
-NEAR = 1e-9  # relative room for rounding errors
-DEEP = 1e-6  # what lies further under the greatest value is drawn at the floor
+def tensors_of(frame: pl.DataFrame) -> list[str]:
+    """Name the tensors that a frame has, keys before values."""
+    return [tensor for tensor in theme.TENSORS if tensor in frame["tensor"]]
 
 
-def on_log_scale(chart: alt.Chart, field: str, domain: Domain | None = None) -> alt.Chart:
-    """Give the rows of a chart a field that a log scale can show, named ``{field}_drawn``: all log scales read such.
-
-    Rows in which the field is null, NaN or infinite are left out; `not_drawn` counts them for a caption.
-
-    Parameters
-    ----------
-    chart
-        Its rows may change later: this is done in the page.
-    field
-        A number of each row.
-    domain
-        Ends of the scale: what is below, such as zero, is drawn at the floor. Without them zero and less is left out.
-    """
-    value = f"datum.{field}"
-    there = chart.transform_filter(f"isValid({value}) && isFinite({value})" + ("" if domain else f" && {value} > 0"))
-    return there.transform_calculate(**{f"{field}_drawn": f"max({value}, {domain[0]!r})" if domain else value})
-
-
-def not_drawn(values: pl.Series, *, zero: bool = False) -> list[str]:
-    """Say how many values are null, NaN or infinite, or, with ``zero``, not above zero; nothing if there are none."""
-    numbers = values.cast(pl.Float64)
-    drawn = numbers.is_finite() & ((numbers > 0) | (not zero))
-    count = len(numbers) - int(drawn.sum())
-    return [f"{count} not drawn: {'not above zero, or ' * zero}not finite"] if count else []
-
-
-def log_domain(values: Iterable[float | None]) -> Domain:
-    """Give round ends of a log scale that hold the values above zero, down to a millionth of the greatest.
-
-    Parameters
-    ----------
-    values
-        Numbers; those that are null, zero, negative or not finite have no place on a log scale and do not count.
-
-    Returns
-    -------
-    tuple
-        The least and the greatest value of the scale, at least a factor of five apart.
-    """
-    drawn = [value for value in values if value is not None and 0 < value < math.inf]
-    greatest = max(drawn, default=1.0)
-    least = min((value for value in drawn if value > greatest * DEEP), default=greatest)
-    low = max(step for step in _round_numbers(least) if step <= least * (1 + NEAR))
-    high = min(step for step in _round_numbers(greatest) if step >= greatest * (1 - NEAR))
-    return (low, high) if high / low >= 5 else (low / 5, high)
-
-
-def log_ticks(domain: Domain) -> list[float]:
-    """Give round values within a domain, decades alone where there are more than three."""
-    low, high = (math.floor(math.log10(end) + NEAR) for end in domain)
-    steps = (1, 2, 5) if high - low <= 3 else (1,)
-    values = (float(f"{step}e{power}") for power in range(low, high + 1) for step in steps)
-    return [value for value in values if domain[0] * (1 - NEAR) <= value <= domain[1] * (1 + NEAR)]
-
-
-def log_steps(*steps: int) -> list[float]:
-    """Give such steps of every decade, for an axis whose ends its rows make: only those between them are drawn."""
-    return [float(f"{step}e{power}") for power in range(-12, 7) for step in steps]
-
-
-def _round_numbers(value: float) -> list[float]:
-    """Give round numbers from below a value to above it."""
-    power = math.floor(math.log10(value))
-    return [float(f"{step}e{power + decade}") for decade in (-1, 0, 1) for step in (1, 2, 5)]
+def by_tensor(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Give the rows of keys and of values, where there are any."""
+    for tensor in tensors_of(frame):
+        yield tensor, frame.filter(pl.col("tensor") == tensor)
 
 
 PICKED = "picked_layer"
@@ -139,48 +64,48 @@ ALTAIR_ROWS = 5_000
 Plot = alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart | alt.HConcatChart
 
 
-def caption_title() -> alt.TitleParams:
-    """Give the line under the heading, whose words are the param ``caption``."""
-    return alt.TitleParams(text=alt.expr("caption"), style="caption")
-
-
 def framed(
-    plots: Sequence[Plot], data: pl.DataFrame, heading: str, caption: str, *, pickable: bool, dashed: bool = False
+    plots: Sequence[Plot],
+    data: pl.DataFrame,
+    heading: str,
+    caption: str,
+    *,
+    pickable: bool = False,
+    dashed: bool = False,
 ) -> alt.VConcatChart:
-    """Stack plots under a heading and a caption.
+    """Stack plots that read the same rows under a heading, and under a caption that the param ``caption`` may change.
 
-    Parameters
-    ----------
-    plots
-        The plots, from top to bottom; the first one carries ``caption_title()``.
-    data
-        The rows that all plots read.
-    heading
-        What is seen.
-    caption
-        First value of the param ``caption``.
-    pickable
-        Whether the plots mark the param ``picked_layer``.
-    dashed
-        Whether the plots tell lines apart by dashes, each in its own way.
-
-    Returns
-    -------
-    alt.VConcatChart
-        The chart, with its params.
+    ``pickable`` plots mark the param ``picked_layer``; ``dashed`` ones tell lines apart by dashes.
     """
     params = [alt.param(name="caption", value=caption)]
     if pickable:
         params.append(alt.param(name=PICKED, value=None))
     dashes: dict[str, Any] = {"strokeDash": "independent"} if dashed else {}
+    first = plots[0].properties(title=alt.TitleParams(text=alt.expr("caption"), style="caption"))
     chart: alt.VConcatChart = (
-        alt.vconcat(*plots, title=alt.TitleParams(text=heading), spacing=10)
+        alt.vconcat(first, *plots[1:], title=alt.TitleParams(text=heading), spacing=10)
         .add_params(*params)
         .resolve_scale(color="independent", opacity="independent", shape="independent", **dashes)
     )
     # Altair refuses longer frames for the marks they might become; ours are pooled before they are drawn
     chart.data = data if data.height <= ALTAIR_ROWS else alt.InlineData(values=data.to_dicts())
     return chart
+
+
+def tips(*fields: str | tuple[str, str] | tuple[str, str | None, str]) -> list[alt.Tooltip]:
+    """Give a tooltip's lines: a field alone, with a title, or with a title (``None``: its own name) and a format."""
+    lines = []
+    for field in fields:
+        name, title, form = (*((field,) if isinstance(field, str) else field), None, None)[:3]
+        said = {key: value for key, value in (("title", title), ("format", form)) if value is not None}
+        lines.append(alt.Tooltip(name, **said))
+    return lines
+
+
+def cache_colour(caches: Sequence[str], legend: alt.Legend | None = None) -> alt.Color:
+    """Give caches the colours of their methods."""
+    colours = [theme.colour_of(name) for name in caches]
+    return alt.Color("cache:N", legend=legend).scale(domain=caches, range=colours)  # type: ignore[no-any-return]
 
 
 def tensor_colour(*, legend: bool = True) -> alt.Color:
@@ -250,3 +175,13 @@ def picked_outline() -> alt.Chart:
         .encode(x="layer:O", y=alt.value(2), y2=alt.value("height"))
     )
     return outline
+
+
+def over_layers(*marks: alt.Chart) -> alt.LayerChart:
+    """Lay marks over clickable layers, and a frame around the picked one over them."""
+    return alt.layer(layer_columns(), *marks, picked_outline())  # type: ignore[return-value]
+
+
+def lines_by_layer(base: alt.Chart, points: alt.Chart, *more: alt.Chart) -> alt.LayerChart:
+    """Lay lines and points over clickable layers and the frame around the picked one."""
+    return alt.layer(layer_columns(), picked_outline(), base.mark_line(strokeWidth=1.5), points, *more)  # type: ignore[return-value]

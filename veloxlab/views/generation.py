@@ -9,7 +9,8 @@ import altair as alt
 import polars as pl
 
 from veloxlab.views import theme
-from veloxlab.views.furniture import caption_title, framed, not_drawn, on_log_scale, require
+from veloxlab.views.furniture import framed, require, tips
+from veloxlab.views.scales import not_drawn, on_log_scale
 
 SIDES = ("exact", "compressed")
 FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
@@ -26,31 +27,16 @@ def token_strip(
 ) -> alt.VConcatChart:
     """Draw two texts as their tokens, with a bar under each of the compressed cache's, coloured by divergence.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position``, ``text``, ``probability``,
-        ``exact_probability`` and ``kl`` (nats).
-    parting
-        The first position at which the texts differ, which is framed.
-    lines
-        Lines to leave room for at least; give them to keep the chart steady while text comes.
-    caption
-        The line under the heading; by default where the texts part and what was lost.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the param ``caption``.
+    Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position``, ``text``, ``probability``,
+    ``exact_probability`` and ``kl`` (nats). ``parting``: the first position at which the texts differ, which is framed.
+    ``lines``: lines to leave room for at least; give them to keep the chart steady while text comes.
     """
-    numbers = {"position": "number", "probability": "number", "exact_probability": "number", "kl": "number"}
-    require(frame, {"side": "text", "text": "text", **numbers}, "token_strip")  # type: ignore[dict-item]
+    require(frame, "token_strip", "side", "text", "position", "probability", "exact_probability", "kl")
     rows = pl.concat([_laid_out(frame.filter(pl.col("side") == side), parting) for side in SIDES])
     count = max(lines or 0, int(rows["line"].max()) + 1)  # type: ignore[arg-type]
     plots = [_text(side, count) for side in SIDES]
-    plots[0] = plots[0].properties(title=caption_title())
     words = strip_caption(frame, parting) if caption is None else caption
-    return framed(plots, rows, "The same prompt, exact and compressed", words, pickable=False)
+    return framed(plots, rows, "The same prompt, exact and compressed", words)
 
 
 def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
@@ -70,21 +56,10 @@ def held_while_generating(
 ) -> alt.VConcatChart:
     """Draw the bytes that each cache holds while texts are generated.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position`` and ``held_bytes``.
-    tokens
-        Tokens to leave room for; by default those that there are. Give it to keep the axis steady while text comes.
-    caption
-        The line under the heading; by default what is held at the end.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the param ``caption``.
+    Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position`` and ``held_bytes``. ``tokens``: tokens to
+    leave room for; by default those that there are. Give it to keep the axis steady while text comes.
     """
-    require(frame, {"side": "text", "position": "number", "held_bytes": "number"}, "held_while_generating")
+    require(frame, "held_while_generating", "side", "position", "held_bytes")
     shown = frame.select("side", "position", "held_bytes")
     last = (tokens or int(shown["position"].max()) + 1) - 1  # type: ignore[arg-type]
     colours = [theme.NEUTRAL, theme.KEYS]
@@ -95,15 +70,15 @@ def held_while_generating(
             x=alt.X("position:Q", title="tokens generated").scale(domain=[0, max(last, 1)], nice=False),
             y=alt.Y("megabytes:Q", title=["bytes held", "MB"]).axis(tickCount=4).scale(zero=True),
             color=alt.Color("side:N", title=None).scale(domain=list(SIDES), range=colours),
-            tooltip=["side:N", "position:Q", alt.Tooltip("held_bytes:Q", title="held bytes", format=",d")],
+            tooltip=tips("side:N", "position:Q", ("held_bytes:Q", "held bytes", ",d")),
         )
     )
     line = base.mark_line(interpolate="step-after", strokeWidth=2)
     plot = alt.layer(line, base.mark_point(size=14, filled=True, opacity=1)).properties(
-        width=theme.WIDTH - 100, height=120, title=caption_title()
+        width=theme.WIDTH - 100, height=120
     )
     words = held_caption(frame) if caption is None else caption
-    return framed([plot], shown, "Bytes held while the texts are generated", words, pickable=False)
+    return framed([plot], shown, "Bytes held while the texts are generated", words)
 
 
 def held_caption(frame: pl.DataFrame) -> str:
@@ -127,25 +102,14 @@ def lines_for(tokens: int) -> int:
 def passkey_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw which hidden numbers were found, by depth and cache.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.generation.PASSKEY`: ``depth`` (0 to 1), ``side``, ``passkey``, ``answer``, ``hit``.
-    caption
-        The line under the heading; by default how many were found.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the param ``caption``.
+    Rows of `veloxlab.measure.generation.PASSKEY`: ``depth`` (0 to 1), ``side``, ``passkey``, ``answer``, ``hit``.
     """
-    texts = dict.fromkeys(("side", "passkey", "answer"), "text")
-    require(frame, {"depth": "number", "context": "number", **texts}, "passkey_map")  # type: ignore[dict-item]
+    require(frame, "passkey_map", "depth", "context", "side", "passkey", "answer")
     shown = frame.select("depth", "side", "passkey", "context", answer=pl.col("answer").str.strip_chars(), hit="hit")
     base = alt.Chart().encode(
         x=alt.X("depth:O", title="depth of the needle in the text").axis(format=".0%"),
         y=alt.Y("side:N", sort=list(SIDES), title=None),
-        tooltip=["side:N", "passkey:N", "answer:N", alt.Tooltip("depth:Q", format=".0%")],
+        tooltip=tips("side:N", "passkey:N", "answer:N", ("depth:Q", None, ".0%")),
     )
     found, missed = (base.transform_filter(test) for test in ("datum.hit", "!datum.hit"))
     marks = (
@@ -155,9 +119,9 @@ def passkey_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
         .mark_text(font=FONT, fontSize=11)
         .encode(text="label:N"),
     )
-    plot = alt.layer(*marks).properties(width=theme.WIDTH - 60, height=alt.Step(ROW), title=caption_title())
+    plot = alt.layer(*marks).properties(width=theme.WIDTH - 60, height=alt.Step(ROW))
     words = passkey_caption(frame) if caption is None else caption
-    return framed([plot], shown, "Numbers hidden in a text, and what was answered", words, pickable=False)
+    return framed([plot], shown, "Numbers hidden in a text, and what was answered", words)
 
 
 def passkey_caption(frame: pl.DataFrame) -> str:
@@ -206,13 +170,13 @@ def _text(side: str, lines: int) -> alt.LayerChart | alt.FacetChart:
         .encode(
             x=alt.X("column:Q", axis=None).scale(domain=[0, COLUMNS], nice=False),
             x2="end:Q",
-            tooltip=[
-                alt.Tooltip("text:N"),
-                alt.Tooltip("position:Q"),
-                alt.Tooltip("probability:Q", title="probability here", format=".3f"),
-                alt.Tooltip("exact_probability:Q", title="exact cache's, same text", format=".3f"),
-                alt.Tooltip("kl:Q", title="KL (nats)", format=".3g"),
-            ],
+            tooltip=tips(
+                "text:N",
+                "position:Q",
+                ("probability:Q", "probability here", ".3f"),
+                ("exact_probability:Q", "exact cache's, same text", ".3f"),
+                ("kl:Q", "KL (nats)", ".3g"),
+            ),
         )
     )
     axis = alt.Axis(title=side, labels=False, ticks=False, grid=False)

@@ -7,7 +7,7 @@ import polars as pl
 
 from veloxlab.errors import InputError
 from veloxlab.views import theme
-from veloxlab.views.furniture import IS_PICKED, PICKED, Plot, caption_title, framed, require
+from veloxlab.views.furniture import IS_PICKED, PICKED, Plot, cache_colour, framed, require, tips
 
 EXACT = "fp16"  # the cache that others are compared with
 MEGABYTE = 1_000_000
@@ -19,22 +19,12 @@ SIZE = "format(datum.megabytes, ',.3~r') + ' MB'"
 def memory_growth(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw the bytes held against the tokens of the context.
 
-    Parameters
-    ----------
-    frame
-        Rows of ``tokens``, ``cache``, ``bytes`` and ``kind`` (``"measured"`` or ``"predicted"``), whose bytes add up
-        to what a cache holds. With a column ``layer``, a row is one layer's share, or where it is null what all layers
-        share, and the picked layer's bytes are drawn too.
-    caption
-        The line under the heading; by default the ratio at the longest context.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the params ``caption`` and ``picked_layer``.
+    Rows of ``tokens``, ``cache``, ``bytes`` and ``kind`` (``"measured"`` or ``"predicted"``), whose bytes add up to
+    what a cache holds. With a column ``layer``, a row is one layer's share, or where it is null what all layers share,
+    and the picked layer's bytes are drawn too.
     """
-    needed = {"tokens": "number", "cache": "text", "bytes": "number", "kind": "text"}
-    require(frame, needed, "memory_growth")  # type: ignore[arg-type]
+    needed = ("tokens", "cache", "bytes", "kind")
+    require(frame, "memory_growth", *needed)
     layer = pl.col("layer") if "layer" in frame.columns else pl.lit(None, pl.Int64).alias("layer")
     shown = frame.select(*needed, layer).sort("cache", "layer", "tokens")
     caches = shown["cache"].unique(maintain_order=True).to_list()
@@ -44,7 +34,7 @@ def memory_growth(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VCo
             x=alt.X("tokens:Q", title="tokens of context").axis(format=",d", tickCount=6).scale(zero=True, nice=False),
             y=alt.Y("megabytes:Q", title=["bytes held", "MB"]).axis(tickCount=5),
         )
-        .properties(width=theme.WIDTH - 100, height=220, title=caption_title())
+        .properties(width=theme.WIDTH - 100, height=220)
     )
     words = memory_caption(frame) if caption is None else caption
     return framed([plot], shown, "Bytes held as the context grows", words, pickable=True)
@@ -67,14 +57,9 @@ def memory_caption(frame: pl.DataFrame) -> str:
 
 def _totals(caches: list[str]) -> list[alt.Chart]:
     """Draw each cache: solid with points where measured, dashed where predicted, its name and size at the end."""
-    colour = alt.Color("cache:N", legend=None).scale(domain=caches, range=[theme.colour_of(name) for name in caches])
+    colour = cache_colour(caches)
     base = _growth(alt.Chart()).encode(color=colour)
-    tooltip = [
-        alt.Tooltip("cache:N"),
-        alt.Tooltip("tokens:Q", format=",d"),
-        alt.Tooltip("bytes:Q", format=",d"),
-        alt.Tooltip("kind:N"),
-    ]
+    tooltip = tips("cache:N", ("tokens:Q", None, ",d"), ("bytes:Q", None, ",d"), "kind:N")
     name = alt.Text("label:N")
     return [
         base.transform_filter(AHEAD).mark_line(strokeDash=[5, 4], strokeWidth=2),
@@ -129,29 +114,13 @@ FITS = "datum.total <= datum.limit"
 def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw the bytes of each cache by part beside the memory there is, and below, the largest context that fits.
 
-    Parameters
-    ----------
-    planned
-        Rows of `veloxlab.measure.planned_memory.PLANNED` at one context: ``cache``, ``tokens``, ``batch``, ``part``,
-        ``bytes``.
-    largest
-        Rows of `veloxlab.measure.planned_memory.LARGEST` of the same caches: ``cache``, ``memory_bytes``, ``tokens``.
-    caption
-        The line under the heading; by default whether the first cache fits, and how far it goes.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the param ``caption``.
-
-    Raises
-    ------
-    InputError
-        A column or a row is missing, or the plan is of more than one context.
+    ``planned``: rows of `veloxlab.measure.planned_memory.PLANNED` at one context: ``cache``, ``tokens``, ``batch``,
+    ``part``, ``bytes``. ``largest``: rows of `veloxlab.measure.planned_memory.LARGEST` of the same caches: ``cache``,
+    ``memory_bytes``, ``tokens``. Raises `InputError`: A column or a row is missing, or the plan is of more than one
+    context.
     """
-    numbers = {"tokens": "number", "batch": "number", "bytes": "number"}
-    require(planned, {"cache": "text", "part": "text", **numbers}, "memory_plan")  # type: ignore[dict-item]
-    require(largest, {"cache": "text", "memory_bytes": "number", "tokens": "number"}, "memory_plan")
+    require(planned, "memory_plan", "cache", "part", "tokens", "batch", "bytes")
+    require(largest, "memory_plan", "cache", "memory_bytes", "tokens")
     if planned["tokens"].n_unique() > 1:
         raise InputError(
             f"memory_plan draws one context, and the frame has {planned['tokens'].n_unique()}: filter it by tokens."
@@ -180,11 +149,11 @@ def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str | 
     shown = pl.concat([bars, fits], how="vertical_relaxed")
     used = [part for part in PARTS if part in planned["part"].unique()]
     plots = [
-        _held(caches, used, bars["total"].max()).properties(title=caption_title()),  # type: ignore[arg-type]
+        _held(caches, used, bars["total"].max()),  # type: ignore[arg-type]
         _contexts(caches),
     ]
     words = plan_caption(planned, largest) if caption is None else caption
-    return framed(plots, shown, "Memory a cache will hold (predicted)", words, pickable=False)
+    return framed(plots, shown, "Memory a cache will hold (predicted)", words)
 
 
 def plan_caption(planned: pl.DataFrame, largest: pl.DataFrame) -> str:
@@ -218,12 +187,7 @@ def _held(caches: list[str], used: list[str], greatest: int) -> Plot:
         x=axis.stack("zero"),
         color=colour,
         order=alt.Order("order:Q"),
-        tooltip=[
-            alt.Tooltip("cache:N"),
-            alt.Tooltip("part:N"),
-            alt.Tooltip("bytes:Q", format=",d"),
-            alt.Tooltip("total:Q", format=",d", title="all parts"),
-        ],
+        tooltip=tips("cache:N", "part:N", ("bytes:Q", None, ",d"), ("total:Q", "all parts", ",d")),
     )
     totals = (
         base.transform_aggregate(groupby=["cache", "total", "limit"])
@@ -258,7 +222,7 @@ def _contexts(caches: list[str]) -> Plot:
     colours = [theme.colour_of(cache) for cache in caches]
     bars = base.mark_bar().encode(
         color=alt.Color("cache:N", legend=None).scale(domain=caches, range=colours),
-        tooltip=[alt.Tooltip("cache:N"), alt.Tooltip("context:Q", format=",d", title="tokens")],
+        tooltip=tips("cache:N", ("context:Q", "tokens", ",d")),
     )
     words = (
         base.transform_calculate(label="format(datum.context, ',d')")

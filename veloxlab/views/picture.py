@@ -22,15 +22,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 def svg(spec: Spec) -> str:
     """Draw a spec as SVG text, in the light theme on white.
 
-    Parameters
-    ----------
-    spec
-        A Vega-Lite spec with its data.
-
-    Returns
-    -------
-    str
-        The SVG document.
+    ``spec``: a Vega-Lite spec with its data. Returns the SVG document.
     """
     picture: str = vl_convert.vegalite_to_svg(lit(spec))
     return picture
@@ -39,17 +31,7 @@ def svg(spec: Spec) -> str:
 def png(spec: Spec, *, width: int = WIDTH) -> bytes:
     """Draw a spec as PNG, in the light theme on white, scaled to a width.
 
-    Parameters
-    ----------
-    spec
-        A Vega-Lite spec with its data.
-    width
-        Width of the picture in pixels.
-
-    Returns
-    -------
-    bytes
-        The PNG file.
+    ``spec``: a Vega-Lite spec with its data. ``width``: width of the picture in pixels. Returns the PNG file.
     """
     drawing = svg(spec)
     return repacked(vl_convert.svg_to_png(drawing, scale=width / _size(drawing)[0]))
@@ -58,17 +40,8 @@ def png(spec: Spec, *, width: int = WIDTH) -> bytes:
 def stacked(specs: Sequence[Spec], *, width: int = WIDTH) -> bytes:
     """Draw several specs below one another as one PNG.
 
-    Parameters
-    ----------
-    specs
-        Vega-Lite specs with their data, from top to bottom.
-    width
-        Width of the picture in pixels, that of the widest chart.
-
-    Returns
-    -------
-    bytes
-        The PNG file.
+    ``specs``: vega-Lite specs with their data, from top to bottom. ``width``: width of the picture in pixels, that of
+    the widest chart. Returns the PNG file.
     """
     drawings = [_apart(svg(spec), f"chart{i}-") for i, spec in enumerate(specs)]
     sizes = [_size(drawing) for drawing in drawings]

@@ -37,14 +37,8 @@ class Section:
 def report(title: str, sections: Sequence[Section], script: str) -> str:
     """Give the text of an HTML page.
 
-    Parameters
-    ----------
-    title
-        What the page is about.
-    sections
-        Its parts, from top to bottom.
-    script
-        An ES module that exports ``vegaEmbed``; it goes into the page.
+    ``title``: what the page is about. ``sections``: its parts, from top to bottom. ``script``: an ES module that
+    exports ``vegaEmbed``; it goes into the page.
     """
     charts = [section.chart for section in sections if section.chart is not None]
     numbers = iter(range(len(charts)))

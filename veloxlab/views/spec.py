@@ -17,15 +17,8 @@ def split(spec: Spec) -> tuple[Spec, dict[str, Rows], dict[str, Any]]:
     Altair names a dataset by a hash of its rows, so that every new number changes the spec. Here datasets are renamed
     ``data-0``, ``data-1``, ... in order of appearance: two charts that differ in numbers alone have one spec.
 
-    Parameters
-    ----------
-    spec
-        What ``chart.to_dict()`` gives; it is left as it is.
-
-    Returns
-    -------
-    tuple
-        The spec without them; the rows by dataset name; the values by param name. NaN and infinities become ``None``.
+    ``spec``: what ``chart.to_dict()`` gives; it is left as it is. Returns the spec without them; the rows by dataset
+    name; the values by param name. NaN and infinities become ``None``.
     """
     hashed: Mapping[str, Rows] = spec.get("datasets", {})
     names: dict[str, str] = {}

@@ -7,23 +7,18 @@ import polars as pl
 
 from veloxlab.views import theme
 from veloxlab.views.furniture import (
-    LABEL,
     Plot,
-    caption_title,
     framed,
     head_words,
     layer_axis,
-    layer_columns,
     layer_step,
-    log_domain,
-    log_ticks,
-    not_drawn,
-    on_log_scale,
+    lines_by_layer,
     one_head,
-    picked_outline,
     require,
     tensor_colour,
+    tips,
 )
+from veloxlab.views.scales import log_domain, log_y, not_drawn, on_log_scale
 
 ABOUT = {"origin": "with the mean vector", "mean": "without it"}
 DASHES = ([4, 3], [1, 0])
@@ -34,15 +29,10 @@ MEANS = [pl.col(n).filter(pl.col(n).is_finite()).mean() for n in ("uncentred", "
 def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw the share of energy in each direction of one head, with its mean vector (dashed) and without.
 
-    Parameters
-    ----------
-    frame
-        Rows of one head of `veloxlab.measure.spectra.SPECTRUM`.
-    caption
-        The line under the heading; by default the effective dimensions.
+    Rows of one head of `veloxlab.measure.spectra.SPECTRUM`.
     """
     numbers = ("layer", "head", "rank", "share")
-    require(frame, {"tensor": "text", "about": "text"} | dict.fromkeys(numbers, "number"), "spectrum")  # type: ignore[arg-type]
+    require(frame, "spectrum", "tensor", "about", *numbers)
     one_head(frame, "spectrum")
     shown = frame.select("tensor", "about", "rank", "share")
     domain = (FLOOR, 1.0)
@@ -54,22 +44,15 @@ def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatC
             x=alt.X("rank:Q", title="direction, the strongest first")
             .scale(nice=False, domainMin=1)
             .axis(tickMinStep=1),
-            y=alt.Y("share_drawn:Q", title=["one direction's", "share of energy"])
-            .scale(type="log", domain=domain, clamp=True)
-            .axis(values=log_ticks(domain), labelExpr=LABEL),
+            y=log_y("share", ["one direction's", "share of energy"], domain),
             color=tensor_colour(),
             strokeDash=_with_mean(),
-            tooltip=[
-                alt.Tooltip("tensor:N"),
-                alt.Tooltip("seen:N"),
-                alt.Tooltip("rank:Q"),
-                alt.Tooltip("share:Q", format=".3~g"),
-            ],
+            tooltip=tips("tensor:N", "seen:N", "rank:Q", ("share:Q", None, ".3~g")),
         )
-        .properties(width=theme.WIDTH - 110, height=190, title=caption_title())
+        .properties(width=theme.WIDTH - 110, height=190)
     )
     words = spectrum_caption(frame) if caption is None else caption
-    return framed([line], shown, "Directions that hold the energy of one head", words, pickable=False, dashed=True)
+    return framed([line], shown, "Directions that hold the energy of one head", words, dashed=True)
 
 
 def spectrum_caption(frame: pl.DataFrame) -> str:
@@ -87,24 +70,14 @@ def spectrum_caption(frame: pl.DataFrame) -> str:
 def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw effective dimensions of every layer with and without the mean vector, and what the mean vector holds.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.spectra.DIMENSIONS`; heads are averaged.
-    caption
-        The line under the heading; by default means over all heads.
-
-    Returns
-    -------
-    alt.VConcatChart
-        A chart with the params ``caption`` and ``picked_layer``.
+    Rows of `veloxlab.measure.spectra.DIMENSIONS`; heads are averaged.
     """
     numbers = ("layer", "head", "head_dim", "uncentred", "centred", "mean_share")
-    require(frame, {"tensor": "text"} | dict.fromkeys(numbers, "number"), "dimensions_by_layer")  # type: ignore[arg-type]
+    require(frame, "dimensions_by_layer", "tensor", *numbers)
     means = frame.group_by("layer", "tensor", maintain_order=True).agg(*MEANS)
     step = 0.88 * layer_step(means["layer"].n_unique())  # room for a broad legend
     plots = [
-        _counts(means).properties(width=alt.Step(step), height=150, title=caption_title()),
+        _counts(means).properties(width=alt.Step(step), height=150),
         _mean_shares().properties(width=alt.Step(step), height=80),
     ]
     words = dimensions_caption(frame) if caption is None else caption
@@ -134,18 +107,16 @@ def _counts(means: pl.DataFrame) -> Plot:
         .transform_calculate(seen=f"datum.which === 'uncentred' ? '{ABOUT['origin']}' : '{ABOUT['mean']}'")
         .encode(
             x=layer_axis(labelled=False),
-            y=alt.Y("dimensions_drawn:Q", title=["effective dimensions", "mean over KV heads"])
-            .scale(type="log", domain=domain, clamp=True, nice=False)
-            .axis(values=log_ticks(domain), labelExpr=LABEL),
+            y=log_y("dimensions", ["effective dimensions", "mean over KV heads"], domain),
             color=tensor_colour(),
             strokeDash=_with_mean(),
         )
     )
-    tips = [alt.Tooltip("layer:O"), alt.Tooltip("tensor:N"), alt.Tooltip("seen:N")]
+    tooltip = tips("layer:O", "tensor:N", "seen:N")
     points = marks.mark_point(filled=True, size=26, opacity=1, cursor="pointer").encode(
-        strokeDash=alt.StrokeDash(), tooltip=[*tips, alt.Tooltip("dimensions:Q", format=".3~g")]
+        strokeDash=alt.StrokeDash(), tooltip=[*tooltip, alt.Tooltip("dimensions:Q", format=".3~g")]
     )
-    return alt.layer(layer_columns(), picked_outline(), marks.mark_line(strokeWidth=1.5), points)
+    return lines_by_layer(marks, points)
 
 
 def _mean_shares() -> Plot:
@@ -156,9 +127,9 @@ def _mean_shares() -> Plot:
         .axis(format="%", tickCount=3),
         color=tensor_colour(legend=False),
     )
-    tips = [alt.Tooltip("layer:O"), alt.Tooltip("tensor:N"), alt.Tooltip("mean_share:Q", format=".1%")]
-    points = marks.mark_point(filled=True, size=26, opacity=1, cursor="pointer").encode(tooltip=tips)
-    return alt.layer(layer_columns(), picked_outline(), marks.mark_line(strokeWidth=1.5), points)
+    tooltip = tips("layer:O", "tensor:N", ("mean_share:Q", None, ".1%"))
+    points = marks.mark_point(filled=True, size=26, opacity=1, cursor="pointer").encode(tooltip=tooltip)
+    return lines_by_layer(marks, points)
 
 
 def _with_mean() -> alt.StrokeDash:
@@ -173,15 +144,10 @@ PARTS = {"mean vector": 1.0, "around it": 0.4}
 def pair_energy(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
     """Draw the energy of each RoPE pair of one head's keys, and how much of it is their mean before RoPE.
 
-    Parameters
-    ----------
-    frame
-        Rows of one head of `veloxlab.measure.spectra.PAIRS`.
-    caption
-        The line under the heading; by default how the energy lies between fast and slow pairs.
+    Rows of one head of `veloxlab.measure.spectra.PAIRS`.
     """
     numbers = ("layer", "head", "pair", "first", "second", "wavelength", "energy_share", "mean_share")
-    require(frame, dict.fromkeys(numbers, "number"), "pair_energy")
+    require(frame, "pair_energy", *numbers)
     one_head(frame, "pair_energy")
     shown = frame.select(*numbers[2:])
     ends = shown.sort("pair")["wavelength"]
@@ -200,19 +166,19 @@ def pair_energy(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
             .scale(domain=list(PARTS), range=list(PARTS.values()))
             .legend(symbolFillColor=theme.KEYS, symbolStrokeWidth=0, symbolType="square"),
             order=alt.Order("order:Q"),
-            tooltip=[
-                alt.Tooltip("pair:O"),
-                alt.Tooltip("first:O", title="channel"),
-                alt.Tooltip("second:O", title="and channel"),
-                alt.Tooltip("wavelength:Q", title="tokens a turn", format=",.3~g"),
-                alt.Tooltip("what:N"),
-                alt.Tooltip("share:Q", format=".2%"),
-            ],
+            tooltip=tips(
+                "pair:O",
+                ("first:O", "channel"),
+                ("second:O", "and channel"),
+                ("wavelength:Q", "tokens a turn", ",.3~g"),
+                "what:N",
+                ("share:Q", None, ".2%"),
+            ),
         )
-        .properties(width=theme.WIDTH - 90, height=150, title=caption_title())
+        .properties(width=theme.WIDTH - 90, height=150)
     )
     words = pair_caption(frame) if caption is None else caption
-    return framed([bars], shown, "Energy of the pairs of channels that RoPE turns", words, pickable=False)
+    return framed([bars], shown, "Energy of the pairs of channels that RoPE turns", words)
 
 
 def pair_caption(frame: pl.DataFrame) -> str:
@@ -232,22 +198,16 @@ def pair_turns(
 ) -> alt.VConcatChart:
     """Draw one pair of channels over the tokens, before and after RoPE, side by side in one scale.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.spectra.PAIR_POINTS`. Later tokens are stronger.
-    heading
-        What is seen, such as layer, head and pair.
-    caption
-        The line under the heading; by default how many tokens are drawn.
+    Rows of `veloxlab.measure.spectra.PAIR_POINTS`. Later tokens are stronger. ``heading``: what is seen, such as layer,
+    head and pair.
     """
-    require(frame, {"stage": "text", "position": "number", "x": "number", "y": "number"}, "pair_turns")
+    require(frame, "pair_turns", "stage", "position", "x", "y")
     shown = frame.select("stage", "position", "x", "y")
     reach = float(max(shown["x"].abs().max(), shown["y"].abs().max(), 1e-12)) * 1.05  # type: ignore[type-var, arg-type]
     panels = [_cloud(stage, reach, first=stage == STAGES[0]) for stage in STAGES]
-    side_by_side: alt.HConcatChart = alt.hconcat(*panels, spacing=24).properties(title=caption_title())
+    side_by_side: alt.HConcatChart = alt.hconcat(*panels, spacing=24)
     words = caption or f"{shown['position'].n_unique()} tokens, from faint to strong; a cross marks their mean"
-    return framed([side_by_side], shown, heading, words, pickable=False)
+    return framed([side_by_side], shown, heading, words)
 
 
 def _cloud(stage: str, reach: float, *, first: bool) -> alt.LayerChart:
@@ -258,7 +218,7 @@ def _cloud(stage: str, reach: float, *, first: bool) -> alt.LayerChart:
         x=x.axis(tickCount=5),
         y=y.axis(tickCount=5),
         opacity=alt.Opacity("position:Q", legend=None).scale(range=[0.15, 0.9]),
-        tooltip=[alt.Tooltip("position:Q"), alt.Tooltip("x:Q", format=".3~g"), alt.Tooltip("y:Q", format=".3~g")],
+        tooltip=tips("position:Q", ("x:Q", None, ".3~g"), ("y:Q", None, ".3~g")),
     )
     mean = (
         own.transform_aggregate(x="mean(x)", y="mean(y)")

@@ -6,8 +6,9 @@ import altair as alt
 import polars as pl
 
 from veloxlab.views import theme
-from veloxlab.views.furniture import caption_title, framed, not_drawn, on_log_scale, require
+from veloxlab.views.furniture import cache_colour, framed, require, tips
 from veloxlab.views.memory import MEGABYTE
+from veloxlab.views.scales import not_drawn, on_log_scale
 
 ROW = 17  # pixels of a cache's bar
 
@@ -17,25 +18,18 @@ def attention_times(
 ) -> alt.VConcatChart:
     """Draw the time of attention as bars, a panel for each length of the context, and as a tick what memory would take.
 
-    Parameters
-    ----------
-    frame
-        Rows of one shape of `veloxlab.measure.bench.decode_attention`: ``cache``, ``tokens``, ``microseconds``,
-        ``roofline_microseconds`` (the call's bytes at the device's copying speed) and ``ratio`` (to the exact cache).
-    heading
-        What is seen, such as the device.
-    caption
-        The line under the heading; by default how the best compressed cache compares at the longest context.
+    Rows of one shape of `veloxlab.measure.bench.decode_attention`: ``cache``, ``tokens``, ``microseconds``,
+    ``roofline_microseconds`` (the call's bytes at the device's copying speed) and ``ratio`` (to the exact cache).
+    ``heading``: what is seen, such as the device.
     """
     needed = ("tokens", "microseconds", "roofline_microseconds", "ratio")
-    require(frame, {"cache": "text"} | dict.fromkeys(needed, "number"), "attention_times")  # type: ignore[arg-type]
+    require(frame, "attention_times", "cache", *needed)
     shown = frame.select("cache", *needed).sort("tokens", maintain_order=True)
     caches = shown["cache"].unique(maintain_order=True).to_list()
     lengths = shown["tokens"].unique(maintain_order=True).to_list()
     plots = [_panel(length, caches, last=length == lengths[-1]) for length in lengths]
-    plots[0] = plots[0].properties(title=caption_title())
     words = times_caption(frame) if caption is None else caption
-    return framed(plots, shown, heading, words, pickable=False)
+    return framed(plots, shown, heading, words)
 
 
 def times_caption(frame: pl.DataFrame) -> str:
@@ -57,16 +51,16 @@ def _panel(tokens: int, caches: list[str], *, last: bool) -> alt.LayerChart:
         .transform_filter(f"datum.tokens === {tokens}")
         .encode(y=alt.Y("cache:N", sort=caches, title=None).axis(ticks=False, labelLimit=160, minExtent=110))
     )
-    colours = alt.Color("cache:N", legend=None).scale(domain=caches, range=[theme.colour_of(c) for c in caches])
+    colours = cache_colour(caches)
     title = [f"µs at {tokens:,} tokens"]
     x = alt.X("microseconds:Q", title=title if not last else [*title, "(ratio to exact beside each bar)"])
-    tooltip = [
-        alt.Tooltip("cache:N"),
-        alt.Tooltip("tokens:Q", format=",d"),
-        alt.Tooltip("microseconds:Q", format=".0f", title="µs, measured"),
-        alt.Tooltip("roofline_microseconds:Q", format=".0f", title="µs, bytes alone"),
-        alt.Tooltip("ratio:Q", format=".2f", title="of exact's time"),
-    ]
+    tooltip = tips(
+        "cache:N",
+        ("tokens:Q", None, ",d"),
+        ("microseconds:Q", "µs, measured", ".0f"),
+        ("roofline_microseconds:Q", "µs, bytes alone", ".0f"),
+        ("ratio:Q", "of exact's time", ".2f"),
+    )
     bars = base.mark_bar(height=ROW - 5, cornerRadiusEnd=2).encode(x=x, color=colours, tooltip=tooltip)
     ticks = base.mark_tick(thickness=2, size=ROW - 3, color=theme.PICKED).encode(x="roofline_microseconds:Q")
     text = (
@@ -90,26 +84,19 @@ def costs_by_length(
 ) -> alt.VConcatChart:
     """Draw peaks of memory and the time of a token against the tokens of the text, a line for each cache.
 
-    Parameters
-    ----------
-    frame
-        Rows of `veloxlab.measure.lengths.LENGTHS`: ``cache``, ``tokens`` and the three measures of `PANELS`.
-    heading
-        What is seen, such as the model.
-    caption
-        The line under the heading; by default how the last compressed cache compares at the longest text.
+    Rows of `veloxlab.measure.lengths.LENGTHS`: ``cache``, ``tokens`` and the three measures of `PANELS`. ``heading``:
+    what is seen, such as the model.
     """
-    needed = {"cache": "text", "tokens": "number"} | {name: "number" for name, _, _ in PANELS}
-    require(frame, needed, "costs_by_length")  # type: ignore[arg-type]
+    needed = ("cache", "tokens", *(name for name, _, _ in PANELS))
+    require(frame, "costs_by_length", *needed)
     shown = frame.select(*needed).sort("tokens", maintain_order=True)
     caches = shown["cache"].unique(maintain_order=True).to_list()
     plots = [
         _cost_panel(name, title, unit, caches, _lengths(shown), place)
         for place, (name, title, unit) in enumerate(PANELS)
     ]
-    plots[0] = plots[0].properties(title=caption_title())
     words = lengths_caption(frame) if caption is None else caption
-    return framed(plots, shown, heading, words, pickable=False)
+    return framed(plots, shown, heading, words)
 
 
 def lengths_caption(frame: pl.DataFrame) -> str:
@@ -156,11 +143,7 @@ def _cost_panel(
             color=colour,
         )
     )
-    tooltip = [
-        alt.Tooltip("cache:N"),
-        alt.Tooltip("tokens:Q", format=",d"),
-        alt.Tooltip("shown:Q", format=",.3~r", title=" in ".join(title)),
-    ]
+    tooltip = tips("cache:N", ("tokens:Q", None, ",d"), ("shown:Q", " in ".join(title), ",.3~r"))
     line = base.mark_line(strokeWidth=2)
     points = base.mark_point(filled=True, size=34, opacity=1).encode(tooltip=tooltip)
     return alt.layer(line, points).properties(width=theme.WIDTH, height=130)  # type: ignore[return-value]

@@ -108,15 +108,7 @@ def structure() -> dict[str, Any]:
 def colours(mode: Mode) -> dict[str, Any]:
     """Give the colours of one ground: of text, of grids and of the loss ramp.
 
-    Parameters
-    ----------
-    mode
-        ``"light"`` or ``"dark"``.
-
-    Returns
-    -------
-    dict
-        A Vega-Lite config, to be laid over ``structure()``.
+    ``mode``: ``"light"`` or ``"dark"``. Returns a Vega-Lite config, to be laid over ``structure()``.
     """
     ink = INK[mode]
     return {
@@ -164,15 +156,7 @@ def enable() -> None:
 def render(spec: Spec, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Show a plain chart, which needs no kernel once it is drawn.
 
-    Parameters
-    ----------
-    spec
-        A Vega-Lite spec with its data.
-
-    Returns
-    -------
-    tuple
-        A mime bundle (live chart, picture, text) and its metadata.
+    ``spec``: a Vega-Lite spec with its data. Returns a mime bundle (live chart, picture, text) and its metadata.
     """
     bare, rows, params = split(spec)
     rows = {name: [_shortened(row) for row in table] for name, table in rows.items()}

@@ -18,7 +18,7 @@ from veloxlab.views import (
     loss_caption,
     sensitivity_by_layer,
 )
-from veloxlab.views.furniture import Domain, log_domain, not_drawn
+from veloxlab.views.scales import Domain, log_domain, not_drawn
 from veloxlab.widgets.chart_view import ChartView, link
 
 
