@@ -31,7 +31,7 @@ def names(room: object) -> list[str]:
 
 
 def entry(prefix: str, name: str, thing: object) -> str:
-    """A name as Markdown: signature, first paragraph, and the sections that tell shapes and units."""
+    """A name as Markdown: signature, what it is for, and what tells shapes and units."""
     signature = f"{prefix}.{name}"
     if callable(thing):
         try:
@@ -40,7 +40,9 @@ def entry(prefix: str, name: str, thing: object) -> str:
             signature += "(…)"
     words = inspect.getdoc(thing) if callable(thing) else None
     first, *rest = re.split(rf"\n\n(?=(?:{'|'.join(SECTIONS)})\n-+\n)", words or f"A table of {type(thing).__name__}.")
-    lines = [f"### `{prefix}.{name}`", f"```python\n{signature}\n```", first.split("\n\n")[0].replace("\n", " ")]
+    # without such sections, shapes and units are told in the paragraphs behind the first
+    said = [paragraph.replace("\n", " ") for paragraph in first.split("\n\n")]
+    lines = [f"### `{prefix}.{name}`", f"```python\n{signature}\n```", *(said[:1] if rest else said)]
     for section in rest:
         title, _, body = section.split("\n", 2)
         lines.append(f"**{title}**\n\n```text\n{body.strip()}\n```")
