@@ -15,6 +15,8 @@ from veloxlab import runtime
 runtime.load_fast_blas()  # before any test module imports mlx.core
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -73,6 +75,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         file = item.path
         if file.suffix == ".py" and file.parent.name == "tests" and file.stem.removeprefix("test_") not in SLOW:
             item.add_marker(pytest.mark.quick)
+
+
+@pytest.fixture(scope="session")
+def calibrations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for ``vl.calibrate``: what one test has fitted, others with the same model and text find there."""
+    return tmp_path_factory.mktemp("calibrations")
 
 
 @pytest.fixture(scope="session")

@@ -49,12 +49,12 @@ def next_logits(model, cache) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_comes_back_and_continues_alike(model, file, method, tmp_path):
+def test_every_method_comes_back_and_continues_alike(model, file, method, calibrations):
     bits = 16 if method == "none" else 4
     fitted = None
     if METHODS[method].calibrated:
         text = "".join(chr(32 + i * i % 90) for i in range(400))
-        fitted = vl.calibrate(model, Tokenizer(), method, text, bits=bits, tokens=400, folder=tmp_path)
+        fitted = vl.calibrate(model, Tokenizer(), method, text, bits=bits, tokens=400, folder=calibrations)
     cache = filled(model, method, bits=bits, calibration=fitted)
     save_prompt_cache(str(file), cache, {"said": "so"})
     loaded, metadata = load_prompt_cache(str(file), return_metadata=True)

@@ -192,8 +192,8 @@ def test_a_calibration_of_another_version_is_refused_and_not_found(model, tmp_pa
     assert len(list(tmp_path.glob("*.json"))) == 2
 
 
-def test_a_calibration_of_another_model_is_refused(model, tmp_path):
-    fitted = calibrated(model, tmp_path)
+def test_a_calibration_of_another_model_is_refused(model, calibrations):
+    fitted = calibrated(model, calibrations)
     other = tiny("llama", rope_theta=500_000.0)
     plan = vl.Plan.uniform(model, "turboquant").with_layer(0, key_method="spectralquant", value_method="spectralquant")
     for asked in ("spectralquant", plan):
@@ -246,8 +246,8 @@ def test_cancelled_work_leaves_nothing(model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_cache_is_made_of_it_and_generates(model, tmp_path):
-    calibration = calibrated(model, tmp_path, bits=(2, 4))
+def test_a_cache_is_made_of_it_and_generates(model, calibrations):
+    calibration = calibrated(model, calibrations, bits=(2, 4))
     assert calibration.widths == [2, 4]
     ids = mx.array([Letters().encode(TEXT[:90])])
     for bits in (2, 4):
@@ -259,8 +259,8 @@ def test_a_cache_is_made_of_it_and_generates(model, tmp_path):
         assert cache[0].key_codec is calibration.codecs[0, "keys", bits]
 
 
-def test_measurements_take_it(smollm2, tmp_path):
-    calibration = vl.calibrate(*smollm2, "spectralquant", bits=2, tokens=128, folder=tmp_path)
+def test_measurements_take_it(smollm2, calibrations):
+    calibration = vl.calibrate(*smollm2, "spectralquant", bits=2, tokens=128, folder=calibrations)
     seen = vl.capture(*smollm2, tokens=64)
     given = {"bits": 2, "calibration": calibration}
     assert vl.layer_errors(seen, "spectralquant", **given)["rel_mse"].mean() < 0.4

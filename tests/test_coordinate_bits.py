@@ -12,9 +12,8 @@ from veloxlab.views import coordinate_caption, coordinate_map, picture
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("calibrations")
-    return vl.calibrate(tiny("llama"), Letters(), "spectralquant", TEXT, bits=2, tokens=300, folder=folder)
+def calibration(calibrations):
+    return vl.calibrate(tiny("llama"), Letters(), "spectralquant", TEXT, bits=2, tokens=300, folder=calibrations)
 
 
 def test_the_bits_are_those_of_the_plans(calibration):

@@ -152,8 +152,8 @@ def test_a_capture_without_rope_has_no_pairs():
         explorer.worker.close()
 
 
-def test_a_calibrated_method_can_be_seen_with_its_calibration(smollm2, seen, tmp_path):
-    calibration = vl.calibrate(*smollm2, "spectralquant", bits=2, tokens=96, folder=tmp_path)
+def test_a_calibrated_method_can_be_seen_with_its_calibration(smollm2, seen, calibrations):
+    calibration = vl.calibrate(*smollm2, "spectralquant", bits=2, tokens=96, folder=calibrations)
     explorer = KeyExplorer(seen, method="spectralquant", bits=2, calibration=calibration)
     try:
         assert "spectralquant at 2 bits. Layer 6, KV head 0. keys: no common levels" in caption(explorer, "levels")

@@ -122,13 +122,13 @@ def test_what_is_planned_is_what_mlx_lms_generator_leaves(family, decoded):
 
 @pytest.mark.parametrize("decoded", [0, DECODED])
 @pytest.mark.parametrize("method", METHODS)
-def test_every_methods_plan_is_its_caches_bytes(model, method, decoded, tmp_path):
+def test_every_methods_plan_is_its_caches_bytes(model, method, decoded, calibrations):
     known = METHODS[method]
     bits = 32 if method == "none" else 2
     calibration = None
     if known.calibrated:
         text = "".join(chr(32 + i * i % 90) for i in range(400))
-        calibration = vl.calibrate(model, Tokenizer(), method, text, bits=bits, tokens=400, folder=tmp_path)
+        calibration = vl.calibrate(model, Tokenizer(), method, text, bits=bits, tokens=400, folder=calibrations)
     cache = read(model, vl.make_cache(model, method, bits=bits, calibration=calibration, **SOME_EXACT), decoded=decoded)
     asked = {"context": TOKENS, "decoded": decoded, "bits": bits, **SOME_EXACT}
     fitted = planned_parts(vl.plan_memory(model, method, calibration=calibration, **asked))

@@ -97,7 +97,7 @@ class _Reader:
         """KL of this prediction from that of a reader of the same text, in nats."""
         return _number(divergence(exact.log_probs, self.log_probs))
 
-    def twin(self) -> _Reader:
+    def copy(self) -> _Reader:
         """Another reader behind the same text."""
         return _Reader(self.model, copy.deepcopy(self.cache), self.log_probs)
 
@@ -137,20 +137,20 @@ def side_by_side(
     progress(0, tokens, "reading the prompt")
     exact = _Reader.of(model, own_cache(model), ids)
     compressed = _Reader.of(model, made, ids)
-    judge = exact  # the exact model behind the compressed cache's text: the same reader until the texts part
+    checker = exact  # the exact model behind the compressed cache's text: the same reader until the texts part
     stops = _stops(tokenizer)
     texts: dict[Side, list[int]] = {side: [] for side in SIDES}
     going: dict[Side, bool] = dict.fromkeys(SIDES, True)
     rows: list[dict[str, object]] = []
     for position in range(tokens):
         best: dict[Side, int] = {"exact": exact.best(), "compressed": compressed.best()}
-        if judge is exact and best["exact"] != best["compressed"]:
-            judge = exact.twin()
+        if checker is exact and best["exact"] != best["compressed"]:
+            checker = exact.copy()
         for side, own in zip(SIDES, (exact, compressed), strict=True):
             if not going[side]:
                 continue
             token = best[side]
-            other = exact if side == "exact" else judge
+            other = exact if side == "exact" else checker
             rows.append(
                 {
                     "side": side,
@@ -159,7 +159,7 @@ def side_by_side(
                     "text": _added(tokenizer, texts[side], token),
                     "probability": own.probability(token),
                     "exact_probability": other.probability(token),
-                    "kl": None if side == "exact" else own.divergence_from(judge),
+                    "kl": None if side == "exact" else own.divergence_from(checker),
                     "held_bytes": own.held_bytes,
                 }
             )
@@ -174,8 +174,8 @@ def side_by_side(
             exact.read(best["exact"])
         if going["compressed"]:
             compressed.read(best["compressed"])
-            if judge is not exact:
-                judge.read(best["compressed"])
+            if checker is not exact:
+                checker.read(best["compressed"])
     return pl.DataFrame(rows, schema=GENERATION)
 
 
@@ -249,10 +249,7 @@ def passkey(
     numbers = np.random.default_rng(seed).integers(10 ** (DIGITS - 1), 10**DIGITS, len(depths))
     filler = first_tokens(tokenizer, excerpt() if text is None else text, context, **_PLAIN)
     question = tokenizer.encode(QUESTION, **_PLAIN)
-    makers: dict[Side, CacheMaker] = {
-        "exact": own_cache,
-        "compressed": maker(method_or_plan, settings),
-    }
+    makers: dict[Side, CacheMaker] = {"exact": own_cache, "compressed": maker(method_or_plan, settings)}
     rows: list[dict[str, object]] = []
     for depth, number in zip(depths, numbers, strict=True):
         hidden = _hidden(tokenizer, filler, context, depth, str(number))

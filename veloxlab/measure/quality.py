@@ -55,6 +55,8 @@ TOKEN_FIDELITY = {
 }
 """Columns of `judge` with ``per_token``."""
 
+_OF_JUDGE = ("mode", "prompt", "chunk", "name", "per_token")  # options that do not make a cache
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -128,6 +130,9 @@ def fidelity(
     ------
     InputError : as `veloxlab.make_cache`; or if the text is too short, or the predictions do not fit into memory.
     """
+    make_one = maker(method_or_plan, {n: v for n, v in options.items() if n not in _OF_JUDGE})
+    if not callable(method_or_plan):
+        make_one(model)  # bad settings are refused before the model runs
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
     return judge(exact, method_or_plan, progress=progress, **options)
 
