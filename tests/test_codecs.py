@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 import veloxlab as vl
 from veloxlab.cache.layer import _LARGEST, CompressedKVCache
 from veloxlab.codecs import METHODS, Method, find_method
-from veloxlab.codecs.base import TILE, Codec, Sample
+from veloxlab.codecs.base import TILE, Codec, Sample, empty_code, token_bytes
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.qjl import QJL
 from veloxlab.codecs.rabitq import CentredRaBitQ
 from veloxlab.errors import InputError
 
 DIMS = [64, 80, 96, 112, 128, 192, 256]
+FULL = [64, 80]  # every variant is tried here: a Hadamard transform alone, and one with a Hartley part
 FLOAT32 = 2.0**-23
 NEXT_TO_NOTHING = 2e-3  # of the energy at 8 bits: RaBitQ with one stretch for all vectors loses half of it
 
@@ -80,19 +81,28 @@ VARIANTS = [
 ]
 
 
+of_each_method = pytest.mark.parametrize("name", METHODS)
+at_each_dim = pytest.mark.parametrize("dim", DIMS)
+
+
+def variants(name: str, dim: int = 64) -> list[Variant]:
+    """The variants of a method that are tried at this head dimension."""
+    return [each for each in VARIANTS if each.method.id == name and (dim in FULL or not each.options)]
+
+
 CALIBRATED = [method for method in METHODS.values() if method.calibrated]
 KV_HEADS = 2  # of every array that the matrix encodes: a fitted codec may hold one entry per KV head
 SAMPLE = 256  # tokens that codecs are fitted to: what SpectralQuant needs at D = 256; enough to work with, too few to
 #               be good
 
 
-def codecs(dim: int, size: float = 3.0) -> Iterator[Codec]:
-    """Every variant, at few widths and both roles; what is fitted is fitted to vectors of that ``size``."""
-    return (ready(*each, size) for each in settings_of(dim, size))
+def codecs(name: str, dim: int, size: float = 3.0) -> Iterator[Codec]:
+    """A method's variants, at few widths, for keys and values; what is fitted is fitted to vectors of that ``size``."""
+    return (ready(*each, size) for each in settings_of(name, dim, size))
 
 
-def settings_of(dim: int, size: float = 3.0) -> Iterator[tuple[Variant, int, int, str]]:
-    for each in VARIANTS:
+def settings_of(name: str, dim: int, size: float = 3.0) -> Iterator[tuple[Variant, int, int, str]]:
+    for each in variants(name, dim):
         bits = each.method.bits
         if each.method.calibrated:  # fitting takes time: two widths, and one where many dimensions are tried
             widths = {bits[0], bits[-1]} if (dim, size) == (64, 3.0) and not each.options else {bits[0]}
@@ -117,20 +127,27 @@ def vectors(*shape: int, seed: int = 0, dtype: mx.Dtype = mx.float32) -> mx.arra
     return (mx.random.normal(shape, key=mx.random.key(seed)) * 3).astype(dtype)
 
 
-@pytest.mark.parametrize("dim", DIMS)
-def test_true_bits_are_the_bytes_held(dim):
-    for codec in codecs(dim):
-        code = codec.encode(
-            vectors(2, KV_HEADS, 10, dim, dtype=mx.float16 if codec.bits_per_value == 16 else mx.float32)
-        )
+@of_each_method
+@at_each_dim
+def test_a_code_is_what_the_layout_says(dim, name):
+    for codec in codecs(name, dim):
+        dtype = mx.float16 if codec.bits_per_value == 16 else mx.float32
+        code = codec.encode(vectors(2, KV_HEADS, 10, dim, dtype=dtype))
+        empty = empty_code(codec, 2, KV_HEADS, dtype)
+        assert {name: (a.shape[:2], a.shape[3:], a.dtype) for name, a in code.arrays.items()} == {
+            name: (a.shape[:2], a.shape[3:], a.dtype) for name, a in empty.arrays.items()
+        }
+        assert empty.tokens == 0
+        assert sum(token_bytes(codec, KV_HEADS, dtype.size)) * 2 * 10 == code.nbytes
         assert code.nbytes * 8 == pytest.approx(codec.bits_per_value * 2 * KV_HEADS * 10 * dim, rel=1e-12)
         assert code.tokens == 10
 
 
-@pytest.mark.parametrize("dim", DIMS)
-def test_more_bits_lose_less_and_eight_lose_next_to_nothing(dim):
+@of_each_method
+@at_each_dim
+def test_more_bits_lose_less_and_eight_lose_next_to_nothing(dim, name):
     x = vectors(1, KV_HEADS, 64, dim)
-    for each in VARIANTS:
+    for each in variants(name, dim):
         method = each.method
         if not each.has_widths or (method.calibrated and (dim != 64 or each.options)):
             continue  # a fit for each width
@@ -146,10 +163,11 @@ def test_more_bits_lose_less_and_eight_lose_next_to_nothing(dim):
 TOKENS = [0, 1, 33, TILE, TILE + 5]
 
 
+@of_each_method
 @pytest.mark.parametrize(("dim", "tokens"), [(64, n) for n in TOKENS] + [(d, n) for d in DIMS[1:] for n in (0, 1, 40)])
-def test_scores_and_mix_are_decode_then_matmul(dim, tokens):
+def test_scores_and_mix_are_decode_then_matmul(dim, tokens, name):
     batch, kv_heads, group, queries = 2, KV_HEADS, 3, 2
-    for codec in codecs(dim):
+    for codec in codecs(name, dim):
         code = codec.encode(vectors(batch, kv_heads, tokens, dim))
         exact = codec.decode(code)
         q = vectors(batch, kv_heads * group, queries, dim, seed=1)
@@ -173,12 +191,13 @@ def test_scores_and_mix_are_decode_then_matmul(dim, tokens):
 DTYPES = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}  # half a step of each, relative
 
 
+@of_each_method
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", DIMS)
-def test_attention_over_any_head_dimension_and_dtype(dim, dtype):
+@at_each_dim
+def test_attention_over_any_head_dimension_and_dtype(dim, dtype, name):
     """Values of another dimension than keys: the answer is softmax over what the cache holds, in the input's dtype."""
     value_dim = DIMS[DIMS.index(dim) - 1]
-    for each in VARIANTS:
+    for each in variants(name, dim):
         codecs = (ready(each, d, each.method.bits[0], r) for d, r in ((dim, "keys"), (value_dim, "values")))
         for tokens in (0, 1, 40):
             cache = CompressedKVCache(*codecs, sinks=0, window=0, chunk="codes")
@@ -223,17 +242,19 @@ def test_a_cut_code_is_the_code_of_the_cut(tokens, cut, seed, each, width):
         assert same.mean() > 0.99 if same.size else True
 
 
-def test_encoding_twice_gives_the_same_code():
+@of_each_method
+def test_encoding_twice_gives_the_same_code(name):
     x = vectors(1, KV_HEADS, 50, 80)
-    for codec in codecs(80):
+    for codec in codecs(name, 80):
         first, second = codec.encode(x), codec.encode(x)
         assert all(mx.array_equal(first.arrays[n], second.arrays[n]) for n in first.arrays)
 
 
+@of_each_method
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
-def test_any_float_dtype_is_taken(dtype):
+def test_any_float_dtype_is_taken(dtype, name):
     x = vectors(1, KV_HEADS, 20, 64, dtype=dtype)
-    for codec in codecs(64):
+    for codec in codecs(name, 64):
         same = codec.decode(codec.encode(x)), codec.decode(codec.encode(x.astype(mx.float32)))
         assert mx.array_equal(*(decoded.astype(dtype) for decoded in same))
         # eight signs a coordinate estimate inner products well, and restore the vector itself to 7 %
@@ -242,8 +263,9 @@ def test_any_float_dtype_is_taken(dtype):
             assert mx.square(error).mean().item() < NEXT_TO_NOTHING * mx.square(x.astype(mx.float32)).mean().item()
 
 
+@of_each_method
 @pytest.mark.parametrize("size", [1e-8, 1e-3, 1e5, _LARGEST])
-def test_scales_neither_overflow_nor_vanish(size):
+def test_scales_neither_overflow_nor_vanish(size, name):
     """Vectors of any size lose what they lose at size 3: Gaussian ones, and some of the largest that a cache takes."""
     signs = np.random.default_rng(1).choice([-1.0, 1.0], (1, KV_HEADS, 8, 64))
     x = mx.concatenate([vectors(1, KV_HEADS, 8, 64) / 3, mx.array(signs.astype(np.float32))], axis=2)
@@ -255,27 +277,29 @@ def test_scales_neither_overflow_nor_vanish(size):
     # that where a group's ends are all there is. Rounding a codebook's sample otherwise moves it by 3 %. Of 1e-8 a step
     # of a 256th has a root of 6e-6, of which float16 holds only every hundredth: 8 bits lose up to 29 % more
     share, rounding = (0.3 if size == 1e-8 else 0.04), 5e-6
-    for each in settings_of(64, size):
+    for each in settings_of(name, 64, size):
         usual = lost(ready(*each), 3.0)
         assert lost(ready(*each, size), size) == pytest.approx(usual, rel=share, abs=rounding), each
 
 
-def test_a_zero_vector_decodes_to_zero():
-    for codec in codecs(64):
+@of_each_method
+def test_a_zero_vector_decodes_to_zero(name):
+    for codec in codecs(name, 64):
         if not isinstance(codec, CentredRaBitQ):  # codes what it differs from a mean by
             assert not codec.decode(codec.encode(mx.zeros((1, KV_HEADS, 3, 64)))).any()
 
 
-def test_codecs_that_need_no_calibration_are_values():
+@of_each_method
+def test_codecs_that_need_no_calibration_are_values(name):
     """Equal settings are equal codecs, copies cost nothing, and they fit to themselves."""
-    for each in VARIANTS:
+    for each in variants(name):
         if not each.fitted:
             first, second = (each.method.codec(64, each.method.bits[0], "keys", **each.options) for _ in range(2))
             assert first == second
             assert hash(first) == hash(second)
             assert copy.deepcopy(first) == first
             # but for one that a cache is to fit
-            assert (first.fit(Sample(vectors(1, 1, 40, 64))) is first) != getattr(first, "online", False)
+            assert (first.fit(Sample(vectors(1, 1, 40, 64))) is first) != first.online
 
 
 @pytest.mark.parametrize("role", ["keys", "values"])
@@ -293,6 +317,15 @@ def test_a_calibrated_method_says_so_and_needs_a_sample_worth_the_name(method, r
         codec.fit(Sample(same, vectors(1, KV_HEADS, SAMPLE, 64), Rope(64)))
 
 
+@of_each_method
+def test_a_blank_codec_is_as_large_as_a_fitted_one(name):
+    for each, dim, bits, role in settings_of(name, 64):
+        blank = each.method.codec(dim, bits, role, **each.options).blank(KV_HEADS)
+        assert blank.layout == ready(each, dim, bits, role).layout
+        if name not in ("spectralquant", "polarquant"):  # whose learned tables are larger than the usual ones
+            assert blank.shared_bytes == ready(each, dim, bits, role).shared_bytes, each
+
+
 @pytest.mark.parametrize("role", ["keys", "values"])
 @pytest.mark.parametrize("method", CALIBRATED, ids=lambda method: method.id)
 def test_fitting_twice_gives_the_same_codec(method, role):
@@ -303,8 +336,9 @@ def test_fitting_twice_gives_the_same_codec(method, role):
     assert all(mx.array_equal(codes[0].arrays[n], codes[1].arrays[n]) for n in codes[0].arrays)
 
 
-def test_a_wrong_head_dimension_is_refused():
-    for codec in codecs(64):
+@of_each_method
+def test_a_wrong_head_dimension_is_refused(name):
+    for codec in codecs(name, 64):
         with pytest.raises(InputError, match=r"heads of dimension 64.*was given \[1, 2, 3, 80\]"):
             codec.encode(vectors(1, 2, 3, 80))
 

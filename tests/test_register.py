@@ -1,6 +1,7 @@
 """A method from elsewhere is a method like ours until it is taken back, and one that cannot be is refused."""
 
 import dataclasses
+import importlib
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -18,7 +19,9 @@ from veloxlab.codecs.parts.packing import Row, pack, packed, unpack
 from veloxlab.codecs.saving import class_name, find_class
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
+from veloxlab.measure.compare import compare
 from veloxlab.views import theme
+from veloxlab.widgets.fitting import Fitting
 
 IDS = [i * i % 90 for i in range(80)]
 
@@ -153,6 +156,73 @@ def cell() -> Method:
         pass
 
     return method(build=lambda head_dim, bits, role: Rounded(head_dim, bits), codecs=(Rounded,))
+
+
+ELEVENTH = """
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from veloxlab.codecs.base import Code, TiledCodec, check_vectors
+from veloxlab.codecs.method import Method
+from veloxlab.codecs.parts.packing import Row
+
+
+@dataclass(frozen=True)
+class Halves(TiledCodec):
+    head_dim: int
+
+    @property
+    def layout(self):
+        return {"halves": Row(mx.float16, self.head_dim)}
+
+    @property
+    def shared_bytes(self):
+        return 0
+
+    def encode(self, x, start=0):
+        check_vectors(x, self.head_dim)
+        return Code({"halves": x.astype(mx.float16)}, start)
+
+    def expand(self, code):
+        return code.arrays["halves"].astype(mx.float32)
+
+
+METHOD = Method(
+    id="halves",
+    name="Halves",
+    paper="none",
+    calibrated=False,
+    bits=range(16, 17),
+    stored="16 bits a coordinate",
+    options=(),
+    build=lambda head_dim, bits, tensor: Halves(head_dim),
+    codecs=(Halves,),
+    colour="#708238",
+    mark="cross",
+)
+"""
+
+
+def test_an_eleventh_method_is_one_file_and_one_line(model, tmp_path, monkeypatch):
+    """What it declares is all that caches, plans, the laboratory's list, charts and comparisons need."""
+    (tmp_path / "halves.py").write_text(ELEVENTH)
+    monkeypatch.syspath_prepend(tmp_path)
+    vl.register(importlib.import_module("halves").METHOD)
+    try:
+        cache = vl.make_cache(model, "halves", bits=16)
+        model(mx.array([IDS]), cache=cache)
+        assert vl.report(cache)["key_bits"][0] == 16
+        plan = vl.Plan.load(vl.Plan.uniform(model, "halves", bits=16).save(tmp_path / "plan.json"))
+        assert {type(layer.key_codec).__name__ for layer in vl.make_cache(model, plan)} == {"Halves"}
+        planned = vl.plan_memory(model, "halves", bits=16, context=len(IDS))
+        assert planned.filter(cache="halves K16 V16")["bytes"].sum() > 0
+        assert "halves" in Fitting(model, Plain()).methods
+        assert (theme.colour_of("halves K16 V16"), theme.shape_of("halves K16 V16")) == ("#708238", "cross")
+        compared = compare(model, Letters(), bits=(16,), text=TEXT, tokens=64, windows=1)
+        assert "halves 16 bit" in compared["name"].to_list()
+    finally:
+        vl.unregister("halves")
 
 
 @pytest.mark.parametrize("meanwhile", ["replaced", "taken back"])

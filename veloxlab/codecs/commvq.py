@@ -312,4 +312,7 @@ METHOD = Method(
     stored="12 bits for each of bits·D/12 stages, one 16-bit scale a vector",
     options=("stages", "scale"),
     build=build,
+    colour="#cc5aa0",
+    mark="cross",
+    space="before_rope",
 )

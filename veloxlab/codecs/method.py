@@ -32,6 +32,11 @@ class Method:
         file; a method that is registered from elsewhere (`veloxlab.register`) has to name them.
     version : what its codes mean, and what is fitted. Raise it with every change that gives other codes, or another fit
         of the same activations: files of before are then refused, and made again.
+    colour : in every chart, such as ``"#3b7dd8"``; None for that of all other caches.
+    mark : its point in every chart, by Vega-Lite's name.
+    space : of `veloxlab.measure.distributions`, in which it codes and which therefore has its colour and mark.
+    per_head : whether it has an option ``head_bits``, a width for each KV head.
+    timed : whether `veloxlab speed` times its encoder, which is a kernel.
     """
 
     id: str
@@ -44,6 +49,11 @@ class Method:
     build: Callable[..., Codec]
     codecs: tuple[type, ...] = ()
     version: int = 1
+    colour: str | None = None
+    mark: str = "triangle-left"
+    space: str | None = None
+    per_head: bool = False
+    timed: bool = False
 
     def check(self, bits: int, role: Role, options: Mapping[str, object]) -> None:
         """Raise `InputError` unless ``bits`` and the names of ``options`` are the method's."""

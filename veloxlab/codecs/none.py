@@ -72,4 +72,6 @@ METHOD = Method(
     stored="the model's own keys and values",
     options=(),
     build=build,
+    colour="#808890",
+    mark="circle",
 )

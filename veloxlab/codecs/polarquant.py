@@ -217,4 +217,7 @@ METHOD = Method(
     stored="angles of a recursive polar transform, a 16-bit radius for every 16 coordinates; once, learned codebooks",
     options=("recursion", "levels", "scale", "codebook", "rotation", "seed"),
     build=build,
+    colour="#8e63ce",
+    mark="diamond",
+    space="rotated",
 )

@@ -254,4 +254,7 @@ METHOD = Method(
     stored="keys: b signs a coordinate, one 16-bit norm; values: b bits a coordinate, 32 bits a group of 32",
     options=("sketch", "outliers", "levels", "group", "seed"),
     build=build,
+    colour="#a0693a",
+    mark="triangle-right",
+    timed=True,
 )

@@ -198,6 +198,10 @@ class CentredRaBitQ(RaBitQ):
         means += [self._rotated_mean] if "_rotated_mean" in vars(self) else []
         return super().shared_bytes + sum(mean.nbytes for mean in means)
 
+    def blank(self, kv_heads: int) -> Self:
+        """Means of 0; see `Codec.blank`."""
+        return replace(self, centroid=mx.zeros((kv_heads, self.head_dim)))
+
     def fit(self, sample: Sample) -> Self:
         """Learn the mean of each KV head; raises `InputError` below 16 tokens, or if they are all the same."""
         check_vectors(sample.x, self.head_dim)
@@ -356,4 +360,7 @@ METHOD = Method(
     stored="b bits a coordinate, one 16-bit scale a vector; key_bits=1, value_bits=4 hold a sixth of a 16-bit cache",
     options=("scale", "encoder", "bounds", "centroid", "rotation", "seed"),
     build=build,
+    colour="#1b9e8a",
+    mark="triangle-up",
+    timed=True,
 )

@@ -229,4 +229,8 @@ METHOD = Method(
     stored="TurboQuant's, with a width for each KV head",
     options=("head_bits", "variant", "scale", "sketch", "rotation", "codebook", "seed"),
     build=build,
+    colour="#d9702a",
+    mark="square",
+    per_head=True,
+    timed=True,
 )

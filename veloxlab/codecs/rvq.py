@@ -264,4 +264,8 @@ METHOD = Method(
     stored="two stages of b/2 bits a coordinate, one 16-bit scale a vector",
     options=("variant", "residual", "scale", "rotation", "codebook", "seed"),
     build=build,
+    colour="#3f9142",
+    mark="diamond",
+    space="smoothed_rotated",
+    timed=True,
 )

@@ -320,4 +320,8 @@ METHOD = Method(
     stored="b bits a coordinate on average, more where the variance is; one 16-bit scale a vector",
     options=("basis", "centred", "damping", "scale", "seed"),
     build=build,
+    colour="#b58900",
+    mark="triangle-down",
+    space="eigenbasis",
+    timed=True,
 )

@@ -271,4 +271,7 @@ METHOD = Method(
     stored="b bits a coordinate, one 16-bit scale a vector",
     options=("variant", "scale", "sketch", "outliers", "outlier_bits", "rotation", "codebook", "seed"),
     build=build,
+    colour="#3b7dd8",
+    mark="circle",
+    timed=True,
 )

@@ -258,4 +258,7 @@ METHOD = Method(
     stored="D/d indices of b bits a vector; per layer a codebook and a factor a channel",
     options=("point", "smooth", "hadamard", "seed"),
     build=build,
+    colour="#2b93b8",
+    mark="square",
+    space="smoothed",
 )

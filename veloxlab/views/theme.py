@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import altair as alt
 
+from veloxlab import codecs
 from veloxlab.views import picture
 from veloxlab.views.spec import Spec, compact, describe, join, split
 
@@ -24,29 +25,15 @@ PICKED = "#d8435c"
 NEUTRAL = "#808890"
 OTHER = "#6a6fd8"  # what is no method of ours, such as mlx-lm's own quantized cache
 
-# A method keeps its colour and its shape in every chart.
-METHODS = {
-    "turboquant": ("#3b7dd8", "circle"),
-    "ratequant": ("#d9702a", "square"),
-    "rabitq": ("#1b9e8a", "triangle-up"),
-    "polarquant": ("#8e63ce", "diamond"),
-    "commvq": ("#cc5aa0", "cross"),
-    "spectralquant": ("#b58900", "triangle-down"),
-    "vecinfer": ("#2b93b8", "square"),
-    "rvq": ("#3f9142", "diamond"),
-    "qjl": ("#a0693a", "triangle-right"),
-    "none": (NEUTRAL, "circle"),
-}
+# A method keeps its colour and its shape in every chart: those that it declares.
+METHODS = {method.id: (method.colour or OTHER, method.mark) for method in codecs.METHODS.values()}
 
 # A space in which keys and values are seen has the look of a method that codes them there.
-SPACES = {
-    "raw": (NEUTRAL, "circle"),
-    "before_rope": METHODS["commvq"],
-    "rotated": METHODS["polarquant"],
-    "smoothed": METHODS["vecinfer"],
-    "smoothed_rotated": METHODS["rvq"],
-    "eigenbasis": METHODS["spectralquant"],
+_CODED_IN = {method.space: METHODS[method.id] for method in codecs.METHODS.values()}
+SPACES = {"raw": (NEUTRAL, "circle")} | {
+    space: _CODED_IN[space] for space in ("before_rope", "rotated", "smoothed", "smoothed_rotated", "eigenbasis")
 }
+CATEGORIES = list(dict.fromkeys([KEYS, VALUES, *(colour for colour, _ in METHODS.values())]))
 
 # Loss: little is quiet, much stands out, on either ground; one hue order, rising contrast, no red against green.
 LOSS: dict[Mode, list[str]] = {
@@ -62,13 +49,13 @@ INK: dict[Mode, dict[str, str]] = {
 def colour_of(name: str) -> str:
     """Give the colour of a cache or result by its name, which starts with its method's id (``"rvq K3 V3"``)."""
     method = "none" if name == "fp16" or name.startswith("exact") else name.split(" ")[0]
-    return METHODS[method][0] if method in METHODS else OTHER
+    return (codecs.METHODS[method].colour if method in codecs.METHODS else None) or OTHER
 
 
 def shape_of(name: str) -> str:
     """Give the shape of a result's point by its name, as `colour_of`."""
     method = name.split(" ")[0]
-    return METHODS[method][1] if method in METHODS else "triangle-left"
+    return codecs.METHODS[method].mark if method in codecs.METHODS else "triangle-left"
 
 
 def structure() -> dict[str, Any]:
@@ -98,7 +85,7 @@ def structure() -> dict[str, Any]:
         "style": {"caption": {"font": FONT, "fontSize": 12, "fontWeight": "normal", "fill": NEUTRAL}},
         "text": {"fontSize": 11, "color": NEUTRAL},
         "rule": {"strokeWidth": 1.5, "color": NEUTRAL},
-        "range": {"ramp": LOSS["light"], "heatmap": LOSS["light"], "category": [c for c, _ in METHODS.values()]},
+        "range": {"ramp": LOSS["light"], "heatmap": LOSS["light"], "category": CATEGORIES},
         "line": {"strokeWidth": 2},
         "concat": {"spacing": 14},
         "facet": {"spacing": 8},

@@ -126,7 +126,7 @@ def candidates(
     ------
     InputError : an unknown method, one that has none of the widths, or nothing to combine.
     """
-    names = [m.id for m in METHODS.values() if not m.calibrated and m.id not in ("none", "ratequant")]
+    names = [m.id for m in METHODS.values() if not (m.calibrated or m.per_head or m.id == "none")]
     found: list[Candidate] = []
     for name in dict.fromkeys(names if methods is None else methods):
         own = find_method(name).bits

@@ -35,7 +35,7 @@ SHAPES = (Shape(32, 8, 128), Shape(16, 2, 128), Shape(8, 1, 256))
 TOKENS = (4096, 32768, 131072)
 BITS = (2, 3, 4, 8)
 METHOD_BITS = 4
-ENCODED = ("turboquant", "rvq", "rabitq", "ratequant", "spectralquant", "qjl")  # methods whose encoding is timed
+ENCODED = tuple(method.id for method in METHODS.values() if method.timed)
 _EXACT = "exact 16 bit"
 _GROUP = 64  # values that share a scale in mlx-lm's quantized cache
 _TILE = 1024  # tokens of random vectors that are encoded once, and repeated
@@ -164,7 +164,7 @@ def over_codes(shape: Shape, tokens: int, bits: int, method: str = "turboquant")
 def fitted(method: str, shape: Shape, tensor: Role, bits: int = METHOD_BITS) -> Codec:
     """A codec of a method, fitted to random vectors; of RateQuant with heads of two widths."""
     options: Row = {}
-    if method == "ratequant":
+    if METHODS[method].per_head:
         options["head_bits"] = tuple(bits + (-1) ** head for head in range(shape.kv_heads))
     sample = Sample(vectors(shape, 2 * shape.head_dim), rope=Rope(shape.head_dim))
     return METHODS[method].codec(shape.head_dim, bits, tensor, **options).fit(sample)
