@@ -93,7 +93,9 @@ def capture(
     ------
     InputError : if the text has fewer than two tokens.
     """
-    ids = encode(tokenizer, text, tokens)
+    ids = first_tokens(tokenizer, excerpt("test") if text is None else text, tokens)
+    if len(ids) < min(2, tokens):
+        raise InputError(f"The text has {len(ids)} tokens and at least 2 are needed: give a longer text.")
     layers = []
     count = sum(f.compressible for f in probe.probe(model))
     for seen in capture_layers(model, ids):
@@ -129,14 +131,6 @@ def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
         yield replace(seen, rope=rope)
 
 
-def encode(tokenizer: Any, text: str | None, count: int) -> list[int]:  # noqa: ANN401
-    """Give `first_tokens` of ``text`` (the shipped test excerpt if None); raises `InputError` below two tokens."""
-    ids = first_tokens(tokenizer, excerpt("test") if text is None else text, count)
-    if len(ids) < min(2, count):
-        raise InputError(f"The text has {len(ids)} tokens and at least 2 are needed: give a longer text.")
-    return ids
-
-
 def stretches(
     tokenizer: Any,  # noqa: ANN401
     text: str | None,
@@ -150,7 +144,7 @@ def stretches(
 
     Parameters
     ----------
-    tokenizer, text : as for `encode`.
+    tokenizer, text : as for `capture`.
     tokens, count : of a stretch, and how many stretches.
     last : tokens of the last stretch at least, with a warning if they are fewer than ``tokens``; all by default.
     name : of the stretches, for a message.

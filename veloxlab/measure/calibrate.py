@@ -72,8 +72,8 @@ def calibrate(
     """
     found, widths = find_method(method), sorted({bits} if isinstance(bits, int) else set(bits))
     for width in widths:
-        for role in ROLES:
-            found.check(width, role, options)
+        for tensor in ROLES:
+            found.check(width, tensor, options)
     plain = _plain(options)
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     _check_text(ids)
@@ -114,18 +114,18 @@ def _fitted(
     progress: Progress,
     options: Mapping[str, object],
 ) -> dict[Place, Codec]:
-    """Codecs of every layer, side and width, fitted while the model reads ``ids``."""
+    """Codecs of every layer, tensor and width, fitted while the model reads ``ids``."""
     codecs: dict[Place, Codec] = {}
     layers = sum(f.compressible for f in probe.probe(model))
     for done, seen in enumerate(capture_layers(model, ids)):
         progress(done, layers, f"fitting layer {seen.layer}")
         _check_finite(seen)
-        for role, x in zip(ROLES, (seen.keys, seen.values), strict=True):
+        for tensor, x in zip(ROLES, (seen.keys, seen.values), strict=True):
             queries = None if seen.queries is None else seen.queries.astype(mx.float32)
             sample = Sample(x.astype(mx.float32), queries, seen.rope, seed)
             for width in widths:
-                codec = method.codec(x.shape[-1], width, role, **options)
-                codecs[seen.layer, role, width] = codec.fit(sample)
+                codec = method.codec(x.shape[-1], width, tensor, **options)
+                codecs[seen.layer, tensor, width] = codec.fit(sample)
     progress(layers, layers, "done")
     return codecs
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -41,10 +42,9 @@ Maker = Callable[[], list[Any]]
 
 def makers(model: Module, bits: Sequence[int] = (4,), theirs: Sequence[int] = (4, 8)) -> dict[str, Maker]:
     """The model's own cache, TurboQuant at some ``bits``, and mlx-lm's quantized cache at the widths ``theirs``."""
-    own = {f"exact {exact_width(model)} bit": lambda: own_cache(model)}
-    ours = {f"turboquant {b} bit": lambda b=b: make_cache(model, "turboquant", bits=b) for b in bits}
-    quantized = {f"mlx-lm {b} bit": lambda b=b: quantized_cache(model, b) for b in theirs}
-    return {**own, **quantized, **ours}
+    made: dict[str, Maker] = {f"exact {exact_width(model)} bit": partial(own_cache, model)}
+    made |= {f"mlx-lm {b} bit": partial(quantized_cache, model, b) for b in theirs}
+    return made | {f"turboquant {b} bit": partial(make_cache, model, "turboquant", bits=b) for b in bits}
 
 
 def costs_by_length(
@@ -115,12 +115,8 @@ class _Filling:
         self.done, prefill = tokens, mx.get_peak_memory() - self.weights
         held = sum(entry.nbytes for entry in self.cache)
         seconds, decode = self._decoding()
-        return {
-            "held_bytes": held,
-            "prefill_peak_bytes": prefill,
-            "decode_peak_bytes": decode,
-            "decode_seconds": seconds,
-        }
+        columns = ("held_bytes", "prefill_peak_bytes", "decode_peak_bytes", "decode_seconds")
+        return dict(zip(columns, (held, prefill, decode, seconds), strict=True))
 
     def _decoding(self) -> tuple[float | None, int | None]:
         """Median seconds of a token, and the bytes at the peak, or None where it fails.

@@ -97,17 +97,17 @@ def _row(index: int, layer: Any) -> dict[str, object]:  # noqa: ANN401
         return row | {"tokens": 0, "held_bytes": 0, "fp16_bytes": 0}
     row |= {"tokens": getattr(layer, "offset", None) or layer.size(), "held_bytes": layer.nbytes}
     if hasattr(layer, "keys_and_values"):
-        sides = [_as_values(x, getattr(layer, "bits", None)) for x in layer.keys_and_values()]
-        row["fp16_bytes"] = sum(2 * count for count, _ in sides)
-        row["key_bits"], row["value_bits"] = (8 * nbytes / count for count, nbytes in sides)
+        sizes = [_as_values(x, getattr(layer, "bits", None)) for x in layer.keys_and_values()]
+        row["fp16_bytes"] = sum(2 * count for count, _ in sizes)
+        row["key_bits"], row["value_bits"] = (8 * nbytes / count for count, nbytes in sizes)
     return row
 
 
-def _as_values(side: Any, bits: int | None) -> tuple[int, int]:  # noqa: ANN401
+def _as_values(stored: Any, bits: int | None) -> tuple[int, int]:  # noqa: ANN401
     """Number of values in the keys or values of mlx-lm's caches, and their bytes; quantized: words, scales, biases."""
     if bits is None:
-        return side.size, side.nbytes
-    return side[0].size * 32 // bits, sum(part.nbytes for part in side)
+        return stored.size, stored.nbytes
+    return stored[0].size * 32 // bits, sum(part.nbytes for part in stored)
 
 
 @checked()

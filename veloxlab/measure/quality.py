@@ -17,6 +17,7 @@ from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, checked, having, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.footprint import check_room
+from veloxlab.measure.frames import in_schema
 from veloxlab.measure.memory import report
 from veloxlab.progress import Progress, silent
 
@@ -286,22 +287,11 @@ def _decode(
 
 def _rows(window: int, start: int, targets: Sequence[int], exact: mx.array, changed: mx.array) -> pl.DataFrame:
     target = mx.array(list(targets))[:, None]
-    columns = (
-        divergence(exact, changed),
-        exact.argmax(axis=-1) != changed.argmax(axis=-1),
-        -mx.take_along_axis(changed, target, axis=-1)[:, 0],
-        -mx.take_along_axis(exact, target, axis=-1)[:, 0],
-    )
-    kl, flip, nll, nll_exact = (np.array(c) for c in columns)
-    return pl.DataFrame(
-        {
-            "window": np.full(len(targets), window),
-            "position": np.arange(start, start + len(targets)),
-            "token": list(targets),
-            "kl": kl,
-            "flip": flip,
-            "nll": nll,
-            "nll_exact": nll_exact,
-        },
-        schema=TOKEN_FIDELITY,
-    )
+    columns = {
+        "kl": divergence(exact, changed),
+        "flip": exact.argmax(axis=-1) != changed.argmax(axis=-1),
+        "nll": -mx.take_along_axis(changed, target, axis=-1)[:, 0],
+        "nll_exact": -mx.take_along_axis(exact, target, axis=-1)[:, 0],
+    }
+    place = {"window": window, "position": np.arange(start, start + len(targets)), "token": list(targets)}
+    return in_schema(pl.DataFrame(place | {name: np.array(c) for name, c in columns.items()}), TOKEN_FIDELITY)
