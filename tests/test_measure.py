@@ -219,6 +219,15 @@ def test_a_layer_that_hides_its_queries_has_no_attention_errors():
     assert errors["rel_mse"].null_count() == 0
 
 
+def test_bad_settings_are_refused_before_the_model_runs(smollm2):
+    def running(done, total, label):
+        pytest.fail("the model runs")
+
+    for settings in ({"bits": 99}, {"method_or_plan": "turbo"}):
+        with pytest.raises(InputError):
+            vl.fidelity(*smollm2, **settings, progress=running)
+
+
 @pytest.mark.parametrize(
     ("call", "sentence"),
     [
