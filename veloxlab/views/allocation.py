@@ -55,8 +55,7 @@ def allocation_map(
         )
         for side in sides
     ]
-    words = allocation_caption(frame) if caption is None else caption
-    return framed(maps, shown, "Code bits of each layer and KV head", words, pickable=True)
+    return framed(maps, shown, "Code bits of each layer and KV head", caption, allocation_caption(frame), pickable=True)
 
 
 def allocation_caption(frame: pl.DataFrame) -> str:
@@ -130,8 +129,14 @@ def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: s
         )
     )
     plot = over_layers(bars).properties(width=layer_width(shown["layer"].n_unique()), height=100)
-    words = loss_caption(frame, unit=unit) if caption is None else caption
-    return framed([plot], shown, "Predicted loss of each layer, in equal bytes", words, pickable=True)
+    return framed(
+        [plot],
+        shown,
+        "Predicted loss of each layer, at equal bytes",
+        caption,
+        loss_caption(frame, unit=unit),
+        pickable=True,
+    )
 
 
 def loss_caption(frame: pl.DataFrame, *, unit: str = "nats a token") -> str:
@@ -200,8 +205,13 @@ def budget_frontier(
     plot = alt.layer(lines, gap, predicted, measured, words.encode(text="short:N")).properties(
         width=theme.WIDTH - 20, height=230
     )
-    said = "; ".join(not_drawn(rows["loss"])) if caption is None else caption
-    return framed([plot], rows, "What bits buy: dashed and hollow is predicted, full is measured", said)
+    return framed(
+        [plot],
+        rows,
+        "Loss against bits: dashed and hollow predicted, full measured",
+        caption,
+        "; ".join(not_drawn(rows["loss"])),
+    )
 
 
 def frontier_rows(
@@ -272,9 +282,14 @@ def sensitivity_by_layer(
         y=y, tooltip=tooltip, shape=alt.Shape("side:N", title=None).scale(domain=sides, range=["circle", "square"])
     )
     plot = over_layers(spans, points).properties(width=layer_width(shown["layer"].n_unique()), height=130)
-    words = sensitivity_caption(frame) if caption is None else caption
-    heading = "How much the loss feels an error in keys and in values"
-    return framed([plot], shown, heading, words, pickable=True)
+    return framed(
+        [plot],
+        shown,
+        "Sensitivity of the loss to errors in keys and values",
+        caption,
+        sensitivity_caption(frame),
+        pickable=True,
+    )
 
 
 def sensitivity_caption(frame: pl.DataFrame) -> str:

@@ -26,8 +26,7 @@ def attention_maps(
     shown = frame.select("kind", *numbers[:-1])
     maps = [_map(kind, words, first=kind == "exact") for kind, words in KINDS.items()]
     side_by_side: alt.HConcatChart = alt.hconcat(*maps, spacing=12)
-    words = attention_caption(frame) if caption is None else caption
-    chart = framed([side_by_side], shown, heading, words)
+    chart = framed([side_by_side], shown, heading, caption, attention_caption(frame))
     return chart.resolve_scale(color="shared")  # type: ignore[no-any-return]
 
 

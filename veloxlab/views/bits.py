@@ -47,9 +47,7 @@ def bit_allocation(
         _bars(tensor, parts, order, top, last=tensor == tensors[-1]).properties(width=alt.Step(step), height=90)
         for tensor in tensors
     ]
-    words = bit_caption(frame) if caption is None else caption
-    heading = "Bits spent on a value, scales included"
-    return framed(rows, shown, heading, words, pickable=True)
+    return framed(rows, shown, "Bits spent on a value, scales included", caption, bit_caption(frame), pickable=True)
 
 
 def bit_caption(frame: pl.DataFrame) -> str:
@@ -118,8 +116,7 @@ def coordinate_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
         )
         for tensor in tensors
     ]
-    said = coordinate_caption(frame) if caption is None else caption
-    return framed(plots, shown, "Code bits of each coordinate, by layer", said)
+    return framed(plots, shown, "Code bits of each coordinate, by layer", caption, coordinate_caption(frame))
 
 
 def coordinate_caption(frame: pl.DataFrame) -> str:

@@ -11,6 +11,7 @@ from veloxlab.errors import InputError
 from veloxlab.views import theme
 from veloxlab.views.distributions import SPACE_WORDS
 from veloxlab.views.furniture import (
+    CROSS,
     Plot,
     framed,
     layer_axis,
@@ -75,8 +76,9 @@ def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
     )
     height = alt.Step(min(STEP, TALLEST / layers))
     plot = alt.layer(cells, broken).properties(width=theme.WIDTH - 20, height=height)
-    said = channel_map_caption(frame) if caption is None else caption
-    return framed([plot], shown, "Loud channels of one KV head, by layer", said)
+    return framed(
+        [plot], shown, "RMS of each channel over the median channel, by layer", caption, channel_map_caption(frame)
+    )
 
 
 def channel_map_caption(frame: pl.DataFrame) -> str:
@@ -115,8 +117,14 @@ def outliers_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt
         )
         for tensor in tensors
     ]
-    words = outlier_caption(frame) if caption is None else caption
-    return framed(plots, means, "How far the loudest channel stands out", words, pickable=True)
+    return framed(
+        plots,
+        means,
+        "RMS of the largest channel over the median channel",
+        caption,
+        outlier_caption(frame),
+        pickable=True,
+    )
 
 
 def outlier_caption(frame: pl.DataFrame) -> str:
@@ -151,7 +159,7 @@ def _lines(tensor: str, spaces: list[str], domain: Domain, *, legend: bool, last
     broken = (
         alt.Chart()
         .transform_filter(f"datum.tensor === '{tensor}' && datum.not_finite > 0")
-        .mark_text(text="×", fontSize=13, fontWeight="bold", color=theme.PICKED)
+        .mark_text(**CROSS)
         .encode(x=alt.X("layer:O"), y=alt.value(6))
     )
     return lines_by_layer(base, points, broken)

@@ -9,6 +9,7 @@ import polars as pl
 
 from veloxlab.views import theme
 from veloxlab.views.furniture import (
+    CROSS,
     Plot,
     by_tensor,
     framed,
@@ -51,8 +52,7 @@ def channel_ranges(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
         _ranges(space, tensor, group, last=place == len(panels) - 1).properties(width=theme.WIDTH, height=height)
         for place, (space, tensor) in enumerate(panels)
     ]
-    words = channel_caption(frame) if caption is None else caption
-    return framed(plots, shown, "Where the channels of one head lie", words)
+    return framed(plots, shown, "Range of each channel of one head", caption, channel_caption(frame))
 
 
 def channel_caption(frame: pl.DataFrame) -> str:
@@ -85,8 +85,7 @@ def density(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatCh
         _curve(space, legend=space == spaces[0]).properties(width=theme.WIDTH, height=150 if len(spaces) == 1 else 80)
         for space in spaces
     ]
-    words = density_caption(frame) if caption is None else caption
-    return framed(plots, shown, "Density of all coordinates of one head", words)
+    return framed(plots, shown, "Density of all coordinates of one head", caption, density_caption(frame))
 
 
 def density_caption(frame: pl.DataFrame) -> str:
@@ -115,8 +114,13 @@ def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str | N
         )
         for tensor in tensors
     ]
-    words = levels_caption(frame, method) if caption is None else caption
-    chart = framed(plots, shown, "What is quantized, and the levels that stand for it", words)
+    chart = framed(
+        plots,
+        shown,
+        "Density of what is quantized, and the quantization levels",
+        caption,
+        levels_caption(frame, method),
+    )
     return chart.resolve_scale(x="shared")  # type: ignore[no-any-return]
 
 
@@ -162,7 +166,7 @@ def _ranges(space: str, tensor: str, group: int, *, last: bool) -> Plot:
     tooltip = tips(*((f"{name}:Q", None, ".3~g") for name in named))
     broken = (
         own.transform_filter("datum.not_finite > 0")
-        .mark_text(text="×", fontSize=13, fontWeight="bold", color=theme.PICKED)
+        .mark_text(**CROSS)
         .encode(
             x=alt.X("channel:Q"),
             y=alt.value(6),
@@ -224,8 +228,7 @@ def angle_densities(frame: pl.DataFrame, *, caption: str | None = None) -> alt.V
     shown = frame.select("tensor", *numbers[2:])
     levels = shown["level"].unique().sort().to_list()
     plots = [_panel(level, last=level == levels[-1]).properties(width=theme.WIDTH - 90, height=84) for level in levels]
-    words = angle_caption(frame) if caption is None else caption
-    return framed(plots, shown, "Angles of PolarQuant's recursion", words)
+    return framed(plots, shown, "Density of PolarQuant's angles, by level", caption, angle_caption(frame))
 
 
 def angle_caption(frame: pl.DataFrame) -> str:

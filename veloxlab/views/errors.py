@@ -10,6 +10,7 @@ import polars as pl
 from veloxlab.errors import InputError
 from veloxlab.views import theme
 from veloxlab.views.furniture import (
+    CROSS,
     Plot,
     framed,
     known,
@@ -69,8 +70,14 @@ def error_map(
         )
         for tensor in tensors
     ]
-    words = error_caption(frame, metric) if caption is None else caption
-    return framed([means, alt.vconcat(*maps, spacing=10)], shown, HEADINGS[metric], words, pickable=True)
+    return framed(
+        [means, alt.vconcat(*maps, spacing=10)],
+        shown,
+        HEADINGS[metric],
+        caption,
+        error_caption(frame, metric),
+        pickable=True,
+    )
 
 
 def error_domain(frame: pl.DataFrame, metric: str = "rel_mse") -> Domain:
@@ -135,7 +142,7 @@ def _cells(tensor: str, metric: str, domain: Domain, group: int, *, last: bool) 
     broken = (
         pooled.transform_filter("datum.finite < datum.rows")
         .transform_calculate(note="'not finite in ' + (datum.rows - datum.finite) + ' of ' + datum.rows")
-        .mark_text(text="×", fontSize=13, fontWeight="bold", color=theme.PICKED, cursor="pointer")
+        .mark_text(**CROSS, cursor="pointer")
         .encode(tooltip=tips("layer:O", ("group:O", heads), ("note:N", name)))
     )
     return alt.layer(cells, broken, picked_outline())
@@ -157,8 +164,7 @@ def errors_along_position(frame: pl.DataFrame, *, caption: str | None = None) ->
     shown = frame.select("tensor", *numbers)
     widths = shown["bits"].unique().sort().to_list()
     plots = [_along(bits, widths).properties(width=theme.WIDTH - 90, height=110) for bits in widths]
-    words = profile_caption(frame) if caption is None else caption
-    return framed(plots, shown, "Error of keys and values along the text", words)
+    return framed(plots, shown, "Error of keys and values along the text", caption, profile_caption(frame))
 
 
 def profile_caption(frame: pl.DataFrame) -> str:
@@ -202,8 +208,7 @@ def error_distribution(frame: pl.DataFrame, *, caption: str | None = None) -> al
         .properties(width=theme.WIDTH - 90, height=100)
         for bits in widths
     ]
-    words = distribution_caption(frame) if caption is None else caption
-    return framed(plots, shown, "How errors of single vectors are distributed", words)
+    return framed(plots, shown, "How errors of single vectors are distributed", caption, distribution_caption(frame))
 
 
 def distribution_caption(frame: pl.DataFrame) -> str:
@@ -236,8 +241,7 @@ def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
     tooltip = tips("tensor:N", ("bits:Q", "code bits"), ("true_bits:Q", "true bits", ".2f"), ("error:Q", None, ".3~g"))
     points = base.mark_point(filled=True, size=50, opacity=1).encode(tooltip=tooltip)
     plot = alt.layer(base.mark_line(strokeWidth=1.5), points).properties(width=theme.WIDTH - 90, height=150)
-    words = by_bits_caption(frame) if caption is None else caption
-    return framed([plot], shown, "How the error falls with bits", words)
+    return framed([plot], shown, "Error of keys and values against bits", caption, by_bits_caption(frame))
 
 
 def by_bits_caption(frame: pl.DataFrame) -> str:
@@ -282,7 +286,7 @@ def _along(bits: int, widths: list[int]) -> Plot:
     line = finite.mark_line(strokeWidth=1.5).encode(y=alt.Y("median:Q"), color=colour, tooltip=tooltip)
     broken = (
         base.transform_filter("datum.not_finite > 0")
-        .mark_text(text="×", fontSize=13, fontWeight="bold", color=theme.PICKED)
+        .mark_text(**CROSS)
         .encode(y=alt.value(6), tooltip=tips("tensor:N", ("not_finite:Q", "not finite")))
     )
     return alt.layer(band, line, broken)

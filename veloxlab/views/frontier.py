@@ -56,8 +56,9 @@ def frontier(
         )
         .properties(width=theme.WIDTH - 90, height=260)
     )
-    words = fidelity_caption(frame, x) if caption is None else caption
-    return framed([plot], shown, "What a smaller cache changes in the model's predictions", words)
+    return framed(
+        [plot], shown, "What a smaller cache changes in the model's predictions", caption, fidelity_caption(frame, x)
+    )
 
 
 def fidelity_caption(frame: pl.DataFrame, x: Literal["bits", "held_bytes"] = "bits") -> str:
@@ -142,8 +143,7 @@ def pareto_front(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VCon
         )
         .properties(width=theme.WIDTH - 90, height=280)
     )
-    words = pareto_caption(frame) if caption is None else caption
-    return framed([plot], shown, "The caches that nothing else beats", words)
+    return framed([plot], shown, "KL divergence against bytes: the Pareto front", caption, pareto_caption(frame))
 
 
 def pareto_caption(frame: pl.DataFrame) -> str:

@@ -61,6 +61,7 @@ def by_tensor(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
 PICKED = "picked_layer"
 IS_PICKED = f"datum.layer === {PICKED}"
 ALTAIR_ROWS = 5_000
+CROSS: dict[str, Any] = {"text": "×", "fontSize": 13, "fontWeight": "bold", "color": theme.PICKED}  # not finite
 Plot = alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart | alt.HConcatChart
 
 
@@ -68,16 +69,17 @@ def framed(
     plots: Sequence[Plot],
     data: pl.DataFrame,
     heading: str,
-    caption: str,
+    caption: str | None,
+    usual: str,
     *,
     pickable: bool = False,
     dashed: bool = False,
 ) -> alt.VConcatChart:
-    """Stack plots that read the same rows under a heading, and under a caption that the param ``caption`` may change.
+    """Stack plots of the same rows under a heading and the param ``caption``, which is ``usual`` where none is given.
 
     ``pickable`` plots mark the param ``picked_layer``; ``dashed`` ones tell lines apart by dashes.
     """
-    params = [alt.param(name="caption", value=caption)]
+    params = [alt.param(name="caption", value=usual if caption is None else caption)]
     if pickable:
         params.append(alt.param(name=PICKED, value=None))
     dashes: dict[str, Any] = {"strokeDash": "independent"} if dashed else {}
@@ -105,7 +107,7 @@ def tips(*fields: str | tuple[str, str] | tuple[str, str | None, str]) -> list[a
 def cache_colour(caches: Sequence[str], legend: alt.Legend | None = None) -> alt.Color:
     """Give caches the colours of their methods."""
     colours = [theme.colour_of(name) for name in caches]
-    return alt.Color("cache:N", legend=legend).scale(domain=caches, range=colours)  # type: ignore[no-any-return]
+    return alt.Color("cache:N", legend=legend).scale(domain=caches, range=colours)
 
 
 def tensor_colour(*, legend: bool = True) -> alt.Color:

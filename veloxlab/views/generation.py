@@ -35,8 +35,7 @@ def token_strip(
     rows = pl.concat([_laid_out(frame.filter(pl.col("side") == side), parting) for side in SIDES])
     count = max(lines or 0, int(rows["line"].max()) + 1)  # type: ignore[arg-type]
     plots = [_text(side, count) for side in SIDES]
-    words = strip_caption(frame, parting) if caption is None else caption
-    return framed(plots, rows, "The same prompt, exact and compressed", words)
+    return framed(plots, rows, "The same prompt, exact and compressed", caption, strip_caption(frame, parting))
 
 
 def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
@@ -77,8 +76,7 @@ def held_while_generating(
     plot = alt.layer(line, base.mark_point(size=14, filled=True, opacity=1)).properties(
         width=theme.WIDTH - 100, height=120
     )
-    words = held_caption(frame) if caption is None else caption
-    return framed([plot], shown, "Bytes held while the texts are generated", words)
+    return framed([plot], shown, "Bytes held while the texts are generated", caption, held_caption(frame))
 
 
 def held_caption(frame: pl.DataFrame) -> str:
@@ -120,8 +118,7 @@ def passkey_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
         .encode(text="label:N"),
     )
     plot = alt.layer(*marks).properties(width=theme.WIDTH - 60, height=alt.Step(ROW))
-    words = passkey_caption(frame) if caption is None else caption
-    return framed([plot], shown, "Numbers hidden in a text, and what was answered", words)
+    return framed([plot], shown, "Numbers hidden in a text, and what was answered", caption, passkey_caption(frame))
 
 
 def passkey_caption(frame: pl.DataFrame) -> str:

@@ -36,8 +36,7 @@ def memory_growth(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VCo
         )
         .properties(width=theme.WIDTH - 100, height=220)
     )
-    words = memory_caption(frame) if caption is None else caption
-    return framed([plot], shown, "Bytes held as the context grows", words, pickable=True)
+    return framed([plot], shown, "Bytes held as the context grows", caption, memory_caption(frame), pickable=True)
 
 
 def memory_caption(frame: pl.DataFrame) -> str:
@@ -152,8 +151,7 @@ def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str | 
         _held(caches, used, bars["total"].max()),  # type: ignore[arg-type]
         _contexts(caches),
     ]
-    words = plan_caption(planned, largest) if caption is None else caption
-    return framed(plots, shown, "Memory a cache will hold (predicted)", words)
+    return framed(plots, shown, "Memory a cache will hold (predicted)", caption, plan_caption(planned, largest))
 
 
 def plan_caption(planned: pl.DataFrame, largest: pl.DataFrame) -> str:

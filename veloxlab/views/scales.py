@@ -72,11 +72,11 @@ def _round_numbers(value: float) -> list[float]:
 def log_y(field: str, title: list[str], domain: Domain) -> alt.Y:
     """Give the y axis of a field of `on_log_scale`, with round labels."""
     y: alt.Y = alt.Y(f"{field}_drawn:Q", title=title).scale(type="log", domain=domain, nice=False, clamp=True)
-    return y.axis(values=log_ticks(domain), labelExpr=LABEL)  # type: ignore[no-any-return]
+    return y.axis(values=log_ticks(domain), labelExpr=LABEL)
 
 
 def log_colour(field: str, title: str | list[str], domain: Domain) -> alt.Color:
     """Give the colour of a field of `on_log_scale`, with a gradient as its legend."""
     legend = alt.Legend(values=log_ticks(domain), labelExpr=LABEL, gradientLength=110, gradientThickness=10)
     colour: alt.Color = alt.Color(f"{field}_drawn:Q", title=title, legend=legend)
-    return colour.scale(type="log", domain=domain, clamp=True)  # type: ignore[no-any-return]
+    return colour.scale(type="log", domain=domain, clamp=True)

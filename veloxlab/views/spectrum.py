@@ -51,8 +51,9 @@ def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatC
         )
         .properties(width=theme.WIDTH - 110, height=190)
     )
-    words = spectrum_caption(frame) if caption is None else caption
-    return framed([line], shown, "Directions that hold the energy of one head", words, dashed=True)
+    return framed(
+        [line], shown, "Directions that hold the energy of one head", caption, spectrum_caption(frame), dashed=True
+    )
 
 
 def spectrum_caption(frame: pl.DataFrame) -> str:
@@ -80,9 +81,14 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> a
         _counts(means).properties(width=alt.Step(step), height=150),
         _mean_shares().properties(width=alt.Step(step), height=80),
     ]
-    words = dimensions_caption(frame) if caption is None else caption
     return framed(
-        plots, means, "How many directions a head uses, and its mean vector", words, pickable=True, dashed=True
+        plots,
+        means,
+        "Effective dimensions, and the mean vector's share",
+        caption,
+        dimensions_caption(frame),
+        pickable=True,
+        dashed=True,
     )
 
 
@@ -177,8 +183,7 @@ def pair_energy(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
         )
         .properties(width=theme.WIDTH - 90, height=150)
     )
-    words = pair_caption(frame) if caption is None else caption
-    return framed([bars], shown, "Energy of the pairs of channels that RoPE turns", words)
+    return framed([bars], shown, "Energy of the pairs of channels that RoPE turns", caption, pair_caption(frame))
 
 
 def pair_caption(frame: pl.DataFrame) -> str:
@@ -206,8 +211,8 @@ def pair_turns(
     reach = float(max(shown["x"].abs().max(), shown["y"].abs().max(), 1e-12)) * 1.05  # type: ignore[type-var, arg-type]
     panels = [_cloud(stage, reach, first=stage == STAGES[0]) for stage in STAGES]
     side_by_side: alt.HConcatChart = alt.hconcat(*panels, spacing=24)
-    words = caption or f"{shown['position'].n_unique()} tokens, from faint to strong; a cross marks their mean"
-    return framed([side_by_side], shown, heading, words)
+    usual = f"{shown['position'].n_unique()} tokens, from faint to strong; a cross marks their mean"
+    return framed([side_by_side], shown, heading, caption or None, usual)
 
 
 def _cloud(stage: str, reach: float, *, first: bool) -> alt.LayerChart:

@@ -28,8 +28,7 @@ def attention_times(
     caches = shown["cache"].unique(maintain_order=True).to_list()
     lengths = shown["tokens"].unique(maintain_order=True).to_list()
     plots = [_panel(length, caches, last=length == lengths[-1]) for length in lengths]
-    words = times_caption(frame) if caption is None else caption
-    return framed(plots, shown, heading, words)
+    return framed(plots, shown, heading, caption, times_caption(frame))
 
 
 def times_caption(frame: pl.DataFrame) -> str:
@@ -95,8 +94,7 @@ def costs_by_length(
         _cost_panel(name, title, unit, caches, _lengths(shown), place)
         for place, (name, title, unit) in enumerate(PANELS)
     ]
-    words = lengths_caption(frame) if caption is None else caption
-    return framed(plots, shown, heading, words)
+    return framed(plots, shown, heading, caption, lengths_caption(frame))
 
 
 def lengths_caption(frame: pl.DataFrame) -> str:
