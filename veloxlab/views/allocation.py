@@ -129,14 +129,8 @@ def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: s
         )
     )
     plot = over_layers(bars).properties(width=layer_width(shown["layer"].n_unique()), height=100)
-    return framed(
-        [plot],
-        shown,
-        "Predicted loss of each layer, at equal bytes",
-        caption,
-        loss_caption(frame, unit=unit),
-        pickable=True,
-    )
+    usual = loss_caption(frame, unit=unit)
+    return framed([plot], shown, "Predicted loss of each layer, at equal bytes", caption, usual, pickable=True)
 
 
 def loss_caption(frame: pl.DataFrame, *, unit: str = "nats a token") -> str:
@@ -205,13 +199,8 @@ def budget_frontier(
     plot = alt.layer(lines, gap, predicted, measured, words.encode(text="short:N")).properties(
         width=theme.WIDTH - 20, height=230
     )
-    return framed(
-        [plot],
-        rows,
-        "Loss against bits: dashed and hollow predicted, full measured",
-        caption,
-        "; ".join(not_drawn(rows["loss"])),
-    )
+    usual = "; ".join(not_drawn(rows["loss"]))
+    return framed([plot], rows, "Loss against bits: dashed and hollow predicted, full measured", caption, usual)
 
 
 def frontier_rows(
@@ -282,14 +271,8 @@ def sensitivity_by_layer(
         y=y, tooltip=tooltip, shape=alt.Shape("side:N", title=None).scale(domain=sides, range=["circle", "square"])
     )
     plot = over_layers(spans, points).properties(width=layer_width(shown["layer"].n_unique()), height=130)
-    return framed(
-        [plot],
-        shown,
-        "Sensitivity of the loss to errors in keys and values",
-        caption,
-        sensitivity_caption(frame),
-        pickable=True,
-    )
+    usual = sensitivity_caption(frame)
+    return framed([plot], shown, "Sensitivity of the loss to errors in keys and values", caption, usual, pickable=True)
 
 
 def sensitivity_caption(frame: pl.DataFrame) -> str:

@@ -76,9 +76,8 @@ def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
     )
     height = alt.Step(min(STEP, TALLEST / layers))
     plot = alt.layer(cells, broken).properties(width=theme.WIDTH - 20, height=height)
-    return framed(
-        [plot], shown, "RMS of each channel over the median channel, by layer", caption, channel_map_caption(frame)
-    )
+    usual = channel_map_caption(frame)
+    return framed([plot], shown, "RMS of each channel over the median channel, by layer", caption, usual)
 
 
 def channel_map_caption(frame: pl.DataFrame) -> str:
@@ -117,14 +116,8 @@ def outliers_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt
         )
         for tensor in tensors
     ]
-    return framed(
-        plots,
-        means,
-        "RMS of the largest channel over the median channel",
-        caption,
-        outlier_caption(frame),
-        pickable=True,
-    )
+    usual = outlier_caption(frame)
+    return framed(plots, means, "RMS of the largest channel over the median channel", caption, usual, pickable=True)
 
 
 def outlier_caption(frame: pl.DataFrame) -> str:

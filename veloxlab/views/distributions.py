@@ -114,13 +114,8 @@ def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str | N
         )
         for tensor in tensors
     ]
-    chart = framed(
-        plots,
-        shown,
-        "Density of what is quantized, and the quantization levels",
-        caption,
-        levels_caption(frame, method),
-    )
+    usual = levels_caption(frame, method)
+    chart = framed(plots, shown, "Density of what is quantized, and the quantization levels", caption, usual)
     return chart.resolve_scale(x="shared")  # type: ignore[no-any-return]
 
 

@@ -70,14 +70,8 @@ def error_map(
         )
         for tensor in tensors
     ]
-    return framed(
-        [means, alt.vconcat(*maps, spacing=10)],
-        shown,
-        HEADINGS[metric],
-        caption,
-        error_caption(frame, metric),
-        pickable=True,
-    )
+    usual = error_caption(frame, metric)
+    return framed([means, alt.vconcat(*maps, spacing=10)], shown, HEADINGS[metric], caption, usual, pickable=True)
 
 
 def error_domain(frame: pl.DataFrame, metric: str = "rel_mse") -> Domain:

@@ -56,9 +56,8 @@ def frontier(
         )
         .properties(width=theme.WIDTH - 90, height=260)
     )
-    return framed(
-        [plot], shown, "What a smaller cache changes in the model's predictions", caption, fidelity_caption(frame, x)
-    )
+    usual = fidelity_caption(frame, x)
+    return framed([plot], shown, "What a smaller cache changes in the model's predictions", caption, usual)
 
 
 def fidelity_caption(frame: pl.DataFrame, x: Literal["bits", "held_bytes"] = "bits") -> str:

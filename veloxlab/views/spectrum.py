@@ -51,9 +51,8 @@ def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatC
         )
         .properties(width=theme.WIDTH - 110, height=190)
     )
-    return framed(
-        [line], shown, "Directions that hold the energy of one head", caption, spectrum_caption(frame), dashed=True
-    )
+    usual = spectrum_caption(frame)
+    return framed([line], shown, "Directions that hold the energy of one head", caption, usual, dashed=True)
 
 
 def spectrum_caption(frame: pl.DataFrame) -> str:
