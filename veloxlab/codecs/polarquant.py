@@ -36,7 +36,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self, get_args
+from typing import Literal, Self
 
 import mlx.core as mx
 import numpy as np
@@ -53,7 +53,7 @@ from veloxlab.codecs.base import (
     unbiased_keys,
 )
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.packing import Layout, Row
+from veloxlab.codecs.parts.packing import Layout, Row, check_word
 from veloxlab.codecs.parts.polar import PolarTree, angle_codebook, fitted_angles, halvings
 from veloxlab.codecs.parts.scalar import ScaleName, check_scale
 from veloxlab.codecs.parts.transforms import RotationName
@@ -93,8 +93,7 @@ class PolarQuant(RotatedSpace):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        if self.codebook not in get_args(CodebookName):
-            raise InputError(f"Unknown codebook {self.codebook!r}: choose 'offline', 'online' or 'fitted'.")
+        check_word("codebook", self.codebook, "offline", "online", "fitted")
         _ = self._rotation, self.tree
 
     @cached_property
@@ -185,12 +184,11 @@ class PolarQuant(RotatedSpace):
 
 def preset(head_dim: int, bits: int, recursion: Recursion) -> tuple[int, ...]:
     """Widths of the levels for ``bits`` from 2 to 8, as the module says."""
+    check_word("recursion", recursion, "block", "full")
     if recursion == "block":
         first, rest, count = (bits, bits - 2, BLOCK_LEVELS) if bits > 2 else (1, 1, BLOCK_LEVELS)
-    elif recursion == "full":
-        first, rest, count = min(bits + 1, 8), bits - 1, halvings(head_dim)
     else:
-        raise InputError(f"Unknown recursion {recursion!r}: choose 'block' or 'full'.")
+        first, rest, count = min(bits + 1, 8), bits - 1, halvings(head_dim)
     return (first,) + (rest,) * (count - 1)
 
 

@@ -55,7 +55,7 @@ from veloxlab.codecs.base import (
     unbiased_keys,
 )
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, spread
+from veloxlab.codecs.parts.packing import Layout, Row, check_word, pack, packed, spread
 from veloxlab.codecs.parts.scalar import paired, scale_factor
 from veloxlab.codecs.parts.transforms import RotationName, SignedHadamard
 from veloxlab.errors import InputError
@@ -94,10 +94,8 @@ class RaBitQ(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.scale not in ("unbiased", "mse"):
-            raise InputError(f"Unknown scale {self.scale!r}: choose 'unbiased' or 'mse'.")
-        if self.encoder not in ("grid", "exact", "fast"):
-            raise InputError(f"Unknown encoder {self.encoder!r}: choose 'grid', 'exact' or 'fast'.")
+        check_word("scale", self.scale, "unbiased", "mse")
+        check_word("encoder", self.encoder, "grid", "exact", "fast")
         if self.bounds and self.scale != "unbiased":
             raise InputError(f"bounds=True bounds an unbiased estimate, and scale={self.scale!r} is not: choose one.")
         _ = self._rotation

@@ -42,10 +42,9 @@ from veloxlab.codecs.parts.codebooks import (
     lloyd_max,
     sphere_codebook,
 )
-from veloxlab.codecs.parts.packing import Layout, pack, packed, unpack
+from veloxlab.codecs.parts.packing import Layout, check_word, pack, packed, unpack
 from veloxlab.codecs.parts.scalar import JOINT_INDEX_BITS, CodebookName, ScaleName, check_scale, scale_factor
 from veloxlab.codecs.parts.transforms import RotationName
-from veloxlab.errors import InputError
 from veloxlab.kernels.encode import NearestLevel, SpreadEncoder
 from veloxlab.kernels.readers import StagesReader
 
@@ -82,13 +81,9 @@ class Rvq(RotatedCodec):
 
     def __post_init__(self) -> None:
         check_scale(self.scale)
-        for name, value, known in (
-            ("variant", self.variant, ("plain", "refined")),
-            ("residual", self.residual, ("exact", "laplacian")),
-            ("codebook", self.codebook, ("sphere", "gaussian")),
-        ):
-            if value not in known:
-                raise InputError(f"Unknown {name} {value!r}: choose {known[0]!r} or {known[1]!r}.")
+        check_word("variant", self.variant, "plain", "refined")
+        check_word("residual", self.residual, "exact", "laplacian")
+        check_word("codebook", self.codebook, "sphere", "gaussian")
         _ = self._rotation, self.stages
 
     @property

@@ -53,7 +53,7 @@ from veloxlab.codecs.base import (
     store_scale,
 )
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.packing import Layout, packed
+from veloxlab.codecs.parts.packing import Layout, check_word, packed
 from veloxlab.codecs.parts.scalar import PlannedQuantizer, ScaleName, check_scale
 from veloxlab.codecs.parts.transforms import make_rotation
 from veloxlab.codecs.parts.water_filling import greedy_bits
@@ -102,8 +102,7 @@ class SpectralQuant(TiledCodec):
     deviation: mx.array | None = None
 
     def __post_init__(self) -> None:
-        if self.basis not in ("pca", "query", "hadamard"):
-            raise InputError(f"Unknown basis {self.basis!r}: choose 'pca', 'query' or 'hadamard'.")
+        check_word("basis", self.basis, "pca", "query", "hadamard")
         check_scale(self.scale)
         if not self.damping >= 0:
             raise InputError(f"damping={self.damping} takes variance away: give a share of 0 or more, such as 0.05.")

@@ -7,7 +7,7 @@ from typing import Literal
 
 import mlx.core as mx
 
-from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, spread
+from veloxlab.codecs.parts.packing import Layout, Row, check_word, pack, packed, spread
 from veloxlab.errors import InputError
 from veloxlab.kernels.groups import GroupEncoder
 
@@ -28,8 +28,7 @@ class GroupQuantizer:
     levels: GroupLevels = "centres"
 
     def __post_init__(self) -> None:
-        if self.levels not in ("centres", "ends"):
-            raise InputError(f"Unknown levels {self.levels!r}: choose 'centres' or 'ends'.")
+        check_word("levels", self.levels, "centres", "ends")
         if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:
             raise InputError(f"group={self.group!r} is no number of coordinates: give a whole number, 1 or more.")
 

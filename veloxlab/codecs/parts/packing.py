@@ -14,6 +14,8 @@ from functools import cache, reduce
 
 import mlx.core as mx
 
+from veloxlab.errors import InputError
+
 WIDEST = 8
 _GROUP = 8  # codes that fill `bits` whole bytes, whatever the width
 _WORD_BYTES = 4
@@ -41,6 +43,13 @@ class Row:
 
 
 Layout = dict[str, Row]
+
+
+def check_word(name: str, value: object, *known: str) -> None:
+    """Raise `InputError` unless ``value``, of the option ``name``, is one of the words ``known``."""
+    if value not in known:
+        *first, last = map(repr, known)
+        raise InputError(f"Unknown {name} {value!r}: choose {', '.join(first)} or {last}.")
 
 
 def words_per_row(count: int, bits: int) -> int:

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs.parts.codebooks import Codebook, gaussian_codebook, sphere_codebook
-from veloxlab.codecs.parts.packing import WIDEST, pack, spread, unpack, words_per_row
+from veloxlab.codecs.parts.packing import WIDEST, check_word, pack, spread, unpack, words_per_row
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import planned
 
@@ -71,8 +71,7 @@ ScaleName = Literal["norm", "mse", "unbiased"]
 
 def check_scale(scale: str) -> None:
     """Raise `InputError` unless ``scale`` is a `ScaleName`."""
-    if scale not in ("norm", "mse", "unbiased"):
-        raise InputError(f"Unknown scale {scale!r}: choose 'unbiased', 'mse' or 'norm'.")
+    check_word("scale", scale, "unbiased", "mse", "norm")
 
 
 def scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.array:
@@ -108,11 +107,8 @@ class ScalarQuantizer:
     @property
     def table(self) -> Codebook:
         """The codebook that is used."""
-        if self.codebook == "sphere":
-            return sphere_codebook(self.bits, self.dim)
-        if self.codebook == "gaussian":
-            return gaussian_codebook(self.bits)
-        raise InputError(f"Unknown codebook {self.codebook!r}: choose 'sphere' or 'gaussian'.")
+        check_word("codebook", self.codebook, "sphere", "gaussian")
+        return sphere_codebook(self.bits, self.dim) if self.codebook == "sphere" else gaussian_codebook(self.bits)
 
     @property
     def boundaries(self) -> mx.array:
@@ -180,11 +176,15 @@ def paired_levels(quantizer: ScalarQuantizer) -> tuple[int, mx.array]:
 
 def paired(levels: np.ndarray, bits: int) -> mx.array:
     """Levels ``[2**bits]``, of two neighbouring codes at once ``[4**bits, 2]`` where the codes are narrow, float32."""
-    together = 2 if bits <= _PAIRED_BITS else 1
-    index = np.arange(1 << (bits * together))[:, None] >> (bits * np.arange(together)) & ((1 << bits) - 1)
-    table = mx.array(levels[index].astype(np.float32))
+    table = mx.array(_joint(levels, bits, 2 if bits <= _PAIRED_BITS else 1).astype(np.float32))
     mx.eval(table)
     return table
+
+
+def _joint(levels: np.ndarray, bits: int, together: int) -> np.ndarray:
+    """Levels of every combination of ``together`` neighbouring codes ``[2**(bits·together), together]``."""
+    index = np.arange(1 << (bits * together))[:, None] >> (bits * np.arange(together)) & ((1 << bits) - 1)
+    return np.asarray(levels[index])
 
 
 JOINT_INDEX_BITS = 12  # a joint table stays under 64 KB; at 16 bits it would be 1.4 times faster, and 2 MB
@@ -197,8 +197,8 @@ def _tables(quantizer: ScalarQuantizer) -> tuple[mx.array, mx.array, mx.array]:
     together = 1
     while 2 * together * bits <= JOINT_INDEX_BITS and together < 8:
         together *= 2
-    index = np.arange(1 << (bits * together))[:, None] >> (bits * np.arange(together)) & ((1 << bits) - 1)
-    arrays = tuple(mx.array(a.astype(np.float32)) for a in (table.boundaries, table.levels, table.levels[index]))
+    joint_levels = _joint(table.levels, bits, together)
+    arrays = tuple(mx.array(a.astype(np.float32)) for a in (table.boundaries, table.levels, joint_levels))
     mx.eval(*arrays)
     boundaries, levels, joint = arrays
     return boundaries, levels, joint

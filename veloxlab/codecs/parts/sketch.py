@@ -10,7 +10,7 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.parts.packing import pack, spread, words_per_row
+from veloxlab.codecs.parts.packing import check_word, pack, spread, words_per_row
 from veloxlab.codecs.parts.transforms import haar_matrix
 from veloxlab.errors import InputError
 
@@ -32,8 +32,7 @@ class SignSketch:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("orthogonal", "gaussian"):
-            raise InputError(f"Unknown sketch {self.kind!r}: choose 'orthogonal' or 'gaussian'.")
+        check_word("sketch", self.kind, "orthogonal", "gaussian")
         if self.kind == "orthogonal" and self.rows % self.dim:
             raise InputError(
                 f"An orthogonal sketch of {self.rows} rows does not fit a head dimension of {self.dim}: "

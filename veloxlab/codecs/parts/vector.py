@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxlab.codecs.parts.packing import WIDEST, pack, unpack, words_per_row
+from veloxlab.codecs.parts.packing import WIDEST, pack, unpack
 from veloxlab.kernels.backend import gpu
 from veloxlab.kernels.checked import checked_assign
 
@@ -68,7 +68,7 @@ def nearest(points: mx.array, centroids: mx.array) -> mx.array:
 def packed_nearest(points: mx.array, centroids: mx.array, bits: int) -> mx.array:
     """Indices of the nearest centroids ``[2**bits, d]`` of the sub-vectors of ``points`` ``[..., J·d]``, packed.
 
-    By a kernel where there is a GPU, which writes nothing but the words ``[..., index_words(J, bits)]``.
+    By a kernel where there is a GPU, which writes nothing but the words ``[..., words_per_row(J, bits)]``.
     """
     backend = gpu()
     packed = None if backend is None else checked_assign(points, centroids, bits, backend, _packed_by_graph)
@@ -79,11 +79,6 @@ def _packed_by_graph(points: mx.array, centroids: mx.array, bits: int) -> mx.arr
     dim = centroids.shape[-1]
     sub_vectors = points.reshape(*points.shape[:-1], points.shape[-1] // dim, dim)
     return pack_indices(nearest(sub_vectors, centroids), bits)
-
-
-def index_words(count: int, bits: int) -> int:
-    """uint32 words that hold ``count`` indices of ``bits`` bits each."""
-    return words_per_row(count, bits)
 
 
 def can_pack(bits: int) -> bool:
