@@ -27,6 +27,7 @@ from veloxlab.allocate.search.result import SEARCHED
 from veloxlab.allocate.search.runner import Trials
 from veloxlab.cli.tables import front_table
 from veloxlab.errors import InputError
+from veloxlab.measure import experiments
 from veloxlab.measure.quality import judge, reference
 
 SETTINGS = {"bits": (2, 4), "text": TEXT, "tokens": 40, "windows": 5, "context": 300}
@@ -300,7 +301,7 @@ def test_progress_counts_up_and_what_it_raises_ends_the_search(model):
     told = []
     vl.search(model, Letters(), methods=TWO, progress=lambda *said: told.append(said), **SETTINGS)
     measured = [done for done, _, label in told if ": " in label and label.startswith("window")]
-    assert measured == list(range(1, len(measured) + 1))
+    assert measured == list(range(len(measured)))
     assert told[-1][0] <= told[-1][1]
 
     def stop(done, total, label):
@@ -418,11 +419,11 @@ def test_a_worker_that_dies_ends_no_search(file, here):
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
 
         def kill(done, total, label):
-            if label.startswith("window 2 of 5: ") and not killed:
+            if label.startswith("window 2: ") and not killed:
                 killed.extend(pool._processes)
                 os.kill(killed[0], signal.SIGKILL)
 
-        with pytest.warns(UserWarning, match="A worker process of this search died, .* one new process does the rest"):
+        with pytest.warns(UserWarning, match="A worker process died, .* one new process does the rest"):
             found = vl.search(file, methods=TWO, executor=pool, progress=kill, **SETTINGS)
     assert same(here, found)
 
@@ -434,7 +435,7 @@ class Dying(ThreadPoolExecutor):
         super().__init__(1)
 
     def submit(self, do, *job):
-        if do is runner.measure and job[1].method == "rabitq":
+        if job[0].kind == "measure" and job[0].some[0].method == "rabitq":
             broken = Future()
             broken.set_exception(BrokenExecutor())
             return broken
@@ -442,11 +443,13 @@ class Dying(ThreadPoolExecutor):
 
 
 def test_what_kills_a_process_twice_is_named_and_the_rest_is_kept(file, own_cache, monkeypatch):
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", Dying)
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", Dying)
     with (
         Dying() as pool,
-        pytest.warns(UserWarning, match="A worker process of this search died"),
-        pytest.raises(InputError, match="died again, alone and while it was measuring rabitq K. V., 4 sinks"),
+        pytest.warns(UserWarning, match="A worker process died"),
+        pytest.raises(
+            InputError, match="died again, alone and while it was at this job: window 1: rabitq K. V., 4 sinks"
+        ),
     ):
         vl.search(file, methods=TWO, executor=pool, **SETTINGS)
     (kept,) = own_cache.iterdir()
@@ -475,7 +478,7 @@ def test_dask_gives_the_same(file, here):
 
 def test_what_waits_is_cancelled_when_progress_raises(file):
     def stop(done, total, label):
-        if label.startswith("window 1 of 5: "):
+        if label.startswith("window 1: ") and done:
             raise KeyboardInterrupt
 
     stopped = threading.Event()
@@ -484,9 +487,9 @@ def test_what_waits_is_cancelled_when_progress_raises(file):
         futures = ()
 
         def submit(self, do, *job):
-            waits = do is runner.measure and self.futures
+            waits = job[0].kind == "measure" and self.futures
             future = super().submit(lambda: (waits and stopped.wait(60), do(*job))[1])
-            self.futures = (*self.futures, future) if do is runner.measure else self.futures
+            self.futures = (*self.futures, future) if job[0].kind == "measure" else self.futures
             return future
 
     with Counted(1) as pool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from veloxlab.cache.make import make_cache
 from veloxlab.cache.plan import Plan
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
+from veloxlab.measure.experiments import Experiment
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.quality import Reference, judge, reference
 from veloxlab.mlxlm.identity import fingerprint
@@ -32,6 +34,7 @@ from veloxlab.store import Unfinished, digest
 
 FORMAT = "veloxlab sweep 1"
 UNIFORM = "uniform"
+Job = tuple[float, str]  # mean code bits, and what the allocation is by
 BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
 MEASURED_BITS = range(1, 8)
 SINKS, WINDOW = 4, 0  # tokens: nothing recent is exact, so that codes are compared and not windows
@@ -129,16 +132,10 @@ def sweep(
         "calibration": digest([calibration_text, sequences]),
         "stretches": list(exact.stretches),
     }
-    kept = Unfinished(unfinished, FORMAT, facts)
-    frames = _by_job(pl.DataFrame(kept.read() or {}, schema=SWEEP))
+    measuring: Experiment[Job, pl.DataFrame] = Experiment(partial(_measured, exact, rates), _named, progress=progress)
+    measuring.go_on(Unfinished(unfinished, FORMAT, facts), _to_rows, _by_job)
     jobs = [(b, allocation) for b in bits for allocation in (UNIFORM, *by)]
-    for done, (mean_bits, allocation) in enumerate(jobs):
-        progress(done, len(jobs), f"{mean_bits:g} bits, {allocation}")
-        if (mean_bits, allocation) in frames:
-            continue
-        frames[mean_bits, allocation] = _job(exact, rates, mean_bits, allocation)
-        kept.put(pl.concat(frames.values()).to_dict(as_series=False))
-    progress(len(jobs), len(jobs), "done")
+    frames = dict(measuring.run(jobs))
     return pl.concat(frames[job] for job in jobs)
 
 
@@ -174,8 +171,9 @@ def swept(frame: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=SWEPT)
 
 
-def _job(exact: Reference, rates: Mapping[By, RateBudget], mean_bits: float, allocation: str) -> pl.DataFrame:
+def _measured(exact: Reference, rates: Mapping[By, RateBudget], job: Job) -> pl.DataFrame:
     """Rows of one plan, a row a window."""
+    mean_bits, allocation = job
     measured = rates.get(allocation) or next(iter(rates.values()))  # type: ignore[call-overload]
     budget = _bytes_at(measured, mean_bits)
     plan = measured.uniform(budget) if allocation == UNIFORM else measured.plan(budget, usual_bounds(mean_bits))
@@ -218,6 +216,15 @@ def _mean_bits(plan: Plan, column: str) -> float:
     return float(coded[column].mean())  # type: ignore[arg-type]
 
 
-def _by_job(rows: pl.DataFrame) -> dict[tuple[float, str], pl.DataFrame]:
+def _named(job: Job) -> str:
+    return f"{job[0]:g} bits, {job[1]}"
+
+
+def _to_rows(frames: Mapping[Job, pl.DataFrame]) -> dict[str, list[Any]]:
+    return pl.concat(frames.values()).to_dict(as_series=False)
+
+
+def _by_job(rows: Mapping[str, Sequence[Any]]) -> dict[Job, pl.DataFrame]:
     """Frames by bits and allocation."""
-    return {(b, a): own for (b, a), own in rows.group_by("bits", "allocation", maintain_order=True)}
+    frame = pl.DataFrame(rows, schema=SWEEP)
+    return {(b, a): own for (b, a), own in frame.group_by("bits", "allocation", maintain_order=True)}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,13 +25,14 @@ from veloxlab.allocate.search.candidates import (
     candidates,
 )
 from veloxlab.allocate.search.race import race
-from veloxlab.allocate.search.runner import Crew, Trial, Trials, bench, model_name
+from veloxlab.allocate.search.runner import Runner, Trial, Trials, bench, do_in_worker, model_name
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import FILE, MODEL, PATH, checked, either, having, real, whole
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.calibrate import calibrate
+from veloxlab.measure.experiments import Workers
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.quality import Mode
 from veloxlab.progress import Progress, silent
@@ -230,10 +232,12 @@ def search(
         calibrated_widths(asked),
         None if folder is None else str(Path(folder).resolve()),
     )
-    with closing(Crew(job, executor or bench(job, model, tokenizer), progress)) as crew:
-        shape = crew.shape()
+    do = partial(do_in_worker, job) if executor else bench(job, model, tokenizer).do
+    with closing(Workers(executor)) as workers:
+        runner = Runner(do, workers, windows, progress)
+        shape, identity = runner.model()
         asked = tuple(dict.fromkeys(c.within(shape) for c in asked))
-        nbytes, calibrations = crew.weigh(asked)
+        nbytes, calibrations = runner.weigh(asked)
         order = sorted(range(len(asked)), key=lambda i: nbytes[i])
         asked, nbytes = tuple(asked[i] for i in order), [nbytes[i] for i in order]
         affordable = sum(most_bytes_per_token is None or n <= most_bytes_per_token for n in nbytes)
@@ -242,12 +246,12 @@ def search(
                 f"No candidate holds at most {most_bytes_per_token:,.1f} bytes a token at {context:,} tokens; the "
                 f"least is {nbytes[0]:,.1f}, of {asked[0].name}: give more bytes, or candidates of fewer bits."
             )
-        unfinished = _unfinished(job, asked, [crew.identity(), job.mode, prompt, calibrations])
-        crew.go_on(unfinished)
+        unfinished = _unfinished(job, asked, [identity, job.mode, prompt, calibrations])
+        runner.go_on(unfinished)
         measured: list[list[Trial]] = [[] for _ in asked]
 
         def round_of(numbers: Sequence[int], window: int) -> list[float]:
-            found = crew.measure([asked[i] for i in numbers], window)
+            found = runner.measure([asked[i] for i in numbers], window)
             for i, trial in zip(numbers, found, strict=True):
                 measured[i].append(trial)
             return [trial.kl for trial in found]

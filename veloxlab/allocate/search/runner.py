@@ -1,15 +1,13 @@
-"""One candidate on one window of text, as a job that any process can do: it loads the model by name, and keeps it."""
+"""Measurements of a search as jobs that any process can do: it loads the model by name, and keeps it."""
 
 from __future__ import annotations
 
 import threading
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import astuple, dataclass, field, replace
-from functools import cached_property, lru_cache
-from multiprocessing import get_context
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +19,7 @@ from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.calibrate import calibrate
+from veloxlab.measure.experiments import Experiment, Workers
 from veloxlab.measure.quality import Mode, Reference, judge
 from veloxlab.mlxlm.identity import fingerprint, name_of
 from veloxlab.models.loading import load
@@ -78,9 +77,30 @@ class Weighed:
     calibration: str | None
 
 
+@dataclass(frozen=True)
+class Job:
+    """One step of a search.
+
+    Attributes
+    ----------
+    kind : ``"model"`` gives a `PlannedModel` and the checksum of all that trials depend on; ``"weigh"`` gives the
+        `Weighed` of ``some`` candidates of one method; ``"measure"`` gives the `Trial` of one on a ``window``.
+    """
+
+    kind: Literal["model", "weigh", "measure"]
+    some: tuple[Candidate, ...] = ()
+    window: int = 0
+
+    def __str__(self) -> str:
+        """For progress and messages."""
+        if self.kind == "measure":
+            return f"window {self.window + 1}: {self.some[0].name}"
+        return f"counting bytes of {self.some[0].method}" if self.some else "loading the model"
+
+
 @dataclass(eq=False)
 class Bench:
-    """A model that is here, the text as windows of tokens, and the exact run of the window that is being judged."""
+    """A model that is here, the text as windows of tokens, and the exact run of the window that is measured."""
 
     trials: Trials
     model: Module
@@ -90,35 +110,28 @@ class Bench:
 
     def __post_init__(self) -> None:
         self._windows = stretches(self.tokenizer, self.trials.text, self.trials.tokens, self.trials.windows)
+        self._shape = PlannedModel.of(self.model)
 
-    def shape(self) -> PlannedModel:
-        """Of the model."""
-        return self._shape
-
-    def identity(self) -> str:
-        """Checksum of model, text and versions of methods, but for what is calibrated."""
-        versions = {method.id: method.version for method in METHODS.values()}
-        return digest([versions, fingerprint(self.model), self._windows])
-
-    @cached_property
-    def _shape(self) -> PlannedModel:
-        return PlannedModel.of(self.model)
+    def do(self, job: Job) -> Any:  # noqa: ANN401 - see `Job`
+        """Do a job of any kind."""
+        if job.kind == "model":
+            versions = {method.id: method.version for method in METHODS.values()}
+            return self._shape, digest([versions, fingerprint(self.model), self._windows])
+        return self.weigh(job.some) if job.kind == "weigh" else self.measure(job.some[0], job.window)
 
     def weigh(self, some: Sequence[Candidate]) -> Weighed:
         """Count the bytes of candidates of one method, which is calibrated first if need be."""
-        shape, fitted = self.shape(), self._calibration(some[0].method)
+        fitted = self._calibration(some[0].method)
         identity = None if fitted is None else fitted.identity
-        held = [bytes_per_token(self.model, c.plan(shape, identity), self.trials.context, fitted) for c in some]
+        held = [bytes_per_token(self.model, c.plan(self._shape, identity), self.trials.context, fitted) for c in some]
         return Weighed(tuple(held), identity)
 
     def measure(self, candidate: Candidate, window: int) -> Trial:
-        """Judge a candidate on a window, every token seen as the cache holds it."""
-        exact, plan = self._reference(window), candidate.plan(self.shape())
+        """Evaluate a candidate on a window, every token seen as the cache holds it."""
+        trials, exact, plan = self.trials, self._reference(window), candidate.plan(self._shape)
         fitted = self._calibration(candidate.method)
         start = time.perf_counter()
-        row = judge(exact, plan, mode=self.trials.mode, prompt=self.trials.prompt, calibration=fitted).row(
-            0, named=True
-        )
+        row = judge(exact, plan, mode=trials.mode, prompt=trials.prompt, calibration=fitted).row(0, named=True)
         return Trial(row["kl_mean"], row["top1_flips"], time.perf_counter() - start)
 
     def _reference(self, window: int) -> Reference:
@@ -138,33 +151,13 @@ class Bench:
         return self._fitted[method]
 
 
-# jobs -----------------------------------------------------------------------------------------------------------------
-
 _one_at_a_time = threading.Lock()  # a worker may have threads, and there is one model and one window
 
 
-def shape(trials: Trials) -> PlannedModel:
-    """`Bench.shape`, in a worker."""
+def do_in_worker(trials: Trials, job: Job) -> Any:  # noqa: ANN401 - see `Job`
+    """`Bench.do` in a process that has loaded nothing yet, or has kept what it loaded."""
     with _one_at_a_time:
-        return _bench(trials).shape()
-
-
-def identity(trials: Trials) -> str:
-    """`Bench.identity`, in a worker."""
-    with _one_at_a_time:
-        return _bench(trials).identity()
-
-
-def weigh(trials: Trials, some: Sequence[Candidate]) -> Weighed:
-    """`Bench.weigh`, in a worker."""
-    with _one_at_a_time:
-        return _bench(trials).weigh(some)
-
-
-def measure(trials: Trials, candidate: Candidate, window: int) -> Trial:
-    """`Bench.measure`, in a worker."""
-    with _one_at_a_time:
-        return _bench(trials).measure(candidate, window)
+        return _bench(trials).do(job)
 
 
 @lru_cache(maxsize=1)
@@ -177,147 +170,59 @@ def _loaded(name: str) -> tuple[Module, Any]:
     return load(name)
 
 
-Kind = Literal["shape", "identity", "weigh", "measure"]
-_JOBS: dict[Kind, Callable[..., Any]] = {"shape": shape, "identity": identity, "weigh": weigh, "measure": measure}
+class Runner:
+    """Does the jobs of a search, and gives results in the order that they were asked for.
 
-
-@dataclass(eq=False)
-class Crew:
-    """Does jobs, tells of them, and gives results in the order that they were asked for.
-
-    If a process of the executor dies, one new process does what is left. To be closed in the end.
-
-    Attributes
+    Parameters
     ----------
-    trials : what all jobs share.
-    worker : the executor, or what does the jobs here.
+    do : does one `Job`: `Bench.do`, or with an executor a `functools.partial` of `do_in_worker`.
+    workers : where jobs are done.
+    windows : how many windows the text has.
     progress : told of each job; what it raises cancels those that wait.
     """
 
-    trials: Trials
-    worker: Executor | Bench
-    progress: Progress
-    _measured: int = 0
-    _spare: ProcessPoolExecutor | None = None
-    _unfinished: Unfinished | None = None
-    _known: dict[tuple[Candidate, int], Trial] = field(default_factory=dict)
+    def __init__(self, do: Callable[[Job], Any], workers: Workers, windows: int, progress: Progress) -> None:
+        self._experiment: Experiment[Job, Any] = Experiment(do, str, workers, progress)
+        self._windows, self._measured = windows, 0
 
-    def close(self) -> None:
-        """End the process that was started in the place of dead ones, if there is one."""
-        if self._spare is not None:
-            self._spare.shutdown(cancel_futures=True)
-
-    def shape(self) -> PlannedModel:
-        """Of the model."""
-        self.progress(0, 1, "loading the model")
-        found: PlannedModel
-        ((_, found),) = self._results("shape", [()])
-        return found
-
-    def identity(self) -> str:
-        """Of the model and the text, as `Bench.identity`."""
-        found: str
-        ((_, found),) = self._results("identity", [()])
+    def model(self) -> tuple[PlannedModel, str]:
+        """The model's shape, and the checksum of the model, the text and the versions of the methods."""
+        found: tuple[PlannedModel, str]
+        ((_, found),) = self._experiment.run([Job("model")])
         return found
 
     def go_on(self, unfinished: Unfinished) -> None:
         """Take over what was measured before, and keep there what is measured from now on."""
-        self._unfinished = unfinished
-        for known, window, trial in unfinished.read() or ():
-            candidate = replace(Candidate(*known), protected=tuple(known[-1]))
-            self._known[candidate, window] = Trial(*trial)
+        self._experiment.go_on(unfinished, _to_rows, _from_rows)
 
     def weigh(self, some: Sequence[Candidate]) -> tuple[list[float], dict[str, str]]:
         """Bytes per token of each candidate, and identities of the calibrations of methods that have one."""
-        methods = list(dict.fromkeys(c.method for c in some))
-        by_method = [[c for c in some if c.method == method] for method in methods]
-        held: dict[Candidate, float] = {}
-        identities: dict[str, str] = {}
-        self.progress(0, len(methods), "counting bytes, calibrating")
-        weighed: Weighed
-        for done, (i, weighed) in enumerate(self._results("weigh", [(own,) for own in by_method]), start=1):
-            held |= dict(zip(by_method[i], weighed.bytes_per_token, strict=True))
-            if weighed.calibration is not None:
-                identities[methods[i]] = weighed.calibration
-            self.progress(done, len(methods), f"{methods[i]}: bytes counted")
-        return [held[c] for c in some], {m: identities[m] for m in methods if m in identities}
+        methods = dict.fromkeys(c.method for c in some)
+        jobs = [Job("weigh", tuple(c for c in some if c.method == method)) for method in methods]
+        weighed: dict[Job, Weighed] = dict(self._experiment.run(jobs))
+        held = {c: nbytes for job in jobs for c, nbytes in zip(job.some, weighed[job].bytes_per_token, strict=True)}
+        found = {job.some[0].method: weighed[job].calibration for job in jobs}
+        return [held[c] for c in some], {m: identity for m, identity in found.items() if identity is not None}
 
     def measure(self, some: Sequence[Candidate], window: int) -> list[Trial]:
         """What each candidate does on a window."""
-        windows = self.trials.windows
-        most = self._measured + len(some) * (windows - window)  # fewer if some are dropped
-        self.progress(self._measured, most, f"window {window + 1} of {windows}")
-        left = [(c, window) for c in some if (c, window) not in self._known]
-        self._measured += len(some) - len(left)
-        for i, trial in self._results("measure", left):
-            self._known[left[i]] = trial
-            if self._unfinished is not None:
-                self._unfinished.put([[astuple(c), w, astuple(known)] for (c, w), known in self._known.items()])
-            self._measured += 1
-            self.progress(self._measured, most, f"window {window + 1} of {windows}: {left[i][0].name}")
-        return [self._known[c, window] for c in some]
-
-    def _results(self, kind: Kind, jobs: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """Number and result of each job, as it is done."""
-        left = dict(enumerate(jobs))
-        while left:
-            try:
-                for i, result in self._tried(kind, dict(left)):
-                    del left[i]
-                    yield i, result
-            except BrokenExecutor as error:
-                self._replace_worker(error, kind, next(iter(left.values())))
-
-    def _tried(self, kind: Kind, jobs: Mapping[int, tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-        """As `_results`; if the executor breaks that is raised once the jobs that it finished are given."""
-        if isinstance(self.worker, Bench):
-            do = getattr(self.worker, kind)
-            yield from ((i, do(*job)) for i, job in jobs.items())
-            return
-        futures: dict[Future[Any], int] = {}
-        broken: BrokenExecutor | None = None
-        try:
-            for i, job in jobs.items():
-                futures[self.worker.submit(_JOBS[kind], self.trials, *job)] = i
-            for future in as_completed(futures):
-                try:
-                    result = future.result()
-                except BrokenExecutor as error:
-                    broken = error
-                else:
-                    yield futures[future], result
-        finally:  # whoever reads this may stop at any time
-            for future in futures:
-                future.cancel()
-        if broken is not None:
-            raise broken
-
-    def _replace_worker(self, error: BrokenExecutor, kind: Kind, job: tuple[Any, ...]) -> None:
-        """Start a process for the jobs that are left, of which ``job`` is the first.
-
-        Raises
-        ------
-        InputError : such a process died too. It does one job at a time, so it died of this one.
-        """
-        if self._spare is not None:
-            raise InputError(
-                f"A worker process died again, alone and while it was {_doing(kind, job)}: leave that out, or look for "
-                "what ended it, such as too little memory. The same search then goes on with what was measured."
-            ) from error
-        warnings.warn(
-            "A worker process of this search died, perhaps for want of memory, and its executor takes no more jobs. "
-            "What was measured is kept, and one new process does the rest.",
-            stacklevel=2,
-        )
-        # spawned, not forked: MLX has threads
-        self._spare = self.worker = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
+        jobs = [Job("measure", (c,), window) for c in some]
+        most = self._measured + len(jobs) * (self._windows - window)  # fewer if some are dropped
+        found: dict[Job, Trial] = dict(self._experiment.run(jobs, done=self._measured, total=most))
+        self._measured += len(jobs)
+        return [found[job] for job in jobs]
 
 
-def _doing(kind: Kind, job: tuple[Any, ...]) -> str:
-    """A job in words."""
-    if kind == "measure":
-        return f"measuring {job[0].name}"
-    return f"weighing {job[0][0].method}" if kind == "weigh" else "loading the model"
+def _to_rows(known: Mapping[Job, Any]) -> list[Any]:
+    return [[astuple(job.some[0]), job.window, astuple(found)] for job, found in known.items() if job.kind == "measure"]
+
+
+def _from_rows(rows: Sequence[Any]) -> dict[Job, Any]:
+    known = {}
+    for of, window, trial in rows:
+        candidate = replace(Candidate(*of), protected=tuple(of[-1]))
+        known[Job("measure", (candidate,), window)] = Trial(*trial)
+    return known
 
 
 def model_name(model: Module | str | Path, executor: Executor | None) -> str:
