@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import polars as pl
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Return a Markdown table; all columns but the first ``left`` are aligned to the right."""
+    marks = ["---" if i < left else "---:" for i in range(len(titles))]
+    return "\n".join([_line(titles), f"|{'|'.join(marks)}|", *map(_line, rows)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def front_table(frame: pl.DataFrame) -> str:
@@ -49,11 +59,11 @@ def left_out_lines(left_out: Mapping[str, str]) -> str:
 
 def ratio_table(frame: pl.DataFrame) -> str:
     """Give the byte ratios as a Markdown table."""
-    lines = ["| cache | keys | values | whole cache |", "|---|---:|---:|---:|"]
-    for row in frame.iter_rows(named=True):
-        ratios = [f"{row[name]:.2f}×" for name in ("key_ratio", "value_ratio", "ratio")]
-        lines.append(f"| {row['name']} | {' | '.join(ratios)} |")
-    return "\n".join(lines)
+    rows = [
+        [row["name"], *(f"{row[name]:.2f}×" for name in ("key_ratio", "value_ratio", "ratio"))]
+        for row in frame.iter_rows(named=True)
+    ]
+    return markdown(["cache", "keys", "values", "whole cache"], rows)
 
 
 def bench_table(results: dict[str, Any], query_heads: int, kv_heads: int, head_dim: int) -> str:
@@ -61,16 +71,12 @@ def bench_table(results: dict[str, Any], query_heads: int, kv_heads: int, head_d
     shape = (query_heads, kv_heads, head_dim)
     rows = [r for r in results["attention"]["rows"] if (r["query_heads"], r["kv_heads"], r["head_dim"]) == shape]
     tokens = sorted({row["tokens"] for row in rows})
-    lines = [f"| cache | {' | '.join(f'{n:,} tokens' for n in tokens)} |", f"|---|{'---:|' * len(tokens)}"]
-    for name in dict.fromkeys(row["cache"] for row in rows):
-        cells = [
-            f"{row['microseconds']:.0f} µs ({row['ratio']:.2f}×)"
-            for n in tokens
-            for row in rows
-            if (row["cache"], row["tokens"]) == (name, n)
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    times = {(r["cache"], r["tokens"]): f"{r['microseconds']:.0f} µs ({r['ratio']:.2f}×)" for r in rows}
+    cells = [
+        [name, *(times[name, n] for n in tokens if (name, n) in times)]
+        for name in dict.fromkeys(r["cache"] for r in rows)
+    ]
+    return markdown(["cache", *(f"{n:,} tokens" for n in tokens)], cells)
 
 
 def bench_tables(results: dict[str, Any]) -> str:
@@ -87,14 +93,14 @@ def bench_tables(results: dict[str, Any]) -> str:
 
 def lengths_table(frame: pl.DataFrame) -> str:
     """Give `measure.lengths.LENGTHS` as a Markdown table."""
-    lines = ["| cache | tokens | held, MB | peak in prefill, MB | peak in decoding, MB | a token, ms |"]
-    lines.append("|---|---:|---:|---:|---:|---:|")
+    names = ("held_bytes", "prefill_peak_bytes", "decode_peak_bytes")
+    rows = []
     for row in frame.sort("tokens", maintain_order=True).iter_rows(named=True):
-        names = ("held_bytes", "prefill_peak_bytes", "decode_peak_bytes")
         sizes = ["fails" if row[name] is None else f"{row[name] / 1e6:,.1f}" for name in names]
         time = "fails" if row["decode_seconds"] is None else f"{1e3 * row['decode_seconds']:.1f}"
-        lines.append(f"| {row['cache']} | {row['tokens']:,} | {' | '.join(sizes)} | {time} |")
-    return "\n".join(lines)
+        rows.append([row["cache"], f"{row['tokens']:,}", *sizes, time])
+    titles = ["cache", "tokens", "held, MB", "peak in prefill, MB", "peak in decoding, MB", "a token, ms"]
+    return markdown(titles, rows)
 
 
 def swept_table(frame: pl.DataFrame) -> str:
