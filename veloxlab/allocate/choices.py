@@ -1,4 +1,4 @@
-"""The choices of a whole model as one problem, and the choice that asks nobody: one width for all."""
+"""The choices of a whole model as one problem, and the uniform-width baseline."""
 
 from __future__ import annotations
 

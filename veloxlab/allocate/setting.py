@@ -1,4 +1,4 @@
-"""What an allocation is asked for as a whole, and asking for one after another: what a hand on a knob does.
+"""An allocation request as a whole, and answers to one request after another.
 
 Keys' sensitivities may be weighed against values': the weight has a say in the choice alone. What a choice is predicted
 to lose is told as it was measured, so that plans of different weights can be compared.
