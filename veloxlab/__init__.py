@@ -30,8 +30,6 @@ if TYPE_CHECKING:
     from veloxlab.codecs import methods, register, unregister
     from veloxlab.errors import InputError
     from veloxlab.measure import (
-        Capture,
-        capture,
         code_bits,
         fidelity,
         judge,
@@ -47,6 +45,7 @@ if TYPE_CHECKING:
         side_by_side,
         token_errors,
     )
+    from veloxlab.measure.activations import Capture, capture
     from veloxlab.measure.calibrate import calibrate
     from veloxlab.mlxlm.hooks import detach
     from veloxlab.models.loading import load
