@@ -55,6 +55,20 @@ def test_the_peaks_of_memory_are_the_committed_measurements():
         assert (ours["decode_peak_bytes"] < exact["decode_peak_bytes"]).all()
 
 
+def test_what_it_costs_in_time_is_the_committed_measurement():
+    words = " ".join(README.split())
+    bench = json.loads((RESULTS / "bench_h200.json").read_text())
+    decode = {r["tokens"]: 1 / r["ratio"] for r in bench["decode"]["rows"] if r["cache"] == "turboquant 4 bit"}
+    assert f"behind 32,768 others takes {decode[32768]:.1f} times" in words
+    assert f"behind 131,072 others a token takes {decode[131072]:.2f} times" in words
+    read = {r["cache"]: 1 / r["ratio"] for r in bench["read"]["rows"] if r["tokens"] == 16384}
+    assert f"reading 16,384 tokens {read['turboquant 4 bit']:.1f} times" in words
+    rows = json.loads((RESULTS / "memory_cpu.json").read_text())["smollm2-135m"]
+    seconds = {r["cache"]: r["decode_seconds"] for r in rows if r["tokens"] == 8192}
+    ratio = seconds["turboquant 4 bit"] / seconds["exact 32 bit"]
+    assert f"behind 8,192 others takes {ratio:.1f} times" in words
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
 
