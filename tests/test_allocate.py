@@ -65,7 +65,7 @@ def test_curves_are_what_codecs_do_to_a_capture(model, rates):
     assert curves.height == 3 * 2 * 2 * 6  # layers, heads, sides, widths
     seen = vl.capture(model, Letters(), TEXT, tokens=128)
     tokens = vl.token_errors(seen, bits=3).filter(pl.col("position") >= 2, layer=1, tensor="keys", head=0)
-    row = curves.filter(layer=1, head=0, side="keys", bits=3).row(0, named=True)
+    row = curves.filter(layer=1, head=0, tensor="keys", bits=3).row(0, named=True)
     assert row["distortion"] == pytest.approx(tokens["squared_error"].mean(), rel=1e-3)
     assert row["relative"] == pytest.approx(tokens["squared_error"].sum() / tokens["squared_norm"].sum(), rel=1e-3)
     assert (row["true_bits"], row["bytes_per_token"]) == (3.25, 26)
@@ -73,7 +73,7 @@ def test_curves_are_what_codecs_do_to_a_capture(model, rates):
 
 def test_fits_of_keys_and_values_are_those_of_the_codebook(rates):
     """A rotated random vector is as good as Gaussian: keys' unbiased scale alone costs 1/(1 − D)."""
-    fits = {row["side"]: row for row in fitted(rates.curves).iter_rows(named=True)}
+    fits = {row["tensor"]: row for row in fitted(rates.curves).iter_rows(named=True)}
     ideal = [sphere_codebook(b, 64).distortion for b in range(1, 7)]
     slope, intercept = np.polyfit(range(1, 7), np.log(ideal), 1)
     assert fits["values"]["beta"] == pytest.approx(np.exp(-slope), rel=0.03)
@@ -323,7 +323,7 @@ def test_what_cannot_be_allocated_is_refused(model, rates):
     with pytest.raises(InputError, match="hold no width"):
         vl.Bounds(least_bits=5, most_bits=4)
     with pytest.raises(InputError, match="The sensitivities are of 6 heads and the curves of 12"):
-        head_tables(rates.sensitivities.filter(side="keys"), rates.curves)
+        head_tables(rates.sensitivities.filter(tensor="keys"), rates.curves)
     mixed = pl.concat([rates.sensitivities, rates.sensitivities.with_columns(by=pl.lit("key_norm"))])
     with pytest.raises(InputError, match="of 2 kinds"):
         head_tables(mixed, rates.curves)
@@ -332,8 +332,8 @@ def test_what_cannot_be_allocated_is_refused(model, rates):
 def test_a_key_norm_weighs_the_relative_distortion(model, folder):
     rates = vl.rate_budget(model, Letters(), text=TEXT, by="key_norm", folder=folder, **SETTINGS)
     table = head_tables(rates.sensitivities, rates.curves)[1, "keys"][0]
-    row = rates.curves.filter(layer=1, head=0, side="keys", bits=2).row(0, named=True)
-    norm = rates.sensitivities.filter(layer=1, head=0, side="keys")["sensitivity"][0]
+    row = rates.curves.filter(layer=1, head=0, tensor="keys", bits=2).row(0, named=True)
+    norm = rates.sensitivities.filter(layer=1, head=0, tensor="keys")["sensitivity"][0]
     assert table.losses[0, 1] == pytest.approx(norm * row["relative"])
 
 
@@ -347,8 +347,8 @@ def smollm2_rates(smollm2, folder):
 
 def test_heads_of_a_real_model_differ_and_rotated_ones_lose_alike(smollm2_rates):
     """AM/GM of the paper's models, keys and values together, is 1.8 to 2.2; here keys are more alike, values less."""
-    for side, least in (("keys", 1.2), ("values", 2)):
-        weights = smollm2_rates.sensitivities.filter(side=side)["sensitivity"].to_list()
+    for tensor, least in (("keys", 1.2), ("values", 2)):
+        weights = smollm2_rates.sensitivities.filter(tensor=tensor)["sensitivity"].to_list()
         assert len(weights) == 30 * 3
         assert water_filling_gain(weights) > least
     for row in fitted(smollm2_rates.curves).iter_rows(named=True):

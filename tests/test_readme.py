@@ -111,6 +111,6 @@ def test_the_committed_sensitivities_are_those_of_the_committed_tables():
     rates = RateBudget.load(results / "rates_smollm2-135m.json")
     each = pl.read_parquet(results / "sensitivities_smollm2-135m.parquet")
     assert set(each["by"]) == {"gradient", "key_norm", "attention_output", "forward_kl"}
-    both = settled(each.filter(by="gradient"), 8).join(rates.sensitivities, on=["layer", "head", "side"])
+    both = settled(each.filter(by="gradient"), 8).join(rates.sensitivities, on=["layer", "head", "tensor"])
     assert both.height == 180
     assert both["sensitivity"].to_list() == pytest.approx(both["sensitivity_right"].to_list(), rel=1e-3)

@@ -105,7 +105,7 @@ def test_the_frame_is_the_mean_square_of_the_gradients_behind_the_sinks(model, t
         np.square(np.array(loss_gradients(model, ids[i * 48 : (i + 1) * 48])[1][0][0, :, 4:])).sum(-1).mean(-1)
         for i in (0, 1)
     ]
-    found = frame.filter(layer=1, side="keys").sort("head")["sensitivity"]
+    found = frame.filter(layer=1, tensor="keys").sort("head")["sensitivity"]
     assert found.to_list() == pytest.approx(np.mean(squares, axis=0).tolist(), rel=1e-4)
 
 
@@ -114,7 +114,8 @@ def test_the_mean_can_be_of_fewer_sequences(model, tmp_path):
     assert each["sequence"].unique().sort().to_list() == [0, 1]
     first = settled(each, 1)
     assert (
-        first["sensitivity"].to_list() == each.filter(sequence=0).sort("layer", "side", "head")["sensitivity"].to_list()
+        first["sensitivity"].to_list()
+        == each.filter(sequence=0).sort("layer", "tensor", "head")["sensitivity"].to_list()
     )
     assert settled(each, 2).equals(measured(model, tmp_path))
     with pytest.raises(InputError, match="sequences=3 are not in this frame, which has 2"):
@@ -125,13 +126,13 @@ def test_key_norms_are_those_of_a_capture(model, tmp_path):
     frame = measured(model, tmp_path, by="key_norm", sequences=1)
     (_, second) = capture_layers(model, Letters().encode(TEXT)[:48])
     expected = np.square(np.array(second.values[0, :, 4:])).sum(-1).mean(-1)
-    assert frame.filter(layer=1, side="values")["sensitivity"].to_list() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert frame.filter(layer=1, tensor="values")["sensitivity"].to_list() == pytest.approx(expected.tolist(), rel=1e-5)
 
 
 def test_forward_kl_is_what_a_layers_own_trial_costs(model, tmp_path):
     """w·½·E‖x − x̂‖²/D, summed over a layer's heads, is the divergence with that side at 3 bits."""
     frame = measured(model, tmp_path, by="forward_kl", sequences=1)
-    assert (frame.group_by("layer", "side").agg(pl.col("sensitivity").n_unique())["sensitivity"] == 1).all()
+    assert (frame.group_by("layer", "tensor").agg(pl.col("sensitivity").n_unique())["sensitivity"] == 1).all()
     plan = vl.Plan.uniform(model, "none", bits=32, sinks=4, window=0)
     plan = plan.with_layer(1, value_method="turboquant", value_bits=3)
     row = vl.fidelity(model, Letters(), plan, text=TEXT, tokens=48)
@@ -139,7 +140,7 @@ def test_forward_kl_is_what_a_layers_own_trial_costs(model, tmp_path):
     distortion = (
         errors.filter(pl.col("position").is_between(4, 46)).group_by("head").agg(pl.col("squared_error").mean())
     )
-    predicted = frame.filter(layer=1, side="values")["sensitivity"][0] * distortion["squared_error"].sum() / (2 * 64)
+    predicted = frame.filter(layer=1, tensor="values")["sensitivity"][0] * distortion["squared_error"].sum() / (2 * 64)
     assert predicted == pytest.approx(row["kl_mean"][0], rel=0.02)  # the last token's error is in one mean only
 
 
@@ -149,7 +150,7 @@ def test_attention_output_is_its_error_over_the_distortion(model, tmp_path):
     errors = vl.layer_errors(seen, bits=3, sinks=4).filter(layer=0, tensor="keys").sort("head")["output_error"]
     tokens = vl.token_errors(seen, bits=3).filter(pl.col("position") >= 4, layer=0, tensor="keys")
     distortion = tokens.group_by("head").agg(pl.col("squared_error").mean()).sort("head")["squared_error"] / 128
-    assert frame.filter(layer=0, side="keys")["sensitivity"].to_list() == pytest.approx(
+    assert frame.filter(layer=0, tensor="keys")["sensitivity"].to_list() == pytest.approx(
         (errors / distortion).to_list(), rel=1e-3
     )
 

@@ -32,8 +32,8 @@ def allocator(rates):
     return Allocator(rates)
 
 
-def mean_bits(allocation, rates, side):
-    return rates.heads(allocation.plan).filter(side=side)["bits"].mean()
+def mean_bits(allocation, rates, tensor):
+    return rates.heads(allocation.plan).filter(tensor=tensor)["bits"].mean()
 
 
 def test_without_a_weight_it_is_the_plain_allocation(allocator, rates):
@@ -57,8 +57,8 @@ def test_what_heads_get_adds_up_to_the_plan(rates):
     assert heads["predicted_loss"].sum() == pytest.approx(found.predicted_loss)
     assert rates.bytes_per_token(found.plan) == pytest.approx(found.bytes_per_token)
     assert rates.true_bits(found.plan) == pytest.approx(found.true_bits)
-    for (layer, side), own in heads.group_by("layer", "side"):
-        assert tuple(own.sort("head")["bits"]) == found.plan.widths(layer, side)
+    for (layer, tensor), own in heads.group_by("layer", "tensor"):
+        assert tuple(own.sort("head")["bits"]) == found.plan.widths(layer, tensor)
 
 
 def test_exact_layers_lose_nothing_and_hold_all(rates):

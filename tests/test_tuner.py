@@ -52,8 +52,8 @@ def turn(work) -> None:
     thread.join()
 
 
-def drawn_bits(tuner, side: str) -> float:
-    return tuner.charts.bits.frame.filter(side=side)["bits"].mean()
+def drawn_bits(tuner, tensor: str) -> float:
+    return tuner.charts.bits.frame.filter(tensor=tensor)["bits"].mean()
 
 
 def now(tuner) -> dict[str, float]:
@@ -79,8 +79,8 @@ def test_the_charts_show_what_the_tables_say(tuner, rates):
     expected = rates.solve(4.25)
     assert tuner.plan == expected.plan
     heads = rates.heads(expected.plan)
-    assert tuner.charts.bits.frame.sort("layer", "side", "head").equals(
-        heads.select(tuner.charts.bits.frame.columns).sort("layer", "side", "head")
+    assert tuner.charts.bits.frame.sort("layer", "tensor", "head").equals(
+        heads.select(tuner.charts.bits.frame.columns).sort("layer", "tensor", "head")
     )
     assert now(tuner)["allocated"] == pytest.approx(expected.predicted_loss)
     assert now(tuner)["uniform"] == pytest.approx(rates.predicted_loss(rates.uniform(4.25)))

@@ -105,12 +105,12 @@ def head_frame(layers: int = 4, heads: int = 2, more: int = 0) -> pl.DataFrame:
         {
             "layer": layer,
             "head": head,
-            "side": side,
+            "tensor": tensor,
             "method": "none" if layer == 0 else "ratequant",
             "bits": 16 if layer == 0 else 2 + (layer + head + more) % 4,
             "predicted_loss": 0.0 if layer == 0 else 0.25 * layer,
         }
-        for side, layer, head in itertools.product(("keys", "values"), range(layers), range(heads))
+        for tensor, layer, head in itertools.product(("keys", "values"), range(layers), range(heads))
     ]
     return pl.DataFrame(rows)
 
@@ -125,8 +125,8 @@ def loss_frame(layers: int = 4, scale: float = 1.0) -> pl.DataFrame:
 
 def sensitivity_frame(layers: int = 4, heads: int = 2) -> pl.DataFrame:
     rows = [
-        {"layer": layer, "head": head, "side": side, "sensitivity": 0.01 * (1 + layer) * 4.0**head}
-        for side, layer, head in itertools.product(("keys", "values"), range(layers), range(heads))
+        {"layer": layer, "head": head, "tensor": tensor, "sensitivity": 0.01 * (1 + layer) * 4.0**head}
+        for tensor, layer, head in itertools.product(("keys", "values"), range(layers), range(heads))
     ]
     return pl.DataFrame(rows)
 

@@ -29,7 +29,7 @@ USUAL_BITS = range(1, 7)  # the paper's, and 1 bit for budgets near 2
 CURVES = {
     "layer": pl.Int32,
     "head": pl.Int32,  # KV head
-    "side": pl.String,  # "keys" or "values"
+    "tensor": pl.String,  # "keys" or "values"
     "method": pl.String,
     "bits": pl.Int32,  # code bits per coordinate
     "head_dim": pl.Int32,
@@ -42,7 +42,7 @@ CURVES = {
 
 FITS = {
     "method": pl.String,
-    "side": pl.String,
+    "tensor": pl.String,
     "alpha": pl.Float64,  # the mean relative distortion over the heads is about alpha · beta ** -bits
     "beta": pl.Float64,
 }
@@ -125,9 +125,9 @@ def fitted(curves: pl.DataFrame) -> pl.DataFrame:
     ------
     InputError : a method was measured at one width only, or loses nothing.
     """
-    means = curves.group_by("method", "side", "bits").agg(pl.col("relative").mean()).sort("method", "side", "bits")
+    means = curves.group_by("method", "tensor", "bits").agg(pl.col("relative").mean()).sort("method", "tensor", "bits")
     rows = []
-    for (method, side), points in means.group_by("method", "side", maintain_order=True):
+    for (method, side), points in means.group_by("method", "tensor", maintain_order=True):
         fit = fit_distortion(points["bits"].to_list(), points["relative"].to_list())
         rows.append((method, side, fit.alpha, fit.beta))
     return pl.DataFrame(rows, schema=FITS, orient="row")

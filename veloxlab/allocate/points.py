@@ -140,18 +140,18 @@ def head_tables(sensitivities: pl.DataFrame, curves: pl.DataFrame) -> Tables:
     if len(by) != 1:
         raise InputError(f"The sensitivities are of {len(by)} kinds, {by}: give one kind.")
     share = pl.col("relative") if by == ["key_norm"] else pl.col("distortion") / (2 * pl.col("head_dim"))
-    weights = sensitivities.select("layer", "head", "side", "sensitivity")
-    joined = curves.join(weights, on=["layer", "head", "side"], how="left", maintain_order="left").with_columns(
+    weights = sensitivities.select("layer", "head", "tensor", "sensitivity")
+    joined = curves.join(weights, on=["layer", "head", "tensor"], how="left", maintain_order="left").with_columns(
         predicted_loss=pl.col("sensitivity") * share
     )
-    heads = curves.select("layer", "head", "side").unique()
+    heads = curves.select("layer", "head", "tensor").unique()
     if joined["sensitivity"].null_count() or heads.height != weights.height:
         raise InputError(
             f"The sensitivities are of {weights.height} heads and the curves of {heads.height}, not all the same: "
             "measure both on one model."
         )
     tables: Tables = {}
-    columns = ["layer", "side", "method"]
+    columns = ["layer", "tensor", "method"]
     ordered = joined.sort("head", "bits", maintain_order=True)  # methods stay as they were named
     for (layer, side, method), rows in ordered.group_by(columns, maintain_order=True):
         widths = rows["bits"].unique().sort().to_list()

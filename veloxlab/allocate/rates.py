@@ -35,7 +35,7 @@ from veloxlab.allocate.points import (
     head_tables,
     side_points,
 )
-from veloxlab.allocate.sensitivity import SENSITIVITIES, SIDES
+from veloxlab.allocate.sensitivity import SENSITIVITIES, SIDES, frame_of
 from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.cache.make import LayerSettings
 from veloxlab.cache.plan import Plan
@@ -61,7 +61,7 @@ FRONTIER = {
 HEADS = {
     "layer": pl.Int32,
     "head": pl.Int32,  # KV head
-    "side": pl.String,  # "keys" or "values"
+    "tensor": pl.String,  # "keys" or "values"
     "method": pl.String,
     "bits": pl.Int32,  # code bits; those of an exact value where the method is "none"
     "predicted_loss": pl.Float64,  # a token, of this head's side alone; 0 where it is exact
@@ -275,8 +275,8 @@ class RateBudget:
             content = read_sealed(Path(path), FORMAT)
             del content["format"]
             parts = {
-                "sensitivities": pl.DataFrame(content["sensitivities"], schema=SENSITIVITIES),
-                "curves": pl.DataFrame(content["curves"], schema=CURVES),
+                "sensitivities": frame_of(content["sensitivities"], SENSITIVITIES),
+                "curves": frame_of(content["curves"], CURVES),
                 "sizes": tuple(LayerSize(**size) for size in content["sizes"]),
             }
             return cls(**(content | parts))

@@ -6,7 +6,7 @@ step; it gives for each layer with plain keys and values the sensitivities of it
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -139,7 +139,7 @@ LEAST_TOKENS = 16  # of a sequence behind the sinks
 SENSITIVITIES = {
     "layer": pl.Int32,
     "head": pl.Int32,  # KV head
-    "side": pl.String,  # "keys" or "values"
+    "tensor": pl.String,  # "keys" or "values"
     "sensitivity": pl.Float64,  # what a token loses for ½·E‖x − x̂‖²/D, in nats by `NATS`; of "key_norm", E‖x‖²
     "sequences": pl.Int32,  # that it is the mean of
     "tokens": pl.Int32,  # of each sequence that were counted, those behind the sinks
@@ -164,7 +164,7 @@ def sensitivities(
     folder: str | Path | None = None,
     progress: Progress = silent,
 ) -> pl.DataFrame:
-    """Measure the sensitivity of every KV head's keys and values: `SENSITIVITIES`, sorted by layer, side and head.
+    """Measure the sensitivity of every KV head's keys and values: `SENSITIVITIES`, sorted by layer, tensor and head.
 
     The result is kept on disk and found again by the model's weights, the text's tokens and these settings. One
     sequence is held at a time.
@@ -221,17 +221,22 @@ def settled(each: pl.DataFrame, sequences: int) -> pl.DataFrame:
         raise InputError(f"sequences={sequences} are not in this frame, which has {there}: take from 1 to {there}.")
     return (
         each.filter(pl.col("sequence") < sequences)
-        .group_by("layer", "side", "head", "tokens", "by")
+        .group_by("layer", "tensor", "head", "tokens", "by")
         .agg(pl.col("sensitivity").mean(), sequences=pl.len().cast(pl.Int32))
-        .sort("layer", "side", "head")
+        .sort("layer", "tensor", "head")
         .select(list(SENSITIVITIES))
     )
+
+
+def frame_of(columns: Mapping[str, Any], schema: Mapping[str, Any]) -> pl.DataFrame:
+    """The frame of columns in a file; files of before call ``tensor`` ``side``."""
+    return pl.DataFrame({"tensor" if name == "side" else name: own for name, own in columns.items()}, schema=schema)
 
 
 def _loaded(path: Path) -> pl.DataFrame:
     """What was kept."""
     try:
-        return pl.DataFrame(read_sealed(path, FORMAT)["columns"], schema=_EACH)
+        return frame_of(read_sealed(path, FORMAT)["columns"], _EACH)
     except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
         raise InputError(f"The sensitivities {path} cannot be read ({error}).") from error
 

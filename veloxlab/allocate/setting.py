@@ -136,7 +136,7 @@ class Allocator:
 
     def _rates(self, key_weight: float) -> RateBudget:
         if key_weight not in self._weighed:
-            keys = pl.when(pl.col("side") == "keys")
+            keys = pl.when(pl.col("tensor") == "keys")
             weighed = keys.then(pl.col("sensitivity") * key_weight).otherwise("sensitivity")
             self._weighed[key_weight] = replace(
                 self.rates, sensitivities=self.rates.sensitivities.with_columns(sensitivity=weighed)

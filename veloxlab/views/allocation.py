@@ -23,7 +23,6 @@ from veloxlab.views.furniture import (
 from veloxlab.views.scales import Domain, log_domain, log_y, not_drawn, on_log_scale
 
 EXACT = "none"
-SIDES = theme.TENSORS  # a side is drawn in its tensor's colour
 KINDS = {"allocated": "ratequant", "uniform": "turboquant"}  # whose colours they have
 FAINTEST = 0.12  # opacity of the fewest bits: still a cell
 
@@ -33,27 +32,27 @@ def allocation_map(
 ) -> alt.VConcatChart:
     """Draw the code bits of every layer and KV head, keys above values: the fuller the colour, the more bits.
 
-    Rows of ``layer``, ``head``, ``side`` (``"keys"`` or ``"values"``), ``method`` and ``bits``; cells of the method
+    Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``), ``method`` and ``bits``; cells of the method
     ``"none"`` are kept exact, and grey. A column ``predicted_loss`` is told of each cell where there is one. ``least``,
     ``most``: ends of the scale in code bits; give them to keep a slider's colours steady.
     """
-    needed = ("layer", "head", "side", "method", "bits")
+    needed = ("layer", "head", "tensor", "method", "bits")
     require(frame, "allocation_map", *needed)
     told = [name for name in ("predicted_loss",) if name in frame.columns]
-    shown = frame.select(*needed, *told).sort("side", "layer", "head")
+    shown = frame.select(*needed, *told).sort("tensor", "layer", "head")
     coded = shown.filter(pl.col("method") != EXACT)["bits"]
     widths = coded.to_list() or [1]
     low, high = min(widths) if least is None else least, max(widths) if most is None else most
-    sides = [side for side in SIDES if side in set(shown["side"])]
+    tensors = [tensor for tensor in theme.TENSORS if tensor in set(shown["tensor"])]
     layers, heads = shown["layer"].n_unique(), shown["head"].n_unique()
-    group = math.ceil(layers * heads * len(sides) / MARKS)
+    group = math.ceil(layers * heads * len(tensors) / MARKS)
     step = layer_step(layers)
     tall = max(min(step, 18), 6, 40 / heads)
     maps = [
-        _cells(side, (low, high), group, last=side == sides[-1], told=bool(told)).properties(
+        _cells(tensor, (low, high), group, last=tensor == tensors[-1], told=bool(told)).properties(
             width=alt.Step(step), height=alt.Step(tall)
         )
-        for side in sides
+        for tensor in tensors
     ]
     return framed(maps, shown, "Code bits of each layer and KV head", caption, allocation_caption(frame), pickable=True)
 
@@ -61,43 +60,45 @@ def allocation_map(
 def allocation_caption(frame: pl.DataFrame) -> str:
     """Say the mean code bits of keys and of values, the least and most of each, and how many heads are exact."""
     said = []
-    for side in SIDES:
-        bits = frame.filter(pl.col("side") == side, pl.col("method") != EXACT)["bits"]
+    for tensor in theme.TENSORS:
+        bits = frame.filter(pl.col("tensor") == tensor, pl.col("method") != EXACT)["bits"]
         if not bits.is_empty():
             widths = bits.to_list()
             mean = sum(widths) / len(widths)
-            said.append(f"{side} {mean:.2f} bits on average, {min(widths):g} to {max(widths):g}")
+            said.append(f"{tensor} {mean:.2f} bits on average, {min(widths):g} to {max(widths):g}")
     exact = frame.filter(pl.col("method") == EXACT).height
     return "; ".join([*said, *([f"grey: {exact} kept exact"] if exact else [])])
 
 
-def _cells(side: str, scale: tuple[int, int], group: int, *, last: bool, told: bool) -> Plot:
+def _cells(tensor: str, scale: tuple[int, int], group: int, *, last: bool, told: bool) -> Plot:
     heads = "KV head" if group == 1 else f"KV heads, by {group}"
     lost = "sum(predicted_loss)" if told else "count()"
     pooled = (
         alt.Chart()
-        .transform_filter(f"datum.side === '{side}'")
+        .transform_filter(f"datum.tensor === '{tensor}'")
         .transform_calculate(
             group=f"floor(datum.head / {group}) * {group}", is_exact=f"datum.method === '{EXACT}' ? 1 : 0"
         )
         .transform_aggregate(bits="mean(bits)", exact="mean(is_exact)", lost=lost, groupby=["layer", "group"])
-        .encode(x=layer_axis(labelled=last, gap=0.06), y=alt.Y("group:O", title=[side, heads]).scale(paddingInner=0.06))
+        .encode(
+            x=layer_axis(labelled=last, gap=0.06), y=alt.Y("group:O", title=[tensor, heads]).scale(paddingInner=0.06)
+        )
     )
-    tooltip = tips("layer:O", ("group:O", heads), ("bits:Q", f"bits of {side}", ".3~g"))
+    tooltip = tips("layer:O", ("group:O", heads), ("bits:Q", f"bits of {tensor}", ".3~g"))
     if told:
         tooltip.append(alt.Tooltip("lost:Q", title="predicted loss", format=".2g"))
     low, high = scale
     widths = list(range(low, high + 1))
     legend = alt.Legend(
-        title="bits", values=widths, format="d", symbolFillColor=SIDES[side], symbolType="square", symbolSize=120,
-        symbolStrokeWidth=0, direction="vertical", columns=1 if len(widths) <= 3 else 2,
+        title="bits", values=widths, format="d", symbolFillColor=theme.TENSORS[tensor], symbolType="square",
+        symbolSize=120, symbolStrokeWidth=0, direction="vertical", columns=1 if len(widths) <= 3 else 2,
     )  # fmt: skip
     opacity = alt.Opacity("bits:Q", legend=legend).scale(
         domain=[low, max(high, low + 1)], range=[FAINTEST, 1], clamp=True
     )
     coded = (
         pooled.transform_filter("datum.exact < 1")
-        .mark_rect(color=SIDES[side], cursor="pointer")
+        .mark_rect(color=theme.TENSORS[tensor], cursor="pointer")
         .encode(opacity=opacity, tooltip=tooltip)
     )
     exact = (
@@ -239,36 +240,36 @@ def sensitivity_by_layer(
 ) -> alt.VConcatChart:
     """Draw the sensitivities of each layer's KV heads: their mean as a point, from the least head to the greatest.
 
-    Rows of ``layer``, ``head``, ``side`` (``"keys"`` or ``"values"``) and ``sensitivity``. What is not above zero has
+    Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``) and ``sensitivity``. What is not above zero has
     no place on the scale and is counted in the caption. ``unit``: of a sensitivity; an error's unit is ½·E‖x − x̂‖²/D.
     ``domain``: least and greatest value of the scale.
     """
-    require(frame, "sensitivity_by_layer", "layer", "head", "side", "sensitivity")
+    require(frame, "sensitivity_by_layer", "layer", "head", "tensor", "sensitivity")
     above = frame.filter(pl.col("sensitivity").is_finite() & (pl.col("sensitivity") > 0))
     value = pl.col("sensitivity")
-    shown = above.group_by("layer", "side").agg(mean=value.mean(), least=value.min(), greatest=value.max())
-    shown = shown.sort("side", "layer")
+    shown = above.group_by("layer", "tensor").agg(mean=value.mean(), least=value.min(), greatest=value.max())
+    shown = shown.sort("tensor", "layer")
     scale = domain or log_domain(above["sensitivity"])
-    sides = list(theme.TENSORS)
+    tensors = list(theme.TENSORS)
     rows = alt.Chart()
     for field in ("mean", "least", "greatest"):
         rows = on_log_scale(rows, field, scale)
     marks = rows.encode(
         x=layer_axis(labelled=True, gap=0.12),
-        xOffset=alt.XOffset("side:N").scale(domain=sides),
-        color=alt.Color("side:N", title=None).scale(domain=sides, range=list(theme.TENSORS.values())),
+        xOffset=alt.XOffset("tensor:N").scale(domain=tensors),
+        color=alt.Color("tensor:N", title=None).scale(domain=tensors, range=list(theme.TENSORS.values())),
     )
     y = log_y("mean", ["sensitivity", unit], scale)
     tooltip = tips(
         "layer:O",
-        "side:N",
+        "tensor:N",
         ("mean:Q", "mean of its heads", ".3g"),
         ("least:Q", None, ".3g"),
         ("greatest:Q", None, ".3g"),
     )
     spans = marks.mark_rule(strokeWidth=2, opacity=0.55).encode(y=alt.Y("least_drawn:Q"), y2="greatest_drawn:Q")
     points = marks.mark_point(filled=True, size=34, opacity=1, cursor="pointer").encode(
-        y=y, tooltip=tooltip, shape=alt.Shape("side:N", title=None).scale(domain=sides, range=["circle", "square"])
+        y=y, tooltip=tooltip, shape=alt.Shape("tensor:N", title=None).scale(domain=tensors, range=["circle", "square"])
     )
     plot = over_layers(spans, points).properties(width=layer_width(shown["layer"].n_unique()), height=130)
     usual = sensitivity_caption(frame)
@@ -276,12 +277,12 @@ def sensitivity_by_layer(
 
 
 def sensitivity_caption(frame: pl.DataFrame) -> str:
-    """Say the spread of each side's heads, as the ratio of the arithmetic to the geometric mean, and the greatest."""
+    """Say the spread of each tensor's heads, as the ratio of the arithmetic to the geometric mean, and the greatest."""
     said = []
-    for side in theme.TENSORS:
-        own = frame.filter(pl.col("side") == side, pl.col("sensitivity").is_finite(), pl.col("sensitivity") > 0)
+    for tensor in theme.TENSORS:
+        own = frame.filter(pl.col("tensor") == tensor, pl.col("sensitivity").is_finite(), pl.col("sensitivity") > 0)
         if not own.is_empty():
             ratio = own.select(pl.col("sensitivity").mean() / pl.col("sensitivity").log().mean().exp()).item()
             most = own.sort("sensitivity").row(-1, named=True)
-            said.append(f"{side}: AM/GM {ratio:.2f}, most in layer {most['layer']}, head {most['head']}")
+            said.append(f"{tensor}: AM/GM {ratio:.2f}, most in layer {most['layer']}, head {most['head']}")
     return "; ".join([*said, *not_drawn(frame["sensitivity"], zero=True)])
