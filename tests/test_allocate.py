@@ -11,9 +11,8 @@ import pytest
 import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
-from veloxlab.allocate.choices import spread_widths
+from veloxlab.allocate.choices import even_widths, head_tables
 from veloxlab.allocate.curves import CURVES, fitted
-from veloxlab.allocate.points import head_tables
 from veloxlab.codecs.parts.codebooks import sphere_codebook
 from veloxlab.codecs.parts.water_filling import water_filling_gain
 from veloxlab.errors import InputError
@@ -143,10 +142,10 @@ def test_a_plan_holds_what_its_budget_allows_and_loses_less_than_uniform_bits(mo
 
 def test_between_whole_widths_uniform_bits_are_spread_evenly():
     costs = np.tile([10.0, 18.0, 26.0], (8, 1))
-    assert spread_widths(costs, 80).tolist() == [0] * 8
-    assert spread_widths(costs, 80 + 4 * 8 + 7).tolist() == [0, 1] * 4
-    assert spread_widths(costs, 999).tolist() == [2] * 8
-    assert spread_widths(costs, 79.9) is None
+    assert even_widths(costs, 80).tolist() == [0] * 8
+    assert even_widths(costs, 80 + 4 * 8 + 7).tolist() == [0, 1] * 4
+    assert even_widths(costs, 999).tolist() == [2] * 8
+    assert even_widths(costs, 79.9) is None
 
 
 @pytest.mark.parametrize("bits", [2.75, 3.5])
@@ -170,7 +169,7 @@ def test_one_problem_serves_texts_of_any_length(rates):
     """Where no layer slides, memory for a text is bytes for each token."""
     lengths = [rates.solve(vl.TokensInMemory(n, 0.3)).bytes_per_token for n in (400, 600, 800)]
     assert lengths == sorted(lengths, reverse=True)
-    assert len({tokens for bounds, tokens in rates._solved if bounds == vl.Bounds()}) == 1
+    assert len({tokens for bounds, tokens, _ in rates._solved if bounds == vl.Bounds()}) == 1
 
 
 def test_a_floor_of_quality_takes_the_fewest_bytes(rates):

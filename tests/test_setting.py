@@ -5,8 +5,8 @@ import pytest
 import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
+from veloxlab.allocate.budget import Setting
 from veloxlab.allocate.ratequant import kept_rate_budget
-from veloxlab.allocate.setting import Allocator, Setting
 from veloxlab.errors import InputError
 
 MEASURED = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
@@ -27,24 +27,23 @@ def rates(model, folder):
     return vl.rate_budget(model, Letters(), text=TEXT, folder=folder, **MEASURED)
 
 
-@pytest.fixture
-def allocator(rates):
-    return Allocator(rates)
+def solved(rates, setting):
+    return rates.solve(setting.budget, setting.bounds, key_weight=setting.key_weight)
 
 
 def mean_bits(allocation, rates, tensor):
     return rates.heads(allocation.plan).filter(tensor=tensor)["bits"].mean()
 
 
-def test_without_a_weight_it_is_the_plain_allocation(allocator, rates):
-    found, plain = allocator.solve(Setting(3.25)), rates.solve(vl.AverageBits(3.25))
+def test_without_a_weight_it_is_the_plain_allocation(rates):
+    found, plain = solved(rates, Setting(3.25)), rates.solve(vl.AverageBits(3.25))
     assert found.plan == plain.plan
     assert (found.predicted_loss, found.predicted_least) == (plain.predicted_loss, plain.predicted_least)
 
 
-def test_uniform_bits_are_of_the_bytes_that_are_spent_and_not_of_those_that_could_be(allocator, rates):
+def test_uniform_bits_are_of_the_bytes_that_are_spent_and_not_of_those_that_could_be(rates):
     budget, bounds = vl.AverageBits(9.0), vl.Bounds(2, 3)
-    for found in (allocator.solve(Setting(budget, bounds)), rates.solve(budget, bounds)):
+    for found in (solved(rates, Setting(budget, bounds)), rates.solve(budget, bounds)):
         assert found.true_bits == pytest.approx(3.25)
         assert rates.bytes_per_token(found.uniform) == pytest.approx(found.bytes_per_token)
         assert found.predicted_uniform_loss == pytest.approx(found.predicted_loss)  # all at 3 bits, both
@@ -79,8 +78,8 @@ def test_a_plan_holds_the_memory_that_its_budget_gave(rates, tokens):
 
 
 @pytest.mark.parametrize("bounds", [vl.Bounds(), vl.Bounds(3, 5, protected_last=1), vl.Bounds(keys_over_values=True)])
-def test_every_budget_within_the_spans_is_allocated_and_none_below(allocator, bounds):
-    spans = allocator.spans(bounds, 500)
+def test_every_budget_within_the_spans_is_allocated_and_none_below(rates, bounds):
+    spans = rates.spans(bounds, 500)
     for kind, (least, most) in (
         (vl.AverageBits, spans.bits),
         (vl.BytesPerToken, spans.nbytes),
@@ -88,13 +87,13 @@ def test_every_budget_within_the_spans_is_allocated_and_none_below(allocator, bo
         (vl.QualityFloor, spans.predicted_loss),
     ):
         for end in (least, (least + most) / 2, most):
-            allocator.solve(Setting(kind(end), bounds))
+            solved(rates, Setting(kind(end), bounds))
         with pytest.raises(InputError):
-            allocator.solve(Setting(kind(0.99 * least), bounds))
+            solved(rates, Setting(kind(0.99 * least), bounds))
 
 
-def test_the_nearest_budget_within_the_spans(allocator):
-    spans = allocator.spans(vl.Bounds(3, 5), 500)
+def test_the_nearest_budget_within_the_spans(rates):
+    spans = rates.spans(vl.Bounds(3, 5), 500)
     assert spans.nearest(vl.AverageBits(1)) == vl.AverageBits(spans.bits[0])
     assert spans.nearest(vl.BytesPerToken(1e9)) == vl.BytesPerToken(spans.nbytes[1])
     assert spans.nearest(vl.TokensInMemory(500, 1e-9)) == vl.TokensInMemory(500, spans.megabytes[0])
@@ -103,8 +102,8 @@ def test_the_nearest_budget_within_the_spans(allocator):
     assert spans.nearest(inside) == inside
 
 
-def test_keys_that_count_more_get_more_bits_in_the_same_bytes(allocator, rates):
-    plain, more, less = (allocator.solve(Setting(3.25, key_weight=weight)) for weight in (1.0, 1e4, 1e-4))
+def test_keys_that_count_more_get_more_bits_in_the_same_bytes(rates):
+    plain, more, less = (solved(rates, Setting(3.25, key_weight=weight)) for weight in (1.0, 1e4, 1e-4))
     assert mean_bits(less, rates, "keys") <= mean_bits(plain, rates, "keys") < mean_bits(more, rates, "keys")
     for found in (more, less):
         assert found.bytes_per_token == pytest.approx(plain.bytes_per_token, rel=0.02)  # a bit of one head
@@ -116,12 +115,12 @@ def test_keys_that_count_more_get_more_bits_in_the_same_bytes(allocator, rates):
 
 
 @pytest.mark.parametrize("weight", [0.25, 4.0])
-def test_a_floor_of_quality_is_of_the_measured_loss_whatever_keys_weigh(allocator, rates, weight):
-    floor = allocator.solve(Setting(3.25)).predicted_loss
-    found = allocator.solve(Setting(vl.QualityFloor(floor), key_weight=weight))
+def test_a_floor_of_quality_is_of_the_measured_loss_whatever_keys_weigh(rates, weight):
+    floor = solved(rates, Setting(3.25)).predicted_loss
+    found = solved(rates, Setting(vl.QualityFloor(floor), key_weight=weight))
     assert found.predicted_loss <= floor * (1 + 1e-9)
-    assert found.bytes_per_token >= allocator.solve(Setting(vl.QualityFloor(floor))).bytes_per_token
-    fewer = allocator.solve(Setting(vl.BytesPerToken(found.bytes_per_token - 8), key_weight=weight))
+    assert found.bytes_per_token >= solved(rates, Setting(vl.QualityFloor(floor))).bytes_per_token
+    fewer = solved(rates, Setting(vl.BytesPerToken(found.bytes_per_token - 8), key_weight=weight))
     assert fewer.predicted_loss > floor  # a head's next bit takes 8 bytes
 
 
@@ -129,7 +128,7 @@ def test_below_the_least_width_there_are_no_uniform_bits_to_compare_with(model, 
     rates = vl.rate_budget(
         model, Letters(), ("ratequant", "polarquant"), TEXT, bits=(2, 3, 4), folder=folder, **MEASURED
     )
-    found = Allocator(rates).solve(Setting(2.1, key_weight=2.0))  # PolarQuant has no scales: 2 bits are 2.00
+    found = solved(rates, Setting(2.1, key_weight=2.0))  # PolarQuant has no scales: 2 bits are 2.00
     assert found.uniform is found.predicted_uniform_loss is None
     assert found.predicted_loss > 0
 
@@ -146,9 +145,9 @@ def test_settings_that_ask_for_nothing_are_refused(make, sentence):
         make()
 
 
-def test_a_loss_that_no_weight_can_reach_is_refused(allocator):
+def test_a_loss_that_no_weight_can_reach_is_refused(rates):
     with pytest.raises(InputError, match="cannot be reached: the most bits lose"):
-        allocator.solve(Setting(vl.QualityFloor(1e-9), key_weight=2.0))
+        solved(rates, Setting(vl.QualityFloor(1e-9), key_weight=2.0))
 
 
 def test_measurements_are_kept_and_found_again_by_their_settings(model, folder, tmp_path):

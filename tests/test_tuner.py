@@ -11,8 +11,8 @@ import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab.allocate import ratequant
+from veloxlab.allocate.budget import Setting
 from veloxlab.allocate.ratequant import JUDGED
-from veloxlab.allocate.setting import Setting
 from veloxlab.errors import InputError
 from veloxlab.runtime import Device
 from veloxlab.views.picture import png_size
@@ -235,7 +235,7 @@ def test_every_bound_by_hand_twice(tuner):
 def test_bounds_that_cannot_spend_the_budget_move_it(tuner):
     turn(lambda: setattr(tuner._bounds.widths, "value", (5, 6)))
     assert tuner.bounds == vl.Bounds(5, 6)
-    assert tuner.budget == vl.AverageBits(tuner._allocator.spans(vl.Bounds(5, 6), 1).bits[0])
+    assert tuner.budget == vl.AverageBits(tuner.rates.spans(vl.Bounds(5, 6), 1).bits[0])
     assert "the nearest that they can" in tuner._message.value
 
 

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 from veloxlab.runtime import TOO_LATE, keep_freed_memory, load_fast_blas
 
 if TYPE_CHECKING:
-    from veloxlab.allocate.budget import AverageBits, BytesPerToken, QualityFloor, TokensInMemory
+    from veloxlab.allocate.budget import AverageBits, Bounds, BytesPerToken, QualityFloor, TokensInMemory
     from veloxlab.allocate.curves import distortion_curves
-    from veloxlab.allocate.points import Bounds
     from veloxlab.allocate.ratequant import allocate_bits, rate_budget
     from veloxlab.allocate.rates import RateBudget
     from veloxlab.allocate.search.result import SearchResult, search
@@ -110,7 +109,7 @@ _HOME = {
     "judge": "measure",
     "reference": "measure",
     "AverageBits": "allocate.budget",
-    "Bounds": "allocate.points",
+    "Bounds": "allocate.budget",
     "BytesPerToken": "allocate.budget",
     "QualityFloor": "allocate.budget",
     "RateBudget": "allocate.rates",

@@ -1,29 +1,27 @@
-"""Budgets as people think of them, and what they leave for codes: bytes, and tokens to share them, in every layer."""
+"""What an allocation is asked for: a budget of bits, bytes, memory or loss, and the bounds to keep."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import get_args
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal, NamedTuple, get_args
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.cache.counts import BLOCK
-from veloxlab.checks import Check, check_fields, either, instance, real, whole
+from veloxlab.cache.counts import BLOCK, Windows
+from veloxlab.checks import FLAG, Check, check_fields, choice, either, instance, real, whole
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import exact_width, probe
 
 MEGABYTE = 1_000_000
+Protection = Literal["widest", "exact"]
 
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Shapes of one layer's keys and values, and how many tokens it sees.
+    """Shapes of one layer's keys and values, and how many tokens it sees; as `veloxlab.mlxlm.probe.LayerFacts`.
 
-    Attributes
-    ----------
-    layer, kv_heads, key_dim, value_dim, max_size, keep : as `veloxlab.mlxlm.probe.LayerFacts` has them.
-    exact_bits : of an exact value.
+    ``exact_bits`` are those of an exact value.
     """
 
     layer: int
@@ -46,12 +44,7 @@ class LayerSize:
 
 
 def layer_sizes(model: Module) -> tuple[LayerSize, ...]:
-    """Sizes of the layers that a compressed cache can take.
-
-    Raises
-    ------
-    InputError : there are none.
-    """
+    """Sizes of the layers that a compressed cache can take; raises `InputError` if there are none."""
     width = exact_width(model)
     sizes = tuple(
         LayerSize(f.layer, f.kv_heads, f.key_dim, f.value_dim, f.max_size, f.keep, width)
@@ -63,56 +56,31 @@ def layer_sizes(model: Module) -> tuple[LayerSize, ...]:
     return sizes
 
 
-@dataclass(frozen=True)
-class HeldTokens:
-    """Tokens of one layer after a text: how many are exact, and how many packed, growth slack included."""
+class HeldTokens(NamedTuple):
+    """Tokens of one layer that are exact, and that are codes."""
 
     exact: int
     packed: int
 
 
 def held_tokens(size: LayerSize, tokens: int, *, sinks: int, window: int, decoded: bool = True) -> HeldTokens:
-    """Tokens that the layer's `veloxlab.cache.layer.CompressedKVCache` has room for after ``tokens``, at most.
+    """The most tokens that a layer's compressed cache has room for after a text.
 
-    With ``decoded`` they came one at a time, and buffers hold slack for more; else in one call, and the numbers are
-    exact for a layer that does not slide.
+    With ``decoded`` the tokens came one at a time, and buffers hold slack for more. Without it they came in one call,
+    and the numbers are exact for a layer that does not slide.
     """
-    reach = None if size.max_size is None else size.max_size - size.keep
-    first = min(tokens, sinks if reach is None else size.keep)
+    windows = Windows.of(sinks if size.max_size is None else size.keep, window, size.max_size)
+    first = min(tokens, windows.sinks)
     behind = tokens - first
-    if reach is not None:
-        window = min(window, reach // 4)
-        behind = min(behind, reach + min(BLOCK, max(1, reach // 8)) - 1)  # forgotten some together
-    block = min(BLOCK, max(1, window))
-    packed = max(0, behind - window) // block * block
+    if windows.reach is not None:
+        behind = min(behind, windows.reach + min(BLOCK, max(1, windows.reach // 8)) - 1)  # forgotten some together
+    packed = max(0, behind - windows.window) // windows.block * windows.block
     recent = behind - packed
     if decoded:
-        first = min(first + 8, sinks if reach is None else size.keep)
-        recent = min(recent + 8, window + block - 1) if recent else 0
+        first = min(first + 8, windows.sinks)
+        recent = min(recent + 8, windows.most_recent) if recent else 0
         packed += max(8, packed // 64) if packed else 0
     return HeldTokens(first + recent, packed)
-
-
-@dataclass(frozen=True)
-class Limit:
-    """What a budget leaves for codes.
-
-    Attributes
-    ----------
-    tokens : packed tokens of each layer; a layer's codes cost its bytes a token times that.
-    nbytes : for the codes of all layers; None where there is a limit to the loss instead.
-    predicted_loss : the most that may be lost, or None.
-    """
-
-    tokens: Mapping[int, float]
-    nbytes: float | None = None
-    predicted_loss: float | None = None
-
-    def per_token(self) -> Limit:
-        """The same for one token of the layers that hold most: it is one problem for all lengths of a text."""
-        most = max(self.tokens.values())
-        tokens = {layer: count / most for layer, count in self.tokens.items()}
-        return Limit(tokens, None if self.nbytes is None else self.nbytes / most, self.predicted_loss)
 
 
 @dataclass(frozen=True)
@@ -124,11 +92,6 @@ class AverageBits:
     def __post_init__(self) -> None:
         check_fields(self, bits=real(above=0))
 
-    def limit(self, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:
-        """Bytes of one packed token in all layers."""
-        values = sum(size.values_per_token for size in sizes)
-        return Limit(_one_each(sizes), self.bits * values / 8)
-
 
 @dataclass(frozen=True)
 class BytesPerToken:
@@ -139,14 +102,10 @@ class BytesPerToken:
     def __post_init__(self) -> None:
         check_fields(self, nbytes=real(above=0))
 
-    def limit(self, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:
-        """The bytes themselves."""
-        return Limit(_one_each(sizes), self.nbytes)
-
 
 @dataclass(frozen=True)
 class TokensInMemory:
-    """A text of so many tokens in so many megabytes (of 10⁶ bytes): all that the compressed layers then hold.
+    """A text of so many tokens in so many megabytes (10⁶ bytes), the memory of all compressed layers.
 
     Exact sinks and windows, scales, and the slack of buffers that grow are counted. Constant tables (`report`'s
     ``"shared"`` row), and what layers without plain keys and values hold, are not.
@@ -158,23 +117,6 @@ class TokensInMemory:
     def __post_init__(self) -> None:
         check_fields(self, tokens=whole(1), megabytes=real(above=0))
 
-    def limit(self, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:
-        """What the exact tokens leave; raises `InputError` if that is nothing."""
-        room = self.megabytes * MEGABYTE
-        held = {size.layer: held_tokens(size, self.tokens, sinks=sinks, window=window) for size in sizes}
-        exact = sum(held[size.layer].exact * size.exact_bytes for size in sizes)
-        if not any(h.packed for h in held.values()):
-            raise InputError(
-                f"{self.tokens} tokens are all kept exact by {sinks} sinks and a window of {window}, in "
-                f"{exact / MEGABYTE:.3g} MB: there is nothing to allocate. Take more tokens or a smaller window."
-            )
-        if room <= exact:
-            raise InputError(
-                f"{self.megabytes:g} MB are less than the exact tokens take, {exact / MEGABYTE:.3g} MB: give more, or "
-                "fewer sinks or a smaller window."
-            )
-        return Limit({layer: h.packed for layer, h in held.items()}, room - exact)
-
 
 @dataclass(frozen=True)
 class QualityFloor:
@@ -185,10 +127,6 @@ class QualityFloor:
     def __post_init__(self) -> None:
         check_fields(self, predicted_loss=real(above=0))
 
-    def limit(self, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:
-        """The loss itself."""
-        return Limit(_one_each(sizes), predicted_loss=self.predicted_loss)
-
 
 Budget = AverageBits | BytesPerToken | TokensInMemory | QualityFloor
 BUDGET = either(
@@ -198,5 +136,105 @@ BUDGET = either(
 """A budget, or a number of true bits."""
 
 
-def _one_each(sizes: Sequence[LayerSize]) -> dict[int, float]:
-    return {size.layer: 1.0 for size in sizes}
+@dataclass(frozen=True)
+class Limit:
+    """What a budget leaves for codes.
+
+    Attributes
+    ----------
+    tokens : packed tokens of each layer, relative to the layer that holds most.
+    nbytes : of the codes of all layers for one token of that layer; None where the loss is limited.
+    predicted_loss : the greatest loss allowed, or None.
+    """
+
+    tokens: Mapping[int, float]
+    nbytes: float | None = None
+    predicted_loss: float | None = None
+
+
+def limit_of(budget: Budget, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:
+    """What ``budget`` leaves for the codes of these layers; raises `InputError` if exact tokens take all of it."""
+    alike = {size.layer: 1.0 for size in sizes}
+    match budget:
+        case AverageBits(bits):
+            return Limit(alike, bits * sum(size.values_per_token for size in sizes) / 8)
+        case BytesPerToken(nbytes):
+            return Limit(alike, nbytes)
+        case QualityFloor(loss):
+            return Limit(alike, predicted_loss=loss)
+        case TokensInMemory(tokens, megabytes):
+            held = {size.layer: held_tokens(size, tokens, sinks=sinks, window=window) for size in sizes}
+    exact = sum(held[size.layer].exact * size.exact_bytes for size in sizes)
+    left, most = megabytes * MEGABYTE - exact, max(one.packed for one in held.values())
+    if not most:
+        raise InputError(
+            f"{tokens} tokens are all kept exact by {sinks} sinks and a window of {window}, in "
+            f"{exact / MEGABYTE:.3g} MB: there is nothing to allocate. Take more tokens or a smaller window."
+        )
+    if left <= 0:
+        raise InputError(
+            f"{megabytes:g} MB are less than the exact tokens take, {exact / MEGABYTE:.3g} MB: give more, or fewer "
+            "sinks or a smaller window."
+        )
+    return Limit({layer: one.packed / most for layer, one in held.items()}, left / most)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What an allocation may do.
+
+    Attributes
+    ----------
+    least_bits, most_bits : code widths, of those that were measured. At 1 bit the second-order prediction is too low:
+        allow it only where the budget leaves nothing else, as `RateBudget.solve` does where no bounds are given.
+    protected_first, protected_last : number of first and last layers that are left out of the allocation.
+    protection : what these layers get: ``"widest"``, which is ``most_bits``, or ``"exact"``.
+    keys_over_values : whether a layer's keys get at least as many bits as its values, on average over its heads.
+    """
+
+    least_bits: int = 2
+    most_bits: int = 6
+    protected_first: int = 0
+    protected_last: int = 0
+    protection: Protection = "widest"
+    keys_over_values: bool = False
+
+    def __post_init__(self) -> None:
+        check_fields(self, least_bits=whole(1), most_bits=whole(1), protected_first=whole(0), protected_last=whole(0))
+        check_fields(self, protection=choice(*get_args(Protection)), keys_over_values=FLAG)
+        if self.least_bits > self.most_bits:
+            raise InputError(f"Bounds of {self.least_bits} to {self.most_bits} bits hold no width: give least ≤ most.")
+
+
+BOUNDS = instance(Bounds, "vl.Bounds, such as vl.Bounds(least_bits=2, most_bits=4)")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An allocation request: a budget, bounds, and how many times as much keys' predicted losses count as values'."""
+
+    budget: Budget
+    bounds: Bounds = field(default_factory=Bounds)
+    key_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, budget=BUDGET, bounds=BOUNDS, key_weight=real(above=0))
+
+
+@dataclass(frozen=True)
+class Spans:
+    """The least and the most that each kind of budget can ask for within some bounds, by the name of its amount.
+
+    ``megabytes`` are of a text of one length.
+    """
+
+    bits: tuple[float, float]
+    nbytes: tuple[float, float]
+    megabytes: tuple[float, float]
+    predicted_loss: tuple[float, float]
+
+    def nearest(self, budget: Budget) -> Budget:
+        """The budget, or the nearest one within the spans."""
+        amount = fields(budget)[-1].name
+        least, most = getattr(self, amount)
+        return replace(budget, **{amount: min(max(getattr(budget, amount), least), most)})

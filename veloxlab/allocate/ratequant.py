@@ -9,9 +9,9 @@ from typing import Any, Literal, get_args
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.budget import BUDGET, Budget, layer_sizes
+from veloxlab.allocate.budget import BOUNDS, BUDGET, Bounds, Budget, layer_sizes
+from veloxlab.allocate.choices import PER_HEAD
 from veloxlab.allocate.curves import USUAL_BITS, distortion_curves
-from veloxlab.allocate.points import BOUNDS, PER_HEAD, Bounds
 from veloxlab.allocate.rates import FORMAT, RateBudget
 from veloxlab.allocate.sensitivity import By, sensitivities
 from veloxlab.cache.calibration import Calibration

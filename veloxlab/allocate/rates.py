@@ -11,36 +11,47 @@ Where we differ
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
+from math import fsum
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import polars as pl
 
-from veloxlab.allocate.budget import BUDGET, Budget, LayerSize, Limit, held_tokens
-from veloxlab.allocate.choices import Choices, spread_widths
-from veloxlab.allocate.curves import CURVES
-from veloxlab.allocate.points import (
+from veloxlab.allocate.budget import (
     BOUNDS,
+    BUDGET,
+    MEGABYTE,
+    Bounds,
+    Budget,
+    LayerSize,
+    Limit,
+    Spans,
+    held_tokens,
+    limit_of,
+)
+from veloxlab.allocate.choices import (
     EXACT,
     PER_HEAD,
-    Bounds,
+    Choice,
+    Choices,
     Chosen,
-    HeadTable,
     Tables,
-    exact_point,
+    exact_choice,
     head_tables,
-    side_points,
+    offered,
+    uniform_choices,
 )
-from veloxlab.allocate.sensitivity import SENSITIVITIES, SIDES, frame_of
+from veloxlab.allocate.curves import CURVES
+from veloxlab.allocate.sensitivity import SENSITIVITIES, frame_of
 from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.cache.make import LayerSettings
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import FILE, checked
-from veloxlab.codecs import Role
+from veloxlab.codecs.method import ROLES, Role
 from veloxlab.errors import InputError
 from veloxlab.store import digest, read_sealed, write_sealed
 
@@ -64,7 +75,7 @@ HEADS = {
     "tensor": pl.String,  # "keys" or "values"
     "method": pl.String,
     "bits": pl.Int32,  # code bits; those of an exact value where the method is "none"
-    "predicted_loss": pl.Float64,  # a token, of this head's side alone; 0 where it is exact
+    "predicted_loss": pl.Float64,  # a token, of this head's keys or values alone; 0 where they are exact
 }
 """Columns of `RateBudget.heads`."""
 
@@ -79,12 +90,13 @@ class Allocation:
     bytes_per_token : of one packed token in all layers.
     true_bits : for each packed value, scales included; ``key_bits`` and ``value_bits`` are means of code bits.
     predicted_loss : a token; by gradients or divergences, in nats.
-    predicted_least : no plan of these choices and this budget is predicted to lose less; with a `QualityFloor`, None.
-    uniform : one width for all heads, or two neighbouring ones evenly mixed, in no more bytes than ``plan`` takes; None
-        where even the least measured width takes more.
+    predicted_least : no plan of these choices and this budget is predicted to lose less. None with a `QualityFloor` or
+        a weight of keys.
+    uniform : the plan of uniform bits in the same bytes (`RateBudget.uniform`); None where even the least measured
+        width takes more.
     predicted_uniform_loss : of that one.
     bounds : within which it was allocated.
-    only_least : whether the least widths within them are all that the budget pays for, so that nothing was allocated.
+    only_least : whether the budget pays for the least widths only, so that nothing was allocated.
     """
 
     plan: Plan
@@ -121,27 +133,19 @@ class RateBudget:
     curves: pl.DataFrame
     sinks: int = DEFAULT_SINKS
     window: int = DEFAULT_WINDOW
-    calibrations: dict[str, str] = field(default_factory=dict)
+    calibrations: Mapping[str, str] = field(default_factory=dict)
 
-    @cached_property
-    def identity(self) -> str:
-        """Sixteen hex digits over all that was measured."""
-        return digest(self._content())[:16]
-
-    @cached_property
-    def _tables(self) -> Tables:
-        return head_tables(self.sensitivities, self.curves)
-
-    @cached_property
-    def _solved(self) -> dict[tuple[Bounds, tuple[float, ...]], Choices]:
-        return {}
+    # allocating -----------------------------------------------------------------------------------------------------
 
     @checked(bounds=BOUNDS)
-    def solve(self, budget: Budget | float, bounds: Bounds | None = None, *, name: str = "") -> Allocation:
+    def solve(
+        self, budget: Budget | float, bounds: Bounds | None = None, *, key_weight: float = 1.0, name: str = ""
+    ) -> Allocation:
         """Allocate a budget, of true bits if it is a number.
 
         The first budget within some ``bounds`` takes a fraction of a second, others are a bisection. The bounds are
         `Bounds` by default; a budget that 2 bits for every head would all but spend may then give some heads 1 bit.
+        Keys' losses count ``key_weight`` times in the choice, and as they were measured in what is predicted.
 
         Raises
         ------
@@ -149,30 +153,33 @@ class RateBudget:
         """
         limit = self._limit(budget)
         bounds = bounds or self._usual_bounds(limit)
-        choices = self._choices(bounds, limit)
+        choices = self._choices(bounds, limit.tokens, key_weight)
+        least = choices.problem.least_cost
         if limit.nbytes is None:
             assert limit.predicted_loss is not None
-            solution = choices.problem.reaching(limit.predicted_loss)
+            solution = choices.problem.reaching(limit.predicted_loss, choices.losses)
+        elif limit.nbytes * (1 + 1e-9) < least:
+            raise InputError(_too_little(limit.nbytes, f"the least widths within the bounds take {least:,.1f}"))
         else:
-            least = choices.problem.least_cost
-            if limit.nbytes * (1 + 1e-9) < least:
-                raise InputError(_too_little(limit.nbytes, f"the least widths within the bounds take {least:,.1f}"))
             solution = choices.problem.within(limit.nbytes)
         chosen = choices.chosen(solution.choice)
-        nbytes = sum(point.nbytes for point in chosen.values())
-        uniform = self._uniform(Limit(limit.tokens, solution.cost))
+        nbytes = _bytes(chosen)
+        uniform = uniform_choices(self._tables, self.sizes, Limit(limit.tokens, solution.cost))
+        key_bits, value_bits = (
+            float(np.mean([chosen[size.layer, tensor].mean_width for size in self.sizes])) for tensor in ROLES
+        )
         return Allocation(
             self._plan(chosen, name or f"allocated, {8 * nbytes / self._values:.2f} bits"),
             nbytes,
             8 * nbytes / self._values,
-            float(np.mean([chosen[size.layer, "keys"].width for size in self.sizes])),
-            float(np.mean([chosen[size.layer, "values"].width for size in self.sizes])),
-            solution.loss,
-            None if limit.nbytes is None else solution.bound,
+            key_bits,
+            value_bits,
+            _loss(chosen),
+            solution.bound if limit.nbytes is not None and key_weight == 1 else None,
             None if uniform is None else self._uniform_plan(uniform),
-            None if uniform is None else sum(point.predicted_loss for point in uniform.values()),
+            None if uniform is None else _loss(uniform),
             bounds,
-            bool(solution.cost <= choices.problem.least_cost * (1 + 1e-9)),
+            bool(solution.cost <= least * (1 + 1e-9)),
         )
 
     def plan(self, budget: Budget | float, bounds: Bounds | None = None, *, name: str = "") -> Plan:
@@ -181,12 +188,10 @@ class RateBudget:
 
     @checked()
     def uniform(self, budget: Budget | float, *, name: str = "") -> Plan:
-        """One width for all heads, and, for what is left, one bit more for some of them, evenly spread: no sensitivity
-        has a say.
+        """One width for all heads, and one bit more for as many heads as the rest pays for, evenly spaced.
 
-        Keys' heads are taken in the order of the layers, then values': each side gets the same bits, which matters, as
-        keys are worth more. The method is the first that was measured; where it
-        has one width for a layer's keys, whole sides are taken.
+        Sensitivities have no say. Keys and values get the same bits, which matters, as keys are worth more. The method
+        is the first that was measured; where it has one width for a layer's keys, all its heads get it.
 
         Raises
         ------
@@ -195,17 +200,44 @@ class RateBudget:
         limit = self._limit(budget)
         if limit.nbytes is None:
             raise InputError("A uniform plan is made for a budget of bytes or bits: give one of those.")
-        chosen = self._uniform(limit)
+        chosen = uniform_choices(self._tables, self.sizes, limit)
         if chosen is None:
             raise InputError(_too_little(limit.nbytes, "the least width that was measured takes more for all heads"))
         return self._uniform_plan(chosen, name)
 
-    def predicted_loss(self, plan: Plan) -> float:
-        """What a plan that holds measured methods and widths is predicted to lose a token; 0 for exact sides.
+    @checked(bounds=BOUNDS)
+    def frontier(self, bounds: Bounds | None = None) -> pl.DataFrame:
+        """The least predicted loss at every number of bytes where it is certain, and uniform widths: `FRONTIER`."""
+        allocated = self._choices(bounds or Bounds(), self._one_token).problem.frontier
+        first = [self._tables[size.layer, tensor][0] for size in self.sizes for tensor in ROLES]
+        uniform = sum(table.nbytes.sum(axis=0) for table in first), sum(table.losses.sum(axis=0) for table in first)
+        frames = [
+            pl.DataFrame({"kind": kind, "bytes_per_token": nbytes, "predicted_loss": losses})
+            for kind, (nbytes, losses) in (("allocated", allocated), ("uniform", uniform))
+        ]
+        return (
+            pl.concat(frames)
+            .with_columns(true_bits=8 * pl.col("bytes_per_token") / self._values)
+            .select(list(FRONTIER))
+        )
 
-        Raises as `heads`.
+    def spans(self, bounds: Bounds, tokens: int) -> Spans:
+        """The least and the most that budgets can ask for within ``bounds``; megabytes are of a text of ``tokens``.
+
+        Raises
+        ------
+        InputError : no measured width is within the bounds.
         """
-        return float(self.heads(plan)["predicted_loss"].sum())
+        choices = self._choices(bounds, self._one_token)
+        costs, losses = choices.problem.frontier
+        ends = [choices.chosen(choices.problem.at_step(step)) for step in (0, len(costs) - 1)]
+        # a little more than a plan holds, so that no end is refused for its rounding
+        least, most = (self._held(end, tokens, self.sinks, self.window) / MEGABYTE * (1 + 1e-9) for end in ends)
+        nbytes = float(costs[0]), float(costs[-1])
+        bits = 8 * nbytes[0] / self._values, 8 * nbytes[1] / self._values
+        return Spans(bits, nbytes, (least, most), (float(losses[-1]), float(losses[0])))
+
+    # predicting -----------------------------------------------------------------------------------------------------
 
     def heads(self, plan: Plan) -> pl.DataFrame:
         """What each KV head's keys and values get from a plan, and are predicted to lose: `HEADS`.
@@ -214,55 +246,39 @@ class RateBudget:
         ------
         InputError : the plan is of another model, or a method or a width of it was not measured.
         """
-        self._check(plan)
-        rows: list[tuple[object, ...]] = []
-        for size in self.sizes:
-            for side, method, bits, _ in plan.layers[size.layer].sides:
-                if method == EXACT:
-                    rows += [(size.layer, head, side, EXACT, bits, 0.0) for head in range(size.kv_heads)]
-                    continue
-                table, columns = self._columns(plan, size, side, method)
-                rows += [
-                    (size.layer, head, side, method, table.widths[c], float(table.losses[head, c]))
-                    for head, c in enumerate(columns)
-                ]
+        rows = [
+            (layer, head, tensor, choice.method, width, float(loss))
+            for (layer, tensor), choice in self._chosen(plan).items()
+            for head, (width, loss) in enumerate(zip(choice.widths, choice.losses, strict=True))
+        ]
         return pl.DataFrame(rows, schema=HEADS, orient="row")
 
-    def held_bytes(self, plan: Plan, tokens: int) -> float:
-        """Bytes that the compressed layers hold at most after a text of ``tokens``: what `TokensInMemory` counts.
-
-        Raises as `heads`.
-        """
-        total = 0.0
-        for size, nbytes in self._layer_bytes(plan):
-            held = held_tokens(size, tokens, sinks=plan.sinks, window=plan.window)
-            total += held.exact * size.exact_bytes + held.packed * nbytes
-        return total
+    def predicted_loss(self, plan: Plan) -> float:
+        """Predicted loss a token of a plan; what is exact loses nothing. Raises as `heads`."""
+        return _loss(self._chosen(plan))
 
     def bytes_per_token(self, plan: Plan) -> float:
         """Bytes of one packed token in all layers; exact layers are counted as they are. Raises as `heads`."""
-        return sum(nbytes for _, nbytes in self._layer_bytes(plan))
+        return _bytes(self._chosen(plan))
 
     def true_bits(self, plan: Plan) -> float:
         """Bits of each packed value on average, scales included. Raises as `heads`."""
         return 8 * self.bytes_per_token(plan) / self._values
 
-    @checked(bounds=BOUNDS)
-    def frontier(self, bounds: Bounds | None = None) -> pl.DataFrame:
-        """The least predicted loss at every number of bytes where it is certain, and uniform widths: `FRONTIER`."""
-        one = Limit({size.layer: 1 for size in self.sizes})
-        costs, losses = self._choices(bounds or Bounds(), one).problem.frontier
-        rows = [("allocated", float(c), float(loss)) for c, loss in zip(costs, losses, strict=True)]
-        tables = [self._tables[size.layer, side][0] for size in self.sizes for side in SIDES]
-        for column in range(len(tables[0].widths)):
-            points = [t.point([column] * len(t.nbytes)) for t in tables]
-            rows.append(("uniform", sum(p.nbytes for p in points), sum(p.predicted_loss for p in points)))
-        frame = pl.DataFrame(rows, schema=["kind", "bytes_per_token", "predicted_loss"], orient="row")
-        return frame.with_columns(true_bits=8 * pl.col("bytes_per_token") / self._values).select(list(FRONTIER))
+    def held_bytes(self, plan: Plan, tokens: int) -> float:
+        """The most bytes that compressed layers hold after a text, as `TokensInMemory` counts. Raises as `heads`."""
+        return self._held(self._chosen(plan), tokens, plan.sinks, plan.window)
+
+    # the file -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def identity(self) -> str:
+        """Sixteen hex digits over all that was measured."""
+        return digest(self._content())[:16]
 
     @checked()
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON under a seal, whole or not at all, and return the path; `InputError` where it cannot be."""
+        """Write JSON with a checksum, whole or not at all, and return the path; `InputError` where it cannot be."""
         path = Path(path)
         write_sealed(path, {"format": FORMAT, **self._content()})
         return path
@@ -286,107 +302,93 @@ class RateBudget:
                 f"The measurements {path} cannot be read ({reason}): make them again with vl.rate_budget."
             ) from error
 
+    def _content(self) -> dict[str, Any]:
+        frames = {name: getattr(self, name).to_dict(as_series=False) for name in ("sensitivities", "curves")}
+        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        return own | frames | {"sizes": [asdict(size) for size in self.sizes]}
+
     # inside ---------------------------------------------------------------------------------------------------------
 
-    def _check(self, plan: Plan) -> None:
+    @cached_property
+    def _tables(self) -> Tables:
+        return head_tables(self.sensitivities, self.curves)
+
+    @cached_property
+    def _solved(self) -> dict[tuple[Bounds, tuple[float, ...], float], Choices]:
+        return {}
+
+    @property
+    def _values(self) -> int:
+        return sum(size.values_per_token for size in self.sizes)
+
+    @property
+    def _one_token(self) -> dict[int, float]:
+        return {size.layer: 1.0 for size in self.sizes}
+
+    def _limit(self, budget: Budget | float) -> Limit:
+        return limit_of(BUDGET("budget", budget), self.sizes, self.sinks, self.window)
+
+    def _usual_bounds(self, limit: Limit) -> Bounds:
+        """`Bounds`, and from 1 bit up where a budget is `SHORT`."""
+        usual = Bounds()
+        if limit.nbytes is None or limit.nbytes >= SHORT * self._choices(usual, limit.tokens).problem.least_cost:
+            return usual
+        return Bounds(least_bits=1)
+
+    def _choices(self, bounds: Bounds, tokens: Mapping[int, float], key_weight: float = 1.0) -> Choices:
+        key = bounds, tuple(tokens.values()), key_weight
+        if key not in self._solved:
+            found = offered(self._tables, self.sizes, bounds)
+            self._solved[key] = Choices.of(found, tokens, bounds, key_weight)
+        return self._solved[key]
+
+    def _chosen(self, plan: Plan) -> Chosen:
+        """What a plan gives each layer's keys and values: the inverse of `_plan`."""
         if plan.model_hash != self.model_hash:
             raise InputError(
                 f"The plan {plan.name!r} was made for another model than these measurements, which are of {self.model} "
                 f"({self.model_hash}): give a plan for it, or measure {plan.model or 'the plan’s model'} "
                 f"({plan.model_hash})."
             )
+        return {
+            (size.layer, tensor): self._measured(size, tensor, method, plan.widths(size.layer, tensor))
+            for size in self.sizes
+            for tensor, method, _, _ in plan.layers[size.layer].sides
+        }
 
-    def _columns(self, plan: Plan, size: LayerSize, side: Role, method: str) -> tuple[HeadTable, list[int]]:
-        """The table of a method, and the column of each head of a layer's side."""
-        widths = plan.widths(size.layer, side)
-        table = next((t for t in self._tables[size.layer, side] if t.method == method), None)
+    def _measured(self, size: LayerSize, tensor: Role, method: str, widths: tuple[int, ...]) -> Choice:
+        if method == EXACT:
+            return exact_choice(size, tensor)
+        table = next((t for t in self._tables[size.layer, tensor] if t.method == method), None)
         if table is None or not set(widths) <= set(table.widths):
             raise InputError(
-                f"{method} at {widths} bits was not measured for the {side} of layer {size.layer}: measure "
+                f"{method} at {widths} bits was not measured for the {tensor} of layer {size.layer}: measure "
                 "the method's curves at these widths."
             )
-        return table, np.broadcast_to([table.widths.index(w) for w in widths], size.kv_heads).tolist()
+        return table.choice(np.array([table.widths.index(width) for width in widths]))
 
-    def _layer_bytes(self, plan: Plan) -> Iterator[tuple[LayerSize, float]]:
-        """Layers, and the bytes of one packed token in each."""
-        self._check(plan)
+    def _held(self, chosen: Chosen, tokens: int, sinks: int, window: int) -> float:
+        total = 0.0
         for size in self.sizes:
-            nbytes = 0.0
-            for side, method, _, _ in plan.layers[size.layer].sides:
-                if method == EXACT:
-                    nbytes += exact_point(size, side).nbytes
-                else:
-                    table, columns = self._columns(plan, size, side, method)
-                    nbytes += table.point(columns).nbytes
-            yield size, nbytes
-
-    @property
-    def _values(self) -> int:
-        return sum(size.values_per_token for size in self.sizes)
-
-    def _content(self) -> dict[str, Any]:
-        return {
-            "model": self.model,
-            "model_hash": self.model_hash,
-            "entries": self.entries,
-            "sizes": [asdict(size) for size in self.sizes],
-            "sensitivities": self.sensitivities.to_dict(as_series=False),
-            "curves": self.curves.to_dict(as_series=False),
-            "sinks": self.sinks,
-            "window": self.window,
-            "calibrations": self.calibrations,
-        }
-
-    def _limit(self, budget: Budget | float) -> Limit:
-        wanted: Budget = BUDGET("budget", budget)
-        return wanted.limit(self.sizes, self.sinks, self.window).per_token()
-
-    def _usual_bounds(self, limit: Limit) -> Bounds:
-        """`Bounds`, and from 1 bit up where a budget is `SHORT`."""
-        usual = Bounds()
-        if limit.nbytes is None or limit.nbytes >= SHORT * self._choices(usual, limit).problem.least_cost:
-            return usual
-        return Bounds(least_bits=1)
-
-    def _choices(self, bounds: Bounds, limit: Limit) -> Choices:
-        key = bounds, tuple(limit.tokens[size.layer] for size in self.sizes)
-        if key not in self._solved:
-            self._solved[key] = Choices.of(side_points(self._tables, self.sizes, bounds), limit, bounds)
-        return self._solved[key]
-
-    def _uniform(self, limit: Limit) -> Chosen | None:
-        """Points of one width, or of two neighbouring ones; None if the least is too much."""
-        assert limit.nbytes is not None
-        places = [(size.layer, side) for side in SIDES for size in self.sizes]
-        tables = [self._tables[place][0] for place in places]
-        tokens = [limit.tokens[layer] for layer, _ in places]
-        parts = [len(t.nbytes) if t.method == PER_HEAD else 1 for t in tables]
-        costs = np.concatenate(
-            [n * (t.nbytes if t.method == PER_HEAD else t.nbytes.sum(axis=0, keepdims=True))
-             for t, n in zip(tables, tokens, strict=True)]
-        )  # fmt: skip
-        columns = spread_widths(costs, limit.nbytes)
-        if columns is None:
-            return None
-        by_place = np.split(columns, np.cumsum(parts)[:-1])
-        return {
-            place: table.point(np.broadcast_to(own, len(table.nbytes)).tolist())
-            for place, table, own in zip(places, tables, by_place, strict=True)
-        }
+            held = held_tokens(size, tokens, sinks=sinks, window=window)
+            packed = sum(chosen[size.layer, tensor].nbytes for tensor in ROLES)
+            total += held.exact * size.exact_bytes + held.packed * packed
+        return total
 
     def _uniform_plan(self, chosen: Chosen, name: str = "") -> Plan:
-        width = np.mean([point.width for point in chosen.values()])
+        width = np.mean([choice.mean_width for choice in chosen.values()])
         return self._plan(chosen, name or f"uniform, {width:.2f} code bits")
 
     def _plan(self, chosen: Chosen, name: str) -> Plan:
-        idle = LayerSettings("none", self.sizes[0].exact_bits, "none", self.sizes[0].exact_bits)
-        layers = [idle] * self.entries
+        exact = self.sizes[0].exact_bits
+        layers = [LayerSettings(EXACT, exact, EXACT, exact)] * self.entries
         for size in self.sizes:
-            keys, values = (chosen[size.layer, side] for side in SIDES)
+            keys, values = (chosen[size.layer, tensor] for tensor in ROLES)
             layers[size.layer] = LayerSettings(
-                keys.method, keys.bits, values.method, values.bits, {}, keys.options, values.options
-            )
-        methods = {point.method for point in chosen.values()}
+                keys.method, round(keys.mean_width), values.method, round(values.mean_width),
+                key_options=_options(keys), value_options=_options(values),
+            )  # fmt: skip
+        methods = {choice.method for choice in chosen.values()}
         return Plan(
             self.model_hash,
             tuple(layers),
@@ -397,6 +399,18 @@ class RateBudget:
             allocation=self.identity,
             calibrations={m: i for m, i in self.calibrations.items() if m in methods},
         )
+
+
+def _options(choice: Choice) -> dict[str, object]:
+    return {"head_bits": list(choice.widths)} if choice.method == PER_HEAD else {}
+
+
+def _bytes(chosen: Chosen) -> float:
+    return sum(choice.nbytes for choice in chosen.values())
+
+
+def _loss(chosen: Chosen) -> float:
+    return fsum(choice.predicted_loss for choice in chosen.values())
 
 
 def _too_little(nbytes: float, least: str) -> str:

@@ -13,6 +13,7 @@ What is guaranteed
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -108,26 +109,31 @@ class Problem:
         choice = self._filled(steps.choice(taken), room)
         return self._solution(choice, float(steps.losses[taken]) - slope * left)
 
-    def reaching(self, loss: float) -> Solution:
-        """The least cost for a loss of at most ``loss``: the first place in the order that has it.
-
-        It costs at most one step more than the best; `Solution.bound` is a cost here.
+    def reaching(self, loss: float, losses: Floats | None = None) -> Solution:
+        """The first place in the order with a loss of at most ``loss``; of ``losses``, if those of the problem are
+        weighted. It costs at most one step more than the best. `Solution.bound` is a cost here, 0 with ``losses``.
 
         Raises
         ------
         InputError : even the best choices lose more.
         """
-        steps = self._steps
-        allowed = loss + _ROUNDING * abs(loss)
-        if allowed < steps.losses[-1]:
+        table, steps = self.losses if losses is None else losses, self._steps
+        rows, last = np.arange(len(table)), len(steps.slopes)
+
+        def lost(step: int) -> float:
+            return float(table[rows, steps.choice(step)].sum())
+
+        if lost(last) > loss * (1 + _ROUNDING):
             raise InputError(
-                f"A loss of {loss:.6g} cannot be reached: the best choices lose {steps.losses[-1]:.6g}. Allow that or "
-                "more, or allow more bits."
+                f"A loss of {loss:.6g} cannot be reached: the most bits lose {lost(last):.6g}. Allow that or more, or "
+                "allow more bits."
             )
-        taken = int(np.searchsorted(-steps.losses, -allowed, side="left"))
-        over = max(0.0, loss - float(steps.losses[taken]))
-        slope = float(steps.slopes[taken - 1]) if taken else np.inf
-        return self._solution(steps.choice(taken), float(steps.costs[taken]) - over / slope)
+        taken = bisect_left(range(last), True, key=lambda step: lost(step) <= loss * (1 + _ROUNDING))
+        bound = 0.0
+        if losses is None:
+            over = max(0.0, loss - float(steps.losses[taken]))
+            bound = float(steps.costs[taken]) - over / (float(steps.slopes[taken - 1]) if taken else np.inf)
+        return self._solution(steps.choice(taken), bound)
 
     def _filled(self, choice: Ints, room: float) -> Ints:
         """Spend what is left on the moves that save most for their cost, among all that fit."""

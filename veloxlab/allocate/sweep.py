@@ -16,8 +16,8 @@ import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.budget import BytesPerToken
-from veloxlab.allocate.points import PER_HEAD, Bounds
+from veloxlab.allocate.budget import Bounds, BytesPerToken
+from veloxlab.allocate.choices import PER_HEAD
 from veloxlab.allocate.ratequant import rate_budget
 from veloxlab.allocate.rates import RateBudget
 from veloxlab.allocate.sensitivity import By, sensitivities

@@ -16,11 +16,21 @@ import polars as pl
 import traitlets as t
 from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.budget import BUDGET, MEGABYTE, AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
-from veloxlab.allocate.points import BOUNDS, Bounds
+from veloxlab.allocate.budget import (
+    BOUNDS,
+    BUDGET,
+    MEGABYTE,
+    AverageBits,
+    Bounds,
+    Budget,
+    BytesPerToken,
+    QualityFloor,
+    Setting,
+    Spans,
+    TokensInMemory,
+)
 from veloxlab.allocate.ratequant import JUDGED, PlanKind, judged, kept_rate_budget
 from veloxlab.allocate.rates import Allocation, RateBudget
-from veloxlab.allocate.setting import Allocator, Setting, Spans
 from veloxlab.cache.plan import Plan, model_hash
 from veloxlab.checks import MAPPING, MODEL, TOKENIZER, checked, either, instance, maybe, whole
 from veloxlab.errors import InputError
@@ -134,7 +144,7 @@ class BudgetTuner(Panel):
     rates : what `veloxlab.rate_budget` measured, or `veloxlab.RateBudget.load` read; or a model, then its tokenizer.
     model, tokenizer : as `veloxlab.load` gives them, to measure plans with; without them all else works.
     budget : to begin with, of true bits if it is a number; by default half of what can be spent.
-    bounds, key_weight : as `veloxlab.allocate.setting.Setting` has them.
+    bounds, key_weight : as `veloxlab.allocate.budget.Setting` has them.
     text, tokens, windows : of measurements, as for `veloxlab.fidelity`.
     rate_settings : further arguments of `veloxlab.rate_budget`, where tables are to be measured.
     layer : the picked one.
@@ -244,8 +254,7 @@ class BudgetTuner(Panel):
     @property
     def allocation(self) -> Allocation:
         """The plan and what is predicted of it."""
-        setting = self._now
-        return self._allocator.solve(setting)
+        return _solved(self._rates, self._now)
 
     @property
     def plan(self) -> Plan:
@@ -310,13 +319,11 @@ class BudgetTuner(Panel):
 
     def _build(self, rates: RateBudget) -> None:
         """Show the tuner of these tables. On the worker's thread, where they were measured."""
-        allocator = Allocator(rates)
         budget, bounds, key_weight = self._first
         if budget is None:
-            budget = AverageBits(round(sum(allocator.spans(bounds, TOKENS).bits) / 2, 1))
+            budget = AverageBits(round(sum(rates.spans(bounds, TOKENS).bits) / 2, 1))
         setting = Setting(budget, bounds, key_weight)  # type: ignore[arg-type]  # a number becomes a budget
-        found = allocator.solve(setting)
-        self._allocator, self.charts = allocator, TunerCharts(allocator, setting, found)
+        self.charts = TunerCharts(rates, setting, _solved(rates, setting))
         self.rates = rates  # once the charts are there: a page may ask for them meanwhile
         t.link((self, "layer"), (self.charts.bits, "picked"))
         self._make_controls()
@@ -355,7 +362,7 @@ class BudgetTuner(Panel):
     @t.validate("setting")
     def _setting_can_be_allocated(self, proposal: dict[str, Any]) -> Setting:
         setting: Setting = proposal["value"]
-        self._allocator.solve(setting)
+        _solved(self._rates, setting)
         return setting
 
     @t.validate("layer")
@@ -434,7 +441,7 @@ class BudgetTuner(Panel):
 
     def _spans(self, setting: Setting) -> Spans:
         tokens = setting.budget.tokens if isinstance(setting.budget, TokensInMemory) else self._budget.tokens.value
-        return self._allocator.spans(setting.bounds, tokens)
+        return self._rates.spans(setting.bounds, tokens)
 
     def _plan_of(self, kind: PlanKind) -> Plan:
         found = self.allocation
@@ -449,3 +456,7 @@ class BudgetTuner(Panel):
         self._history.value = history(self.measured)
         with self._drawing:
             self.charts.show(self._now, self.allocation, self.measured)
+
+
+def _solved(rates: RateBudget, setting: Setting) -> Allocation:
+    return rates.solve(setting.budget, setting.bounds, key_weight=setting.key_weight)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from veloxlab.allocate.points import Bounds
-from veloxlab.allocate.rates import Allocation
+from veloxlab.allocate.budget import Bounds, Setting
+from veloxlab.allocate.rates import Allocation, RateBudget
 from veloxlab.allocate.sensitivity import NATS
-from veloxlab.allocate.setting import Allocator, Setting
 from veloxlab.views import (
     allocation_caption,
     allocation_map,
@@ -27,7 +26,7 @@ class TunerCharts:
 
     Parameters
     ----------
-    allocator : of the tables.
+    rates : the tables.
     setting, found : what is asked for, and what it came to.
 
     Attributes
@@ -37,9 +36,8 @@ class TunerCharts:
     unit : of a predicted loss.
     """
 
-    def __init__(self, allocator: Allocator, setting: Setting, found: Allocation) -> None:
-        self._allocator, self._rates = allocator, allocator.rates
-        weights = self._rates.sensitivities
+    def __init__(self, rates: RateBudget, setting: Setting, found: Allocation) -> None:
+        self._rates, weights = rates, rates.sensitivities
         self._by = str(weights["by"][0])
         self.unit = "nats a token" if self._by in NATS else f"in the unit of {self._by}"
         widths = self._rates.curves["bits"].unique().to_list()

@@ -8,9 +8,16 @@ from typing import Any
 
 import ipywidgets
 
-from veloxlab.allocate.budget import MEGABYTE, AverageBits, Budget, BytesPerToken, QualityFloor, TokensInMemory
-from veloxlab.allocate.points import Bounds
-from veloxlab.allocate.setting import Spans
+from veloxlab.allocate.budget import (
+    MEGABYTE,
+    AverageBits,
+    Bounds,
+    Budget,
+    BytesPerToken,
+    QualityFloor,
+    Spans,
+    TokensInMemory,
+)
 from veloxlab.errors import InputError
 from veloxlab.runtime import device
 
