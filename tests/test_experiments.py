@@ -5,10 +5,11 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 
+import polars as pl
 import pytest
 
 from veloxlab.errors import InputError
-from veloxlab.measure.experiments import Experiment, LeftOut, Workers
+from veloxlab.measure.experiments import Attempt, Experiment, possible_rows
 from veloxlab.store import Unfinished
 
 JOBS = [("a", 0), ("a", 1), ("b", 0)]
@@ -36,7 +37,7 @@ def dying(flag, job):
 @pytest.mark.parametrize("executor", [None, ThreadPoolExecutor(2)])
 def test_each_job_is_measured_once_and_told(executor):
     told = []
-    experiment = Experiment(length, workers=Workers(executor), progress=lambda *said: told.append(said))
+    experiment = Experiment(length, executor=executor, progress=lambda *said: told.append(said))
     assert dict(experiment.run([*JOBS, JOBS[0]])) == {job: length(job) for job in JOBS}
     assert [done for done, _, _ in told] == [0, 1, 2, 3]
     assert told[0][1:] == (3, "('a', 0)")
@@ -45,11 +46,32 @@ def test_each_job_is_measured_once_and_told(executor):
     assert told[-1] == (3, 9, "done")
 
 
-def test_a_job_that_fails_ends_the_run_or_is_left_out():
+def test_a_job_that_fails_ends_the_run():
     with pytest.raises(InputError, match=r"It has no b\."):
         list(Experiment(refusing).run(JOBS))
-    found = dict(Experiment(refusing).run_possible(JOBS))
-    assert found == {("a", 0): 1, ("a", 1): 11, ("b", 0): LeftOut("It has no b.")}
+
+
+def test_an_attempt_that_fails_is_left_out_and_so_are_later_ones_of_its_cache():
+    def rows(job):
+        return pl.DataFrame({"n": [refusing(job)]})
+
+    told, seen = [], []
+    attempts = [Attempt(*job) for job in (
+        ("b", lambda: rows(("b", 0)), "1 token"), ("b", lambda: rows(("a", 0)), "2 tokens"),
+        ("a", lambda: rows(("a", 1))),
+    )]  # fmt: skip
+    frame, left_out = possible_rows(
+        attempts, {"n": pl.Int64}, lambda *said: told.append(said), lambda so_far, _: seen.append(so_far.height)
+    )
+    assert frame["n"].to_list() == [11]
+    assert left_out == {"b": "from 1 token on: It has no b."}
+    assert seen == [0, 1]
+    assert told == [
+        (0, 3, "b at 1 token"),
+        (0, 3, "b at 1 token is left out: It has no b."),
+        (2, 3, "a"),
+        (3, 3, "done"),
+    ]
 
 
 def test_a_stopped_run_goes_on_from_its_file(tmp_path):
@@ -75,10 +97,11 @@ def test_a_stopped_run_goes_on_from_its_file(tmp_path):
 
 def test_one_new_process_goes_on_where_another_died(tmp_path):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        workers = Workers(pool)
+        experiment = Experiment(partial(dying, tmp_path / "flag"), executor=pool)
         with pytest.warns(UserWarning, match="A worker process died, .* one new process does the rest"):
-            found = dict(workers.results(partial(dying, tmp_path / "flag"), JOBS))
+            found = dict(experiment.run(JOBS))
         assert found == {job: length(job) for job in JOBS}
+        experiment.measure, experiment.known = partial(dying, None), {}
         with pytest.raises(InputError, match=r"died again, alone and while it was at this job: \('b', 0\)"):
-            list(workers.results(partial(dying, None), JOBS[::-1]))
-        workers.close()
+            list(experiment.run(JOBS[::-1]))
+        experiment.close()

@@ -20,7 +20,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture
 from veloxlab.measure.bench.timing import median_seconds
 from veloxlab.measure.calibrate import calibrate
-from veloxlab.measure.experiments import Experiment, LeftOut
+from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, judge, reference
 from veloxlab.mlxlm.probe import probe, slot_of
 from veloxlab.mlxlm.quantized import quantized_cache
@@ -62,68 +62,62 @@ def compare(
 ) -> pl.DataFrame:
     """Measure every method at those of ``bits`` that it has, and mlx-lm's quantized cache: a row each, `COMPARED`.
 
-    Everything is compressed, no token is kept exact, and each is seen through its codes. Methods that have to be
-    calibrated are, on the validation text. A cache that this model cannot have is left out; ``progress`` and
-    ``on_rows`` are told why.
+    Every token is compressed, and is read through its codes. Methods that need it are calibrated on the validation
+    text. A cache that this model cannot have is left out; ``progress`` and ``on_rows`` are told why.
 
     Raises
     ------
     InputError : as `veloxlab.reference` and `veloxlab.capture`; or every cache is left out.
     """
-    jobs: dict[str, Callable[[], CacheMaker]] = {
-        f"{m.id} {b} bit": partial(_ours, model, tokenizer, m, b)
-        for m in METHODS.values()
-        for b in bits
-        if m.id != "none" and b in m.bits
-    }
-    theirs = [b for b in (2, 3, 4, 8) if b in bits or b == 8]
-    jobs |= {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     seen = capture(model, tokenizer, text, tokens=tokens).layers[0]
     plain = cache_speed(seen, KVCache)
-    experiment: Experiment[str, pl.DataFrame] = Experiment(
-        lambda name: _row(exact, seen, plain, name, jobs[name]()), progress=progress
-    )
-    left_out: dict[str, str] = {}
-    for name, result in experiment.run_possible(tuple(jobs)):
-        if isinstance(result, LeftOut):
-            left_out[name] = result.reason
-        on_rows(pl.concat([pl.DataFrame(schema=COMPARED), *experiment.known.values()]), left_out)
-    if not experiment.known:
+    ours = ((m, b) for m in METHODS.values() for b in bits if m.id != "none" and b in m.bits)
+    makers = {f"{m.id} {b} bit": partial(_ours, model, tokenizer, m, b) for m, b in ours}
+    theirs = (b for b in (2, 3, 4, 8) if b in bits or b == 8)
+    makers |= {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}
+    attempts = [Attempt(name, partial(_row, exact, seen, plain, name, maker)) for name, maker in makers.items()]
+    frame, left_out = possible_rows(attempts, COMPARED, progress, on_rows)
+    if frame.is_empty():
         first, reason = next(iter(left_out.items()))
         raise InputError(f"No cache can be compared with this model's own; {first}: {reason}")
-    return pl.concat(experiment.known.values())
+    return frame
 
 
-def _row(exact: Reference, seen: LayerCapture, plain: tuple[float, float], name: str, make: CacheMaker) -> pl.DataFrame:
+def _row(
+    exact: Reference, seen: LayerCapture, plain: tuple[float, float], name: str, maker: Callable[[], CacheMaker]
+) -> pl.DataFrame:
     """One row of `COMPARED`; ``plain`` are the seconds of the exact cache to store and to attend."""
+    make = maker()
     facts = next(found for found in probe(exact.model) if found.compressible)  # of the layer that was captured first
     store, attend = cache_speed(seen, lambda: slot_of(make(exact.model), facts))
-    row = judge(exact, make, name=name)
-    return row.with_columns(
-        chunk=pl.lit(None if name.startswith("mlx-lm") else "codes"),
-        store_us=pl.lit(1e6 * store / len(exact.stretches[0])),
-        store_ratio=pl.lit(store / plain[0]),
-        attend_us=pl.lit(1e6 * attend),
-        attend_ratio=pl.lit(attend / plain[1]),
-    ).match_to_schema(COMPARED)
+    times = {
+        "store_us": 1e6 * store / len(exact.stretches[0]),
+        "store_ratio": store / plain[0],
+        "attend_us": 1e6 * attend,
+        "attend_ratio": attend / plain[1],
+    }
+    chunk = pl.lit(None if name.startswith("mlx-lm") else "codes")
+    return judge(exact, make, name=name).with_columns(chunk=chunk, **times).match_to_schema(COMPARED)
 
 
 def _ours(model: Module, tokenizer: Any, method: Method, bits: int) -> CacheMaker:  # noqa: ANN401
     fitted = calibrate(model, tokenizer, method.id, bits=bits) if method.calibrated else None
-    return lambda m: make_cache(m, method.id, bits=bits, calibration=fitted, chunk="codes", sinks=0, window=0)
+    return partial(
+        make_cache, method_or_plan=method.id, bits=bits, calibration=fitted, chunk="codes", sinks=0, window=0
+    )
 
 
 def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds to store a layer's captured keys and values, and seconds for one query to attend to them all.
+    """Seconds to store a layer's captured keys and values, and seconds of one query's attention to them all.
 
-    ``make`` gives an empty cache for the layer, ours or any of mlx-lm's. Medians of `REPEATS`, after two first tries.
+    ``make`` gives an empty cache of the layer. Medians of `REPEATS`, after two warm-up runs.
     """
     keys, values = layer.keys, layer.values
     heads = keys.shape[1] if layer.queries is None else layer.queries.shape[1]
     query = mx.random.normal((1, heads, 1, keys.shape[-1]), dtype=keys.dtype, key=mx.random.key(0))
     cache = make()
-    read_keys, read_values = cache.update_and_fetch(keys, values)
+    read = cache.update_and_fetch(keys, values)
     mx.eval(cache.state, query)
 
     def store() -> object:
@@ -132,31 +126,29 @@ def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, fl
         return fresh.state
 
     def attend() -> object:
-        own = mx.array(query)  # mlx-lm's quantized attention scales the one that it is given in its place
-        return scaled_dot_product_attention(
-            own, read_keys, read_values, cache=cache, scale=keys.shape[-1] ** -0.5, mask=None
-        )
+        own = mx.array(query)  # mlx-lm's quantized attention scales the query that it is given in place
+        return scaled_dot_product_attention(own, *read, cache=cache, scale=keys.shape[-1] ** -0.5, mask=None)
 
     return median_seconds(store, REPEATS), median_seconds(attend, REPEATS)
 
 
 def byte_ratios(kv_heads: int = 8, head_dim: int = 128, tokens: int = 8192) -> pl.DataFrame:
-    """Fill real caches of one layer with random keys and values, and read their bytes: `RATIOS`.
+    """Fill the caches of `PRESETS`, of one layer, with random keys and values, and read their bytes: `RATIOS`.
 
-    Codebooks are counted; they are fitted to random vectors. The caches are those of `PRESETS`.
+    Codebooks are counted; they are fitted to random vectors.
     """
     x = mx.random.normal((1, kv_heads, tokens, head_dim), key=mx.random.key(0)).astype(mx.float16)
     sample = Sample(x[:, :, :1024].astype(mx.float32))
     rows = []
-    for name, key_bits, value_bits in PRESETS:
-        widths = dict(zip(ROLES, (key_bits, value_bits), strict=True))
-        codecs = {
-            tensor: find_method(name).codec(head_dim, bits, tensor).fit(sample) for tensor, bits in widths.items()
-        }
-        cache = CompressedKVCache(codecs["keys"], codecs["values"], sinks=0, window=0)
+    for method, *widths in PRESETS:
+        codecs = [
+            find_method(method).codec(head_dim, bits, tensor).fit(sample)
+            for tensor, bits in zip(ROLES, widths, strict=True)
+        ]
+        cache = CompressedKVCache(*codecs, sinks=0, window=0)
         cache.update_and_fetch(x, x)
         mx.eval(cache.state)
-        keys, values = (cache.side_nbytes(tensor) + codec.shared_bytes for tensor, codec in codecs.items())
+        keys, values = (cache.side_nbytes(t) + codec.shared_bytes for t, codec in zip(ROLES, codecs, strict=True))
         ratios = (x.nbytes / keys, x.nbytes / values, 2 * x.nbytes / (keys + values))
-        rows.append((f"{name} K{key_bits} V{value_bits}", tokens, head_dim, *ratios))
+        rows.append((f"{method} K{widths[0]} V{widths[1]}", tokens, head_dim, *ratios))
     return pl.DataFrame(rows, schema=RATIOS, orient="row")

@@ -1,7 +1,7 @@
-"""One runner for experiments: jobs, such as settings of a cache on windows of text, that are each measured once.
+"""Experiments: jobs that are each measured once, in this process or in the workers of an executor.
 
-Jobs run in this process or in the workers of any executor, and results can be kept in a file from which a run that was
-stopped goes on.
+An `Experiment` can keep its results in a file, from which a stopped run continues. `possible_rows` is for jobs that may
+fail.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Se
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field
-from functools import partial
 from multiprocessing import get_context
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import polars as pl
 
 from veloxlab.errors import InputError
-from veloxlab.progress import Progress, in_words, silent
+from veloxlab.progress import OnRows, Progress, in_words, silent
 from veloxlab.store import Unfinished
 
 J = TypeVar("J", bound=Hashable)
@@ -24,49 +25,88 @@ R = TypeVar("R")
 
 
 @dataclass(eq=False)
-class Workers:
-    """Does jobs in this process, or in those of an executor. To be closed in the end.
+class Experiment(Generic[J, R]):
+    """Measures jobs, and knows the results of all that it measured. Close it at the end.
 
     If a process of the executor dies, one new process does the jobs that are left.
+
+    Attributes
+    ----------
+    measure : does one job; with an executor, a function that can be sent to a process.
+    name : a job in words, for ``progress`` and messages.
+    executor : where jobs are done; None for this process.
+    progress : told before the first job and after each; what it raises ends the run and cancels waiting jobs.
+    known : results by job.
     """
 
+    measure: Callable[[J], R]
+    name: Callable[[J], str] = str
     executor: Executor | None = None
-    _spare: ProcessPoolExecutor | None = None
+    progress: Progress = silent
+    known: dict[J, R] = field(default_factory=dict)
+    _keep: Callable[[], object] = field(default=lambda: None, repr=False)
+    _spare: ProcessPoolExecutor | None = field(default=None, repr=False)
 
     def close(self) -> None:
-        """End the process that was started in the place of a dead one, if there is one."""
+        """End the process that replaced a dead one, if there is one."""
         if self._spare is not None:
             self._spare.shutdown(cancel_futures=True)
 
-    def results(
-        self, work: Callable[[J], R], jobs: Sequence[J], name: Callable[[J], str] = str
-    ) -> Generator[tuple[J, R]]:
-        """Give each job and its result, as it is done; ``work`` is a function that can be sent to a process.
+    def go_on(
+        self,
+        unfinished: Unfinished,
+        to_rows: Callable[[Mapping[J, R]], Any],
+        from_rows: Callable[[Any], Mapping[J, R]],
+    ) -> None:
+        """Take over the results in a file, and keep there what is measured from now on.
+
+        ``to_rows`` makes JSON of all results, and ``from_rows`` is its inverse.
+        """
+        rows = unfinished.read()
+        if rows is not None:
+            self.known |= from_rows(rows)
+        self._keep = lambda: unfinished.put(to_rows(self.known))
+
+    def run(self, jobs: Sequence[J], *, done: int = 0, total: int | None = None) -> Iterator[tuple[J, R]]:
+        """Give each job and its result, known ones first.
+
+        ``done`` of ``total`` jobs came before these, for ``progress``.
 
         Raises
         ------
-        InputError : the new process died too. It does one job at a time, and the sentence gives the job's ``name``.
+        InputError : the new process died too. It does one job at a time, and the sentence names the job.
         """
-        left = list(dict.fromkeys(jobs))
+        jobs = tuple(dict.fromkeys(jobs))
+        known = [(job, self.known[job]) for job in jobs if job in self.known]
+        left = [job for job in jobs if job not in self.known]
+        total = done + len(jobs) if total is None else total
+        done += len(known)
+        labels = iter([*map(self.name, left), "done"])
+        yield from known
+        self.progress(done, total, next(labels))
         while left:
             try:
-                with closing(self._tried(work, tuple(left))) as done:
-                    for job, result in done:
+                with closing(self._results(left)) as results:
+                    for job, result in results:
                         left.remove(job)
+                        self.known[job] = result
+                        self._keep()
+                        done += 1
                         yield job, result
+                        self.progress(done, total, next(labels))
             except BrokenExecutor as error:
-                self._replace_executor(error, name(left[0]))
+                self._replace_executor(error, self.name(left[0]))
 
-    def _tried(self, work: Callable[[J], R], jobs: Sequence[J]) -> Generator[tuple[J, R]]:
-        """As `results`; if the executor breaks, that is raised after the jobs that it finished were given."""
+    def _results(self, jobs: Sequence[J]) -> Generator[tuple[J, R]]:
+        """Give each job and its result as it is done; of a broken executor, first what it finished, then the error."""
         if self.executor is None:
-            yield from ((job, work(job)) for job in jobs)
+            yield from ((job, self.measure(job)) for job in tuple(jobs))
             return
         futures: dict[Future[R], J] = {}
         broken: BrokenExecutor | None = None
         try:
             for job in jobs:
-                futures[self.executor.submit(work, job)] = job
+                futures[self.executor.submit(self.measure, job)] = job
             for future in as_completed(futures):
                 try:
                     result = future.result()
@@ -89,90 +129,36 @@ class Workers:
         warnings.warn(
             "A worker process died, perhaps for want of memory, and its executor takes no more jobs. What was measured "
             "is kept, and one new process does the rest.",
-            stacklevel=2,
+            stacklevel=3,
         )
         self._spare = self.executor = ProcessPoolExecutor(1, mp_context=get_context("spawn"))  # a fork loses threads
 
 
-@dataclass(frozen=True)
-class LeftOut:
-    """In the place of a result: why a job has none, in one line."""
+class Attempt(NamedTuple):
+    """Measures the rows of one cache, ``at`` so many tokens if that is said; it may fail."""
 
-    reason: str
-
-
-@dataclass(eq=False)
-class Experiment(Generic[J, R]):
-    """Measures jobs, and knows the results of all that it has measured.
-
-    Attributes
-    ----------
-    measure : does one job: with an executor, a function of a module or a `functools.partial` of one.
-    name : a job in words, for ``progress`` and messages.
-    workers : where jobs are done.
-    progress : told before the first job and after each; what it raises ends the run and cancels jobs that wait.
-    known : results by job.
-    """
-
-    measure: Callable[[J], R]
-    name: Callable[[J], str] = str
-    workers: Workers = field(default_factory=Workers)
-    progress: Progress = silent
-    known: dict[J, R] = field(default_factory=dict)
-    _keep: Callable[[], object] = field(default=lambda: None, repr=False)
-
-    def go_on(
-        self,
-        unfinished: Unfinished,
-        to_rows: Callable[[Mapping[J, R]], Any],
-        from_rows: Callable[[Any], Mapping[J, R]],
-    ) -> None:
-        """Take over the results in a file, and keep there what is measured from now on.
-
-        ``to_rows`` makes JSON of all results, and ``from_rows`` is its inverse.
-        """
-        rows = unfinished.read()
-        if rows is not None:
-            self.known |= from_rows(rows)
-        self._keep = lambda: unfinished.put(to_rows(self.known))
-
-    def run(self, jobs: Sequence[J], *, done: int = 0, total: int | None = None) -> Iterator[tuple[J, R]]:
-        """Give each job and its result, known ones first.
-
-        ``done`` of ``total`` jobs came before these, for ``progress``.
-        """
-        yield from self._run(self.measure, jobs, done, total)  # type: ignore[misc]  # none is left out
-
-    def run_possible(self, jobs: Sequence[J]) -> Iterator[tuple[J, R | LeftOut]]:
-        """As `run`, but a job that fails in any way is left out."""
-        yield from self._run(partial(_result_or_reason, self.measure), jobs, 0, None)
-
-    def _run(
-        self, work: Callable[[J], R | LeftOut], jobs: Sequence[J], done: int, total: int | None
-    ) -> Iterator[tuple[J, R | LeftOut]]:
-        jobs = tuple(dict.fromkeys(jobs))
-        new = [job for job in jobs if job not in self.known]
-        total = done + len(jobs) if total is None else total
-        for job in jobs:
-            if job in self.known:
-                done += 1
-                yield job, self.known[job]
-        labels = iter([*map(self.name, new), "done"])
-        self.progress(done, total, next(labels))
-        with closing(self.workers.results(work, new, self.name)) as results:
-            for job, result in results:
-                if isinstance(result, LeftOut):
-                    self.progress(done, total, f"{self.name(job)} is left out: {result.reason}")
-                else:
-                    self.known[job] = result
-                    self._keep()
-                done += 1
-                yield job, result
-                self.progress(done, total, next(labels))
+    cache: str
+    measure: Callable[[], pl.DataFrame]
+    at: str = ""
 
 
-def _result_or_reason(measure: Callable[[J], R], job: J) -> R | LeftOut:
-    try:
-        return measure(job)
-    except Exception as error:  # noqa: BLE001 - a method, a model or mlx-lm may refuse in any way
-        return LeftOut(in_words(error))
+def possible_rows(
+    attempts: Sequence[Attempt], schema: Mapping[str, Any], progress: Progress, on_rows: OnRows
+) -> tuple[pl.DataFrame, dict[str, str]]:
+    """Rows of the attempts that succeed, and why each cache that failed was left out from there on."""
+    frames = [pl.DataFrame(schema=schema)]
+    left_out: dict[str, str] = {}
+    for i, (cache, measure, at) in enumerate(attempts):
+        if cache in left_out:
+            continue
+        label = f"{cache} at {at}" if at else cache
+        progress(i, len(attempts), label)
+        try:
+            frames.append(measure())
+        except Exception as error:  # noqa: BLE001 - a method, a model, mlx-lm or MLX may refuse in any way
+            reason = in_words(error)
+            left_out[cache] = f"from {at} on: {reason}" if at else reason
+            progress(i, len(attempts), f"{label} is left out: {reason}")
+        on_rows(pl.concat(frames), left_out)
+    progress(len(attempts), len(attempts), "done")
+    return pl.concat(frames), left_out

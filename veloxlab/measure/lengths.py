@@ -1,7 +1,7 @@
-"""What a length of text costs: memory at its peak while it is read and while it is continued, and a token's time.
+"""What a length of text costs: peak memory while it is read and while it is continued, and the time of a token.
 
-A peak is what MLX had allocated at most, less the model's weights: keys, values and codes, and everything that is
-computed from them on the way. All caches of one call are measured in one run on one device.
+A peak is the most that MLX had allocated, without the weights. All caches of one call are measured in one run on one
+device.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,10 @@ from mlx_lm.models.llama import Model, ModelArgs
 from veloxlab.cache.make import make_cache
 from veloxlab.cache.room import CHUNK
 from veloxlab.errors import InputError
+from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.mlxlm.probe import exact_width, own_cache, slots_of
 from veloxlab.mlxlm.quantized import quantized_cache
-from veloxlab.progress import OnRows, Progress, in_words, silent, unseen
+from veloxlab.progress import OnRows, Progress, silent, unseen
 
 LENGTHS = {
     "cache": pl.String,
@@ -36,12 +38,13 @@ LENGTHS = {
 """Columns of `costs_by_length`."""
 
 STEPS = 7
+WARM_UP = 2  # tokens that are computed before those that are timed
 
 Maker = Callable[[], list[Any]]
 
 
 def makers(model: Module, bits: Sequence[int] = (4,), theirs: Sequence[int] = (4, 8)) -> dict[str, Maker]:
-    """The model's own cache, TurboQuant at some ``bits``, and mlx-lm's quantized cache at the widths ``theirs``."""
+    """The model's own cache, mlx-lm's quantized one at the widths ``theirs``, and TurboQuant at some ``bits``."""
     made: dict[str, Maker] = {f"exact {exact_width(model)} bit": partial(own_cache, model)}
     made |= {f"mlx-lm {b} bit": partial(quantized_cache, model, b) for b in theirs}
     return made | {f"turboquant {b} bit": partial(make_cache, model, "turboquant", bits=b) for b in bits}
@@ -56,31 +59,19 @@ def costs_by_length(
     progress: Progress = silent,
     on_rows: OnRows = unseen,
 ) -> pl.DataFrame:
-    """Fill each of ``caches`` up to each of ``lengths``, or of its own ones, with tokens at random: `LENGTHS`.
+    """Fill each of ``caches`` with random tokens up to each of ``lengths``, or of its own ones: `LENGTHS`.
 
     A cache that a model, or mlx-lm on this device, cannot have is left out from the length on at which it fails;
     ``progress`` and ``on_rows`` are told why.
     """
     wanted = lengths if isinstance(lengths, Mapping) else dict.fromkeys(caches, lengths)
-    total = sum(map(len, wanted.values()))
     ids = mx.random.randint(0, 90, (1, max(n for own in wanted.values() for n in own)), key=mx.random.key(0))
     mx.eval(ids)
-    rows: list[dict[str, object]] = []
-    left_out: dict[str, str] = {}
+    attempts = []
     for name, make in caches.items():
         filling = _Filling(model, make, ids, chunk)
-        for tokens in sorted(set(wanted[name])):
-            at = f"{name} at {tokens:,} tokens"
-            progress(len(rows), total, at)
-            try:
-                rows.append({"cache": name, "tokens": tokens, **filling.costs(tokens)})
-            except Exception as error:  # noqa: BLE001 - a model, mlx-lm or MLX may refuse in any way
-                left_out[name] = f"from {tokens:,} tokens on: {in_words(error)}"
-                progress(len(rows), total, f"{at} is left out: {in_words(error)}")
-            on_rows(pl.DataFrame(rows, schema=LENGTHS), left_out)
-            if name in left_out:
-                break
-    return pl.DataFrame(rows, schema=LENGTHS)
+        attempts += [Attempt(name, partial(filling.row, name, n), f"{n:,} tokens") for n in sorted(set(wanted[name]))]
+    return possible_rows(attempts, LENGTHS, progress, on_rows)[0]
 
 
 def read(model: Module, ids: mx.array, cache: list[Any], chunk: int = CHUNK) -> None:
@@ -91,17 +82,19 @@ def read(model: Module, ids: mx.array, cache: list[Any], chunk: int = CHUNK) -> 
         mx.eval(hidden, [entry.state for entry in cache])
 
 
+@dataclass(eq=False)
 class _Filling:
     """One cache, which grows from length to length."""
 
-    def __init__(self, model: Module, make: Maker, ids: mx.array, chunk: int) -> None:
-        self.model, self.make, self.ids, self.chunk = model, make, ids, chunk
-        self.cache: list[Any] = []
-        self.done = self.weights = 0  # tokens that it has read; bytes
+    model: Module
+    make: Maker
+    ids: mx.array
+    chunk: int
+    done: int = 0  # tokens that it has read
 
-    def costs(self, tokens: int) -> dict[str, object]:
-        """Read up to so many tokens, and give the numbers of a row of `LENGTHS`."""
-        if not self.cache:
+    def row(self, name: str, tokens: int) -> pl.DataFrame:
+        """Read up to so many tokens, and give a row of `LENGTHS`."""
+        if not self.done:
             self.cache = self.make()
             mx.clear_cache()
             mx.synchronize()
@@ -114,12 +107,10 @@ class _Filling:
         read(self.model, self.ids[:, self.done : tokens], self.cache, self.chunk)
         self.done, prefill = tokens, mx.get_peak_memory() - self.weights
         held = sum(entry.nbytes for entry in self.cache)
-        seconds, decode = self._decoding()
-        columns = ("held_bytes", "prefill_peak_bytes", "decode_peak_bytes", "decode_seconds")
-        return dict(zip(columns, (held, prefill, decode, seconds), strict=True))
+        return pl.DataFrame([(name, tokens, held, prefill, *self._decoding())], schema=LENGTHS, orient="row")
 
-    def _decoding(self) -> tuple[float | None, int | None]:
-        """Median seconds of a token, and the bytes at the peak, or None where it fails.
+    def _decoding(self) -> tuple[int | None, float | None]:
+        """Bytes at the peak, and median seconds of a token; None where it fails.
 
         The cache is then as before; one that cannot be trimmed has read some tokens more.
         """
@@ -129,8 +120,8 @@ class _Filling:
         failed: RuntimeError | None = None
         mx.clear_cache()
         try:
-            for step in range(STEPS + 2):
-                if step == 2:
+            for step in range(WARM_UP + STEPS):
+                if step == WARM_UP:
                     mx.reset_peak_memory()
                 start = time.perf_counter()
                 mx.eval(self.model(mx.array([[1]]), cache=self.cache))
@@ -147,7 +138,7 @@ class _Filling:
             self.done += len(seconds)
         else:
             raise failed
-        return (statistics.median(seconds[2:]), peak) if failed is None else (None, None)
+        return (None, None) if failed else (peak, statistics.median(seconds[WARM_UP:]))
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -180,9 +171,8 @@ def random_model(shape: str, **changes: Any) -> Model:
     """
     if shape not in SHAPES:
         raise InputError(f"No shape of {shape!r} is known: choose one of {', '.join(map(repr, SHAPES))}.")
-    model = Model(
-        ModelArgs(**{"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 96, **SHAPES[shape], **changes})
-    )
+    usual = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 96}
+    model = Model(ModelArgs(**{**usual, **SHAPES[shape], **changes}))
     model.set_dtype(mx.float16)
     mx.eval(model.parameters())
     return model

@@ -32,7 +32,6 @@ from veloxlab.checks import FILE, MODEL, PATH, checked, either, having, real, wh
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.calibrate import calibrate
-from veloxlab.measure.experiments import Workers
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.quality import Mode
 from veloxlab.progress import Progress, silent
@@ -233,8 +232,7 @@ def search(
         None if folder is None else str(Path(folder).resolve()),
     )
     do = partial(do_in_worker, job) if executor else bench(job, model, tokenizer).do
-    with closing(Workers(executor)) as workers:
-        runner = Runner(do, workers, windows, progress)
+    with closing(Runner(do, executor, windows, progress)) as runner:
         shape, identity = runner.model()
         asked = tuple(dict.fromkeys(c.within(shape) for c in asked))
         nbytes, calibrations = runner.weigh(asked)

@@ -19,7 +19,7 @@ from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.calibrate import calibrate
-from veloxlab.measure.experiments import Experiment, Workers
+from veloxlab.measure.experiments import Experiment
 from veloxlab.measure.quality import Mode, Reference, judge
 from veloxlab.mlxlm.identity import fingerprint, name_of
 from veloxlab.models.loading import load
@@ -176,14 +176,15 @@ class Runner:
     Parameters
     ----------
     do : does one `Job`: `Bench.do`, or with an executor a `functools.partial` of `do_in_worker`.
-    workers : where jobs are done.
+    executor : where jobs are done; None for this process.
     windows : how many windows the text has.
     progress : told of each job; what it raises cancels those that wait.
     """
 
-    def __init__(self, do: Callable[[Job], Any], workers: Workers, windows: int, progress: Progress) -> None:
-        self._experiment: Experiment[Job, Any] = Experiment(do, str, workers, progress)
+    def __init__(self, do: Callable[[Job], Any], executor: Executor | None, windows: int, progress: Progress) -> None:
+        self._experiment: Experiment[Job, Any] = Experiment(do, str, executor, progress)
         self._windows, self._measured = windows, 0
+        self.close = self._experiment.close
 
     def model(self) -> tuple[PlannedModel, str]:
         """The model's shape, and the checksum of the model, the text and the versions of the methods."""
