@@ -162,7 +162,9 @@ def test_what_was_measured_is_found_again_and_a_damaged_file_is_named(model, tmp
     assert measured(model, tmp_path, progress=lambda *_: pytest.fail("it was measured again")).equals(first)
     (file,) = tmp_path.iterdir()
     file.write_text(file.read_text().replace('"head": [\n   0', '"head": [\n   1', 1))
-    with pytest.warns(UserWarning, match="cannot be read .it is not what was written.. The file is made again"):
+    with pytest.warns(
+        UserWarning, match="cannot be read .it is not what was written.: measure them again. The file is"
+    ):
         assert measured(model, tmp_path).equals(first)
 
 

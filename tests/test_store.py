@@ -191,9 +191,9 @@ def test_one_flipped_bit_of_a_search_is_found_wherever_it_is(found, tmp_path):
         SearchResult.load(path)
 
 
-def test_a_sealed_parquet_of_another_format_is_refused(tmp_path):
+def test_a_parquet_file_of_another_format_is_refused(tmp_path):
     frame = pl.DataFrame({"text": ["sha256:" + "0" * 64]})
-    store.write_sealed_parquet(tmp_path / "some.parquet", frame, "one", {"a": 1})
-    assert store.read_sealed_parquet(tmp_path / "some.parquet", "one")[1] == {"a": 1}
+    store.write_parquet(tmp_path / "some.parquet", frame, "one", {"a": 1})
+    assert store.read_parquet(tmp_path / "some.parquet", "one")[1] == {"a": 1}
     with pytest.raises(ValueError, match="it is not of the format 'two'"):
-        store.read_sealed_parquet(tmp_path / "some.parquet", "two")
+        store.read_parquet(tmp_path / "some.parquet", "two")

@@ -1,4 +1,4 @@
-"""Files that veloxlab writes: whole or not at all, under a checksum, or one sentence says why they cannot be written.
+"""Files that veloxlab writes: whole or not at all, with a checksum, or one sentence says why they cannot be written.
 
 A file is written beside its place under a name of `_PART` and then moved there. While it is written it is locked: what
 is not locked was left by a process that was killed, and the next write into that folder removes it.
@@ -27,13 +27,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _PART = ".veloxlab-{}.part"
-_SEAL, _NO_SEAL = b"sha256:", b"0" * 64  # before a checksum, and where it will be
-
-# places ---------------------------------------------------------------------------------------------------------------
+_BEFORE_SUM, _NO_SUM = b"sha256:", b"0" * 64  # in a Parquet file
+_exists, _is_folder = os.path.exists, os.path.isdir  # those of `Path` raise where a folder above may not be read
 
 
 def kept_in(kind: str, folder: str | Path | None = None) -> Path:
-    """Give the folder that keeps measurements of a ``kind``: the one named, or of the user's cache."""
+    """Give the folder that keeps measurements of a ``kind``: the one named, or one of the user's cache."""
     return Path(folder) if folder else platformdirs.user_cache_path("veloxlab") / kind
 
 
@@ -50,14 +49,11 @@ def make_folder(folder: str | Path) -> Path:
 
 def check_place(path: Path) -> None:
     """Raise `InputError` if no file can be written at ``path``: for before work that takes long."""
-    with _one_sentence(path):
+    with _writing(path):
         if _is_folder(path):
             raise IsADirectoryError
         with _part_in(path.parent):
             pass
-
-
-# writing --------------------------------------------------------------------------------------------------------------
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -68,22 +64,19 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_together(contents: Mapping[Path, bytes]) -> None:
     """Replace files by new contents: a reader, or a crash, finds each as it was or as it is to be.
 
-    All are written before the first is replaced, so that a full disk changes none of them.
-
-    Raises
-    ------
-    InputError : there is no such folder, it is no place for a file, or it cannot be written.
+    All are written before the first is replaced, so that a full disk changes none. Raises `InputError` if there is no
+    such folder, it is no place for a file, or it cannot be written.
     """
     with ExitStack() as stack:
         parts = {}
         for path, content in contents.items():
-            with _one_sentence(path):
+            with _writing(path):
                 parts[path], file = stack.enter_context(_part_in(path.parent))
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())  # some disks tell only now that they are full
         for path, part in parts.items():
-            with _one_sentence(path):
+            with _writing(path):
                 part.replace(path)
         for folder in {path.parent for path in contents}:
             _remove_leftovers(folder)
@@ -116,8 +109,8 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 @contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
-    """Make of what goes wrong with writing ``path`` an `InputError`."""
+def _writing(path: Path) -> Iterator[None]:
+    """Make one `InputError` of what goes wrong when ``path`` is written."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -130,15 +123,18 @@ def _one_sentence(path: Path) -> Iterator[None]:
         raise InputError(said) from error
 
 
-def _is_folder(path: Path) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112 - `Path.is_dir` raises where a folder above may not be read
+@contextmanager
+def reading(what: str, path: Path, way_out: str) -> Iterator[None]:
+    """Make one `InputError` of what goes wrong when ``path``, which is ``what``, is read."""
+    try:
+        yield
+    except Exception as error:  # what is damaged, or of another version, can fail in any way
+        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
+        raise InputError(f"The {what} {path} cannot be read ({reason}): {way_out}.") from error
 
 
-def _reason(error: OSError | ValueError) -> str:
+def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
-
-
-# keeping what took long -----------------------------------------------------------------------------------------------
 
 
 def kept(path: Path, load: Callable[[Path], T], make: Callable[[], T], save: Callable[[T, Path], object]) -> T:
@@ -147,7 +143,7 @@ def kept(path: Path, load: Callable[[Path], T], make: Callable[[], T], save: Cal
     A file that ``load`` refuses is named in a warning and made again. Where nothing can be written a warning says so,
     and what was made is given all the same.
     """
-    if os.path.exists(path):  # noqa: PTH110 - as `_is_folder`
+    if _exists(path):
         try:
             return load(path)
         except InputError as error:
@@ -162,13 +158,10 @@ def kept(path: Path, load: Callable[[Path], T], make: Callable[[], T], save: Cal
 
 
 class Unfinished:
-    """What a long run measured so far, in a file from which the same run goes on after it was stopped.
+    """What a long run measured so far, in a file from which the same run continues after it was stopped.
 
-    Parameters
-    ----------
-    path : of the file; None keeps nothing.
-    format : names the kind of run.
-    facts : all that the measurements depend on, as JSON holds it.
+    ``path`` None keeps nothing; ``format`` names the kind of run; ``facts`` are all that the measurements depend on,
+    as JSON holds it.
     """
 
     def __init__(self, path: Path | None, format: str, facts: Mapping[str, Any]) -> None:  # noqa: A002 - as in the file
@@ -176,14 +169,10 @@ class Unfinished:
 
     def read(self) -> Any:  # noqa: ANN401 - any JSON
         """Give what `put` wrote last for the same facts, or None; raises `InputError` for a damaged file."""
-        if self._path is None or not os.path.exists(self._path):  # noqa: PTH110 - as `_is_folder`
+        if self._path is None or not _exists(self._path):
             return None
-        try:
-            content = read_sealed(self._path, self._format)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"The unfinished run {self._path} cannot be read ({error}): delete it and start again."
-            ) from error
+        with reading("unfinished run", self._path, "delete it and start again"):
+            content = read_json(self._path, self._format)
         return content["rows"] if content["facts"] == self._facts else None
 
     def put(self, rows: Any) -> None:  # noqa: ANN401
@@ -191,10 +180,10 @@ class Unfinished:
         if self._path is None:
             return
         try:
-            if not self._path.exists():
+            if not _exists(self._path):
                 make_folder(self._path.parent)
-            content = {"format": self._format, "facts": self._facts, "rows": rows}
-            write_sealed(self._path, content, indent=None)  # ten times as fast, and it is written often
+            # without an indent: that is ten times as fast, and it is written often
+            write_json(self._path, self._format, {"facts": self._facts, "rows": rows}, indent=None)
         except InputError as error:
             self._path = None
             warnings.warn(f"{error} The run goes on, and what it measures is not kept until its end.", stacklevel=2)
@@ -206,54 +195,57 @@ class Unfinished:
                 self._path.unlink()
 
 
-# checksums ------------------------------------------------------------------------------------------------------------
+def digest(content: object, *files: bytes) -> str:
+    """SHA-256 of what JSON can hold, and of the contents of files, in hex digits."""
+    return hashlib.sha256(b"".join([json.dumps(content, sort_keys=True).encode(), *files])).hexdigest()
 
 
-def write_sealed(path: Path, content: Mapping[str, Any], indent: int | None = 1) -> None:
-    """Write ``content`` as JSON with the checksum of all it says, whole or not at all."""
-    write_atomically(path, json.dumps({**content, "sha256": digest(content)}, indent=indent).encode())
+def write_json(
+    path: Path,
+    format: str,  # noqa: A002 - the field's name in the file
+    content: Mapping[str, Any],
+    beside: Mapping[Path, bytes] | None = None,
+    indent: int | None = 1,
+) -> None:
+    """Write ``content`` as JSON of a ``format``, whole or not at all, together with files ``beside`` it.
+
+    The field ``sha256`` is the checksum of all of them.
+    """
+    files = beside or {}
+    content = {"format": format, **content}
+    said = json.dumps({**content, "sha256": digest(content, *files.values())}, indent=indent)
+    write_together({**files, path: said.encode()})
 
 
-def read_sealed(path: Path, format: str) -> dict[str, Any]:  # noqa: A002 - the field's name in the file
-    """Read what `write_sealed` wrote under a ``"format"``.
+def read_json(path: Path, format: str, *beside: Path) -> dict[str, Any]:  # noqa: A002
+    """Read what `write_json` wrote: the content alone.
 
     Raises
     ------
-    OSError, ValueError : it is missing, of another format, or not what was written.
+    OSError, ValueError : a file is missing, of another format, or not what was written.
     """
     content = json.loads(path.read_bytes())
     if not isinstance(content, dict) or content.get("format") != format:
         raise ValueError(f"it is not of the format {format!r}")
-    if content.pop("sha256", None) != digest(content):
-        raise ValueError("it is not what was written")
+    if content.pop("sha256", None) != digest(content, *(file.read_bytes() for file in beside)):
+        raise ValueError(" or ".join(["it", *(file.name for file in beside)]) + " is not what was written")
+    del content["format"]
     return content
 
 
-def digest(content: object) -> str:
-    """SHA-256 of what JSON can hold, in hex digits."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def write_parquet(path: Path, frame: pl.DataFrame, format: str = "", facts: object = None) -> None:  # noqa: A002
+    """Write ``frame`` as Parquet, whole or not at all.
 
-
-def write_parquet(path: Path, frame: pl.DataFrame) -> None:
-    """Write ``frame`` as Parquet, whole or not at all."""
-    held = io.BytesIO()
-    frame.write_parquet(held)
-    write_atomically(path, held.getvalue())
-
-
-def write_sealed_parquet(path: Path, frame: pl.DataFrame, format: str, said: object) -> None:  # noqa: A002
-    """Write ``frame`` as Parquet, whole or not at all, with ``said`` as JSON and the checksum of the whole file.
-
-    The checksum is in the file's metadata, and is that of the file with zeros in its place.
+    With a ``format``, ``facts`` go with it as JSON, and the checksum of the whole file, which counts as zeros there.
     """
+    said = {format: json.dumps(facts), "checksum": (_BEFORE_SUM + _NO_SUM).decode()} if format else None
     held = io.BytesIO()
-    frame.write_parquet(held, metadata={format: json.dumps(said), "checksum": (_SEAL + _NO_SEAL).decode()})
-    before, behind = _around_seal(held.getvalue())
-    write_atomically(path, before + _sum(before, behind) + behind)
+    frame.write_parquet(held, metadata=said)
+    write_atomically(path, _with_sum(held.getvalue()) if format else held.getvalue())
 
 
-def read_sealed_parquet(path: Path, format: str) -> tuple[pl.DataFrame, Any]:  # noqa: A002
-    """Read the frame and what was said of it, as `write_sealed_parquet` wrote them.
+def read_parquet(path: Path, format: str) -> tuple[pl.DataFrame, Any]:  # noqa: A002
+    """Read a frame and facts, as `write_parquet` wrote them with a ``format``.
 
     Raises
     ------
@@ -263,8 +255,7 @@ def read_sealed_parquet(path: Path, format: str) -> tuple[pl.DataFrame, Any]:  #
     import polars as pl
 
     content = path.read_bytes()
-    before, behind = _around_seal(content)
-    if before + _sum(before, behind) + behind != content:
+    if _with_sum(content) != content:
         raise ValueError("it has no checksum, or is not what was written")
     metadata = pl.read_parquet_metadata(io.BytesIO(content))
     if format not in metadata:
@@ -272,11 +263,8 @@ def read_sealed_parquet(path: Path, format: str) -> tuple[pl.DataFrame, Any]:  #
     return pl.read_parquet(content), json.loads(metadata[format])
 
 
-def _around_seal(content: bytes) -> tuple[bytes, bytes]:
-    """What is before a file's checksum, and behind it."""
-    start = content.rfind(_SEAL) + len(_SEAL)
-    return content[:start], content[start + len(_NO_SEAL) :]
-
-
-def _sum(before: bytes, behind: bytes) -> bytes:
-    return hashlib.sha256(before + _NO_SEAL + behind).hexdigest().encode()
+def _with_sum(content: bytes) -> bytes:
+    """The same file with its checksum in the place for it."""
+    start = content.rfind(_BEFORE_SUM) + len(_BEFORE_SUM)
+    before, behind = content[:start], content[start + len(_NO_SUM) :]
+    return before + hashlib.sha256(before + _NO_SUM + behind).hexdigest().encode() + behind

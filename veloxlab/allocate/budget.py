@@ -131,7 +131,7 @@ class QualityFloor:
 Budget = AverageBits | BytesPerToken | TokensInMemory | QualityFloor
 BUDGET = either(
     instance(get_args(Budget), "vl.AverageBits, vl.BytesPerToken, vl.TokensInMemory or vl.QualityFloor"),
-    Check("a number of true bits above 0", lambda value: AverageBits(real(above=0).read(value))),
+    Check("a number of true bits above 0", real(above=0).fits, AverageBits),
 )
 """A budget, or a number of true bits."""
 

@@ -53,7 +53,7 @@ from veloxlab.cache.plan import Plan
 from veloxlab.checks import FILE, checked
 from veloxlab.codecs.method import ROLES, Role
 from veloxlab.errors import InputError
-from veloxlab.store import digest, read_sealed, write_sealed
+from veloxlab.store import digest, read_json, reading, write_json
 
 FORMAT = "veloxlab rate budget 1"
 SHORT = 19 / 18  # 2 1/8 code bits at a head dimension of 64
@@ -280,27 +280,21 @@ class RateBudget:
     def save(self, path: str | Path) -> Path:
         """Write JSON with a checksum, whole or not at all, and return the path; `InputError` where it cannot be."""
         path = Path(path)
-        write_sealed(path, {"format": FORMAT, **self._content()})
+        write_json(path, FORMAT, self._content())
         return path
 
     @classmethod
     @checked(path=FILE)
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `InputError` for a file that is missing or was altered."""
-        try:
-            content = read_sealed(Path(path), FORMAT)
-            del content["format"]
+        with reading("measurements", Path(path), "make them again with vl.rate_budget"):
+            content = read_json(Path(path), FORMAT)
             parts = {
                 "sensitivities": frame_of(content["sensitivities"], SENSITIVITIES),
                 "curves": frame_of(content["curves"], CURVES),
                 "sizes": tuple(LayerSize(**size) for size in content["sizes"]),
             }
             return cls(**(content | parts))
-        except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
-            raise InputError(
-                f"The measurements {path} cannot be read ({reason}): make them again with vl.rate_budget."
-            ) from error
 
     def _content(self) -> dict[str, Any]:
         frames = {name: getattr(self, name).to_dict(as_series=False) for name in ("sensitivities", "curves")}

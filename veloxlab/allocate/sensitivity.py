@@ -28,7 +28,7 @@ from veloxlab.measure.quality import divergence, log_probabilities
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
-from veloxlab.store import digest, kept, kept_in, read_sealed, write_sealed
+from veloxlab.store import digest, kept, kept_in, read_json, reading, write_json
 from veloxlab.texts import excerpt
 
 Sides = tuple[NDArray[np.float64], NDArray[np.float64]]  # of keys and of values, one number a KV head
@@ -207,9 +207,7 @@ def sensitivities(
         path,
         _loaded,
         lambda: pl.concat(_measured(model, read, by, sinks, progress)),
-        lambda made, path: write_sealed(
-            path, {"format": FORMAT, "facts": facts, "columns": made.to_dict(as_series=False)}
-        ),
+        lambda made, path: write_json(path, FORMAT, {"facts": facts, "columns": made.to_dict(as_series=False)}),
     )
     return frame if per_sequence else settled(frame, sequences)
 
@@ -235,10 +233,8 @@ def frame_of(columns: Mapping[str, Any], schema: Mapping[str, Any]) -> pl.DataFr
 
 def _loaded(path: Path) -> pl.DataFrame:
     """What was kept."""
-    try:
-        return frame_of(read_sealed(path, FORMAT)["columns"], _EACH)
-    except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"The sensitivities {path} cannot be read ({error}).") from error
+    with reading("sensitivities", path, "measure them again"):
+        return frame_of(read_json(path, FORMAT)["columns"], _EACH)
 
 
 def _measured(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +17,7 @@ from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.codecs.saving import check_version, from_parts, to_parts
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import fingerprint
-from veloxlab.store import digest, write_together
+from veloxlab.store import digest, read_json, reading, write_json
 
 FORMAT = "veloxlab calibration 3"
 Place = tuple[int, Role, int]  # layer, role, bits
@@ -118,11 +116,10 @@ class Calibration:
             name = f"{layer}.{role}.{bits}"
             entries.append({"layer": layer, "role": role, "bits": bits, "head_dim": codec.head_dim, "fields": plain})
             arrays |= {f"{name}/{key}": array for key, array in own.items()}
-        content = {"format": FORMAT, "method": self.method, "facts": dict(self.facts), "codecs": entries}
+        content = {"method": self.method, "facts": dict(self.facts), "codecs": entries}
         held = io.BytesIO()
         mx.save_safetensors(held, arrays or {"none": mx.zeros(1)})
-        said = json.dumps({**content, "sha256": _seal(content, held.getvalue())}, indent=1)
-        write_together({tensors: held.getvalue(), record: said.encode()})  # if one alone is moved, the seal tells
+        write_json(record, FORMAT, content, {tensors: held.getvalue()})  # if one alone is moved, the checksum tells
         return record
 
     @classmethod
@@ -130,35 +127,20 @@ class Calibration:
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `InputError` for a file that is missing, damaged or of another version."""
         tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
-        try:
-            content = json.loads(record.read_bytes())
-            if content.get("format") != FORMAT:
-                raise ValueError(f"its format is {content.get('format')!r} and not {FORMAT!r}")
-            if _seal(content, tensors.read_bytes()) != content.get("sha256"):
-                raise ValueError(f"it or {tensors.name} is not what was written")
+        with reading("calibration", record, "make it again with vl.calibrate"):
+            content = read_json(record, FORMAT, tensors)
             facts = content["facts"]
             arrays: dict[str, mx.array] = mx.load(str(tensors))  # type: ignore[assignment]
             mx.eval(arrays)
             method = find_method(content["method"])
             check_version(method.id, facts["version"])
             codecs = {_place(entry): _codec(entry, method.id, facts, arrays) for entry in content["codecs"]}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
-            raise InputError(
-                f"The calibration {record} cannot be read ({reason}): make it again with vl.calibrate."
-            ) from error
-        return cls(method.id, facts, codecs)
+            return cls(method.id, facts, codecs)
 
 
 def calibration_of(method: str, calibration: Calibration | None) -> Calibration | None:
     """``calibration`` where it is this method's, else None: where methods are chosen, most of them need none."""
     return calibration if calibration is not None and calibration.method == method else None
-
-
-def _seal(content: Mapping[str, Any], tensors: bytes) -> str:
-    """Hash of all that a calibration's two files say, but for the hash itself."""
-    said = {name: part for name, part in content.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode() + tensors).hexdigest()
 
 
 def _place(entry: Mapping[str, Any]) -> Place:

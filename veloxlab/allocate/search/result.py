@@ -35,7 +35,7 @@ from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.quality import Mode
 from veloxlab.progress import Progress, silent
-from veloxlab.store import Unfinished, digest, kept_in, read_sealed_parquet, write_sealed_parquet
+from veloxlab.store import Unfinished, digest, kept_in, read_parquet, reading, write_parquet
 
 FORMAT = "veloxlab search 2"
 UNFINISHED = "veloxlab unfinished search 1"
@@ -133,24 +133,21 @@ class SearchResult:
 
     @checked()
     def save(self, path: str | Path) -> Path:
-        """Write it as sealed Parquet, whole or not at all, and return the path; `InputError` where it cannot be."""
+        """Write it as Parquet with a checksum, and return the path; raises `InputError` where it cannot be written."""
         path = Path(path)
         said = {"shape": asdict(self.shape), "calibrations": dict(self.calibrations), "settings": dict(self.settings)}
-        write_sealed_parquet(path, self.frame, FORMAT, said)
+        write_parquet(path, self.frame, FORMAT, said)
         return path
 
     @classmethod
     @checked(path=FILE)
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `InputError` for a file that is missing, damaged or no search."""
-        try:
-            frame, said = read_sealed_parquet(Path(path), FORMAT)
+        with reading("search", Path(path), "make it again with vl.search"):
+            frame, said = read_parquet(Path(path), FORMAT)
             return cls(
                 frame.match_to_schema(SEARCHED), PlannedModel(**said["shape"]), said["calibrations"], said["settings"]
             )
-        except (OSError, ValueError, KeyError, TypeError, pl.exceptions.PolarsError) as error:
-            reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
-            raise InputError(f"The search {path} cannot be read ({reason}): make it again with vl.search.") from error
 
 
 @checked(**SEARCH)
