@@ -1,7 +1,7 @@
-"""What users may hand in: each kind of input is read in one place, and refused in one sentence.
+"""What users may give: each kind of input is a `Check`, which reads it, or refuses it in one sentence.
 
-A `Check` takes what means the same (numpy's numbers, any list) and gives Python's own. `checked` applies checks to a
-function's arguments by their names: ``bits`` or ``sinks`` mean the same in every function.
+A `Check` takes all that means the same (NumPy's numbers, any list) and gives Python's own. `checked` applies checks to
+a function's arguments by their names: ``bits`` or ``sinks`` mean the same in every function.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from inspect import Parameter, signature
@@ -21,8 +22,12 @@ from veloxlab.errors import InputError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-T = TypeVar("T")
+_REFUSALS = (TypeError, ValueError, OverflowError)
 _SHOWN = 60  # characters of a value in a message
+
+
+def _same(value: Any) -> Any:  # noqa: ANN401 - of any kind
+    return value
 
 
 @dataclass(frozen=True)
@@ -32,256 +37,217 @@ class Check:
     Attributes
     ----------
     words : what to give, for the sentence.
-    read : gives the value as it is used; raises TypeError or ValueError if it is of another kind.
+    fits : whether a value is of this kind; a TypeError or ValueError means that it is not.
+    convert : gives the value as it is used.
     """
 
     words: str
-    read: Callable[[Any], Any]
+    fits: Callable[[Any], Any] = lambda value: True
+    convert: Callable[[Any], Any] = _same
 
-    def __call__(self, name: str, value: object) -> Any:  # noqa: ANN401 - of many kinds
+    def read(self, value: Any) -> Any:  # noqa: ANN401
+        """Give what ``value`` means; raises TypeError, ValueError or OverflowError if it is of another kind."""
+        if not self.fits(value):
+            raise ValueError
+        return self.convert(value)
+
+    def __call__(self, name: str, value: object) -> Any:  # noqa: ANN401
         """Give what ``value`` means; raises `InputError` that names it, and says what to give."""
         try:
             return self.read(value)
-        except InputError:
-            raise
-        except (TypeError, ValueError, OverflowError):
+        except _REFUSALS:
             raise InputError(f"{name}{_shown(value)} cannot be used: give {self.words}.") from None
 
 
-def whole(least: int | None = None, most: int | None = None) -> Check:
-    """A whole number of Python or numpy; True and False are none."""
-
-    def read(value: Any) -> int:  # noqa: ANN401
-        number = operator.index(value)
-        return _inside(number, not isinstance(value, bool) and _between(number, least, most))
-
-    if least is None or most is None:
-        return Check("a whole number" if least is None else f"a whole number, {least} or more", read)
-    return Check(f"a whole number from {least} to {most}", read)
+def whole(least: float = -math.inf, most: float = math.inf) -> Check:
+    """A whole number of Python or NumPy; True and False are none."""
+    bounded, open_above = math.isfinite(least), most == math.inf
+    limits = f", {least} or more" if open_above else f" from {least} to {most}"
+    return Check(
+        f"a whole number{limits if bounded else ''}",
+        lambda value: not isinstance(value, bool) and least <= value <= most,
+        operator.index,
+    )
 
 
 def real(
-    *, above: float | None = None, below: float | None = None, least: float | None = None, most: float | None = None
+    *, above: float = -math.inf, below: float = math.inf, least: float = -math.inf, most: float = math.inf
 ) -> Check:
-    """A finite number of Python or numpy."""
-
-    def read(value: Any) -> float:  # noqa: ANN401
-        if isinstance(value, bool) or not isinstance(value, Real):
-            raise TypeError
-        number = float(value)
-        within = (above is None or number > above) and (below is None or number < below)
-        return _inside(number, math.isfinite(number) and within and _between(number, least, most))
-
+    """A finite number of Python or NumPy."""
     ends = {"above": above, "from": least, "below": below, "to": most}
-    parts = [f"{word} {end:g}" for word, end in ends.items() if end is not None]
-    return Check(" and ".join(["a finite number " + parts[0], *parts[1:]]) if parts else "a finite number", read)
+    limits = " and".join(f" {word} {end:g}" for word, end in ends.items() if math.isfinite(end))
+    return Check(
+        f"a finite number{limits}",
+        lambda value: (
+            isinstance(value, Real) and not isinstance(value, bool) and above < value < below and least <= value <= most  # type: ignore[operator]  # a Real can be compared with a float
+        ),
+        float,
+    )
 
 
 def choice(*words: str) -> Check:
     """One of some words."""
-
-    def read(value: Any) -> str:  # noqa: ANN401
-        return str(_inside(value, isinstance(value, str) and value in words))
-
     *first, last = map(repr, words)
-    return Check(f"{', '.join(first)} or {last}" if first else last, read)
+    said = f"{', '.join(first)} or {last}" if first else last
+    return Check(said, lambda value: isinstance(value, str) and value in words)
 
 
 def many(each: Check, *, empty: bool = False) -> Check:
     """A list, a tuple, a range or the like, with at least one item unless ``empty`` is allowed; given as a tuple."""
 
-    def read(value: Any) -> tuple[Any, ...]:  # noqa: ANN401
-        if isinstance(value, str | bytes | Mapping) or not isinstance(value, Iterable):
-            raise TypeError
-        found = tuple(each.read(item) for item in value)
-        return tuple(_inside(found, empty or bool(found)))
+    def convert(value: Iterable[Any]) -> tuple[Any, ...]:
+        found = tuple(map(each.read, value))
+        if not (found or empty):
+            raise ValueError
+        return found
 
-    return Check(f"a list{'' if empty else ' of one or more'}, each {each.words}", read)
+    return Check(
+        f"a list{'' if empty else ' of one or more'}, each {each.words}",
+        lambda value: isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping),
+        convert,
+    )
 
 
 def either(*checks: Check) -> Check:
     """What the first of ``checks`` that can read it makes of it."""
 
-    def read(value: object) -> Any:  # noqa: ANN401
+    def convert(value: object) -> Any:  # noqa: ANN401
         for check in checks:
-            try:
+            with suppress(*_REFUSALS):
                 return check.read(value)
-            except InputError:
-                raise
-            except (TypeError, ValueError, OverflowError):
-                continue
-        raise TypeError
+        raise ValueError
 
-    return Check(", or ".join(check.words for check in checks), read)
+    return Check(", or ".join(check.words for check in checks), convert=convert)
 
 
 def maybe(check: Check) -> Check:
     """The same, or None."""
-    return Check(f"{check.words}, or None", lambda value: None if value is None else check.read(value))
+    return either(check, Check("None", lambda value: value is None))
 
 
 def instance(kind: type | tuple[type, ...], words: str) -> Check:
     """An object of a class."""
-    return Check(words, lambda value: _inside(value, isinstance(value, kind)))
+    return Check(words, lambda value: isinstance(value, kind))
 
 
 def having(words: str, *attributes: str) -> Check:
     """An object of any class that has some attributes."""
-    return Check(
-        words, lambda value: _inside(value, not isinstance(value, type) and all(hasattr(value, a) for a in attributes))
-    )
-
-
-def _read_flag(value: Any) -> bool:  # noqa: ANN401
-    return bool(_inside(value, isinstance(value, bool) or type(value).__name__ == "bool"))  # numpy has its own
-
-
-def _read_path(value: Any) -> str | Path:  # noqa: ANN401
-    text = os.fspath(value)
-    _inside(text, isinstance(text, str) and bool(text) and "\0" not in text)
-    return text if isinstance(value, str) else Path(text)
-
-
-def _read_file(value: Any) -> str | Path:  # noqa: ANN401
-    return _inside(_read_path(value), not Path(value).is_dir())
-
-
-def _read_folder(value: Any) -> str | Path:  # noqa: ANN401
-    found = _read_path(value)
-    return _inside(found, Path(value).is_dir() or not Path(value).exists())
-
-
-def _read_model(value: Any) -> Any:  # noqa: ANN401
-    from mlx.nn.layers.base import Module  # MLX is imported when something has to compute
-
-    return _inside(value, isinstance(value, Module) and hasattr(value, "layers"))
-
-
-def _read_plan(value: Any) -> Any:  # noqa: ANN401
-    if isinstance(value, os.PathLike):
-        from veloxlab.cache.plan import Plan  # which takes its arguments by this module
-
-        return Plan.load(FILE("the plan's path", value))
-    return _inside(value, isinstance(value, str) or (hasattr(value, "settings_for") and not isinstance(value, type)))
-
-
-FLAG = Check("True or False", _read_flag)
-WORDS = instance(str, "a text in quotes")
-PATH = Check("a path", _read_path)
-FILE = Check("the path of a file, not of a folder", _read_file)
-FOLDER = Check("the path of a folder", _read_folder)
-MAPPING = Check("a dictionary", lambda value: dict(_inside(value, isinstance(value, Mapping))))
-FUNCTION = Check("a function", lambda value: _inside(value, callable(value)))
-MODEL = Check("a language model, the first of the two that vl.load gives", _read_model)
-TOKENIZER = Check(
-    "a tokenizer, the second of the two that vl.load gives",
-    lambda value: _inside(value, hasattr(value, "encode") and not isinstance(value, str)),
-)
-CAPTURE = having("what vl.capture gave", "layers", "tokens")
-CALIBRATION = having("what vl.calibrate gave", "codec")
-CALIBRATIONS = either(CALIBRATION, many(CALIBRATION, empty=True))
-CACHE = many(having("a layer's cache, as vl.make_cache makes them", "state"), empty=True)
-PLAN = Check("a method's id, a vl.Plan, or the pathlib.Path of one that was saved", _read_plan)
-CACHE_MAKER = either(PLAN, FUNCTION)
-
-_COUNT, _ONE_OR_MORE = whole(0), whole(1)
-ARGUMENTS: dict[str, Check] = {
-    "batch": _ONE_OR_MORE,
-    "bits": whole(),  # which of them a method takes is the method's to say
-    "calibration": CALIBRATION,
-    "capture": CAPTURE,
-    "chunk": choice("exact", "codes"),
-    "context": _ONE_OR_MORE,
-    "decoded": _COUNT,
-    "folder": FOLDER,
-    "head": whole(),
-    "key_bits": whole(),
-    "key_weight": real(above=0),
-    "layer": whole(),
-    "max_kv_size": _ONE_OR_MORE,
-    "memory_gb": real(above=0),
-    "method": WORDS,
-    "method_or_plan": PLAN,
-    "methods": many(WORDS),
-    "mode": choice("oneshot", "decode"),
-    "model": MODEL,
-    "name": WORDS,
-    "path": PATH,
-    "per_sequence": FLAG,
-    "per_token": FLAG,
-    "progress": FUNCTION,
-    "prompt": _ONE_OR_MORE,
-    "seed": _COUNT,
-    "sequences": _ONE_OR_MORE,
-    "sinks": _COUNT,
-    "sliding": choice("compressed", "exact"),
-    "space": WORDS,
-    "tensor": WORDS,
-    "text": WORDS,
-    "tokenizer": TOKENIZER,
-    "tokens": _ONE_OR_MORE,
-    "upto": _ONE_OR_MORE,
-    "value_bits": whole(),
-    "window": _COUNT,
-    "windows": _ONE_OR_MORE,
-}
-"""What the names of arguments mean, where a function does not say otherwise."""
-
-OPTIONS: dict[str, Check] = {
-    "bounds": FLAG,
-    "centred": FLAG,
-    "centroid": FLAG,
-    "damping": real(least=0),
-    "group": _ONE_OR_MORE,
-    "hadamard": FLAG,
-    "outlier_bits": whole(),
-    "outliers": _COUNT,
-    "seed": _COUNT,
-    "smooth": FLAG,
-}
-"""Numbers and flags among the options of veloxlab's own methods; words are checked by the codecs."""
-
-
-def _read_options(value: Any) -> dict[str, Any]:  # noqa: ANN401
-    return dict(plain(MAPPING.read(value)))
-
-
-OPTION_VALUES = Check("a dictionary of options", _read_options)
+    return Check(words, lambda value: not isinstance(value, type) and all(hasattr(value, a) for a in attributes))
 
 
 def measured(columns: Mapping[str, Any], by: str) -> Check:
     """A frame that has at least these columns."""
     words = f"the frame that {by} gave, with columns {', '.join(columns)}"
-    return Check(
-        words, lambda value: _inside(value, set(columns) <= set(value.columns) if hasattr(value, "columns") else False)
-    )
+    return Check(words, lambda value: set(columns) <= set(getattr(value, "columns", ())))
+
+
+def _is_path(value: Any) -> bool:  # noqa: ANN401
+    text = os.fspath(value)
+    return isinstance(text, str) and bool(text) and "\0" not in text
+
+
+def _path(value: Any) -> str | Path:  # noqa: ANN401
+    return value if isinstance(value, str) else Path(value)
+
+
+def _is_model(value: object) -> bool:
+    from mlx.nn.layers.base import Module  # MLX is imported when something has to compute
+
+    return isinstance(value, Module) and hasattr(value, "layers")
+
+
+def plain(value: Any) -> Any:  # noqa: ANN401
+    """The same with NumPy's numbers and arrays as Python's, in lists and dictionaries too."""
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
+
+
+FLAG = Check("True or False", lambda value: type(value).__name__ == "bool", bool)  # NumPy's has the same name
+WORDS = instance(str, "a text in quotes")
+PATH = Check("a path", _is_path, _path)
+FILE = Check("the path of a file, not of a folder", lambda p: _is_path(p) and not Path(p).is_dir(), _path)
+FOLDER = Check("the path of a folder", lambda p: _is_path(p) and (Path(p).is_dir() or not Path(p).exists()), _path)
+MAPPING = Check("a dictionary", lambda value: isinstance(value, Mapping), dict)
+OPTION_VALUES = Check("a dictionary of options", lambda value: isinstance(value, Mapping), plain)
+FUNCTION = Check("a function", callable)
+MODEL = Check("a language model, the first of the two that vl.load gives", _is_model)
+TOKENIZER = Check(
+    "a tokenizer, the second of the two that vl.load gives",
+    lambda value: hasattr(value, "encode") and not isinstance(value, str),
+)
+CAPTURE = having("what vl.capture gave", "layers", "tokens")
+CALIBRATION = having("what vl.calibrate gave", "codec")
+CALIBRATIONS = either(CALIBRATION, many(CALIBRATION, empty=True))
+CACHE = many(having("a layer's cache, as vl.make_cache makes them", "state"), empty=True)
+PLAN = Check(
+    "a method's id, a vl.Plan, or the pathlib.Path of one that was saved",
+    lambda value: (
+        isinstance(value, str | os.PathLike) or (hasattr(value, "settings_for") and not isinstance(value, type))
+    ),
+)
+CACHE_MAKER = either(PLAN, FUNCTION)
+
+ARGUMENTS: dict[str, Check] = {
+    **dict.fromkeys(("batch", "context", "max_kv_size", "prompt", "sequences", "tokens", "upto", "windows"), whole(1)),
+    **dict.fromkeys(("decoded", "seed", "sinks", "window"), whole(0)),
+    **dict.fromkeys(("bits", "key_bits", "value_bits", "head", "layer"), whole()),  # a method says what it takes
+    **dict.fromkeys(("key_weight", "memory_gb"), real(above=0)),
+    **dict.fromkeys(("method", "name", "space", "tensor", "text"), WORDS),
+    **dict.fromkeys(("per_sequence", "per_token"), FLAG),
+    "calibration": CALIBRATION,
+    "capture": CAPTURE,
+    "chunk": choice("exact", "codes"),
+    "folder": FOLDER,
+    "method_or_plan": PLAN,
+    "methods": many(WORDS),
+    "mode": choice("oneshot", "decode"),
+    "model": MODEL,
+    "path": PATH,
+    "progress": FUNCTION,
+    "sliding": choice("compressed", "exact"),
+    "tokenizer": TOKENIZER,
+}
+"""What the names of arguments mean, where a function does not say otherwise."""
+
+OPTIONS: dict[str, Check] = {
+    **dict.fromkeys(("bounds", "centred", "centroid", "hadamard", "smooth"), maybe(FLAG)),
+    **dict.fromkeys(("outliers", "seed"), maybe(whole(0))),
+    "damping": maybe(real(least=0)),
+    "group": maybe(whole(1)),
+    "outlier_bits": maybe(whole()),
+}
+"""Numbers and flags among the options of veloxlab's own methods; words are checked by the codecs."""
 
 
 def checked(**own: Check) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Check a function's arguments by their names: by its ``own`` checks, else by `ARGUMENTS`.
 
-    Extra keyword arguments are checked too where their name is known, and numpy's numbers in them become Python's.
-    None stands where it is the default. What does not fit the signature is Python's own TypeError.
+    Extra keyword arguments are checked too where their name is known; where it is not, NumPy's numbers become Python's.
+    None stands where it is the default. What does not fit the signature is a TypeError.
     """
-    known = {**ARGUMENTS, **own}
+    known, unknown = {**ARGUMENTS, **own}, Check("anything", convert=plain)
+
+    def read(name: str, value: object, default: object) -> object:
+        return None if value is default is None else known.get(name, unknown)(name, value)
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         takes = signature(function)
-        extra = next((p.name for p in takes.parameters.values() if p.kind is Parameter.VAR_KEYWORD), None)
 
         @wraps(function)
         def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
             try:
                 given = takes.bind(*args, **kwargs)
-            except TypeError:
-                given = None
-            if given is None:
-                return function(*args, **kwargs)  # which says what it takes
+            except TypeError as error:
+                raise TypeError(f"{function.__name__}() {error}") from None
             for name, value in given.arguments.items():
-                if name == extra:
-                    given.arguments[name] = {n: _read(known, n, v, None) for n, v in value.items()}
+                parameter = takes.parameters[name]
+                if parameter.kind is Parameter.VAR_KEYWORD:
+                    given.arguments[name] = {n: read(n, v, None) for n, v in value.items()}
                 else:
-                    given.arguments[name] = _read(known, name, value, takes.parameters[name].default)
+                    given.arguments[name] = read(name, value, parameter.default)
             return function(*given.args, **given.kwargs)
 
         return wrapper
@@ -298,33 +264,7 @@ def check_fields(made: object, **own: Check) -> None:
 def check_options(options: Mapping[str, object]) -> None:
     """Raise `InputError` unless the numbers and flags among a method's options are some; None is the default."""
     for name in OPTIONS.keys() & options.keys():
-        maybe(OPTIONS[name])(name, options[name])
-
-
-def plain(value: Any) -> Any:  # noqa: ANN401
-    """The same with numpy's numbers and arrays as Python's, in lists and dictionaries too."""
-    if isinstance(value, Mapping):
-        return {name: plain(item) for name, item in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(plain(item) for item in value)
-    return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
-
-
-def _read(known: Mapping[str, Check], name: str, value: object, default: object) -> object:
-    check = known.get(name)
-    if value is None and default is None:
-        return None
-    return plain(value) if check is None else check(name, value)
-
-
-def _between(number: float, least: float | None, most: float | None) -> bool:
-    return (least is None or number >= least) and (most is None or number <= most)
-
-
-def _inside(value: T, fits: bool) -> T:
-    if not fits:
-        raise ValueError
-    return value
+        OPTIONS[name](name, options[name])
 
 
 def _shown(value: object) -> str:

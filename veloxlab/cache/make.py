@@ -148,6 +148,9 @@ def make_cache(
     InputError : unknown method or option, bits out of range, a plan or a calibration for another model, another
         calibration than the plan was made with, bits beside a plan.
     """
+    from veloxlab.cache.plan import plan_of  # which imports this module
+
+    method_or_plan = plan_of(method_or_plan)
     facts = probe(model)
     given = () if calibration is None else calibration if isinstance(calibration, Sequence) else (calibration,)
     for one in given:

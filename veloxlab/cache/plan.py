@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
@@ -153,6 +154,11 @@ class Plan:
             raise InputError(f"{path} is a plan with missing or unknown fields ({error}).") from None
         except InputError as error:
             raise InputError(f"{path} is no plan that can be used. {error}") from None
+
+
+def plan_of(given: Any) -> Any:  # noqa: ANN401 - what `make_cache` takes
+    """What was given, or the plan of the file whose path it is."""
+    return Plan.load(Path(given)) if isinstance(given, PathLike) else given
 
 
 def model_hash(model: Module) -> str:

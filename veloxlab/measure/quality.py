@@ -13,6 +13,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache import make
 from veloxlab.cache.layer import Chunk
+from veloxlab.cache.plan import plan_of
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, checked, having, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
@@ -173,6 +174,7 @@ def judge(
     ------
     InputError : as `veloxlab.make_cache`; or if ``mode`` is unknown or ``prompt`` leaves nothing to decode.
     """
+    method_or_plan = plan_of(method_or_plan)
     shortest = min(len(stretch) for stretch in exact.stretches)
     if mode == "decode" and not 1 <= prompt < shortest - 1:
         raise InputError(f"prompt={prompt} leaves nothing to decode of {shortest} tokens: take fewer, at least 1.")
