@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from textwrap import shorten
 from typing import TYPE_CHECKING
@@ -39,36 +38,39 @@ LLAMA3_WORDS = (
 ATOMIC = {2: True, 3: True, 4: False}  # token types that no text is split across: unknown, control, user-defined
 NAMED = ("bos", "eos", "eot", "eom", "unknown", "padding")  # tokens that a file may name by their ids
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>")  # of files that do not name them
+CONVERTED = "load an mlx-lm conversion of this model instead."
 
 
 def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
     """Build mlx-lm's llama model from a GGUF file, its weights decoded to ``dtype`` and evaluated.
 
-    Raises
-    ------
-    InputError
-        The file has another architecture than llama, or tensors that mlx-lm's llama model has no place for.
+    Raises `InputError` for another architecture than llama, or tensors that mlx-lm's llama model has no place for.
     """
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
         raise InputError(
-            f"{file.path} has the architecture {architecture!r}, and only 'llama' is read from GGUF; "
-            "load an mlx-lm conversion of this model instead."
+            f"{file.path} has the architecture {architecture!r}, and only 'llama' is read from GGUF; {CONVERTED}"
         )
-    heads = _head_counts(file)
+    queries = file.value("llama.attention.head_count", int)
+    heads = {"attn_q": queries, "attn_k": file.value("llama.attention.head_count_kv", int, queries)}
+
+    def weight(name: str) -> tuple[str, mx.array]:
+        read = _half_split(file.read(name), heads.get(name.split(".")[-2])).astype(dtype)
+        mx.eval(read)  # at once, so that only one is held in float32
+        return _parameter(name), read
+
     with ThreadPoolExecutor(1) as reader:
-        weights = reader.map(lambda name: _weight(file, name, heads, dtype), file.tensors)
+        weights = reader.map(weight, file.tensors)
         reader.submit(mx.clear_streams)  # MLX aborts the process if that ends just after a thread that has streams
         # here and not above: the weights are read in the two seconds that importing mlx-lm takes
         from mlx_lm.models.llama import Model
 
-        model: nn.Module = Model(_model_args(file))
+        model: nn.Module = Model(_model_args(file, *heads.values()))
     try:
         model.load_weights(list(weights))
     except ValueError as error:
         raise InputError(
-            f"The tensors of {file.path} are not those of a plain llama model ({shorten(str(error), 160)}); "
-            "load an mlx-lm conversion of this model instead."
+            f"The tensors of {file.path} are not those of a plain llama model ({shorten(str(error), 160)}); {CONVERTED}"
         ) from error
     model.eval()
     # the whole tree and not its parameters alone: RoPE frequencies are no parameters, and an array that is still
@@ -77,39 +79,26 @@ def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
     return model
 
 
-def _head_counts(file: Gguf) -> dict[str, int]:
-    """Give the number of query heads and of key heads, by the name of the projection that makes them."""
-    queries = file.value("llama.attention.head_count", int)
-    return {"attn_q": queries, "attn_k": file.value("llama.attention.head_count_kv", int, queries)}
-
-
-def _weight(file: Gguf, name: str, heads: Mapping[str, int], dtype: mx.Dtype) -> tuple[str, mx.array]:
-    """Read one tensor under its mlx-lm name; evaluated at once, so that only one is held in float32."""
-    weight = _half_split(name, file.read(name), heads).astype(dtype)
-    mx.eval(weight)
-    return _parameter(name), weight
-
-
-def _model_args(file: Gguf) -> ModelArgs:
+def _model_args(file: Gguf, heads: int, kv_heads: int) -> ModelArgs:
     from mlx_lm.models.llama import ModelArgs
 
     if "token_embd.weight" not in file.tensors:
         raise InputError(f"{file.path} holds no token embeddings (token_embd.weight); give the file of a whole model.")
-    heads, width = _head_counts(file), file.value("llama.embedding_length", int)
-    head_dim = file.value("llama.attention.key_length", int, width // heads["attn_q"])
+    width = file.value("llama.embedding_length", int)
+    head_dim = file.value("llama.attention.key_length", int, width // heads)
     scaling = file.value("llama.rope.scaling.type", str, "none")
     if scaling != "none" or file.value("llama.rope.dimension_count", int, head_dim) != head_dim:
         raise InputError(
             f"{file.path} scales its rotary positions ({scaling!r}) or rotates only a part of each head, "
-            "which is not read from GGUF; load an mlx-lm conversion of this model instead."
+            f"which is not read from GGUF; {CONVERTED}"
         )
     return ModelArgs(
         model_type="llama",
         hidden_size=width,
         num_hidden_layers=file.value("llama.block_count", int),
         intermediate_size=file.value("llama.feed_forward_length", int),
-        num_attention_heads=heads["attn_q"],
-        num_key_value_heads=heads["attn_k"],
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=file.value("llama.attention.layer_norm_rms_epsilon", float),
         vocab_size=file.tensors["token_embd.weight"].shape[0],
@@ -126,25 +115,22 @@ def _parameter(name: str) -> str:
     return f"{prefix}{MODULES.get(module, module)}.{kind}"
 
 
-def _half_split(name: str, values: mx.array, heads: Mapping[str, int]) -> mx.array:
+def _half_split(values: mx.array, heads: int | None) -> mx.array:
     """Undo llama.cpp's order of query and key rows, which suits a rotation of neighbours (traditional RoPE).
 
-    mlx-lm's llama rotates coordinate i with i + D/2, so that the even rows of every head come first here.
+    mlx-lm's llama rotates coordinate i with i + D/2, so that the even rows of every head come first here. Other
+    tensors, which have no ``heads``, stay as they are.
     """
-    count = heads.get(name.split(".")[-2])
-    if count is None:
+    if heads is None:
         return values
-    return values.reshape(count, -1, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
+    return values.reshape(heads, -1, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
 
 
 def build_tokenizer(file: Gguf) -> TokenizerWrapper:
     """Build mlx-lm's tokenizer from the vocabulary, merges and chat template in a GGUF file.
 
-    Raises
-    ------
-    InputError
-        The file holds another kind of vocabulary than byte-level BPE, splits words in a way not known here, or has
-        merges, types or ids that do not fit its tokens.
+    Raises `InputError` for another kind of vocabulary than byte-level BPE, an unknown rule that splits words, or
+    merges, types or ids that do not fit the tokens.
     """
     from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
@@ -154,10 +140,13 @@ def build_tokenizer(file: Gguf) -> TokenizerWrapper:
     if kind != "gpt2":
         raise InputError(
             f"{file.path} has a tokenizer of the kind {kind!r}, and only byte-level BPE ('gpt2') is read from GGUF; "
-            "load an mlx-lm conversion of this model instead."
+            f"{CONVERTED}"
         )
     words = file.value("tokenizer.ggml.pre", str)
     tokens: list[str] = file.value("tokenizer.ggml.tokens", list)
+    types = file.value("tokenizer.ggml.token_type", list)
+    if len(types) != len(tokens):
+        raise InputError(f"{file.path} has {len(tokens)} tokens and {len(types)} token types; download it again.")
     merges = [tuple(merge.split(" ", 1)) for merge in file.value("tokenizer.ggml.merges", list)]
     vocabulary = {token: number for number, token in enumerate(tokens)}
     try:
@@ -166,50 +155,40 @@ def build_tokenizer(file: Gguf) -> TokenizerWrapper:
         raise InputError(f"The merges of {file.path} do not fit its tokens ({error}); download it again.") from None
     tokenizer.pre_tokenizer = word_splitter(words)
     tokenizer.decoder = decoders.ByteLevel()
-    types = file.value("tokenizer.ggml.token_type", list)
-    if len(types) != len(tokens):
-        raise InputError(f"{file.path} has {len(tokens)} tokens and {len(types)} token types; download it again.")
-    atomic = [
-        AddedToken(token, special=ATOMIC[kind], normalized=False)
-        for token, kind in zip(tokens, types, strict=True)
-        if kind in ATOMIC
-    ]
-    tokenizer.add_tokens(atomic)
-    named = _named_tokens(file, len(tokens))
+    kinds = zip(tokens, types, strict=True)
+    tokenizer.add_tokens([AddedToken(t, special=ATOMIC[k], normalized=False) for t, k in kinds if k in ATOMIC])
+    named = _named_tokens(file, tokens)
     if file.value("tokenizer.ggml.add_bos_token", bool, words == "llama-bpe"):
-        bos = file.value("tokenizer.ggml.bos_token_id", int)
-        tokenizer.post_processor = processors.TemplateProcessing([tokens[bos], "$A"], None, [(tokens[bos], bos)])
-
+        bos = tokens[file.value("tokenizer.ggml.bos_token_id", int)]
+        tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, [(bos, vocabulary[bos])])
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         chat_template=file.metadata.get("tokenizer.chat_template"),
         model_max_length=file.value("llama.context_length", int),
-        **{role: tokens[named[name]] for role, name in roles.items() if name in named},
+        **{role: named[name] for role, name in roles.items() if name in named},
     )
-    ends = {named[name] for name in ("eot", "eom") if name in named}
-    ends |= {vocabulary[token] for token in TURN_ENDS if token in vocabulary}
-    return TokenizerWrapper(fast, BPEStreamingDetokenizer, eos_token_ids=ends)
+    ends = {token for name, token in named.items() if name in ("eot", "eom")} | (vocabulary.keys() & set(TURN_ENDS))
+    return TokenizerWrapper(fast, BPEStreamingDetokenizer, eos_token_ids={vocabulary[token] for token in ends})
 
 
-def _named_tokens(file: Gguf, count: int) -> dict[str, int]:
-    """The ids of the tokens that ``file`` names, such as the one that ends a turn; it has ``count`` tokens."""
+def _named_tokens(file: Gguf, tokens: list[str]) -> dict[str, str]:
+    """The tokens that ``file`` names, such as the one that ends a turn."""
     keys = {name: f"tokenizer.ggml.{name}_token_id" for name in NAMED}
     named = {name: file.value(key, int) for name, key in keys.items() if key in file.metadata}
     for name, number in named.items():
-        if not 0 <= number < count:
-            raise InputError(f"{file.path} names the token {number} as {name}, and has {count}; download it again.")
-    return named
+        if not 0 <= number < len(tokens):
+            raise InputError(
+                f"{file.path} names the token {number} as {name}, and has {len(tokens)}; download it again."
+            )
+    return {name: tokens[number] for name, number in named.items()}
 
 
 def word_splitter(name: str) -> PreTokenizer:
     """Give the rule that cuts text into words before BPE, by the name that llama.cpp has for it.
 
-    Raises
-    ------
-    InputError
-        The name is not one of ``smollm``, ``gpt-2`` and ``llama-bpe``.
+    Raises `InputError` if that is not one of ``smollm``, ``gpt-2`` and ``llama-bpe``.
     """
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split

