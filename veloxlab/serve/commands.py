@@ -22,7 +22,7 @@ from veloxlab.mlxlm import hooks
 from veloxlab.models.loading import DEMO_MODEL, load
 from veloxlab.progress import Progress
 
-_OURS = {
+_REFUSED = {
     "--model": "the model is the first word, as in `veloxlab {command} MODEL`",
     "--kv-bits": "the cache is compressed already: say how with --method and --bits, or leave those to mlx-lm",
     "--kv-group-size": "it belongs to --kv-bits, which a compressed cache takes the place of",
@@ -62,7 +62,9 @@ class Wanted:
         """What makes one cache after another for ``model``; what has to be fitted for it is, once, now."""
         if self.plan is not None:
             self.plan.settings_for(model)  # refused before anything is fitted
-        fitted = _joined(self.calibrations)
+        fitted: dict[str, Calibration] = {}
+        for each in self.calibrations:
+            fitted[each.method] = fitted[each.method].joined(each) if each.method in fitted else each
         for method, widths in self._widths().items():
             learns = find_method(method).calibrated or (self.plan is not None and method in self.plan.calibrations)
             if learns and method not in fitted:
@@ -75,31 +77,24 @@ class Wanted:
         widths: dict[str, set[int]] = {}
         if self.plan is None:
             usual = self.settings.get("bits", make.DEFAULT_BITS)
-            both = {self.settings.get(side, usual) for side in ("key_bits", "value_bits")}
-            return {self.method or "turboquant": both}
+            return {self.method or "turboquant": {self.settings.get(n, usual) for n in ("key_bits", "value_bits")}}
         for layer in self.plan.layers:
             for _, method, bits, _ in layer.sides:
                 widths.setdefault(method, set()).add(bits)
         return widths
 
 
-def _joined(some: Sequence[Calibration]) -> dict[str, Calibration]:
-    """Calibrations by method; those of one method, at widths of their own, as one."""
-    by_method: dict[str, Calibration] = {}
-    for each in some:
-        by_method[each.method] = by_method[each.method].joined(each) if each.method in by_method else each
-    return by_method
-
-
 class Loader:
-    """What a command of mlx-lm calls in the place of its own ``load`` and ``load_prompt_cache``."""
+    """What a command of mlx-lm calls in the place of its own ``load`` and ``load_prompt_cache``.
+
+    ``stopped`` ends what is being fitted, and the thread that does it.
+    """
 
     def __init__(self, module: Any, name: str, wanted: Wanted) -> None:  # noqa: ANN401
         self._load, self._read = module.load, getattr(module, "load_prompt_cache", None)
         self._name, self._wanted = name, wanted
         self._read_caches: list[Any] | None = None
         self.stopped = threading.Event()
-        """Ends what is being fitted, and the thread that does it."""
 
     def load(self, path: str, **options: Any) -> tuple[Any, ...]:
         """Load as mlx-lm does, or a GGUF by `veloxlab.load`; the command's own model then makes compressed caches."""
@@ -137,19 +132,17 @@ def run(command: str, theirs: str, name: str, wanted: Wanted, options: Sequence[
     InputError : an option that contradicts a compressed cache; a prompt cache's file that does not fit the model or
         what is ``wanted``.
     """
-    for option in options:
-        reason = _OURS.get(option.partition("=")[0])
-        if reason:
-            raise InputError(f"{option.partition('=')[0]} cannot be given here: {reason.format(command=command)}.")
+    for option in (given.partition("=")[0] for given in options):
+        if option in _REFUSED:
+            raise InputError(f"{option} cannot be given here: {_REFUSED[option].format(command=command)}.")
     hooks.attach()  # a prompt cache's file is read before the model
     module = import_module(f"mlx_lm.{theirs}")
     loader = Loader(module, name, wanted)
-    names = [hooked for hooked in ("load", "load_prompt_cache") if hasattr(module, hooked)]
-    arguments = [f"mlx_lm.{theirs}", "--model", name, *options]
-    replacements = {hooked: getattr(loader, hooked) for hooked in names}
+    replaced = {hooked: getattr(loader, hooked) for hooked in ("load", "load_prompt_cache") if hasattr(module, hooked)}
     if theirs == "server":
         from veloxlab.serve.server import hooks_of  # here, as it imports the server
 
-        replacements |= hooks_of(loader.stopped)
-    with hooks.replaced(module, replacements), hooks.replaced(sys, {"argv": arguments}):
+        replaced |= hooks_of(loader.stopped)
+    arguments = {"argv": [f"mlx_lm.{theirs}", "--model", name, *options]}
+    with hooks.replaced(module, replaced), hooks.replaced(sys, arguments):
         module.main()

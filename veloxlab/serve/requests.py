@@ -15,84 +15,64 @@ SHOWN = 60  # characters of a wrong value
 WHOLE, MILLION = 2**31 - 1, 10**6
 
 
-def _number(least: float, most: float, kind: str = "number") -> Schema:
-    words = "a whole number" if kind == "integer" else "a number"
-    return {"type": kind, "minimum": least, "maximum": most, "description": f"{words} from {least:,} to {most:,}"}
+def _number(least: float, most: float) -> Schema:
+    return {"type": "number", "minimum": least, "maximum": most, "description": f"a number from {least:,} to {most:,}"}
+
+
+def _whole(least: int, most: int = WHOLE) -> Schema:
+    number = _number(least, most)
+    return number | {"type": "integer", "description": number["description"].replace("number", "whole number")}
 
 
 def _or_null(schema: Schema) -> Schema:
     return {"anyOf": [schema, {"type": "null"}], "description": f"{schema['description']}, or null"}
 
 
+def _object(required: tuple[str, ...] = (), **properties: Schema) -> Schema:
+    return {"type": "object", "required": [*required], "properties": properties}
+
+
 STRING: Schema = {"type": "string", "minLength": 1, "description": "a string that is not empty"}
 FLAG: Schema = {"type": "boolean", "description": "true or false"}
 OBJECT: Schema = {"type": "object", "description": "an object"}
-TEXT: Schema = {
-    "type": "object",
-    "required": ["type", "text"],
-    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-}
+TEXT = _object(("type", "text"), type={"const": "text"}, text={"type": "string"})
 ADDRESS: Schema = {"type": "string", "pattern": "^(data:|https?://)"}
-PLACE: Schema = {"anyOf": [ADDRESS, {"type": "object", "required": ["url"], "properties": {"url": ADDRESS}}]}
-IMAGE: Schema = {
-    "type": "object",
-    "required": ["type"],
+PLACE: Schema = {"anyOf": [ADDRESS, _object(("url",), url=ADDRESS)]}
+IMAGE = {
+    **_object(("type",), type={"enum": ["image_url", "input_image", "image"]}, image_url=PLACE, image=PLACE),
     "anyOf": [{"required": ["image_url"]}, {"required": ["image"]}],
-    "properties": {"type": {"enum": ["image_url", "input_image", "image"]}, "image_url": PLACE, "image": PLACE},
 }
-CALLS: Schema = {
-    "type": ["array", "null"],
-    "items": {
-        "type": "object",
-        "properties": {
-            "function": {"type": "object", "properties": {"arguments": {"type": ["string", "object", "null"]}}}
-        },
-    },
-}
+CALL = _object(function=_object(arguments={"type": ["string", "object", "null"]}))
 
 
 def _messages(*parts: Schema) -> Schema:
     """Messages whose content is text, or a list of ``parts``."""
-    return {
-        "type": "array",
-        "minItems": 1,
-        "items": {
-            "type": "object",
-            "required": ["role"],
-            "properties": {
-                "role": STRING,
-                "content": {"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"anyOf": parts}}]},
-                "tool_calls": CALLS,
-            },
-        },
-        "description": f"a list of objects with a role and a content of text{' or images' * (IMAGE in parts)}",
-    }
+    message = _object(
+        ("role",),
+        role=STRING,
+        content={"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"anyOf": parts}}]},
+        tool_calls={"type": ["array", "null"], "items": CALL},
+    )
+    words = f"a list of objects with a role and a content of text{' or images' * (IMAGE in parts)}"
+    return {"type": "array", "minItems": 1, "items": message, "description": words}
 
 
 FIELDS: dict[str, Schema] = {
     "prompt": STRING,
     "model": STRING,
-    "adapters": _or_null(STRING),
-    "draft_model": _or_null(STRING),
-    "stream": FLAG,
-    "logprobs": FLAG,
-    "max_tokens": _number(1, WHOLE, "integer"),
-    "max_completion_tokens": _or_null(_number(1, WHOLE, "integer")),
-    "num_draft_tokens": _number(0, 1024, "integer"),
-    "top_logprobs": _number(-1, 11, "integer"),
+    **dict.fromkeys(("adapters", "draft_model"), _or_null(STRING)),
+    **dict.fromkeys(("stream", "logprobs"), FLAG),
+    "max_tokens": _whole(1),
+    "max_completion_tokens": _or_null(_whole(1)),
+    "num_draft_tokens": _whole(0, 1024),
+    "top_logprobs": _whole(-1, 11),
     "temperature": _number(0, MILLION),
-    "top_p": _number(0, 1),
-    "top_k": _number(0, WHOLE, "integer"),
-    "min_p": _number(0, 1),
-    "xtc_probability": _number(0, 1),
+    **dict.fromkeys(("top_p", "min_p", "xtc_probability"), _number(0, 1)),
     "xtc_threshold": _number(0, 0.5),
     "repetition_penalty": _number(0, MILLION),
-    "presence_penalty": _number(-MILLION, MILLION),
-    "frequency_penalty": _number(-MILLION, MILLION),
-    "repetition_context_size": _number(0, WHOLE, "integer"),
-    "presence_context_size": _number(0, WHOLE, "integer"),
-    "frequency_context_size": _number(0, WHOLE, "integer"),
-    "seed": _or_null(_number(0, 2**64 - 1, "integer")),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty"), _number(-MILLION, MILLION)),
+    **dict.fromkeys(("top_k", *(f"{n}_context_size" for n in ("repetition", "presence", "frequency"))), _whole(0)),
+    "seed": _or_null(_whole(0, 2**64 - 1)),
     "logit_bias": {
         "type": ["object", "null"],
         "propertyNames": {"pattern": "^[0-9]{1,9}$"},
@@ -104,9 +84,8 @@ FIELDS: dict[str, Schema] = {
         "description": "a string or a list of strings that are not empty, or null",
     },
     "stream_options": {
+        **_object(("include_usage",), include_usage=FLAG),
         "type": ["object", "null"],
-        "required": ["include_usage"],
-        "properties": {"include_usage": FLAG},
         "description": "an object with include_usage, true or false, or null",
     },
     "tools": {"type": ["array", "null"], "items": OBJECT, "description": "a list of objects, or null"},

@@ -13,7 +13,6 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Mapping
 from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any
@@ -28,6 +27,7 @@ from veloxlab.serve.requests import check_fields
 
 MOST_BYTES = 64 << 20  # of a request; images come in it as text
 THEIRS: Any = server  # mlx-lm's methods have no types
+RESERVED = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 log = logging.getLogger(__name__)
 
 
@@ -66,8 +66,7 @@ class Handler(THEIRS.APIHandler):  # type: ignore[misc]
 
     def _set_completion_headers(self, status_code: int = 200) -> None:
         # mlx-lm answers 404 to whatever a generation raises
-        refused = isinstance(sys.exc_info()[1], InputError)
-        super()._set_completion_headers(400 if refused else status_code)
+        super()._set_completion_headers(400 if isinstance(sys.exc_info()[1], InputError) else status_code)
 
 
 class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
@@ -95,11 +94,12 @@ class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
             mx.clear_streams()  # MLX aborts the process if that ends just after a thread that has streams
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[Any, ...]:  # noqa: ANN401
+        for name in RESERVED.keys() & (args.chat_template_kwargs or {}):  # arguments of the tokenizer itself
+            raise InputError(
+                f"The field chat_template_kwargs has {name!r}, which is no variable of a template: leave it out."
+            )
         try:
-            _check_template(args.chat_template_kwargs or {})
             tokenized: tuple[Any, ...] = super()._tokenize(tokenizer, request, args)
-        except InputError:
-            raise
         except Exception as error:  # of the model's own template
             raise InputError(f"The model's tokenizer refuses this request ({error}).") from error
         _check_for_model(self.model_provider.model, tokenizer, len(tokenized[0]), args)
@@ -120,21 +120,11 @@ def _run(theirs: Any, host: str, port: int, generator: Generator) -> None:  # no
             """Called about twice a second."""
             if not generator.generation_available():
                 self.server_close()
-                failure = generator.failure
-                if isinstance(failure, InputError):
-                    raise failure
-                raise SystemExit(f"The thread that generates ended ({failure!r}), and the server with it.")
+                if isinstance(generator.failure, InputError):
+                    raise generator.failure
+                raise SystemExit(f"The thread that generates ended ({generator.failure!r}), and the server with it.")
 
     theirs(host, port, generator, server_class=Server, handler_class=Handler)
-
-
-def _check_template(variables: Mapping[str, object]) -> None:
-    """Raise `InputError` for names that are arguments of ours to the tokenizer, and no variables of a template."""
-    reserved = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
-    for name in reserved.keys() & variables.keys():
-        raise InputError(
-            f"The field chat_template_kwargs has {name!r}, which is no variable of a template: leave it out."
-        )
 
 
 def _check_for_model(model: Module, tokenizer: Any, length: int, args: Any) -> None:  # noqa: ANN401
@@ -144,7 +134,7 @@ def _check_for_model(model: Module, tokenizer: Any, length: int, args: Any) -> N
     positions = positions_of(model)
     if length > positions:
         raise InputError(f"The prompt has {length:,} tokens, and this model takes {positions:,}: send fewer.")
-    tokens = _said(model, "vocab_size") or len(tokenizer.get_vocab())
+    tokens = _configured(model, "vocab_size") or len(tokenizer.get_vocab())
     if args.sampling.top_k >= tokens:
         raise InputError(f"The field top_k is {args.sampling.top_k}: this model has {tokens:,} tokens, give fewer.")
     for token in args.logits.logit_bias or {}:
@@ -157,13 +147,13 @@ def _check_for_model(model: Module, tokenizer: Any, length: int, args: Any) -> N
 
 def positions_of(model: Module) -> float:
     """Longest text that a model was made for, in tokens; infinite where it does not say so."""
-    most = _said(model, "max_position_embeddings") or _said(model, "n_positions") or math.inf
-    scaling = _said(model, "rope_scaling") or {}
+    most = _configured(model, "max_position_embeddings") or _configured(model, "n_positions") or math.inf
+    scaling = _configured(model, "rope_scaling") or {}
     return max(most, (scaling.get("factor") or 1) * (scaling.get("original_max_position_embeddings") or 0))
 
 
-def _said(model: Module, name: str) -> Any:  # noqa: ANN401
-    """What the configuration of a model, or of the text part of one, says; None if nothing."""
+def _configured(model: Module, name: str) -> Any:  # noqa: ANN401
+    """A value of the configuration of a model, or of the text part of one; None if there is none."""
     whole = getattr(model, "args", None)
     for part in (whole, getattr(whole, "text_config", None)):
         found = part.get(name) if isinstance(part, dict) else getattr(part, name, None)
