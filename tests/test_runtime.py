@@ -12,7 +12,7 @@ import mlx.core as mx
 import pytest
 
 import veloxlab as vl
-from veloxlab import cgroups, checkup, runtime
+from veloxlab import checkup, runtime
 from veloxlab.checkup import Check, doctor
 from veloxlab.models import loading
 
@@ -103,8 +103,8 @@ def write_files(folder: Path, files: dict[str, str]) -> None:
 @pytest.fixture
 def groups(monkeypatch, tmp_path):
     """Limits of control groups: give this process's groups, and files by their path below /sys/fs/cgroup."""
-    monkeypatch.setattr(cgroups, "ROOT", tmp_path / "fs")
-    monkeypatch.setattr(cgroups, "OWN", tmp_path / "own")
+    monkeypatch.setattr(runtime, "GROUPS", tmp_path / "fs")
+    monkeypatch.setattr(runtime, "OWN_GROUPS", tmp_path / "own")
 
     def limited(own: str, **files: str) -> None:
         write_files(tmp_path, {"own": own} | {f"fs/{name}": text for name, text in files.items()})
@@ -140,13 +140,13 @@ NONE_V1 = "9223372036854771712"
 )
 def test_the_least_limit_of_control_groups_counts(groups, own, files, memory, quota):
     groups(own, **files)
-    assert cgroups.memory_limit() == memory
-    assert cgroups.cpu_quota() == quota
+    assert runtime.memory_limit() == memory
+    assert runtime.cpu_quota() == quota
 
 
 def test_systems_without_control_groups_have_no_limits(monkeypatch, tmp_path):
-    monkeypatch.setattr(cgroups, "OWN", tmp_path / "missing")
-    assert cgroups.memory_limit() is cgroups.cpu_quota() is None
+    monkeypatch.setattr(runtime, "OWN_GROUPS", tmp_path / "missing")
+    assert runtime.memory_limit() is runtime.cpu_quota() is None
 
 
 @pytest.mark.skipif(runtime.backend() == "cuda", reason="a GPU's memory is its own")

@@ -11,16 +11,7 @@ from typing import Literal
 from veloxlab import runtime
 from veloxlab.errors import InputError
 
-PACKAGES = (
-    "veloxlab",
-    "mlx",
-    "mlx-lm",
-    "jupyterlab",
-    "altair",
-    "anywidget",
-    "vl-convert-python",
-    "polars",
-)
+PACKAGES = ("veloxlab", "mlx", "mlx-lm", "jupyterlab", "altair", "anywidget", "vl-convert-python", "polars")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LEAST_MEMORY_BYTES = 4 * 2**30
 
@@ -46,7 +37,7 @@ def doctor() -> list[Check]:
     except ImportError as error:
         hint = "uv pip install --reinstall 'mlx[cpu]'"
         return [Check("back end", "fail", f"MLX cannot be imported: {error}", hint), *_packages()]
-    return [_back_end(), _device(), _memory(), _blas(), _kernels(), *_packages(), _weights(), _browser()]
+    return [_back_end(), *_device(), _blas(), _kernels(), *_packages(), _weights(), _browser()]
 
 
 def _back_end() -> Check:
@@ -62,24 +53,22 @@ def _back_end() -> Check:
     return Check("back end", "ok", detail)
 
 
-def _device() -> Check:
+def _device() -> list[Check]:
     device = runtime.device()
-    return Check("device", "ok", f"{device.name}, {device.cores} CPU cores")
-
-
-def _memory() -> Check:
-    memory = runtime.device().memory_bytes
-    detail = f"{memory / 2**30:.1f} GiB"
-    if memory < LEAST_MEMORY_BYTES:
-        return Check("memory", "warn", detail, "keep to small models and short contexts")
-    return Check("memory", "ok", detail)
+    few = device.memory_bytes < LEAST_MEMORY_BYTES
+    hint = "keep to small models and short contexts" if few else ""
+    memory = Check("memory", "warn" if few else "ok", f"{device.memory_bytes / 2**30:.1f} GiB", hint)
+    return [Check("device", "ok", f"{device.name}, {device.cores} CPU cores"), memory]
 
 
 def _blas() -> Check:
-    gflops = runtime.cpu_gflops()
-    detail = f"{gflops:.0f} GFLOP/s in float32 on the CPU{_threads()}"
-    threads = runtime.blas_threads() or 1
-    if threads > runtime.cores():
+    gflops, count = runtime.cpu_gflops(), runtime.blas_threads()
+    detail = f"{gflops:.0f} GFLOP/s in float32 on the CPU"
+    if count is not None:
+        spin = os.environ.get(runtime.SPIN, "")
+        spins = "a short spin" if spin == runtime.SHORT_SPIN else f"{runtime.SPIN}={spin}"
+        detail += f" with {count} thread{'s' * (count != 1)} and {spins}"
+    if (count or 1) > runtime.cores():
         hint = next((f"unset {name}" for name in runtime.THREADS if name in os.environ), "start Python again")
         return Check("BLAS", "warn", f"{detail}, more than this process may use at once ({runtime.cores()})", hint)
     if gflops >= runtime.FAST_GFLOPS:
@@ -93,40 +82,29 @@ def _blas() -> Check:
     return Check("BLAS", "warn", f"{detail}: {reason}", hints.get(reason, "expect slow prefill"))
 
 
-def _threads() -> str:
-    """OpenBLAS's threads, and how long they spin."""
-    count = runtime.blas_threads()
-    if count is None:
-        return ""
-    spin = os.environ.get(runtime.SPIN, "")
-    spins = "a short spin" if spin == runtime.SHORT_SPIN else f"{runtime.SPIN}={spin}"
-    return f" with {count} thread{'s' * (count != 1)} and {spins}"
-
-
 def _kernels() -> Check:
     from veloxlab.kernels.backend import SWITCH, gpu
 
     if runtime.backend() == "cpu":
-        return Check("kernels", "ok", "none on a CPU: MLX graph ops do their work")
+        return Check("kernels", "ok", "none on a CPU: MLX graph operations do their work")
     if gpu() is None:
-        return Check("kernels", "warn", f"switched off by {SWITCH}=0: MLX graph ops do their work", f"unset {SWITCH}")
+        said = f"switched off by {SWITCH}=0: MLX graph operations do their work"
+        return Check("kernels", "warn", said, f"unset {SWITCH}")
     from veloxlab.kernels.checked import states, try_usual
 
     try_usual()
     wrong = [state for state in states() if state != "agrees"]
     if wrong:
-        return Check("kernels", "warn", f"attend {wrong[0]}", "MLX graph ops do its work; please report it")
-    return Check("kernels", "ok", f"attend agrees with its MLX-graph twin in {states()['agrees']} cases")
+        hint = "MLX graph operations do its work; please report it"
+        return Check("kernels", "warn", f"attend {wrong[0]}", hint)
+    return Check("kernels", "ok", f"attend agrees with its reference implementation in {states()['agrees']} cases")
 
 
 def _packages() -> list[Check]:
     versions = runtime.installed_versions(PACKAGES)
-    missing = "not installed"
-    return [
-        Check("python", "ok", platform.python_version()),
-        *(Check(name, "ok", versions[name]) for name in PACKAGES if name in versions),
-        *(Check(name, "fail", missing, f"uv pip install {name}") for name in PACKAGES if name not in versions),
-    ]
+    found = [Check(name, "ok", versions[name]) for name in PACKAGES if name in versions]
+    missing = [Check(n, "fail", "not installed", f"uv pip install {n}") for n in PACKAGES if n not in versions]
+    return [Check("python", "ok", platform.python_version()), *found, *missing]
 
 
 def _weights() -> Check:

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+import sys
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, TypeAlias
 
 from veloxlab.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
 
+Progress: TypeAlias = Callable[[int, int, str], object]
+"""Called between steps of long work: steps that are done, steps in all, and what is being done, in a few words.
 
-class Progress(Protocol):
-    """Called between steps of long work; what it raises stops the work there, with nothing half-kept."""
+What it raises stops the work there, with nothing half-kept.
+"""
 
-    def __call__(self, done: int, total: int, label: str) -> None:
-        """``done`` of ``total`` steps are finished; ``label`` says what is being done, in a few words."""
+OnRows: TypeAlias = "Callable[[pl.DataFrame, Mapping[str, str]], object]"
+"""Called after each cache that was measured, so that nothing measured is lost if the work ends early.
+
+It is given all rows so far, and why each cache that has none, or not all, has none.
+"""
 
 
-def silent(done: int, total: int, label: str) -> None:
+def silent(*told: object) -> None:
     """Tell nobody."""
-
-
-class OnRows(Protocol):
-    """Called after each cache that was measured, so that nothing measured is lost if the work ends early."""
-
-    def __call__(self, rows: pl.DataFrame, left_out: Mapping[str, str]) -> None:
-        """``rows`` are all so far; ``left_out`` says why each cache that has none, or not all, has none."""
-
-
-def unseen(rows: pl.DataFrame, left_out: Mapping[str, str]) -> None:
-    """Show nobody."""
 
 
 def in_words(error: Exception) -> str:
     """What went wrong, in one line: a sentence as it is, and other errors with their kind."""
     said = str(error).partition("\n")[0]
     return said if isinstance(error, InputError) else f"{type(error).__name__}: {said}"
+
+
+def say(done: int, total: int, label: str) -> None:
+    """Print the progress to standard error, which keeps standard output free for results."""
+    print(f"{done} of {total}: {label}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""What this machine offers: a fast BLAS for MLX's CPU back end, and facts about the device.
+"""What this machine offers: a fast BLAS for MLX's CPU back end, limits of memory and CPU time, and facts of the device.
 
 ``load_fast_blas`` must run before ``mlx.core`` is imported, so nothing here imports MLX at the top.
 """
@@ -14,17 +14,12 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files, version
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
-
-from veloxlab import cgroups
-
-if TYPE_CHECKING:
-    import mlx.core as mx
 
 FAST_GFLOPS = 10.0
 PRODUCT_SIZE = 512
@@ -38,6 +33,10 @@ SPIN = "OPENBLAS_THREAD_TIMEOUT"
 SHORT_SPIN = "4"  # 2^4 cycles, the least that OpenBLAS takes
 THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")  # in the order in which OpenBLAS reads them
 MLX_WHEELS = ("mlx-cpu", "mlx-cuda-13", "mlx-cuda-12", "mlx-metal")
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+NO_LIMIT = 2**60  # bytes: version 1 of control groups says 2^63, rounded to pages, where there is none
+
+# the BLAS -------------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -48,10 +47,7 @@ def load_fast_blas() -> str | None:
     symbols, takes its place (130 GFLOP/s). macOS has Accelerate and needs nothing. ``VELOXLAB_BLAS=0`` in the
     environment switches this off.
 
-    Returns
-    -------
-    str or None
-        Why OpenBLAS was not loaded, as a part of a sentence; ``None`` where nothing is left to do. Never raises.
+    Returns why OpenBLAS was not loaded, as a part of a sentence; None where nothing is left to do. Never raises.
     """
     if platform.system() != "Linux":
         return None
@@ -73,40 +69,14 @@ def load_fast_blas() -> str | None:
 
 
 def _share_the_cores() -> None:
-    """Let OpenBLAS's threads, and numpy's, wait without spinning, and be no more than a control group gives time for.
+    """Let threads of OpenBLAS, and of NumPy, wait without spinning, and be no more than a control group has time for.
 
-    A thread that spins for long keeps other work, and other threads, from the core. OpenBLAS minds the affinity by
-    itself. Environment variables that say otherwise stay as they are.
+    A thread that spins for long keeps other work from the core. OpenBLAS reads the affinity by itself. Environment
+    variables that say otherwise stay as they are.
     """
     os.environ.setdefault(SPIN, SHORT_SPIN)
     if cores() < len(os.sched_getaffinity(0)) and not any(name in os.environ for name in THREADS):
         os.environ[THREADS[0]] = str(cores())
-
-
-def blas_threads() -> int | None:
-    """Threads that OpenBLAS has; None where it is not loaded."""
-    count = getattr(ctypes.CDLL(None), "openblas_get_num_threads", None)
-    return None if count is None else int(count())
-
-
-def cores() -> int:
-    """Processors that this process may use: by its affinity, and by the quota of its control group, rounded up."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, math.ceil(cgroups.cpu_quota() or usable))
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep the memory that MLX's CPU back end frees, up to 256 MB, for the next array.
-
-    MLX has no pool of its own there. glibc gives large blocks back to the system at once, so that each array of some
-    megabytes is made of pages that have to be mapped and cleared again: reading a tile of codes took three times as
-    long. Does nothing on other systems, or where an environment variable of glibc's already says what to do.
-    """
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
 
 
 def _package_folders(name: str) -> list[Path]:
@@ -118,8 +88,8 @@ def _package_folders(name: str) -> list[Path]:
 def _load_openblas(library: Path) -> None:
     """Load OpenBLAS with global symbols, beside the Fortran runtime that MLX's wheel brings.
 
-    OpenBLAS asks for libgfortran.so.5, which many machines lack, and looks for it in its own folder first. MLX's
-    wheel has one under another name. So a folder of links brings them together; the loader needs it only now.
+    OpenBLAS needs libgfortran.so.5, which many machines lack, and looks for it in its own folder first. MLX's wheel has
+    one under another name. A folder of links brings them together; the loader needs it only now.
     """
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -131,6 +101,88 @@ def _load_openblas(library: Path) -> None:
         link = folder / "libopenblas.so.0"
         link.symlink_to(library)
         ctypes.CDLL(str(link), ctypes.RTLD_GLOBAL)
+
+
+def blas_threads() -> int | None:
+    """Threads that OpenBLAS has; None where it is not loaded."""
+    count = getattr(ctypes.CDLL(None), "openblas_get_num_threads", None)
+    return None if count is None else int(count())
+
+
+def cpu_gflops() -> float:
+    """Measure a float32 product of two [512, 512] matrices on MLX's CPU stream, in GFLOP/s, the best of five.
+
+    A fast BLAS takes a few milliseconds in all, the reference BLAS about half a second.
+    """
+    import mlx.core as mx
+
+    a = mx.random.uniform(shape=(PRODUCT_SIZE, PRODUCT_SIZE), stream=mx.cpu)
+    mx.eval(a)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        mx.eval(mx.matmul(a, a, stream=mx.cpu))
+        seconds.append(time.perf_counter() - start)
+    return 2 * PRODUCT_SIZE**3 / min(seconds) / 1e9
+
+
+# memory and time ------------------------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that MLX's CPU back end frees, up to 256 MB, for the next array.
+
+    MLX has no pool of its own there, and glibc gives large blocks back at once: each array of some megabytes was made
+    of pages that had to be mapped and cleared again, and reading a tile of codes took three times as long. Does nothing
+    on other systems, or where an environment variable of glibc's already says what to do.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
+    mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+
+
+def cores() -> int:
+    """Processors that this process may use: by its affinity, and by the quota of its control group, rounded up."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable, math.ceil(cpu_quota() or usable))
+
+
+def memory_limit() -> int | None:
+    """Bytes that this process may use at most; None where no control group of Linux says so."""
+    limits = [*_group_numbers("memory", "memory.limit_in_bytes"), *_group_numbers("", "memory.max")]
+    return min((int(limit) for (limit,) in limits if limit < NO_LIMIT), default=None)
+
+
+def cpu_quota() -> float | None:
+    """Processors' worth of time that this process may use at most, such as 1.5; None where none is set."""
+    spent = [*_group_numbers("", "cpu.max"), *_group_numbers("cpu", "cpu.cfs_quota_us", "cpu.cfs_period_us")]
+    return min((quota / period for quota, period in spent if quota > 0), default=None)  # -1 is none
+
+
+def _group_numbers(controller: str, *names: str) -> Iterator[list[float]]:
+    """Numbers in the files of these names, of each control group from this process's own up to the root.
+
+    Without a ``controller`` those of version 2. A limit of a parent holds for its children: the least of all counts.
+    """
+    try:
+        groups = [line.split(":", 2) for line in OWN_GROUPS.read_text().splitlines()]
+    except OSError:
+        return
+    for _, controllers, path in groups:
+        # a container may see its own group as the root, and be told the path that the host sees
+        own = Path(path.lstrip("/"))
+        for part in (own, *own.parents) if controller in controllers.split(",") else ():
+            try:
+                words = [word for name in names for word in (GROUPS / controller / part / name).read_text().split()]
+                if "max" not in words:  # which is no limit
+                    yield [float(word) for word in words]
+            except (OSError, ValueError):
+                continue
+
+
+# the device -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -155,9 +207,10 @@ def device() -> Device:
 
     info = mx.device_info(mx.default_device())
     name = str(info.get("device_name", platform.processor() or platform.machine()))
-    memory = int(info.get("memory_size") or info.get("total_memory") or _machine_memory_bytes())
+    installed = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = int(info.get("memory_size") or info.get("total_memory") or installed)
     if backend() != "cuda":
-        memory = min(memory, cgroups.memory_limit() or memory)
+        memory = min(memory, memory_limit() or memory)
     return Device(backend(), name, memory, cores())
 
 
@@ -180,30 +233,6 @@ def driver() -> str:
     return answer.stdout.strip().partition("\n")[0] if answer.returncode == 0 else ""
 
 
-def _machine_memory_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def cpu_gflops() -> float:
-    """Measure a float32 product of two [512, 512] matrices on MLX's CPU stream, in GFLOP/s, the best of five.
-
-    A fast BLAS takes a few milliseconds in all, the reference BLAS about half a second.
-    """
-    import mlx.core as mx
-
-    a = mx.random.uniform(shape=(PRODUCT_SIZE, PRODUCT_SIZE), stream=mx.cpu)
-    mx.eval(a)
-    return 2 * PRODUCT_SIZE**3 / min(_seconds(a) for _ in range(5)) / 1e9
-
-
-def _seconds(a: mx.array) -> float:
-    import mlx.core as mx
-
-    start = time.perf_counter()
-    mx.eval(mx.matmul(a, a, stream=mx.cpu))
-    return time.perf_counter() - start
-
-
 def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
     """Give the installed version of each package, and leave out those that are not installed."""
     versions = {}
@@ -220,9 +249,9 @@ def mlx_wheels() -> dict[str, bool]:
 
     ``mlx-cpu`` and ``mlx-cuda-13`` own the same file: with both installed, the one unpacked last is used.
     """
-    return {name: _owns_library(name) for name in installed_versions(MLX_WHEELS)}
-
-
-def _owns_library(wheel: str) -> bool:
-    libraries = [file for file in files(wheel) or () if file.stem == "libmlx"]
-    return any(Path(str(file.locate())).stat().st_size == file.size for file in libraries)
+    return {
+        wheel: any(
+            Path(str(file.locate())).stat().st_size == file.size for file in files(wheel) or () if file.stem == "libmlx"
+        )
+        for wheel in installed_versions(MLX_WHEELS)
+    }

@@ -9,15 +9,13 @@ from veloxlab.checks import checked, choice
 from veloxlab.errors import InputError
 
 PACKAGE = Path(__file__).parent
+Split = Literal["test", "validation"]
 
 
 def shipped_folder(name: Literal["data", "notebooks"]) -> Path:
     """Find a folder of shipped files: inside an installed package, beside the package in a clone.
 
-    Raises
-    ------
-    InputError
-        It is in neither place.
+    Raises `InputError` if it is in neither place.
     """
     # the package first: beside an installed one lie other people's folders
     for parent in (PACKAGE, PACKAGE.parent):
@@ -31,19 +29,12 @@ def is_installed(folder: Path) -> bool:
     return folder.is_relative_to(PACKAGE)
 
 
-Split = Literal["test", "validation"]
-
-
 @checked(split=choice(*get_args(Split)))
 def excerpt(split: Split = "test") -> str:
     """Give the first articles of a split of WikiText-2, about 100,000 characters (25,000 tokens).
 
-    Calibrate on ``"validation"`` and evaluate on ``"test"``, never the other way round.
-
-    Raises
-    ------
-    InputError
-        There is no such split, or the file is not installed.
+    Calibrate on ``"validation"`` and evaluate on ``"test"``, never the other way round. Raises `InputError` if there is
+    no such split, or the file is not installed.
     """
     path = shipped_folder("data") / f"wikitext2_{split}_excerpt.txt"
     if not path.is_file():

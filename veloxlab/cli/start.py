@@ -1,4 +1,4 @@
-"""``veloxlab`` alone opens JupyterLab at the tour; ``veloxlab doctor`` checks the installation."""
+"""JupyterLab at the tour, the doctor, and mlx-lm's own commands with a compressed cache."""
 
 from __future__ import annotations
 
@@ -10,13 +10,24 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
-from veloxlab.cli.arguments import Commands
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
 from veloxlab.texts import is_installed, shipped_folder
 
 TOUR = "00_tour.ipynb"
 COPY_FOLDER = Path("veloxlab-notebooks")
+MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+OF_MLX_LM = {"serve": "server", "generate": "generate", "cache-prompt": "cache_prompt"}
+"""Our names of mlx-lm's commands, and its own."""
+NUMBERS = {
+    "bits": "code bits per value (default: 4)",
+    "key_bits": "code bits of keys, if different",
+    "value_bits": "code bits of values, if different",
+    "sinks": "number of exact first tokens (default: 4)",
+    "window": "number of exact newest tokens (default: 64)",
+    "max_kv_size": "maximum number of tokens in the cache; older tokens are dropped (default: no limit)",
+}
+"""Numbers that a compressed cache takes, with their help."""
 
 
 def open_lab(options: argparse.Namespace) -> int:
@@ -46,16 +57,6 @@ def _notebooks() -> Path:
     return COPY_FOLDER.resolve()
 
 
-MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
-
-
-def add(commands: Commands) -> None:
-    """Add the command."""
-    parser = commands.add_parser("doctor", help="check the device, the packages and the model's weights")
-    parser.add_argument("--json", action="store_true", help="print the checks as JSON")
-    parser.set_defaults(run=show_checks, passes_on="nothing")
-
-
 def show_checks(options: argparse.Namespace) -> int:
     """Print the checks as a table or as JSON; return status 1 if a check failed."""
     from veloxlab.checkup import doctor
@@ -70,3 +71,18 @@ def show_checks(options: argparse.Namespace) -> int:
             if check.hint:
                 print(f"      {'':<{width}}  -> {check.hint}")
     return int(any(check.status == "fail" for check in checks))
+
+
+def run_mlx_lm(options: argparse.Namespace) -> int:
+    """Run one of mlx-lm's commands."""
+    from veloxlab.cache.calibration import Calibration
+    from veloxlab.cache.plan import Plan
+    from veloxlab.serve.commands import Wanted, run
+
+    settings = {name: getattr(options, name) for name in NUMBERS if getattr(options, name) is not None}
+    if options.plan is not None and options.method is not None:
+        raise InputError("--plan already contains the method of each layer: leave out --method.")
+    plan = None if options.plan is None else Plan.load(options.plan)
+    wanted = Wanted(plan, options.method, settings, [Calibration.load(path) for path in options.calibration])
+    run(options.command, OF_MLX_LM[options.command], options.model, wanted, options.passed_on)
+    return 0

@@ -24,7 +24,7 @@ from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, judge, reference
 from veloxlab.mlxlm.probe import probe, slot_of
 from veloxlab.mlxlm.quantized import quantized_cache
-from veloxlab.progress import OnRows, Progress, silent, unseen
+from veloxlab.progress import OnRows, Progress, silent
 
 COMPARED = FIDELITY | {
     "store_us": pl.Float64,  # microseconds to store one token's key and value in one layer, in a block of 512
@@ -58,7 +58,7 @@ def compare(
     tokens: int = 512,
     windows: int = 3,
     progress: Progress = silent,
-    on_rows: OnRows = unseen,
+    on_rows: OnRows = silent,
 ) -> pl.DataFrame:
     """Measure every method at those of ``bits`` that it has, and mlx-lm's quantized cache: a row each, `COMPARED`.
 

@@ -25,7 +25,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.mlxlm.probe import exact_width, own_cache, slots_of
 from veloxlab.mlxlm.quantized import quantized_cache
-from veloxlab.progress import OnRows, Progress, silent, unseen
+from veloxlab.progress import OnRows, Progress, silent
 
 LENGTHS = {
     "cache": pl.String,
@@ -57,7 +57,7 @@ def costs_by_length(
     *,
     chunk: int = CHUNK,
     progress: Progress = silent,
-    on_rows: OnRows = unseen,
+    on_rows: OnRows = silent,
 ) -> pl.DataFrame:
     """Fill each of ``caches`` with random tokens up to each of ``lengths``, or of its own ones: `LENGTHS`.
 
