@@ -196,6 +196,21 @@ def test_every_timed_query_is_the_same(make, monkeypatch):
     assert all(np.array_equal(query, seen[0]) for query in seen)
 
 
+def test_the_time_to_make_a_cache_does_not_count(monkeypatch):
+    made = []
+
+    def timed(work, repeats):
+        before = len(made)
+        mx.eval([work() for _ in range(repeats)])
+        assert len(made) == before
+        return 1.0
+
+    monkeypatch.setattr(measured_speed, "median_seconds", timed)
+    x = mx.random.normal((1, 2, 16, 64))
+    measured_speed.cache_speed(LayerCapture(0, None, x, x, None), lambda: made.append(1) or KVCache())
+    assert made
+
+
 @pytest.mark.parametrize("family", ["falcon_h1", "qwen3_next", "mistral", "gemma3n"])
 def test_lengths_of_layers_of_every_kind_are_measured(family):
     """States and sliding windows cannot be trimmed: what decoding reads there stays read."""

