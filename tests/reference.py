@@ -12,22 +12,32 @@ from pathlib import Path
 import nbformat
 
 import veloxlab as vl
-from veloxlab import measure, views
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "18_reference.ipynb"
-ROOMS = (("vl", vl, "The top"), ("vl.measure", measure, "Measurements"), ("vl.views", views, "Charts"))
+ROOMS = (
+    ("vl", vl, "The top"),
+    ("vl.measure", vl.measure, "Measurements"),
+    ("vl.allocate", vl.allocate, "Allocation of bits"),
+    ("vl.widgets", vl.widgets, "Widgets"),
+    ("vl.codecs", vl.codecs, "Algorithms"),
+    ("vl.models", vl.models, "Models"),
+    ("vl.mlxlm", vl.mlxlm, "mlx-lm"),
+    ("vl.texts", vl.texts, "Texts"),
+    ("vl.views", vl.views, "Charts"),
+)
 SECTIONS = ("Parameters", "Attributes", "Returns", "Raises")
 INTRODUCTION = """# Reference
 
 Every public name: how it is called, what it is for, and the shapes and units of what it takes and gives. It is
 generated from the docstrings by `python -m tests.reference`.
 """
-COUNT = "import veloxlab as vl\n\nprint(len(vl.__all__), 'names at the top')"
+COUNT = "import veloxlab as vl\n\nprint(len(vl.__all__), 'names and modules at the top')"
 
 
 def names(room: object) -> list[str]:
-    """Public names of a module, as it declares them."""
-    return sorted(getattr(room, "__all__"))  # noqa: B009 - a module's type has none
+    """Public names of a module, as it declares them, without the modules that it holds."""
+    declared = getattr(room, "__all__")  # noqa: B009 - a module's type has none
+    return sorted(name for name in declared if not inspect.ismodule(getattr(room, name)))
 
 
 def entry(prefix: str, name: str, thing: object) -> str:
@@ -54,7 +64,7 @@ def notebook() -> str:
     book = nbformat.v4.new_notebook()
     book.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     count = nbformat.v4.new_code_cell(COUNT, execution_count=1)
-    said = f"{len(names(vl))} names at the top\n"
+    said = f"{len(vl.__all__)} names and modules at the top\n"
     count.outputs = [nbformat.v4.new_output("stream", name="stdout", text=said)]
     cells = [nbformat.v4.new_markdown_cell(INTRODUCTION), count]
     for prefix, room, title in ROOMS:

@@ -63,7 +63,7 @@ def test_curves_are_what_codecs_do_to_a_capture(model, rates):
     assert curves.schema == CURVES
     assert curves.height == 3 * 2 * 2 * 6  # layers, heads, sides, widths
     seen = vl.capture(model, Letters(), TEXT, tokens=128)
-    tokens = vl.token_errors(seen, bits=3).filter(pl.col("position") >= 2, layer=1, tensor="keys", head=0)
+    tokens = vl.measure.token_errors(seen, bits=3).filter(pl.col("position") >= 2, layer=1, tensor="keys", head=0)
     row = curves.filter(layer=1, head=0, tensor="keys", bits=3).row(0, named=True)
     assert row["distortion"] == pytest.approx(tokens["squared_error"].mean(), rel=1e-3)
     assert row["relative"] == pytest.approx(tokens["squared_error"].sum() / tokens["squared_norm"].sum(), rel=1e-3)
@@ -85,9 +85,9 @@ def test_fits_of_keys_and_values_are_those_of_the_codebook(rates):
 
 def test_methods_that_have_to_be_fitted_are_measured_with_their_calibration(model, tmp_path):
     with pytest.raises(InputError, match="VecInfer has to see activations"):
-        vl.distortion_curves(model, Letters(), ["vecinfer"], TEXT, bits=[2], tokens=100)
+        vl.allocate.distortion_curves(model, Letters(), ["vecinfer"], TEXT, bits=[2], tokens=100)
     fit = vl.calibrate(model, Letters(), "spectralquant", TEXT, bits=2, tokens=300, folder=tmp_path)
-    curves = vl.distortion_curves(
+    curves = vl.allocate.distortion_curves(
         model, Letters(), ["spectralquant"], TEXT, bits=[2], tokens=100, calibrations={"spectralquant": fit}
     )
     assert (curves["relative"] < 0.5).all()
@@ -103,7 +103,7 @@ def test_methods_that_have_to_be_fitted_are_measured_with_their_calibration(mode
 )
 def test_curves_that_cannot_be_measured_are_refused(model, methods, settings, sentence):
     with pytest.raises(InputError, match=sentence):
-        vl.distortion_curves(model, Letters(), methods, TEXT, **settings)
+        vl.allocate.distortion_curves(model, Letters(), methods, TEXT, **settings)
 
 
 # allocation
@@ -122,7 +122,7 @@ def test_no_allocation_of_a_small_model_is_predicted_to_be_better(folder):
             for total in {t + w for t, w in itertools.product(best, (2, 3, 4))}
         }
     for bits in range(2 * 8, 4 * 8 + 1):
-        solved = rates.solve(vl.BytesPerToken(8 * bits + 2 * 8))
+        solved = rates.solve(vl.allocate.BytesPerToken(8 * bits + 2 * 8))
         assert solved.predicted_loss == pytest.approx(best[bits], rel=1e-9)
         assert solved.predicted_least == pytest.approx(best[bits], rel=1e-9)
 
@@ -136,7 +136,7 @@ def test_a_plan_holds_what_its_budget_allows_and_loses_less_than_uniform_bits(mo
     assert solved.predicted_loss == pytest.approx(rates.predicted_loss(solved.plan), rel=1e-9)
     assert solved.predicted_loss <= solved.predicted_uniform_loss * (1 + 1e-9)
     assert bytes_per_token(rates.uniform(bits), model) <= bits * 3 * 256 / 8
-    assert solved.uniform.layers == rates.uniform(vl.BytesPerToken(held)).layers  # of what is spent
+    assert solved.uniform.layers == rates.uniform(vl.allocate.BytesPerToken(held)).layers  # of what is spent
     assert rates.predicted_loss(solved.uniform) == pytest.approx(solved.predicted_uniform_loss, rel=1e-9)
 
 
@@ -157,7 +157,7 @@ def test_uniform_bits_are_the_same_for_keys_and_values(rates, bits):
 
 
 def test_a_text_fits_into_the_memory_that_it_was_given(model, rates):
-    plan = rates.plan(vl.TokensInMemory(600, 0.3))
+    plan = rates.plan(vl.allocate.TokensInMemory(600, 0.3))
     cache = vl.make_cache(model, plan)
     for token in range(600):
         mx.eval(model(mx.array([[token % 90]]), cache=cache))
@@ -167,21 +167,21 @@ def test_a_text_fits_into_the_memory_that_it_was_given(model, rates):
 
 def test_one_problem_serves_texts_of_any_length(rates):
     """Where no layer slides, memory for a text is bytes for each token."""
-    lengths = [rates.solve(vl.TokensInMemory(n, 0.3)).bytes_per_token for n in (400, 600, 800)]
+    lengths = [rates.solve(vl.allocate.TokensInMemory(n, 0.3)).bytes_per_token for n in (400, 600, 800)]
     assert lengths == sorted(lengths, reverse=True)
-    assert len({tokens for bounds, tokens, _ in rates._solved if bounds == vl.Bounds()}) == 1
+    assert len({tokens for bounds, tokens, _ in rates._solved if bounds == vl.allocate.Bounds()}) == 1
 
 
 def test_a_floor_of_quality_takes_the_fewest_bytes(rates):
     costs, losses = (rates.frontier().filter(kind="allocated")[name] for name in ("bytes_per_token", "predicted_loss"))
-    solved = rates.solve(vl.QualityFloor(losses[5] * 1.0001))
+    solved = rates.solve(vl.allocate.QualityFloor(losses[5] * 1.0001))
     assert (solved.bytes_per_token, solved.predicted_least) == (costs[5], None)
     with pytest.raises(InputError, match="A loss of 1e-12 cannot be reached"):
-        rates.solve(vl.QualityFloor(1e-12))
+        rates.solve(vl.allocate.QualityFloor(1e-12))
 
 
 def test_the_frontier_falls_and_lies_under_uniform_widths(rates):
-    frontier = rates.frontier(vl.Bounds(1, 6))
+    frontier = rates.frontier(vl.allocate.Bounds(1, 6))
     best, uniform = frontier.filter(kind="allocated"), frontier.filter(kind="uniform")
     assert best["bytes_per_token"].is_sorted()
     assert best["predicted_loss"].is_sorted(descending=True)
@@ -195,28 +195,28 @@ def test_the_frontier_falls_and_lies_under_uniform_widths(rates):
 def test_one_bit_is_given_only_where_two_bits_would_spend_the_budget(rates, budget, least):
     """Every value has 0.25 bits of scales, so that 19/18 of what 2 bits take is 2.375."""
     found = rates.solve(budget)
-    assert found.bounds == vl.Bounds(least_bits=least)
+    assert found.bounds == vl.allocate.Bounds(least_bits=least)
     assert not found.only_least
     if budget >= 2.25:
         assert found.predicted_loss < found.predicted_uniform_loss
 
 
 def test_bounds_that_leave_nothing_to_allocate_are_told(rates):
-    found = rates.solve(2.25, vl.Bounds())
+    found = rates.solve(2.25, vl.allocate.Bounds())
     assert found.only_least
     assert set(rates.heads(found.plan)["bits"]) == {2}
 
 
 def test_bounds_are_kept(model, rates):
-    plan = rates.plan(3.75, vl.Bounds(least_bits=3, most_bits=4, protected_first=1))
+    plan = rates.plan(3.75, vl.allocate.Bounds(least_bits=3, most_bits=4, protected_first=1))
     assert plan.widths(0, "keys") == plan.widths(0, "values") == (4, 4)
     assert all(
         3 <= width <= 4 for layer in range(3) for side in ("keys", "values") for width in plan.widths(layer, side)
     )
-    exact = rates.plan(14.0, vl.Bounds(protected_last=1, protection="exact"))
+    exact = rates.plan(14.0, vl.allocate.Bounds(protected_last=1, protection="exact"))
     assert (exact.layers[2].key_method, exact.layers[2].value_bits) == ("none", 32)
     assert vl.make_cache(model, exact)[2].nbytes == 0
-    free, paired = rates.solve(3.0), rates.solve(3.0, vl.Bounds(keys_over_values=True))
+    free, paired = rates.solve(3.0), rates.solve(3.0, vl.allocate.Bounds(keys_over_values=True))
     for layer in range(3):
         assert sum(paired.plan.widths(layer, "keys")) >= sum(paired.plan.widths(layer, "values"))
     assert any(sum(free.plan.widths(n, "keys")) < sum(free.plan.widths(n, "values")) for n in range(3))
@@ -225,7 +225,7 @@ def test_bounds_are_kept(model, rates):
 
 @pytest.mark.parametrize("side", ["protected_first", "protected_last"])
 def test_more_protected_layers_than_there_are_is_all_of_them(rates, side):
-    exact = rates.plan(32.0, vl.Bounds(**{side: 5}, protection="exact"))
+    exact = rates.plan(32.0, vl.allocate.Bounds(**{side: 5}, protection="exact"))
     assert {layer.key_method for layer in exact.layers} == {"none"}
 
 
@@ -240,8 +240,8 @@ def test_a_plan_of_another_model_is_refused(rates):
 
 def test_across_methods_a_plan_is_no_worse_than_with_one(model, rates, several):
     for bits in (2.3, 3.1, 4.0):
-        solved = several.solve(bits, vl.Bounds())
-        assert solved.predicted_loss <= rates.solve(bits, vl.Bounds()).predicted_loss * (1 + 1e-6)
+        solved = several.solve(bits, vl.allocate.Bounds())
+        assert solved.predicted_loss <= rates.solve(bits, vl.allocate.Bounds()).predicted_loss * (1 + 1e-6)
         assert bytes_per_token(solved.plan, model) == pytest.approx(solved.bytes_per_token)
     methods = {s for layer in several.plan(3.1).layers for s in (layer.key_method, layer.value_method)}
     assert methods <= {"ratequant", "rabitq", "polarquant"}
@@ -287,40 +287,40 @@ def test_a_plan_reattaches_from_its_file_as_it_was(model, rates, tmp_path):
 
 def test_measurements_come_back_from_their_file(rates, tmp_path):
     path = rates.save(tmp_path / "rates.json")
-    loaded = vl.RateBudget.load(path)
+    loaded = vl.allocate.RateBudget.load(path)
     assert loaded.identity == rates.identity
     assert loaded.plan(3.0) == rates.plan(3.0)
     path.write_text(path.read_text().replace('"window": 8', '"window": 9'))
     with pytest.raises(InputError, match="cannot be read .it is not what was written.: make them again"):
-        vl.RateBudget.load(path)
+        vl.allocate.RateBudget.load(path)
     with pytest.raises(InputError, match="there is no such file"):
-        vl.RateBudget.load(tmp_path / "none.json")
+        vl.allocate.RateBudget.load(tmp_path / "none.json")
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "gemma3n", "falcon_h1", "qwen3_next", "gemma2"])
 def test_models_of_other_kinds_are_allocated_and_attached(family, folder):
     """Sliding layers, borrowed keys, state-space layers in between: what holds keys and values gets its bits."""
     other = tiny(family)
-    plan = vl.allocate_bits(other, Letters(), 3.0, text=TEXT, folder=folder, **SETTINGS)
+    plan = vl.allocate.allocate_bits(other, Letters(), 3.0, text=TEXT, folder=folder, **SETTINGS)
     logits = other(mx.arange(60)[None], cache=vl.make_cache(other, plan))
     assert mx.isfinite(logits).all().item()
 
 
 def test_what_cannot_be_allocated_is_refused(model, rates):
     with pytest.raises(InputError, match="leaves 192.0 bytes a token .* within the bounds take 216.0: give more"):
-        rates.solve(2.0, vl.Bounds())
+        rates.solve(2.0, vl.allocate.Bounds())
     with pytest.raises(InputError, match="leaves 96.0 bytes a token .* within the bounds take 120.0: give more"):
         rates.solve(1.0)
     with pytest.raises(InputError, match="leaves 96.0 bytes a token .* takes more for all heads: give more"):
         rates.uniform(1.0)
     with pytest.raises(InputError, match="A uniform plan is made for a budget of bytes or bits"):
-        rates.uniform(vl.QualityFloor(1))
+        rates.uniform(vl.allocate.QualityFloor(1))
     with pytest.raises(InputError, match="No width from 7 to 8 bits was measured for keys of layer 0"):
-        rates.solve(8, vl.Bounds(7, 8))
+        rates.solve(8, vl.allocate.Bounds(7, 8))
     with pytest.raises(InputError, match=r"turboquant at \(3,\) bits was not measured for the keys of layer 0"):
         rates.predicted_loss(vl.Plan.uniform(model, bits=3))
     with pytest.raises(InputError, match="hold no width"):
-        vl.Bounds(least_bits=5, most_bits=4)
+        vl.allocate.Bounds(least_bits=5, most_bits=4)
     with pytest.raises(InputError, match="The sensitivities are of 6 heads and the curves of 12"):
         head_tables(rates.sensitivities.filter(tensor="keys"), rates.curves)
     mixed = pl.concat([rates.sensitivities, rates.sensitivities.with_columns(by=pl.lit("key_norm"))])
@@ -357,11 +357,11 @@ def test_heads_of_a_real_model_differ_and_rotated_ones_lose_alike(smollm2_rates)
 @pytest.mark.parametrize("bits", [2.5, 3.0])
 def test_allocated_bits_move_a_real_model_less_than_uniform_ones_in_the_same_bytes(smollm2, smollm2_rates, bits):
     """Calibrated on one text and judged on another, everything but four sinks through its codes."""
-    exact = vl.reference(*smollm2, tokens=192, windows=2)
-    budget = vl.AverageBits(bits + 16 / 64)
-    solved = smollm2_rates.solve(budget, vl.Bounds(2, 5))
-    uniform = vl.judge(exact, smollm2_rates.uniform(budget))
-    allocated = vl.judge(exact, solved.plan)
+    exact = vl.measure.reference(*smollm2, tokens=192, windows=2)
+    budget = vl.allocate.AverageBits(bits + 16 / 64)
+    solved = smollm2_rates.solve(budget, vl.allocate.Bounds(2, 5))
+    uniform = vl.measure.evaluate(exact, smollm2_rates.uniform(budget))
+    allocated = vl.measure.evaluate(exact, solved.plan)
     assert allocated["held_bytes"][0] == uniform["held_bytes"][0]
     assert allocated["kl_mean"][0] < 0.85 * uniform["kl_mean"][0]
     # the prediction is of the second order, for small errors: it is right to a factor of 2 at these widths

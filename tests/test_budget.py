@@ -60,15 +60,15 @@ def test_no_cache_holds_more_than_was_counted(family, one_by_one):
 def test_bits_and_bytes_are_of_one_token_of_all_layers():
     sizes = layer_sizes(tiny("llama"))
     values = 2 * 2 * (64 + 64)
-    limit = limit_of(vl.AverageBits(3.25), sizes, 4, 64)
+    limit = limit_of(vl.allocate.AverageBits(3.25), sizes, 4, 64)
     assert limit.nbytes == 3.25 * values / 8
     assert limit.tokens == {0: 1, 1: 1}
-    assert limit_of(vl.BytesPerToken(100), sizes, 4, 64).nbytes == 100
+    assert limit_of(vl.allocate.BytesPerToken(100), sizes, 4, 64).nbytes == 100
 
 
 def test_a_text_in_memory_leaves_what_its_exact_tokens_do_not_take():
     sizes = layer_sizes(tiny("llama"))
-    limit = limit_of(vl.TokensInMemory(1000, 0.5), sizes, 4, 64)
+    limit = limit_of(vl.allocate.TokensInMemory(1000, 0.5), sizes, 4, 64)
     held = held_tokens(sizes[0], 1000, sinks=4, window=64)
     assert limit.nbytes * held.packed == pytest.approx(0.5 * MEGABYTE - 2 * held.exact * 256 * 4)
     assert limit.tokens == {0: 1, 1: 1}
@@ -77,7 +77,7 @@ def test_a_text_in_memory_leaves_what_its_exact_tokens_do_not_take():
 
 def test_a_sliding_layer_counts_what_it_sees():
     sizes = layer_sizes(tiny("gemma3_text"))
-    limit = limit_of(vl.TokensInMemory(5000, 5), sizes, 0, 0)
+    limit = limit_of(vl.allocate.TokensInMemory(5000, 5), sizes, 0, 0)
     slides = [size.max_size is not None for size in sizes]
     assert any(slides)
     for size, sliding in zip(sizes, slides, strict=True):
@@ -87,8 +87,11 @@ def test_a_sliding_layer_counts_what_it_sees():
 @pytest.mark.parametrize(
     ("budget", "sentence"),
     [
-        (lambda: vl.TokensInMemory(60, 5), "60 tokens are all kept exact by 4 sinks and a window of 64, in 0.139 MB"),
-        (lambda: vl.TokensInMemory(1000, 0.1), "0.1 MB are less than the exact tokens take"),
+        (
+            lambda: vl.allocate.TokensInMemory(60, 5),
+            "60 tokens are all kept exact by 4 sinks and a window of 64, in 0.139 MB",
+        ),
+        (lambda: vl.allocate.TokensInMemory(1000, 0.1), "0.1 MB are less than the exact tokens take"),
     ],
 )
 def test_budgets_that_leave_nothing_are_refused(budget, sentence):

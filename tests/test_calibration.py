@@ -263,10 +263,10 @@ def test_measurements_take_it(smollm2, calibrations):
     calibration = vl.calibrate(*smollm2, "spectralquant", bits=2, tokens=128, folder=calibrations)
     seen = vl.capture(*smollm2, tokens=64)
     given = {"bits": 2, "calibration": calibration}
-    assert vl.layer_errors(seen, "spectralquant", **given)["rel_mse"].mean() < 0.4
-    assert vl.token_errors(seen, "spectralquant", **given).height == 2 * 30 * 3 * 64
-    assert vl.code_bits(seen, "spectralquant", **given)["bits_per_value"].sum() == pytest.approx(60 * 2.25)
-    assert vl.memory_growth(seen, "spectralquant", upto=256, points=2, **given).height == 2 * 2 * 30 * 2
+    assert vl.measure.layer_errors(seen, "spectralquant", **given)["rel_mse"].mean() < 0.4
+    assert vl.measure.token_errors(seen, "spectralquant", **given).height == 2 * 30 * 3 * 64
+    assert vl.measure.code_bits(seen, "spectralquant", **given)["bits_per_value"].sum() == pytest.approx(60 * 2.25)
+    assert vl.measure.memory_growth(seen, "spectralquant", upto=256, points=2, **given).height == 2 * 2 * 30 * 2
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def run(*arguments: str) -> str:
 
 def test_a_prompt_cache_is_made_and_continued_in_another_process(tmp_path):
     file = str(tmp_path / "prompt.safetensors")
-    text = "The lighthouse keeper is called Ida. " + vl.excerpt()[:2000]
+    text = "The lighthouse keeper is called Ida. " + vl.texts.excerpt()[:2000]
     run("cache-prompt", "smollm2-135m", "--bits", "4", "--prompt", text, "--prompt-cache-file", file)
     asked = ("--prompt", "Who is the lighthouse keeper?", "--max-tokens", "12")
     assert "==========" in run("generate", "smollm2-135m", "--prompt-cache-file", file, *asked)

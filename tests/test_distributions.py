@@ -378,7 +378,7 @@ def test_error_densities_count_every_vector(seen):
     assert frame["share"].sum() == pytest.approx(1)
     assert frame.filter(pl.col("share") > 0)["share"].to_list() == pytest.approx([1 / 3, 2 / 3])
     assert (frame["zero"][0], frame["not_finite"][0]) == (1, 1)
-    real = error_densities(vl.token_errors(seen, bits=3))
+    real = error_densities(vl.measure.token_errors(seen, bits=3))
     assert np.allclose(real.group_by("tensor").agg(pl.col("share").sum())["share"], 1)
 
 

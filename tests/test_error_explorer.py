@@ -24,7 +24,7 @@ def seen(smollm2):
 
 @pytest.fixture(scope="module")
 def explorer(seen):
-    explorer = vl.ErrorExplorer(seen, layer=7)
+    explorer = vl.widgets.ErrorExplorer(seen, layer=7)
     assert explorer.wait(120)
     yield explorer
     explorer.worker.close()
@@ -57,7 +57,7 @@ def test_every_control_moved_twice_changes_its_charts_twice_and_no_other(explore
 def test_the_charts_show_what_the_measurements_say(explorer, seen):
     turn(explorer, layer=8, head=1, method="rvq", bits=4)
     layer = replace(seen, layers=seen.layers[2:3])
-    tokens = vl.token_errors(layer, "rvq", bits=4).filter(head=1)
+    tokens = vl.measure.token_errors(layer, "rvq", bits=4).filter(head=1)
     along = errors_along_position(tokens, blocks=32)
     assert explorer.charts["positions"].frame.drop("head").equals(along)
     maps = attention_map(layer.layers[0], 3, "rvq", bits=4, blocks=20)  # three query heads a KV head
@@ -69,8 +69,10 @@ def test_the_charts_show_what_the_measurements_say(explorer, seen):
 def test_the_error_falls_with_bits_as_the_sums_say(seen):
     layer = replace(seen, layers=seen.layers[:1])
     widths = (2, 4)
-    tokens = pl.concat(vl.token_errors(layer, bits=bits) for bits in widths)
-    taken = pl.concat(vl.code_bits(layer, bits=bits).with_columns(bits=pl.lit(bits, pl.Int32)) for bits in widths)
+    tokens = pl.concat(vl.measure.token_errors(layer, bits=bits) for bits in widths)
+    taken = pl.concat(
+        vl.measure.code_bits(layer, bits=bits).with_columns(bits=pl.lit(bits, pl.Int32)) for bits in widths
+    )
     frame = errors_by_bits(tokens, taken)
     assert frame["true_bits"].to_list() == [2.25, 4.25] * 2
     keys = tokens.filter(tensor="keys", bits=2)

@@ -41,7 +41,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def parted(model):
-    frame = vl.side_by_side(model, Tokenizer(), IDS, bits=1, sinks=0, window=0, tokens=24)
+    frame = vl.measure.side_by_side(model, Tokenizer(), IDS, bits=1, sinks=0, window=0, tokens=24)
     assert first_parting(frame) is not None
     return frame
 
@@ -59,14 +59,14 @@ class Poisoned(KVCache):
 
 
 def test_a_prediction_that_is_not_a_number_is_not_shown_as_exact(model):
-    frame = vl.side_by_side(model, Tokenizer(), IDS, lambda m: [Poisoned() for _ in m.layers], tokens=2)
+    frame = vl.measure.side_by_side(model, Tokenizer(), IDS, lambda m: [Poisoned() for _ in m.layers], tokens=2)
     kl = frame.filter(pl.col("side") == "compressed")["kl"]
     assert kl.is_nan().all()
 
 
 def test_the_texts_are_those_that_mlx_lm_generates(smollm2):
     model, tokenizer = smollm2
-    frame = vl.side_by_side(model, tokenizer, "Name a colour.", bits=3, window=4, tokens=8)
+    frame = vl.measure.side_by_side(model, tokenizer, "Name a colour.", bits=3, window=4, tokens=8)
     ids = prompt_ids(tokenizer, "Name a colour.")
     for side, cache in (("exact", None), ("compressed", vl.make_cache(model, bits=3, window=4))):
         text = mlx_lm.generate(model, tokenizer, ids, max_tokens=8, prompt_cache=cache)
@@ -94,7 +94,7 @@ def test_divergences_are_those_of_two_predictions_of_one_text(model, parted):
 
 
 def test_the_exact_cache_loses_nothing_and_never_parts(model):
-    frame = vl.side_by_side(model, Tokenizer(), IDS, "none", bits=32, tokens=12)
+    frame = vl.measure.side_by_side(model, Tokenizer(), IDS, "none", bits=32, tokens=12)
     assert first_parting(frame) is None
     assert frame["kl"].max() < 1e-5  # rounding: a prompt in blocks is not the sum of a prompt in one
     assert frame.schema == GENERATION
@@ -102,7 +102,7 @@ def test_the_exact_cache_loses_nothing_and_never_parts(model):
 
 
 def test_a_run_repeats(model, parted):
-    again = vl.side_by_side(model, Tokenizer(), IDS, bits=1, sinks=0, window=0, tokens=24)
+    again = vl.measure.side_by_side(model, Tokenizer(), IDS, bits=1, sinks=0, window=0, tokens=24)
     assert again.equals(parted)
 
 
@@ -122,7 +122,7 @@ def test_a_side_that_ends_its_text_ends(model, parted):
     class Ending(Tokenizer):
         eos_token_ids = frozenset({exact[at]})
 
-    frame = vl.side_by_side(model, Ending(), IDS, bits=1, sinks=0, window=0, tokens=24)
+    frame = vl.measure.side_by_side(model, Ending(), IDS, bits=1, sinks=0, window=0, tokens=24)
     ends = exact.index(exact[at]) + 1
     assert texts(frame)[0] == exact[:ends]
     stop = compressed.index(exact[at]) + 1 if exact[at] in compressed else 24
@@ -138,7 +138,7 @@ def test_rows_come_as_they_are_made_and_work_can_be_ended(model):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        vl.side_by_side(model, Tokenizer(), IDS, tokens=20, on_token=watch)
+        vl.measure.side_by_side(model, Tokenizer(), IDS, tokens=20, on_token=watch)
     assert seen == [2, 4, 6]
 
 
@@ -153,18 +153,18 @@ def test_rows_come_as_they_are_made_and_work_can_be_ended(model):
 )
 def test_bad_input_gets_a_sentence(model, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
-        vl.side_by_side(model, Tokenizer(), **{"prompt": IDS} | arguments)
+        vl.measure.side_by_side(model, Tokenizer(), **{"prompt": IDS} | arguments)
 
 
 # a number that was hidden
 
 
 def test_a_hidden_number_is_found_by_the_exact_cache_and_lost_at_one_bit(smollm2):
-    exact = vl.passkey(*smollm2, "none", bits=32, context=160, depths=(0.9,))
+    exact = vl.measure.passkey(*smollm2, "none", bits=32, context=160, depths=(0.9,))
     assert exact.schema == PASSKEY
     assert exact["hit"].to_list() == [True] * 2
     assert exact["context"].to_list() == [160] * 2
-    lost = vl.passkey(*smollm2, bits=1, sinks=0, window=0, context=160, depths=(0.3,))
+    lost = vl.measure.passkey(*smollm2, bits=1, sinks=0, window=0, context=160, depths=(0.3,))
     assert lost["hit"].to_list() == [True, False]
     assert lost["passkey"][0] == exact["passkey"][0]
 
@@ -174,7 +174,7 @@ def test_tokens_of_many_characters_are_counted_to_the_end_of_the_text(model):
         def encode(self, text, add_special_tokens=True):
             return super().encode(text[::40])
 
-    frame = vl.passkey(model, Long(), context=100, depths=(0.5,), text="x" * 40 * 120)
+    frame = vl.measure.passkey(model, Long(), context=100, depths=(0.5,), text="x" * 40 * 120)
     assert frame["context"].to_list() == [100] * 2
 
 
@@ -191,7 +191,7 @@ def test_a_needle_lies_where_it_is_said_to(model):
         made[0].update_and_fetch = lambda keys, values: (read.append(keys.shape[2]), own(keys, values))[1]
         return made
 
-    frame = vl.passkey(model, Watching(), cache, context=400, depths=(0.0, 1.0), text="x" * 1000)
+    frame = vl.measure.passkey(model, Watching(), cache, context=400, depths=(0.0, 1.0), text="x" * 1000)
     assert frame["hit"].to_list() == [False] * 4
     assert read[:3] == [399, 1, len("\n\nWhat is the pass key? The pass key is")]  # the question comes by itself
 
@@ -205,15 +205,15 @@ def test_a_needle_lies_where_it_is_said_to(model):
 )
 def test_a_needle_that_cannot_be_hidden_is_refused(model, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
-        vl.passkey(model, Tokenizer(), **arguments)
+        vl.measure.passkey(model, Tokenizer(), **arguments)
 
 
 def test_the_exact_side_is_exact_in_a_model_that_was_told_to_compress():
     used = tiny("llama")
     settings = {"bits": 1, "sinks": 0, "window": 0}
-    before = vl.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings)
+    before = vl.measure.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings)
     hooks.use(used, lambda: vl.make_cache(used, **settings))
-    assert vl.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings).equals(before)
+    assert vl.measure.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings).equals(before)
 
 
 # pictures
@@ -284,7 +284,9 @@ def test_what_is_held_is_what_the_caches_hold(model, parted):
 
 @pytest.fixture
 def widget(model):
-    widget = vl.SideBySide(model, Tokenizer(), prompt="a prompt of some words", bits=1, window=0, sinks=0, tokens=12)
+    widget = vl.widgets.SideBySide(
+        model, Tokenizer(), prompt="a prompt of some words", bits=1, window=0, sinks=0, tokens=12
+    )
     yield widget
     widget.worker.close()
 
@@ -297,7 +299,7 @@ def test_the_widget_shows_what_is_generated_from_any_thread(widget, model):
         thread.start()
         thread.join()
         assert widget.wait(60)
-        expected = vl.side_by_side(model, Tokenizer(), widget.prompt, bits=bits, window=0, sinks=0, tokens=12)
+        expected = vl.measure.side_by_side(model, Tokenizer(), widget.prompt, bits=bits, window=0, sinks=0, tokens=12)
         assert widget.generated.equals(expected)
         assert len(widget.charts["texts"].frame) == len(expected)
     bundle = widget._repr_mimebundle_()
@@ -337,6 +339,6 @@ def test_what_goes_wrong_is_said_in_the_widget(widget):
 
 def test_a_widget_that_cannot_be_says_so(model):
     with pytest.raises(InputError, match="SideBySide has no knob 'colour'"):
-        vl.SideBySide(model, Tokenizer(), colour="red")
+        vl.widgets.SideBySide(model, Tokenizer(), colour="red")
     with pytest.raises(InputError, match="(Keys|Values) at bits=9 are out of range"):
-        vl.SideBySide(model, Tokenizer(), bits=9)
+        vl.widgets.SideBySide(model, Tokenizer(), bits=9)

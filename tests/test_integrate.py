@@ -49,7 +49,7 @@ def test_with_the_exact_codec_generation_is_mlx_lms_own(smollm2):
 @pytest.mark.parametrize("settings", [{}, {"sinks": 0, "window": 0, "chunk": "codes"}])
 def test_with_the_exact_codec_logits_are_native_in_any_chunking(smollm2, chunks, settings):
     model, tokenizer = smollm2
-    ids = tokenizer.encode(vl.excerpt())[:60]
+    ids = tokenizer.encode(vl.texts.excerpt())[:60]
     native = stepwise(model, ids, make_prompt_cache(model), [60])
     ours = stepwise(model, ids, vl.make_cache(model, "none", **settings), chunks)
     assert np.abs(ours - native).max() < 5e-3  # float32 sums of 30 layers in another order; logits reach 30
@@ -58,7 +58,7 @@ def test_with_the_exact_codec_logits_are_native_in_any_chunking(smollm2, chunks,
 @pytest.mark.parametrize("chunks", [[7, 20, 33], [48] + [1] * 12])
 def test_at_eight_bits_logits_stay_close(smollm2, chunks):
     model, tokenizer = smollm2
-    ids = tokenizer.encode(vl.excerpt())[:60]
+    ids = tokenizer.encode(vl.texts.excerpt())[:60]
     native = stepwise(model, ids, make_prompt_cache(model), [60])
     ours = stepwise(model, ids, vl.make_cache(model, bits=8, sinks=0, window=0, chunk="codes"), chunks)
     assert np.sqrt(np.mean((ours - native) ** 2)) < 0.1  # of logits with a deviation of about 4
@@ -75,7 +75,7 @@ def test_at_four_bits_generation_says_paris(smollm2):
 
 def test_a_trimmed_cache_continues_as_if_the_rest_had_never_been(smollm2):
     model, tokenizer = smollm2
-    ids = tokenizer.encode(vl.excerpt())[:120]
+    ids = tokenizer.encode(vl.texts.excerpt())[:120]
     cache = vl.make_cache(model, bits=4, sinks=0, window=0)
     model(mx.array([ids[:90]]), cache=cache)
     assert trim_prompt_cache(cache, 30) == 30
@@ -87,8 +87,8 @@ def test_a_trimmed_cache_continues_as_if_the_rest_had_never_been(smollm2):
 
 def test_mlx_lms_own_quantized_cache_still_works_beside_ours(smollm2):
     model, tokenizer = smollm2
-    ids = tokenizer.encode(vl.excerpt())[:40]
-    vl.detach()
+    ids = tokenizer.encode(vl.texts.excerpt())[:40]
+    vl.mlxlm.detach()
     before = stepwise(model, ids, [QuantizedKVCache(64, 8) for _ in model.layers], [40])
     vl.make_cache(model)
     after = stepwise(model, ids, [QuantizedKVCache(64, 8) for _ in model.layers], [40])
@@ -99,7 +99,7 @@ HOOKS = ("scaled_dot_product_attention", "quantized_scaled_dot_product_attention
 
 
 def test_attaching_twice_is_attaching_once_and_detaching_restores():
-    vl.detach()
+    vl.mlxlm.detach()
     originals = [getattr(base, name) for name in HOOKS]
     hooks.attach()
     hooked = [getattr(base, name) for name in HOOKS]
@@ -107,7 +107,7 @@ def test_attaching_twice_is_attaching_once_and_detaching_restores():
     hooks.attach()
     assert [getattr(base, name) for name in HOOKS] == hooked
     for _ in range(2):
-        vl.detach()
+        vl.mlxlm.detach()
         assert [getattr(base, name) for name in HOOKS] == originals
         assert llama.scaled_dot_product_attention is originals[0]
 
@@ -120,7 +120,7 @@ def test_a_function_that_another_library_put_there_is_left_alone(monkeypatch, wr
     if wrapped:  # it came after us, and calls us
         hooks.attach()
     else:
-        vl.detach()
+        vl.mlxlm.detach()
     calls = []
 
     def theirs(*args, inner=base.scaled_dot_product_attention, **kw):
@@ -133,16 +133,16 @@ def test_a_function_that_another_library_put_there_is_left_alone(monkeypatch, wr
     assert np.allclose(ours, native, atol=2e-4)
     assert np.array_equal(stepwise(model, ids, make_prompt_cache(model), [20] + [1] * 10), native)
     assert calls
-    vl.detach()
+    vl.mlxlm.detach()
     assert base.scaled_dot_product_attention is theirs
     monkeypatch.undo()
-    vl.detach()
+    vl.mlxlm.detach()
     assert np.array_equal(stepwise(model, ids, make_prompt_cache(model), [20] + [1] * 10), native)
 
 
 def test_mlx_lm_still_routes_caches_with_bits_through_the_name_we_replace(monkeypatch):
     """The canary: when it fails, mlx-lm has moved the functions that `hooks` relies on."""
-    vl.detach()
+    vl.mlxlm.detach()
     seen = []
     monkeypatch.setattr(base, HOOKS[1], lambda *args, **kw: seen.append(args[1]) or args[0])
     cache = CompressedKVCache.__new__(CompressedKVCache)
@@ -265,7 +265,7 @@ def test_the_dry_run_computes_nothing_and_is_done_once(smollm2):
 def test_the_report_adds_up_to_the_live_buffers(smollm2):
     model, tokenizer = smollm2
     cache = vl.make_cache(model, bits=3, sinks=0, window=0)
-    model(mx.array([tokenizer.encode(vl.excerpt())[:1024]]), cache=cache)
+    model(mx.array([tokenizer.encode(vl.texts.excerpt())[:1024]]), cache=cache)
     mx.eval([layer.state for layer in cache])
     report = vl.report(cache)
     layers, shared = report.filter(pl.col("layer").is_not_null()), report.filter(pl.col("path") == "shared")
@@ -279,7 +279,7 @@ def test_the_report_adds_up_to_the_live_buffers(smollm2):
 def test_a_report_of_mlx_lms_caches_counts_their_bytes_and_sixteen_bits_beside(smollm2):
     model, tokenizer = smollm2
     for cache in ([KVCache() for _ in model.layers], [QuantizedKVCache(64, 4) for _ in model.layers]):
-        model(mx.array([tokenizer.encode(vl.excerpt())[:256]]), cache=cache)
+        model(mx.array([tokenizer.encode(vl.texts.excerpt())[:256]]), cache=cache)
         report = vl.report(cache)
         assert report["fp16_bytes"].sum() == 30 * 256 * 3 * 2 * 64 * 2
         assert report["held_bytes"].sum() == sum(layer.nbytes for layer in cache)

@@ -55,7 +55,7 @@ def test_moving_a_slider_twice_changes_the_charts_twice(lab):
 
 def test_the_charts_show_what_the_measurements_say(lab):
     turn(lab, key_bits=3, value_bits=5)
-    expected = vl.layer_errors(lab._capture, key_bits=3, value_bits=5, sinks=2, window=16)
+    expected = vl.measure.layer_errors(lab._capture, key_bits=3, value_bits=5, sinks=2, window=16)
     shown = lab.errors.frame.select("layer", "head", "tensor", "output_error")
     both = shown.join(expected, on=["layer", "head", "tensor"], suffix="_expected")
     assert len(both) == len(expected) == 180
@@ -208,7 +208,7 @@ def test_another_method_takes_the_nearest_widths_and_goes_on_the_charts(lab):
     assert lab.layer_bits[6] == (4, 4)
     assert lab.name.startswith("rvq K4 V4")
     assert set(lab.memory.frame["cache"]) == {"fp16", "rvq"}
-    expected = vl.layer_errors(lab._capture, "rvq", bits=4, sinks=2, window=16)
+    expected = vl.measure.layer_errors(lab._capture, "rvq", bits=4, sinks=2, window=16)
     shown = lab.errors.frame.filter(layer=6, tensor="keys")["output_error"].to_list()
     assert shown == pytest.approx(expected.filter(layer=6, tensor="keys")["output_error"].to_list(), rel=1e-6)
     turn(lab, method="turboquant")

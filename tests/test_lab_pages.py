@@ -117,7 +117,9 @@ def test_a_method_that_learns_is_fitted_when_it_is_chosen(lab):
     assert lab.worker.last_error is None
     assert lab.name == "spectralquant K4 V4"
     calibration = lab._fitting.calibration("spectralquant", [4])
-    expected = vl.layer_errors(lab._capture, "spectralquant", bits=4, sinks=2, window=16, calibration=calibration)
+    expected = vl.measure.layer_errors(
+        lab._capture, "spectralquant", bits=4, sinks=2, window=16, calibration=calibration
+    )
     shown = lab.errors.frame.filter(tensor="keys")["output_error"].sum()
     assert shown == pytest.approx(expected.filter(tensor="keys")["output_error"].sum(), rel=1e-6)
     assert "calibration = vl.calibrate(model, tokenizer, &quot;" not in lab._code.value

@@ -75,22 +75,22 @@ def lab_of(model: Any) -> vl.Lab:
     return lab
 
 
-def side_by_side(model: Any) -> vl.SideBySide:
-    widget = vl.SideBySide(model, Letters(), tokens=2)
+def side_by_side(model: Any) -> vl.widgets.SideBySide:
+    widget = vl.widgets.SideBySide(model, Letters(), tokens=2)
     widget.run()
     return widget
 
 
-def tuner_of(model: Any) -> vl.BudgetTuner:
-    return vl.BudgetTuner(model, Letters(), rate_settings={"sequences": 1, "tokens": 64})
+def tuner_of(model: Any) -> vl.widgets.BudgetTuner:
+    return vl.widgets.BudgetTuner(model, Letters(), rate_settings={"sequences": 1, "tokens": 64})
 
 
 MAKERS: dict[str, Callable[[Any], Any]] = {
     "Lab": lab_of,
-    "CacheExplorer": lambda model: vl.CacheExplorer(model, Letters(), tokens=64),
-    "KeyExplorer": lambda model: vl.KeyExplorer(vl.capture(model, Letters(), tokens=64)),
-    "ErrorExplorer": lambda model: vl.ErrorExplorer(vl.capture(model, Letters(), tokens=64)),
-    "MemoryPlanner": vl.MemoryPlanner,
+    "CacheExplorer": lambda model: vl.widgets.CacheExplorer(model, Letters(), tokens=64),
+    "KeyExplorer": lambda model: vl.widgets.KeyExplorer(vl.capture(model, Letters(), tokens=64)),
+    "ErrorExplorer": lambda model: vl.widgets.ErrorExplorer(vl.capture(model, Letters(), tokens=64)),
+    "MemoryPlanner": vl.widgets.MemoryPlanner,
     "SideBySide": side_by_side,
     "BudgetTuner": tuner_of,
     "ChartView": lambda _: ChartView(bars(FRAME)),
@@ -133,9 +133,9 @@ def test_garbage_collection_ends_all_of_it(name, model, before):
 def test_what_could_not_be_made_leaves_nothing(model, before):
     seen = vl.capture(model, Letters(), tokens=64)
     for failing in (
-        lambda: vl.KeyExplorer(seen, layer=99),
-        lambda: vl.KeyExplorer(seen, method="rvq", bits=3),
-        lambda: vl.MemoryPlanner(method="turbo"),
+        lambda: vl.widgets.KeyExplorer(seen, layer=99),
+        lambda: vl.widgets.KeyExplorer(seen, method="rvq", bits=3),
+        lambda: vl.widgets.MemoryPlanner(method="turbo"),
         lambda: vl.Lab(model, Letters(), bits=77),
     ):
         with pytest.raises(InputError):
@@ -149,7 +149,7 @@ def test_a_closed_panel_gives_its_tables_and_a_sentence_for_all_else(model):
     assert explorer.wait(PATIENCE)
     explorer.close()
     assert explorer.measured["name"].to_list() == ["turboquant K4 V4"]
-    assert isinstance(explorer, vl.CacheExplorer)
+    assert isinstance(explorer, vl.widgets.CacheExplorer)
     assert repr(explorer) == "CacheExplorer(closed)"
     assert explorer._repr_mimebundle_ is None
     for use in (lambda: explorer.plan, lambda: setattr(explorer, "key_bits", 2), lambda: explorer.errors):
@@ -279,7 +279,7 @@ lab
 COUNT = """
 import gc, threading, weakref
 gc.collect()
-print(sum(isinstance(each, vl.Capture) for each in gc.get_objects()), sum(isinstance(each, vl.Lab) for each in
+print(sum(isinstance(each, vl.measure.Capture) for each in gc.get_objects()), sum(isinstance(each, vl.Lab) for each in
 lifetime.TABLE.values()), sum(thread.name == "veloxlab-lab" for thread in threading.enumerate()), len(lifetime.TABLE))
 """
 

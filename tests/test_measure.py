@@ -38,7 +38,7 @@ def test_a_capture_is_what_the_models_own_cache_holds(smollm2, capture):
 
 
 def test_layer_errors_of_the_exact_codec_are_zero(capture):
-    errors = vl.layer_errors(capture, "none", bits=32)
+    errors = vl.measure.layer_errors(capture, "none", bits=32)
     assert errors.schema == LAYER_ERRORS
     assert len(errors) == 30 * 3 * 2
     assert errors["rel_mse"].max() == 0
@@ -49,7 +49,7 @@ def test_layer_errors_of_the_exact_codec_are_zero(capture):
 
 def test_layer_errors_are_what_a_plain_computation_gives(capture):
     """One layer and head, again in numpy."""
-    errors = vl.layer_errors(capture, bits=3)
+    errors = vl.measure.layer_errors(capture, bits=3)
     layer, head = capture.layers[11], 1
     k, v, q = (np.array(x[0], np.float64) for x in (layer.keys, layer.values, layer.queries))
     codec = find_method("turboquant").codec(64, 3, "keys")
@@ -74,17 +74,18 @@ def test_layer_errors_are_what_a_plain_computation_gives(capture):
 
 
 def test_token_errors_add_up_to_layer_errors(capture):
-    tokens = vl.token_errors(capture, bits=4)
+    tokens = vl.measure.token_errors(capture, bits=4)
     assert tokens.schema == TOKEN_ERRORS
     for sinks, window in ((0, 0), (4, 64)):
-        summed = vl.relative_errors(tokens, sinks=sinks, window=window)
-        direct = vl.layer_errors(capture, bits=4, sinks=sinks, window=window).sort("layer", "head", "tensor")
+        summed = vl.measure.relative_errors(tokens, sinks=sinks, window=window)
+        direct = vl.measure.layer_errors(capture, bits=4, sinks=sinks, window=window).sort("layer", "head", "tensor")
         assert np.allclose(summed["rel_mse"], direct["rel_mse"], rtol=1e-4)
 
 
 def test_more_bits_lose_less_in_every_layer(capture):
     means = [
-        vl.layer_errors(capture, bits=b).group_by("layer", "tensor").mean().sort("layer", "tensor") for b in (2, 4, 6)
+        vl.measure.layer_errors(capture, bits=b).group_by("layer", "tensor").mean().sort("layer", "tensor")
+        for b in (2, 4, 6)
     ]
     for metric in ("rel_mse", "output_error"):
         assert (means[0][metric] > means[1][metric]).all()
@@ -92,7 +93,7 @@ def test_more_bits_lose_less_in_every_layer(capture):
 
 
 def test_memory_growth_is_read_from_real_caches(capture):
-    growth = vl.memory_growth(capture, bits=4, sinks=0, window=0, upto=1024, points=4)
+    growth = vl.measure.memory_growth(capture, bits=4, sinks=0, window=0, upto=1024, points=4)
     assert growth.schema == GROWTH
     for side in ("keys", "values"):
         ours = growth.filter(cache="turboquant K4 V4", layer=5, tensor=side).sort("tokens")
@@ -104,9 +105,9 @@ def test_memory_growth_is_read_from_real_caches(capture):
 
 
 def test_a_prediction_goes_on_along_the_last_measured_line_and_says_so(capture):
-    growth = vl.memory_growth(capture, bits=4, sinks=4, window=64, upto=1024, points=4)
-    ahead = vl.predicted_growth(growth, 4096)
-    real = vl.memory_growth(capture, bits=4, sinks=4, window=64, upto=4096, points=1)
+    growth = vl.measure.memory_growth(capture, bits=4, sinks=4, window=64, upto=1024, points=4)
+    ahead = vl.measure.predicted_growth(growth, 4096)
+    real = vl.measure.memory_growth(capture, bits=4, sinks=4, window=64, upto=4096, points=1)
     predicted = ahead.filter(kind="predicted")
     assert predicted["tokens"].unique().to_list() == [4096]
     assert len(predicted) == len(real)
@@ -114,16 +115,16 @@ def test_a_prediction_goes_on_along_the_last_measured_line_and_says_so(capture):
     both = predicted.join(real, on=keys, suffix="_real")
     # mlx-lm's cache grows by 256 tokens, and one appended 200 at a time has one step to spare: 4 % of these lengths
     assert np.allclose(both["bytes"], both["bytes_real"], rtol=0.05)
-    assert vl.predicted_growth(growth, 1024).equals(growth)
+    assert vl.measure.predicted_growth(growth, 1024).equals(growth)
 
 
 def test_code_bits_are_the_codecs_true_bits(capture):
-    bits = vl.code_bits(capture, bits=3)
+    bits = vl.measure.code_bits(capture, bits=3)
     assert (
         bits.group_by("layer", "tensor").agg(pl.col("bits_per_value").sum())["bits_per_value"].unique().item() == 3.25
     )
     assert bits.filter(part="codes")["bits_per_value"].unique().to_list() == [3.0]
-    exact = vl.code_bits(capture, "none", bits=32)  # whose numbers are floating point, and no scales
+    exact = vl.measure.code_bits(capture, "none", bits=32)  # whose numbers are floating point, and no scales
     assert exact.group_by("part").agg(pl.col("bits_per_value").mean()).sort("part").rows() == [
         ("codes", 32.0),
         ("scales", 0.0),
@@ -171,9 +172,9 @@ def test_the_summary_of_predictions_that_are_not_numbers_says_so(smollm2):
 
 
 def test_one_reference_serves_many_caches(smollm2):
-    exact = vl.reference(*smollm2, tokens=24, windows=2)
-    vl.judge(exact, bits=6, sinks=0, window=0)
-    once = vl.judge(exact, bits=3, sinks=0, window=0)
+    exact = vl.measure.reference(*smollm2, tokens=24, windows=2)
+    vl.measure.evaluate(exact, bits=6, sinks=0, window=0)
+    once = vl.measure.evaluate(exact, bits=3, sinks=0, window=0)
     assert once.equals(vl.fidelity(*smollm2, bits=3, sinks=0, window=0, tokens=24, windows=2))
 
 
@@ -204,8 +205,8 @@ def test_progress_is_told_and_can_stop_the_work(smollm2, capture):
 
     for work in (
         lambda: vl.capture(*smollm2, tokens=16, progress=stop_at_ten),
-        lambda: vl.layer_errors(capture, progress=stop_at_ten),
-        lambda: vl.token_errors(capture, progress=stop_at_ten),
+        lambda: vl.measure.layer_errors(capture, progress=stop_at_ten),
+        lambda: vl.measure.token_errors(capture, progress=stop_at_ten),
         lambda: vl.fidelity(*smollm2, mode="decode", tokens=24, prompt=4, progress=stop_at_ten),
     ):
         with pytest.raises(Stopped):
@@ -214,7 +215,7 @@ def test_progress_is_told_and_can_stop_the_work(smollm2, capture):
 
 def test_a_layer_that_hides_its_queries_has_no_attention_errors():
     x = mx.random.normal((1, 2, 20, 64), key=mx.random.key(0))
-    errors = vl.layer_errors(Capture((LayerCapture(0, None, x, x, None),), tuple(range(20))))
+    errors = vl.measure.layer_errors(Capture((LayerCapture(0, None, x, x, None),), tuple(range(20))))
     assert errors["logit_error"].null_count() == errors["output_error"].null_count() == 4
     assert errors["rel_mse"].null_count() == 0
 
@@ -257,7 +258,7 @@ def test_predictions_that_do_not_fit_are_refused_before_they_are_made(monkeypatc
     with pytest.raises(InputError, match=f"of up to 60 tokens take {needed:,} bytes at least, and 0 are left here"):
         Reference.of(model, [ids] * width)
     with pytest.raises(InputError, match=r"1 stretch of up to 40 tokens take .* bytes at least"):
-        vl.sensitivities(model, Letters(), TEXT, sequences=1, tokens=40, folder=tmp_path)
+        vl.allocate.sensitivities(model, Letters(), TEXT, sequences=1, tokens=40, folder=tmp_path)
 
 
 def test_memory_of_predictions_is_no_more_than_is_taken(smollm2):
@@ -265,8 +266,8 @@ def test_memory_of_predictions_is_no_more_than_is_taken(smollm2):
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    exact = vl.reference(*smollm2, tokens=128, windows=2)
-    vl.judge(exact, "turboquant", bits=4)
+    exact = vl.measure.reference(*smollm2, tokens=128, windows=2)
+    vl.measure.evaluate(exact, "turboquant", bits=4)
     taken = mx.get_peak_memory() - before
     assert 0.7 < predicted_bytes(exact.model, [128, 128]) / taken < 1
 
@@ -274,7 +275,7 @@ def test_memory_of_predictions_is_no_more_than_is_taken(smollm2):
 def test_a_last_stretch_that_is_short_is_said():
     model = tiny("llama")
     with pytest.warns(UserWarning, match="The text ends early: the last of 2 windows has 20 tokens, and not 60"):
-        exact = vl.reference(model, Letters(), text="abcd" * 20, tokens=60, windows=2)
+        exact = vl.measure.reference(model, Letters(), text="abcd" * 20, tokens=60, windows=2)
     assert list(map(len, exact.stretches)) == [60, 20]
 
 

@@ -11,12 +11,12 @@ from veloxlab.errors import InputError
 from veloxlab.views import memory_plan, picture
 from veloxlab.views.memory import PARTS, amount
 
-SHAPE = vl.ModelShape.typed(layers=32, kv_heads=8, head_dim=128)
+SHAPE = vl.models.ModelShape.typed(layers=32, kv_heads=8, head_dim=128)
 
 
 def frames(memory: float = 8e9, **settings) -> tuple[pl.DataFrame, pl.DataFrame]:
-    planned = vl.plan_memory(SHAPE, context=131_072, **settings)
-    return planned, vl.largest_contexts(SHAPE, memory, **settings)
+    planned = vl.measure.plan_memory(SHAPE, context=131_072, **settings)
+    return planned, vl.measure.largest_contexts(SHAPE, memory, **settings)
 
 
 def words(chart) -> list[str]:
@@ -69,7 +69,7 @@ def test_sizes_are_said_in_three_digits():
 
 def test_a_plan_of_several_contexts_or_of_none_is_refused():
     planned, largest = frames()
-    two = vl.plan_memory(SHAPE, context=[1000, 2000])
+    two = vl.measure.plan_memory(SHAPE, context=[1000, 2000])
     with pytest.raises(InputError, match="draws one context, and the frame has 2"):
         memory_plan(two, largest)
     with pytest.raises(InputError, match="memory_plan needs at least one row"):

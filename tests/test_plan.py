@@ -126,9 +126,9 @@ def test_an_exact_plan_is_made_without_a_width(model):
 ZERO_BITS = {
     "make_cache": vl.make_cache,
     "Plan.uniform": vl.Plan.uniform,
-    "layer_errors": lambda model, **bits: vl.layer_errors(_seen(model), **bits),
-    "memory_growth": lambda model, **bits: vl.memory_growth(_seen(model), upto=64, **bits),
-    "plan_memory": vl.plan_memory,
+    "layer_errors": lambda model, **bits: vl.measure.layer_errors(_seen(model), **bits),
+    "memory_growth": lambda model, **bits: vl.measure.memory_growth(_seen(model), upto=64, **bits),
+    "plan_memory": vl.measure.plan_memory,
     "fidelity": lambda model, **bits: vl.fidelity(model, Letters(), text=TEXT, tokens=16, **bits),
 }
 
@@ -145,7 +145,7 @@ def test_outlier_channels_of_no_bits_are_refused():
         find_method("turboquant").codec(64, 3, "keys", outliers=8, outlier_bits=0)
 
 
-@pytest.mark.parametrize("call", [vl.layer_errors, token_errors, vl.memory_growth, code_bits])
+@pytest.mark.parametrize("call", [vl.measure.layer_errors, token_errors, vl.measure.memory_growth, code_bits])
 def test_exact_values_are_measured_without_a_width(model, call):
     assert call(_seen(model), "none").height
 

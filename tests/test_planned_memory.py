@@ -114,7 +114,7 @@ def test_what_is_planned_is_what_mlx_lms_generator_leaves(family, decoded):
     for cache in (ours, own):
         assert len(list(generate_step(prompt, model, max_tokens=decoded, prompt_cache=cache))) == decoded
         assert cache[0].offset == TOKENS
-    frame = vl.plan_memory(model, bits=3, context=TOKENS, decoded=decoded, **SOME_EXACT)
+    frame = vl.measure.plan_memory(model, bits=3, context=TOKENS, decoded=decoded, **SOME_EXACT)
     assert planned_parts(frame) == parts_of(ours)
     exact = frame.filter(pl.col("cache") == "fp16")["bytes"].sum()
     assert 2 * exact == sum(entry.nbytes for entry in own)  # these models compute in 32 bits
@@ -131,9 +131,9 @@ def test_every_methods_plan_is_its_caches_bytes(model, method, decoded, calibrat
         calibration = vl.calibrate(model, Tokenizer(), method, text, bits=bits, tokens=400, folder=calibrations)
     cache = read(model, vl.make_cache(model, method, bits=bits, calibration=calibration, **SOME_EXACT), decoded=decoded)
     asked = {"context": TOKENS, "decoded": decoded, "bits": bits, **SOME_EXACT}
-    fitted = planned_parts(vl.plan_memory(model, method, calibration=calibration, **asked))
+    fitted = planned_parts(vl.measure.plan_memory(model, method, calibration=calibration, **asked))
     assert fitted == parts_of(cache)
-    before = planned_parts(vl.plan_memory(model, method, **asked))
+    before = planned_parts(vl.measure.plan_memory(model, method, **asked))
     if method == "spectralquant":  # the levels of widths that differ: at most those of 1 to 8 bits, and 8 more words
         slack = before.pop("tables") - fitted.pop("tables")
         codecs = 2 * len(cache)
@@ -147,7 +147,7 @@ def test_outlier_channels_are_planned_before_they_are_found(model, method, tmp_p
     text = "".join(chr(32 + i * i % 90) for i in range(400))
     calibration = vl.calibrate(model, Tokenizer(), method, text, bits=2, tokens=100, outliers=8, folder=tmp_path)
     cache = read(model, vl.make_cache(model, method, calibration=calibration, **asked), decoded=0)
-    assert planned_parts(vl.plan_memory(model, method, context=TOKENS, outliers=8, **asked)) == parts_of(cache)
+    assert planned_parts(vl.measure.plan_memory(model, method, context=TOKENS, outliers=8, **asked)) == parts_of(cache)
 
 
 FAMILIES_PLANNED = ["gemma3_text", "mistral", "falcon_h1", "lfm2", "deepseek_v3", "qwen3_next", "gemma4_text", "phi"]
@@ -158,7 +158,7 @@ FAMILIES_PLANNED = ["gemma3_text", "mistral", "falcon_h1", "lfm2", "deepseek_v3"
 def test_layers_of_every_kind_are_planned(family, sliding):
     model = tiny(family)
     cache = read(model, vl.make_cache(model, "turboquant", bits=3, sliding=sliding, **SOME_EXACT))
-    frame = vl.plan_memory(model, bits=3, context=TOKENS, decoded=DECODED, sliding=sliding, **SOME_EXACT)
+    frame = vl.measure.plan_memory(model, bits=3, context=TOKENS, decoded=DECODED, sliding=sliding, **SOME_EXACT)
     assert planned_parts(frame) == parts_of(cache)
     own = read(model, make_prompt_cache(model))
     held = sum(entry.nbytes for entry in own)
@@ -170,18 +170,18 @@ def test_layers_of_every_kind_are_planned(family, sliding):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_mlx_lms_quantized_caches_are_planned(model, bits):
     cache = read(model, [QuantizedKVCache(group_size=64, bits=bits) for _ in model.layers])
-    frame = vl.plan_memory(model, context=TOKENS, decoded=DECODED)
+    frame = vl.measure.plan_memory(model, context=TOKENS, decoded=DECODED)
     assert frame.filter(pl.col("cache") == f"mlx-lm {bits} bit")["bytes"].sum() == sum(c.nbytes for c in cache)
 
 
 def test_there_is_no_quantized_cache_beside_a_model_that_mlx_lm_cannot_quantize():
     for family in ("gemma3_text", "deepseek_v3"):
-        assert vl.plan_memory(tiny(family))["cache"].unique().sort().to_list() == ["fp16", "turboquant K4 V4"]
+        assert vl.measure.plan_memory(tiny(family))["cache"].unique().sort().to_list() == ["fp16", "turboquant K4 V4"]
 
 
 def test_a_batch_holds_as_much_for_each_sequence_and_its_tables_once(model):
     cache = read(model, vl.make_cache(model, "turboquant", bits=4, **SOME_EXACT), batch=3)
-    frame = vl.plan_memory(model, context=TOKENS, decoded=DECODED, batch=3, **SOME_EXACT)
+    frame = vl.measure.plan_memory(model, context=TOKENS, decoded=DECODED, batch=3, **SOME_EXACT)
     assert planned_parts(frame) == parts_of(cache)
     assert frame["batch"].unique().to_list() == [3]
 
@@ -189,7 +189,7 @@ def test_a_batch_holds_as_much_for_each_sequence_and_its_tables_once(model):
 def test_head_bits_and_options_are_planned(model):
     for method, options in (("ratequant", {"head_bits": (2, 5)}), ("turboquant", {"variant": "prod"})):
         cache = read(model, vl.make_cache(model, method, bits=3, **SOME_EXACT, **options))
-        frame = vl.plan_memory(model, method, bits=3, context=TOKENS, decoded=DECODED, **SOME_EXACT, **options)
+        frame = vl.measure.plan_memory(model, method, bits=3, context=TOKENS, decoded=DECODED, **SOME_EXACT, **options)
         assert planned_parts(frame) == parts_of(cache)
 
 
@@ -212,18 +212,18 @@ def test_a_configuration_on_disk_says_what_its_model_says(tmp_path, model):
     loaded, said = shape_of(tiny("lfm2")), [shape_of(config | extra) for extra in ({}, {"torch_dtype": "float32"})]
     assert [shape.state_bytes for shape in said] == [loaded.state_bytes // 2, loaded.state_bytes]
     assert loaded.state_bytes > 0
-    typed = vl.ModelShape.typed(layers=2, kv_heads=2, head_dim=64)
-    assert vl.plan_memory(typed).equals(vl.plan_memory(LLAMA))
+    typed = vl.models.ModelShape.typed(layers=2, kv_heads=2, head_dim=64)
+    assert vl.measure.plan_memory(typed).equals(vl.measure.plan_memory(LLAMA))
     assert typed.values_per_token == 2 * 2 * 128
 
 
 def test_a_typed_shape_slides_where_it_is_said_to():
     family = FAMILIES["gemma3_text"]
     config = {"model_type": "gemma3_text", **COMMON, **family}
-    typed = vl.ModelShape.typed(
+    typed = vl.models.ModelShape.typed(
         layers=3, kv_heads=2, head_dim=64, sliding_window=family["sliding_window"], full_every=3
     )
-    assert vl.plan_memory(typed, context=5000).equals(vl.plan_memory(config, context=5000))
+    assert vl.measure.plan_memory(typed, context=5000).equals(vl.measure.plan_memory(config, context=5000))
 
 
 def test_a_large_models_weights_are_never_made():
@@ -266,16 +266,16 @@ def test_the_largest_context_fits_and_a_little_more_does_not(family, batch):
 
 
 def test_what_never_grows_fits_without_end(model):
-    shape = vl.ModelShape.typed(layers=2, kv_heads=2, head_dim=64, sliding_window=128)
+    shape = vl.models.ModelShape.typed(layers=2, kv_heads=2, head_dim=64, sliding_window=128)
     assert cache_layouts(shape)[0].largest_context(1e9) == MOST_TOKENS
 
 
 def test_frames_have_their_columns_and_say_that_they_are_predictions(model):
-    frame = vl.plan_memory(model, context=[1000, 2000])
+    frame = vl.measure.plan_memory(model, context=[1000, 2000])
     assert frame.schema == PLANNED
     assert frame["kind"].unique().to_list() == ["predicted"]
     assert frame["tokens"].unique().sort().to_list() == [1000, 2000]
-    rows = vl.largest_contexts(model, 1e8)
+    rows = vl.measure.largest_contexts(model, 1e8)
     assert rows.schema == LARGEST
     assert rows["cache"].to_list() == ["turboquant K4 V4", "fp16", "mlx-lm 4 bit", "mlx-lm 8 bit"]
     assert rows["tokens"][0] > 3 * rows["tokens"][1]
@@ -298,12 +298,12 @@ def test_frames_have_their_columns_and_say_that_they_are_predictions(model):
 )
 def test_bad_input_gets_a_sentence(given_as, settings, sentence):
     with pytest.raises(InputError, match=sentence):
-        vl.plan_memory(given_as, **settings)
+        vl.measure.plan_memory(given_as, **settings)
 
 
 def test_a_shape_that_cannot_be_is_refused():
     with pytest.raises(InputError, match="full_every=6 has no meaning without sliding_window"):
-        vl.ModelShape.typed(layers=2, kv_heads=2, head_dim=64, full_every=6)
+        vl.models.ModelShape.typed(layers=2, kv_heads=2, head_dim=64, full_every=6)
 
 
 def test_a_folder_without_a_configuration_is_called_that(tmp_path):

@@ -14,7 +14,7 @@ LLAMA_8B = {"layers": 32, "kv_heads": 8, "head_dim": 128}
 
 @pytest.fixture
 def planner():
-    planner = vl.MemoryPlanner(**LLAMA_8B, memory_gb=8.0)
+    planner = vl.widgets.MemoryPlanner(**LLAMA_8B, memory_gb=8.0)
     yield planner
     planner.worker.close()
 
@@ -40,7 +40,7 @@ def drawn(planner) -> int:
 
 
 def expected(**settings) -> int:
-    frame = vl.plan_memory(vl.ModelShape.typed(**LLAMA_8B), **settings)
+    frame = vl.measure.plan_memory(vl.models.ModelShape.typed(**LLAMA_8B), **settings)
     return frame.filter(pl.col("cache") == frame["cache"][0])["bytes"].sum()
 
 
@@ -90,8 +90,8 @@ def test_more_memory_is_a_larger_context(planner):
 
 def test_a_model_that_is_here_is_planned_as_it_is():
     model = tiny("gemma3_text")
-    planner = vl.MemoryPlanner(model, context=4096, method="rabitq", window=16)
-    assert planner.plan.equals(vl.plan_memory(model, "rabitq", context=4096, window=16))
+    planner = vl.widgets.MemoryPlanner(model, context=4096, method="rabitq", window=16)
+    assert planner.plan.equals(vl.measure.plan_memory(model, "rabitq", context=4096, window=16))
     bundle = planner._repr_mimebundle_()
     assert bundle["image/png"].startswith("iVBOR")
     assert bundle["text/plain"].startswith("MemoryPlanner(gemma3_text: 4,096 tokens as rabitq K4 V4: ")
@@ -120,12 +120,12 @@ def test_impossible_knobs_are_refused_and_nothing_changes(planner, knob, value, 
     with pytest.raises(InputError, match=sentence):
         setattr(planner, knob, value)
     with pytest.raises(InputError, match=sentence):
-        vl.MemoryPlanner(**{knob: value})
+        vl.widgets.MemoryPlanner(**{knob: value})
     assert planner.plan.equals(before)
 
 
 def test_bits_that_a_method_does_not_have_and_unknown_knobs_are_refused_at_once():
     with pytest.raises(InputError, match="Keys at bits=3 are out of range"):
-        vl.MemoryPlanner(method="rvq", key_bits=3)
+        vl.widgets.MemoryPlanner(method="rvq", key_bits=3)
     with pytest.raises(InputError, match="MemoryPlanner has no knob 'colour'"):
-        vl.MemoryPlanner(colour="red")
+        vl.widgets.MemoryPlanner(colour="red")

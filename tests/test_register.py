@@ -94,7 +94,7 @@ def method(**changes) -> Method:
 def absmax():
     before = list(METHODS)
     yield vl.register(method())
-    vl.unregister("absmax")
+    vl.codecs.unregister("absmax")
     assert list(METHODS) == before
 
 
@@ -109,7 +109,7 @@ def test_it_is_listed_and_found_and_gone_again(model):
     try:
         assert vl.methods()["id"].to_list() == [*before["id"], "absmax"]
     finally:
-        vl.unregister("absmax")
+        vl.codecs.unregister("absmax")
     assert vl.methods().equals(before)
     with pytest.raises(InputError, match="Unknown method 'absmax'"):
         vl.make_cache(model, "absmax")
@@ -121,12 +121,12 @@ def test_caches_plans_reports_and_measurements_take_it(absmax, model, tmp_path):
         model(mx.array([part]), cache=cache)
     mx.eval([layer.state for layer in cache])
     assert vl.report(cache)["key_bits"][0] == 4.25
-    planned = vl.plan_memory(model, "absmax", bits=4, sinks=2, window=8, context=len(IDS))
+    planned = vl.measure.plan_memory(model, "absmax", bits=4, sinks=2, window=8, context=len(IDS))
     assert planned.filter(cache="absmax K4 V4")["bytes"].sum() == sum(layer.nbytes for layer in cache)
     plan = vl.Plan.uniform(model, "absmax", bits=3)
     assert vl.Plan.load(plan.save(tmp_path / "plan.json")) == plan
     assert theme.colour_of("absmax K4 V4") == theme.OTHER
-    text = vl.side_by_side(model, Plain(), IDS, "absmax", bits=8, tokens=4, window=4)
+    text = vl.measure.side_by_side(model, Plain(), IDS, "absmax", bits=8, tokens=4, window=4)
     assert text["kl"].max() < 1e-3
 
 
@@ -141,7 +141,7 @@ def test_a_saved_cache_comes_back_while_it_is_registered(model, tmp_path):
         logits = [model(mx.array([[7]]), cache=one) for one in (cache, again)]
         assert mx.array_equal(*logits)
     finally:
-        vl.unregister("absmax")
+        vl.codecs.unregister("absmax")
     with pytest.raises(
         InputError, match="No method here has a codec called 'absmax.Absmax': register its method first"
     ):
@@ -215,14 +215,14 @@ def test_an_eleventh_method_is_one_file_and_one_line(model, tmp_path, monkeypatc
         assert vl.report(cache)["key_bits"][0] == 16
         plan = vl.Plan.load(vl.Plan.uniform(model, "halves", bits=16).save(tmp_path / "plan.json"))
         assert {type(layer.key_codec).__name__ for layer in vl.make_cache(model, plan)} == {"Halves"}
-        planned = vl.plan_memory(model, "halves", bits=16, context=len(IDS))
+        planned = vl.measure.plan_memory(model, "halves", bits=16, context=len(IDS))
         assert planned.filter(cache="halves K16 V16")["bytes"].sum() > 0
         assert "halves" in Fitting(model, Plain()).methods
         assert (theme.colour_of("halves K16 V16"), theme.shape_of("halves K16 V16")) == ("#708238", "cross")
         compared = compare(model, Letters(), bits=(16,), text=TEXT, tokens=64, windows=1)
         assert "halves 16 bit" in compared["name"].to_list()
     finally:
-        vl.unregister("halves")
+        vl.codecs.unregister("halves")
 
 
 @pytest.mark.parametrize("meanwhile", ["replaced", "taken back"])
@@ -236,7 +236,7 @@ def test_a_cache_of_a_method_that_went_is_saved_under_its_id_and_read_again(mean
             vl.register(cell(), replace=True)
             save_prompt_cache(str(file), cache)
         else:
-            vl.unregister("absmax")
+            vl.codecs.unregister("absmax")
             save_prompt_cache(str(file), cache)
             with pytest.raises(InputError, match="No method here has a codec called 'absmax.Rounded'"):
                 load_prompt_cache(str(file))
@@ -246,7 +246,7 @@ def test_a_cache_of_a_method_that_went_is_saved_under_its_id_and_read_again(mean
         logits = [model(mx.array([[7]]), cache=one) for one in (cache, again)]
         assert mx.array_equal(*logits)
     finally:
-        vl.unregister("absmax")
+        vl.codecs.unregister("absmax")
 
 
 def test_a_cache_of_another_version_of_a_registered_method_is_refused(model, tmp_path):
@@ -259,13 +259,13 @@ def test_a_cache_of_another_version_of_a_registered_method_is_refused(model, tmp
         with pytest.raises(InputError, match="codes of absmax of version 1, and here they are of version 2"):
             load_prompt_cache(str(file))
     finally:
-        vl.unregister("absmax")
+        vl.codecs.unregister("absmax")
 
 
 def test_a_class_of_ours_is_always_found_by_its_file():
     codec = vl.register(method(build=METHODS["turboquant"].build, codecs=(TurboQuant,))).codec(64, 4, "keys")
     assert class_name(codec) == "turboquant.TurboQuant"
-    vl.unregister("absmax")
+    vl.codecs.unregister("absmax")
     assert find_class(class_name(codec)) is TurboQuant
 
 
@@ -287,11 +287,11 @@ def test_what_it_learns_is_learned_anew_each_time(model, tmp_path):
         assert calibration.codec("absmax", 0, "keys", 4).mean.shape == (2, 1, 64)
         assert list(tmp_path.iterdir()) == []
     finally:
-        vl.unregister("absmax")
+        vl.codecs.unregister("absmax")
 
 
 def test_a_cell_that_runs_again_replaces_what_it_registered(absmax):
-    with pytest.raises(InputError, match=r"'absmax' is registered already: vl.unregister"):
+    with pytest.raises(InputError, match=r"'absmax' is registered already: vl.codecs.unregister"):
         vl.register(method())
     assert vl.register(method(name="Absmax again"), replace=True) is METHODS["absmax"]
     assert vl.methods()["name"].to_list()[-1] == "Absmax again"
@@ -318,9 +318,9 @@ def test_a_method_that_cannot_be_is_refused(changes, sentence):
 
 def test_what_was_never_registered_is_not_taken_back():
     with pytest.raises(InputError, match="Unknown method 'absmax'"):
-        vl.unregister("absmax")
+        vl.codecs.unregister("absmax")
     with pytest.raises(InputError, match="'none' comes with veloxlab and stays"):
-        vl.unregister("none")
+        vl.codecs.unregister("none")
 
 
 def test_measurements_of_it_are_made_again_as_its_code_may_have_changed(absmax, model, tmp_path):

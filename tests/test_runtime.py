@@ -154,7 +154,7 @@ def test_memory_offered_is_what_a_control_group_allows(groups):
     groups("0::/", **{"memory.max": "3000000000"})
     assert runtime.device().memory_bytes == 3_000_000_000
     assert (found("memory").status, found("memory").detail) == ("warn", "2.8 GiB")
-    planner = vl.MemoryPlanner(layers=2, kv_heads=1, head_dim=64)
+    planner = vl.widgets.MemoryPlanner(layers=2, kv_heads=1, head_dim=64)
     assert planner.memory_gb == 3.0
     planner.close()
 

@@ -28,7 +28,7 @@ from veloxlab.allocate.search.runner import Trials
 from veloxlab.cli.tables import front_table
 from veloxlab.errors import InputError
 from veloxlab.measure import experiments
-from veloxlab.measure.quality import judge, reference
+from veloxlab.measure.quality import evaluate, reference
 
 SETTINGS = {"bits": (2, 4), "text": TEXT, "tokens": 40, "windows": 5, "context": 300}
 TWO = ("turboquant", "rabitq")
@@ -180,7 +180,7 @@ def test_the_frame_holds_what_judging_a_plan_gives(model, result):
     )
     exact = reference(model, Letters(), text=TEXT, tokens=40, windows=5)
     for row in result.front.iter_rows(named=True):
-        judged = judge(exact, result.plan(row["row"]), chunk="codes")
+        judged = evaluate(exact, result.plan(row["row"]), chunk="codes")
         assert judged["kl_mean"][0] == pytest.approx(row["kl"], rel=1e-5)  # float32 sums of other lengths
         assert row["low"] <= row["kl"] <= row["high"]
 
@@ -249,7 +249,7 @@ def test_windows_are_judged_one_token_at_a_time(model):
     assert found.settings["mode"] == "decode"
     exact = reference(model, Letters(), text=TEXT, tokens=40, windows=3)
     for row in found.frame.filter(windows=3).iter_rows(named=True):
-        judged = judge(exact, found.plan(row["row"]), chunk="codes", mode="decode", prompt=20)
+        judged = evaluate(exact, found.plan(row["row"]), chunk="codes", mode="decode", prompt=20)
         assert judged["kl_mean"][0] == pytest.approx(row["kl"], rel=1e-5)
 
 
@@ -267,7 +267,7 @@ def test_a_calibrated_method_is_fitted_once_for_all_its_widths(model, tmp_path):
 
 def test_it_is_saved_and_read_again(result, tmp_path):
     path = result.save(tmp_path / "search.parquet")
-    again = vl.SearchResult.load(path)
+    again = vl.allocate.SearchResult.load(path)
     assert again.frame.equals(result.frame)
     assert again.settings == result.settings
     row = int(result.front["row"][-1])
@@ -276,10 +276,10 @@ def test_it_is_saved_and_read_again(result, tmp_path):
     with pytest.raises(InputError, match="This search has no row 99"):
         result.plan(99)
     with pytest.raises(InputError, match="there is no such file"):
-        vl.SearchResult.load(tmp_path / "gone.parquet")
+        vl.allocate.SearchResult.load(tmp_path / "gone.parquet")
     result.frame.write_parquet(path)
     with pytest.raises(InputError, match="cannot be read .*: make it again with vl.search"):
-        vl.SearchResult.load(path)
+        vl.allocate.SearchResult.load(path)
 
 
 def test_it_says_which_text_it_judged_on(model, result):
@@ -520,7 +520,7 @@ def test_the_command_prints_the_front_and_writes_all(file, tmp_path, capsys):
     words = ["search", "--model", str(file), "--methods", "turboquant", "--bits", "2", "4", "--sinks", "0"]
     words += ["--tokens", "24", "--windows", "3", "--protected", "none", "0,-1", "--out", str(tmp_path)]
     assert cli.main(words) == 0
-    written = vl.SearchResult.load(tmp_path / "search_tiny.parquet")
+    written = vl.allocate.SearchResult.load(tmp_path / "search_tiny.parquet")
     assert written.frame.height == 4 * 2
     assert capsys.readouterr().out == front_table(written.front) + "\n"
     assert cli.main([*words, "--protected", "first"]) == 2

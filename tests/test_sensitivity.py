@@ -38,7 +38,7 @@ def model():
 
 
 def measured(model, folder, **settings):
-    return vl.sensitivities(model, Letters(), TEXT, folder=folder, **(SHORT | settings))
+    return vl.allocate.sensitivities(model, Letters(), TEXT, folder=folder, **(SHORT | settings))
 
 
 class Moved(Recorder):
@@ -136,7 +136,9 @@ def test_forward_kl_is_what_a_layers_own_trial_costs(model, tmp_path):
     plan = vl.Plan.uniform(model, "none", bits=32, sinks=4, window=0)
     plan = plan.with_layer(1, value_method="turboquant", value_bits=3)
     row = vl.fidelity(model, Letters(), plan, text=TEXT, tokens=48)
-    errors = vl.token_errors(vl.capture(model, Letters(), TEXT, tokens=48), bits=3).filter(layer=1, tensor="values")
+    errors = vl.measure.token_errors(vl.capture(model, Letters(), TEXT, tokens=48), bits=3).filter(
+        layer=1, tensor="values"
+    )
     distortion = (
         errors.filter(pl.col("position").is_between(4, 46)).group_by("head").agg(pl.col("squared_error").mean())
     )
@@ -147,8 +149,8 @@ def test_forward_kl_is_what_a_layers_own_trial_costs(model, tmp_path):
 def test_attention_output_is_its_error_over_the_distortion(model, tmp_path):
     frame = measured(model, tmp_path, by="attention_output", sequences=1)
     seen = vl.capture(model, Letters(), TEXT, tokens=48)
-    errors = vl.layer_errors(seen, bits=3, sinks=4).filter(layer=0, tensor="keys").sort("head")["output_error"]
-    tokens = vl.token_errors(seen, bits=3).filter(pl.col("position") >= 4, layer=0, tensor="keys")
+    errors = vl.measure.layer_errors(seen, bits=3, sinks=4).filter(layer=0, tensor="keys").sort("head")["output_error"]
+    tokens = vl.measure.token_errors(seen, bits=3).filter(pl.col("position") >= 4, layer=0, tensor="keys")
     distortion = tokens.group_by("head").agg(pl.col("squared_error").mean()).sort("head")["squared_error"] / 128
     assert frame.filter(layer=0, tensor="keys")["sensitivity"].to_list() == pytest.approx(
         (errors / distortion).to_list(), rel=1e-3

@@ -36,13 +36,13 @@ def mean_bits(allocation, rates, tensor):
 
 
 def test_without_a_weight_it_is_the_plain_allocation(rates):
-    found, plain = solved(rates, Setting(3.25)), rates.solve(vl.AverageBits(3.25))
+    found, plain = solved(rates, Setting(3.25)), rates.solve(vl.allocate.AverageBits(3.25))
     assert found.plan == plain.plan
     assert (found.predicted_loss, found.predicted_least) == (plain.predicted_loss, plain.predicted_least)
 
 
 def test_uniform_bits_are_of_the_bytes_that_are_spent_and_not_of_those_that_could_be(rates):
-    budget, bounds = vl.AverageBits(9.0), vl.Bounds(2, 3)
+    budget, bounds = vl.allocate.AverageBits(9.0), vl.allocate.Bounds(2, 3)
     for found in (solved(rates, Setting(budget, bounds)), rates.solve(budget, bounds)):
         assert found.true_bits == pytest.approx(3.25)
         assert rates.bytes_per_token(found.uniform) == pytest.approx(found.bytes_per_token)
@@ -61,7 +61,7 @@ def test_what_heads_get_adds_up_to_the_plan(rates):
 
 
 def test_exact_layers_lose_nothing_and_hold_all(rates):
-    found = rates.solve(16.0, vl.Bounds(protected_first=1, protection="exact"))
+    found = rates.solve(16.0, vl.allocate.Bounds(protected_first=1, protection="exact"))
     exact = rates.heads(found.plan).filter(layer=0)
     assert set(exact["method"]) == {"none"}
     assert exact["predicted_loss"].to_list() == [0.0] * 4
@@ -72,19 +72,22 @@ def test_exact_layers_lose_nothing_and_hold_all(rates):
 @pytest.mark.parametrize("tokens", [200, 1000])
 def test_a_plan_holds_the_memory_that_its_budget_gave(rates, tokens):
     for megabytes in (0.11, 0.13):
-        budget = vl.TokensInMemory(tokens, megabytes * tokens / 200)
+        budget = vl.allocate.TokensInMemory(tokens, megabytes * tokens / 200)
         held = rates.held_bytes(rates.plan(budget), tokens)
         assert 0.97 * budget.megabytes <= held / 1e6 <= budget.megabytes  # a step gives a head a bit in each token
 
 
-@pytest.mark.parametrize("bounds", [vl.Bounds(), vl.Bounds(3, 5, protected_last=1), vl.Bounds(keys_over_values=True)])
+@pytest.mark.parametrize(
+    "bounds",
+    [vl.allocate.Bounds(), vl.allocate.Bounds(3, 5, protected_last=1), vl.allocate.Bounds(keys_over_values=True)],
+)
 def test_every_budget_within_the_spans_is_allocated_and_none_below(rates, bounds):
     spans = rates.spans(bounds, 500)
     for kind, (least, most) in (
-        (vl.AverageBits, spans.bits),
-        (vl.BytesPerToken, spans.nbytes),
-        (lambda end: vl.TokensInMemory(500, end), spans.megabytes),
-        (vl.QualityFloor, spans.predicted_loss),
+        (vl.allocate.AverageBits, spans.bits),
+        (vl.allocate.BytesPerToken, spans.nbytes),
+        (lambda end: vl.allocate.TokensInMemory(500, end), spans.megabytes),
+        (vl.allocate.QualityFloor, spans.predicted_loss),
     ):
         for end in (least, (least + most) / 2, most):
             solved(rates, Setting(kind(end), bounds))
@@ -93,12 +96,12 @@ def test_every_budget_within_the_spans_is_allocated_and_none_below(rates, bounds
 
 
 def test_the_nearest_budget_within_the_spans(rates):
-    spans = rates.spans(vl.Bounds(3, 5), 500)
-    assert spans.nearest(vl.AverageBits(1)) == vl.AverageBits(spans.bits[0])
-    assert spans.nearest(vl.BytesPerToken(1e9)) == vl.BytesPerToken(spans.nbytes[1])
-    assert spans.nearest(vl.TokensInMemory(500, 1e-9)) == vl.TokensInMemory(500, spans.megabytes[0])
-    assert spans.nearest(vl.QualityFloor(1e9)) == vl.QualityFloor(spans.predicted_loss[1])
-    inside = vl.AverageBits(sum(spans.bits) / 2)
+    spans = rates.spans(vl.allocate.Bounds(3, 5), 500)
+    assert spans.nearest(vl.allocate.AverageBits(1)) == vl.allocate.AverageBits(spans.bits[0])
+    assert spans.nearest(vl.allocate.BytesPerToken(1e9)) == vl.allocate.BytesPerToken(spans.nbytes[1])
+    assert spans.nearest(vl.allocate.TokensInMemory(500, 1e-9)) == vl.allocate.TokensInMemory(500, spans.megabytes[0])
+    assert spans.nearest(vl.allocate.QualityFloor(1e9)) == vl.allocate.QualityFloor(spans.predicted_loss[1])
+    inside = vl.allocate.AverageBits(sum(spans.bits) / 2)
     assert spans.nearest(inside) == inside
 
 
@@ -117,10 +120,10 @@ def test_keys_that_count_more_get_more_bits_in_the_same_bytes(rates):
 @pytest.mark.parametrize("weight", [0.25, 4.0])
 def test_a_floor_of_quality_is_of_the_measured_loss_whatever_keys_weigh(rates, weight):
     floor = solved(rates, Setting(3.25)).predicted_loss
-    found = solved(rates, Setting(vl.QualityFloor(floor), key_weight=weight))
+    found = solved(rates, Setting(vl.allocate.QualityFloor(floor), key_weight=weight))
     assert found.predicted_loss <= floor * (1 + 1e-9)
-    assert found.bytes_per_token >= solved(rates, Setting(vl.QualityFloor(floor))).bytes_per_token
-    fewer = solved(rates, Setting(vl.BytesPerToken(found.bytes_per_token - 8), key_weight=weight))
+    assert found.bytes_per_token >= solved(rates, Setting(vl.allocate.QualityFloor(floor))).bytes_per_token
+    fewer = solved(rates, Setting(vl.allocate.BytesPerToken(found.bytes_per_token - 8), key_weight=weight))
     assert fewer.predicted_loss > floor  # a head's next bit takes 8 bytes
 
 
@@ -136,7 +139,7 @@ def test_below_the_least_width_there_are_no_uniform_bits_to_compare_with(model, 
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: Setting("3"), "budget='3' cannot be used: give vl.AverageBits, .* or a number of true bits"),
+        (lambda: Setting("3"), "budget='3' cannot be used: give vl.allocate.AverageBits, .* or a number of true bits"),
         (lambda: Setting(3.0, key_weight=0.0), "key_weight=0.0 cannot be used: give a finite number above 0"),
     ],
 )
@@ -147,7 +150,7 @@ def test_settings_that_ask_for_nothing_are_refused(make, sentence):
 
 def test_a_loss_that_no_weight_can_reach_is_refused(rates):
     with pytest.raises(InputError, match="cannot be reached: the most bits lose"):
-        solved(rates, Setting(vl.QualityFloor(1e-9), key_weight=2.0))
+        solved(rates, Setting(vl.allocate.QualityFloor(1e-9), key_weight=2.0))
 
 
 def test_measurements_are_kept_and_found_again_by_their_settings(model, folder, tmp_path):

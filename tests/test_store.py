@@ -103,7 +103,7 @@ LONG = {
     "calibrate": lambda model, folder: (
         vl.calibrate(model, Letters(), "turboquant", TEXT, bits=3, tokens=64, folder=folder, outliers=8).frame
     ),
-    "sensitivities": lambda model, folder: vl.sensitivities(
+    "sensitivities": lambda model, folder: vl.allocate.sensitivities(
         model, Letters(), TEXT, sequences=1, tokens=24, by="key_norm", folder=folder
     ),
     "rates": lambda model, folder: (

@@ -121,7 +121,7 @@ def test_usual_bounds_are_the_papers():
     assert [(b.least_bits, b.most_bits) for b in map(usual_bounds, (2.5, 3.0, 3.5, 4.0, 5.0))] == [
         (2, 4), (2, 5), (3, 5), (3, 6), (4, 7)
     ]  # fmt: skip
-    assert usual_bounds(2.0) == vl.Bounds(1, 4)
+    assert usual_bounds(2.0) == vl.allocate.Bounds(1, 4)
 
 
 def test_widths_that_were_not_measured_are_refused(model):

@@ -40,7 +40,7 @@ def rates(model, folder):
 
 @pytest.fixture
 def tuner(rates, model):
-    tuner = vl.BudgetTuner(rates, model, Letters(), budget=3.25, text=TEXT, tokens=48)
+    tuner = vl.widgets.BudgetTuner(rates, model, Letters(), budget=3.25, text=TEXT, tokens=48)
     yield tuner
     tuner.worker.close()
 
@@ -67,7 +67,7 @@ def test_a_budget_set_twice_changes_every_chart_twice(tuner):
     seen = []
     for bits in (3.25, 4.25, 5.25):
         turn(lambda bits=bits: setattr(tuner, "budget", bits))
-        assert tuner.budget == vl.AverageBits(bits)
+        assert tuner.budget == vl.allocate.AverageBits(bits)
         losses = tuner.charts.losses.frame.filter(kind="allocated")["predicted_loss"].sum()
         seen.append((drawn_bits(tuner, "keys") + drawn_bits(tuner, "values"), -losses, -now(tuner)["allocated"]))
     assert all(len(set(column)) == 3 for column in zip(*seen, strict=True))
@@ -75,7 +75,7 @@ def test_a_budget_set_twice_changes_every_chart_twice(tuner):
 
 
 def test_the_charts_show_what_the_tables_say(tuner, rates):
-    tuner.budget = vl.BytesPerToken(rates.solve(4.25).bytes_per_token)
+    tuner.budget = vl.allocate.BytesPerToken(rates.solve(4.25).bytes_per_token)
     expected = rates.solve(4.25)
     assert tuner.plan == expected.plan
     heads = rates.heads(expected.plan)
@@ -89,7 +89,12 @@ def test_the_charts_show_what_the_tables_say(tuner, rates):
 
 @pytest.mark.parametrize(
     "budget",
-    [vl.AverageBits(4.0), vl.BytesPerToken(500.0), vl.TokensInMemory(2000, 1.5), vl.QualityFloor(0.003)],
+    [
+        vl.allocate.AverageBits(4.0),
+        vl.allocate.BytesPerToken(500.0),
+        vl.allocate.TokensInMemory(2000, 1.5),
+        vl.allocate.QualityFloor(0.003),
+    ],
 )
 def test_a_budget_of_any_kind_is_shown_by_its_own_knobs(tuner, budget):
     tuner.budget = budget
@@ -101,13 +106,13 @@ def test_a_budget_of_any_kind_is_shown_by_its_own_knobs(tuner, budget):
 
 
 def test_bounds_are_kept_and_shown(tuner):
-    tuner.tune(budget=4.5, bounds=vl.Bounds(3, 5, protected_first=1, protection="widest"))
+    tuner.tune(budget=4.5, bounds=vl.allocate.Bounds(3, 5, protected_first=1, protection="widest"))
     bits = tuner.charts.bits.frame
     assert set(bits["bits"]) <= {3, 4, 5}
     assert set(bits.filter(layer=0)["bits"]) == {5}
     assert tuner._bounds.widths.value == (3, 5)
     assert tuner._bounds.first.value == 1
-    tuner.tune(budget=16.0, bounds=vl.Bounds(protected_last=1, protection="exact"))
+    tuner.tune(budget=16.0, bounds=vl.allocate.Bounds(protected_last=1, protection="exact"))
     assert set(tuner.charts.bits.frame.filter(layer=3)["method"]) == {"none"}
     assert "grey: 4 kept exact" in tuner.charts.bits.content["params"]["caption"]
     # exact layers take more bits than the axis had, and it goes on to them
@@ -117,9 +122,9 @@ def test_bounds_are_kept_and_shown(tuner):
 
 
 def test_several_parts_are_set_at_once_or_none(tuner):
-    tuner.tune(budget=5.0, bounds=vl.Bounds(4, 6), key_weight=2.0)
+    tuner.tune(budget=5.0, bounds=vl.allocate.Bounds(4, 6), key_weight=2.0)
     before = tuner.setting
-    assert before == Setting(vl.AverageBits(5.0), vl.Bounds(4, 6), 2.0)
+    assert before == Setting(vl.allocate.AverageBits(5.0), vl.allocate.Bounds(4, 6), 2.0)
     tuner.tune(budget=4.25)
     assert "Nothing is allocated: the bounds' least width, 4," in html.unescape(tuner._told.value)
     tuner.tune(budget=5.0)
@@ -128,7 +133,7 @@ def test_several_parts_are_set_at_once_or_none(tuner):
         ({"budget": 2.25}, "give more, or allow fewer bits"),
         ({"budget": "much"}, "budget='much' cannot be used"),
         ({"key_weight": 0.0}, "key_weight=0.0 cannot be used"),
-        ({"budget": vl.QualityFloor(1e-9)}, "cannot be reached"),
+        ({"budget": vl.allocate.QualityFloor(1e-9)}, "cannot be reached"),
     ):
         with pytest.raises(InputError, match=sentence):
             tuner.tune(**parts)
@@ -158,10 +163,10 @@ def test_a_layer_is_picked_in_python_or_in_a_chart(tuner):
 def test_every_knob_of_the_budget_twice(tuner):
     control = tuner._budget
     for kind, knob, values in (
-        (vl.AverageBits, control.bits, (4.0, 3.0)),
-        (vl.BytesPerToken, control.nbytes, (500.0, 600.0)),
-        (vl.TokensInMemory, control.megabytes, (2.5, 3.0)),
-        (vl.QualityFloor, control.loss, (0.004, 0.002)),
+        (vl.allocate.AverageBits, control.bits, (4.0, 3.0)),
+        (vl.allocate.BytesPerToken, control.nbytes, (500.0, 600.0)),
+        (vl.allocate.TokensInMemory, control.megabytes, (2.5, 3.0)),
+        (vl.allocate.QualityFloor, control.loss, (0.004, 0.002)),
     ):
         turn(lambda kind=kind: setattr(control.kind, "value", kind))
         assert type(tuner.budget) is kind
@@ -171,7 +176,9 @@ def test_every_knob_of_the_budget_twice(tuner):
     assert tuner._message.value == ""
 
 
-@pytest.mark.parametrize("kind", [vl.BytesPerToken, vl.TokensInMemory, vl.QualityFloor, vl.AverageBits])
+@pytest.mark.parametrize(
+    "kind", [vl.allocate.BytesPerToken, vl.allocate.TokensInMemory, vl.allocate.QualityFloor, vl.allocate.AverageBits]
+)
 def test_another_kind_of_budget_keeps_the_plan(tuner, kind):
     before = tuner.plan
     tuner._budget.kind.value = kind
@@ -180,7 +187,7 @@ def test_another_kind_of_budget_keeps_the_plan(tuner, kind):
 
 
 def test_a_longer_text_wants_more_memory_and_gets_the_least_that_fits(tuner):
-    tuner._budget.kind.value = vl.TokensInMemory
+    tuner._budget.kind.value = vl.allocate.TokensInMemory
     tuner._budget.tokens.value = 40_000
     assert tuner.budget.tokens == 40_000
     assert "the nearest that they can" in tuner._message.value
@@ -191,18 +198,18 @@ def test_a_longer_text_wants_more_memory_and_gets_the_least_that_fits(tuner):
 
 
 def test_the_slider_of_memory_ends_at_what_this_process_may_use(tuner, monkeypatch):
-    tuner._budget.kind.value = vl.TokensInMemory
-    tuner.budget = vl.TokensInMemory(2_000, 1.5)
+    tuner._budget.kind.value = vl.allocate.TokensInMemory
+    tuner.budget = vl.allocate.TokensInMemory(2_000, 1.5)
     assert tuner._budget.megabytes.max > 1.6
     monkeypatch.setattr(budget_controls, "device", lambda: Device("cpu", "small", 1_600_000, 1))
-    tuner.budget = vl.TokensInMemory(2_000, 1.4)
+    tuner.budget = vl.allocate.TokensInMemory(2_000, 1.4)
     assert tuner._budget.megabytes.max == 1.6
-    tuner.budget = vl.TokensInMemory(2_000, 1.7)  # asked for in Python, perhaps for another machine
+    tuner.budget = vl.allocate.TokensInMemory(2_000, 1.7)  # asked for in Python, perhaps for another machine
     assert tuner._budget.megabytes.value == tuner._budget.megabytes.max == 1.7
 
 
 def test_what_a_hand_cannot_have_is_said_and_everything_stays(tuner):
-    tuner._budget.kind.value = vl.TokensInMemory
+    tuner._budget.kind.value = vl.allocate.TokensInMemory
     before = tuner.setting
     turn(lambda: setattr(tuner._budget.tokens, "value", 3))
     assert "3 tokens are all kept exact" in tuner._message.value
@@ -227,15 +234,15 @@ def test_every_bound_by_hand_twice(tuner):
             before = tuner.setting
             turn(lambda knob=knob, value=value: setattr(knob, "value", value))
             assert tuner.setting != before
-    assert tuner.bounds == vl.Bounds(3, 5, 2, 0)
+    assert tuner.bounds == vl.allocate.Bounds(3, 5, 2, 0)
     assert tuner.key_weight == 0.5
     assert set(tuner.charts.bits.frame["bits"]) <= {3, 4, 5}
 
 
 def test_bounds_that_cannot_spend_the_budget_move_it(tuner):
     turn(lambda: setattr(tuner._bounds.widths, "value", (5, 6)))
-    assert tuner.bounds == vl.Bounds(5, 6)
-    assert tuner.budget == vl.AverageBits(tuner.rates.spans(vl.Bounds(5, 6), 1).bits[0])
+    assert tuner.bounds == vl.allocate.Bounds(5, 6)
+    assert tuner.budget == vl.allocate.AverageBits(tuner.rates.spans(vl.allocate.Bounds(5, 6), 1).bits[0])
     assert "the nearest that they can" in tuner._message.value
 
 
@@ -275,7 +282,7 @@ def test_measuring_can_be_cancelled_and_the_tuner_lives_on(tuner):
 
 
 def test_what_goes_wrong_in_measuring_is_said(rates, model):
-    tuner = vl.BudgetTuner(rates, model, Letters(), budget=3.25, text="a", tokens=48)
+    tuner = vl.widgets.BudgetTuner(rates, model, Letters(), budget=3.25, text="a", tokens=48)
     tuner.measure()
     assert tuner.wait(PATIENCE)
     assert "give a longer text" in tuner._message.value
@@ -287,7 +294,7 @@ def test_what_goes_wrong_in_measuring_is_said(rates, model):
 
 def test_losses_that_are_no_divergences_are_not_compared_with_one(model, folder):
     rates = vl.rate_budget(model, Letters(), text=TEXT, by="key_norm", folder=folder, **MEASURED)
-    tuner = vl.BudgetTuner(rates, model, Letters(), budget=3.25, text=TEXT, tokens=48)
+    tuner = vl.widgets.BudgetTuner(rates, model, Letters(), budget=3.25, text=TEXT, tokens=48)
     tuner.measure()
     assert tuner.wait(PATIENCE)
     assert tuner.measured.height == 1
@@ -301,7 +308,7 @@ def test_losses_that_are_no_divergences_are_not_compared_with_one(model, folder)
 
 
 def test_tables_from_disk_need_no_model_but_to_measure(rates, tmp_path):
-    tuner = vl.BudgetTuner(vl.RateBudget.load(rates.save(tmp_path / "rates.json")))
+    tuner = vl.widgets.BudgetTuner(vl.allocate.RateBudget.load(rates.save(tmp_path / "rates.json")))
     before = drawn_bits(tuner, "keys")
     tuner.budget = 6.0
     assert drawn_bits(tuner, "keys") > before
@@ -314,14 +321,14 @@ def test_tables_from_disk_need_no_model_but_to_measure(rates, tmp_path):
 
 def test_a_model_is_measured_first_and_found_again(model, tmp_path, monkeypatch):
     given = {"budget": 3.25, "rate_settings": {"text": TEXT, "folder": tmp_path, **MEASURED}}
-    tuner = vl.BudgetTuner(model, Letters(), **given)
+    tuner = vl.widgets.BudgetTuner(model, Letters(), **given)
     assert any(isinstance(part, ProgressBar) for part in tuner.children[0].children)
     assert repr(tuner) == "BudgetTuner(no tables yet)" or tuner.rates is not None
     assert tuner.wait(PATIENCE)
-    assert tuner.budget == vl.AverageBits(3.25)
+    assert tuner.budget == vl.allocate.AverageBits(3.25)
     tuner.budget = 5.0
     monkeypatch.setattr(ratequant, "rate_budget", lambda *_, **__: pytest.fail("it was measured again"))
-    other = vl.BudgetTuner(model, Letters(), **given)
+    other = vl.widgets.BudgetTuner(model, Letters(), **given)
     assert other.wait(PATIENCE)
     assert other.rates.identity == tuner.rates.identity
     tuner.worker.close()
@@ -329,7 +336,7 @@ def test_a_model_is_measured_first_and_found_again(model, tmp_path, monkeypatch)
 
 
 def test_a_start_that_was_cancelled_can_be_made_again(model, tmp_path):
-    tuner = vl.BudgetTuner(model, Letters(), rate_settings={"text": TEXT, "folder": tmp_path, **MEASURED})
+    tuner = vl.widgets.BudgetTuner(model, Letters(), rate_settings={"text": TEXT, "folder": tmp_path, **MEASURED})
     tuner.worker.cancel()
     assert tuner.wait(PATIENCE)
     tuner.layer = 1  # which is picked once there are charts
@@ -349,7 +356,9 @@ def test_a_start_that_was_cancelled_can_be_made_again(model, tmp_path):
 
 
 def test_a_budget_that_the_tables_cannot_serve_is_said_when_they_are_there(model, tmp_path):
-    tuner = vl.BudgetTuner(model, Letters(), budget=1.0, rate_settings={"text": TEXT, "folder": tmp_path, **MEASURED})
+    tuner = vl.widgets.BudgetTuner(
+        model, Letters(), budget=1.0, rate_settings={"text": TEXT, "folder": tmp_path, **MEASURED}
+    )
     assert tuner.wait(PATIENCE)
     assert "give more, or allow fewer bits" in tuner._message.value
     assert tuner._message in tuner.children
@@ -359,11 +368,17 @@ def test_a_budget_that_the_tables_cannot_serve_is_said_when_they_are_there(model
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda rates, model: vl.BudgetTuner(rates, model), "a model needs its tokenizer"),
-        (lambda rates, model: vl.BudgetTuner(model), "a model needs its tokenizer"),
-        (lambda rates, model: vl.BudgetTuner(rates, tiny("llama"), Letters()), "These tables are of llama of 4 layers"),
-        (lambda rates, model: vl.BudgetTuner(rates, rate_settings={"bits": (2, 3)}), "rate_settings have no use"),
-        (lambda rates, model: vl.BudgetTuner(rates, budget=0.5), "give more, or allow fewer bits"),
+        (lambda rates, model: vl.widgets.BudgetTuner(rates, model), "a model needs its tokenizer"),
+        (lambda rates, model: vl.widgets.BudgetTuner(model), "a model needs its tokenizer"),
+        (
+            lambda rates, model: vl.widgets.BudgetTuner(rates, tiny("llama"), Letters()),
+            "These tables are of llama of 4 layers",
+        ),
+        (
+            lambda rates, model: vl.widgets.BudgetTuner(rates, rate_settings={"bits": (2, 3)}),
+            "rate_settings have no use",
+        ),
+        (lambda rates, model: vl.widgets.BudgetTuner(rates, budget=0.5), "give more, or allow fewer bits"),
     ],
 )
 def test_a_tuner_that_cannot_be_says_so(rates, model, make, sentence):

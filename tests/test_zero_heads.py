@@ -49,7 +49,7 @@ def seen(model):
 @pytest.mark.parametrize("method", [m.id for m in METHODS.values() if not m.calibrated])
 def test_a_head_of_zeros_has_no_error(seen, method):
     bits = next(b for b in METHODS[method].bits if b >= 2)
-    errors = vl.layer_errors(seen, method, bits=bits)
+    errors = vl.measure.layer_errors(seen, method, bits=bits)
     zero = errors.filter((pl.col("layer") == 1) | (pl.col("head") == 0))
     assert zero.select("rel_mse", "cosine", "output_error").unique().rows() == [(0.0, 1.0, 0.0)]
     # its queries meet keys of zeros in any case
@@ -59,8 +59,8 @@ def test_a_head_of_zeros_has_no_error(seen, method):
 
 
 def test_errors_of_single_tokens_pooled_say_the_same(seen):
-    tokens = vl.token_errors(seen, bits=4)
-    relative = vl.relative_errors(tokens, sinks=2, window=8)
+    tokens = vl.measure.token_errors(seen, bits=4)
+    relative = vl.measure.relative_errors(tokens, sinks=2, window=8)
     assert relative.filter(layer=1)["rel_mse"].to_list() == [0.0] * 4
     assert Tables(tokens={4: tokens}).relative_error({0: (4, 4), 1: (4, 4)}, 0, 0, "values") > 0
     head = tokens.filter(layer=0, head=0)
@@ -68,15 +68,15 @@ def test_errors_of_single_tokens_pooled_say_the_same(seen):
     assert profile.select("low", "median", "high", "not_finite").unique().rows() == [(0.0, 0.0, 0.0, 0)]
     counted = error_densities(head)
     assert counted.select("share", "zero", "not_finite").unique().rows() == [(0.0, len(IDS), 0)]
-    taken = vl.code_bits(seen, bits=4).with_columns(bits=pl.lit(4, pl.Int32))
+    taken = vl.measure.code_bits(seen, bits=4).with_columns(bits=pl.lit(4, pl.Int32))
     by_bits = errors_by_bits(head, taken)
     assert by_bits["error"].to_list() == [0.0, 0.0]
     assert by_bits_caption(by_bits) == "Nothing is lost; 2 not drawn: not above zero, or not finite"
 
 
 def test_of_vectors_without_a_finite_error_there_is_no_error(seen):
-    tokens = vl.token_errors(seen, bits=4).with_columns(squared_error=pl.lit(float("nan"), pl.Float32))
-    by_bits = errors_by_bits(tokens, vl.code_bits(seen, bits=4).with_columns(bits=pl.lit(4, pl.Int32)))
+    tokens = vl.measure.token_errors(seen, bits=4).with_columns(squared_error=pl.lit(float("nan"), pl.Float32))
+    by_bits = errors_by_bits(tokens, vl.measure.code_bits(seen, bits=4).with_columns(bits=pl.lit(4, pl.Int32)))
     assert by_bits["error"].to_list() == [None, None]
 
 

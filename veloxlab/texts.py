@@ -8,6 +8,8 @@ from typing import Literal, get_args
 from veloxlab.checks import checked, choice
 from veloxlab.errors import InputError
 
+__all__ = ["excerpt"]
+
 PACKAGE = Path(__file__).parent
 Split = Literal["test", "validation"]
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.browser
 CELL = """
 import veloxlab as vl
 model, tokenizer = vl.load("smollm2-135m")
-explorer = vl.KeyExplorer(vl.capture(model, tokenizer, tokens=128), layer=7)
+explorer = vl.widgets.KeyExplorer(vl.capture(model, tokenizer, tokens=128), layer=7)
 explorer
 """
 BOX = ".veloxlab-keys"

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.browser
 
 CELL = """
 import veloxlab as vl
-vl.MemoryPlanner(context=131_072, memory_gb=8.0)
+vl.widgets.MemoryPlanner(context=131_072, memory_gb=8.0)
 """
 PLANNER = ".veloxlab-planner"
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.browser
 CELL = """
 import veloxlab as vl
 model, tokenizer = vl.load("smollm2-135m")
-vl.SideBySide(model, tokenizer, bits=2, tokens=24)
+vl.widgets.SideBySide(model, tokenizer, bits=2, tokens=24)
 """
 WIDGET = ".veloxlab-side-by-side"
 CHART = f"{WIDGET} svg.marks"

@@ -13,10 +13,10 @@ TABLES = """
 import veloxlab as vl
 from veloxlab.texts import shipped_folder
 
-rates = vl.RateBudget.load(shipped_folder("data") / "results" / "rates_smollm2-135m.json")
+rates = vl.allocate.RateBudget.load(shipped_folder("data") / "results" / "rates_smollm2-135m.json")
 """
-WITHOUT_MODEL = TABLES + "vl.BudgetTuner(rates, budget=3.25)"
-WITH_MODEL = TABLES + "vl.BudgetTuner(rates, *vl.load('smollm2-135m'), budget=3.25, tokens=192)"
+WITHOUT_MODEL = TABLES + "vl.widgets.BudgetTuner(rates, budget=3.25)"
+WITH_MODEL = TABLES + "vl.widgets.BudgetTuner(rates, *vl.load('smollm2-135m'), budget=3.25, tokens=192)"
 TUNER = ".veloxlab-tuner"
 BITS, LOSSES, FRONTIER = 0, 1, 2
 

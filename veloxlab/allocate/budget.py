@@ -130,7 +130,10 @@ class QualityFloor:
 
 Budget = AverageBits | BytesPerToken | TokensInMemory | QualityFloor
 BUDGET = either(
-    instance(get_args(Budget), "vl.AverageBits, vl.BytesPerToken, vl.TokensInMemory or vl.QualityFloor"),
+    instance(
+        get_args(Budget),
+        "vl.allocate.AverageBits, vl.allocate.BytesPerToken, vl.allocate.TokensInMemory or vl.allocate.QualityFloor",
+    ),
     Check("a number of true bits above 0", real(above=0).fits, AverageBits),
 )
 """A budget, or a number of true bits."""
@@ -206,7 +209,7 @@ class Bounds:
             raise InputError(f"Bounds of {self.least_bits} to {self.most_bits} bits hold no width: give least ≤ most.")
 
 
-BOUNDS = instance(Bounds, "vl.Bounds, such as vl.Bounds(least_bits=2, most_bits=4)")
+BOUNDS = instance(Bounds, "vl.allocate.Bounds, such as vl.allocate.Bounds(least_bits=2, most_bits=4)")
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.experiments import Experiment
 from veloxlab.measure.intervals import mean_interval
-from veloxlab.measure.quality import Reference, judge, reference
+from veloxlab.measure.quality import Reference, evaluate, reference
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
 from veloxlab.store import Unfinished, digest
@@ -99,9 +99,9 @@ def sweep(
     model, tokenizer : as `veloxlab.load` gives them.
     bits : code bits on average, 1 to 7.
     by : kinds of sensitivity to allocate by; the first predicts uniform bits' loss.
-    text : what is judged on; the shipped WikiText-2 test excerpt by default.
+    text : what is evaluated on; the shipped WikiText-2 test excerpt by default.
     calibration_text : what sensitivities and curves are measured on; the validation excerpt by default.
-    tokens, windows : length and number of the stretches judged on.
+    tokens, windows : length and number of the stretches evaluated on.
     sequences : of 512 tokens, for the sensitivities.
     unfinished : a file that keeps what was measured so far, and from which a run that was stopped goes on.
     folder : where sensitivities are kept; the user's cache folder by default.
@@ -183,7 +183,7 @@ def _measured(exact: Reference, rates: Mapping[By, RateBudget], job: Job) -> pl.
         caches[:] = [make_cache(model, plan, chunk="codes")]
         return caches[0]
 
-    found = judge(exact, made, per_token=True).group_by("window").agg(
+    found = evaluate(exact, made, per_token=True).group_by("window").agg(
         positions=pl.len().cast(pl.Int32),
         kl_mean=pl.col("kl").mean(),
         top1_flips=pl.col("flip").mean(),

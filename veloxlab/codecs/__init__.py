@@ -107,7 +107,7 @@ def register(method: Method, *, replace: bool = False) -> Method:
         raise InputError(f"The method {method.id!r} comes with veloxlab and stays as it is: choose another id.")
     if method.id in METHODS and not replace:
         raise InputError(
-            f"A method {method.id!r} is registered already: vl.unregister({method.id!r}) first, or replace=True."
+            f"A method {method.id!r} is registered already: vl.codecs.unregister({method.id!r}) first, or replace=True."
         )
     if not method.codecs:
         raise InputError(

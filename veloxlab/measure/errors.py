@@ -118,7 +118,7 @@ def token_errors(
     return pl.concat(frames)
 
 
-@checked(tokens=measured(TOKEN_ERRORS, "vl.token_errors"))
+@checked(tokens=measured(TOKEN_ERRORS, "vl.measure.token_errors"))
 def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) -> pl.DataFrame:
     """Relative MSE per layer, head, tensor and bits from `token_errors`, with exact sinks and recent tokens.
 

@@ -124,7 +124,9 @@ def level_densities(
             coded = coded_coordinates(layer, tensor, method, bits, calibration=calibration, **options)
             for head, (exact, decoded) in enumerate(zip(*coded, strict=True)):
                 if not (np.isfinite(exact).all() and np.isfinite(decoded).all()):
-                    raise InputError("Some coordinates, or their codes, are NaN or infinite: see vl.layer_errors.")
+                    raise InputError(
+                        "Some coordinates, or their codes, are NaN or infinite: see vl.measure.layer_errors."
+                    )
                 edges = bin_edges(exact, bins)
                 outside = ((exact < edges[0]) | (exact > edges[-1])).mean()
                 values, counts = np.unique(decoded, return_counts=True)

@@ -132,7 +132,7 @@ def code_bits(
     return pl.DataFrame(rows, schema=CODE_BITS, orient="row")
 
 
-@checked(growth=measured(GROWTH, "vl.memory_growth"))
+@checked(growth=measured(GROWTH, "vl.measure.memory_growth"))
 def predicted_growth(growth: pl.DataFrame, upto: int) -> pl.DataFrame:
     """Add a row per tensor, layer and cache at ``upto`` tokens, on the line through its last two measured points.
 

@@ -44,7 +44,7 @@ FIDELITY = {
     "table_bytes": pl.Int64,  # rotations and codebooks, which do not grow with the context
     "fp16_bytes": pl.Int64,  # what 16-bit keys and values of the same tokens take
 }
-"""Columns of `fidelity` and `judge`."""
+"""Columns of `fidelity` and `evaluate`."""
 
 TOKEN_FIDELITY = {
     "window": pl.Int32,  # which stretch of the text
@@ -55,7 +55,7 @@ TOKEN_FIDELITY = {
     "nll": pl.Float64,  # −log p(token), compressed, nats
     "nll_exact": pl.Float64,
 }
-"""Columns of `judge` with ``per_token``."""
+"""Columns of `evaluate` with ``per_token``."""
 
 _OF_JUDGE = ("mode", "prompt", "chunk", "name", "per_token")  # options that do not make a cache
 
@@ -125,8 +125,8 @@ def fidelity(
     text : the shipped WikiText-2 test excerpt by default.
     tokens, windows : length and number of stretches of text, one after the other, each with a fresh cache.
     progress : told of each window, and in ``"decode"`` of each token.
-    options : those of `judge`: ``mode``, ``prompt``, ``chunk``, ``name``, ``per_token``, and the further arguments of
-        `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
+    options : those of `evaluate`: ``mode``, ``prompt``, ``chunk``, ``name``, ``per_token``, and the further arguments
+        of `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
 
     Raises
     ------
@@ -136,15 +136,15 @@ def fidelity(
     if not callable(method_or_plan):
         make_one(model)  # bad settings are refused before the model runs
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
-    return judge(exact, method_or_plan, progress=progress, **options)
+    return evaluate(exact, method_or_plan, progress=progress, **options)
 
 
 @checked(
     method_or_plan=CACHE_MAKER,
     calibration=CALIBRATIONS,
-    exact=having("what vl.reference gave", "stretches", "log_probs"),
+    exact=having("what vl.measure.reference gave", "stretches", "log_probs"),
 )
-def judge(
+def evaluate(
     exact: Reference,
     method_or_plan: str | make.LayerPlan | CacheMaker = "turboquant",
     *,

@@ -1,1 +1,5 @@
 """Models: loading, GGUF files, and shapes of models without weights."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -87,7 +87,7 @@ class ModelShape:
 
 ModelOrConfig = Module | ModelShape | Mapping[str, Any] | str | Path
 MODEL_OR_CONFIG = either(
-    MODEL, instance((ModelShape, Mapping), "a vl.ModelShape or the content of a config.json"), PATH
+    MODEL, instance((ModelShape, Mapping), "a vl.models.ModelShape or the content of a config.json"), PATH
 )
 
 
@@ -161,6 +161,6 @@ def _in_hub_cache(repo: str) -> Path:
         raise InputError(
             f"{said}, and no config.json of a repository of that name lies in the local Hugging Face cache; nothing "
             "is downloaded here. Give a loaded model, a config.json, or type the shape in: "
-            "vl.ModelShape.typed(layers=32, kv_heads=8, head_dim=128)."
+            "vl.models.ModelShape.typed(layers=32, kv_heads=8, head_dim=128)."
         )
     return Path(found)

@@ -1,7 +1,5 @@
-"""Notebook widgets: live charts, and long work with progress and cancel."""
+"""Notebook widgets: the laboratory and its pages, live charts, and long work with progress and cancel."""
 
-from veloxlab.widgets.chart_view import ChartView, VegaRuntime, link
-from veloxlab.widgets.panel import ProgressBar
-from veloxlab.widgets.worker import Cancelled, Progress, Status, Worker
+import lazy_loader
 
-__all__ = ["Cancelled", "ChartView", "Progress", "ProgressBar", "Status", "VegaRuntime", "Worker", "link"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

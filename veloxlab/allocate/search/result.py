@@ -177,7 +177,7 @@ def search(
 ) -> SearchResult:
     """Find the caches that nothing else beats in both bytes and divergence, by measuring them.
 
-    All candidates are judged on one window of text after another, and those that are surely beaten stop early
+    All candidates are evaluated on one window of text after another, and those that are surely beaten stop early
     (`veloxlab.allocate.search.race`). Nothing is drawn at random: the same arguments give the same result, with any
     executor.
     What was measured is kept on disk until the end, and a search that was stopped goes on from there.
@@ -191,9 +191,9 @@ def search(
     most_kl : a quality floor in nats. Cheaper candidates then run first, and costlier ones not at all once it is met;
         the front is of those that meet it.
     context : tokens of the text that bytes are counted at; exact tokens and tables are shared by so many.
-    text : what candidates are judged on; the shipped WikiText-2 test excerpt by default.
+    text : what candidates are evaluated on; the shipped WikiText-2 test excerpt by default.
     tokens, windows : length and number of its stretches.
-    mode, prompt : as for `veloxlab.judge`. By default ``"oneshot"`` if no candidate has a window, and else
+    mode, prompt : as for `vl.measure.evaluate`. By default ``"oneshot"`` if no candidate has a window, and else
         ``"decode"``: read in one call, most tokens would see their neighbours through codes and not in the window.
     confidence : of the intervals, and of what is dropped.
     folder : where calibrations are kept, and measurements until the end; the user's cache folder by default. Workers

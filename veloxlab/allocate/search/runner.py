@@ -20,7 +20,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.experiments import Experiment
-from veloxlab.measure.quality import Mode, Reference, judge
+from veloxlab.measure.quality import Mode, Reference, evaluate
 from veloxlab.mlxlm.identity import fingerprint, name_of
 from veloxlab.models.loading import load
 from veloxlab.progress import Progress
@@ -34,9 +34,9 @@ class Trials:
     Attributes
     ----------
     model : name or path for `veloxlab.load`.
-    text : what candidates are judged on; None is the shipped WikiText-2 test excerpt.
+    text : what candidates are evaluated on; None is the shipped WikiText-2 test excerpt.
     tokens, windows : length and number of its stretches.
-    mode, prompt : as for `veloxlab.judge`.
+    mode, prompt : as for `vl.measure.evaluate`.
     context : tokens that held bytes are counted at.
     widths : for each method that has to be calibrated, the code widths to fit.
     folder : where calibrations are kept; None is the user's cache folder.
@@ -131,7 +131,7 @@ class Bench:
         trials, exact, plan = self.trials, self._reference(window), candidate.plan(self._shape)
         fitted = self._calibration(candidate.method)
         start = time.perf_counter()
-        row = judge(exact, plan, mode=trials.mode, prompt=trials.prompt, calibration=fitted).row(0, named=True)
+        row = evaluate(exact, plan, mode=trials.mode, prompt=trials.prompt, calibration=fitted).row(0, named=True)
         return Trial(row["kl_mean"], row["top1_flips"], time.perf_counter() - start)
 
     def _reference(self, window: int) -> Reference:

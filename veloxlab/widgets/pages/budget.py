@@ -284,7 +284,9 @@ class BudgetTuner(Panel):
         InputError : the tuner has no model; or there are no uniform bits in so few bytes.
         """
         if self._model is None:
-            raise InputError("To measure a plan the tuner needs the model: vl.BudgetTuner(rates, model, tokenizer).")
+            raise InputError(
+                "To measure a plan the tuner needs the model: vl.widgets.BudgetTuner(rates, model, tokenizer)."
+            )
         rates, plan = self._rates, self._plan_of(kind)
 
         def job(progress: Progress) -> pl.DataFrame:

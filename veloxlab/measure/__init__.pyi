@@ -1,0 +1,29 @@
+# Where the names of `vl.measure` come from. `veloxlab/measure/__init__.py` reads this file.
+from .activations import Capture, LayerCapture, capture
+from .errors import layer_errors, relative_errors, token_errors
+from .generation import first_parting, passkey, side_by_side
+from .memory import code_bits, memory_growth, predicted_growth, report
+from .planned_memory import largest_contexts, plan_memory
+from .quality import Reference, evaluate, fidelity, reference
+
+__all__ = [
+    "Capture",
+    "LayerCapture",
+    "Reference",
+    "capture",
+    "code_bits",
+    "evaluate",
+    "fidelity",
+    "first_parting",
+    "largest_contexts",
+    "layer_errors",
+    "memory_growth",
+    "passkey",
+    "plan_memory",
+    "predicted_growth",
+    "reference",
+    "relative_errors",
+    "report",
+    "side_by_side",
+    "token_errors",
+]

@@ -1,0 +1,29 @@
+# Where the names of `vl.widgets` come from. `veloxlab/widgets/__init__.py` reads this file.
+from .chart_view import ChartView, VegaRuntime, link
+from .lab import Lab
+from .pages.budget import BudgetTuner
+from .pages.cache import CacheExplorer
+from .pages.errors import ErrorExplorer
+from .pages.generation import SideBySide
+from .pages.keys import KeyExplorer
+from .pages.memory import MemoryPlanner
+from .panel import ProgressBar
+from .worker import Cancelled, Progress, Status, Worker
+
+__all__ = [
+    "BudgetTuner",
+    "CacheExplorer",
+    "Cancelled",
+    "ChartView",
+    "ErrorExplorer",
+    "KeyExplorer",
+    "Lab",
+    "MemoryPlanner",
+    "Progress",
+    "ProgressBar",
+    "SideBySide",
+    "Status",
+    "VegaRuntime",
+    "Worker",
+    "link",
+]
