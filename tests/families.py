@@ -22,8 +22,8 @@ from veloxlab.store import write_atomically
 RESULTS = Path(__file__).parents[1] / "data" / "results"
 CHUNKS = [20, 33, *[1] * 20, 5, 2]  # a prompt in two pieces, decoding, and drafts of several tokens
 IDS = [7 * i % 90 for i in range(sum(CHUNKS))]
-SOME_EXACT = {"sinks": 2, "window": 8}  # so that all three runs hold tokens
-ALL_CODED = {"sinks": 0, "window": 0, "chunk": "codes"}
+SOME_EXACT: dict[str, Any] = {"sinks": 2, "window": 8}  # so that all three runs hold tokens
+ALL_CODED: dict[str, Any] = {"sinks": 0, "window": 0, "chunk": "codes"}
 
 
 def as_arrays(cache: list[Any]) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -17,7 +18,7 @@ from veloxlab.codecs.parts.codebooks import sphere_codebook
 from veloxlab.codecs.parts.water_filling import water_filling_gain
 from veloxlab.errors import InputError
 
-SETTINGS = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
+SETTINGS: dict[str, Any] = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +20,7 @@ from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 
 HEADS, DIM = 2, 32
-SOME_EXACT = {"sinks": 2, "window": 8}
+SOME_EXACT: dict[str, Any] = {"sinks": 2, "window": 8}
 LENGTHS, WANTED = (7, 40, 23, 66, 1), (12, 30, 5, 20, 25)
 
 

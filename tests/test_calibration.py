@@ -3,6 +3,7 @@
 import json
 import tracemalloc
 from dataclasses import replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -262,7 +263,7 @@ def test_a_cache_is_made_of_it_and_generates(model, calibrations):
 def test_measurements_take_it(smollm2, calibrations):
     calibration = vl.calibrate(*smollm2, "spectralquant", bits=2, tokens=128, folder=calibrations)
     seen = vl.capture(*smollm2, tokens=64)
-    given = {"bits": 2, "calibration": calibration}
+    given: dict[str, Any] = {"bits": 2, "calibration": calibration}
     assert vl.measure.layer_errors(seen, "spectralquant", **given)["rel_mse"].mean() < 0.4
     assert vl.measure.token_errors(seen, "spectralquant", **given).height == 2 * 30 * 3 * 64
     assert vl.measure.code_bits(seen, "spectralquant", **given)["bits_per_value"].sum() == pytest.approx(60 * 2.25)

@@ -6,6 +6,7 @@ import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,7 +75,7 @@ def learner(tmp_path, monkeypatch):
     """A model, a plan of a method that learns, and what was fitted for it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = tiny("llama")
-    settings = {"key_bits": 3, "value_bits": 2}
+    settings: dict[str, Any] = {"key_bits": 3, "value_bits": 2}
     fitted = vl.calibrate(model, Letters(), "spectralquant", bits=[2, 3], folder=tmp_path)
     return model, vl.Plan.uniform(model, "spectralquant", **settings), fitted
 

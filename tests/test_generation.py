@@ -3,6 +3,7 @@
 import itertools
 import re
 import threading
+from typing import Any
 
 import mlx.core as mx
 import mlx_lm
@@ -210,7 +211,7 @@ def test_a_needle_that_cannot_be_hidden_is_refused(model, arguments, sentence):
 
 def test_the_exact_side_is_exact_in_a_model_that_was_told_to_compress():
     used = tiny("llama")
-    settings = {"bits": 1, "sinks": 0, "window": 0}
+    settings: dict[str, Any] = {"bits": 1, "sinks": 0, "window": 0}
     before = vl.measure.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings)
     hooks.use(used, lambda: vl.make_cache(used, **settings))
     assert vl.measure.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings).equals(before)

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -184,7 +185,7 @@ def test_no_bits_are_out_of_range_and_not_the_usual_ones(name, side, method):
 def test_drafts_of_another_model_are_tried_and_trimmed(draft, method):
     """Speculative decoding gives what decoding gives: it trims the drafts that were refused."""
     model, drafting = tiny("llama"), tiny("llama", seed=1, num_hidden_layers=1)
-    settings = {"bits": 16 if method == "none" else 8, "sinks": 2, "window": 16}
+    settings: dict[str, Any] = {"bits": 16 if method == "none" else 8, "sinks": 2, "window": 16}
     prompt = mx.array(list(range(50)))
     plain = [
         t for t, _ in generate_step(prompt, model, max_tokens=40, prompt_cache=vl.make_cache(model, method, **settings))

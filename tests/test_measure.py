@@ -1,5 +1,7 @@
 """Measurements measure: identities that a formula could not fake, and the figures that the README states."""
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import polars as pl
@@ -183,7 +185,7 @@ def test_decoding_token_by_token_is_as_good_as_one_shot(smollm2):
 
     They are not equal to the last bit: a rounding error in one layer moves a code by one level in a later one.
     """
-    settings = {"bits": 4, "sinks": 0, "window": 0, "tokens": 60, "prompt": 36}
+    settings: dict[str, Any] = {"bits": 4, "sinks": 0, "window": 0, "tokens": 60, "prompt": 36}
     one_shot = vl.fidelity(*smollm2, per_token=True, **settings).filter(pl.col("position") >= 36)
     decoded = vl.fidelity(*smollm2, per_token=True, mode="decode", **settings)
     assert decoded.schema == TOKEN_FIDELITY

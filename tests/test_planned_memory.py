@@ -1,6 +1,7 @@
 """What is planned is what real caches hold, to the byte, and what fits fits."""
 
 import json
+from typing import Any
 
 import mlx.core as mx
 import polars as pl
@@ -23,7 +24,7 @@ from veloxlab.mlxlm.probe import slots_of
 from veloxlab.models.shapes import shape_of
 
 TOKENS, DECODED = 300, 40
-SOME_EXACT = {"sinks": 3, "window": 20}
+SOME_EXACT: dict[str, Any] = {"sinks": 3, "window": 20}
 LLAMA = {"model_type": "llama", **COMMON}
 
 
@@ -130,7 +131,7 @@ def test_every_methods_plan_is_its_caches_bytes(model, method, decoded, calibrat
         text = "".join(chr(32 + i * i % 90) for i in range(400))
         calibration = vl.calibrate(model, Tokenizer(), method, text, bits=bits, tokens=400, folder=calibrations)
     cache = read(model, vl.make_cache(model, method, bits=bits, calibration=calibration, **SOME_EXACT), decoded=decoded)
-    asked = {"context": TOKENS, "decoded": decoded, "bits": bits, **SOME_EXACT}
+    asked: dict[str, Any] = {"context": TOKENS, "decoded": decoded, "bits": bits, **SOME_EXACT}
     fitted = planned_parts(vl.measure.plan_memory(model, method, calibration=calibration, **asked))
     assert fitted == parts_of(cache)
     before = planned_parts(vl.measure.plan_memory(model, method, **asked))
@@ -143,7 +144,7 @@ def test_every_methods_plan_is_its_caches_bytes(model, method, decoded, calibrat
 
 @pytest.mark.parametrize("method", ["turboquant", "qjl"])
 def test_outlier_channels_are_planned_before_they_are_found(model, method, tmp_path):
-    asked = {"bits": 2, **SOME_EXACT}
+    asked: dict[str, Any] = {"bits": 2, **SOME_EXACT}
     text = "".join(chr(32 + i * i % 90) for i in range(400))
     calibration = vl.calibrate(model, Tokenizer(), method, text, bits=2, tokens=100, outliers=8, folder=tmp_path)
     cache = read(model, vl.make_cache(model, method, calibration=calibration, **asked), decoded=0)

@@ -1,6 +1,7 @@
 """The memory planner shows what is planned for its knobs, on whatever thread they are turned."""
 
 import threading
+from typing import Any
 
 import polars as pl
 import pytest
@@ -46,7 +47,7 @@ def expected(**settings) -> int:
 
 def test_every_knob_moves_the_chart_twice(planner):
     assert drawn(planner) == expected(context=32_768)
-    settings = {"context": 32_768}
+    settings: dict[str, Any] = {"context": 32_768}
     for name, values in {
         "context": (65_536, 4096),
         "batch": (3, 2),

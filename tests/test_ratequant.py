@@ -1,6 +1,7 @@
 """RateQuant: the mathematics of sharing bits, and a codec whose KV heads have different widths."""
 
 import itertools
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -222,7 +223,7 @@ def test_keys_and_values_of_one_plan_have_their_own_widths():
 
 
 def test_the_bases_options_are_turboquants_own():
-    options = {"variant": "prod", "sketch": "orthogonal", "seed": 5}
+    options: dict[str, Any] = {"variant": "prod", "sketch": "orthogonal", "seed": 5}
     codec = METHOD.codec(64, 3, "keys", head_bits=(3, 2), **options)
     assert codec.base == tuple(turboquant.build(64, bits, "keys", **options) for bits in (2, 3))
     assert codec == build(64, 3, "keys", head_bits=[3, 2], **dict(reversed(options.items())))

@@ -1,5 +1,7 @@
 """A rotary embedding is known by what it does to a layer's keys, not by the modules that a layer owns."""
 
+from typing import Any
+
 import mlx.core as mx
 import pytest
 from mlx_lm.models import llama
@@ -17,7 +19,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 LONGROPE = {"type": "longrope", "original_max_position_embeddings": 64, "short_factor": 1.0, "long_factor": 4.0}
-DYNAMIC = {"rope_scaling": {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0}, "max_position_embeddings": 512}
+DYNAMIC: dict[str, Any] = {
+    "rope_scaling": {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0},
+    "max_position_embeddings": 512,
+}
 MIXED = {
     "smollm3": {},
     "cohere2": {"hidden_size": 256, "sliding_window": 16},

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -30,7 +31,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure import experiments
 from veloxlab.measure.quality import evaluate, reference
 
-SETTINGS = {"bits": (2, 4), "text": TEXT, "tokens": 40, "windows": 5, "context": 300}
+SETTINGS: dict[str, Any] = {"bits": (2, 4), "text": TEXT, "tokens": 40, "windows": 5, "context": 300}
 TWO = ("turboquant", "rabitq")
 
 

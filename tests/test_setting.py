@@ -1,5 +1,7 @@
 """Settings one after another: what a knob asks for, how far it can go, and keys weighed against values."""
 
+from typing import Any
+
 import pytest
 
 import veloxlab as vl
@@ -9,7 +11,7 @@ from veloxlab.allocate.budget import Setting
 from veloxlab.allocate.ratequant import kept_rate_budget
 from veloxlab.errors import InputError
 
-MEASURED = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
+MEASURED: dict[str, Any] = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """The sweep compares allocations in equal bytes, goes on where it was stopped, and is written whole."""
 
+from typing import Any
+
 import polars as pl
 import pytest
 
@@ -12,7 +14,14 @@ from veloxlab.cli.tables import swept_table
 from veloxlab.errors import InputError
 from veloxlab.measure.intervals import mean_interval
 
-SETTINGS = {"bits": (2.5, 3.0), "text": TEXT, "calibration_text": TEXT, "tokens": 64, "windows": 3, "sequences": 2}
+SETTINGS: dict[str, Any] = {
+    "bits": (2.5, 3.0),
+    "text": TEXT,
+    "calibration_text": TEXT,
+    "tokens": 64,
+    "windows": 3,
+    "sequences": 2,
+}
 
 
 @pytest.fixture(scope="module")

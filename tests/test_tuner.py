@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import threading
+from typing import Any
 
 import pytest
 
@@ -19,7 +20,7 @@ from veloxlab.views.picture import png_size
 from veloxlab.widgets import ProgressBar
 from veloxlab.widgets.pages import budget_controls
 
-MEASURED = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
+MEASURED: dict[str, Any] = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
 PATIENCE = 120  # seconds
 
 
@@ -320,7 +321,7 @@ def test_tables_from_disk_need_no_model_but_to_measure(rates, tmp_path):
 
 
 def test_a_model_is_measured_first_and_found_again(model, tmp_path, monkeypatch):
-    given = {"budget": 3.25, "rate_settings": {"text": TEXT, "folder": tmp_path, **MEASURED}}
+    given: dict[str, Any] = {"budget": 3.25, "rate_settings": {"text": TEXT, "folder": tmp_path, **MEASURED}}
     tuner = vl.widgets.BudgetTuner(model, Letters(), **given)
     assert any(isinstance(part, ProgressBar) for part in tuner.children[0].children)
     assert repr(tuner) == "BudgetTuner(no tables yet)" or tuner.rates is not None

@@ -1,5 +1,7 @@
 """Models that compute attention by themselves show no queries: the laboratory opens and says what it cannot show."""
 
+from typing import Any
+
 import pytest
 
 import veloxlab as vl
@@ -7,7 +9,12 @@ from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.widgets.pages.cache import NO_QUERIES
 
-STABLELM = {"rope_theta": 1e4, "use_qkv_bias": False, "partial_rotary_factor": 0.25, "layer_norm_eps": 1e-5}
+STABLELM: dict[str, Any] = {
+    "rope_theta": 1e4,
+    "use_qkv_bias": False,
+    "partial_rotary_factor": 0.25,
+    "layer_norm_eps": 1e-5,
+}
 
 
 class Letters:
