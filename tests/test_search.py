@@ -524,5 +524,6 @@ def test_the_command_prints_the_front_and_writes_all(file, tmp_path, capsys):
     written = vl.allocate.SearchResult.load(tmp_path / "search_tiny.parquet")
     assert written.frame.height == 4 * 2
     assert capsys.readouterr().out == front_table(written.front) + "\n"
-    assert cli.main([*words, "--protected", "first"]) == 2
-    assert "--protected first is not a list of layers" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([*words, "--protected", "first"])
+    assert "--protected: first is not a list of layers" in capsys.readouterr().err

@@ -8,133 +8,130 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from veloxlab.cli import quality, speed, start
 from veloxlab.errors import InputError
 
-Arguments = dict[str, dict[str, Any]]  # what `argparse` takes, by name
+Argument = tuple[str, dict[str, Any]]  # name, and what `argparse` takes beside it
 
 
-@dataclass(frozen=True)
-class Command:
-    """One command: its line of help, its arguments, what runs it, and which unknown words it passes on."""
-
-    help: str
-    run: Callable[[argparse.Namespace], int]
-    arguments: Arguments
-    passes_on: Literal["nothing", "unknown"] = "nothing"
-    epilog: str = ""
+def _one(name: str, words: str, kind: Callable[[str], Any] = str, default: Any = None, **more: Any) -> Argument:  # noqa: ANN401
+    """An argument of one value; a default is told in its help."""
+    said = " ".join(map(str, default)) if isinstance(default, list) else default
+    return name, {"type": kind, "default": default, "help": f"{words} (default: {said})" if said else words, **more}
 
 
-def _many(kind: type, default: list[Any] | None, words: str, nargs: str = "+") -> dict[str, Any]:
-    return {"type": kind, "nargs": nargs, "default": default, "help": words}
+_many = partial(_one, nargs="+")
 
 
-def _text(tokens: int, windows: int) -> Arguments:
-    return {
-        "--tokens": {"type": int, "default": tokens, "help": "tokens in a window of text (default: %(default)s)"},
-        "--windows": {"type": int, "default": windows, "help": "number of windows of text (default: %(default)s)"},
-    }
+def _flag(name: str, words: str, dest: str) -> Argument:
+    return name, {"action": "store_true", "help": words, "dest": dest}
 
 
-def _of_mlx_lm(theirs: str) -> Command:
-    """A command of mlx-lm with a compressed cache."""
-    numbers = {f"--{n.replace('_', '-')}": {"type": int, "metavar": "N", "help": h} for n, h in start.NUMBERS.items()}
-    arguments: Arguments = {
-        "model": {"help": "smollm2-135m, a .gguf file, a folder, or a Hugging Face repo id"},
-        "--method": {"help": "compression method (default: turboquant)"},
-        "--plan": {"type": Path, "metavar": "FILE", "help": "plan file from plan.save, in the place of --method"},
-        "--calibration": {
-            "type": Path,
-            "action": "append",
-            "default": [],
-            "metavar": "FILE",
-            "help": "file from calibration.save; repeat for more files; a missing calibration is made first",
-        },
-        **numbers,
-    }
-    epilog = f"Options of mlx_lm.{theirs} are also accepted."
-    return Command(f"run mlx_lm.{theirs} with a compressed cache", start.run_mlx_lm, arguments, "unknown", epilog)
+def _text(tokens: int, windows: int) -> tuple[Argument, Argument]:
+    return (
+        _one("--tokens", "tokens in a window of text", int, tokens),
+        _one("--windows", "number of windows of text", int, windows),
+    )
 
 
-MODEL = {"--model": {"default": "smollm2-135m", "help": "name, .gguf file, folder or repo id (default: %(default)s)"}}
-OUT = {"--out": {"type": Path, "default": Path("results"), "help": "output folder (default: %(default)s)"}}
-JSON = {"--json": {"type": Path, "metavar": "FILE", "help": "output file for the results"}}
-LENGTHS = [1024, 2048, 4096, 8192, 16384]
+def _layers(word: str) -> tuple[int, ...]:
+    try:
+        return () if word == "none" else tuple(map(int, word.split(",")))
+    except ValueError:
+        said = f"{word} is not a list of layers: give numbers, as 0 or 0,-1, or none"
+        raise argparse.ArgumentTypeError(said) from None
 
-COMMANDS = {
-    "doctor": Command(
+
+MODEL = _one("--model", "name, .gguf file, folder or repo id", default="smollm2-135m")
+OUT = _one("--out", "output folder", Path, Path("results"))
+FILE = _one("--json", "output file for the results", Path, metavar="FILE", dest="file")
+CACHE = (
+    _one("model", "smollm2-135m, a .gguf file, a folder, or a Hugging Face repo id"),
+    _one("--method", "compression method (default: turboquant)"),
+    _one("--plan", "plan file from plan.save, in the place of --method", Path, metavar="FILE"),
+    _one(
+        "--calibration",
+        "file from calibration.save; repeat for more files; a missing calibration is made first",
+        Path,
+        [],
+        action="append",
+        metavar="FILE",
+    ),
+    _one("--bits", "code bits per value (default: 4)", int, metavar="N"),
+    _one("--key-bits", "code bits of keys, if different", int, metavar="N"),
+    _one("--value-bits", "code bits of values, if different", int, metavar="N"),
+    _one("--sinks", "number of exact first tokens (default: 4)", int, metavar="N"),
+    _one("--window", "number of exact newest tokens (default: 64)", int, metavar="N"),
+    _one("--max-kv-size", "maximum number of tokens in the cache (default: no limit)", int, metavar="N"),
+)
+
+COMMANDS: dict[str, tuple[Any, ...]] = {
+    "doctor": (
         "check the device, the packages and the model's weights",
         start.show_checks,
-        {"--json": {"action": "store_true", "help": "print the checks as JSON"}},
+        _flag("--json", "print the checks as JSON", "as_json"),
     ),
-    "compare": Command(
+    "compare": (
         "measure quality, memory and time of all caches on WikiText-2",
         quality.compare_caches,
-        MODEL | _text(512, 3) | OUT,
+        MODEL,
+        *_text(512, 3),
+        OUT,
     ),
-    "sweep": Command(
+    "sweep": (
         "compare uniform bits with RateQuant in equal bytes",
         quality.sweep_bits,
-        {
-            **MODEL,
-            "--bits": _many(float, None, "average code bits (default: 2 2.5 3 3.5 4)"),
-            "--by": _many(str, ["gradient", "key_norm"], "kinds of sensitivity (default: gradient key_norm)"),
-            **_text(512, 8),
-            "--sequences": {"type": int, "default": 8, "help": "texts for sensitivities (default: %(default)s)"},
-            **OUT,
-        },
+        MODEL,
+        _many("--bits", "average code bits", float, [2.0, 2.5, 3.0, 3.5, 4.0]),
+        _many("--by", "kinds of sensitivity", default=["gradient", "key_norm"]),
+        *_text(512, 8),
+        _one("--sequences", "texts for sensitivities", int, 8),
+        OUT,
     ),
-    "search": Command(
+    "search": (
         "search for the Pareto front of bytes and divergence",
         quality.search_front,
-        {
-            **MODEL,
-            "--methods": _many(str, None, "method ids (default: all methods without calibration)"),
-            "--bits": _many(int, [2, 3, 4], "bits of keys and values (default: 2 3 4)"),
-            "--sinks": _many(int, [0, 4], "exact first tokens (default: 0 4)"),
-            "--window": _many(int, [0], "exact newest tokens (default: 0)"),
-            "--protected": _many(str, ["none", "0"], "exact layers, such as 0,-1 (default: none 0)"),
-            "--most-bytes": {"type": float, "help": "maximum bytes per token (default: no limit)"},
-            "--most-kl": {"type": float, "help": "maximum KL divergence in nats (default: no limit)"},
-            **_text(192, 8),
-            "--workers": {"type": int, "default": 1, "help": "number of processes (default: %(default)s)"},
-            **OUT,
-        },
+        MODEL,
+        _many("--methods", "method ids (default: all methods without calibration)"),
+        _many("--bits", "bits of keys and values", int, [2, 3, 4]),
+        _many("--sinks", "exact first tokens", int, [0, 4]),
+        _many("--window", "exact newest tokens", int, [0]),
+        _many("--protected", "exact layers, such as 0,-1 (default: none 0)", _layers, [(), (0,)]),
+        _one("--most-bytes", "maximum bytes per token", float, dest="most_bytes_per_token"),
+        _one("--most-kl", "maximum KL divergence in nats", float),
+        *_text(192, 8),
+        _one("--workers", "number of processes", int, 1),
+        OUT,
     ),
-    "bench": Command(
+    "bench": (
         "time attention, encoding and decoding on this device",
         speed.time_kernels,
-        {
-            **JSON,
-            "--tokens": _many(int, None, "context lengths (default: 4096 32768 131072)"),
-            "--only": {**_many(str, None, "measure only these; keep the others of FILE"), "choices": speed.PARTS},
-        },
+        FILE,
+        _many("--tokens", "context lengths (default: 4096 32768 131072)", int),
+        _many("--only", "measure only these parts; keep the other parts of FILE", choices=speed.PARTS),
     ),
-    "memory": Command(
+    "memory": (
         "measure peak memory and time per token, by length of text",
         speed.measure_lengths,
-        {
-            **MODEL,
-            "--random": {"action": "store_true", "help": "random weights in the model's shape"},
-            "--tokens": _many(int, LENGTHS, "text lengths"),
-            "--layer-tokens": _many(int, [], "lengths for one layer of a 7B model", "*"),
-            "--quantized": _many(int, [4, 8], "bits of mlx-lm's own quantized cache", "*"),
-            "--quantized-upto": {
-                "type": int,
-                "default": LENGTHS[-1],
-                "metavar": "TOKENS",
-                "help": "maximum length for mlx-lm's cache",
-            },
-            **JSON,
-        },
+        MODEL,
+        _flag("--random", "random weights in the model's shape", "random"),
+        _many("--tokens", "text lengths", int, [1024, 2048, 4096, 8192, 16384]),
+        _many("--layer-tokens", "lengths for one layer of a 7B model", int, [], nargs="*"),
+        _many("--quantized", "bits of mlx-lm's own quantized cache", int, [4, 8], nargs="*"),
+        _one("--quantized-upto", "maximum length for mlx-lm's cache", int, 16384, metavar="TOKENS"),
+        FILE,
     ),
-    **{name: _of_mlx_lm(theirs) for name, theirs in start.OF_MLX_LM.items()},
+    **{
+        name: (f"run mlx_lm.{theirs} with a compressed cache", partial(start.run_mlx_lm, name), *CACHE)
+        for name, theirs in start.OF_MLX_LM.items()
+    },
 }
+"""By name: a line of help, the function that gets the arguments by their names, and those."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,14 +140,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = words.index("--") if "--" in words else len(words)
     parser = _parser()
     options, unknown = parser.parse_known_args(words[:end])
-    behind = words[end + 1 :]
-    options.passed_on = [*unknown, *behind]
-    if unknown and options.passes_on != "unknown":
+    behind, given = words[end + 1 :], vars(options)
+    name = given.pop("command")
+    of_mlx_lm = name in start.OF_MLX_LM
+    if unknown and not of_mlx_lm:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
-    if behind and options.passes_on == "nothing":
-        parser.error(f"{options.command} accepts no arguments after --: leave out {' '.join(words[end:])}")
+    if behind and name and not of_mlx_lm:
+        parser.error(f"{name} accepts no arguments after --: leave out {' '.join(words[end:])}")
+    passed_on = {"passed_on": [*unknown, *behind]} if of_mlx_lm or not name else {}
     try:
-        status: int = options.run(options)
+        status: int = (COMMANDS[name][1] if name else start.open_lab)(**given, **passed_on)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -163,11 +162,10 @@ def _parser() -> argparse.ArgumentParser:
         description="Without a command, open JupyterLab at the tour notebook. Arguments after -- go to JupyterLab.",
     )
     parser.add_argument("--version", action="version", version=f"veloxlab {version('veloxlab')}")
-    parser.set_defaults(run=start.open_lab, passes_on="behind")
     commands = parser.add_subparsers(title="commands", dest="command")
-    for name, command in COMMANDS.items():
-        own = commands.add_parser(name, help=command.help, epilog=command.epilog)
-        for argument, settings in command.arguments.items():
+    for name, (words, _, *arguments) in COMMANDS.items():
+        also = f"Options of mlx_lm.{start.OF_MLX_LM[name]} are also accepted." if name in start.OF_MLX_LM else None
+        own = commands.add_parser(name, help=words, epilog=also)
+        for argument, settings in arguments:
             own.add_argument(argument, **settings)
-        own.set_defaults(run=command.run, passes_on=command.passes_on)
     return parser

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
+import multiprocessing
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from veloxlab.cli.tables import compared_table, front_table, left_out_lines, ratio_table, swept_table
-from veloxlab.errors import InputError
 from veloxlab.progress import say
 from veloxlab.store import make_folder, write_atomically, write_parquet
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 
-def compare_caches(options: argparse.Namespace) -> int:
+def compare_caches(model: str, out: Path, **text: Any) -> int:
     """Measure, print the tables, and write them as Parquet and Markdown beside a chart as PNG.
 
     An unfinished Parquet file holds the rows until all are measured.
@@ -25,99 +26,55 @@ def compare_caches(options: argparse.Namespace) -> int:
     from veloxlab.measure.compare import byte_ratios, compare
     from veloxlab.views import frontier, picture
 
-    place = _place(options, "compare")
-    unfinished = _beside(place, "unfinished.parquet")
+    stem = f"compare_{results_name(model)}"
+    unfinished = make_folder(out) / f"{stem}.unfinished.parquet"
     missing: dict[str, str] = {}
 
     def keep(rows: pl.DataFrame, left_out: Mapping[str, str]) -> None:
         write_parquet(unfinished, rows)
         missing.update(left_out)
 
-    text = {"tokens": options.tokens, "windows": options.windows}
-    frame = compare(*vl.load(options.model), **text, progress=say, on_rows=keep)
+    frame = compare(*vl.load(model), **text, progress=say, on_rows=keep)
     ratios = byte_ratios()
-    _write(place, f"{compared_table(frame)}{left_out_lines(missing)}\n\n{ratio_table(ratios)}", frame)
-    write_parquet(options.out / "byte_ratios.parquet", ratios)
+    write_parquet(out / f"{stem}.parquet", frame)
+    write_parquet(out / "byte_ratios.parquet", ratios)
     drawn = picture.png(frontier(frame, x="bits").to_dict(), width=2 * picture.WIDTH)
-    write_atomically(_beside(place, "png"), drawn)
+    write_atomically(out / f"{stem}.png", drawn)
+    _tell(out / f"{stem}.md", f"{compared_table(frame)}{left_out_lines(missing)}\n\n{ratio_table(ratios)}")
     unfinished.unlink()
     return 0
 
 
-def sweep_bits(options: argparse.Namespace) -> int:
+def sweep_bits(model: str, out: Path, **settings: Any) -> int:
     """Measure, print the table, and write it as Parquet and Markdown; a stopped run continues."""
     import veloxlab as vl
-    from veloxlab.allocate.sweep import BITS, sweep, swept
+    from veloxlab.allocate.sweep import sweep, swept
 
-    place = _place(options, "ratequant")
-    unfinished = _beside(place, "unfinished.json")
-    frame = sweep(
-        *vl.load(options.model),
-        bits=options.bits or BITS,
-        by=options.by,
-        tokens=options.tokens,
-        windows=options.windows,
-        sequences=options.sequences,
-        unfinished=unfinished,
-        progress=say,
-    )
-    _write(place, swept_table(swept(frame)), frame)
+    stem = f"ratequant_{results_name(model)}"
+    unfinished = make_folder(out) / f"{stem}.unfinished.json"
+    frame = sweep(*vl.load(model), **settings, unfinished=unfinished, progress=say)
+    write_parquet(out / f"{stem}.parquet", frame)
+    _tell(out / f"{stem}.md", swept_table(swept(frame)))
     unfinished.unlink(missing_ok=True)
     return 0
 
 
-def search_front(options: argparse.Namespace) -> int:
+def search_front(model: str, out: Path, workers: int, **settings: Any) -> int:
     """Search, print the Pareto front, and write it as Markdown and all candidates as Parquet."""
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-    from contextlib import ExitStack
-
     import veloxlab as vl
 
-    try:
-        protected = [() if word == "none" else tuple(map(int, word.split(","))) for word in options.protected]
-    except ValueError:
-        words = " ".join(options.protected)
-        raise InputError(f"--protected {words} is not a list of layers: give numbers, as 0 or 0,-1, or none.") from None
-    place = _place(options, "search")
-    with ExitStack() as stack:
-        executor = None
-        if options.workers > 1:
-            fresh = multiprocessing.get_context("spawn")  # MLX's threads do not survive a fork
-            executor = stack.enter_context(ProcessPoolExecutor(options.workers, mp_context=fresh))
-        result = vl.search(
-            options.model,
-            methods=options.methods,
-            bits=options.bits,
-            sinks=options.sinks,
-            window=options.window,
-            protected=protected,
-            most_bytes_per_token=options.most_bytes,
-            most_kl=options.most_kl,
-            tokens=options.tokens,
-            windows=options.windows,
-            executor=executor,
-            progress=say,
-        )
-    result.save(_beside(place, "parquet"))
-    _write(place, front_table(result.front))
+    stem = make_folder(out) / f"search_{results_name(model)}"
+    fresh = multiprocessing.get_context("spawn")  # MLX's threads do not survive a fork
+    with ProcessPoolExecutor(workers, mp_context=fresh) if workers > 1 else nullcontext() as executor:
+        result = vl.search(model, **settings, executor=executor, progress=say)
+    result.save(f"{stem}.parquet")
+    _tell(Path(f"{stem}.md"), front_table(result.front))
     return 0
 
 
-def _place(options: argparse.Namespace, kind: str) -> Path:
-    """Where the results of a command go, without a suffix; its folder is made."""
-    return make_folder(options.out) / f"{kind}_{results_name(options.model)}"
-
-
-def _beside(place: Path, suffix: str) -> Path:
-    return place.with_name(f"{place.name}.{suffix}")  # not `with_suffix`: names of models have dots
-
-
-def _write(place: Path, table: str, frame: pl.DataFrame | None = None) -> None:
-    """Print a table, and write it as Markdown, and its frame as Parquet."""
-    if frame is not None:
-        write_parquet(_beside(place, "parquet"), frame)
-    write_atomically(_beside(place, "md"), f"{table}\n".encode())
+def _tell(path: Path, table: str) -> None:
+    """Print a table, and write it."""
+    write_atomically(path, f"{table}\n".encode())
     print(table)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +18,13 @@ if TYPE_CHECKING:
 PARTS = ("attention", "methods", "encode", "decode", "read")
 
 
-def time_kernels(options: argparse.Namespace) -> int:
+def time_kernels(file: Path | None, tokens: Sequence[int] | None, only: Sequence[str] | None) -> int:
     """Time attention, encoding, decoding and reading; write the times and the device as JSON."""
     from veloxlab.codecs import METHODS
     from veloxlab.measure import bench
     from veloxlab.measure.bench import attention
 
-    tokens = tuple(options.tokens or attention.TOKENS)
+    tokens = tuple(tokens or attention.TOKENS)
     parts: dict[str, Callable[[], Any]] = {
         "attention": lambda: bench.decode_attention(tokens=tokens),
         "methods": lambda: bench.attention_of_methods([name for name in METHODS if name != "none"]),
@@ -33,15 +32,16 @@ def time_kernels(options: argparse.Namespace) -> int:
         "decode": lambda: bench.decode_steps(tokens=tokens),
         "read": bench.read_prompts,
     }
-    written = _checked_place(options)
-    kept = json.loads(written.read_text()) if options.only and written and written.exists() else {}
-    for name in options.only or parts:
+    if file:
+        check_place(file)
+    kept = json.loads(file.read_text()) if only and file and file.exists() else {}
+    for name in only or parts:
         kept[name] = {"facts": bench.facts(), "rows": parts[name]()}
-        if written:
-            _write_json(written, kept)
-    if written and "attention" in kept:
-        write_atomically(written.with_suffix(".png"), bench_picture(kept))
-        write_atomically(written.with_suffix(".md"), f"{bench_tables(kept)}\n".encode())
+        if file:
+            _write_json(file, kept)
+    if file and "attention" in kept:
+        write_atomically(file.with_suffix(".png"), bench_picture(kept))
+        write_atomically(file.with_suffix(".md"), f"{bench_tables(kept)}\n".encode())
     return 0
 
 
@@ -56,7 +56,15 @@ def bench_picture(results: dict[str, Any]) -> bytes:
     return picture.png(attention_times(times, heading=heading).to_dict())
 
 
-def measure_lengths(options: argparse.Namespace) -> int:
+def measure_lengths(
+    model: str,
+    random: bool,
+    tokens: Sequence[int],
+    layer_tokens: Sequence[int],
+    quantized: Sequence[int],
+    quantized_upto: int,
+    file: Path | None,
+) -> int:
     """Measure memory and time for each length, print the tables, and write them as JSON.
 
     An unfinished file holds the rows until all are measured.
@@ -64,8 +72,9 @@ def measure_lengths(options: argparse.Namespace) -> int:
     import veloxlab as vl
     from veloxlab.measure import bench, lengths
 
-    written = _checked_place(options)
-    unfinished = written and written.with_suffix(".unfinished.json")
+    if file:
+        check_place(file)
+    unfinished = file and file.with_suffix(".unfinished.json")
     results: dict[str, Any] = {"facts": bench.facts()}
     left_out: dict[str, Mapping[str, str]] = {}  # by model: why a cache has no row, or not all
     tables: list[str] = []
@@ -75,30 +84,20 @@ def measure_lengths(options: argparse.Namespace) -> int:
         if unfinished:
             _write_json(unfinished, results | {"left_out": left_out})
 
-    jobs = {options.model: options.tokens, "one layer of 7B": options.layer_tokens}
-    for name, tokens in jobs.items():
-        if not tokens:
+    for name, ns in ((model, tokens), ("one layer of 7B", layer_tokens)):
+        if not ns:
             continue
-        random = options.random or name != options.model
-        model = lengths.random_model(name) if random else vl.load(name)[0]
-        caches = lengths.makers(model, theirs=options.quantized)
-        few = [n for n in tokens if n <= options.quantized_upto]
-        lengths_of = {cache: few if cache.startswith("mlx-lm") else tokens for cache in caches}
-        frame = lengths.costs_by_length(model, caches, lengths_of, progress=say, on_rows=partial(keep, name))
+        own = lengths.random_model(name) if random or name != model else vl.load(name)[0]
+        caches = lengths.makers(own, theirs=quantized)
+        few = [n for n in ns if n <= quantized_upto]
+        lengths_of = {cache: few if cache.startswith("mlx-lm") else ns for cache in caches}
+        frame = lengths.costs_by_length(own, caches, lengths_of, progress=say, on_rows=partial(keep, name))
         tables.append(f"{name}\n\n{lengths_table(frame)}{left_out_lines(left_out[name])}\n")
         print(tables[-1])
-    if written and unfinished:
-        unfinished.replace(written)
-        write_atomically(written.with_suffix(".md"), "\n".join(tables).encode())
+    if file and unfinished:
+        unfinished.replace(file)
+        write_atomically(file.with_suffix(".md"), "\n".join(tables).encode())
     return 0
-
-
-def _checked_place(options: argparse.Namespace) -> Path | None:
-    """The file for the results, if one was named; it can be written."""
-    if options.json is not None:
-        check_place(options.json)
-    place: Path | None = options.json
-    return place
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
@@ -16,27 +17,17 @@ from veloxlab.texts import is_installed, shipped_folder
 
 TOUR = "00_tour.ipynb"
 COPY_FOLDER = Path("veloxlab-notebooks")
+OF_MLX_LM = {"serve": "server", "generate": "generate", "cache-prompt": "cache_prompt"}  # our names, and its own
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
-OF_MLX_LM = {"serve": "server", "generate": "generate", "cache-prompt": "cache_prompt"}
-"""Our names of mlx-lm's commands, and its own."""
-NUMBERS = {
-    "bits": "code bits per value (default: 4)",
-    "key_bits": "code bits of keys, if different",
-    "value_bits": "code bits of values, if different",
-    "sinks": "number of exact first tokens (default: 4)",
-    "window": "number of exact newest tokens (default: 64)",
-    "max_kv_size": "maximum number of tokens in the cache; older tokens are dropped (default: no limit)",
-}
-"""Numbers that a compressed cache takes, with their help."""
 
 
-def open_lab(options: argparse.Namespace) -> int:
+def open_lab(passed_on: Sequence[str]) -> int:
     """Open JupyterLab at the tour notebook; the server replaces this process."""
     if find_spec("jupyterlab") is None:
         raise InputError("JupyterLab is not installed; run `uv pip install jupyterlab`.")
     # JupyterLab also prints this address, for a browser on another machine
     start = f"--LabApp.default_url=/lab/tree/{TOUR}"
-    arguments = [sys.executable, "-m", "jupyterlab", str(_notebooks()), start, *options.passed_on]
+    arguments = [sys.executable, "-m", "jupyterlab", str(_notebooks()), start, *passed_on]
     if os.geteuid() == 0 and "--allow-root" not in arguments:
         print("This process runs as root, so JupyterLab starts with --allow-root.", file=sys.stderr)
         arguments.append("--allow-root")
@@ -57,12 +48,12 @@ def _notebooks() -> Path:
     return COPY_FOLDER.resolve()
 
 
-def show_checks(options: argparse.Namespace) -> int:
+def show_checks(as_json: bool) -> int:
     """Print the checks as a table or as JSON; return status 1 if a check failed."""
     from veloxlab.checkup import doctor
 
     checks = doctor()
-    if options.json:
+    if as_json:
         print(json.dumps([asdict(check) for check in checks], indent=2))
     else:
         width = max(len(check.name) for check in checks)
@@ -73,16 +64,24 @@ def show_checks(options: argparse.Namespace) -> int:
     return int(any(check.status == "fail" for check in checks))
 
 
-def run_mlx_lm(options: argparse.Namespace) -> int:
-    """Run one of mlx-lm's commands."""
+def run_mlx_lm(
+    command: str,
+    model: str,
+    method: str | None,
+    plan: Path | None,
+    calibration: Sequence[Path],
+    passed_on: Sequence[str],
+    **numbers: Any,
+) -> int:
+    """Run a command of mlx-lm; ``numbers`` are those of `veloxlab.make_cache`, None where not given."""
     from veloxlab.cache.calibration import Calibration
     from veloxlab.cache.plan import Plan
     from veloxlab.serve.commands import Wanted, run
 
-    settings = {name: getattr(options, name) for name in NUMBERS if getattr(options, name) is not None}
-    if options.plan is not None and options.method is not None:
+    if plan is not None and method is not None:
         raise InputError("--plan already contains the method of each layer: leave out --method.")
-    plan = None if options.plan is None else Plan.load(options.plan)
-    wanted = Wanted(plan, options.method, settings, [Calibration.load(path) for path in options.calibration])
-    run(options.command, OF_MLX_LM[options.command], options.model, wanted, options.passed_on)
+    settings = {name: number for name, number in numbers.items() if number is not None}
+    loaded = None if plan is None else Plan.load(plan)
+    wanted = Wanted(loaded, method, settings, [*map(Calibration.load, calibration)])
+    run(command, OF_MLX_LM[command], model, wanted, passed_on)
     return 0
