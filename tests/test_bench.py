@@ -10,7 +10,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from tests.tiny_models import tiny
 from veloxlab import cli
-from veloxlab.cli import speed
+from veloxlab.cli import measurements
 from veloxlab.cli.tables import lengths_table
 from veloxlab.codecs import METHODS
 from veloxlab.measure import bench, lengths
@@ -113,8 +113,8 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
     names = ("decode_attention", "attention_of_methods", "encode_steps", "decode_steps", "read_prompts")
     for name in names:
         monkeypatch.setattr(bench, name, lambda *given, name=name, **named: [{"of": name, **named}])
-    monkeypatch.setattr(speed, "bench_picture", lambda results: str(len(results)).encode())
-    monkeypatch.setattr(speed, "bench_tables", lambda results: f"{len(results)} parts")
+    monkeypatch.setattr(measurements, "bench_picture", lambda results: str(len(results)).encode())
+    monkeypatch.setattr(measurements, "bench_tables", lambda results: f"{len(results)} parts")
     path = tmp_path / "bench.json"
     assert cli.main(["bench", "--json", str(path), "--tokens", "64"]) == 0
     assert path.with_suffix(".md").read_text() == "5 parts\n"
@@ -135,7 +135,7 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
 
 def test_the_committed_times_are_drawn():
     results = json.loads((shipped_folder("data") / "results" / "bench_h200.json").read_text())
-    assert speed.bench_picture(results).startswith(b"\x89PNG")
+    assert measurements.bench_picture(results).startswith(b"\x89PNG")
 
 
 def test_memory_is_measured_by_length_and_a_failing_step_is_no_number(monkeypatch, tmp_path, capsys):
@@ -245,7 +245,7 @@ def test_lengths_are_on_disk_as_they_come(monkeypatch, tmp_path, capsys):
         if done == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(speed, "say", stopped)
+    monkeypatch.setattr(measurements, "say", stopped)
     with pytest.raises(KeyboardInterrupt):
         cli.main(words)
     (unfinished,) = tmp_path.glob("*.unfinished.json")

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from veloxlab import checkup, texts
+from veloxlab import checkup, cli, texts
 from veloxlab.checkup import Check
-from veloxlab.cli import main, start
-from veloxlab.cli.quality import results_name
+from veloxlab.cli import main
+from veloxlab.cli.measurements import results_name
 
 
 class Started(Exception):  # noqa: N818 - it is no error: it ends the process, as execv does
@@ -89,7 +89,7 @@ def test_root_is_allowed_with_a_note(started, monkeypatch, capsys):
 
 
 def test_missing_jupyterlab_is_a_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(start, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
     assert main([]) == 2
     assert capsys.readouterr().err == "JupyterLab is not installed; run `uv pip install jupyterlab`.\n"
 

@@ -9,7 +9,7 @@ import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
-from veloxlab.cli import quality
+from veloxlab.cli import measurements
 from veloxlab.cli.tables import compared_table, ratio_table
 from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
@@ -95,7 +95,7 @@ def test_rows_are_on_disk_as_they_come_and_the_table_says_what_is_left_out(monke
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(quality, "say", stopped)
+        patched.setattr(measurements, "say", stopped)
         with pytest.raises(KeyboardInterrupt):
             cli.main(words)
     (unfinished,) = tmp_path.glob("*")

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, files, version
 from importlib.util import find_spec
@@ -22,13 +23,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 FAST_GFLOPS = 10.0
-PRODUCT_SIZE = 512
 SWITCHED_OFF = "VELOXLAB_BLAS=0 switches the fast one off"
 TOO_LATE = "mlx was imported before veloxlab"
 NOT_INSTALLED = "the package ngsolve-openblas is not installed"
-KEPT_BYTES = 256 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # that glibc takes
+MALLOPT = {-1: 256 << 20, -3: 32 << 20}  # M_TRIM_THRESHOLD, and M_MMAP_THRESHOLD at the most that glibc takes
 SPIN = "OPENBLAS_THREAD_TIMEOUT"
 SHORT_SPIN = "4"  # 2^4 cycles, the least that OpenBLAS takes
 THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")  # in the order in which OpenBLAS reads them
@@ -36,18 +34,14 @@ MLX_WHEELS = ("mlx-cpu", "mlx-cuda-13", "mlx-cuda-12", "mlx-metal")
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 NO_LIMIT = 2**60  # bytes: version 1 of control groups says 2^63, rounded to pages, where there is none
 
-# the BLAS -------------------------------------------------------------------------------------------------------------
-
 
 @functools.cache
 def load_fast_blas() -> str | None:
     """Give MLX's CPU back end a fast BLAS; call it before anything imports ``mlx.core``.
 
     The Linux wheel of MLX links the reference BLAS (2 GFLOP/s on two cores). OpenBLAS, loaded before it with global
-    symbols, takes its place (130 GFLOP/s). macOS has Accelerate and needs nothing. ``VELOXLAB_BLAS=0`` in the
-    environment switches this off.
-
-    Returns why OpenBLAS was not loaded, as a part of a sentence; None where nothing is left to do. Never raises.
+    symbols, takes its place (130 GFLOP/s). macOS needs nothing. ``VELOXLAB_BLAS=0`` switches this off. Returns why
+    OpenBLAS was not loaded, as a part of a sentence, or None where nothing is left to do; never raises.
     """
     if platform.system() != "Linux":
         return None
@@ -80,7 +74,7 @@ def _share_the_cores() -> None:
 
 
 def _package_folders(name: str) -> list[Path]:
-    """Find where a package lies without importing it: importing ngsolve_openblas loads the library, or fails to."""
+    """Where a package lies. It is not imported: importing ngsolve_openblas loads the library, or fails to."""
     spec = find_spec(name)
     return [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or ()]
 
@@ -116,17 +110,15 @@ def cpu_gflops() -> float:
     """
     import mlx.core as mx
 
-    a = mx.random.uniform(shape=(PRODUCT_SIZE, PRODUCT_SIZE), stream=mx.cpu)
+    size = 512
+    a = mx.random.uniform(shape=(size, size), stream=mx.cpu)
     mx.eval(a)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
         mx.eval(mx.matmul(a, a, stream=mx.cpu))
         seconds.append(time.perf_counter() - start)
-    return 2 * PRODUCT_SIZE**3 / min(seconds) / 1e9
-
-
-# memory and time ------------------------------------------------------------------------------------------------------
+    return 2 * size**3 / min(seconds) / 1e9
 
 
 def keep_freed_memory() -> None:
@@ -138,9 +130,8 @@ def keep_freed_memory() -> None:
     """
     if platform.libc_ver()[0] != "glibc" or any(name.startswith("MALLOC_") for name in os.environ):
         return
-    mallopt = ctypes.CDLL(None).mallopt
-    mallopt(_M_TRIM_THRESHOLD, KEPT_BYTES)
-    mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+    for option, size in MALLOPT.items():
+        ctypes.CDLL(None).mallopt(option, size)
 
 
 def cores() -> int:
@@ -174,23 +165,15 @@ def _group_numbers(controller: str, *names: str) -> Iterator[list[float]]:
         # a container may see its own group as the root, and be told the path that the host sees
         own = Path(path.lstrip("/"))
         for part in (own, *own.parents) if controller in controllers.split(",") else ():
-            try:
+            with suppress(OSError, ValueError):
                 words = [word for name in names for word in (GROUPS / controller / part / name).read_text().split()]
                 if "max" not in words:  # which is no limit
                     yield [float(word) for word in words]
-            except (OSError, ValueError):
-                continue
-
-
-# the device -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Device:
-    """The device that MLX computes on: ``backend`` is ``"metal"``, ``"cuda"`` or ``"cpu"``.
-
-    ``memory_bytes`` and ``cores`` are what this process may use.
-    """
+    """The device that MLX computes on, named as by `backend`; memory and cores are what this process may use."""
 
     backend: str
     name: str
@@ -237,10 +220,8 @@ def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
     """Give the installed version of each package, and leave out those that are not installed."""
     versions = {}
     for name in names:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions
 
 

@@ -6,17 +6,94 @@ No module here imports MLX before a command needs it: the doctor must run where 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from veloxlab.cli import quality, speed, start
+from veloxlab.cli import measurements
 from veloxlab.errors import InputError
+from veloxlab.store import make_folder, write_atomically
+from veloxlab.texts import is_installed, shipped_folder
+
+TOUR = "00_tour.ipynb"
+COPY_FOLDER = Path("veloxlab-notebooks")
+OF_MLX_LM = {"serve": "server", "generate": "generate", "cache-prompt": "cache_prompt"}  # our names, and its own
+MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
 
 Argument = tuple[str, dict[str, Any]]  # name, and what `argparse` takes beside it
+
+
+def open_lab(passed_on: Sequence[str]) -> int:
+    """Open JupyterLab at the tour notebook; the server replaces this process."""
+    if find_spec("jupyterlab") is None:
+        raise InputError("JupyterLab is not installed; run `uv pip install jupyterlab`.")
+    # JupyterLab also prints this address, for a browser on another machine
+    start = f"--LabApp.default_url=/lab/tree/{TOUR}"
+    arguments = [sys.executable, "-m", "jupyterlab", str(_notebooks()), start, *passed_on]
+    if os.geteuid() == 0 and "--allow-root" not in arguments:
+        print("This process runs as root, so JupyterLab starts with --allow-root.", file=sys.stderr)
+        arguments.append("--allow-root")
+    os.execv(sys.executable, arguments)
+
+
+def _notebooks() -> Path:
+    """Return the folder of notebooks: that of the clone, or a copy of that of the installed package."""
+    folder = shipped_folder("notebooks")
+    if not is_installed(folder):
+        return folder
+    make_folder(COPY_FOLDER)
+    for notebook in sorted(folder.glob("*.ipynb")):
+        copy = COPY_FOLDER / notebook.name
+        if not copy.exists():  # a user's changes are never overwritten
+            write_atomically(copy, notebook.read_bytes())
+    print(f"The notebooks are in {COPY_FOLDER.resolve()}.", file=sys.stderr)
+    return COPY_FOLDER.resolve()
+
+
+def show_checks(as_json: bool) -> int:
+    """Print the checks as a table or as JSON; return status 1 if a check failed."""
+    from veloxlab.checkup import doctor
+
+    checks = doctor()
+    if as_json:
+        print(json.dumps([asdict(check) for check in checks], indent=2))
+    else:
+        width = max(len(check.name) for check in checks)
+        for check in checks:
+            print(f"{MARKS[check.status]}  {check.name:<{width}}  {check.detail}")
+            if check.hint:
+                print(f"      {'':<{width}}  -> {check.hint}")
+    return int(any(check.status == "fail" for check in checks))
+
+
+def run_mlx_lm(
+    command: str,
+    model: str,
+    method: str | None,
+    plan: Path | None,
+    calibration: Sequence[Path],
+    passed_on: Sequence[str],
+    **numbers: Any,
+) -> int:
+    """Run a command of mlx-lm; ``numbers`` are those of `veloxlab.make_cache`, None where not given."""
+    from veloxlab.cache.calibration import Calibration
+    from veloxlab.cache.plan import Plan
+    from veloxlab.serve.commands import Wanted, run
+
+    if plan is not None and method is not None:
+        raise InputError("--plan already contains the method of each layer: leave out --method.")
+    settings = {name: number for name, number in numbers.items() if number is not None}
+    loaded = None if plan is None else Plan.load(plan)
+    wanted = Wanted(loaded, method, settings, [*map(Calibration.load, calibration)])
+    run(command, OF_MLX_LM[command], model, wanted, passed_on)
+    return 0
 
 
 def _one(name: str, words: str, kind: Callable[[str], Any] = str, default: Any = None, **more: Any) -> Argument:  # noqa: ANN401
@@ -73,19 +150,19 @@ CACHE = (
 COMMANDS: dict[str, tuple[Any, ...]] = {
     "doctor": (
         "check the device, the packages and the model's weights",
-        start.show_checks,
+        show_checks,
         _flag("--json", "print the checks as JSON", "as_json"),
     ),
     "compare": (
         "measure quality, memory and time of all caches on WikiText-2",
-        quality.compare_caches,
+        measurements.compare_caches,
         MODEL,
         *_text(512, 3),
         OUT,
     ),
     "sweep": (
         "compare uniform bits with RateQuant in equal bytes",
-        quality.sweep_bits,
+        measurements.sweep_bits,
         MODEL,
         _many("--bits", "average code bits", float, [2.0, 2.5, 3.0, 3.5, 4.0]),
         _many("--by", "kinds of sensitivity", default=["gradient", "key_norm"]),
@@ -95,7 +172,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     ),
     "search": (
         "search for the Pareto front of bytes and divergence",
-        quality.search_front,
+        measurements.search_front,
         MODEL,
         _many("--methods", "method ids (default: all methods without calibration)"),
         _many("--bits", "bits of keys and values", int, [2, 3, 4]),
@@ -110,14 +187,14 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     ),
     "bench": (
         "time attention, encoding and decoding on this device",
-        speed.time_kernels,
+        measurements.time_kernels,
         FILE,
         _many("--tokens", "context lengths (default: 4096 32768 131072)", int),
-        _many("--only", "measure only these parts; keep the other parts of FILE", choices=speed.PARTS),
+        _many("--only", "measure only these parts; keep the other parts of FILE", choices=measurements.PARTS),
     ),
     "memory": (
         "measure peak memory and time per token, by length of text",
-        speed.measure_lengths,
+        measurements.measure_lengths,
         MODEL,
         _flag("--random", "random weights in the model's shape", "random"),
         _many("--tokens", "text lengths", int, [1024, 2048, 4096, 8192, 16384]),
@@ -127,8 +204,8 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         FILE,
     ),
     **{
-        name: (f"run mlx_lm.{theirs} with a compressed cache", partial(start.run_mlx_lm, name), *CACHE)
-        for name, theirs in start.OF_MLX_LM.items()
+        name: (f"run mlx_lm.{theirs} with a compressed cache", partial(run_mlx_lm, name), *CACHE)
+        for name, theirs in OF_MLX_LM.items()
     },
 }
 """By name: a line of help, the function that gets the arguments by their names, and those."""
@@ -142,14 +219,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     options, unknown = parser.parse_known_args(words[:end])
     behind, given = words[end + 1 :], vars(options)
     name = given.pop("command")
-    of_mlx_lm = name in start.OF_MLX_LM
+    of_mlx_lm = name in OF_MLX_LM
     if unknown and not of_mlx_lm:
         parser.error(f"unknown arguments: {' '.join(unknown)}")
     if behind and name and not of_mlx_lm:
         parser.error(f"{name} accepts no arguments after --: leave out {' '.join(words[end:])}")
     passed_on = {"passed_on": [*unknown, *behind]} if of_mlx_lm or not name else {}
     try:
-        status: int = (COMMANDS[name][1] if name else start.open_lab)(**given, **passed_on)
+        status: int = (COMMANDS[name][1] if name else open_lab)(**given, **passed_on)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
@@ -164,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"veloxlab {version('veloxlab')}")
     commands = parser.add_subparsers(title="commands", dest="command")
     for name, (words, _, *arguments) in COMMANDS.items():
-        also = f"Options of mlx_lm.{start.OF_MLX_LM[name]} are also accepted." if name in start.OF_MLX_LM else None
+        also = f"Options of mlx_lm.{OF_MLX_LM[name]} are also accepted." if name in OF_MLX_LM else None
         own = commands.add_parser(name, help=words, epilog=also)
         for argument, settings in arguments:
             own.add_argument(argument, **settings)

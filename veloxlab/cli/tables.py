@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import polars as pl
 
+Row = dict[str, Any]
 SHAPE = ("query_heads", "kv_heads", "head_dim")
 
 
-def markdown(titles: str, cells: str, rows: Iterable[Mapping[str, Any]]) -> str:
+def markdown(titles: str, cells: str, frame: pl.DataFrame, **more: Callable[[Row], object]) -> str:
     """Return a Markdown table.
 
     ``titles`` are parted by ``" | "``; a colon behind one aligns its column to the right. ``cells`` is the template of
-    a line, with the fields of ``rows``.
+    a line, with the fields of a row, and ``more`` that follow from them.
     """
     columns = titles.split(" | ")
     marks = ["---:" if title.endswith(":") else "---" for title in columns]
     head = " | ".join(title.removesuffix(":") for title in columns)
+    rows = [row | {name: made(row) for name, made in more.items()} for row in frame.iter_rows(named=True)]
     return "\n".join([f"| {head} |", f"|{'|'.join(marks)}|", *(f"| {cells.format(**row)} |" for row in rows)])
 
 
@@ -30,20 +32,14 @@ def left_out_lines(left_out: Mapping[str, str]) -> str:
 
 def front_table(frame: pl.DataFrame) -> str:
     """Return the Pareto front of a search as a Markdown table."""
-    rows = [
-        {
-            **row,
-            "layers": ", ".join(map(str, row["protected"])),
-            "interval": "" if row["low"] is None else f" ({row['low']:.4f} to {row['high']:.4f})",
-            "flips": 100 * row["top1_flips"],
-        }
-        for row in frame.iter_rows(named=True)
-    ]
     return markdown(
         "cache | K / V bits | sinks: | window: | exact layers | bytes a token: | KL (nats), 95 %: | top-1 flips:",
         "{method} | {key_bits} / {value_bits} | {sinks} | {window} | {layers} | {bytes_per_token:,.1f} | "
         "{kl:.4f}{interval} | {flips:.1f} %",
-        rows,
+        frame,
+        layers=lambda row: ", ".join(map(str, row["protected"])),
+        interval=lambda row: "" if row["low"] is None else " ({low:.4f} to {high:.4f})".format(**row),
+        flips=_percent,
     )
 
 
@@ -52,27 +48,26 @@ def compared_table(frame: pl.DataFrame) -> str:
     exact = frame.row(0, named=True)
     stored, attended = (exact[f"{name}_us"] / exact[f"{name}_ratio"] for name in ("store", "attend"))
     first = (
-        f"exact, 16 bits | 16 | 0 | 0 % | {exact['perplexity_exact']:.2f} | {exact['fp16_bytes'] / 1000:,.0f} | | "
-        f"{stored:.2f} | {attended:,.0f}"
+        f"| exact, 16 bits | 16 | 0 | 0 % | {exact['perplexity_exact']:.2f} | {exact['fp16_bytes'] / 1000:,.0f} | | "
+        f"{stored:.2f} | {attended:,.0f} |"
     )
-    rows = [
-        row | {"flips": 100 * row["top1_flips"], "held": row["held_bytes"] / 1000, "tables": row["table_bytes"] / 1000}
-        for row in frame.sort("held_bits", "name").iter_rows(named=True)
-    ]
     titles, marks, *lines = markdown(
         "cache | true bits a value: | KL (nats): | top-1 flips: | perplexity: | held, KB: | tables, KB: | store, µs: | "
         "attend, µs:",
         "{name} | {held_bits:.2f} | {kl_mean:.4f} | {flips:.1f} % | {perplexity:.2f} | {held:,.0f} | {tables:,.0f} | "
         "{store_us:.1f} | {attend_us:,.0f} ({attend_ratio:.1f}×)",
-        rows,
+        frame.sort("held_bits", "name"),
+        flips=_percent,
+        held=_kilobytes,
+        tables=lambda row: row["table_bytes"] / 1000,
     ).splitlines()
-    return "\n".join([titles, marks, f"| {first} |", *lines])
+    return "\n".join([titles, marks, first, *lines])
 
 
 def ratio_table(frame: pl.DataFrame) -> str:
     """Give the byte ratios as a Markdown table."""
     cells = "{name} | {key_ratio:.2f}× | {value_ratio:.2f}× | {ratio:.2f}×"
-    return markdown("cache | keys: | values: | whole cache:", cells, frame.iter_rows(named=True))
+    return markdown("cache | keys: | values: | whole cache:", cells, frame)
 
 
 def bench_tables(results: dict[str, Any]) -> str:
@@ -82,29 +77,31 @@ def bench_tables(results: dict[str, Any]) -> str:
     facts = results["attention"]["facts"]
     tables = [f"Attention of one query token on an {facts['device']}, {facts['date']}"]
     for shape, rows in pl.DataFrame(results["attention"]["rows"]).group_by(*SHAPE, maintain_order=True):
-        times: dict[str, dict[str, str]] = {}
-        for row in rows.iter_rows(named=True):
-            time = "{microseconds:.0f} µs ({ratio:.2f}×)".format(**row)
-            times.setdefault(row["cache"], {"cache": row["cache"]})[f"n{row['tokens']}"] = time
+        times = rows.pivot("tokens", index="cache", values=["microseconds", "ratio"], sort_columns=True).fill_null(
+            float("nan")
+        )
         tokens = rows["tokens"].unique().sort().to_list()
         titles = " | ".join(["cache", *(f"{n:,} tokens:" for n in tokens)])
-        cells = " | ".join(["{cache}", *(f"{{n{n}}}" for n in tokens)])
-        table = markdown(titles, cells, times.values())
-        tables.append("{} query heads, {} KV heads, head dimension {}\n\n".format(*shape) + table)
+        cells = " | ".join(["{cache}", *(f"{{microseconds_{n}:.0f}} µs ({{ratio_{n}:.2f}}×)" for n in tokens)])
+        named = "{} query heads, {} KV heads, head dimension {}".format(*shape)
+        tables.append(f"{named}\n\n{markdown(titles, cells, times)}")
     return "\n\n".join(tables)
 
 
 def lengths_table(frame: pl.DataFrame) -> str:
     """Give `measure.lengths.LENGTHS` as a Markdown table."""
-    scales = dict.fromkeys(("held_bytes", "prefill_peak_bytes", "decode_peak_bytes"), 1e-6) | {"decode_seconds": 1e3}
-    rows = [
-        row | {n: "fails" if row[n] is None else f"{row[n] * scale:,.1f}" for n, scale in scales.items()}
-        for row in frame.sort("tokens", maintain_order=True).iter_rows(named=True)
-    ]
+
+    def scaled(name: str, scale: float) -> Callable[[Row], str]:
+        return lambda row: "fails" if row[name] is None else f"{row[name] * scale:,.1f}"
+
     return markdown(
         "cache | tokens: | held, MB: | peak in prefill, MB: | peak in decoding, MB: | a token, ms:",
-        "{cache} | {tokens:,} | {held_bytes} | {prefill_peak_bytes} | {decode_peak_bytes} | {decode_seconds}",
-        rows,
+        "{cache} | {tokens:,} | {held} | {prefill} | {decoding} | {time}",
+        frame.sort("tokens", maintain_order=True),
+        held=scaled("held_bytes", 1e-6),
+        prefill=scaled("prefill_peak_bytes", 1e-6),
+        decoding=scaled("decode_peak_bytes", 1e-6),
+        time=scaled("decode_seconds", 1e3),
     )
 
 
@@ -114,23 +111,28 @@ def swept_table(frame: pl.DataFrame) -> str:
     from veloxlab.allocate.sweep import UNIFORM
 
     first = next((by for by in frame["allocation"] if by != UNIFORM), UNIFORM)  # which predicts uniform bits' loss too
-    rows = []
-    for row in frame.iter_rows(named=True):
+
+    def predicted(row: Row) -> str:
         by = first if row["allocation"] == UNIFORM else row["allocation"]
-        change = "{kl_change:+.4f} ({kl_change_low:+.4f} to {kl_change_high:+.4f})"
-        rows.append(
-            {
-                **row,
-                "change": "" if row["kl_change"] is None else change.format(**row),
-                "predicted": f"{row['predicted_loss']:.3f}" if by in NATS else "",  # the unit of a proxy is not nats
-                "flips": 100 * row["top1_flips"],
-                "held": row["held_bytes"] / 1000,
-            }
-        )
+        return f"{row['predicted_loss']:.3f}" if by in NATS else ""  # the unit of a proxy is not nats
+
+    change = "{kl_change:+.4f} ({kl_change_low:+.4f} to {kl_change_high:+.4f})"
     return markdown(
         "bits: | allocation | KL (nats): | against uniform, 95 %: | predicted: | top-1 flips: | perplexity: | "
         "K / V bits: | held, KB:",
         "{bits:g} | {allocation} | {kl_mean:.4f} | {change} | {predicted} | {flips:.1f} % | {perplexity:.2f} | "
         "{key_bits:.2f} / {value_bits:.2f} | {held:,.1f}",
-        rows,
+        frame,
+        change=lambda row: "" if row["kl_change"] is None else change.format(**row),
+        predicted=predicted,
+        flips=_percent,
+        held=_kilobytes,
     )
+
+
+def _percent(row: Row) -> float:
+    return 100.0 * row["top1_flips"]
+
+
+def _kilobytes(row: Row) -> float:
+    return row["held_bytes"] / 1000.0
