@@ -131,8 +131,8 @@ def swept_table(frame: pl.DataFrame) -> str:
 
 
 def _percent(row: Row) -> float:
-    return 100.0 * row["top1_flips"]
+    return 100 * float(row["top1_flips"])
 
 
 def _kilobytes(row: Row) -> float:
-    return row["held_bytes"] / 1000.0
+    return float(row["held_bytes"]) / 1000
