@@ -1,16 +1,18 @@
-"""The kernel that finds and packs nearest centroids, checked and run on the CPU as Metal, against its twin."""
+"""The kernel that finds and packs nearest centroids, checked and run on the CPU as Metal, against its reference."""
 
+import math
 import shutil
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.metal_on_host import check, launch, run
+from tests.metal_on_host import check, run
+from tests.metal_on_host.launch import HOST
 from veloxlab.codecs.parts.vector import nearest, pack_indices, unpack_indices
-from veloxlab.errors import InputError
-from veloxlab.kernels import assign as kernel
-from veloxlab.kernels.assign import assign
+from veloxlab.kernels.devices import CUDA
+from veloxlab.kernels.encode import search_kernel
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 needs_compilers = pytest.mark.skipif(
@@ -18,18 +20,16 @@ needs_compilers = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(autouse=True)
-def _on_host(monkeypatch):
-    monkeypatch.setattr("veloxlab.kernels.backend._built", launch.built)
+AS_ON_NVIDIA = replace(HOST, points_each=CUDA.points_each)  # the tile of points that the kernel has there
 
 
-@pytest.fixture
-def _as_on_nvidia(monkeypatch):
-    """The tile of points that the kernel has on NVIDIA."""
-    monkeypatch.setattr(kernel, "EACH", {"metal": kernel.EACH["cuda"]})
-    kernel._build.cache_clear()
-    yield
-    kernel._build.cache_clear()
+def found_by_kernel(points, centroids, bits, backend=HOST):
+    """Packed indices of ``points`` ``[..., J·d]``."""
+    dim, length = centroids.shape[1], points.shape[-1]
+    shape = (1, 1, 1, *points.shape)
+    kernel = search_kernel(dim, length // dim, bits, backend)
+    packed = kernel(backend, points.reshape(math.prod(shape[:-3]), *shape[-3:]), centroids)["packed"]
+    return packed.reshape(*points.shape[:-1], packed.shape[-1])
 
 
 def whole_numbers(rng, shape, dtype=mx.float32):
@@ -37,7 +37,7 @@ def whole_numbers(rng, shape, dtype=mx.float32):
     return mx.array(rng.integers(-3, 4, shape).astype(np.float32)).astype(dtype)
 
 
-def twin(points, centroids, bits):
+def reference(points, centroids, bits):
     """The definition: packed indices of the nearest centroids."""
     centroids = centroids.astype(mx.float32)
     points = points.astype(mx.float32).reshape(*points.shape[:-1], -1, centroids.shape[1])
@@ -62,24 +62,23 @@ CASES = [
 
 @needs_compilers
 @pytest.mark.parametrize(("bits", "dim", "parts", "lead"), CASES)
-def test_packed_indices_are_the_twins(bits, dim, parts, lead):
-    assert_indices_are_the_twins(bits, dim, parts, lead)
+def test_packed_indices_are_the_references(bits, dim, parts, lead):
+    assert_indices_are_the_references(bits, dim, parts, lead)
 
 
-def assert_indices_are_the_twins(bits, dim, parts, lead):
+def assert_indices_are_the_references(bits, dim, parts, lead, backend=HOST):
     rng = np.random.default_rng(bits)
     points, centroids = whole_numbers(rng, (*lead, parts * dim)), whole_numbers(rng, (2**bits, dim))
-    found, expected = assign(points, centroids, bits, "metal"), twin(points, centroids, bits)
+    found, expected = found_by_kernel(points, centroids, bits, backend), reference(points, centroids, bits)
     assert found.dtype == expected.dtype
     assert found.shape == expected.shape
     assert mx.array_equal(found, expected)
 
 
 @needs_compilers
-@pytest.mark.usefixtures("_as_on_nvidia")
 @pytest.mark.parametrize(("bits", "dim", "parts", "lead"), [CASES[1], CASES[4], CASES[7], CASES[9]])
 def test_the_larger_tile_of_points_gives_the_same(bits, dim, parts, lead):
-    assert_indices_are_the_twins(bits, dim, parts, lead)
+    assert_indices_are_the_references(bits, dim, parts, lead, AS_ON_NVIDIA)
 
 
 @needs_compilers
@@ -92,7 +91,7 @@ def test_strided_views_are_read_where_they_are():
         (mx.broadcast_to(buffer[:, :1, :, :8], (2, 5, 4, 8)), book[:, 2:6]),
     ]
     for points, centroids in views:
-        assert mx.array_equal(assign(points, centroids, 4, "metal"), twin(points, centroids, 4))
+        assert mx.array_equal(found_by_kernel(points, centroids, 4), reference(points, centroids, 4))
 
 
 @needs_compilers
@@ -100,7 +99,7 @@ def test_strided_views_are_read_where_they_are():
 def test_half_precision_is_read_as_it_is(dtype):
     rng = np.random.default_rng(1)
     points, centroids = whole_numbers(rng, (5, 24), dtype), whole_numbers(rng, (64, 8), dtype)
-    assert mx.array_equal(assign(points, centroids, 6, "metal"), twin(points, centroids, 6))
+    assert mx.array_equal(found_by_kernel(points, centroids, 6), reference(points, centroids, 6))
 
 
 @needs_compilers
@@ -108,27 +107,9 @@ def test_no_centroid_is_nearer_but_for_rounding():
     rng = np.random.default_rng(2)
     dim, bits, count = 128, 8, 50
     points, centroids = (rng.standard_normal(shape, np.float32) for shape in ((count, dim), (2**bits, dim)))
-    words = assign(mx.array(points), mx.array(centroids), bits, "metal")
+    words = found_by_kernel(mx.array(points), mx.array(centroids), bits)
     chosen = np.array(unpack_indices(words, bits, 1))[:, 0]
     distances = np.square(points[:, None].astype(np.float64) - centroids).sum(axis=-1)
     # each of the 128 products and sums is off by 2⁻²⁴ of what has been summed up at most, which stays below |x|·|c|
     bound = 4 * dim * 2.0**-24 * np.linalg.norm(points, axis=1) * np.linalg.norm(centroids, axis=1).max()
     assert np.all(distances[np.arange(count), chosen] - distances.min(axis=1) <= bound)
-
-
-def test_nothing_gives_nothing():
-    centroids = mx.zeros((8, 4))
-    assert assign(mx.zeros((2, 0, 32)), centroids, 3, "metal").shape == (2, 0, 1)
-
-
-@pytest.mark.parametrize(
-    ("points", "centroids", "bits", "named"),
-    [
-        ((3, 8), (15, 4), 4, "15 centroids"),
-        ((3, 8), (1 << 17, 1), 17, "17 bits"),
-        ((3, 9), (16, 4), 4, "9 coordinates"),
-    ],
-)
-def test_what_does_not_go_together_is_refused(points, centroids, bits, named):
-    with pytest.raises(InputError, match=named):
-        assign(mx.zeros(points), mx.zeros(centroids), bits, "metal")

@@ -7,18 +7,17 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from tests.metal_on_host import launch as host
+from tests.metal_on_host.launch import HOST, built
 from veloxlab.cache import attention
 from veloxlab.cache.attention import History, Segment
 from veloxlab.codecs import METHODS, ratequant
-from veloxlab.codecs import base as codecs
 from veloxlab.codecs.base import Code, Sample
 from veloxlab.codecs.none import Exact
-from veloxlab.codecs.parts import transforms, vector
+from veloxlab.codecs.parts import transforms
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
-from veloxlab.kernels import attend, checked, encode
-from veloxlab.kernels import backend as launching
+from veloxlab.kernels import attend, checked, devices
+from veloxlab.kernels.vectors import VectorKernel
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("g++") and shutil.which("clang-16")), reason="kernels run here through g++ and clang-16"
@@ -32,10 +31,9 @@ DIM = 64
 
 @pytest.fixture(autouse=True)
 def kernels_on_the_host(monkeypatch):
-    monkeypatch.setattr(attention, "gpu", lambda: "metal")
-    monkeypatch.setattr(launching, "_built", host.built)
+    monkeypatch.setattr(attention, "current_backend", lambda: HOST)
     monkeypatch.setattr(checked, "_states", {})
-    monkeypatch.setattr(attend, "_BUILT", {})
+    monkeypatch.setattr(attend, "_KERNELS", {})
 
 
 def normal(*shape, seed=0, dtype=mx.float32):
@@ -190,23 +188,23 @@ def test_a_codec_that_no_kernel_reads_is_left_to_graph_ops():
     assert h._attend_in_kernel(normal(1, 4, 1, DIM), 1.0, None) is None
 
 
-def test_a_kernel_that_disagrees_with_its_twin_is_switched_off_with_one_warning(monkeypatch):
+def test_a_kernel_that_disagrees_with_its_reference_is_switched_off_with_one_warning(monkeypatch):
     h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"))
-    right = checked.attend
-    monkeypatch.setattr(checked, "attend", lambda *given: (right(*given)[0] * 1.01, None))
+    right = attend.AttendKernel.__call__
+    monkeypatch.setattr(attend.AttendKernel, "__call__", lambda *given: (right(*given)[0] * 1.01, None))
     q = normal(1, 4, 1, DIM)
-    with pytest.warns(UserWarning, match="is switched off on this metal device: it differs from its twin by 0.01"):
+    with pytest.warns(UserWarning, match="is switched off on this metal device: it differs from its reference by 0.01"):
         wrong = h.attend(q, 0.125, None)
     assert mx.array_equal(wrong, h.attend(q, 0.125, None))  # no second warning, which would be an error
     assert mx.array_equal(wrong, h._attend_codes(q, 0.125, None))
-    assert checked.states() == {"it differs from its twin by 0.01": 1}
+    assert checked.states() == {"it differs from its reference by 0.01": 1}
 
 
 def test_a_kernel_that_does_not_compile_is_switched_off_with_one_warning(monkeypatch):
-    def refuse(*_):
+    def refuse(_):
         raise RuntimeError("program_source:12:3: error: use of undeclared identifier")
 
-    monkeypatch.setattr(checked, "attend", refuse)
+    monkeypatch.setattr(attention, "current_backend", lambda: replace(HOST, build=refuse))
     h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"))
     with pytest.warns(UserWarning, match="it does not run .program_source:12:3: error: use of undeclared identifier"):
         h.attend(normal(1, 4, 1, DIM), 0.125, None)
@@ -214,34 +212,55 @@ def test_a_kernel_that_does_not_compile_is_switched_off_with_one_warning(monkeyp
 
 def test_the_switch_forbids_kernels(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(launching.runtime, "backend", lambda: "cuda")
-    assert launching.gpu() == "cuda"
+    monkeypatch.setattr(devices.runtime, "backend", lambda: "cuda")
+    assert devices.current_backend() is devices.CUDA
     monkeypatch.setenv("VELOXLAB_KERNELS", "0")
-    assert launching.gpu() is None
+    assert devices.current_backend() is None
 
 
-def test_a_codebook_is_searched_by_a_kernel_that_finds_what_its_twin_does(monkeypatch):
-    monkeypatch.setattr(vector, "gpu", lambda: "metal")
+def test_a_codebook_is_searched_by_a_kernel_that_finds_what_its_reference_does(monkeypatch):
     codec = METHODS["vecinfer"].codec(DIM, 2, "keys").fit(Sample(normal(1, 2, 2048, DIM, seed=7)))
     x = normal(1, 2, 33, DIM, seed=8)
+    assert on_the_host(monkeypatch) == []
     in_kernel = codec.encode(x).arrays["indices"]
-    monkeypatch.setattr(vector, "gpu", lambda: None)
+    on_a_cpu(monkeypatch)
     assert mx.array_equal(in_kernel, codec.encode(x).arrays["indices"])
     assert checked.states() == {"agrees": 1}
 
 
 def test_a_codebook_search_that_errs_is_switched_off(monkeypatch):
-    monkeypatch.setattr(vector, "gpu", lambda: "metal")
-    monkeypatch.setattr(checked, "assign", lambda points, centroids, bits, backend: mx.zeros((67, 1), mx.uint32))
     codec = METHODS["vecinfer"].codec(DIM, 2, "keys").fit(Sample(normal(1, 2, 2048, DIM, seed=7)))
-    with pytest.warns(UserWarning, match="The kernel assign is switched off .* other indices than its twin"):
+    on_the_host(monkeypatch)
+    wrong_by(monkeypatch, lambda name, array: mx.zeros_like(array))
+    with pytest.warns(UserWarning, match="The kernel assign is switched off .* other packed than its reference"):
         codec.encode(normal(1, 2, 33, DIM, seed=8))
 
 
-def on_the_host(monkeypatch, yes=True):
-    """Whether codecs encode and decode by kernels."""
-    for module in (checked, codecs):
-        monkeypatch.setattr(module, "gpu", lambda: "metal" if yes else None)
+def on_the_host(monkeypatch):
+    """Let codecs encode and decode by kernels, whose names are given as they are launched."""
+    names = []
+
+    def counted(source):
+        kernel = built(source)
+        return lambda **given: names.append(source.name) or kernel(**given)
+
+    backend = replace(HOST, build=counted)
+    monkeypatch.setattr(checked, "current_backend", lambda: backend)
+    return names
+
+
+def on_a_cpu(monkeypatch):
+    monkeypatch.setattr(checked, "current_backend", lambda: None)
+
+
+def wrong_by(monkeypatch, change):
+    """Let ``change`` alter all that kernels of vectors give, each named array."""
+    right = VectorKernel.__call__
+
+    def wrong(*given):
+        return {name: change(name, array).astype(array.dtype) for name, array in right(*given).items()}
+
+    monkeypatch.setattr(VectorKernel, "__call__", wrong)
 
 
 ONE_LAUNCH = [
@@ -255,43 +274,30 @@ ONE_LAUNCH = [
 ]
 
 
-def launches(monkeypatch):
-    """Names of the kernels that are launched from now on, as they come."""
-    names = []
-    built = launching._built
-
-    def counted(source, backend):
-        names.append(source.name)
-        return built(source, backend)
-
-    monkeypatch.setattr(launching, "_built", counted)
-    return names
-
-
 @pytest.mark.parametrize("codec", ONE_LAUNCH, ids=lambda c: f"{type(c).__name__}-{c.bits}bit-{c.scale}")
-def test_vectors_are_encoded_by_one_launch_as_by_the_twin(monkeypatch, codec):
-    on_the_host(monkeypatch)
+def test_vectors_are_encoded_by_one_launch_as_by_the_reference(monkeypatch, codec):
+    names = on_the_host(monkeypatch)
     x = normal(1, 2, 33, 80, seed=8, dtype=mx.float16)
     codec.encode(x)  # tries the kernel
-    names = launches(monkeypatch)
+    names.clear()
     in_kernel = codec.encode(x)
     assert len(names) == 1
     decoded = codec.decode(in_kernel)
     assert set(checked.states()) == {"agrees"}
-    on_the_host(monkeypatch, False)
+    on_a_cpu(monkeypatch)
     # a coordinate that lies on a boundary to float rounding may be coded either way
     assert relative(decoded, codec.decode(codec.encode(x))) < 1e-2
 
 
 def test_heads_of_each_width_are_encoded_by_one_launch(monkeypatch):
-    on_the_host(monkeypatch)
+    names = on_the_host(monkeypatch)
     codec = METHODS["ratequant"].codec(DIM, 3, "keys", head_bits=(2, 5, 2, 3, 2, 5))
     x = normal(2, 6, 9, DIM, seed=8, dtype=mx.float16)
     codec.encode(x)  # tries the kernels
-    names = launches(monkeypatch)
+    names.clear()
     found = codec.encode(x).arrays
-    assert names == [f"encode_nearest_level_{bits}" for bits in (2, 3, 5)]
-    on_the_host(monkeypatch, False)
+    assert names == ["encode"] * 3
+    on_a_cpu(monkeypatch)
     assert set(checked.states()) == {"agrees"}
     for name, array in codec.encode(x).arrays.items():
         assert found[name].shape == array.shape
@@ -300,16 +306,16 @@ def test_heads_of_each_width_are_encoded_by_one_launch(monkeypatch):
 
 @pytest.mark.parametrize("basis", ["pca", "query"])
 def test_a_calibrated_basis_is_a_product_and_one_launch(monkeypatch, basis):
-    on_the_host(monkeypatch)
+    names = on_the_host(monkeypatch)
     sample = Sample(normal(1, 2, 400, DIM), normal(1, 4, 400, DIM, seed=1))
     codec = METHODS["spectralquant"].codec(DIM, 3, "keys", basis=basis).fit(sample)
     x = normal(2, 2, 9, DIM, seed=8, dtype=mx.float16)
     codec.encode(x)  # tries the kernel
-    names = launches(monkeypatch)
+    names.clear()
     in_kernel = codec.encode(x)
     assert names == ["encode_by_plan"]
     assert checked.states() == {"agrees": 1}
-    on_the_host(monkeypatch, False)
+    on_a_cpu(monkeypatch)
     assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < 1e-2  # as above
 
 
@@ -323,57 +329,47 @@ def test_a_calibrated_basis_is_a_product_and_one_launch(monkeypatch, basis):
     ],
 )
 def test_signs_and_groups_are_one_launch_each(monkeypatch, role, options, kernels):
-    on_the_host(monkeypatch)
+    names = on_the_host(monkeypatch)
     codec = METHODS["qjl"].codec(DIM, 2, role, **options).fit(Sample(normal(1, 2, 100, DIM)))
     x = normal(2, 2, 9, DIM, seed=8, dtype=mx.float16)
     codec.encode(x)  # tries the kernels
-    names = launches(monkeypatch)
+    names.clear()
     in_kernel = codec.encode(x)
     assert names == kernels
     assert set(checked.states()) == {"agrees"}
-    on_the_host(monkeypatch, False)
+    on_a_cpu(monkeypatch)
     assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < 1e-2  # as above
 
 
 def test_a_decoder_that_errs_is_switched_off(monkeypatch):
     on_the_host(monkeypatch)
-    right = checked.decode
-    monkeypatch.setattr(checked, "decode", lambda *given: 1.1 * right(*given))
+    wrong_by(monkeypatch, lambda name, array: 1.1 * array)
     codec, x = TurboQuant(DIM, 3), normal(1, 2, 33, DIM, seed=8)
     arrays = codec._encode_by_graph(x)
-    with pytest.warns(UserWarning, match="The kernel decode is switched off .* differs from its twin by 0.1"):
+    with pytest.warns(UserWarning, match="The kernel decode is switched off .* differs from its reference by 0.1"):
         decoded = codec.decode(Code(arrays))
-    assert mx.array_equal(decoded, codec._decode_by_graph(**arrays))
+    assert mx.array_equal(decoded, codec._decode_by_graph(**arrays, dtype=mx.float32)["out"])
 
 
-@pytest.mark.parametrize("name", ["codes", "root_scale"])
-def test_an_encoder_that_errs_is_switched_off(monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "sentence"), [("codes", "it writes other codes than its reference"), ("root_scale", "it differs from its")]
+)
+def test_an_encoder_that_errs_is_switched_off(monkeypatch, name, sentence):
     on_the_host(monkeypatch)
-    right = encode.SpreadEncoder.__call__
-
-    def wrong(self, backend, x):
-        arrays = right(self, backend, x)
-        return arrays | {name: (arrays[name] * 1.01 + 1).astype(arrays[name].dtype)}
-
-    monkeypatch.setattr(encode.SpreadEncoder, "__call__", wrong)
+    wrong_by(monkeypatch, lambda given, array: array * 1.01 + 1 if given == name else array)
     codec, x = TurboQuant(DIM, 3), normal(1, 2, 33, DIM, seed=8)
-    with pytest.warns(UserWarning, match="The kernel encode is switched off .* it writes other codes"):
+    with pytest.warns(UserWarning, match=f"The kernel encode is switched off .* {sentence}"):
         code = codec.encode(x)
     assert all(mx.array_equal(code.arrays[name], array) for name, array in codec._encode_by_graph(x).items())
 
 
 def test_a_rotation_of_blocks_is_one_launch(monkeypatch):
-    launched, host_built = [], host.built
-    monkeypatch.setattr(
-        launching, "_built", lambda source, backend: launched.append(source.name) or host_built(source, backend)
-    )
     rotation, x = transforms.SignedHadamard(80, 3), normal(1, 2, 9, 80)
     in_graph = rotation.forward(x)
-    assert not launched
-    monkeypatch.setattr(transforms, "gpu", lambda: "metal")
+    launched = on_the_host(monkeypatch)
     assert relative(rotation.forward(x), in_graph) < 1e-6
     assert relative(rotation.inverse(in_graph), x) < 1e-6
-    assert set(launched) == {"spread"}
+    assert set(launched) == {"rotate"}
     launched.clear()
     transforms.SignedHadamard(64, 3).forward(normal(1, 2, 9, 64))  # MLX's own transform does
     rotation.forward(normal(9, 80))  # no tokens of heads
@@ -381,11 +377,10 @@ def test_a_rotation_of_blocks_is_one_launch(monkeypatch):
 
 
 def test_a_rotation_that_errs_is_switched_off(monkeypatch):
-    right = checked.spread
-    monkeypatch.setattr(transforms, "gpu", lambda: "metal")
-    monkeypatch.setattr(checked, "spread", lambda *given, **named: 1.1 * right(*given, **named))
+    on_the_host(monkeypatch)
+    wrong_by(monkeypatch, lambda name, array: 1.1 * array)
     rotation, x = transforms.SignedHadamard(80, 3), normal(1, 2, 9, 80)
-    with pytest.warns(UserWarning, match="spread is switched off on this metal device: it differs"):
+    with pytest.warns(UserWarning, match="rotate is switched off on this metal device: it differs"):
         wrong = rotation.forward(x)
-    monkeypatch.setattr(transforms, "gpu", lambda: None)
+    on_a_cpu(monkeypatch)
     assert mx.array_equal(wrong, rotation.forward(x))

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from tests.test_kernels_on_host import CASES as TABLES
 from tests.test_kernels_on_host import calls
 from tests.test_readers_on_host import CASES as OTHERS
+from veloxlab.kernels.devices import CUDA
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to compile CUDA text")
 
@@ -40,27 +42,18 @@ def kernel_text(source, inputs, outputs):
     return f"{FACTS}{source.header('cuda.h')}\n{signature} {{\n{source.body}\n}}\n"
 
 
-@pytest.fixture
-def texts(monkeypatch):
-    """The texts of all kernels that are launched, which do nothing."""
-    launched = []
+@pytest.mark.parametrize("case", TABLES[::4] + OTHERS, ids=str)
+def test_attention_compiles(case):
+    texts = []  # of all kernels that are launched, which do nothing
 
-    def built(source, backend):
-        assert backend == "cuda"
-
+    def built(source):
         def kernel(*, inputs, output_shapes, output_dtypes, **_):
-            launched.append(kernel_text(source, [array.dtype for array in inputs], output_dtypes))
+            texts.append(kernel_text(source, [array.dtype for array in inputs], output_dtypes))
             return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
 
         return kernel
 
-    monkeypatch.setattr("veloxlab.kernels.backend._built", built)
-    return launched
-
-
-@pytest.mark.parametrize("case", TABLES[::4] + OTHERS, ids=str)
-def test_attention_compiles(case, texts):
-    next(calls(case, [(33, 4, 5)])).attend(case, "cuda")
+    next(calls(case, [(33, 4, 5)])).attend(case, replace(CUDA, build=built))
     assert len(texts) == 2
     outcome = compiled(texts[0])
     assert outcome.returncode == 0, outcome.stderr[:4000]

@@ -1,4 +1,4 @@
-"""Kernels against their twins on a real GPU: ``pytest -m gpu``."""
+"""Kernels against their reference implementations on a real GPU: ``pytest -m gpu``."""
 
 import math
 from dataclasses import replace
@@ -13,14 +13,14 @@ from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import checked
-from veloxlab.kernels.backend import gpu
+from veloxlab.kernels.devices import current_backend
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(gpu() is None, reason="MLX computes on a CPU here, and kernels run on GPUs only"),
+    pytest.mark.skipif(current_backend() is None, reason="MLX computes on a CPU here, and kernels run on GPUs only"),
 ]
 
-# levels, queries and weights are of half precision in the matrix unit; twins multiply in TF32 on NVIDIA: 11 bits, too
+# levels, queries and weights are of half precision in the matrix unit; references multiply in TF32 on NVIDIA: 11 bits
 TOLERANCE = 3e-3
 # a coordinate on a boundary, to the rounding of either's transform, may be coded either way: a step off, in few of them
 CODED_APART = 1e-2
@@ -28,7 +28,7 @@ CODED_APART = 1e-2
 
 @pytest.fixture(autouse=True)
 def _kernels_are_tried_and_agree(monkeypatch):
-    """A kernel that is switched off, or that is never asked, leaves its twin's work to be compared with itself."""
+    """A kernel that is switched off, or that is never asked, leaves its reference's work to be compared with itself."""
     monkeypatch.setattr(checked, "_states", {})
     yield
     assert set(checked.states()) == {"agrees"}
@@ -132,15 +132,14 @@ def test_a_long_context_in_many_splits():
 def test_decoding(dim, bits, dtype):
     codec = TurboQuant(dim, bits)
     code = codec.encode(normal(2, 3, 333, dim))
-    wanted = codec._decode_by_graph(code.arrays["codes"], code.arrays["root_scale"])
+    wanted = codec._decode_by_graph(code.arrays["codes"], code.arrays["root_scale"], mx.float32)["out"]
     assert relative(codec.decode(code, dtype), wanted) < TOLERANCE
 
 
 def check_encoding(codec, dtype, monkeypatch):
     x = normal(2, 333, 5, codec.head_dim, dtype=dtype)[:, :, 1:-1].swapaxes(1, 2)  # a view with strides of its own
     in_kernel = codec.encode(x)
-    monkeypatch.setattr(checked, "gpu", lambda: None)
-    monkeypatch.setattr("veloxlab.codecs.base.gpu", lambda: None)
+    monkeypatch.setattr(checked, "current_backend", lambda: None)
     assert relative(codec.decode(in_kernel), codec.decode(codec.encode(x))) < CODED_APART
 
 

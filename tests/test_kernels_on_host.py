@@ -1,4 +1,4 @@
-"""The kernels' Metal text, checked by clang and run on the CPU by ``tests/metal_on_host``, against their twins."""
+"""The kernels' Metal text, checked by clang and run on the CPU by ``tests/metal_on_host``, against its definition."""
 
 import dataclasses
 import shutil
@@ -8,11 +8,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.metal_on_host import check, launch, run
+from tests import reading
+from tests.metal_on_host import check, run
+from tests.metal_on_host.launch import HOST
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.kernels import attend as attending
-from veloxlab.kernels.attend import Exact, Queries, Shape, Tokens, attend, attend_twin
-from veloxlab.kernels.readers import Spread, TableReader
+from veloxlab.kernels.attend import Exact, Queries, Tokens, attend_kernel
+from veloxlab.kernels.backend import Source
+from veloxlab.kernels.devices import METAL
+from veloxlab.kernels.readers import TableReader
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")
@@ -22,11 +26,6 @@ pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISS
 HALF = 2.0**-11
 # packed tokens: around the 16 and 32 of a simdgroup, and over several splits; and sinks, recent ones
 RUNS = ((1, 0, 0), (31, 4, 17), (32, 0, 40), (33, 3, 0), (200, 0, 0), (1000, 130, 129))
-
-
-@pytest.fixture(autouse=True)
-def _on_host(monkeypatch):
-    monkeypatch.setattr("veloxlab.kernels.backend._built", launch.built)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +45,15 @@ class Codes:
         low, high = pairs % 2**self.bits, pairs >> self.bits
         return mx.array(np.concatenate([table[low], table[high]], axis=1) if self.joined else table)
 
-    def reader(self, rng, table, shape, dim, scaled, space):
+    def reader(self, rng, table, shape, dim, scaled, signs):
         """A reader of random codes, in a slice of heads of a larger array: its rows are not in one piece."""
         batch, heads, tokens = shape
         codes = rng.integers(0, 2**self.bits, (batch, heads + 2, tokens, dim // self.width), np.uint32)
         return TableReader(
             dim=dim,
             rows=mx.array(packed(codes, self.bits))[:, 1:-1],
-            root_scale=roots(rng, shape) if scaled else None,
-            space=space,
+            scales=roots(rng, shape) if scaled else None,
+            signs=signs,
             bits=2 * self.bits if self.joined else self.bits,
             table=table,
         )
@@ -107,7 +106,7 @@ class Case:
     value_dim: int | None = None
     masked: bool = False
     logits: bool = False
-    spread: bool = False
+    rotated: bool = False
     scaled: bool = True
     dtype: mx.Dtype = mx.float32
     batch: int = 2
@@ -121,14 +120,14 @@ PAIRS, VECTORS = Codes(4, joined=True), Codes(8, width=4)
 CASES = [
     Case(Codes(1), Codes(1, joined=True), 64, 1, batch=1, kv_heads=1),
     Case(Codes(2, joined=True), Codes(3), 80, 2, masked=True, logits=True),
-    Case(Codes(3, joined=True), Codes(2), 96, 3, spread=True),
-    Case(PAIRS, PAIRS, 128, 4, logits=True, spread=True, dtype=mx.float16),
-    Case(Codes(5), Codes(6), 112, 7, masked=True, spread=True),
+    Case(Codes(3, joined=True), Codes(2), 96, 3, rotated=True),
+    Case(PAIRS, PAIRS, 128, 4, logits=True, rotated=True, dtype=mx.float16),
+    Case(Codes(5), Codes(6), 112, 7, masked=True, rotated=True),
     Case(Codes(8), Codes(7), 192, 8, scaled=False),
     Case(Codes(6), Codes(5), 256, 2, masked=True, dtype=mx.bfloat16),
     # more rows than one threadgroup takes
     Case(Codes(7), Codes(8), 64, 7, length=2, masked=True, logits=True, value_dim=128),
-    Case(PAIRS, Codes(4, joined=True), 256, 8, spread=True),  # little threadgroup memory is left for two tables
+    Case(PAIRS, Codes(4, joined=True), 256, 8, rotated=True),  # little threadgroup memory is left for two tables
     Case(VECTORS, VECTORS, 128, 4),
     Case(Codes(12, width=8), Codes(4), 64, 3, masked=True),  # a table too large for threadgroup memory
     Case(Codes(3), Codes(12, width=8), 128, 8, scaled=False),
@@ -136,25 +135,22 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_over_codes_is_its_twins(case):
-    assert_attention_is_its_twins(case)
+def test_attention_over_codes_is_as_by_its_definition(case):
+    assert_attention_is_as_by_its_definition(case)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernels_of_one_name_are_the_same(case, monkeypatch):
+def test_kernels_of_one_name_are_the_same(monkeypatch):
     """MLX keeps compiled kernels by name, and would run one for the other."""
-    sources = []
-
-    def built(source, backend):
-        sources.append(source)
-        return lambda *, output_shapes, output_dtypes, **_: list(map(mx.zeros, output_shapes, output_dtypes))
-
-    monkeypatch.setattr("veloxlab.kernels.backend._built", built)
-    for field in ("masked", "logits", "spread", "scaled"):
-        for given in (True, False):
-            changed = dataclasses.replace(case, **{field: given})
-            next(calls(changed, [(33, 4, 5)])).attend(changed, "metal")
-    assert len({source.built_name for source in sources}) == len(set(sources))
+    names = []
+    monkeypatch.setattr(mx.fast, "metal_kernel", lambda *, name, **_: names.append(name))
+    sources = [
+        Source("attend", ("x",), ("y",), (("A", a),), (), f"// a comment\ny = A + {b}") for a in (1, 2) for b in (1, 2)
+    ]
+    for source in sources:
+        METAL.build(source)
+    METAL.build(dataclasses.replace(sources[0], body="y = A + 1"))
+    assert len(set(names[:4])) == 4
+    assert names[4] == names[0]
 
 
 class Call(NamedTuple):
@@ -165,8 +161,8 @@ class Call(NamedTuple):
     value_rotation: SignedHadamard
 
     def attend(self, case, backend):
-        given = dataclasses.replace(self.queries, coded=None) if case.spread else self.queries
-        return attend(given, self.tokens, Shape.of(given, self.tokens), backend)
+        given = dataclasses.replace(self.queries, coded=None) if case.rotated else self.queries
+        return attend_kernel(given, self.tokens, backend)(given, self.tokens)
 
 
 def calls(case, runs):
@@ -176,23 +172,23 @@ def calls(case, runs):
     key_table = case.keys.table(rng, dims[0], case.kv_heads)
     tables = key_table, key_table if case.values is case.keys else case.values.table(rng, dims[1], case.kv_heads)
     rotations = [SignedHadamard(dim, seed) for seed, dim in enumerate(dims)]
-    spaces = [
+    signs = [
         # the Hadamard matrix has ones in its first row, so that of the rotation shows the signs
-        Spread(rotation.forward(mx.eye(rotation.dim))[:, 0] * rotation.dim**0.5) if case.spread else None
+        rotation.forward(mx.eye(rotation.dim))[:, 0] * rotation.dim**0.5 if case.rotated else None
         for rotation in rotations
     ]
     query_heads = case.kv_heads * case.shared
     for packed_tokens, sinks, recent in runs:
         lead = case.batch, case.kv_heads
         readers = [
-            codes.reader(rng, table, (*lead, packed_tokens), dim, case.scaled, space)
-            for codes, table, dim, space in zip((case.keys, case.values), tables, dims, spaces, strict=True)
+            codes.reader(rng, table, (*lead, packed_tokens), dim, case.scaled, own)
+            for codes, table, dim, own in zip((case.keys, case.values), tables, dims, signs, strict=True)
         ]
         tokens = Tokens(*readers, *(exact(rng, (*lead, count), dims, case.dtype) for count in (sinks, recent)), *dims)
         q = mx.array(rng.standard_normal((case.batch, query_heads, case.length, case.dim), np.float32))
         q = q.astype(case.dtype)
         grouped = q.astype(mx.float32).reshape(*lead, -1, case.dim)
-        q_coded = rotations[0].forward(grouped) if case.spread else mx.roll(grouped, 1, axis=-1)
+        q_coded = rotations[0].forward(grouped) if case.rotated else mx.roll(grouped, 1, axis=-1)
         mask = None
         if case.masked:
             mask = biases(rng, (case.batch, 1, case.length, sinks + packed_tokens + recent))
@@ -201,14 +197,14 @@ def calls(case, runs):
         yield Call(Queries(q, case.dim**-0.5, q_coded, mask, logits), tokens, rotations[1])
 
 
-def assert_attention_is_its_twins(case):
+def assert_attention_is_as_by_its_definition(case):
     for call in calls(case, RUNS):
-        found, found_coded = call.attend(case, "metal")
-        plain, coded = attend_twin(call.queries, call.tokens)
+        found, found_coded = call.attend(case, HOST)
+        plain, coded = reading.attend(call.queries, call.tokens)
         assert found.shape == (*call.queries.q.shape[:3], call.tokens.value_dim)
         assert found.dtype == case.dtype
         tolerance = HALF + mx.finfo(case.dtype).eps
-        if case.spread:
+        if case.rotated:
             assert found_coded is None
             assert_close(found, plain + call.value_rotation.inverse(coded), tolerance)
         else:
@@ -221,7 +217,7 @@ def assert_attention_is_its_twins(case):
 @pytest.mark.parametrize("blocks", [1, 8, 10_000])
 def test_no_history_has_more_splits_than_the_last_kernel_has_room_for(exact, packed, blocks):
     _, splits = attending._sizes(exact, packed, blocks)
-    assert splits <= attending.most_splits()
+    assert splits <= attending.MOST_SPLITS
 
 
 def test_a_long_exact_run_is_cut_into_longer_splits(monkeypatch):
@@ -233,7 +229,7 @@ def test_a_long_exact_run_is_cut_into_longer_splits(monkeypatch):
     tokens = Tokens(reader, reader, sinks, recent, 64, 64)
     q = mx.array(rng.standard_normal((1, 2, 1, 64), np.float32))
     queries = Queries(q, 0.125, q.reshape(1, 1, 2, 64))
-    found, found_coded = attend(queries, tokens, Shape.of(queries, tokens), "metal")
-    plain, coded = attend_twin(queries, tokens)
+    found, found_coded = attend_kernel(queries, tokens, HOST)(queries, tokens)
+    plain, coded = reading.attend(queries, tokens)
     assert_close(found, plain, HALF)
     assert_close(found_coded, coded, HALF)

@@ -1,4 +1,4 @@
-"""The kernel that encodes by a bit plan, its Metal text run on the CPU by ``tests/metal_on_host``, against its twin."""
+"""The kernel that encodes by a bit plan, its Metal text run on the CPU by ``tests/metal_on_host``, against a codec."""
 
 import dataclasses
 import shutil
@@ -7,21 +7,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.metal_on_host import check, launch, run
+from tests.metal_on_host import check, run
+from tests.metal_on_host.launch import HOST
 from tests.test_encode_on_host import ROUNDING, check_scales, vectors
 from veloxlab.codecs import spectralquant
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.scalar import PlannedQuantizer
 from veloxlab.codecs.spectralquant import SpectralQuant
-from veloxlab.errors import InputError
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
-
-
-@pytest.fixture(autouse=True)
-def _on_host(monkeypatch):
-    monkeypatch.setattr("veloxlab.kernels.backend._built", launch.built)
 
 
 def fitted(dim, bits, plan=(), **options):
@@ -47,16 +42,18 @@ CASES = [
 
 
 @pytest.mark.parametrize(("given", "dtype"), CASES)
-def test_codes_and_scales_are_the_twins(given, dtype):
+def test_codes_and_scales_are_the_references(given, dtype):
     codec = fitted(**given)
-    dim, tables = codec.head_dim, codec._encoder
+    dim, tables = codec.head_dim, codec._encoder.tables
     quantizer = PlannedQuantizer(codec.plan)
     for tokens in (1, 43):
         x = vectors(np.random.default_rng(tokens), dim, dtype, tokens)
         y = x.astype(mx.float32) @ codec.forward
-        found, twin = codec._encoder("metal", x, y), codec._encode_by_graph(x, y)
-        assert {n: (a.shape, a.dtype) for n, a in found.items()} == {n: (a.shape, a.dtype) for n, a in twin.items()}
-        codes, expected = unpacked(codec.plan, found["codes"]), unpacked(codec.plan, twin["codes"])
+        found, reference = codec._encoder(HOST, x, y), codec._encode_by_graph(x, y)
+        assert {n: (a.shape, a.dtype) for n, a in found.items()} == {
+            n: (a.shape, a.dtype) for n, a in reference.items()
+        }
+        codes, expected = unpacked(codec.plan, found["codes"]), unpacked(codec.plan, reference["codes"])
         assert mx.array_equal(quantizer.pack(codes), found["codes"]), "the end of a row is padded with zeros"
 
         # codes: one apart where a coordinate is at the boundary between two cells but for rounding, else the same
@@ -66,7 +63,7 @@ def test_codes_and_scales_are_the_twins(given, dtype):
         differ = apart != 0
         first = mx.array([2**width - 1 for width in codec.plan], mx.uint32)
         last = mx.maximum(first, 1) - 1  # boundary of a width
-        boundary = mx.take(tables.boundaries, first + mx.minimum(mx.minimum(codes, expected), last))
+        boundary = mx.take(tables["boundaries"], first + mx.minimum(mx.minimum(codes, expected), last))
         off = mx.abs((unit - codec.mean) / codec.deviation - boundary)
         assert np.all(apart <= 1)
         allowed = ROUNDING * (mx.abs(unit) + mx.abs(codec.mean)) / codec.deviation
@@ -77,7 +74,7 @@ def test_codes_and_scales_are_the_twins(given, dtype):
         check_scales(found["root_scale"], rms * spectralquant._scale_factor(codec.scale, unit, quantized))
         if tokens > 1:
             assert found["root_scale"][1, 1, 2].item() == 0, "a zero vector has a scale of 0"
-            assert mx.array_equal(found["codes"][1, 1, 2], twin["codes"][1, 1, 2])
+            assert mx.array_equal(found["codes"][1, 1, 2], reference["codes"][1, 1, 2])
 
 
 def unpacked(plan, words):
@@ -91,40 +88,7 @@ def unpacked(plan, words):
 def test_all_layers_share_one_kernel():
     first, second = fitted(64, 3), fitted(64, 3, (8, 8, 8, 0, 0, 0, 0, 0) * 8)
     x = vectors(np.random.default_rng(0), 64, mx.float16, 2)
-    first._encoder("metal", x, x.astype(mx.float32))
+    first._encoder(HOST, x, x.astype(mx.float32))
     built = run._compiled.cache_info().misses
-    second._encoder("metal", x, x.astype(mx.float32))
+    second._encoder(HOST, x, x.astype(mx.float32))
     assert run._compiled.cache_info().misses == built
-
-
-def test_no_vectors_have_no_codes():
-    codec = fitted(64, 3)
-    found = codec._encoder("metal", mx.zeros((1, 3, 0, 64)), mx.zeros((1, 3, 0, 64)))
-    assert {name: array.shape for name, array in found.items()} == {"codes": (1, 3, 0, 6), "root_scale": (1, 3, 0, 1)}
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "sentence"),
-    [
-        (mx.zeros((1, 3, 2, 64), mx.int32), mx.zeros((1, 3, 2, 64)), "int32"),
-        (mx.zeros((1, 3, 2, 64)), mx.zeros((1, 3, 1, 64)), "give the same shape"),
-        (mx.zeros((1, 3, 2, 64)), mx.zeros((1, 3, 2, 64), mx.float16), "in float32"),
-        (mx.zeros((1, 2, 2, 64)), mx.zeros((1, 2, 2, 64)), "means of 2 KV heads"),
-    ],
-)
-def test_what_the_kernel_does_not_take_is_refused(x, y, sentence):
-    with pytest.raises(InputError, match=sentence):
-        fitted(64, 3)._encoder("metal", x, y)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"scale": "least"}, "'least'"),
-        ({"levels": mx.zeros((255,))}, "give 511 numbers"),
-        ({"mean": mx.zeros((3, 1, 32))}, "give 64 numbers"),
-    ],
-)
-def test_tables_that_do_not_fit_are_refused(change, sentence):
-    with pytest.raises(InputError, match=sentence):
-        dataclasses.replace(fitted(64, 3)._encoder, **change)

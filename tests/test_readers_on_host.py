@@ -1,4 +1,4 @@
-"""Readers of every layout, run on the CPU as Metal text: attention through them is what their twins in MLX ops give."""
+"""Readers of every layout, run on the CPU as Metal text: attention through them is as by their definition."""
 
 import dataclasses
 import shutil
@@ -7,29 +7,22 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.metal_on_host import check, launch, run
-from tests.test_kernels_on_host import Case, Codes, assert_attention_is_its_twins, roots
+from tests.metal_on_host import check, run
+from tests.test_kernels_on_host import Case, Codes, assert_attention_is_as_by_its_definition, roots
 from veloxlab.kernels.readers import (
     GroupsReader,
-    HeadWidths,
-    PairOrder,
     PlanReader,
     PolarReader,
-    ShiftedTableReader,
-    StagesReader,
     SumsReader,
+    TableReader,
     WidthsReader,
+    head_widths,
     planned,
 )
 
 PAIRS = Codes(4, joined=True)
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")
-
-
-@pytest.fixture(autouse=True)
-def _on_host(monkeypatch):
-    monkeypatch.setattr("veloxlab.kernels.backend._built", launch.built)
 
 
 def words(rng, shape, count):
@@ -48,10 +41,9 @@ class Shifted(Codes):
     def table(self, rng, dim, heads):
         return super().table(rng, dim, heads), mx.array(rng.standard_normal((heads, dim), np.float32))
 
-    def reader(self, rng, table, shape, dim, scaled, space):
-        plain = super().reader(rng, table[0], shape, dim, scaled, space)
-        fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
-        return ShiftedTableReader(**fields, shifts=table[1])
+    def reader(self, rng, table, shape, dim, scaled, signs):
+        plain = super().reader(rng, table[0], shape, dim, scaled, signs)
+        return dataclasses.replace(plain, shifts=table[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +58,12 @@ class Widths:
     def table(self, rng, dim, heads):
         together = {bits: 2 if bits <= 4 else 1 for bits in dict.fromkeys(self.bits)}
         levels = {b: mx.array(rng.standard_normal((2 ** (b * n), n), np.float32)) for b, n in together.items()}
-        return HeadWidths(self.bits, dim, levels)
+        return head_widths(self.bits, dim, levels)
 
-    def reader(self, rng, table, shape, dim, scaled, space):
+    def reader(self, rng, table, shape, dim, scaled, signs):
         batch, _, tokens = shape
-        rows = words(rng, (batch, 1, tokens), sum(table.words))
-        return WidthsReader(dim, rows, roots(rng, shape) if scaled else None, space, table)
+        rows = words(rng, (batch, 1, tokens), sum(-(-dim * bits // 32) for bits in self.bits))
+        return WidthsReader(dim, rows, roots(rng, shape) if scaled else None, signs, *table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,9 +87,9 @@ class Plan:
         plan = planned(tuple(widths.tolist()), np.array([first[w] for w in widths.tolist()]), levels)
         return plan, mx.array(rng.standard_normal((heads, dim, 2), np.float32))
 
-    def reader(self, rng, table, shape, dim, scaled, space):
+    def reader(self, rng, table, shape, dim, scaled, signs):
         rows = words(rng, shape, -(-self.bits * dim // 32))
-        return PlanReader(dim, rows, roots(rng, shape) if scaled else None, space, *table)
+        return PlanReader(dim, rows, roots(rng, shape) if scaled else None, signs, *table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,10 +105,10 @@ class Stages:
     def table(self, rng, dim, heads):
         return mx.array(rng.standard_normal((4 ** (self.bits * self.width), self.width), np.float32))
 
-    def reader(self, rng, table, shape, dim, scaled, space):
+    def reader(self, rng, table, shape, dim, scaled, signs):
         coarse, fine = (words(rng, shape, -(-self.bits * dim // 32)) for _ in range(2))
         scales = roots(rng, shape) if scaled else None
-        return StagesReader(dim, coarse, scales, space, fine, self.bits * self.width, table)
+        return TableReader(dim, coarse, scales, signs, self.bits * self.width, table, fine)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +125,12 @@ class Groups:
     def table(self, rng, dim, heads):
         return None
 
-    def reader(self, rng, table, shape, dim, scaled, space):
+    def reader(self, rng, table, shape, dim, scaled, signs):
         half_step, least = (roots(rng, shape, -(-dim // self.group)) for _ in range(2))
         rows = words(rng, shape, -(-self.bits * dim // 32))
         # as of real groups: steps of a fraction of what they go through, which begins below 0
         return GroupsReader(
-            dim, rows, None, space, half_step * 0.5**self.bits, -least, self.bits, self.group, self.centred
+            dim, rows, None, signs, half_step * 0.5**self.bits, -least, self.bits, self.group, self.centred
         )
 
 
@@ -155,7 +147,7 @@ class Polar:
         angles = rng.uniform(0, 2 * np.pi, sum(1 << bits for bits in self.widths)).astype(np.float32)
         return mx.array(np.stack([np.cos(angles), np.sin(angles)], axis=-1))
 
-    def reader(self, rng, table, shape, dim, scaled, space):
+    def reader(self, rng, table, shape, dim, scaled, signs):
         batch, heads, tokens = shape
         bits = {b: sum(dim >> level for level, own in enumerate(self.widths, 1) if own == b) * b for b in self.widths}
         rows = [
@@ -163,7 +155,7 @@ class Polar:
             for n in bits.values()
         ]
         radii = roots(rng, shape, dim >> len(self.widths))
-        return PolarReader(dim, rows[0], None, space, rows[1] if len(rows) > 1 else None, radii, self.widths, table)
+        return PolarReader(dim, rows[0], None, signs, rows[1] if len(rows) > 1 else None, radii, self.widths, table)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,11 +176,11 @@ class Sums:
         tables = rng.standard_normal((heads, self.stages, 64, dim)) / self.stages**0.5
         return mx.array(tables.astype(np.float16)), mx.array(angles) if self.turned else None
 
-    def reader(self, rng, table, shape, dim, scaled, space):
+    def reader(self, rng, table, shape, dim, scaled, signs):
         batch, heads, tokens = shape
         rows = mx.array(rng.integers(0, 256, (batch, heads + 2, tokens, -(-12 * self.stages // 8)), np.uint8))[:, 1:-1]
-        order = PairOrder(self.rotated or dim, self.traditional)
-        return SumsReader(dim, rows, roots(rng, shape) if scaled else None, space, table[0], order, table[1])
+        order = self.rotated or dim, self.traditional
+        return SumsReader(dim, rows, roots(rng, shape) if scaled else None, signs, table[0], *order, table[1])
 
 
 BLOCKS = Polar((4, 2, 2, 2))
@@ -196,39 +188,39 @@ TWO_STAGES = Stages(2, 2)
 CASES = [
     Case(Widths((3, 1, 2, 3)), Widths((2, 4, 4, 1)), 64, 1, kv_heads=4, batch=1),
     Case(Widths((3,)), Polar((1,)), 64, 2, kv_heads=1),  # arrays so small that Metal has them elsewhere
-    Case(Widths((4, 2)), Widths((2, 3)), 80, 3, masked=True, spread=True),
-    Case(Widths((8, 3)), Widths((1, 5)), 96, 2, spread=True, dtype=mx.float16),
+    Case(Widths((4, 2)), Widths((2, 3)), 80, 3, masked=True, rotated=True),
+    Case(Widths((8, 3)), Widths((1, 5)), 96, 2, rotated=True, dtype=mx.float16),
     Case(Widths((5, 6)), Widths((7, 8)), 112, 7, length=2, masked=True, scaled=False),
-    Case(Widths((4, 3)), Codes(3), 128, 4, spread=True, value_dim=64),
+    Case(Widths((4, 3)), Codes(3), 128, 4, rotated=True, value_dim=64),
     Case(Widths((7, 4)), Widths((4, 7)), 256, 8),
     Case(Stages(1, 2), Stages(3), 64, 1, kv_heads=3),
-    Case(TWO_STAGES, TWO_STAGES, 128, 4, spread=True, dtype=mx.float16),  # one table for both
-    Case(Stages(4), Stages(1, 2), 80, 7, length=2, masked=True, spread=True),
+    Case(TWO_STAGES, TWO_STAGES, 128, 4, rotated=True, dtype=mx.float16),  # one table for both
+    Case(Stages(4), Stages(1, 2), 80, 7, length=2, masked=True, rotated=True),
     Case(Stages(3), Stages(4), 96, 8, masked=True, scaled=False, value_dim=112),
     Case(Codes(4), Groups(4), 64, 1, kv_heads=3),
-    Case(PAIRS, Groups(3), 80, 4, masked=True, spread=True, dtype=mx.float16),  # the last group is shorter
+    Case(PAIRS, Groups(3), 80, 4, masked=True, rotated=True, dtype=mx.float16),  # the last group is shorter
     Case(Groups(5, group=6, centred=False), Groups(8, group=64), 128, 7, length=2, masked=True),
     Case(Groups(1, group=200), Groups(2, group=5), 112, 3, scaled=False),
-    Case(BLOCKS, BLOCKS, 128, 4, spread=True, dtype=mx.float16),
+    Case(BLOCKS, BLOCKS, 128, 4, rotated=True, dtype=mx.float16),
     Case(Polar((5, 3, 3, 3, 3, 3, 3)), Polar((2, 1, 1, 1, 1, 1, 1)), 128, 1, kv_heads=3),  # one radius for all
-    Case(Polar((3, 1, 1, 1)), Polar((8, 6, 6, 6)), 80, 7, length=2, masked=True, spread=True),
+    Case(Polar((3, 1, 1, 1)), Polar((8, 6, 6, 6)), 80, 7, length=2, masked=True, rotated=True),
     Case(Polar((8, 8, 8)), Polar((1, 7)), 96, 3, masked=True, value_dim=112),
     Case(Polar((8, 7, 7, 7, 7, 7, 7, 7)), PAIRS, 256, 8),  # too many angles for threadgroup memory
     Case(Sums(5), Sums(4, turned=False), 64, 1, kv_heads=3),
     Case(Sums(7, rotated=40), Sums(10, turned=False), 80, 4, masked=True, dtype=mx.float16),
     Case(Sums(3, rotated=48, traditional=True), Sums(2, traditional=True), 96, 7, length=2, masked=True, scaled=False),
     Case(Sums(2, rotated=22), PAIRS, 112, 3, value_dim=64),  # pairs that begin at odd places
-    Case(Shifted(4, joined=True), Shifted(2, joined=True), 128, 4, spread=True, dtype=mx.float16),
+    Case(Shifted(4, joined=True), Shifted(2, joined=True), 128, 4, rotated=True, dtype=mx.float16),
     Case(Shifted(8), Shifted(12, width=8), 64, 7, length=2, masked=True),
     Case(Shifted(3), Shifted(1), 80, 3, scaled=False),
     Case(Plan(2), Plan(3), 64, 1, kv_heads=3),
     Case(Plan(3), Plan(1, descending=False), 80, 4, masked=True, dtype=mx.float16),
     Case(Plan(8), Plan(4), 112, 7, length=2, masked=True, value_dim=128),
     Case(Plan(4, descending=False), PAIRS, 256, 8, scaled=False),
-    Case(Codes(3), Plan(5), 128, 2, spread=True),
+    Case(Codes(3), Plan(5), 128, 2, rotated=True),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_through_a_reader_is_its_twins(case):
-    assert_attention_is_its_twins(case)
+def test_attention_through_a_reader_is_as_by_its_definition(case):
+    assert_attention_is_as_by_its_definition(case)

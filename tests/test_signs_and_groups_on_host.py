@@ -1,4 +1,4 @@
-"""The kernels of signs and grouped steps, whose Metal text ``tests/metal_on_host`` runs on the CPU, and their twins."""
+"""The kernels of signs and grouped steps, whose Metal text ``tests/metal_on_host`` runs on the CPU, against codecs."""
 
 import shutil
 
@@ -6,22 +6,16 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.metal_on_host import check, launch, run
+from tests.metal_on_host import check, run
+from tests.metal_on_host.launch import HOST
 from tests.test_encode_on_host import vectors
 from veloxlab.codecs import qjl
 from veloxlab.codecs.parts.groups import GroupQuantizer, _signed_square
 from veloxlab.codecs.parts.packing import pack, unpack
-from veloxlab.errors import InputError
-from veloxlab.kernels.groups import GroupEncoder
-from veloxlab.kernels.signs import SignEncoder
+from veloxlab.kernels.encode import group_kernel, sign_kernel
 
 MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
-
-
-@pytest.fixture(autouse=True)
-def _on_host(monkeypatch):
-    monkeypatch.setattr("veloxlab.kernels.backend._built", launch.built)
 
 
 def shapes(arrays):
@@ -45,15 +39,15 @@ def check_roots(found, wanted):
         (256, 2048, mx.float16),
     ],
 )
-def test_signs_are_the_twins(dim, rows, dtype):
+def test_signs_are_the_references(dim, rows, dtype):
     rng = np.random.default_rng(rows)
     for tokens in (1, 43):
         x, y = vectors(rng, dim, dtype, tokens), vectors(rng, rows, mx.float32, tokens)  # views with gaps
         y = mx.where(mx.abs(y) < 0.05 * mx.abs(y).max(axis=-1, keepdims=True), mx.sign(y) * 0.0, y)  # 0 and -0
-        found, twin = SignEncoder()("metal", x, y), qjl._signs_and_size_by_graph(x, y)
-        assert shapes(found) == shapes(twin)
-        assert mx.array_equal(found["signs"], twin["signs"])
-        check_roots(found["root_rms"], twin["root_rms"])
+        found, reference = sign_kernel(dim, rows)(HOST, x, y), qjl._signs_and_size_by_graph(x, y)
+        assert shapes(found) == shapes(reference)
+        assert mx.array_equal(found["signs"], reference["signs"])
+        check_roots(found["root_rms"], reference["root_rms"])
 
 
 @pytest.mark.parametrize(
@@ -70,14 +64,14 @@ def test_signs_are_the_twins(dim, rows, dtype):
         (256, 6, 48, "centres", mx.float32),
     ],
 )
-def test_grouped_steps_are_the_twins(dim, bits, group, levels, dtype):
+def test_grouped_steps_are_the_references(dim, bits, group, levels, dtype):
     quantizer = GroupQuantizer(dim, bits, group, levels)
     for tokens in (1, 43):
         x = vectors(np.random.default_rng(tokens), dim, dtype, tokens)
-        found, twin = quantizer.encoder("metal", x), quantizer.encode(x)
-        assert shapes(found) == shapes(twin)
-        check_roots(found["least"], twin["least"])
-        check_roots(found["half_step"], twin["half_step"])
+        found, reference = quantizer.kernel(HOST, x), quantizer.encode(x)
+        assert shapes(found) == shapes(reference)
+        check_roots(found["least"], reference["least"])
+        check_roots(found["half_step"], reference["half_step"])
         codes = unpack(found["codes"], bits, dim)
         assert mx.array_equal(pack(codes, bits), found["codes"]), "the end of a row is padded with zeros"
 
@@ -92,38 +86,11 @@ def test_grouped_steps_are_the_twins(dim, bits, group, levels, dtype):
         nearest = np.clip(at, 0, 2**bits - 1)
         coded = np.array(quantizer._grouped(codes.astype(mx.float32)), np.float64)
         assert np.all(np.abs(coded - nearest) <= 0.5 + rounding)
-        same_steps = (found["least"] == twin["least"]) & (found["half_step"] == twin["half_step"])
-        expected = quantizer._grouped(unpack(twin["codes"], bits, dim).astype(mx.float32))
+        same_steps = (found["least"] == reference["least"]) & (found["half_step"] == reference["half_step"])
+        expected = quantizer._grouped(unpack(reference["codes"], bits, dim).astype(mx.float32))
         differ = np.array((mx.array(coded.astype(np.float32)) != expected) & same_steps[..., None])
         assert differ.sum() <= differ.size * 2e-4 + 1, f"{differ.sum()} of {differ.size} codes differ"
 
 
-def test_no_vectors_have_no_codes():
-    none = mx.zeros((1, 2, 0, 80))
-    assert shapes(SignEncoder()("metal", none, none)) == shapes(qjl._signs_and_size_by_graph(none, none))
-    assert shapes(GroupQuantizer(80, 3).encoder("metal", none)) == {
-        "codes": ((1, 2, 0, 8), mx.uint32),
-        "half_step": ((1, 2, 0, 3), mx.float16),
-        "least": ((1, 2, 0, 3), mx.float16),
-    }
-
-
-@pytest.mark.parametrize(
-    ("x", "y", "sentence"),
-    [
-        (mx.zeros((1, 3, 2, 64), mx.int32), mx.zeros((1, 3, 2, 64)), "int32"),
-        (mx.zeros((1, 3, 2, 64)), mx.zeros((1, 3, 1, 64)), "give .1, 3, 2, 'rows'. of float32"),
-        (mx.zeros((1, 3, 2, 64)), mx.zeros((1, 3, 2, 64), mx.float16), "of float32"),
-    ],
-)
-def test_what_the_kernels_do_not_take_is_refused(x, y, sentence):
-    with pytest.raises(InputError, match=sentence):
-        SignEncoder()("metal", x, y)
-
-
-def test_widths_and_types_that_cannot_be_packed_are_refused():
-    with pytest.raises(InputError, match="bits=9"):
-        GroupEncoder(9, 32, 512, 0.5)
-    with pytest.raises(InputError, match="int32"):
-        GroupEncoder(2, 32, 4, 0.5)("metal", mx.zeros((1, 1, 1, 64), mx.int32))
-    assert not GroupEncoder(2, 32, 4, 0.5).takes(mx.zeros((1, 1, 0, 5000)))
+def test_vectors_that_do_not_fit_have_no_kernel():
+    assert group_kernel(5000, 2, 32, 4, 0.5) is None

@@ -1,8 +1,9 @@
-"""Takes MLX's place in ``veloxlab.kernels.backend``: kernels are checked as Metal, and run on the CPU at once."""
+"""A back end that checks kernels as Metal, and runs them on the CPU at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import mlx.core as mx
@@ -10,7 +11,8 @@ import numpy as np
 
 from tests.metal_on_host.check import check_syntax
 from tests.metal_on_host.run import BFLOAT, TYPES, run
-from veloxlab.kernels.backend import GpuBackend, Source
+from veloxlab.kernels.backend import Built, Source
+from veloxlab.kernels.devices import METAL
 
 DTYPES: dict[mx.Dtype, np.dtype] = {
     mx.float32: np.dtype(np.float32),
@@ -23,9 +25,8 @@ DTYPES: dict[mx.Dtype, np.dtype] = {
 _LEAST_IN_DEVICE = 8  # elements; MLX puts smaller arrays in Metal's `constant` address space
 
 
-def built(source: Source, backend: GpuBackend) -> Callable[..., list[mx.array]]:
-    """What ``mx.fast.metal_kernel`` would give for ``source``; to be put in the place of ``launch._built``."""
-    assert backend == "metal", f"the preludes of this machine read Metal, not {backend}"
+def built(source: Source) -> Built:
+    """What ``mx.fast.metal_kernel`` would give for ``source``."""
 
     def kernel(
         *,
@@ -64,3 +65,6 @@ def to_numpy(array: mx.array) -> np.ndarray:
 def to_mlx(array: np.ndarray) -> mx.array:
     """Undo `to_numpy`."""
     return mx.array(array.view(np.uint16)).view(mx.bfloat16) if array.dtype == BFLOAT else mx.array(array)
+
+
+HOST = replace(METAL, build=built, lazy=False)

@@ -16,15 +16,17 @@ import mlx.core as mx
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import TiledCodec, per_kv_head
 from veloxlab.codecs.none import Exact
+from veloxlab.kernels.attend import AttendKernel, Queries, Tokens, attend_kernel
 from veloxlab.kernels.attend import Exact as ExactTokens
-from veloxlab.kernels.attend import Queries, Tokens
-from veloxlab.kernels.backend import gpu
-from veloxlab.kernels.checked import checked_attend
+from veloxlab.kernels.checked import agrees, difference, made_up
+from veloxlab.kernels.devices import current_backend
 from veloxlab.mlxlm.hooks import Handle, Mask
 
 EXPANDED_BYTES = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
 AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
 _LARGEST_HALF = 65504.0  # of float16
+_TRIAL = 3, 333, 70  # tokens before, in and after codes, on which a kernel is tried: no multiples of anything
+_HIDDEN = 0.2  # share of them that its mask hides
 FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
 
 
@@ -122,10 +124,22 @@ class History(Handle):
     def _attend_in_kernel(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None
     ) -> mx.array | None:
-        """By a GPU kernel, or None where there is no GPU, or no kernel for these segments and codecs."""
-        backend = gpu()
-        at = next((i for i, s in enumerate(self.segments) if not isinstance(s.key_codec, Exact)), None)
-        if backend is None or at is None:
+        """By a kernel, or None where there is none for this device, these segments and codecs."""
+        backend = current_backend()
+        call = None if backend is None else self._kernel_call(q, scale, mask, sinks)
+        if backend is None or call is None:
+            return None
+        kernel = attend_kernel(*call, backend)
+        if kernel is None or not agrees(kernel, kernel.name, backend, lambda: self._disagreement(kernel, *call)):
+            return None
+        return self._by_kernel(kernel, *call)
+
+    def _kernel_call(
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None
+    ) -> tuple[Queries, Tokens] | None:
+        """What a kernel is called with, or None if no kernel reads these segments and codecs."""
+        at = _first_packed(self.segments)
+        if at is None:
             return None
         before, packed, after = self.segments[:at], self.segments[at], self.segments[at + 1 :]
         key_codec, value_codec = packed.key_codec, packed.value_codec
@@ -142,20 +156,38 @@ class History(Handle):
             key_dim=key_codec.head_dim,
             value_dim=value_codec.head_dim,
         )
-        kv_heads = keys.kv_heads
         coded = None
-        if keys.space is None:
+        if keys.signs is None:
             # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
-            coded = mx.contiguous(key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), kv_heads)))
+            coded = mx.contiguous(key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), keys.kv_heads)))
         logits = None if sinks is None else sinks.astype(mx.float32)
-        done = checked_attend(Queries(q, scale, coded, _added(mask, q, self.tokens), logits), tokens, backend)
-        if done is None:
-            return None
-        out, mixed_codes = done
-        if mixed_codes is None:
+        return Queries(q, scale, coded, _added(mask, q, self.tokens), logits), tokens
+
+    def _by_kernel(self, kernel: AttendKernel, queries: Queries, tokens: Tokens) -> mx.array:
+        out, mixed = kernel(queries, tokens)
+        if mixed is None:
             return out
-        mixed = value_codec.from_codes(mixed_codes).reshape(out.shape)
-        return out + mixed.astype(out.dtype)
+        value_codec = next(s.value_codec for s in self.segments if isinstance(s.value_codec, TiledCodec))
+        return out + value_codec.from_codes(mixed).reshape(out.shape).astype(out.dtype)
+
+    def _disagreement(self, kernel: AttendKernel, queries: Queries, tokens: Tokens) -> str:
+        """What is wrong with a kernel for such a call, in words, or nothing: a made-up history is read both ways."""
+        before = _first_packed(self.segments) or 0
+        history = History(
+            tuple(
+                _made_up(segment, _TRIAL[1 - before + i], tokens.keys.kv_heads, tokens.exact_type)
+                for i, segment in enumerate(self.segments)
+            )
+        )
+        q = made_up(queries.q, queries.q.shape[2], seed=1)
+        shape = (*q.shape[:3], history.tokens)
+        hidden = mx.random.bernoulli(_HIDDEN, shape, key=mx.random.key(2))
+        mask = None if queries.mask is None else mx.where(hidden, -1e9, 0.0)
+        sinks = None if queries.logits is None else made_up(queries.logits, 1, seed=3)
+        call = history._kernel_call(q, queries.scale, mask, sinks)
+        assert call is not None
+        wanted = history._attend_codes(q.astype(mx.float32), queries.scale, mask, sinks)
+        return difference({"out": history._by_kernel(kernel, *call)}, {"out": wanted})
 
     def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         scaled = q.astype(mx.float32) * scale
@@ -170,6 +202,23 @@ class History(Handle):
             part = weights[..., start : start + s.values.tokens]
             mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
         return _narrowed(mixed, q.dtype)
+
+
+def _first_packed(segments: tuple[Segment, ...]) -> int | None:
+    return next((i for i, s in enumerate(segments) if not isinstance(s.key_codec, Exact)), None)
+
+
+def _made_up(segment: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> Segment:
+    """Such a segment of random codes, of scales as those of normal vectors, and of normal exact vectors."""
+
+    def code(codec: Codec, start: int, seed: int) -> Code:
+        x = made_up(mx.zeros((1, kv_heads, 0, codec.head_dim), dtype), tokens, seed)
+        arrays = codec.encode(x, start).arrays
+        packed = {n: a for n, a in arrays.items() if mx.issubdtype(a.dtype, mx.unsignedinteger)}
+        return Code(arrays | {name: made_up(array, tokens, seed) for name, array in packed.items()}, start)
+
+    keys, values = code(segment.key_codec, segment.keys.start, 4), code(segment.value_codec, segment.values.start, 5)
+    return replace(segment, keys=keys, values=values)
 
 
 def _code_of(code: Code, heads: slice) -> Code:

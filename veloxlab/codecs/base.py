@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
@@ -19,10 +20,10 @@ from veloxlab.codecs.parts.packing import Layout, Row
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.parts.transforms import Rotation, RotationName, SignedHadamard, make_rotation
 from veloxlab.errors import InputError
-from veloxlab.kernels.backend import gpu
-from veloxlab.kernels.checked import checked_decode, encoded
-from veloxlab.kernels.encode import SpreadEncoder
-from veloxlab.kernels.readers import Reader, Spread
+from veloxlab.kernels.checked import computed
+from veloxlab.kernels.readers import Reader
+from veloxlab.kernels.rotated import decode_kernel
+from veloxlab.kernels.vectors import VectorKernel
 
 TOKENS = 2  # the axis of every array of a code that counts tokens: [B, H, S, ...]
 TILE = 1024  # tokens that attention expands at once, so that no decoded history exists
@@ -298,9 +299,9 @@ class RotatedSpace(TiledCodec):
         return make_rotation(self.rotation, self.head_dim, self.seed)
 
     @property
-    def _space(self) -> Spread | None:
-        """The space of the codes, if kernels know it."""
-        return Spread(self._rotation.signs) if isinstance(self._rotation, SignedHadamard) else None
+    def _signs(self) -> mx.array | None:
+        """Signs of the rotation, if it is one that kernels know."""
+        return self._rotation.signs if isinstance(self._rotation, SignedHadamard) else None
 
     def from_codes(self, y: mx.array) -> mx.array:
         """Rotate back."""
@@ -327,7 +328,7 @@ class RotatedCodec(RotatedSpace):
     def levels(self, arrays: dict[str, mx.array]) -> mx.array:
         """Rotated vectors ``[B, H, S, D]`` before scaling, float32."""
 
-    def _encoder(self) -> SpreadEncoder | None:
+    def _encoder(self) -> VectorKernel | None:
         """The kernel that does what `quantize` says, or None where there is none."""
         return None
 
@@ -339,19 +340,16 @@ class RotatedCodec(RotatedSpace):
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]``, in one launch where there is a GPU and a kernel; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
-        return Code(encoded(self._encoder, self._encode_by_graph, x), start)
+        return Code(computed(lambda _: self._encoder(), self._encode_by_graph, x), start)
 
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
         """Reconstruct ``[B, H, S, D]``, in one launch where there is a GPU and a table; see `Codec.decode`."""
-        backend = gpu()
-        space, table = (None, None) if backend is None else (self._space, self._table)
-        if backend is None or space is None or table is None:
-            return super().decode(code, dtype)
-        codes, root_scale, bits = code.arrays["codes"], code.arrays["root_scale"], table.size.bit_length() - 1
         wanted = dtype or mx.float32
-        twin = self._decode_by_graph
-        done = checked_decode(codes, root_scale, space.signs, table, bits, wanted, backend, twin)
-        return super().decode(code, dtype) if done is None else done
+        if self._table is None:
+            return super().decode(code, wanted)
+        given = code.arrays["codes"], code.arrays["root_scale"]
+        by_graph = partial(self._decode_by_graph, dtype=wanted)
+        return computed(lambda _: _decoder(self, wanted), by_graph, *given)["out"]
 
     def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
         x = x.astype(mx.float32)
@@ -359,8 +357,8 @@ class RotatedCodec(RotatedSpace):
         arrays, factor = self.quantize(self._rotation.forward(x / mx.where(rms == 0, 1.0, rms)))
         return arrays | {"root_scale": store_scale(rms * factor)}
 
-    def _decode_by_graph(self, codes: mx.array, root_scale: mx.array) -> mx.array:
-        return super().decode(Code({"codes": codes, "root_scale": root_scale}))
+    def _decode_by_graph(self, codes: mx.array, root_scale: mx.array, dtype: mx.Dtype) -> dict[str, mx.array]:
+        return {"out": super().decode(Code({"codes": codes, "root_scale": root_scale}), dtype)}
 
     def expand(self, code: Code) -> mx.array:
         """Levels of the codes; see `TiledCodec.expand`."""
@@ -369,6 +367,12 @@ class RotatedCodec(RotatedSpace):
     def scales(self, code: Code) -> mx.array:
         """The stored scale; see `TiledCodec.scales`."""
         return load_scale(code.arrays["root_scale"])
+
+
+@lru_cache
+def _decoder(codec: RotatedCodec, dtype: mx.Dtype) -> VectorKernel | None:
+    signs, table = codec._signs, codec._table
+    return None if signs is None or table is None else decode_kernel(signs, table, dtype)
 
 
 def fitted_online(codec: Codec, x: mx.array) -> Codec:

@@ -47,13 +47,13 @@ from veloxlab.codecs.base import (
     not_fitted,
     store_scale,
 )
-from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, pair_order, pairs, train_tables
+from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, PairOrder, pair_order, pairs, train_tables
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts.packing import Layout, Row, pack, unpack
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.parts.scalar import ScaleName, check_scale, scale_factor
 from veloxlab.errors import InputError
-from veloxlab.kernels.readers import PairOrder, SumsReader
+from veloxlab.kernels.readers import SumsReader
 
 _SEQUENCES = 256  # of a batch, whose positions are remembered
 _INDEX = 6  # bits of a or b
@@ -197,7 +197,7 @@ class CommVQ(TiledCodec):
         angles = None if self.rope is None else self._angles(code.start)
         tables = self._checked_tables(codes.shape[1])
         order = pair_order(self.head_dim, self.rope)
-        return SumsReader(self.head_dim, codes, code.arrays["root_scale"], None, tables, order, angles)
+        return SumsReader(self.head_dim, codes, code.arrays["root_scale"], None, tables, *order, angles)
 
     @cached_property
     def _angles(self) -> Callable[[int], mx.array]:

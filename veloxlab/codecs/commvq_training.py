@@ -16,11 +16,12 @@ for values. Most of that is matrix products of a size that one core does best.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from veloxlab.codecs.parts.rope import Rope
-from veloxlab.kernels.readers import PairOrder
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -33,6 +34,19 @@ _INVENTED = 2  # Gaussian vectors beside each of them
 _DIAGONAL = 0.1  # share of the covariance that is only variances
 _RIDGE = 1.0  # vectors' worth of pull towards zero, so that an unused entry is no singularity
 _PRODUCT = 1 << 18  # multiply-adds of one product: BLAS does not wake its threads for it, which cost more than they do
+
+
+class PairOrder(NamedTuple):
+    """Which coordinates are pairs: of the first ``rotated`` neighbours (``traditional``) or halves, then halves."""
+
+    rotated: int
+    traditional: bool
+
+    def pairs(self, dim: int) -> np.ndarray:
+        """Both coordinates of each pair ``[dim/2, 2]``."""
+        rotated, rest = np.arange(self.rotated), np.arange(self.rotated, dim)
+        own = rotated.reshape(-1, 2) if self.traditional else rotated.reshape(2, -1).T
+        return np.concatenate([own, rest.reshape(2, -1).T])
 
 
 def pairs(head_dim: int, rope: Rope | None) -> tuple[Indices, Indices]:

@@ -58,7 +58,7 @@ from veloxlab.codecs.parts.polar import PolarTree, angle_codebook, fitted_angles
 from veloxlab.codecs.parts.scalar import ScaleName, check_scale
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.errors import InputError
-from veloxlab.kernels.readers.polar import MOST_LEVELS, MOST_ROWS, PolarReader
+from veloxlab.kernels.readers.blocks import MOST_LEVELS, MOST_ROWS, PolarReader
 
 Recursion = Literal["block", "full"]
 CodebookName = Literal["offline", "online", "fitted"]
@@ -179,7 +179,7 @@ class PolarQuant(RotatedSpace):
             return None
         other = arrays[rows[1]] if len(rows) > 1 else None
         layout = self.levels, self.tree.circles
-        return PolarReader(self.head_dim, arrays[rows[0]], None, self._space, other, arrays["root_rms"], *layout)
+        return PolarReader(self.head_dim, arrays[rows[0]], None, self._signs, other, arrays["root_rms"], *layout)
 
 
 def preset(head_dim: int, bits: int, recursion: Recursion) -> tuple[int, ...]:

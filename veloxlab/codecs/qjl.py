@@ -46,9 +46,9 @@ from veloxlab.codecs.parts.groups import GroupLevels, GroupQuantizer
 from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import Layout, packed
 from veloxlab.codecs.parts.sketch import SignSketch, SketchName, pack_signs
-from veloxlab.kernels.checked import encoded
+from veloxlab.kernels.checked import computed
+from veloxlab.kernels.encode import sign_kernel
 from veloxlab.kernels.readers import GroupsReader, TableReader
-from veloxlab.kernels.signs import SignEncoder
 
 _SIGNS = 4  # that kernels read at once
 _OUTLIER_SEED = 1_000_003  # keeps the sketch of the outliers independent of the other
@@ -194,7 +194,7 @@ class GroupedValues(TiledCodec):
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Codes, steps and least numbers of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
-        return Code(encoded(lambda: self._quantizer.encoder, self._quantizer.encode, x), start)
+        return Code(computed(lambda _: self._quantizer.kernel, self._quantizer.encode, x), start)
 
     def expand(self, code: Code) -> mx.array:
         """Decode; there is nothing else to be scaled."""
@@ -221,7 +221,8 @@ def _signs_and_size(sketch: SignSketch, x: mx.array) -> dict[str, mx.array]:
 
     That is what float16 holds for larger vectors than the norm itself.
     """
-    return encoded(SignEncoder, _signs_and_size_by_graph, x, sketch.matrix.T)
+    y = x.astype(mx.float32) @ sketch.matrix.T
+    return computed(lambda _: sign_kernel(x.shape[-1], y.shape[-1]), _signs_and_size_by_graph, x, y)
 
 
 def _signs_and_size_by_graph(x: mx.array, y: mx.array) -> dict[str, mx.array]:

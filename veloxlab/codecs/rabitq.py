@@ -59,8 +59,9 @@ from veloxlab.codecs.parts.packing import Layout, Row, check_word, pack, packed,
 from veloxlab.codecs.parts.scalar import paired, scale_factor
 from veloxlab.codecs.parts.transforms import RotationName, SignedHadamard
 from veloxlab.errors import InputError
-from veloxlab.kernels.encode import SpreadEncoder, StretchedGrid
-from veloxlab.kernels.readers import ShiftedTableReader, TableReader
+from veloxlab.kernels.readers import TableReader
+from veloxlab.kernels.rotated import encode_kernel, stretched_grid
+from veloxlab.kernels.vectors import VectorKernel
 
 ScaleName = Literal["unbiased", "mse"]
 EncoderName = Literal["grid", "exact", "fast"]
@@ -111,7 +112,7 @@ class RaBitQ(RotatedCodec):
         """The rotation; of the grid only kernels take tables, one or two KB for each width, which do not count."""
         return self._rotation.nbytes
 
-    def _encoder(self) -> SpreadEncoder | None:
+    def _encoder(self) -> VectorKernel | None:
         """None for ``exact``, which sorts steps, and where the rotation is no Hadamard transform."""
         if self.encoder == "exact" or self.rotation != "hadamard":
             return None
@@ -142,7 +143,7 @@ class RaBitQ(RotatedCodec):
         """The grid as a table; see `TiledCodec.reader`."""
         together, table = _grid(self.bits)
         return TableReader(
-            self.head_dim, code.arrays["codes"], code.arrays["root_scale"], self._space, self.bits * together, table
+            self.head_dim, code.arrays["codes"], code.arrays["root_scale"], self._signs, self.bits * together, table
         )
 
     def half_widths(self, code: Code, epsilon: float = EPSILON) -> mx.array:
@@ -232,8 +233,7 @@ class CentredRaBitQ(RaBitQ):
         if self.centroid is None:
             return plain
         self._mean(plain.kv_heads)  # refuses other heads
-        layout = plain.space, plain.bits, plain.table
-        return ShiftedTableReader(self.head_dim, plain.rows, plain.root_scale, *layout, self._rotated_mean)
+        return replace(plain, shifts=self._rotated_mean)
 
     @cached_property
     def _rotated_mean(self) -> mx.array:
@@ -273,12 +273,12 @@ def _tries(bits: int) -> mx.array:
 
 
 @lru_cache
-def _encoder(dim: int, bits: int, scale: ScaleName, encoder: EncoderName, sine: bool, seed: int) -> SpreadEncoder:
+def _encoder(dim: int, bits: int, scale: ScaleName, encoder: EncoderName, sine: bool, seed: int) -> VectorKernel | None:
     tried = encoder == "grid" and bits > 1  # of one bit there is no second step to stretch for
     stretches = _tries(bits) if tried else mx.array([usual_stretch(dim, bits) if bits > 1 else 0.0])
     mx.eval(stretches)
     signs = SignedHadamard(dim, seed).signs
-    return SpreadEncoder(signs, StretchedGrid(stretches, bits, tried), scale, (("codes", bits),), sine)
+    return encode_kernel(signs, stretched_grid(stretches, bits, tried=tried), scale, {"codes": bits}, sine=sine)
 
 
 @lru_cache

@@ -31,7 +31,7 @@ from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts.codebooks import check_bits
 from veloxlab.codecs.parts.packing import Layout, Row
 from veloxlab.errors import InputError
-from veloxlab.kernels.readers import HeadWidths, Spread, WidthsReader
+from veloxlab.kernels.readers import WidthsReader, head_widths
 
 HeadBits = Sequence[int] | Mapping[str, Sequence[int]]
 Base = turboquant.TurboQuant | turboquant.TurboQuantProd
@@ -123,19 +123,19 @@ class RateQuant(TiledCodec):
 
     def reader(self, code: Code) -> WidthsReader | None:
         """Every head's own width and levels; None with the sketch of ``prod``; see `TiledCodec.reader`."""
-        if self._layout is None:
+        if self._kernel_layout is None:
             return None
-        return WidthsReader(self.head_dim, code.arrays[_RAGGED], code.arrays["root_scale"], *self._layout)
+        return WidthsReader(self.head_dim, code.arrays[_RAGGED], code.arrays["root_scale"], *self._kernel_layout)
 
     @cached_property
-    def _layout(self) -> tuple[Spread | None, HeadWidths] | None:
-        """Space and widths of the codes for a kernel: asked for at every token, and each layer has its own."""
+    def _kernel_layout(self) -> tuple[mx.array | None, int, mx.array, mx.array] | None:
+        """Signs and widths of the codes for a kernel: asked for at every token, and each layer has its own."""
         bases = [base for base in self.base if isinstance(base, turboquant.TurboQuant)]
         if len(bases) < len(self.base):
             return None
         layouts = [turboquant.kernel_layout(base) for base in bases]
         levels = {base.bits: table for base, (_, _, table) in zip(bases, layouts, strict=True)}
-        return layouts[0][0], HeadWidths(self.head_bits, self.head_dim, levels)
+        return layouts[0][0], *head_widths(self.head_bits, self.head_dim, levels)
 
     def _by_width(self, x: mx.array, code: Code, attend: Callable[[Base, mx.array, Code], mx.array]) -> mx.array:
         """Give each codec the rows of ``x`` ``[B, Hq, L, ·]`` that read its heads, and put the answers in order.

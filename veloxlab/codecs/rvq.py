@@ -45,8 +45,9 @@ from veloxlab.codecs.parts.codebooks import (
 from veloxlab.codecs.parts.packing import Layout, check_word, pack, packed, unpack
 from veloxlab.codecs.parts.scalar import JOINT_INDEX_BITS, CodebookName, ScaleName, check_scale, scale_factor
 from veloxlab.codecs.parts.transforms import RotationName
-from veloxlab.kernels.encode import NearestLevel, SpreadEncoder
-from veloxlab.kernels.readers import StagesReader
+from veloxlab.kernels.readers import TableReader
+from veloxlab.kernels.rotated import encode_kernel, nearest_level
+from veloxlab.kernels.vectors import VectorKernel
 
 Variant = Literal["plain", "refined"]
 Residual = Literal["exact", "laplacian"]
@@ -104,7 +105,7 @@ class Rvq(RotatedCodec):
         """Rotation and codebooks."""
         return self._rotation.nbytes + sum(table.nbytes for table in _tables(self.stages))
 
-    def _encoder(self) -> SpreadEncoder | None:
+    def _encoder(self) -> VectorKernel | None:
         return _encoder(self)
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
@@ -122,10 +123,10 @@ class Rvq(RotatedCodec):
         levels = mx.take(joint, (coarse << (half * together)) | fine, axis=0)
         return levels.reshape(*coarse.shape[:-1], coarse.shape[-1] * together)[..., : self.head_dim]
 
-    def reader(self, code: Code) -> StagesReader:
+    def reader(self, code: Code) -> TableReader:
         """Both stages, and the levels that they stand for together; see `TiledCodec.reader`."""
         coarse, fine, root_scale = (code.arrays[name] for name in ("coarse", "fine", "root_scale"))
-        return StagesReader(self.head_dim, coarse, root_scale, self._space, fine, *_kernel_table(self.stages))
+        return TableReader(self.head_dim, coarse, root_scale, self._signs, *_kernel_table(self.stages), fine)
 
     def decode_coarse(self, code: Code) -> mx.array:
         """Reconstruct ``[B, H, S, D]``, float32, from the first stage and the scale: ``fine`` is not read.
@@ -218,13 +219,13 @@ def _tables(stages: Stages) -> tuple[mx.array, mx.array, mx.array, mx.array]:
 
 
 @lru_cache
-def _encoder(codec: Rvq) -> SpreadEncoder | None:
-    space, half = codec._space, codec.bits // 2
-    if space is None:
+def _encoder(codec: Rvq) -> VectorKernel | None:
+    signs, half = codec._signs, codec.bits // 2
+    if signs is None:
         return None
     boundaries, levels, _, _ = _tables(codec.stages)
-    nearest = NearestLevel(boundaries, levels, codec.bits)
-    return SpreadEncoder(space.signs, nearest, codec.scale, (("coarse", half), ("fine", half)))
+    nearest = nearest_level(boundaries, levels, codec.bits)
+    return encode_kernel(signs, nearest, codec.scale, {"coarse": half, "fine": half})
 
 
 def _neighbours(stages: Stages, half: int, together: int) -> Floats:

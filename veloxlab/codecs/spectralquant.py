@@ -58,9 +58,10 @@ from veloxlab.codecs.parts.scalar import PlannedQuantizer, ScaleName, check_scal
 from veloxlab.codecs.parts.transforms import make_rotation
 from veloxlab.codecs.parts.water_filling import greedy_bits
 from veloxlab.errors import InputError
-from veloxlab.kernels.checked import encoded
-from veloxlab.kernels.planned import PlannedEncoder
+from veloxlab.kernels.checked import computed
+from veloxlab.kernels.encode import plan_kernel
 from veloxlab.kernels.readers import PlanReader
+from veloxlab.kernels.vectors import VectorKernel
 
 BasisName = Literal["pca", "query", "hadamard"]
 Floats = NDArray[np.float64]
@@ -187,7 +188,8 @@ class SpectralQuant(TiledCodec):
         """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         forward, _, _, _ = self._fitted(x.shape[1])
-        return Code(encoded(lambda: self._encoder, self._encode_by_graph, x, forward), start)
+        y = x.astype(mx.float32) @ forward
+        return Code(computed(lambda _: self._encoder, self._encode_by_graph, x, y), start)
 
     def _encode_by_graph(self, x: mx.array, y: mx.array) -> dict[str, mx.array]:
         """Codes and scales of ``x``, given as well in the basis, ``y``; both ``[B, H, S, D]``."""
@@ -201,10 +203,10 @@ class SpectralQuant(TiledCodec):
         return {"codes": quantizer.pack(codes), "root_scale": store_scale(rms * factor)}
 
     @cached_property
-    def _encoder(self) -> PlannedEncoder:
+    def _encoder(self) -> VectorKernel | None:
         assert self.mean is not None
         assert self.deviation is not None
-        return PlannedEncoder(*self._quantizer.encoder_tables, self.mean, self.deviation, self.scale, _LARGEST_FACTOR)
+        return plan_kernel(*self._quantizer.encoder_tables, self.mean, self.deviation, self.scale, _LARGEST_FACTOR)
 
     def expand(self, code: Code) -> mx.array:
         """Levels of the codes, each coordinate with its variance and mean; see `TiledCodec.expand`."""

@@ -46,8 +46,9 @@ from veloxlab.codecs.parts.scalar import (
 from veloxlab.codecs.parts.sketch import SignSketch, SketchName
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.errors import InputError
-from veloxlab.kernels.encode import NearestLevel, SpreadEncoder
-from veloxlab.kernels.readers import Spread, TableReader
+from veloxlab.kernels.readers import TableReader
+from veloxlab.kernels.rotated import encode_kernel, nearest_level
+from veloxlab.kernels.vectors import VectorKernel
 
 _ONLY = {"scale": "mse", "outliers": "mse", "outlier_bits": "mse", "sketch": "prod"}  # options of one variant
 _SKETCH_SEED = 1_000_003  # keeps the sketch independent of a Haar rotation with the same seed
@@ -92,7 +93,7 @@ class TurboQuant(RotatedCodec):
         """Rotation and codebook."""
         return self._rotation.nbytes + self._quantizer.nbytes
 
-    def _encoder(self) -> SpreadEncoder | None:
+    def _encoder(self) -> VectorKernel | None:
         return _encoder(self)
 
     @property
@@ -115,18 +116,18 @@ class TurboQuant(RotatedCodec):
 
 
 @lru_cache
-def _encoder(codec: TurboQuant) -> SpreadEncoder | None:
-    space, quantizer = codec._space, codec._quantizer
-    if space is None:
+def _encoder(codec: TurboQuant) -> VectorKernel | None:
+    signs, quantizer = codec._signs, codec._quantizer
+    if signs is None:
         return None
-    nearest = NearestLevel(quantizer.boundaries, quantizer.levels, codec.bits)
-    return SpreadEncoder(space.signs, nearest, codec.scale, (("codes", codec.bits),))
+    nearest = nearest_level(quantizer.boundaries, quantizer.levels, codec.bits)
+    return encode_kernel(signs, nearest, codec.scale, {"codes": codec.bits})
 
 
 @lru_cache
-def kernel_layout(codec: TurboQuant) -> tuple[Spread | None, int, mx.array]:
-    """Space, index width and table of a codec's codes for a kernel: asked for at every token of every layer."""
-    return codec._space, *paired_levels(codec._quantizer)
+def kernel_layout(codec: TurboQuant) -> tuple[mx.array | None, int, mx.array]:
+    """Signs, index width and table of a codec's codes for a kernel: asked for at every token of every layer."""
+    return codec._signs, *paired_levels(codec._quantizer)
 
 
 @dataclass(frozen=True)

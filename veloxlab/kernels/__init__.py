@@ -1,1 +1,1 @@
-"""GPU kernels: one body each for Metal and CUDA, and an MLX-graph twin that defines what is right."""
+"""GPU kernels: one text for all back ends. What is right is what the codecs compute with MLX operations."""

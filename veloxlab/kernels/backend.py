@@ -1,38 +1,32 @@
-"""Build a kernel's one body for the GPU at hand, and call it.
+"""What differs between the machines that run kernels, and how a kernel is built and launched.
 
-A body is written in the subset that Metal and CUDA share, under Metal's names; ``source/cuda.h`` and
+A kernel's body is written once, in the subset that Metal and CUDA share, under Metal's names; ``source/cuda.h`` and
 ``source/metal.h`` supply what differs. What is known when a kernel is built (widths, dimensions) comes as ``#define``,
 so that the compiler unrolls by it; a kernel is built once for each set of them.
 """
 
 from __future__ import annotations
 
-import os
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
-from typing import Literal, cast
 
 import mlx.core as mx
 
-from veloxlab import runtime
-
-GpuBackend = Literal["metal", "cuda"]
 SIMD = 32  # threads of a simdgroup (Metal) or warp (CUDA)
-_CONSTANT_BELOW = 8  # elements
-SWITCH = "VELOXLAB_KERNELS"  # 0 in the environment: no kernel, the MLX-graph twins do everything
 
-_DTYPES = {mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"}
+Built = Callable[..., list[mx.array]]  # called as the kernels that ``mx.fast.metal_kernel`` makes
 
 
 @dataclass(frozen=True)
 class Source:
-    """A kernel in a form that both GPUs' compilers take, but for the prelude.
+    """A kernel in a form that all back ends take, but for the prelude.
 
     Attributes
     ----------
-    name : of the kernel; what it was built for is added to it.
+    name : of the kernel, for people and profilers.
     inputs, outputs : names of the arrays, as the body uses them.
     defines : what is known when it is built.
     headers : files of ``source/`` with the functions that the body calls, in order.
@@ -46,16 +40,40 @@ class Source:
     headers: tuple[str, ...]
     body: str
 
-    @property
-    def built_name(self) -> str:
-        """The name with all that tells this build from others: MLX keeps compiled kernels by name."""
-        parts = [f"{value}" for _, value in self.defines]
-        return "_".join(["veloxlab", self.name, *("".join(c if c.isalnum() else "_" for c in p) for p in parts)])
-
     def header(self, prelude: str) -> str:
         """What comes before the body: definitions, the prelude, the functions."""
         defines = "".join(f"#define {name} {value}\n" for name, value in self.defines)
         return "\n".join([defines, source_file(prelude), *map(source_file, self.headers)])
+
+
+@dataclass(frozen=True, eq=False)
+class Backend:
+    """All that differs between the machines that run kernels.
+
+    Attributes
+    ----------
+    name : as `veloxlab.runtime.backend` gives it.
+    build : makes a `Source` into a function that runs it.
+    types : what a kernel's text calls each type of number.
+    shared_bytes : memory that the threads of a group share.
+    table_words : words of 4 bytes of it, at most, for the tables of codes.
+    pair_words : words that a pair of levels takes there: 1 in half precision, 2 in float32.
+    shares : threads of the matrix unit that read a key together, and a value.
+    points_each : points of a codebook search that a simdgroup works on at once, by the registers of a thread.
+    least_size : elements of an input, at least: a smaller array is repeated along a last axis of stride 0.
+    lazy : whether outputs are computed when they are asked for. If not, inputs are evaluated before a launch.
+    """
+
+    name: str
+    build: Callable[[Source], Built]
+    types: Mapping[mx.Dtype, str]
+    shared_bytes: int
+    table_words: int
+    pair_words: int
+    shares: tuple[int, int]
+    points_each: int
+    least_size: int = 0
+    lazy: bool = True
 
 
 @cache
@@ -64,32 +82,53 @@ def source_file(name: str) -> str:
     return (files("veloxlab.kernels") / "source" / name).read_text(encoding="utf-8")
 
 
-def type_name(dtype: mx.Dtype, backend: GpuBackend) -> str:
-    """How a kernel for ``backend`` calls ``dtype``."""
-    name = _DTYPES[dtype]
-    return "__nv_bfloat16" if name == "bfloat" and backend == "cuda" else name
-
-
-def gpu() -> GpuBackend | None:
-    """The GPU that MLX computes on, or None on a CPU or where ``VELOXLAB_KERNELS=0`` forbids kernels."""
-    if os.environ.get(SWITCH) == "0":
-        return None
-    backend = runtime.backend()
-    return backend if backend in ("metal", "cuda") else None  # type: ignore[return-value]
+def launch(
+    source: Source,
+    arrays: Mapping[str, mx.array],
+    *,
+    backend: Backend,
+    groups: tuple[int, int, int],
+    threads: int,
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[mx.Dtype],
+) -> list[mx.array]:
+    """Run a kernel on ``groups`` threadgroups of ``threads`` threads; ``shapes`` and ``dtypes`` are the outputs'."""
+    inputs = [arrays[name] for name in source.inputs]
+    if backend.least_size:
+        inputs = [_at_least(backend.least_size, array) for array in inputs]
+    if not backend.lazy:
+        mx.eval(inputs)
+    return _built(source, backend)(
+        inputs=inputs,
+        template=[],
+        grid=(groups[0] * threads, groups[1], groups[2]),
+        threadgroup=(threads, 1, 1),
+        output_shapes=list(shapes),
+        output_dtypes=list(dtypes),
+    )
 
 
 @lru_cache(maxsize=512)
-def _built(source: Source, backend: GpuBackend) -> Callable[..., list[mx.array]]:
-    make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
-    kernel = make(
-        name=source.built_name,
+def _built(source: Source, backend: Backend) -> Built:
+    return backend.build(source)
+
+
+def build_with_mlx(language: str, source: Source) -> Built:
+    """A kernel of ``mx.fast``, in ``"metal"`` or ``"cuda"``.
+
+    MLX keeps compiled kernels by name, on disk too, so that the name has a checksum of the text.
+    """
+    body, header = _bare(source.body), _bare(source.header(f"{language}.h"))
+    checksum = hashlib.sha256((header + body).encode()).hexdigest()[:16]
+    kernel: Built = getattr(mx.fast, f"{language}_kernel")(
+        name=f"veloxlab_{source.name}_{checksum}",
         input_names=list(source.inputs),
         output_names=list(source.outputs),
-        source=_bare(source.body),
-        header=_bare(source.header(f"{backend}.h")),
+        source=body,
+        header=header,
         ensure_row_contiguous=False,  # a cache's arrays are views of growing buffers: bodies go by their strides
     )
-    return cast(Callable[..., list[mx.array]], kernel)
+    return kernel
 
 
 def _bare(text: str) -> str:
@@ -98,34 +137,5 @@ def _bare(text: str) -> str:
     return "\n".join(filter(None, lines)) + "\n"
 
 
-def launch(
-    source: Source,
-    arrays: Mapping[str, mx.array],
-    *,
-    backend: GpuBackend,
-    groups: tuple[int, int, int],
-    threads: int,
-    shapes: Sequence[tuple[int, ...]],
-    dtypes: Sequence[mx.Dtype],
-) -> list[mx.array]:
-    """Run a kernel on ``groups`` threadgroups of ``threads`` threads; lazy, as any MLX operation."""
-    inputs = [arrays[name] for name in source.inputs]
-    outputs: list[mx.array] = _built(source, backend)(
-        inputs=[_in_device_memory(array) for array in inputs] if backend == "metal" else inputs,
-        template=[],
-        grid=(groups[0] * threads, groups[1], groups[2]),
-        threadgroup=(threads, 1, 1),
-        output_shapes=list(shapes),
-        output_dtypes=list(dtypes),
-    )
-    return outputs
-
-
-def _in_device_memory(array: mx.array) -> mx.array:
-    """The same elements at the same strides, in an array that MLX does not put in Metal's ``constant`` address space.
-
-    It does so with fewer than 8 elements, and a body's pointers are to one space. A last axis of stride 0 adds some.
-    """
-    return (
-        array if array.size >= _CONSTANT_BELOW else mx.broadcast_to(array[..., None], (*array.shape, _CONSTANT_BELOW))
-    )
+def _at_least(size: int, array: mx.array) -> mx.array:
+    return array if array.size >= size else mx.broadcast_to(array[..., None], (*array.shape, size))

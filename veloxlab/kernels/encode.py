@@ -1,248 +1,188 @@
-"""Encoding of vectors in one launch: root-mean-square 1, a signed Hadamard transform, a quantizer, scale and packing.
+"""Kernels that encode vectors as they come: nearest centroids, signs, steps of groups, and widths by a plan.
 
-A vector lies in the registers of a simdgroup's lanes (``source/lanes.h``): it is read once, and only its codes and its
-scale are written. The twin is ``RotatedCodec.encode``, with the quantizer that a codec has.
+What each writes is what the codec of the same layout computes with MLX operations.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from functools import lru_cache
-from string import Template
 from typing import Final
 
 import mlx.core as mx
 
-from veloxlab.errors import InputError
-from veloxlab.kernels.backend import GpuBackend, Source, launch, source_file
-from veloxlab.kernels.lanes import (
-    THREADS,
-    can_spread,
-    check_bits,
-    check_fits,
-    check_table,
-    groups_for,
-    hartley_row,
-    layout,
-    vectors_at_once,
-    words,
-)
+from veloxlab.kernels.backend import SIMD, Backend
+from veloxlab.kernels.vectors import IN_LANES, THREADS, VectorKernel, fits_lanes, lanes, words
 
-# what a vector's root-mean-square is to be multiplied with, from the sums that ``encode.metal`` makes
-_FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
-
-# what is left of a vector of length √D when the nearest multiple of its grid point is taken away
-_REST: Final = (
-    "float rest = 0.0f;\n"
-    "UNROLL for (uint i = 0; i < each; i++) {\n"
-    "  const float off = y[i] - inner / squares * quantizer.level(own[i * lanes + lane]);\n"
-    "  rest += off * off;\n"
-    "}\n"
-    "rest = total_of<int(lanes)>(rest);"
-)
-_KEEP_REST: Final = "if (lane == 0) sines[vector] = half(square_root(rest / float(HEAD_DIM)));"
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """Text of a quantizer in a kernel.
-
-    Attributes
-    ----------
-    name : what tells it from others.
-    tables : threadgroup variables, and what fills them.
-    setup : the statement that makes it, once a vector lies spread in ``y``.
-    """
-
-    name: str
-    tables: str
-    setup: str
-
-
-@dataclass(frozen=True, eq=False)
-class NearestLevel:
-    """The nearest of ascending levels, as `veloxlab.codecs.parts.scalar.ScalarQuantizer` finds it.
-
-    Parameters
-    ----------
-    boundaries, levels : ``[2**bits - 1]``, of which some may be equal, and ``[2**bits]``; float32, for coordinates of
-        variance 1.
-    bits : of a code, 1 to 8.
-    """
-
-    boundaries: mx.array
-    levels: mx.array
-    bits: int
-
-    def __post_init__(self) -> None:
-        check_bits(self.bits)
-        check_table("boundaries", self.boundaries, 2**self.bits - 1)
-        check_table("levels", self.levels, 2**self.bits)
-
-    @property
-    def arrays(self) -> dict[str, mx.array]:
-        """Inputs of the kernel."""
-        return {"boundaries": self.boundaries, "levels": self.levels}
-
-    @property
-    def fragment(self) -> Fragment:
-        """Its text, the same for all tables of a size."""
-        return _NEAREST_LEVEL
-
-
-@dataclass(frozen=True, eq=False)
-class StretchedGrid:
-    """The steps ±½, ±1½ … ±(2^(bits − 1) − ½), which stretched coordinates find downwards in size.
-
-    Parameters
-    ----------
-    stretches : ``[n]`` float32. The first one serves all vectors; but where they are to be tried, they are in units of
-        the stretch at which a vector's largest coordinate leaves the grid, and the one is taken with which vector and
-        grid point have the largest cosine.
-    bits : of a code, 1 to 8.
-    tried : see there.
-    """
-
-    stretches: mx.array
-    bits: int
-    tried: bool
-
-    def __post_init__(self) -> None:
-        check_bits(self.bits)
-        check_table("stretches", self.stretches, max(1, self.stretches.size))
-
-    @property
-    def arrays(self) -> dict[str, mx.array]:
-        """Inputs of the kernel."""
-        return {"stretches": self.stretches}
-
-    @property
-    def fragment(self) -> Fragment:
-        """Its text, the same for all stretches of a number."""
-        count = self.stretches.size
-        if not self.tried:
-            return Fragment("stretched_grid", "", "const StretchedGrid<CODE_BITS> quantizer = {stretches[0]};")
-        best = f"best_stretch<HEAD_DIM, CODE_BITS>(y, stretches, stretches_strides[0], {count})"
-        return Fragment(f"stretched_grid_of_{count}", "", f"const StretchedGrid<CODE_BITS> quantizer = {{{best}}};")
-
-
-Quantizer = NearestLevel | StretchedGrid
-
-_NEAREST_LEVEL = Fragment(
-    "nearest_level",
-    tables=(
-        "threadgroup float table[1 << CODE_BITS], bounds[1 << CODE_BITS];\n"
-        "for (uint i = thread_id; i < 1 << CODE_BITS; i += THREADS) {\n"
-        "  table[i] = levels[i * levels_strides[0]];\n"
-        "  if (i < (1 << CODE_BITS) - 1) bounds[i] = boundaries[i * boundaries_strides[0]];\n"
-        "}\n"
-        "group_barrier();"
-    ),
-    setup="const NearestLevel<CODE_BITS> quantizer = {bounds, table};",
-)
-
-
-@dataclass(frozen=True, eq=False)
-class SpreadEncoder:
-    """Spreads vectors, quantizes each coordinate, and packs.
-
-    Parameters
-    ----------
-    signs : ±1 of each coordinate ``[D]``, float32; see `veloxlab.codecs.parts.transforms.SignedHadamard`.
-    quantizer : of coordinates.
-    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.parts.scalar.scale_factor`.
-    fields : name and width of each part that a code is cut into, from its high bits down; they are packed apart.
-    sine : whether that of the angle between a vector and what its codes stand for is kept too, as ``sine``.
-
-    Raises
-    ------
-    InputError : another scale, or widths that do not add up to the code's.
-    """
-
-    signs: mx.array
-    quantizer: Quantizer
-    scale: str
-    fields: tuple[tuple[str, int], ...]
-    sine: bool = False
-
-    def __post_init__(self) -> None:
-        if self.scale not in _FACTORS:
-            raise InputError(f"Unknown scale {self.scale!r}: choose 'unbiased', 'mse' or 'norm'.")
-        widths = [width for _, width in self.fields]
-        if sum(widths) != self.quantizer.bits or min(widths) < 1:
-            raise InputError(
-                f"Fields of {widths} bits make no code of {self.quantizer.bits}: give widths that add up to it."
-            )
-
-    @property
-    def kernel(self) -> tuple[object, ...]:
-        """What tells its kernel from others for vectors of one dimension and type; first a name for people."""
-        return "encode", self.quantizer.fragment, self.scale, self.fields, self.sine
-
-    def takes(self, x: mx.array) -> bool:
-        """Whether vectors ``[B, H, S, D]`` fit the kernel's registers."""
-        return can_spread(x.shape[-1])
-
-    def __call__(self, backend: GpuBackend, x: mx.array) -> dict[str, mx.array]:
-        """Encode ``x`` ``[B, H, S, D]``, float32, float16 or bfloat16, a view with any strides.
-
-        Gives each field's codes ``[B, H, S, ⌈D·width / 32⌉]`` uint32, LSB first without gaps, and ``root_scale``, the
-        square root of each vector's scale, and perhaps ``sine``, both ``[B, H, S, 1]`` float16. Raises `InputError` for
-        a shape or dtype that the kernel does not take.
-        """
-        check_fits(x)
-        *lead, dim = x.shape
-        check_table("signs", self.signs, dim)
-        numbers = ("root_scale", "sine") if self.sine else ("root_scale",)
-        names = (*(name for name, _ in self.fields), *numbers)
-        widths = tuple(width for _, width in self.fields)
-        shapes = [(*lead, words(dim, width)) for width in widths] + [(*lead, 1)] * len(numbers)
-        dtypes = [mx.uint32] * len(widths) + [mx.float16] * len(numbers)
-        if x.size == 0:
-            return {name: mx.zeros(shape, dtype) for name, shape, dtype in zip(names, shapes, dtypes, strict=True)}
-        arrays = {"x": x, "signs": self.signs, **self.quantizer.arrays}
-        written = launch(
-            _source(dim, x.dtype, tuple(arrays), self.quantizer.fragment, widths, self.scale, self.sine, backend),
-            arrays,
-            backend=backend,
-            groups=groups_for(math.prod(lead), vectors_at_once(dim)),
-            threads=THREADS,
-            shapes=shapes,
-            dtypes=dtypes,
-        )
-        return dict(zip(names, written, strict=True))
+_SIMDGROUPS = THREADS // SIMD  # of a threadgroup: a vector for each
+_LARGEST_DIM = 4096  # of which the codes of a threadgroup take half of Metal's threadgroup memory
+_WIDEST = 8  # bits of a code of a plan
+# what a vector's root-mean-square is to be multiplied with, from the sums that ``planned.metal`` makes
+_FACTORS: Final = {
+    "norm": "1.0f",
+    "mse": "(inner > 0.0f ? inner : 0.0f) / squares",
+    "unbiased": "energy / (inner > energy / {largest}f ? inner : energy / {largest}f)",
+}
+_SEARCH_SIMDGROUPS = 8  # of a threadgroup that searches a codebook
+_TILE = 256  # centroids in threadgroup memory at a time
+_CHUNK = 16  # coordinates of them
+_QUAD = 4  # coordinates that are read at once
 
 
 @lru_cache
-def _source(
-    dim: int,
-    dtype: mx.Dtype,
-    inputs: tuple[str, ...],
-    quantizer: Fragment,
-    widths: tuple[int, ...],
+def sign_kernel(dim: int, rows: int) -> VectorKernel:
+    """Signs of projections ``[B, H, S, rows]`` float32, and the size of the vectors ``[B, H, S, dim]`` before them.
+
+    Gives ``signs`` ``[B, H, S, ⌈rows / 32⌉]`` uint32, LSB first, 1 for 0 and above, and ``root_rms``, the square root
+    of the root-mean-square, ``[B, H, S, 1]`` float16.
+    """
+    return VectorKernel(
+        name="encode_signs",
+        file="signs.metal",
+        given=("x", "y"),
+        rows={"signs": (words(rows, 1), mx.uint32), "root_rms": (1, mx.float16)},
+        defines={"HEAD_DIM": dim, "ROWS": rows, "CODE_WORDS": words(rows, 1)},
+        headers=("simd.h",),
+        at_once=_SIMDGROUPS,
+    )
+
+
+@lru_cache
+def group_kernel(dim: int, bits: int, group: int, steps: int, shift: float) -> VectorKernel | None:
+    """Equal ``steps`` from the least to the largest of every ``group`` coordinates of ``[B, H, S, dim]``.
+
+    A level lies ``shift`` steps, 0 to 1, after the begin of its step. The last group may be shorter. Gives ``codes``
+    ``[B, H, S, ⌈dim·bits / 32⌉]`` uint32, LSB first without gaps, and roots ``half_step``, ``least``
+    ``[B, H, S, groups]`` float16, that of a negative number negative. None for vectors that do not fit.
+    """
+    if dim > _LARGEST_DIM:
+        return None
+    groups = -(-dim // group)
+    return VectorKernel(
+        name="encode_groups",
+        file="groups.metal",
+        given=("x",),
+        rows={
+            "codes": (words(dim, bits), mx.uint32),
+            "half_step": (groups, mx.float16),
+            "least": (groups, mx.float16),
+        },
+        defines={
+            "HEAD_DIM": dim,
+            "GROUP": group,
+            "GROUPS": groups,
+            "STEPS": steps,
+            "SHIFT": f"{float(shift)}f",
+            "CODE_BITS": bits,
+            "CODE_WORDS": words(dim, bits),
+        },
+        headers=("simd.h", "packing.h"),
+        at_once=_SIMDGROUPS,
+    )
+
+
+def plan_kernel(
+    first_bits: mx.array,
+    first_codes: mx.array,
+    boundaries: mx.array,
+    levels: mx.array,
+    mean: mx.array,
+    deviation: mx.array,
     scale: str,
-    sine: bool,
-    backend: GpuBackend,
-) -> Source:
-    rows = [f"row_{width}_{i}" for i, width in enumerate(widths)]
-    below = [sum(widths[i + 1 :]) for i in range(len(widths))]  # bits of a code under the field
-    pack = [
-        f"pack_row<HEAD_DIM, {width}, {low}>(own, {row} + vector * {words(dim, width)}u, lane, lanes);"
-        for row, width, low in zip(rows, widths, below, strict=True)
-    ]
-    return Source(
-        name="_".join(["encode", quantizer.name, *map(str, widths), *(["sine"] if sine else [])]),
-        inputs=inputs,
-        outputs=(*rows, "root_scale", *(["sines"] if sine else [])),
-        defines=(*layout(dim, dtype, backend), ("CODE_BITS", sum(widths)), ("FACTOR", _FACTORS[scale])),
-        headers=("simd.h", "lanes.h", "quantizers.h", "packing.h"),
-        body=Template(source_file("encode.metal")).substitute(
-            hartley=hartley_row(dim),
-            tables=quantizer.tables,
-            quantizer=quantizer.setup,
-            rest=_REST if sine else "",
-            keep_rest=_KEEP_REST if sine else "",
-            pack="\n  ".join(pack),
-        ),
+    largest: float,
+) -> VectorKernel | None:
+    """Codes of each coordinate's own width, mean and deviation. The plan is data: all layers share one kernel.
+
+    Parameters
+    ----------
+    first_bits : where each coordinate's code begins in a row of bits, and where the last one ends ``[D + 1]`` uint32;
+        a code takes 0 to 8 bits.
+    first_codes : the first coordinate that has bits in each word ``[words]`` uint32.
+    boundaries, levels : for coordinates of mean 0 and variance 1 ``[511]`` float32. Those of n bits begin at 2^n − 1;
+        of widths that no coordinate has anything may stand there.
+    mean, deviation : of each KV head's coordinates ``[H, 1, D]`` float32, for vectors of root-mean-square 1.
+    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``, as `veloxlab.codecs.spectralquant` has them.
+    largest : factor of an unbiased scale.
+
+    Returns
+    -------
+    A kernel of vectors ``[B, H, S, D]`` and the same in the basis of the plan, float32. It gives ``codes``
+    ``[B, H, S, words]`` uint32, one string of bits without gaps, and ``root_scale`` ``[B, H, S, 1]`` float16. None for
+    vectors that do not fit the registers.
+    """
+    dim, count = mean.shape[-1], first_codes.size
+    if not fits_lanes(dim):
+        return None
+    return VectorKernel(
+        name="encode_by_plan",
+        file="planned.metal",
+        given=("x", "y"),
+        rows={"codes": (count, mx.uint32), "root_scale": (1, mx.float16)},
+        defines={
+            "HEAD_DIM": dim,
+            "CODE_WORDS": count,
+            "WIDEST": _WIDEST,
+            "FACTOR": _FACTORS[scale].format(largest=float(largest)),
+        },
+        headers=(*IN_LANES, "quantizers.h", "packing.h"),
+        tables={
+            "mean": mean,
+            "deviation": deviation,
+            "boundaries": boundaries,
+            "levels": levels,
+            "first_bits": first_bits,
+            "first_codes": first_codes,
+        },
+        at_once=THREADS // lanes(dim),
+    )
+
+
+@lru_cache
+def search_kernel(dim: int, parts: int, bits: int, backend: Backend) -> VectorKernel:
+    """Packed indices of the nearest of ``2**bits`` centroids to each of the ``parts`` sub-vectors of a vector.
+
+    It is called with vectors ``[B, H, S, parts · dim]`` and centroids ``[2**bits, dim]``, and gives ``packed``
+    ``[B, H, S, ⌈parts·bits / 32⌉]`` uint32. Of centroids at the same distance it is the first.
+
+    A threadgroup takes a few dozen points and all centroids, a tile of them at a time. Inner products are summed up in
+    registers, in float32, and each point's least distance ``‖c‖²/2 − x·c`` is kept there.
+    """
+    threads, points, count = _SEARCH_SIMDGROUPS * SIMD, _SEARCH_SIMDGROUPS * backend.points_each, 1 << bits
+    tile = min(max(count, SIMD), _TILE)
+    chunk = next(size for size in (_QUAD, 2 * _QUAD, _CHUNK) if size >= min(dim, _CHUNK))
+    quads, chunks, lines = chunk // _QUAD, -(-dim // chunk), threads // chunk
+    span = min(max(parts, 1), points)  # `points` is a multiple of 32: so many indices fill whole words
+    return VectorKernel(
+        name="assign",
+        file="assign.metal",
+        given=("points", "centroids"),
+        rows={"packed": (words(parts, bits), mx.uint32)},
+        defines={
+            "DIM": f"{dim}u",
+            "PARTS": f"{parts}u",
+            "BITS": f"{bits}u",
+            "COUNT": f"{count}u",
+            "EACH": f"{backend.points_each}u",
+            "POINTS": f"{points}u",
+            "TILE": f"{tile}u",
+            "PER_LANE": f"{tile // SIMD}u",
+            "CHUNK": f"{chunk}u",
+            "CHUNKS": f"{chunks}u",
+            "QUADS": f"{quads}u",
+            "ROW_QUADS": f"{quads | 1}u",  # an odd number: lanes that read a row each then meet in no bank
+            "STEPS": f"{-(-count // tile) * chunks}u",
+            "LINES": f"{lines}u",
+            "CENTROID_LOADS": f"{-(-tile // lines)}u",
+            "POINT_LOADS": f"{-(-points // lines)}u",
+            "SPAN": f"{span}u",
+            "ROWS": f"{points // span}u",
+            "SPAN_WORDS": f"{words(span, bits)}u",
+            "WORDS": f"{words(parts, bits)}u",
+            "GROUPS_PER_PROCESSOR": 1,  # or the compiler has too few registers
+        },
+        types={"POINT_TYPE": 0, "CENTROID_TYPE": 1},
+        headers=(),
+        at_once=points // span,
+        spans=-(-parts // span),
+        threads=threads,
+        whole_numbers=True,
     )

@@ -9,7 +9,8 @@ import mlx.core as mx
 
 from veloxlab.codecs.parts.packing import Layout, Row, check_word, pack, packed, spread
 from veloxlab.errors import InputError
-from veloxlab.kernels.groups import GroupEncoder
+from veloxlab.kernels.encode import group_kernel
+from veloxlab.kernels.vectors import VectorKernel
 
 GroupLevels = Literal["centres", "ends"]
 
@@ -57,9 +58,9 @@ class GroupQuantizer:
         return {"codes": pack(codes, self.bits), "half_step": root_half[..., 0], "least": root_least[..., 0]}
 
     @property
-    def encoder(self) -> GroupEncoder:
+    def kernel(self) -> VectorKernel | None:
         """The kernel that does what `encode` does."""
-        return GroupEncoder(self.bits, self.group, self._steps, self._shift)
+        return group_kernel(self.dim, self.bits, self.group, self._steps, self._shift)
 
     def expand(self, arrays: dict[str, mx.array]) -> mx.array:
         """Decode to ``[..., dim]``, float32."""

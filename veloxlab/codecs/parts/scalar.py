@@ -205,7 +205,7 @@ def _tables(quantizer: ScalarQuantizer) -> tuple[mx.array, mx.array, mx.array]:
 
 
 class PlanTables(NamedTuple):
-    """A bit plan as `veloxlab.kernels.planned.PlannedEncoder` takes it; see there."""
+    """A bit plan as `veloxlab.kernels.encode.plan_kernel` takes it; see there."""
 
     first_bits: mx.array
     first_codes: mx.array

@@ -16,8 +16,9 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.errors import InputError
-from veloxlab.kernels.backend import gpu
-from veloxlab.kernels.checked import checked_spread
+from veloxlab.kernels.checked import computed
+from veloxlab.kernels.rotated import rotate_kernel
+from veloxlab.kernels.vectors import VectorKernel
 
 RotationName = Literal["hadamard", "haar"]
 
@@ -74,11 +75,11 @@ class SignedHadamard:
         """Bytes of the signs and of the Hartley matrix."""
         return _signs(self.dim, self.seed).nbytes + _hartley(_odd_part(self.dim)).nbytes
 
-    def _at_once(self, x: mx.array, twin: Callable[[mx.array], mx.array], *, inverse: bool) -> mx.array:
-        """By one kernel where MLX's own transform alone does not do and there is a GPU, else by ``twin``."""
-        backend = gpu() if x.ndim == 4 and x.size and _odd_part(self.dim) > 1 else None
-        done = None if backend is None else checked_spread(x, self.signs, backend, twin, inverse=inverse)
-        return twin(x) if done is None else done
+    def _at_once(self, x: mx.array, by_graph: Callable[[mx.array], mx.array], *, inverse: bool) -> mx.array:
+        """By one kernel where MLX's own transform alone does not do and there is a GPU, else ``by_graph``."""
+        if x.ndim != 4 or _odd_part(self.dim) == 1:
+            return by_graph(x)
+        return computed(lambda _: _kernel(self, inverse), lambda x: {"out": by_graph(x)}, x)["out"]
 
     def _forward(self, x: mx.array) -> mx.array:
         return self._spread(x * self.signs)
@@ -94,6 +95,11 @@ class SignedHadamard:
             return mx.hadamard_transform(x)
         blocks = mx.hadamard_transform(x.reshape(*x.shape[:-1], odd, self.dim // odd))
         return (_hartley(odd) @ blocks).reshape(x.shape)
+
+
+@lru_cache
+def _kernel(rotation: SignedHadamard, inverse: bool) -> VectorKernel | None:
+    return rotate_kernel(rotation.signs, inverse=inverse)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veloxlab.codecs.parts.packing import WIDEST, pack, unpack
-from veloxlab.kernels.backend import gpu
-from veloxlab.kernels.checked import checked_assign
+from veloxlab.kernels.checked import computed
+from veloxlab.kernels.encode import search_kernel
 
 Points = NDArray[np.float32]
 
@@ -66,19 +66,18 @@ def nearest(points: mx.array, centroids: mx.array) -> mx.array:
 
 
 def packed_nearest(points: mx.array, centroids: mx.array, bits: int) -> mx.array:
-    """Indices of the nearest centroids ``[2**bits, d]`` of the sub-vectors of ``points`` ``[..., J·d]``, packed.
+    """Indices of the nearest centroids ``[2**bits, d]`` of the sub-vectors of ``points`` ``[B, H, S, J·d]``, packed.
 
-    By a kernel where there is a GPU, which writes nothing but the words ``[..., words_per_row(J, bits)]``.
+    By a kernel where there is a GPU, which writes nothing but the words ``[B, H, S, words_per_row(J, bits)]``.
     """
-    backend = gpu()
-    packed = None if backend is None else checked_assign(points, centroids, bits, backend, _packed_by_graph)
-    return _packed_by_graph(points, centroids, bits) if packed is None else packed
-
-
-def _packed_by_graph(points: mx.array, centroids: mx.array, bits: int) -> mx.array:
     dim = centroids.shape[-1]
-    sub_vectors = points.reshape(*points.shape[:-1], points.shape[-1] // dim, dim)
-    return pack_indices(nearest(sub_vectors, centroids), bits)
+    parts = points.shape[-1] // dim
+
+    def by_graph(points: mx.array, centroids: mx.array) -> dict[str, mx.array]:
+        sub_vectors = points.reshape(*points.shape[:-1], parts, dim)
+        return {"packed": pack_indices(nearest(sub_vectors, centroids), bits)}
+
+    return computed(lambda backend: search_kernel(dim, parts, bits, backend), by_graph, points, centroids)["packed"]
 
 
 def can_pack(bits: int) -> bool:

@@ -1,28 +1,20 @@
-"""How kernels read codes: one file for each layout that codes have."""
+"""How kernels read codes: a class for each layout that codes have."""
 
-from veloxlab.kernels.readers.groups import GroupsReader
-from veloxlab.kernels.readers.plan import PlanReader, planned
-from veloxlab.kernels.readers.polar import PolarReader
-from veloxlab.kernels.readers.reader import Fragment, Reader, Room, Spread
-from veloxlab.kernels.readers.stages import StagesReader
-from veloxlab.kernels.readers.sums import PairOrder, SumsReader
-from veloxlab.kernels.readers.table import ShiftedTableReader, TableReader
-from veloxlab.kernels.readers.widths import HeadWidths, WidthsReader
+from veloxlab.kernels.readers.blocks import GroupsReader, PolarReader
+from veloxlab.kernels.readers.reader import Fragment, Reader, Room
+from veloxlab.kernels.readers.tables import SumsReader, TableReader
+from veloxlab.kernels.readers.widths import PlanReader, WidthsReader, head_widths, planned
 
 __all__ = [
     "Fragment",
     "GroupsReader",
-    "HeadWidths",
-    "PairOrder",
     "PlanReader",
     "PolarReader",
     "Reader",
     "Room",
-    "ShiftedTableReader",
-    "Spread",
-    "StagesReader",
     "SumsReader",
     "TableReader",
     "WidthsReader",
+    "head_widths",
     "planned",
 ]

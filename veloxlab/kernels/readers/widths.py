@@ -1,153 +1,156 @@
-"""Scalar codes with a width for each KV head."""
+"""Scalar codes with a width for each KV head, or for each coordinate."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.kernels.readers.reader import Fragment, Reader, Room, bits_at, made, scale_arrays, scales, scales_type
+from veloxlab.kernels.readers.reader import Fragment, Reader, Room, made, with_stride
 
 _NARROW, _WIDEST = 4, 8  # bits: there are two kernels, one for layers whose codes are all narrow
 _FIELDS = 4  # of a head's description
+_LEVELS = 511  # of widths 0 to 8 together: 2**width each
+_WIDTH, _LEVEL = 13, 17  # bits of a coordinate's word where its width and its first level begin; first its first bit
+_PADDED = 32  # coordinates after which a word is left out, as source/read_plan.h does
 
 
-@dataclass(frozen=True, eq=False)
-class HeadWidths:
+class HeadWidths(NamedTuple):
     """Where the codes of each KV head of a layer are, and what they stand for.
 
     Attributes
     ----------
-    bits : of a code of each head, in order, 1 to 8.
-    dim : coordinates of a vector, a code for each.
-    levels : for each width in use, the levels ``[2**bits, 1]``, or of two neighbouring codes ``[4**bits, 2]`` where
-        they have 4 bits or fewer.
+    widest : bits of a code, at most.
+    heads : of each head ``[H, 4]``, uint32: bits, first word, place among those stored, first number of its levels.
+    table : the levels of all widths, one after the other, float32.
     """
 
-    bits: tuple[int, ...]
-    dim: int
-    levels: Mapping[int, mx.array]
+    widest: int
+    heads: mx.array
+    table: mx.array
 
-    @cached_property
-    def stored(self) -> tuple[int, ...]:
-        """Heads in the order that they are stored in: by width."""
-        return tuple(sorted(range(len(self.bits)), key=self.bits.__getitem__))
 
-    @cached_property
-    def words(self) -> tuple[int, ...]:
-        """uint32 words of a vector of each head, in order."""
-        return tuple(-(-self.dim * bits // 32) for bits in self.bits)
+def head_widths(bits: tuple[int, ...], dim: int, levels: Mapping[int, mx.array]) -> HeadWidths:
+    """Describe heads of ``bits`` each, 1 to 8, whose vectors of ``dim`` coordinates are stored by width.
 
-    @cached_property
-    def first_word(self) -> tuple[int, ...]:
-        """Where each head's words begin in a token's row, in order."""
-        first, place = [0] * len(self.bits), 0
-        for head in self.stored:
-            first[head], place = place, place + self.words[head]
-        return tuple(first)
-
-    @cached_property
-    def heads(self) -> mx.array:
-        """Of each head ``[H, 4]``, uint32: bits, first word, place among those stored, first number of its levels."""
-        first_level = dict(
-            zip(self.levels, np.cumsum([0, *(a.size for a in self.levels.values())]).tolist(), strict=False)
-        )
-        heads = [
-            [bits, self.first_word[head], self.stored.index(head), first_level[bits]]
-            for head, bits in enumerate(self.bits)
-        ]
-        return _held(mx.array(heads, mx.uint32))
-
-    @cached_property
-    def tables(self) -> mx.array:
-        """The levels of all widths, one after the other, float32."""
-        return _held(mx.concatenate([levels.flatten() for levels in self.levels.values()]))
+    ``levels`` are those of each width in use ``[2**bits, 1]``, or of two neighbouring codes ``[4**bits, 2]`` where they
+    have 4 bits or fewer.
+    """
+    widths, words = np.array(bits), np.array([-(-dim * width // 32) for width in bits])
+    stored = np.argsort(widths, kind="stable")
+    place = np.argsort(stored)
+    first_word = (np.cumsum(words[stored]) - words[stored])[place]
+    sizes = np.array([array.size for array in levels.values()])
+    first_level = dict(zip(levels, np.cumsum(sizes) - sizes, strict=True))
+    heads = np.stack([widths, first_word, place, [first_level[width] for width in bits]], axis=-1)
+    found = HeadWidths(
+        max(bits), mx.array(heads.astype(np.uint32)), mx.concatenate([array.flatten() for array in levels.values()])
+    )
+    mx.eval(found.heads, found.table)
+    return found
 
 
 @dataclass(frozen=True, eq=False)
 class WidthsReader(Reader):
     """Codes whose width the KV head says, LSB first and without gaps.
 
-    ``rows`` ``[B, 1, S, words]`` has the words of all heads of a token, by width; ``root_scale`` ``[B, H, S, 1]`` is in
-    the same order. The layers of a model differ in their heads' widths: those are data, and one kernel is for all.
+    ``rows`` ``[B, 1, S, words]`` has the words of all heads of a token, by width, and ``scales`` ``[B, H, S, 1]`` are
+    in the same order. The layers of a model differ in their heads' widths: those are data, and one kernel is for all.
+    ``widest``, ``heads`` and ``table`` are of `HeadWidths`.
     """
 
-    headers: ClassVar[tuple[str, ...]] = ("read_widths.h",)
+    name: ClassVar[str] = "widths"
+    headers = ("read_widths.h",)
+    tables: ClassVar[tuple[str, ...]] = ("heads", "table")
 
-    widths: HeadWidths
+    widest: int
+    heads: mx.array
+    table: mx.array
 
     @property
     def kv_heads(self) -> int:
         """H."""
-        return len(self.widths.bits)
+        return self.heads.shape[0]
 
     @property
-    def key(self) -> tuple[int | str, ...]:
-        """See `Reader.key`."""
-        return "widths", self._most
-
-    @property
-    def _most(self) -> int:
-        return _NARROW if max(self.widths.bits) <= _NARROW else _WIDEST
-
-    def shares(self, count: int) -> bool:
-        """See `Reader.shares`: two codes are read at once."""
-        return self.dim % (2 * count) == 0
-
-    def arrays(self, prefix: str) -> dict[str, mx.array]:
-        """See `Reader.arrays`."""
-        return {
-            f"{prefix}_rows": self.rows,
-            **scale_arrays(prefix, self),
-            f"{prefix}_heads": self.widths.heads,
-            f"{prefix}_table": self.widths.tables,
-        }
+    def constants(self) -> tuple[int, ...]:
+        """See `Reader.constants`."""
+        return (_NARROW if self.widest <= _NARROW else _WIDEST,)
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
         """See `Reader.fragment`."""
         entries = 1 << 2 * _NARROW  # pairs of the widest narrow codes; as many single levels of the widest of all
         pairs = entries * room.copies(entries, pairs=1)
-        name, described = f"{prefix}_entries", f"{prefix}_heads + {_FIELDS} * head"
+        name, head = f"{prefix}_entries", f"{prefix}_head"
+        scales_type, scales = self.scaled(prefix, f"{head}[2]")
         fill = (
-            f"const global_memory uint* {prefix}_head = {described};\n"
-            f"fill_widths<{pairs}>({name}, {prefix}_table + {prefix}_head[3], {prefix}_head[0], thread_id, THREADS);\n"
+            f"const global_memory uint* {head} = {prefix}_heads + {_FIELDS} * head;\n"
+            f"fill_widths<{pairs}>({name}, {prefix}_table + {head}[3], {head}[0], thread_id, THREADS);\n"
         )
-        members = (
-            f"{prefix}_rows + batch * {prefix}_rows_strides[0] + {prefix}_head[1]",
-            f"uint({prefix}_rows_strides[2])",
-            scales(prefix, self, f"{prefix}_head[2]"),
-            f"{prefix}_head[0]",
-            name,
-            "lane",
-        )
-        made_reader = made(prefix, f"WidthsReader<{self._most}, {pairs}, {scales_type(self)}>", *members)
-        return Fragment(f"threadgroup pair_t {name}[{pairs}];", fill + made_reader)
-
-    def levels(self) -> mx.array:
-        """See `Reader.levels`."""
-        widths, parts = self.widths, []
-        for bits, first, words in zip(widths.bits, widths.first_word, widths.words, strict=True):
-            levels = widths.levels[bits]
-            together = levels.shape[1]
-            index = bits * together
-            row = self.rows[:, 0, :, first : first + words]
-            codes = bits_at(row, mx.arange(self.dim // together, dtype=mx.uint32) * index, index)
-            parts.append(mx.take(levels, codes, axis=0).reshape(*row.shape[:2], self.dim))
-        return mx.stack(parts, axis=1)
-
-    def expand(self) -> mx.array:
-        """See `Reader.expand`."""
-        levels = self.levels()
-        if self.root_scale is None:
-            return levels
-        in_order = mx.array([self.widths.stored.index(head) for head in range(self.kv_heads)])
-        return levels * mx.square(self.root_scale[:, in_order].astype(mx.float32))
+        first = f"{prefix}_rows + batch * {prefix}_rows_strides[0] + {head}[1]"
+        members = first, f"uint({prefix}_rows_strides[2])", scales, f"{head}[0]", name, "lane"
+        type_name = f"WidthsReader<{self.constants[0]}, {pairs}, {scales_type}>"
+        return Fragment(f"threadgroup pair_t {name}[{pairs}];", fill + made(prefix, type_name, *members))
 
 
-def _held(array: mx.array) -> mx.array:
+def planned(widths: tuple[int, ...], first_level: np.ndarray, levels: np.ndarray) -> mx.array:
+    """What `PlanReader` needs of a plan, in one array ``[dim + 511]`` uint32.
+
+    Parameters
+    ----------
+    widths : bits of each coordinate, 0 to 8.
+    first_level : where the levels of each coordinate begin in ``levels`` ``[dim]``.
+    levels : of all widths in use, 511 or fewer.
+    """
+    bits = np.array(widths, np.uint32)
+    words = (np.cumsum(bits) - bits).astype(np.uint32) | bits << _WIDTH | first_level.astype(np.uint32) << _LEVEL
+    padded = np.zeros(_LEVELS, np.float32)
+    padded[: len(levels)] = levels
+    array = mx.array(np.concatenate([words, padded.view(np.uint32)]))
     mx.eval(array)
     return array
+
+
+@dataclass(frozen=True, eq=False)
+class PlanReader(Reader):
+    """Codes of 0 to 8 bits, each coordinate's own, in one row of bits: level · factor + shift.
+
+    Attributes
+    ----------
+    plan : `planned` widths and levels. The layers of a model differ in it: it is data, and one kernel is for all.
+    fit : of every coordinate of each KV head a factor and a shift ``[H, dim, 2]``, float32.
+    """
+
+    name: ClassVar[str] = "plan"
+    headers = ("read_plan.h",)
+    tables: ClassVar[tuple[str, ...]] = ("plan", "fit")
+
+    plan: mx.array
+    fit: mx.array
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """See `Reader.constants`."""
+        return (self.rows.shape[3],)
+
+    def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
+        """See `Reader.fragment`."""
+        padded = self.dim + self.dim // _PADDED
+        copies = room._replace(words=room.words - 3 * padded).copies(_LEVELS, pairs=0)
+        sizes = {"planned": padded, "factors": padded, "shifts": padded, "levels": _LEVELS * copies}
+        coordinates, factors, shifts, levels = (f"{prefix}_{name}" for name in sizes)
+        declarations = [
+            f"threadgroup {'uint' if name == 'planned' else 'float'} {prefix}_{name}[{size}];"
+            for name, size in sizes.items()
+        ]
+        fill = (
+            f"fill_plan<{self.dim}, {_LEVELS}, {copies}>({coordinates}, {levels}, {factors}, {shifts}, {prefix}_plan, "
+            f"{prefix}_fit + head * {2 * self.dim}, thread_id, THREADS);\n"
+        )
+        scales_type, scales = self.scaled(prefix)
+        members = with_stride(f"{prefix}_rows"), scales, coordinates, levels, factors, shifts, f"lane % {copies}"
+        made_reader = made(prefix, f"PlanReader<{self.rows.shape[3]}, {copies}, {scales_type}>", *members)
+        return Fragment("\n".join(declarations), fill + made_reader)

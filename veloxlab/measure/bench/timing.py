@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 from veloxlab import runtime
-from veloxlab.kernels.backend import gpu
 from veloxlab.kernels.checked import states
+from veloxlab.kernels.devices import current_backend
 
 Row = dict[str, Any]
 Progress = Callable[[str], None]
@@ -52,14 +52,14 @@ class Microseconds(NamedTuple):
 
 def facts() -> Row:
     """Device, driver, versions, date, and what was found of the kernels."""
-    device = runtime.device()
+    device, backend = runtime.device(), current_backend()
     versions = runtime.installed_versions(("veloxlab", "mlx", "mlx-lm"))
     return {
         "device": device.name,
         "driver": runtime.driver(),
         "backend": device.backend,
         "memory_gib": round(device.memory_bytes / 2**30, 1),
-        "kernels": gpu() or "none",
+        "kernels": "none" if backend is None else backend.name,
         "python": platform.python_version(),
         "versions": versions,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),

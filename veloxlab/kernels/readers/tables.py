@@ -1,0 +1,156 @@
+"""Codes of one width, each of which stands for an entry of a table, or for a term of a sum of entries.
+
+A vector codebook could be read the other way round: a table of each query's products with all centroids, made once, of
+which a token's score sums D/d entries. At ``d4b8``, D = 128, that is 32 · 256 numbers a query row, 16 KB in half
+precision, and 64 KB for the 4 rows that share a KV head, where there are 48 KB (32 on Metal); the codebook takes 2 KB,
+so that 16 copies of it fit and lanes meet in no bank. A token's score takes as many reads of threadgroup memory either
+way. To make the table takes 32,768 multiplications a row, which a split of 256 tokens would itself take without it.
+So there is none; ``d8b12`` would have 128 KB a row, ``d2b8`` 32 KB. For `SumsReader` it would also have to be turned to
+every token's position, 64 entries of every stage, where the sum of a token's own is turned once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import mlx.core as mx
+
+from veloxlab.kernels.readers.reader import Fragment, Reader, Room, made, with_stride
+
+_MOST_NUMBERS = 4096  # of a table of vectors that goes to threadgroup memory
+_ENTRIES = 64  # of a stage of sums
+
+
+@dataclass(frozen=True, eq=False)
+class TableReader(Reader):
+    """Codes of ``bits`` bits, LSB first and without gaps, each of which stands for a row of ``table``.
+
+    Attributes
+    ----------
+    bits : of a code, of either stage if there are two.
+    table : ``[2**bits, n]`` float32, with n 1 or even: the levels of n neighbouring coordinates. Narrow scalar codes
+        are read two at a time; the codes of a vector quantizer are of the same kind. With two stages ``[4**bits, n]``,
+        n 1 or 2, the code in ``rows`` in the high bits of the index.
+    fine : a second stage's codes ``[B, H, S, words]``, uint32, or None.
+    shifts : what is added to a KV head's vectors once they are scaled ``[H, dim]``, float32, or None.
+    """
+
+    name: ClassVar[str] = "table"
+    stored: ClassVar[tuple[str, ...]] = ("rows", "fine")
+    tables: ClassVar[tuple[str, ...]] = ("table", "shifts")
+
+    bits: int
+    table: mx.array
+    fine: mx.array | None = None
+    shifts: mx.array | None = None
+
+    @property
+    def headers(self) -> tuple[str, ...]:
+        """See `Reader.headers`."""
+        stages = () if self.fine is None else ("read_stages.h",)
+        return ("read_table.h", *stages, *(() if self.shifts is None else ("read_shifted.h",)))
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """See `Reader.constants`."""
+        optional = (int(array is not None) for array in (self.fine, self.shifts))
+        return self.bits, self.table.shape[1], self.rows.shape[3], *optional
+
+    @property
+    def lookup(self) -> mx.array | None:
+        """The table; see `Reader.lookup`."""
+        return self.table
+
+    @property
+    def together(self) -> int:
+        """See `Reader.together`: no code may be cut."""
+        return max(2, self.table.shape[1])
+
+    def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
+        """See `Reader.fragment`."""
+        table, (scales_type, scales) = _table_text(self.table, prefix, home, room), self.scaled(prefix)
+        kind = "TableReader" if self.fine is None else "StagesReader"
+        type_name = f"{kind}<{', '.join(map(str, self.constants[:3]))}, {scales_type}, {table.type_name}>"
+        members = *self.begins(prefix), scales, table.value
+        if self.shifts is not None:
+            members = f"{{{', '.join(members)}}}", f"{prefix}_shifts + head * {self.dim}"
+            type_name = f"ShiftedReader<{type_name}>"
+        return Fragment(table.declaration, table.filled + made(prefix, type_name, *members))
+
+
+class _TableText(NamedTuple):
+    """Text of a table: its type, the value of that type, and, at its home, its memory and what fills it."""
+
+    type_name: str
+    value: str
+    declaration: str = ""
+    filled: str = ""
+
+
+def _table_text(table: mx.array, prefix: str, home: str, room: Room) -> _TableText:
+    """The text of ``table`` ``[entries, n]``, the input ``{prefix}_table``, as ``source/read_table.h`` has it.
+
+    It goes to threadgroup memory as often as there is room, unless it is a large one of vectors.
+    """
+    entries, width = table.shape
+    if width > 1 and table.size > _MOST_NUMBERS:
+        return _TableText(f"GlobalTable<{width}>", f"{{{home}_table}}")
+    words = max(1, width // 2)  # of an entry: a number, or pairs
+    copies = room.copies(entries, width // 2)
+    kind, element = (f"SingleTable<{copies}>", "float") if width == 1 else (f"SharedTable<{width}, {copies}>", "pair_t")
+    size = f"opaque({copies * words} * uint(sizeof({element})))"
+    value = f"{{place_of({home}_entries + lane % {copies} * {words}), {size}}}"
+    if home != prefix:
+        return _TableText(kind, value)
+    entry = (
+        f"{prefix}_table[e]"
+        if width == 1
+        else f"make_pair({prefix}_table[e * {width} + 2 * w], {prefix}_table[e * {width} + 2 * w + 1])"
+    )
+    # lanes write their entries' copies in an order of their own, or they would all meet in one bank
+    fill = (
+        f"for (uint i = thread_id; i < {entries * words}; i += THREADS) {{\n"
+        f"  const uint e = i / {words}, w = i % {words};\n"
+        f"  const {element} entry = {entry};\n"
+        f"  for (uint c = 0; c < {copies}; c++) "
+        f"{prefix}_entries[(e * {copies} + (c + e) % {copies}) * {words} + w] = entry;\n"
+        "}\n"
+    )
+    return _TableText(kind, value, f"threadgroup {element} {prefix}_entries[{entries * copies * words}];", fill)
+
+
+@dataclass(frozen=True, eq=False)
+class SumsReader(Reader):
+    """Two indices of 6 bits a stage, in rows of bytes: Σ entry a + i · entry b, whose pairs of neighbours are complex.
+
+    Attributes
+    ----------
+    table : entries of every stage ``[H, stages, 64, dim]``, float16.
+    rotated : of the table's coordinates, the first ones whose pairs are neighbours or halves; of the others halves are.
+    traditional : whether pairs of the first ones are neighbours.
+    angles : of the first token the position, and of each pair the angle for one position ``[1 + dim/2]``, float32;
+        None where nothing is turned.
+    """
+
+    name: ClassVar[str] = "sums"
+    headers = ("read_sums.h",)
+    tables: ClassVar[tuple[str, ...]] = ("table", "angles")
+
+    table: mx.array
+    rotated: int
+    traditional: bool
+    angles: mx.array | None
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """See `Reader.constants`."""
+        return self.table.shape[1], self.dim, self.rotated, int(self.traditional), int(self.angles is not None)
+
+    def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
+        """See `Reader.fragment`: tables of some hundred kilobytes stay where they are."""
+        scales_type, scales = self.scaled(prefix)
+        table = f"{prefix}_table + head * {self.table.shape[1] * _ENTRIES * self.dim}"
+        angles = "0" if self.angles is None else f"{prefix}_angles"
+        type_name = f"SumsReader<{', '.join(map(str, self.constants))}, {scales_type}>"
+        return Fragment("", made(prefix, type_name, with_stride(f"{prefix}_rows"), scales, table, angles))

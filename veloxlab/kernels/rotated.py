@@ -1,0 +1,166 @@
+"""Kernels of the Hadamard rotation: rotate and encode vectors, decode and rotate them back, or rotate alone.
+
+A vector lies in the registers of a simdgroup's lanes (``source/lanes.h``): it is read once, and only results are
+written. They are those of ``RotatedCodec.encode`` and ``decode``, and of `SignedHadamard`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, NamedTuple
+
+import mlx.core as mx
+
+from veloxlab.kernels.vectors import IN_LANES, THREADS, VectorKernel, fits_lanes, hartley_row, lanes, words
+
+# what a vector's root-mean-square is to be multiplied with, from the sums that ``encode.metal`` makes
+_FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
+_FILL_LEVELS: Final = (
+    "threadgroup float table[1 << CODE_BITS], bounds[1 << CODE_BITS];\n"
+    "for (uint i = thread_id; i < 1 << CODE_BITS; i += THREADS) {\n"
+    "  table[i] = levels[i * levels_strides[0]];\n"
+    "  if (i < (1 << CODE_BITS) - 1) bounds[i] = boundaries[i * boundaries_strides[0]];\n"
+    "}\n"
+    "group_barrier();"
+)
+# what is left of a vector of length √D when the nearest multiple of its grid point is taken away
+_REST: Final = (
+    "float rest = 0.0f;\n"
+    "UNROLL for (uint i = 0; i < each; i++) {\n"
+    "  const float off = y[i] - inner / squares * quantizer.level(own[i * lanes + lane]);\n"
+    "  rest += off * off;\n"
+    "}\n"
+    "rest = total_of<int(lanes)>(rest);"
+)
+_KEEP_REST: Final = "if (lane == 0) sines[vector] = half(square_root(rest / float(HEAD_DIM)));"
+
+
+class Quantizer(NamedTuple):
+    """How a kernel quantizes a coordinate of a rotated vector of root-mean-square 1.
+
+    Attributes
+    ----------
+    bits : of a code, 1 to 8.
+    arrays : inputs of the kernel.
+    fill : text of threadgroup variables, and what fills them.
+    made : text of the quantizer, once a rotated vector lies in ``y``.
+    """
+
+    bits: int
+    arrays: Mapping[str, mx.array]
+    fill: str
+    made: str
+
+
+def nearest_level(boundaries: mx.array, levels: mx.array, bits: int) -> Quantizer:
+    """The nearest of ascending ``levels`` ``[2**bits]``, by ``boundaries`` ``[2**bits - 1]``, some equal; float32."""
+    arrays = {"boundaries": boundaries, "levels": levels}
+    return Quantizer(bits, arrays, _FILL_LEVELS, "const NearestLevel<CODE_BITS> quantizer = {bounds, table};")
+
+
+def stretched_grid(stretches: mx.array, bits: int, *, tried: bool) -> Quantizer:
+    """The steps ±½, ±1½ … ±(2^(bits − 1) − ½), which stretched coordinates find downwards in size.
+
+    The first of ``stretches`` ``[n]`` float32 serves all vectors. If they are to be ``tried``, they are in units of the
+    stretch at which a vector's largest coordinate leaves the grid, and the one is taken with which vector and grid
+    point have the largest cosine.
+    """
+    best = f"best_stretch<HEAD_DIM, CODE_BITS>(y, stretches, stretches_strides[0], {stretches.size})"
+    stretch = best if tried else "stretches[0]"
+    made = f"const StretchedGrid<CODE_BITS> quantizer = {{{stretch}}};"
+    return Quantizer(bits, {"stretches": stretches}, "", made)
+
+
+def encode_kernel(
+    signs: mx.array, quantizer: Quantizer, scale: str, fields: Mapping[str, int], *, sine: bool = False
+) -> VectorKernel | None:
+    """Rotates vectors ``[B, H, S, D]``, quantizes each coordinate, and packs.
+
+    Parameters
+    ----------
+    signs : ±1 of each coordinate ``[D]``, float32; see `veloxlab.codecs.parts.transforms.SignedHadamard`.
+    quantizer : of coordinates.
+    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.parts.scalar.scale_factor`.
+    fields : name and bits of each part that a code is cut into, from its high bits down; they are packed apart.
+    sine : whether that of the angle between a vector and what its codes stand for is kept too.
+
+    Returns
+    -------
+    A kernel that gives each field's codes ``[B, H, S, ⌈D·bits / 32⌉]`` uint32, LSB first without gaps, and
+    ``root_scale``, the square root of each vector's scale, and perhaps ``sine``, both ``[B, H, S, 1]`` float16. None
+    for vectors that do not fit the registers.
+    """
+    dim = signs.shape[0]
+    if not fits_lanes(dim):
+        return None
+    widths = list(fields.values())
+    packed = [f"row_{width}_{i}" for i, width in enumerate(widths)]
+    below = [sum(widths[i + 1 :]) for i in range(len(widths))]  # bits of a code under the field
+    pack = [
+        f"pack_row<HEAD_DIM, {width}, {low}>(own, {row} + vector * {words(dim, width)}u, lane, lanes);"
+        for row, width, low in zip(packed, widths, below, strict=True)
+    ]
+    number = 1, mx.float16
+    return VectorKernel(
+        name="encode",
+        file="encode.metal",
+        given=("x",),
+        rows={name: (words(dim, width), mx.uint32) for name, width in fields.items()}
+        | {"root_scale": number}
+        | ({"sine": number} if sine else {}),
+        outputs=(*packed, "root_scale", *(["sines"] if sine else [])),
+        defines={"HEAD_DIM": dim, "CODE_BITS": quantizer.bits, "FACTOR": _FACTORS[scale]},
+        headers=(*IN_LANES, "quantizers.h", "packing.h"),
+        texts={
+            "hartley": hartley_row(dim),
+            "tables": quantizer.fill,
+            "quantizer": quantizer.made,
+            "rest": _REST if sine else "",
+            "keep_rest": _KEEP_REST if sine else "",
+            "pack": "\n  ".join(pack),
+        },
+        tables={"signs": signs, **quantizer.arrays},
+        at_once=THREADS // lanes(dim),
+    )
+
+
+def decode_kernel(signs: mx.array, levels: mx.array, dtype: mx.Dtype) -> VectorKernel | None:
+    """Undoes `encode_kernel` with one field: levels of the codes, rotated back, times the scale.
+
+    It is called with codes and roots of scales, and gives ``out`` ``[B, H, S, D]`` in ``dtype``. ``levels`` are
+    ``[2**bits]`` float32. None for vectors that do not fit the registers.
+    """
+    dim = signs.shape[0]
+    if not fits_lanes(dim):
+        return None
+    return VectorKernel(
+        name="decode",
+        file="decode.metal",
+        given=("codes", "root_scale"),
+        rows={"out": (dim, dtype)},
+        defines={"HEAD_DIM": dim, "BITS": levels.size.bit_length() - 1, "OUT_TYPE": dtype},
+        types={},
+        texts={"hartley": hartley_row(dim)},
+        tables={"signs": signs, "levels": levels},
+        at_once=THREADS // lanes(dim),
+    )
+
+
+def rotate_kernel(signs: mx.array, *, inverse: bool) -> VectorKernel | None:
+    """Signs, then an orthonormal Hadamard transform of vectors ``[B, H, S, D]``; ``inverse`` undoes it.
+
+    It gives ``out`` ``[B, H, S, D]`` float32. None for vectors that do not fit the registers.
+    """
+    dim = signs.shape[0]
+    if not fits_lanes(dim):
+        return None
+    return VectorKernel(
+        name="rotate",
+        file="rotate.metal",
+        given=("x",),
+        rows={"out": (dim, mx.float32)},
+        defines={"HEAD_DIM": dim, "INVERSE": int(inverse)},
+        texts={"hartley": hartley_row(dim)},
+        tables={"signs": signs},
+        at_once=THREADS // lanes(dim),
+    )

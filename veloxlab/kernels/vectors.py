@@ -1,0 +1,114 @@
+"""Kernels that take vectors ``[B, H, S, ·]`` and write, in one launch, a row of each output for every vector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from string import Template
+
+import mlx.core as mx
+
+from veloxlab.kernels.backend import SIMD, Backend, Source, launch, source_file
+
+THREADS = 128  # of a threadgroup
+IN_LANES = ("simd.h", "lanes.h")  # headers of kernels that keep a vector in the registers of a simdgroup's lanes
+_MOST_EACH = 32  # numbers of a vector that a lane keeps there
+_WORD_BITS = 32
+
+Rows = Mapping[str, tuple[int, mx.Dtype]]
+
+
+@dataclass(frozen=True, eq=False)
+class VectorKernel:
+    """Text, tables and outputs of such a kernel.
+
+    Attributes
+    ----------
+    name : of the kernel, for people and profilers.
+    file : of ``source/``, with the body.
+    given : names that the body has for the arrays that the kernel is called with, ``[B, H, S, ·]``.
+    rows : of each output its name, the numbers that it has for a vector, and their type.
+    defines : what is known when the kernel is built; a type stands for the back end's name of it.
+    types : definitions that are the type of a given array: the name of each, and which array.
+    headers : files of ``source/`` that the body needs.
+    texts : what is put in the place of each ``$name`` of the body.
+    tables : further inputs, the same for all vectors.
+    outputs : names that the body has for the outputs, where they are not those of `rows`.
+    at_once : vectors of a threadgroup.
+    spans : threadgroups that share a vector.
+    threads : of a threadgroup.
+    whole_numbers : whether it is to be tried on those: on others its answer would depend on rounding.
+    """
+
+    name: str
+    file: str
+    given: tuple[str, ...]
+    rows: Rows
+    defines: Mapping[str, int | str | mx.Dtype]
+    at_once: int
+    types: Mapping[str, int] = field(default_factory=lambda: {"IN_TYPE": 0})
+    headers: tuple[str, ...] = IN_LANES
+    texts: Mapping[str, str] = field(default_factory=dict)
+    tables: Mapping[str, mx.array] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+    spans: int = 1
+    threads: int = THREADS
+    whole_numbers: bool = False
+    _sources: dict[tuple[object, ...], Source] = field(default_factory=dict, init=False, repr=False)
+
+    def source(self, backend: Backend, *given: mx.array) -> Source:
+        """What is built for arrays of these types."""
+        which = backend, *(given[i].dtype for i in self.types.values())
+        if which not in self._sources:
+            types = {name: given[i].dtype for name, i in self.types.items()}
+            defines = {**self.defines, **types, "THREADS": self.threads, "VECTORS": self.at_once}
+            self._sources[which] = Source(
+                name=self.name,
+                inputs=(*self.given, *self.tables),
+                outputs=self.outputs or tuple(self.rows),
+                defines=tuple((n, backend.types[v] if isinstance(v, mx.Dtype) else v) for n, v in defines.items()),
+                headers=self.headers,
+                body=Template(source_file(self.file)).substitute(self.texts),
+            )
+        return self._sources[which]
+
+    def takes(self, backend: Backend, *given: mx.array) -> bool:
+        """Whether the body can read arrays of these types."""
+        return all(given[i].dtype in backend.types for i in self.types.values())
+
+    def __call__(self, backend: Backend, *given: mx.array) -> dict[str, mx.array]:
+        """Each of `rows`, ``[B, H, S, numbers]``. Given arrays are views with any strides, and not empty."""
+        lead = given[0].shape[:-1]
+        written = launch(
+            self.source(backend, *given),
+            {**dict(zip(self.given, given, strict=True)), **self.tables},
+            backend=backend,
+            groups=(-(-math.prod(lead) // self.at_once), self.spans, 1),
+            threads=self.threads,
+            shapes=[(*lead, count) for count, _ in self.rows.values()],
+            dtypes=[dtype for _, dtype in self.rows.values()],
+        )
+        return dict(zip(self.rows, written, strict=True))
+
+
+def words(count: int, bits: int) -> int:
+    """Words of ``count`` packed codes."""
+    return -(-count * bits // _WORD_BITS)
+
+
+def lanes(dim: int) -> int:
+    """Lanes that share a vector; as in ``lanes.h``."""
+    return min(dim & -dim, SIMD)
+
+
+def fits_lanes(dim: int) -> bool:
+    """Whether vectors of ``dim`` = m·2^k numbers, m odd, fit the registers of their lanes: 2^k of them, 32 at most."""
+    return 0 < dim <= _MOST_EACH * lanes(dim)
+
+
+def hartley_row(dim: int) -> str:
+    """Row 1 of the m-point Hartley matrix by 1/√dim, for dim = m·2^k with m odd; Metal's own cosine is a coarse one."""
+    odd = dim // (dim & -dim)
+    angles = [2 * math.pi * i / odd for i in range(odd)]
+    return ", ".join(f"{(math.cos(angle) + math.sin(angle)) / math.sqrt(dim)!r}f" for angle in angles)
