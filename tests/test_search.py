@@ -436,7 +436,7 @@ class Dying(ThreadPoolExecutor):
         super().__init__(1)
 
     def submit(self, do, *job):
-        if job[0].kind == "measure" and job[0].some[0].method == "rabitq":
+        if job[0].window is not None and job[0].some[0].method == "rabitq":
             broken = Future()
             broken.set_exception(BrokenExecutor())
             return broken
@@ -488,9 +488,9 @@ def test_what_waits_is_cancelled_when_progress_raises(file):
         futures = ()
 
         def submit(self, do, *job):
-            waits = job[0].kind == "measure" and self.futures
+            waits = job[0].window is not None and self.futures
             future = super().submit(lambda: (waits and stopped.wait(60), do(*job))[1])
-            self.futures = (*self.futures, future) if job[0].kind == "measure" else self.futures
+            self.futures = (*self.futures, future) if job[0].window is not None else self.futures
             return future
 
     with Counted(1) as pool:

@@ -1,18 +1,16 @@
-"""What a search chooses from: whole caches in plain words, the bytes that each would hold, and the plan that it is."""
+"""What a search chooses from: whole caches, the bytes that each would hold, and its plan."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
 
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.budget import held_tokens, layer_sizes
 from veloxlab.cache.make import LayerSettings, ModelCalibration, make_cache
 from veloxlab.cache.plan import Plan, model_hash
-from veloxlab.checks import WORDS, checked, many, whole
 from veloxlab.codecs import METHODS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.memory import report
@@ -20,25 +18,11 @@ from veloxlab.mlxlm.identity import name_of
 from veloxlab.mlxlm.probe import exact_width, probe, slots_of
 
 USUAL_BITS = (2, 3, 4)
-COMBINED = {
-    "methods": many(WORDS),
-    **dict.fromkeys(("bits", "key_bits", "value_bits"), many(whole())),
-    **dict.fromkeys(("sinks", "window"), many(whole(0))),
-    "protected": many(many(whole(), empty=True)),
-}
-"""Checks of what `candidates` combines."""
 
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """What a plan has to know of a model.
-
-    Attributes
-    ----------
-    model, model_hash : its name, and the hash of its shapes.
-    entries : length of its prompt cache.
-    exact_bits : of an exact value.
-    """
+    """What a plan has to know of a model: its name, hash of shapes, length of prompt cache, bits of exact values."""
 
     model: str
     model_hash: str
@@ -47,7 +31,7 @@ class PlannedModel:
 
     @classmethod
     def of(cls, model: Module) -> PlannedModel:
-        """The shape of ``model``; raises `InputError` if none of its layers can be compressed."""
+        """The facts of ``model``; raises `InputError` if none of its layers can be compressed."""
         layer_sizes(model)
         return cls(name_of(model), model_hash(model), 1 + max(f.layer for f in probe(model)), exact_width(model))
 
@@ -56,12 +40,8 @@ class PlannedModel:
 class Candidate:
     """One way to make a whole cache.
 
-    Attributes
-    ----------
-    method : id.
-    key_bits, value_bits : code bits per coordinate.
-    sinks, window : tokens kept exact, at the start and at the end.
-    protected : layers that are not compressed; negative numbers count from the last.
+    ``sinks`` and ``window`` are the tokens kept exact at the start and at the end; ``protected`` layers are not
+    compressed, and negative numbers count from the last.
     """
 
     method: str
@@ -71,12 +51,16 @@ class Candidate:
     window: int = 0
     protected: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "protected", tuple(self.protected))  # in files it is a list
+
     @property
     def name(self) -> str:
-        """All of it in words."""
+        """For people."""
         parts = [f"{self.method} K{self.key_bits} V{self.value_bits}", f"{self.sinks} sinks", f"window {self.window}"]
         if self.protected:
-            parts.append(f"exact {'layer' if len(self.protected) == 1 else 'layers'} {_words(self.protected)}")
+            *first, last = map(str, self.protected)
+            parts.append(f"exact layers {', '.join(first)} and {last}" if first else f"exact layer {last}")
         return ", ".join(parts)
 
     def within(self, shape: PlannedModel) -> Candidate:
@@ -102,7 +86,6 @@ class Candidate:
         )
 
 
-@checked(**COMBINED)
 def candidates(
     methods: Sequence[str] | None = None,
     *,
@@ -115,55 +98,38 @@ def candidates(
 ) -> tuple[Candidate, ...]:
     """All combinations, at those of the widths that a method has.
 
-    Parameters
-    ----------
-    methods : ids; by default those that need no calibration, but for RateQuant, which at one width is TurboQuant.
-    bits, key_bits, value_bits : code widths to try; the last two override the first.
-    sinks, window : numbers of exact tokens to try.
-    protected : sets of layers to leave exact to try, such as ``[(), (0, -1)]``.
+    By default the methods are those that need no calibration, but for RateQuant, which at one width is TurboQuant.
+    ``protected`` are sets of layers to leave exact, such as ``[(), (0, -1)]``.
 
     Raises
     ------
-    InputError : an unknown method, one that has none of the widths, or nothing to combine.
+    InputError : an unknown method, or one that has none of the widths.
     """
     names = [m.id for m in METHODS.values() if not (m.calibrated or m.per_head or m.id == "none")]
+    asked = {"key_bits": key_bits or bits, "value_bits": value_bits or bits}
     found: list[Candidate] = []
-    for name in dict.fromkeys(names if methods is None else methods):
-        own = find_method(name).bits
-        asked = {
-            "key_bits": bits if key_bits is None else key_bits,
-            "value_bits": bits if value_bits is None else value_bits,
-        }
-        keys, values = ([b for b in widths if b in own] for widths in asked.values())
-        if not keys or not values:
-            side = "value_bits" if keys else "key_bits"
+    for name in names if methods is None else methods:
+        own = {which: [b for b in widths if b in find_method(name).bits] for which, widths in asked.items()}
+        if none := [which for which, widths in own.items() if not widths]:
             raise InputError(
-                f"{name} has none of the widths {sorted(asked[side])} of {side}: choose among those of vl.methods()."
+                f"{name} has none of the widths {sorted(asked[none[0]])} of {none[0]}: choose among those of "
+                "vl.methods()."
             )
-        found += [
-            Candidate(name, k, v, s, w, tuple(p)) for p, s, w, k, v in product(protected, sinks, window, keys, values)
-        ]
+        keys, values = own.values()
+        combined = product(map(tuple, protected), sinks, window, keys, values)
+        found += [Candidate(name, k, v, s, w, p) for p, s, w, k, v in combined]
     return tuple(dict.fromkeys(found))
 
 
-def calibrated_widths(some: Sequence[Candidate]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """All widths that ``some`` have of each method that has to be calibrated."""
-    widths: dict[str, set[int]] = {}
-    for c in some:
-        if find_method(c.method).calibrated:
-            widths.setdefault(c.method, set()).update((c.key_bits, c.value_bits))
-    return tuple((method, tuple(sorted(own))) for method, own in widths.items())
-
-
 def bytes_per_token(model: Module, plan: Plan, context: int, calibration: ModelCalibration | None = None) -> float:
-    """What a cache of ``plan`` holds after a text of ``context`` tokens that was read in one call, for each of them.
+    """Bytes that a cache of ``plan`` holds after a text of ``context`` tokens, read in one call, for each of them.
 
     Exact tokens, scales and the tables that layers share are counted; what layers without plain keys and values hold
-    is not. It is counted from the codecs, and is what `veloxlab.report` then measures, or a little more for layers
-    that slide.
+    is not. It is computed from the codecs, and is what `veloxlab.report` measures, or a little more for layers that
+    slide.
     """
     cache = make_cache(model, plan, calibration=calibration)
-    layers: dict[int, Any] = {slot.layer: slot for slot in slots_of(cache) if hasattr(slot, "key_codec")}
+    layers = {slot.layer: slot for slot in slots_of(cache) if hasattr(slot, "key_codec")}
     total = float(report(cache).filter(path="shared")["held_bytes"].sum())
     for size in layer_sizes(model):
         slot = layers[size.layer]
@@ -171,8 +137,3 @@ def bytes_per_token(model: Module, plan: Plan, context: int, calibration: ModelC
         coded = sum(codec.bits_per_value * codec.head_dim / 8 for codec in (slot.key_codec, slot.value_codec))
         total += held.exact * size.exact_bytes + held.packed * size.kv_heads * coded
     return total / context
-
-
-def _words(layers: Sequence[int]) -> str:
-    *first, last = map(str, layers)
-    return f"{', '.join(first)} and {last}" if first else last
