@@ -6,7 +6,6 @@ a function's arguments by their names: ``bits`` or ``sinks`` mean the same in ev
 
 from __future__ import annotations
 
-import math
 import operator
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -23,11 +22,8 @@ from veloxlab.errors import InputError
 P = ParamSpec("P")
 R = TypeVar("R")
 _REFUSALS = (TypeError, ValueError, OverflowError)
+INF = float("inf")
 _SHOWN = 60  # characters of a value in a message
-
-
-def _same(value: Any) -> Any:  # noqa: ANN401 - of any kind
-    return value
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class Check:
 
     words: str
     fits: Callable[[Any], Any] = lambda value: True
-    convert: Callable[[Any], Any] = _same
+    convert: Callable[[Any], Any] = lambda value: value
 
     def read(self, value: Any) -> Any:  # noqa: ANN401
         """Give what ``value`` means; raises TypeError, ValueError or OverflowError if it is of another kind."""
@@ -59,30 +55,23 @@ class Check:
             raise InputError(f"{name}{_shown(value)} cannot be used: give {self.words}.") from None
 
 
-def whole(least: float = -math.inf, most: float = math.inf) -> Check:
+def whole(least: float = -INF, most: float = INF) -> Check:
     """A whole number of Python or NumPy; True and False are none."""
-    bounded, open_above = math.isfinite(least), most == math.inf
-    limits = f", {least} or more" if open_above else f" from {least} to {most}"
-    return Check(
-        f"a whole number{limits if bounded else ''}",
-        lambda value: not isinstance(value, bool) and least <= value <= most,
-        operator.index,
-    )
+    limits = f", {least} or more" if most == INF else f" from {least} to {most}"
+    words = f"a whole number{limits if least > -INF else ''}"
+    return Check(words, lambda value: not isinstance(value, bool) and least <= value <= most, operator.index)
 
 
-def real(
-    *, above: float = -math.inf, below: float = math.inf, least: float = -math.inf, most: float = math.inf
-) -> Check:
+def real(*, above: float = -INF, below: float = INF, least: float = -INF, most: float = INF) -> Check:
     """A finite number of Python or NumPy."""
     ends = {"above": above, "from": least, "below": below, "to": most}
-    limits = " and".join(f" {word} {end:g}" for word, end in ends.items() if math.isfinite(end))
-    return Check(
-        f"a finite number{limits}",
-        lambda value: (
-            isinstance(value, Real) and not isinstance(value, bool) and above < value < below and least <= value <= most  # type: ignore[operator]  # a Real can be compared with a float
-        ),
-        float,
-    )
+    limits = " and".join(f" {word} {end:g}" for word, end in ends.items() if abs(end) < INF)
+
+    def fits(value: Any) -> bool:  # noqa: ANN401
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        return number and bool(above < value < below and least <= value <= most)
+
+    return Check(f"a finite number{limits}", fits, float)
 
 
 def choice(*words: str) -> Check:
@@ -146,10 +135,6 @@ def _is_path(value: Any) -> bool:  # noqa: ANN401
     return isinstance(text, str) and bool(text) and "\0" not in text
 
 
-def _path(value: Any) -> str | Path:  # noqa: ANN401
-    return value if isinstance(value, str) else Path(value)
-
-
 def _is_model(value: object) -> bool:
     from mlx.nn.layers.base import Module  # MLX is imported when something has to compute
 
@@ -167,9 +152,9 @@ def plain(value: Any) -> Any:  # noqa: ANN401
 
 FLAG = Check("True or False", lambda value: type(value).__name__ == "bool", bool)  # NumPy's has the same name
 WORDS = instance(str, "a text in quotes")
-PATH = Check("a path", _is_path, _path)
-FILE = Check("the path of a file, not of a folder", lambda p: _is_path(p) and not Path(p).is_dir(), _path)
-FOLDER = Check("the path of a folder", lambda p: _is_path(p) and (Path(p).is_dir() or not Path(p).exists()), _path)
+PATH = Check("a path", _is_path)
+FILE = Check("the path of a file, not of a folder", lambda p: _is_path(p) and not Path(p).is_dir())
+FOLDER = Check("the path of a folder", lambda p: _is_path(p) and (Path(p).is_dir() or not Path(p).exists()))
 MAPPING = Check("a dictionary", lambda value: isinstance(value, Mapping), dict)
 OPTION_VALUES = Check("a dictionary of options", lambda value: isinstance(value, Mapping), plain)
 FUNCTION = Check("a function", callable)

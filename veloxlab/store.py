@@ -15,6 +15,7 @@ import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
@@ -53,7 +54,7 @@ def check_place(path: Path) -> None:
         if _is_folder(path):
             raise IsADirectoryError
         with _part_in(path.parent):
-            pass
+            return
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -64,8 +65,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def write_together(contents: Mapping[Path, bytes]) -> None:
     """Replace files by new contents: a reader, or a crash, finds each as it was or as it is to be.
 
-    All are written before the first is replaced, so that a full disk changes none. Raises `InputError` if there is no
-    such folder, it is no place for a file, or it cannot be written.
+    All are written before the first is replaced, so that a full disk changes none. `InputError` where that cannot be.
     """
     with ExitStack() as stack:
         parts = {}
@@ -157,6 +157,7 @@ def kept(path: Path, load: Callable[[Path], T], make: Callable[[], T], save: Cal
     return made
 
 
+@dataclass
 class Unfinished:
     """What a long run measured so far, in a file from which the same run continues after it was stopped.
 
@@ -164,35 +165,35 @@ class Unfinished:
     as JSON holds it.
     """
 
-    def __init__(self, path: Path | None, format: str, facts: Mapping[str, Any]) -> None:  # noqa: A002 - as in the file
-        self._path, self._format, self._facts = path, format, dict(facts)
+    path: Path | None
+    format: str
+    facts: Mapping[str, Any]
 
     def read(self) -> Any:  # noqa: ANN401 - any JSON
         """Give what `put` wrote last for the same facts, or None; raises `InputError` for a damaged file."""
-        if self._path is None or not _exists(self._path):
+        if self.path is None or not _exists(self.path):
             return None
-        with reading("unfinished run", self._path, "delete it and start again"):
-            content = read_json(self._path, self._format)
-        return content["rows"] if content["facts"] == self._facts else None
+        with reading("unfinished run", self.path, "delete it and start again"):
+            content = read_json(self.path, self.format)
+        return content["rows"] if content["facts"] == self.facts else None
 
     def put(self, rows: Any) -> None:  # noqa: ANN401
         """Write what is there now; where it cannot be written the run goes on, and a warning says so once."""
-        if self._path is None:
+        if self.path is None:
             return
         try:
-            if not _exists(self._path):
-                make_folder(self._path.parent)
-            # without an indent: that is ten times as fast, and it is written often
-            write_json(self._path, self._format, {"facts": self._facts, "rows": rows}, indent=None)
+            if not _exists(self.path):
+                make_folder(self.path.parent)
+            write_json(self.path, self.format, {"facts": self.facts, "rows": rows}, indent=None)  # the quick way
         except InputError as error:
-            self._path = None
+            self.path = None
             warnings.warn(f"{error} The run goes on, and what it measures is not kept until its end.", stacklevel=2)
 
     def remove(self) -> None:
         """The run is finished."""
-        if self._path is not None:
-            with suppress(OSError):  # its result counts now, and the file is no hindrance
-                self._path.unlink()
+        with suppress(OSError):  # its result counts now, and the file is no hindrance
+            if self.path is not None:
+                self.path.unlink()
 
 
 def digest(content: object, *files: bytes) -> str:
@@ -207,23 +208,14 @@ def write_json(
     beside: Mapping[Path, bytes] | None = None,
     indent: int | None = 1,
 ) -> None:
-    """Write ``content`` as JSON of a ``format``, whole or not at all, together with files ``beside`` it.
-
-    The field ``sha256`` is the checksum of all of them.
-    """
-    files = beside or {}
-    content = {"format": format, **content}
+    """Write ``content`` as JSON of a ``format``, with files ``beside`` it; ``sha256`` is the checksum of all."""
+    files, content = beside or {}, {"format": format, **content}
     said = json.dumps({**content, "sha256": digest(content, *files.values())}, indent=indent)
     write_together({**files, path: said.encode()})
 
 
 def read_json(path: Path, format: str, *beside: Path) -> dict[str, Any]:  # noqa: A002
-    """Read what `write_json` wrote: the content alone.
-
-    Raises
-    ------
-    OSError, ValueError : a file is missing, of another format, or not what was written.
-    """
+    """Read the content that `write_json` wrote; OSError or ValueError if a file is missing or not what was written."""
     content = json.loads(path.read_bytes())
     if not isinstance(content, dict) or content.get("format") != format:
         raise ValueError(f"it is not of the format {format!r}")
@@ -234,10 +226,7 @@ def read_json(path: Path, format: str, *beside: Path) -> dict[str, Any]:  # noqa
 
 
 def write_parquet(path: Path, frame: pl.DataFrame, format: str = "", facts: object = None) -> None:  # noqa: A002
-    """Write ``frame`` as Parquet, whole or not at all.
-
-    With a ``format``, ``facts`` go with it as JSON, and the checksum of the whole file, which counts as zeros there.
-    """
+    """Write ``frame`` as Parquet; with a ``format`` also ``facts``, as JSON, and the checksum of the whole file."""
     said = {format: json.dumps(facts), "checksum": (_BEFORE_SUM + _NO_SUM).decode()} if format else None
     held = io.BytesIO()
     frame.write_parquet(held, metadata=said)
@@ -245,12 +234,9 @@ def write_parquet(path: Path, frame: pl.DataFrame, format: str = "", facts: obje
 
 
 def read_parquet(path: Path, format: str) -> tuple[pl.DataFrame, Any]:  # noqa: A002
-    """Read a frame and facts, as `write_parquet` wrote them with a ``format``.
+    """Read a frame and facts that `write_parquet` wrote with a ``format``; OSError or ValueError as `read_json`.
 
-    Raises
-    ------
-    OSError, ValueError : it is missing, of another format, or not what was written. Nothing is parsed before that is
-        known: of damaged files Polars reads other numbers, or panics.
+    The checksum is looked at first: of damaged files Polars reads other numbers, or panics.
     """
     import polars as pl
 
@@ -264,7 +250,7 @@ def read_parquet(path: Path, format: str) -> tuple[pl.DataFrame, Any]:  # noqa: 
 
 
 def _with_sum(content: bytes) -> bytes:
-    """The same file with its checksum in the place for it."""
+    """The same file with its checksum, which counts as zeros, in the place for it."""
     start = content.rfind(_BEFORE_SUM) + len(_BEFORE_SUM)
     before, behind = content[:start], content[start + len(_NO_SUM) :]
     return before + hashlib.sha256(before + _NO_SUM + behind).hexdigest().encode() + behind
