@@ -26,7 +26,6 @@ TOUR = "00_tour.ipynb"
 COPY_FOLDER = Path("veloxlab-notebooks")
 OF_MLX_LM = {"serve": "server", "generate": "generate", "cache-prompt": "cache_prompt"}  # our names, and its own
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
-
 Argument = tuple[str, dict[str, Any]]  # name, and what `argparse` takes beside it
 
 
@@ -73,26 +72,11 @@ def show_checks(as_json: bool) -> int:
     return int(any(check.status == "fail" for check in checks))
 
 
-def run_mlx_lm(
-    command: str,
-    model: str,
-    method: str | None,
-    plan: Path | None,
-    calibration: Sequence[Path],
-    passed_on: Sequence[str],
-    **numbers: Any,
-) -> int:
-    """Run a command of mlx-lm; ``numbers`` are those of `veloxlab.make_cache`, None where not given."""
-    from veloxlab.cache.calibration import Calibration
-    from veloxlab.cache.plan import Plan
-    from veloxlab.serve.commands import Wanted, run
+def run_mlx_lm(command: str, **given: Any) -> int:
+    """Run a command of mlx-lm with a compressed cache."""
+    from veloxlab.serve.commands import run
 
-    if plan is not None and method is not None:
-        raise InputError("--plan already contains the method of each layer: leave out --method.")
-    settings = {name: number for name, number in numbers.items() if number is not None}
-    loaded = None if plan is None else Plan.load(plan)
-    wanted = Wanted(loaded, method, settings, [*map(Calibration.load, calibration)])
-    run(command, OF_MLX_LM[command], model, wanted, passed_on)
+    run(command, OF_MLX_LM[command], **given)
     return 0
 
 
@@ -105,8 +89,8 @@ def _one(name: str, words: str, kind: Callable[[str], Any] = str, default: Any =
 _many = partial(_one, nargs="+")
 
 
-def _flag(name: str, words: str, dest: str) -> Argument:
-    return name, {"action": "store_true", "help": words, "dest": dest}
+def _flag(name: str, words: str, **more: str) -> Argument:
+    return name, {"action": "store_true", "help": words, **more}
 
 
 def _text(tokens: int, windows: int) -> tuple[Argument, Argument]:
@@ -120,8 +104,7 @@ def _layers(word: str) -> tuple[int, ...]:
     try:
         return () if word == "none" else tuple(map(int, word.split(",")))
     except ValueError:
-        said = f"{word} is not a list of layers: give numbers, as 0 or 0,-1, or none"
-        raise argparse.ArgumentTypeError(said) from None
+        raise argparse.ArgumentTypeError(f"{word} is not a list of layers: give 0 or 0,-1, or none") from None
 
 
 MODEL = _one("--model", "name, .gguf file, folder or repo id", default="smollm2-135m")
@@ -131,14 +114,7 @@ CACHE = (
     _one("model", "smollm2-135m, a .gguf file, a folder, or a Hugging Face repo id"),
     _one("--method", "compression method (default: turboquant)"),
     _one("--plan", "plan file from plan.save, in the place of --method", Path, metavar="FILE"),
-    _one(
-        "--calibration",
-        "file from calibration.save; repeat for more files; a missing calibration is made first",
-        Path,
-        [],
-        action="append",
-        metavar="FILE",
-    ),
+    _one("--calibration", "file from calibration.save; may be repeated", Path, [], action="append", metavar="FILE"),
     _one("--bits", "code bits per value (default: 4)", int, metavar="N"),
     _one("--key-bits", "code bits of keys, if different", int, metavar="N"),
     _one("--value-bits", "code bits of values, if different", int, metavar="N"),
@@ -151,7 +127,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "doctor": (
         "check the device, the packages and the model's weights",
         show_checks,
-        _flag("--json", "print the checks as JSON", "as_json"),
+        _flag("--json", "print the checks as JSON", dest="as_json"),
     ),
     "compare": (
         "measure quality, memory and time of all caches on WikiText-2",
@@ -196,7 +172,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         "measure peak memory and time per token, by length of text",
         measurements.measure_lengths,
         MODEL,
-        _flag("--random", "random weights in the model's shape", "random"),
+        _flag("--random", "random weights in the model's shape"),
         _many("--tokens", "text lengths", int, [1024, 2048, 4096, 8192, 16384]),
         _many("--layer-tokens", "lengths for one layer of a 7B model", int, [], nargs="*"),
         _many("--quantized", "bits of mlx-lm's own quantized cache", int, [4, 8], nargs="*"),

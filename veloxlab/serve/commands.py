@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from mlx.nn.layers.base import Module
@@ -14,13 +15,13 @@ from mlx.nn.layers.base import Module
 from veloxlab.cache import make
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.load import check_caches
-from veloxlab.cache.plan import Plan
+from veloxlab.cache.plan import Plan, plan_of
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.mlxlm import hooks
 from veloxlab.models.loading import DEMO_MODEL, load
-from veloxlab.progress import Progress
+from veloxlab.progress import Progress, say
 
 _REFUSED = {
     "--model": "the model is the first word, as in `veloxlab {command} MODEL`",
@@ -32,13 +33,10 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Wanted:
-    """What cache a command is to use: a plan, or a method and what else `veloxlab.make_cache` takes.
+    """What cache a command is to use: a plan, or a method, or neither, which is TurboQuant.
 
-    Attributes
-    ----------
-    plan, method : one of them, or neither, which is TurboQuant.
-    settings : bits, key_bits, value_bits, sinks, window, max_kv_size; only those that were given.
-    calibrations : made before, of methods that are used; what else has to be fitted is, when the model is there.
+    ``settings`` are further ones of `veloxlab.make_cache`, those that were given. ``calibrations`` are of methods that
+    are used; what else has to be fitted is, when the model is there.
     """
 
     plan: Plan | None
@@ -114,7 +112,7 @@ class Loader:
         """Print how far a fit has come, or end it."""
         if self.stopped.is_set():
             raise KeyboardInterrupt
-        print(f"{done} of {total}: {label}", file=sys.stderr)
+        say(done, total, label)
 
     def load_prompt_cache(self, *arguments: Any, **options: Any) -> Any:  # noqa: ANN401
         """Read a file as mlx-lm does, and keep what was read until the model is there, which it has to fit."""
@@ -124,25 +122,36 @@ class Loader:
         return read
 
 
-def run(command: str, theirs: str, name: str, wanted: Wanted, options: Sequence[str]) -> None:
-    """Run mlx-lm's command ``theirs``, which is our ``command``, on the model ``name``, with its own ``options``.
+def run(
+    command: str,
+    theirs: str,
+    model: str,
+    passed_on: Sequence[str],
+    plan: Path | None,
+    method: str | None,
+    calibration: Sequence[Path],
+    **settings: int | None,
+) -> None:
+    """Run mlx-lm's command ``theirs``, which is our ``command``, on a ``model``, with its own options ``passed_on``.
 
-    Raises
-    ------
-    InputError : an option that contradicts a compressed cache; a prompt cache's file that does not fit the model or
-        what is ``wanted``.
+    ``settings`` are those of `veloxlab.make_cache`. Raises `InputError` for options that contradict one another or a
+    compressed cache, and for a prompt cache's file that does not fit the model or what is wanted.
     """
-    for option in (given.partition("=")[0] for given in options):
+    if plan is not None and method is not None:
+        raise InputError("--plan already contains the method of each layer: leave out --method.")
+    for option in (word.partition("=")[0] for word in passed_on):
         if option in _REFUSED:
             raise InputError(f"{option} cannot be given here: {_REFUSED[option].format(command=command)}.")
+    given = {name: number for name, number in settings.items() if number is not None}
+    wanted = Wanted(plan_of(plan), method, given, [*map(Calibration.load, calibration)])
     hooks.attach()  # a prompt cache's file is read before the model
     module = import_module(f"mlx_lm.{theirs}")
-    loader = Loader(module, name, wanted)
+    loader = Loader(module, model, wanted)
     replaced = {hooked: getattr(loader, hooked) for hooked in ("load", "load_prompt_cache") if hasattr(module, hooked)}
     if theirs == "server":
         from veloxlab.serve.server import hooks_of  # here, as it imports the server
 
         replaced |= hooks_of(loader.stopped)
-    arguments = {"argv": [f"mlx_lm.{theirs}", "--model", name, *options]}
+    arguments = {"argv": [f"mlx_lm.{theirs}", "--model", model, *passed_on]}
     with hooks.replaced(module, replaced), hooks.replaced(sys, arguments):
         module.main()
