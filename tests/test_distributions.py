@@ -391,14 +391,14 @@ def test_error_densities_count_every_vector(seen):
         (lambda c: channel_distributions(c, "rotten"), "There is no space 'rotten': choose one of raw, before_rope"),
         (lambda c: channel_distributions(c, "before_rope"), "Layer 3 has no rotary embedding that is known"),
         (lambda c: channel_distributions(c, "before_rope", tensors=("values",)), "Values go through no RoPE"),
-        (lambda c: densities(c, bins=1), "A density of bins=1 shows nothing"),
+        (lambda c: densities(c, bins=1), "bins=1 cannot be used: give a whole number, 2 or more"),
         (lambda c: rope_pairs(c), "No layer of this capture has a rotary embedding"),
         (lambda c: level_densities(c, "none", bits=32), "'none' keeps vectors as they are"),
         (lambda c: level_densities(c, "commvq", bits=2), "CommVQ has to see activations"),
         (lambda c: polar_angles(c, levels=5), "levels=5 does not fit a head dimension of 16: choose 1 to 4"),
         (lambda c: attention_map(c.layers[0], 0), "Layer 3 does not show its queries"),
         (lambda c: errors_along_position(token_frame([])), "There is nothing to pool"),
-        (lambda c: error_densities(token_frame([0.0]), bins=1), "There is nothing to draw: bins=1 of 1 errors"),
+        (lambda c: error_densities(token_frame([0.0]), bins=1), "bins=1 cannot be used"),
     ],
 )
 def test_bad_input_gets_a_sentence(noise, call, sentence):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -12,7 +12,8 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache.attention import mask_for
 from veloxlab.checks import check_fields, checked, instance, many, whole
-from veloxlab.codecs import Role
+from veloxlab.codecs import Codec, Role, find_method
+from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import probe
@@ -46,6 +47,13 @@ class LayerCapture:
         """Keys or values, in float32."""
         return (self.keys if tensor == "keys" else self.values).astype(mx.float32)
 
+    def codec(
+        self, tensor: Role, method: str, bits: int, calibration: Calibrated | None, options: Mapping[str, object]
+    ) -> Codec:
+        """The codec of a method for its keys or values; raises `InputError` as `layer_codec`."""
+        head_dim = (self.keys if tensor == "keys" else self.values).shape[-1]
+        return layer_codec(find_method(method), self.layer, head_dim, bits, tensor, options, calibration)
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -63,12 +71,9 @@ class Capture:
         return 8 * self.layers[0].keys.dtype.size
 
     def __repr__(self) -> str:
-        """A stable line: arrays are not for printing."""
-        keys = self.layers[0].keys
-        return (
-            f"Capture(layers={len(self.layers)}, tokens={len(self.tokens)}, "
-            f"kv_heads={keys.shape[1]}, head_dim={keys.shape[-1]})"
-        )
+        """One line without arrays."""
+        _, kv_heads, _, head_dim = self.layers[0].keys.shape
+        return f"Capture(layers={len(self.layers)}, tokens={len(self.tokens)}, {kv_heads=}, {head_dim=})"
 
 
 @checked()
@@ -82,18 +87,13 @@ def capture(
 ) -> Capture:
     """Run ``model`` over the first ``tokens`` tokens of ``text`` and keep what every attention layer saw.
 
-    Parameters
-    ----------
-    model, tokenizer : as `veloxlab.load` gives them.
-    text : what to read; the shipped WikiText-2 test excerpt by default.
-    tokens : how many tokens; the whole text if it is shorter.
-    progress : told of each layer.
+    ``text`` is the shipped WikiText-2 test excerpt by default; a shorter one is read to its end.
 
     Raises
     ------
     InputError : if the text has fewer than two tokens.
     """
-    ids = first_tokens(tokenizer, excerpt("test") if text is None else text, tokens)
+    ids = first_tokens(tokenizer, text, tokens)
     if len(ids) < min(2, tokens):
         raise InputError(f"The text has {len(ids)} tokens and at least 2 are needed: give a longer text.")
     layers = []
@@ -107,11 +107,7 @@ def capture(
 def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
     """Run ``model`` over the tokens ``ids`` and give what each layer saw, evaluated, one layer after another.
 
-    Nothing is held of a layer that was given: memory does not grow with the depth unless the caller keeps them.
-
-    Raises
-    ------
-    InputError : if no layer keeps plain keys and values.
+    A layer that was given is not held here. Raises `InputError` if no layer keeps plain keys and values.
     """
     recorders: list[Recorder] = []
 
@@ -126,9 +122,9 @@ def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
     model(mx.array([ids]), cache=caches)  # lazy: nothing is computed before the layers below are
     del caches
     for rope in ropes:
-        seen = recorders.pop(0).seen()
+        seen = replace(recorders.pop(0).seen(), rope=rope)
         mx.eval([a for a in (seen.queries, seen.keys, seen.values) if a is not None])
-        yield replace(seen, rope=rope)
+        yield seen
 
 
 def stretches(
@@ -140,20 +136,12 @@ def stretches(
     last: int | None = None,
     name: str = "windows",
 ) -> list[list[int]]:
-    """Give ``count`` stretches of ``tokens`` token ids, one after another.
+    """Give ``count`` stretches of ``tokens`` token ids of a text, one after another.
 
-    Parameters
-    ----------
-    tokenizer, text : as for `capture`.
-    tokens, count : of a stretch, and how many stretches.
-    last : tokens of the last stretch at least, with a warning if they are fewer than ``tokens``; all by default.
-    name : of the stretches, for a message.
-
-    Raises
-    ------
-    InputError : the text is too short.
+    The last stretch has ``last`` tokens or more, with a warning if they are fewer than ``tokens``; all by default.
+    ``name`` is that of the stretches in messages. Raises `InputError` if the text is too short.
     """
-    ids = first_tokens(tokenizer, excerpt("test") if text is None else text, tokens * count)
+    ids = first_tokens(tokenizer, text, tokens * count)
     if len(ids) < tokens * (count - 1) + (tokens if last is None else last):
         raise InputError(
             f"The text has {len(ids)} tokens, too few for {count} {name} of {tokens}: give a longer text or take fewer "
@@ -165,8 +153,9 @@ def stretches(
     return [ids[i * tokens : (i + 1) * tokens] for i in range(count)]
 
 
-def first_tokens(tokenizer: Any, text: str, count: int, **options: bool) -> list[int]:  # noqa: ANN401
-    """Give the first ``count`` token ids of ``text``, or all if there are fewer; ``options`` are the tokenizer's."""
+def first_tokens(tokenizer: Any, text: str | None, count: int, **options: bool) -> list[int]:  # noqa: ANN401
+    """Give the first ``count`` token ids of ``text``, by default the test excerpt; ``options`` are the tokenizer's."""
+    text = excerpt("test") if text is None else text
     # a long text need not be read to its end: no tokenizer makes tokens longer than this on average
     ids = list(tokenizer.encode(text[: 16 * count], **options))
     if len(ids) < count and len(text) > 16 * count:
@@ -175,10 +164,7 @@ def first_tokens(tokenizer: Any, text: str, count: int, **options: bool) -> list
 
 
 class Recorder(Handle):
-    """A cache and its handle in one: attends exactly, and keeps what passed.
-
-    A subclass may change keys and values on their way into `update_and_fetch`.
-    """
+    """A cache and its handle in one: attends exactly, and keeps what passed. Subclasses may change keys and values."""
 
     def __init__(self, facts: probe.LayerFacts) -> None:
         self.facts, self.offset = facts, 0
@@ -190,7 +176,7 @@ class Recorder(Handle):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Keep the keys and values of all tokens; see `veloxlab.cache.layer.CompressedKVCache`."""
         self._keys, self._values, self.offset = keys, values, keys.shape[2]
-        return (self, self) if self.facts.path == "codes" else (keys, values)
+        return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """What was fetched, for a layer that shares it."""

@@ -73,7 +73,9 @@ def compare(
     seen = capture(model, tokenizer, text, tokens=tokens).layers[0]
     plain = cache_speed(seen, KVCache)
     ours = ((m, b) for m in METHODS.values() for b in bits if m.id != "none" and b in m.bits)
-    makers = {f"{m.id} {b} bit": partial(_ours, model, tokenizer, m, b) for m, b in ours}
+    makers: dict[str, Callable[[], CacheMaker]] = {
+        f"{m.id} {b} bit": partial(_ours, model, tokenizer, m, b) for m, b in ours
+    }
     theirs = (b for b in (2, 3, 4, 8) if b in bits or b == 8)
     makers |= {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}
     attempts = [Attempt(name, partial(_row, exact, seen, plain, name, maker)) for name, maker in makers.items()]
@@ -117,7 +119,7 @@ def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, fl
     heads = keys.shape[1] if layer.queries is None else layer.queries.shape[1]
     query = mx.random.normal((1, heads, 1, keys.shape[-1]), dtype=keys.dtype, key=mx.random.key(0))
     cache = make()
-    read = cache.update_and_fetch(keys, values)
+    read_keys, read_values = cache.update_and_fetch(keys, values)
     mx.eval(cache.state, query)
 
     empty = [make() for _ in range(FIRST_TRIES + REPEATS)]
@@ -129,7 +131,8 @@ def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, fl
 
     def attend() -> object:
         own = mx.array(query)  # mlx-lm's quantized attention scales the query that it is given in place
-        return scaled_dot_product_attention(own, *read, cache=cache, scale=keys.shape[-1] ** -0.5, mask=None)
+        scale = keys.shape[-1] ** -0.5
+        return scaled_dot_product_attention(own, read_keys, read_values, cache=cache, scale=scale, mask=None)
 
     return median_seconds(store, REPEATS), median_seconds(attend, REPEATS)
 

@@ -1,8 +1,8 @@
-"""The spaces in which methods see keys and values: as they are, before RoPE, rotated, smoothed, on learned axes."""
+"""Distributions of keys and values in the spaces that methods see: before RoPE, rotated, smoothed, on learned axes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 import mlx.core as mx
@@ -10,14 +10,15 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from veloxlab.codecs import ROLES, Role
+from veloxlab.checks import checked, whole
+from veloxlab.codecs import Role
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.spectralquant import SpectralQuant
 from veloxlab.codecs.vecinfer import smoothing_factors
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.frames import PLACE, by_head
+from veloxlab.measure.frames import PLACE, Columns, by_head
 
 Floats = NDArray[np.float32]
 Space = Literal["raw", "before_rope", "rotated", "smoothed", "smoothed_rotated", "eigenbasis"]
@@ -59,9 +60,9 @@ OUTLIERS = PLACE | {
 """Columns of `outlier_channels`; ratios are null where the median channel, or the head, is zero."""
 
 BINS = 80
-TAIL = 5e-4  # share of coordinates that a density may leave out at either end, and says so
+TAIL = 5e-4  # share of coordinates that a density may leave out at either end
 OUTLIER = 3.0
-SUMMARY = ("mean", "rms", "least", "low", "median", "high", "most")
+SUMMARY = {"least": 0.0, "low": 0.01, "median": 0.5, "high": 0.99, "most": 1.0}  # quantiles
 
 
 def check_space(space: str) -> None:
@@ -78,8 +79,8 @@ def vectors(layer: LayerCapture, tensor: Role, space: Space = "raw") -> Floats:
     ``rotated``           Random signs, then Hadamard: what TurboQuant, RVQ, RaBitQ and PolarQuant code.
     ``smoothed``          Each channel over λ = √(max |x|), VecInfer's first step; in units of λ.
     ``smoothed_rotated``  The same, then signs and Hadamard: what VecInfer codes of keys.
-    ``eigenbasis``        SpectralQuant's axes, learned from these very vectors: of root-mean-square 1, the mean taken
-                          off, the largest variance first.
+    ``eigenbasis``        SpectralQuant's axes, learned from these vectors: root-mean-square 1, without the mean, the
+                          largest variance first.
 
     Raises
     ------
@@ -106,7 +107,7 @@ def vectors(layer: LayerCapture, tensor: Role, space: Space = "raw") -> Floats:
 def _on_axes(x: mx.array, layer: int) -> mx.array:
     if not mx.isfinite(x).all().item():
         raise InputError(f"Layer {layer} holds numbers that are NaN or infinite, which have no axes: see it in 'raw'.")
-    heads = mx.array([head for head in range(x.shape[1]) if x[:, head].any().item()])  # one of zeros stays where it is
+    heads = mx.array([head for head in range(x.shape[1]) if x[:, head].any().item()])  # a head of zeros stays as it is
     if not heads.size:
         return x
     own = x[:, heads]
@@ -119,15 +120,9 @@ def _on_axes(x: mx.array, layer: int) -> mx.array:
     return moved
 
 
-def seen(
-    capture: Capture, space: Space = "raw", tensors: Sequence[Role] | None = None
-) -> Iterator[tuple[int, Role, Floats]]:
-    """Layer, tensor and vectors ``[H, S, D]`` in a space, of all layers; by default of all tensors that it has."""
-    check_space(space)
-    usual = ROLES[:1] if space == "before_rope" else ROLES
-    for layer in capture.layers:
-        for tensor in usual if tensors is None else tensors:
-            yield layer.layer, tensor, vectors(layer, tensor, space)
+def tensors_in(space: Space, tensors: tuple[Role, ...] | None) -> tuple[Role, ...] | None:
+    """The ``tensors`` that were asked for; by default those that a space has, None for both."""
+    return ("keys",) if tensors is None and space == "before_rope" else tensors
 
 
 def channel_distributions(
@@ -135,53 +130,46 @@ def channel_distributions(
 ) -> pl.DataFrame:
     """Mean, size and quantiles of every channel over the tokens of a capture: `CHANNELS`.
 
-    ``tensors`` is keys, values or both; by default all that the space has. `dataclasses.replace` of a capture's layers
-    measures some of them.
-
-    Raises
-    ------
-    InputError : as `vectors`.
+    ``tensors`` is keys, values or both; by default all that the space has. Raises `InputError` as `vectors`.
     """
-    frames = []
-    for layer, tensor, x in seen(capture, space, tensors):
-        columns: dict[str, Any] = {"space": space, "channel": np.arange(x.shape[2])}
-        columns |= dict(zip(SUMMARY, summary(x), strict=True))
-        columns["not_finite"] = (~np.isfinite(x)).sum(axis=1)
-        frames.append(by_head(CHANNELS, layer, tensor, columns))
-    return pl.concat(frames).with_columns(pl.col(SUMMARY).fill_nan(None))
+
+    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+        x = vectors(layer, tensor, space)
+        counts = {"not_finite": (~np.isfinite(x)).sum(axis=1)}
+        yield counts | {"space": space, "channel": np.arange(x.shape[2]), **summary(x)}
+
+    frame = by_head(CHANNELS, capture.layers, columns, tensors_in(space, tensors))
+    return frame.with_columns(pl.col("mean", "rms", *SUMMARY).fill_nan(None))
 
 
+@checked(bins=whole(2))
 def densities(
     capture: Capture, space: Space = "raw", *, tensors: tuple[Role, ...] | None = None, bins: int = BINS
 ) -> pl.DataFrame:
     """Histogram of all coordinates of each head, as a density: `DENSITIES`.
 
-    The bins leave out at most one coordinate of two thousand at either end: ``below`` and ``above`` say how many.
-
-    Raises
-    ------
-    InputError : as `vectors`; fewer than two bins, or a head with no finite coordinate.
+    The bins leave out at most one coordinate of two thousand at either end. Raises `InputError` as `vectors`, and for a
+    head with no finite coordinate.
     """
-    check_bins(bins)
-    frames = []
-    for layer, tensor, x in seen(capture, space, tensors):
-        for head, coordinates in enumerate(x.reshape(len(x), -1)):
-            finite = coordinates[np.isfinite(coordinates)]
+
+    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+        for head, own in enumerate(vectors(layer, tensor, space)):
+            finite = own[np.isfinite(own)]
             if not finite.size:
                 raise InputError(
-                    f"Head {head} of the {tensor} of layer {layer} has no finite coordinate: load the model with "
+                    f"Head {head} of the {tensor} of layer {layer.layer} has no finite coordinate: load the model with "
                     "dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
                 )
             edges = bin_edges(finite, bins)
-            columns = histogram(finite, edges) | {
+            yield histogram(finite, edges) | {
                 "head": head,
                 "space": space,
                 "below": (finite < edges[0]).mean(),
                 "above": (finite > edges[-1]).mean(),
-                "not_finite": coordinates.size - finite.size,
+                "not_finite": own.size - finite.size,
             }
-            frames.append(by_head(DENSITIES, layer, tensor, columns))
-    return pl.concat(frames)
+
+    return by_head(DENSITIES, capture.layers, columns, tensors_in(space, tensors))
 
 
 def outlier_channels(
@@ -189,49 +177,47 @@ def outlier_channels(
 ) -> pl.DataFrame:
     """How far single channels and single coordinates of each head stand out: `OUTLIERS`.
 
-    The steps of a uniform quantizer are as wide as the greatest coordinate needs: ``peak_ratio`` is this cost.
-
-    Raises
-    ------
-    InputError : as `vectors`.
+    The steps of a uniform quantizer are as wide as the greatest coordinate needs: ``peak_ratio`` is this cost. Raises
+    `InputError` as `vectors`.
     """
-    frames = []
-    for layer, tensor, x in seen(capture, space, tensors):
+
+    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+        x = vectors(layer, tensor, space)
         finite = np.isfinite(x)
         known = np.where(finite, x, 0.0).astype(np.float64)
         squares, counts = np.square(known).sum(axis=1), finite.sum(axis=1)  # [H, D]
         rms = np.sqrt(squares / np.maximum(counts, 1))
-        usual = np.median(rms, axis=1)
-        whole = np.sqrt(squares.sum(axis=1) / np.maximum(counts.sum(axis=1), 1))
+        usual = np.median(rms, axis=1, keepdims=True)
+        of_head = np.sqrt(squares.sum(axis=1, keepdims=True) / np.maximum(counts.sum(axis=1, keepdims=True), 1))
         with np.errstate(invalid="ignore", divide="ignore"):
-            columns = {
-                "loudest": rms.argmax(axis=1),
-                "loudest_ratio": np.where(usual > 0, rms.max(axis=1) / usual, np.nan),
-                "outlier_channels": (rms > OUTLIER * usual[:, None]).sum(axis=1),
-                "peak_ratio": np.where(whole > 0, np.abs(known).max(axis=(1, 2)) / whole, np.nan),
-                "not_finite": (~finite).sum(axis=(1, 2)),
+            yield {
+                "space": space,
+                "loudest": rms.argmax(axis=1, keepdims=True),
+                "loudest_ratio": np.where(usual > 0, rms.max(axis=1, keepdims=True) / usual, np.nan),
+                "outlier_channels": (rms > OUTLIER * usual).sum(axis=1, keepdims=True),
+                "peak_ratio": np.where(of_head > 0, np.abs(known).max(axis=(1, 2))[:, None] / of_head, np.nan),
+                "not_finite": (~finite).sum(axis=(1, 2))[:, None],
             }
-        rows = {name: column[:, None] for name, column in columns.items()}
-        frames.append(by_head(OUTLIERS, layer, tensor, rows | {"space": space}))
-    return pl.concat(frames).with_columns(pl.col("loudest_ratio", "peak_ratio").fill_nan(None))
+
+    frame = by_head(OUTLIERS, capture.layers, columns, tensors_in(space, tensors))
+    return frame.with_columns(pl.col("loudest_ratio", "peak_ratio").fill_nan(None))
 
 
-def summary(x: Floats) -> list[NDArray[np.float64]]:
-    """Mean, root-mean-square, least, 1 %, median, 99 % and most over axis 1 of ``x`` ``[H, S, D]``: each ``[H, D]``.
+def summary(x: Floats) -> dict[str, NDArray[np.float64]]:
+    """Mean, root-mean-square and the quantiles of `SUMMARY` over axis 1 of ``x`` ``[H, S, D]``: each ``[H, D]``.
 
-    Numbers that are not finite do not count; NaN where none is.
+    Numbers that are not finite do not count; NaN where none is finite.
     """
     finite = np.isfinite(x)
     count = finite.sum(axis=1)
     known = np.where(finite, x, 0.0).astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean, rms = known.sum(axis=1) / count, np.sqrt(np.square(known).sum(axis=1) / count)
+        found = {"mean": known.sum(axis=1) / count, "rms": np.sqrt(np.square(known).sum(axis=1) / count)}
     in_order = np.sort(np.where(finite, x, np.nan), axis=1)  # NaN comes last
-    quantiles = []
-    for share in (0.0, 0.01, 0.5, 0.99, 1.0):
+    for name, share in SUMMARY.items():
         at = np.floor(share * np.maximum(count - 1, 0) + 0.5).astype(int)  # a token that is there, none between two
-        quantiles.append(np.take_along_axis(in_order, at[:, None], axis=1)[:, 0].astype(np.float64))
-    return [mean, rms, *quantiles]
+        found[name] = np.take_along_axis(in_order, at[:, None], axis=1)[:, 0].astype(np.float64)
+    return found
 
 
 def bin_edges(coordinates: Floats, bins: int) -> NDArray[np.float64]:
@@ -244,13 +230,7 @@ def bin_edges(coordinates: Floats, bins: int) -> NDArray[np.float64]:
 
 
 def histogram(coordinates: Floats, edges: NDArray[np.float64]) -> dict[str, Any]:
-    """``value, width, density`` of each bin; what lies outside counts in the whole of which densities are shares."""
+    """``value, width, density`` of each bin; densities are shares of all coordinates, those outside too."""
     counts, _ = np.histogram(coordinates, edges)
     width = np.diff(edges)
     return {"value": (edges[1:] + edges[:-1]) / 2, "width": width, "density": counts / (coordinates.size * width)}
-
-
-def check_bins(bins: int) -> None:
-    """Raise `InputError` unless a histogram can have so many bins."""
-    if bins < 2:
-        raise InputError(f"A density of bins={bins} shows nothing: give 2 or more, such as {BINS}.")

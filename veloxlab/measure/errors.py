@@ -1,7 +1,8 @@
-"""What compression does to a captured run: errors of layers, KV heads, tensors and single tokens."""
+"""Errors of compression in a captured run, by layer, KV head, tensor and token, and their summaries."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -11,13 +12,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from veloxlab.cache.attention import causal_mask
 from veloxlab.cache.make import side_bits, usual_bits
-from veloxlab.checks import checked, measured
-from veloxlab.codecs import ROLES, Role, find_method
+from veloxlab.checks import checked, measured, whole
+from veloxlab.codecs import Role
 from veloxlab.codecs.base import fitted_online
-from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.codecs.method import Calibrated
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.frames import PLACE, by_head, in_schema
+from veloxlab.measure.frames import PLACE, Columns, by_head, in_schema
 from veloxlab.progress import Progress, silent
 
 LAYER_ERRORS = PLACE | {  # of the tensor that is compressed; the other one stays exact
@@ -36,6 +37,42 @@ TOKEN_ERRORS = PLACE | {
 }
 """Columns of `token_errors`."""
 
+PROFILE = {
+    "tensor": pl.String,
+    "bits": pl.Int32,
+    "position": pl.Int32,  # first of a block of positions
+    "position_end": pl.Int32,  # the one behind it
+    "low": pl.Float64,  # relative squared error ‖x − x̂‖² / ‖x‖²: a tenth of layers, heads and tokens lies below
+    "median": pl.Float64,
+    "high": pl.Float64,  # a tenth lies above
+    "not_finite": pl.Int64,  # vectors whose error is NaN or infinite
+}
+"""Columns of `errors_along_position`; quantiles are null where no error is finite."""
+
+ERROR_DENSITIES = {
+    "tensor": pl.String,
+    "bits": pl.Int32,
+    "least": pl.Float64,  # ends of a bin of relative squared error, equal on a log scale
+    "most": pl.Float64,
+    "share": pl.Float64,  # of the vectors with an error above 0
+    "zero": pl.Int64,  # vectors without error, which a log scale cannot show
+    "not_finite": pl.Int64,
+}
+"""Columns of `error_densities`."""
+
+ERRORS_BY_BITS = {
+    "tensor": pl.String,
+    "bits": pl.Int32,
+    "error": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over all vectors whose error is finite; null of none
+    "true_bits": pl.Float64,  # that a value really takes
+    "not_finite": pl.Int64,
+}
+"""Columns of `errors_by_bits`."""
+
+BLOCKS, BINS = 64, 60
+GROUP = ["tensor", "bits"]
+TOKENS = measured(TOKEN_ERRORS, "vl.measure.token_errors")
+
 
 def ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[Any]:
     """``part / whole`` by element: 0 where ``part`` is 0, and infinite where ``whole`` alone is."""
@@ -47,6 +84,9 @@ def ratio(part: ArrayLike, whole: ArrayLike) -> NDArray[Any]:
 def ratio_of(part: pl.Expr, whole: pl.Expr) -> pl.Expr:
     """`ratio` of two columns."""
     return pl.when(part == 0).then(0.0).otherwise(part / whole)
+
+
+RELATIVE = ratio_of(pl.col("squared_error").cast(pl.Float64), pl.col("squared_norm").cast(pl.Float64))
 
 
 @checked()
@@ -73,19 +113,16 @@ def layer_errors(
     ------
     InputError : unknown method or option, bits out of range.
     """
-    frames = []
-    find_method(method)
     widths = side_bits(method, capture.exact_bits, bits, key_bits, value_bits)
-    for i, layer in enumerate(capture.layers):
-        for tensor, width in widths.items():
-            x, decoded = exact_and_decoded(layer, tensor, method, width, calibration, options)
-            position = mx.arange(x.shape[2])[:, None]
-            decoded = mx.where((position < sinks) | (position >= x.shape[2] - window), x, decoded)
-            columns = _vector_errors(x, decoded) | _attention_errors(layer, tensor, decoded)
-            rows = {name: np.array(column)[:, None] for name, column in columns.items()}
-            frames.append(by_head(LAYER_ERRORS, layer.layer, tensor, rows))
-        progress(i + 1, len(capture.layers), f"errors of layer {layer.layer}")
-    return pl.concat(frames)
+
+    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+        x, decoded = exact_and_decoded(layer, tensor, method, widths[tensor], calibration, options)
+        position = mx.arange(x.shape[2])[:, None]
+        decoded = mx.where((position < sinks) | (position >= x.shape[2] - window), x, decoded)
+        errors = _vector_errors(x, decoded) | _attention_errors(layer, tensor, decoded)
+        yield {name: np.array(column)[:, None] for name, column in errors.items()}
+
+    return by_head(LAYER_ERRORS, capture.layers, columns, progress=progress, label="errors of ")
 
 
 @checked()
@@ -100,25 +137,20 @@ def token_errors(
 ) -> pl.DataFrame:
     """Squared error and squared norm of each captured token's key and value, every token compressed: `TOKEN_ERRORS`.
 
-    Relative errors with any number of exact sinks and recent tokens follow from sums of these, with no model run.
+    Sums of these give relative errors with any number of exact sinks and recent tokens, without another run.
     """
-    frames = []
-    bits = usual_bits(method, capture.exact_bits, bits)
-    for i, layer in enumerate(capture.layers):
-        for tensor in ROLES:
-            x, decoded = exact_and_decoded(layer, tensor, method, bits, calibration, options)
-            columns = {
-                "bits": bits,
-                "position": np.arange(x.shape[2]),
-                "squared_error": np.array(mx.square(x - decoded).sum(axis=-1)[0]),  # [H, S]
-                "squared_norm": np.array(mx.square(x).sum(axis=-1)[0]),
-            }
-            frames.append(by_head(TOKEN_ERRORS, layer.layer, tensor, columns))
-        progress(i + 1, len(capture.layers), f"{bits} bits, layer {layer.layer}")
-    return pl.concat(frames)
+    width = usual_bits(method, capture.exact_bits, bits)
+
+    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+        x, decoded = exact_and_decoded(layer, tensor, method, width, calibration, options)
+        sums = {"squared_error": mx.square(x - decoded), "squared_norm": mx.square(x)}
+        place = {"bits": width, "position": np.arange(x.shape[2])}
+        yield place | {name: np.array(squares.sum(axis=-1)[0]) for name, squares in sums.items()}  # [H, S]
+
+    return by_head(TOKEN_ERRORS, capture.layers, columns, progress=progress, label=f"{width} bits, ")
 
 
-@checked(tokens=measured(TOKEN_ERRORS, "vl.measure.token_errors"))
+@checked(tokens=TOKENS)
 def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) -> pl.DataFrame:
     """Relative MSE per layer, head, tensor and bits from `token_errors`, with exact sinks and recent tokens.
 
@@ -130,18 +162,10 @@ def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) ->
     return tokens.group_by("layer", "head", "tensor", "bits").agg(rel_mse=error).sort("layer", "head", "tensor", "bits")
 
 
-def exact_and_decoded(
-    layer: LayerCapture,
-    tensor: Role,
-    method: str,
-    bits: int,
-    calibration: Calibrated | None,
-    options: dict[str, object],
-) -> tuple[mx.array, mx.array]:
-    """Exact and decoded ``[1, H, S, D]`` of one layer, both float32."""
+def exact_and_decoded(layer: LayerCapture, tensor: Role, *settings: Any) -> tuple[mx.array, mx.array]:
+    """Exact and decoded ``[1, H, S, D]`` of one layer, both float32; ``settings`` are those of `LayerCapture.codec`."""
     x = layer.vectors(tensor)
-    codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, tensor, options, calibration)
-    codec = fitted_online(codec, x)
+    codec = fitted_online(layer.codec(tensor, *settings), x)
     return x, codec.decode(codec.encode(x)).astype(mx.float32)
 
 
@@ -183,102 +207,52 @@ def _attention_errors(layer: LayerCapture, tensor: Role, decoded: mx.array) -> d
     return errors
 
 
-PROFILE = {
-    "tensor": pl.String,
-    "bits": pl.Int32,
-    "position": pl.Int32,  # first of a block of positions
-    "position_end": pl.Int32,  # the one behind it
-    "low": pl.Float64,  # relative squared error ‖x − x̂‖² / ‖x‖²: a tenth of layers, heads and tokens lies below
-    "median": pl.Float64,
-    "high": pl.Float64,  # a tenth lies above
-    "not_finite": pl.Int64,  # vectors whose error is NaN or infinite
-}
-"""Columns of `errors_along_position`; quantiles are null where no error is finite."""
-
-ERROR_DENSITIES = {
-    "tensor": pl.String,
-    "bits": pl.Int32,
-    "least": pl.Float64,  # ends of a bin of relative squared error, equal on a log scale
-    "most": pl.Float64,
-    "share": pl.Float64,  # of the vectors with an error above 0
-    "zero": pl.Int64,  # vectors without error, which a log scale cannot show
-    "not_finite": pl.Int64,
-}
-"""Columns of `error_densities`."""
-
-ERRORS_BY_BITS = {
-    "tensor": pl.String,
-    "bits": pl.Int32,
-    "error": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over all vectors whose error is finite; null of none
-    "true_bits": pl.Float64,  # that a value really takes
-    "not_finite": pl.Int64,
-}
-"""Columns of `errors_by_bits`."""
-
-BLOCKS, BINS = 64, 60
-GROUP = ["tensor", "bits"]
-RELATIVE = ratio_of(pl.col("squared_error").cast(pl.Float64), pl.col("squared_norm").cast(pl.Float64))
+def _some(tokens: pl.DataFrame) -> pl.DataFrame:
+    if tokens.is_empty():
+        raise InputError("There is nothing to pool: give token_errors with rows.")
+    return tokens
 
 
+@checked(tokens=TOKENS, blocks=whole(1))
 def errors_along_position(tokens: pl.DataFrame, *, blocks: int = BLOCKS) -> pl.DataFrame:
     """Quantiles of the relative error of `veloxlab.token_errors` in blocks of positions: `PROFILE`.
 
-    Raises
-    ------
-    InputError : no block, or no row.
+    Raises `InputError` if there is no row; so do `errors_by_bits` and `error_densities`.
     """
-    if blocks < 1 or tokens.is_empty():
-        raise InputError(f"There is nothing to pool: give token_errors with rows, and blocks={BLOCKS} or so.")
-    size = -(-(tokens["position"].max() + 1) // blocks)  # type: ignore[operator]
+    size = -(-(_some(tokens)["position"].max() + 1) // blocks)  # type: ignore[operator]
     last = pl.col("position").max() + 1
-    error = pl.col("error").filter(pl.col("error").is_finite())
-    blocks_of_errors = (
+    finite = pl.col("error").is_finite()
+    error = pl.col("error").filter(finite)
+    quantiles = {"low": error.quantile(0.1), "median": error.median(), "high": error.quantile(0.9)}
+    pooled = (
         tokens.with_columns(error=RELATIVE, block=pl.col("position") // size * size)
         .group_by(*GROUP, "block")
-        .agg(
-            position_end=last,
-            low=error.quantile(0.1),
-            median=error.median(),
-            high=error.quantile(0.9),
-            not_finite=(~pl.col("error").is_finite()).sum(),
-        )
+        .agg(position_end=last, not_finite=(~finite).sum(), **quantiles)
         .rename({"block": "position"})
         .sort(*GROUP, "position")
     )
-    return in_schema(blocks_of_errors, PROFILE)
+    return in_schema(pooled, PROFILE)
 
 
+@checked(tokens=TOKENS)
 def errors_by_bits(tokens: pl.DataFrame, true_bits: pl.DataFrame) -> pl.DataFrame:
     """The error at each width of `veloxlab.token_errors`, beside what a value takes by `veloxlab.code_bits`.
 
-    Columns: `ERRORS_BY_BITS`. Both frames have rows of several widths; the second one a column ``bits`` too.
-
-    Raises
-    ------
-    InputError : no row.
+    Columns: `ERRORS_BY_BITS`. Both frames have rows of several widths, so ``true_bits`` has a column ``bits`` too.
     """
-    if tokens.is_empty():
-        raise InputError("There is nothing to pool: give token_errors with rows.")
     finite = pl.col("squared_error").is_finite()
     sums = (pl.col(f"squared_{of}").filter(finite).cast(pl.Float64).sum() for of in ("error", "norm"))
-    errors = tokens.group_by(GROUP).agg(error=pl.when(finite.any()).then(ratio_of(*sums)), not_finite=(~finite).sum())
+    error = pl.when(finite.any()).then(ratio_of(*sums))
+    errors = _some(tokens).group_by(GROUP).agg(error=error, not_finite=(~finite).sum())
     layers = true_bits.group_by(*GROUP, "layer").agg(true_bits=pl.col("bits_per_value").sum())
     taken = layers.group_by(GROUP).agg(pl.col("true_bits").mean())
     return in_schema(errors.join(taken, on=GROUP).sort(GROUP), ERRORS_BY_BITS)
 
 
+@checked(tokens=TOKENS, bins=whole(2))
 def error_densities(tokens: pl.DataFrame, *, bins: int = BINS) -> pl.DataFrame:
-    """How relative errors of single vectors of `veloxlab.token_errors` are distributed: `ERROR_DENSITIES`.
-
-    Raises
-    ------
-    InputError : fewer than two bins, or no row.
-    """
-    errors = tokens.select(*GROUP, error=RELATIVE)
-    if bins < 2 or errors.is_empty():
-        raise InputError(
-            f"There is nothing to draw: bins={bins} of {errors.height} errors. Give rows and 2 bins or more."
-        )
+    """How relative errors of single vectors of `veloxlab.token_errors` are distributed: `ERROR_DENSITIES`."""
+    errors = _some(tokens).select(*GROUP, error=RELATIVE)
     drawn = errors.filter(pl.col("error").is_finite() & (pl.col("error") > 0))["error"]
     low, high = (float(end) for end in (drawn.min() or 1.0, drawn.max() or 1.0))  # type: ignore[arg-type]
     edges = np.geomspace(low / 1.01, high * 1.01, bins + 1)  # a little room, so that the ends lie inside

@@ -1,16 +1,18 @@
-"""How frames of measurements are made: shared columns, rows from arrays by head, and a schema's order and types."""
+"""Frames of measurements: their shared columns, and rows from arrays by KV head."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import polars as pl
 
-from veloxlab.codecs import Role
+from veloxlab.codecs import ROLES, Role
+from veloxlab.measure.activations import LayerCapture
+from veloxlab.progress import Progress, silent
 
-Schema = Mapping[str, Any]
+Columns = Mapping[str, Any]
 
 PLACE: dict[str, Any] = {
     "layer": pl.Int32,  # index in the prompt cache
@@ -20,23 +22,35 @@ PLACE: dict[str, Any] = {
 """First columns of what is measured for each layer, KV head and tensor."""
 
 
-def by_head(schema: Schema, layer: int, tensor: Role, columns: Mapping[str, Any]) -> pl.DataFrame:
-    """Rows of one layer's keys or values.
+def by_head(
+    schema: Mapping[str, Any],
+    layers: Sequence[LayerCapture],
+    columns: Callable[[LayerCapture, Role], Iterable[Columns]],
+    tensors: Sequence[Role] | None = None,
+    *,
+    progress: Progress = silent,
+    label: str = "",
+) -> pl.DataFrame:
+    """Measure keys and values of every layer, and give all rows in one frame with the columns of ``schema``.
 
-    Parameters
-    ----------
-    schema : columns of the frame, those of `PLACE` among them.
-    layer, tensor : the same in all rows.
-    columns : the others: arrays that broadcast to ``[H, N]``, one value for all rows, or None. ``"head"`` is 0 to H − 1
-        unless given.
+    ``columns(layer, tensor)`` gives blocks of rows: arrays that broadcast to ``[H, N]``, or one value for all rows.
+    ``"head"`` is 0 to H − 1 unless given, and missing columns are null. ``progress`` is told of each layer.
     """
-    known = {name: np.asarray(column) for name, column in columns.items() if column is not None}
-    shape = np.broadcast_shapes((1, 1), *(column.shape for column in known.values()))
-    known = {"layer": np.asarray(layer), "head": np.arange(shape[0])[:, None], "tensor": np.asarray(tensor)} | known
-    rows = {name: np.broadcast_to(column, shape).reshape(-1) for name, column in known.items()}
-    return in_schema(pl.DataFrame(rows).with_columns(pl.lit(None).alias(n) for n in schema if n not in rows), schema)
+    frames = []
+    for i, layer in enumerate(layers):
+        for tensor in tensors or ROLES:
+            frames += [in_schema(_rows(layer.layer, tensor, block), schema) for block in columns(layer, tensor)]
+        progress(i + 1, len(layers), f"{label}layer {layer.layer}")
+    return pl.concat(frames)
 
 
-def in_schema(frame: pl.DataFrame, schema: Schema) -> pl.DataFrame:
-    """The columns of a schema, in its order and types."""
-    return frame.select(pl.col(name).cast(dtype) for name, dtype in schema.items())
+def _rows(layer: int, tensor: Role, block: Columns) -> pl.DataFrame:
+    arrays = {name: np.asarray(column) for name, column in block.items()}
+    shape = np.broadcast_shapes((1, 1), *(array.shape for array in arrays.values()))
+    place = {"layer": np.asarray(layer), "head": np.arange(shape[0])[:, None], "tensor": np.asarray(tensor)}
+    return pl.DataFrame({n: np.broadcast_to(array, shape).reshape(-1) for n, array in (place | arrays).items()})
+
+
+def in_schema(frame: pl.DataFrame, schema: Mapping[str, Any]) -> pl.DataFrame:
+    """The columns of a schema, in its order and types; those that the frame has not are null."""
+    return frame.select((pl.col(n) if n in frame.columns else pl.lit(None).alias(n)).cast(t) for n, t in schema.items())

@@ -1,15 +1,15 @@
-"""The same prompt continued with the exact cache and with a compressed one, token by token; and a passkey test.
+"""One prompt continued with the exact cache and with a compressed one, token by token; and a passkey test.
 
-Decoding is greedy, so the same call gives the same text. The divergence of a token is that of two predictions of one
-text: once the texts part, the exact model reads the compressed cache's text too, in a cache of its own.
+Decoding is greedy, so the same call gives the same text. A divergence compares two predictions of one text: once the
+texts differ, the exact model reads the compressed cache's text too, in another cache.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice, zip_longest
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -25,7 +25,6 @@ from veloxlab.measure.activations import first_tokens
 from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities, maker
 from veloxlab.mlxlm.probe import own_cache
 from veloxlab.progress import Progress, silent
-from veloxlab.texts import excerpt
 
 Side = Literal["exact", "compressed"]
 SIDES: tuple[Side, Side] = ("exact", "compressed")
@@ -60,30 +59,20 @@ OnToken = Callable[[pl.DataFrame], None]
 
 @dataclass
 class _Reader:
-    """A model behind one text, with a cache of its own."""
+    """A model that has read a text into a cache of its own."""
 
     model: Module
     cache: list[Any]
-    log_probs: mx.array  # of the next token [vocabulary]
+    log_probs: mx.array = field(default_factory=lambda: mx.zeros(0))  # of the next token [vocabulary]
 
-    @classmethod
-    def of(cls, model: Module, cache: list[Any], prompt: Sequence[int]) -> _Reader:
-        """Read a prompt as mlx-lm's generator does: in chunks, and its last token by itself, which sees codes."""
-        reader = cls(model, cache, mx.zeros(0))
-        left = iter(prompt)
-        for count in calls(len(prompt)):
-            reader.read(*islice(left, count))
-        return reader
-
-    def read(self, *tokens: int) -> None:
-        """Read these tokens in one call."""
-        self.log_probs = log_probabilities(self.model(mx.array([tokens]), cache=self.cache)[0, -1])
-        mx.eval(self.log_probs, [entry.state for entry in self.cache])
-
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of its cache's buffers."""
-        return sum(entry.nbytes for entry in self.cache)
+    def read(self, tokens: Sequence[int], chunks: Iterable[int] | None = None) -> _Reader:
+        """Read these tokens, in one call or in ``chunks`` of so many tokens each."""
+        left = iter(tokens)
+        for count in [len(tokens)] if chunks is None else chunks:
+            ids = mx.array([list(islice(left, count))])
+            self.log_probs = log_probabilities(self.model(ids, cache=self.cache)[0, -1])
+            mx.eval(self.log_probs, [entry.state for entry in self.cache])
+        return self
 
     def best(self) -> int:
         """The most likely next token."""
@@ -93,13 +82,9 @@ class _Reader:
         """Of a next token."""
         return _number(mx.exp(self.log_probs[token]))
 
-    def divergence_from(self, exact: _Reader) -> float:
-        """KL of this prediction from that of a reader of the same text, in nats."""
-        return _number(divergence(exact.log_probs, self.log_probs))
 
-    def copy(self) -> _Reader:
-        """Another reader behind the same text."""
-        return _Reader(self.model, copy.deepcopy(self.cache), self.log_probs)
+def _number(x: mx.array) -> float:
+    return float(x.item())  # type: ignore[arg-type]  # real
 
 
 @checked(method_or_plan=CACHE_MAKER, calibration=CALIBRATIONS, prompt=PROMPT, chat=FLAG, on_token=FUNCTION)
@@ -119,72 +104,61 @@ def side_by_side(
 
     Parameters
     ----------
-    model, tokenizer : as `veloxlab.load` gives them.
     prompt : a text, or token ids.
     method_or_plan : a method's id or a `veloxlab.Plan`, or any function from the model to a prompt cache.
     tokens : to generate at most; a side that ends its text ends.
-    chat : whether a text is a user's message, in the tokenizer's template if it has one, or to be continued as it is.
-    on_token : given the rows so far after each position, for showing them as they come.
-    progress : told of each position; what it raises ends the work.
+    chat : whether a text is a user's message, in the tokenizer's template if it has one, or is continued as it is.
+    on_token : given the rows so far after each position.
     settings : further arguments of `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
 
     Raises
     ------
-    InputError : as `veloxlab.make_cache`; or an empty prompt; or no tokens asked for.
+    InputError : as `veloxlab.make_cache`; or an empty prompt.
     """
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     made = maker(method_or_plan, settings)(model)
     progress(0, tokens, "reading the prompt")
-    exact = _Reader.of(model, own_cache(model), ids)
-    compressed = _Reader.of(model, made, ids)
-    checker = exact  # the exact model behind the compressed cache's text: the same reader until the texts part
-    stops = _stops(tokenizer)
+    exact, compressed = (_Reader(model, cache).read(ids, calls(len(ids))) for cache in (own_cache(model), made))
+    checker = exact  # the exact model behind the compressed cache's text: the same reader until the texts differ
+    going: dict[Side, _Reader] = {"exact": exact, "compressed": compressed}
     texts: dict[Side, list[int]] = {side: [] for side in SIDES}
-    going: dict[Side, bool] = dict.fromkeys(SIDES, True)
     rows: list[dict[str, object]] = []
     for position in range(tokens):
-        best: dict[Side, int] = {"exact": exact.best(), "compressed": compressed.best()}
-        if checker is exact and best["exact"] != best["compressed"]:
-            checker = exact.copy()
-        for side, own in zip(SIDES, (exact, compressed), strict=True):
-            if not going[side]:
-                continue
-            token = best[side]
-            other = exact if side == "exact" else checker
+        best = {side: reader.best() for side, reader in going.items()}
+        if checker is exact and len(set(best.values())) > 1:
+            checker = replace(exact, cache=copy.deepcopy(exact.cache))
+        for side, reader in going.items():
+            token, other = best[side], exact if side == "exact" else checker
             rows.append(
                 {
                     "side": side,
                     "position": position,
                     "token": token,
                     "text": _added(tokenizer, texts[side], token),
-                    "probability": own.probability(token),
+                    "probability": reader.probability(token),
                     "exact_probability": other.probability(token),
-                    "kl": None if side == "exact" else own.divergence_from(checker),
-                    "held_bytes": own.held_bytes,
+                    "kl": None if side == "exact" else _number(divergence(checker.log_probs, reader.log_probs)),
+                    "held_bytes": sum(entry.nbytes for entry in reader.cache),
                 }
             )
             texts[side].append(token)
-            going[side] = token not in stops
         if on_token is not None:
             on_token(pl.DataFrame(rows, schema=GENERATION))
         progress(position + 1, tokens, "generating")
-        if not any(going.values()) or position + 1 == tokens:
+        going = {side: reader for side, reader in going.items() if best[side] not in _stops(tokenizer)}
+        if not going or position + 1 == tokens:
             break
-        if going["exact"]:
-            exact.read(best["exact"])
-        if going["compressed"]:
-            compressed.read(best["compressed"])
-            if checker is not exact:
-                checker.read(best["compressed"])
+        for side, reader in going.items():
+            reader.read([best[side]])
+        if "compressed" in going and checker is not exact:
+            checker.read([best["compressed"]])
     return pl.DataFrame(rows, schema=GENERATION)
 
 
 def first_parting(generation: pl.DataFrame) -> int | None:
     """The first position at which the two texts of `side_by_side` differ, or None."""
-    texts = [generation.filter(pl.col("side") == side)["token"].to_list() for side in SIDES]
-    shared = min(map(len, texts))
-    parted = next((i for i in range(shared) if texts[0][i] != texts[1][i]), None)
-    return shared if parted is None and len(texts[0]) != len(texts[1]) else parted
+    texts = [generation.filter(side=side)["token"].to_list() for side in SIDES]
+    return next((i for i, (one, other) in enumerate(zip_longest(*texts)) if one != other), None)
 
 
 def prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, chat: bool = True) -> list[int]:  # noqa: ANN401
@@ -204,6 +178,10 @@ def _added(tokenizer: Any, before: Sequence[int], token: int) -> str:  # noqa: A
     """What a token adds to a text: a character of several tokens is shown at the last of them."""
     shown = [str(tokenizer.decode(part)).rstrip("\ufffd") for part in (before, [*before, token])]
     return shown[1][len(shown[0]) :]
+
+
+def _stops(tokenizer: Any) -> set[int]:  # noqa: ANN401
+    return set(getattr(tokenizer, "eos_token_ids", ()))
 
 
 TASK = "There is a pass key hidden in the text below. Find it and remember it.\n\n"
@@ -228,41 +206,35 @@ def passkey(
 ) -> pl.DataFrame:
     """Hide a number in a text at several depths and ask for it, of the exact cache and of a compressed one: `PASSKEY`.
 
-    The text is read first and the question after it, in calls of their own, so that the question and the answer see the
-    needle through its codes, unless it lies in the window (Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2).
+    The text is read first and the question after it, in calls of their own. So the question and the answer see the
+    needle through its codes, unless it is in the window (Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2).
 
     Parameters
     ----------
-    model, tokenizer : as `veloxlab.load` gives them.
     method_or_plan, settings : as for `side_by_side`.
     context : tokens of the text, needle and task included.
     depths : where the needle is, as shares of the text, 0 to 1.
-    text : what it is hidden in; the shipped WikiText-2 test excerpt by default.
+    text : where it is hidden; the shipped WikiText-2 test excerpt by default.
     seed : of the numbers, one for each depth.
-    progress : told of each depth and side; what it raises ends the work.
 
     Raises
     ------
-    InputError : as `veloxlab.make_cache`; a depth outside of the text; a context too short for the needle, or longer
-        than the text.
+    InputError : as `veloxlab.make_cache`; a context too short for the needle, or longer than the text.
     """
     numbers = np.random.default_rng(seed).integers(10 ** (DIGITS - 1), 10**DIGITS, len(depths))
-    filler = first_tokens(tokenizer, excerpt() if text is None else text, context, **_PLAIN)
+    filler = first_tokens(tokenizer, text, context, **_PLAIN)
     question = tokenizer.encode(QUESTION, **_PLAIN)
     makers: dict[Side, CacheMaker] = {"exact": own_cache, "compressed": maker(method_or_plan, settings)}
-    rows: list[dict[str, object]] = []
-    for depth, number in zip(depths, numbers, strict=True):
-        hidden = _hidden(tokenizer, filler, context, depth, str(number))
+    rows: list[tuple[object, ...]] = []
+    for depth, number in zip(depths, map(str, numbers), strict=True):
+        hidden = _hidden(tokenizer, filler, context, depth, number)
         for side, make in makers.items():
             progress(len(rows), len(depths) * len(makers), f"needle at {depth:.0%}: {side}")
-            reader = _Reader.of(model, make(model), hidden)
-            reader.read(*question)
+            reader = _Reader(model, make(model)).read(hidden, calls(len(hidden))).read(question)
             answer = _answer(reader, tokenizer)
-            hit = answer.strip().startswith(str(number))
-            found: dict[str, object] = {"depth": depth, "context": len(hidden), "passkey": str(number)}
-            rows.append({**found, "side": side, "answer": answer, "hit": hit})
+            rows.append((depth, len(hidden), number, side, answer, answer.strip().startswith(number)))
     progress(len(rows), len(rows), "done")
-    return pl.DataFrame(rows, schema=PASSKEY)
+    return pl.DataFrame(rows, schema=PASSKEY, orient="row")
 
 
 def _hidden(tokenizer: Any, filler: Sequence[int], context: int, depth: float, number: str) -> list[int]:  # noqa: ANN401
@@ -283,20 +255,9 @@ def _hidden(tokenizer: Any, filler: Sequence[int], context: int, depth: float, n
 
 
 def _answer(reader: _Reader, tokenizer: Any) -> str:  # noqa: ANN401
-    """What the model goes on with, greedily: as many tokens as a number takes at most, and two more."""
+    """What the model says next, greedily: as many tokens as a number takes at most, and two more."""
     ids: list[int] = []
-    for _ in range(DIGITS + 2):
-        token = reader.best()
-        if token in _stops(tokenizer):
-            break
+    while len(ids) < DIGITS + 2 and (token := reader.best()) not in _stops(tokenizer):
         ids.append(token)
-        reader.read(token)
+        reader.read([token])
     return str(tokenizer.decode(ids))
-
-
-def _number(x: mx.array) -> float:
-    return float(x.item())  # type: ignore[arg-type]  # real
-
-
-def _stops(tokenizer: Any) -> set[int]:  # noqa: ANN401
-    return set(getattr(tokenizer, "eos_token_ids", ()))

@@ -1,13 +1,13 @@
-"""What a method quantizes and with which levels: both as its codec has them, in the space of its codes.
+"""What a method quantizes and with which levels, both in the space of its codes.
 
-There ``decode = from_codes(scale · expand)`` (see `veloxlab.codecs.base.TiledCodec`), where ``from_codes`` is linear.
-So exact vectors are brought into that space by the inverse of its matrix and divided by their stored scale: they then
-lie on the same axis as the levels, whatever the algorithm.
+In that space ``decode = from_codes(scale · expand)`` (`veloxlab.codecs.base.TiledCodec`), and ``from_codes`` is linear.
+The inverse of its matrix takes exact vectors there. Divided by their stored scale they are on the axis of the levels.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -16,16 +16,17 @@ import polars as pl
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.make import DEFAULT_BITS
-from veloxlab.codecs import ROLES, Role, find_method
+from veloxlab.checks import checked, whole
+from veloxlab.codecs import Role
 from veloxlab.codecs.base import TiledCodec, fitted_online
-from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.codecs.method import Calibrated
 from veloxlab.codecs.parts.codebooks import Floats as Angles
 from veloxlab.codecs.parts.polar import PolarTree, angle_density, halvings
 from veloxlab.codecs.polarquant import BLOCK_LEVELS
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.distributions import BINS, Floats, bin_edges, check_bins, histogram, seen
-from veloxlab.measure.frames import PLACE, by_head
+from veloxlab.measure.distributions import BINS, Floats, bin_edges, histogram, vectors
+from veloxlab.measure.frames import PLACE, Columns, by_head
 
 LEVELS = PLACE | {
     "bits": pl.Int32,
@@ -54,7 +55,7 @@ ANGLES = PLACE | {
 }
 """Columns of `polar_angles`."""
 
-MOST_LEVELS = 32  # that are drawn one by one: of a table with more, and of vector codes, the density is given
+MOST_LEVELS = 32  # of more levels, and of vector codes, the density is given
 ANGLE_BINS = 48
 
 
@@ -77,33 +78,29 @@ def coded_coordinates(
     """What ``method`` quantizes of a layer, and what its codes stand for.
 
     QJL's space is that of its sketch, m = bits·D. Methods that store no scale are seen in the unit of the vectors.
-
-    Raises
-    ------
-    InputError : as `veloxlab.layer_errors`; or for a method without codes of coordinates, such as ``"none"``.
+    Raises `InputError` as `veloxlab.layer_errors`, and for a method without codes of coordinates, such as ``"none"``.
     """
     x = layer.vectors(tensor)
-    codec = layer_codec(find_method(method), layer.layer, x.shape[-1], bits, tensor, options, calibration)
-    codec = fitted_online(codec, x)
+    codec = fitted_online(layer.codec(tensor, method, bits, calibration, options), x)
     if not isinstance(codec, TiledCodec):
         raise InputError(f"{method!r} keeps vectors as they are, so there are no levels to see: choose another method.")
     code = codec.encode(x)
-    decoded, scale = codec.expand(code), codec.scales(code)
-    size = codec.code_dim
+    size, scale = codec.code_dim, codec.scales(code)
     back = codec.from_codes(mx.broadcast_to(mx.eye(size), (1, x.shape[1], size, size)))
     exact = np.array(x[0]) @ np.linalg.pinv(np.array(back[0]))
     if scale is not None:
         stored = np.array(scale[0])
         exact = exact / np.where(stored == 0, 1.0, stored)
-    return Coded(exact.astype(np.float32), np.array(decoded[0]))
+    return Coded(exact.astype(np.float32), np.array(codec.expand(code)[0]))
 
 
+@checked(bins=whole(2))
 def level_densities(
     capture: Capture,
     method: str = "turboquant",
     *,
     bits: int = DEFAULT_BITS,
-    tensors: tuple[Role, ...] = ROLES,
+    tensors: tuple[Role, ...] | None = None,
     calibration: Calibrated | None = None,
     bins: int = BINS,
     **options: object,
@@ -111,95 +108,75 @@ def level_densities(
     """The density of what ``method`` quantizes of each head, and the levels that stand for it: `LEVELS`.
 
     Up to `MOST_LEVELS` different values are given one by one, with the share of coordinates that each codes; of more,
-    the density.
-
-    Raises
-    ------
-    InputError : as `coded_coordinates`; fewer than two bins.
+    the density. Raises `InputError` as `coded_coordinates`.
     """
-    check_bins(bins)
-    frames = []
-    for layer in capture.layers:
-        for tensor in tensors:
-            coded = coded_coordinates(layer, tensor, method, bits, calibration=calibration, **options)
-            for head, (exact, decoded) in enumerate(zip(*coded, strict=True)):
-                if not (np.isfinite(exact).all() and np.isfinite(decoded).all()):
-                    raise InputError(
-                        "Some coordinates, or their codes, are NaN or infinite: see vl.measure.layer_errors."
-                    )
-                edges = bin_edges(exact, bins)
-                outside = ((exact < edges[0]) | (exact > edges[-1])).mean()
-                values, counts = np.unique(decoded, return_counts=True)
-                bars = {"exact": histogram(exact.reshape(-1), edges)}
-                if len(values) > MOST_LEVELS:
-                    bars["decoded"] = histogram(decoded.reshape(-1), edges)
-                parts = {kind: bar | {"share": bar["density"] * bar["width"]} for kind, bar in bars.items()}
-                if len(values) <= MOST_LEVELS:
-                    parts["level"] = {"value": values, "share": counts / decoded.size}
-                for kind, part in parts.items():
-                    place = {"head": head, "bits": bits, "kind": kind, "outside": outside}
-                    frames.append(by_head(LEVELS, layer.layer, tensor, place | part))
-    return pl.concat(frames)
+
+    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+        coded = coded_coordinates(layer, tensor, method, bits, calibration=calibration, **options)
+        for head, (exact, decoded) in enumerate(zip(*coded, strict=True)):
+            if not (np.isfinite(exact).all() and np.isfinite(decoded).all()):
+                raise InputError("Some coordinates, or their codes, are NaN or infinite: see vl.measure.layer_errors.")
+            edges = bin_edges(exact, bins)
+            outside = ((exact < edges[0]) | (exact > edges[-1])).mean()
+            values, counts = np.unique(decoded, return_counts=True)
+            few = len(values) <= MOST_LEVELS
+            for kind, x in [("exact", exact)] if few else [("exact", exact), ("decoded", decoded)]:
+                bar = histogram(x.reshape(-1), edges)
+                place = {"head": head, "bits": bits, "kind": kind, "outside": outside}
+                yield place | bar | {"share": bar["density"] * bar["width"]}
+            if few:
+                yield place | {"kind": "level", "value": values, "share": counts / decoded.size}
+
+    return by_head(LEVELS, capture.layers, columns, tensors)
 
 
 def coordinate_bits(calibration: Calibration, bits: int) -> pl.DataFrame:
     """Code bits of each coordinate, of all layers at one width: `COORDINATE_BITS`.
 
-    A codec without a bit plan gives every coordinate the same.
-
-    Raises
-    ------
-    InputError : nothing was fitted at this width.
+    A codec without a bit plan gives every coordinate the same. Raises `InputError` if nothing was fitted at this width.
     """
     if bits not in calibration.widths:
         raise InputError(f"The calibration holds nothing at {bits} bits: choose one of {calibration.widths}.")
-    frames = []
-    for (layer, tensor, width), codec in calibration.codecs.items():
-        if width == bits:
-            plan = list(codec.plan) or [bits] * codec.head_dim
-            place = {"layer": [layer] * len(plan), "tensor": [tensor] * len(plan)}
-            frames.append(pl.DataFrame({**place, "coordinate": range(len(plan)), "bits": plan}, schema=COORDINATE_BITS))
-    return pl.concat(frames).sort("tensor", "layer", "coordinate")
+    rows = [
+        (layer, tensor, coordinate, own)
+        for (layer, tensor, width), codec in calibration.codecs.items()
+        if width == bits
+        for coordinate, own in enumerate(codec.plan or [bits] * codec.head_dim)
+    ]
+    return pl.DataFrame(rows, schema=COORDINATE_BITS, orient="row").sort("tensor", "layer", "coordinate")
 
 
+@checked(bins=whole(2))
 def polar_angles(
     capture: Capture,
     *,
     levels: int = BLOCK_LEVELS,
     rotated: bool = True,
-    tensors: tuple[Role, ...] = ROLES,
+    tensors: tuple[Role, ...] | None = None,
     bins: int = ANGLE_BINS,
 ) -> pl.DataFrame:
     """Histogram of each head's polar angles by level, as densities: `ANGLES`.
 
-    ``rotated=False`` shows why PolarQuant rotates first.
-
-    Raises
-    ------
-    InputError : more levels than the head dimension can be halved, fewer than two bins, or a capture that is not
-        finite.
+    ``rotated=False`` shows why PolarQuant rotates first. Raises `InputError` for more levels than the head dimension
+    can be halved, and for a capture that is not finite.
     """
-    check_bins(bins)
-    frames = []
-    for layer, tensor, x in seen(capture, "rotated" if rotated else "raw", tensors):
+
+    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+        x = vectors(layer, tensor, "rotated" if rotated else "raw")
         most = halvings(x.shape[-1])
         if not 1 <= levels <= most:
             raise InputError(f"levels={levels} does not fit a head dimension of {x.shape[-1]}: choose 1 to {most}.")
         if not np.isfinite(x).all():
-            raise InputError(f"The {tensor} of layer {layer} hold NaN or infinite numbers, which have no angle.")
+            raise InputError(f"The {tensor} of layer {layer.layer} hold NaN or infinite numbers, which have no angle.")
         angles, _ = PolarTree(x.shape[-1], (1,) * levels).angles(mx.array(x))
         for level, found in enumerate(angles, 1):
             low, high = (-math.pi, math.pi) if level == 1 else (0.0, math.pi / 2)
-            edges = np.linspace(low, high, bins + 1)
-            bars = [histogram(own.reshape(-1), edges) for own in np.array(found)]
-            columns = {
-                "level": level,
-                "angle": bars[0]["value"],
-                "density": np.stack([bar["density"] for bar in bars]),
-                "expected": expected_density(bars[0]["value"], level),
-            }
-            frames.append(by_head(ANGLES, layer, tensor, columns))
-    return pl.concat(frames)
+            bars = [histogram(own.reshape(-1), np.linspace(low, high, bins + 1)) for own in np.array(found)]
+            middle = bars[0]["value"]
+            density = np.stack([bar["density"] for bar in bars])
+            yield {"level": level, "angle": middle, "density": density, "expected": expected_density(middle, level)}
+
+    return by_head(ANGLES, capture.layers, columns, tensors)
 
 
 def expected_density(angle: Angles, level: int) -> Angles:

@@ -1,4 +1,4 @@
-"""Bytes that are really held: the live buffers of a cache, beside what 16-bit keys and values would take."""
+"""Bytes that are really held: the live buffers of a cache, beside 16-bit keys and values."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
 from veloxlab.cache.make import cache_name, side_bits, usual_bits
 from veloxlab.checks import CACHE, checked, measured, whole
-from veloxlab.codecs import ROLES, find_method
+from veloxlab.codecs import ROLES
 from veloxlab.codecs.base import token_bytes
-from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.codecs.method import Calibrated
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture
+from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.frames import in_schema
 from veloxlab.mlxlm.probe import slots_of
 from veloxlab.progress import Progress, silent
@@ -60,9 +60,8 @@ def report(cache: Sequence[Any]) -> pl.DataFrame:
 
     The last row holds the constant tables (rotations, codebooks) that equal codecs share in a process.
     """
-    rows = [_row(i, slot) for i, entry in enumerate(cache) for slot in slots_of([entry])]
-    ours = [one for slot in slots_of(cache) for one in _sequences(slot)]
-    codecs = {codec for layer in ours for codec in (layer.key_codec, layer.value_codec)}
+    rows = [{"layer": i, **_held(slot)} for i, entry in enumerate(cache) for slot in slots_of([entry])]
+    codecs = {c for slot in slots_of(cache) for ours in _sequences(slot) for c in (ours.key_codec, ours.value_codec)}
     if codecs:
         reason = f"tables of {len(codecs)} codec{'s' if len(codecs) > 1 else ''}, held once for all layers"
         shared = sum(codec.shared_bytes for codec in codecs)
@@ -77,27 +76,24 @@ def _sequences(slot: Any) -> list[CompressedKVCache]:  # noqa: ANN401 - mlx-lm's
     return [slot] if isinstance(slot, CompressedKVCache) else []
 
 
-def _row(index: int, layer: Any) -> dict[str, object]:  # noqa: ANN401
-    ours = _sequences(layer)
-    if ours:
+def _held(slot: Any) -> dict[str, object]:  # noqa: ANN401
+    if ours := _sequences(slot):
         return {
-            "layer": index,
             "path": ours[0].path,
             "reason": ours[0].reason,
             "key_bits": ours[0].key_codec.bits_per_value,
             "value_bits": ours[0].value_codec.bits_per_value,
             "tokens": sum(one.size() for one in ours),
             "exact_tokens": sum(one.sinks.tokens + one.recent.tokens for one in ours),
-            "held_bytes": layer.nbytes,
+            "held_bytes": slot.nbytes,
             "fp16_bytes": sum(one.fp16_bytes for one in ours),
         }
-    reason = getattr(layer, "reason", f"the model's own {type(layer).__name__}")
-    row: dict[str, object] = {"layer": index, "path": "own", "reason": reason}
-    if layer.empty():
+    row = {"path": "own", "reason": getattr(slot, "reason", f"the model's own {type(slot).__name__}")}
+    if slot.empty():
         return row | {"tokens": 0, "held_bytes": 0, "fp16_bytes": 0}
-    row |= {"tokens": getattr(layer, "offset", None) or layer.size(), "held_bytes": layer.nbytes}
-    if hasattr(layer, "keys_and_values"):
-        sizes = [_as_values(x, getattr(layer, "bits", None)) for x in layer.keys_and_values()]
+    row |= {"tokens": getattr(slot, "offset", None) or slot.size(), "held_bytes": slot.nbytes}
+    if hasattr(slot, "keys_and_values"):
+        sizes = [_as_values(x, getattr(slot, "bits", None)) for x in slot.keys_and_values()]
         row["fp16_bytes"] = sum(2 * count for count, _ in sizes)
         row["key_bits"], row["value_bits"] = (8 * nbytes / count for count, nbytes in sizes)
     return row
@@ -120,14 +116,14 @@ def code_bits(
     **options: object,
 ) -> pl.DataFrame:
     """True bits per value of packed keys and values in each layer, as `token_bytes` counts them: `CODE_BITS`."""
+    width = usual_bits(method, capture.exact_bits, bits)
     rows = []
-    bits = usual_bits(method, capture.exact_bits, bits)
     for layer in capture.layers:
+        heads = layer.keys.shape[1]
         for tensor in ROLES:
-            _, heads, _, head_dim = layer.vectors(tensor).shape
-            codec = layer_codec(find_method(method), layer.layer, head_dim, bits, tensor, options, calibration)
+            codec = layer.codec(tensor, method, width, calibration, options)
             sizes = token_bytes(codec, heads, capture.exact_bits // 8)
-            shares = (8 * nbytes / (heads * head_dim) for nbytes in sizes)
+            shares = (8 * nbytes / (heads * codec.head_dim) for nbytes in sizes)
             rows += [(layer.layer, tensor, *part) for part in zip(("codes", "scales"), shares, strict=True)]
     return pl.DataFrame(rows, schema=CODE_BITS, orient="row")
 
@@ -141,12 +137,13 @@ def predicted_growth(growth: pl.DataFrame, upto: int) -> pl.DataFrame:
     if growth["tokens"].n_unique() < 2:
         raise InputError("A line takes two points: give a growth that was measured at two numbers of tokens or more.")
     groups = growth.sort("tokens").group_by("cache", "layer", "tensor", maintain_order=True)
-    slope = (pl.col("bytes").last() - pl.col("bytes").get(-2)) / (pl.col("tokens").last() - pl.col("tokens").get(-2))
+    tokens, nbytes = pl.col("tokens"), pl.col("bytes")
+    slope = (nbytes.last() - nbytes.get(-2)) / (tokens.last() - tokens.get(-2))
     ahead = groups.agg(
-        bytes=(pl.col("bytes").last() + slope * (upto - pl.col("tokens").last())).round().cast(pl.Int64),
+        bytes=(nbytes.last() + slope * (upto - tokens.last())).round().cast(pl.Int64),
         tokens=pl.lit(upto, pl.Int64),
         kind=pl.lit("predicted"),
-        last=pl.col("tokens").last(),
+        last=tokens.last(),
     )
     return pl.concat([growth, ahead.filter(pl.col("last") < upto).select(growth.columns)])
 
@@ -170,48 +167,46 @@ def memory_growth(
 ) -> pl.DataFrame:
     """Fill real caches with the captured keys and values, repeated up to ``upto`` tokens, and read their bytes.
 
-    Columns: `GROWTH`. Each tensor of each layer gets ``points`` rows, at evenly spaced lengths. Layers of one shape
-    hold the same, so one cache is filled for each shape. mlx-lm's own ``KVCache`` with the same tokens in 16 bits is
-    there as ``"fp16"``.
+    Columns: `GROWTH`. Each tensor of each layer has ``points`` rows, at evenly spaced lengths. Layers of one shape hold
+    the same, so one cache is filled for each shape. ``"fp16"`` is mlx-lm's own ``KVCache`` in 16 bits.
     """
     if upto < points:
         raise InputError(f"upto={upto} tokens have no {points} lengths: give more tokens, or fewer points.")
-    found = find_method(method)
     widths = side_bits(method, capture.exact_bits, bits, key_bits, value_bits)
     lengths = [upto * (i + 1) // points for i in range(points)]
     filled: dict[tuple[int, ...], pl.DataFrame] = {}
     frames = []
     for layer in capture.layers:
-        keys, values = layer.keys, layer.values
-        shape = (*keys.shape[1:2], keys.shape[-1], values.shape[-1])
+        shape = (layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
         if shape not in filled:
-            key_codec, value_codec = (
-                layer_codec(found, layer.layer, head_dim, widths[tensor], tensor, options, calibration)
-                for tensor, head_dim in zip(ROLES, shape[1:], strict=True)
+            codecs = [layer.codec(tensor, method, widths[tensor], calibration, options) for tensor in ROLES]
+            ours = CompressedKVCache(*codecs, sinks=sinks, window=window, layer=layer.layer)
+            caches: dict[str, CompressedKVCache | KVCache] = {
+                name or cache_name(method, widths): ours,
+                "fp16": KVCache(),
+            }
+            filled[shape] = pl.concat(
+                _filled(label, cache, layer, lengths, progress) for label, cache in caches.items()
             )
-            cache = CompressedKVCache(key_codec, value_codec, sinks=sinks, window=window, layer=layer.layer)
-            ours = _fill(cache, keys, values, lengths, progress)
-            exact = _fill(KVCache(), keys.astype(mx.float16), values.astype(mx.float16), lengths, silent)
-            names = {name or cache_name(method, widths): ours, "fp16": exact}
-            filled[shape] = pl.concat(rows.with_columns(cache=pl.lit(label)) for label, rows in names.items())
         frames.append(filled[shape].with_columns(layer=pl.lit(layer.layer), kind=pl.lit("measured")))
     return in_schema(pl.concat(frames), GROWTH)
 
 
-def _fill(
-    cache: CompressedKVCache | KVCache, keys: mx.array, values: mx.array, lengths: Sequence[int], progress: Progress
+def _filled(
+    label: str, cache: CompressedKVCache | KVCache, layer: LayerCapture, lengths: Sequence[int], progress: Progress
 ) -> pl.DataFrame:
-    """Tokens, tensor and bytes, at each of ``lengths``."""
+    """Tokens, cache, tensor and bytes, at each of ``lengths``; of mlx-lm's cache in 16 bits."""
+    keys, values = layer.keys, layer.values
+    if isinstance(cache, KVCache):
+        keys, values = keys.astype(mx.float16), values.astype(mx.float16)
     rows = []
     for i, target in enumerate(lengths):
         while cache.offset < target:
             count = min(target - cache.offset, keys.shape[2])
             cache.update_and_fetch(keys[:, :, :count], values[:, :, :count])
         mx.eval(cache.state)
-        if isinstance(cache, CompressedKVCache):
-            sizes = [cache.side_nbytes(tensor) for tensor in ROLES]
-        else:
-            sizes = [x.nbytes for x in (cache.keys, cache.values) if x is not None]
-        rows += [(target, *held) for held in zip(ROLES, sizes, strict=True)]
-        progress(i + 1, len(lengths), f"filling {target} tokens")
-    return pl.DataFrame(rows, schema=("tokens", "tensor", "bytes"), orient="row")
+        for tensor in ROLES:
+            held = getattr(cache, tensor).nbytes if isinstance(cache, KVCache) else cache.side_nbytes(tensor)
+            rows.append((target, label, tensor, held))
+        progress(i + 1, len(lengths), f"filling {label} with {target} tokens")
+    return pl.DataFrame(rows, schema=("tokens", "cache", "tensor", "bytes"), orient="row")

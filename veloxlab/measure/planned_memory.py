@@ -1,25 +1,26 @@
-"""How a cache lays out its tokens: bytes that each one takes in each layer, and so what any context takes in all.
+"""The layout of a cache: the bytes that each token takes in each layer, and so the bytes of any context.
 
-Predicted from what the codecs store, and not measured; tests hold it to the bytes of real caches.
+Predicted from what the codecs store, not measured; tests compare it with the bytes of real caches.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 
 from veloxlab.cache.counts import Windows
-from veloxlab.cache.layer import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW
-from veloxlab.cache.make import DEFAULT_SLIDING, Exactness, Sliding, cache_name, side_bits
+from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW
+from veloxlab.cache.make import DEFAULT_SLIDING, Sliding, cache_name, side_bits
 from veloxlab.cache.room import compressed_room, own_room
 from veloxlab.checks import checked, either, many, real, whole
-from veloxlab.codecs import ROLES, Codec, Role, find_method
+from veloxlab.codecs import Codec, find_method
 from veloxlab.codecs.base import token_bytes
-from veloxlab.codecs.method import Calibrated, Method, layer_codec
+from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import LayerFacts
 from veloxlab.mlxlm.quantized import GROUP, why_not_quantized
@@ -46,43 +47,39 @@ LARGEST = {
 """Columns of `largest_contexts`."""
 
 PARTS = ("codes", "scales", "sinks", "window", "exact", "states", "tables")
-"""Parts of what a cache holds: codes, and scales and norms, of packed tokens; exact first and newest tokens; tokens of
-layers whose cache is the model's own; states that do not grow; and constant tables, which all sequences share."""
+"""Parts of a cache: codes of packed tokens, and their scales and norms; exact first and newest tokens; tokens in the
+model's own caches; states that do not grow; and constant tables, which all sequences share."""
 
-GRAIN = 256  # tokens: the largest context that fits is found in such steps
-MOST_TOKENS = 2**24  # and not looked for beyond
-THEIR_BITS = (4, 8)
+GRAIN = 256  # tokens: the largest context is a multiple of this
+MOST_TOKENS = 2**24  # and is not looked for beyond
 
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """Layers of one kind.
+    """One layer.
 
     Attributes
     ----------
-    layers : how many.
     exact : bytes of the keys and values of an exact token.
-    codes, scales : bytes of those of a packed token; with codes and no ``windows`` every token is packed.
+    codes, scales : bytes of those of a packed token.
     windows : which tokens are exact; None for a cache of mlx-lm's own.
     max_size : tokens that an own cache which slides sees.
     """
 
-    layers: int
     exact: int = 0
     codes: int = 0
     scales: int = 0
     windows: Windows | None = None
     max_size: int | None = None
 
-    def parts(self, tokens: int, decoded: int) -> Mapping[str, int]:
+    def parts(self, tokens: int, decoded: int) -> dict[str, int]:
         """Bytes by part after ``tokens`` tokens of one sequence."""
         if self.windows is None:
-            counts = dict.fromkeys(("codes", "scales", "exact"), own_room(tokens, decoded, self.max_size))
-        else:
-            room = compressed_room(self.windows, tokens, decoded)
-            counts = {"codes": room.packed, "scales": room.packed, "sinks": room.sinks, "window": room.recent}
-        per_token = {"codes": self.codes, "scales": self.scales}
-        return {part: self.layers * per_token.get(part, self.exact) * count for part, count in counts.items()}
+            count = own_room(tokens, decoded, self.max_size)
+            return {"codes": count * self.codes, "scales": count * self.scales, "exact": count * self.exact}
+        room = compressed_room(self.windows, tokens, decoded)
+        packed = {"codes": room.packed * self.codes, "scales": room.packed * self.scales}
+        return packed | {"sinks": room.sinks * self.exact, "window": room.recent * self.exact}
 
 
 @dataclass(frozen=True)
@@ -92,22 +89,21 @@ class CacheLayout:
     Attributes
     ----------
     name : such as ``"turboquant K4 V4"``, ``"fp16"`` or ``"mlx-lm 4 bit"``.
-    kinds : its layers, by kind.
-    tables : bytes of constant tables, held once.
+    layers : how many layers there are of each layout.
     states : bytes of the states of one sequence, which do not grow.
+    tables : bytes of constant tables, held once.
     """
 
     name: str
-    kinds: tuple[LayerLayout, ...]
+    layers: Mapping[LayerLayout, int]
+    states: int
     tables: int = 0
-    states: int = 0
 
     def parts(self, tokens: int, batch: int = 1, decoded: int = 0) -> dict[str, int]:
         """Bytes by part of ``batch`` sequences of ``tokens`` tokens, the last ``decoded`` of them generated."""
         total: Counter[str] = Counter(states=batch * self.states, tables=self.tables)
-        for kind in self.kinds:
-            for part, nbytes in kind.parts(tokens, decoded).items():
-                total[part] += batch * nbytes
+        for layer, count in self.layers.items():
+            total.update({part: batch * count * nbytes for part, nbytes in layer.parts(tokens, decoded).items()})
         return {part: total[part] for part in PARTS}
 
     def held(self, tokens: int, batch: int = 1, decoded: int = 0) -> int:
@@ -115,18 +111,9 @@ class CacheLayout:
         return sum(self.parts(tokens, batch, decoded).values())
 
     def largest_context(self, memory_bytes: float, batch: int = 1) -> int:
-        """The most tokens of each sequence, a multiple of `GRAIN`, that ``memory_bytes`` hold; at most `MOST_TOKENS`.
-
-        So many fit and `GRAIN` more do not. 0 if not even `GRAIN` do.
-        """
-        fits, fails = 0, MOST_TOKENS // GRAIN + 1
-        while fails - fits > 1:
-            middle = (fits + fails) // 2
-            if self.held(middle * GRAIN, batch) <= memory_bytes:
-                fits = middle
-            else:
-                fails = middle
-        return fits * GRAIN
+        """The most tokens of each sequence, a multiple of `GRAIN` up to `MOST_TOKENS`, that ``memory_bytes`` hold."""
+        steps = range(GRAIN, MOST_TOKENS + 1, GRAIN)
+        return GRAIN * bisect_right(steps, memory_bytes, key=lambda tokens: self.held(tokens, batch))
 
 
 def cache_layouts(
@@ -142,78 +129,51 @@ def cache_layouts(
     calibration: Calibrated | None = None,
     **options: object,
 ) -> tuple[CacheLayout, ...]:
-    """Layouts of a compressed cache, and of those that it is compared with.
+    """Layouts of a compressed cache, of the exact one in 16 bits, and of mlx-lm's quantized ones where it has them.
 
-    These are the model's own with 16 bits a value, and mlx-lm's quantized ones, where mlx-lm can quantize the model's.
-    A method that has to be fitted needs no ``calibration`` here: what it would learn has a size that is known before.
-    Further arguments as for `veloxlab.make_cache`.
-
-    Raises
-    ------
-    InputError : as `veloxlab.models.shapes.shape_of` and `veloxlab.make_cache`.
+    A method that has to be fitted needs no ``calibration`` here: the size of what it would learn is known before.
+    Arguments and errors are those of `veloxlab.make_cache` and `veloxlab.models.shapes.shape_of`.
     """
-    shape = shape_of(model_or_config)
-    found = find_method(method)
-    exact = Exactness(sinks, window, DEFAULT_CHUNK, sliding)
+    shape, found = shape_of(model_or_config), find_method(method)
     widths = side_bits(method, 8 * shape.exact_bytes, bits, key_bits, value_bits)
     codecs: set[Codec] = set()
-    known: dict[object, tuple[int, int]] = {}
-    kinds: Counter[LayerLayout] = Counter()
-    for facts in shape.caches:
-        if not facts.compressible or (facts.max_size is not None and exact.sliding == "exact"):
-            kinds[_own(facts, shape.exact_bytes)] += 1
-            continue
-        codes = scales = 0
-        for tensor in ROLES:
-            codec = _codec(found, facts, widths[tensor], tensor, options, calibration)
+
+    def layout(facts: LayerFacts) -> LayerLayout:
+        if not facts.compressible or (facts.max_size is not None and sliding == "exact"):
+            return _own(facts, shape.exact_bytes)
+        sizes = []
+        for tensor, head_dim in facts.dims.items():
+            if calibration is None:
+                codec = found.codec(head_dim, widths[tensor], tensor, **options).blank(facts.kv_heads)
+            else:
+                codec = layer_codec(found, facts.layer, head_dim, widths[tensor], tensor, options, calibration)
             codecs.add(codec)
-            place = (facts.layer if calibration else None, facts.kv_heads, facts.dims[tensor], tensor)
-            if place not in known:
-                known[place] = token_bytes(codec, facts.kv_heads, shape.exact_bytes)
-            codes, scales = codes + known[place][0], scales + known[place][1]
-        windows = Windows.of(exact.sinks if facts.max_size is None else facts.keep, exact.window, facts.max_size)
-        kinds[replace(_own(facts, shape.exact_bytes), codes=codes, scales=scales, windows=windows, max_size=None)] += 1
+            sizes.append(token_bytes(codec, facts.kv_heads, shape.exact_bytes))
+        codes, scales = (sum(part) for part in zip(*sizes, strict=True))
+        windows = Windows.of(sinks if facts.max_size is None else facts.keep, window, facts.max_size)
+        return LayerLayout(shape.exact_bytes * _values(facts), codes, scales, windows)
+
+    layers = Counter(map(layout, shape.caches))
     tables = sum(codec.shared_bytes for codec in codecs)
-    ours = CacheLayout(cache_name(method, widths), _counted(kinds), tables, shape.state_bytes)
-    return ours, *_others(shape)
+    ours = CacheLayout(cache_name(method, widths), layers, shape.state_bytes, tables)
+    fp16 = CacheLayout("fp16", Counter(_own(facts, 2) for facts in shape.caches), shape.state_bytes)
+    return ours, fp16, *(_quantized(shape, b) for b in (4, 8) if why_not_quantized(shape.caches, b) is None)
 
 
-def _codec(
-    method: Method,
-    facts: LayerFacts,
-    bits: int,
-    tensor: Role,
-    options: Mapping[str, object],
-    calibration: Calibrated | None,
-) -> Codec:
-    if calibration is not None:
-        return layer_codec(method, facts.layer, facts.dims[tensor], bits, tensor, options, calibration)
-    return method.codec(facts.dims[tensor], bits, tensor, **options).blank(facts.kv_heads)
-
-
-def _token_values(facts: LayerFacts) -> int:
+def _values(facts: LayerFacts) -> int:
+    """Numbers in the keys and values of a token."""
     return facts.kv_heads * (facts.key_dim + facts.value_dim)
 
 
 def _own(facts: LayerFacts, exact_bytes: int) -> LayerLayout:
-    return LayerLayout(1, exact_bytes * _token_values(facts), max_size=facts.max_size)
+    return LayerLayout(exact_bytes * _values(facts), max_size=facts.max_size)
 
 
-def _counted(kinds: Counter[LayerLayout]) -> tuple[LayerLayout, ...]:
-    return tuple(replace(kind, layers=count) for kind, count in kinds.items())
-
-
-def _others(shape: ModelShape) -> Iterator[CacheLayout]:
-    """The exact cache in 16 bits, and mlx-lm's quantized ones: it has none for layers that slide or store latents."""
-    own = Counter(_own(facts, 2) for facts in shape.caches)
-    yield CacheLayout("fp16", _counted(own), states=shape.state_bytes)
-    for bits in (b for b in THEIR_BITS if why_not_quantized(shape.caches, b) is None):
-        # a scale and a bias for each group, of the type that the keys have
-        quantized = Counter(
-            LayerLayout(1, codes=values * bits // 8, scales=2 * shape.exact_bytes * values // GROUP)
-            for values in (_token_values(facts) for facts in shape.caches if facts.kv_heads)
-        )
-        yield CacheLayout(f"mlx-lm {bits} bit", _counted(quantized), states=shape.state_bytes)
+def _quantized(shape: ModelShape, bits: int) -> CacheLayout:
+    """mlx-lm's quantized cache: a scale and a bias for each group, of the type that the keys have."""
+    sizes = (_values(facts) for facts in shape.caches if facts.kv_heads)
+    layers = Counter(LayerLayout(0, n * bits // 8, 2 * shape.exact_bytes * n // GROUP) for n in sizes)
+    return CacheLayout(f"mlx-lm {bits} bit", layers, shape.state_bytes)
 
 
 @checked(model_or_config=MODEL_OR_CONFIG, context=either(whole(1), many(whole(1))))
@@ -228,15 +188,12 @@ def plan_memory(
 ) -> pl.DataFrame:
     """Predict the bytes that a compressed cache will hold, beside the exact one and mlx-lm's quantized ones: `PLANNED`.
 
-    Exact to the byte for a text that mlx-lm's generator reads, in chunks of 2,048 tokens and its last token by itself,
-    but for the tables of SpectralQuant (see its ``blank``). A text that is generated leaves buffers room to grow: say
-    how much of it was.
+    Exact to the byte for a text that mlx-lm's generator reads, in chunks of 2,048 tokens and its last token alone, but
+    for the tables of SpectralQuant (see its ``blank``). Generated text leaves room to grow in the buffers.
 
     Parameters
     ----------
-    model_or_config : as for `veloxlab.models.shapes.shape_of`: a model, a ``config.json`` or its folder, or a
-        `veloxlab.ModelShape`.
-    method : a method's id.
+    model_or_config : a model, a ``config.json`` or its folder, or a `veloxlab.ModelShape`.
     context : tokens of each sequence, or several such numbers.
     batch : sequences; tables are held once for all.
     decoded : how many of the newest tokens were generated, one at a time.
@@ -245,7 +202,7 @@ def plan_memory(
 
     Raises
     ------
-    InputError : as `veloxlab.make_cache`; a model that is not here; numbers of tokens or sequences below 0 or 1.
+    InputError : as `veloxlab.make_cache`; a model that is not here; fewer tokens than ``decoded``.
     """
     lengths = [context] if isinstance(context, int) else list(context)
     if min(lengths) < decoded:
@@ -256,13 +213,13 @@ def plan_memory(
 def planned(layouts: Sequence[CacheLayout], contexts: Sequence[int], batch: int = 1, decoded: int = 0) -> pl.DataFrame:
     """Bytes by part of each layout at each context: `PLANNED`."""
     rows = [
-        {"cache": layout.name, "tokens": tokens, "batch": batch, "part": part, "bytes": nbytes, "kind": "predicted"}
+        (layout.name, tokens, batch, part, nbytes, "predicted")
         for layout in layouts
         for tokens in contexts
         for part, nbytes in layout.parts(tokens, batch, decoded).items()
         if nbytes
     ]
-    return pl.DataFrame(rows, schema=PLANNED)
+    return pl.DataFrame(rows, schema=PLANNED, orient="row")
 
 
 @checked(model_or_config=MODEL_OR_CONFIG, memory_bytes=real(above=0))
@@ -276,11 +233,8 @@ def largest_contexts(
 ) -> pl.DataFrame:
     """Predict the largest context that fits in so much memory for the cache alone: `LARGEST`.
 
-    ``memory_bytes`` is what is left beside weights and all else. Further arguments as for `plan_memory`.
-
-    Raises
-    ------
-    InputError : as `plan_memory`; or no memory.
+    ``memory_bytes`` is what is left beside weights and all else. Further arguments and errors are those of
+    `plan_memory`.
     """
     return largest(cache_layouts(model_or_config, method, **settings), memory_bytes, batch)
 

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import mlx.core as mx
 import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from veloxlab.codecs import ROLES, Role
+from veloxlab.codecs import Role
 from veloxlab.codecs.commvq_training import pairs
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.spectralquant import effective_dimensions
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.distributions import seen, vectors
+from veloxlab.measure.distributions import vectors
 from veloxlab.measure.errors import ratio
-from veloxlab.measure.frames import PLACE, by_head, in_schema
+from veloxlab.measure.frames import PLACE, Columns, by_head, in_schema
 
 SPECTRUM = PLACE | {
     "about": pl.String,  # "origin": second moments as they are; "mean": of what is left without the mean vector
@@ -57,43 +58,35 @@ PAIR_POINTS = {
 POINTS = 800  # tokens at most: of more, every nth is shown
 
 
-def spectra(capture: Capture, *, tensors: tuple[Role, ...] = ROLES) -> pl.DataFrame:
+def spectra(capture: Capture, *, tensors: tuple[Role, ...] | None = None) -> pl.DataFrame:
     """Eigenvalues of the second moments of each head, with and without its mean vector, as shares: `SPECTRUM`.
 
-    Raises
-    ------
-    InputError : numbers that are NaN or infinite, or a head that does not vary and is not zero.
+    Raises `InputError` for numbers that are NaN or infinite, or a head that does not vary and is not zero.
     """
-    frames = []
-    for layer, tensor, x in seen(capture, tensors=tensors):
-        _check(x, layer, tensor)
-        for head, own in enumerate(x.astype(np.float64)):
+
+    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+        x = _checked_vectors(layer, tensor)
+        for head, own in enumerate(x):
             for about, y in (("origin", own), ("mean", own - own.mean(axis=0))):
-                shares = spectrum_shares(y)
-                columns = {"head": head, "about": about, "rank": np.arange(1, len(shares) + 1), "share": shares}
-                frames.append(by_head(SPECTRUM, layer, tensor, columns))
-    return pl.concat(frames)
+                yield {"head": head, "about": about, "rank": np.arange(x.shape[2]) + 1, "share": spectrum_shares(y)}
+
+    return by_head(SPECTRUM, capture.layers, columns, tensors)
 
 
-def dimensions(capture: Capture, *, tensors: tuple[Role, ...] = ROLES) -> pl.DataFrame:
+def dimensions(capture: Capture, *, tensors: tuple[Role, ...] | None = None) -> pl.DataFrame:
     """Effective dimensions of each head with and without its mean vector, and what the mean vector holds: `DIMENSIONS`.
 
-    *3 % Is All You Need* (A. Gopinath, 2026) counts them about the origin.
-
-    Raises
-    ------
-    InputError : as `spectra`.
+    *3 % Is All You Need* (A. Gopinath, 2026) counts them about the origin. Raises `InputError` as `spectra`.
     """
-    frames = []
-    for layer, tensor, x in seen(capture, tensors=tensors):
-        _check(x, layer, tensor)
+
+    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+        x = _checked_vectors(layer, tensor)
         found = effective_dimensions(mx.array(x[None]))
-        energy = np.square(x.astype(np.float64)).sum(axis=2).mean(axis=1)
-        mean = np.square(x.astype(np.float64).mean(axis=1)).sum(axis=1)
-        columns = {"uncentred": found.uncentred, "centred": found.centred, "mean_share": ratio(mean, energy)}
-        rows = {name: np.asarray(column)[:, None] for name, column in columns.items()}
-        frames.append(by_head(DIMENSIONS, layer, tensor, rows | {"head_dim": x.shape[2]}))
-    return pl.concat(frames)
+        mean, energy = np.square(x.mean(axis=1)).sum(axis=1), np.square(x).sum(axis=2).mean(axis=1)
+        numbers = {"uncentred": found.uncentred, "centred": found.centred, "mean_share": ratio(mean, energy)}
+        yield {"head_dim": x.shape[2]} | {name: np.asarray(column)[:, None] for name, column in numbers.items()}
+
+    return by_head(DIMENSIONS, capture.layers, columns, tensors)
 
 
 def spectrum_shares(x: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -102,34 +95,33 @@ def spectrum_shares(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return ratio(values, values.sum())
 
 
-def _check(x: NDArray[np.float32], layer: int, tensor: Role) -> None:
+def _checked_vectors(layer: LayerCapture, tensor: Role) -> NDArray[np.float64]:
+    x = vectors(layer, tensor)
     if not np.isfinite(x).all():
         raise InputError(
-            f"The {tensor} of layer {layer} hold numbers that are NaN or infinite, which have no spectrum: load the "
-            "model with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
+            f"The {tensor} of layer {layer.layer} hold numbers that are NaN or infinite, which have no spectrum: load "
+            "the model with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
         )
     if ((x == x[:, :1]) & (x[:, :1] != 0).any(axis=2, keepdims=True)).all(axis=(1, 2)).any():
         raise InputError(
-            f"A head of the {tensor} of layer {layer} does not vary over the tokens: capture a longer text."
+            f"A head of the {tensor} of layer {layer.layer} does not vary over the tokens: capture a longer text."
         )
+    return x.astype(np.float64)
 
 
 def rope_pairs(capture: Capture) -> pl.DataFrame:
     """Energy of every pair of the keys' channels that RoPE turns: `PAIRS`.
 
-    Raises
-    ------
-    InputError : no layer has a rotary embedding that is known.
+    Raises `InputError` if no layer has a rotary embedding that is known.
     """
-    frames = []
-    for layer in capture.layers:
-        if layer.rope is None:
-            continue
-        x = vectors(layer, "keys", "before_rope").astype(np.float64)
+
+    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+        x = vectors(layer, tensor, "before_rope").astype(np.float64)
+        assert layer.rope is not None, "vectors() refuses a layer without one"
         first, second = turned_pairs(layer.rope, x.shape[2])
         energy = pair_energy(x, first, second)
         mean = pair_energy(x.mean(axis=1, keepdims=True), first, second)
-        columns = {
+        yield {
             "pair": np.arange(len(first)),
             "first": first,
             "second": second,
@@ -137,18 +129,17 @@ def rope_pairs(capture: Capture) -> pl.DataFrame:
             "energy_share": ratio(energy, np.square(x).sum(axis=2).mean(axis=1)[:, None]),
             "mean_share": ratio(mean, energy),
         }
-        frames.append(by_head(PAIRS, layer.layer, "keys", columns))
-    if not frames:
+
+    layers = [layer for layer in capture.layers if layer.rope is not None]
+    if not layers:
         raise InputError("No layer of this capture has a rotary embedding that is known, so there are no pairs to see.")
-    return pl.concat(frames)
+    return by_head(PAIRS, layers, columns, ("keys",))
 
 
 def pair_points(layer: LayerCapture, head: int, pair: int) -> pl.DataFrame:
     """One pair of one head's keys over the tokens, before and after RoPE: `PAIR_POINTS`.
 
-    Raises
-    ------
-    InputError : a layer without a known RoPE; no such head or pair.
+    Raises `InputError` for a layer without a known RoPE, and if there is no such head or pair.
     """
     before = vectors(layer, "keys", "before_rope")
     assert layer.rope is not None, "vectors() refuses a layer without one"
@@ -161,8 +152,8 @@ def pair_points(layer: LayerCapture, head: int, pair: int) -> pl.DataFrame:
     frames = []
     for stage, x in (("before RoPE", before), ("after RoPE", vectors(layer, "keys"))):
         own = x[head][shown]
-        rows = {"position": shown, "x": own[:, first[pair]], "y": own[:, second[pair]]}
-        frames.append(in_schema(pl.DataFrame(rows).with_columns(stage=pl.lit(stage)), PAIR_POINTS))
+        rows = pl.DataFrame({"position": shown, "x": own[:, first[pair]], "y": own[:, second[pair]]})
+        frames.append(in_schema(rows.with_columns(stage=pl.lit(stage)), PAIR_POINTS))
     return pl.concat(frames)
 
 
