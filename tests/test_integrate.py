@@ -24,7 +24,7 @@ from mlx_lm.models.cache import (
 import veloxlab as vl
 from tests.tiny_models import WINDOW, stepwise, tiny
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.cache.make import LayerSettings
+from veloxlab.cache.plan import LayerSettings
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import capture_layers
 from veloxlab.mlxlm import hooks, probe

@@ -164,7 +164,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from veloxlab.codecs.base import Code, TiledCodec, check_vectors
-from veloxlab.codecs.method import Method
+from veloxlab.codecs.method import (Method)
 from veloxlab.codecs.parts.packing import Row
 
 

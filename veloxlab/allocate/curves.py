@@ -11,11 +11,11 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.sensitivity import SIDES, mean_square
-from veloxlab.cache.layer import DEFAULT_SINKS
+from veloxlab.cache.calibration import Calibration, layer_codec
+from veloxlab.cache.plan import DEFAULT_SINKS
 from veloxlab.checks import MAPPING, checked, many, whole
 from veloxlab.codecs import find_method
 from veloxlab.codecs.base import fitted_online
-from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.parts.water_filling import fit_distortion
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import capture_layers, first_tokens
@@ -59,7 +59,7 @@ def distortion_curves(
     bits: Sequence[int] = USUAL_BITS,
     tokens: int = 1024,
     sinks: int = DEFAULT_SINKS,
-    calibrations: Mapping[str, Calibrated] | None = None,
+    calibrations: Mapping[str, Calibration] | None = None,
     progress: Progress = silent,
 ) -> pl.DataFrame:
     """Measure the distortion of every KV head's keys and values by method and width: `CURVES`.

@@ -15,8 +15,7 @@ from veloxlab.allocate.curves import USUAL_BITS, distortion_curves
 from veloxlab.allocate.rates import FORMAT, RateBudget
 from veloxlab.allocate.sensitivity import By, sensitivities
 from veloxlab.cache.calibration import Calibration
-from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW
-from veloxlab.cache.plan import Plan, model_hash
+from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, Plan, model_hash
 from veloxlab.checks import CALIBRATION, checked, choice, many, whole
 from veloxlab.codecs import find_method
 from veloxlab.measure.quality import FIDELITY, fidelity

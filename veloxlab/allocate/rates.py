@@ -47,9 +47,7 @@ from veloxlab.allocate.choices import (
 )
 from veloxlab.allocate.curves import CURVES
 from veloxlab.allocate.sensitivity import SENSITIVITIES, frame_of
-from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW
-from veloxlab.cache.make import LayerSettings
-from veloxlab.cache.plan import Plan
+from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, LayerSettings, Plan
 from veloxlab.checks import FILE, checked
 from veloxlab.codecs.method import ROLES, Role
 from veloxlab.errors import InputError
@@ -347,7 +345,7 @@ class RateBudget:
         return {
             (size.layer, tensor): self._measured(size, tensor, method, plan.widths(size.layer, tensor))
             for size in self.sizes
-            for tensor, method, _, _ in plan.layers[size.layer].sides
+            for tensor, method, _, _ in plan.layers[size.layer].tensors
         }
 
     def _measured(self, size: LayerSize, tensor: Role, method: str, widths: tuple[int, ...]) -> Choice:

@@ -16,7 +16,7 @@ import polars as pl
 from mlx.nn.layers.base import Module
 from numpy.typing import NDArray
 
-from veloxlab.cache.layer import DEFAULT_SINKS
+from veloxlab.cache.plan import DEFAULT_SINKS
 from veloxlab.checks import checked, choice
 from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.errors import InputError

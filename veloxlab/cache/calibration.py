@@ -13,7 +13,7 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.checks import FILE, checked
-from veloxlab.codecs import Codec, Role, find_method
+from veloxlab.codecs import Codec, Method, Role, find_method
 from veloxlab.codecs.saving import check_version, from_parts, to_parts
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import fingerprint
@@ -141,6 +141,36 @@ class Calibration:
 def calibration_of(method: str, calibration: Calibration | None) -> Calibration | None:
     """``calibration`` where it is this method's, else None: where methods are chosen, most of them need none."""
     return calibration if calibration is not None and calibration.method == method else None
+
+
+def layer_codec(
+    method: Method,
+    layer: int,
+    head_dim: int,
+    bits: int,
+    tensor: Role,
+    options: Mapping[str, object],
+    calibration: Calibration | None,
+) -> Codec:
+    """Give the codec for one layer's keys or values: made from numbers, or taken from ``calibration``.
+
+    Raises
+    ------
+    InputError : as `Method.check`; or if the method has to be calibrated and is not.
+    """
+    method.check(bits, tensor, options)
+    if calibration is not None:
+        if options:
+            raise InputError(
+                f"{sorted(options)[0]} was given beside a calibration, which was made with its own options."
+            )
+        return calibration.codec(method.id, layer, tensor, bits)
+    if method.calibrated:
+        raise InputError(
+            f"{method.name} has to see activations before it can encode: make calibration = "
+            f"vl.calibrate(model, tokenizer, {method.id!r}, bits={bits}), and pass calibration=calibration."
+        )
+    return method.codec(head_dim, bits, tensor, **options)
 
 
 def _place(entry: Mapping[str, Any]) -> Place:

@@ -18,6 +18,7 @@ import mlx.core as mx
 from veloxlab.cache import saved
 from veloxlab.cache.attention import History, Segment, causal_mask, mask_for
 from veloxlab.cache.counts import Arrival, Windows, token_count
+from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.cache.runs import Run
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import fitted_online
@@ -26,10 +27,6 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm.hooks import loadable
 from veloxlab.mlxlm.probe import Path
 
-Chunk = Literal["exact", "codes"]
-
-DEFAULT_SINKS, DEFAULT_WINDOW = 4, 64  # tokens; a few first ones draw much attention, whatever the text
-DEFAULT_CHUNK: Chunk = "exact"
 _TOKENS = 2
 # The largest magnitude that is stored; no root-mean-square is larger. An unbiased scale is that, times what the codes
 # lose: 2.5 for one bit of a random direction, and never more than 4 where it is clipped. It is kept as the float16 of

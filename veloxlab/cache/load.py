@@ -12,7 +12,8 @@ from mlx_lm.models.cache import ArraysCache, load_prompt_cache
 
 from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.cache.make import LayerPlan, make_cache
+from veloxlab.cache.make import make_cache
+from veloxlab.cache.plan import Plan
 from veloxlab.checks import CALIBRATIONS, FILE, checked
 from veloxlab.codecs.saving import described, method_of, same_codec, same_kind
 from veloxlab.errors import InputError
@@ -27,7 +28,7 @@ _AXES = 4  # of keys and values: batch, heads, tokens, width
 def load_cache(
     path: str | Path,
     model: Module,
-    method_or_plan: str | LayerPlan | None = None,
+    method_or_plan: str | Plan | None = None,
     **settings: Any,
 ) -> list[Any]:
     """Read a prompt cache that mlx-lm's ``save_prompt_cache`` wrote, and check that it is one for ``model``.

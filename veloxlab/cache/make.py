@@ -2,115 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import RotatingKVCache
 
-from veloxlab.cache.layer import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk, CompressedKVCache
+from veloxlab.cache.calibration import Calibration, layer_codec
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.cache.plan import Chunk, Plan, Sliding, plan_of
 from veloxlab.cache.saved import seal
-from veloxlab.checks import CALIBRATIONS, OPTION_VALUES, WORDS, check_fields, checked, whole
-from veloxlab.codecs import Role, find_method
-from veloxlab.codecs.method import Calibrated, layer_codec
+from veloxlab.checks import CALIBRATIONS, checked
+from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.hooks import attach
 from veloxlab.mlxlm.identity import name_of
-from veloxlab.mlxlm.probe import LayerFacts, exact_width, probe, slot_of, with_caches
-
-Sliding = Literal["compressed", "exact"]
-
-DEFAULT_BITS = 4
-DEFAULT_SLIDING: Sliding = "compressed"
-
-
-@dataclass(frozen=True)
-class LayerSettings:
-    """How one layer's cache is to be made: a method and code bits for keys and for values, and the methods' options.
-
-    ``options`` are both sides', ``key_options`` and ``value_options`` those of one, such as the widths of its heads.
-    """
-
-    key_method: str
-    key_bits: int
-    value_method: str
-    value_bits: int
-    options: dict[str, object] = field(default_factory=dict)
-    key_options: dict[str, object] = field(default_factory=dict)
-    value_options: dict[str, object] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        check_fields(self, key_method=WORDS, key_bits=whole(), value_method=WORDS, value_bits=whole())
-        check_fields(self, options=OPTION_VALUES, key_options=OPTION_VALUES, value_options=OPTION_VALUES)
-
-    @property
-    def sides(self) -> tuple[tuple[Role, str, int, dict[str, object]], ...]:
-        """Role, method, bits and options of keys and of values."""
-        return (
-            ("keys", self.key_method, self.key_bits, self.options | self.key_options),
-            ("values", self.value_method, self.value_bits, self.options | self.value_options),
-        )
-
-
-def usual_bits(method: str, exact_bits: int, bits: int | None = None) -> int:
-    """Code bits where ``bits`` is None: those of an exact value for ``"none"``, else `DEFAULT_BITS`."""
-    if bits is not None:
-        return bits
-    return exact_bits if method == "none" else DEFAULT_BITS
-
-
-def side_bits(
-    method: str, exact_bits: int, bits: int | None = None, key_bits: int | None = None, value_bits: int | None = None
-) -> dict[Role, int]:
-    """Code bits of keys and of values: those of one side override ``bits``, and no number but None is a default."""
-    both = usual_bits(method, exact_bits, bits)
-    return {"keys": both if key_bits is None else key_bits, "values": both if value_bits is None else value_bits}
-
-
-def cache_name(method: str, widths: Mapping[Role, int]) -> str:
-    """What a cache of one method is called, such as ``"turboquant K4 V4"``."""
-    return method if method == "none" else f"{method} K{widths['keys']} V{widths['values']}"
-
-
-class LayerPlan(Protocol):
-    """Settings for every layer of a model, such as a `veloxlab.Plan`."""
-
-    @property
-    def sinks(self) -> int: ...  # noqa: D102 - as for `make_cache`
-    @property
-    def window(self) -> int: ...  # noqa: D102
-    @property
-    def chunk(self) -> Chunk: ...  # noqa: D102
-    @property
-    def sliding(self) -> Sliding: ...  # noqa: D102
-    @property
-    def calibrations(self) -> Mapping[str, str]:
-        """Identities of the calibrations that the plan was made with, by method."""
-
-    def settings_for(self, model: Module) -> Sequence[LayerSettings]:
-        """One entry per entry of the prompt cache; raises `InputError` for another model's plan."""
-
-
-class ModelCalibration(Calibrated, Protocol):
-    """Codecs fitted to one model, such as a `veloxlab.Calibration`."""
-
-    @property
-    def method(self) -> str:
-        """Id of the method whose codecs they are."""
-
-    @property
-    def identity(self) -> str:
-        """What tells this calibration from others."""
-
-    def check_model(self, model: Module) -> None:
-        """Raise `InputError` unless the codecs were fitted to ``model``."""
+from veloxlab.mlxlm.probe import LayerFacts, probe, slot_of, with_caches
 
 
 @checked(calibration=CALIBRATIONS)
 def make_cache(
     model: Module,
-    method_or_plan: str | LayerPlan = "turboquant",
+    method_or_plan: str | Plan = "turboquant",
     *,
     bits: int | None = None,
     key_bits: int | None = None,
@@ -120,7 +34,7 @@ def make_cache(
     chunk: Chunk | None = None,
     sliding: Sliding | None = None,
     max_kv_size: int | None = None,
-    calibration: ModelCalibration | Sequence[ModelCalibration] | None = None,
+    calibration: Calibration | Sequence[Calibration] | None = None,
     **options: object,
 ) -> list[Any]:
     """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
@@ -148,43 +62,66 @@ def make_cache(
     InputError : unknown method or option, bits out of range, a plan or a calibration for another model, another
         calibration than the plan was made with, bits beside a plan.
     """
-    from veloxlab.cache.plan import plan_of  # which imports this module
-
-    method_or_plan = plan_of(method_or_plan)
-    facts = probe(model)
+    plan = plan_of(method_or_plan)
     given = () if calibration is None else calibration if isinstance(calibration, Sequence) else (calibration,)
     for one in given:
         one.check_model(model)
     widths = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
-    if isinstance(method_or_plan, str):
-        settings = _uniform(model, method_or_plan, widths, options)
-        usual = Exactness(DEFAULT_SINKS, DEFAULT_WINDOW, DEFAULT_CHUNK, DEFAULT_SLIDING)
+    if isinstance(plan, str):
+        plan = Plan.uniform(model, plan, **widths, **options)  # type: ignore[arg-type]
     else:
-        beside = [name for name, value in (widths | options).items() if value is not None]
-        if beside:
-            raise InputError(f"{beside[0]} was given beside a plan, which says that for each layer: change the plan.")
-        plan = method_or_plan
-        settings = plan.settings_for(model)
-        _check_calibrations(plan, given)
-        usual = Exactness(plan.sinks, plan.window, plan.chunk, plan.sliding)
+        _check_plan(plan, widths | options, given)
     asked = {"sinks": sinks, "window": window, "chunk": chunk, "sliding": sliding}
-    exact = replace(usual, **{name: value for name, value in asked.items() if value is not None})  # type: ignore[arg-type]
-    if max_kv_size is not None and max_kv_size <= exact.sinks:
-        raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={exact.sinks}: give more than that.")
+    plan = replace(plan, **{name: value for name, value in asked.items() if value is not None})
+    if max_kv_size is not None and max_kv_size <= plan.sinks:
+        raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={plan.sinks}: give more than that.")
     attach()
-    name = name_of(model)
-    caches = with_caches(
-        model, lambda found: _compressed(found, settings[found.layer], exact, max_kv_size, name, calibration)
-    )
-    for found in facts:
+    name, settings = name_of(model), plan.settings_for(model)
+
+    def compressed(found: LayerFacts) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
+        if found.max_size is not None and plan.sliding == "exact":
+            own: Any = RotatingKVCache(found.max_size, found.keep)
+            own.reason = f"its window of {found.max_size} tokens is left exact, as asked"
+            return own
+        codecs = (
+            layer_codec(
+                find_method(method),
+                found.layer,
+                found.dims[tensor],
+                bits,
+                tensor,
+                given_options,
+                _of(method, calibration),
+            )
+            for tensor, method, bits, given_options in settings[found.layer].tensors
+        )
+        return CompressedKVCache(
+            *codecs,
+            sinks=plan.sinks if found.max_size is None else found.keep,
+            window=plan.window,
+            chunk=plan.chunk,
+            layer=found.layer,
+            path=found.path,
+            reason=found.reason,
+            max_size=max_kv_size if found.max_size is None else found.max_size,
+            lends=found.lends,
+            model=name,
+        )
+
+    caches = with_caches(model, compressed)
+    for found in probe(model):
         own = slot_of(caches, found)
         if not isinstance(own, CompressedKVCache):
             seal(own, name, found.layer, getattr(own, "reason", found.reason))
     return caches
 
 
-def _check_calibrations(plan: LayerPlan, given: Sequence[ModelCalibration]) -> None:
-    for one in given:
+def _check_plan(plan: Plan, beside: dict[str, Any], calibrations: Sequence[Calibration]) -> None:
+    """Raise `InputError` if bits or options stand ``beside`` a plan, or other calibrations than it was made with."""
+    for name, value in beside.items():
+        if value is not None:
+            raise InputError(f"{name} was given beside a plan, which says that for each layer: change the plan.")
+    for one in calibrations:
         wanted = plan.calibrations.get(one.method, one.identity)
         if one.identity != wanted:
             raise InputError(
@@ -193,61 +130,7 @@ def _check_calibrations(plan: LayerPlan, given: Sequence[ModelCalibration]) -> N
             )
 
 
-def _uniform(
-    model: Module, method: str, widths: Mapping[str, int | None], options: dict[str, object]
-) -> Sequence[LayerSettings]:
-    """The same settings for every layer."""
-    sides = side_bits(method, exact_width(model), **widths)
-    settings = LayerSettings(method, sides["keys"], method, sides["values"], options)
-    return [settings] * (1 + max(found.layer for found in probe(model)))
-
-
-@dataclass(frozen=True)
-class Exactness:
-    """Which tokens of a cache are kept exact; see `make_cache`."""
-
-    sinks: int
-    window: int
-    chunk: Chunk
-    sliding: Sliding
-
-
-def _compressed(
-    facts: LayerFacts,
-    layer: LayerSettings,
-    exact: Exactness,
-    max_kv_size: int | None,
-    model: str,
-    calibration: ModelCalibration | Sequence[ModelCalibration] | None,
-) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
-    if facts.max_size is not None and exact.sliding == "exact":
-        own: Any = RotatingKVCache(facts.max_size, facts.keep)
-        own.reason = f"its window of {facts.max_size} tokens is left exact, as asked"
-        return own
-    key_codec, value_codec = (
-        layer_codec(
-            find_method(method), facts.layer, facts.dims[role], bits, role, options, _for_method(calibration, method)
-        )
-        for role, method, bits, options in layer.sides
-    )
-    return CompressedKVCache(
-        key_codec,
-        value_codec,
-        sinks=exact.sinks if facts.max_size is None else facts.keep,
-        window=exact.window,
-        chunk=exact.chunk,
-        layer=facts.layer,
-        path=facts.path,
-        reason=facts.reason,
-        max_size=max_kv_size if facts.max_size is None else facts.max_size,
-        lends=facts.lends,
-        model=model,
-    )
-
-
-def _for_method(
-    calibration: ModelCalibration | Sequence[ModelCalibration] | None, method: str
-) -> ModelCalibration | None:
+def _of(method: str, calibration: Calibration | Sequence[Calibration] | None) -> Calibration | None:
     """The calibration of ``method`` among several; one that was given alone is for all."""
     if not isinstance(calibration, Sequence):
         return calibration

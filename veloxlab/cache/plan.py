@@ -7,21 +7,90 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab.cache.layer import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
-from veloxlab.cache.make import DEFAULT_SLIDING, LayerSettings, Sliding, cache_name, side_bits
-from veloxlab.checks import ARGUMENTS, FILE, MAPPING, WORDS, check_fields, checked, instance, many
-from veloxlab.codecs import Role, find_method
+from veloxlab.checks import (
+    ARGUMENTS,
+    FILE,
+    MAPPING,
+    OPTION_VALUES,
+    WORDS,
+    check_fields,
+    checked,
+    instance,
+    many,
+    whole,
+)
+from veloxlab.codecs import ROLES, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import name_of
-from veloxlab.mlxlm.probe import LayerFacts, exact_width, probe
+from veloxlab.mlxlm.probe import exact_width, probe
 from veloxlab.store import digest, write_atomically
 
 FORMAT = "veloxlab plan 1"
+Chunk = Literal["exact", "codes"]
+Sliding = Literal["compressed", "exact"]
+
+DEFAULT_BITS = 4
+DEFAULT_SINKS, DEFAULT_WINDOW = 4, 64  # tokens; a few first ones draw much attention, whatever the text
+DEFAULT_CHUNK: Chunk = "exact"
+DEFAULT_SLIDING: Sliding = "compressed"
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """How one layer's cache is made: a method and code bits for keys and for values, and the methods' options.
+
+    ``options`` are those of both, ``key_options`` and ``value_options`` those of one, such as the widths of its heads.
+    """
+
+    key_method: str
+    key_bits: int
+    value_method: str
+    value_bits: int
+    options: dict[str, object] = field(default_factory=dict)
+    key_options: dict[str, object] = field(default_factory=dict)
+    value_options: dict[str, object] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_fields(self, key_method=WORDS, key_bits=whole(), value_method=WORDS, value_bits=whole())
+        check_fields(self, **dict.fromkeys(("options", "key_options", "value_options"), OPTION_VALUES))
+
+    @classmethod
+    def uniform(cls, method: str, widths: Mapping[Role, int], options: Mapping[str, object] | None = None) -> Self:
+        """The same method for keys and values, each of its own width."""
+        return cls(method, widths["keys"], method, widths["values"], dict(options or {}))
+
+    @property
+    def tensors(self) -> tuple[tuple[Role, str, int, dict[str, object]], ...]:
+        """``"keys"`` or ``"values"``, and its method, bits and options."""
+        return (
+            ("keys", self.key_method, self.key_bits, self.options | self.key_options),
+            ("values", self.value_method, self.value_bits, self.options | self.value_options),
+        )
+
+
+def usual_bits(method: str, exact_bits: int, bits: int | None = None) -> int:
+    """Code bits where ``bits`` is None: those of an exact value for ``"none"``, else `DEFAULT_BITS`."""
+    if bits is not None:
+        return bits
+    return exact_bits if method == "none" else DEFAULT_BITS
+
+
+def tensor_bits(
+    method: str, exact_bits: int, bits: int | None = None, key_bits: int | None = None, value_bits: int | None = None
+) -> dict[Role, int]:
+    """Code bits of keys and of values: ``key_bits`` and ``value_bits`` override ``bits``. None is the default."""
+    both = usual_bits(method, exact_bits, bits)
+    return {"keys": both if key_bits is None else key_bits, "values": both if value_bits is None else value_bits}
+
+
+def cache_name(method: str, widths: Mapping[Role, int]) -> str:
+    """The name of a cache of one method, such as ``"turboquant K4 V4"``."""
+    return method if method == "none" else f"{method} K{widths['keys']} V{widths['values']}"
 
 
 @dataclass(frozen=True)
@@ -72,14 +141,14 @@ class Plan:
         **options: object,
     ) -> Self:
         """The same method and bits for every layer of ``model``; raises `InputError` as `veloxlab.make_cache`."""
-        widths = side_bits(method, exact_width(model), bits, key_bits, value_bits)
-        settings = LayerSettings(method, widths["keys"], method, widths["values"], options)
+        widths = tensor_bits(method, exact_width(model), bits, key_bits, value_bits)
+        settings = LayerSettings.uniform(method, widths, options)
         facts = probe(model)
-        for layer in facts:
-            _check(layer, settings)
-        layers = 1 + max(layer.layer for layer in facts)
-        name = cache_name(method, widths)
-        return cls(model_hash(model), (settings,) * layers, sinks, window, chunk, sliding, name, name_of(model))
+        for tensor, _, width, given in settings.tensors:  # a plan that cannot be attached is never saved
+            for dim in {layer.dims[tensor] for layer in facts if layer.compressible}:
+                find_method(method).codec(dim, width, tensor, **given)
+        layers = (settings,) * (1 + max(layer.layer for layer in facts))
+        return cls(model_hash(model), layers, sinks, window, chunk, sliding, cache_name(method, widths), name_of(model))
 
     @checked()
     def with_layer(self, layer: int, **changes: object) -> Self:
@@ -87,10 +156,9 @@ class Plan:
         if not 0 <= layer < len(self.layers):
             raise InputError(f"This plan has layers 0 to {len(self.layers) - 1}, and no layer {layer}.")
         changed = replace(self.layers[layer], **changes)  # type: ignore[arg-type]
-        for role, method, bits, options in changed.sides:
-            find_method(method).check(bits, role, options)
-        layers = (*self.layers[:layer], changed, *self.layers[layer + 1 :])
-        return replace(self, layers=layers)
+        for tensor, method, bits, options in changed.tensors:
+            find_method(method).check(bits, tensor, options)
+        return replace(self, layers=(*self.layers[:layer], changed, *self.layers[layer + 1 :]))
 
     @checked()
     def settings_for(self, model: Module) -> Sequence[LayerSettings]:
@@ -109,18 +177,16 @@ class Plan:
         """One row per layer: ``layer, key_method, key_bits, value_method, value_bits``; code bits, means over heads."""
         rows = []
         for i, layer in enumerate(self.layers):
-            row: dict[str, object] = {"layer": i}
-            for role, method, _, _ in layer.sides:
-                widths, side = self.widths(i, role), role.removesuffix("s")
-                row |= {f"{side}_method": method, f"{side}_bits": sum(widths) / len(widths)}
-            rows.append(row)
-        return pl.DataFrame(rows)
+            widths = {tensor: self.widths(i, tensor) for tensor in ROLES}
+            row = {"layer": i, "key_method": layer.key_method, "value_method": layer.value_method}
+            rows.append(row | {f"{tensor[:-1]}_bits": sum(bits) / len(bits) for tensor, bits in widths.items()})
+        return pl.DataFrame(rows).select("layer", "key_method", "key_bits", "value_method", "value_bits")
 
-    def widths(self, layer: int, role: Role) -> tuple[int, ...]:
+    def widths(self, layer: int, tensor: Role) -> tuple[int, ...]:
         """Code bits of each head of a layer's keys or values, or one number for all of them."""
-        bits, options = next((bits, options) for side, _, bits, options in self.layers[layer].sides if side == role)
+        bits, options = next((bits, options) for name, _, bits, options in self.layers[layer].tensors if name == tensor)
         widths: Any = options.get("head_bits")
-        widths = widths.get(role) if isinstance(widths, Mapping) else widths
+        widths = widths.get(tensor) if isinstance(widths, Mapping) else widths
         return (bits,) if widths is None else tuple(widths)
 
     def to_json(self) -> str:
@@ -168,10 +234,3 @@ def model_hash(model: Module) -> str:
         for f in probe(model)
     ]
     return digest(shapes)[:12]
-
-
-def _check(facts: LayerFacts, settings: LayerSettings) -> None:
-    """Make the codecs once, so that a plan that cannot be attached is never saved."""
-    if facts.compressible:
-        for role, method, bits, options in settings.sides:
-            find_method(method).codec(facts.dims[role], bits, role, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal
 
 from veloxlab.checks import check_options
 from veloxlab.codecs.base import Codec
@@ -79,40 +79,3 @@ def _words(bits: range) -> str:
         return f"whole numbers of bits from {bits[0]} to {bits[-1]}"
     *first, last = map(str, bits)
     return f"{', '.join(first)} or {last} bits" if first else f"{last} bits"
-
-
-class Calibrated(Protocol):
-    """Fitted codecs of one model, such as a `veloxlab.Calibration`."""
-
-    def codec(self, method: str, layer: int, role: Role, bits: int) -> Codec:
-        """Give the codec that was fitted to this layer; raises `InputError` if there is none."""
-
-
-def layer_codec(
-    method: Method,
-    layer: int,
-    head_dim: int,
-    bits: int,
-    role: Role,
-    options: Mapping[str, object],
-    calibration: Calibrated | None,
-) -> Codec:
-    """Give the codec for one layer's keys or values: made from numbers, or taken from ``calibration``.
-
-    Raises
-    ------
-    InputError : as `Method.check`; or if the method has to be calibrated and is not.
-    """
-    method.check(bits, role, options)
-    if calibration is not None:
-        if options:
-            raise InputError(
-                f"{sorted(options)[0]} was given beside a calibration, which was made with its own options."
-            )
-        return calibration.codec(method.id, layer, role, bits)
-    if method.calibrated:
-        raise InputError(
-            f"{method.name} has to see activations before it can encode: make calibration = "
-            f"vl.calibrate(model, tokenizer, {method.id!r}, bits={bits}), and pass calibration=calibration."
-        )
-    return method.codec(head_dim, bits, role, **options)

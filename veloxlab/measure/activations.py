@@ -11,9 +11,9 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.attention import mask_for
+from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.checks import check_fields, checked, instance, many, whole
 from veloxlab.codecs import Codec, Role, find_method
-from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import probe
@@ -48,7 +48,7 @@ class LayerCapture:
         return (self.keys if tensor == "keys" else self.values).astype(mx.float32)
 
     def codec(
-        self, tensor: Role, method: str, bits: int, calibration: Calibrated | None, options: Mapping[str, object]
+        self, tensor: Role, method: str, bits: int, calibration: Calibration | None, options: Mapping[str, object]
     ) -> Codec:
         """The codec of a method for its keys or values; raises `InputError` as `layer_codec`."""
         head_dim = (self.keys if tensor == "keys" else self.values).shape[-1]

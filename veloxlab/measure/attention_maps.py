@@ -8,8 +8,8 @@ import polars as pl
 from numpy.typing import NDArray
 
 from veloxlab.cache.attention import causal_mask
-from veloxlab.cache.make import usual_bits
-from veloxlab.codecs.method import Calibrated
+from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.plan import usual_bits
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture
 from veloxlab.measure.errors import exact_and_decoded
@@ -35,7 +35,7 @@ def attention_map(
     method: str = "turboquant",
     *,
     bits: int | None = None,
-    calibration: Calibrated | None = None,
+    calibration: Calibration | None = None,
     blocks: int = BLOCKS,
     **options: object,
 ) -> pl.DataFrame:

@@ -10,8 +10,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
-from veloxlab.cache import make
 from veloxlab.cache.calibration import FORMAT, Calibration, Place
+from veloxlab.cache.plan import DEFAULT_BITS
 from veloxlab.checks import checked, either, many, whole
 from veloxlab.codecs import ROLES, Codec, find_method
 from veloxlab.codecs.base import Sample
@@ -36,7 +36,7 @@ def calibrate(
     method: str,
     text: str | None = None,
     *,
-    bits: int | Sequence[int] = make.DEFAULT_BITS,
+    bits: int | Sequence[int] = DEFAULT_BITS,
     tokens: int = USUAL_TOKENS,
     seed: int = 0,
     folder: str | Path | None = None,

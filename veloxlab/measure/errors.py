@@ -11,11 +11,11 @@ import polars as pl
 from numpy.typing import ArrayLike, NDArray
 
 from veloxlab.cache.attention import causal_mask
-from veloxlab.cache.make import side_bits, usual_bits
+from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.plan import tensor_bits, usual_bits
 from veloxlab.checks import checked, measured, whole
 from veloxlab.codecs import Role
 from veloxlab.codecs.base import fitted_online
-from veloxlab.codecs.method import Calibrated
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.frames import PLACE, Columns, by_head, in_schema
@@ -99,7 +99,7 @@ def layer_errors(
     value_bits: int | None = None,
     sinks: int = 0,
     window: int = 0,
-    calibration: Calibrated | None = None,
+    calibration: Calibration | None = None,
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:
@@ -113,7 +113,7 @@ def layer_errors(
     ------
     InputError : unknown method or option, bits out of range.
     """
-    widths = side_bits(method, capture.exact_bits, bits, key_bits, value_bits)
+    widths = tensor_bits(method, capture.exact_bits, bits, key_bits, value_bits)
 
     def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
         x, decoded = exact_and_decoded(layer, tensor, method, widths[tensor], calibration, options)
@@ -131,7 +131,7 @@ def token_errors(
     method: str = "turboquant",
     *,
     bits: int | None = None,
-    calibration: Calibrated | None = None,
+    calibration: Calibration | None = None,
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:

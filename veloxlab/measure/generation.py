@@ -17,7 +17,7 @@ import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab.cache.make import LayerPlan
+from veloxlab.cache.plan import Plan
 from veloxlab.cache.room import calls
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, FLAG, FUNCTION, WORDS, checked, either, many, real, whole
 from veloxlab.errors import InputError
@@ -92,7 +92,7 @@ def side_by_side(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
     prompt: str | Sequence[int],
-    method_or_plan: str | LayerPlan | CacheMaker = "turboquant",
+    method_or_plan: str | Plan | CacheMaker = "turboquant",
     *,
     tokens: int = USUAL_TOKENS,
     chat: bool = True,
@@ -195,7 +195,7 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 def passkey(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
-    method_or_plan: str | LayerPlan | CacheMaker = "turboquant",
+    method_or_plan: str | Plan | CacheMaker = "turboquant",
     *,
     context: int = 512,
     depths: Sequence[float] = DEPTHS,

@@ -15,11 +15,10 @@ import numpy as np
 import polars as pl
 
 from veloxlab.cache.calibration import Calibration
-from veloxlab.cache.make import DEFAULT_BITS
+from veloxlab.cache.plan import DEFAULT_BITS
 from veloxlab.checks import checked, whole
 from veloxlab.codecs import Role
 from veloxlab.codecs.base import TiledCodec, fitted_online
-from veloxlab.codecs.method import Calibrated
 from veloxlab.codecs.parts.codebooks import Floats as Angles
 from veloxlab.codecs.parts.polar import PolarTree, angle_density, halvings
 from veloxlab.codecs.polarquant import BLOCK_LEVELS
@@ -72,7 +71,7 @@ def coded_coordinates(
     method: str = "turboquant",
     bits: int = DEFAULT_BITS,
     *,
-    calibration: Calibrated | None = None,
+    calibration: Calibration | None = None,
     **options: object,
 ) -> Coded:
     """What ``method`` quantizes of a layer, and what its codes stand for.
@@ -101,7 +100,7 @@ def level_densities(
     *,
     bits: int = DEFAULT_BITS,
     tensors: tuple[Role, ...] | None = None,
-    calibration: Calibrated | None = None,
+    calibration: Calibration | None = None,
     bins: int = BINS,
     **options: object,
 ) -> pl.DataFrame:

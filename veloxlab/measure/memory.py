@@ -10,12 +10,12 @@ import polars as pl
 from mlx_lm.models.cache import KVCache
 
 from veloxlab.cache.batch import BatchCompressedKVCache
-from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW, CompressedKVCache
-from veloxlab.cache.make import cache_name, side_bits, usual_bits
+from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, cache_name, tensor_bits, usual_bits
 from veloxlab.checks import CACHE, checked, measured, whole
 from veloxlab.codecs import ROLES
 from veloxlab.codecs.base import token_bytes
-from veloxlab.codecs.method import Calibrated
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.frames import in_schema
@@ -112,7 +112,7 @@ def code_bits(
     method: str = "turboquant",
     *,
     bits: int | None = None,
-    calibration: Calibrated | None = None,
+    calibration: Calibration | None = None,
     **options: object,
 ) -> pl.DataFrame:
     """True bits per value of packed keys and values in each layer, as `token_bytes` counts them: `CODE_BITS`."""
@@ -161,7 +161,7 @@ def memory_growth(
     upto: int = 4096,
     points: int = 8,
     name: str | None = None,
-    calibration: Calibrated | None = None,
+    calibration: Calibration | None = None,
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:
@@ -172,7 +172,7 @@ def memory_growth(
     """
     if upto < points:
         raise InputError(f"upto={upto} tokens have no {points} lengths: give more tokens, or fewer points.")
-    widths = side_bits(method, capture.exact_bits, bits, key_bits, value_bits)
+    widths = tensor_bits(method, capture.exact_bits, bits, key_bits, value_bits)
     lengths = [upto * (i + 1) // points for i in range(points)]
     filled: dict[tuple[int, ...], pl.DataFrame] = {}
     frames = []

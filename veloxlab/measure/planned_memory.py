@@ -13,14 +13,13 @@ from typing import Any
 
 import polars as pl
 
+from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.counts import Windows
-from veloxlab.cache.layer import DEFAULT_SINKS, DEFAULT_WINDOW
-from veloxlab.cache.make import DEFAULT_SLIDING, Sliding, cache_name, side_bits
+from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_SLIDING, DEFAULT_WINDOW, Sliding, cache_name, tensor_bits
 from veloxlab.cache.room import compressed_room, own_room
 from veloxlab.checks import checked, either, many, real, whole
 from veloxlab.codecs import Codec, find_method
 from veloxlab.codecs.base import token_bytes
-from veloxlab.codecs.method import Calibrated, layer_codec
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import LayerFacts
 from veloxlab.mlxlm.quantized import GROUP, why_not_quantized
@@ -126,7 +125,7 @@ def cache_layouts(
     sinks: int = DEFAULT_SINKS,
     window: int = DEFAULT_WINDOW,
     sliding: Sliding = DEFAULT_SLIDING,
-    calibration: Calibrated | None = None,
+    calibration: Calibration | None = None,
     **options: object,
 ) -> tuple[CacheLayout, ...]:
     """Layouts of a compressed cache, of the exact one in 16 bits, and of mlx-lm's quantized ones where it has them.
@@ -135,7 +134,7 @@ def cache_layouts(
     Arguments and errors are those of `veloxlab.make_cache` and `veloxlab.models.shapes.shape_of`.
     """
     shape, found = shape_of(model_or_config), find_method(method)
-    widths = side_bits(method, 8 * shape.exact_bytes, bits, key_bits, value_bits)
+    widths = tensor_bits(method, 8 * shape.exact_bytes, bits, key_bits, value_bits)
     codecs: set[Codec] = set()
 
     def layout(facts: LayerFacts) -> LayerLayout:

@@ -12,8 +12,7 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache import make
-from veloxlab.cache.layer import Chunk
-from veloxlab.cache.plan import plan_of
+from veloxlab.cache.plan import Chunk, Plan, cache_name, plan_of, tensor_bits
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, checked, having, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
@@ -107,7 +106,7 @@ def reference(
 def fidelity(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
-    method_or_plan: str | make.LayerPlan | CacheMaker = "turboquant",
+    method_or_plan: str | Plan | CacheMaker = "turboquant",
     *,
     text: str | None = None,
     tokens: int = 512,
@@ -146,7 +145,7 @@ def fidelity(
 )
 def evaluate(
     exact: Reference,
-    method_or_plan: str | make.LayerPlan | CacheMaker = "turboquant",
+    method_or_plan: str | Plan | CacheMaker = "turboquant",
     *,
     mode: Mode = "oneshot",
     prompt: int = 64,
@@ -232,9 +231,7 @@ def _holdings(cache: list[Any]) -> pl.DataFrame:
     )
 
 
-def maker(
-    method_or_plan: str | make.LayerPlan | CacheMaker, settings: Mapping[str, object], **usual: Chunk
-) -> CacheMaker:
+def maker(method_or_plan: str | Plan | CacheMaker, settings: Mapping[str, object], **usual: Chunk) -> CacheMaker:
     """What makes a cache by ``settings`` and the ``usual`` ones; a function that makes one of its own takes none.
 
     Raises
@@ -248,12 +245,12 @@ def maker(
     return lambda model: make.make_cache(model, method_or_plan, **usual, **settings)  # type: ignore[arg-type]
 
 
-def _name(method_or_plan: str | make.LayerPlan | CacheMaker, settings: dict[str, object]) -> str:
+def _name(method_or_plan: str | Plan | CacheMaker, settings: dict[str, object]) -> str:
     if not isinstance(method_or_plan, str):
         return getattr(method_or_plan, "name", None) or type(method_or_plan).__name__
     given = (settings.get(name) for name in ("bits", "key_bits", "value_bits"))
     exact_bits = 16  # the name of an exact cache tells none
-    return make.cache_name(method_or_plan, make.side_bits(method_or_plan, exact_bits, *given))  # type: ignore[arg-type]
+    return cache_name(method_or_plan, tensor_bits(method_or_plan, exact_bits, *given))  # type: ignore[arg-type]
 
 
 def log_probabilities(logits: mx.array) -> mx.array:

@@ -15,7 +15,7 @@ from mlx.nn.layers.base import Module
 from veloxlab.cache import make
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.load import check_caches
-from veloxlab.cache.plan import Plan, plan_of
+from veloxlab.cache.plan import DEFAULT_BITS, Plan, plan_of
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.calibrate import calibrate
@@ -74,10 +74,10 @@ class Wanted:
         """The methods that are used, and the bits of each."""
         widths: dict[str, set[int]] = {}
         if self.plan is None:
-            usual = self.settings.get("bits", make.DEFAULT_BITS)
+            usual = self.settings.get("bits", DEFAULT_BITS)
             return {self.method or "turboquant": {self.settings.get(n, usual) for n in ("key_bits", "value_bits")}}
         for layer in self.plan.layers:
-            for _, method, bits, _ in layer.sides:
+            for _, method, bits, _ in layer.tensors:
                 widths.setdefault(method, set()).add(bits)
         return widths
 

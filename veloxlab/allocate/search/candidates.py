@@ -9,8 +9,9 @@ from itertools import product
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.budget import held_tokens, layer_sizes
-from veloxlab.cache.make import LayerSettings, ModelCalibration, make_cache
-from veloxlab.cache.plan import Plan, model_hash
+from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.make import make_cache
+from veloxlab.cache.plan import LayerSettings, Plan, model_hash
 from veloxlab.codecs import METHODS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.memory import report
@@ -121,7 +122,7 @@ def candidates(
     return tuple(dict.fromkeys(found))
 
 
-def bytes_per_token(model: Module, plan: Plan, context: int, calibration: ModelCalibration | None = None) -> float:
+def bytes_per_token(model: Module, plan: Plan, context: int, calibration: Calibration | None = None) -> float:
     """Bytes that a cache of ``plan`` holds after a text of ``context`` tokens, read in one call, for each of them.
 
     Exact tokens, scales and the tables that layers share are counted; what layers without plain keys and values hold
