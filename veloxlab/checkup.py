@@ -83,9 +83,9 @@ def _blas() -> Check:
 
 
 def _kernels() -> Check:
-    from veloxlab.kernels.devices import SWITCH, current_backend
+    from veloxlab.kernels.devices import BACKENDS, SWITCH, current_backend
 
-    if runtime.backend() == "cpu":
+    if runtime.backend() not in BACKENDS:
         return Check("kernels", "ok", "none on a CPU: MLX operations do their work")
     if current_backend() is None:
         return Check("kernels", "warn", f"switched off by {SWITCH}=0: MLX operations do their work", f"unset {SWITCH}")

@@ -21,7 +21,7 @@ Rows = Mapping[str, tuple[int, mx.Dtype]]
 
 @dataclass(frozen=True, eq=False)
 class VectorKernel:
-    """Text, tables and outputs of such a kernel.
+    """One such kernel.
 
     Attributes
     ----------

@@ -110,8 +110,8 @@ class Reader(ABC):
 
     def arrays(self, prefix: str) -> dict[str, mx.array]:
         """Inputs of the kernel, by name."""
-        fields = ((name, getattr(self, name)) for name in (*self.stored, "scales", *self.tables))
-        return {f"{prefix}_{name}": array for name, array in fields if array is not None}
+        fields = (*self.stored, "scales", *self.tables)
+        return {f"{prefix}_{name}": array for name in fields if (array := getattr(self, name)) is not None}
 
     def begins(self, prefix: str) -> list[str]:
         """Members of the kernel's reader: where the head's part of each stored array begins, and a token's step."""

@@ -54,8 +54,8 @@ class TableReader(Reader):
     @property
     def constants(self) -> tuple[int, ...]:
         """See `Reader.constants`."""
-        optional = (int(array is not None) for array in (self.fine, self.shifts))
-        return self.bits, self.table.shape[1], self.rows.shape[3], *optional
+        staged, shifted = int(self.fine is not None), int(self.shifts is not None)
+        return self.bits, self.table.shape[1], self.rows.shape[3], staged, shifted
 
     @property
     def lookup(self) -> mx.array | None:

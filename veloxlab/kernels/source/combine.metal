@@ -1,5 +1,5 @@
-// One threadgroup: one query row. Joins its splits, and a logit of its query head that weighs nothing; brings the packed part
-// out of the space of the codes where that is a spreading, and adds the exact part; otherwise the packed part goes out as it is.
+// One threadgroup: one query row. It joins the splits, and a logit of the query head that has no value. Where codes are of
+// Hadamard-rotated vectors, it rotates the packed part back and adds the exact part; else the packed part goes out as it is.
 const uint thread_id = thread_position_in_threadgroup.x, row = threadgroup_position_in_grid.x;
 const uint from = row / ALL_ROWS * ALL_PADDED + row % ALL_ROWS; // the last tile of a KV head's rows may be padded
 const uint exact_splits = sizes[4], splits = sizes[5];

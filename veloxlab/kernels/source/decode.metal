@@ -1,5 +1,5 @@
-// One threadgroup: VECTORS packed vectors [B, H, S, WORDS], in the layout of lanes.h. Their coordinates' levels are found,
-// spread back and scaled: what encode.metal undoes, but for its rounding.
+// One threadgroup: VECTORS packed vectors [B, H, S, WORDS], in the layout of lanes.h. The levels of their
+// codes are rotated back and scaled. It undoes encode.metal, but for rounding.
 constexpr uint lanes = Lanes<HEAD_DIM>::count, each = Lanes<HEAD_DIM>::each;
 constexpr uint level_count = 1u << BITS;
 const uint thread_id = thread_position_in_threadgroup.x, lane = thread_id % lanes;

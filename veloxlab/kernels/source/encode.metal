@@ -1,5 +1,5 @@
 // One threadgroup: VECTORS vectors of x [B, H, S, HEAD_DIM], in the layout of lanes.h. Each is brought to root-mean-square 1
-// and spread; its coordinates are quantized, their codes packed, and what these stand for is to be multiplied with is stored.
+// and rotated. Its coordinates are quantized, the codes are packed, and the scale of their levels is stored.
 constexpr uint lanes = Lanes<HEAD_DIM>::count, each = Lanes<HEAD_DIM>::each;
 const uint thread_id = thread_position_in_threadgroup.x, lane = thread_id % lanes;
 const uint heads = x_shape[1], tokens = x_shape[2], vectors = x_shape[0] * heads * tokens;
