@@ -200,10 +200,10 @@ def test_a_cut_code_is_the_code_of_the_cut():
 def test_the_layout_of_a_layer_is_kept_however_many_layers_there_are():
     codec = build(64, 3, "keys", head_bits=HEAD_BITS)
     code = codec.encode(vectors(1, 5, 3, 64))
-    widths = codec.reader(code).widths
+    heads = codec.reader(code).heads
     for others in itertools.islice(itertools.product((2, 3, 4), repeat=5), 130):
         build(64, 3, "keys", head_bits=others).reader(code)
-    assert codec.reader(code).widths is widths
+    assert codec.reader(code).heads is heads
 
 
 def test_without_widths_it_is_turboquant():
