@@ -87,8 +87,10 @@ def test_the_error_falls_with_bits_as_the_sums_say(seen):
         errors_by_bits(tokens.clear(), taken)
 
 
-def test_a_method_that_has_to_be_fitted_needs_its_calibration(explorer):
-    with pytest.raises(InputError, match=r"One that has to be fitted takes ErrorExplorer\(capture, calibration="):
+def test_what_cannot_be_chosen_is_refused_at_once(explorer):
+    with pytest.raises(InputError, match=r"'commvq' cannot be chosen here: .* needs calibration=vl\.calibrate"):
         explorer.method = "commvq"
-    turn(explorer, method="polarquant", bits=1)
-    assert "Keys at bits=1 are out of range: PolarQuant takes" in explorer.problem
+    turn(explorer, method="polarquant")
+    with pytest.raises(InputError, match="Keys at bits=1 are out of range: PolarQuant takes"):
+        explorer.bits = 1
+    assert (explorer.bits, explorer.problem) == (2, "")

@@ -339,7 +339,7 @@ def test_what_goes_wrong_is_said_in_the_widget(widget):
 
 
 def test_a_widget_that_cannot_be_says_so(model):
-    with pytest.raises(InputError, match="SideBySide has no knob 'colour'"):
+    with pytest.raises(InputError, match="SideBySide has no setting 'colour'"):
         vl.widgets.SideBySide(model, Tokenizer(), colour="red")
     with pytest.raises(InputError, match="(Keys|Values) at bits=9 are out of range"):
         vl.widgets.SideBySide(model, Tokenizer(), bits=9)

@@ -319,7 +319,7 @@ NOT_CALLED = {"InputError", "LayerCapture", "Reference", "first_parting"} | {
     *("Cancelled", "ChartView", "Progress", "ProgressBar", "Status", "VegaRuntime", "Worker", "link")
 }
 PLACES = (vl, vl.allocate, vl.measure, vl.mlxlm, vl.models, vl.widgets)
-OURS = {"self", "cls", "fitting", "worker"}  # what only veloxlab itself hands in
+OURS = {"self", "cls", "selection", "worker"}  # what only veloxlab itself hands in
 
 
 def bad_inputs(label: str, function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:

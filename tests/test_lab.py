@@ -25,7 +25,7 @@ def lab(smollm2):
 def _as_it_was(lab):
     yield
     lab.page, lab.method, lab.layer = "cache", "turboquant", None
-    lab._reset()
+    lab.selection.choose(own_bits={}, layer=None)
     lab.metric, lab.sinks, lab.window = "output_error", 2, 16
     lab.key_bits = lab.value_bits = 4
     assert lab.wait(120)
@@ -55,12 +55,12 @@ def test_moving_a_slider_twice_changes_the_charts_twice(lab):
 
 def test_the_charts_show_what_the_measurements_say(lab):
     turn(lab, key_bits=3, value_bits=5)
-    expected = vl.measure.layer_errors(lab._capture, key_bits=3, value_bits=5, sinks=2, window=16)
+    expected = vl.measure.layer_errors(lab.experiment.capture, key_bits=3, value_bits=5, sinks=2, window=16)
     shown = lab.errors.frame.select("layer", "head", "tensor", "output_error")
     both = shown.join(expected, on=["layer", "head", "tensor"], suffix="_expected")
     assert len(both) == len(expected) == 180
     assert both["output_error"].to_list() == pytest.approx(both["output_error_expected"].to_list(), rel=1e-6)
-    cache = vl.make_cache(lab._model, key_bits=3, value_bits=5, sinks=2, window=16)
+    cache = vl.make_cache(lab.experiment.model, key_bits=3, value_bits=5, sinks=2, window=16)
     assert vl.report(cache)["key_bits"][0] == mean_bits(lab, "keys")
 
 
@@ -70,7 +70,7 @@ def test_sinks_and_window_are_measured_anew(lab):
     after = last_bytes(lab), lab.errors.frame["output_error"].mean()
     assert after[0] > before[0]
     assert after[1] < before[1]
-    assert lab._message.value == ""
+    assert lab.pages["cache"]._message.value == ""
 
 
 def test_a_picked_layer_is_marked_and_its_bits_are_its_own(lab):
@@ -82,7 +82,7 @@ def test_a_picked_layer_is_marked_and_its_bits_are_its_own(lab):
     turn(lab, layer=None)
     assert lab.key_bits == 4
     assert lab.plan.layers[7].key_bits == 8
-    assert "lab.plan" in lab._code.value
+    assert "lab.plan" in lab.pages["cache"]._code.value
     spent = lab.bits.frame.filter(tensor="keys", part="codes").sort("layer")["bits_per_value"].to_list()
     assert spent == [4.0] * 7 + [8.0] + [4.0] * 22
 
@@ -146,7 +146,7 @@ def test_its_state_can_be_taken_away_and_brought_back(lab):
     state, plan = json.loads(json.dumps(lab.state)), lab.plan
     assert state["layers"] == {"5": [3, 6]}
     lab.layer = None
-    lab._reset()
+    lab.selection.choose(own_bits={}, layer=None)
     turn(lab, key_bits=8, sinks=0, metric="output_error")
     lab.restore(state)
     assert lab.wait(120)
@@ -185,10 +185,10 @@ def test_it_can_be_taken_away_as_one_page(lab, tmp_path):
     ("knob", "value", "sentence"),
     [
         ("key_bits", 9, "Keys at bits=9 are out of range"),
-        ("window", -1, "window=-1 is not a number of tokens"),
-        ("layer", 30, "There is no layer 30: pick one from 0 to 29"),
+        ("window", -1, "window=-1 cannot be used: give a whole number, 0 or more"),
+        ("layer", 30, "There is no layer 30: choose one from 0 to 29"),
         ("metric", "speed", "There is no metric 'speed'"),
-        ("method", "none", "'none' compresses nothing"),
+        ("method", "none", "'none' cannot be chosen here"),
         ("head", 3, "There is no KV head 3"),
         ("page", "speed", "There is no page 'speed'"),
     ],
@@ -208,7 +208,7 @@ def test_another_method_takes_the_nearest_widths_and_goes_on_the_charts(lab):
     assert lab.layer_bits[6] == (4, 4)
     assert lab.name.startswith("rvq K4 V4")
     assert set(lab.memory.frame["cache"]) == {"fp16", "rvq"}
-    expected = vl.measure.layer_errors(lab._capture, "rvq", bits=4, sinks=2, window=16)
+    expected = vl.measure.layer_errors(lab.experiment.capture, "rvq", bits=4, sinks=2, window=16)
     shown = lab.errors.frame.filter(layer=6, tensor="keys")["output_error"].to_list()
     assert shown == pytest.approx(expected.filter(layer=6, tensor="keys")["output_error"].to_list(), rel=1e-6)
     turn(lab, method="turboquant")

@@ -11,6 +11,7 @@ from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.views.picture import png_size
 from veloxlab.widgets.lab import NAMES
+from veloxlab.widgets.lab import PAGES as KINDS
 
 PAGES = [name for name in NAMES if name not in ("cache", "compare")]
 
@@ -41,7 +42,7 @@ def lab(tmp_path_factory):
 def _as_it_was(lab):
     yield
     lab.page, lab.method, lab.layer, lab.head = "cache", "turboquant", None, 0
-    lab._reset()
+    lab.selection.choose(own_bits={}, layer=None)
     lab.key_bits = lab.value_bits = 4
     lab.sinks, lab.window = 2, 16
     assert lab.wait(120)
@@ -70,7 +71,7 @@ def test_what_is_chosen_on_one_page_is_chosen_on_all(lab):
 
     turn(errors, bits=3)  # of all layers, for none has bits of its own
     assert lab.layer_bits == {0: (3, 4), 1: (3, 4)}
-    assert "K3 for all layers." in errors._message.value
+    assert errors._message.value == ""
     turn(lab, page="memory")
     assert (plans.method, plans.key_bits, plans.value_bits, plans.window) == ("rabitq", 3, 4, 16)
     turn(plans, value_bits=2, window=32)
@@ -86,12 +87,12 @@ def test_a_layer_that_has_bits_of_its_own_keeps_and_shows_them(lab):
     assert (errors.layer, errors.bits) == (1, 8)
     turn(errors, bits=7)
     assert lab.layer_bits == {0: (4, 4), 1: (7, 4)}
-    assert "K7 for layer 1, which has bits of its own." in errors._message.value
+    assert "These are bits of layer 1 alone." in errors._message.value
     turn(errors, layer=0)
     assert errors.bits == 4
     turn(errors, bits=5)
     assert lab.layer_bits == {0: (5, 4), 1: (7, 4)}
-    assert "K5 for all layers but 1." in errors._message.value
+    assert "These are bits of all layers but 1." in errors._message.value
     plans = lab.turn_to("memory")
     assert plans.key_bits == 5
 
@@ -107,25 +108,25 @@ def test_the_bits_of_a_page_that_shows_values_are_those_of_values(lab):
 def test_what_a_page_cannot_choose_is_said_there_and_nothing_else_moves(lab):
     keys = lab.turn_to("keys")
     turn(lab, method="polarquant")
-    turn(keys, bits=1)
-    assert "Keys at bits=1 are out of range" in keys._message.value
-    assert lab.key_bits == 4
+    with pytest.raises(InputError, match="Keys at bits=1 are out of range"):
+        keys.bits = 1
+    assert (keys.bits, lab.key_bits) == (4, 4)
 
 
 def test_a_method_that_learns_is_fitted_when_it_is_chosen(lab):
     turn(lab, method="spectralquant")
     assert lab.worker.last_error is None
     assert lab.name == "spectralquant K4 V4"
-    calibration = lab._fitting.calibration("spectralquant", [4])
+    calibration = lab.selection.fitting.calibration("spectralquant", [4])
     expected = vl.measure.layer_errors(
-        lab._capture, "spectralquant", bits=4, sinks=2, window=16, calibration=calibration
+        lab.experiment.capture, "spectralquant", bits=4, sinks=2, window=16, calibration=calibration
     )
     shown = lab.errors.frame.filter(tensor="keys")["output_error"].sum()
     assert shown == pytest.approx(expected.filter(tensor="keys")["output_error"].sum(), rel=1e-6)
-    assert "calibration = vl.calibrate(model, tokenizer, &quot;" not in lab._code.value
-    assert 'vl.calibrate(model, tokenizer, "spectralquant", bits=[4])' in lab._code.value
+    assert "calibration = vl.calibrate(model, tokenizer, &quot;" not in lab.pages["cache"]._code.value
+    assert 'vl.calibrate(model, tokenizer, "spectralquant", bits=[4])' in lab.pages["cache"]._code.value
     turn(lab, value_bits=2)
-    assert lab._fitting.calibration("spectralquant", [2, 4]).widths == [2, 4]
+    assert lab.selection.fitting.calibration("spectralquant", [2, 4]).widths == [2, 4]
     turn(lab, page="keys")
     keys = lab.turn_to("keys")
     assert (keys.method, keys.bits, keys.problem) == ("spectralquant", 4, "")
@@ -144,20 +145,20 @@ def test_methods_are_measured_side_by_side_and_a_point_is_taken_up_again(lab):
     assert names[0] == "turboquant K4 V4 +1 layers"
     assert {name.split(" ")[0] for name in names[1:]} >= {"turboquant", "rvq", "rabitq", "qjl", "polarquant"}
     assert len(lab.frontier.frame) == len(names)
-    lab._points._list.value = names.index("rabitq K4 V4")
-    lab._points._button.click()
+    lab.comparison._list.value = names.index("rabitq K4 V4")
+    lab.comparison._take.click()
     assert lab.wait(120)
     assert (lab.method, lab.layer_bits[1]) == ("rabitq", (4, 4))
-    lab._points._list.value = 0
-    lab._points._button.click()
+    lab.comparison._list.value = 0
+    lab.comparison._take.click()
     assert lab.wait(120)
     assert lab.state == measured
 
 
 def test_a_knob_that_is_turned_while_methods_are_measured_changes_no_point(lab):
     def measured() -> tuple[list, list]:
-        rows, settings = lab.measured[before:], lab._settings_measured[before:]
-        return rows.select("name", "held_bytes", "kl_mean").rows(), [point["window"] for point in settings]
+        rows, settings = lab.measured[before:], lab.comparison.choices[before:]
+        return rows.select("name", "held_bytes", "kl_mean").rows(), [point.window for point in settings]
 
     before = len(lab.measured)
     lab.compare()
@@ -174,7 +175,8 @@ def test_a_knob_that_is_turned_while_methods_are_measured_changes_no_point(lab):
 def test_what_was_measured_is_said_and_a_cancelled_fit_too(lab):
     lab.measure()
     assert lab.wait(120)
-    assert "Measured turboquant K4 V4: mean KL" in lab._message.value
+    message = lab.pages["cache"]._message
+    assert "Measured turboquant K4 V4: mean KL" in message.value
     started = threading.Event()
     end = lab.worker.watch(lambda status: started.set() if status.label.startswith("fitting") else None)
     lab.method = "vecinfer"
@@ -182,7 +184,7 @@ def test_what_was_measured_is_said_and_a_cancelled_fit_too(lab):
     lab.worker.cancel()
     assert lab.wait(120)
     end()
-    assert "Cancelled: charts show the last settings" in lab._message.value
+    assert "Cancelled. The charts show the last settings" in message.value
     assert set(lab.memory.frame["cache"]) == {"fp16", "turboquant"}
 
 
@@ -219,7 +221,7 @@ def test_what_is_saved_without_a_kernel_is_the_open_page(lab):
     assert png_size(picture()) != first
 
 
-def test_a_page_that_cannot_be_made_says_so_and_the_laboratory_lives_on(smollm2):
+def test_a_page_that_cannot_be_made_says_so_and_the_laboratory_lives_on(monkeypatch):
     class Silent(Letters):
         def encode(self, text, add_special_tokens=True):
             return super().encode(text)[:300]
@@ -227,7 +229,7 @@ def test_a_page_that_cannot_be_made_says_so_and_the_laboratory_lives_on(smollm2)
     lab = vl.Lab(tiny("llama"), Silent(), tokens=64)
     try:
         lab.wait(60)
-        lab._kinds["keys"] = lab._kinds["keys"].__class__("Keys", lambda **_: 1 / 0, ())
+        monkeypatch.setitem(KINDS, "keys", ("Keys", lambda _: 1 / 0))
         with pytest.raises(InputError, match="The page 'keys' could not be made: division by zero"):
             lab.turn_to("keys")
         assert "ZeroDivisionError" in lab._message.value

@@ -100,13 +100,13 @@ MAKERS: dict[str, Callable[[Any], Any]] = {
 
 def made(name: str, model: Any) -> Any:
     widget = MAKERS[name](model)
-    assert not hasattr(widget, "wait") or widget.wait(PATIENCE)
+    assert not hasattr(widget, "wait") or widget.wait(PATIENCE, ahead=True)
     return widget
 
 
 def captures(widget: Any) -> list[weakref.ref[Any]]:
     """What is measured on, of any panel."""
-    held = [getattr(widget, "_capture", None), getattr(getattr(widget, "_frames", None), "capture", None)]
+    held = [getattr(getattr(widget, name, None), "capture", None) for name in ("experiment", "_frames")]
     return [weakref.ref(each) for each in held if each is not None]
 
 
@@ -163,7 +163,7 @@ def test_a_page_that_is_closed_alone_is_made_anew_and_the_worker_goes_on(model):
     first = lab.turn_to("memory")
     lab.page = "cache"
     first.close()
-    assert lab.pages == {}
+    assert "memory" not in lab.pages
     assert lab.turn_to("memory") is not first
     lab.close()
 
@@ -295,7 +295,7 @@ def test_running_the_cell_of_a_lab_again_keeps_one_capture_in_a_real_kernel():
         run(client, "from tests.tiny_models import tiny\nmodel = tiny('llama')")
         for _ in range(3):
             assert "Lab(turboquant K4 V4" in run(client, CELL, cell="the lab")
-            run(client, "lab.worker.cancel(); lab.wait()")
+            run(client, "lab.worker.cancel(); lab.wait(ahead=True)")
             counts.append(run(client, COUNT))
     finally:
         client.stop_channels()

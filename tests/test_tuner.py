@@ -54,11 +54,11 @@ def turn(work) -> None:
 
 
 def drawn_bits(tuner, tensor: str) -> float:
-    return tuner.charts.bits.frame.filter(tensor=tensor)["bits"].mean()
+    return tuner.charts["bits"].frame.filter(tensor=tensor)["bits"].mean()
 
 
 def now(tuner) -> dict[str, float]:
-    return dict(tuner.charts.frontier.frame.filter(role="now").select("kind", "loss").iter_rows())
+    return dict(tuner.charts["frontier"].frame.filter(role="now").select("kind", "loss").iter_rows())
 
 
 # from Python
@@ -69,7 +69,7 @@ def test_a_budget_set_twice_changes_every_chart_twice(tuner):
     for bits in (3.25, 4.25, 5.25):
         turn(lambda bits=bits: setattr(tuner, "budget", bits))
         assert tuner.budget == vl.allocate.AverageBits(bits)
-        losses = tuner.charts.losses.frame.filter(kind="allocated")["predicted_loss"].sum()
+        losses = tuner.charts["losses"].frame.filter(kind="allocated")["predicted_loss"].sum()
         seen.append((drawn_bits(tuner, "keys") + drawn_bits(tuner, "values"), -losses, -now(tuner)["allocated"]))
     assert all(len(set(column)) == 3 for column in zip(*seen, strict=True))
     assert seen == sorted(seen)
@@ -80,8 +80,10 @@ def test_the_charts_show_what_the_tables_say(tuner, rates):
     expected = rates.solve(4.25)
     assert tuner.plan == expected.plan
     heads = rates.heads(expected.plan)
-    assert tuner.charts.bits.frame.sort("layer", "tensor", "head").equals(
-        heads.select(tuner.charts.bits.frame.columns).sort("layer", "tensor", "head")
+    assert (
+        tuner.charts["bits"]
+        .frame.sort("layer", "tensor", "head")
+        .equals(heads.select(tuner.charts["bits"].frame.columns).sort("layer", "tensor", "head"))
     )
     assert now(tuner)["allocated"] == pytest.approx(expected.predicted_loss)
     assert now(tuner)["uniform"] == pytest.approx(rates.predicted_loss(rates.uniform(4.25)))
@@ -99,27 +101,27 @@ def test_the_charts_show_what_the_tables_say(tuner, rates):
 )
 def test_a_budget_of_any_kind_is_shown_by_its_own_knobs(tuner, budget):
     tuner.budget = budget
-    control = tuner._budget
+    control = tuner._control
     assert control.kind.value is type(budget)
-    knobs = control._slot.children
+    knobs = control.slot.children
     assert [knob.value for knob in knobs] == pytest.approx(list(vars(budget).values()))
     assert tuner.budget == budget  # showing it asked for nothing
 
 
 def test_bounds_are_kept_and_shown(tuner):
     tuner.tune(budget=4.5, bounds=vl.allocate.Bounds(3, 5, protected_first=1, protection="widest"))
-    bits = tuner.charts.bits.frame
+    bits = tuner.charts["bits"].frame
     assert set(bits["bits"]) <= {3, 4, 5}
     assert set(bits.filter(layer=0)["bits"]) == {5}
-    assert tuner._bounds.widths.value == (3, 5)
-    assert tuner._bounds.first.value == 1
+    assert tuner._control.widths.value == (3, 5)
+    assert tuner._control.first.value == 1
     tuner.tune(budget=16.0, bounds=vl.allocate.Bounds(protected_last=1, protection="exact"))
-    assert set(tuner.charts.bits.frame.filter(layer=3)["method"]) == {"none"}
-    assert "grey: 4 kept exact" in tuner.charts.bits.content["params"]["caption"]
+    assert set(tuner.charts["bits"].frame.filter(layer=3)["method"]) == {"none"}
+    assert "grey: 4 kept exact" in tuner.charts["bits"].content["params"]["caption"]
     # exact layers take more bits than the axis had, and it goes on to them
-    ends = tuner.charts._ends[0]
-    assert ends[1] >= tuner.charts.frontier.frame["true_bits"].max() > tuner.charts._usual[0][1]
-    assert str(ends[1]) in json.dumps(tuner.charts.frontier.to_dict())
+    most, usual = tuner.charts["frontier"].frame["true_bits"].max(), tuner._everything["true_bits"]
+    assert most > usual.max()
+    assert f'"domain": [{usual.min()}, {most}]' in json.dumps(tuner.charts["frontier"].to_dict())
 
 
 def test_several_parts_are_set_at_once_or_none(tuner):
@@ -145,16 +147,16 @@ def test_keys_that_weigh_more_get_more_bits(tuner):
     before = drawn_bits(tuner, "keys")
     tuner.key_weight = 10_000.0
     assert drawn_bits(tuner, "keys") > before
-    assert tuner._bounds.key_weight.value == 16.0  # as far as the knob goes
+    assert tuner._control.key_weight.value == 16.0  # as far as the knob goes
     assert tuner.key_weight == 10_000.0
 
 
 def test_a_layer_is_picked_in_python_or_in_a_chart(tuner):
     tuner.layer = 2
-    assert tuner.charts.bits.picked == 2
-    tuner.charts.bits.picked = 1
+    assert tuner.charts["bits"].picked == 2
+    tuner.charts["bits"].picked = 1
     assert tuner.layer == 1
-    with pytest.raises(InputError, match="There is no layer 9: pick one from 0 to 3"):
+    with pytest.raises(InputError, match="There is no layer 9: choose one from 0 to 3"):
         tuner.layer = 9
 
 
@@ -162,7 +164,7 @@ def test_a_layer_is_picked_in_python_or_in_a_chart(tuner):
 
 
 def test_every_knob_of_the_budget_twice(tuner):
-    control = tuner._budget
+    control = tuner._control
     for kind, knob, values in (
         (vl.allocate.AverageBits, control.bits, (4.0, 3.0)),
         (vl.allocate.BytesPerToken, control.nbytes, (500.0, 600.0)),
@@ -182,46 +184,46 @@ def test_every_knob_of_the_budget_twice(tuner):
 )
 def test_another_kind_of_budget_keeps_the_plan(tuner, kind):
     before = tuner.plan
-    tuner._budget.kind.value = kind
+    tuner._control.kind.value = kind
     assert type(tuner.budget) is kind
     assert tuner.plan.layers == before.layers
 
 
 def test_a_longer_text_wants_more_memory_and_gets_the_least_that_fits(tuner):
-    tuner._budget.kind.value = vl.allocate.TokensInMemory
-    tuner._budget.tokens.value = 40_000
+    tuner._control.kind.value = vl.allocate.TokensInMemory
+    tuner._control.tokens.value = 40_000
     assert tuner.budget.tokens == 40_000
     assert "the nearest that they can" in tuner._message.value
     assert drawn_bits(tuner, "keys") == drawn_bits(tuner, "values") == 2
-    turn(lambda: setattr(tuner._budget.megabytes, "value", tuner._budget.megabytes.max))
+    turn(lambda: setattr(tuner._control.megabytes, "value", tuner._control.megabytes.max))
     assert drawn_bits(tuner, "keys") == 6
     assert tuner._message.value == ""
 
 
 def test_the_slider_of_memory_ends_at_what_this_process_may_use(tuner, monkeypatch):
-    tuner._budget.kind.value = vl.allocate.TokensInMemory
+    tuner._control.kind.value = vl.allocate.TokensInMemory
     tuner.budget = vl.allocate.TokensInMemory(2_000, 1.5)
-    assert tuner._budget.megabytes.max > 1.6
+    assert tuner._control.megabytes.max > 1.6
     monkeypatch.setattr(budget_controls, "device", lambda: Device("cpu", "small", 1_600_000, 1))
     tuner.budget = vl.allocate.TokensInMemory(2_000, 1.4)
-    assert tuner._budget.megabytes.max == 1.6
+    assert tuner._control.megabytes.max == 1.6
     tuner.budget = vl.allocate.TokensInMemory(2_000, 1.7)  # asked for in Python, perhaps for another machine
-    assert tuner._budget.megabytes.value == tuner._budget.megabytes.max == 1.7
+    assert tuner._control.megabytes.value == tuner._control.megabytes.max == 1.7
 
 
 def test_what_a_hand_cannot_have_is_said_and_everything_stays(tuner):
-    tuner._budget.kind.value = vl.allocate.TokensInMemory
+    tuner._control.kind.value = vl.allocate.TokensInMemory
     before = tuner.setting
-    turn(lambda: setattr(tuner._budget.tokens, "value", 3))
+    turn(lambda: setattr(tuner._control.tokens, "value", 3))
     assert "3 tokens are all kept exact" in tuner._message.value
     assert tuner.setting is before
-    assert tuner._budget.tokens.value == before.budget.tokens  # the knobs show what is
-    turn(lambda: setattr(tuner._budget.tokens, "value", 900))
+    assert tuner._control.tokens.value == before.budget.tokens  # the knobs show what is
+    turn(lambda: setattr(tuner._control.tokens, "value", 900))
     assert tuner.budget.tokens == 900
 
 
 def test_every_bound_by_hand_twice(tuner):
-    control = tuner._bounds
+    control = tuner._control
     tuner.budget = 4.5
     for knob, values in (
         (control.widths, ((3, 6), (3, 5))),
@@ -237,11 +239,11 @@ def test_every_bound_by_hand_twice(tuner):
             assert tuner.setting != before
     assert tuner.bounds == vl.allocate.Bounds(3, 5, 2, 0)
     assert tuner.key_weight == 0.5
-    assert set(tuner.charts.bits.frame["bits"]) <= {3, 4, 5}
+    assert set(tuner.charts["bits"].frame["bits"]) <= {3, 4, 5}
 
 
 def test_bounds_that_cannot_spend_the_budget_move_it(tuner):
-    turn(lambda: setattr(tuner._bounds.widths, "value", (5, 6)))
+    turn(lambda: setattr(tuner._control.widths, "value", (5, 6)))
     assert tuner.bounds == vl.allocate.Bounds(5, 6)
     assert tuner.budget == vl.allocate.AverageBits(tuner.rates.spans(vl.allocate.Bounds(5, 6), 1).bits[0])
     assert "the nearest that they can" in tuner._message.value
@@ -262,12 +264,12 @@ def test_a_measured_plan_stands_beside_its_prediction(tuner, model):
     assert first["true_bits"] == pytest.approx(tuner.allocation.true_bits)
     expected = vl.fidelity(model, Letters(), tuner.plan, text=TEXT, tokens=48)
     assert first["kl_mean"] == pytest.approx(expected["kl_mean"].item(), rel=1e-5)
-    shown = tuner.charts.frontier.frame.filter(role="measured")
+    shown = tuner.charts["frontier"].frame.filter(role="measured")
     assert shown["kind"].to_list() == ["allocated", "uniform"]
     assert shown["loss"].to_list() == tuner.measured["kl_mean"].to_list()
     assert tuner._history.value.index("uniform 3.25 bits") < tuner._history.value.index("ratequant 3.25 bits")
     tuner.budget = 5.0  # what was measured stays
-    assert tuner.charts.frontier.frame.filter(role="measured").height == 2
+    assert tuner.charts["frontier"].frame.filter(role="measured").height == 2
 
 
 def test_measuring_can_be_cancelled_and_the_tuner_lives_on(tuner):
@@ -299,9 +301,9 @@ def test_losses_that_are_no_divergences_are_not_compared_with_one(model, folder)
     tuner.measure()
     assert tuner.wait(PATIENCE)
     assert tuner.measured.height == 1
-    assert tuner.charts.frontier.frame.filter(role="measured").is_empty()
+    assert tuner.charts["frontier"].frame.filter(role="measured").is_empty()
     assert "in the unit of key_norm" in repr(tuner)
-    assert "no divergences" in tuner.charts.frontier.content["params"]["caption"]
+    assert "no divergences" in tuner.charts["frontier"].content["params"]["caption"]
     tuner.worker.close()
 
 
@@ -348,7 +350,7 @@ def test_a_start_that_was_cancelled_can_be_made_again(model, tmp_path):
     again.click()
     assert tuner.wait(PATIENCE)
     assert tuner.plan.layers
-    assert tuner.charts.bits.picked == 1
+    assert tuner.charts["bits"].picked == 1
     children = tuner.children
     tuner.start()
     assert tuner.wait(PATIENCE)
@@ -391,7 +393,7 @@ def test_a_tuner_that_cannot_be_says_so(rates, model, make, sentence):
 
 
 def test_a_plan_is_saved_where_the_box_says(tuner, tmp_path):
-    box = tuner._take_away
+    box = tuner._file
     box.path.value = str(tmp_path / "mine.json")
     assert f'vl.Plan.load("{tmp_path}/mine.json")' in box.code.value.replace("&quot;", '"')
     box.button.click()

@@ -22,8 +22,8 @@ from veloxlab.errors import InputError
 from veloxlab.views import picture
 from veloxlab.views.report import Section, report
 from veloxlab.widgets import ChartView, lifetime
-from veloxlab.widgets.pages.budget import TakeAway, history
-from veloxlab.widgets.pages.cache import Measuring
+from veloxlab.widgets.pages.budget_controls import PlanFile, history
+from veloxlab.widgets.pages.cache import at_bits
 
 HOSTILE = "<!-- <script> </script> --> \u2028 & \"'\\"
 BITS = {0: (3, 4), 1: (4, 4)}
@@ -35,11 +35,6 @@ def lab():
     assert lab.wait(120)
     yield lab
     lab.close()
-
-
-@pytest.fixture
-def measuring(lab) -> Measuring:
-    return Measuring(lab._capture, "turboquant", lab._fitting)
 
 
 class Filled(dict[Any, Any]):
@@ -62,43 +57,35 @@ class Filled(dict[Any, Any]):
         return (self._step(item) for item in super().items())
 
 
-def test_tables_are_read_while_the_worker_fills_them(measuring):
-    for width in (3, 4):
-        measuring.width(width, 2, 16)
-    tables = measuring.tables
-
-    def read() -> list[pl.DataFrame]:
-        errors = [tables.errors(BITS, metric, 2, 16) for metric in ("output_error", "rel_mse")]
-        return [*errors, tables.code_bits(BITS), tables.memory(BITS, 2, 16, "ours")]
-
-    expected = read()
-    for name in ("tokens", "codes", "attention", "growth"):
-        setattr(tables, name, Filled(getattr(tables, name)))
-    assert all(one.equals(other) for one, other in zip(read(), expected, strict=True))
-    assert tables.errors({0: (3, 5), 1: (4, 4)}, "rel_mse", 2, 16) is None
-    assert tables.memory(BITS, 4, 16, "ours") is None
+@pytest.mark.parametrize("page", ["cache", "keys"])
+def test_a_page_asks_for_more_while_the_worker_fills_its_frames(lab, page):
+    explorer = lab.turn_to(page)
+    for name in ("found", "refused"):
+        setattr(explorer._frames, name, Filled(getattr(explorer._frames, name)))
+    turn(explorer, **({"key_bits": 3, "value_bits": 5} if page == "cache" else {"space": "rotated"}))
+    assert explorer._complete
 
 
-def test_an_explorer_asks_for_more_while_the_worker_fills_its_frames(lab):
-    explorer = lab.turn_to("keys")
-    explorer._frames.frames = Filled(explorer._frames.frames)
-    explorer._unmeasurable = Filled(explorer._unmeasurable)
-    turn(explorer, space="rotated")
-    assert explorer._shown["channels"][0][-1] == "rotated"
+def test_each_layer_is_shown_at_its_own_bits(lab):
+    frames = [
+        pl.DataFrame(
+            {"layer": [0, 1, 0, 1], "tensor": ["keys"] * 2 + ["values"] * 2, "at": width},
+            schema_overrides={"layer": pl.Int32},
+        )
+        for width in (3, 4)
+    ]
+    assert at_bits(frames, BITS).rows() == [(0, "keys", 3), (1, "keys", 4), (0, "values", 4), (1, "values", 4)]
 
 
-@pytest.mark.parametrize("failing", ["code_bits", "token_errors"])
-def test_a_width_that_fails_half_way_is_measured_again(measuring, monkeypatch, failing):
-    def fails(*_: object, **__: object) -> pl.DataFrame:
-        raise InputError("not now")
-
+def test_a_request_that_failed_is_measured_again(lab, monkeypatch):
+    page = lab.turn_to("cache")
     with monkeypatch.context() as patch:
-        patch.setattr(f"{Measuring.__module__}.{failing}", fails)
-        with pytest.raises(InputError, match="not now"):
-            measuring.width(3, 2, 16)
-    measuring.width(3, 2, 16)
-    assert measuring.tables.code_bits({0: (3, 3), 1: (3, 3)}) is not None
-    assert measuring.tables.errors({0: (3, 3), 1: (3, 3)}, "rel_mse", 2, 16) is not None
+        patch.setitem(page._frames.measures, "bits", lambda *_: 1 / 0)
+        turn(page, key_bits=6)
+        assert "ZeroDivisionError" in page._message.value
+        assert page.bits.frame.filter(tensor="keys", part="codes")["bits_per_value"].max() != 6
+    turn(page, sinks=3)
+    assert page.bits.frame.filter(tensor="keys", part="codes")["bits_per_value"].max() == 6
 
 
 def test_pages_are_read_while_others_are_made(lab):
@@ -113,12 +100,11 @@ def test_pages_are_read_while_others_are_made(lab):
 
 def test_bits_of_layers_are_read_while_others_are_set(lab):
     lab.layer, lab.key_bits = 0, 3
-    before = lab._overrides
+    before = lab.selection.choice
     lab.layer, lab.key_bits = 1, 5
-    lab._set_width("value_bits", 6, 1)
-    assert before == {0: (3, 4)}
-    assert lab._overrides == {0: (3, 4), 1: (5, 6)}
-    lab._reset()
+    assert before.own_bits == {0: (3, lab.value_bits)}
+    assert {layer: bits[0] for layer, bits in lab.selection.choice.own_bits.items()} == {0: 3, 1: 5}
+    lab.selection.choose(own_bits={}, layer=None)
 
 
 def test_text_in_a_report_opens_and_ends_nothing():
@@ -141,13 +127,14 @@ def test_text_in_a_table_of_plans_and_in_a_line_of_code_stays_text(lab, monkeypa
     shown = history(pl.DataFrame([row], schema=JUDGED, strict=False))
     assert "<script" not in shown
     assert "&lt;script&gt;" in shown
-    monkeypatch.setattr(lab, "lines", lambda _: [HOSTILE])
-    lab._tell_code()
-    assert "<script" not in lab._code.value
+    page = lab.turn_to("cache")
+    monkeypatch.setattr(page, "lines", lambda _: [HOSTILE])
+    page._tell_code()
+    assert "<script" not in page._code.value
 
 
 def test_the_line_that_loads_a_plan_is_python_whatever_the_path():
-    box = TakeAway(lambda: pytest.fail("nothing is saved"))
+    box = PlanFile(lambda: pytest.fail("nothing is saved"))
     box.path.value = 'C:\\plans\\new "one".json'
     code = ast.parse(unescape(re.sub(r"<[^>]*>", "", box.code.value)))
     (path,) = [node.value for node in ast.walk(code) if isinstance(node, ast.Constant)]

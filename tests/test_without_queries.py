@@ -38,10 +38,10 @@ def test_the_laboratory_opens_with_errors_of_keys_and_values(lab):
     assert (lab.metric, lab.worker.last_error) == ("rel_mse", None)
     assert set(lab.errors.frame["tensor"]) == {"keys", "values"}
     assert lab.errors.frame["rel_mse"].is_finite().all()
-    assert NO_QUERIES in lab._message.value
+    assert NO_QUERIES in lab.pages["cache"]._message.value
     lab.key_bits = 2
     assert lab.wait(120)
-    assert NO_QUERIES in lab._message.value  # still, once the new settings are measured
+    assert NO_QUERIES in lab.pages["cache"]._message.value  # still, once the new settings are measured
 
 
 def test_errors_of_attention_are_refused(lab):

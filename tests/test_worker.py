@@ -54,7 +54,7 @@ class Held:
 
 
 def idle(worker: Worker) -> None:
-    assert worker.wait(PATIENCE)
+    assert worker.wait(PATIENCE, ahead=True)
 
 
 def test_every_job_runs_on_the_one_thread_whoever_asks(worker):
@@ -159,6 +159,17 @@ def test_what_nobody_waits_for_makes_way_and_begins_anew(worker, news):
     assert starts[-1] >= 2
     assert [s.state for s in news if s.key == "ahead"][-1] == "done"
     assert "cancelled" not in {s.state for s in news}
+
+
+def test_nobody_waits_for_what_runs_ahead_unless_asked(worker):
+    held = Held()
+    worker.submit("ahead", held, ahead=True)
+    assert worker.wait(PATIENCE)
+    assert worker.wait(0.05, ahead=True) is False
+    assert held.started.wait(PATIENCE)
+    assert worker.wait(PATIENCE)
+    held.go.set()
+    idle(worker)
 
 
 def test_what_made_way_can_be_cancelled_while_it_waits(worker, news):

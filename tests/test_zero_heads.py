@@ -1,5 +1,7 @@
 """A KV head of zeros is held exactly by every method that needs no fitting: nothing of nothing is an error of 0."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import numpy as np
 import polars as pl
@@ -15,7 +17,7 @@ from veloxlab.measure.distributions import channel_distributions, vectors
 from veloxlab.measure.errors import error_densities, errors_along_position, errors_by_bits, ratio
 from veloxlab.measure.spectra import dimensions, rope_pairs, spectra
 from veloxlab.views import by_bits_caption, channel_map_caption, spectrum_caption
-from veloxlab.widgets.pages.cache import Tables
+from veloxlab.widgets.pages.cache import relative as relative_at_bits
 from veloxlab.widgets.pages.errors import ErrorExplorer
 from veloxlab.widgets.pages.keys import KeyExplorer
 
@@ -62,7 +64,8 @@ def test_errors_of_single_tokens_pooled_say_the_same(seen):
     tokens = vl.measure.token_errors(seen, bits=4)
     relative = vl.measure.relative_errors(tokens, sinks=2, window=8)
     assert relative.filter(layer=1)["rel_mse"].to_list() == [0.0] * 4
-    assert Tables(tokens={4: tokens}).relative_error({0: (4, 4), 1: (4, 4)}, 0, 0, "values") > 0
+    look = SimpleNamespace(layer_bits={0: (4, 4), 1: (4, 4)}, sinks=0, window=0)
+    assert relative_at_bits([tokens], look).filter(tensor="values")["rel_mse"].mean() > 0
     head = tokens.filter(layer=0, head=0)
     profile = errors_along_position(head)
     assert profile.select("low", "median", "high", "not_finite").unique().rows() == [(0.0, 0.0, 0.0, 0)]

@@ -90,6 +90,10 @@ class Line:
                 self.changed.wait(quiet)
         return None
 
+    def is_busy(self, *, ahead: bool) -> bool:
+        """Whether a job waits or runs; those that run ahead count only with ``ahead``. The lock is held."""
+        return any(ahead or not each.ahead for each in [*self.waiting.values(), self.running] if each is not None)
+
     def done(self) -> None:
         """Tell those who wait that the job that ran has ended."""
         with self.changed:

@@ -1,4 +1,4 @@
-"""A bar that follows a worker: how far, what is being done, and a button that ends it."""
+"""What all widgets of charts share: a worker with its progress bar, a selection with its controls, and files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import html
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,34 +15,27 @@ import ipywidgets
 import polars as pl
 import traitlets as t
 
-from veloxlab.checks import whole
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
 from veloxlab.views import picture
 from veloxlab.views.report import Section, report
 from veloxlab.widgets.chart_view import ChartView, ensure_bundle
 from veloxlab.widgets.lifetime import Ending, keep_shown, loosen, weakly
+from veloxlab.widgets.selection import Chosen, Selection
 from veloxlab.widgets.worker import Job, Status, Worker
 
-PAUSE = 0.05  # seconds between two moves of the bar: a page needs no more, and the comm is spared
+PAUSE = 0.05  # seconds between two moves of the bar: a page needs no more
 
 
-class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]
-    """Show what a worker does, and let it be cancelled. It keeps its place while nothing runs.
-
-    Parameters
-    ----------
-    worker
-        The worker to follow.
-    """
+class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no types
+    """Show what a worker does, and let it be cancelled. It keeps its place while nothing runs."""
 
     def __init__(self, worker: Worker, **layout: Any) -> None:
         self._worker = worker
         self._moved = 0.0
         self._bar = ipywidgets.FloatProgress(0, min=0, max=1, layout={"width": "180px", "margin": "0 8px 0 0"})
         self._label = ipywidgets.Label(layout={"flex": "1 1 auto", "min_width": "0"})
-        self._button = ipywidgets.Button(description="Cancel", tooltip="End this work", layout={"width": "80px"})
-        self._button.on_click(lambda _: worker.cancel())
+        self._button = button("Cancel", "Stop this work", worker.cancel, width="80px")
         super().__init__(
             [self._bar, self._label, self._button], layout={"align_items": "center", "height": "34px", **layout}
         )
@@ -58,59 +51,59 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]
         return f"ProgressBar({self._worker.name})"
 
     def _follow(self, status: Status) -> None:
-        if status.state == "running":
-            self._move(status)
+        now, part_way = time.monotonic(), 0 < status.done < status.total
+        if status.state == "running" and not (part_way and now - self._moved < PAUSE):
+            self._moved = now if status.done else 0.0
+            self._bar.bar_style = ""
+            self._bar.value = status.done / status.total if status.total else 0
+            self._label.value = f"{status.label} ({status.done} of {status.total})" if status.total else "starting"
+            self._show(busy=True)
         elif status.state in ("done", "cancelled", "failed"):
-            self._end(status)
-
-    def _move(self, status: Status) -> None:
-        now = time.monotonic()
-        if 0 < status.done < status.total and now - self._moved < PAUSE:
-            return
-        self._moved = now if status.done else 0.0
-        self._bar.bar_style = ""
-        self._bar.value = status.done / status.total if status.total else 0
-        self._label.value = f"{status.label} ({status.done} of {status.total})" if status.total else "starting"
-        self._show(busy=True)
-
-    def _end(self, status: Status) -> None:
-        self._label.value = {"failed": status.label, "cancelled": "cancelled"}.get(status.state, "")
-        self._bar.bar_style = "danger" if status.state == "failed" else ""
-        self._show(busy=False)
+            self._label.value = {"failed": status.label, "cancelled": "cancelled"}.get(status.state, "")
+            self._bar.bar_style = "danger" if status.state == "failed" else ""
+            self._show(busy=False)
 
     def _show(self, *, busy: bool) -> None:
         for part in (self._bar, self._button):
             part.layout.visibility = "visible" if busy else "hidden"
 
 
-KEPT = {"_model_id", "_cross_validation_lock", "_repr_mimebundle_", "_name", "worker"}  # by a closed panel
-
-
 class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
-    """A widget of charts that a worker measures.
+    """A widget of charts that a worker measures and that follows a selection.
 
-    A subclass calls ``Panel.__init__`` with its name, its worker if it shares another panel's, and its traits, and then
-    puts together its children, `message` among them; these come last, for they are then made to end with the panel.
+    A subclass calls ``Panel.__init__``, puts together its children, `message` among them, and then calls `follow`.
 
     `close` ends it: its widgets leave the page, its worker stops, and it lets go of the model and of all that it
     measured but the public tables. The same happens when nothing refers to it any more, and when the cell that shows
     it is run again, unless a variable still holds it.
 
+    Parameters
+    ----------
+    name : of the CSS class and of the worker's thread.
+    selection : what is chosen.
+    worker : of the laboratory that it is a page of; by default it has its own.
+    settings : first values of its own traits.
+
     Attributes
     ----------
-    worker : does what takes longer than a moment; panels may share one.
-    lasting : a sentence that is shown where there is no other: what cannot be shown here, and why.
+    selection, worker : does what takes longer than a moment.
+    active : whether it draws what is chosen; a laboratory's hidden pages do not.
+    lasting : a sentence that is shown where there is no other.
     """
 
     children: Any
     lasting = ""
+    active = True
 
-    def __init__(self, name: str, worker: Worker | None = None, **traits: Any) -> None:
+    def __init__(self, name: str, selection: Selection, worker: Worker | None = None, **settings: Any) -> None:
         self._name, self._owns_worker = name, worker is None
-        self.worker = worker or Worker(f"veloxlab-{name}")
+        self.selection, self.worker = selection, worker or Worker(f"veloxlab-{name}")
+        self._ends: list[Callable[[], None]] = []
+        self._bits_links: list[t.link] = []
         self._message = ipywidgets.HTML()
         loosen(self._message)  # what follows may fail
-        super().__init__(**traits)
+        super().__init__(**settings)
+        self._seen = self._chosen()
         self.add_class(f"veloxlab-{name}")
         loosen(self)
 
@@ -122,6 +115,8 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         """End it, and its work; see the class. What is asked of it then raises `InputError`."""
         if self.comm is None:
             return
+        for end in self._ends:
+            end()
         if self._owns_worker:
             self.worker.close()
         super().close()
@@ -135,7 +130,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     @property
     @abstractmethod
-    def named(self) -> dict[str, ChartView]:
+    def named(self) -> Mapping[str, ChartView]:
         """The charts that are there now, by name, from top to bottom."""
 
     @property
@@ -143,15 +138,105 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         """The charts that are there now, from top to bottom."""
         return tuple(self.named.values())
 
+    # work -----------------------------------------------------------------------------------------------------------
+
     def _submit(
         self, key: str, job: Job, *, on_done: Callable[[Any], None] = lambda _: None, ahead: bool = False
     ) -> None:
         """Ask the worker for a job of this panel; see `Worker.submit`."""
         self.worker.submit(f"{self._name}: {key}", job, on_done=on_done, on_error=weakly(self.say), ahead=ahead)
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until everything that was asked for is done; False if that took longer than ``timeout`` seconds."""
-        return self.worker.wait(timeout)
+    def wait(self, timeout: float | None = None, *, ahead: bool = False) -> bool:
+        """Wait until what was asked for is done; see `Worker.wait`."""
+        return self.worker.wait(timeout, ahead=ahead)
+
+    def say(self, sentence: str) -> None:
+        """Show a sentence, of what went wrong or is awaited; where there is none, the `lasting` one."""
+        shown = sentence or self.lasting
+        self._message.value = f"<em>{html.escape(shown)}</em>" if shown else ""
+
+    # what is chosen -------------------------------------------------------------------------------------------------
+
+    def follow(self) -> None:
+        """Follow the selection from now on."""
+        with self.selection.lock:
+            self._ends.append(self.selection.watch(weakly(self._selected)))
+            self._selected()
+
+    def _chosen(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name, trait in self.traits().items() if isinstance(trait, Chosen)}
+
+    def _selected(self, _: object = None) -> None:
+        """Tell of the traits that changed with the selection, and draw."""
+        before, self._seen = self._seen, self._chosen()
+        if self._seen.get("method") != before.get("method"):
+            self._offer_bits()
+        for name, value in self._seen.items():
+            if value != before[name]:
+                self._notify_trait(name, before[name], value)
+        if self.active:
+            self._redraw()
+
+    def activate(self, active: bool) -> None:
+        """Draw what is chosen from now on, or leave it."""
+        self.active = active
+        if active:
+            self._redraw()
+
+    def _redraw(self) -> None:
+        """Show what is chosen now; a panel of charts does."""
+
+    # controls: each shows a trait and sets it -----------------------------------------------------------------------
+
+    def _bound(self, trait: str, control: ipywidgets.Widget, tip: str = "") -> ipywidgets.Widget:
+        """``control`` joined to the trait; its tooltip is ``tip`` or the trait's own help."""
+        control.tooltip = tip or self.traits()[trait].help.capitalize()
+        t.link((self, trait), (control, "value"))
+        return control
+
+    def _choice(self, trait: str, options: Sequence[Any], words: str = "", tip: str = "") -> ipywidgets.Dropdown:
+        """A list to choose the trait from."""
+        box = ipywidgets.Dropdown(options=options, value=getattr(self, trait), description=words or trait)
+        return self._bound(trait, box, tip)
+
+    def _steps(self, trait: str, options: Sequence[Any], tip: str = "") -> ipywidgets.SelectionSlider:
+        """A slider over the values that the trait may have."""
+        return self._bound(
+            trait, ipywidgets.SelectionSlider(options=options, value=getattr(self, trait), description=trait), tip
+        )
+
+    def _number(
+        self, trait: str, ends: tuple[int, int] | None = None, words: str = "", step: int = 1
+    ) -> ipywidgets.Widget:
+        """A slider for a whole number between ``ends``; without them, a box for one between those of the trait."""
+        low, high = ends or (self.traits()[trait].min, self.traits()[trait].max)
+        kind = ipywidgets.IntSlider if ends else ipywidgets.BoundedIntText
+        return self._bound(
+            trait, kind(value=getattr(self, trait), min=low, max=high, step=step, description=words or trait)
+        )
+
+    def _methods(self) -> ipywidgets.Dropdown:
+        return self._choice("method", self.selection.methods, tip="How keys and values are coded")
+
+    def _bits(self, trait: str, words: str = "") -> ipywidgets.SelectionSlider:
+        """A slider over the bits of the chosen method, whichever that is."""
+        slider = ipywidgets.SelectionSlider(
+            options=self.selection.widths, value=getattr(self, trait), description=words or trait
+        )
+        slider.tooltip = self.traits()[trait].help.capitalize()
+        self._bits_links.append(t.link((self, trait), (slider, "value")))
+        return slider
+
+    def _offer_bits(self) -> None:
+        """Give the sliders of bits those of another method."""
+        for link in self._bits_links:
+            slider = link.target[0]
+            link.unlink()  # new options bring a value that nobody chose
+            with slider.hold_sync():  # one message: between two, the page would send the end of its new scale back
+                slider.options = self.selection.widths
+                link.link()
+
+    # what is taken away ---------------------------------------------------------------------------------------------
 
     @property
     def sections(self) -> list[Section]:
@@ -173,16 +258,6 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
             files.append(view.to_parquet(folder / f"{name}.parquet"))
         return files
 
-    def say(self, sentence: str) -> None:
-        """Show a sentence, of what went wrong or is awaited; where there is none, the `lasting` one."""
-        shown = sentence or self.lasting
-        self._message.value = f"<em>{html.escape(shown)}</em>" if shown else ""
-
-    def say_always(self, sentence: str) -> None:
-        """Make a sentence the `lasting` one, and show it."""
-        self.lasting = sentence
-        self.say("")
-
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         """Show the live widget, and beside it a picture and a line for places where no kernel runs."""
         keep_shown(self)
@@ -191,37 +266,6 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
             still = picture.stacked([view.to_dict() for view in self.views])
             bundle["image/png"] = base64.b64encode(still).decode()
         return bundle  # type: ignore[no-any-return]
-
-    # knobs: a trait and a control that are one ----------------------------------------------------------------------
-
-    def _knob(self, trait: str, control: ipywidgets.Widget, tip: str = "") -> ipywidgets.Widget:
-        """``control``, which shows the trait and sets it; its tooltip is ``tip`` or the trait's own help."""
-        control.tooltip = tip or self.traits()[trait].help.capitalize()
-        t.link((self, trait), (control, "value"))
-        return control
-
-    def _choice(self, trait: str, options: Sequence[Any], words: str = "", tip: str = "") -> ipywidgets.Dropdown:
-        """A list to choose the trait from."""
-        box = ipywidgets.Dropdown(options=options, value=getattr(self, trait), description=words or trait)
-        return self._knob(trait, box, tip)
-
-    def _steps(self, trait: str, options: Sequence[Any], words: str = "", tip: str = "") -> ipywidgets.SelectionSlider:
-        """A slider over the values that the trait may have."""
-        slider = ipywidgets.SelectionSlider(options=options, value=getattr(self, trait), description=words or trait)
-        return self._knob(trait, slider, tip)
-
-    def _number(
-        self,
-        trait: str,
-        ends: tuple[int, int],
-        words: str = "",
-        tip: str = "",
-        kind: type[ipywidgets.Widget] = ipywidgets.IntSlider,
-        step: int = 1,
-    ) -> ipywidgets.Widget:
-        """A slider, or a box, for a whole number between ``ends``."""
-        control = kind(value=getattr(self, trait), min=ends[0], max=ends[1], step=step, description=words or trait)
-        return self._knob(trait, control, tip)
 
 
 class _Closed:
@@ -247,24 +291,33 @@ def _closed(kind: type[Panel]) -> type:
     return type(kind.__name__, (_Closed, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
+KEPT = {"_model_id", "_cross_validation_lock", "_repr_mimebundle_", "_name", "worker"}  # by a closed panel
+
+
 def _is_kept(name: str, value: object) -> bool:
-    return name.startswith("_trait_") or name in KEPT or (isinstance(value, pl.DataFrame) and not name.startswith("_"))
+    table = isinstance(value, pl.DataFrame) and not name.startswith("_")
+    return name.startswith("_trait_") or name in KEPT or table or isinstance(value, Panel)
 
 
-def nearest(widths: Iterable[int], width: int) -> int:
-    """The one of ``widths`` that is next to ``width``."""
-    return min(widths, key=lambda each: abs(each - width))
+def button(words: str, tip: str, act: Callable[[], object], width: str = "") -> ipywidgets.Button:
+    """A button that acts when it is pressed."""
+    made = ipywidgets.Button(description=words, tooltip=tip, layout={"width": width} if width else {})
+    made.on_click(lambda _: act())
+    return made
 
 
-def offer(slider: ipywidgets.SelectionSlider, widths: Sequence[int]) -> None:
-    """Give a slider the widths of another method, and move it to the one next to its own."""
-    value = nearest(widths, slider.value)
-    with slider.hold_sync():  # one message: between two, the page would send the end of its new scale back
-        slider.options = list(widths)
-        slider.value = value
+def rows(*controls: Iterable[ipywidgets.Widget]) -> ipywidgets.VBox:
+    """Controls in rows."""
+    return ipywidgets.VBox([ipywidgets.HBox([*row]) for row in controls])
 
 
-def inside(proposal: dict[str, Any], ends: tuple[int, int]) -> int:
-    """The number that a trait is proposed; raises `InputError` if it is not between ``ends``."""
-    number: int = whole(*ends)(proposal["trait"].name, proposal["value"])
-    return number
+def code(line: str) -> str:
+    """HTML of lines of code."""
+    return f"<code>{html.escape(line, quote=False).replace(chr(10), '<br>')}</code>"
+
+
+def check_settings(kind: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raise `InputError` for a setting that a widget does not have."""
+    unknown = sorted({*given} - {*known})
+    if unknown:
+        raise InputError(f"{kind} has no setting {unknown[0]!r}. Its settings are: {', '.join(known)}.")

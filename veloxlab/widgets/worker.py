@@ -140,11 +140,14 @@ class Worker:
             dropped = self._line.forget(key, "cancelled")
         self._tell_all(dropped)
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until nothing waits or runs, and tell whether that came before ``timeout`` seconds."""
+    def wait(self, timeout: float | None = None, *, ahead: bool = False) -> bool:
+        """Wait until what was asked for is done, and tell whether that came before ``timeout`` seconds.
+
+        Jobs that run ahead are waited for only with ``ahead``.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._line.changed:
-            while self._line.waiting or self._line.running:
+            while self._line.is_busy(ahead=ahead):
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     return False

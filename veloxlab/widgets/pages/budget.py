@@ -1,15 +1,13 @@
-"""What was measured so far, as a table that a page can show."""
+"""The page of a budget: which heads get the bits, and what that is predicted to cost."""
 
 from __future__ import annotations
 
 import html
-import json
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from html import escape
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import ipywidgets
 import polars as pl
@@ -34,107 +32,30 @@ from veloxlab.allocate.rates import Allocation, RateBudget
 from veloxlab.cache.plan import Plan, model_hash
 from veloxlab.checks import MAPPING, MODEL, TOKENIZER, checked, either, instance, maybe, whole
 from veloxlab.errors import InputError
-from veloxlab.widgets.chart_view import ChartView
-from veloxlab.widgets.pages.budget_charts import TunerCharts
-from veloxlab.widgets.pages.budget_controls import BoundsControl, BudgetControl
-from veloxlab.widgets.panel import Panel, ProgressBar
-from veloxlab.widgets.traits import Whole
+from veloxlab.mlxlm.probe import probe
+from veloxlab.widgets.chart_view import ChartView, link
+from veloxlab.widgets.fitting import Fitting
+from veloxlab.widgets.pages.budget_charts import CHARTS, predicted, spent
+from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
+from veloxlab.widgets.pages.charts import Charts, Frames, Look
+from veloxlab.widgets.panel import Panel, ProgressBar, button
+from veloxlab.widgets.selection import Chosen, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
-COLUMNS = {
-    "plan": "name",
-    "true bits": "true_bits",
-    "predicted loss": "predicted_loss",
-    "measured KL (nats)": "kl_mean",
-    "top-1 flips": "top1_flips",
-    "perplexity": "perplexity",
-    "held, MB": "held_bytes",
-}
-FORMATS = {
-    "true_bits": "{:.2f}",
-    "predicted_loss": "{:.3g}",
-    "kl_mean": "{:.3g}",
-    "top1_flips": "{:.1%}",
-    "perplexity": "{:.2f}",
-}
-
-
-def history(measured: pl.DataFrame) -> str:
-    """HTML of `veloxlab.allocate.ratequant.JUDGED` rows, the newest first; nothing where there are none."""
-    if measured.is_empty():
-        return ""
-    head = "".join(f"<th style='{_cell(i)}'>{words}</th>" for i, words in enumerate(COLUMNS))
-    rows = "".join(f"<tr>{_row(row)}</tr>" for row in measured.reverse().iter_rows(named=True))
-    return f"<table style='border-collapse: collapse; margin: 4px 0'><tr>{head}</tr>{rows}</table>"
-
-
-def _row(row: dict[str, object]) -> str:
-    return "".join(f"<td style='{_cell(i)}'>{_said(name, row[name])}</td>" for i, name in enumerate(COLUMNS.values()))
-
-
-def _said(name: str, value: object) -> str:
-    if name == "held_bytes":
-        return f"{value / 1e6:.3f}"  # type: ignore[operator]
-    return FORMATS[name].format(value) if name in FORMATS else escape(str(value))
-
-
-def _cell(place: int) -> str:
-    return f"text-align: {'right' if place else 'left'}; padding: 1px 10px 1px 0"
-
-
-class TakeAway(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
-    """Save a plan, and show how to use it.
-
-    Parameters
-    ----------
-    plan : gives the plan as it is now.
-    path : of the file to begin with.
-    """
-
-    def __init__(self, plan: Callable[[], Plan], path: str = "budget_plan.json") -> None:
-        self._plan = plan
-        self.path = ipywidgets.Text(
-            path, description="file", tooltip="Where to save the plan", style={"description_width": "104px"},
-            layout={"width": "352px"},
-        )  # fmt: skip
-        self.button = ipywidgets.Button(description="Save plan", tooltip="Write the plan as JSON, whole or not at all")
-        self.said = ipywidgets.HTML()
-        self.code = ipywidgets.HTML()
-        self.button.on_click(lambda _: self._clicked())
-        self.path.observe(lambda _: self._tell_code(), "value")
-        self._tell_code()
-        super().__init__([ipywidgets.HBox([self.path, self.button]), self.said, self.code])
-
-    def save(self, path: str | Path | None = None) -> Path:
-        """Write the plan and give the file's full path.
-
-        Raises
-        ------
-        InputError : there is no such folder, it is no place for a file, or it cannot be written.
-        """
-        return self._plan().save(Path(self.path.value.strip() if path is None else path).expanduser().absolute())
-
-    def _clicked(self) -> None:
-        try:
-            said = f"Saved to {self.save()}"
-        except InputError as error:
-            said = str(error)
-        self.said.value = f"<em>{html.escape(said)}</em>"
-
-    def _tell_code(self) -> None:
-        lines = [
-            f"plan = vl.Plan.load({json.dumps(self.path.value.strip(), ensure_ascii=False)})",
-            "cache = vl.make_cache(model, plan)",
-            "mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)",
-        ]
-        self.code.value = f"<pre style='line-height: 1.4; margin: 4px 0'>{html.escape(chr(10).join(lines))}</pre>"
-
-
+T = TypeVar("T")
 TOKENS = 4096  # of a text, until one is asked for
+STARTING = (
+    "How much each head matters is measured once, by gradients, and kept on disk. That takes a minute or more; then "
+    "every change of a control is answered from tables."
+)
+
+
+def _part(name: str, doc: str) -> Any:  # noqa: ANN401 - a property
+    return property(lambda tuner: getattr(tuner._now, name), lambda tuner, value: tuner.tune(**{name: value}), doc=doc)
 
 
 class BudgetTuner(Panel):
-    """Turn a budget and its bounds, and see which heads get the bits and what that is predicted to cost.
+    """Choose a budget and its bounds, and see which heads get the bits and what that is predicted to cost.
 
     Everything but *Measure* answers from tables: of a `veloxlab.RateBudget`, or measured first, with progress, and kept
     on disk. Losses are predictions unless they are said to be measured. Nothing here needs a network.
@@ -148,7 +69,7 @@ class BudgetTuner(Panel):
     text, tokens, windows : of measurements, as for `veloxlab.fidelity`.
     rate_settings : further arguments of `veloxlab.rate_budget`, where tables are to be measured.
     layer : the picked one.
-    worker : of the laboratory that it is a page of.
+    selection, worker : of the laboratory that it is a page of.
 
     Attributes
     ----------
@@ -156,7 +77,9 @@ class BudgetTuner(Panel):
     rates : the tables; None until they are measured.
     allocation, plan : what is allocated now.
     measured : a row for each plan that was measured, `veloxlab.allocate.ratequant.JUDGED`.
-    charts : `TunerCharts`.
+    charts : by name ``bits``, ``losses``, ``frontier`` and ``sensitivity``, each with ``frame``, ``to_parquet``,
+        ``to_csv``, ``to_png`` and ``to_svg``, once there are tables.
+    spent, predicted : the allocation in words.
 
     Raises
     ------
@@ -164,7 +87,10 @@ class BudgetTuner(Panel):
     """
 
     setting = t.Instance(Setting, allow_none=True, help="budget, bounds and weight of keys")
-    layer = Whole(None, allow_none=True, help="the picked layer")
+    layer = Chosen("layer", help="the picked layer")
+    budget = _part("budget", "What is asked for; set it to another budget, or to a number of true bits.")
+    bounds = _part("bounds", "What the allocation may do.")
+    key_weight = _part("key_weight", "How many times as much an error in keys counts in the choice.")
 
     @checked(
         rates=either(instance(RateBudget, "what vl.rate_budget measured"), MODEL),
@@ -188,59 +114,35 @@ class BudgetTuner(Panel):
         windows: int = 1,
         rate_settings: Mapping[str, Any] | None = None,
         layer: int | None = None,
+        selection: Selection | None = None,
         worker: Worker | None = None,
     ) -> None:
+        found: RateBudget | None = None
         if isinstance(rates, RateBudget):
             self._model, self._tokenizer, found = maybe(MODEL)("model", model), tokenizer, rates
             if rate_settings:
                 raise InputError("The tables are measured already, so rate_settings have no use: leave them out.")
             if model is not None and model_hash(model) != rates.model_hash:
                 raise InputError(f"These tables are of {rates.model}, not of this model: measure this one's.")
+            layers = [size.layer for size in rates.sizes]
         else:
-            self._model, self._tokenizer, found = rates, tokenizer or model, None
+            self._model, self._tokenizer = rates, tokenizer or model
+            layers = [facts.layer for facts in probe(rates) if facts.compressible]
         if self._model is not None and self._tokenizer is None:
             raise InputError("To measure, a model needs its tokenizer: give both, as vl.load gives them.")
-        self._text, self._sample = text, {"tokens": tokens, "windows": windows}
+        self._sample: dict[str, Any] = {"text": text, "tokens": tokens, "windows": windows}
         self._first = budget, bounds or Bounds(), key_weight
         self._rate_settings = dict(rate_settings or {})
         self.rates: RateBudget | None = None
-        self._drawing = threading.Lock()
+        self.charts: Mapping[str, ChartView] = {}
         self.measured = pl.DataFrame(schema=JUDGED)
-        super().__init__("tuner", worker, layer=layer)
-        self.observe(lambda _: self._redraw(), "setting")
+        super().__init__("tuner", selection or Selection(Fitting(), layers=layers, layer=layer), worker)
+        self.observe(lambda _: self._show(), "setting")
         if found is None:
             self.start()
         else:
             self._build(found)
-
-    # state ----------------------------------------------------------------------------------------------------------
-
-    @property
-    def budget(self) -> Budget:
-        """What is asked for; set it to another budget, or to a number of true bits."""
-        return self._now.budget
-
-    @budget.setter
-    def budget(self, budget: Budget | float) -> None:
-        self.tune(budget=budget)
-
-    @property
-    def bounds(self) -> Bounds:
-        """What the allocation may do."""
-        return self._now.bounds
-
-    @bounds.setter
-    def bounds(self, bounds: Bounds) -> None:
-        self.tune(bounds=bounds)
-
-    @property
-    def key_weight(self) -> float:
-        """How many times as much an error in keys counts in the choice."""
-        return self._now.key_weight
-
-    @key_weight.setter
-    def key_weight(self, weight: float) -> None:
-        self.tune(key_weight=weight)
+        self.follow()
 
     def tune(self, **parts: Any) -> None:
         """Change some of ``budget``, ``bounds`` and ``key_weight`` at once.
@@ -254,22 +156,30 @@ class BudgetTuner(Panel):
     @property
     def allocation(self) -> Allocation:
         """The plan and what is predicted of it."""
-        return _solved(self._rates, self._now)
+        return _solved(self._there(self.rates), self._now)
 
     @property
     def plan(self) -> Plan:
         """For `veloxlab.make_cache`, or a file."""
         return self.allocation.plan
 
+    @property
+    def spent(self) -> str:
+        """What the allocation takes."""
+        return spent(self.allocation)
+
+    @property
+    def predicted(self) -> str:
+        """What the allocation, and uniform bits in the same bytes, are predicted to lose."""
+        return predicted(self.allocation, self._there(self.rates))
+
     def start(self) -> None:
         """Measure the tables, or find them on disk, and show the tuner once they are there; nothing if they are."""
         if self.rates is not None:
             return
-        self.children = [self._waiting(), self._message]
-        self.say(
-            "How much each head matters is measured once, by gradients, and kept on disk. That takes a minute or more; "
-            "then every move of a knob is answered from tables."
-        )
+        again = button("Measure tables", "Sensitivities and distortions of this model", self.start)
+        self.children = [ipywidgets.HBox([again, ProgressBar(self.worker)]), self._message]
+        self.say(STARTING)
 
         def job(progress: Progress) -> RateBudget:
             return kept_rate_budget(self._model, self._tokenizer, progress=progress, **self._rate_settings)
@@ -287,177 +197,144 @@ class BudgetTuner(Panel):
             raise InputError(
                 "To measure a plan the tuner needs the model: vl.widgets.BudgetTuner(rates, model, tokenizer)."
             )
-        rates, plan = self._rates, self._plan_of(kind)
+        rates, found = self._there(self.rates), self.allocation
+        plan = found.plan if kind == "allocated" else found.uniform
+        if plan is None:
+            raise InputError("No uniform bits take as few bytes as this plan: measure it at a larger budget.")
+        name = f"{'ratequant' if kind == 'allocated' else 'uniform'} {found.true_bits:.2f} bits"
 
         def job(progress: Progress) -> pl.DataFrame:
-            given: dict[str, Any] = {"kind": kind, "text": self._text, "progress": progress, **self._sample}
-            return judged(rates, plan, self._model, self._tokenizer, **given)
+            named = replace(plan, name=name)
+            return judged(rates, named, self._model, self._tokenizer, kind=kind, progress=progress, **self._sample)
 
         self._submit("fidelity", job, on_done=self._add_measured)
 
     def save(self, path: str | Path) -> Path:
         """Write the present plan, whole or not at all, and give the file's full path."""
-        return self._take_away.save(path)
-
-    # how it looks where no kernel runs ------------------------------------------------------------------------------
+        return self._file.save(path)
 
     def __repr__(self) -> str:
-        if self.rates is None:
-            return "BudgetTuner(no tables yet)"
-        found = self.allocation
-        return f"BudgetTuner({self.charts.spent(found)}. {self.charts.predicted(found)})"
+        return f"BudgetTuner({'no tables yet' if self.rates is None else f'{self.spent}. {self.predicted}'})"
 
     @property
-    def named(self) -> dict[str, ChartView]:
+    def named(self) -> Mapping[str, ChartView]:
         """The charts, once there are tables."""
-        return {} if self.rates is None else self.charts.named
+        return self.charts
 
     # building -------------------------------------------------------------------------------------------------------
 
-    def _waiting(self) -> ipywidgets.Widget:
-        again = ipywidgets.Button(description="Measure tables", tooltip="Sensitivities and distortions of this model")
-        again.on_click(lambda _: self.start())
-        return ipywidgets.HBox([again, ProgressBar(self.worker)])
-
     def _build(self, rates: RateBudget) -> None:
         """Show the tuner of these tables. On the worker's thread, where they were measured."""
+        self._widths = rates.curves["bits"].unique().sort().to_list()
+        self._everything = rates.frontier(Bounds(self._widths[0], self._widths[-1]))
         budget, bounds, key_weight = self._first
         if budget is None:
             budget = AverageBits(round(sum(rates.spans(bounds, TOKENS).bits) / 2, 1))
         setting = Setting(budget, bounds, key_weight)  # type: ignore[arg-type]  # a number becomes a budget
-        self.charts = TunerCharts(rates, setting, _solved(rates, setting))
+        self._charts = Charts(CHARTS, Frames({}, self.selection.fitting), self._look(rates, setting))
+        self.charts = self._charts.views
         self.rates = rates  # once the charts are there: a page may ask for them meanwhile
-        t.link((self, "layer"), (self.charts.bits, "picked"))
-        self._make_controls()
+        link(*(view for name, view in self.charts.items() if name != "frontier"))
+        t.link((self, "layer"), (self.charts["bits"], "picked"))
+        self._make_controls(rates)
         self.set_trait("setting", setting)
         self.add_class("ready")
 
-    def _make_controls(self) -> None:
-        rates = self._rates
-        self._budget = BudgetControl(self._budget_asked, self._converted, TOKENS)
-        self._bounds = BoundsControl(self._bounds_asked, self.say, self._widths, len(rates.sizes))
-        self._take_away = TakeAway(lambda: self.plan)
-        self._told = ipywidgets.HTML()
-        self._history = ipywidgets.HTML()
-        why = "" if self._model is not None else ": give the tuner the model and its tokenizer"
-        buttons = []
-        kinds: Sequence[tuple[str, PlanKind]] = (("Measure", "allocated"), ("Measure uniform", "uniform"))
-        for words, kind in kinds:
-            button = ipywidgets.Button(
-                description=words, disabled=self._model is None, layout={"width": "140px"},
-                tooltip=f"Run the model with the {kind} plan, and compare its predictions{why}",
-            )  # fmt: skip
-            button.on_click(lambda _, kind=kind: self._measure_asked(kind))
-            buttons.append(button)
+    def _make_controls(self, rates: RateBudget) -> None:
+        self._control = SettingControl(self._asked, self._converted, TOKENS, self._widths, len(rates.sizes))
+        self._file = PlanFile(lambda: self.plan)
+        self._told, self._history = ipywidgets.HTML(), ipywidgets.HTML()
+        buttons = [self._measure_button("Measure", "allocated"), self._measure_button("Measure uniform", "uniform")]
         self.children = [
-            ipywidgets.HBox([self._budget, self._bounds], layout={"flex_flow": "row wrap"}),
+            self._control,
             ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")]),
             self._message,
             self._told,
-            *self.charts.named.values(),
+            *self.charts.values(),
             self._history,
-            self._take_away,
+            self._file,
         ]
 
-    # turning the knobs ----------------------------------------------------------------------------------------------
+    def _measure_button(self, words: str, kind: PlanKind) -> ipywidgets.Button:
+        why = "" if self._model is not None else ": give the tuner the model and its tokenizer"
+        tip = f"Run the model with the {kind} plan, and compare its predictions{why}"
+        made = button(words, tip, lambda: self._saying(lambda: self.measure(kind)), width="140px")
+        made.disabled = self._model is None
+        return made
+
+    # what a person asks for -----------------------------------------------------------------------------------------
 
     @t.validate("setting")
     def _setting_can_be_allocated(self, proposal: dict[str, Any]) -> Setting:
         setting: Setting = proposal["value"]
-        _solved(self._rates, setting)
+        _solved(self._there(self.rates), setting)
         return setting
 
-    @t.validate("layer")
-    def _layer_is_there(self, proposal: dict[str, Any]) -> int | None:
-        layers = [] if self.rates is None else [size.layer for size in self.rates.sizes]
-        if layers and proposal["value"] is not None and proposal["value"] not in layers:
-            raise InputError(f"There is no layer {proposal['value']}: pick one from {layers[0]} to {layers[-1]}.")
-        return None if proposal["value"] is None else int(proposal["value"])
+    def _asked(self, parts: Callable[[], dict[str, Any]]) -> None:
+        """Do what a control asks for, or what comes nearest; an error is said, and everything stays as it was."""
 
-    def _budget_asked(self, budget: Budget) -> None:
-        self._asked(replace(self._now, budget=budget))
-
-    def _bounds_asked(self, bounds: Bounds, key_weight: float) -> None:
-        self._asked(replace(self._now, bounds=bounds, key_weight=key_weight))
-
-    def _asked(self, setting: Setting) -> None:
-        """Do what a hand asks for, or what comes nearest; an error is said, and everything stays as it was."""
-        try:
-            nearest = replace(setting, budget=self._spans(setting).nearest(setting.budget))
-            self.setting = nearest
-            moved = nearest.budget != setting.budget
+        def ask() -> None:
+            setting = replace(self._now, **parts())
+            budget = self._spans(setting).nearest(setting.budget)
+            self.setting = replace(setting, budget=budget)
+            moved = budget != setting.budget
             self.say("These bounds cannot spend that: the budget is the nearest that they can." if moved else "")
-        except InputError as error:
-            self.say(str(error))
-        self._show_controls()
 
-    def _measure_asked(self, kind: PlanKind) -> None:
+        self._saying(ask)
+        self._control.show(self._now, self._spans(self._now))
+
+    def _saying(self, act: Callable[[], None]) -> None:
         try:
-            self.measure(kind)
+            act()
         except InputError as error:
             self.say(str(error))
 
     def _converted(self, kind: type) -> Budget:
         """The budget of a kind that holds what is held now."""
-        found, tokens = self.allocation, self._budget.tokens.value
+        found, tokens = self.allocation, self._control.tokens.value
         if kind is AverageBits:
             return AverageBits(found.true_bits)
         if kind is BytesPerToken:
             return BytesPerToken(found.bytes_per_token)
         if kind is TokensInMemory:
-            return TokensInMemory(tokens, self._rates.held_bytes(found.plan, tokens) / MEGABYTE * (1 + 1e-9))
+            held = self._there(self.rates).held_bytes(found.plan, tokens)
+            return TokensInMemory(tokens, held / MEGABYTE * (1 + 1e-9))
         return QualityFloor(found.predicted_loss)
-
-    def _redraw(self) -> None:
-        """Show the present setting, from tables alone."""
-        with self._drawing:  # the one who comes last reads the newest
-            setting, found = self._now, self.allocation
-            self.charts.show(setting, found, self.measured)
-        self.say("")
-        words = f"<b>{html.escape(self.charts.predicted(found))}</b><br>{html.escape(self.charts.spent(found))}"
-        self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
-        self._show_controls()
-
-    def _show_controls(self) -> None:
-        setting = self._now
-        self._budget.show(setting.budget, self._spans(setting))
-        self._bounds.show(setting.bounds, setting.key_weight)
 
     # what is shown --------------------------------------------------------------------------------------------------
 
+    def _look(self, rates: RateBudget, setting: Setting) -> Look:
+        measured = self.measured
+        return SimpleNamespace(
+            rates=rates, setting=setting, found=_solved(rates, setting), measured=measured, count=len(measured),
+            widths=(self._widths[0], self._widths[-1]), everything=self._everything,
+        )  # fmt: skip
+
+    def _show(self) -> None:
+        """Show the present setting, from tables alone."""
+        self._charts.show(lambda: self._look(self._there(self.rates), self._now))
+        self.say("")
+        words = f"<b>{html.escape(self.predicted)}</b><br>{html.escape(self.spent)}"
+        self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
+        self._control.show(self._now, self._spans(self._now))
+
+    def _there(self, part: T | None) -> T:
+        if part is None:
+            raise InputError("The tables are not measured yet: wait for them with wait().")
+        return part
+
     @property
     def _now(self) -> Setting:
-        if self.setting is None:
-            raise InputError("The tables are not measured yet: wait for them with wait().")
-        return self.setting
-
-    @property
-    def _rates(self) -> RateBudget:
-        if self.rates is None:
-            raise InputError("The tables are not measured yet: wait for them with wait().")
-        return self.rates
-
-    @property
-    def _widths(self) -> list[int]:
-        return self._rates.curves["bits"].unique().sort().to_list()
+        return self._there(self.setting)
 
     def _spans(self, setting: Setting) -> Spans:
-        tokens = setting.budget.tokens if isinstance(setting.budget, TokensInMemory) else self._budget.tokens.value
-        return self._rates.spans(setting.bounds, tokens)
-
-    def _plan_of(self, kind: PlanKind) -> Plan:
-        found = self.allocation
-        if kind == "allocated":
-            return replace(found.plan, name=f"ratequant {found.true_bits:.2f} bits")
-        if found.uniform is None:
-            raise InputError("No uniform bits take as few bytes as this plan: measure it at a larger budget.")
-        return replace(found.uniform, name=f"uniform {found.true_bits:.2f} bits")
+        tokens = setting.budget.tokens if isinstance(setting.budget, TokensInMemory) else self._control.tokens.value
+        return self._there(self.rates).spans(setting.bounds, tokens)
 
     def _add_measured(self, row: pl.DataFrame) -> None:
         self.measured = pl.concat([self.measured, row])
         self._history.value = history(self.measured)
-        with self._drawing:
-            self.charts.show(self._now, self.allocation, self.measured)
+        self._charts.show(lambda: self._look(self._there(self.rates), self._now))
 
 
 def _solved(rates: RateBudget, setting: Setting) -> Allocation:

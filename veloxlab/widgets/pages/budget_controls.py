@@ -1,12 +1,16 @@
-"""Controls for what an allocation is asked for: a kind of budget with its slider, and what is allowed."""
+"""The controls of a budget, a table of measured plans, and what saves a plan."""
 
 from __future__ import annotations
 
+import html
+import json
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import ipywidgets
+import polars as pl
 
 from veloxlab.allocate.budget import (
     MEGABYTE,
@@ -15,11 +19,14 @@ from veloxlab.allocate.budget import (
     Budget,
     BytesPerToken,
     QualityFloor,
+    Setting,
     Spans,
     TokensInMemory,
 )
+from veloxlab.cache.plan import Plan
 from veloxlab.errors import InputError
 from veloxlab.runtime import device
+from veloxlab.widgets.panel import button
 
 KINDS = {
     "average bits": AverageBits,
@@ -27,178 +34,220 @@ KINDS = {
     "tokens in memory": TokensInMemory,
     "predicted loss": QualityFloor,
 }
-STYLE = {"description_width": "104px"}
-WIDE = {"width": "352px"}
+LOOKS: dict[str, Any] = {"style": {"description_width": "104px"}, "layout": {"width": "352px"}}
 COLUMN = {"width": "362px"}  # two of them fit into an output of JupyterLab beside its file browser
 MOST_TOKENS = 1_000_000
 
 
-class BudgetControl(ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
-    """Choose a kind of budget, and turn its one knob; of tokens in memory there are two.
+class SettingControl(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no types
+    """Choose a kind of budget and its number, what an allocation may do, and how much keys count against values.
 
     Parameters
     ----------
-    asked : given each budget that a hand asks for; what `show` shows is not asked for again.
+    asked : given what gives the changed parts of a `Setting` when a person changes a control; what `show` shows is not
+        asked for again.
     converted : gives the budget of a kind that allows what is held now.
     tokens : of a text, to begin with.
-    """
-
-    def __init__(self, asked: Callable[[Budget], None], converted: Callable[[type], Budget], tokens: int) -> None:
-        self._asked, self._showing = asked, False
-        self.kind = ipywidgets.Dropdown(
-            options=KINDS, description="budget", tooltip="What the budget is counted in", style=STYLE, layout=WIDE
-        )
-        self.bits = _float_slider("true bits", ".2f", "Stored bits for each packed value, scales included")
-        self.nbytes = _float_slider(
-            "bytes a token", ",.0f", "Bytes of one packed token's keys and values in all layers"
-        )
-        self.tokens = ipywidgets.BoundedIntText(
-            tokens, min=1, max=MOST_TOKENS, step=256, description="tokens", style=STYLE, layout=WIDE,
-            tooltip="Length of the text that has to fit",
-        )  # fmt: skip
-        self.megabytes = _float_slider("megabytes", ".3f", "All that the compressed layers then hold, exact tokens too")
-        self.loss = ipywidgets.FloatLogSlider(
-            description="nats a token", tooltip="The most that may be lost, as predicted: the fewest bytes are sought",
-            readout_format=".3g", base=10, step=0.02, style=STYLE, layout=WIDE,
-        )  # fmt: skip
-        self._knobs: dict[type, list[ipywidgets.Widget]] = {
-            AverageBits: [self.bits],
-            BytesPerToken: [self.nbytes],
-            TokensInMemory: [self.tokens, self.megabytes],
-            QualityFloor: [self.loss],
-        }
-        self._slot = ipywidgets.VBox()
-        self.kind.observe(lambda change: self._ask(lambda: converted(change["new"])), "value")
-        for knobs in self._knobs.values():
-            for knob in knobs:
-                knob.observe(lambda _: self._ask(self._turned), "value")
-        super().__init__([self.kind, self._slot], layout=COLUMN)
-
-    def show(self, budget: Budget, spans: Spans) -> None:
-        """Show a budget and how far each knob goes, and ask for nothing."""
-        self._showing = True
-        try:
-            match budget:
-                case AverageBits(bits):
-                    _set(self.bits, bits, spans.bits, step=0.05)
-                case BytesPerToken(nbytes):
-                    _set(self.nbytes, nbytes, spans.nbytes, step=_hundredth(spans.nbytes))
-                case TokensInMemory(tokens, megabytes):
-                    self.tokens.value = tokens
-                    least, most = spans.megabytes
-                    span = least, max(least, min(most, device().memory_bytes / MEGABYTE))
-                    _set(self.megabytes, megabytes, span, step=_hundredth(span))
-                case QualityFloor(loss):
-                    low, high = min(spans.predicted_loss[0], loss), max(spans.predicted_loss[1], loss)
-                    _ends(self.loss, math.log10(low), math.log10(high))
-                    self.loss.value = loss
-            self.kind.value = type(budget)
-            self._slot.children = self._knobs[type(budget)]
-        finally:
-            self._showing = False
-
-    def _turned(self) -> Budget:
-        kind = self.kind.value
-        return kind(*(knob.value for knob in self._knobs[kind]))  # type: ignore[no-any-return]
-
-    def _ask(self, budget: Callable[[], Budget]) -> None:
-        if not self._showing:
-            self._asked(budget())
-
-
-class BoundsControl(ipywidgets.VBox):  # type: ignore[misc]
-    """Choose what an allocation may do, and how much keys count against values.
-
-    Parameters
-    ----------
-    asked : given the bounds and the weight of keys that a hand asks for.
-    refused : given the sentence of bounds that cannot be.
-    widths : that were measured.
+    widths : numbers of bits that were measured.
     layers : how many there are to protect.
     """
 
     def __init__(
         self,
-        asked: Callable[[Bounds, float], None],
-        refused: Callable[[str], None],
+        asked: Callable[[Callable[[], dict[str, Any]]], None],
+        converted: Callable[[type], Budget],
+        tokens: int,
         widths: Sequence[int],
         layers: int,
     ) -> None:
-        self._asked, self._refused, self._showing = asked, refused, False
-        self.widths = ipywidgets.SelectionRangeSlider(
-            options=list(widths), index=(0, len(widths) - 1), description="bits allowed",
-            tooltip="Least and most code bits that a head may get", style=STYLE, layout=WIDE,
+        self._asked, self._showing = asked, False
+        self.kind = _control(ipywidgets.Dropdown, "budget", "What the budget is counted in", options=KINDS)
+        number = ipywidgets.FloatSlider
+        self.bits = _control(
+            number, "true bits", "Stored bits for each packed value, scales included", readout_format=".2f"
+        )
+        self.nbytes = _control(
+            number, "bytes a token", "Bytes of one packed token's keys and values in all layers", readout_format=",.0f"
+        )
+        self.tokens = _control(
+            ipywidgets.BoundedIntText, "tokens", "Length of the text that has to fit", value=tokens, min=1,
+            max=MOST_TOKENS, step=256,
         )  # fmt: skip
-        self.first = _layers("first layers", "So many first layers are left out of the allocation", layers)
-        self.last = _layers("last layers", "So many last layers are left out of the allocation", layers)
-        self.protection = ipywidgets.Dropdown(
-            options={"the most bits": "widest", "no codes: kept exact": "exact"}, description="these get",
-            tooltip="What first and last layers that are left out get", style=STYLE, layout=WIDE,
+        self.megabytes = _control(
+            number, "megabytes", "All that the compressed layers then hold, exact tokens too", readout_format=".3f"
+        )
+        self.loss = _control(
+            ipywidgets.FloatLogSlider, "nats a token",
+            "The most that may be lost, as predicted: the fewest bytes are sought", readout_format=".3g", step=0.02,
+        )  # fmt: skip
+        self._numbers: dict[type, list[ipywidgets.Widget]] = {
+            AverageBits: [self.bits],
+            BytesPerToken: [self.nbytes],
+            TokensInMemory: [self.tokens, self.megabytes],
+            QualityFloor: [self.loss],
+        }
+        self.slot = ipywidgets.VBox()
+
+        self.widths = _control(
+            ipywidgets.SelectionRangeSlider, "bits allowed", "Least and most code bits that a head may get",
+            options=list(widths), index=(0, len(widths) - 1),
+        )  # fmt: skip
+        self.first, self.last = (
+            _control(
+                ipywidgets.IntSlider, f"{end} layers", f"How many {end} layers are left out of the allocation",
+                min=0, max=layers // 2,
+            )
+            for end in ("first", "last")
+        )  # fmt: skip
+        self.protection = _control(
+            ipywidgets.Dropdown, "these get", "What first and last layers that are left out get",
+            options={"the most bits": "widest", "no codes: kept exact": "exact"},
         )  # fmt: skip
         self.keys_first = ipywidgets.Checkbox(
             description="keys no fewer than values", indent=False,
-            layout={"margin": "0 0 0 112px", "width": "244px"},
             tooltip="A layer's keys get as many bits as its values at least, on average over its heads",
+            layout={"margin": "0 0 0 112px", "width": "244px"},
         )  # fmt: skip
-        self.key_weight = ipywidgets.FloatLogSlider(
-            1.0, base=2, min=-4, max=4, step=0.25, description="weight of keys", readout_format=".2f", style=STYLE,
-            layout=WIDE, tooltip="How many times as much an error in keys counts in the choice",
+        self.key_weight = _control(
+            ipywidgets.FloatLogSlider, "weight of keys",
+            "How many times as much an error in keys counts in the choice", value=1.0, base=2, min=-4, max=4, step=0.25,
+            readout_format=".2f",
         )  # fmt: skip
-        knobs = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
-        for knob in knobs:
-            knob.observe(lambda _: self._turned(), "value")
-        super().__init__(knobs, layout=COLUMN)
+        bounds = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
 
-    def show(self, bounds: Bounds, key_weight: float) -> None:
-        """Show bounds, and ask for nothing."""
+        self._on_change([self.kind], lambda: {"budget": converted(self.kind.value)})
+        self._on_change([each for numbers in self._numbers.values() for each in numbers], self._budget)
+        self._on_change(bounds, self._bounds)
+        columns = [ipywidgets.VBox(parts, layout=COLUMN) for parts in ([self.kind, self.slot], bounds)]
+        super().__init__(columns, layout={"flex_flow": "row wrap"})
+
+    def show(self, setting: Setting, spans: Spans) -> None:
+        """Show a setting and how far each control goes, and ask for nothing."""
         self._showing = True
         try:
-            inside = [w for w in self.widths.options if bounds.least_bits <= w <= bounds.most_bits]
+            self._show_budget(setting.budget, spans)
+            bounds = setting.bounds
+            inside = [width for width in self.widths.options if bounds.least_bits <= width <= bounds.most_bits]
             if inside:
                 self.widths.value = inside[0], inside[-1]
             self.first.value, self.last.value = bounds.protected_first, bounds.protected_last
             self.protection.value, self.keys_first.value = bounds.protection, bounds.keys_over_values
-            self.key_weight.value = key_weight
+            self.key_weight.value = setting.key_weight
         finally:
             self._showing = False
 
-    def _turned(self) -> None:
-        if self._showing:
-            return
+    def _show_budget(self, budget: Budget, spans: Spans) -> None:
+        match budget:
+            case AverageBits(bits):
+                _set(self.bits, bits, spans.bits, step=0.05)
+            case BytesPerToken(nbytes):
+                _set(self.nbytes, nbytes, spans.nbytes)
+            case TokensInMemory(tokens, megabytes):
+                self.tokens.value = tokens
+                least, most = spans.megabytes
+                _set(self.megabytes, megabytes, (least, max(least, min(most, device().memory_bytes / MEGABYTE))))
+            case QualityFloor(loss):
+                ends = min(spans.predicted_loss[0], loss), max(spans.predicted_loss[1], loss)
+                _set_ends(self.loss, *map(math.log10, ends))
+                self.loss.value = loss
+        self.kind.value = type(budget)
+        self.slot.children = self._numbers[type(budget)]
+
+    def _on_change(self, controls: Sequence[ipywidgets.Widget], parts: Callable[[], dict[str, Any]]) -> None:
+        for control in controls:
+            control.observe(lambda _: None if self._showing else self._asked(parts), "value")
+
+    def _budget(self) -> dict[str, Any]:
+        kind = self.kind.value
+        return {"budget": kind(*(control.value for control in self._numbers[kind]))}
+
+    def _bounds(self) -> dict[str, Any]:
         least, most = self.widths.value
-        try:
-            bounds = Bounds(
-                least, most, self.first.value, self.last.value, self.protection.value, bool(self.keys_first.value)
-            )
-        except InputError as error:
-            self._refused(str(error))
-        else:
-            self._asked(bounds, self.key_weight.value)
+        ends = self.first.value, self.last.value
+        bounds = Bounds(least, most, *ends, self.protection.value, bool(self.keys_first.value))
+        return {"bounds": bounds, "key_weight": self.key_weight.value}
 
 
-def _float_slider(description: str, readout: str, tip: str) -> ipywidgets.FloatSlider:
-    return ipywidgets.FloatSlider(
-        description=description, readout_format=readout, tooltip=tip, style=STYLE, layout=WIDE
-    )
+def _control(kind: type[ipywidgets.Widget], words: str, tip: str, **settings: Any) -> ipywidgets.Widget:
+    return kind(description=words, tooltip=tip, **LOOKS, **settings)
 
 
-def _hundredth(span: tuple[float, float]) -> float:
-    return (span[1] - span[0]) / 100 or 1.0
-
-
-def _layers(description: str, tip: str, layers: int) -> ipywidgets.IntSlider:
-    return ipywidgets.IntSlider(
-        0, min=0, max=layers // 2, description=description, tooltip=tip, style=STYLE, layout=WIDE
-    )
-
-
-def _set(slider: ipywidgets.FloatSlider, value: float, span: tuple[float, float], step: float) -> None:
+def _set(slider: ipywidgets.FloatSlider, value: float, span: tuple[float, float], step: float | None = None) -> None:
     """Move a slider and its ends; an end is widened for a value that lies beyond it."""
-    _ends(slider, min(span[0], value), max(span[1], value))
-    slider.step = step
+    _set_ends(slider, min(span[0], value), max(span[1], value))
+    slider.step = step or (span[1] - span[0]) / 100 or 1.0
     slider.value = value
 
 
-def _ends(slider: Any, low: float, high: float) -> None:  # noqa: ANN401
+def _set_ends(slider: ipywidgets.Widget, low: float, high: float) -> None:
     slider.max = max(high, slider.max)  # no end may ever cross the other
     slider.min, slider.max = low, high
+
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "plan": ("name", str),
+    "true bits": ("true_bits", "{:.2f}".format),
+    "predicted loss": ("predicted_loss", "{:.3g}".format),
+    "measured KL (nats)": ("kl_mean", "{:.3g}".format),
+    "top-1 flips": ("top1_flips", "{:.1%}".format),
+    "perplexity": ("perplexity", "{:.2f}".format),
+    "held, MB": ("held_bytes", lambda nbytes: f"{nbytes / 1e6:.3f}"),
+}
+
+
+def history(measured: pl.DataFrame) -> str:
+    """HTML of `veloxlab.allocate.ratequant.JUDGED` rows, the newest first; nothing where there are none."""
+    if measured.is_empty():
+        return ""
+    lines = [[*COLUMNS]]
+    lines += [[say(row[name]) for name, say in COLUMNS.values()] for row in measured.reverse().iter_rows(named=True)]
+    return f"<table style='border-collapse: collapse; margin: 4px 0'>{''.join(map(_line, lines))}</table>"
+
+
+def _line(cells: Sequence[str]) -> str:
+    style = "text-align: {}; padding: 1px 10px 1px 0"
+    sides = ["left", *["right"] * (len(cells) - 1)]
+    return "<tr>{}</tr>".format(
+        "".join(
+            f"<td style='{style.format(side)}'>{html.escape(cell)}</td>"
+            for side, cell in zip(sides, cells, strict=True)
+        )
+    )
+
+
+class PlanFile(ipywidgets.VBox):  # type: ignore[misc]
+    """Save a plan, and show how to use it.
+
+    Parameters
+    ----------
+    plan : gives the plan as it is now.
+    path : of the file to begin with.
+    """
+
+    def __init__(self, plan: Callable[[], Plan], path: str = "budget_plan.json") -> None:
+        self._plan = plan
+        self.path = _control(ipywidgets.Text, "file", "Where to save the plan", value=path)
+        self.button = button("Save plan", "Write the plan as JSON, whole or not at all", self._clicked)
+        self.said, self.code = ipywidgets.HTML(), ipywidgets.HTML()
+        self.path.observe(lambda _: self._tell_code(), "value")
+        self._tell_code()
+        super().__init__([ipywidgets.HBox([self.path, self.button]), self.said, self.code])
+
+    def save(self, path: str | Path | None = None) -> Path:
+        """Write the plan and give the file's full path; raises `InputError` if it cannot be written there."""
+        return self._plan().save(Path(self.path.value.strip() if path is None else path).expanduser().absolute())
+
+    def _clicked(self) -> None:
+        try:
+            said = f"Saved to {self.save()}"
+        except InputError as error:
+            said = str(error)
+        self.said.value = f"<em>{html.escape(said)}</em>"
+
+    def _tell_code(self) -> None:
+        lines = [
+            f"plan = vl.Plan.load({json.dumps(self.path.value.strip(), ensure_ascii=False)})",
+            "cache = vl.make_cache(model, plan)",
+            "mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)",
+        ]
+        self.code.value = f"<pre style='line-height: 1.4; margin: 4px 0'>{html.escape(chr(10).join(lines))}</pre>"

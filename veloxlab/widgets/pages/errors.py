@@ -1,12 +1,10 @@
-"""What a look at the errors of one layer asks, and what measures it. No widgets."""
+"""The page of errors: what a method does to one KV head."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import ipywidgets
 import polars as pl
 
 from veloxlab import views
@@ -17,54 +15,32 @@ from veloxlab.measure.attention_maps import attention_map
 from veloxlab.measure.errors import error_densities, errors_along_position, errors_by_bits
 from veloxlab.progress import Progress
 from veloxlab.widgets.fitting import Fitting
-from veloxlab.widgets.pages.layer import WIDEST, LayerChart, LayerExplorer, LayerFrames, Question
-from veloxlab.widgets.panel import ProgressBar
+from veloxlab.widgets.pages.charts import Frames, HeadPage, Look, head_chart, plain
+from veloxlab.widgets.selection import ChosenBits, Selection
 from veloxlab.widgets.worker import Worker
 
 BLOCKS = 32  # of positions: a tenth and nine tenths need some vectors each
 MAP = 20  # blocks of a side of an attention map: three triangles of 210 cells, which a page draws at once
+CODED = ("layer", "method", "bits")
 
 
-@dataclass(frozen=True)
-class ErrorLook:
-    """What is looked at: a layer, a method at a width, and the widths that it is compared with."""
-
-    layer: int
-    method: str
-    bits: int
-    widths: tuple[int, ...]
-
-    @property
-    def questions(self) -> dict[str, Question]:
-        """What has to be measured for each chart."""
-        return {
-            **{name: (name, self.layer, self.method, self.bits) for name in ("attention", "positions", "distribution")},
-            "by_bits": ("by_bits", self.layer, self.method, self.widths),
-        }
-
-
-def _attention_frame(fitting: Fitting, progress: Progress, seen: Capture, method: str, bits: int) -> pl.DataFrame:
+def _attention(frames: Frames, progress: Progress, number: int, method: str, bits: int) -> pl.DataFrame:
     """The map of the first query head of each KV head."""
-    (layer,) = seen.layers
+    (layer,) = frames.of_layer(number).layers
     kv_heads = layer.keys.shape[1]
     group = 1 if layer.queries is None else layer.queries.shape[1] // kv_heads
-    calibration = fitting.calibration(method, [bits], progress)
-    maps = [
-        attention_map(layer, head * group, method, bits=bits, calibration=calibration, blocks=MAP).with_columns(
-            head=pl.lit(head)
-        )
-        for head in range(kv_heads)
-    ]
-    return pl.concat(maps)
+    calibration = frames.fitting.calibration(method, [bits], progress)
+    given: dict[str, Any] = {"bits": bits, "calibration": calibration, "blocks": MAP}
+    maps = [attention_map(layer, head * group, method, **given) for head in range(kv_heads)]
+    return pl.concat(own.with_columns(head=pl.lit(head)) for head, own in enumerate(maps))
 
 
 def _pooled(pool: Callable[[pl.DataFrame], pl.DataFrame]) -> Callable[..., pl.DataFrame]:
-    """Measures errors of single tokens, pooled for each head alone."""
+    """A measurement of errors of single tokens, pooled for each head alone."""
 
-    def measure(fitting: Fitting, progress: Progress, seen: Capture, method: str, bits: int) -> pl.DataFrame:
-        calibration = fitting.calibration(method, [bits], progress)
-        tokens = token_errors(seen, method, bits=bits, calibration=calibration)
-        return _by_head(tokens, pool)
+    def measure(frames: Frames, progress: Progress, layer: int, method: str, bits: int) -> pl.DataFrame:
+        calibration = frames.fitting.calibration(method, [bits], progress)
+        return _by_head(token_errors(frames.of_layer(layer), method, bits=bits, calibration=calibration), pool)
 
     return measure
 
@@ -74,9 +50,9 @@ def _by_head(errors: pl.DataFrame, pool: Callable[[pl.DataFrame], pl.DataFrame])
     return pl.concat(pool(errors.filter(head=head)).with_columns(head=pl.lit(head)) for head in heads)
 
 
-def _by_bits(fitting: Fitting, progress: Progress, seen: Capture, method: str, widths: tuple[int, ...]) -> pl.DataFrame:
-    calibration = fitting.calibration(method, widths, progress)
-    tokens, taken = [], []
+def _by_bits(frames: Frames, progress: Progress, layer: int, method: str, widths: tuple[int, ...]) -> pl.DataFrame:
+    calibration = frames.fitting.calibration(method, widths, progress)
+    seen, tokens, taken = frames.of_layer(layer), [], []
     for done, bits in enumerate(widths):
         progress(done, len(widths), f"measuring {bits} bits")
         tokens.append(token_errors(seen, method, bits=bits, calibration=calibration))
@@ -87,20 +63,33 @@ def _by_bits(fitting: Fitting, progress: Progress, seen: Capture, method: str, w
 
 
 MEASURES: dict[str, Callable[..., pl.DataFrame]] = {
-    "attention": _attention_frame,
+    "attention": _attention,
     "positions": _pooled(lambda own: errors_along_position(own, blocks=BLOCKS)),
     "distribution": _pooled(error_densities),
     "by_bits": _by_bits,
 }
 
 
-def _attention(frame: pl.DataFrame, look: ErrorLook) -> str:
-    where = f"layer {look.layer}, KV head {frame['head'][0]}"
+def _attention_caption(frame: pl.DataFrame, look: Look) -> str:
+    where = f"layer {look.layer}, KV head {look.head}"
     return f"{look.method} at {look.bits} bits, {where}: {views.attention_caption(frame)}"
 
 
-class ErrorExplorer(LayerExplorer[ErrorLook]):
-    """See what a method at a width does to one KV head: its attention map, and the errors of its keys and values.
+CHARTS = (
+    head_chart(
+        "attention",
+        CODED,
+        lambda frame, look: views.attention_maps(frame, caption=_attention_caption(frame, look)),
+        _attention_caption,
+    ),
+    head_chart("positions", CODED, plain(views.errors_along_position), plain(views.profile_caption)),
+    head_chart("distribution", CODED, plain(views.error_distribution), plain(views.distribution_caption)),
+    head_chart("by_bits", ("layer", "method", "widths"), plain(views.errors_by_bits), plain(views.by_bits_caption)),
+)
+
+
+class ErrorExplorer(HeadPage):
+    """See what a method at a number of bits does to one KV head: its attention map, and errors of keys and values.
 
     Every token is seen through its codes. Nothing here needs a network.
 
@@ -111,42 +100,22 @@ class ErrorExplorer(LayerExplorer[ErrorLook]):
     head : KV head; the attention map is that of its first query head.
     method, bits : what codes the keys and values.
     calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted.
-    fitting, worker : of the laboratory that it is a page of; the first stands in for the calibration.
+    selection, worker : of the laboratory that it is a page of; the selection stands in for the choices above.
 
     Attributes
     ----------
     layer, head, method, bits : traits; set them and the charts follow.
     charts : by name ``attention``, ``positions``, ``distribution`` and ``by_bits``, each with ``frame``,
         ``to_parquet``, ``to_csv``, ``to_png`` and ``to_svg``.
-    problem : why a chart shows an older choice, or an empty text.
+    problem : why a chart shows older settings, or an empty text.
 
     Raises
     ------
-    InputError : a layer, head or method that there is not; a choice that cannot be measured.
+    InputError : a layer, head, method or number of bits that there is not; a choice that cannot be measured.
     """
 
-    NAME = "errors"
-    KNOBS = ("layer", "method", "bits")
-    CHARTS: ClassVar[dict[str, LayerChart]] = {
-        "attention": LayerChart(
-            lambda frame, look: views.attention_maps(frame, caption=_attention(frame, look)),
-            lambda frame, look: _attention(frame, look),
-            lambda *_: None,
-        ),
-        "positions": LayerChart(
-            lambda frame, _: views.errors_along_position(frame),
-            lambda frame, _: views.profile_caption(frame),
-            lambda *_: None,
-        ),
-        "distribution": LayerChart(
-            lambda frame, _: views.error_distribution(frame),
-            lambda frame, _: views.distribution_caption(frame),
-            lambda *_: None,
-        ),
-        "by_bits": LayerChart(
-            lambda frame, _: views.errors_by_bits(frame), lambda frame, _: views.by_bits_caption(frame), lambda *_: None
-        ),
-    }
+    SETTINGS = ("layer", "head", "method", "bits")
+    bits = ChosenBits("keys", "shown_layer", help="code bits of each coordinate")
 
     @checked()
     def __init__(
@@ -158,40 +127,28 @@ class ErrorExplorer(LayerExplorer[ErrorLook]):
         method: str = "turboquant",
         bits: int = 2,
         calibration: Calibration | None = None,
-        fitting: Fitting | None = None,
+        selection: Selection | None = None,
         worker: Worker | None = None,
     ) -> None:
-        frames = LayerFrames(capture, fitting or Fitting(given=calibration), MEASURES)
+        chosen: dict[str, Any] = {"layer": layer, "head": head, "method": method, "key_bits": bits, "value_bits": bits}
+        selection = selection or Selection.of(capture, Fitting(given=calibration), **chosen)
         maps = all(c.queries is not None for c in capture.layers)
-        names = [name for name in self.CHARTS if name != "attention" or maps]
-        super().__init__(frames, names, worker, layer=layer, head=head, method=method, bits=bits)
-        self.children = [self._controls(), self._message, *self.charts.values()]
+        charts = [chart for chart in CHARTS if chart.name != "attention" or maps]
+        super().__init__("errors", Frames(MEASURES, selection.fitting, capture), charts, selection, worker)
         if not maps:
-            self.say_always("Not every layer shows its queries, so there are no attention maps.")
+            self.lasting = "Not every layer shows its queries, so there are no attention maps."
+        self.children = [self._controls(), self._message, *self.charts.values()]
+        self.follow()
 
     def __repr__(self) -> str:
         said = self.charts["positions"].content["params"]["caption"]
         return f"ErrorExplorer(layer {self.layer}, KV head {self.head}, {self.method}: {said})"
 
-    def _look(self, **changed: Any) -> ErrorLook:
-        knobs = {name: getattr(self, name) for name in self.KNOBS} | changed
-        method, bits = knobs["method"], knobs["bits"]
-        ready = [w for w in self._fitting.widths(method) if w == bits or self._fitting.is_ready(method, w)]
-        return ErrorLook(**knobs, widths=tuple(ready))
+    def _look(self, **changed: Any) -> Look:
+        look, fitting = super()._look(**changed), self.selection.fitting
+        widths = fitting.widths(look.method)
+        look.widths = tuple(w for w in widths if w == look.bits or fitting.is_ready(look.method, w))
+        return look
 
-    def _likely(self) -> list[ErrorLook]:
+    def _likely(self) -> Iterable[Look]:
         return self._neighbours()
-
-    def _controls(self) -> ipywidgets.Widget:
-        rows = [
-            [
-                self._steps("layer", list(self._layers), tip="Layer of the model"),
-                self._steps("head", list(self.heads), tip="KV head"),
-            ],
-            [
-                self._choice("method", self._fitting.methods, tip="How vectors are coded"),
-                self._steps("bits", list(range(1, WIDEST + 1)), tip="Its code bits"),
-            ],
-            [ProgressBar(self.worker)],
-        ]
-        return ipywidgets.VBox([ipywidgets.HBox(row) for row in rows])

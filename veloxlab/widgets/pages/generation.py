@@ -6,25 +6,22 @@ from typing import Any
 
 import ipywidgets
 import polars as pl
-import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.checks import WORDS, checked, whole
-from veloxlab.codecs import Role, find_method
-from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, first_parting, side_by_side
 from veloxlab.views import held_while_generating, strip_caption, token_strip
 from veloxlab.views.generation import lines_for
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.fitting import Fitting
-from veloxlab.widgets.panel import Panel, ProgressBar, inside, offer
-from veloxlab.widgets.traits import Whole, Words
+from veloxlab.widgets.panel import Panel, ProgressBar, button, check_settings, rows
+from veloxlab.widgets.selection import Choice, Chosen, ChosenBits, Selection, Whole, Words
 from veloxlab.widgets.worker import Progress, Worker
 
 PROMPT = "Tell me about the history of the city of Paris."
-WIDTHS = ("key_bits", "value_bits")
-RANGES = {"tokens": (1, 512), "sinks": (0, 64), "window": (0, 256)}
+CHOSEN = ("method", "key_bits", "value_bits", "sinks", "window")
+USUAL = Choice(key_bits=3, value_bits=3, window=16)
 
 
 class SideBySide(Panel):
@@ -36,8 +33,9 @@ class SideBySide(Panel):
     ----------
     model, tokenizer : as `veloxlab.load` gives them.
     calibration : what `veloxlab.calibrate` gave; else a method that has to be fitted is fitted when it first runs.
-    fitting, worker : of the laboratory that it is a page of; the first stands in for the calibration.
-    knobs : first values of the traits, such as ``prompt="…"`` or ``method="rabitq"``; ``bits=2`` is of both sides.
+    selection, worker : of the laboratory that it is a page of; the selection stands in for a method and its settings.
+    settings : first values of the traits, such as ``prompt="…"`` or ``method="rabitq"``; ``bits=2`` is of keys and
+        values.
 
     Attributes
     ----------
@@ -49,44 +47,40 @@ class SideBySide(Panel):
 
     Raises
     ------
-    InputError : an unknown method or knob, a number that cannot be.
+    InputError : an unknown method or setting, a number that cannot be.
     """
 
     prompt = Words(PROMPT, help="what is continued")
-    method = Words("turboquant", help="a method's id")
-    key_bits = Whole(3, help="code bits of keys")
-    value_bits = Whole(3, help="code bits of values")
-    tokens = Whole(64, help="tokens to generate at most")
-    sinks = Whole(4, help="tokens at the start kept exact")
-    window = Whole(16, help="newest tokens kept exact")
+    method = Chosen("method", help="a method's id")
+    key_bits = ChosenBits("keys", help="code bits of each key coordinate")
+    value_bits = ChosenBits("values", help="code bits of each value coordinate")
+    tokens = Whole(64, min=1, max=512, help="tokens to generate at most")
+    sinks = Chosen("sinks", help="first tokens, kept exact")
+    window = Chosen("window", help="newest tokens, kept exact")
 
-    @checked(prompt=WORDS, **{name: whole(*ends) for name, ends in RANGES.items()})
+    @checked(prompt=WORDS, tokens=whole(1, 512))
     def __init__(
         self,
         model: Module,
         tokenizer: Any,  # noqa: ANN401
         *,
         calibration: Calibration | None = None,
-        fitting: Fitting | None = None,
+        selection: Selection | None = None,
         worker: Worker | None = None,
-        **knobs: Any,
+        **settings: Any,
     ) -> None:
-        known = ("prompt", "method", "bits", *WIDTHS, *RANGES)
-        unknown = sorted(set(knobs) - {*known})
-        if unknown:
-            raise InputError(f"SideBySide has no knob {unknown[0]!r}. Its knobs are: {', '.join(known)}.")
-        if "bits" in knobs:
-            knobs = dict.fromkeys(WIDTHS, knobs["bits"]) | {name: knobs[name] for name in knobs if name != "bits"}
+        check_settings("SideBySide", settings, ("prompt", "tokens", "bits", *CHOSEN))
+        bits = dict.fromkeys(("key_bits", "value_bits"), settings.pop("bits")) if "bits" in settings else {}
+        chosen = {name: settings.pop(name) for name in CHOSEN if name in settings}
         self._model, self._tokenizer = model, tokenizer
-        self._fitting = fitting or Fitting(model, tokenizer, calibration)
         self.generated = pl.DataFrame(schema=GENERATION)
         self.charts: dict[str, ChartView] = {}
-        super().__init__("side-by-side", worker, **knobs)
+        fitting = Fitting(model, tokenizer, calibration)
+        selection = selection or Selection(fitting, USUAL, **bits | chosen)
+        super().__init__("side-by-side", selection, worker, **settings)
         self._slot = ipywidgets.VBox()
         self.children = [self._controls(), self._message, self._slot]
-        self.observe(lambda _: self._offer(), "method")
-
-    # state ----------------------------------------------------------------------------------------------------------
+        self.follow()
 
     @property
     def name(self) -> str:
@@ -102,20 +96,15 @@ class SideBySide(Panel):
     def run(self) -> None:
         """Generate with the present settings; an older run is ended."""
         prompt, method, tokens, name = self.prompt, self.method, self.tokens, self.name
-        settings: dict[str, Any] = {
-            "tokens": tokens,
-            "key_bits": self.key_bits,
-            "value_bits": self.value_bits,
-            "sinks": self.sinks,
-            "window": self.window,
-        }
+        settings = {each: getattr(self, each) for each in ("tokens", *CHOSEN) if each != "method"}
+        fitting = self.selection.fitting
 
         def job(progress: Progress) -> None:
             def show(rows: pl.DataFrame) -> None:
                 progress.check()
                 self._show(rows, tokens, name)
 
-            calibration = self._fitting.calibration(method, {settings["key_bits"], settings["value_bits"]}, progress)
+            calibration = fitting.calibration(method, {settings["key_bits"], settings["value_bits"]}, progress)
             given: dict[str, Any] = {"on_token": show, "progress": progress, "calibration": calibration, **settings}
             side_by_side(self._model, self._tokenizer, prompt, method, **given)
 
@@ -126,8 +115,6 @@ class SideBySide(Panel):
         """End the run; what was generated stays."""
         self.worker.cancel()
 
-    # how it looks where no kernel runs ------------------------------------------------------------------------------
-
     def __repr__(self) -> str:
         said = strip_caption(self.generated, self._framed) if len(self.generated) else "nothing is generated yet."
         return f"SideBySide({self.name}: {said})"
@@ -137,29 +124,17 @@ class SideBySide(Panel):
         """The charts, once something was generated."""
         return self.charts
 
-    # building -------------------------------------------------------------------------------------------------------
-
     def _controls(self) -> ipywidgets.Widget:
         prompt = ipywidgets.Textarea(
             value=self.prompt, description="prompt", rows=3, layout={"width": "640px"}, continuous_update=False
         )
-        self._knob("prompt", prompt)
-        method = self._choice("method", self._fitting.methods, tip="How vectors are coded")
-        widths, tip = self._fitting.widths(self.method), "Code bits of each coordinate"
-        self._widths = [
-            self._steps(trait, widths, words, tip) for trait, words in zip(WIDTHS, ("K bits", "V bits"), strict=True)
-        ]
-        numbers = [self._number(name, ends) for name, ends in RANGES.items()]
-        generate = ipywidgets.Button(description="Generate", tooltip="Continue the prompt with both caches")
-        generate.on_click(lambda _: self.run())
-        rows = [[method, *self._widths], numbers, [generate, ProgressBar(self.worker)]]
-        return ipywidgets.VBox([prompt, *(ipywidgets.HBox(row) for row in rows)])
-
-    # turning the knobs ----------------------------------------------------------------------------------------------
-
-    def _offer(self) -> None:
-        for slider in self._widths:
-            offer(slider, self._fitting.widths(self.method))
+        generate = button("Generate", "Continue the prompt with both caches", self.run)
+        return rows(
+            [self._bound("prompt", prompt)],
+            [self._methods(), self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")],
+            [self._number("tokens", (1, 512)), self._number("sinks", (0, 64)), self._number("window", (0, 256))],
+            [generate, ProgressBar(self.worker)],
+        )
 
     @property
     def _framed(self) -> int | None:
@@ -167,20 +142,6 @@ class SideBySide(Panel):
         parting = self.parting
         both = parting is not None and self.generated.filter(pl.col("position") == parting).height == 2
         return parting if both else None
-
-    @t.validate("method")
-    def _method_is_known(self, proposal: dict[str, Any]) -> str:
-        return find_method(proposal["value"]).id
-
-    @t.validate(*WIDTHS)
-    def _bits_are_the_methods(self, proposal: dict[str, Any]) -> int:
-        side: Role = "keys" if proposal["trait"].name == "key_bits" else "values"
-        find_method(self.method).check(proposal["value"], side, {})
-        return int(proposal["value"])
-
-    @t.validate(*RANGES)
-    def _number_is_in_range(self, proposal: dict[str, Any]) -> int:
-        return inside(proposal, RANGES[proposal["trait"].name])
 
     def _show(self, rows: pl.DataFrame, tokens: int, name: str) -> None:
         self.generated = rows

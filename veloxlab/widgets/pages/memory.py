@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import html
-import threading
+from collections.abc import Sequence
 from typing import Any
 
-import altair as alt
 import ipywidgets
 import polars as pl
 import traitlets as t
 
-from veloxlab.checks import ARGUMENTS, checked, whole
-from veloxlab.codecs import METHODS, Method, Role, find_method
-from veloxlab.errors import InputError
+from veloxlab.checks import maybe
+from veloxlab.codecs import METHODS
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest, planned
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
+from veloxlab.progress import Progress
 from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
-from veloxlab.widgets.chart_view import ChartView
-from veloxlab.widgets.panel import Panel, inside, nearest, offer
-from veloxlab.widgets.traits import Real, Whole, Words
-from veloxlab.widgets.worker import Progress, Worker
+from veloxlab.widgets.fitting import Fitting
+from veloxlab.widgets.pages.charts import Chart, ChartPage, Frames, Look
+from veloxlab.widgets.panel import check_settings, code, rows
+from veloxlab.widgets.selection import Chosen, ChosenBits, Real, Selection, Whole
+from veloxlab.widgets.worker import Worker
 
 GIGABYTE = 1e9
 LEAST, MOST = 8, 21  # powers of two between which the context slider runs
@@ -32,31 +31,33 @@ TYPED = {
     "sliding_window": "sliding",
     "full_every": "full every",
 }
-RANGES = {
-    "context": (2**LEAST, 2**MOST),
-    "batch": (1, 100_000),
-    "sinks": (0, 256),
-    "window": (0, 1024),
-    "layers": (1, 1000),
-    "kv_heads": (1, 1000),
-    "head_dim": (1, 10_000),
-    "sliding_window": (0, 2**MOST),
-    "full_every": (0, 1000),
-}
-KNOBS = ("context", "batch", "memory_gb")  # of them a chart is made by sums alone
-WIDTHS = ("key_bits", "value_bits")
-SETTINGS = ("method", *WIDTHS, "sinks", "window", *TYPED)
+CHOSEN = ("method", "key_bits", "value_bits", "sinks", "window")
+OWN = ("context", "batch", "memory_gb", *TYPED)
 
 
-class MemoryPlanner(Panel):
+def _plan(layouts: tuple[CacheLayout, ...], look: Look) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Bytes by part at this context, and the largest contexts that fit."""
+    return planned(layouts, [look.context], look.batch), largest(layouts, look.memory_gb * GIGABYTE, look.batch)
+
+
+CHART = Chart(
+    "memory_plan",
+    (*CHOSEN, *OWN),
+    lambda look: [("layouts", *(getattr(look, name) for name in (*CHOSEN, *TYPED)))],
+    lambda found, look: _plan(found[0], look),
+    lambda plan, _: memory_plan(*plan),
+)
+
+
+class MemoryPlanner(ChartPage):
     """See what a context will take, and how long one fits, as predicted by the layout of the codes.
 
     Parameters
     ----------
     model_or_config : as for `veloxlab.models.shapes.shape_of`: a model, a ``config.json`` or its folder, the id
         of a cached repository. Without one, boxes for layers, KV heads and head dimensions are shown.
-    worker : of the laboratory that it is a page of.
-    knobs : first values of the traits, such as ``method="rabitq"`` or ``memory_gb=24``.
+    selection, worker : of the laboratory that it is a page of; the selection stands in for a method and its settings.
+    settings : first values of the traits, such as ``method="rabitq"`` or ``memory_gb=24``.
 
     Attributes
     ----------
@@ -71,188 +72,98 @@ class MemoryPlanner(Panel):
     InputError : there is no such model here, an unknown method, bits out of range, a number that cannot be.
     """
 
-    context = Whole(32_768, help="tokens of each sequence")
-    batch = Whole(1, help="sequences")
+    SETTINGS = (*CHOSEN, *OWN)
+
+    context = Whole(32_768, min=2**LEAST, max=2**MOST, help="tokens of each sequence")
+    batch = Whole(1, min=1, max=100_000, help="sequences")
     memory_gb = Real(help="memory for the cache alone, 10^9 bytes; at first 8, or what this machine may use")
-    method = Words("turboquant", help="a method's id")
-    key_bits = Whole(4, help="code bits of keys")
-    value_bits = Whole(4, help="code bits of values")
-    sinks = Whole(4, help="tokens at the start kept exact")
-    window = Whole(64, help="newest tokens kept exact")
-    layers = Whole(32, help="layers that keep keys and values")
-    kv_heads = Whole(8, help="KV heads of a layer")
-    head_dim = Whole(128, help="numbers of a key or value of one head")
-    sliding_window = Whole(0, help="tokens that a sliding layer sees; 0: none slides")
-    full_every = Whole(0, help="every so many-th layer sees all tokens; 0: none does")
+    method = Chosen("method", help="a method's id")
+    key_bits = ChosenBits("keys", help="code bits of each key coordinate")
+    value_bits = ChosenBits("values", help="code bits of each value coordinate")
+    sinks = Chosen("sinks", help="first tokens, kept exact")
+    window = Chosen("window", help="newest tokens, kept exact")
+    layers = Whole(32, min=1, max=1000, help="layers that keep keys and values")
+    kv_heads = Whole(8, min=1, max=1000, help="KV heads of a layer")
+    head_dim = Whole(128, min=1, max=10_000, help="numbers of a key or value of one head")
+    sliding_window = Whole(0, min=0, max=2**MOST, help="tokens that a sliding layer sees; 0: none slides")
+    full_every = Whole(0, min=0, max=1000, help="every so many-th layer sees all tokens; 0: none does")
 
-    @checked(model_or_config=MODEL_OR_CONFIG, **{name: whole(*ends) for name, ends in RANGES.items()})
     def __init__(
-        self, model_or_config: ModelOrConfig | None = None, *, worker: Worker | None = None, **knobs: Any
+        self,
+        model_or_config: ModelOrConfig | None = None,
+        *,
+        selection: Selection | None = None,
+        worker: Worker | None = None,
+        **settings: Any,
     ) -> None:
-        unknown = sorted(set(knobs) - {*KNOBS, *SETTINGS})
-        if unknown:
-            raise InputError(
-                f"MemoryPlanner has no knob {unknown[0]!r}. Its knobs are: {', '.join((*KNOBS, *SETTINGS))}."
-            )
-        self._given = None if model_or_config is None else shape_of(model_or_config)
-        self._drawing = threading.Lock()
-        super().__init__("planner", worker, **knobs)
-        for trait in (width for width in WIDTHS if width not in knobs):
-            setattr(self, trait, nearest(self._method.bits, getattr(self, trait)))
-        self._layouts = self._lay_out()
+        check_settings("MemoryPlanner", settings, self.SETTINGS)
+        chosen = {name: settings.pop(name) for name in CHOSEN if name in settings}
+        selection = selection or Selection(Fitting(), methods=list(METHODS), **chosen)
+        given = maybe(MODEL_OR_CONFIG)("model_or_config", model_or_config)
+        self._given = None if given is None else shape_of(given)
+        frames = Frames({"layouts": self._layouts}, selection.fitting)
+        super().__init__("planner", frames, [CHART], selection, worker, **settings)
+        self.chart = self.charts["memory_plan"]
         self._code = ipywidgets.HTML()
-        self.chart = ChartView(self._drawn())
-        self._tell_code()
         self.children = [self._controls(), self._message, self.chart, self._code]
-        self.observe(lambda _: self._draw(), KNOBS)
-        self.observe(self._settings_changed, SETTINGS)
-
-    # state ----------------------------------------------------------------------------------------------------------
+        self.follow()
 
     @property
     def shape(self) -> ModelShape:
         """The model's shape: that which was given, or that which is typed in."""
-        if self._given is not None:
-            return self._given
-        return ModelShape.typed(
-            layers=self.layers,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            sliding_window=self.sliding_window or None,
-            full_every=self.full_every or None,
-        )
+        return self._shape([getattr(self, name) for name in TYPED])
 
     @property
     def plan(self) -> pl.DataFrame:
         """Bytes by part at this context: `veloxlab.measure.planned_memory.PLANNED`."""
-        return self._planned(self._layouts)
+        return self._charts.shown["memory_plan"][0]  # type: ignore[no-any-return]
 
     @property
     def largest(self) -> pl.DataFrame:
         """The largest contexts that fit: `veloxlab.measure.planned_memory.LARGEST`."""
-        return self._largest(self._layouts)
-
-    # how it looks where no kernel runs ------------------------------------------------------------------------------
+        return self._charts.shown["memory_plan"][1]  # type: ignore[no-any-return]
 
     def __repr__(self) -> str:
         return f"MemoryPlanner({self.shape.name}: {plan_caption(self.plan, self.largest)})"
 
-    @property
-    def named(self) -> dict[str, ChartView]:
-        """The chart."""
-        return {"memory_plan": self.chart}
+    def _shape(self, typed: Sequence[int]) -> ModelShape:
+        """The shape that was given, or of numbers that were typed in."""
+        if self._given is not None:
+            return self._given
+        layers, kv_heads, head_dim, sliding, full = typed
+        return ModelShape.typed(
+            layers=layers, kv_heads=kv_heads, head_dim=head_dim, sliding_window=sliding or None, full_every=full or None
+        )
 
-    # building -------------------------------------------------------------------------------------------------------
+    def _layouts(self, _: Frames, progress: Progress, method: str, *numbers: int) -> tuple[CacheLayout, ...]:
+        """What caches are made of. Codecs make tables, which belong to the thread that made them: the worker's."""
+        key_bits, value_bits, sinks, window, *typed = numbers
+        settings: dict[str, Any] = {"key_bits": key_bits, "value_bits": value_bits, "sinks": sinks, "window": window}
+        return cache_layouts(self._shape(typed), method, **settings)
+
+    def _redraw(self) -> None:
+        super()._redraw()
+        self._code.value = code(f"cache = vl.make_cache(model, {self.selection.choice.arguments})")
 
     def _controls(self) -> ipywidgets.Widget:
         context = ipywidgets.FloatLogSlider(
-            value=self.context,
-            base=2,
-            min=LEAST,
-            max=MOST,
-            step=0.25,
-            description="context",
-            readout_format=",.0f",
-            tooltip="Tokens of each sequence",
+            value=self.context, base=2, min=LEAST, max=MOST, step=0.25, description="context", readout_format=",.0f"
         )
+        context.tooltip = "Tokens of each sequence"
         t.link((self, "context"), (context, "value"), transform=(float, round))
         memory = ipywidgets.BoundedFloatText(
-            min=1e-3,
-            max=1e5,
-            step=1,
-            description="memory (GB)",
-            tooltip="For the cache alone, in 10^9 bytes",
+            min=1e-3, max=1e5, step=1, value=self.memory_gb, description="memory (GB)",
             style={"description_width": "initial"},
+        )  # fmt: skip
+        typed = [] if self._given is not None else [self._number(name, words=words) for name, words in TYPED.items()]
+        return rows(
+            [context, self._number("batch"), self._bound("memory_gb", memory)],
+            [self._methods(), self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")],
+            [self._number("sinks", (0, 256)), self._number("window", (0, 1024))],
+            typed[:3],
+            typed[3:],
         )
-        t.link((self, "memory_gb"), (memory, "value"))
-        method = self._choice("method", list(METHODS), tip="How vectors are coded")
-        widths, tip = list(self._method.bits), "Code bits of each coordinate"
-        self._widths = [
-            self._steps(trait, widths, words, tip) for trait, words in zip(WIDTHS, ("K bits", "V bits"), strict=True)
-        ]
-        sinks, window = (self._number(name, RANGES[name]) for name in ("sinks", "window"))
-        batch = self._box("batch", "batch")
-        rows = [[context, batch, memory], [method, *self._widths], [sinks, window]]
-        if self._given is None:
-            boxes = [self._box(name, words) for name, words in TYPED.items()]
-            rows += [boxes[:3], boxes[3:]]
-        return ipywidgets.VBox([ipywidgets.HBox(row) for row in rows])
-
-    def _box(self, trait: str, words: str) -> ipywidgets.Widget:
-        return self._number(trait, RANGES[trait], words, kind=ipywidgets.BoundedIntText)
-
-    # turning the knobs ----------------------------------------------------------------------------------------------
-
-    @property
-    def _method(self) -> Method:
-        return find_method(self.method)
-
-    @t.validate("method")
-    def _method_is_known(self, proposal: dict[str, Any]) -> str:
-        return find_method(proposal["value"]).id
-
-    @t.validate(*WIDTHS)
-    def _bits_are_the_methods(self, proposal: dict[str, Any]) -> int:
-        side: Role = "keys" if proposal["trait"].name == "key_bits" else "values"
-        self._method.check(proposal["value"], side, {})
-        return int(proposal["value"])
-
-    @t.validate(*RANGES)
-    def _number_is_in_range(self, proposal: dict[str, Any]) -> int:
-        return inside(proposal, RANGES[proposal["trait"].name])
 
     @t.default("memory_gb")
     def _memory_here(self) -> float:
         return min(8.0, device().memory_bytes // (GIGABYTE // 10) / 10)
-
-    @t.validate("memory_gb")
-    def _there_is_memory(self, proposal: dict[str, Any]) -> float:
-        number: float = ARGUMENTS["memory_gb"]("memory_gb", proposal["value"])
-        return number
-
-    def _settings_changed(self, change: dict[str, Any]) -> None:
-        if change["name"] == "method":
-            for slider in self._widths:
-                offer(slider, self._method.bits)
-        # codecs make tables, and those belong to the thread that made them
-        self._submit("layouts", self._planned_anew, on_done=self._take)
-
-    def _planned_anew(self, progress: Progress) -> tuple[CacheLayout, ...]:
-        progress(0, 1, "planning")
-        return self._lay_out()
-
-    def _lay_out(self) -> tuple[CacheLayout, ...]:
-        return cache_layouts(
-            self.shape,
-            self.method,
-            key_bits=self.key_bits,
-            value_bits=self.value_bits,
-            sinks=self.sinks,
-            window=self.window,
-        )
-
-    def _planned(self, layouts: tuple[CacheLayout, ...]) -> pl.DataFrame:
-        return planned(layouts, [self.context], self.batch)
-
-    def _largest(self, layouts: tuple[CacheLayout, ...]) -> pl.DataFrame:
-        return largest(layouts, self.memory_gb * GIGABYTE, self.batch)
-
-    def _take(self, layouts: tuple[CacheLayout, ...]) -> None:
-        self._layouts = layouts
-        self.say("")
-        self._tell_code()
-        self._draw()
-
-    def _draw(self) -> None:
-        with self._drawing:  # knobs and the worker come on threads of their own
-            self.chart.show(self._drawn())
-
-    def _drawn(self) -> alt.VConcatChart:
-        layouts = self._layouts  # both halves of one chart: the worker may put others here meanwhile
-        return memory_plan(self._planned(layouts), self._largest(layouts))
-
-    def _tell_code(self) -> None:
-        self._code.value = (
-            f'<code>cache = vl.make_cache(model, "{html.escape(self.method)}", key_bits={self.key_bits}, '
-            f"value_bits={self.value_bits}, sinks={self.sinks}, window={self.window})</code>"
-        )
