@@ -3,8 +3,9 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.base import create_causal_mask
 
-from veloxlab.cache.attention import FEW_QUERIES, causal_mask
+from veloxlab.cache.attention import FEW_QUERIES
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import find_method
 
@@ -41,7 +42,7 @@ def test_attend_equals_softmax_over_the_decoded_tokens(queries, mask, value_dim)
     q = normal(batch, HEADS * GROUP, queries, DIM, seed=3)
     allowed = {
         "none": np.ones((queries, count), bool),
-        "causal": np.array(causal_mask(queries, count)),
+        "causal": np.array(create_causal_mask(queries, count - queries)),
         "boolean": np.random.default_rng(0).random((queries, count)) < 0.7,
         "additive": np.random.default_rng(1).random((queries, count)) < 0.7,
         "padded": np.arange(count)[None, None, None] >= np.array([0, 40])[:, None, None, None],
@@ -78,7 +79,7 @@ def test_decoding_holds_no_decoded_history():
 
 
 def test_causal_masks_with_a_window_see_the_newest_only():
-    mask = np.array(causal_mask(3, 6, window_size=2))
+    mask = np.array(filled(3).make_mask(3, window_size=2))
     assert mask.astype(int).tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 0], [0, 0, 0, 0, 1, 1]]
 
 

@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import KVCache, load_prompt_cache, save_prompt_cache
 
 import veloxlab as vl
 from tests.tiny_models import FAMILIES, tiny
-from veloxlab.cache.attention import causal_mask
 from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.counts import BLOCK
 from veloxlab.cache.layer import CompressedKVCache
@@ -124,7 +124,7 @@ def test_padding_on_the_left_is_not_stored():
     assert batch.offset.tolist() == [-2, 0, -5]
     assert batch.left_padding.tolist() == [2, 0, 5]
     x = tokens(4, 0, batch=3)
-    assert np.array_equal(batch.make_mask(4), causal_mask(4, 4, padding=mx.array([2, 0, 5])))
+    assert np.array_equal(batch.make_mask(4), create_causal_mask(4, left_padding=mx.array([2, 0, 5])))
     batch.update_and_fetch(x, x)
     y = tokens(2, 1, batch=3)
     keys, _ = batch.update_and_fetch(y, y)

@@ -13,9 +13,9 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make
 
 import veloxlab as vl
 from tests.tiny_models import COMMON, FAMILIES, tiny
-from veloxlab.cache.counts import Windows
+from veloxlab.cache.counts import Windows, calls, own_room
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.cache.room import calls, compressed_room, own_room
+from veloxlab.cache.runs import compressed_room
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError

@@ -100,7 +100,7 @@ def test_keys_at_one_bit_twice_take_7_5_times_less_than_in_16_bits():
     cache = CompressedKVCache(build(DIM, 2, "keys"), build(DIM, 2, "values"), sinks=0, window=0, chunk="codes")
     cache.update_and_fetch(keys, keys)
     mx.eval(cache.state)
-    assert keys.nbytes / cache.side_nbytes("keys") >= 7.5
+    assert keys.nbytes / cache.tensor_nbytes("keys") >= 7.5
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,7 @@ def test_one_bit_keys_take_a_fifteenth_of_their_bytes_codebook_and_all():
     cache.update_and_fetch(x, x)
     mx.eval(cache.state)
     assert cache.offset == tokens
-    assert 2 * heads * tokens * dim >= 15.5 * (cache.side_nbytes("keys") + keys.shared_bytes)
+    assert 2 * heads * tokens * dim >= 15.5 * (cache.tensor_nbytes("keys") + keys.shared_bytes)
 
 
 def test_a_codebook_has_a_zero_and_serves_every_entry():

@@ -7,11 +7,13 @@ fused attention, whose memory does not grow with queries times keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import partial
+from operator import itemgetter
 
 import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import TiledCodec, per_kv_head
@@ -79,7 +81,9 @@ class History(Handle):
         parts: list[mx.array] = []
         for first in range(0, kv_heads, together):
             heads = slice(first * queries, (first + together) * queries)
-            some = self if together == kv_heads else self._heads(slice(first, first + together))
+            some = self
+            if together < kv_heads:
+                some = self._changed(itemgetter((slice(None), slice(first, first + together))))
             keys, values = some.after(parts[-1] if parts else q).expand(q.dtype)
             parts.append(
                 mx.fast.scaled_dot_product_attention(
@@ -102,24 +106,17 @@ class History(Handle):
         head_bytes = batch * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * bytes_each
         return kv_heads, min(kv_heads, max(1, EXPANDED_BYTES // max(1, head_bytes)))
 
-    def _heads(self, heads: slice) -> History:
-        """The same tokens of some KV heads."""
-        segments = tuple(
-            replace(s, keys=_code_of(s.keys, heads), values=_code_of(s.values, heads)) for s in self.segments
-        )
-        return History(segments)
-
     def after(self, array: mx.array) -> History:
         """The same history, to be read only once ``array`` is computed.
 
         MLX evaluates many branches of a graph abreast, and would expand the past of many layers at once.
         """
-        arrays = [a for s in self.segments for code in (s.keys, s.values) for a in code.arrays.values()]
-        left = iter(mx.depends(arrays, [array]) if arrays else [])
-        segments = tuple(
-            replace(s, keys=_with_arrays(s.keys, left), values=_with_arrays(s.values, left)) for s in self.segments
-        )
-        return replace(self, segments=segments)
+        return self._changed(partial(_after, other=array))
+
+    def _changed(self, change: Callable[[mx.array], mx.array]) -> History:
+        """The history with another array in the place of each of its codes'."""
+        segments = (replace(s, keys=_mapped(s.keys, change), values=_mapped(s.values, change)) for s in self.segments)
+        return replace(self, segments=tuple(segments))
 
     def _attend_in_kernel(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None
@@ -192,7 +189,9 @@ class History(Handle):
     def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         scaled = q.astype(mx.float32) * scale
         parts = [s.key_codec.scores(scaled, s.keys) for s in self.segments]
-        scores = _masked(mx.concatenate(parts, axis=-1), mask)
+        scores, added = mx.concatenate(parts, axis=-1), _added(mask, q, self.tokens)
+        if added is not None:
+            scores = scores + added
         if sinks is not None:  # behind the tokens, so that their places stay
             beside = mx.broadcast_to(sinks.astype(mx.float32)[None, :, None, None], (*q.shape[:3], 1))
             scores = mx.concatenate([scores, beside], axis=-1)
@@ -221,17 +220,19 @@ def _made_up(segment: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> S
     return replace(segment, keys=keys, values=values)
 
 
-def _code_of(code: Code, heads: slice) -> Code:
-    return replace(code, arrays={name: array[:, heads] for name, array in code.arrays.items()})
+def _mapped(code: Code, change: Callable[[mx.array], mx.array]) -> Code:
+    return replace(code, arrays={name: change(array) for name, array in code.arrays.items()})
+
+
+def _after(array: mx.array, other: mx.array) -> mx.array:
+    """The array, to be read only once the other is computed."""
+    later: mx.array = mx.depends(array, other)
+    return later
 
 
 def _mask_of(mask: Mask, heads: slice) -> Mask:
     """The part of a mask that is about some query heads."""
     return mask[:, heads] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] > 1 else mask
-
-
-def _with_arrays(code: Code, left: Iterator[mx.array]) -> Code:
-    return replace(code, arrays={name: next(left) for name in code.arrays})
 
 
 def _expanded(parts: Sequence[tuple[Codec, Code]], dtype: mx.Dtype, after: mx.array | None) -> mx.array:
@@ -245,7 +246,7 @@ def _expanded(parts: Sequence[tuple[Codec, Code]], dtype: mx.Dtype, after: mx.ar
             tile = code[start : start + AT_ONCE]
             before = tiles[-1] if tiles else after
             if before is not None:
-                tile = _with_arrays(tile, iter(mx.depends(list(tile.arrays.values()), [before])))
+                tile = _mapped(tile, partial(_after, other=before))
             tiles.append(codec.decode(tile, dtype) if isinstance(codec, Exact) else _decoded(codec, tile, dtype))
     return mx.concatenate(tiles, axis=2) if len(tiles) > 1 else tiles[0]
 
@@ -271,45 +272,7 @@ def _added(mask: Mask, q: mx.array, tokens: int) -> mx.array | None:
     """The mask as something to be added to scores ``[B, Hq, L, S]`` float32, or None."""
     if mask is None or (isinstance(mask, str) and q.shape[2] == 1):
         return None
-    if isinstance(mask, str):
-        mask = causal_mask(q.shape[2], tokens)
-    if mask.dtype == mx.bool_:
-        mask = mx.where(mask, 0.0, mx.finfo(mx.float32).min)
-    return mx.broadcast_to(mask.astype(mx.float32), (*q.shape[:3], tokens))
-
-
-def mask_for(
-    queries: int, offset: int, return_array: bool = False, window_size: int | None = None
-) -> mx.array | Literal["causal"] | None:
-    """The mask that ``queries`` new tokens behind ``offset`` others need, in the terms of mlx-lm's ``make_mask``."""
-    if window_size is None and queries == 1:
-        return None
-    if window_size is None and not return_array:
-        return "causal"
-    return causal_mask(queries, offset + queries, window_size)
-
-
-def causal_mask(queries: int, tokens: int, window_size: int | None = None, padding: mx.array | None = None) -> mx.array:
-    """Boolean ``[queries, tokens]``: the last ``queries`` of ``tokens`` see themselves and what came before.
-
-    With ``window_size`` each sees only the ``window_size`` newest of those, itself included. With ``padding`` ``[B]``,
-    the number of places at the start of each row of a batch that hold no token, it is ``[B, 1, queries, tokens]``.
-    """
-    query = mx.arange(tokens - queries, tokens)[:, None]
-    key = mx.arange(tokens)[None]
-    mask = query >= key
-    if window_size is not None:
-        mask = mask & (query < key + window_size)
-    return mask if padding is None else mask & (key >= padding[:, None, None, None])
-
-
-def _masked(scores: mx.array, mask: Mask) -> mx.array:
-    if mask is None:
-        return scores
-    if isinstance(mask, str):
-        if scores.shape[-2] == 1:
-            return scores
-        mask = causal_mask(scores.shape[-2], scores.shape[-1])
-    if mask.dtype == mx.bool_:
-        return mx.where(mask, scores, mx.finfo(scores.dtype).min)
-    return scores + mask
+    some: mx.array = create_causal_mask(q.shape[2], tokens - q.shape[2]) if isinstance(mask, str) else mask
+    if some.dtype == mx.bool_:
+        some = mx.where(some, 0.0, mx.finfo(mx.float32).min)
+    return mx.broadcast_to(some.astype(mx.float32), (*q.shape[:3], tokens))

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.cache import saved
-from veloxlab.cache.attention import History, causal_mask
-from veloxlab.cache.counts import token_count
+from veloxlab.cache.attention import History
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.hooks import Handle, Mask, loadable
@@ -47,16 +47,14 @@ class BatchHistory(Handle):
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         """See `Handle.attend`; ``q`` ``[B, Hq, L, Dk]`` is padded, and what it gives for padding is 0."""
-        parts: list[mx.array | None] = []
+        parts: dict[int, mx.array] = {}
         for i, row in enumerate(self.rows):
-            if row.history is None:
-                parts.append(None)
-                continue
-            own = q[i : i + 1, :, row.first : row.last]
-            done = row.history.attend(own, scale, _own_mask(mask, i, row, row.history.tokens), sinks)
-            parts.append(mx.pad(done, [(0, 0), (0, 0), (row.first, q.shape[2] - row.last), (0, 0)]))
-        like = next(part for part in parts if part is not None)
-        return mx.concatenate([mx.zeros_like(like) if part is None else part for part in parts])
+            if row.history is not None:
+                own = q[i : i + 1, :, row.first : row.last]
+                done = row.history.attend(own, scale, _own_mask(mask, i, row, row.history.tokens), sinks)
+                parts[i] = mx.pad(done, [(0, 0), (0, 0), (row.first, q.shape[2] - row.last), (0, 0)])
+        padding = mx.zeros_like(next(iter(parts.values())))
+        return mx.concatenate([parts.get(i, padding) for i in range(len(self.rows))])
 
 
 def _own_mask(mask: Mask, index: int, row: BatchRow, tokens: int) -> Mask:
@@ -98,24 +96,25 @@ class BatchCompressedKVCache(saved.Saved):
         Where that raises for one row, nothing is stored in any.
         """
         count, width = keys.shape[2], self._width
-        spans, coming = [], []
-        for i, cache in enumerate(self.rows):
-            first, left = min(self._skip[i], count), self._left[i]
-            last = count if left is None else max(first, min(count, left))
-            own_keys, own_values = (x[i : i + 1, :, first:last] for x in (keys, values))
-            spans.append((first, last, width - cache.visible + first))
-            coming.append(cache.check(own_keys, own_values) if last > first else None)
-        read = [cache.store(own) if own else None for cache, own in zip(self.rows, coming, strict=True)]
-        self._skip = [skip - first for skip, (first, _, _) in zip(self._skip, spans, strict=True)]
+        firsts = [min(skip, count) for skip in self._skip]
+        lasts = [
+            count if left is None else max(first, min(count, left))
+            for first, left in zip(firsts, self._left, strict=True)
+        ]
+        columns = [width - row.visible + first for row, first in zip(self.rows, firsts, strict=True)]
+        coming = [
+            row.check(*(x[i : i + 1, :, first:last] for x in (keys, values))) if last > first else None
+            for i, (row, first, last) in enumerate(zip(self.rows, firsts, lasts, strict=True))
+        ]
+        read = [row.store(own) if own else None for row, own in zip(self.rows, coming, strict=True)]
+        self._skip = [skip - first for skip, first in zip(self._skip, firsts, strict=True)]
         self._left = [None if left is None else max(0, left - count) for left in self._left]
-        self._padding += min(first for first, _, _ in spans)
-        fetched: tuple[Any, Any]
+        self._padding += min(firsts)
         if self.rows[0].path == "arrays":
-            fetched = _stacked(read, [column for _, _, column in spans], width + count)
+            fetched: tuple[Any, Any] = _stacked(read, columns, width + count)
         else:
-            history = BatchHistory(
-                tuple(BatchRow(own[0] if own else None, *span) for own, span in zip(read, spans, strict=True))
-            )
+            histories = [own and own[0] for own in read]
+            history = BatchHistory(tuple(map(BatchRow, histories, firsts, lasts, columns)))
             fetched = history, history
         self._lent = fetched if self.rows[0].lends else None
         return fetched
@@ -123,7 +122,8 @@ class BatchCompressedKVCache(saved.Saved):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """Boolean ``[B, 1, N, S]``: each row sees its own past, and of its new tokens itself and those before."""
         window_size = window_size or self.rows[0].max_size
-        return causal_mask(N, self._width + N, window_size, self.left_padding)
+        mask: mx.array = create_causal_mask(N, self._width, window_size, left_padding=self.left_padding)
+        return mask
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """What attention read last, for a layer that shares keys and values with this one; else all, as arrays."""
@@ -202,13 +202,10 @@ class BatchCompressedKVCache(saved.Saved):
 
     def describe(self) -> tuple[saved.Content, list[mx.array]]:
         """See `veloxlab.cache.saved.Saved`."""
-        content: saved.Content = {"rows": [], "skip": self._skip, "left": self._left, "padding": self._padding}
-        arrays: list[mx.array] = []
-        for row in self.rows:
-            said, own = row.describe()
-            content["rows"].append({"arrays": len(own), "content": said})
-            arrays += own
-        return content, arrays
+        described = [row.describe() for row in self.rows]
+        rows = [{"arrays": len(own), "content": said} for said, own in described]
+        content = {"rows": rows, "skip": self._skip, "left": self._left, "padding": self._padding}
+        return content, [array for _, own in described for array in own]
 
     @classmethod
     def rebuild(cls, content: saved.Content, arrays: Sequence[mx.array]) -> Self:
@@ -241,13 +238,10 @@ class BatchCompressedKVCache(saved.Saved):
     def trim(self, n: int) -> int:
         """Drop the newest ``n`` tokens of each row (at most all), and return how many the longest lost.
 
-        Raises
-        ------
-        InputError : as `CompressedKVCache.trim`, of any row. Then no row lost a token.
+        Raises as `CompressedKVCache.trim`, of any row. Then no row lost a token.
         """
-        token_count("n", n)
         for row in self.rows:
-            row.check_trimmable()
+            row.check_trim(n)
         self._lent = None
         return max((row.trim(n) for row in self.rows), default=0)
 
@@ -269,6 +263,6 @@ def _stacked(
 
     like = next(pair for pair in pairs if pair)
     none = tuple(x[:, :, :0] for x in like)
-    sides = zip(*(pair or none for pair in pairs), strict=True)
-    keys, values = (mx.concatenate([placed(x, c) for x, c in zip(side, columns, strict=True)]) for side in sides)
+    both = zip(*(pair or none for pair in pairs), strict=True)
+    keys, values = (mx.concatenate([placed(x, c) for x, c in zip(rows, columns, strict=True)]) for rows in both)
     return keys, values

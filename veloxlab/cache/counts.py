@@ -1,28 +1,23 @@
 """How many tokens are exact and how many are codes, as they come and go: counts alone, of one layer.
 
-`veloxlab.cache.layer` moves tokens by these counts, and `veloxlab.cache.room` tells by them what a cache will hold.
+`veloxlab.cache.runs` moves tokens by these counts. Buffers grow in steps, so what is held depends on how tokens come:
+`calls` says how mlx-lm's generator brings them.
 """
 
 from __future__ import annotations
 
-import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Self
 
+from veloxlab.checks import whole
 from veloxlab.errors import InputError
 
 BLOCK = 32  # tokens that leave the window together: encoding one at a time would cost a launch per token
-
-
-def token_count(name: str, count: object) -> int:
-    """Give ``count`` as a number of tokens; raises `InputError` unless it is a whole number, 0 or more."""
-    try:
-        whole = -1 if isinstance(count, bool) else operator.index(count)  # type: ignore[arg-type]
-    except TypeError:
-        whole = -1
-    if whole < 0:
-        raise InputError(f"{name}={count!r} is not a number of tokens: give a whole number, 0 or more.")
-    return whole
+CHUNK = 2048  # tokens of a prompt that mlx-lm reads together
+OWN_STEP = 256  # tokens by which mlx-lm's own buffers grow
+TOKENS = whole(0)  # how many tokens
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ class Windows:
         ------
         InputError : ``sinks`` or ``window`` is no number of tokens, or ``max_size`` leaves no room behind the sinks.
         """
-        sinks, window = token_count("sinks", sinks), token_count("window", window)
+        sinks, window = TOKENS("sinks", sinks), TOKENS("window", window)
         if max_size is not None and max_size <= sinks:
             raise InputError(f"max_size={max_size} leaves no room behind sinks={sinks}: give more than that.")
         reach = None if max_size is None else max_size - sinks
@@ -104,14 +99,42 @@ class Windows:
         return Arrival(to_sinks, gone, from_recent, from_new, count - to_sinks - gone - from_new)
 
     def leaving(self, packed: int, recent: int) -> int:
-        """How many of the oldest tokens behind the sinks are forgotten: of packed ones some together.
-
-        Each time copies the rest.
-        """
-        if self.reach is None:
+        """How many tokens behind the sinks are forgotten: packed ones some together, as each time copies the rest."""
+        if self.reach is None or packed + recent <= self.reach:
             return 0
         over = packed + recent - self.reach
-        if over <= 0:
-            return 0
         grain = min(BLOCK, max(1, self.reach // 8))
         return over if over > packed else over // grain * grain
+
+
+def calls(tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Iterator[int]:
+    """Sizes of the calls that bring ``tokens`` tokens, of which the last ``decoded`` were generated.
+
+    Those come one at a time, and so does the last one of the prompt.
+    """
+    alone = min(tokens, decoded + 1)
+    for start in range(0, tokens - alone, chunk):
+        yield min(chunk, tokens - alone - start)
+    for _ in range(alone):
+        yield 1
+
+
+@lru_cache(maxsize=4096)
+def own_room(tokens: int, decoded: int = 0, max_size: int | None = None, chunk: int = CHUNK) -> int:
+    """Tokens for which mlx-lm's ``KVCache`` and ``QuantizedKVCache`` have room after the `calls` of a text.
+
+    With ``max_size`` it is the room of its ``RotatingKVCache``.
+    """
+    held = before = 0
+    for count in calls(tokens, decoded, chunk):
+        if max_size is None:
+            if before + count > held:
+                held = (before if before % OWN_STEP else held) + -(-count // OWN_STEP) * OWN_STEP
+        elif count > 1:
+            held = min(held, max_size - 1) + count
+        else:
+            if before >= held and held < max_size:
+                held += min(OWN_STEP, max_size - before)
+            held = min(held, max_size)
+        before += count
+    return held

@@ -1,25 +1,25 @@
 """The compressed cache of one attention layer, with the interface that mlx-lm expects of a cache.
 
 Three runs of tokens in order: `sinks` exact, then packed codes, then a `window` of recent exact tokens that are encoded
-in blocks as they age out. What is held is what is counted: there is no other copy of a token anywhere. A layer whose
-attention slides keeps only the tokens that it can still see.
+in blocks as they age out. There is no other copy of a token anywhere.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+from mlx_lm.models.cache import create_attention_mask
 
 from veloxlab.cache import saved
-from veloxlab.cache.attention import History, Segment, causal_mask, mask_for
-from veloxlab.cache.counts import Arrival, Windows, token_count
+from veloxlab.cache.attention import History, Segment
+from veloxlab.cache.counts import TOKENS, Arrival, Windows
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
-from veloxlab.cache.runs import Run
+from veloxlab.cache.runs import Codes, Runs
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.none import Exact
@@ -27,7 +27,7 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm.hooks import loadable
 from veloxlab.mlxlm.probe import Path
 
-_TOKENS = 2
+_SETTINGS = ("window", "chunk", "layer", "path", "reason", "max_size", "lends", "model")  # that a file says as they are
 # The largest magnitude that is stored; no root-mean-square is larger. An unbiased scale is that, times what the codes
 # lose: 2.5 for one bit of a random direction, and never more than 4 where it is clipped. It is kept as the float16 of
 # its root (`codec.store_scale`), and 4·1e9 < 65504².
@@ -52,11 +52,15 @@ class Coming:
     all_seen: bool
     arrival: Arrival
     codecs: tuple[Codec, Codec]
-    codes: tuple[Code, Code] | None
+    codes: Codes | None = None
+
+    def exact(self, span: slice) -> Codes:
+        """Some of them as they came."""
+        return Code({"values": self.keys[:, :, span]}), Code({"values": self.values[:, :, span]})
 
 
 @loadable
-class CompressedKVCache(saved.Saved):
+class CompressedKVCache(Runs, saved.Saved):
     """Keys and values of one layer, compressed; a drop-in for mlx-lm's ``KVCache`` in a ``prompt_cache`` list.
 
     With ``max_size`` it stands in for a ``RotatingKVCache``: then it holds the ``sinks`` and the newest tokens, those
@@ -95,14 +99,14 @@ class CompressedKVCache(saved.Saved):
         lends: bool = False,
         model: str = "",
     ) -> None:
-        self._windows = Windows.of(sinks, window, max_size)
+        super().__init__(Windows.of(sinks, window, max_size))
         if chunk not in ("exact", "codes"):
             raise InputError(f"chunk={chunk!r} is unknown: choose 'exact' or 'codes'.")
         self.key_codec, self.value_codec = key_codec, value_codec
-        self.max_sinks, self.chunk, self.layer = self._windows.sinks, chunk, layer
-        self.path, self.reason, self.max_size, self.lends, self.model = path, reason, max_size, lends, model
-        self.sinks, self.packed, self.recent = Run(self.max_sinks), Run(), Run(self._windows.most_recent)
-        self._evicted = 0  # tokens between the sinks and the oldest that is held
+        self.max_sinks, self.window = self.windows.sinks, self.windows.window
+        self.chunk, self.layer, self.path, self.reason = chunk, layer, path, reason
+        self.max_size, self.lends, self.model = max_size, lends, model
+        self._exact = Exact(key_codec.head_dim), Exact(value_codec.head_dim)
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
         self._dtype = "float32"  # of the keys, by name: a saved cache is written as words and arrays
         self._lent: History | None = None
@@ -127,36 +131,39 @@ class CompressedKVCache(saved.Saved):
     def check(self, keys: mx.array, values: mx.array) -> Coming:
         """The first half of `update_and_fetch`: all that can fail, and changes nothing. See there what it raises."""
         self._check_shapes(keys, values)
-        count = keys.shape[_TOKENS]
+        count, recent = keys.shape[2], self.recent.tokens
         all_seen = self.chunk == "exact" and count > self.window
-        arrival = self._windows.arrival(count, self.offset, self.recent.tokens, all_seen=all_seen)
-        to_sinks, first = arrival.to_sinks, arrival.to_sinks + arrival.gone
+        arrival = self.windows.arrival(count, self.offset, recent, all_seen=all_seen)
+        first = arrival.to_sinks + arrival.gone
         leaving = []
         if arrival.to_packed:
             leaving = [x[:, :, first : first + arrival.from_new] for x in (keys, values)]
         if arrival.from_recent:
-            oldest = [self.recent.code(side)[: arrival.from_recent].arrays["values"] for side in ("keys", "values")]
-            leaving = [mx.concatenate([*pair], axis=_TOKENS) for pair in zip(oldest, leaving, strict=True)]
-        self._check_range(*leaving, *((keys[:, :, :to_sinks], values[:, :, :to_sinks]) if to_sinks else ()))
+            oldest = [self.recent.code(t).arrays["values"][:, :, : arrival.from_recent] for t in ("keys", "values")]
+            leaving = [mx.concatenate([*pair], axis=2) for pair in zip(oldest, leaving, strict=True)]
+        exact = [x[:, :, : arrival.to_sinks] for x in (keys, values)] if arrival.to_sinks else []
+        self._check_range(*leaving, *exact)
+        coming = Coming(keys, values, all_seen, arrival, (self.key_codec, self.value_codec))
         if not leaving:
-            return Coming(keys, values, all_seen, arrival, (self.key_codec, self.value_codec), None)
-        start = self.offset + first - (0 if arrival.gone else self.recent.tokens)  # of the oldest token to be encoded
+            return coming
+        start = self.offset + first - (0 if arrival.gone else recent)  # of the oldest token to be encoded
         codecs = fitted_online(self.key_codec, leaving[0]), fitted_online(self.value_codec, leaving[1])
         codes = codecs[0].encode(leaving[0], start), codecs[1].encode(leaving[1], start)
-        return Coming(keys, values, all_seen, arrival, codecs, codes)
+        return replace(coming, codecs=codecs, codes=codes)
 
     def store(self, coming: Coming) -> tuple[Any, Any]:
         """The second half of `update_and_fetch`, which nothing in the tokens can make fail."""
         self._lent = None
-        keys, values = coming.keys, coming.values
-        hidden = self._held - self.visible
+        keys, values, arrival = coming.keys, coming.values, coming.arrival
+        hidden, rest = self.held - self.visible, arrival.to_sinks + arrival.gone + arrival.from_new
+        segments: tuple[Segment, ...] = ()
         if coming.all_seen:
-            segments = self._segments(hidden, extra=(keys, values))
-            self._append(coming)
-        else:
-            self._append(coming)
+            segments = *self._segments(hidden), _segment(self._exact, coming.exact(slice(None)))
+        self.key_codec, self.value_codec = coming.codecs
+        self.take(arrival, coming.exact(slice(arrival.to_sinks)), coming.codes, coming.exact(slice(rest, None)))
+        if not coming.all_seen:
             segments = self._segments(hidden)
-        self._evict()
+        self.evict()
         self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
         self._dtype = str(keys.dtype).rpartition(".")[2]
         history = History(segments, stored=tuple(self.buffers))
@@ -171,14 +178,18 @@ class CompressedKVCache(saved.Saved):
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | Literal["causal"] | None:
         """The mask that ``N`` new tokens need, in mlx-lm's terms."""
+        mask: mx.array | Literal["causal"] | None
         if self.max_size is None:
-            return mask_for(N, self.offset, return_array, window_size)
+            mask = create_attention_mask(N, self.offset, return_array, window_size)
+            return mask
         seen = self.visible + N
         if N == 1:
             smaller = window_size is not None and window_size < min(seen, self.max_size)
-            return causal_mask(1, seen, window_size)[0] if smaller else None
+            mask = create_causal_mask(1, self.visible, window_size)[0] if smaller else None
+            return mask
         window_size = window_size or self.max_size
-        return causal_mask(N, seen, window_size) if seen > window_size or return_array else "causal"
+        mask = create_causal_mask(N, self.visible, window_size) if seen > window_size or return_array else "causal"
+        return mask
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """What attention read last, for a layer that shares this one's keys and values; else all that is held."""
@@ -186,19 +197,9 @@ class CompressedKVCache(saved.Saved):
         return (history, history) if self.path == "codes" else self.arrays()
 
     @property
-    def window(self) -> int:
-        """Newest tokens kept exact."""
-        return self._windows.window
-
-    @property
-    def offset(self) -> int:
-        """Tokens seen, which is the position of the next one."""
-        return self._evicted + self._held
-
-    @property
     def visible(self) -> int:
         """Tokens held that the next one will see."""
-        return self._held if self.max_size is None else min(self._held, self.max_size - 1)
+        return self.held if self.max_size is None else min(self.held, self.max_size - 1)
 
     @property
     def sequences(self) -> int:
@@ -206,20 +207,6 @@ class CompressedKVCache(saved.Saved):
         return next((buffer.shape[0] for buffer in self.buffers), 1)
 
     # what the rest of mlx-lm calls ----------------------------------------------------------------------------------
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held for this layer's tokens: sinks, codes, scales, window and growth slack."""
-        return sum(run.nbytes for run in self._runs)
-
-    @property
-    def buffers(self) -> list[mx.array]:
-        """The live buffers."""
-        return [buffer for run in self._runs for buffer in run.buffers.values()]
-
-    def side_nbytes(self, side: Literal["keys", "values"]) -> int:
-        """Bytes held for the keys or for the values alone."""
-        return sum(run.side_nbytes(side) for run in self._runs)
 
     @property
     def fp16_bytes(self) -> int:
@@ -246,31 +233,25 @@ class CompressedKVCache(saved.Saved):
         """Whether the newest tokens can be dropped: always, but for a sliding layer that has forgotten older ones."""
         return self.max_size is None or self.offset < self.max_size
 
-    def check_trimmable(self) -> None:
-        """Raise `InputError` unless it is trimmable."""
+    def check_trim(self, n: object) -> int:
+        """Give ``n``; raises `InputError` if it is no whole number of at least 0, or the cache is not trimmable."""
         if not self.is_trimmable():
             raise InputError(
                 f"Layer {self.layer} sees {self.max_size} tokens and has forgotten those before, which a shorter text "
                 "would see again: start a new cache."
             )
+        return int(TOKENS("n", n))
 
     def trim(self, n: int) -> int:
         """Drop the newest ``n`` tokens (at most all), release their memory, and return how many were dropped.
 
-        What was encoded stays encoded: the window fills again with the tokens to come.
-
-        Raises
-        ------
-        InputError : if ``n`` is no whole number of at least 0, or the cache is not trimmable.
+        What was encoded stays encoded: the window fills again with the tokens to come. Raises as `check_trim`.
         """
-        count = token_count("n", n)
-        self.check_trimmable()
+        dropped = left = min(self.check_trim(n), self.offset)
         self._lent = None
-        dropped = left = min(count, self.offset)
-        for run in reversed(self._runs):
+        for run in reversed(self.runs):
             newest = min(left, run.tokens)
-            if newest:
-                run.drop_newest(newest)
+            run.drop(newest=newest)
             left -= newest
         return dropped
 
@@ -283,89 +264,12 @@ class CompressedKVCache(saved.Saved):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of its own tokens; codecs never change, and are shared."""
-        twin = copy.copy(self)
-        twin.sinks, twin.packed, twin.recent = (copy.deepcopy(run, memo) for run in self._runs)
-        twin._lent = None
-        return twin
+        other = copy.copy(self)
+        other.sinks, other.packed, other.recent = (copy.deepcopy(run, memo) for run in self.runs)
+        other._lent = None
+        return other
 
-    # inside ---------------------------------------------------------------------------------------------------------
-
-    @property
-    def _exact(self) -> tuple[Exact, Exact]:
-        """The codecs of exact keys and values."""
-        return _exact(self.key_codec.head_dim), _exact(self.value_codec.head_dim)
-
-    @property
-    def _runs(self) -> tuple[Run, Run, Run]:
-        return self.sinks, self.packed, self.recent
-
-    @property
-    def _held(self) -> int:
-        return self.sinks.tokens + self.packed.tokens + self.recent.tokens
-
-    def _history(self) -> History:
-        return History(self._segments())
-
-    def _segments(self, hidden: int = 0, extra: tuple[mx.array, mx.array] | None = None) -> tuple[Segment, ...]:
-        """Segments of what is held, but for the ``hidden`` oldest behind the sinks, and of ``extra`` exact keys and
-        values behind it.
-        """
-        exact_keys, exact_values = self._exact
-        segments = []
-        for run in self._runs:
-            skip = 0 if run is self.sinks else min(hidden, run.tokens)
-            hidden -= skip
-            if run.tokens > skip:
-                packed = run is self.packed
-                start = self.sinks.tokens + self._evicted if packed else 0
-                segments.append(
-                    Segment(
-                        self.key_codec if packed else exact_keys,
-                        run.code("keys", start, skip),
-                        self.value_codec if packed else exact_values,
-                        run.code("values", start, skip),
-                    )
-                )
-        if extra:
-            keys, values = extra
-            segments.append(Segment(exact_keys, exact_keys.encode(keys), exact_values, exact_values.encode(values)))
-        return tuple(segments)
-
-    def _append(self, coming: Coming) -> None:
-        """Add tokens: to the sinks while they last, then through the window into codes.
-
-        Where attention has what it needs of them, those that a sliding layer will not see again are not stored.
-        """
-        keys, values, arrival = coming.keys, coming.values, coming.arrival
-        exact, to_sinks = self._exact, arrival.to_sinks
-        if to_sinks:
-            self.sinks.append(exact[0].encode(keys[:, :, :to_sinks]), exact[1].encode(values[:, :, :to_sinks]))
-        if arrival.gone:
-            self._drop_oldest(self.packed.tokens + self.recent.tokens)
-            self._evicted += arrival.gone
-        if arrival.from_recent:
-            self.recent.drop_oldest(arrival.from_recent)
-        self.key_codec, self.value_codec = coming.codecs
-        if coming.codes:
-            self.packed.append(*coming.codes)
-        if arrival.to_recent:
-            rest = to_sinks + arrival.gone + arrival.from_new
-            self.recent.append(exact[0].encode(keys[:, :, rest:]), exact[1].encode(values[:, :, rest:]))
-
-    def _evict(self) -> None:
-        """Forget what a sliding layer sees no more."""
-        leaving = self._windows.leaving(self.packed.tokens, self.recent.tokens)
-        if leaving:
-            self._drop_oldest(leaving)
-
-    def _drop_oldest(self, count: int) -> None:
-        """Forget the first ``count`` tokens behind the sinks."""
-        self._evicted += count
-        for run in (self.packed, self.recent):
-            dropped = min(count, run.tokens)
-            if dropped:
-                run.drop_oldest(dropped)
-            count -= dropped
+    # files ----------------------------------------------------------------------------------------------------------
 
     def end_of_step(self) -> None:
         """See `veloxlab.cache.saved.Saved`."""
@@ -373,25 +277,14 @@ class CompressedKVCache(saved.Saved):
 
     def describe(self) -> tuple[saved.Content, list[mx.array]]:
         """See `veloxlab.cache.saved.Saved`."""
-        codecs = {"keys": self.key_codec, "values": self.value_codec}
-        described, arrays = saved.describe_codecs(codecs)
+        codecs, arrays = saved.describe_codecs({"keys": self.key_codec, "values": self.value_codec})
         content = {
-            "settings": {
-                "sinks": self.max_sinks,
-                "window": self.window,
-                "chunk": self.chunk,
-                "layer": self.layer,
-                "path": self.path,
-                "reason": self.reason,
-                "max_size": self.max_size,
-                "lends": self.lends,
-                "model": self.model,
-            },
-            "codecs": described,
-            "evicted": self._evicted,
+            "settings": {"sinks": self.max_sinks} | {name: getattr(self, name) for name in _SETTINGS},
+            "codecs": codecs,
+            "evicted": self.evicted,
             "values_per_token": self._values_per_token,
             "dtype": self._dtype,
-            "runs": [{"tokens": run.tokens, "buffers": list(run.buffers)} for run in self._runs],
+            "runs": [{"tokens": run.tokens, "buffers": list(run.buffers)} for run in self.runs],
         }
         return content, [*self.buffers, *arrays]
 
@@ -403,11 +296,28 @@ class CompressedKVCache(saved.Saved):
         held = [{name: left.pop(0) for name in run["buffers"]} for run in content["runs"]]
         codecs = saved.restore_codecs(content["codecs"], left)
         self = cls(codecs["keys"], codecs["values"], **content["settings"])
-        for run, buffers, said in zip(self._runs, held, content["runs"], strict=True):
+        for run, buffers, said in zip(self.runs, held, content["runs"], strict=True):
             run.fill(buffers, said["tokens"])
-        self._evicted, self._values_per_token = content["evicted"], content["values_per_token"]
+        self.evicted, self._values_per_token = content["evicted"], content["values_per_token"]
         self._dtype = content["dtype"]
         return self
+
+    # inside ---------------------------------------------------------------------------------------------------------
+
+    def _history(self) -> History:
+        return History(self._segments())
+
+    def _segments(self, hidden: int = 0) -> tuple[Segment, ...]:
+        """Segments of what is held, but for the ``hidden`` oldest tokens behind the sinks."""
+        segments, start = [], 0
+        for run in self.runs:
+            skip = 0 if run is self.sinks else min(hidden, run.tokens)
+            hidden -= skip
+            if run.tokens > skip:
+                codecs = (self.key_codec, self.value_codec) if run is self.packed else self._exact
+                segments.append(_segment(codecs, (run.code("keys", start, skip), run.code("values", start, skip))))
+            start += run.tokens + (self.evicted if run is self.sinks else 0)
+        return tuple(segments)
 
     def _check_shapes(self, keys: mx.array, values: mx.array) -> None:
         for name, x, codec in (("keys", keys, self.key_codec), ("values", values, self.value_codec)):
@@ -419,7 +329,8 @@ class CompressedKVCache(saved.Saved):
 
     def _check_range(self, *keys_and_values: mx.array) -> None:
         """Raise `InputError` if a key or a value (they alternate) is no number that a codec can store."""
-        within = [_in_range(x) for x in keys_and_values]
+        # in float16 the limit itself is infinite; the comparison is false for NaN too
+        within = [(mx.abs(x.astype(mx.float32)) <= _LARGEST).all() for x in keys_and_values]
         if within and not mx.stack(within).all().item():  # one wait for the device, whatever the number of arrays
             bad = next(i for i, good in enumerate(within) if not good.item())
             raise InputError(
@@ -429,11 +340,5 @@ class CompressedKVCache(saved.Saved):
             )
 
 
-def _in_range(x: mx.array) -> mx.array:
-    """Whether all numbers are finite and none is beyond the largest. In float16 that limit itself is infinite."""
-    return (mx.abs(x.astype(mx.float32)) <= _LARGEST).all()  # false for NaN too
-
-
-@lru_cache
-def _exact(head_dim: int) -> Exact:
-    return Exact(head_dim)  # asked for at every token of every layer
+def _segment(codecs: tuple[Codec, Codec], codes: Codes) -> Segment:
+    return Segment(codecs[0], codes[0], codecs[1], codes[1])

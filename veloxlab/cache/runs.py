@@ -1,112 +1,193 @@
-"""Consecutive tokens of a cache, in buffers that grow with them and shrink when they go."""
+"""The tokens of one layer: exact first ones, codes, and exact newest ones, in buffers that grow and shrink with them.
+
+Without arrays the same code counts: that is how the room of a cache is predicted.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
 import mlx.core as mx
 
-from veloxlab.cache.counts import BLOCK
+from veloxlab.cache.counts import BLOCK, CHUNK, Arrival, Windows, calls
 from veloxlab.codecs import Code
+from veloxlab.codecs.base import TOKENS
 
 Arrays = dict[str, mx.array]
+Codes = tuple[Code, Code]  # of keys and of values
 
 _SLACK_SHARE = 64  # a buffer that has to grow takes 1/64 more than it needs, so that growth costs O(1) a token
-_TOKENS = 2
-
-
-def room(held: int, tokens: int, new: int, most: int | None) -> int:
-    """Tokens that a run's buffers have room for once ``new`` ones have joined, ``tokens`` in all.
-
-    ``held`` is what they had room for before, 0 if there were none, and ``most`` as for `Run`. At most a block of
-    tokens at a time is growth by decoding, and many will come; a longer append is sized as it is, and so is any but of
-    one token to a run that stays small.
-    """
-    if tokens <= held and (new == 1 or most is None):
-        return held
-    if most is not None:
-        return tokens + (min(8, most - tokens) if new == 1 else 0)
-    return tokens + (max(8 * (new == 1), tokens // _SLACK_SHARE) if new <= BLOCK else 0)
 
 
 class Run:
-    """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, all with the same tokens.
+    """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, such as ``"keys/codes"``.
 
-    ``most`` is the largest number of tokens it will ever hold, where that is known.
+    Attributes
+    ----------
+    tokens : how many are held.
+    room : how many the buffers have room for.
+    most : the largest number that it will ever hold, where that is known.
     """
 
-    def __init__(self, most: int | None = None, buffers: Arrays | None = None, tokens: int = 0) -> None:
-        self._buffers: Arrays = buffers or {}
-        self.tokens = tokens
-        self.most = most
+    def __init__(self, most: int | None = None) -> None:
+        self.most, self.tokens, self.room = most, 0, 0
+        self.buffers: Arrays = {}
         self._codes: dict[tuple[str, int, int], Code] = {}  # views of the buffers as they are, by what was asked for
 
     def __deepcopy__(self, memo: object) -> Run:
         """A run of its own: buffers are shared until one of the two changes them."""
-        return Run(self.most, {name: mx.array(buffer) for name, buffer in self._buffers.items()}, self.tokens)
+        run = Run(self.most)
+        run.fill({name: mx.array(buffer) for name, buffer in self.buffers.items()}, self.tokens)
+        return run
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers, slack included."""
-        return sum(b.nbytes for b in self._buffers.values())
+    def tensor_buffers(self, tensor: str) -> Arrays:
+        """The buffers of the ``"keys"`` or of the ``"values"``, by their names in a code."""
+        start = f"{tensor}/"
+        return {name.removeprefix(start): buffer for name, buffer in self.buffers.items() if name.startswith(start)}
 
-    def side_nbytes(self, side: str) -> int:
-        """Bytes of the buffers whose name starts with ``side/``."""
-        return sum(b.nbytes for name, b in self._buffers.items() if name.startswith(f"{side}/"))
+    def code(self, tensor: str, start: int = 0, skip: int = 0) -> Code:
+        """The code of the keys or of the values held, but for the ``skip`` oldest.
 
-    @property
-    def buffers(self) -> Arrays:
-        """The live buffers, by side and name: ``"keys/codes"``."""
-        return self._buffers
-
-    def code(self, side: str, start: int = 0, skip: int = 0) -> Code:
-        """The arrays whose name starts with ``side/``, as the code of the tokens held but for the ``skip`` oldest.
-
-        ``start`` is the position in the text of the oldest token held. Most runs are as they were at the token before:
-        they are asked for in every layer at every token, and cut again only once they have changed.
+        ``start`` is the position in the text of the oldest token held. Every layer asks at every token, and most runs
+        have not changed since: views are kept.
         """
-        known = self._codes.get((side, start, skip))
+        known = self._codes.get((tensor, start, skip))
         if known is None:
-            views = {
-                name.removeprefix(f"{side}/"): buffer[:, :, skip : self.tokens]
-                for name, buffer in self._buffers.items()
-                if name.startswith(f"{side}/")
-            }
-            known = self._codes[side, start, skip] = Code(views, start + skip)
+            views = {name: buffer[:, :, skip : self.tokens] for name, buffer in self.tensor_buffers(tensor).items()}
+            known = self._codes[tensor, start, skip] = Code(views, start + skip)
         return known
 
     def fill(self, buffers: Arrays, tokens: int) -> None:
         """Hold ``tokens`` tokens in ``buffers``, as they were held before."""
         self._codes.clear()
-        self._buffers, self.tokens = buffers, tokens
+        self.buffers, self.tokens = buffers, tokens
+        self.room = next((buffer.shape[TOKENS] for buffer in buffers.values()), 0)
 
-    def append(self, keys: Code, values: Code) -> None:
-        """Add tokens at the end."""
-        arrays = {f"keys/{n}": a for n, a in keys.arrays.items()} | {f"values/{n}": a for n, a in values.arrays.items()}
-        total = self.tokens + keys.tokens
+    def append(self, count: int, codes: Codes | None = None) -> None:
+        """Add ``count`` tokens at the end."""
+        if not count:
+            return
         self._codes.clear()
-        for name, new in arrays.items():
-            buffer = self._buffers.get(name)
-            held = 0 if buffer is None else buffer.shape[_TOKENS]
-            wanted = room(held, total, keys.tokens, self.most)
-            if buffer is not None and wanted == held:
-                buffer[:, :, self.tokens : total] = new
+        held, total = self.room, self.tokens + count
+        self.room = self._room_for(count)
+        for name, new in _named(codes).items():
+            if self.room == held:
+                self.buffers[name][:, :, self.tokens : total] = new
                 continue
-            parts = [] if buffer is None else [buffer[:, :, : self.tokens]]
-            shape = (*new.shape[:_TOKENS], wanted - total, *new.shape[_TOKENS + 1 :])
-            self._buffers[name] = mx.concatenate([*parts, new, mx.zeros(shape, new.dtype)], axis=_TOKENS)
+            parts = [self.buffers[name][:, :, : self.tokens]] if name in self.buffers else []
+            slack = mx.zeros((*new.shape[:TOKENS], self.room - total, *new.shape[TOKENS + 1 :]), new.dtype)
+            self.buffers[name] = mx.concatenate([*parts, new, slack], axis=TOKENS)
         self.tokens = total
 
-    def drop_oldest(self, count: int) -> None:
-        """Forget the first ``count`` tokens and release their memory."""
-        self._keep(slice(count, self.tokens))
+    def _room_for(self, new: int) -> int:
+        """Room once ``new`` tokens have joined: growth by decoding takes slack, a long append is sized as it is."""
+        tokens = self.tokens + new
+        if tokens <= self.room and (new == 1 or self.most is None):
+            return self.room
+        if self.most is not None:
+            return tokens + (min(8, self.most - tokens) if new == 1 else 0)
+        return tokens + (max(8 * (new == 1), tokens // _SLACK_SHARE) if new <= BLOCK else 0)
 
-    def drop_newest(self, count: int) -> None:
-        """Forget the last ``count`` tokens and release their memory."""
-        self._keep(slice(0, self.tokens - count))
-
-    def _keep(self, span: slice) -> None:
+    def drop(self, *, oldest: int = 0, newest: int = 0) -> None:
+        """Forget tokens and release their memory."""
+        if not oldest and not newest:
+            return
+        kept = slice(oldest, self.tokens - newest)
         self._codes.clear()
-        if span.start == span.stop:
-            self._buffers = {}
-        else:  # a view would keep the whole buffer alive
-            self._buffers = {n: mx.contiguous(b[:, :, span]) for n, b in self._buffers.items()}
-        self.tokens = span.stop - span.start
+        self.tokens = self.room = kept.stop - kept.start
+        # a view would keep the whole buffer alive
+        self.buffers = {n: mx.contiguous(b[:, :, kept]) for n, b in self.buffers.items()} if self.tokens else {}
+
+
+class Runs:
+    """Three runs of tokens in order: ``sinks``, ``packed`` and ``recent``.
+
+    ``evicted`` tokens between the sinks and the oldest that is packed have been forgotten.
+    """
+
+    def __init__(self, windows: Windows) -> None:
+        self.windows, self.evicted = windows, 0
+        self.sinks, self.packed, self.recent = Run(windows.sinks), Run(), Run(windows.most_recent)
+
+    @property
+    def runs(self) -> tuple[Run, Run, Run]:
+        """Oldest first."""
+        return self.sinks, self.packed, self.recent
+
+    @property
+    def held(self) -> int:
+        """Tokens held."""
+        return self.sinks.tokens + self.packed.tokens + self.recent.tokens
+
+    @property
+    def offset(self) -> int:
+        """Tokens seen, which is the position of the next one."""
+        return self.evicted + self.held
+
+    @property
+    def buffers(self) -> list[mx.array]:
+        """The live buffers."""
+        return [buffer for run in self.runs for buffer in run.buffers.values()]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held: sinks, codes, scales, window and growth slack."""
+        return sum(buffer.nbytes for buffer in self.buffers)
+
+    def tensor_nbytes(self, tensor: Literal["keys", "values"]) -> int:
+        """Bytes held for the keys or for the values alone."""
+        return sum(buffer.nbytes for run in self.runs for buffer in run.tensor_buffers(tensor).values())
+
+    def take(
+        self,
+        arrival: Arrival,
+        to_sinks: Codes | None = None,
+        to_packed: Codes | None = None,
+        to_recent: Codes | None = None,
+    ) -> None:
+        """Move tokens as ``arrival`` says; without codes they are counted alone."""
+        self.sinks.append(arrival.to_sinks, to_sinks)
+        if arrival.gone:
+            self._drop_oldest(self.packed.tokens + self.recent.tokens)
+            self.evicted += arrival.gone
+        self.recent.drop(oldest=arrival.from_recent)
+        self.packed.append(arrival.to_packed, to_packed)
+        self.recent.append(arrival.to_recent, to_recent)
+
+    def evict(self) -> None:
+        """Forget what a sliding layer sees no more."""
+        self._drop_oldest(self.windows.leaving(self.packed.tokens, self.recent.tokens))
+
+    def _drop_oldest(self, count: int) -> None:
+        """Forget the first ``count`` tokens behind the sinks."""
+        self.evicted += count
+        of_packed = min(count, self.packed.tokens)
+        self.packed.drop(oldest=of_packed)
+        self.recent.drop(oldest=count - of_packed)
+
+
+class Room(NamedTuple):
+    """Tokens that the buffers of one layer have room for: exact first ones, packed, and exact newest ones."""
+
+    sinks: int
+    packed: int
+    recent: int
+
+
+@lru_cache(maxsize=4096)
+def compressed_room(windows: Windows, tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Room:
+    """Room of a `CompressedKVCache` after the `calls` of a text, its ``chunk`` being ``"exact"``."""
+    runs = Runs(windows)
+    for count in calls(tokens, decoded, chunk):
+        all_seen = count > windows.window
+        runs.take(windows.arrival(count, runs.offset, runs.recent.tokens, all_seen=all_seen))
+        runs.evict()
+    return Room(*(run.room for run in runs.runs))
+
+
+def _named(codes: Codes | None) -> Mapping[str, mx.array]:
+    """The arrays of keys and values, by their names in a run."""
+    both = zip(("keys", "values"), codes or (), strict=False)
+    return {f"{tensor}/{name}": array for tensor, code in both for name, array in code.arrays.items()}

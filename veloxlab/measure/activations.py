@@ -9,8 +9,8 @@ from typing import Any, Literal, cast
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import create_attention_mask
 
-from veloxlab.cache.attention import mask_for
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.checks import check_fields, checked, instance, many, whole
 from veloxlab.codecs import Codec, Role, find_method
@@ -194,7 +194,10 @@ class Recorder(Handle):
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | Literal["causal"] | None:
         """The mask that ``N`` tokens need, in mlx-lm's terms."""
-        return mask_for(N, self.offset, return_array, window_size or self.facts.max_size)
+        mask: mx.array | Literal["causal"] | None = create_attention_mask(
+            N, self.offset, return_array, window_size or self.facts.max_size
+        )
+        return mask
 
     def seen(self) -> LayerCapture:
         """What passed."""

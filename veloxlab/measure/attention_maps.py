@@ -5,9 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import polars as pl
+from mlx_lm.models.base import create_causal_mask
 from numpy.typing import NDArray
 
-from veloxlab.cache.attention import causal_mask
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import usual_bits
 from veloxlab.errors import InputError
@@ -85,5 +85,5 @@ def pooled_weights(weights: NDArray[np.float64], edges: NDArray[np.int64]) -> ND
 
 def _weights(q: mx.array, k: mx.array, scale: float) -> NDArray[np.float64]:
     """Causal attention weights ``[S, S]`` of queries and keys ``[S, D]``."""
-    scores = mx.where(causal_mask(len(q), len(k)), (q @ k.T) * scale, -mx.inf)
+    scores = mx.where(create_causal_mask(len(q), len(k) - len(q)), (q @ k.T) * scale, -mx.inf)
     return np.array(mx.softmax(scores, axis=-1, precise=True)).astype(np.float64)

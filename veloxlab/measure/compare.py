@@ -153,7 +153,7 @@ def byte_ratios(kv_heads: int = 8, head_dim: int = 128, tokens: int = 8192) -> p
         cache = CompressedKVCache(*codecs, sinks=0, window=0)
         cache.update_and_fetch(x, x)
         mx.eval(cache.state)
-        keys, values = (cache.side_nbytes(t) + codec.shared_bytes for t, codec in zip(ROLES, codecs, strict=True))
+        keys, values = (cache.tensor_nbytes(t) + codec.shared_bytes for t, codec in zip(ROLES, codecs, strict=True))
         ratios = (x.nbytes / keys, x.nbytes / values, 2 * x.nbytes / (keys + values))
         rows.append((f"{method} K{widths[0]} V{widths[1]}", tokens, head_dim, *ratios))
     return pl.DataFrame(rows, schema=RATIOS, orient="row")

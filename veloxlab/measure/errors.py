@@ -8,9 +8,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import polars as pl
+from mlx_lm.models.base import create_causal_mask
 from numpy.typing import ArrayLike, NDArray
 
-from veloxlab.cache.attention import causal_mask
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import tensor_bits, usual_bits
 from veloxlab.checks import checked, measured, whole
@@ -186,7 +186,7 @@ def _attention_errors(layer: LayerCapture, tensor: Role, decoded: mx.array) -> d
     keys, values, scale = layer.vectors("keys"), layer.vectors("values"), layer.scale
     _, kv_heads, tokens, _ = keys.shape
     q = layer.queries[0].astype(mx.float32).reshape(kv_heads, -1, tokens, keys.shape[-1])  # [H, Hq/H, S, D]
-    mask = causal_mask(tokens, tokens)
+    mask = create_causal_mask(tokens)
 
     def logits(k: mx.array) -> mx.array:
         return (q @ k[0][:, None].swapaxes(-1, -2)) * scale

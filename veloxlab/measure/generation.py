@@ -17,8 +17,8 @@ import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
 
+from veloxlab.cache.counts import calls
 from veloxlab.cache.plan import Plan
-from veloxlab.cache.room import calls
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, FLAG, FUNCTION, WORDS, checked, either, many, real, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import first_tokens

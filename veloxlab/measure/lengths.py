@@ -19,8 +19,8 @@ from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import can_trim_prompt_cache
 from mlx_lm.models.llama import Model, ModelArgs
 
+from veloxlab.cache.counts import CHUNK
 from veloxlab.cache.make import make_cache
-from veloxlab.cache.room import CHUNK
 from veloxlab.errors import InputError
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.mlxlm.probe import exact_width, own_cache, slots_of

@@ -206,7 +206,7 @@ def _filled(
             cache.update_and_fetch(keys[:, :, :count], values[:, :, :count])
         mx.eval(cache.state)
         for tensor in ROLES:
-            held = getattr(cache, tensor).nbytes if isinstance(cache, KVCache) else cache.side_nbytes(tensor)
+            held = getattr(cache, tensor).nbytes if isinstance(cache, KVCache) else cache.tensor_nbytes(tensor)
             rows.append((target, label, tensor, held))
         progress(i + 1, len(lengths), f"filling {label} with {target} tokens")
     return pl.DataFrame(rows, schema=("tokens", "cache", "tensor", "bytes"), orient="row")

@@ -14,9 +14,9 @@ from typing import Any
 import polars as pl
 
 from veloxlab.cache.calibration import Calibration, layer_codec
-from veloxlab.cache.counts import Windows
+from veloxlab.cache.counts import Windows, own_room
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_SLIDING, DEFAULT_WINDOW, Sliding, cache_name, tensor_bits
-from veloxlab.cache.room import compressed_room, own_room
+from veloxlab.cache.runs import compressed_room
 from veloxlab.checks import checked, either, many, real, whole
 from veloxlab.codecs import Codec, find_method
 from veloxlab.codecs.base import token_bytes

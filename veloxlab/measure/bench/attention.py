@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import base
 
 from veloxlab.cache.attention import History, Segment
-from veloxlab.cache.room import CHUNK
+from veloxlab.cache.counts import CHUNK
 from veloxlab.codecs import METHODS, ROLES, Role
 from veloxlab.codecs.base import Code, Codec, Sample
 from veloxlab.codecs.parts.rope import Rope

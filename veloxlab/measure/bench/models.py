@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.llama import Model
 
-from veloxlab.cache.room import CHUNK
+from veloxlab.cache.counts import CHUNK
 from veloxlab.measure.bench.timing import Progress, Row, Shape, vectors
 from veloxlab.measure.lengths import Maker, makers, random_model, read
 
