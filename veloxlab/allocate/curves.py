@@ -10,11 +10,11 @@ import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.sensitivity import SIDES, mean_square
+from veloxlab.allocate.sensitivity import mean_square
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.plan import DEFAULT_SINKS
 from veloxlab.checks import MAPPING, checked, many, whole
-from veloxlab.codecs import find_method
+from veloxlab.codecs import ROLES, find_method
 from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.parts.water_filling import fit_distortion
 from veloxlab.errors import InputError
@@ -74,18 +74,18 @@ def distortion_curves(
     bits : code widths to measure, those of them that a method has.
     tokens : how much of the text.
     sinks : first tokens that are not counted, as the cache keeps them exact.
-    calibrations : what `veloxlab.calibrate` gave, by method, at these widths, for methods that have to be fitted.
+    calibrations : what `veloxlab.calibrate` gave at these widths, by method, for methods that have to be fitted.
     progress : told of each layer.
 
     Raises
     ------
     InputError : unknown method, none of the widths are its own, a calibration is missing, or the text is too short.
     """
-    widths = {method: [b for b in sorted(set(bits)) if b in find_method(method).bits] for method in methods}
-    for method, own in widths.items():
-        if not own:
+    found = [find_method(method) for method in dict.fromkeys(methods)]
+    for method in found:
+        if not set(bits) & set(method.bits):
             raise InputError(
-                f"{method} has none of the widths {sorted(set(bits))}: choose among those of vl.methods()."
+                f"{method.id} has none of the widths {sorted(set(bits))}: choose among those of vl.methods()."
             )
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     if len(ids) - sinks < 2:
@@ -96,19 +96,19 @@ def distortion_curves(
     rows: list[tuple[object, ...]] = []
     for done, seen in enumerate(capture_layers(model, ids)):
         progress(done, layers, f"distortion of layer {seen.layer}")
-        for side, all_tokens in zip(SIDES, (seen.keys, seen.values), strict=True):
-            x = all_tokens[:, :, sinks:].astype(mx.float32)
+        for tensor in ROLES:
+            x = seen.vectors(tensor)[:, :, sinks:]
             head_dim, norm = x.shape[-1], np.array(mean_square(x, 0), np.float64)
-            for method, own in widths.items():
-                fitted_before = (calibrations or {}).get(method)
-                for width in own:
-                    codec = layer_codec(find_method(method), seen.layer, head_dim, width, side, {}, fitted_before)
+            for method in found:
+                calibration = (calibrations or {}).get(method.id)
+                for width in sorted(set(bits) & set(method.bits)):
+                    codec = layer_codec(method, seen.layer, head_dim, width, tensor, {}, calibration)
                     codec = fitted_online(codec, x)
                     code = codec.encode(x, sinks)
                     distortion = np.array(mean_square(x - codec.decode(code).astype(mx.float32), 0), np.float64)
                     stored = code.nbytes / (x.shape[1] * x.shape[2])
                     rows += [
-                        (seen.layer, head, side, method, width, head_dim, d, r, 8 * stored / head_dim, stored)
+                        (seen.layer, head, tensor, method.id, width, head_dim, d, r, 8 * stored / head_dim, stored)
                         for head, (d, r) in enumerate(zip(distortion, ratio(distortion, norm), strict=True))
                     ]
     progress(layers, layers, "done")
@@ -116,10 +116,10 @@ def distortion_curves(
 
 
 def fitted(curves: pl.DataFrame) -> pl.DataFrame:
-    """Fit α·β^−b to the mean relative distortion of each method's keys and of its values, least squares of its
-    logarithm: `FITS`.
+    """Fit α·β^−b to the mean relative distortion of each method's keys and of its values: `FITS`.
 
-    Keys and values are fitted apart: a quantizer without a rotation does not treat them alike (arXiv 2605.06675, .4).
+    It is the least squares fit of the logarithm. Keys and values are fitted apart: a quantizer without a rotation does
+    not treat them alike (arXiv 2605.06675, .4).
 
     Raises
     ------
@@ -127,7 +127,7 @@ def fitted(curves: pl.DataFrame) -> pl.DataFrame:
     """
     means = curves.group_by("method", "tensor", "bits").agg(pl.col("relative").mean()).sort("method", "tensor", "bits")
     rows = []
-    for (method, side), points in means.group_by("method", "tensor", maintain_order=True):
+    for (method, tensor), points in means.group_by("method", "tensor", maintain_order=True):
         fit = fit_distortion(points["bits"].to_list(), points["relative"].to_list())
-        rows.append((method, side, fit.alpha, fit.beta))
+        rows.append((method, tensor, fit.alpha, fit.beta))
     return pl.DataFrame(rows, schema=FITS, orient="row")

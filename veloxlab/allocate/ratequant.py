@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,15 +25,8 @@ from veloxlab.mlxlm.probe import probe
 from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
 
-MEASURED = {
-    "bits": many(whole()),
-    "by": choice(*get_args(By)),
-    "calibrations": many(CALIBRATION, empty=True),
-}
-"""Checks of the arguments that say what is measured."""
 
-
-@checked(**MEASURED)
+@checked(bits=many(whole()), by=choice(*get_args(By)), calibrations=many(CALIBRATION, empty=True))
 def rate_budget(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
@@ -57,46 +51,30 @@ def rate_budget(
     methods : that a layer's keys or values may get; only ``"ratequant"`` has a width for each head.
     text : what the model reads; the shipped WikiText-2 validation excerpt by default.
     bits : code widths to measure, those of them that a method has.
-    by, sequences, tokens, folder : as for `veloxlab.sensitivities`.
+    by, sequences, tokens, folder : as for `vl.allocate.sensitivities`.
     sinks, window : of the plans to be made; sinks are left out of the measurements.
     calibrations : what `veloxlab.calibrate` gave at these widths, for methods that have to be fitted.
     progress : told of each step.
 
     Raises
     ------
-    InputError : as `veloxlab.sensitivities` and `distortion_curves`.
+    InputError : as `vl.allocate.sensitivities` and `vl.allocate.distortion_curves`.
     """
     sizes = layer_sizes(model)
     for calibration in calibrations:
         calibration.check_model(model)
-    weights = sensitivities(
-        model, tokenizer, text, sequences=sequences, tokens=tokens, by=by, sinks=sinks, folder=folder, progress=progress
-    )
+    given: dict[str, Any] = {"sinks": sinks, "progress": progress}
+    weights = sensitivities(model, tokenizer, text, sequences=sequences, tokens=tokens, by=by, folder=folder, **given)
+    fitted = {calibration.method: calibration for calibration in calibrations}
     curves = distortion_curves(
-        model,
-        tokenizer,
-        methods,
-        text,
-        bits=bits,
-        tokens=2 * tokens,
-        sinks=sinks,
-        calibrations={calibration.method: calibration for calibration in calibrations},
-        progress=progress,
+        model, tokenizer, methods, text, bits=bits, tokens=2 * tokens, calibrations=fitted, **given
     )
-    return RateBudget(
-        name_of(model),
-        model_hash(model),
-        1 + max(f.layer for f in probe(model)),
-        sizes,
-        weights,
-        curves,
-        sinks,
-        window,
-        {c.method: c.identity for c in calibrations if c.method in methods},
-    )
+    entries = 1 + max(f.layer for f in probe(model))
+    identities = {method: one.identity for method, one in fitted.items() if method in methods}
+    return RateBudget(name_of(model), model_hash(model), entries, sizes, weights, curves, sinks, window, identities)
 
 
-@checked(budget=BUDGET, bounds=BOUNDS, **MEASURED)
+@checked(budget=BUDGET, bounds=BOUNDS)
 def allocate_bits(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
@@ -119,24 +97,15 @@ def kept_rate_budget(
     progress: Progress = silent,
     **measured: Any,
 ) -> RateBudget:
-    """Give what `rate_budget` measured of this model with the same arguments before, or measure it and keep it.
+    """`rate_budget` with the arguments ``measured``, kept in ``folder`` (by default the user's cache) and found again.
 
-    With a method that was registered (`veloxlab.register`) it is measured each time: its code may have changed.
-
-    Parameters
-    ----------
-    model, tokenizer : as `veloxlab.load` gives them.
-    folder : where it is kept; the user's cache folder by default. Where it cannot be written a warning says so.
-    progress : told of each step of measuring.
-    measured : further arguments of `rate_budget`.
-
-    Raises
-    ------
-    InputError : as `rate_budget`; a damaged file is told of in a warning, and made again.
+    With a method that was registered (`veloxlab.register`) it is measured each time: its code may have changed. A
+    damaged file is told of in a warning, and made again.
     """
+    make = partial(rate_budget, model, tokenizer, folder=folder, progress=progress, **measured)
     methods = [find_method(method) for method in measured.get("methods", (PER_HEAD,))]
     if any(method.codecs for method in methods):
-        return rate_budget(model, tokenizer, folder=folder, progress=progress, **measured)
+        return make()
     facts: dict[str, Any] = {
         name: list(given) if isinstance(given, range) else given for name, given in measured.items()
     }
@@ -144,12 +113,7 @@ def kept_rate_budget(
         facts["calibrations"] = [calibration.identity for calibration in facts["calibrations"]]
     versions = {method.id: method.version for method in methods}
     path = kept_in("rates", folder) / f"{digest([FORMAT, versions, fingerprint(model), facts])[:16]}.json"
-    return kept(
-        path,
-        RateBudget.load,
-        lambda: rate_budget(model, tokenizer, folder=folder, progress=progress, **measured),
-        RateBudget.save,
-    )
+    return kept(path, RateBudget.load, make, RateBudget.save)
 
 
 PlanKind = Literal["allocated", "uniform"]
@@ -178,23 +142,17 @@ def judged(
 ) -> pl.DataFrame:
     """Measure a plan by `veloxlab.fidelity`, and say what ``rates`` predict of it: one row, `JUDGED`.
 
-    Parameters
-    ----------
-    rates : the measurements that the plan was made from.
-    plan : of this model.
-    model, tokenizer, text, tokens, windows, progress : as for `veloxlab.fidelity`.
-    kind : how the plan came about.
-
-    Raises
-    ------
-    InputError : as `veloxlab.fidelity`, and as `RateBudget.heads`.
+    ``kind`` is how the plan came about; other arguments are those of `veloxlab.fidelity`. Raises as that, and as
+    `RateBudget.heads`.
     """
-    predicted = {
-        "kind": [kind],
-        "true_bits": [rates.true_bits(plan)],
-        "bytes_per_token": [rates.bytes_per_token(plan)],
-        "predicted_loss": [rates.predicted_loss(plan)],
-    }
     given: dict[str, Any] = {"text": text, "tokens": tokens, "windows": windows, "progress": progress}
-    row = fidelity(model, tokenizer, plan, name=plan.name, **given)
-    return pl.concat([pl.DataFrame(predicted), row], how="horizontal").match_to_schema(JUDGED)
+    return (
+        fidelity(model, tokenizer, plan, name=plan.name, **given)
+        .with_columns(
+            kind=pl.lit(kind),
+            true_bits=pl.lit(rates.true_bits(plan)),
+            bytes_per_token=pl.lit(rates.bytes_per_token(plan)),
+            predicted_loss=pl.lit(rates.predicted_loss(plan)),
+        )
+        .match_to_schema(JUDGED)
+    )

@@ -66,10 +66,7 @@ SWEPT = {
     "top1_flips": pl.Float64,
     "perplexity": pl.Float64,
     "perplexity_exact": pl.Float64,
-    "held_bytes": pl.Int64,
-    "key_bits": pl.Float64,
-    "value_bits": pl.Float64,
-    "predicted_loss": pl.Float64,
+    **{name: SWEEP[name] for name in ("held_bytes", "key_bits", "value_bits", "predicted_loss")},
 }
 """Columns of `swept`."""
 
@@ -91,25 +88,24 @@ def sweep(
 ) -> pl.DataFrame:
     """Measure uniform TurboQuant and RateQuant's allocations at equal bytes, every token through its codes: `SWEEP`.
 
-    Uniform bits between whole widths are one bit more for some of the heads, evenly spread over keys and over
-    values (`RateBudget.uniform`).
+    Between whole widths uniform bits are those of `RateBudget.uniform`.
 
     Parameters
     ----------
     model, tokenizer : as `veloxlab.load` gives them.
     bits : code bits on average, 1 to 7.
-    by : kinds of sensitivity to allocate by; the first predicts uniform bits' loss.
-    text : what is evaluated on; the shipped WikiText-2 test excerpt by default.
+    by : kinds of sensitivity to allocate by; the first predicts the loss of uniform bits.
+    text : what plans are evaluated on; the shipped WikiText-2 test excerpt by default.
     calibration_text : what sensitivities and curves are measured on; the validation excerpt by default.
-    tokens, windows : length and number of the stretches evaluated on.
+    tokens, windows : length and number of the stretches of ``text``.
     sequences : of 512 tokens, for the sensitivities.
-    unfinished : a file that keeps what was measured so far, and from which a run that was stopped goes on.
+    unfinished : a file that keeps the measurements, from which a run that was stopped continues.
     folder : where sensitivities are kept; the user's cache folder by default.
     progress : told of each step; what it raises ends the work.
 
     Raises
     ------
-    InputError : as `rate_budget` and `veloxlab.reference`; or a number of bits is out of range.
+    InputError : as `veloxlab.rate_budget` and `vl.measure.reference`; or a number of bits is out of range.
     """
     least, most = MEASURED_BITS[0], MEASURED_BITS[-1]
     if wrong := [b for b in bits if not least <= b <= most]:
@@ -146,29 +142,22 @@ def usual_bounds(mean_bits: float) -> Bounds:
 
 def swept(frame: pl.DataFrame) -> pl.DataFrame:
     """Means over the windows of `sweep`, and what each allocation changes against uniform bits: `SWEPT`."""
-    rows = []
-    for (bits, allocation), own in frame.group_by("bits", "allocation", maintain_order=True):
-        uniform = frame.filter(bits=bits, allocation=UNIFORM).sort("window")["kl_mean"]
-        change = (own.sort("window")["kl_mean"] - uniform).to_list()
-        sure = allocation != UNIFORM and own.height > 1
-        ends = mean_interval(change) if sure else (None, None, None)
-        weights = own["positions"] / own["positions"].sum()
-        mean = {name: float((own[name] * weights).sum()) for name in ("kl_mean", "top1_flips", "nll", "nll_exact")}
-        same = {name: own[name][0] for name in ("held_bytes", "key_bits", "value_bits", "predicted_loss")}
-        rows.append(
-            {
-                "bits": bits,
-                "allocation": allocation,
-                "windows": own.height,
-                "kl_mean": mean["kl_mean"],
-                **dict(zip(("kl_change", "kl_change_low", "kl_change_high"), ends, strict=True)),
-                "top1_flips": mean["top1_flips"],
-                "perplexity": float(np.exp(mean["nll"])),
-                "perplexity_exact": float(np.exp(mean["nll_exact"])),
-                **same,
-            }
-        )
-    return pl.DataFrame(rows, schema=SWEPT)
+    uniform = frame.filter(allocation=UNIFORM).select("bits", "window", uniform="kl_mean")
+    weight = pl.col("positions") / pl.col("positions").sum()
+    means = frame.sort("window", maintain_order=True).join(uniform, on=["bits", "window"], maintain_order="left")
+    summary = means.group_by("bits", "allocation", maintain_order=True).agg(
+        pl.len().alias("windows"),
+        *[(pl.col(name) * weight).sum() for name in ("kl_mean", "top1_flips", "nll", "nll_exact")],
+        pl.col("held_bytes", "key_bits", "value_bits", "predicted_loss").first(),
+        changes=pl.col("kl_mean") - pl.col("uniform"),
+    )
+    ends = [
+        mean_interval(changes) if allocation != UNIFORM and len(changes) > 1 else (None, None, None)
+        for allocation, changes in summary.select("allocation", "changes").iter_rows()
+    ]
+    intervals = pl.DataFrame(ends, schema=["kl_change", "kl_change_low", "kl_change_high"], orient="row")
+    named = summary.with_columns(perplexity=pl.col("nll").exp(), perplexity_exact=pl.col("nll_exact").exp())
+    return pl.concat([named, intervals], how="horizontal").select(list(SWEPT)).cast(SWEPT)  # type: ignore[arg-type]
 
 
 def _measured(exact: Reference, rates: Mapping[By, RateBudget], job: Job) -> pl.DataFrame:
