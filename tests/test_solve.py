@@ -57,7 +57,7 @@ def test_any_table_stays_between_its_bound_and_one_step_above_the_best(seed):
     costs[missing] = losses[missing] = np.inf
     problem = Problem(costs, losses)
     every_cost, every_loss = everything(problem)
-    budget = rng.uniform(problem.least_cost, costs[~missing].reshape(-1).max() * count)
+    budget = rng.uniform(problem.frontier.costs[0], costs[~missing].reshape(-1).max() * count)
     best = every_loss[every_cost <= budget].min()
     solution = problem.within(budget)
     assert solution.cost <= budget * (1 + 1e-9)
@@ -71,7 +71,7 @@ def test_any_table_stays_between_its_bound_and_one_step_above_the_best(seed):
 def test_a_place_where_a_step_ends_is_optimal():
     problem = exponential([1.0, 9.0, 2.0], [3.5, 3.5, 5.0])
     costs, losses = everything(problem)
-    ends, best = problem.frontier
+    ends, best = problem.frontier.costs, problem.frontier.losses
     assert len(ends) == 1 + 3 * 4
     for end, lowest in zip(ends, best, strict=True):
         assert lowest == pytest.approx(losses[costs <= end + 1e-9].min(), rel=1e-12)

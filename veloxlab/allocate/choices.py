@@ -76,8 +76,8 @@ class HeadTable:
         """All that a plan can hold within the bounds."""
         kept = np.flatnonzero([bounds.least_bits <= width <= bounds.most_bits for width in self.widths])
         if self.method == PER_HEAD and kept.size:
-            problem = Problem(self.nbytes[:, kept], self.losses[:, kept])
-            yield from (self.choice(kept[problem.at_step(step)]) for step in range(len(problem.frontier[0])))
+            hull = Problem(self.nbytes[:, kept], self.losses[:, kept]).frontier
+            yield from (self.choice(kept[hull.choice(step)]) for step in range(len(hull.costs)))
         else:
             yield from (self.choice(int(column)) for column in kept)
 

@@ -152,7 +152,7 @@ class RateBudget:
         limit = self._limit(budget)
         bounds = bounds or self._usual_bounds(limit)
         choices = self._choices(bounds, limit.tokens, key_weight)
-        least = choices.problem.least_cost
+        least = float(choices.problem.frontier.costs[0])
         if limit.nbytes is None:
             assert limit.predicted_loss is not None
             solution = choices.problem.reaching(limit.predicted_loss, choices.losses)
@@ -206,12 +206,12 @@ class RateBudget:
     @checked(bounds=BOUNDS)
     def frontier(self, bounds: Bounds | None = None) -> pl.DataFrame:
         """The least predicted loss at every number of bytes where it is certain, and uniform widths: `FRONTIER`."""
-        allocated = self._choices(bounds or Bounds(), self._one_token).problem.frontier
+        best = self._choices(bounds or Bounds(), self._one_token).problem.frontier
         first = [self._tables[size.layer, tensor][0] for size in self.sizes for tensor in ROLES]
         uniform = sum(table.nbytes.sum(axis=0) for table in first), sum(table.losses.sum(axis=0) for table in first)
         frames = [
             pl.DataFrame({"kind": kind, "bytes_per_token": nbytes, "predicted_loss": losses})
-            for kind, (nbytes, losses) in (("allocated", allocated), ("uniform", uniform))
+            for kind, (nbytes, losses) in (("allocated", (best.costs, best.losses)), ("uniform", uniform))
         ]
         return (
             pl.concat(frames)
@@ -227,13 +227,13 @@ class RateBudget:
         InputError : no measured width is within the bounds.
         """
         choices = self._choices(bounds, self._one_token)
-        costs, losses = choices.problem.frontier
-        ends = [choices.chosen(choices.problem.at_step(step)) for step in (0, len(costs) - 1)]
+        best = choices.problem.frontier
+        ends = [choices.chosen(best.choice(step)) for step in (0, len(best.slopes))]
         # a little more than a plan holds, so that no end is refused for its rounding
         least, most = (self._held(end, tokens, self.sinks, self.window) / MEGABYTE * (1 + 1e-9) for end in ends)
-        nbytes = float(costs[0]), float(costs[-1])
+        nbytes = float(best.costs[0]), float(best.costs[-1])
         bits = 8 * nbytes[0] / self._values, 8 * nbytes[1] / self._values
-        return Spans(bits, nbytes, (least, most), (float(losses[-1]), float(losses[0])))
+        return Spans(bits, nbytes, (least, most), (float(best.losses[-1]), float(best.losses[0])))
 
     # predicting -----------------------------------------------------------------------------------------------------
 
@@ -323,7 +323,7 @@ class RateBudget:
     def _usual_bounds(self, limit: Limit) -> Bounds:
         """`Bounds`, and from 1 bit up where a budget is `SHORT`."""
         usual = Bounds()
-        if limit.nbytes is None or limit.nbytes >= SHORT * self._choices(usual, limit.tokens).problem.least_cost:
+        if limit.nbytes is None or limit.nbytes >= SHORT * self._choices(usual, limit.tokens).problem.frontier.costs[0]:
             return usual
         return Bounds(least_bits=1)
 
