@@ -13,9 +13,9 @@ import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab.allocate.choices import even_widths, head_tables
-from veloxlab.allocate.curves import CURVES, fitted
+from veloxlab.allocate.curves import CURVES
 from veloxlab.codecs.parts.codebooks import sphere_codebook
-from veloxlab.codecs.parts.water_filling import water_filling_gain
+from veloxlab.codecs.parts.water_filling import fit_distortion, water_filling_gain
 from veloxlab.errors import InputError
 
 SETTINGS: dict[str, Any] = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
@@ -59,6 +59,15 @@ def test_uniform_bits_are_of_the_method_that_was_named_first(several):
 # curves
 
 
+def fits(curves):
+    """The exponential α·β^−b of keys and of values: a quantizer without a rotation does not treat them alike."""
+    means = curves.group_by("tensor", "bits").agg(pl.col("relative").mean()).sort("tensor", "bits")
+    return {
+        tensor: fit_distortion(own["bits"].to_list(), own["relative"].to_list())
+        for (tensor,), own in means.group_by("tensor")
+    }
+
+
 def test_curves_are_what_codecs_do_to_a_capture(model, rates):
     curves = rates.curves
     assert curves.schema == CURVES
@@ -73,15 +82,15 @@ def test_curves_are_what_codecs_do_to_a_capture(model, rates):
 
 def test_fits_of_keys_and_values_are_those_of_the_codebook(rates):
     """A rotated random vector is as good as Gaussian: keys' unbiased scale alone costs 1/(1 − D)."""
-    fits = {row["tensor"]: row for row in fitted(rates.curves).iter_rows(named=True)}
+    found = fits(rates.curves)
     ideal = [sphere_codebook(b, 64).distortion for b in range(1, 7)]
     slope, intercept = np.polyfit(range(1, 7), np.log(ideal), 1)
-    assert fits["values"]["beta"] == pytest.approx(np.exp(-slope), rel=0.03)
-    assert fits["values"]["alpha"] == pytest.approx(np.exp(intercept), rel=0.1)
+    assert found["values"].beta == pytest.approx(np.exp(-slope), rel=0.03)
+    assert found["values"].alpha == pytest.approx(np.exp(intercept), rel=0.1)
     unbiased = [d / (1 - d) for d in ideal]
     slope, intercept = np.polyfit(range(1, 7), np.log(unbiased), 1)
-    assert fits["keys"]["beta"] == pytest.approx(np.exp(-slope), rel=0.03)
-    assert fits["keys"]["alpha"] == pytest.approx(np.exp(intercept), rel=0.1)
+    assert found["keys"].beta == pytest.approx(np.exp(-slope), rel=0.03)
+    assert found["keys"].alpha == pytest.approx(np.exp(intercept), rel=0.1)
 
 
 def test_methods_that_have_to_be_fitted_are_measured_with_their_calibration(model, tmp_path):
@@ -351,8 +360,8 @@ def test_heads_of_a_real_model_differ_and_rotated_ones_lose_alike(smollm2_rates)
         weights = smollm2_rates.sensitivities.filter(tensor=tensor)["sensitivity"].to_list()
         assert len(weights) == 30 * 3
         assert water_filling_gain(weights) > least
-    for row in fitted(smollm2_rates.curves).iter_rows(named=True):
-        assert (row["alpha"], row["beta"]) == pytest.approx((1.6, 3.7), rel=0.1)
+    for fit in fits(smollm2_rates.curves).values():
+        assert (fit.alpha, fit.beta) == pytest.approx((1.6, 3.7), rel=0.1)
 
 
 @pytest.mark.parametrize("bits", [2.5, 3.0])

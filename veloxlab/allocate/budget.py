@@ -84,27 +84,29 @@ def held_tokens(size: LayerSize, tokens: int, *, sinks: int, window: int, decode
 
 
 @dataclass(frozen=True)
-class AverageBits:
+class _Amounts:
+    """Numbers above 0; tokens are whole."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, **{f.name: whole(1) if f.name == "tokens" else real(above=0) for f in fields(self)})
+
+
+@dataclass(frozen=True)
+class AverageBits(_Amounts):
     """True bits for each packed value on average, scales included: 3 code bits are 3.25 at a head dimension of 64."""
 
     bits: float
 
-    def __post_init__(self) -> None:
-        check_fields(self, bits=real(above=0))
-
 
 @dataclass(frozen=True)
-class BytesPerToken:
+class BytesPerToken(_Amounts):
     """Bytes of one packed token's keys and values, of all layers."""
 
     nbytes: float
 
-    def __post_init__(self) -> None:
-        check_fields(self, nbytes=real(above=0))
-
 
 @dataclass(frozen=True)
-class TokensInMemory:
+class TokensInMemory(_Amounts):
     """A text of so many tokens in so many megabytes (10⁶ bytes), the memory of all compressed layers.
 
     Exact sinks and windows, scales, and the slack of buffers that grow are counted. Constant tables (`report`'s
@@ -114,18 +116,12 @@ class TokensInMemory:
     tokens: int
     megabytes: float
 
-    def __post_init__(self) -> None:
-        check_fields(self, tokens=whole(1), megabytes=real(above=0))
-
 
 @dataclass(frozen=True)
-class QualityFloor:
+class QualityFloor(_Amounts):
     """The fewest bytes at a predicted loss of at most so much: nats a token, by gradients or by divergences."""
 
     predicted_loss: float
-
-    def __post_init__(self) -> None:
-        check_fields(self, predicted_loss=real(above=0))
 
 
 Budget = AverageBits | BytesPerToken | TokensInMemory | QualityFloor

@@ -54,6 +54,11 @@ class Choice:
         """Of all heads."""
         return float(self.losses.sum())
 
+    @property
+    def settings(self) -> tuple[str, int, dict[str, object]]:
+        """Method, bits and options of a layer's settings."""
+        return self.method, round(self.mean_width), {"head_bits": list(self.widths)} if self.method == PER_HEAD else {}
+
 
 @dataclass(frozen=True, eq=False)
 class HeadTable:
@@ -185,7 +190,7 @@ class Choices:
         return cls(rows, Problem(costs, weighted), losses)
 
     def chosen(self, columns: Ints) -> Chosen:
-        """The choices of a solution."""
+        """The choices of a solution, by layer and tensor."""
         return {place: c for row, j in zip(self.rows, columns, strict=True) for place, c in row[int(j)].items()}
 
 

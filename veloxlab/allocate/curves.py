@@ -16,7 +16,6 @@ from veloxlab.cache.plan import DEFAULT_SINKS
 from veloxlab.checks import MAPPING, checked, many, whole
 from veloxlab.codecs import ROLES, find_method
 from veloxlab.codecs.base import fitted_online
-from veloxlab.codecs.parts.water_filling import fit_distortion
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import capture_layers, first_tokens
 from veloxlab.measure.errors import ratio
@@ -39,14 +38,6 @@ CURVES = {
     "bytes_per_token": pl.Float64,  # stored for one token of this head and side
 }
 """Columns of `distortion_curves`."""
-
-FITS = {
-    "method": pl.String,
-    "tensor": pl.String,
-    "alpha": pl.Float64,  # the mean relative distortion over the heads is about alpha · beta ** -bits
-    "beta": pl.Float64,
-}
-"""Columns of `fitted`."""
 
 
 @checked(bits=many(whole()), calibrations=MAPPING)
@@ -113,21 +104,3 @@ def distortion_curves(
                     ]
     progress(layers, layers, "done")
     return pl.DataFrame(rows, schema=CURVES, orient="row")
-
-
-def fitted(curves: pl.DataFrame) -> pl.DataFrame:
-    """Fit α·β^−b to the mean relative distortion of each method's keys and of its values: `FITS`.
-
-    It is the least squares fit of the logarithm. Keys and values are fitted apart: a quantizer without a rotation does
-    not treat them alike (arXiv 2605.06675, .4).
-
-    Raises
-    ------
-    InputError : a method was measured at one width only, or loses nothing.
-    """
-    means = curves.group_by("method", "tensor", "bits").agg(pl.col("relative").mean()).sort("method", "tensor", "bits")
-    rows = []
-    for (method, tensor), points in means.group_by("method", "tensor", maintain_order=True):
-        fit = fit_distortion(points["bits"].to_list(), points["relative"].to_list())
-        rows.append((method, tensor, fit.alpha, fit.beta))
-    return pl.DataFrame(rows, schema=FITS, orient="row")

@@ -35,7 +35,6 @@ from veloxlab.allocate.budget import (
 )
 from veloxlab.allocate.choices import (
     EXACT,
-    PER_HEAD,
     Choice,
     Choices,
     Chosen,
@@ -90,9 +89,8 @@ class Allocation:
     predicted_loss : a token; by gradients or divergences, in nats.
     predicted_least : no plan of these choices and this budget is predicted to lose less. None with a `QualityFloor` or
         a weight of keys.
-    uniform : the plan of uniform bits in the same bytes (`RateBudget.uniform`); None where even the least measured
-        width takes more.
-    predicted_uniform_loss : of that one.
+    uniform, predicted_uniform_loss : the plan of uniform bits in the same bytes (`RateBudget.uniform`), and its loss;
+        None where even the least measured width takes more.
     bounds : within which it was allocated.
     only_least : whether the budget pays for the least widths only, so that nothing was allocated.
     """
@@ -161,21 +159,19 @@ class RateBudget:
         else:
             solution = choices.problem.within(limit.nbytes)
         chosen = choices.chosen(solution.choice)
-        nbytes = _bytes(chosen)
-        uniform = uniform_choices(self._tables, self.sizes, Limit(limit.tokens, solution.cost))
-        key_bits, value_bits = (
-            float(np.mean([chosen[size.layer, tensor].mean_width for size in self.sizes])) for tensor in ROLES
-        )
+        nbytes, loss = _sums(chosen)
+        even = uniform_choices(self._tables, self.sizes, Limit(limit.tokens, solution.cost))
+        widths = {t: float(np.mean([chosen[size.layer, t].mean_width for size in self.sizes])) for t in ROLES}
         return Allocation(
             self._plan(chosen, name or f"allocated, {8 * nbytes / self._values:.2f} bits"),
             nbytes,
             8 * nbytes / self._values,
-            key_bits,
-            value_bits,
-            _loss(chosen),
+            widths["keys"],
+            widths["values"],
+            loss,
             solution.bound if limit.nbytes is not None and key_weight == 1 else None,
-            None if uniform is None else self._uniform_plan(uniform),
-            None if uniform is None else _loss(uniform),
+            None if even is None else self._uniform_plan(even),
+            None if even is None else _sums(even)[1],
             bounds,
             bool(solution.cost <= least * (1 + 1e-9)),
         )
@@ -253,11 +249,11 @@ class RateBudget:
 
     def predicted_loss(self, plan: Plan) -> float:
         """Predicted loss a token of a plan; what is exact loses nothing. Raises as `heads`."""
-        return _loss(self._chosen(plan))
+        return _sums(self._chosen(plan))[1]
 
     def bytes_per_token(self, plan: Plan) -> float:
         """Bytes of one packed token in all layers; exact layers are counted as they are. Raises as `heads`."""
-        return _bytes(self._chosen(plan))
+        return _sums(self._chosen(plan))[0]
 
     def true_bits(self, plan: Plan) -> float:
         """Bits of each packed value on average, scales included. Raises as `heads`."""
@@ -309,11 +305,11 @@ class RateBudget:
     def _solved(self) -> dict[tuple[Bounds, tuple[float, ...], float], Choices]:
         return {}
 
-    @property
+    @cached_property
     def _values(self) -> int:
         return sum(size.values_per_token for size in self.sizes)
 
-    @property
+    @cached_property
     def _one_token(self) -> dict[int, float]:
         return {size.layer: 1.0 for size in self.sizes}
 
@@ -367,19 +363,12 @@ class RateBudget:
             total += held.exact * size.exact_bytes + held.packed * packed
         return total
 
-    def _uniform_plan(self, chosen: Chosen, name: str = "") -> Plan:
-        width = np.mean([choice.mean_width for choice in chosen.values()])
-        return self._plan(chosen, name or f"uniform, {width:.2f} code bits")
-
     def _plan(self, chosen: Chosen, name: str) -> Plan:
         exact = self.sizes[0].exact_bits
         layers = [LayerSettings(EXACT, exact, EXACT, exact)] * self.entries
         for size in self.sizes:
-            keys, values = (chosen[size.layer, tensor] for tensor in ROLES)
-            layers[size.layer] = LayerSettings(
-                keys.method, round(keys.mean_width), values.method, round(values.mean_width),
-                key_options=_options(keys), value_options=_options(values),
-            )  # fmt: skip
+            keys, values = (chosen[size.layer, tensor].settings for tensor in ROLES)
+            layers[size.layer] = LayerSettings(*keys[:2], *values[:2], key_options=keys[2], value_options=values[2])
         methods = {choice.method for choice in chosen.values()}
         return Plan(
             self.model_hash,
@@ -389,20 +378,17 @@ class RateBudget:
             name=name,
             model=self.model,
             allocation=self.identity,
-            calibrations={m: i for m, i in self.calibrations.items() if m in methods},
+            calibrations={method: one for method, one in self.calibrations.items() if method in methods},
         )
 
-
-def _options(choice: Choice) -> dict[str, object]:
-    return {"head_bits": list(choice.widths)} if choice.method == PER_HEAD else {}
-
-
-def _bytes(chosen: Chosen) -> float:
-    return sum(choice.nbytes for choice in chosen.values())
+    def _uniform_plan(self, chosen: Chosen, name: str = "") -> Plan:
+        width = np.mean([choice.mean_width for choice in chosen.values()])
+        return self._plan(chosen, name or f"uniform, {width:.2f} code bits")
 
 
-def _loss(chosen: Chosen) -> float:
-    return fsum(choice.predicted_loss for choice in chosen.values())
+def _sums(chosen: Chosen) -> tuple[float, float]:
+    """Bytes of one packed token, and the predicted loss, which is the same in any order."""
+    return sum(choice.nbytes for choice in chosen.values()), fsum(choice.predicted_loss for choice in chosen.values())
 
 
 def _too_little(nbytes: float, least: str) -> str:

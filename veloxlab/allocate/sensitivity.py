@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from veloxlab.cache.plan import DEFAULT_SINKS
 from veloxlab.checks import checked, choice
-from veloxlab.codecs import ROLES, Codec, Role, find_method
+from veloxlab.codecs import ROLES, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Recorder, capture_layers, stretches
 from veloxlab.measure.errors import layer_errors, ratio
@@ -226,7 +225,11 @@ def _by_forward_kl(model: Module, ids: Sequence[int], sinks: int, step: _Step) -
         for tensor in ROLES:
             step(f"{tensor} of layer {facts.layer}")
             trial = _Trial(facts, tensor, sinks)
-            caches = probe.with_caches(model, partial(_instead, facts, trial))
+
+            def recorder(of: probe.LayerFacts, own: probe.LayerFacts = facts, trial: _Trial = trial) -> Recorder:
+                return trial if of is own else Recorder(of)
+
+            caches = probe.with_caches(model, recorder)
             lost = divergence(exact, log_probabilities(model(x, cache=caches)[0])).mean().item()
             yield facts.layer, tensor, np.full(facts.kv_heads, ratio(lost, trial.per_value.sum()))
 
@@ -249,30 +252,22 @@ class _Trial(Recorder):
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         x = keys if self._tensor == "keys" else values
-        moved = _decoded(_codec(x, self._tensor), x[:, :, self._sinks :]).astype(x.dtype)
-        coded = mx.concatenate([x[:, :, : self._sinks], moved], axis=2)
+        coded = _compressed(x[:, :, self._sinks :], self._tensor).astype(x.dtype)
+        x_coded = mx.concatenate([x[:, :, : self._sinks], coded], axis=2)
         self.per_value = _per_value(x, self._tensor, self._sinks)
-        return super().update_and_fetch(*((coded, values) if self._tensor == "keys" else (keys, coded)))
+        return super().update_and_fetch(*((x_coded, values) if self._tensor == "keys" else (keys, x_coded)))
 
 
-def _instead(of: probe.LayerFacts, trial: Recorder, found: probe.LayerFacts) -> Recorder:
-    """The trial in its layer, and recorders in the others."""
-    return trial if found is of else Recorder(found)
-
-
-def _codec(x: mx.array, tensor: Role) -> Codec:
+def _compressed(x: mx.array, tensor: Role) -> mx.array:
     method, bits = TRIAL
-    return find_method(method).codec(x.shape[-1], bits, tensor)
-
-
-def _decoded(codec: Codec, x: mx.array) -> mx.array:
+    codec = find_method(method).codec(x.shape[-1], bits, tensor)
     return codec.decode(codec.encode(x))
 
 
 def _per_value(x: mx.array, tensor: Role, sinks: int) -> NDArray[np.float64]:
     """½·E‖x − x̂‖²/D of each head in a trial: what a sensitivity is multiplied with."""
     behind = x[:, :, sinks:].astype(mx.float32)
-    return np.array(mean_square(behind - _decoded(_codec(x, tensor), behind), 0), np.float64) / (2 * x.shape[-1])
+    return np.array(mean_square(behind - _compressed(behind, tensor), 0), np.float64) / (2 * x.shape[-1])
 
 
 def mean_square(x: mx.array, sinks: int) -> mx.array:
