@@ -86,7 +86,7 @@ def silent(done, total, label):
 
 def test_a_plan_of_a_method_that_learns_takes_what_was_fitted(learner):
     model, plan, fitted = learner
-    cache = Wanted(plan, None, {}, [fitted]).maker(model, Letters(), silent)()
+    cache = Wanted(plan, {}, [fitted]).maker(model, Letters(), silent)()
     assert cache[1].key_codec is fitted.codecs[1, "keys", 3]
     assert cache[1].value_codec is fitted.codecs[1, "values", 2]
 
@@ -96,7 +96,7 @@ def test_widths_of_one_method_may_be_in_files_of_their_own(learner, tmp_path):
     files = [
         str(vl.calibrate(model, Letters(), "spectralquant", bits=bits).save(tmp_path / str(bits))) for bits in (2, 3)
     ]
-    cache = Wanted(plan, None, {}, [vl.Calibration.load(file) for file in files]).maker(model, Letters(), silent)()
+    cache = Wanted(plan, {}, [vl.Calibration.load(file) for file in files]).maker(model, Letters(), silent)()
     assert same_codec(cache[0].key_codec, fitted.codecs[0, "keys", 3])
     assert same_codec(cache[0].value_codec, fitted.codecs[0, "values", 2])
 
@@ -104,7 +104,7 @@ def test_widths_of_one_method_may_be_in_files_of_their_own(learner, tmp_path):
 def test_a_plan_of_a_method_that_learns_is_fitted_with_progress(learner):
     model, plan, fitted = learner
     told = []
-    make = Wanted(plan, None, {}).maker(model, Letters(), lambda done, total, label: told.append((done, total)))
+    make = Wanted(plan, {}).maker(model, Letters(), lambda done, total, label: told.append((done, total)))
     assert told == [(0, 2), (1, 2), (2, 2)]
     for layer, cache in enumerate(make()):
         assert same_codec(cache.key_codec, fitted.codecs[layer, "keys", 3])
@@ -112,12 +112,12 @@ def test_a_plan_of_a_method_that_learns_is_fitted_with_progress(learner):
 
 def test_a_calibration_of_nothing_that_is_used_is_refused(learner):
     with pytest.raises(InputError, match="A calibration of spectralquant was given, and turboquant is used"):
-        Wanted(None, None, {}, [learner[2]])
+        Wanted(None, {}, [learner[2]])
 
 
 def test_a_plan_of_another_model_is_refused_before_anything_is_fitted(learner):
     with pytest.raises(InputError, match="was made for a model with hash"):
-        Wanted(learner[1], None, {}).maker(tiny("llama", num_hidden_layers=3), Letters(), silent)
+        Wanted(learner[1], {}).maker(tiny("llama", num_hidden_layers=3), Letters(), silent)
 
 
 def test_the_server_is_not_reachable_from_other_machines():

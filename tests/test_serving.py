@@ -194,7 +194,7 @@ def test_the_server_ends_with_the_thread_that_generates(serve, monkeypatch, erro
 
 
 def test_ctrl_c_ends_what_is_being_fitted():
-    loader, started = Loader(mlx_lm.server, "tiny", Wanted(None, None, {})), threading.Event()
+    loader, started = Loader(mlx_lm.server, "tiny", Wanted(None, {})), threading.Event()
 
     class Provider:
         def load_default(self):

@@ -14,6 +14,11 @@ from veloxlab.errors import InputError
 PACKAGES = ("veloxlab", "mlx", "mlx-lm", "jupyterlab", "altair", "anywidget", "vl-convert-python", "polars")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LEAST_MEMORY_BYTES = 4 * 2**30
+BLAS_HINTS = {
+    runtime.SWITCHED_OFF: "unset VELOXLAB_BLAS",
+    runtime.TOO_LATE: "import veloxlab before mlx",
+    runtime.NOT_INSTALLED: "uv pip install ngsolve-openblas",
+}
 
 
 @dataclass(frozen=True)
@@ -74,12 +79,7 @@ def _blas() -> Check:
     if gflops >= runtime.FAST_GFLOPS:
         return Check("BLAS", "ok", detail)
     reason = runtime.load_fast_blas() or "the CPU is busy or slow"
-    hints = {
-        runtime.SWITCHED_OFF: "unset VELOXLAB_BLAS",
-        runtime.TOO_LATE: "import veloxlab before mlx",
-        runtime.NOT_INSTALLED: "uv pip install ngsolve-openblas",
-    }
-    return Check("BLAS", "warn", f"{detail}: {reason}", hints.get(reason, "expect slow prefill"))
+    return Check("BLAS", "warn", f"{detail}: {reason}", BLAS_HINTS.get(reason, "expect slow prefill"))
 
 
 def _kernels() -> Check:

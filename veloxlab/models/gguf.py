@@ -42,10 +42,7 @@ CONVERTED = "load an mlx-lm conversion of this model instead."
 
 
 def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
-    """Build mlx-lm's llama model from a GGUF file, its weights decoded to ``dtype`` and evaluated.
-
-    Raises `InputError` for another architecture than llama, or tensors that mlx-lm's llama model has no place for.
-    """
+    """Build mlx-lm's llama model from a GGUF file, its weights decoded to ``dtype``; `InputError` for any other."""
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
         raise InputError(
@@ -118,10 +115,9 @@ def _parameter(name: str) -> str:
 def _half_split(values: mx.array, heads: int | None) -> mx.array:
     """Undo llama.cpp's order of query and key rows, which suits a rotation of neighbours (traditional RoPE).
 
-    mlx-lm's llama rotates coordinate i with i + D/2, so that the even rows of every head come first here. Other
-    tensors, which have no ``heads``, stay as they are.
+    mlx-lm's llama rotates coordinate i with i + D/2, so that the even rows of every head come first here.
     """
-    if heads is None:
+    if heads is None:  # of other tensors
         return values
     return values.reshape(heads, -1, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
 
@@ -129,8 +125,7 @@ def _half_split(values: mx.array, heads: int | None) -> mx.array:
 def build_tokenizer(file: Gguf) -> TokenizerWrapper:
     """Build mlx-lm's tokenizer from the vocabulary, merges and chat template in a GGUF file.
 
-    Raises `InputError` for another kind of vocabulary than byte-level BPE, an unknown rule that splits words, or
-    merges, types or ids that do not fit the tokens.
+    Raises `InputError` for another kind than byte-level BPE, and for merges, types or ids that do not fit the tokens.
     """
     from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
@@ -161,15 +156,17 @@ def build_tokenizer(file: Gguf) -> TokenizerWrapper:
     if file.value("tokenizer.ggml.add_bos_token", bool, words == "llama-bpe"):
         bos = tokens[file.value("tokenizer.ggml.bos_token_id", int)]
         tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, [(bos, vocabulary[bos])])
-    roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         clean_up_tokenization_spaces=False,
         chat_template=file.metadata.get("tokenizer.chat_template"),
         model_max_length=file.value("llama.context_length", int),
-        **{role: named[name] for role, name in roles.items() if name in named},
+        bos_token=named.get("bos"),
+        eos_token=named.get("eos"),
+        unk_token=named.get("unknown"),
+        pad_token=named.get("padding"),
     )
-    ends = {token for name, token in named.items() if name in ("eot", "eom")} | (vocabulary.keys() & set(TURN_ENDS))
+    ends = vocabulary.keys() & {named.get("eot"), named.get("eom"), *TURN_ENDS}
     return TokenizerWrapper(fast, BPEStreamingDetokenizer, eos_token_ids={vocabulary[token] for token in ends})
 
 
@@ -179,17 +176,13 @@ def _named_tokens(file: Gguf, tokens: list[str]) -> dict[str, str]:
     named = {name: file.value(key, int) for name, key in keys.items() if key in file.metadata}
     for name, number in named.items():
         if not 0 <= number < len(tokens):
-            raise InputError(
-                f"{file.path} names the token {number} as {name}, and has {len(tokens)}; download it again."
-            )
+            said = f"{file.path} names the token {number} as {name}, and has {len(tokens)}"
+            raise InputError(f"{said}; download it again.")
     return {name: tokens[number] for name, number in named.items()}
 
 
 def word_splitter(name: str) -> PreTokenizer:
-    """Give the rule that cuts text into words before BPE, by the name that llama.cpp has for it.
-
-    Raises `InputError` if that is not one of ``smollm``, ``gpt-2`` and ``llama-bpe``.
-    """
+    """Give the rule that cuts text into words before BPE, by llama.cpp's name for it; `InputError` if it is unknown."""
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 

@@ -1,8 +1,8 @@
 """Reads GGUF files, the format of llama.cpp: metadata as Python values, tensors as float32 MLX arrays.
 
-MLX has a reader too, but it opens the file for writing, so that it fails on an installed package which the user may
-not change; it does not check lengths, so that a cut-off download ends the process; and it decodes half of every Q4_K
-block with the scale of the other half. This one maps the file read-only and refuses what does not add up.
+MLX's own reader opens the file for writing, which fails on an installed package that the user may not change; a cut-off
+download ends its process; and it decodes half of every Q4_K block with the scale of the other half. This one maps the
+file read-only and refuses what does not add up.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import numpy.typing as npt
 
 from veloxlab.errors import InputError
 
-Value = str | int | float | list[Any]
 T = TypeVar("T")
 
 SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
@@ -51,20 +50,12 @@ def _nibbles(packed: mx.array) -> mx.array:
     return mx.concatenate([packed & 15, packed >> 4], axis=-1)
 
 
-def _q4_0(blocks: mx.array) -> mx.array:
-    return (_nibbles(blocks[:, 2:]).astype(mx.float32) - 8) * _half(blocks, 0)
-
-
-def _q4_1(blocks: mx.array) -> mx.array:
-    return _nibbles(blocks[:, 4:]).astype(mx.float32) * _half(blocks, 0) + _half(blocks, 2)
-
-
 def _q4_k(blocks: mx.array) -> mx.array:
     """Eight groups of 32; their 6-bit scales and minima share twelve bytes, the last four in two pieces each."""
     low, middle, high = blocks[:, 4:8], blocks[:, 8:12], blocks[:, 12:16]
-    scales = mx.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=1).astype(mx.float32)
-    minima = mx.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=1).astype(mx.float32)
-    codes = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32).astype(mx.float32)
+    scales = mx.concatenate([low & 63, (high & 15) | (low >> 6 << 4)], axis=1)
+    minima = mx.concatenate([middle & 63, (high >> 4) | (middle >> 6 << 4)], axis=1)
+    codes = _nibbles(blocks[:, 16:].reshape(-1, 4, 32)).reshape(-1, 8, 32)
     return codes * (_half(blocks, 0) * scales)[..., None] - (_half(blocks, 2) * minima)[..., None]
 
 
@@ -72,15 +63,15 @@ def _q6_k(blocks: mx.array) -> mx.array:
     """Sixteen groups of 16 with 8-bit scales; the upper two bits of the codes lie apart from the lower four."""
     low = _nibbles(blocks[:, :128].reshape(-1, 2, 64))
     high = blocks[:, 128:192].reshape(-1, 2, 1, 32) >> mx.array([[0], [2], [4], [6]], mx.uint8) & 3
-    codes = (low | (high.reshape(-1, 2, 128) << 4)).reshape(-1, 16, 16).astype(mx.float32) - 32
+    codes = (low | (high.reshape(-1, 2, 128) << 4)).reshape(-1, 16, 16) - 32.0
     return codes * (_view(blocks[:, 192:208], mx.int8) * _half(blocks, 208))[..., None]
 
 
 LAYOUTS = {
     0: Layout("F32", 1, 4, lambda blocks: _view(blocks, mx.float32)),
     1: Layout("F16", 1, 2, lambda blocks: _view(blocks, mx.float16)),
-    2: Layout("Q4_0", 32, 18, _q4_0),
-    3: Layout("Q4_1", 32, 20, _q4_1),
+    2: Layout("Q4_0", 32, 18, lambda blocks: (_nibbles(blocks[:, 2:]) - 8.0) * _half(blocks, 0)),
+    3: Layout("Q4_1", 32, 20, lambda blocks: _nibbles(blocks[:, 4:]) * _half(blocks, 0) + _half(blocks, 2)),
     8: Layout("Q8_0", 32, 34, lambda blocks: _view(blocks[:, 2:], mx.int8) * _half(blocks, 0)),
     12: Layout("Q4_K", 256, 144, _q4_k),
     14: Layout("Q6_K", 256, 210, _q6_k),
@@ -102,7 +93,7 @@ class Gguf:
     """An opened GGUF file: ``metadata`` by key, ``tensors`` by name; ``read`` decodes one tensor."""
 
     path: Path
-    metadata: dict[str, Value]
+    metadata: dict[str, Any]
     tensors: dict[str, Tensor]
     content: npt.NDArray[np.uint8]
 
@@ -135,8 +126,7 @@ class _Cursor:
         return self.content[start:end]
 
     def number(self, form: str) -> int:
-        value: int = struct.unpack(form, self.take(struct.calcsize(form)))[0]
-        return value
+        return int(struct.unpack(form, self.take(struct.calcsize(form)))[0])
 
     def string(self) -> str:
         return bytes(self.take(self.number("<Q"))).decode("utf-8", "replace")
@@ -149,19 +139,13 @@ class _Cursor:
         form = np.dtype(f"<{SCALARS[kind]}")
         return list(np.frombuffer(self.take(count * form.itemsize), form).tolist())
 
-    def value(self) -> Value:
+    def value(self) -> Any:  # noqa: ANN401
         kind = self.number("<I")
-        if kind == ARRAY:
-            return self.values(self.number("<I"), self.number("<Q"))
-        value: Value = self.values(kind, 1)[0]
-        return value
+        return self.values(self.number("<I"), self.number("<Q")) if kind == ARRAY else self.values(kind, 1)[0]
 
 
 def open_gguf(path: Path) -> Gguf:
-    """Open a GGUF file and read everything but the tensors' data, which is mapped and read on demand.
-
-    Raises `InputError` if it is missing, is no GGUF, is cut off, or holds a tensor in a format that is not read here.
-    """
+    """Open a GGUF file and read all but the tensors' data, which is mapped; `InputError` if it cannot be read here."""
     if not path.is_file():
         raise InputError(f"There is no file {path}; give the path of a GGUF file.")
     with path.open("rb") as file:
@@ -177,7 +161,7 @@ def open_gguf(path: Path) -> Gguf:
         raise InputError(f"{path} is damaged or cut off: {error}; download it again.") from error
 
 
-def _read_header(cursor: _Cursor) -> tuple[dict[str, Value], dict[str, Tensor]]:
+def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     cursor.take(4)
     version = cursor.number("<I")
     if version not in VERSIONS:

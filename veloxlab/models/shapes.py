@@ -19,8 +19,8 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import LayerFacts, dry_run, exact_width, probe, state_bytes, weightless
 from veloxlab.models.loading import DEMO_MODEL, load
 
-GROWING = ("KVCache", "RotatingKVCache")  # mlx-lm's caches of keys and values
-STATES = ("ArraysCache",)  # and of states
+STATES = "ArraysCache"  # mlx-lm's cache of states
+PREDICTED = ("KVCache", "RotatingKVCache", STATES)
 _NUMBERS = ("layers", "kv_heads", "head_dim", "value_dim", "sliding_window", "full_every")
 
 
@@ -30,7 +30,6 @@ class ModelShape:
 
     Attributes
     ----------
-    name : of the model, for people.
     caches : each of its caches, with KV heads and head dimensions.
     exact_bytes : of a value in the model's own cache: 2, or 4 where the model computes in float32.
     state_bytes : of the states of one sequence that do not grow with it, in all layers.
@@ -62,11 +61,9 @@ class ModelShape:
 
         Parameters
         ----------
-        layers, kv_heads, head_dim : of the keys.
-        value_dim : head dimension of the values, if different.
+        head_dim, value_dim : head dimensions of the keys, and of the values where it is another.
         sliding_window : tokens that a sliding layer sees.
         full_every : with a sliding window, every so many-th layer sees all tokens, as every 6th of Gemma 3; None: none.
-        name : for people.
         """
         if full_every is not None and sliding_window is None:
             raise InputError(f"full_every={full_every} has no meaning without sliding_window: give that too.")
@@ -86,9 +83,8 @@ class ModelShape:
 
 
 ModelOrConfig = Module | ModelShape | Mapping[str, Any] | str | Path
-MODEL_OR_CONFIG = either(
-    MODEL, instance((ModelShape, Mapping), "a vl.models.ModelShape or the content of a config.json"), PATH
-)
+_GIVEN = instance((ModelShape, Mapping), "a vl.models.ModelShape or the content of a config.json")
+MODEL_OR_CONFIG = either(MODEL, _GIVEN, PATH)
 
 
 @checked(model_or_config=MODEL_OR_CONFIG)
@@ -103,8 +99,7 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
 
     Raises
     ------
-    InputError : there is no such model here, or mlx-lm knows no model of this configuration, or it keeps caches of a
-        kind whose bytes cannot be predicted.
+    InputError : there is no such model here, mlx-lm does not know it, or the bytes of its caches cannot be predicted.
     """
     if isinstance(model_or_config, ModelShape):
         return model_or_config
@@ -123,9 +118,9 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
 
 
 def _of_model(model: Module, name: str, caches: Sequence[LayerFacts]) -> ModelShape:
-    states = state_bytes(model) if any(cache.native in STATES for cache in caches) else 0  # few models have any
+    states = state_bytes(model) if any(cache.native == STATES for cache in caches) else 0  # few models have any
     for cache in caches:
-        if cache.native not in (*GROWING, *STATES):
+        if cache.native not in PREDICTED:
             raise InputError(
                 f"Layer {cache.layer} of {name} keeps mlx-lm's {cache.native}, whose bytes cannot be predicted: "
                 "measure this model with vl.make_cache and vl.report."

@@ -23,6 +23,7 @@ from veloxlab.mlxlm import hooks
 from veloxlab.models.loading import DEMO_MODEL, load
 from veloxlab.progress import Progress, say
 
+DEFAULT_METHOD = "turboquant"
 _REFUSED = {
     "--model": "the model is the first word, as in `veloxlab {command} MODEL`",
     "--kv-bits": "the cache is compressed already: say how with --method and --bits, or leave those to mlx-lm",
@@ -39,14 +40,11 @@ class Wanted:
     are used; what else has to be fitted is, when the model is there.
     """
 
-    plan: Plan | None
-    method: str | None
+    method_or_plan: str | Plan | None
     settings: dict[str, Any]
     calibrations: Sequence[Calibration] = ()
 
     def __post_init__(self) -> None:
-        if self.method is not None:
-            find_method(self.method)
         used = self._widths()
         for unused in (each.method for each in self.calibrations if each.method not in used):
             raise InputError(f"A calibration of {unused} was given, and {', '.join(used)} is used: leave it out.")
@@ -54,29 +52,31 @@ class Wanted:
     @property
     def given(self) -> bool:
         """Whether anything was asked for."""
-        return self.plan is not None or self.method is not None or bool(self.settings)
+        return self.method_or_plan is not None or bool(self.settings)
 
     def maker(self, model: Module, tokenizer: Any, progress: Progress) -> Callable[[], list[Any]]:  # noqa: ANN401
         """What makes one cache after another for ``model``; what has to be fitted for it is, once, now."""
-        if self.plan is not None:
-            self.plan.settings_for(model)  # refused before anything is fitted
+        plan, learned = self.method_or_plan, {}
+        if isinstance(plan, Plan):
+            plan.settings_for(model)  # refused before anything is fitted
+            learned = plan.calibrations
         fitted: dict[str, Calibration] = {}
         for each in self.calibrations:
             fitted[each.method] = fitted[each.method].joined(each) if each.method in fitted else each
         for method, widths in self._widths().items():
-            learns = find_method(method).calibrated or (self.plan is not None and method in self.plan.calibrations)
-            if learns and method not in fitted:
+            if (find_method(method).calibrated or method in learned) and method not in fitted:
                 fitted[method] = calibrate(model, tokenizer, method, bits=sorted(widths), progress=progress)
         settings = {**self.settings, "calibration": [*fitted.values()]}
-        return lambda: make.make_cache(model, self.plan or self.method or "turboquant", **settings)
+        return lambda: make.make_cache(model, plan or DEFAULT_METHOD, **settings)
 
     def _widths(self) -> Mapping[str, set[int]]:
         """The methods that are used, and the bits of each."""
-        widths: dict[str, set[int]] = {}
-        if self.plan is None:
+        if not isinstance(self.method_or_plan, Plan):
             usual = self.settings.get("bits", DEFAULT_BITS)
-            return {self.method or "turboquant": {self.settings.get(n, usual) for n in ("key_bits", "value_bits")}}
-        for layer in self.plan.layers:
+            both = {self.settings.get(name, usual) for name in ("key_bits", "value_bits")}
+            return {find_method(self.method_or_plan or DEFAULT_METHOD).id: both}
+        widths: dict[str, set[int]] = {}
+        for layer in self.method_or_plan.layers:
             for _, method, bits, _ in layer.tensors:
                 widths.setdefault(method, set()).add(bits)
         return widths
@@ -134,8 +134,8 @@ def run(
 ) -> None:
     """Run mlx-lm's command ``theirs``, which is our ``command``, on a ``model``, with its own options ``passed_on``.
 
-    ``settings`` are those of `veloxlab.make_cache`. Raises `InputError` for options that contradict one another or a
-    compressed cache, and for a prompt cache's file that does not fit the model or what is wanted.
+    ``settings`` are those of `veloxlab.make_cache`. Raises `InputError` for options that contradict one another, and
+    for a prompt cache's file that does not fit the model or what is wanted.
     """
     if plan is not None and method is not None:
         raise InputError("--plan already contains the method of each layer: leave out --method.")
@@ -143,7 +143,7 @@ def run(
         if option in _REFUSED:
             raise InputError(f"{option} cannot be given here: {_REFUSED[option].format(command=command)}.")
     given = {name: number for name, number in settings.items() if number is not None}
-    wanted = Wanted(plan_of(plan), method, given, [*map(Calibration.load, calibration)])
+    wanted = Wanted(plan_of(plan) or method, given, [*map(Calibration.load, calibration)])
     hooks.attach()  # a prompt cache's file is read before the model
     module = import_module(f"mlx_lm.{theirs}")
     loader = Loader(module, model, wanted)
