@@ -114,7 +114,7 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
     for name in names:
         monkeypatch.setattr(bench, name, lambda *given, name=name, **named: [{"of": name, **named}])
     monkeypatch.setattr(measurements, "bench_picture", lambda results: str(len(results)).encode())
-    monkeypatch.setattr(measurements, "bench_tables", lambda results: f"{len(results)} parts")
+    monkeypatch.setattr(measurements.tables, "bench_tables", lambda results: f"{len(results)} parts")
     path = tmp_path / "bench.json"
     assert cli.main(["bench", "--json", str(path), "--tokens", "64"]) == 0
     assert path.with_suffix(".md").read_text() == "5 parts\n"

@@ -11,16 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veloxlab.cli.tables import (
-    SHAPE,
-    bench_tables,
-    compared_table,
-    front_table,
-    left_out_lines,
-    lengths_table,
-    ratio_table,
-    swept_table,
-)
+from veloxlab.cli import tables
 from veloxlab.progress import say
 from veloxlab.store import check_place, make_folder, write_atomically, write_parquet
 
@@ -53,7 +44,10 @@ def compare_caches(model: str, out: Path, **text: Any) -> int:
     write_parquet(out / "byte_ratios.parquet", ratios)
     drawn = picture.png(frontier(frame, x="bits").to_dict(), width=2 * picture.WIDTH)
     write_atomically(out / f"{stem}.png", drawn)
-    _tell(out / f"{stem}.md", f"{compared_table(frame)}{left_out_lines(missing)}\n\n{ratio_table(ratios)}")
+    _tell(
+        out / f"{stem}.md",
+        f"{tables.compared_table(frame)}{tables.left_out_lines(missing)}\n\n{tables.ratio_table(ratios)}",
+    )
     unfinished.unlink()
     return 0
 
@@ -67,7 +61,7 @@ def sweep_bits(model: str, out: Path, **settings: Any) -> int:
     unfinished = make_folder(out) / f"{stem}.unfinished.json"
     frame = sweep(*vl.load(model), **settings, unfinished=unfinished, progress=say)
     write_parquet(out / f"{stem}.parquet", frame)
-    _tell(out / f"{stem}.md", swept_table(swept(frame)))
+    _tell(out / f"{stem}.md", tables.swept_table(swept(frame)))
     unfinished.unlink(missing_ok=True)
     return 0
 
@@ -81,7 +75,7 @@ def search_front(model: str, out: Path, workers: int, **settings: Any) -> int:
     with ProcessPoolExecutor(workers, mp_context=fresh) if workers > 1 else nullcontext() as executor:
         result = vl.search(model, **settings, executor=executor, progress=say)
     result.save(f"{stem}.parquet")
-    _tell(Path(f"{stem}.md"), front_table(result.front))
+    _tell(Path(f"{stem}.md"), tables.front_table(result.front))
     return 0
 
 
@@ -120,7 +114,7 @@ def time_kernels(file: Path | None, tokens: Sequence[int] | None, only: Sequence
             _write_json(file, kept)
     if file and "attention" in kept:
         write_atomically(file.with_suffix(".png"), bench_picture(kept))
-        write_atomically(file.with_suffix(".md"), f"{bench_tables(kept)}\n".encode())
+        write_atomically(file.with_suffix(".md"), f"{tables.bench_tables(kept)}\n".encode())
     return 0
 
 
@@ -130,7 +124,7 @@ def bench_picture(results: dict[str, Any]) -> bytes:
 
     from veloxlab.views import attention_times, picture
 
-    shape, times = next(iter(pl.DataFrame(results["attention"]["rows"]).group_by(*SHAPE, maintain_order=True)))
+    shape, times = next(iter(pl.DataFrame(results["attention"]["rows"]).group_by(*tables.SHAPE, maintain_order=True)))
     heading = "Attention of one token: {} query heads, {} KV heads, head dimension {}".format(*shape)
     return picture.png(attention_times(times, heading=heading).to_dict())
 
@@ -156,7 +150,7 @@ def measure_lengths(
     unfinished = file and file.with_suffix(".unfinished.json")
     results: dict[str, Any] = {"facts": bench.facts()}
     left_out: dict[str, Mapping[str, str]] = {}  # by model: why a cache has no row, or not all
-    tables: list[str] = []
+    texts: list[str] = []
 
     def keep(name: str, rows: pl.DataFrame, missing: Mapping[str, str]) -> None:
         results[name], left_out[name] = rows.to_dicts(), dict(missing)
@@ -171,11 +165,11 @@ def measure_lengths(
         few = [n for n in ns if n <= quantized_upto]
         lengths_of = {cache: few if cache.startswith("mlx-lm") else ns for cache in caches}
         frame = lengths.costs_by_length(own, caches, lengths_of, progress=say, on_rows=partial(keep, name))
-        tables.append(f"{name}\n\n{lengths_table(frame)}{left_out_lines(left_out[name])}\n")
-        print(tables[-1])
+        texts.append(f"{name}\n\n{tables.lengths_table(frame)}{tables.left_out_lines(left_out[name])}\n")
+        print(texts[-1])
     if file and unfinished:
         unfinished.replace(file)
-        write_atomically(file.with_suffix(".md"), "\n".join(tables).encode())
+        write_atomically(file.with_suffix(".md"), "\n".join(texts).encode())
     return 0
 
 
