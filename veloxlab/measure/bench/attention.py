@@ -1,12 +1,13 @@
-"""Attention of one token: exact, mlx-lm's own quantized, and over codes; and what encoding takes beside it.
+"""Attention of one token: exact, mlx-lm's quantized, and over codes; and encoding beside it.
 
-Every one of many calls has a cache of its own, as far as memory allows, and a query of its own: mlx-lm's quantized
-attention scales the one that it is given in its place.
+Every call has a cache of its own, as far as memory allows, and a query of its own: mlx-lm's quantized attention scales
+its query in place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -19,26 +20,16 @@ from veloxlab.cache.counts import CHUNK
 from veloxlab.codecs import METHODS, ROLES, Role
 from veloxlab.codecs.base import Code, Codec, Sample
 from veloxlab.codecs.parts.rope import Rope
-from veloxlab.measure.bench.timing import (
-    IN_A_ROW,
-    Progress,
-    Row,
-    Shape,
-    bandwidth,
-    copies,
-    microseconds,
-    query,
-    vectors,
-)
+from veloxlab.measure.bench.timing import IN_A_ROW, Progress, Row, Shape, median_seconds, microseconds, vectors
 
 SHAPES = (Shape(32, 8, 128), Shape(16, 2, 128), Shape(8, 1, 256))
 TOKENS = (4096, 32768, 131072)
 BITS = (2, 3, 4, 8)
 METHOD_BITS = 4
 ENCODED = tuple(method.id for method in METHODS.values() if method.timed)
-_EXACT = "exact 16 bit"
 _GROUP = 64  # values that share a scale in mlx-lm's quantized cache
 _TILE = 1024  # tokens of random vectors that are encoded once, and repeated
+_CACHE_BYTES = 2 << 30  # of the caches that the calls of a row take in turn
 
 Make = Callable[[], tuple[Callable[[mx.array], mx.array], Any]]
 """Makes a cache: how a query attends to it, and its arrays."""
@@ -50,11 +41,11 @@ def decode_attention(
     bits: Sequence[int] = BITS,
     progress: Progress = print,
 ) -> list[Row]:
-    """One query token that attends to ``tokens`` others: exact in 16 bits, mlx-lm at 4 and 8 bits, ours.
+    """One query token that attends to ``tokens`` others: exact in 16 bits, mlx-lm at 4 and 8 bits, TurboQuant.
 
     Rows: ``cache, query_heads, kv_heads, head_dim, tokens, microseconds`` (evaluating, see `timing`),
-    ``making_microseconds, alone_microseconds, bytes, gigabytes_per_second, roofline_microseconds`` (`with_roofline`),
-    ``ratio`` (to the exact cache's time of the same shape).
+    ``making_microseconds, alone_microseconds, bytes, gigabytes_per_second, ratio`` (to the time of the exact cache) and
+    ``roofline_microseconds`` (what the bytes alone take at the fastest that anything here moved them).
     """
     rows: list[Row] = []
     for shape in shapes:
@@ -62,30 +53,35 @@ def decode_attention(
             ways = {f"mlx-lm {b} bit": partial(mlx_lm, shape, count, b) for b in (4, 8)}
             ways |= {f"turboquant {b} bit": partial(over_codes, shape, count, b) for b in bits}
             rows += _timed(ways, shape, count, progress)
-    return with_roofline(rows, bandwidth())
+    return _with_roofline(rows)
 
 
 def attention_of_methods(
     methods: Sequence[str], shape: Shape = SHAPES[0], tokens: int = TOKENS[1], progress: Progress = print
 ) -> list[Row]:
-    """The same at `METHOD_BITS` for each of ``methods``, fitted to random vectors; ``ratio`` is to exact attention."""
+    """The same at `METHOD_BITS` for each of ``methods``, fitted to random vectors."""
     ways = {f"{name} {METHOD_BITS} bit": partial(over_codes, shape, tokens, METHOD_BITS, name) for name in methods}
-    return with_roofline(list(_timed(ways, shape, tokens, progress)), bandwidth())
+    return _with_roofline(list(_timed(ways, shape, tokens, progress)))
 
 
-def with_roofline(rows: Sequence[Row], gigabytes_per_second: float) -> list[Row]:
-    """The rows, each with the time that its bytes alone would take at the fastest that anything here moved them.
-
-    A kernel that only reads moves them faster than a copy does.
-    """
-    fastest = max(gigabytes_per_second, *(row["gigabytes_per_second"] for row in rows))
+def _with_roofline(rows: Sequence[Row]) -> list[Row]:
+    # a kernel that only reads moves bytes faster than a copy does
+    fastest = max(bandwidth(), *(row["gigabytes_per_second"] for row in rows))
     return [row | {"roofline_microseconds": row["bytes"] / fastest / 1e3} for row in rows]
 
 
+def bandwidth() -> float:
+    """Gigabytes a second at which MLX copies a large array or reads it to a sum, whichever is more."""
+    source = mx.zeros((1 << 28,), mx.float32)
+    mx.eval(source)
+    copied, read = median_seconds(lambda: source + 1), median_seconds(source.sum)
+    return max(2 * source.nbytes / copied, source.nbytes / read) / 1e9
+
+
 def _timed(ways: Mapping[str, Callable[[], Make]], shape: Shape, tokens: int, progress: Progress) -> Iterator[Row]:
-    """A row for exact attention, and for each of ``ways``, which are made one after another."""
+    """A row for exact attention, and for each of ``ways``."""
     exact_time = 0.0
-    for name, way in ({_EXACT: partial(exact, shape, tokens)} | dict(ways)).items():
+    for name, way in ({"exact 16 bit": partial(exact, shape, tokens)} | dict(ways)).items():
         made, size = calls(shape, way())
         times = microseconds(made)
         exact_time = exact_time or times.evaluating
@@ -94,9 +90,7 @@ def _timed(ways: Mapping[str, Callable[[], Make]], shape: Shape, tokens: int, pr
         progress(f"{heads}, {tokens} tokens: {name}, {spent}")
         yield {
             "cache": name,
-            "query_heads": shape.query_heads,
-            "kv_heads": shape.kv_heads,
-            "head_dim": shape.head_dim,
+            **asdict(shape),
             "tokens": tokens,
             "microseconds": times.evaluating,
             "making_microseconds": times.making,
@@ -110,17 +104,20 @@ def _timed(ways: Mapping[str, Callable[[], Make]], shape: Shape, tokens: int, pr
 
 
 def calls(shape: Shape, make: Make) -> tuple[list[Callable[[], mx.array]], int]:
-    """Calls of attention to caches of their own, and the bytes that one of them has to read."""
-    q = query(shape)
-    caches: list[Callable[[mx.array], mx.array]] = []
+    """Calls of attention to caches of their own, and the bytes that one of them has to read.
+
+    There are so many that none is left in the GPU's second-level cache.
+    """
+    query = mx.random.normal((1, shape.query_heads, 1, shape.head_dim)).astype(mx.float16)
+    made: list[Callable[[], mx.array]] = []
     size = 0
-    while not caches or len(caches) < copies(size):
+    while not made or len(made) < min(IN_A_ROW, _CACHE_BYTES // size):
         attend, arrays = make()
-        mx.eval(q, arrays)
+        mx.eval(query, arrays)
         leaves: Any = tree_flatten(arrays)
         size = sum(array.nbytes for _, array in leaves)
-        caches.append(attend)
-    return [lambda attend=attend: attend(mx.array(q)) for attend in caches], size  # type: ignore[misc]
+        made.append(lambda attend=attend: attend(mx.array(query)))  # type: ignore[misc]
+    return made, size
 
 
 def exact(shape: Shape, tokens: int) -> Make:
@@ -147,15 +144,15 @@ def mlx_lm(shape: Shape, tokens: int, bits: int) -> Make:
 
 def over_codes(shape: Shape, tokens: int, bits: int, method: str = "turboquant") -> Make:
     """Attention over the codes of a method: those of `_TILE` random vectors, over and over."""
-    key_codec, value_codec = (fitted(method, shape, tensor, bits) for tensor in ROLES)
-    tiles = [codec.encode(vectors(shape, min(_TILE, tokens))).arrays for codec in (key_codec, value_codec)]
+    codecs = [fitted(method, shape, tensor, bits) for tensor in ROLES]
+    tiles = [codec.encode(vectors(shape, min(_TILE, tokens))).arrays for codec in codecs]
 
     def copied(tile: mx.array) -> mx.array:
         return mx.contiguous(mx.concatenate([tile] * -(-tokens // tile.shape[2]), axis=2)[:, :, :tokens] + 0)
 
     def make() -> tuple[Callable[[mx.array], mx.array], Any]:
         keys, values = ({name: copied(tile) for name, tile in arrays.items()} for arrays in tiles)
-        history = History((Segment(key_codec, Code(keys), value_codec, Code(values)),))
+        history = History((Segment(codecs[0], Code(keys), codecs[1], Code(values)),))
         return lambda q: history.attend(q, shape.scale, None), (keys, values)
 
     return make
@@ -177,38 +174,28 @@ def encode_steps(
     methods: Sequence[str] = ENCODED,
     progress: Progress = print,
 ) -> list[Row]:
-    """What it takes to encode the keys and values of all layers: of one decoded token, and of a chunk of a prefill.
+    """Time to encode the keys and values of all layers: of one decoded token, and of a chunk of a prefill.
 
     Rows: ``cache, query_heads, kv_heads, head_dim, layers, tokens, microseconds, attention_microseconds, ratio``. Both
-    times are of all layers, evaluated together; ``attention`` is that of one token to ``behind`` others, in 4-bit
+    times are of all layers, evaluated together. ``attention`` is that of one token to ``behind`` others, in 4-bit
     codes, and ``ratio`` is to it. Calibrated methods are fitted to random vectors, once for all layers.
     """
-    attention = microseconds(calls(shape, over_codes(shape, behind, METHOD_BITS))[0]).evaluating
+    attention = IN_A_ROW * microseconds(calls(shape, over_codes(shape, behind, METHOD_BITS))[0]).evaluating
     rows: list[Row] = []
     for name in methods:
         codecs = [fitted(name, shape, tensor) for tensor in ROLES]
         for count in (1, chunk):
             pairs = [[vectors(shape, count) for _ in codecs] for _ in range(IN_A_ROW)]
             mx.eval(pairs)
-            each = microseconds([partial(_encode, codecs, pair) for pair in pairs]).evaluating
-            rows.append(
-                {
-                    "cache": f"{name} {METHOD_BITS} bit",
-                    "query_heads": shape.query_heads,
-                    "kv_heads": shape.kv_heads,
-                    "head_dim": shape.head_dim,
-                    "layers": IN_A_ROW,
-                    "tokens": count,
-                    "microseconds": each * IN_A_ROW,
-                    "attention_microseconds": attention * IN_A_ROW,
-                    "ratio": each / attention,
-                }
-            )
-            progress(f"encoding {count} tokens of {IN_A_ROW} layers: {name}, {each * IN_A_ROW:.0f} µs")
+            spent = IN_A_ROW * microseconds([partial(_encode, codecs, pair) for pair in pairs]).evaluating
+            row = {"cache": f"{name} {METHOD_BITS} bit", **asdict(shape), "layers": IN_A_ROW, "tokens": count}
+            times = {"microseconds": spent, "attention_microseconds": attention, "ratio": spent / attention}
+            rows.append(row | times)
+            progress(f"encoding {count} tokens of {IN_A_ROW} layers: {name}, {spent:.0f} µs")
             del pairs
             mx.clear_cache()
     return rows
 
 
-def _encode(codecs: Sequence[Codec], vectors: Sequence[mx.array]) -> list[dict[str, mx.array]]:
-    return [codec.encode(x).arrays for codec, x in zip(codecs, vectors, strict=True)]
+def _encode(codecs: Sequence[Codec], pair: Sequence[mx.array]) -> list[dict[str, mx.array]]:
+    return [codec.encode(x).arrays for codec, x in zip(codecs, pair, strict=True)]

@@ -29,9 +29,9 @@ def decode_steps(
 ) -> list[Row]:
     """Decoding behind ``tokens`` tokens, as mlx-lm does: the graph of a token is made while the one before is computed.
 
-    The caches are filled with random keys and values; nothing is prefilled. Rows: ``cache, layers, tokens,
-    milliseconds`` (of a token), ``ratio`` (exact time over this one's: more than 1 is faster), ``held_bytes``. A cache
-    that MLX cannot read on this device is told to ``progress`` and left out.
+    The caches are filled with random keys and values. Rows: ``cache, layers, tokens, milliseconds`` (of a token),
+    ``ratio`` (exact time over this one's: more than 1 is faster), ``held_bytes``. A cache that MLX cannot read on this
+    device is told to ``progress`` and left out.
     """
     model = _model(layers)
     rows: list[Row] = []
@@ -40,23 +40,15 @@ def decode_steps(
         for name, make in makers(model, bits, theirs=(4,)).items():
             caches = _filled(make, count)
             try:
-                seconds = _token_seconds(model, caches)
+                spent = 1e3 * _token_seconds(model, caches)
             except RuntimeError as error:
                 # MLX 0.32.4 on CUDA has no product of one row with quantized ones for some numbers of tokens
                 progress(f"decoding behind {count} tokens: {name} fails: {error}")
                 continue
-            exact_time = exact_time or seconds
-            rows.append(
-                {
-                    "cache": name,
-                    "layers": layers,
-                    "tokens": count,
-                    "milliseconds": seconds * 1e3,
-                    "ratio": exact_time / seconds,
-                    "held_bytes": sum(cache.nbytes for cache in caches),
-                }
-            )
-            progress(f"decoding behind {count} tokens: {name}, {seconds * 1e3:.2f} ms a token")
+            exact_time = exact_time or spent
+            row = {"cache": name, "layers": layers, "tokens": count, "milliseconds": spent, "ratio": exact_time / spent}
+            rows.append(row | {"held_bytes": sum(cache.nbytes for cache in caches)})
+            progress(f"decoding behind {count} tokens: {name}, {spent:.2f} ms a token")
             del caches
             mx.clear_cache()
     return rows
@@ -82,16 +74,9 @@ def read_prompts(
             start = time.perf_counter()
             read(model, ids, caches)
             seconds = time.perf_counter() - start
-        rows.append(
-            {
-                "cache": name,
-                "layers": layers,
-                "tokens": tokens,
-                "seconds": seconds,
-                "ratio": (rows[0]["seconds"] if rows else seconds) / seconds,
-                "peak_bytes": mx.get_peak_memory() - weights,
-            }
-        )
+        ratio = (rows[0]["seconds"] if rows else seconds) / seconds
+        row = {"cache": name, "layers": layers, "tokens": tokens, "seconds": seconds, "ratio": ratio}
+        rows.append(row | {"peak_bytes": mx.get_peak_memory() - weights})
         progress(f"reading {tokens} tokens: {name}, {seconds:.2f} s")
     return rows
 

@@ -1,7 +1,7 @@
-"""What every benchmark needs: how long a call takes, what device it was on, and how fast that moves bytes.
+"""What every benchmark needs: the time of a call, facts of the device, and how fast it moves bytes.
 
 Calls are timed many at once, as the layers of a model are, and alone. A generator makes the graph of a token while the
-GPU works on the one before, so the time of evaluating is told apart from that of making the graph.
+GPU works on the one before, so the times of evaluating and of making the graph are measured apart.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ Progress = Callable[[str], None]
 REPEATS = 9
 FIRST_TRIES = 2
 IN_A_ROW = 32  # calls that are evaluated together: as many as a model of 8 billion parameters has layers
-_CACHE_BYTES = 2 << 30  # of the caches that the calls of a row take in turn
 
 
 @dataclass(frozen=True)
@@ -70,53 +69,25 @@ def facts() -> Row:
 def microseconds(calls: Sequence[Callable[[], object]]) -> Microseconds:
     """Time ``calls``, each of which makes a lazy result, taken in turn, `IN_A_ROW` of them."""
     row = [calls[i % len(calls)] for i in range(IN_A_ROW)]
-    making, evaluating = [], []
-    for repeat in range(FIRST_TRIES + REPEATS):
-        mx.synchronize()
-        start = time.perf_counter()
-        made = [call() for call in row]
-        between = time.perf_counter()
-        mx.eval(made)
-        mx.synchronize()
-        if repeat >= FIRST_TRIES:
-            making.append(between - start)
-            evaluating.append(time.perf_counter() - between)
-    one = 1e6 / IN_A_ROW
-    return Microseconds(
-        statistics.median(evaluating) * one, statistics.median(making) * one, median_seconds(calls[0], REPEATS) * 1e6
-    )
+    times = [_timed(lambda: [call() for call in row]) for _ in range(FIRST_TRIES + REPEATS)][FIRST_TRIES:]
+    making, evaluating = (1e6 / IN_A_ROW * statistics.median(part) for part in zip(*times, strict=True))
+    return Microseconds(evaluating, making, 1e6 * median_seconds(calls[0], REPEATS))
 
 
 def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
     """Median time of evaluating what ``work`` gives, on a device that has nothing else to do, after `FIRST_TRIES`."""
-    seconds = []
-    for repeat in range(FIRST_TRIES + repeats):
-        mx.synchronize()
-        start = time.perf_counter()
-        mx.eval(work())
-        mx.synchronize()
-        if repeat >= FIRST_TRIES:
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    return statistics.median([sum(_timed(work)) for _ in range(FIRST_TRIES + repeats)][FIRST_TRIES:])
 
 
-def copies(bytes_each: int) -> int:
-    """How many caches the calls of a row take in turn, so that none is left in the GPU's second-level cache."""
-    return max(1, min(IN_A_ROW, _CACHE_BYTES // bytes_each))
-
-
-def bandwidth() -> float:
-    """Gigabytes a second at which MLX copies a large array or reads it to a sum, whichever is more: for a roofline."""
-    source = mx.zeros((1 << 28,), mx.float32)
-    mx.eval(source)
-    copied = 2 * source.nbytes / median_seconds(lambda: source + 1, REPEATS)
-    read = source.nbytes / median_seconds(source.sum, REPEATS)
-    return max(copied, read) / 1e9
-
-
-def query(shape: Shape) -> mx.array:
-    """A random query of one token."""
-    return mx.random.normal((1, shape.query_heads, 1, shape.head_dim)).astype(mx.float16)
+def _timed(work: Callable[[], object]) -> tuple[float, float]:
+    """Seconds to make a graph, and to evaluate it."""
+    mx.synchronize()
+    start = time.perf_counter()
+    made = work()
+    between = time.perf_counter()
+    mx.eval(made)
+    mx.synchronize()
+    return between - start, time.perf_counter() - between
 
 
 def vectors(shape: Shape, tokens: int) -> mx.array:
