@@ -426,7 +426,7 @@ def test_a_head_or_pair_that_there_is_not_is_refused(noise):
         (lambda: pair_points(layer, 2, 0), "There is no KV head 2: choose one from 0 to 1"),
         (lambda: pair_points(layer, 0, 8), "There is no pair 8: choose one from 0 to 7"),
         (lambda: attention_map(layer, 2), "There is no query head 2: choose one from 0 to 1"),
-        (lambda: attention_map(layer, 0, blocks=1), "A map of blocks=1 shows nothing"),
+        (lambda: attention_map(layer, 0, blocks=1), "blocks=1 cannot be used: give a whole number, 2 or more"),
     ):
         with pytest.raises(InputError, match=sentence):
             call()

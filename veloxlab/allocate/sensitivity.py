@@ -18,9 +18,7 @@ from veloxlab.codecs import ROLES, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Recorder, capture_layers, stretches
 from veloxlab.measure.errors import layer_errors, ratio
-from veloxlab.measure.footprint import check_room
-from veloxlab.measure.gradients import loss_gradients
-from veloxlab.measure.quality import divergence, log_probabilities
+from veloxlab.measure.predictions import check_room, divergence, log_probabilities, loss_gradients
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent

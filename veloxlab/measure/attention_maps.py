@@ -1,4 +1,4 @@
-"""The attention map of one head, exact and with compressed keys, pooled to what an eye can take in."""
+"""The attention map of one head, exact and with compressed keys, in blocks of tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import usual_bits
+from veloxlab.checks import checked, instance, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture
 from veloxlab.measure.errors import exact_and_decoded
@@ -26,9 +27,10 @@ ATTENTION_MAP = {
 }
 """Columns of `attention_map`."""
 
-BLOCKS = 32  # a side: three triangles of 528 cells
+BLOCKS = 32  # per side: three triangles of 528 cells
 
 
+@checked(layer=instance(LayerCapture, "a layer of what vl.measure.capture gave"), blocks=whole(2))
 def attention_map(
     layer: LayerCapture,
     head: int,
@@ -41,26 +43,19 @@ def attention_map(
 ) -> pl.DataFrame:
     """Causal attention of one query head over exact keys, over keys that ``method`` compressed, and the difference.
 
-    Every key is compressed, none stays exact. Attention is causal over all tokens, as if the layer had no window.
-    Columns: `ATTENTION_MAP`.
-
-    Raises
-    ------
-    InputError : no such query head, a layer that does not show its queries, fewer than two blocks; as
-        `veloxlab.layer_errors`.
+    Every key is compressed. Attention is causal over all tokens, as if the layer had no window. Columns:
+    `ATTENTION_MAP`. Raises `InputError` as `layer_errors`, for a layer that does not show its queries, and if there is
+    no such head.
     """
     if layer.queries is None or layer.scale is None:
         raise InputError(f"Layer {layer.layer} does not show its queries, so there is no attention map: take another.")
     heads, kv_heads = layer.queries.shape[1], layer.keys.shape[1]
     if not 0 <= head < heads:
         raise InputError(f"There is no query head {head}: choose one from 0 to {heads - 1}.")
-    if blocks < 2:
-        raise InputError(f"A map of blocks={blocks} shows nothing: give 2 or more, such as {BLOCKS}.")
     width = usual_bits(method, 8 * layer.keys.dtype.size, bits)
     both = exact_and_decoded(layer, "keys", method, width, calibration, options)
-    own = head // (heads // kv_heads)
     q = layer.queries[0, head].astype(mx.float32)
-    exact, compressed = (_weights(q, x[0, own], layer.scale) for x in both)
+    exact, compressed = (_weights(q, x[0, head * kv_heads // heads], layer.scale) for x in both)
     edges = block_edges(len(exact), blocks)
     moved = np.add.reduceat(np.abs(exact - compressed).sum(axis=1) / 2, edges[:-1]) / np.diff(edges)
     pooled = {"exact": pooled_weights(exact, edges), "compressed": pooled_weights(compressed, edges)}

@@ -15,7 +15,6 @@ from veloxlab.cache.plan import DEFAULT_BITS
 from veloxlab.checks import checked, either, many, whole
 from veloxlab.codecs import ROLES, Codec, find_method
 from veloxlab.codecs.base import Sample
-from veloxlab.codecs.method import Method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
 from veloxlab.mlxlm import probe
@@ -26,7 +25,6 @@ from veloxlab.texts import excerpt
 
 USUAL_TOKENS = 1024
 LEAST_TOKENS, LEAST_DISTINCT = 64, 16
-_USUAL = f"give natural text of at least {LEAST_TOKENS} tokens; {USUAL_TOKENS:,} are usual"
 
 
 @checked(bits=either(whole(), many(whole())), tokens=whole(LEAST_TOKENS))
@@ -46,17 +44,15 @@ def calibrate(
     """Fit a method's codecs to every layer of a model, on the model's own activations.
 
     The result is saved and found again by everything it depends on: the model's weights, the method and its options,
-    the text, tokens, bits and seed. One layer's activations are held at a time. That of a method that was registered
-    (`veloxlab.register`) is made anew each time: its code may have changed.
+    the text, tokens, bits and seed. One layer's activations are held at a time. A method that was registered
+    (`veloxlab.codecs.register`) is fitted anew each time: its code may have changed.
 
     In seconds of one core, SmolLM2 (30 layers, 1,024 tokens, float32) takes below 20 where only channels, means or
     levels are learned, 30 for SpectralQuant, 45 to 75 for VecInfer, and 70, 100, 145 and 170 for CommVQ at 1, 2, 3 and
-    4 bits: it trains tables for values too, which takes as long as for keys. Each further width takes its time again.
+    4 bits. Each further width takes its time again.
 
     Parameters
     ----------
-    model, tokenizer : as `veloxlab.load` gives them.
-    method : a method's id.
     text : what the model reads; the shipped WikiText-2 validation excerpt by default.
     bits : the width, or all widths, to fit keys and values for.
     tokens : how much of the text, 64 or more.
@@ -74,7 +70,6 @@ def calibrate(
     for width in widths:
         for tensor in ROLES:
             found.check(width, tensor, options)
-    plain = _plain(options)
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     _check_text(ids)
     facts = {
@@ -84,53 +79,37 @@ def calibrate(
         "tokens": len(ids),
         "seed": seed,
         "bits": widths,
-        "options": plain,
+        "options": _as_json(options),
     }
 
     def made() -> Calibration:
-        return Calibration(method, facts, _fitted(model, ids, found, widths, seed, progress, options))
+        codecs: dict[Place, Codec] = {}
+        layers = sum(f.compressible for f in probe.probe(model))
+        for done, seen in enumerate(capture_layers(model, ids)):
+            progress(done, layers, f"fitting layer {seen.layer}")
+            _check_finite(seen)
+            queries = None if seen.queries is None else seen.queries.astype(mx.float32)
+            for tensor in ROLES:
+                x = seen.vectors(tensor)
+                sample = Sample(x, queries, seen.rope, seed)
+                for width in widths:
+                    codecs[seen.layer, tensor, width] = found.codec(x.shape[-1], width, tensor, **options).fit(sample)
+        progress(layers, layers, "done")
+        return Calibration(method, facts, codecs)
+
+    def loaded(path: Path) -> Calibration:
+        calibration = Calibration.load(path)
+        if calibration.facts != facts:
+            raise InputError(f"The calibration {path} was made of something else than its name says.")
+        return calibration
 
     if found.codecs:  # registered: a file could not tell whether its code is still the same
         return made()
     key = digest([FORMAT, method, facts])[:16]
-    path = kept_in("calibrations", folder) / f"{method}-{key}.json"
-    return kept(path, lambda path: _loaded(path, facts), made, Calibration.save)
+    return kept(kept_in("calibrations", folder) / f"{method}-{key}.json", loaded, made, Calibration.save)
 
 
-def _loaded(path: Path, facts: dict[str, Any]) -> Calibration:
-    """What was saved of the same ``facts``."""
-    found = Calibration.load(path)
-    if found.facts != facts:
-        raise InputError(f"The calibration {path} was made of something else than its name says.")
-    return found
-
-
-def _fitted(
-    model: Module,
-    ids: Sequence[int],
-    method: Method,
-    widths: Sequence[int],
-    seed: int,
-    progress: Progress,
-    options: Mapping[str, object],
-) -> dict[Place, Codec]:
-    """Codecs of every layer, tensor and width, fitted while the model reads ``ids``."""
-    codecs: dict[Place, Codec] = {}
-    layers = sum(f.compressible for f in probe.probe(model))
-    for done, seen in enumerate(capture_layers(model, ids)):
-        progress(done, layers, f"fitting layer {seen.layer}")
-        _check_finite(seen)
-        for tensor, x in zip(ROLES, (seen.keys, seen.values), strict=True):
-            queries = None if seen.queries is None else seen.queries.astype(mx.float32)
-            sample = Sample(x.astype(mx.float32), queries, seen.rope, seed)
-            for width in widths:
-                codec = method.codec(x.shape[-1], width, tensor, **options)
-                codecs[seen.layer, tensor, width] = codec.fit(sample)
-    progress(layers, layers, "done")
-    return codecs
-
-
-def _plain(options: Mapping[str, object]) -> dict[str, object]:
+def _as_json(options: Mapping[str, object]) -> dict[str, object]:
     """``options`` as they come back from a file."""
     try:
         return dict(json.loads(json.dumps(options)))
@@ -142,13 +121,14 @@ def _plain(options: Mapping[str, object]) -> dict[str, object]:
 
 
 def _check_text(ids: Sequence[int]) -> None:
+    usual = f"give natural text of at least {LEAST_TOKENS} tokens; {USUAL_TOKENS:,} are usual"
     if len(ids) < LEAST_TOKENS:
         count = f"{len(ids)} token{'s' * (len(ids) != 1)}"
-        raise InputError(f"The calibration text has {count}, too few to fit anything to: {_USUAL}.")
-    if len(set(ids)) < LEAST_DISTINCT:
+        raise InputError(f"The calibration text has {count}, too few to fit anything to: {usual}.")
+    if (different := len(set(ids))) < LEAST_DISTINCT:
         raise InputError(
-            f"The calibration text has {len(set(ids))} different tokens among {len(ids)}, and at least "
-            f"{LEAST_DISTINCT} are needed: {_USUAL}."
+            f"The calibration text has {different} different tokens among {len(ids)}, and at least {LEAST_DISTINCT} "
+            f"are needed: {usual}."
         )
 
 

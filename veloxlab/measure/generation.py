@@ -22,7 +22,8 @@ from veloxlab.cache.plan import Plan
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, FLAG, FUNCTION, WORDS, checked, either, many, real, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import first_tokens
-from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities, maker
+from veloxlab.measure.predictions import divergence, log_probabilities
+from veloxlab.measure.quality import CacheMaker, maker
 from veloxlab.mlxlm.probe import own_cache
 from veloxlab.progress import Progress, silent
 

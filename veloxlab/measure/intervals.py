@@ -14,7 +14,7 @@ from veloxlab.errors import InputError
 
 @cache
 def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t with ``freedom`` degrees, for a ``probability`` between ½ and 1; to about 1e-6.
+    """Quantile of Student's t with ``freedom`` degrees, for a ``probability`` from ½ to below 1; to about 1e-6.
 
     With t = √ν·tan θ the density is proportional to cos^(ν−1) θ, which is integrated by the trapezoid rule.
     """
@@ -30,28 +30,19 @@ def student_quantile(probability: float, freedom: int) -> float:
 
 
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
-    """Mean, and the ends of its two-sided t interval; for paired comparisons give the differences.
-
-    Raises
-    ------
-    InputError : there are fewer than two values.
-    """
+    """Mean, and the ends of its two-sided t interval; for paired comparisons give the differences."""
     numbers = np.asarray(values, np.float64)
-    low = float(lower_ends(numbers, confidence))
-    mean = float(numbers.mean())
+    low, mean = float(lower_ends(numbers, confidence)), float(numbers.mean())
     return mean, low, 2 * mean - low
 
 
 def lower_ends(values: npt.NDArray[np.float64], confidence: float = 0.95) -> npt.NDArray[np.float64]:
     """Lower ends ``[...]`` of the two-sided t intervals of the means over the last axis of ``values`` ``[..., N]``.
 
-    Raises
-    ------
-    InputError : there are fewer than two values.
+    Raises `InputError` if there are fewer than two values.
     """
     count = values.shape[-1]
     if count < 2:
         raise InputError(f"An interval takes two values or more, and there are {count}: measure more windows.")
     half = student_quantile((1 + confidence) / 2, count - 1) * values.std(axis=-1, ddof=1) / math.sqrt(count)
-    ends: npt.NDArray[np.float64] = values.mean(axis=-1) - half
-    return ends
+    return np.asarray(values.mean(axis=-1) - half)

@@ -1,4 +1,4 @@
-"""How far a compressed cache moves a model's next-token distribution, measured against its own uncompressed run."""
+"""How far a compressed cache moves a model's next-token distribution from that of its own uncompressed run."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from veloxlab.cache.plan import Chunk, Plan, cache_name, plan_of, tensor_bits
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, checked, having, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
-from veloxlab.measure.footprint import check_room
 from veloxlab.measure.frames import in_schema
 from veloxlab.measure.memory import report
+from veloxlab.measure.predictions import check_room, divergence, log_probabilities, of_targets
 from veloxlab.progress import Progress, silent
 
 Mode = Literal["oneshot", "decode"]
@@ -56,7 +56,7 @@ TOKEN_FIDELITY = {
 }
 """Columns of `evaluate` with ``per_token``."""
 
-_OF_JUDGE = ("mode", "prompt", "chunk", "name", "per_token")  # options that do not make a cache
+_OF_EVALUATE = ("mode", "prompt", "chunk", "name", "per_token")  # options that do not make a cache
 
 
 @dataclass(frozen=True)
@@ -118,20 +118,17 @@ def fidelity(
 
     Parameters
     ----------
-    model, tokenizer : as `veloxlab.load` gives them.
     method_or_plan : a method's id or a `veloxlab.Plan`, as for `veloxlab.make_cache`; or any function from the model
         to a prompt cache, such as one that makes mlx-lm's ``QuantizedKVCache``.
     text : the shipped WikiText-2 test excerpt by default.
     tokens, windows : length and number of stretches of text, one after the other, each with a fresh cache.
-    progress : told of each window, and in ``"decode"`` of each token.
-    options : those of `evaluate`: ``mode``, ``prompt``, ``chunk``, ``name``, ``per_token``, and the further arguments
-        of `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
+    options : those of `evaluate`, and further arguments of `veloxlab.make_cache`, such as ``bits`` and ``window``.
 
     Raises
     ------
-    InputError : as `veloxlab.make_cache`; or if the text is too short, or the predictions do not fit into memory.
+    InputError : as `evaluate`; or if the text is too short, or the predictions do not fit into memory.
     """
-    make_one = maker(method_or_plan, {n: v for n, v in options.items() if n not in _OF_JUDGE})
+    make_one = maker(method_or_plan, {n: v for n, v in options.items() if n not in _OF_EVALUATE})
     if not callable(method_or_plan):
         make_one(model)  # bad settings are refused before the model runs
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
@@ -159,56 +156,57 @@ def evaluate(
 
     Parameters
     ----------
-    exact : what to compare with.
-    method_or_plan, progress : as for `fidelity`.
+    method_or_plan : as for `fidelity`; ``settings`` are further arguments of `veloxlab.make_cache`.
     mode : ``"oneshot"`` reads each window in one call; ``"decode"`` reads ``prompt`` tokens in one call, then feeds the
         true tokens one at a time, as generation would, and compares those predictions only.
     chunk : as for `veloxlab.make_cache`, but ``"codes"`` by default, for plans too: every token is then seen as the
         cache holds it. With ``"exact"``, a one-shot run compares nothing but an exact window with itself.
     name : for the row; by default the method and its bits.
     per_token : give one row for each prediction, `TOKEN_FIDELITY`, instead of their summary.
-    settings : further arguments of `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
 
     Raises
     ------
-    InputError : as `veloxlab.make_cache`; or if ``mode`` is unknown or ``prompt`` leaves nothing to decode.
+    InputError : as `veloxlab.make_cache`; or if ``prompt`` leaves nothing to decode.
     """
     method_or_plan = plan_of(method_or_plan)
     shortest = min(len(stretch) for stretch in exact.stretches)
     if mode == "decode" and not 1 <= prompt < shortest - 1:
         raise InputError(f"prompt={prompt} leaves nothing to decode of {shortest} tokens: take fewer, at least 1.")
     make = maker(method_or_plan, settings, chunk=chunk)
-    windows = len(exact.stretches)
+    start, windows = prompt if mode == "decode" else 0, len(exact.stretches)
     frames = []
     cache: list[Any] = []
-    for w, stretch in enumerate(exact.stretches):
+    for w, (stretch, log_probs) in enumerate(zip(exact.stretches, exact.log_probs, strict=True)):
         cache = make(exact.model)
-        label = f"window {w + 1} of {windows}"
-        progress(w, windows, f"{label}: compressed")
-        if mode == "oneshot":
-            start = 0
-            changed = _log_probs(exact.model(mx.array([stretch[:-1]]), cache=cache))
-        else:
-            start = prompt
-            changed = _decode(exact.model, stretch, prompt, cache, progress, label)
-        frames.append(_rows(w, start, stretch[start + 1 :], exact.log_probs[w][start:], changed))
+        progress(w, windows, f"window {w + 1} of {windows}: compressed")
+        if start:
+            mx.eval(exact.model(mx.array([stretch[:start]]), cache=cache))
+        changed = []
+        calls = [[token] for token in stretch[start:-1]] if start else [stretch[:-1]]
+        for i, ids in enumerate(calls):
+            changed.append(_log_probs(exact.model(mx.array([ids]), cache=cache)))
+            if start:
+                progress(i + 1, len(calls), f"window {w + 1} of {windows}: decoding")
+        frames.append(_rows(w, start, stretch[start + 1 :], log_probs[start:], mx.concatenate(changed)))
     progress(windows, windows, "done")
     frame = pl.concat(frames)
     if per_token:
         return frame
-    head = {
-        "name": [name or _name(method_or_plan, settings)],
-        "mode": [mode],
-        "chunk": [None if callable(method_or_plan) else chunk],
-    }
-    parts = [pl.DataFrame(head), _summary(frame), _holdings(cache)]
-    return pl.concat(parts, how="horizontal").match_to_schema(FIDELITY)
+    frame = pl.concat([_summary(frame), _holdings(cache)], how="horizontal")
+    return in_schema(
+        frame.with_columns(
+            name=pl.lit(name or _name(method_or_plan, settings)),
+            mode=pl.lit(mode),
+            chunk=pl.lit(None if callable(method_or_plan) else chunk),
+        ),
+        FIDELITY,
+    )
 
 
 def _summary(frame: pl.DataFrame) -> pl.DataFrame:
     kl = pl.col("kl")
     return frame.select(
-        positions=pl.len().cast(pl.Int64),
+        positions=pl.len(),
         kl_mean=kl.mean(),
         kl_median=kl.median(),
         kl_p99=kl.quantile(0.99),
@@ -221,14 +219,11 @@ def _summary(frame: pl.DataFrame) -> pl.DataFrame:
 
 def _holdings(cache: list[Any]) -> pl.DataFrame:
     layers = report(cache)
-    held = layers.filter(pl.col("tokens") > 0)
-    return held.select(
-        pl.col("key_bits", "value_bits").mean(),
-        held_bits=16 * pl.col("held_bytes").sum() / pl.col("fp16_bytes").sum(),
-        held_bytes=pl.col("held_bytes").sum(),
-        table_bytes=pl.lit(layers.filter(pl.col("path") == "shared")["held_bytes"].sum(), pl.Int64),
-        fp16_bytes=pl.col("fp16_bytes").sum(),
-    )
+    sums = pl.col("held_bytes", "fp16_bytes").sum()
+    tables = layers.filter(path="shared")["held_bytes"].sum()
+    held = layers.filter(pl.col("tokens") > 0).select(pl.col("key_bits", "value_bits").mean(), sums)
+    bits = 16 * pl.col("held_bytes") / pl.col("fp16_bytes")
+    return held.with_columns(held_bits=bits, table_bytes=pl.lit(tables))
 
 
 def maker(method_or_plan: str | Plan | CacheMaker, settings: Mapping[str, object], **usual: Chunk) -> CacheMaker:
@@ -253,18 +248,6 @@ def _name(method_or_plan: str | Plan | CacheMaker, settings: dict[str, object]) 
     return cache_name(method_or_plan, tensor_bits(method_or_plan, exact_bits, *given))  # type: ignore[arg-type]
 
 
-def log_probabilities(logits: mx.array) -> mx.array:
-    """Log-probabilities of ``logits`` ``[S, vocabulary]``, float32, in nats."""
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-
-
-def divergence(exact: mx.array, changed: mx.array) -> mx.array:
-    """KL(exact ‖ changed) ``[S]`` of log-probabilities ``[S, vocabulary]``, in nats; NaN where either is."""
-    kl = (mx.exp(exact) * (exact - changed)).sum(axis=-1)
-    return mx.maximum(kl, 0.0)  # rounding of float32 sums can leave −1e-8; NaN stays
-
-
 def _log_probs(logits: mx.array) -> mx.array:
     """`log_probabilities` of the one sequence of ``logits`` ``[1, S, vocabulary]``, evaluated."""
     log_probs = log_probabilities(logits[0])
@@ -272,25 +255,12 @@ def _log_probs(logits: mx.array) -> mx.array:
     return log_probs
 
 
-def _decode(
-    model: Module, ids: Sequence[int], prompt: int, cache: list[Any], progress: Progress, label: str
-) -> mx.array:
-    """Log-probabilities after each token from ``prompt`` on, fed one at a time."""
-    mx.eval(model(mx.array([ids[:prompt]]), cache=cache))
-    rows = []
-    for i in range(prompt, len(ids) - 1):
-        rows.append(_log_probs(model(mx.array([[ids[i]]]), cache=cache)))
-        progress(i - prompt + 1, len(ids) - 1 - prompt, f"{label}: decoding")
-    return mx.concatenate(rows)
-
-
-def _rows(window: int, start: int, targets: Sequence[int], exact: mx.array, changed: mx.array) -> pl.DataFrame:
-    target = mx.array(list(targets))[:, None]
+def _rows(window: int, start: int, targets: list[int], exact: mx.array, changed: mx.array) -> pl.DataFrame:
     columns = {
         "kl": divergence(exact, changed),
         "flip": exact.argmax(axis=-1) != changed.argmax(axis=-1),
-        "nll": -mx.take_along_axis(changed, target, axis=-1)[:, 0],
-        "nll_exact": -mx.take_along_axis(exact, target, axis=-1)[:, 0],
+        "nll": of_targets(changed, mx.array(targets)),
+        "nll_exact": of_targets(exact, mx.array(targets)),
     }
-    place = {"window": window, "position": np.arange(start, start + len(targets)), "token": list(targets)}
+    place = {"window": window, "position": np.arange(start, start + len(targets)), "token": targets}
     return in_schema(pl.DataFrame(place | {name: np.array(c) for name, c in columns.items()}), TOKEN_FIDELITY)
