@@ -61,7 +61,7 @@ def test_an_attempt_that_fails_is_left_out_and_so_are_later_ones_of_its_cache():
         ("a", lambda: rows(("a", 1))),
     )]  # fmt: skip
     frame, left_out = possible_rows(
-        attempts, {"n": pl.Int64}, lambda *said: told.append(said), lambda so_far, _: seen.append(so_far.height)
+        attempts, 3, {"n": pl.Int64}, lambda *said: told.append(said), lambda so_far, _: seen.append(so_far.height)
     )
     assert frame["n"].to_list() == [11]
     assert left_out == {"b": "from 1 token on: It has no b."}

@@ -79,7 +79,7 @@ def compare(
     theirs = (b for b in (2, 3, 4, 8) if b in bits or b == 8)
     makers |= {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}
     attempts = [Attempt(name, partial(_row, exact, seen, plain, name, maker)) for name, maker in makers.items()]
-    frame, left_out = possible_rows(attempts, COMPARED, progress, on_rows)
+    frame, left_out = possible_rows(attempts, len(attempts), COMPARED, progress, on_rows)
     if frame.is_empty():
         first, reason = next(iter(left_out.items()))
         raise InputError(f"No cache can be compared with this model's own; {first}: {reason}")

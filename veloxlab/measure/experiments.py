@@ -7,7 +7,7 @@ fail.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import closing
 from dataclasses import dataclass, field
@@ -143,22 +143,22 @@ class Attempt(NamedTuple):
 
 
 def possible_rows(
-    attempts: Sequence[Attempt], schema: Mapping[str, Any], progress: Progress, on_rows: OnRows
+    attempts: Iterable[Attempt], total: int, schema: Mapping[str, Any], progress: Progress, on_rows: OnRows
 ) -> tuple[pl.DataFrame, dict[str, str]]:
-    """Rows of the attempts that succeed, and why each cache that failed was left out from there on."""
+    """Rows of the ``total`` attempts that succeed, and why each cache that failed was left out from there on."""
     frames = [pl.DataFrame(schema=schema)]
     left_out: dict[str, str] = {}
     for i, (cache, measure, at) in enumerate(attempts):
         if cache in left_out:
             continue
         label = f"{cache} at {at}" if at else cache
-        progress(i, len(attempts), label)
+        progress(i, total, label)
         try:
             frames.append(measure())
         except Exception as error:  # noqa: BLE001 - a method, a model, mlx-lm or MLX may refuse in any way
             reason = in_words(error)
             left_out[cache] = f"from {at} on: {reason}" if at else reason
-            progress(i, len(attempts), f"{label} is left out: {reason}")
+            progress(i, total, f"{label} is left out: {reason}")
         on_rows(pl.concat(frames), left_out)
-    progress(len(attempts), len(attempts), "done")
+    progress(total, total, "done")
     return pl.concat(frames), left_out

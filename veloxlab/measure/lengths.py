@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,7 +55,6 @@ def costs_by_length(
     caches: Mapping[str, Maker],
     lengths: Sequence[int] | Mapping[str, Sequence[int]],
     *,
-    chunk: int = CHUNK,
     progress: Progress = silent,
     on_rows: OnRows = silent,
 ) -> pl.DataFrame:
@@ -64,21 +63,23 @@ def costs_by_length(
     A cache that a model, or mlx-lm on this device, cannot have is left out from the length on at which it fails;
     ``progress`` and ``on_rows`` are told why.
     """
-    wanted = lengths if isinstance(lengths, Mapping) else dict.fromkeys(caches, lengths)
-    ids = mx.random.randint(0, 90, (1, max(n for own in wanted.values() for n in own)), key=mx.random.key(0))
+    wanted = {name: set(lengths[name] if isinstance(lengths, Mapping) else lengths) for name in caches}
+    ids = mx.random.randint(0, 90, (1, max(max(own, default=1) for own in wanted.values())), key=mx.random.key(0))
     mx.eval(ids)
-    attempts = []
-    for name, make in caches.items():
-        filling = _Filling(model, make, ids, chunk)
-        attempts += [Attempt(name, partial(filling.row, name, n), f"{n:,} tokens") for n in sorted(set(wanted[name]))]
-    return possible_rows(attempts, LENGTHS, progress, on_rows)[0]
+
+    def attempts() -> Iterator[Attempt]:  # one cache at a time is held
+        for name, make in caches.items():
+            filling = _Filling(model, make, ids)
+            yield from (Attempt(name, partial(filling.row, name, n), f"{n:,} tokens") for n in sorted(wanted[name]))
+
+    return possible_rows(attempts(), sum(map(len, wanted.values())), LENGTHS, progress, on_rows)[0]
 
 
-def read(model: Module, ids: mx.array, cache: list[Any], chunk: int = CHUNK) -> None:
-    """Feed ``ids`` ``[1, S]``, ``chunk`` at a time, up to the last layer: mlx-lm's generator makes no logits there."""
+def read(model: Module, ids: mx.array, cache: list[Any]) -> None:
+    """Feed ``ids`` ``[1, S]`` in mlx-lm's chunks, up to the last layer: mlx-lm's generator makes no logits there."""
     layers: Any = getattr(model, "model", model)
-    for start in range(0, ids.shape[1], chunk):
-        hidden = layers(ids[:, start : start + chunk], cache=cache)
+    for start in range(0, ids.shape[1], CHUNK):
+        hidden = layers(ids[:, start : start + CHUNK], cache=cache)
         mx.eval(hidden, [entry.state for entry in cache])
 
 
@@ -89,7 +90,6 @@ class _Filling:
     model: Module
     make: Maker
     ids: mx.array
-    chunk: int
     done: int = 0  # tokens that it has read
 
     def row(self, name: str, tokens: int) -> pl.DataFrame:
@@ -104,7 +104,7 @@ class _Filling:
         mx.clear_cache()
         mx.synchronize()
         mx.reset_peak_memory()
-        read(self.model, self.ids[:, self.done : tokens], self.cache, self.chunk)
+        read(self.model, self.ids[:, self.done : tokens], self.cache)
         self.done, prefill = tokens, mx.get_peak_memory() - self.weights
         held = sum(entry.nbytes for entry in self.cache)
         return pl.DataFrame([(name, tokens, held, prefill, *self._decoding())], schema=LENGTHS, orient="row")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -58,13 +57,6 @@ MOST_LEVELS = 32  # of more levels, and of vector codes, the density is given
 ANGLE_BINS = 48
 
 
-class Coded(NamedTuple):
-    """One layer's keys or values in the space of their codes, over their stored scale: each ``[H, S, m]``."""
-
-    exact: Floats
-    decoded: Floats
-
-
 def coded_coordinates(
     layer: LayerCapture,
     tensor: Role,
@@ -73,11 +65,11 @@ def coded_coordinates(
     *,
     calibration: Calibration | None = None,
     **options: object,
-) -> Coded:
-    """What ``method`` quantizes of a layer, and what its codes stand for.
+) -> tuple[Floats, Floats]:
+    """What ``method`` quantizes of a layer's keys or values, and what its codes stand for: each ``[H, S, m]``.
 
-    QJL's space is that of its sketch, m = bits·D. Methods that store no scale are seen in the unit of the vectors.
-    Raises `InputError` as `veloxlab.layer_errors`, and for a method without codes of coordinates, such as ``"none"``.
+    Both are over the stored scale, if the method stores one. QJL's space is that of its sketch, m = bits·D. Raises
+    `InputError` as `layer_errors`, and for a method without codes of coordinates, such as ``"none"``.
     """
     x = layer.vectors(tensor)
     codec = fitted_online(layer.codec(tensor, method, bits, calibration, options), x)
@@ -90,7 +82,7 @@ def coded_coordinates(
     if scale is not None:
         stored = np.array(scale[0])
         exact = exact / np.where(stored == 0, 1.0, stored)
-    return Coded(exact.astype(np.float32), np.array(codec.expand(code)[0]))
+    return exact.astype(np.float32), np.array(codec.expand(code)[0])
 
 
 @checked(bins=whole(2))

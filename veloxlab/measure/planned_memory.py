@@ -105,9 +105,9 @@ class CacheLayout:
             total.update({part: batch * count * nbytes for part, nbytes in layer.parts(tokens, decoded).items()})
         return {part: total[part] for part in PARTS}
 
-    def held(self, tokens: int, batch: int = 1, decoded: int = 0) -> int:
-        """Bytes of all parts."""
-        return sum(self.parts(tokens, batch, decoded).values())
+    def held(self, tokens: int, batch: int = 1) -> int:
+        """Bytes of all parts of texts that were read."""
+        return sum(self.parts(tokens, batch).values())
 
     def largest_context(self, memory_bytes: float, batch: int = 1) -> int:
         """The most tokens of each sequence, a multiple of `GRAIN` up to `MOST_TOKENS`, that ``memory_bytes`` hold."""
