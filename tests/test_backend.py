@@ -1,0 +1,54 @@
+"""A new back end is one `Backend` and one entry in `BACKENDS`: here one that runs NumPy on the CPU, at once."""
+
+import math
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
+from veloxlab.codecs import METHODS
+from veloxlab.kernels import checked, devices
+from veloxlab.kernels.encode import sign_kernel
+
+
+def build(source):
+    """The function of the kernel's name, which takes NumPy arrays in the order of its inputs."""
+    functions = {"encode_signs": encode_signs}
+
+    def kernel(*, inputs, output_shapes, output_dtypes, **_):
+        given = dict(zip(source.inputs, map(np.asarray, inputs), strict=True))
+        outputs = functions[source.name](**given)
+        assert [tuple(array.shape) for array in outputs] == list(output_shapes)
+        return [mx.array(array).astype(dtype) for array, dtype in zip(outputs, output_dtypes, strict=True)]
+
+    return kernel
+
+
+def encode_signs(x, y):
+    signs = np.packbits(y >= 0, axis=-1, bitorder="little").view(np.uint32)
+    return signs, np.sqrt(np.linalg.norm(x.astype(np.float32), axis=-1, keepdims=True) / math.sqrt(x.shape[-1]))
+
+
+def test_a_back_end_is_one_object_and_one_entry(monkeypatch):
+    monkeypatch.setattr(checked, "_states", {})
+    codec = METHODS["qjl"].codec(64, 2, "keys")
+    x = mx.random.normal((1, 2, 9, 64), key=mx.random.key(0)).astype(mx.float16)
+    wanted = codec.encode(x).arrays
+    assert checked.states() == {}
+
+    numpy = replace(devices.METAL, name="cpu", build=build, lazy=False)
+    monkeypatch.setitem(devices.BACKENDS, "cpu", numpy)
+    monkeypatch.setattr(devices.runtime, "backend", lambda: "cpu")
+    found = codec.encode(x).arrays
+    assert checked.states() == {"agrees": 1}
+    assert all(mx.array_equal(found[name], array) for name, array in wanted.items())
+
+
+def test_what_a_launch_of_an_eager_back_end_is_given_is_computed(monkeypatch):
+    """A function that reads memory cannot wait: a lazy back end leaves that to MLX."""
+    evaluated = []
+    monkeypatch.setattr(mx, "eval", lambda arrays: evaluated.extend(arrays))
+    for lazy, count in ((True, 0), (False, 2)):
+        backend = replace(devices.METAL, build=lambda _: lambda **_: [mx.zeros((1,))] * 2, lazy=lazy)
+        sign_kernel(32, 32)(backend, mx.zeros((1, 1, 1, 32)), mx.zeros((1, 1, 1, 32)))
+        assert len(evaluated) == count
