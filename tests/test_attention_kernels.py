@@ -3,6 +3,7 @@
 import math
 import shutil
 from dataclasses import replace
+from functools import cache
 
 import mlx.core as mx
 import pytest
@@ -91,7 +92,7 @@ def test_heads_of_several_widths(rotation):
 
 def test_layers_with_other_widths_take_the_same_kernel():
     for widths in ((4, 2), (1, 3), (2, 2)):
-        codecs = (ratequant.build(DIM, 3, role, head_bits=widths) for role in ("keys", "values"))
+        codecs = (ratequant.build(DIM, 3, tensor, head_bits=widths) for tensor in ("keys", "values"))
         in_kernel, in_graph = both(history(*codecs), normal(1, 4, 1, DIM))
         assert relative(in_kernel, in_graph) < TOLERANCE
     assert checked.states() == {"agrees": 1}
@@ -101,7 +102,7 @@ def test_layers_with_other_plans_take_the_same_kernel():
     for seed in (1, 2):
         uneven = mx.exp(normal(2, 1, DIM, seed=seed))
         sample = Sample(normal(1, 2, 1024, DIM, seed=7) * uneven + 1)
-        codecs = [METHODS["spectralquant"].codec(DIM, 3, role).fit(sample) for role in ("keys", "values")]
+        codecs = [METHODS["spectralquant"].codec(DIM, 3, tensor).fit(sample) for tensor in ("keys", "values")]
         in_kernel, in_graph = both(history(*codecs), normal(1, 4, 1, DIM))
         assert relative(in_kernel, in_graph) < TOLERANCE
     assert checked.states() == {"agrees": 1}
@@ -113,16 +114,22 @@ def test_keys_and_values_may_differ_in_codec_and_dimension():
     assert relative(in_kernel, in_graph) < TOLERANCE
 
 
-def test_codebooks_of_vectors():
+@cache
+def fitted(method):
+    """Codecs of keys and values at 2 bits."""
     sample = Sample(normal(1, 2, 2048, DIM, seed=7))
-    keys, values = (METHODS["vecinfer"].codec(DIM, 2, role).fit(sample) for role in ("keys", "values"))
+    return [METHODS[method].codec(DIM, 2, tensor).fit(sample) for tensor in ("keys", "values")]
+
+
+def test_codebooks_of_vectors():
+    keys, values = fitted("vecinfer")
     in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))
     assert relative(in_kernel, in_graph) < TOLERANCE
 
 
 def test_codes_of_what_differs_from_a_mean():
     sample = Sample(normal(1, 2, 256, DIM, seed=7) + 2)
-    keys, values = (METHODS["rabitq"].codec(DIM, 4, role, centroid=True).fit(sample) for role in ("keys", "values"))
+    keys, values = (METHODS["rabitq"].codec(DIM, 4, tensor, centroid=True).fit(sample) for tensor in ("keys", "values"))
     in_kernel, in_graph = both(history(keys, values), normal(1, 4, 1, DIM))
     assert relative(in_kernel, in_graph) < TOLERANCE
     assert checked.states() == {"agrees": 1}
@@ -135,7 +142,7 @@ def test_codes_of_what_differs_from_a_mean():
 )
 def test_sums_that_are_turned_to_their_positions(rope):
     sample = Sample(normal(1, 2, 256, DIM, seed=7), rope=rope)
-    keys, values = (METHODS["commvq"].codec(DIM, 1, role).fit(sample) for role in ("keys", "values"))
+    keys, values = (METHODS["commvq"].codec(DIM, 1, tensor).fit(sample) for tensor in ("keys", "values"))
     h = history(keys, values)
     moved = tuple(replace(s, keys=replace(s.keys, start=1000 + 4 * i)) for i, s in enumerate(h.segments))
     in_kernel, in_graph = both(History(moved), normal(1, 4, 1, DIM))
@@ -154,8 +161,7 @@ def test_several_queries_with_a_mask(mask):
 
 @pytest.mark.parametrize("method", ["turboquant", "vecinfer"])  # inside the kernel's space, and outside
 def test_attention_sinks_take_their_share(method):
-    sample = Sample(normal(1, 2, 2048, DIM, seed=7))
-    h = history(*(METHODS[method].codec(DIM, 2, role).fit(sample) for role in ("keys", "values")))
+    h = history(*fitted(method))
     q, logits = normal(1, 4, 1, DIM), mx.array([-1.0, 2.0, 4.0, 6.0])
     in_kernel, in_graph = both(h, q, sinks=logits)
     assert relative(in_kernel, in_graph) < TOLERANCE
@@ -171,7 +177,7 @@ def test_exact_tokens_may_be_missing(sinks, recent):
 
 @pytest.mark.parametrize("method", ["turboquant", "qjl", "polarquant"])  # with scales, steps and radii of each token
 def test_few_packed_tokens_are_read_from_the_first_on(method):
-    codecs = [METHODS[method].codec(DIM, 4, role) for role in ("keys", "values")]
+    codecs = [METHODS[method].codec(DIM, 4, tensor) for tensor in ("keys", "values")]
     for packed in (1, 7):
         in_kernel, in_graph = both(history(*codecs, packed=packed, heads=1), normal(1, 2, 1, DIM))
         assert relative(in_kernel, in_graph) < TOLERANCE
@@ -185,7 +191,7 @@ def test_half_precision_comes_out_as_it_went_in():
 
 
 def test_a_codec_that_no_kernel_reads_is_left_to_graph_ops():
-    h = history(*(METHODS["turboquant"].codec(DIM, 4, role, variant="prod") for role in ("keys", "values")))
+    h = history(*(METHODS["turboquant"].codec(DIM, 4, tensor, variant="prod") for tensor in ("keys", "values")))
     assert h._attend_in_kernel(normal(1, 4, 1, DIM), 1.0, None) is None
 
 
@@ -220,7 +226,7 @@ def test_the_switch_forbids_kernels(monkeypatch):
 
 
 def test_a_codebook_is_searched_by_a_kernel_that_finds_what_its_reference_does(monkeypatch):
-    codec = METHODS["vecinfer"].codec(DIM, 2, "keys").fit(Sample(normal(1, 2, 2048, DIM, seed=7)))
+    codec, _ = fitted("vecinfer")
     x = normal(1, 2, 33, DIM, seed=8)
     assert on_the_host(monkeypatch) == []
     in_kernel = codec.encode(x).arrays["indices"]
@@ -230,7 +236,7 @@ def test_a_codebook_is_searched_by_a_kernel_that_finds_what_its_reference_does(m
 
 
 def test_a_codebook_search_that_errs_is_switched_off(monkeypatch):
-    codec = METHODS["vecinfer"].codec(DIM, 2, "keys").fit(Sample(normal(1, 2, 2048, DIM, seed=7)))
+    codec, _ = fitted("vecinfer")
     on_the_host(monkeypatch)
     wrong_by(monkeypatch, lambda name, array: mx.zeros_like(array))
     with pytest.warns(UserWarning, match="The kernel assign is switched off .* other packed than its reference"):
@@ -266,7 +272,7 @@ def wrong_by(monkeypatch, change):
 
 ONE_LAUNCH = [
     *(TurboQuant(80, 3, scale) for scale in ("unbiased", "mse", "norm")),
-    *(METHODS["rabitq"].codec(80, bits, role) for bits, role in ((1, "keys"), (4, "values"), (8, "keys"))),
+    *(METHODS["rabitq"].codec(80, bits, tensor) for bits, tensor in ((1, "keys"), (4, "values"), (8, "keys"))),
     METHODS["rabitq"].codec(80, 5, "keys", encoder="fast"),
     METHODS["rabitq"].codec(80, 2, "keys", bounds=True),
     METHODS["rabitq"].codec(80, 3, "keys", centroid=True).fit(Sample(normal(1, 2, 40, 80))),
@@ -321,7 +327,7 @@ def test_a_calibrated_basis_is_a_product_and_one_launch(monkeypatch, basis):
 
 
 @pytest.mark.parametrize(
-    ("role", "options", "kernels"),
+    ("tensor", "options", "kernels"),
     [
         ("keys", {}, ["encode_signs"]),
         ("keys", {"outliers": 3}, ["encode_signs"] * 2),
@@ -329,9 +335,9 @@ def test_a_calibrated_basis_is_a_product_and_one_launch(monkeypatch, basis):
         ("values", {"levels": "ends", "group": 20}, ["encode_groups"]),
     ],
 )
-def test_signs_and_groups_are_one_launch_each(monkeypatch, role, options, kernels):
+def test_signs_and_groups_are_one_launch_each(monkeypatch, tensor, options, kernels):
     names = on_the_host(monkeypatch)
-    codec = METHODS["qjl"].codec(DIM, 2, role, **options).fit(Sample(normal(1, 2, 100, DIM)))
+    codec = METHODS["qjl"].codec(DIM, 2, tensor, **options).fit(Sample(normal(1, 2, 100, DIM)))
     x = normal(2, 2, 9, DIM, seed=8, dtype=mx.float16)
     codec.encode(x)  # tries the kernels
     names.clear()

@@ -100,7 +100,7 @@ def codes_of(codec, arrays):
 
 
 def on_the_host(case, tokens):
-    """What kernel and reference make of some vectors, and these, spread and of root-mean-square 1, with their own."""
+    """What kernel and reference make of some vectors, and these, rotated and of root-mean-square 1, with their own."""
     codec, dim = case.codec, case.codec.head_dim
     x = vectors(np.random.default_rng(dim + tokens), dim, case.dtype, tokens)
     found, reference = codec._encoder()(HOST, x), codec.encode(x).arrays

@@ -59,8 +59,8 @@ def test_attention_sinks():
 
 def test_grids_signs_and_codebooks():
     sample = Sample(normal(1, 2, 2048, 128, seed=7))
-    vecinfer = [METHODS["vecinfer"].codec(128, 2, role).fit(sample) for role in ("keys", "values")]
-    rabitq = [METHODS["rabitq"].codec(128, bits, role) for bits, role in ((1, "keys"), (4, "values"))]
+    vecinfer = [METHODS["vecinfer"].codec(128, 2, tensor).fit(sample) for tensor in ("keys", "values")]
+    rabitq = [METHODS["rabitq"].codec(128, bits, tensor) for bits, tensor in ((1, "keys"), (4, "values"))]
     signs = METHODS["qjl"].codec(128, 2, "keys")
     for keys, values in (vecinfer, rabitq, (signs, rabitq[1])):
         assert relative(*both(history(keys, values, packed=900), normal(1, 8, 1, 128))) < TOLERANCE
@@ -69,21 +69,21 @@ def test_grids_signs_and_codebooks():
 @pytest.mark.parametrize("widths", [(3, 2, 4, 1), (2, 3, 8, 5)])
 @pytest.mark.parametrize("dim", [80, 128])
 def test_heads_of_several_widths(dim, widths):
-    keys, values = (METHODS["ratequant"].codec(dim, 3, role, head_bits=widths) for role in ("keys", "values"))
+    keys, values = (METHODS["ratequant"].codec(dim, 3, tensor, head_bits=widths) for tensor in ("keys", "values"))
     assert relative(*both(history(keys, values, packed=3001, heads=4), normal(1, 16, 1, dim))) < TOLERANCE
 
 
 @pytest.mark.parametrize(("dim", "bits"), [(80, 1), (128, 3), (256, 8)])
 def test_plans_of_widths(dim, bits):
     sample = Sample(normal(1, 2, 2048, dim, seed=7) * mx.exp(normal(2, 1, dim, seed=8)) + 1)
-    keys, values = (METHODS["spectralquant"].codec(dim, bits, role).fit(sample) for role in ("keys", "values"))
+    keys, values = (METHODS["spectralquant"].codec(dim, bits, tensor).fit(sample) for tensor in ("keys", "values"))
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
 
 
 @pytest.mark.parametrize("variant", ["plain", "refined"])
 @pytest.mark.parametrize(("dim", "bits"), [(64, 2), (128, 4), (80, 6), (128, 8)])
 def test_two_stages(dim, bits, variant):
-    keys, values = (METHODS["rvq"].codec(dim, bits, role, variant=variant) for role in ("keys", "values"))
+    keys, values = (METHODS["rvq"].codec(dim, bits, tensor, variant=variant) for tensor in ("keys", "values"))
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
 
 
@@ -101,7 +101,9 @@ def test_groups_of_steps(dim, bits, options):
     [(64, 2, "block"), (128, 4, "block"), (128, 4, "full"), (80, 3, "full"), (256, 8, "full")],
 )
 def test_angles(dim, bits, recursion):
-    keys, values = (METHODS["polarquant"].codec(dim, bits, role, recursion=recursion) for role in ("keys", "values"))
+    keys, values = (
+        METHODS["polarquant"].codec(dim, bits, tensor, recursion=recursion) for tensor in ("keys", "values")
+    )
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, dim))) < TOLERANCE
 
 
@@ -109,7 +111,7 @@ def test_angles(dim, bits, recursion):
 @pytest.mark.parametrize("rope", [Rope(128), Rope(64, traditional=True)], ids=["halves", "neighbours"])
 def test_sums_that_are_turned_to_their_positions(rope, bits):
     sample = Sample(normal(1, 2, 512, 128, seed=7), rope=rope)
-    keys, values = (METHODS["commvq"].codec(128, bits, role).fit(sample) for role in ("keys", "values"))
+    keys, values = (METHODS["commvq"].codec(128, bits, tensor).fit(sample) for tensor in ("keys", "values"))
     h = history(keys, values, packed=3001)
     moved = History(tuple(replace(s, keys=replace(s.keys, start=s.keys.start + 20_000)) for s in h.segments))
     assert relative(*both(moved, normal(1, 8, 1, 128))) < TOLERANCE
@@ -117,7 +119,7 @@ def test_sums_that_are_turned_to_their_positions(rope, bits):
 
 def test_codes_of_what_differs_from_a_mean():
     sample = Sample(normal(1, 2, 256, 128, seed=7) + 2)
-    keys, values = (METHODS["rabitq"].codec(128, 4, role, centroid=True).fit(sample) for role in ("keys", "values"))
+    keys, values = (METHODS["rabitq"].codec(128, 4, tensor, centroid=True).fit(sample) for tensor in ("keys", "values"))
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, 128))) < TOLERANCE
 
 
@@ -158,7 +160,7 @@ def check_encoding(codec, dtype, monkeypatch):
     ],
 )
 @pytest.mark.parametrize(
-    ("method", "role", "options"),
+    ("method", "tensor", "options"),
     [
         ("turboquant", "keys", {}),
         ("rabitq", "keys", {}),
@@ -168,8 +170,8 @@ def check_encoding(codec, dtype, monkeypatch):
         ("qjl", "values", {}),
     ],
 )
-def test_encoding_in_one_launch(method, role, options, bits, dim, dtype, monkeypatch):
-    check_encoding(METHODS[method].codec(dim, bits, role, **options), dtype, monkeypatch)
+def test_encoding_in_one_launch(method, tensor, options, bits, dim, dtype, monkeypatch):
+    check_encoding(METHODS[method].codec(dim, bits, tensor, **options), dtype, monkeypatch)
 
 
 @pytest.mark.parametrize(("bits", "dim"), [(2, 64), (4, 80), (6, 128), (8, 256)])

@@ -48,8 +48,8 @@ def normal(*shape, seed=0):
     return mx.random.normal(shape, key=mx.random.key(seed))
 
 
-def fitted(method, options, role, bits):
-    codec = METHODS[method].build(DIM, bits, role, **options)
+def fitted(method, options, tensor, bits):
+    codec = METHODS[method].build(DIM, bits, tensor, **options)
     uneven = mx.exp(normal(HEADS, 1, DIM, seed=8))  # channels differ, as those of models do
     x = normal(1, HEADS, 1024, DIM, seed=7) * uneven + normal(1, HEADS, 1, DIM, seed=6)
     return codec.fit(Sample(x, queries=normal(1, 2 * HEADS, 1024, DIM, seed=9), rope=ROPE))
@@ -57,11 +57,11 @@ def fitted(method, options, role, bits):
 
 def cases(table):
     return [
-        pytest.param(method, given, role, id=f"{method}-{role}-{given}")
+        pytest.param(method, given, tensor, id=f"{method}-{tensor}-{given}")
         for method, options in table.items()
         for given in options
-        for role in ("keys", "values")
-        if not (method == "qjl" and role == "values" and "outliers" in given)  # an option of keys
+        for tensor in ("keys", "values")
+        if not (method == "qjl" and tensor == "values" and "outliers" in given)  # an option of keys
     ]
 
 
@@ -71,11 +71,11 @@ def in_a_buffer(code):
     return Code(padded, code.start)
 
 
-@pytest.mark.parametrize(("method", "options", "role"), cases(OPTIONS))
-def test_a_reader_expands_to_what_its_codec_does(method, options, role):
+@pytest.mark.parametrize(("method", "options", "tensor"), cases(OPTIONS))
+def test_a_reader_expands_to_what_its_codec_does(method, options, tensor):
     widths = METHODS[method].bits
     for bits in sorted({widths[0], widths[len(widths) // 2], widths[-1]}) if "head_bits" not in options else [4]:
-        codec = fitted(method, options, role, bits)
+        codec = fitted(method, options, tensor, bits)
         code = in_a_buffer(codec.encode(normal(2, HEADS, 21, DIM), start=13))
         assert isinstance(codec, TiledCodec)
         reader = codec.reader(code)
@@ -87,9 +87,9 @@ def test_a_reader_expands_to_what_its_codec_does(method, options, role):
         assert mx.allclose(expand(reader), wanted, rtol=1e-5, atol=1e-5 * float(mx.abs(wanted).max().item()))
 
 
-@pytest.mark.parametrize(("method", "options", "role"), cases(WITHOUT))
-def test_what_no_kernel_reads_is_known(method, options, role):
-    codec = fitted(method, options, role, METHODS[method].bits[1])
+@pytest.mark.parametrize(("method", "options", "tensor"), cases(WITHOUT))
+def test_what_no_kernel_reads_is_known(method, options, tensor):
+    codec = fitted(method, options, tensor, METHODS[method].bits[1])
     code = codec.encode(normal(1, HEADS, 21, DIM))
     assert not isinstance(codec, TiledCodec) or codec.reader(code) is None
 
