@@ -245,7 +245,7 @@ def test_what_it_cannot_do_is_said():
         METHOD.codec(DIM, 1, "keys").fit(Sample(x))
     with pytest.raises(InputError, match="stages=-1"):
         METHOD.codec(DIM, 1, "keys", stages=-1)
-    with pytest.raises(InputError, match="Unknown scale 'max'"):
+    with pytest.raises(InputError, match="scale='max' cannot be used"):
         METHOD.codec(DIM, 1, "keys", scale="max")
     with pytest.raises(InputError, match="head dimension of 65"):
         METHOD.codec(65, 1, "keys")

@@ -10,7 +10,7 @@ import pytest
 from tests.metal_on_host import check, run
 from tests.metal_on_host.launch import HOST
 from veloxlab.codecs.parts.packing import pack, unpack
-from veloxlab.codecs.parts.scalar import scale_factor
+from veloxlab.codecs.parts.scales import scale_factor
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.rabitq import RaBitQ
 from veloxlab.codecs.rvq import Rvq
@@ -103,7 +103,7 @@ def on_the_host(case, tokens):
     """What kernel and reference make of some vectors, and these, rotated and of root-mean-square 1, with their own."""
     codec, dim = case.codec, case.codec.head_dim
     x = vectors(np.random.default_rng(dim + tokens), dim, case.dtype, tokens)
-    found, reference = codec._encoder()(HOST, x), codec.encode(x).arrays
+    found, reference = codec._encoder(HOST, x), codec.encode(x).arrays
     assert {name: (a.shape, a.dtype) for name, a in found.items()} == {
         n: (a.shape, a.dtype) for n, a in reference.items()
     }
@@ -127,7 +127,7 @@ def check_a_zero_vector(codec, found, reference):
 
 @pytest.mark.parametrize("case", CASES + STAGES, ids=str)
 def test_codes_and_scales_are_the_references(case):
-    codec, nearest = case.codec, case.codec._encoder().tables
+    codec, nearest = case.codec, case.codec._encoder.tables
     for tokens in (1, 43):
         found, reference, y, rms = on_the_host(case, tokens)
         codes, expected = codes_of(codec, found), codes_of(codec, reference)
@@ -158,7 +158,7 @@ def test_grid_points_are_of_a_stretch_as_good_as_the_references(case):
 
         # each vector's codes are those of one of the stretches, but where a coordinate is at a step for rounding …
         size, steps = np.abs(np.array(y, np.float64))[..., None], np.abs(np.array(u, np.float64))[..., None] - 0.5
-        stretches = np.array(codec._encoder().tables["stretches"], np.float64)
+        stretches = np.array(codec._encoder.tables["stretches"], np.float64)
         if tried:
             stretches = half_count / np.maximum(size.max(axis=-2, keepdims=True), 1e-30) * stretches
         reach = stretches * size
@@ -216,7 +216,7 @@ def test_decoding_is_the_reference(case):
 def test_coordinates_may_be_apart():
     codec = TurboQuant(64, 1)
     x = mx.array(np.random.default_rng(0).standard_normal((1, 1, 3, 128)).astype(np.float32))[..., ::2]
-    found, reference = codec._encoder()(HOST, x), codec.encode(x).arrays
+    found, reference = codec._encoder(HOST, x), codec.encode(x).arrays
     assert all(mx.array_equal(found[name], array) for name, array in reference.items())
 
 

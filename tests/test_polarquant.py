@@ -8,7 +8,7 @@ import pytest
 
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.polar import PolarTree, angle_codebook
-from veloxlab.codecs.parts.scalar import ScalarQuantizer
+from veloxlab.codecs.parts.scalar import quantizer_for
 from veloxlab.codecs.polarquant import _MOST_VECTORS, PolarQuant, build, preset
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
@@ -131,7 +131,7 @@ def test_presets():
 @pytest.mark.parametrize("bits", [4, 5, 6])
 def test_full_recursion_comes_close_to_turboquant(bits, vectors):
     """And blocks do not: at one code bit less than that and more bits in all they lose three times as much."""
-    turbo = ScalarQuantizer(DIM, bits).table.distortion
+    turbo = quantizer_for(DIM, bits).table.distortion
     full = PolarQuant(DIM, preset(DIM, bits, "full"), scale="norm")
     assert 2 * (1 - full.tree.expected_cosine) == pytest.approx(turbo, rel=0.02)
     assert full.bits_per_value == TurboQuant(DIM, bits).bits_per_value
@@ -232,10 +232,13 @@ def test_fitted_codebooks_need_a_sample():
         (lambda: build(66, 4, "keys"), r"of 66: give the bits of one level, such as levels=\(4,\)\."),
         (lambda: build(81, 4, "keys"), "of 81: it is odd, so choose another method"),
         (lambda: PolarQuant(64, ()), "0 levels"),
-        (lambda: PolarQuant(64, (4, 0)), "bits=0 is out of range"),
-        (lambda: PolarQuant(64, codebook="prompt"), "Unknown codebook 'prompt'.*'offline', 'online' or 'fitted'"),
-        (lambda: PolarQuant(64, scale="max"), "Unknown scale 'max'"),
-        (lambda: build(64, 4, "keys", recursion="half"), "Unknown recursion 'half'"),
+        (lambda: PolarQuant(64, (4, 0)), "bits=0 cannot be used"),
+        (
+            lambda: PolarQuant(64, codebook="prompt"),
+            "codebook='prompt' cannot be used.*'offline', 'online' or 'fitted'",
+        ),
+        (lambda: PolarQuant(64, scale="max"), "scale='max' cannot be used"),
+        (lambda: build(64, 4, "keys", recursion="half"), "recursion='half' cannot be used"),
     ],
 )
 def test_what_it_cannot_do_is_refused_at_once(make, sentence):

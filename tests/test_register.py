@@ -13,7 +13,7 @@ from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab.allocate.ratequant import kept_rate_budget
 from veloxlab.codecs import METHODS
-from veloxlab.codecs.base import Code, TiledCodec, check_vectors
+from veloxlab.codecs.base import Code, Codec, check_vectors
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.parts.packing import Row, pack, packed, unpack
 from veloxlab.codecs.saving import class_name, find_class
@@ -27,7 +27,7 @@ IDS = [i * i % 90 for i in range(80)]
 
 
 @dataclass(frozen=True)
-class Absmax(TiledCodec):
+class Absmax(Codec):
     """Round to the nearest of 2**bits - 1 steps between plus and minus a vector's largest number."""
 
     head_dim: int
@@ -36,10 +36,6 @@ class Absmax(TiledCodec):
     @property
     def layout(self):
         return {"codes": packed(self.head_dim, self.bits), "step": Row(mx.float16, 1)}
-
-    @property
-    def shared_bytes(self):
-        return 0
 
     @property
     def top(self):
@@ -163,22 +159,18 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from veloxlab.codecs.base import Code, TiledCodec, check_vectors
-from veloxlab.codecs.method import (Method)
+from veloxlab.codecs.base import Code, Codec, check_vectors
+from veloxlab.codecs.method import Method
 from veloxlab.codecs.parts.packing import Row
 
 
 @dataclass(frozen=True)
-class Halves(TiledCodec):
+class Halves(Codec):
     head_dim: int
 
     @property
     def layout(self):
         return {"halves": Row(mx.float16, self.head_dim)}
-
-    @property
-    def shared_bytes(self):
-        return 0
 
     def encode(self, x, start=0):
         check_vectors(x, self.head_dim)

@@ -107,10 +107,10 @@ def test_keys_at_one_bit_twice_take_7_5_times_less_than_in_16_bits():
     ("make", "sentence"),
     [
         (lambda: METHOD.codec(DIM, 3, "keys"), "takes 2, 4, 6 or 8 bits"),
-        (lambda: Rvq(DIM, 2, variant="fine"), "Unknown variant 'fine'"),
-        (lambda: Rvq(DIM, 2, residual="normal"), "Unknown residual 'normal'"),
-        (lambda: Rvq(DIM, 2, codebook="uniform"), "Unknown codebook 'uniform'"),
-        (lambda: Rvq(DIM, 2, scale="max"), "Unknown scale 'max'"),
+        (lambda: Rvq(DIM, 2, variant="fine"), "variant='fine' cannot be used"),
+        (lambda: Rvq(DIM, 2, residual="normal"), "residual='normal' cannot be used"),
+        (lambda: Rvq(DIM, 2, codebook="uniform"), "codebook='uniform' cannot be used"),
+        (lambda: Rvq(DIM, 2, scale="max"), "scale='max' cannot be used"),
     ],
 )
 def test_what_it_cannot_do_is_refused_at_once(make, sentence):

@@ -178,14 +178,14 @@ def test_tables_that_kernels_take_are_counted_once_they_are_made():
     assert codec.shared_bytes - before == reader.plan.nbytes + reader.fit.nbytes == 4 * (DIM + 511 + HEADS * DIM * 2)
     before = codec.shared_bytes
     encoder = codec._encoder
-    positions = encoder.first_bits.size + encoder.first_codes.size
+    positions = encoder.tables["first_bits"].size + encoder.tables["first_codes"].size
     assert codec.shared_bytes - before == 4 * (2 * 511 + positions)
 
 
 def test_what_it_cannot_learn_from_is_refused_with_what_is_needed():
     with pytest.raises(InputError, match="has to see activations"):
         SpectralQuant(DIM, 2).encode(correlated(0, 4))
-    with pytest.raises(InputError, match="cannot learn 64 coordinates from 63 tokens"):
+    with pytest.raises(InputError, match="cannot learn from 63 tokens .* text of 64"):
         SpectralQuant(DIM, 2).fit(Sample(correlated(0, 63)))
     with pytest.raises(InputError, match="All tokens of the sample are the same"):
         SpectralQuant(DIM, 2).fit(Sample(mx.ones((1, 1, 100, DIM))))
@@ -197,7 +197,7 @@ def test_what_it_cannot_learn_from_is_refused_with_what_is_needed():
 
 def test_options_are_checked_and_values_have_no_queries():
     for options in ({"basis": "svd"}, {"scale": "max"}, {"damping": -1}):
-        with pytest.raises(InputError, match="Unknown|damping=-1"):
+        with pytest.raises(InputError, match="cannot be used"):
             build(DIM, 2, "keys", **options)
     assert build(DIM, 2, "values", basis="query").basis == "pca"
     assert build(DIM, 2, "keys", basis="query").basis == "query"

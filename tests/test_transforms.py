@@ -44,5 +44,5 @@ def test_equal_seeds_give_equal_rotations_and_others_do_not():
 
 
 def test_an_unknown_rotation_is_refused():
-    with pytest.raises(InputError, match="choose 'hadamard' or 'haar'"):
+    with pytest.raises(InputError, match="give 'hadamard' or 'haar'"):
         make_rotation("fourier", 64, 0)

@@ -144,18 +144,18 @@ def test_keys_get_the_unbiased_scale_and_values_the_mse_scale():
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: TurboQuant(64, 4, scale="max"), "Unknown scale 'max'"),
-        (lambda: TurboQuant(64, 4, codebook="uniform"), "Unknown codebook 'uniform'"),
-        (lambda: TurboQuant(64, 9), "out of range"),
+        (lambda: TurboQuant(64, 4, scale="max"), "scale='max' cannot be used"),
+        (lambda: TurboQuant(64, 4, codebook="uniform"), "codebook='uniform' cannot be used"),
+        (lambda: TurboQuant(64, 9), "bits=9 cannot be used: give a whole number from 1 to 8"),
         (lambda: METHOD.codec(64, 0, "keys", variant="prod"), "out of range"),
-        (lambda: TurboQuantProd(64, 2, sketch="sparse"), "Unknown sketch 'sparse'"),
-        (lambda: build(64, 4, "keys", variant="max"), "Unknown TurboQuant variant 'max'"),
+        (lambda: TurboQuantProd(64, 2, sketch="sparse"), "sketch='sparse' cannot be used"),
+        (lambda: build(64, 4, "keys", variant="max"), "variant='max' cannot be used"),
         (lambda: build(64, 4, "keys", variant="prod", scale="mse"), "scale='mse' is for variant='mse' alone"),
         (lambda: build(64, 4, "values", variant="prod", outlier_bits=5), "outlier_bits=5 is for variant='mse' alone"),
         (lambda: build(64, 4, "keys", sketch="orthogonal"), "sketch='orthogonal' is for variant='prod' alone"),
         (lambda: build(64, 4, "keys", sketch="gaussian", outliers=8), "sketch='gaussian' is for variant='prod' alone"),
         (lambda: build(64, 4, "keys", outlier_bits=5), "outlier_bits=5 was given without outliers"),
-        (lambda: build(64, 4, "keys", outliers=8, outlier_bits=0), "bits=0 is out of range"),
+        (lambda: build(64, 4, "keys", outliers=8, outlier_bits=0), "bits=0 cannot be used"),
     ],
 )
 def test_what_it_cannot_do_is_refused_at_once(make, sentence):
@@ -233,10 +233,10 @@ def test_a_split_has_to_see_activations():
     one_head_of_zeros = mx.random.normal((1, 2, 16, 64)) * mx.array([0, 1])[:, None, None]
     with pytest.raises(InputError, match="has to see activations before it can encode"):
         codec.encode(mx.zeros((1, 2, 3, 64)))
-    with pytest.raises(InputError, match="no channel stands out"):
+    with pytest.raises(InputError, match="cannot learn from 0 tokens that are not zero"):
         codec.fit(Sample(one_head_of_zeros))
     with pytest.raises(InputError, match="fitted to 2 KV heads and was given 3"):
-        codec.fit(Sample(one_head_of_zeros + 1)).encode(mx.zeros((1, 3, 1, 64)))
+        codec.fit(Sample(mx.random.normal((1, 2, 16, 64)))).encode(mx.zeros((1, 3, 1, 64)))
     for outliers in (1, 62):
         with pytest.raises(InputError, match="do not leave two parts: choose a whole number from 4 to 60"):
             build(64, 2, "keys", outliers=outliers)

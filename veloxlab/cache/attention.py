@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.codecs import Code, Codec
-from veloxlab.codecs.base import TiledCodec, per_kv_head
+from veloxlab.codecs.base import per_kv_head
 from veloxlab.codecs.none import Exact
 from veloxlab.kernels.attend import AttendKernel, Queries, Tokens, attend_kernel
 from veloxlab.kernels.attend import Exact as ExactTokens
@@ -140,8 +140,6 @@ class History(Handle):
             return None
         before, packed, after = self.segments[:at], self.segments[at], self.segments[at + 1 :]
         key_codec, value_codec = packed.key_codec, packed.value_codec
-        if not (isinstance(key_codec, TiledCodec) and isinstance(value_codec, TiledCodec)):
-            return None
         keys, values = key_codec.reader(packed.keys), value_codec.reader(packed.values)
         if len(before) > 1 or len(after) > 1 or keys is None or values is None:
             return None
@@ -164,7 +162,7 @@ class History(Handle):
         out, mixed = kernel(queries, tokens)
         if mixed is None:
             return out
-        value_codec = next(s.value_codec for s in self.segments if isinstance(s.value_codec, TiledCodec))
+        value_codec = next(s.value_codec for s in self.segments if not isinstance(s.value_codec, Exact))
         return out + value_codec.from_codes(mixed).reshape(out.shape).astype(out.dtype)
 
     def _disagreement(self, kernel: AttendKernel, queries: Queries, tokens: Tokens) -> str:

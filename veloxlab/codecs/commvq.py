@@ -27,7 +27,6 @@ Where we differ
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -36,22 +35,24 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
+from veloxlab.checks import check_fields, whole
 from veloxlab.codecs.base import (
-    SCALE,
     Code,
+    Codec,
     Sample,
-    TiledCodec,
     check_heads,
+    check_sample,
     check_vectors,
-    load_scale,
+    empty_code,
     not_fitted,
-    store_scale,
+    per_head,
 )
 from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, PairOrder, pair_order, pairs, train_tables
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.packing import Layout, Row, pack, unpack
+from veloxlab.codecs.parts import constant
+from veloxlab.codecs.parts.packing import Layout, pack_bytes, packed_bytes, unpack
 from veloxlab.codecs.parts.rope import Rope
-from veloxlab.codecs.parts.scalar import ScaleName, check_scale, scale_factor
+from veloxlab.codecs.parts.scales import SCALE, SCALES, ScaleName, over, root_mean_square, scale_factor, store_scale
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import SumsReader
 
@@ -59,18 +60,17 @@ _SEQUENCES = 256  # of a batch, whose positions are remembered
 _INDEX = 6  # bits of a or b
 _CHUNK = 8192  # vectors that are encoded at once
 _MOST_FACTOR = 4.0  # of a scale over the norm: an outlier that its code misses has a factor without meaning, or sign
-_SAME = 1e-6  # variance, of a mean square of 1, below which all vectors are one
 
 
 @dataclass(frozen=True, eq=False)
-class CommVQ(TiledCodec):
+class CommVQ(Codec):
     """CommVQ's residual stages (arXiv 2506.18879, section 3), for keys or values.
 
     Parameters
     ----------
     head_dim : D, even.
     bits : nominal code bits per coordinate; ``12·stages / head_dim`` are used.
-    role : ``"keys"`` are coded before RoPE, ``"values"`` as they are.
+    tensor : ``"keys"`` are coded before RoPE, ``"values"`` as they are.
     stages : R, or 0 for that of ``bits``.
     scale : ``"mse"`` (least squared error), ``"unbiased"`` (inner products right on average), ``"norm"`` (the paper's).
     tables : entries of every stage ``[H, R, 64, D]``, float16; learned, as is what follows.
@@ -79,30 +79,23 @@ class CommVQ(TiledCodec):
 
     head_dim: int
     bits: int
-    role: Role
+    tensor: Role
     stages: int = 0
     scale: ScaleName = "mse"
     tables: mx.array | None = None
     rope: Rope | None = None
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
+        check_fields(self, scale=SCALES, stages=whole(0))
         if self.head_dim < 2 or self.head_dim % 2:
             raise InputError(f"CommVQ codes coordinates in pairs: a head dimension of {self.head_dim} has to be even.")
-        if not isinstance(self.stages, int) or isinstance(self.stages, bool) or self.stages < 0:
-            raise InputError(f"stages={self.stages!r} is not a number of stages: give 1 or more, or 0 for the usual.")
-        if self.stages == 0:
-            object.__setattr__(self, "stages", max(1, round(self.bits * self.head_dim / (2 * _INDEX))))
+        usual = max(1, round(self.bits * self.head_dim / (2 * _INDEX)))
+        object.__setattr__(self, "stages", self.stages or usual)
 
     @property
     def layout(self) -> Layout:
         """12·R bits to whole bytes, and a scale."""
-        return {"codes": Row(mx.uint8, -(-2 * _INDEX * self.stages // 8)), "root_scale": SCALE}
-
-    @property
-    def shared_bytes(self) -> int:
-        """The tables of all KV heads."""
-        return 0 if self.tables is None else self.tables.nbytes
+        return {"codes": packed_bytes(2 * self.stages, _INDEX), "root_scale": SCALE}
 
     def fit(self, sample: Sample) -> Self:
         """Learn the tables of every KV head.
@@ -113,29 +106,21 @@ class CommVQ(TiledCodec):
             embedding.
         """
         check_vectors(sample.x, self.head_dim)
-        rope = sample.rope if self.role == "keys" else None
-        if self.role == "keys" and rope is None:
+        rope = sample.rope if self.tensor == "keys" else None
+        if self.tensor == "keys" and rope is None:
             raise InputError(
                 "CommVQ undoes the rotary embedding of keys, and this layer has none that is known: "
                 "use it in a rotary layer, or another method for these keys."
             )
-        y = np.array(_normalized(_unrotated(sample.x.astype(mx.float32), rope, 0))[0])
-        heads = [head[np.any(head != 0, axis=1)] for head in y.swapaxes(0, 1).reshape(y.shape[1], -1, self.head_dim)]
-        tokens = min(len(head) for head in heads)
-        if tokens < ENTRIES:
-            raise InputError(
-                f"CommVQ cannot learn tables of {ENTRIES} entries from {tokens} tokens that are not zero: "
-                f"give a text with {ENTRIES} such tokens or more, better 2,048."
-            )
-        if min(head.var(axis=0).mean() for head in heads) < _SAME:
-            raise InputError("All tokens of the sample are the same in one KV head: calibrate with a text that varies.")
+        heads = per_head(_normalized(sample.x, rope, 0)[0])
+        check_sample(heads, "CommVQ", ENTRIES)
         layout = pairs(self.head_dim, rope)
-        tables = [train_tables(head, self.stages, layout, sample.seed + i) for i, head in enumerate(heads)]
-        held = mx.array(np.ascontiguousarray(np.stack(tables))).astype(
-            mx.float16
-        )  # kernels step through it by its shape
-        mx.eval(held)
-        return replace(self, tables=held, rope=rope)
+        tables = [
+            train_tables(head[head.any(axis=1)].astype(np.float32), self.stages, layout, sample.seed + i)
+            for i, head in enumerate(heads)
+        ]
+        # contiguous, as kernels step through it by its shape
+        return replace(self, tables=constant(np.ascontiguousarray(np.stack(tables)), mx.float16), rope=rope)
 
     def blank(self, kv_heads: int) -> Self:
         """Zeros in the place of the tables, and no rotary embedding; see `Codec.blank`."""
@@ -145,28 +130,16 @@ class CommVQ(TiledCodec):
         """Compress ``x`` ``[B, H, S, D]``, whose first token is at position ``start``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         both = self.both_tables(x.shape[1])
-        if x.shape[2] == 0:  # MLX finds no least of nothing
-            nothing = x.shape[:3]
-            return Code(
-                {
-                    "codes": mx.zeros((*nothing, self.layout["codes"].count), mx.uint8),
-                    "root_scale": mx.zeros((*nothing, 1), mx.float16),
-                },
-                start,
-            )
         chunk = max(1, _CHUNK // max(1, x.shape[0] * x.shape[1]))
-        parts: list[list[mx.array]] = []
+        parts = [empty_code(self, x.shape[0], x.shape[1]).arrays]
         for at in range(0, x.shape[2], chunk):
-            piece = x[:, :, at : at + chunk]
-            if parts:  # one chunk after another: MLX would evaluate all of them abreast
-                (piece,) = mx.depends([piece], [parts[-1][0]])
-            y, rms = _normalized(_unrotated(piece.astype(mx.float32), self.rope, start + at))
+            # one chunk after another: MLX would evaluate all of them abreast
+            (piece,) = mx.depends([x[:, :, at : at + chunk]], [parts[-1]["codes"]])
+            y, rms = _normalized(piece, self.rope, start + at)
             codes, coded = _encode_stages(y, both)
-            packed = pack(codes, _INDEX).view(mx.uint8)[..., : self.layout["codes"].count]
             factor = mx.clip(scale_factor(self.scale, y, coded), 0.0, _MOST_FACTOR)
-            parts.append([packed, store_scale(rms * factor)])
-        codes, root = (mx.concatenate([part[i] for part in parts], axis=2) for i in (0, 1))
-        return Code({"codes": codes, "root_scale": root}, start)
+            parts.append({"codes": pack_bytes(codes, _INDEX), "root_scale": store_scale(rms * factor)})
+        return Code({name: mx.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}, start)
 
     def expand(self, code: Code) -> mx.array:
         """Sums of the entries, rotated to their positions, both coordinates of a pair side by side."""
@@ -192,7 +165,7 @@ class CommVQ(TiledCodec):
         return mx.take(q, self._orders[0], axis=-1)
 
     def reader(self, code: Code) -> SumsReader:
-        """The tables, and where the tokens are; see `TiledCodec.reader`."""
+        """The tables, and where the tokens are."""
         codes = code.arrays["codes"]
         angles = None if self.rope is None else self._angles(code.start)
         tables = self._checked_tables(codes.shape[1])
@@ -220,10 +193,6 @@ class CommVQ(TiledCodec):
         """Coordinates in the order of the codes, where those of a pair are neighbours, and its inverse, ``[D]``."""
         return _orders(self.head_dim, pair_order(self.head_dim, self.rope))
 
-    def scales(self, code: Code) -> mx.array:
-        """The stored scale; see `TiledCodec.scales`."""
-        return load_scale(code.arrays["root_scale"])
-
     def both_tables(self, kv_heads: int) -> mx.array:
         """What index a adds and what index b adds, of every stage: ``[H, R, 2, 64, D]``, float32, before RoPE.
 
@@ -245,19 +214,15 @@ class CommVQ(TiledCodec):
 @lru_cache
 def _orders(dim: int, order: PairOrder) -> tuple[mx.array, mx.array]:
     there = order.pairs(dim).ravel()
-    orders = mx.array(there.astype(np.uint32)), mx.array(np.argsort(there).astype(np.uint32))
-    mx.eval(*orders)
-    return orders
+    return constant(there, mx.uint32), constant(np.argsort(there), mx.uint32)
 
 
-def _unrotated(x: mx.array, rope: Rope | None, start: int) -> mx.array:
-    return x if rope is None else rope.inverse(x, start)
-
-
-def _normalized(x: mx.array) -> tuple[mx.array, mx.array]:
-    """Vectors of root-mean-square 1 (or 0), and what they were divided by ``[..., 1]``."""
-    rms = mx.linalg.norm(x, axis=-1, keepdims=True) / math.sqrt(x.shape[-1])
-    return x / mx.where(rms == 0, 1.0, rms), rms
+def _normalized(x: mx.array, rope: Rope | None, start: int) -> tuple[mx.array, mx.array]:
+    """Vectors as they are before ``rope``, of root-mean-square 1 (or 0), and what they were divided by ``[..., 1]``."""
+    x = x.astype(mx.float32)
+    x = x if rope is None else rope.inverse(x, start)
+    rms = root_mean_square(x)
+    return over(x, rms), rms
 
 
 def _encode_stages(y: mx.array, both: mx.array) -> tuple[mx.array, mx.array]:
@@ -298,11 +263,6 @@ def _rows(table: mx.array, index: mx.array) -> mx.array:
     return table.reshape(heads * entries, -1)[index + offset]
 
 
-def build(head_dim: int, bits: int, role: Role, **options: object) -> CommVQ:
-    """CommVQ, to be fitted, with the MSE scale unless ``scale`` says otherwise."""
-    return CommVQ(head_dim, bits, role, **options)  # type: ignore[arg-type]
-
-
 METHOD = Method(
     id="commvq",
     name="CommVQ",
@@ -311,7 +271,7 @@ METHOD = Method(
     bits=range(1, 5),
     stored="12 bits for each of bits·D/12 stages, one 16-bit scale a vector",
     options=("stages", "scale"),
-    build=build,
+    build=CommVQ,
     colour="#cc5aa0",
     mark="cross",
     space="before_rope",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from veloxlab.checks import check_options
 from veloxlab.codecs.base import Codec
@@ -26,8 +26,8 @@ class Method:
     calibrated : whether its codec has to be fitted to activations before it can encode.
     bits : code widths it takes.
     stored : what is kept per vector, in words.
-    options : keyword arguments of ``build`` beside head dimension, bits and role.
-    build : makes the codec: ``build(head_dim, bits, role, **options)``.
+    options : keyword arguments of ``build`` beside head dimension, bits and tensor.
+    build : makes the codec: ``build(head_dim, bits, tensor, **options)``, where tensor is "keys" or "values".
     codecs : classes of the codecs that it makes, by which a saved cache finds them again. Those here are found by their
         file; a method that is registered from elsewhere (`veloxlab.register`) has to name them.
     version : what its codes mean, and what is fitted. Raise it with every change that gives other codes, or another fit
@@ -55,12 +55,13 @@ class Method:
     per_head: bool = False
     timed: bool = False
 
-    def check(self, bits: int, role: Role, options: Mapping[str, object]) -> None:
+    def check(self, bits: int, tensor: Role, options: Mapping[str, object]) -> None:
         """Raise `InputError` unless ``bits`` and the names of ``options`` are the method's."""
         if isinstance(bits, bool) or not isinstance(bits, int) or bits not in self.bits:
-            raise InputError(
-                f"{role.capitalize()} at bits={bits!r} are out of range: {self.name} takes {_words(self.bits)}."
-            )
+            widths = f"whole numbers of bits from {self.bits[0]} to {self.bits[-1]}"
+            if self.bits.step > 1 or len(self.bits) == 1:
+                widths = " or ".join(", ".join(map(str, self.bits)).rsplit(", ", 1)) + " bits"
+            raise InputError(f"{tensor.capitalize()} at bits={bits!r} are out of range: {self.name} takes {widths}.")
         unknown = sorted(set(options) - set(self.options))
         if unknown:
             known = ", ".join(self.options) or "none"
@@ -68,14 +69,17 @@ class Method:
         if not self.codecs:  # those of a method from elsewhere mean what it says
             check_options(options)
 
-    def codec(self, head_dim: int, bits: int, role: Role, **options: object) -> Codec:
+    def codec(self, head_dim: int, bits: int, tensor: Role, **options: object) -> Codec:
         """Make the codec, after `check`."""
-        self.check(bits, role, options)
-        return self.build(head_dim, bits, role, **options)
+        self.check(bits, tensor, options)
+        return self.build(head_dim, bits, tensor, **options)
 
 
-def _words(bits: range) -> str:
-    if bits.step == 1 and len(bits) > 1:
-        return f"whole numbers of bits from {bits[0]} to {bits[-1]}"
-    *first, last = map(str, bits)
-    return f"{', '.join(first)} or {last} bits" if first else f"{last} bits"
+def own_part(name: str, value: Any, tensor: Role) -> Any:  # noqa: ANN401 - as the option is
+    """What the option ``name`` says of ``tensor``: its part of ``{"keys": …, "values": …}``, or the value of both."""
+    if not isinstance(value, Mapping):
+        return value
+    unknown = sorted(set(value) - set(ROLES), key=str)
+    if unknown:
+        raise InputError(f"{name} has no part {unknown[0]!r}: give one for 'keys' and one for 'values'.")
+    return value.get(tensor)

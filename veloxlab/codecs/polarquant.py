@@ -36,27 +36,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.checks import many, whole
-from veloxlab.codecs.base import (
-    Code,
-    RotatedSpace,
-    Sample,
-    check_vectors,
-    load_scale,
-    not_fitted,
-    store_scale,
-    unbiased_keys,
-)
+from veloxlab.checks import check_fields, choice, many, whole
+from veloxlab.codecs.base import Code, HasBytes, Sample, check_vectors, not_fitted, unbiased_keys
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.packing import Layout, Row, check_word
+from veloxlab.codecs.parts.packing import Layout, Row
 from veloxlab.codecs.parts.polar import PolarTree, angle_codebook, fitted_angles, halvings
-from veloxlab.codecs.parts.scalar import ScaleName, check_scale
+from veloxlab.codecs.parts.scales import SCALES, ScaleName, load_scale, store_scale
 from veloxlab.codecs.parts.transforms import RotationName
+from veloxlab.codecs.rotated import RotatedSpace
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers.blocks import MOST_LEVELS, MOST_ROWS, PolarReader
 
@@ -92,8 +84,7 @@ class PolarQuant(RotatedSpace):
     centroids: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
-        check_word("codebook", self.codebook, "offline", "online", "fitted")
+        check_fields(self, scale=SCALES, codebook=choice(*get_args(CodebookName)))
         _ = self._rotation, self.tree
 
     @cached_property
@@ -107,9 +98,9 @@ class PolarQuant(RotatedSpace):
         return self.tree.layout | {"root_rms": Row(mx.float16, self.head_dim // self.tree.block)}
 
     @property
-    def shared_bytes(self) -> int:
+    def constants(self) -> tuple[HasBytes, ...]:
         """Rotation and codebooks."""
-        return self._rotation.nbytes + self.tree.nbytes
+        return self._rotation, self.tree
 
     @property
     def online(self) -> bool:
@@ -168,24 +159,22 @@ class PolarQuant(RotatedSpace):
         return Code(self.tree.pack(codes) | {"root_rms": store_scale(rms)}, start)
 
     def expand(self, code: Code) -> mx.array:
-        """Rotated vectors, radii times directions; see `TiledCodec.expand`."""
+        """Rotated vectors: radii times directions."""
         radius = load_scale(code.arrays["root_rms"]) * math.sqrt(self.tree.block)
         return mx.flatten(self.tree.directions(self.tree.unpack(code.arrays)) * radius[..., None], -2)
 
     def reader(self, code: Code) -> PolarReader | None:
-        """Radii and angles; None for more levels or widths than a kernel takes; see `TiledCodec.reader`."""
-        arrays, rows = code.arrays, self.tree.rows
-        if len(self.levels) > MOST_LEVELS or len(rows) > MOST_ROWS:
+        """Radii and angles; None for more levels or widths than a kernel takes."""
+        first, *others = (code.arrays[name] for name in self.tree.layout)
+        if len(self.levels) > MOST_LEVELS or 1 + len(others) > MOST_ROWS:
             return None
-        other = arrays[rows[1]] if len(rows) > 1 else None
-        layout = self.levels, self.tree.circles
-        return PolarReader(self.head_dim, arrays[rows[0]], None, self._signs, other, arrays["root_rms"], *layout)
+        other, layout = others[0] if others else None, (self.levels, self.tree.circles)
+        return PolarReader(self.head_dim, first, None, self._signs, other, code.arrays["root_rms"], *layout)
 
 
 def preset(head_dim: int, bits: int, recursion: Recursion) -> tuple[int, ...]:
     """Widths of the levels for ``bits`` from 2 to 8, as the module says."""
-    check_word("recursion", recursion, "block", "full")
-    if recursion == "block":
+    if choice(*get_args(Recursion))("recursion", recursion) == "block":
         first, rest, count = (bits, bits - 2, BLOCK_LEVELS) if bits > 2 else (1, 1, BLOCK_LEVELS)
     else:
         first, rest, count = min(bits + 1, 8), bits - 1, halvings(head_dim)
@@ -195,7 +184,7 @@ def preset(head_dim: int, bits: int, recursion: Recursion) -> tuple[int, ...]:
 def build(
     head_dim: int,
     bits: int,
-    role: Role,
+    tensor: Role,
     *,
     recursion: Recursion = "block",
     levels: tuple[int, ...] | None = None,
@@ -203,7 +192,7 @@ def build(
 ) -> PolarQuant:
     """PolarQuant for keys (unbiased scale) or values (MSE scale), with the preset's ``levels`` or the given ones."""
     widths = preset(head_dim, bits, recursion) if levels is None else many(whole(1))("levels", levels)
-    return PolarQuant(head_dim, widths, **unbiased_keys(role, options))
+    return PolarQuant(head_dim, widths, **unbiased_keys(tensor, options))
 
 
 METHOD = Method(

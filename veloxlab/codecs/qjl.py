@@ -40,11 +40,13 @@ from typing import ClassVar
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import SCALE, Code, TiledCodec, check_vectors, load_scale, store_scale
+from veloxlab.codecs.base import Code, Codec, HasBytes, check_vectors
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts.groups import GroupLevels, GroupQuantizer
 from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import Layout, packed
+from veloxlab.codecs.parts.scalar import joint_levels
+from veloxlab.codecs.parts.scales import SCALE, load_scale, root_mean_square, store_scale
 from veloxlab.codecs.parts.sketch import SignSketch, SketchName, pack_signs
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.encode import sign_kernel
@@ -55,7 +57,7 @@ _OUTLIER_SEED = 1_000_003  # keeps the sketch of the outliers independent of the
 
 
 @dataclass(frozen=True)
-class QJL(TiledCodec):
+class QJL(Codec):
     """QJL's keys: signs of a sketch, and a norm (arXiv 2406.03482, Algorithm 1).
 
     Parameters
@@ -74,7 +76,7 @@ class QJL(TiledCodec):
     def __post_init__(self) -> None:
         _ = self._sketch
 
-    @property
+    @cached_property
     def _sketch(self) -> SignSketch:
         return SignSketch(self.head_dim, self.bits * self.head_dim, self.sketch, self.seed)
 
@@ -85,33 +87,37 @@ class QJL(TiledCodec):
 
     @property
     def layout(self) -> Layout:
-        """b·D signs, and a norm."""
+        """b·D signs, and the root of the root-mean-square, which float16 holds for larger vectors than the norm."""
         return {"signs": packed(self.code_dim, 1), "root_rms": SCALE}
 
     @property
-    def shared_bytes(self) -> int:
+    def constants(self) -> tuple[HasBytes, ...]:
         """The sketch."""
-        return self._sketch.nbytes
+        return (self._sketch,)
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Signs and norms of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
+        """Signs and sizes of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
-        return Code(_signs_and_size(self._sketch, x), start)
+        y = x.astype(mx.float32) @ self._sketch.matrix.T
+        return Code(computed(lambda _: sign_kernel(x.shape[-1], y.shape[-1]), _signs_and_size, x, y), start)
 
     def expand(self, code: Code) -> mx.array:
         """Signs, ±1 ``[B, H, S, m]``."""
         return self._sketch.expand(code.arrays["signs"])
 
+    @property
+    def _size(self) -> float:
+        """What makes the estimate right on average, for vectors of root-mean-square 1."""
+        return self._sketch.unbiased_scale * math.sqrt(self.head_dim)
+
     def reader(self, code: Code) -> TableReader | None:
-        """Four signs at a time, each times the estimate's constant; see `TiledCodec.reader`."""
-        size = self._sketch.unbiased_scale * math.sqrt(self.head_dim)
-        return TableReader(
-            self.code_dim, code.arrays["signs"], code.arrays["root_rms"], None, _SIGNS, _sign_table(size)
-        )
+        """Four signs at a time, each times the estimate's constant."""
+        signs, root_rms = code.arrays["signs"], code.arrays["root_rms"]
+        return TableReader(self.code_dim, signs, root_rms, None, _SIGNS, _sign_table(self._size))
 
     def scales(self, code: Code) -> mx.array:
         """Norms, times the constant that makes the estimate right on average."""
-        return _load_norm(code.arrays["root_rms"], self.head_dim) * self._sketch.unbiased_scale
+        return load_scale(code.arrays["root_rms"]) * math.sqrt(self.head_dim) * self._sketch.unbiased_scale
 
     def from_codes(self, y: mx.array) -> mx.array:
         """Back from the sketch: Sᵀ."""
@@ -158,7 +164,7 @@ class OutlierQJL(SplitCodec):
 
 
 @dataclass(frozen=True)
-class GroupedValues(TiledCodec):
+class GroupedValues(Codec):
     """QJL's values: each token's coordinates in groups of equal steps.
 
     Parameters
@@ -177,7 +183,7 @@ class GroupedValues(TiledCodec):
     def __post_init__(self) -> None:
         _ = self._quantizer
 
-    @property
+    @cached_property
     def _quantizer(self) -> GroupQuantizer:
         return GroupQuantizer(self.head_dim, self.bits, self.group, self.levels)
 
@@ -185,11 +191,6 @@ class GroupedValues(TiledCodec):
     def layout(self) -> Layout:
         """b bits a coordinate, and two numbers a group."""
         return self._quantizer.layout
-
-    @property
-    def shared_bytes(self) -> int:
-        """Nothing is shared."""
-        return 0
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Codes, steps and least numbers of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
@@ -201,7 +202,7 @@ class GroupedValues(TiledCodec):
         return self._quantizer.expand(code.arrays)
 
     def reader(self, code: Code) -> GroupsReader:
-        """The groups' steps and least numbers; see `TiledCodec.reader`."""
+        """The groups' steps and least numbers."""
         codes, half_step, least = (code.arrays[name] for name in ("codes", "half_step", "least"))
         layout = self.bits, self.group, self.levels == "centres"
         return GroupsReader(self.head_dim, codes, None, None, half_step, least, *layout)
@@ -210,40 +211,22 @@ class GroupedValues(TiledCodec):
 @lru_cache
 def _sign_table(size: float) -> mx.array:
     """What every combination of neighbouring signs stands for ``[2**4, 4]``: ±size."""
-    bits = np.arange(1 << _SIGNS)[:, None] >> np.arange(_SIGNS) & 1
-    table = mx.array(((2 * bits - 1) * size).astype(np.float32))
-    mx.eval(table)
-    return table
+    return joint_levels(np.array([-size, size]), 1, _SIGNS)
 
 
-def _signs_and_size(sketch: SignSketch, x: mx.array) -> dict[str, mx.array]:
-    """``signs`` of the sketch of ``x`` ``[B, H, S, D]``, and the root of its root-mean-square, ``root_rms``.
-
-    That is what float16 holds for larger vectors than the norm itself.
-    """
-    y = x.astype(mx.float32) @ sketch.matrix.T
-    return computed(lambda _: sign_kernel(x.shape[-1], y.shape[-1]), _signs_and_size_by_graph, x, y)
+def _signs_and_size(x: mx.array, y: mx.array) -> dict[str, mx.array]:
+    """What is stored of ``x`` ``[B, H, S, D]``, whose sketch is ``y``."""
+    return {"signs": pack_signs(y), "root_rms": store_scale(root_mean_square(x))}
 
 
-def _signs_and_size_by_graph(x: mx.array, y: mx.array) -> dict[str, mx.array]:
-    rms = mx.linalg.norm(x.astype(mx.float32), axis=-1, keepdims=True) / math.sqrt(x.shape[-1])
-    return {"signs": pack_signs(y), "root_rms": store_scale(rms)}
-
-
-def _load_norm(root: mx.array, dim: int) -> mx.array:
-    return load_scale(root) * math.sqrt(dim)
-
-
-def build(head_dim: int, bits: int, role: Role, **options: object) -> QJL | OutlierQJL | GroupedValues:
-    """Sketched keys, with ``outliers`` if asked for, or grouped values. Each role takes its own options."""
-    own = ("levels", "group") if role == "values" else ("sketch", "seed", "outliers")
-    options = {name: value for name, value in options.items() if name in own}
-    if role == "values":
-        return GroupedValues(head_dim, bits, **options)  # type: ignore[arg-type]
-    if options.get("outliers") in (None, 0):
-        options.pop("outliers", None)
-        return QJL(head_dim, bits, **options)  # type: ignore[arg-type]
-    return OutlierQJL(head_dim, bits, **options)  # type: ignore[arg-type]
+def build(head_dim: int, bits: int, tensor: Role, **options: object) -> QJL | OutlierQJL | GroupedValues:
+    """Sketched keys, with ``outliers`` if asked for, or grouped values. Each takes its own options."""
+    own = ("levels", "group") if tensor == "values" else ("sketch", "seed", "outliers")
+    given = {name: value for name, value in options.items() if name in own}
+    if given.get("outliers") in (None, 0):
+        given.pop("outliers", None)
+    kind = GroupedValues if tensor == "values" else OutlierQJL if "outliers" in given else QJL
+    return kind(head_dim, bits, **given)  # type: ignore[arg-type]
 
 
 METHOD = Method(

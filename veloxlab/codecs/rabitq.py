@@ -38,26 +38,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self, get_args
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import (
-    SCALE,
-    Code,
-    RotatedCodec,
-    Sample,
-    check_heads,
-    check_sample,
-    check_vectors,
-    load_scale,
-    unbiased_keys,
-)
+from veloxlab.checks import check_fields, choice
+from veloxlab.codecs.base import Code, Sample, check_heads, check_sample, check_vectors, per_head, unbiased_keys
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.packing import Layout, Row, check_word, pack, packed, spread
-from veloxlab.codecs.parts.scalar import paired, scale_factor
-from veloxlab.codecs.parts.transforms import RotationName, SignedHadamard
+from veloxlab.codecs.parts import constant
+from veloxlab.codecs.parts.packing import BITS, Layout, pack, packed, unpack_to_bytes
+from veloxlab.codecs.parts.scalar import paired_levels
+from veloxlab.codecs.parts.scales import SCALE, load_scale, scale_factor
+from veloxlab.codecs.parts.transforms import RotationName
+from veloxlab.codecs.rotated import RotatedCodec
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import TableReader
 from veloxlab.kernels.rotated import encode_kernel, stretched_grid
@@ -95,8 +89,8 @@ class RaBitQ(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_word("scale", self.scale, "unbiased", "mse")
-        check_word("encoder", self.encoder, "grid", "exact", "fast")
+        words = {"scale": choice(*get_args(ScaleName)), "encoder": choice(*get_args(EncoderName))}
+        check_fields(self, bits=BITS, **words)
         if self.bounds and self.scale != "unbiased":
             raise InputError(f"bounds=True bounds an unbiased estimate, and scale={self.scale!r} is not: choose one.")
         _ = self._rotation
@@ -104,19 +98,19 @@ class RaBitQ(RotatedCodec):
     @property
     def layout(self) -> Layout:
         """B·D bits and a scale; the sine with bounds."""
-        sine = {"sine": Row(mx.float16, 1)} if self.bounds else {}
-        return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE} | sine
+        return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE} | (
+            {"sine": SCALE} if self.bounds else {}
+        )
 
-    @property
-    def shared_bytes(self) -> int:
-        """The rotation; of the grid only kernels take tables, one or two KB for each width, which do not count."""
-        return self._rotation.nbytes
-
+    @cached_property
     def _encoder(self) -> VectorKernel | None:
         """None for ``exact``, which sorts steps, and where the rotation is no Hadamard transform."""
-        if self.encoder == "exact" or self.rotation != "hadamard":
+        if self.encoder == "exact" or self._signs is None:
             return None
-        return _encoder(self.head_dim, self.bits, self.scale, self.encoder, self.bounds, self.seed)
+        tried = self.encoder == "grid" and self.bits > 1  # of one bit there is no second step to stretch for
+        one = np.array([usual_stretch(self.head_dim, self.bits) if self.bits > 1 else 0.0])
+        grid = stretched_grid(_tries(self.bits) if tried else constant(one), self.bits, tried=tried)
+        return encode_kernel(self._signs, grid, self.scale, {"codes": self.bits}, sine=self.bounds)
 
     @property
     def _table(self) -> mx.array | None:
@@ -136,14 +130,13 @@ class RaBitQ(RotatedCodec):
 
     def levels(self, arrays: dict[str, mx.array]) -> mx.array:
         """Grid points of the codes."""
-        codes = spread(arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
+        codes = unpack_to_bytes(arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
         return codes - float(2**self.bits - 1) / 2
 
     def reader(self, code: Code) -> TableReader:
-        """The grid as a table; see `TiledCodec.reader`."""
-        together, table = _grid(self.bits)
+        """The grid as a table."""
         return TableReader(
-            self.head_dim, code.arrays["codes"], code.arrays["root_scale"], self._signs, self.bits * together, table
+            self.head_dim, code.arrays["codes"], code.arrays["root_scale"], self._signs, *_paired_steps(self.bits)
         )
 
     def half_widths(self, code: Code, epsilon: float = EPSILON) -> mx.array:
@@ -190,13 +183,6 @@ class CentredRaBitQ(RaBitQ):
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # what is fitted is compared by identity
 
-    @property
-    def shared_bytes(self) -> int:
-        """The rotation and the means; rotated, too, where a kernel has read."""
-        means = [] if self.centroid is None else [self.centroid]
-        means += [self._rotated_mean] if "_rotated_mean" in vars(self) else []
-        return super().shared_bytes + sum(mean.nbytes for mean in means)
-
     def blank(self, kv_heads: int) -> Self:
         """Means of 0; see `Codec.blank`."""
         return replace(self, centroid=mx.zeros((kv_heads, self.head_dim)))
@@ -204,10 +190,10 @@ class CentredRaBitQ(RaBitQ):
     def fit(self, sample: Sample) -> Self:
         """Learn the mean of each KV head; raises `InputError` below 16 tokens, or if they are all the same."""
         check_vectors(sample.x, self.head_dim)
-        check_sample(sample.x, "A centroid takes")
-        centroid = sample.x.astype(mx.float32).mean(axis=(0, 2))
-        mx.eval(centroid)
-        return replace(self, centroid=centroid)
+        check_sample(
+            per_head(mx.flatten(sample.x.swapaxes(1, 2), 2)[:, None]), "A centroid"
+        )  # one head may be of zeros
+        return replace(self, centroid=constant(sample.x.astype(mx.float32).mean(axis=(0, 2))))
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress the difference from the mean; see `Codec.encode`."""
@@ -219,16 +205,15 @@ class CentredRaBitQ(RaBitQ):
         y = self.levels(code.arrays) * load_scale(code.arrays["root_scale"])
         return y if self.centroid is None else y + self._rotation.forward(self._mean(y.shape[1]))
 
-    def scales(self, code: Code) -> None:  # type: ignore[override]
+    def scales(self, code: Code) -> None:
         """None: `expand` has scaled."""
-        return
 
     @property
     def _table(self) -> mx.array | None:
         return super()._table if self.centroid is None else None
 
     def reader(self, code: Code) -> TableReader:
-        """The grid, and the rotated means beside it; see `TiledCodec.reader`."""
+        """The grid, and the rotated means beside it."""
         plain = super().reader(code)
         if self.centroid is None:
             return plain
@@ -239,9 +224,7 @@ class CentredRaBitQ(RaBitQ):
     def _rotated_mean(self) -> mx.array:
         """Means in the space of the codes ``[H, D]``."""
         assert self.centroid is not None
-        mean = self._rotation.forward(self.centroid)
-        mx.eval(mean)
-        return mean
+        return constant(self._rotation.forward(self.centroid))
 
     def _mean(self, heads: int) -> mx.array:
         assert self.centroid is not None
@@ -250,35 +233,20 @@ class CentredRaBitQ(RaBitQ):
 
 
 @lru_cache
-def _grid(bits: int) -> tuple[int, mx.array]:
-    """How many codes kernels read at once, and the grid points that those stand for."""
-    table = paired(np.array(_steps(bits)), bits)
-    return table.shape[1], table
+def _paired_steps(bits: int) -> tuple[int, mx.array]:
+    return paired_levels(np.array(_steps(bits)), bits)
 
 
 @lru_cache
 def _steps(bits: int) -> mx.array:
     """The step that each code stands for ``[2**bits]``."""
-    steps: mx.array = mx.arange(1 << bits) - (2**bits - 1) / 2
-    mx.eval(steps)
-    return steps
+    return constant(np.arange(1 << bits) - (2**bits - 1) / 2)
 
 
 @lru_cache
 def _tries(bits: int) -> mx.array:
     """Stretches that `grid` tries, in units of the one at which the largest coordinate is about to be cut off."""
-    tries = mx.linspace(0.9, 1 + 2.5 / 2 ** (bits - 1), _TRIES)
-    mx.eval(tries)
-    return tries
-
-
-@lru_cache
-def _encoder(dim: int, bits: int, scale: ScaleName, encoder: EncoderName, sine: bool, seed: int) -> VectorKernel | None:
-    tried = encoder == "grid" and bits > 1  # of one bit there is no second step to stretch for
-    stretches = _tries(bits) if tried else mx.array([usual_stretch(dim, bits) if bits > 1 else 0.0])
-    mx.eval(stretches)
-    signs = SignedHadamard(dim, seed).signs
-    return encode_kernel(signs, stretched_grid(stretches, bits, tried=tried), scale, {"codes": bits}, sine=sine)
+    return constant(mx.linspace(0.9, 1 + 2.5 / 2 ** (bits - 1), _TRIES))
 
 
 @lru_cache
@@ -339,14 +307,14 @@ def _in_chunks(search: Callable[[mx.array, int], mx.array], a: mx.array, bits: i
     return (mx.concatenate(parts) if parts else mx.zeros((0, 1))).reshape(*a.shape[:-1], 1)
 
 
-def build(head_dim: int, bits: int, role: Role, *, centroid: bool = False, **options: object) -> RaBitQ:
+def build(head_dim: int, bits: int, tensor: Role, *, centroid: bool = False, **options: object) -> RaBitQ:
     """RaBitQ for keys (unbiased scale) or for values (MSE scale), unless ``scale`` says otherwise.
 
     ``bounds`` are of inner products, so they are for keys alone; values leave them out.
     """
-    if role == "values":
+    if tensor == "values":
         options.pop("bounds", None)
-    return (CentredRaBitQ if centroid else RaBitQ)(head_dim, bits, **unbiased_keys(role, options))
+    return (CentredRaBitQ if centroid else RaBitQ)(head_dim, bits, **unbiased_keys(tensor, options))
 
 
 METHOD = Method(

@@ -26,12 +26,13 @@ from functools import cached_property
 import mlx.core as mx
 
 from veloxlab.codecs import turboquant
-from veloxlab.codecs.base import Code, TiledCodec, check_heads, check_vectors, per_kv_head
-from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.codebooks import check_bits
-from veloxlab.codecs.parts.packing import Layout, Row
+from veloxlab.codecs.base import Code, Codec, check_heads, check_vectors, per_kv_head
+from veloxlab.codecs.method import Method, Role, own_part
+from veloxlab.codecs.parts.packing import BITS, Layout, Row
+from veloxlab.codecs.parts.scales import load_scale
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import WidthsReader, head_widths
+from veloxlab.kernels.readers.widths import HeadWidths
 
 HeadBits = Sequence[int] | Mapping[str, Sequence[int]]
 Base = turboquant.TurboQuant | turboquant.TurboQuantProd
@@ -39,34 +40,34 @@ _RAGGED = "codes"  # the array whose rows are as wide as the head's codes
 
 
 @dataclass(frozen=True)
-class RateQuant(TiledCodec):
+class RateQuant(Codec):
     """TurboQuant with a width for each KV head; see the module.
 
     Parameters
     ----------
     head_dim : D, 4 or more.
     head_bits : code bits of each KV head, in order, 1 to 8.
-    role : ``"keys"`` or ``"values"``, which chooses TurboQuant's scale unless the options do.
+    tensor : ``"keys"`` or ``"values"``, which chooses TurboQuant's scale unless the options do.
     options : TurboQuant's own, as pairs of name and value.
     """
 
     head_dim: int
     head_bits: tuple[int, ...]
-    role: Role
+    tensor: Role
     options: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
         if not self.head_bits:
             raise InputError("RateQuant was given widths for no KV heads: give one for each, as head_bits=(2, 3, 2).")
         for width in self.head_bits:
-            check_bits(width)
+            BITS("bits", width)
         _ = self.base  # refuses what it cannot do now, not at the first token
 
     @cached_property
     def base(self) -> tuple[Base, ...]:
         """A codec for each width in use, ascending."""
         widths, options = sorted(set(self.head_bits)), dict(self.options)
-        return tuple(_base(self.head_dim, width, self.role, options) for width in widths)
+        return tuple(_base(self.head_dim, width, self.tensor, options) for width in widths)
 
     @property
     def layout(self) -> Layout:
@@ -106,12 +107,12 @@ class RateQuant(TiledCodec):
         return self._by_width(p, code, lambda codec, part, own: codec.mix(part, own))
 
     def expand(self, code: Code) -> mx.array:
-        """Levels of the codes of every width; see `TiledCodec.expand`."""
+        """Levels of the codes of every width."""
         return self._in_order([codec.expand(part) for codec, part in self._parts(code)])
 
     def scales(self, code: Code) -> mx.array:
-        """The stored scales; see `TiledCodec.scales`."""
-        return self._in_order([codec.scales(part) for codec, part in self._parts(code)])
+        """The stored scales, in the order of the heads."""
+        return self._in_order([load_scale(part.arrays["root_scale"]) for _, part in self._parts(code)])
 
     def from_codes(self, y: mx.array) -> mx.array:
         """Rotate back: one rotation is all widths'."""
@@ -122,30 +123,26 @@ class RateQuant(TiledCodec):
         return self.base[0].query_to_codes(q)
 
     def reader(self, code: Code) -> WidthsReader | None:
-        """Every head's own width and levels; None with the sketch of ``prod``; see `TiledCodec.reader`."""
-        if self._kernel_layout is None:
+        """Every head's own width and levels; None with the sketch of ``prod``."""
+        if self._widths is None:
             return None
-        return WidthsReader(self.head_dim, code.arrays[_RAGGED], code.arrays["root_scale"], *self._kernel_layout)
+        arrays, signs = code.arrays, self.base[0]._signs
+        return WidthsReader(self.head_dim, arrays[_RAGGED], arrays["root_scale"], signs, *self._widths)
 
     @cached_property
-    def _kernel_layout(self) -> tuple[mx.array | None, int, mx.array, mx.array] | None:
-        """Signs and widths of the codes for a kernel: asked for at every token, and each layer has its own."""
-        bases = [base for base in self.base if isinstance(base, turboquant.TurboQuant)]
-        if len(bases) < len(self.base):
-            return None
-        layouts = [turboquant.kernel_layout(base) for base in bases]
-        levels = {base.bits: table for base, (_, _, table) in zip(bases, layouts, strict=True)}
-        return layouts[0][0], *head_widths(self.head_bits, self.head_dim, levels)
+    def _widths(self) -> HeadWidths | None:
+        """Widths of the codes for a kernel: asked for at every token, and each layer has its own."""
+        levels = {b.bits: b._quantizer.paired[1] for b in self.base if isinstance(b, turboquant.TurboQuant)}
+        return head_widths(self.head_bits, self.head_dim, levels) if levels else None
 
     def _by_width(self, x: mx.array, code: Code, attend: Callable[[Base, mx.array, Code], mx.array]) -> mx.array:
         """Give each codec the rows of ``x`` ``[B, Hq, L, ·]`` that read its heads, and put the answers in order.
 
         What is expanded is never put in order: it is far more than the answers.
         """
-        batch, heads, length, _ = x.shape
         grouped = per_kv_head(x, len(self.head_bits))
         parts = [attend(codec, grouped[:, mx.array(self._heads(codec))], own) for codec, own in self._parts(code)]
-        return self._in_order(parts).reshape(batch, heads, length, parts[0].shape[-1])
+        return self._in_order(parts).reshape(*x.shape[:-1], parts[0].shape[-1])
 
     def _heads(self, codec: Base) -> list[int]:
         """KV heads with the width of ``codec``."""
@@ -168,7 +165,7 @@ class RateQuant(TiledCodec):
     def _in_order(self, parts: list[mx.array]) -> mx.array:
         """Join arrays ``[B, H_b, ...]``, one for each width, into ``[B, H, ...]`` in the order of the heads."""
         held = [head for codec in self.base for head in self._heads(codec)]
-        joined = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+        joined = mx.concatenate(parts, axis=1)
         in_order = sorted(range(len(held)), key=held.__getitem__)
         return joined if in_order == list(range(len(held))) else joined[:, mx.array(in_order)]
 
@@ -181,7 +178,7 @@ def _words(codec: Base) -> int:
 def _joined(parts: list[mx.array], name: str) -> mx.array:
     """What codecs stored of their heads, one after the other: ``[B, H, S, n]``, codes ``[B, 1, S, words]``."""
     if name != _RAGGED:
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+        return mx.concatenate(parts, axis=1)
     return mx.concatenate([mx.flatten(part.swapaxes(1, 2), -2) for part in parts], axis=-1)[:, None]
 
 
@@ -193,29 +190,23 @@ def _some_heads(x: mx.array, heads: list[int]) -> mx.array:
 
 
 def build(
-    head_dim: int, bits: int, role: Role, *, head_bits: HeadBits | None = None, **options: object
+    head_dim: int, bits: int, tensor: Role, *, head_bits: HeadBits | None = None, **options: object
 ) -> RateQuant | Base:
     """Widths of the heads, or TurboQuant at ``bits`` where none are given.
 
     ``head_bits`` is a list of widths, or ``{"keys": [...], "values": [...]}``, as one plan of a layer says both.
     ``options`` are TurboQuant's, but for outlier channels.
     """
-    if isinstance(head_bits, Mapping):
-        unknown = sorted(set(head_bits) - {"keys", "values"})
-        if unknown:
-            raise InputError(f"head_bits has no side {unknown[0]!r}: give widths for 'keys' and 'values'.")
-        head_bits = head_bits.get(role)
-    if head_bits is None:
-        return _base(head_dim, bits, role, options)
-    if not isinstance(head_bits, Sequence):
-        raise InputError(
-            f"head_bits={head_bits!r} is no list of widths: give one for each KV head, as head_bits=(2, 3)."
-        )
-    return RateQuant(head_dim, tuple(head_bits), role, tuple(sorted(options.items())))
+    own = own_part("head_bits", head_bits, tensor)
+    if own is None:
+        return _base(head_dim, bits, tensor, options)
+    if not isinstance(own, Sequence):
+        raise InputError(f"head_bits={own!r} is no list of widths: give one for each KV head, as head_bits=(2, 3).")
+    return RateQuant(head_dim, tuple(own), tensor, tuple(sorted(options.items())))
 
 
-def _base(head_dim: int, bits: int, role: Role, options: Mapping[str, object]) -> Base:
-    codec = turboquant.build(head_dim, bits, role, **options)  # type: ignore[arg-type]
+def _base(head_dim: int, bits: int, tensor: Role, options: Mapping[str, object]) -> Base:
+    codec = turboquant.build(head_dim, bits, tensor, **options)  # type: ignore[arg-type]
     assert not isinstance(codec, turboquant.TurboQuantSplit)  # outlier channels are none of our options
     return codec
 

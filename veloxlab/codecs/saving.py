@@ -17,11 +17,16 @@ Plain = dict[str, Any]
 Arrays = dict[str, mx.array]
 T = TypeVar("T")
 ROPE = "rope"  # the one field that is a dataclass itself
+_RENAMED = {"role": "tensor"}  # fields that files of the last version call otherwise
 
 
 def to_parts(codec: Codec) -> tuple[Plain, Arrays]:
     """Split a codec into what JSON can hold and its arrays, both by field; those of its rope are named ``rope.…``."""
-    return _split(codec, "")
+    values = _fields(codec)
+    if isinstance(values.get(ROPE), Rope):
+        values |= {f"{ROPE}.{name}": value for name, value in _fields(values.pop(ROPE)).items()}
+    arrays = {name: value for name, value in values.items() if isinstance(value, mx.array)}
+    return {name: value for name, value in values.items() if name not in arrays}, arrays
 
 
 def from_parts(kind: type[T], plain: Plain, arrays: Arrays) -> T:
@@ -31,10 +36,10 @@ def from_parts(kind: type[T], plain: Plain, arrays: Arrays) -> T:
     ------
     ValueError : a field is missing or unknown: this was saved by another version.
     """
-    own = {name: value for name, value in (plain | arrays).items() if not name.startswith(f"{ROPE}.")}
-    nested = {name.removeprefix(f"{ROPE}."): v for name, v in (plain | arrays).items() if name.startswith(f"{ROPE}.")}
-    if nested:
-        own[ROPE] = _filled(Rope, nested)
+    values = {_RENAMED.get(name, name): value for name, value in (plain | arrays).items()}
+    own = {name: value for name, value in values.items() if not name.startswith(f"{ROPE}.")}
+    if len(own) < len(values):
+        own[ROPE] = _filled(Rope, {n.removeprefix(f"{ROPE}."): v for n, v in values.items() if n not in own})
     return _filled(kind, own)
 
 
@@ -94,20 +99,8 @@ def check_version(method: str, version: object) -> None:
         raise ValueError(f"it has codes of {method} of version {version}, and here they are of version {here}")
 
 
-def _split(thing: object, prefix: str) -> tuple[Plain, Arrays]:
-    plain: Plain = {}
-    arrays: Arrays = {}
-    assert is_dataclass(thing)
-    for field in fields(thing):
-        value = getattr(thing, field.name)
-        if isinstance(value, mx.array):
-            arrays[prefix + field.name] = value
-        elif isinstance(value, Rope):
-            inner = _split(value, f"{prefix}{field.name}.")
-            plain, arrays = plain | inner[0], arrays | inner[1]
-        else:
-            plain[prefix + field.name] = value
-    return plain, arrays
+def _fields(thing: Any) -> dict[str, Any]:  # noqa: ANN401 - any dataclass
+    return {field.name: getattr(thing, field.name) for field in fields(thing)}
 
 
 def _filled(kind: type[T], values: Plain) -> T:

@@ -32,30 +32,31 @@ Where we differ
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self, get_args
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
+from veloxlab.checks import check_fields, choice, real
 from veloxlab.codecs.base import (
-    SCALE,
     Code,
+    Codec,
+    HasBytes,
     Sample,
-    TiledCodec,
     check_heads,
+    check_sample,
     check_vectors,
-    load_scale,
     not_fitted,
-    store_scale,
+    per_head,
 )
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.packing import Layout, check_word, packed
-from veloxlab.codecs.parts.scalar import PlannedQuantizer, ScaleName, check_scale
-from veloxlab.codecs.parts.transforms import make_rotation
+from veloxlab.codecs.parts import Floats, constant
+from veloxlab.codecs.parts.packing import Layout, packed
+from veloxlab.codecs.parts.scalar import PlannedQuantizer
+from veloxlab.codecs.parts.scales import SCALE, SCALES, ScaleName, over, root_mean_square, store_scale
+from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.parts.water_filling import greedy_bits
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
@@ -64,15 +65,13 @@ from veloxlab.kernels.readers import PlanReader
 from veloxlab.kernels.vectors import VectorKernel
 
 BasisName = Literal["pca", "query", "hadamard"]
-Floats = NDArray[np.float64]
 
 _METRIC_DAMPING = 1e-2  # WUSH's γ: the share of the queries' mean energy that every direction is given
-_SAME = 1e-9  # vectors that vary less than this, relative to their length, are all the same
 _LARGEST_FACTOR = 4.0  # of an unbiased scale: a vector that lies where no bits are would ask for an infinite one
 
 
 @dataclass(frozen=True, eq=False)
-class SpectralQuant(TiledCodec):
+class SpectralQuant(Codec):
     """SpectralQuant of keys or values; see the module.
 
     Parameters
@@ -103,11 +102,7 @@ class SpectralQuant(TiledCodec):
     deviation: mx.array | None = None
 
     def __post_init__(self) -> None:
-        check_word("basis", self.basis, "pca", "query", "hadamard")
-        check_scale(self.scale)
-        if not self.damping >= 0:
-            raise InputError(f"damping={self.damping} takes variance away: give a share of 0 or more, such as 0.05.")
-        _ = make_rotation("hadamard", self.head_dim, self.seed)
+        check_fields(self, basis=choice(*get_args(BasisName)), scale=SCALES, damping=real(least=0))
 
     @property
     def layout(self) -> Layout:
@@ -115,11 +110,9 @@ class SpectralQuant(TiledCodec):
         return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE}
 
     @property
-    def shared_bytes(self) -> int:
-        """Bases, means, deviations, and the plan's tables; of those that kernels take, where one has run."""
-        arrays = [a for a in (self.forward, self.backward, self.mean, self.deviation) if a is not None]
-        arrays += [self._fit] if "_fit" in vars(self) else []
-        return sum(a.nbytes for a in arrays) + (self._quantizer.nbytes if self.plan else 0)
+    def constants(self) -> tuple[HasBytes, ...]:
+        """The plan's tables."""
+        return (self._quantizer,) if self.plan else ()
 
     def fit(self, sample: Sample) -> Self:
         """Learn basis, variances and bit plan of the layer.
@@ -129,18 +122,11 @@ class SpectralQuant(TiledCodec):
         InputError : fewer tokens than coordinates, tokens that are all the same, or no queries for ``"query"``.
         """
         check_vectors(sample.x, self.head_dim)
-        x = _per_head(sample.x)
+        x = per_head(sample.x)
+        check_sample(x, "SpectralQuant", self.head_dim)
         rms = np.sqrt(np.square(x).mean(axis=-1, keepdims=True))
-        tokens = int((rms > 0).sum(axis=1).min()) if x.size else 0
-        if tokens < self.head_dim:
-            raise InputError(
-                f"SpectralQuant cannot learn {self.head_dim} coordinates from {tokens} tokens that are not zero: "
-                f"give a text of {self.head_dim} tokens or more, better {8 * self.head_dim}."
-            )
         x = x / np.where(rms == 0, 1.0, rms)
         mean = x.mean(axis=1, keepdims=True) * self.centred
-        if np.square(x - x.mean(axis=1, keepdims=True)).mean(axis=(1, 2)).min() < _SAME:
-            raise InputError("All tokens of the sample are the same in one KV head: calibrate with a text that varies.")
         moment = _damped(np.swapaxes(x - mean, 1, 2) @ (x - mean) / x.shape[1], self.damping)
         forward, backward = self._bases(moment, sample.queries)
         variance = np.einsum("hij,hik,hkj->hj", forward, moment, forward)
@@ -148,15 +134,14 @@ class SpectralQuant(TiledCodec):
         variance = np.take_along_axis(variance, order, 1)
         variance = np.maximum(variance, 1e-9 * variance[:, :1])
         forward = np.take_along_axis(forward, order[:, None], 2)
-        backward = None if backward is None else np.take_along_axis(backward, order[:, :, None], 1)
         shares = variance / variance.sum(axis=1, keepdims=True)  # every head counts the same
         return replace(
             self,
             plan=greedy_bits(shares.mean(axis=0).tolist(), self.bits * self.head_dim),
-            forward=_held(forward),
-            backward=None if backward is None else _held(backward),
-            mean=_held(mean @ forward),
-            deviation=_held(np.sqrt(variance)[:, None]),
+            forward=constant(forward),
+            backward=None if backward is None else constant(np.take_along_axis(backward, order[:, :, None], 1)),
+            mean=constant(mean @ forward),
+            deviation=constant(np.sqrt(variance)[:, None]),
         )
 
     def blank(self, kv_heads: int) -> Self:
@@ -172,14 +157,13 @@ class SpectralQuant(TiledCodec):
     def _bases(self, moment: Floats, queries: mx.array | None) -> tuple[Floats, Floats | None]:
         """Matrices to the basis ``[H, D, D]``, and back where that is not the transpose; in any order of columns."""
         if self.basis == "hadamard":
-            rotation = make_rotation("hadamard", self.head_dim, self.seed).forward(mx.eye(self.head_dim))
+            rotation = SignedHadamard(self.head_dim, self.seed).forward(mx.eye(self.head_dim))
             return np.repeat(np.array(rotation, np.float64)[None], len(moment), 0), None
         if self.basis == "pca":
             return np.linalg.eigh(moment).eigenvectors, None
         if queries is None:
             raise InputError("A query-weighted basis needs the model's queries, which it does not show: take 'pca'.")
-        asked = _per_head(queries)
-        asked = asked.reshape(len(moment), -1, self.head_dim)  # the queries that read one KV head, together
+        asked = per_head(queries).reshape(len(moment), -1, self.head_dim)  # those that read one KV head, together
         metric = np.linalg.cholesky(_damped(np.swapaxes(asked, 1, 2) @ asked / asked.shape[1], _METRIC_DAMPING))  # L
         vectors = np.linalg.eigh(np.swapaxes(metric, 1, 2) @ moment @ metric).eigenvectors  # U
         return metric @ vectors, np.swapaxes(np.linalg.solve(np.swapaxes(metric, 1, 2), vectors), 1, 2)
@@ -194,13 +178,11 @@ class SpectralQuant(TiledCodec):
     def _encode_by_graph(self, x: mx.array, y: mx.array) -> dict[str, mx.array]:
         """Codes and scales of ``x``, given as well in the basis, ``y``; both ``[B, H, S, D]``."""
         _, _, mean, deviation = self._fitted(x.shape[1])
-        rms = mx.linalg.norm(x.astype(mx.float32), axis=-1, keepdims=True) / math.sqrt(self.head_dim)
-        y = y / mx.where(rms == 0, 1.0, rms)
-        quantizer = self._quantizer
-        codes = quantizer.assign((y - mean) / deviation)
-        quantized = quantizer.levels_of(codes) * deviation + mean
-        factor = _scale_factor(self.scale, y, quantized)
-        return {"codes": quantizer.pack(codes), "root_scale": store_scale(rms * factor)}
+        rms = root_mean_square(x)
+        y = over(y, rms)
+        codes = self._quantizer.assign((y - mean) / deviation)
+        factor = _scale_factor(self.scale, y, self._quantizer.levels_of(codes) * deviation + mean)
+        return {"codes": self._quantizer.pack(codes), "root_scale": store_scale(rms * factor)}
 
     @cached_property
     def _encoder(self) -> VectorKernel | None:
@@ -209,14 +191,10 @@ class SpectralQuant(TiledCodec):
         return plan_kernel(*self._quantizer.encoder_tables, self.mean, self.deviation, self.scale, _LARGEST_FACTOR)
 
     def expand(self, code: Code) -> mx.array:
-        """Levels of the codes, each coordinate with its variance and mean; see `TiledCodec.expand`."""
+        """Levels of the codes, each coordinate with its variance and mean."""
         words = code.arrays["codes"]
         _, _, mean, deviation = self._fitted(words.shape[1])
         return self._quantizer.expand(words) * deviation + mean
-
-    def scales(self, code: Code) -> mx.array:
-        """The stored scale; see `TiledCodec.scales`."""
-        return load_scale(code.arrays["root_scale"])
 
     def from_codes(self, y: mx.array) -> mx.array:
         """Out of the basis."""
@@ -227,7 +205,7 @@ class SpectralQuant(TiledCodec):
         return q @ self._fitted(q.shape[1])[1].swapaxes(-1, -2)
 
     def reader(self, code: Code) -> PlanReader:
-        """Every coordinate's own width, deviation and mean; see `TiledCodec.reader`."""
+        """Every coordinate's own width, deviation and mean."""
         words = code.arrays["codes"]
         self._fitted(words.shape[1])
         return PlanReader(self.head_dim, words, code.arrays["root_scale"], None, self._quantizer.kernel_plan, self._fit)
@@ -241,9 +219,7 @@ class SpectralQuant(TiledCodec):
         """Deviation and mean of each coordinate ``[H, D, 2]``, side by side as a kernel reads them."""
         assert self.deviation is not None
         assert self.mean is not None
-        fit = mx.stack([self.deviation[:, 0], self.mean[:, 0]], axis=-1)
-        mx.eval(fit)
-        return fit
+        return constant(mx.stack([self.deviation[:, 0], self.mean[:, 0]], axis=-1))
 
     def _fitted(self, kv_heads: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         if self.forward is None or self.mean is None or self.deviation is None:
@@ -265,7 +241,7 @@ def effective_dimensions(x: mx.array) -> EffectiveDimensions:
 
     SpectralQuant's "3 %" is the uncentred number, most of which is the mean vector.
     """
-    vectors = _per_head(x)
+    vectors = per_head(x)
 
     def participation(y: Floats) -> Floats:
         moment = np.swapaxes(y, 1, 2) @ y
@@ -275,21 +251,9 @@ def effective_dimensions(x: mx.array) -> EffectiveDimensions:
     return EffectiveDimensions(participation(vectors), participation(vectors - vectors.mean(axis=1, keepdims=True)))
 
 
-def _per_head(x: mx.array) -> Floats:
-    """``[B, H, S, D]`` to ``[H, B·S, D]``, float64."""
-    array = np.array(x.astype(mx.float32), np.float64).swapaxes(0, 1)
-    return np.asarray(array.reshape(array.shape[0], -1, array.shape[-1]))
-
-
 def _damped(moment: Floats, share: float) -> Floats:
     mean = np.trace(moment, axis1=1, axis2=2) / moment.shape[-1]
     return np.asarray(moment + share * mean[:, None, None] * np.eye(moment.shape[-1]))
-
-
-def _held(array: Floats) -> mx.array:
-    held = mx.array(array.astype(np.float32))
-    mx.eval(held)
-    return held
 
 
 def _scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.array:
@@ -305,9 +269,9 @@ def _scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.arra
     return energy / mx.maximum(inner, energy / _LARGEST_FACTOR)
 
 
-def build(head_dim: int, bits: int, role: Role, **options: object) -> SpectralQuant:
+def build(head_dim: int, bits: int, tensor: Role, **options: object) -> SpectralQuant:
     """SpectralQuant for keys or values, to be fitted; for values a query-weighted basis is their own."""
-    if role == "values" and options.get("basis") == "query":
+    if tensor == "values" and options.get("basis") == "query":
         options["basis"] = "pca"
     return SpectralQuant(head_dim, bits, **options)  # type: ignore[arg-type]
 

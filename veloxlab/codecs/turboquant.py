@@ -16,9 +16,9 @@ Stored per vector of D coordinates
 
 Where we differ
     * The rotation is signs and Hadamard by default, not a dense Haar matrix: D log D work, and the same distortion.
-    * The scale. The paper stores the norm, which shrinks inner products by 1 − D(b), 12 % at 2 bits. ``unbiased``
+    * The paper stores the norm (``norm``), which shrinks inner products by 1 − D(b), 12 % at 2 bits. ``unbiased``
       stores ‖x‖²/⟨x, x̂⟩, ``mse`` stores ⟨x, x̂⟩/‖x̂‖², at the same bits. Keys default to the first (their use is an
-      inner product), values to the second (their use is a sum). ``norm`` is the paper's.
+      inner product), values to the second (their use is a sum).
     * The sketch of ``prod`` may be orthogonal (2.75 times less variance). At equal bits ``mse`` with the unbiased scale
       is still better, 4 to 6 times in variance against the paper's Gaussian sketch: ``prod`` is here to compare with.
 """
@@ -26,25 +26,22 @@ Where we differ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import ClassVar, Literal
+from functools import cached_property
+from typing import ClassVar
 
 import mlx.core as mx
 
-from veloxlab.codecs.base import SCALE, Code, RotatedCodec, unbiased_keys
+from veloxlab.checks import check_fields, choice
+from veloxlab.codecs.base import Code, HasBytes, unbiased_keys
 from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.parts.codebooks import CODEBOOK, CodebookName
 from veloxlab.codecs.parts.outliers import SplitCodec
-from veloxlab.codecs.parts.packing import WIDEST, Layout, Row, packed
-from veloxlab.codecs.parts.scalar import (
-    CodebookName,
-    ScalarQuantizer,
-    ScaleName,
-    check_scale,
-    paired_levels,
-    scale_factor,
-)
+from veloxlab.codecs.parts.packing import BITS, WIDEST, Layout, packed
+from veloxlab.codecs.parts.scalar import ScalarQuantizer, quantizer_for
+from veloxlab.codecs.parts.scales import SCALE, SCALES, ScaleName, scale_factor
 from veloxlab.codecs.parts.sketch import SignSketch, SketchName
 from veloxlab.codecs.parts.transforms import RotationName
+from veloxlab.codecs.rotated import RotatedCodec
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import TableReader
 from veloxlab.kernels.rotated import encode_kernel, nearest_level
@@ -76,12 +73,12 @@ class TurboQuant(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_scale(self.scale)
+        check_fields(self, bits=BITS, scale=SCALES, codebook=CODEBOOK)
         _ = self._rotation, self._quantizer  # refuses what it cannot do now, not at the first token
 
-    @property
+    @cached_property
     def _quantizer(self) -> ScalarQuantizer:
-        return ScalarQuantizer(self.head_dim, self.bits, self.codebook)
+        return quantizer_for(self.head_dim, self.bits, self.codebook)
 
     @property
     def layout(self) -> Layout:
@@ -89,12 +86,16 @@ class TurboQuant(RotatedCodec):
         return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE}
 
     @property
-    def shared_bytes(self) -> int:
+    def constants(self) -> tuple[HasBytes, ...]:
         """Rotation and codebook."""
-        return self._rotation.nbytes + self._quantizer.nbytes
+        return self._rotation, self._quantizer
 
+    @cached_property
     def _encoder(self) -> VectorKernel | None:
-        return _encoder(self)
+        if self._signs is None:
+            return None
+        nearest = nearest_level(self._quantizer.boundaries, self._quantizer.levels, self.bits)
+        return encode_kernel(self._signs, nearest, self.scale, {"codes": self.bits})
 
     @property
     def _table(self) -> mx.array:
@@ -111,23 +112,9 @@ class TurboQuant(RotatedCodec):
         return self._quantizer.expand(arrays["codes"])
 
     def reader(self, code: Code) -> TableReader:
-        """The scalar table, two codes at a time where they are narrow; see `TiledCodec.reader`."""
-        return TableReader(self.head_dim, code.arrays["codes"], code.arrays["root_scale"], *kernel_layout(self))
-
-
-@lru_cache
-def _encoder(codec: TurboQuant) -> VectorKernel | None:
-    signs, quantizer = codec._signs, codec._quantizer
-    if signs is None:
-        return None
-    nearest = nearest_level(quantizer.boundaries, quantizer.levels, codec.bits)
-    return encode_kernel(signs, nearest, codec.scale, {"codes": codec.bits})
-
-
-@lru_cache
-def kernel_layout(codec: TurboQuant) -> tuple[mx.array | None, int, mx.array]:
-    """Signs, index width and table of a codec's codes for a kernel: asked for at every token of every layer."""
-    return codec._signs, *paired_levels(codec._quantizer)
+        """The scalar table, two codes at a time where they are narrow."""
+        codes, root_scale = code.arrays["codes"], code.arrays["root_scale"]
+        return TableReader(self.head_dim, codes, root_scale, self._signs, *self._quantizer.paired)
 
 
 @dataclass(frozen=True)
@@ -152,13 +139,14 @@ class TurboQuantProd(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_fields(self, bits=BITS, codebook=CODEBOOK)
         _ = self._rotation, self._quantizer, self._sketch
 
-    @property
+    @cached_property
     def _quantizer(self) -> ScalarQuantizer | None:
-        return ScalarQuantizer(self.head_dim, self.bits - 1, self.codebook) if self.bits > 1 else None
+        return quantizer_for(self.head_dim, self.bits - 1, self.codebook) if self.bits > 1 else None
 
-    @property
+    @cached_property
     def _sketch(self) -> SignSketch:
         return SignSketch(self.head_dim, self.head_dim, self.sketch, self.seed + _SKETCH_SEED)
 
@@ -166,13 +154,12 @@ class TurboQuantProd(RotatedCodec):
     def layout(self) -> Layout:
         """(b − 1)·D bits of codes, none at 1 bit; D signs, the residual's norm and a scale."""
         codes = {"codes": packed(self.head_dim, self.bits - 1)} if self.bits > 1 else {}
-        norm = Row(mx.float16, 1)
-        return codes | {"signs": packed(self.head_dim, 1), "residual_norm": norm, "root_scale": SCALE}
+        return codes | {"signs": packed(self.head_dim, 1), "residual_norm": SCALE, "root_scale": SCALE}
 
     @property
-    def shared_bytes(self) -> int:
-        """Rotation, codebook and sketch."""
-        return self._rotation.nbytes + self._sketch.nbytes + (self._quantizer.nbytes if self._quantizer else 0)
+    def constants(self) -> tuple[HasBytes, ...]:
+        """Rotation, sketch and codebook."""
+        return self._rotation, self._sketch, *([self._quantizer] if self._quantizer else [])
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
         """Codes, signs of the residual's sketch, and the residual's norm."""
@@ -232,9 +219,9 @@ class TurboQuantSplit(SplitCodec):
 def build(
     head_dim: int,
     bits: int,
-    role: Role,
+    tensor: Role,
     *,
-    variant: Literal["mse", "prod"] = "mse",
+    variant: str = "mse",
     outliers: int = 0,
     outlier_bits: int | None = None,
     **options: object,
@@ -243,10 +230,8 @@ def build(
 
     ``outliers`` channels get ``outlier_bits`` instead of ``bits``, one more by default; such a codec has to be fitted.
     """
-    if variant not in ("mse", "prod"):
-        raise InputError(f"Unknown TurboQuant variant {variant!r}: choose 'mse' or 'prod'.")
-    apart = {"outliers": outliers or None, "outlier_bits": outlier_bits}
-    for name, value in (apart | options).items():
+    choice("mse", "prod")("variant", variant)
+    for name, value in ({"outliers": outliers or None, "outlier_bits": outlier_bits} | options).items():
         if value is not None and _ONLY.get(name, variant) != variant:
             raise InputError(
                 f"{name}={value!r} is for variant={_ONLY[name]!r} alone, and the variant is {variant!r}: leave out one "
@@ -256,7 +241,7 @@ def build(
         return TurboQuantProd(head_dim, bits, **options)  # type: ignore[arg-type]
     if outlier_bits is not None and not outliers:
         raise InputError(f"outlier_bits={outlier_bits!r} was given without outliers: say how many, as outliers=32.")
-    settings = unbiased_keys(role, options)
+    settings = unbiased_keys(tensor, options)
     if not outliers:
         return TurboQuant(head_dim, bits, **settings)
     wider = min(bits + 1, WIDEST) if outlier_bits is None else outlier_bits

@@ -8,8 +8,8 @@ Stored per vector of D coordinates
     norm and no scale. Points are written ``d4b8``. The defaults are ``d8b8`` (1 bit), ``d4b8`` (2), ``d4b12`` (3) and
     ``d2b8`` (4). The paper's 1.25 bits are ``point={"keys": "d8b12", "values": "d8b8"}``, its 1.5 ``point="d8b12"``.
 
-Keys (after RoPE) are divided by λᵢ = √(max over tokens |Kᵢ|), per KV head and channel, and spread by a Hadamard
-transform; queries are multiplied with λ and spread alike, so that inner products are exact but for the coding. Values
+Keys (after RoPE) are divided by λᵢ = √(max over tokens |Kᵢ|), per KV head and channel, and rotated by a Hadamard
+transform; queries are multiplied with λ and rotated alike, so that inner products are exact but for the coding. Values
 are coded as they are.
 
 Where we differ
@@ -27,32 +27,29 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, Sample, TiledCodec, check_heads, check_vectors, not_fitted
-from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.base import Code, Codec, HasBytes, Sample, check_heads, check_vectors, not_fitted
+from veloxlab.codecs.method import Method, Role, own_part
+from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import Layout, packed
 from veloxlab.codecs.parts.transforms import SignedHadamard
-from veloxlab.codecs.parts.vector import (
-    can_pack,
-    packed_nearest,
-    train_codebook,
-    unpack_indices,
-)
+from veloxlab.codecs.parts.vector import packed_nearest, train_codebook, unpack_indices
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import TableReader
 
-Point = str | Mapping[str, str]
 POINTS = {1: "d8b8", 2: "d4b8", 3: "d4b12", 4: "d2b8"}
+_INDEX_BITS = (*range(1, 9), 10, 12)
 _LEAST_PER_CENTROID = 2  # different sub-vectors, below which a codebook would only repeat its sample
 _FEW_QUERIES = 8  # per KV head, up to which tables are faster than expanding, on a CPU: 5 times for one query
 
 
 @dataclass(frozen=True, eq=False)
-class VecInfer(TiledCodec):
+class VecInfer(Codec):
     """VecInfer's product vector quantizer (arXiv 2510.06175); `fit` learns the last two fields.
 
     Parameters
@@ -61,7 +58,7 @@ class VecInfer(TiledCodec):
     sub_dim : d, coordinates that one index stands for.
     index_bits : b, 1 to 8, 10 or 12; the codebook has 2ᵇ entries.
     smooth : divide each channel of each KV head by λ.
-    hadamard : spread the channels by signs and a Hadamard transform.
+    hadamard : rotate the vectors by signs and a Hadamard transform.
     seed : of the signs.
     factors : what a channel is divided with: ``[H, D]``, or ``[1, 1]`` without ``smooth``; float32.
     centroids : the codebook ``[2**b, d]``, float16.
@@ -83,7 +80,7 @@ class VecInfer(TiledCodec):
                 f"Sub-vectors of {self.sub_dim} do not divide a head dimension of {self.head_dim}: "
                 f"choose a point whose d does, such as point='d{fits}b8'."
             )
-        if not can_pack(self.index_bits) or self.index_bits > 12:
+        if self.index_bits not in _INDEX_BITS:
             raise InputError(f"An index of {self.index_bits} bits cannot be used: choose 1 to 8, 10 or 12 bits.")
 
     @property
@@ -97,13 +94,12 @@ class VecInfer(TiledCodec):
         return {"indices": packed(self.parts, self.index_bits)}
 
     @property
-    def shared_bytes(self) -> int:
-        """Codebook and channel factors of this layer, and the signs of the transform."""
-        fitted = sum(array.nbytes for array in (self.factors, self.centroids) if array is not None)
-        return fitted + (self._spread.nbytes if self.hadamard else 0)
+    def constants(self) -> tuple[HasBytes, ...]:
+        """The signs of the transform."""
+        return (self._rotation,) if self.hadamard else ()
 
-    @property
-    def _spread(self) -> SignedHadamard:
+    @cached_property
+    def _rotation(self) -> SignedHadamard:
         return SignedHadamard(self.head_dim, self.seed)
 
     @property
@@ -126,14 +122,19 @@ class VecInfer(TiledCodec):
         if x.size and not mx.isfinite(x).all().item():
             raise InputError("The sample holds values that are NaN or infinite: calibrate in bfloat16 or float32.")
         factors = smoothing_factors(x) if self.smooth and x.size else mx.ones((1, 1))
-        y = self._spread.forward(x / factors[:, None]) if self.hadamard else x / factors[:, None]
-        points = np.array(y).reshape(-1, self.sub_dim)
-        self._check_enough(points, tokens=x.shape[0] * x.shape[2], heads=x.shape[1])
+        points = np.array(self._rotated(x / factors[:, None])).reshape(-1, self.sub_dim)
+        batch, heads, tokens, _ = x.shape
+        least, different = _LEAST_PER_CENTROID << self.index_bits, len(np.unique(points, axis=0))
+        if different < least:
+            needed = max(-(-least // max(1, heads * self.parts)), batch * tokens + 1)  # of those given some are alike
+            raise InputError(
+                f"A codebook of {1 << self.index_bits} entries takes {least:,} different sub-vectors, and the sample's "
+                f"{batch * tokens:,} tokens have {different:,}: calibrate on ordinary text of at least {needed:,} "
+                "tokens, better ten times as many."
+            )
         size = float(np.sqrt(np.square(points, dtype=np.float64).mean()))
         codebook = train_codebook((points / size).astype(np.float32), 1 << self.index_bits, sample.seed)
-        factors, centroids = factors * size, mx.array(codebook.astype(np.float16))
-        mx.eval(factors, centroids)
-        return replace(self, factors=factors, centroids=centroids)
+        return replace(self, factors=constant(factors * size), centroids=constant(codebook, mx.float16))
 
     def blank(self, kv_heads: int) -> Self:
         """Zeros in the place of what is learned; see `Codec.blank`."""
@@ -141,42 +142,26 @@ class VecInfer(TiledCodec):
         centroids = mx.zeros((1 << self.index_bits, self.sub_dim), mx.float16)
         return replace(self, factors=mx.zeros(shape), centroids=centroids)
 
-    def _check_enough(self, points: np.ndarray, tokens: int, heads: int) -> None:
-        least = _LEAST_PER_CENTROID << self.index_bits
-        different = len(np.unique(points, axis=0))
-        if different < least:
-            needed = max(-(-least // max(1, heads * self.parts)), tokens + 1)  # of those given some are alike
-            raise InputError(
-                f"A codebook of {1 << self.index_bits} entries takes {least:,} different sub-vectors, and the sample's "
-                f"{tokens:,} tokens have {different:,}: calibrate on ordinary text of at least {needed:,} tokens, "
-                "better ten times as many."
-            )
-
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Index of the nearest centroid of each sub-vector of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         factors, centroids = self._fitted
         if self.smooth:
             check_heads(len(factors), x.shape[1])
-        y = x.astype(mx.float32) / factors
-        y = self._spread.forward(y) if self.hadamard else y
+        y = self._rotated(x.astype(mx.float32) / factors)
         return Code({"indices": packed_nearest(y, centroids, self.index_bits)}, start)
 
     def expand(self, code: Code) -> mx.array:
-        """Centroids of the indices; see `TiledCodec.expand`."""
-        _, centroids = self._fitted
-        indices = self._indices(code)
-        return mx.take(centroids, indices, axis=0).reshape(*indices.shape[:-1], self.head_dim)
+        """Centroids of the indices."""
+        return mx.flatten(mx.take(self._fitted[1], self._indices(code), axis=0), -2)
 
     def from_codes(self, y: mx.array) -> mx.array:
-        """Undo the spreading, and multiply with the factors."""
-        factors, _ = self._fitted
-        return (self._spread.inverse(y) if self.hadamard else y) * factors
+        """Rotate back, and multiply with the factors."""
+        return (self._rotation.inverse(y) if self.hadamard else y) * self._fitted[0]
 
     def query_to_codes(self, q: mx.array) -> mx.array:
-        """Multiply with the factors, and spread."""
-        factors, _ = self._fitted
-        return self._spread.forward(q * factors) if self.hadamard else q * factors
+        """Multiply with the factors, and rotate."""
+        return self._rotated(q * self._fitted[0])
 
     def inner_products(self, q: mx.array) -> Callable[[Code], mx.array]:
         """By look-up: a query's inner product with every centroid is computed once, and each token sums D/d of them.
@@ -185,8 +170,7 @@ class VecInfer(TiledCodec):
         """
         if q.shape[2] > _FEW_QUERIES:
             return super().inner_products(q)
-        _, centroids = self._fitted
-        table = q.reshape(*q.shape[:-1], self.parts, self.sub_dim) @ centroids.T  # [B, H, L, D/d, 2**b]
+        table = mx.unflatten(q, -1, (self.parts, self.sub_dim)) @ self._fitted[1].T  # [B, H, L, D/d, 2**b]
 
         def look_up(tile: Code) -> mx.array:
             indices = self._indices(tile).swapaxes(-1, -2)[:, :, None]  # [B, H, 1, D/d, S]
@@ -195,11 +179,13 @@ class VecInfer(TiledCodec):
         return look_up
 
     def reader(self, code: Code) -> TableReader | None:
-        """The codebook as a table; see `TiledCodec.reader`."""
+        """The codebook as a table; None for sub-vectors that are no pairs of coordinates."""
         if self.sub_dim % 2:
             return None
-        _, centroids = self._fitted
-        return TableReader(self.head_dim, code.arrays["indices"], None, None, self.index_bits, centroids)
+        return TableReader(self.head_dim, code.arrays["indices"], None, None, self.index_bits, self._fitted[1])
+
+    def _rotated(self, x: mx.array) -> mx.array:
+        return self._rotation.forward(x) if self.hadamard else x
 
     def _indices(self, code: Code) -> mx.array:
         return unpack_indices(code.arrays["indices"], self.index_bits, self.parts)
@@ -214,39 +200,27 @@ def smoothing_factors(x: mx.array) -> mx.array:
 def build(
     head_dim: int,
     bits: int,
-    role: Role,
+    tensor: Role,
     *,
-    point: Point | None = None,
+    point: str | Mapping[str, str] | None = None,
     smooth: bool | None = None,
     hadamard: bool | None = None,
     seed: int = 0,
 ) -> VecInfer:
-    """Make an unfitted VecInfer for keys (smoothed and spread) or values (as they are), unless the options say more.
+    """Make an unfitted VecInfer for keys (smoothed and rotated) or values (as they are), unless the options say more.
 
-    ``point`` is one for both roles, or ``{"keys": "d8b12", "values": "d8b8"}``; a role that is left out has that of
-    ``bits``.
+    ``point`` is one for both, or ``{"keys": "d8b12", "values": "d8b8"}``; what is left out has that of ``bits``.
     """
-    if isinstance(point, Mapping):
-        unknown = sorted(set(point) - {"keys", "values"}, key=str)
-        if unknown:
-            raise InputError(f"point has no side {unknown[0]!r}: give points for 'keys' and 'values'.")
-        point = point.get(role)
-    point = POINTS[bits] if point is None else point
-    found = re.fullmatch(r"d(\d+)b(\d+)", point) if isinstance(point, str) else None
+    own = own_part("point", point, tensor)
+    own = POINTS[bits] if own is None else own
+    found = re.fullmatch(r"d(\d+)b(\d+)", own) if isinstance(own, str) else None
     if found is None:
         raise InputError(
-            f"point={point!r} is no point of VecInfer: write 'd4b8' for sub-vectors of 4 coordinates and indices of "
+            f"point={own!r} is no point of VecInfer: write 'd4b8' for sub-vectors of 4 coordinates and indices of "
             "8 bits, or {'keys': 'd8b12', 'values': 'd8b8'}."
         )
-    transformed = role == "keys"
-    return VecInfer(
-        head_dim,
-        sub_dim=int(found[1]),
-        index_bits=int(found[2]),
-        smooth=transformed if smooth is None else smooth,
-        hadamard=transformed if hadamard is None else hadamard,
-        seed=seed,
-    )
+    smooth, hadamard = (tensor == "keys" if option is None else option for option in (smooth, hadamard))
+    return VecInfer(head_dim, int(found[1]), int(found[2]), smooth, hadamard, seed)
 
 
 METHOD = Method(

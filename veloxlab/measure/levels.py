@@ -1,6 +1,6 @@
 """What a method quantizes and with which levels, both in the space of its codes.
 
-In that space ``decode = from_codes(scale · expand)`` (`veloxlab.codecs.base.TiledCodec`), and ``from_codes`` is linear.
+In that space ``decode = from_codes(scale · expand)`` (`veloxlab.codecs.base.Codec`), and ``from_codes`` is linear.
 The inverse of its matrix takes exact vectors there. Divided by their stored scale they are on the axis of the levels.
 """
 
@@ -17,8 +17,9 @@ from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import DEFAULT_BITS
 from veloxlab.checks import checked, whole
 from veloxlab.codecs import Role
-from veloxlab.codecs.base import TiledCodec, fitted_online
-from veloxlab.codecs.parts.codebooks import Floats as Angles
+from veloxlab.codecs.base import fitted_online
+from veloxlab.codecs.none import Exact
+from veloxlab.codecs.parts import Floats as Angles
 from veloxlab.codecs.parts.polar import PolarTree, angle_density, halvings
 from veloxlab.codecs.polarquant import BLOCK_LEVELS
 from veloxlab.errors import InputError
@@ -73,7 +74,7 @@ def coded_coordinates(
     """
     x = layer.vectors(tensor)
     codec = fitted_online(layer.codec(tensor, method, bits, calibration, options), x)
-    if not isinstance(codec, TiledCodec):
+    if isinstance(codec, Exact):
         raise InputError(f"{method!r} keeps vectors as they are, so there are no levels to see: choose another method.")
     code = codec.encode(x)
     size, scale = codec.code_dim, codec.scales(code)

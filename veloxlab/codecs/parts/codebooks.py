@@ -14,15 +14,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
-from veloxlab.codecs.parts.packing import WIDEST
+from veloxlab.checks import choice
+from veloxlab.codecs.parts import Floats
+from veloxlab.codecs.parts.packing import BITS
 from veloxlab.errors import InputError
 
-Floats = NDArray[np.float64]
-
+CodebookName = Literal["sphere", "gaussian"]
+CODEBOOK = choice(*get_args(CodebookName))
 REACH = 12.0  # standard deviations: the density beyond is below 1e-32
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(96)
 
@@ -36,37 +38,28 @@ class Codebook:
     levels : the reconstruction values, ascending, ``[2**bits]``.
     boundaries : halfway points between them, ``[2**bits - 1]``.
     distortion : E(x − x̂)², relative to the variance of 1.
-    entropy_bits : entropy of the index, in bits.
     """
 
     levels: Floats
     boundaries: Floats
     distortion: float
-    entropy_bits: float
-
-
-def check_bits(bits: int) -> int:
-    """Return ``bits`` if it is a width that can be packed, else raise `InputError`."""
-    if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= WIDEST:
-        raise InputError(f"bits={bits!r} is out of range: choose a whole number of bits from 1 to {WIDEST}.")
-    return bits
 
 
 def gaussian_codebook(bits: int) -> Codebook:
     """Lloyd–Max for N(0, 1): the limit of large head dimensions."""
-    return _lloyd_max(check_bits(bits), None)
+    return _lloyd_max(BITS("bits", bits), None)
 
 
 def sphere_codebook(bits: int, dim: int) -> Codebook:
     """Lloyd–Max for one coordinate of a random point on the sphere of radius √dim, exact for every ``dim``."""
     if dim < 4:
         raise InputError(f"A head dimension of {dim} is too small for a rotated codebook: it takes 4 or more.")
-    return _lloyd_max(check_bits(bits), dim)
+    return _lloyd_max(BITS("bits", bits), dim)
 
 
 @lru_cache
 def _lloyd_max(bits: int, dim: int | None) -> Codebook:
-    reach = REACH if dim is None else min(REACH, math.sqrt(dim))
+    reach = reach_of(dim)
     levels = _compander_start(2**bits, dim, reach)
     for _ in range(100):
         residual, jacobian = _lloyd_residual(levels, dim, reach)
@@ -77,15 +70,13 @@ def _lloyd_max(bits: int, dim: int | None) -> Codebook:
         if np.abs(step).max() < 1e-12:
             break
     levels = (levels - levels[::-1]) / 2  # the density is even, and so is the optimum
-    mass, _, second = _cell_moments(levels, dim, reach)
-    boundaries = (levels[1:] + levels[:-1]) / 2
-    probability = mass[mass > 0]
-    return Codebook(
-        levels=levels,
-        boundaries=boundaries,
-        distortion=float(second.sum()),
-        entropy_bits=float(-(probability * np.log2(probability)).sum()),
-    )
+    _, _, second = _cell_moments(levels, dim, reach)
+    return Codebook(levels, (levels[1:] + levels[:-1]) / 2, float(second.sum()))
+
+
+def reach_of(dim: int | None) -> float:
+    """The largest number that `coordinate_density` of ``dim`` is tabulated for."""
+    return REACH if dim is None else min(REACH, math.sqrt(dim))
 
 
 def coordinate_density(t: Floats, dim: int | None) -> Floats:
@@ -165,14 +156,7 @@ def _lloyd(t: Floats, f: Floats, bits: int, power: float) -> Codebook:
             break
     boundaries = (levels[1:] + levels[:-1]) / 2
     error = f * (t - levels[np.searchsorted(boundaries, t)]) ** 2
-    probability = np.diff(np.interp(np.concatenate([t[:1], boundaries, t[-1:]]), t, mass)) / mass[-1]
-    probability = probability[probability > 0]
-    return Codebook(
-        levels=levels,
-        boundaries=boundaries,
-        distortion=float(_integral(error, t)[-1] / mass[-1]),
-        entropy_bits=float(-(probability * np.log2(probability)).sum()),
-    )
+    return Codebook(levels, boundaries, float(_integral(error, t)[-1] / mass[-1]))
 
 
 def _integral(f: Floats, t: Floats) -> Floats:

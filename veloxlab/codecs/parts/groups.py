@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import mlx.core as mx
 
-from veloxlab.codecs.parts.packing import Layout, Row, check_word, pack, packed, spread
-from veloxlab.errors import InputError
+from veloxlab.checks import check_fields, choice, whole
+from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, unpack_to_bytes
 from veloxlab.kernels.encode import group_kernel
 from veloxlab.kernels.vectors import VectorKernel
 
@@ -29,9 +29,7 @@ class GroupQuantizer:
     levels: GroupLevels = "centres"
 
     def __post_init__(self) -> None:
-        check_word("levels", self.levels, "centres", "ends")
-        if isinstance(self.group, bool) or not isinstance(self.group, int) or self.group < 1:
-            raise InputError(f"group={self.group!r} is no number of coordinates: give a whole number, 1 or more.")
+        check_fields(self, levels=choice(*get_args(GroupLevels)), group=whole(1))
 
     @property
     def groups(self) -> int:
@@ -64,7 +62,7 @@ class GroupQuantizer:
 
     def expand(self, arrays: dict[str, mx.array]) -> mx.array:
         """Decode to ``[..., dim]``, float32."""
-        codes = self._grouped(spread(arrays["codes"], self.bits, self.dim).astype(mx.float32))
+        codes = self._grouped(unpack_to_bytes(arrays["codes"], self.bits, self.dim).astype(mx.float32))
         half_step, least = (_signed_square(arrays[name])[..., None] for name in ("half_step", "least"))
         return self._flat(least + (codes + self._shift) * (2 * half_step))
 
@@ -78,14 +76,14 @@ class GroupQuantizer:
 
     def _flat(self, x: mx.array) -> mx.array:
         """``[..., groups, group]`` to ``[..., dim]``."""
-        return x.reshape(*x.shape[:-2], self.groups * self.group)[..., : self.dim]
+        return mx.flatten(x, -2)[..., : self.dim]
 
     def _grouped(self, x: mx.array) -> mx.array:
         """``[..., dim]`` to ``[..., groups, group]``; the last group is filled up with its last coordinate."""
         missing = self.groups * self.group - self.dim
         if missing:
             x = mx.concatenate([x, mx.repeat(x[..., -1:], missing, axis=-1)], axis=-1)
-        return x.reshape(*x.shape[:-1], self.groups, self.group)
+        return mx.unflatten(x, -1, (self.groups, self.group))
 
 
 def _signed_square(root: mx.array) -> mx.array:

@@ -11,22 +11,15 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import whole
-from veloxlab.codecs.base import (
-    Code,
-    Sample,
-    TiledCodec,
-    check_heads,
-    check_sample,
-    check_vectors,
-    not_fitted,
-)
+from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_sample, check_vectors, not_fitted, per_head
+from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import Layout
 from veloxlab.errors import InputError
 
 _OUTLIER = "outlier_"  # how the names of their arrays begin
 
 
-class SplitCodec(TiledCodec):
+class SplitCodec(Codec):
     """Two codecs side by side. A subclass is a frozen dataclass with these fields, and says which codecs.
 
     Attributes
@@ -52,16 +45,16 @@ class SplitCodec(TiledCodec):
 
     @property
     @abstractmethod
-    def parts(self) -> tuple[TiledCodec, TiledCodec]:
+    def parts(self) -> tuple[Codec, Codec]:
         """The codecs of the outliers ``[..., k]`` and of the rest.
 
         The second takes either the ``D − k`` other channels, or all ``D`` with zeros in place of the outliers.
         """
 
     def __post_init__(self) -> None:
-        if isinstance(self.channels, mx.array):  # as files of the last version hold those of QJL
-            object.__setattr__(self, "channels", tuple(self.channels.reshape(-1).tolist()))
-        object.__setattr__(self, "channels", self.channels or ())
+        # files of the last version hold those of QJL as an array
+        channels = self.channels.reshape(-1).tolist() if isinstance(self.channels, mx.array) else self.channels or ()
+        object.__setattr__(self, "channels", tuple(channels))
         whole()("outliers", self.outliers)
         if not self.least_apart <= self.outliers <= self.most_apart:
             raise InputError(
@@ -94,16 +87,11 @@ class SplitCodec(TiledCodec):
     def fit(self, sample: Sample) -> Self:
         """Find the channels with the largest mean square, for each KV head.
 
-        Raises `InputError` below 16 tokens, if they are all the same, or if a KV head has only zeros.
+        Raises `InputError` below 16 tokens that are not zero in a KV head, or if they are all the same.
         """
         check_vectors(sample.x, self.head_dim)
-        check_sample(sample.x, "Outlier channels take")
+        check_sample(per_head(sample.x), self.method)
         energy = np.array(mx.square(sample.x.astype(mx.float32)).sum(axis=(0, 2)))
-        if not energy.any(axis=-1).all():
-            raise InputError(
-                "The sample has only zeros in a KV head, so that no channel stands out: calibrate with a text that "
-                "has others."
-            )
         found = np.sort(np.argsort(-energy, axis=-1, kind="stable")[:, : self.outliers], axis=-1)
         return replace(self, channels=tuple(found.ravel().tolist()))  # type: ignore[type-var]
 
@@ -114,7 +102,7 @@ class SplitCodec(TiledCodec):
         return Code({_OUTLIER + name: array for name, array in outliers.items()} | rest, start)
 
     def expand(self, code: Code) -> mx.array:
-        """Both parts, each with its own scale; see `TiledCodec.expand`."""
+        """Both parts, each with its own scale."""
         outliers = Code({name: code.arrays[_OUTLIER + name] for name in self.parts[0].layout})
         expanded = []
         for part, own in zip(self.parts, (outliers, code), strict=True):
@@ -122,11 +110,16 @@ class SplitCodec(TiledCodec):
             expanded.append(y if scale is None else y * scale)
         return mx.concatenate(expanded, axis=-1)
 
+    def scales(self, code: Code) -> None:
+        """None: `expand` has scaled."""
+
     def from_codes(self, y: mx.array) -> mx.array:
         """Bring both parts back, and put the channels in their places."""
         order, inverse = self._order(y.shape[1])
-        first = self.parts[0].code_dim
-        outliers, rest = self.parts[0].from_codes(y[..., :first]), self.parts[1].from_codes(y[..., first:])
+        outliers, rest = (
+            part.from_codes(own)
+            for part, own in zip(self.parts, mx.split(y, [self.parts[0].code_dim], -1), strict=True)
+        )
         if rest.shape[-1] == self.head_dim:
             rest = _reordered(rest, order)[..., self.outliers :]
         return _reordered(mx.concatenate([outliers, rest], axis=-1), inverse)
@@ -139,8 +132,7 @@ class SplitCodec(TiledCodec):
     def _split(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The outlier channels of ``x`` ``[B, H, S, D]``, and the rest as the second part takes it."""
         order, inverse = self._order(x.shape[1])
-        ordered = _reordered(x, order)
-        outliers, rest = ordered[..., : self.outliers], ordered[..., self.outliers :]
+        outliers, rest = mx.split(_reordered(x, order), [self.outliers], -1)
         if self.parts[1].head_dim == self.head_dim:
             rest = _reordered(mx.concatenate([mx.zeros_like(outliers), rest], axis=-1), inverse)
         return outliers, rest
@@ -157,8 +149,7 @@ class SplitCodec(TiledCodec):
         """See `_order`: asked for at every token, and each layer has its own."""
         heads = np.array(self.channels).reshape(-1, self.outliers)
         order = np.stack([np.concatenate([head, np.setdiff1d(np.arange(self.head_dim), head)]) for head in heads])
-        there, back = (mx.array(a[None, :, None].astype(np.uint32)) for a in (order, np.argsort(order, axis=-1)))
-        mx.eval(there, back)
+        there, back = (constant(a[None, :, None], mx.uint32) for a in (order, np.argsort(order, axis=-1)))
         return there, back
 
 

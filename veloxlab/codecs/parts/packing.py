@@ -14,9 +14,10 @@ from functools import cache, reduce
 
 import mlx.core as mx
 
-from veloxlab.errors import InputError
+from veloxlab.checks import whole
 
 WIDEST = 8
+BITS = whole(1, WIDEST)
 _GROUP = 8  # codes that fill `bits` whole bytes, whatever the width
 _WORD_BYTES = 4
 _BYTE = 8
@@ -45,13 +46,6 @@ class Row:
 Layout = dict[str, Row]
 
 
-def check_word(name: str, value: object, *known: str) -> None:
-    """Raise `InputError` unless ``value``, of the option ``name``, is one of the words ``known``."""
-    if value not in known:
-        *first, last = map(repr, known)
-        raise InputError(f"Unknown {name} {value!r}: choose {', '.join(first)} or {last}.")
-
-
 def words_per_row(count: int, bits: int) -> int:
     """uint32 words that hold ``count`` codes of ``bits`` bits each."""
     return -(-count * bits // (8 * _WORD_BYTES))
@@ -62,40 +56,43 @@ def packed(count: int, bits: int) -> Row:
     return Row(mx.uint32, words_per_row(count, bits))
 
 
+def packed_bytes(count: int, bits: int) -> Row:
+    """The row that `pack_bytes` makes of ``count`` codes of ``bits`` bits, in whole bytes."""
+    return Row(mx.uint8, -(-count * bits // 8))
+
+
 def pack(codes: mx.array, bits: int) -> mx.array:
     """Pack ``codes`` ``[..., D]`` (integers below ``2**bits``) into uint32 words ``[..., words_per_row(D, bits)]``."""
     *lead, count = codes.shape
     groups = -(-count // _GROUP)
-    codes = _pad_last(codes.astype(mx.uint64), groups * _GROUP - count).reshape(*lead, groups, _GROUP)
+    codes = _resized(codes.astype(mx.uint64), groups * _GROUP).reshape(*lead, groups, _GROUP)
     shifts = mx.arange(0, _GROUP * bits, bits, dtype=mx.uint64)
     joined = (codes << shifts).sum(axis=-1)  # disjoint bits: the sum is their union
     byte = (joined[..., None] >> mx.arange(0, 8 * bits, 8, dtype=mx.uint64)).astype(mx.uint8)
-    row = byte.reshape(*lead, groups * bits)
-    padding = words_per_row(count, bits) * _WORD_BYTES - groups * bits
-    row = _pad_last(row, padding) if padding > 0 else row[..., : words_per_row(count, bits) * _WORD_BYTES]
-    return row.view(mx.uint32)
+    return _resized(byte.reshape(*lead, groups * bits), words_per_row(count, bits) * _WORD_BYTES).view(mx.uint32)
+
+
+def pack_bytes(codes: mx.array, bits: int) -> mx.array:
+    """The same in whole bytes, uint8, without the padding to a whole word."""
+    return pack(codes, bits).view(mx.uint8)[..., : packed_bytes(codes.shape[-1], bits).count]
 
 
 def unpack(words: mx.array, bits: int, count: int, together: int = 1) -> mx.array:
-    """Codes ``[..., count]`` of packed ``words`` ``[..., words_per_row(count, bits)]``, as uint32.
+    """Codes ``[..., count]`` of packed words or bytes ``[..., n]``, as uint32.
 
     With ``together = g`` (1, 2, 4 or 8; ``count`` a multiple of 8) each returned number holds ``g`` neighbouring codes,
     the first in its low bits, in ``[..., count / g]``: an index into a table of ``g`` values at a time.
     """
     if together == 1:
-        return spread(words, bits, count).astype(mx.uint32)
-    joined = _joined(words, bits, count)
-    step = bits * together
-    wide = joined.dtype
-    codes = (joined[..., None] >> mx.arange(0, _GROUP * bits, step, dtype=wide)) & mx.array((1 << step) - 1, wide)
-    per_group = _GROUP // together
-    return codes.astype(mx.uint32).reshape(*words.shape[:-1], joined.shape[-1] * per_group)[
-        ..., : -(-count // together)
-    ]
+        return unpack_to_bytes(words, bits, count).astype(mx.uint32)
+    joined, step = _groups(words, bits, count), bits * together
+    codes = joined[..., None] >> mx.arange(0, _GROUP * bits, step, dtype=joined.dtype)
+    codes = (codes & mx.array((1 << step) - 1, joined.dtype)).astype(mx.uint32)
+    return mx.flatten(codes, -2)[..., : -(-count // together)]
 
 
-def spread(words: mx.array, bits: int, count: int) -> mx.array:
-    """Codes ``[..., count]`` of packed ``words`` ``[..., words_per_row(count, bits)]``, each in a byte.
+def unpack_to_bytes(words: mx.array, bits: int, count: int) -> mx.array:
+    """Codes ``[..., count]`` of packed words or bytes ``[..., n]``, each in a byte.
 
     Some bytes together become a wider number, shifts and masks move each code to a byte of its own, and the number is
     read as bytes again: one pass of fused arithmetic over few numbers, where a shift for each code would be many.
@@ -103,16 +100,15 @@ def spread(words: mx.array, bits: int, count: int) -> mx.array:
     if bits == WIDEST:
         return words.view(mx.uint8)[..., :count]
     if bits in _WHOLE:
-        return _spread(_WHOLE[bits], bits)(words.view(mx.uint8)).view(mx.uint8)[..., :count]
-    groups = -(-count // _GROUP)
-    return _spread(mx.uint64, bits)(_joined(words, bits, count)).view(mx.uint8)[..., : groups * _GROUP][..., :count]
+        return _mover(_WHOLE[bits], bits)(words.view(mx.uint8)).view(mx.uint8)[..., :count]
+    return _mover(mx.uint64, bits)(_groups(words, bits, count)).view(mx.uint8)[..., :count]
 
 
-_WHOLE = {1: mx.uint64, 2: mx.uint32, 4: mx.uint16}  # widths whose codes fill a byte, and what they spread into
+_WHOLE = {1: mx.uint64, 2: mx.uint32, 4: mx.uint16}  # widths whose codes fill a byte, and what a byte of them widens to
 
 
 @cache
-def _spread(wide: mx.Dtype, bits: int) -> Callable[[mx.array], mx.array]:
+def _mover(wide: mx.Dtype, bits: int) -> Callable[[mx.array], mx.array]:
     """A function that moves code ``i`` of each number, at bit ``i·bits``, to byte ``i`` of one of type ``wide``."""
 
     @mx.compile
@@ -127,20 +123,15 @@ def _spread(wide: mx.Dtype, bits: int) -> Callable[[mx.array], mx.array]:
     return moved
 
 
-def _joined(words: mx.array, bits: int, count: int) -> mx.array:
-    """Eight codes in each number: bytes of ``words``, ``bits`` at a time, ``[..., count / 8]``."""
-    *lead, _ = words.shape
+def _groups(words: mx.array, bits: int, count: int) -> mx.array:
+    """Eight codes in each number: ``bits`` bytes at a time, ``[..., count / 8]``."""
     groups = -(-count // _GROUP)
-    byte = words.view(mx.uint8)
-    missing = groups * bits - byte.shape[-1]
-    byte = _pad_last(byte, missing) if missing > 0 else byte[..., : groups * bits]
-    byte = byte.reshape(*lead, groups, bits)
+    byte = mx.unflatten(_resized(words.view(mx.uint8), groups * bits), -1, (groups, bits))
     wide = mx.uint32 if bits <= _WORD_BYTES else mx.uint64
-    joined = byte[..., 0].astype(wide)
-    for i in range(1, bits):
-        joined = joined | (byte[..., i].astype(wide) << (_BYTE * i))
-    return joined
+    return reduce(operator.or_, (byte[..., i].astype(wide) << (_BYTE * i) for i in range(bits)))
 
 
-def _pad_last(x: mx.array, count: int) -> mx.array:
-    return x if count == 0 else mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, count)])
+def _resized(x: mx.array, size: int) -> mx.array:
+    """``x`` ``[..., n]`` cut, or filled up with zeros, to ``size`` numbers."""
+    missing = size - x.shape[-1]
+    return mx.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing > 0 else x[..., :size]

@@ -8,14 +8,16 @@ the circle, those of level ℓ have the density sin^(2^(ℓ−1) − 1)(2ψ) on 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.parts.codebooks import Floats, check_bits, lloyd_max
-from veloxlab.codecs.parts.packing import Layout, Row, pack, unpack
+from veloxlab.codecs.parts import Floats, constant
+from veloxlab.codecs.parts.codebooks import lloyd_max
+from veloxlab.codecs.parts.packing import BITS, Layout, pack_bytes, packed_bytes, unpack
 from veloxlab.errors import InputError
 
 Table = tuple[mx.array, mx.array]
@@ -37,11 +39,15 @@ class PolarTree:
 
     def __post_init__(self) -> None:
         if not self.levels or self.dim % self.block:
+            most = halvings(self.dim)
+            counts = "one level" if most == 1 else f"1 to {most} levels"
+            way_out = f"give the bits of {counts}, such as levels={(4, 2, 2, 2)[:most]}"
             raise InputError(
-                f"{len(self.levels)} levels of angles do not fit a head dimension of {self.dim}: {_way_out(self.dim)}."
+                f"{len(self.levels)} levels of angles do not fit a head dimension of {self.dim}: "
+                f"{way_out if most else 'it is odd, so choose another method'}."
             )
         for bits in self.levels:
-            check_bits(bits)
+            BITS("bits", bits)
 
     @property
     def block(self) -> int:
@@ -55,8 +61,8 @@ class PolarTree:
 
     @property
     def layout(self) -> Layout:
-        """Rows of bytes: levels of equal width are packed together."""
-        return {f"angles_{bits}": Row(mx.uint8, _bytes(count, bits)) for bits, count in self._runs.items()}
+        """Rows of bytes, that of level 1 first: levels of equal width are packed together."""
+        return {f"angles_{bits}": packed_bytes(count, bits) for bits, count in self._counts.items()}
 
     @property
     def expected_cosine(self) -> float:
@@ -85,29 +91,27 @@ class PolarTree:
         """Unit vectors of the blocks ``[..., dim / block, block]``: cosines and sines multiplied down the tree."""
         y = mx.ones((*codes[-1].shape, 1))
         for level, (_, circle) in zip(reversed(codes), reversed(self._tables), strict=True):
-            shape = (*y.shape[:-1], 2 * y.shape[-1])
-            y = (mx.take(circle, level.reshape(y.shape), axis=0) * y[..., None]).reshape(shape)
+            y = mx.flatten(mx.take(circle, level.reshape(y.shape), axis=0) * y[..., None], -2)
         return y
 
     def pack(self, codes: list[mx.array]) -> dict[str, mx.array]:
         """Rows of bytes, one for each width."""
-        rows = {
-            bits: mx.concatenate([c for c, b in zip(codes, self.levels, strict=True) if b == bits], axis=-1)
-            for bits in self._runs
-        }
-        return {
-            f"angles_{bits}": pack(row, bits).view(mx.uint8)[..., : _bytes(row.shape[-1], bits)]
-            for bits, row in rows.items()
-        }
+        by_width = {b: [c for c, own in zip(codes, self.levels, strict=True) if own == b] for b in self._counts}
+        return {f"angles_{b}": pack_bytes(mx.concatenate(some, axis=-1), b) for b, some in by_width.items()}
 
     def unpack(self, arrays: dict[str, mx.array]) -> list[mx.array]:
         """Codes by level, from what `pack` gave."""
-        rows = {bits: unpack(arrays[f"angles_{bits}"], bits, count) for bits, count in self._runs.items()}
+        rows = {bits: unpack(arrays[f"angles_{bits}"], bits, count) for bits, count in self._counts.items()}
         codes, used = [], dict.fromkeys(rows, 0)
         for level, bits in enumerate(self.levels, 1):
             begin, used[bits] = used[bits], used[bits] + (self.dim >> level)
             codes.append(rows[bits][..., begin : used[bits]])
         return codes
+
+    @cached_property
+    def circles(self) -> mx.array:
+        """Cosine and sine of the angles of all levels, one after the other ``[entries, 2]``, float32, for kernels."""
+        return _joined(self._tables) if self.centroids else _known_circles(self.levels)
 
     @cached_property
     def _tables(self) -> tuple[Table, ...]:
@@ -116,25 +120,15 @@ class PolarTree:
             return _known_tables(self.levels)
         ends = np.cumsum([1 << bits for bits in self.levels[1:]])
         learned = np.split(np.array(self.centroids), ends[:-1])
-        return (_circle_table(self.levels[0]), *(_table(angles) for angles in learned))
+        return (_known_tables(self.levels[:1])[0], *map(_table, learned))
 
     @property
-    def rows(self) -> tuple[str, ...]:
-        """Names of the rows of bytes, that of level 1 first."""
-        return tuple(self.layout)
-
-    @cached_property
-    def circles(self) -> mx.array:
-        """Cosine and sine of the angles of all levels, one after the other ``[entries, 2]``, float32, for kernels."""
-        return _known_circles(self.levels) if not self.centroids else _joined(self._tables)
-
-    @property
-    def _runs(self) -> dict[int, int]:
+    def _counts(self) -> Counter[int]:
         """How many codes of a vector have each width."""
-        runs = dict.fromkeys(self.levels, 0)
+        counts: Counter[int] = Counter()
         for level, bits in enumerate(self.levels, 1):
-            runs[bits] += self.dim >> level
-        return runs
+            counts[bits] += self.dim >> level
+        return counts
 
 
 @lru_cache
@@ -172,18 +166,11 @@ def halvings(dim: int) -> int:
     return (dim & -dim).bit_length() - 1
 
 
-def _way_out(dim: int) -> str:
-    """What to do where levels do not fit ``dim``."""
-    most = halvings(dim)
-    if not most:
-        return "it is odd, so choose another method"
-    counts = "one level" if most == 1 else f"1 to {most} levels"
-    return f"give the bits of {counts}, such as levels={(4, 2, 2, 2)[:most]}"
-
-
 @lru_cache
 def _known_tables(levels: tuple[int, ...]) -> tuple[Table, ...]:
-    return (_circle_table(levels[0]), *(_table(angle_codebook(i, b)[0]) for i, b in enumerate(levels[1:], 2)))
+    count = 1 << levels[0]  # level 1 is uniform on a circle: cells of equal width
+    rest = (angle_codebook(level, bits)[0] for level, bits in enumerate(levels[1:], 2))
+    return tuple(map(_table, ((np.arange(count) + 0.5) * 2 * math.pi / count, *rest)))
 
 
 @lru_cache
@@ -192,23 +179,9 @@ def _known_circles(levels: tuple[int, ...]) -> mx.array:
 
 
 def _joined(tables: tuple[Table, ...]) -> mx.array:
-    circles = mx.concatenate([circle for _, circle in tables])
-    mx.eval(circles)
-    return circles
-
-
-def _circle_table(bits: int) -> Table:
-    """Of level 1, which is uniform on a circle: cells of equal width."""
-    return _table((np.arange(1 << bits) + 0.5) * 2 * math.pi / (1 << bits))
+    return constant(mx.concatenate([circle for _, circle in tables]))
 
 
 def _table(angles: Floats) -> Table:
     """Boundaries between ascending ``angles`` ``[N]``, and cosine and sine of each ``[N, 2]``."""
-    boundaries, circle = (angles[1:] + angles[:-1]) / 2, np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-    table = mx.array(boundaries.astype(np.float32)), mx.array(circle.astype(np.float32))
-    mx.eval(table)
-    return table
-
-
-def _bytes(count: int, bits: int) -> int:
-    return -(-count * bits // 8)
+    return constant((angles[1:] + angles[:-1]) / 2), constant(np.stack([np.cos(angles), np.sin(angles)], axis=-1))

@@ -39,17 +39,15 @@ class Rope:
         pairs = self.dims // 2
         return np.asarray(self.scale * self.base ** (-np.arange(pairs) / pairs))
 
-    def forward(self, x: mx.array, start: int) -> mx.array:
+    def forward(self, x: mx.array, start: int, direction: int = 1) -> mx.array:
         """Rotate ``x`` ``[B, H, S, D]``, whose first token is at position ``start``."""
-        return self._rotate(x, start, self.scale)
+        if x.size == 0:
+            return x
+        scale, traditional = direction * self.scale, self.traditional
+        return mx.fast.rope(
+            x, self.dims, traditional=traditional, base=self.base, scale=scale, offset=start, freqs=self.freqs
+        )
 
     def inverse(self, x: mx.array, start: int) -> mx.array:
         """Undo `forward`: the same angles, with the other sign."""
-        return self._rotate(x, start, -self.scale)
-
-    def _rotate(self, x: mx.array, start: int, scale: float) -> mx.array:
-        if x.size == 0:
-            return x
-        return mx.fast.rope(
-            x, self.dims, traditional=self.traditional, base=self.base, scale=scale, offset=start, freqs=self.freqs
-        )
+        return self.forward(x, start, direction=-1)

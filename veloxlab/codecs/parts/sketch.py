@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.parts.packing import check_word, pack, spread, words_per_row
+from veloxlab.checks import check_fields, choice
+from veloxlab.codecs.parts import constant
+from veloxlab.codecs.parts.packing import pack, unpack_to_bytes
 from veloxlab.codecs.parts.transforms import haar_matrix
-from veloxlab.errors import InputError
 
 SketchName = Literal["orthogonal", "gaussian"]
 
@@ -23,26 +24,16 @@ class SignSketch:
 
     ``rows`` projections of ``dim`` coordinates. ``"gaussian"`` draws them independently, as the papers do;
     ``"orthogonal"`` draws blocks of ``dim`` orthogonal rows of length √dim, with about 2.75 times less variance
-    for the same bits. ``rows`` is a multiple of ``dim`` for the latter.
+    for the same bits. ``rows`` is a multiple of ``dim``.
     """
 
     dim: int
     rows: int
-    kind: SketchName = "orthogonal"
+    sketch: SketchName = "orthogonal"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_word("sketch", self.kind, "orthogonal", "gaussian")
-        if self.kind == "orthogonal" and self.rows % self.dim:
-            raise InputError(
-                f"An orthogonal sketch of {self.rows} rows does not fit a head dimension of {self.dim}: "
-                f"take a multiple of {self.dim} rows, or a gaussian sketch."
-            )
-
-    @property
-    def words(self) -> int:
-        """uint32 words that one vector's signs take."""
-        return words_per_row(self.rows, 1)
+        check_fields(self, sketch=choice(*get_args(SketchName)))
 
     @property
     def nbytes(self) -> int:
@@ -52,24 +43,24 @@ class SignSketch:
     @property
     def matrix(self) -> mx.array:
         """The projection ``[rows, dim]``, float32."""
-        return _sketch_matrix(self)
+        return _matrix(self)
 
     @property
     def unbiased_scale(self) -> float:
         """``c`` such that ``c·‖x‖·⟨Sq, sign(Sx)⟩`` has mean ``⟨q, x⟩``: 1 / (rows · E|⟨row, u⟩|) for a unit ``u``."""
         mean_abs = math.sqrt(2 / math.pi)
-        if self.kind == "orthogonal":  # a row is uniform on the sphere of radius √dim, not Gaussian
+        if self.sketch == "orthogonal":  # a row is uniform on the sphere of radius √dim, not Gaussian
             log_ratio = math.lgamma(self.dim / 2) - math.lgamma((self.dim + 1) / 2)
             mean_abs = math.sqrt(self.dim / math.pi) * math.exp(log_ratio)
         return 1 / (self.rows * mean_abs)
 
     def signs(self, x: mx.array) -> mx.array:
-        """Signs of the projections of ``x`` ``[..., dim]`` as packed bits ``[..., words]``; the sign of 0 is +1."""
+        """Signs of the projections of ``x`` ``[..., dim]`` as packed bits ``[..., words]``."""
         return pack_signs(x @ self.matrix.T)
 
     def expand(self, words: mx.array) -> mx.array:
         """Packed bits to ±1 ``[..., rows]``, float32."""
-        return spread(words, 1, self.rows).astype(mx.float32) * 2 - 1
+        return unpack_to_bytes(words, 1, self.rows).astype(mx.float32) * 2 - 1
 
 
 def pack_signs(y: mx.array) -> mx.array:
@@ -78,12 +69,8 @@ def pack_signs(y: mx.array) -> mx.array:
 
 
 @lru_cache
-def _sketch_matrix(sketch: SignSketch) -> mx.array:
-    if sketch.kind == "orthogonal":
-        blocks = [haar_matrix(sketch.dim, sketch.seed + i) for i in range(sketch.rows // sketch.dim)]
-        matrix = mx.concatenate(blocks) * math.sqrt(sketch.dim)
-    else:
-        rng = np.random.default_rng(sketch.seed)
-        matrix = mx.array(rng.standard_normal((sketch.rows, sketch.dim)).astype(np.float32))
-    mx.eval(matrix)
-    return matrix
+def _matrix(sketch: SignSketch) -> mx.array:
+    if sketch.sketch == "gaussian":
+        return constant(np.random.default_rng(sketch.seed).standard_normal((sketch.rows, sketch.dim)))
+    blocks = [haar_matrix(sketch.dim, sketch.seed + i) for i in range(sketch.rows // sketch.dim)]
+    return constant(mx.concatenate(blocks) * math.sqrt(sketch.dim))

@@ -10,40 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, get_args
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.errors import InputError
+from veloxlab.checks import choice
+from veloxlab.codecs.parts import constant
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.rotated import rotate_kernel
 from veloxlab.kernels.vectors import VectorKernel
 
 RotationName = Literal["hadamard", "haar"]
-
-
-class Rotation(Protocol):
-    """An orthogonal map of the last axis, ``[..., dim]`` to ``[..., dim]``."""
-
-    def forward(self, x: mx.array) -> mx.array:
-        """Rotate ``x`` ``[..., dim]``."""
-
-    def inverse(self, y: mx.array) -> mx.array:
-        """Undo `forward`."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the arrays it keeps, shared by every layer of a process."""
-
-
-def make_rotation(name: RotationName, dim: int, seed: int) -> Rotation:
-    """Make the rotation called ``name``: ``"hadamard"`` (signs, then Hadamard) or ``"haar"`` (uniform, dense)."""
-    if name == "hadamard":
-        return SignedHadamard(dim, seed)
-    if name == "haar":
-        return Haar(dim, seed)
-    raise InputError(f"Unknown rotation {name!r}: choose 'hadamard' or 'haar'.")
+ROTATION = choice(*get_args(RotationName))
 
 
 @dataclass(frozen=True)
@@ -59,11 +38,11 @@ class SignedHadamard:
 
     def forward(self, x: mx.array) -> mx.array:
         """Rotate ``x`` ``[..., dim]``."""
-        return self._at_once(x, self._forward, inverse=False)
+        return self._at_once(x, lambda x: self._transform(x * self.signs), inverse=False)
 
     def inverse(self, y: mx.array) -> mx.array:
         """Undo `forward`."""
-        return self._at_once(y, self._inverse, inverse=True)
+        return self._at_once(y, lambda y: self._transform(y) * self.signs, inverse=True)
 
     @property
     def signs(self) -> mx.array:
@@ -73,28 +52,25 @@ class SignedHadamard:
     @property
     def nbytes(self) -> int:
         """Bytes of the signs and of the Hartley matrix."""
-        return _signs(self.dim, self.seed).nbytes + _hartley(_odd_part(self.dim)).nbytes
+        return self.signs.nbytes + _hartley(self._odd).nbytes
+
+    @property
+    def _odd(self) -> int:
+        return self.dim // (self.dim & -self.dim)
 
     def _at_once(self, x: mx.array, by_graph: Callable[[mx.array], mx.array], *, inverse: bool) -> mx.array:
         """By one kernel where MLX's own transform alone does not do and there is a GPU, else ``by_graph``."""
-        if x.ndim != 4 or _odd_part(self.dim) == 1:
+        if x.ndim != 4 or self._odd == 1:
             return by_graph(x)
         return computed(lambda _: _kernel(self, inverse), lambda x: {"out": by_graph(x)}, x)["out"]
 
-    def _forward(self, x: mx.array) -> mx.array:
-        return self._spread(x * self.signs)
-
-    def _inverse(self, y: mx.array) -> mx.array:
-        return self._spread(y) * self.signs
-
-    def _spread(self, x: mx.array) -> mx.array:
+    def _transform(self, x: mx.array) -> mx.array:
         if x.size == 0:
             return x  # MLX's transform refuses empty arrays
-        odd = _odd_part(self.dim)
-        if odd == 1:
+        if self._odd == 1:
             return mx.hadamard_transform(x)
-        blocks = mx.hadamard_transform(x.reshape(*x.shape[:-1], odd, self.dim // odd))
-        return (_hartley(odd) @ blocks).reshape(x.shape)
+        blocks = mx.hadamard_transform(mx.unflatten(x, -1, (self._odd, -1)))
+        return mx.flatten(_hartley(self._odd) @ blocks, -2)
 
 
 @lru_cache
@@ -123,29 +99,27 @@ class Haar:
         return haar_matrix(self.dim, self.seed).nbytes
 
 
+Rotation = SignedHadamard | Haar
+
+
+def make_rotation(name: RotationName, dim: int, seed: int) -> Rotation:
+    """Make the rotation called ``name``: ``"hadamard"`` (signs, then Hadamard) or ``"haar"`` (uniform, dense)."""
+    return SignedHadamard(dim, seed) if ROTATION("rotation", name) == "hadamard" else Haar(dim, seed)
+
+
 @lru_cache
 def haar_matrix(dim: int, seed: int) -> mx.array:
     """A uniformly random orthogonal matrix ``[dim, dim]``, float32."""
     q, r = np.linalg.qr(np.random.default_rng(seed).standard_normal((dim, dim)))
-    matrix = mx.array((q * np.sign(np.diag(r))).astype(np.float32))  # without the signs QR's own choice shows
-    mx.eval(matrix)  # evaluated arrays can be used from any thread
-    return matrix
+    return constant(q * np.sign(np.diag(r)))  # without the signs QR's own choice shows
 
 
 @lru_cache
 def _signs(dim: int, seed: int) -> mx.array:
-    signs = mx.array(np.random.default_rng(seed).choice([-1.0, 1.0], dim).astype(np.float32))
-    mx.eval(signs)
-    return signs
+    return constant(np.random.default_rng(seed).choice([-1.0, 1.0], dim))
 
 
 @lru_cache
 def _hartley(size: int) -> mx.array:
     angle = 2 * np.pi * np.outer(np.arange(size), np.arange(size)) / size
-    matrix = mx.array(((np.cos(angle) + np.sin(angle)) / np.sqrt(size)).astype(np.float32))
-    mx.eval(matrix)
-    return matrix
-
-
-def _odd_part(dim: int) -> int:
-    return dim // (dim & -dim)
+    return constant((np.cos(angle) + np.sin(angle)) / np.sqrt(size))

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxlab.codecs.parts.packing import WIDEST, pack, unpack
+from veloxlab.codecs.parts.packing import WIDEST, pack, unpack, unpack_to_bytes
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.encode import search_kernel
 
@@ -41,8 +41,7 @@ def train_codebook(points: Points, count: int, seed: int) -> Points:
 
     Seeds by k-means++, several times on a part of the points, then Lloyd's iteration on all (at most `MOST_POINTS`,
     fewer for many centroids; fewer iterations too). Beside the points it holds arrays of N numbers and, a chunk at a
-    time, distances: never ``[N, count]``. The same for the same points and seed.
-    There must be more different points than centroids.
+    time, distances. The same for the same points and seed. There must be more different points than centroids.
     """
     rng = np.random.default_rng(seed)
     most = min(MOST_POINTS, _MOST_PAIRS // count)
@@ -74,30 +73,23 @@ def packed_nearest(points: mx.array, centroids: mx.array, bits: int) -> mx.array
     parts = points.shape[-1] // dim
 
     def by_graph(points: mx.array, centroids: mx.array) -> dict[str, mx.array]:
-        sub_vectors = points.reshape(*points.shape[:-1], parts, dim)
-        return {"packed": pack_indices(nearest(sub_vectors, centroids), bits)}
+        return {"packed": pack_indices(nearest(mx.unflatten(points, -1, (parts, dim)), centroids), bits)}
 
     return computed(lambda backend: search_kernel(dim, parts, bits, backend), by_graph, points, centroids)["packed"]
 
 
-def can_pack(bits: int) -> bool:
-    """Whether indices of this width can be packed: 1 to 8 bits, and 10, 12, 14 or 16."""
-    return 1 <= bits <= WIDEST or (bits <= 2 * WIDEST and bits % 2 == 0)
-
-
 def pack_indices(indices: mx.array, bits: int) -> mx.array:
-    """Pack ``indices`` ``[..., J]`` tightly, as `pack` does; a wide one as two halves, the lower one first."""
+    """Pack ``indices`` ``[..., J]`` of 1 to 8, 10, 12, 14 or 16 bits, as `pack` does; wide ones as two halves."""
     if bits <= WIDEST:
         return pack(indices, bits)
     half = bits // 2
-    halves = mx.stack([indices & ((1 << half) - 1), indices >> half], axis=-1)
-    return pack(halves.reshape(*indices.shape[:-1], 2 * indices.shape[-1]), half)
+    return pack(mx.flatten(mx.stack([indices & ((1 << half) - 1), indices >> half], axis=-1), -2), half)
 
 
 def unpack_indices(words: mx.array, bits: int, count: int) -> mx.array:
     """Undo `pack_indices`: ``[..., count]``, uint32 (uint8 where an index is a byte)."""
     if bits == WIDEST:
-        return words.view(mx.uint8)[..., :count]
+        return unpack_to_bytes(words, bits, count)
     return unpack(words, bits, count) if bits < WIDEST else unpack(words, bits // 2, 2 * count, together=2)
 
 
@@ -107,14 +99,14 @@ def _start(points: Points, count: int, rng: np.random.Generator) -> Points:
     trials = []
     for _ in range(RESTARTS):
         part = points[rng.choice(len(points), size, replace=False)]
-        seeds = _spread_seeds(part, count, rng)
+        seeds = _seeds(part, count, rng)
         if count >= _MANY:
             return seeds
         trials.append(_lloyd(part, seeds, _TRIAL))
     return min(trials, key=lambda trial: trial[1])[0]
 
 
-def _spread_seeds(points: Points, count: int, rng: np.random.Generator) -> Points:
+def _seeds(points: Points, count: int, rng: np.random.Generator) -> Points:
     """K-means++: zero, then points drawn with probability ∝ their squared distance to the nearest seed so far."""
     seeds = np.zeros((count, points.shape[1]), np.float32)
     norms = np.square(points).sum(axis=1)

@@ -5,21 +5,17 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from veloxlab.codecs.parts import Floats
 from veloxlab.codecs.parts.packing import WIDEST
 from veloxlab.errors import InputError
 
 
 def greedy_bits(
-    weights: Sequence[float],
-    budget: int,
-    *,
-    rates: float | Sequence[float] = 4.0,
-    least: int = 0,
-    most: int = WIDEST,
+    weights: Sequence[float], budget: int, *, rates: float | Sequence[float] = 4.0, least: int = 0, most: int = WIDEST
 ) -> tuple[int, ...]:
     """Integer water-filling: the widths of total ``budget`` with the least Σ wᵢ·rᵢ^−bᵢ, one bit at a time.
 
@@ -39,7 +35,7 @@ def greedy_bits(
     InputError : the budget does not fit between the bounds.
     """
     count = len(weights)
-    each = [float(rates)] * count if isinstance(rates, int | float) else [float(r) for r in rates]
+    each = [float(r) for r in np.broadcast_to(rates, count)]
     if not count * least <= budget <= count * most:
         raise InputError(
             f"A budget of {budget} bits does not fit {count} components of {least} to {most} bits each: "
@@ -57,19 +53,12 @@ def greedy_bits(
     return tuple(widths)
 
 
-Floats = NDArray[np.float64]
-
-
 @dataclass(frozen=True)
 class DistortionFit:
     """A quantizer's distortion at b bits, ``alpha · beta ** -b``, relative to the variance."""
 
     alpha: float
     beta: float
-
-    def at(self, bits: float) -> float:
-        """Distortion at ``bits``."""
-        return float(self.alpha * self.beta**-bits)
 
 
 def fit_distortion(bits: Sequence[float], distortions: Sequence[float]) -> DistortionFit:
@@ -85,25 +74,6 @@ def fit_distortion(bits: Sequence[float], distortions: Sequence[float]) -> Disto
         )
     slope, intercept = np.polyfit(widths, np.log(values), 1)
     return DistortionFit(float(np.exp(intercept)), float(np.exp(-slope)))
-
-
-def reverse_water_filling(variances: Sequence[float], distortion: float) -> tuple[Floats, Floats]:
-    """Gaussian components at a total ``distortion``: Dᵢ = min(θ, λᵢ), and rates Rᵢ = ½·log₂(λᵢ/Dᵢ) in bits.
-
-    Raises `InputError` unless ``distortion`` is above 0 and at most the sum of the ``variances``.
-    """
-    spectrum = _positive(variances, "variances")
-    if not 0 < distortion <= spectrum.sum():
-        raise InputError(
-            f"A total distortion of {distortion} cannot be met: choose above 0 and at most the variances' sum, "
-            f"{spectrum.sum():.6g}."
-        )
-    ascending = np.sort(spectrum)
-    below = np.concatenate([[0.0], np.cumsum(ascending)[:-1]])  # what the components under the water lose in all
-    levels = (distortion - below) / np.arange(len(spectrum), 0, -1)
-    level = levels[np.argmax(levels <= ascending)]  # the first that is not under it
-    each = np.minimum(level, spectrum)
-    return each, 0.5 * np.log2(spectrum / each)
 
 
 def continuous_bits(
@@ -125,8 +95,8 @@ def continuous_bits(
     mean_bits : b̄, between ``least`` and ``most``.
     beta : above 1, by which one bit divides the distortion; one for all, or one for each component.
     """
-    logs = np.log(_positive(weights, "weights"))
-    rates = np.log([_rate(b) for b in beta] if isinstance(beta, Sequence) else np.full(len(logs), _rate(beta)))
+    logs = np.log(_positive(weights))
+    rates = np.log(np.broadcast_to(_rates(beta), len(logs)))
     if not least <= mean_bits <= most:
         raise InputError(f"A mean of {mean_bits} bits does not fit widths from {least} to {most}: choose between them.")
     worth = logs + np.log(rates)  # ln of what a bit saves at 0 bits; bits are (worth + level) / rate
@@ -142,29 +112,14 @@ def continuous_bits(
 
 
 def integer_bits(
-    weights: Sequence[float],
-    mean_bits: float,
-    beta: float | Sequence[float],
-    *,
-    least: int = 2,
-    most: int = 8,
+    weights: Sequence[float], mean_bits: float, beta: float | Sequence[float], *, least: int = 2, most: int = 8
 ) -> tuple[int, ...]:
-    """Whole widths that lose least, by marginal gain (RateQuant, .4): optimal, as distortion is convex in the width.
+    """Whole widths that lose least, by marginal gain (RateQuant, .4): `greedy_bits` with a budget of ⌊b̄·N⌋ bits.
 
-    Parameters
-    ----------
-    weights : wᵢ·αᵢ ≥ 0 of each component.
-    mean_bits : b̄; the budget is ⌊b̄·N⌋ bits.
-    beta : above 1, by which one bit divides the distortion; one for all, or one for each component.
-    least, most : bounds of each width.
-
-    Raises
-    ------
-    InputError : the budget does not fit between the bounds.
+    Parameters and errors are those of `continuous_bits` and `greedy_bits`.
     """
-    rates = [_rate(b) for b in beta] if isinstance(beta, Sequence) else _rate(beta)
     budget = int(np.floor(mean_bits * len(weights) + 1e-9))  # 2.7 · 10 is 27 bits, whatever the float says
-    return greedy_bits([float(w) for w in weights], budget, rates=rates, least=least, most=most)
+    return greedy_bits([float(w) for w in weights], budget, rates=_rates(beta), least=least, most=most)
 
 
 def loss(weights: Sequence[float], bits: Sequence[float], beta: float | Sequence[float]) -> float:
@@ -178,18 +133,19 @@ def water_filling_gain(weights: Sequence[float]) -> float:
 
     For the variances of a transform's coordinates it is the coding gain.
     """
-    positive = _positive(weights, "weights")
+    positive = _positive(weights)
     return float(positive.mean() / np.exp(np.log(positive).mean()))
 
 
-def _positive(values: Sequence[float], name: str) -> Floats:
-    array = np.asarray(values, np.float64)
+def _positive(weights: Sequence[float]) -> Floats:
+    array = np.asarray(weights, np.float64)
     if array.size == 0 or not (np.isfinite(array) & (array > 0)).all():
-        raise InputError(f"Water-filling takes one or more {name} above 0, and was given {array.tolist()}.")
+        raise InputError(f"Water-filling takes one or more weights above 0, and was given {array.tolist()}.")
     return array
 
 
-def _rate(beta: float) -> float:
-    if not beta > 1:
+def _rates(beta: float | Sequence[float]) -> Any:  # noqa: ANN401 - one number, or an array of them
+    rates = np.asarray(beta, np.float64)
+    if not (rates > 1).all():
         raise InputError(f"beta={beta} does not fall: one more bit has to divide the distortion by more than 1.")
-    return float(beta)
+    return rates

@@ -1,0 +1,52 @@
+"""What each vector keeps of its size: one 16-bit number, of which there are three kinds."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, get_args
+
+import mlx.core as mx
+
+from veloxlab.checks import choice
+from veloxlab.codecs.parts.packing import Row
+
+ScaleName = Literal["unbiased", "mse", "norm"]
+SCALES = choice(*get_args(ScaleName))
+SCALE = Row(mx.float16, 1)  # what `store_scale` keeps of a vector
+
+
+def scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.array:
+    """What to multiply ``quantized`` with to stand for ``y``, both ``[..., D]`` with ``‖y‖ = √D``: ``[..., 1]``.
+
+    ``"norm"`` is 1, ``"unbiased"`` makes inner products right on average, ``"mse"`` makes the squared error least.
+    """
+    dim = y.shape[-1]
+    if scale == "norm":
+        return mx.ones((*y.shape[:-1], 1))
+    inner = (y * quantized).sum(axis=-1, keepdims=True)
+    # a zero vector's codes say nothing: its root-mean-square of 0 makes the scale 0, if the factor is finite
+    inner = mx.where(inner == 0, float(dim), inner)
+    return dim / inner if scale == "unbiased" else inner / mx.square(quantized).sum(axis=-1, keepdims=True)
+
+
+def root_mean_square(x: mx.array) -> mx.array:
+    """Of each vector ``[..., D]``: ``[..., 1]``, float32."""
+    return mx.linalg.norm(x.astype(mx.float32), axis=-1, keepdims=True) / math.sqrt(x.shape[-1])
+
+
+def over(x: mx.array, size: mx.array) -> mx.array:
+    """``x / size``, or ``x`` where the size is 0, float32."""
+    return x.astype(mx.float32) / mx.where(size == 0, 1.0, size)
+
+
+def store_scale(scale: mx.array) -> mx.array:
+    """Keep a positive scale as the float16 of its square root: 10 bits of precision from 4e-9 to 4e9.
+
+    A float16 scale itself overflows past 65504, which float32 and bfloat16 models reach, and loses bits below 6e-5.
+    """
+    return mx.sqrt(scale).astype(mx.float16)
+
+
+def load_scale(root: mx.array) -> mx.array:
+    """Undo `store_scale`, in float32."""
+    return mx.square(root.astype(mx.float32))
