@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from veloxlab.codecs.base import Sample
-from veloxlab.codecs.parts.groups import GroupQuantizer
 from veloxlab.codecs.qjl import METHOD, QJL, GroupedValues, OutlierQJL
 from veloxlab.codecs.rabitq import RaBitQ
 from veloxlab.errors import InputError
@@ -167,7 +166,7 @@ def test_grouped_values_are_within_half_a_step(bits, dim, levels):
 def test_grouped_values_count_both_numbers_of_each_group():
     assert METHOD.codec(128, 2, "values").bits_per_value == 3
     assert METHOD.codec(80, 2, "values").bits_per_value == 2 + 3 * 32 / 80  # groups of 32, 32 and 16
-    assert GroupQuantizer(128, 2, group=128).layout["least"].count == 1
+    assert GroupedValues(128, 2, group=128).layout["least"].count == 1
 
 
 def test_levels_in_the_middle_of_steps_lose_a_third_less_at_two_bits():

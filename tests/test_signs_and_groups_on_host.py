@@ -10,7 +10,6 @@ from tests.metal_on_host import check, run
 from tests.metal_on_host.launch import HOST
 from tests.test_encode_on_host import vectors
 from veloxlab.codecs import qjl
-from veloxlab.codecs.parts.groups import GroupQuantizer, _signed_square
 from veloxlab.codecs.parts.packing import pack, unpack
 from veloxlab.kernels.encode import group_kernel, sign_kernel
 
@@ -65,10 +64,10 @@ def test_signs_are_the_references(dim, rows, dtype):
     ],
 )
 def test_grouped_steps_are_the_references(dim, bits, group, levels, dtype):
-    quantizer = GroupQuantizer(dim, bits, group, levels)
+    codec = qjl.GroupedValues(dim, bits, levels, group)
     for tokens in (1, 43):
         x = vectors(np.random.default_rng(tokens), dim, dtype, tokens)
-        found, reference = quantizer.kernel(HOST, x), quantizer.encode(x)
+        found, reference = codec._encoder(HOST, x), codec._encode_by_graph(x)
         assert shapes(found) == shapes(reference)
         check_roots(found["least"], reference["least"])
         check_roots(found["half_step"], reference["half_step"])
@@ -76,18 +75,18 @@ def test_grouped_steps_are_the_references(dim, bits, group, levels, dtype):
         assert mx.array_equal(pack(codes, bits), found["codes"]), "the end of a row is padded with zeros"
 
         # a code is the nearest level of the step and the least number that are stored, but for their own rounding
-        least, half = (_signed_square(found[name])[..., None] for name in ("least", "half_step"))
+        least, half = (qjl._signed_square(found[name])[..., None] for name in ("least", "half_step"))
         grouped, least, step = (
-            np.array(a, np.float64) for a in (quantizer._grouped(x.astype(mx.float32)), least, 2 * half)
+            np.array(a, np.float64) for a in (codec._grouped(x.astype(mx.float32)), least, 2 * half)
         )
         flat = step == 0
-        at = (grouped - least) / np.where(flat, 1, step) - quantizer._shift
+        at = (grouped - least) / np.where(flat, 1, step) - codec._shift
         rounding = 2.0**-23 * (np.abs(grouped) + np.abs(least)) / np.where(flat, 1, step)
         nearest = np.clip(at, 0, 2**bits - 1)
-        coded = np.array(quantizer._grouped(codes.astype(mx.float32)), np.float64)
+        coded = np.array(codec._grouped(codes.astype(mx.float32)), np.float64)
         assert np.all(np.abs(coded - nearest) <= 0.5 + rounding)
         same_steps = (found["least"] == reference["least"]) & (found["half_step"] == reference["half_step"])
-        expected = quantizer._grouped(unpack(reference["codes"], bits, dim).astype(mx.float32))
+        expected = codec._grouped(unpack(reference["codes"], bits, dim).astype(mx.float32))
         differ = np.array((mx.array(coded.astype(np.float32)) != expected) & same_steps[..., None])
         assert differ.sum() <= differ.size * 2e-4 + 1, f"{differ.sum()} of {differ.size} codes differ"
 

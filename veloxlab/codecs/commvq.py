@@ -47,7 +47,7 @@ from veloxlab.codecs.base import (
     not_fitted,
     per_head,
 )
-from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, PairOrder, pair_order, pairs, train_tables
+from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, pair_order, pairs, train_tables
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import Layout, pack_bytes, packed_bytes, unpack
@@ -72,7 +72,7 @@ class CommVQ(Codec):
     bits : nominal code bits per coordinate; ``12·stages / head_dim`` are used.
     tensor : ``"keys"`` are coded before RoPE, ``"values"`` as they are.
     stages : R, or 0 for that of ``bits``.
-    scale : ``"mse"`` (least squared error), ``"unbiased"`` (inner products right on average), ``"norm"`` (the paper's).
+    scale : see `ScaleName`.
     tables : entries of every stage ``[H, R, 64, D]``, float16; learned, as is what follows.
     rope : of the layer; None for values.
     """
@@ -100,10 +100,7 @@ class CommVQ(Codec):
     def fit(self, sample: Sample) -> Self:
         """Learn the tables of every KV head.
 
-        Raises
-        ------
-        InputError : fewer than 64 tokens that are not zero, tokens that are all the same, or keys without a rotary
-            embedding.
+        Raises `InputError` for fewer than 64 tokens that are not zero, tokens all the same, or keys without RoPE.
         """
         check_vectors(sample.x, self.head_dim)
         rope = sample.rope if self.tensor == "keys" else None
@@ -145,9 +142,7 @@ class CommVQ(Codec):
         """Sums of the entries, rotated to their positions, both coordinates of a pair side by side."""
         codes = code.arrays["codes"]
         heads, count = codes.shape[1], 2 * self.stages
-        tables = self._checked_tables(heads).astype(mx.float32)[..., self._orders[0]]
-        turned = mx.stack([-tables[..., 1::2], tables[..., 0::2]], axis=-1).reshape(tables.shape)
-        flat = mx.stack([tables, turned], axis=2).reshape(-1, self.head_dim)
+        flat = self.both_tables(heads)[..., self._orders[0]].reshape(-1, self.head_dim)
         first = ENTRIES * mx.arange(heads * count, dtype=mx.uint32).reshape(heads, 1, count)  # row of each table
         rows = unpack(codes, _INDEX, count) + first
         total = mx.zeros((*codes.shape[:-1], self.head_dim))
@@ -188,33 +183,27 @@ class CommVQ(Codec):
 
         return angles
 
-    @property
+    @cached_property
     def _orders(self) -> tuple[mx.array, mx.array]:
         """Coordinates in the order of the codes, where those of a pair are neighbours, and its inverse, ``[D]``."""
-        return _orders(self.head_dim, pair_order(self.head_dim, self.rope))
+        there = np.stack(pairs(self.head_dim, self.rope), axis=-1).ravel()
+        return constant(there, mx.uint32), constant(np.argsort(there), mx.uint32)
 
     def both_tables(self, kv_heads: int) -> mx.array:
         """What index a adds and what index b adds, of every stage: ``[H, R, 2, 64, D]``, float32, before RoPE.
 
         The second table is the first with each pair (x, y) turned to (−y, x).
         """
-        tables = self._checked_tables(kv_heads).astype(mx.float32)
-        first, second = pairs(self.head_dim, self.rope)
-        partner, sign = np.empty(self.head_dim, np.int32), np.empty(self.head_dim, np.float32)
-        partner[first], partner[second], sign[first], sign[second] = second, first, -1, 1
-        return mx.stack([tables, tables[..., mx.array(partner)] * mx.array(sign)], axis=2)
+        tables, (there, back) = self._checked_tables(kv_heads).astype(mx.float32), self._orders
+        x, y = mx.split(mx.unflatten(tables[..., there], -1, (-1, 2)), 2, -1)
+        turned = mx.flatten(mx.concatenate([-y, x], axis=-1), -2)
+        return mx.stack([tables, turned[..., back]], axis=2)
 
     def _checked_tables(self, kv_heads: int) -> mx.array:
         if self.tables is None:
             raise not_fitted("CommVQ", f", bits={self.bits}")
         check_heads(self.tables.shape[0], kv_heads)
         return self.tables
-
-
-@lru_cache
-def _orders(dim: int, order: PairOrder) -> tuple[mx.array, mx.array]:
-    there = order.pairs(dim).ravel()
-    return constant(there, mx.uint32), constant(np.argsort(there), mx.uint32)
 
 
 def _normalized(x: mx.array, rope: Rope | None, start: int) -> tuple[mx.array, mx.array]:

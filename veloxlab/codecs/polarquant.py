@@ -4,31 +4,28 @@ Paper: *PolarQuant: Quantizing KV Caches with Polar Transformation*, I. Han, P. 
 A. Zandieh, 2025 (AISTATS 2026), arXiv 2502.02617. Not the other PolarQuant (S. Wu et al., NeurIPS 2025, arXiv
 2502.00527), which keeps radius and angle of each pair that RoPE rotates, and of keys alone.
 
-Pairs of coordinates become a radius and an angle, pairs of radii again, until one radius is left for ``2^L``
-coordinates. After a rotation all angles are independent: those of level 1 are uniform on the circle, those of level ℓ
-have the density sin^(2^(ℓ−1) − 1)(2ψ) on [0, π/2]. So every level has one codebook, known beforehand.
+The transform and its densities are in `veloxlab.codecs.parts.polar`. Since x̂ keeps the radius, the error
+E‖x − x̂‖² = 2(1 − Π E cos(ψ − ψ̂))·‖x‖² is a product over the levels.
 
 Stored per vector of D coordinates
     ``block``  Angles of blocks of 16 (L = 4), and each block's radius in 16 bits. b bits at level 1 and b − 2 above, so
-               b − 1/8 bits per value: 3.875 for the paper's 4/2/2/2, which is ``bits=4``.
+               b − 1/8 bits per value: 3.875 for the paper's 4/2/2/2, which is ``bits=4``. (Half of the angles are those
+               of level 1, and they cover four times the range: hence two bits more.)
     ``full``   The recursion goes on while D can be halved: one radius for 2^k coordinates (one in all for D = 64, 128,
                256; 5 for 80; 3 for 96 and 192; 7 for 112). b + 1 bits at level 1 and b − 1 above: close to b + 16/D.
     The codes of levels of equal width are packed together, in whole bytes.
 
-Half of the angles are those of level 1, and they cover four times the range: hence two bits more. Since x̂ keeps the
-radius, E‖x − x̂‖² = 2(1 − Π E cos(ψ − ψ̂))·‖x‖², a product over the levels (`polar.PolarTree`).
-
 Where we differ
     * ``block`` is the paper's and the default. ``full`` is better at equal bits, 0.0351 at 3.125 against 0.0699 at
       3.375: a radius for every 16 coordinates costs one bit each. From 4 to 7 bits it comes within 2 % of TurboQuant.
-    * The radius. The paper stores the norm (``scale="norm"``); ``mse``, for values, stores r·⟨u, û⟩, where u is the
-      block's direction; ``unbiased``, for keys, multiplies a vector's radii with ‖x‖²/⟨x, x̂⟩. All take the same bits.
-    * Codebooks. The paper draws its offline ones from samples by k-means++; ours (``codebook="offline"``) are computed
-      from the densities. ``"online"`` are the paper's others, k-means of the angles of the prompt: a cache fits them to
-      the first tokens that it packs, layer by layer, keys and values apart, and keeps them. ``"fitted"`` are the same
-      from calibration. Both learn the levels above the first, which a rotation leaves uniform, and start from the
-      offline ones. On SmolLM2 either lowers the squared error of keys by 2 % (``block``) to 7 % (``full``) and that of
-      values by less than 1 %. KL differs by no more than between two rotations; the paper's scores by 0.2 %.
+    * The paper stores the norm (``scale="norm"``); ``mse``, for values, stores r·⟨u, û⟩, where u is the block's
+      direction; ``unbiased``, for keys, multiplies a vector's radii with ‖x‖²/⟨x, x̂⟩. All take the same bits.
+    * The paper draws its offline codebooks from samples by k-means++; ours (``"offline"``) are computed from the
+      densities. ``"online"`` are the paper's others, k-means of the angles of the prompt: a cache fits them to the
+      first tokens that it packs, layer by layer, keys and values apart, and keeps them. ``"fitted"`` are the same from
+      calibration. Both learn the levels above the first, which a rotation leaves uniform, from the offline ones on. On
+      SmolLM2 either lowers the squared error of keys by 2 % (``block``) to 7 % (``full``) and that of values by less
+      than 1 %. KL differs by no more than between two rotations; the paper's scores by 0.2 %.
 """
 
 from __future__ import annotations
@@ -67,11 +64,8 @@ class PolarQuant(RotatedSpace):
     ----------
     head_dim : D, a multiple of ``2**len(levels)``.
     levels : bits of the angles of each level, the first level's first.
-    scale : ``"unbiased"`` (inner products right on average), ``"mse"`` (least squared error), ``"norm"`` (the paper's).
-    codebook : ``"offline"`` (from the known densities), ``"online"`` (fitted by each cache to its first tokens; until
-        then as offline) or ``"fitted"`` (by calibration).
-    rotation : ``"hadamard"`` or ``"haar"``.
-    seed : of the rotation.
+    scale, rotation, seed : see `ScaleName` and `RotatedSpace`.
+    codebook : ``"offline"``, ``"online"`` (until it is fitted as offline) or ``"fitted"``.
     centroids : angles that `fit` learned, level after level from the second on; empty before.
     """
 
@@ -115,10 +109,7 @@ class PolarQuant(RotatedSpace):
         """Learn the angles above level 1 from ``sample.x``, unless they are ``"offline"``; all heads share them.
 
         An online codec takes what it gets: a level of which it sees too few different angles keeps its offline ones.
-
-        Raises
-        ------
-        InputError : ``"fitted"``, and too few vectors, or all the same.
+        ``"fitted"`` raises `InputError` then.
         """
         check_vectors(sample.x, self.head_dim)
         if self.codebook == "offline":

@@ -12,22 +12,18 @@ Stored per vector of D coordinates
     Values: b·D bits of codes, and two 16-bit numbers for each group of 32: b + 1 bits per value. (The paper's
     "2-bit" values take 3.)
 
-Defaults
-    ``bits`` = m/D. The paper's is 2 with another D signs for outliers, and 4 in the first layers: give those layers
-    more bits with a plan.
+``bits`` is m/D. The paper's is 2 with another D signs for outliers, and 4 in the first layers: give those layers more
+bits with a plan. As a reconstruction of the key (`decode`) signs are poor, and more bits buy little: the error falls as
+1/b, where a scalar quantizer's falls as 4^−b.
 
 Where we differ
     * S is made of blocks of D orthogonal rows by default, as in the authors' code and not as in their text: at
       m = D 2.75 times less variance for the same bits, and c is exact for every D. ``gaussian`` is the text's.
     * Outlier channels (``outliers=k``) are found once for each KV head, by calibration, as the channels of largest
-      energy. The authors choose them anew for every 32 tokens; here every token is coded by itself. As theirs, they
-      are taken out of the key and get their own sketch and norm, of about D rows.
+      energy, not anew for every 32 tokens. As theirs, they get their own sketch and norm, of about D rows.
     * Values: ``levels="ends"`` is the authors'. The default puts a level in the middle of each step, not on the least
       and the largest value: a third less squared error at 2 bits, and a quarter of it at 1, for nothing.
     * sign(0) = +1, so a sign is one bit.
-
-An estimate of inner products is what the signs are for. As a reconstruction of the key (`decode`) they are poor, and
-more bits buy little: the error falls as 1/b, where a scalar quantizer's falls as 4^−b.
 """
 
 from __future__ import annotations
@@ -35,22 +31,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import mlx.core as mx
 import numpy as np
 
+from veloxlab.checks import check_fields, choice, whole
 from veloxlab.codecs.base import Code, Codec, HasBytes, check_vectors
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.groups import GroupLevels, GroupQuantizer
 from veloxlab.codecs.parts.outliers import SplitCodec
-from veloxlab.codecs.parts.packing import Layout, packed
+from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, unpack_to_bytes
 from veloxlab.codecs.parts.scalar import joint_levels
-from veloxlab.codecs.parts.scales import SCALE, load_scale, root_mean_square, store_scale
+from veloxlab.codecs.parts.scales import SCALE, load_scale, over, root_mean_square, store_scale
 from veloxlab.codecs.parts.sketch import SignSketch, SketchName, pack_signs
 from veloxlab.kernels.checked import computed
-from veloxlab.kernels.encode import sign_kernel
+from veloxlab.kernels.encode import group_kernel, sign_kernel
 from veloxlab.kernels.readers import GroupsReader, TableReader
+from veloxlab.kernels.vectors import VectorKernel
+
+GroupLevels = Literal["centres", "ends"]
 
 _SIGNS = 4  # that kernels read at once
 _OUTLIER_SEED = 1_000_003  # keeps the sketch of the outliers independent of the other
@@ -60,12 +59,7 @@ _OUTLIER_SEED = 1_000_003  # keeps the sketch of the outliers independent of the
 class QJL(Codec):
     """QJL's keys: signs of a sketch, and a norm (arXiv 2406.03482, Algorithm 1).
 
-    Parameters
-    ----------
-    head_dim : D, 2 or more.
-    bits : rows of the sketch as a multiple of D.
-    sketch : ``"orthogonal"`` or ``"gaussian"``.
-    seed : of the sketch.
+    The ``sketch`` has ``bits`` times ``head_dim`` rows, ``"orthogonal"`` or ``"gaussian"``.
     """
 
     head_dim: int
@@ -133,13 +127,7 @@ class OutlierQJL(SplitCodec):
     """QJL's keys with ``outliers`` channels of each KV head in a sketch of their own.
 
     A few channels of keys are often much larger than the rest; they would drown it in a common sketch, whose error is
-    proportional to the norm.
-
-    Parameters
-    ----------
-    head_dim, bits, sketch, seed : as for `QJL`.
-    outliers : channels that are kept apart, 1 to D/2. Their sketch has D rows, or as many as whole blocks allow.
-    channels : which; see `SplitCodec`.
+    proportional to the norm. Their sketch has D rows, or as many as whole blocks allow.
     """
 
     method: ClassVar[str] = "QJL"
@@ -151,9 +139,9 @@ class OutlierQJL(SplitCodec):
     channels: tuple[int, ...] = ()
 
     @property
-    def most_apart(self) -> int:
-        """Half of the channels."""
-        return self.head_dim // 2
+    def counts(self) -> range:
+        """Up to half of the channels."""
+        return range(1, self.head_dim // 2 + 1)
 
     @cached_property
     def parts(self) -> tuple[QJL, QJL]:
@@ -165,14 +153,10 @@ class OutlierQJL(SplitCodec):
 
 @dataclass(frozen=True)
 class GroupedValues(Codec):
-    """QJL's values: each token's coordinates in groups of equal steps.
+    """QJL's values: neighbouring coordinates in groups, each cut into ``2**bits`` equal steps from least to largest.
 
-    Parameters
-    ----------
-    head_dim : D.
-    bits : code bits per coordinate, 1 to 8.
-    levels : ``"centres"``, or ``"ends"`` as the authors.
-    group : coordinates that share a step.
+    ``levels="centres"`` decodes a step to its middle; ``"ends"`` puts the outer levels on the least and the largest
+    number, as KIVI and QJL do. The last group is shorter where ``group`` does not divide ``head_dim``.
     """
 
     head_dim: int
@@ -181,31 +165,68 @@ class GroupedValues(Codec):
     group: int = 32
 
     def __post_init__(self) -> None:
-        _ = self._quantizer
-
-    @cached_property
-    def _quantizer(self) -> GroupQuantizer:
-        return GroupQuantizer(self.head_dim, self.bits, self.group, self.levels)
+        check_fields(self, levels=choice(*get_args(GroupLevels)), group=whole(1))
 
     @property
     def layout(self) -> Layout:
         """b bits a coordinate, and two numbers a group."""
-        return self._quantizer.layout
+        number = Row(mx.float16, -(-self.head_dim // self.group))
+        return {"codes": packed(self.head_dim, self.bits), "half_step": number, "least": number}
+
+    @property
+    def _encoder(self) -> VectorKernel | None:
+        return group_kernel(self.head_dim, self.bits, self.group, self._steps, self._shift)
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Codes, steps and least numbers of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
-        return Code(computed(lambda _: self._quantizer.kernel, self._quantizer.encode, x), start)
+        return Code(computed(lambda _: self._encoder, self._encode_by_graph, x), start)
+
+    def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
+        x = self._grouped(x.astype(mx.float32))
+        least, largest = x.min(axis=-1, keepdims=True), x.max(axis=-1, keepdims=True)
+        # roots, as for scales: float16 holds them for any |x| up to 4e9. The codes are of what is kept of them
+        root_least = (mx.sign(least) * mx.sqrt(mx.abs(least))).astype(mx.float16)
+        least = _signed_square(root_least)
+        root_half = mx.sqrt(mx.maximum(largest - least, 0.0) / (2 * self._steps)).astype(mx.float16)
+        codes = over(x - least, 2 * _signed_square(root_half)) - self._shift
+        codes = self._flat(mx.clip(mx.round(codes), 0, 2**self.bits - 1))
+        return {"codes": pack(codes, self.bits), "half_step": root_half[..., 0], "least": root_least[..., 0]}
 
     def expand(self, code: Code) -> mx.array:
         """Decode; there is nothing else to be scaled."""
-        return self._quantizer.expand(code.arrays)
+        codes = self._grouped(unpack_to_bytes(code.arrays["codes"], self.bits, self.head_dim).astype(mx.float32))
+        half_step, least = (_signed_square(code.arrays[name])[..., None] for name in ("half_step", "least"))
+        return self._flat(least + (codes + self._shift) * (2 * half_step))
 
     def reader(self, code: Code) -> GroupsReader:
         """The groups' steps and least numbers."""
         codes, half_step, least = (code.arrays[name] for name in ("codes", "half_step", "least"))
         layout = self.bits, self.group, self.levels == "centres"
         return GroupsReader(self.head_dim, codes, None, None, half_step, least, *layout)
+
+    @property
+    def _steps(self) -> int:
+        return (1 << self.bits) - int(self.levels == "ends")
+
+    @property
+    def _shift(self) -> float:
+        return 0.5 if self.levels == "centres" else 0.0
+
+    def _flat(self, x: mx.array) -> mx.array:
+        """``[..., groups, group]`` to ``[..., D]``."""
+        return mx.flatten(x, -2)[..., : self.head_dim]
+
+    def _grouped(self, x: mx.array) -> mx.array:
+        """``[..., D]`` to ``[..., groups, group]``; the last group is filled up with its last coordinate."""
+        missing = -self.head_dim % self.group
+        filled = mx.concatenate([x, mx.repeat(x[..., -1:], missing, axis=-1)], axis=-1) if missing else x
+        return mx.unflatten(filled, -1, (-1, self.group))
+
+
+def _signed_square(root: mx.array) -> mx.array:
+    root = root.astype(mx.float32)
+    return root * mx.abs(root)
 
 
 @lru_cache

@@ -12,14 +12,10 @@ the t at which cos(y, u) is largest.
 Stored per vector of D coordinates
     B·D bits, u + (2^B − 1)/2 as a whole number, and one 16-bit scale: B + 16/D bits per value. With ``bounds`` 16 bits
     more. With a ``centroid`` nothing more per vector; the mean of each KV head is held once.
+    ``vl.make_cache(model, "rabitq", key_bits=1, value_bits=4)`` holds 1.125 + 4.125 bits at D = 128: a 6.1th of 16-bit.
 
-Defaults
-    Keys store the scale ‖x‖²/⟨x, u⟩, which makes inner products right on average (the papers' estimator), values store
-    ⟨x, u⟩/‖u‖², which makes the squared error least.
-
-The whole cache at a sixth
-    ``vl.make_cache(model, "rabitq", key_bits=1, value_bits=4)``. With its scales a coordinate of a key and of a value
-    take 1.125 + 4.125 bits at D = 128, where 16-bit ones take 32: 6.1 times less.
+Keys store the scale ‖x‖²/⟨x, u⟩, which makes inner products right on average (the papers' estimator), values store
+⟨x, u⟩/‖u‖², which makes the squared error least.
 
 Where we differ
     * How t is found. ``exact`` tries every t at which a coordinate steps, as the paper, but sorted and summed instead
@@ -73,11 +69,10 @@ class RaBitQ(RotatedCodec):
     ----------
     head_dim : D, 2 or more.
     bits : B, code bits per coordinate, 1 to 8.
-    scale : ``"unbiased"`` (inner products right on average) or ``"mse"`` (least squared error).
+    scale : ``"unbiased"`` or ``"mse"``; see `veloxlab.codecs.parts.scales`.
     encoder : ``"grid"``, ``"exact"`` or ``"fast"``: how the stretch t is found.
     bounds : whether to store what `half_widths` needs, 16 bits a vector.
-    rotation : ``"hadamard"`` or ``"haar"``.
-    seed : of the rotation.
+    rotation, seed : see `RotatedSpace`.
     """
 
     head_dim: int
@@ -143,11 +138,8 @@ class RaBitQ(RotatedCodec):
         """By how much ⟨q, x̂⟩ of a query of length 1 may be off ``[B, H, S, 1]``: ε₀·‖x̂ − x‖/√(D − 1).
 
         The error is that of a random direction, so it is within the bound with the probability of a Gaussian within
-        ``epsilon`` standard deviations. For a query of another length multiply by it.
-
-        Raises
-        ------
-        InputError : the code was made without ``bounds``.
+        ``epsilon`` standard deviations. For a query of another length multiply by it. Raises `InputError` without
+        ``bounds``.
         """
         if "sine" not in code.arrays:
             raise InputError("This code holds no error bounds: make the codec with bounds=True.")
@@ -171,11 +163,7 @@ class CentredRaBitQ(RaBitQ):
     """RaBitQ of what a vector differs from the mean of its KV head by, which calibration measures.
 
     Until it is fitted the mean is 0. ⟨q, mean⟩ is the same for all tokens, so attention over keys does not see it.
-
-    Parameters
-    ----------
-    centroid : means ``[H, D]`` float32, or None before `fit`.
-    others : as for `RaBitQ`.
+    ``centroid`` are the means ``[H, D]`` float32, or None before `fit`.
     """
 
     centroid: mx.array | None = None

@@ -8,9 +8,8 @@ Stored per vector of D coordinates
     What TurboQuant stores at the head's width bₕ: bₕ·D bits and one 16-bit scale. Over a layer, the mean of bₕ, and
     16/D: b̄ + 16/D bits per value. The widths themselves are plain numbers of the codec.
 
-The base quantizer is TurboQuant, with its options. The codes of all heads of a token are one row ``[B, 1, S, words]``,
-by width: nothing is padded to the widest head, and a kernel finds every head's own part. What is of one size for all
-heads, as the scales, is ``[B, H, S, …]`` in the same order.
+The codes of all heads of a token are one row ``[B, 1, S, words]``, by width: nothing is padded to the widest head, and
+a kernel finds every head's own part. What is of one size for all heads is ``[B, H, S, …]`` in the same order.
 
 Where we differ
     * Without ``head_bits`` it is TurboQuant at ``bits``, so that a plan may name it for all layers.
@@ -90,7 +89,7 @@ class RateQuant(Codec):
         """Compress ``x`` ``[B, H, S, D]``, heads of one width together; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         check_heads(len(self.head_bits), x.shape[1])
-        parts = [codec.encode(_some_heads(x, self._heads(codec)), start).arrays for codec in self.base]
+        parts = [codec.encode(x[:, mx.array(self._heads(codec))], start).arrays for codec in self.base]
         names = list(dict.fromkeys(name for part in parts for name in part))
         return Code({name: _joined([part[name] for part in parts if name in part], name) for name in names}, start)
 
@@ -180,13 +179,6 @@ def _joined(parts: list[mx.array], name: str) -> mx.array:
     if name != _RAGGED:
         return mx.concatenate(parts, axis=1)
     return mx.concatenate([mx.flatten(part.swapaxes(1, 2), -2) for part in parts], axis=-1)[:, None]
-
-
-def _some_heads(x: mx.array, heads: list[int]) -> mx.array:
-    """``heads``, ascending, of ``x`` ``[B, H, ...]``: a view where they are evenly spaced, else a copy."""
-    first, last, step = heads[0], heads[-1], heads[1] - heads[0] if len(heads) > 1 else 1
-    even = heads == list(range(first, last + 1, step))
-    return x[:, first : last + 1 : step] if even else x[:, mx.array(heads)]
 
 
 def build(

@@ -17,7 +17,10 @@ from veloxlab.kernels.vectors import VectorKernel
 
 
 class RotatedSpace(Codec):
-    """A codec whose space of codes is a random rotation of the vectors: the same for all KV heads."""
+    """A codec whose space of codes is a random rotation of the vectors: the same for all KV heads.
+
+    ``rotation`` is ``"hadamard"`` (signs, then Hadamard) or ``"haar"`` (uniform, dense), and ``seed`` is its seed.
+    """
 
     rotation: RotationName
     seed: int

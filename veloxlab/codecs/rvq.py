@@ -1,24 +1,21 @@
 """TurboQuant-RVQ: a rotation, then two scalar quantizers, the second of what the first one left.
 
 No paper. Name and method are VeloxQuant-MLX's (``quantizers/turboquant_rvq.py``); the rotation and the first stage are
-TurboQuant's (Zandieh et al. 2025, arXiv 2504.19874). Quantizing residuals in stages is textbook; for KV caches see
-VQLLM, arXiv 2410.15704.
+TurboQuant's (Zandieh et al. 2025, arXiv 2504.19874). For residuals in KV caches see VQLLM, arXiv 2410.15704.
 
 Stored per vector of D coordinates
-    Two stages of b/2 bits a coordinate, and one 16-bit scale: b + 16/D bits per value. ``bits`` is b, the total: what
-    VeloxQuant calls "1-bit RVQ" is ``bits=2`` here.
+    Two stages of b/2 bits a coordinate, and one 16-bit scale: b + 16/D bits per value. ``bits`` is b, the total:
+    VeloxQuant's "1-bit RVQ" is ``bits=2`` here.
 
 One stage of b bits is better than two of b/2: 0.117 against 0.131 at 2 bits, 0.0095 against 0.0197 at 4 (relative
-squared error). What two stages give is an embedded code: `Rvq.decode_coarse` reads half of the bits.
+squared error). Two stages give an embedded code: `Rvq.decode_coarse` reads half of the bits.
 
 Where we differ
-    * VeloxQuant's second stage is made for a Laplacian of variance √(3π)/2·4^(−b/2). The residual of a Lloyd–Max
-      quantizer is not Laplacian, and that constant was meant to be √3·π/2. ``residual="exact"``, the default, computes
-      the residual's own density; ``"laplacian"`` is VeloxQuant's, to compare with.
+    * VeloxQuant's second stage (``residual="laplacian"``) is made for a Laplacian of variance √(3π)/2·4^(−b/2). The
+      residual is not Laplacian, and that constant was meant to be √3·π/2. ``"exact"`` computes its density.
     * ``variant="refined"`` has a second codebook for each level of the first, so that both nest in one table of 2^b
       levels. At 2 bits that is the one-stage optimum, above it comes within 5 %.
-    * Keys get the unbiased scale and values the MSE scale, as in TurboQuant; VeloxQuant stores the norm, and leaves
-      values in 16 bits.
+    * Keys get the unbiased scale and values the MSE scale; VeloxQuant stores the norm, and leaves values in 16 bits.
 """
 
 from __future__ import annotations

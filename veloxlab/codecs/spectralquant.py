@@ -17,13 +17,12 @@ levels of N(0, λᵢ). Bits by integer water-filling: one at a time to argmax λ
 Where we differ
     * ``basis``. ``"pca"`` is the paper's: eigenvectors of the head's own keys or values. ``"query"`` minimises the
       error of q·k: with LLᵀ the second moment of the queries, PCA of Lᵀk, not orthogonal in k. (WUSH levels the
-      spectrum with Λ^−¼ and Hadamard, for one width everywhere; here water-filling takes that part.) Values are mixed
-      by no query that a cache could see: for them it is ``"pca"``. ``"hadamard"`` learns only means and variances.
+      spectrum with Λ^−¼ and Hadamard, for one width everywhere; here water-filling takes that part.) For values it is
+      ``"pca"``. ``"hadamard"`` learns only means and variances.
     * ``centred``. The paper's second moments are uncentred, and their first eigenvector is mostly the mean key, a
       coordinate that is far from N(0, λ). We keep the mean apart, at no bits per token. ``False`` is the paper's.
-    * ``damping``. Texts differ, and values most: what a thousand tokens show of a head's spectrum is too steep for the
-      next text. We add 5 % of the mean variance to all; the paper nothing. A calibration text of many short pieces does
-      more for the same number of tokens.
+    * ``damping``. What a thousand tokens show of a head's spectrum is too steep for the next text. We add 5 % of the
+      mean variance to all; the paper nothing. A calibration text of many short pieces does more.
     * The scale. The paper stores the norm. ``mse`` stores ⟨y, ŷ⟩/‖ŷ‖² (in the metric of the basis) and is the default
       for both roles: coordinates without bits are lost alike for all, and an ``unbiased`` scale would make up for them
       in the coordinates that are nearly exact.
@@ -76,13 +75,9 @@ class SpectralQuant(Codec):
 
     Parameters
     ----------
-    head_dim : D, 4 or more.
     bits : mean code bits per coordinate, 1 to 8.
-    basis : ``"pca"``, ``"query"`` or ``"hadamard"``.
-    centred : whether the mean is kept apart.
-    damping : share of the mean variance that is added in all directions, for what calibration never saw; 0 or more.
-    scale : ``"mse"`` (least squared error), ``"unbiased"`` (inner products right on average), ``"norm"`` (the paper's).
-    seed : of the Hadamard rotation's signs.
+    basis : ``"pca"``, ``"query"`` or ``"hadamard"``, for whose signs the seed is.
+    centred, damping, scale : see the module and `ScaleName`.
     plan : bits of each coordinate of the basis, descending; learned, as all that follows.
     forward, backward : to the basis and back, ``y = x @ forward``, ``[H, D, D]``; backward is None for the transpose.
     mean, deviation : of each coordinate of the basis ``[H, 1, D]``, for vectors of root-mean-square 1.
@@ -117,9 +112,7 @@ class SpectralQuant(Codec):
     def fit(self, sample: Sample) -> Self:
         """Learn basis, variances and bit plan of the layer.
 
-        Raises
-        ------
-        InputError : fewer tokens than coordinates, tokens that are all the same, or no queries for ``"query"``.
+        Raises `InputError` for fewer tokens than coordinates, tokens all the same, or no queries for ``"query"``.
         """
         check_vectors(sample.x, self.head_dim)
         x = per_head(sample.x)

@@ -1,24 +1,20 @@
 """TurboQuant: a random rotation, then the best scalar quantizer of one coordinate.
 
 Paper: *TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate*, A. Zandieh, M. Daliri, M. Hadian,
-V. Mirrokni, 2025 (ICLR 2026), arXiv 2504.19874.
-
-Prior art: DRIVE (NeurIPS 2021) and EDEN (ICML 2022), whose scales these are, and of which ``mse`` with the norm is a
-case (*A Note on TurboQuant and the Earlier DRIVE/EDEN Line of Work*, R. Ben-Basat et al., 2026, arXiv 2604.18555);
-HIGGS, a random Hadamard transform and the grid that is best for Gaussians, for weights (V. Malinovskii et al., 2024,
-arXiv 2411.17525); AQUA-KV, which took that to KV caches (A. Shutova et al., 2025, arXiv 2501.19392).
+V. Mirrokni, 2025 (ICLR 2026), arXiv 2504.19874. Prior art: DRIVE (NeurIPS 2021) and EDEN (ICML 2022), whose scales
+these are (R. Ben-Basat et al., 2026, arXiv 2604.18555); HIGGS, the same for weights (arXiv 2411.17525); AQUA-KV, HIGGS
+for KV caches (arXiv 2501.19392).
 
 Stored per vector of D coordinates
     ``mse``  b·D bits of codes and one 16-bit scale: b + 16/D bits per value.
     ``prod`` (b − 1)·D bits of codes, D sketch signs, the scale and the residual's norm: b + 32/D bits per value.
-    ``mse`` with ``outliers=k``: b'·k + b·(D − k) bits of codes and two scales. The paper calls 32 channels of 128 at 3
-             bits and 96 at 2 "2.5 bits": the codes are 2.25, the two 16-bit norms make it 2.5.
+    ``mse`` with ``outliers=k``: b'·k + b·(D − k) bits of codes and two scales. The paper's "2.5 bits", 32 channels of
+             128 at 3 bits and 96 at 2, are 2.25 bits of codes and two 16-bit norms.
 
 Where we differ
     * The rotation is signs and Hadamard by default, not a dense Haar matrix: D log D work, and the same distortion.
     * The paper stores the norm (``norm``), which shrinks inner products by 1 − D(b), 12 % at 2 bits. ``unbiased``
-      stores ‖x‖²/⟨x, x̂⟩, ``mse`` stores ⟨x, x̂⟩/‖x̂‖², at the same bits. Keys default to the first (their use is an
-      inner product), values to the second (their use is a sum).
+      stores ‖x‖²/⟨x, x̂⟩ and is the default of keys; ``mse`` stores ⟨x, x̂⟩/‖x̂‖² and is that of values.
     * The sketch of ``prod`` may be orthogonal (2.75 times less variance). At equal bits ``mse`` with the unbiased scale
       is still better, 4 to 6 times in variance against the paper's Gaussian sketch: ``prod`` is here to compare with.
 """
@@ -59,10 +55,8 @@ class TurboQuant(RotatedCodec):
     ----------
     head_dim : D, 4 or more.
     bits : code bits per coordinate, 1 to 8.
-    scale : ``"unbiased"`` (inner products right on average), ``"mse"`` (least squared error), ``"norm"`` (the paper's).
-    rotation : ``"hadamard"`` or ``"haar"``.
+    scale, rotation, seed : see `ScaleName` and `RotatedSpace`.
     codebook : ``"sphere"`` (exact for D) or ``"gaussian"`` (its limit).
-    seed : of the rotation.
     """
 
     head_dim: int
@@ -123,12 +117,7 @@ class TurboQuantProd(RotatedCodec):
 
     Unbiased by construction: decode = ‖x‖·(x̂ + c·‖r‖·Sᵀ sign(S r)) for the residual r of the rotated unit vector.
 
-    Parameters
-    ----------
-    head_dim : D, 4 or more.
-    bits : bits per coordinate, 1 to 8, one of which is the sketch.
-    sketch : ``"gaussian"`` as the paper, or ``"orthogonal"``.
-    rotation, codebook, seed : as for `TurboQuant`.
+    One of the ``bits`` is the ``sketch``, ``"gaussian"`` as in the paper, or ``"orthogonal"``.
     """
 
     head_dim: int
@@ -183,16 +172,10 @@ class TurboQuantProd(RotatedCodec):
 class TurboQuantSplit(SplitCodec):
     """Outlier channels apart: an instance of `TurboQuant` for the channels of most energy, and one for the others.
 
-    Parameters
-    ----------
-    head_dim, bits, scale, rotation, codebook, seed : as for `TurboQuant`.
-    outliers : k, channels that get ``outlier_bits``: 4 or more, and 4 or more are left.
-    outlier_bits : b', code bits of each of them.
-    channels : see `SplitCodec`; the paper does not say how it finds them.
+    ``outliers`` channels get ``outlier_bits`` each. The paper does not say how it finds them; see `SplitCodec`.
     """
 
     method: ClassVar[str] = "TurboQuant"
-    least_apart: ClassVar[int] = 4  # the least dimension of a rotated codebook
     head_dim: int
     bits: int
     outliers: int
@@ -204,9 +187,9 @@ class TurboQuantSplit(SplitCodec):
     channels: tuple[int, ...] = ()
 
     @property
-    def most_apart(self) -> int:
-        """As many, so that 4 are left."""
-        return self.head_dim - self.least_apart
+    def counts(self) -> range:
+        """A rotated codebook takes 4 or more channels."""
+        return range(4, self.head_dim - 3)
 
     @cached_property
     def parts(self) -> tuple[TurboQuant, TurboQuant]:

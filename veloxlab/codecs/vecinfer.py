@@ -54,12 +54,9 @@ class VecInfer(Codec):
 
     Parameters
     ----------
-    head_dim : D, a multiple of ``sub_dim``.
-    sub_dim : d, coordinates that one index stands for.
+    sub_dim : d, coordinates that one index stands for; it divides D.
     index_bits : b, 1 to 8, 10 or 12; the codebook has 2ᵇ entries.
-    smooth : divide each channel of each KV head by λ.
-    hadamard : rotate the vectors by signs and a Hadamard transform.
-    seed : of the signs.
+    smooth, hadamard : divide each channel of each KV head by λ; rotate the vectors.
     factors : what a channel is divided with: ``[H, D]``, or ``[1, 1]`` without ``smooth``; float32.
     centroids : the codebook ``[2**b, d]``, float16.
     """
@@ -112,10 +109,7 @@ class VecInfer(Codec):
     def fit(self, sample: Sample) -> Self:
         """Learn λ and the codebook.
 
-        Raises
-        ------
-        InputError : if the sample has not twice as many different sub-vectors as the codebook has entries, or is
-            not finite.
+        Raises `InputError` unless the sample is finite, and has twice as many different sub-vectors as the codebook.
         """
         check_vectors(sample.x, self.head_dim)
         x = sample.x.astype(mx.float32)

@@ -25,14 +25,12 @@ class SplitCodec(Codec):
     Attributes
     ----------
     method : its name.
-    least_apart : of channels.
     bits : code bits of the channels that are no outliers.
     outliers : k, how many channels of each KV head stand out.
     channels : their indices, k for each KV head in turn; empty before `fit`.
     """
 
     method: ClassVar[str]
-    least_apart: ClassVar[int] = 1
     head_dim: int
     bits: int
     outliers: int
@@ -40,8 +38,8 @@ class SplitCodec(Codec):
 
     @property
     @abstractmethod
-    def most_apart(self) -> int:
-        """The most channels that can be outliers."""
+    def counts(self) -> range:
+        """How many channels can be outliers."""
 
     @property
     @abstractmethod
@@ -56,10 +54,10 @@ class SplitCodec(Codec):
         channels = self.channels.reshape(-1).tolist() if isinstance(self.channels, mx.array) else self.channels or ()
         object.__setattr__(self, "channels", tuple(channels))
         whole()("outliers", self.outliers)
-        if not self.least_apart <= self.outliers <= self.most_apart:
+        if self.outliers not in self.counts:
             raise InputError(
                 f"outliers={self.outliers!r} of {self.head_dim} channels do not leave two parts: choose a whole number "
-                f"from {self.least_apart} to {self.most_apart}."
+                f"from {self.counts[0]} to {self.counts[-1]}."
             )
         _ = self.parts
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from itertools import groupby
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -138,15 +137,6 @@ def quantizer_for(dim: int, bits: int, codebook: CodebookName = "sphere") -> Sca
     return ScalarQuantizer(dim, bits, codebook)
 
 
-class PlanTables(NamedTuple):
-    """A bit plan as `veloxlab.kernels.encode.plan_kernel` takes it; see there."""
-
-    first_bits: mx.array
-    first_codes: mx.array
-    boundaries: mx.array
-    levels: mx.array
-
-
 @dataclass(frozen=True)
 class PlannedQuantizer:
     """Coordinate ``i``, of unit variance, is replaced by the nearest of the ``2**widths[i]`` Gaussian levels.
@@ -225,8 +215,8 @@ class PlannedQuantizer:
         return planned(self.widths, np.array(first), np.array(levels))
 
     @cached_property
-    def encoder_tables(self) -> PlanTables:
-        """Tables of the widths in use at their places among those of all, and where codes lie in a row of bits."""
+    def encoder_tables(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        """What `veloxlab.kernels.encode.plan_kernel` takes: where codes begin, boundaries and levels of all widths."""
         boundaries, levels = (np.zeros((2 << WIDEST) - 1) for _ in range(2))
         for width in set(self.widths) - {0}:
             table, first = gaussian_codebook(width), (1 << width) - 1
@@ -235,4 +225,4 @@ class PlannedQuantizer:
         ends = np.cumsum(self.widths)
         first_codes = np.searchsorted(ends, 32 * np.arange(self.words), side="right")
         positions = constant(np.array([0, *ends]), mx.uint32), constant(first_codes, mx.uint32)
-        return PlanTables(*positions, constant(boundaries), constant(levels))
+        return *positions, constant(boundaries), constant(levels)

@@ -11,6 +11,7 @@ from veloxlab.checks import choice
 from veloxlab.codecs.parts.packing import Row
 
 ScaleName = Literal["unbiased", "mse", "norm"]
+"""``"unbiased"``: inner products right on average; ``"mse"``: least squared error; ``"norm"``: the vector's length."""
 SCALES = choice(*get_args(ScaleName))
 SCALE = Row(mx.float16, 1)  # what `store_scale` keeps of a vector
 
