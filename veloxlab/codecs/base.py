@@ -30,10 +30,7 @@ TILE = 1024  # tokens that attention expands at once, so that no decoded history
 class Code:
     """The compressed form of ``[B, H, S, D]``: named arrays ``[B, H, S, ...]``, so that any code can grow and be cut.
 
-    Attributes
-    ----------
-    arrays : what is stored, by name, every array with the tokens on axis 2.
-    start : position in the text of the first token; only a codec that undoes RoPE needs it.
+    ``start`` is the position in the text of the first token; only a codec that undoes RoPE needs it.
     """
 
     arrays: dict[str, mx.array]
@@ -66,10 +63,7 @@ def empty_code(codec: Codec, batch: int = 1, kv_heads: int = 1, dtype: mx.Dtype 
 
 
 def token_bytes(codec: Codec, kv_heads: int, exact_bytes: int = 2) -> tuple[int, int]:
-    """Bytes of codes, and of scales and norms, that ``codec`` stores of one token's ``kv_heads`` vectors.
-
-    ``exact_bytes`` are those of a number that is not compressed; they count as codes.
-    """
+    """Bytes of codes, and of scales and norms, that ``codec`` stores of a token; an exact number counts as a code."""
     sizes = [0, 0]
     for row in codec.layout.values():
         is_scale = row.dtype is not None and mx.issubdtype(row.dtype, mx.floating)
@@ -81,12 +75,8 @@ def token_bytes(codec: Codec, kv_heads: int, exact_bytes: int = 2) -> tuple[int,
 class Sample:
     """What calibration saw of one layer, for `Codec.fit`.
 
-    Attributes
-    ----------
-    x : keys (after RoPE) or values ``[B, H, S, D]``, float32.
-    queries : ``[B, Hq, S, D]`` float32, after RoPE, or None where the model does not show them.
-    rope : the layer's rotary embedding, with which the keys' position can be undone, or None.
-    seed : of everything random.
+    ``x`` are keys (after RoPE) or values ``[B, H, S, D]``, ``queries`` (after RoPE) ``[B, Hq, S, D]``, all float32. The
+    queries and the layer's rotary embedding are None where the model does not show them.
     """
 
     x: mx.array

@@ -169,10 +169,7 @@ class CommVQ(Codec):
 
     @cached_property
     def _angles(self) -> Callable[[int], mx.array]:
-        """By position of the first token: that, and what each pair is turned by at each token ``[1 + D/2]``.
-
-        Each layer has its own. While a prompt is decoded the packed tokens of its sequence begin where they did.
-        """
+        """By position of the first token: that, and by what each pair is turned at a token ``[1 + D/2]``."""
 
         @lru_cache(maxsize=_SEQUENCES)
         def angles(start: int) -> mx.array:

@@ -5,13 +5,12 @@ turn of every pair, and so a complex table ``C`` ``[64, D/2]`` is the paper's 64
 The M-step is then one complex least-squares problem for all pairs, with 64 unknowns each.
 
 The paper's trainer has soft assignments with an annealed temperature, 100 steps and a million vectors a stage. This one
-sees a thousand: its assignments are hard (the limit of the annealing), it takes few steps, and beside each vector it
-trains on two drawn from a Gaussian with the sample's mean and covariance. Those keep later stages from learning the
-sample by heart: on held-out values of SmolLM2 the squared error at 2 bits falls by 15 %, on keys by a quarter.
+sees a thousand: its assignments are hard, it takes few steps, and beside each vector it trains on two drawn from a
+Gaussian with the sample's mean and covariance. Those keep later stages from learning the sample by heart: on held-out
+values of SmolLM2 the squared error at 2 bits falls by 15 %, on keys by a quarter.
 
-It is the slowest of our trainers. A stage of one KV head takes about 0.05 seconds of one core for 1,024 tokens and
-D = 64: for SmolLM2's 3 heads and 30 layers 35, 50, 70 and 85 seconds at 1, 2, 3 and 4 bits for keys, and as many again
-for values. Most of that is matrix products of a size that one core does best.
+It is the slowest of our trainers: about 0.05 seconds of one core a stage and KV head for 1,024 tokens and D = 64. For
+SmolLM2's 3 heads and 30 layers that is 35, 50, 70 and 85 seconds at 1 to 4 bits for keys, and as many for values.
 """
 
 from __future__ import annotations

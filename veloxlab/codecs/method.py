@@ -26,8 +26,7 @@ class Method:
     calibrated : whether its codec has to be fitted to activations before it can encode.
     bits : code widths it takes.
     stored : what is kept per vector, in words.
-    options : keyword arguments of ``build`` beside head dimension, bits and tensor.
-    build : makes the codec: ``build(head_dim, bits, tensor, **options)``, where tensor is "keys" or "values".
+    options : of ``build(head_dim, bits, tensor, **options)``, which makes the codec for "keys" or "values".
     codecs : classes of the codecs that it makes, by which a saved cache finds them again. Those here are found by their
         file; a method that is registered from elsewhere (`veloxlab.register`) has to name them.
     version : what its codes mean, and what is fitted. Raise it with every change that gives other codes, or another fit

@@ -65,14 +65,8 @@ _TINY = 1e-30
 class RaBitQ(RotatedCodec):
     """RaBitQ of 1 to 8 bits (arXiv 2405.12497, 2409.09913).
 
-    Parameters
-    ----------
-    head_dim : D, 2 or more.
-    bits : B, code bits per coordinate, 1 to 8.
-    scale : ``"unbiased"`` or ``"mse"``; see `veloxlab.codecs.parts.scales`.
-    encoder : ``"grid"``, ``"exact"`` or ``"fast"``: how the stretch t is found.
-    bounds : whether to store what `half_widths` needs, 16 bits a vector.
-    rotation, seed : see `RotatedSpace`.
+    ``encoder`` says how the stretch t is found, and ``bounds`` whether to store what `half_widths` needs. For ``scale``
+    see `veloxlab.codecs.parts.scales`, for ``rotation`` and ``seed`` `RotatedSpace`.
     """
 
     head_dim: int

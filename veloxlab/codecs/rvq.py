@@ -61,13 +61,8 @@ VELOX_VARIANCE = math.sqrt(3 * math.pi) / 2  # VeloxQuant-MLX's constant for the
 class Rvq(RotatedCodec):
     """Two stages of ``bits / 2`` bits each.
 
-    Parameters
-    ----------
-    head_dim : D, 4 or more.
-    bits : of both stages together, per coordinate: 2, 4, 6 or 8.
-    variant : ``"plain"`` (one second codebook) or ``"refined"`` (one for each level of the first stage).
-    residual : what the second codebook of ``"plain"`` is made for, ``"exact"`` or ``"laplacian"``.
-    scale, rotation, codebook, seed : as for `veloxlab.codecs.turboquant.TurboQuant`.
+    ``variant`` is ``"plain"`` (one second codebook) or ``"refined"`` (one for each level of the first stage);
+    ``residual`` what that of ``"plain"`` is made for, ``"exact"`` or ``"laplacian"``. The rest as for TurboQuant.
     """
 
     head_dim: int
@@ -129,10 +124,7 @@ class Rvq(RotatedCodec):
         return TableReader(self.head_dim, coarse, root_scale, self._signs, *self.stages.paired, fine)
 
     def decode_coarse(self, code: Code) -> mx.array:
-        """Reconstruct ``[B, H, S, D]``, float32, from the first stage and the scale: ``fine`` is not read.
-
-        Half of the bits: for tokens that matter little, or a first look that is refined later.
-        """
+        """Reconstruct ``[B, H, S, D]``, float32, from the first stage and the scale, which are half of the bits."""
         stages, codes = self.stages, unpack(code.arrays["coarse"], self.bits // 2, self.head_dim)
         gain = 1.0  # the stored scale is made for both stages; the first alone would have another, in this proportion
         if self.scale != "norm":
@@ -142,17 +134,15 @@ class Rvq(RotatedCodec):
 
 
 class Stages:
-    """Codebooks of two stages of h bits each, for coordinates of unit variance.
+    """Codebooks of two stages of h bits each, for coordinates of unit variance, the first in an index's high bits.
 
     Attributes
     ----------
-    first : the first stage's.
-    levels : what both stages together stand for ``[4**h]``, the first stage in the high bits of the index.
-    inner, energy : E(x·x̂) and E(x̂²), relative to the variance of 1.
-    cells : boundaries ``[4**h - 1]`` and levels ``[4**h]``; a cell that no coordinate reaches has no width.
-    joint : levels of g neighbours ``[4**(h·g), g]``, coarse codes in the index's high bits.
+    levels, coarse : what both stages stand for ``[4**h]``, and the first alone ``[2**h]``.
+    inner, energy : E(x·x̂) and E(x̂²).
+    cells : boundaries and levels; a cell that no coordinate reaches has no width.
+    joint : levels of g neighbours ``[4**(h·g), g]``.
     paired : how kernels read the codes: the width of a stage's index, and the levels that two of them stand for.
-    coarse : levels of the first stage.
     """
 
     def __init__(self, dim: int | None, half: int, variant: Variant, residual: Residual) -> None:

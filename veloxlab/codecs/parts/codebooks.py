@@ -31,13 +31,8 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(96)
 
 @dataclass(frozen=True)
 class Codebook:
-    """A scalar quantizer of a unit-variance coordinate.
-
-    Attributes
-    ----------
-    levels : the reconstruction values, ascending, ``[2**bits]``.
-    boundaries : halfway points between them, ``[2**bits - 1]``.
-    distortion : E(x − x̂)², relative to the variance of 1.
+    """A scalar quantizer of a unit-variance coordinate: ascending levels ``[2**bits]``, boundaries halfway between them
+    ``[2**bits - 1]``, and the distortion E(x − x̂)².
     """
 
     levels: Floats

@@ -20,14 +20,9 @@ _OUTLIER = "outlier_"  # how the names of their arrays begin
 
 
 class SplitCodec(Codec):
-    """Two codecs side by side. A subclass is a frozen dataclass with these fields, and says which codecs.
+    """Two codecs share a vector. A subclass is a frozen dataclass with these fields, and says which codecs.
 
-    Attributes
-    ----------
-    method : its name.
-    bits : code bits of the channels that are no outliers.
-    outliers : k, how many channels of each KV head stand out.
-    channels : their indices, k for each KV head in turn; empty before `fit`.
+    ``channels`` are the indices of the outliers, k = ``outliers`` for each KV head in turn; empty before `fit`.
     """
 
     method: ClassVar[str]

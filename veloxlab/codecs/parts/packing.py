@@ -27,11 +27,8 @@ _BYTE = 8
 class Row:
     """One array of a code, ``[B, H, S, count]``, as a codec declares it in its `Codec.layout`.
 
-    Attributes
-    ----------
-    dtype : of its numbers: packed codes are unsigned, scales and norms floating. None for exact vectors as they came.
-    count : numbers (packed: words) that it keeps of one vector; if ``joint``, of all KV heads' vectors.
-    joint : whether the KV heads of a token share one row: ``[B, 1, S, count]``.
+    Packed codes are unsigned, scales and norms floating; ``dtype`` is None for exact vectors as they came. If ``joint``
+    the KV heads of a token share one row: ``[B, 1, S, count]``.
     """
 
     dtype: mx.Dtype | None

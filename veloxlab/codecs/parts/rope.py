@@ -15,13 +15,9 @@ import numpy as np
 class Rope:
     """Rotates pairs of coordinates by angles that grow with the position: the layer's own parameters.
 
-    Attributes
-    ----------
-    dims : how many of a head's first coordinates are rotated; the rest pass.
-    traditional : pairs are neighbours (2i, 2i + 1) if true, (i, i + dims/2) if not.
-    base : of the geometric series of frequencies, or None where ``freqs`` says them.
-    freqs : tokens per radian of each pair ``[dims / 2]`` (mlx's convention: 1 / angular frequency), or None.
-    scale : what positions are multiplied with.
+    A head's first ``dims`` coordinates are rotated, in pairs of neighbours (2i, 2i + 1) if ``traditional``, else
+    (i, i + dims/2). Frequencies are a geometric series from ``base``, or ``freqs``, tokens per radian of each pair
+    ``[dims / 2]`` (mlx's convention: 1 / angular frequency). Positions are multiplied with ``scale``.
     """
 
     dims: int

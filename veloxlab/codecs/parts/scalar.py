@@ -47,10 +47,7 @@ def polynomial(levels: np.ndarray) -> Callable[[mx.array], mx.array] | None:
 
 @cache
 def _odd_polynomial(terms: int) -> Callable[..., mx.array]:
-    """Fused arithmetic for any polynomial of so many terms: it is compiled once, and takes its numbers as arrays.
-
-    For shapes that are known: MLX's code for any shape is not vectorised.
-    """
+    """Fused arithmetic for any polynomial of so many terms, by shape: MLX does not vectorise that for any shape."""
 
     @mx.compile
     def evaluated(codes: mx.array, step: mx.array, first: mx.array, *rest: mx.array) -> mx.array:
@@ -83,12 +80,7 @@ def codes_at_once(bits: int) -> int:
 class ScalarQuantizer:
     """Each of ``dim`` unit-variance coordinates is replaced by the nearest of ``2**bits`` levels; see `quantizer_for`.
 
-    Attributes
-    ----------
-    table : the codebook that is used.
-    boundaries : between neighbouring levels ``[2**bits - 1]``, float32.
-    levels : ascending ``[2**bits]``, float32.
-    paired : width of an index of a kernel, and the levels ``[2**width, 1 or 2]`` that it stands for.
+    It has the codebook's ``boundaries`` and ``levels`` in float32, and ``paired`` is as `paired_levels` gives it.
     """
 
     def __init__(self, dim: int, bits: int, codebook: CodebookName = "sphere") -> None:

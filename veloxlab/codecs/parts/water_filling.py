@@ -21,18 +21,8 @@ def greedy_bits(
 
     Each bit goes where it saves most, wᵢ·rᵢ^−bᵢ·(1 − 1/rᵢ); ties to the lowest index. Optimal, since every term is
     convex in its width. With r = 4 and variances as weights it is the rule argmax λᵢ / 4^bᵢ of SpectralQuant; with
-    fitted rates it is RateQuant's.
-
-    Parameters
-    ----------
-    weights : w ≥ 0 of each component.
-    budget : bits to give in all.
-    rates : r > 1, by which one more bit divides a component's term; one for all, or one each.
-    least, most : bounds of each width.
-
-    Raises
-    ------
-    InputError : the budget does not fit between the bounds.
+    fitted ``rates`` above 1, one for all or one each, it is RateQuant's. Raises `InputError` if the budget does not fit
+    between the bounds ``least`` and ``most`` of each width.
     """
     count = len(weights)
     each = [float(r) for r in np.broadcast_to(rates, count)]
@@ -62,10 +52,7 @@ class DistortionFit:
 
 
 def fit_distortion(bits: Sequence[float], distortions: Sequence[float]) -> DistortionFit:
-    """Least squares of ln D on b, over measured ``distortions`` > 0 at two or more ``bits`` (the paper's b is 2 to 6).
-
-    Fit keys and values apart: with one α and β for all, a wrong β changes only how widely the bits are spread.
-    """
+    """Least squares of ln D on b, over measured ``distortions`` > 0 at two or more ``bits`` (the paper: 2 to 6)."""
     widths, values = np.asarray(bits, np.float64), np.asarray(distortions, np.float64)
     if len(widths) != len(values) or len(set(widths.tolist())) < 2 or not (values > 0).all():
         raise InputError(
@@ -86,14 +73,9 @@ def continuous_bits(
 ) -> Floats:
     """Widths, not whole, that lose least: bᵢ = b̄ + (ln wᵢ − mean ln w)/ln β, kept within bounds (RateQuant, Thm 2).
 
-    With a rate for each component, one more bit saves the same everywhere: wᵢ·ln βᵢ·βᵢ^−bᵢ is one number. Components
-    that would leave the bounds stay on them, and the rest share what is left.
-
-    Parameters
-    ----------
-    weights : wᵢ·αᵢ > 0 of each component.
-    mean_bits : b̄, between ``least`` and ``most``.
-    beta : above 1, by which one bit divides the distortion; one for all, or one for each component.
+    ``weights`` are wᵢ·αᵢ > 0; ``beta`` above 1 is what one bit divides the distortion by, one for all or one each. Then
+    one more bit saves the same everywhere: wᵢ·ln βᵢ·βᵢ^−bᵢ is one number. Components that would leave the bounds stay
+    on them, and the rest share what is left.
     """
     logs = np.log(_positive(weights))
     rates = np.log(np.broadcast_to(_rates(beta), len(logs)))
@@ -114,10 +96,7 @@ def continuous_bits(
 def integer_bits(
     weights: Sequence[float], mean_bits: float, beta: float | Sequence[float], *, least: int = 2, most: int = 8
 ) -> tuple[int, ...]:
-    """Whole widths that lose least, by marginal gain (RateQuant, .4): `greedy_bits` with a budget of ⌊b̄·N⌋ bits.
-
-    Parameters and errors are those of `continuous_bits` and `greedy_bits`.
-    """
+    """Whole widths that lose least, by marginal gain (RateQuant, .4): `greedy_bits` with a budget of ⌊b̄·N⌋ bits."""
     budget = int(np.floor(mean_bits * len(weights) + 1e-9))  # 2.7 · 10 is 27 bits, whatever the float says
     return greedy_bits([float(w) for w in weights], budget, rates=_rates(beta), least=least, most=most)
 
@@ -129,10 +108,7 @@ def loss(weights: Sequence[float], bits: Sequence[float], beta: float | Sequence
 
 
 def water_filling_gain(weights: Sequence[float]) -> float:
-    """AM/GM of the weights: by how much one width for all loses more than the continuous optimum (RateQuant, Thm 3).
-
-    For the variances of a transform's coordinates it is the coding gain.
-    """
+    """AM/GM of the weights: by how much one width for all loses more than the continuous optimum (RateQuant, Thm 3)."""
     positive = _positive(weights)
     return float(positive.mean() / np.exp(np.log(positive).mean()))
 
