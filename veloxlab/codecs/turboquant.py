@@ -51,8 +51,8 @@ _SKETCH_SEED = 1_000_003  # keeps the sketch independent of a Haar rotation with
 class TurboQuant(RotatedCodec):
     """TurboQuant's ``mse`` variant: codes and one scale (arXiv 2504.19874, Algorithm 1).
 
-    ``head_dim`` is 4 or more, ``bits`` 1 to 8 per coordinate, ``codebook`` ``"sphere"`` (exact for D) or ``"gaussian"`` (its
-    limit); for ``scale``, ``rotation`` and ``seed`` see `ScaleName` and `RotatedSpace`.
+    ``head_dim`` is 4 or more, ``bits`` 1 to 8 per coordinate, ``codebook`` ``"sphere"`` (exact for D) or ``"gaussian"``
+    (its limit); for ``scale``, ``rotation`` and ``seed`` see `ScaleName` and `RotatedSpace`.
     """
 
     head_dim: int
