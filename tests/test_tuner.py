@@ -13,7 +13,7 @@ from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab.allocate import ratequant
 from veloxlab.allocate.budget import Setting
-from veloxlab.allocate.ratequant import JUDGED
+from veloxlab.allocate.ratequant import EVALUATED
 from veloxlab.errors import InputError
 from veloxlab.runtime import Device
 from veloxlab.views.picture import png_size
@@ -257,7 +257,7 @@ def test_a_measured_plan_stands_beside_its_prediction(tuner, model):
     assert tuner.wait(PATIENCE)
     tuner.measure("uniform")
     assert tuner.wait(PATIENCE)
-    assert dict(tuner.measured.schema) == JUDGED
+    assert dict(tuner.measured.schema) == EVALUATED
     assert tuner.measured["name"].to_list() == ["ratequant 3.25 bits", "uniform 3.25 bits"]
     first = tuner.measured.row(0, named=True)
     assert first["predicted_loss"] == pytest.approx(tuner.allocation.predicted_loss)

@@ -17,7 +17,7 @@ import veloxlab as vl
 from tests.knobs import turn
 from tests.test_lab_pages import Letters
 from tests.tiny_models import tiny
-from veloxlab.allocate.ratequant import JUDGED
+from veloxlab.allocate.ratequant import EVALUATED
 from veloxlab.errors import InputError
 from veloxlab.views import picture
 from veloxlab.views.report import Section, report
@@ -123,8 +123,8 @@ def test_text_in_a_report_opens_and_ends_nothing():
 
 
 def test_text_in_a_table_of_plans_and_in_a_line_of_code_stays_text(lab, monkeypatch):
-    row = dict.fromkeys(JUDGED, 1) | {"kind": "allocated", "name": HOSTILE}
-    shown = history(pl.DataFrame([row], schema=JUDGED, strict=False))
+    row = dict.fromkeys(EVALUATED, 1) | {"kind": "allocated", "name": HOSTILE}
+    shown = history(pl.DataFrame([row], schema=EVALUATED, strict=False))
     assert "<script" not in shown
     assert "&lt;script&gt;" in shown
     page = lab.turn_to("cache")

@@ -118,17 +118,17 @@ def kept_rate_budget(
 
 PlanKind = Literal["allocated", "uniform"]
 
-JUDGED = {
+EVALUATED = {
     "kind": pl.String,  # "allocated" or "uniform"
     "true_bits": pl.Float64,  # of each packed value
     "bytes_per_token": pl.Float64,
     "predicted_loss": pl.Float64,  # in the unit of the sensitivities, were all tokens behind the sinks codes
     **FIDELITY,  # measured with the plan's window, which is exact: less is lost than without
 }
-"""Columns of `judged`."""
+"""Columns of `evaluated`."""
 
 
-def judged(
+def evaluated(
     rates: RateBudget,
     plan: Plan,
     model: Module,
@@ -140,7 +140,7 @@ def judged(
     windows: int = 1,
     progress: Progress = silent,
 ) -> pl.DataFrame:
-    """Measure a plan by `veloxlab.fidelity`, and say what ``rates`` predict of it: one row, `JUDGED`.
+    """Measure a plan by `veloxlab.fidelity`, and say what ``rates`` predict of it: one row, `EVALUATED`.
 
     ``kind`` is how the plan came about; other arguments are those of `veloxlab.fidelity`. Raises as that, and as
     `RateBudget.heads`.
@@ -154,5 +154,5 @@ def judged(
             bytes_per_token=pl.lit(rates.bytes_per_token(plan)),
             predicted_loss=pl.lit(rates.predicted_loss(plan)),
         )
-        .match_to_schema(JUDGED)
+        .match_to_schema(EVALUATED)
     )

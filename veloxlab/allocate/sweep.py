@@ -22,7 +22,6 @@ from veloxlab.allocate.ratequant import rate_budget
 from veloxlab.allocate.rates import RateBudget
 from veloxlab.allocate.sensitivity import By, sensitivities
 from veloxlab.cache.make import make_cache
-from veloxlab.cache.plan import Plan
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.experiments import Experiment
@@ -116,10 +115,10 @@ def sweep(
     of_first = rate_budget(
         model, tokenizer, text=calibration_text, bits=MEASURED_BITS, by=first, window=WINDOW, **settings
     )
-    rates = {first: of_first} | {
-        kind: replace(of_first, sensitivities=sensitivities(model, tokenizer, calibration_text, by=kind, **settings))
-        for kind in others
-    }
+    rates: dict[str, RateBudget] = {first: of_first}
+    for kind in others:
+        weights = sensitivities(model, tokenizer, calibration_text, by=kind, **settings)
+        rates[kind] = replace(of_first, sensitivities=weights)
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
     facts = {
         "version": find_method(PER_HEAD).version,
@@ -128,8 +127,14 @@ def sweep(
         "calibration": digest([calibration_text, sequences]),
         "stretches": list(exact.stretches),
     }
-    measuring: Experiment[Job, pl.DataFrame] = Experiment(partial(_measured, exact, rates), _named, progress=progress)
-    measuring.go_on(Unfinished(unfinished, FORMAT, facts), _to_rows, _by_job)
+    measuring = Experiment[Job, pl.DataFrame](
+        partial(_measured, exact, rates), lambda job: f"{job[0]:g} bits, {job[1]}", progress=progress
+    )
+    measuring.go_on(
+        Unfinished(unfinished, FORMAT, facts),
+        lambda frames: pl.concat(frames.values()).to_dict(as_series=False),
+        _by_job,
+    )
     jobs = [(b, allocation) for b in bits for allocation in (UNIFORM, *by)]
     frames = dict(measuring.run(jobs))
     return pl.concat(frames[job] for job in jobs)
@@ -160,57 +165,31 @@ def swept(frame: pl.DataFrame) -> pl.DataFrame:
     return pl.concat([named, intervals], how="horizontal").select(list(SWEPT)).cast(SWEPT)  # type: ignore[arg-type]
 
 
-def _measured(exact: Reference, rates: Mapping[By, RateBudget], job: Job) -> pl.DataFrame:
+def _measured(exact: Reference, rates: Mapping[str, RateBudget], job: Job) -> pl.DataFrame:
     """Rows of one plan, a row a window."""
     mean_bits, allocation = job
-    measured = rates.get(allocation) or next(iter(rates.values()))  # type: ignore[call-overload]
-    budget = _bytes_at(measured, mean_bits)
-    plan = measured.uniform(budget) if allocation == UNIFORM else measured.plan(budget, usual_bounds(mean_bits))
-    caches: list[list[Any]] = []
+    own = rates[allocation] if allocation in rates else next(iter(rates.values()))
+    uniform = own.frontier().filter(kind=UNIFORM)["bytes_per_token"].to_numpy()
+    budget = BytesPerToken(float(np.interp(mean_bits, list(MEASURED_BITS), uniform)))
+    plan = own.uniform(budget) if allocation == UNIFORM else own.plan(budget, usual_bounds(mean_bits))
+    cache: list[Any] = []
 
-    def made(model: Module) -> list[Any]:
-        caches[:] = [make_cache(model, plan, chunk="codes")]
-        return caches[0]
+    def make(model: Module) -> list[Any]:
+        cache[:] = make_cache(model, plan, chunk="codes")
+        return cache
 
-    found = evaluate(exact, made, per_token=True).group_by("window").agg(
+    found = evaluate(exact, make, per_token=True).group_by("window").agg(
         positions=pl.len().cast(pl.Int32),
         kl_mean=pl.col("kl").mean(),
         top1_flips=pl.col("flip").mean(),
         nll=pl.col("nll").mean(),
         nll_exact=pl.col("nll_exact").mean(),
     )  # fmt: skip
-    return (
-        found.sort("window")
-        .with_columns(
-            bits=pl.lit(mean_bits),
-            allocation=pl.lit(allocation),
-            held_bytes=pl.lit(sum(entry.nbytes for entry in caches[0]), pl.Int64),
-            key_bits=pl.lit(_mean_bits(plan, "key_bits")),
-            value_bits=pl.lit(_mean_bits(plan, "value_bits")),
-            predicted_loss=pl.lit(measured.predicted_loss(plan)),
-        )
-        .match_to_schema(SWEEP)
-    )
-
-
-def _bytes_at(rates: RateBudget, mean_bits: float) -> BytesPerToken:
-    """Bytes that uniform bits take, in proportion between whole widths."""
-    uniform = rates.frontier().filter(kind=UNIFORM)["bytes_per_token"]
-    return BytesPerToken(float(np.interp(mean_bits, list(MEASURED_BITS), uniform.to_numpy())))
-
-
-def _mean_bits(plan: Plan, column: str) -> float:
-    """Mean over the layers that hold codes."""
-    coded = plan.frame.filter(pl.col("key_method") != "none")
-    return float(coded[column].mean())  # type: ignore[arg-type]
-
-
-def _named(job: Job) -> str:
-    return f"{job[0]:g} bits, {job[1]}"
-
-
-def _to_rows(frames: Mapping[Job, pl.DataFrame]) -> dict[str, list[Any]]:
-    return pl.concat(frames.values()).to_dict(as_series=False)
+    coded = plan.frame.filter(pl.col("key_method") != "none").select(pl.col("key_bits", "value_bits").mean())
+    said = {"bits": mean_bits, "allocation": allocation, **coded.row(0, named=True)}
+    said |= {"held_bytes": sum(entry.nbytes for entry in cache), "predicted_loss": own.predicted_loss(plan)}
+    constants = {name: pl.lit(value, SWEEP[name]) for name, value in said.items()}
+    return found.sort("window").with_columns(**constants).match_to_schema(SWEEP)
 
 
 def _by_job(rows: Mapping[str, Sequence[Any]]) -> dict[Job, pl.DataFrame]:

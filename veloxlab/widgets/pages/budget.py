@@ -27,7 +27,7 @@ from veloxlab.allocate.budget import (
     Spans,
     TokensInMemory,
 )
-from veloxlab.allocate.ratequant import JUDGED, PlanKind, judged, kept_rate_budget
+from veloxlab.allocate.ratequant import EVALUATED, PlanKind, evaluated, kept_rate_budget
 from veloxlab.allocate.rates import Allocation, RateBudget
 from veloxlab.cache.plan import Plan, model_hash
 from veloxlab.checks import MAPPING, MODEL, TOKENIZER, checked, either, instance, maybe, whole
@@ -76,7 +76,7 @@ class BudgetTuner(Panel):
     setting, layer : traits; ``budget``, ``bounds`` and ``key_weight`` are the setting's parts and can be set alone.
     rates : the tables; None until they are measured.
     allocation, plan : what is allocated now.
-    measured : a row for each plan that was measured, `veloxlab.allocate.ratequant.JUDGED`.
+    measured : a row for each plan that was measured, `veloxlab.allocate.ratequant.EVALUATED`.
     charts : by name ``bits``, ``losses``, ``frontier`` and ``sensitivity``, each with ``frame``, ``to_parquet``,
         ``to_csv``, ``to_png`` and ``to_svg``, once there are tables.
     spent, predicted : the allocation in words.
@@ -135,7 +135,7 @@ class BudgetTuner(Panel):
         self._rate_settings = dict(rate_settings or {})
         self.rates: RateBudget | None = None
         self.charts: Mapping[str, ChartView] = {}
-        self.measured = pl.DataFrame(schema=JUDGED)
+        self.measured = pl.DataFrame(schema=EVALUATED)
         super().__init__("tuner", selection or Selection(Fitting(), layers=layers, layer=layer), worker)
         self.observe(lambda _: self._show(), "setting")
         if found is None:
@@ -205,7 +205,7 @@ class BudgetTuner(Panel):
 
         def job(progress: Progress) -> pl.DataFrame:
             named = replace(plan, name=name)
-            return judged(rates, named, self._model, self._tokenizer, kind=kind, progress=progress, **self._sample)
+            return evaluated(rates, named, self._model, self._tokenizer, kind=kind, progress=progress, **self._sample)
 
         self._submit("fidelity", job, on_done=self._add_measured)
 

@@ -196,7 +196,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
 
 
 def history(measured: pl.DataFrame) -> str:
-    """HTML of `veloxlab.allocate.ratequant.JUDGED` rows, the newest first; nothing where there are none."""
+    """HTML of `veloxlab.allocate.ratequant.EVALUATED` rows, the newest first; nothing where there are none."""
     if measured.is_empty():
         return ""
     lines = [[*COLUMNS]]
