@@ -80,7 +80,7 @@ def test_the_error_falls_with_bits_as_the_sums_say(seen):
     assert frame["error"][0] == pytest.approx(expected, rel=1e-12)
     factor = (frame["error"][0] / frame["error"][1]) ** 0.5
     assert f"keys {factor:.1f}×" in by_bits_caption(frame)
-    assert "Error of keys and values against bits" in picture.svg(drawn(frame).to_dict())
+    assert "Relative squared error against true bits per value" in picture.svg(drawn(frame).to_dict())
     broken = frame.with_columns(not_finite=pl.lit(3))
     assert by_bits_caption(broken).endswith("× 12 not finite")
     with pytest.raises(InputError, match="nothing to pool"):

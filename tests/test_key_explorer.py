@@ -79,7 +79,7 @@ def test_the_charts_show_what_the_measurements_say(explorer, seen):
     ):
         shown = explorer.charts[chart].frame
         assert shown.equals(frame.filter(head=1).select(shown.columns))
-    assert "Layer 8, KV head 1. Loudest channel over the median one: rotated" in caption(explorer, "channels")
+    assert "Layer 8, KV head 1. Largest channel over the median one: rotated" in caption(explorer, "channels")
     assert "rvq at 4 bits. Layer 8, KV head 1. values: 16 levels" in caption(explorer, "levels")
 
 
@@ -166,7 +166,7 @@ def test_a_calibrated_method_can_be_seen_with_its_calibration(smollm2, seen, cal
 
 def test_what_is_saved_without_a_kernel_is_a_picture_and_a_line_of_numbers(explorer, tmp_path):
     bundle = explorer._repr_mimebundle_()
-    line = "KeyExplorer(keys, as cached, turboquant at 2 bits: Layer 7, KV head 0. Loudest channel over the median one:"
+    line = "KeyExplorer(keys, as cached, turboquant at 2 bits: Layer 7, KV head 0. Largest channel over the median one:"
     assert bundle["text/plain"].startswith(line)
     picture = base64.b64decode(bundle["image/png"])
     assert png_size(picture)[0] == pytest.approx(700, abs=2)  # whole pixels of a scaled drawing

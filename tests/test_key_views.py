@@ -325,9 +325,9 @@ def test_a_density_says_what_lies_beyond_its_ends():
     assert "× 4 not finite" in views.density_caption(coordinates(tensors=("keys",)).with_columns(not_finite=pl.lit(4)))
 
 
-def test_the_loudest_channel_is_said():
+def test_the_largest_channel_is_said():
     said = views.channel_map_caption(by_layer())
-    assert said == "KV head 1. Loudest: layer 2, channel 5, 6.0 times the median channel"
+    assert said == "KV head 1. Largest: layer 2, channel 5, 6.0 times the median channel"
     assert "over the median one: keys as cached 6.0, values as cached 6.0" in views.channel_caption(channels())
     many = pl.concat(
         [channels(tensors=("keys",), spaces=(s,), loud=v) for s, v in zip(SPACES, range(2, 8), strict=True)]

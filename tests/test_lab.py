@@ -177,7 +177,7 @@ def test_it_can_be_taken_away_as_one_page(lab, tmp_path):
     assert "turboquant K4 V4" in page
     assert escape(lab.plan.to_json()[:60]) in page
     specs = page[page.index('id="charts"') :]
-    for heading in ("How far compression moves the output", "Bits spent on a value", "Bytes held as the context grows"):
+    for heading in ("Relative squared error of the output", "True bits per value", "Bytes held as the context grows"):
         assert heading in specs
 
 

@@ -80,7 +80,7 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     # methods beside each other, and a point that is taken up again; a run can be ended
     tab(page, "Compare")
     page.get_by_role("button", name="Measure all methods").click()
-    page.locator(f"{LAB} svg.marks", has_text="What a smaller cache changes").wait_for()
+    page.locator(f"{LAB} svg.marks", has_text="KL divergence of predictions").wait_for()
     points = lab.dropdown("measured")
     points.locator("option", has_text="polarquant K").wait_for(state="attached")  # the last of them
     page.get_by_role("button", name="Measure all methods").click()

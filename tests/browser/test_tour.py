@@ -52,7 +52,7 @@ def test_every_knob_of_the_tours_laboratory_moves_its_charts(notebook, capsys):
     # what is measured stands on a page of its own, and a point of it turns the knobs
     page.get_by_role("button", name="Measure fidelity").click()
     page.get_by_role("tab", name="Compare").click()
-    page.locator(lab.charts, has_text="What a smaller cache changes").wait_for()
+    page.locator(lab.charts, has_text="KL divergence of predictions").wait_for()
     lab.idle()
     page.get_by_role("tab", name="Cache").click()
     lab.pressed("K bits", ["ArrowLeft"], [0, 1, 2])

@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import altair as alt
 import polars as pl
 
-from veloxlab.views import theme
-from veloxlab.views.errors import MARKS
-from veloxlab.views.furniture import (
-    Plot,
-    framed,
-    layer_axis,
-    layer_step,
-    layer_width,
-    over_layers,
-    picked_outline,
-    require,
-    tips,
-)
-from veloxlab.views.scales import Domain, log_domain, log_y, not_drawn, on_log_scale
+from veloxlab.views import columns, marks, scales, theme
 
 EXACT = "none"
 KINDS = {"allocated": "ratequant", "uniform": "turboquant"}  # whose colours they have
+COLOURS, SHAPES = ({kind: theme.METHODS[method][i] for kind, method in KINDS.items()} for i in (0, 1))
 FAINTEST = 0.12  # opacity of the fewest bits: still a cell
 
 
@@ -33,80 +19,57 @@ def allocation_map(
     """Draw the code bits of every layer and KV head, keys above values: the fuller the colour, the more bits.
 
     Rows of ``layer``, ``head``, ``tensor`` (``"keys"`` or ``"values"``), ``method`` and ``bits``; cells of the method
-    ``"none"`` are kept exact, and grey. A column ``predicted_loss`` is told of each cell where there is one. ``least``,
+    ``"none"`` are kept exact, and grey. Tooltips show a column ``predicted_loss`` where there is one. ``least``,
     ``most``: ends of the scale in code bits; give them to keep a slider's colours steady.
     """
     needed = ("layer", "head", "tensor", "method", "bits")
-    require(frame, "allocation_map", *needed)
+    columns.require(frame, "allocation_map", *needed)
     told = [name for name in ("predicted_loss",) if name in frame.columns]
     shown = frame.select(*needed, *told).sort("tensor", "layer", "head")
-    coded = shown.filter(pl.col("method") != EXACT)["bits"]
-    widths = coded.to_list() or [1]
+    widths = shown.filter(pl.col("method") != EXACT)["bits"].to_list() or [1]
     low, high = min(widths) if least is None else least, max(widths) if most is None else most
-    tensors = [tensor for tensor in theme.TENSORS if tensor in set(shown["tensor"])]
-    layers, heads = shown["layer"].n_unique(), shown["head"].n_unique()
-    group = math.ceil(layers * heads * len(tensors) / MARKS)
-    step = layer_step(layers)
-    tall = max(min(step, 18), 6, 40 / heads)
-    maps = [
-        _cells(tensor, (low, high), group, last=tensor == tensors[-1], told=bool(told)).properties(
-            width=alt.Step(step), height=alt.Step(tall)
-        )
-        for tensor in tensors
-    ]
-    return framed(maps, shown, "Code bits of each layer and KV head", caption, allocation_caption(frame), pickable=True)
+    grid = marks.HeadMap(shown)
+    maps = marks.panels(
+        grid.tensors, lambda tensor, last: _cells(grid, tensor, low, high, last, bool(told)), grid.width, grid.height
+    )
+    return marks.framed(
+        maps, shown, "Code bits of each layer and KV head", caption, allocation_caption(frame), pickable=True
+    )
 
 
 def allocation_caption(frame: pl.DataFrame) -> str:
     """Say the mean code bits of keys and of values, the least and most of each, and how many heads are exact."""
-    said = []
-    for tensor in theme.TENSORS:
-        bits = frame.filter(pl.col("tensor") == tensor, pl.col("method") != EXACT)["bits"]
-        if not bits.is_empty():
-            widths = bits.to_list()
-            mean = sum(widths) / len(widths)
-            said.append(f"{tensor} {mean:.2f} bits on average, {min(widths):g} to {max(widths):g}")
-    exact = frame.filter(pl.col("method") == EXACT).height
-    return "; ".join([*said, *([f"grey: {exact} kept exact"] if exact else [])])
+    coded = frame.filter(pl.col("method") != EXACT)
+    said = [
+        f"{tensor} {sum(bits) / len(bits):.2f} bits on average, {min(bits):g} to {max(bits):g}"
+        for tensor, bits in ((tensor, own["bits"].to_list()) for tensor, own in marks.by_tensor(coded))
+    ]
+    exact = frame.height - coded.height
+    return marks.sentence(*said, f"grey: {exact} kept exact" if exact else "")
 
 
-def _cells(tensor: str, scale: tuple[int, int], group: int, *, last: bool, told: bool) -> Plot:
-    heads = "KV head" if group == 1 else f"KV heads, by {group}"
-    lost = "sum(predicted_loss)" if told else "count()"
-    pooled = (
-        alt.Chart()
-        .transform_filter(f"datum.tensor === '{tensor}'")
-        .transform_calculate(
-            group=f"floor(datum.head / {group}) * {group}", is_exact=f"datum.method === '{EXACT}' ? 1 : 0"
-        )
-        .transform_aggregate(bits="mean(bits)", exact="mean(is_exact)", lost=lost, groupby=["layer", "group"])
-        .encode(
-            x=layer_axis(labelled=last, gap=0.06), y=alt.Y("group:O", title=[tensor, heads]).scale(paddingInner=0.06)
-        )
+def _cells(grid: marks.HeadMap, tensor: str, low: int, high: int, last: bool, told: bool) -> marks.Plot:
+    colour, widths = theme.TENSORS[tensor], list(range(low, high + 1))
+    pooled = grid.cells(
+        tensor,
+        {"is_exact": f"datum.method === '{EXACT}' ? 1 : 0"},
+        {"bits": "mean(bits)", "exact": "mean(is_exact)", "lost": "sum(predicted_loss)" if told else "count()"},
+        x=marks.layer_axis(labelled=last, gap=0.06),
+        gap=0.06,
     )
-    tooltip = tips("layer:O", ("group:O", heads), ("bits:Q", f"bits of {tensor}", ".3~g"))
-    if told:
-        tooltip.append(alt.Tooltip("lost:Q", title="predicted loss", format=".2g"))
-    low, high = scale
-    widths = list(range(low, high + 1))
+    tooltip = columns.tips("layer", ("group", grid.words), ("bits", f"bits of {tensor}"), *(["lost"] if told else []))
     legend = alt.Legend(
-        title="bits", values=widths, format="d", symbolFillColor=theme.TENSORS[tensor], symbolType="square",
-        symbolSize=120, symbolStrokeWidth=0, direction="vertical", columns=1 if len(widths) <= 3 else 2,
+        title="bits", values=widths, format="d", symbolFillColor=colour, symbolType="square", symbolSize=120,
+        symbolStrokeWidth=0, direction="vertical", columns=1 if len(widths) <= 3 else 2,
     )  # fmt: skip
     opacity = alt.Opacity("bits:Q", legend=legend).scale(
         domain=[low, max(high, low + 1)], range=[FAINTEST, 1], clamp=True
     )
-    coded = (
-        pooled.transform_filter("datum.exact < 1")
-        .mark_rect(color=theme.TENSORS[tensor], cursor="pointer")
-        .encode(opacity=opacity, tooltip=tooltip)
+    coded = pooled.transform_filter("datum.exact < 1").mark_rect(color=colour, cursor="pointer")
+    exact = pooled.transform_filter("datum.exact === 1").mark_rect(color=theme.NEUTRAL, cursor="pointer")
+    return alt.layer(
+        coded.encode(opacity=opacity, tooltip=tooltip), exact.encode(tooltip=tooltip), marks.picked_outline()
     )
-    exact = (
-        pooled.transform_filter("datum.exact === 1")
-        .mark_rect(color=theme.NEUTRAL, cursor="pointer")
-        .encode(tooltip=tooltip)
-    )
-    return alt.layer(coded, exact, picked_outline())
 
 
 def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: str | None = None) -> alt.VConcatChart:
@@ -115,23 +78,22 @@ def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: s
     Rows of ``layer``, ``kind`` (``"allocated"`` or ``"uniform"``) and ``predicted_loss``; rows of a layer and kind add
     up. ``unit``: of the loss.
     """
-    require(frame, "loss_by_layer", "layer", "kind", "predicted_loss")
-    shown = frame.group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
-    colours = [theme.METHODS[method][0] for method in KINDS.values()]
+    needed = columns.require(frame, "loss_by_layer", "layer", "kind", "predicted_loss")
+    shown = needed.group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
     bars = (
         alt.Chart()
         .mark_bar(cursor="pointer")
         .encode(
-            x=layer_axis(labelled=True, gap=0.2),
+            x=marks.layer_axis(labelled=True, gap=0.2),
             xOffset=alt.XOffset("kind:N").scale(domain=list(KINDS)),
             y=alt.Y("predicted_loss:Q", title=["predicted loss", unit]).axis(tickCount=4, format="~g").scale(zero=True),
-            color=alt.Color("kind:N", title=None).scale(domain=list(KINDS), range=colours),
-            tooltip=tips("layer:O", "kind:N", ("predicted_loss:Q", f"predicted ({unit})", ".3g")),
+            color=marks.scaled(alt.Color, "kind", COLOURS),
+            tooltip=columns.tips("layer", "kind", ("predicted_loss", f"predicted ({unit})", ".3g")),
         )
     )
-    plot = over_layers(bars).properties(width=layer_width(shown["layer"].n_unique()), height=100)
+    plot = marks.over_layers(bars).properties(width=marks.layer_width(shown["layer"].n_unique()), height=100)
     usual = loss_caption(frame, unit=unit)
-    return framed([plot], shown, "Predicted loss of each layer, at equal bytes", caption, usual, pickable=True)
+    return marks.framed([plot], shown, "Predicted loss of each layer, at equal bytes", caption, usual, pickable=True)
 
 
 def loss_caption(frame: pl.DataFrame, *, unit: str = "nats a token") -> str:
@@ -158,7 +120,7 @@ def budget_frontier(
     *,
     unit: str = "nats a token",
     bits: tuple[float, float] | None = None,
-    domain: Domain | None = None,
+    domain: scales.Domain | None = None,
     caption: str | None = None,
 ) -> alt.VConcatChart:
     """Draw the least predicted loss at every number of bits and uniform bits' beside it, one plan, and measurements.
@@ -168,40 +130,39 @@ def budget_frontier(
     What `frontier_rows` gives. ``unit``: of the loss. ``bits``, ``domain``: ends of the scales of true bits and of the
     loss; give them to keep them steady while a slider moves.
     """
-    require(rows, "budget_frontier", "role", "kind", "true_bits", "loss", "name")
-    scale = domain or log_domain(rows["loss"])
+    columns.require(rows, "budget_frontier", *ROWS)
+    scale = domain or scales.log_domain(rows["loss"])
     width = bits or (float(rows["true_bits"].min()), float(rows["true_bits"].max()))  # type: ignore[arg-type]
-    colours = [theme.METHODS[method][0] for method in KINDS.values()]
-    shapes = [theme.METHODS[method][1] for method in KINDS.values()]
-    base = on_log_scale(alt.Chart(), "loss", scale).encode(
-        x=alt.X("true_bits:Q", title="true bits a packed value, scales included")
+    base = scales.on_log_scale(alt.Chart(), "loss", scale).encode(
+        x=alt.X("true_bits:Q", title="true bits per packed value, scales included")
         .scale(domain=list(width), nice=False, padding=8)
         .axis(tickCount=7, grid=True),
-        y=log_y("loss", ["loss", unit], scale),
-        color=alt.Color("kind:N", title=None).scale(domain=list(KINDS), range=colours),
+        y=scales.log_y("loss", ["loss", unit], scale),
+        color=marks.scaled(alt.Color, "kind", COLOURS),
     )
-    shape = alt.Shape("kind:N", title=None).scale(domain=list(KINDS), range=shapes)
-    tooltip = tips(("said:N", "loss"), "name:N", ("true_bits:Q", "true bits", ".3f"), ("loss:Q", unit, ".3g"))
-    lines = base.transform_filter("datum.role === 'line'").mark_line(strokeWidth=1.5, strokeDash=[5, 4], clip=True)
-    now = base.transform_filter("datum.role === 'now'").transform_calculate(said="'predicted, ' + datum.kind")
+    lines, now, measured = (base.transform_filter(f"datum.role === '{role}'") for role in ("line", "now", "measured"))
     gap = (
         now.transform_aggregate(low="min(loss_drawn)", high="max(loss_drawn)", at="mean(true_bits)")
         .mark_rule(strokeWidth=1, color=theme.NEUTRAL)
         .encode(x="at:Q", y="low:Q", y2="high:Q", color=alt.value(theme.NEUTRAL))
     )
+    shape = marks.scaled(alt.Shape, "kind", SHAPES)
+    tooltip = columns.tips(("said", "loss"), "name", "true_bits", ("loss", unit, ".3g"))
+    now, measured = (
+        rows.transform_calculate(said=f"'{how}, ' + datum.kind")
+        for rows, how in ((now, "predicted"), (measured, "measured"))
+    )
     predicted = now.mark_point(filled=False, strokeWidth=2.5, size=110, opacity=1).encode(shape=shape, tooltip=tooltip)
     words = now.transform_calculate(short="format(datum.loss, '.3~g')").mark_text(align="left", dx=11, fontWeight=600)
-    measured = (
-        base.transform_filter("datum.role === 'measured'")
-        .transform_calculate(said="'measured, ' + datum.kind")
-        .mark_point(filled=True, size=60, opacity=1)
-        .encode(shape=shape, tooltip=tooltip)
-    )
-    plot = alt.layer(lines, gap, predicted, measured, words.encode(text="short:N")).properties(
-        width=theme.WIDTH - 20, height=230
-    )
-    usual = "; ".join(not_drawn(rows["loss"]))
-    return framed([plot], rows, "Loss against bits: dashed and hollow predicted, full measured", caption, usual)
+    plot = alt.layer(
+        lines.mark_line(strokeWidth=1.5, strokeDash=[5, 4], clip=True),
+        gap,
+        predicted,
+        marks.points(measured, tooltip, 60, shape=shape),
+        words.encode(text="short:N"),
+    ).properties(width=theme.WIDTH - 20, height=230)
+    heading = "Loss against bits: dashed and hollow predicted, full measured"
+    return marks.framed([plot], rows, heading, caption, marks.sentence(*scales.not_drawn(rows["loss"])))
 
 
 def frontier_rows(
@@ -214,28 +175,29 @@ def frontier_rows(
     columns, of the plan that is looked at, and of uniform bits in its bytes. ``measured``: rows of ``kind``,
     ``true_bits``, ``kl_mean`` (nats) and ``name``.
     """
-    require(lines, "frontier_rows", "kind", "true_bits", "predicted_loss")
+    columns.require(lines, "frontier_rows", "kind", "true_bits", "predicted_loss")
     place, count = pl.int_range(pl.len()).over("kind"), pl.len().over("kind")
     stride = (count / STEPS).ceil()
     thin = lines.sort("kind", "true_bits").filter((place % stride == 0) | (place == count - 1))
-    parts = [_part(thin, "line", "predicted_loss")]
-    if now is not None:
-        parts.append(_part(now, "now", "predicted_loss"))
-    if measured is not None:
-        parts.append(_part(measured, "measured", "kl_mean"))
-    return pl.concat(parts)
-
-
-def _part(frame: pl.DataFrame, role: str, loss: str) -> pl.DataFrame:
-    name = pl.col("name") if "name" in frame.columns else pl.lit("")
-    return frame.select(role=pl.lit(role), kind="kind", true_bits="true_bits", loss=loss, name=name).cast(ROWS)  # type: ignore[arg-type]
+    parts = ((thin, "line", "predicted_loss"), (now, "now", "predicted_loss"), (measured, "measured", "kl_mean"))
+    return pl.concat(
+        frame.select(
+            role=pl.lit(role),
+            kind="kind",
+            true_bits="true_bits",
+            loss=loss,
+            name="name" if "name" in frame.columns else pl.lit(""),
+        ).cast(ROWS)  # type: ignore[arg-type]
+        for frame, role, loss in parts
+        if frame is not None
+    )
 
 
 def sensitivity_by_layer(
     frame: pl.DataFrame,
     *,
     unit: str = "nats a unit of error",
-    domain: Domain | None = None,
+    domain: scales.Domain | None = None,
     caption: str | None = None,
 ) -> alt.VConcatChart:
     """Draw the sensitivities of each layer's KV heads: their mean as a point, from the least head to the greatest.
@@ -244,45 +206,37 @@ def sensitivity_by_layer(
     no place on the scale and is counted in the caption. ``unit``: of a sensitivity; an error's unit is ½·E‖x − x̂‖²/D.
     ``domain``: least and greatest value of the scale.
     """
-    require(frame, "sensitivity_by_layer", "layer", "head", "tensor", "sensitivity")
-    above = frame.filter(pl.col("sensitivity").is_finite() & (pl.col("sensitivity") > 0))
+    columns.require(frame, "sensitivity_by_layer", "layer", "head", "tensor", "sensitivity")
     value = pl.col("sensitivity")
+    above = frame.filter(value.is_finite() & (value > 0))
     shown = above.group_by("layer", "tensor").agg(mean=value.mean(), least=value.min(), greatest=value.max())
     shown = shown.sort("tensor", "layer")
-    scale = domain or log_domain(above["sensitivity"])
-    tensors = list(theme.TENSORS)
+    scale = domain or scales.log_domain(above["sensitivity"])
     rows = alt.Chart()
     for field in ("mean", "least", "greatest"):
-        rows = on_log_scale(rows, field, scale)
-    marks = rows.encode(
-        x=layer_axis(labelled=True, gap=0.12),
-        xOffset=alt.XOffset("tensor:N").scale(domain=tensors),
-        color=alt.Color("tensor:N", title=None).scale(domain=tensors, range=list(theme.TENSORS.values())),
+        rows = scales.on_log_scale(rows, field, scale)
+    base = rows.encode(
+        x=marks.layer_axis(labelled=True, gap=0.12),
+        xOffset=alt.XOffset("tensor:N").scale(domain=list(theme.TENSORS)),
+        color=marks.tensor_colour(),
     )
-    y = log_y("mean", ["sensitivity", unit], scale)
-    tooltip = tips(
-        "layer:O",
-        "tensor:N",
-        ("mean:Q", "mean of its heads", ".3g"),
-        ("least:Q", None, ".3g"),
-        ("greatest:Q", None, ".3g"),
+    tooltip = columns.tips("layer", "tensor", ("mean", "mean of its heads"), "least", "greatest")
+    spans = base.mark_rule(strokeWidth=2, opacity=0.55).encode(y=alt.Y("least_drawn:Q"), y2="greatest_drawn:Q")
+    dots = base.mark_point(filled=True, size=34, opacity=1, cursor="pointer").encode(
+        y=scales.log_y("mean", ["sensitivity", unit], scale), tooltip=tooltip, shape=marks.tensor_shape()
     )
-    spans = marks.mark_rule(strokeWidth=2, opacity=0.55).encode(y=alt.Y("least_drawn:Q"), y2="greatest_drawn:Q")
-    points = marks.mark_point(filled=True, size=34, opacity=1, cursor="pointer").encode(
-        y=y, tooltip=tooltip, shape=alt.Shape("tensor:N", title=None).scale(domain=tensors, range=["circle", "square"])
-    )
-    plot = over_layers(spans, points).properties(width=layer_width(shown["layer"].n_unique()), height=130)
+    plot = marks.over_layers(spans, dots).properties(width=marks.layer_width(shown["layer"].n_unique()), height=130)
     usual = sensitivity_caption(frame)
-    return framed([plot], shown, "Sensitivity of the loss to errors in keys and values", caption, usual, pickable=True)
+    return marks.framed(
+        [plot], shown, "Sensitivity of the loss to errors in keys and values", caption, usual, pickable=True
+    )
 
 
 def sensitivity_caption(frame: pl.DataFrame) -> str:
     """Say the spread of each tensor's heads, as the ratio of the arithmetic to the geometric mean, and the greatest."""
-    said = []
-    for tensor in theme.TENSORS:
-        own = frame.filter(pl.col("tensor") == tensor, pl.col("sensitivity").is_finite(), pl.col("sensitivity") > 0)
-        if not own.is_empty():
-            ratio = own.select(pl.col("sensitivity").mean() / pl.col("sensitivity").log().mean().exp()).item()
-            most = own.sort("sensitivity").row(-1, named=True)
-            said.append(f"{tensor}: AM/GM {ratio:.2f}, most in layer {most['layer']}, head {most['head']}")
-    return "; ".join([*said, *not_drawn(frame["sensitivity"], zero=True)])
+    value, said = pl.col("sensitivity"), []
+    for tensor, own in marks.by_tensor(frame.filter(value.is_finite(), value > 0)):
+        ratio = own.select(value.mean() / value.log().mean().exp()).item()
+        most = own.sort("sensitivity").row(-1, named=True)
+        said.append(f"{tensor}: AM/GM {ratio:.2f}, most in layer {most['layer']}, head {most['head']}")
+    return marks.sentence(*said, *scales.not_drawn(frame["sensitivity"], zero=True))

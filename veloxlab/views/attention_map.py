@@ -5,8 +5,7 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from veloxlab.views.furniture import framed, require, tips
-from veloxlab.views.scales import log_colour, on_log_scale
+from veloxlab.views import columns, marks, scales
 
 KINDS = {"exact": "exact keys", "compressed": "compressed keys", "difference": "|difference|"}
 DOMAIN = (1e-3, 1.0)
@@ -22,21 +21,21 @@ def attention_maps(
     ``heading``: what is seen, such as layer, head and method.
     """
     numbers = ("query", "query_end", "key", "key_end", "weight", "moved")
-    require(frame, "attention_maps", "kind", *numbers)
-    shown = frame.select("kind", *numbers[:-1])
-    maps = [_map(kind, words, first=kind == "exact") for kind, words in KINDS.items()]
-    side_by_side: alt.HConcatChart = alt.hconcat(*maps, spacing=12)
-    chart = framed([side_by_side], shown, heading, caption, attention_caption(frame))
+    shown = columns.require(frame, "attention_maps", "kind", *numbers).drop("moved")
+    side_by_side: alt.HConcatChart = alt.hconcat(
+        *marks.panels(list(KINDS), lambda kind, _: _map(kind), SIDE, SIDE), spacing=12
+    )
+    chart = marks.framed([side_by_side], shown, heading, caption, attention_caption(frame))
     return chart.resolve_scale(color="shared")  # type: ignore[no-any-return]
 
 
 def attention_caption(frame: pl.DataFrame) -> str:
     """Say what share of attention goes to other keys than before, on average over queries, and of the worst block."""
-    broken = frame.height - frame.filter(pl.col("weight").is_finite()).height
+    lost = marks.broken(frame.height - frame.filter(pl.col("weight").is_finite()).height)
     rows = frame.filter(pl.col("kind") == "exact").group_by("query", "query_end").agg(pl.col("moved").first())
     rows = rows.filter(pl.col("moved").is_finite())
     if rows.is_empty():
-        return f"× {broken} not finite"
+        return lost
     queries = rows["query_end"] - rows["query"]
     mean = float((rows["moved"] * queries).sum()) / float(queries.sum())
     worst = rows.sort("moved", "query").row(-1, named=True)
@@ -44,41 +43,25 @@ def attention_caption(frame: pl.DataFrame) -> str:
         f"{100 * mean:.1f} % of attention moves to other keys; most, {100 * worst['moved']:.1f} %, "
         f"for queries {worst['query']} to {worst['query_end'] - 1}"
     )
-    return said + (f"; × {broken} not finite" if broken else "")
+    return marks.sentence(said, lost)
 
 
-def _map(kind: str, words: str, *, first: bool) -> alt.LayerChart:
-    base = (
-        alt.Chart()
-        .transform_filter(f"datum.kind === '{kind}'")
+def _map(kind: str) -> marks.Plot:
+    own, first, words = marks.only(kind=kind), kind == "exact", KINDS[kind]
+    y = alt.Y("query:Q", title="position of the query" if first else None).scale(nice=False, reverse=True)
+    size = "isValid(datum.weight) ? abs(datum.weight) : null"
+    cells = (
+        scales.on_log_scale(own.transform_calculate(size=size), "size", DOMAIN)
+        .mark_rect()
         .encode(
             x=alt.X("key:Q", title="position of the key").scale(nice=False).axis(tickCount=4),
             x2="key_end:Q",
-            y=alt.Y("query:Q", title="position of the query" if first else None)
-            .scale(nice=False, reverse=True)
-            .axis(tickCount=4, labels=first, minExtent=40 if first else 0),
+            y=y.axis(tickCount=4, labels=first, minExtent=40 if first else 0),
             y2="query_end:Q",
+            color=scales.log_colour("size", ["attention", "weight"], DOMAIN),
+            tooltip=columns.tips("query", "key", ("weight", words, ".3~g")),
         )
     )
-    cells = (
-        on_log_scale(base.transform_calculate(size="isValid(datum.weight) ? abs(datum.weight) : null"), "size", DOMAIN)
-        .mark_rect()
-        .encode(
-            color=log_colour("size", ["attention", "weight"], DOMAIN),
-            tooltip=tips(("query:Q", "queries from"), ("key:Q", "keys from"), ("weight:Q", words, ".3~g")),
-        )
-    )
-    broken = (
-        alt.Chart()
-        .transform_filter(f"datum.kind === '{kind}' && !isValid(datum.weight)")
-        .mark_text(text="×", fontWeight="bold")
-        .encode(x="key:Q", y="query:Q")
-    )
-    name = (
-        alt.Chart()
-        .transform_aggregate(cells="count()")
-        .mark_text(text=words, baseline="bottom")
-        .encode(x=alt.value(SIDE / 2), y=alt.value(-5))
-    )
-    layered: alt.LayerChart = alt.layer(cells, broken, name)  # type: ignore[assignment]
-    return layered.properties(width=SIDE, height=SIDE)
+    lost = own.transform_filter("!isValid(datum.weight)").mark_text(text="×", fontWeight="bold")
+    name = alt.Chart().transform_aggregate(cells="count()").mark_text(text=words, baseline="bottom")
+    return alt.layer(cells, lost.encode(x="key:Q", y="query:Q"), name.encode(x=alt.value(SIDE / 2), y=alt.value(-5)))

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import altair as alt
 import polars as pl
 
-from veloxlab.views import theme
-from veloxlab.views.furniture import (
-    CROSS,
-    Plot,
-    by_tensor,
-    framed,
-    head_words,
-    one_head,
-    require,
-    tensor_colour,
-    tensors_of,
-    tips,
-)
+from veloxlab.views import columns, marks, theme
 
 SPACE_WORDS = {
     "raw": "as cached",
@@ -41,34 +27,54 @@ def channel_ranges(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
     Rows of one head of `veloxlab.measure.distributions.CHANNELS`. A channel with tokens that are not finite has a
     cross.
     """
-    numbers = ("layer", "head", "channel", "mean", "rms", "least", "low", "high", "most", "not_finite")
-    require(frame, "channel_ranges", "tensor", "space", *numbers)
-    one_head(frame, "channel_ranges")
-    group = math.ceil(3 * frame.height / MARKS)
-    shown = _grouped(frame, group)
-    panels = shown.select("space", "tensor").unique(maintain_order=True).rows()
-    height = 130 if len(panels) <= 2 else 84
-    plots = [
-        _ranges(space, tensor, group, last=place == len(panels) - 1).properties(width=theme.WIDTH, height=height)
-        for place, (space, tensor) in enumerate(panels)
-    ]
-    return framed(plots, shown, "Range of each channel of one head", caption, channel_caption(frame))
+    numbers = ("channel", "mean", "rms", "least", "low", "high", "most", "not_finite")
+    needed = columns.require_head(frame, "channel_ranges", "tensor", "space", *numbers)
+    group, words = marks.grouped(3 * frame.height, MARKS, "channel")
+    shown = needed.group_by("space", "tensor", channel=pl.col("channel") // group * group, maintain_order=True).agg(
+        pl.col("mean").mean(),
+        pl.col("rms").pow(2).mean().sqrt(),
+        pl.col("least", "low").min(),
+        pl.col("high", "most").max(),
+        pl.col("not_finite").sum(),
+    )
+    places = shown.select("space", "tensor").unique(maintain_order=True).rows()
+    height = 130 if len(places) <= 2 else 84
+    plots = marks.panels(
+        places, lambda place, last: _ranges(place[0], place[1], group, words if last else None), theme.WIDTH, height
+    )
+    return marks.framed(plots, shown, "Range of each channel of one head", caption, channel_caption(frame))
 
 
 def channel_caption(frame: pl.DataFrame) -> str:
-    """Say how loud the loudest channel of a panel is, of many the most and the least, and what is not finite."""
+    """Say how much the largest channel of a panel exceeds the median one, and what is not finite."""
     ratios, both = {}, frame["tensor"].n_unique() > 1
     for (space, tensor), own in frame.group_by("space", "tensor", maintain_order=True):
-        usual, loud = own["rms"].median(), own["rms"].max()
-        if usual and loud is not None:
+        usual, largest = own["rms"].median(), own["rms"].max()
+        if usual and largest is not None:
             words = SPACE_WORDS[str(space)]
-            ratios[f"{tensor} {words}" if both else words] = float(loud) / float(usual)  # type: ignore[arg-type]
+            ratios[f"{tensor} {words}" if both else words] = float(largest) / float(usual)  # type: ignore[arg-type]
     if len(ratios) > MOST_SAID:
         ratios = dict(end(ratios.items(), key=lambda named: named[1]) for end in (max, min))
     said = ", ".join(f"{words} {ratio:.1f}" for words, ratio in ratios.items()) or "no channel has any size"
-    broken = int(frame["not_finite"].sum())
-    last = f"; × {broken} not finite" if broken else ""
-    return f"{head_words(frame)}. Loudest channel over the median one: {said}{last}"
+    lost = marks.broken(int(frame["not_finite"].sum()))
+    return marks.sentence(f"{marks.head_words(frame)}. Largest channel over the median one: {said}", lost)
+
+
+def _ranges(space: str, tensor: str, group: int, words: str | None) -> marks.Plot:
+    colour = theme.TENSORS[tensor]
+    own = marks.only(tensor=tensor, space=space)
+    unit = [UNITS[space]] if space in UNITS else []
+    y = alt.Y("least:Q", title=[tensor, *SPACE_WORDS[space].split(", "), *unit]).axis(tickCount=4)
+    base = own.transform_calculate(begin="datum.channel - 0.45", to=f"datum.channel + {group} - 0.55").encode(
+        x=alt.X("begin:Q", title=words).scale(nice=False).axis(tickMinStep=1, labels=words is not None), x2="to:Q"
+    )
+    told = base.encode(tooltip=columns.tips("channel", "mean", "rms", "least", "low", "high", "most"))
+    whole = told.mark_rect(color=colour, opacity=0.25).encode(y=y, y2="most:Q")
+    usual = told.mark_rect(color=colour, opacity=0.45).encode(y=alt.Y("low:Q"), y2="high:Q")
+    mean = base.mark_rule(color=colour, strokeWidth=2).encode(y=alt.Y("mean:Q"))
+    zero = own.transform_aggregate(channels="count()").mark_rule(strokeWidth=0.5).encode(y=alt.datum(0))
+    lost = marks.crosses(own, x=alt.X("channel:Q"), tooltip=columns.tips("channel", "not_finite"))
+    return alt.layer(zero, whole, usual, mean, lost)
 
 
 def density(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -76,25 +82,28 @@ def density(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatCh
 
     Rows of one head of `veloxlab.measure.distributions.DENSITIES`.
     """
-    numbers = ("layer", "head", "value", "width", "density", "below", "above", "not_finite")
-    require(frame, "density", "tensor", "space", *numbers)
-    one_head(frame, "density")
-    shown = frame.select("tensor", "space", *numbers[2:5])
+    numbers = ("value", "width", "density", "below", "above", "not_finite")
+    shown = columns.require_head(frame, "density", "tensor", "space", *numbers).drop(*numbers[3:])
     spaces = shown["space"].unique(maintain_order=True).to_list()
-    plots: list[Plot] = [
-        _curve(space, legend=space == spaces[0]).properties(width=theme.WIDTH, height=150 if len(spaces) == 1 else 80)
-        for space in spaces
-    ]
-    return framed(plots, shown, "Density of all coordinates of one head", caption, density_caption(frame))
+    height = 150 if len(spaces) == 1 else 80
+    plots = marks.panels(spaces, lambda space, _: _curve(space, legend=space == spaces[0]), theme.WIDTH, height)
+    return marks.framed(plots, shown, "Density of all coordinates of one head", caption, density_caption(frame))
 
 
 def density_caption(frame: pl.DataFrame) -> str:
     """Say what share of coordinates lies beyond the ends, at most, and how many are not finite."""
     ends = frame.select(outside=pl.col("below") + pl.col("above"))["outside"].max()
     heads = frame.group_by("tensor", "space").agg(pl.col("not_finite").first())
-    broken = int(heads["not_finite"].sum())
-    said = f"{head_words(frame)}. Beyond the ends lie {100 * float(ends or 0):.2f} % of coordinates at most"  # type: ignore[arg-type]
-    return said + (f"; × {broken} not finite" if broken else "")
+    said = f"{marks.head_words(frame)}. Beyond the ends lie {100 * float(ends or 0):.2f} % of coordinates at most"  # type: ignore[arg-type]
+    return marks.sentence(said, marks.broken(int(heads["not_finite"].sum())))
+
+
+def _curve(space: str, *, legend: bool) -> marks.Plot:
+    x = alt.X("value:Q", title=f"coordinate, {UNITS.get(space, 'in the unit of the activations')}").scale(nice=False)
+    # a square root lets the tails be seen, and has a place for 0
+    y = alt.Y("density:Q", title=[*SPACE_WORDS[space].split(", "), "density, √ scale"], stack=None).scale(type="sqrt")
+    colour, told = marks.tensor_colour(legend=legend), columns.tips("tensor", "value", "density")
+    return marks.step_area(marks.only(space=space)).encode(x=x, y=y.axis(tickCount=4), color=colour, tooltip=told)
 
 
 def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str | None = None) -> alt.VConcatChart:
@@ -103,112 +112,47 @@ def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str | N
     Rows of one head of `veloxlab.measure.levels.LEVELS`. Of vector codes, which have no levels of single coordinates,
     the density of the decoded ones is a line. ``method``: its name, for the caption.
     """
-    numbers = ("layer", "head", "bits", "value", "width", "density", "share", "outside")
-    require(frame, "levels_on_density", "tensor", "kind", *numbers)
-    one_head(frame, "levels_on_density")
-    shown = frame.select("tensor", "kind", *numbers[2:7])
-    tensors = tensors_of(frame)
-    plots = [
-        _levels(tensor, shown.filter(tensor=tensor, kind="level").height, last=tensor == tensors[-1]).properties(
-            width=theme.WIDTH, height=110
-        )
-        for tensor in tensors
-    ]
+    numbers = ("bits", "value", "width", "density", "share", "outside")
+    shown = columns.require_head(frame, "levels_on_density", "tensor", "kind", *numbers).drop("outside")
+
+    def draw(tensor: str, last: bool) -> marks.Plot:
+        return _levels(tensor, shown.filter(tensor=tensor, kind="level").height, last)
+
+    plots = marks.panels(marks.tensors_of(frame), draw, theme.WIDTH, 110)
     usual = levels_caption(frame, method)
-    chart = framed(plots, shown, "Density of what is quantized, and the quantization levels", caption, usual)
+    chart = marks.framed(plots, shown, "Density of what is quantized, and the quantization levels", caption, usual)
     return chart.resolve_scale(x="shared")  # type: ignore[no-any-return]
 
 
 def levels_caption(frame: pl.DataFrame, method: str = "") -> str:
     """Say of which method and head, and how many levels stand for the coordinates of keys and of values."""
-    said = []
-    for tensor, own in by_tensor(frame):
-        count = own.filter(pl.col("kind") == "level").height
-        said.append(f"{tensor}: {f'{count} levels' if count else 'no common levels, a line'}")
+    counts = {tensor: own.filter(pl.col("kind") == "level").height for tensor, own in marks.by_tensor(frame)}
+    said = [f"{tensor}: {f'{n} levels' if n else 'no common levels, a line'}" for tensor, n in counts.items()]
     bits = frame["bits"][0]
     name = f"{method} at {bits} {'bit' if bits == 1 else 'bits'}. " if method else ""
-    return f"{name}{head_words(frame)}. " + ", ".join(said)
+    return f"{name}{marks.head_words(frame)}. " + ", ".join(said)
 
 
-def _grouped(frame: pl.DataFrame, group: int) -> pl.DataFrame:
-    """Channels by ``group``: the ends of all, the means of their means and sizes; itself for groups of one."""
-    first = pl.col("channel") // group * group
-    return frame.group_by("space", "tensor", channel=first, maintain_order=True).agg(
-        pl.col("mean").mean(),
-        pl.col("rms").pow(2).mean().sqrt(),
-        pl.col("least", "low").min(),
-        pl.col("high", "most").max(),
-        pl.col("not_finite").sum(),
-    )
-
-
-def _ranges(space: str, tensor: str, group: int, *, last: bool) -> Plot:
+def _levels(tensor: str, count: int, last: bool) -> marks.Plot:
     colour = theme.TENSORS[tensor]
-    own = alt.Chart().transform_filter(f"datum.tensor === '{tensor}' && datum.space === '{space}'")
-    unit = [UNITS[space]] if space in UNITS else []
-    title = [tensor, *SPACE_WORDS[space].split(", "), *unit]
-    words = "channel" if group == 1 else f"channels, by {group}"
-    x = alt.X("begin:Q", title=words if last else None).scale(nice=False).axis(tickMinStep=1, labels=last)
-    y = alt.Y("least:Q", title=title).axis(tickCount=4)
-    base = own.transform_calculate(begin="datum.channel - 0.45", to=f"datum.channel + {group} - 0.55").encode(
-        x=x, x2="to:Q"
-    )
-    whole = base.mark_rect(color=colour, opacity=0.25).encode(y=y, y2="most:Q")
-    usual = base.mark_rect(color=colour, opacity=0.45).encode(y=alt.Y("low:Q"), y2="high:Q")
-    mean = base.mark_rule(color=colour, strokeWidth=2).encode(y=alt.Y("mean:Q"))
-    zero = own.transform_aggregate(channels="count()").mark_rule(strokeWidth=0.5).encode(y=alt.datum(0))
-    named = ("channel", "mean", "rms", "least", "low", "high", "most")
-    tooltip = tips(*((f"{name}:Q", None, ".3~g") for name in named))
-    broken = (
-        own.transform_filter("datum.not_finite > 0")
-        .mark_text(**CROSS)
-        .encode(
-            x=alt.X("channel:Q"),
-            y=alt.value(6),
-            tooltip=tips("channel:Q", ("not_finite:Q", "not finite")),
-        )
-    )
-    return alt.layer(zero, whole.encode(tooltip=tooltip), usual.encode(tooltip=tooltip), mean, broken)
-
-
-def _curve(space: str, *, legend: bool) -> Plot:
-    unit = UNITS.get(space, "in the unit of the activations")
-    curve: alt.Chart = (
-        alt.Chart()
-        .transform_filter(f"datum.space === '{space}'")
-        .mark_area(interpolate="step", opacity=0.3, line={"interpolate": "step", "strokeWidth": 1.5})
-        .encode(
-            x=alt.X("value:Q", title=f"coordinate, {unit}").scale(nice=False),
-            # a square root lets the tails be seen, and has a place for 0
-            y=alt.Y("density:Q", title=[*SPACE_WORDS[space].split(", "), "density, √ scale"], stack=None)
-            .scale(type="sqrt")
-            .axis(tickCount=4),
-            color=tensor_colour(legend=legend),
-            tooltip=tips("tensor:N", ("value:Q", None, ".3~g"), ("density:Q", None, ".3~g")),
-        )
-    )
-    return curve
-
-
-def _levels(tensor: str, count: int, *, last: bool) -> Plot:
-    colour = theme.TENSORS[tensor]
-    own = alt.Chart().transform_filter(f"datum.tensor === '{tensor}'")
     x = alt.X("value:Q", title="coordinate in the space of the codes, over the stored scale" if last else None)
     y = alt.Y("density:Q", title=[tensor, "density"]).axis(tickCount=4)
-    base = own.encode(x=x)
-    exact = base.transform_filter("datum.kind === 'exact'").mark_area(interpolate="step", color=colour, opacity=0.35)
-    decoded = base.transform_filter("datum.kind === 'decoded'").mark_line(
-        interpolate="step", strokeWidth=1.5, color=colour
-    )
-    levels = base.transform_filter("datum.kind === 'level'")
-    tooltip = tips(("value:Q", "level", ".4~g"), ("share:Q", "codes", ".1%"))
-    rules = levels.mark_rule(color=colour, strokeWidth=1.5).encode(
-        y=alt.value(14), y2=alt.value("height"), tooltip=tooltip
-    )
+    base = marks.only(tensor=tensor).encode(x=x)
+    of_kind = {kind: base.transform_filter(f"datum.kind === '{kind}'") for kind in ("exact", "decoded", "level")}
+    exact = of_kind["exact"].mark_area(interpolate="step", color=colour, opacity=0.35)
     room = exact.transform_calculate(room="1.15 * datum.density").mark_point(opacity=0).encode(y=alt.Y("room:Q"))
-    layers: list[alt.Chart] = [exact.encode(y=y), room, decoded.encode(y=alt.Y("density:Q")), rules]
+    decoded = of_kind["decoded"].mark_line(interpolate="step", strokeWidth=1.5, color=colour)
+    rules = of_kind["level"].mark_rule(color=colour, strokeWidth=1.5)
+    told = columns.tips(("value", "level", ".4~g"), ("share", "share of codes"))
+    layers: list[alt.Chart] = [
+        exact.encode(y=y),
+        room,
+        decoded.encode(y=alt.Y("density:Q")),
+        rules.encode(y=alt.value(14), y2=alt.value("height"), tooltip=told),
+    ]
     if count <= SHARES_SHOWN:
-        layers.append(levels.mark_text(dy=-8).encode(y=alt.value(14), text=alt.Text("share:Q", format=".0%")))
+        shares = of_kind["level"].mark_text(dy=-8)
+        layers.append(shares.encode(y=alt.value(14), text=alt.Text("share:Q", format=".0%")))
     return alt.layer(*layers)
 
 
@@ -217,37 +161,27 @@ def angle_densities(frame: pl.DataFrame, *, caption: str | None = None) -> alt.V
 
     Rows of one head of `veloxlab.measure.levels.ANGLES`.
     """
-    numbers = ("layer", "head", "level", "angle", "density", "expected")
-    require(frame, "angle_densities", "tensor", *numbers)
-    one_head(frame, "angle_densities")
-    shown = frame.select("tensor", *numbers[2:])
-    levels = shown["level"].unique().sort().to_list()
-    plots = [_panel(level, last=level == levels[-1]).properties(width=theme.WIDTH - 90, height=84) for level in levels]
-    return framed(plots, shown, "Density of PolarQuant's angles, by level", caption, angle_caption(frame))
+    shown = columns.require_head(frame, "angle_densities", "tensor", "level", "angle", "density", "expected")
+    plots = marks.panels(shown["level"].unique().sort().to_list(), _angles, theme.WIDTH - 90, 84)
+    return marks.framed(plots, shown, "Density of PolarQuant's angles, by level", caption, angle_caption(frame))
 
 
 def angle_caption(frame: pl.DataFrame) -> str:
     """Say which share of each level's angles lies elsewhere than expected: ½ Σ|density − expected| over the bins."""
     apart = (pl.col("density") - pl.col("expected")).abs().sum() / (pl.col("density").sum() * 2)
-    shares = frame.group_by("level", "tensor").agg(apart=apart).sort("level", "tensor")
-    said = []
-    for tensor in theme.TENSORS:
-        own = shares.filter(pl.col("tensor") == tensor)["apart"]
-        if len(own):
-            said.append(f"{tensor} {', '.join(f'{100 * share:.0f}' for share in own)} %")
-    return f"{head_words(frame)}. Elsewhere than expected (dashed), by level: " + "; ".join(said)
-
-
-def _panel(level: int, *, last: bool) -> Plot:
-    colour = tensor_colour(legend=level == 1)
-    x = alt.X("angle:Q", title="angle, radians" if last or level == 1 else None).scale(nice=False)
-    base = alt.Chart().transform_filter(f"datum.level === {level}").encode(x=x)
-    y = alt.Y("density:Q", title=[f"level {level}", "density"]).axis(tickCount=3)
-    tooltip = tips("tensor:N", ("angle:Q", None, ".3~g"), ("density:Q", None, ".3~g"))
-    measured = base.mark_line(interpolate="step", strokeWidth=1.5).encode(y=y, color=colour, tooltip=tooltip)
-    expected = (
-        base.transform_aggregate(expected="mean(expected)", groupby=["angle"])
-        .mark_line(strokeDash=[4, 3], strokeWidth=1.5, color=theme.NEUTRAL)
-        .encode(y=alt.Y("expected:Q"))
+    shares = marks.by_tensor(frame.group_by("level", "tensor").agg(apart=100 * apart).sort("level"))
+    said = marks.sentence(
+        *(f"{tensor} {', '.join(f'{share:.0f}' for share in own['apart'])} %" for tensor, own in shares)
     )
-    return alt.layer(measured, expected)
+    return f"{marks.head_words(frame)}. Elsewhere than expected (dashed), by level: {said}"
+
+
+def _angles(level: int, last: bool) -> marks.Plot:
+    x = alt.X("angle:Q", title="angle, radians" if last or level == 1 else None).scale(nice=False)
+    y = alt.Y("density:Q", title=[f"level {level}", "density"]).axis(tickCount=3)
+    base = marks.only(level=level).encode(x=x)
+    measured = base.mark_line(interpolate="step", strokeWidth=1.5)
+    means = base.transform_aggregate(expected="mean(expected)", groupby=["angle"])
+    expected = means.mark_line(strokeDash=[4, 3], strokeWidth=1.5, color=theme.NEUTRAL).encode(y=alt.Y("expected:Q"))
+    colour, told = marks.tensor_colour(legend=level == 1), columns.tips("tensor", "angle", "density")
+    return alt.layer(measured.encode(y=y, color=colour, tooltip=told), expected)

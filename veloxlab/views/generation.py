@@ -8,16 +8,14 @@ from collections.abc import Iterator
 import altair as alt
 import polars as pl
 
-from veloxlab.views import theme
-from veloxlab.views.furniture import framed, require, tips
-from veloxlab.views.scales import not_drawn, on_log_scale
+from veloxlab.views import columns, marks, scales, theme
 
-SIDES = ("exact", "compressed")
+SIDES = {"exact": theme.NEUTRAL, "compressed": theme.KEYS}  # the two caches, and their colours
 FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
 COLUMNS = 84  # characters of a line
 ADVANCE = 7.25  # pixels of a character at a size of 12
 LINE = 25  # pixels
-LOST = (1e-3, 10.0)  # nats, from quiet to loud: KL that is drawn
+LOST = (1e-3, 10.0)  # nats: KL that is drawn
 BREAK = "\u21b5"  # stands for a new line
 ROW = 34  # pixels of a side in the map of passkeys
 
@@ -31,11 +29,14 @@ def token_strip(
     ``exact_probability`` and ``kl`` (nats). ``parting``: the first position at which the texts differ, which is framed.
     ``lines``: lines to leave room for at least; give them to keep the chart steady while text comes.
     """
-    require(frame, "token_strip", "side", "text", "position", "probability", "exact_probability", "kl")
-    rows = pl.concat([_laid_out(frame.filter(pl.col("side") == side), parting) for side in SIDES])
+    needed = columns.require(frame, "token_strip", "side", "text", "position", "probability", "exact_probability", "kl")
+    parted = pl.lit(None, pl.Boolean) if parting is None else pl.col("position") == parting
+    shown = needed.with_columns(parts=parted.fill_null(False))
+    rows = pl.concat(_laid_out(own) for side in SIDES if len(own := shown.filter(side=side)))
     count = max(lines or 0, int(rows["line"].max()) + 1)  # type: ignore[arg-type]
-    plots = [_text(side, count) for side in SIDES]
-    return framed(plots, rows, "The same prompt, exact and compressed", caption, strip_caption(frame, parting))
+    plots = marks.panels(list(SIDES), lambda side, _: _text(side, count), COLUMNS * ADVANCE, LINE * count)
+    heading = "Text from one prompt, exact and compressed, with the KL divergence of each token"
+    return marks.framed(plots, rows, heading, caption, strip_caption(frame, parting))
 
 
 def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
@@ -44,7 +45,7 @@ def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
     kls = ours["kl"].drop_nulls()
     total = kls.filter(kls.is_finite()).mean()
     mean = f"mean KL {total:.3g} nats" if isinstance(total, float) else "no prediction yet"
-    mean = "; ".join([mean, *not_drawn(kls)])
+    mean = "; ".join([mean, *scales.not_drawn(kls)])
     if parting is None:
         return f"The same text for {len(ours)} tokens; {mean}."
     return f"The texts part at token {parting + 1} (framed); {mean} over {len(ours)} predictions."
@@ -58,34 +59,27 @@ def held_while_generating(
     Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position`` and ``held_bytes``. ``tokens``: tokens to
     leave room for; by default those that there are. Give it to keep the axis steady while text comes.
     """
-    require(frame, "held_while_generating", "side", "position", "held_bytes")
-    shown = frame.select("side", "position", "held_bytes")
+    shown = columns.require(frame, "held_while_generating", "side", "position", "held_bytes")
     last = (tokens or int(shown["position"].max()) + 1) - 1  # type: ignore[arg-type]
-    colours = [theme.NEUTRAL, theme.KEYS]
+    told = columns.tips("side", "position", "held_bytes")
     base = (
         alt.Chart()
         .transform_calculate(megabytes="datum.held_bytes / 1e6")
         .encode(
             x=alt.X("position:Q", title="tokens generated").scale(domain=[0, max(last, 1)], nice=False),
             y=alt.Y("megabytes:Q", title=["bytes held", "MB"]).axis(tickCount=4).scale(zero=True),
-            color=alt.Color("side:N", title=None).scale(domain=list(SIDES), range=colours),
-            tooltip=tips("side:N", "position:Q", ("held_bytes:Q", "held bytes", ",d")),
+            color=marks.scaled(alt.Color, "side", SIDES),
+            tooltip=told,
         )
     )
     line = base.mark_line(interpolate="step-after", strokeWidth=2)
-    plot = alt.layer(line, base.mark_point(size=14, filled=True, opacity=1)).properties(
-        width=theme.WIDTH - 100, height=120
-    )
-    return framed([plot], shown, "Bytes held while the texts are generated", caption, held_caption(frame))
+    plot = alt.layer(line, marks.points(base, told, 14)).properties(width=theme.WIDTH - 100, height=120)
+    return marks.framed([plot], shown, "Bytes held while the texts are generated", caption, held_caption(frame))
 
 
 def held_caption(frame: pl.DataFrame) -> str:
     """Say what each cache holds behind its newest token, and how many times less the compressed one is."""
-    held = {
-        side: own.sort("position")["held_bytes"][-1]
-        for side in SIDES
-        if len(own := frame.filter(pl.col("side") == side))
-    }
+    held = {side: own.sort("position")["held_bytes"][-1] for side, own in _by_side(frame)}
     said = [f"{side} {held_bytes / 1e6:,.3g} MB" for side, held_bytes in held.items()]
     both = held.get("exact") and held.get("compressed")
     less = f", {held['exact'] / held['compressed']:.2f} times less" if both else ""
@@ -102,45 +96,41 @@ def passkey_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
 
     Rows of `veloxlab.measure.generation.PASSKEY`: ``depth`` (0 to 1), ``side``, ``passkey``, ``answer``, ``hit``.
     """
-    require(frame, "passkey_map", "depth", "context", "side", "passkey", "answer")
-    shown = frame.select("depth", "side", "passkey", "context", answer=pl.col("answer").str.strip_chars(), hit="hit")
+    needed = columns.require(frame, "passkey_map", "depth", "side", "passkey", "context", "answer")
+    shown = needed.with_columns(pl.col("answer").str.strip_chars(), frame["hit"])
     base = alt.Chart().encode(
         x=alt.X("depth:O", title="depth of the needle in the text").axis(format=".0%"),
         y=alt.Y("side:N", sort=list(SIDES), title=None),
-        tooltip=tips("side:N", "passkey:N", "answer:N", ("depth:Q", None, ".0%")),
+        tooltip=columns.tips("side", "passkey", "answer", "depth"),
     )
     found, missed = (base.transform_filter(test) for test in ("datum.hit", "!datum.hit"))
-    marks = (
+    layers = (
         found.mark_rect(color=theme.KEYS, opacity=0.25, cornerRadius=3),
         missed.mark_rect(filled=False, stroke=theme.PICKED, strokeWidth=1.5, strokeDash=[4, 3], cornerRadius=3),
         base.transform_calculate(label="(datum.hit ? '\u2713 ' : '\u2717 ') + slice(datum.answer, 0, 9)")
         .mark_text(font=FONT, fontSize=11)
         .encode(text="label:N"),
     )
-    plot = alt.layer(*marks).properties(width=theme.WIDTH - 60, height=alt.Step(ROW))
-    return framed([plot], shown, "Numbers hidden in a text, and what was answered", caption, passkey_caption(frame))
+    plot = alt.layer(*layers).properties(width=theme.WIDTH - 60, height=alt.Step(ROW))
+    return marks.framed(
+        [plot], shown, "Numbers hidden in a text, and what was answered", caption, passkey_caption(frame)
+    )
 
 
 def passkey_caption(frame: pl.DataFrame) -> str:
     """Say how many numbers each cache found, and in how long a text."""
-    found = [
-        f"{side} {own['hit'].sum()} of {len(own)}" for side in SIDES if len(own := frame.filter(pl.col("side") == side))
-    ]
+    found = [f"{side} {own['hit'].sum()} of {len(own)}" for side, own in _by_side(frame)]
     return f"Found in {frame['context'][0]:,} tokens: {', '.join(found)}."
 
 
-def _laid_out(own: pl.DataFrame, parting: int | None) -> pl.DataFrame:
-    """Places of one side's tokens: line and column of the first character, and characters."""
-    places = pl.DataFrame(
-        list(_places(own["text"])),
-        schema={"shown": pl.String, "line": pl.Int32, "column": pl.Int32, "end": pl.Int32},
-        orient="row",
-    )
-    parted = pl.lit(None, pl.Boolean) if parting is None else pl.col("position") == parting
-    shown = own.select(
-        "side", "position", "text", "probability", "exact_probability", "kl", parts=parted.fill_null(False)
-    )
-    return pl.concat([shown, places], how="horizontal")
+def _by_side(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    return ((side, own) for side in SIDES if len(own := frame.filter(pl.col("side") == side)))
+
+
+def _laid_out(own: pl.DataFrame) -> pl.DataFrame:
+    """Add the places of one side's tokens: line and column of the first character, and column behind the last."""
+    schema = {"shown": pl.String, "line": pl.Int32, "column": pl.Int32, "end": pl.Int32}
+    return own.hstack(pl.DataFrame(list(_places(own["text"])), schema=schema, orient="row"))
 
 
 def _places(texts: pl.Series) -> Iterator[tuple[str, int, int, int]]:
@@ -157,48 +147,30 @@ def _places(texts: pl.Series) -> Iterator[tuple[str, int, int, int]]:
             line, column = line + 1, 0
 
 
-def _text(side: str, lines: int) -> alt.LayerChart | alt.FacetChart:
+def _text(side: str, lines: int) -> marks.Plot:
+    places = {"top": 0.08, "middle": 0.45, "low": 0.8, "high": 0.95}  # in a line
+    axis = alt.Axis(title=side, labels=False, ticks=False, grid=False)
+    down = alt.Scale(domain=[0, lines], reverse=True, nice=False)
+    top, middle, low = (alt.Y(f"{place}:Q", axis=axis, scale=down) for place in ("top", "middle", "low"))
     base = (
-        alt.Chart()
-        .transform_filter(f"datum.side === '{side}'")
-        .transform_calculate(
-            low="datum.line + 0.8", high="datum.line + 0.95", top="datum.line + 0.08", middle="datum.line + 0.45"
-        )
+        marks.only(side=side)
+        .transform_calculate(**{name: f"datum.line + {share}" for name, share in places.items()})
         .encode(
             x=alt.X("column:Q", axis=None).scale(domain=[0, COLUMNS], nice=False),
             x2="end:Q",
-            tooltip=tips(
-                "text:N",
-                "position:Q",
-                ("probability:Q", "probability here", ".3f"),
-                ("exact_probability:Q", "exact cache's, same text", ".3f"),
-                ("kl:Q", "KL (nats)", ".3g"),
-            ),
+            tooltip=columns.tips("text", "position", "probability", "exact_probability", "kl"),
         )
     )
-    axis = alt.Axis(title=side, labels=False, ticks=False, grid=False)
-    down = alt.Scale(domain=[0, lines], reverse=True, nice=False)
-    frame = (
-        base.transform_filter("datum.parts")
-        .mark_rect(filled=False, fill=None, stroke=theme.PICKED, cornerRadius=2, xOffset=-2, x2Offset=2)
-        .encode(y=alt.Y("top:Q", axis=axis, scale=down), y2="high:Q")
+    frame = base.transform_filter("datum.parts").mark_rect(
+        filled=False, fill=None, stroke=theme.PICKED, cornerRadius=2, xOffset=-2, x2Offset=2
     )
-    words = base.mark_text(align="left", baseline="middle", font=FONT, fontSize=12).encode(
-        y=alt.Y("middle:Q", axis=axis, scale=down), text="shown:N"
-    )
-    layers = [frame, words]
+    words = base.mark_text(align="left", baseline="middle", font=FONT, fontSize=12)
+    layers = [frame.encode(y=top, y2="high:Q"), words.encode(y=middle, text="shown:N")]
     if side == "compressed":
         legend = alt.Legend(
             title="KL from the exact cache (nats)", orient="bottom", format="~g", gradientLength=220, tickCount=4
         )
-        bars = (
-            on_log_scale(base, "kl", LOST)
-            .mark_rect(cornerRadius=1)
-            .encode(
-                y=alt.Y("low:Q", axis=axis, scale=down),
-                y2="high:Q",
-                color=alt.Color("kl_drawn:Q", legend=legend).scale(type="log", domain=list(LOST), clamp=True),
-            )
-        )
-        layers = [bars, *layers]
-    return alt.layer(*layers).properties(width=COLUMNS * ADVANCE, height=LINE * lines)
+        colour = alt.Color("kl_drawn:Q", legend=legend).scale(type="log", domain=list(LOST), clamp=True)
+        bars = scales.on_log_scale(base, "kl", LOST).mark_rect(cornerRadius=1)
+        layers.insert(0, bars.encode(y=low, y2="high:Q", color=colour))
+    return alt.layer(*layers)

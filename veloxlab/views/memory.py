@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import altair as alt
 import polars as pl
 
 from veloxlab.errors import InputError
-from veloxlab.views import theme
-from veloxlab.views.furniture import IS_PICKED, PICKED, Plot, cache_colour, framed, require, tips
+from veloxlab.views import columns, marks, theme
 
 EXACT = "fp16"  # the cache that others are compared with
 MEGABYTE = 1_000_000
@@ -24,7 +25,7 @@ def memory_growth(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VCo
     and the picked layer's bytes are drawn too.
     """
     needed = ("tokens", "cache", "bytes", "kind")
-    require(frame, "memory_growth", *needed)
+    columns.require(frame, "memory_growth", *needed)
     layer = pl.col("layer") if "layer" in frame.columns else pl.lit(None, pl.Int64).alias("layer")
     shown = frame.select(*needed, layer).sort("cache", "layer", "tokens")
     caches = shown["cache"].unique(maintain_order=True).to_list()
@@ -36,51 +37,43 @@ def memory_growth(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VCo
         )
         .properties(width=theme.WIDTH - 100, height=220)
     )
-    return framed([plot], shown, "Bytes held as the context grows", caption, memory_caption(frame), pickable=True)
+    return marks.framed([plot], shown, "Bytes held as the context grows", caption, memory_caption(frame), pickable=True)
 
 
 def memory_caption(frame: pl.DataFrame) -> str:
     """Say how much smaller each cache is than 16 bits at the longest context, and whether that was measured."""
     end = frame.filter(pl.col("tokens") == pl.col("tokens").max())
     held = end.group_by("cache", maintain_order=True).agg(pl.col("bytes").sum(), pl.col("kind").first())
-    sizes = {row["cache"]: row for row in held.iter_rows(named=True)}
-    exact = sizes.pop(EXACT, None)
+    exact = next(iter(held.filter(cache=EXACT)["bytes"]), 0)
     said = [
-        f"{name} holds {row['bytes'] / MEGABYTE:,.1f} MB, {exact['bytes'] / row['bytes']:.2f} times less than fp16"
-        f" ({row['kind']})"
-        for name, row in sizes.items()
-        if exact and row["bytes"]
+        f"{name} holds {size / MEGABYTE:,.1f} MB, {exact / size:.2f} times less than fp16 ({kind})"
+        for name, size, kind in held.filter(pl.col("cache") != EXACT).iter_rows()
+        if exact and size
     ]
     return f"At {end['tokens'][0]:,} tokens " + "; ".join(said) if said else "Solid is measured, dashed is predicted"
 
 
 def _totals(caches: list[str]) -> list[alt.Chart]:
     """Draw each cache: solid with points where measured, dashed where predicted, its name and size at the end."""
-    colour = cache_colour(caches)
-    base = _growth(alt.Chart()).encode(color=colour)
-    tooltip = tips("cache:N", ("tokens:Q", None, ",d"), ("bytes:Q", None, ",d"), "kind:N")
-    name = alt.Text("label:N")
+    base = _growth(alt.Chart()).encode(color=marks.cache_colour(caches))
+    measured, end = base.transform_filter(MEASURED), base.transform_filter("datum.tokens === datum.end")
     return [
         base.transform_filter(AHEAD).mark_line(strokeDash=[5, 4], strokeWidth=2),
-        base.transform_filter(MEASURED).mark_line(strokeWidth=2),
-        base.transform_filter(MEASURED).mark_point(filled=True, size=34, opacity=1).encode(tooltip=tooltip),
-        base.transform_filter("datum.tokens === datum.end")
-        .transform_calculate(label=f"datum.cache + '  ' + {SIZE}")
-        .mark_text(align="left", dx=7, fontWeight=600)
-        .encode(text=name),
+        measured.mark_line(strokeWidth=2),
+        marks.points(measured, columns.tips("cache", "tokens", "bytes", "kind")),
+        marks.labels(end, f"datum.cache + '  ' + {SIZE}"),
     ]
 
 
 def _shares() -> list[alt.Chart]:
     """Draw the picked layer's part of each cache, and say how much it is in the empty corner."""
-    base = _growth(alt.Chart().transform_filter(IS_PICKED))
+    base = _growth(alt.Chart().transform_filter(marks.IS_PICKED))
+    look: dict[str, Any] = {"align": "left", "baseline": "top", "color": theme.PICKED, "fontWeight": 600}
     words = (
         base.transform_filter("datum.tokens === datum.end")
         .transform_window(rank="row_number()", sort=[alt.SortField("megabytes", "descending")])
-        .transform_calculate(label=f"'layer ' + {PICKED} + ' in ' + datum.cache + ': ' + {SIZE}")
-        .mark_text(
-            align="left", baseline="top", color=theme.PICKED, fontWeight=600, dy=alt.expr("16 * datum.rank - 12")
-        )
+        .transform_calculate(label=f"'layer ' + {marks.PICKED} + ' in ' + datum.cache + ': ' + {SIZE}")
+        .mark_text(**look, dy=alt.expr("16 * datum.rank - 12"))
         .encode(x=alt.value(10), y=alt.value(0), text="label:N")
     )
     line = base.transform_filter(f"{MEASURED} || {AHEAD}").mark_line(color=theme.PICKED, strokeWidth=1.5)
@@ -118,113 +111,85 @@ def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str | 
     ``memory_bytes``, ``tokens``. Raises `InputError`: A column or a row is missing, or the plan is of more than one
     context.
     """
-    require(planned, "memory_plan", "cache", "part", "tokens", "batch", "bytes")
-    require(largest, "memory_plan", "cache", "memory_bytes", "tokens")
-    if planned["tokens"].n_unique() > 1:
-        raise InputError(
-            f"memory_plan draws one context, and the frame has {planned['tokens'].n_unique()}: filter it by tokens."
-        )
+    columns.require(planned, "memory_plan", "cache", "part", "tokens", "batch", "bytes")
+    columns.require(largest, "memory_plan", "cache", "memory_bytes", "tokens")
+    if (contexts := planned["tokens"].n_unique()) > 1:
+        raise InputError(f"memory_plan draws one context, and the frame has {contexts}: filter it by tokens.")
     caches = planned["cache"].unique(maintain_order=True).to_list()
-    limit = float(largest["memory_bytes"][0])
-    order = {part: place for place, part in enumerate(PARTS)}
+    part, limit = pl.col("part"), float(largest["memory_bytes"][0])
     bars = planned.select(
         "cache",
-        part=pl.col("part").replace_strict({part: words for part, (words, _) in PARTS.items()}),
-        order=pl.col("part").replace_strict(order),
+        part=part.replace_strict({part: words for part, (words, _) in PARTS.items()}),
+        order=part.replace_strict(list(PARTS), range(len(PARTS))),
         bytes="bytes",
         total=pl.col("bytes").sum().over("cache"),
         limit=pl.lit(limit),
-        context=pl.lit(None, pl.Int64),
     )
-    fits = largest.select(
-        "cache",
-        part=pl.lit(None, pl.String),
-        order=pl.lit(None, pl.Int64),
-        bytes=pl.lit(None, pl.Int64),
-        total=pl.lit(None, pl.Int64),
-        limit=pl.lit(limit),
-        context="tokens",
-    )
-    shown = pl.concat([bars, fits], how="vertical_relaxed")
-    used = [part for part in PARTS if part in planned["part"].unique()]
+    fits = largest.select("cache", limit=pl.lit(limit), context="tokens")
+    shown = pl.concat([bars, fits], how="diagonal_relaxed")
+    used = dict(PARTS[part] for part in PARTS if part in planned["part"])
     plots = [
-        _held(caches, used, bars["total"].max()),  # type: ignore[arg-type]
-        _contexts(caches),
+        plot.properties(width=theme.WIDTH - 130, height=ROW * len(caches))
+        for plot in (_held(caches, used, bars["total"].max()), _contexts(caches))  # type: ignore[arg-type]
     ]
-    return framed(plots, shown, "Memory a cache will hold (predicted)", caption, plan_caption(planned, largest))
+    return marks.framed(plots, shown, "Memory a cache will hold (predicted)", caption, plan_caption(planned, largest))
 
 
 def plan_caption(planned: pl.DataFrame, largest: pl.DataFrame) -> str:
     """Say whether the first cache fits, and how far it and the exact one go."""
-    name, tokens, batch = planned.row(0, named=True)["cache"], planned["tokens"][0], planned["batch"][0]
+    name, tokens, batch = planned.select("cache", "tokens", "batch").row(0)
     held = int(planned.filter(pl.col("cache") == name)["bytes"].sum())
     limit = int(largest["memory_bytes"][0])
     furthest = dict(largest.select("cache", "tokens").rows())
     sequences = f"{batch} sequences of {tokens:,} tokens" if batch > 1 else f"{tokens:,} tokens"
-    beside = f", in 16 bits {furthest['fp16']:,}" if "fp16" in furthest and name != "fp16" else ""
+    beside = f", in 16 bits {furthest[EXACT]:,}" if EXACT in furthest and name != EXACT else ""
     return f"{sequences} as {name}: {amount(held)} of {amount(limit)}. At most {furthest[name]:,} fit{beside}."
 
 
 def amount(nbytes: float) -> str:
     """Say a number of bytes in three digits and a unit of a power of 1,000."""
-    unit, size = next(
-        ((u, s) for u, s in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if nbytes >= s), ("B", 1.0)
-    )
+    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
+    unit, size = next((pair for pair in units if nbytes >= pair[1]), units[-1])
     return f"{nbytes / size:.3g} {unit}"
 
 
-def _held(caches: list[str], used: list[str], greatest: int) -> Plot:
+def _held(caches: list[str], colours: dict[str, str], greatest: int) -> marks.Plot:
     size, unit = (1e9, "GB") if greatest >= 1e9 else (1e6, "MB")
     axis = alt.X("size:Q", title=f"bytes held ({unit})").axis(tickCount=6).scale(zero=True, nice=False, padding=0)
-    colour = alt.Color("part:N", title=None, sort=None, legend=alt.Legend(orient="bottom", columns=len(used))).scale(
-        domain=[PARTS[part][0] for part in used], range=[PARTS[part][1] for part in used]
-    )
+    colour = marks.scaled(alt.Color, "part", colours).sort(None).legend(orient="bottom", columns=len(colours))
     rows = alt.Chart().transform_filter("isValid(datum.part)").transform_calculate(size=f"datum.bytes / {size}")
-    base = rows.encode(y=alt.Y("cache:N", sort=caches, title=None).scale(paddingInner=0.3))
+    base = rows.encode(y=_rows(caches))
     bars = base.mark_bar().encode(
         x=axis.stack("zero"),
         color=colour,
         order=alt.Order("order:Q"),
-        tooltip=tips("cache:N", "part:N", ("bytes:Q", None, ",d"), ("total:Q", "all parts", ",d")),
+        tooltip=columns.tips("cache", "part", "bytes", "total"),
     )
-    totals = (
-        base.transform_aggregate(groupby=["cache", "total", "limit"])
-        .transform_calculate(
-            size=f"datum.total / {size}",
-            label=f"format(datum.total / {size}, ',.3~r') + ' {unit}' + ({FITS} ? ', fits' : ', does not fit')",
-        )
-        .mark_text(align="left", dx=6, fontWeight=600)
-        .encode(x=axis, text="label:N")
-    )
-    edge = rows.transform_aggregate(groupby=["limit"]).transform_calculate(
-        size=f"datum.limit / {size}", label=f"format(datum.limit / {size}, ',.3~r') + ' {unit} of memory'"
-    )
+    totals = base.transform_aggregate(groupby=["cache", "total", "limit"])
+    edge = rows.transform_aggregate(groupby=["limit"]).transform_calculate(size=f"datum.limit / {size}")
     rule = edge.mark_rule(strokeDash=[5, 4], color=theme.PICKED).encode(x=axis)
-    word = edge.mark_text(align="left", dx=4, dy=-6, color=theme.PICKED, fontWeight=600).encode(
-        x=axis, y=alt.value(0), text="label:N"
+    written = f"format(datum.size, ',.3~r') + ' {unit}"
+    word = (
+        edge.transform_calculate(label=f"{written} of memory'")
+        .mark_text(align="left", dx=4, dy=-6, color=theme.PICKED, fontWeight=600)
+        .encode(x=axis, y=alt.value(0), text="label:N")
     )
-    return alt.layer(bars, rule, word, totals).properties(width=theme.WIDTH - 130, height=ROW * len(caches))
+    sums = totals.transform_calculate(size=f"datum.total / {size}")
+    return alt.layer(
+        bars, rule, word, marks.labels(sums, f"{written}' + ({FITS} ? ', fits' : ', does not fit')", x=axis)
+    )
 
 
-def _contexts(caches: list[str]) -> Plot:
+def _contexts(caches: list[str]) -> marks.Plot:
+    x = alt.X("context:Q", title="largest context that fits (tokens of each sequence)").scale(zero=True, nice=False)
     base = (
         alt.Chart()
         .transform_filter("isValid(datum.context)")
-        .encode(
-            x=alt.X("context:Q", title="largest context that fits (tokens of each sequence)")
-            .axis(tickCount=6, format="~s")
-            .scale(zero=True, nice=False),
-            y=alt.Y("cache:N", sort=caches, title=None).scale(paddingInner=0.3),
-        )
+        .encode(x=x.axis(tickCount=6, format="~s"), y=_rows(caches))
     )
-    colours = [theme.colour_of(cache) for cache in caches]
-    bars = base.mark_bar().encode(
-        color=alt.Color("cache:N", legend=None).scale(domain=caches, range=colours),
-        tooltip=tips("cache:N", ("context:Q", "tokens", ",d")),
-    )
-    words = (
-        base.transform_calculate(label="format(datum.context, ',d')")
-        .mark_text(align="left", dx=6, fontWeight=600)
-        .encode(text="label:N")
-    )
-    return alt.layer(bars, words).properties(width=theme.WIDTH - 130, height=ROW * len(caches))
+    bars = base.mark_bar().encode(color=marks.cache_colour(caches), tooltip=columns.tips("cache", "context"))
+    return alt.layer(bars, marks.labels(base, "format(datum.context, ',d')"))
+
+
+def _rows(caches: list[str]) -> alt.Y:
+    return alt.Y("cache:N", sort=caches, title=None).scale(paddingInner=0.3)

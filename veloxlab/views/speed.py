@@ -5,10 +5,8 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from veloxlab.views import theme
-from veloxlab.views.furniture import cache_colour, framed, require, tips
+from veloxlab.views import columns, marks, scales, theme
 from veloxlab.views.memory import MEGABYTE
-from veloxlab.views.scales import not_drawn, on_log_scale
 
 ROW = 17  # pixels of a cache's bar
 
@@ -22,13 +20,13 @@ def attention_times(
     ``roofline_microseconds`` (the call's bytes at the device's copying speed) and ``ratio`` (to the exact cache).
     ``heading``: what is seen, such as the device.
     """
-    needed = ("tokens", "microseconds", "roofline_microseconds", "ratio")
-    require(frame, "attention_times", "cache", *needed)
-    shown = frame.select("cache", *needed).sort("tokens", maintain_order=True)
+    needed = ("cache", "tokens", "microseconds", "roofline_microseconds", "ratio")
+    shown = columns.require(frame, "attention_times", *needed).sort("tokens", maintain_order=True)
     caches = shown["cache"].unique(maintain_order=True).to_list()
     lengths = shown["tokens"].unique(maintain_order=True).to_list()
-    plots = [_panel(length, caches, last=length == lengths[-1]) for length in lengths]
-    return framed(plots, shown, heading, caption, times_caption(frame))
+    height = ROW * len(caches)
+    plots = marks.panels(lengths, lambda tokens, last: _times(tokens, caches, last), theme.WIDTH - 150, height)
+    return marks.framed(plots, shown, heading, caption, times_caption(frame))
 
 
 def times_caption(frame: pl.DataFrame) -> str:
@@ -44,57 +42,40 @@ def times_caption(frame: pl.DataFrame) -> str:
     )
 
 
-def _panel(tokens: int, caches: list[str], *, last: bool) -> alt.LayerChart:
-    base = (
-        alt.Chart()
-        .transform_filter(f"datum.tokens === {tokens}")
-        .encode(y=alt.Y("cache:N", sort=caches, title=None).axis(ticks=False, labelLimit=160, minExtent=110))
-    )
-    colours = cache_colour(caches)
-    title = [f"µs at {tokens:,} tokens"]
-    x = alt.X("microseconds:Q", title=title if not last else [*title, "(ratio to exact beside each bar)"])
-    tooltip = tips(
-        "cache:N",
-        ("tokens:Q", None, ",d"),
-        ("microseconds:Q", "µs, measured", ".0f"),
-        ("roofline_microseconds:Q", "µs, bytes alone", ".0f"),
-        ("ratio:Q", "of exact's time", ".2f"),
-    )
-    bars = base.mark_bar(height=ROW - 5, cornerRadiusEnd=2).encode(x=x, color=colours, tooltip=tooltip)
+def _times(tokens: int, caches: list[str], last: bool) -> marks.Plot:
+    y = alt.Y("cache:N", sort=caches, title=None).axis(ticks=False, labelLimit=160, minExtent=110)
+    base = marks.only(tokens=tokens).encode(y=y)
+    title = [f"µs at {tokens:,} tokens", *(["(ratio to exact beside each bar)"] if last else [])]
+    told = columns.tips("cache", "tokens", "microseconds", "roofline_microseconds", ("ratio", "ratio to exact", ".2f"))
+    bars = base.mark_bar(height=ROW - 5, cornerRadiusEnd=2)
     ticks = base.mark_tick(thickness=2, size=ROW - 3, color=theme.PICKED).encode(x="roofline_microseconds:Q")
-    text = (
-        base.transform_calculate(label="format(datum.microseconds, '.0f') + ' µs  ' + format(datum.ratio, '.2f') + '×'")
-        .mark_text(align="left", dx=5)
-        .encode(x="microseconds:Q", text="label:N")
-    )
-    layered: alt.LayerChart = alt.layer(bars, ticks, text)  # type: ignore[assignment]
-    return layered.properties(width=theme.WIDTH - 150, height=ROW * len(caches))
+    words = "format(datum.microseconds, '.0f') + ' µs  ' + format(datum.ratio, '.2f') + '×'"
+    text = base.transform_calculate(label=words).mark_text(align="left", dx=5)
+    x = alt.X("microseconds:Q", title=title)
+    bars = bars.encode(x=x, color=marks.cache_colour(caches), tooltip=told)
+    return alt.layer(bars, ticks, text.encode(x="microseconds:Q", text="label:N"))
 
 
-PANELS = (
-    ("prefill_peak_bytes", ["peak while reading", "MB"], MEGABYTE),
-    ("decode_peak_bytes", ["peak while continuing", "MB"], MEGABYTE),
-    ("decode_seconds", ["a token behind it", "ms"], 1e-3),
-)
+PANELS = {  # column: axis title and unit
+    "prefill_peak_bytes": (["peak while reading", "MB"], MEGABYTE),
+    "decode_peak_bytes": (["peak while continuing", "MB"], MEGABYTE),
+    "decode_seconds": (["a token behind it", "ms"], 1e-3),
+}
 
 
 def costs_by_length(
-    frame: pl.DataFrame, *, heading: str = "What a length of text costs", caption: str | None = None
-) -> alt.VConcatChart:
+    frame: pl.DataFrame, *, heading: str = "Peak memory and time per token against the length of a text",
+    caption: str | None = None,
+) -> alt.VConcatChart:  # fmt: skip
     """Draw peaks of memory and the time of a token against the tokens of the text, a line for each cache.
 
     Rows of `veloxlab.measure.lengths.LENGTHS`: ``cache``, ``tokens`` and the three measures of `PANELS`. ``heading``:
     what is seen, such as the model.
     """
-    needed = ("cache", "tokens", *(name for name, _, _ in PANELS))
-    require(frame, "costs_by_length", *needed)
-    shown = frame.select(*needed).sort("tokens", maintain_order=True)
-    caches = shown["cache"].unique(maintain_order=True).to_list()
-    plots = [
-        _cost_panel(name, title, unit, caches, _lengths(shown), place)
-        for place, (name, title, unit) in enumerate(PANELS)
-    ]
-    return framed(plots, shown, heading, caption, lengths_caption(frame))
+    shown = columns.require(frame, "costs_by_length", "cache", "tokens", *PANELS).sort("tokens", maintain_order=True)
+    caches, tokens = shown["cache"].unique(maintain_order=True).to_list(), _lengths(shown)
+    plots = marks.panels(list(PANELS), lambda name, last: _costs(name, caches, tokens, last), theme.WIDTH, 130)
+    return marks.framed(plots, shown, heading, caption, lengths_caption(frame))
 
 
 def lengths_caption(frame: pl.DataFrame) -> str:
@@ -103,18 +84,17 @@ def lengths_caption(frame: pl.DataFrame) -> str:
     peaks = ("prefill_peak_bytes", "decode_peak_bytes")
     whole = frame.drop_nulls(["tokens", *peaks])
     shared = [set(_lengths(whole.filter(pl.col("cache") == name))) for name in (caches[0], caches[-1])]
-    left_out = not_drawn(frame["tokens"], zero=True)
+    left_out = scales.not_drawn(frame["tokens"], zero=True)
     if len(caches) < 2 or not shared[0] & shared[1]:
-        return "; ".join(["Memory beside the model's weights, and the time of one more token", *left_out])
+        return marks.sentence("Memory beside the model's weights, and the time of one more token", *left_out)
     longest = max(shared[0] & shared[1])
     rows = {row["cache"]: row for row in whole.filter(pl.col("tokens") == longest).iter_rows(named=True)}
-    first, last = rows[caches[0]], rows[caches[-1]]
-    shares = [f"{last[name] / first[name]:.2f}" for name in peaks]
+    reading, continuing = (f"{rows[caches[-1]][name] / rows[caches[0]][name]:.2f}" for name in peaks)
     said = (
-        f"At {longest:,} tokens {caches[-1]} peaks at {shares[0]} of {caches[0]}'s memory while reading, "
-        f"at {shares[1]} while continuing"
+        f"At {longest:,} tokens {caches[-1]} peaks at {reading} of {caches[0]}'s memory while reading, "
+        f"at {continuing} while continuing"
     )
-    return "; ".join([said, *left_out])
+    return marks.sentence(said, *left_out)
 
 
 def _lengths(frame: pl.DataFrame) -> list[int]:
@@ -123,25 +103,18 @@ def _lengths(frame: pl.DataFrame) -> list[int]:
     return tokens.filter(tokens.is_finite() & (tokens > 0)).to_list()
 
 
-def _cost_panel(
-    name: str, title: list[str], unit: float, caches: list[str], tokens: list[int], place: int
-) -> alt.LayerChart:
-    last = place == len(PANELS) - 1
-    colour = alt.Color("cache:N", legend=None if place else alt.Legend(title=None, orient="top")).scale(
-        domain=caches, range=[theme.colour_of(cache) for cache in caches]
-    )
+def _costs(name: str, caches: list[str], tokens: list[int], last: bool) -> marks.Plot:
+    title, unit = PANELS[name]
     axis = alt.Axis(values=tokens, format=",d", labels=last, ticks=last, title="tokens of text" if last else None)
+    legend = alt.Legend(title=None, orient="top") if name == next(iter(PANELS)) else None
     base = (
-        on_log_scale(alt.Chart(), "tokens")
+        scales.on_log_scale(alt.Chart(), "tokens")
         .transform_filter(f"isValid(datum.{name})")
         .transform_calculate(shown=f"datum.{name} / {unit}")
         .encode(
             x=alt.X("tokens_drawn:Q", axis=axis).scale(type="log", base=2, nice=False),
             y=alt.Y("shown:Q", title=title).axis(tickCount=4).scale(zero=True),
-            color=colour,
+            color=marks.cache_colour(caches).legend(legend),
         )
     )
-    tooltip = tips("cache:N", ("tokens:Q", None, ",d"), ("shown:Q", " in ".join(title), ",.3~r"))
-    line = base.mark_line(strokeWidth=2)
-    points = base.mark_point(filled=True, size=34, opacity=1).encode(tooltip=tooltip)
-    return alt.layer(line, points).properties(width=theme.WIDTH, height=130)  # type: ignore[return-value]
+    return marks.line_points(base, columns.tips("cache", "tokens", ("shown", " in ".join(title), ",.3~r")))

@@ -1,0 +1,223 @@
+"""Parts that charts share: frames of charts, panels, axes, colours, common marks, and words of captions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+import altair as alt
+import polars as pl
+
+from veloxlab.views import theme
+
+PICKED = "picked_layer"
+IS_PICKED = f"datum.layer === {PICKED}"
+ALTAIR_ROWS = 5_000
+CELLS = 1_600  # of a map at most: more would make a slider stutter, so heads are then drawn in groups
+CROSS: dict[str, Any] = {"text": "×", "fontSize": 13, "fontWeight": "bold", "color": theme.PICKED}  # not finite
+Channel = TypeVar("Channel", alt.Color, alt.Shape, alt.StrokeDash)
+Plot = alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart | alt.HConcatChart
+
+
+def framed(
+    plots: Sequence[Plot],
+    data: pl.DataFrame,
+    heading: str,
+    caption: str | None,
+    usual: str,
+    *,
+    pickable: bool = False,
+    dashed: bool = False,
+) -> alt.VConcatChart:
+    """Stack plots of the same rows under a heading and the param ``caption``, which is ``usual`` where none is given.
+
+    ``pickable`` plots mark the param ``picked_layer``; ``dashed`` ones tell lines apart by dashes.
+    """
+    params = [alt.param(name="caption", value=usual if caption is None else caption)]
+    if pickable:
+        params.append(alt.param(name=PICKED, value=None))
+    dashes: dict[str, Any] = {"strokeDash": "independent"} if dashed else {}
+    first = plots[0].properties(title=alt.TitleParams(text=alt.expr("caption"), style="caption"))
+    chart: alt.VConcatChart = (
+        alt.vconcat(first, *plots[1:], title=alt.TitleParams(text=heading), spacing=10)
+        .add_params(*params)
+        .resolve_scale(color="independent", opacity="independent", shape="independent", **dashes)
+    )
+    # Altair refuses longer frames for the marks they might become; ours are pooled before they are drawn
+    chart.data = data if data.height <= ALTAIR_ROWS else alt.InlineData(values=data.to_dicts())
+    return chart
+
+
+def panels(items: Sequence[Any], draw: Callable[[Any, bool], Plot], width: object, height: object) -> list[Plot]:
+    """Draw a panel for each item, of one size; ``draw`` is told whether it is the last, which has the x axis."""
+    return [draw(item, item == items[-1]).properties(width=width, height=height) for item in items]
+
+
+def only(**values: object) -> alt.Chart:
+    """Give a chart of the rows that have these values in these columns."""
+    tests = (f"datum.{name} === {value!r}" for name, value in values.items())
+    return alt.Chart().transform_filter(" && ".join(tests))
+
+
+def scaled(channel: type[Channel], field: str, looks: Mapping[str, Any], *, legend: bool = True) -> Channel:
+    """Give each name in a field its own look, with or without a legend."""
+    scale: Channel = channel(f"{field}:N", title=None).scale(domain=list(looks), range=list(looks.values()))
+    return scale if legend else scale.legend(None)
+
+
+def cache_colour(caches: Sequence[str]) -> alt.Color:
+    """Give caches the colours of their methods, without a legend."""
+    return scaled(alt.Color, "cache", {name: theme.colour_of(name) for name in caches}, legend=False)
+
+
+def tensor_colour(*, legend: bool = True) -> alt.Color:
+    """Give keys and values the colours that they have in every chart."""
+    return scaled(alt.Color, "tensor", theme.TENSORS, legend=legend)
+
+
+def tensor_shape() -> alt.Shape:
+    """Give keys and values the shapes that points by layer have."""
+    return scaled(alt.Shape, "tensor", {"keys": "circle", "values": "square"})
+
+
+def method_look(methods: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
+    """Give methods the colours and shapes that they have in every chart, with one legend, in this order."""
+    legend = alt.Legend(symbolOpacity=1, symbolSize=60)
+    colour = scaled(alt.Color, "method", {method: theme.colour_of(method) for method in methods})
+    shape = scaled(alt.Shape, "method", {method: theme.shape_of(method) for method in methods})
+    return colour.legend(legend), shape.legend(legend)
+
+
+def points(base: alt.Chart, tooltip: list[alt.Tooltip], size: int = 34, **more: Any) -> alt.Chart:
+    """Draw filled points with a tooltip; ``more`` are encodings."""
+    return base.mark_point(filled=True, size=size, opacity=1).encode(tooltip=tooltip, **more)  # type: ignore[no-any-return]
+
+
+def line_points(base: alt.Chart, tooltip: list[alt.Tooltip], size: int = 34, **more: Any) -> alt.LayerChart:
+    """Draw a line and its points; ``more`` are encodings of the points."""
+    return alt.layer(base.mark_line(strokeWidth=1.5), points(base, tooltip, size, **more))  # type: ignore[return-value]
+
+
+def step_area(base: alt.Chart) -> alt.Chart:
+    """Draw the bins of a density."""
+    return base.mark_area(interpolate="step", opacity=0.3, line={"interpolate": "step", "strokeWidth": 1.5})  # type: ignore[no-any-return]
+
+
+def crosses(base: alt.Chart, **encodings: Any) -> alt.Chart:
+    """Mark the rows with values that are not finite, at the top of a plot unless ``y`` is given."""
+    marks = base.transform_filter("datum.not_finite > 0").mark_text(**CROSS)
+    return marks.encode(**({"y": alt.value(6)} | encodings))  # type: ignore[no-any-return]
+
+
+def labels(base: alt.Chart, label: str, **more: Any) -> alt.Chart:
+    """Write a text at the right of what is drawn: a Vega expression; ``more`` are encodings."""
+    text = base.transform_calculate(label=label).mark_text(align="left", dx=6, fontWeight=600)
+    return text.encode(text="label:N", **more)  # type: ignore[no-any-return]
+
+
+def layer_step(layers: int) -> float:
+    """Give the width of one layer in pixels, so that a chart of any model is about as wide."""
+    return min(theme.WIDTH / max(layers, 1), 40)
+
+
+def layer_width(layers: int) -> float:
+    """Give the width of all layers, for marks side by side in a layer: a step would be of one mark."""
+    return layer_step(layers) * max(layers, 1)
+
+
+def layer_axis(*, labelled: bool, gap: float = 0) -> alt.X:
+    """Give the x axis that all plots by layer share, with a gap between layers as a share of a step."""
+    axis = alt.Axis(title="layer") if labelled else alt.Axis(labels=False, title=None)
+    return alt.X("layer:O", axis=axis).scale(paddingInner=gap, paddingOuter=gap / 2)
+
+
+def layer_columns() -> alt.Chart:
+    """Make every layer's full height something that can be clicked, whatever is drawn there."""
+    columns = alt.Chart().transform_aggregate(groupby=["layer"])
+    return columns.mark_rect(opacity=0, cursor="pointer", tooltip=None).encode(x="layer:O")  # type: ignore[no-any-return]
+
+
+def picked_outline() -> alt.Chart:
+    """Draw a frame around the picked layer, over the full height of a plot and inside it, so that nothing moves."""
+    look: dict[str, Any] = {
+        "filled": False,
+        "fill": None,
+        "stroke": theme.PICKED,
+        "strokeWidth": 2,
+        "y2Offset": -2,
+        "cornerRadius": 2,
+    }
+    picked = alt.Chart().transform_filter(IS_PICKED).transform_aggregate(groupby=["layer"])
+    outline = picked.mark_rect(**look, cursor="pointer")
+    return outline.encode(x="layer:O", y=alt.value(2), y2=alt.value("height"))  # type: ignore[no-any-return]
+
+
+def over_layers(*marks: alt.Chart) -> alt.LayerChart:
+    """Lay marks over clickable layers, and a frame around the picked one over them."""
+    return alt.layer(layer_columns(), *marks, picked_outline())  # type: ignore[return-value]
+
+
+def lines_by_layer(
+    base: alt.Chart, tooltip: list[alt.Tooltip], *more: alt.Chart, size: int = 30, **encodings: Any
+) -> alt.LayerChart:
+    """Lay lines and points over clickable layers and the frame around the picked one; ``encodings`` are the points'."""
+    dots = base.mark_point(filled=True, size=size, opacity=1, cursor="pointer").encode(tooltip=tooltip, **encodings)
+    return alt.layer(layer_columns(), picked_outline(), base.mark_line(strokeWidth=1.5), dots, *more)  # type: ignore[return-value]
+
+
+class HeadMap:
+    """The grid of a map of layers and KV heads, a map for each tensor.
+
+    ``rows``: of the map. Many heads are drawn in groups.
+    """
+
+    def __init__(self, rows: pl.DataFrame) -> None:
+        layers, heads = rows["layer"].n_unique(), rows["head"].n_unique()
+        self.tensors = tensors_of(rows)
+        self.group = math.ceil(layers * heads * len(self.tensors) / CELLS)
+        self.words = "KV head" if self.group == 1 else f"KV heads, by {self.group}"
+        step = layer_step(layers)
+        self.width = alt.Step(step)
+        self.height = alt.Step(max(min(step, 18), 6, 40 / heads))
+
+    def cells(
+        self, tensor: str, calculated: Mapping[str, str], pooled: Mapping[str, Any], x: alt.X, gap: float = 0
+    ) -> alt.Chart:
+        """Give one tensor's rows with ``calculated`` fields, ``pooled`` over the heads of a group."""
+        first = f"floor(datum.head / {self.group}) * {self.group}"
+        rows = only(tensor=tensor).transform_calculate(group=first, **calculated)
+        y = alt.Y("group:O", title=[tensor, self.words]).scale(paddingInner=gap)
+        return rows.transform_aggregate(**pooled, groupby=["layer", "group"]).encode(x=x, y=y)
+
+
+def grouped(count: int, most: int, what: str) -> tuple[int, str]:
+    """Say by how many neighbours ``count`` marks are drawn, so that there are ``most``, and the axis title for it."""
+    group = math.ceil(count / most)
+    return group, what if group == 1 else f"{what}s, by {group}"
+
+
+def tensors_of(frame: pl.DataFrame) -> list[str]:
+    """Name the tensors that a frame has, keys before values."""
+    return [tensor for tensor in theme.TENSORS if tensor in frame["tensor"]]
+
+
+def by_tensor(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
+    """Give the rows of keys and of values, where there are any."""
+    for tensor in tensors_of(frame):
+        yield tensor, frame.filter(pl.col("tensor") == tensor)
+
+
+def head_words(frame: pl.DataFrame) -> str:
+    """Name the one layer and KV head of a frame."""
+    return f"Layer {frame['layer'][0]}, KV head {frame['head'][0]}"
+
+
+def sentence(*parts: str) -> str:
+    """Join the parts of a caption that say something."""
+    return "; ".join(part for part in parts if part)
+
+
+def broken(count: int) -> str:
+    """Say how many values are not finite; nothing if there are none."""
+    return f"× {count} not finite" if count else ""

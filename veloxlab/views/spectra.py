@@ -1,0 +1,182 @@
+"""How many directions keys and values take up: the spectrum of one head, and effective dimensions by layer."""
+
+from __future__ import annotations
+
+import altair as alt
+import polars as pl
+
+from veloxlab.views import columns, marks, scales, theme
+
+ABOUT = {"origin": "with the mean vector", "mean": "without it"}
+DASHES = dict(zip(ABOUT.values(), ([4, 3], [1, 0]), strict=True))
+SEEN = "datum.{} ? '{origin}' : '{mean}'".format("{}", **ABOUT)  # a Vega expression of the words, from a test
+FLOOR = 1e-4  # shares below are drawn there
+MEANS = [pl.col(n).filter(pl.col(n).is_finite()).mean() for n in ("uncentred", "centred", "mean_share")]
+
+
+def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+    """Draw the share of energy in each direction of one head, with its mean vector (dashed) and without.
+
+    Rows of one head of `veloxlab.measure.spectra.SPECTRUM`.
+    """
+    shown = columns.require_head(frame, "spectrum", "tensor", "about", "rank", "share")
+    domain = (FLOOR, 1.0)
+    line = (
+        scales.on_log_scale(alt.Chart(), "share", domain)
+        .transform_calculate(seen=SEEN.format("about === 'origin'"))
+        .mark_line(strokeWidth=1.8)
+        .encode(
+            x=alt.X("rank:Q", title="direction, by decreasing energy")
+            .scale(nice=False, domainMin=1)
+            .axis(tickMinStep=1),
+            y=scales.log_y("share", ["one direction's", "share of energy"], domain),
+            color=marks.tensor_colour(),
+            strokeDash=_with_mean(),
+            tooltip=columns.tips("tensor", "seen", "rank", "share"),
+        )
+        .properties(width=theme.WIDTH - 110, height=190)
+    )
+    heading = "Share of energy in each direction of one head"
+    return marks.framed([line], shown, heading, caption, spectrum_caption(frame), dashed=True)
+
+
+def spectrum_caption(frame: pl.DataFrame) -> str:
+    """Say the effective dimensions (Σλ)² / Σλ² of keys and of values, with the mean vector and without."""
+    said = []
+    for tensor, own in marks.by_tensor(frame.filter(pl.col("share").is_finite())):
+        squares = [own.filter(pl.col("about") == about)["share"].pow(2).sum() for about in ABOUT]
+        found = [1 / float(square) if square else 0.0 for square in squares]  # a head of zeros has no direction
+        said.append(f"{tensor} {found[0]:.1f} with the mean, {found[1]:.1f} without it")
+    return f"{marks.head_words(frame)}. Effective dimensions: " + marks.sentence(
+        *said, *scales.not_drawn(frame["share"])
+    )
+
+
+def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+    """Draw effective dimensions of every layer with and without the mean vector, and what the mean vector holds.
+
+    Rows of `veloxlab.measure.spectra.DIMENSIONS`; heads are averaged.
+    """
+    numbers = ("layer", "head", "head_dim", "uncentred", "centred", "mean_share")
+    columns.require(frame, "dimensions_by_layer", "tensor", *numbers)
+    means = frame.group_by("layer", "tensor", maintain_order=True).agg(*MEANS)
+    width = alt.Step(0.88 * marks.layer_step(means["layer"].n_unique()))  # room for a broad legend
+    plots = [_counts(means).properties(width=width, height=150), _mean_shares().properties(width=width, height=80)]
+    heading, usual = "Effective dimensions, and the mean vector's share", dimensions_caption(frame)
+    return marks.framed(plots, means, heading, caption, usual, pickable=True, dashed=True)
+
+
+def dimensions_caption(frame: pl.DataFrame) -> str:
+    """Say the mean effective dimensions over all heads, and the share of energy that is the mean vector."""
+    means = frame.group_by("tensor").agg(*MEANS).drop_nulls()
+    rows = [own.row(0, named=True) for _, own in marks.by_tensor(means)]
+    counts = ("{tensor} {uncentred:.1f} with the mean, {centred:.1f} without".format(**row) for row in rows)
+    shares = " and ".join(f"{100 * row['mean_share']:.0f} %" for row in rows)
+    said = f"Of {frame['head_dim'][0]}: {marks.sentence(*counts)}. The mean vector holds {shares}"
+    return marks.sentence(
+        said, *scales.not_drawn(pl.concat([frame["uncentred"], frame["centred"].rename("uncentred")]))
+    )
+
+
+def _counts(means: pl.DataFrame) -> marks.Plot:
+    domain = scales.log_domain([*means["uncentred"], *means["centred"]])
+    counts = alt.Chart().transform_fold(["uncentred", "centred"], as_=["which", "dimensions"])
+    base = (
+        scales.on_log_scale(counts, "dimensions", domain)
+        .transform_calculate(seen=SEEN.format("which === 'uncentred'"))
+        .encode(
+            x=marks.layer_axis(labelled=False),
+            y=scales.log_y("dimensions", ["effective dimensions", "mean over KV heads"], domain),
+            color=marks.tensor_colour(),
+            strokeDash=_with_mean(),
+        )
+    )
+    told = columns.tips("layer", "tensor", "seen", "dimensions")
+    return marks.lines_by_layer(base, told, size=26, strokeDash=alt.StrokeDash())
+
+
+def _mean_shares() -> marks.Plot:
+    y = alt.Y("mean_share:Q", title=["mean vector's", "share of energy"]).scale(domain=[0, 1])
+    base = alt.Chart().encode(
+        x=marks.layer_axis(labelled=True), y=y.axis(format="%", tickCount=3), color=marks.tensor_colour(legend=False)
+    )
+    return marks.lines_by_layer(base, columns.tips("layer", "tensor", "mean_share"), size=26)
+
+
+def _with_mean() -> alt.StrokeDash:
+    return marks.scaled(alt.StrokeDash, "seen", DASHES).legend(symbolType="stroke")
+
+
+STAGES = ("before RoPE", "after RoPE")
+PARTS = {"mean vector": 1.0, "around it": 0.4}
+
+
+def pair_energy(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+    """Draw the energy of each RoPE pair of one head's keys, and how much of it is their mean before RoPE.
+
+    Rows of one head of `veloxlab.measure.spectra.PAIRS`.
+    """
+    numbers = ("pair", "first", "second", "wavelength", "energy_share", "mean_share")
+    shown = columns.require_head(frame, "pair_energy", *numbers)
+    ends = shown.sort("pair")["wavelength"]
+    title = f"pair, from a turn in {ends[0]:,.3g} tokens to one in {ends[-1]:,.0f}"
+    parts = "datum.part === 'mean' ? '{}' : '{}'".format(*PARTS)
+    bars = (
+        alt.Chart()
+        .transform_calculate(mean="datum.energy_share * datum.mean_share", rest="datum.energy_share - datum.mean")
+        .transform_fold(["mean", "rest"], as_=["part", "share"])
+        .transform_calculate(what=parts, order="datum.part === 'mean' ? 0 : 1")
+        .mark_bar(color=theme.KEYS)
+        .encode(
+            x=alt.X("pair:O", title=title),
+            y=alt.Y("share:Q", title=["keys", "share of energy"]).axis(format="%", tickCount=5),
+            opacity=alt.Opacity("what:N", title=None)
+            .scale(domain=list(PARTS), range=list(PARTS.values()))
+            .legend(symbolFillColor=theme.KEYS, symbolStrokeWidth=0, symbolType="square"),
+            order=alt.Order("order:Q"),
+            tooltip=columns.tips("pair", "first", "second", "wavelength", "what", "share"),
+        )
+        .properties(width=theme.WIDTH - 90, height=150)
+    )
+    return marks.framed([bars], shown, "Energy of the pairs of channels that RoPE turns", caption, pair_caption(frame))
+
+
+def pair_caption(frame: pl.DataFrame) -> str:
+    """Say which pair holds most, and what the slower half of the pairs holds together."""
+    most = frame.sort("energy_share", "pair").row(-1, named=True)
+    slow = frame.filter(pl.col("pair") >= pl.col("pair").max() / 2)["energy_share"].sum()
+    return (
+        f"{marks.head_words(frame)}. Pair {most['pair']} (channels {most['first']} and {most['second']}) holds "
+        f"{100 * most['energy_share']:.0f} %, {100 * most['mean_share']:.0f} % of it its mean; "
+        f"the slower half {100 * slow:.0f} %"
+    )
+
+
+def pair_turns(
+    frame: pl.DataFrame, *, heading: str = "One pair of channels of the keys", caption: str = ""
+) -> alt.VConcatChart:
+    """Draw one pair of channels over the tokens, before and after RoPE, side by side in one scale.
+
+    Rows of `veloxlab.measure.spectra.PAIR_POINTS`. Later tokens are stronger. ``heading``: what is seen, such as layer,
+    head and pair.
+    """
+    shown = columns.require(frame, "pair_turns", "stage", "position", "x", "y")
+    reach = float(max(shown["x"].abs().max(), shown["y"].abs().max(), 1e-12)) * 1.05  # type: ignore[type-var, arg-type]
+    plots = marks.panels(STAGES, lambda stage, last: _cloud(stage, reach, first=not last), 230, 230)
+    side_by_side: alt.HConcatChart = alt.hconcat(*plots, spacing=24)
+    usual = f"{shown['position'].n_unique()} tokens, from faint to strong; a cross marks their mean"
+    return marks.framed([side_by_side], shown, heading, caption or None, usual)
+
+
+def _cloud(stage: str, reach: float, *, first: bool) -> marks.Plot:
+    own = marks.only(stage=stage)
+    x = alt.X("x:Q", title=f"first coordinate, {stage}").scale(domain=[-reach, reach], nice=False)
+    y = alt.Y("y:Q", title="second coordinate" if first else None).scale(domain=[-reach, reach], nice=False)
+    dots = own.mark_circle(size=14, color=theme.KEYS).encode(
+        x=x.axis(tickCount=5),
+        y=y.axis(tickCount=5),
+        opacity=alt.Opacity("position:Q", legend=None).scale(range=[0.15, 0.9]),
+        tooltip=columns.tips("position", "x", "y"),
+    )
+    mean = own.transform_aggregate(x="mean(x)", y="mean(y)").mark_text(text="+", fontSize=22, fontWeight="bold")
+    return alt.layer(dots, mean.encode(x="x:Q", y="y:Q"))
