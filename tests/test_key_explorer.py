@@ -121,7 +121,7 @@ def test_controls_and_traits_are_one(explorer):
         ("layer", 30, "There is no layer 30: choose one from 6 to 9"),
         ("head", 3, "There is no KV head 3: choose one from 0 to 2"),
         ("tensor", "queries", "tensor='queries' cannot be used: give 'keys' or 'values'"),
-        ("space", "fourier", "There is no space 'fourier': choose one of raw"),
+        ("space", "fourier", "space='fourier' cannot be used: give 'raw', "),
         ("method", "turbo", "Unknown method 'turbo'"),
         ("method", "commvq", "'commvq' cannot be chosen here: choose one of turboquant, "),
         ("method", "none", "'none' cannot be chosen here"),

@@ -162,7 +162,7 @@ def test_its_state_can_be_taken_away_and_brought_back(lab):
         ({"layers": {"3": [0, 2]}}, "Keys at bits=0 are out of range"),
         ({"method": "turbo"}, "Unknown method 'turbo'"),
         ({"method": "rabitq", "head": 5}, "There is no KV head 5"),
-        ({"page": "speed"}, "There is no page 'speed'"),
+        ({"page": "speed"}, "page='speed' cannot be used"),
     ):
         with pytest.raises(InputError, match=sentence):
             lab.restore(state | impossible)
@@ -187,10 +187,10 @@ def test_it_can_be_taken_away_as_one_page(lab, tmp_path):
         ("key_bits", 9, "Keys at bits=9 are out of range"),
         ("window", -1, "window=-1 cannot be used: give a whole number, 0 or more"),
         ("layer", 30, "There is no layer 30: choose one from 0 to 29"),
-        ("metric", "speed", "There is no metric 'speed'"),
+        ("metric", "speed", "metric='speed' cannot be used"),
         ("method", "none", "'none' cannot be chosen here"),
         ("head", 3, "There is no KV head 3"),
-        ("page", "speed", "There is no page 'speed'"),
+        ("page", "speed", "page='speed' cannot be used"),
     ],
 )
 def test_impossible_knobs_are_refused_and_nothing_changes(lab, knob, value, sentence):

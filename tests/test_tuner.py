@@ -101,7 +101,7 @@ def test_the_charts_show_what_the_tables_say(tuner, rates):
 )
 def test_a_budget_of_any_kind_is_shown_by_its_own_knobs(tuner, budget):
     tuner.budget = budget
-    control = tuner._control
+    control = tuner._controls
     assert control.kind.value is type(budget)
     knobs = control.slot.children
     assert [knob.value for knob in knobs] == pytest.approx(list(vars(budget).values()))
@@ -113,8 +113,8 @@ def test_bounds_are_kept_and_shown(tuner):
     bits = tuner.charts["bits"].frame
     assert set(bits["bits"]) <= {3, 4, 5}
     assert set(bits.filter(layer=0)["bits"]) == {5}
-    assert tuner._control.widths.value == (3, 5)
-    assert tuner._control.first.value == 1
+    assert tuner._controls.widths.value == (3, 5)
+    assert tuner._controls.first.value == 1
     tuner.tune(budget=16.0, bounds=vl.allocate.Bounds(protected_last=1, protection="exact"))
     assert set(tuner.charts["bits"].frame.filter(layer=3)["method"]) == {"none"}
     assert "grey: 4 kept exact" in tuner.charts["bits"].content["params"]["caption"]
@@ -147,7 +147,7 @@ def test_keys_that_weigh_more_get_more_bits(tuner):
     before = drawn_bits(tuner, "keys")
     tuner.key_weight = 10_000.0
     assert drawn_bits(tuner, "keys") > before
-    assert tuner._control.key_weight.value == 16.0  # as far as the knob goes
+    assert tuner._controls.key_weight.value == 16.0  # as far as the knob goes
     assert tuner.key_weight == 10_000.0
 
 
@@ -164,7 +164,7 @@ def test_a_layer_is_picked_in_python_or_in_a_chart(tuner):
 
 
 def test_every_knob_of_the_budget_twice(tuner):
-    control = tuner._control
+    control = tuner._controls
     for kind, knob, values in (
         (vl.allocate.AverageBits, control.bits, (4.0, 3.0)),
         (vl.allocate.BytesPerToken, control.nbytes, (500.0, 600.0)),
@@ -184,46 +184,46 @@ def test_every_knob_of_the_budget_twice(tuner):
 )
 def test_another_kind_of_budget_keeps_the_plan(tuner, kind):
     before = tuner.plan
-    tuner._control.kind.value = kind
+    tuner._controls.kind.value = kind
     assert type(tuner.budget) is kind
     assert tuner.plan.layers == before.layers
 
 
 def test_a_longer_text_wants_more_memory_and_gets_the_least_that_fits(tuner):
-    tuner._control.kind.value = vl.allocate.TokensInMemory
-    tuner._control.tokens.value = 40_000
+    tuner._controls.kind.value = vl.allocate.TokensInMemory
+    tuner._controls.tokens.value = 40_000
     assert tuner.budget.tokens == 40_000
     assert "the nearest that they can" in tuner._message.value
     assert drawn_bits(tuner, "keys") == drawn_bits(tuner, "values") == 2
-    turn(lambda: setattr(tuner._control.megabytes, "value", tuner._control.megabytes.max))
+    turn(lambda: setattr(tuner._controls.megabytes, "value", tuner._controls.megabytes.max))
     assert drawn_bits(tuner, "keys") == 6
     assert tuner._message.value == ""
 
 
 def test_the_slider_of_memory_ends_at_what_this_process_may_use(tuner, monkeypatch):
-    tuner._control.kind.value = vl.allocate.TokensInMemory
+    tuner._controls.kind.value = vl.allocate.TokensInMemory
     tuner.budget = vl.allocate.TokensInMemory(2_000, 1.5)
-    assert tuner._control.megabytes.max > 1.6
+    assert tuner._controls.megabytes.max > 1.6
     monkeypatch.setattr(budget_controls, "device", lambda: Device("cpu", "small", 1_600_000, 1))
     tuner.budget = vl.allocate.TokensInMemory(2_000, 1.4)
-    assert tuner._control.megabytes.max == 1.6
+    assert tuner._controls.megabytes.max == 1.6
     tuner.budget = vl.allocate.TokensInMemory(2_000, 1.7)  # asked for in Python, perhaps for another machine
-    assert tuner._control.megabytes.value == tuner._control.megabytes.max == 1.7
+    assert tuner._controls.megabytes.value == tuner._controls.megabytes.max == 1.7
 
 
 def test_what_a_hand_cannot_have_is_said_and_everything_stays(tuner):
-    tuner._control.kind.value = vl.allocate.TokensInMemory
+    tuner._controls.kind.value = vl.allocate.TokensInMemory
     before = tuner.setting
-    turn(lambda: setattr(tuner._control.tokens, "value", 3))
+    turn(lambda: setattr(tuner._controls.tokens, "value", 3))
     assert "3 tokens are all kept exact" in tuner._message.value
     assert tuner.setting is before
-    assert tuner._control.tokens.value == before.budget.tokens  # the knobs show what is
-    turn(lambda: setattr(tuner._control.tokens, "value", 900))
+    assert tuner._controls.tokens.value == before.budget.tokens  # the knobs show what is
+    turn(lambda: setattr(tuner._controls.tokens, "value", 900))
     assert tuner.budget.tokens == 900
 
 
 def test_every_bound_by_hand_twice(tuner):
-    control = tuner._control
+    control = tuner._controls
     tuner.budget = 4.5
     for knob, values in (
         (control.widths, ((3, 6), (3, 5))),
@@ -243,7 +243,7 @@ def test_every_bound_by_hand_twice(tuner):
 
 
 def test_bounds_that_cannot_spend_the_budget_move_it(tuner):
-    turn(lambda: setattr(tuner._control.widths, "value", (5, 6)))
+    turn(lambda: setattr(tuner._controls.widths, "value", (5, 6)))
     assert tuner.bounds == vl.allocate.Bounds(5, 6)
     assert tuner.budget == vl.allocate.AverageBits(tuner.rates.spans(vl.allocate.Bounds(5, 6), 1).bits[0])
     assert "the nearest that they can" in tuner._message.value

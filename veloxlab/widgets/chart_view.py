@@ -29,46 +29,32 @@ SNIPPET = "export { vegaEmbed };"  # vl-convert binds vega and vegaLite too, but
 
 
 def bundle_name() -> str:
-    """Name the bundle's file after everything that decides its text.
-
-    Returns
-    -------
-    str
-        For instance ``"vega-vlc1.9.0.post1-vl6.4.js"``.
-    """
+    """The bundle's file, named after everything that decides its text: ``"vega-vlc1.9.0.post1-vl6.4.js"``."""
     return f"vega-vlc{version('vl-convert-python')}-vl{_newest_vegalite()}.js"
 
 
 def ensure_bundle() -> Path:
-    """Make the Vega bundle if this machine has none yet.
+    """An ES module that exports ``vegaEmbed``, made if this machine has none yet.
 
-    The file goes to the user's cache folder, or to a private temporary one where that cannot be written.
-
-    Returns
-    -------
-    pathlib.Path
-        An ES module that exports ``vegaEmbed``.
+    It goes to the user's cache folder, or to a private temporary one where that cannot be written.
     """
     name = bundle_name()
     cache = platformdirs.user_cache_path("veloxlab")
     if (cache / name).is_file():
         return cache / name
-    code = vl_convert.javascript_bundle(SNIPPET, vl_version=_newest_vegalite())
+    code = vl_convert.javascript_bundle(SNIPPET, vl_version=_newest_vegalite()).encode()
     try:
-        return _write(cache, name, code)
+        path = make_folder(cache) / name
+        write_atomically(path, code)
     except InputError:  # a read-only home, as containers have it
-        return _write(Path(tempfile.mkdtemp(prefix="veloxlab-")), name, code)
+        path = Path(tempfile.mkdtemp(prefix="veloxlab-")) / name
+        write_atomically(path, code)
+    return path
 
 
 def _newest_vegalite() -> str:
     newest: str = max(vl_convert.get_vegalite_versions(), key=lambda v: tuple(map(int, v.split("."))))
     return newest
-
-
-def _write(folder: Path, name: str, text: str) -> Path:
-    path = make_folder(folder) / name
-    write_atomically(path, text.encode())
-    return path
 
 
 STATIC = Path(__file__).parent / "static"
@@ -104,13 +90,10 @@ class ChartView(Ending, anywidget.AnyWidget):
 
     Parameters
     ----------
-    chart
-        An Altair chart of fixed width. Where it has a param ``picked_layer``, a click on a mark whose row has an
+    chart : an Altair chart of fixed width. Where it has a param ``picked_layer``, a click on a mark whose row has an
         integer ``layer`` picks that layer.
-    summary
-        One stable line of text for outputs that show no picture; by default the title and the number of rows.
-    picked
-        The layer marked at first.
+    summary : a stable line of text for outputs that show no picture; by default the title and the number of rows.
+    picked : the layer marked at first.
 
     Examples
     --------
@@ -148,14 +131,9 @@ class ChartView(Ending, anywidget.AnyWidget):
         return int(self.content["revision"])
 
     def show(self, chart: alt.TopLevelMixin, *, summary: str | None = None) -> None:
-        """Show another chart; where only its numbers differ, the page patches the one it has.
+        """Show another Altair chart; where only its numbers differ, the page patches the one it has.
 
-        Parameters
-        ----------
-        chart
-            An Altair chart.
-        summary
-            The new line of text; without it the old one stays.
+        ``summary``: the new line of text; without it the old one stays.
         """
         with self._changing:
             state = self._state_of(chart, revision=self.revision + 1)
@@ -166,14 +144,9 @@ class ChartView(Ending, anywidget.AnyWidget):
     def put(self, frames: Frames | None = None, /, *, summary: str | None = None, **params: Any) -> None:
         """Change rows and params of the chart that is shown.
 
-        Parameters
-        ----------
-        frames
-            Rows for the chart's first dataset, or frames by dataset name. Columns as in the chart's own frame.
-        summary
-            The new line of text; without it the old one stays.
-        **params
-            New values of the chart's params, for instance ``caption="3 bits"``.
+        ``frames``: rows for the chart's first dataset, or frames by dataset name, with the columns of the chart's own
+        frame. ``summary``: the new line of text; without it the old one stays. ``params``: new values of the chart's
+        params, for instance ``caption="3 bits"``.
         """
         with self._changing:
             changed = self._named(frames)
@@ -270,13 +243,7 @@ class ChartView(Ending, anywidget.AnyWidget):
 
 
 def link(*views: ipywidgets.Widget) -> None:
-    """Share the picked layer among views, in the page itself, so that it works while the kernel is busy or gone.
-
-    Parameters
-    ----------
-    *views
-        Widgets with a trait ``picked``.
-    """
+    """Share the trait ``picked`` of views, in the page itself, so that it works while the kernel is busy or gone."""
     for view in views[1:]:
         joined = ipywidgets.jslink((views[0], "picked"), (view, "picked"))
         for end in (views[0], view):

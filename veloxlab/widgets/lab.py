@@ -10,7 +10,7 @@ import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
-from veloxlab.checks import checked
+from veloxlab.checks import checked, choice
 from veloxlab.errors import InputError
 from veloxlab.views.report import Section
 from veloxlab.widgets.chart_view import ChartView
@@ -22,7 +22,7 @@ from veloxlab.widgets.pages.generation import SideBySide
 from veloxlab.widgets.pages.keys import KeyExplorer
 from veloxlab.widgets.pages.memory import MemoryPlanner
 from veloxlab.widgets.panel import Panel, ProgressBar
-from veloxlab.widgets.selection import Chosen, ChosenBits, Words
+from veloxlab.widgets.selection import Checked, Chosen, ChosenBits
 from veloxlab.widgets.worker import Progress
 
 # A page is one line here: its name, its title, and what makes it from a laboratory.
@@ -39,9 +39,13 @@ NAMES = tuple(PAGES)
 WAITING = "<em>This page is made when the present work is done.</em>"
 
 
-def _of_cache(name: str) -> Any:  # noqa: ANN401 - a property
-    """An attribute of the page of the cache, as one of the laboratory."""
-    return property(lambda lab: getattr(lab.page_of("cache"), name), doc=f"As `CacheExplorer.{name}`.")
+def _of(page: str, name: str) -> Any:  # noqa: ANN401 - a property
+    """An attribute of a page as one of the laboratory."""
+
+    def find(lab: Lab) -> Any:  # noqa: ANN401
+        return getattr(lab.comparison if page == "compare" else lab.page_of(page), name)
+
+    return property(find, lambda lab, value: setattr(lab.page_of(page), name, value), doc=f"`{name}` of {page!r}.")
 
 
 class Lab(Panel):
@@ -62,15 +66,15 @@ class Lab(Panel):
     head : trait: the chosen KV head.
     pages : the pages that were made, by name, each a widget of its own: `CacheExplorer`, `ErrorExplorer`,
         `KeyExplorer`, `SideBySide`, `BudgetTuner`, `MemoryPlanner`.
-    method, key_bits, value_bits, sinks, window, layer, metric, measured, plan, errors, bits, memory, frontier : as
-        `CacheExplorer` has them.
+    method, key_bits, value_bits, sinks, window, layer, metric, measured, plan, errors, bits, memory, frontier, measure
+        : as `CacheExplorer` has them; ``compare()`` measures every method that needs no fitting.
 
     Raises
     ------
     InputError : unknown method, bits out of range, a text that is too short.
     """
 
-    page = Words("cache", help="the open page")
+    page = Checked(choice(*PAGES), "cache", help="the open page")
     method = Chosen("method", help="a method's id")
     key_bits = ChosenBits("keys", "layer", help="code bits of keys, of the picked layer or of all")
     value_bits = ChosenBits("values", "layer", help="code bits of values")
@@ -78,8 +82,10 @@ class Lab(Panel):
     window = Chosen("window", help="newest tokens, kept exact")
     layer = Chosen("layer", help="the picked layer")
     head = Chosen("head", help="the chosen KV head")
-    errors, bits, memory = _of_cache("errors"), _of_cache("bits"), _of_cache("memory")
-    name, plan, layer_bits = _of_cache("name"), _of_cache("plan"), _of_cache("layer_bits")
+    errors, bits, memory = _of("cache", "errors"), _of("cache", "bits"), _of("cache", "memory")
+    name, plan, layer_bits = _of("cache", "name"), _of("cache", "plan"), _of("cache", "layer_bits")
+    metric, lines, measure = _of("cache", "metric"), _of("cache", "lines"), _of("cache", "measure")
+    measured, frontier, compare = _of("compare", "measured"), _of("compare", "frontier"), _of("compare", "compare")
 
     @checked()
     def __init__(
@@ -146,12 +152,6 @@ class Lab(Panel):
             raise InputError(f"The page {page!r} could not be made: {self.worker.last_error}")
         return self.pages[page]
 
-    @t.validate("page")
-    def _page_is_there(self, proposal: dict[str, Any]) -> str:
-        if proposal["value"] not in PAGES:
-            raise InputError(f"There is no page {proposal['value']!r}: open one of {', '.join(PAGES)}.")
-        return str(proposal["value"])
-
     def _open(self) -> None:
         """Draw the open page alone; make it if it is new."""
         name = self.page
@@ -170,34 +170,7 @@ class Lab(Panel):
         self._places[name].children = [panel]
         panel.activate(name == self.page)
 
-    # what is measured and taken away ----------------------------------------------------------------------------------
-
-    @property
-    def metric(self) -> str:
-        """Which error the page of the cache draws; set it as a trait."""
-        return str(self.page_of("cache").metric)
-
-    @metric.setter
-    def metric(self, metric: str) -> None:
-        self.page_of("cache").metric = metric
-
-    @property
-    def measured(self) -> Any:  # noqa: ANN401 - a Polars frame
-        """`veloxlab.fidelity` of every setting that was measured."""
-        return self.comparison.measured
-
-    @property
-    def frontier(self) -> ChartView | None:
-        """What was measured, once something was."""
-        return self.comparison.frontier
-
-    def measure(self) -> None:
-        """Ask for the fidelity of the present settings; the result joins `measured` and the frontier chart."""
-        self.page_of("cache").measure()
-
-    def compare(self) -> None:
-        """Ask for the fidelity of every method that needs no fitting, at the present bits or those next to them."""
-        self.comparison.compare()
+    # what is taken away ---------------------------------------------------------------------------------------------
 
     @property
     def state(self) -> dict[str, Any]:
@@ -243,8 +216,8 @@ class Lab(Panel):
             for section in (Section(PAGES[name][0], str(panel)), *panel.sections)
         ]
         plan = Section("The plan", "Save it as plan.json.", code=self.plan.to_json())
-        lines = self.page_of("cache").lines('vl.Plan.load("plan.json")')
-        return [Section(self.name, words), *pages, plan, Section("To use it", code="\n".join(lines))]
+        use = Section("To use it", code="\n".join(self.lines('vl.Plan.load("plan.json")')))
+        return [Section(self.name, words), *pages, plan, use]
 
     @property
     def views(self) -> tuple[ChartView, ...]:

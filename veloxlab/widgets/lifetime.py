@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, MutableMapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import ipywidgets
@@ -124,15 +123,9 @@ def parts(whole: ipywidgets.Widget) -> list[ipywidgets.Widget]:
 # what cells show --------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Shown:
-    """What one run of a cell shows."""
-
-    run: str
-    widgets: weakref.WeakSet[ipywidgets.Widget] = field(default_factory=weakref.WeakSet)
-
-
-_cells: dict[str, Shown] = {}  # by the cell's id, or by its code where the page sends no id
+Shown = weakref.WeakSet[ipywidgets.Widget]
+# by the cell's id, or by its code where the page sends no id: its newest run, and what that shows
+_cells: dict[str, tuple[str, Shown]] = {}
 
 
 def keep_shown(widget: ipywidgets.Widget) -> None:
@@ -149,27 +142,23 @@ def keep_shown(widget: ipywidgets.Widget) -> None:
     if not cell:
         return  # shown by a callback: kept until it is closed
     run = parent["header"]["msg_id"]
-    before = _cells.get(cell)
-    if before is None or before.run != run:
-        now = _cells[cell] = Shown(run)
-        if before is not None:
-            _at_end_of_cell(shell, lambda: _end(before, shell.user_ns))
-    else:
-        now = before
-    now.widgets.add(widget)
+    before, shown = _cells.get(cell, ("", Shown()))
+    if before != run:
+        last, shown = shown, Shown()
+        _cells[cell] = run, shown
+
+        def end(_: object) -> None:
+            shell.events.unregister("post_run_cell", end)
+            _end(last, shell.user_ns)
+
+        if before:
+            shell.events.register("post_run_cell", end)
+    shown.add(widget)
 
 
-def _at_end_of_cell(shell: Any, action: Callable[[], None]) -> None:  # noqa: ANN401
-    def once(_: object) -> None:
-        shell.events.unregister("post_run_cell", once)
-        action()
-
-    shell.events.register("post_run_cell", once)
-
-
-def _end(before: Shown, variables: dict[str, Any]) -> None:
-    still = [widget for shown in _cells.values() for widget in shown.widgets]
-    for old in [widget for widget in before.widgets if widget.comm is not None and widget not in still]:
+def _end(last: Shown, variables: dict[str, Any]) -> None:
+    still = [widget for _, shown in _cells.values() for widget in shown]
+    for old in [widget for widget in last if widget.comm is not None and widget not in still]:
         TABLE.loosen(old.model_id)
         if not _is_named(old, variables) and not _is_part(old):
             old.close()
@@ -179,9 +168,8 @@ def _is_named(widget: ipywidgets.Widget, variables: dict[str, Any]) -> bool:
     """Whether a variable of the user, or a list, tuple or dictionary in one, holds the widget."""
     named = [value for name, value in variables.items() if not name.startswith("_") and name not in ("In", "Out")]
     inside = [value.values() if isinstance(value, dict) else value for value in named]
-    return any(each is widget for each in named) or any(
-        each is widget for held in inside if isinstance(held, (list, tuple, type({}.values()))) for each in held
-    )
+    held = [each for values in inside if isinstance(values, (list, tuple, type({}.values()))) for each in values]
+    return any(each is widget for each in named + held)
 
 
 def _is_part(widget: ipywidgets.Widget) -> bool:

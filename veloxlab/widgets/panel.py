@@ -21,7 +21,7 @@ from veloxlab.views import picture
 from veloxlab.views.report import Section, report
 from veloxlab.widgets.chart_view import ChartView, ensure_bundle
 from veloxlab.widgets.lifetime import Ending, keep_shown, loosen, weakly
-from veloxlab.widgets.selection import Chosen, Selection
+from veloxlab.widgets.selection import Chosen, ChosenBits, Selection
 from veloxlab.widgets.worker import Job, Status, Worker
 
 PAUSE = 0.05  # seconds between two moves of the bar: a page needs no more
@@ -71,22 +71,15 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
 class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """A widget of charts that a worker measures and that follows a selection.
 
-    A subclass calls ``Panel.__init__``, puts together its children, `message` among them, and then calls `follow`.
-
+    A subclass calls ``Panel.__init__``, puts together its children, ``_message`` among them, and then calls `follow`.
     `close` ends it: its widgets leave the page, its worker stops, and it lets go of the model and of all that it
     measured but the public tables. The same happens when nothing refers to it any more, and when the cell that shows
     it is run again, unless a variable still holds it.
 
-    Parameters
-    ----------
-    name : of the CSS class and of the worker's thread.
-    selection : what is chosen.
-    worker : of the laboratory that it is a page of; by default it has its own.
-    settings : first values of its own traits.
-
     Attributes
     ----------
-    selection, worker : does what takes longer than a moment.
+    selection : what is chosen.
+    worker : does what takes longer than a moment; its own, or that of the laboratory that it is a page of.
     active : whether it draws what is chosen; a laboratory's hidden pages do not.
     lasting : a sentence that is shown where there is no other.
     """
@@ -159,23 +152,23 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     def follow(self) -> None:
         """Follow the selection from now on."""
-        with self.selection.lock:
-            self._ends.append(self.selection.watch(weakly(self._selected)))
-            self._selected()
+        self._ends.append(self.selection.watch(weakly(self._selected)))
+        self._selected()
 
     def _chosen(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name, trait in self.traits().items() if isinstance(trait, Chosen)}
 
     def _selected(self, _: object = None) -> None:
         """Tell of the traits that changed with the selection, and draw."""
-        before, self._seen = self._seen, self._chosen()
-        if self._seen.get("method") != before.get("method"):
-            self._offer_bits()
-        for name, value in self._seen.items():
-            if value != before[name]:
-                self._notify_trait(name, before[name], value)
-        if self.active:
-            self._redraw()
+        with self.selection.lock:
+            before, self._seen = self._seen, self._chosen()
+            if self._seen.get("method") != before.get("method"):
+                self._offer_bits()
+            for name, value in self._seen.items():
+                if value != before[name]:
+                    self._notify_trait(name, before[name], value)
+            if self.active:
+                self._redraw()
 
     def activate(self, active: bool) -> None:
         """Draw what is chosen from now on, or leave it."""
@@ -186,46 +179,30 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def _redraw(self) -> None:
         """Show what is chosen now; a panel of charts does."""
 
-    # controls: each shows a trait and sets it -----------------------------------------------------------------------
+    # controls ---------------------------------------------------------------------------------------------------------
 
-    def _bound(self, trait: str, control: ipywidgets.Widget, tip: str = "") -> ipywidgets.Widget:
-        """``control`` joined to the trait; its tooltip is ``tip`` or the trait's own help."""
+    def _control(
+        self, kind: type[ipywidgets.Widget], trait: str, words: str = "", tip: str = "", **settings: Any
+    ) -> ipywidgets.Widget:
+        """A control that shows a trait and sets it; its tooltip is ``tip`` or the trait's own help."""
+        control = kind(value=getattr(self, trait), description=words or trait, **settings)
         control.tooltip = tip or self.traits()[trait].help.capitalize()
-        t.link((self, trait), (control, "value"))
+        link = t.link((self, trait), (control, "value"))
+        if isinstance(self.traits()[trait], ChosenBits):
+            self._bits_links.append(link)
         return control
 
-    def _choice(self, trait: str, options: Sequence[Any], words: str = "", tip: str = "") -> ipywidgets.Dropdown:
-        """A list to choose the trait from."""
-        box = ipywidgets.Dropdown(options=options, value=getattr(self, trait), description=words or trait)
-        return self._bound(trait, box, tip)
+    def _choice(self, trait: str, options: Sequence[Any], words: str = "", tip: str = "") -> ipywidgets.Widget:
+        return self._control(ipywidgets.Dropdown, trait, words, tip, options=options)
 
-    def _steps(self, trait: str, options: Sequence[Any], tip: str = "") -> ipywidgets.SelectionSlider:
-        """A slider over the values that the trait may have."""
-        return self._bound(
-            trait, ipywidgets.SelectionSlider(options=options, value=getattr(self, trait), description=trait), tip
-        )
+    def _slider(self, trait: str, least: int, most: int, **settings: Any) -> ipywidgets.Widget:
+        return self._control(ipywidgets.IntSlider, trait, min=least, max=most, **settings)
 
-    def _number(
-        self, trait: str, ends: tuple[int, int] | None = None, words: str = "", step: int = 1
-    ) -> ipywidgets.Widget:
-        """A slider for a whole number between ``ends``; without them, a box for one between those of the trait."""
-        low, high = ends or (self.traits()[trait].min, self.traits()[trait].max)
-        kind = ipywidgets.IntSlider if ends else ipywidgets.BoundedIntText
-        return self._bound(
-            trait, kind(value=getattr(self, trait), min=low, max=high, step=step, description=words or trait)
-        )
-
-    def _methods(self) -> ipywidgets.Dropdown:
+    def _methods(self) -> ipywidgets.Widget:
         return self._choice("method", self.selection.methods, tip="How keys and values are coded")
 
-    def _bits(self, trait: str, words: str = "") -> ipywidgets.SelectionSlider:
-        """A slider over the bits of the chosen method, whichever that is."""
-        slider = ipywidgets.SelectionSlider(
-            options=self.selection.widths, value=getattr(self, trait), description=words or trait
-        )
-        slider.tooltip = self.traits()[trait].help.capitalize()
-        self._bits_links.append(t.link((self, trait), (slider, "value")))
-        return slider
+    def _bits(self, trait: str, words: str = "") -> ipywidgets.Widget:
+        return self._control(ipywidgets.SelectionSlider, trait, words, options=self.selection.widths)
 
     def _offer_bits(self) -> None:
         """Give the sliders of bits those of another method."""

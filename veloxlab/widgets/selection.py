@@ -11,7 +11,7 @@ import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.plan import Plan
-from veloxlab.checks import MAPPING, WORDS, maybe, real, whole
+from veloxlab.checks import MAPPING, WORDS, maybe, whole
 from veloxlab.codecs import ROLES, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
@@ -37,11 +37,8 @@ class Choice:
 
     Attributes
     ----------
-    method : a method's id.
     key_bits, value_bits : code bits of all layers that have no bits of their own.
-    sinks, window : tokens kept exact.
     layer : the picked layer; None for all.
-    head : KV head.
     own_bits : code bits of keys and values, by layer.
     shown_layer : the layer that pages of a single layer show: the picked one, or the last that was picked.
     """
@@ -88,20 +85,14 @@ class Choice:
 
 
 class Selection(t.HasTraits):
-    """The choice that pages share. Each part is checked here and nowhere else.
+    """The choice that pages share, a trait that changes as a whole. Each part is checked here and nowhere else.
 
     Parameters
     ----------
     fitting : which methods and widths can be had.
-    usual : what the first choice is but for ``parts``; its bits become the nearest that the method has.
+    usual : the first choice but for ``parts``; its bits become the nearest that the method has.
     layers, heads : those that there are.
     methods : ids that can be chosen; by default all that ``fitting`` has.
-    parts : of the first choice.
-
-    Attributes
-    ----------
-    choice : trait: the present `Choice`. It changes as a whole.
-    lock : held while the choice changes and those who follow are told.
 
     Raises
     ------
@@ -123,7 +114,7 @@ class Selection(t.HasTraits):
         super().__init__()
         self.fitting, self.layers, self.heads = fitting, list(layers), heads
         self.methods = list(methods or fitting.methods)
-        self.lock = threading.RLock()
+        self.lock = threading.RLock()  # held while the choice changes and those who follow are told
         self.choice = replace(usual, shown_layer=self.layers[0])
         self.choice = self.changed(**{"method": usual.method, **parts})
 
@@ -246,28 +237,13 @@ class ChosenBits(Chosen):
                 obj.selection.choose(own_bits={**choice.own_bits, layer: bits})
 
 
-class Whole(t.Int):  # type: ignore[type-arg]
-    """A whole number between ``min`` and ``max``; raises `InputError` for anything else."""
+class Checked(t.Any):
+    """A trait of what a check of `veloxlab.checks` takes; raises `InputError` for anything else."""
 
-    def validate(self, obj: Any, value: Any) -> int:  # noqa: ANN401
-        """Give it as Python's."""
-        number: int = whole(self.min, self.max)(str(self.name), value)
-        return number
+    def __init__(self, check: Callable[[str, object], Any], default: object = t.Undefined, *, help: str = "") -> None:  # noqa: A002
+        super().__init__(default, help=help)
+        self.check = check
 
-
-class Real(t.Float):  # type: ignore[type-arg]
-    """A finite number above 0; raises `InputError` for anything else."""
-
-    def validate(self, obj: Any, value: Any) -> float:  # noqa: ANN401
-        """Give it as Python's."""
-        number: float = real(above=0)(str(self.name), value)
-        return number
-
-
-class Words(t.Unicode):  # type: ignore[type-arg]
-    """A text; raises `InputError` for anything else."""
-
-    def validate(self, obj: Any, value: Any) -> str:  # noqa: ANN401
-        """Give it."""
-        text: str = WORDS(str(self.name), value)
-        return text
+    def validate(self, obj: Any, value: Any) -> Any:  # noqa: ANN401
+        """Give it as Python's own."""
+        return self.check(str(self.name), value)

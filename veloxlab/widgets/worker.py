@@ -1,23 +1,31 @@
 """One thread that does a widget's long work.
 
 Widget callbacks arrive on whichever thread the kernel picks, while MLX wants its lazy arrays evaluated by the thread
-that made them. So callbacks only submit jobs here, and only the newest job of a kind is worth finishing.
+that made them. So callbacks only submit jobs here, and only the newest job of a kind is worth finishing. The thread
+holds the line of jobs and no worker, so that a widget can be collected.
 """
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
-from weakref import finalize
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+from weakref import WeakKeyDictionary, finalize
+
+import mlx.core as mx
 
 from veloxlab.errors import InputError
-from veloxlab.widgets.line import Line, Request, State, start_thread
 
+State = Literal["waiting", "running", "done", "cancelled", "overtaken", "failed"]
 Job = Callable[["Progress"], Any]
+
+QUIET = 0.25  # seconds without a request before a job that runs ahead begins: it would slow a hand on a slider
+IDLE = 60.0  # seconds after which an idle thread looks whether its worker is still there, should it miss the news
+PATIENCE = 5.0  # seconds that running jobs are given to end when Python does
 log = logging.getLogger(__name__)
 
 
@@ -31,15 +39,11 @@ class Status:
 
     Attributes
     ----------
-    key
-        The job's kind.
-    state
-        ``"waiting"``, ``"running"``, ``"done"``, ``"cancelled"``, ``"overtaken"`` (by a newer job of its key) or
+    key : the job's kind.
+    state : ``"waiting"``, ``"running"``, ``"done"``, ``"cancelled"``, ``"overtaken"`` (by a newer job of its key) or
         ``"failed"``.
-    done, total
-        Steps finished and steps in all; both 0 where the job has not said.
-    label
-        What is being done, or the sentence of the error.
+    done, total : steps finished and steps in all; both 0 where the job has not said.
+    label : what is being done, or the sentence of the error.
     """
 
     key: str
@@ -57,20 +61,93 @@ class Progress:
     _unwanted: threading.Event
 
     def __call__(self, done: int, total: int, label: str = "") -> None:
-        """Tell that ``done`` of ``total`` steps are finished.
-
-        Raises
-        ------
-        Cancelled
-            If the job was cancelled, or a newer one of its key has come.
-        """
+        """Tell that ``done`` of ``total`` steps are finished; raises `Cancelled` as `check` does."""
         self.check()
         self._tell(done, total, label)
 
     def check(self) -> None:
-        """Raise `Cancelled` if the job is no longer wanted."""
+        """Raise `Cancelled` if the job was cancelled, or if a newer one of its key has come."""
         if self._unwanted.is_set():
             raise Cancelled
+
+
+@dataclass(eq=False)
+class Request:
+    """A job that somebody asked for, and what is to be told of it."""
+
+    run: Callable[[Request], None]  # a method of its worker, which it keeps alive
+    key: str
+    job: Job
+    on_done: Callable[[Any], None]
+    on_error: Callable[[str], None]
+    ahead: bool = False
+    unwanted: threading.Event = field(default_factory=threading.Event)
+    why: State = "cancelled"  # it is unwanted
+
+
+class Line:
+    """The jobs that wait for one thread. All methods but `next` and `done` need the lock ``changed``."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.waiting: dict[str, Request] = {}
+        self.running: Request | None = None
+        self.closed = False
+        self.asked = 0.0
+
+    def add(self, request: Request) -> list[Request]:
+        """Put a request last, and give those that it overtakes."""
+        overtaken = self.forget(request.key, "overtaken")
+        self.waiting[request.key] = request
+        self.asked = time.monotonic()
+        running = self.running
+        if running is not None and running.ahead and not request.ahead and not running.unwanted.is_set():
+            running.why = "waiting"
+            running.unwanted.set()
+        self.changed.notify_all()
+        return overtaken
+
+    def forget(self, key: str | None, why: State) -> list[Request]:
+        """Make the jobs of a key, or all, unwanted, and give those that did not start."""
+        waiting = [self.waiting.pop(each) for each in [*self.waiting] if key in (None, each)]
+        running = [self.running] if self.running is not None and key in (None, self.running.key) else []
+        for request in waiting + running:
+            request.why = why
+            request.unwanted.set()
+        self.changed.notify_all()
+        return waiting
+
+    def close(self) -> list[Request]:
+        """Take no more jobs, let the thread end, and give the jobs that did not start."""
+        with self.changed:
+            self.closed = True
+            return self.forget(None, "cancelled")
+
+    def is_busy(self, *, ahead: bool) -> bool:
+        """Whether a job waits or runs; those that run ahead count only with ``ahead``."""
+        return any(ahead or not each.ahead for each in [*self.waiting.values(), self.running] if each is not None)
+
+    def next(self) -> Request | None:
+        """Wait for the next request and take it; None once the line is closed."""
+        with self.changed:
+            while not self.closed:
+                if not self.waiting:
+                    self.changed.wait(IDLE)
+                    continue
+                # false sorts first, and the sort is stable: the oldest of those that somebody waits for
+                key = min(self.waiting, key=lambda each: self.waiting[each].ahead)
+                quiet = self.asked + QUIET - time.monotonic()
+                if not self.waiting[key].ahead or quiet <= 0:
+                    self.running = self.waiting.pop(key)
+                    return self.running
+                self.changed.wait(quiet)
+        return None
+
+    def done(self) -> None:
+        """Tell those who wait that the job that ran has ended."""
+        with self.changed:
+            self.running = None
+            self.changed.notify_all()
 
 
 class Worker:
@@ -78,11 +155,6 @@ class Worker:
 
     Every method may be called from any thread. Results, errors and news are delivered on the worker's thread, which
     ends when the worker is closed, or has no job and is referred to by nobody.
-
-    Parameters
-    ----------
-    name
-        Name of the thread.
 
     Examples
     --------
@@ -112,17 +184,11 @@ class Worker:
 
         Parameters
         ----------
-        key
-            The job's kind, such as the view that waits for it.
-        job
-            A function of a `Progress`.
-        on_done
-            Given what the job returns, unless it was overtaken meanwhile.
-        on_error
-            Given a sentence if the job, or ``on_done``, raises.
-        ahead
-            Nobody waits for it yet: it begins after a quiet moment, makes way for any other job and begins anew behind
-            it.
+        key : the job's kind, such as the view that waits for it.
+        job : a function of a `Progress`.
+        on_done : given what the job returns, unless it was overtaken meanwhile.
+        on_error : given a sentence if the job, or ``on_done``, raises.
+        ahead : low priority: it begins after a quiet moment, makes way for any other job and begins anew behind it.
         """
         with self._line.changed:
             if self._line.closed:
@@ -130,7 +196,9 @@ class Worker:
             dropped = self._line.add(Request(self._run, key, job, on_done, on_error, ahead))
             if not self._started:
                 self._started = True
-                start_thread(self._line, self.name)
+                thread = threading.Thread(target=_work, args=(self._line,), name=self.name, daemon=True)
+                _threads[thread] = self._line
+                thread.start()
         self._tell_all(dropped)
         self._tell(Status(key, "waiting"))
 
@@ -145,14 +213,8 @@ class Worker:
 
         Jobs that run ahead are waited for only with ``ahead``.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout
         with self._line.changed:
-            while self._line.is_busy(ahead=ahead):
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return False
-                self._line.changed.wait(left)
-        return True
+            return self._line.changed.wait_for(lambda: not self._line.is_busy(ahead=ahead), timeout)
 
     def watch(self, listener: Callable[[Status], None]) -> Callable[[], None]:
         """Tell a function of every change of every job, and give a function that ends this."""
@@ -173,29 +235,26 @@ class Worker:
         self._tell(outcome)
 
     def _outcome(self, request: Request) -> Status:
-        key = request.key
-        newest = Status(key, "running")
+        newest = Status(request.key, "running")
 
         def tell(done: int, total: int, label: str) -> None:
             nonlocal newest
-            newest = Status(key, "running", done, total, label)
+            newest = Status(request.key, "running", done, total, label)
             self._tell(newest)
 
-        progress = Progress(tell, request.unwanted)
         self._tell(newest)
+        progress = Progress(tell, request.unwanted)
         try:
             result = request.job(progress)
             progress.check()
             request.on_done(result)
-        except Cancelled:
-            return Status(key, request.why, newest.done, newest.total)
         except BaseException as error:  # noqa: BLE001 - whatever a job raises is said to the person who waits for it
-            if request.unwanted.is_set():
-                return Status(key, request.why, newest.done, newest.total)
+            if request.unwanted.is_set() or isinstance(error, Cancelled):
+                return replace(newest, state=request.why, label="")
             self.last_error = error
             self._safely(request.on_error, sentence(error))
-            return Status(key, "failed", newest.done, newest.total, sentence(error))
-        return Status(key, "done", newest.total, newest.total)
+            return replace(newest, state="failed", label=sentence(error))
+        return replace(newest, state="done", done=newest.total, label="")
 
     def _tell_all(self, dropped: list[Request]) -> None:
         for request in dropped:
@@ -218,3 +277,24 @@ def sentence(error: BaseException) -> str:
     if isinstance(error, InputError):
         return words
     return f"This stopped with {type(error).__name__}{': ' + words if words else ''}."
+
+
+_threads: WeakKeyDictionary[threading.Thread, Line] = WeakKeyDictionary()
+
+
+def _work(line: Line) -> None:
+    while (request := line.next()) is not None:
+        request.run(request)
+        del request  # an idle thread keeps no worker alive
+        line.done()
+    mx.clear_streams()  # MLX aborts the process if that ends just after a thread that has streams
+
+
+@atexit.register
+def _end_threads() -> None:
+    """End every thread before Python ends: MLX aborts the process if one still computes."""
+    for line in [*_threads.values()]:
+        line.close()
+    deadline = time.monotonic() + PATIENCE
+    for thread in [*_threads]:
+        thread.join(max(0.0, deadline - time.monotonic()))

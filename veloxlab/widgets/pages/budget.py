@@ -241,12 +241,12 @@ class BudgetTuner(Panel):
         self.add_class("ready")
 
     def _make_controls(self, rates: RateBudget) -> None:
-        self._control = SettingControl(self._asked, self._converted, TOKENS, self._widths, len(rates.sizes))
+        self._controls = SettingControl(self._asked, self._converted, TOKENS, self._widths, len(rates.sizes))
         self._file = PlanFile(lambda: self.plan)
         self._told, self._history = ipywidgets.HTML(), ipywidgets.HTML()
         buttons = [self._measure_button("Measure", "allocated"), self._measure_button("Measure uniform", "uniform")]
         self.children = [
-            self._control,
+            self._controls,
             ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")]),
             self._message,
             self._told,
@@ -281,7 +281,7 @@ class BudgetTuner(Panel):
             self.say("These bounds cannot spend that: the budget is the nearest that they can." if moved else "")
 
         self._saying(ask)
-        self._control.show(self._now, self._spans(self._now))
+        self._controls.show(self._now, self._spans(self._now))
 
     def _saying(self, act: Callable[[], None]) -> None:
         try:
@@ -291,7 +291,7 @@ class BudgetTuner(Panel):
 
     def _converted(self, kind: type) -> Budget:
         """The budget of a kind that holds what is held now."""
-        found, tokens = self.allocation, self._control.tokens.value
+        found, tokens = self.allocation, self._controls.tokens.value
         if kind is AverageBits:
             return AverageBits(found.true_bits)
         if kind is BytesPerToken:
@@ -316,7 +316,7 @@ class BudgetTuner(Panel):
         self.say("")
         words = f"<b>{html.escape(self.predicted)}</b><br>{html.escape(self.spent)}"
         self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
-        self._control.show(self._now, self._spans(self._now))
+        self._controls.show(self._now, self._spans(self._now))
 
     def _there(self, part: T | None) -> T:
         if part is None:
@@ -328,7 +328,7 @@ class BudgetTuner(Panel):
         return self._there(self.setting)
 
     def _spans(self, setting: Setting) -> Spans:
-        tokens = setting.budget.tokens if isinstance(setting.budget, TokensInMemory) else self._control.tokens.value
+        tokens = setting.budget.tokens if isinstance(setting.budget, TokensInMemory) else self._controls.tokens.value
         return self._there(self.rates).spans(setting.bounds, tokens)
 
     def _add_measured(self, row: pl.DataFrame) -> None:

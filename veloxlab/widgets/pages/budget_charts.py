@@ -17,7 +17,7 @@ from veloxlab.views import (
     sensitivity_by_layer,
 )
 from veloxlab.views.scales import Domain, log_domain, not_drawn
-from veloxlab.widgets.pages.charts import Chart, Look, Request
+from veloxlab.widgets.pages.charts import Chart, Look
 
 
 def by_of(rates: RateBudget) -> str:
@@ -25,9 +25,9 @@ def by_of(rates: RateBudget) -> str:
     return str(rates.sensitivities["by"][0])
 
 
-def unit_of(rates: RateBudget) -> str:
-    """The unit of a predicted loss."""
-    return "nats a token" if by_of(rates) in NATS else f"in the unit of {by_of(rates)}"
+def unit_of(rates: RateBudget, a: str = "token") -> str:
+    """The unit of a predicted loss, of a token or of something else."""
+    return f"nats a {a}" if by_of(rates) in NATS else f"in the unit of {by_of(rates)}"
 
 
 def _heads(look: Look) -> pl.DataFrame:
@@ -74,24 +74,17 @@ def _frontier_caption(rows: pl.DataFrame, look: Look) -> str:
     return "; ".join([said, *not_drawn(rows["loss"])])
 
 
-def ask_nothing(_: Look) -> tuple[Request, ...]:
-    """All of these charts are drawn from tables."""
-    return ()
-
-
 CHARTS = (
     Chart(
         "bits",
         ("found",),
-        ask_nothing,
         lambda _, look: look.rates.heads(look.found.plan),
-        lambda rows, look: allocation_map(rows, least=look.widths[0], most=look.widths[1]),
+        lambda rows, look: allocation_map(rows, least=look.widths[0], most=look.widths[-1]),
         lambda rows, _: allocation_caption(rows),
     ),
     Chart(
         "losses",
         ("found",),
-        ask_nothing,
         lambda _, look: _layers(look),
         lambda rows, look: loss_by_layer(rows, unit=unit_of(look.rates)),
         lambda rows, look: loss_caption(rows, unit=unit_of(look.rates)),
@@ -99,7 +92,6 @@ CHARTS = (
     Chart(
         "frontier",
         ("setting", "found", "count"),
-        ask_nothing,
         lambda _, look: _frontier(look),
         _draw_frontier,
         _frontier_caption,
@@ -108,11 +100,8 @@ CHARTS = (
     Chart(
         "sensitivity",
         (),
-        ask_nothing,
         lambda _, look: look.rates.sensitivities,
-        lambda rows, look: sensitivity_by_layer(
-            rows, unit="nats a unit of error" if by_of(look.rates) in NATS else unit_of(look.rates)
-        ),
+        lambda rows, look: sensitivity_by_layer(rows, unit=unit_of(look.rates, "unit of error")),
     ),
 )
 

@@ -11,6 +11,15 @@ from typing import Any
 
 import ipywidgets
 import polars as pl
+from ipywidgets import (
+    BoundedIntText,
+    Checkbox,
+    Dropdown,
+    FloatLogSlider,
+    FloatSlider,
+    IntSlider,
+    SelectionRangeSlider,
+)
 
 from veloxlab.allocate.budget import (
     MEGABYTE,
@@ -36,7 +45,11 @@ KINDS = {
 }
 LOOKS: dict[str, Any] = {"style": {"description_width": "104px"}, "layout": {"width": "352px"}}
 COLUMN = {"width": "362px"}  # two of them fit into an output of JupyterLab beside its file browser
-MOST_TOKENS = 1_000_000
+PROTECTIONS = {"the most bits": "widest", "no codes: kept exact": "exact"}
+
+
+def _control(kind: type[ipywidgets.Widget], words: str, tip: str, **settings: Any) -> ipywidgets.Widget:
+    return kind(description=words, tooltip=tip, **LOOKS | settings)
 
 
 class SettingControl(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no types
@@ -44,8 +57,7 @@ class SettingControl(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has n
 
     Parameters
     ----------
-    asked : given what gives the changed parts of a `Setting` when a person changes a control; what `show` shows is not
-        asked for again.
+    asked : given what gives the changed parts of a `Setting`, when a person changes a control.
     converted : gives the budget of a kind that allows what is held now.
     tokens : of a text, to begin with.
     widths : numbers of bits that were measured.
@@ -61,25 +73,16 @@ class SettingControl(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has n
         layers: int,
     ) -> None:
         self._asked, self._showing = asked, False
-        self.kind = _control(ipywidgets.Dropdown, "budget", "What the budget is counted in", options=KINDS)
-        number = ipywidgets.FloatSlider
-        self.bits = _control(
-            number, "true bits", "Stored bits for each packed value, scales included", readout_format=".2f"
-        )
-        self.nbytes = _control(
-            number, "bytes a token", "Bytes of one packed token's keys and values in all layers", readout_format=",.0f"
-        )
-        self.tokens = _control(
-            ipywidgets.BoundedIntText, "tokens", "Length of the text that has to fit", value=tokens, min=1,
-            max=MOST_TOKENS, step=256,
-        )  # fmt: skip
-        self.megabytes = _control(
-            number, "megabytes", "All that the compressed layers then hold, exact tokens too", readout_format=".3f"
-        )
-        self.loss = _control(
-            ipywidgets.FloatLogSlider, "nats a token",
-            "The most that may be lost, as predicted: the fewest bytes are sought", readout_format=".3g", step=0.02,
-        )  # fmt: skip
+        self.kind = _control(Dropdown, "budget", "What the budget is counted in", options=KINDS)
+        self.bits = _control(FloatSlider, "true bits", "Stored bits of a value, with scales", readout_format=".2f")
+        tip = "Bytes of one packed token's keys and values in all layers"
+        self.nbytes = _control(FloatSlider, "bytes a token", tip, readout_format=",.0f")
+        limits = {"value": tokens, "min": 1, "max": 1_000_000, "step": 256}
+        self.tokens = _control(BoundedIntText, "tokens", "Length of the text that has to fit", **limits)
+        tip = "All that the compressed layers then hold, exact tokens too"
+        self.megabytes = _control(FloatSlider, "megabytes", tip, readout_format=".3f")
+        tip = "The most that may be lost, as predicted: the fewest bytes are sought"
+        self.loss = _control(FloatLogSlider, "nats a token", tip, readout_format=".3g", step=0.02)
         self._numbers: dict[type, list[ipywidgets.Widget]] = {
             AverageBits: [self.bits],
             BytesPerToken: [self.nbytes],
@@ -88,31 +91,19 @@ class SettingControl(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has n
         }
         self.slot = ipywidgets.VBox()
 
-        self.widths = _control(
-            ipywidgets.SelectionRangeSlider, "bits allowed", "Least and most code bits that a head may get",
-            options=list(widths), index=(0, len(widths) - 1),
-        )  # fmt: skip
-        self.first, self.last = (
-            _control(
-                ipywidgets.IntSlider, f"{end} layers", f"How many {end} layers are left out of the allocation",
-                min=0, max=layers // 2,
-            )
-            for end in ("first", "last")
-        )  # fmt: skip
-        self.protection = _control(
-            ipywidgets.Dropdown, "these get", "What first and last layers that are left out get",
-            options={"the most bits": "widest", "no codes: kept exact": "exact"},
-        )  # fmt: skip
-        self.keys_first = ipywidgets.Checkbox(
-            description="keys no fewer than values", indent=False,
-            tooltip="A layer's keys get as many bits as its values at least, on average over its heads",
-            layout={"margin": "0 0 0 112px", "width": "244px"},
-        )  # fmt: skip
-        self.key_weight = _control(
-            ipywidgets.FloatLogSlider, "weight of keys",
-            "How many times as much an error in keys counts in the choice", value=1.0, base=2, min=-4, max=4, step=0.25,
-            readout_format=".2f",
-        )  # fmt: skip
+        ends = {"options": list(widths), "index": (0, len(widths) - 1)}
+        self.widths = _control(SelectionRangeSlider, "bits allowed", "Least and most code bits of a head", **ends)
+        tip = "How many {} layers are left out of the allocation"
+        self.first = _control(IntSlider, "first layers", tip.format("first"), min=0, max=layers // 2)
+        self.last = _control(IntSlider, "last layers", tip.format("last"), min=0, max=layers // 2)
+        tip = "What first and last layers that are left out get"
+        self.protection = _control(Dropdown, "these get", tip, options=PROTECTIONS)
+        tip = "A layer's keys get as many bits as its values at least, on average over its heads"
+        beside = {"indent": False, "layout": {"margin": "0 0 0 112px", "width": "244px"}}
+        self.keys_first = _control(Checkbox, "keys no fewer than values", tip, **beside)
+        tip = "How many times as much an error in keys counts in the choice"
+        scale = {"value": 1.0, "base": 2, "min": -4, "max": 4, "step": 0.25, "readout_format": ".2f"}
+        self.key_weight = _control(FloatLogSlider, "weight of keys", tip, **scale)
         bounds = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
 
         self._on_change([self.kind], lambda: {"budget": converted(self.kind.value)})
@@ -168,10 +159,6 @@ class SettingControl(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has n
         return {"bounds": bounds, "key_weight": self.key_weight.value}
 
 
-def _control(kind: type[ipywidgets.Widget], words: str, tip: str, **settings: Any) -> ipywidgets.Widget:
-    return kind(description=words, tooltip=tip, **LOOKS, **settings)
-
-
 def _set(slider: ipywidgets.FloatSlider, value: float, span: tuple[float, float], step: float | None = None) -> None:
     """Move a slider and its ends; an end is widened for a value that lies beyond it."""
     _set_ends(slider, min(span[0], value), max(span[1], value))
@@ -205,24 +192,14 @@ def history(measured: pl.DataFrame) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    style = "text-align: {}; padding: 1px 10px 1px 0"
-    sides = ["left", *["right"] * (len(cells) - 1)]
-    return "<tr>{}</tr>".format(
-        "".join(
-            f"<td style='{style.format(side)}'>{html.escape(cell)}</td>"
-            for side, cell in zip(sides, cells, strict=True)
-        )
-    )
+    style = "padding: 1px 10px 1px 0; text-align: {}"
+    styles = [style.format("right" if place else "left") for place in range(len(cells))]
+    cells = [f"<td style='{style}'>{html.escape(cell)}</td>" for style, cell in zip(styles, cells, strict=True)]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 class PlanFile(ipywidgets.VBox):  # type: ignore[misc]
-    """Save a plan, and show how to use it.
-
-    Parameters
-    ----------
-    plan : gives the plan as it is now.
-    path : of the file to begin with.
-    """
+    """Save what ``plan`` gives to a file, and show how to use it."""
 
     def __init__(self, plan: Callable[[], Plan], path: str = "budget_plan.json") -> None:
         self._plan = plan

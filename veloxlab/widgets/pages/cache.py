@@ -12,7 +12,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
-from veloxlab.checks import checked
+from veloxlab.checks import checked, choice
 from veloxlab.codecs import ROLES, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import (
@@ -31,7 +31,7 @@ from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Frames, Look, Request
 from veloxlab.widgets.pages.compare import Comparison, Experiment
 from veloxlab.widgets.panel import ProgressBar, button, code, rows
-from veloxlab.widgets.selection import Bits, Chosen, ChosenBits, Words
+from veloxlab.widgets.selection import Bits, Checked, Chosen, ChosenBits
 from veloxlab.widgets.worker import Worker
 
 METRICS = {
@@ -126,29 +126,29 @@ CHARTS = (
     Chart(
         "errors",
         ("method", "layer_bits", "sinks", "window", "metric"),
-        lambda look: [*ASKS_TOKENS(look), *ASKS_ATTENTION(look)],  # both: another metric is seen at once
         _error_rows,
         lambda frame, look: error_map(frame, metric=look.metric, domain=DOMAINS[look.metric]),
         lambda frame, look: error_caption(frame, look.metric),
         lambda _, look: look.metric,
+        lambda look: [*ASKS_TOKENS(look), *ASKS_ATTENTION(look)],  # both: another metric is seen at once
     ),
     Chart(
         "bits",
         ("method", "layer_bits"),
-        _asks("bits"),
         lambda frames, look: at_bits(frames, look.layer_bits),
         lambda frame, look: bit_allocation(frame, greatest=max(GREATEST, find_method(look.method).bits[-1] + 1)),
         lambda frame, _: bit_caption(frame),
         lambda _, look: look.method,
+        _asks("bits"),
     ),
     Chart(
         "memory",
         ("method", "layer_bits", "sinks", "window"),
-        _asks("memory", "sinks", "window"),
         _memory_rows,
         lambda frame, _: memory_chart(frame),
         lambda frame, _: memory_caption(frame),
         lambda _, look: look.method,
+        _asks("memory", "sinks", "window"),
     ),
 )
 
@@ -170,7 +170,7 @@ class CachePage(ChartPage):
     sinks = Chosen("sinks", help="first tokens, kept exact")
     window = Chosen("window", help="newest tokens, kept exact")
     layer = Chosen("layer", help="the picked layer")
-    metric = Words("output_error", help="which error is drawn")
+    metric = Checked(choice(*DOMAINS), "output_error", help="which error is drawn")
 
     def __init__(
         self, experiment: Experiment, worker: Worker | None = None, comparison: Comparison | None = None
@@ -298,15 +298,13 @@ class CachePage(ChartPage):
         return rows(
             [self._methods(), metric],
             [self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")],
-            [self._number("sinks", (0, 64)), self._number("window", (0, 256), step=16)],
+            [self._slider("sinks", 0, 64), self._slider("window", 0, 256, step=16)],
             [layer, reset, measure],
             [ProgressBar(self.worker, flex="1 1 auto")],
         )
 
     @t.validate("metric")
-    def _metric_is_known(self, proposal: dict[str, Any]) -> str:
-        if proposal["value"] not in DOMAINS:
-            raise InputError(f"There is no metric {proposal['value']!r}: choose one of {', '.join(DOMAINS)}.")
+    def _metric_is_there(self, proposal: dict[str, Any]) -> str:
         if proposal["value"] not in self._metrics.values():
             raise InputError(f"There is no {proposal['value']} here. {NO_QUERIES}")
         return str(proposal["value"])

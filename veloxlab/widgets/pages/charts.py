@@ -12,6 +12,7 @@ import altair as alt
 import ipywidgets
 import polars as pl
 
+from veloxlab.checks import WORDS
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
 from veloxlab.progress import Progress as Tell
@@ -20,7 +21,7 @@ from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.panel import Panel, ProgressBar, rows
-from veloxlab.widgets.selection import Chosen, Selection, Words
+from veloxlab.widgets.selection import Checked, Chosen, Selection
 from veloxlab.widgets.worker import Progress, Status, Worker, sentence
 
 T = TypeVar("T")
@@ -69,20 +70,20 @@ class Chart:
     ----------
     name : of the chart.
     depends : settings that it depends on.
-    asks : what has to be measured for it.
     rows : its rows, from what was measured.
     draw : the chart of its rows.
     caption : the line under its heading; without it the chart is always drawn as a whole.
     shape : what its spec depends on beside numbers: rows of one shape can be put into one chart.
+    asks : what has to be measured for it.
     """
 
     name: str
     depends: tuple[str, ...]
-    asks: Callable[[Look], Iterable[Request]]
     rows: Callable[[Sequence[Any], Look], Any]
     draw: Callable[[Any, Look], alt.TopLevelMixin]
     caption: Callable[[Any, Look], str] | None = None
     shape: Callable[[Any, Look], object] = lambda rows, look: None
+    asks: Callable[[Look], Iterable[Request]] = lambda look: ()
 
     def at(self, look: Look) -> tuple[object, ...]:
         """The settings that it depends on."""
@@ -161,7 +162,7 @@ class ChartPage(Panel):
 
     SETTINGS: ClassVar[tuple[str, ...]]
 
-    problem = Words("", help="why a chart shows older settings")
+    problem = Checked(WORDS, "", help="why a chart shows older settings")
 
     def __init__(
         self,
@@ -248,11 +249,11 @@ def head_chart(
     return Chart(
         name,
         ("head", *depends),
-        lambda look: [(name, *(getattr(look, setting) for setting in depends))],
         lambda frames, look: frames[0].filter(head=look.head),
         draw,
         caption,
         shape,
+        lambda look: [(name, *(getattr(look, setting) for setting in depends))],
     )
 
 
@@ -295,11 +296,10 @@ class HeadPage(ChartPage):
 
     def _controls(self, *own: Sequence[ipywidgets.Widget]) -> ipywidgets.Widget:
         """Rows of controls, the page's own between those that all these pages have."""
+        layers, heads = self.selection.layers, range(self.selection.heads)
+        steps = ipywidgets.SelectionSlider
         return rows(
-            [
-                self._steps("layer", self.selection.layers, tip="Layer of the model"),
-                self._steps("head", range(self.selection.heads)),
-            ],
+            [self._control(steps, "layer", options=layers), self._control(steps, "head", options=heads)],
             *own,
             [self._methods(), self._bits("bits")],
             [ProgressBar(self.worker)],

@@ -16,7 +16,7 @@ from veloxlab.views.generation import lines_for
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.panel import Panel, ProgressBar, button, check_settings, rows
-from veloxlab.widgets.selection import Choice, Chosen, ChosenBits, Selection, Whole, Words
+from veloxlab.widgets.selection import Checked, Choice, Chosen, ChosenBits, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 PROMPT = "Tell me about the history of the city of Paris."
@@ -50,11 +50,11 @@ class SideBySide(Panel):
     InputError : an unknown method or setting, a number that cannot be.
     """
 
-    prompt = Words(PROMPT, help="what is continued")
+    prompt = Checked(WORDS, PROMPT, help="what is continued")
     method = Chosen("method", help="a method's id")
     key_bits = ChosenBits("keys", help="code bits of each key coordinate")
     value_bits = ChosenBits("values", help="code bits of each value coordinate")
-    tokens = Whole(64, min=1, max=512, help="tokens to generate at most")
+    tokens = Checked(whole(1, 512), 64, help="tokens to generate at most")
     sinks = Chosen("sinks", help="first tokens, kept exact")
     window = Chosen("window", help="newest tokens, kept exact")
 
@@ -125,14 +125,12 @@ class SideBySide(Panel):
         return self.charts
 
     def _controls(self) -> ipywidgets.Widget:
-        prompt = ipywidgets.Textarea(
-            value=self.prompt, description="prompt", rows=3, layout={"width": "640px"}, continuous_update=False
-        )
+        large: dict[str, Any] = {"rows": 3, "layout": {"width": "640px"}, "continuous_update": False}
         generate = button("Generate", "Continue the prompt with both caches", self.run)
         return rows(
-            [self._bound("prompt", prompt)],
+            [self._control(ipywidgets.Textarea, "prompt", **large)],
             [self._methods(), self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")],
-            [self._number("tokens", (1, 512)), self._number("sinks", (0, 64)), self._number("window", (0, 256))],
+            [self._slider("tokens", 1, 512), self._slider("sinks", 0, 64), self._slider("window", 0, 256)],
             [generate, ProgressBar(self.worker)],
         )
 

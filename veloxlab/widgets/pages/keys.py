@@ -6,21 +6,20 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import polars as pl
-import traitlets as t
 
 from veloxlab import views
 from veloxlab.cache.calibration import Calibration
 from veloxlab.checks import checked, choice
 from veloxlab.codecs import ROLES, Role
 from veloxlab.measure import Capture
-from veloxlab.measure.distributions import SPACES, channel_distributions, check_space, densities
+from veloxlab.measure.distributions import SPACES, channel_distributions, densities
 from veloxlab.measure.levels import level_densities
 from veloxlab.measure.spectra import rope_pairs, spectra
 from veloxlab.progress import Progress
 from veloxlab.views.distributions import MARKS, SHARES_SHOWN, SPACE_WORDS
 from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.pages.charts import Frames, HeadPage, Look, head_chart, plain
-from veloxlab.widgets.selection import ChosenBits, Selection, Words
+from veloxlab.widgets.selection import Checked, ChosenBits, Selection
 from veloxlab.widgets.worker import Worker
 
 SEEN = ("layer", "tensor", "space")
@@ -101,8 +100,8 @@ class KeyExplorer(HeadPage):
 
     SETTINGS = ("layer", "head", "tensor", "space", "method", "bits")
 
-    tensor = Words("keys", help="keys or values")
-    space = Words("raw", help="space in which they are seen")
+    tensor = Checked(choice(*ROLES), "keys", help="keys or values")
+    space = Checked(choice(*SPACES), "raw", help="space in which they are seen")
     bits = ChosenBits("", "shown_layer", help="code bits of each coordinate")
 
     @checked()
@@ -135,15 +134,6 @@ class KeyExplorer(HeadPage):
             *self.charts.values(),
         ]
         self.follow()
-
-    @t.validate("tensor")
-    def _tensor_is_known(self, proposal: dict[str, Any]) -> str:
-        return str(choice(*ROLES)("tensor", proposal["value"]))
-
-    @t.validate("space")
-    def _space_is_known(self, proposal: dict[str, Any]) -> str:
-        check_space(proposal["value"])
-        return str(proposal["value"])
 
     def __repr__(self) -> str:
         return (

@@ -9,7 +9,7 @@ import ipywidgets
 import polars as pl
 import traitlets as t
 
-from veloxlab.checks import maybe
+from veloxlab.checks import maybe, real, whole
 from veloxlab.codecs import METHODS
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest, planned
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
@@ -19,18 +19,23 @@ from veloxlab.views import memory_plan, plan_caption
 from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Frames, Look
 from veloxlab.widgets.panel import check_settings, code, rows
-from veloxlab.widgets.selection import Chosen, ChosenBits, Real, Selection, Whole
+from veloxlab.widgets.selection import Checked, Chosen, ChosenBits, Selection
 from veloxlab.widgets.worker import Worker
 
 GIGABYTE = 1e9
 LEAST, MOST = 8, 21  # powers of two between which the context slider runs
-TYPED = {
-    "layers": "layers",
-    "kv_heads": "KV heads",
-    "head_dim": "head dim",
-    "sliding_window": "sliding",
-    "full_every": "full every",
+TYPED = {"layers": "layers", "kv_heads": "KV heads", "head_dim": "head dim"}
+TYPED |= {"sliding_window": "sliding", "full_every": "full every"}
+RANGES = {
+    "context": (2**LEAST, 2**MOST),
+    "batch": (1, 100_000),
+    "layers": (1, 1000),
+    "kv_heads": (1, 1000),
+    "head_dim": (1, 10_000),
+    "sliding_window": (0, 2**MOST),
+    "full_every": (0, 1000),
 }
+RANGE = {name: whole(*ends) for name, ends in RANGES.items()}
 CHOSEN = ("method", "key_bits", "value_bits", "sinks", "window")
 OWN = ("context", "batch", "memory_gb", *TYPED)
 
@@ -43,9 +48,9 @@ def _plan(layouts: tuple[CacheLayout, ...], look: Look) -> tuple[pl.DataFrame, p
 CHART = Chart(
     "memory_plan",
     (*CHOSEN, *OWN),
-    lambda look: [("layouts", *(getattr(look, name) for name in (*CHOSEN, *TYPED)))],
     lambda found, look: _plan(found[0], look),
     lambda plan, _: memory_plan(*plan),
+    asks=lambda look: [("layouts", *(getattr(look, name) for name in (*CHOSEN, *TYPED)))],
 )
 
 
@@ -74,19 +79,21 @@ class MemoryPlanner(ChartPage):
 
     SETTINGS = (*CHOSEN, *OWN)
 
-    context = Whole(32_768, min=2**LEAST, max=2**MOST, help="tokens of each sequence")
-    batch = Whole(1, min=1, max=100_000, help="sequences")
-    memory_gb = Real(help="memory for the cache alone, 10^9 bytes; at first 8, or what this machine may use")
+    context = Checked(RANGE["context"], 32_768, help="tokens of each sequence")
+    batch = Checked(RANGE["batch"], 1, help="sequences")
+    memory_gb = Checked(
+        real(above=0), help="memory for the cache alone, 10^9 bytes; at first 8, or what this machine may use"
+    )
     method = Chosen("method", help="a method's id")
     key_bits = ChosenBits("keys", help="code bits of each key coordinate")
     value_bits = ChosenBits("values", help="code bits of each value coordinate")
     sinks = Chosen("sinks", help="first tokens, kept exact")
     window = Chosen("window", help="newest tokens, kept exact")
-    layers = Whole(32, min=1, max=1000, help="layers that keep keys and values")
-    kv_heads = Whole(8, min=1, max=1000, help="KV heads of a layer")
-    head_dim = Whole(128, min=1, max=10_000, help="numbers of a key or value of one head")
-    sliding_window = Whole(0, min=0, max=2**MOST, help="tokens that a sliding layer sees; 0: none slides")
-    full_every = Whole(0, min=0, max=1000, help="every so many-th layer sees all tokens; 0: none does")
+    layers = Checked(RANGE["layers"], 32, help="layers that keep keys and values")
+    kv_heads = Checked(RANGE["kv_heads"], 8, help="KV heads of a layer")
+    head_dim = Checked(RANGE["head_dim"], 128, help="numbers of a key or value of one head")
+    sliding_window = Checked(RANGE["sliding_window"], 0, help="tokens that a sliding layer sees; 0: none slides")
+    full_every = Checked(RANGE["full_every"], 0, help="every so many-th layer sees all tokens; 0: none does")
 
     def __init__(
         self,
@@ -151,18 +158,20 @@ class MemoryPlanner(ChartPage):
         )
         context.tooltip = "Tokens of each sequence"
         t.link((self, "context"), (context, "value"), transform=(float, round))
-        memory = ipywidgets.BoundedFloatText(
-            min=1e-3, max=1e5, step=1, value=self.memory_gb, description="memory (GB)",
-            style={"description_width": "initial"},
-        )  # fmt: skip
-        typed = [] if self._given is not None else [self._number(name, words=words) for name, words in TYPED.items()]
+        wide: dict[str, Any] = {"min": 1e-3, "max": 1e5, "step": 1, "style": {"description_width": "initial"}}
+        memory = self._control(ipywidgets.BoundedFloatText, "memory_gb", "memory (GB)", **wide)
+        typed = [] if self._given is not None else [self._box(name, words) for name, words in TYPED.items()]
         return rows(
-            [context, self._number("batch"), self._bound("memory_gb", memory)],
+            [context, self._box("batch"), memory],
             [self._methods(), self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")],
-            [self._number("sinks", (0, 256)), self._number("window", (0, 1024))],
+            [self._slider("sinks", 0, 256), self._slider("window", 0, 1024)],
             typed[:3],
             typed[3:],
         )
+
+    def _box(self, trait: str, words: str = "") -> ipywidgets.Widget:
+        least, most = RANGES[trait]
+        return self._control(ipywidgets.BoundedIntText, trait, words, min=least, max=most)
 
     @t.default("memory_gb")
     def _memory_here(self) -> float:
