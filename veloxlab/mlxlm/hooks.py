@@ -1,9 +1,8 @@
 """How a compressed cache gets into a model's attention.
 
-Models call ``models.base.scaled_dot_product_attention``, most of them by a name of their own. It is replaced, in `base`
-and in every module that holds it; and so is ``quantized_scaled_dot_product_attention``, to which it sends any cache
-that has ``bits``, for modules that we do not see. Given a `Handle` both let it attend, given anything else the original
-runs.
+Models call ``models.base.scaled_dot_product_attention``, most of them by a name of their own. It is replaced in every
+module of mlx-lm that holds it. For modules that we do not see, so is ``quantized_scaled_dot_product_attention``, to
+which it sends any cache that has ``bits``. Given a `Handle` both let it attend, given anything else the original runs.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
@@ -47,44 +47,20 @@ def loadable(kind: Kind) -> Kind:
     return kind
 
 
-def _attention(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    def attention(
-        queries: mx.array,
-        keys: Any,  # noqa: ANN401 - whatever a cache handed out
-        values: Any,  # noqa: ANN401
-        cache: Any,  # noqa: ANN401
-        scale: float,
-        mask: Mask,
-        sinks: mx.array | None = None,
-        **more: Any,
-    ) -> mx.array:
-        if isinstance(keys, Handle):
-            return keys.attend(queries, scale, mask, sinks)
-        return original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks, **more)
+def _reading_handles(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """An attention function that lets a `Handle` attend, and else does what the original does."""
+    names = list(signature(original).parameters)[3:]  # behind queries, keys and values
+
+    def attention(queries: mx.array, keys: Any, values: Any, *more: Any, **named: Any) -> mx.array:  # noqa: ANN401
+        if not isinstance(keys, Handle):
+            return original(queries, keys, values, *more, **named)
+        given = dict(zip(names, more, strict=False)) | named
+        return keys.attend(queries, given["scale"], given["mask"], given.get("sinks"))
 
     return attention
 
 
-def _quantized_attention(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    def attention(
-        queries: mx.array,
-        q_keys: Any,  # noqa: ANN401
-        q_values: Any,  # noqa: ANN401
-        scale: float,
-        mask: Mask,
-        **more: Any,
-    ) -> mx.array:
-        if isinstance(q_keys, Handle):
-            return q_keys.attend(queries, scale, mask)
-        return original(queries, q_keys, q_values, scale=scale, mask=mask, **more)
-
-    return attention
-
-
-_HOOKS = {
-    "scaled_dot_product_attention": _attention,
-    "quantized_scaled_dot_product_attention": _quantized_attention,
-}
+_HOOKED = ("scaled_dot_product_attention", "quantized_scaled_dot_product_attention")
 _pairs: dict[str, list[tuple[Callable[..., mx.array], Callable[..., mx.array]]]] = {}  # by name: originals, and ours
 
 
@@ -95,13 +71,13 @@ def attach() -> None:
     ------
     RuntimeError : mlx-lm has no such functions.
     """
-    for name, hook in _HOOKS.items():
+    for name in _HOOKED:
         held = getattr(base, name, None)
         if held is None:
             raise RuntimeError(f"This mlx-lm has no models.base.{name}: veloxlab needs mlx-lm 0.32.2 or a later 0.32.")
         pairs = _pairs.setdefault(name, [])
         if not any(held in pair for pair in pairs):  # mlx-lm's own, or what another library put there
-            pairs.append((held, hook(held)))
+            pairs.append((held, _reading_handles(held)))
         for original, ours in pairs:
             _rebind(original, ours)
     for kind in _LOADABLE:

@@ -59,23 +59,19 @@ class LayerFacts:
         """Head dimensions of keys and of values."""
         return {"keys": self.key_dim, "values": self.value_dim}
 
+    def leave(self, reason: str) -> None:
+        """Keep the model's own cache."""
+        self.compressible, self.reason = False, reason
+
 
 class Probe(Handle):
-    """Stands in for a cache and for the handle it gives: notes what passes and answers with zeros.
+    """Stands in for a cache and for the handle it gives: notes in ``facts`` what passes, and answers with zeros.
 
-    Parameters
-    ----------
-    facts : of the cache; the shapes that pass are noted there.
-    offset : how many tokens the model is told that it holds.
-
-    Attributes
-    ----------
-    keys : what it was given.
+    The model is told that it holds ``offset`` tokens. ``keys`` are those that it was given.
     """
 
     def __init__(self, facts: LayerFacts, offset: int = 0) -> None:
-        self.facts = facts
-        self.offset = offset
+        self.facts, self.offset = facts, offset
         self.fetched = self.attended = False
         if facts.path == "codes":
             self.bits, self.group_size = 0, 0
@@ -126,28 +122,25 @@ def probe(model: Module) -> list[LayerFacts]:
 
 
 def dry_run(model: Module) -> list[LayerFacts]:
-    """What `probe` gives, without a look at the weights: they may be such as were never made.
-
-    Raises
-    ------
-    InputError : if the model fails with its own caches.
-    """
+    """What `probe` gives, and raises, without a look at the weights: they may be such as were never made."""
     attach()
     facts = _first_facts(own_cache(model))
-    _dry_run(model, facts)
+    while not _passes(model, facts):
+        pass
     _leave_latents(model, facts)
-    _leave_all_but_one(facts)
+    taken: set[int] = set()
+    for found in (f for f in facts if f.compressible):
+        if found.layer in taken:  # plans, calibrations and measurements know one key codec and one value codec a layer
+            found.leave(f"another cache of the layer is compressed, so the model's own {found.native} is kept")
+        taken.add(found.layer)
     return facts
 
 
 def weightless(config: Mapping[str, Any]) -> Module:
     """A model of mlx-lm's own class for a ``config.json``, whose weights are never made as long as none is read.
 
-    It computes in float32 where the configuration says so, and else in 16 bits.
-
-    Raises
-    ------
-    InputError : mlx-lm has no such model, or the configuration is not a model's.
+    It computes in float32 where the configuration says so, and else in 16 bits. Raises `InputError` if mlx-lm makes no
+    model of it.
     """
     try:
         from mlx_lm.utils import _get_classes  # private: an mlx-lm without it does all but this
@@ -210,6 +203,11 @@ def with_caches(
     return caches
 
 
+def probes_of(caches: Sequence[Any]) -> list[Probe]:
+    """The probes among the single caches of a prompt cache."""
+    return [slot for slot in slots_of(caches) if isinstance(slot, Probe)]
+
+
 def _first_facts(caches: Sequence[Any]) -> list[LayerFacts]:
     """Facts before anything was run."""
     facts = []
@@ -219,7 +217,7 @@ def _first_facts(caches: Sequence[Any]) -> list[LayerFacts]:
             name = type(own).__name__
             found = LayerFacts(layer, name, type(own) in (KVCache, RotatingKVCache), slot)
             if not found.compressible:
-                found.reason = f"the model's own {name} is kept"
+                found.leave(f"the model's own {name} is kept")
             elif type(own) is RotatingKVCache:
                 found.max_size, found.keep = own.max_size, own.keep
                 found.reason = f"attention reads the codes of the {own.max_size} tokens it sees"
@@ -227,40 +225,33 @@ def _first_facts(caches: Sequence[Any]) -> list[LayerFacts]:
     return facts
 
 
-def _dry_run(model: Module, facts: list[LayerFacts]) -> None:
-    """Run one token until no layer fails, moving a layer that does from codes to arrays, and then to its own cache."""
-    while True:
-        probes: list[Probe] = []
-
-        def probed(found: LayerFacts, probes: list[Probe] = probes) -> Probe:
-            probes.append(Probe(found))
-            return probes[-1]
-
-        caches = with_caches(model, probed, facts)
-        try:
-            model(mx.array([[0]]), cache=caches)
-        except Exception as error:  # a model may fail on a handle in any way: that is the question
-            culprit = next((p for p in reversed(probes) if p.fetched and p.facts.path == "codes"), None)
-            if culprit is not None:
-                culprit.facts.path = "arrays"
-                culprit.facts.reason = f"its own arithmetic needs arrays ({type(error).__name__} on anything else)"
-            elif probes:
-                for p in probes:
-                    p.facts.compressible = False
-                    p.facts.reason = f"it needs the model's own {p.facts.native} ({type(error).__name__} on any other)"
-            else:
-                raise InputError(
-                    f"This model ({type(model).__module__}) does not run on one token with its own caches: {error}"
-                ) from error
-            continue
-        silent = [p for p in probes if p.fetched and p.facts.path == "codes" and not p.attended]
-        if not silent:
-            break
-        for p in silent:
-            p.facts.path, p.facts.reason = "arrays", "its attention does not go through mlx-lm's own function"
-    for p in probes:
-        if not p.fetched:
-            p.facts.compressible, p.facts.reason = False, "the layer stores no keys and values of its own"
+def _passes(model: Module, facts: Sequence[LayerFacts]) -> bool:
+    """Run one token. Where a layer fails, change its facts, from codes to arrays to its own cache, and give False."""
+    caches = with_caches(model, Probe, facts)
+    probes = probes_of(caches)
+    try:
+        model(mx.array([[0]]), cache=caches)
+    except Exception as error:  # a model may fail on a handle in any way: that is the question
+        kind, on_codes = type(error).__name__, [p.facts for p in probes if p.fetched and p.facts.path == "codes"]
+        if not probes:
+            raise InputError(
+                f"This model ({type(model).__module__}) does not run on one token with its own caches: {error}"
+            ) from error
+        if on_codes:
+            on_codes[-1].path = "arrays"
+            on_codes[-1].reason = f"its own arithmetic needs arrays ({kind} on anything else)"
+            return False
+        for p in probes:
+            p.facts.leave(f"it needs the model's own {p.facts.native} ({kind} on any other)")
+        return False
+    silent = [p.facts for p in probes if p.fetched and p.facts.path == "codes" and not p.attended]
+    for found in silent:
+        found.path, found.reason = "arrays", "its attention does not go through mlx-lm's own function"
+    if not silent:
+        for p in probes:
+            if not p.fetched:
+                p.facts.leave("the layer stores no keys and values of its own")
+    return not silent
 
 
 def _leave_latents(model: Module, facts: Sequence[LayerFacts]) -> None:
@@ -268,19 +259,7 @@ def _leave_latents(model: Module, facts: Sequence[LayerFacts]) -> None:
     widths = {getattr(module, LATENT) for _, module in model.named_modules() if hasattr(module, LATENT)}
     for found in facts:
         if found.compressible and found.kv_heads == 1 and widths & {found.key_dim, found.value_dim}:
-            found.compressible = False
-            found.reason = f"it stores latents (MLA), so the model's own {found.native} is kept"
-
-
-def _leave_all_but_one(facts: Sequence[LayerFacts]) -> None:
-    """Compress one cache of each layer: plans, calibrations and measurements have one key codec and one value codec."""
-    taken: set[int] = set()
-    for found in facts:
-        if found.compressible and found.layer in taken:
-            found.compressible = False
-            found.reason = f"another cache of the layer is compressed, so the model's own {found.native} is kept"
-        elif found.compressible:
-            taken.add(found.layer)
+            found.leave(f"it stores latents (MLA), so the model's own {found.native} is kept")
 
 
 def exact_width(model: Module) -> Literal[16, 32]:

@@ -8,6 +8,7 @@ input is the same at both, and its keys differ by the rotation that they went th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +16,7 @@ import numpy as np
 from mlx.nn.layers.base import Module
 
 from veloxlab.codecs.parts.rope import Rope
-from veloxlab.mlxlm.probe import LayerFacts, Probe, with_caches
+from veloxlab.mlxlm.probe import Probe, probes_of, with_caches
 
 TOKENS = 8  # different ones, each alone: the embedding of one may be zero
 POSITION = 100  # of the second run: far enough that most pairs have turned
@@ -52,14 +53,9 @@ def _known(model: Module) -> list[Rope]:
 
 def _keys_at(model: Module, ids: mx.array, position: int) -> list[mx.array]:
     """Keys ``[B, H, 1, D]`` that each cache is given of single tokens ``[B, 1]`` at a position."""
-    probes: list[Probe] = []
-
-    def probed(facts: LayerFacts) -> Probe:
-        probes.append(Probe(facts, position))
-        return probes[-1]
-
-    model(ids, cache=with_caches(model, probed))
-    return [probe.keys for probe in probes]
+    caches = with_caches(model, partial(Probe, offset=position))
+    model(ids, cache=caches)
+    return [probe.keys for probe in probes_of(caches)]
 
 
 def _between(before: mx.array, after: mx.array, known: Sequence[Rope]) -> Rope | None:
