@@ -28,22 +28,15 @@ R = TypeVar("R")
 class Experiment(Generic[J, R]):
     """Measures jobs, and knows the results of all that it measured. Close it at the end.
 
-    If a process of the executor dies, one new process does the jobs that are left.
-
-    Attributes
-    ----------
-    measure : does one job; with an executor, a function that can be sent to a process.
-    name : a job in words, for ``progress`` and messages.
-    executor : where jobs are done; None for this process.
-    progress : told before the first job and after each; what it raises ends the run and cancels waiting jobs.
-    known : results by job.
+    If a process of the executor dies, one new process does the jobs that are left. ``progress`` is told before the
+    first job and after each; what it raises ends the run and cancels waiting jobs.
     """
 
-    measure: Callable[[J], R]
-    name: Callable[[J], str] = str
-    executor: Executor | None = None
+    measure: Callable[[J], R]  # does one job; with an executor, a function that can be sent to a process
+    name: Callable[[J], str] = str  # a job in words, for progress and messages
+    executor: Executor | None = None  # where jobs are done; None for this process
     progress: Progress = silent
-    known: dict[J, R] = field(default_factory=dict)
+    known: dict[J, R] = field(default_factory=dict)  # results
     _keep: Callable[[], object] = field(default=lambda: None, repr=False)
     _spare: ProcessPoolExecutor | None = field(default=None, repr=False)
 
@@ -68,13 +61,9 @@ class Experiment(Generic[J, R]):
         self._keep = lambda: unfinished.put(to_rows(self.known))
 
     def run(self, jobs: Sequence[J], *, done: int = 0, total: int | None = None) -> Iterator[tuple[J, R]]:
-        """Give each job and its result, known ones first.
+        """Give each job and its result, known ones first; ``done`` of ``total`` jobs came before, for ``progress``.
 
-        ``done`` of ``total`` jobs came before these, for ``progress``.
-
-        Raises
-        ------
-        InputError : the new process died too. It does one job at a time, and the sentence names the job.
+        Raises `InputError` that names the job if the new process died too: it does one job at a time.
         """
         jobs = tuple(dict.fromkeys(jobs))
         known = [(job, self.known[job]) for job in jobs if job in self.known]
@@ -135,7 +124,7 @@ class Experiment(Generic[J, R]):
 
 
 class Attempt(NamedTuple):
-    """Measures the rows of one cache, ``at`` so many tokens if that is said; it may fail."""
+    """Measures rows of one cache, at some length if ``at`` says so; it may fail."""
 
     cache: str
     measure: Callable[[], pl.DataFrame]

@@ -141,23 +141,10 @@ class _Filling:
         return (None, None) if failed else (peak, statistics.median(seconds[WARM_UP:]))
 
 
+_FIELDS = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": {
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "intermediate_size": 1536,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "rope_theta": 1e5,
-    },
-    "one layer of 7B": {  # of Mistral's
-        "hidden_size": 4096,
-        "num_hidden_layers": 1,
-        "intermediate_size": 14336,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "rope_theta": 1e6,
-    },
+    "smollm2-135m": dict(zip(_FIELDS, (576, 30, 1536, 9, 3), strict=True)) | {"rope_theta": 1e5},
+    "one layer of 7B": dict(zip(_FIELDS, (4096, 1, 14336, 32, 8), strict=True)) | {"rope_theta": 1e6},  # of Mistral's
 }
 """Shapes of models that can be measured without their weights."""
 
@@ -165,9 +152,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 def random_model(shape: str, **changes: Any) -> Model:
     """A model of one of `SHAPES`, but for ``changes``, with random weights in half precision and a small vocabulary.
 
-    Raises
-    ------
-    InputError : no such shape.
+    Raises `InputError` if there is no such shape.
     """
     if shape not in SHAPES:
         raise InputError(f"No shape of {shape!r} is known: choose one of {', '.join(map(repr, SHAPES))}.")

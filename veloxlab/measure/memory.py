@@ -181,13 +181,8 @@ def memory_growth(
         if shape not in filled:
             codecs = [layer.codec(tensor, method, widths[tensor], calibration, options) for tensor in ROLES]
             ours = CompressedKVCache(*codecs, sinks=sinks, window=window, layer=layer.layer)
-            caches: dict[str, CompressedKVCache | KVCache] = {
-                name or cache_name(method, widths): ours,
-                "fp16": KVCache(),
-            }
-            filled[shape] = pl.concat(
-                _filled(label, cache, layer, lengths, progress) for label, cache in caches.items()
-            )
+            caches = ((name or cache_name(method, widths), ours), ("fp16", KVCache()))
+            filled[shape] = pl.concat(_filled(label, cache, layer, lengths, progress) for label, cache in caches)
         frames.append(filled[shape].with_columns(layer=pl.lit(layer.layer), kind=pl.lit("measured")))
     return in_schema(pl.concat(frames), GROWTH)
 

@@ -55,21 +55,13 @@ MOST_TOKENS = 2**24  # and is not looked for beyond
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """One layer.
+    """One layer: bytes of the keys and values of a token, and which tokens are exact."""
 
-    Attributes
-    ----------
-    exact : bytes of the keys and values of an exact token.
-    codes, scales : bytes of those of a packed token.
-    windows : which tokens are exact; None for a cache of mlx-lm's own.
-    max_size : tokens that an own cache which slides sees.
-    """
-
-    exact: int = 0
-    codes: int = 0
+    exact: int = 0  # bytes of an exact token
+    codes: int = 0  # and of a packed one
     scales: int = 0
-    windows: Windows | None = None
-    max_size: int | None = None
+    windows: Windows | None = None  # None for a cache of mlx-lm's own
+    max_size: int | None = None  # tokens that an own cache which slides sees
 
     def parts(self, tokens: int, decoded: int) -> dict[str, int]:
         """Bytes by part after ``tokens`` tokens of one sequence."""
@@ -83,20 +75,12 @@ class LayerLayout:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """The cache of a whole model.
+    """The cache of a whole model."""
 
-    Attributes
-    ----------
-    name : such as ``"turboquant K4 V4"``, ``"fp16"`` or ``"mlx-lm 4 bit"``.
-    layers : how many layers there are of each layout.
-    states : bytes of the states of one sequence, which do not grow.
-    tables : bytes of constant tables, held once.
-    """
-
-    name: str
-    layers: Mapping[LayerLayout, int]
-    states: int
-    tables: int = 0
+    name: str  # such as "turboquant K4 V4", "fp16" or "mlx-lm 4 bit"
+    layers: Mapping[LayerLayout, int]  # how many there are of each
+    states: int  # bytes of the states of one sequence, which do not grow
+    tables: int = 0  # bytes of constant tables, held once
 
     def parts(self, tokens: int, batch: int = 1, decoded: int = 0) -> dict[str, int]:
         """Bytes by part of ``batch`` sequences of ``tokens`` tokens, the last ``decoded`` of them generated."""

@@ -192,15 +192,9 @@ def evaluate(
     frame = pl.concat(frames)
     if per_token:
         return frame
-    frame = pl.concat([_summary(frame), _holdings(cache)], how="horizontal")
-    return in_schema(
-        frame.with_columns(
-            name=pl.lit(name or _name(method_or_plan, settings)),
-            mode=pl.lit(mode),
-            chunk=pl.lit(None if callable(method_or_plan) else chunk),
-        ),
-        FIDELITY,
-    )
+    chunk_said = None if callable(method_or_plan) else chunk
+    head = pl.DataFrame({"name": [name or _name(method_or_plan, settings)], "mode": [mode], "chunk": [chunk_said]})
+    return in_schema(pl.concat([head, _summary(frame), _holdings(cache)], how="horizontal"), FIDELITY)
 
 
 def _summary(frame: pl.DataFrame) -> pl.DataFrame:
@@ -227,12 +221,7 @@ def _holdings(cache: list[Any]) -> pl.DataFrame:
 
 
 def maker(method_or_plan: str | Plan | CacheMaker, settings: Mapping[str, object], **usual: Chunk) -> CacheMaker:
-    """What makes a cache by ``settings`` and the ``usual`` ones; a function that makes one of its own takes none.
-
-    Raises
-    ------
-    InputError : ``settings`` for such a function.
-    """
+    """What makes a cache by ``settings`` and the ``usual`` ones; raises `InputError` for settings beside a function."""
     if callable(method_or_plan):
         if settings:
             raise InputError(f"A cache of your own takes no settings, but {sorted(settings)[0]!r} was given.")
