@@ -13,8 +13,9 @@ from tests.metal_on_host import check, run
 from tests.metal_on_host.launch import HOST
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.kernels import attend as attending
-from veloxlab.kernels.attend import Exact, Queries, Tokens, attend_kernel
+from veloxlab.kernels.attend import attend_kernel
 from veloxlab.kernels.backend import Source
+from veloxlab.kernels.call import Exact, Queries, Tokens
 from veloxlab.kernels.devices import METAL
 from veloxlab.kernels.readers import TableReader
 

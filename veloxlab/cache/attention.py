@@ -18,8 +18,9 @@ from mlx_lm.models.base import create_causal_mask
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import per_kv_head
 from veloxlab.codecs.none import Exact
-from veloxlab.kernels.attend import AttendKernel, Queries, Tokens, attend_kernel
-from veloxlab.kernels.attend import Exact as ExactTokens
+from veloxlab.kernels.attend import AttendKernel, attend_kernel
+from veloxlab.kernels.call import Exact as ExactTokens
+from veloxlab.kernels.call import Queries, Tokens
 from veloxlab.kernels.checked import agrees, difference, made_up
 from veloxlab.kernels.devices import current_backend
 from veloxlab.mlxlm.hooks import Handle, Mask

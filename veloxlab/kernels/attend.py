@@ -13,12 +13,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from string import Template
-from typing import Any, NamedTuple
 
 import mlx.core as mx
 
 from veloxlab.kernels.backend import SIMD, Backend, Source, launch, source_file
-from veloxlab.kernels.readers import Reader, Room
+from veloxlab.kernels.call import STEP, Queries, Tokens, inputs_of
+from veloxlab.kernels.readers import Room
 from veloxlab.kernels.vectors import hartley_row
 
 SIMDGROUPS = 4  # of a threadgroup
@@ -31,68 +31,10 @@ _LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: a table is not filled for
 _COMBINE_THREADS = 512
 _SMALL = 128  # dimension up to which a thread's registers let as many threadgroups work at once
 _LARGEST_DIM = 512
-_STEP = 16  # coordinates that dimensions are multiples of
 # more splits than any history has: those of packed tokens fill the GPU, those of exact ones are few
 MOST_SPLITS = _GROUPS + 1 + 2 * _MOST_EXACT_SPLITS
 
 Defines = dict[str, int | str]
-
-
-class Exact(NamedTuple):
-    """Consecutive tokens that are not compressed: keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of one dtype."""
-
-    keys: mx.array
-    values: mx.array
-
-
-@dataclass(frozen=True, eq=False)
-class Tokens:
-    """A layer's tokens: packed ones, and exact ones before and after them."""
-
-    keys: Reader
-    values: Reader
-    sinks: Exact | None
-    recent: Exact | None
-    key_dim: int
-    value_dim: int
-
-    @property
-    def exact_counts(self) -> tuple[int, int]:
-        """Tokens before and after the packed ones."""
-        sinks, recent = (0 if run is None else run.keys.shape[2] for run in (self.sinks, self.recent))
-        return sinks, recent
-
-    @property
-    def exact_type(self) -> mx.Dtype:
-        """Of the exact tokens; float32 where there are none."""
-        some = self.sinks or self.recent
-        return mx.float32 if some is None else some.keys.dtype
-
-    @property
-    def one_table(self) -> bool:
-        """Whether keys and values look up in the same table."""
-        return self.keys.lookup is not None and self.keys.lookup is self.values.lookup
-
-
-@dataclass(frozen=True, eq=False)
-class Queries:
-    """What attends.
-
-    Attributes
-    ----------
-    q : ``[B, Hq, L, Dk]``.
-    scale : what scores are multiplied with.
-    coded : the queries in the space of the keys' codes ``[B, H, Hq/H · L, keys.dim]`` float32, where kernels do not
-        know how to bring them there.
-    mask : to be added to the scores ``[B, Hq, L, S]`` float32, or None.
-    logits : what each head's softmax has beside the tokens' scores, without a value ``[Hq]`` float32, or None.
-    """
-
-    q: mx.array
-    scale: float
-    coded: mx.array | None = None
-    mask: mx.array | None = None
-    logits: mx.array | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +75,7 @@ class AttendKernel:
         padded_rows = batch * blocks * self.rows
         mixed, sums = launch(
             self.attend,
-            _inputs(queries, tokens, sizes),
+            inputs_of(queries, tokens, sizes),
             backend=backend,
             groups=(splits, blocks, batch),
             threads=SIMDGROUPS * SIMD,
@@ -176,7 +118,7 @@ def attend_kernel(queries: Queries, tokens: Tokens, backend: Backend) -> AttendK
     )
     if which not in _KERNELS:
         dims = (tokens.key_dim, tokens.value_dim, keys.dim, values.dim)
-        fits = all(dim % _STEP == 0 for dim in dims) and max(dims) <= _LARGEST_DIM
+        fits = all(dim % STEP == 0 for dim in dims) and max(dims) <= _LARGEST_DIM
         shared = all(reader.shares(n) for reader, n in zip((keys, values), backend.shares, strict=True))
         _KERNELS[which] = _made(queries, tokens, backend) if fits and shared else None
     return _KERNELS[which]
@@ -246,7 +188,7 @@ def _attend_source(
     at_once = GROUPS_PER_PROCESSOR if max(largest_key, largest_value) <= _SMALL else GROUPS_PER_PROCESSOR // 2
     return Source(
         name=f"attend_{keys.name}_{values.name}",
-        inputs=tuple(_inputs(queries, tokens, None)),
+        inputs=tuple(inputs_of(queries, tokens, None)),
         outputs=("mixed", "sums"),
         defines=(
             *common.items(),
@@ -274,33 +216,6 @@ def _attend_source(
             key_hartley="" if keys.signs is None else hartley_row(keys.dim),
         ),
     )
-
-
-def _inputs(queries: Queries, tokens: Tokens, sizes: mx.array | None) -> dict[str, Any]:
-    """What `attend` is launched with, by name; for the names alone, without ``sizes``."""
-    keys = tokens.keys
-    nothing = _nothing(tokens.exact_type)
-    sinks, recent = tokens.sinks or nothing, tokens.recent or nothing
-    arrays = {
-        "q": queries.q,
-        "q_coded": queries.q if queries.coded is None else queries.coded,
-        "k_signs": _nothing(mx.float32).keys if keys.signs is None else keys.signs,
-        **keys.arrays("k"),
-        **tokens.values.arrays("v"),
-        "sink_keys": sinks.keys,
-        "sink_values": sinks.values,
-        "recent_keys": recent.keys,
-        "recent_values": recent.values,
-        "sizes": sizes,
-    }
-    return arrays if queries.mask is None else arrays | {"mask": queries.mask}
-
-
-@lru_cache
-def _nothing(dtype: mx.Dtype) -> Exact:
-    empty = mx.zeros((1, 1, 1, _STEP), dtype)
-    mx.eval(empty)
-    return Exact(empty, empty)
 
 
 @lru_cache(maxsize=1024)  # sequences of a batch, whose lengths differ: every layer asks for those of all

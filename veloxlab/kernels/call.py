@@ -1,0 +1,97 @@
+"""What attention is called with, and the arrays that its kernel gets of that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+
+from veloxlab.kernels.readers import Reader
+
+STEP = 16  # coordinates that dimensions are multiples of
+
+
+class Exact(NamedTuple):
+    """Consecutive tokens that are not compressed: keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of one dtype."""
+
+    keys: mx.array
+    values: mx.array
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A layer's tokens: packed ones, and exact ones before and after them."""
+
+    keys: Reader
+    values: Reader
+    sinks: Exact | None
+    recent: Exact | None
+    key_dim: int
+    value_dim: int
+
+    @property
+    def exact_counts(self) -> tuple[int, int]:
+        """Tokens before and after the packed ones."""
+        sinks, recent = (0 if run is None else run.keys.shape[2] for run in (self.sinks, self.recent))
+        return sinks, recent
+
+    @property
+    def exact_type(self) -> mx.Dtype:
+        """Of the exact tokens; float32 where there are none."""
+        some = self.sinks or self.recent
+        return mx.float32 if some is None else some.keys.dtype
+
+    @property
+    def one_table(self) -> bool:
+        """Whether keys and values look up in the same table."""
+        return self.keys.lookup is not None and self.keys.lookup is self.values.lookup
+
+
+@dataclass(frozen=True, eq=False)
+class Queries:
+    """What attends.
+
+    Attributes
+    ----------
+    q : ``[B, Hq, L, Dk]``.
+    scale : what scores are multiplied with.
+    coded : the queries in the space of the keys' codes ``[B, H, Hq/H · L, keys.dim]`` float32, where kernels do not
+        know how to bring them there.
+    mask : to be added to the scores ``[B, Hq, L, S]`` float32, or None.
+    logits : what each head's softmax has beside the tokens' scores, without a value ``[Hq]`` float32, or None.
+    """
+
+    q: mx.array
+    scale: float
+    coded: mx.array | None = None
+    mask: mx.array | None = None
+    logits: mx.array | None = None
+
+
+def inputs_of(queries: Queries, tokens: Tokens, sizes: mx.array | None) -> dict[str, Any]:
+    """What ``attend.metal`` is launched with, by name; for the names alone, without ``sizes``."""
+    keys = tokens.keys
+    nothing = _nothing(tokens.exact_type)
+    sinks, recent = tokens.sinks or nothing, tokens.recent or nothing
+    arrays = {
+        "q": queries.q,
+        "q_coded": queries.q if queries.coded is None else queries.coded,
+        "k_signs": _nothing(mx.float32).keys if keys.signs is None else keys.signs,
+        **keys.arrays("k"),
+        **tokens.values.arrays("v"),
+        "sink_keys": sinks.keys,
+        "sink_values": sinks.values,
+        "recent_keys": recent.keys,
+        "recent_values": recent.values,
+        "sizes": sizes,
+    }
+    return arrays if queries.mask is None else arrays | {"mask": queries.mask}
+
+
+@lru_cache
+def _nothing(dtype: mx.Dtype) -> Exact:
+    empty = mx.zeros((1, 1, 1, STEP), dtype)
+    mx.eval(empty)
+    return Exact(empty, empty)
