@@ -84,7 +84,7 @@ def register(method: Method, *, replace: bool = False) -> Method:
     """Make an algorithm from elsewhere one of the methods: of caches, plans, measurements, charts and widgets.
 
     It lasts as long as the process, or until `unregister`. A cache that is saved with it is read again where a method
-    of this id and version is registered, with classes of the same names and fields.
+    of this id and version is registered, with classes of the same names and fields. Gives ``method`` back.
 
     Parameters
     ----------
@@ -92,35 +92,29 @@ def register(method: Method, *, replace: bool = False) -> Method:
         frozen dataclasses.
     replace : whether a method of this id that was registered before makes room, as when a notebook's cell runs again.
 
-    Returns
-    -------
-    Method
-        The method.
-
     Raises
     ------
     InputError : the id is taken or is no name, the method names no classes or other things, or takes no bits.
     """
-    if not _ID.fullmatch(method.id):
-        raise InputError(f"{method.id!r} is no id of a method: take small letters, digits and _, a letter first.")
-    if method.id in _OURS:
-        raise InputError(f"The method {method.id!r} comes with veloxlab and stays as it is: choose another id.")
-    if method.id in METHODS and not replace:
-        raise InputError(
-            f"A method {method.id!r} is registered already: vl.codecs.unregister({method.id!r}) first, or replace=True."
-        )
-    if not method.codecs:
-        raise InputError(
-            f"The method {method.id!r} names no classes: give Method(codecs=(...)) those that its build makes."
-        )
-    for kind in method.codecs:
+    name, kinds = method.id, method.codecs
+    for wrong, sentence in (
+        (not _ID.fullmatch(name), f"{name!r} is no id of a method: take small letters, digits and _, a letter first."),
+        (name in _OURS, f"The method {name!r} comes with veloxlab and stays as it is: choose another id."),
+        (
+            name in METHODS and not replace,
+            f"A method {name!r} is registered already: vl.codecs.unregister({name!r}) first, or replace=True.",
+        ),
+        (not kinds, f"The method {name!r} names no classes: give Method(codecs=(...)) those that its build makes."),
+        (not len(method.bits), f"The method {name!r} takes no bits: give a range, such as range(2, 9)."),
+    ):
+        if wrong:
+            raise InputError(sentence)
+    for kind in kinds:
         if not (isinstance(kind, type) and is_dataclass(kind) and kind.__dataclass_params__.frozen):  # type: ignore[attr-defined]
             raise InputError(f"{kind!r} is no frozen dataclass, as a codec has to be: write @dataclass(frozen=True).")
-    if not len(method.bits):
-        raise InputError(f"The method {method.id!r} takes no bits: give a range, such as range(2, 9).")
-    METHODS[method.id] = method
-    named = (method.id, method.version)
-    _REGISTERED.update({kind: named for kind in method.codecs if not kind.__module__.startswith(f"{__name__}.")})
+    METHODS[name] = method
+    ours = f"{__name__}."
+    _REGISTERED.update({kind: (name, method.version) for kind in kinds if not kind.__module__.startswith(ours)})
     return method
 
 

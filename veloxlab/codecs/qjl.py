@@ -43,7 +43,7 @@ from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, unpack_to_bytes
 from veloxlab.codecs.parts.scalar import joint_levels
 from veloxlab.codecs.parts.scales import SCALE, load_scale, over, root_mean_square, store_scale
-from veloxlab.codecs.parts.sketch import SignSketch, SketchName, pack_signs
+from veloxlab.codecs.parts.transforms import SignSketch, SketchName, pack_signs
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.encode import group_kernel, sign_kernel
 from veloxlab.kernels.readers import GroupsReader, TableReader

@@ -31,7 +31,6 @@ Where we differ
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import ClassVar, Literal, Self, get_args
@@ -42,7 +41,7 @@ import numpy as np
 from veloxlab.checks import check_fields, choice
 from veloxlab.codecs.base import Code, Sample, check_heads, check_sample, check_vectors, per_head, unbiased_keys
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts import constant
+from veloxlab.codecs.parts import constant, in_turn
 from veloxlab.codecs.parts.packing import BITS, Layout, pack, packed, unpack_to_bytes
 from veloxlab.codecs.parts.scalar import paired_levels
 from veloxlab.codecs.parts.scales import SCALE, load_scale, scale_factor
@@ -87,9 +86,8 @@ class RaBitQ(RotatedCodec):
     @property
     def layout(self) -> Layout:
         """B·D bits and a scale; the sine with bounds."""
-        return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE} | (
-            {"sine": SCALE} if self.bounds else {}
-        )
+        sine = {"sine": SCALE} if self.bounds else {}
+        return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE} | sine
 
     @cached_property
     def _encoder(self) -> VectorKernel | None:
@@ -124,9 +122,8 @@ class RaBitQ(RotatedCodec):
 
     def reader(self, code: Code) -> TableReader:
         """The grid as a table."""
-        return TableReader(
-            self.head_dim, code.arrays["codes"], code.arrays["root_scale"], self._signs, *_paired_steps(self.bits)
-        )
+        codes, root_scale = code.arrays["codes"], code.arrays["root_scale"]
+        return TableReader(self.head_dim, codes, root_scale, self._signs, *_paired_steps(self.bits))
 
     def half_widths(self, code: Code, epsilon: float = EPSILON) -> mx.array:
         """By how much ⟨q, x̂⟩ of a query of length 1 may be off ``[B, H, S, 1]``: ε₀·‖x̂ − x‖/√(D − 1).
@@ -143,13 +140,16 @@ class RaBitQ(RotatedCodec):
 
     def _stretch(self, magnitude: mx.array) -> mx.array:
         """The t of each vector ``[..., D]`` of length √D and no negative coordinate: ``[..., 1]``."""
-        if self.bits == 1:
-            return mx.zeros((*magnitude.shape[:-1], 1))
+        shape = (*magnitude.shape[:-1], 1)
+        if self.bits == 1 or not magnitude.size:
+            return mx.zeros(shape)
         if self.encoder == "fast":
-            return mx.full((*magnitude.shape[:-1], 1), usual_stretch(self.head_dim, self.bits))
-        if self.encoder == "exact":
-            return _in_chunks(_best_stretch, magnitude, self.bits, self.head_dim * (2 ** (self.bits - 1) - 1))
-        return _in_chunks(_tried_stretch, magnitude, self.bits, self.head_dim * _TRIES)
+            return mx.full(shape, usual_stretch(self.head_dim, self.bits))
+        exact = self.encoder == "exact"
+        search, width = (_best_stretch, 2 ** (self.bits - 1) - 1) if exact else (_tried_stretch, _TRIES)
+        size = max(1, _AT_ONCE // (self.head_dim * width))
+        rows = magnitude.reshape(-1, self.head_dim)
+        return in_turn(lambda some: search(some, self.bits), rows, size).reshape(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,18 +275,6 @@ def _tried_stretch(a: mx.array, bits: int) -> mx.array:
     along = along / mx.maximum(mx.square(a).sum(axis=-1, keepdims=True), _TINY)
     sine = (mx.square(error).sum(axis=-1) - along) / mx.square(u).sum(axis=-1)  # squared
     return mx.take_along_axis(t, mx.argmin(sine, axis=-1, keepdims=True), axis=-1)
-
-
-def _in_chunks(search: Callable[[mx.array, int], mx.array], a: mx.array, bits: int, width: int) -> mx.array:
-    """Apply ``search``, whose temporary arrays have ``width`` numbers per vector, to all of ``a`` ``[..., D]``."""
-    rows = a.reshape(-1, a.shape[-1])
-    size = max(1, _AT_ONCE // width)
-    parts: list[mx.array] = []
-    for begin in range(0, rows.shape[0], size):
-        chunk = rows[begin : begin + size]
-        # one after the other: MLX would evaluate many chunks abreast
-        parts.append(search(mx.depends(chunk, [parts[-1]]) if parts else chunk, bits))
-    return (mx.concatenate(parts) if parts else mx.zeros((0, 1))).reshape(*a.shape[:-1], 1)
 
 
 def build(head_dim: int, bits: int, tensor: Role, *, centroid: bool = False, **options: object) -> RaBitQ:

@@ -35,8 +35,7 @@ from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import BITS, WIDEST, Layout, packed
 from veloxlab.codecs.parts.scalar import ScalarQuantizer, quantizer_for
 from veloxlab.codecs.parts.scales import SCALE, SCALES, ScaleName, scale_factor
-from veloxlab.codecs.parts.sketch import SignSketch, SketchName
-from veloxlab.codecs.parts.transforms import RotationName
+from veloxlab.codecs.parts.transforms import RotationName, SignSketch, SketchName
 from veloxlab.codecs.rotated import RotatedCodec
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import TableReader

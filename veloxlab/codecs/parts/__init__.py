@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
@@ -14,3 +16,12 @@ def constant(array: np.ndarray | mx.array, dtype: mx.Dtype = mx.float32) -> mx.a
     table = mx.array(array).astype(dtype)
     mx.eval(table)
     return table
+
+
+def in_turn(function: Callable[[mx.array], mx.array], x: mx.array, size: int) -> mx.array:
+    """``function`` of ``size`` rows of ``x`` ``[N, ...]`` at a time, joined: MLX would evaluate all of them abreast."""
+    parts = [function(x[:size])]
+    for start in range(size, len(x), size):
+        (chunk,) = mx.depends([x[start : start + size]], [parts[-1]])
+        parts.append(function(chunk))
+    return mx.concatenate(parts)

@@ -1,4 +1,4 @@
-"""Orthogonal transforms of the head dimension, which spread a vector's energy evenly over its coordinates.
+"""Random transforms of the head dimension: rotations, and the sign sketch that TurboQuant's ``prod`` and QJL share.
 
 A rotation keeps inner products, so the query is rotated once and compared with rotated keys, and a mix of rotated
 values is rotated back once. Every rotation here is a frozen dataclass of plain numbers: its arrays follow from
@@ -7,6 +7,7 @@ values is rotated back once. Every rotation here is a frozen dataclass of plain 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,12 +16,14 @@ from typing import Literal, get_args
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.checks import choice
+from veloxlab.checks import check_fields, choice
 from veloxlab.codecs.parts import constant
+from veloxlab.codecs.parts.packing import pack, unpack_to_bytes
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.rotated import rotate_kernel
 from veloxlab.kernels.vectors import VectorKernel
 
+SketchName = Literal["orthogonal", "gaussian"]
 RotationName = Literal["hadamard", "haar"]
 ROTATION = choice(*get_args(RotationName))
 
@@ -123,3 +126,61 @@ def _signs(dim: int, seed: int) -> mx.array:
 def _hartley(size: int) -> mx.array:
     angle = 2 * np.pi * np.outer(np.arange(size), np.arange(size)) / size
     return constant((np.cos(angle) + np.sin(angle)) / np.sqrt(size))
+
+
+@dataclass(frozen=True)
+class SignSketch:
+    """The signs of a random projection, from which inner products are estimated without bias (QJL, arXiv 2406.03482).
+
+    ``rows`` projections of ``dim`` coordinates. ``"gaussian"`` draws them independently, as the papers do;
+    ``"orthogonal"`` draws blocks of ``dim`` orthogonal rows of length √dim, with about 2.75 times less variance
+    for the same bits. ``rows`` is a multiple of ``dim``.
+    """
+
+    dim: int
+    rows: int
+    sketch: SketchName = "orthogonal"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, sketch=choice(*get_args(SketchName)))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the projection, shared by every layer of a process."""
+        return self.matrix.nbytes
+
+    @property
+    def matrix(self) -> mx.array:
+        """The projection ``[rows, dim]``, float32."""
+        return _sketch_matrix(self)
+
+    @property
+    def unbiased_scale(self) -> float:
+        """``c`` such that ``c·‖x‖·⟨Sq, sign(Sx)⟩`` has mean ``⟨q, x⟩``: 1 / (rows · E|⟨row, u⟩|) for a unit ``u``."""
+        mean_abs = math.sqrt(2 / math.pi)
+        if self.sketch == "orthogonal":  # a row is uniform on the sphere of radius √dim, not Gaussian
+            log_ratio = math.lgamma(self.dim / 2) - math.lgamma((self.dim + 1) / 2)
+            mean_abs = math.sqrt(self.dim / math.pi) * math.exp(log_ratio)
+        return 1 / (self.rows * mean_abs)
+
+    def signs(self, x: mx.array) -> mx.array:
+        """Signs of the projections of ``x`` ``[..., dim]`` as packed bits ``[..., words]``."""
+        return pack_signs(x @ self.matrix.T)
+
+    def expand(self, words: mx.array) -> mx.array:
+        """Packed bits to ±1 ``[..., rows]``, float32."""
+        return unpack_to_bytes(words, 1, self.rows).astype(mx.float32) * 2 - 1
+
+
+def pack_signs(y: mx.array) -> mx.array:
+    """Signs of projections ``[..., rows]`` as packed bits ``[..., words]``; the sign of 0 is +1."""
+    return pack((y >= 0).astype(mx.uint32), 1)
+
+
+@lru_cache
+def _sketch_matrix(sketch: SignSketch) -> mx.array:
+    if sketch.sketch == "gaussian":
+        return constant(np.random.default_rng(sketch.seed).standard_normal((sketch.rows, sketch.dim)))
+    blocks = [haar_matrix(sketch.dim, sketch.seed + i) for i in range(sketch.rows // sketch.dim)]
+    return constant(mx.concatenate(blocks) * math.sqrt(sketch.dim))

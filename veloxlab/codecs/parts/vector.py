@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from veloxlab.codecs.parts import in_turn
 from veloxlab.codecs.parts.packing import WIDEST, pack, unpack, unpack_to_bytes
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.encode import search_kernel
@@ -55,13 +56,10 @@ def nearest(points: mx.array, centroids: mx.array) -> mx.array:
     """Index ``[...]`` (uint32) of the nearest of ``centroids`` ``[C, d]`` to each of ``points`` ``[..., d]``."""
     *lead, dim = points.shape
     rows, half = points.reshape(-1, dim), mx.square(centroids).sum(axis=-1) / 2
+    if not len(rows):
+        return mx.zeros(lead, mx.uint32)
     size = _DISTANCES // len(centroids)
-    found = [mx.zeros((0,), mx.uint32)]
-    for start in range(0, len(rows), size):
-        # one chunk after another: MLX would evaluate all of them abreast, and hold all their distances
-        (chunk,) = mx.depends([rows[start : start + size]], [found[-1]])
-        found.append(mx.argmin(mx.addmm(half, chunk, -centroids.T), axis=-1))
-    return mx.concatenate(found).reshape(lead)
+    return in_turn(lambda some: mx.argmin(mx.addmm(half, some, -centroids.T), axis=-1), rows, size).reshape(lead)
 
 
 def packed_nearest(points: mx.array, centroids: mx.array, bits: int) -> mx.array:
