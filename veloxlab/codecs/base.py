@@ -101,12 +101,8 @@ class Codec(ABC):
 
     A codec is a frozen dataclass. What it learned is in fields that are arrays, with one entry per KV head where the
     algorithm says so. All other fields are plain numbers and words, or a `Rope`: see `veloxlab.codecs.saving`.
-
-    Attributes
-    ----------
-    head_dim : D, the length of the vectors.
-    heads_alike : whether it codes every KV head alike, so that some can be read without others.
-    plan : code bits of each coordinate ``[D]``, where they differ; else empty.
+    ``heads_alike`` says that every KV head is coded alike, so that some can be read without others; ``plan`` are the
+    code bits of each coordinate ``[D]``, where they differ.
     """
 
     head_dim: int

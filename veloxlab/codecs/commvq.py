@@ -15,13 +15,13 @@ Stored per vector of D coordinates
 
 Where we differ
     * mlx-lm hands over keys after RoPE: the layer's own rotation is undone first, and done again at decoding.
-    * Attention rotates the sums of a tile, not the tables at every position: with codes read as indices that is 2·R·D
-      additions a key, against 64·R·D multiplications for a table that is rotated for it. A test says that both agree.
+    * Attention rotates the sums of a tile, not the tables at every position: 2·R·D additions a key, against 64·R·D
+      multiplications for a table that is rotated for it.
     * The scale is each vector's own (the paper has one norm for all heads of a token), and makes the squared error
       least, for keys too: on SmolLM2 an unbiased one is no better.
-    * Values are coded by the same stages, without RoPE. The paper learns an encoder network for them, in 100,000 steps.
-      A second table that is a turn of the first, not a free one, halves the memory: on held-out text the squared error
-      is 2 to 4 % higher at 1 bit, and lower at 2, where a free table learns its sample by heart.
+    * Values are coded by the same stages, without RoPE. The paper learns an encoder network for them. A second table
+      that is a turn of the first, not a free one, halves the memory: on held-out text the squared error is 2 to 4 %
+      higher at 1 bit, and lower at 2, where a free table learns its sample by heart.
     * A smaller trainer, in seconds a layer: see `commvq_training`. Calibrate on 1,024 tokens or more.
 """
 
@@ -64,15 +64,12 @@ _MOST_FACTOR = 4.0  # of a scale over the norm: an outlier that its code misses 
 
 @dataclass(frozen=True, eq=False)
 class CommVQ(Codec):
-    """CommVQ's residual stages (arXiv 2506.18879, section 3), for keys or values.
+    """CommVQ's residual stages (arXiv 2506.18879, section 3). Keys are coded before RoPE, values as they are.
 
-    Parameters
+    Attributes
     ----------
-    head_dim : D, even.
     bits : nominal code bits per coordinate; ``12·stages / head_dim`` are used.
-    tensor : ``"keys"`` are coded before RoPE, ``"values"`` as they are.
     stages : R, or 0 for that of ``bits``.
-    scale : see `ScaleName`.
     tables : entries of every stage ``[H, R, 64, D]``, float16; learned, as is what follows.
     rope : of the layer; None for values.
     """

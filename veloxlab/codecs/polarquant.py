@@ -60,13 +60,8 @@ _MOST_VECTORS = 1 << 13  # that codebooks are fitted to: of more, only every nth
 class PolarQuant(RotatedSpace):
     """PolarQuant (arXiv 2502.02617, Algorithm 1).
 
-    Parameters
-    ----------
-    head_dim : D, a multiple of ``2**len(levels)``.
-    levels : bits of the angles of each level, the first level's first.
-    scale, rotation, seed : see `ScaleName` and `RotatedSpace`.
-    codebook : ``"offline"``, ``"online"`` (until it is fitted as offline) or ``"fitted"``.
-    centroids : angles that `fit` learned, level after level from the second on; empty before.
+    ``levels`` are the bits of the angles of each level, the first level's first; D is a multiple of ``2**len(levels)``.
+    ``centroids`` are what `fit` learned, level after level from the second on. For ``codebook`` see the module.
     """
 
     head_dim: int

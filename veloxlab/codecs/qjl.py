@@ -12,9 +12,8 @@ Stored per vector of D coordinates
     Values: b·D bits of codes, and two 16-bit numbers for each group of 32: b + 1 bits per value. (The paper's
     "2-bit" values take 3.)
 
-``bits`` is m/D. The paper's is 2 with another D signs for outliers, and 4 in the first layers: give those layers more
-bits with a plan. As a reconstruction of the key (`decode`) signs are poor, and more bits buy little: the error falls as
-1/b, where a scalar quantizer's falls as 4^−b.
+``bits`` is m/D. The paper's is 2 with another D signs for outliers, and 4 in the first layers, which a plan can say. As
+a reconstruction of the key (`decode`) signs are poor: the error falls as 1/b, a scalar quantizer's as 4^−b.
 
 Where we differ
     * S is made of blocks of D orthogonal rows by default, as in the authors' code and not as in their text: at
@@ -126,8 +125,8 @@ class QJL(Codec):
 class OutlierQJL(SplitCodec):
     """QJL's keys with ``outliers`` channels of each KV head in a sketch of their own.
 
-    A few channels of keys are often much larger than the rest; they would drown it in a common sketch, whose error is
-    proportional to the norm. Their sketch has D rows, or as many as whole blocks allow.
+    They are often much larger than the rest, and would drown it in a common sketch, whose error is proportional to the
+    norm. Their sketch has D rows, or as many as whole blocks allow.
     """
 
     method: ClassVar[str] = "QJL"

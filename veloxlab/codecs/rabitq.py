@@ -18,11 +18,10 @@ Keys store the scale ‖x‖²/⟨x, u⟩, which makes inner products right on a
 ⟨x, u⟩/‖u‖², which makes the squared error least.
 
 Where we differ
-    * How t is found. ``exact`` tries every t at which a coordinate steps, as the paper, but sorted and summed instead
-      of walked through with a heap, and over all t (the authors' code begins its walk late and can miss the best).
-      ``fast`` is the authors' constant t for (D, B). Our default, ``grid``, tries 24 values of t for each vector: at
-      D = 128 its squared error is within 0.1 % of the exact one up to 5 bits and within 2 % at 8, where ``fast`` loses
-      12 % at 4 bits and a factor of 16 at 8. Its work does not grow with B; that of ``exact`` doubles with each bit.
+    * How t is found. ``exact`` tries every t at which a coordinate steps, as the paper, over all t (the authors' code
+      begins its walk late and can miss the best); its work doubles with each bit. ``fast`` is the authors' constant t
+      for (D, B). Our default, ``grid``, tries 24 values of t for each vector: at D = 128 its squared error is within
+      0.1 % of the exact one up to 5 bits and 2 % at 8, where ``fast`` loses 12 % at 4 bits and a factor of 16 at 8.
     * The rotation is signs and Hadamard instead of four rounds of those with Kac's walk: the same errors, measured.
     * The query stays in floating point. The authors round it to 4 bits to count bits, which is an error of its own.
     * No inverted file of centroids: at most one, the mean of a KV head, and none by default.

@@ -40,15 +40,7 @@ _RAGGED = "codes"  # the array whose rows are as wide as the head's codes
 
 @dataclass(frozen=True)
 class RateQuant(Codec):
-    """TurboQuant with a width for each KV head; see the module.
-
-    Parameters
-    ----------
-    head_dim : D, 4 or more.
-    head_bits : code bits of each KV head, in order, 1 to 8.
-    tensor : ``"keys"`` or ``"values"``, which chooses TurboQuant's scale unless the options do.
-    options : TurboQuant's own, as pairs of name and value.
-    """
+    """TurboQuant with a width for each KV head, 1 to 8 bits; ``options`` are TurboQuant's own, as pairs."""
 
     head_dim: int
     head_bits: tuple[int, ...]

@@ -7,25 +7,22 @@ its closed form; that queries, not keys, should choose a key's coordinates is OS
 Stored per vector of D coordinates
     One bit string of b·D bits, in which coordinate i takes bᵢ = 0 … 8, and one 16-bit scale: b + 16/D bits per value.
 Learned per layer
-    For each KV head a basis, its standard deviations and means, in float32. One bit plan for all heads of a layer: the
-    codes of a layer are one array, in which all heads take the same bits. It is made from the heads' mean sorted
-    spectrum, and every head sorts its own coordinates into it.
+    For each KV head a basis, its standard deviations and means, in float32. One bit plan for all heads of a layer, made
+    from their mean sorted spectrum, into which every head sorts its own coordinates.
 
 The steps: go to the basis; divide by the root-mean-square; take the mean off; quantize coordinate i with the Lloyd–Max
 levels of N(0, λᵢ). Bits by integer water-filling: one at a time to argmax λᵢ / 4^bᵢ.
 
 Where we differ
     * ``basis``. ``"pca"`` is the paper's: eigenvectors of the head's own keys or values. ``"query"`` minimises the
-      error of q·k: with LLᵀ the second moment of the queries, PCA of Lᵀk, not orthogonal in k. (WUSH levels the
-      spectrum with Λ^−¼ and Hadamard, for one width everywhere; here water-filling takes that part.) For values it is
+      error of q·k: with LLᵀ the second moment of the queries, PCA of Lᵀk, not orthogonal in k; for values it is
       ``"pca"``. ``"hadamard"`` learns only means and variances.
     * ``centred``. The paper's second moments are uncentred, and their first eigenvector is mostly the mean key, a
       coordinate that is far from N(0, λ). We keep the mean apart, at no bits per token. ``False`` is the paper's.
     * ``damping``. What a thousand tokens show of a head's spectrum is too steep for the next text. We add 5 % of the
       mean variance to all; the paper nothing. A calibration text of many short pieces does more.
-    * The scale. The paper stores the norm. ``mse`` stores ⟨y, ŷ⟩/‖ŷ‖² (in the metric of the basis) and is the default
-      for both roles: coordinates without bits are lost alike for all, and an ``unbiased`` scale would make up for them
-      in the coordinates that are nearly exact.
+    * The paper stores the norm. ``mse`` stores ⟨y, ŷ⟩/‖ŷ‖² (in the metric of the basis) and is the default of keys too:
+      an ``unbiased`` scale would make up for coordinates without bits in those that are nearly exact.
     * No selective sketch (QJL): the paper's own ablation is better without.
 """
 
@@ -71,13 +68,10 @@ _LARGEST_FACTOR = 4.0  # of an unbiased scale: a vector that lies where no bits 
 
 @dataclass(frozen=True, eq=False)
 class SpectralQuant(Codec):
-    """SpectralQuant of keys or values; see the module.
+    """SpectralQuant of keys or values; see the module. ``bits`` are the mean code bits per coordinate.
 
-    Parameters
+    Attributes
     ----------
-    bits : mean code bits per coordinate, 1 to 8.
-    basis : ``"pca"``, ``"query"`` or ``"hadamard"``, for whose signs the seed is.
-    centred, damping, scale : see the module and `ScaleName`.
     plan : bits of each coordinate of the basis, descending; learned, as all that follows.
     forward, backward : to the basis and back, ``y = x @ forward``, ``[H, D, D]``; backward is None for the transpose.
     mean, deviation : of each coordinate of the basis ``[H, 1, D]``, for vectors of root-mean-square 1.

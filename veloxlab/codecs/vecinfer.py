@@ -14,12 +14,9 @@ are coded as they are.
 
 Where we differ
     * The Hadamard transform has random signs in front, which the paper does without, and fits any head dimension.
-    * One codebook (float16) for all KV heads of a layer's keys, one for its values, so that its bytes stay small: 2 KB
-      at ``d4b8``, 64 KB at ``d8b12``. Our notes of the paper do not say what it shares.
-    * One of the centroids is zero. A common factor brings the fitted vectors to root-mean-square 1, so that float16
-      holds their centroids, whatever their size.
-    * It is trained on at most 65,536 sub-vectors (32,768 at 12 bits), from the best of three k-means++ seedings; from
-      1,024 entries on from one, since the restarts differ too little there to pay for themselves.
+    * One codebook (float16) for all KV heads of a layer's keys, one for its values: 2 KB at ``d4b8``, 64 KB at
+      ``d8b12``. A common factor brings the fitted vectors to root-mean-square 1, so that float16 holds them.
+    * One of the centroids is zero. Training sees at most 65,536 sub-vectors (32,768 at 12 bits).
 """
 
 from __future__ import annotations
@@ -52,10 +49,9 @@ _FEW_QUERIES = 8  # per KV head, up to which tables are faster than expanding, o
 class VecInfer(Codec):
     """VecInfer's product vector quantizer (arXiv 2510.06175); `fit` learns the last two fields.
 
-    Parameters
+    Attributes
     ----------
-    sub_dim : d, coordinates that one index stands for; it divides D.
-    index_bits : b, 1 to 8, 10 or 12; the codebook has 2ᵇ entries.
+    sub_dim, index_bits : d, coordinates of an index, and b, its bits: 1 to 8, 10 or 12.
     smooth, hadamard : divide each channel of each KV head by λ; rotate the vectors.
     factors : what a channel is divided with: ``[H, D]``, or ``[1, 1]`` without ``smooth``; float32.
     centroids : the codebook ``[2**b, d]``, float16.

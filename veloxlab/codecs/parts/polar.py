@@ -29,8 +29,7 @@ _ROUNDS = 100  # of k-means in one dimension
 class PolarTree:
     """Quantizes the directions of the blocks of ``2**len(levels)`` coordinates that ``dim`` is made of.
 
-    ``levels`` are the bits of each level's angles, level 1 first. ``centroids`` are learned ones, level after level
-    from the second on; empty for those of the known densities.
+    For ``levels`` and ``centroids`` see `PolarQuant`; without learned centroids they are those of the known densities.
     """
 
     dim: int

@@ -41,8 +41,7 @@ def train_codebook(points: Points, count: int, seed: int) -> Points:
     """K-means centroids ``[count, d]`` of ``points`` ``[N, d]``, the first of them zero.
 
     Seeds by k-means++, several times on a part of the points, then Lloyd's iteration on all (at most `MOST_POINTS`,
-    fewer for many centroids; fewer iterations too). Beside the points it holds arrays of N numbers and, a chunk at a
-    time, distances. The same for the same points and seed. There must be more different points than centroids.
+    fewer for many centroids; fewer iterations too). There must be more different points than centroids.
     """
     rng = np.random.default_rng(seed)
     most = min(MOST_POINTS, _MOST_PAIRS // count)
