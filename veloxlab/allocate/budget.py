@@ -137,18 +137,11 @@ BUDGET = either(
 
 @dataclass(frozen=True)
 class Limit:
-    """What a budget leaves for codes.
+    """What a budget leaves for codes: bytes, or a predicted loss."""
 
-    Attributes
-    ----------
-    tokens : packed tokens of each layer, relative to the layer that holds most.
-    nbytes : of the codes of all layers for one token of that layer; None where the loss is limited.
-    predicted_loss : the greatest loss allowed, or None.
-    """
-
-    tokens: Mapping[int, float]
-    nbytes: float | None = None
-    predicted_loss: float | None = None
+    tokens: Mapping[int, float]  # packed ones of each layer, relative to the layer that holds most
+    nbytes: float | None = None  # of the codes of all layers, for one token of that layer
+    predicted_loss: float | None = None  # the greatest that is allowed
 
 
 def limit_of(budget: Budget, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:

@@ -29,20 +29,12 @@ Chosen = Mapping[Place, "Choice"]
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A method and a width for each head of one layer's keys or values.
+    """A method and a width for each head of one layer's keys or values."""
 
-    Attributes
-    ----------
-    method : id; ``"none"`` is exact.
-    widths : code bits of each head.
-    nbytes : of one packed token.
-    losses : predicted for each head ``[H]``, in the unit of the sensitivities.
-    """
-
-    method: str
-    widths: tuple[int, ...]
-    nbytes: float
-    losses: Floats
+    method: str  # id; "none" is exact
+    widths: tuple[int, ...]  # code bits of each head
+    nbytes: float  # of one packed token
+    losses: Floats  # predicted for each head [H], in the unit of the sensitivities
 
     @cached_property
     def mean_width(self) -> float:
@@ -101,11 +93,7 @@ def head_tables(sensitivities: pl.DataFrame, curves: pl.DataFrame) -> Tables:
     """Tables of every layer's keys and values, one for each method, from `SENSITIVITIES` and `CURVES`.
 
     A head loses its sensitivity times ½·E‖x − x̂‖²/D; by ``"key_norm"``, whose unit is that of E‖x‖², times the
-    relative distortion.
-
-    Raises
-    ------
-    InputError : the two are not of the same layers and heads.
+    relative distortion. Raises `InputError` if the two are not of the same layers and heads.
     """
     by = sensitivities["by"].unique().to_list()
     if len(by) != 1:
@@ -152,18 +140,11 @@ def offered(tables: Tables, sizes: Sequence[LayerSize], bounds: Bounds) -> dict[
 
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """The choices of a whole model as the columns of a `Problem`.
+    """The choices of a whole model as the columns of a `Problem`."""
 
-    Attributes
-    ----------
-    rows : choices for one layer's keys or values, or for both together.
-    problem : their costs and losses ``[N, M]``, of which keys' losses are weighted.
-    losses : the losses as they are predicted.
-    """
-
-    rows: Sequence[Sequence[Chosen]]
-    problem: Problem
-    losses: Floats
+    rows: Sequence[Sequence[Chosen]]  # for one layer's keys or values, or for both together
+    problem: Problem  # their costs and losses [N, M], of which keys' losses are weighted
+    losses: Floats  # as they are predicted
 
     @classmethod
     def of(
@@ -182,11 +163,9 @@ class Choices:
         for i, row in enumerate(rows):
             for j, chosen in enumerate(row):
                 costs[i, j] = sum(tokens[layer] * choice.nbytes for (layer, _), choice in chosen.items())
-                losses[i, j] = sum(choice.predicted_loss for choice in chosen.values())
-                weighted[i, j] = sum(
-                    choice.predicted_loss * (key_weight if tensor == "keys" else 1)
-                    for (_, tensor), choice in chosen.items()
-                )
+                lost = {tensor: choice.predicted_loss for (_, tensor), choice in chosen.items()}
+                losses[i, j] = sum(lost.values())
+                weighted[i, j] = losses[i, j] + (key_weight - 1) * lost.get("keys", 0.0)
         return cls(rows, Problem(costs, weighted), losses)
 
     def chosen(self, columns: Ints) -> Chosen:

@@ -79,33 +79,24 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Allocation:
-    """A plan, and what is predicted of it.
+    """A plan for `veloxlab.make_cache`, and what is predicted of it.
 
-    Attributes
-    ----------
-    plan : for `veloxlab.make_cache`.
-    bytes_per_token : of one packed token in all layers.
-    true_bits : for each packed value, scales included; ``key_bits`` and ``value_bits`` are means of code bits.
-    predicted_loss : a token; by gradients or divergences, in nats.
-    predicted_least : no plan of these choices and this budget is predicted to lose less. None with a `QualityFloor` or
-        a weight of keys.
-    uniform, predicted_uniform_loss : the plan of uniform bits in the same bytes (`RateBudget.uniform`), and its loss;
-        None where even the least measured width takes more.
-    bounds : within which it was allocated.
-    only_least : whether the budget pays for the least widths only, so that nothing was allocated.
+    No plan of these choices and this budget is predicted to lose less than ``predicted_least``; it is None with a
+    `QualityFloor` or a weight of keys. ``uniform`` is `RateBudget.uniform` in the same bytes; None where even the least
+    measured width takes more.
     """
 
     plan: Plan
-    bytes_per_token: float
-    true_bits: float
-    key_bits: float
+    bytes_per_token: float  # of one packed token in all layers
+    true_bits: float  # for each packed value, scales included
+    key_bits: float  # code bits, mean over the heads
     value_bits: float
-    predicted_loss: float
+    predicted_loss: float  # a token; by gradients or divergences, in nats
     predicted_least: float | None
     uniform: Plan | None
     predicted_uniform_loss: float | None
-    bounds: Bounds
-    only_least: bool
+    bounds: Bounds  # within which it was allocated
+    only_least: bool  # whether the budget pays for the least widths only, so that nothing was allocated
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,12 +207,7 @@ class RateBudget:
         )
 
     def spans(self, bounds: Bounds, tokens: int) -> Spans:
-        """The least and the most that budgets can ask for within ``bounds``; megabytes are of a text of ``tokens``.
-
-        Raises
-        ------
-        InputError : no measured width is within the bounds.
-        """
+        """The least and the most that budgets can ask for within ``bounds``; megabytes are of a text of ``tokens``."""
         choices = self._choices(bounds, self._one_token)
         best = choices.problem.frontier
         ends = [choices.chosen(best.choice(step)) for step in (0, len(best.slopes))]
@@ -236,9 +222,7 @@ class RateBudget:
     def heads(self, plan: Plan) -> pl.DataFrame:
         """What each KV head's keys and values get from a plan, and are predicted to lose: `HEADS`.
 
-        Raises
-        ------
-        InputError : the plan is of another model, or a method or a width of it was not measured.
+        Raises `InputError` for a plan of another model, or if a method or a width of it was not measured.
         """
         rows = [
             (layer, head, tensor, choice.method, width, float(loss))

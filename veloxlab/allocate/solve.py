@@ -43,20 +43,13 @@ class Solution:
 
 @dataclass(frozen=True, eq=False)
 class Frontier:
-    """The steps of all hulls in the order of their slopes: the best that a cost can do at every place where one ends.
+    """The steps of all hulls in the order of their slopes: the best that a cost can do wherever a step ends."""
 
-    Attributes
-    ----------
-    costs, losses : ``[K + 1]``, the sums before the first step and after each; costs ascend.
-    slopes, rows : ``[K]``, what each step saves for its cost, and the component that it is of.
-    vertices : ``[V, N]``, the columns of each component's hull.
-    """
-
-    costs: Floats
-    losses: Floats
-    slopes: Floats
-    rows: Ints
-    vertices: Ints
+    costs: Floats  # [K + 1], the sums before the first step and after each, ascending
+    losses: Floats  # [K + 1], likewise
+    slopes: Floats  # [K], what each step saves for its cost
+    rows: Ints  # [K], the component that it is of
+    vertices: Ints  # [V, N], the columns of each component's hull
 
     def choice(self, taken: int) -> Ints:
         """Columns after the first ``taken`` steps."""
@@ -68,9 +61,7 @@ class Frontier:
 class Problem:
     """Components and their choices: ``costs`` and ``losses`` ``[N, M]``, both infinite where there is no such choice.
 
-    Raises
-    ------
-    InputError : the tables differ in shape, are empty, or a component has no choice.
+    Raises `InputError` if the tables differ in shape, are empty, or a component has no choice.
     """
 
     costs: Floats
@@ -121,12 +112,7 @@ class Problem:
         )
 
     def within(self, budget: float) -> Solution:
-        """The least loss for at most ``budget``; see the module for what is guaranteed.
-
-        Raises
-        ------
-        InputError : even the cheapest choices cost more.
-        """
+        """The least loss for at most ``budget``, as the module says; raises `InputError` if nothing is so cheap."""
         frontier, room = self.frontier, budget * (1 + _ROUNDING)
         if room < frontier.costs[0]:
             raise InputError(
@@ -142,11 +128,7 @@ class Problem:
         """The first place in the order with a loss of at most ``loss``; it costs at most one step more than the best.
 
         Where the problem's losses are weighted, ``losses`` are those without weights. `Solution.bound` is a cost here,
-        and 0 with ``losses``.
-
-        Raises
-        ------
-        InputError : even the best choices lose more.
+        and 0 with ``losses``. Raises `InputError` if even the best choices lose more.
         """
         table, frontier = self.losses if losses is None else losses, self.frontier
         everyone, last, allowed = np.arange(len(table)), len(frontier.slopes), loss * (1 + _ROUNDING)

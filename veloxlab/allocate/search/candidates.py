@@ -100,11 +100,7 @@ def candidates(
     """All combinations, at those of the widths that a method has.
 
     By default the methods are those that need no calibration, but for RateQuant, which at one width is TurboQuant.
-    ``protected`` are sets of layers to leave exact, such as ``[(), (0, -1)]``.
-
-    Raises
-    ------
-    InputError : an unknown method, or one that has none of the widths.
+    Raises `InputError` for an unknown method, or one that has none of the widths.
     """
     names = [m.id for m in METHODS.values() if not (m.calibrated or m.per_head or m.id == "none")]
     asked = {"key_bits": key_bits or bits, "value_bits": value_bits or bits}
