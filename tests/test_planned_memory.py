@@ -57,7 +57,7 @@ def parts_of(cache) -> dict[str, int]:
             sizes["states" if hasattr(layer, "cache") else "exact"] += layer.nbytes
             continue
         for part, run in (("sinks", layer.sinks), ("window", layer.recent)):
-            sizes[part] += run.nbytes
+            sizes[part] += sum(buffer.nbytes for buffer in run.buffers.values())
         for buffer in layer.packed.buffers.values():
             exact = isinstance(layer.key_codec, Exact)
             sizes["scales" if mx.issubdtype(buffer.dtype, mx.floating) and not exact else "codes"] += buffer.nbytes

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, get_args
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.cache.counts import BLOCK, Windows
+from veloxlab.cache.counts import HeldTokens, Windows
 from veloxlab.checks import FLAG, Check, check_fields, choice, either, instance, real, whole
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import exact_width, probe
@@ -56,31 +56,10 @@ def layer_sizes(model: Module) -> tuple[LayerSize, ...]:
     return sizes
 
 
-class HeldTokens(NamedTuple):
-    """Tokens of one layer that are exact, and that are codes."""
-
-    exact: int
-    packed: int
-
-
 def held_tokens(size: LayerSize, tokens: int, *, sinks: int, window: int, decoded: bool = True) -> HeldTokens:
-    """The most tokens that a layer's compressed cache has room for after a text.
-
-    With ``decoded`` the tokens came one at a time, and buffers hold slack for more. Without it they came in one call,
-    and the numbers are exact for a layer that does not slide.
-    """
+    """The most tokens that a layer's compressed cache has room for: `veloxlab.cache.counts.Windows.most_held`."""
     windows = Windows.of(sinks if size.max_size is None else size.keep, window, size.max_size)
-    first = min(tokens, windows.sinks)
-    behind = tokens - first
-    if windows.reach is not None:
-        behind = min(behind, windows.reach + min(BLOCK, max(1, windows.reach // 8)) - 1)  # forgotten some together
-    packed = max(0, behind - windows.window) // windows.block * windows.block
-    recent = behind - packed
-    if decoded:
-        first = min(first + 8, windows.sinks)
-        recent = min(recent + 8, windows.most_recent) if recent else 0
-        packed += max(8, packed // 64) if packed else 0
-    return HeldTokens(first + recent, packed)
+    return windows.most_held(tokens, decoded=decoded)
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,8 @@ class Segment:
 class History(Handle):
     """All tokens that a layer's queries may attend to, oldest first.
 
-    Attributes
-    ----------
-    segments : the tokens.
-    stored : what the cache made of those that came now. The answer to many queries is there once these are: else MLX
-        would leave the encoding of all layers, and their keys and values, for the end of a prefill.
+    ``stored`` is what the cache made of those that came now. The answer to many queries waits for it: else MLX would
+    leave the encoding of all layers, and their keys and values, for the end of a prefill.
     """
 
     segments: tuple[Segment, ...]
@@ -86,16 +83,10 @@ class History(Handle):
             if together < kv_heads:
                 some = self._changed(itemgetter((slice(None), slice(first, first + together))))
             keys, values = some.after(parts[-1] if parts else q).expand(q.dtype)
-            parts.append(
-                mx.fast.scaled_dot_product_attention(
-                    q[:, heads],
-                    keys,
-                    values,
-                    scale=scale,
-                    mask=_mask_of(mask, heads),
-                    sinks=None if sinks is None else sinks.astype(q.dtype)[heads],
-                )
-            )
+            own = _mask_of(mask, heads)
+            logits = None if sinks is None else sinks.astype(q.dtype)[heads]
+            attend = mx.fast.scaled_dot_product_attention
+            parts.append(attend(q[:, heads], keys, values, scale=scale, mask=own, sinks=logits))
         return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
 
     def _heads_together(self, bytes_each: int) -> tuple[int, int]:
@@ -144,14 +135,8 @@ class History(Handle):
         keys, values = key_codec.reader(packed.keys), value_codec.reader(packed.values)
         if len(before) > 1 or len(after) > 1 or keys is None or values is None:
             return None
-        tokens = Tokens(
-            keys,
-            values,
-            sinks=_exact_run(before),
-            recent=_exact_run(after),
-            key_dim=key_codec.head_dim,
-            value_dim=value_codec.head_dim,
-        )
+        exact = _exact_run(before), _exact_run(after)
+        tokens = Tokens(keys, values, *exact, key_dim=key_codec.head_dim, value_dim=value_codec.head_dim)
         coded = None
         if keys.signs is None:
             # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
@@ -169,12 +154,8 @@ class History(Handle):
     def _disagreement(self, kernel: AttendKernel, queries: Queries, tokens: Tokens) -> str:
         """What is wrong with a kernel for such a call, in words, or nothing: a made-up history is read both ways."""
         before = _first_packed(self.segments) or 0
-        history = History(
-            tuple(
-                _made_up(segment, _TRIAL[1 - before + i], tokens.keys.kv_heads, tokens.exact_type)
-                for i, segment in enumerate(self.segments)
-            )
-        )
+        lengths, like = _TRIAL[1 - before :], (tokens.keys.kv_heads, tokens.exact_type)
+        history = History(tuple(_made_up(s, count, *like) for s, count in zip(self.segments, lengths, strict=False)))
         q = made_up(queries.q, queries.q.shape[2], seed=1)
         shape = (*q.shape[:3], history.tokens)
         hidden = mx.random.bernoulli(_HIDDEN, shape, key=mx.random.key(2))

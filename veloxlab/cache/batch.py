@@ -24,13 +24,9 @@ from veloxlab.mlxlm.hooks import Handle, Mask, loadable
 
 @dataclass(frozen=True)
 class BatchRow:
-    """What one sequence of a batch attends to, and where that stands in the batch's padded arrays.
+    """What one sequence of a batch attends to, if any of the new tokens is its own, and where that stands.
 
-    Attributes
-    ----------
-    history : its own, or None if none of the new tokens is its.
-    first, last : its own new tokens are ``first:last`` of those that came; the others are padding.
-    column : where its oldest token stands.
+    Its new tokens are ``first:last`` of those that came, and the others padding; its oldest token is at ``column``.
     """
 
     history: History | None
@@ -155,9 +151,7 @@ class BatchCompressedKVCache(saved.Saved):
     ) -> None:
         """Say where padding is among the tokens to come, up to `finalize`.
 
-        Raises
-        ------
-        InputError : padding on the left of a row that already holds tokens.
+        Raises `InputError` for padding on the left of a row that already holds tokens.
         """
         if left_padding is not None:
             if any(pad and not row.empty() for pad, row in zip(left_padding, self.rows, strict=True)):

@@ -9,34 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Self
+from typing import NamedTuple, Self
 
 from veloxlab.checks import whole
 from veloxlab.errors import InputError
 
 BLOCK = 32  # tokens that leave the window together: encoding one at a time would cost a launch per token
 CHUNK = 2048  # tokens of a prompt that mlx-lm reads together
+STEP = 8  # tokens for which a buffer takes room where they come one at a time,
+SLACK_SHARE = 64  # or 1/64 more than it needs, if that is more: then growth costs O(1) a token
 OWN_STEP = 256  # tokens by which mlx-lm's own buffers grow
 TOKENS = whole(0)  # how many tokens
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """Where the tokens of one call go, and which ones leave the window for the codes.
+    """Where the tokens of one call go, and which ones leave the window for the codes."""
 
-    Attributes
-    ----------
-    to_sinks : the first of them, kept exact.
-    gone : those behind, which nothing will see again; with them all tokens before but the sinks.
-    from_recent, from_new : tokens to be encoded: the oldest of the window, and the next of this call.
-    to_recent : the rest of them, which join the window.
-    """
-
-    to_sinks: int
-    gone: int
-    from_recent: int
-    from_new: int
-    to_recent: int
+    to_sinks: int  # the first of them, kept exact
+    gone: int  # those behind, which nothing will see again; with them all tokens before but the sinks
+    from_recent: int  # the oldest of the window, to be encoded
+    from_new: int  # the next of this call, to be encoded
+    to_recent: int  # the rest of them, which join the window
 
     @property
     def to_packed(self) -> int:
@@ -44,24 +38,22 @@ class Arrival:
         return self.from_recent + self.from_new
 
 
+class HeldTokens(NamedTuple):
+    """Tokens of one layer that are exact, and that are codes."""
+
+    exact: int
+    packed: int
+
+
 @dataclass(frozen=True)
 class Windows:
-    """Sinks, window and reach of a layer's cache, in tokens.
+    """Sinks, window and reach of a layer's cache, in tokens."""
 
-    Attributes
-    ----------
-    sinks : first tokens, kept exact.
-    window : newest tokens, kept exact.
-    block : tokens that leave the window together.
-    most_recent : the most that ever are in the window and wait to leave it.
-    reach : tokens behind the sinks that a sliding layer can see; None sees all.
-    """
-
-    sinks: int
-    window: int
-    block: int
-    most_recent: int
-    reach: int | None
+    sinks: int  # first tokens, kept exact
+    window: int  # newest tokens, kept exact
+    block: int  # tokens that leave the window together
+    most_recent: int  # the most that ever are in the window and wait to leave it
+    reach: int | None  # tokens behind the sinks that a sliding layer can see; None sees all
 
     @classmethod
     def of(cls, sinks: int, window: int, max_size: int | None) -> Self:
@@ -99,12 +91,32 @@ class Windows:
         return Arrival(to_sinks, gone, from_recent, from_new, count - to_sinks - gone - from_new)
 
     def leaving(self, packed: int, recent: int) -> int:
-        """How many tokens behind the sinks are forgotten: packed ones some together, as each time copies the rest."""
-        if self.reach is None or packed + recent <= self.reach:
-            return 0
-        over = packed + recent - self.reach
-        grain = min(BLOCK, max(1, self.reach // 8))
-        return over if over > packed else over // grain * grain
+        """How many of the oldest tokens behind the sinks are forgotten."""
+        over = 0 if self.reach is None else max(0, packed + recent - self.reach)
+        return over if over > packed else over // self._grain * self._grain
+
+    def most_held(self, tokens: int, *, decoded: bool = True) -> HeldTokens:
+        """The most tokens that a cache has room for after a text, in whatever calls it came.
+
+        Without ``decoded`` they came in one call, and no buffer has slack: that is exact for a layer that does not
+        slide.
+        """
+        sinks = min(tokens, self.sinks)
+        behind = tokens - sinks
+        if self.reach is not None:
+            behind = min(behind, self.reach + self._grain - 1)
+        packed = max(0, behind - self.window) // self.block * self.block
+        recent = behind - packed
+        if decoded:
+            sinks = min(sinks + STEP, self.sinks)
+            recent = min(recent + STEP, self.most_recent) if recent else 0
+            packed += max(STEP, packed // SLACK_SHARE) if packed else 0
+        return HeldTokens(sinks + recent, packed)
+
+    @property
+    def _grain(self) -> int:
+        """Packed tokens of a sliding layer that are forgotten together: each time copies the rest."""
+        return min(BLOCK, max(1, (self.reach or 0) // 8))
 
 
 def calls(tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Iterator[int]:

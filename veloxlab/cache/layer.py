@@ -38,13 +38,8 @@ _LARGEST = 1e9
 class Coming:
     """Tokens of one call that a cache can store: `CompressedKVCache.check` gives them, `CompressedKVCache.store` takes.
 
-    Attributes
-    ----------
-    keys, values : as they came.
-    all_seen : whether attention reads them as they came, and not as they are stored.
-    arrival : where they go.
-    codecs : of keys and of values, fitted.
-    codes : of the keys and values that leave the window, if any do.
+    With ``all_seen`` attention reads them as they came, else as they are stored. ``codes`` are of the keys and values
+    that leave the window.
     """
 
     keys: mx.array
@@ -178,17 +173,15 @@ class CompressedKVCache(Runs, saved.Saved):
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | Literal["causal"] | None:
         """The mask that ``N`` new tokens need, in mlx-lm's terms."""
-        mask: mx.array | Literal["causal"] | None
-        if self.max_size is None:
+        mask: mx.array | Literal["causal"] | None = "causal"
+        reach = window_size or self.max_size
+        if reach is None or self.max_size is None:
             mask = create_attention_mask(N, self.offset, return_array, window_size)
-            return mask
-        seen = self.visible + N
-        if N == 1:
-            smaller = window_size is not None and window_size < min(seen, self.max_size)
-            mask = create_causal_mask(1, self.visible, window_size)[0] if smaller else None
-            return mask
-        window_size = window_size or self.max_size
-        mask = create_causal_mask(N, self.visible, window_size) if seen > window_size or return_array else "causal"
+        elif N == 1:
+            smaller = reach < min(self.visible + 1, self.max_size)
+            mask = create_causal_mask(1, self.visible, reach)[0] if smaller else None
+        elif return_array or self.visible + N > reach:
+            mask = create_causal_mask(N, self.visible, reach)
         return mask
 
     def keys_and_values(self) -> tuple[Any, Any]:

@@ -11,14 +11,12 @@ from typing import Literal, NamedTuple
 
 import mlx.core as mx
 
-from veloxlab.cache.counts import BLOCK, CHUNK, Arrival, Windows, calls
+from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Windows, calls
 from veloxlab.codecs import Code
 from veloxlab.codecs.base import TOKENS
 
 Arrays = dict[str, mx.array]
 Codes = tuple[Code, Code]  # of keys and of values
-
-_SLACK_SHARE = 64  # a buffer that has to grow takes 1/64 more than it needs, so that growth costs O(1) a token
 
 
 class Run:
@@ -87,8 +85,8 @@ class Run:
         if tokens <= self.room and (new == 1 or self.most is None):
             return self.room
         if self.most is not None:
-            return tokens + (min(8, self.most - tokens) if new == 1 else 0)
-        return tokens + (max(8 * (new == 1), tokens // _SLACK_SHARE) if new <= BLOCK else 0)
+            return tokens + (min(STEP, self.most - tokens) if new == 1 else 0)
+        return tokens + (max(STEP * (new == 1), tokens // SLACK_SHARE) if new <= BLOCK else 0)
 
     def drop(self, *, oldest: int = 0, newest: int = 0) -> None:
         """Forget tokens and release their memory."""
