@@ -60,11 +60,8 @@ class Windows:
         """Those of a cache with ``sinks`` and ``window`` that sees ``max_size`` tokens, or all.
 
         Whole blocks leave the window, and none that it still covers. In a sliding layer exact tokens are at most half
-        of what the layer's own cache would hold.
-
-        Raises
-        ------
-        InputError : ``sinks`` or ``window`` is no number of tokens, or ``max_size`` leaves no room behind the sinks.
+        of what the layer's own cache would hold. Raises `InputError` if ``sinks`` or ``window`` is no number of
+        tokens, or ``max_size`` leaves no room behind the sinks.
         """
         sinks, window = TOKENS("sinks", sinks), TOKENS("window", window)
         if max_size is not None and max_size <= sinks:

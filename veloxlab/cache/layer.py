@@ -114,12 +114,9 @@ class CompressedKVCache(Runs, saved.Saved):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Store ``keys`` ``[B, H, S, Dk]`` and ``values`` ``[B, H, S, Dv]``, and return what attention is to read.
 
-        On the ``"codes"`` path both results are the same `History`; on ``"arrays"`` they are decoded arrays.
-
-        Raises
-        ------
-        InputError : if the head dimensions are not the codecs', if a key or value to be stored is NaN or infinite, or
-            if a codec cannot encode yet. Then this call stored nothing in this layer.
+        On the ``"codes"`` path both results are the same `History`; on ``"arrays"`` they are decoded arrays. Raises
+        `InputError` if the head dimensions are not the codecs', if a key or value to be stored is NaN or infinite, or
+        if a codec cannot encode yet. Then this call stored nothing in this layer.
         """
         return self.store(self.check(keys, values))
 

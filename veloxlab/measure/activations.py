@@ -17,7 +17,7 @@ from veloxlab.codecs import Codec, Role, find_method
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import probe
-from veloxlab.mlxlm.hooks import Handle, Mask
+from veloxlab.mlxlm.hooks import Mask
 from veloxlab.mlxlm.ropes import ropes_of
 from veloxlab.progress import Progress, silent
 from veloxlab.texts import excerpt
@@ -163,31 +163,20 @@ def first_tokens(tokenizer: Any, text: str | None, count: int, **options: bool) 
     return ids[:count]
 
 
-class Recorder(Handle):
+class Recorder(probe.Probe):
     """A cache and its handle in one: attends exactly, and keeps what passed. Subclasses may change keys and values."""
 
     def __init__(self, facts: probe.LayerFacts) -> None:
-        self.facts, self.offset = facts, 0
+        super().__init__(facts)
         self._queries: mx.array | None = None
         self._scale: float | None = None
-        if facts.path == "codes":
-            self.bits, self.group_size = 0, 0
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """Keep the keys and values of all tokens; see `veloxlab.cache.layer.CompressedKVCache`."""
-        self._keys, self._values, self.offset = keys, values, keys.shape[2]
-        return self.keys_and_values()
-
-    def keys_and_values(self) -> tuple[Any, Any]:
-        """What was fetched, for a layer that shares it."""
-        return (self, self) if self.facts.path == "codes" else (self._keys, self._values)
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         """See `Handle.attend`; the layer's own queries are kept."""
         if self._queries is None:  # layers that borrow these keys and values attend later
             self._queries, self._scale = q, scale
         return mx.fast.scaled_dot_product_attention(
-            q, self._keys, self._values, scale=scale, mask=cast("Any", mask), sinks=sinks
+            q, self.keys, self.values, scale=scale, mask=cast("Any", mask), sinks=sinks
         )
 
     def make_mask(
@@ -201,4 +190,4 @@ class Recorder(Handle):
 
     def seen(self) -> LayerCapture:
         """What passed."""
-        return LayerCapture(self.facts.layer, self._queries, self._keys, self._values, self._scale)
+        return LayerCapture(self.facts.layer, self._queries, self.keys, self.values, self._scale)

@@ -65,11 +65,9 @@ _pairs: dict[str, list[tuple[Callable[..., mx.array], Callable[..., mx.array]]]]
 
 
 def attach() -> None:
-    """Let mlx-lm's attention read `Handle` objects. Done by `make_cache`; doing it again changes nothing.
+    """Let mlx-lm's attention read `Handle` objects. `make_cache` does it; doing it again changes nothing.
 
-    Raises
-    ------
-    RuntimeError : mlx-lm has no such functions.
+    Raises RuntimeError if mlx-lm has no such functions.
     """
     for name in _HOOKED:
         held = getattr(base, name, None)

@@ -26,33 +26,20 @@ LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width
 
 @dataclass
 class LayerFacts:
-    """What a dry run learned of one cache of a model.
+    """What a dry run learned of one cache of a model."""
 
-    Attributes
-    ----------
-    layer : index in the prompt cache.
-    slot : index in that entry, where it is a list of caches (state-space and attention in one layer); else None.
-    native : class name of the model's own cache.
-    compressible : whether it holds keys and values that a compressed cache can hold in its place.
-    max_size, keep : tokens that a sliding layer sees, and how many first ones it never forgets; None and 0 elsewhere.
-    kv_heads, key_dim, value_dim : of its keys and values; 0 where there are none.
-    lends : whether other layers read this one's keys and values from its cache.
-    path : how attention reads a compressed cache there.
-    reason : why, in words.
-    """
-
-    layer: int
-    native: str
-    compressible: bool
-    slot: int | None = None
-    max_size: int | None = None
-    keep: int = 0
+    layer: int  # index in the prompt cache
+    native: str  # class name of the model's own cache
+    compressible: bool  # whether it holds keys and values that a compressed cache can hold in its place
+    slot: int | None = None  # index in that entry, where it is a list (state-space and attention in one layer)
+    max_size: int | None = None  # tokens that a sliding layer sees
+    keep: int = 0  # first tokens that a sliding layer never forgets
     kv_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
-    lends: bool = False
-    path: Path = "codes"
-    reason: str = "attention reads the codes"
+    lends: bool = False  # whether other layers read this one's keys and values from its cache
+    path: Path = "codes"  # how attention reads a compressed cache there
+    reason: str = "attention reads the codes"  # for that path, or for the model's own cache
 
     @property
     def dims(self) -> dict[Role, int]:
@@ -67,7 +54,7 @@ class LayerFacts:
 class Probe(Handle):
     """Stands in for a cache and for the handle it gives: notes in ``facts`` what passes, and answers with zeros.
 
-    The model is told that it holds ``offset`` tokens. ``keys`` are those that it was given.
+    The model is told that it holds ``offset`` tokens. ``keys`` and ``values`` are those that it was given.
     """
 
     def __init__(self, facts: LayerFacts, offset: int = 0) -> None:
@@ -79,7 +66,7 @@ class Probe(Handle):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Note the shapes of what a layer stores."""
         self.facts.kv_heads, self.facts.key_dim, self.facts.value_dim = keys.shape[1], keys.shape[-1], values.shape[-1]
-        self.fetched, self.keys, self._values = True, keys, values
+        self.fetched, self.keys, self.values = True, keys, values
         self.offset += keys.shape[2]
         return self._handed()
 
@@ -89,15 +76,18 @@ class Probe(Handle):
         return self._handed()
 
     def _handed(self) -> tuple[Any, Any]:
-        return (self, self) if self.facts.path == "codes" else (self.keys, self._values)
+        return (self, self) if self.facts.path == "codes" else (self.keys, self.values)
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         """Zeros, whatever is asked."""
         self.attended = True
         return mx.zeros((*q.shape[:-1], self.facts.value_dim), q.dtype)
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> None:
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | Literal["causal"] | None:
         """No mask: a single token sees all that there is."""
+        return None
 
 
 _known: dict[int, tuple[str, list[LayerFacts]]] = {}  # structure and facts, by id: a module cannot be hashed
@@ -106,11 +96,8 @@ _known: dict[int, tuple[str, list[LayerFacts]]] = {}  # structure and facts, by 
 def probe(model: Module) -> list[LayerFacts]:
     """Facts of every cache of the model, from a dry run of one token that computes nothing.
 
-    It is done once for each structure of a model: adapters, or layers that were taken out, need another.
-
-    Raises
-    ------
-    InputError : if the model fails with its own caches.
+    It is done once for each structure of a model: adapters, or layers that were taken out, need another. Raises
+    `InputError` if the model fails with its own caches.
     """
     now = identity.structure(model)
     if id(model) not in _known:

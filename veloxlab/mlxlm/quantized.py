@@ -22,23 +22,19 @@ def why_not_quantized(layers: Sequence[LayerFacts], bits: int) -> str | None:
             return f"in layer {found.layer} {found.reason}"
         if found.max_size is not None:
             return f"layer {found.layer} slides"
-        for role, dim in found.dims.items():
+        for tensor, dim in found.dims.items():
             if dim % GROUP:
-                return f"{role} of layer {found.layer} have head dimension {dim}, no multiple of its groups of {GROUP}"
-            if (
-                dim // (_WORD // bits) != dim * bits // _WORD
-            ):  # the words that it has room for, and those that there are
-                return f"its buffers have no room for {role} of head dimension {dim}"
+                return (
+                    f"{tensor} of layer {found.layer} have head dimension {dim}, no multiple of its groups of {GROUP}"
+                )
+            words, room = dim * bits // _WORD, dim // (_WORD // bits)
+            if words != room:
+                return f"its buffers have no room for {tensor} of head dimension {dim}"
     return None
 
 
 def quantized_cache(model: Module, bits: int) -> list[Any]:
-    """mlx-lm's quantized caches in a model's layers with keys and values, and its own caches in the others.
-
-    Raises
-    ------
-    InputError : mlx-lm has none for this model.
-    """
+    """mlx-lm's quantized caches in a model's layers with keys and values; raises `InputError` if it has none for it."""
     if reason := why_not_quantized(probe(model), bits):
         raise InputError(f"mlx-lm has no {bits}-bit cache for this model: {reason}.")
     return with_caches(model, lambda _: QuantizedKVCache(group_size=GROUP, bits=bits))
