@@ -1,6 +1,7 @@
-"""The README's figures are those of the committed results."""
+"""Figures of the README are those of the committed results, and files that it and CONTRIBUTING name are there."""
 
 import json
+import re
 from pathlib import Path
 
 import polars as pl
@@ -114,3 +115,13 @@ def test_the_committed_sensitivities_are_those_of_the_committed_tables():
     both = settled(each.filter(by="gradient"), 8).join(rates.sensitivities, on=["layer", "head", "tensor"])
     assert both.height == 180
     assert both["sensitivity"].to_list() == pytest.approx(both["sensitivity_right"].to_list(), rel=1e-3)
+
+
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_a_file_that_is_named_is_there(document):
+    """Paths in code marks; ``<name>`` stands for any."""
+    path = r"`((?:[\w.-]+/)*[\w.-]+\.(?:py|h|ipynb)|(?:[\w.-]+/)+)`"
+    named = re.findall(path, (ROOT / document).read_text())
+    folders = [ROOT, ROOT / "notebooks", *(ROOT / "veloxlab" / part for part in ("", "kernels", "kernels/source"))]
+    assert len(named) > 2
+    assert [name for name in named if not any((folder / name).exists() for folder in folders)] == []
