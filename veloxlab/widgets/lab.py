@@ -7,16 +7,14 @@ from typing import Any
 
 import ipywidgets
 import traitlets as t
-from mlx.nn.layers.base import Module
 
-from veloxlab.cache.calibration import Calibration
-from veloxlab.checks import checked, choice
+from veloxlab.checks import choice
 from veloxlab.errors import InputError
 from veloxlab.views.report import Section
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.pages.budget import BudgetTuner
 from veloxlab.widgets.pages.cache import CachePage
-from veloxlab.widgets.pages.compare import Comparison, Experiment
+from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter
 from veloxlab.widgets.pages.errors import ErrorExplorer
 from veloxlab.widgets.pages.generation import SideBySide
 from veloxlab.widgets.pages.keys import KeyExplorer
@@ -31,8 +29,8 @@ PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "errors": ("Errors", lambda lab: ErrorExplorer(lab.experiment.capture, **lab.shared)),
     "keys": ("Keys and values", lambda lab: KeyExplorer(lab.experiment.capture, **lab.shared)),
     "compare": ("Compare", lambda lab: lab.comparison),
-    "generation": ("Generation", lambda lab: SideBySide(*lab.both, **lab.shared)),
-    "budget": ("Budget", lambda lab: BudgetTuner(*lab.both, **lab.shared)),
+    "generation": ("Generation", lambda lab: SideBySide(lab.experiment.model, lab.experiment.tokenizer, **lab.shared)),
+    "budget": ("Budget", lambda lab: BudgetTuner(lab.experiment.model, lab.experiment.tokenizer, **lab.shared)),
     "memory": ("Memory", lambda lab: MemoryPlanner(lab.experiment.model, **lab.shared)),
 }
 NAMES = tuple(PAGES)
@@ -48,7 +46,7 @@ def _of(page: str, name: str) -> Any:  # noqa: ANN401 - a property
     return property(find, lambda lab, value: setattr(lab.page_of(page), name, value), doc=f"`{name}` of {page!r}.")
 
 
-class Lab(Panel):
+class Lab(Experimenter, Panel):
     """See everything about one model's compressed cache, page by page, and take away what was found.
 
     Method, bits, exact tokens, layer and head are one choice for all pages. A page is made when it is first opened. All
@@ -87,26 +85,9 @@ class Lab(Panel):
     metric, lines, measure = _of("cache", "metric"), _of("cache", "lines"), _of("cache", "measure")
     measured, frontier, compare = _of("compare", "measured"), _of("compare", "frontier"), _of("compare", "compare")
 
-    @checked()
-    def __init__(
-        self,
-        model: Module,
-        tokenizer: Any,  # noqa: ANN401
-        *,
-        method: str = "turboquant",
-        bits: int = 4,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
-        sinks: int = 4,
-        window: int = 64,
-        text: str | None = None,
-        tokens: int = 256,
-        calibration: Calibration | None = None,
-    ) -> None:
-        chosen = {"method": method, "key_bits": key_bits, "value_bits": value_bits, "sinks": sinks, "window": window}
-        self.both: tuple[Module, Any] = model, tokenizer
-        self.experiment: Experiment = Experiment.of(model, tokenizer, text, tokens, calibration, bits, **chosen)
-        super().__init__("lab", self.experiment.selection)
+    def _begin(self, experiment: Experiment) -> None:
+        self.experiment = experiment
+        Panel.__init__(self, "lab", experiment.selection)
         self.shared: dict[str, Any] = {"selection": self.selection, "worker": self.worker}
         self.comparison: Comparison = Comparison(self.experiment, self.worker)
         # never changed in place: the worker adds pages while others read them

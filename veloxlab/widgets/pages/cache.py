@@ -8,11 +8,9 @@ from typing import Any
 import ipywidgets
 import polars as pl
 import traitlets as t
-from mlx.nn.layers.base import Module
 
-from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
-from veloxlab.checks import checked, choice
+from veloxlab.checks import choice
 from veloxlab.codecs import ROLES, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import (
@@ -29,7 +27,7 @@ from veloxlab.views import memory_growth as memory_chart
 from veloxlab.widgets.chart_view import ChartView, link
 from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Frames, Look, Request
-from veloxlab.widgets.pages.compare import Comparison, Experiment
+from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter
 from veloxlab.widgets.panel import ProgressBar, button, code, rows
 from veloxlab.widgets.selection import Bits, Checked, Chosen, ChosenBits
 from veloxlab.widgets.worker import Worker
@@ -326,7 +324,7 @@ class CachePage(ChartPage):
         self._code.value = code("\n".join(self.lines(plan if choice.own_bits else choice.arguments)))
 
 
-class CacheExplorer(CachePage):
+class CacheExplorer(Experimenter, CachePage):
     """Choose a compressed cache and see what it costs, on the model's own keys and values.
 
     A capture of ``tokens`` tokens and the first settings are measured at once; other bits are measured ahead, so that
@@ -357,21 +355,5 @@ class CacheExplorer(CachePage):
     InputError : unknown method, bits out of range, a text that is too short.
     """
 
-    @checked()
-    def __init__(
-        self,
-        model: Module,
-        tokenizer: Any,  # noqa: ANN401
-        *,
-        method: str = "turboquant",
-        bits: int = 4,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
-        sinks: int = 4,
-        window: int = 64,
-        text: str | None = None,
-        tokens: int = 256,
-        calibration: Calibration | None = None,
-    ) -> None:
-        chosen = {"method": method, "key_bits": key_bits, "value_bits": value_bits, "sinks": sinks, "window": window}
-        super().__init__(Experiment.of(model, tokenizer, text, tokens, calibration, bits, **chosen))
+    def _begin(self, experiment: Experiment) -> None:
+        CachePage.__init__(self, experiment)

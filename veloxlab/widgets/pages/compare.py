@@ -12,6 +12,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
+from veloxlab.checks import checked
 from veloxlab.measure import Capture, capture, fidelity
 from veloxlab.progress import Progress as Tell
 from veloxlab.views import frontier
@@ -41,23 +42,38 @@ class Experiment:
     capture: Capture
     selection: Selection
 
-    @classmethod
-    def of(
-        cls,
+
+class Experimenter:
+    """A widget that begins with a model, and captures a text before anything else."""
+
+    experiment: Experiment
+
+    def _begin(self, experiment: Experiment) -> None:
+        raise NotImplementedError
+
+    @checked()
+    def __init__(
+        self,
         model: Module,
         tokenizer: Any,  # noqa: ANN401
-        text: str | None,
-        tokens: int,
-        calibration: Calibration | None,
-        bits: int,
-        **chosen: Any,
-    ) -> Experiment:
-        """Capture the text; raises `InputError` for a choice that cannot be before any work."""
-        own = {name: value for name, value in chosen.items() if value is not None}
-        chosen = {"key_bits": bits, "value_bits": bits} | own
-        Plan.uniform(model, **chosen)
+        *,
+        method: str = "turboquant",
+        bits: int = 4,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        sinks: int = 4,
+        window: int = 64,
+        text: str | None = None,
+        tokens: int = 256,
+        calibration: Calibration | None = None,
+    ) -> None:
+        given = {"key_bits": key_bits, "value_bits": value_bits}
+        chosen: dict[str, Any] = {"method": method, "sinks": sinks, "window": window}
+        chosen |= {name: bits if width is None else width for name, width in given.items()}
+        Plan.uniform(model, **chosen)  # refuses what cannot be, before any work
         seen = capture(model, tokenizer, text, tokens=tokens)
-        return cls(model, tokenizer, text, seen, Selection.of(seen, Fitting(model, tokenizer, calibration), **chosen))
+        selection = Selection.of(seen, Fitting(model, tokenizer, calibration), **chosen)
+        self._begin(Experiment(model, tokenizer, text, seen, selection))
 
 
 class Comparison(Panel):
