@@ -161,7 +161,10 @@ def test_a_prompt_cache_is_made_and_continued_in_another_process(tmp_path, chat_
         ),
         (["serve", "smollm2-135m", "--method", "zip"], "Unknown method 'zip'. Known methods:"),
         (["serve", "smollm2-135m", "--method", "rvq", "--plan", "p.json"], "leave out --method"),
-        (["generate", "smollm2-135m", "--plan", "p.json", "--prompt", "x"], "There is no plan at p.json."),
+        (
+            ["generate", "smollm2-135m", "--plan", "p.json", "--prompt", "x"],
+            "The plan p.json cannot be read (there is no such file)",
+        ),
         (["serve", "smollm2-135m", "--calibration", "c.json"], "The calibration c.json cannot be read"),
     ],
 )

@@ -90,12 +90,12 @@ def test_options_of_one_side_are_not_the_others(model):
 @pytest.mark.parametrize(
     ("content", "sentence"),
     [
-        (None, "There is no plan at"),
-        ("{", "is not a readable plan"),
-        ("[]", "is not a plan of the format 'veloxlab plan 1'"),
-        ('{"format": "veloxlab plan 9"}', "is not a plan of the format"),
-        ('{"format": "veloxlab plan 1", "layers": [{"bits": 3}]}', "missing or unknown fields"),
-        ('{"format": "veloxlab plan 1"}', "missing or unknown fields"),
+        (None, "cannot be read .there is no such file"),
+        ("{", "cannot be read .Expecting property name"),
+        ("[]", "cannot be read .it is not of the format 'veloxlab plan 1'"),
+        ('{"format": "veloxlab plan 9"}', "it is not of the format"),
+        ('{"format": "veloxlab plan 1", "layers": [{"bits": 3}]}', "unexpected keyword argument 'bits'"),
+        ('{"format": "veloxlab plan 1"}', "cannot be read .it has no 'layers'"),
     ],
 )
 def test_a_file_that_is_no_plan_is_refused(tmp_path, content, sentence):

@@ -129,7 +129,11 @@ def reading(what: str, path: Path, way_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # what is damaged, or of another version, can fail in any way
-        reason = "there is no such file" if isinstance(error, FileNotFoundError) else error
+        reason = str(error).rstrip(".")
+        if isinstance(error, FileNotFoundError):
+            reason = "there is no such file"
+        elif isinstance(error, KeyError):
+            reason = f"it has no {error}"
         raise InputError(f"The {what} {path} cannot be read ({reason}): {way_out}.") from error
 
 

@@ -28,7 +28,7 @@ from veloxlab.codecs import ROLES, Role, find_method
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import name_of
 from veloxlab.mlxlm.probe import exact_width, probe
-from veloxlab.store import digest, write_atomically
+from veloxlab.store import digest, reading, write_atomically
 
 FORMAT = "veloxlab plan 1"
 Chunk = Literal["exact", "codes"]
@@ -205,21 +205,12 @@ class Plan:
     @checked(path=FILE)
     def load(cls, path: str | Path) -> Self:
         """Read a plan that `save` wrote; raises `InputError` for a file that is missing or is no plan."""
-        try:
+        with reading("plan", Path(path), "save it again with plan.save"):
             content = json.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise InputError(f"There is no plan at {path}.") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} is not a readable plan ({error}). Save it again with plan.save.") from None
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-            raise InputError(f"{path} is not a plan of the format {FORMAT!r}. Save it again with plan.save.")
-        try:
+            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+                raise ValueError(f"it is not of the format {FORMAT!r}")
             layers = tuple(LayerSettings(**layer) for layer in content.pop("layers"))
             return cls(layers=layers, **content)
-        except (KeyError, TypeError) as error:
-            raise InputError(f"{path} is a plan with missing or unknown fields ({error}).") from None
-        except InputError as error:
-            raise InputError(f"{path} is no plan that can be used. {error}") from None
 
 
 def plan_of(given: Any) -> Any:  # noqa: ANN401 - what `make_cache` takes
