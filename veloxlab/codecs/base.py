@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
 
 import mlx.core as mx
 import numpy as np
 
+from veloxlab.checks import Check, check_fields, choice
 from veloxlab.codecs.parts import Floats
 from veloxlab.codecs.parts.packing import Layout
 from veloxlab.codecs.parts.rope import Rope
@@ -85,14 +87,6 @@ class Sample:
     seed: int = 0
 
 
-class HasBytes(Protocol):
-    """A table, or something made of tables."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it holds."""
-
-
 class Codec(ABC):
     """An algorithm, as the cache and attention know it. Shapes: x ``[B, H, S, D]``, q ``[B, Hq, L, D]``.
 
@@ -120,15 +114,9 @@ class Codec(ABC):
         return 8 * sum(row.nbytes() for row in self.layout.values()) / self.head_dim
 
     @property
-    def constants(self) -> tuple[HasBytes, ...]:
-        """Tables that it looks up in, beside its own arrays: held once per process for all layers that share them."""
-        return ()
-
-    @property
     def shared_bytes(self) -> int:
-        """Bytes that do not grow with the tokens: `constants`, and arrays that it learned or made for kernels."""
-        own = [value for value in vars(self).values() if isinstance(value, mx.array)]
-        return sum(table.nbytes for table in (*self.constants, *own))
+        """Bytes that do not grow with the tokens: of all that it keeps, such as tables, and arrays that it learned."""
+        return sum(getattr(kept, "nbytes", 0) for kept in vars(self).values())
 
     @property
     def online(self) -> bool:
@@ -220,6 +208,18 @@ def _tile(code: Code, start: int, after: mx.array) -> Code:
         return tile
     arrays = mx.depends(list(tile.arrays.values()), [after])
     return Code(dict(zip(tile.arrays, arrays, strict=True)), tile.start)
+
+
+def check_words(codec: Codec, **own: Check) -> None:
+    """Check the fields of a new codec: those whose type is a `Literal`, and by ``own`` checks."""
+    check_fields(codec, **_words(type(codec)), **own)
+
+
+@lru_cache
+def _words(kind: type) -> dict[str, Check]:
+    hints = get_type_hints(kind)
+    literals = (name for name in (f.name for f in fields(kind)) if get_origin(hints[name]) is Literal)
+    return {name: choice(*get_args(hints[name])) for name in literals}
 
 
 def check_vectors(x: mx.array, head_dim: int) -> None:

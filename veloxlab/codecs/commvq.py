@@ -35,7 +35,7 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.checks import check_fields, whole
+from veloxlab.checks import whole
 from veloxlab.codecs.base import (
     Code,
     Codec,
@@ -43,6 +43,7 @@ from veloxlab.codecs.base import (
     check_heads,
     check_sample,
     check_vectors,
+    check_words,
     empty_code,
     not_fitted,
     per_head,
@@ -52,7 +53,7 @@ from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import Layout, pack_bytes, packed_bytes, unpack
 from veloxlab.codecs.parts.rope import Rope
-from veloxlab.codecs.parts.scales import SCALE, SCALES, ScaleName, over, root_mean_square, scale_factor, store_scale
+from veloxlab.codecs.parts.scales import SCALE, ScaleName, over, root_mean_square, scale_factor, store_scale
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import SumsReader
 
@@ -83,7 +84,7 @@ class CommVQ(Codec):
     rope: Rope | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, scale=SCALES, stages=whole(0))
+        check_words(self, stages=whole(0))
         if self.head_dim < 2 or self.head_dim % 2:
             raise InputError(f"CommVQ codes coordinates in pairs: a head dimension of {self.head_dim} has to be even.")
         usual = max(1, round(self.bits * self.head_dim / (2 * _INDEX)))

@@ -38,12 +38,12 @@ from typing import Literal, Self, get_args
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.checks import check_fields, choice, many, whole
-from veloxlab.codecs.base import Code, HasBytes, Sample, check_vectors, not_fitted, unbiased_keys
+from veloxlab.checks import choice, many, whole
+from veloxlab.codecs.base import Code, Sample, check_vectors, check_words, not_fitted, unbiased_keys
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts.packing import Layout, Row
 from veloxlab.codecs.parts.polar import PolarTree, angle_codebook, fitted_angles, halvings
-from veloxlab.codecs.parts.scales import SCALES, ScaleName, load_scale, store_scale
+from veloxlab.codecs.parts.scales import ScaleName, load_scale, store_scale
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.codecs.rotated import RotatedSpace
 from veloxlab.errors import InputError
@@ -73,7 +73,7 @@ class PolarQuant(RotatedSpace):
     centroids: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        check_fields(self, scale=SCALES, codebook=choice(*get_args(CodebookName)))
+        check_words(self)
         _ = self._rotation, self.tree
 
     @cached_property
@@ -85,11 +85,6 @@ class PolarQuant(RotatedSpace):
     def layout(self) -> Layout:
         """Codes of each width in whole bytes, and a radius for each block."""
         return self.tree.layout | {"root_rms": Row(mx.float16, self.head_dim // self.tree.block)}
-
-    @property
-    def constants(self) -> tuple[HasBytes, ...]:
-        """Rotation and codebooks."""
-        return self._rotation, self.tree
 
     @property
     def online(self) -> bool:

@@ -30,13 +30,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, Literal
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.checks import check_fields, choice, whole
-from veloxlab.codecs.base import Code, Codec, HasBytes, check_vectors
+from veloxlab.checks import whole
+from veloxlab.codecs.base import Code, Codec, check_vectors, check_words
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, unpack_to_bytes
@@ -67,6 +67,7 @@ class QJL(Codec):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_words(self)
         _ = self._sketch
 
     @cached_property
@@ -82,11 +83,6 @@ class QJL(Codec):
     def layout(self) -> Layout:
         """b·D signs, and the root of the root-mean-square, which float16 holds for larger vectors than the norm."""
         return {"signs": packed(self.code_dim, 1), "root_rms": SCALE}
-
-    @property
-    def constants(self) -> tuple[HasBytes, ...]:
-        """The sketch."""
-        return (self._sketch,)
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Signs and sizes of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
@@ -164,7 +160,7 @@ class GroupedValues(Codec):
     group: int = 32
 
     def __post_init__(self) -> None:
-        check_fields(self, levels=choice(*get_args(GroupLevels)), group=whole(1))
+        check_words(self, group=whole(1))
 
     @property
     def layout(self) -> Layout:

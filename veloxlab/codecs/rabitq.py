@@ -32,13 +32,21 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import ClassVar, Literal, Self, get_args
+from typing import ClassVar, Literal, Self
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.checks import check_fields, choice
-from veloxlab.codecs.base import Code, Sample, check_heads, check_sample, check_vectors, per_head, unbiased_keys
+from veloxlab.codecs.base import (
+    Code,
+    Sample,
+    check_heads,
+    check_sample,
+    check_vectors,
+    check_words,
+    per_head,
+    unbiased_keys,
+)
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts import constant, in_turn
 from veloxlab.codecs.parts.packing import BITS, Layout, pack, packed, unpack_to_bytes
@@ -76,8 +84,7 @@ class RaBitQ(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        words = {"scale": choice(*get_args(ScaleName)), "encoder": choice(*get_args(EncoderName))}
-        check_fields(self, bits=BITS, **words)
+        check_words(self, bits=BITS)
         if self.bounds and self.scale != "unbiased":
             raise InputError(f"bounds=True bounds an unbiased estimate, and scale={self.scale!r} is not: choose one.")
         _ = self._rotation

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from veloxlab.codecs.base import Code, Codec, HasBytes, check_vectors
+from veloxlab.codecs.base import Code, Codec, check_vectors
 from veloxlab.codecs.parts.scales import over, root_mean_square, store_scale
 from veloxlab.codecs.parts.transforms import Rotation, RotationName, SignedHadamard, make_rotation
 from veloxlab.kernels.checked import computed
@@ -34,11 +34,6 @@ class RotatedSpace(Codec):
     def _signs(self) -> mx.array | None:
         """Signs of the rotation, if it is one that kernels know."""
         return self._rotation.signs if isinstance(self._rotation, SignedHadamard) else None
-
-    @property
-    def constants(self) -> tuple[HasBytes, ...]:
-        """The rotation; see `Codec.constants`."""
-        return (self._rotation,)
 
     def from_codes(self, y: mx.array) -> mx.array:
         """Rotate back."""

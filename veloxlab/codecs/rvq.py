@@ -23,17 +23,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.checks import check_fields, choice
-from veloxlab.codecs.base import Code, HasBytes, unbiased_keys
+from veloxlab.codecs.base import Code, check_words, unbiased_keys
 from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts import Floats, constant
 from veloxlab.codecs.parts.codebooks import (
-    CODEBOOK,
     Codebook,
     CodebookName,
     coordinate_density,
@@ -44,7 +42,7 @@ from veloxlab.codecs.parts.codebooks import (
 )
 from veloxlab.codecs.parts.packing import Layout, pack, packed, unpack
 from veloxlab.codecs.parts.scalar import codes_at_once
-from veloxlab.codecs.parts.scales import SCALE, SCALES, ScaleName, load_scale, scale_factor
+from veloxlab.codecs.parts.scales import SCALE, ScaleName, load_scale, scale_factor
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.codecs.rotated import RotatedCodec
 from veloxlab.kernels.readers import TableReader
@@ -75,11 +73,10 @@ class Rvq(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        words = {"variant": choice(*get_args(Variant)), "residual": choice(*get_args(Residual))}
-        check_fields(self, scale=SCALES, codebook=CODEBOOK, **words)
+        check_words(self)
         _ = self._rotation, self.stages
 
-    @property
+    @cached_property
     def stages(self) -> Stages:
         """The codebooks of both stages."""
         dim = self.head_dim if self.codebook == "sphere" else None
@@ -90,11 +87,6 @@ class Rvq(RotatedCodec):
         """Two stages of b/2 bits, and a scale."""
         stage = packed(self.head_dim, self.bits // 2)
         return {"coarse": stage, "fine": stage, "root_scale": SCALE}
-
-    @property
-    def constants(self) -> tuple[HasBytes, ...]:
-        """Rotation and codebooks."""
-        return self._rotation, self.stages
 
     @cached_property
     def _encoder(self) -> VectorKernel | None:

@@ -32,9 +32,7 @@ def to_parts(codec: Codec) -> tuple[Plain, Arrays]:
 def from_parts(kind: type[T], plain: Plain, arrays: Arrays) -> T:
     """Make a codec of the class ``kind`` from what `to_parts` gave.
 
-    Raises
-    ------
-    ValueError : a field is missing or unknown: this was saved by another version.
+    Raises `ValueError` if a field is missing or unknown: then it was saved by another version.
     """
     values = {_RENAMED.get(name, name): value for name, value in (plain | arrays).items()}
     own = {name: value for name, value in values.items() if not name.startswith(f"{ROPE}.")}

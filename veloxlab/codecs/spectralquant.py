@@ -30,20 +30,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, NamedTuple, Self, get_args
+from typing import Literal, NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.checks import check_fields, choice, real
+from veloxlab.checks import real
 from veloxlab.codecs.base import (
     Code,
     Codec,
-    HasBytes,
     Sample,
     check_heads,
     check_sample,
     check_vectors,
+    check_words,
     not_fitted,
     per_head,
 )
@@ -51,7 +51,7 @@ from veloxlab.codecs.method import Method, Role
 from veloxlab.codecs.parts import Floats, constant
 from veloxlab.codecs.parts.packing import Layout, packed
 from veloxlab.codecs.parts.scalar import PlannedQuantizer
-from veloxlab.codecs.parts.scales import SCALE, SCALES, ScaleName, over, root_mean_square, store_scale
+from veloxlab.codecs.parts.scales import SCALE, ScaleName, over, root_mean_square, store_scale
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.parts.water_filling import greedy_bits
 from veloxlab.errors import InputError
@@ -91,17 +91,14 @@ class SpectralQuant(Codec):
     deviation: mx.array | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, basis=choice(*get_args(BasisName)), scale=SCALES, damping=real(least=0))
+        check_words(self, damping=real(least=0))
+        if self.plan:
+            _ = self._quantizer
 
     @property
     def layout(self) -> Layout:
         """One bit string of b·D bits, and a scale."""
         return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE}
-
-    @property
-    def constants(self) -> tuple[HasBytes, ...]:
-        """The plan's tables."""
-        return (self._quantizer,) if self.plan else ()
 
     def fit(self, sample: Sample) -> Self:
         """Learn basis, variances and bit plan of the layer.

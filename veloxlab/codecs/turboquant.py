@@ -27,14 +27,14 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from veloxlab.checks import check_fields, choice
-from veloxlab.codecs.base import Code, HasBytes, unbiased_keys
+from veloxlab.checks import choice
+from veloxlab.codecs.base import Code, check_words, unbiased_keys
 from veloxlab.codecs.method import Method, Role
-from veloxlab.codecs.parts.codebooks import CODEBOOK, CodebookName
+from veloxlab.codecs.parts.codebooks import CodebookName
 from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import BITS, WIDEST, Layout, packed
 from veloxlab.codecs.parts.scalar import ScalarQuantizer, quantizer_for
-from veloxlab.codecs.parts.scales import SCALE, SCALES, ScaleName, scale_factor
+from veloxlab.codecs.parts.scales import SCALE, ScaleName, scale_factor
 from veloxlab.codecs.parts.transforms import RotationName, SignSketch, SketchName
 from veloxlab.codecs.rotated import RotatedCodec
 from veloxlab.errors import InputError
@@ -62,7 +62,7 @@ class TurboQuant(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, bits=BITS, scale=SCALES, codebook=CODEBOOK)
+        check_words(self, bits=BITS)
         _ = self._rotation, self._quantizer  # refuses what it cannot do now, not at the first token
 
     @cached_property
@@ -73,11 +73,6 @@ class TurboQuant(RotatedCodec):
     def layout(self) -> Layout:
         """b·D bits and a scale."""
         return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE}
-
-    @property
-    def constants(self) -> tuple[HasBytes, ...]:
-        """Rotation and codebook."""
-        return self._rotation, self._quantizer
 
     @cached_property
     def _encoder(self) -> VectorKernel | None:
@@ -123,7 +118,7 @@ class TurboQuantProd(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, bits=BITS, codebook=CODEBOOK)
+        check_words(self, bits=BITS)
         _ = self._rotation, self._quantizer, self._sketch
 
     @cached_property
@@ -139,11 +134,6 @@ class TurboQuantProd(RotatedCodec):
         """(b − 1)·D bits of codes, none at 1 bit; D signs, the residual's norm and a scale."""
         codes = {"codes": packed(self.head_dim, self.bits - 1)} if self.bits > 1 else {}
         return codes | {"signs": packed(self.head_dim, 1), "residual_norm": SCALE, "root_scale": SCALE}
-
-    @property
-    def constants(self) -> tuple[HasBytes, ...]:
-        """Rotation, sketch and codebook."""
-        return self._rotation, self._sketch, *([self._quantizer] if self._quantizer else [])
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
         """Codes, signs of the residual's sketch, and the residual's norm."""

@@ -30,7 +30,7 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, Codec, HasBytes, Sample, check_heads, check_vectors, not_fitted
+from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, not_fitted
 from veloxlab.codecs.method import Method, Role, own_part
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import Layout, packed
@@ -75,6 +75,8 @@ class VecInfer(Codec):
             )
         if self.index_bits not in _INDEX_BITS:
             raise InputError(f"An index of {self.index_bits} bits cannot be used: choose 1 to 8, 10 or 12 bits.")
+        if self.hadamard:
+            _ = self._rotation
 
     @property
     def parts(self) -> int:
@@ -85,11 +87,6 @@ class VecInfer(Codec):
     def layout(self) -> Layout:
         """D/d indices of b bits."""
         return {"indices": packed(self.parts, self.index_bits)}
-
-    @property
-    def constants(self) -> tuple[HasBytes, ...]:
-        """The signs of the transform."""
-        return (self._rotation,) if self.hadamard else ()
 
     @cached_property
     def _rotation(self) -> SignedHadamard:

@@ -14,17 +14,15 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 
-from veloxlab.checks import choice
 from veloxlab.codecs.parts import Floats
 from veloxlab.codecs.parts.packing import BITS
 from veloxlab.errors import InputError
 
 CodebookName = Literal["sphere", "gaussian"]
-CODEBOOK = choice(*get_args(CodebookName))
 REACH = 12.0  # standard deviations: the density beyond is below 1e-32
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(96)
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import mlx.core as mx
 
-from veloxlab.checks import choice
 from veloxlab.codecs.parts.packing import Row
 
 ScaleName = Literal["unbiased", "mse", "norm"]
 """``"unbiased"``: inner products right on average; ``"mse"``: least squared error; ``"norm"``: the vector's length."""
-SCALES = choice(*get_args(ScaleName))
 SCALE = Row(mx.float16, 1)  # what `store_scale` keeps of a vector
 
 

@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.checks import check_fields, choice
+from veloxlab.checks import choice
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import pack, unpack_to_bytes
 from veloxlab.kernels.checked import computed
@@ -141,9 +141,6 @@ class SignSketch:
     rows: int
     sketch: SketchName = "orthogonal"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_fields(self, sketch=choice(*get_args(SketchName)))
 
     @property
     def nbytes(self) -> int:
