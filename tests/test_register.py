@@ -121,7 +121,7 @@ def test_caches_plans_reports_and_measurements_take_it(absmax, model, tmp_path):
     assert planned.filter(cache="absmax K4 V4")["bytes"].sum() == sum(layer.nbytes for layer in cache)
     plan = vl.Plan.uniform(model, "absmax", bits=3)
     assert vl.Plan.load(plan.save(tmp_path / "plan.json")) == plan
-    assert theme.colour_of("absmax K4 V4") == theme.OTHER
+    assert theme.look_of("absmax K4 V4")[0] == theme.OTHER
     text = vl.measure.side_by_side(model, Plain(), IDS, "absmax", bits=8, tokens=4, window=4)
     assert text["kl"].max() < 1e-3
 
@@ -210,7 +210,7 @@ def test_an_eleventh_method_is_one_file_and_one_line(model, tmp_path, monkeypatc
         planned = vl.measure.plan_memory(model, "halves", bits=16, context=len(IDS))
         assert planned.filter(cache="halves K16 V16")["bytes"].sum() > 0
         assert "halves" in Fitting(model, Plain()).methods
-        assert (theme.colour_of("halves K16 V16"), theme.shape_of("halves K16 V16")) == ("#708238", "cross")
+        assert (theme.look_of("halves K16 V16")[0], theme.look_of("halves K16 V16")[1]) == ("#708238", "cross")
         compared = compare(model, Letters(), bits=(16,), text=TEXT, tokens=64, windows=1)
         assert "halves 16 bit" in compared["name"].to_list()
     finally:

@@ -425,7 +425,7 @@ def test_the_loss_ramp_stands_out_more_and_more():
 def test_no_two_methods_look_alike():
     assert len(set(theme.METHODS.values())) == len(theme.METHODS)
     assert len({colour for colour, _ in theme.METHODS.values()}) == len(theme.METHODS)
-    assert theme.colour_of("rvq K3 V3") == theme.colour_of("rvq") != theme.colour_of("mlx-lm 4 bits")
+    assert theme.look_of("rvq K3 V3")[0] == theme.look_of("rvq")[0] != theme.look_of("mlx-lm 4 bits")[0]
 
 
 @pytest.mark.parametrize("name", CHARTS)
@@ -521,7 +521,7 @@ def test_values_without_a_logarithm_do_not_count():
 def test_points_are_of_shapes_that_can_be_filled():
     """Points are drawn filled and without an outline; a stroke has no inside, so it would not be seen."""
     names = [*theme.METHODS, "mlx-lm 4 bit"]
-    assert "stroke" not in {theme.shape_of(name) for name in names}
+    assert "stroke" not in {theme.look_of(name)[1] for name in names}
 
 
 def lengths_frame() -> pl.DataFrame:

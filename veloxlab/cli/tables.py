@@ -5,24 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from veloxlab.tables import Row, markdown
+
 if TYPE_CHECKING:
     import polars as pl
 
-Row = dict[str, Any]
 SHAPE = ("query_heads", "kv_heads", "head_dim")
-
-
-def markdown(titles: str, cells: str, frame: pl.DataFrame, **more: Callable[[Row], object]) -> str:
-    """Return a Markdown table.
-
-    ``titles`` are parted by ``" | "``; a colon behind one aligns its column to the right. ``cells`` is the template of
-    a line, with the fields of a row, and ``more`` that follow from them.
-    """
-    columns = titles.split(" | ")
-    marks = ["---:" if title.endswith(":") else "---" for title in columns]
-    head = " | ".join(title.removesuffix(":") for title in columns)
-    rows = [row | {name: made(row) for name, made in more.items()} for row in frame.iter_rows(named=True)]
-    return "\n".join([f"| {head} |", f"|{'|'.join(marks)}|", *(f"| {cells.format(**row)} |" for row in rows)])
 
 
 def left_out_lines(left_out: Mapping[str, str]) -> str:

@@ -3,87 +3,80 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import altair as alt
 import polars as pl
 
 from veloxlab.errors import InputError
 
-
-@dataclass(frozen=True)
-class Column:
-    """How a tooltip shows a column: its title with the unit, a d3 format, and its Vega-Lite type."""
-
-    title: str = ""
-    format: str = ""
-    kind: str = "Q"
-
-
-_NAMES = ("answer", "cache", "kind", "method", "name", "part", "passkey", "side", "space", "stage", "state", "tensor")
-_LEVELS = ("mean", "rms", "least", "low", "high", "most", "median", "angle", "x", "y")
-TEXTS = frozenset((*_NAMES, "about", "role", "text"))
+_SORTS = ("about", "kind", "part", "role", "side", "space", "stage", "state", "tensor")
+TEXTS = frozenset((*_SORTS, "answer", "cache", "method", "name", "passkey", "text"))
 """Columns of a frame that hold text; all others that a chart asks for hold numbers."""
 
-COLUMNS = (
-    {name: Column(name, kind="N") for name in (*_NAMES, "text", "seen", "what", "said", "note")}
-    | {name: Column(name, kind="O") for name in ("layer", "pair", "channel", "coordinate", "group")}
-    | {name: Column(name, ".3~g") for name in _LEVELS}
-    | {
-        "bits": Column("bits", ".3~g"),
-        "bits_per_value": Column("bits per value", ".3f"),
-        "bytes": Column("bytes", ",d"),
-        "bytes_per_token": Column("bytes per token", ",.1f"),
-        "context": Column("tokens", ",d"),
-        "density": Column("density", ".3~g"),
-        "depth": Column("depth", ".0%"),
-        "dimensions": Column("effective dimensions", ".3~g"),
-        "error": Column("relative squared error", ".3~g"),
-        "exact_probability": Column("probability, exact cache, same text", ".3f"),
-        "first": Column("first channel", kind="O"),
-        "greatest": Column("greatest", ".3g"),
-        "held_bytes": Column("bytes held", ",d"),
-        "key": Column("first key"),
-        "key_bits": Column("bits per value of keys", ".3~g"),
-        "kl": Column("KL divergence (nats)", ".3g"),
-        "kl_mean": Column("mean KL divergence (nats)", ".3g"),
-        "lost": Column("predicted loss", ".2g"),
-        "mean_share": Column("share of the mean vector", ".1%"),
-        "microseconds": Column("µs, measured", ".0f"),
-        "not_finite": Column("not finite"),
-        "perplexity": Column("perplexity", ".3f"),
-        "position": Column("position"),
-        "probability": Column("probability, this cache", ".3f"),
-        "protected": Column("exact layers", kind="N"),
-        "query": Column("first query"),
-        "rank": Column("rank"),
-        "ratio": Column("ratio", ".3~g"),
-        "roofline_microseconds": Column("µs, memory traffic alone", ".0f"),
-        "row": Column("row"),
-        "second": Column("second channel", kind="O"),
-        "share": Column("share", ".3~%"),
-        "sinks": Column("sinks"),
-        "tokens": Column("tokens", ",d"),
-        "top1_flips": Column("top-1 tokens changed", ".2%"),
-        "total": Column("bytes of all parts", ",d"),
-        "true_bits": Column("true bits per value", ".3f"),
-        "value": Column("coordinate", ".3~g"),
-        "value_bits": Column("bits per value of values", ".3~g"),
-        "wavelength": Column("tokens per turn", ",.3~g"),
-        "window": Column("window (tokens)"),
-        "windows": Column("windows of text measured"),
-    }
-)  # fmt: skip
+KINDS = dict.fromkeys((*TEXTS, "note", "protected", "said", "seen", "what"), "N") | dict.fromkeys(
+    ("channel", "coordinate", "first", "group", "layer", "pair", "second"), "O"
+)
+"""Vega-Lite types of columns; all others are quantitative."""
+
+TITLES = {
+    "bits_per_value": "bits per value",
+    "bytes_per_token": "bytes per token",
+    "context": "tokens",
+    "dimensions": "effective dimensions",
+    "error": "relative squared error",
+    "exact_probability": "probability, exact cache, same text",
+    "first": "first channel",
+    "held_bytes": "bytes held",
+    "key": "first key",
+    "key_bits": "bits per value of keys",
+    "kl": "KL divergence (nats)",
+    "kl_mean": "mean KL divergence (nats)",
+    "lost": "predicted loss",
+    "mean_share": "share of the mean vector",
+    "microseconds": "µs, measured",
+    "probability": "probability, this cache",
+    "protected": "exact layers",
+    "query": "first query",
+    "roofline_microseconds": "µs, memory traffic alone",
+    "second": "second channel",
+    "seen": "shown",
+    "top1_flips": "top-1 tokens changed",
+    "total": "bytes of all parts",
+    "true_bits": "true bits per value",
+    "value": "coordinate",
+    "value_bits": "bits per value of values",
+    "wavelength": "tokens per turn",
+    "window": "window (tokens)",
+    "windows": "windows of text measured",
+}
+"""Titles of columns in tooltips, with the unit; that of any other is its name."""
+
+_FORMATS = {
+    ".3~g": "angle bits density dimensions error high key_bits least low mean median most ratio rms value value_bits",
+    ".4~g": "x y",
+    ".3g": "greatest kl kl_mean",
+    ".2g": "lost",
+    ".3f": "bits_per_value exact_probability perplexity probability true_bits",
+    ".0f": "microseconds roofline_microseconds",
+    ",d": "bytes context held_bytes tokens total",
+    ",.1f": "bytes_per_token",
+    ",.3~g": "wavelength",
+    ".0%": "depth",
+    ".1%": "mean_share",
+    ".2%": "top1_flips",
+    ".3~%": "share",
+}
+FORMATS = {name: form for form, names in _FORMATS.items() for name in names.split()}
+"""d3 formats of columns in tooltips; any other is written as it is."""
 
 
 def tips(*fields: str | tuple[str, str] | tuple[str, str, str]) -> list[alt.Tooltip]:
-    """Give a tooltip's lines: a column of `COLUMNS`, alone or with another title and format."""
+    """Give a tooltip's lines: columns, alone or with another title and format than they have in every chart."""
     lines = []
     for field in fields:
         name, *said = (field,) if isinstance(field, str) else field
-        column = COLUMNS.get(name, Column())
-        title, form = (*said, *(column.title, column.format)[len(said) :])
-        lines.append(alt.Tooltip(f"{name}:{column.kind}", title=title, format=form or alt.Undefined))
+        title, form = (*said, *(TITLES.get(name, name.replace("_", " ")), FORMATS.get(name, ""))[len(said) :])
+        lines.append(alt.Tooltip(f"{name}:{KINDS.get(name, 'Q')}", title=title, format=form or alt.Undefined))
     return lines
 
 

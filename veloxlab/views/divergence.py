@@ -73,9 +73,8 @@ def _held_bits(frame: pl.DataFrame) -> list[str]:
 def _plane(layers: list[alt.Chart], cost: str, title: str, kl: str, scale: scales.Domain) -> alt.LayerChart:
     """Lay charts over one another by a cost and a divergence."""
     x = alt.X(f"{cost}:Q", title=title).scale(zero=False, nice=False, padding=24).axis(tickCount=6)
-    plane: alt.LayerChart = alt.layer(*layers)  # type: ignore[assignment]
-    plane = plane.encode(x=x, y=scales.log_y(kl, ["mean KL from the exact model", "nats"], scale))
-    return plane.properties(width=theme.WIDTH - 90)
+    y = scales.log_y(kl, ["mean KL from the exact model", "nats"], scale)
+    return alt.layer(*layers).encode(x=x, y=y).properties(width=theme.WIDTH - 90)
 
 
 def _cache_marks(drawn: pl.DataFrame, x: str, scale: scales.Domain) -> list[alt.Chart]:

@@ -144,9 +144,8 @@ def error_distribution(frame: pl.DataFrame, *, caption: str | None = None) -> al
     axis = axis.axis(values=scales.log_steps(1, 2, 5), labelExpr=scales.LABEL)
     if len(widths) > 1:  # one axis for all; alone, a width's own rows make its axis, whichever come
         bins = shown.filter(pl.col("least").is_finite() & pl.col("most").is_finite() & (pl.col("least") > 0))
-        domain = scales.log_domain([])
-        if not bins.is_empty():
-            domain = (float(bins["least"].min()), float(bins["most"].max()))  # type: ignore[arg-type]
+        ends = [*bins["least"], *bins["most"]]
+        domain = (min(ends), max(ends)) if ends else scales.log_domain(ends)
         axis = axis.scale(type="log", domain=domain, nice=False).axis(
             values=scales.log_ticks(domain), labelExpr=scales.LABEL
         )

@@ -68,7 +68,7 @@ def scaled(channel: type[Channel], field: str, looks: Mapping[str, Any], *, lege
 
 def cache_colour(caches: Sequence[str]) -> alt.Color:
     """Give caches the colours of their methods, without a legend."""
-    return scaled(alt.Color, "cache", {name: theme.colour_of(name) for name in caches}, legend=False)
+    return scaled(alt.Color, "cache", {name: theme.look_of(name)[0] for name in caches}, legend=False)
 
 
 def tensor_colour(*, legend: bool = True) -> alt.Color:
@@ -84,8 +84,8 @@ def tensor_shape() -> alt.Shape:
 def method_look(methods: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
     """Give methods the colours and shapes that they have in every chart, with one legend, in this order."""
     legend = alt.Legend(symbolOpacity=1, symbolSize=60)
-    colour = scaled(alt.Color, "method", {method: theme.colour_of(method) for method in methods})
-    shape = scaled(alt.Shape, "method", {method: theme.shape_of(method) for method in methods})
+    colours, shapes = ({method: theme.look_of(method)[i] for method in methods} for i in (0, 1))
+    colour, shape = scaled(alt.Color, "method", colours), scaled(alt.Shape, "method", shapes)
     return colour.legend(legend), shape.legend(legend)
 
 
@@ -140,16 +140,10 @@ def layer_columns() -> alt.Chart:
 
 def picked_outline() -> alt.Chart:
     """Draw a frame around the picked layer, over the full height of a plot and inside it, so that nothing moves."""
-    look: dict[str, Any] = {
-        "filled": False,
-        "fill": None,
-        "stroke": theme.PICKED,
-        "strokeWidth": 2,
-        "y2Offset": -2,
-        "cornerRadius": 2,
-    }
     picked = alt.Chart().transform_filter(IS_PICKED).transform_aggregate(groupby=["layer"])
-    outline = picked.mark_rect(**look, cursor="pointer")
+    outline = picked.mark_rect(
+        filled=False, fill=None, stroke=theme.PICKED, strokeWidth=2, y2Offset=-2, cornerRadius=2, cursor="pointer"
+    )
     return outline.encode(x="layer:O", y=alt.value(2), y2=alt.value("height"))  # type: ignore[no-any-return]
 
 
@@ -175,8 +169,7 @@ class HeadMap:
     def __init__(self, rows: pl.DataFrame) -> None:
         layers, heads = rows["layer"].n_unique(), rows["head"].n_unique()
         self.tensors = tensors_of(rows)
-        self.group = math.ceil(layers * heads * len(self.tensors) / CELLS)
-        self.words = "KV head" if self.group == 1 else f"KV heads, by {self.group}"
+        self.group, self.words = grouped(layers * heads * len(self.tensors), CELLS, "KV head")
         step = layer_step(layers)
         self.width = alt.Step(step)
         self.height = alt.Step(max(min(step, 18), 6, 40 / heads))

@@ -20,29 +20,19 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def svg(spec: Spec) -> str:
-    """Draw a spec as SVG text, in the light theme on white.
-
-    ``spec``: a Vega-Lite spec with its data. Returns the SVG document.
-    """
+    """Draw a spec with its data as an SVG document, in the light theme on white."""
     picture: str = vl_convert.vegalite_to_svg(lit(spec))
     return picture
 
 
 def png(spec: Spec, *, width: int = WIDTH) -> bytes:
-    """Draw a spec as PNG, in the light theme on white, scaled to a width.
-
-    ``spec``: a Vega-Lite spec with its data. ``width``: width of the picture in pixels. Returns the PNG file.
-    """
+    """Draw a spec with its data as a PNG file, in the light theme on white, ``width`` pixels wide."""
     drawing = svg(spec)
     return repacked(vl_convert.svg_to_png(drawing, scale=width / _size(drawing)[0]))
 
 
 def stacked(specs: Sequence[Spec], *, width: int = WIDTH) -> bytes:
-    """Draw several specs below one another as one PNG.
-
-    ``specs``: vega-Lite specs with their data, from top to bottom. ``width``: width of the picture in pixels, that of
-    the widest chart. Returns the PNG file.
-    """
+    """Draw specs with their data below one another as one PNG file; the widest has ``width`` pixels."""
     drawings = [_apart(svg(spec), f"chart{i}-") for i, spec in enumerate(specs)]
     sizes = [_size(drawing) for drawing in drawings]
     broad, tall = max(w for w, _ in sizes), sum(h for _, h in sizes)
@@ -56,10 +46,7 @@ def stacked(specs: Sequence[Spec], *, width: int = WIDTH) -> bytes:
 
 
 def _apart(drawing: str, prefix: str) -> str:
-    """Keep the names inside one drawing, such as its clip paths, apart from those of its neighbours.
-
-    Names stand in tags; the same characters in a text are left alone.
-    """
+    """Keep the names in the tags of one drawing, such as its clip paths, apart from those of its neighbours."""
     return re.sub(r"<[^>]*>", lambda tag: re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", tag[0]), drawing)
 
 
@@ -84,11 +71,7 @@ def repacked(picture: bytes) -> bytes:
 
 
 def _unfiltered(rows: bytes, height: int) -> bytes:
-    """Write each pixel as it is, not as its difference to the one before: flat colours pack a third smaller so.
-
-    Rows of 8-bit RGBA that are all filtered by "Sub" (1), as vl-convert writes them, become rows of filter "None" (0);
-    any others stay.
-    """
+    """Turn rows of PNG filter "Sub" (1), as vl-convert writes, into filter "None" (0): flat colours pack smaller so."""
     lines = np.frombuffer(rows, np.uint8).reshape(height, -1)
     if (lines.shape[1] - 1) % CHANNELS or (lines[:, 0] != 1).any():
         return rows

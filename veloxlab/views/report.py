@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
+from itertools import count
 from string import Template
 
 import polars as pl
 
+from veloxlab.tables import html_table
 from veloxlab.views import theme
 from veloxlab.views.spec import Spec, compact, finite
 
@@ -18,13 +20,8 @@ from veloxlab.views.spec import Spec, compact, finite
 class Section:
     """Part of a report, each piece of which may be missing.
 
-    Attributes
-    ----------
-    heading : what is seen; empty where a chart says it.
-    words : a paragraph.
-    chart : a Vega-Lite spec with its data.
-    table : a frame, drawn whole.
-    code : text to be copied.
+    ``heading``: what is seen; empty where a chart says it. ``words``: a paragraph. ``chart``: a Vega-Lite spec with its
+    data. ``table``: a frame, drawn whole. ``code``: text to be copied.
     """
 
     heading: str = ""
@@ -41,8 +38,8 @@ def report(title: str, sections: Sequence[Section], script: str) -> str:
     exports ``vegaEmbed``; it goes into the page.
     """
     charts = [section.chart for section in sections if section.chart is not None]
-    numbers = iter(range(len(charts)))
-    parts = [_part(section, numbers.__next__ if section.chart is not None else None) for section in sections]
+    numbers = count()
+    parts = [_part(section, numbers) for section in sections]
     themes = {mode: theme.colours(mode) | {"background": "transparent"} for mode in theme.INK}
     ink = {f"{mode}_{name}": colour for mode, colours in theme.INK.items() for name, colour in colours.items()}
     page = Template((files("veloxlab.views") / "report.html").read_text(encoding="utf-8"))
@@ -56,28 +53,14 @@ def report(title: str, sections: Sequence[Section], script: str) -> str:
     )
 
 
-def _part(section: Section, number: object) -> str:
+def _part(section: Section, numbers: Iterator[int]) -> str:
+    """HTML of a section; a chart takes the next number."""
     lines = [f"<h2>{escape(section.heading)}</h2>"] if section.heading else []
-    if section.words:
-        lines.append(f"<p>{escape(section.words)}</p>")
-    if callable(number):
-        lines.append(f'<div class="chart" id="chart-{number()}"></div>')
-    if section.table is not None:
-        lines.append(_table(section.table))
-    if section.code:
-        lines.append(f"<pre>{escape(section.code)}</pre>")
+    lines += [f"<p>{escape(section.words)}</p>"] if section.words else []
+    lines += [f'<div class="chart" id="chart-{next(numbers)}"></div>'] if section.chart is not None else []
+    lines += [html_table(section.table.columns, section.table.iter_rows())] if section.table is not None else []
+    lines += [f"<pre>{escape(section.code)}</pre>"] if section.code else []
     return "\n".join(lines)
-
-
-def _table(frame: pl.DataFrame) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in frame.columns)
-    rows = ("".join(f"<td>{escape(_shown(value))}</td>" for value in row) for row in frame.iter_rows())
-    body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-    return f"<table>\n<tr>{head}</tr>\n{body}\n</table>"
-
-
-def _shown(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _inert(value: object) -> str:

@@ -16,12 +16,10 @@ DEEP = 1e-6  # what lies further under the greatest value is drawn at the floor
 
 
 def on_log_scale(chart: alt.Chart, field: str, domain: Domain | None = None) -> alt.Chart:
-    """Give the rows of a chart a field that a log scale can show, named ``{field}_drawn``: all log scales read such.
+    """Give the rows of a chart the field ``{field}_drawn``, which a log scale can show; the page computes it.
 
-    Rows in which the field is null, NaN or infinite are left out; `not_drawn` counts them for a caption.
-
-    ``chart``: its rows may change later: this is done in the page. ``field``: a number of each row. ``domain``: ends of
-    the scale: what is below, such as zero, is drawn at the floor. Without them zero and less is left out.
+    Rows in which the field is null, NaN or infinite are left out; `not_drawn` counts them for a caption. What is below
+    ``domain``, the ends of the scale, is drawn at its floor; without a domain, zero and less is left out.
     """
     value = f"datum.{field}"
     there = chart.transform_filter(f"isValid({value}) && isFinite({value})" + ("" if domain else f" && {value} > 0"))
@@ -37,10 +35,9 @@ def not_drawn(values: pl.Series, *, zero: bool = False) -> list[str]:
 
 
 def log_domain(values: Iterable[float | None]) -> Domain:
-    """Give round ends of a log scale that hold the values above zero, down to a millionth of the greatest.
+    """Give round ends of a log scale, at least a factor of five apart, that hold the finite values above zero.
 
-    ``values``: numbers; those that are null, zero, negative or not finite have no place on a log scale and do not
-    count. Returns the least and the greatest value of the scale, at least a factor of five apart.
+    What lies under a millionth of the greatest value does not count.
     """
     drawn = [value for value in values if value is not None and 0 < value < math.inf]
     greatest = max(drawn, default=1.0)

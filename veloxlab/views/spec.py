@@ -12,13 +12,11 @@ Rows = list[dict[str, Any]]
 
 
 def split(spec: Spec) -> tuple[Spec, dict[str, Rows], dict[str, Any]]:
-    """Take the rows, and the values of plain params, out of a spec.
+    """Take the rows, and the values of plain params, out of what ``chart.to_dict()`` gives.
 
-    Altair names a dataset by a hash of its rows, so that every new number changes the spec. Here datasets are renamed
-    ``data-0``, ``data-1``, ... in order of appearance: two charts that differ in numbers alone have one spec.
-
-    ``spec``: what ``chart.to_dict()`` gives; it is left as it is. Returns the spec without them; the rows by dataset
-    name; the values by param name. NaN and infinities become ``None``.
+    Returns the spec without them; the rows by dataset name; the values by param name. NaN and infinities become
+    ``None``. Altair names a dataset by a hash of its rows; here the names are ``data-0``, ``data-1``, ... in order of
+    appearance, so that two charts that differ in numbers alone have one spec.
     """
     hashed: Mapping[str, Rows] = spec.get("datasets", {})
     names: dict[str, str] = {}
@@ -56,9 +54,9 @@ def split(spec: Spec) -> tuple[Spec, dict[str, Rows], dict[str, Any]]:
 def join(spec: Spec, datasets: Mapping[str, Rows], params: Mapping[str, Any]) -> Spec:
     """Put rows and values of params back into a spec, for a picture that stands alone."""
     placed = [
-        {**param, "value": params.get(param["name"])} if _is_value(param) else param for param in spec.get("params", [])
+        param | ({"value": params.get(param["name"])} if _is_value(param) else {}) for param in spec.get("params", [])
     ]
-    return {**spec, **({"params": placed} if placed else {}), "datasets": dict(datasets)}
+    return spec | ({"params": placed} if placed else {}) | {"datasets": dict(datasets)}
 
 
 def data_names(spec: object) -> Iterator[str]:
@@ -79,20 +77,17 @@ def title_of(spec: Spec) -> str:
     text = title.get("text", "") if isinstance(title, dict) else title
     if isinstance(text, list):
         return " ".join(text)
-    if isinstance(text, str) and text:
-        return text
     inner = (title_of(child) for room in ("vconcat", "hconcat", "concat", "layer") for child in spec.get(room, []))
-    return next((text for text in inner if text), "")
+    return text if isinstance(text, str) and text else next(filter(None, inner), "")
 
 
 def describe(spec: Spec, datasets: Mapping[str, Rows]) -> str:
-    """Say in one stable line what a chart shows: for text output, where no picture can be seen."""
-    count = sum(map(len, datasets.values()))
-    return f"{title_of(spec) or 'Chart'} ({count} rows)"
+    """Say in one line what a chart shows, for text output."""
+    return f"{title_of(spec) or 'Chart'} ({sum(map(len, datasets.values()))} rows)"
 
 
 def finite_rows(rows: Rows) -> Rows:
-    """Replace NaN and infinities, which JSON does not have, by ``None`` in every row."""
+    """Replace NaN and infinities by ``None`` in every row."""
     return [{key: finite(value) for key, value in row.items()} for row in rows]
 
 

@@ -29,10 +29,9 @@ OTHER = "#6a6fd8"  # what is no method of ours, such as mlx-lm's own quantized c
 METHODS = {method.id: (method.colour or OTHER, method.mark) for method in codecs.METHODS.values()}
 
 # A space in which keys and values are seen has the look of a method that codes them there.
-_CODED_IN = {method.space: METHODS[method.id] for method in codecs.METHODS.values()}
-SPACES = {"raw": (NEUTRAL, "circle")} | {
-    space: _CODED_IN[space] for space in ("before_rope", "rotated", "smoothed", "smoothed_rotated", "eigenbasis")
-}
+_CODED_IN = {method.space: METHODS[method.id] for method in codecs.METHODS.values()} | {"raw": (NEUTRAL, "circle")}
+_ORDER = ("raw", "before_rope", "rotated", "smoothed", "smoothed_rotated", "eigenbasis")
+SPACES = {space: _CODED_IN[space] for space in _ORDER}
 CATEGORIES = list(dict.fromkeys([KEYS, VALUES, *(colour for colour, _ in METHODS.values())]))
 
 # Loss: little is quiet, much stands out, on either ground; one hue order, rising contrast, no red against green.
@@ -46,20 +45,15 @@ INK: dict[Mode, dict[str, str]] = {
 }
 
 
-def colour_of(name: str) -> str:
-    """Give the colour of a cache or result by its name, which starts with its method's id (``"rvq K3 V3"``)."""
-    method = "none" if name == "fp16" or name.startswith("exact") else name.split(" ")[0]
-    return (codecs.METHODS[method].colour if method in codecs.METHODS else None) or OTHER
-
-
-def shape_of(name: str) -> str:
-    """Give the shape of a result's point by its name, as `colour_of`."""
-    method = name.split(" ")[0]
-    return codecs.METHODS[method].mark if method in codecs.METHODS else "triangle-left"
+def look_of(name: str) -> tuple[str, str]:
+    """Give the colour and the shape of a cache or result by its name, which starts with a method (``"rvq K3 V3"``)."""
+    method = codecs.METHODS.get("none" if name == "fp16" or name.startswith("exact") else name.split(" ")[0])
+    return (method.colour or OTHER, method.mark) if method else (OTHER, "triangle-left")
 
 
 def structure() -> dict[str, Any]:
     """Give the part of the theme that is the same on any ground: type, sizes and spacing, and no colour of guides."""
+    words = {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal"}
     return {
         "font": FONT,
         "background": "transparent",
@@ -67,20 +61,12 @@ def structure() -> dict[str, Any]:
         "autosize": {"type": "pad", "resize": True},  # a caption or label that grows must not be cut off
         "view": {"stroke": None, "continuousWidth": WIDTH, "continuousHeight": 220},
         "title": {"anchor": "start", "fontSize": 14, "fontWeight": 600, "offset": 8, "frame": "group"},
-        "axis": {
-            "labelFontSize": 11,
-            "titleFontSize": 11,
-            "titleFontWeight": "normal",
-            "titlePadding": 8,
-            "labelPadding": 4,
-            "tickSize": 4,
-            "domain": False,
-        },
+        "axis": words | {"titlePadding": 8, "labelPadding": 4, "tickSize": 4, "domain": False},
         "axisX": {"grid": False},
         "axisY": {"minExtent": 40},  # so that charts under one another have one left edge
         "axisBand": {"grid": False, "ticks": False, "labelAngle": 0, "labelOverlap": True, "labelSeparation": 5},
         "header": {"labelFontSize": 12, "labelFontWeight": 600, "titleFontSize": 11},
-        "legend": {"labelFontSize": 11, "titleFontSize": 11, "titleFontWeight": "normal", "symbolType": "square"},
+        "legend": words | {"symbolType": "square"},
         # on these JupyterLab's own dark theme is silent, so a plain chart has the colours that read on both grounds
         "style": {"caption": {"font": FONT, "fontSize": 12, "fontWeight": "normal", "fill": NEUTRAL}},
         "text": {"fontSize": 11, "color": NEUTRAL},
@@ -93,22 +79,14 @@ def structure() -> dict[str, Any]:
 
 
 def colours(mode: Mode) -> dict[str, Any]:
-    """Give the colours of one ground: of text, of grids and of the loss ramp.
-
-    ``mode``: ``"light"`` or ``"dark"``. Returns a Vega-Lite config, to be laid over ``structure()``.
-    """
+    """Give a Vega-Lite config with the colours of text, of grids and of the loss ramp, to be laid over `structure`."""
     ink = INK[mode]
+    words = {"labelColor": ink["soft"], "titleColor": ink["soft"]}
     return {
         "title": {"color": ink["strong"], "subtitleColor": ink["soft"]},
-        "axis": {
-            "labelColor": ink["soft"],
-            "titleColor": ink["soft"],
-            "tickColor": ink["grid"],
-            "gridColor": ink["grid"],
-            "domainColor": ink["grid"],
-        },
+        "axis": words | {f"{part}Color": ink["grid"] for part in ("tick", "grid", "domain")},
         "header": {"labelColor": ink["strong"], "titleColor": ink["soft"]},
-        "legend": {"labelColor": ink["soft"], "titleColor": ink["soft"], "gradientStrokeColor": ink["grid"]},
+        "legend": words | {"gradientStrokeColor": ink["grid"]},
         "style": {"caption": {"fill": ink["soft"]}},
         "text": {"color": ink["soft"]},
         "rule": {"color": ink["soft"]},
@@ -132,8 +110,7 @@ V5 = "https://vega.github.io/schema/vega-lite/v5.json"
 def enable() -> None:
     """Make this the theme and the renderer of Altair charts in this process.
 
-    Altair's own renderers need a network or an older Vega-Lite in JupyterLab 4.6; this one needs neither, and leaves
-    a picture and a line of text in the saved notebook.
+    Altair's own renderers need a network, or an older Vega-Lite in JupyterLab 4.6.
     """
     alt.theme.register("veloxlab", enable=True)(lambda: alt.theme.ThemeConfig(config=structure()))  # type: ignore[typeddict-item]
     alt.renderers.register("veloxlab", render)
@@ -141,12 +118,9 @@ def enable() -> None:
 
 
 def render(spec: Spec, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Show a plain chart, which needs no kernel once it is drawn.
-
-    ``spec``: a Vega-Lite spec with its data. Returns a mime bundle (live chart, picture, text) and its metadata.
-    """
+    """Give a mime bundle (live chart, picture, text) of a spec with its data, and its metadata; it needs no kernel."""
     bare, rows, params = split(spec)
-    rows = {name: [_shortened(row) for row in table] for name, table in rows.items()}
+    rows = {name: [{key: _shortened(value) for key, value in row.items()} for row in own] for name, own in rows.items()}
     whole = join(bare, rows, params)
     bundle = {
         LIVE: whole | {"$schema": V5},
@@ -157,5 +131,5 @@ def render(spec: Spec, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return bundle, {LIVE: {"embed_options": {"renderer": "svg", "actions": False}}}
 
 
-def _shortened(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for key, value in row.items()}
+def _shortened(value: object) -> object:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

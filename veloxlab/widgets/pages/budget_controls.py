@@ -35,6 +35,7 @@ from veloxlab.allocate.budget import (
 from veloxlab.cache.plan import Plan
 from veloxlab.errors import InputError
 from veloxlab.runtime import device
+from veloxlab.tables import html_table
 from veloxlab.widgets.panel import button
 
 KINDS = {
@@ -186,16 +187,9 @@ def history(measured: pl.DataFrame) -> str:
     """HTML of `veloxlab.allocate.ratequant.EVALUATED` rows, the newest first; nothing where there are none."""
     if measured.is_empty():
         return ""
-    lines = [[*COLUMNS]]
-    lines += [[say(row[name]) for name, say in COLUMNS.values()] for row in measured.reverse().iter_rows(named=True)]
-    return f"<table style='border-collapse: collapse; margin: 4px 0'>{''.join(map(_line, lines))}</table>"
-
-
-def _line(cells: Sequence[str]) -> str:
-    style = "padding: 1px 10px 1px 0; text-align: {}"
-    styles = [style.format("right" if place else "left") for place in range(len(cells))]
-    cells = [f"<td style='{style}'>{html.escape(cell)}</td>" for style, cell in zip(styles, cells, strict=True)]
-    return f"<tr>{''.join(cells)}</tr>"
+    rows = measured.reverse().iter_rows(named=True)
+    lines = ([say(row[name]) for name, say in COLUMNS.values()] for row in rows)
+    return html_table(list(COLUMNS), lines, cell="padding: 1px 10px 1px 0")
 
 
 class PlanFile(ipywidgets.VBox):  # type: ignore[misc]
