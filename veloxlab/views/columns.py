@@ -52,9 +52,8 @@ TITLES = {
 """Titles of columns in tooltips, with the unit; that of any other is its name."""
 
 _FORMATS = {
-    ".3~g": "angle bits density dimensions error high key_bits least low mean median most ratio rms value value_bits",
-    ".4~g": "x y",
-    ".3g": "greatest kl kl_mean",
+    ".3~g": "bits density dimensions error high key_bits least low mean median most ratio rms value value_bits x y",
+    ".3g": "angle greatest kl kl_mean",
     ".2g": "lost",
     ".3f": "bits_per_value exact_probability perplexity probability true_bits",
     ".0f": "microseconds roofline_microseconds",
