@@ -150,7 +150,7 @@ def test_a_plan_holds_what_its_budget_allows_and_loses_less_than_uniform_bits(mo
     assert rates.predicted_loss(solved.uniform) == pytest.approx(solved.predicted_uniform_loss, rel=1e-9)
 
 
-def test_between_whole_widths_uniform_bits_are_spread_evenly():
+def test_between_whole_widths_uniform_bits_are_mixed_evenly():
     costs = np.tile([10.0, 18.0, 26.0], (8, 1))
     assert even_widths(costs, 80).tolist() == [0] * 8
     assert even_widths(costs, 80 + 4 * 8 + 7).tolist() == [0, 1] * 4
@@ -221,7 +221,7 @@ def test_bounds_are_kept(model, rates):
     plan = rates.plan(3.75, vl.allocate.Bounds(least_bits=3, most_bits=4, protected_first=1))
     assert plan.widths(0, "keys") == plan.widths(0, "values") == (4, 4)
     assert all(
-        3 <= width <= 4 for layer in range(3) for side in ("keys", "values") for width in plan.widths(layer, side)
+        3 <= width <= 4 for layer in range(3) for tensor in ("keys", "values") for width in plan.widths(layer, tensor)
     )
     exact = rates.plan(14.0, vl.allocate.Bounds(protected_last=1, protection="exact"))
     assert (exact.layers[2].key_method, exact.layers[2].value_bits) == ("none", 32)
@@ -233,9 +233,9 @@ def test_bounds_are_kept(model, rates):
     assert free.predicted_loss <= paired.predicted_loss
 
 
-@pytest.mark.parametrize("side", ["protected_first", "protected_last"])
-def test_more_protected_layers_than_there_are_is_all_of_them(rates, side):
-    exact = rates.plan(32.0, vl.allocate.Bounds(**{side: 5}, protection="exact"))
+@pytest.mark.parametrize("end", ["protected_first", "protected_last"])
+def test_more_protected_layers_than_there_are_is_all_of_them(rates, end):
+    exact = rates.plan(32.0, vl.allocate.Bounds(**{end: 5}, protection="exact"))
     assert {layer.key_method for layer in exact.layers} == {"none"}
 
 
@@ -366,7 +366,7 @@ def test_heads_of_a_real_model_differ_and_rotated_ones_lose_alike(smollm2_rates)
 
 @pytest.mark.parametrize("bits", [2.5, 3.0])
 def test_allocated_bits_move_a_real_model_less_than_uniform_ones_in_the_same_bytes(smollm2, smollm2_rates, bits):
-    """Calibrated on one text and judged on another, everything but four sinks through its codes."""
+    """Calibrated on one text and evaluated on another, everything but four sinks through its codes."""
     exact = vl.measure.reference(*smollm2, tokens=192, windows=2)
     budget = vl.allocate.AverageBits(bits + 16 / 64)
     solved = smollm2_rates.solve(budget, vl.allocate.Bounds(2, 5))

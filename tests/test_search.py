@@ -181,8 +181,8 @@ def test_the_frame_holds_what_judging_a_plan_gives(model, result):
     )
     exact = reference(model, Letters(), text=TEXT, tokens=40, windows=5)
     for row in result.front.iter_rows(named=True):
-        judged = evaluate(exact, result.plan(row["row"]), chunk="codes")
-        assert judged["kl_mean"][0] == pytest.approx(row["kl"], rel=1e-5)  # float32 sums of other lengths
+        found_again = evaluate(exact, result.plan(row["row"]), chunk="codes")
+        assert found_again["kl_mean"][0] == pytest.approx(row["kl"], rel=1e-5)  # float32 sums of other lengths
         assert row["low"] <= row["kl"] <= row["high"]
 
 
@@ -243,15 +243,15 @@ def test_a_model_that_is_loaded_is_nothing_for_workers(model):
         vl.search(model)
 
 
-def test_windows_are_judged_one_token_at_a_time(model):
+def test_windows_are_evaluated_one_token_at_a_time(model):
     found = vl.search(
         model, Letters(), methods=["turboquant"], window=(0, 8), prompt=20, **(SETTINGS | {"bits": [2], "windows": 3})
     )
     assert found.settings["mode"] == "decode"
     exact = reference(model, Letters(), text=TEXT, tokens=40, windows=3)
     for row in found.frame.filter(windows=3).iter_rows(named=True):
-        judged = evaluate(exact, found.plan(row["row"]), chunk="codes", mode="decode", prompt=20)
-        assert judged["kl_mean"][0] == pytest.approx(row["kl"], rel=1e-5)
+        found_again = evaluate(exact, found.plan(row["row"]), chunk="codes", mode="decode", prompt=20)
+        assert found_again["kl_mean"][0] == pytest.approx(row["kl"], rel=1e-5)
 
 
 def test_a_calibrated_method_is_fitted_once_for_all_its_widths(model, tmp_path):
@@ -283,7 +283,7 @@ def test_it_is_saved_and_read_again(result, tmp_path):
         vl.allocate.SearchResult.load(path)
 
 
-def test_it_says_which_text_it_judged_on(model, result):
+def test_it_says_which_text_it_evaluated_on(model, result):
     def said(text):
         fewer = SETTINGS | {"windows": 2, "bits": [2], "text": text}
         return vl.search(model, Letters(), methods=["turboquant"], **fewer).settings["text"]

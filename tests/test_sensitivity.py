@@ -44,19 +44,19 @@ def measured(model, folder, **settings):
 class Moved(Recorder):
     """Adds a fixed array to the keys or the values of its layer."""
 
-    def __init__(self, facts, side, change):
+    def __init__(self, facts, tensor, change):
         super().__init__(facts)
-        self.side, self.change = side, change
+        self.tensor, self.change = tensor, change
 
     def update_and_fetch(self, keys, values):
         return super().update_and_fetch(
-            *((keys + self.change, values) if self.side == 0 else (keys, values + self.change))
+            *((keys + self.change, values) if self.tensor == 0 else (keys, values + self.change))
         )
 
 
-def loss_when(model, layer, side, change):
+def loss_when(model, layer, tensor, change):
     facts = [f for f in probe.probe(model) if f.compressible]
-    caches = probe.with_caches(model, lambda f: Moved(f, side, change if f is facts[layer] else mx.zeros(1)))
+    caches = probe.with_caches(model, lambda f: Moved(f, tensor, change if f is facts[layer] else mx.zeros(1)))
     logits = model(mx.array([IDS[:-1]]), cache=caches)[0].astype(mx.float32)
     return nn.losses.cross_entropy(logits, mx.array(IDS[1:]), reduction="sum").item()
 
@@ -69,17 +69,17 @@ def test_gradients_are_what_finite_differences_find(family):
     facts = [f for f in probe.probe(model) if f.compressible]
     assert len(gradients) == len(facts) > 0
     for layer, pair in enumerate(gradients):
-        for side, gradient in enumerate(pair):
+        for tensor, gradient in enumerate(pair):
             assert gradient.shape == (
                 1,
                 facts[layer].kv_heads,
                 len(IDS) - 1,
-                (facts[layer].key_dim, facts[layer].value_dim)[side],
+                (facts[layer].key_dim, facts[layer].value_dim)[tensor],
             )
             norm = mx.linalg.norm(gradient).item()
             assert norm > 0
             step = gradient * (0.0125 / norm)  # so small that no token goes to another expert
-            slope = (loss_when(model, layer, side, step) - loss_when(model, layer, side, -step)) / 0.025
+            slope = (loss_when(model, layer, tensor, step) - loss_when(model, layer, tensor, -step)) / 0.025
             assert slope == pytest.approx(norm, rel=0.01, abs=5e-3)  # losses of 180 nats are known to 2e-5, twice
 
 
@@ -130,7 +130,7 @@ def test_key_norms_are_those_of_a_capture(model, tmp_path):
 
 
 def test_forward_kl_is_what_a_layers_own_trial_costs(model, tmp_path):
-    """w·½·E‖x − x̂‖²/D, summed over a layer's heads, is the divergence with that side at 3 bits."""
+    """w·½·E‖x − x̂‖²/D, summed over a layer's heads, is the divergence with its keys or values at 3 bits."""
     frame = measured(model, tmp_path, by="forward_kl", sequences=1)
     assert (frame.group_by("layer", "tensor").agg(pl.col("sensitivity").n_unique())["sensitivity"] == 1).all()
     plan = vl.Plan.uniform(model, "none", bits=32, sinks=4, window=0)

@@ -1,4 +1,4 @@
-"""Settings one after another: what a knob asks for, how far it can go, and keys weighed against values."""
+"""Allocation requests: what each budget can ask for, plans from them, and keys weighted against values."""
 
 from typing import Any
 

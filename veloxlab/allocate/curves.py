@@ -35,7 +35,7 @@ CURVES = {
     "distortion": pl.Float64,  # E‖x − x̂‖² over the tokens behind the sinks
     "relative": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over the same tokens
     "true_bits": pl.Float64,  # stored bits per coordinate: codes, scales, padding
-    "bytes_per_token": pl.Float64,  # stored for one token of this head and side
+    "bytes_per_token": pl.Float64,  # stored for one token of this head
 }
 """Columns of `distortion_curves`."""
 
