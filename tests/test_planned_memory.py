@@ -85,8 +85,11 @@ def test_room_is_that_of_a_real_caches_buffers(tokens, decoded, sinks, window, m
     for count in calls(tokens, decoded, chunk):
         cache.update_and_fetch(*[mx.zeros((1, 1, count, 4))] * 2)
     real = [next((b.shape[2] for b in run.buffers.values()), 0) for run in (cache.sinks, cache.packed, cache.recent)]
-    room = compressed_room(Windows.of(sinks, window, max_size), tokens, decoded, chunk)
+    windows = Windows.of(sinks, window, max_size)
+    room, bound = compressed_room(windows, tokens, decoded, chunk), windows.most_held(tokens)
     assert [room.sinks, room.packed, room.recent] == real
+    assert sum(room) <= sum(bound)
+    assert max_size or (room.sinks + room.recent <= bound.exact and room.packed <= bound.packed)
 
 
 @settings(max_examples=60, deadline=None)

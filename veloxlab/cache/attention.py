@@ -101,7 +101,7 @@ class History(Handle):
     def after(self, array: mx.array) -> History:
         """The same history, to be read only once ``array`` is computed.
 
-        MLX evaluates many branches of a graph abreast, and would expand the past of many layers at once.
+        MLX evaluates many branches of a graph at the same time, and would expand the past of many layers at once.
         """
         return self._changed(partial(_after, other=array))
 

@@ -93,10 +93,9 @@ class Windows:
         return over if over > packed else over // self._grain * self._grain
 
     def most_held(self, tokens: int, *, decoded: bool = True) -> HeldTokens:
-        """The most tokens that a cache has room for after a text, in whatever calls it came.
+        """The most tokens that a cache has room for after a text, however it came; of a sliding layer, in all.
 
-        Without ``decoded`` they came in one call, and no buffer has slack: that is exact for a layer that does not
-        slide.
+        Without ``decoded`` they came in one call, and no buffer has slack: exact for a layer that does not slide.
         """
         sinks = min(tokens, self.sinks)
         behind = tokens - sinks

@@ -152,7 +152,8 @@ class CompressedKVCache(Runs, saved.Saved):
         if coming.all_seen:
             segments = *self._segments(hidden), _segment(self._exact, coming.exact(slice(None)))
         self.key_codec, self.value_codec = coming.codecs
-        self.take(arrival, coming.exact(slice(arrival.to_sinks)), coming.codes, coming.exact(slice(rest, None)))
+        to_sinks = coming.exact(slice(arrival.to_sinks)) if arrival.to_sinks else None
+        self.take(arrival, to_sinks, coming.codes, coming.exact(slice(rest, None)))
         if not coming.all_seen:
             segments = self._segments(hidden)
         self.evict()
