@@ -1,6 +1,7 @@
 """The cache holds what it says, in the bytes it says, through any order of appending and trimming."""
 
 import copy
+from dataclasses import fields
 
 import mlx.core as mx
 import numpy as np
@@ -322,7 +323,9 @@ def positions(cache: CompressedKVCache, chunks: list[int]) -> list[tuple[int, in
             seen.append((start, x.shape[2]))
             return super().encode(x, start)
 
-    cache.key_codec = Recording(**vars(cache.key_codec))
+    cache.key_codec = Recording(
+        **{field.name: getattr(cache.key_codec, field.name) for field in fields(cache.key_codec)}
+    )
     for count in chunks:
         cache.update_and_fetch(tokens(count), tokens(count))
     return seen
