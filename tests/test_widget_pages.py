@@ -23,7 +23,7 @@ from veloxlab.views import picture
 from veloxlab.views.report import Section, report
 from veloxlab.widgets import ChartView, lifetime
 from veloxlab.widgets.pages.budget_controls import PlanFile, history
-from veloxlab.widgets.pages.cache import at_bits
+from veloxlab.widgets.pages.cache_charts import at_bits
 
 HOSTILE = "<!-- <script> </script> --> \u2028 & \"'\\"
 BITS = {0: (3, 4), 1: (4, 4)}

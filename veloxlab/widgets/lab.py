@@ -20,7 +20,7 @@ from veloxlab.widgets.pages.generation import SideBySide
 from veloxlab.widgets.pages.keys import KeyExplorer
 from veloxlab.widgets.pages.memory import MemoryPlanner
 from veloxlab.widgets.panel import Panel, ProgressBar
-from veloxlab.widgets.selection import Checked, Chosen, ChosenBits
+from veloxlab.widgets.selection import Checked, Chosen, OfLayers
 from veloxlab.widgets.worker import Progress
 
 # A page is one line here: its name, its title, and what makes it from a laboratory.
@@ -46,7 +46,7 @@ def _of(page: str, name: str) -> Any:  # noqa: ANN401 - a property
     return property(find, lambda lab, value: setattr(lab.page_of(page), name, value), doc=f"`{name}` of {page!r}.")
 
 
-class Lab(Experimenter, Panel):
+class Lab(Experimenter, OfLayers, Panel):
     """See everything about one model's compressed cache, page by page, and take away what was found.
 
     Method, bits, exact tokens, layer and head are one choice for all pages. A page is made when it is first opened. All
@@ -73,12 +73,6 @@ class Lab(Experimenter, Panel):
     """
 
     page = Checked(choice(*PAGES), "cache", help="the open page")
-    method = Chosen("method", help="a method's id")
-    key_bits = ChosenBits("keys", "layer", help="code bits of keys, of the picked layer or of all")
-    value_bits = ChosenBits("values", "layer", help="code bits of values")
-    sinks = Chosen("sinks", help="first tokens, kept exact")
-    window = Chosen("window", help="newest tokens, kept exact")
-    layer = Chosen("layer", help="the picked layer")
     head = Chosen("head", help="the chosen KV head")
     errors, bits, memory = _of("cache", "errors"), _of("cache", "bits"), _of("cache", "memory")
     name, plan, layer_bits = _of("cache", "name"), _of("cache", "plan"), _of("cache", "layer_bits")

@@ -18,6 +18,7 @@ from veloxlab.measure import Capture
 from veloxlab.widgets.fitting import Fitting
 
 Bits = tuple[int, int]  # of keys and of values
+CACHE = ("method", "key_bits", "value_bits", "sinks", "window")  # parts that describe a cache of equal layers
 COUNT, INTEGER = whole(0), whole()
 CHECKS = {
     "method": WORDS,
@@ -235,6 +236,24 @@ class ChosenBits(Chosen):
                 obj.selection.choose(key_bits=bits[0], value_bits=bits[1])
             else:
                 obj.selection.choose(own_bits={**choice.own_bits, layer: bits})
+
+
+class OfCache(t.HasTraits):
+    """Traits of a page of whole caches; the bits are those of all layers."""
+
+    method = Chosen("method", help="a method's id")
+    key_bits = ChosenBits("keys", help="code bits of each key coordinate")
+    value_bits = ChosenBits("values", help="code bits of each value coordinate")
+    sinks = Chosen("sinks", help="first tokens, kept exact")
+    window = Chosen("window", help="newest tokens, kept exact")
+
+
+class OfLayers(OfCache):
+    """The same, of a page on which a layer can be picked; the bits are then those of that layer."""
+
+    layer = Chosen("layer", help="the picked layer")
+    key_bits = ChosenBits("keys", "layer", help="code bits of each key coordinate, of the picked layer or of all")
+    value_bits = ChosenBits("values", "layer", help="code bits of each value coordinate, of the picked layer or of all")
 
 
 class Checked(t.Any):

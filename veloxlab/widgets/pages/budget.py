@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -35,7 +36,7 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import ChartView, link
 from veloxlab.widgets.fitting import Fitting
-from veloxlab.widgets.pages.budget_charts import CHARTS, predicted, spent
+from veloxlab.widgets.pages.budget_charts import CHARTS, unit_of
 from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
 from veloxlab.widgets.pages.charts import Charts, Frames, Look
 from veloxlab.widgets.panel import Panel, ProgressBar, button
@@ -166,12 +167,21 @@ class BudgetTuner(Panel):
     @property
     def spent(self) -> str:
         """What the allocation takes."""
-        return spent(self.allocation)
+        found = self.allocation
+        said = (
+            f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; code bits: keys "
+            f"{found.key_bits:.2f}, values {found.value_bits:.2f}"
+        )
+        least = f"the bounds' least width, {found.bounds.least_bits}, is all that this pays for"
+        return f"{said}. Nothing is allocated: {least}" if found.only_least else said
 
     @property
     def predicted(self) -> str:
         """What the allocation, and uniform bits in the same bytes, are predicted to lose."""
-        return predicted(self.allocation, self._there(self.rates))
+        found = self.allocation
+        said = f"Predicted loss {found.predicted_loss:.3g} {unit_of(self._there(self.rates))}"
+        uniform = found.predicted_uniform_loss
+        return said if uniform is None else f"{said}; of uniform bits in the same bytes {uniform:.3g}"
 
     def start(self) -> None:
         """Measure the tables, or find them on disk, and show the tuner once they are there; nothing if they are."""
@@ -244,7 +254,13 @@ class BudgetTuner(Panel):
         self._controls = SettingControl(self._asked, self._converted, TOKENS, self._widths, len(rates.sizes))
         self._file = PlanFile(lambda: self.plan)
         self._told, self._history = ipywidgets.HTML(), ipywidgets.HTML()
-        buttons = [self._measure_button("Measure", "allocated"), self._measure_button("Measure uniform", "uniform")]
+        why = "" if self._model is not None else ": give the tuner the model and its tokenizer"
+        kinds: dict[str, PlanKind] = {"Measure": "allocated", "Measure uniform": "uniform"}
+        buttons = []
+        for words, kind in kinds.items():
+            tip = f"Run the model with the {kind} plan, and compare its predictions{why}"
+            buttons.append(button(words, tip, partial(self._saying, partial(self.measure, kind)), width="140px"))
+            buttons[-1].disabled = self._model is None
         self.children = [
             self._controls,
             ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")]),
@@ -254,13 +270,6 @@ class BudgetTuner(Panel):
             self._history,
             self._file,
         ]
-
-    def _measure_button(self, words: str, kind: PlanKind) -> ipywidgets.Button:
-        why = "" if self._model is not None else ": give the tuner the model and its tokenizer"
-        tip = f"Run the model with the {kind} plan, and compare its predictions{why}"
-        made = button(words, tip, lambda: self._saying(lambda: self.measure(kind)), width="140px")
-        made.disabled = self._model is None
-        return made
 
     # what a person asks for -----------------------------------------------------------------------------------------
 

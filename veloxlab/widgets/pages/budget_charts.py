@@ -104,20 +104,3 @@ CHARTS = (
         lambda rows, look: sensitivity_by_layer(rows, unit=unit_of(look.rates, "unit of error")),
     ),
 )
-
-
-def spent(found: Allocation) -> str:
-    """Say what an allocation takes."""
-    said = (
-        f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; code bits: keys "
-        f"{found.key_bits:.2f}, values {found.value_bits:.2f}"
-    )
-    least = f"the bounds' least width, {found.bounds.least_bits}, is all that this pays for"
-    return f"{said}. Nothing is allocated: {least}" if found.only_least else said
-
-
-def predicted(found: Allocation, rates: RateBudget) -> str:
-    """Say what an allocation, and uniform bits in the same bytes, are predicted to lose."""
-    said = f"Predicted loss {found.predicted_loss:.3g} {unit_of(rates)}"
-    uniform = found.predicted_uniform_loss
-    return said if uniform is None else f"{said}; of uniform bits in the same bytes {uniform:.3g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ipywidgets
@@ -13,145 +13,25 @@ from veloxlab.cache.plan import Plan
 from veloxlab.checks import choice
 from veloxlab.codecs import ROLES, find_method
 from veloxlab.errors import InputError
-from veloxlab.measure import (
-    code_bits,
-    layer_errors,
-    memory_growth,
-    predicted_growth,
-    relative_errors,
-    token_errors,
-)
-from veloxlab.progress import Progress
-from veloxlab.views import bit_allocation, bit_caption, error_caption, error_map, memory_caption
-from veloxlab.views import memory_growth as memory_chart
+from veloxlab.views import memory_caption
 from veloxlab.widgets.chart_view import ChartView, link
 from veloxlab.widgets.lifetime import weakly
-from veloxlab.widgets.pages.charts import Chart, ChartPage, Frames, Look, Request
+from veloxlab.widgets.pages.cache_charts import ASKS_TOKENS, CHARTS, DOMAINS, MEASURES, METRICS, relative
+from veloxlab.widgets.pages.charts import ChartPage, Frames, Look
 from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter
 from veloxlab.widgets.panel import ProgressBar, button, code, rows
-from veloxlab.widgets.selection import Bits, Checked, Chosen, ChosenBits
+from veloxlab.widgets.selection import Bits, Checked, OfLayers
 from veloxlab.widgets.worker import Worker
 
-METRICS = {
-    "attention output (relative MSE)": "output_error",
-    "attention logits (nats)": "logit_error",
-    "keys and values (relative MSE)": "rel_mse",
-}
-DOMAINS = {"rel_mse": (1e-5, 1.0), "output_error": (1e-6, 1.0), "logit_error": (1e-3, 10.0)}
 NO_QUERIES = (
     "This model computes attention by itself and does not show its queries: errors of keys and values can be seen, "
     "those of attention cannot."
 )
-GREATEST = 9  # bits to which the axis of spent bits goes, at least
-MEASURED_UPTO = 4096  # tokens to which caches are really filled
-DRAWN_UPTO = 16384  # tokens to which the memory chart goes on
 LIKELY_WIDTHS = (2, 3, 4, 5, 6, 8, 1, 7)  # the order in which widths are measured ahead: those that people try first
 ALL = "all layers"
 
 
-def _coded(measure: Callable[..., pl.DataFrame]) -> Callable[..., pl.DataFrame]:
-    """A measurement of the whole capture, under a method at a number of bits."""
-
-    def run(frames: Frames, progress: Progress, method: str, width: int, **exact: int) -> pl.DataFrame:
-        calibration = frames.fitting.calibration(method, [width], progress)
-        return measure(frames.capture, method=method, bits=width, calibration=calibration, **exact)
-
-    return run
-
-
-def _exact(measure: Callable[..., pl.DataFrame], **given: Any) -> Callable[..., pl.DataFrame]:
-    """The same, with tokens kept exact."""
-
-    def run(frames: Frames, progress: Progress, method: str, width: int, sinks: int, window: int) -> pl.DataFrame:
-        return _coded(measure)(frames, progress, method, width, sinks=sinks, window=window, **given)
-
-    return run
-
-
-MEASURES = {
-    "token errors": _coded(token_errors),
-    "bits": _coded(code_bits),
-    "attention errors": _exact(layer_errors),
-    "memory": _exact(memory_growth, upto=MEASURED_UPTO),
-}
-
-
-def at_bits(frames: Sequence[pl.DataFrame], layer_bits: Mapping[int, Bits]) -> pl.DataFrame:
-    """Rows of each layer's keys and values at their bits, from frames of each of `widths`, the fewest bits first."""
-    wanted = pl.DataFrame(
-        [(layer, tensor, bits[place]) for layer, bits in layer_bits.items() for place, tensor in enumerate(ROLES)],
-        schema={"layer": pl.Int32, "tensor": pl.String, "wanted": pl.Int32},
-        orient="row",
-    )
-    parts = [
-        frame.join(wanted.filter(wanted=width), on=["layer", "tensor"], how="semi")
-        for width, frame in zip(widths(layer_bits), frames, strict=True)
-    ]
-    return pl.concat(parts).sort("tensor", "layer", maintain_order=True)
-
-
-def widths(layer_bits: Mapping[int, Bits]) -> list[int]:
-    """Numbers of bits that occur."""
-    return sorted({width for bits in layer_bits.values() for width in bits})
-
-
-def _asks(name: str, *exact: str) -> Callable[[Look], list[Request]]:
-    return lambda look: [
-        (name, look.method, width, *(getattr(look, setting) for setting in exact)) for width in widths(look.layer_bits)
-    ]
-
-
-ASKS_TOKENS, ASKS_ATTENTION = _asks("token errors"), _asks("attention errors", "sinks", "window")
-
-
-def relative(frames: Sequence[pl.DataFrame], look: Look) -> pl.DataFrame:
-    """Relative errors of keys and values, from the errors of single tokens."""
-    return relative_errors(at_bits(frames, look.layer_bits), sinks=look.sinks, window=look.window)
-
-
-def _error_rows(frames: Sequence[pl.DataFrame], look: Look) -> pl.DataFrame:
-    half = len(frames) // 2
-    return relative(frames[:half], look) if look.metric == "rel_mse" else at_bits(frames[half:], look.layer_bits)
-
-
-def _memory_rows(frames: Sequence[pl.DataFrame], look: Look) -> pl.DataFrame:
-    # by the method's name alone: a name that moved with the sliders would leave the chart's colours
-    name = pl.when(pl.col("cache") == "fp16").then("cache").otherwise(pl.lit(look.method))
-    return predicted_growth(at_bits(frames, look.layer_bits).with_columns(cache=name), DRAWN_UPTO)
-
-
-CHARTS = (
-    Chart(
-        "errors",
-        ("method", "layer_bits", "sinks", "window", "metric"),
-        _error_rows,
-        lambda frame, look: error_map(frame, metric=look.metric, domain=DOMAINS[look.metric]),
-        lambda frame, look: error_caption(frame, look.metric),
-        lambda _, look: look.metric,
-        lambda look: [*ASKS_TOKENS(look), *ASKS_ATTENTION(look)],  # both: another metric is seen at once
-    ),
-    Chart(
-        "bits",
-        ("method", "layer_bits"),
-        lambda frames, look: at_bits(frames, look.layer_bits),
-        lambda frame, look: bit_allocation(frame, greatest=max(GREATEST, find_method(look.method).bits[-1] + 1)),
-        lambda frame, _: bit_caption(frame),
-        lambda _, look: look.method,
-        _asks("bits"),
-    ),
-    Chart(
-        "memory",
-        ("method", "layer_bits", "sinks", "window"),
-        _memory_rows,
-        lambda frame, _: memory_chart(frame),
-        lambda frame, _: memory_caption(frame),
-        lambda _, look: look.method,
-        _asks("memory", "sinks", "window"),
-    ),
-)
-
-
-class CachePage(ChartPage):
+class CachePage(OfLayers, ChartPage):
     """Errors, bits and memory of one cache; see `CacheExplorer`.
 
     Parameters
@@ -162,12 +42,6 @@ class CachePage(ChartPage):
 
     SETTINGS = ("method", "layer_bits", "sinks", "window", "metric")
 
-    method = Chosen("method", help="a method's id")
-    key_bits = ChosenBits("keys", "layer", help="code bits of each key coordinate, of the picked layer or of all")
-    value_bits = ChosenBits("values", "layer", help="code bits of each value coordinate")
-    sinks = Chosen("sinks", help="first tokens, kept exact")
-    window = Chosen("window", help="newest tokens, kept exact")
-    layer = Chosen("layer", help="the picked layer")
     metric = Checked(choice(*DOMAINS), "output_error", help="which error is drawn")
 
     def __init__(

@@ -33,14 +33,9 @@ CANCELLED = "Cancelled. The charts show the last settings that were measured. Ch
 
 @dataclass
 class Frames:
-    """What was measured, by request. A frame is never changed, so any thread may read it.
+    """What was measured, by request, or why it cannot be. A frame is never changed, so any thread may read it.
 
-    Attributes
-    ----------
-    measures : functions by the name of a request; they take these frames, a progress, and the rest of the request.
-    capture, fitting : what they measure on, and calibrations.
-    found : what was measured.
-    refused : why a request cannot be measured.
+    ``measures``: functions by the name of a request; they take these frames, a progress, and the rest of the request.
     """
 
     measures: Mapping[str, Callable[..., Any]]

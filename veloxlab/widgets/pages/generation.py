@@ -16,15 +16,14 @@ from veloxlab.views.generation import lines_for
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.panel import Panel, ProgressBar, button, check_settings, rows
-from veloxlab.widgets.selection import Checked, Choice, Chosen, ChosenBits, Selection
+from veloxlab.widgets.selection import CACHE, Checked, Choice, OfCache, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 PROMPT = "Tell me about the history of the city of Paris."
-CHOSEN = ("method", "key_bits", "value_bits", "sinks", "window")
 USUAL = Choice(key_bits=3, value_bits=3, window=16)
 
 
-class SideBySide(Panel):
+class SideBySide(OfCache, Panel):
     """Continue a prompt with the exact cache and with a compressed one, and see token by token where they part.
 
     Greedy, so that a run repeats. *Generate* starts it, the text comes as it is made, and *Cancel* ends it.
@@ -51,12 +50,7 @@ class SideBySide(Panel):
     """
 
     prompt = Checked(WORDS, PROMPT, help="what is continued")
-    method = Chosen("method", help="a method's id")
-    key_bits = ChosenBits("keys", help="code bits of each key coordinate")
-    value_bits = ChosenBits("values", help="code bits of each value coordinate")
     tokens = Checked(whole(1, 512), 64, help="tokens to generate at most")
-    sinks = Chosen("sinks", help="first tokens, kept exact")
-    window = Chosen("window", help="newest tokens, kept exact")
 
     @checked(prompt=WORDS, tokens=whole(1, 512))
     def __init__(
@@ -69,9 +63,9 @@ class SideBySide(Panel):
         worker: Worker | None = None,
         **settings: Any,
     ) -> None:
-        check_settings("SideBySide", settings, ("prompt", "tokens", "bits", *CHOSEN))
+        check_settings("SideBySide", settings, ("prompt", "tokens", "bits", *CACHE))
         bits = dict.fromkeys(("key_bits", "value_bits"), settings.pop("bits")) if "bits" in settings else {}
-        chosen = {name: settings.pop(name) for name in CHOSEN if name in settings}
+        chosen = {name: settings.pop(name) for name in CACHE if name in settings}
         self._model, self._tokenizer = model, tokenizer
         self.generated = pl.DataFrame(schema=GENERATION)
         self.charts: dict[str, ChartView] = {}
@@ -96,7 +90,7 @@ class SideBySide(Panel):
     def run(self) -> None:
         """Generate with the present settings; an older run is ended."""
         prompt, method, tokens, name = self.prompt, self.method, self.tokens, self.name
-        settings = {each: getattr(self, each) for each in ("tokens", *CHOSEN) if each != "method"}
+        settings = {each: getattr(self, each) for each in ("tokens", *CACHE) if each != "method"}
         fitting = self.selection.fitting
 
         def job(progress: Progress) -> None:

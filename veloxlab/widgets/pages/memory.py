@@ -19,7 +19,7 @@ from veloxlab.views import memory_plan, plan_caption
 from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Frames, Look
 from veloxlab.widgets.panel import check_settings, code, rows
-from veloxlab.widgets.selection import Checked, Chosen, ChosenBits, Selection
+from veloxlab.widgets.selection import CACHE, Checked, OfCache, Selection
 from veloxlab.widgets.worker import Worker
 
 GIGABYTE = 1e9
@@ -36,7 +36,6 @@ RANGES = {
     "full_every": (0, 1000),
 }
 RANGE = {name: whole(*ends) for name, ends in RANGES.items()}
-CHOSEN = ("method", "key_bits", "value_bits", "sinks", "window")
 OWN = ("context", "batch", "memory_gb", *TYPED)
 
 
@@ -47,14 +46,14 @@ def _plan(layouts: tuple[CacheLayout, ...], look: Look) -> tuple[pl.DataFrame, p
 
 CHART = Chart(
     "memory_plan",
-    (*CHOSEN, *OWN),
+    (*CACHE, *OWN),
     lambda found, look: _plan(found[0], look),
     lambda plan, _: memory_plan(*plan),
-    asks=lambda look: [("layouts", *(getattr(look, name) for name in (*CHOSEN, *TYPED)))],
+    asks=lambda look: [("layouts", *(getattr(look, name) for name in (*CACHE, *TYPED)))],
 )
 
 
-class MemoryPlanner(ChartPage):
+class MemoryPlanner(OfCache, ChartPage):
     """See what a context will take, and how long one fits, as predicted by the layout of the codes.
 
     Parameters
@@ -77,18 +76,13 @@ class MemoryPlanner(ChartPage):
     InputError : there is no such model here, an unknown method, bits out of range, a number that cannot be.
     """
 
-    SETTINGS = (*CHOSEN, *OWN)
+    SETTINGS = (*CACHE, *OWN)
 
     context = Checked(RANGE["context"], 32_768, help="tokens of each sequence")
     batch = Checked(RANGE["batch"], 1, help="sequences")
     memory_gb = Checked(
         real(above=0), help="memory for the cache alone, 10^9 bytes; at first 8, or what this machine may use"
     )
-    method = Chosen("method", help="a method's id")
-    key_bits = ChosenBits("keys", help="code bits of each key coordinate")
-    value_bits = ChosenBits("values", help="code bits of each value coordinate")
-    sinks = Chosen("sinks", help="first tokens, kept exact")
-    window = Chosen("window", help="newest tokens, kept exact")
     layers = Checked(RANGE["layers"], 32, help="layers that keep keys and values")
     kv_heads = Checked(RANGE["kv_heads"], 8, help="KV heads of a layer")
     head_dim = Checked(RANGE["head_dim"], 128, help="numbers of a key or value of one head")
@@ -104,7 +98,7 @@ class MemoryPlanner(ChartPage):
         **settings: Any,
     ) -> None:
         check_settings("MemoryPlanner", settings, self.SETTINGS)
-        chosen = {name: settings.pop(name) for name in CHOSEN if name in settings}
+        chosen = {name: settings.pop(name) for name in CACHE if name in settings}
         selection = selection or Selection(Fitting(), methods=list(METHODS), **chosen)
         given = maybe(MODEL_OR_CONFIG)("model_or_config", model_or_config)
         self._given = None if given is None else shape_of(given)
