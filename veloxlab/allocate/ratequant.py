@@ -74,7 +74,7 @@ def rate_budget(
     return RateBudget(name_of(model), model_hash(model), entries, sizes, weights, curves, sinks, window, identities)
 
 
-@checked(budget=BUDGET, bounds=BOUNDS)
+@checked(budget=BUDGET, bounds=BOUNDS, bits=many(whole()))
 def allocate_bits(
     model: Module,
     tokenizer: Any,  # noqa: ANN401
