@@ -88,8 +88,7 @@ def register(method: Method, *, replace: bool = False) -> Method:
 
     Parameters
     ----------
-    method : its id is lower case, such as ``"round_to_nearest"``, and it names the classes of its ``codecs``, which are
-        frozen dataclasses.
+    method : its id is lower case, such as ``"round_to_nearest"``; its ``codecs`` are frozen dataclasses.
     replace : whether a method of this id that was registered before makes room, as when a notebook's cell runs again.
 
     Raises
@@ -127,9 +126,7 @@ def registered(kind: type) -> tuple[str, int] | None:
 def unregister(name: str) -> None:
     """Undo `register`. Caches that were made with the method go on, and are saved under its id.
 
-    Raises
-    ------
-    InputError : no such method was registered, or it is one of veloxlab's own.
+    Raises `InputError` if no such method was registered, or it is one of veloxlab's own.
     """
     if name in _OURS:
         raise InputError(f"The method {name!r} comes with veloxlab and stays.")

@@ -80,7 +80,7 @@ def encode_kernel(
     ----------
     signs : ±1 of each coordinate ``[D]``, float32; see `veloxlab.codecs.parts.transforms.SignedHadamard`.
     quantizer : of coordinates.
-    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.parts.scalar.scale_factor`.
+    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.parts.scales.scale_factor`.
     fields : name and bits of each part that a code is cut into, from its high bits down; they are packed apart.
     sine : whether that of the angle between a vector and what its codes stand for is kept too.
 
