@@ -41,11 +41,11 @@ class Method:
     id: str
     name: str
     paper: str
-    calibrated: bool
     bits: range
     stored: str
-    options: tuple[str, ...]
     build: Callable[..., Codec]
+    calibrated: bool = False
+    options: tuple[str, ...] = ()
     codecs: tuple[type, ...] = ()
     version: int = 1
     colour: str | None = None

@@ -180,7 +180,6 @@ METHOD = Method(
     id="polarquant",
     name="PolarQuant",
     paper="Han et al. 2025, arXiv 2502.02617",
-    calibrated=False,
     bits=range(2, 9),
     stored="angles of a recursive polar transform, a 16-bit radius for every 16 coordinates; once, learned codebooks",
     options=("recursion", "levels", "scale", "codebook", "rotation", "seed"),

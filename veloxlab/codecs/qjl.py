@@ -249,7 +249,6 @@ METHOD = Method(
     id="qjl",
     name="QJL",
     paper="Zandieh, Daliri, Han 2024, arXiv 2406.03482",
-    calibrated=False,
     bits=range(1, 9),
     stored="keys: b signs a coordinate, one 16-bit norm; values: b bits a coordinate, 32 bits a group of 32",
     options=("sketch", "outliers", "levels", "group", "seed"),

@@ -297,7 +297,6 @@ METHOD = Method(
     id="rabitq",
     name="RaBitQ",
     paper="Gao, Long 2024, arXiv 2405.12497; Gao et al. 2024, arXiv 2409.09913",
-    calibrated=False,
     bits=range(1, 9),
     stored="b bits a coordinate, one 16-bit scale a vector; key_bits=1, value_bits=4 hold a sixth of a 16-bit cache",
     options=("scale", "encoder", "bounds", "centroid", "rotation", "seed"),

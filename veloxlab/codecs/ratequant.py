@@ -199,7 +199,6 @@ METHOD = Method(
     id="ratequant",
     name="RateQuant",
     paper="Zuo et al. 2026, arXiv 2605.06675",
-    calibrated=False,
     bits=range(1, 9),
     stored="TurboQuant's, with a width for each KV head",
     options=("head_bits", "variant", "scale", "sketch", "rotation", "codebook", "seed"),

@@ -209,7 +209,6 @@ METHOD = Method(
     id="rvq",
     name="TurboQuant-RVQ",
     paper="VeloxQuant-MLX, after Zandieh et al. 2025, arXiv 2504.19874",
-    calibrated=False,
     bits=range(2, 9, 2),
     stored="two stages of b/2 bits a coordinate, one 16-bit scale a vector",
     options=("variant", "residual", "scale", "rotation", "codebook", "seed"),

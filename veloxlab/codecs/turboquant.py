@@ -220,7 +220,6 @@ METHOD = Method(
     id="turboquant",
     name="TurboQuant",
     paper="Zandieh et al. 2025, arXiv 2504.19874",
-    calibrated=False,
     bits=range(1, 9),
     stored="b bits a coordinate, one 16-bit scale a vector",
     options=("variant", "scale", "sketch", "outliers", "outlier_bits", "rotation", "codebook", "seed"),
