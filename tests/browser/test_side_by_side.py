@@ -65,7 +65,7 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
         side.dropdown("method").select_option(method)
     generate.click()
     page.locator(CHART, has_text="rabitq at K4 V2 bits").wait_for()  # of the method that was chosen last, to its end
-    page.locator(CHART, has_text="The texts").wait_for()
+    page.locator(f"{CHART} >> nth=0", has_text="The texts").wait_for()
     side.idle()
 
     side.turns_dark("side_by_side")
