@@ -65,11 +65,11 @@ class TolerantText(str):
 
     def __new__(cls, text: str, tolerance: Tolerance = FINE) -> Self:
         self = super().__new__(cls, text)
-        self.tolerance = tolerance
+        self.tolerance = tolerance  # type: ignore[attr-defined]
         return self
 
     def __eq__(self, other: object) -> bool:
-        return close(str(self), other, self.tolerance)
+        return close(str(self), other, self.tolerance)  # type: ignore[attr-defined]
 
     def __ne__(self, other: object) -> bool:
         return not self == other

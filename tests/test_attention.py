@@ -98,7 +98,7 @@ def test_attention_sinks_take_their_share_of_each_heads_weights(queries, mask):
     with_zero = (np.concatenate([x, np.zeros_like(x[:, :, :1])], axis=2) for x in (keys, values))
     # the sink's logit as that of a token with a key of zeros, to whose score it is added
     scores_beside = np.broadcast_to(np.array(sinks)[None, :, None, None], (batch, HEADS * GROUP, queries, 1))
-    expected = reference_beside(np.array(q), *with_zero, DIM**-0.5, allowed, scores_beside)
+    expected = reference_beside(np.array(q), *with_zero, DIM**-0.5, allowed, scores_beside)  # type: ignore[call-arg]
     assert np.allclose(out, expected, atol=2e-5)
 
 

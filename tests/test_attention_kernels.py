@@ -219,7 +219,7 @@ def test_a_kernel_that_does_not_compile_is_switched_off_with_one_warning(monkeyp
 
 def test_the_switch_forbids_kernels(monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(devices.runtime, "backend", lambda: "cuda")
+    monkeypatch.setattr(devices.runtime, "backend", lambda: "cuda")  # type: ignore[attr-defined]
     assert devices.current_backend() is devices.CUDA
     monkeypatch.setenv("VELOXLAB_KERNELS", "0")
     assert devices.current_backend() is None

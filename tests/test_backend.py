@@ -38,7 +38,7 @@ def test_a_back_end_is_one_object_and_one_entry(monkeypatch):
 
     numpy = replace(devices.METAL, name="cpu", build=build, lazy=False)
     monkeypatch.setitem(devices.BACKENDS, "cpu", numpy)
-    monkeypatch.setattr(devices.runtime, "backend", lambda: "cpu")
+    monkeypatch.setattr(devices.runtime, "backend", lambda: "cpu")  # type: ignore[attr-defined]
     found = codec.encode(x).arrays
     assert checked.states() == {"agrees": 1}
     assert all(mx.array_equal(found[name], array) for name, array in wanted.items())

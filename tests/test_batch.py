@@ -107,7 +107,7 @@ def test_attention_of_padded_rows_is_that_of_each_row_alone(path, max_size, quer
     assert batch.offset.tolist() == [8, 32, 4]
     for i, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         own = (x[i : i + 1, :, :length] for x in (q, keys, values))
-        expected = attend(row, *own, row.make_mask(length))
+        expected = attend(row, *own, row.make_mask(length))  # type: ignore[call-arg]
         assert np.allclose(got[i : i + 1, :, :length], expected, atol=1e-5)
 
 
@@ -189,7 +189,7 @@ def test_a_bad_row_stores_nothing_in_any_row_and_the_others_go_on(path, bad):
     batch.finalize()
     for at, i in enumerate([0, 2]):
         own = (part[at : at + 1, :, : lengths[i]] for part in (q, some, some))
-        expected = attend(rows[i], *own, rows[i].make_mask(lengths[i]))
+        expected = attend(rows[i], *own, rows[i].make_mask(lengths[i]))  # type: ignore[call-arg]
         assert np.allclose(got[at : at + 1, :, : lengths[i]], expected, atol=1e-5)  # rounding of float32
         assert np.array_equal(batch.rows[at].decoded()[0], rows[i].decoded()[0])
 

@@ -82,7 +82,7 @@ def test_attention_of_methods_reads_codes_of_their_own(quick):
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
 def test_every_method_can_be_fitted_to_random_vectors(method):
     for tensor in ("keys", "values"):
-        codec = attention.fitted(method, attention.Shape(2, 1, 64), tensor, bits=2)
+        codec = attention.fitted(method, attention.Shape(2, 1, 64), tensor, bits=2)  # type: ignore[attr-defined]
         assert codec.encode(mx.ones((1, 1, 3, 64))).tokens == 3
 
 
@@ -114,7 +114,7 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
     for name in names:
         monkeypatch.setattr(bench, name, lambda *given, name=name, **named: [{"of": name, **named}])
     monkeypatch.setattr(measurements, "bench_picture", lambda results: str(len(results)).encode())
-    monkeypatch.setattr(measurements.tables, "bench_tables", lambda results: f"{len(results)} parts")
+    monkeypatch.setattr(measurements.tables, "bench_tables", lambda results: f"{len(results)} parts")  # type: ignore[attr-defined]
     path = tmp_path / "bench.json"
     assert cli.main(["bench", "--json", str(path), "--tokens", "64"]) == 0
     assert path.with_suffix(".md").read_text() == "5 parts\n"
@@ -188,7 +188,7 @@ def test_every_timed_query_is_the_same(make, monkeypatch):
         seen.append(np.array(queries))
         return original(queries, *arguments, **options)
 
-    original = measured_speed.scaled_dot_product_attention
+    original = measured_speed.scaled_dot_product_attention  # type: ignore[attr-defined]
     monkeypatch.setattr(measured_speed, "scaled_dot_product_attention", spied)
     x = mx.random.normal((1, 2, 16, 64))
     measured_speed.cache_speed(LayerCapture(0, None, x, x, None), make)

@@ -27,9 +27,9 @@ def make(
     options: dict | None = None,
     **settings,
 ) -> CompressedKVCache:
-    method = find_method(method)
+    method = find_method(method)  # type: ignore[assignment]
     sides = zip(dims, ("keys", "values"), strict=True)
-    return CompressedKVCache(*(method.codec(dim, bits, role, **(options or {})) for dim, role in sides), **settings)
+    return CompressedKVCache(*(method.codec(dim, bits, role, **(options or {})) for dim, role in sides), **settings)  # type: ignore[attr-defined]
 
 
 def tokens(count: int, seed: int = 0, dim: int = DIM, batch: int = 1) -> mx.array:

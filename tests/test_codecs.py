@@ -203,7 +203,7 @@ def test_attention_over_any_head_dimension_and_dtype(dim, dtype, name):
             cache = CompressedKVCache(*codecs, sinks=0, window=0, chunk="codes")
             x = (vectors(1, KV_HEADS, tokens, d, seed=d, dtype=dtype) for d in (dim, value_dim))
             history, _ = cache.update_and_fetch(*x)
-            codecs = cache.key_codec, cache.value_codec
+            codecs = cache.key_codec, cache.value_codec  # type: ignore[assignment]
             assert cache.offset == tokens
             if not tokens:
                 assert cache.nbytes == 0

@@ -131,8 +131,8 @@ def test_scores_from_rotated_tables_are_scores_of_rotated_sums(name):
 @pytest.mark.parametrize(("bits", "stages", "code_bits"), [(1, 11, 1.03125), (2, 21, 1.96875), (4, 43, 4.03125)])
 def test_bits_are_the_papers_at_head_dimension_128(bits, stages, code_bits):
     codec = METHOD.codec(128, bits, "keys")
-    assert codec.stages == stages
-    assert 12 * codec.stages / 128 == code_bits
+    assert codec.stages == stages  # type: ignore[attr-defined]
+    assert 12 * codec.stages / 128 == code_bits  # type: ignore[attr-defined]
     padding = -12 * stages % 8 / 128
     assert codec.bits_per_value == code_bits + padding + 16 / 128
 

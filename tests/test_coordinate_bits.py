@@ -30,7 +30,7 @@ def test_the_bits_are_those_of_the_plans(calibration):
 def test_the_map_says_means_and_what_gets_none(calibration):
     frame = coordinate_bits(calibration, 2)
     none = 100 * (frame.filter(tensor="keys")["bits"] == 0).mean()
-    assert f"keys 2.00 on average, {frame.filter(tensor='keys')['bits'].max()} at most, none for {none:.0f} %" in (
+    assert f"keys 2.00 on average, {frame.filter(tensor='keys')['bits'].max()} at most, none for {none:.0f} %" in (  # type: ignore[str-bytes-safe]
         coordinate_caption(frame)
     )
     drawing = picture.svg(coordinate_map(frame).to_dict())

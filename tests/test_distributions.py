@@ -359,7 +359,7 @@ def test_blocks_are_whole_tokens_and_none_is_empty():
 def token_frame(errors, tensor="keys") -> pl.DataFrame:
     count = len(errors)
     columns = {"layer": [0] * count, "head": [0] * count, "tensor": [tensor] * count, "bits": [2] * count}
-    columns |= {"position": range(count), "squared_error": errors, "squared_norm": [2.0] * count}
+    columns |= {"position": range(count), "squared_error": errors, "squared_norm": [2.0] * count}  # type: ignore[dict-item]
     return pl.DataFrame(columns, schema=TOKEN_ERRORS)
 
 

@@ -4,7 +4,7 @@ import polars as pl
 import pytest
 
 from tests import families
-from tests.families import FAMILIES, measure
+from tests.families import FAMILIES, measure  # type: ignore[attr-defined]
 
 CODES = {
     "qwen3_next": "3 × own, codes",  # linear attention in three layers of four

@@ -530,7 +530,7 @@ def test_the_pair_that_load_gives_is_no_model(here, call):
 
 def test_a_keyword_that_there_is_not_is_python_s_own_error(here):
     with pytest.raises(TypeError, match=r"capture\(\) got an unexpected keyword argument 'word'"):
-        vl.capture(here.model, here.tokenizer, word=1)
+        vl.capture(here.model, here.tokenizer, word=1)  # type: ignore[call-arg]
 
 
 def test_checked_functions_keep_their_signatures():
@@ -541,7 +541,7 @@ def test_checked_functions_keep_their_signatures():
 def test_knobs_read_what_arguments_may_be(here):
     planner = vl.widgets.MemoryPlanner(here.shape)
     planner.key_bits, planner.memory_gb = np.int64(3), np.float32(4)
-    assert (planner.key_bits, planner.memory_gb) == (3, 4)
+    assert (planner.key_bits, planner.memory_gb) == (3, 4)  # type: ignore[comparison-overlap]
     for knob, value in (("key_bits", "x"), ("sinks", 2.5), ("memory_gb", NAN), ("method", 5), ("context", True)):
         with pytest.raises(InputError, match=f"^{knob}=.* cannot be used: give "):
             setattr(planner, knob, value)

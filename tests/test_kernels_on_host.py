@@ -185,11 +185,11 @@ def calls(case, runs):
             codes.reader(rng, table, (*lead, packed_tokens), dim, case.scaled, own)
             for codes, table, dim, own in zip((case.keys, case.values), tables, dims, signs, strict=True)
         ]
-        tokens = Tokens(*readers, *(exact(rng, (*lead, count), dims, case.dtype) for count in (sinks, recent)), *dims)
+        tokens = Tokens(*readers, *(exact(rng, (*lead, count), dims, case.dtype) for count in (sinks, recent)), *dims)  # type: ignore[call-arg]
         q = mx.array(rng.standard_normal((case.batch, query_heads, case.length, case.dim), np.float32))
         q = q.astype(case.dtype)
         grouped = q.astype(mx.float32).reshape(*lead, -1, case.dim)
-        q_coded = rotations[0].forward(grouped) if case.rotated else mx.roll(grouped, 1, axis=-1)
+        q_coded = rotations[0].forward(grouped) if case.rotated else mx.roll(grouped, 1, axis=-1)  # type: ignore[call-arg]
         mask = None
         if case.masked:
             mask = biases(rng, (case.batch, 1, case.length, sinks + packed_tokens + recent))

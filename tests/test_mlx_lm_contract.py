@@ -56,11 +56,11 @@ class _Adapted:
 
     @property
     def keys(self):
-        return None if self.empty() else self.keys_and_values()[0]
+        return None if self.empty() else self.keys_and_values()[0]  # type: ignore[attr-defined]
 
     @property
     def values(self):
-        return None if self.empty() else self.keys_and_values()[1]
+        return None if self.empty() else self.keys_and_values()[1]  # type: ignore[attr-defined]
 
     def to_quantized(self, **settings):
         own = EXACT()
@@ -97,7 +97,7 @@ class _Ring:
 
     def make_mask(self, N, return_array=False, window_size=None):
         mask = super().make_mask(N, return_array, window_size)
-        return mask if mask is None or N > 1 else mx.roll(mask, self.turned + 1, axis=-1)
+        return mask if mask is None or N > 1 else mx.roll(mask, self.turned + 1, axis=-1)  # type: ignore[call-arg]
 
 
 class RotatingKVCache(_Ring, KVCache):

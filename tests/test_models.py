@@ -154,7 +154,7 @@ def test_folder_of_mlx_lm_loads_with_the_type_asked_for(tmp_path, smollm2):
     folder = tmp_path / "model"
     save_folder(folder, build_model(open_gguf(write_llama(tmp_path / "tiny.gguf")), mx.float32), smollm2[1])
     loaded, tokenizer = load(folder, dtype="bfloat16")
-    assert {weight.dtype for _, weight in tree_flatten(loaded.parameters())} == {mx.bfloat16}
+    assert {weight.dtype for _, weight in tree_flatten(loaded.parameters())} == {mx.bfloat16}  # type: ignore[str-unpack]
     assert tokenizer.decode(tokenizer.encode("a folder")) == "a folder"
 
 

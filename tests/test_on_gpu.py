@@ -37,7 +37,7 @@ def test_every_comparison_is_counted_once(suite):
     found = on_gpu.parity(tests, 2)
     assert (found["passed"], found["skipped"]) == (4, 1)
     (failed,) = found["failed"]
-    assert "test_numbers[3]" in failed
+    assert "test_numbers[3]" in failed  # type: ignore[has-type]
 
 
 def test_a_process_that_dies_is_a_failure_of_its_tests(suite):
@@ -50,7 +50,7 @@ def test_a_process_that_dies_is_a_failure_of_its_tests(suite):
 def test_results_are_written_and_a_failure_is_told(suite, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(on_gpu, "SUITE", suite)
     benched = []
-    monkeypatch.setattr(on_gpu.cli, "main", lambda words: benched.append(words) or 0)
+    monkeypatch.setattr(on_gpu.cli, "main", lambda words: benched.append(words) or 0)  # type: ignore[attr-defined]
     assert on_gpu.main([str(tmp_path / "out"), "--tokens", "64"]) == 1
     written = json.loads((tmp_path / "out" / "parity.json").read_text())
     assert written["passed"] == 4

@@ -7,7 +7,7 @@ import pytest
 
 import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
-from tests.test_integrate import tiny
+from tests.tiny_models import tiny
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import code_bits, token_errors

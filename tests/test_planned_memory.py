@@ -61,7 +61,7 @@ def parts_of(cache) -> dict[str, int]:
         for buffer in layer.packed.buffers.values():
             exact = isinstance(layer.key_codec, Exact)
             sizes["scales" if mx.issubdtype(buffer.dtype, mx.floating) and not exact else "codes"] += buffer.nbytes
-    sizes["tables"] = vl.report(cache).filter(pl.col("path") == "shared")["held_bytes"].sum()
+    sizes["tables"] = vl.report(cache).filter(pl.col("path") == "shared")["held_bytes"].sum()  # type: ignore[assignment]
     return {part: nbytes for part, nbytes in sizes.items() if nbytes}
 
 
@@ -104,8 +104,8 @@ def test_room_of_mlx_lms_own_caches_is_that_of_real_ones(tokens, decoded, max_si
     caches = [RotatingKVCache(max_size)] if max_size else [KVCache(), QuantizedKVCache(group_size=32, bits=4)]
     for cache in caches:
         for count in calls(tokens, decoded, chunk):
-            cache.update_and_fetch(*[mx.zeros((1, 1, count, 32))] * 2)
-        keys = cache.keys[0] if isinstance(cache, QuantizedKVCache) else cache.keys
+            cache.update_and_fetch(*[mx.zeros((1, 1, count, 32))] * 2)  # type: ignore[attr-defined]
+        keys = cache.keys[0] if isinstance(cache, QuantizedKVCache) else cache.keys  # type: ignore[attr-defined]
         assert own_room(tokens, decoded, max_size, chunk) == keys.shape[2]
 
 

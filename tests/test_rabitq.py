@@ -234,8 +234,8 @@ def test_one_bit_keys_and_four_bit_values_hold_a_sixth():
 
 
 def test_keys_get_the_unbiased_scale_and_values_the_mse_scale():
-    assert METHOD.codec(64, 4, "keys").scale == "unbiased"
-    assert METHOD.codec(64, 4, "values").scale == "mse"
+    assert METHOD.codec(64, 4, "keys").scale == "unbiased"  # type: ignore[attr-defined]
+    assert METHOD.codec(64, 4, "values").scale == "mse"  # type: ignore[attr-defined]
     assert METHOD.codec(64, 4, "keys", bounds=True).bits_per_value == 4.5
     assert METHOD.codec(64, 4, "values", bounds=True).bits_per_value == 4.25
 

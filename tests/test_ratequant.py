@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import veloxlab as vl
-from tests.test_integrate import tiny
+from tests.tiny_models import tiny
 from veloxlab.codecs import turboquant
 from veloxlab.codecs.base import TILE, Sample
 from veloxlab.codecs.parts.codebooks import gaussian_codebook, sphere_codebook
@@ -201,17 +201,17 @@ def test_keys_and_values_of_one_plan_have_their_own_widths():
     plan = {"keys": [3, 2], "values": [2, 2]}
     keys, values = (METHOD.codec(64, 3, role, head_bits=plan) for role in ("keys", "values"))
     assert keys == build(64, 3, "keys", head_bits=(3, 2))
-    assert values.head_bits == (2, 2)
+    assert values.head_bits == (2, 2)  # type: ignore[attr-defined]
     assert keys.fit(Sample(vectors(1, 2, 4, 64))) is keys
     assert isinstance(hash(keys), int)
     assert [(codec.bits, codec.scale) for codec in keys.base] == [(2, "unbiased"), (3, "unbiased")]
-    assert [(codec.bits, codec.scale) for codec in values.base] == [(2, "mse")]
+    assert [(codec.bits, codec.scale) for codec in values.base] == [(2, "mse")]  # type: ignore[attr-defined]
 
 
 def test_the_bases_options_are_turboquants_own():
     options: dict[str, Any] = {"variant": "prod", "sketch": "orthogonal", "seed": 5}
     codec = METHOD.codec(64, 3, "keys", head_bits=(3, 2), **options)
-    assert codec.base == tuple(turboquant.build(64, bits, "keys", **options) for bits in (2, 3))
+    assert codec.base == tuple(turboquant.build(64, bits, "keys", **options) for bits in (2, 3))  # type: ignore[attr-defined]
     assert codec == build(64, 3, "keys", head_bits=[3, 2], **dict(reversed(options.items())))
     assert codec != build(64, 3, "keys", head_bits=(3, 2))
 

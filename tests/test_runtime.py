@@ -237,7 +237,7 @@ def test_doctor_tells_which_of_two_wheels_is_in_place(monkeypatch):
 
 def test_doctor_offers_cuda_where_a_gpu_lies_idle(monkeypatch):
     monkeypatch.setattr(runtime, "mlx_wheels", lambda: {"mlx-cpu": True})
-    monkeypatch.setattr(checkup.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(checkup.shutil, "which", lambda name: f"/usr/bin/{name}")  # type: ignore[attr-defined]
     assert found("back end").hint == "uv sync --extra cuda"
 
 

@@ -435,7 +435,7 @@ class Dying(ThreadPoolExecutor):
     def __init__(self, *args, **more):
         super().__init__(1)
 
-    def submit(self, do, *job):
+    def submit(self, do, *job):  # type: ignore[override]
         if job[0].window is not None and job[0].some[0].method == "rabitq":
             broken = Future()
             broken.set_exception(BrokenExecutor())
@@ -487,10 +487,10 @@ def test_what_waits_is_cancelled_when_progress_raises(file):
     class Counted(ThreadPoolExecutor):
         futures = ()
 
-        def submit(self, do, *job):
+        def submit(self, do, *job):  # type: ignore[override]
             waits = job[0].window is not None and self.futures
             future = super().submit(lambda: (waits and stopped.wait(60), do(*job))[1])
-            self.futures = (*self.futures, future) if job[0].window is not None else self.futures
+            self.futures = (*self.futures, future) if job[0].window is not None else self.futures  # type: ignore[assignment]
             return future
 
     with Counted(1) as pool:

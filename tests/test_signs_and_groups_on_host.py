@@ -76,7 +76,7 @@ def test_grouped_steps_are_the_references(dim, bits, group, levels, dtype):
 
         # a code is the nearest level of the step and the least number that are stored, but for their own rounding
         least, half = (qjl._signed_square(found[name])[..., None] for name in ("least", "half_step"))
-        grouped, least, step = (
+        grouped, least, step = (  # type: ignore[assignment]
             np.array(a, np.float64) for a in (codec._grouped(x.astype(mx.float32)), least, 2 * half)
         )
         flat = step == 0

@@ -123,16 +123,16 @@ def test_a_point_for_each_side():
     """The paper's 1.25 bits: twelve bits for eight coordinates of keys, eight for those of values."""
     point = {"keys": "d8b12", "values": "d8b8"}
     sides = [METHOD.codec(128, 1, role, point=point) for role in ("keys", "values")]
-    assert [(codec.sub_dim, codec.index_bits) for codec in sides] == [(8, 12), (8, 8)]
+    assert [(codec.sub_dim, codec.index_bits) for codec in sides] == [(8, 12), (8, 8)]  # type: ignore[attr-defined]
     assert sum(codec.bits_per_value for codec in sides) / 2 == 1.25
-    assert METHOD.codec(64, 2, "values", point={"keys": "d4b10"}).index_bits == 8  # that of bits=2
+    assert METHOD.codec(64, 2, "values", point={"keys": "d4b10"}).index_bits == 8  # type: ignore[attr-defined] # that of bits=2
 
 
 @pytest.mark.parametrize(
     ("act", "sentence"),
     [
         (lambda: build(64, 2, "keys", point={"key": "d4b8"}), "point has no part 'key': give one for 'keys'"),
-        (lambda: build(64, 2, "keys", point={"keys": 48}), "point=48 is no point of VecInfer"),
+        (lambda: build(64, 2, "keys", point={"keys": 48}), "point=48 is no point of VecInfer"),  # type: ignore[dict-item]
         (lambda: build(64, 2, "keys", point=["d4b8", "d8b8"]), r"point=\['d4b8', 'd8b8'\] is no point of VecInfer"),
         (lambda: build(64, 2, "keys", point="4x8"), "no point of VecInfer"),
         (lambda: build(64, 2, "keys", point="d7b8"), "do not divide a head dimension of 64: .* point='d4b8'"),

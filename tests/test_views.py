@@ -492,7 +492,7 @@ def test_rows_become_json_without_nan_wherever_they_stand():
 def test_datasets_are_named_in_order_of_appearance_and_once():
     one, other = ({"values": [{"x": i}]} for i in (1, 2))
     spec = {"datasets": {"b": one["values"], "a": other["values"]}}
-    spec["layer"] = [{"data": {"name": name}} for name in ("a", "b", "a")]
+    spec["layer"] = [{"data": {"name": name}} for name in ("a", "b", "a")]  # type: ignore[assignment]
     bare, data, _ = split(spec)
     assert [layer["data"]["name"] for layer in bare["layer"]] == ["data-0", "data-1", "data-0"]
     assert data == {"data-0": [{"x": 2}], "data-1": [{"x": 1}]}
