@@ -14,7 +14,7 @@ Role = Literal["keys", "values"]
 ROLES: tuple[Role, Role] = ("keys", "values")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """One algorithm.
 
