@@ -18,12 +18,12 @@ import polars as pl
 
 from veloxlab.allocate.budget import Bounds, LayerSize, Limit
 from veloxlab.allocate.solve import Floats, Ints, Problem
-from veloxlab.codecs.method import ROLES, Role
+from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
 
 PER_HEAD = "ratequant"  # the method whose heads may differ
 EXACT = "none"
-Place = tuple[int, Role]  # a layer, and its keys or values
+Place = tuple[int, Tensor]  # a layer, and its keys or values
 Chosen = Mapping[Place, "Choice"]
 
 
@@ -82,7 +82,7 @@ class HeadTable:
 Tables = Mapping[Place, Sequence[HeadTable]]
 
 
-def exact_choice(size: LayerSize, tensor: Role) -> Choice:
+def exact_choice(size: LayerSize, tensor: Tensor) -> Choice:
     """A layer's keys or values left as they are."""
     dim = size.key_dim if tensor == "keys" else size.value_dim
     widths, heads = (size.exact_bits,) * size.kv_heads, size.kv_heads
@@ -113,7 +113,7 @@ def head_tables(sensitivities: pl.DataFrame, curves: pl.DataFrame) -> Tables:
     for (layer, tensor, method), rows in ordered.group_by("layer", "tensor", "method", maintain_order=True):
         widths = tuple(rows["bits"].unique().sort())
         nbytes, losses = (rows[name].to_numpy().reshape(-1, len(widths)) for name in ("bytes_per_token", "loss"))
-        place: Place = int(layer), ROLES[ROLES.index(tensor)]  # methods stay as they were named
+        place: Place = int(layer), TENSORS[TENSORS.index(tensor)]  # methods stay as they were named
         tables.setdefault(place, []).append(HeadTable(str(method), widths, nbytes, losses))
     return tables
 
@@ -124,7 +124,7 @@ def offered(tables: Tables, sizes: Sequence[LayerSize], bounds: Bounds) -> dict[
     protected = {size.layer for size in (*sizes[: bounds.protected_first], *last)}
     found: dict[Place, list[Choice]] = {}
     for size in sizes:
-        for tensor in ROLES:
+        for tensor in TENSORS:
             choices = [choice for table in tables[size.layer, tensor] for choice in table.choices(bounds)]
             if not choices:
                 raise InputError(
@@ -180,7 +180,7 @@ def uniform_choices(tables: Tables, sizes: Sequence[LayerSize], limit: Limit) ->
     has one width for a layer's keys, all heads of a layer count as one.
     """
     assert limit.nbytes is not None
-    first = {(size.layer, tensor): tables[size.layer, tensor][0] for tensor in ROLES for size in sizes}
+    first = {(size.layer, tensor): tables[size.layer, tensor][0] for tensor in TENSORS for size in sizes}
     costs = [
         limit.tokens[layer] * (t.nbytes if t.method == PER_HEAD else t.nbytes.sum(axis=0, keepdims=True))
         for (layer, _), t in first.items()

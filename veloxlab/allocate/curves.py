@@ -14,7 +14,7 @@ from veloxlab.allocate.sensitivity import mean_square
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.plan import DEFAULT_SINKS
 from veloxlab.checks import MAPPING, checked, many, whole
-from veloxlab.codecs import ROLES, find_method
+from veloxlab.codecs import TENSORS, find_method
 from veloxlab.codecs.base import fitted_online
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import capture_layers, first_tokens
@@ -87,7 +87,7 @@ def distortion_curves(
     rows: list[tuple[object, ...]] = []
     for done, seen in enumerate(capture_layers(model, ids)):
         progress(done, layers, f"distortion of layer {seen.layer}")
-        for tensor in ROLES:
+        for tensor in TENSORS:
             x = seen.vectors(tensor)[:, :, sinks:]
             head_dim, norm = x.shape[-1], np.array(mean_square(x, 0), np.float64)
             for method in found:

@@ -48,7 +48,7 @@ from veloxlab.allocate.curves import CURVES
 from veloxlab.allocate.sensitivity import SENSITIVITIES, frame_of
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, LayerSettings, Plan
 from veloxlab.checks import FILE, checked
-from veloxlab.codecs.method import ROLES, Role
+from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
 from veloxlab.store import digest, read_json, reading, write_json
 
@@ -152,7 +152,7 @@ class RateBudget:
         chosen = choices.chosen(solution.choice)
         nbytes, loss = _sums(chosen)
         even = uniform_choices(self._tables, self.sizes, Limit(limit.tokens, solution.cost))
-        widths = {t: float(np.mean([chosen[size.layer, t].mean_width for size in self.sizes])) for t in ROLES}
+        widths = {t: float(np.mean([chosen[size.layer, t].mean_width for size in self.sizes])) for t in TENSORS}
         return Allocation(
             self._plan(chosen, name or f"allocated, {8 * nbytes / self._values:.2f} bits"),
             nbytes,
@@ -194,7 +194,7 @@ class RateBudget:
     def frontier(self, bounds: Bounds | None = None) -> pl.DataFrame:
         """The least predicted loss at every number of bytes where it is certain, and uniform widths: `FRONTIER`."""
         best = self._choices(bounds or Bounds(), self._one_token).problem.frontier
-        first = [self._tables[size.layer, tensor][0] for size in self.sizes for tensor in ROLES]
+        first = [self._tables[size.layer, tensor][0] for size in self.sizes for tensor in TENSORS]
         uniform = sum(table.nbytes.sum(axis=0) for table in first), sum(table.losses.sum(axis=0) for table in first)
         frames = [
             pl.DataFrame({"kind": kind, "bytes_per_token": nbytes, "predicted_loss": losses})
@@ -328,7 +328,7 @@ class RateBudget:
             for tensor, method, _, _ in plan.layers[size.layer].tensors
         }
 
-    def _measured(self, size: LayerSize, tensor: Role, method: str, widths: tuple[int, ...]) -> Choice:
+    def _measured(self, size: LayerSize, tensor: Tensor, method: str, widths: tuple[int, ...]) -> Choice:
         if method == EXACT:
             return exact_choice(size, tensor)
         table = next((t for t in self._tables[size.layer, tensor] if t.method == method), None)
@@ -343,7 +343,7 @@ class RateBudget:
         total = 0.0
         for size in self.sizes:
             held = held_tokens(size, tokens, sinks=sinks, window=window)
-            packed = sum(chosen[size.layer, tensor].nbytes for tensor in ROLES)
+            packed = sum(chosen[size.layer, tensor].nbytes for tensor in TENSORS)
             total += held.exact * size.exact_bytes + held.packed * packed
         return total
 
@@ -351,7 +351,7 @@ class RateBudget:
         exact = self.sizes[0].exact_bits
         layers = [LayerSettings(EXACT, exact, EXACT, exact)] * self.entries
         for size in self.sizes:
-            keys, values = (chosen[size.layer, tensor].settings for tensor in ROLES)
+            keys, values = (chosen[size.layer, tensor].settings for tensor in TENSORS)
             layers[size.layer] = LayerSettings(*keys[:2], *values[:2], key_options=keys[2], value_options=values[2])
         methods = {choice.method for choice in chosen.values()}
         return Plan(

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from veloxlab.cache.plan import DEFAULT_SINKS
 from veloxlab.checks import checked, choice
-from veloxlab.codecs import ROLES, Role, find_method
+from veloxlab.codecs import TENSORS, Tensor, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Recorder, capture_layers, stretches
 from veloxlab.measure.errors import layer_errors, ratio
@@ -44,7 +44,7 @@ SENSITIVITIES = {
 
 _EACH = {"sequence" if name == "sequences" else name: dtype for name, dtype in SENSITIVITIES.items()}
 _Step = Callable[[str], None]
-_Found = Iterator[tuple[int, Role, ArrayLike]]  # a layer, its keys or values, and a number for each KV head
+_Found = Iterator[tuple[int, Tensor, ArrayLike]]  # a layer, its keys or values, and a number for each KV head
 
 
 @checked(by=choice(*get_args(By)))
@@ -188,14 +188,14 @@ def _by_gradient(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> 
                 f"No gradient of the loss reaches the keys and values of layer {layer}: choose by='attention_output' "
                 "or by='forward_kl'."
             )
-        yield from ((layer, tensor, square) for tensor, square in zip(ROLES, pair, strict=True))
+        yield from ((layer, tensor, square) for tensor, square in zip(TENSORS, pair, strict=True))
 
 
 def _by_key_norm(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> _Found:
     """E‖x‖² of each head."""
     step("norms")
     for seen in capture_layers(model, ids):
-        yield from ((seen.layer, tensor, mean_square(seen.vectors(tensor), sinks)) for tensor in ROLES)
+        yield from ((seen.layer, tensor, mean_square(seen.vectors(tensor), sinks)) for tensor in TENSORS)
 
 
 def _by_attention_output(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> _Found:
@@ -209,7 +209,7 @@ def _by_attention_output(model: Module, ids: Sequence[int], sinks: int, step: _S
                 "measured: choose by='gradient' or by='forward_kl'."
             )
         errors = layer_errors(Capture((seen,), tuple(ids)), method, bits=bits, sinks=sinks).sort("head")
-        for tensor in ROLES:
+        for tensor in TENSORS:
             lost = errors.filter(tensor=tensor)["output_error"].to_numpy()
             yield seen.layer, tensor, ratio(lost, _per_value(seen.vectors(tensor), tensor, sinks))
 
@@ -220,7 +220,7 @@ def _by_forward_kl(model: Module, ids: Sequence[int], sinks: int, step: _Step) -
     step("exact")
     exact = log_probabilities(model(x)[0])
     for facts in [found for found in probe.probe(model) if found.compressible]:
-        for tensor in ROLES:
+        for tensor in TENSORS:
             step(f"{tensor} of layer {facts.layer}")
             trial = _Trial(facts, tensor, sinks)
 
@@ -243,7 +243,7 @@ _MEASURES: dict[By, Callable[[Module, Sequence[int], int, _Step], _Found]] = {
 class _Trial(Recorder):
     """Compresses keys or values behind the sinks, and keeps how far they moved."""
 
-    def __init__(self, facts: probe.LayerFacts, tensor: Role, sinks: int) -> None:
+    def __init__(self, facts: probe.LayerFacts, tensor: Tensor, sinks: int) -> None:
         super().__init__(facts)
         self._tensor, self._sinks = tensor, sinks
         self.per_value = np.zeros(0)
@@ -256,13 +256,13 @@ class _Trial(Recorder):
         return super().update_and_fetch(*((x_coded, values) if self._tensor == "keys" else (keys, x_coded)))
 
 
-def _compressed(x: mx.array, tensor: Role) -> mx.array:
+def _compressed(x: mx.array, tensor: Tensor) -> mx.array:
     method, bits = TRIAL
     codec = find_method(method).codec(x.shape[-1], bits, tensor)
     return codec.decode(codec.encode(x))
 
 
-def _per_value(x: mx.array, tensor: Role, sinks: int) -> NDArray[np.float64]:
+def _per_value(x: mx.array, tensor: Tensor, sinks: int) -> NDArray[np.float64]:
     """½·E‖x − x̂‖²/D of each head in a trial: what a sensitivity is multiplied with."""
     behind = x[:, :, sinks:].astype(mx.float32)
     return np.array(mean_square(behind - _compressed(behind, tensor), 0), np.float64) / (2 * x.shape[-1])

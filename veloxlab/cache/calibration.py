@@ -13,14 +13,14 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.checks import FILE, checked
-from veloxlab.codecs import Codec, Method, Role, find_method
+from veloxlab.codecs import Codec, Method, Tensor, find_method
 from veloxlab.codecs.saving import check_version, from_parts, to_parts
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.store import digest, read_json, reading, write_json
 
 FORMAT = "veloxlab calibration 3"
-Place = tuple[int, Role, int]  # layer, role, bits
+Place = tuple[int, Tensor, int]  # layer, tensor, bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,25 +32,25 @@ class Calibration:
     method : id of the algorithm.
     facts : what it depends on: the method's version, hashes of the model and of the text; tokens, seed, widths,
         options.
-    codecs : the fitted codecs, by layer, role and bits.
+    codecs : the fitted codecs, by layer, tensor and bits.
     """
 
     method: str
     facts: Mapping[str, Any]
     codecs: Mapping[Place, Codec] = field(repr=False)
 
-    def codec(self, method: str, layer: int, role: Role, bits: int) -> Codec:
+    def codec(self, method: str, layer: int, tensor: Tensor, bits: int) -> Codec:
         """Give the codec fitted to a layer's keys or values at ``bits``; raises `InputError` if there is none."""
         if method != self.method:
             raise InputError(
                 f"This calibration is for {self.method!r} and not for {method!r}: "
                 f"make one with vl.calibrate(model, tokenizer, {method!r})."
             )
-        found = self.codecs.get((layer, role, bits))
+        found = self.codecs.get((layer, tensor, bits))
         if found is None:
             layers = sorted({at[0] for at in self.codecs})
             raise InputError(
-                f"This calibration holds no {role} of layer {layer} at {bits} bits: it has layers {layers[0]} to "
+                f"This calibration holds no {tensor} of layer {layer} at {bits} bits: it has layers {layers[0]} to "
                 f"{layers[-1]} at {', '.join(map(str, self.widths))} bits. "
                 f"Make one with vl.calibrate(model, tokenizer, {method!r}, bits={sorted({*self.widths, bits})})."
             )
@@ -97,8 +97,8 @@ class Calibration:
     def frame(self) -> pl.DataFrame:
         """One row per codec: ``layer, tensor, bits, true_bits, table_bytes``."""
         rows = [
-            (layer, role, bits, codec.bits_per_value, codec.shared_bytes)
-            for (layer, role, bits), codec in self.codecs.items()
+            (layer, tensor, bits, codec.bits_per_value, codec.shared_bytes)
+            for (layer, tensor, bits), codec in self.codecs.items()
         ]
         return pl.DataFrame(rows, schema=["layer", "tensor", "bits", "true_bits", "table_bytes"], orient="row")
 
@@ -111,10 +111,10 @@ class Calibration:
         tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
         arrays: dict[str, mx.array] = {}
         entries = []
-        for (layer, role, bits), codec in self.codecs.items():
+        for (layer, tensor, bits), codec in self.codecs.items():
             plain, own = to_parts(codec)
-            name = f"{layer}.{role}.{bits}"
-            entries.append({"layer": layer, "role": role, "bits": bits, "head_dim": codec.head_dim, "fields": plain})
+            name = f"{layer}.{tensor}.{bits}"
+            entries.append({"layer": layer, "role": tensor, "bits": bits, "head_dim": codec.head_dim, "fields": plain})
             arrays |= {f"{name}/{key}": array for key, array in own.items()}
         content = {"method": self.method, "facts": dict(self.facts), "codecs": entries}
         held = io.BytesIO()
@@ -148,7 +148,7 @@ def layer_codec(
     layer: int,
     head_dim: int,
     bits: int,
-    tensor: Role,
+    tensor: Tensor,
     options: Mapping[str, object],
     calibration: Calibration | None,
 ) -> Codec:
@@ -178,8 +178,8 @@ def _place(entry: Mapping[str, Any]) -> Place:
 
 
 def _codec(entry: Mapping[str, Any], method: str, facts: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> Codec:
-    layer, role, bits = _place(entry)
-    prefix = f"{layer}.{role}.{bits}/"
+    layer, tensor, bits = _place(entry)
+    prefix = f"{layer}.{tensor}.{bits}/"
     own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-    unfitted = find_method(method).codec(entry["head_dim"], bits, role, **facts["options"])
+    unfitted = find_method(method).codec(entry["head_dim"], bits, tensor, **facts["options"])
     return from_parts(type(unfitted), entry["fields"], own)

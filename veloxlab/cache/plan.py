@@ -24,7 +24,7 @@ from veloxlab.checks import (
     many,
     whole,
 )
-from veloxlab.codecs import ROLES, Role, find_method
+from veloxlab.codecs import TENSORS, Tensor, find_method
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import name_of
 from veloxlab.mlxlm.probe import exact_width, probe
@@ -60,12 +60,12 @@ class LayerSettings:
         check_fields(self, **dict.fromkeys(("options", "key_options", "value_options"), OPTION_VALUES))
 
     @classmethod
-    def uniform(cls, method: str, widths: Mapping[Role, int], options: Mapping[str, object] | None = None) -> Self:
+    def uniform(cls, method: str, widths: Mapping[Tensor, int], options: Mapping[str, object] | None = None) -> Self:
         """The same method for keys and values, each of its own width."""
         return cls(method, widths["keys"], method, widths["values"], dict(options or {}))
 
     @property
-    def tensors(self) -> tuple[tuple[Role, str, int, dict[str, object]], ...]:
+    def tensors(self) -> tuple[tuple[Tensor, str, int, dict[str, object]], ...]:
         """``"keys"`` or ``"values"``, and its method, bits and options."""
         return (
             ("keys", self.key_method, self.key_bits, self.options | self.key_options),
@@ -82,13 +82,13 @@ def usual_bits(method: str, exact_bits: int, bits: int | None = None) -> int:
 
 def tensor_bits(
     method: str, exact_bits: int, bits: int | None = None, key_bits: int | None = None, value_bits: int | None = None
-) -> dict[Role, int]:
+) -> dict[Tensor, int]:
     """Code bits of keys and of values: ``key_bits`` and ``value_bits`` override ``bits``. None is the default."""
     both = usual_bits(method, exact_bits, bits)
     return {"keys": both if key_bits is None else key_bits, "values": both if value_bits is None else value_bits}
 
 
-def cache_name(method: str, widths: Mapping[Role, int]) -> str:
+def cache_name(method: str, widths: Mapping[Tensor, int]) -> str:
     """The name of a cache of one method, such as ``"turboquant K4 V4"``."""
     return method if method == "none" else f"{method} K{widths['keys']} V{widths['values']}"
 
@@ -177,12 +177,12 @@ class Plan:
         """One row per layer: ``layer, key_method, key_bits, value_method, value_bits``; code bits, means over heads."""
         rows = []
         for i, layer in enumerate(self.layers):
-            widths = {tensor: self.widths(i, tensor) for tensor in ROLES}
+            widths = {tensor: self.widths(i, tensor) for tensor in TENSORS}
             row = {"layer": i, "key_method": layer.key_method, "value_method": layer.value_method}
             rows.append(row | {f"{tensor[:-1]}_bits": sum(bits) / len(bits) for tensor, bits in widths.items()})
         return pl.DataFrame(rows).select("layer", "key_method", "key_bits", "value_method", "value_bits")
 
-    def widths(self, layer: int, tensor: Role) -> tuple[int, ...]:
+    def widths(self, layer: int, tensor: Tensor) -> tuple[int, ...]:
         """Code bits of each head of a layer's keys or values, or one number for all of them."""
         bits, options = next((bits, options) for name, _, bits, options in self.layers[layer].tensors if name == tensor)
         widths: Any = options.get("head_bits")

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from veloxlab.checks import FLAG, checked, instance
 from veloxlab.codecs import commvq, none, polarquant, qjl, rabitq, ratequant, rvq, spectralquant, turboquant, vecinfer
 from veloxlab.codecs.base import Code, Codec
-from veloxlab.codecs.method import ROLES, Method, Role
+from veloxlab.codecs.method import TENSORS, Method, Tensor
 from veloxlab.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METHODS",
-    "ROLES",
+    "TENSORS",
     "Code",
     "Codec",
     "Method",
-    "Role",
+    "Tensor",
     "find_method",
     "methods",
     "register",

@@ -49,7 +49,7 @@ from veloxlab.codecs.base import (
     per_head,
 )
 from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, pair_order, pairs, train_tables
-from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import Layout, pack_bytes, packed_bytes, unpack
 from veloxlab.codecs.parts.rope import Rope
@@ -77,7 +77,7 @@ class CommVQ(Codec):
 
     head_dim: int
     bits: int
-    tensor: Role
+    tensor: Tensor
     stages: int = 0
     scale: ScaleName = "mse"
     tables: mx.array | None = None

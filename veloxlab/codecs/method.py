@@ -10,8 +10,8 @@ from veloxlab.checks import check_options
 from veloxlab.codecs.base import Codec
 from veloxlab.errors import InputError
 
-Role = Literal["keys", "values"]
-ROLES: tuple[Role, Role] = ("keys", "values")
+Tensor = Literal["keys", "values"]
+TENSORS: tuple[Tensor, Tensor] = ("keys", "values")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Method:
     per_head: bool = False
     timed: bool = False
 
-    def check(self, bits: int, tensor: Role, options: Mapping[str, object]) -> None:
+    def check(self, bits: int, tensor: Tensor, options: Mapping[str, object]) -> None:
         """Raise `InputError` unless ``bits`` and the names of ``options`` are the method's."""
         if isinstance(bits, bool) or not isinstance(bits, int) or bits not in self.bits:
             widths = f"whole numbers of bits from {self.bits[0]} to {self.bits[-1]}"
@@ -68,17 +68,17 @@ class Method:
         if not self.codecs:  # those of a method from elsewhere mean what it says
             check_options(options)
 
-    def codec(self, head_dim: int, bits: int, tensor: Role, **options: object) -> Codec:
+    def codec(self, head_dim: int, bits: int, tensor: Tensor, **options: object) -> Codec:
         """Make the codec, after `check`."""
         self.check(bits, tensor, options)
         return self.build(head_dim, bits, tensor, **options)
 
 
-def own_part(name: str, value: Any, tensor: Role) -> Any:  # noqa: ANN401 - as the option is
+def own_part(name: str, value: Any, tensor: Tensor) -> Any:  # noqa: ANN401 - as the option is
     """What the option ``name`` says of ``tensor``: its part of ``{"keys": …, "values": …}``, or the value of both."""
     if not isinstance(value, Mapping):
         return value
-    unknown = sorted(set(value) - set(ROLES), key=str)
+    unknown = sorted(set(value) - set(TENSORS), key=str)
     if unknown:
         raise InputError(f"{name} has no part {unknown[0]!r}: give one for 'keys' and one for 'values'.")
     return value.get(tensor)

@@ -40,7 +40,7 @@ import numpy as np
 
 from veloxlab.checks import choice, many, whole
 from veloxlab.codecs.base import Code, Sample, check_vectors, check_words, not_fitted, unbiased_keys
-from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts.packing import Layout, Row
 from veloxlab.codecs.parts.polar import PolarTree, angle_codebook, fitted_angles, halvings
 from veloxlab.codecs.parts.scales import ScaleName, load_scale, store_scale
@@ -165,7 +165,7 @@ def preset(head_dim: int, bits: int, recursion: Recursion) -> tuple[int, ...]:
 def build(
     head_dim: int,
     bits: int,
-    tensor: Role,
+    tensor: Tensor,
     *,
     recursion: Recursion = "block",
     levels: tuple[int, ...] | None = None,

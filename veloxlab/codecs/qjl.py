@@ -37,7 +37,7 @@ import numpy as np
 
 from veloxlab.checks import whole
 from veloxlab.codecs.base import Code, Codec, check_vectors, check_words
-from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, unpack_to_bytes
 from veloxlab.codecs.parts.scalar import joint_levels
@@ -235,7 +235,7 @@ def _signs_and_size(x: mx.array, y: mx.array) -> dict[str, mx.array]:
     return {"signs": pack_signs(y), "root_rms": store_scale(root_mean_square(x))}
 
 
-def build(head_dim: int, bits: int, tensor: Role, **options: object) -> QJL | OutlierQJL | GroupedValues:
+def build(head_dim: int, bits: int, tensor: Tensor, **options: object) -> QJL | OutlierQJL | GroupedValues:
     """Sketched keys, with ``outliers`` if asked for, or grouped values. Each takes its own options."""
     own = ("levels", "group") if tensor == "values" else ("sketch", "seed", "outliers")
     given = {name: value for name, value in options.items() if name in own}

@@ -47,7 +47,7 @@ from veloxlab.codecs.base import (
     per_head,
     unbiased_keys,
 )
-from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import constant, in_turn
 from veloxlab.codecs.parts.packing import BITS, Layout, pack, packed, unpack_to_bytes
 from veloxlab.codecs.parts.scalar import paired_levels
@@ -283,7 +283,7 @@ def _tried_stretch(a: mx.array, bits: int) -> mx.array:
     return mx.take_along_axis(t, mx.argmin(sine, axis=-1, keepdims=True), axis=-1)
 
 
-def build(head_dim: int, bits: int, tensor: Role, *, centroid: bool = False, **options: object) -> RaBitQ:
+def build(head_dim: int, bits: int, tensor: Tensor, *, centroid: bool = False, **options: object) -> RaBitQ:
     """RaBitQ for keys (unbiased scale) or for values (MSE scale), unless ``scale`` says otherwise.
 
     ``bounds`` are of inner products, so they are for keys alone; values leave them out.

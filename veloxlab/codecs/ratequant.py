@@ -26,7 +26,7 @@ import mlx.core as mx
 
 from veloxlab.codecs import turboquant
 from veloxlab.codecs.base import Code, Codec, check_heads, check_vectors, per_kv_head
-from veloxlab.codecs.method import Method, Role, own_part
+from veloxlab.codecs.method import Method, Tensor, own_part
 from veloxlab.codecs.parts.packing import BITS, Layout, Row
 from veloxlab.codecs.parts.scales import load_scale
 from veloxlab.errors import InputError
@@ -44,7 +44,7 @@ class RateQuant(Codec):
 
     head_dim: int
     head_bits: tuple[int, ...]
-    tensor: Role
+    tensor: Tensor
     options: tuple[tuple[str, object], ...] = ()
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ def _joined(parts: list[mx.array], name: str) -> mx.array:
 
 
 def build(
-    head_dim: int, bits: int, tensor: Role, *, head_bits: HeadBits | None = None, **options: object
+    head_dim: int, bits: int, tensor: Tensor, *, head_bits: HeadBits | None = None, **options: object
 ) -> RateQuant | Base:
     """Widths of the heads, or TurboQuant at ``bits`` where none are given.
 
@@ -189,7 +189,7 @@ def build(
     return RateQuant(head_dim, tuple(own), tensor, tuple(sorted(options.items())))
 
 
-def _base(head_dim: int, bits: int, tensor: Role, options: Mapping[str, object]) -> Base:
+def _base(head_dim: int, bits: int, tensor: Tensor, options: Mapping[str, object]) -> Base:
     codec = turboquant.build(head_dim, bits, tensor, **options)  # type: ignore[arg-type]
     assert not isinstance(codec, turboquant.TurboQuantSplit)  # outlier channels are none of our options
     return codec

@@ -29,7 +29,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs.base import Code, check_words, unbiased_keys
-from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import Floats, constant
 from veloxlab.codecs.parts.codebooks import (
     Codebook,
@@ -200,7 +200,7 @@ def _of_laplacian(half: int) -> Codebook:
     return lloyd_max(lambda r: np.exp(-rate * np.abs(r)), -30 / rate, 30 / rate, half)
 
 
-def build(head_dim: int, bits: int, tensor: Role, **options: object) -> Rvq:
+def build(head_dim: int, bits: int, tensor: Tensor, **options: object) -> Rvq:
     """TurboQuant-RVQ for keys (unbiased scale) or for values (MSE scale), unless ``scale`` says otherwise."""
     return Rvq(head_dim, bits, **unbiased_keys(tensor, options))
 

@@ -47,7 +47,7 @@ from veloxlab.codecs.base import (
     not_fitted,
     per_head,
 )
-from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import Floats, constant
 from veloxlab.codecs.parts.packing import Layout, packed
 from veloxlab.codecs.parts.scalar import PlannedQuantizer
@@ -250,7 +250,7 @@ def _scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.arra
     return energy / mx.maximum(inner, energy / _LARGEST_FACTOR)
 
 
-def build(head_dim: int, bits: int, tensor: Role, **options: object) -> SpectralQuant:
+def build(head_dim: int, bits: int, tensor: Tensor, **options: object) -> SpectralQuant:
     """SpectralQuant for keys or values, to be fitted; for values a query-weighted basis is their own."""
     if tensor == "values" and options.get("basis") == "query":
         options["basis"] = "pca"

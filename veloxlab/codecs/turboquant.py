@@ -29,7 +29,7 @@ import mlx.core as mx
 
 from veloxlab.checks import choice
 from veloxlab.codecs.base import Code, check_words, unbiased_keys
-from veloxlab.codecs.method import Method, Role
+from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts.codebooks import CodebookName
 from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import BITS, WIDEST, Layout, packed
@@ -187,7 +187,7 @@ class TurboQuantSplit(SplitCodec):
 def build(
     head_dim: int,
     bits: int,
-    tensor: Role,
+    tensor: Tensor,
     *,
     variant: str = "mse",
     outliers: int = 0,

@@ -31,7 +31,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, not_fitted
-from veloxlab.codecs.method import Method, Role, own_part
+from veloxlab.codecs.method import Method, Tensor, own_part
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import Layout, packed
 from veloxlab.codecs.parts.transforms import SignedHadamard
@@ -187,7 +187,7 @@ def smoothing_factors(x: mx.array) -> mx.array:
 def build(
     head_dim: int,
     bits: int,
-    tensor: Role,
+    tensor: Tensor,
     *,
     point: str | Mapping[str, str] | None = None,
     smooth: bool | None = None,

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import create_attention_mask
 
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.checks import check_fields, checked, instance, many, whole
-from veloxlab.codecs import Codec, Role, find_method
+from veloxlab.codecs import Codec, Tensor, find_method
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import probe
@@ -43,12 +43,12 @@ class LayerCapture:
     scale: float | None
     rope: Rope | None = None
 
-    def vectors(self, tensor: Role) -> mx.array:
+    def vectors(self, tensor: Tensor) -> mx.array:
         """Keys or values, in float32."""
         return (self.keys if tensor == "keys" else self.values).astype(mx.float32)
 
     def codec(
-        self, tensor: Role, method: str, bits: int, calibration: Calibration | None, options: Mapping[str, object]
+        self, tensor: Tensor, method: str, bits: int, calibration: Calibration | None, options: Mapping[str, object]
     ) -> Codec:
         """The codec of a method for its keys or values; raises `InputError` as `layer_codec`."""
         head_dim = (self.keys if tensor == "keys" else self.values).shape[-1]

@@ -13,7 +13,7 @@ from mlx.nn.layers.base import Module
 from veloxlab.cache.calibration import FORMAT, Calibration, Place
 from veloxlab.cache.plan import DEFAULT_BITS
 from veloxlab.checks import checked, either, many, whole
-from veloxlab.codecs import ROLES, Codec, find_method
+from veloxlab.codecs import TENSORS, Codec, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
@@ -68,7 +68,7 @@ def calibrate(
     """
     found, widths = find_method(method), sorted({bits} if isinstance(bits, int) else set(bits))
     for width in widths:
-        for tensor in ROLES:
+        for tensor in TENSORS:
             found.check(width, tensor, options)
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     _check_text(ids)
@@ -89,7 +89,7 @@ def calibrate(
             progress(done, layers, f"fitting layer {seen.layer}")
             _check_finite(seen)
             queries = None if seen.queries is None else seen.queries.astype(mx.float32)
-            for tensor in ROLES:
+            for tensor in TENSORS:
                 x = seen.vectors(tensor)
                 sample = Sample(x, queries, seen.rope, seed)
                 for width in widths:

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import KVCache
 
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.make import make_cache
-from veloxlab.codecs import METHODS, ROLES, Method, find_method
+from veloxlab.codecs import METHODS, TENSORS, Method, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture
@@ -148,12 +148,12 @@ def byte_ratios(kv_heads: int = 8, head_dim: int = 128, tokens: int = 8192) -> p
     for method, *widths in PRESETS:
         codecs = [
             find_method(method).codec(head_dim, bits, tensor).fit(sample)
-            for tensor, bits in zip(ROLES, widths, strict=True)
+            for tensor, bits in zip(TENSORS, widths, strict=True)
         ]
         cache = CompressedKVCache(*codecs, sinks=0, window=0)
         cache.update_and_fetch(x, x)
         mx.eval(cache.state)
-        keys, values = (cache.tensor_nbytes(t) + codec.shared_bytes for t, codec in zip(ROLES, codecs, strict=True))
+        keys, values = (cache.tensor_nbytes(t) + codec.shared_bytes for t, codec in zip(TENSORS, codecs, strict=True))
         ratios = (x.nbytes / keys, x.nbytes / values, 2 * x.nbytes / (keys + values))
         rows.append((f"{method} K{widths[0]} V{widths[1]}", tokens, head_dim, *ratios))
     return pl.DataFrame(rows, schema=RATIOS, orient="row")

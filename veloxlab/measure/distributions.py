@@ -11,7 +11,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from veloxlab.checks import checked, whole
-from veloxlab.codecs import Role
+from veloxlab.codecs import Tensor
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.spectralquant import SpectralQuant
@@ -71,7 +71,7 @@ def check_space(space: str) -> None:
         raise InputError(f"There is no space {space!r}: choose one of {', '.join(SPACES)}.")
 
 
-def vectors(layer: LayerCapture, tensor: Role, space: Space = "raw") -> Floats:
+def vectors(layer: LayerCapture, tensor: Tensor, space: Space = "raw") -> Floats:
     """Keys or values of a layer in one of the spaces ``[H, S, D]``, float32.
 
     ``raw``               As they go into the cache: keys after RoPE.
@@ -120,20 +120,20 @@ def _on_axes(x: mx.array, layer: int) -> mx.array:
     return moved
 
 
-def tensors_in(space: Space, tensors: tuple[Role, ...] | None) -> tuple[Role, ...] | None:
+def tensors_in(space: Space, tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
     """The ``tensors`` that were asked for; by default those that a space has, None for both."""
     return ("keys",) if tensors is None and space == "before_rope" else tensors
 
 
 def channel_distributions(
-    capture: Capture, space: Space = "raw", *, tensors: tuple[Role, ...] | None = None
+    capture: Capture, space: Space = "raw", *, tensors: tuple[Tensor, ...] | None = None
 ) -> pl.DataFrame:
     """Mean, size and quantiles of every channel over the tokens of a capture: `CHANNELS`.
 
     ``tensors`` is keys, values or both; by default all that the space has. Raises `InputError` as `vectors`.
     """
 
-    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         x = vectors(layer, tensor, space)
         counts = {"not_finite": (~np.isfinite(x)).sum(axis=1)}
         yield counts | {"space": space, "channel": np.arange(x.shape[2]), **summary(x)}
@@ -144,7 +144,7 @@ def channel_distributions(
 
 @checked(bins=whole(2))
 def densities(
-    capture: Capture, space: Space = "raw", *, tensors: tuple[Role, ...] | None = None, bins: int = BINS
+    capture: Capture, space: Space = "raw", *, tensors: tuple[Tensor, ...] | None = None, bins: int = BINS
 ) -> pl.DataFrame:
     """Histogram of all coordinates of each head, as a density: `DENSITIES`.
 
@@ -152,7 +152,7 @@ def densities(
     head with no finite coordinate.
     """
 
-    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         for head, own in enumerate(vectors(layer, tensor, space)):
             finite = own[np.isfinite(own)]
             if not finite.size:
@@ -173,7 +173,7 @@ def densities(
 
 
 def outlier_channels(
-    capture: Capture, space: Space = "raw", *, tensors: tuple[Role, ...] | None = None
+    capture: Capture, space: Space = "raw", *, tensors: tuple[Tensor, ...] | None = None
 ) -> pl.DataFrame:
     """How far single channels and single coordinates of each head stand out: `OUTLIERS`.
 
@@ -181,7 +181,7 @@ def outlier_channels(
     `InputError` as `vectors`.
     """
 
-    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         x = vectors(layer, tensor, space)
         finite = np.isfinite(x)
         known = np.where(finite, x, 0.0).astype(np.float64)

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import tensor_bits, usual_bits
 from veloxlab.checks import checked, measured, whole
-from veloxlab.codecs import Role
+from veloxlab.codecs import Tensor
 from veloxlab.codecs.base import fitted_online
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
@@ -115,7 +115,7 @@ def layer_errors(
     """
     widths = tensor_bits(method, capture.exact_bits, bits, key_bits, value_bits)
 
-    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         x, decoded = exact_and_decoded(layer, tensor, method, widths[tensor], calibration, options)
         position = mx.arange(x.shape[2])[:, None]
         decoded = mx.where((position < sinks) | (position >= x.shape[2] - window), x, decoded)
@@ -141,7 +141,7 @@ def token_errors(
     """
     width = usual_bits(method, capture.exact_bits, bits)
 
-    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         x, decoded = exact_and_decoded(layer, tensor, method, width, calibration, options)
         sums = {"squared_error": mx.square(x - decoded), "squared_norm": mx.square(x)}
         place = {"bits": width, "position": np.arange(x.shape[2])}
@@ -162,7 +162,7 @@ def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) ->
     return tokens.group_by("layer", "head", "tensor", "bits").agg(rel_mse=error).sort("layer", "head", "tensor", "bits")
 
 
-def exact_and_decoded(layer: LayerCapture, tensor: Role, *settings: Any) -> tuple[mx.array, mx.array]:
+def exact_and_decoded(layer: LayerCapture, tensor: Tensor, *settings: Any) -> tuple[mx.array, mx.array]:
     """Exact and decoded ``[1, H, S, D]`` of one layer, both float32; ``settings`` are those of `LayerCapture.codec`."""
     x = layer.vectors(tensor)
     codec = fitted_online(layer.codec(tensor, *settings), x)
@@ -179,7 +179,7 @@ def _vector_errors(x: mx.array, decoded: mx.array) -> dict[str, ArrayLike]:
     return {"rel_mse": rel_mse, "cosine": cosine.mean(axis=-1)[0]}
 
 
-def _attention_errors(layer: LayerCapture, tensor: Role, decoded: mx.array) -> dict[str, ArrayLike]:
+def _attention_errors(layer: LayerCapture, tensor: Tensor, decoded: mx.array) -> dict[str, ArrayLike]:
     """Logit error and attention-output error of each KV head ``[H]``; none where the model shows no queries."""
     if layer.queries is None or layer.scale is None:
         return {}

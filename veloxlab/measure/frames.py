@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from veloxlab.codecs import ROLES, Role
+from veloxlab.codecs import TENSORS, Tensor
 from veloxlab.measure.activations import LayerCapture
 from veloxlab.progress import Progress, silent
 
@@ -25,8 +25,8 @@ PLACE: dict[str, Any] = {
 def by_head(
     schema: Mapping[str, Any],
     layers: Sequence[LayerCapture],
-    columns: Callable[[LayerCapture, Role], Iterable[Columns]],
-    tensors: Sequence[Role] | None = None,
+    columns: Callable[[LayerCapture, Tensor], Iterable[Columns]],
+    tensors: Sequence[Tensor] | None = None,
     *,
     progress: Progress = silent,
     label: str = "",
@@ -38,13 +38,13 @@ def by_head(
     """
     frames = []
     for i, layer in enumerate(layers):
-        for tensor in tensors or ROLES:
+        for tensor in tensors or TENSORS:
             frames += [in_schema(_rows(layer.layer, tensor, block), schema) for block in columns(layer, tensor)]
         progress(i + 1, len(layers), f"{label}layer {layer.layer}")
     return pl.concat(frames)
 
 
-def _rows(layer: int, tensor: Role, block: Columns) -> pl.DataFrame:
+def _rows(layer: int, tensor: Tensor, block: Columns) -> pl.DataFrame:
     arrays = {name: np.asarray(column) for name, column in block.items()}
     shape = np.broadcast_shapes((1, 1), *(array.shape for array in arrays.values()))
     place = {"layer": np.asarray(layer), "head": np.arange(shape[0])[:, None], "tensor": np.asarray(tensor)}

@@ -16,7 +16,7 @@ import polars as pl
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import DEFAULT_BITS
 from veloxlab.checks import checked, whole
-from veloxlab.codecs import Role
+from veloxlab.codecs import Tensor
 from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.none import Exact
 from veloxlab.codecs.parts import Floats as Angles
@@ -60,7 +60,7 @@ ANGLE_BINS = 48
 
 def coded_coordinates(
     layer: LayerCapture,
-    tensor: Role,
+    tensor: Tensor,
     method: str = "turboquant",
     bits: int = DEFAULT_BITS,
     *,
@@ -92,7 +92,7 @@ def level_densities(
     method: str = "turboquant",
     *,
     bits: int = DEFAULT_BITS,
-    tensors: tuple[Role, ...] | None = None,
+    tensors: tuple[Tensor, ...] | None = None,
     calibration: Calibration | None = None,
     bins: int = BINS,
     **options: object,
@@ -103,7 +103,7 @@ def level_densities(
     the density. Raises `InputError` as `coded_coordinates`.
     """
 
-    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         coded = coded_coordinates(layer, tensor, method, bits, calibration=calibration, **options)
         for head, (exact, decoded) in enumerate(zip(*coded, strict=True)):
             if not (np.isfinite(exact).all() and np.isfinite(decoded).all()):
@@ -144,7 +144,7 @@ def polar_angles(
     *,
     levels: int = BLOCK_LEVELS,
     rotated: bool = True,
-    tensors: tuple[Role, ...] | None = None,
+    tensors: tuple[Tensor, ...] | None = None,
     bins: int = ANGLE_BINS,
 ) -> pl.DataFrame:
     """Histogram of each head's polar angles by level, as densities: `ANGLES`.
@@ -153,7 +153,7 @@ def polar_angles(
     can be halved, and for a capture that is not finite.
     """
 
-    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         x = vectors(layer, tensor, "rotated" if rotated else "raw")
         most = halvings(x.shape[-1])
         if not 1 <= levels <= most:

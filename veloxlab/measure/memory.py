@@ -14,7 +14,7 @@ from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, cache_name, tensor_bits, usual_bits
 from veloxlab.checks import CACHE, checked, measured, whole
-from veloxlab.codecs import ROLES
+from veloxlab.codecs import TENSORS
 from veloxlab.codecs.base import token_bytes
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
@@ -120,7 +120,7 @@ def code_bits(
     rows = []
     for layer in capture.layers:
         heads = layer.keys.shape[1]
-        for tensor in ROLES:
+        for tensor in TENSORS:
             codec = layer.codec(tensor, method, width, calibration, options)
             sizes = token_bytes(codec, heads, capture.exact_bits // 8)
             shares = (8 * nbytes / (heads * codec.head_dim) for nbytes in sizes)
@@ -179,7 +179,7 @@ def memory_growth(
     for layer in capture.layers:
         shape = (layer.keys.shape[1], layer.keys.shape[-1], layer.values.shape[-1])
         if shape not in filled:
-            codecs = [layer.codec(tensor, method, widths[tensor], calibration, options) for tensor in ROLES]
+            codecs = [layer.codec(tensor, method, widths[tensor], calibration, options) for tensor in TENSORS]
             ours = CompressedKVCache(*codecs, sinks=sinks, window=window, layer=layer.layer)
             caches = ((name or cache_name(method, widths), ours), ("fp16", KVCache()))
             filled[shape] = pl.concat(_filled(label, cache, layer, lengths, progress) for label, cache in caches)
@@ -200,7 +200,7 @@ def _filled(
             count = min(target - cache.offset, keys.shape[2])
             cache.update_and_fetch(keys[:, :, :count], values[:, :, :count])
         mx.eval(cache.state)
-        for tensor in ROLES:
+        for tensor in TENSORS:
             held = getattr(cache, tensor).nbytes if isinstance(cache, KVCache) else cache.tensor_nbytes(tensor)
             rows.append((target, label, tensor, held))
         progress(i + 1, len(lengths), f"filling {label} with {target} tokens")

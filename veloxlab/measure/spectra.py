@@ -10,7 +10,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from veloxlab.codecs import Role
+from veloxlab.codecs import Tensor
 from veloxlab.codecs.commvq_training import pairs
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.spectralquant import effective_dimensions
@@ -58,13 +58,13 @@ PAIR_POINTS = {
 POINTS = 800  # tokens at most: of more, every nth is shown
 
 
-def spectra(capture: Capture, *, tensors: tuple[Role, ...] | None = None) -> pl.DataFrame:
+def spectra(capture: Capture, *, tensors: tuple[Tensor, ...] | None = None) -> pl.DataFrame:
     """Eigenvalues of the second moments of each head, with and without its mean vector, as shares: `SPECTRUM`.
 
     Raises `InputError` for numbers that are NaN or infinite, or a head that does not vary and is not zero.
     """
 
-    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         x = _checked_vectors(layer, tensor)
         for head, own in enumerate(x):
             for about, y in (("origin", own), ("mean", own - own.mean(axis=0))):
@@ -73,13 +73,13 @@ def spectra(capture: Capture, *, tensors: tuple[Role, ...] | None = None) -> pl.
     return by_head(SPECTRUM, capture.layers, columns, tensors)
 
 
-def dimensions(capture: Capture, *, tensors: tuple[Role, ...] | None = None) -> pl.DataFrame:
+def dimensions(capture: Capture, *, tensors: tuple[Tensor, ...] | None = None) -> pl.DataFrame:
     """Effective dimensions of each head with and without its mean vector, and what the mean vector holds: `DIMENSIONS`.
 
     *3 % Is All You Need* (A. Gopinath, 2026) counts them about the origin. Raises `InputError` as `spectra`.
     """
 
-    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         x = _checked_vectors(layer, tensor)
         found = effective_dimensions(mx.array(x[None]))
         mean, energy = np.square(x.mean(axis=1)).sum(axis=1), np.square(x).sum(axis=2).mean(axis=1)
@@ -95,7 +95,7 @@ def spectrum_shares(x: NDArray[np.float64]) -> NDArray[np.float64]:
     return ratio(values, values.sum())
 
 
-def _checked_vectors(layer: LayerCapture, tensor: Role) -> NDArray[np.float64]:
+def _checked_vectors(layer: LayerCapture, tensor: Tensor) -> NDArray[np.float64]:
     x = vectors(layer, tensor)
     if not np.isfinite(x).all():
         raise InputError(
@@ -115,7 +115,7 @@ def rope_pairs(capture: Capture) -> pl.DataFrame:
     Raises `InputError` if no layer has a rotary embedding that is known.
     """
 
-    def columns(layer: LayerCapture, tensor: Role) -> Iterator[Columns]:
+    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         x = vectors(layer, tensor, "before_rope").astype(np.float64)
         assert layer.rope is not None, "vectors() refuses a layer without one"
         first, second = turned_pairs(layer.rope, x.shape[2])

@@ -15,7 +15,7 @@ from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
-from veloxlab.codecs.method import Role
+from veloxlab.codecs.method import Tensor
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import identity
 from veloxlab.mlxlm.hooks import Handle, Mask, attach
@@ -42,7 +42,7 @@ class LayerFacts:
     reason: str = "attention reads the codes"  # for that path, or for the model's own cache
 
     @property
-    def dims(self) -> dict[Role, int]:
+    def dims(self) -> dict[Tensor, int]:
         """Head dimensions of keys and of values."""
         return {"keys": self.key_dim, "values": self.value_dim}
 

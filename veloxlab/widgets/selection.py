@@ -12,7 +12,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import MAPPING, WORDS, maybe, whole
-from veloxlab.codecs import ROLES, Role, find_method
+from veloxlab.codecs import TENSORS, Tensor, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
 from veloxlab.widgets.fitting import Fitting
@@ -149,7 +149,7 @@ class Selection(t.HasTraits):
             parts["shown_layer"] = parts["layer"]
         choice = replace(self.choice, **parts)
         for bits in (choice.bits_of(None), *choice.own_bits.values()):
-            for tensor, width in zip(ROLES, bits, strict=True):
+            for tensor, width in zip(TENSORS, bits, strict=True):
                 self._check_width(choice.method, width, tensor)
         for layer in (*choice.own_bits, choice.shown_layer):
             if layer not in self.layers:
@@ -175,7 +175,7 @@ class Selection(t.HasTraits):
         own = {layer: (nearest(widths, key), nearest(widths, value)) for layer, (key, value) in now.own_bits.items()}
         return {"key_bits": key_bits, "value_bits": value_bits, "own_bits": own}
 
-    def _check_width(self, method: str, width: int, tensor: Role) -> None:
+    def _check_width(self, method: str, width: int, tensor: Tensor) -> None:
         find_method(method).check(width, tensor, {})
         widths = self.fitting.widths(method)
         if width not in widths:
@@ -220,7 +220,9 @@ class ChosenBits(Chosen):
     def get(self, obj: Any, cls: Any = None) -> Any:  # noqa: ANN401
         """Read them."""
         choice = obj.selection.choice
-        return choice.bits_of(getattr(choice, self.part) if self.part else None)[ROLES.index(self.tensor or obj.tensor)]
+        return choice.bits_of(getattr(choice, self.part) if self.part else None)[
+            TENSORS.index(self.tensor or obj.tensor)
+        ]
 
     def set(self, obj: Any, value: Any) -> None:  # noqa: ANN401
         """Choose them; raises `InputError` if the method does not have them."""

@@ -17,7 +17,7 @@ from mlx_lm.models import base
 
 from veloxlab.cache.attention import History, Segment
 from veloxlab.cache.counts import CHUNK
-from veloxlab.codecs import METHODS, ROLES, Role
+from veloxlab.codecs import METHODS, TENSORS, Tensor
 from veloxlab.codecs.base import Code, Codec, Sample
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.measure.bench.timing import IN_A_ROW, Progress, Row, Shape, median_seconds, microseconds, vectors
@@ -134,7 +134,7 @@ def mlx_lm(shape: Shape, tokens: int, bits: int) -> Make:
     """Attention to mlx-lm's quantized cache."""
 
     def make() -> tuple[Callable[[mx.array], mx.array], Any]:
-        k, v = (mx.quantize(vectors(shape, tokens), group_size=_GROUP, bits=bits) for _ in ROLES)
+        k, v = (mx.quantize(vectors(shape, tokens), group_size=_GROUP, bits=bits) for _ in TENSORS)
         attention = base.quantized_scaled_dot_product_attention
         settings: dict[str, Any] = {"scale": shape.scale, "mask": None, "group_size": _GROUP, "bits": bits}
         return lambda q: attention(q, k, v, **settings), (k, v)
@@ -144,7 +144,7 @@ def mlx_lm(shape: Shape, tokens: int, bits: int) -> Make:
 
 def over_codes(shape: Shape, tokens: int, bits: int, method: str = "turboquant") -> Make:
     """Attention over the codes of a method: those of `_TILE` random vectors, over and over."""
-    codecs = [fitted(method, shape, tensor, bits) for tensor in ROLES]
+    codecs = [fitted(method, shape, tensor, bits) for tensor in TENSORS]
     tiles = [codec.encode(vectors(shape, min(_TILE, tokens))).arrays for codec in codecs]
 
     def copied(tile: mx.array) -> mx.array:
@@ -158,7 +158,7 @@ def over_codes(shape: Shape, tokens: int, bits: int, method: str = "turboquant")
     return make
 
 
-def fitted(method: str, shape: Shape, tensor: Role, bits: int = METHOD_BITS) -> Codec:
+def fitted(method: str, shape: Shape, tensor: Tensor, bits: int = METHOD_BITS) -> Codec:
     """A codec of a method, fitted to random vectors; of RateQuant with heads of two widths."""
     options: Row = {}
     if METHODS[method].per_head:
@@ -183,7 +183,7 @@ def encode_steps(
     attention = IN_A_ROW * microseconds(calls(shape, over_codes(shape, behind, METHOD_BITS))[0]).evaluating
     rows: list[Row] = []
     for name in methods:
-        codecs = [fitted(name, shape, tensor) for tensor in ROLES]
+        codecs = [fitted(name, shape, tensor) for tensor in TENSORS]
         for count in (1, chunk):
             pairs = [[vectors(shape, count) for _ in codecs] for _ in range(IN_A_ROW)]
             mx.eval(pairs)

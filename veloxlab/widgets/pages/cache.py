@@ -11,7 +11,7 @@ import traitlets as t
 
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import choice
-from veloxlab.codecs import ROLES, find_method
+from veloxlab.codecs import TENSORS, find_method
 from veloxlab.errors import InputError
 from veloxlab.views import memory_caption
 from veloxlab.widgets.chart_view import ChartView, link
@@ -151,7 +151,7 @@ class CachePage(OfLayers, ChartPage):
         found = [self._frames.found.get(request) for request in ASKS_TOKENS(look)]
         errors = None if any(frame is None for frame in found) else relative(found, look)  # type: ignore[arg-type]
         means = {} if errors is None else dict(errors.group_by("tensor").agg(pl.col("rel_mse").mean()).iter_rows())
-        lost = [means.get(tensor, float("nan")) for tensor in ROLES]
+        lost = [means.get(tensor, float("nan")) for tensor in TENSORS]
         held = memory_caption(self.memory.frame.filter(kind="measured"))
         return (
             f"{choice.name}, sinks={choice.sinks}, window={choice.window}: relative MSE of keys {lost[0]:.4f}, of "

@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from veloxlab.codecs import ROLES, find_method
+from veloxlab.codecs import TENSORS, find_method
 from veloxlab.measure import (
     code_bits,
     layer_errors,
@@ -63,7 +63,7 @@ MEASURES = {
 def at_bits(frames: Sequence[pl.DataFrame], layer_bits: Mapping[int, Bits]) -> pl.DataFrame:
     """Rows of each layer's keys and values at their bits, from frames of each of `widths`, the fewest bits first."""
     wanted = pl.DataFrame(
-        [(layer, tensor, bits[place]) for layer, bits in layer_bits.items() for place, tensor in enumerate(ROLES)],
+        [(layer, tensor, bits[place]) for layer, bits in layer_bits.items() for place, tensor in enumerate(TENSORS)],
         schema={"layer": pl.Int32, "tensor": pl.String, "wanted": pl.Int32},
         orient="row",
     )

@@ -10,7 +10,7 @@ import polars as pl
 from veloxlab import views
 from veloxlab.cache.calibration import Calibration
 from veloxlab.checks import checked, choice
-from veloxlab.codecs import ROLES, Role
+from veloxlab.codecs import TENSORS, Tensor
 from veloxlab.measure import Capture
 from veloxlab.measure.distributions import SPACES, channel_distributions, densities
 from veloxlab.measure.levels import level_densities
@@ -25,7 +25,7 @@ from veloxlab.widgets.worker import Worker
 SEEN = ("layer", "tensor", "space")
 
 
-def _levels(frames: Frames, progress: Progress, layer: int, tensor: Role, method: str, bits: int) -> pl.DataFrame:
+def _levels(frames: Frames, progress: Progress, layer: int, tensor: Tensor, method: str, bits: int) -> pl.DataFrame:
     calibration = frames.fitting.calibration(method, [bits], progress)
     return level_densities(frames.of_layer(layer), method, bits=bits, tensors=(tensor,), calibration=calibration)
 
@@ -100,7 +100,7 @@ class KeyExplorer(HeadPage):
 
     SETTINGS = ("layer", "head", "tensor", "space", "method", "bits")
 
-    tensor = Checked(choice(*ROLES), "keys", help="keys or values")
+    tensor = Checked(choice(*TENSORS), "keys", help="keys or values")
     space = Checked(choice(*SPACES), "raw", help="space in which they are seen")
     bits = ChosenBits("", "shown_layer", help="code bits of each coordinate")
 
@@ -129,7 +129,7 @@ class KeyExplorer(HeadPage):
             self.lasting = "Not every layer has a rotary embedding that is known, so there is no chart of its pairs."
         spaces = [(SPACE_WORDS[space], space) for space in SPACES]
         self.children = [
-            self._controls([self._choice("tensor", list(ROLES)), self._choice("space", spaces)]),
+            self._controls([self._choice("tensor", list(TENSORS)), self._choice("space", spaces)]),
             self._message,
             *self.charts.values(),
         ]
@@ -143,4 +143,4 @@ class KeyExplorer(HeadPage):
 
     def _likely(self) -> Iterable[Look]:
         spaces = [self._look(space=space) for space in SPACES]
-        return [*self._neighbours(), *spaces, *(self._look(tensor=tensor) for tensor in ROLES)]
+        return [*self._neighbours(), *spaces, *(self._look(tensor=tensor) for tensor in TENSORS)]
