@@ -212,10 +212,10 @@ def test_files_that_are_missing_or_something_else_are_named(model, file, tmp_pat
 
 def test_reading_state_to_evaluate_it_hashes_nothing(model, monkeypatch):
     cache = filled(model)
-    seals = []
-    monkeypatch.setattr(saved, "_seal", lambda *given: seals.append(given) or "")
+    checksums = []
+    monkeypatch.setattr(saved, "_checksum", lambda *given: checksums.append(given) or "")
     states = [c.state for c in cache]
     mx.eval(states)
-    assert not seals
+    assert not checksums
     assert all(json.loads("".join(iter(state[-1])))["sha256"] == "" for state in states)  # as it does to save
-    assert len(seals) == len(cache)
+    assert len(checksums) == len(cache)

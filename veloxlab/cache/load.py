@@ -135,7 +135,7 @@ def _parts(caches: Sequence[Any]) -> list[Any]:
 
 
 def _native(cache: Any) -> type:  # noqa: ANN401
-    """The class of a cache, or that of mlx-lm which it was before it was sealed."""
+    """The class of a cache, or that of mlx-lm which it was before it had a checksum."""
     return getattr(cache, "native", type(cache))
 
 

@@ -12,7 +12,7 @@ from mlx_lm.models.cache import RotatingKVCache
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.plan import Chunk, Plan, Sliding, plan_of
-from veloxlab.cache.saved import seal
+from veloxlab.cache.saved import add_checksum
 from veloxlab.checks import CALIBRATIONS, checked
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
@@ -112,7 +112,7 @@ def make_cache(
     for found in probe(model):
         own = slot_of(caches, found)
         if not isinstance(own, CompressedKVCache):
-            seal(own, name, found.layer, getattr(own, "reason", found.reason))
+            add_checksum(own, name, found.layer, getattr(own, "reason", found.reason))
     return caches
 
 

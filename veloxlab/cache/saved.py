@@ -1,4 +1,4 @@
-"""What a saved cache says of itself: settings, codecs and runs, under a seal, in the files that mlx-lm writes.
+"""How caches are saved: settings, codecs and runs, with a SHA-256 checksum, in the files that mlx-lm writes.
 
 mlx-lm saves the ``state`` of each cache: arrays as tensors, and words as the numbers of their characters. Ours begins
 with arrays, and ends with one word, a JSON text that says what they are.
@@ -46,7 +46,7 @@ class Description(str):
 
     def __iter__(self) -> Iterator[str]:
         content = {"format": FORMAT, **self._content}
-        return iter(json.dumps({**content, "sha256": _seal(content, self._arrays)}))
+        return iter(json.dumps({**content, "sha256": _checksum(content, self._arrays)}))
 
 
 class Saved(ABC):
@@ -87,10 +87,10 @@ class Saved(ABC):
         return cls.rebuild(*opened(state))
 
 
-class Sealed:
+class Checksummed:
     """What one of mlx-lm's own caches adds to what it saves: the model and layer that it is of, and a checksum.
 
-    `seal` makes a cache one of these; it stays what it was in all else.
+    `add_checksum` makes a cache one of these; it stays what it was in all else.
     """
 
     native: ClassVar[Any]  # mlx-lm's class
@@ -124,19 +124,23 @@ def _leaves(state: object) -> tuple[dict[str, str], list[mx.array]]:
     return {name: type(leaf).__name__ for name, leaf in leaves}, [mx.array(x) for _, x in leaves if x is not None]
 
 
-SEALED = {
+CHECKSUMMED = {
     kind: loadable(
-        type(f"Sealed{kind.__name__}", (Sealed, kind), {"native": kind, "reason": f"the model's own {kind.__name__}"})
+        type(  # the name stands in saved files
+            f"Sealed{kind.__name__}",
+            (Checksummed, kind),
+            {"native": kind, "reason": f"the model's own {kind.__name__}"},
+        )
     )
     for kind in (KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache)
 }
-"""Classes that mlx-lm's models make caches of, and those that save them under a checksum."""
+"""Classes that mlx-lm's models make caches of, and those that save them with a checksum."""
 
 
-def seal(cache: Any, model: str, layer: int, reason: str) -> None:  # noqa: ANN401 - any of mlx-lm's own
-    """Let a cache of mlx-lm's own save what it is of, under a checksum, where it is of a kind that mlx-lm reads."""
-    if type(cache) in SEALED:
-        cache.__class__ = SEALED[type(cache)]
+def add_checksum(cache: Any, model: str, layer: int, reason: str) -> None:  # noqa: ANN401 - any of mlx-lm's own
+    """Let a cache of mlx-lm's own save what it is of, with a checksum, where it is of a kind that mlx-lm reads."""
+    if type(cache) in CHECKSUMMED:
+        cache.__class__ = CHECKSUMMED[type(cache)]
         cache.model, cache.layer = model, layer
     cache.reason = reason
 
@@ -155,7 +159,7 @@ def opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
         if content["format"] != FORMAT:
             raise ValueError(f"its format is {content['format']!r} and not {FORMAT!r}")
         said = content.pop("sha256")
-        if _seal(content, arrays) != said:
+        if _checksum(content, arrays) != said:
             raise ValueError(NOT_WRITTEN)
     except (ValueError, KeyError, TypeError, IndexError, RuntimeError, OverflowError) as error:
         raise _unreadable(error) from error
@@ -210,7 +214,7 @@ def check_model(model: str, layer: int | None) -> None:
         )
 
 
-def _seal(content: Content, arrays: Sequence[mx.array]) -> str:
+def _checksum(content: Content, arrays: Sequence[mx.array]) -> str:
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
     for array in arrays:
         digest.update(f"{array.shape} {array.dtype}\n".encode())
