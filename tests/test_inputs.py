@@ -14,6 +14,7 @@ import veloxlab as vl  # isort: skip - before mlx, so that MLX finds a fast BLAS
 
 import mlx.core as mx
 import numpy as np
+import polars as pl
 import pytest
 
 from tests.tiny_models import tiny
@@ -501,6 +502,11 @@ def test_good_input_of_another_type_is_taken(here, number, monkeypatch, tmp_path
     if hasattr(made, "worker"):
         made.wait(60)
         made.worker.close()
+        shown = {name: getattr(made, name) for name in given if made.has_trait(name)}
+        assert shown == {name: np.asarray(given[name]).tolist() for name in shown}
+    else:
+        assert made is not None
+        assert not isinstance(made, pl.DataFrame) or made.height
 
 
 def test_numpy_s_numbers_in_a_plan_are_written_and_read_again(here, tmp_path):

@@ -11,7 +11,7 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.cache.plan import Chunk, Plan, Sliding, plan_of
+from veloxlab.cache.plan import Chunk, LayerSettings, Plan, Sliding, plan_of
 from veloxlab.cache.saved import add_checksum
 from veloxlab.checks import CALIBRATIONS, checked
 from veloxlab.codecs import find_method
@@ -77,43 +77,47 @@ def make_cache(
         raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={plan.sinks}: give more than that.")
     attach()
     name, settings = name_of(model), plan.settings_for(model)
-
-    def compressed(found: LayerFacts) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
-        if found.max_size is not None and plan.sliding == "exact":
-            own: Any = RotatingKVCache(found.max_size, found.keep)
-            own.reason = f"its window of {found.max_size} tokens is left exact, as asked"
-            return own
-        codecs = (
-            layer_codec(
-                find_method(method),
-                found.layer,
-                found.dims[tensor],
-                bits,
-                tensor,
-                given_options,
-                _of(method, calibration),
-            )
-            for tensor, method, bits, given_options in settings[found.layer].tensors
-        )
-        return CompressedKVCache(
-            *codecs,
-            sinks=plan.sinks if found.max_size is None else found.keep,
-            window=plan.window,
-            chunk=plan.chunk,
-            layer=found.layer,
-            path=found.path,
-            reason=found.reason,
-            max_size=max_kv_size if found.max_size is None else found.max_size,
-            lends=found.lends,
-            model=name,
-        )
-
-    caches = with_caches(model, compressed)
+    caches = with_caches(
+        model, lambda found: _compressed(found, plan, settings[found.layer], max_kv_size, name, calibration)
+    )
     for found in probe(model):
         own = slot_of(caches, found)
         if not isinstance(own, CompressedKVCache):
             add_checksum(own, name, found.layer, getattr(own, "reason", found.reason))
     return caches
+
+
+def _compressed(
+    facts: LayerFacts,
+    plan: Plan,
+    settings: LayerSettings,
+    max_kv_size: int | None,
+    model: str,
+    calibration: Calibration | Sequence[Calibration] | None,
+) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
+    """The cache of one layer that can be compressed."""
+    if facts.max_size is not None and plan.sliding == "exact":
+        own: Any = RotatingKVCache(facts.max_size, facts.keep)
+        own.reason = f"its window of {facts.max_size} tokens is left exact, as asked"
+        return own
+    codecs = (
+        layer_codec(
+            find_method(method), facts.layer, facts.dims[tensor], bits, tensor, options, _of(method, calibration)
+        )
+        for tensor, method, bits, options in settings.tensors
+    )
+    return CompressedKVCache(
+        *codecs,
+        sinks=plan.sinks if facts.max_size is None else facts.keep,
+        window=plan.window,
+        chunk=plan.chunk,
+        layer=facts.layer,
+        path=facts.path,
+        reason=facts.reason,
+        max_size=max_kv_size if facts.max_size is None else facts.max_size,
+        lends=facts.lends,
+        model=model,
+    )
 
 
 def _check_plan(plan: Plan, beside: dict[str, Any], calibrations: Sequence[Calibration]) -> None:
