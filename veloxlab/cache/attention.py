@@ -7,10 +7,8 @@ fused attention, whose memory does not grow with queries times keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from operator import itemgetter
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -26,7 +24,7 @@ from veloxlab.kernels.devices import current_backend
 from veloxlab.mlxlm.hooks import Handle, Mask
 
 EXPANDED_BYTES = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
-AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
+_AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
 _LARGEST_HALF = 65504.0  # of float16
 _TRIAL = 3, 333, 70  # tokens before, in and after codes, on which a kernel is tried: no multiples of anything
 _HIDDEN = 0.2  # share of them that its mask hides
@@ -59,10 +57,16 @@ class History(Handle):
         """Tokens in all segments."""
         return sum(segment.keys.tokens for segment in self.segments)
 
-    def expand(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
-        """Keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of all tokens, decoded."""
-        keys = _expanded([(s.key_codec, s.keys) for s in self.segments], dtype, after=None)
-        return keys, _expanded([(s.value_codec, s.values) for s in self.segments], dtype, after=keys)
+    def expand(
+        self, dtype: mx.Dtype, heads: slice = slice(None), after: mx.array | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of all tokens and some KV heads, decoded.
+
+        They are read only once ``after`` is computed: MLX evaluates many branches of a graph at the same time, and
+        would expand the past of many layers at once.
+        """
+        keys = _expanded([(s.key_codec, s.keys) for s in self.segments], dtype, heads, after)
+        return keys, _expanded([(s.value_codec, s.values) for s in self.segments], dtype, heads, keys)
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         """See `Handle.attend`."""
@@ -76,47 +80,32 @@ class History(Handle):
         """By MLX's fused attention over decoded keys and values, of some KV heads after others where they are many."""
         kv_heads, together = self._heads_together(q.dtype.size)
         queries = q.shape[1] // kv_heads  # of a KV head
-        parts: list[mx.array] = []
+        parts = [q]
         for first in range(0, kv_heads, together):
+            keys, values = self.expand(q.dtype, slice(first, first + together), after=parts[-1])
             heads = slice(first * queries, (first + together) * queries)
-            some = self
-            if together < kv_heads:
-                some = self._changed(itemgetter((slice(None), slice(first, first + together))))
-            keys, values = some.after(parts[-1] if parts else q).expand(q.dtype)
-            own = _mask_of(mask, heads)
+            by_head = isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] > 1
+            own = mask[:, heads] if by_head else mask  # type: ignore[index]
             logits = None if sinks is None else sinks.astype(q.dtype)[heads]
             attend = mx.fast.scaled_dot_product_attention
             parts.append(attend(q[:, heads], keys, values, scale=scale, mask=own, sinks=logits))
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=1)
+        return mx.concatenate(parts[1:], axis=1)
 
     def _heads_together(self, bytes_each: int) -> tuple[int, int]:
-        """KV heads, and how many of them are expanded at once; one and one where they cannot be told apart."""
+        """KV heads, and how many of them are expanded at once: all where they cannot be told apart."""
         codecs = [codec for s in self.segments for codec in (s.key_codec, s.value_codec)]
+        batch, kv_heads = next(iter(self.segments[-1].keys.arrays.values())).shape[0], self.segments[-1].keys.kv_heads
         if not all(codec.heads_alike for codec in codecs):
-            return 1, 1
-        batch, kv_heads = next(iter(self.segments[-1].keys.arrays.values())).shape[:2]
+            return kv_heads, kv_heads
         head_bytes = batch * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * bytes_each
         return kv_heads, min(kv_heads, max(1, EXPANDED_BYTES // max(1, head_bytes)))
-
-    def after(self, array: mx.array) -> History:
-        """The same history, to be read only once ``array`` is computed.
-
-        MLX evaluates many branches of a graph at the same time, and would expand the past of many layers at once.
-        """
-        return self._changed(partial(_after, other=array))
-
-    def _changed(self, change: Callable[[mx.array], mx.array]) -> History:
-        """The history with another array in the place of each of its codes'."""
-        segments = (replace(s, keys=_mapped(s.keys, change), values=_mapped(s.values, change)) for s in self.segments)
-        return replace(self, segments=tuple(segments))
 
     def _attend_in_kernel(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None
     ) -> mx.array | None:
         """By a kernel, or None where there is none for this device, these segments and codecs."""
         backend = current_backend()
-        call = None if backend is None else self._kernel_call(q, scale, mask, sinks)
-        if backend is None or call is None:
+        if backend is None or (call := self._kernel_call(q, scale, mask, sinks)) is None:
             return None
         kernel = attend_kernel(*call, backend)
         if kernel is None or not agrees(kernel, kernel.name, backend, lambda: self._disagreement(kernel, *call)):
@@ -127,20 +116,19 @@ class History(Handle):
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None
     ) -> tuple[Queries, Tokens] | None:
         """What a kernel is called with, or None if no kernel reads these segments and codecs."""
-        at = _first_packed(self.segments)
+        at = next((i for i, s in enumerate(self.segments) if not isinstance(s.key_codec, Exact)), None)
         if at is None:
             return None
         before, packed, after = self.segments[:at], self.segments[at], self.segments[at + 1 :]
-        key_codec, value_codec = packed.key_codec, packed.value_codec
-        keys, values = key_codec.reader(packed.keys), value_codec.reader(packed.values)
+        keys, values = packed.key_codec.reader(packed.keys), packed.value_codec.reader(packed.values)
         if len(before) > 1 or len(after) > 1 or keys is None or values is None:
             return None
         exact = _exact_run(before), _exact_run(after)
-        tokens = Tokens(keys, values, *exact, key_dim=key_codec.head_dim, value_dim=value_codec.head_dim)
+        tokens = Tokens(keys, values, *exact, key_dim=packed.key_codec.head_dim, value_dim=packed.value_codec.head_dim)
         coded = None
         if keys.signs is None:
             # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
-            coded = mx.contiguous(key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), keys.kv_heads)))
+            coded = mx.contiguous(packed.key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), keys.kv_heads)))
         logits = None if sinks is None else sinks.astype(mx.float32)
         return Queries(q, scale, coded, _added(mask, q, self.tokens), logits), tokens
 
@@ -153,8 +141,7 @@ class History(Handle):
 
     def _disagreement(self, kernel: AttendKernel, queries: Queries, tokens: Tokens) -> str:
         """What is wrong with a kernel for such a call, in words, or nothing: a made-up history is read both ways."""
-        before = _first_packed(self.segments) or 0
-        lengths, like = _TRIAL[1 - before :], (tokens.keys.kv_heads, tokens.exact_type)
+        lengths, like = _TRIAL[0 if tokens.sinks else 1 :], (tokens.keys.kv_heads, tokens.exact_type)
         history = History(tuple(_made_up(s, count, *like) for s, count in zip(self.segments, lengths, strict=False)))
         q = made_up(queries.q, queries.q.shape[2], seed=1)
         shape = (*q.shape[:3], history.tokens)
@@ -180,11 +167,9 @@ class History(Handle):
         for s in self.segments:
             part = weights[..., start : start + s.values.tokens]
             mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
-        return _narrowed(mixed, q.dtype)
-
-
-def _first_packed(segments: tuple[Segment, ...]) -> int | None:
-    return next((i for i, s in enumerate(segments) if not isinstance(s.key_codec, Exact)), None)
+        if q.dtype == mx.float16:  # numbers that are finite stay so
+            mixed = mx.where(mx.isinf(mixed), mixed, mx.clip(mixed, -_LARGEST_HALF, _LARGEST_HALF))
+        return mixed.astype(q.dtype)
 
 
 def _made_up(segment: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> Segment:
@@ -197,51 +182,23 @@ def _made_up(segment: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> S
         return Code(arrays | {name: made_up(array, tokens, seed) for name, array in packed.items()}, start)
 
     keys, values = code(segment.key_codec, segment.keys.start, 4), code(segment.value_codec, segment.values.start, 5)
-    return replace(segment, keys=keys, values=values)
+    return Segment(segment.key_codec, keys, segment.value_codec, values)
 
 
-def _mapped(code: Code, change: Callable[[mx.array], mx.array]) -> Code:
-    return replace(code, arrays={name: change(array) for name, array in code.arrays.items()})
-
-
-def _after(array: mx.array, other: mx.array) -> mx.array:
-    """The array, to be read only once the other is computed."""
-    later: mx.array = mx.depends(array, other)
-    return later
-
-
-def _mask_of(mask: Mask, heads: slice) -> Mask:
-    """The part of a mask that is about some query heads."""
-    return mask[:, heads] if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] > 1 else mask
-
-
-def _expanded(parts: Sequence[tuple[Codec, Code]], dtype: mx.Dtype, after: mx.array | None) -> mx.array:
-    """Decoded tokens ``[B, H, S, D]`` of all ``parts``, to be made once ``after`` is computed.
-
-    They are decoded some at a time, each after the other: what decoding takes besides, in float32, is then small.
-    """
-    tiles: list[mx.array] = []
+def _expanded(parts: Sequence[tuple[Codec, Code]], dtype: mx.Dtype, heads: slice, after: mx.array | None) -> mx.array:
+    """Decoded tokens of all ``parts``, some at a time, each after the other: decoding takes room in float32 besides."""
+    tiles = []
     for codec, code in parts:
-        for start in range(0, code.tokens, AT_ONCE):
-            tile = code[start : start + AT_ONCE]
-            before = tiles[-1] if tiles else after
-            if before is not None:
-                tile = _mapped(tile, partial(_after, other=before))
-            tiles.append(codec.decode(tile, dtype) if isinstance(codec, Exact) else _decoded(codec, tile, dtype))
-    return mx.concatenate(tiles, axis=2) if len(tiles) > 1 else tiles[0]
-
-
-def _decoded(codec: Codec, code: Code, dtype: mx.Dtype) -> mx.array:
-    """Decoded tokens, all finite: what decoding loses may lift float16's largest numbers beyond it."""
-    x = codec.decode(code, dtype)
-    return mx.clip(x, -_LARGEST_HALF, _LARGEST_HALF) if dtype == mx.float16 else x
-
-
-def _narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Float32 numbers in ``dtype``. Those that are finite stay so."""
-    if dtype == mx.float16:
-        x = mx.where(mx.isinf(x), x, mx.clip(x, -_LARGEST_HALF, _LARGEST_HALF))
-    return x.astype(dtype)
+        for start in range(0, code.tokens, _AT_ONCE):
+            tile = code[start : start + _AT_ONCE]
+            arrays = {name: array[:, heads] for name, array in tile.arrays.items()}
+            if after is not None:
+                arrays = {name: mx.depends(array, after) for name, array in arrays.items()}
+            after = codec.decode(Code(arrays, tile.start), dtype)
+            if dtype == mx.float16 and not isinstance(codec, Exact):  # what is lost may lift its largest numbers beyond
+                after = mx.clip(after, -_LARGEST_HALF, _LARGEST_HALF)
+            tiles.append(after)
+    return mx.concatenate(tiles, axis=2)
 
 
 def _exact_run(segments: tuple[Segment, ...]) -> ExactTokens | None:
