@@ -9,7 +9,7 @@ import pytest
 
 from veloxlab.allocate.budget import BytesPerToken
 from veloxlab.allocate.rates import RateBudget
-from veloxlab.allocate.search.result import SearchResult
+from veloxlab.allocate.search import SearchResult
 from veloxlab.allocate.sensitivity import settled
 from veloxlab.allocate.sweep import swept, usual_bounds
 from veloxlab.cli.tables import bench_tables, compared_table, front_table, lengths_table, ratio_table, swept_table

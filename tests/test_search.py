@@ -21,11 +21,10 @@ from tests.gguf_files import write_llama
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
-from veloxlab.allocate.search import runner
-from veloxlab.allocate.search.candidates import Candidate, PlannedModel, bytes_per_token, candidates
-from veloxlab.allocate.search.race import GROUP, LEAST_WINDOWS, on_front, race
-from veloxlab.allocate.search.result import SEARCHED
-from veloxlab.allocate.search.runner import Trials
+from veloxlab.allocate import trials
+from veloxlab.allocate.race import GROUP, LEAST_WINDOWS, on_front, race
+from veloxlab.allocate.search import SEARCHED
+from veloxlab.allocate.trials import Candidate, PlannedModel, Trials, bytes_per_token, candidates
 from veloxlab.cli.tables import front_table
 from veloxlab.errors import InputError
 from veloxlab.measure import experiments
@@ -328,8 +327,8 @@ def test_a_search_that_was_stopped_goes_on(model, result, own_cache, monkeypatch
         vl.search(model, Letters(), methods=TWO, progress=stop_at(11), **SETTINGS)
     (kept,) = own_cache.iterdir()
     measured = []
-    before = runner.Bench.measure
-    monkeypatch.setattr(runner.Bench, "measure", lambda *job: measured.append(job) or before(*job))
+    before = trials.Bench.measure
+    monkeypatch.setattr(trials.Bench, "measure", lambda *job: measured.append(job) or before(*job))
     told = []
     again = vl.search(model, Letters(), methods=TWO, progress=lambda *said: told.append(said), **SETTINGS)
     assert same(result, again)
@@ -367,10 +366,10 @@ def test_the_seconds_of_a_trial_are_without_its_calibration(model, tmp_path, mon
         told.append("clock")
         return time.perf_counter()
 
-    monkeypatch.setattr(runner, "calibrate", fitted)
-    monkeypatch.setattr(runner, "time", SimpleNamespace(perf_counter=clock))
-    job = Trials("here", TEXT, 24, 1, "oneshot", 4, 16, (("spectralquant", (3,)),), str(tmp_path))
-    runner.Bench(job, model, Letters()).measure(Candidate("spectralquant", 3, 3), 0)
+    monkeypatch.setattr(trials, "calibrate", fitted)
+    monkeypatch.setattr(trials, "time", SimpleNamespace(perf_counter=clock))
+    job = Trials("here", TEXT, 24, 1, "oneshot", 4, 16, (Candidate("spectralquant", 3, 3),), str(tmp_path))
+    trials.Bench(job, model, Letters()).measure(Candidate("spectralquant", 3, 3), 0)
     assert told == ["fitted", "clock", "clock"]
 
 
@@ -509,7 +508,7 @@ def test_a_worker_says_what_is_wrong_as_this_process_does(tmp_path):
 
 
 def test_jobs_are_the_same_on_the_other_side_of_a_pipe(file):
-    job = Trials(str(file), None, 8, 2, "oneshot", 4, 16, (("spectralquant", (2, 3)),))
+    job = Trials(str(file), None, 8, 2, "oneshot", 4, 16, (Candidate("spectralquant", 2, 3),))
     there = pickle.loads(pickle.dumps(job))
     assert (there, hash(there)) == (job, hash(job))  # by which a worker keeps what it loaded
 

@@ -1,7 +1,7 @@
 # Where the names at the top come from. `veloxlab/__init__.py` reads this file.
 from . import allocate, codecs, measure, mlxlm, models, texts, views, widgets
 from .allocate.ratequant import rate_budget
-from .allocate.search.search import search
+from .allocate.search import search
 from .cache.calibration import Calibration
 from .cache.load import load_cache
 from .cache.make import make_cache

@@ -3,7 +3,7 @@ from .budget import AverageBits, Bounds, BytesPerToken, QualityFloor, TokensInMe
 from .curves import distortion_curves
 from .ratequant import allocate_bits, rate_budget
 from .rates import RateBudget
-from .search.result import SearchResult
+from .search import SearchResult
 from .sensitivity import sensitivities
 
 __all__ = [

@@ -1,8 +1,8 @@
 """A race for the Pareto front of bytes and divergence: all run on one window of text after another, and each that is
 surely beaten stops.
 
-Racing by confidence intervals of paired differences on the same windows is as in O. Maron and A. Moore, *Hoeffding
-Races*, NIPS 1993; the intervals here are Student's t. Nothing is loaded or measured here: numbers come from a callback.
+Racing by intervals of paired differences is as in O. Maron and A. Moore, *Hoeffding Races*, NIPS 1993; the intervals
+here are Student's t. Nothing is loaded or measured here: numbers come from a callback.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import numpy as np
 from veloxlab.measure.intervals import lower_ends
 
 State = Literal["front", "close", "dominated", "above floor", "not needed", "not finite", "over budget"]
-Measure = Callable[[Sequence[int], int], Sequence[float]]
 
 LEAST_WINDOWS = 3  # before an entrant is dropped: two may agree by chance
 GROUP = 8  # entrants that run together under a floor: cheaper groups first
@@ -44,26 +43,19 @@ class Entrant:
 
 def race(
     nbytes: Sequence[float],
-    measure: Measure,
+    measure: Callable[[Sequence[int], int], Sequence[float]],
     windows: int,
-    *,
     most_kl: float | None = None,
     confidence: float = 0.95,
 ) -> tuple[Entrant, ...]:
-    """Run entrants on windows 0, 1, … together, and drop after each those that are surely beaten.
+    """Run entrants of such costs on windows 0, 1, … together, and drop after each those that are surely beaten.
 
-    Surely beaten: another costs no more, and the interval of the windows' differences of KL lies above zero. Every
-    look at the numbers gets an equal share of 1 − ``confidence``. The chance to drop one wrongly against another that
-    is no better is therefore below it, over all looks together.
+    ``measure`` gives the KL of some, by their numbers, on a window. Surely beaten: another costs no more, and the
+    interval of the windows' differences of KL lies above zero. Every look at the numbers gets an equal share of
+    1 − ``confidence``, so the chance to drop one wrongly against another that is no better is below it, over all looks.
 
-    Parameters
-    ----------
-    nbytes : cost of each.
-    measure : gives the KL of some entrants, by their numbers, on a window.
-    windows : how many there are.
-    most_kl : a quality floor. The cheapest run first, `GROUP` together, and the race ends with the first group in which
-        the mean divergence of one is at most this.
-    confidence : of the intervals.
+    With ``most_kl``, a quality floor, the cheapest run first, `GROUP` together, and the race ends with the first group
+    in which the mean divergence of one is at most this.
     """
     entrants = tuple(Entrant(n) for n in nbytes)
     look = 1 - (1 - confidence) / max(1, windows - LEAST_WINDOWS + 1)
@@ -77,9 +69,12 @@ def race(
             for i, kl in zip(alive, measure(alive, window), strict=True):
                 entrants[i].kls.append(kl)
             alive = _survivors(entrants, alive, most_kl, look)
-        finishers = [entrants[i] for i in alive]
-        _set_states(finishers, most_kl)
-        if most_kl is not None and any(entrant.state == "front" for entrant in finishers):
+        met = [entrants[i] for i in alive if most_kl is None or entrants[i].mean_kl <= most_kl]
+        for i in alive:
+            entrants[i].state = "above floor"
+        for entrant, front in zip(met, on_front([e.nbytes for e in met], [e.mean_kl for e in met]), strict=True):
+            entrant.state = "front" if front else "close"
+        if met and most_kl is not None:
             break
     return entrants
 
@@ -89,8 +84,7 @@ def on_front(nbytes: Sequence[float], kls: Sequence[float]) -> list[bool]:
     cost, loss = np.asarray(nbytes), np.asarray(kls)
     no_more = (cost[:, None] <= cost) & (loss[:, None] <= loss)
     less = (cost[:, None] < cost) | (loss[:, None] < loss)
-    front: list[bool] = (~np.any(no_more & less, axis=0)).tolist()
-    return front
+    return [not beaten for beaten in np.any(no_more & less, axis=0)]
 
 
 def _survivors(
@@ -106,18 +100,8 @@ def _survivors(
         return finite
     cost = np.array([entrants[i].nbytes for i in finite])
     beaten = np.any((cost <= cost[:, None]) & (lower_ends(kls[:, None] - kls, confidence) > 0), axis=1)
-    above = np.zeros(len(finite), bool) if most_kl is None else lower_ends(kls, confidence) > most_kl
+    above = lower_ends(kls, confidence) > (np.inf if most_kl is None else most_kl)
     for i, is_beaten, is_above in zip(finite, beaten, above, strict=True):
         if is_beaten or is_above:
             entrants[i].state = "above floor" if is_above else "dominated"
     return [i for i, out in zip(finite, beaten | above, strict=True) if not out]
-
-
-def _set_states(finishers: Sequence[Entrant], most_kl: float | None) -> None:
-    """Set the states of those that ran on every window."""
-    allowed = np.inf if most_kl is None else most_kl
-    left = [entrant for entrant in finishers if entrant.mean_kl <= allowed]
-    for entrant in finishers:
-        entrant.state = "above floor"
-    for entrant, front in zip(left, on_front([e.nbytes for e in left], [e.mean_kl for e in left]), strict=True):
-        entrant.state = "front" if front else "close"

@@ -1,0 +1,295 @@
+"""The search for a cache: which methods, widths, exact tokens and layers give the least divergence for their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import closing
+from dataclasses import asdict, astuple, dataclass, fields, replace
+from itertools import groupby
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any, Self
+
+import altair as alt
+import polars as pl
+from mlx.nn.layers.base import Module
+
+from veloxlab import views
+from veloxlab.allocate.race import Entrant, race
+from veloxlab.allocate.trials import USUAL_BITS, Candidate, Job, PlannedModel, Trial, Trials, Weighed, candidates, doer
+from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.plan import Plan
+from veloxlab.checks import FILE, MODEL, PATH, WORDS, checked, either, having, many, real, whole
+from veloxlab.codecs import find_method
+from veloxlab.errors import InputError
+from veloxlab.measure.calibrate import calibrate
+from veloxlab.measure.experiments import Experiment
+from veloxlab.measure.intervals import mean_interval
+from veloxlab.measure.quality import Mode
+from veloxlab.mlxlm.identity import name_of
+from veloxlab.progress import Progress, silent
+from veloxlab.store import Unfinished, digest, kept_in, read_parquet, reading, write_parquet
+
+FORMAT = "veloxlab search 2"
+UNFINISHED = "veloxlab unfinished search 1"
+
+SEARCHED: dict[str, type[pl.DataType] | pl.DataType] = {
+    "row": pl.Int32,  # of the candidate, for `SearchResult.plan`
+    "method": pl.String,
+    "key_bits": pl.Int32,  # code bits per coordinate
+    "value_bits": pl.Int32,
+    "sinks": pl.Int32,  # tokens
+    "window": pl.Int32,
+    "protected": pl.List(pl.Int32),  # layers left exact
+    "bytes_per_token": pl.Float64,  # held at the context's length, tables included
+    "windows": pl.Int32,  # of text that it was measured on, before it was dropped or the text ended
+    "kl": pl.Float64,  # mean KL(exact ‖ compressed) of the next token over those windows, nats; null if not measured
+    "low": pl.Float64,  # ends of its interval, Student's t over the windows; null below two windows
+    "high": pl.Float64,
+    "top1_flips": pl.Float64,  # share of predictions whose most likely token changed
+    "seconds": pl.Float64,  # that its measurements took
+    "state": pl.String,  # as `veloxlab.allocate.race.Entrant` has it
+}
+"""Columns of `SearchResult.frame`."""
+
+_Experiment = Experiment[Job, Any]
+
+
+@checked(
+    model=either(MODEL, PATH),
+    methods=many(WORDS),
+    **dict.fromkeys(("bits", "key_bits", "value_bits"), many(whole())),
+    **dict.fromkeys(("sinks", "window"), many(whole(0))),
+    protected=many(many(whole(), empty=True)),
+    **dict.fromkeys(("most_bytes_per_token", "most_kl"), real(above=0)),
+    tokens=whole(2),
+    confidence=real(above=0, below=1),
+    executor=having("an executor of concurrent.futures, or Dask's", "submit"),
+)
+def search(
+    model: Module | str | Path,
+    tokenizer: Any = None,  # noqa: ANN401
+    *,
+    methods: Sequence[str] | None = None,
+    bits: Sequence[int] = USUAL_BITS,
+    key_bits: Sequence[int] | None = None,
+    value_bits: Sequence[int] | None = None,
+    sinks: Sequence[int] = (4,),
+    window: Sequence[int] = (0,),
+    protected: Sequence[Sequence[int]] = ((),),
+    most_bytes_per_token: float | None = None,
+    most_kl: float | None = None,
+    context: int = 4096,
+    text: str | None = None,
+    tokens: int = 256,
+    windows: int = 8,
+    mode: Mode | None = None,
+    prompt: int = 64,
+    confidence: float = 0.95,
+    folder: str | Path | None = None,
+    executor: Executor | None = None,
+    progress: Progress = silent,
+) -> SearchResult:
+    """Find the caches that nothing else beats in both bytes and divergence, by measuring them.
+
+    Those that are surely beaten stop early (`veloxlab.allocate.race`). The same arguments give the same result, with
+    any executor, and a search that was stopped continues.
+
+    Parameters
+    ----------
+    model, tokenizer : as `veloxlab.load` gives them; or a name or path for it, which an ``executor`` needs.
+    methods : ids, also of methods that are calibrated; by default those that need no calibration.
+    bits, key_bits, value_bits : code widths to try; the last two override the first.
+    sinks, window : numbers of exact tokens to try.
+    protected : sets of layers to leave exact to try, such as ``[(), (0, -1)]``.
+    most_bytes_per_token, most_kl : a budget, and a floor of quality in nats; what costs more than need be never runs.
+    context : tokens of the text at which bytes are counted.
+    text, tokens, windows : the text, by default the WikiText-2 test excerpt, and length and number of its stretches.
+    mode, prompt : as for `vl.measure.evaluate`; by default ``"decode"`` if a candidate has a window, else
+        ``"oneshot"``, where most tokens would see their neighbours through codes.
+    confidence : of the intervals, and of what is dropped.
+    folder : keeps calibrations, and measurements until the end; by default the user's cache. Workers share it.
+    executor : a `concurrent.futures.Executor` (processes spawned, not forked) or Dask's ``client.get_executor()``.
+    progress : told of each measurement; what it raises ends the search.
+
+    Raises
+    ------
+    InputError : nothing within the budget or the floor; processes that die; as `veloxlab.load`, `veloxlab.calibrate`.
+    """
+    asked = candidates(methods, key_bits or bits, value_bits or bits, sinks, window, protected)
+    name, mode = _model_name(model, tokenizer, executor), mode or ("decode" if any(window) else "oneshot")
+    kept, limits = None if folder is None else str(Path(folder).resolve()), (most_bytes_per_token, most_kl, confidence)
+    trials = Trials(name, text, tokens, windows, mode, prompt, context, asked, kept, *limits)
+    with closing(_Experiment(doer(trials, model, tokenizer, executor), str, executor, progress)) as experiment:
+        return _searched(experiment, trials)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SearchResult:
+    """What `search` found.
+
+    Attributes
+    ----------
+    frame : all candidates, `SEARCHED`, by their bytes.
+    shape : of the model.
+    calibrations : identities of the calibrations that were used, by method.
+    settings : arguments of `search` that the numbers depend on; of a text of one's own, sixteen hex digits.
+    """
+
+    frame: pl.DataFrame
+    shape: PlannedModel
+    calibrations: Mapping[str, str]
+    settings: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        """A stable line."""
+        return f"SearchResult(candidates={self.frame.height}, front={self.front.height})"
+
+    @property
+    def front(self) -> pl.DataFrame:
+        """The measured Pareto front, from the fewest bytes up."""
+        return self.frame.filter(state="front")
+
+    def chart(self) -> alt.VConcatChart:
+        """The front, and behind it all else that was measured; a point's tooltip says its settings."""
+        return views.pareto_front(self.frame)
+
+    @checked(row=whole(0))
+    def plan(self, row: int) -> Plan:
+        """The plan of a candidate, by its number in the column ``row``; raises `InputError` if there is none.
+
+        If its method is calibrated, `veloxlab.make_cache` wants the `calibration` beside it.
+        """
+        found = self.frame.filter(row=row)
+        if found.is_empty():
+            raise InputError(f"This search has no row {row!r}: take a number of its frame's column 'row'.")
+        candidate = Candidate(*found.select(f.name for f in fields(Candidate)).row(0))
+        return candidate.plan(self.shape, self.calibrations.get(candidate.method))
+
+    @checked()
+    def calibration(
+        self,
+        model: Module,
+        tokenizer: Any,  # noqa: ANN401
+        method: str,
+        *,
+        folder: str | Path | None = None,
+    ) -> Calibration:
+        """The calibration that the plans of a ``method`` want: kept since the search, or made again."""
+        if method not in self.calibrations:
+            raise InputError(f"{method} was not calibrated in this search: its plans need none.")
+        rows = self.frame.filter(method=method)
+        return calibrate(model, tokenizer, method, bits=sorted({*rows["key_bits"], *rows["value_bits"]}), folder=folder)
+
+    @checked()
+    def save(self, path: str | Path) -> Path:
+        """Write it as Parquet with a checksum, and return the path; raises `InputError` where it cannot be written."""
+        path = Path(path)
+        said = {"shape": asdict(self.shape), "calibrations": dict(self.calibrations), "settings": dict(self.settings)}
+        write_parquet(path, self.frame, FORMAT, said)
+        return path
+
+    @classmethod
+    @checked(path=FILE)
+    def load(cls, path: str | Path) -> Self:
+        """Read what `save` wrote; raises `InputError` for a file that is missing, damaged or no search."""
+        with reading("search", Path(path), "make it again with vl.search"):
+            frame, said = read_parquet(Path(path), FORMAT)
+            shape = PlannedModel(**said["shape"])
+            return cls(frame.match_to_schema(SEARCHED), shape, said["calibrations"], said["settings"])
+
+
+def _searched(experiment: _Experiment, trials: Trials) -> SearchResult:
+    found, most_bytes = _weighed(experiment, trials.asked), trials.most_bytes_per_token or inf
+    nbytes, racing = found.nbytes, [c for c, n in found.nbytes.items() if n <= most_bytes]
+    if not racing:
+        of, least = next(iter(nbytes.items()))
+        raise InputError(
+            f"No candidate holds at most {most_bytes:,.1f} bytes a token at {trials.context:,} tokens; the least is "
+            f"{least:,.1f}, of {of.name}: give more bytes, or candidates of fewer bits."
+        )
+    facts = [found.identity, trials.mode, trials.prompt, found.calibrations]
+    path = kept_in("searches", trials.folder) / f"search-{digest(facts)[:16]}.unfinished.json"
+    registered = any(find_method(c.method).codecs for c in racing)  # the code of these may have changed
+    unfinished = Unfinished(None if registered else path, UNFINISHED, {"facts": facts})
+    experiment.go_on(
+        unfinished,
+        lambda known: [[astuple(job.some[0]), job.window, r] for job, r in known.items() if isinstance(r, Trial)],
+        lambda rows: {Job((Candidate(*of),), window): Trial(*trial) for of, window, trial in rows},
+    )
+    done = 0
+
+    def measure(numbers: Sequence[int], window: int) -> list[float]:
+        nonlocal done
+        jobs = [Job((racing[i],), window) for i in numbers]
+        most = done + len(jobs) * (trials.windows - window)  # fewer if some are dropped
+        measured = _results(experiment, jobs, done=done, total=most)
+        done += len(jobs)
+        return [trial.kl for trial in measured]
+
+    entrants = race([nbytes[c] for c in racing], measure, trials.windows, trials.most_kl, trials.confidence)
+    if trials.most_kl is not None and all(entrant.state != "front" for entrant in entrants):
+        best, of = min(zip(entrants, racing, strict=True), key=lambda pair: pair[0].mean_kl)
+        raise InputError(
+            f"No candidate has a KL of at most {trials.most_kl:g} nats; the least is {best.mean_kl:.4g}, of {of.name}: "
+            "allow more, or give candidates of more bits."
+        )
+    entrants += tuple(Entrant(n, state="over budget") for n in nbytes.values() if n > most_bytes)
+    rows: list[dict[str, Any]] = []
+    for c, entrant in zip(nbytes, entrants, strict=True):
+        own = [experiment.known[Job((c,), window)] for window in range(len(entrant.kls))]
+        rows.append({"row": len(rows)} | _row(c, entrant, own, trials.confidence))
+    unfinished.remove()
+    settings = asdict(replace(trials, text=None if trials.text is None else digest(trials.text)[:16]))
+    del settings["asked"], settings["folder"]
+    return SearchResult(pl.DataFrame(rows, schema=SEARCHED), found.shape, found.calibrations, settings)
+
+
+def _weighed(experiment: _Experiment, asked: Sequence[Candidate]) -> Weighed:
+    """All candidates, from the fewest bytes up."""
+    found = _results(experiment, [Job(tuple(own)) for _, own in groupby(asked, lambda c: c.method)])
+    nbytes = {c: n for weighed in found for c, n in weighed.nbytes.items()}
+    calibrations = {method: one for weighed in found for method, one in weighed.calibrations.items()}
+    by_bytes = dict(sorted(nbytes.items(), key=lambda pair: pair[1]))
+    return Weighed(by_bytes, calibrations, found[0].shape, found[0].identity)
+
+
+def _results(experiment: _Experiment, jobs: Sequence[Job], **counts: int) -> list[Any]:
+    """Results in the order of the jobs."""
+    found = dict(experiment.run(jobs, **counts))
+    return [found[job] for job in jobs]
+
+
+def _row(c: Candidate, entrant: Entrant, trials: Sequence[Trial], confidence: float) -> dict[str, Any]:
+    sure, count = len(trials) > 1 and isfinite(entrant.mean_kl), len(trials)
+    _, low, high = mean_interval(entrant.kls, confidence) if sure else (None, None, None)
+    kls, flips, seconds = zip(*trials, strict=True) if trials else ((), (), ())
+    measured = {"kl": sum(kls) / count, "top1_flips": sum(flips) / count} if count else {}
+    return (
+        asdict(c)
+        | {
+            "bytes_per_token": entrant.nbytes,
+            "windows": count,
+            "low": low,
+            "high": high,
+            "seconds": sum(seconds),
+            "state": entrant.state,
+        }
+        | measured
+    )
+
+
+def _model_name(model: Module | str | Path, tokenizer: object, executor: Executor | None) -> str:
+    """What workers load; or, of a model that is loaded, its name for people."""
+    if isinstance(model, str | Path):
+        path = Path(model).expanduser()
+        return str(path.resolve()) if path.exists() else str(model)
+    if executor is not None:
+        raise InputError(
+            "A loaded model was given beside an executor, whose workers load it for themselves: give its name or "
+            "path, as for vl.load."
+        )
+    if tokenizer is None:
+        raise InputError("The model's tokenizer is missing: give both, as vl.load gives them.")
+    return name_of(model)

@@ -1,0 +1,267 @@
+"""Whole caches that a search tries, and its measurements as jobs for any process, which loads the model by name."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx.nn.layers.base import Module
+
+from veloxlab.allocate.budget import held_tokens, layer_sizes
+from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.make import make_cache
+from veloxlab.cache.plan import LayerSettings, Plan, model_hash
+from veloxlab.codecs import METHODS, find_method
+from veloxlab.errors import InputError
+from veloxlab.measure.activations import stretches
+from veloxlab.measure.calibrate import calibrate
+from veloxlab.measure.memory import report
+from veloxlab.measure.quality import Mode, Reference, evaluate
+from veloxlab.mlxlm.identity import fingerprint, name_of
+from veloxlab.mlxlm.probe import exact_width, probe, slots_of
+from veloxlab.models.loading import load
+from veloxlab.store import digest
+
+USUAL_BITS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What a plan has to know of a model: its name, hash of shapes, length of prompt cache, bits of exact values."""
+
+    model: str
+    model_hash: str
+    entries: int
+    exact_bits: int
+
+    @classmethod
+    def of(cls, model: Module) -> PlannedModel:
+        """The facts of ``model``; raises `InputError` if none of its layers can be compressed."""
+        layer_sizes(model)
+        return cls(name_of(model), model_hash(model), 1 + max(f.layer for f in probe(model)), exact_width(model))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to make a whole cache.
+
+    ``sinks`` and ``window`` are the tokens kept exact at the start and at the end; ``protected`` layers are not
+    compressed, and negative numbers count from the last.
+    """
+
+    method: str
+    key_bits: int
+    value_bits: int
+    sinks: int = 4
+    window: int = 0
+    protected: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "protected", tuple(self.protected))  # in files it is a list
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        said = f"{self.method} K{self.key_bits} V{self.value_bits}, {self.sinks} sinks, window {self.window}"
+        if self.protected:
+            *first, last = map(str, self.protected)
+            said += f", exact layers {', '.join(first)} and {last}" if first else f", exact layer {last}"
+        return said
+
+    def within(self, shape: PlannedModel) -> Candidate:
+        """The same with layers counted from 0, in their order; raises `InputError` if there is no such layer."""
+        n = shape.entries
+        if wrong := [layer for layer in self.protected if not -n <= layer < n]:
+            raise InputError(f"There is no layer {wrong[0]} to protect: {shape.model} has layers 0 to {n - 1}.")
+        return replace(self, protected=tuple(sorted({layer % n for layer in self.protected})))
+
+    def plan(self, shape: PlannedModel, calibration: str | None = None) -> Plan:
+        """The plan for a model; ``calibration`` is the identity of the one that its codecs come from."""
+        coded = LayerSettings(self.method, self.key_bits, self.method, self.value_bits)
+        exact = LayerSettings("none", shape.exact_bits, "none", shape.exact_bits)
+        protected = self.within(shape).protected
+        return Plan(
+            shape.model_hash,
+            tuple(exact if layer in protected else coded for layer in range(shape.entries)),
+            self.sinks,
+            self.window,
+            name=self.name,
+            model=shape.model,
+            calibrations={} if calibration is None else {self.method: calibration},
+        )
+
+
+def candidates(
+    methods: Sequence[str] | None = None,
+    key_bits: Sequence[int] = USUAL_BITS,
+    value_bits: Sequence[int] = USUAL_BITS,
+    sinks: Sequence[int] = (4,),
+    window: Sequence[int] = (0,),
+    protected: Sequence[Sequence[int]] = ((),),
+) -> tuple[Candidate, ...]:
+    """All combinations, by method, at those of the widths that a method has.
+
+    By default the methods are those that need no calibration, but for RateQuant, which at one width is TurboQuant.
+    Raises `InputError` for an unknown method, or one that has none of the widths.
+    """
+    usual = [m.id for m in METHODS.values() if not (m.calibrated or m.per_head or m.id == "none")]
+    found: list[Candidate] = []
+    for name in dict.fromkeys(usual if methods is None else methods):
+        asked = {"key_bits": key_bits, "value_bits": value_bits}
+        own = {which: [b for b in widths if b in find_method(name).bits] for which, widths in asked.items()}
+        for which in asked:
+            if not own[which]:
+                raise InputError(
+                    f"{name} has none of the widths {sorted(asked[which])} of {which}: choose among those of "
+                    "vl.methods()."
+                )
+        combined = product(protected, sinks, window, *own.values())
+        found += [Candidate(name, k, v, s, w, tuple(p)) for p, s, w, k, v in combined]
+    return tuple(dict.fromkeys(found))
+
+
+def bytes_per_token(model: Module, plan: Plan, context: int, calibration: Calibration | None = None) -> float:
+    """Bytes that a cache of ``plan`` holds after a text of ``context`` tokens, read in one call, for each of them.
+
+    Exact tokens, scales and the tables that layers share are counted; what layers without plain keys and values hold
+    is not. It is what `veloxlab.report` measures, or a little more for layers that slide.
+    """
+    cache = make_cache(model, plan, calibration=calibration)
+    layers = {slot.layer: slot for slot in slots_of(cache) if hasattr(slot, "key_codec")}
+    total = float(report(cache).filter(path="shared")["held_bytes"].sum())
+    for size in layer_sizes(model):
+        slot = layers[size.layer]
+        held = held_tokens(size, context, sinks=plan.sinks, window=plan.window, decoded=False)
+        coded = sum(codec.bits_per_value * codec.head_dim / 8 for codec in (slot.key_codec, slot.value_codec))
+        total += held.exact * size.exact_bytes + held.packed * size.kv_heads * coded
+    return total / context
+
+
+@dataclass(frozen=True)
+class Trials:
+    """What a `search` was ``asked`` to try, and its other arguments: words and numbers, to travel to any process."""
+
+    model: str
+    text: str | None
+    tokens: int
+    windows: int
+    mode: Mode
+    prompt: int
+    context: int
+    asked: tuple[Candidate, ...] = ()
+    folder: str | None = None
+    most_bytes_per_token: float | None = None
+    most_kl: float | None = None
+    confidence: float = 0.95
+
+
+class Trial(NamedTuple):
+    """What one candidate did on one window."""
+
+    kl: float  # mean KL(exact ‖ compressed) of the next token, nats
+    top1_flips: float  # share of predictions whose most likely token changed
+    seconds: float  # without the exact run and the calibration
+
+
+class Weighed(NamedTuple):
+    """Bytes per token of candidates, with layers counted from 0, and what a search has to know of the model.
+
+    ``calibrations`` are identities, by method; ``identity`` is the checksum of all that trials depend on: weights,
+    text, and versions of the methods.
+    """
+
+    nbytes: dict[Candidate, float]
+    calibrations: dict[str, str]
+    shape: PlannedModel
+    identity: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """Count the bytes of ``some`` candidates of one method, a `Weighed`; or run the only one on a window, a `Trial`."""
+
+    some: tuple[Candidate, ...]
+    window: int | None = None
+
+    def __str__(self) -> str:
+        """For progress and messages."""
+        if self.window is None:
+            return f"counting bytes of {self.some[0].method}"
+        return f"window {self.window + 1}: {self.some[0].name}"
+
+
+@dataclass(eq=False)
+class Bench:
+    """A model that is loaded, the text as windows of tokens, and the exact run of the window that is measured."""
+
+    trials: Trials
+    model: Module
+    tokenizer: Any
+    _exact: dict[int, Reference] = field(default_factory=dict, repr=False)
+    _fitted: dict[str, Calibration] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self._windows = stretches(self.tokenizer, self.trials.text, self.trials.tokens, self.trials.windows)
+        self._shape = PlannedModel.of(self.model)
+
+    def do(self, job: Job) -> Weighed | Trial:
+        """Do a job of either kind."""
+        return self.weigh(job.some) if job.window is None else self.measure(job.some[0], job.window)
+
+    def weigh(self, some: Sequence[Candidate]) -> Weighed:
+        """Count the bytes of candidates of one method, which is calibrated first if need be."""
+        fitted = self._calibration(some[0].method)
+        nbytes = {
+            c.within(self._shape): bytes_per_token(self.model, c.plan(self._shape), self.trials.context, fitted)
+            for c in some
+        }
+        calibrations = {} if fitted is None else {fitted.method: fitted.identity}
+        versions = {method.id: method.version for method in METHODS.values()}
+        return Weighed(nbytes, calibrations, self._shape, digest([versions, fingerprint(self.model), self._windows]))
+
+    def measure(self, candidate: Candidate, window: int) -> Trial:
+        """Evaluate a candidate on a window, every token seen as the cache holds it."""
+        if window not in self._exact:  # one at a time: a window's log-probabilities are tens of megabytes
+            self._exact = {window: Reference.of(self.model, [self._windows[window]])}
+        given: Any = {"mode": self.trials.mode, "prompt": self.trials.prompt}
+        plan, fitted = candidate.plan(self._shape), self._calibration(candidate.method)
+        start = time.perf_counter()
+        row = evaluate(self._exact[window], plan, calibration=fitted, **given).row(0, named=True)
+        return Trial(row["kl_mean"], row["top1_flips"], time.perf_counter() - start)
+
+    def _calibration(self, method: str) -> Calibration | None:
+        if find_method(method).calibrated and method not in self._fitted:
+            widths = {bits for c in self.trials.asked if c.method == method for bits in (c.key_bits, c.value_bits)}
+            given: dict[str, Any] = {"bits": sorted(widths), "folder": self.trials.folder}
+            self._fitted[method] = calibrate(self.model, self.tokenizer, method, **given)
+        return self._fitted.get(method)
+
+
+def doer(
+    trials: Trials, model: Module | str | Path, tokenizer: object, executor: Executor | None
+) -> Callable[[Job], Weighed | Trial]:
+    """What does jobs: a `Bench` of this process, or one in each process of an executor."""
+    if executor is not None:
+        return partial(_do_in_worker, trials)
+    return Bench(trials, *(load(model) if isinstance(model, str | Path) else (model, tokenizer))).do
+
+
+_one_at_a_time = threading.Lock()  # a worker may have threads, and there is one model and one window
+_loaded = lru_cache(maxsize=1)(load)
+
+
+def _do_in_worker(trials: Trials, job: Job) -> Weighed | Trial:
+    with _one_at_a_time:
+        return _kept_bench(trials).do(job)
+
+
+@lru_cache(maxsize=1)
+def _kept_bench(trials: Trials) -> Bench:
+    return Bench(trials, *_loaded(trials.model))
