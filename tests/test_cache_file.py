@@ -12,6 +12,7 @@ from mlx_lm.models.cache import CacheList, load_prompt_cache, save_prompt_cache
 
 import veloxlab as vl
 from tests.tiny_models import tiny
+from veloxlab import store
 from veloxlab.cache import saved
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import METHODS
@@ -161,7 +162,7 @@ def test_another_format_is_named(model, file, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(saved, "FORMAT", "veloxlab cache 0")
         save_prompt_cache(str(file), cache)
-    with pytest.raises(InputError, match="its format is 'veloxlab cache 0' and not 'veloxlab cache 2'"):
+    with pytest.raises(InputError, match="it is not of the format 'veloxlab cache 2'"):
         load_prompt_cache(str(file))
 
 
@@ -213,7 +214,7 @@ def test_files_that_are_missing_or_something_else_are_named(model, file, tmp_pat
 def test_reading_state_to_evaluate_it_hashes_nothing(model, monkeypatch):
     cache = filled(model)
     checksums = []
-    monkeypatch.setattr(saved, "_checksum", lambda *given: checksums.append(given) or "")
+    monkeypatch.setattr(store, "digest", lambda *given: checksums.append(given) or "")
     states = [c.state for c in cache]
     mx.eval(states)
     assert not checksums

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +124,8 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reading(what: str, path: Path, way_out: str) -> Iterator[None]:
-    """Make one `InputError` of what goes wrong when ``path``, which is ``what``, is read."""
+def reading(what: str, path: Path | None, way_out: str) -> Iterator[None]:
+    """Make one `InputError` of what goes wrong when ``path``, which is ``what``, is read; without a path, "this"."""
     try:
         yield
     except Exception as error:  # what is damaged, or of another version, can fail in any way
@@ -134,7 +134,8 @@ def reading(what: str, path: Path, way_out: str) -> Iterator[None]:
             reason = "there is no such file"
         elif isinstance(error, KeyError):
             reason = f"it has no {error}"
-        raise InputError(f"The {what} {path} cannot be read ({reason}): {way_out}.") from error
+        said = f"The {what} {path}" if path else f"This {what}"
+        raise InputError(f"{said} cannot be read ({reason}): {way_out}.") from error
 
 
 def _reason(error: Exception) -> str:
@@ -200,33 +201,57 @@ class Unfinished:
                 self.path.unlink()
 
 
-def digest(content: object, *files: bytes) -> str:
+def digest(content: object, files: Iterable[bytes] = ()) -> str:
     """SHA-256 of what JSON can hold, and of the contents of files, in hex digits."""
-    return hashlib.sha256(b"".join([json.dumps(content, sort_keys=True).encode(), *files])).hexdigest()
+    found = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for file in files:
+        found.update(file)
+    return found.hexdigest()
+
+
+def to_json(
+    format: str,  # noqa: A002 - the field's name in the file
+    content: Mapping[str, Any],
+    files: Iterable[bytes] = (),
+    indent: int | None = None,
+) -> str:
+    """Give ``content`` as JSON of a ``format``, with ``sha256``, the checksum of it and of ``files``."""
+    content = {"format": format, **content}
+    return json.dumps({**content, "sha256": digest(content, files)}, indent=indent)
+
+
+def from_json(
+    text: str | bytes,
+    format: str,  # noqa: A002
+    files: Iterable[bytes] = (),
+    what: str = "it",
+) -> dict[str, Any]:
+    """Undo `to_json`; ValueError if ``text`` is of no such format, or ``what`` was written was something else."""
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.get("format") != format:
+        raise ValueError(f"it is not of the format {format!r}")
+    if content.pop("sha256", None) != digest(content, files):
+        raise ValueError(f"{what} is not what was written")
+    del content["format"]
+    return content
 
 
 def write_json(
     path: Path,
-    format: str,  # noqa: A002 - the field's name in the file
+    format: str,  # noqa: A002
     content: Mapping[str, Any],
     beside: Mapping[Path, bytes] | None = None,
     indent: int | None = 1,
 ) -> None:
-    """Write ``content`` as JSON of a ``format``, with files ``beside`` it; ``sha256`` is the checksum of all."""
-    files, content = beside or {}, {"format": format, **content}
-    said = json.dumps({**content, "sha256": digest(content, *files.values())}, indent=indent)
-    write_together({**files, path: said.encode()})
+    """Write ``content`` by `to_json`, with files ``beside`` it."""
+    files = beside or {}
+    write_together({**files, path: to_json(format, content, files.values(), indent).encode()})
 
 
 def read_json(path: Path, format: str, *beside: Path) -> dict[str, Any]:  # noqa: A002
     """Read the content that `write_json` wrote; OSError or ValueError if a file is missing or not what was written."""
-    content = json.loads(path.read_bytes())
-    if not isinstance(content, dict) or content.get("format") != format:
-        raise ValueError(f"it is not of the format {format!r}")
-    if content.pop("sha256", None) != digest(content, *(file.read_bytes() for file in beside)):
-        raise ValueError(" or ".join(["it", *(file.name for file in beside)]) + " is not what was written")
-    del content["format"]
-    return content
+    what = " or ".join(["it", *(file.name for file in beside)])
+    return from_json(path.read_bytes(), format, (file.read_bytes() for file in beside), what)
 
 
 def write_parquet(path: Path, frame: pl.DataFrame, format: str = "", facts: object = None) -> None:  # noqa: A002

@@ -8,7 +8,7 @@ the left, so that the newest tokens of all sequences stand in one column.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -202,13 +202,9 @@ class BatchCompressedKVCache(saved.Saved):
         return content, [array for _, own in described for array in own]
 
     @classmethod
-    def rebuild(cls, content: saved.Content, arrays: Sequence[mx.array]) -> Self:
+    def rebuild(cls, content: saved.Content, arrays: Iterator[mx.array]) -> Self:
         """See `veloxlab.cache.saved.Saved`."""
-        rows, left = [], list(arrays)
-        for said in content["rows"]:
-            own, left = left[: said["arrays"]], left[said["arrays"] :]
-            rows.append(CompressedKVCache.rebuild(said["content"], own))
-        self = cls(rows)
+        self = cls([CompressedKVCache.rebuild(said["content"], arrays) for said in content["rows"]])
         self._skip, self._left, self._padding = content["skip"], content["left"], content["padding"]
         return self
 

@@ -7,7 +7,7 @@ in blocks as they age out. There is no other copy of a token anywhere.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -20,7 +20,7 @@ from veloxlab.cache.attention import History, Segment
 from veloxlab.cache.counts import TOKENS, Arrival, Windows
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.cache.runs import Codes, Runs
-from veloxlab.codecs import Code, Codec
+from veloxlab.codecs import TENSORS, Code, Codec
 from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
@@ -268,25 +268,24 @@ class CompressedKVCache(Runs, saved.Saved):
 
     def describe(self) -> tuple[saved.Content, list[mx.array]]:
         """See `veloxlab.cache.saved.Saved`."""
-        codecs, arrays = saved.describe_codecs({"keys": self.key_codec, "values": self.value_codec})
+        (keys, of_keys), (values, of_values) = map(saved.describe_codec, (self.key_codec, self.value_codec))
         content = {
             "settings": {"sinks": self.max_sinks} | {name: getattr(self, name) for name in _SETTINGS},
-            "codecs": codecs,
+            "codecs": {"keys": keys, "values": values},
             "evicted": self.evicted,
             "values_per_token": self._values_per_token,
             "dtype": self._dtype,
             "runs": [{"tokens": run.tokens, "buffers": list(run.buffers)} for run in self.runs],
         }
-        return content, [*self.buffers, *arrays]
+        return content, [*self.buffers, *of_keys, *of_values]
 
     @classmethod
-    def rebuild(cls, content: saved.Content, arrays: Sequence[mx.array]) -> Self:
+    def rebuild(cls, content: saved.Content, arrays: Iterator[mx.array]) -> Self:
         """See `veloxlab.cache.saved.Saved`."""
         saved.check_model(content["settings"]["model"], content["settings"]["layer"])
-        left = list(arrays)
-        held = [{name: left.pop(0) for name in run["buffers"]} for run in content["runs"]]
-        codecs = saved.restore_codecs(content["codecs"], left)
-        self = cls(codecs["keys"], codecs["values"], **content["settings"])
+        held = [{name: next(arrays) for name in run["buffers"]} for run in content["runs"]]
+        codecs = (saved.restore_codec(content["codecs"][tensor], arrays) for tensor in TENSORS)
+        self = cls(*codecs, **content["settings"])
         for run, buffers, said in zip(self.runs, held, content["runs"], strict=True):
             run.fill(buffers, said["tokens"])
         self.evicted, self._values_per_token = content["evicted"], content["values_per_token"]

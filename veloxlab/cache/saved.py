@@ -6,10 +6,9 @@ with arrays, and ends with one word, a JSON text that says what they are.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
@@ -17,14 +16,13 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKVCache
 
-from veloxlab.codecs import Codec
-from veloxlab.codecs.saving import check_version, class_name, find_class, from_parts, to_parts, version_of
+from veloxlab.codecs import Codec, saving
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import identity
 from veloxlab.mlxlm.hooks import loadable
+from veloxlab.store import from_json, reading, to_json
 
 FORMAT = "veloxlab cache 2"
-NOT_WRITTEN = "it is not what was written"
 Content = dict[str, Any]
 
 
@@ -45,8 +43,7 @@ class Description(str):
         return self
 
     def __iter__(self) -> Iterator[str]:
-        content = {"format": FORMAT, **self._content}
-        return iter(json.dumps({**content, "sha256": _checksum(content, self._arrays)}))
+        return iter(to_json(FORMAT, self._content, _bytes(self._arrays)))
 
 
 class Saved(ABC):
@@ -58,8 +55,8 @@ class Saved(ABC):
 
     @classmethod
     @abstractmethod
-    def rebuild(cls, content: Content, arrays: Sequence[mx.array]) -> Self:
-        """Undo `describe`."""
+    def rebuild(cls, content: Content, arrays: Iterator[mx.array]) -> Self:
+        """Undo `describe`, with the next of ``arrays``."""
 
     @abstractmethod
     def end_of_step(self) -> None:
@@ -80,11 +77,10 @@ class Saved(ABC):
     def from_state(cls, state: Sequence[Any]) -> Self:
         """Rebuild a cache from what `state` gave and mlx-lm's ``save_prompt_cache`` wrote.
 
-        Raises
-        ------
-        InputError : it was altered, or saved by another version, method or model than is here.
+        Raises `InputError` if it was altered, or saved by another version, method or model than is here.
         """
-        return cls.rebuild(*opened(state))
+        content, arrays = _opened(state)
+        return cls.rebuild(content, iter(arrays))
 
 
 class Checksummed:
@@ -109,19 +105,14 @@ class Checksummed:
     @state.setter
     def state(self, saved: Sequence[Any]) -> None:
         leaves, arrays = _leaves(saved[0])
-        content, _ = opened([*arrays, saved[-1]])
-        if content.get("leaves") != leaves:
-            raise _unreadable(NOT_WRITTEN)
+        content, _ = _opened([*arrays, saved[-1]])
+        with _reading():
+            if content["leaves"] != leaves:
+                raise ValueError("it is not what was written")
         settings = content["settings"]
         check_model(settings["model"], settings["layer"])
         self.native.state.fset(self, saved[0])
         self.__dict__ |= settings
-
-
-def _leaves(state: object) -> tuple[dict[str, str], list[mx.array]]:
-    """Kinds of all that a state holds, by name, and as arrays all but None."""
-    leaves: list[tuple[str, Any]] = tree_flatten(state)  # type: ignore[assignment]
-    return {name: type(leaf).__name__ for name, leaf in leaves}, [mx.array(x) for _, x in leaves if x is not None]
 
 
 CHECKSUMMED = {
@@ -145,58 +136,19 @@ def add_checksum(cache: Any, model: str, layer: int, reason: str) -> None:  # no
     cache.reason = reason
 
 
-def opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
-    """The content and the arrays of a saved ``state``, evaluated and found to be what was written.
-
-    Raises
-    ------
-    InputError : they are not, or another version wrote them.
-    """
-    try:
-        # a state that was not saved holds a `Description`, whose characters come from its iterator
-        content = json.loads("".join(iter(state[-1])))
-        arrays = list(state[:-1])
-        if content["format"] != FORMAT:
-            raise ValueError(f"its format is {content['format']!r} and not {FORMAT!r}")
-        said = content.pop("sha256")
-        if _checksum(content, arrays) != said:
-            raise ValueError(NOT_WRITTEN)
-    except (ValueError, KeyError, TypeError, IndexError, RuntimeError, OverflowError) as error:
-        raise _unreadable(error) from error
-    return content, arrays
+def describe_codec(codec: Codec) -> tuple[Content, list[mx.array]]:
+    """A codec as JSON and arrays."""
+    plain, arrays = saving.to_parts(codec)
+    said = {"class": saving.class_name(codec), "version": saving.version_of(codec)}
+    return {**said, "fields": plain, "arrays": list(arrays)}, [*arrays.values()]
 
 
-def _unreadable(reason: object) -> InputError:
-    return InputError(f"This saved cache cannot be read ({reason}): make it again from its text.")
-
-
-def describe_codecs(codecs: Mapping[str, Codec]) -> tuple[Content, list[mx.array]]:
-    """Codecs by side, as JSON and arrays."""
-    content: Content = {}
-    arrays: list[mx.array] = []
-    for side, codec in codecs.items():
-        plain, own = to_parts(codec)
-        content[side] = {
-            "class": class_name(codec),
-            "version": version_of(codec),
-            "fields": plain,
-            "arrays": list(own),
-        }
-        arrays += own.values()
-    return content, arrays
-
-
-def restore_codecs(content: Content, arrays: Sequence[mx.array]) -> dict[str, Codec]:
-    """Undo `describe_codecs`; raises `InputError` for codecs of another version."""
-    left, codecs = list(arrays), {}
-    for side, said in content.items():
-        kind, own = find_class(said["class"]), {name: left.pop(0) for name in said["arrays"]}
-        try:
-            check_version(said["class"].partition(".")[0], said["version"])
-            codecs[side] = from_parts(kind, said["fields"], own)
-        except ValueError as error:
-            raise _unreadable(error) from error
-    return codecs
+def restore_codec(said: Content, arrays: Iterator[mx.array]) -> Codec:
+    """Undo `describe_codec`, with the next of ``arrays``; raises `InputError` for a codec of another version."""
+    kind, own = saving.find_class(said["class"]), {name: next(arrays) for name in said["arrays"]}
+    with _reading():
+        saving.check_version(said["class"].partition(".")[0], said["version"])
+        return saving.from_parts(kind, said["fields"], own)
 
 
 def check_model(model: str, layer: int | None) -> None:
@@ -214,9 +166,25 @@ def check_model(model: str, layer: int | None) -> None:
         )
 
 
-def _checksum(content: Content, arrays: Sequence[mx.array]) -> str:
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+def _opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
+    """Content and arrays of a saved ``state``, evaluated; raises `InputError` unless they are what was written."""
+    with _reading():
+        *arrays, said = state
+        # a state that was not saved holds a `Description`, whose characters come from its iterator
+        return from_json("".join(iter(said)), FORMAT, _bytes(arrays)), arrays
+
+
+def _reading() -> AbstractContextManager[None]:
+    return reading("saved cache", None, "make it again from its text")
+
+
+def _leaves(state: object) -> tuple[dict[str, str], list[mx.array]]:
+    """Kinds of all that a state holds, by name, and as arrays all but None."""
+    leaves: list[tuple[str, Any]] = tree_flatten(state)  # type: ignore[assignment]
+    return {name: type(leaf).__name__ for name, leaf in leaves}, [mx.array(x) for _, x in leaves if x is not None]
+
+
+def _bytes(arrays: Sequence[mx.array]) -> Iterator[bytes]:
     for array in arrays:
-        digest.update(f"{array.shape} {array.dtype}\n".encode())
-        digest.update(np.array(array.reshape(-1).view(mx.uint8)).tobytes())
-    return digest.hexdigest()
+        yield f"{array.shape} {array.dtype}\n".encode()
+        yield np.array(array.reshape(-1).view(mx.uint8)).tobytes()
