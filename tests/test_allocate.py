@@ -12,7 +12,7 @@ import pytest
 import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
-from veloxlab.allocate.choices import even_widths, head_tables
+from veloxlab.allocate.choices import Offer, even_widths
 from veloxlab.allocate.curves import CURVES
 from veloxlab.codecs.parts.codebooks import sphere_codebook
 from veloxlab.codecs.parts.water_filling import fit_distortion, water_filling_gain
@@ -123,7 +123,7 @@ def test_no_allocation_of_a_small_model_is_predicted_to_be_better(folder):
     """Of all widths of two layers of two heads, by dynamic programming over bits."""
     small = tiny("llama")
     rates = vl.rate_budget(small, Letters(), text=TEXT, folder=folder, bits=(2, 3, 4), **SETTINGS)
-    tables = head_tables(rates.sensitivities, rates.curves)
+    tables = Offer.of(rates.sizes, rates.sensitivities, rates.curves).tables
     losses = np.concatenate([table[0].losses for table in tables.values()])
     best = {0: 0.0}
     for row in losses:
@@ -179,7 +179,7 @@ def test_one_problem_serves_texts_of_any_length(rates):
     """Where no layer slides, memory for a text is bytes for each token."""
     lengths = [rates.solve(vl.allocate.TokensInMemory(n, 0.3)).bytes_per_token for n in (400, 600, 800)]
     assert lengths == sorted(lengths, reverse=True)
-    assert len({tokens for bounds, tokens, _ in rates._solved if bounds == vl.allocate.Bounds()}) == 1
+    assert len({tokens for bounds, tokens, _ in rates._offer.known if bounds == vl.allocate.Bounds()}) == 1
 
 
 def test_a_floor_of_quality_takes_the_fewest_bytes(rates):
@@ -332,15 +332,15 @@ def test_what_cannot_be_allocated_is_refused(model, rates):
     with pytest.raises(InputError, match="hold no width"):
         vl.allocate.Bounds(least_bits=5, most_bits=4)
     with pytest.raises(InputError, match="The sensitivities are of 6 heads and the curves of 12"):
-        head_tables(rates.sensitivities.filter(tensor="keys"), rates.curves)
+        Offer.of(rates.sizes, rates.sensitivities.filter(tensor="keys"), rates.curves)
     mixed = pl.concat([rates.sensitivities, rates.sensitivities.with_columns(by=pl.lit("key_norm"))])
     with pytest.raises(InputError, match="of 2 kinds"):
-        head_tables(mixed, rates.curves)
+        Offer.of(rates.sizes, mixed, rates.curves)
 
 
 def test_a_key_norm_weighs_the_relative_distortion(model, folder):
     rates = vl.rate_budget(model, Letters(), text=TEXT, by="key_norm", folder=folder, **SETTINGS)
-    table = head_tables(rates.sensitivities, rates.curves)[1, "keys"][0]
+    table = Offer.of(rates.sizes, rates.sensitivities, rates.curves).tables[1, "keys"][0]
     row = rates.curves.filter(layer=1, head=0, tensor="keys", bits=2).row(0, named=True)
     norm = rates.sensitivities.filter(layer=1, head=0, tensor="keys")["sensitivity"][0]
     assert table.losses[0, 1] == pytest.approx(norm * row["relative"])

@@ -6,7 +6,7 @@ import pytest
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab.allocate.budget import MEGABYTE, held_tokens, layer_sizes, limit_of
+from veloxlab.allocate.budget import MEGABYTE, layer_sizes, limit_of
 from veloxlab.errors import InputError
 
 
@@ -37,7 +37,7 @@ def test_a_prompt_holds_exactly_what_was_counted(tokens, sinks, window):
     model = tiny("llama")
     cache = filled(model, tokens, one_by_one=False, sinks=sinks, window=window)
     for size in layer_sizes(model):
-        held = held_tokens(size, tokens, sinks=sinks, window=window, decoded=False)
+        held = size.held_tokens(tokens, sinks, window, decoded=False)
         assert predicted(size, held, cache[size.layer]) == cache[size.layer].nbytes
 
 
@@ -51,7 +51,7 @@ def test_no_cache_holds_more_than_was_counted(family, one_by_one):
         total = counted = 0
         for size in layer_sizes(model):
             own = cache[size.layer]
-            bound = predicted(size, held_tokens(size, tokens, sinks=4, window=16), own)
+            bound = predicted(size, size.held_tokens(tokens, 4, 16), own)
             assert own.nbytes <= bound
             total, counted = total + own.nbytes, counted + bound
         assert total > 0.6 * counted  # slack of 8 tokens in three buffers of a short text
@@ -62,16 +62,16 @@ def test_bits_and_bytes_are_of_one_token_of_all_layers():
     values = 2 * 2 * (64 + 64)
     limit = limit_of(vl.allocate.AverageBits(3.25), sizes, 4, 64)
     assert limit.nbytes == 3.25 * values / 8
-    assert limit.tokens == {0: 1, 1: 1}
+    assert limit.tokens == (1, 1)
     assert limit_of(vl.allocate.BytesPerToken(100), sizes, 4, 64).nbytes == 100
 
 
 def test_a_text_in_memory_leaves_what_its_exact_tokens_do_not_take():
     sizes = layer_sizes(tiny("llama"))
     limit = limit_of(vl.allocate.TokensInMemory(1000, 0.5), sizes, 4, 64)
-    held = held_tokens(sizes[0], 1000, sinks=4, window=64)
+    held = sizes[0].held_tokens(1000, 4, 64)
     assert limit.nbytes * held.packed == pytest.approx(0.5 * MEGABYTE - 2 * held.exact * 256 * 4)
-    assert limit.tokens == {0: 1, 1: 1}
+    assert limit.tokens == (1, 1)
     assert held.packed >= 1000 - 4 - 64 - 31
 
 
@@ -80,8 +80,8 @@ def test_a_sliding_layer_counts_what_it_sees():
     limit = limit_of(vl.allocate.TokensInMemory(5000, 5), sizes, 0, 0)
     slides = [size.max_size is not None for size in sizes]
     assert any(slides)
-    for size, sliding in zip(sizes, slides, strict=True):
-        assert (limit.tokens[size.layer] < 0.01) == sliding
+    for many, sliding in zip(limit.tokens, slides, strict=True):
+        assert (many < 0.01) == sliding
 
 
 @pytest.mark.parametrize(

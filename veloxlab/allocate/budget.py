@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from mlx.nn.layers.base import Module
 
@@ -19,10 +19,7 @@ Protection = Literal["widest", "exact"]
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Shapes of one layer's keys and values, and how many tokens it sees; as `veloxlab.mlxlm.probe.LayerFacts`.
-
-    ``exact_bits`` are those of an exact value.
-    """
+    """Shapes of one layer's keys and values, and how many tokens it sees, as `LayerFacts`; bits of an exact value."""
 
     layer: int
     kv_heads: int
@@ -42,24 +39,19 @@ class LayerSize:
         """Bytes of one exact token."""
         return self.values_per_token * self.exact_bits // 8
 
+    def held_tokens(self, tokens: int, sinks: int, window: int, *, decoded: bool = True) -> HeldTokens:
+        """The most tokens that a compressed cache has room for: `veloxlab.cache.counts.Windows.most_held`."""
+        windows = Windows.of(sinks if self.max_size is None else self.keep, window, self.max_size)
+        return windows.most_held(tokens, decoded=decoded)
+
 
 def layer_sizes(model: Module) -> tuple[LayerSize, ...]:
     """Sizes of the layers that a compressed cache can take; raises `InputError` if there are none."""
-    width = exact_width(model)
-    sizes = tuple(
-        LayerSize(f.layer, f.kv_heads, f.key_dim, f.value_dim, f.max_size, f.keep, width)
-        for f in probe(model)
-        if f.compressible
-    )
-    if not sizes:
+    names, width = [f.name for f in fields(LayerSize)][:-1], exact_width(model)
+    facts = [[getattr(found, name) for name in names] for found in probe(model) if found.compressible]
+    if not facts:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to allocate.")
-    return sizes
-
-
-def held_tokens(size: LayerSize, tokens: int, *, sinks: int, window: int, decoded: bool = True) -> HeldTokens:
-    """The most tokens that a layer's compressed cache has room for: `veloxlab.cache.counts.Windows.most_held`."""
-    windows = Windows.of(sinks if size.max_size is None else size.keep, window, size.max_size)
-    return windows.most_held(tokens, decoded=decoded)
+    return tuple(LayerSize(*own, width) for own in facts)
 
 
 @dataclass(frozen=True)
@@ -88,8 +80,7 @@ class BytesPerToken(_Amounts):
 class TokensInMemory(_Amounts):
     """A text of so many tokens in so many megabytes (10⁶ bytes), the memory of all compressed layers.
 
-    Exact sinks and windows, scales, and the slack of buffers that grow are counted. Constant tables (`report`'s
-    ``"shared"`` row), and what layers without plain keys and values hold, are not.
+    Exact tokens, scales and the slack of buffers are counted; tables, and what other layers hold, are not.
     """
 
     tokens: int
@@ -114,18 +105,17 @@ BUDGET = either(
 """A budget, or a number of true bits."""
 
 
-@dataclass(frozen=True)
-class Limit:
+class Limit(NamedTuple):
     """What a budget leaves for codes: bytes, or a predicted loss."""
 
-    tokens: Mapping[int, float]  # packed ones of each layer, relative to the layer that holds most
+    tokens: tuple[float, ...]  # packed ones of each layer, relative to the layer that holds most
     nbytes: float | None = None  # of the codes of all layers, for one token of that layer
-    predicted_loss: float | None = None  # the greatest that is allowed
+    predicted_loss: float = 0.0  # the greatest that is allowed, where bytes are not limited
 
 
 def limit_of(budget: Budget, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:
     """What ``budget`` leaves for the codes of these layers; raises `InputError` if exact tokens take all of it."""
-    alike = {size.layer: 1.0 for size in sizes}
+    alike = (1.0,) * len(sizes)
     match budget:
         case AverageBits(bits):
             return Limit(alike, bits * sum(size.values_per_token for size in sizes) / 8)
@@ -134,9 +124,9 @@ def limit_of(budget: Budget, sizes: Sequence[LayerSize], sinks: int, window: int
         case QualityFloor(loss):
             return Limit(alike, predicted_loss=loss)
         case TokensInMemory(tokens, megabytes):
-            held = {size.layer: held_tokens(size, tokens, sinks=sinks, window=window) for size in sizes}
-    exact = sum(held[size.layer].exact * size.exact_bytes for size in sizes)
-    left, most = megabytes * MEGABYTE - exact, max(one.packed for one in held.values())
+            held = [size.held_tokens(tokens, sinks, window) for size in sizes]
+    exact = sum(one.exact * size.exact_bytes for one, size in zip(held, sizes, strict=True))
+    left, most = megabytes * MEGABYTE - exact, max(one.packed for one in held)
     if not most:
         raise InputError(
             f"{tokens} tokens are all kept exact by {sinks} sinks and a window of {window}, in "
@@ -147,7 +137,7 @@ def limit_of(budget: Budget, sizes: Sequence[LayerSize], sinks: int, window: int
             f"{megabytes:g} MB are less than the exact tokens take, {exact / MEGABYTE:.3g} MB: give more, or fewer "
             "sinks or a smaller window."
         )
-    return Limit({layer: one.packed / most for layer, one in held.items()}, left / most)
+    return Limit(tuple(one.packed / most for one in held), left / most)
 
 
 @dataclass(frozen=True)
@@ -194,10 +184,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Spans:
-    """The least and the most that each kind of budget can ask for within some bounds, by the name of its amount.
-
-    ``megabytes`` are of a text of one length.
-    """
+    """The least and the most that each kind of budget can ask for within some bounds, by the name of its amount."""
 
     bits: tuple[float, float]
     nbytes: tuple[float, float]

@@ -8,7 +8,7 @@ costs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 from typing import Self
@@ -16,8 +16,9 @@ from typing import Self
 import numpy as np
 import polars as pl
 
-from veloxlab.allocate.budget import Bounds, LayerSize, Limit
+from veloxlab.allocate.budget import Bounds, LayerSize
 from veloxlab.allocate.solve import Floats, Ints, Problem
+from veloxlab.cache.plan import Plan
 from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
 
@@ -35,6 +36,13 @@ class Choice:
     widths: tuple[int, ...]  # code bits of each head
     nbytes: float  # of one packed token
     losses: Floats  # predicted for each head [H], in the unit of the sensitivities
+
+    @classmethod
+    def exact(cls, size: LayerSize, tensor: Tensor) -> Self:
+        """A layer's keys or values left as they are."""
+        dim = size.key_dim if tensor == "keys" else size.value_dim
+        widths = (size.exact_bits,) * size.kv_heads
+        return cls(EXACT, widths, dim * sum(widths) / 8, np.zeros(size.kv_heads))
 
     @cached_property
     def mean_width(self) -> float:
@@ -61,13 +69,11 @@ class HeadTable:
     nbytes: Floats
     losses: Floats
 
-    def choice(self, columns: Ints | int) -> Choice:
+    def choice(self, columns: Ints | Sequence[int] | int) -> Choice:
         """The choice with a column for each head, or one column for all."""
         columns = np.broadcast_to(columns, len(self.nbytes))
-        at = np.arange(len(columns)), columns
-        return Choice(
-            self.method, tuple(self.widths[c] for c in columns), float(self.nbytes[at].sum()), self.losses[at]
-        )
+        at, widths = (np.arange(len(columns)), columns), tuple(self.widths[c] for c in columns)
+        return Choice(self.method, widths, float(self.nbytes[at].sum()), self.losses[at])
 
     def choices(self, bounds: Bounds) -> Iterator[Choice]:
         """All that a plan can hold within the bounds."""
@@ -79,117 +85,139 @@ class HeadTable:
             yield from (self.choice(int(column)) for column in kept)
 
 
-Tables = Mapping[Place, Sequence[HeadTable]]
-
-
-def exact_choice(size: LayerSize, tensor: Tensor) -> Choice:
-    """A layer's keys or values left as they are."""
-    dim = size.key_dim if tensor == "keys" else size.value_dim
-    widths, heads = (size.exact_bits,) * size.kv_heads, size.kv_heads
-    return Choice(EXACT, widths, heads * dim * size.exact_bits / 8, np.zeros(heads))
-
-
-def head_tables(sensitivities: pl.DataFrame, curves: pl.DataFrame) -> Tables:
-    """Tables of every layer's keys and values, one for each method, from `SENSITIVITIES` and `CURVES`.
-
-    A head loses its sensitivity times ½·E‖x − x̂‖²/D; by ``"key_norm"``, whose unit is that of E‖x‖², times the
-    relative distortion. Raises `InputError` if the two are not of the same layers and heads.
-    """
-    by = sensitivities["by"].unique().to_list()
-    if len(by) != 1:
-        raise InputError(f"The sensitivities are of {len(by)} kinds, {by}: give one kind.")
-    share = pl.col("relative") if by == ["key_norm"] else pl.col("distortion") / (2 * pl.col("head_dim"))
-    head = ["layer", "head", "tensor"]
-    weights = sensitivities.select(*head, "sensitivity")
-    joined = curves.join(weights, on=head, how="left", maintain_order="left")
-    heads = curves.select(head).unique().height
-    if joined["sensitivity"].null_count() or heads != weights.height:
-        raise InputError(
-            f"The sensitivities are of {weights.height} heads and the curves of {heads}, not all the same: measure "
-            "both on one model."
-        )
-    tables: dict[Place, list[HeadTable]] = {}
-    ordered = joined.with_columns(loss=pl.col("sensitivity") * share).sort("head", "bits", maintain_order=True)
-    for (layer, tensor, method), rows in ordered.group_by("layer", "tensor", "method", maintain_order=True):
-        widths = tuple(rows["bits"].unique().sort())
-        nbytes, losses = (rows[name].to_numpy().reshape(-1, len(widths)) for name in ("bytes_per_token", "loss"))
-        place: Place = int(layer), TENSORS[TENSORS.index(tensor)]  # methods stay as they were named
-        tables.setdefault(place, []).append(HeadTable(str(method), widths, nbytes, losses))
-    return tables
-
-
-def offered(tables: Tables, sizes: Sequence[LayerSize], bounds: Bounds) -> dict[Place, list[Choice]]:
-    """All that a plan may give each layer's keys and values; raises `InputError` if no measured width is in bounds."""
-    last = sizes[max(0, len(sizes) - bounds.protected_last) :]
-    protected = {size.layer for size in (*sizes[: bounds.protected_first], *last)}
-    found: dict[Place, list[Choice]] = {}
-    for size in sizes:
-        for tensor in TENSORS:
-            choices = [choice for table in tables[size.layer, tensor] for choice in table.choices(bounds)]
-            if not choices:
-                raise InputError(
-                    f"No width from {bounds.least_bits} to {bounds.most_bits} bits was measured for {tensor} of layer "
-                    f"{size.layer}: widen the bounds, or measure those widths."
-                )
-            if size.layer in protected:
-                widest = min(choices, key=lambda choice: (-choice.mean_width, choice.predicted_loss))
-                choices = [exact_choice(size, tensor) if bounds.protection == "exact" else widest]
-            found[size.layer, tensor] = choices
-    return found
-
-
 @dataclass(frozen=True, eq=False)
 class Choices:
-    """The choices of a whole model as the columns of a `Problem`."""
+    """Choices of a whole model as the columns of a `Problem`."""
 
     rows: Sequence[Sequence[Chosen]]  # for one layer's keys or values, or for both together
     problem: Problem  # their costs and losses [N, M], of which keys' losses are weighted
     losses: Floats  # as they are predicted
-
-    @classmethod
-    def of(
-        cls, choices: Mapping[Place, Sequence[Choice]], tokens: Mapping[int, float], bounds: Bounds, key_weight: float
-    ) -> Self:
-        """All ``choices``, at so many packed ``tokens`` of each layer; of ``bounds``, whether keys go before values."""
-        rows: list[list[Chosen]] = [[{place: choice} for choice in own] for place, own in choices.items()]
-        if bounds.keys_over_values:
-            layers = dict.fromkeys(layer for layer, _ in choices)
-            pairs = ((layer, product(choices[layer, "keys"], choices[layer, "values"])) for layer in layers)
-            rows = [
-                [{(layer, "keys"): k, (layer, "values"): v} for k, v in own if k.mean_width >= v.mean_width]
-                for layer, own in pairs
-            ]
-        costs, losses, weighted = np.full((3, len(rows), max(map(len, rows))), np.inf)
-        for i, row in enumerate(rows):
-            for j, chosen in enumerate(row):
-                costs[i, j] = sum(tokens[layer] * choice.nbytes for (layer, _), choice in chosen.items())
-                lost = {tensor: choice.predicted_loss for (_, tensor), choice in chosen.items()}
-                losses[i, j] = sum(lost.values())
-                weighted[i, j] = losses[i, j] + (key_weight - 1) * lost.get("keys", 0.0)
-        return cls(rows, Problem(costs, weighted), losses)
 
     def chosen(self, columns: Ints) -> Chosen:
         """The choices of a solution, by layer and tensor."""
         return {place: c for row, j in zip(self.rows, columns, strict=True) for place, c in row[int(j)].items()}
 
 
-def uniform_choices(tables: Tables, sizes: Sequence[LayerSize], limit: Limit) -> Chosen | None:
-    """One width for all heads, or two neighbouring ones evenly mixed; None if the least takes more than the limit.
+@dataclass(frozen=True, eq=False)
+class Offer:
+    """What was measured of a model's layers: for each one's keys and values a table by method, in the order of `sizes`.
 
-    Keys' heads are taken in the order of the layers, then values'. The method is the first that was measured; where it
-    has one width for a layer's keys, all heads of a layer count as one.
+    ``known`` holds the choices that were made of it, by bounds, tokens and weight of keys.
     """
-    assert limit.nbytes is not None
-    first = {(size.layer, tensor): tables[size.layer, tensor][0] for tensor in TENSORS for size in sizes}
-    costs = [
-        limit.tokens[layer] * (t.nbytes if t.method == PER_HEAD else t.nbytes.sum(axis=0, keepdims=True))
-        for (layer, _), t in first.items()
-    ]
-    columns = even_widths(np.concatenate(costs), limit.nbytes)
-    if columns is None:
-        return None
-    of_place = np.split(columns, np.cumsum([len(cost) for cost in costs])[:-1])
-    return {place: table.choice(own) for (place, table), own in zip(first.items(), of_place, strict=True)}
+
+    sizes: Sequence[LayerSize]
+    tables: Mapping[Place, Sequence[HeadTable]]
+    known: dict[tuple[Bounds, tuple[float, ...], float], Choices] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, sizes: Sequence[LayerSize], sensitivities: pl.DataFrame, curves: pl.DataFrame) -> Self:
+        """The tables from `SENSITIVITIES` and `CURVES`.
+
+        A head loses its sensitivity times ½·E‖x − x̂‖²/D; by ``"key_norm"``, whose unit is that of E‖x‖², times the
+        relative distortion. Raises `InputError` if the two are not of the same layers and heads.
+        """
+        by = sensitivities["by"].unique().to_list()
+        if len(by) != 1:
+            raise InputError(f"The sensitivities are of {len(by)} kinds, {by}: give one kind.")
+        share = pl.col("relative") if by == ["key_norm"] else pl.col("distortion") / (2 * pl.col("head_dim"))
+        head = ["layer", "head", "tensor"]
+        joined = curves.join(sensitivities.select(*head, "sensitivity"), on=head, how="left", maintain_order="left")
+        heads = curves.select(head).unique().height
+        if joined["sensitivity"].null_count() or heads != sensitivities.height:
+            raise InputError(
+                f"The sensitivities are of {sensitivities.height} heads and the curves of {heads}, not all the same: "
+                "measure both on one model."
+            )
+        tables: dict[Place, list[HeadTable]] = {(size.layer, tensor): [] for tensor in TENSORS for size in sizes}
+        rows = joined.with_columns(loss=pl.col("sensitivity") * share).sort("head", "bits", maintain_order=True)
+        for (layer, tensor, method), own in rows.group_by("layer", "tensor", "method", maintain_order=True):
+            widths = tuple(own["bits"].unique().sort())
+            nbytes, losses = (own[name].to_numpy().reshape(-1, len(widths)) for name in ("bytes_per_token", "loss"))
+            tables[layer, tensor].append(HeadTable(str(method), widths, nbytes, losses))  # type: ignore[index]
+        return cls(sizes, tables)
+
+    def choices(self, bounds: Bounds, tokens: tuple[float, ...], key_weight: float = 1.0) -> Choices:
+        """All that a plan may give within ``bounds``, at so many packed ``tokens`` of each layer."""
+        if (bounds, tokens, key_weight) in self.known:
+            return self.known[bounds, tokens, key_weight]
+        found, last = self._within(bounds), dict(zip((size.layer for size in self.sizes), tokens, strict=True))
+        rows: list[list[Chosen]] = [[{place: choice} for choice in own] for place, own in found.items()]
+        if bounds.keys_over_values:
+            rows = [
+                [
+                    {(layer, "keys"): k, (layer, "values"): v}
+                    for k, v in product(found[layer, "keys"], found[layer, "values"])
+                    if k.mean_width >= v.mean_width
+                ]
+                for layer in last
+            ]
+        costs, losses, weighted = np.full((3, len(rows), max(map(len, rows))), np.inf)
+        for i, row in enumerate(rows):
+            for j, chosen in enumerate(row):
+                costs[i, j] = sum(last[layer] * choice.nbytes for (layer, _), choice in chosen.items())
+                lost = {tensor: choice.predicted_loss for (_, tensor), choice in chosen.items()}
+                losses[i, j] = sum(lost.values())
+                weighted[i, j] = losses[i, j] + (key_weight - 1) * lost.get("keys", 0.0)
+        made = self.known[bounds, tokens, key_weight] = Choices(rows, Problem(costs, weighted), losses)
+        return made
+
+    def _within(self, bounds: Bounds) -> dict[Place, list[Choice]]:
+        """What may be given to each layer's keys and values; `InputError` if no measured width is within the bounds."""
+        count = len(self.sizes)
+        found: dict[Place, list[Choice]] = {}
+        for i, size in enumerate(self.sizes):
+            for tensor in TENSORS:
+                choices = [choice for table in self.tables[size.layer, tensor] for choice in table.choices(bounds)]
+                if not choices:
+                    raise InputError(
+                        f"No width from {bounds.least_bits} to {bounds.most_bits} bits was measured for {tensor} of "
+                        f"layer {size.layer}: widen the bounds, or measure those widths."
+                    )
+                if i < bounds.protected_first or i >= count - bounds.protected_last:
+                    widest = min(choices, key=lambda choice: (-choice.mean_width, choice.predicted_loss))
+                    choices = [Choice.exact(size, tensor) if bounds.protection == "exact" else widest]
+                found[size.layer, tensor] = choices
+        return found
+
+    @property
+    def first(self) -> dict[Place, HeadTable]:
+        """Tables of the method that was measured first, keys' before values'."""
+        return {place: tables[0] for place, tables in self.tables.items()}
+
+    def uniform(self, tokens: Sequence[float], room: float) -> Chosen | None:
+        """One width for all heads, or two neighbouring ones evenly mixed; None if the least takes more than ``room``.
+
+        Keys' heads are taken in the order of the layers, then values'. Where the first method has one width for a
+        layer's keys, all heads of a layer count as one.
+        """
+        costs = [
+            many * (t.nbytes if t.method == PER_HEAD else t.nbytes.sum(axis=0, keepdims=True))
+            for many, t in zip([*tokens, *tokens], self.first.values(), strict=True)
+        ]
+        columns = even_widths(np.concatenate(costs), room)
+        if columns is None:
+            return None
+        of_place = np.split(columns, np.cumsum([len(cost) for cost in costs])[:-1])
+        return {place: table.choice(own) for (place, table), own in zip(self.first.items(), of_place, strict=True)}
+
+    def chosen(self, plan: Plan) -> Chosen:
+        """What a plan gives each layer's keys and values; `InputError` if a method or a width was not measured."""
+        return {
+            (size.layer, tensor): self._choice(size, tensor, method, plan.widths(size.layer, tensor))
+            for size in self.sizes
+            for tensor, method, _, _ in plan.layers[size.layer].tensors
+        }
+
+    def _choice(self, size: LayerSize, tensor: Tensor, method: str, widths: tuple[int, ...]) -> Choice:
+        if method == EXACT:
+            return Choice.exact(size, tensor)
+        table = next((t for t in self.tables[size.layer, tensor] if t.method == method), None)
+        if table is None or not {*widths} <= {*table.widths}:
+            raise InputError(
+                f"{method} at {widths} bits was not measured for the {tensor} of layer {size.layer}: measure the "
+                "method's curves at these widths."
+            )
+        return table.choice([table.widths.index(width) for width in widths])
 
 
 def even_widths(costs: Floats, room: float) -> Ints | None:

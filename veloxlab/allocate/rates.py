@@ -16,34 +16,13 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from math import fsum
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Self
 
-import numpy as np
 import polars as pl
 
-from veloxlab.allocate.budget import (
-    BOUNDS,
-    BUDGET,
-    MEGABYTE,
-    Bounds,
-    Budget,
-    LayerSize,
-    Limit,
-    Spans,
-    held_tokens,
-    limit_of,
-)
-from veloxlab.allocate.choices import (
-    EXACT,
-    Choice,
-    Choices,
-    Chosen,
-    Tables,
-    exact_choice,
-    head_tables,
-    offered,
-    uniform_choices,
-)
+from veloxlab.allocate.budget import BOUNDS, BUDGET, MEGABYTE, Bounds, Budget, LayerSize, Limit, Spans, limit_of
+from veloxlab.allocate.choices import EXACT, Chosen, Offer
 from veloxlab.allocate.curves import CURVES
 from veloxlab.allocate.sensitivity import SENSITIVITIES, frame_of
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, LayerSettings, Plan
@@ -122,8 +101,6 @@ class RateBudget:
     window: int = DEFAULT_WINDOW
     calibrations: Mapping[str, str] = field(default_factory=dict)
 
-    # allocating -----------------------------------------------------------------------------------------------------
-
     @checked(bounds=BOUNDS)
     def solve(
         self, budget: Budget | float, bounds: Bounds | None = None, *, key_weight: float = 1.0, name: str = ""
@@ -140,29 +117,28 @@ class RateBudget:
         """
         limit = self._limit(budget)
         bounds = bounds or self._usual_bounds(limit)
-        choices = self._choices(bounds, limit.tokens, key_weight)
+        choices = self._offer.choices(bounds, limit.tokens, key_weight)
         least = float(choices.problem.frontier.costs[0])
         if limit.nbytes is None:
-            assert limit.predicted_loss is not None
             solution = choices.problem.reaching(limit.predicted_loss, choices.losses)
         elif limit.nbytes * (1 + 1e-9) < least:
             raise InputError(_too_little(limit.nbytes, f"the least widths within the bounds take {least:,.1f}"))
         else:
             solution = choices.problem.within(limit.nbytes)
         chosen = choices.chosen(solution.choice)
-        nbytes, loss = _sums(chosen)
-        even = uniform_choices(self._tables, self.sizes, Limit(limit.tokens, solution.cost))
-        widths = {t: float(np.mean([chosen[size.layer, t].mean_width for size in self.sizes])) for t in TENSORS}
+        even = self._offer.uniform(limit.tokens, solution.cost)
+        bits = 8 * _nbytes(chosen) / self._values
+        key_bits, value_bits = (_mean_width(chosen, tensor) for tensor in TENSORS)
         return Allocation(
-            self._plan(chosen, name or f"allocated, {8 * nbytes / self._values:.2f} bits"),
-            nbytes,
-            8 * nbytes / self._values,
-            widths["keys"],
-            widths["values"],
-            loss,
+            self._plan(chosen, name or f"allocated, {bits:.2f} bits"),
+            _nbytes(chosen),
+            bits,
+            key_bits,
+            value_bits,
+            _loss(chosen),
             solution.bound if limit.nbytes is not None and key_weight == 1 else None,
             None if even is None else self._uniform_plan(even),
-            None if even is None else _sums(even)[1],
+            None if even is None else _loss(even),
             bounds,
             bool(solution.cost <= least * (1 + 1e-9)),
         )
@@ -175,17 +151,14 @@ class RateBudget:
     def uniform(self, budget: Budget | float, *, name: str = "") -> Plan:
         """One width for all heads, and one bit more for as many heads as the rest pays for, evenly spaced.
 
-        Sensitivities have no say. Keys and values get the same bits, which matters, as keys are worth more. The method
-        is the first that was measured; where it has one width for a layer's keys, all its heads get it.
-
-        Raises
-        ------
-        InputError : the budget is too small, or is one of quality.
+        Keys and values get the same bits, whatever the sensitivities. The method is the first that was measured; where
+        it has one width for a layer's keys, all its heads get it. Raises `InputError` for a budget that is too small,
+        or of quality.
         """
         limit = self._limit(budget)
         if limit.nbytes is None:
             raise InputError("A uniform plan is made for a budget of bytes or bits: give one of those.")
-        chosen = uniform_choices(self._tables, self.sizes, limit)
+        chosen = self._offer.uniform(limit.tokens, limit.nbytes)
         if chosen is None:
             raise InputError(_too_little(limit.nbytes, "the least width that was measured takes more for all heads"))
         return self._uniform_plan(chosen, name)
@@ -193,22 +166,19 @@ class RateBudget:
     @checked(bounds=BOUNDS)
     def frontier(self, bounds: Bounds | None = None) -> pl.DataFrame:
         """The least predicted loss at every number of bytes where it is certain, and uniform widths: `FRONTIER`."""
-        best = self._choices(bounds or Bounds(), self._one_token).problem.frontier
-        first = [self._tables[size.layer, tensor][0] for size in self.sizes for tensor in TENSORS]
+        best = self._offer.choices(bounds or Bounds(), self._alike).problem.frontier
+        first = self._offer.first.values()
         uniform = sum(table.nbytes.sum(axis=0) for table in first), sum(table.losses.sum(axis=0) for table in first)
         frames = [
             pl.DataFrame({"kind": kind, "bytes_per_token": nbytes, "predicted_loss": losses})
             for kind, (nbytes, losses) in (("allocated", (best.costs, best.losses)), ("uniform", uniform))
         ]
-        return (
-            pl.concat(frames)
-            .with_columns(true_bits=8 * pl.col("bytes_per_token") / self._values)
-            .select(list(FRONTIER))
-        )
+        bits = 8 * pl.col("bytes_per_token") / self._values
+        return pl.concat(frames).with_columns(true_bits=bits).select(list(FRONTIER))
 
     def spans(self, bounds: Bounds, tokens: int) -> Spans:
         """The least and the most that budgets can ask for within ``bounds``; megabytes are of a text of ``tokens``."""
-        choices = self._choices(bounds, self._one_token)
+        choices = self._offer.choices(bounds, self._alike)
         best = choices.problem.frontier
         ends = [choices.chosen(best.choice(step)) for step in (0, len(best.slopes))]
         # a little more than a plan holds, so that no end is refused for its rounding
@@ -216,8 +186,6 @@ class RateBudget:
         nbytes = float(best.costs[0]), float(best.costs[-1])
         bits = 8 * nbytes[0] / self._values, 8 * nbytes[1] / self._values
         return Spans(bits, nbytes, (least, most), (float(best.losses[-1]), float(best.losses[0])))
-
-    # predicting -----------------------------------------------------------------------------------------------------
 
     def heads(self, plan: Plan) -> pl.DataFrame:
         """What each KV head's keys and values get from a plan, and are predicted to lose: `HEADS`.
@@ -233,11 +201,11 @@ class RateBudget:
 
     def predicted_loss(self, plan: Plan) -> float:
         """Predicted loss a token of a plan; what is exact loses nothing. Raises as `heads`."""
-        return _sums(self._chosen(plan))[1]
+        return _loss(self._chosen(plan))
 
     def bytes_per_token(self, plan: Plan) -> float:
         """Bytes of one packed token in all layers; exact layers are counted as they are. Raises as `heads`."""
-        return _sums(self._chosen(plan))[0]
+        return _nbytes(self._chosen(plan))
 
     def true_bits(self, plan: Plan) -> float:
         """Bits of each packed value on average, scales included. Raises as `heads`."""
@@ -246,8 +214,6 @@ class RateBudget:
     def held_bytes(self, plan: Plan, tokens: int) -> float:
         """The most bytes that compressed layers hold after a text, as `TokensInMemory` counts. Raises as `heads`."""
         return self._held(self._chosen(plan), tokens, plan.sinks, plan.window)
-
-    # the file -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def identity(self) -> str:
@@ -267,35 +233,28 @@ class RateBudget:
         """Read what `save` wrote; raises `InputError` for a file that is missing or was altered."""
         with reading("measurements", Path(path), "make them again with vl.rate_budget"):
             content = read_json(Path(path), FORMAT)
-            parts = {
-                "sensitivities": frame_of(content["sensitivities"], SENSITIVITIES),
-                "curves": frame_of(content["curves"], CURVES),
-                "sizes": tuple(LayerSize(**size) for size in content["sizes"]),
-            }
-            return cls(**(content | parts))
+            content["sensitivities"] = frame_of(content["sensitivities"], SENSITIVITIES)
+            content["curves"] = frame_of(content["curves"], CURVES)
+            content["sizes"] = tuple(LayerSize(**size) for size in content["sizes"])
+            return cls(**content)
 
     def _content(self) -> dict[str, Any]:
         frames = {name: getattr(self, name).to_dict(as_series=False) for name in ("sensitivities", "curves")}
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return own | frames | {"sizes": [asdict(size) for size in self.sizes]}
 
-    # inside ---------------------------------------------------------------------------------------------------------
-
     @cached_property
-    def _tables(self) -> Tables:
-        return head_tables(self.sensitivities, self.curves)
-
-    @cached_property
-    def _solved(self) -> dict[tuple[Bounds, tuple[float, ...], float], Choices]:
-        return {}
+    def _offer(self) -> Offer:
+        return Offer.of(self.sizes, self.sensitivities, self.curves)
 
     @cached_property
     def _values(self) -> int:
         return sum(size.values_per_token for size in self.sizes)
 
-    @cached_property
-    def _one_token(self) -> dict[int, float]:
-        return {size.layer: 1.0 for size in self.sizes}
+    @property
+    def _alike(self) -> tuple[float, ...]:
+        """As many packed tokens in every layer."""
+        return (1.0,) * len(self.sizes)
 
     def _limit(self, budget: Budget | float) -> Limit:
         return limit_of(BUDGET("budget", budget), self.sizes, self.sinks, self.window)
@@ -303,16 +262,10 @@ class RateBudget:
     def _usual_bounds(self, limit: Limit) -> Bounds:
         """`Bounds`, and from 1 bit up where a budget is `SHORT`."""
         usual = Bounds()
-        if limit.nbytes is None or limit.nbytes >= SHORT * self._choices(usual, limit.tokens).problem.frontier.costs[0]:
+        if limit.nbytes is None:
             return usual
-        return Bounds(least_bits=1)
-
-    def _choices(self, bounds: Bounds, tokens: Mapping[int, float], key_weight: float = 1.0) -> Choices:
-        key = bounds, tuple(tokens.values()), key_weight
-        if key not in self._solved:
-            found = offered(self._tables, self.sizes, bounds)
-            self._solved[key] = Choices.of(found, tokens, bounds, key_weight)
-        return self._solved[key]
+        least = self._offer.choices(usual, limit.tokens).problem.frontier.costs[0]
+        return usual if limit.nbytes >= SHORT * least else Bounds(least_bits=1)
 
     def _chosen(self, plan: Plan) -> Chosen:
         """What a plan gives each layer's keys and values: the inverse of `_plan`."""
@@ -322,30 +275,12 @@ class RateBudget:
                 f"({self.model_hash}): give a plan for it, or measure {plan.model or 'the plan’s model'} "
                 f"({plan.model_hash})."
             )
-        return {
-            (size.layer, tensor): self._measured(size, tensor, method, plan.widths(size.layer, tensor))
-            for size in self.sizes
-            for tensor, method, _, _ in plan.layers[size.layer].tensors
-        }
-
-    def _measured(self, size: LayerSize, tensor: Tensor, method: str, widths: tuple[int, ...]) -> Choice:
-        if method == EXACT:
-            return exact_choice(size, tensor)
-        table = next((t for t in self._tables[size.layer, tensor] if t.method == method), None)
-        if table is None or not set(widths) <= set(table.widths):
-            raise InputError(
-                f"{method} at {widths} bits was not measured for the {tensor} of layer {size.layer}: measure "
-                "the method's curves at these widths."
-            )
-        return table.choice(np.array([table.widths.index(width) for width in widths]))
+        return self._offer.chosen(plan)
 
     def _held(self, chosen: Chosen, tokens: int, sinks: int, window: int) -> float:
-        total = 0.0
-        for size in self.sizes:
-            held = held_tokens(size, tokens, sinks=sinks, window=window)
-            packed = sum(chosen[size.layer, tensor].nbytes for tensor in TENSORS)
-            total += held.exact * size.exact_bytes + held.packed * packed
-        return total
+        held = {size.layer: size.held_tokens(tokens, sinks, window) for size in self.sizes}
+        exact = sum(held[size.layer].exact * size.exact_bytes for size in self.sizes)
+        return exact + sum(held[layer].packed * choice.nbytes for (layer, _), choice in chosen.items())
 
     def _plan(self, chosen: Chosen, name: str) -> Plan:
         exact = self.sizes[0].exact_bits
@@ -366,13 +301,21 @@ class RateBudget:
         )
 
     def _uniform_plan(self, chosen: Chosen, name: str = "") -> Plan:
-        width = np.mean([choice.mean_width for choice in chosen.values()])
-        return self._plan(chosen, name or f"uniform, {width:.2f} code bits")
+        return self._plan(chosen, name or f"uniform, {_mean_width(chosen, *TENSORS):.2f} code bits")
 
 
-def _sums(chosen: Chosen) -> tuple[float, float]:
-    """Bytes of one packed token, and the predicted loss, which is the same in any order."""
-    return sum(choice.nbytes for choice in chosen.values()), fsum(choice.predicted_loss for choice in chosen.values())
+def _nbytes(chosen: Chosen) -> float:
+    """Of one packed token."""
+    return sum(choice.nbytes for choice in chosen.values())
+
+
+def _loss(chosen: Chosen) -> float:
+    """The predicted loss, which is the same in any order."""
+    return fsum(choice.predicted_loss for choice in chosen.values())
+
+
+def _mean_width(chosen: Chosen, *tensors: Tensor) -> float:
+    return fmean(choice.mean_width for (_, tensor), choice in chosen.items() if tensor in tensors)
 
 
 def _too_little(nbytes: float, least: str) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.budget import held_tokens, layer_sizes
+from veloxlab.allocate.budget import layer_sizes
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.make import make_cache
 from veloxlab.cache.plan import LayerSettings, Plan, model_hash
@@ -138,7 +138,7 @@ def bytes_per_token(model: Module, plan: Plan, context: int, calibration: Calibr
     total = float(report(cache).filter(path="shared")["held_bytes"].sum())
     for size in layer_sizes(model):
         slot = layers[size.layer]
-        held = held_tokens(size, context, sinks=plan.sinks, window=plan.window, decoded=False)
+        held = size.held_tokens(context, plan.sinks, plan.window, decoded=False)
         coded = sum(codec.bits_per_value * codec.head_dim / 8 for codec in (slot.key_codec, slot.value_codec))
         total += held.exact * size.exact_bytes + held.packed * size.kv_heads * coded
     return total / context
