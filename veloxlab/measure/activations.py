@@ -1,47 +1,43 @@
-"""Capture: the queries, keys and values of a real run of a model, layer by layer."""
+"""The queries, keys and values of a real run of a model, layer by layer, and frames of what is measured on them."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import mlx.core as mx
+import numpy as np
+import polars as pl
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import create_attention_mask
 
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.checks import check_fields, checked, instance, many, whole
-from veloxlab.codecs import Codec, Tensor, find_method
+from veloxlab.codecs import TENSORS, Codec, Tensor, find_method
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
+from veloxlab.measure.frames import in_schema
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import Mask
 from veloxlab.mlxlm.ropes import ropes_of
 from veloxlab.progress import Progress, silent
 from veloxlab.texts import excerpt
 
+Columns = Mapping[str, Any]
+
 
 @dataclass(frozen=True)
 class LayerCapture:
-    """What one layer's attention saw, as it went into the cache (after RoPE).
+    """What one layer's attention saw, as it went into the cache (after RoPE)."""
 
-    Attributes
-    ----------
-    layer : index in the prompt cache.
-    queries : ``[1, Hq, S, Dk]``, or None where the model computes attention by itself.
-    keys, values : ``[1, H, S, Dk]`` and ``[1, H, S, Dv]``.
-    scale : what the model multiplies q·k with, or None with ``queries``.
-    rope : the rotary embedding that keys and queries went through, or None where none is known.
-    """
-
-    layer: int
-    queries: mx.array | None
-    keys: mx.array
-    values: mx.array
-    scale: float | None
-    rope: Rope | None = None
+    layer: int  # index in the prompt cache
+    queries: mx.array | None  # [1, Hq, S, Dk], or None where the model computes attention by itself
+    keys: mx.array  # [1, H, S, Dk]
+    values: mx.array  # [1, H, S, Dv]
+    scale: float | None  # what the model multiplies q·k with, or None with the queries
+    rope: Rope | None = None  # the rotary embedding that keys and queries went through, where one is known
 
     def vectors(self, tensor: Tensor) -> mx.array:
         """Keys or values, in float32."""
@@ -51,7 +47,7 @@ class LayerCapture:
         self, tensor: Tensor, method: str, bits: int, calibration: Calibration | None, options: Mapping[str, object]
     ) -> Codec:
         """The codec of a method for its keys or values; raises `InputError` as `layer_codec`."""
-        head_dim = (self.keys if tensor == "keys" else self.values).shape[-1]
+        head_dim = self.vectors(tensor).shape[-1]
         return layer_codec(find_method(method), self.layer, head_dim, bits, tensor, options, calibration)
 
 
@@ -87,11 +83,8 @@ def capture(
 ) -> Capture:
     """Run ``model`` over the first ``tokens`` tokens of ``text`` and keep what every attention layer saw.
 
-    ``text`` is the shipped WikiText-2 test excerpt by default; a shorter one is read to its end.
-
-    Raises
-    ------
-    InputError : if the text has fewer than two tokens.
+    ``text`` is the shipped WikiText-2 test excerpt by default; a shorter one is read to its end. Raises `InputError` if
+    it has fewer than two tokens.
     """
     ids = first_tokens(tokenizer, text, tokens)
     if len(ids) < min(2, tokens):
@@ -109,13 +102,8 @@ def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
 
     A layer that was given is not held here. Raises `InputError` if no layer keeps plain keys and values.
     """
-    recorders: list[Recorder] = []
-
-    def recorded(facts: probe.LayerFacts) -> Recorder:
-        recorders.append(Recorder(facts))
-        return recorders[-1]
-
-    caches = probe.with_caches(model, recorded)
+    caches = probe.with_caches(model, Recorder)
+    recorders = [slot for slot in probe.slots_of(caches) if isinstance(slot, Recorder)]
     if not recorders:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to capture.")
     ropes = ropes_of(model, ids)
@@ -125,6 +113,34 @@ def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
         seen = replace(recorders.pop(0).seen(), rope=rope)
         mx.eval([a for a in (seen.queries, seen.keys, seen.values) if a is not None])
         yield seen
+
+
+def by_head(
+    schema: Mapping[str, Any],
+    layers: Sequence[LayerCapture],
+    columns: Callable[[LayerCapture, Tensor], Iterable[Columns]],
+    tensors: Sequence[Tensor] | None = None,
+    *,
+    progress: Progress = silent,
+    label: str = "",
+) -> pl.DataFrame:
+    """Measure keys and values of every layer, and give all rows in one frame with the columns of ``schema``.
+
+    ``columns(layer, tensor)`` gives blocks of rows: arrays that broadcast to ``[H, N]``, or one value for all rows.
+    ``"head"`` is 0 to H − 1 unless given, and missing columns are null.
+    """
+    frames = []
+    for i, layer in enumerate(layers):
+        for tensor in tensors or TENSORS:
+            for block in columns(layer, tensor):
+                arrays = {name: np.asarray(column) for name, column in block.items()}
+                shape = np.broadcast_shapes((1, 1), *(array.shape for array in arrays.values()))
+                place = {"layer": np.asarray(layer.layer), "head": np.arange(shape[0])[:, None]}
+                arrays = place | {"tensor": np.asarray(tensor)} | arrays
+                rows = {name: np.broadcast_to(array, shape).reshape(-1) for name, array in arrays.items()}
+                frames.append(in_schema(pl.DataFrame(rows), schema))
+        progress(i + 1, len(layers), f"{label}layer {layer.layer}")
+    return pl.concat(frames)
 
 
 def stretches(
@@ -179,14 +195,9 @@ class Recorder(probe.Probe):
             q, self.keys, self.values, scale=scale, mask=cast("Any", mask), sinks=sinks
         )
 
-    def make_mask(
-        self, N: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array | Literal["causal"] | None:
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask that ``N`` tokens need, in mlx-lm's terms."""
-        mask: mx.array | Literal["causal"] | None = create_attention_mask(
-            N, self.offset, return_array, window_size or self.facts.max_size
-        )
-        return mask
+        return cast("Mask", create_attention_mask(N, self.offset, return_array, window_size or self.facts.max_size))
 
     def seen(self) -> LayerCapture:
         """What passed."""

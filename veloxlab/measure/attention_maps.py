@@ -14,18 +14,13 @@ from veloxlab.checks import checked, instance, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture
 from veloxlab.measure.errors import exact_and_decoded
-from veloxlab.measure.frames import in_schema
+from veloxlab.measure.frames import in_schema, schema
 
-ATTENTION_MAP = {
-    "kind": pl.String,  # "exact", "compressed", or "difference": compressed less exact
-    "query": pl.Int32,  # first position of a block of queries
-    "query_end": pl.Int32,  # the position behind it
-    "key": pl.Int32,  # of a block of keys, at or before the queries
-    "key_end": pl.Int32,
-    "weight": pl.Float64,  # attention that the block of keys gets, mean over the queries of the block: rows add up to 1
-    "moved": pl.Float64,  # ½ Σ|p − p̂| over single keys, mean over the queries of the block: the same in its row
-}
-"""Columns of `attention_map`."""
+ATTENTION_MAP = schema("kind query query_end key key_end weight moved")
+"""Columns of `attention_map`: "exact", "compressed", or "difference", compressed less exact; first position of a block
+of queries and the one behind it; of a block of keys, at or before the queries; attention that the keys get, mean over
+the queries of the block, so that rows add up to 1; and ½ Σ|p − p̂| over single keys, mean over the queries, as their
+row."""
 
 BLOCKS = 32  # per side: three triangles of 528 cells
 

@@ -21,28 +21,18 @@ from veloxlab.measure.activations import LayerCapture, capture
 from veloxlab.measure.bench.timing import FIRST_TRIES, median_seconds
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.experiments import Attempt, possible_rows
+from veloxlab.measure.frames import schema
 from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, evaluate, reference
 from veloxlab.mlxlm.probe import probe, slot_of
 from veloxlab.mlxlm.quantized import quantized_cache
 from veloxlab.progress import OnRows, Progress, silent
 
-COMPARED = FIDELITY | {
-    "store_us": pl.Float64,  # microseconds to store one token's key and value in one layer, in a block of 512
-    "store_ratio": pl.Float64,  # times the exact cache's
-    "attend_us": pl.Float64,  # microseconds for one query to attend to 512 tokens in one layer
-    "attend_ratio": pl.Float64,  # times the exact cache's
-}
-"""Columns of `compare`."""
+COMPARED = FIDELITY | schema("store_us store_ratio attend_us attend_ratio")
+"""Columns of `compare`: microseconds to store one token's key and value in one layer, in a block of 512, and for one
+query to attend to 512 tokens in one layer; each also in those of the exact cache."""
 
-RATIOS = {
-    "name": pl.String,
-    "tokens": pl.Int64,
-    "head_dim": pl.Int64,
-    "key_ratio": pl.Float64,  # bytes of 16-bit keys / bytes held for keys, tables included
-    "value_ratio": pl.Float64,
-    "ratio": pl.Float64,  # of keys and values together
-}
-"""Columns of `byte_ratios`."""
+RATIOS = schema("name tokens head_dim key_ratio value_ratio ratio")
+"""Columns of `byte_ratios`: bytes in 16 bits over bytes held, tables included, for keys, for values and for both."""
 
 REPEATS = 5
 PRESETS = (("vecinfer", 1, 1), ("rvq", 2, 2), ("rabitq", 1, 4), ("turboquant", 2, 2), ("turboquant", 4, 4))

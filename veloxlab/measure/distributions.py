@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args
 
 import mlx.core as mx
@@ -17,58 +17,30 @@ from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.spectralquant import SpectralQuant
 from veloxlab.codecs.vecinfer import smoothing_factors
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.frames import PLACE, Columns, by_head
+from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
+from veloxlab.measure.frames import PLACE, schema
 
 Floats = NDArray[np.float32]
 Space = Literal["raw", "before_rope", "rotated", "smoothed", "smoothed_rotated", "eigenbasis"]
 SPACES: tuple[Space, ...] = get_args(Space)
 
-CHANNELS = PLACE | {
-    "space": pl.String,  # see `vectors`
-    "channel": pl.Int32,
-    "mean": pl.Float64,  # over the tokens that are finite, as all that follows; in the space's own unit
-    "rms": pl.Float64,
-    "least": pl.Float64,
-    "low": pl.Float64,  # 1 % of the tokens lie below
-    "median": pl.Float64,
-    "high": pl.Float64,  # 1 % lie above
-    "most": pl.Float64,
-    "not_finite": pl.Int32,  # tokens that are NaN or infinite
-}
-"""Columns of `channel_distributions`; null where no token is finite."""
+CHANNELS = schema(PLACE + "space channel mean rms least low median high most not_finite")
+"""Columns of `channel_distributions`, in the space's unit, over the tokens that are finite, null of none: mean,
+root-mean-square, least, what 1 % lie below, median, what 1 % lie above, most; and tokens that are NaN or infinite."""
 
-DENSITIES = PLACE | {
-    "space": pl.String,
-    "value": pl.Float64,  # middle of a bin
-    "width": pl.Float64,  # of the bin
-    "density": pl.Float64,  # share of the finite coordinates a unit of the space
-    "below": pl.Float64,  # share of them under the first bin, the same in every row of a head
-    "above": pl.Float64,  # over the last one
-    "not_finite": pl.Int32,
-}
-"""Columns of `densities`."""
+DENSITIES = schema(PLACE + "space value width density below above not_finite")
+"""Columns of `densities`: middle and width of a bin; share of the finite coordinates a unit of the space; shares of
+them under the first bin and over the last, and coordinates that are not finite, the same in every row of a head."""
 
-OUTLIERS = PLACE | {
-    "space": pl.String,
-    "loudest": pl.Int32,  # the channel of greatest root-mean-square over the tokens
-    "loudest_ratio": pl.Float64,  # its root-mean-square, in those of the median channel
-    "outlier_channels": pl.Int32,  # channels of more than `OUTLIER` times the median channel's
-    "peak_ratio": pl.Float64,  # greatest |coordinate| of the head, in root-mean-squares of all its coordinates
-    "not_finite": pl.Int32,  # coordinates that are NaN or infinite, and do not count
-}
-"""Columns of `outlier_channels`; ratios are null where the median channel, or the head, is zero."""
+OUTLIERS = schema(PLACE + "space loudest loudest_ratio outlier_channels peak_ratio not_finite")
+"""Columns of `outlier_channels`: the channel of greatest root-mean-square over the tokens, and that in those of the
+median channel; channels of more than `OUTLIER` times the median one's; greatest |coordinate| of the head in
+root-mean-squares of all. Coordinates that are not finite do not count. Null where the median, or the head, is zero."""
 
 BINS = 80
 TAIL = 5e-4  # share of coordinates that a density may leave out at either end
 OUTLIER = 3.0
 SUMMARY = {"least": 0.0, "low": 0.01, "median": 0.5, "high": 0.99, "most": 1.0}  # quantiles
-
-
-def check_space(space: str) -> None:
-    """Raise `InputError` unless ``space`` is one of `SPACES`."""
-    if space not in SPACES:
-        raise InputError(f"There is no space {space!r}: choose one of {', '.join(SPACES)}.")
 
 
 def vectors(layer: LayerCapture, tensor: Tensor, space: Space = "raw") -> Floats:
@@ -87,7 +59,8 @@ def vectors(layer: LayerCapture, tensor: Tensor, space: Space = "raw") -> Floats
     InputError : an unknown space; values, or a layer without a known RoPE, before RoPE; too few tokens, or numbers that
         are not finite, for an eigenbasis.
     """
-    check_space(space)
+    if space not in SPACES:
+        raise InputError(f"There is no space {space!r}: choose one of {', '.join(SPACES)}.")
     x = layer.vectors(tensor)
     if space == "before_rope":
         if tensor == "values":
@@ -120,9 +93,21 @@ def _on_axes(x: mx.array, layer: int) -> mx.array:
     return moved
 
 
-def tensors_in(space: Space, tensors: tuple[Tensor, ...] | None) -> tuple[Tensor, ...] | None:
-    """The ``tensors`` that were asked for; by default those that a space has, None for both."""
-    return ("keys",) if tensors is None and space == "before_rope" else tensors
+def _by_head(
+    columns: Mapping[str, Any],
+    capture: Capture,
+    space: Space,
+    tensors: tuple[Tensor, ...] | None,
+    blocks: Callable[[Floats, str], Iterable[Columns]],
+) -> pl.DataFrame:
+    """Rows of what ``blocks`` gives of the vectors ``[H, S, D]`` of each layer, whose name it is told; NaN is null."""
+
+    def in_space(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
+        for block in blocks(vectors(layer, tensor, space), f"the {tensor} of layer {layer.layer}"):
+            yield {"space": space} | block
+
+    own = ("keys",) if tensors is None and space == "before_rope" else tensors
+    return by_head(columns, capture.layers, in_space, own).fill_nan(None)
 
 
 def channel_distributions(
@@ -133,13 +118,18 @@ def channel_distributions(
     ``tensors`` is keys, values or both; by default all that the space has. Raises `InputError` as `vectors`.
     """
 
-    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
-        x = vectors(layer, tensor, space)
-        counts = {"not_finite": (~np.isfinite(x)).sum(axis=1)}
-        yield counts | {"space": space, "channel": np.arange(x.shape[2]), **summary(x)}
+    def blocks(x: Floats, _: str) -> Iterator[Columns]:
+        finite = np.isfinite(x)
+        known = np.ma.masked_invalid(x.astype(np.float64))
+        found = {"channel": np.arange(x.shape[2]), "not_finite": (~finite).sum(axis=1)}
+        found |= {"mean": known.mean(axis=1).filled(np.nan), "rms": np.sqrt((known**2).mean(axis=1)).filled(np.nan)}
+        in_order = np.sort(np.where(finite, x, np.nan), axis=1)  # NaN comes last
+        for name, share in SUMMARY.items():
+            at = np.floor(share * np.maximum(finite.sum(axis=1) - 1, 0) + 0.5).astype(int)  # a token, none between two
+            found[name] = np.take_along_axis(in_order, at[:, None], axis=1)[:, 0]
+        yield found
 
-    frame = by_head(CHANNELS, capture.layers, columns, tensors_in(space, tensors))
-    return frame.with_columns(pl.col("mean", "rms", *SUMMARY).fill_nan(None))
+    return _by_head(CHANNELS, capture, space, tensors, blocks)
 
 
 @checked(bins=whole(2))
@@ -152,24 +142,19 @@ def densities(
     head with no finite coordinate.
     """
 
-    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
-        for head, own in enumerate(vectors(layer, tensor, space)):
+    def blocks(x: Floats, of: str) -> Iterator[Columns]:
+        for head, own in enumerate(x):
             finite = own[np.isfinite(own)]
             if not finite.size:
                 raise InputError(
-                    f"Head {head} of the {tensor} of layer {layer.layer} has no finite coordinate: load the model with "
-                    "dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
+                    f"Head {head} of {of} has no finite coordinate: load the model with dtype='bfloat16' or 'float32', "
+                    "or look for what is wrong with its weights."
                 )
             edges = bin_edges(finite, bins)
-            yield histogram(finite, edges) | {
-                "head": head,
-                "space": space,
-                "below": (finite < edges[0]).mean(),
-                "above": (finite > edges[-1]).mean(),
-                "not_finite": own.size - finite.size,
-            }
+            beyond = {"below": (finite < edges[0]).mean(), "above": (finite > edges[-1]).mean()}
+            yield histogram(finite, edges) | beyond | {"head": head, "not_finite": own.size - finite.size}
 
-    return by_head(DENSITIES, capture.layers, columns, tensors_in(space, tensors))
+    return _by_head(DENSITIES, capture, space, tensors, blocks)
 
 
 def outlier_channels(
@@ -181,43 +166,22 @@ def outlier_channels(
     `InputError` as `vectors`.
     """
 
-    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
-        x = vectors(layer, tensor, space)
-        finite = np.isfinite(x)
-        known = np.where(finite, x, 0.0).astype(np.float64)
-        squares, counts = np.square(known).sum(axis=1), finite.sum(axis=1)  # [H, D]
-        rms = np.sqrt(squares / np.maximum(counts, 1))
-        usual = np.median(rms, axis=1, keepdims=True)
-        of_head = np.sqrt(squares.sum(axis=1, keepdims=True) / np.maximum(counts.sum(axis=1, keepdims=True), 1))
+    def blocks(x: Floats, _: str) -> Iterator[Columns]:
+        known = np.ma.masked_invalid(x.astype(np.float64))
+        rms = np.sqrt((known**2).mean(axis=1)).filled(0.0)  # [H, D]
+        of_head = np.sqrt((known**2).mean(axis=(1, 2))).filled(0.0)
+        usual = np.median(rms, axis=1)
         with np.errstate(invalid="ignore", divide="ignore"):
-            yield {
-                "space": space,
-                "loudest": rms.argmax(axis=1, keepdims=True),
-                "loudest_ratio": np.where(usual > 0, rms.max(axis=1, keepdims=True) / usual, np.nan),
-                "outlier_channels": (rms > OUTLIER * usual).sum(axis=1, keepdims=True),
-                "peak_ratio": np.where(of_head > 0, np.abs(known).max(axis=(1, 2))[:, None] / of_head, np.nan),
-                "not_finite": (~finite).sum(axis=(1, 2))[:, None],
+            found = {
+                "loudest": rms.argmax(axis=1),
+                "loudest_ratio": np.where(usual > 0, rms.max(axis=1) / usual, np.nan),
+                "outlier_channels": (rms > OUTLIER * usual[:, None]).sum(axis=1),
+                "peak_ratio": np.where(of_head > 0, np.abs(known).max(axis=(1, 2)).filled(0.0) / of_head, np.nan),
+                "not_finite": (~np.isfinite(x)).sum(axis=(1, 2)),
             }
+        yield {name: column[:, None] for name, column in found.items()}
 
-    frame = by_head(OUTLIERS, capture.layers, columns, tensors_in(space, tensors))
-    return frame.with_columns(pl.col("loudest_ratio", "peak_ratio").fill_nan(None))
-
-
-def summary(x: Floats) -> dict[str, NDArray[np.float64]]:
-    """Mean, root-mean-square and the quantiles of `SUMMARY` over axis 1 of ``x`` ``[H, S, D]``: each ``[H, D]``.
-
-    Numbers that are not finite do not count; NaN where none is finite.
-    """
-    finite = np.isfinite(x)
-    count = finite.sum(axis=1)
-    known = np.where(finite, x, 0.0).astype(np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = {"mean": known.sum(axis=1) / count, "rms": np.sqrt(np.square(known).sum(axis=1) / count)}
-    in_order = np.sort(np.where(finite, x, np.nan), axis=1)  # NaN comes last
-    for name, share in SUMMARY.items():
-        at = np.floor(share * np.maximum(count - 1, 0) + 0.5).astype(int)  # a token that is there, none between two
-        found[name] = np.take_along_axis(in_order, at[:, None], axis=1)[:, 0].astype(np.float64)
-    return found
+    return _by_head(OUTLIERS, capture, space, tensors, blocks)
 
 
 def bin_edges(coordinates: Floats, bins: int) -> NDArray[np.float64]:

@@ -17,57 +17,29 @@ from veloxlab.checks import checked, measured, whole
 from veloxlab.codecs import Tensor
 from veloxlab.codecs.base import fitted_online
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.frames import PLACE, Columns, by_head, in_schema
+from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
+from veloxlab.measure.frames import PLACE, in_schema, schema
 from veloxlab.progress import Progress, silent
 
-LAYER_ERRORS = PLACE | {  # of the tensor that is compressed; the other one stays exact
-    "rel_mse": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over the tokens; 0 where nothing is lost, of a head of zeros too
-    "cosine": pl.Float64,  # mean over tokens of cos(x, x̂); 1 where nothing is lost
-    "logit_error": pl.Float64,  # keys only: root-mean-square change of scale·q·k over causal pairs, in nats
-    "output_error": pl.Float64,  # Σ‖o − ô‖² / Σ‖o‖² of the attention output, over the query heads of this KV head
-}
-"""Columns of `layer_errors`."""
+LAYER_ERRORS = schema(PLACE + "rel_mse cosine logit_error output_error")
+"""Columns of `layer_errors`: Σ‖x − x̂‖² / Σ‖x‖² over the tokens of the compressed tensor, 0 where nothing is lost; mean
+of cos(x, x̂); of keys, root-mean-square change of scale·q·k over causal pairs, nats; Σ‖o − ô‖² / Σ‖o‖² of the attention
+output over the query heads of this KV head, with the other tensor exact."""
 
-TOKEN_ERRORS = PLACE | {
-    "bits": pl.Int32,  # code bits per coordinate
-    "position": pl.Int32,  # of the token in the text
-    "squared_error": pl.Float32,  # ‖x − x̂‖²
-    "squared_norm": pl.Float32,  # ‖x‖²
-}
-"""Columns of `token_errors`."""
+TOKEN_ERRORS = schema(PLACE + "bits position squared_error squared_norm")
+"""Columns of `token_errors`: code bits of a coordinate, position of the token in the text, ‖x − x̂‖² and ‖x‖²."""
 
-PROFILE = {
-    "tensor": pl.String,
-    "bits": pl.Int32,
-    "position": pl.Int32,  # first of a block of positions
-    "position_end": pl.Int32,  # the one behind it
-    "low": pl.Float64,  # relative squared error ‖x − x̂‖² / ‖x‖²: a tenth of layers, heads and tokens lies below
-    "median": pl.Float64,
-    "high": pl.Float64,  # a tenth lies above
-    "not_finite": pl.Int64,  # vectors whose error is NaN or infinite
-}
-"""Columns of `errors_along_position`; quantiles are null where no error is finite."""
+PROFILE = schema("tensor bits position position_end low median high not_finite")
+"""Columns of `errors_along_position`: first of a block of positions and the one behind it; ‖x − x̂‖² / ‖x‖² below which
+a tenth, half and nine tenths of layers, heads and tokens lie, null where none is finite; vectors whose error is not."""
 
-ERROR_DENSITIES = {
-    "tensor": pl.String,
-    "bits": pl.Int32,
-    "least": pl.Float64,  # ends of a bin of relative squared error, equal on a log scale
-    "most": pl.Float64,
-    "share": pl.Float64,  # of the vectors with an error above 0
-    "zero": pl.Int64,  # vectors without error, which a log scale cannot show
-    "not_finite": pl.Int64,
-}
-"""Columns of `error_densities`."""
+ERROR_DENSITIES = schema("tensor bits least most share zero not_finite")
+"""Columns of `error_densities`: ends of a bin of relative squared error, equal on a log scale; share of the vectors
+with an error above 0; vectors without error, which a log scale cannot show, and those whose error is not finite."""
 
-ERRORS_BY_BITS = {
-    "tensor": pl.String,
-    "bits": pl.Int32,
-    "error": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over all vectors whose error is finite; null of none
-    "true_bits": pl.Float64,  # that a value really takes
-    "not_finite": pl.Int64,
-}
-"""Columns of `errors_by_bits`."""
+ERRORS_BY_BITS = schema("tensor bits error true_bits not_finite")
+"""Columns of `errors_by_bits`: Σ‖x − x̂‖² / Σ‖x‖² over all vectors whose error is finite, null of none; bits that a
+value really takes; vectors whose error is not finite."""
 
 BLOCKS, BINS = 64, 60
 GROUP = ["tensor", "bits"]
@@ -107,11 +79,8 @@ def layer_errors(
 
     The first ``sinks`` and the last ``window`` tokens stay exact and count as such. Attention is causal over the
     captured queries, in float32. Columns: `LAYER_ERRORS`; ``logit_error`` and ``output_error`` are null where the
-    model does not show its queries. ``calibration`` is what `veloxlab.calibrate` gave.
-
-    Raises
-    ------
-    InputError : unknown method or option, bits out of range.
+    model does not show its queries. ``calibration`` is what `veloxlab.calibrate` gave. Raises `InputError` for an
+    unknown method or option, and bits out of range.
     """
     widths = tensor_bits(method, capture.exact_bits, bits, key_bits, value_bits)
 
@@ -119,7 +88,13 @@ def layer_errors(
         x, decoded = exact_and_decoded(layer, tensor, method, widths[tensor], calibration, options)
         position = mx.arange(x.shape[2])[:, None]
         decoded = mx.where((position < sinks) | (position >= x.shape[2] - window), x, decoded)
-        errors = _vector_errors(x, decoded) | _attention_errors(layer, tensor, decoded)
+        error = mx.square(x - decoded).sum(axis=-1)[0]
+        norm, decoded_norm = mx.linalg.norm(x, axis=-1)[0], mx.linalg.norm(decoded, axis=-1)[0]
+        cosine = mx.where(error == 0, 1.0, (x * decoded).sum(axis=-1)[0] / mx.maximum(norm * decoded_norm, 1e-30))
+        errors = _attention_errors(layer, tensor, decoded) | {
+            "rel_mse": ratio(error.sum(axis=-1), mx.square(norm).sum(axis=-1)),
+            "cosine": cosine.mean(axis=-1),
+        }
         yield {name: np.array(column)[:, None] for name, column in errors.items()}
 
     return by_head(LAYER_ERRORS, capture.layers, columns, progress=progress, label="errors of ")
@@ -169,16 +144,6 @@ def exact_and_decoded(layer: LayerCapture, tensor: Tensor, *settings: Any) -> tu
     return x, codec.decode(codec.encode(x)).astype(mx.float32)
 
 
-def _vector_errors(x: mx.array, decoded: mx.array) -> dict[str, ArrayLike]:
-    """Relative squared error and mean cosine of each KV head ``[H]``."""
-    error = mx.square(x - decoded).sum(axis=-1)
-    norm, decoded_norm = mx.linalg.norm(x, axis=-1), mx.linalg.norm(decoded, axis=-1)
-    cosine = (x * decoded).sum(axis=-1) / mx.maximum(norm * decoded_norm, 1e-30)
-    cosine = mx.where(error == 0, 1.0, cosine)
-    rel_mse = ratio(error.sum(axis=-1)[0], mx.square(norm).sum(axis=-1)[0])
-    return {"rel_mse": rel_mse, "cosine": cosine.mean(axis=-1)[0]}
-
-
 def _attention_errors(layer: LayerCapture, tensor: Tensor, decoded: mx.array) -> dict[str, ArrayLike]:
     """Logit error and attention-output error of each KV head ``[H]``; none where the model shows no queries."""
     if layer.queries is None or layer.scale is None:
@@ -192,15 +157,13 @@ def _attention_errors(layer: LayerCapture, tensor: Tensor, decoded: mx.array) ->
         return (q @ k[0][:, None].swapaxes(-1, -2)) * scale
 
     def output(scores: mx.array, v: mx.array) -> mx.array:
-        weights = mx.softmax(mx.where(mask, scores, -mx.inf), axis=-1, precise=True)
-        return weights @ v[0][:, None]
+        return mx.softmax(mx.where(mask, scores, -mx.inf), axis=-1, precise=True) @ v[0][:, None]
 
     exact = logits(keys)
     changed = logits(decoded) if tensor == "keys" else exact
-    out = output(exact, values)
-    out_changed = output(changed, decoded if tensor == "values" else values)
-    moved = mx.square(out - out_changed).sum(axis=(1, 2, 3))
-    errors: dict[str, ArrayLike] = {"output_error": ratio(moved, mx.square(out).sum(axis=(1, 2, 3)))}
+    out, moved = output(exact, values), output(changed, decoded if tensor == "values" else values)
+    lost = mx.square(out - moved).sum(axis=(1, 2, 3))
+    errors: dict[str, ArrayLike] = {"output_error": ratio(lost, mx.square(out).sum(axis=(1, 2, 3)))}
     if tensor == "keys":
         pairs = tokens * (tokens + 1) / 2 * q.shape[1]
         errors["logit_error"] = mx.sqrt(mx.where(mask, mx.square(changed - exact), 0.0).sum(axis=(1, 2, 3)) / pairs)
@@ -220,18 +183,12 @@ def errors_along_position(tokens: pl.DataFrame, *, blocks: int = BLOCKS) -> pl.D
     Raises `InputError` if there is no row; so do `errors_by_bits` and `error_densities`.
     """
     size = -(-(_some(tokens)["position"].max() + 1) // blocks)  # type: ignore[operator]
-    last = pl.col("position").max() + 1
     finite = pl.col("error").is_finite()
     error = pl.col("error").filter(finite)
     quantiles = {"low": error.quantile(0.1), "median": error.median(), "high": error.quantile(0.9)}
-    pooled = (
-        tokens.with_columns(error=RELATIVE, block=pl.col("position") // size * size)
-        .group_by(*GROUP, "block")
-        .agg(position_end=last, not_finite=(~finite).sum(), **quantiles)
-        .rename({"block": "position"})
-        .sort(*GROUP, "position")
-    )
-    return in_schema(pooled, PROFILE)
+    blocked = tokens.with_columns(error=RELATIVE, block=pl.col("position") // size * size).group_by(*GROUP, "block")
+    pooled = blocked.agg(position_end=pl.col("position").max() + 1, not_finite=(~finite).sum(), **quantiles)
+    return in_schema(pooled.rename({"block": "position"}).sort(*GROUP, "position"), PROFILE)
 
 
 @checked(tokens=TOKENS)

@@ -1,56 +1,39 @@
-"""Frames of measurements: their shared columns, and rows from arrays by KV head."""
+"""Columns of the frames that measurements give: a name has one type wherever it stands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import polars as pl
 
-from veloxlab.codecs import TENSORS, Tensor
-from veloxlab.measure.activations import LayerCapture
-from veloxlab.progress import Progress, silent
-
-Columns = Mapping[str, Any]
-
-PLACE: dict[str, Any] = {
-    "layer": pl.Int32,  # index in the prompt cache
-    "head": pl.Int32,  # KV head
-    "tensor": pl.String,  # "keys" or "values"
+_TYPES: dict[Any, str] = {
+    pl.String: "about answer cache chunk kind mode name part passkey path reason side space stage tensor text",
+    pl.Int32: (
+        "bits channel coordinate first head head_dim key key_end layer level loudest not_finite outlier_channels pair "
+        "position position_end query query_end rank second token window"
+    ),
+    pl.Int64: (
+        "batch bytes context decode_peak_bytes exact_tokens fp16_bytes held_bytes memory_bytes positions "
+        "prefill_peak_bytes table_bytes tokens zero"
+    ),
+    pl.Float32: "squared_error squared_norm",
+    pl.Boolean: "flip hit",
 }
-"""First columns of what is measured for each layer, KV head and tensor."""
+TYPES = {name: kind for kind, names in _TYPES.items() for name in names.split()}
+"""Types of columns; all others are Float64."""
+
+PLACE = "layer head tensor "
+"""First columns of what is measured by head: index in the prompt cache, KV head, and "keys" or "values"."""
 
 
-def by_head(
-    schema: Mapping[str, Any],
-    layers: Sequence[LayerCapture],
-    columns: Callable[[LayerCapture, Tensor], Iterable[Columns]],
-    tensors: Sequence[Tensor] | None = None,
-    *,
-    progress: Progress = silent,
-    label: str = "",
-) -> pl.DataFrame:
-    """Measure keys and values of every layer, and give all rows in one frame with the columns of ``schema``.
-
-    ``columns(layer, tensor)`` gives blocks of rows: arrays that broadcast to ``[H, N]``, or one value for all rows.
-    ``"head"`` is 0 to H − 1 unless given, and missing columns are null. ``progress`` is told of each layer.
-    """
-    frames = []
-    for i, layer in enumerate(layers):
-        for tensor in tensors or TENSORS:
-            frames += [in_schema(_rows(layer.layer, tensor, block), schema) for block in columns(layer, tensor)]
-        progress(i + 1, len(layers), f"{label}layer {layer.layer}")
-    return pl.concat(frames)
+def schema(names: str) -> dict[str, Any]:
+    """The types of columns, by their names in order."""
+    return {name: TYPES.get(name, pl.Float64) for name in names.split()}
 
 
-def _rows(layer: int, tensor: Tensor, block: Columns) -> pl.DataFrame:
-    arrays = {name: np.asarray(column) for name, column in block.items()}
-    shape = np.broadcast_shapes((1, 1), *(array.shape for array in arrays.values()))
-    place = {"layer": np.asarray(layer), "head": np.arange(shape[0])[:, None], "tensor": np.asarray(tensor)}
-    return pl.DataFrame({n: np.broadcast_to(array, shape).reshape(-1) for n, array in (place | arrays).items()})
-
-
-def in_schema(frame: pl.DataFrame, schema: Mapping[str, Any]) -> pl.DataFrame:
+def in_schema(frame: pl.DataFrame, columns: Mapping[str, Any]) -> pl.DataFrame:
     """The columns of a schema, in its order and types; those that the frame has not are null."""
-    return frame.select((pl.col(n) if n in frame.columns else pl.lit(None).alias(n)).cast(t) for n, t in schema.items())
+    return frame.select(
+        (pl.col(n) if n in frame.columns else pl.lit(None).alias(n)).cast(t) for n, t in columns.items()
+    )

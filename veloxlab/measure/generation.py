@@ -22,6 +22,7 @@ from veloxlab.cache.plan import Plan
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, FLAG, FUNCTION, WORDS, checked, either, many, real, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import first_tokens
+from veloxlab.measure.frames import schema
 from veloxlab.measure.predictions import divergence, log_probabilities
 from veloxlab.measure.quality import CacheMaker, maker
 from veloxlab.mlxlm.probe import own_cache
@@ -33,27 +34,15 @@ USUAL_TOKENS = 64
 PROMPT = either(WORDS, many(whole(0), empty=True))  # a text, or token ids
 _PLAIN = {"add_special_tokens": False}  # a text without marks of its beginning or end
 
-GENERATION = {
-    "side": pl.String,  # whose text it is: "exact" or "compressed"
-    "position": pl.Int32,  # of the token in the text that was generated, from 0
-    "token": pl.Int32,  # its id
-    "text": pl.String,  # what it adds to the text
-    "probability": pl.Float64,  # that its own cache gave it
-    "exact_probability": pl.Float64,  # that the exact cache gives it behind the same text
-    "kl": pl.Float64,  # KL(exact ‖ compressed) of the prediction it was taken from, nats; null on the exact side
-    "held_bytes": pl.Int64,  # that its own cache held when it was predicted
-}
-"""Columns of `side_by_side`."""
+GENERATION = schema("side position token text probability exact_probability kl held_bytes")
+"""Columns of `side_by_side`: whose text it is, "exact" or "compressed"; position of the token in the text that was
+generated, its id and what it adds to the text; probability that its own cache gave it, and that the exact cache gives
+it behind the same text; KL(exact ‖ compressed) of that prediction in nats, null on the exact side; and bytes that its
+own cache held then."""
 
-PASSKEY = {
-    "depth": pl.Float64,  # where the needle is in the text, 0 to 1
-    "context": pl.Int64,  # tokens of the text, the needle's among them
-    "passkey": pl.String,  # what was hidden
-    "side": pl.String,  # which cache was asked: "exact" or "compressed"
-    "answer": pl.String,
-    "hit": pl.Boolean,  # whether the answer begins with the passkey
-}
-"""Columns of `passkey`."""
+PASSKEY = schema("depth context passkey side answer hit")
+"""Columns of `passkey`: where the needle is in the text, 0 to 1; tokens of the text, the needle's among them; what was
+hidden; which cache was asked, "exact" or "compressed"; its answer, and whether that begins with the passkey."""
 
 OnToken = Callable[[pl.DataFrame], None]
 

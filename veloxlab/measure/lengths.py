@@ -23,19 +23,14 @@ from veloxlab.cache.counts import CHUNK
 from veloxlab.cache.make import make_cache
 from veloxlab.errors import InputError
 from veloxlab.measure.experiments import Attempt, possible_rows
+from veloxlab.measure.frames import schema
 from veloxlab.mlxlm.probe import exact_width, own_cache, slots_of
 from veloxlab.mlxlm.quantized import quantized_cache
 from veloxlab.progress import OnRows, Progress, silent
 
-LENGTHS = {
-    "cache": pl.String,
-    "tokens": pl.Int64,
-    "held_bytes": pl.Int64,  # by the cache after the prompt
-    "prefill_peak_bytes": pl.Int64,  # while reading the tokens since the length before
-    "decode_peak_bytes": pl.Int64,  # while computing the next token; null where that fails
-    "decode_seconds": pl.Float64,  # of one token behind so many, median; null where that fails
-}
-"""Columns of `costs_by_length`."""
+LENGTHS = schema("cache tokens held_bytes prefill_peak_bytes decode_peak_bytes decode_seconds")
+"""Columns of `costs_by_length`: bytes of the cache after so many tokens; at the peak while reading those since the
+length before; at the peak while computing the next token, and its median seconds, null where that fails."""
 
 STEPS = 7
 WARM_UP = 2  # tokens that are computed before those that are timed

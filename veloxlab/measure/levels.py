@@ -23,36 +23,23 @@ from veloxlab.codecs.parts import Floats as Angles
 from veloxlab.codecs.parts.polar import PolarTree, angle_density, halvings
 from veloxlab.codecs.polarquant import BLOCK_LEVELS
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, LayerCapture
+from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
 from veloxlab.measure.distributions import BINS, Floats, bin_edges, histogram, vectors
-from veloxlab.measure.frames import PLACE, Columns, by_head
+from veloxlab.measure.frames import PLACE, schema
 
-LEVELS = PLACE | {
-    "bits": pl.Int32,
-    "kind": pl.String,  # "exact": a bin of what is quantized; "level": one value of a table; "decoded": a bin of those
-    "value": pl.Float64,  # middle of a bin, or the level; in units of the vector's stored scale
-    "width": pl.Float64,  # of a bin; null of a level
-    "density": pl.Float64,  # share of coordinates a unit; null of a level
-    "share": pl.Float64,  # of the coordinates that are in the bin, or are coded by the level
-    "outside": pl.Float64,  # share of the exact coordinates that lie beyond the bins, the same in every row of a head
-}
-"""Columns of `level_densities`."""
+LEVELS = schema(PLACE + "bits kind value width density share outside")
+"""Columns of `level_densities`: kind is "exact", a bin of what is quantized, "level", one value of a table, or
+"decoded", a bin of those; middle of a bin or the level, in units of the vector's stored scale; width of a bin, and
+share of coordinates a unit, null of a level; share of the coordinates in the bin or coded by the level; and share of
+the exact coordinates beyond the bins, the same in every row of a head."""
 
-COORDINATE_BITS = {
-    "layer": pl.Int32,
-    "tensor": pl.String,
-    "coordinate": pl.Int32,  # in the codec's own space: for SpectralQuant the axes of its basis, by variance
-    "bits": pl.Int32,
-}
-"""Columns of `coordinate_bits`."""
+COORDINATE_BITS = schema("layer tensor coordinate bits")
+"""Columns of `coordinate_bits`; a coordinate is in the codec's own space: for SpectralQuant the axes of its basis, by
+variance."""
 
-ANGLES = PLACE | {
-    "level": pl.Int32,  # from 1: of pairs of coordinates, of pairs of radii, ...
-    "angle": pl.Float64,  # radians, middle of a bin
-    "density": pl.Float64,  # share of the level's angles a radian
-    "expected": pl.Float64,  # what the random rotation is to make of it: the density of the offline codebooks
-}
-"""Columns of `polar_angles`."""
+ANGLES = schema(PLACE + "level angle density expected")
+"""Columns of `polar_angles`: level from 1, of pairs of coordinates, of pairs of radii, ...; middle of a bin in radians;
+share of the level's angles a radian, and what the random rotation is to make of it: what the codebooks are made for."""
 
 MOST_LEVELS = 32  # of more levels, and of vector codes, the density is given
 ANGLE_BINS = 48

@@ -18,40 +18,20 @@ from veloxlab.codecs import TENSORS
 from veloxlab.codecs.base import token_bytes
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.frames import in_schema
+from veloxlab.measure.frames import in_schema, schema
 from veloxlab.mlxlm.probe import slots_of
 from veloxlab.progress import Progress, silent
 
-REPORT = {
-    "layer": pl.Int32,  # null for tables that all layers share
-    "path": pl.String,  # "codes", "arrays", "own" (the model's own cache) or "shared"
-    "reason": pl.String,
-    "key_bits": pl.Float64,  # true bits per packed value: codes, scales, padding
-    "value_bits": pl.Float64,
-    "tokens": pl.Int64,  # that it holds and can see, of all sequences
-    "exact_tokens": pl.Int64,  # sinks and window
-    "held_bytes": pl.Int64,
-    "fp16_bytes": pl.Int64,  # 16-bit keys and values of the same tokens
-}
-"""Columns of `report`."""
+REPORT = schema("layer path reason key_bits value_bits tokens exact_tokens held_bytes fp16_bytes")
+"""Columns of `report`: layer, null for tables that all layers share; "codes", "arrays", "own" (the model's own cache)
+or "shared", and why; true bits of a packed value with scales and padding; tokens that it holds and can see, of all
+sequences, and those in sinks and window; bytes held, and of 16-bit keys and values of the same tokens."""
 
-GROWTH = {
-    "tokens": pl.Int64,
-    "cache": pl.String,
-    "layer": pl.Int32,
-    "tensor": pl.String,  # "keys" or "values"
-    "bytes": pl.Int64,  # held for this tensor of this layer
-    "kind": pl.String,  # "measured" or "predicted"
-}
-"""Columns of `memory_growth`."""
+GROWTH = schema("tokens cache layer tensor bytes kind")
+"""Columns of `memory_growth`: bytes held for one tensor of one layer, "measured" or "predicted"."""
 
-CODE_BITS = {
-    "layer": pl.Int32,
-    "tensor": pl.String,
-    "part": pl.String,  # "codes", or "scales" for norms and scales
-    "bits_per_value": pl.Float64,  # of a packed token; parts add up
-}
-"""Columns of `code_bits`."""
+CODE_BITS = schema("layer tensor part bits_per_value")
+"""Columns of `code_bits`: "codes", or "scales" for norms and scales; bits of a packed value for them, which add up."""
 
 
 @checked(cache=CACHE)

@@ -21,29 +21,18 @@ from veloxlab.checks import checked, either, many, real, whole
 from veloxlab.codecs import Codec, find_method
 from veloxlab.codecs.base import token_bytes
 from veloxlab.errors import InputError
+from veloxlab.measure.frames import schema
 from veloxlab.mlxlm.probe import LayerFacts
 from veloxlab.mlxlm.quantized import GROUP, why_not_quantized
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 
-PLANNED = {
-    "cache": pl.String,  # the one that was asked for first, then those that it is compared with
-    "tokens": pl.Int64,  # of each sequence
-    "batch": pl.Int64,  # sequences
-    "part": pl.String,  # one of `veloxlab.measure.planned_memory.PARTS`
-    "bytes": pl.Int64,  # of the part, in all layers and sequences; parts add up
-    "kind": pl.String,  # "predicted"
-}
-"""Columns of `plan_memory`."""
+PLANNED = schema("cache tokens batch part bytes kind")
+"""Columns of `plan_memory`: the cache that was asked for, first, or one that it is compared with; tokens of each
+sequence, and sequences; one of `PARTS`; its bytes in all layers and sequences, which add up; and "predicted"."""
 
-LARGEST = {
-    "cache": pl.String,
-    "memory_bytes": pl.Int64,  # that there are
-    "batch": pl.Int64,
-    "tokens": pl.Int64,  # the largest context, in steps of 256
-    "bytes": pl.Int64,  # that it takes
-    "kind": pl.String,  # "predicted"
-}
-"""Columns of `largest_contexts`."""
+LARGEST = schema("cache memory_bytes batch tokens bytes kind")
+"""Columns of `largest_contexts`: bytes that there are, the largest context in steps of `GRAIN`, and the bytes it
+takes."""
 
 PARTS = ("codes", "scales", "sinks", "window", "exact", "states", "tables")
 """Parts of a cache: codes of packed tokens, and their scales and norms; exact first and newest tokens; tokens in the

@@ -16,7 +16,7 @@ from veloxlab.cache.plan import Chunk, Plan, cache_name, plan_of, tensor_bits
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, checked, having, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
-from veloxlab.measure.frames import in_schema
+from veloxlab.measure.frames import in_schema, schema
 from veloxlab.measure.memory import report
 from veloxlab.measure.predictions import check_room, divergence, log_probabilities, of_targets
 from veloxlab.progress import Progress, silent
@@ -24,37 +24,24 @@ from veloxlab.progress import Progress, silent
 Mode = Literal["oneshot", "decode"]
 CacheMaker = Callable[[Module], list[Any]]
 
-FIDELITY = {
-    "name": pl.String,  # of the cache
-    "mode": pl.String,  # "oneshot": the whole window in one call; "decode": one token at a time after the prompt
-    "chunk": pl.String,  # whether tokens of one call attended to one another "exact" or through their "codes"
-    "positions": pl.Int64,  # predictions compared, over all windows
-    "kl_mean": pl.Float64,  # KL(exact ‖ compressed) of the next token, nats
-    "kl_median": pl.Float64,
-    "kl_p99": pl.Float64,
-    "kl_max": pl.Float64,
-    "top1_flips": pl.Float64,  # share of predictions whose most likely token changed, 0 to 1
-    "perplexity": pl.Float64,  # of the text, with the compressed cache
-    "perplexity_exact": pl.Float64,  # with mlx-lm's own cache
-    "key_bits": pl.Float64,  # true bits per packed value, mean over layers; null for a cache that is not ours
-    "value_bits": pl.Float64,
-    "held_bits": pl.Float64,  # held bytes · 8 / values held, exact tokens and slack included
-    "held_bytes": pl.Int64,  # of all layers, at the end of a window
-    "table_bytes": pl.Int64,  # rotations and codebooks, which do not grow with the context
-    "fp16_bytes": pl.Int64,  # what 16-bit keys and values of the same tokens take
-}
-"""Columns of `fidelity` and `evaluate`."""
+FIDELITY = schema(
+    "name mode chunk positions kl_mean kl_median kl_p99 kl_max top1_flips perplexity perplexity_exact key_bits "
+    "value_bits held_bits held_bytes table_bytes fp16_bytes"
+)
+"""Columns of `fidelity` and `evaluate`.
 
-TOKEN_FIDELITY = {
-    "window": pl.Int32,  # which stretch of the text
-    "position": pl.Int32,  # in the window, of the token that predicts
-    "token": pl.Int32,  # id of the token that came next
-    "kl": pl.Float64,  # nats
-    "flip": pl.Boolean,
-    "nll": pl.Float64,  # −log p(token), compressed, nats
-    "nll_exact": pl.Float64,
-}
-"""Columns of `evaluate` with ``per_token``."""
+- ``mode``: "oneshot", the whole window in one call, or "decode", one token at a time after the prompt; ``chunk``: whether
+  tokens of one call attended to one another "exact" or through their "codes"; ``positions``: predictions compared.
+- ``kl_…``: KL(exact ‖ compressed) of the next token, nats; ``top1_flips``: share of predictions whose most likely token
+  changed; ``perplexity``, ``perplexity_exact``: of the text, with this cache and with mlx-lm's own.
+- ``key_bits``, ``value_bits``: true bits of a packed value, mean over layers, null for a cache that is not ours;
+  ``held_bits``: held bytes · 8 / values held, exact tokens and slack included; ``held_bytes``, ``fp16_bytes``: of all
+  layers at the end of a window, and 16-bit keys and values of the same tokens; ``table_bytes``: rotations and codebooks.
+"""
+
+TOKEN_FIDELITY = schema("window position token kl flip nll nll_exact")
+"""Columns of `evaluate` with ``per_token``: stretch of the text, position in it of the token that predicts, the token
+that came next; KL in nats; whether the most likely token changed; −log p(token) in nats, compressed and exact."""
 
 _OF_EVALUATE = ("mode", "prompt", "chunk", "name", "per_token")  # options that do not make a cache
 

@@ -15,45 +15,27 @@ from veloxlab.codecs.commvq_training import pairs
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.spectralquant import effective_dimensions
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, LayerCapture
+from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
 from veloxlab.measure.distributions import vectors
 from veloxlab.measure.errors import ratio
-from veloxlab.measure.frames import PLACE, Columns, by_head, in_schema
+from veloxlab.measure.frames import PLACE, in_schema, schema
 
-SPECTRUM = PLACE | {
-    "about": pl.String,  # "origin": second moments as they are; "mean": of what is left without the mean vector
-    "rank": pl.Int32,  # from 1, the strongest direction
-    "share": pl.Float64,  # of the sum over all directions
-}
-"""Columns of `spectra`."""
+SPECTRUM = schema(PLACE + "about rank share")
+"""Columns of `spectra`: about the "origin", second moments as they are, or about the "mean", of what is left without
+the mean vector; rank from 1, the strongest direction; its share of the sum over all."""
 
-DIMENSIONS = PLACE | {
-    "head_dim": pl.Int32,
-    "uncentred": pl.Float64,  # effective dimensions (Σλ)² / Σλ² of the second moments, 1 to D; 0 of a head of zeros
-    "centred": pl.Float64,  # of those about the mean
-    "mean_share": pl.Float64,  # ‖mean vector‖² / mean ‖x‖²
-}
-"""Columns of `dimensions`."""
+DIMENSIONS = schema(PLACE + "head_dim uncentred centred mean_share")
+"""Columns of `dimensions`: effective dimensions (Σλ)² / Σλ² of the second moments, 1 to D, 0 of a head of zeros; of
+those about the mean; ‖mean vector‖² / mean ‖x‖²."""
 
-PAIRS = {
-    "layer": pl.Int32,
-    "head": pl.Int32,
-    "pair": pl.Int32,  # from 0, the fastest
-    "first": pl.Int32,  # its channels
-    "second": pl.Int32,
-    "wavelength": pl.Float64,  # tokens for one full turn
-    "energy_share": pl.Float64,  # of the head's Σx², the same before and after RoPE
-    "mean_share": pl.Float64,  # of the pair's energy before RoPE: what its mean vector holds
-}
-"""Columns of `rope_pairs`; channels that RoPE leaves alone are in no pair."""
+PAIRS = schema("layer head pair first second wavelength energy_share mean_share")
+"""Columns of `rope_pairs`: pair from 0, the fastest, and its channels; tokens for one full turn; share of the head's
+Σx², the same before and after RoPE; share of the pair's energy before RoPE that its mean vector holds. Channels that
+RoPE leaves alone are in no pair."""
 
-PAIR_POINTS = {
-    "position": pl.Int32,  # of the token in the text
-    "stage": pl.String,  # "before RoPE", what CommVQ codes, or "after RoPE", what a cache is given
-    "x": pl.Float64,  # the pair's first coordinate
-    "y": pl.Float64,
-}
-"""Columns of `pair_points`."""
+PAIR_POINTS = schema("position stage x y")
+"""Columns of `pair_points`: position of the token in the text; "before RoPE", what CommVQ codes, or "after RoPE", what
+a cache is given; the pair's coordinates."""
 
 POINTS = 800  # tokens at most: of more, every nth is shown
 
