@@ -1,4 +1,7 @@
-"""Columns of the frames that measurements give: a name has one type wherever it stands."""
+"""Columns of the frames that measurements give: a name has one type wherever it stands.
+
+Each schema is described below it, column by column and in their order, as far as the names do not say it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,10 @@ from typing import Any
 import polars as pl
 
 _TYPES: dict[Any, str] = {
-    pl.String: "about answer cache chunk kind mode name part passkey path reason side space stage tensor text",
+    pl.String: (
+        "about answer cache chunk kind method mode name part passkey path reason role side space stage state tensor "
+        "text"
+    ),
     pl.Int32: (
         "bits channel coordinate first head head_dim key key_end layer level loudest not_finite outlier_channels pair "
         "position position_end query query_end rank second token window"

@@ -30,13 +30,14 @@ FIDELITY = schema(
 )
 """Columns of `fidelity` and `evaluate`.
 
-- ``mode``: "oneshot", the whole window in one call, or "decode", one token at a time after the prompt; ``chunk``: whether
-  tokens of one call attended to one another "exact" or through their "codes"; ``positions``: predictions compared.
+- ``mode``: "oneshot", the whole window in one call, or "decode", one token at a time after the prompt.
+- ``chunk``: whether tokens of one call attended to one another "exact" or through their "codes"; ``positions``:
+  predictions compared.
 - ``kl_…``: KL(exact ‖ compressed) of the next token, nats; ``top1_flips``: share of predictions whose most likely token
   changed; ``perplexity``, ``perplexity_exact``: of the text, with this cache and with mlx-lm's own.
 - ``key_bits``, ``value_bits``: true bits of a packed value, mean over layers, null for a cache that is not ours;
   ``held_bits``: held bytes · 8 / values held, exact tokens and slack included; ``held_bytes``, ``fp16_bytes``: of all
-  layers at the end of a window, and 16-bit keys and values of the same tokens; ``table_bytes``: rotations and codebooks.
+  layers at the end of a window, and 16-bit keys and values of the same tokens; ``table_bytes``: rotations, codebooks.
 """
 
 TOKEN_FIDELITY = schema("window position token kl flip nll nll_exact")

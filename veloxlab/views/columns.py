@@ -8,9 +8,9 @@ import altair as alt
 import polars as pl
 
 from veloxlab.errors import InputError
+from veloxlab.measure.frames import TYPES
 
-_SORTS = ("about", "kind", "part", "role", "side", "space", "stage", "state", "tensor")
-TEXTS = frozenset((*_SORTS, "answer", "cache", "method", "name", "passkey", "text"))
+TEXTS = frozenset(name for name, kind in TYPES.items() if kind == pl.String)
 """Columns of a frame that hold text; all others that a chart asks for hold numbers."""
 
 KINDS = dict.fromkeys((*TEXTS, "note", "protected", "said", "seen", "what"), "N") | dict.fromkeys(
