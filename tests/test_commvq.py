@@ -12,7 +12,7 @@ import pytest
 
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.commvq import METHOD, CommVQ
-from veloxlab.codecs.commvq_training import pairs, train_tables
+from veloxlab.codecs.commvq_training import Pairing, train_tables
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 
@@ -71,7 +71,7 @@ def test_every_m_commutes_with_rope_to_machine_precision(name):
     """The paper's identity in float64, for the matrices M(x, y) of our tables and positions up to 1.3e5."""
     codec = fitted(name)
     both = np.array(codec.both_tables(HEADS))[:, :2].astype(np.float64)  # of two stages: [H, 2, 2, 64, D]
-    first, second = pairs(DIM, codec.rope)
+    first, second = Pairing.of(DIM, codec.rope).pairs(DIM).T
     # what index a adds is the first row of M, what index b adds is the second; columns are a pair's coordinates
     m = np.stack([both[..., first], both[..., second]], axis=-1).transpose(0, 1, 3, 4, 2, 5)  # [H, 2, 64, D/2, 2, 2]
     assert np.array_equal(m[..., 0, 0], m[..., 1, 1])
@@ -212,7 +212,7 @@ def test_training_lowers_the_error_as_em_must():
     z = table[rng.integers(8, size=1000)] + 1j * table[rng.integers(8, size=1000)]
     x = np.concatenate([z.real, z.imag], axis=1).astype(np.float32)
     x /= np.sqrt(np.square(x).mean(axis=1, keepdims=True))
-    tables = mx.array(train_tables(x, 3, (np.arange(8), np.arange(8, 16)), seed=0))[None]
+    tables = mx.array(train_tables(x, 3, np.arange(16), seed=0))[None]
     codec = CommVQ(16, 2, "values", stages=3, scale="norm", tables=tables.astype(mx.float16))
     # 64 centres on 16 dimensions, each at its own length: three stages of 64 leave 0.006, one 0.08
     assert relative_error(codec, mx.array(x)[None, None]) < 0.01

@@ -111,6 +111,27 @@ def test_it_is_listed_and_found_and_gone_again(model):
         vl.make_cache(model, "absmax")
 
 
+def test_a_number_that_is_said_to_scale_nothing_is_refused():
+    @dataclass(frozen=True)
+    class Silent(Absmax):
+        scales = Codec.scales
+
+    @dataclass(frozen=True)
+    class Said(Silent):
+        expand_scales = True
+
+        def expand(self, code):
+            return super().expand(code) * code.arrays["step"].astype(mx.float32)
+
+    x = mx.random.normal((1, 2, 5, 16), key=mx.random.key(0))
+    code = Absmax(16, 8).encode(x)
+    with pytest.raises(
+        InputError, match=r"Silent stores 'step' and does not say what it scales: define scales\(code\)"
+    ):
+        Silent(16, 8).decode(code)
+    assert mx.allclose(Said(16, 8).decode(code), Absmax(16, 8).decode(code)).item()
+
+
 def test_caches_plans_reports_and_measurements_take_it(absmax, model, tmp_path):
     cache = vl.make_cache(model, "absmax", bits=4, sinks=2, window=8)
     for part in (IDS[:-1], IDS[-1:]):  # as mlx-lm's generator does

@@ -7,7 +7,7 @@ import pytest
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs.base import Code
 from veloxlab.codecs.parts.codebooks import gaussian_codebook, sphere_codebook
-from veloxlab.codecs.rvq import METHOD, Rvq, build
+from veloxlab.codecs.rvq import METHOD, Rvq
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
 
@@ -58,7 +58,7 @@ def test_one_stage_is_better_than_two(bits):
 def test_refined_at_two_bits_is_the_one_stage_optimum():
     """The boundary at 0 is the same; halves of two levels each are then Lloyd–Max's own."""
     refined = Rvq(DIM, 2, variant="refined").stages
-    assert refined.levels == pytest.approx(sphere_codebook(2, DIM).levels, abs=1e-4)
+    assert refined.table.levels == pytest.approx(sphere_codebook(2, DIM).levels, abs=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["plain", "refined"])
@@ -68,8 +68,8 @@ def test_the_code_is_stage_one_and_then_the_nearest_of_stage_two(bits, variant, 
     codec = Rvq(DIM, bits, variant=variant)
     y = np.random.default_rng(1).standard_normal((1, 1, 50, DIM)).astype(np.float32)
     arrays, _ = codec.quantize(mx.array(y))
-    table = codec.stages.levels.reshape(2 ** (bits // 2), -1)
-    first = np.abs(y[..., None] - codec.stages.first.levels).argmin(axis=-1)
+    table = codec.stages.table.levels.reshape(2 ** (bits // 2), -1)
+    first = np.abs(y[..., None] - codec.stages.first.table.levels).argmin(axis=-1)
     second = np.abs(y[..., None] - table[first]).argmin(axis=-1)
     expected = np.take_along_axis(table[first], second[..., None], axis=-1)[..., 0]
     # a coordinate within float32's rounding of a boundary may go either way
@@ -97,7 +97,9 @@ def test_unbiased_inner_products_from_both_stages_and_from_one(bits, vectors):
 def test_keys_at_one_bit_twice_take_7_5_times_less_than_in_16_bits():
     tokens = 8192
     keys = mx.random.normal((1, 2, tokens, DIM), key=mx.random.key(0)).astype(mx.float16)
-    cache = CompressedKVCache(build(DIM, 2, "keys"), build(DIM, 2, "values"), sinks=0, window=0, chunk="codes")
+    cache = CompressedKVCache(
+        METHOD.build(DIM, 2, "keys"), METHOD.build(DIM, 2, "values"), sinks=0, window=0, chunk="codes"
+    )
     cache.update_and_fetch(keys, keys)
     mx.eval(cache.state)
     assert keys.nbytes / cache.tensor_nbytes("keys") >= 7.5

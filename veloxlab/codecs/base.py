@@ -1,9 +1,4 @@
-"""The codec contract: what an algorithm declares, and what follows from it.
-
-A codec compresses vectors of one head dimension. It is an immutable dataclass. One that needs no calibration holds
-plain numbers: it can be compared, hashed and written as JSON, and its constant tables are built once per process. One
-that is calibrated also holds the arrays that it learned, and is compared by identity.
-"""
+"""The codec contract: what an algorithm declares, and what follows from it."""
 
 from __future__ import annotations
 
@@ -41,12 +36,12 @@ class Code:
     @property
     def tokens(self) -> int:
         """Tokens held."""
-        return int(next(iter(self.arrays.values())).shape[TOKENS])
+        return next(iter(self.arrays.values())).shape[TOKENS]
 
     @property
     def kv_heads(self) -> int:
         """KV heads; an array may have something of all of them together."""
-        return max(int(array.shape[1]) for array in self.arrays.values())
+        return max(array.shape[1] for array in self.arrays.values())
 
     @property
     def nbytes(self) -> int:
@@ -68,8 +63,7 @@ def token_bytes(codec: Codec, kv_heads: int, exact_bytes: int = 2) -> tuple[int,
     """Bytes of codes, and of scales and norms, that ``codec`` stores of a token; an exact number counts as a code."""
     sizes = [0, 0]
     for row in codec.layout.values():
-        is_scale = row.dtype is not None and mx.issubdtype(row.dtype, mx.floating)
-        sizes[is_scale] += row.nbytes(exact_bytes) * (1 if row.joint else kv_heads)
+        sizes[row.is_number] += row.nbytes(exact_bytes) * (1 if row.joint else kv_heads)
     return sizes[0], sizes[1]
 
 
@@ -94,14 +88,21 @@ class Codec(ABC):
     into that space once (`query_to_codes`), and the mix of values out of it once; codes are expanded a tile at a time.
 
     A codec is a frozen dataclass. What it learned is in fields that are arrays, with one entry per KV head where the
-    algorithm says so. All other fields are plain numbers and words, or a `Rope`: see `veloxlab.codecs.saving`.
-    ``heads_alike`` says that every KV head is coded alike, so that some can be read without others; ``plan`` are the
-    code bits of each coordinate ``[D]``, where they differ.
+    algorithm says so; it is then compared by identity. All other fields are plain numbers and words, or a `Rope`: see
+    `veloxlab.codecs.saving`. Constant tables are built once per process.
+
+    ``heads_alike`` says that every KV head is coded alike, so that some can be read without others; ``expand_scales``
+    that `expand` scales too; ``plan`` are the code bits of each coordinate ``[D]``, where they differ.
     """
 
     head_dim: int
     heads_alike: ClassVar[bool] = False
+    expand_scales: ClassVar[bool] = False
     plan: tuple[int, ...] = ()
+
+    def _check(self, **own: Check) -> None:
+        """Check the fields of a new codec: those whose type is a `Literal`, and by ``own`` checks."""
+        check_fields(self, **_words(type(self)), **own)
 
     @property
     @abstractmethod
@@ -146,8 +147,21 @@ class Codec(ABC):
         """Vectors in the space of the codes ``[B, H, S, D]``, before scaling, float32."""
 
     def scales(self, code: Code) -> mx.array | None:
-        """Factor of each expanded vector ``[B, H, S, 1]``, from the code's ``root_scale``; None for 1."""
-        return load_scale(code.arrays["root_scale"]) if "root_scale" in code.arrays else None
+        """Factor of each expanded vector ``[B, H, S, 1]``, from the code's ``root_scale``; None for 1.
+
+        Raises `InputError` for a codec that stores another number of each vector and does not say what it scales.
+        """
+        if self.expand_scales:
+            return None
+        if "root_scale" in code.arrays:
+            return load_scale(code.arrays["root_scale"])
+        unsaid = [name for name, row in self.layout.items() if row.is_number and row.count == 1]
+        if unsaid:
+            raise InputError(
+                f"{type(self).__name__} stores {unsaid[0]!r} and does not say what it scales: define scales(code), or "
+                "write expand_scales = True in the class if expand scales."
+            )
+        return None
 
     def from_codes(self, y: mx.array) -> mx.array:
         """Bring vectors ``[B, H, S, D]`` out of the space of the codes; linear."""
@@ -204,22 +218,16 @@ def _tile(code: Code, start: int, after: mx.array) -> Code:
     Without that order MLX evaluates twenty branches of a graph abreast, and so expands twenty tiles at once.
     """
     tile = code[start : start + TILE]
-    if start == 0:
+    if not start:
         return tile
     arrays = mx.depends(list(tile.arrays.values()), [after])
     return Code(dict(zip(tile.arrays, arrays, strict=True)), tile.start)
 
 
-def check_words(codec: Codec, **own: Check) -> None:
-    """Check the fields of a new codec: those whose type is a `Literal`, and by ``own`` checks."""
-    check_fields(codec, **_words(type(codec)), **own)
-
-
 @lru_cache
 def _words(kind: type) -> dict[str, Check]:
-    hints = get_type_hints(kind)
-    literals = (name for name in (f.name for f in fields(kind)) if get_origin(hints[name]) is Literal)
-    return {name: choice(*get_args(hints[name])) for name in literals}
+    hints = {field.name: get_type_hints(kind)[field.name] for field in fields(kind)}
+    return {name: choice(*get_args(hint)) for name, hint in hints.items() if get_origin(hint) is Literal}
 
 
 def check_vectors(x: mx.array, head_dim: int) -> None:
@@ -231,21 +239,28 @@ def check_vectors(x: mx.array, head_dim: int) -> None:
         )
 
 
-LEAST_TOKENS = 16  # of a statistic of a layer: that of fewer says little, its own error a quarter of the spread
+_LEAST_TOKENS = 16  # of a statistic of a layer: that of fewer says little, its own error a quarter of the spread
 _SAME = 1e-6  # variance, of a mean square of 1, below which all vectors are one
 
 
-def check_sample(x: Floats, method: str, least: int = LEAST_TOKENS) -> None:
-    """Raise `InputError` unless each head of ``x`` ``[H, N, D]`` has ``least`` tokens that are not zero and vary."""
-    tokens = int(x.any(axis=-1).sum(axis=-1).min()) if x.size else 0
+def per_head(x: mx.array) -> Floats:
+    """``[B, H, S, D]`` to ``[H, B·S, D]``, float64."""
+    array = np.array(x.astype(mx.float32), np.float64).swapaxes(0, 1)
+    return np.asarray(array.reshape(array.shape[0], -1, array.shape[-1]))
+
+
+def learnable(x: mx.array, method: str, least: int = _LEAST_TOKENS) -> Floats:
+    """The same; raises `InputError` unless each head has ``least`` tokens that are not zero, and these vary."""
+    array = per_head(x)
+    tokens = int(array.any(axis=-1).sum(axis=-1).min()) if array.size else 0
     if tokens < least:
         raise InputError(
             f"{method} cannot learn from {tokens} tokens that are not zero in a KV head: "
             f"calibrate with a text of {least} such tokens or more, better {8 * least}."
         )
-    energy = np.square(x).mean(axis=(1, 2))
-    if (x.var(axis=1).mean(axis=-1) < _SAME * energy).any():
+    if (array.var(axis=1).mean(axis=-1) < _SAME * np.square(array).mean(axis=(1, 2))).any():
         raise InputError("All tokens of the sample are the same in one KV head: calibrate with a text that varies.")
+    return array
 
 
 def check_heads(fitted: int, given: int) -> None:
@@ -268,12 +283,6 @@ def not_fitted(method: str, options: str = "") -> InputError:
 def unbiased_keys(tensor: str, options: Mapping[str, object]) -> dict[str, Any]:
     """``options``, with the unbiased scale for keys and the MSE scale for values, unless they say otherwise."""
     return {"scale": "unbiased" if tensor == "keys" else "mse", **options}
-
-
-def per_head(x: mx.array) -> Floats:
-    """``[B, H, S, D]`` to ``[H, B·S, D]``, float64."""
-    array = np.array(x.astype(mx.float32), np.float64).swapaxes(0, 1)
-    return np.asarray(array.reshape(array.shape[0], -1, array.shape[-1]))
 
 
 def per_kv_head(x: mx.array, kv_heads: int) -> mx.array:

@@ -36,24 +36,11 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import whole
-from veloxlab.codecs.base import (
-    Code,
-    Codec,
-    Sample,
-    check_heads,
-    check_sample,
-    check_vectors,
-    check_words,
-    empty_code,
-    not_fitted,
-    per_head,
-)
-from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, pair_order, pairs, train_tables
+from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, empty_code, learnable, not_fitted
+from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, Pairing, train_tables
 from veloxlab.codecs.method import Method, Tensor
-from veloxlab.codecs.parts import constant
-from veloxlab.codecs.parts.packing import Layout, pack_bytes, packed_bytes, unpack
+from veloxlab.codecs.parts import constant, packing, scales
 from veloxlab.codecs.parts.rope import Rope
-from veloxlab.codecs.parts.scales import SCALE, ScaleName, over, root_mean_square, scale_factor, store_scale
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import SumsReader
 
@@ -79,21 +66,21 @@ class CommVQ(Codec):
     bits: int
     tensor: Tensor
     stages: int = 0
-    scale: ScaleName = "mse"
+    scale: scales.ScaleName = "mse"
     tables: mx.array | None = None
     rope: Rope | None = None
 
     def __post_init__(self) -> None:
-        check_words(self, stages=whole(0))
+        self._check(stages=whole(0))
         if self.head_dim < 2 or self.head_dim % 2:
             raise InputError(f"CommVQ codes coordinates in pairs: a head dimension of {self.head_dim} has to be even.")
         usual = max(1, round(self.bits * self.head_dim / (2 * _INDEX)))
         object.__setattr__(self, "stages", self.stages or usual)
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> packing.Layout:
         """12·R bits to whole bytes, and a scale."""
-        return {"codes": packed_bytes(2 * self.stages, _INDEX), "root_scale": SCALE}
+        return {"codes": packing.packed_bytes(2 * self.stages, _INDEX), "root_scale": scales.SCALE}
 
     def fit(self, sample: Sample) -> Self:
         """Learn the tables of every KV head.
@@ -107,11 +94,10 @@ class CommVQ(Codec):
                 "CommVQ undoes the rotary embedding of keys, and this layer has none that is known: "
                 "use it in a rotary layer, or another method for these keys."
             )
-        heads = per_head(_normalized(sample.x, rope, 0)[0])
-        check_sample(heads, "CommVQ", ENTRIES)
-        layout = pairs(self.head_dim, rope)
+        heads = learnable(_normalized(sample.x, rope, 0)[0], "CommVQ", ENTRIES)
+        order = Pairing.of(self.head_dim, rope).pairs(self.head_dim).T.ravel()  # all first coordinates, all second ones
         tables = [
-            train_tables(head[head.any(axis=1)].astype(np.float32), self.stages, layout, sample.seed + i)
+            train_tables(head[head.any(axis=1)].astype(np.float32), self.stages, order, sample.seed + i)
             for i, head in enumerate(heads)
         ]
         # contiguous, as kernels step through it by its shape
@@ -132,8 +118,8 @@ class CommVQ(Codec):
             (piece,) = mx.depends([x[:, :, at : at + chunk]], [parts[-1]["codes"]])
             y, rms = _normalized(piece, self.rope, start + at)
             codes, coded = _encode_stages(y, both)
-            factor = mx.clip(scale_factor(self.scale, y, coded), 0.0, _MOST_FACTOR)
-            parts.append({"codes": pack_bytes(codes, _INDEX), "root_scale": store_scale(rms * factor)})
+            factor = mx.clip(scales.scale_factor(self.scale, y, coded), 0.0, _MOST_FACTOR)
+            parts.append({"codes": packing.pack_bytes(codes, _INDEX), "root_scale": scales.store_scale(rms * factor)})
         return Code({name: mx.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}, start)
 
     def expand(self, code: Code) -> mx.array:
@@ -142,7 +128,7 @@ class CommVQ(Codec):
         heads, count = codes.shape[1], 2 * self.stages
         flat = self.both_tables(heads)[..., self._orders[0]].reshape(-1, self.head_dim)
         first = ENTRIES * mx.arange(heads * count, dtype=mx.uint32).reshape(heads, 1, count)  # row of each table
-        rows = unpack(codes, _INDEX, count) + first
+        rows = packing.unpack(codes, _INDEX, count) + first
         total = mx.zeros((*codes.shape[:-1], self.head_dim))
         for i in range(count):
             (row,) = mx.depends([rows[..., i]], [total])  # or all stages' entries are held at once
@@ -162,7 +148,7 @@ class CommVQ(Codec):
         codes = code.arrays["codes"]
         angles = None if self.rope is None else self._angles(code.start)
         tables = self._checked_tables(codes.shape[1])
-        order = pair_order(self.head_dim, self.rope)
+        order = Pairing.of(self.head_dim, self.rope)
         return SumsReader(self.head_dim, codes, code.arrays["root_scale"], None, tables, *order, angles)
 
     @cached_property
@@ -181,7 +167,7 @@ class CommVQ(Codec):
     @cached_property
     def _orders(self) -> tuple[mx.array, mx.array]:
         """Coordinates in the order of the codes, where those of a pair are neighbours, and its inverse, ``[D]``."""
-        there = np.stack(pairs(self.head_dim, self.rope), axis=-1).ravel()
+        there = Pairing.of(self.head_dim, self.rope).pairs(self.head_dim).ravel()
         return constant(there, mx.uint32), constant(np.argsort(there), mx.uint32)
 
     def both_tables(self, kv_heads: int) -> mx.array:
@@ -205,8 +191,8 @@ def _normalized(x: mx.array, rope: Rope | None, start: int) -> tuple[mx.array, m
     """Vectors as they are before ``rope``, of root-mean-square 1 (or 0), and what they were divided by ``[..., 1]``."""
     x = x.astype(mx.float32)
     x = x if rope is None else rope.inverse(x, start)
-    rms = root_mean_square(x)
-    return over(x, rms), rms
+    rms = scales.root_mean_square(x)
+    return scales.over(x, rms), rms
 
 
 def _encode_stages(y: mx.array, both: mx.array) -> tuple[mx.array, mx.array]:

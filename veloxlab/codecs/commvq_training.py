@@ -15,7 +15,7 @@ SmolLM2's 3 heads and 30 layers that is 35, 50, 70 and 85 seconds at 1 to 4 bits
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,39 +35,35 @@ _RIDGE = 1.0  # vectors' worth of pull towards zero, so that an unused entry is 
 _PRODUCT = 1 << 18  # multiply-adds of one product: BLAS does not wake its threads for it, which cost more than they do
 
 
-class PairOrder(NamedTuple):
-    """Which coordinates are pairs: of the first ``rotated`` neighbours (``traditional``) or halves, then halves."""
+class Pairing(NamedTuple):
+    """Which coordinates are pairs: of the first ``rotated`` neighbours (``traditional``) or halves, then halves.
+
+    Those that RoPE leaves alone are paired too: rotated by no angle, they commute with anything.
+    """
 
     rotated: int
     traditional: bool
 
-    def pairs(self, dim: int) -> np.ndarray:
+    @classmethod
+    def of(cls, head_dim: int, rope: Rope | None) -> Self:
+        """The pairs that ``rope`` rotates."""
+        return cls(head_dim, False) if rope is None else cls(rope.dims, rope.traditional)
+
+    def pairs(self, dim: int) -> Indices:
         """Both coordinates of each pair ``[dim/2, 2]``."""
         rotated, rest = np.arange(self.rotated), np.arange(self.rotated, dim)
         own = rotated.reshape(-1, 2) if self.traditional else rotated.reshape(2, -1).T
         return np.concatenate([own, rest.reshape(2, -1).T])
 
 
-def pairs(head_dim: int, rope: Rope | None) -> tuple[Indices, Indices]:
-    """Coordinates ``[D/2]`` that are first and second of each pair that ``rope`` rotates; half-split without one.
+def train_tables(points: Floats, stages: int, order: Indices, seed: int) -> Floats:
+    """Tables ``[stages, 64, D]`` of one head, float16 numbers, for ``points`` ``[N, D]`` of root-mean-square 1.
 
-    Coordinates that it leaves alone are paired by halves too: rotated by no angle, they commute with anything.
+    ``order`` ``[D]`` are the first coordinates of all pairs, then the second ones: real parts, imaginary parts.
     """
-    first, second = pair_order(head_dim, rope).pairs(head_dim).T
-    return first, second
-
-
-def pair_order(head_dim: int, rope: Rope | None) -> PairOrder:
-    """The same as kernels have it."""
-    return PairOrder(head_dim, False) if rope is None else PairOrder(rope.dims, rope.traditional)
-
-
-def train_tables(points: Floats, stages: int, layout: tuple[Indices, Indices], seed: int) -> Floats:
-    """Tables ``[stages, 64, D]`` of one head, float16 numbers, for ``points`` ``[N, D]`` of root-mean-square 1."""
     rng = np.random.default_rng(seed)
     if len(points) > MOST_POINTS:
         points = points[rng.choice(len(points), MOST_POINTS, replace=False)]
-    order = np.concatenate(layout)  # all first coordinates, then all second ones: real parts, imaginary parts
     residual = np.concatenate([points, _invented(points, _INVENTED * len(points), rng)])[:, order]
     tables = np.empty((stages, ENTRIES, len(order)), np.float32)
     for stage in range(stages):

@@ -33,13 +33,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal, Self, get_args
+from typing import ClassVar, Literal, Self, get_args
 
 import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import choice, many, whole
-from veloxlab.codecs.base import Code, Sample, check_vectors, check_words, not_fitted, unbiased_keys
+from veloxlab.codecs.base import Code, Sample, check_vectors, not_fitted, unbiased_keys
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts.packing import Layout, Row
 from veloxlab.codecs.parts.polar import PolarTree, angle_codebook, fitted_angles, halvings
@@ -71,9 +71,10 @@ class PolarQuant(RotatedSpace):
     rotation: RotationName = "hadamard"
     seed: int = 0
     centroids: tuple[float, ...] = ()
+    expand_scales: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_words(self)
+        self._check()
         _ = self._rotation, self.tree
 
     @cached_property

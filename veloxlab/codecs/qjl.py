@@ -36,7 +36,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import whole
-from veloxlab.codecs.base import Code, Codec, check_vectors, check_words
+from veloxlab.codecs.base import Code, Codec, check_vectors
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, unpack_to_bytes
@@ -67,7 +67,7 @@ class QJL(Codec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_words(self)
+        self._check()
         _ = self._sketch
 
     @cached_property
@@ -158,9 +158,10 @@ class GroupedValues(Codec):
     bits: int
     levels: GroupLevels = "centres"
     group: int = 32
+    expand_scales: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_words(self, group=whole(1))
+        self._check(group=whole(1))
 
     @property
     def layout(self) -> Layout:
@@ -189,7 +190,7 @@ class GroupedValues(Codec):
         return {"codes": pack(codes, self.bits), "half_step": root_half[..., 0], "least": root_least[..., 0]}
 
     def expand(self, code: Code) -> mx.array:
-        """Decode; there is nothing else to be scaled."""
+        """Decode."""
         codes = self._grouped(unpack_to_bytes(code.arrays["codes"], self.bits, self.head_dim).astype(mx.float32))
         half_step, least = (_signed_square(code.arrays[name])[..., None] for name in ("half_step", "least"))
         return self._flat(least + (codes + self._shift) * (2 * half_step))

@@ -37,21 +37,10 @@ from typing import ClassVar, Literal, Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import (
-    Code,
-    Sample,
-    check_heads,
-    check_sample,
-    check_vectors,
-    check_words,
-    per_head,
-    unbiased_keys,
-)
+from veloxlab.codecs.base import Code, Sample, check_heads, check_vectors, learnable, unbiased_keys
 from veloxlab.codecs.method import Method, Tensor
-from veloxlab.codecs.parts import constant, in_turn
-from veloxlab.codecs.parts.packing import BITS, Layout, pack, packed, unpack_to_bytes
+from veloxlab.codecs.parts import constant, in_turn, packing, scales
 from veloxlab.codecs.parts.scalar import paired_levels
-from veloxlab.codecs.parts.scales import SCALE, load_scale, scale_factor
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.codecs.rotated import RotatedCodec
 from veloxlab.errors import InputError
@@ -84,16 +73,16 @@ class RaBitQ(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_words(self, bits=BITS)
+        self._check(bits=packing.BITS)
         if self.bounds and self.scale != "unbiased":
             raise InputError(f"bounds=True bounds an unbiased estimate, and scale={self.scale!r} is not: choose one.")
         _ = self._rotation
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> packing.Layout:
         """B·D bits and a scale; the sine with bounds."""
-        sine = {"sine": SCALE} if self.bounds else {}
-        return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE} | sine
+        sine = {"sine": scales.SCALE} if self.bounds else {}
+        return {"codes": packing.packed(self.head_dim, self.bits), "root_scale": scales.SCALE} | sine
 
     @cached_property
     def _encoder(self) -> VectorKernel | None:
@@ -115,15 +104,15 @@ class RaBitQ(RotatedCodec):
         steps = mx.minimum(mx.floor(self._stretch(magnitude) * magnitude), top - 1)
         codes = mx.where(y >= 0, top + steps, top - 1 - steps)  # the sign of 0 is +1
         u = codes - float(2**self.bits - 1) / 2
-        arrays = {"codes": pack(codes, self.bits)}
+        arrays = {"codes": packing.pack(codes, self.bits)}
         if self.bounds:
-            rest = mx.linalg.norm(y - scale_factor("mse", y, u) * u, axis=-1, keepdims=True)
+            rest = mx.linalg.norm(y - scales.scale_factor("mse", y, u) * u, axis=-1, keepdims=True)
             arrays["sine"] = (rest / math.sqrt(self.head_dim)).astype(mx.float16)
-        return arrays, scale_factor(self.scale, y, u)
+        return arrays, scales.scale_factor(self.scale, y, u)
 
     def levels(self, arrays: dict[str, mx.array]) -> mx.array:
         """Grid points of the codes."""
-        codes = unpack_to_bytes(arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
+        codes = packing.unpack_to_bytes(arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
         return codes - float(2**self.bits - 1) / 2
 
     def reader(self, code: Code) -> TableReader:
@@ -141,7 +130,7 @@ class RaBitQ(RotatedCodec):
         if "sine" not in code.arrays:
             raise InputError("This code holds no error bounds: make the codec with bounds=True.")
         u = self.levels(code.arrays)
-        length = load_scale(code.arrays["root_scale"]) * mx.linalg.norm(u, axis=-1, keepdims=True)
+        length = scales.load_scale(code.arrays["root_scale"]) * mx.linalg.norm(u, axis=-1, keepdims=True)
         return length * code.arrays["sine"].astype(mx.float32) * (epsilon / math.sqrt(self.head_dim - 1))
 
     def _stretch(self, magnitude: mx.array) -> mx.array:
@@ -168,6 +157,7 @@ class CentredRaBitQ(RaBitQ):
 
     centroid: mx.array | None = None
     heads_alike: ClassVar[bool] = False
+    expand_scales: ClassVar[bool] = True
 
     __eq__, __hash__ = object.__eq__, object.__hash__  # what is fitted is compared by identity
 
@@ -178,9 +168,7 @@ class CentredRaBitQ(RaBitQ):
     def fit(self, sample: Sample) -> Self:
         """Learn the mean of each KV head; raises `InputError` below 16 tokens, or if they are all the same."""
         check_vectors(sample.x, self.head_dim)
-        check_sample(
-            per_head(mx.flatten(sample.x.swapaxes(1, 2), 2)[:, None]), "A centroid"
-        )  # one head may be of zeros
+        learnable(mx.flatten(sample.x.swapaxes(1, 2), 2)[:, None], "A centroid")  # one head may be of zeros
         return replace(self, centroid=constant(sample.x.astype(mx.float32).mean(axis=(0, 2))))
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
@@ -190,11 +178,8 @@ class CentredRaBitQ(RaBitQ):
 
     def expand(self, code: Code) -> mx.array:
         """Rotated vectors, with their scale, since the mean is not to be scaled."""
-        y = self.levels(code.arrays) * load_scale(code.arrays["root_scale"])
+        y = self.levels(code.arrays) * scales.load_scale(code.arrays["root_scale"])
         return y if self.centroid is None else y + self._rotation.forward(self._mean(y.shape[1]))
-
-    def scales(self, code: Code) -> None:
-        """None: `expand` has scaled."""
 
     @property
     def _table(self) -> mx.array | None:

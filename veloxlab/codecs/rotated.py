@@ -1,4 +1,4 @@
-"""The shape that most algorithms share: rotate, quantize, scale."""
+"""The shapes that most algorithms share: rotate, quantize, scale; and, of those, the nearest level of one table."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import ClassVar
 import mlx.core as mx
 
 from veloxlab.codecs.base import Code, Codec, check_vectors
-from veloxlab.codecs.parts.scales import over, root_mean_square, store_scale
+from veloxlab.codecs.parts import scales
+from veloxlab.codecs.parts.packing import Layout
+from veloxlab.codecs.parts.scalar import ScalarQuantizer
 from veloxlab.codecs.parts.transforms import Rotation, RotationName, SignedHadamard, make_rotation
+from veloxlab.kernels import rotated
 from veloxlab.kernels.checked import computed
-from veloxlab.kernels.rotated import decode_kernel
+from veloxlab.kernels.readers import TableReader
 from veloxlab.kernels.vectors import VectorKernel
 
 
@@ -47,7 +50,9 @@ class RotatedSpace(Codec):
 class RotatedCodec(RotatedSpace):
     """Rotate, quantize, scale: ``decode = rotate⁻¹(scale · levels)``.
 
-    A subclass says how a rotated vector of root-mean-square 1 is quantized and what levels its codes stand for.
+    A subclass says how a rotated vector of root-mean-square 1 is quantized and what levels its codes stand for. Where
+    there are kernels, ``_encoder`` does what `quantize` says, and ``_table`` is what each of the ``codes`` stands for
+    ``[2**bits]``.
     """
 
     @abstractmethod
@@ -62,12 +67,10 @@ class RotatedCodec(RotatedSpace):
 
     @property
     def _encoder(self) -> VectorKernel | None:
-        """The kernel that does what `quantize` says, or None where there is none."""
         return None
 
     @property
     def _table(self) -> mx.array | None:
-        """What each of the ``codes`` stands for ``[2**bits]``, or None where they are of no such kind."""
         return None
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
@@ -85,9 +88,9 @@ class RotatedCodec(RotatedSpace):
         return computed(lambda _: _decoder(self, wanted), by_graph, *given)["out"]
 
     def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
-        rms = root_mean_square(x)
-        arrays, factor = self.quantize(self._rotation.forward(over(x, rms)))
-        return arrays | {"root_scale": store_scale(rms * factor)}
+        rms = scales.root_mean_square(x)
+        arrays, factor = self.quantize(self._rotation.forward(scales.over(x, rms)))
+        return arrays | {"root_scale": scales.store_scale(rms * factor)}
 
     def _decode_by_graph(self, codes: mx.array, root_scale: mx.array, dtype: mx.Dtype) -> dict[str, mx.array]:
         return {"out": super().decode(Code({"codes": codes, "root_scale": root_scale}), dtype)}
@@ -100,4 +103,42 @@ class RotatedCodec(RotatedSpace):
 @lru_cache
 def _decoder(codec: RotatedCodec, dtype: mx.Dtype) -> VectorKernel | None:
     signs, table = codec._signs, codec._table
-    return None if signs is None or table is None else decode_kernel(signs, table, dtype)
+    return None if signs is None or table is None else rotated.decode_kernel(signs, table, dtype)
+
+
+class TableCodec(RotatedCodec):
+    """Each rotated coordinate becomes the nearest level of one table, that of ``_quantizer``; ``scale`` is chosen."""
+
+    bits: int
+    scale: scales.ScaleName
+
+    @property
+    @abstractmethod
+    def _quantizer(self) -> ScalarQuantizer: ...
+
+    @property
+    def layout(self) -> Layout:
+        """b·D bits of codes, in one array or two, and a scale."""
+        return self._quantizer.layout | {"root_scale": scales.SCALE}
+
+    @cached_property
+    def _encoder(self) -> VectorKernel | None:
+        if self._signs is None:
+            return None
+        table = self._quantizer
+        nearest = rotated.nearest_level(table.boundaries, table.levels, self.bits)
+        return rotated.encode_kernel(self._signs, nearest, self.scale, table.fields)
+
+    def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
+        """Nearest level of each coordinate, and the chosen scale."""
+        codes = self._quantizer.assign(y)
+        return self._quantizer.pack(codes), scales.scale_factor(self.scale, y, self._quantizer.levels_of(codes))
+
+    def levels(self, arrays: dict[str, mx.array]) -> mx.array:
+        """Levels of the codes."""
+        return self._quantizer.expand(arrays)
+
+    def reader(self, code: Code) -> TableReader:
+        """The table, two codes at a time where they are narrow."""
+        rows, *fine = (code.arrays[name] for name in self._quantizer.fields)
+        return TableReader(self.head_dim, rows, code.arrays["root_scale"], self._signs, *self._quantizer.paired, *fine)

@@ -28,35 +28,22 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, check_words, unbiased_keys
-from veloxlab.codecs.method import Method, Tensor
-from veloxlab.codecs.parts import Floats, constant
-from veloxlab.codecs.parts.codebooks import (
-    Codebook,
-    CodebookName,
-    coordinate_density,
-    gaussian_codebook,
-    lloyd_max,
-    reach_of,
-    sphere_codebook,
-)
-from veloxlab.codecs.parts.packing import Layout, pack, packed, unpack
-from veloxlab.codecs.parts.scalar import codes_at_once
-from veloxlab.codecs.parts.scales import SCALE, ScaleName, load_scale, scale_factor
+from veloxlab.codecs.base import Code, unbiased_keys
+from veloxlab.codecs.method import Method
+from veloxlab.codecs.parts import Floats, scalar
+from veloxlab.codecs.parts.codebooks import Codebook, CodebookName, coordinate_density, lloyd_max, reach_of
+from veloxlab.codecs.parts.packing import unpack
+from veloxlab.codecs.parts.scales import ScaleName, load_scale
 from veloxlab.codecs.parts.transforms import RotationName
-from veloxlab.codecs.rotated import RotatedCodec
-from veloxlab.kernels.readers import TableReader
-from veloxlab.kernels.rotated import encode_kernel, nearest_level
-from veloxlab.kernels.vectors import VectorKernel
+from veloxlab.codecs.rotated import TableCodec
 
 Variant = Literal["plain", "refined"]
 Residual = Literal["exact", "laplacian"]
-_PAIRED_BITS = 2  # of a stage, up to which kernels read two coordinates at once, from a table of at most 256 pairs
 VELOX_VARIANCE = math.sqrt(3 * math.pi) / 2  # VeloxQuant-MLX's constant for the variance of the residual, times 4^b
 
 
 @dataclass(frozen=True)
-class Rvq(RotatedCodec):
+class Rvq(TableCodec):
     """Two stages of ``bits / 2`` bits each.
 
     ``variant`` is ``"plain"`` (one second codebook) or ``"refined"`` (one for each level of the first stage);
@@ -73,47 +60,18 @@ class Rvq(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_words(self)
+        self._check()
         _ = self._rotation, self.stages
 
     @cached_property
     def stages(self) -> Stages:
         """The codebooks of both stages."""
-        dim = self.head_dim if self.codebook == "sphere" else None
-        return stages_for(dim, self.bits // 2, self.variant, self.residual if self.variant == "plain" else "exact")
+        kind = self.residual if self.variant == "plain" else "refined"
+        return _stages_for(self.head_dim, self.bits // 2, self.codebook, kind)
 
     @property
-    def layout(self) -> Layout:
-        """Two stages of b/2 bits, and a scale."""
-        stage = packed(self.head_dim, self.bits // 2)
-        return {"coarse": stage, "fine": stage, "root_scale": SCALE}
-
-    @cached_property
-    def _encoder(self) -> VectorKernel | None:
-        if self._signs is None:
-            return None
-        nearest, half = nearest_level(*self.stages.cells, self.bits), self.bits // 2
-        return encode_kernel(self._signs, nearest, self.scale, {"coarse": half, "fine": half})
-
-    def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
-        """The cell of both stages, its two halves packed apart, and the chosen scale."""
-        boundaries, levels = self.stages.cells
-        cell, half = mx.searchsorted(boundaries, y), self.bits // 2
-        arrays = {"coarse": pack(cell >> half, half), "fine": pack(cell & ((1 << half) - 1), half)}
-        return arrays, scale_factor(self.scale, y, mx.take(levels, cell))
-
-    def levels(self, arrays: dict[str, mx.array]) -> mx.array:
-        """Levels of both stages; several neighbours are looked up at once."""
-        joint, half = self.stages.joint, self.bits // 2
-        together = joint.shape[-1]
-        coarse, fine = (unpack(arrays[name], half, self.head_dim, together) for name in ("coarse", "fine"))
-        levels = mx.take(joint, (coarse << (half * together)) | fine, axis=0)
-        return mx.flatten(levels, -2)[..., : self.head_dim]
-
-    def reader(self, code: Code) -> TableReader:
-        """Both stages, and the levels that they stand for together."""
-        coarse, fine, root_scale = (code.arrays[name] for name in ("coarse", "fine", "root_scale"))
-        return TableReader(self.head_dim, coarse, root_scale, self._signs, *self.stages.paired, fine)
+    def _quantizer(self) -> Stages:
+        return self.stages
 
     def decode_coarse(self, code: Code) -> mx.array:
         """Reconstruct ``[B, H, S, D]``, float32, from the first stage and the scale, which are half of the bits."""
@@ -121,66 +79,47 @@ class Rvq(RotatedCodec):
         gain = 1.0  # the stored scale is made for both stages; the first alone would have another, in this proportion
         if self.scale != "norm":
             unbiased = self.scale == "unbiased"
-            gain = stages.inner / (1 - stages.first.distortion) if unbiased else stages.energy / stages.inner
-        return self.from_codes(mx.take(stages.coarse, codes) * load_scale(code.arrays["root_scale"]) * gain)
+            gain = stages.inner / (1 - stages.first.table.distortion) if unbiased else stages.energy / stages.inner
+        return self.from_codes(stages.first.levels_of(codes) * load_scale(code.arrays["root_scale"]) * gain)
 
 
-class Stages:
-    """Codebooks of two stages of h bits each, for coordinates of unit variance, the first in an index's high bits.
+class Stages(scalar.ScalarQuantizer):
+    """Codebooks of two stages of ``half`` bits each, as the one table of their sums.
 
-    Attributes
-    ----------
-    levels, coarse : what both stages stand for ``[4**h]``, and the first alone ``[2**h]``.
-    inner, energy : E(x·x̂) and E(x̂²).
-    cells : boundaries and levels; a cell that no coordinate reaches has no width.
-    joint : levels of g neighbours ``[4**(h·g), g]``.
-    paired : how kernels read the codes: the width of a stage's index, and the levels that two of them stand for.
+    ``first`` is the first stage's quantizer; ``inner`` and ``energy`` are E(x·x̂) and E(x̂²) of both stages, and
+    ``distortion`` is E(x − x̂)². A cell that no coordinate reaches has no width.
     """
 
-    def __init__(self, dim: int | None, half: int, variant: Variant, residual: Residual) -> None:
-        self.first = gaussian_codebook(half) if dim is None else sphere_codebook(half, dim)
-        reach = reach_of(dim)
-        edges = np.concatenate([[-reach], self.first.boundaries, [reach]])
-        cells = list(zip(self.first.levels, edges, edges[1:], strict=False))  # level, lower and upper end
-        if variant == "refined":
+    def __init__(self, head_dim: int, half: int, codebook: CodebookName, kind: str) -> None:
+        self.first = scalar.quantizer_for(head_dim, half, codebook)
+        dim = head_dim if codebook == "sphere" else None
+        reach, first = reach_of(dim), self.first.table
+        edges = np.concatenate([[-reach], first.boundaries, [reach]])
+        cells = list(zip(first.levels, edges, edges[1:], strict=False))  # level, lower and upper end
+        if kind == "refined":
             seconds = [lloyd_max(lambda t: coordinate_density(t, dim), low, high, half) for _, low, high in cells]
-            self.levels = np.concatenate([second.levels for second in seconds])
+            levels = np.concatenate([second.levels for second in seconds])
             inner = [second.boundaries for second in seconds]
         else:
-            second = _of_residuals(cells, dim, half) if residual == "exact" else _of_laplacian(half)
-            self.levels = (self.first.levels[:, None] + second.levels).ravel()
+            second = _of_residuals(cells, dim, half) if kind == "exact" else _of_laplacian(half)
+            levels = (first.levels[:, None] + second.levels).ravel()
             inner = [np.clip(level + second.boundaries, low, high) for level, low, high in cells]
-        parts = [part for i, inside in enumerate(inner) for part in (inside, self.first.boundaries[i : i + 1])]
+        parts = [part for i, inside in enumerate(inner) for part in (inside, first.boundaries[i : i + 1])]
         boundaries = np.concatenate(parts)
         y = np.linspace(-reach, reach, 2**18 + 1)
-        found, mass = self.levels[np.searchsorted(boundaries, y)], coordinate_density(y, dim)
+        found, mass = levels[np.searchsorted(boundaries, y)], coordinate_density(y, dim)
         mass = mass / (mass * y * y).sum()
         self.inner, self.energy = float((mass * y * found).sum()), float((mass * found * found).sum())
-        self.cells = constant(boundaries), constant(self.levels)
-        self.joint = self._neighbours(half, codes_at_once(2 * half))
-        together = 2 if half <= _PAIRED_BITS else 1
-        self.paired = half * together, self._neighbours(half, together)
-        self.coarse = constant(self.first.levels)
-
-    @property
-    def distortion(self) -> float:
-        """E(x − x̂)²."""
-        return 1 - 2 * self.inner + self.energy
+        self.distortion = 1 - 2 * self.inner + self.energy
+        super().__init__(head_dim, Codebook(levels, boundaries, self.distortion), "coarse", "fine")
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tables, shared by every layer of a process."""
-        return sum(table.nbytes for table in (*self.cells, self.joint, self.coarse))
-
-    def _neighbours(self, half: int, together: int) -> mx.array:
-        """Levels of ``together`` coordinates ``[4**(half·together), together]``."""
-        index = np.arange(1 << (2 * half * together))[:, None]
-        shifts, mask = half * np.arange(together), (1 << half) - 1
-        cells = ((index >> (half * together) >> shifts & mask) << half) | (index >> shifts & mask)
-        return constant(self.levels[cells])
+        return super().nbytes + self.first.levels.nbytes
 
 
-stages_for = lru_cache(Stages)
+_stages_for = lru_cache(Stages)
 
 
 def _of_residuals(cells: list[tuple[float, float, float]], dim: int | None, half: int) -> Codebook:
@@ -200,11 +139,6 @@ def _of_laplacian(half: int) -> Codebook:
     return lloyd_max(lambda r: np.exp(-rate * np.abs(r)), -30 / rate, 30 / rate, half)
 
 
-def build(head_dim: int, bits: int, tensor: Tensor, **options: object) -> Rvq:
-    """TurboQuant-RVQ for keys (unbiased scale) or for values (MSE scale), unless ``scale`` says otherwise."""
-    return Rvq(head_dim, bits, **unbiased_keys(tensor, options))
-
-
 METHOD = Method(
     id="rvq",
     name="TurboQuant-RVQ",
@@ -212,7 +146,7 @@ METHOD = Method(
     bits=range(2, 9, 2),
     stored="two stages of b/2 bits a coordinate, one 16-bit scale a vector",
     options=("variant", "residual", "scale", "rotation", "codebook", "seed"),
-    build=build,
+    build=lambda head_dim, bits, tensor, **options: Rvq(head_dim, bits, **unbiased_keys(tensor, options)),
     colour="#3f9142",
     mark="diamond",
     space="smoothed_rotated",

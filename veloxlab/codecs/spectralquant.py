@@ -36,22 +36,10 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import real
-from veloxlab.codecs.base import (
-    Code,
-    Codec,
-    Sample,
-    check_heads,
-    check_sample,
-    check_vectors,
-    check_words,
-    not_fitted,
-    per_head,
-)
+from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted, per_head
 from veloxlab.codecs.method import Method, Tensor
-from veloxlab.codecs.parts import Floats, constant
-from veloxlab.codecs.parts.packing import Layout, packed
+from veloxlab.codecs.parts import Floats, constant, packing, scales
 from veloxlab.codecs.parts.scalar import PlannedQuantizer
-from veloxlab.codecs.parts.scales import SCALE, ScaleName, over, root_mean_square, store_scale
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.parts.water_filling import greedy_bits
 from veloxlab.errors import InputError
@@ -82,7 +70,7 @@ class SpectralQuant(Codec):
     basis: BasisName = "pca"
     centred: bool = True
     damping: float = 0.05
-    scale: ScaleName = "mse"
+    scale: scales.ScaleName = "mse"
     seed: int = 0
     plan: tuple[int, ...] = ()
     forward: mx.array | None = None
@@ -91,14 +79,14 @@ class SpectralQuant(Codec):
     deviation: mx.array | None = None
 
     def __post_init__(self) -> None:
-        check_words(self, damping=real(least=0))
+        self._check(damping=real(least=0))
         if self.plan:
             _ = self._quantizer
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> packing.Layout:
         """One bit string of b·D bits, and a scale."""
-        return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE}
+        return {"codes": packing.packed(self.head_dim, self.bits), "root_scale": scales.SCALE}
 
     def fit(self, sample: Sample) -> Self:
         """Learn basis, variances and bit plan of the layer.
@@ -106,8 +94,7 @@ class SpectralQuant(Codec):
         Raises `InputError` for fewer tokens than coordinates, tokens all the same, or no queries for ``"query"``.
         """
         check_vectors(sample.x, self.head_dim)
-        x = per_head(sample.x)
-        check_sample(x, "SpectralQuant", self.head_dim)
+        x = learnable(sample.x, "SpectralQuant", self.head_dim)
         rms = np.sqrt(np.square(x).mean(axis=-1, keepdims=True))
         x = x / np.where(rms == 0, 1.0, rms)
         mean = x.mean(axis=1, keepdims=True) * self.centred
@@ -159,11 +146,11 @@ class SpectralQuant(Codec):
     def _encode_by_graph(self, x: mx.array, y: mx.array) -> dict[str, mx.array]:
         """Codes and scales of ``x``, given as well in the basis, ``y``; both ``[B, H, S, D]``."""
         _, _, mean, deviation = self._fitted(x.shape[1])
-        rms = root_mean_square(x)
-        y = over(y, rms)
+        rms = scales.root_mean_square(x)
+        y = scales.over(y, rms)
         codes = self._quantizer.assign((y - mean) / deviation)
         factor = _scale_factor(self.scale, y, self._quantizer.levels_of(codes) * deviation + mean)
-        return {"codes": self._quantizer.pack(codes), "root_scale": store_scale(rms * factor)}
+        return {"codes": self._quantizer.pack(codes), "root_scale": scales.store_scale(rms * factor)}
 
     @cached_property
     def _encoder(self) -> VectorKernel | None:
@@ -237,7 +224,7 @@ def _damped(moment: Floats, share: float) -> Floats:
     return np.asarray(moment + share * mean[:, None, None] * np.eye(moment.shape[-1]))
 
 
-def _scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.array:
+def _scale_factor(scale: scales.ScaleName, y: mx.array, quantized: mx.array) -> mx.array:
     """What to multiply ``quantized`` with to stand for ``y``, both ``[..., D]``: ``[..., 1]``, finite and positive."""
     if scale == "norm":
         return mx.ones((*y.shape[:-1], 1))

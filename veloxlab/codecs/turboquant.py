@@ -28,26 +28,23 @@ from typing import ClassVar
 import mlx.core as mx
 
 from veloxlab.checks import choice
-from veloxlab.codecs.base import Code, check_words, unbiased_keys
+from veloxlab.codecs.base import unbiased_keys
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts.codebooks import CodebookName
 from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import BITS, WIDEST, Layout, packed
 from veloxlab.codecs.parts.scalar import ScalarQuantizer, quantizer_for
-from veloxlab.codecs.parts.scales import SCALE, ScaleName, scale_factor
+from veloxlab.codecs.parts.scales import SCALE, ScaleName
 from veloxlab.codecs.parts.transforms import RotationName, SignSketch, SketchName
-from veloxlab.codecs.rotated import RotatedCodec
+from veloxlab.codecs.rotated import RotatedCodec, TableCodec
 from veloxlab.errors import InputError
-from veloxlab.kernels.readers import TableReader
-from veloxlab.kernels.rotated import encode_kernel, nearest_level
-from veloxlab.kernels.vectors import VectorKernel
 
 _ONLY = {"scale": "mse", "outliers": "mse", "outlier_bits": "mse", "sketch": "prod"}  # options of one variant
 _SKETCH_SEED = 1_000_003  # keeps the sketch independent of a Haar rotation with the same seed
 
 
 @dataclass(frozen=True)
-class TurboQuant(RotatedCodec):
+class TurboQuant(TableCodec):
     """TurboQuant's ``mse`` variant: codes and one scale (arXiv 2504.19874, Algorithm 1).
 
     ``head_dim`` is 4 or more, ``bits`` 1 to 8 per coordinate, ``codebook`` ``"sphere"`` (exact for D) or ``"gaussian"``
@@ -62,7 +59,7 @@ class TurboQuant(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_words(self, bits=BITS)
+        self._check(bits=BITS)
         _ = self._rotation, self._quantizer  # refuses what it cannot do now, not at the first token
 
     @cached_property
@@ -70,35 +67,8 @@ class TurboQuant(RotatedCodec):
         return quantizer_for(self.head_dim, self.bits, self.codebook)
 
     @property
-    def layout(self) -> Layout:
-        """b·D bits and a scale."""
-        return {"codes": packed(self.head_dim, self.bits), "root_scale": SCALE}
-
-    @cached_property
-    def _encoder(self) -> VectorKernel | None:
-        if self._signs is None:
-            return None
-        nearest = nearest_level(self._quantizer.boundaries, self._quantizer.levels, self.bits)
-        return encode_kernel(self._signs, nearest, self.scale, {"codes": self.bits})
-
-    @property
     def _table(self) -> mx.array:
         return self._quantizer.levels
-
-    def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
-        """Nearest level of each coordinate, and the chosen scale."""
-        codes = self._quantizer.assign(y)
-        factor = scale_factor(self.scale, y, self._quantizer.levels_of(codes))
-        return {"codes": self._quantizer.pack(codes)}, factor
-
-    def levels(self, arrays: dict[str, mx.array]) -> mx.array:
-        """Levels of the codes."""
-        return self._quantizer.expand(arrays["codes"])
-
-    def reader(self, code: Code) -> TableReader:
-        """The scalar table, two codes at a time where they are narrow."""
-        codes, root_scale = code.arrays["codes"], code.arrays["root_scale"]
-        return TableReader(self.head_dim, codes, root_scale, self._signs, *self._quantizer.paired)
 
 
 @dataclass(frozen=True)
@@ -118,7 +88,7 @@ class TurboQuantProd(RotatedCodec):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_words(self, bits=BITS)
+        self._check(bits=BITS)
         _ = self._rotation, self._quantizer, self._sketch
 
     @cached_property
@@ -140,7 +110,7 @@ class TurboQuantProd(RotatedCodec):
         arrays, residual = {}, y
         if self._quantizer:
             codes = self._quantizer.assign(y)
-            arrays["codes"] = self._quantizer.pack(codes)
+            arrays = self._quantizer.pack(codes)
             residual = y - self._quantizer.levels_of(codes)
         norm = mx.linalg.norm(residual, axis=-1, keepdims=True)
         arrays |= {"signs": self._sketch.signs(residual), "residual_norm": norm.astype(mx.float16)}  # at most √D
@@ -150,7 +120,7 @@ class TurboQuantProd(RotatedCodec):
         """Levels of the codes and the sketch's estimate of the residual."""
         estimate = self._sketch.expand(arrays["signs"]) @ self._sketch.matrix
         residual = estimate * (arrays["residual_norm"].astype(mx.float32) * self._sketch.unbiased_scale)
-        return residual + self._quantizer.expand(arrays["codes"]) if self._quantizer else residual
+        return residual + self._quantizer.expand(arrays) if self._quantizer else residual
 
 
 @dataclass(frozen=True, eq=False)

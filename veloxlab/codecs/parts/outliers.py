@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import whole
-from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_sample, check_vectors, not_fitted, per_head
+from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import Layout
 from veloxlab.errors import InputError
@@ -25,6 +25,7 @@ class SplitCodec(Codec):
     ``channels`` are the indices of the outliers, k = ``outliers`` for each KV head in turn; empty before `fit`.
     """
 
+    expand_scales: ClassVar[bool] = True
     method: ClassVar[str]
     head_dim: int
     bits: int
@@ -83,7 +84,7 @@ class SplitCodec(Codec):
         Raises `InputError` below 16 tokens that are not zero in a KV head, or if they are all the same.
         """
         check_vectors(sample.x, self.head_dim)
-        check_sample(per_head(sample.x), self.method)
+        learnable(sample.x, self.method)
         energy = np.array(mx.square(sample.x.astype(mx.float32)).sum(axis=(0, 2)))
         found = np.sort(np.argsort(-energy, axis=-1, kind="stable")[:, : self.outliers], axis=-1)
         return replace(self, channels=tuple(found.ravel().tolist()))  # type: ignore[type-var]
@@ -102,9 +103,6 @@ class SplitCodec(Codec):
             y, scale = part.expand(own), part.scales(own)
             expanded.append(y if scale is None else y * scale)
         return mx.concatenate(expanded, axis=-1)
-
-    def scales(self, code: Code) -> None:
-        """None: `expand` has scaled."""
 
     def from_codes(self, y: mx.array) -> mx.array:
         """Bring both parts back, and put the channels in their places."""

@@ -35,6 +35,11 @@ class Row:
     count: int
     joint: bool = False
 
+    @property
+    def is_number(self) -> bool:
+        """Whether it holds scales or norms, and not codes or exact vectors."""
+        return self.dtype is not None and mx.issubdtype(self.dtype, mx.floating)
+
     def nbytes(self, exact_bytes: int = 2) -> int:
         """Bytes of the row, where an exact number takes ``exact_bytes``."""
         return self.count * (exact_bytes if self.dtype is None else self.dtype.size)

@@ -15,11 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs.parts import constant
-from veloxlab.codecs.parts.codebooks import CodebookName, gaussian_codebook, sphere_codebook
-from veloxlab.codecs.parts.packing import WIDEST, pack, unpack, unpack_to_bytes, words_per_row
+from veloxlab.codecs.parts.codebooks import Codebook, CodebookName, gaussian_codebook, sphere_codebook
+from veloxlab.codecs.parts.packing import WIDEST, Layout, pack, packed, unpack, unpack_to_bytes, words_per_row
 from veloxlab.kernels.readers import planned
 
-JOINT_INDEX_BITS = 12  # a joint table stays under 64 KB; at 16 bits it would be 1.4 times faster, and 2 MB
+_JOINT_INDEX_BITS = 12  # a joint table stays under 64 KB; at 16 bits it would be 1.4 times faster, and 2 MB
 _PAIRED_BITS = 4  # up to which kernels read two codes at once, from a table of at most 256 pairs
 _MOST = 16  # levels: sums of the powers of more are not exact, and cost what the gather does
 _ROUNDING = 1e-6  # of a few steps in float32, beside the largest level
@@ -60,41 +60,50 @@ def _odd_polynomial(terms: int) -> Callable[..., mx.array]:
     return evaluated
 
 
-def joint_levels(levels: np.ndarray, bits: int, together: int) -> mx.array:
-    """Levels of every combination of ``together`` neighbouring codes ``[2**(bits·together), together]``, float32."""
-    index = np.arange(1 << (bits * together))[:, None] >> (bits * np.arange(together)) & ((1 << bits) - 1)
-    return constant(levels[index])
+def joint_levels(levels: np.ndarray, bits: int, together: int, parts: int = 1) -> mx.array:
+    """Levels of every combination of ``together`` neighbouring codes ``[2**(bits·together), together]``, float32.
+
+    An index has the codes' high parts first, side by side, where each is cut in two ``parts`` that are packed apart.
+    """
+    index, width = np.arange(1 << (bits * together))[:, None], bits // parts
+    codes = np.zeros_like(index)
+    for part in reversed(range(parts)):
+        own = index >> (width * together * part) >> (width * np.arange(together)) & ((1 << width) - 1)
+        codes = codes << width | own
+    return constant(levels[codes])
 
 
-def paired_levels(levels: np.ndarray, bits: int) -> tuple[int, mx.array]:
+def paired_levels(levels: np.ndarray, bits: int, parts: int = 1) -> tuple[int, mx.array]:
     """How kernels read codes: the width of an index, and the ``levels`` of one code or two ``[2**width, 1 or 2]``."""
     together = 2 if bits <= _PAIRED_BITS else 1
-    return bits * together, joint_levels(levels, bits, together)
-
-
-def codes_at_once(bits: int) -> int:
-    """How many neighbouring codes of ``bits`` bits index a joint table: 1, 2, 4 or 8."""
-    return max(n for n in (1, 2, 4, 8) if n == 1 or n * bits <= JOINT_INDEX_BITS)
+    return bits // parts * together, joint_levels(levels, bits, together, parts)
 
 
 class ScalarQuantizer:
     """Each of ``dim`` unit-variance coordinates is replaced by the nearest of ``2**bits`` levels; see `quantizer_for`.
 
-    It has the codebook's ``boundaries`` and ``levels`` in float32, and ``paired`` is as `paired_levels` gives it.
+    Codes are packed whole, or in two halves apart, the high one first: ``fields`` are the arrays' names and widths.
+    ``table`` is the codebook, ``boundaries`` and ``levels`` are its own in float32, ``paired`` is of `paired_levels`.
     """
 
-    def __init__(self, dim: int, bits: int, codebook: CodebookName = "sphere") -> None:
-        self.dim, self.bits = dim, bits
-        self.table = sphere_codebook(bits, dim) if codebook == "sphere" else gaussian_codebook(bits)
-        self.boundaries, self.levels = constant(self.table.boundaries), constant(self.table.levels)
-        self.paired = paired_levels(self.table.levels, bits)
-        self._polynomial = polynomial(self.table.levels)
-        self._joint = joint_levels(self.table.levels, bits, codes_at_once(bits))
+    def __init__(self, dim: int, table: Codebook, *fields: str) -> None:
+        parts, self.bits = len(fields), len(table.levels).bit_length() - 1
+        self.dim, self.table, self.fields = dim, table, dict.fromkeys(fields, self.bits // parts)
+        self.boundaries, self.levels = constant(table.boundaries), constant(table.levels)
+        self.paired = paired_levels(table.levels, self.bits, parts)
+        self._polynomial = polynomial(table.levels) if parts == 1 else None
+        together = max(n for n in (1, 2, 4, 8) if n == 1 or n * self.bits <= _JOINT_INDEX_BITS)
+        self._joint = joint_levels(table.levels, self.bits, together, parts)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tables, shared by every layer of a process."""
         return self.boundaries.nbytes + self.levels.nbytes + self._joint.nbytes
+
+    @property
+    def layout(self) -> Layout:
+        """The arrays of packed codes."""
+        return {name: packed(self.dim, width) for name, width in self.fields.items()}
 
     def assign(self, y: mx.array) -> mx.array:
         """Index of the nearest level of each coordinate of ``y`` ``[..., dim]``."""
@@ -104,19 +113,25 @@ class ScalarQuantizer:
         """Level of each code, ``[..., dim]``."""
         return mx.take(self.levels, codes)
 
-    def pack(self, codes: mx.array) -> mx.array:
+    def pack(self, codes: mx.array) -> dict[str, mx.array]:
         """Codes ``[..., dim]`` to words ``[..., words]``."""
-        return pack(codes, self.bits)
+        if len(self.fields) == 1:
+            return {name: pack(codes, self.bits) for name in self.fields}
+        half = self.bits // 2
+        parts = codes >> half, codes & ((1 << half) - 1)
+        return {name: pack(part, half) for name, part in zip(self.fields, parts, strict=True)}
 
-    def expand(self, words: mx.array) -> mx.array:
-        """Words ``[..., words]`` to levels ``[..., dim]``, float32.
+    def expand(self, arrays: dict[str, mx.array]) -> mx.array:
+        """What `pack` gave to levels ``[..., dim]``, float32.
 
         Where no polynomial goes through them, several are looked up at once: on a CPU a gather costs the same for one
         float as for four.
         """
         if self._polynomial is not None:
-            return self._polynomial(unpack_to_bytes(words, self.bits, self.dim))
-        index = unpack(words, self.bits, self.dim, self._joint.shape[-1])
+            return self._polynomial(unpack_to_bytes(arrays[next(iter(self.fields))], self.bits, self.dim))
+        together = self._joint.shape[-1]
+        high, *low = (unpack(arrays[name], width, self.dim, together) for name, width in self.fields.items())
+        index = high << (self.bits // 2 * together) | low[0] if low else high
         return mx.flatten(mx.take(self._joint, index, axis=0), -2)[..., : self.dim]
 
 
@@ -124,9 +139,10 @@ class ScalarQuantizer:
 def quantizer_for(dim: int, bits: int, codebook: CodebookName = "sphere") -> ScalarQuantizer:
     """The quantizer that is exact for a rotated vector of ``dim`` coordinates, or its limit, ``"gaussian"``.
 
-    Raises `InputError` for an impossible width or name.
+    Raises `InputError` for an impossible width.
     """
-    return ScalarQuantizer(dim, bits, codebook)
+    table = sphere_codebook(bits, dim) if codebook == "sphere" else gaussian_codebook(bits)
+    return ScalarQuantizer(dim, table, "codes")
 
 
 @dataclass(frozen=True)
