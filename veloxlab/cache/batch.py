@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -22,16 +22,14 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm.hooks import Handle, Mask, loadable
 
 
-@dataclass(frozen=True)
-class BatchRow:
+class BatchRow(NamedTuple):
     """What one sequence of a batch attends to, if any of the new tokens is its own, and where that stands.
 
-    Its new tokens are ``first:last`` of those that came, and the others padding; its oldest token is at ``column``.
+    Of those that came ``own`` are its tokens, and the others padding; its oldest token is at ``column``.
     """
 
     history: History | None
-    first: int
-    last: int
+    own: slice
     column: int
 
 
@@ -44,22 +42,19 @@ class BatchHistory(Handle):
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         """See `Handle.attend`; ``q`` ``[B, Hq, L, Dk]`` is padded, and what it gives for padding is 0."""
         parts: dict[int, mx.array] = {}
-        for i, row in enumerate(self.rows):
-            if row.history is not None:
-                own = q[i : i + 1, :, row.first : row.last]
-                done = row.history.attend(own, scale, _own_mask(mask, i, row, row.history.tokens), sinks)
-                parts[i] = mx.pad(done, [(0, 0), (0, 0), (row.first, q.shape[2] - row.last), (0, 0)])
+        if isinstance(mask, mx.array):
+            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        for i, (history, own, column) in enumerate(self.rows):
+            if history is None:
+                continue
+            seen = mask
+            if isinstance(mask, mx.array):
+                at = i if mask.shape[0] > 1 else 0
+                seen = mask[at : at + 1, :, own, column : column + history.tokens]
+            done = history.attend(q[i : i + 1, :, own], scale, seen, sinks)
+            parts[i] = mx.pad(done, [(0, 0), (0, 0), (own.start, q.shape[2] - own.stop), (0, 0)])
         padding = mx.zeros_like(next(iter(parts.values())))
         return mx.concatenate([parts.get(i, padding) for i in range(len(self.rows))])
-
-
-def _own_mask(mask: Mask, index: int, row: BatchRow, tokens: int) -> Mask:
-    """The part of a batch's mask that is about one row's own queries and tokens."""
-    if mask is None or isinstance(mask, str):
-        return mask
-    whole = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-    at = index if whole.shape[0] > 1 else 0
-    return whole[at : at + 1, :, row.first : row.last, row.column : row.column + tokens]
 
 
 @loadable
@@ -77,14 +72,12 @@ class BatchCompressedKVCache(saved.Saved):
                 raise InputError(
                     f"A cache of {row.sequences} sequences cannot join a batch: make one cache for each sequence."
                 )
-        self._skip = [0] * len(self.rows)  # places of padding that are still to come before the first token of a row
+        self._skip = [0] * len(self.rows)  # places of padding to come before the first token of a row
+        self._left: list[int | None] = [None] * len(self.rows)  # places before padding behind its last; None: all
         self._padding = 0  # columns of the past that hold no token of any row
-        self._left: list[int | None] = [None] * len(self.rows)  # tokens of a row to come before padding; None: all
         self._lent: tuple[Any, Any] | None = None  # what was fetched last
         if self.rows and self.rows[0].path == "codes":
             self.bits, self.group_size = 0, 0
-
-    # what attention layers call -------------------------------------------------------------------------------------
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Give each row its own of the tokens ``[B, H, S, D]``; see `CompressedKVCache.update_and_fetch`.
@@ -93,24 +86,21 @@ class BatchCompressedKVCache(saved.Saved):
         """
         count, width = keys.shape[2], self._width
         firsts = [min(skip, count) for skip in self._skip]
-        lasts = [
-            count if left is None else max(first, min(count, left))
-            for first, left in zip(firsts, self._left, strict=True)
-        ]
-        columns = [width - row.visible + first for row, first in zip(self.rows, firsts, strict=True)]
+        lasts = [count if left is None else min(count, left) for left in self._left]
+        spans = [slice(first, max(first, last)) for first, last in zip(firsts, lasts, strict=True)]
+        columns = [width - row.visible + own.start for row, own in zip(self.rows, spans, strict=True)]
         coming = [
-            row.check(*(x[i : i + 1, :, first:last] for x in (keys, values))) if last > first else None
-            for i, (row, first, last) in enumerate(zip(self.rows, firsts, lasts, strict=True))
+            row.check(keys[i : i + 1, :, own], values[i : i + 1, :, own]) if own.stop > own.start else None
+            for i, (row, own) in enumerate(zip(self.rows, spans, strict=True))
         ]
-        read = [row.store(own) if own else None for row, own in zip(self.rows, coming, strict=True)]
+        read = [row.store(new) if new else None for row, new in zip(self.rows, coming, strict=True)]
         self._skip = [skip - first for skip, first in zip(self._skip, firsts, strict=True)]
         self._left = [None if left is None else max(0, left - count) for left in self._left]
         self._padding += min(firsts)
         if self.rows[0].path == "arrays":
             fetched: tuple[Any, Any] = _stacked(read, columns, width + count)
         else:
-            histories = [own and own[0] for own in read]
-            history = BatchHistory(tuple(map(BatchRow, histories, firsts, lasts, columns)))
+            history = BatchHistory(tuple(map(BatchRow, (both and both[0] for both in read), spans, columns)))
             fetched = history, history
         self._lent = fetched if self.rows[0].lends else None
         return fetched
@@ -138,9 +128,8 @@ class BatchCompressedKVCache(saved.Saved):
     @property
     def left_padding(self) -> mx.array:
         """Places before the oldest token of each row ``[B]``."""
-        return mx.array([self._width - row.visible + skip for row, skip in zip(self.rows, self._skip, strict=True)])
-
-    # what mlx-lm's generator calls ----------------------------------------------------------------------------------
+        width = self._width
+        return mx.array([width - row.visible + skip for row, skip in zip(self.rows, self._skip, strict=True)])
 
     def prepare(
         self,
@@ -170,8 +159,7 @@ class BatchCompressedKVCache(saved.Saved):
         """Keep only these rows, in this order."""
         indices = [int(i) for i in batch_indices]
         self.rows = [self.rows[i] for i in indices]
-        self._skip = [self._skip[i] for i in indices]
-        self._left = [self._left[i] for i in indices]
+        self._skip, self._left = [self._skip[i] for i in indices], [self._left[i] for i in indices]
         self._padding, self._lent = 0, None
 
     def extend(self, other: BatchCompressedKVCache) -> None:
@@ -185,8 +173,6 @@ class BatchCompressedKVCache(saved.Saved):
     def extract(self, idx: int) -> CompressedKVCache:
         """A copy of one row."""
         return copy.deepcopy(self.rows[idx])
-
-    # what the rest of mlx-lm calls ----------------------------------------------------------------------------------
 
     def end_of_step(self) -> None:
         """See `veloxlab.cache.saved.Saved`."""
@@ -247,12 +233,12 @@ def _stacked(
     pairs: Sequence[tuple[mx.array, mx.array] | None], columns: Sequence[int], width: int
 ) -> tuple[mx.array, mx.array]:
     """Keys and values ``[1, H, S, D]`` of each row, or None, as ``[B, H, width, D]`` each: from their column on."""
-
-    def placed(x: mx.array, column: int) -> mx.array:
-        return mx.pad(x, [(0, 0), (0, 0), (column, width - column - x.shape[2]), (0, 0)])
-
-    like = next(pair for pair in pairs if pair)
-    none = tuple(x[:, :, :0] for x in like)
-    both = zip(*(pair or none for pair in pairs), strict=True)
-    keys, values = (mx.concatenate([placed(x, c) for x, c in zip(rows, columns, strict=True)]) for rows in both)
+    none = tuple(x[:, :, :0] for x in next(pair for pair in pairs if pair))
+    stacked = []
+    for rows in zip(*(pair or none for pair in pairs), strict=True):
+        around = [(column, width - column - x.shape[2]) for x, column in zip(rows, columns, strict=True)]
+        stacked.append(
+            mx.concatenate([mx.pad(x, [(0, 0), (0, 0), p, (0, 0)]) for x, p in zip(rows, around, strict=True)])
+        )
+    keys, values = stacked
     return keys, values

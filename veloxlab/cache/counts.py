@@ -97,12 +97,9 @@ class Windows:
 
         Without ``decoded`` they came in one call, and no buffer has slack: exact for a layer that does not slide.
         """
-        sinks = min(tokens, self.sinks)
-        behind = tokens - sinks
-        if self.reach is not None:
-            behind = min(behind, self.reach + self._grain - 1)
-        packed = max(0, behind - self.window) // self.block * self.block
-        recent = behind - packed
+        behind = tokens if self.reach is None else self.reach + self._grain - 1
+        arrival = self.arrival(min(tokens, self.sinks + behind), 0, 0, all_seen=False)
+        sinks, packed, recent = arrival.to_sinks, arrival.to_packed, arrival.to_recent
         if decoded:
             sinks = min(sinks + STEP, self.sinks)
             recent = min(recent + STEP, self.most_recent) if recent else 0

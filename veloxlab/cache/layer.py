@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -20,6 +19,7 @@ from veloxlab.cache.attention import History, Segment
 from veloxlab.cache.counts import TOKENS, Arrival, Windows
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.cache.runs import Codes, Runs
+from veloxlab.checks import ARGUMENTS
 from veloxlab.codecs import TENSORS, Code, Codec
 from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.none import Exact
@@ -28,18 +28,15 @@ from veloxlab.mlxlm.hooks import loadable
 from veloxlab.mlxlm.probe import Path
 
 _SETTINGS = ("window", "chunk", "layer", "path", "reason", "max_size", "lends", "model")  # that a file says as they are
-# The largest magnitude that is stored; no root-mean-square is larger. An unbiased scale is that, times what the codes
-# lose: 2.5 for one bit of a random direction, and never more than 4 where it is clipped. It is kept as the float16 of
-# its root (`codec.store_scale`), and 4·1e9 < 65504².
+# The largest magnitude that is stored. An unbiased scale is at most 4 times that, and is kept as the float16 of its
+# root (`store_scale`): 4·1e9 < 65504².
 _LARGEST = 1e9
 
 
-@dataclass(frozen=True)
-class Coming:
+class Coming(NamedTuple):
     """Tokens of one call that a cache can store: `CompressedKVCache.check` gives them, `CompressedKVCache.store` takes.
 
-    With ``all_seen`` attention reads them as they came, else as they are stored. ``codes`` are of the keys and values
-    that leave the window.
+    With ``all_seen`` attention reads them as they came, else as they are stored.
     """
 
     keys: mx.array
@@ -47,11 +44,8 @@ class Coming:
     all_seen: bool
     arrival: Arrival
     codecs: tuple[Codec, Codec]
-    codes: Codes | None = None
-
-    def exact(self, span: slice) -> Codes:
-        """Some of them as they came."""
-        return Code({"values": self.keys[:, :, span]}), Code({"values": self.values[:, :, span]})
+    sinks: Codes | None
+    packed: Codes | None
 
 
 @loadable
@@ -71,9 +65,8 @@ class CompressedKVCache(Runs, saved.Saved):
     chunk : whether the tokens of one call attend to one another ``"exact"``, or through their ``"codes"`` as later
         tokens will.
     layer : index in the model, for messages and reports.
-    path : ``"codes"`` hands attention a `History` that it reads packed; ``"arrays"`` hands out decoded arrays, for
-        layers whose own arithmetic needs them.
-    reason : why the layer takes that path, for reports.
+    path, reason : ``"codes"`` hands attention a `History` that it reads packed; ``"arrays"`` hands out decoded arrays,
+        for layers whose own arithmetic needs them; and why, for reports.
     max_size : tokens that a sliding layer sees, sinks and the query's own included; None sees all.
     lends : whether other layers read this one's keys and values after it (`keys_and_values`).
     model : what the cache was made for, in words, so that a saved one is not continued by another model.
@@ -95,8 +88,7 @@ class CompressedKVCache(Runs, saved.Saved):
         model: str = "",
     ) -> None:
         super().__init__(Windows.of(sinks, window, max_size))
-        if chunk not in ("exact", "codes"):
-            raise InputError(f"chunk={chunk!r} is unknown: choose 'exact' or 'codes'.")
+        ARGUMENTS["chunk"]("chunk", chunk)
         self.key_codec, self.value_codec = key_codec, value_codec
         self.max_sinks, self.window = self.windows.sinks, self.windows.window
         self.chunk, self.layer, self.path, self.reason = chunk, layer, path, reason
@@ -109,14 +101,12 @@ class CompressedKVCache(Runs, saved.Saved):
             # mlx-lm sends a cache with these two attributes to its quantized attention, which `hooks` extends
             self.bits, self.group_size = 0, 0
 
-    # what attention layers call -------------------------------------------------------------------------------------
-
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Store ``keys`` ``[B, H, S, Dk]`` and ``values`` ``[B, H, S, Dv]``, and return what attention is to read.
 
         On the ``"codes"`` path both results are the same `History`; on ``"arrays"`` they are decoded arrays. Raises
-        `InputError` if the head dimensions are not the codecs', if a key or value to be stored is NaN or infinite, or
-        if a codec cannot encode yet. Then this call stored nothing in this layer.
+        `InputError`, and stores nothing, if the head dimensions are not the codecs', if a key or value to be stored is
+        NaN or infinite, or if a codec cannot encode yet.
         """
         return self.store(self.check(keys, values))
 
@@ -131,37 +121,30 @@ class CompressedKVCache(Runs, saved.Saved):
         if arrival.to_packed:
             leaving = [x[:, :, first : first + arrival.from_new] for x in (keys, values)]
         if arrival.from_recent:
-            oldest = [self.recent.code(t).arrays["values"][:, :, : arrival.from_recent] for t in ("keys", "values")]
+            oldest = (code.arrays["values"][:, :, : arrival.from_recent] for code in self.recent.codes())
             leaving = [mx.concatenate([*pair], axis=2) for pair in zip(oldest, leaving, strict=True)]
-        exact = [x[:, :, : arrival.to_sinks] for x in (keys, values)] if arrival.to_sinks else []
-        self._check_range(*leaving, *exact)
-        coming = Coming(keys, values, all_seen, arrival, (self.key_codec, self.value_codec))
-        if not leaving:
-            return coming
-        start = self.offset + first - (0 if arrival.gone else recent)  # of the oldest token to be encoded
-        codecs = fitted_online(self.key_codec, leaving[0]), fitted_online(self.value_codec, leaving[1])
-        codes = codecs[0].encode(leaving[0], start), codecs[1].encode(leaving[1], start)
-        return replace(coming, codecs=codecs, codes=codes)
+        sinks = _exact(keys, values, slice(arrival.to_sinks)) if arrival.to_sinks else None
+        self._check_range(*leaving, *(code.arrays["values"] for code in sinks or ()))
+        codecs, packed = (self.key_codec, self.value_codec), None
+        if leaving:
+            start = self.offset + first - (0 if arrival.gone else recent)  # of the oldest token to be encoded
+            codecs = fitted_online(self.key_codec, leaving[0]), fitted_online(self.value_codec, leaving[1])
+            packed = codecs[0].encode(leaving[0], start), codecs[1].encode(leaving[1], start)
+        return Coming(keys, values, all_seen, arrival, codecs, sinks, packed)
 
     def store(self, coming: Coming) -> tuple[Any, Any]:
         """The second half of `update_and_fetch`, which nothing in the tokens can make fail."""
-        self._lent = None
-        keys, values, arrival = coming.keys, coming.values, coming.arrival
+        keys, values, all_seen, arrival, codecs, sinks, packed = coming
         hidden, rest = self.held - self.visible, arrival.to_sinks + arrival.gone + arrival.from_new
-        segments: tuple[Segment, ...] = ()
-        if coming.all_seen:
-            segments = *self._segments(hidden), _segment(self._exact, coming.exact(slice(None)))
-        self.key_codec, self.value_codec = coming.codecs
-        to_sinks = coming.exact(slice(arrival.to_sinks)) if arrival.to_sinks else None
-        self.take(arrival, to_sinks, coming.codes, coming.exact(slice(rest, None)))
-        if not coming.all_seen:
-            segments = self._segments(hidden)
+        segments = (*self._segments(hidden), _segment(self._exact, _exact(keys, values))) if all_seen else ()
+        self.key_codec, self.value_codec = codecs
+        self.take(arrival, sinks, packed, _exact(keys, values, slice(rest, None)))
+        segments = segments or self._segments(hidden)
         self.evict()
         self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
         self._dtype = str(keys.dtype).rpartition(".")[2]
         history = History(segments, stored=tuple(self.buffers))
-        if self.lends:
-            self._lent = history
+        self._lent = history if self.lends else None
         if self.path == "codes":
             return history, history
         read_keys, read_values = mx.depends(list(history.expand(keys.dtype)), self.buffers)
@@ -171,16 +154,14 @@ class CompressedKVCache(Runs, saved.Saved):
         self, N: int, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | Literal["causal"] | None:
         """The mask that ``N`` new tokens need, in mlx-lm's terms."""
-        mask: mx.array | Literal["causal"] | None = "causal"
+        if self.max_size is None:
+            mask: mx.array | Literal["causal"] | None = create_attention_mask(N, self.offset, return_array, window_size)
+            return mask
         reach = window_size or self.max_size
-        if reach is None or self.max_size is None:
-            mask = create_attention_mask(N, self.offset, return_array, window_size)
-        elif N == 1:
+        if N == 1:
             smaller = reach < min(self.visible + 1, self.max_size)
-            mask = create_causal_mask(1, self.visible, reach)[0] if smaller else None
-        elif return_array or self.visible + N > reach:
-            mask = create_causal_mask(N, self.visible, reach)
-        return mask
+            return create_causal_mask(1, self.visible, reach)[0] if smaller else None
+        return create_causal_mask(N, self.visible, reach) if return_array or self.visible + N > reach else "causal"
 
     def keys_and_values(self) -> tuple[Any, Any]:
         """What attention read last, for a layer that shares this one's keys and values; else all that is held."""
@@ -193,39 +174,28 @@ class CompressedKVCache(Runs, saved.Saved):
         return self.held if self.max_size is None else min(self.held, self.max_size - 1)
 
     @property
-    def sequences(self) -> int:
-        """Sequences held, all of one length."""
-        return next((buffer.shape[0] for buffer in self.buffers), 1)
-
-    # what the rest of mlx-lm calls ----------------------------------------------------------------------------------
-
-    @property
     def fp16_bytes(self) -> int:
         """Bytes that the layer's own cache holds of the same tokens at 16 bits a value."""
         return 2 * self.size() * self._values_per_token
 
     def arrays(self) -> tuple[mx.array, mx.array]:
-        """All keys and values that attention read last, or else holds, decoded, in the dtype they came in."""
+        """Those as decoded arrays, in the dtype that they came in."""
         return (self._lent or self._history()).expand(getattr(mx, self._dtype))
 
     def decoded(self) -> tuple[mx.array, mx.array]:
-        """All keys and values held, decoded to float32: for looking at, not for attention."""
+        """All keys and values held, in float32: for looking at, not for attention."""
         return self._history().expand(mx.float32)
 
     def size(self) -> int:
         """Tokens that can be seen."""
         return self.offset if self.max_size is None else min(self.offset, self.max_size)
 
-    def empty(self) -> bool:
-        """Whether nothing is held."""
-        return self.offset == 0
-
     def is_trimmable(self) -> bool:
         """Whether the newest tokens can be dropped: always, but for a sliding layer that has forgotten older ones."""
         return self.max_size is None or self.offset < self.max_size
 
     def check_trim(self, n: object) -> int:
-        """Give ``n``; raises `InputError` if it is no whole number of at least 0, or the cache is not trimmable."""
+        """Give ``n``; raises `InputError` if it is no number of tokens, or the cache is not trimmable."""
         if not self.is_trimmable():
             raise InputError(
                 f"Layer {self.layer} sees {self.max_size} tokens and has forgotten those before, which a shorter text "
@@ -238,12 +208,9 @@ class CompressedKVCache(Runs, saved.Saved):
 
         What was encoded stays encoded: the window fills again with the tokens to come. Raises as `check_trim`.
         """
-        dropped = left = min(self.check_trim(n), self.offset)
+        dropped = min(self.check_trim(n), self.offset)
         self._lent = None
-        for run in reversed(self.runs):
-            newest = min(left, run.tokens)
-            run.drop(newest=newest)
-            left -= newest
+        self.drop_newest(dropped)
         return dropped
 
     @staticmethod
@@ -259,8 +226,6 @@ class CompressedKVCache(Runs, saved.Saved):
         other.sinks, other.packed, other.recent = (copy.deepcopy(run, memo) for run in self.runs)
         other._lent = None
         return other
-
-    # files ----------------------------------------------------------------------------------------------------------
 
     def end_of_step(self) -> None:
         """See `veloxlab.cache.saved.Saved`."""
@@ -292,8 +257,6 @@ class CompressedKVCache(Runs, saved.Saved):
         self._dtype = content["dtype"]
         return self
 
-    # inside ---------------------------------------------------------------------------------------------------------
-
     def _history(self) -> History:
         return History(self._segments())
 
@@ -305,7 +268,7 @@ class CompressedKVCache(Runs, saved.Saved):
             hidden -= skip
             if run.tokens > skip:
                 codecs = (self.key_codec, self.value_codec) if run is self.packed else self._exact
-                segments.append(_segment(codecs, (run.code("keys", start, skip), run.code("values", start, skip))))
+                segments.append(_segment(codecs, run.codes(start, skip)))
             start += run.tokens + (self.evicted if run is self.sinks else 0)
         return tuple(segments)
 
@@ -324,10 +287,14 @@ class CompressedKVCache(Runs, saved.Saved):
         if within and not mx.stack(within).all().item():  # one wait for the device, whatever the number of arrays
             bad = next(i for i, good in enumerate(within) if not good.item())
             raise InputError(
-                f"Layer {self.layer}: the {('keys', 'values')[bad % 2]} of a token are NaN, infinite or beyond "
+                f"Layer {self.layer}: the {TENSORS[bad % 2]} of a token are NaN, infinite or beyond "
                 f"±{_LARGEST:.0e} and were not stored. The model overflowed, most likely in float16: load it in "
                 "bfloat16 or float32 and start with a new cache."
             )
+
+
+def _exact(keys: mx.array, values: mx.array, span: slice = slice(None)) -> Codes:
+    return Code({"values": keys[:, :, span]}), Code({"values": values[:, :, span]})
 
 
 def _segment(codecs: tuple[Codec, Codec], codes: Codes) -> Segment:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Windows, calls
-from veloxlab.codecs import Code
-from veloxlab.codecs.base import TOKENS
+from veloxlab.codecs import TENSORS, Code, Tensor
 
 Arrays = dict[str, mx.array]
 Codes = tuple[Code, Code]  # of keys and of values
@@ -22,17 +21,13 @@ Codes = tuple[Code, Code]  # of keys and of values
 class Run:
     """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, such as ``"keys/codes"``.
 
-    Attributes
-    ----------
-    tokens : how many are held.
-    room : how many the buffers have room for.
-    most : the largest number that it will ever hold, where that is known.
+    ``tokens`` are held, of ``room`` that the buffers have; it will never hold more than ``most``, where that is known.
     """
 
     def __init__(self, most: int | None = None) -> None:
         self.most, self.tokens, self.room = most, 0, 0
         self.buffers: Arrays = {}
-        self._codes: dict[tuple[str, int, int], Code] = {}  # views of the buffers as they are, by what was asked for
+        self._codes: dict[tuple[int, int], Codes] = {}  # views of the buffers as they are, by what was asked for
 
     def __deepcopy__(self, memo: object) -> Run:
         """A run of its own: buffers are shared until one of the two changes them."""
@@ -40,28 +35,29 @@ class Run:
         run.fill({name: mx.array(buffer) for name, buffer in self.buffers.items()}, self.tokens)
         return run
 
-    def tensor_buffers(self, tensor: str) -> Arrays:
+    def tensor_buffers(self, tensor: Tensor) -> Arrays:
         """The buffers of the ``"keys"`` or of the ``"values"``, by their names in a code."""
         start = f"{tensor}/"
         return {name.removeprefix(start): buffer for name, buffer in self.buffers.items() if name.startswith(start)}
 
-    def code(self, tensor: str, start: int = 0, skip: int = 0) -> Code:
-        """The code of the keys or of the values held, but for the ``skip`` oldest.
+    def codes(self, start: int = 0, skip: int = 0) -> Codes:
+        """The codes of the keys and of the values held, but for the ``skip`` oldest.
 
         ``start`` is the position in the text of the oldest token held. Every layer asks at every token, and most runs
         have not changed since: views are kept.
         """
-        known = self._codes.get((tensor, start, skip))
+        known = self._codes.get((start, skip))
         if known is None:
-            views = {name: buffer[:, :, skip : self.tokens] for name, buffer in self.tensor_buffers(tensor).items()}
-            known = self._codes[tensor, start, skip] = Code(views, start + skip)
+            span = slice(skip, self.tokens)
+            keys, values = (Code(self.tensor_buffers(tensor), start)[span] for tensor in TENSORS)
+            known = self._codes[start, skip] = keys, values
         return known
 
     def fill(self, buffers: Arrays, tokens: int) -> None:
         """Hold ``tokens`` tokens in ``buffers``, as they were held before."""
         self._codes.clear()
         self.buffers, self.tokens = buffers, tokens
-        self.room = next((buffer.shape[TOKENS] for buffer in buffers.values()), 0)
+        self.room = next((buffer.shape[2] for buffer in buffers.values()), 0)
 
     def append(self, count: int, codes: Codes | None = None) -> None:
         """Add ``count`` tokens at the end."""
@@ -75,8 +71,8 @@ class Run:
                 self.buffers[name][:, :, self.tokens : total] = new
                 continue
             parts = [self.buffers[name][:, :, : self.tokens]] if name in self.buffers else []
-            slack = mx.zeros((*new.shape[:TOKENS], self.room - total, *new.shape[TOKENS + 1 :]), new.dtype)
-            self.buffers[name] = mx.concatenate([*parts, new, slack], axis=TOKENS)
+            slack = mx.zeros((*new.shape[:2], self.room - total, *new.shape[3:]), new.dtype)
+            self.buffers[name] = mx.concatenate([*parts, new, slack], axis=2)
         self.tokens = total
 
     def _room_for(self, new: int) -> int:
@@ -134,29 +130,41 @@ class Runs:
         """Bytes held: sinks, codes, scales, window and growth slack."""
         return sum(buffer.nbytes for buffer in self.buffers)
 
-    def tensor_nbytes(self, tensor: Literal["keys", "values"]) -> int:
+    @property
+    def sequences(self) -> int:
+        """Sequences held, all of one length."""
+        return next((buffer.shape[0] for buffer in self.buffers), 1)
+
+    def empty(self) -> bool:
+        """Whether no token has come."""
+        return self.offset == 0
+
+    def tensor_nbytes(self, tensor: Tensor) -> int:
         """Bytes held for the keys or for the values alone."""
         return sum(buffer.nbytes for run in self.runs for buffer in run.tensor_buffers(tensor).values())
 
     def take(
-        self,
-        arrival: Arrival,
-        to_sinks: Codes | None = None,
-        to_packed: Codes | None = None,
-        to_recent: Codes | None = None,
+        self, arrival: Arrival, sinks: Codes | None = None, packed: Codes | None = None, recent: Codes | None = None
     ) -> None:
-        """Move tokens as ``arrival`` says; without codes they are counted alone."""
-        self.sinks.append(arrival.to_sinks, to_sinks)
+        """Move tokens as ``arrival`` says; without the codes that join each run they are counted alone."""
+        self.sinks.append(arrival.to_sinks, sinks)
         if arrival.gone:
             self._drop_oldest(self.packed.tokens + self.recent.tokens)
             self.evicted += arrival.gone
         self.recent.drop(oldest=arrival.from_recent)
-        self.packed.append(arrival.to_packed, to_packed)
-        self.recent.append(arrival.to_recent, to_recent)
+        self.packed.append(arrival.to_packed, packed)
+        self.recent.append(arrival.to_recent, recent)
 
     def evict(self) -> None:
         """Forget what a sliding layer sees no more."""
         self._drop_oldest(self.windows.leaving(self.packed.tokens, self.recent.tokens))
+
+    def drop_newest(self, count: int) -> None:
+        """Forget the last ``count`` tokens."""
+        for run in reversed(self.runs):
+            newest = min(count, run.tokens)
+            run.drop(newest=newest)
+            count -= newest
 
     def _drop_oldest(self, count: int) -> None:
         """Forget the first ``count`` tokens behind the sinks."""
@@ -187,5 +195,5 @@ def compressed_room(windows: Windows, tokens: int, decoded: int = 0, chunk: int 
 
 def _named(codes: Codes | None) -> Mapping[str, mx.array]:
     """The arrays of keys and values, by their names in a run."""
-    both = zip(("keys", "values"), codes or (), strict=False)
+    both = zip(TENSORS, codes or (), strict=False)
     return {f"{tensor}/{name}": array for tensor, code in both for name, array in code.arrays.items()}
