@@ -9,9 +9,24 @@ from .allocation import (
     sensitivity_by_layer,
     sensitivity_caption,
 )
-from .attention_map import attention_caption, attention_maps
-from .bits import bit_allocation, bit_caption, coordinate_caption, coordinate_map
-from .channels import channel_map, channel_map_caption, outlier_caption, outliers_by_layer
+from .channels import (
+    channel_map,
+    channel_map_caption,
+    coordinate_caption,
+    coordinate_map,
+    outlier_caption,
+    outliers_by_layer,
+)
+from .costs import (
+    attention_times,
+    costs_by_length,
+    fidelity_caption,
+    frontier,
+    lengths_caption,
+    pareto_caption,
+    pareto_front,
+    times_caption,
+)
 from .distributions import (
     angle_caption,
     angle_densities,
@@ -22,8 +37,9 @@ from .distributions import (
     levels_caption,
     levels_on_density,
 )
-from .divergence import fidelity_caption, frontier, pareto_caption, pareto_front
 from .errors import (
+    attention_caption,
+    attention_maps,
     by_bits_caption,
     distribution_caption,
     error_caption,
@@ -35,7 +51,7 @@ from .errors import (
     profile_caption,
 )
 from .generation import held_caption, held_while_generating, passkey_caption, passkey_map, strip_caption, token_strip
-from .memory import memory_caption, memory_growth, memory_plan, plan_caption
+from .memory import bit_allocation, bit_caption, memory_caption, memory_growth, memory_plan, plan_caption
 from .spectra import (
     dimensions_by_layer,
     dimensions_caption,
@@ -45,7 +61,6 @@ from .spectra import (
     spectrum,
     spectrum_caption,
 )
-from .speed import attention_times, costs_by_length, lengths_caption, times_caption
 
 __all__ = [
     "allocation_caption",

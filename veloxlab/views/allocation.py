@@ -24,17 +24,33 @@ def allocation_map(
     """
     needed = ("layer", "head", "tensor", "method", "bits")
     columns.require(frame, "allocation_map", *needed)
-    told = [name for name in ("predicted_loss",) if name in frame.columns]
+    told = ["predicted_loss"] if "predicted_loss" in frame.columns else []
     shown = frame.select(*needed, *told).sort("tensor", "layer", "head")
-    widths = shown.filter(pl.col("method") != EXACT)["bits"].to_list() or [1]
-    low, high = min(widths) if least is None else least, max(widths) if most is None else most
+    bits = shown.filter(pl.col("method") != EXACT)["bits"].to_list() or [1]
+    low, high = min(bits) if least is None else least, max(bits) if most is None else most
+    widths = list(range(low, high + 1))
     grid = marks.HeadMap(shown)
-    maps = marks.panels(
-        grid.tensors, lambda tensor, last: _cells(grid, tensor, low, high, last, bool(told)), grid.width, grid.height
-    )
-    return marks.framed(
-        maps, shown, "Code bits of each layer and KV head", caption, allocation_caption(frame), pickable=True
-    )
+    pooled = {"bits": "mean(bits)", "exact": "mean(is_exact)", "lost": "sum(predicted_loss)" if told else "count()"}
+
+    def draw(tensor: str, last: bool) -> marks.Plot:
+        colour = theme.TENSORS[tensor]
+        base = grid.cells(tensor, {"is_exact": f"datum.method === '{EXACT}' ? 1 : 0"}, pooled, last=last, gap=0.06)
+        base = base.encode(
+            tooltip=columns.tips("layer", ("group", grid.words), ("bits", f"bits of {tensor}"), *["lost"][: len(told)])
+        )
+        legend = alt.Legend(
+            title="bits", values=widths, format="d", symbolFillColor=colour, symbolType="square", symbolSize=120,
+            symbolStrokeWidth=0, direction="vertical", columns=1 if len(widths) <= 3 else 2,
+        )  # fmt: skip
+        scale = alt.Scale(domain=[low, max(high, low + 1)], range=[FAINTEST, 1], clamp=True)
+        coded = base.transform_filter("datum.exact < 1").mark_rect(color=colour, cursor="pointer")
+        exact = base.transform_filter("datum.exact === 1").mark_rect(color=theme.NEUTRAL, cursor="pointer")
+        opacity = alt.Opacity("bits:Q", legend=legend, scale=scale)
+        return alt.layer(coded.encode(opacity=opacity), exact, marks.picked_outline())
+
+    maps = marks.panels(grid.tensors, draw, grid.width, grid.height)
+    said = caption or allocation_caption(frame)
+    return marks.framed(maps, shown, "Code bits of each layer and KV head", said, pickable=True)
 
 
 def allocation_caption(frame: pl.DataFrame) -> str:
@@ -48,30 +64,6 @@ def allocation_caption(frame: pl.DataFrame) -> str:
     return marks.sentence(*said, f"grey: {exact} kept exact" if exact else "")
 
 
-def _cells(grid: marks.HeadMap, tensor: str, low: int, high: int, last: bool, told: bool) -> marks.Plot:
-    colour, widths = theme.TENSORS[tensor], list(range(low, high + 1))
-    pooled = grid.cells(
-        tensor,
-        {"is_exact": f"datum.method === '{EXACT}' ? 1 : 0"},
-        {"bits": "mean(bits)", "exact": "mean(is_exact)", "lost": "sum(predicted_loss)" if told else "count()"},
-        x=marks.layer_axis(labelled=last, gap=0.06),
-        gap=0.06,
-    )
-    tooltip = columns.tips("layer", ("group", grid.words), ("bits", f"bits of {tensor}"), *(["lost"] if told else []))
-    legend = alt.Legend(
-        title="bits", values=widths, format="d", symbolFillColor=colour, symbolType="square", symbolSize=120,
-        symbolStrokeWidth=0, direction="vertical", columns=1 if len(widths) <= 3 else 2,
-    )  # fmt: skip
-    opacity = alt.Opacity("bits:Q", legend=legend).scale(
-        domain=[low, max(high, low + 1)], range=[FAINTEST, 1], clamp=True
-    )
-    coded = pooled.transform_filter("datum.exact < 1").mark_rect(color=colour, cursor="pointer")
-    exact = pooled.transform_filter("datum.exact === 1").mark_rect(color=theme.NEUTRAL, cursor="pointer")
-    return alt.layer(
-        coded.encode(opacity=opacity, tooltip=tooltip), exact.encode(tooltip=tooltip), marks.picked_outline()
-    )
-
-
 def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: str | None = None) -> alt.VConcatChart:
     """Draw what each layer is predicted to lose, allocated and with uniform bits side by side.
 
@@ -80,20 +72,17 @@ def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: s
     """
     needed = columns.require(frame, "loss_by_layer", "layer", "kind", "predicted_loss")
     shown = needed.group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
-    bars = (
-        alt.Chart()
-        .mark_bar(cursor="pointer")
-        .encode(
-            x=marks.layer_axis(labelled=True, gap=0.2),
-            xOffset=alt.XOffset("kind:N").scale(domain=list(KINDS)),
-            y=alt.Y("predicted_loss:Q", title=["predicted loss", unit]).axis(tickCount=4, format="~g").scale(zero=True),
-            color=marks.scaled(alt.Color, "kind", COLOURS),
-            tooltip=columns.tips("layer", "kind", ("predicted_loss", f"predicted ({unit})", ".3g")),
-        )
+    bars = alt.Chart().mark_bar(cursor="pointer")
+    bars = bars.encode(
+        x=marks.layer_axis(gap=0.2),
+        xOffset=alt.XOffset("kind:N").scale(domain=list(KINDS)),
+        y=columns.y("predicted_loss", ["predicted loss", unit], tickCount=4, format="~g", zero=True),
+        color=marks.scaled(alt.Color, "kind", COLOURS),
+        tooltip=columns.tips("layer", "kind", ("predicted_loss", f"predicted ({unit})", ".3g")),
     )
-    plot = marks.over_layers(bars).properties(width=marks.layer_width(shown["layer"].n_unique()), height=100)
-    usual = loss_caption(frame, unit=unit)
-    return marks.framed([plot], shown, "Predicted loss of each layer, at equal bytes", caption, usual, pickable=True)
+    plot = marks.beside_layers(shown["layer"].n_unique(), 100, bars)
+    said = caption or loss_caption(frame, unit=unit)
+    return marks.framed([plot], shown, "Predicted loss of each layer, at equal bytes", said, pickable=True)
 
 
 def loss_caption(frame: pl.DataFrame, *, unit: str = "nats a token") -> str:
@@ -126,43 +115,39 @@ def budget_frontier(
     """Draw the least predicted loss at every number of bits and uniform bits' beside it, one plan, and measurements.
 
     Dashed lines and hollow points are predicted; full points are measured. A loss of zero is drawn at the floor.
-
-    What `frontier_rows` gives. ``unit``: of the loss. ``bits``, ``domain``: ends of the scales of true bits and of the
-    loss; give them to keep them steady while a slider moves.
+    ``rows``: what `frontier_rows` gives. ``unit``: of the loss. ``bits``, ``domain``: ends of the scales of true bits
+    and of the loss; give them to keep them steady while a slider moves.
     """
     columns.require(rows, "budget_frontier", *ROWS)
     scale = domain or scales.log_domain(rows["loss"])
-    width = bits or (float(rows["true_bits"].min()), float(rows["true_bits"].max()))  # type: ignore[arg-type]
+    ends = list(bits or rows.select(pl.min("true_bits"), most=pl.max("true_bits")).row(0))
+    title = "true bits per packed value, scales included"
     base = scales.on_log_scale(alt.Chart(), "loss", scale).encode(
-        x=alt.X("true_bits:Q", title="true bits per packed value, scales included")
-        .scale(domain=list(width), nice=False, padding=8)
-        .axis(tickCount=7, grid=True),
+        x=columns.x("true_bits", title, domain=ends, nice=False, padding=8, tickCount=7, grid=True),
         y=scales.log_y("loss", ["loss", unit], scale),
         color=marks.scaled(alt.Color, "kind", COLOURS),
     )
     lines, now, measured = (base.transform_filter(f"datum.role === '{role}'") for role in ("line", "now", "measured"))
-    gap = (
-        now.transform_aggregate(low="min(loss_drawn)", high="max(loss_drawn)", at="mean(true_bits)")
-        .mark_rule(strokeWidth=1, color=theme.NEUTRAL)
-        .encode(x="at:Q", y="low:Q", y2="high:Q", color=alt.value(theme.NEUTRAL))
-    )
-    shape = marks.scaled(alt.Shape, "kind", SHAPES)
-    tooltip = columns.tips(("said", "loss"), "name", "true_bits", ("loss", unit, ".3g"))
+    gap = now.transform_aggregate(low="min(loss_drawn)", high="max(loss_drawn)", at="mean(true_bits)")
+    gap = gap.mark_rule(strokeWidth=1).encode(x="at:Q", y="low:Q", y2="high:Q", color=alt.value(theme.NEUTRAL))
+    told = {
+        "shape": marks.scaled(alt.Shape, "kind", SHAPES),
+        "tooltip": columns.tips(("said", "loss"), "name", "true_bits", ("loss", unit, ".3g")),
+    }
     now, measured = (
         rows.transform_calculate(said=f"'{how}, ' + datum.kind")
         for rows, how in ((now, "predicted"), (measured, "measured"))
     )
-    predicted = now.mark_point(filled=False, strokeWidth=2.5, size=110, opacity=1).encode(shape=shape, tooltip=tooltip)
     words = now.transform_calculate(short="format(datum.loss, '.3~g')").mark_text(align="left", dx=11, fontWeight=600)
     plot = alt.layer(
         lines.mark_line(strokeWidth=1.5, strokeDash=[5, 4], clip=True),
         gap,
-        predicted,
-        marks.points(measured, tooltip, 60, shape=shape),
+        now.mark_point(filled=False, strokeWidth=2.5, size=110, opacity=1).encode(**told),
+        measured.mark_point(filled=True, size=60, opacity=1).encode(**told),
         words.encode(text="short:N"),
     ).properties(width=theme.WIDTH - 20, height=230)
-    heading = "Loss against bits: dashed and hollow predicted, full measured"
-    return marks.framed([plot], rows, heading, caption, marks.sentence(*scales.not_drawn(rows["loss"])))
+    said = caption or marks.sentence(*scales.not_drawn(rows["loss"]))
+    return marks.framed([plot], rows, "Loss against bits: dashed and hollow predicted, full measured", said)
 
 
 def frontier_rows(
@@ -182,12 +167,10 @@ def frontier_rows(
     parts = ((thin, "line", "predicted_loss"), (now, "now", "predicted_loss"), (measured, "measured", "kl_mean"))
     return pl.concat(
         frame.select(
-            role=pl.lit(role),
-            kind="kind",
-            true_bits="true_bits",
-            loss=loss,
-            name="name" if "name" in frame.columns else pl.lit(""),
-        ).cast(ROWS)  # type: ignore[arg-type]
+            "kind", "true_bits", role=pl.lit(role), loss=loss, name="name" if role == "measured" else pl.lit("")
+        )
+        .select(*ROWS)
+        .cast(ROWS)  # type: ignore[arg-type]
         for frame, role, loss in parts
         if frame is not None
     )
@@ -216,20 +199,19 @@ def sensitivity_by_layer(
     for field in ("mean", "least", "greatest"):
         rows = scales.on_log_scale(rows, field, scale)
     base = rows.encode(
-        x=marks.layer_axis(labelled=True, gap=0.12),
+        x=marks.layer_axis(gap=0.12),
         xOffset=alt.XOffset("tensor:N").scale(domain=list(theme.TENSORS)),
         color=marks.tensor_colour(),
     )
-    tooltip = columns.tips("layer", "tensor", ("mean", "mean of its heads"), "least", "greatest")
-    spans = base.mark_rule(strokeWidth=2, opacity=0.55).encode(y=alt.Y("least_drawn:Q"), y2="greatest_drawn:Q")
+    spans = base.mark_rule(strokeWidth=2, opacity=0.55).encode(y="least_drawn:Q", y2="greatest_drawn:Q")
     dots = base.mark_point(filled=True, size=34, opacity=1, cursor="pointer").encode(
-        y=scales.log_y("mean", ["sensitivity", unit], scale), tooltip=tooltip, shape=marks.tensor_shape()
+        y=scales.log_y("mean", ["sensitivity", unit], scale),
+        tooltip=columns.tips("layer", "tensor", ("mean", "mean of its heads"), "least", "greatest"),
+        shape=marks.tensor_shape(),
     )
-    plot = marks.over_layers(spans, dots).properties(width=marks.layer_width(shown["layer"].n_unique()), height=130)
-    usual = sensitivity_caption(frame)
-    return marks.framed(
-        [plot], shown, "Sensitivity of the loss to errors in keys and values", caption, usual, pickable=True
-    )
+    plot = marks.beside_layers(shown["layer"].n_unique(), 130, spans, dots)
+    said = caption or sensitivity_caption(frame)
+    return marks.framed([plot], shown, "Sensitivity of the loss to errors in keys and values", said, pickable=True)
 
 
 def sensitivity_caption(frame: pl.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""Where in a model the outlier channels are: every layer and channel of one KV head's keys or values."""
+"""Maps by layer: where the outlier channels are, and how many bits each coordinate gets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from veloxlab.errors import InputError
 from veloxlab.views import columns, marks, scales, theme
 from veloxlab.views.distributions import SPACE_WORDS
 
-CELLS = 1_920  # at most: more channels are drawn in groups, each by its largest
+CELLS, COORDINATES = 1_920, 1_900  # at most: more channels are drawn in groups, each by its largest or its mean
+STEP, TALLEST, TALLEST_OF_TWO = 11, 330, 220  # pixels of a layer, and of a map
 DOMAIN = (0.5, 20.0)  # of root-mean-square over the median channel's, clamped
-STEP, TALLEST = 11, 330  # pixels of a layer, and of the map
 RATIO = pl.when(pl.col("rms") == 0).then(0.0).otherwise(pl.col("rms") / pl.col("rms").median().over("layer"))
 
 
@@ -32,25 +32,21 @@ def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
         .agg(pl.col("ratio").max(), pl.col("not_finite").sum())
         .with_columns(channel_end=pl.col("channel") + group)
     )
-    x = alt.X("begin:Q", title=words).scale(nice=False).axis(tickMinStep=1)
-    cells = (
-        scales.on_log_scale(alt.Chart(), "ratio", DOMAIN)
-        .transform_calculate(begin="datum.channel - 0.5", end="datum.channel_end - 0.5")
-        .mark_rect()
-        .encode(
-            x=x,
-            x2="end:Q",
-            y=alt.Y("layer:O", title=[frame["tensor"][0], "layer"]),
-            color=scales.log_colour("ratio", ["RMS over", "the median"], DOMAIN),
-            tooltip=columns.tips("layer", "channel", ("ratio", "over median")),
-        )
+    ends = {"begin": "datum.channel - 0.5", "end": "datum.channel_end - 0.5"}
+    cells = scales.on_log_scale(alt.Chart(), "ratio", DOMAIN).transform_calculate(**ends).mark_rect()
+    cells = cells.encode(
+        x=columns.x("begin", words, nice=False, tickMinStep=1),
+        x2="end:Q",
+        y=columns.y("layer", [frame["tensor"][0], "layer"]),
+        color=scales.log_colour("ratio", ["RMS over", "the median"], DOMAIN),
+        tooltip=columns.tips("layer", "channel", ("ratio", "over median")),
     )
     middles = alt.Chart().transform_calculate(middle="(datum.channel + datum.channel_end - 1) / 2")
-    lost = marks.crosses(middles, x=alt.X("middle:Q"), y=alt.Y("layer:O"), tooltip=columns.tips("not_finite"))
+    lost = marks.crosses(middles, x="middle:Q", y="layer:O", tooltip=columns.tips("not_finite"))
     height = alt.Step(min(STEP, TALLEST / shown["layer"].n_unique()))
     plot = alt.layer(cells, lost).properties(width=theme.WIDTH - 20, height=height)
-    usual = channel_map_caption(frame)
-    return marks.framed([plot], shown, "RMS of each channel over the median channel, by layer", caption, usual)
+    said = caption or channel_map_caption(frame)
+    return marks.framed([plot], shown, "RMS of each channel over the median channel, by layer", said)
 
 
 def channel_map_caption(frame: pl.DataFrame) -> str:
@@ -61,8 +57,45 @@ def channel_map_caption(frame: pl.DataFrame) -> str:
         f"Largest: layer {most['layer']}, channel {most['channel']}, {most['ratio']:.1f} times the median channel"
         for most in finite.tail(1).iter_rows(named=True)
     ]
-    lost = marks.broken(int(frame["not_finite"].sum()))
+    lost = marks.broken(frame["not_finite"].sum())
     return f"KV head {frame['head'][0]}. " + marks.sentence(*said, lost, *scales.not_drawn(ratios["ratio"]))
+
+
+def coordinate_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+    """Draw the code bits of every layer and coordinate, keys above values.
+
+    Rows of `veloxlab.measure.levels.COORDINATE_BITS`.
+    """
+    columns.require(frame, "coordinate_map", "layer", "tensor", "coordinate", "bits")
+    group, words = marks.grouped(frame.height, COORDINATES, "coordinate")
+    dims, most = (int(frame[name].max()) + 1 for name in ("coordinate", "bits"))  # type: ignore[arg-type]
+    groups = frame.group_by("tensor", "layer", pl.col("coordinate") // group * group, maintain_order=True)
+    shown = groups.agg(pl.col("bits").mean()).with_columns(end=pl.min_horizontal(pl.col("coordinate") + group, dims))
+    tensors = marks.tensors_of(shown)
+    legend = alt.Legend(values=list(range(most)), format="d", gradientLength=90, gradientThickness=10)
+
+    def draw(tensor: str, last: bool) -> marks.Plot:
+        bits = alt.Color("bits:Q", title=["bits of", tensor], legend=legend).scale(domain=[0, most - 1])
+        cells: alt.Chart = marks.only(tensor=tensor).mark_rect()
+        return cells.encode(
+            x=columns.x("coordinate:Q", words if last else None, nice=False, tickMinStep=1),
+            x2="end:Q",
+            y=columns.y("layer", [tensor, "layer"], labelOverlap=True),
+            color=bits,
+            tooltip=columns.tips("layer", ("coordinate", "coordinates from"), ("bits", f"bits of {tensor}")),
+        )
+
+    height = alt.Step(min(STEP, TALLEST_OF_TWO / shown["layer"].n_unique()))
+    plots = marks.panels(tensors, draw, theme.WIDTH - 20, height)
+    return marks.framed(plots, shown, "Code bits of each coordinate, by layer", caption or coordinate_caption(frame))
+
+
+def coordinate_caption(frame: pl.DataFrame) -> str:
+    """Say the mean bits of keys and of values, the most, and what share of coordinates gets none."""
+    bits = pl.col("bits")
+    told = frame.group_by("tensor").agg(mean=bits.mean(), most=bits.max(), none=(bits == 0).mean() * 100)
+    said = "{tensor} {mean:.2f} on average, {most} at most, none for {none:.0f} %"
+    return marks.sentence(*(said.format(**own.row(0, named=True)) for _, own in marks.by_tensor(told)))
 
 
 OUTLIER_RATIO = pl.col("loudest_ratio").filter(pl.col("loudest_ratio").is_finite()).mean()  # of the heads that have one
@@ -74,19 +107,29 @@ def outliers_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt
     Rows of `veloxlab.measure.distributions.OUTLIERS`.
     """
     columns.require(frame, "outliers_by_layer", "tensor", "space", "layer", "head", "loudest_ratio", "not_finite")
-    means = frame.group_by("layer", "tensor", "space", maintain_order=True).agg(
-        OUTLIER_RATIO, pl.col("not_finite").sum()
-    )
+    means = frame.group_by("layer", "tensor", "space", maintain_order=True)
+    shown = means.agg(OUTLIER_RATIO, pl.col("not_finite").sum())
     tensors = marks.tensors_of(frame)
-    spaces = [space for space in theme.SPACES if space in frame["space"]]
-    domain = scales.log_domain(means["loudest_ratio"])
+    words = {space: SPACE_WORDS[space] for space in theme.SPACES if space in frame["space"]}
+    colours, shapes = ({words[space]: theme.SPACES[space][i] for space in words} for i in (0, 1))
+    domain = scales.log_domain(shown["loudest_ratio"])
 
     def draw(tensor: str, last: bool) -> marks.Plot:
-        return _lines(tensor, spaces, domain, legend=tensor == tensors[0], last=last)
+        own, legend = marks.only(tensor=tensor), tensor == tensors[0]
+        base = scales.on_log_scale(own, "loudest_ratio", domain).transform_calculate(seen=f"{words}[datum.space]")
+        base = base.encode(
+            x=marks.layer_axis(labelled=last),
+            y=scales.log_y("loudest_ratio", [tensor, "largest / median RMS"], domain),
+            color=marks.scaled(alt.Color, "seen", colours, legend=legend),
+        )
+        told = columns.tips("layer", "seen", ("loudest_ratio", tensor, ".3~g"))
+        lost = marks.crosses(own, x="layer:O")
+        return marks.lines_by_layer(base, told, lost, shape=marks.scaled(alt.Shape, "seen", shapes, legend=legend))
 
-    step = 0.85 * marks.layer_step(means["layer"].n_unique())  # room for a broad legend
-    heading, usual = "RMS of the largest channel over the median channel", outlier_caption(frame)
-    return marks.framed(marks.panels(tensors, draw, alt.Step(step), 120), means, heading, caption, usual, pickable=True)
+    step = 0.85 * marks.layer_step(shown["layer"].n_unique())  # room for a broad legend
+    plots = marks.panels(tensors, draw, alt.Step(step), 120)
+    said = caption or outlier_caption(frame)
+    return marks.framed(plots, shown, "RMS of the largest channel over the median channel", said, pickable=True)
 
 
 def outlier_caption(frame: pl.DataFrame) -> str:
@@ -94,25 +137,5 @@ def outlier_caption(frame: pl.DataFrame) -> str:
     tensor, own = next(marks.by_tensor(frame))
     ratios = dict(own.group_by("space").agg(OUTLIER_RATIO).iter_rows())
     said = [f"{SPACE_WORDS[space]} {ratios[space]:.1f}" for space in theme.SPACES if ratios.get(space) is not None]
-    lost = marks.broken(int(frame["not_finite"].sum()))
-    return marks.sentence(
-        f"{tensor.capitalize()}, mean: " + ", ".join(said), lost, *scales.not_drawn(frame["loudest_ratio"])
-    )
-
-
-def _lines(tensor: str, spaces: list[str], domain: scales.Domain, *, legend: bool, last: bool) -> marks.Plot:
-    words = {space: SPACE_WORDS[space] for space in spaces}
-    colours, shapes = ({words[space]: theme.SPACES[space][i] for space in spaces} for i in (0, 1))
-    own = marks.only(tensor=tensor)
-    base = (
-        scales.on_log_scale(own, "loudest_ratio", domain)
-        .transform_calculate(seen=f"{words}[datum.space]")
-        .encode(
-            x=marks.layer_axis(labelled=last),
-            y=scales.log_y("loudest_ratio", [tensor, "largest / median RMS"], domain),
-            color=marks.scaled(alt.Color, "seen", colours, legend=legend),
-        )
-    )
-    told = columns.tips("layer", "seen", ("loudest_ratio", tensor, ".3~g"))
-    lost = marks.crosses(own, x=alt.X("layer:O"))
-    return marks.lines_by_layer(base, told, lost, shape=marks.scaled(alt.Shape, "seen", shapes, legend=legend))
+    lost = [marks.broken(frame["not_finite"].sum()), *scales.not_drawn(frame["loudest_ratio"])]
+    return marks.sentence(f"{tensor.capitalize()}, mean: " + ", ".join(said), *lost)

@@ -1,8 +1,9 @@
-"""Columns of the frames that charts draw: the title, format and type of each, and the checks of a frame."""
+"""Columns of the frames that charts draw: the titles, format and type of each, and the checks of a frame."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import altair as alt
 import polars as pl
@@ -13,9 +14,8 @@ from veloxlab.measure.frames import TYPES
 TEXTS = frozenset(name for name, kind in TYPES.items() if kind == pl.String)
 """Columns of a frame that hold text; all others that a chart asks for hold numbers."""
 
-KINDS = dict.fromkeys((*TEXTS, "note", "protected", "said", "seen", "what"), "N") | dict.fromkeys(
-    ("channel", "coordinate", "first", "group", "layer", "pair", "second"), "O"
-)
+_OTHERS = {"N": "note protected said seen what", "O": "channel coordinate first group layer pair second"}
+KINDS = dict.fromkeys(TEXTS, "N") | {name: kind for kind, names in _OTHERS.items() for name in names.split()}
 """Vega-Lite types of columns; all others are quantitative."""
 
 TITLES = {
@@ -69,13 +69,65 @@ FORMATS = {name: form for form, names in _FORMATS.items() for name in names.spli
 """d3 formats of columns in tooltips; any other is written as it is."""
 
 
+AXES: dict[str, str | list[str]] = {
+    "angle": "angle, radians",
+    "context": "largest context that fits (tokens of each sequence)",
+    "depth:O": "depth of the needle in the text",
+    "error_drawn": ["relative", "squared error"],
+    "key": "position of the key",
+    "mean_share": ["mean vector's", "share of energy"],
+    "megabytes": ["bytes held", "MB"],
+    "middle": "position in the text, tokens",
+    "middle_drawn": "relative squared error of a vector",
+    "position": "tokens generated",
+    "query": "position of the query",
+    "rank": "direction, by decreasing energy",
+    "tokens": "tokens of context",
+    "tokens_drawn": "tokens of text",
+    "true_bits": "true bits per value, scales included",
+    "value": "coordinate in the space of the codes, over the stored scale",
+}
+"""Titles of axes that say more than a tooltip, with the unit."""
+
+_PLACES = {
+    "axis": "format grid labelExpr labelLimit labelOverlap labels minExtent tickCount tickMinStep ticks values",
+    "scale": "base clamp domain domainMin nice padding paddingInner paddingOuter reverse type zero",
+}
+_PLACE = {name: place for place, names in _PLACES.items() for name in names.split()}
+
+
+def x(name: str, title: str | list[str] | None = "", **settings: Any) -> alt.X:
+    """Give a column's x axis, with settings of its scale and axis by their names; "" stands for the column's title."""
+    return alt.X(field(name), **_axis(name, title, settings))
+
+
+def y(name: str, title: str | list[str] | None = "", **settings: Any) -> alt.Y:
+    """Give a column's y axis, like `x`."""
+    return alt.Y(field(name), **_axis(name, title, settings))
+
+
+def _axis(name: str, title: str | list[str] | None, settings: dict[str, Any]) -> dict[str, Any]:
+    own: dict[str, Any] = {"title": AXES.get(name) or TITLES.get(name, name) if title == "" else title}
+    for setting, value in settings.items():
+        if setting in _PLACE:
+            own.setdefault(_PLACE[setting], {})[setting] = value
+        else:
+            own[setting] = value
+    return own
+
+
+def field(name: str) -> str:
+    """Give a column with its Vega-Lite type."""
+    return name if ":" in name else f"{name}:{KINDS.get(name, 'Q')}"
+
+
 def tips(*fields: str | tuple[str, str] | tuple[str, str, str]) -> list[alt.Tooltip]:
     """Give a tooltip's lines: columns, alone or with another title and format than they have in every chart."""
     lines = []
-    for field in fields:
-        name, *said = (field,) if isinstance(field, str) else field
+    for given in fields:
+        name, *said = (given,) if isinstance(given, str) else given
         title, form = (*said, *(TITLES.get(name, name.replace("_", " ")), FORMATS.get(name, ""))[len(said) :])
-        lines.append(alt.Tooltip(f"{name}:{KINDS.get(name, 'Q')}", title=title, format=form or alt.Undefined))
+        lines.append(alt.Tooltip(field(name), title=title, format=form or alt.Undefined))
     return lines
 
 

@@ -1,4 +1,4 @@
-"""What each layer loses: its error by KV head, for keys and values, and the mean over heads above it."""
+"""What compression changes: errors by layer, head, position and width, and where one head's attention goes."""
 
 from __future__ import annotations
 
@@ -8,20 +8,14 @@ import polars as pl
 from veloxlab.errors import InputError
 from veloxlab.views import columns, marks, scales, theme
 
-# column: words for a tooltip, the unit for an axis, the loss that is drawn (0 where nothing is lost), and the heading
+# column: words for a tooltip, the unit for an axis, and the heading
 METRICS = {
-    "rel_mse": ("relative MSE", "relative MSE", "datum.rel_mse", "Relative squared error of decoded keys and values"),
-    "cosine": (
-        "1 − cosine",
-        "1 − cosine",
-        "isValid(datum.cosine) ? 1 - datum.cosine : null",
-        "1 − cosine between decoded and exact keys and values",
-    ),
-    "logit_error": ("error of logits (nats)", "nats", "datum.logit_error", "Error of attention logits (nats)"),
+    "rel_mse": ("relative MSE", "relative MSE", "Relative squared error of decoded keys and values"),
+    "cosine": ("1 − cosine", "1 − cosine", "1 − cosine between decoded and exact keys and values"),
+    "logit_error": ("error of logits (nats)", "nats", "Error of attention logits (nats)"),
     "output_error": (
         "relative MSE of attention output",
         "relative MSE",
-        "datum.output_error",
         "Relative squared error of the output of attention",
     ),
 }
@@ -44,12 +38,35 @@ def error_map(
     if shown.is_empty():
         raise InputError(f"error_map has no {metric} to draw: take 'rel_mse', which every model shows.")
     grid, scale = marks.HeadMap(shown), domain or error_domain(frame, metric)
-    maps = marks.panels(grid.tensors, lambda t, last: _cells(grid, t, metric, scale, last), grid.width, grid.height)
-    means = _means(metric, scale).properties(width=grid.width, height=110)
-    usual = error_caption(frame, metric)
-    return marks.framed(
-        [means, alt.vconcat(*maps, spacing=10)], shown, METRICS[metric][3], caption, usual, pickable=True
+    name, unit, heading = METRICS[metric]
+    # nothing is lost at a cosine of 1
+    loss = {"loss": "isValid(datum.cosine) ? 1 - datum.cosine : null" if metric == "cosine" else f"datum.{metric}"}
+
+    def cells(tensor: str, last: bool) -> marks.Plot:
+        pooled = grid.cells(tensor, loss, {"loss": "mean(loss)", "rows": "count()", "finite": "valid(loss)"}, last=last)
+        place = ("layer", ("group", grid.words))
+        drawn = scales.on_log_scale(pooled, "loss", scale).mark_rect(cursor="pointer")
+        told = columns.tips(*place, ("loss", f"{tensor}: {name}", ".3g"))
+        note = "'not finite in ' + (datum.rows - datum.finite) + ' of ' + datum.rows"
+        lost = pooled.transform_filter("datum.finite < datum.rows").transform_calculate(note=note)
+        return alt.layer(
+            drawn.encode(color=scales.log_colour("loss", unit, scale), tooltip=told),
+            lost.mark_text(**marks.CROSS, cursor="pointer").encode(tooltip=columns.tips(*place, ("note", name))),
+            marks.picked_outline(),
+        )
+
+    means = alt.Chart().transform_calculate(**loss)
+    means = means.transform_aggregate(loss="mean(loss)", groupby=["layer", "tensor"])
+    base = scales.on_log_scale(means, "loss", scale).encode(
+        x=marks.layer_axis(labelled=False),
+        y=scales.log_y("loss", [unit, "mean over heads"], scale),
+        color=marks.tensor_colour(),
     )
+    told = columns.tips("layer", "tensor", ("loss", name, ".3g"))
+    lines = marks.lines_by_layer(base, told, size=36, shape=marks.tensor_shape())
+    maps = alt.vconcat(*marks.panels(grid.tensors, cells, grid.width, grid.height), spacing=10)
+    plots: list[marks.Plot] = [lines.properties(width=grid.width, height=110), maps]
+    return marks.framed(plots, shown, heading, caption or error_caption(frame, metric), pickable=True)
 
 
 def error_domain(frame: pl.DataFrame, metric: str = "rel_mse") -> scales.Domain:
@@ -71,42 +88,6 @@ def error_caption(frame: pl.DataFrame, metric: str = "rel_mse") -> str:
     return marks.sentence(*said, marks.broken(lost))
 
 
-def _means(metric: str, domain: scales.Domain) -> marks.Plot:
-    name, unit, expression, _ = METRICS[metric]
-    means = alt.Chart().transform_calculate(loss=expression)
-    means = means.transform_aggregate(loss="mean(loss)", groupby=["layer", "tensor"])
-    base = scales.on_log_scale(means, "loss", domain).encode(
-        x=marks.layer_axis(labelled=False),
-        y=scales.log_y("loss", [unit, "mean over heads"], domain),
-        color=marks.tensor_colour(),
-    )
-    return marks.lines_by_layer(
-        base, columns.tips("layer", "tensor", ("loss", name, ".3g")), size=36, shape=marks.tensor_shape()
-    )
-
-
-def _cells(grid: marks.HeadMap, tensor: str, metric: str, domain: scales.Domain, last: bool) -> marks.Plot:
-    name, unit, expression, _ = METRICS[metric]
-    pooled = grid.cells(
-        tensor,
-        {"loss": expression},
-        {"loss": "mean(loss)", "rows": "count()", "finite": "valid(loss)"},
-        x=marks.layer_axis(labelled=last),
-    )
-    place = ("layer", ("group", grid.words))
-    cells = scales.on_log_scale(pooled, "loss", domain).mark_rect(cursor="pointer")
-    lost = (
-        pooled.transform_filter("datum.finite < datum.rows")
-        .transform_calculate(note="'not finite in ' + (datum.rows - datum.finite) + ' of ' + datum.rows")
-        .mark_text(**marks.CROSS, cursor="pointer")
-        .encode(tooltip=columns.tips(*place, ("note", name)))
-    )
-    told = columns.tips(*place, ("loss", f"{tensor}: {name}", ".3g"))
-    return alt.layer(
-        cells.encode(color=scales.log_colour("loss", unit, domain), tooltip=told), lost, marks.picked_outline()
-    )
-
-
 def _finite(frame: pl.DataFrame, metric: str) -> pl.DataFrame:
     loss = 1 - pl.col(metric) if metric == "cosine" else pl.col(metric)
     return frame.select("layer", loss=loss.cast(pl.Float64)).filter(pl.col("loss").is_finite())
@@ -121,15 +102,29 @@ def errors_along_position(frame: pl.DataFrame, *, caption: str | None = None) ->
     numbers = ("bits", "position", "position_end", "low", "median", "high", "not_finite")
     shown = columns.require(frame, "errors_along_position", "tensor", *numbers)
     widths = shown["bits"].unique().sort().to_list()
-    plots = marks.panels(widths, lambda bits, last: _along(bits, widths, last), theme.WIDTH - 90, 110)
-    return marks.framed(plots, shown, "Relative error along the text", caption, profile_caption(frame))
+
+    def draw(bits: int, last: bool) -> marks.Plot:
+        rows = _of_width(bits, widths).transform_calculate(middle="(datum.position + datum.position_end - 1) / 2")
+        base = rows.encode(x=columns.x("middle", "" if last else None, nice=False))
+        colour = marks.tensor_colour(legend=bits == widths[0])
+        finite = base.transform_filter("isValid(datum.median)").encode(color=colour)
+        low = columns.y("low", _titled(bits, widths, "relative error"), zero=True, tickCount=4)
+        told = columns.tips("tensor", "position", "median")
+        return alt.layer(
+            finite.mark_area(opacity=0.25).encode(y=low, y2="high:Q"),
+            finite.mark_line(strokeWidth=1.5).encode(y="median:Q", tooltip=told),
+            marks.crosses(base, tooltip=columns.tips("tensor", "not_finite")),
+        )
+
+    plots = marks.panels(widths, draw, theme.WIDTH - 90, 110)
+    return marks.framed(plots, shown, "Relative error along the text", caption or profile_caption(frame))
 
 
 def profile_caption(frame: pl.DataFrame) -> str:
     """Say the mean of the blocks' medians for each width, and how many vectors have no finite error."""
     medians = frame.group_by("bits", "tensor").agg(pl.col("median").mean()).sort("bits", "tensor").drop_nulls("median")
     said = [f"{tensor} at {bits} bits {median:.2g}" for bits, tensor, median in medians.iter_rows()]
-    return "Median: " + marks.sentence(*said, marks.broken(int(frame["not_finite"].sum())))
+    return "Median: " + marks.sentence(*said, marks.broken(frame["not_finite"].sum()))
 
 
 def error_distribution(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -140,37 +135,34 @@ def error_distribution(frame: pl.DataFrame, *, caption: str | None = None) -> al
     numbers = ("bits", "least", "most", "share", "zero", "not_finite")
     shown = columns.require(frame, "error_distribution", "tensor", *numbers).drop("zero", "not_finite")
     widths = shown["bits"].unique().sort().to_list()
-    axis = alt.X("middle_drawn:Q", title="relative squared error of a vector").scale(type="log", nice=False)
-    axis = axis.axis(values=scales.log_steps(1, 2, 5), labelExpr=scales.LABEL)
+    axis: marks.Look = {"values": scales.log_steps(1, 2, 5)}
     if len(widths) > 1:  # one axis for all; alone, a width's own rows make its axis, whichever come
         bins = shown.filter(pl.col("least").is_finite() & pl.col("most").is_finite() & (pl.col("least") > 0))
         ends = [*bins["least"], *bins["most"]]
         domain = (min(ends), max(ends)) if ends else scales.log_domain(ends)
-        axis = axis.scale(type="log", domain=domain, nice=False).axis(
-            values=scales.log_ticks(domain), labelExpr=scales.LABEL
-        )
+        axis = {"domain": domain, "values": scales.log_ticks(domain)}
 
     def draw(bits: int, last: bool) -> marks.Plot:
         rows = _of_width(bits, widths).transform_calculate(middle="sqrt(datum.least * datum.most)")
-        y = alt.Y("share:Q", title=_titled(bits, widths, "share of vectors"), stack=None)
+        title = "" if last else None
+        share = _titled(bits, widths, "share of vectors")
         return marks.step_area(scales.on_log_scale(rows, "middle")).encode(
-            x=axis if last else axis.title(None),
-            y=y.axis(format="%", tickCount=3),
+            x=columns.x("middle_drawn", title, type="log", nice=False, labelExpr=scales.LABEL, **axis),
+            y=columns.y("share", share, stack=None, format="%", tickCount=3),
             color=marks.tensor_colour(legend=bits == widths[0]),
             tooltip=columns.tips("tensor", ("middle", "error", ".3~g"), "share"),
         )
 
     plots = marks.panels(widths, draw, theme.WIDTH - 90, 100)
-    return marks.framed(plots, shown, "Relative errors of single vectors", caption, distribution_caption(frame))
+    return marks.framed(plots, shown, "Relative errors of single vectors", caption or distribution_caption(frame))
 
 
 def distribution_caption(frame: pl.DataFrame) -> str:
     """Say how many vectors are without error, which a log scale cannot show, and how many have none that is finite."""
-    counts = frame.group_by("tensor", "bits").agg(pl.col("zero", "not_finite").first())
-    zero = f"{zeros} vectors without error are not drawn" if (zeros := int(counts["zero"].sum())) else ""
+    zeros, broken = frame.group_by("tensor", "bits").agg(pl.col("zero", "not_finite").first()).sum().row(0)[2:]
+    zero = f"{zeros} vectors without error are not drawn" if zeros else ""
     left_out = scales.not_drawn(frame["least"] * frame["most"], zero=True)
-    said = marks.sentence(zero, marks.broken(int(counts["not_finite"].sum())), *left_out)
-    return said or "Every vector of the capture is counted"
+    return marks.sentence(zero, marks.broken(broken), *left_out) or "Every vector of the capture is counted"
 
 
 def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -179,35 +171,29 @@ def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
     Rows of `veloxlab.measure.errors.ERRORS_BY_BITS`; errors of 0 have no place on a log scale.
     """
     shown = columns.require(frame, "errors_by_bits", "tensor", "bits", "error", "true_bits", "not_finite")
-    axis = alt.Y("error_drawn:Q", title=["relative", "squared error"]).scale(type="log")
+    axis: marks.Look = {"type": "log", "values": scales.log_steps(1), "labelExpr": scales.LABEL}
     base = scales.on_log_scale(alt.Chart(), "error").encode(
-        x=alt.X("true_bits:Q", title="true bits per value, scales included")
-        .scale(zero=False, nice=False, padding=12)
-        .axis(tickMinStep=1),
-        y=axis.axis(values=scales.log_steps(1), labelExpr=scales.LABEL),
+        x=columns.x("true_bits", zero=False, nice=False, padding=12, tickMinStep=1),
+        y=columns.y("error_drawn", **axis),
         color=marks.tensor_colour(),
     )
     plot = marks.line_points(base, columns.tips("tensor", ("bits", "code bits"), "true_bits", "error"), 50)
-    plot = plot.properties(width=theme.WIDTH - 90, height=150)
-    return marks.framed(
-        [plot], shown, "Relative squared error against true bits per value", caption, by_bits_caption(frame)
-    )
+    plots = [plot.properties(width=theme.WIDTH - 90, height=150)]
+    heading = "Relative squared error against true bits per value"
+    return marks.framed(plots, shown, heading, caption or by_bits_caption(frame))
 
 
 def by_bits_caption(frame: pl.DataFrame) -> str:
     """Say by what factor an error falls with a bit, on average, how many are not finite, and how many not drawn."""
-    said = []
-    for tensor, own in marks.by_tensor(
-        frame.filter(pl.col("error").is_finite(), pl.col("error") > 0).sort("true_bits")
-    ):
+    said, above = [], frame.filter(pl.col("error").is_finite(), pl.col("error") > 0)
+    for tensor, own in marks.by_tensor(above.sort("true_bits")):
         spent = own["true_bits"][-1] - own["true_bits"][0]
         if spent > 0:
             said.append(f"{tensor} {(own['error'][0] / own['error'][-1]) ** (1 / spent):.1f}×")
     alone = "One width alone" if (frame["error"] > 0).any() else "Nothing is lost"
     words = f"One more bit divides the error by: {', '.join(said)}" if said else alone
-    return marks.sentence(
-        words, marks.broken(int(frame["not_finite"].sum())), *scales.not_drawn(frame["error"], zero=True)
-    )
+    lost = [marks.broken(frame["not_finite"].sum()), *scales.not_drawn(frame["error"], zero=True)]
+    return marks.sentence(words, *lost)
 
 
 def _of_width(bits: int, widths: list[int]) -> alt.Chart:
@@ -219,14 +205,54 @@ def _titled(bits: int, widths: list[int], what: str) -> list[str]:
     return [f"{bits} bits", what] if len(widths) > 1 else [what]
 
 
-def _along(bits: int, widths: list[int], last: bool) -> marks.Plot:
-    x = alt.X("middle:Q", title="position in the text, tokens" if last else None).scale(nice=False)
-    rows = _of_width(bits, widths).transform_calculate(middle="(datum.position + datum.position_end - 1) / 2")
-    base = rows.encode(x=x)
-    finite = base.transform_filter("isValid(datum.median)").encode(color=marks.tensor_colour(legend=bits == widths[0]))
-    y = alt.Y("low:Q", title=_titled(bits, widths, "relative error")).scale(zero=True).axis(tickCount=4)
-    band = finite.mark_area(opacity=0.25).encode(y=y, y2="high:Q")
-    line = finite.mark_line(strokeWidth=1.5).encode(
-        y=alt.Y("median:Q"), tooltip=columns.tips("tensor", "position", "median")
-    )
-    return alt.layer(band, line, marks.crosses(base, tooltip=columns.tips("tensor", "not_finite")))
+KINDS = {"exact": "exact keys", "compressed": "compressed keys", "difference": "|difference|"}
+WEIGHTS = (1e-3, 1.0)  # ends of the scale of attention
+SIDE = 160  # pixels of a map
+
+
+def attention_maps(
+    frame: pl.DataFrame, *, heading: str = "Attention of one head", caption: str | None = None
+) -> alt.VConcatChart:
+    """Draw attention weights of blocks of queries over blocks of keys, exact and compressed, and the difference.
+
+    Rows of `veloxlab.measure.attention_maps.ATTENTION_MAP`. A weight that is not finite is marked with a cross.
+    ``heading``: what is seen, such as layer, head and method.
+    """
+    numbers = ("query", "query_end", "key", "key_end", "weight", "moved")
+    shown = columns.require(frame, "attention_maps", "kind", *numbers).drop("moved")
+
+    def draw(kind: str, last: bool) -> marks.Plot:
+        own, first, words = marks.only(kind=kind), kind == "exact", KINDS[kind]
+        size = own.transform_calculate(size="isValid(datum.weight) ? abs(datum.weight) : null")
+        left = {"nice": False, "reverse": True, "tickCount": 4, "labels": first, "minExtent": 40 if first else 0}
+        cells = scales.on_log_scale(size, "size", WEIGHTS).mark_rect()
+        cells = cells.encode(
+            x=columns.x("key", nice=False, tickCount=4),
+            x2="key_end:Q",
+            y=columns.y("query", "" if first else None, **left),
+            y2="query_end:Q",
+            color=scales.log_colour("size", ["attention", "weight"], WEIGHTS),
+            tooltip=columns.tips("query", "key", ("weight", words, ".3~g")),
+        )
+        lost = own.transform_filter("!isValid(datum.weight)").mark_text(text="×", fontWeight="bold")
+        name = alt.Chart().transform_aggregate(cells="count()").mark_text(text=words, baseline="bottom")
+        name = name.encode(x=alt.value(SIDE / 2), y=alt.value(-5))
+        return alt.layer(cells, lost.encode(x="key:Q", y="query:Q"), name)
+
+    maps: alt.HConcatChart = alt.hconcat(*marks.panels(list(KINDS), draw, SIDE, SIDE), spacing=12)
+    chart = marks.framed([maps], shown, heading, caption or attention_caption(frame))
+    return chart.resolve_scale(color="shared")  # type: ignore[no-any-return]
+
+
+def attention_caption(frame: pl.DataFrame) -> str:
+    """Say what share of attention goes to other keys than before, on average over queries, and of the worst block."""
+    lost = marks.broken(frame.height - frame.filter(pl.col("weight").is_finite()).height)
+    rows = frame.filter(pl.col("kind") == "exact").group_by("query", "query_end").agg(pl.col("moved").first())
+    rows = rows.filter(pl.col("moved").is_finite())
+    if rows.is_empty():
+        return lost
+    queries = rows["query_end"] - rows["query"]
+    mean = sum(rows["moved"] * queries) / sum(queries)
+    worst = rows.sort("moved", "query").row(-1, named=True)
+    most = f"most, {100 * worst['moved']:.1f} %, for queries {worst['query']} to {worst['query_end'] - 1}"
+    return marks.sentence(f"{100 * mean:.1f} % of attention moves to other keys", most, lost)

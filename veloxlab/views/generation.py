@@ -15,6 +15,7 @@ FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', mo
 COLUMNS = 84  # characters of a line
 ADVANCE = 7.25  # pixels of a character at a size of 12
 LINE = 25  # pixels
+PLACES = {"top": 0.08, "middle": 0.45, "low": 0.8, "high": 0.95}  # in a line
 LOST = (1e-3, 10.0)  # nats: KL that is drawn
 BREAK = "\u21b5"  # stands for a new line
 ROW = 34  # pixels of a side in the map of passkeys
@@ -34,9 +35,33 @@ def token_strip(
     shown = needed.with_columns(parts=parted.fill_null(False))
     rows = pl.concat(_laid_out(own) for side in SIDES if len(own := shown.filter(side=side)))
     count = max(lines or 0, int(rows["line"].max()) + 1)  # type: ignore[arg-type]
-    plots = marks.panels(list(SIDES), lambda side, _: _text(side, count), COLUMNS * ADVANCE, LINE * count)
+    places = {name: f"datum.line + {share}" for name, share in PLACES.items()}
+    down = {"domain": [0, count], "reverse": True, "nice": False, "labels": False, "ticks": False, "grid": False}
+
+    def draw(side: str, _: bool) -> marks.Plot:
+        top, middle, low = (columns.y(place, side, **down) for place in ("top", "middle", "low"))
+        base = marks.only(side=side).transform_calculate(**places)
+        base = base.encode(
+            x=alt.X("column:Q", axis=None).scale(domain=[0, COLUMNS], nice=False),
+            x2="end:Q",
+            tooltip=columns.tips("text", "position", "probability", "exact_probability", "kl"),
+        )
+        frame: marks.Look = {"stroke": theme.PICKED, "cornerRadius": 2, "xOffset": -2, "x2Offset": 2}
+        layers = [
+            base.transform_filter("datum.parts").mark_rect(filled=False, fill=None, **frame).encode(y=top, y2="high:Q"),
+            base.mark_text(align="left", baseline="middle", font=FONT, fontSize=12).encode(y=middle, text="shown:N"),
+        ]
+        if side == "compressed":
+            bars = scales.on_log_scale(base, "kl", LOST).mark_rect(cornerRadius=1)
+            look: marks.Look = {"orient": "bottom", "format": "~g", "gradientLength": 220, "tickCount": 4}
+            legend = alt.Legend(title="KL from the exact cache (nats)", **look)
+            colour = alt.Color("kl_drawn:Q", legend=legend).scale(type="log", domain=LOST, clamp=True)
+            layers.insert(0, bars.encode(y=low, y2="high:Q", color=colour))
+        return alt.layer(*layers)
+
+    plots = marks.panels(list(SIDES), draw, COLUMNS * ADVANCE, LINE * count)
     heading = "Text from one prompt, exact and compressed, with the KL divergence of each token"
-    return marks.framed(plots, rows, heading, caption, strip_caption(frame, parting))
+    return marks.framed(plots, rows, heading, caption or strip_caption(frame, parting))
 
 
 def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
@@ -62,19 +87,16 @@ def held_while_generating(
     shown = columns.require(frame, "held_while_generating", "side", "position", "held_bytes")
     last = (tokens or int(shown["position"].max()) + 1) - 1  # type: ignore[arg-type]
     told = columns.tips("side", "position", "held_bytes")
-    base = (
-        alt.Chart()
-        .transform_calculate(megabytes="datum.held_bytes / 1e6")
-        .encode(
-            x=alt.X("position:Q", title="tokens generated").scale(domain=[0, max(last, 1)], nice=False),
-            y=alt.Y("megabytes:Q", title=["bytes held", "MB"]).axis(tickCount=4).scale(zero=True),
-            color=marks.scaled(alt.Color, "side", SIDES),
-            tooltip=told,
-        )
+    base = alt.Chart().transform_calculate(megabytes="datum.held_bytes / 1e6")
+    base = base.encode(
+        x=columns.x("position", domain=[0, max(last, 1)], nice=False),
+        y=columns.y("megabytes", tickCount=4, zero=True),
+        color=marks.scaled(alt.Color, "side", SIDES),
+        tooltip=told,
     )
     line = base.mark_line(interpolate="step-after", strokeWidth=2)
     plot = alt.layer(line, marks.points(base, told, 14)).properties(width=theme.WIDTH - 100, height=120)
-    return marks.framed([plot], shown, "Bytes held while the texts are generated", caption, held_caption(frame))
+    return marks.framed([plot], shown, "Bytes held while the texts are generated", caption or held_caption(frame))
 
 
 def held_caption(frame: pl.DataFrame) -> str:
@@ -99,22 +121,19 @@ def passkey_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
     needed = columns.require(frame, "passkey_map", "depth", "side", "passkey", "context", "answer")
     shown = needed.with_columns(pl.col("answer").str.strip_chars(), frame["hit"])
     base = alt.Chart().encode(
-        x=alt.X("depth:O", title="depth of the needle in the text").axis(format=".0%"),
-        y=alt.Y("side:N", sort=list(SIDES), title=None),
+        x=columns.x("depth:O", format=".0%"),
+        y=columns.y("side", None, sort=list(SIDES)),
         tooltip=columns.tips("side", "passkey", "answer", "depth"),
     )
     found, missed = (base.transform_filter(test) for test in ("datum.hit", "!datum.hit"))
-    layers = (
+    label = "(datum.hit ? '\u2713 ' : '\u2717 ') + slice(datum.answer, 0, 9)"
+    plot = alt.layer(
         found.mark_rect(color=theme.KEYS, opacity=0.25, cornerRadius=3),
         missed.mark_rect(filled=False, stroke=theme.PICKED, strokeWidth=1.5, strokeDash=[4, 3], cornerRadius=3),
-        base.transform_calculate(label="(datum.hit ? '\u2713 ' : '\u2717 ') + slice(datum.answer, 0, 9)")
-        .mark_text(font=FONT, fontSize=11)
-        .encode(text="label:N"),
-    )
-    plot = alt.layer(*layers).properties(width=theme.WIDTH - 60, height=alt.Step(ROW))
-    return marks.framed(
-        [plot], shown, "Numbers hidden in a text, and what was answered", caption, passkey_caption(frame)
-    )
+        base.transform_calculate(label=label).mark_text(font=FONT, fontSize=11).encode(text="label:N"),
+    ).properties(width=theme.WIDTH - 60, height=alt.Step(ROW))
+    heading = "Numbers hidden in a text, and what was answered"
+    return marks.framed([plot], shown, heading, caption or passkey_caption(frame))
 
 
 def passkey_caption(frame: pl.DataFrame) -> str:
@@ -145,32 +164,3 @@ def _places(texts: pl.Series) -> Iterator[tuple[str, int, int, int]]:
         column += start + len(word) + (len(shown) - len(shown.rstrip(" ")) if word else 0)
         if text.endswith("\n"):
             line, column = line + 1, 0
-
-
-def _text(side: str, lines: int) -> marks.Plot:
-    places = {"top": 0.08, "middle": 0.45, "low": 0.8, "high": 0.95}  # in a line
-    axis = alt.Axis(title=side, labels=False, ticks=False, grid=False)
-    down = alt.Scale(domain=[0, lines], reverse=True, nice=False)
-    top, middle, low = (alt.Y(f"{place}:Q", axis=axis, scale=down) for place in ("top", "middle", "low"))
-    base = (
-        marks.only(side=side)
-        .transform_calculate(**{name: f"datum.line + {share}" for name, share in places.items()})
-        .encode(
-            x=alt.X("column:Q", axis=None).scale(domain=[0, COLUMNS], nice=False),
-            x2="end:Q",
-            tooltip=columns.tips("text", "position", "probability", "exact_probability", "kl"),
-        )
-    )
-    frame = base.transform_filter("datum.parts").mark_rect(
-        filled=False, fill=None, stroke=theme.PICKED, cornerRadius=2, xOffset=-2, x2Offset=2
-    )
-    words = base.mark_text(align="left", baseline="middle", font=FONT, fontSize=12)
-    layers = [frame.encode(y=top, y2="high:Q"), words.encode(y=middle, text="shown:N")]
-    if side == "compressed":
-        legend = alt.Legend(
-            title="KL from the exact cache (nats)", orient="bottom", format="~g", gradientLength=220, tickCount=4
-        )
-        colour = alt.Color("kl_drawn:Q", legend=legend).scale(type="log", domain=list(LOST), clamp=True)
-        bars = scales.on_log_scale(base, "kl", LOST).mark_rect(cornerRadius=1)
-        layers.insert(0, bars.encode(y=low, y2="high:Q", color=colour))
-    return alt.layer(*layers)

@@ -9,40 +9,28 @@ from typing import Any, TypeVar
 import altair as alt
 import polars as pl
 
-from veloxlab.views import theme
+from veloxlab.views import columns, theme
 
+Look = dict[str, Any]  # properties of a mark, encodings or settings of an axis, by name
 PICKED = "picked_layer"
 IS_PICKED = f"datum.layer === {PICKED}"
 ALTAIR_ROWS = 5_000
 CELLS = 1_600  # of a map at most: more would make a slider stutter, so heads are then drawn in groups
-CROSS: dict[str, Any] = {"text": "×", "fontSize": 13, "fontWeight": "bold", "color": theme.PICKED}  # not finite
-Channel = TypeVar("Channel", alt.Color, alt.Shape, alt.StrokeDash)
+CROSS: Look = {"text": "×", "fontSize": 13, "fontWeight": "bold", "color": theme.PICKED}  # not finite
+Channel = TypeVar("Channel", alt.Color, alt.Opacity, alt.Shape, alt.StrokeDash)
 Plot = alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart | alt.HConcatChart
 
 
 def framed(
-    plots: Sequence[Plot],
-    data: pl.DataFrame,
-    heading: str,
-    caption: str | None,
-    usual: str,
-    *,
-    pickable: bool = False,
-    dashed: bool = False,
+    plots: Sequence[Plot], data: pl.DataFrame, heading: str, caption: str, *, pickable: bool = False
 ) -> alt.VConcatChart:
-    """Stack plots of the same rows under a heading and the param ``caption``, which is ``usual`` where none is given.
-
-    ``pickable`` plots mark the param ``picked_layer``; ``dashed`` ones tell lines apart by dashes.
-    """
-    params = [alt.param(name="caption", value=usual if caption is None else caption)]
-    if pickable:
-        params.append(alt.param(name=PICKED, value=None))
-    dashes: dict[str, Any] = {"strokeDash": "independent"} if dashed else {}
+    """Stack plots of the same rows under a heading and the param ``caption``; ``pickable`` ones mark `PICKED`."""
+    params = {"caption": caption} | ({PICKED: None} if pickable else {})
     first = plots[0].properties(title=alt.TitleParams(text=alt.expr("caption"), style="caption"))
     chart: alt.VConcatChart = (
         alt.vconcat(first, *plots[1:], title=alt.TitleParams(text=heading), spacing=10)
-        .add_params(*params)
-        .resolve_scale(color="independent", opacity="independent", shape="independent", **dashes)
+        .add_params(*(alt.param(name=name, value=value) for name, value in params.items()))
+        .resolve_scale(color="independent", opacity="independent", shape="independent", strokeDash="independent")
     )
     # Altair refuses longer frames for the marks they might become; ours are pooled before they are drawn
     chart.data = data if data.height <= ALTAIR_ROWS else alt.InlineData(values=data.to_dicts())
@@ -81,12 +69,18 @@ def tensor_shape() -> alt.Shape:
     return scaled(alt.Shape, "tensor", {"keys": "circle", "values": "square"})
 
 
-def method_look(methods: Sequence[str]) -> tuple[alt.Color, alt.Shape]:
+def method_look(methods: Sequence[str]) -> dict[str, alt.Color | alt.Shape]:
     """Give methods the colours and shapes that they have in every chart, with one legend, in this order."""
     legend = alt.Legend(symbolOpacity=1, symbolSize=60)
     colours, shapes = ({method: theme.look_of(method)[i] for method in methods} for i in (0, 1))
     colour, shape = scaled(alt.Color, "method", colours), scaled(alt.Shape, "method", shapes)
-    return colour.legend(legend), shape.legend(legend)
+    return {"color": colour.legend(legend), "shape": shape.legend(legend)}
+
+
+def part_opacity(field: str, parts: Mapping[str, float], colour: str) -> alt.Opacity:
+    """Give the parts of a bar their shares of its colour, with a legend."""
+    opacity = scaled(alt.Opacity, field, parts)
+    return opacity.legend(symbolFillColor=colour, symbolStrokeWidth=0, symbolType="square")
 
 
 def points(base: alt.Chart, tooltip: list[alt.Tooltip], size: int = 34, **more: Any) -> alt.Chart:
@@ -121,35 +115,35 @@ def layer_step(layers: int) -> float:
     return min(theme.WIDTH / max(layers, 1), 40)
 
 
-def layer_width(layers: int) -> float:
-    """Give the width of all layers, for marks side by side in a layer: a step would be of one mark."""
-    return layer_step(layers) * max(layers, 1)
-
-
-def layer_axis(*, labelled: bool, gap: float = 0) -> alt.X:
+def layer_axis(*, labelled: bool = True, gap: float = 0) -> alt.X:
     """Give the x axis that all plots by layer share, with a gap between layers as a share of a step."""
-    axis = alt.Axis(title="layer") if labelled else alt.Axis(labels=False, title=None)
-    return alt.X("layer:O", axis=axis).scale(paddingInner=gap, paddingOuter=gap / 2)
+    shown = {} if labelled else {"labels": False}
+    return columns.x("layer", "" if labelled else None, **shown, paddingInner=gap, paddingOuter=gap / 2)
 
 
 def layer_columns() -> alt.Chart:
     """Make every layer's full height something that can be clicked, whatever is drawn there."""
-    columns = alt.Chart().transform_aggregate(groupby=["layer"])
-    return columns.mark_rect(opacity=0, cursor="pointer", tooltip=None).encode(x="layer:O")  # type: ignore[no-any-return]
+    each = alt.Chart().transform_aggregate(groupby=["layer"])
+    return each.mark_rect(opacity=0, cursor="pointer", tooltip=None).encode(x="layer:O")  # type: ignore[no-any-return]
 
 
 def picked_outline() -> alt.Chart:
     """Draw a frame around the picked layer, over the full height of a plot and inside it, so that nothing moves."""
     picked = alt.Chart().transform_filter(IS_PICKED).transform_aggregate(groupby=["layer"])
-    outline = picked.mark_rect(
-        filled=False, fill=None, stroke=theme.PICKED, strokeWidth=2, y2Offset=-2, cornerRadius=2, cursor="pointer"
-    )
+    look: Look = {"stroke": theme.PICKED, "strokeWidth": 2, "y2Offset": -2, "cornerRadius": 2, "cursor": "pointer"}
+    outline = picked.mark_rect(filled=False, fill=None, **look)
     return outline.encode(x="layer:O", y=alt.value(2), y2=alt.value("height"))  # type: ignore[no-any-return]
 
 
 def over_layers(*marks: alt.Chart) -> alt.LayerChart:
     """Lay marks over clickable layers, and a frame around the picked one over them."""
     return alt.layer(layer_columns(), *marks, picked_outline())  # type: ignore[return-value]
+
+
+def beside_layers(layers: int, height: int, *marks: alt.Chart) -> alt.LayerChart:
+    """Lay marks that stand side by side in a layer over clickable layers, in a plot of this height."""
+    width = layer_step(layers) * max(layers, 1)  # a step would be of one mark
+    return over_layers(*marks).properties(width=width, height=height)
 
 
 def lines_by_layer(
@@ -175,13 +169,14 @@ class HeadMap:
         self.height = alt.Step(max(min(step, 18), 6, 40 / heads))
 
     def cells(
-        self, tensor: str, calculated: Mapping[str, str], pooled: Mapping[str, Any], x: alt.X, gap: float = 0
+        self, tensor: str, calculated: Mapping[str, str], pooled: Mapping[str, Any], *, last: bool, gap: float = 0
     ) -> alt.Chart:
         """Give one tensor's rows with ``calculated`` fields, ``pooled`` over the heads of a group."""
         first = f"floor(datum.head / {self.group}) * {self.group}"
         rows = only(tensor=tensor).transform_calculate(group=first, **calculated)
-        y = alt.Y("group:O", title=[tensor, self.words]).scale(paddingInner=gap)
-        return rows.transform_aggregate(**pooled, groupby=["layer", "group"]).encode(x=x, y=y)
+        y = columns.y("group", [tensor, self.words], paddingInner=gap)
+        pools = rows.transform_aggregate(**pooled, groupby=["layer", "group"])
+        return pools.encode(x=layer_axis(labelled=last, gap=gap), y=y)
 
 
 def grouped(count: int, most: int, what: str) -> tuple[int, str]:
@@ -211,6 +206,6 @@ def sentence(*parts: str) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def broken(count: int) -> str:
+def broken(count: object) -> str:
     """Say how many values are not finite; nothing if there are none."""
     return f"× {count} not finite" if count else ""

@@ -1,7 +1,8 @@
-"""Bytes that are really held as a context grows, beside what 16-bit keys and values take."""
+"""Bytes that are really held as a context grows, bytes that a plan will hold, and the bits spent on a value."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import altair as alt
@@ -11,7 +12,6 @@ from veloxlab.errors import InputError
 from veloxlab.views import columns, marks, theme
 
 EXACT = "fp16"  # the cache that others are compared with
-MEGABYTE = 1_000_000
 MEASURED = "datum.kind === 'measured'"
 AHEAD = "(datum.kind === 'predicted' || datum.tokens === datum.known)"  # from the last measured point on
 SIZE = "format(datum.megabytes, ',.3~r') + ' MB'"
@@ -29,15 +29,33 @@ def memory_growth(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VCo
     layer = pl.col("layer") if "layer" in frame.columns else pl.lit(None, pl.Int64).alias("layer")
     shown = frame.select(*needed, layer).sort("cache", "layer", "tokens")
     caches = shown["cache"].unique(maintain_order=True).to_list()
-    plot = (
-        alt.layer(*_totals(caches), *_shares())
-        .encode(
-            x=alt.X("tokens:Q", title="tokens of context").axis(format=",d", tickCount=6).scale(zero=True, nice=False),
-            y=alt.Y("megabytes:Q", title=["bytes held", "MB"]).axis(tickCount=5),
-        )
-        .properties(width=theme.WIDTH - 100, height=220)
+    # each cache: solid with points where measured, dashed where predicted, its name and size at the end
+    base = _growth(alt.Chart()).encode(color=marks.cache_colour(caches))
+    measured, end = base.transform_filter(MEASURED), base.transform_filter("datum.tokens === datum.end")
+    # the picked layer's part of each, and in the empty corner how much it is
+    picked = _growth(alt.Chart().transform_filter(marks.IS_PICKED))
+    part = picked.transform_filter(f"{MEASURED} || {AHEAD}").mark_line(color=theme.PICKED, strokeWidth=1.5)
+    look: dict[str, Any] = {"align": "left", "baseline": "top", "color": theme.PICKED, "fontWeight": 600}
+    words = (
+        picked.transform_filter("datum.tokens === datum.end")
+        .transform_window(rank="row_number()", sort=[alt.SortField("megabytes", "descending")])
+        .transform_calculate(label=f"'layer ' + {marks.PICKED} + ' in ' + datum.cache + ': ' + {SIZE}")
+        .mark_text(**look, dy=alt.expr("16 * datum.rank - 12"))
     )
-    return marks.framed([plot], shown, "Bytes held as the context grows", caption, memory_caption(frame), pickable=True)
+    plot = alt.layer(
+        base.transform_filter(AHEAD).mark_line(strokeDash=[5, 4], strokeWidth=2),
+        measured.mark_line(strokeWidth=2),
+        marks.points(measured, columns.tips("cache", "tokens", "bytes", "kind")),
+        marks.labels(end, f"datum.cache + '  ' + {SIZE}"),
+        part.encode(detail="cache:N"),
+        words.encode(x=alt.value(10), y=alt.value(0), text="label:N"),
+    ).encode(
+        x=columns.x("tokens", format=",d", tickCount=6, zero=True, nice=False),
+        y=columns.y("megabytes", tickCount=5),
+    )
+    plot = plot.properties(width=theme.WIDTH - 100, height=220)
+    said = caption or memory_caption(frame)
+    return marks.framed([plot], shown, "Bytes held as the context grows", said, pickable=True)
 
 
 def memory_caption(frame: pl.DataFrame) -> str:
@@ -46,45 +64,18 @@ def memory_caption(frame: pl.DataFrame) -> str:
     held = end.group_by("cache", maintain_order=True).agg(pl.col("bytes").sum(), pl.col("kind").first())
     exact = next(iter(held.filter(cache=EXACT)["bytes"]), 0)
     said = [
-        f"{name} holds {size / MEGABYTE:,.1f} MB, {exact / size:.2f} times less than fp16 ({kind})"
+        f"{name} holds {size / 1e6:,.1f} MB, {exact / size:.2f} times less than fp16 ({kind})"
         for name, size, kind in held.filter(pl.col("cache") != EXACT).iter_rows()
         if exact and size
     ]
     return f"At {end['tokens'][0]:,} tokens " + "; ".join(said) if said else "Solid is measured, dashed is predicted"
 
 
-def _totals(caches: list[str]) -> list[alt.Chart]:
-    """Draw each cache: solid with points where measured, dashed where predicted, its name and size at the end."""
-    base = _growth(alt.Chart()).encode(color=marks.cache_colour(caches))
-    measured, end = base.transform_filter(MEASURED), base.transform_filter("datum.tokens === datum.end")
-    return [
-        base.transform_filter(AHEAD).mark_line(strokeDash=[5, 4], strokeWidth=2),
-        measured.mark_line(strokeWidth=2),
-        marks.points(measured, columns.tips("cache", "tokens", "bytes", "kind")),
-        marks.labels(end, f"datum.cache + '  ' + {SIZE}"),
-    ]
-
-
-def _shares() -> list[alt.Chart]:
-    """Draw the picked layer's part of each cache, and say how much it is in the empty corner."""
-    base = _growth(alt.Chart().transform_filter(marks.IS_PICKED))
-    look: dict[str, Any] = {"align": "left", "baseline": "top", "color": theme.PICKED, "fontWeight": 600}
-    words = (
-        base.transform_filter("datum.tokens === datum.end")
-        .transform_window(rank="row_number()", sort=[alt.SortField("megabytes", "descending")])
-        .transform_calculate(label=f"'layer ' + {marks.PICKED} + ' in ' + datum.cache + ': ' + {SIZE}")
-        .mark_text(**look, dy=alt.expr("16 * datum.rank - 12"))
-        .encode(x=alt.value(10), y=alt.value(0), text="label:N")
-    )
-    line = base.transform_filter(f"{MEASURED} || {AHEAD}").mark_line(color=theme.PICKED, strokeWidth=1.5)
-    return [line.encode(detail="cache:N"), words]
-
-
 def _growth(chart: alt.Chart) -> alt.Chart:
     """Add up a cache's layers, and note how far it was measured and where it ends."""
     return (
         chart.transform_aggregate(bytes="sum(bytes)", groupby=["tokens", "cache", "kind"])
-        .transform_calculate(megabytes=f"datum.bytes / {MEGABYTE}", seen="datum.kind === 'measured' ? datum.tokens : 0")
+        .transform_calculate(megabytes="datum.bytes / 1e6", seen=f"{MEASURED} ? datum.tokens : 0")
         .transform_joinaggregate(known="max(seen)", end="max(tokens)", groupby=["cache"])
     )
 
@@ -100,7 +91,7 @@ PARTS = {
     "tables": ("tables", "#3f9142"),
 }
 ROW = 30  # pixels of a cache
-FITS = "datum.total <= datum.limit"
+UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
 
 
 def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -128,18 +119,27 @@ def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str | 
     fits = largest.select("cache", limit=pl.lit(limit), context="tokens")
     shown = pl.concat([bars, fits], how="diagonal_relaxed")
     used = dict(PARTS[part] for part in PARTS if part in planned["part"])
+    y = columns.y("cache", None, sort=caches, paddingInner=0.3)
+    contexts_of = alt.Chart().transform_filter("isValid(datum.context)").encode(
+        x=columns.x("context", zero=True, nice=False, tickCount=6, format="~s"), y=y
+    )  # fmt: skip
+    largest_bars = contexts_of.mark_bar()
+    largest_bars = largest_bars.encode(color=marks.cache_colour(caches), tooltip=columns.tips("cache", "context"))
     plots = [
         plot.properties(width=theme.WIDTH - 130, height=ROW * len(caches))
-        for plot in (_held(caches, used, bars["total"].max()), _contexts(caches))  # type: ignore[arg-type]
+        for plot in (
+            _held(y, used, "GB" if bars["total"].max() >= 1e9 else "MB"),  # type: ignore[operator]
+            alt.layer(largest_bars, marks.labels(contexts_of, "format(datum.context, ',d')")),
+        )
     ]
-    return marks.framed(plots, shown, "Memory a cache will hold (predicted)", caption, plan_caption(planned, largest))
+    said = caption or plan_caption(planned, largest)
+    return marks.framed(plots, shown, "Memory a cache will hold (predicted)", said)
 
 
 def plan_caption(planned: pl.DataFrame, largest: pl.DataFrame) -> str:
     """Say whether the first cache fits, and how far it and the exact one go."""
     name, tokens, batch = planned.select("cache", "tokens", "batch").row(0)
-    held = int(planned.filter(pl.col("cache") == name)["bytes"].sum())
-    limit = int(largest["memory_bytes"][0])
+    held, limit = sum(planned.filter(cache=name)["bytes"]), largest["memory_bytes"][0]
     furthest = dict(largest.select("cache", "tokens").rows())
     sequences = f"{batch} sequences of {tokens:,} tokens" if batch > 1 else f"{tokens:,} tokens"
     beside = f", in 16 bits {furthest[EXACT]:,}" if EXACT in furthest and name != EXACT else ""
@@ -148,48 +148,80 @@ def plan_caption(planned: pl.DataFrame, largest: pl.DataFrame) -> str:
 
 def amount(nbytes: float) -> str:
     """Say a number of bytes in three digits and a unit of a power of 1,000."""
-    units = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
-    unit, size = next((pair for pair in units if nbytes >= pair[1]), units[-1])
-    return f"{nbytes / size:.3g} {unit}"
+    unit = next((unit for unit, size in UNITS.items() if nbytes >= size), "B")
+    return f"{nbytes / UNITS[unit]:.3g} {unit}"
 
 
-def _held(caches: list[str], colours: dict[str, str], greatest: int) -> marks.Plot:
-    size, unit = (1e9, "GB") if greatest >= 1e9 else (1e6, "MB")
-    axis = alt.X("size:Q", title=f"bytes held ({unit})").axis(tickCount=6).scale(zero=True, nice=False, padding=0)
-    colour = marks.scaled(alt.Color, "part", colours).sort(None).legend(orient="bottom", columns=len(colours))
-    rows = alt.Chart().transform_filter("isValid(datum.part)").transform_calculate(size=f"datum.bytes / {size}")
-    base = rows.encode(y=_rows(caches))
+def _held(y: alt.Y, colours: dict[str, str], unit: str) -> marks.Plot:
+    axis = columns.x("size", f"bytes held ({unit})", tickCount=6, zero=True, nice=False, padding=0)
+    rows = alt.Chart().transform_filter("isValid(datum.part)").transform_calculate(size=f"datum.bytes / {UNITS[unit]}")
+    base = rows.encode(y=y)
     bars = base.mark_bar().encode(
         x=axis.stack("zero"),
-        color=colour,
-        order=alt.Order("order:Q"),
+        color=marks.scaled(alt.Color, "part", colours).sort(None).legend(orient="bottom", columns=len(colours)),
+        order="order:Q",
         tooltip=columns.tips("cache", "part", "bytes", "total"),
     )
     totals = base.transform_aggregate(groupby=["cache", "total", "limit"])
-    edge = rows.transform_aggregate(groupby=["limit"]).transform_calculate(size=f"datum.limit / {size}")
-    rule = edge.mark_rule(strokeDash=[5, 4], color=theme.PICKED).encode(x=axis)
+    totals = totals.transform_calculate(size=f"datum.total / {UNITS[unit]}")
+    edge = rows.transform_aggregate(groupby=["limit"]).transform_calculate(size=f"datum.limit / {UNITS[unit]}")
     written = f"format(datum.size, ',.3~r') + ' {unit}"
-    word = (
-        edge.transform_calculate(label=f"{written} of memory'")
-        .mark_text(align="left", dx=4, dy=-6, color=theme.PICKED, fontWeight=600)
-        .encode(x=axis, y=alt.value(0), text="label:N")
-    )
-    sums = totals.transform_calculate(size=f"datum.total / {size}")
+    word = edge.transform_calculate(label=f"{written} of memory'")
+    word = word.mark_text(align="left", dx=4, dy=-6, color=theme.PICKED, fontWeight=600)
+    fits = f"{written}' + (datum.total <= datum.limit ? ', fits' : ', does not fit')"
     return alt.layer(
-        bars, rule, word, marks.labels(sums, f"{written}' + ({FITS} ? ', fits' : ', does not fit')", x=axis)
+        bars,
+        edge.mark_rule(strokeDash=[5, 4], color=theme.PICKED).encode(x=axis),
+        word.encode(x=axis, y=alt.value(0), text="label:N"),
+        marks.labels(totals, fits, x=axis),
     )
 
 
-def _contexts(caches: list[str]) -> marks.Plot:
-    x = alt.X("context:Q", title="largest context that fits (tokens of each sequence)").scale(zero=True, nice=False)
-    base = (
-        alt.Chart()
-        .transform_filter("isValid(datum.context)")
-        .encode(x=x.axis(tickCount=6, format="~s"), y=_rows(caches))
-    )
-    bars = base.mark_bar().encode(color=marks.cache_colour(caches), tooltip=columns.tips("cache", "context"))
-    return alt.layer(bars, marks.labels(base, "format(datum.context, ',d')"))
+# what bits are spent on, from the base of a bar upwards: the fainter, the less of it says something about a value
+SPENT = {"codes": 1.0, "scales": 0.55, "exact tokens": 0.3, "tables": 0.2}
 
 
-def _rows(caches: list[str]) -> alt.Y:
-    return alt.Y("cache:N", sort=caches, title=None).scale(paddingInner=0.3)
+def bit_allocation(
+    frame: pl.DataFrame, *, greatest: float | None = None, caption: str | None = None
+) -> alt.VConcatChart:
+    """Draw the bits that each layer spends on a value.
+
+    Rows of ``layer``, ``tensor`` (``"keys"`` or ``"values"``), ``part`` and ``bits_per_value``; the parts of a layer
+    add up. ``"codes"`` and ``"scales"`` come first; any other part is drawn above them. ``greatest``: top of the scale
+    in bits; give one to compare charts or to keep a slider's bars steady.
+    """
+    needed = columns.require(frame, "bit_allocation", "layer", "tensor", "part", "bits_per_value")
+    found = set(frame["part"])
+    parts = {part: SPENT.get(part, 0.25) for part in [*SPENT, *sorted(found - set(SPENT))] if part in found}
+    order = pl.col("part").replace_strict(list(parts), range(len(parts)))
+    shown = needed.sort("tensor", "layer", order)
+    totals = shown.group_by("layer", "tensor").agg(pl.col("bits_per_value").sum())["bits_per_value"]
+    top = greatest or math.ceil(totals.max())  # type: ignore[arg-type]
+
+    def draw(tensor: str, last: bool) -> marks.Plot:
+        own, colour = marks.only(tensor=tensor), theme.TENSORS[tensor]
+        bars = own.transform_calculate(order=f"indexof({list(parts)}, datum.part)")
+        bars = bars.mark_bar(color=colour, cursor="pointer").encode(
+            x=marks.layer_axis(labelled=last, gap=0.12),
+            y=columns.y("bits_per_value", [tensor, "bits per value"], domain=[0, top], clamp=True, tickCount=4),
+            opacity=marks.part_opacity("part", parts, colour),
+            order="order:Q",
+            tooltip=columns.tips("layer", ("part", tensor), "bits_per_value"),
+        )
+        mean = own.transform_aggregate(total="sum(bits_per_value)", groupby=["layer"])
+        mean = mean.transform_aggregate(mean="mean(total)").mark_rule(strokeDash=[3, 3], strokeWidth=1)
+        return marks.over_layers(bars, mean.encode(y="mean:Q"))
+
+    width = alt.Step(marks.layer_step(shown["layer"].n_unique()))
+    plots = marks.panels(marks.tensors_of(frame), draw, width, 90)
+    said = caption or bit_caption(frame)
+    return marks.framed(plots, shown, "True bits per value, scales included, by layer", said, pickable=True)
+
+
+def bit_caption(frame: pl.DataFrame) -> str:
+    """Say the mean bits per value of keys and of values, with the part that is not codes."""
+    said, layers = [], frame["layer"].n_unique()
+    for tensor, own in marks.by_tensor(frame):
+        total, codes = (rows["bits_per_value"].sum() / layers for rows in (own, own.filter(part="codes")))
+        said.append(f"{tensor} {total:.2f} ({codes:.2f} of them codes)")
+    return "Mean bits per value, dashed: " + ", ".join(said)

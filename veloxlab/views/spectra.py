@@ -21,23 +21,18 @@ def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatC
     """
     shown = columns.require_head(frame, "spectrum", "tensor", "about", "rank", "share")
     domain = (FLOOR, 1.0)
-    line = (
-        scales.on_log_scale(alt.Chart(), "share", domain)
-        .transform_calculate(seen=SEEN.format("about === 'origin'"))
-        .mark_line(strokeWidth=1.8)
-        .encode(
-            x=alt.X("rank:Q", title="direction, by decreasing energy")
-            .scale(nice=False, domainMin=1)
-            .axis(tickMinStep=1),
-            y=scales.log_y("share", ["one direction's", "share of energy"], domain),
-            color=marks.tensor_colour(),
-            strokeDash=_with_mean(),
-            tooltip=columns.tips("tensor", "seen", "rank", "share"),
-        )
-        .properties(width=theme.WIDTH - 110, height=190)
+    base = scales.on_log_scale(alt.Chart(), "share", domain).transform_calculate(seen=SEEN.format("about === 'origin'"))
+    line = base.mark_line(strokeWidth=1.8).encode(
+        x=columns.x("rank", nice=False, domainMin=1, tickMinStep=1),
+        y=scales.log_y("share", ["one direction's", "share of energy"], domain),
+        color=marks.tensor_colour(),
+        strokeDash=_with_mean(),
+        tooltip=columns.tips("tensor", "seen", "rank", "share"),
     )
-    heading = "Share of energy in each direction of one head"
-    return marks.framed([line], shown, heading, caption, spectrum_caption(frame), dashed=True)
+    plots = [line.properties(width=theme.WIDTH - 110, height=190)]
+    return marks.framed(
+        plots, shown, "Share of energy in each direction of one head", caption or spectrum_caption(frame)
+    )
 
 
 def spectrum_caption(frame: pl.DataFrame) -> str:
@@ -45,11 +40,10 @@ def spectrum_caption(frame: pl.DataFrame) -> str:
     said = []
     for tensor, own in marks.by_tensor(frame.filter(pl.col("share").is_finite())):
         squares = [own.filter(pl.col("about") == about)["share"].pow(2).sum() for about in ABOUT]
-        found = [1 / float(square) if square else 0.0 for square in squares]  # a head of zeros has no direction
+        found = [1 / square if square else 0.0 for square in squares]  # a head of zeros has no direction
         said.append(f"{tensor} {found[0]:.1f} with the mean, {found[1]:.1f} without it")
-    return f"{marks.head_words(frame)}. Effective dimensions: " + marks.sentence(
-        *said, *scales.not_drawn(frame["share"])
-    )
+    said += scales.not_drawn(frame["share"])
+    return f"{marks.head_words(frame)}. Effective dimensions: {marks.sentence(*said)}"
 
 
 def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
@@ -60,10 +54,30 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> a
     numbers = ("layer", "head", "head_dim", "uncentred", "centred", "mean_share")
     columns.require(frame, "dimensions_by_layer", "tensor", *numbers)
     means = frame.group_by("layer", "tensor", maintain_order=True).agg(*MEANS)
+    domain = scales.log_domain([*means["uncentred"], *means["centred"]])
+    both = alt.Chart().transform_fold(["uncentred", "centred"], as_=["which", "dimensions"])
+    both = scales.on_log_scale(both, "dimensions", domain)
+    counts = both.transform_calculate(seen=SEEN.format("which === 'uncentred'")).encode(
+        x=marks.layer_axis(labelled=False),
+        y=scales.log_y("dimensions", ["effective dimensions", "mean over KV heads"], domain),
+        color=marks.tensor_colour(),
+        strokeDash=_with_mean(),
+    )
+    told = columns.tips("layer", "tensor", "seen", "dimensions")
+    shares = alt.Chart().encode(
+        x=marks.layer_axis(),
+        y=columns.y("mean_share", domain=[0, 1], format="%", tickCount=3),
+        color=marks.tensor_colour(legend=False),
+    )
     width = alt.Step(0.88 * marks.layer_step(means["layer"].n_unique()))  # room for a broad legend
-    plots = [_counts(means).properties(width=width, height=150), _mean_shares().properties(width=width, height=80)]
-    heading, usual = "Effective dimensions, and the mean vector's share", dimensions_caption(frame)
-    return marks.framed(plots, means, heading, caption, usual, pickable=True, dashed=True)
+    plots = (
+        marks.lines_by_layer(counts, told, size=26, strokeDash=alt.StrokeDash()).properties(width=width, height=150),
+        marks.lines_by_layer(shares, columns.tips("layer", "tensor", "mean_share"), size=26).properties(
+            width=width, height=80
+        ),
+    )
+    said = caption or dimensions_caption(frame)
+    return marks.framed(plots, means, "Effective dimensions, and the mean vector's share", said, pickable=True)
 
 
 def dimensions_caption(frame: pl.DataFrame) -> str:
@@ -73,34 +87,8 @@ def dimensions_caption(frame: pl.DataFrame) -> str:
     counts = ("{tensor} {uncentred:.1f} with the mean, {centred:.1f} without".format(**row) for row in rows)
     shares = " and ".join(f"{100 * row['mean_share']:.0f} %" for row in rows)
     said = f"Of {frame['head_dim'][0]}: {marks.sentence(*counts)}. The mean vector holds {shares}"
-    return marks.sentence(
-        said, *scales.not_drawn(pl.concat([frame["uncentred"], frame["centred"].rename("uncentred")]))
-    )
-
-
-def _counts(means: pl.DataFrame) -> marks.Plot:
-    domain = scales.log_domain([*means["uncentred"], *means["centred"]])
-    counts = alt.Chart().transform_fold(["uncentred", "centred"], as_=["which", "dimensions"])
-    base = (
-        scales.on_log_scale(counts, "dimensions", domain)
-        .transform_calculate(seen=SEEN.format("which === 'uncentred'"))
-        .encode(
-            x=marks.layer_axis(labelled=False),
-            y=scales.log_y("dimensions", ["effective dimensions", "mean over KV heads"], domain),
-            color=marks.tensor_colour(),
-            strokeDash=_with_mean(),
-        )
-    )
-    told = columns.tips("layer", "tensor", "seen", "dimensions")
-    return marks.lines_by_layer(base, told, size=26, strokeDash=alt.StrokeDash())
-
-
-def _mean_shares() -> marks.Plot:
-    y = alt.Y("mean_share:Q", title=["mean vector's", "share of energy"]).scale(domain=[0, 1])
-    base = alt.Chart().encode(
-        x=marks.layer_axis(labelled=True), y=y.axis(format="%", tickCount=3), color=marks.tensor_colour(legend=False)
-    )
-    return marks.lines_by_layer(base, columns.tips("layer", "tensor", "mean_share"), size=26)
+    both = pl.concat([frame["uncentred"], frame["centred"].rename("uncentred")])
+    return marks.sentence(said, *scales.not_drawn(both))
 
 
 def _with_mean() -> alt.StrokeDash:
@@ -119,7 +107,6 @@ def pair_energy(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
     numbers = ("pair", "first", "second", "wavelength", "energy_share", "mean_share")
     shown = columns.require_head(frame, "pair_energy", *numbers)
     ends = shown.sort("pair")["wavelength"]
-    title = f"pair, from a turn in {ends[0]:,.3g} tokens to one in {ends[-1]:,.0f}"
     parts = "datum.part === 'mean' ? '{}' : '{}'".format(*PARTS)
     bars = (
         alt.Chart()
@@ -128,17 +115,16 @@ def pair_energy(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
         .transform_calculate(what=parts, order="datum.part === 'mean' ? 0 : 1")
         .mark_bar(color=theme.KEYS)
         .encode(
-            x=alt.X("pair:O", title=title),
-            y=alt.Y("share:Q", title=["keys", "share of energy"]).axis(format="%", tickCount=5),
-            opacity=alt.Opacity("what:N", title=None)
-            .scale(domain=list(PARTS), range=list(PARTS.values()))
-            .legend(symbolFillColor=theme.KEYS, symbolStrokeWidth=0, symbolType="square"),
-            order=alt.Order("order:Q"),
+            x=columns.x("pair", f"pair, from a turn in {ends[0]:,.3g} tokens to one in {ends[-1]:,.0f}"),
+            y=columns.y("share", ["keys", "share of energy"], format="%", tickCount=5),
+            opacity=marks.part_opacity("what", PARTS, theme.KEYS),
+            order="order:Q",
             tooltip=columns.tips("pair", "first", "second", "wavelength", "what", "share"),
         )
         .properties(width=theme.WIDTH - 90, height=150)
     )
-    return marks.framed([bars], shown, "Energy of the pairs of channels that RoPE turns", caption, pair_caption(frame))
+    said = caption or pair_caption(frame)
+    return marks.framed([bars], shown, "Energy of the pairs of channels that RoPE turns", said)
 
 
 def pair_caption(frame: pl.DataFrame) -> str:
@@ -153,7 +139,7 @@ def pair_caption(frame: pl.DataFrame) -> str:
 
 
 def pair_turns(
-    frame: pl.DataFrame, *, heading: str = "One pair of channels of the keys", caption: str = ""
+    frame: pl.DataFrame, *, heading: str = "One pair of channels of the keys", caption: str | None = None
 ) -> alt.VConcatChart:
     """Draw one pair of channels over the tokens, before and after RoPE, side by side in one scale.
 
@@ -161,22 +147,20 @@ def pair_turns(
     head and pair.
     """
     shown = columns.require(frame, "pair_turns", "stage", "position", "x", "y")
-    reach = float(max(shown["x"].abs().max(), shown["y"].abs().max(), 1e-12)) * 1.05  # type: ignore[type-var, arg-type]
-    plots = marks.panels(STAGES, lambda stage, last: _cloud(stage, reach, first=not last), 230, 230)
-    side_by_side: alt.HConcatChart = alt.hconcat(*plots, spacing=24)
+    reach = 1.05 * max(1e-12, *shown.select(pl.col("x", "y").abs().max()).row(0))
+    look = {"domain": [-reach, reach], "nice": False, "tickCount": 5}
+
+    def draw(stage: str, last: bool) -> marks.Plot:
+        own = marks.only(stage=stage)
+        dots = own.mark_circle(size=14, color=theme.KEYS).encode(
+            x=columns.x("x", f"first coordinate, {stage}", **look),
+            y=columns.y("y", None if last else "second coordinate", **look),
+            opacity=alt.Opacity("position:Q", legend=None).scale(range=[0.15, 0.9]),
+            tooltip=columns.tips("position", "x", "y"),
+        )
+        mean = own.transform_aggregate(x="mean(x)", y="mean(y)").mark_text(text="+", fontSize=22, fontWeight="bold")
+        return alt.layer(dots, mean.encode(x="x:Q", y="y:Q"))
+
+    plots: alt.HConcatChart = alt.hconcat(*marks.panels(STAGES, draw, 230, 230), spacing=24)
     usual = f"{shown['position'].n_unique()} tokens, from faint to strong; a cross marks their mean"
-    return marks.framed([side_by_side], shown, heading, caption or None, usual)
-
-
-def _cloud(stage: str, reach: float, *, first: bool) -> marks.Plot:
-    own = marks.only(stage=stage)
-    x = alt.X("x:Q", title=f"first coordinate, {stage}").scale(domain=[-reach, reach], nice=False)
-    y = alt.Y("y:Q", title="second coordinate" if first else None).scale(domain=[-reach, reach], nice=False)
-    dots = own.mark_circle(size=14, color=theme.KEYS).encode(
-        x=x.axis(tickCount=5),
-        y=y.axis(tickCount=5),
-        opacity=alt.Opacity("position:Q", legend=None).scale(range=[0.15, 0.9]),
-        tooltip=columns.tips("position", "x", "y"),
-    )
-    mean = own.transform_aggregate(x="mean(x)", y="mean(y)").mark_text(text="+", fontSize=22, fontWeight="bold")
-    return alt.layer(dots, mean.encode(x="x:Q", y="y:Q"))
+    return marks.framed([plots], shown, heading, caption or usual)

@@ -1,0 +1,252 @@
+"""What each cache costs and what it changes: divergence against bits or bytes, and time and memory by length."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import altair as alt
+import polars as pl
+
+from veloxlab.views import columns, marks, scales, theme
+
+# what a cache costs: words for an axis, the number drawn, and the words of the heading
+COSTS = {
+    "bits": (
+        "true bits per value, mean of keys and values",
+        # a cache that is not ours states no bits of its own: what it holds, over what it keeps, says the same
+        "isValid(datum.key_bits) ? (datum.key_bits + datum.value_bits) / 2 : datum.held_bits",
+        "true bits per value",
+    ),
+    "held_bytes": ("bytes held (MB)", "datum.held_bytes / 1e6", "bytes held"),
+}
+FEW = 12  # points: beyond these only the tooltip says what each one is
+EXACT = "none"
+STEPS: dict[str, Any] = {"interpolate": "step-after", "color": theme.NEUTRAL, "strokeWidth": 4, "opacity": 0.3}
+
+
+def frontier(
+    frame: pl.DataFrame,
+    *,
+    x: Literal["bits", "held_bytes"] = "bits",
+    domain: scales.Domain | None = None,
+    caption: str | None = None,
+) -> alt.VConcatChart:
+    """Draw each measured cache by its cost and by how far it moves the model's predictions.
+
+    Rows of ``name``, ``key_bits``, ``value_bits``, ``kl_mean`` (nats), ``held_bytes``, ``top1_flips`` (0 to 1) and
+    ``perplexity``. A name starts with its method's id; a column ``method`` is used where there is one. Where bits are
+    null, a column ``held_bits`` stands in. The exact cache (``"none"``) is told of in the caption, and a divergence of
+    zero is drawn at the floor. ``x``: ``"bits"`` for true bits per value, or ``"held_bytes"``. ``domain``: least and
+    greatest KL of the scale; give one to keep it steady while points are added.
+    """
+    columns.known(x, COSTS, "cost")
+    numbers = ("key_bits", "value_bits", "kl_mean", "held_bytes", "top1_flips", "perplexity")
+    columns.require(frame, "frontier", "name", *numbers)
+    method = pl.col("method") if "method" in frame.columns else pl.col("name").str.split(" ").list.first()
+    shown = frame.select("name", *numbers, *_held_bits(frame), method=method).drop_nulls("name")
+    shown = shown.sort("method", "key_bits", "value_bits", "name")
+    drawn = shown.filter(pl.col("method") != EXACT)
+    scale = domain or scales.log_domain(drawn["kl_mean"])
+    title, cost, words = COSTS[x]
+    base = (
+        scales.on_log_scale(alt.Chart(), "kl_mean", scale)
+        .transform_calculate(cost=cost, method="datum.method || split(datum.name, ' ')[0]")
+        .transform_filter(f"datum.method !== '{EXACT}' && isValid(datum.cost)")
+    )
+    order: list[Any] = [alt.SortField("cost"), alt.SortField("kl_mean")]
+    best = base.transform_window(best="min(kl_mean)", frame=[None, 0], sort=order)
+    look = marks.method_look(_by_divergence(drawn))
+    told = columns.tips("name", "kl_mean", "top1_flips", "perplexity", "key_bits", "value_bits", "held_bytes")
+    layers = [
+        best.transform_filter("datum.kl_mean <= datum.best").mark_line(**STEPS),
+        base.mark_line(strokeWidth=1.2, opacity=0.7).encode(color=look["color"]),
+        marks.points(base, told, 70, **look),
+    ]
+    if drawn.height <= FEW:
+        named = base.transform_calculate(short="slice(datum.name, length(datum.method) + 1)")
+        layers.append(named.mark_text(align="left", dx=7, dy=-7, fontSize=10).encode(text="short:N"))
+    plot = _plane(layers, "cost", title, "kl_mean", scale).properties(height=260)
+    heading = f"KL divergence of predictions against {words}"
+    return marks.framed([plot], shown, heading, caption or fidelity_caption(frame, x))
+
+
+def fidelity_caption(frame: pl.DataFrame, x: Literal["bits", "held_bytes"] = "bits") -> str:
+    """Say which way is better, what the exact cache gives where it was measured, and what could not be drawn."""
+    said = ["Lower left is better; grey steps join the Pareto front."]
+    exact = frame.filter(pl.col("name") == EXACT).head(1).iter_rows(named=True)
+    said += [f"Exact cache: KL {row['kl_mean']:.1g}, perplexity {row['perplexity']:.2f}." for row in exact]
+    finite = pl.col("kl_mean").is_finite().fill_null(value=False)
+    bits = pl.coalesce("key_bits", *_held_bits(frame)) + pl.col("value_bits").fill_null(0)
+    cost = {"bits": bits, "held_bytes": pl.col("held_bytes")}[x]
+    bare = finite & (cost.is_null() | pl.col("name").is_null())
+    for what, rows in (("Not finite", ~finite), ("Not drawn", bare)):
+        names = frame.filter(rows)["name"].fill_null("a row without a name")
+        said += [f"{what}: {', '.join(names)}."] if len(names) else []
+    return " ".join(said)
+
+
+def _held_bits(frame: pl.DataFrame) -> list[str]:
+    return ["held_bits"] if "held_bits" in frame.columns else []
+
+
+def _plane(layers: list[alt.Chart], cost: str, title: str, kl: str, scale: scales.Domain) -> alt.LayerChart:
+    """Lay charts over one another by a cost and a divergence."""
+    x = columns.x(cost, title, zero=False, nice=False, padding=24, tickCount=6)
+    y = scales.log_y(kl, ["mean KL from the exact model", "nats"], scale)
+    return alt.layer(*layers).encode(x=x, y=y).properties(width=theme.WIDTH - 90)
+
+
+def _by_divergence(drawn: pl.DataFrame) -> list[str]:
+    """List methods as their lines lie, from the top down, so that the legend reads like the chart."""
+    height = pl.col("kl_mean").filter(pl.col("kl_mean").is_finite() & (pl.col("kl_mean") > 0)).log().mean()
+    mean = drawn.group_by("method").agg(height)
+    return mean.sort("kl_mean", "method", descending=[True, False], nulls_last=True)["method"].to_list()
+
+
+FRONT = "front"
+NUMBERS = ("row", "key_bits", "value_bits", "sinks", "window", "bytes_per_token", "windows", "kl", "low", "high")
+
+
+def pareto_front(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+    """Draw candidates by the bytes they hold for a token and by how far they move the model's predictions.
+
+    Rows of a search (``SEARCHED``). Those of the state ``"front"`` are joined, with their intervals; others that were
+    measured are faint; those that were not are counted in the caption.
+    """
+    columns.require(frame, "pareto_front", "method", "state", *NUMBERS)
+    protected = pl.col("protected").cast(pl.List(pl.String)).list.join(", ")
+    shown = frame.filter(pl.col("kl").is_finite()).select("method", "state", *NUMBERS, protected=protected)
+    scale = scales.log_domain(shown["kl"])
+    look = marks.method_look(shown["method"].unique().sort().to_list())
+    setting = ("key_bits", "value_bits", "sinks", "window", "protected", "bytes_per_token")
+    told = columns.tips("row", "method", *setting, "kl", ("low", "interval from"), ("high", "to"), "windows", "state")
+    measured = scales.on_log_scale(alt.Chart(), "kl", scale)
+    front, others = (measured.transform_filter(f"datum.state {test} '{FRONT}'") for test in ("===", "!=="))
+    ends = scales.on_log_scale(scales.on_log_scale(front, "low", scale), "high", scale)
+    bars = ends.mark_rule(strokeWidth=1.5, opacity=0.7)
+    layers = [
+        front.mark_line(**STEPS),
+        others.mark_point(filled=True, size=36, opacity=0.3).encode(**look, tooltip=told),
+        bars.encode(y="low_drawn:Q", y2="high_drawn:Q", color=look["color"]),
+        marks.points(front, told, 80, **look),
+    ]
+    plot = _plane(layers, "bytes_per_token", "bytes held per token", "kl", scale).properties(height=280)
+    heading = "KL divergence against bytes: the Pareto front"
+    return marks.framed([plot], shown, heading, caption or pareto_caption(frame))
+
+
+def pareto_caption(frame: pl.DataFrame) -> str:
+    """Say how many candidates are on the front, how many stopped early, and how many were not run."""
+    finite = frame.filter(pl.col("kl").is_finite())
+    counts = {
+        "dropped early": finite.filter(pl.col("windows") < frame["windows"].max()).height,
+        "not run": frame.filter(windows=0).height,
+        "not finite": frame.filter(pl.col("windows") > 0).height - finite.height,
+    }
+    told = [f"{what}: {count}" for what, count in counts.items() if count]
+    front = f"{frame.filter(state=FRONT).height} of {frame.height} candidates are on the front"
+    return "; ".join([front, *told]) + ". Lower left is better; bars are intervals."
+
+
+ROW = 17  # pixels of a cache's bar
+
+
+def attention_times(
+    frame: pl.DataFrame, *, heading: str = "Attention of one token", caption: str | None = None
+) -> alt.VConcatChart:
+    """Draw the time of attention as bars, a panel for each length of the context, and as a tick what memory would take.
+
+    Rows of one shape of `veloxlab.measure.bench.decode_attention`: ``cache``, ``tokens``, ``microseconds``,
+    ``roofline_microseconds`` (the call's bytes at the device's copying speed) and ``ratio`` (to the exact cache).
+    ``heading``: what is seen, such as the device.
+    """
+    needed = ("cache", "tokens", "microseconds", "roofline_microseconds", "ratio")
+    shown = columns.require(frame, "attention_times", *needed).sort("tokens", maintain_order=True)
+    caches, lengths = (shown[name].unique(maintain_order=True).to_list() for name in ("cache", "tokens"))
+    told = columns.tips("cache", "tokens", "microseconds", "roofline_microseconds", ("ratio", "ratio to exact", ".2f"))
+    words = "format(datum.microseconds, '.0f') + ' µs  ' + format(datum.ratio, '.2f') + '×'"
+
+    def draw(tokens: int, last: bool) -> marks.Plot:
+        y = columns.y("cache", None, sort=caches, ticks=False, labelLimit=160, minExtent=110)
+        base = marks.only(tokens=tokens).encode(y=y)
+        title = [f"µs at {tokens:,} tokens", *["(ratio to exact beside each bar)"] * last]
+        bars = base.mark_bar(height=ROW - 5, cornerRadiusEnd=2)
+        ticks = base.mark_tick(thickness=2, size=ROW - 3, color=theme.PICKED)
+        text = base.transform_calculate(label=words).mark_text(align="left", dx=5)
+        return alt.layer(
+            bars.encode(x=columns.x("microseconds", title), color=marks.cache_colour(caches), tooltip=told),
+            ticks.encode(x="roofline_microseconds:Q"),
+            text.encode(x="microseconds:Q", text="label:N"),
+        )
+
+    plots = marks.panels(lengths, draw, theme.WIDTH - 150, ROW * len(caches))
+    return marks.framed(plots, shown, heading, caption or times_caption(frame))
+
+
+def times_caption(frame: pl.DataFrame) -> str:
+    """Say how the fastest cache that is neither exact nor mlx-lm's compares at the longest context."""
+    longest = frame.filter(pl.col("tokens") == pl.col("tokens").max())
+    ours = longest.filter(~pl.col("cache").str.contains("^(exact|mlx-lm)")).sort("microseconds")
+    if ours.is_empty():
+        return "Bars: measured; ticks: what moving the bytes alone would take"
+    said = "At {tokens:,} tokens {cache} takes {ratio:.2f} of exact's time; ticks: what its bytes alone would take"
+    return said.format(**ours.row(0, named=True))
+
+
+PANELS = {  # column: axis title and unit
+    "prefill_peak_bytes": (["peak while reading", "MB"], 1e6),
+    "decode_peak_bytes": (["peak while continuing", "MB"], 1e6),
+    "decode_seconds": (["a token behind it", "ms"], 1e-3),
+}
+
+
+def costs_by_length(
+    frame: pl.DataFrame, *, heading: str = "Peak memory and time per token against the length of a text",
+    caption: str | None = None,
+) -> alt.VConcatChart:  # fmt: skip
+    """Draw peaks of memory and the time of a token against the tokens of the text, a line for each cache.
+
+    Rows of `veloxlab.measure.lengths.LENGTHS`: ``cache``, ``tokens`` and the three measures of `PANELS`. ``heading``:
+    what is seen, such as the model.
+    """
+    shown = columns.require(frame, "costs_by_length", "cache", "tokens", *PANELS).sort("tokens", maintain_order=True)
+    caches, values = shown["cache"].unique(maintain_order=True).to_list(), _lengths(shown)
+
+    def draw(name: str, last: bool) -> marks.Plot:
+        title, unit = PANELS[name]
+        bottom = {"values": values, "format": ",d", "labels": last, "ticks": last}
+        legend = alt.Legend(title=None, orient="top") if name == next(iter(PANELS)) else None
+        rows = scales.on_log_scale(alt.Chart(), "tokens").transform_filter(f"isValid(datum.{name})")
+        base = rows.transform_calculate(shown=f"datum.{name} / {unit}").encode(
+            x=columns.x("tokens_drawn", "" if last else None, type="log", base=2, nice=False, **bottom),
+            y=columns.y("shown", title, tickCount=4, zero=True),
+            color=marks.cache_colour(caches).legend(legend),
+        )
+        return marks.line_points(base, columns.tips("cache", "tokens", ("shown", " in ".join(title), ",.3~r")))
+
+    plots = marks.panels(list(PANELS), draw, theme.WIDTH, 130)
+    return marks.framed(plots, shown, heading, caption or lengths_caption(frame))
+
+
+def lengths_caption(frame: pl.DataFrame) -> str:
+    """Say how the last cache's peaks compare with the first one's at the longest text that both have."""
+    caches = frame["cache"].unique(maintain_order=True).to_list()
+    peaks = ("prefill_peak_bytes", "decode_peak_bytes")
+    whole = frame.drop_nulls(["tokens", *peaks])
+    first, last = (whole.filter(cache=caches[i]) for i in (0, -1))
+    shared = {*_lengths(first)} & {*_lengths(last)}
+    said = "Memory beside the model's weights, and the time of one more token"
+    if len(caches) > 1 and shared:
+        rows = [own.filter(tokens=max(shared)).row(-1, named=True) for own in (first, last)]
+        reading, continuing = (f"{rows[1][name] / rows[0][name]:.2f}" for name in peaks)
+        said = (
+            f"At {max(shared):,} tokens {caches[-1]} peaks at {reading} of {caches[0]}'s memory while reading, "
+            f"at {continuing} while continuing"
+        )
+    return marks.sentence(said, *scales.not_drawn(frame["tokens"], zero=True))
+
+
+def _lengths(frame: pl.DataFrame) -> list[int]:
+    """Numbers of tokens that have a place on a log scale."""
+    tokens = frame["tokens"].unique().sort()
+    return tokens.filter(tokens.is_finite() & (tokens > 0)).to_list()
