@@ -176,6 +176,8 @@ PASSED_ON = ("bits", "key_bits", "value_bits", "sinks", "window", "sliding", "ca
 CACHED = (*PASSED_ON, "seed", "outliers", "rotation", "no_such_option")
 CODED = ("seed", "outliers", "rotation", "no_such_option")
 KEYWORDS: dict[str, Sequence[str]] = {
+    "ErrorExplorer": ("no_such_option",),
+    "KeyExplorer": ("tensor", "space", "no_such_option"),
     "MemoryPlanner": (
         *PASSED_ON[:5],
         "context",

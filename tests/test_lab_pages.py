@@ -60,6 +60,25 @@ def test_a_page_is_made_when_it_is_opened_and_once(lab, page):
     assert lab.turn_to(page) is first
 
 
+@pytest.mark.parametrize("page", NAMES)
+def test_a_page_that_was_closed_is_made_anew_and_shows_what_is_chosen_and_measured(lab, page):
+    turn(lab, method="rabitq")
+    if lab.measured.is_empty():
+        lab.measure()
+        assert lab.wait(120)
+    first, charts = lab.turn_to(page), {*lab.turn_to(page).named}
+    first.close()
+    assert page not in lab.pages
+    assert repr(lab).startswith("Lab(rabitq K4 V4")
+    second = lab.turn_to(page)
+    assert second is not first
+    assert lab._places[page].children == (second,)
+    assert {*second.named} == charts
+    assert repr(first) == f"{type(second).__name__}(closed)"
+    assert page == "compare" or second.selection.choice.method == "rabitq"
+    assert len(lab.comparison._list.options) == len(lab.measured) > 0
+
+
 def test_what_is_chosen_on_one_page_is_chosen_on_all(lab):
     keys, errors, plans, texts = (lab.turn_to(page) for page in ("keys", "errors", "memory", "generation"))
     turn(lab, page="keys")
@@ -135,21 +154,22 @@ def test_a_method_that_learns_is_fitted_when_it_is_chosen(lab):
 def test_methods_are_measured_side_by_side_and_a_point_is_taken_up_again(lab):
     turn(lab, layer=1)
     turn(lab, key_bits=8)
+    before = len(lab.measured)
     lab.measure()
     assert lab.wait(120)
     measured = lab.state
     turn(lab, layer=None)
     lab.compare()
     assert lab.wait(300)
-    names = lab.measured["name"].to_list()
+    names = lab.measured["name"].to_list()[before:]
     assert names[0] == "turboquant K4 V4 +1 layers"
     assert {name.split(" ")[0] for name in names[1:]} >= {"turboquant", "rvq", "rabitq", "qjl", "polarquant"}
-    assert len(lab.frontier.frame) == len(names)
-    lab.comparison._list.value = names.index("rabitq K4 V4")
+    assert len(lab.frontier.frame) == len(lab.measured)
+    lab.comparison._list.value = before + names.index("rabitq K4 V4")
     lab.comparison._take.click()
     assert lab.wait(120)
     assert (lab.method, lab.layer_bits[1]) == ("rabitq", (4, 4))
-    lab.comparison._list.value = 0
+    lab.comparison._list.value = before
     lab.comparison._take.click()
     assert lab.wait(120)
     assert lab.state == measured
@@ -157,7 +177,7 @@ def test_methods_are_measured_side_by_side_and_a_point_is_taken_up_again(lab):
 
 def test_a_knob_that_is_turned_while_methods_are_measured_changes_no_point(lab):
     def measured() -> tuple[list, list]:
-        rows, settings = lab.measured[before:], lab.comparison.choices[before:]
+        rows, settings = lab.measured[before:], lab.points.choices[before:]
         return rows.select("name", "held_bytes", "kl_mean").rows(), [point.window for point in settings]
 
     before = len(lab.measured)

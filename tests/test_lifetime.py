@@ -106,8 +106,8 @@ def made(name: str, model: Any) -> Any:
 
 def captures(widget: Any) -> list[weakref.ref[Any]]:
     """What is measured on, of any panel."""
-    held = [getattr(getattr(widget, name, None), "capture", None) for name in ("experiment", "_frames")]
-    return [weakref.ref(each) for each in held if each is not None]
+    held = getattr(getattr(widget, "experiment", widget), "capture", None)
+    return [] if held is None else [weakref.ref(held)]
 
 
 @pytest.mark.parametrize("name", MAKERS)

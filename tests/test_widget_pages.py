@@ -61,7 +61,7 @@ class Filled(dict[Any, Any]):
 def test_a_page_asks_for_more_while_the_worker_fills_its_frames(lab, page):
     explorer = lab.turn_to(page)
     for name in ("found", "refused"):
-        setattr(explorer._frames, name, Filled(getattr(explorer._frames, name)))
+        setattr(explorer, name, Filled(getattr(explorer, name)))
     turn(explorer, **({"key_bits": 3, "value_bits": 5} if page == "cache" else {"space": "rotated"}))
     assert explorer._complete
 
@@ -80,7 +80,7 @@ def test_each_layer_is_shown_at_its_own_bits(lab):
 def test_a_request_that_failed_is_measured_again(lab, monkeypatch):
     page = lab.turn_to("cache")
     with monkeypatch.context() as patch:
-        patch.setitem(page._frames.measures, "bits", lambda *_: 1 / 0)
+        patch.setitem(page.MEASURES, "bits", lambda *_: 1 / 0)
         turn(page, key_bits=6)
         assert "ZeroDivisionError" in page._message.value
         assert page.bits.frame.filter(tensor="keys", part="codes")["bits_per_value"].max() != 6

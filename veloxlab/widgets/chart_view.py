@@ -1,9 +1,9 @@
-"""The Vega ES module, made once on this machine so that charts need no network and no third-party file is shipped."""
+"""One live chart, and the Vega module that draws it: made once on this machine, so that charts need no network."""
 
 from __future__ import annotations
 
-import base64
 import itertools
+import json
 import tempfile
 import threading
 from collections.abc import Mapping
@@ -22,10 +22,13 @@ import vl_convert
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically, write_parquet
 from veloxlab.views import picture, theme
-from veloxlab.views.spec import Rows, Spec, compact, data_names, describe, finite, finite_rows, join, split
-from veloxlab.widgets.lifetime import Ending, keep_shown, loosen
+from veloxlab.views.spec import Rows, Spec, compact, data_names, describe, finite, join, split
+from veloxlab.widgets.lifetime import Ending, loosen
 
 SNIPPET = "export { vegaEmbed };"  # vl-convert binds vega and vegaLite too, but to null
+STATIC = Path(__file__).parent / "static"
+PICKED = "picked_layer"  # the param that a chart must have for its layers to be picked
+Frames = pl.DataFrame | Mapping[str, pl.DataFrame]
 
 
 def bundle_name() -> str:
@@ -57,11 +60,6 @@ def _newest_vegalite() -> str:
     return newest
 
 
-STATIC = Path(__file__).parent / "static"
-PICKED = "picked_layer"  # the param that a chart must have for its layers to be picked
-Frames = pl.DataFrame | Mapping[str, pl.DataFrame]
-
-
 class VegaRuntime(anywidget.AnyWidget):
     """The Vega bundle and the themes, sent once per kernel and shared by every chart."""
 
@@ -90,8 +88,7 @@ class ChartView(Ending, anywidget.AnyWidget):
 
     Parameters
     ----------
-    chart : an Altair chart of fixed width. Where it has a param ``picked_layer``, a click on a mark whose row has an
-        integer ``layer`` picks that layer.
+    chart : an Altair chart of fixed width. If it has a param ``picked_layer``, a click on a mark picks its ``layer``.
     summary : a stable line of text for outputs that show no picture; by default the title and the number of rows.
     picked : the layer marked at first.
 
@@ -120,7 +117,7 @@ class ChartView(Ending, anywidget.AnyWidget):
         self._changing = threading.RLock()
         self._links: list[ipywidgets.Widget] = []
         self._bare: Spec = {}
-        self._data: dict[str, Rows | pl.DataFrame] = {}
+        self._data: dict[str, Rows | pl.DataFrame] = {}  # by dataset name, the first first
         super().__init__(runtime=VegaRuntime.shared(), picked=picked, **self._state_of(chart, revision=1))
         self.on_msg(self._answer)
         loosen(self)
@@ -138,8 +135,7 @@ class ChartView(Ending, anywidget.AnyWidget):
         with self._changing:
             state = self._state_of(chart, revision=self.revision + 1)
             self.summary = self.summary if summary is None else summary
-            self.spec = state["spec"]
-            self.content = state["content"]
+            self.spec, self.content = state["spec"], state["content"]
 
     def put(self, frames: Frames | None = None, /, *, summary: str | None = None, **params: Any) -> None:
         """Change rows and params of the chart that is shown.
@@ -149,8 +145,14 @@ class ChartView(Ending, anywidget.AnyWidget):
         params, for instance ``caption="3 bits"``.
         """
         with self._changing:
-            changed = self._named(frames)
-            self._check(changed, params)
+            if isinstance(frames, pl.DataFrame):
+                frames = {next(iter(self._data), None) or next(data_names(self._bare), "data-0"): frames}
+            changed = dict(frames or {})
+            known = {"dataset": {*data_names(self._bare)}, "param": {*self.content["params"]}}
+            for kind, given in (("dataset", changed), ("param", params)):
+                for name in sorted({*given} - known[kind]):
+                    names = ", ".join(sorted(known[kind])) or "none"
+                    raise InputError(f"This chart has no {kind} {name!r}: it has {names}.")
             self._data |= changed
             self.summary = self.summary if summary is None else summary
             self.content = {
@@ -163,7 +165,12 @@ class ChartView(Ending, anywidget.AnyWidget):
     def to_dict(self) -> Spec:
         """Give the chart as it is now: a Vega-Lite spec with its rows, params and picked layer."""
         with self._changing:
-            return join(self._bare, self._all_rows(), self.content["params"] | {PICKED: self.picked})
+            return join(self._bare, self._rows(), self.content["params"] | {PICKED: self.picked})
+
+    @property
+    def specs(self) -> list[Spec]:
+        """The chart alone; see `to_dict`."""
+        return [self.to_dict()]
 
     @property
     def frame(self) -> pl.DataFrame:
@@ -171,7 +178,8 @@ class ChartView(Ending, anywidget.AnyWidget):
         with self._changing:
             if not self._data:
                 raise InputError("This chart has no rows yet: give it some with put(frame).")
-            return _frame(next(iter(self._data.values())))
+            table = next(iter(self._data.values()))
+        return table if isinstance(table, pl.DataFrame) else pl.DataFrame(table, infer_schema_length=None)
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the rows as CSV, and give the file's path."""
@@ -195,17 +203,10 @@ class ChartView(Ending, anywidget.AnyWidget):
 
     def __repr__(self) -> str:
         with self._changing:
-            return self.summary or describe(self._bare, self._all_rows())
+            return self.summary or describe(self._bare, self._rows())
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Show the live chart, and beside it a picture and a line for places where no kernel runs."""
-        keep_shown(self)
-        bundle, metadata = super()._repr_mimebundle_(**kwargs) or ({}, {})
-        still = {"image/png": base64.b64encode(picture.png(self.to_dict())).decode(), "text/plain": repr(self)}
-        return bundle | still, metadata
-
-    def _all_rows(self) -> dict[str, Rows]:
-        return {name: _rows(data) for name, data in self._data.items()}
+    def _rows(self) -> dict[str, Rows]:
+        return {name: json.loads(payload) for name, payload in self.content["datasets"].items()}
 
     def _state_of(self, chart: alt.TopLevelMixin, *, revision: int) -> dict[str, Any]:
         bare, rows, params = split(chart.to_dict())
@@ -219,27 +220,10 @@ class ChartView(Ending, anywidget.AnyWidget):
             "content": {"spec": self._id, "datasets": datasets, "params": params, "revision": revision},
         }
 
-    def _named(self, frames: Frames | None) -> dict[str, pl.DataFrame]:
-        if frames is None:
-            return {}
-        if not isinstance(frames, pl.DataFrame):
-            return dict(frames)
-        first = next(iter(self._data), None) or next(data_names(self._bare), "data-0")
-        return {first: frames}
-
-    def _check(self, changed: Mapping[str, pl.DataFrame], params: Mapping[str, Any]) -> None:
-        known = {"dataset": set(data_names(self._bare)), "param": set(self.content["params"])}
-        for kind, given in (("dataset", changed), ("param", params)):
-            for name in given:
-                if name not in known[kind]:
-                    names = ", ".join(sorted(known[kind])) or "none"
-                    raise InputError(f"This chart has no {kind} {name!r}: it has {names}.")
-
     def _answer(self, _: object, message: object, __: object) -> None:
         """Send the bundle to a page that cannot reach the shared runtime (marimo, Colab)."""
         if message == {"wants": "runtime"}:
-            shared = self.runtime
-            self.send({"runtime": {"version": shared.version, "code": shared.code, "themes": shared.themes}})
+            self.send({"runtime": {name: getattr(self.runtime, name) for name in ("version", "code", "themes")}})
 
 
 def link(*views: ipywidgets.Widget) -> None:
@@ -254,13 +238,3 @@ def link(*views: ipywidgets.Widget) -> None:
 def _payload(table: Rows | pl.DataFrame) -> bytes:
     """Write rows as JSON. Polars writes NaN and infinities as null, in Rust."""
     return (table.write_json() if isinstance(table, pl.DataFrame) else compact(table)).encode()
-
-
-def _rows(table: Rows | pl.DataFrame) -> Rows:
-    if isinstance(table, pl.DataFrame):
-        return finite_rows(table.to_dicts())
-    return table
-
-
-def _frame(table: Rows | pl.DataFrame) -> pl.DataFrame:
-    return table if isinstance(table, pl.DataFrame) else pl.DataFrame(table, infer_schema_length=None)

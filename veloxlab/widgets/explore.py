@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +10,9 @@ import ipywidgets
 import polars as pl
 
 from veloxlab.errors import InputError
-from veloxlab.views import picture
+from veloxlab.views.spec import Spec
 from veloxlab.widgets.chart_view import ChartView
-from veloxlab.widgets.lifetime import Ending, keep_shown, loosen
+from veloxlab.widgets.lifetime import Ending, loosen
 
 
 class Explore(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
@@ -46,24 +45,20 @@ class Explore(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has 
     ) -> None:
         if not frames:
             raise InputError("There is nothing to explore: give at least one frame.")
+        frames = dict(frames)
         start = next(iter(frames)) if value is None else value
         if start not in frames:
             raise InputError(f"There is no frame for {start!r}: choose one of {', '.join(map(str, frames))}.")
-        self._frames, self._draw = dict(frames), draw
         self.slider = ipywidgets.SelectionSlider(options=list(frames), value=start, description=description)
-        self.view = ChartView(draw(self._frames[start]))
-        self.slider.observe(lambda _: self._show(), "value")
-        super().__init__([self.slider, self.view])
+        self.view = view = ChartView(draw(frames[start]))
+        self.slider.observe(lambda change: view.show(draw(frames[change["new"]])), "value")
+        super().__init__([self.slider, view])
         loosen(self)
 
-    def _show(self) -> None:
-        self.view.show(self._draw(self._frames[self.slider.value]))
+    @property
+    def specs(self) -> list[Spec]:
+        """The chart."""
+        return self.view.specs
 
     def __repr__(self) -> str:
-        return f"Explore({self.slider.description} = {self.slider.value} of {', '.join(map(str, self._frames))})"
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        keep_shown(self)
-        bundle = super()._repr_mimebundle_(**kwargs)
-        still = base64.b64encode(picture.png(self.view.to_dict())).decode()
-        return {**bundle, "image/png": still, "text/plain": repr(self)}
+        return f"Explore({self.slider.description} = {self.slider.value} of {', '.join(map(str, self.slider.options))})"

@@ -12,9 +12,10 @@ from veloxlab.checks import choice
 from veloxlab.errors import InputError
 from veloxlab.views.report import Section
 from veloxlab.widgets.chart_view import ChartView
+from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages.budget import BudgetTuner
 from veloxlab.widgets.pages.cache import CachePage
-from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter
+from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.pages.errors import ErrorExplorer
 from veloxlab.widgets.pages.generation import SideBySide
 from veloxlab.widgets.pages.keys import KeyExplorer
@@ -25,10 +26,10 @@ from veloxlab.widgets.worker import Progress
 
 # A page is one line here: its name, its title, and what makes it from a laboratory.
 PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
-    "cache": ("Cache", lambda lab: CachePage(lab.experiment, lab.worker, lab.comparison)),
+    "cache": ("Cache", lambda lab: CachePage(lab.experiment, lab.worker)),
     "errors": ("Errors", lambda lab: ErrorExplorer(lab.experiment.capture, **lab.shared)),
     "keys": ("Keys and values", lambda lab: KeyExplorer(lab.experiment.capture, **lab.shared)),
-    "compare": ("Compare", lambda lab: lab.comparison),
+    "compare": ("Compare", lambda lab: Comparison(lab.experiment, lab.worker)),
     "generation": ("Generation", lambda lab: SideBySide(lab.experiment.model, lab.experiment.tokenizer, **lab.shared)),
     "budget": ("Budget", lambda lab: BudgetTuner(lab.experiment.model, lab.experiment.tokenizer, **lab.shared)),
     "memory": ("Memory", lambda lab: MemoryPlanner(lab.experiment.model, **lab.shared)),
@@ -39,18 +40,20 @@ WAITING = "<em>This page is made when the present work is done.</em>"
 
 def _of(page: str, name: str) -> Any:  # noqa: ANN401 - a property
     """An attribute of a page as one of the laboratory."""
+    doc = f"`{name}` of {page!r}."
+    return property(
+        lambda lab: getattr(lab.page_of(page), name),
+        lambda lab, value: setattr(lab.page_of(page), name, value),
+        doc=doc,
+    )
 
-    def find(lab: Lab) -> Any:  # noqa: ANN401
-        return getattr(lab.comparison if page == "compare" else lab.page_of(page), name)
 
-    return property(find, lambda lab, value: setattr(lab.page_of(page), name, value), doc=f"`{name}` of {page!r}.")
-
-
-class Lab(Experimenter, OfLayers, Panel):
+class Lab(Experimenter, OfExperiment, OfLayers):
     """See everything about one model's compressed cache, page by page, and take away what was found.
 
-    Method, bits, exact tokens, layer and head are one choice for all pages. A page is made when it is first opened. All
-    work is done by one thread, with progress; each page can cancel it. Nothing here needs a network.
+    Method, bits, exact tokens, layer and head are one choice for all pages. A page is made when it is first opened, and
+    anew when it is opened after it was closed. All work is done by one thread, with progress; each page can cancel it.
+    Nothing here needs a network.
 
     Parameters
     ----------
@@ -72,26 +75,22 @@ class Lab(Experimenter, OfLayers, Panel):
     InputError : unknown method, bits out of range, a text that is too short.
     """
 
+    NAME = "lab"
+
     page = Checked(choice(*PAGES), "cache", help="the open page")
     head = Chosen("head", help="the chosen KV head")
     errors, bits, memory = _of("cache", "errors"), _of("cache", "bits"), _of("cache", "memory")
-    name, plan, layer_bits = _of("cache", "name"), _of("cache", "plan"), _of("cache", "layer_bits")
-    metric, lines, measure = _of("cache", "metric"), _of("cache", "lines"), _of("cache", "measure")
-    measured, frontier, compare = _of("compare", "measured"), _of("compare", "frontier"), _of("compare", "compare")
+    metric, measure = _of("cache", "metric"), _of("cache", "measure")
+    frontier, compare = _of("compare", "frontier"), _of("compare", "compare")
 
     def _begin(self, experiment: Experiment) -> None:
-        self.experiment = experiment
-        Panel.__init__(self, "lab", experiment.selection)
+        Panel.__init__(self, experiment.selection)
+        self.experiment, self.points = experiment, experiment.points
         self.shared: dict[str, Any] = {"selection": self.selection, "worker": self.worker}
-        self.comparison: Comparison = Comparison(self.experiment, self.worker)
-        # never changed in place: the worker adds pages while others read them
-        self._pages = {name: PAGES[name][1](self) for name in ("cache", "compare")}
-        self._places = {
-            name: ipywidgets.VBox(
-                [self._pages[name]] if name in self._pages else [ipywidgets.HTML(WAITING), ProgressBar(self.worker)]
-            )
-            for name in PAGES
-        }
+        self._pages: dict[str, Panel] = {}  # never changed in place: the worker adds pages while others read them
+        self._places = {name: ipywidgets.VBox() for name in PAGES}
+        for name in ("cache", "compare"):
+            self._show_page(name, PAGES[name][1](self))
         titles = [title for title, _ in PAGES.values()]
         self._tabs = ipywidgets.Tab([*self._places.values()], titles=titles)
         t.link((self, "page"), (self._tabs, "selected_index"), transform=(NAMES.index, lambda i: NAMES[i or 0]))
@@ -127,12 +126,19 @@ class Lab(Experimenter, OfLayers, Panel):
             raise InputError(f"The page {page!r} could not be made: {self.worker.last_error}")
         return self.pages[page]
 
+    @property
+    def comparison(self) -> Comparison:
+        """The page ``compare``."""
+        return self.page_of("compare")  # type: ignore[no-any-return]
+
     def _open(self) -> None:
-        """Draw the open page alone; make it if it is new."""
+        """Draw the open page alone; make it if it is new, or was closed."""
         name = self.page
         for each, panel in self.pages.items():
             panel.activate(each == name)
         if name not in self.pages:
+            self._places[name].children = [ipywidgets.HTML(WAITING), ProgressBar(self.worker)]
+            loosen(self)
 
             def make(progress: Progress) -> Panel:
                 progress(0, 1, "measuring what the page shows first")
@@ -169,8 +175,10 @@ class Lab(Experimenter, OfLayers, Panel):
             self.page = before
             raise
 
-    def __repr__(self) -> str:
-        return f"Lab({self.page_of('cache').summary})"
+    @property
+    def summary(self) -> str:
+        """One line of numbers, as the page ``cache`` says it."""
+        return self.pages["cache"].summary if "cache" in self.pages else self.name
 
     @property
     def named(self) -> dict[str, ChartView]:
@@ -188,7 +196,7 @@ class Lab(Experimenter, OfLayers, Panel):
         pages = [
             section
             for name, panel in self.pages.items()
-            for section in (Section(PAGES[name][0], str(panel)), *panel.sections)
+            for section in (Section(PAGES[name][0], panel.summary), *panel.sections)
         ]
         plan = Section("The plan", "Save it as plan.json.", code=self.plan.to_json())
         use = Section("To use it", code="\n".join(self.lines('vl.Plan.load("plan.json")')))

@@ -7,65 +7,55 @@ kept until its cell shows something else.
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, MutableMapping
+import base64
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any
+from weakref import WeakMethod, WeakSet, WeakValueDictionary
 
 import ipywidgets
 from IPython import get_ipython
 from ipywidgets.widgets import widget as registry
 
+from veloxlab.views import picture
+from veloxlab.views.spec import Spec
+
 
 class Table(MutableMapping[str, ipywidgets.Widget]):
-    """The table of open widgets by model id, as ipywidgets uses it; some are held weakly.
+    """The table of open widgets by model id, as ipywidgets uses it. It holds those in ``kept``, and what a page shows.
 
     Every loop runs over a copy: any thread may make or end widgets meanwhile.
     """
 
-    def __init__(self, widgets: MutableMapping[str, ipywidgets.Widget]) -> None:
-        self._holds: dict[str, Callable[[], ipywidgets.Widget | None]] = {}
-        for name, widget in widgets.items():
-            self[name] = widget
-
-    def loosen(self, name: str) -> None:
-        """Hold a widget weakly from now on; nothing if it is closed."""
-        widget = self.get(name)
-        if widget is not None:
-            self._holds[name] = weakref.ref(widget, lambda _: self._holds.pop(name, None))
-
-    def is_loose(self, name: str) -> bool:
-        """Whether a widget is held weakly."""
-        return isinstance(self._holds.get(name), weakref.ref)
+    def __init__(self, widgets: Mapping[str, ipywidgets.Widget]) -> None:
+        self.kept, self.shown = dict(widgets), dict[str, ipywidgets.Widget]()
+        self._all = WeakValueDictionary(widgets)
 
     def __getitem__(self, name: str) -> ipywidgets.Widget:
-        widget = self._holds[name]()
-        if widget is None:
-            raise KeyError(name)
-        return widget
+        return self._all[name]
 
     def __setitem__(self, name: str, widget: ipywidgets.Widget) -> None:
-        self._holds[name] = lambda: widget
+        self.kept[name] = self._all[name] = widget
 
     def __delitem__(self, name: str) -> None:
-        del self._holds[name]
+        for held in (self.kept, self.shown):
+            held.pop(name, None)
+        del self._all[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._open())
+        return iter([name for name, _ in self.items()])
 
     def __len__(self) -> int:
-        return len(self._open())
+        return len(self.items())
 
-    def values(self) -> Any:  # noqa: ANN401 - a view of a copy
+    def values(self) -> Any:  # noqa: ANN401 - a list, where a view is promised
         """The open widgets."""
-        return self._open().values()
+        return [widget for _, widget in self.items()]
 
     def items(self) -> Any:  # noqa: ANN401
         """Model ids and open widgets."""
-        return self._open().items()
-
-    def _open(self) -> dict[str, ipywidgets.Widget]:
-        held = {name: hold() for name, hold in self._holds.copy().items()}
-        return {name: widget for name, widget in held.items() if widget is not None}
+        found = [(reference.key, reference()) for reference in self._all.valuerefs()]
+        return [(name, widget) for name, widget in found if widget is not None]
 
 
 TABLE = Table(registry._instances)
@@ -82,18 +72,32 @@ class Ending(ipywidgets.Widget):  # type: ignore[misc]  # ipywidgets has no type
             for part in parts(self):
                 part.close()
 
+    @property
+    @abstractmethod
+    def specs(self) -> list[Spec]:
+        """Its charts as they are now, from top to bottom: Vega-Lite specs with their rows."""
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:  # noqa: ANN401 - data alone, or with metadata
+        """Show the live widget, and beside it a picture and a line for places where no kernel runs."""
+        keep_shown(self)
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data = bundle[0] if isinstance(bundle, tuple) else bundle
+        data["text/plain"] = repr(self)
+        if specs := self.specs:
+            data["image/png"] = base64.b64encode(picture.stacked(specs)).decode()
+        return bundle
+
 
 def loosen(whole: ipywidgets.Widget) -> None:
     """Let a widget and its parts end when nothing refers to ``whole`` any more."""
     for part in parts(whole):
-        if part.comm is not None and not TABLE.is_loose(part.model_id):
+        if part.comm is not None and TABLE.kept.pop(part.model_id, None) is not None:
             part.comm.on_msg(weakly(part._handle_msg))
-            TABLE.loosen(part.model_id)
 
 
 def weakly(method: Callable[..., Any]) -> Callable[..., None]:
     """A function that calls a bound method as long as its object is there, and does not keep the object."""
-    reference = weakref.WeakMethod(method)
+    reference = WeakMethod(method)
 
     def call(*arguments: Any) -> None:
         found = reference()
@@ -123,7 +127,7 @@ def parts(whole: ipywidgets.Widget) -> list[ipywidgets.Widget]:
 # what cells show --------------------------------------------------------------------------------------------------
 
 
-Shown = weakref.WeakSet[ipywidgets.Widget]
+Shown = WeakSet[ipywidgets.Widget]
 # by the cell's id, or by its code where the page sends no id: its newest run, and what that shows
 _cells: dict[str, tuple[str, Shown]] = {}
 
@@ -136,7 +140,7 @@ def keep_shown(widget: ipywidgets.Widget) -> None:
     shell = get_ipython()
     if widget.comm is None or not hasattr(shell, "get_parent"):
         return  # no page
-    TABLE[widget.model_id] = widget
+    TABLE.shown[widget.model_id] = widget
     parent = shell.get_parent()
     cell = parent.get("metadata", {}).get("cellId") or parent.get("content", {}).get("code")
     if not cell:
@@ -157,21 +161,14 @@ def keep_shown(widget: ipywidgets.Widget) -> None:
 
 
 def _end(last: Shown, variables: dict[str, Any]) -> None:
+    """Close what was shown, unless it is shown again, a part of a box, or held by a variable of the user."""
     still = [widget for _, shown in _cells.values() for widget in shown]
-    for old in [widget for widget in last if widget.comm is not None and widget not in still]:
-        TABLE.loosen(old.model_id)
-        if not _is_named(old, variables) and not _is_part(old):
-            old.close()
-
-
-def _is_named(widget: ipywidgets.Widget, variables: dict[str, Any]) -> bool:
-    """Whether a variable of the user, or a list, tuple or dictionary in one, holds the widget."""
     named = [value for name, value in variables.items() if not name.startswith("_") and name not in ("In", "Out")]
     inside = [value.values() if isinstance(value, dict) else value for value in named]
     held = [each for values in inside if isinstance(values, (list, tuple, type({}.values()))) for each in values]
-    return any(each is widget for each in named + held)
-
-
-def _is_part(widget: ipywidgets.Widget) -> bool:
-    boxes = [each for each in TABLE.values() if isinstance(each, ipywidgets.Box)]
-    return any(child is widget for box in boxes for child in box.children)
+    boxed = [child for box in TABLE.values() if isinstance(box, ipywidgets.Box) for child in box.children]
+    used = {id(widget) for widget in (*named, *held, *boxed)}
+    for old in [widget for widget in last if widget.comm is not None and widget not in still]:
+        TABLE.shown.pop(old.model_id, None)
+        if id(old) not in used:
+            old.close()

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import functools
 import html
 import time
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets
 import polars as pl
@@ -17,28 +14,27 @@ import traitlets as t
 
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
-from veloxlab.views import picture
 from veloxlab.views.report import Section, report
+from veloxlab.views.spec import Spec
 from veloxlab.widgets.chart_view import ChartView, ensure_bundle
-from veloxlab.widgets.lifetime import Ending, keep_shown, loosen, weakly
+from veloxlab.widgets.lifetime import Ending, loosen, weakly
 from veloxlab.widgets.selection import Chosen, ChosenBits, Selection
 from veloxlab.widgets.worker import Job, Status, Worker
 
 PAUSE = 0.05  # seconds between two moves of the bar: a page needs no more
+KEPT = {"_model_id", "_cross_validation_lock", "_repr_mimebundle_", "worker", "points"}  # by a closed panel
 
 
 class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no types
     """Show what a worker does, and let it be cancelled. It keeps its place while nothing runs."""
 
     def __init__(self, worker: Worker, **layout: Any) -> None:
-        self._worker = worker
-        self._moved = 0.0
+        self._worker, self._moved = worker, 0.0
         self._bar = ipywidgets.FloatProgress(0, min=0, max=1, layout={"width": "180px", "margin": "0 8px 0 0"})
         self._label = ipywidgets.Label(layout={"flex": "1 1 auto", "min_width": "0"})
         self._button = button("Cancel", "Stop this work", worker.cancel, width="80px")
-        super().__init__(
-            [self._bar, self._label, self._button], layout={"align_items": "center", "height": "34px", **layout}
-        )
+        layout = {"align_items": "center", "height": "34px", **layout}
+        super().__init__([self._bar, self._label, self._button], layout=layout)
         self._show(busy=False)
         self._unwatch = worker.watch(weakly(self._follow))
 
@@ -71,33 +67,37 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
 class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """A widget of charts that a worker measures and that follows a selection.
 
-    A subclass calls ``Panel.__init__``, puts together its children, ``_message`` among them, and then calls `follow`.
-    `close` ends it: its widgets leave the page, its worker stops, and it lets go of the model and of all that it
-    measured but the public tables. The same happens when nothing refers to it any more, and when the cell that shows
-    it is run again, unless a variable still holds it.
+    A subclass has a ``NAME`` of its own. It calls ``Panel.__init__``, puts together its children, ``_message`` among
+    them, and then calls `follow`. `close` ends it: its widgets leave the page, its work stops, and it lets go of the
+    model and of all that it measured but the public tables. The same happens when nothing refers to it any more, and
+    when the cell that shows it is run again, unless a variable still holds it.
 
     Attributes
     ----------
     selection : what is chosen.
     worker : does what takes longer than a moment; its own, or that of the laboratory that it is a page of.
+    charts : those that are there now, by name.
     active : whether it draws what is chosen; a laboratory's hidden pages do not.
     lasting : a sentence that is shown where there is no other.
     """
 
+    NAME: ClassVar[str]
     children: Any
-    lasting = ""
+    lasting: Any = ""
     active = True
 
-    def __init__(self, name: str, selection: Selection, worker: Worker | None = None, **settings: Any) -> None:
-        self._name, self._owns_worker = name, worker is None
-        self.selection, self.worker = selection, worker or Worker(f"veloxlab-{name}")
-        self._ends: list[Callable[[], None]] = []
+    def __init__(self, selection: Selection, worker: Worker | None = None, **settings: Any) -> None:
+        self.selection, self._owns_worker = selection, worker is None
+        self.worker = worker or Worker(f"veloxlab-{self.NAME}")
+        self.charts: Mapping[str, ChartView] = {}
+        self._ends: list[Callable[[], object]] = []
+        self._keys: set[str] = set()
         self._bits_links: list[t.link] = []
         self._message = ipywidgets.HTML()
         loosen(self._message)  # what follows may fail
         super().__init__(**settings)
         self._seen = self._chosen()
-        self.add_class(f"veloxlab-{name}")
+        self.add_class(f"veloxlab-{self.NAME}")
         loosen(self)
 
     @t.observe("children")
@@ -110,26 +110,44 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
             return
         for end in self._ends:
             end()
+        for key in self._keys:
+            self.worker.cancel(key)
         if self._owns_worker:
             self.worker.close()
         super().close()
         self.unobserve_all()
         self.children = ()
-        let_go = [name for name, value in vars(self).items() if not _is_kept(name, value)]
-        self._let_go = frozenset(let_go)
-        for name in let_go:
+        self._let_go = {name for name, value in vars(self).items() if not _is_kept(name, value)}
+        for name in self._let_go:
             delattr(self, name)
-        self.__class__ = _closed(type(self))  # type: ignore[arg-type]  # a class of traits can be hashed
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - what the instance has not
+        if name in vars(self).get("_let_go", ()):
+            raise InputError(f"This {type(self).__name__} is closed: make a new one.")
+        return super().__getattribute__(name)  # with the error of its own
 
     @property
-    @abstractmethod
+    def summary(self) -> str:
+        """What it shows, in a line."""
+        return f"charts: {', '.join(self.named) or 'none yet'}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({'closed' if self.comm is None else self.summary})"
+
+    @property
     def named(self) -> Mapping[str, ChartView]:
-        """The charts that are there now, by name, from top to bottom."""
+        """The charts that are there now, those of its parts too, by name, from top to bottom."""
+        return self.charts
 
     @property
     def views(self) -> tuple[ChartView, ...]:
-        """The charts that are there now, from top to bottom."""
+        """The charts that are seen now, from top to bottom."""
         return tuple(self.named.values())
+
+    @property
+    def specs(self) -> list[Spec]:
+        """The charts that are seen now, as Vega-Lite specs with their rows."""
+        return [view.to_dict() for view in self.views]
 
     # work -----------------------------------------------------------------------------------------------------------
 
@@ -137,7 +155,9 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self, key: str, job: Job, *, on_done: Callable[[Any], None] = lambda _: None, ahead: bool = False
     ) -> None:
         """Ask the worker for a job of this panel; see `Worker.submit`."""
-        self.worker.submit(f"{self._name}: {key}", job, on_done=on_done, on_error=weakly(self.say), ahead=ahead)
+        key = f"{self.NAME}: {key}"
+        self._keys.add(key)
+        self.worker.submit(key, job, on_done=on_done, on_error=weakly(self.say), ahead=ahead)
 
     def wait(self, timeout: float | None = None, *, ahead: bool = False) -> bool:
         """Wait until what was asked for is done; see `Worker.wait`."""
@@ -145,8 +165,9 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     def say(self, sentence: str) -> None:
         """Show a sentence, of what went wrong or is awaited; where there is none, the `lasting` one."""
-        shown = sentence or self.lasting
-        self._message.value = f"<em>{html.escape(shown)}</em>" if shown else ""
+        if self.comm is not None:
+            shown = sentence or self.lasting
+            self._message.value = f"<em>{html.escape(shown)}</em>" if shown else ""
 
     # what is chosen -------------------------------------------------------------------------------------------------
 
@@ -218,7 +239,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     @property
     def sections(self) -> list[Section]:
         """What a report says of it: its charts."""
-        return [Section(chart=view.to_dict()) for view in self.views]
+        return [Section(chart=view.to_dict()) for view in self.named.values()]
 
     def export(self, path: str | Path) -> Path:
         """Write what is seen as one HTML file that needs no network, its charts live, light and dark; give its path."""
@@ -234,41 +255,6 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
             files += [view.to_svg(folder / f"{name}.svg"), view.to_png(folder / f"{name}.png")]
             files.append(view.to_parquet(folder / f"{name}.parquet"))
         return files
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
-        """Show the live widget, and beside it a picture and a line for places where no kernel runs."""
-        keep_shown(self)
-        bundle = super()._repr_mimebundle_(**kwargs) | {"text/plain": repr(self)}
-        if self.views:
-            still = picture.stacked([view.to_dict() for view in self.views])
-            bundle["image/png"] = base64.b64encode(still).decode()
-        return bundle  # type: ignore[no-any-return]
-
-
-class _Closed:
-    """What a closed panel becomes: it gives its tables, and a sentence for all else."""
-
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
-        if name in vars(self).get("_let_go", ()):
-            raise InputError(f"This {type(self).__name__} is closed: make a new one.")
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}(closed)"
-
-    def say(self, sentence: str) -> None:
-        """Nobody sees it."""
-
-    def close(self) -> None:
-        """It is closed."""
-
-
-@functools.cache
-def _closed(kind: type[Panel]) -> type:
-    return type(kind.__name__, (_Closed, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
-
-
-KEPT = {"_model_id", "_cross_validation_lock", "_repr_mimebundle_", "_name", "worker"}  # by a closed panel
 
 
 def _is_kept(name: str, value: object) -> bool:

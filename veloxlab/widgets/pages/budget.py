@@ -15,31 +15,20 @@ import polars as pl
 import traitlets as t
 from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.budget import (
-    BOUNDS,
-    BUDGET,
-    MEGABYTE,
-    AverageBits,
-    Bounds,
-    Budget,
-    BytesPerToken,
-    QualityFloor,
-    Setting,
-    Spans,
-    TokensInMemory,
-)
+from veloxlab.allocate import budget as budgets
+from veloxlab.allocate.budget import BOUNDS, BUDGET, AverageBits, Bounds, Budget, Setting, Spans, TokensInMemory
 from veloxlab.allocate.ratequant import EVALUATED, PlanKind, evaluated, kept_rate_budget
 from veloxlab.allocate.rates import Allocation, RateBudget
 from veloxlab.cache.plan import Plan, model_hash
 from veloxlab.checks import MAPPING, MODEL, TOKENIZER, checked, either, instance, maybe, whole
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
-from veloxlab.widgets.chart_view import ChartView, link
+from veloxlab.widgets.chart_view import link
 from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.pages.budget_charts import CHARTS, unit_of
 from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
-from veloxlab.widgets.pages.charts import Charts, Frames, Look
-from veloxlab.widgets.panel import Panel, ProgressBar, button
+from veloxlab.widgets.pages.charts import ChartPage, Look
+from veloxlab.widgets.panel import ProgressBar, button
 from veloxlab.widgets.selection import Chosen, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
@@ -55,7 +44,7 @@ def _part(name: str, doc: str) -> Any:  # noqa: ANN401 - a property
     return property(lambda tuner: getattr(tuner._now, name), lambda tuner, value: tuner.tune(**{name: value}), doc=doc)
 
 
-class BudgetTuner(Panel):
+class BudgetTuner(ChartPage):
     """Choose a budget and its bounds, and see which heads get the bits and what that is predicted to cost.
 
     Everything but *Measure* answers from tables: of a `veloxlab.RateBudget`, or measured first, with progress, and kept
@@ -86,6 +75,9 @@ class BudgetTuner(Panel):
     ------
     InputError : the tables are of another model; the budget cannot be; or a model came without its tokenizer.
     """
+
+    NAME = "tuner"
+    SETTINGS = ("setting",)
 
     setting = t.Instance(Setting, allow_none=True, help="budget, bounds and weight of keys")
     layer = Chosen("layer", help="the picked layer")
@@ -135,10 +127,8 @@ class BudgetTuner(Panel):
         self._first = budget, bounds or Bounds(), key_weight
         self._rate_settings = dict(rate_settings or {})
         self.rates: RateBudget | None = None
-        self.charts: Mapping[str, ChartView] = {}
         self.measured = pl.DataFrame(schema=EVALUATED)
-        super().__init__("tuner", selection or Selection(Fitting(), layers=layers, layer=layer), worker)
-        self.observe(lambda _: self._show(), "setting")
+        super().__init__(selection or Selection(Fitting(), layers=layers, layer=layer), worker)
         if found is None:
             self.start()
         else:
@@ -146,18 +136,13 @@ class BudgetTuner(Panel):
         self.follow()
 
     def tune(self, **parts: Any) -> None:
-        """Change some of ``budget``, ``bounds`` and ``key_weight`` at once.
-
-        Raises
-        ------
-        InputError : they do not go together; nothing is changed then.
-        """
+        """Change some of ``budget``, ``bounds`` and ``key_weight`` at once; `InputError` if they do not go together."""
         self.setting = replace(self._now, **parts)
 
     @property
     def allocation(self) -> Allocation:
         """The plan and what is predicted of it."""
-        return _solved(self._there(self.rates), self._now)
+        return _solved(self._tables, self._now)
 
     @property
     def plan(self) -> Plan:
@@ -167,19 +152,17 @@ class BudgetTuner(Panel):
     @property
     def spent(self) -> str:
         """What the allocation takes."""
-        found = self.allocation
-        said = (
-            f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; code bits: keys "
-            f"{found.key_bits:.2f}, values {found.value_bits:.2f}"
-        )
-        least = f"the bounds' least width, {found.bounds.least_bits}, is all that this pays for"
-        return f"{said}. Nothing is allocated: {least}" if found.only_least else said
+        found, least = self.allocation, self.bounds.least_bits
+        bits = f"code bits: keys {found.key_bits:.2f}, values {found.value_bits:.2f}"
+        said = f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; {bits}"
+        only = f"{said}. Nothing is allocated: the bounds' least width, {least}, is all that this pays for"
+        return only if found.only_least else said
 
     @property
     def predicted(self) -> str:
         """What the allocation, and uniform bits in the same bytes, are predicted to lose."""
         found = self.allocation
-        said = f"Predicted loss {found.predicted_loss:.3g} {unit_of(self._there(self.rates))}"
+        said = f"Predicted loss {found.predicted_loss:.3g} {unit_of(self._tables)}"
         uniform = found.predicted_uniform_loss
         return said if uniform is None else f"{said}; of uniform bits in the same bytes {uniform:.3g}"
 
@@ -204,10 +187,9 @@ class BudgetTuner(Panel):
         InputError : the tuner has no model; or there are no uniform bits in so few bytes.
         """
         if self._model is None:
-            raise InputError(
-                "To measure a plan the tuner needs the model: vl.widgets.BudgetTuner(rates, model, tokenizer)."
-            )
-        rates, found = self._there(self.rates), self.allocation
+            way_out = "vl.widgets.BudgetTuner(rates, model, tokenizer)"
+            raise InputError(f"To measure a plan the tuner needs the model: {way_out}.")
+        rates, found = self._tables, self.allocation
         plan = found.plan if kind == "allocated" else found.uniform
         if plan is None:
             raise InputError("No uniform bits take as few bytes as this plan: measure it at a larger budget.")
@@ -223,13 +205,10 @@ class BudgetTuner(Panel):
         """Write the present plan, whole or not at all, and give the file's full path."""
         return self._file.save(path)
 
-    def __repr__(self) -> str:
-        return f"BudgetTuner({'no tables yet' if self.rates is None else f'{self.spent}. {self.predicted}'})"
-
     @property
-    def named(self) -> Mapping[str, ChartView]:
-        """The charts, once there are tables."""
-        return self.charts
+    def summary(self) -> str:
+        """What the allocation takes, and what it is predicted to lose."""
+        return "no tables yet" if self.rates is None else f"{self.spent}. {self.predicted}"
 
     # building -------------------------------------------------------------------------------------------------------
 
@@ -241,8 +220,7 @@ class BudgetTuner(Panel):
         if budget is None:
             budget = AverageBits(round(sum(rates.spans(bounds, TOKENS).bits) / 2, 1))
         setting = Setting(budget, bounds, key_weight)  # type: ignore[arg-type]  # a number becomes a budget
-        self._charts = Charts(CHARTS, Frames({}, self.selection.fitting), self._look(rates, setting))
-        self.charts = self._charts.views
+        self._draw(CHARTS, self._look(rates=rates, setting=setting))
         self.rates = rates  # once the charts are there: a page may ask for them meanwhile
         link(*(view for name, view in self.charts.items() if name != "frontier"))
         t.link((self, "layer"), (self.charts["bits"], "picked"))
@@ -261,32 +239,25 @@ class BudgetTuner(Panel):
             tip = f"Run the model with the {kind} plan, and compare its predictions{why}"
             buttons.append(button(words, tip, partial(self._saying, partial(self.measure, kind)), width="140px"))
             buttons[-1].disabled = self._model is None
-        self.children = [
-            self._controls,
-            ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")]),
-            self._message,
-            self._told,
-            *self.charts.values(),
-            self._history,
-            self._file,
-        ]
+        work = ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")])
+        charts = self.charts.values()
+        self.children = [self._controls, work, self._message, self._told, *charts, self._history, self._file]
 
     # what a person asks for -----------------------------------------------------------------------------------------
 
     @t.validate("setting")
     def _setting_can_be_allocated(self, proposal: dict[str, Any]) -> Setting:
         setting: Setting = proposal["value"]
-        _solved(self._there(self.rates), setting)
+        _solved(self._tables, setting)
         return setting
 
     def _asked(self, parts: Callable[[], dict[str, Any]]) -> None:
         """Do what a control asks for, or what comes nearest; an error is said, and everything stays as it was."""
 
         def ask() -> None:
-            setting = replace(self._now, **parts())
-            budget = self._spans(setting).nearest(setting.budget)
-            self.setting = replace(setting, budget=budget)
-            moved = budget != setting.budget
+            wanted = replace(self._now, **parts())
+            self.setting = replace(wanted, budget=self._spans(wanted).nearest(wanted.budget))
+            moved = self.setting != wanted
             self.say("These bounds cannot spend that: the budget is the nearest that they can." if moved else "")
 
         self._saying(ask)
@@ -301,49 +272,49 @@ class BudgetTuner(Panel):
     def _converted(self, kind: type) -> Budget:
         """The budget of a kind that holds what is held now."""
         found, tokens = self.allocation, self._controls.tokens.value
-        if kind is AverageBits:
-            return AverageBits(found.true_bits)
-        if kind is BytesPerToken:
-            return BytesPerToken(found.bytes_per_token)
         if kind is TokensInMemory:
-            held = self._there(self.rates).held_bytes(found.plan, tokens)
-            return TokensInMemory(tokens, held / MEGABYTE * (1 + 1e-9))
-        return QualityFloor(found.predicted_loss)
+            held = self._tables.held_bytes(found.plan, tokens)
+            return TokensInMemory(tokens, held / budgets.MEGABYTE * (1 + 1e-9))
+        amounts: dict[type, float] = {AverageBits: found.true_bits, budgets.BytesPerToken: found.bytes_per_token}
+        return kind(amounts.get(kind, found.predicted_loss))  # type: ignore[no-any-return]
 
     # what is shown --------------------------------------------------------------------------------------------------
 
-    def _look(self, rates: RateBudget, setting: Setting) -> Look:
-        measured = self.measured
-        return SimpleNamespace(
-            rates=rates, setting=setting, found=_solved(rates, setting), measured=measured, count=len(measured),
-            widths=(self._widths[0], self._widths[-1]), everything=self._everything,
-        )  # fmt: skip
+    def _look(self, **changed: Any) -> Look:
+        look = SimpleNamespace(**{"rates": self.rates, "setting": self.setting} | changed)
+        look.found, look.measured, look.count = _solved(look.rates, look.setting), self.measured, len(self.measured)
+        look.widths, look.everything = (self._widths[0], self._widths[-1]), self._everything
+        return look
 
-    def _show(self) -> None:
-        """Show the present setting, from tables alone."""
-        self._charts.show(lambda: self._look(self._there(self.rates), self._now))
-        self.say("")
-        words = f"<b>{html.escape(self.predicted)}</b><br>{html.escape(self.spent)}"
-        self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
-        self._controls.show(self._now, self._spans(self._now))
+    def _redraw(self) -> None:
+        if self.setting is not None:
+            super()._redraw()
+            words = f"<b>{html.escape(self.predicted)}</b><br>{html.escape(self.spent)}"
+            self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
+            self._controls.show(self._now, self._spans(self._now))
 
-    def _there(self, part: T | None) -> T:
-        if part is None:
-            raise InputError("The tables are not measured yet: wait for them with wait().")
-        return part
+    @property
+    def _tables(self) -> RateBudget:
+        return _there(self.rates)
 
     @property
     def _now(self) -> Setting:
-        return self._there(self.setting)
+        return _there(self.setting)
 
     def _spans(self, setting: Setting) -> Spans:
         tokens = setting.budget.tokens if isinstance(setting.budget, TokensInMemory) else self._controls.tokens.value
-        return self._there(self.rates).spans(setting.bounds, tokens)
+        return self._tables.spans(setting.bounds, tokens)
 
     def _add_measured(self, row: pl.DataFrame) -> None:
         self.measured = pl.concat([self.measured, row])
         self._history.value = history(self.measured)
-        self._charts.show(lambda: self._look(self._there(self.rates), self._now))
+        self._show()
+
+
+def _there(part: T | None) -> T:
+    if part is None:
+        raise InputError("The tables are not measured yet: wait for them with wait().")
+    return part
 
 
 def _solved(rates: RateBudget, setting: Setting) -> Allocation:

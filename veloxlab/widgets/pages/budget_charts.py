@@ -5,17 +5,9 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
+from veloxlab import views
 from veloxlab.allocate.rates import Allocation, RateBudget
 from veloxlab.allocate.sensitivity import NATS
-from veloxlab.views import (
-    allocation_caption,
-    allocation_map,
-    budget_frontier,
-    frontier_rows,
-    loss_by_layer,
-    loss_caption,
-    sensitivity_by_layer,
-)
 from veloxlab.views.scales import Domain, log_domain, not_drawn
 from veloxlab.widgets.pages.charts import Chart, Look
 
@@ -39,10 +31,6 @@ def _heads(look: Look) -> pl.DataFrame:
     return heads
 
 
-def _layers(look: Look) -> pl.DataFrame:
-    return _heads(look).group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
-
-
 def _frontier(look: Look) -> pl.DataFrame:
     found: Allocation = look.found
     losses = {"allocated": found.predicted_loss, "uniform": found.predicted_uniform_loss}
@@ -52,7 +40,7 @@ def _frontier(look: Look) -> pl.DataFrame:
         orient="row",
     )
     drawn = look.measured if by_of(look.rates) in NATS and look.count else None
-    return frontier_rows(look.rates.frontier(look.setting.bounds), now, drawn)
+    return views.frontier_rows(look.rates.frontier(look.setting.bounds), now, drawn)
 
 
 def _ends(rows: pl.DataFrame, look: Look) -> tuple[Domain, Domain]:
@@ -64,7 +52,7 @@ def _ends(rows: pl.DataFrame, look: Look) -> tuple[Domain, Domain]:
 def _draw_frontier(rows: pl.DataFrame, look: Look) -> alt.VConcatChart:
     bits, domain = _ends(rows, look)
     caption = _frontier_caption(rows, look)
-    return budget_frontier(rows, unit=unit_of(look.rates), bits=bits, domain=domain, caption=caption)
+    return views.budget_frontier(rows, unit=unit_of(look.rates), bits=bits, domain=domain, caption=caption)
 
 
 def _frontier_caption(rows: pl.DataFrame, look: Look) -> str:
@@ -79,15 +67,17 @@ CHARTS = (
         "bits",
         ("found",),
         lambda _, look: look.rates.heads(look.found.plan),
-        lambda rows, look: allocation_map(rows, least=look.widths[0], most=look.widths[-1]),
-        lambda rows, _: allocation_caption(rows),
+        lambda rows, look: views.allocation_map(rows, least=look.widths[0], most=look.widths[-1]),
+        lambda rows, _: views.allocation_caption(rows),
     ),
     Chart(
         "losses",
         ("found",),
-        lambda _, look: _layers(look),
-        lambda rows, look: loss_by_layer(rows, unit=unit_of(look.rates)),
-        lambda rows, look: loss_caption(rows, unit=unit_of(look.rates)),
+        lambda _, look: (
+            _heads(look).group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
+        ),
+        lambda rows, look: views.loss_by_layer(rows, unit=unit_of(look.rates)),
+        lambda rows, look: views.loss_caption(rows, unit=unit_of(look.rates)),
     ),
     Chart(
         "frontier",
@@ -101,6 +91,6 @@ CHARTS = (
         "sensitivity",
         (),
         lambda _, look: look.rates.sensitivities,
-        lambda rows, look: sensitivity_by_layer(rows, unit=unit_of(look.rates, "unit of error")),
+        lambda rows, look: views.sensitivity_by_layer(rows, unit=unit_of(look.rates, "unit of error")),
     ),
 )

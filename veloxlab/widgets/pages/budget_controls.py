@@ -9,29 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import ipywidgets
+import ipywidgets as ipw
 import polars as pl
-from ipywidgets import (
-    BoundedIntText,
-    Checkbox,
-    Dropdown,
-    FloatLogSlider,
-    FloatSlider,
-    IntSlider,
-    SelectionRangeSlider,
-)
 
-from veloxlab.allocate.budget import (
-    MEGABYTE,
-    AverageBits,
-    Bounds,
-    Budget,
-    BytesPerToken,
-    QualityFloor,
-    Setting,
-    Spans,
-    TokensInMemory,
-)
+from veloxlab.allocate import budget as budgets
+from veloxlab.allocate.budget import AverageBits, Bounds, Budget, BytesPerToken, QualityFloor, Setting, TokensInMemory
 from veloxlab.cache.plan import Plan
 from veloxlab.errors import InputError
 from veloxlab.runtime import device
@@ -47,131 +29,6 @@ KINDS = {
 LOOKS: dict[str, Any] = {"style": {"description_width": "104px"}, "layout": {"width": "352px"}}
 COLUMN = {"width": "362px"}  # two of them fit into an output of JupyterLab beside its file browser
 PROTECTIONS = {"the most bits": "widest", "no codes: kept exact": "exact"}
-
-
-def _control(kind: type[ipywidgets.Widget], words: str, tip: str, **settings: Any) -> ipywidgets.Widget:
-    return kind(description=words, tooltip=tip, **LOOKS | settings)
-
-
-class SettingControl(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no types
-    """Choose a kind of budget and its number, what an allocation may do, and how much keys count against values.
-
-    Parameters
-    ----------
-    asked : given what gives the changed parts of a `Setting`, when a person changes a control.
-    converted : gives the budget of a kind that allows what is held now.
-    tokens : of a text, to begin with.
-    widths : numbers of bits that were measured.
-    layers : how many there are to protect.
-    """
-
-    def __init__(
-        self,
-        asked: Callable[[Callable[[], dict[str, Any]]], None],
-        converted: Callable[[type], Budget],
-        tokens: int,
-        widths: Sequence[int],
-        layers: int,
-    ) -> None:
-        self._asked, self._showing = asked, False
-        self.kind = _control(Dropdown, "budget", "What the budget is counted in", options=KINDS)
-        self.bits = _control(FloatSlider, "true bits", "Stored bits of a value, with scales", readout_format=".2f")
-        tip = "Bytes of one packed token's keys and values in all layers"
-        self.nbytes = _control(FloatSlider, "bytes a token", tip, readout_format=",.0f")
-        limits = {"value": tokens, "min": 1, "max": 1_000_000, "step": 256}
-        self.tokens = _control(BoundedIntText, "tokens", "Length of the text that has to fit", **limits)
-        tip = "All that the compressed layers then hold, exact tokens too"
-        self.megabytes = _control(FloatSlider, "megabytes", tip, readout_format=".3f")
-        tip = "The most that may be lost, as predicted: the fewest bytes are sought"
-        self.loss = _control(FloatLogSlider, "nats a token", tip, readout_format=".3g", step=0.02)
-        self._numbers: dict[type, list[ipywidgets.Widget]] = {
-            AverageBits: [self.bits],
-            BytesPerToken: [self.nbytes],
-            TokensInMemory: [self.tokens, self.megabytes],
-            QualityFloor: [self.loss],
-        }
-        self.slot = ipywidgets.VBox()
-
-        ends = {"options": list(widths), "index": (0, len(widths) - 1)}
-        self.widths = _control(SelectionRangeSlider, "bits allowed", "Least and most code bits of a head", **ends)
-        tip = "How many {} layers are left out of the allocation"
-        self.first = _control(IntSlider, "first layers", tip.format("first"), min=0, max=layers // 2)
-        self.last = _control(IntSlider, "last layers", tip.format("last"), min=0, max=layers // 2)
-        tip = "What first and last layers that are left out get"
-        self.protection = _control(Dropdown, "these get", tip, options=PROTECTIONS)
-        tip = "A layer's keys get as many bits as its values at least, on average over its heads"
-        beside = {"indent": False, "layout": {"margin": "0 0 0 112px", "width": "244px"}}
-        self.keys_first = _control(Checkbox, "keys no fewer than values", tip, **beside)
-        tip = "How many times as much an error in keys counts in the choice"
-        scale = {"value": 1.0, "base": 2, "min": -4, "max": 4, "step": 0.25, "readout_format": ".2f"}
-        self.key_weight = _control(FloatLogSlider, "weight of keys", tip, **scale)
-        bounds = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
-
-        self._on_change([self.kind], lambda: {"budget": converted(self.kind.value)})
-        self._on_change([each for numbers in self._numbers.values() for each in numbers], self._budget)
-        self._on_change(bounds, self._bounds)
-        columns = [ipywidgets.VBox(parts, layout=COLUMN) for parts in ([self.kind, self.slot], bounds)]
-        super().__init__(columns, layout={"flex_flow": "row wrap"})
-
-    def show(self, setting: Setting, spans: Spans) -> None:
-        """Show a setting and how far each control goes, and ask for nothing."""
-        self._showing = True
-        try:
-            self._show_budget(setting.budget, spans)
-            bounds = setting.bounds
-            inside = [width for width in self.widths.options if bounds.least_bits <= width <= bounds.most_bits]
-            if inside:
-                self.widths.value = inside[0], inside[-1]
-            self.first.value, self.last.value = bounds.protected_first, bounds.protected_last
-            self.protection.value, self.keys_first.value = bounds.protection, bounds.keys_over_values
-            self.key_weight.value = setting.key_weight
-        finally:
-            self._showing = False
-
-    def _show_budget(self, budget: Budget, spans: Spans) -> None:
-        match budget:
-            case AverageBits(bits):
-                _set(self.bits, bits, spans.bits, step=0.05)
-            case BytesPerToken(nbytes):
-                _set(self.nbytes, nbytes, spans.nbytes)
-            case TokensInMemory(tokens, megabytes):
-                self.tokens.value = tokens
-                least, most = spans.megabytes
-                _set(self.megabytes, megabytes, (least, max(least, min(most, device().memory_bytes / MEGABYTE))))
-            case QualityFloor(loss):
-                ends = min(spans.predicted_loss[0], loss), max(spans.predicted_loss[1], loss)
-                _set_ends(self.loss, *map(math.log10, ends))
-                self.loss.value = loss
-        self.kind.value = type(budget)
-        self.slot.children = self._numbers[type(budget)]
-
-    def _on_change(self, controls: Sequence[ipywidgets.Widget], parts: Callable[[], dict[str, Any]]) -> None:
-        for control in controls:
-            control.observe(lambda _: None if self._showing else self._asked(parts), "value")
-
-    def _budget(self) -> dict[str, Any]:
-        kind = self.kind.value
-        return {"budget": kind(*(control.value for control in self._numbers[kind]))}
-
-    def _bounds(self) -> dict[str, Any]:
-        least, most = self.widths.value
-        ends = self.first.value, self.last.value
-        bounds = Bounds(least, most, *ends, self.protection.value, bool(self.keys_first.value))
-        return {"bounds": bounds, "key_weight": self.key_weight.value}
-
-
-def _set(slider: ipywidgets.FloatSlider, value: float, span: tuple[float, float], step: float | None = None) -> None:
-    """Move a slider and its ends; an end is widened for a value that lies beyond it."""
-    _set_ends(slider, min(span[0], value), max(span[1], value))
-    slider.step = step or (span[1] - span[0]) / 100 or 1.0
-    slider.value = value
-
-
-def _set_ends(slider: ipywidgets.Widget, low: float, high: float) -> None:
-    slider.max = max(high, slider.max)  # no end may ever cross the other
-    slider.min, slider.max = low, high
-
-
 COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "plan": ("name", str),
     "true bits": ("true_bits", "{:.2f}".format),
@@ -192,17 +49,142 @@ def history(measured: pl.DataFrame) -> str:
     return html_table(list(COLUMNS), lines, cell="padding: 1px 10px 1px 0")
 
 
-class PlanFile(ipywidgets.VBox):  # type: ignore[misc]
+def _control(kind: type[ipw.Widget], words: str, tip: str, **settings: Any) -> ipw.Widget:
+    return kind(description=words, tooltip=tip, **LOOKS | settings)
+
+
+class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
+    """Choose a kind of budget and its number, what an allocation may do, and how much keys count against values.
+
+    Parameters
+    ----------
+    asked : given what gives the changed parts of a `Setting`, when a person changes a control.
+    converted : gives the budget of a kind that allows what is held now.
+    tokens : of a text, to begin with.
+    widths : numbers of bits that were measured.
+    layers : how many there are to protect.
+    """
+
+    def __init__(
+        self,
+        asked: Callable[[Callable[[], dict[str, Any]]], None],
+        converted: Callable[[type], Budget],
+        tokens: int,
+        widths: Sequence[int],
+        layers: int,
+    ) -> None:
+        self._asked, self._showing = asked, False
+        self.kind = _control(ipw.Dropdown, "budget", "What the budget is counted in", options=KINDS)
+        tip = "Stored bits of a value, with scales"
+        self.bits = _control(ipw.FloatSlider, "true bits", tip, readout_format=".2f")
+        tip = "Bytes of one packed token's keys and values in all layers"
+        self.nbytes = _control(ipw.FloatSlider, "bytes a token", tip, readout_format=",.0f")
+        limits = {"value": tokens, "min": 1, "max": 1_000_000, "step": 256}
+        self.tokens = _control(ipw.BoundedIntText, "tokens", "Length of the text that has to fit", **limits)
+        tip = "All that the compressed layers then hold, exact tokens too"
+        self.megabytes = _control(ipw.FloatSlider, "megabytes", tip, readout_format=".3f")
+        tip = "The most that may be lost, as predicted: the fewest bytes are sought"
+        self.loss = _control(ipw.FloatLogSlider, "nats a token", tip, readout_format=".3g", step=0.02)
+        self._numbers: dict[type, list[ipw.Widget]] = {
+            AverageBits: [self.bits],
+            BytesPerToken: [self.nbytes],
+            TokensInMemory: [self.tokens, self.megabytes],
+            QualityFloor: [self.loss],
+        }
+        self.slot = ipw.VBox()
+
+        ends = {"options": list(widths), "index": (0, len(widths) - 1)}
+        self.widths = _control(ipw.SelectionRangeSlider, "bits allowed", "Least and most code bits of a head", **ends)
+        self.first, self.last = (
+            _control(ipw.IntSlider, f"{end} layers", f"How many {end} layers are left out", min=0, max=layers // 2)
+            for end in ("first", "last")
+        )
+        tip = "What first and last layers that are left out get"
+        self.protection = _control(ipw.Dropdown, "these get", tip, options=PROTECTIONS)
+        tip = "A layer's keys get as many bits as its values at least, on average over its heads"
+        beside = {"indent": False, "layout": {"margin": "0 0 0 112px", "width": "244px"}}
+        self.keys_first = _control(ipw.Checkbox, "keys no fewer than values", tip, **beside)
+        tip = "How many times as much an error in keys counts in the choice"
+        scale = {"value": 1.0, "base": 2, "min": -4, "max": 4, "step": 0.25, "readout_format": ".2f"}
+        self.key_weight = _control(ipw.FloatLogSlider, "weight of keys", tip, **scale)
+        bounds = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
+
+        self._on_change([self.kind], lambda: {"budget": converted(self.kind.value)})
+        self._on_change([each for numbers in self._numbers.values() for each in numbers], self._budget)
+        self._on_change(bounds, self._bounds)
+        columns = [ipw.VBox(parts, layout=COLUMN) for parts in ([self.kind, self.slot], bounds)]
+        super().__init__(columns, layout={"flex_flow": "row wrap"})
+
+    def show(self, setting: Setting, spans: budgets.Spans) -> None:
+        """Show a setting and how far each control goes, and ask for nothing."""
+        bounds = setting.bounds
+        self._showing = True
+        try:
+            self._show_budget(setting.budget, spans)
+            inside = [width for width in self.widths.options if bounds.least_bits <= width <= bounds.most_bits]
+            if inside:
+                self.widths.value = inside[0], inside[-1]
+            self.first.value, self.last.value = bounds.protected_first, bounds.protected_last
+            self.protection.value, self.keys_first.value = bounds.protection, bounds.keys_over_values
+            self.key_weight.value = setting.key_weight
+        finally:
+            self._showing = False
+
+    def _show_budget(self, budget: Budget, spans: budgets.Spans) -> None:
+        match budget:
+            case AverageBits(bits):
+                _set(self.bits, bits, spans.bits, step=0.05)
+            case BytesPerToken(nbytes):
+                _set(self.nbytes, nbytes, spans.nbytes)
+            case TokensInMemory(tokens, megabytes):
+                self.tokens.value = tokens
+                least, most = spans.megabytes
+                here = device().memory_bytes / budgets.MEGABYTE
+                _set(self.megabytes, megabytes, (least, max(least, min(most, here))))
+            case QualityFloor(loss):
+                ends = min(spans.predicted_loss[0], loss), max(spans.predicted_loss[1], loss)
+                _set_ends(self.loss, *map(math.log10, ends))
+                self.loss.value = loss
+        self.kind.value = type(budget)
+        self.slot.children = self._numbers[type(budget)]
+
+    def _on_change(self, controls: Sequence[ipw.Widget], parts: Callable[[], dict[str, Any]]) -> None:
+        for control in controls:
+            control.observe(lambda _: None if self._showing else self._asked(parts), "value")
+
+    def _budget(self) -> dict[str, Any]:
+        kind = self.kind.value
+        return {"budget": kind(*(control.value for control in self._numbers[kind]))}
+
+    def _bounds(self) -> dict[str, Any]:
+        (least, most), kept = self.widths.value, (self.first.value, self.last.value)
+        bounds = Bounds(least, most, *kept, self.protection.value, bool(self.keys_first.value))
+        return {"bounds": bounds, "key_weight": self.key_weight.value}
+
+
+def _set(slider: ipw.FloatSlider, value: float, span: tuple[float, float], step: float | None = None) -> None:
+    """Move a slider and its ends; an end is widened for a value that lies beyond it."""
+    _set_ends(slider, min(span[0], value), max(span[1], value))
+    slider.step = step or (span[1] - span[0]) / 100 or 1.0
+    slider.value = value
+
+
+def _set_ends(slider: ipw.Widget, low: float, high: float) -> None:
+    slider.max = max(high, slider.max)  # no end may ever cross the other
+    slider.min, slider.max = low, high
+
+
+class PlanFile(ipw.VBox):  # type: ignore[misc]
     """Save what ``plan`` gives to a file, and show how to use it."""
 
     def __init__(self, plan: Callable[[], Plan], path: str = "budget_plan.json") -> None:
         self._plan = plan
-        self.path = _control(ipywidgets.Text, "file", "Where to save the plan", value=path)
+        self.path = _control(ipw.Text, "file", "Where to save the plan", value=path)
         self.button = button("Save plan", "Write the plan as JSON, whole or not at all", self._clicked)
-        self.said, self.code = ipywidgets.HTML(), ipywidgets.HTML()
+        self.said, self.code = ipw.HTML(), ipw.HTML()
         self.path.observe(lambda _: self._tell_code(), "value")
         self._tell_code()
-        super().__init__([ipywidgets.HBox([self.path, self.button]), self.said, self.code])
+        super().__init__([ipw.HBox([self.path, self.button]), self.said, self.code])
 
     def save(self, path: str | Path | None = None) -> Path:
         """Write the plan and give the file's full path; raises `InputError` if it cannot be written there."""

@@ -9,18 +9,16 @@ import ipywidgets
 import polars as pl
 import traitlets as t
 
-from veloxlab.cache.plan import Plan
 from veloxlab.checks import choice
-from veloxlab.codecs import TENSORS, find_method
+from veloxlab.codecs import TENSORS
 from veloxlab.errors import InputError
 from veloxlab.views import memory_caption
 from veloxlab.widgets.chart_view import ChartView, link
-from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.pages.cache_charts import ASKS_TOKENS, CHARTS, DOMAINS, MEASURES, METRICS, relative
-from veloxlab.widgets.pages.charts import ChartPage, Frames, Look
-from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter
+from veloxlab.widgets.pages.charts import ChartPage, Look
+from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import ProgressBar, button, code, rows
-from veloxlab.widgets.selection import Bits, Checked, OfLayers
+from veloxlab.widgets.selection import Checked, OfLayers
 from veloxlab.widgets.worker import Worker
 
 NO_QUERIES = (
@@ -31,71 +29,35 @@ LIKELY_WIDTHS = (2, 3, 4, 5, 6, 8, 1, 7)  # the order in which widths are measur
 ALL = "all layers"
 
 
-class CachePage(OfLayers, ChartPage):
+class CachePage(OfExperiment, OfLayers, ChartPage):
     """Errors, bits and memory of one cache; see `CacheExplorer`.
 
     Parameters
     ----------
-    experiment : the text, the model and what is chosen.
-    worker, comparison : of the laboratory that it is a page of; by default it has its own.
+    experiment : the text, the model, what is chosen and what was measured.
+    worker : of the laboratory that it is a page of.
     """
 
+    NAME = "explorer"
     SETTINGS = ("method", "layer_bits", "sinks", "window", "metric")
+    MEASURES = MEASURES
 
     metric = Checked(choice(*DOMAINS), "output_error", help="which error is drawn")
 
-    def __init__(
-        self, experiment: Experiment, worker: Worker | None = None, comparison: Comparison | None = None
-    ) -> None:
-        self._model = experiment.model
+    def __init__(self, experiment: Experiment, worker: Worker | None = None) -> None:
         shown = any(c.queries is not None for c in experiment.capture.layers)
         self._metrics = {words: metric for words, metric in METRICS.items() if shown or metric == "rel_mse"}
-        frames = Frames(MEASURES, experiment.selection.fitting, experiment.capture)
         metric = next(iter(self._metrics.values()))
-        super().__init__("explorer", frames, CHARTS, experiment.selection, worker, metric=metric)
+        super().__init__(experiment.selection, worker, experiment.capture, metric=metric)
+        self.experiment, self.points = experiment, experiment.points
         self.lasting = "" if shown else NO_QUERIES
-        self.comparison = comparison or Comparison(experiment, self.worker)
+        self._draw(CHARTS)
         self.errors, self.bits, self.memory = self.charts.values()
         link(*self.charts.values())
         t.link((self, "layer"), (self.errors, "picked"))
         self._code = ipywidgets.HTML()
-        own = [] if comparison else [self.comparison]
-        self.children = [self._controls(), self._message, *self.charts.values(), *own, self._code]
+        self.children = [self._controls(), self._message, *self.charts.values(), self._code]
         self.follow()
-
-    @property
-    def named(self) -> Mapping[str, ChartView]:
-        """The charts."""
-        return {**self.charts, **({} if self.comparison not in self.children else self.comparison.named)}
-
-    @property
-    def layer_bits(self) -> dict[int, Bits]:
-        """Code bits of keys and values, by layer."""
-        return {layer: self.selection.choice.bits_of(layer) for layer in self.selection.layers}
-
-    @property
-    def name(self) -> str:
-        """The settings in a few words."""
-        return self.selection.choice.name
-
-    @property
-    def plan(self) -> Plan:
-        """The settings as a plan, for `veloxlab.make_cache` or a file."""
-        return self.selection.choice.plan(self._model)
-
-    @property
-    def measured(self) -> pl.DataFrame:
-        """`veloxlab.fidelity` of every setting that was measured."""
-        return self.comparison.measured
-
-    @property
-    def frontier(self) -> ChartView | None:
-        """What was measured, once something was."""
-        return self.comparison.frontier
-
-    def measure(self) -> None:
-        """Ask for the fidelity of the present settings; the result joins `measured` and the frontier chart."""
-        self.comparison.measure(told=weakly(self.say))
 
     @property
     def state(self) -> dict[str, Any]:
@@ -131,24 +93,11 @@ class CachePage(OfLayers, ChartPage):
             self.metric = before
             raise
 
-    def lines(self, what: str) -> list[str]:
-        """Lines of Python that make the cache of ``what``: a plan, or a method and its settings."""
-        choice = self.selection.choice
-        if not find_method(choice.method).calibrated:
-            return [f"cache = vl.make_cache(model, {what})"]
-        return [
-            f'calibration = vl.calibrate(model, tokenizer, "{choice.method}", bits={choice.widths})',
-            f"cache = vl.make_cache(model, {what}, calibration=calibration)",
-        ]
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.summary})"
-
     @property
     def summary(self) -> str:
         """One line of numbers."""
         look, choice = self._look(), self.selection.choice
-        found = [self._frames.found.get(request) for request in ASKS_TOKENS(look)]
+        found = [self.found.get(request) for request in ASKS_TOKENS(look)]
         errors = None if any(frame is None for frame in found) else relative(found, look)  # type: ignore[arg-type]
         means = {} if errors is None else dict(errors.group_by("tensor").agg(pl.col("rel_mse").mean()).iter_rows())
         lost = [means.get(tensor, float("nan")) for tensor in TENSORS]
@@ -231,3 +180,16 @@ class CacheExplorer(Experimenter, CachePage):
 
     def _begin(self, experiment: Experiment) -> None:
         CachePage.__init__(self, experiment)
+        self.comparison = Comparison(experiment, self.worker)
+        *above, line = self.children
+        self.children = [*above, self.comparison, line]
+
+    @property
+    def named(self) -> Mapping[str, ChartView]:
+        """The charts."""
+        return {**self.charts, **self.comparison.charts}
+
+    @property
+    def frontier(self) -> ChartView | None:
+        """What was measured, once something was."""
+        return self.comparison.frontier

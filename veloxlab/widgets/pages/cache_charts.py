@@ -8,18 +8,11 @@ from typing import Any
 import polars as pl
 
 from veloxlab.codecs import TENSORS, find_method
-from veloxlab.measure import (
-    code_bits,
-    layer_errors,
-    memory_growth,
-    predicted_growth,
-    relative_errors,
-    token_errors,
-)
+from veloxlab.measure import code_bits, layer_errors, memory_growth, predicted_growth, relative_errors, token_errors
 from veloxlab.progress import Progress
 from veloxlab.views import bit_allocation, bit_caption, error_caption, error_map, memory_caption
 from veloxlab.views import memory_growth as memory_chart
-from veloxlab.widgets.pages.charts import Chart, Frames, Look, Request
+from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request
 from veloxlab.widgets.selection import Bits
 
 METRICS = {
@@ -33,21 +26,14 @@ MEASURED_UPTO = 4096  # tokens to which caches are really filled
 DRAWN_UPTO = 16384  # tokens to which the memory chart goes on
 
 
-def _coded(measure: Callable[..., pl.DataFrame]) -> Callable[..., pl.DataFrame]:
-    """A measurement of the whole capture, under a method at a number of bits."""
+def _coded(measure: Measure, **given: Any) -> Measure:
+    """A measurement of the whole capture, under a method at a number of bits, perhaps with tokens kept exact."""
 
-    def run(frames: Frames, progress: Progress, method: str, width: int, **exact: int) -> pl.DataFrame:
-        calibration = frames.fitting.calibration(method, [width], progress)
-        return measure(frames.capture, method=method, bits=width, calibration=calibration, **exact)
-
-    return run
-
-
-def _exact(measure: Callable[..., pl.DataFrame], **given: Any) -> Callable[..., pl.DataFrame]:
-    """The same, with tokens kept exact."""
-
-    def run(frames: Frames, progress: Progress, method: str, width: int, sinks: int, window: int) -> pl.DataFrame:
-        return _coded(measure)(frames, progress, method, width, sinks=sinks, window=window, **given)
+    def run(page: ChartPage, progress: Progress, method: str, width: int, *exact: int) -> pl.DataFrame:
+        kept = dict(zip(("sinks", "window"), exact, strict=False))
+        calibration = page.calibration(method, [width], progress)
+        frame: pl.DataFrame = measure(page.capture, method=method, bits=width, calibration=calibration, **kept, **given)
+        return frame
 
     return run
 
@@ -55,8 +41,8 @@ def _exact(measure: Callable[..., pl.DataFrame], **given: Any) -> Callable[..., 
 MEASURES = {
     "token errors": _coded(token_errors),
     "bits": _coded(code_bits),
-    "attention errors": _exact(layer_errors),
-    "memory": _exact(memory_growth, upto=MEASURED_UPTO),
+    "attention errors": _coded(layer_errors),
+    "memory": _coded(memory_growth, upto=MEASURED_UPTO),
 }
 
 

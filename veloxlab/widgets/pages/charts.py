@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar
 
@@ -12,49 +12,25 @@ import altair as alt
 import ipywidgets
 import polars as pl
 
-from veloxlab.checks import WORDS
+from veloxlab.cache.calibration import Calibration
+from veloxlab.checks import WORDS, checked
 from veloxlab.errors import InputError
-from veloxlab.measure import Capture
+from veloxlab.measure import Capture, LayerCapture
 from veloxlab.progress import Progress as Tell
 from veloxlab.progress import silent
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.lifetime import weakly
-from veloxlab.widgets.panel import Panel, ProgressBar, rows
-from veloxlab.widgets.selection import Checked, Chosen, Selection
+from veloxlab.widgets.panel import Panel, ProgressBar, check_settings, rows
+from veloxlab.widgets.selection import Checked, Chosen, ChosenBits, Selection
 from veloxlab.widgets.worker import Progress, Status, Worker, sentence
 
 T = TypeVar("T")
 Request = tuple[Any, ...]  # the name of a measurement, and what it is of
 Look = Any  # a `SimpleNamespace`: what a page shows, setting by setting
+Measure = Callable[..., Any]  # takes a `ChartPage`, a progress, and the rest of a request; gives a frame, as a rule
 WAITING = "Measuring these settings. A chart that waits shows the last ones."
 CANCELLED = "Cancelled. The charts show the last settings that were measured. Change a setting to measure these."
-
-
-@dataclass
-class Frames:
-    """What was measured, by request, or why it cannot be. A frame is never changed, so any thread may read it.
-
-    ``measures``: functions by the name of a request; they take these frames, a progress, and the rest of the request.
-    """
-
-    measures: Mapping[str, Callable[..., Any]]
-    fitting: Fitting
-    capture: Capture | None = None
-    found: dict[Request, Any] = field(default_factory=dict)
-    refused: dict[Request, str] = field(default_factory=dict)
-
-    def measure(self, request: Request, progress: Tell = silent) -> Any:  # noqa: ANN401 - a frame, or what makes one
-        """Give what is asked for, measured if it is asked for the first time; raises what measuring raises."""
-        if request not in self.found:
-            name, *rest = request
-            self.found[request] = self.measures[name](self, progress, *rest)
-        return self.found[request]
-
-    def of_layer(self, layer: int) -> Capture:
-        """The capture of one layer alone."""
-        assert self.capture is not None
-        return replace(self.capture, layers=tuple(c for c in self.capture.layers if c.layer == layer))
 
 
 @dataclass(frozen=True)
@@ -85,104 +61,84 @@ class Chart:
         return tuple(getattr(look, name) for name in self.depends)
 
 
-class Charts:
-    """Charts that are brought to one look after another.
-
-    Parameters
-    ----------
-    kinds : what the charts are.
-    frames : what is measured for them.
-    look : the first; what is missing for it is measured now, and `InputError` says what cannot be.
-
-    Attributes
-    ----------
-    views : by name.
-    shown : the rows that each shows.
-    problem : why a chart shows an older look, or an empty text.
-    """
-
-    def __init__(self, kinds: Iterable[Chart], frames: Frames, look: Look) -> None:
-        self._kinds = {kind.name: kind for kind in kinds}
-        self._frames = frames
-        self._lock = threading.Lock()
-        self._at: dict[str, tuple[object, object]] = {}  # of each chart: the settings that it shows, and its shape
-        self.problem = ""
-        self.shown: dict[str, Any] = {}
-        self.views: dict[str, ChartView] = {}
-        for name, kind in self._kinds.items():
-            self.shown[name] = shown = kind.rows([frames.measure(request) for request in kind.asks(look)], look)
-            self._at[name] = kind.at(look), kind.shape(shown, look)
-            self.views[name] = ChartView(kind.draw(shown, look))
-
-    def asked(self, looks: Iterable[Look]) -> list[Request]:
-        """What is not measured of some looks."""
-        asked = dict.fromkeys(r for look in looks for kind in self._kinds.values() for r in kind.asks(look))
-        return [request for request in asked if request not in self._frames.found]
-
-    def show(self, look: Callable[[], Look]) -> bool:
-        """Bring every chart to a look as far as it is measured, and tell whether that was all. From any thread."""
-        with self._lock:  # the one who comes last reads the newest settings
-            now = look()
-            problems = dict.fromkeys(self._show(name, kind, now) for name, kind in self._kinds.items())
-            self.problem = " ".join(problem for problem in problems if problem)
-            return all(self._at[name][0] == kind.at(now) for name, kind in self._kinds.items())
-
-    def _show(self, name: str, kind: Chart, look: Look) -> str:
-        """Bring one chart to a look, and give the reason if that cannot be."""
-        at, asked = kind.at(look), [*kind.asks(look)]
-        found = [self._frames.found.get(request) for request in asked]
-        if any(frame is None for frame in found):
-            return next((why for why in map(self._frames.refused.get, asked) if why), "")
-        if at != self._at[name][0]:
-            self.shown[name] = shown = kind.rows(found, look)
-            shape = kind.shape(shown, look)
-            if kind.caption is not None and shape == self._at[name][1]:
-                self.views[name].put(shown, caption=kind.caption(shown, look))
-            else:
-                self.views[name].show(kind.draw(shown, look))
-            self._at[name] = at, shape
-        return ""
-
-
 class ChartPage(Panel):
     """Charts that follow the settings. What they need is measured once, on the worker; what may be next, ahead.
 
-    A subclass says what its settings and its charts are, and what may be looked at next.
+    A subclass says what its settings and its measurements are, draws its charts first, and says what may be next.
 
     Attributes
     ----------
-    charts : by name.
+    capture : what is measured on, of a page that has one.
+    shown : the rows that each chart shows.
+    found, refused : what was measured, by request, or why it cannot be. A frame never changes: any thread may read it.
     problem : trait: why a chart shows older settings, or an empty text.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]]
+    MEASURES: ClassVar[Mapping[str, Measure]] = {}
 
     problem = Checked(WORDS, "", help="why a chart shows older settings")
 
     def __init__(
-        self,
-        name: str,
-        frames: Frames,
-        kinds: Iterable[Chart],
-        selection: Selection,
-        worker: Worker | None = None,
-        **settings: Any,
+        self, selection: Selection, worker: Worker | None = None, capture: Capture | None = None, **settings: Any
     ) -> None:
-        super().__init__(name, selection, worker, **settings)
-        self._frames, self._complete = frames, True
+        super().__init__(selection, worker, **settings)
+        self.capture = capture
+        self.shown: dict[str, Any] = {}
+        self.found: dict[Request, Any] = {}
+        self.refused: dict[Request, str] = {}
+        self._kinds: dict[str, Chart] = {}
+        self._at: dict[str, tuple[object, object]] = {}  # of each chart: the settings that it shows, and its shape
+        self._drawing = threading.Lock()
+        self._complete = True
         self._said: str | None = ""
-        self._charts = Charts(kinds, frames, self._look())
-        self.charts = self._charts.views
-        traits = self.traits()
-        for setting in self.SETTINGS:
-            if setting in traits and not isinstance(traits[setting], Chosen):
-                self.observe(lambda _: self._selected(), setting)
+        own = {*self.SETTINGS} & {name for name, trait in self.traits().items() if not isinstance(trait, Chosen)}
+        if own:
+            self.observe(lambda _: self._selected(), [*own])
         self._ends.append(self.worker.watch(weakly(self._follow)))
 
-    @property
-    def named(self) -> Mapping[str, ChartView]:
-        """The charts."""
-        return self.charts
+    # measuring ------------------------------------------------------------------------------------------------------
+
+    def calibration(self, method: str, widths: Iterable[int], progress: Tell) -> Calibration | None:
+        """What holds a method at these widths, fitted now if need be; see `Fitting.calibration`."""
+        return self.selection.fitting.calibration(method, widths, progress)
+
+    def of_layer(self, layer: int) -> Capture:
+        """The capture of one layer alone."""
+        assert self.capture is not None
+        return replace(self.capture, layers=tuple(c for c in self.capture.layers if c.layer == layer))
+
+    def _measured(self, request: Request, progress: Tell) -> Any:  # noqa: ANN401 - a frame, or what makes one
+        if request not in self.found:
+            name, *rest = request
+            self.found[request] = self.MEASURES[name](self, progress, *rest)
+        return self.found[request]
+
+    def _lacking(self, looks: Iterable[Look]) -> list[Request]:
+        """What is not measured of some looks."""
+        asked = dict.fromkeys(r for look in looks for kind in self._kinds.values() for r in kind.asks(look))
+        return [request for request in asked if request not in self.found]
+
+    def _measure(self) -> None:
+        """Measure what the present settings lack, and draw it; then what the next move may need."""
+        missing = self._lacking([self._look()])
+        ahead = [request for request in self._lacking(self._likely()) if request not in self.refused]
+
+        def job(requests: list[Request], progress: Progress) -> None:
+            for done, request in enumerate(requests):
+                progress(done, len(requests), f"measuring {request[0]}")
+                try:
+                    self._measured(request, progress)
+                except InputError as error:
+                    self.refused[request] = sentence(error)
+            self._show()
+
+        if missing:
+            self._submit("frames", lambda progress: job(missing, progress))
+        if ahead:
+            self._submit("ahead", lambda progress: job(ahead, progress), ahead=True)
+
+    # drawing --------------------------------------------------------------------------------------------------------
 
     def _look(self, **changed: Any) -> Look:
         """The present settings, with some changed."""
@@ -192,6 +148,16 @@ class ChartPage(Panel):
         """What may be looked at next."""
         return ()
 
+    def _draw(self, kinds: Iterable[Chart], look: Look = None) -> None:
+        """Draw these charts first; what is missing for them is measured now, and `InputError` says what cannot be."""
+        look, charts = look or self._look(), {}
+        for kind in kinds:
+            rows = kind.rows([self._measured(request, silent) for request in kind.asks(look)], look)
+            charts[kind.name] = ChartView(kind.draw(rows, look))
+            self.shown[kind.name], self._at[kind.name] = rows, (kind.at(look), kind.shape(rows, look))
+            self._kinds[kind.name] = kind
+        self.charts = charts
+
     def _redraw(self) -> None:
         """Show at once what is measured, and ask for what is not."""
         self._said = None
@@ -199,34 +165,36 @@ class ChartPage(Panel):
         self._measure()
 
     def _show(self) -> None:
-        self._complete = self._charts.show(self._look)
-        self.problem = self._charts.problem
+        """Bring every chart to the present look as far as it is measured. From any thread."""
+        with self._drawing:  # the one who comes last reads the newest settings
+            now = self._look()
+            problems = dict.fromkeys(self._bring(kind, now) for kind in self._kinds.values())
+            self._complete = all(self._at[name][0] == kind.at(now) for name, kind in self._kinds.items())
+        self.problem = " ".join(filter(None, problems))
         said = self.problem or ("" if self._complete else WAITING)
         if said != self._said:
             self._said = said
             self.say(said)
 
-    def _measure(self) -> None:
-        """Measure what the present settings lack, and draw it; then what the next move may need."""
-        missing = self._charts.asked([self._look()])
-        ahead = [request for request in self._charts.asked(self._likely()) if request not in self._frames.refused]
-
-        def job(requests: Collection[Request], progress: Progress) -> None:
-            for done, request in enumerate(requests):
-                progress(done, len(requests), f"measuring {request[0]}")
-                try:
-                    self._frames.measure(request, progress)
-                except InputError as error:
-                    self._frames.refused[request] = sentence(error)
-            self._show()
-
-        if missing:
-            self._submit("frames", lambda progress: job(missing, progress))
-        if ahead:
-            self._submit("ahead", lambda progress: job(ahead, progress), ahead=True)
+    def _bring(self, kind: Chart, look: Look) -> str:
+        """Bring one chart to a look, and give the reason if that cannot be."""
+        at, asked = kind.at(look), [*kind.asks(look)]
+        found = [self.found.get(request) for request in asked]
+        if any(frame is None for frame in found):
+            return next(filter(None, map(self.refused.get, asked)), "")
+        before, old_shape = self._at[kind.name]
+        if at != before:
+            self.shown[kind.name] = rows = kind.rows(found, look)
+            shape, view = kind.shape(rows, look), self.charts[kind.name]
+            if kind.caption is not None and shape == old_shape:
+                view.put(rows, caption=kind.caption(rows, look))
+            else:
+                view.show(kind.draw(rows, look))
+            self._at[kind.name] = at, shape
+        return ""
 
     def _follow(self, status: Status) -> None:
-        if status.state == "cancelled" and status.key == f"{self._name}: frames" and not self._complete:
+        if status.state == "cancelled" and status.key == f"{self.NAME}: frames" and not self._complete:
             self.say(CANCELLED)
 
 
@@ -258,19 +226,47 @@ def plain(make: Callable[[Any], T]) -> Callable[[Any, Look], T]:
 
 
 class HeadPage(ChartPage):
-    """Charts of one KV head of one layer, under a method at a number of bits.
+    """Charts of one KV head of one layer, under a method at a number of bits, measured on a capture.
 
-    Attributes
-    ----------
-    layer, head, method : traits; a subclass adds ``bits``.
+    A subclass has ``CHARTS``, and ``RARE``: the name of the one that not every model has, what it needs of each layer,
+    and a sentence for where it is missing. Its own traits can be given as settings.
     """
 
-    bits: Any
+    CHARTS: ClassVar[Sequence[Chart]]
+    RARE: ClassVar[tuple[str, Callable[[LayerCapture], bool], str]]
+
+    tensor: Any = "keys"
     layer = Chosen("layer", read="shown_layer", help="layer, by its index in the prompt cache")
     head = Chosen("head", help="KV head")
     method = Chosen("method", help="a method's id")
+    bits = ChosenBits("", "shown_layer", help="code bits of each coordinate")
 
-    def _neighbours(self) -> list[Look]:
+    @checked()
+    def __init__(
+        self,
+        capture: Capture,
+        *,
+        layer: int | None = None,
+        head: int = 0,
+        method: str = "turboquant",
+        bits: int = 2,
+        calibration: Calibration | None = None,
+        selection: Selection | None = None,
+        worker: Worker | None = None,
+        **settings: Any,
+    ) -> None:
+        check_settings(type(self).__name__, settings, self.SETTINGS)
+        chosen: dict[str, Any] = {"layer": layer, "head": head, "method": method, "key_bits": bits, "value_bits": bits}
+        selection = selection or Selection.of(capture, Fitting(given=calibration), **chosen)
+        super().__init__(selection, worker, capture, **settings)
+        rare, needs, self._missing = self.RARE
+        if all(map(needs, capture.layers)):
+            rare = self._missing = ""
+        self._draw(chart for chart in self.CHARTS if chart.name != rare)
+        self.children = [self._controls(), self._message, *self.charts.values()]
+        self.follow()
+
+    def _likely(self) -> Iterable[Look]:
         """What one move of a control that all these pages have leads to."""
         chosen, fitting = self.selection, self.selection.fitting
         looks = [self._look(layer=self.layer + step) for step in (1, -1) if self.layer + step in chosen.layers]
@@ -279,15 +275,15 @@ class HeadPage(ChartPage):
         others = [m for m in chosen.methods if self.bits in fitting.widths(m) and fitting.is_ready(m, self.bits)]
         return looks + [self._look(method=method) for method in others if method != self.method]
 
-    def say(self, sentence: str) -> None:
-        """Show a sentence; where there is none, what the bits are of."""
-        own = self.selection.choice.own_bits
-        note = ""
+    @property
+    def lasting(self) -> str:
+        """Which chart is missing, and what the bits are of."""
+        own, note = self.selection.choice.own_bits, ""
         if self.layer in own:
             note = f"These are bits of layer {self.layer} alone."
         elif own:
             note = f"These are bits of all layers but {', '.join(map(str, sorted(own)))}."
-        super().say(sentence or " ".join(words for words in (self.lasting, note) if words))
+        return " ".join(filter(None, (self._missing, note)))
 
     def _controls(self, *own: Sequence[ipywidgets.Widget]) -> ipywidgets.Widget:
         """Rows of controls, the page's own between those that all these pages have."""

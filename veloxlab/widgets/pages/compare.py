@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ipywidgets
 import polars as pl
+import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import checked
+from veloxlab.codecs import find_method
 from veloxlab.measure import Capture, capture, fidelity
 from veloxlab.progress import Progress as Tell
 from veloxlab.views import frontier
 from veloxlab.views.report import Section
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.fitting import Fitting
+from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.panel import Panel, ProgressBar, button, rows
-from veloxlab.widgets.selection import Choice, Selection
+from veloxlab.widgets.selection import Bits, Choice, Selection
 from veloxlab.widgets.worker import Progress, Worker
+
+
+class Points(t.HasTraits):
+    """Caches whose fidelity was measured: ``frame`` has a row for each, ``choices`` what was chosen for each."""
+
+    choices = t.Tuple()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frame = pl.DataFrame()
+
+    def add(self, row: pl.DataFrame, choice: Choice) -> None:
+        """Add a cache, and tell those who watch ``choices``."""
+        self.frame = pl.concat([self.frame, row]) if self.choices else row
+        self.choices = (*self.choices, choice)
+
+    @property
+    def newest(self) -> str:
+        """A sentence of the cache that was measured last."""
+        name, kl, perplexity = self.frame.select("name", "kl_mean", "perplexity").row(-1)
+        return f"Measured {name}: mean KL {kl:.3g} nats from the exact cache, perplexity {perplexity:.2f}."
 
 
 @dataclass(frozen=True)
@@ -34,6 +57,7 @@ class Experiment:
     text : what the model reads; None for the shipped test excerpt.
     capture : of this text.
     selection : what is chosen.
+    points : what was measured, whichever page asked for it.
     """
 
     model: Module
@@ -41,12 +65,65 @@ class Experiment:
     text: str | None
     capture: Capture
     selection: Selection
+    points: Points = field(default_factory=Points)
+
+    def fidelity(self, choice: Choice, progress: Tell) -> pl.DataFrame:
+        """Measure a cache."""
+        given: dict[str, Any] = {"text": self.text, "tokens": len(self.capture.tokens), "progress": progress}
+        calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress)
+        plan = choice.plan(self.model)
+        return fidelity(self.model, self.tokenizer, plan, calibration=calibration, name=choice.name, **given)
+
+
+class OfExperiment(Panel):
+    """A panel of whole caches of one experiment."""
+
+    experiment: Experiment
+    points: Points
+
+    @property
+    def name(self) -> str:
+        """The settings in a few words."""
+        return self.selection.choice.name
+
+    @property
+    def plan(self) -> Plan:
+        """The settings as a plan, for `veloxlab.make_cache` or a file."""
+        return self.selection.choice.plan(self.experiment.model)
+
+    @property
+    def layer_bits(self) -> dict[int, Bits]:
+        """Code bits of keys and values, by layer."""
+        return {layer: self.selection.choice.bits_of(layer) for layer in self.selection.layers}
+
+    def lines(self, what: str) -> list[str]:
+        """Lines of Python that make the cache of ``what``: a plan, or a method and its settings."""
+        choice = self.selection.choice
+        if not find_method(choice.method).calibrated:
+            return [f"cache = vl.make_cache(model, {what})"]
+        return [
+            f'calibration = vl.calibrate(model, tokenizer, "{choice.method}", bits={choice.widths})',
+            f"cache = vl.make_cache(model, {what}, calibration=calibration)",
+        ]
+
+    @property
+    def measured(self) -> pl.DataFrame:
+        """`veloxlab.fidelity` of every cache that was measured."""
+        return self.points.frame
+
+    def measure(self) -> None:
+        """Ask for the fidelity of the present settings; the result joins `measured` and the frontier chart."""
+        experiment, choice = self.experiment, self.selection.choice
+
+        def done(row: pl.DataFrame) -> None:
+            experiment.points.add(row, choice)
+            self.say(experiment.points.newest)
+
+        self._submit("fidelity", lambda progress: experiment.fidelity(choice, progress), on_done=done)
 
 
 class Experimenter:
     """A widget that begins with a model, and captures a text before anything else."""
-
-    experiment: Experiment
 
     def _begin(self, experiment: Experiment) -> None:
         raise NotImplementedError
@@ -76,106 +153,85 @@ class Experimenter:
         self._begin(Experiment(model, tokenizer, text, seen, selection))
 
 
-class Comparison(Panel):
+class Comparison(OfExperiment):
     """Measure the fidelity of caches, see them in one chart, and choose one of them again.
 
     Parameters
     ----------
-    experiment : the text, the model and what is chosen.
+    experiment : the text, the model, what is chosen and what was measured.
     worker : of the laboratory, or of the widget, that it is a part of.
 
     Attributes
     ----------
     measured : `veloxlab.fidelity` of every cache that was measured.
-    choices : what was chosen for each.
     frontier : the chart, once something was measured.
     """
 
+    NAME = "compare"
+
     def __init__(self, experiment: Experiment, worker: Worker) -> None:
-        self._experiment = experiment
-        self.measured = pl.DataFrame()
-        self.choices: list[Choice] = []
-        self.frontier: ChartView | None = None
-        super().__init__("compare", experiment.selection, worker)
+        super().__init__(experiment.selection, worker)
+        self.experiment, self.points = experiment, experiment.points
         self._slot = ipywidgets.VBox()
         self._list = ipywidgets.Dropdown(
             options=[], description="measured", tooltip="A point of the chart", layout={"width": "520px"}
         )
         self._take = button("Use it", "Choose the settings of this point", self._use)
-        self._take.disabled = True
         one = button("Measure this cache", "Compare its predictions with those of the exact cache", self.measure)
-        every = button(
-            "Measure all methods", "At these bits, each method that needs no fitting", self.compare, width="auto"
-        )
-        self.children = [
-            ipywidgets.HBox([one, every, ProgressBar(self.worker, flex="1 1 auto")]),
-            self._message,
-            self._slot,
-            rows([self._list, self._take]),
-        ]
-
-    def __repr__(self) -> str:
-        return f"{len(self.choices)} caches were measured."
+        tip = "At these bits, each method that needs no fitting"
+        every = button("Measure all methods", tip, self.compare, width="auto")
+        work = ipywidgets.HBox([one, every, ProgressBar(self.worker, flex="1 1 auto")])
+        self.children = [work, self._message, self._slot, rows([self._list, self._take])]
+        points, show = self.points, weakly(self._show_points)
+        points.observe(show, "choices")
+        self._ends.append(lambda: points.unobserve(show, "choices"))
+        self._show_points()
 
     @property
-    def named(self) -> dict[str, ChartView]:
+    def summary(self) -> str:
+        """How much was measured."""
+        return f"{len(self.points.choices)} caches were measured"
+
+    @property
+    def frontier(self) -> ChartView | None:
         """The chart, once something was measured."""
-        return {} if self.frontier is None else {"frontier": self.frontier}
+        return self.charts.get("frontier")
 
     @property
     def sections(self) -> list[Section]:
         """What a report says of it: its chart, and the table."""
-        return [*super().sections, Section("Fidelity", table=self.measured)] if self.choices else []
-
-    def measure(self, told: Callable[[str], None] = lambda _: None) -> None:
-        """Ask for the fidelity of the present choice; ``told`` is given a sentence of it."""
-        choice = self.selection.choice
-
-        def done(row: pl.DataFrame) -> None:
-            told(self._add(row, choice))
-
-        self._submit("fidelity", lambda progress: self._fidelity(choice, progress), on_done=done)
+        return [*super().sections, Section("Fidelity", table=self.measured)] if self.charts else []
 
     def compare(self) -> None:
         """Ask for the fidelity of every method that needs no fitting, at the present bits or those next to them."""
-        chosen = self.selection
+        chosen, experiment = self.selection, self.experiment
         every = [chosen.changed(method=method, own_bits={}) for method in chosen.methods]
         ready = [c for c in every if all(chosen.fitting.is_ready(c.method, width) for width in c.widths)]
 
         def job(progress: Progress) -> None:
             for done, choice in enumerate(ready):
                 progress(done, len(ready), f"measuring {choice.method}")
-                self._add(self._fidelity(choice, lambda *_: progress.check()), choice)
+                experiment.points.add(experiment.fidelity(choice, lambda *_: progress.check()), choice)
 
         self._submit("comparison", job)
 
-    def _fidelity(self, choice: Choice, progress: Tell) -> pl.DataFrame:
-        of = self._experiment
-        calibration = of.selection.fitting.calibration(choice.method, choice.widths, progress)
-        given: dict[str, Any] = {"calibration": calibration, "name": choice.name, "progress": progress}
-        given |= {"text": of.text, "tokens": len(of.capture.tokens)}
-        return fidelity(of.model, of.tokenizer, choice.plan(of.model), **given)
-
-    def _add(self, row: pl.DataFrame, choice: Choice) -> str:
-        """Show one more cache, and give a sentence of it."""
-        self.measured = pl.concat([self.measured, row]) if self.choices else row
-        self.choices = [*self.choices, choice]
+    def _show_points(self, _: object = None) -> None:
+        choices = self.points.choices
+        self._take.disabled = not choices
+        if not choices:
+            return
         chart = frontier(self.measured, x="held_bytes")
         if self.frontier is None:
-            self.frontier = ChartView(chart)
-            self._slot.children = [self.frontier]
+            self.charts = {"frontier": ChartView(chart)}
+            self._slot.children = self.views
         else:
             self.frontier.show(chart)
-        named = zip(self.measured["name"], self.choices, strict=True)
+        named = zip(self.measured["name"], choices, strict=True)
         self._list.options = [
             (f"{i + 1}: {name}, {c.sinks} sinks, window {c.window}", i) for i, (name, c) in enumerate(named)
         ]
-        self._list.value = len(self.choices) - 1
-        self._take.disabled = False
-        name, kl, perplexity = row.select("name", "kl_mean", "perplexity").row(0)
-        said = f"Measured {name}: mean KL {kl:.3g} nats from the exact cache, perplexity {perplexity:.2f}."
-        self.say(said)
-        return said
+        self._list.value = len(choices) - 1
+        self.say(self.points.newest)
 
     def _use(self) -> None:
-        self.selection.choice = self.choices[self._list.value]
+        self.selection.choice = self.points.choices[self._list.value]

@@ -2,57 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import polars as pl
 
 from veloxlab import views
-from veloxlab.cache.calibration import Calibration
-from veloxlab.checks import checked
-from veloxlab.measure import Capture, code_bits, token_errors
+from veloxlab.measure import code_bits, token_errors
 from veloxlab.measure.attention_maps import attention_map
 from veloxlab.measure.errors import error_densities, errors_along_position, errors_by_bits
 from veloxlab.progress import Progress
-from veloxlab.widgets.fitting import Fitting
-from veloxlab.widgets.pages.charts import Frames, HeadPage, Look, head_chart, plain
-from veloxlab.widgets.selection import ChosenBits, Selection
-from veloxlab.widgets.worker import Worker
+from veloxlab.widgets.pages.charts import ChartPage, HeadPage, Look, Measure, head_chart, plain
 
 BLOCKS = 32  # of positions: a tenth and nine tenths need some vectors each
 MAP = 20  # blocks of a side of an attention map: three triangles of 210 cells, which a page draws at once
 CODED = ("layer", "method", "bits")
+Pool = Callable[[pl.DataFrame], pl.DataFrame]
 
 
-def _attention(frames: Frames, progress: Progress, number: int, method: str, bits: int) -> pl.DataFrame:
+def _attention(page: ChartPage, progress: Progress, number: int, method: str, bits: int) -> pl.DataFrame:
     """The map of the first query head of each KV head."""
-    (layer,) = frames.of_layer(number).layers
+    (layer,) = page.of_layer(number).layers
     kv_heads = layer.keys.shape[1]
     group = 1 if layer.queries is None else layer.queries.shape[1] // kv_heads
-    calibration = frames.fitting.calibration(method, [bits], progress)
-    given: dict[str, Any] = {"bits": bits, "calibration": calibration, "blocks": MAP}
+    given: dict[str, Any] = {"bits": bits, "calibration": page.calibration(method, [bits], progress), "blocks": MAP}
     maps = [attention_map(layer, head * group, method, **given) for head in range(kv_heads)]
     return pl.concat(own.with_columns(head=pl.lit(head)) for head, own in enumerate(maps))
 
 
-def _pooled(pool: Callable[[pl.DataFrame], pl.DataFrame]) -> Callable[..., pl.DataFrame]:
-    """A measurement of errors of single tokens, pooled for each head alone."""
-
-    def measure(frames: Frames, progress: Progress, layer: int, method: str, bits: int) -> pl.DataFrame:
-        calibration = frames.fitting.calibration(method, [bits], progress)
-        return _by_head(token_errors(frames.of_layer(layer), method, bits=bits, calibration=calibration), pool)
-
-    return measure
-
-
-def _by_head(errors: pl.DataFrame, pool: Callable[[pl.DataFrame], pl.DataFrame]) -> pl.DataFrame:
+def _by_head(errors: pl.DataFrame, pool: Pool) -> pl.DataFrame:
     heads = errors["head"].unique().sort()
     return pl.concat(pool(errors.filter(head=head)).with_columns(head=pl.lit(head)) for head in heads)
 
 
-def _by_bits(frames: Frames, progress: Progress, layer: int, method: str, widths: tuple[int, ...]) -> pl.DataFrame:
-    calibration = frames.fitting.calibration(method, widths, progress)
-    seen, tokens, taken = frames.of_layer(layer), [], []
+def _pooled(pool: Pool) -> Measure:
+    """A measurement of errors of single tokens, pooled for each head alone."""
+
+    def measure(page: ChartPage, progress: Progress, layer: int, method: str, bits: int) -> pl.DataFrame:
+        calibration = page.calibration(method, [bits], progress)
+        return _by_head(token_errors(page.of_layer(layer), method, bits=bits, calibration=calibration), pool)
+
+    return measure
+
+
+def _by_bits(page: ChartPage, progress: Progress, layer: int, method: str, widths: tuple[int, ...]) -> pl.DataFrame:
+    calibration = page.calibration(method, widths, progress)
+    seen, tokens, taken = page.of_layer(layer), [], []
     for done, bits in enumerate(widths):
         progress(done, len(widths), f"measuring {bits} bits")
         tokens.append(token_errors(seen, method, bits=bits, calibration=calibration))
@@ -62,7 +57,7 @@ def _by_bits(frames: Frames, progress: Progress, layer: int, method: str, widths
     return _by_head(pl.concat(tokens), lambda own: errors_by_bits(own, true_bits))
 
 
-MEASURES: dict[str, Callable[..., pl.DataFrame]] = {
+MEASURES: dict[str, Measure] = {
     "attention": _attention,
     "positions": _pooled(lambda own: errors_along_position(own, blocks=BLOCKS)),
     "distribution": _pooled(error_densities),
@@ -114,41 +109,24 @@ class ErrorExplorer(HeadPage):
     InputError : a layer, head, method or number of bits that there is not; a choice that cannot be measured.
     """
 
+    NAME = "errors"
     SETTINGS = ("layer", "head", "method", "bits")
-    bits = ChosenBits("keys", "shown_layer", help="code bits of each coordinate")
+    MEASURES = MEASURES
+    CHARTS = CHARTS
+    RARE = (
+        "attention",
+        lambda layer: layer.queries is not None,
+        "Not every layer shows its queries, so there are no attention maps.",
+    )
 
-    @checked()
-    def __init__(
-        self,
-        capture: Capture,
-        *,
-        layer: int | None = None,
-        head: int = 0,
-        method: str = "turboquant",
-        bits: int = 2,
-        calibration: Calibration | None = None,
-        selection: Selection | None = None,
-        worker: Worker | None = None,
-    ) -> None:
-        chosen: dict[str, Any] = {"layer": layer, "head": head, "method": method, "key_bits": bits, "value_bits": bits}
-        selection = selection or Selection.of(capture, Fitting(given=calibration), **chosen)
-        maps = all(c.queries is not None for c in capture.layers)
-        charts = [chart for chart in CHARTS if chart.name != "attention" or maps]
-        super().__init__("errors", Frames(MEASURES, selection.fitting, capture), charts, selection, worker)
-        if not maps:
-            self.lasting = "Not every layer shows its queries, so there are no attention maps."
-        self.children = [self._controls(), self._message, *self.charts.values()]
-        self.follow()
-
-    def __repr__(self) -> str:
+    @property
+    def summary(self) -> str:
+        """Layer, head and method, and what their profile of errors says."""
         said = self.charts["positions"].content["params"]["caption"]
-        return f"ErrorExplorer(layer {self.layer}, KV head {self.head}, {self.method}: {said})"
+        return f"layer {self.layer}, KV head {self.head}, {self.method}: {said}"
 
     def _look(self, **changed: Any) -> Look:
         look, fitting = super()._look(**changed), self.selection.fitting
         widths = fitting.widths(look.method)
         look.widths = tuple(w for w in widths if w == look.bits or fitting.is_ready(look.method, w))
         return look
-
-    def _likely(self) -> Iterable[Look]:
-        return self._neighbours()

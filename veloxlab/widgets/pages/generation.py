@@ -49,6 +49,8 @@ class SideBySide(OfCache, Panel):
     InputError : an unknown method or setting, a number that cannot be.
     """
 
+    NAME = "side-by-side"
+
     prompt = Checked(WORDS, PROMPT, help="what is continued")
     tokens = Checked(whole(1, 512), 64, help="tokens to generate at most")
 
@@ -65,13 +67,11 @@ class SideBySide(OfCache, Panel):
     ) -> None:
         check_settings("SideBySide", settings, ("prompt", "tokens", "bits", *CACHE))
         bits = dict.fromkeys(("key_bits", "value_bits"), settings.pop("bits")) if "bits" in settings else {}
-        chosen = {name: settings.pop(name) for name in CACHE if name in settings}
+        chosen = bits | {name: settings.pop(name) for name in CACHE if name in settings}
         self._model, self._tokenizer = model, tokenizer
         self.generated = pl.DataFrame(schema=GENERATION)
-        self.charts: dict[str, ChartView] = {}
-        fitting = Fitting(model, tokenizer, calibration)
-        selection = selection or Selection(fitting, USUAL, **bits | chosen)
-        super().__init__("side-by-side", selection, worker, **settings)
+        selection = selection or Selection(Fitting(model, tokenizer, calibration), USUAL, **chosen)
+        super().__init__(selection, worker, **settings)
         self._slot = ipywidgets.VBox()
         self.children = [self._controls(), self._message, self._slot]
         self.follow()
@@ -89,18 +89,19 @@ class SideBySide(OfCache, Panel):
 
     def run(self) -> None:
         """Generate with the present settings; an older run is ended."""
-        prompt, method, tokens, name = self.prompt, self.method, self.tokens, self.name
-        settings = {each: getattr(self, each) for each in ("tokens", *CACHE) if each != "method"}
-        fitting = self.selection.fitting
+        prompt, tokens, name, choice = self.prompt, self.tokens, self.name, self.selection.choice
+        settings: dict[str, Any] = {each: getattr(choice, each) for each in CACHE if each != "method"}
 
         def job(progress: Progress) -> None:
             def show(rows: pl.DataFrame) -> None:
                 progress.check()
                 self._show(rows, tokens, name)
 
-            calibration = fitting.calibration(method, {settings["key_bits"], settings["value_bits"]}, progress)
-            given: dict[str, Any] = {"on_token": show, "progress": progress, "calibration": calibration, **settings}
-            side_by_side(self._model, self._tokenizer, prompt, method, **given)
+            calibration = self.selection.fitting.calibration(
+                choice.method, {choice.key_bits, choice.value_bits}, progress
+            )
+            given: dict[str, Any] = {"tokens": tokens, "calibration": calibration, **settings}
+            side_by_side(self._model, self._tokenizer, prompt, choice.method, on_token=show, progress=progress, **given)
 
         self.say("")
         self._submit("generation", job)
@@ -109,14 +110,11 @@ class SideBySide(OfCache, Panel):
         """End the run; what was generated stays."""
         self.worker.cancel()
 
-    def __repr__(self) -> str:
-        said = strip_caption(self.generated, self._framed) if len(self.generated) else "nothing is generated yet."
-        return f"SideBySide({self.name}: {said})"
-
     @property
-    def named(self) -> dict[str, ChartView]:
-        """The charts, once something was generated."""
-        return self.charts
+    def summary(self) -> str:
+        """What is compared, and what came of it."""
+        said = strip_caption(self.generated, self._framed) if len(self.generated) else "nothing is generated yet."
+        return f"{self.name}: {said}"
 
     def _controls(self) -> ipywidgets.Widget:
         large: dict[str, Any] = {"rows": 3, "layout": {"width": "640px"}, "continuous_update": False}
@@ -147,4 +145,4 @@ class SideBySide(OfCache, Panel):
                 self.charts[name].show(chart)
         else:
             self.charts = {name: ChartView(chart) for name, chart in charts.items()}
-            self._slot.children = [*self.charts.values()]
+            self._slot.children = self.views

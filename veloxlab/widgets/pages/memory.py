@@ -13,11 +13,10 @@ from veloxlab.checks import maybe, real, whole
 from veloxlab.codecs import METHODS
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest, planned
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
-from veloxlab.progress import Progress
 from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
 from veloxlab.widgets.fitting import Fitting
-from veloxlab.widgets.pages.charts import Chart, ChartPage, Frames, Look
+from veloxlab.widgets.pages.charts import Chart, ChartPage, Look
 from veloxlab.widgets.panel import check_settings, code, rows
 from veloxlab.widgets.selection import CACHE, Checked, OfCache, Selection
 from veloxlab.widgets.worker import Worker
@@ -35,8 +34,18 @@ RANGES = {
     "sliding_window": (0, 2**MOST),
     "full_every": (0, 1000),
 }
-RANGE = {name: whole(*ends) for name, ends in RANGES.items()}
 OWN = ("context", "batch", "memory_gb", *TYPED)
+
+
+def _number(name: str, default: int, words: str) -> Any:  # noqa: ANN401 - a trait
+    return Checked(whole(*RANGES[name]), default, help=words)
+
+
+def _layouts(page: Any, _: object, method: str, *numbers: int) -> tuple[CacheLayout, ...]:  # noqa: ANN401
+    """What caches are made of. Codecs make tables, which belong to the thread that made them: the worker's."""
+    key_bits, value_bits, sinks, window, *typed = numbers
+    settings: dict[str, Any] = {"key_bits": key_bits, "value_bits": value_bits, "sinks": sinks, "window": window}
+    return cache_layouts(page._shape(typed), method, **settings)
 
 
 def _plan(layouts: tuple[CacheLayout, ...], look: Look) -> tuple[pl.DataFrame, pl.DataFrame]:
@@ -76,18 +85,20 @@ class MemoryPlanner(OfCache, ChartPage):
     InputError : there is no such model here, an unknown method, bits out of range, a number that cannot be.
     """
 
+    NAME = "planner"
     SETTINGS = (*CACHE, *OWN)
+    MEASURES = {"layouts": _layouts}  # noqa: RUF012
 
-    context = Checked(RANGE["context"], 32_768, help="tokens of each sequence")
-    batch = Checked(RANGE["batch"], 1, help="sequences")
+    context = _number("context", 32_768, "tokens of each sequence")
+    batch = _number("batch", 1, "sequences")
     memory_gb = Checked(
         real(above=0), help="memory for the cache alone, 10^9 bytes; at first 8, or what this machine may use"
     )
-    layers = Checked(RANGE["layers"], 32, help="layers that keep keys and values")
-    kv_heads = Checked(RANGE["kv_heads"], 8, help="KV heads of a layer")
-    head_dim = Checked(RANGE["head_dim"], 128, help="numbers of a key or value of one head")
-    sliding_window = Checked(RANGE["sliding_window"], 0, help="tokens that a sliding layer sees; 0: none slides")
-    full_every = Checked(RANGE["full_every"], 0, help="every so many-th layer sees all tokens; 0: none does")
+    layers = _number("layers", 32, "layers that keep keys and values")
+    kv_heads = _number("kv_heads", 8, "KV heads of a layer")
+    head_dim = _number("head_dim", 128, "numbers of a key or value of one head")
+    sliding_window = _number("sliding_window", 0, "tokens that a sliding layer sees; 0: none slides")
+    full_every = _number("full_every", 0, "every so many-th layer sees all tokens; 0: none does")
 
     def __init__(
         self,
@@ -102,8 +113,8 @@ class MemoryPlanner(OfCache, ChartPage):
         selection = selection or Selection(Fitting(), methods=list(METHODS), **chosen)
         given = maybe(MODEL_OR_CONFIG)("model_or_config", model_or_config)
         self._given = None if given is None else shape_of(given)
-        frames = Frames({"layouts": self._layouts}, selection.fitting)
-        super().__init__("planner", frames, [CHART], selection, worker, **settings)
+        super().__init__(selection, worker, **settings)
+        self._draw([CHART])
         self.chart = self.charts["memory_plan"]
         self._code = ipywidgets.HTML()
         self.children = [self._controls(), self._message, self.chart, self._code]
@@ -117,30 +128,26 @@ class MemoryPlanner(OfCache, ChartPage):
     @property
     def plan(self) -> pl.DataFrame:
         """Bytes by part at this context: `veloxlab.measure.planned_memory.PLANNED`."""
-        return self._charts.shown["memory_plan"][0]  # type: ignore[no-any-return]
+        return self.shown["memory_plan"][0]  # type: ignore[no-any-return]
 
     @property
     def largest(self) -> pl.DataFrame:
         """The largest contexts that fit: `veloxlab.measure.planned_memory.LARGEST`."""
-        return self._charts.shown["memory_plan"][1]  # type: ignore[no-any-return]
+        return self.shown["memory_plan"][1]  # type: ignore[no-any-return]
 
-    def __repr__(self) -> str:
-        return f"MemoryPlanner({self.shape.name}: {plan_caption(self.plan, self.largest)})"
+    @property
+    def summary(self) -> str:
+        """The model, and what the chart says."""
+        name = "typed in" if self._given is None else self._given.name
+        return f"{name}: {plan_caption(self.plan, self.largest)}"
 
     def _shape(self, typed: Sequence[int]) -> ModelShape:
         """The shape that was given, or of numbers that were typed in."""
         if self._given is not None:
             return self._given
-        layers, kv_heads, head_dim, sliding, full = typed
-        return ModelShape.typed(
-            layers=layers, kv_heads=kv_heads, head_dim=head_dim, sliding_window=sliding or None, full_every=full or None
-        )
-
-    def _layouts(self, _: Frames, progress: Progress, method: str, *numbers: int) -> tuple[CacheLayout, ...]:
-        """What caches are made of. Codecs make tables, which belong to the thread that made them: the worker's."""
-        key_bits, value_bits, sinks, window, *typed = numbers
-        settings: dict[str, Any] = {"key_bits": key_bits, "value_bits": value_bits, "sinks": sinks, "window": window}
-        return cache_layouts(self._shape(typed), method, **settings)
+        sizes: dict[str, Any] = dict(zip(TYPED, typed, strict=True))
+        optional = {name: sizes[name] or None for name in ("sliding_window", "full_every")}
+        return ModelShape.typed(**sizes | optional)
 
     def _redraw(self) -> None:
         super()._redraw()
