@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,8 +16,6 @@ from veloxlab import runtime
 runtime.load_fast_blas()  # before any test module imports mlx.core
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -70,11 +69,26 @@ SLOW = frozenset(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what gives a verdict quickly."""
+    """Mark what gives a verdict quickly, and put long files first: at the end no process waits long for another.
+
+    Files of the browser, which waits, alternate with notebooks, which compute.
+    """
+    files: dict[Path, dict[Path, int]] = {}
+    for item in items:
+        of_folder = files.setdefault(item.path.parent, {})
+        of_folder.setdefault(item.path, len(of_folder))
+    items.sort(key=lambda item: (_turn(item), files[item.path.parent][item.path]))
     for item in items:
         file = item.path
         if file.suffix == ".py" and file.parent.name == "tests" and file.stem.removeprefix("test_") not in SLOW:
             item.add_marker(pytest.mark.quick)
+
+
+def _turn(item: pytest.Item) -> int:
+    file = item.path
+    if file.suffix == ".ipynb" or file.parent.name == "browser":
+        return 0
+    return 1 if file.stem.removeprefix("test_") in SLOW else 2
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,17 @@ from veloxlab.measure.bench import facts
 from veloxlab.store import write_atomically
 
 SUITE = Path(__file__).with_name("test_kernels_gpu.py")
-PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", "-m", "gpu")
+PYTEST = (
+    sys.executable,
+    "-m",
+    "pytest",
+    "-q",
+    *("-p", "no:cacheprovider", "-p", "no:nbval"),
+    "-o",
+    "addopts=",
+    "-m",
+    "gpu",
+)
 _MOST_PROCESSES = 8
 
 

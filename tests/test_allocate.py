@@ -364,10 +364,14 @@ def test_heads_of_a_real_model_differ_and_rotated_ones_lose_alike(smollm2_rates)
         assert (fit.alpha, fit.beta) == pytest.approx((1.6, 3.7), rel=0.1)
 
 
+@pytest.fixture(scope="module")
+def exact(smollm2):
+    return vl.measure.reference(*smollm2, tokens=192, windows=2)
+
+
 @pytest.mark.parametrize("bits", [2.5, 3.0])
-def test_allocated_bits_move_a_real_model_less_than_uniform_ones_in_the_same_bytes(smollm2, smollm2_rates, bits):
+def test_allocated_bits_move_a_real_model_less_than_uniform_ones_in_the_same_bytes(exact, smollm2_rates, bits):
     """Calibrated on one text and evaluated on another, everything but four sinks through its codes."""
-    exact = vl.measure.reference(*smollm2, tokens=192, windows=2)
     budget = vl.allocate.AverageBits(bits + 16 / 64)
     solved = smollm2_rates.solve(budget, vl.allocate.Bounds(2, 5))
     uniform = vl.measure.evaluate(exact, smollm2_rates.uniform(budget))

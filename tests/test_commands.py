@@ -22,9 +22,9 @@ from veloxlab.serve.commands import Wanted
 
 QUESTIONS = [
     ("What is the capital of France?", 12),
-    ("List the first ten prime numbers, then explain why 1 is not one of them.", 24),
+    ("List the first ten prime numbers, then explain why 1 is not one of them.", 14),
     ("Say hello.", 5),
-    ("Write a story about a lighthouse keeper who finds a letter in a bottle.", 16),
+    ("Write a story about a lighthouse keeper who finds a letter in a bottle.", 10),
 ]
 
 

@@ -19,6 +19,7 @@ from veloxlab.measure.generation import GENERATION, PASSKEY, first_parting, prom
 from veloxlab.mlxlm import hooks
 from veloxlab.views import held_caption, held_while_generating, passkey_map, picture, strip_caption, token_strip
 from veloxlab.views.generation import COLUMNS, _places
+from veloxlab.widgets.pages.generation import LATE
 
 IDS = [i * i % 90 for i in range(60)]  # behind which this model with random weights parts at one bit
 
@@ -292,6 +293,11 @@ def widget(model):
     widget.worker.close()
 
 
+def within(widget):
+    """A widget and all in it."""
+    return [widget, *(part for child in getattr(widget, "children", ()) for part in within(child))]
+
+
 def test_the_widget_shows_what_is_generated_from_any_thread(widget, model):
     assert repr(widget).endswith("nothing is generated yet.)")
     for bits in (1, 8):
@@ -306,6 +312,30 @@ def test_the_widget_shows_what_is_generated_from_any_thread(widget, model):
     bundle = widget._repr_mimebundle_()
     assert bundle["image/png"].startswith("iVBOR")
     assert bundle["text/plain"].startswith("SideBySide(turboquant at 8 bits: ")
+
+
+def test_what_a_page_sends_behind_a_press_of_generate_was_chosen_before_it(widget):
+    generate = next(each for each in within(widget) if getattr(each, "description", "") == "Generate")
+    widget.tokens = 400
+    generate.click()
+    widget.method = "rvq"  # a page held it back, and the number of tokens
+    widget.tokens = 3
+    assert widget.wait(60)
+    assert widget.generated["position"].max() == 2
+    assert "rvq at 2 bits" in str(widget.views[0].to_dict())
+    widget.tokens = 400
+    generate.click()
+    widget._pressed -= LATE  # some time goes by
+    widget.tokens = 3
+    widget.cancel()
+    assert widget.wait(60)
+    generate.click()
+    widget.cancel()
+    assert widget.wait(60)
+    before = widget.generated
+    widget.method = "turboquant"  # behind a run that has ended
+    assert widget.wait(0)
+    assert widget.generated is before
 
 
 def test_a_cancelled_run_keeps_what_it_has_and_the_widget_lives_on(widget):

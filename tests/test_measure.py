@@ -145,8 +145,9 @@ def test_fidelity_of_the_exact_codec_is_perfect(smollm2):
 
 def test_fidelity_at_four_bits_meets_the_bar_and_beats_mlx_lms_cache(smollm2):
     """WikiText-2 test text, everything compressed. The bar of 0.07 nats is the best 4-bit cache known before ours."""
-    ours = vl.fidelity(*smollm2, bits=4, sinks=0, window=0, tokens=256)
-    theirs = vl.fidelity(*smollm2, lambda m: [QuantizedKVCache(64, 4) for _ in m.layers], tokens=256, name="mlx-lm 4")
+    exact = vl.measure.reference(*smollm2, tokens=256)
+    ours = vl.measure.evaluate(exact, bits=4, sinks=0, window=0)
+    theirs = vl.measure.evaluate(exact, lambda m: [QuantizedKVCache(64, 4) for _ in m.layers], name="mlx-lm 4")
     assert ours["kl_mean"].item() < 0.07
     assert ours["kl_mean"].item() < theirs["kl_mean"].item()
     assert ours["held_bytes"].item() < theirs["held_bytes"].item()

@@ -52,6 +52,22 @@ def test_blas_is_loaded_once_and_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_grammar_of_iris_is_built_when_one_is_checked():
+    pytest.importorskip("rfc3987_syntax")
+    program = """
+import veloxlab, sys, altair
+from jsonschema import FormatChecker
+print("lark" in sys.modules)
+for text in ("http://a.b/\u00fc", "no iri"):
+    print(FormatChecker().conforms(text, "iri"))
+from rfc3987_syntax.syntax_helpers import is_valid_syntax
+import rfc3987_syntax
+print(rfc3987_syntax.is_valid_syntax is is_valid_syntax)
+"""
+    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert output.stdout.split() == ["False", "True", "False", "True"]
+
+
 @on_linux_x86
 def test_blas_is_refused_once_mlx_is_imported():
     assert load_afresh() == "mlx was imported before veloxlab"

@@ -17,10 +17,12 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, files, version
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 FAST_GFLOPS = 10.0
 SWITCHED_OFF = "VELOXLAB_BLAS=0 switches the fast one off"
@@ -32,6 +34,7 @@ SHORT_SPIN = "4"  # 2^4 cycles, the least that OpenBLAS takes
 THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")  # in the order in which OpenBLAS reads them
 MLX_WHEELS = ("mlx-cpu", "mlx-cuda-13", "mlx-cuda-12", "mlx-metal")
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+GRAMMAR = "rfc3987_syntax"
 NO_LIMIT = 2**60  # bytes: version 1 of control groups says 2^63, rounded to pages, where there is none
 
 
@@ -119,6 +122,28 @@ def cpu_gflops() -> float:
         mx.eval(mx.matmul(a, a, stream=mx.cpu))
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds) / 1e9
+
+
+def defer_iri_grammar() -> None:
+    """Let jsonschema build its grammar of IRIs when it first checks one, and not whenever Altair is imported.
+
+    The package rfc3987_syntax, which JupyterLab brings, builds it on import, for more than a second of CPU time.
+    """
+    spec = None if GRAMMAR in sys.modules else find_spec(GRAMMAR)
+    if spec is None:
+        return
+    stand_in = module_from_spec(spec)  # which lacks every name until one is asked for
+
+    def package() -> Any:  # noqa: ANN401
+        if sys.modules.get(GRAMMAR) is stand_in:
+            del sys.modules[GRAMMAR]
+        return import_module(GRAMMAR)
+
+    vars(stand_in).update(
+        is_valid_syntax=lambda *given: package().is_valid_syntax(*given),
+        __getattr__=lambda name: getattr(package(), name),
+    )
+    sys.modules[GRAMMAR] = stand_in
 
 
 def keep_freed_memory() -> None:

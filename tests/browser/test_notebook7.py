@@ -1,4 +1,4 @@
-"""The tour's laboratory in Notebook 7, the other front end that people run notebooks in, with no network."""
+"""The laboratory in Notebook 7, the other front end that people run notebooks in, with no network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from playwright.sync_api import Browser
 
 from tests.browser.conftest import Visit, opener, served
 from tests.browser.shown import Shown
-from tests.browser.test_tour import LAB, lab_cells
+from tests.browser.test_pages import CELLS, LAB
 
 pytestmark = pytest.mark.browser
 
@@ -26,8 +26,8 @@ def notebook7(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Ite
         yield run
 
 
-def test_the_tours_laboratory_moves_its_charts_in_notebook_7(notebook7):
-    visit = notebook7(*lab_cells(), name="tour.ipynb")
+def test_the_laboratory_moves_its_charts_in_notebook_7(notebook7):
+    visit = notebook7(*CELLS, name="lab.ipynb")
     page = visit.page
     page.set_default_timeout(90_000)
     assert page.evaluate("() => window.jupyterapp.name") == "Jupyter Notebook"

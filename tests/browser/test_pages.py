@@ -49,8 +49,8 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     ):  # what these moves need is measured now; and what may be next, before a hand
         errors.pressed("layer", [key], [0, 1, 2, 3])
         errors.idle()
-    layers = errors.pressed("layer", ["ArrowLeft", "ArrowRight"] * 6, [0, 1, 2, 3])
-    widths = errors.pressed("bits", ["ArrowLeft", "ArrowRight"] * 6, [0, 1, 2])
+    layers = errors.pressed("layer", ["ArrowLeft", "ArrowRight"] * 2, [0, 1, 2, 3])
+    widths = errors.pressed("bits", ["ArrowLeft", "ArrowRight"] * 2, [0, 1, 2])
     with capsys.disabled():
         print(f"\nlayer to four charts of errors: {milliseconds(layers)}; bits to three: {milliseconds(widths)}")
 

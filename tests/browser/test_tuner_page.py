@@ -89,7 +89,7 @@ def test_measuring_taking_away_and_the_time_of_a_move(notebook, lab, capsys):
         tuner.idle()
     assert page.locator(f"{TUNER} table tr").count() == 3
 
-    times = tuner.pressed("true bits", ["ArrowLeft", "ArrowLeft", "ArrowRight", "ArrowRight"] * 5, [0, 1, 2])
+    times = tuner.pressed("true bits", ["ArrowLeft", "ArrowLeft", "ArrowRight", "ArrowRight"] * 2, [0, 1, 2])
     with capsys.disabled():
         print(f"\nslider to three charts: {milliseconds(times)}")
 

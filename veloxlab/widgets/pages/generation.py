@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import ipywidgets
 import polars as pl
+import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
@@ -21,6 +23,7 @@ from veloxlab.widgets.worker import Progress, Worker
 
 PROMPT = "Tell me about the history of the city of Paris."
 USUAL = Choice(key_bits=3, value_bits=3, window=16)
+LATE = 2.0  # seconds in which a page may send, behind a press of Generate, what was chosen before it
 
 
 class SideBySide(OfCache, Panel):
@@ -50,6 +53,7 @@ class SideBySide(OfCache, Panel):
     """
 
     NAME = "side-by-side"
+    _pressed = -LATE
 
     prompt = Checked(WORDS, PROMPT, help="what is continued")
     tokens = Checked(whole(1, 512), 64, help="tokens to generate at most")
@@ -106,6 +110,19 @@ class SideBySide(OfCache, Panel):
         self.say("")
         self._submit("generation", job)
 
+    def _press(self) -> None:
+        self._pressed = time.monotonic()
+        self.run()
+
+    @t.observe("prompt", "tokens")
+    def _redraw(self, _: object = None) -> None:
+        """Begin anew if Generate was pressed a moment ago and still runs.
+
+        A page holds a second change of a control back until the first one is answered, and a press of a button never.
+        """
+        if time.monotonic() - self._pressed < LATE and not self.wait(0):
+            self.run()
+
     def cancel(self) -> None:
         """End the run; what was generated stays."""
         self.worker.cancel()
@@ -118,7 +135,7 @@ class SideBySide(OfCache, Panel):
 
     def _controls(self) -> ipywidgets.Widget:
         large: dict[str, Any] = {"rows": 3, "layout": {"width": "640px"}, "continuous_update": False}
-        generate = button("Generate", "Continue the prompt with both caches", self.run)
+        generate = button("Generate", "Continue the prompt with both caches", self._press)
         return rows(
             [self._control(ipywidgets.Textarea, "prompt", **large)],
             [self._methods(), self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")],
