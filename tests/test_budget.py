@@ -6,7 +6,7 @@ import pytest
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab.allocate.budget import MEGABYTE, layer_sizes, limit_of
+from veloxlab.allocate.budget import MEGABYTE, Limit, layer_sizes
 from veloxlab.errors import InputError
 
 
@@ -60,15 +60,15 @@ def test_no_cache_holds_more_than_was_counted(family, one_by_one):
 def test_bits_and_bytes_are_of_one_token_of_all_layers():
     sizes = layer_sizes(tiny("llama"))
     values = 2 * 2 * (64 + 64)
-    limit = limit_of(vl.allocate.AverageBits(3.25), sizes, 4, 64)
+    limit = Limit.of(vl.allocate.AverageBits(3.25), sizes, 4, 64)
     assert limit.nbytes == 3.25 * values / 8
     assert limit.tokens == (1, 1)
-    assert limit_of(vl.allocate.BytesPerToken(100), sizes, 4, 64).nbytes == 100
+    assert Limit.of(vl.allocate.BytesPerToken(100), sizes, 4, 64).nbytes == 100
 
 
 def test_a_text_in_memory_leaves_what_its_exact_tokens_do_not_take():
     sizes = layer_sizes(tiny("llama"))
-    limit = limit_of(vl.allocate.TokensInMemory(1000, 0.5), sizes, 4, 64)
+    limit = Limit.of(vl.allocate.TokensInMemory(1000, 0.5), sizes, 4, 64)
     held = sizes[0].held_tokens(1000, 4, 64)
     assert limit.nbytes * held.packed == pytest.approx(0.5 * MEGABYTE - 2 * held.exact * 256 * 4)
     assert limit.tokens == (1, 1)
@@ -77,7 +77,7 @@ def test_a_text_in_memory_leaves_what_its_exact_tokens_do_not_take():
 
 def test_a_sliding_layer_counts_what_it_sees():
     sizes = layer_sizes(tiny("gemma3_text"))
-    limit = limit_of(vl.allocate.TokensInMemory(5000, 5), sizes, 0, 0)
+    limit = Limit.of(vl.allocate.TokensInMemory(5000, 5), sizes, 0, 0)
     slides = [size.max_size is not None for size in sizes]
     assert any(slides)
     for many, sliding in zip(limit.tokens, slides, strict=True):
@@ -96,7 +96,7 @@ def test_a_sliding_layer_counts_what_it_sees():
 )
 def test_budgets_that_leave_nothing_are_refused(budget, sentence):
     with pytest.raises(InputError, match=sentence):
-        limit_of(budget(), layer_sizes(tiny("llama")), 4, 64)
+        Limit.of(budget(), layer_sizes(tiny("llama")), 4, 64)
 
 
 def test_models_without_keys_and_values_are_refused():

@@ -15,9 +15,9 @@ import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import store
+from veloxlab.allocate.budget import PlannedModel
 from veloxlab.allocate.ratequant import kept_rate_budget
 from veloxlab.allocate.search import SEARCHED, SearchResult
-from veloxlab.allocate.trials import PlannedModel
 from veloxlab.errors import InputError
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import veloxlab as vl
 from tests.tiny_models import tiny
-from veloxlab.allocate.curves import distortion_curves
+from veloxlab.allocate.ratequant import distortion_curves
 from veloxlab.allocate.sensitivity import sensitivities
 from veloxlab.codecs import METHODS
 from veloxlab.measure.activations import Capture, capture_layers

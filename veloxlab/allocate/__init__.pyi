@@ -1,7 +1,6 @@
 # Where the names of `vl.allocate` come from. `veloxlab/allocate/__init__.py` reads this file.
 from .budget import AverageBits, Bounds, BytesPerToken, QualityFloor, TokensInMemory
-from .curves import distortion_curves
-from .ratequant import allocate_bits, rate_budget
+from .ratequant import allocate_bits, distortion_curves, rate_budget
 from .rates import RateBudget
 from .search import SearchResult
 from .sensitivity import sensitivities

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.counts import HeldTokens, Windows
+from veloxlab.cache.plan import LayerSettings, Plan, model_hash
 from veloxlab.checks import FLAG, Check, check_fields, choice, either, instance, real, whole
 from veloxlab.errors import InputError
+from veloxlab.mlxlm.identity import name_of
 from veloxlab.mlxlm.probe import exact_width, probe
 
 MEGABYTE = 1_000_000
@@ -48,10 +50,31 @@ class LayerSize:
 def layer_sizes(model: Module) -> tuple[LayerSize, ...]:
     """Sizes of the layers that a compressed cache can take; raises `InputError` if there are none."""
     names, width = [f.name for f in fields(LayerSize)][:-1], exact_width(model)
-    facts = [[getattr(found, name) for name in names] for found in probe(model) if found.compressible]
+    facts = [{name: getattr(found, name) for name in names} for found in probe(model) if found.compressible]
     if not facts:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to allocate.")
-    return tuple(LayerSize(*own, width) for own in facts)
+    return tuple(LayerSize(**own, exact_bits=width) for own in facts)
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """What a plan has to know of a model: its name, hash of shapes, length of prompt cache, bits of exact values."""
+
+    model: str
+    model_hash: str
+    entries: int
+    exact_bits: int
+
+    @classmethod
+    def of(cls, model: Module) -> Self:
+        """The facts of ``model``."""
+        return cls(name_of(model), model_hash(model), 1 + max(f.layer for f in probe(model)), exact_width(model))
+
+    def plan(self, layers: Mapping[int, LayerSettings], sinks: int, window: int, **said: Any) -> Plan:
+        """A plan with these settings of layers, and exact ones for the others."""
+        exact = LayerSettings("none", self.exact_bits, "none", self.exact_bits)
+        every = tuple(layers.get(layer, exact) for layer in range(self.entries))
+        return Plan(self.model_hash, every, sinks, window, model=self.model, **said)
 
 
 @dataclass(frozen=True)
@@ -95,14 +118,9 @@ class QualityFloor(_Amounts):
 
 
 Budget = AverageBits | BytesPerToken | TokensInMemory | QualityFloor
-BUDGET = either(
-    instance(
-        get_args(Budget),
-        "vl.allocate.AverageBits, vl.allocate.BytesPerToken, vl.allocate.TokensInMemory or vl.allocate.QualityFloor",
-    ),
-    Check("a number of true bits above 0", real(above=0).fits, AverageBits),
-)
-"""A budget, or a number of true bits."""
+_KINDS = "vl.allocate.AverageBits, vl.allocate.BytesPerToken, vl.allocate.TokensInMemory or vl.allocate.QualityFloor"
+_BITS = Check("a number of true bits above 0", real(above=0).fits, AverageBits)
+BUDGET = either(instance(get_args(Budget), _KINDS), _BITS)
 
 
 class Limit(NamedTuple):
@@ -112,45 +130,42 @@ class Limit(NamedTuple):
     nbytes: float | None = None  # of the codes of all layers, for one token of that layer
     predicted_loss: float = 0.0  # the greatest that is allowed, where bytes are not limited
 
-
-def limit_of(budget: Budget, sizes: Sequence[LayerSize], sinks: int, window: int) -> Limit:
-    """What ``budget`` leaves for the codes of these layers; raises `InputError` if exact tokens take all of it."""
-    alike = (1.0,) * len(sizes)
-    match budget:
-        case AverageBits(bits):
-            return Limit(alike, bits * sum(size.values_per_token for size in sizes) / 8)
-        case BytesPerToken(nbytes):
-            return Limit(alike, nbytes)
-        case QualityFloor(loss):
-            return Limit(alike, predicted_loss=loss)
-        case TokensInMemory(tokens, megabytes):
-            held = [size.held_tokens(tokens, sinks, window) for size in sizes]
-    exact = sum(one.exact * size.exact_bytes for one, size in zip(held, sizes, strict=True))
-    left, most = megabytes * MEGABYTE - exact, max(one.packed for one in held)
-    if not most:
-        raise InputError(
-            f"{tokens} tokens are all kept exact by {sinks} sinks and a window of {window}, in "
-            f"{exact / MEGABYTE:.3g} MB: there is nothing to allocate. Take more tokens or a smaller window."
-        )
-    if left <= 0:
-        raise InputError(
-            f"{megabytes:g} MB are less than the exact tokens take, {exact / MEGABYTE:.3g} MB: give more, or fewer "
-            "sinks or a smaller window."
-        )
-    return Limit(tuple(one.packed / most for one in held), left / most)
+    @classmethod
+    def of(cls, budget: Budget, sizes: Sequence[LayerSize], sinks: int, window: int) -> Self:
+        """What ``budget`` leaves for the codes of these layers; raises `InputError` if exact tokens take all of it."""
+        alike = (1.0,) * len(sizes)
+        match budget:
+            case AverageBits(bits):
+                return cls(alike, bits * sum(size.values_per_token for size in sizes) / 8)
+            case BytesPerToken(nbytes):
+                return cls(alike, nbytes)
+            case QualityFloor(loss):
+                return cls(alike, predicted_loss=loss)
+            case TokensInMemory(tokens, megabytes):
+                held = [size.held_tokens(tokens, sinks, window) for size in sizes]
+        exact = sum(one.exact * size.exact_bytes for one, size in zip(held, sizes, strict=True))
+        left, most = megabytes * MEGABYTE - exact, max(one.packed for one in held)
+        if not most:
+            raise InputError(
+                f"{tokens} tokens are all kept exact by {sinks} sinks and a window of {window}, in "
+                f"{exact / MEGABYTE:.3g} MB: there is nothing to allocate. Take more tokens or a smaller window."
+            )
+        if left <= 0:
+            raise InputError(
+                f"{megabytes:g} MB are less than the exact tokens take, {exact / MEGABYTE:.3g} MB: give more, or fewer "
+                "sinks or a smaller window."
+            )
+        return cls(tuple(one.packed / most for one in held), left / most)
 
 
 @dataclass(frozen=True)
 class Bounds:
     """What an allocation may do.
 
-    Attributes
-    ----------
-    least_bits, most_bits : code widths, of those that were measured. At 1 bit the second-order prediction is too low:
-        allow it only where the budget leaves nothing else, as `RateBudget.solve` does where no bounds are given.
-    protected_first, protected_last : number of first and last layers that are left out of the allocation.
-    protection : what these layers get: ``"widest"``, which is ``most_bits``, or ``"exact"``.
-    keys_over_values : whether a layer's keys get at least as many bits as its values, on average over its heads.
+    Code widths are from ``least_bits`` to ``most_bits``, of those that were measured; at 1 bit predicted losses are too
+    low. So many first and last layers as are ``protected`` are left out: they get ``most_bits`` by the protection
+    ``"widest"``, or stay exact. With ``keys_over_values`` a layer's keys get as many bits as its values at least, on
+    average over its heads.
     """
 
     least_bits: int = 2
@@ -161,8 +176,8 @@ class Bounds:
     keys_over_values: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, least_bits=whole(1), most_bits=whole(1), protected_first=whole(0), protected_last=whole(0))
-        check_fields(self, protection=choice(*get_args(Protection)), keys_over_values=FLAG)
+        ends = {"protected_first": whole(0), "protected_last": whole(0), "protection": choice(*get_args(Protection))}
+        check_fields(self, least_bits=whole(1), most_bits=whole(1), keys_over_values=FLAG, **ends)
         if self.least_bits > self.most_bits:
             raise InputError(f"Bounds of {self.least_bits} to {self.most_bits} bits hold no width: give least ≤ most.")
 
@@ -182,8 +197,7 @@ class Setting:
         check_fields(self, budget=BUDGET, bounds=BOUNDS, key_weight=real(above=0))
 
 
-@dataclass(frozen=True)
-class Spans:
+class Spans(NamedTuple):
     """The least and the most that each kind of budget can ask for within some bounds, by the name of its amount."""
 
     bits: tuple[float, float]

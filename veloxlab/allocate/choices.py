@@ -9,18 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import product
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import polars as pl
 
 from veloxlab.allocate.budget import Bounds, LayerSize
-from veloxlab.allocate.solve import Floats, Ints, Problem
+from veloxlab.allocate.solve import ROUNDING, Floats, Ints, Problem
 from veloxlab.cache.plan import Plan
 from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
+from veloxlab.measure.frames import PLACE
 
 PER_HEAD = "ratequant"  # the method whose heads may differ
 EXACT = "none"
@@ -28,8 +28,20 @@ Place = tuple[int, Tensor]  # a layer, and its keys or values
 Chosen = Mapping[Place, "Choice"]
 
 
-@dataclass(frozen=True, eq=False)
-class Choice:
+CURVES = {
+    **PLACE,
+    "method": pl.String,
+    "bits": pl.Int32,  # code bits per coordinate
+    "head_dim": pl.Int32,
+    "distortion": pl.Float64,  # E‖x − x̂‖² over the tokens behind the sinks
+    "relative": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over the same tokens
+    "true_bits": pl.Float64,  # stored bits per coordinate: codes, scales, padding
+    "bytes_per_token": pl.Float64,  # stored for one token of this head
+}
+"""Columns of `veloxlab.allocate.distortion_curves`."""
+
+
+class Choice(NamedTuple):
     """A method and a width for each head of one layer's keys or values."""
 
     method: str  # id; "none" is exact
@@ -44,12 +56,12 @@ class Choice:
         widths = (size.exact_bits,) * size.kv_heads
         return cls(EXACT, widths, dim * sum(widths) / 8, np.zeros(size.kv_heads))
 
-    @cached_property
+    @property
     def mean_width(self) -> float:
         """Code bits, mean over the heads."""
         return sum(self.widths) / len(self.widths)
 
-    @cached_property
+    @property
     def predicted_loss(self) -> float:
         """Of all heads."""
         return float(self.losses.sum())
@@ -60,8 +72,7 @@ class Choice:
         return self.method, round(self.mean_width), {"head_bits": list(self.widths)} if self.method == PER_HEAD else {}
 
 
-@dataclass(frozen=True, eq=False)
-class HeadTable:
+class HeadTable(NamedTuple):
     """Bytes and predicted losses ``[H, W]`` of one layer's keys or values by one method, at ``widths`` ``[W]``."""
 
     method: str
@@ -85,8 +96,7 @@ class HeadTable:
             yield from (self.choice(int(column)) for column in kept)
 
 
-@dataclass(frozen=True, eq=False)
-class Choices:
+class Choices(NamedTuple):
     """Choices of a whole model as the columns of a `Problem`."""
 
     rows: Sequence[Sequence[Chosen]]  # for one layer's keys or values, or for both together
@@ -116,10 +126,8 @@ class Offer:
         A head loses its sensitivity times ½·E‖x − x̂‖²/D; by ``"key_norm"``, whose unit is that of E‖x‖², times the
         relative distortion. Raises `InputError` if the two are not of the same layers and heads.
         """
-        by = sensitivities["by"].unique().to_list()
-        if len(by) != 1:
-            raise InputError(f"The sensitivities are of {len(by)} kinds, {by}: give one kind.")
-        share = pl.col("relative") if by == ["key_norm"] else pl.col("distortion") / (2 * pl.col("head_dim"))
+        moved = pl.col("distortion") / (2 * pl.col("head_dim"))
+        share = pl.col("relative") if sensitivities["by"][0] == "key_norm" else moved
         head = ["layer", "head", "tensor"]
         joined = curves.join(sensitivities.select(*head, "sensitivity"), on=head, how="left", maintain_order="left")
         heads = curves.select(head).unique().height
@@ -133,11 +141,12 @@ class Offer:
         for (layer, tensor, method), own in rows.group_by("layer", "tensor", "method", maintain_order=True):
             widths = tuple(own["bits"].unique().sort())
             nbytes, losses = (own[name].to_numpy().reshape(-1, len(widths)) for name in ("bytes_per_token", "loss"))
-            tables[layer, tensor].append(HeadTable(str(method), widths, nbytes, losses))  # type: ignore[index]
+            tables[layer, tensor].append(HeadTable(str(method), widths, nbytes, losses))
         return cls(sizes, tables)
 
-    def choices(self, bounds: Bounds, tokens: tuple[float, ...], key_weight: float = 1.0) -> Choices:
-        """All that a plan may give within ``bounds``, at so many packed ``tokens`` of each layer."""
+    def choices(self, bounds: Bounds, tokens: tuple[float, ...] = (), key_weight: float = 1.0) -> Choices:
+        """All that a plan may give within ``bounds``, at so many packed ``tokens`` of each layer, alike by default."""
+        tokens = tokens or (1.0,) * len(self.sizes)
         if (bounds, tokens, key_weight) in self.known:
             return self.known[bounds, tokens, key_weight]
         found, last = self._within(bounds), dict(zip((size.layer for size in self.sizes), tokens, strict=True))
@@ -225,17 +234,13 @@ def even_widths(costs: Floats, room: float) -> Ints | None:
 
     These are evenly spaced. None if the first column does not fit.
     """
-    room *= 1 + 1e-9
-    totals = costs.sum(axis=0)
-    if totals[0] > room:
+    count, every = len(costs), np.arange(len(costs))
+    fitting = np.flatnonzero(costs.sum(axis=0) <= room * (1 + ROUNDING))
+    if not fitting.size:
         return None
-    column, count = int(np.flatnonzero(totals <= room)[-1]), len(costs)
-    columns = np.full(count, column)
-    if column + 1 < costs.shape[1]:
-        more = costs[:, column + 1] - costs[:, column]
-        for some in range(count - 1, 0, -1):
-            even = np.diff(np.arange(count + 1) * some // count) == 1
-            if totals[column] + more[even].sum() <= room:
-                columns[even] += 1
-                break
+    columns = np.full(count, fitting[-1])
+    for some in range(count - 1, 0, -1) if fitting[-1] + 1 < costs.shape[1] else ():
+        more = columns + np.diff(np.arange(count + 1) * some // count)
+        if costs[every, more].sum() <= room * (1 + ROUNDING):
+            return more
     return columns

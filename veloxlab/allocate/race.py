@@ -16,6 +16,7 @@ import numpy as np
 from veloxlab.measure.intervals import lower_ends
 
 State = Literal["front", "close", "dominated", "above floor", "not needed", "not finite", "over budget"]
+Measure = Callable[[Sequence[int], int], Sequence[float]]
 
 LEAST_WINDOWS = 3  # before an entrant is dropped: two may agree by chance
 GROUP = 8  # entrants that run together under a floor: cheaper groups first
@@ -42,11 +43,7 @@ class Entrant:
 
 
 def race(
-    nbytes: Sequence[float],
-    measure: Callable[[Sequence[int], int], Sequence[float]],
-    windows: int,
-    most_kl: float | None = None,
-    confidence: float = 0.95,
+    nbytes: Sequence[float], measure: Measure, windows: int, most_kl: float | None = None, confidence: float = 0.95
 ) -> tuple[Entrant, ...]:
     """Run entrants of such costs on windows 0, 1, … together, and drop after each those that are surely beaten.
 

@@ -1,29 +1,93 @@
-"""RateQuant from a model to a plan: measure sensitivities and curves once, then allocate (arXiv 2605.06675)."""
+"""RateQuant from a model to a plan: measure sensitivities and distortion curves, then allocate (arXiv 2605.06675)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import mlx.core as mx
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.budget import BOUNDS, BUDGET, Bounds, Budget, layer_sizes
-from veloxlab.allocate.choices import PER_HEAD
-from veloxlab.allocate.curves import USUAL_BITS, distortion_curves
+from veloxlab.allocate.budget import BOUNDS, BUDGET, Bounds, Budget, PlannedModel, layer_sizes
+from veloxlab.allocate.choices import CURVES, PER_HEAD
 from veloxlab.allocate.rates import FORMAT, RateBudget
-from veloxlab.allocate.sensitivity import By, sensitivities
+from veloxlab.allocate.sensitivity import By, mean_square, sensitivities
 from veloxlab.cache.calibration import Calibration
-from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, Plan, model_hash
-from veloxlab.checks import CALIBRATION, checked, choice, many, whole
-from veloxlab.codecs import find_method
+from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, Plan
+from veloxlab.checks import CALIBRATION, MAPPING, checked, choice, many, whole
+from veloxlab.codecs import TENSORS, find_method
+from veloxlab.codecs.base import fitted_online
+from veloxlab.errors import InputError
+from veloxlab.measure.activations import capture_layers, first_tokens
+from veloxlab.measure.errors import ratio
+from veloxlab.measure.frames import in_schema
 from veloxlab.measure.quality import FIDELITY, fidelity
-from veloxlab.mlxlm.identity import fingerprint, name_of
-from veloxlab.mlxlm.probe import probe
+from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
+from veloxlab.texts import excerpt
+
+USUAL_BITS = range(1, 7)  # the paper's, and 1 bit for budgets near 2
+
+
+@checked(bits=many(whole()), calibrations=MAPPING)
+def distortion_curves(
+    model: Module,
+    tokenizer: Any,  # noqa: ANN401
+    methods: Sequence[str] = ("ratequant",),
+    text: str | None = None,
+    *,
+    bits: Sequence[int] = USUAL_BITS,
+    tokens: int = 1024,
+    sinks: int = DEFAULT_SINKS,
+    calibrations: Mapping[str, Calibration] | None = None,
+    progress: Progress = silent,
+) -> pl.DataFrame:
+    """Measure the distortion of every KV head's keys and values by method and width: `CURVES`.
+
+    Parameters
+    ----------
+    methods : ids; ``"ratequant"`` is TurboQuant, whose widths may differ from head to head.
+    text, tokens : what the model reads, in one piece, and how much of it; by default the validation excerpt.
+    bits : code widths to measure, those of them that a method has.
+    sinks : first tokens that are not counted, as the cache keeps them exact.
+    calibrations : what `veloxlab.calibrate` gave at these widths, by method, for methods that have to be fitted.
+
+    Raises
+    ------
+    InputError : unknown method, none of the widths are its own, a calibration is missing, or the text is too short.
+    """
+    widths = {method: sorted({*bits} & {*find_method(method).bits}) for method in methods}
+    if none := [method for method, own in widths.items() if not own]:
+        raise InputError(f"{none[0]} has none of the widths {sorted({*bits})}: choose among those of vl.methods().")
+    ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
+    if len(ids) - sinks < 2:
+        raise InputError(
+            f"The text has {len(ids)} tokens, which leaves too few behind {sinks} sinks: give a longer text."
+        )
+    layers = len(layer_sizes(model))
+    rows: list[tuple[object, ...]] = []
+    for done, seen in enumerate(capture_layers(model, ids)):  # one layer's activations are held at a time
+        progress(done, layers, f"distortion of layer {seen.layer}")
+        for tensor, (method, own) in product(TENSORS, widths.items()):
+            x = seen.vectors(tensor)[:, :, sinks:]
+            norm, dim = mean_square(x), x.shape[-1]
+            for width in own:
+                codec = fitted_online(seen.codec(tensor, method, width, (calibrations or {}).get(method), {}), x)
+                code = codec.encode(x, sinks)
+                lost = mean_square(x - codec.decode(code).astype(mx.float32))
+                stored = code.nbytes / (x.shape[1] * x.shape[2])
+                rows += [
+                    (seen.layer, head, tensor, method, width, dim, d, r, 8 * stored / dim, stored)
+                    for head, (d, r) in enumerate(zip(lost, ratio(lost, norm), strict=True))
+                ]
+    progress(layers, layers, "done")
+    return pl.DataFrame(rows, schema=CURVES, orient="row")
 
 
 @checked(bits=many(whole()), by=choice(*get_args(By)), calibrations=many(CALIBRATION, empty=True))
@@ -45,70 +109,46 @@ def rate_budget(
 ) -> RateBudget:
     """Measure a model's sensitivities and distortion curves, for any number of budgets.
 
+    Arguments and errors are those of `vl.allocate.sensitivities` and `vl.allocate.distortion_curves`, but for these.
+
     Parameters
     ----------
-    model, tokenizer : as `veloxlab.load` gives them.
     methods : that a layer's keys or values may get; only ``"ratequant"`` has a width for each head.
-    text : what the model reads; the shipped WikiText-2 validation excerpt by default.
-    bits : code widths to measure, those of them that a method has.
-    by, sequences, tokens, folder : as for `vl.allocate.sensitivities`.
     sinks, window : of the plans to be made; sinks are left out of the measurements.
-    calibrations : what `veloxlab.calibrate` gave at these widths, for methods that have to be fitted.
-    progress : told of each step.
-
-    Raises
-    ------
-    InputError : as `vl.allocate.sensitivities` and `vl.allocate.distortion_curves`.
+    calibrations : what `veloxlab.calibrate` gave at the widths ``bits``, for methods that have to be fitted.
     """
-    sizes = layer_sizes(model)
+    sizes, fitted = layer_sizes(model), {calibration.method: calibration for calibration in calibrations}
     for calibration in calibrations:
         calibration.check_model(model)
     given: dict[str, Any] = {"sinks": sinks, "progress": progress}
     weights = sensitivities(model, tokenizer, text, sequences=sequences, tokens=tokens, by=by, folder=folder, **given)
-    fitted = {calibration.method: calibration for calibration in calibrations}
-    curves = distortion_curves(
-        model, tokenizer, methods, text, bits=bits, tokens=2 * tokens, calibrations=fitted, **given
-    )
-    entries = 1 + max(f.layer for f in probe(model))
+    given |= {"bits": bits, "tokens": 2 * tokens, "calibrations": fitted}
+    curves = distortion_curves(model, tokenizer, methods, text, **given)
+    named = astuple(PlannedModel.of(model))[:3]
     identities = {method: one.identity for method, one in fitted.items() if method in methods}
-    return RateBudget(name_of(model), model_hash(model), entries, sizes, weights, curves, sinks, window, identities)
+    return RateBudget(*named, sizes, weights, curves, sinks, window, identities)
 
 
 @checked(budget=BUDGET, bounds=BOUNDS, bits=many(whole()))
 def allocate_bits(
-    model: Module,
-    tokenizer: Any,  # noqa: ANN401
-    budget: Budget | float,
-    bounds: Bounds | None = None,
-    **measured: Any,
+    model: Module, tokenizer: object, budget: Budget | float, bounds: Bounds | None = None, **measured: Any
 ) -> Plan:
-    """Measure a model, by `rate_budget` with the arguments ``measured``, and allocate one budget within ``bounds``.
-
-    To try several budgets, keep the `RateBudget`.
-    """
+    """Measure by `rate_budget`, with the arguments ``measured``, and allocate one budget; for several keep that."""
     return rate_budget(model, tokenizer, **measured).plan(budget, bounds)
 
 
 def kept_rate_budget(
-    model: Module,
-    tokenizer: Any,  # noqa: ANN401
-    *,
-    folder: str | Path | None = None,
-    progress: Progress = silent,
-    **measured: Any,
+    model: Module, tokenizer: object, *, folder: str | Path | None = None, progress: Progress = silent, **measured: Any
 ) -> RateBudget:
     """`rate_budget` with the arguments ``measured``, kept in ``folder`` (by default the user's cache) and found again.
 
-    With a method that was registered (`veloxlab.register`) it is measured each time: its code may have changed. A
-    damaged file is told of in a warning, and made again.
+    With a method that was registered (`veloxlab.register`) it is measured each time: its code may have changed.
     """
     make = partial(rate_budget, model, tokenizer, folder=folder, progress=progress, **measured)
     methods = [find_method(method) for method in measured.get("methods", (PER_HEAD,))]
     if any(method.codecs for method in methods):
         return make()
-    facts: dict[str, Any] = {
-        name: list(given) if isinstance(given, range) else given for name, given in measured.items()
-    }
+    facts: dict[str, Any] = {n: list(given) if isinstance(given, range) else given for n, given in measured.items()}
     if "calibrations" in facts:
         facts["calibrations"] = [calibration.identity for calibration in facts["calibrations"]]
     versions = {method.id: method.version for method in methods}
@@ -129,30 +169,12 @@ EVALUATED = {
 
 
 def evaluated(
-    rates: RateBudget,
-    plan: Plan,
-    model: Module,
-    tokenizer: Any,  # noqa: ANN401
-    *,
-    kind: PlanKind = "allocated",
-    text: str | None = None,
-    tokens: int = 512,
-    windows: int = 1,
-    progress: Progress = silent,
+    rates: RateBudget, plan: Plan, model: Module, tokenizer: object, *, kind: PlanKind = "allocated", **options: Any
 ) -> pl.DataFrame:
-    """Measure a plan by `veloxlab.fidelity`, and say what ``rates`` predict of it: one row, `EVALUATED`.
+    """Measure a plan by `veloxlab.fidelity`, whose ``options`` and errors it has, and say what ``rates`` predict of it.
 
-    ``kind`` is how the plan came about; other arguments are those of `veloxlab.fidelity`. Raises as that, and as
-    `RateBudget.heads`.
+    One row, `EVALUATED`; ``kind`` is how the plan came about.
     """
-    given: dict[str, Any] = {"text": text, "tokens": tokens, "windows": windows, "progress": progress}
-    return (
-        fidelity(model, tokenizer, plan, name=plan.name, **given)
-        .with_columns(
-            kind=pl.lit(kind),
-            true_bits=pl.lit(rates.true_bits(plan)),
-            bytes_per_token=pl.lit(rates.bytes_per_token(plan)),
-            predicted_loss=pl.lit(rates.predicted_loss(plan)),
-        )
-        .match_to_schema(EVALUATED)
-    )
+    predicted = {name: getattr(rates, name)(plan) for name in ("true_bits", "bytes_per_token", "predicted_loss")}
+    said = {name: pl.lit(value) for name, value in ({"kind": kind} | predicted).items()}
+    return in_schema(fidelity(model, tokenizer, plan, name=plan.name, **options).with_columns(**said), EVALUATED)

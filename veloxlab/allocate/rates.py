@@ -1,12 +1,8 @@
 """RateQuant's allocation: sensitivities times distortion curves, solved at once for any budget, into a `Plan`.
 
 Paper: *RateQuant: Optimal Mixed-Precision KV Cache Quantization via Rate-Distortion Theory*, F. Zuo et al., 2026, arXiv
-2605.06675.
-
-Where we differ
-    * Curves are measured for every head, and not α·β^−b with one α for all.
-    * The budget is of bytes that are held, scales and padding included, and may choose among methods too.
-    * Sinks, which the cache keeps exact, count neither in sensitivities nor in curves.
+2605.06675. Where we differ: curves are measured for every head, and not α·β^−b with one α for all; the budget is of
+bytes that are held, scales and padding included, and may choose among methods too; sinks count nowhere.
 """
 
 from __future__ import annotations
@@ -21,17 +17,19 @@ from typing import Any, Self
 
 import polars as pl
 
-from veloxlab.allocate.budget import BOUNDS, BUDGET, MEGABYTE, Bounds, Budget, LayerSize, Limit, Spans, limit_of
-from veloxlab.allocate.choices import EXACT, Chosen, Offer
-from veloxlab.allocate.curves import CURVES
+from veloxlab.allocate.budget import BOUNDS, BUDGET, MEGABYTE, Bounds, Budget, LayerSize, Limit, PlannedModel, Spans
+from veloxlab.allocate.choices import CURVES, Chosen, Offer
 from veloxlab.allocate.sensitivity import SENSITIVITIES, frame_of
+from veloxlab.allocate.solve import ROUNDING
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, LayerSettings, Plan
 from veloxlab.checks import FILE, checked
 from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
+from veloxlab.measure.frames import PLACE
 from veloxlab.store import digest, read_json, reading, write_json
 
 FORMAT = "veloxlab rate budget 1"
+_TOO_LITTLE = "This budget leaves {:,.1f} bytes a token for all layers' codes, and {}: give more, or allow fewer bits."
 SHORT = 19 / 18  # 2 1/8 code bits at a head dimension of 64
 """A budget of fewer times the bytes that 2 bits for every head take may give some heads 1 bit, where no bounds are
 given. Measured on SmolLM2-135M, KL in nats of 4 windows of 512 tokens, from 2 bits up / from 1 bit up: 0.99 / 0.73 at 2
@@ -46,9 +44,7 @@ FRONTIER = {
 """Columns of `RateBudget.frontier`."""
 
 HEADS = {
-    "layer": pl.Int32,
-    "head": pl.Int32,  # KV head
-    "tensor": pl.String,  # "keys" or "values"
+    **PLACE,
     "method": pl.String,
     "bits": pl.Int32,  # code bits; those of an exact value where the method is "none"
     "predicted_loss": pl.Float64,  # a token, of this head's keys or values alone; 0 where they are exact
@@ -58,12 +54,7 @@ HEADS = {
 
 @dataclass(frozen=True)
 class Allocation:
-    """A plan for `veloxlab.make_cache`, and what is predicted of it.
-
-    No plan of these choices and this budget is predicted to lose less than ``predicted_least``; it is None with a
-    `QualityFloor` or a weight of keys. ``uniform`` is `RateBudget.uniform` in the same bytes; None where even the least
-    measured width takes more.
-    """
+    """A plan for `veloxlab.make_cache`, and what is predicted of it."""
 
     plan: Plan
     bytes_per_token: float  # of one packed token in all layers
@@ -71,16 +62,16 @@ class Allocation:
     key_bits: float  # code bits, mean over the heads
     value_bits: float
     predicted_loss: float  # a token; by gradients or divergences, in nats
-    predicted_least: float | None
-    uniform: Plan | None
+    predicted_least: float | None  # that any plan of this budget can; None with a `QualityFloor` or a weight of keys
+    uniform: Plan | None  # in the same bytes; None where even the least measured width takes more
     predicted_uniform_loss: float | None
     bounds: Bounds  # within which it was allocated
-    only_least: bool  # whether the budget pays for the least widths only, so that nothing was allocated
+    only_least: bool  # whether the budget pays for the least widths only
 
 
 @dataclass(frozen=True, eq=False)
 class RateBudget:
-    """Everything that was measured of a model for allocating bits, so that a budget costs no further run.
+    """What was measured of a model for allocating bits, so that a budget costs no further run.
 
     Attributes
     ----------
@@ -105,24 +96,21 @@ class RateBudget:
     def solve(
         self, budget: Budget | float, bounds: Bounds | None = None, *, key_weight: float = 1.0, name: str = ""
     ) -> Allocation:
-        """Allocate a budget, of true bits if it is a number.
+        """Allocate a budget, of true bits if it is a number; raises `InputError` if the bounds do not allow it.
 
-        The first budget within some ``bounds`` takes a fraction of a second, others are a bisection. The bounds are
-        `Bounds` by default; a budget that 2 bits for every head would all but spend may then give some heads 1 bit.
-        Keys' losses count ``key_weight`` times in the choice, and as they were measured in what is predicted.
-
-        Raises
-        ------
-        InputError : the budget is too small, or too good, for what was measured within the bounds.
+        The bounds are `Bounds` by default; a budget that 2 bits for every head would all but spend may then give some
+        heads 1 bit. Keys' losses count ``key_weight`` times in the choice, but not in what is predicted.
         """
         limit = self._limit(budget)
-        bounds = bounds or self._usual_bounds(limit)
+        if bounds is None:
+            usual = self._offer.choices(Bounds(), limit.tokens).problem.frontier.costs[0]
+            bounds = Bounds() if limit.nbytes is None or limit.nbytes >= SHORT * usual else Bounds(least_bits=1)
         choices = self._offer.choices(bounds, limit.tokens, key_weight)
         least = float(choices.problem.frontier.costs[0])
         if limit.nbytes is None:
             solution = choices.problem.reaching(limit.predicted_loss, choices.losses)
-        elif limit.nbytes * (1 + 1e-9) < least:
-            raise InputError(_too_little(limit.nbytes, f"the least widths within the bounds take {least:,.1f}"))
+        elif limit.nbytes * (1 + ROUNDING) < least:
+            raise InputError(_TOO_LITTLE.format(limit.nbytes, f"the least widths within the bounds take {least:,.1f}"))
         else:
             solution = choices.problem.within(limit.nbytes)
         chosen = choices.chosen(solution.choice)
@@ -140,7 +128,7 @@ class RateBudget:
             None if even is None else self._uniform_plan(even),
             None if even is None else _loss(even),
             bounds,
-            bool(solution.cost <= least * (1 + 1e-9)),
+            bool(solution.cost <= least * (1 + ROUNDING)),
         )
 
     def plan(self, budget: Budget | float, bounds: Bounds | None = None, *, name: str = "") -> Plan:
@@ -151,22 +139,23 @@ class RateBudget:
     def uniform(self, budget: Budget | float, *, name: str = "") -> Plan:
         """One width for all heads, and one bit more for as many heads as the rest pays for, evenly spaced.
 
-        Keys and values get the same bits, whatever the sensitivities. The method is the first that was measured; where
-        it has one width for a layer's keys, all its heads get it. Raises `InputError` for a budget that is too small,
-        or of quality.
+        Keys and values get the same bits, whatever the sensitivities, by the method that was measured first. Raises
+        `InputError` for a budget that is too small, or of quality.
         """
         limit = self._limit(budget)
         if limit.nbytes is None:
             raise InputError("A uniform plan is made for a budget of bytes or bits: give one of those.")
         chosen = self._offer.uniform(limit.tokens, limit.nbytes)
         if chosen is None:
-            raise InputError(_too_little(limit.nbytes, "the least width that was measured takes more for all heads"))
+            raise InputError(
+                _TOO_LITTLE.format(limit.nbytes, "the least width that was measured takes more for all heads")
+            )
         return self._uniform_plan(chosen, name)
 
     @checked(bounds=BOUNDS)
     def frontier(self, bounds: Bounds | None = None) -> pl.DataFrame:
         """The least predicted loss at every number of bytes where it is certain, and uniform widths: `FRONTIER`."""
-        best = self._offer.choices(bounds or Bounds(), self._alike).problem.frontier
+        best = self._offer.choices(bounds or Bounds()).problem.frontier
         first = self._offer.first.values()
         uniform = sum(table.nbytes.sum(axis=0) for table in first), sum(table.losses.sum(axis=0) for table in first)
         frames = [
@@ -178,11 +167,11 @@ class RateBudget:
 
     def spans(self, bounds: Bounds, tokens: int) -> Spans:
         """The least and the most that budgets can ask for within ``bounds``; megabytes are of a text of ``tokens``."""
-        choices = self._offer.choices(bounds, self._alike)
+        choices = self._offer.choices(bounds)
         best = choices.problem.frontier
         ends = [choices.chosen(best.choice(step)) for step in (0, len(best.slopes))]
         # a little more than a plan holds, so that no end is refused for its rounding
-        least, most = (self._held(end, tokens, self.sinks, self.window) / MEGABYTE * (1 + 1e-9) for end in ends)
+        least, most = (self._held(end, tokens, self.sinks, self.window) / MEGABYTE * (1 + ROUNDING) for end in ends)
         nbytes = float(best.costs[0]), float(best.costs[-1])
         bits = 8 * nbytes[0] / self._values, 8 * nbytes[1] / self._values
         return Spans(bits, nbytes, (least, most), (float(best.losses[-1]), float(best.losses[0])))
@@ -251,21 +240,8 @@ class RateBudget:
     def _values(self) -> int:
         return sum(size.values_per_token for size in self.sizes)
 
-    @property
-    def _alike(self) -> tuple[float, ...]:
-        """As many packed tokens in every layer."""
-        return (1.0,) * len(self.sizes)
-
     def _limit(self, budget: Budget | float) -> Limit:
-        return limit_of(BUDGET("budget", budget), self.sizes, self.sinks, self.window)
-
-    def _usual_bounds(self, limit: Limit) -> Bounds:
-        """`Bounds`, and from 1 bit up where a budget is `SHORT`."""
-        usual = Bounds()
-        if limit.nbytes is None:
-            return usual
-        least = self._offer.choices(usual, limit.tokens).problem.frontier.costs[0]
-        return usual if limit.nbytes >= SHORT * least else Bounds(least_bits=1)
+        return Limit.of(BUDGET("budget", budget), self.sizes, self.sinks, self.window)
 
     def _chosen(self, plan: Plan) -> Chosen:
         """What a plan gives each layer's keys and values: the inverse of `_plan`."""
@@ -283,22 +259,15 @@ class RateBudget:
         return exact + sum(held[layer].packed * choice.nbytes for (layer, _), choice in chosen.items())
 
     def _plan(self, chosen: Chosen, name: str) -> Plan:
-        exact = self.sizes[0].exact_bits
-        layers = [LayerSettings(EXACT, exact, EXACT, exact)] * self.entries
+        layers = {}
         for size in self.sizes:
             keys, values = (chosen[size.layer, tensor].settings for tensor in TENSORS)
             layers[size.layer] = LayerSettings(*keys[:2], *values[:2], key_options=keys[2], value_options=values[2])
         methods = {choice.method for choice in chosen.values()}
-        return Plan(
-            self.model_hash,
-            tuple(layers),
-            self.sinks,
-            self.window,
-            name=name,
-            model=self.model,
-            allocation=self.identity,
-            calibrations={method: one for method, one in self.calibrations.items() if method in methods},
-        )
+        calibrations = {method: one for method, one in self.calibrations.items() if method in methods}
+        shape = PlannedModel(self.model, self.model_hash, self.entries, self.sizes[0].exact_bits)
+        said: dict[str, Any] = {"name": name, "calibrations": calibrations, "allocation": self.identity}
+        return shape.plan(layers, self.sinks, self.window, **said)
 
     def _uniform_plan(self, chosen: Chosen, name: str = "") -> Plan:
         return self._plan(chosen, name or f"uniform, {_mean_width(chosen, *TENSORS):.2f} code bits")
@@ -316,10 +285,3 @@ def _loss(chosen: Chosen) -> float:
 
 def _mean_width(chosen: Chosen, *tensors: Tensor) -> float:
     return fmean(choice.mean_width for (_, tensor), choice in chosen.items() if tensor in tensors)
-
-
-def _too_little(nbytes: float, least: str) -> str:
-    return (
-        f"This budget leaves {nbytes:,.1f} bytes a token for the codes of all layers, and {least}: give more, or allow "
-        "fewer bits."
-    )

@@ -17,7 +17,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab import views
 from veloxlab.allocate.race import Entrant, race
-from veloxlab.allocate.trials import USUAL_BITS, Candidate, Job, PlannedModel, Trial, Trials, Weighed, candidates, doer
+from veloxlab.allocate.trials import USUAL_BITS, Candidate, Job, PlannedModel, Trial, Trials, candidates, doer
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import FILE, MODEL, PATH, WORDS, checked, either, having, many, real, whole
@@ -169,12 +169,7 @@ class SearchResult:
 
     @checked()
     def calibration(
-        self,
-        model: Module,
-        tokenizer: Any,  # noqa: ANN401
-        method: str,
-        *,
-        folder: str | Path | None = None,
+        self, model: Module, tokenizer: object, method: str, *, folder: str | Path | None = None
     ) -> Calibration:
         """The calibration that the plans of a ``method`` want: kept since the search, or made again."""
         if method not in self.calibrations:
@@ -201,8 +196,13 @@ class SearchResult:
 
 
 def _searched(experiment: _Experiment, trials: Trials) -> SearchResult:
-    found, most_bytes = _weighed(experiment, trials.asked), trials.most_bytes_per_token or inf
-    nbytes, racing = found.nbytes, [c for c, n in found.nbytes.items() if n <= most_bytes]
+    found, *others = _results(experiment, [Job(tuple(own)) for _, own in groupby(trials.asked, lambda c: c.method)])
+    for weighed in others:
+        found.nbytes.update(weighed.nbytes)
+        found.calibrations.update(weighed.calibrations)
+    most_bytes = trials.most_bytes_per_token or inf
+    nbytes: dict[Candidate, float] = dict(sorted(found.nbytes.items(), key=lambda pair: pair[1]))
+    racing = [c for c, n in nbytes.items() if n <= most_bytes]
     if not racing:
         of, least = next(iter(nbytes.items()))
         raise InputError(
@@ -237,22 +237,14 @@ def _searched(experiment: _Experiment, trials: Trials) -> SearchResult:
         )
     entrants += tuple(Entrant(n, state="over budget") for n in nbytes.values() if n > most_bytes)
     rows: list[dict[str, Any]] = []
-    for c, entrant in zip(nbytes, entrants, strict=True):
+    for row, (c, entrant) in enumerate(zip(nbytes, entrants, strict=True)):
         own = [experiment.known[Job((c,), window)] for window in range(len(entrant.kls))]
-        rows.append({"row": len(rows)} | _row(c, entrant, own, trials.confidence))
+        said = {"row": row, "bytes_per_token": entrant.nbytes, "windows": len(own), "state": entrant.state}
+        rows.append(asdict(c) | said | _means(own, trials.confidence))
     unfinished.remove()
     settings = asdict(replace(trials, text=None if trials.text is None else digest(trials.text)[:16]))
     del settings["asked"], settings["folder"]
     return SearchResult(pl.DataFrame(rows, schema=SEARCHED), found.shape, found.calibrations, settings)
-
-
-def _weighed(experiment: _Experiment, asked: Sequence[Candidate]) -> Weighed:
-    """All candidates, from the fewest bytes up."""
-    found = _results(experiment, [Job(tuple(own)) for _, own in groupby(asked, lambda c: c.method)])
-    nbytes = {c: n for weighed in found for c, n in weighed.nbytes.items()}
-    calibrations = {method: one for weighed in found for method, one in weighed.calibrations.items()}
-    by_bytes = dict(sorted(nbytes.items(), key=lambda pair: pair[1]))
-    return Weighed(by_bytes, calibrations, found[0].shape, found[0].identity)
 
 
 def _results(experiment: _Experiment, jobs: Sequence[Job], **counts: int) -> list[Any]:
@@ -261,23 +253,14 @@ def _results(experiment: _Experiment, jobs: Sequence[Job], **counts: int) -> lis
     return [found[job] for job in jobs]
 
 
-def _row(c: Candidate, entrant: Entrant, trials: Sequence[Trial], confidence: float) -> dict[str, Any]:
-    sure, count = len(trials) > 1 and isfinite(entrant.mean_kl), len(trials)
-    _, low, high = mean_interval(entrant.kls, confidence) if sure else (None, None, None)
-    kls, flips, seconds = zip(*trials, strict=True) if trials else ((), (), ())
-    measured = {"kl": sum(kls) / count, "top1_flips": sum(flips) / count} if count else {}
-    return (
-        asdict(c)
-        | {
-            "bytes_per_token": entrant.nbytes,
-            "windows": count,
-            "low": low,
-            "high": high,
-            "seconds": sum(seconds),
-            "state": entrant.state,
-        }
-        | measured
-    )
+def _means(trials: Sequence[Trial], confidence: float) -> dict[str, float]:
+    if not trials:
+        return {"seconds": 0.0}
+    kls, flips, seconds = zip(*trials, strict=True)
+    said = {"kl": sum(kls) / len(kls), "top1_flips": sum(flips) / len(flips), "seconds": sum(seconds)}
+    if len(kls) > 1 and all(map(isfinite, kls)):
+        _, said["low"], said["high"] = mean_interval(kls, confidence)
+    return said
 
 
 def _model_name(model: Module | str | Path, tokenizer: object, executor: Executor | None) -> str:

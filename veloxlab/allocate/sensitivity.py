@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -10,14 +12,16 @@ import mlx.core as mx
 import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
+from veloxlab.allocate.budget import layer_sizes
 from veloxlab.cache.plan import DEFAULT_SINKS
 from veloxlab.checks import checked, choice
 from veloxlab.codecs import TENSORS, Tensor, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Recorder, capture_layers, stretches
 from veloxlab.measure.errors import layer_errors, ratio
+from veloxlab.measure.frames import PLACE, in_schema
 from veloxlab.measure.predictions import check_room, divergence, log_probabilities, loss_gradients
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.identity import fingerprint
@@ -32,9 +36,7 @@ LEAST_TOKENS = 16  # of a sequence behind the sinks
 TRIAL = ("turboquant", 3)  # method and bits of trials
 
 SENSITIVITIES = {
-    "layer": pl.Int32,
-    "head": pl.Int32,  # KV head
-    "tensor": pl.String,  # "keys" or "values"
+    **PLACE,
     "sensitivity": pl.Float64,  # what a token loses for ½·E‖x − x̂‖²/D, in nats by `NATS`; of "key_norm", E‖x‖²
     "sequences": pl.Int32,  # that it is the mean of
     "tokens": pl.Int32,  # of each sequence that were counted, those behind the sinks
@@ -44,7 +46,7 @@ SENSITIVITIES = {
 
 _EACH = {"sequence" if name == "sequences" else name: dtype for name, dtype in SENSITIVITIES.items()}
 _Step = Callable[[str], None]
-_Found = Iterator[tuple[int, Tensor, ArrayLike]]  # a layer, its keys or values, and a number for each KV head
+_Found = Iterator[tuple[int, Tensor, NDArray[np.float64]]]  # a layer, its keys or values, and a number for each KV head
 
 
 @checked(by=choice(*get_args(By)))
@@ -67,38 +69,27 @@ def sensitivities(
 
     Parameters
     ----------
-    model, tokenizer : as `veloxlab.load` gives them.
-    text : what the model reads; the shipped WikiText-2 validation excerpt by default.
-    sequences, tokens : stretches of the text, one after another, and their length. One is held at a time.
-    by : ``"gradient"``, E‖∂L/∂x‖² over the tokens: one forward and one backward pass for each sequence;
-        ``"key_norm"``, E‖x‖², which says nothing of the loss;
-        ``"attention_output"``, the relative error of a layer's output with its keys or values at 3 bits, over their
-        distortion;
-        ``"forward_kl"``, the divergence of the model's predictions with one layer's keys or values at 3 bits, over
-        their distortion: all heads of a layer share it, and the text is read twice for each layer.
+    text, sequences, tokens : by default the WikiText-2 validation excerpt; its stretches, and their length.
+    by : ``"gradient"``, E‖∂L/∂x‖² over the tokens; ``"key_norm"``, E‖x‖², which says nothing of the loss; by trials of
+        a layer's keys or values at 3 bits, over their distortion, ``"attention_output"``, the relative error of its
+        output, or ``"forward_kl"``, the divergence of predictions, which reads the text twice for each layer and is one
+        for all heads of a layer.
     sinks : first tokens of a sequence that are not counted.
     per_sequence : give a row for each sequence; `settled` makes means of them.
     folder : where the result is kept; the user's cache folder by default.
-    progress : told of each step; what it raises ends the work and nothing is kept.
 
     Raises
     ------
-    InputError : the text is too short; a sequence does not fit into memory; the model has no plain keys and values,
-        shows no queries, or its gradient cannot be taken; gradients or activations are not finite.
+    InputError : a text that is too short, or does not fit into memory; a model without plain keys and values, queries
+        or gradients; numbers that are not finite.
     """
     if tokens - sinks < LEAST_TOKENS:
         raise InputError(
             f"tokens={tokens} with sinks={sinks} say too little: take {LEAST_TOKENS} tokens more than the sinks."
         )
     read = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
-    facts = {
-        "model": fingerprint(model),
-        "text": digest(read),
-        "sequences": sequences,
-        "tokens": tokens,
-        "sinks": sinks,
-        "by": by,
-    }
+    facts = {"model": fingerprint(model), "text": digest(read), "sequences": sequences, "tokens": tokens}
+    facts |= {"sinks": sinks, "by": by}
     frame = kept(
         kept_in("sensitivities", folder) / f"{by}-{digest([FORMAT, facts])[:16]}.json",
         _loaded,
@@ -135,10 +126,7 @@ def _loaded(path: Path) -> pl.DataFrame:
 def _measured(
     model: Module, read: Sequence[list[int]], by: By, sinks: int, progress: Progress
 ) -> Iterator[pl.DataFrame]:
-    """Rows of each sequence."""
-    layers = sum(f.compressible for f in probe.probe(model))
-    if not layers:
-        raise InputError("No layer of this model keeps plain keys and values: there is nothing to measure.")
+    layers = len(layer_sizes(model))
     if by in NATS:
         check_room(model, [max(map(len, read))])
     steps = {"gradient": 1, "key_norm": 1, "attention_output": layers, "forward_kl": 2 * layers + 1}[by]
@@ -148,27 +136,20 @@ def _measured(
         def step(label: str, sequence: int = sequence) -> None:
             progress(next(done), total, f"sequence {sequence + 1} of {len(read)}: {label}")
 
-        rows: list[tuple[object, ...]] = []
+        frames = []
         for layer, tensor, found in _MEASURES[by](model, ids, sinks, step):
-            numbers = np.array(found, np.float64)
-            if not np.isfinite(numbers).all():
+            if not np.isfinite(found).all():
                 raise InputError(
                     f"The sensitivity of layer {layer}'s {tensor} by {by!r} is NaN or infinite: load the model with "
                     "dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
                 )
-            counted = len(ids) - sinks
-            rows += [
-                (layer, head, tensor, number, sequence, counted, by) for head, number in enumerate(numbers.tolist())
-            ]
-        yield pl.DataFrame(rows, schema=_EACH, orient="row")
+            said = {"layer": layer, "tensor": tensor, "sequence": sequence, "tokens": len(ids) - sinks, "by": by}
+            frames.append(pl.DataFrame({"head": range(len(found)), "sensitivity": found} | said))
+        yield in_schema(pl.concat(frames), _EACH)
     progress(total, total, "done")
 
 
-# kinds ----------------------------------------------------------------------------------------------------------------
-
-
 def _by_gradient(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> _Found:
-    """E‖∂L/∂x‖² of each head."""
     step("gradients")
     try:
         gradients = loss_gradients(model, ids)
@@ -179,27 +160,24 @@ def _by_gradient(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> 
             f"The loss of this model ({type(model).__module__}) cannot be differentiated ({error}): choose "
             "by='attention_output' or by='forward_kl'."
         ) from error
-    squares = [[mean_square(gradient, sinks) for gradient in pair] for pair in gradients]
-    mx.eval(squares)
-    layers = [f.layer for f in probe.probe(model) if f.compressible]
-    for layer, pair in zip(layers, squares, strict=True):
-        if all((square == 0).all().item() for square in pair):
+    for size, pair in zip(layer_sizes(model), gradients, strict=True):
+        squares = [mean_square(gradient[:, :, sinks:]) for gradient in pair]
+        if not np.any(squares[0]) and not np.any(squares[1]):
             raise InputError(
-                f"No gradient of the loss reaches the keys and values of layer {layer}: choose by='attention_output' "
-                "or by='forward_kl'."
+                f"No gradient of the loss reaches the keys and values of layer {size.layer}: choose "
+                "by='attention_output' or by='forward_kl'."
             )
-        yield from ((layer, tensor, square) for tensor, square in zip(TENSORS, pair, strict=True))
+        yield from ((size.layer, tensor, square) for tensor, square in zip(TENSORS, squares, strict=True))
 
 
 def _by_key_norm(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> _Found:
-    """E‖x‖² of each head."""
     step("norms")
     for seen in capture_layers(model, ids):
-        yield from ((seen.layer, tensor, mean_square(seen.vectors(tensor), sinks)) for tensor in TENSORS)
+        yield from ((seen.layer, tensor, mean_square(seen.vectors(tensor)[:, :, sinks:])) for tensor in TENSORS)
 
 
 def _by_attention_output(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> _Found:
-    """The relative error of each KV head's attention output in a trial of keys or values, over its `_per_value`."""
+    """The relative error of each KV head's attention output in a trial of keys or values, over how far they moved."""
     method, bits = TRIAL
     for seen in capture_layers(model, ids):
         step(f"attention of layer {seen.layer}")
@@ -211,28 +189,23 @@ def _by_attention_output(model: Module, ids: Sequence[int], sinks: int, step: _S
         errors = layer_errors(Capture((seen,), tuple(ids)), method, bits=bits, sinks=sinks).sort("head")
         for tensor in TENSORS:
             lost = errors.filter(tensor=tensor)["output_error"].to_numpy()
-            yield seen.layer, tensor, ratio(lost, _per_value(seen.vectors(tensor), tensor, sinks))
+            yield seen.layer, tensor, ratio(lost, _tried(seen.vectors(tensor), tensor, sinks)[1])
 
 
 def _by_forward_kl(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> _Found:
-    """The divergence of predictions in a trial of one layer's keys or values, over the `_per_value` of its heads."""
+    """The divergence of predictions in a trial of one layer's keys or values, over how far its heads moved."""
     x = mx.array([list(ids[:-1])])
     step("exact")
     exact = log_probabilities(model(x)[0])
-    for facts in [found for found in probe.probe(model) if found.compressible]:
-        for tensor in TENSORS:
-            step(f"{tensor} of layer {facts.layer}")
-            trial = _Trial(facts, tensor, sinks)
-
-            def recorder(of: probe.LayerFacts, own: probe.LayerFacts = facts, trial: _Trial = trial) -> Recorder:
-                return trial if of is own else Recorder(of)
-
-            caches = probe.with_caches(model, recorder)
-            lost = divergence(exact, log_probabilities(model(x, cache=caches)[0])).mean().item()
-            yield facts.layer, tensor, np.full(facts.kv_heads, ratio(lost, trial.per_value.sum()))
+    for size, tensor in product(layer_sizes(model), TENSORS):
+        step(f"{tensor} of layer {size.layer}")
+        caches = probe.with_caches(model, partial(_Trial, size.layer, tensor, sinks))
+        lost = divergence(exact, log_probabilities(model(x, cache=caches)[0])).mean().item()
+        moved = sum(trial.moved.sum() for trial in probe.slots_of(caches) if isinstance(trial, _Trial))
+        yield size.layer, tensor, np.full(size.kv_heads, ratio(lost, moved))
 
 
-_MEASURES: dict[By, Callable[[Module, Sequence[int], int, _Step], _Found]] = {
+_MEASURES = {
     "gradient": _by_gradient,
     "key_norm": _by_key_norm,
     "attention_output": _by_attention_output,
@@ -241,33 +214,30 @@ _MEASURES: dict[By, Callable[[Module, Sequence[int], int, _Step], _Found]] = {
 
 
 class _Trial(Recorder):
-    """Compresses keys or values behind the sinks, and keeps how far they moved."""
+    """Compresses one layer's keys or values behind the sinks, and keeps how far they moved."""
 
-    def __init__(self, facts: probe.LayerFacts, tensor: Tensor, sinks: int) -> None:
+    def __init__(self, layer: int, tensor: Tensor, sinks: int, facts: probe.LayerFacts) -> None:
         super().__init__(facts)
-        self._tensor, self._sinks = tensor, sinks
-        self.per_value = np.zeros(0)
+        self._layer, self._tensor, self._sinks, self.moved = layer, tensor, sinks, np.zeros(1)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        x = keys if self._tensor == "keys" else values
-        coded = _compressed(x[:, :, self._sinks :], self._tensor).astype(x.dtype)
-        x_coded = mx.concatenate([x[:, :, : self._sinks], coded], axis=2)
-        self.per_value = _per_value(x, self._tensor, self._sinks)
-        return super().update_and_fetch(*((x_coded, values) if self._tensor == "keys" else (keys, x_coded)))
+        if self.facts.layer == self._layer and self._tensor == "keys":
+            keys, self.moved = _tried(keys, "keys", self._sinks)
+        elif self.facts.layer == self._layer:
+            values, self.moved = _tried(values, "values", self._sinks)
+        return super().update_and_fetch(keys, values)
 
 
-def _compressed(x: mx.array, tensor: Tensor) -> mx.array:
+def _tried(x: mx.array, tensor: Tensor, sinks: int) -> tuple[mx.array, NDArray[np.float64]]:
+    """``x`` with codes behind the sinks, and ½·E‖x − x̂‖²/D of each head: what a sensitivity is multiplied with."""
     method, bits = TRIAL
     codec = find_method(method).codec(x.shape[-1], bits, tensor)
-    return codec.decode(codec.encode(x))
-
-
-def _per_value(x: mx.array, tensor: Tensor, sinks: int) -> NDArray[np.float64]:
-    """½·E‖x − x̂‖²/D of each head in a trial: what a sensitivity is multiplied with."""
     behind = x[:, :, sinks:].astype(mx.float32)
-    return np.array(mean_square(behind - _compressed(behind, tensor), 0), np.float64) / (2 * x.shape[-1])
+    coded = codec.decode(codec.encode(behind))
+    whole = mx.concatenate([x[:, :, :sinks], coded.astype(x.dtype)], axis=2)
+    return whole, mean_square(behind - coded) / (2 * x.shape[-1])
 
 
-def mean_square(x: mx.array, sinks: int) -> mx.array:
-    """E‖x‖² of each head ``[H]`` of ``[1, H, S, D]`` over the tokens behind the sinks."""
-    return mx.square(x[0, :, sinks:].astype(mx.float32)).sum(axis=-1).mean(axis=-1)
+def mean_square(x: mx.array) -> NDArray[np.float64]:
+    """E‖x‖² over the tokens, of each head ``[H]`` of ``[1, H, S, D]``."""
+    return np.array(mx.square(x[0].astype(mx.float32)).sum(axis=-1).mean(axis=-1), np.float64)

@@ -1,14 +1,13 @@
 """Choosing one of several costs and losses for each of many components, within a budget: exactly, and at once.
 
 A component may be one KV head's keys at one of several widths, or a layer's values by one of several methods. The best
-choices for every budget lie on the lower convex hulls of the components' points: their steps are sorted once by the
-loss that a byte saves there, and a budget is then a place in that order, found by bisection. It is the Lagrangian
-solution (H. Everett, 1963; Y. Shoham and A. Gersho, 1988, for bit allocation), with λ the slope at that place.
+choices lie on the lower convex hulls of the components' points: their steps are sorted once by the loss that a byte
+saves there, and a budget is a place in that order. It is the Lagrangian solution (H. Everett, 1963; Y. Shoham and A.
+Gersho, 1988, for bit allocation), with λ the slope at that place.
 
-What is guaranteed
-    Where the steps end exactly at the budget, no other choice within it loses less. Elsewhere what is left over is
-    filled with the best moves that fit, and `Solution.bound` says what no choice within the budget can fall below.
-    For convex curves with steps of one cost it is RateQuant's greedy rule (arXiv 2605.06675, .4), and optimal always.
+Where the steps end exactly at the budget, no other choice within it loses less. Elsewhere what is left over is filled
+with the best moves that fit, and `Solution.bound` says what no choice within the budget can fall below. For convex
+curves with steps of one cost it is RateQuant's greedy rule (arXiv 2605.06675, .4), and optimal always.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,14 +25,13 @@ from veloxlab.errors import InputError
 Floats = NDArray[np.float64]
 Ints = NDArray[np.intp]
 
-_ROUNDING = 1e-9  # of sums of costs, relative to the budget
+ROUNDING = 1e-9  # of sums of costs, relative to the budget
 
 
-@dataclass(frozen=True, eq=False)
-class Solution:
+class Solution(NamedTuple):
     """The column ``[N]`` that each component takes, and the sums of their costs and losses.
 
-    No choice of at most the budget's cost loses less than ``bound``; of at most the loss asked for, none costs less.
+    No choice of at most the budget's cost loses less than ``bound``, which is 0 where a loss was asked for.
     """
 
     choice: Ints
@@ -41,8 +40,7 @@ class Solution:
     bound: float
 
 
-@dataclass(frozen=True, eq=False)
-class Frontier:
+class Frontier(NamedTuple):
     """The steps of all hulls in the order of their slopes: the best that a cost can do wherever a step ends."""
 
     costs: Floats  # [K + 1], the sums before the first step and after each, ascending
@@ -61,18 +59,13 @@ class Frontier:
 class Problem:
     """Components and their choices: ``costs`` and ``losses`` ``[N, M]``, both infinite where there is no such choice.
 
-    Raises `InputError` if the tables differ in shape, are empty, or a component has no choice.
+    Raises `InputError` if a component has no choice.
     """
 
     costs: Floats
     losses: Floats
 
     def __post_init__(self) -> None:
-        if self.costs.ndim != 2 or self.costs.shape != self.losses.shape or not self.costs.size:
-            raise InputError(
-                f"Costs and losses are tables of one shape, components by choices, and have the shapes "
-                f"{self.costs.shape} and {self.losses.shape}."
-            )
         there = np.isfinite(self.costs) & np.isfinite(self.losses)
         if (none := np.flatnonzero(~there.any(axis=1))).size:
             raise InputError(f"Component {none[0]} has no choice left: widen the bounds, or measure more widths.")
@@ -112,29 +105,22 @@ class Problem:
         )
 
     def within(self, budget: float) -> Solution:
-        """The least loss for at most ``budget``, as the module says; raises `InputError` if nothing is so cheap."""
-        frontier, room = self.frontier, budget * (1 + _ROUNDING)
-        if room < frontier.costs[0]:
-            raise InputError(
-                f"A budget of {budget:,.6g} is too small: the cheapest choices cost {frontier.costs[0]:,.6g}. Give "
-                "that or more, or allow fewer bits."
-            )
+        """The least loss for at most ``budget``, no less than the cheapest choices cost, as the module says."""
+        frontier, room = self.frontier, budget * (1 + ROUNDING)
         taken = int(np.searchsorted(frontier.costs, room, side="right")) - 1
         left = max(0.0, budget - float(frontier.costs[taken]))
         slope = float(frontier.slopes[taken]) if taken < len(frontier.slopes) else 0.0
         return self._solution(self._filled(frontier.choice(taken), room), float(frontier.losses[taken]) - slope * left)
 
-    def reaching(self, loss: float, losses: Floats | None = None) -> Solution:
+    def reaching(self, loss: float, losses: Floats) -> Solution:
         """The first place in the order with a loss of at most ``loss``; it costs at most one step more than the best.
 
-        Where the problem's losses are weighted, ``losses`` are those without weights. `Solution.bound` is a cost here,
-        and 0 with ``losses``. Raises `InputError` if even the best choices lose more.
+        ``losses`` are those without weights. Raises `InputError` if even the best choices lose more.
         """
-        table, frontier = self.losses if losses is None else losses, self.frontier
-        everyone, last, allowed = np.arange(len(table)), len(frontier.slopes), loss * (1 + _ROUNDING)
+        everyone, last, allowed = np.arange(len(losses)), len(self.frontier.slopes), loss * (1 + ROUNDING)
 
         def lost(step: int) -> float:
-            return float(table[everyone, frontier.choice(step)].sum())
+            return float(losses[everyone, self.frontier.choice(step)].sum())
 
         if lost(last) > allowed:
             raise InputError(
@@ -142,11 +128,7 @@ class Problem:
                 "allow more bits."
             )
         taken = bisect_left(range(last), True, key=lambda step: lost(step) <= allowed)
-        bound = 0.0
-        if losses is None:
-            over = max(0.0, loss - float(frontier.losses[taken]))
-            bound = float(frontier.costs[taken]) - over / (float(frontier.slopes[taken - 1]) if taken else np.inf)
-        return self._solution(frontier.choice(taken), bound)
+        return self._solution(self.frontier.choice(taken), 0.0)
 
     def _filled(self, choice: Ints, room: float) -> Ints:
         """Spend what is left on the moves that save most for their cost, among all that fit."""

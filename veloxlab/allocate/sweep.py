@@ -1,7 +1,7 @@
 """Uniform bits against allocated ones, in the same bytes: what each loses on a text that nothing was fitted to.
 
-The text is cut into windows, and an allocation is compared with uniform bits window by window: the interval is that of
-the paired differences, since windows differ much more from one another than caches do.
+They are compared window by window of the text: the interval is that of the paired differences, since windows differ
+much more from one another than caches do.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from veloxlab.cache.make import make_cache
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.experiments import Experiment
+from veloxlab.measure.frames import in_schema
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.quality import Reference, evaluate, reference
 from veloxlab.mlxlm.identity import fingerprint
@@ -87,20 +88,13 @@ def sweep(
 ) -> pl.DataFrame:
     """Measure uniform TurboQuant and RateQuant's allocations at equal bytes, every token through its codes: `SWEEP`.
 
-    Between whole widths uniform bits are those of `RateBudget.uniform`.
-
     Parameters
     ----------
-    model, tokenizer : as `veloxlab.load` gives them.
-    bits : code bits on average, 1 to 7.
+    bits : code bits on average, 1 to 7; between whole widths uniform bits are those of `RateBudget.uniform`.
     by : kinds of sensitivity to allocate by; the first predicts the loss of uniform bits.
-    text : what plans are evaluated on; the shipped WikiText-2 test excerpt by default.
-    calibration_text : what sensitivities and curves are measured on; the validation excerpt by default.
-    tokens, windows : length and number of the stretches of ``text``.
-    sequences : of 512 tokens, for the sensitivities.
-    unfinished : a file that keeps the measurements, from which a run that was stopped continues.
-    folder : where sensitivities are kept; the user's cache folder by default.
-    progress : told of each step; what it raises ends the work.
+    text, tokens, windows : what plans are evaluated on, by default the WikiText-2 test excerpt; its stretches.
+    calibration_text, sequences : of sensitivities and curves, by default the validation excerpt; 512 tokens each.
+    unfinished, folder : a file from which a run that was stopped continues; where sensitivities are kept.
 
     Raises
     ------
@@ -109,33 +103,24 @@ def sweep(
     least, most = MEASURED_BITS[0], MEASURED_BITS[-1]
     if wrong := [b for b in bits if not least <= b <= most]:
         raise InputError(f"bits={wrong[0]} are out of range: give from {least} to {most} code bits on average.")
-    bits = [float(b) for b in bits]
-    first, *others = by
-    settings: dict[str, Any] = {"sequences": sequences, "sinks": SINKS, "folder": folder, "progress": progress}
-    of_first = rate_budget(
-        model, tokenizer, text=calibration_text, bits=MEASURED_BITS, by=first, window=WINDOW, **settings
-    )
-    rates: dict[str, RateBudget] = {first: of_first}
-    for kind in others:
-        weights = sensitivities(model, tokenizer, calibration_text, by=kind, **settings)
-        rates[kind] = replace(of_first, sensitivities=weights)
+    given: dict[str, Any] = {"sequences": sequences, "sinks": SINKS, "folder": folder, "progress": progress}
+    first = rate_budget(model, tokenizer, text=calibration_text, bits=MEASURED_BITS, by=by[0], window=WINDOW, **given)
+    rates = {by[0]: first}
+    for kind in by[1:]:
+        weights = sensitivities(model, tokenizer, calibration_text, by=kind, **given)
+        rates[kind] = replace(first, sensitivities=weights)
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
-    facts = {
-        "version": find_method(PER_HEAD).version,
-        "model": fingerprint(model),
-        "by": list(by),
-        "calibration": digest([calibration_text, sequences]),
-        "stretches": list(exact.stretches),
-    }
+    facts = {"version": find_method(PER_HEAD).version, "model": fingerprint(model), "by": list(by)}
+    facts |= {"calibration": digest([calibration_text, sequences]), "stretches": list(exact.stretches)}
     measuring = Experiment[Job, pl.DataFrame](
         partial(_measured, exact, rates), lambda job: f"{job[0]:g} bits, {job[1]}", progress=progress
     )
     measuring.go_on(
         Unfinished(unfinished, FORMAT, facts),
         lambda frames: pl.concat(frames.values()).to_dict(as_series=False),
-        _by_job,
+        lambda rows: pl.DataFrame(rows, schema=SWEEP).partition_by("bits", "allocation", as_dict=True),
     )
-    jobs = [(b, allocation) for b in bits for allocation in (UNIFORM, *by)]
+    jobs = [(float(b), allocation) for b in bits for allocation in (UNIFORM, *by)]
     frames = dict(measuring.run(jobs))
     return pl.concat(frames[job] for job in jobs)
 
@@ -162,13 +147,13 @@ def swept(frame: pl.DataFrame) -> pl.DataFrame:
     ]
     intervals = pl.DataFrame(ends, schema=["kl_change", "kl_change_low", "kl_change_high"], orient="row")
     named = summary.with_columns(perplexity=pl.col("nll").exp(), perplexity_exact=pl.col("nll_exact").exp())
-    return pl.concat([named, intervals], how="horizontal").select(list(SWEPT)).cast(SWEPT)  # type: ignore[arg-type]
+    return in_schema(pl.concat([named, intervals], how="horizontal"), SWEPT)
 
 
 def _measured(exact: Reference, rates: Mapping[str, RateBudget], job: Job) -> pl.DataFrame:
     """Rows of one plan, a row a window."""
     mean_bits, allocation = job
-    own = rates[allocation] if allocation in rates else next(iter(rates.values()))
+    own = rates.get(allocation) or next(iter(rates.values()))
     uniform = own.frontier().filter(kind=UNIFORM)["bytes_per_token"].to_numpy()
     budget = BytesPerToken(float(np.interp(mean_bits, list(MEASURED_BITS), uniform)))
     plan = own.uniform(budget) if allocation == UNIFORM else own.plan(budget, usual_bounds(mean_bits))
@@ -178,21 +163,10 @@ def _measured(exact: Reference, rates: Mapping[str, RateBudget], job: Job) -> pl
         cache[:] = make_cache(model, plan, chunk="codes")
         return cache
 
-    found = evaluate(exact, make, per_token=True).group_by("window").agg(
-        positions=pl.len().cast(pl.Int32),
-        kl_mean=pl.col("kl").mean(),
-        top1_flips=pl.col("flip").mean(),
-        nll=pl.col("nll").mean(),
-        nll_exact=pl.col("nll_exact").mean(),
-    )  # fmt: skip
+    means = {"kl_mean": "kl", "top1_flips": "flip", "nll": "nll", "nll_exact": "nll_exact"}
+    found = evaluate(exact, make, per_token=True).group_by("window", maintain_order=True)
     coded = plan.frame.filter(pl.col("key_method") != "none").select(pl.col("key_bits", "value_bits").mean())
     said = {"bits": mean_bits, "allocation": allocation, **coded.row(0, named=True)}
     said |= {"held_bytes": sum(entry.nbytes for entry in cache), "predicted_loss": own.predicted_loss(plan)}
-    constants = {name: pl.lit(value, SWEEP[name]) for name, value in said.items()}
-    return found.sort("window").with_columns(**constants).match_to_schema(SWEEP)
-
-
-def _by_job(rows: Mapping[str, Sequence[Any]]) -> dict[Job, pl.DataFrame]:
-    """Frames by bits and allocation."""
-    frame = pl.DataFrame(rows, schema=SWEEP)
-    return {(b, a): own for (b, a), own in frame.group_by("bits", "allocation", maintain_order=True)}
+    rows = found.agg(positions=pl.len(), **{name: pl.col(column).mean() for name, column in means.items()})
+    return in_schema(rows.with_columns(**{name: pl.lit(value) for name, value in said.items()}), SWEEP)

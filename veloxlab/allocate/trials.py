@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
@@ -14,38 +14,22 @@ from typing import Any, NamedTuple
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.allocate.budget import layer_sizes
+from veloxlab.allocate.budget import PlannedModel, layer_sizes
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.make import make_cache
-from veloxlab.cache.plan import LayerSettings, Plan, model_hash
+from veloxlab.cache.plan import LayerSettings, Plan
 from veloxlab.codecs import METHODS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.memory import report
 from veloxlab.measure.quality import Mode, Reference, evaluate
-from veloxlab.mlxlm.identity import fingerprint, name_of
-from veloxlab.mlxlm.probe import exact_width, probe, slots_of
+from veloxlab.mlxlm.identity import fingerprint
+from veloxlab.mlxlm.probe import slots_of
 from veloxlab.models.loading import load
 from veloxlab.store import digest
 
 USUAL_BITS = (2, 3, 4)
-
-
-@dataclass(frozen=True)
-class PlannedModel:
-    """What a plan has to know of a model: its name, hash of shapes, length of prompt cache, bits of exact values."""
-
-    model: str
-    model_hash: str
-    entries: int
-    exact_bits: int
-
-    @classmethod
-    def of(cls, model: Module) -> PlannedModel:
-        """The facts of ``model``; raises `InputError` if none of its layers can be compressed."""
-        layer_sizes(model)
-        return cls(name_of(model), model_hash(model), 1 + max(f.layer for f in probe(model)), exact_width(model))
 
 
 @dataclass(frozen=True)
@@ -85,17 +69,9 @@ class Candidate:
     def plan(self, shape: PlannedModel, calibration: str | None = None) -> Plan:
         """The plan for a model; ``calibration`` is the identity of the one that its codecs come from."""
         coded = LayerSettings(self.method, self.key_bits, self.method, self.value_bits)
-        exact = LayerSettings("none", shape.exact_bits, "none", shape.exact_bits)
-        protected = self.within(shape).protected
-        return Plan(
-            shape.model_hash,
-            tuple(exact if layer in protected else coded for layer in range(shape.entries)),
-            self.sinks,
-            self.window,
-            name=self.name,
-            model=shape.model,
-            calibrations={} if calibration is None else {self.method: calibration},
-        )
+        layers = dict.fromkeys({*range(shape.entries)} - {*self.within(shape).protected}, coded)
+        fitted = {} if calibration is None else {self.method: calibration}
+        return shape.plan(layers, self.sinks, self.window, name=self.name, calibrations=fitted)
 
 
 def candidates(
@@ -114,15 +90,14 @@ def candidates(
     usual = [m.id for m in METHODS.values() if not (m.calibrated or m.per_head or m.id == "none")]
     found: list[Candidate] = []
     for name in dict.fromkeys(usual if methods is None else methods):
-        asked = {"key_bits": key_bits, "value_bits": value_bits}
-        own = {which: [b for b in widths if b in find_method(name).bits] for which, widths in asked.items()}
-        for which in asked:
-            if not own[which]:
-                raise InputError(
-                    f"{name} has none of the widths {sorted(asked[which])} of {which}: choose among those of "
-                    "vl.methods()."
-                )
-        combined = product(protected, sinks, window, *own.values())
+        own = find_method(name).bits
+        keys, values = ([b for b in widths if b in own] for widths in (key_bits, value_bits))
+        if not (keys and values):
+            which, widths = ("value_bits", value_bits) if keys else ("key_bits", key_bits)
+            raise InputError(
+                f"{name} has none of the widths {sorted(widths)} of {which}: choose among those of vl.methods()."
+            )
+        combined = product(protected, sinks, window, keys, values)
         found += [Candidate(name, k, v, s, w, tuple(p)) for p, s, w, k, v in combined]
     return tuple(dict.fromkeys(found))
 
@@ -134,10 +109,9 @@ def bytes_per_token(model: Module, plan: Plan, context: int, calibration: Calibr
     is not. It is what `veloxlab.report` measures, or a little more for layers that slide.
     """
     cache = make_cache(model, plan, calibration=calibration)
-    layers = {slot.layer: slot for slot in slots_of(cache) if hasattr(slot, "key_codec")}
+    layers = [slot for slot in slots_of(cache) if hasattr(slot, "key_codec")]
     total = float(report(cache).filter(path="shared")["held_bytes"].sum())
-    for size in layer_sizes(model):
-        slot = layers[size.layer]
+    for size, slot in zip(layer_sizes(model), layers, strict=True):
         held = size.held_tokens(context, plan.sinks, plan.window, decoded=False)
         coded = sum(codec.bits_per_value * codec.head_dim / 8 for codec in (slot.key_codec, slot.value_codec))
         total += held.exact * size.exact_bytes + held.packed * size.kv_heads * coded
@@ -183,8 +157,7 @@ class Weighed(NamedTuple):
     identity: str
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """Count the bytes of ``some`` candidates of one method, a `Weighed`; or run the only one on a window, a `Trial`."""
 
     some: tuple[Candidate, ...]
@@ -197,19 +170,15 @@ class Job:
         return f"window {self.window + 1}: {self.some[0].name}"
 
 
-@dataclass(eq=False)
 class Bench:
     """A model that is loaded, the text as windows of tokens, and the exact run of the window that is measured."""
 
-    trials: Trials
-    model: Module
-    tokenizer: Any
-    _exact: dict[int, Reference] = field(default_factory=dict, repr=False)
-    _fitted: dict[str, Calibration] = field(default_factory=dict, repr=False)
-
-    def __post_init__(self) -> None:
-        self._windows = stretches(self.tokenizer, self.trials.text, self.trials.tokens, self.trials.windows)
-        self._shape = PlannedModel.of(self.model)
+    def __init__(self, trials: Trials, model: Module, tokenizer: Any) -> None:  # noqa: ANN401
+        self.trials, self.model, self.tokenizer = trials, model, tokenizer
+        self._windows = stretches(tokenizer, trials.text, trials.tokens, trials.windows)
+        self._shape = PlannedModel.of(model)
+        self._exact: dict[int, Reference] = {}
+        self._fitted: dict[str, Calibration] = {}
 
     def do(self, job: Job) -> Weighed | Trial:
         """Do a job of either kind."""
