@@ -20,7 +20,7 @@ from veloxlab.allocate.solve import ROUNDING, Floats, Ints, Problem
 from veloxlab.cache.plan import Plan
 from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
-from veloxlab.measure.frames import PLACE
+from veloxlab.measure.frames import PLACE, schema
 
 PER_HEAD = "ratequant"  # the method whose heads may differ
 EXACT = "none"
@@ -28,17 +28,10 @@ Place = tuple[int, Tensor]  # a layer, and its keys or values
 Chosen = Mapping[Place, "Choice"]
 
 
-CURVES = {
-    **PLACE,
-    "method": pl.String,
-    "bits": pl.Int32,  # code bits per coordinate
-    "head_dim": pl.Int32,
-    "distortion": pl.Float64,  # E‖x − x̂‖² over the tokens behind the sinks
-    "relative": pl.Float64,  # Σ‖x − x̂‖² / Σ‖x‖² over the same tokens
-    "true_bits": pl.Float64,  # stored bits per coordinate: codes, scales, padding
-    "bytes_per_token": pl.Float64,  # stored for one token of this head
-}
-"""Columns of `veloxlab.allocate.distortion_curves`."""
+CURVES = schema(PLACE + "method bits head_dim distortion relative true_bits bytes_per_token")
+"""Columns of `vl.allocate.distortion_curves`: ``bits`` are code bits; ``distortion`` is E‖x − x̂‖² over the tokens
+behind the sinks, ``relative`` Σ‖x − x̂‖² / Σ‖x‖² over the same; ``true_bits`` are stored bits per coordinate, scales and
+padding included, ``bytes_per_token`` those stored for one token of this head."""
 
 
 class Choice(NamedTuple):

@@ -25,7 +25,7 @@ from veloxlab.codecs.base import fitted_online
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import capture_layers, first_tokens
 from veloxlab.measure.errors import ratio
-from veloxlab.measure.frames import in_schema
+from veloxlab.measure.frames import in_schema, schema
 from veloxlab.measure.quality import FIDELITY, fidelity
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
@@ -158,14 +158,9 @@ def kept_rate_budget(
 
 PlanKind = Literal["allocated", "uniform"]
 
-EVALUATED = {
-    "kind": pl.String,  # "allocated" or "uniform"
-    "true_bits": pl.Float64,  # of each packed value
-    "bytes_per_token": pl.Float64,
-    "predicted_loss": pl.Float64,  # in the unit of the sensitivities, were all tokens behind the sinks codes
-    **FIDELITY,  # measured with the plan's window, which is exact: less is lost than without
-}
-"""Columns of `evaluated`."""
+EVALUATED = schema("kind true_bits bytes_per_token predicted_loss") | FIDELITY
+"""Columns of `evaluated`: "allocated" or "uniform"; of each packed value; predicted as if all tokens behind the sinks
+were codes, and measured with the plan's window, which is exact: less is lost than without."""
 
 
 def evaluated(

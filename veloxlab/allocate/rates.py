@@ -25,7 +25,7 @@ from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, LayerSettings, Pl
 from veloxlab.checks import FILE, checked
 from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
-from veloxlab.measure.frames import PLACE
+from veloxlab.measure.frames import PLACE, schema
 from veloxlab.store import digest, read_json, reading, write_json
 
 FORMAT = "veloxlab rate budget 1"
@@ -35,21 +35,13 @@ SHORT = 19 / 18  # 2 1/8 code bits at a head dimension of 64
 given. Measured on SmolLM2-135M, KL in nats of 4 windows of 512 tokens, from 2 bits up / from 1 bit up: 0.99 / 0.73 at 2
 code bits, 0.65 / 0.64 at 2 1/8, 0.48 / 0.58 at 2 1/4, 0.28 / 0.38 at 2 1/2."""
 
-FRONTIER = {
-    "kind": pl.String,  # "allocated", or "uniform": one width for all heads
-    "bytes_per_token": pl.Float64,  # of one packed token in all layers
-    "true_bits": pl.Float64,  # for each value, scales included
-    "predicted_loss": pl.Float64,  # a token, in the unit of the sensitivities
-}
-"""Columns of `RateBudget.frontier`."""
+FRONTIER = schema("kind bytes_per_token true_bits predicted_loss")
+"""Columns of `RateBudget.frontier`: ``kind`` is "allocated", or "uniform", one width for all heads; bytes are of one
+packed token in all layers, bits of each value, scales included; losses of a token, in the unit of the sensitivities."""
 
-HEADS = {
-    **PLACE,
-    "method": pl.String,
-    "bits": pl.Int32,  # code bits; those of an exact value where the method is "none"
-    "predicted_loss": pl.Float64,  # a token, of this head's keys or values alone; 0 where they are exact
-}
-"""Columns of `RateBudget.heads`."""
+HEADS = schema(PLACE + "method bits predicted_loss")
+"""Columns of `RateBudget.heads`: code bits, or those of an exact value where the method is "none"; the loss of a token
+for this head's keys or values alone, 0 where they are exact."""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.experiments import Experiment
+from veloxlab.measure.frames import schema
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.quality import Mode
 from veloxlab.mlxlm.identity import name_of
@@ -34,24 +35,15 @@ from veloxlab.store import Unfinished, digest, kept_in, read_parquet, reading, w
 FORMAT = "veloxlab search 2"
 UNFINISHED = "veloxlab unfinished search 1"
 
-SEARCHED: dict[str, type[pl.DataType] | pl.DataType] = {
-    "row": pl.Int32,  # of the candidate, for `SearchResult.plan`
-    "method": pl.String,
-    "key_bits": pl.Int32,  # code bits per coordinate
-    "value_bits": pl.Int32,
-    "sinks": pl.Int32,  # tokens
-    "window": pl.Int32,
-    "protected": pl.List(pl.Int32),  # layers left exact
-    "bytes_per_token": pl.Float64,  # held at the context's length, tables included
-    "windows": pl.Int32,  # of text that it was measured on, before it was dropped or the text ended
-    "kl": pl.Float64,  # mean KL(exact ‖ compressed) of the next token over those windows, nats; null if not measured
-    "low": pl.Float64,  # ends of its interval, Student's t over the windows; null below two windows
-    "high": pl.Float64,
-    "top1_flips": pl.Float64,  # share of predictions whose most likely token changed
-    "seconds": pl.Float64,  # that its measurements took
-    "state": pl.String,  # as `veloxlab.allocate.race.Entrant` has it
-}
-"""Columns of `SearchResult.frame`."""
+SEARCHED = schema(
+    "row method key_bits value_bits sinks window protected bytes_per_token windows kl low high top1_flips seconds state"
+)
+SEARCHED |= dict.fromkeys(("row", "key_bits", "value_bits", "sinks", "windows"), pl.Int32)
+SEARCHED["protected"] = pl.List(pl.Int32)
+"""Columns of `SearchResult.frame`: number of the candidate; code bits; exact tokens and layers; bytes held at the
+context's length, tables included; windows of text that it was measured on, mean KL over them in nats, and the ends of
+its interval, Student's t over the windows, null below two; share of predictions whose most likely token changed; time
+that its measurements took; state, as `veloxlab.allocate.race.Entrant` has it."""
 
 _Experiment = Experiment[Job, Any]
 

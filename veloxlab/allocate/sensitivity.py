@@ -21,7 +21,7 @@ from veloxlab.codecs import TENSORS, Tensor, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Recorder, capture_layers, stretches
 from veloxlab.measure.errors import layer_errors, ratio
-from veloxlab.measure.frames import PLACE, in_schema
+from veloxlab.measure.frames import PLACE, in_schema, schema
 from veloxlab.measure.predictions import check_room, divergence, log_probabilities, loss_gradients
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.identity import fingerprint
@@ -35,14 +35,10 @@ FORMAT = "veloxlab sensitivities 1"
 LEAST_TOKENS = 16  # of a sequence behind the sinks
 TRIAL = ("turboquant", 3)  # method and bits of trials
 
-SENSITIVITIES = {
-    **PLACE,
-    "sensitivity": pl.Float64,  # what a token loses for ½·E‖x − x̂‖²/D, in nats by `NATS`; of "key_norm", E‖x‖²
-    "sequences": pl.Int32,  # that it is the mean of
-    "tokens": pl.Int32,  # of each sequence that were counted, those behind the sinks
-    "by": pl.String,
-}
-"""Columns of `sensitivities`; with ``per_sequence``, ``sequence`` (from 0) is in the place of ``sequences``."""
+SENSITIVITIES = schema(PLACE + "sensitivity sequences tokens by") | {"sequences": pl.Int32, "by": pl.String}
+"""Columns of `sensitivities`: what a token loses for ½·E‖x − x̂‖²/D, in nats by `NATS`, of "key_norm" E‖x‖²; sequences
+that it is the mean of; tokens of each behind the sinks. With ``per_sequence``, ``sequence`` (from 0) is in the place of
+``sequences``."""
 
 _EACH = {"sequence" if name == "sequences" else name: dtype for name, dtype in SENSITIVITIES.items()}
 _Step = Callable[[str], None]
@@ -113,9 +109,9 @@ def settled(each: pl.DataFrame, sequences: int) -> pl.DataFrame:
     )
 
 
-def frame_of(columns: Mapping[str, Any], schema: Mapping[str, Any]) -> pl.DataFrame:
+def frame_of(columns: Mapping[str, Any], types: Mapping[str, Any]) -> pl.DataFrame:
     """The frame of columns in a file; in files of version 0.1 ``tensor`` is called ``side``."""
-    return pl.DataFrame({"tensor" if name == "side" else name: own for name, own in columns.items()}, schema=schema)
+    return pl.DataFrame({"tensor" if name == "side" else name: own for name, own in columns.items()}, schema=types)
 
 
 def _loaded(path: Path) -> pl.DataFrame:

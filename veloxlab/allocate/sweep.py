@@ -25,7 +25,7 @@ from veloxlab.cache.make import make_cache
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.experiments import Experiment
-from veloxlab.measure.frames import in_schema
+from veloxlab.measure.frames import in_schema, schema
 from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.quality import Reference, evaluate, reference
 from veloxlab.mlxlm.identity import fingerprint
@@ -39,36 +39,22 @@ BITS = (2.0, 2.5, 3.0, 3.5, 4.0)
 MEASURED_BITS = range(1, 8)
 SINKS, WINDOW = 4, 0  # tokens: nothing recent is exact, so that codes are compared and not windows
 
-SWEEP = {
-    "bits": pl.Float64,  # code bits of the uniform plan, on average
-    "allocation": pl.String,  # "uniform", or what the sensitivities are by
-    "window": pl.Int32,
-    "positions": pl.Int32,  # predictions
-    "kl_mean": pl.Float64,  # KL(exact ‖ compressed) of the next token, nats
-    "top1_flips": pl.Float64,  # share of predictions whose most likely token changed
-    "nll": pl.Float64,  # mean −log p of the text with the compressed cache, nats a token
-    "nll_exact": pl.Float64,
-    "held_bytes": pl.Int64,  # of all layers, at the end of the window
-    "key_bits": pl.Float64,  # code bits, mean over layers and heads
-    "value_bits": pl.Float64,
-    "predicted_loss": pl.Float64,  # a token; in the unit of the row's sensitivities, uniform's by the first of them
-}
-"""Columns of `sweep`."""
+SWEEP = schema(
+    "bits allocation window positions kl_mean top1_flips nll nll_exact held_bytes key_bits value_bits predicted_loss"
+)
+SWEEP |= {"bits": pl.Float64, "allocation": pl.String}
+"""Columns of `sweep`: mean code bits of the uniform plan; "uniform", or what the sensitivities are by; predictions;
+KL(exact ‖ compressed) of the next token in nats; share of predictions whose most likely token changed; mean −log p of
+the text in nats a token; bytes of all layers at the end of the window; code bits, means over layers and heads; the loss
+of a token in the unit of the row's sensitivities, uniform's by the first of them."""
 
-SWEPT = {
-    "bits": pl.Float64,
-    "allocation": pl.String,
-    "windows": pl.Int32,
-    "kl_mean": pl.Float64,
-    "kl_change": pl.Float64,  # against uniform bits, mean over windows; null for uniform bits, and for one window
-    "kl_change_low": pl.Float64,  # ends of its interval of 95 %, Student's t over the windows' differences
-    "kl_change_high": pl.Float64,
-    "top1_flips": pl.Float64,
-    "perplexity": pl.Float64,
-    "perplexity_exact": pl.Float64,
-    **{name: SWEEP[name] for name in ("held_bytes", "key_bits", "value_bits", "predicted_loss")},
-}
-"""Columns of `swept`."""
+SWEPT = schema(
+    "bits allocation windows kl_mean kl_change kl_change_low kl_change_high top1_flips perplexity perplexity_exact "
+    "held_bytes key_bits value_bits predicted_loss"
+)
+SWEPT |= {"bits": pl.Float64, "allocation": pl.String, "windows": pl.Int32}
+"""Columns of `swept`: ``kl_change`` is against uniform bits, the mean over windows, with the ends of its interval of
+95 %, Student's t over the windows' differences; null for uniform bits, and for one window. The rest as in `SWEEP`."""
 
 
 def sweep(
