@@ -72,12 +72,11 @@ def show_checks(as_json: bool) -> int:
     return int(any(check.status == "fail" for check in checks))
 
 
-def run_mlx_lm(command: str, **given: Any) -> int:
+def run_mlx_lm(command: str, **given: Any) -> None:
     """Run a command of mlx-lm with a compressed cache."""
     from veloxlab.serve.commands import run
 
     run(command, OF_MLX_LM[command], **given)
-    return 0
 
 
 def _one(name: str, words: str, kind: Callable[[str], Any] = str, default: Any = None, **more: Any) -> Argument:  # noqa: ANN401
@@ -202,11 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{name} accepts no arguments after --: leave out {' '.join(words[end:])}")
     passed_on = {"passed_on": [*unknown, *behind]} if of_mlx_lm or not name else {}
     try:
-        status: int = (COMMANDS[name][1] if name else open_lab)(**given, **passed_on)
+        return int((COMMANDS[name][1] if name else open_lab)(**given, **passed_on) or 0)
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    return status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PARTS = ("attention", "methods", "encode", "decode", "read")
 
 
-def compare_caches(model: str, out: Path, **text: Any) -> int:
+def compare_caches(model: str, out: Path, **text: Any) -> None:
     """Measure, print the tables, and write them as Parquet and Markdown beside a chart as PNG.
 
     An unfinished Parquet file holds the rows until all are measured.
@@ -30,43 +30,36 @@ def compare_caches(model: str, out: Path, **text: Any) -> int:
     from veloxlab.measure.compare import byte_ratios, compare
     from veloxlab.views import frontier, picture
 
-    stem = f"compare_{results_name(model)}"
-    unfinished = make_folder(out) / f"{stem}.unfinished.parquet"
+    stem = make_folder(out) / f"compare_{results_name(model)}"
+    unfinished = Path(f"{stem}.unfinished.parquet")
     missing: dict[str, str] = {}
 
     def keep(rows: pl.DataFrame, left_out: Mapping[str, str]) -> None:
         write_parquet(unfinished, rows)
         missing.update(left_out)
 
-    frame = compare(*vl.load(model), **text, progress=say, on_rows=keep)
-    ratios = byte_ratios()
-    write_parquet(out / f"{stem}.parquet", frame)
+    frame, ratios = compare(*vl.load(model), **text, progress=say, on_rows=keep), byte_ratios()
+    write_parquet(Path(f"{stem}.parquet"), frame)
     write_parquet(out / "byte_ratios.parquet", ratios)
-    drawn = picture.png(frontier(frame, x="bits").to_dict(), width=2 * picture.WIDTH)
-    write_atomically(out / f"{stem}.png", drawn)
-    _tell(
-        out / f"{stem}.md",
-        f"{tables.compared_table(frame)}{tables.left_out_lines(missing)}\n\n{tables.ratio_table(ratios)}",
-    )
+    write_atomically(Path(f"{stem}.png"), picture.png(frontier(frame).to_dict(), width=2 * picture.WIDTH))
+    _tell(stem, f"{tables.compared_table(frame)}{tables.left_out_lines(missing)}\n\n{tables.ratio_table(ratios)}")
     unfinished.unlink()
-    return 0
 
 
-def sweep_bits(model: str, out: Path, **settings: Any) -> int:
+def sweep_bits(model: str, out: Path, **settings: Any) -> None:
     """Measure, print the table, and write it as Parquet and Markdown; a stopped run continues."""
     import veloxlab as vl
     from veloxlab.allocate.sweep import sweep, swept
 
-    stem = f"ratequant_{results_name(model)}"
-    unfinished = make_folder(out) / f"{stem}.unfinished.json"
+    stem = make_folder(out) / f"ratequant_{results_name(model)}"
+    unfinished = Path(f"{stem}.unfinished.json")
     frame = sweep(*vl.load(model), **settings, unfinished=unfinished, progress=say)
-    write_parquet(out / f"{stem}.parquet", frame)
-    _tell(out / f"{stem}.md", tables.swept_table(swept(frame)))
+    write_parquet(Path(f"{stem}.parquet"), frame)
+    _tell(stem, tables.swept_table(swept(frame)))
     unfinished.unlink(missing_ok=True)
-    return 0
 
 
-def search_front(model: str, out: Path, workers: int, **settings: Any) -> int:
+def search_front(model: str, out: Path, workers: int, **settings: Any) -> None:
     """Search, print the Pareto front, and write it as Markdown and all candidates as Parquet."""
     import veloxlab as vl
 
@@ -75,13 +68,12 @@ def search_front(model: str, out: Path, workers: int, **settings: Any) -> int:
     with ProcessPoolExecutor(workers, mp_context=fresh) if workers > 1 else nullcontext() as executor:
         result = vl.search(model, **settings, executor=executor, progress=say)
     result.save(f"{stem}.parquet")
-    _tell(Path(f"{stem}.md"), tables.front_table(result.front))
-    return 0
+    _tell(stem, tables.front_table(result.front))
 
 
-def _tell(path: Path, table: str) -> None:
-    """Print a table, and write it."""
-    write_atomically(path, f"{table}\n".encode())
+def _tell(stem: Path, table: str) -> None:
+    """Print a table, and write it as Markdown."""
+    write_atomically(Path(f"{stem}.md"), f"{table}\n".encode())
     print(table)
 
 
@@ -91,7 +83,7 @@ def results_name(model: str) -> str:
     return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 
-def time_kernels(file: Path | None, tokens: Sequence[int] | None, only: Sequence[str] | None) -> int:
+def time_kernels(file: Path | None, tokens: Sequence[int] | None, only: Sequence[str] | None) -> None:
     """Time attention, encoding, decoding and reading; write the times and the device as JSON."""
     from veloxlab.codecs import METHODS
     from veloxlab.measure import bench
@@ -110,12 +102,10 @@ def time_kernels(file: Path | None, tokens: Sequence[int] | None, only: Sequence
     kept = json.loads(file.read_text()) if only and file and file.exists() else {}
     for name in only or parts:
         kept[name] = {"facts": bench.facts(), "rows": parts[name]()}
-        if file:
-            _write_json(file, kept)
+        _write_json(file, kept)
     if file and "attention" in kept:
         write_atomically(file.with_suffix(".png"), bench_picture(kept))
         write_atomically(file.with_suffix(".md"), f"{tables.bench_tables(kept)}\n".encode())
-    return 0
 
 
 def bench_picture(results: dict[str, Any]) -> bytes:
@@ -137,7 +127,7 @@ def measure_lengths(
     quantized: Sequence[int],
     quantized_upto: int,
     file: Path | None,
-) -> int:
+) -> None:
     """Measure memory and time for each length, print the tables, and write them as JSON.
 
     An unfinished file holds the rows until all are measured.
@@ -154,8 +144,7 @@ def measure_lengths(
 
     def keep(name: str, rows: pl.DataFrame, missing: Mapping[str, str]) -> None:
         results[name], left_out[name] = rows.to_dicts(), dict(missing)
-        if unfinished:
-            _write_json(unfinished, results | {"left_out": left_out})
+        _write_json(unfinished, results | {"left_out": left_out})
 
     for name, ns in ((model, tokens), ("one layer of 7B", layer_tokens)):
         if not ns:
@@ -170,8 +159,8 @@ def measure_lengths(
     if file and unfinished:
         unfinished.replace(file)
         write_atomically(file.with_suffix(".md"), "\n".join(texts).encode())
-    return 0
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=1).encode())
+def _write_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    if path:
+        write_atomically(path, json.dumps(content, indent=1).encode())

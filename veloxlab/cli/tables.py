@@ -18,16 +18,24 @@ def left_out_lines(left_out: Mapping[str, str]) -> str:
     return "".join(f"\n\n{name} is left out: {reason}" for name, reason in left_out.items())
 
 
+def _scaled(name: str, scale: float, form: str = ",.1f") -> Callable[[Row], str]:
+    """What writes a column in another unit; a null is a step that failed."""
+    return lambda row: "fails" if row[name] is None else format(row[name] * scale, form)
+
+
+_PERCENT = _scaled("top1_flips", 100)
+
+
 def front_table(frame: pl.DataFrame) -> str:
     """Return the Pareto front of a search as a Markdown table."""
     return markdown(
         "cache | K / V bits | sinks: | window: | exact layers | bytes a token: | KL (nats), 95 %: | top-1 flips:",
         "{method} | {key_bits} / {value_bits} | {sinks} | {window} | {layers} | {bytes_per_token:,.1f} | "
-        "{kl:.4f}{interval} | {flips:.1f} %",
+        "{kl:.4f}{interval} | {flips} %",
         frame,
         layers=lambda row: ", ".join(map(str, row["protected"])),
         interval=lambda row: "" if row["low"] is None else " ({low:.4f} to {high:.4f})".format(**row),
-        flips=_percent,
+        flips=_PERCENT,
     )
 
 
@@ -42,12 +50,12 @@ def compared_table(frame: pl.DataFrame) -> str:
     titles, marks, *lines = markdown(
         "cache | true bits a value: | KL (nats): | top-1 flips: | perplexity: | held, KB: | tables, KB: | store, µs: | "
         "attend, µs:",
-        "{name} | {held_bits:.2f} | {kl_mean:.4f} | {flips:.1f} % | {perplexity:.2f} | {held:,.0f} | {tables:,.0f} | "
+        "{name} | {held_bits:.2f} | {kl_mean:.4f} | {flips} % | {perplexity:.2f} | {held} | {tables} | "
         "{store_us:.1f} | {attend_us:,.0f} ({attend_ratio:.1f}×)",
         frame.sort("held_bits", "name"),
-        flips=_percent,
-        held=_kilobytes,
-        tables=lambda row: row["table_bytes"] / 1000,
+        flips=_PERCENT,
+        held=_scaled("held_bytes", 1e-3, ",.0f"),
+        tables=_scaled("table_bytes", 1e-3, ",.0f"),
     ).splitlines()
     return "\n".join([titles, marks, first, *lines])
 
@@ -65,31 +73,25 @@ def bench_tables(results: dict[str, Any]) -> str:
     facts = results["attention"]["facts"]
     tables = [f"Attention of one query token on an {facts['device']}, {facts['date']}"]
     for shape, rows in pl.DataFrame(results["attention"]["rows"]).group_by(*SHAPE, maintain_order=True):
-        times = rows.pivot("tokens", index="cache", values=["microseconds", "ratio"], sort_columns=True).fill_null(
-            float("nan")
-        )
+        times = rows.pivot("tokens", index="cache", values=["microseconds", "ratio"], sort_columns=True)
         tokens = rows["tokens"].unique().sort().to_list()
         titles = " | ".join(["cache", *(f"{n:,} tokens:" for n in tokens)])
         cells = " | ".join(["{cache}", *(f"{{microseconds_{n}:.0f}} µs ({{ratio_{n}:.2f}}×)" for n in tokens)])
         named = "{} query heads, {} KV heads, head dimension {}".format(*shape)
-        tables.append(f"{named}\n\n{markdown(titles, cells, times)}")
+        tables.append(f"{named}\n\n{markdown(titles, cells, times.fill_null(float('nan')))}")
     return "\n\n".join(tables)
 
 
 def lengths_table(frame: pl.DataFrame) -> str:
     """Give `measure.lengths.LENGTHS` as a Markdown table."""
-
-    def scaled(name: str, scale: float) -> Callable[[Row], str]:
-        return lambda row: "fails" if row[name] is None else f"{row[name] * scale:,.1f}"
-
     return markdown(
         "cache | tokens: | held, MB: | peak in prefill, MB: | peak in decoding, MB: | a token, ms:",
         "{cache} | {tokens:,} | {held} | {prefill} | {decoding} | {time}",
         frame.sort("tokens", maintain_order=True),
-        held=scaled("held_bytes", 1e-6),
-        prefill=scaled("prefill_peak_bytes", 1e-6),
-        decoding=scaled("decode_peak_bytes", 1e-6),
-        time=scaled("decode_seconds", 1e3),
+        held=_scaled("held_bytes", 1e-6),
+        prefill=_scaled("prefill_peak_bytes", 1e-6),
+        decoding=_scaled("decode_peak_bytes", 1e-6),
+        time=_scaled("decode_seconds", 1e3),
     )
 
 
@@ -108,19 +110,11 @@ def swept_table(frame: pl.DataFrame) -> str:
     return markdown(
         "bits: | allocation | KL (nats): | against uniform, 95 %: | predicted: | top-1 flips: | perplexity: | "
         "K / V bits: | held, KB:",
-        "{bits:g} | {allocation} | {kl_mean:.4f} | {change} | {predicted} | {flips:.1f} % | {perplexity:.2f} | "
-        "{key_bits:.2f} / {value_bits:.2f} | {held:,.1f}",
+        "{bits:g} | {allocation} | {kl_mean:.4f} | {change} | {predicted} | {flips} % | {perplexity:.2f} | "
+        "{key_bits:.2f} / {value_bits:.2f} | {held}",
         frame,
         change=lambda row: "" if row["kl_change"] is None else change.format(**row),
         predicted=predicted,
-        flips=_percent,
-        held=_kilobytes,
+        flips=_PERCENT,
+        held=_scaled("held_bytes", 1e-3),
     )
-
-
-def _percent(row: Row) -> float:
-    return 100 * float(row["top1_flips"])
-
-
-def _kilobytes(row: Row) -> float:
-    return float(row["held_bytes"]) / 1000

@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -49,14 +50,9 @@ class Wanted:
         for unused in (each.method for each in self.calibrations if each.method not in used):
             raise InputError(f"A calibration of {unused} was given, and {', '.join(used)} is used: leave it out.")
 
-    @property
-    def given(self) -> bool:
-        """Whether anything was asked for."""
-        return self.method_or_plan is not None or bool(self.settings)
-
     def maker(self, model: Module, tokenizer: Any, progress: Progress) -> Callable[[], list[Any]]:  # noqa: ANN401
         """What makes one cache after another for ``model``; what has to be fitted for it is, once, now."""
-        plan, learned = self.method_or_plan, {}
+        plan, learned = self.method_or_plan or DEFAULT_METHOD, {}
         if isinstance(plan, Plan):
             plan.settings_for(model)  # refused before anything is fitted
             learned = plan.calibrations
@@ -66,8 +62,7 @@ class Wanted:
         for method, widths in self._widths().items():
             if (find_method(method).calibrated or method in learned) and method not in fitted:
                 fitted[method] = calibrate(model, tokenizer, method, bits=sorted(widths), progress=progress)
-        settings = {**self.settings, "calibration": [*fitted.values()]}
-        return lambda: make.make_cache(model, plan or DEFAULT_METHOD, **settings)
+        return partial(make.make_cache, model, plan, **self.settings, calibration=[*fitted.values()])
 
     def _widths(self) -> Mapping[str, set[int]]:
         """The methods that are used, and the bits of each."""
@@ -76,9 +71,8 @@ class Wanted:
             both = {self.settings.get(name, usual) for name in ("key_bits", "value_bits")}
             return {find_method(self.method_or_plan or DEFAULT_METHOD).id: both}
         widths: dict[str, set[int]] = {}
-        for layer in self.method_or_plan.layers:
-            for _, method, bits, _ in layer.tensors:
-                widths.setdefault(method, set()).add(bits)
+        for _, method, bits, _ in (coded for layer in self.method_or_plan.layers for coded in layer.tensors):
+            widths.setdefault(method, set()).add(bits)
         return widths
 
 
@@ -105,7 +99,8 @@ class Loader:
             make = self._wanted.maker(model, tokenizer, self.say)
             hooks.use(model, make)
             if self._read_caches is not None:
-                check_caches(model, self._read_caches, make() if self._wanted.given else None)
+                given = self._wanted.method_or_plan or self._wanted.settings
+                check_caches(model, self._read_caches, make() if given else None)
         return loaded
 
     def say(self, done: int, total: int, label: str) -> None:

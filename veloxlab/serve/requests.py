@@ -15,13 +15,17 @@ SHOWN = 60  # characters of a wrong value
 WHOLE, MILLION = 2**31 - 1, 10**6
 
 
+def _field(description: str, kind: str | list[str], **schema: object) -> Schema:
+    """The schema of a field, with the words that an error says of it."""
+    return {**schema, "description": description, "type": kind}
+
+
 def _number(least: float, most: float) -> Schema:
-    return {"type": "number", "minimum": least, "maximum": most, "description": f"a number from {least:,} to {most:,}"}
+    return _field(f"a number from {least:,} to {most:,}", "number", minimum=least, maximum=most)
 
 
 def _whole(least: int, most: int = WHOLE) -> Schema:
-    number = _number(least, most)
-    return number | {"type": "integer", "description": number["description"].replace("number", "whole number")}
+    return _field(f"a whole number from {least:,} to {most:,}", "integer", minimum=least, maximum=most)
 
 
 def _or_null(schema: Schema) -> Schema:
@@ -32,9 +36,9 @@ def _object(required: tuple[str, ...] = (), **properties: Schema) -> Schema:
     return {"type": "object", "required": [*required], "properties": properties}
 
 
-STRING: Schema = {"type": "string", "minLength": 1, "description": "a string that is not empty"}
-FLAG: Schema = {"type": "boolean", "description": "true or false"}
-OBJECT: Schema = {"type": "object", "description": "an object"}
+STRING = _field("a string that is not empty", "string", minLength=1)
+FLAG = _field("true or false", "boolean")
+OBJECT = _field("an object", "object")
 TEXT = _object(("type", "text"), type={"const": "text"}, text={"type": "string"})
 ADDRESS: Schema = {"type": "string", "pattern": "^(data:|https?://)"}
 PLACE: Schema = {"anyOf": [ADDRESS, _object(("url",), url=ADDRESS)]}
@@ -42,20 +46,9 @@ IMAGE = {
     **_object(("type",), type={"enum": ["image_url", "input_image", "image"]}, image_url=PLACE, image=PLACE),
     "anyOf": [{"required": ["image_url"]}, {"required": ["image"]}],
 }
+OR_NULL = ["object", "null"]
+BIAS = {"propertyNames": {"pattern": "^[0-9]{1,9}$"}, "additionalProperties": _number(-MILLION, MILLION)}
 CALL = _object(function=_object(arguments={"type": ["string", "object", "null"]}))
-
-
-def _messages(*parts: Schema) -> Schema:
-    """Messages whose content is text, or a list of ``parts``."""
-    message = _object(
-        ("role",),
-        role=STRING,
-        content={"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"anyOf": parts}}]},
-        tool_calls={"type": ["array", "null"], "items": CALL},
-    )
-    words = f"a list of objects with a role and a content of text{' or images' * (IMAGE in parts)}"
-    return {"type": "array", "minItems": 1, "items": message, "description": words}
-
 
 FIELDS: dict[str, Schema] = {
     "prompt": STRING,
@@ -73,33 +66,33 @@ FIELDS: dict[str, Schema] = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), _number(-MILLION, MILLION)),
     **dict.fromkeys(("top_k", *(f"{n}_context_size" for n in ("repetition", "presence", "frequency"))), _whole(0)),
     "seed": _or_null(_whole(0, 2**64 - 1)),
-    "logit_bias": {
-        "type": ["object", "null"],
-        "propertyNames": {"pattern": "^[0-9]{1,9}$"},
-        "additionalProperties": _number(-MILLION, MILLION),
-        "description": "an object of token ids and numbers, or null",
-    },
+    "logit_bias": _field("an object of token ids and numbers, or null", OR_NULL, **BIAS),
     "stop": {
         "anyOf": [STRING, {"type": "array", "items": STRING}, {"type": "null"}],
         "description": "a string or a list of strings that are not empty, or null",
     },
-    "stream_options": {
+    "stream_options": _field(
+        "an object with include_usage, true or false, or null",
+        OR_NULL,
         **_object(("include_usage",), include_usage=FLAG),
-        "type": ["object", "null"],
-        "description": "an object with include_usage, true or false, or null",
-    },
-    "tools": {"type": ["array", "null"], "items": OBJECT, "description": "a list of objects, or null"},
-    "role_mapping": {
-        "type": ["object", "null"],
-        "additionalProperties": {"type": "string"},
-        "description": "an object of strings, or null",
-    },
+    ),
+    "tools": _field("a list of objects, or null", ["array", "null"], items=OBJECT),
+    "role_mapping": _field("an object of strings, or null", OR_NULL, additionalProperties={"type": "string"}),
     "chat_template_kwargs": _or_null(OBJECT),
 }
 
 
 def _validator(*parts: Schema) -> Draft202012Validator:
-    return Draft202012Validator({"type": "object", "properties": {"messages": _messages(*parts), **FIELDS}})
+    """What checks a request whose messages have a content of text, or a list of ``parts``."""
+    message = _object(
+        ("role",),
+        role=STRING,
+        content={"anyOf": [{"type": ["string", "null"]}, {"type": "array", "items": {"anyOf": parts}}]},
+        tool_calls={"type": ["array", "null"], "items": CALL},
+    )
+    words = f"a list of objects with a role and a content of text{' or images' * (IMAGE in parts)}"
+    messages = _field(words, "array", minItems=1, items=message)
+    return Draft202012Validator({"type": "object", "properties": {"messages": messages, **FIELDS}})
 
 
 TEXT_ONLY, WITH_IMAGES = _validator(TEXT), _validator(TEXT, IMAGE)
@@ -108,11 +101,8 @@ TEXT_ONLY, WITH_IMAGES = _validator(TEXT), _validator(TEXT, IMAGE)
 def check_fields(content: bytes, asked: str, *, images: bool) -> None:
     """Raise `InputError` unless a request is JSON that mlx-lm's server documents.
 
-    Parameters
-    ----------
-    content : the request's body.
-    asked : the field that it must have, ``"messages"`` or ``"prompt"``.
-    images : whether messages may hold images.
+    ``content``: its body. ``asked``: the field that it must have, ``"messages"`` or ``"prompt"``. ``images``: whether
+    messages may hold images.
     """
     try:
         request = json.loads(content, parse_constant=_refuse, parse_float=_finite)

@@ -95,9 +95,8 @@ class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
 
     def _tokenize(self, tokenizer: Any, request: Any, args: Any) -> tuple[Any, ...]:  # noqa: ANN401
         for name in RESERVED.keys() & (args.chat_template_kwargs or {}):  # arguments of the tokenizer itself
-            raise InputError(
-                f"The field chat_template_kwargs has {name!r}, which is no variable of a template: leave it out."
-            )
+            wrong = f"The field chat_template_kwargs has {name!r}, which is no variable of a template"
+            raise InputError(f"{wrong}: leave it out.")
         try:
             tokenized: tuple[Any, ...] = super()._tokenize(tokenizer, request, args)
         except Exception as error:  # of the model's own template
@@ -108,23 +107,23 @@ class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
 
 def hooks_of(stopped: threading.Event) -> dict[str, object]:
     """What takes the place of names in ``mlx_lm.server``; ``stopped`` is set when the server ends."""
-    return {
-        "ResponseGenerator": partial(Generator, stopped),
-        "_run_http_server": partial(_run, server._run_http_server),
-    }
+    theirs = server._run_http_server
 
+    def serve(host: str, port: int, generator: Generator) -> None:
+        class Server(ThreadingHTTPServer):
+            def service_actions(self) -> None:
+                """Called about twice a second."""
+                if not generator.generation_available():
+                    self.server_close()
+                    if isinstance(generator.failure, InputError):
+                        raise generator.failure
+                    raise SystemExit(
+                        f"The thread that generates ended ({generator.failure!r}), and the server with it."
+                    )
 
-def _run(theirs: Any, host: str, port: int, generator: Generator) -> None:  # noqa: ANN401
-    class Server(ThreadingHTTPServer):
-        def service_actions(self) -> None:
-            """Called about twice a second."""
-            if not generator.generation_available():
-                self.server_close()
-                if isinstance(generator.failure, InputError):
-                    raise generator.failure
-                raise SystemExit(f"The thread that generates ended ({generator.failure!r}), and the server with it.")
+        theirs(host, port, generator, server_class=Server, handler_class=Handler)
 
-    theirs(host, port, generator, server_class=Server, handler_class=Handler)
+    return {"ResponseGenerator": partial(Generator, stopped), "_run_http_server": serve}
 
 
 def _check_for_model(model: Module, tokenizer: Any, length: int, args: Any) -> None:  # noqa: ANN401
@@ -155,8 +154,6 @@ def positions_of(model: Module) -> float:
 def _configured(model: Module, name: str) -> Any:  # noqa: ANN401
     """A value of the configuration of a model, or of the text part of one; None if there is none."""
     whole = getattr(model, "args", None)
-    for part in (whole, getattr(whole, "text_config", None)):
-        found = part.get(name) if isinstance(part, dict) else getattr(part, name, None)
-        if found is not None:
-            return found
-    return None
+    parts = (whole, getattr(whole, "text_config", None))
+    found = (part.get(name) if isinstance(part, dict) else getattr(part, name, None) for part in parts)
+    return next((value for value in found if value is not None), None)

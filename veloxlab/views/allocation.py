@@ -14,7 +14,7 @@ FAINTEST = 0.12  # opacity of the fewest bits: still a cell
 
 
 def allocation_map(
-    frame: pl.DataFrame, *, least: int | None = None, most: int | None = None, caption: str | None = None
+    frame: pl.DataFrame, *, least: int | None = None, most: int | None = None, caption: str = ""
 ) -> alt.VConcatChart:
     """Draw the code bits of every layer and KV head, keys above values: the fuller the colour, the more bits.
 
@@ -22,10 +22,9 @@ def allocation_map(
     ``"none"`` are kept exact, and grey. Tooltips show a column ``predicted_loss`` where there is one. ``least``,
     ``most``: ends of the scale in code bits; give them to keep a slider's colours steady.
     """
-    needed = ("layer", "head", "tensor", "method", "bits")
-    columns.require(frame, "allocation_map", *needed)
-    told = ["predicted_loss"] if "predicted_loss" in frame.columns else []
-    shown = frame.select(*needed, *told).sort("tensor", "layer", "head")
+    told = "predicted_loss" in frame.columns
+    needed = "layer head tensor method bits" + " predicted_loss" * told
+    shown = columns.require(frame, "allocation_map", needed).sort("tensor", "layer", "head")
     bits = shown.filter(pl.col("method") != EXACT)["bits"].to_list() or [1]
     low, high = min(bits) if least is None else least, max(bits) if most is None else most
     widths = list(range(low, high + 1))
@@ -35,14 +34,13 @@ def allocation_map(
     def draw(tensor: str, last: bool) -> marks.Plot:
         colour = theme.TENSORS[tensor]
         base = grid.cells(tensor, {"is_exact": f"datum.method === '{EXACT}' ? 1 : 0"}, pooled, last=last, gap=0.06)
-        base = base.encode(
-            tooltip=columns.tips("layer", ("group", grid.words), ("bits", f"bits of {tensor}"), *["lost"][: len(told)])
-        )
+        tooltip = columns.tips("layer", ("group", grid.words), ("bits", f"bits of {tensor}"), "lost" * told)
         legend = alt.Legend(
             title="bits", values=widths, format="d", symbolFillColor=colour, symbolType="square", symbolSize=120,
             symbolStrokeWidth=0, direction="vertical", columns=1 if len(widths) <= 3 else 2,
         )  # fmt: skip
         scale = alt.Scale(domain=[low, max(high, low + 1)], range=[FAINTEST, 1], clamp=True)
+        base = base.encode(tooltip=tooltip)
         coded = base.transform_filter("datum.exact < 1").mark_rect(color=colour, cursor="pointer")
         exact = base.transform_filter("datum.exact === 1").mark_rect(color=theme.NEUTRAL, cursor="pointer")
         opacity = alt.Opacity("bits:Q", legend=legend, scale=scale)
@@ -64,13 +62,13 @@ def allocation_caption(frame: pl.DataFrame) -> str:
     return marks.sentence(*said, f"grey: {exact} kept exact" if exact else "")
 
 
-def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: str | None = None) -> alt.VConcatChart:
+def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: str = "") -> alt.VConcatChart:
     """Draw what each layer is predicted to lose, allocated and with uniform bits side by side.
 
     Rows of ``layer``, ``kind`` (``"allocated"`` or ``"uniform"``) and ``predicted_loss``; rows of a layer and kind add
     up. ``unit``: of the loss.
     """
-    needed = columns.require(frame, "loss_by_layer", "layer", "kind", "predicted_loss")
+    needed = columns.require(frame, "loss_by_layer", "layer kind predicted_loss")
     shown = needed.group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
     bars = alt.Chart().mark_bar(cursor="pointer")
     bars = bars.encode(
@@ -78,7 +76,7 @@ def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: s
         xOffset=alt.XOffset("kind:N").scale(domain=list(KINDS)),
         y=columns.y("predicted_loss", ["predicted loss", unit], tickCount=4, format="~g", zero=True),
         color=marks.scaled(alt.Color, "kind", COLOURS),
-        tooltip=columns.tips("layer", "kind", ("predicted_loss", f"predicted ({unit})", ".3g")),
+        tooltip=columns.tips("layer kind", ("predicted_loss", f"predicted ({unit})", ".3g")),
     )
     plot = marks.beside_layers(shown["layer"].n_unique(), 100, bars)
     said = caption or loss_caption(frame, unit=unit)
@@ -110,7 +108,7 @@ def budget_frontier(
     unit: str = "nats a token",
     bits: tuple[float, float] | None = None,
     domain: scales.Domain | None = None,
-    caption: str | None = None,
+    caption: str = "",
 ) -> alt.VConcatChart:
     """Draw the least predicted loss at every number of bits and uniform bits' beside it, one plan, and measurements.
 
@@ -132,7 +130,7 @@ def budget_frontier(
     gap = gap.mark_rule(strokeWidth=1).encode(x="at:Q", y="low:Q", y2="high:Q", color=alt.value(theme.NEUTRAL))
     told = {
         "shape": marks.scaled(alt.Shape, "kind", SHAPES),
-        "tooltip": columns.tips(("said", "loss"), "name", "true_bits", ("loss", unit, ".3g")),
+        "tooltip": columns.tips(("said", "loss"), "name true_bits", ("loss", unit, ".3g")),
     }
     now, measured = (
         rows.transform_calculate(said=f"'{how}, ' + datum.kind")
@@ -160,7 +158,7 @@ def frontier_rows(
     columns, of the plan that is looked at, and of uniform bits in its bytes. ``measured``: rows of ``kind``,
     ``true_bits``, ``kl_mean`` (nats) and ``name``.
     """
-    columns.require(lines, "frontier_rows", "kind", "true_bits", "predicted_loss")
+    columns.require(lines, "frontier_rows", "kind true_bits predicted_loss")
     place, count = pl.int_range(pl.len()).over("kind"), pl.len().over("kind")
     stride = (count / STEPS).ceil()
     thin = lines.sort("kind", "true_bits").filter((place % stride == 0) | (place == count - 1))
@@ -177,11 +175,7 @@ def frontier_rows(
 
 
 def sensitivity_by_layer(
-    frame: pl.DataFrame,
-    *,
-    unit: str = "nats a unit of error",
-    domain: scales.Domain | None = None,
-    caption: str | None = None,
+    frame: pl.DataFrame, *, unit: str = "nats a unit of error", domain: scales.Domain | None = None, caption: str = ""
 ) -> alt.VConcatChart:
     """Draw the sensitivities of each layer's KV heads: their mean as a point, from the least head to the greatest.
 
@@ -189,7 +183,7 @@ def sensitivity_by_layer(
     no place on the scale and is counted in the caption. ``unit``: of a sensitivity; an error's unit is ½·E‖x − x̂‖²/D.
     ``domain``: least and greatest value of the scale.
     """
-    columns.require(frame, "sensitivity_by_layer", "layer", "head", "tensor", "sensitivity")
+    columns.require(frame, "sensitivity_by_layer", "layer head tensor sensitivity")
     value = pl.col("sensitivity")
     above = frame.filter(value.is_finite() & (value > 0))
     shown = above.group_by("layer", "tensor").agg(mean=value.mean(), least=value.min(), greatest=value.max())
@@ -206,8 +200,8 @@ def sensitivity_by_layer(
     spans = base.mark_rule(strokeWidth=2, opacity=0.55).encode(y="least_drawn:Q", y2="greatest_drawn:Q")
     dots = base.mark_point(filled=True, size=34, opacity=1, cursor="pointer").encode(
         y=scales.log_y("mean", ["sensitivity", unit], scale),
-        tooltip=columns.tips("layer", "tensor", ("mean", "mean of its heads"), "least", "greatest"),
-        shape=marks.tensor_shape(),
+        tooltip=columns.tips("layer tensor", ("mean", "mean of its heads"), "least greatest"),
+        shape=marks.scaled(alt.Shape, "tensor", theme.TENSOR_SHAPES),
     )
     plot = marks.beside_layers(shown["layer"].n_unique(), 130, spans, dots)
     said = caption or sensitivity_caption(frame)

@@ -15,13 +15,13 @@ DOMAIN = (0.5, 20.0)  # of root-mean-square over the median channel's, clamped
 RATIO = pl.when(pl.col("rms") == 0).then(0.0).otherwise(pl.col("rms") / pl.col("rms").median().over("layer"))
 
 
-def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def channel_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the size (RMS) of each channel of one head in every layer, over the median channel of that layer.
 
     Rows of one head, tensor and space of `veloxlab.measure.distributions.CHANNELS`, of many layers. A channel with
     tokens that are not finite has a cross.
     """
-    columns.require(frame, "channel_map", "tensor", "space", "layer", "head", "channel", "rms", "not_finite")
+    columns.require(frame, "channel_map", "tensor space layer head channel rms not_finite")
     for name in ("head", "tensor", "space"):
         if frame[name].n_unique() > 1:
             raise InputError(f"channel_map shows one {name} and the frame has {frame[name].n_unique()}: filter it.")
@@ -39,7 +39,7 @@ def channel_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
         x2="end:Q",
         y=columns.y("layer", [frame["tensor"][0], "layer"]),
         color=scales.log_colour("ratio", ["RMS over", "the median"], DOMAIN),
-        tooltip=columns.tips("layer", "channel", ("ratio", "over median")),
+        tooltip=columns.tips("layer channel", ("ratio", "over median")),
     )
     middles = alt.Chart().transform_calculate(middle="(datum.channel + datum.channel_end - 1) / 2")
     lost = marks.crosses(middles, x="middle:Q", y="layer:O", tooltip=columns.tips("not_finite"))
@@ -61,12 +61,12 @@ def channel_map_caption(frame: pl.DataFrame) -> str:
     return f"KV head {frame['head'][0]}. " + marks.sentence(*said, lost, *scales.not_drawn(ratios["ratio"]))
 
 
-def coordinate_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def coordinate_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the code bits of every layer and coordinate, keys above values.
 
     Rows of `veloxlab.measure.levels.COORDINATE_BITS`.
     """
-    columns.require(frame, "coordinate_map", "layer", "tensor", "coordinate", "bits")
+    columns.require(frame, "coordinate_map", "layer tensor coordinate bits")
     group, words = marks.grouped(frame.height, COORDINATES, "coordinate")
     dims, most = (int(frame[name].max()) + 1 for name in ("coordinate", "bits"))  # type: ignore[arg-type]
     groups = frame.group_by("tensor", "layer", pl.col("coordinate") // group * group, maintain_order=True)
@@ -101,12 +101,12 @@ def coordinate_caption(frame: pl.DataFrame) -> str:
 OUTLIER_RATIO = pl.col("loudest_ratio").filter(pl.col("loudest_ratio").is_finite()).mean()  # of the heads that have one
 
 
-def outliers_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def outliers_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the largest channel of each layer over its median channel, a line for each space; mean over KV heads.
 
     Rows of `veloxlab.measure.distributions.OUTLIERS`.
     """
-    columns.require(frame, "outliers_by_layer", "tensor", "space", "layer", "head", "loudest_ratio", "not_finite")
+    columns.require(frame, "outliers_by_layer", "tensor space layer head loudest_ratio not_finite")
     means = frame.group_by("layer", "tensor", "space", maintain_order=True)
     shown = means.agg(OUTLIER_RATIO, pl.col("not_finite").sum())
     tensors = marks.tensors_of(frame)
@@ -122,7 +122,7 @@ def outliers_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt
             y=scales.log_y("loudest_ratio", [tensor, "largest / median RMS"], domain),
             color=marks.scaled(alt.Color, "seen", colours, legend=legend),
         )
-        told = columns.tips("layer", "seen", ("loudest_ratio", tensor, ".3~g"))
+        told = columns.tips("layer seen", ("loudest_ratio", tensor, ".3~g"))
         lost = marks.crosses(own, x="layer:O")
         return marks.lines_by_layer(base, told, lost, shape=marks.scaled(alt.Shape, "seen", shapes, legend=legend))
 

@@ -68,7 +68,6 @@ _FORMATS = {
 FORMATS = {name: form for form, names in _FORMATS.items() for name in names.split()}
 """d3 formats of columns in tooltips; any other is written as it is."""
 
-
 AXES: dict[str, str | list[str]] = {
     "angle": "angle, radians",
     "context": "largest context that fits (tokens of each sequence)",
@@ -122,20 +121,21 @@ def field(name: str) -> str:
 
 
 def tips(*fields: str | tuple[str, str] | tuple[str, str, str]) -> list[alt.Tooltip]:
-    """Give a tooltip's lines: columns, alone or with another title and format than they have in every chart."""
+    """Give a tooltip's lines: columns, or one with another title and format than in every chart."""
     lines = []
     for given in fields:
-        name, *said = (given,) if isinstance(given, str) else given
-        title, form = (*said, *(TITLES.get(name, name.replace("_", " ")), FORMATS.get(name, ""))[len(said) :])
-        lines.append(alt.Tooltip(field(name), title=title, format=form or alt.Undefined))
+        for name, *said in map(str.split, given.split()) if isinstance(given, str) else [given]:
+            title, form = (*said, *(TITLES.get(name, name.replace("_", " ")), FORMATS.get(name, ""))[len(said) :])
+            lines.append(alt.Tooltip(field(name), title=title, format=form or alt.Undefined))
     return lines
 
 
-def require(frame: pl.DataFrame, chart: str, *columns: str) -> pl.DataFrame:
+def require(frame: pl.DataFrame, chart: str, *names: str) -> pl.DataFrame:
     """Give the columns that a chart needs.
 
     Raises `InputError` for a frame that lacks one, holds another kind of value in it, or has no rows.
     """
+    columns = " ".join(names).split()
     for name in columns:
         if name not in frame.columns:
             raise InputError(f"{chart} needs a column {name!r}: the frame has {', '.join(frame.columns) or 'none'}.")
@@ -148,16 +148,15 @@ def require(frame: pl.DataFrame, chart: str, *columns: str) -> pl.DataFrame:
     return frame.select(columns)
 
 
-def require_head(frame: pl.DataFrame, chart: str, *columns: str) -> pl.DataFrame:
+def require_head(frame: pl.DataFrame, chart: str, names: str) -> pl.DataFrame:
     """Give the columns that a chart of one head needs; refuse rows of more than one layer or head."""
-    require(frame, chart, "layer", "head", *columns)
+    require(frame, chart, "layer head", names)
     for name in ("layer", "head"):
         if (found := frame[name].n_unique()) > 1:
-            raise InputError(
-                f"{chart} shows one head and the frame has {found} values of {name!r}: "
-                f"choose with frame.filter(layer={frame['layer'][0]}, head={frame['head'][0]})."
-            )
-    return frame.select(columns)
+            place = f"layer={frame['layer'][0]}, head={frame['head'][0]}"
+            words = f"{chart} shows one head and the frame has {found} values of {name!r}"
+            raise InputError(f"{words}: choose with frame.filter({place}).")
+    return frame.select(names.split())
 
 
 def known(value: str, choices: Mapping[str, object], what: str) -> None:

@@ -29,7 +29,7 @@ def frontier(
     *,
     x: Literal["bits", "held_bytes"] = "bits",
     domain: scales.Domain | None = None,
-    caption: str | None = None,
+    caption: str = "",
 ) -> alt.VConcatChart:
     """Draw each measured cache by its cost and by how far it moves the model's predictions.
 
@@ -40,10 +40,10 @@ def frontier(
     greatest KL of the scale; give one to keep it steady while points are added.
     """
     columns.known(x, COSTS, "cost")
-    numbers = ("key_bits", "value_bits", "kl_mean", "held_bytes", "top1_flips", "perplexity")
-    columns.require(frame, "frontier", "name", *numbers)
+    needed = "name key_bits value_bits kl_mean held_bytes top1_flips perplexity"
+    columns.require(frame, "frontier", needed)
     method = pl.col("method") if "method" in frame.columns else pl.col("name").str.split(" ").list.first()
-    shown = frame.select("name", *numbers, *_held_bits(frame), method=method).drop_nulls("name")
+    shown = frame.select(*needed.split(), *_held_bits(frame), method=method).drop_nulls("name")
     shown = shown.sort("method", "key_bits", "value_bits", "name")
     drawn = shown.filter(pl.col("method") != EXACT)
     scale = domain or scales.log_domain(drawn["kl_mean"])
@@ -56,7 +56,7 @@ def frontier(
     order: list[Any] = [alt.SortField("cost"), alt.SortField("kl_mean")]
     best = base.transform_window(best="min(kl_mean)", frame=[None, 0], sort=order)
     look = marks.method_look(_by_divergence(drawn))
-    told = columns.tips("name", "kl_mean", "top1_flips", "perplexity", "key_bits", "value_bits", "held_bytes")
+    told = columns.tips("name kl_mean top1_flips perplexity key_bits value_bits held_bytes")
     layers = [
         best.transform_filter("datum.kl_mean <= datum.best").mark_line(**STEPS),
         base.mark_line(strokeWidth=1.2, opacity=0.7).encode(color=look["color"]),
@@ -104,22 +104,22 @@ def _by_divergence(drawn: pl.DataFrame) -> list[str]:
 
 
 FRONT = "front"
-NUMBERS = ("row", "key_bits", "value_bits", "sinks", "window", "bytes_per_token", "windows", "kl", "low", "high")
+SEARCHED = "method state row key_bits value_bits sinks window bytes_per_token windows kl low high"
 
 
-def pareto_front(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def pareto_front(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw candidates by the bytes they hold for a token and by how far they move the model's predictions.
 
     Rows of a search (``SEARCHED``). Those of the state ``"front"`` are joined, with their intervals; others that were
     measured are faint; those that were not are counted in the caption.
     """
-    columns.require(frame, "pareto_front", "method", "state", *NUMBERS)
+    columns.require(frame, "pareto_front", SEARCHED)
     protected = pl.col("protected").cast(pl.List(pl.String)).list.join(", ")
-    shown = frame.filter(pl.col("kl").is_finite()).select("method", "state", *NUMBERS, protected=protected)
+    shown = frame.filter(pl.col("kl").is_finite()).select(*SEARCHED.split(), protected=protected)
     scale = scales.log_domain(shown["kl"])
     look = marks.method_look(shown["method"].unique().sort().to_list())
-    setting = ("key_bits", "value_bits", "sinks", "window", "protected", "bytes_per_token")
-    told = columns.tips("row", "method", *setting, "kl", ("low", "interval from"), ("high", "to"), "windows", "state")
+    setting = "row method key_bits value_bits sinks window protected bytes_per_token kl"
+    told = columns.tips(setting, ("low", "interval from"), ("high", "to"), "windows state")
     measured = scales.on_log_scale(alt.Chart(), "kl", scale)
     front, others = (measured.transform_filter(f"datum.state {test} '{FRONT}'") for test in ("===", "!=="))
     ends = scales.on_log_scale(scales.on_log_scale(front, "low", scale), "high", scale)
@@ -152,7 +152,7 @@ ROW = 17  # pixels of a cache's bar
 
 
 def attention_times(
-    frame: pl.DataFrame, *, heading: str = "Attention of one token", caption: str | None = None
+    frame: pl.DataFrame, *, heading: str = "Attention of one token", caption: str = ""
 ) -> alt.VConcatChart:
     """Draw the time of attention as bars, a panel for each length of the context, and as a tick what memory would take.
 
@@ -160,10 +160,10 @@ def attention_times(
     ``roofline_microseconds`` (the call's bytes at the device's copying speed) and ``ratio`` (to the exact cache).
     ``heading``: what is seen, such as the device.
     """
-    needed = ("cache", "tokens", "microseconds", "roofline_microseconds", "ratio")
-    shown = columns.require(frame, "attention_times", *needed).sort("tokens", maintain_order=True)
+    needed = columns.require(frame, "attention_times", "cache tokens microseconds roofline_microseconds ratio")
+    shown = needed.sort("tokens", maintain_order=True)
     caches, lengths = (shown[name].unique(maintain_order=True).to_list() for name in ("cache", "tokens"))
-    told = columns.tips("cache", "tokens", "microseconds", "roofline_microseconds", ("ratio", "ratio to exact", ".2f"))
+    told = columns.tips("cache tokens microseconds roofline_microseconds", ("ratio", "ratio to exact", ".2f"))
     words = "format(datum.microseconds, '.0f') + ' µs  ' + format(datum.ratio, '.2f') + '×'"
 
     def draw(tokens: int, last: bool) -> marks.Plot:
@@ -201,15 +201,17 @@ PANELS = {  # column: axis title and unit
 
 
 def costs_by_length(
-    frame: pl.DataFrame, *, heading: str = "Peak memory and time per token against the length of a text",
-    caption: str | None = None,
-) -> alt.VConcatChart:  # fmt: skip
+    frame: pl.DataFrame,
+    *,
+    heading: str = "Peak memory and time per token against the length of a text",
+    caption: str = "",
+) -> alt.VConcatChart:
     """Draw peaks of memory and the time of a token against the tokens of the text, a line for each cache.
 
     Rows of `veloxlab.measure.lengths.LENGTHS`: ``cache``, ``tokens`` and the three measures of `PANELS`. ``heading``:
     what is seen, such as the model.
     """
-    shown = columns.require(frame, "costs_by_length", "cache", "tokens", *PANELS).sort("tokens", maintain_order=True)
+    shown = columns.require(frame, "costs_by_length", "cache tokens", *PANELS).sort("tokens", maintain_order=True)
     caches, values = shown["cache"].unique(maintain_order=True).to_list(), _lengths(shown)
 
     def draw(name: str, last: bool) -> marks.Plot:
@@ -222,7 +224,7 @@ def costs_by_length(
             y=columns.y("shown", title, tickCount=4, zero=True),
             color=marks.cache_colour(caches).legend(legend),
         )
-        return marks.line_points(base, columns.tips("cache", "tokens", ("shown", " in ".join(title), ",.3~r")))
+        return marks.line_points(base, columns.tips("cache tokens", ("shown", " in ".join(title), ",.3~r")))
 
     plots = marks.panels(list(PANELS), draw, theme.WIDTH, 130)
     return marks.framed(plots, shown, heading, caption or lengths_caption(frame))

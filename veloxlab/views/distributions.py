@@ -21,14 +21,14 @@ MOST_SAID = 2  # panels of which a caption speaks one by one
 SHARES_SHOWN = 8  # levels at most beside which their share is written
 
 
-def channel_ranges(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def channel_ranges(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw where each channel of one head lies over the tokens, a panel for each space and tensor.
 
     Rows of one head of `veloxlab.measure.distributions.CHANNELS`. A channel with tokens that are not finite has a
     cross.
     """
-    numbers = ("channel", "mean", "rms", "least", "low", "high", "most", "not_finite")
-    needed = columns.require_head(frame, "channel_ranges", "tensor", "space", *numbers)
+    numbers = "channel mean rms least low high most"
+    needed = columns.require_head(frame, "channel_ranges", f"tensor space {numbers} not_finite")
     group, words = marks.grouped(3 * frame.height, MARKS, "channel")
     shown = needed.group_by("space", "tensor", channel=pl.col("channel") // group * group, maintain_order=True).agg(
         pl.col("mean").mean(),
@@ -47,14 +47,14 @@ def channel_ranges(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VC
         unit = [UNITS[space]] if space in UNITS else []
         y = columns.y("least", [tensor, *SPACE_WORDS[space].split(", "), *unit], tickCount=4)
         base = own.transform_calculate(**ends).encode(x=x, x2="to:Q")
-        told = base.encode(tooltip=columns.tips("channel", "mean", "rms", "least", "low", "high", "most"))
+        told = base.encode(tooltip=columns.tips(numbers))
         zero = own.transform_aggregate(channels="count()").mark_rule(strokeWidth=0.5).encode(y=alt.datum(0))
         return alt.layer(
             zero,
             told.mark_rect(color=colour, opacity=0.25).encode(y=y, y2="most:Q"),
             told.mark_rect(color=colour, opacity=0.45).encode(y="low:Q", y2="high:Q"),
             base.mark_rule(color=colour, strokeWidth=2).encode(y="mean:Q"),
-            marks.crosses(own, x="channel:Q", tooltip=columns.tips("channel", "not_finite")),
+            marks.crosses(own, x="channel:Q", tooltip=columns.tips("channel not_finite")),
         )
 
     plots = marks.panels(places, draw, theme.WIDTH, 130 if len(places) <= 2 else 84)
@@ -75,13 +75,13 @@ def channel_caption(frame: pl.DataFrame) -> str:
     return marks.sentence(f"{marks.head_words(frame)}. Largest channel over the median one: {said}", lost)
 
 
-def density(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def density(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the density of all coordinates of one head, a panel for each space, keys and values together.
 
     Rows of one head of `veloxlab.measure.distributions.DENSITIES`.
     """
-    numbers = ("value", "width", "density", "below", "above", "not_finite")
-    shown = columns.require_head(frame, "density", "tensor", "space", *numbers).drop(*numbers[3:])
+    shown = columns.require_head(frame, "density", "tensor space value width density below above not_finite")
+    shown = shown.drop("below", "above", "not_finite")
     spaces = shown["space"].unique(maintain_order=True).to_list()
 
     def draw(space: str, _: bool) -> marks.Plot:
@@ -92,7 +92,7 @@ def density(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatCh
             x=columns.x("value", f"coordinate, {unit}", nice=False),
             y=columns.y("density", title, stack=None, type="sqrt", tickCount=4),
             color=marks.tensor_colour(legend=space == spaces[0]),
-            tooltip=columns.tips("tensor", "value", "density"),
+            tooltip=columns.tips("tensor value density"),
         )
 
     plots = marks.panels(spaces, draw, theme.WIDTH, 150 if len(spaces) == 1 else 80)
@@ -107,14 +107,14 @@ def density_caption(frame: pl.DataFrame) -> str:
     return marks.sentence(said, marks.broken(heads["not_finite"].sum()))
 
 
-def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str | None = None) -> alt.VConcatChart:
+def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str = "") -> alt.VConcatChart:
     """Draw the density of what a method quantizes, and its levels as lines upon it; keys and values apart.
 
     Rows of one head of `veloxlab.measure.levels.LEVELS`. Of vector codes, which have no levels of single coordinates,
     the density of the decoded ones is a line. ``method``: its name, for the caption.
     """
-    numbers = ("bits", "value", "width", "density", "share", "outside")
-    shown = columns.require_head(frame, "levels_on_density", "tensor", "kind", *numbers).drop("outside")
+    shown = columns.require_head(frame, "levels_on_density", "tensor kind bits value width density share outside")
+    shown = shown.drop("outside")
 
     def draw(tensor: str, last: bool) -> marks.Plot:
         colour = theme.TENSORS[tensor]
@@ -151,12 +151,12 @@ def levels_caption(frame: pl.DataFrame, method: str = "") -> str:
     return f"{name}{marks.head_words(frame)}. " + ", ".join(said)
 
 
-def angle_densities(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def angle_densities(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the density of one head's polar angles, a panel for each level; dashed, what the codebooks expect.
 
     Rows of one head of `veloxlab.measure.levels.ANGLES`.
     """
-    shown = columns.require_head(frame, "angle_densities", "tensor", "level", "angle", "density", "expected")
+    shown = columns.require_head(frame, "angle_densities", "tensor level angle density expected")
 
     def draw(level: int, last: bool) -> marks.Plot:
         base = marks.only(level=level).encode(x=columns.x("angle", "" if last or level == 1 else None, nice=False))
@@ -165,7 +165,7 @@ def angle_densities(frame: pl.DataFrame, *, caption: str | None = None) -> alt.V
         measured = base.mark_line(interpolate="step", strokeWidth=1.5).encode(
             y=columns.y("density", [f"level {level}", "density"], tickCount=3),
             color=marks.tensor_colour(legend=level == 1),
-            tooltip=columns.tips("tensor", "angle", "density"),
+            tooltip=columns.tips("tensor angle density"),
         )
         return alt.layer(measured, expected.encode(y="expected:Q"))
 

@@ -22,7 +22,7 @@ METRICS = {
 
 
 def error_map(
-    frame: pl.DataFrame, *, metric: str = "rel_mse", domain: scales.Domain | None = None, caption: str | None = None
+    frame: pl.DataFrame, *, metric: str = "rel_mse", domain: scales.Domain | None = None, caption: str = ""
 ) -> alt.VConcatChart:
     """Draw the error of every layer and KV head.
 
@@ -33,7 +33,7 @@ def error_map(
     the metric.
     """
     columns.known(metric, METRICS, "metric")
-    needed = columns.require(frame, "error_map", "layer", "head", "tensor", metric)
+    needed = columns.require(frame, "error_map", "layer head tensor", metric)
     shown = needed.drop_nulls(metric).sort("tensor", "layer", "head")
     if shown.is_empty():
         raise InputError(f"error_map has no {metric} to draw: take 'rel_mse', which every model shows.")
@@ -62,8 +62,8 @@ def error_map(
         y=scales.log_y("loss", [unit, "mean over heads"], scale),
         color=marks.tensor_colour(),
     )
-    told = columns.tips("layer", "tensor", ("loss", name, ".3g"))
-    lines = marks.lines_by_layer(base, told, size=36, shape=marks.tensor_shape())
+    told = columns.tips("layer tensor", ("loss", name, ".3g"))
+    lines = marks.lines_by_layer(base, told, size=36, shape=marks.scaled(alt.Shape, "tensor", theme.TENSOR_SHAPES))
     maps = alt.vconcat(*marks.panels(grid.tensors, cells, grid.width, grid.height), spacing=10)
     plots: list[marks.Plot] = [lines.properties(width=grid.width, height=110), maps]
     return marks.framed(plots, shown, heading, caption or error_caption(frame, metric), pickable=True)
@@ -93,14 +93,14 @@ def _finite(frame: pl.DataFrame, metric: str) -> pl.DataFrame:
     return frame.select("layer", loss=loss.cast(pl.Float64)).filter(pl.col("loss").is_finite())
 
 
-def errors_along_position(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def errors_along_position(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the relative error of keys and values along the text: medians, and bands that hold eight tenths.
 
     Rows of `veloxlab.measure.errors.PROFILE`; a panel for each width. Blocks with an error that is not finite are
     marked with a cross.
     """
-    numbers = ("bits", "position", "position_end", "low", "median", "high", "not_finite")
-    shown = columns.require(frame, "errors_along_position", "tensor", *numbers)
+    needed = "tensor bits position position_end low median high not_finite"
+    shown = columns.require(frame, "errors_along_position", needed)
     widths = shown["bits"].unique().sort().to_list()
 
     def draw(bits: int, last: bool) -> marks.Plot:
@@ -109,11 +109,11 @@ def errors_along_position(frame: pl.DataFrame, *, caption: str | None = None) ->
         colour = marks.tensor_colour(legend=bits == widths[0])
         finite = base.transform_filter("isValid(datum.median)").encode(color=colour)
         low = columns.y("low", _titled(bits, widths, "relative error"), zero=True, tickCount=4)
-        told = columns.tips("tensor", "position", "median")
+        told = columns.tips("tensor position median")
         return alt.layer(
             finite.mark_area(opacity=0.25).encode(y=low, y2="high:Q"),
             finite.mark_line(strokeWidth=1.5).encode(y="median:Q", tooltip=told),
-            marks.crosses(base, tooltip=columns.tips("tensor", "not_finite")),
+            marks.crosses(base, tooltip=columns.tips("tensor not_finite")),
         )
 
     plots = marks.panels(widths, draw, theme.WIDTH - 90, 110)
@@ -127,13 +127,13 @@ def profile_caption(frame: pl.DataFrame) -> str:
     return "Median: " + marks.sentence(*said, marks.broken(frame["not_finite"].sum()))
 
 
-def error_distribution(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def error_distribution(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw how the relative errors of single vectors are distributed, a panel for each width.
 
     Rows of `veloxlab.measure.errors.ERROR_DENSITIES`.
     """
-    numbers = ("bits", "least", "most", "share", "zero", "not_finite")
-    shown = columns.require(frame, "error_distribution", "tensor", *numbers).drop("zero", "not_finite")
+    shown = columns.require(frame, "error_distribution", "tensor bits least most share zero not_finite")
+    shown = shown.drop("zero", "not_finite")
     widths = shown["bits"].unique().sort().to_list()
     axis: marks.Look = {"values": scales.log_steps(1, 2, 5)}
     if len(widths) > 1:  # one axis for all; alone, a width's own rows make its axis, whichever come
@@ -165,19 +165,19 @@ def distribution_caption(frame: pl.DataFrame) -> str:
     return marks.sentence(zero, marks.broken(broken), *left_out) or "Every vector of the capture is counted"
 
 
-def errors_by_bits(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def errors_by_bits(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw how the error of keys and of values falls with the true bits of a value.
 
     Rows of `veloxlab.measure.errors.ERRORS_BY_BITS`; errors of 0 have no place on a log scale.
     """
-    shown = columns.require(frame, "errors_by_bits", "tensor", "bits", "error", "true_bits", "not_finite")
+    shown = columns.require(frame, "errors_by_bits", "tensor bits error true_bits not_finite")
     axis: marks.Look = {"type": "log", "values": scales.log_steps(1), "labelExpr": scales.LABEL}
     base = scales.on_log_scale(alt.Chart(), "error").encode(
         x=columns.x("true_bits", zero=False, nice=False, padding=12, tickMinStep=1),
         y=columns.y("error_drawn", **axis),
         color=marks.tensor_colour(),
     )
-    plot = marks.line_points(base, columns.tips("tensor", ("bits", "code bits"), "true_bits", "error"), 50)
+    plot = marks.line_points(base, columns.tips("tensor", ("bits", "code bits"), "true_bits error"), 50)
     plots = [plot.properties(width=theme.WIDTH - 90, height=150)]
     heading = "Relative squared error against true bits per value"
     return marks.framed(plots, shown, heading, caption or by_bits_caption(frame))
@@ -211,15 +211,14 @@ SIDE = 160  # pixels of a map
 
 
 def attention_maps(
-    frame: pl.DataFrame, *, heading: str = "Attention of one head", caption: str | None = None
+    frame: pl.DataFrame, *, heading: str = "Attention of one head", caption: str = ""
 ) -> alt.VConcatChart:
     """Draw attention weights of blocks of queries over blocks of keys, exact and compressed, and the difference.
 
     Rows of `veloxlab.measure.attention_maps.ATTENTION_MAP`. A weight that is not finite is marked with a cross.
     ``heading``: what is seen, such as layer, head and method.
     """
-    numbers = ("query", "query_end", "key", "key_end", "weight", "moved")
-    shown = columns.require(frame, "attention_maps", "kind", *numbers).drop("moved")
+    shown = columns.require(frame, "attention_maps", "kind query query_end key key_end weight moved").drop("moved")
 
     def draw(kind: str, last: bool) -> marks.Plot:
         own, first, words = marks.only(kind=kind), kind == "exact", KINDS[kind]
@@ -232,7 +231,7 @@ def attention_maps(
             y=columns.y("query", "" if first else None, **left),
             y2="query_end:Q",
             color=scales.log_colour("size", ["attention", "weight"], WEIGHTS),
-            tooltip=columns.tips("query", "key", ("weight", words, ".3~g")),
+            tooltip=columns.tips("query key", ("weight", words, ".3~g")),
         )
         lost = own.transform_filter("!isValid(datum.weight)").mark_text(text="×", fontWeight="bold")
         name = alt.Chart().transform_aggregate(cells="count()").mark_text(text=words, baseline="bottom")

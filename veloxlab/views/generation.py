@@ -22,7 +22,7 @@ ROW = 34  # pixels of a side in the map of passkeys
 
 
 def token_strip(
-    frame: pl.DataFrame, *, parting: int | None = None, lines: int | None = None, caption: str | None = None
+    frame: pl.DataFrame, *, parting: int | None = None, lines: int | None = None, caption: str = ""
 ) -> alt.VConcatChart:
     """Draw two texts as their tokens, with a bar under each of the compressed cache's, coloured by divergence.
 
@@ -30,7 +30,7 @@ def token_strip(
     ``exact_probability`` and ``kl`` (nats). ``parting``: the first position at which the texts differ, which is framed.
     ``lines``: lines to leave room for at least; give them to keep the chart steady while text comes.
     """
-    needed = columns.require(frame, "token_strip", "side", "text", "position", "probability", "exact_probability", "kl")
+    needed = columns.require(frame, "token_strip", "side text position probability exact_probability kl")
     parted = pl.lit(None, pl.Boolean) if parting is None else pl.col("position") == parting
     shown = needed.with_columns(parts=parted.fill_null(False))
     rows = pl.concat(_laid_out(own) for side in SIDES if len(own := shown.filter(side=side)))
@@ -44,7 +44,7 @@ def token_strip(
         base = base.encode(
             x=alt.X("column:Q", axis=None).scale(domain=[0, COLUMNS], nice=False),
             x2="end:Q",
-            tooltip=columns.tips("text", "position", "probability", "exact_probability", "kl"),
+            tooltip=columns.tips("text position probability exact_probability kl"),
         )
         frame: marks.Look = {"stroke": theme.PICKED, "cornerRadius": 2, "xOffset": -2, "x2Offset": 2}
         layers = [
@@ -76,17 +76,15 @@ def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
     return f"The texts part at token {parting + 1} (framed); {mean} over {len(ours)} predictions."
 
 
-def held_while_generating(
-    frame: pl.DataFrame, *, tokens: int | None = None, caption: str | None = None
-) -> alt.VConcatChart:
+def held_while_generating(frame: pl.DataFrame, *, tokens: int | None = None, caption: str = "") -> alt.VConcatChart:
     """Draw the bytes that each cache holds while texts are generated.
 
     Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position`` and ``held_bytes``. ``tokens``: tokens to
     leave room for; by default those that there are. Give it to keep the axis steady while text comes.
     """
-    shown = columns.require(frame, "held_while_generating", "side", "position", "held_bytes")
+    shown = columns.require(frame, "held_while_generating", "side position held_bytes")
     last = (tokens or int(shown["position"].max()) + 1) - 1  # type: ignore[arg-type]
-    told = columns.tips("side", "position", "held_bytes")
+    told = columns.tips("side position held_bytes")
     base = alt.Chart().transform_calculate(megabytes="datum.held_bytes / 1e6")
     base = base.encode(
         x=columns.x("position", domain=[0, max(last, 1)], nice=False),
@@ -113,17 +111,17 @@ def lines_for(tokens: int) -> int:
     return math.ceil(tokens * 5.5 / COLUMNS) + 2
 
 
-def passkey_map(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def passkey_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw which hidden numbers were found, by depth and cache.
 
     Rows of `veloxlab.measure.generation.PASSKEY`: ``depth`` (0 to 1), ``side``, ``passkey``, ``answer``, ``hit``.
     """
-    needed = columns.require(frame, "passkey_map", "depth", "side", "passkey", "context", "answer")
+    needed = columns.require(frame, "passkey_map", "depth side passkey context answer")
     shown = needed.with_columns(pl.col("answer").str.strip_chars(), frame["hit"])
     base = alt.Chart().encode(
         x=columns.x("depth:O", format=".0%"),
         y=columns.y("side", None, sort=list(SIDES)),
-        tooltip=columns.tips("side", "passkey", "answer", "depth"),
+        tooltip=columns.tips("side passkey answer depth"),
     )
     found, missed = (base.transform_filter(test) for test in ("datum.hit", "!datum.hit"))
     label = "(datum.hit ? '\u2713 ' : '\u2717 ') + slice(datum.answer, 0, 9)"

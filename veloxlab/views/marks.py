@@ -64,11 +64,6 @@ def tensor_colour(*, legend: bool = True) -> alt.Color:
     return scaled(alt.Color, "tensor", theme.TENSORS, legend=legend)
 
 
-def tensor_shape() -> alt.Shape:
-    """Give keys and values the shapes that points by layer have."""
-    return scaled(alt.Shape, "tensor", {"keys": "circle", "values": "square"})
-
-
 def method_look(methods: Sequence[str]) -> dict[str, alt.Color | alt.Shape]:
     """Give methods the colours and shapes that they have in every chart, with one legend, in this order."""
     legend = alt.Legend(symbolOpacity=1, symbolSize=60)

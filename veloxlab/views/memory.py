@@ -17,17 +17,16 @@ AHEAD = "(datum.kind === 'predicted' || datum.tokens === datum.known)"  # from t
 SIZE = "format(datum.megabytes, ',.3~r') + ' MB'"
 
 
-def memory_growth(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def memory_growth(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the bytes held against the tokens of the context.
 
     Rows of ``tokens``, ``cache``, ``bytes`` and ``kind`` (``"measured"`` or ``"predicted"``), whose bytes add up to
     what a cache holds. With a column ``layer``, a row is one layer's share, or where it is null what all layers share,
     and the picked layer's bytes are drawn too.
     """
-    needed = ("tokens", "cache", "bytes", "kind")
-    columns.require(frame, "memory_growth", *needed)
-    layer = pl.col("layer") if "layer" in frame.columns else pl.lit(None, pl.Int64).alias("layer")
-    shown = frame.select(*needed, layer).sort("cache", "layer", "tokens")
+    needed = columns.require(frame, "memory_growth", "tokens cache bytes kind")
+    layer = frame["layer"] if "layer" in frame.columns else pl.lit(None, pl.Int64)
+    shown = needed.with_columns(layer=layer).sort("cache", "layer", "tokens")
     caches = shown["cache"].unique(maintain_order=True).to_list()
     # each cache: solid with points where measured, dashed where predicted, its name and size at the end
     base = _growth(alt.Chart()).encode(color=marks.cache_colour(caches))
@@ -45,7 +44,7 @@ def memory_growth(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VCo
     plot = alt.layer(
         base.transform_filter(AHEAD).mark_line(strokeDash=[5, 4], strokeWidth=2),
         measured.mark_line(strokeWidth=2),
-        marks.points(measured, columns.tips("cache", "tokens", "bytes", "kind")),
+        marks.points(measured, columns.tips("cache tokens bytes kind")),
         marks.labels(end, f"datum.cache + '  ' + {SIZE}"),
         part.encode(detail="cache:N"),
         words.encode(x=alt.value(10), y=alt.value(0), text="label:N"),
@@ -94,7 +93,7 @@ ROW = 30  # pixels of a cache
 UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
 
 
-def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the bytes of each cache by part beside the memory there is, and below, the largest context that fits.
 
     ``planned``: rows of `veloxlab.measure.planned_memory.PLANNED` at one context: ``cache``, ``tokens``, ``batch``,
@@ -102,8 +101,8 @@ def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str | 
     ``memory_bytes``, ``tokens``. Raises `InputError`: A column or a row is missing, or the plan is of more than one
     context.
     """
-    columns.require(planned, "memory_plan", "cache", "part", "tokens", "batch", "bytes")
-    columns.require(largest, "memory_plan", "cache", "memory_bytes", "tokens")
+    columns.require(planned, "memory_plan", "cache part tokens batch bytes")
+    columns.require(largest, "memory_plan", "cache memory_bytes tokens")
     if (contexts := planned["tokens"].n_unique()) > 1:
         raise InputError(f"memory_plan draws one context, and the frame has {contexts}: filter it by tokens.")
     caches = planned["cache"].unique(maintain_order=True).to_list()
@@ -124,7 +123,7 @@ def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str | 
         x=columns.x("context", zero=True, nice=False, tickCount=6, format="~s"), y=y
     )  # fmt: skip
     largest_bars = contexts_of.mark_bar()
-    largest_bars = largest_bars.encode(color=marks.cache_colour(caches), tooltip=columns.tips("cache", "context"))
+    largest_bars = largest_bars.encode(color=marks.cache_colour(caches), tooltip=columns.tips("cache context"))
     plots = [
         plot.properties(width=theme.WIDTH - 130, height=ROW * len(caches))
         for plot in (
@@ -160,7 +159,7 @@ def _held(y: alt.Y, colours: dict[str, str], unit: str) -> marks.Plot:
         x=axis.stack("zero"),
         color=marks.scaled(alt.Color, "part", colours).sort(None).legend(orient="bottom", columns=len(colours)),
         order="order:Q",
-        tooltip=columns.tips("cache", "part", "bytes", "total"),
+        tooltip=columns.tips("cache part bytes total"),
     )
     totals = base.transform_aggregate(groupby=["cache", "total", "limit"])
     totals = totals.transform_calculate(size=f"datum.total / {UNITS[unit]}")
@@ -181,16 +180,14 @@ def _held(y: alt.Y, colours: dict[str, str], unit: str) -> marks.Plot:
 SPENT = {"codes": 1.0, "scales": 0.55, "exact tokens": 0.3, "tables": 0.2}
 
 
-def bit_allocation(
-    frame: pl.DataFrame, *, greatest: float | None = None, caption: str | None = None
-) -> alt.VConcatChart:
+def bit_allocation(frame: pl.DataFrame, *, greatest: float | None = None, caption: str = "") -> alt.VConcatChart:
     """Draw the bits that each layer spends on a value.
 
     Rows of ``layer``, ``tensor`` (``"keys"`` or ``"values"``), ``part`` and ``bits_per_value``; the parts of a layer
     add up. ``"codes"`` and ``"scales"`` come first; any other part is drawn above them. ``greatest``: top of the scale
     in bits; give one to compare charts or to keep a slider's bars steady.
     """
-    needed = columns.require(frame, "bit_allocation", "layer", "tensor", "part", "bits_per_value")
+    needed = columns.require(frame, "bit_allocation", "layer tensor part bits_per_value")
     found = set(frame["part"])
     parts = {part: SPENT.get(part, 0.25) for part in [*SPENT, *sorted(found - set(SPENT))] if part in found}
     order = pl.col("part").replace_strict(list(parts), range(len(parts)))

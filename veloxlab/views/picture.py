@@ -58,16 +58,18 @@ def _size(drawing: str) -> tuple[float, float]:
 
 def repacked(picture: bytes) -> bytes:
     """Compress a PNG's pixels again: vl-convert packs for speed, and zlib makes a chart about ten times smaller."""
-    chunks: list[tuple[bytes, bytes]] = []
+    chunks: dict[bytes, bytes] = {}
     at = len(SIGNATURE)
     while at < len(picture):
-        (length,) = struct.unpack_from(">I", picture, at)
-        chunks.append((picture[at + 4 : at + 8], picture[at + 8 : at + 8 + length]))
+        length, kind = struct.unpack_from(">I4s", picture, at)
+        chunks[kind] = chunks.get(kind, b"") + picture[at + 8 : at + 8 + length]
         at += 12 + length
-    rows = zlib.decompress(b"".join(data for kind, data in chunks if kind == b"IDAT"))
-    pixels = zlib.compress(_unfiltered(rows, png_size(picture)[1]), 9)
-    before = [chunk for chunk in chunks if chunk[0] == b"IHDR"]
-    return SIGNATURE + b"".join(_chunk(*chunk) for chunk in [*before, (b"IDAT", pixels), (b"IEND", b"")])
+    rows = _unfiltered(zlib.decompress(chunks[b"IDAT"]), png_size(picture)[1])
+    kept = {b"IHDR": chunks[b"IHDR"], b"IDAT": zlib.compress(rows, 9), b"IEND": b""}
+    return SIGNATURE + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in kept.items()
+    )
 
 
 def _unfiltered(rows: bytes, height: int) -> bytes:
@@ -81,15 +83,10 @@ def _unfiltered(rows: bytes, height: int) -> bytes:
 
 def png_size(picture: bytes) -> tuple[int, int]:
     """Read width and height in pixels from a PNG's header."""
-    width, height = struct.unpack(">II", picture[16:24])
-    return width, height
+    return struct.unpack_from(">II", picture, 16)
 
 
 def lit(spec: Spec) -> Spec:
     """Give a spec the colours of the light theme and a white ground."""
     config: dict[str, Any] = theme.merge(spec.get("config", {}), theme.colours("light"))
     return {**spec, "config": config | {"background": "white"}}
-
-
-def _chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

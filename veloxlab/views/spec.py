@@ -34,19 +34,14 @@ def split(spec: Spec) -> tuple[Spec, dict[str, Rows], dict[str, Any]]:
             return data
         return {"name": name} | {key: data[key] for key in ("format",) if key in data}
 
-    def walk(node: object) -> object:
+    def walk(node: Any) -> Any:  # noqa: ANN401 - any JSON
         if isinstance(node, list):
             return [walk(child) for child in node]
-        return inside(node) if isinstance(node, dict) else finite(node)
+        if not isinstance(node, dict):
+            return finite(node)
+        return {k: adopt(v) if k == "data" and isinstance(v, dict) else walk(v) for k, v in node.items()}
 
-    def inside(node: Spec) -> Spec:
-        return {
-            key: adopt(child) if key == "data" and isinstance(child, dict) else walk(child)
-            for key, child in node.items()
-            if key != "datasets" or node is not spec
-        }
-
-    bare = inside(spec)
+    bare: Spec = walk({key: child for key, child in spec.items() if key != "datasets"})
     values = {param["name"]: param.pop("value", None) for param in bare.get("params", []) if _is_value(param)}
     return bare, rows, values
 

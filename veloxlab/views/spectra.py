@@ -14,12 +14,12 @@ FLOOR = 1e-4  # shares below are drawn there
 MEANS = [pl.col(n).filter(pl.col(n).is_finite()).mean() for n in ("uncentred", "centred", "mean_share")]
 
 
-def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def spectrum(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the share of energy in each direction of one head, with its mean vector (dashed) and without.
 
     Rows of one head of `veloxlab.measure.spectra.SPECTRUM`.
     """
-    shown = columns.require_head(frame, "spectrum", "tensor", "about", "rank", "share")
+    shown = columns.require_head(frame, "spectrum", "tensor about rank share")
     domain = (FLOOR, 1.0)
     base = scales.on_log_scale(alt.Chart(), "share", domain).transform_calculate(seen=SEEN.format("about === 'origin'"))
     line = base.mark_line(strokeWidth=1.8).encode(
@@ -27,7 +27,7 @@ def spectrum(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatC
         y=scales.log_y("share", ["one direction's", "share of energy"], domain),
         color=marks.tensor_colour(),
         strokeDash=_with_mean(),
-        tooltip=columns.tips("tensor", "seen", "rank", "share"),
+        tooltip=columns.tips("tensor seen rank share"),
     )
     plots = [line.properties(width=theme.WIDTH - 110, height=190)]
     return marks.framed(
@@ -46,13 +46,12 @@ def spectrum_caption(frame: pl.DataFrame) -> str:
     return f"{marks.head_words(frame)}. Effective dimensions: {marks.sentence(*said)}"
 
 
-def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def dimensions_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw effective dimensions of every layer with and without the mean vector, and what the mean vector holds.
 
     Rows of `veloxlab.measure.spectra.DIMENSIONS`; heads are averaged.
     """
-    numbers = ("layer", "head", "head_dim", "uncentred", "centred", "mean_share")
-    columns.require(frame, "dimensions_by_layer", "tensor", *numbers)
+    columns.require(frame, "dimensions_by_layer", "tensor layer head head_dim uncentred centred mean_share")
     means = frame.group_by("layer", "tensor", maintain_order=True).agg(*MEANS)
     domain = scales.log_domain([*means["uncentred"], *means["centred"]])
     both = alt.Chart().transform_fold(["uncentred", "centred"], as_=["which", "dimensions"])
@@ -63,7 +62,7 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> a
         color=marks.tensor_colour(),
         strokeDash=_with_mean(),
     )
-    told = columns.tips("layer", "tensor", "seen", "dimensions")
+    told = columns.tips("layer tensor seen dimensions")
     shares = alt.Chart().encode(
         x=marks.layer_axis(),
         y=columns.y("mean_share", domain=[0, 1], format="%", tickCount=3),
@@ -72,7 +71,7 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str | None = None) -> a
     width = alt.Step(0.88 * marks.layer_step(means["layer"].n_unique()))  # room for a broad legend
     plots = (
         marks.lines_by_layer(counts, told, size=26, strokeDash=alt.StrokeDash()).properties(width=width, height=150),
-        marks.lines_by_layer(shares, columns.tips("layer", "tensor", "mean_share"), size=26).properties(
+        marks.lines_by_layer(shares, columns.tips("layer tensor mean_share"), size=26).properties(
             width=width, height=80
         ),
     )
@@ -99,13 +98,12 @@ STAGES = ("before RoPE", "after RoPE")
 PARTS = {"mean vector": 1.0, "around it": 0.4}
 
 
-def pair_energy(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConcatChart:
+def pair_energy(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the energy of each RoPE pair of one head's keys, and how much of it is their mean before RoPE.
 
     Rows of one head of `veloxlab.measure.spectra.PAIRS`.
     """
-    numbers = ("pair", "first", "second", "wavelength", "energy_share", "mean_share")
-    shown = columns.require_head(frame, "pair_energy", *numbers)
+    shown = columns.require_head(frame, "pair_energy", "pair first second wavelength energy_share mean_share")
     ends = shown.sort("pair")["wavelength"]
     parts = "datum.part === 'mean' ? '{}' : '{}'".format(*PARTS)
     bars = (
@@ -119,7 +117,7 @@ def pair_energy(frame: pl.DataFrame, *, caption: str | None = None) -> alt.VConc
             y=columns.y("share", ["keys", "share of energy"], format="%", tickCount=5),
             opacity=marks.part_opacity("what", PARTS, theme.KEYS),
             order="order:Q",
-            tooltip=columns.tips("pair", "first", "second", "wavelength", "what", "share"),
+            tooltip=columns.tips("pair first second wavelength what share"),
         )
         .properties(width=theme.WIDTH - 90, height=150)
     )
@@ -139,14 +137,14 @@ def pair_caption(frame: pl.DataFrame) -> str:
 
 
 def pair_turns(
-    frame: pl.DataFrame, *, heading: str = "One pair of channels of the keys", caption: str | None = None
+    frame: pl.DataFrame, *, heading: str = "One pair of channels of the keys", caption: str = ""
 ) -> alt.VConcatChart:
     """Draw one pair of channels over the tokens, before and after RoPE, side by side in one scale.
 
     Rows of `veloxlab.measure.spectra.PAIR_POINTS`. Later tokens are stronger. ``heading``: what is seen, such as layer,
     head and pair.
     """
-    shown = columns.require(frame, "pair_turns", "stage", "position", "x", "y")
+    shown = columns.require(frame, "pair_turns", "stage position x y")
     reach = 1.05 * max(1e-12, *shown.select(pl.col("x", "y").abs().max()).row(0))
     look = {"domain": [-reach, reach], "nice": False, "tickCount": 5}
 
@@ -156,7 +154,7 @@ def pair_turns(
             x=columns.x("x", f"first coordinate, {stage}", **look),
             y=columns.y("y", None if last else "second coordinate", **look),
             opacity=alt.Opacity("position:Q", legend=None).scale(range=[0.15, 0.9]),
-            tooltip=columns.tips("position", "x", "y"),
+            tooltip=columns.tips("position x y"),
         )
         mean = own.transform_aggregate(x="mean(x)", y="mean(y)").mark_text(text="+", fontSize=22, fontWeight="bold")
         return alt.layer(dots, mean.encode(x="x:Q", y="y:Q"))

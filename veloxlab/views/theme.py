@@ -21,6 +21,7 @@ STEP = 18  # pixels of a layer or head in a map
 # that must be told apart differ in lightness or shape as well as in hue.
 KEYS, VALUES = "#3b7dd8", "#d9702a"
 TENSORS = {"keys": KEYS, "values": VALUES}
+TENSOR_SHAPES = {"keys": "circle", "values": "square"}
 PICKED = "#d8435c"
 NEUTRAL = "#808890"
 OTHER = "#6a6fd8"  # what is no method of ours, such as mlx-lm's own quantized cache
