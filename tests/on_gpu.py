@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from veloxlab import cli
-from veloxlab.measure.bench import facts
+from veloxlab.measure.bench.timing import facts
 from veloxlab.store import write_atomically
 
 SUITE = Path(__file__).with_name("test_kernels_gpu.py")

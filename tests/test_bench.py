@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +14,6 @@ from veloxlab import cli
 from veloxlab.cli import measurements
 from veloxlab.cli.tables import lengths_table
 from veloxlab.codecs import METHODS
-from veloxlab.measure import bench, lengths
 from veloxlab.measure import compare as measured_speed
 from veloxlab.measure.activations import LayerCapture
 from veloxlab.measure.bench import attention, models, timing
@@ -48,7 +48,7 @@ def quick(monkeypatch):
 
 
 def test_attention_is_timed_against_exact_and_mlx_lms_own(quick):
-    rows = bench.decode_attention([SMALL], [512], [4], progress=lambda _: None)
+    rows = attention.decode_attention([SMALL], [512], [4], progress=lambda _: None)
     assert [row["cache"] for row in rows] == ["exact 16 bit", "mlx-lm 4 bit", "mlx-lm 8 bit", "turboquant 4 bit"]
     exact, _, _, ours = rows
     assert exact["ratio"] == 1
@@ -72,7 +72,7 @@ def test_making_a_graph_is_no_part_of_evaluating_it(quick):
 
 
 def test_attention_of_methods_reads_codes_of_their_own(quick):
-    rows = bench.attention_of_methods(["spectralquant", "qjl"], SMALL, 700, progress=lambda _: None)
+    rows = attention.attention_of_methods(["spectralquant", "qjl"], SMALL, 700, progress=lambda _: None)
     assert [row["cache"] for row in rows] == ["exact 16 bit", "spectralquant 4 bit", "qjl 4 bit"]
     assert rows[1]["ratio"] == pytest.approx(rows[1]["microseconds"] / rows[0]["microseconds"])
     values = 2 * SMALL.kv_heads * 700 * SMALL.head_dim
@@ -87,7 +87,7 @@ def test_every_method_can_be_fitted_to_random_vectors(method):
 
 
 def test_decoding_is_timed_with_caches_that_are_full(quick):
-    rows = bench.decode_steps(1, [96], [4], progress=lambda _: None)
+    rows = models.decode_steps(1, [96], [4], progress=lambda _: None)
     exact, _, ours = rows
     assert exact["ratio"] == 1
     assert ours["held_bytes"] < exact["held_bytes"]
@@ -95,13 +95,13 @@ def test_decoding_is_timed_with_caches_that_are_full(quick):
 
 
 def test_reading_a_prompt_is_timed(quick):
-    exact, ours = bench.read_prompts(1, 100, [4], progress=lambda _: None)
+    exact, ours = models.read_prompts(1, 100, [4], progress=lambda _: None)
     assert exact["ratio"] == 1
     assert ours["ratio"] == pytest.approx(exact["seconds"] / ours["seconds"])
 
 
 def test_encoding_is_timed_beside_attention(quick):
-    rows = bench.encode_steps(SMALL, 96, 5, progress=lambda _: None)
+    rows = attention.encode_steps(SMALL, 96, 5, progress=lambda _: None)
     assert [row["cache"].split()[0] for row in rows[::2]] == list(attention.ENCODED)
     assert [row["tokens"] for row in rows] == [1, 5] * len(attention.ENCODED)
     assert {row["layers"] for row in rows} == {2}
@@ -112,7 +112,8 @@ def test_encoding_is_timed_beside_attention(quick):
 def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkeypatch, tmp_path):
     names = ("decode_attention", "attention_of_methods", "encode_steps", "decode_steps", "read_prompts")
     for name in names:
-        monkeypatch.setattr(bench, name, lambda *given, name=name, **named: [{"of": name, **named}])
+        module = attention if hasattr(attention, name) else models
+        monkeypatch.setattr(module, name, lambda *given, name=name, **named: [{"of": name, **named}])
     monkeypatch.setattr(measurements, "bench_picture", lambda results: str(len(results)).encode())
     monkeypatch.setattr(measurements.tables, "bench_tables", lambda results: f"{len(results)} parts")  # type: ignore[attr-defined]
     path = tmp_path / "bench.json"
@@ -139,8 +140,8 @@ def test_the_committed_times_are_drawn():
 
 
 def test_memory_is_measured_by_length_and_a_failing_step_is_no_number(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(lengths.SHAPES, "smollm2-135m", SMALL_MODEL)
-    monkeypatch.setitem(lengths.SHAPES, "one layer of 7B", SMALL_MODEL | {"num_hidden_layers": 1})
+    monkeypatch.setitem(models.SHAPES, "smollm2-135m", SMALL_MODEL)
+    monkeypatch.setitem(models.SHAPES, "one layer of 7B", SMALL_MODEL | {"num_hidden_layers": 1})
     path = tmp_path / "memory.json"
     words = ["memory", "--random", "--tokens", "200", "70", "--layer-tokens", "64", "--quantized", "4"]
     assert cli.main([*words, "--quantized-upto", "100", "--json", str(path)]) == 0
@@ -164,7 +165,7 @@ class Failing(KVCache):
 
 def test_a_cache_that_cannot_decode_has_no_time():
     model = tiny("llama")
-    frame = lengths.costs_by_length(model, {"it": lambda: [Failing(), Failing()]}, [8, 16])
+    frame = models.costs_by_length(model, {"it": lambda: [Failing(), Failing()]}, [8, 16])
     assert frame["tokens"].to_list() == [8, 16]
     assert frame["decode_seconds"].to_list() == frame["decode_peak_bytes"].to_list() == [None, None]
     assert "| it | 8 |" in lengths_table(frame)
@@ -174,7 +175,7 @@ def test_a_cache_that_cannot_decode_has_no_time():
 @pytest.mark.parametrize("way", [attention.exact, attention.mlx_lm, attention.over_codes])
 def test_a_call_leaves_the_query_to_the_next(way):
     bits = () if way is attention.exact else (4,)
-    call = attention.calls(SMALL, way(SMALL, 64, *bits))[0][0]
+    call = attention.calls(SMALL, partial(way, SMALL, 64, *bits))[0][0]
     first, second = call(), call()
     assert mx.array_equal(first, second)
     assert mx.abs(first).max() > 0
@@ -215,8 +216,8 @@ def test_the_time_to_make_a_cache_does_not_count(monkeypatch):
 def test_lengths_of_layers_of_every_kind_are_measured(family):
     """States and sliding windows cannot be trimmed: what decoding reads there stays read."""
     model, told = tiny(family), {}
-    caches = lengths.makers(model, theirs=(4,))
-    frame = lengths.costs_by_length(model, caches, [8, 40], on_rows=lambda rows, left_out: told.update(left_out))
+    caches = models.makers(model, theirs=(4,))
+    frame = models.costs_by_length(model, caches, [8, 40], on_rows=lambda rows, left_out: told.update(left_out))
     slides = family in ("mistral", "gemma3n")
     assert [*told] == ["mlx-lm 4 bit"] * slides
     assert frame["cache"].to_list() == [name for name in caches if name not in told for _ in range(2)]
@@ -225,14 +226,14 @@ def test_lengths_of_layers_of_every_kind_are_measured(family):
 
 def test_lengths_that_a_cache_cannot_go_back_to_are_left_out():
     model, told = tiny("falcon_h1"), {}
-    caches = {"own": lengths.makers(model)["exact 32 bit"]}
-    frame = lengths.costs_by_length(model, caches, [8, 10], on_rows=lambda rows, left_out: told.update(left_out))
+    caches = {"own": models.makers(model)["exact 32 bit"]}
+    frame = models.costs_by_length(model, caches, [8, 10], on_rows=lambda rows, left_out: told.update(left_out))
     assert frame["tokens"].to_list() == [8]
     assert "from 10 tokens on: it cannot be trimmed, and has read 17 tokens" in told["own"]
 
 
 def test_lengths_are_on_disk_as_they_come(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(lengths.SHAPES, "smollm2-135m", SMALL_MODEL | {"head_dim": 80})
+    monkeypatch.setitem(models.SHAPES, "smollm2-135m", SMALL_MODEL | {"head_dim": 80})
     words = ["memory", "--random", "--tokens", "16", "--json", str(tmp_path / "memory.json")]
     assert cli.main(words) == 0
     results = json.loads((tmp_path / "memory.json").read_text())

@@ -13,7 +13,6 @@ from veloxlab.codecs.parts.codebooks import sphere_codebook
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
-from veloxlab.measure.attention_maps import ATTENTION_MAP, attention_map, block_edges, pooled_weights
 from veloxlab.measure.distributions import (
     CHANNELS,
     DENSITIES,
@@ -24,7 +23,17 @@ from veloxlab.measure.distributions import (
     outlier_channels,
     vectors,
 )
-from veloxlab.measure.errors import ERROR_DENSITIES, PROFILE, TOKEN_ERRORS, error_densities, errors_along_position
+from veloxlab.measure.errors import (
+    ATTENTION_MAP,
+    ERROR_DENSITIES,
+    PROFILE,
+    TOKEN_ERRORS,
+    attention_map,
+    block_edges,
+    error_densities,
+    errors_along_position,
+    pooled_weights,
+)
 from veloxlab.measure.levels import ANGLES, LEVELS, coded_coordinates, expected_density, level_densities, polar_angles
 from veloxlab.measure.spectra import (
     DIMENSIONS,

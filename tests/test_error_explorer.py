@@ -8,8 +8,7 @@ import pytest
 import veloxlab as vl
 from tests.knobs import turn
 from veloxlab.errors import InputError
-from veloxlab.measure.attention_maps import attention_map
-from veloxlab.measure.errors import errors_along_position, errors_by_bits
+from veloxlab.measure.errors import attention_map, errors_along_position, errors_by_bits
 from veloxlab.views import by_bits_caption, picture
 from veloxlab.views import errors_by_bits as drawn
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from veloxlab.errors import InputError
-from veloxlab.measure.intervals import mean_interval, student_quantile
+from veloxlab.measure.experiments import mean_interval, student_quantile
 
 
 @pytest.mark.parametrize("freedom", [1, 2, 4, 7, 30])

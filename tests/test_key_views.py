@@ -15,9 +15,8 @@ import pytest
 from tests.test_views import drawn, words
 from veloxlab import views
 from veloxlab.errors import InputError
-from veloxlab.measure.attention_maps import ATTENTION_MAP
 from veloxlab.measure.distributions import CHANNELS, DENSITIES, OUTLIERS, SPACES
-from veloxlab.measure.errors import ERROR_DENSITIES, PROFILE
+from veloxlab.measure.errors import ATTENTION_MAP, ERROR_DENSITIES, PROFILE
 from veloxlab.measure.levels import ANGLES, LEVELS
 from veloxlab.measure.spectra import DIMENSIONS, PAIR_POINTS, PAIRS, SPECTRUM
 from veloxlab.views import picture, theme

@@ -12,7 +12,7 @@ from veloxlab import cli
 from veloxlab.allocate.sweep import SWEEP, SWEPT, sweep, swept, usual_bounds
 from veloxlab.cli.tables import swept_table
 from veloxlab.errors import InputError
-from veloxlab.measure.intervals import mean_interval
+from veloxlab.measure.experiments import mean_interval
 
 SETTINGS: dict[str, Any] = {
     "bits": (2.5, 3.0),

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from veloxlab.measure.intervals import lower_ends
+from veloxlab.measure.experiments import lower_ends
 
 State = Literal["front", "close", "dominated", "above floor", "not needed", "not finite", "over budget"]
 Measure = Callable[[Sequence[int], int], Sequence[float]]

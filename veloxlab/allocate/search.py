@@ -24,9 +24,8 @@ from veloxlab.checks import FILE, MODEL, PATH, WORDS, checked, either, having, m
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.calibrate import calibrate
-from veloxlab.measure.experiments import Experiment
+from veloxlab.measure.experiments import Experiment, mean_interval
 from veloxlab.measure.frames import schema
-from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.quality import Mode
 from veloxlab.mlxlm.identity import name_of
 from veloxlab.progress import Progress, silent

@@ -24,9 +24,8 @@ from veloxlab.allocate.sensitivity import By, sensitivities
 from veloxlab.cache.make import make_cache
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
-from veloxlab.measure.experiments import Experiment
+from veloxlab.measure.experiments import Experiment, mean_interval
 from veloxlab.measure.frames import in_schema, schema
-from veloxlab.measure.intervals import mean_interval
 from veloxlab.measure.quality import Reference, evaluate, reference
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent

@@ -86,22 +86,21 @@ def results_name(model: str) -> str:
 def time_kernels(file: Path | None, tokens: Sequence[int] | None, only: Sequence[str] | None) -> None:
     """Time attention, encoding, decoding and reading; write the times and the device as JSON."""
     from veloxlab.codecs import METHODS
-    from veloxlab.measure import bench
-    from veloxlab.measure.bench import attention
+    from veloxlab.measure.bench import attention, models, timing
 
     tokens = tuple(tokens or attention.TOKENS)
     parts: dict[str, Callable[[], Any]] = {
-        "attention": lambda: bench.decode_attention(tokens=tokens),
-        "methods": lambda: bench.attention_of_methods([name for name in METHODS if name != "none"]),
-        "encode": bench.encode_steps,
-        "decode": lambda: bench.decode_steps(tokens=tokens),
-        "read": bench.read_prompts,
+        "attention": lambda: attention.decode_attention(tokens=tokens),
+        "methods": lambda: attention.attention_of_methods([name for name in METHODS if name != "none"]),
+        "encode": attention.encode_steps,
+        "decode": lambda: models.decode_steps(tokens=tokens),
+        "read": models.read_prompts,
     }
     if file:
         check_place(file)
     kept = json.loads(file.read_text()) if only and file and file.exists() else {}
     for name in only or parts:
-        kept[name] = {"facts": bench.facts(), "rows": parts[name]()}
+        kept[name] = {"facts": timing.facts(), "rows": parts[name]()}
         _write_json(file, kept)
     if file and "attention" in kept:
         write_atomically(file.with_suffix(".png"), bench_picture(kept))
@@ -133,12 +132,12 @@ def measure_lengths(
     An unfinished file holds the rows until all are measured.
     """
     import veloxlab as vl
-    from veloxlab.measure import bench, lengths
+    from veloxlab.measure.bench import models, timing
 
     if file:
         check_place(file)
     unfinished = file and file.with_suffix(".unfinished.json")
-    results: dict[str, Any] = {"facts": bench.facts()}
+    results: dict[str, Any] = {"facts": timing.facts()}
     left_out: dict[str, Mapping[str, str]] = {}  # by model: why a cache has no row, or not all
     texts: list[str] = []
 
@@ -149,11 +148,11 @@ def measure_lengths(
     for name, ns in ((model, tokens), ("one layer of 7B", layer_tokens)):
         if not ns:
             continue
-        own = lengths.random_model(name) if random or name != model else vl.load(name)[0]
-        caches = lengths.makers(own, theirs=quantized)
+        own = models.random_model(name) if random or name != model else vl.load(name)[0]
+        caches = models.makers(own, theirs=quantized)
         few = [n for n in ns if n <= quantized_upto]
         lengths_of = {cache: few if cache.startswith("mlx-lm") else ns for cache in caches}
-        frame = lengths.costs_by_length(own, caches, lengths_of, progress=say, on_rows=partial(keep, name))
+        frame = models.costs_by_length(own, caches, lengths_of, progress=say, on_rows=partial(keep, name))
         texts.append(f"{name}\n\n{tables.lengths_table(frame)}{tables.left_out_lines(left_out[name])}\n")
         print(texts[-1])
     if file and unfinished:

@@ -83,7 +83,7 @@ def bench_tables(results: dict[str, Any]) -> str:
 
 
 def lengths_table(frame: pl.DataFrame) -> str:
-    """Give `measure.lengths.LENGTHS` as a Markdown table."""
+    """Give `measure.bench.models.LENGTHS` as a Markdown table."""
     return markdown(
         "cache | tokens: | held, MB: | peak in prefill, MB: | peak in decoding, MB: | a token, ms:",
         "{cache} | {tokens:,} | {held} | {prefill} | {decoding} | {time}",

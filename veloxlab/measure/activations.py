@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import mlx.core as mx
@@ -26,6 +26,7 @@ from veloxlab.progress import Progress, silent
 from veloxlab.texts import excerpt
 
 Columns = Mapping[str, Any]
+Tensors = tuple[Tensor, ...] | None  # None: both
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,15 @@ class LayerCapture:
     def vectors(self, tensor: Tensor) -> mx.array:
         """Keys or values, in float32."""
         return (self.keys if tensor == "keys" else self.values).astype(mx.float32)
+
+    def check_finite(self, why: str, *names: str) -> None:
+        """Raise `InputError` if the arrays of these names hold numbers that are not finite; ``why`` that is bad."""
+        for name, x in ((name, getattr(self, name)) for name in names):
+            if x is not None and not mx.isfinite(x).all().item():
+                raise InputError(
+                    f"The {name} of layer {self.layer} hold numbers that are NaN or infinite, {why}: load the model "
+                    "with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
+                )
 
     def codec(
         self, tensor: Tensor, method: str, bits: int, calibration: Calibration | None, options: Mapping[str, object]
@@ -89,18 +99,16 @@ def capture(
     ids = first_tokens(tokenizer, text, tokens)
     if len(ids) < min(2, tokens):
         raise InputError(f"The text has {len(ids)} tokens and at least 2 are needed: give a longer text.")
-    layers = []
-    count = sum(f.compressible for f in probe.probe(model))
-    for seen in capture_layers(model, ids):
-        layers.append(seen)
-        progress(len(layers), count, f"layer {seen.layer}")
-    return Capture(tuple(layers), tuple(ids))
+    return Capture(tuple(capture_layers(model, ids, progress)), tuple(ids))
 
 
-def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
+def capture_layers(
+    model: Module, ids: Sequence[int], progress: Progress = silent, doing: str = "capturing"
+) -> Iterator[LayerCapture]:
     """Run ``model`` over the tokens ``ids`` and give what each layer saw, evaluated, one layer after another.
 
-    A layer that was given is not held here. Raises `InputError` if no layer keeps plain keys and values.
+    A layer that was given is not held here. ``progress`` is told what is being done with each. Raises `InputError` if
+    no layer keeps plain keys and values.
     """
     caches = probe.with_caches(model, Recorder)
     recorders = [slot for slot in probe.slots_of(caches) if isinstance(slot, Recorder)]
@@ -109,17 +117,20 @@ def capture_layers(model: Module, ids: Sequence[int]) -> Iterator[LayerCapture]:
     ropes = ropes_of(model, ids)
     model(mx.array([ids]), cache=caches)  # lazy: nothing is computed before the layers below are
     del caches
-    for rope in ropes:
-        seen = replace(recorders.pop(0).seen(), rope=rope)
-        mx.eval([a for a in (seen.queries, seen.keys, seen.values) if a is not None])
+    for done, rope in enumerate(ropes):
+        own = recorders.pop(0)
+        mx.eval([a for a in (own.queries, own.keys, own.values) if a is not None])
+        seen = LayerCapture(own.facts.layer, own.queries, own.keys, own.values, own.scale, rope)
+        progress(done, len(ropes), f"{doing} layer {seen.layer}")
         yield seen
+    progress(len(ropes), len(ropes), "done")
 
 
 def by_head(
     schema: Mapping[str, Any],
     layers: Sequence[LayerCapture],
     columns: Callable[[LayerCapture, Tensor], Iterable[Columns]],
-    tensors: Sequence[Tensor] | None = None,
+    tensors: Tensors = None,
     *,
     progress: Progress = silent,
     label: str = "",
@@ -159,10 +170,8 @@ def stretches(
     """
     ids = first_tokens(tokenizer, text, tokens * count)
     if len(ids) < tokens * (count - 1) + (tokens if last is None else last):
-        raise InputError(
-            f"The text has {len(ids)} tokens, too few for {count} {name} of {tokens}: give a longer text or take fewer "
-            f"or shorter {name}."
-        )
+        said = f"The text has {len(ids)} tokens, too few for {count} {name} of {tokens}"
+        raise InputError(f"{said}: give a longer text or take fewer or shorter {name}.")
     if missing := tokens * count - len(ids):
         end = f"The text ends early: the last of {count} {name} has {tokens - missing} tokens, and not {tokens}."
         warnings.warn(end, stacklevel=3)
@@ -184,13 +193,13 @@ class Recorder(probe.Probe):
 
     def __init__(self, facts: probe.LayerFacts) -> None:
         super().__init__(facts)
-        self._queries: mx.array | None = None
-        self._scale: float | None = None
+        self.queries: mx.array | None = None
+        self.scale: float | None = None
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         """See `Handle.attend`; the layer's own queries are kept."""
-        if self._queries is None:  # layers that borrow these keys and values attend later
-            self._queries, self._scale = q, scale
+        if self.queries is None:  # layers that borrow these keys and values attend later
+            self.queries, self.scale = q, scale
         return mx.fast.scaled_dot_product_attention(
             q, self.keys, self.values, scale=scale, mask=cast("Any", mask), sinks=sinks
         )
@@ -198,7 +207,3 @@ class Recorder(probe.Probe):
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask that ``N`` tokens need, in mlx-lm's terms."""
         return cast("Mask", create_attention_mask(N, self.offset, return_array, window_size or self.facts.max_size))
-
-    def seen(self) -> LayerCapture:
-        """What passed."""
-        return LayerCapture(self.facts.layer, self._queries, self.keys, self.values, self._scale)

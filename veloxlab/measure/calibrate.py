@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,10 @@ from mlx.nn.layers.base import Module
 from veloxlab.cache.calibration import FORMAT, Calibration, Place
 from veloxlab.cache.plan import DEFAULT_BITS
 from veloxlab.checks import checked, either, many, whole
-from veloxlab.codecs import TENSORS, Codec, find_method
+from veloxlab.codecs import TENSORS, Codec, Tensor, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
-from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
@@ -49,7 +49,8 @@ def calibrate(
 
     In seconds of one core, SmolLM2 (30 layers, 1,024 tokens, float32) takes below 20 where only channels, means or
     levels are learned, 30 for SpectralQuant, 45 to 75 for VecInfer, and 70, 100, 145 and 170 for CommVQ at 1, 2, 3 and
-    4 bits. Each further width takes its time again.
+    4 bits. Each further width takes its time again. Raises `InputError`: unknown method or option, bits out of range, a
+    text that is too short or too uniform, or activations that are not finite.
 
     Parameters
     ----------
@@ -60,16 +61,10 @@ def calibrate(
     folder : where to keep it; the user's cache folder by default. Where it cannot be written a warning says so.
     progress : told of each layer; what it raises ends the work and nothing is saved.
     options : the method's own.
-
-    Raises
-    ------
-    InputError : unknown method or option, bits out of range, a text that is too short or too uniform, or activations
-        that are not finite.
     """
     found, widths = find_method(method), sorted({bits} if isinstance(bits, int) else set(bits))
-    for width in widths:
-        for tensor in TENSORS:
-            found.check(width, tensor, options)
+    for width, tensor in product(widths, TENSORS):
+        found.check(width, tensor, options)
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     _check_text(ids)
     facts = {
@@ -84,17 +79,11 @@ def calibrate(
 
     def made() -> Calibration:
         codecs: dict[Place, Codec] = {}
-        layers = sum(f.compressible for f in probe.probe(model))
-        for done, seen in enumerate(capture_layers(model, ids)):
-            progress(done, layers, f"fitting layer {seen.layer}")
-            _check_finite(seen)
-            queries = None if seen.queries is None else seen.queries.astype(mx.float32)
-            for tensor in TENSORS:
-                x = seen.vectors(tensor)
-                sample = Sample(x, queries, seen.rope, seed)
+        for seen in capture_layers(model, ids, progress, "fitting"):
+            for tensor, sample in _samples(seen, seed):
                 for width in widths:
-                    codecs[seen.layer, tensor, width] = found.codec(x.shape[-1], width, tensor, **options).fit(sample)
-        progress(layers, layers, "done")
+                    codec = found.codec(sample.x.shape[-1], width, tensor, **options)
+                    codecs[seen.layer, tensor, width] = codec.fit(sample)
         return Calibration(method, facts, codecs)
 
     def loaded(path: Path) -> Calibration:
@@ -114,28 +103,23 @@ def _as_json(options: Mapping[str, object]) -> dict[str, object]:
     try:
         return dict(json.loads(json.dumps(options)))
     except (TypeError, ValueError) as error:
-        raise InputError(
-            f"The options {dict(options)} cannot be written to a calibration's file ({error}): give plain numbers and "
-            "words, or lists and mappings of them."
-        ) from None
+        said = f"The options {dict(options)} cannot be written to a calibration's file ({error})"
+        raise InputError(f"{said}: give plain numbers and words, or lists and mappings of them.") from None
 
 
 def _check_text(ids: Sequence[int]) -> None:
     usual = f"give natural text of at least {LEAST_TOKENS} tokens; {USUAL_TOKENS:,} are usual"
+    count = f"{len(ids)} token{'s' * (len(ids) != 1)}"
     if len(ids) < LEAST_TOKENS:
-        count = f"{len(ids)} token{'s' * (len(ids) != 1)}"
         raise InputError(f"The calibration text has {count}, too few to fit anything to: {usual}.")
     if (different := len(set(ids))) < LEAST_DISTINCT:
-        raise InputError(
-            f"The calibration text has {different} different tokens among {len(ids)}, and at least {LEAST_DISTINCT} "
-            f"are needed: {usual}."
-        )
+        said = f"{different} different tokens among {len(ids)}, and at least {LEAST_DISTINCT} are needed"
+        raise InputError(f"The calibration text has {said}: {usual}.")
 
 
-def _check_finite(seen: LayerCapture) -> None:
-    for name, x in (("queries", seen.queries), ("keys", seen.keys), ("values", seen.values)):
-        if x is not None and not mx.isfinite(x).all().item():
-            raise InputError(
-                f"The {name} of layer {seen.layer} hold numbers that are NaN or infinite, to which nothing can be "
-                "fitted: load the model with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
-            )
+def _samples(seen: LayerCapture, seed: int) -> Iterator[tuple[Tensor, Sample]]:
+    """What codecs of a layer's keys, and of its values, are fitted to."""
+    seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
+    queries = None if seen.queries is None else seen.queries.astype(mx.float32)
+    for tensor in TENSORS:
+        yield tensor, Sample(seen.vectors(tensor), queries, seen.rope, seed)

@@ -23,8 +23,7 @@ from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.frames import schema
 from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, evaluate, reference
-from veloxlab.mlxlm.probe import probe, slot_of
-from veloxlab.mlxlm.quantized import quantized_cache
+from veloxlab.mlxlm.probe import probe, quantized_cache, slot_of
 from veloxlab.progress import OnRows, Progress, silent
 
 COMPARED = FIDELITY | schema("store_us store_ratio attend_us attend_ratio")
@@ -53,11 +52,8 @@ def compare(
     """Measure every method at those of ``bits`` that it has, and mlx-lm's quantized cache: a row each, `COMPARED`.
 
     Every token is compressed, and is read through its codes. Methods that need it are calibrated on the validation
-    text. A cache that this model cannot have is left out; ``progress`` and ``on_rows`` are told why.
-
-    Raises
-    ------
-    InputError : as `veloxlab.reference` and `veloxlab.capture`; or every cache is left out.
+    text. A cache that this model cannot have is left out; ``progress`` and ``on_rows`` are told why. Raises
+    `InputError`: as `veloxlab.reference` and `veloxlab.capture`; or every cache is left out.
     """
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     seen = capture(model, tokenizer, text, tokens=tokens).layers[0]
@@ -79,7 +75,7 @@ def compare(
 def _row(
     exact: Reference, seen: LayerCapture, plain: tuple[float, float], name: str, maker: Callable[[], CacheMaker]
 ) -> pl.DataFrame:
-    """One row of `COMPARED`; ``plain`` are the seconds of the exact cache to store and to attend."""
+    """``plain`` are the seconds of the exact cache to store and to attend."""
     make = maker()
     facts = next(found for found in probe(exact.model) if found.compressible)  # of the layer that was captured first
     store, attend = cache_speed(seen, lambda: slot_of(make(exact.model), facts))
@@ -106,12 +102,11 @@ def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, fl
     ``make`` gives an empty cache of the layer. Medians of `REPEATS`, after two warm-up runs.
     """
     keys, values = layer.keys, layer.values
-    heads = keys.shape[1] if layer.queries is None else layer.queries.shape[1]
-    query = mx.random.normal((1, heads, 1, keys.shape[-1]), dtype=keys.dtype, key=mx.random.key(0))
+    heads, head_dim = (keys if layer.queries is None else layer.queries).shape[1], keys.shape[-1]
+    query = mx.random.normal((1, heads, 1, head_dim), dtype=keys.dtype, key=mx.random.key(0))
     cache = make()
-    read_keys, read_values = cache.update_and_fetch(keys, values)
+    k, v = cache.update_and_fetch(keys, values)
     mx.eval(cache.state, query)
-
     empty = [make() for _ in range(FIRST_TRIES + REPEATS)]
 
     def store() -> object:
@@ -121,8 +116,7 @@ def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, fl
 
     def attend() -> object:
         own = mx.array(query)  # mlx-lm's quantized attention scales the query that it is given in place
-        scale = keys.shape[-1] ** -0.5
-        return scaled_dot_product_attention(own, read_keys, read_values, cache=cache, scale=scale, mask=None)
+        return scaled_dot_product_attention(own, k, v, cache=cache, scale=head_dim**-0.5, mask=None)
 
     return median_seconds(store, REPEATS), median_seconds(attend, REPEATS)
 
@@ -136,10 +130,8 @@ def byte_ratios(kv_heads: int = 8, head_dim: int = 128, tokens: int = 8192) -> p
     sample = Sample(x[:, :, :1024].astype(mx.float32))
     rows = []
     for method, *widths in PRESETS:
-        codecs = [
-            find_method(method).codec(head_dim, bits, tensor).fit(sample)
-            for tensor, bits in zip(TENSORS, widths, strict=True)
-        ]
+        kinds = zip(widths, TENSORS, strict=True)
+        codecs = [find_method(method).codec(head_dim, bits, tensor).fit(sample) for bits, tensor in kinds]
         cache = CompressedKVCache(*codecs, sinks=0, window=0)
         cache.update_and_fetch(x, x)
         mx.eval(cache.state)

@@ -17,7 +17,7 @@ from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.spectralquant import SpectralQuant
 from veloxlab.codecs.vecinfer import smoothing_factors
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
+from veloxlab.measure.activations import Capture, Columns, LayerCapture, Tensors, by_head
 from veloxlab.measure.frames import PLACE, schema
 
 Floats = NDArray[np.float32]
@@ -54,10 +54,8 @@ def vectors(layer: LayerCapture, tensor: Tensor, space: Space = "raw") -> Floats
     ``eigenbasis``        SpectralQuant's axes, learned from these vectors: root-mean-square 1, without the mean, the
                           largest variance first.
 
-    Raises
-    ------
-    InputError : an unknown space; values, or a layer without a known RoPE, before RoPE; too few tokens, or numbers that
-        are not finite, for an eigenbasis.
+    Raises `InputError`: an unknown space; values, or a layer without a known RoPE, before RoPE; too few tokens, or
+    numbers that are not finite, for an eigenbasis.
     """
     if space not in SPACES:
         raise InputError(f"There is no space {space!r}: choose one of {', '.join(SPACES)}.")
@@ -69,7 +67,8 @@ def vectors(layer: LayerCapture, tensor: Tensor, space: Space = "raw") -> Floats
             raise InputError(f"Layer {layer.layer} has no rotary embedding that is known: choose the space 'raw'.")
         x = layer.rope.inverse(x, 0)
     elif space == "eigenbasis":
-        x = _on_axes(x, layer.layer)
+        layer.check_finite("which have no axes", tensor)
+        x = _on_axes(x)
     elif space in ("smoothed", "smoothed_rotated"):
         x = x / smoothing_factors(x)[:, None]
     if space in ("rotated", "smoothed_rotated"):
@@ -77,9 +76,7 @@ def vectors(layer: LayerCapture, tensor: Tensor, space: Space = "raw") -> Floats
     return np.array(x[0])
 
 
-def _on_axes(x: mx.array, layer: int) -> mx.array:
-    if not mx.isfinite(x).all().item():
-        raise InputError(f"Layer {layer} holds numbers that are NaN or infinite, which have no axes: see it in 'raw'.")
+def _on_axes(x: mx.array) -> mx.array:
     heads = mx.array([head for head in range(x.shape[1]) if x[:, head].any().item()])  # a head of zeros stays as it is
     if not heads.size:
         return x
@@ -97,22 +94,20 @@ def _by_head(
     columns: Mapping[str, Any],
     capture: Capture,
     space: Space,
-    tensors: tuple[Tensor, ...] | None,
+    tensors: Tensors,
     blocks: Callable[[Floats, str], Iterable[Columns]],
 ) -> pl.DataFrame:
     """Rows of what ``blocks`` gives of the vectors ``[H, S, D]`` of each layer, whose name it is told; NaN is null."""
 
     def in_space(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         for block in blocks(vectors(layer, tensor, space), f"the {tensor} of layer {layer.layer}"):
-            yield {"space": space} | block
+            yield {"space": space, **block}
 
     own = ("keys",) if tensors is None and space == "before_rope" else tensors
     return by_head(columns, capture.layers, in_space, own).fill_nan(None)
 
 
-def channel_distributions(
-    capture: Capture, space: Space = "raw", *, tensors: tuple[Tensor, ...] | None = None
-) -> pl.DataFrame:
+def channel_distributions(capture: Capture, space: Space = "raw", *, tensors: Tensors = None) -> pl.DataFrame:
     """Mean, size and quantiles of every channel over the tokens of a capture: `CHANNELS`.
 
     ``tensors`` is keys, values or both; by default all that the space has. Raises `InputError` as `vectors`.
@@ -133,9 +128,7 @@ def channel_distributions(
 
 
 @checked(bins=whole(2))
-def densities(
-    capture: Capture, space: Space = "raw", *, tensors: tuple[Tensor, ...] | None = None, bins: int = BINS
-) -> pl.DataFrame:
+def densities(capture: Capture, space: Space = "raw", *, tensors: Tensors = None, bins: int = BINS) -> pl.DataFrame:
     """Histogram of all coordinates of each head, as a density: `DENSITIES`.
 
     The bins leave out at most one coordinate of two thousand at either end. Raises `InputError` as `vectors`, and for a
@@ -157,9 +150,7 @@ def densities(
     return _by_head(DENSITIES, capture, space, tensors, blocks)
 
 
-def outlier_channels(
-    capture: Capture, space: Space = "raw", *, tensors: tuple[Tensor, ...] | None = None
-) -> pl.DataFrame:
+def outlier_channels(capture: Capture, space: Space = "raw", *, tensors: Tensors = None) -> pl.DataFrame:
     """How far single channels and single coordinates of each head stand out: `OUTLIERS`.
 
     The steps of a uniform quantizer are as wide as the greatest coordinate needs: ``peak_ratio`` is this cost. Raises

@@ -1,11 +1,11 @@
-"""Experiments: jobs that are each measured once, in this process or in the workers of an executor.
-
-An `Experiment` can keep its results in a file, from which a stopped run continues. `possible_rows` is for jobs that may
-fail.
+"""Experiments: jobs that are each measured once, in this process or an executor's; jobs that may fail; and how sure the
+mean of few measurements is.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 import warnings
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future, ProcessPoolExecutor, as_completed
@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
 from veloxlab.errors import InputError
 from veloxlab.progress import OnRows, Progress, in_words, silent
@@ -26,7 +28,7 @@ R = TypeVar("R")
 
 @dataclass(eq=False)
 class Experiment(Generic[J, R]):
-    """Measures jobs, and knows the results of all that it measured. Close it at the end.
+    """Measures jobs, and knows the results of all that it measured, which a file can keep. Close it at the end.
 
     If a process of the executor dies, one new process does the jobs that are left. ``progress`` is told before the
     first job and after each; what it raises ends the run and cancels waiting jobs.
@@ -51,10 +53,7 @@ class Experiment(Generic[J, R]):
         to_rows: Callable[[Mapping[J, R]], Any],
         from_rows: Callable[[Any], Mapping[J, R]],
     ) -> None:
-        """Take over the results in a file, and keep there what is measured from now on.
-
-        ``to_rows`` makes JSON of all results, and ``from_rows`` is its inverse.
-        """
+        """Take over the results in a file, and keep there, as JSON by ``to_rows``, what is measured from now on."""
         rows = unfinished.read()
         if rows is not None:
             self.known |= from_rows(rows)
@@ -92,17 +91,15 @@ class Experiment(Generic[J, R]):
             yield from ((job, self.measure(job)) for job in tuple(jobs))
             return
         futures: dict[Future[R], J] = {}
-        broken: BrokenExecutor | None = None
+        broken: BaseException | None = None
         try:
             for job in jobs:
                 futures[self.executor.submit(self.measure, job)] = job
             for future in as_completed(futures):
-                try:
-                    result = future.result()
-                except BrokenExecutor as error:
-                    broken = error
+                if isinstance(failed := future.exception(), BrokenExecutor):
+                    broken = failed
                 else:
-                    yield futures[future], result
+                    yield futures[future], future.result()
         finally:  # the reader may stop at any time
             for future in futures:
                 future.cancel()
@@ -151,3 +148,37 @@ def possible_rows(
         on_rows(pl.concat(frames), left_out)
     progress(total, total, "done")
     return pl.concat(frames), left_out
+
+
+@functools.cache
+def student_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t with ``freedom`` degrees, for a ``probability`` from ½ to below 1; to about 1e-6.
+
+    With t = √ν·tan θ the density is proportional to cos^(ν−1) θ, which is integrated by the trapezoid rule.
+    """
+    if not 0.5 <= probability < 1 or freedom < 1:
+        said = f"Student's t has no quantile at a probability of {probability} with {freedom} degrees of freedom"
+        raise InputError(f"{said}: take from 0.5 to below 1, and 1 degree or more.")
+    angles = np.linspace(0, math.pi / 2, 100_001)
+    density = np.cos(angles) ** (freedom - 1)
+    below = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2)])
+    return math.sqrt(freedom) * math.tan(float(np.interp((2 * probability - 1) * below[-1], below, angles)))
+
+
+def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """Mean, and the ends of its two-sided t interval; for paired comparisons give the differences."""
+    numbers = np.asarray(values, np.float64)
+    low, mean = float(lower_ends(numbers, confidence)), float(numbers.mean())
+    return mean, low, 2 * mean - low
+
+
+def lower_ends(values: NDArray[np.float64], confidence: float = 0.95) -> NDArray[np.float64]:
+    """Lower ends ``[...]`` of the two-sided t intervals of the means over the last axis of ``values`` ``[..., N]``.
+
+    Raises `InputError` if there are fewer than two values.
+    """
+    count = values.shape[-1]
+    if count < 2:
+        raise InputError(f"An interval takes two values or more, and there are {count}: measure more windows.")
+    half = student_quantile((1 + confidence) / 2, count - 1) * values.std(axis=-1, ddof=1) / math.sqrt(count)
+    return np.asarray(values.mean(axis=-1) - half)

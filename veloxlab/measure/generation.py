@@ -1,14 +1,14 @@
 """One prompt continued with the exact cache and with a compressed one, token by token; and a passkey test.
 
-Decoding is greedy, so the same call gives the same text. A divergence compares two predictions of one text: once the
-texts differ, the exact model reads the compressed cache's text too, in another cache.
+Decoding is greedy. A divergence compares two predictions of one text: once the texts differ, the exact model reads the
+compressed cache's text too, in another cache.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice, zip_longest
 from typing import Any, Literal
 
@@ -37,14 +37,13 @@ _PLAIN = {"add_special_tokens": False}  # a text without marks of its beginning 
 GENERATION = schema("side position token text probability exact_probability kl held_bytes")
 """Columns of `side_by_side`: whose text it is, "exact" or "compressed"; position of the token in the text that was
 generated, its id and what it adds to the text; probability that its own cache gave it, and that the exact cache gives
-it behind the same text; KL(exact ‖ compressed) of that prediction in nats, null on the exact side; and bytes that its
-own cache held then."""
+it behind the same text; KL(exact ‖ compressed) of that prediction in nats, null on the exact side; bytes then held."""
 
 PASSKEY = schema("depth context passkey side answer hit")
 """Columns of `passkey`: where the needle is in the text, 0 to 1; tokens of the text, the needle's among them; what was
 hidden; which cache was asked, "exact" or "compressed"; its answer, and whether that begins with the passkey."""
 
-OnToken = Callable[[pl.DataFrame], None]
+OnToken = Callable[[pl.DataFrame], object]
 
 
 @dataclass
@@ -53,12 +52,12 @@ class _Reader:
 
     model: Module
     cache: list[Any]
-    log_probs: mx.array = field(default_factory=lambda: mx.zeros(0))  # of the next token [vocabulary]
+    log_probs: mx.array = field(init=False)  # of the next token [vocabulary]
 
-    def read(self, tokens: Sequence[int], chunks: Iterable[int] | None = None) -> _Reader:
+    def read(self, tokens: Sequence[int], chunks: Iterable[int] = ()) -> _Reader:
         """Read these tokens, in one call or in ``chunks`` of so many tokens each."""
         left = iter(tokens)
-        for count in [len(tokens)] if chunks is None else chunks:
+        for count in chunks or [len(tokens)]:
             ids = mx.array([list(islice(left, count))])
             self.log_probs = log_probabilities(self.model(ids, cache=self.cache)[0, -1])
             mx.eval(self.log_probs, [entry.state for entry in self.cache])
@@ -86,11 +85,13 @@ def side_by_side(
     *,
     tokens: int = USUAL_TOKENS,
     chat: bool = True,
-    on_token: OnToken | None = None,
+    on_token: OnToken = silent,
     progress: Progress = silent,
     **settings: Any,
 ) -> pl.DataFrame:
     """Continue a prompt with the model's own cache and with a compressed one, greedily: `GENERATION`.
+
+    Raises `InputError`: as `veloxlab.make_cache`; or an empty prompt.
 
     Parameters
     ----------
@@ -100,10 +101,6 @@ def side_by_side(
     chat : whether a text is a user's message, in the tokenizer's template if it has one, or is continued as it is.
     on_token : given the rows so far after each position.
     settings : further arguments of `veloxlab.make_cache`, such as ``bits``, ``sinks`` and ``window``.
-
-    Raises
-    ------
-    InputError : as `veloxlab.make_cache`; or an empty prompt.
     """
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     made = maker(method_or_plan, settings)(model)
@@ -112,28 +109,20 @@ def side_by_side(
     checker = exact  # the exact model behind the compressed cache's text: the same reader until the texts differ
     going: dict[Side, _Reader] = {"exact": exact, "compressed": compressed}
     texts: dict[Side, list[int]] = {side: [] for side in SIDES}
-    rows: list[dict[str, object]] = []
+    rows: list[tuple[object, ...]] = []
     for position in range(tokens):
         best = {side: reader.best() for side, reader in going.items()}
         if checker is exact and len(set(best.values())) > 1:
-            checker = replace(exact, cache=copy.deepcopy(exact.cache))
+            checker = copy.copy(exact)
+            checker.cache = copy.deepcopy(exact.cache)
         for side, reader in going.items():
             token, other = best[side], exact if side == "exact" else checker
-            rows.append(
-                {
-                    "side": side,
-                    "position": position,
-                    "token": token,
-                    "text": _added(tokenizer, texts[side], token),
-                    "probability": reader.probability(token),
-                    "exact_probability": other.probability(token),
-                    "kl": None if side == "exact" else _number(divergence(checker.log_probs, reader.log_probs)),
-                    "held_bytes": sum(entry.nbytes for entry in reader.cache),
-                }
-            )
+            chances = reader.probability(token), other.probability(token)
+            kl = None if side == "exact" else _number(divergence(checker.log_probs, reader.log_probs))
+            held_bytes = sum(entry.nbytes for entry in reader.cache)
+            rows.append((side, position, token, _added(tokenizer, texts[side], token), *chances, kl, held_bytes))
             texts[side].append(token)
-        if on_token is not None:
-            on_token(pl.DataFrame(rows, schema=GENERATION))
+        on_token(pl.DataFrame(rows, schema=GENERATION, orient="row"))
         progress(position + 1, tokens, "generating")
         going = {side: reader for side, reader in going.items() if best[side] not in _stops(tokenizer)}
         if not going or position + 1 == tokens:
@@ -142,7 +131,7 @@ def side_by_side(
             reader.read([best[side]])
         if "compressed" in going and checker is not exact:
             checker.read([best["compressed"]])
-    return pl.DataFrame(rows, schema=GENERATION)
+    return pl.DataFrame(rows, schema=GENERATION, orient="row")
 
 
 def first_parting(generation: pl.DataFrame) -> int | None:
@@ -198,6 +187,7 @@ def passkey(
 
     The text is read first and the question after it, in calls of their own. So the question and the answer see the
     needle through its codes, unless it is in the window (Mohtashami and Jaggi 2023, arXiv 2305.16300, section 4.2).
+    Raises `InputError`: as `veloxlab.make_cache`; a context too short for the needle, or longer than the text.
 
     Parameters
     ----------
@@ -206,10 +196,6 @@ def passkey(
     depths : where the needle is, as shares of the text, 0 to 1.
     text : where it is hidden; the shipped WikiText-2 test excerpt by default.
     seed : of the numbers, one for each depth.
-
-    Raises
-    ------
-    InputError : as `veloxlab.make_cache`; a context too short for the needle, or longer than the text.
     """
     numbers = np.random.default_rng(seed).integers(10 ** (DIGITS - 1), 10**DIGITS, len(depths))
     filler = first_tokens(tokenizer, text, context, **_PLAIN)
@@ -232,14 +218,11 @@ def _hidden(tokenizer: Any, filler: Sequence[int], context: int, depth: float, n
     task, needle = (list(tokenizer.encode(words, **_PLAIN)) for words in (TASK, NEEDLE.format(number)))
     room = context - len(task) - len(needle)
     if room < 1:
-        raise InputError(
-            f"context={context} has no room for a text beside the task and the needle, which take "
-            f"{len(task) + len(needle)} tokens: give more."
-        )
+        taken = f"the task and the needle, which take {len(task) + len(needle)} tokens"
+        raise InputError(f"context={context} has no room for a text beside {taken}: give more.")
     if room > len(filler):
-        raise InputError(
-            f"context={context} is longer than the text, which has {len(filler)} tokens: give a longer text or less."
-        )
+        text = f"the text, which has {len(filler)} tokens"
+        raise InputError(f"context={context} is longer than {text}: give a longer text or less.")
     at = round(depth * room)
     return [*task, *filler[:at], *needle, *filler[at:room]]
 

@@ -1,7 +1,7 @@
 """What a method quantizes and with which levels, both in the space of its codes.
 
-In that space ``decode = from_codes(scale · expand)`` (`veloxlab.codecs.base.Codec`), and ``from_codes`` is linear.
-The inverse of its matrix takes exact vectors there. Divided by their stored scale they are on the axis of the levels.
+There ``decode = from_codes(scale · expand)`` (`veloxlab.codecs.base.Codec`), and ``from_codes`` is linear: the inverse
+of its matrix takes exact vectors there. Divided by their stored scale they are on the axis of the levels.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from veloxlab.codecs.parts import Floats as Angles
 from veloxlab.codecs.parts.polar import PolarTree, angle_density, halvings
 from veloxlab.codecs.polarquant import BLOCK_LEVELS
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
+from veloxlab.measure.activations import Capture, Columns, LayerCapture, Tensors, by_head
 from veloxlab.measure.distributions import BINS, Floats, bin_edges, histogram, vectors
 from veloxlab.measure.frames import PLACE, schema
 
@@ -34,7 +34,7 @@ share of coordinates a unit, null of a level; share of the coordinates in the bi
 the exact coordinates beyond the bins, the same in every row of a head."""
 
 COORDINATE_BITS = schema("layer tensor coordinate bits")
-"""Columns of `coordinate_bits`; a coordinate is in the codec's own space: for SpectralQuant the axes of its basis, by
+"""Columns of `coordinate_bits`; coordinates are those of the codec's space, such as SpectralQuant's axes by
 variance."""
 
 ANGLES = schema(PLACE + "level angle density expected")
@@ -79,7 +79,7 @@ def level_densities(
     method: str = "turboquant",
     *,
     bits: int = DEFAULT_BITS,
-    tensors: tuple[Tensor, ...] | None = None,
+    tensors: Tensors = None,
     calibration: Calibration | None = None,
     bins: int = BINS,
     **options: object,
@@ -131,7 +131,7 @@ def polar_angles(
     *,
     levels: int = BLOCK_LEVELS,
     rotated: bool = True,
-    tensors: tuple[Tensor, ...] | None = None,
+    tensors: Tensors = None,
     bins: int = ANGLE_BINS,
 ) -> pl.DataFrame:
     """Histogram of each head's polar angles by level, as densities: `ANGLES`.
@@ -145,8 +145,7 @@ def polar_angles(
         most = halvings(x.shape[-1])
         if not 1 <= levels <= most:
             raise InputError(f"levels={levels} does not fit a head dimension of {x.shape[-1]}: choose 1 to {most}.")
-        if not np.isfinite(x).all():
-            raise InputError(f"The {tensor} of layer {layer.layer} hold NaN or infinite numbers, which have no angle.")
+        layer.check_finite("which have no angle", tensor)
         angles, _ = PolarTree(x.shape[-1], (1,) * levels).angles(mx.array(x))
         for level, found in enumerate(angles, 1):
             low, high = (-math.pi, math.pi) if level == 1 else (0.0, math.pi / 2)

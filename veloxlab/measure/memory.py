@@ -73,17 +73,13 @@ def _held(slot: Any) -> dict[str, object]:  # noqa: ANN401
         return row | {"tokens": 0, "held_bytes": 0, "fp16_bytes": 0}
     row |= {"tokens": getattr(slot, "offset", None) or slot.size(), "held_bytes": slot.nbytes}
     if hasattr(slot, "keys_and_values"):
-        sizes = [_as_values(x, getattr(slot, "bits", None)) for x in slot.keys_and_values()]
-        row["fp16_bytes"] = sum(2 * count for count, _ in sizes)
-        row["key_bits"], row["value_bits"] = (8 * nbytes / count for count, nbytes in sizes)
+        bits = getattr(slot, "bits", None)
+        stored = [x if bits else (x,) for x in slot.keys_and_values()]  # quantized: words, scales and biases
+        counts = [parts[0].size * 32 // (bits or 32) for parts in stored]
+        sizes = (8 * sum(part.nbytes for part in parts) for parts in stored)
+        row["key_bits"], row["value_bits"] = (size / count for size, count in zip(sizes, counts, strict=True))
+        row["fp16_bytes"] = 2 * sum(counts)
     return row
-
-
-def _as_values(stored: Any, bits: int | None) -> tuple[int, int]:  # noqa: ANN401
-    """Number of values in the keys or values of mlx-lm's caches, and their bytes; quantized: words, scales, biases."""
-    if bits is None:
-        return stored.size, stored.nbytes
-    return stored[0].size * 32 // bits, sum(part.nbytes for part in stored)
 
 
 @checked()
@@ -102,9 +98,8 @@ def code_bits(
         heads = layer.keys.shape[1]
         for tensor in TENSORS:
             codec = layer.codec(tensor, method, width, calibration, options)
-            sizes = token_bytes(codec, heads, capture.exact_bits // 8)
-            shares = (8 * nbytes / (heads * codec.head_dim) for nbytes in sizes)
-            rows += [(layer.layer, tensor, *part) for part in zip(("codes", "scales"), shares, strict=True)]
+            sizes = zip(("codes", "scales"), token_bytes(codec, heads, capture.exact_bits // 8), strict=True)
+            rows += [(layer.layer, tensor, part, 8 * nbytes / (heads * codec.head_dim)) for part, nbytes in sizes]
     return pl.DataFrame(rows, schema=CODE_BITS, orient="row")
 
 
@@ -147,8 +142,8 @@ def memory_growth(
 ) -> pl.DataFrame:
     """Fill real caches with the captured keys and values, repeated up to ``upto`` tokens, and read their bytes.
 
-    Columns: `GROWTH`. Each tensor of each layer has ``points`` rows, at evenly spaced lengths. Layers of one shape hold
-    the same, so one cache is filled for each shape. ``"fp16"`` is mlx-lm's own ``KVCache`` in 16 bits.
+    Columns: `GROWTH`. Each tensor of each layer has ``points`` rows, at evenly spaced lengths. One cache is filled for
+    each shape of a layer. ``"fp16"`` is mlx-lm's own ``KVCache`` in 16 bits.
     """
     if upto < points:
         raise InputError(f"upto={upto} tokens have no {points} lengths: give more tokens, or fewer points.")

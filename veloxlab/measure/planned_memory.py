@@ -1,6 +1,5 @@
-"""The layout of a cache: the bytes that each token takes in each layer, and so the bytes of any context.
-
-Predicted from what the codecs store, not measured; tests compare it with the bytes of real caches.
+"""The layout of a cache, as predicted from what codecs store: the bytes that each token takes in each layer, and so
+the bytes of any context.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from veloxlab.codecs import Codec, find_method
 from veloxlab.codecs.base import token_bytes
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import schema
-from veloxlab.mlxlm.probe import LayerFacts
-from veloxlab.mlxlm.quantized import GROUP, why_not_quantized
+from veloxlab.mlxlm.probe import GROUP, LayerFacts, why_not_quantized
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 
 PLANNED = schema("cache tokens batch part bytes kind")
@@ -31,15 +29,13 @@ PLANNED = schema("cache tokens batch part bytes kind")
 sequence, and sequences; one of `PARTS`; its bytes in all layers and sequences, which add up; and "predicted"."""
 
 LARGEST = schema("cache memory_bytes batch tokens bytes kind")
-"""Columns of `largest_contexts`: bytes that there are, the largest context in steps of `GRAIN`, and the bytes it
-takes."""
+"""Columns of `largest_contexts`: bytes that there are; the largest context, in steps of `GRAIN`; bytes it takes."""
 
 PARTS = ("codes", "scales", "sinks", "window", "exact", "states", "tables")
 """Parts of a cache: codes of packed tokens, and their scales and norms; exact first and newest tokens; tokens in the
 model's own caches; states that do not grow; and constant tables, which all sequences share."""
 
-GRAIN = 256  # tokens: the largest context is a multiple of this
-MOST_TOKENS = 2**24  # and is not looked for beyond
+GRAIN, MOST_TOKENS = 256, 2**24  # tokens: the largest context is a multiple of these, and not looked for beyond
 
 
 @dataclass(frozen=True)
@@ -103,8 +99,7 @@ def cache_layouts(
 ) -> tuple[CacheLayout, ...]:
     """Layouts of a compressed cache, of the exact one in 16 bits, and of mlx-lm's quantized ones where it has them.
 
-    A method that has to be fitted needs no ``calibration`` here: the size of what it would learn is known before.
-    Arguments and errors are those of `veloxlab.make_cache` and `veloxlab.models.shapes.shape_of`.
+    Arguments and errors are as for `veloxlab.make_cache` and `shape_of`; no method needs a ``calibration``.
     """
     shape, found = shape_of(model_or_config), find_method(method)
     widths = tensor_bits(method, 8 * shape.exact_bytes, bits, key_bits, value_bits)
@@ -123,7 +118,7 @@ def cache_layouts(
             sizes.append(token_bytes(codec, facts.kv_heads, shape.exact_bytes))
         codes, scales = (sum(part) for part in zip(*sizes, strict=True))
         windows = Windows.of(sinks if facts.max_size is None else facts.keep, window, facts.max_size)
-        return LayerLayout(shape.exact_bytes * _values(facts), codes, scales, windows)
+        return LayerLayout(shape.exact_bytes * facts.values_per_token, codes, scales, windows)
 
     layers = Counter(map(layout, shape.caches))
     tables = sum(codec.shared_bytes for codec in codecs)
@@ -132,18 +127,13 @@ def cache_layouts(
     return ours, fp16, *(_quantized(shape, b) for b in (4, 8) if why_not_quantized(shape.caches, b) is None)
 
 
-def _values(facts: LayerFacts) -> int:
-    """Numbers in the keys and values of a token."""
-    return facts.kv_heads * (facts.key_dim + facts.value_dim)
-
-
 def _own(facts: LayerFacts, exact_bytes: int) -> LayerLayout:
-    return LayerLayout(exact_bytes * _values(facts), max_size=facts.max_size)
+    return LayerLayout(exact_bytes * facts.values_per_token, max_size=facts.max_size)
 
 
 def _quantized(shape: ModelShape, bits: int) -> CacheLayout:
     """mlx-lm's quantized cache: a scale and a bias for each group, of the type that the keys have."""
-    sizes = (_values(facts) for facts in shape.caches if facts.kv_heads)
+    sizes = (facts.values_per_token for facts in shape.caches if facts.kv_heads)
     layers = Counter(LayerLayout(0, n * bits // 8, 2 * shape.exact_bytes * n // GROUP) for n in sizes)
     return CacheLayout(f"mlx-lm {bits} bit", layers, shape.state_bytes)
 
@@ -161,7 +151,8 @@ def plan_memory(
     """Predict the bytes that a compressed cache will hold, beside the exact one and mlx-lm's quantized ones: `PLANNED`.
 
     Exact to the byte for a text that mlx-lm's generator reads, in chunks of 2,048 tokens and its last token alone, but
-    for the tables of SpectralQuant (see its ``blank``). Generated text leaves room to grow in the buffers.
+    for the tables of SpectralQuant (see its ``blank``). Generated text leaves room to grow in the buffers. Raises
+    `InputError`: as `veloxlab.make_cache`; a model that is not here; fewer tokens than ``decoded``.
 
     Parameters
     ----------
@@ -171,10 +162,6 @@ def plan_memory(
     decoded : how many of the newest tokens were generated, one at a time.
     settings : ``bits``, ``key_bits``, ``value_bits``, ``sinks``, ``window``, ``sliding``, ``calibration`` and the
         method's own, as for `veloxlab.make_cache`.
-
-    Raises
-    ------
-    InputError : as `veloxlab.make_cache`; a model that is not here; fewer tokens than ``decoded``.
     """
     lengths = [context] if isinstance(context, int) else list(context)
     if min(lengths) < decoded:
@@ -205,8 +192,7 @@ def largest_contexts(
 ) -> pl.DataFrame:
     """Predict the largest context that fits in so much memory for the cache alone: `LARGEST`.
 
-    ``memory_bytes`` is what is left beside weights and all else. Further arguments and errors are those of
-    `plan_memory`.
+    ``memory_bytes`` is what is left beside weights and all else. All else is as for `plan_memory`.
     """
     return largest(cache_layouts(model_or_config, method, **settings), memory_bytes, batch)
 

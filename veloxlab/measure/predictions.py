@@ -13,9 +13,6 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import Recorder
 from veloxlab.mlxlm import probe
 
-_FLOAT32 = 4
-_AT_ONCE = 3  # logits, as the model gives them and in float32, and the log-probabilities that are compared
-
 
 def log_probabilities(logits: mx.array) -> mx.array:
     """Log-probabilities of ``logits`` ``[S, vocabulary]``, float32, in nats."""
@@ -42,7 +39,8 @@ def predicted_bytes(model: Module, lengths: Sequence[int]) -> int:
     vocabulary: int = model(mx.array([[0]])).shape[-1]  # builds a graph only
     longest = max(lengths)
     heads: int = getattr(getattr(model, "args", None), "num_attention_heads", 0) if runtime.backend() == "cpu" else 0
-    return _FLOAT32 * (vocabulary * sum(lengths) + max(_AT_ONCE * vocabulary * longest, heads * longest**2))
+    # at once: logits, as the model gives them and in float32, and the log-probabilities that are compared
+    return 4 * (vocabulary * sum(lengths) + max(3 * vocabulary * longest, heads * longest**2))
 
 
 def check_room(model: Module, lengths: Sequence[int]) -> None:
@@ -51,16 +49,14 @@ def check_room(model: Module, lengths: Sequence[int]) -> None:
     free = runtime.device().memory_bytes - mx.get_active_memory()
     if needed > free:
         tokens = f"{len(lengths)} stretch{'es' * (len(lengths) > 1)} of up to {max(lengths):,} tokens"
-        raise InputError(
-            f"The predictions of {tokens} take {needed:,} bytes at least, and {max(0, free):,} are left here: take "
-            "fewer or shorter ones."
-        )
+        said = f"The predictions of {tokens} take {needed:,} bytes at least, and {max(0, free):,} are left here"
+        raise InputError(f"{said}: take fewer or shorter ones.")
 
 
 class _Perturbed(Recorder):
     """Adds to keys and values, where they enter the cache, what the loss is to be differentiated by."""
 
-    def __init__(self, facts: probe.LayerFacts, perturbation: tuple[mx.array, mx.array]) -> None:
+    def __init__(self, facts: probe.LayerFacts, perturbation: tuple[mx.array, ...]) -> None:
         super().__init__(facts)
         self._perturbation = perturbation
 
@@ -69,23 +65,20 @@ class _Perturbed(Recorder):
         return super().update_and_fetch(keys + of_keys.astype(keys.dtype), values + of_values.astype(values.dtype))
 
 
-def loss_gradients(model: Module, ids: Sequence[int]) -> list[tuple[mx.array, mx.array]]:
+def loss_gradients(model: Module, ids: Sequence[int]) -> list[tuple[mx.array, ...]]:
     """∂L/∂K ``[1, H, S, Dk]`` and ∂L/∂V ``[1, H, S, Dv]`` of each layer with plain keys and values, lazy, float32.
 
-    L is the negative log-likelihood of ``ids[1:]``, summed, in nats; K is taken after RoPE, where a cache gets it. The
-    gradient of lent keys and values goes through all layers that read them. Weights may be quantized. Raises MLX's
-    RuntimeError or ValueError if a part of the model cannot be differentiated.
+    L is the negative log-likelihood of ``ids[1:]``, summed, in nats; K is taken after RoPE. The gradient of lent keys
+    and values goes through all layers that read them. Raises MLX's RuntimeError or ValueError if a part of the model
+    cannot be differentiated.
     """
     x = mx.array(list(ids))
 
-    def loss(perturbations: list[tuple[mx.array, mx.array]]) -> mx.array:
+    def loss(perturbations: list[tuple[mx.array, ...]]) -> mx.array:
         left = iter(perturbations)
         caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left)))
         return of_targets(log_probabilities(model(x[None, :-1], cache=caches)[0]), x[1:]).sum()
 
-    zeros = [
-        (mx.zeros((1, f.kv_heads, len(ids) - 1, f.key_dim)), mx.zeros((1, f.kv_heads, len(ids) - 1, f.value_dim)))
-        for f in probe.probe(model)
-        if f.compressible
-    ]
+    plain = [facts for facts in probe.probe(model) if facts.compressible]
+    zeros = [tuple(mx.zeros((1, f.kv_heads, len(ids) - 1, dim)) for dim in f.dims.values()) for f in plain]
     return list(mx.grad(loss)(zeros))

@@ -28,17 +28,12 @@ FIDELITY = schema(
     "name mode chunk positions kl_mean kl_median kl_p99 kl_max top1_flips perplexity perplexity_exact key_bits "
     "value_bits held_bits held_bytes table_bytes fp16_bytes"
 )
-"""Columns of `fidelity` and `evaluate`.
-
-- ``mode``: "oneshot", the whole window in one call, or "decode", one token at a time after the prompt.
-- ``chunk``: whether tokens of one call attended to one another "exact" or through their "codes"; ``positions``:
-  predictions compared.
-- ``kl_…``: KL(exact ‖ compressed) of the next token, nats; ``top1_flips``: share of predictions whose most likely token
-  changed; ``perplexity``, ``perplexity_exact``: of the text, with this cache and with mlx-lm's own.
-- ``key_bits``, ``value_bits``: true bits of a packed value, mean over layers, null for a cache that is not ours;
-  ``held_bits``: held bytes · 8 / values held, exact tokens and slack included; ``held_bytes``, ``fp16_bytes``: of all
-  layers at the end of a window, and 16-bit keys and values of the same tokens; ``table_bytes``: rotations, codebooks.
-"""
+"""Columns of `fidelity` and `evaluate`: name of the cache; how it was read, "oneshot" or "decode"; whether tokens of
+one call attended to one another "exact" or through their "codes"; predictions compared; KL(exact ‖ compressed) of the
+next token in nats; share of predictions whose most likely token changed; perplexity of the text with this cache and
+with mlx-lm's own; true bits of a packed value, mean over layers, null for a cache that is not ours; held bytes · 8 /
+values held, exact tokens and slack included; bytes of all layers at the end of a window, of rotations and codebooks,
+and of 16-bit keys and values of the same tokens."""
 
 TOKEN_FIDELITY = schema("window position token kl flip nll nll_exact")
 """Columns of `evaluate` with ``per_token``: stretch of the text, position in it of the token that predicts, the token
@@ -49,18 +44,11 @@ _OF_EVALUATE = ("mode", "prompt", "chunk", "name", "per_token")  # options that 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a model predicts with its own cache, run once and compared with many others.
-
-    Attributes
-    ----------
-    model : the model.
-    stretches : token ids of each window of the text.
-    log_probs : for each, the log-probabilities of the next token ``[S - 1, vocabulary]``, float32, in nats.
-    """
+    """What a model predicts with its own cache, run once and compared with many others."""
 
     model: Module
-    stretches: tuple[list[int], ...]
-    log_probs: tuple[mx.array, ...]
+    stretches: tuple[list[int], ...]  # token ids of each window of the text
+    log_probs: tuple[mx.array, ...]  # for each, of the next token [S - 1, vocabulary], float32, in nats
 
     @classmethod
     def of(cls, model: Module, stretches: Sequence[list[int]], progress: Progress = silent) -> Self:
@@ -104,6 +92,8 @@ def fidelity(
 ) -> pl.DataFrame:
     """Compare the model's predictions with a compressed cache and with its own, on the same text: one row, `FIDELITY`.
 
+    Raises `InputError`: as `evaluate`; or if the text is too short, or the predictions do not fit into memory.
+
     Parameters
     ----------
     method_or_plan : a method's id or a `veloxlab.Plan`, as for `veloxlab.make_cache`; or any function from the model
@@ -111,10 +101,6 @@ def fidelity(
     text : the shipped WikiText-2 test excerpt by default.
     tokens, windows : length and number of stretches of text, one after the other, each with a fresh cache.
     options : those of `evaluate`, and further arguments of `veloxlab.make_cache`, such as ``bits`` and ``window``.
-
-    Raises
-    ------
-    InputError : as `evaluate`; or if the text is too short, or the predictions do not fit into memory.
     """
     make_one = maker(method_or_plan, {n: v for n, v in options.items() if n not in _OF_EVALUATE})
     if not callable(method_or_plan):
@@ -142,6 +128,8 @@ def evaluate(
 ) -> pl.DataFrame:
     """Compare a compressed cache with a `reference` that was already run: one row, `FIDELITY`.
 
+    Raises `InputError`: as `veloxlab.make_cache`; or if ``prompt`` leaves nothing to decode.
+
     Parameters
     ----------
     method_or_plan : as for `fidelity`; ``settings`` are further arguments of `veloxlab.make_cache`.
@@ -151,10 +139,6 @@ def evaluate(
         cache holds it. With ``"exact"``, a one-shot run compares nothing but an exact window with itself.
     name : for the row; by default the method and its bits.
     per_token : give one row for each prediction, `TOKEN_FIDELITY`, instead of their summary.
-
-    Raises
-    ------
-    InputError : as `veloxlab.make_cache`; or if ``prompt`` leaves nothing to decode.
     """
     method_or_plan = plan_of(method_or_plan)
     shortest = min(len(stretch) for stretch in exact.stretches)
@@ -182,12 +166,13 @@ def evaluate(
         return frame
     chunk_said = None if callable(method_or_plan) else chunk
     head = pl.DataFrame({"name": [name or _name(method_or_plan, settings)], "mode": [mode], "chunk": [chunk_said]})
-    return in_schema(pl.concat([head, _summary(frame), _holdings(cache)], how="horizontal"), FIDELITY)
+    return in_schema(pl.concat([head, _summary(frame, cache)], how="horizontal"), FIDELITY)
 
 
-def _summary(frame: pl.DataFrame) -> pl.DataFrame:
-    kl = pl.col("kl")
-    return frame.select(
+def _summary(frame: pl.DataFrame, cache: list[Any]) -> pl.DataFrame:
+    """Columns of `FIDELITY` from rows of `TOKEN_FIDELITY`, and from a cache."""
+    kl, layers = pl.col("kl"), report(cache)
+    predicted = frame.select(
         positions=pl.len(),
         kl_mean=kl.mean(),
         kl_median=kl.median(),
@@ -197,15 +182,11 @@ def _summary(frame: pl.DataFrame) -> pl.DataFrame:
         perplexity=pl.col("nll").mean().exp(),
         perplexity_exact=pl.col("nll_exact").mean().exp(),
     )
-
-
-def _holdings(cache: list[Any]) -> pl.DataFrame:
-    layers = report(cache)
     sums = pl.col("held_bytes", "fp16_bytes").sum()
     tables = layers.filter(path="shared")["held_bytes"].sum()
     held = layers.filter(pl.col("tokens") > 0).select(pl.col("key_bits", "value_bits").mean(), sums)
-    bits = 16 * pl.col("held_bytes") / pl.col("fp16_bytes")
-    return held.with_columns(held_bits=bits, table_bytes=pl.lit(tables))
+    held = held.with_columns(held_bits=16 * pl.col("held_bytes") / pl.col("fp16_bytes"), table_bytes=pl.lit(tables))
+    return pl.concat([predicted, held], how="horizontal")
 
 
 def maker(method_or_plan: str | Plan | CacheMaker, settings: Mapping[str, object], **usual: Chunk) -> CacheMaker:

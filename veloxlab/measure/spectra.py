@@ -15,7 +15,7 @@ from veloxlab.codecs.commvq_training import Pairing
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.spectralquant import effective_dimensions
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
+from veloxlab.measure.activations import Capture, Columns, LayerCapture, Tensors, by_head
 from veloxlab.measure.distributions import vectors
 from veloxlab.measure.errors import ratio
 from veloxlab.measure.frames import PLACE, in_schema, schema
@@ -40,7 +40,7 @@ a cache is given; the pair's coordinates."""
 POINTS = 800  # tokens at most: of more, every nth is shown
 
 
-def spectra(capture: Capture, *, tensors: tuple[Tensor, ...] | None = None) -> pl.DataFrame:
+def spectra(capture: Capture, *, tensors: Tensors = None) -> pl.DataFrame:
     """Eigenvalues of the second moments of each head, with and without its mean vector, as shares: `SPECTRUM`.
 
     Raises `InputError` for numbers that are NaN or infinite, or a head that does not vary and is not zero.
@@ -55,7 +55,7 @@ def spectra(capture: Capture, *, tensors: tuple[Tensor, ...] | None = None) -> p
     return by_head(SPECTRUM, capture.layers, columns, tensors)
 
 
-def dimensions(capture: Capture, *, tensors: tuple[Tensor, ...] | None = None) -> pl.DataFrame:
+def dimensions(capture: Capture, *, tensors: Tensors = None) -> pl.DataFrame:
     """Effective dimensions of each head with and without its mean vector, and what the mean vector holds: `DIMENSIONS`.
 
     *3 % Is All You Need* (A. Gopinath, 2026) counts them about the origin. Raises `InputError` as `spectra`.
@@ -79,15 +79,10 @@ def spectrum_shares(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _checked_vectors(layer: LayerCapture, tensor: Tensor) -> NDArray[np.float64]:
     x = vectors(layer, tensor)
-    if not np.isfinite(x).all():
-        raise InputError(
-            f"The {tensor} of layer {layer.layer} hold numbers that are NaN or infinite, which have no spectrum: load "
-            "the model with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
-        )
+    layer.check_finite("which have no spectrum", tensor)
     if ((x == x[:, :1]) & (x[:, :1] != 0).any(axis=2, keepdims=True)).all(axis=(1, 2)).any():
-        raise InputError(
-            f"A head of the {tensor} of layer {layer.layer} does not vary over the tokens: capture a longer text."
-        )
+        of = f"the {tensor} of layer {layer.layer}"
+        raise InputError(f"A head of {of} does not vary over the tokens: capture a longer text.")
     return x.astype(np.float64)
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from inspect import signature
 from typing import Any, Literal, TypeVar
 
@@ -23,12 +22,13 @@ Mask = mx.array | Literal["causal"] | None
 Kind = TypeVar("Kind", bound=type)
 
 _LOADABLE: list[type] = []
+_pairs: dict[str, list[tuple[Callable[..., mx.array], Callable[..., mx.array]]]] = {}  # by name: originals, and ours
 
 
 class Handle(ABC):
-    """What a cache hands to attention in the place of key and value arrays.
+    """What a cache hands to attention in the place of key and value arrays, whose methods it has not on purpose.
 
-    It has no array methods on purpose: a model that does arithmetic on keys before attention fails on it loudly.
+    A model that does arithmetic on keys before attention fails on it loudly.
     """
 
     @abstractmethod
@@ -60,16 +60,9 @@ def _reading_handles(original: Callable[..., mx.array]) -> Callable[..., mx.arra
     return attention
 
 
-_HOOKED = ("scaled_dot_product_attention", "quantized_scaled_dot_product_attention")
-_pairs: dict[str, list[tuple[Callable[..., mx.array], Callable[..., mx.array]]]] = {}  # by name: originals, and ours
-
-
 def attach() -> None:
-    """Let mlx-lm's attention read `Handle` objects. `make_cache` does it; doing it again changes nothing.
-
-    Raises RuntimeError if mlx-lm has no such functions.
-    """
-    for name in _HOOKED:
+    """Let mlx-lm's attention read `Handle` objects, as `make_cache` does; raises RuntimeError where it has no such."""
+    for name in ("scaled_dot_product_attention", "quantized_scaled_dot_product_attention"):
         held = getattr(base, name, None)
         if held is None:
             raise RuntimeError(f"This mlx-lm has no models.base.{name}: veloxlab needs mlx-lm 0.32.2 or a later 0.32.")
@@ -100,16 +93,3 @@ def _rebind(old: object, new: object) -> None:
 def use(model: Module, make: Callable[[], list[Any]]) -> None:
     """Let mlx-lm call ``make`` wherever it makes a prompt cache for ``model`` itself: in its server, its batches."""
     model.make_cache = make
-
-
-@contextmanager
-def replaced(module: object, attributes: Mapping[str, object]) -> Iterator[None]:
-    """Put ``attributes`` in the place of a module's own for a while."""
-    own = {name: getattr(module, name) for name in attributes}
-    for name, value in attributes.items():
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for name, value in own.items():
-            setattr(module, name, value)

@@ -1,4 +1,4 @@
-"""What tells one model from another. It is computed when it is asked for: weights change in place."""
+"""What tells one model from another, computed when it is asked for: weights change in place."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The dry run of a model: which of its caches can be compressed, and how their attention reads codes.
-
-It runs one token, builds the graph and computes nothing.
-"""
+"""The caches of a model: which can be compressed, and how their attention reads codes, by a dry run of one token."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
+from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
 
 from veloxlab.codecs.method import Tensor
 from veloxlab.errors import InputError
@@ -22,6 +19,7 @@ from veloxlab.mlxlm.hooks import Handle, Mask, attach
 
 Path = Literal["codes", "arrays"]
 LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of what they store
+GROUP = 64  # values that share a scale in mlx-lm's quantized cache, by default
 
 
 @dataclass
@@ -46,16 +44,18 @@ class LayerFacts:
         """Head dimensions of keys and of values."""
         return {"keys": self.key_dim, "values": self.value_dim}
 
+    @property
+    def values_per_token(self) -> int:
+        """Numbers in the keys and values of a token."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
     def leave(self, reason: str) -> None:
         """Keep the model's own cache."""
         self.compressible, self.reason = False, reason
 
 
 class Probe(Handle):
-    """Stands in for a cache and for the handle it gives: notes in ``facts`` what passes, and answers with zeros.
-
-    The model is told that it holds ``offset`` tokens. ``keys`` and ``values`` are those that it was given.
-    """
+    """Stands in for a cache of ``offset`` tokens and for its handle: notes what passes, and answers with zeros."""
 
     def __init__(self, facts: LayerFacts, offset: int = 0) -> None:
         self.facts, self.offset = facts, offset
@@ -83,9 +83,7 @@ class Probe(Handle):
         self.attended = True
         return mx.zeros((*q.shape[:-1], self.facts.value_dim), q.dtype)
 
-    def make_mask(
-        self, N: int, return_array: bool = False, window_size: int | None = None
-    ) -> mx.array | Literal["causal"] | None:
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """No mask: a single token sees all that there is."""
         return None
 
@@ -114,9 +112,12 @@ def dry_run(model: Module) -> list[LayerFacts]:
     facts = _first_facts(own_cache(model))
     while not _passes(model, facts):
         pass
-    _leave_latents(model, facts)
+    latents = {getattr(module, LATENT) for _, module in model.named_modules() if hasattr(module, LATENT)}
     taken: set[int] = set()
     for found in (f for f in facts if f.compressible):
+        if found.kv_heads == 1 and latents & {found.key_dim, found.value_dim}:  # the model compresses there itself
+            found.leave(f"it stores latents (MLA), so the model's own {found.native} is kept")
+            continue
         if found.layer in taken:  # plans, calibrations and measurements know one key codec and one value codec a layer
             found.leave(f"another cache of the layer is compressed, so the model's own {found.native} is kept")
         taken.add(found.layer)
@@ -142,11 +143,6 @@ def weightless(config: Mapping[str, Any]) -> Module:
     named = config.get("dtype") or config.get("torch_dtype")
     model.set_dtype(mx.float32 if named == "float32" else mx.bfloat16)
     return model
-
-
-def state_bytes(model: Module) -> int:
-    """Bytes of the states of one sequence that do not grow with it (state-space, convolution), from shapes alone."""
-    return sum(slot.nbytes for slot in slots_of(after_one_token(model)) if isinstance(slot, ArraysCache))
 
 
 def after_one_token(model: Module) -> list[Any]:
@@ -179,11 +175,9 @@ def with_caches(
     """The model's own caches, with what ``make`` gives in the place of each that a compressed one can take."""
     caches = own_cache(model)
     for found in probe(model) if facts is None else facts:
-        if not found.compressible:
-            continue
-        if found.slot is None:
+        if found.compressible and found.slot is None:
             caches[found.layer] = make(found)
-        else:
+        elif found.compressible and found.slot is not None:
             slots = list(caches[found.layer].caches)
             slots[found.slot] = make(found)
             caches[found.layer] = CacheList(*slots)
@@ -221,32 +215,20 @@ def _passes(model: Module, facts: Sequence[LayerFacts]) -> bool:
     except Exception as error:  # a model may fail on a handle in any way: that is the question
         kind, on_codes = type(error).__name__, [p.facts for p in probes if p.fetched and p.facts.path == "codes"]
         if not probes:
-            raise InputError(
-                f"This model ({type(model).__module__}) does not run on one token with its own caches: {error}"
-            ) from error
-        if on_codes:
-            on_codes[-1].path = "arrays"
-            on_codes[-1].reason = f"its own arithmetic needs arrays ({kind} on anything else)"
-            return False
-        for p in probes:
+            name = type(model).__module__
+            raise InputError(f"This model ({name}) does not run on one token with its own caches: {error}") from error
+        for found in on_codes[-1:]:
+            found.path, found.reason = "arrays", f"its own arithmetic needs arrays ({kind} on anything else)"
+        for p in probes if not on_codes else ():
             p.facts.leave(f"it needs the model's own {p.facts.native} ({kind} on any other)")
         return False
     silent = [p.facts for p in probes if p.fetched and p.facts.path == "codes" and not p.attended]
     for found in silent:
         found.path, found.reason = "arrays", "its attention does not go through mlx-lm's own function"
-    if not silent:
-        for p in probes:
-            if not p.fetched:
-                p.facts.leave("the layer stores no keys and values of its own")
+    for p in probes:
+        if not (silent or p.fetched):
+            p.facts.leave("the layer stores no keys and values of its own")
     return not silent
-
-
-def _leave_latents(model: Module, facts: Sequence[LayerFacts]) -> None:
-    """Keep the own caches of layers that store latents: the model compresses there itself."""
-    widths = {getattr(module, LATENT) for _, module in model.named_modules() if hasattr(module, LATENT)}
-    for found in facts:
-        if found.compressible and found.kv_heads == 1 and widths & {found.key_dim, found.value_dim}:
-            found.leave(f"it stores latents (MLA), so the model's own {found.native} is kept")
 
 
 def exact_width(model: Module) -> Literal[16, 32]:
@@ -254,3 +236,26 @@ def exact_width(model: Module) -> Literal[16, 32]:
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     dtype = next(p.dtype for _, p in parameters if mx.issubdtype(p.dtype, mx.floating))
     return 32 if dtype == mx.float32 else 16
+
+
+def why_not_quantized(layers: Sequence[LayerFacts], bits: int) -> str | None:
+    """Why mlx-lm's quantized cache cannot hold the keys and values of these layers; None if it can."""
+    for found in layers:
+        if found.kv_heads and not found.compressible:
+            return f"in layer {found.layer} {found.reason}"
+        if found.max_size is not None:
+            return f"layer {found.layer} slides"
+        for tensor, dim in found.dims.items():
+            if dim % GROUP:
+                why = f"no multiple of its groups of {GROUP}"
+                return f"{tensor} of layer {found.layer} have head dimension {dim}, {why}"
+            if dim * bits // 32 != dim // (32 // bits):
+                return f"its buffers have no room for {tensor} of head dimension {dim}"
+    return None
+
+
+def quantized_cache(model: Module, bits: int) -> list[Any]:
+    """mlx-lm's quantized caches in a model's layers with keys and values; raises `InputError` if it has none for it."""
+    if reason := why_not_quantized(probe(model), bits):
+        raise InputError(f"mlx-lm has no {bits}-bit cache for this model: {reason}.")
+    return with_caches(model, lambda _: QuantizedKVCache(group_size=GROUP, bits=bits))

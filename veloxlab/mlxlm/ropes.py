@@ -7,6 +7,7 @@ input is the same at both, and its keys differ by the rotation that they went th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -26,9 +27,8 @@ SHARE = 0.05  # of the way that keys move, by which they may miss: bfloat16 roun
 def ropes_of(model: Module, ids: Sequence[int]) -> list[Rope | None]:
     """The rotary embedding of the keys of each cache that can be compressed, in their order, or None.
 
-    None where keys do not turn, and where no rotary embedding of the model that is of a known kind turns them so. Of a
-    known kind are `mlx.nn.RoPE` and what has fixed frequencies; one that changes with the length of the text is not.
-    ``ids`` are some tokens that the model knows.
+    None where keys do not turn, or no rotary embedding of a known kind turns them so: `mlx.nn.RoPE`, or one with fixed
+    frequencies, which do not change with the length of the text. ``ids`` are some tokens that the model knows.
     """
     known = _known(model)
     some = mx.array(list(dict.fromkeys(ids))[:TOKENS])[:, None]
@@ -60,14 +60,9 @@ def _keys_at(model: Module, ids: mx.array, position: int) -> list[mx.array]:
 
 def _between(before: mx.array, after: mx.array, known: Sequence[Rope]) -> Rope | None:
     """The one that turns keys at position 0 into those at `POSITION`, or None."""
-    misses = [
-        (_distance(after, rope.forward(before, POSITION)), place)
-        for place, rope in enumerate(known)
-        if rope.dims <= before.shape[-1]
-    ]
-    miss, best = min(misses, default=(0.0, 0))
-    return known[best] if misses and miss < SHARE * _distance(after, before) else None
 
+    def miss(x: mx.array) -> float:
+        return float(np.asarray(mx.linalg.norm(after.astype(mx.float32) - x.astype(mx.float32))))
 
-def _distance(x: mx.array, y: mx.array) -> float:
-    return float(np.asarray(mx.linalg.norm(x.astype(mx.float32) - y.astype(mx.float32))))
+    misses = [miss(rope.forward(before, POSITION)) if rope.dims <= before.shape[-1] else math.inf for rope in known]
+    return known[int(np.argmin(misses))] if min(misses, default=math.inf) < SHARE * miss(before) else None

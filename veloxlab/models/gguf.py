@@ -36,7 +36,6 @@ LLAMA3_WORDS = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 ATOMIC = {2: True, 3: True, 4: False}  # token types that no text is split across: unknown, control, user-defined
-NAMED = ("bos", "eos", "eot", "eom", "unknown", "padding")  # tokens that a file may name by their ids
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>")  # of files that do not name them
 CONVERTED = "load an mlx-lm conversion of this model instead."
 
@@ -45,16 +44,18 @@ def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
     """Build mlx-lm's llama model from a GGUF file, its weights decoded to ``dtype``; `InputError` for any other."""
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
-        raise InputError(
-            f"{file.path} has the architecture {architecture!r}, and only 'llama' is read from GGUF; {CONVERTED}"
-        )
+        said = f"{file.path} has the architecture {architecture!r}"
+        raise InputError(f"{said}, and only 'llama' is read from GGUF; {CONVERTED}")
     queries = file.value("llama.attention.head_count", int)
     heads = {"attn_q": queries, "attn_k": file.value("llama.attention.head_count_kv", int, queries)}
 
     def weight(name: str) -> tuple[str, mx.array]:
-        read = _half_split(file.read(name), heads.get(name.split(".")[-2])).astype(dtype)
+        *block, module, kind = name.split(".")  # such as blk.3.attn_q.weight; unknown names pass
+        read = _half_split(file.read(name), heads[module]) if module in heads else file.read(name)
+        read = read.astype(dtype)
         mx.eval(read)  # at once, so that only one is held in float32
-        return _parameter(name), read
+        prefix = f"model.layers.{block[1]}." if len(block) == 2 else ""
+        return f"{prefix}{MODULES.get(module, module)}.{kind}", read
 
     with ThreadPoolExecutor(1) as reader:
         weights = reader.map(weight, file.tensors)
@@ -85,10 +86,8 @@ def _model_args(file: Gguf, heads: int, kv_heads: int) -> ModelArgs:
     head_dim = file.value("llama.attention.key_length", int, width // heads)
     scaling = file.value("llama.rope.scaling.type", str, "none")
     if scaling != "none" or file.value("llama.rope.dimension_count", int, head_dim) != head_dim:
-        raise InputError(
-            f"{file.path} scales its rotary positions ({scaling!r}) or rotates only a part of each head, "
-            f"which is not read from GGUF; {CONVERTED}"
-        )
+        said = f"{file.path} scales its rotary positions ({scaling!r}) or rotates only a part of each head"
+        raise InputError(f"{said}, which is not read from GGUF; {CONVERTED}")
     return ModelArgs(
         model_type="llama",
         hidden_size=width,
@@ -105,20 +104,8 @@ def _model_args(file: Gguf, heads: int, kv_heads: int) -> ModelArgs:
     )
 
 
-def _parameter(name: str) -> str:
-    """Translate ``blk.3.attn_q.weight`` to ``model.layers.3.self_attn.q_proj.weight``; unknown names pass."""
-    *block, module, kind = name.split(".")
-    prefix = f"model.layers.{block[1]}." if len(block) == 2 else ""
-    return f"{prefix}{MODULES.get(module, module)}.{kind}"
-
-
-def _half_split(values: mx.array, heads: int | None) -> mx.array:
-    """Undo llama.cpp's order of query and key rows, which suits a rotation of neighbours (traditional RoPE).
-
-    mlx-lm's llama rotates coordinate i with i + D/2, so that the even rows of every head come first here.
-    """
-    if heads is None:  # of other tensors
-        return values
+def _half_split(values: mx.array, heads: int) -> mx.array:
+    """Put the even rows of every head first: llama.cpp rotates neighbours, and mlx-lm coordinates i and i + D/2."""
     return values.reshape(heads, -1, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
 
 
@@ -133,10 +120,8 @@ def build_tokenizer(file: Gguf) -> TokenizerWrapper:
 
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise InputError(
-            f"{file.path} has a tokenizer of the kind {kind!r}, and only byte-level BPE ('gpt2') is read from GGUF; "
-            f"{CONVERTED}"
-        )
+        said = f"{file.path} has a tokenizer of the kind {kind!r}, and only byte-level BPE ('gpt2') is read from GGUF"
+        raise InputError(f"{said}; {CONVERTED}")
     words = file.value("tokenizer.ggml.pre", str)
     tokens: list[str] = file.value("tokenizer.ggml.tokens", list)
     types = file.value("tokenizer.ggml.token_type", list)
@@ -171,8 +156,9 @@ def build_tokenizer(file: Gguf) -> TokenizerWrapper:
 
 
 def _named_tokens(file: Gguf, tokens: list[str]) -> dict[str, str]:
-    """The tokens that ``file`` names, such as the one that ends a turn."""
-    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in NAMED}
+    """The tokens that ``file`` names by their ids, such as the one that ends a turn."""
+    names = ("bos", "eos", "eot", "eom", "unknown", "padding")
+    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in names}
     named = {name: file.value(key, int) for name, key in keys.items() if key in file.metadata}
     for name, number in named.items():
         if not 0 <= number < len(tokens):
@@ -192,6 +178,5 @@ def word_splitter(name: str) -> PreTokenizer:
         return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
     if name == "llama-bpe":
         return Sequence([Split(Regex(LLAMA3_WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
-    raise InputError(
-        f"The tokenizer splits words by the rule {name!r}, which is not known; 'smollm', 'gpt-2' and 'llama-bpe' are."
-    )
+    said = f"The tokenizer splits words by the rule {name!r}, which is not known"
+    raise InputError(f"{said}; 'smollm', 'gpt-2' and 'llama-bpe' are.")

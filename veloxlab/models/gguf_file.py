@@ -1,14 +1,12 @@
 """Reads GGUF files, the format of llama.cpp: metadata as Python values, tensors as float32 MLX arrays.
 
-MLX's own reader opens the file for writing, which fails on an installed package that the user may not change; a cut-off
-download ends its process; and it decodes half of every Q4_K block with the scale of the other half. This one maps the
-file read-only and refuses what does not add up.
+MLX's own reader opens the file for writing, which fails on an installed package; a cut-off download ends its process;
+and it decodes half of every Q4_K block with the scale of the other half. This one maps the file read-only.
 """
 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +22,6 @@ T = TypeVar("T")
 
 SCALARS = {0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4", 7: "?", 10: "u8", 11: "i8", 12: "f8"}
 STRING, ARRAY = 8, 9
-VERSIONS = (2, 3)
 
 
 class Layout(NamedTuple):
@@ -101,9 +98,8 @@ class Gguf:
         """Give a metadata value, or ``otherwise`` where there is none; raises `InputError` if it is no ``kind``."""
         found = self.metadata.get(key, otherwise)
         if not isinstance(found, kind):
-            raise InputError(
-                f"{self.path} has no metadata value {key} of the type {kind.__name__}; convert the model to GGUF again."
-            )
+            said = f"{self.path} has no metadata value {key} of the type {kind.__name__}"
+            raise InputError(f"{said}; convert the model to GGUF again.")
         return found
 
     def read(self, name: str) -> mx.array:
@@ -125,11 +121,11 @@ class _Cursor:
         self.at, start = end, self.at
         return self.content[start:end]
 
-    def number(self, form: str) -> int:
-        return int(struct.unpack(form, self.take(struct.calcsize(form)))[0])
+    def number(self, size: int = 8) -> int:
+        return int.from_bytes(self.take(size), "little")
 
     def string(self) -> str:
-        return bytes(self.take(self.number("<Q"))).decode("utf-8", "replace")
+        return bytes(self.take(self.number())).decode("utf-8", "replace")
 
     def values(self, kind: int, count: int) -> list[Any]:
         if kind == STRING:
@@ -140,8 +136,8 @@ class _Cursor:
         return list(np.frombuffer(self.take(count * form.itemsize), form).tolist())
 
     def value(self) -> Any:  # noqa: ANN401
-        kind = self.number("<I")
-        return self.values(self.number("<I"), self.number("<Q")) if kind == ARRAY else self.values(kind, 1)[0]
+        kind = self.number(4)
+        return self.values(self.number(4), self.number()) if kind == ARRAY else self.values(kind, 1)[0]
 
 
 def open_gguf(path: Path) -> Gguf:
@@ -163,30 +159,27 @@ def open_gguf(path: Path) -> Gguf:
 
 def _read_header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tensor]]:
     cursor.take(4)
-    version = cursor.number("<I")
-    if version not in VERSIONS:
-        raise InputError(f"GGUF version {version} is not read; versions {VERSIONS[0]} and {VERSIONS[1]} are.")
-    tensor_count, value_count = cursor.number("<Q"), cursor.number("<Q")
+    version = cursor.number(4)
+    if version not in (2, 3):
+        raise InputError(f"GGUF version {version} is not read; versions 2 and 3 are.")
+    tensor_count, value_count = cursor.number(), cursor.number()
     metadata = {cursor.string(): cursor.value() for _ in range(value_count)}
-    heads = [_read_tensor(cursor) for _ in range(tensor_count)]
+    tensors: dict[str, Tensor] = {}
+    for _ in range(tensor_count):
+        name = cursor.string()
+        shape = tuple(cursor.number() for _ in range(cursor.number(4)))[::-1]
+        kind, start = cursor.number(4), cursor.number()
+        if kind not in LAYOUTS:
+            known = ", ".join(layout.name for layout in LAYOUTS.values())
+            raise InputError(f"the tensor {name} has the format number {kind}, which is not read; {known} are.")
+        layout = LAYOUTS[kind]
+        tensors[name] = Tensor(shape, layout, start, start + math.prod(shape) // layout.items * layout.size)
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"its alignment is {alignment}")
     data = math.ceil(cursor.at / alignment) * alignment
-    tensors = {name: Tensor(shape, layout, data + at, data + at + size) for name, shape, layout, at, size in heads}
     for name, tensor in tensors.items():
-        if tensor.end > len(cursor.content):
+        tensors[name] = tensor._replace(start=data + tensor.start, end=data + tensor.end)
+        if data + tensor.end > len(cursor.content):
             raise ValueError(f"the data of the tensor {name} ends after the file does")
     return metadata, tensors
-
-
-def _read_tensor(cursor: _Cursor) -> tuple[str, tuple[int, ...], Layout, int, int]:
-    """Name, shape, layout, first byte in the data, and bytes of a tensor."""
-    name = cursor.string()
-    shape = tuple(cursor.number("<Q") for _ in range(cursor.number("<I")))[::-1]
-    kind, start = cursor.number("<I"), cursor.number("<Q")
-    if kind not in LAYOUTS:
-        known = ", ".join(layout.name for layout in LAYOUTS.values())
-        raise InputError(f"the tensor {name} has the format number {kind}, which is not read; {known} are.")
-    layout = LAYOUTS[kind]
-    return name, shape, layout, start, math.prod(shape) // layout.items * layout.size

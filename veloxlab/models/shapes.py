@@ -13,32 +13,25 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import ArraysCache
 
 from veloxlab.checks import MODEL, PATH, WORDS, check_fields, checked, either, instance, many, whole
 from veloxlab.errors import InputError
-from veloxlab.mlxlm.probe import LayerFacts, dry_run, exact_width, probe, state_bytes, weightless
+from veloxlab.mlxlm.probe import LayerFacts, after_one_token, dry_run, exact_width, probe, slots_of, weightless
 from veloxlab.models.loading import DEMO_MODEL, load
 
-STATES = "ArraysCache"  # mlx-lm's cache of states
-PREDICTED = ("KVCache", "RotatingKVCache", STATES)
+PREDICTED = ("KVCache", "RotatingKVCache", ArraysCache.__name__)  # mlx-lm's caches, the last of states
 _NUMBERS = ("layers", "kv_heads", "head_dim", "value_dim", "sliding_window", "full_every")
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a model's caches hold of a token.
-
-    Attributes
-    ----------
-    caches : each of its caches, with KV heads and head dimensions.
-    exact_bytes : of a value in the model's own cache: 2, or 4 where the model computes in float32.
-    state_bytes : of the states of one sequence that do not grow with it, in all layers.
-    """
+    """What a model's caches hold of a token."""
 
     name: str
-    caches: tuple[LayerFacts, ...]
-    exact_bytes: int = 2
-    state_bytes: int = 0
+    caches: tuple[LayerFacts, ...]  # each of its caches, with KV heads and head dimensions
+    exact_bytes: int = 2  # of a value in the model's own cache: 4 where the model computes in float32
+    state_bytes: int = 0  # of the states of one sequence that do not grow with it, in all layers
 
     def __post_init__(self) -> None:
         check_fields(self, name=WORDS, caches=many(instance(LayerFacts, "facts of a cache")))
@@ -59,11 +52,8 @@ class ModelShape:
     ) -> Self:
         """A model of ``layers`` equal layers; raises `InputError` for a number below 1.
 
-        Parameters
-        ----------
-        head_dim, value_dim : head dimensions of the keys, and of the values where it is another.
-        sliding_window : tokens that a sliding layer sees.
-        full_every : with a sliding window, every so many-th layer sees all tokens, as every 6th of Gemma 3; None: none.
+        ``value_dim`` is the head dimension of the values where it is another than that of the keys. ``sliding_window``:
+        tokens that a layer sees; ``full_every``: every so many-th layer sees all, as every 6th of Gemma 3.
         """
         if full_every is not None and sliding_window is None:
             raise InputError(f"full_every={full_every} has no meaning without sliding_window: give that too.")
@@ -71,15 +61,14 @@ class ModelShape:
         def cache(layer: int) -> LayerFacts:
             seen = None if full_every and (layer + 1) % full_every == 0 else sliding_window
             kind = "RotatingKVCache" if seen else "KVCache"
-            dims = (kv_heads, head_dim, value_dim or head_dim)
-            return LayerFacts(layer, kind, True, None, seen, 0, *dims)
+            return LayerFacts(layer, kind, True, None, seen, 0, kv_heads, head_dim, value_dim or head_dim)
 
         return cls(name, tuple(map(cache, range(layers))))
 
     @property
     def values_per_token(self) -> int:
         """Numbers that the keys and values of one token are, in all layers."""
-        return sum(cache.kv_heads * (cache.key_dim + cache.value_dim) for cache in self.caches)
+        return sum(cache.values_per_token for cache in self.caches)
 
 
 ModelOrConfig = Module | ModelShape | Mapping[str, Any] | str | Path
@@ -89,17 +78,12 @@ MODEL_OR_CONFIG = either(MODEL, _GIVEN, PATH)
 
 @checked(model_or_config=MODEL_OR_CONFIG)
 def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
-    """Find the shapes of a model's caches.
+    """Find the shapes of a model's caches: of a loaded one, or a `ModelShape`, which is given back.
 
-    Parameters
-    ----------
-    model_or_config : a loaded model; the content of a ``config.json``, its path, or a folder that has one;
-        ``"smollm2-135m"`` or the path of a ``.gguf``, which is loaded for that; the id of a Hugging Face repository
-        whose ``config.json`` lies in the local cache; or a `ModelShape`, which is given back.
-
-    Raises
-    ------
-    InputError : there is no such model here, mlx-lm does not know it, or the bytes of its caches cannot be predicted.
+    Or of the content of a ``config.json``, its path, a folder that has one, or the id of a Hugging Face repository
+    whose ``config.json`` lies in the local cache; or of ``"smollm2-135m"`` or the path of a ``.gguf``, which is loaded
+    for that. Raises `InputError` for what is not here, mlx-lm does not know, or has caches whose bytes cannot be
+    predicted.
     """
     if isinstance(model_or_config, ModelShape):
         return model_or_config
@@ -118,13 +102,12 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
 
 
 def _of_model(model: Module, name: str, caches: Sequence[LayerFacts]) -> ModelShape:
-    states = state_bytes(model) if any(cache.native == STATES for cache in caches) else 0  # few models have any
     for cache in caches:
         if cache.native not in PREDICTED:
-            raise InputError(
-                f"Layer {cache.layer} of {name} keeps mlx-lm's {cache.native}, whose bytes cannot be predicted: "
-                "measure this model with vl.make_cache and vl.report."
-            )
+            said = f"Layer {cache.layer} of {name} keeps mlx-lm's {cache.native}, whose bytes cannot be predicted"
+            raise InputError(f"{said}: measure this model with vl.make_cache and vl.report.")
+    made = after_one_token(model) if any(cache.native == PREDICTED[-1] for cache in caches) else []  # few have states
+    states = sum(slot.nbytes for slot in slots_of(made) if isinstance(slot, ArraysCache))
     return ModelShape(name, tuple(caches), exact_width(model) // 8, states)
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from mlx.nn.layers.base import Module
 
@@ -147,6 +148,6 @@ def run(
         from veloxlab.serve.server import hooks_of  # here, as it imports the server
 
         replaced |= hooks_of(loader.stopped)
-    arguments = {"argv": [f"mlx_lm.{theirs}", "--model", model, *passed_on]}
-    with hooks.replaced(module, replaced), hooks.replaced(sys, arguments):
+    arguments = [f"mlx_lm.{theirs}", "--model", model, *passed_on]
+    with patch.multiple(module, **replaced), patch.object(sys, "argv", arguments):
         module.main()

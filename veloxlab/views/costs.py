@@ -208,8 +208,8 @@ def costs_by_length(
 ) -> alt.VConcatChart:
     """Draw peaks of memory and the time of a token against the tokens of the text, a line for each cache.
 
-    Rows of `veloxlab.measure.lengths.LENGTHS`: ``cache``, ``tokens`` and the three measures of `PANELS`. ``heading``:
-    what is seen, such as the model.
+    Rows of `veloxlab.measure.bench.models.LENGTHS`: ``cache``, ``tokens`` and the three measures of `PANELS`.
+    ``heading``: what is seen, such as the model.
     """
     shown = columns.require(frame, "costs_by_length", "cache tokens", *PANELS).sort("tokens", maintain_order=True)
     caches, values = shown["cache"].unique(maintain_order=True).to_list(), _lengths(shown)

@@ -215,7 +215,7 @@ def attention_maps(
 ) -> alt.VConcatChart:
     """Draw attention weights of blocks of queries over blocks of keys, exact and compressed, and the difference.
 
-    Rows of `veloxlab.measure.attention_maps.ATTENTION_MAP`. A weight that is not finite is marked with a cross.
+    Rows of `veloxlab.measure.errors.ATTENTION_MAP`. A weight that is not finite is marked with a cross.
     ``heading``: what is seen, such as layer, head and method.
     """
     shown = columns.require(frame, "attention_maps", "kind query query_end key key_end weight moved").drop("moved")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import mlx.core as mx
@@ -20,26 +20,26 @@ from veloxlab.cache.counts import CHUNK
 from veloxlab.codecs import METHODS, TENSORS, Tensor
 from veloxlab.codecs.base import Code, Codec, Sample
 from veloxlab.codecs.parts.rope import Rope
-from veloxlab.measure.bench.timing import IN_A_ROW, Progress, Row, Shape, median_seconds, microseconds, vectors
+from veloxlab.measure.bench.timing import IN_A_ROW, Row, Shape, Tell, median_seconds, microseconds, vectors
+from veloxlab.mlxlm.probe import GROUP
 
 SHAPES = (Shape(32, 8, 128), Shape(16, 2, 128), Shape(8, 1, 256))
 TOKENS = (4096, 32768, 131072)
 BITS = (2, 3, 4, 8)
 METHOD_BITS = 4
 ENCODED = tuple(method.id for method in METHODS.values() if method.timed)
-_GROUP = 64  # values that share a scale in mlx-lm's quantized cache
 _TILE = 1024  # tokens of random vectors that are encoded once, and repeated
 _CACHE_BYTES = 2 << 30  # of the caches that the calls of a row take in turn
 
-Make = Callable[[], tuple[Callable[[mx.array], mx.array], Any]]
-"""Makes a cache: how a query attends to it, and its arrays."""
+Cache = tuple[Callable[[mx.array], mx.array], Any]
+"""How a query attends to a cache, and its arrays."""
 
 
 def decode_attention(
     shapes: Sequence[Shape] = SHAPES,
     tokens: Sequence[int] = TOKENS,
     bits: Sequence[int] = BITS,
-    progress: Progress = print,
+    progress: Tell = print,
 ) -> list[Row]:
     """One query token that attends to ``tokens`` others: exact in 16 bits, mlx-lm at 4 and 8 bits, TurboQuant.
 
@@ -57,7 +57,7 @@ def decode_attention(
 
 
 def attention_of_methods(
-    methods: Sequence[str], shape: Shape = SHAPES[0], tokens: int = TOKENS[1], progress: Progress = print
+    methods: Sequence[str], shape: Shape = SHAPES[0], tokens: int = TOKENS[1], progress: Tell = print
 ) -> list[Row]:
     """The same at `METHOD_BITS` for each of ``methods``, fitted to random vectors."""
     ways = {f"{name} {METHOD_BITS} bit": partial(over_codes, shape, tokens, METHOD_BITS, name) for name in methods}
@@ -78,16 +78,15 @@ def bandwidth() -> float:
     return max(2 * source.nbytes / copied, source.nbytes / read) / 1e9
 
 
-def _timed(ways: Mapping[str, Callable[[], Make]], shape: Shape, tokens: int, progress: Progress) -> Iterator[Row]:
+def _timed(ways: Mapping[str, Callable[[], Cache]], shape: Shape, tokens: int, progress: Tell) -> Iterator[Row]:
     """A row for exact attention, and for each of ``ways``."""
     exact_time = 0.0
     for name, way in ({"exact 16 bit": partial(exact, shape, tokens)} | dict(ways)).items():
-        made, size = calls(shape, way())
+        made, size = calls(shape, way)
         times = microseconds(made)
         exact_time = exact_time or times.evaluating
-        heads = f"{shape.query_heads}/{shape.kv_heads}×{shape.head_dim}"
-        spent = f"{times.evaluating:.0f} µs, and {times.making:.0f} to make the graph"
-        progress(f"{heads}, {tokens} tokens: {name}, {spent}")
+        said = f"{shape.query_heads}/{shape.kv_heads}×{shape.head_dim}, {tokens} tokens: {name}"
+        progress(f"{said}, {times.evaluating:.0f} µs, and {times.making:.0f} to make the graph")
         yield {
             "cache": name,
             **asdict(shape),
@@ -103,7 +102,7 @@ def _timed(ways: Mapping[str, Callable[[], Make]], shape: Shape, tokens: int, pr
         mx.clear_cache()
 
 
-def calls(shape: Shape, make: Make) -> tuple[list[Callable[[], mx.array]], int]:
+def calls(shape: Shape, make: Callable[[], Cache]) -> tuple[list[Callable[[], mx.array]], int]:
     """Calls of attention to caches of their own, and the bytes that one of them has to read.
 
     There are so many that none is left in the GPU's second-level cache.
@@ -120,42 +119,35 @@ def calls(shape: Shape, make: Make) -> tuple[list[Callable[[], mx.array]], int]:
     return made, size
 
 
-def exact(shape: Shape, tokens: int) -> Make:
+def exact(shape: Shape, tokens: int) -> Cache:
     """Attention to keys and values in 16 bits."""
-
-    def make() -> tuple[Callable[[mx.array], mx.array], Any]:
-        k, v = vectors(shape, tokens), vectors(shape, tokens)
-        return lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.scale), (k, v)
-
-    return make
+    k, v = vectors(shape, tokens), vectors(shape, tokens)
+    return lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.scale), (k, v)
 
 
-def mlx_lm(shape: Shape, tokens: int, bits: int) -> Make:
+def mlx_lm(shape: Shape, tokens: int, bits: int) -> Cache:
     """Attention to mlx-lm's quantized cache."""
-
-    def make() -> tuple[Callable[[mx.array], mx.array], Any]:
-        k, v = (mx.quantize(vectors(shape, tokens), group_size=_GROUP, bits=bits) for _ in TENSORS)
-        attention = base.quantized_scaled_dot_product_attention
-        settings: dict[str, Any] = {"scale": shape.scale, "mask": None, "group_size": _GROUP, "bits": bits}
-        return lambda q: attention(q, k, v, **settings), (k, v)
-
-    return make
+    k, v = (mx.quantize(vectors(shape, tokens), group_size=GROUP, bits=bits) for _ in TENSORS)
+    settings: dict[str, Any] = {"scale": shape.scale, "mask": None, "group_size": GROUP, "bits": bits}
+    return lambda q: base.quantized_scaled_dot_product_attention(q, k, v, **settings), (k, v)
 
 
-def over_codes(shape: Shape, tokens: int, bits: int, method: str = "turboquant") -> Make:
+def over_codes(shape: Shape, tokens: int, bits: int, method: str = "turboquant") -> Cache:
     """Attention over the codes of a method: those of `_TILE` random vectors, over and over."""
-    codecs = [fitted(method, shape, tensor, bits) for tensor in TENSORS]
-    tiles = [codec.encode(vectors(shape, min(_TILE, tokens))).arrays for codec in codecs]
+    codecs, tiles = _coded(shape, min(_TILE, tokens), bits, method)
 
     def copied(tile: mx.array) -> mx.array:
         return mx.contiguous(mx.concatenate([tile] * -(-tokens // tile.shape[2]), axis=2)[:, :, :tokens] + 0)
 
-    def make() -> tuple[Callable[[mx.array], mx.array], Any]:
-        keys, values = ({name: copied(tile) for name, tile in arrays.items()} for arrays in tiles)
-        history = History((Segment(codecs[0], Code(keys), codecs[1], Code(values)),))
-        return lambda q: history.attend(q, shape.scale, None), (keys, values)
+    keys, values = ({name: copied(tile) for name, tile in code.arrays.items()} for code in tiles)
+    history = History((Segment(codecs[0], Code(keys), codecs[1], Code(values)),))
+    return lambda q: history.attend(q, shape.scale, None), (keys, values)
 
-    return make
+
+@lru_cache(maxsize=1)
+def _coded(shape: Shape, tokens: int, bits: int, method: str) -> tuple[list[Codec], list[Code]]:
+    codecs = [fitted(method, shape, tensor, bits) for tensor in TENSORS]
+    return codecs, [codec.encode(vectors(shape, tokens)) for codec in codecs]
 
 
 def fitted(method: str, shape: Shape, tensor: Tensor, bits: int = METHOD_BITS) -> Codec:
@@ -172,7 +164,7 @@ def encode_steps(
     behind: int = TOKENS[1],
     chunk: int = CHUNK,
     methods: Sequence[str] = ENCODED,
-    progress: Progress = print,
+    progress: Tell = print,
 ) -> list[Row]:
     """Time to encode the keys and values of all layers: of one decoded token, and of a chunk of a prefill.
 
@@ -180,7 +172,7 @@ def encode_steps(
     times are of all layers, evaluated together. ``attention`` is that of one token to ``behind`` others, in 4-bit
     codes, and ``ratio`` is to it. Calibrated methods are fitted to random vectors, once for all layers.
     """
-    attention = IN_A_ROW * microseconds(calls(shape, over_codes(shape, behind, METHOD_BITS))[0]).evaluating
+    attention = IN_A_ROW * microseconds(calls(shape, partial(over_codes, shape, behind, METHOD_BITS))[0]).evaluating
     rows: list[Row] = []
     for name in methods:
         codecs = [fitted(name, shape, tensor) for tensor in TENSORS]

@@ -1,21 +1,39 @@
-"""Whole models with the layers of an 8B one and random weights: decoding behind a context, and reading one.
+"""Whole models: what a length of text costs, decoding behind a context, and reading a prompt.
 
-A model has fewer layers than it would, and a small vocabulary: read the times as ratios.
+A peak is the most that MLX had allocated, without the weights. Models of random weights have fewer layers than they
+would, and a small vocabulary. All rows of one call are of one run on one device: read times as ratios.
 """
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.llama import Model
+import polars as pl
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import can_trim_prompt_cache
+from mlx_lm.models.llama import Model, ModelArgs
 
 from veloxlab.cache.counts import CHUNK
-from veloxlab.measure.bench.timing import Progress, Row, Shape, vectors
-from veloxlab.measure.lengths import Maker, makers, random_model, read
+from veloxlab.cache.make import make_cache
+from veloxlab.errors import InputError
+from veloxlab.measure.bench.timing import Row, Shape, Tell, vectors
+from veloxlab.measure.experiments import Attempt, possible_rows
+from veloxlab.measure.frames import schema
+from veloxlab.mlxlm.probe import exact_width, own_cache, quantized_cache, slots_of
+from veloxlab.progress import OnRows, Progress, silent
 
+LENGTHS = schema("cache tokens held_bytes prefill_peak_bytes decode_peak_bytes decode_seconds")
+"""Columns of `costs_by_length`: bytes of the cache after so many tokens; at the peak while reading those since the
+length before; at the peak while computing the next token, and its median seconds, null where that fails."""
+
+STEPS = 7  # tokens that are timed at a length
+WARM_UP = 2  # tokens that are computed before those that are timed
 LAYERS = 8
 TOKENS = (4096, 32768, 131072)
 READ = 16384  # tokens of a prompt whose reading is timed
@@ -23,9 +41,134 @@ _STEPS = 64  # tokens that are timed: two blocks of them leave the window
 _FIRST = 40  # tokens before them: one block, so that every kernel is compiled
 _SHAPE = Shape(32, 8, 128)
 
+Maker = Callable[[], list[Any]]
+
+
+def makers(model: Module, bits: Sequence[int] = (4,), theirs: Sequence[int] = (4, 8)) -> dict[str, Maker]:
+    """The model's own cache, mlx-lm's quantized one at the widths ``theirs``, and TurboQuant at some ``bits``."""
+    made: dict[str, Maker] = {f"exact {exact_width(model)} bit": partial(own_cache, model)}
+    made |= {f"mlx-lm {b} bit": partial(quantized_cache, model, b) for b in theirs}
+    return made | {f"turboquant {b} bit": partial(make_cache, model, "turboquant", bits=b) for b in bits}
+
+
+def costs_by_length(
+    model: Module,
+    caches: Mapping[str, Maker],
+    lengths: Sequence[int] | Mapping[str, Sequence[int]],
+    *,
+    progress: Progress = silent,
+    on_rows: OnRows = silent,
+) -> pl.DataFrame:
+    """Fill each of ``caches`` with random tokens up to each of ``lengths``, or of its own ones: `LENGTHS`.
+
+    A cache that a model, or mlx-lm on this device, cannot have is left out from the length on at which it fails;
+    ``progress`` and ``on_rows`` are told why.
+    """
+    wanted = {name: set(lengths[name] if isinstance(lengths, Mapping) else lengths) for name in caches}
+    ids = mx.random.randint(0, 90, (1, max(max(own, default=1) for own in wanted.values())), key=mx.random.key(0))
+    mx.eval(ids)
+
+    def attempts() -> Iterator[Attempt]:  # one cache at a time is held
+        for name, make in caches.items():
+            filling = _Filling(model, make, ids)
+            yield from (Attempt(name, partial(filling.row, name, n), f"{n:,} tokens") for n in sorted(wanted[name]))
+
+    return possible_rows(attempts(), sum(map(len, wanted.values())), LENGTHS, progress, on_rows)[0]
+
+
+def read(model: Module, ids: mx.array, cache: list[Any]) -> None:
+    """Feed ``ids`` ``[1, S]`` in mlx-lm's chunks, up to the last layer: mlx-lm's generator makes no logits there."""
+    layers: Any = getattr(model, "model", model)
+    for start in range(0, ids.shape[1], CHUNK):
+        hidden = layers(ids[:, start : start + CHUNK], cache=cache)
+        mx.eval(hidden, [entry.state for entry in cache])
+
+
+@dataclass(eq=False)
+class _Filling:
+    """One cache, which grows from length to length."""
+
+    model: Module
+    make: Maker
+    ids: mx.array
+    done: int = 0  # tokens that it has read
+
+    def row(self, name: str, tokens: int) -> pl.DataFrame:
+        """Read up to so many tokens, and give a row of `LENGTHS`."""
+        if not self.done:
+            self.cache = self.make()
+            _settle()
+            self.weights = mx.get_active_memory()
+        if tokens <= self.done:
+            raise InputError(f"it cannot be trimmed, and has read {self.done} tokens: give lengths further apart.")
+        _settle()
+        read(self.model, self.ids[:, self.done : tokens], self.cache)
+        self.done, prefill = tokens, mx.get_peak_memory() - self.weights
+        held = sum(entry.nbytes for entry in self.cache)
+        return pl.DataFrame([(name, tokens, held, prefill, *self._decoding())], schema=LENGTHS, orient="row")
+
+    def _decoding(self) -> tuple[int | None, float | None]:
+        """Bytes at the peak, and median seconds of a token; None where it fails.
+
+        The cache is then as before; one that cannot be trimmed has read some tokens more.
+        """
+        seconds: list[float] = []
+        slots = slots_of(self.cache)
+        before = [getattr(slot, "offset", 0) for slot in slots]
+        failed: RuntimeError | None = None
+        mx.clear_cache()
+        try:
+            for step in range(WARM_UP + STEPS):
+                if step == WARM_UP:
+                    mx.reset_peak_memory()
+                start = time.perf_counter()
+                mx.eval(self.model(mx.array([[1]]), cache=self.cache))
+                mx.synchronize()
+                seconds.append(time.perf_counter() - start)
+        except RuntimeError as error:  # on CUDA mlx-lm's quantized cache has no product for some shapes
+            failed = error
+        peak = mx.get_peak_memory() - self.weights
+        if can_trim_prompt_cache(self.cache):
+            for slot, offset in zip(slots, before, strict=True):
+                slot.trim(slot.offset - offset)
+            mx.eval([entry.state for entry in self.cache])
+        elif failed is None:
+            self.done += len(seconds)
+        else:
+            raise failed
+        return (None, None) if failed else (peak, statistics.median(seconds[WARM_UP:]))
+
+
+def _settle() -> None:
+    mx.clear_cache()
+    mx.synchronize()
+    mx.reset_peak_memory()
+
+
+_FIELDS = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+SHAPES: dict[str, dict[str, Any]] = {
+    "smollm2-135m": dict(zip(_FIELDS, (576, 30, 1536, 9, 3), strict=True)) | {"rope_theta": 1e5},
+    "one layer of 7B": dict(zip(_FIELDS, (4096, 1, 14336, 32, 8), strict=True)) | {"rope_theta": 1e6},  # of Mistral's
+}
+"""Shapes of models that can be measured without their weights."""
+
+
+def random_model(shape: str, **changes: Any) -> Model:
+    """A model of one of `SHAPES`, but for ``changes``, with random weights in half precision and a small vocabulary.
+
+    Raises `InputError` if there is no such shape.
+    """
+    if shape not in SHAPES:
+        raise InputError(f"No shape of {shape!r} is known: choose one of {', '.join(map(repr, SHAPES))}.")
+    usual = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 96}
+    model = Model(ModelArgs(**{**usual, **SHAPES[shape], **changes}))
+    model.set_dtype(mx.float16)
+    mx.eval(model.parameters())
+    return model
+
 
 def decode_steps(
-    layers: int = LAYERS, tokens: Sequence[int] = TOKENS, bits: Sequence[int] = (4, 3), progress: Progress = print
+    layers: int = LAYERS, tokens: Sequence[int] = TOKENS, bits: Sequence[int] = (4, 3), progress: Tell = print
 ) -> list[Row]:
     """Decoding behind ``tokens`` tokens, as mlx-lm does: the graph of a token is made while the one before is computed.
 
@@ -55,7 +198,7 @@ def decode_steps(
 
 
 def read_prompts(
-    layers: int = LAYERS, tokens: int = READ, bits: Sequence[int] = (4, 3), progress: Progress = print
+    layers: int = LAYERS, tokens: int = READ, bits: Sequence[int] = (4, 3), progress: Tell = print
 ) -> list[Row]:
     """Reading a prompt of ``tokens`` random tokens in mlx-lm's chunks.
 
@@ -68,9 +211,8 @@ def read_prompts(
     for name, make in makers(model, bits, theirs=()).items():
         for _ in range(2):  # the first time compiles
             caches = make()
-            mx.clear_cache()
+            _settle()
             weights = mx.get_active_memory()
-            mx.reset_peak_memory()
             start = time.perf_counter()
             read(model, ids, caches)
             seconds = time.perf_counter() - start

@@ -21,7 +21,7 @@ from veloxlab.kernels.checked import states
 from veloxlab.kernels.devices import current_backend
 
 Row = dict[str, Any]
-Progress = Callable[[str], None]
+Tell = Callable[[str], None]
 REPEATS = 9
 FIRST_TRIES = 2
 IN_A_ROW = 32  # calls that are evaluated together: as many as a model of 8 billion parameters has layers

@@ -9,8 +9,7 @@ import polars as pl
 
 from veloxlab import views
 from veloxlab.measure import code_bits, token_errors
-from veloxlab.measure.attention_maps import attention_map
-from veloxlab.measure.errors import error_densities, errors_along_position, errors_by_bits
+from veloxlab.measure.errors import attention_map, error_densities, errors_along_position, errors_by_bits
 from veloxlab.progress import Progress
 from veloxlab.widgets.pages.charts import ChartPage, HeadPage, Look, Measure, head_chart, plain
 
