@@ -3,8 +3,7 @@ from . import allocate, codecs, measure, mlxlm, models, texts, views, widgets
 from .allocate.ratequant import rate_budget
 from .allocate.search import search
 from .cache.calibration import Calibration
-from .cache.load import load_cache
-from .cache.make import make_cache
+from .cache.make import load_cache, make_cache
 from .cache.plan import Plan
 from .checkup import doctor
 from .codecs import methods, register

@@ -21,18 +21,15 @@ from veloxlab.store import digest, read_json, reading, write_json
 
 FORMAT = "veloxlab calibration 3"
 Place = tuple[int, Tensor, int]  # layer, tensor, bits
+_PLACE = "layer", "role", "bits"  # as a file calls them
 
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Codecs that were fitted to one model, for `veloxlab.make_cache` and the measurements.
+    """Codecs of a ``method`` that were fitted to one model, by layer, tensor and bits, for `veloxlab.make_cache`.
 
-    Attributes
-    ----------
-    method : id of the algorithm.
-    facts : what it depends on: the method's version, hashes of the model and of the text; tokens, seed, widths,
-        options.
-    codecs : the fitted codecs, by layer, tensor and bits.
+    ``facts`` are all that they depend on: the method's version, hashes of the model and of the text; tokens, seed,
+    widths, options.
     """
 
     method: str
@@ -48,10 +45,10 @@ class Calibration:
             )
         found = self.codecs.get((layer, tensor, bits))
         if found is None:
-            layers = sorted({at[0] for at in self.codecs})
+            layers = [at[0] for at in self.codecs]
             raise InputError(
-                f"This calibration holds no {tensor} of layer {layer} at {bits} bits: it has layers {layers[0]} to "
-                f"{layers[-1]} at {', '.join(map(str, self.widths))} bits. "
+                f"This calibration holds no {tensor} of layer {layer} at {bits} bits: it has layers {min(layers)} to "
+                f"{max(layers)} at {', '.join(map(str, self.widths))} bits. "
                 f"Make one with vl.calibrate(model, tokenizer, {method!r}, bits={sorted({*self.widths, bits})})."
             )
         return found
@@ -80,9 +77,7 @@ class Calibration:
     def joined(self, other: Calibration) -> Calibration:
         """Give this calibration with the widths of another one beside its own; codecs of each width are fitted alone.
 
-        Raises
-        ------
-        InputError : the other differs in more than its widths: another method, model, text or option.
+        Raises `InputError` if the other differs in more than its widths: another method, model, text or option.
         """
         both = [{**c.facts, "method": c.method, "bits": None} for c in (self, other)]
         if both[0] != both[1]:
@@ -111,11 +106,11 @@ class Calibration:
         tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
         arrays: dict[str, mx.array] = {}
         entries = []
-        for (layer, tensor, bits), codec in self.codecs.items():
+        for place, codec in self.codecs.items():
             plain, own = to_parts(codec)
-            name = f"{layer}.{tensor}.{bits}"
-            entries.append({"layer": layer, "role": tensor, "bits": bits, "head_dim": codec.head_dim, "fields": plain})
-            arrays |= {f"{name}/{key}": array for key, array in own.items()}
+            said = dict(zip(_PLACE, place, strict=True))
+            entries.append({**said, "head_dim": codec.head_dim, "fields": plain})
+            arrays |= {_prefix(place) + name: array for name, array in own.items()}
         content = {"method": self.method, "facts": dict(self.facts), "codecs": entries}
         held = io.BytesIO()
         mx.save_safetensors(held, arrays or {"none": mx.zeros(1)})
@@ -129,18 +124,18 @@ class Calibration:
         tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
         with reading("calibration", record, "make it again with vl.calibrate"):
             content = read_json(record, FORMAT, tensors)
-            facts = content["facts"]
+            method, facts = find_method(content["method"]), content["facts"]
+            check_version(method.id, facts["version"])
             arrays: dict[str, mx.array] = mx.load(str(tensors))  # type: ignore[assignment]
             mx.eval(arrays)
-            method = find_method(content["method"])
-            check_version(method.id, facts["version"])
-            codecs = {_place(entry): _codec(entry, method.id, facts, arrays) for entry in content["codecs"]}
+            codecs = {}
+            for entry in content["codecs"]:
+                layer, tensor, bits = place = tuple(entry[name] for name in _PLACE)
+                prefix = _prefix(place)
+                own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+                unfitted = method.codec(entry["head_dim"], bits, tensor, **facts["options"])
+                codecs[layer, tensor, bits] = from_parts(type(unfitted), entry["fields"], own)
             return cls(method.id, facts, codecs)
-
-
-def calibration_of(method: str, calibration: Calibration | None) -> Calibration | None:
-    """``calibration`` where it is this method's, else None: where methods are chosen, most of them need none."""
-    return calibration if calibration is not None and calibration.method == method else None
 
 
 def layer_codec(
@@ -154,9 +149,7 @@ def layer_codec(
 ) -> Codec:
     """Give the codec for one layer's keys or values: made from numbers, or taken from ``calibration``.
 
-    Raises
-    ------
-    InputError : as `Method.check`; or if the method has to be calibrated and is not.
+    Raises `InputError` as `Method.check`; or if the method has to be calibrated and is not.
     """
     method.check(bits, tensor, options)
     if calibration is not None:
@@ -173,13 +166,6 @@ def layer_codec(
     return method.codec(head_dim, bits, tensor, **options)
 
 
-def _place(entry: Mapping[str, Any]) -> Place:
-    return entry["layer"], entry["role"], entry["bits"]
-
-
-def _codec(entry: Mapping[str, Any], method: str, facts: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> Codec:
-    layer, tensor, bits = _place(entry)
-    prefix = f"{layer}.{tensor}.{bits}/"
-    own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-    unfitted = find_method(method).codec(entry["head_dim"], bits, tensor, **facts["options"])
-    return from_parts(type(unfitted), entry["fields"], own)
+def _prefix(place: tuple[Any, ...]) -> str:
+    """What the names of a codec's arrays begin with in a file."""
+    return ".".join(map(str, place)) + "/"

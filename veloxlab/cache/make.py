@@ -1,24 +1,27 @@
-"""The prompt cache of a whole model, made compressed."""
+"""The prompt cache of a whole model: made compressed, or read from a file and checked against the model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache, load_prompt_cache
 
+from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.plan import Chunk, LayerSettings, Plan, Sliding, plan_of
 from veloxlab.cache.saved import add_checksum
-from veloxlab.checks import CALIBRATIONS, checked
-from veloxlab.codecs import find_method
+from veloxlab.checks import CALIBRATIONS, FILE, checked
+from veloxlab.codecs import METHODS, TENSORS, find_method, saving
 from veloxlab.errors import InputError
+from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import attach
 from veloxlab.mlxlm.identity import name_of
-from veloxlab.mlxlm.probe import LayerFacts, probe, slot_of, with_caches
 
 
 @checked(calibration=CALIBRATIONS)
@@ -63,7 +66,8 @@ def make_cache(
         calibration than the plan was made with, bits beside a plan.
     """
     plan = plan_of(method_or_plan)
-    given = () if calibration is None else calibration if isinstance(calibration, Sequence) else (calibration,)
+    alone = None if isinstance(calibration, Sequence) else calibration  # it is for all methods
+    given = calibration if isinstance(calibration, Sequence) else [alone] if alone else []
     for one in given:
         one.check_model(model)
     widths = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
@@ -77,23 +81,24 @@ def make_cache(
         raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={plan.sinks}: give more than that.")
     attach()
     name, settings = name_of(model), plan.settings_for(model)
-    caches = with_caches(
-        model, lambda found: _compressed(found, plan, settings[found.layer], max_kv_size, name, calibration)
+    fitted = dict.fromkeys(METHODS, alone) | {one.method: one for one in given}
+    caches = probe.with_caches(
+        model, lambda facts: _compressed(facts, plan, settings[facts.layer], max_kv_size, name, fitted)
     )
-    for found in probe(model):
-        own = slot_of(caches, found)
+    for facts in probe.probe(model):
+        own = probe.slot_of(caches, facts)
         if not isinstance(own, CompressedKVCache):
-            add_checksum(own, name, found.layer, getattr(own, "reason", found.reason))
+            add_checksum(own, name, facts.layer, getattr(own, "reason", facts.reason))
     return caches
 
 
 def _compressed(
-    facts: LayerFacts,
+    facts: probe.LayerFacts,
     plan: Plan,
     settings: LayerSettings,
     max_kv_size: int | None,
     model: str,
-    calibration: Calibration | Sequence[Calibration] | None,
+    fitted: Mapping[str, Calibration | None],
 ) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
     """The cache of one layer that can be compressed."""
     if facts.max_size is not None and plan.sliding == "exact":
@@ -101,9 +106,7 @@ def _compressed(
         own.reason = f"its window of {facts.max_size} tokens is left exact, as asked"
         return own
     codecs = (
-        layer_codec(
-            find_method(method), facts.layer, facts.dims[tensor], bits, tensor, options, _of(method, calibration)
-        )
+        layer_codec(find_method(method), facts.layer, facts.dims[tensor], bits, tensor, options, fitted.get(method))
         for tensor, method, bits, options in settings.tensors
     )
     return CompressedKVCache(
@@ -114,7 +117,7 @@ def _compressed(
         layer=facts.layer,
         path=facts.path,
         reason=facts.reason,
-        max_size=max_kv_size if facts.max_size is None else facts.max_size,
+        max_size=facts.max_size or max_kv_size,
         lends=facts.lends,
         model=model,
     )
@@ -134,8 +137,132 @@ def _check_plan(plan: Plan, beside: dict[str, Any], calibrations: Sequence[Calib
             )
 
 
-def _of(method: str, calibration: Calibration | Sequence[Calibration] | None) -> Calibration | None:
-    """The calibration of ``method`` among several; one that was given alone is for all."""
-    if not isinstance(calibration, Sequence):
-        return calibration
-    return next((one for one in calibration if one.method == method), None)
+@checked(path=FILE, calibration=CALIBRATIONS)
+def load_cache(
+    path: str | Path,
+    model: Module,
+    method_or_plan: str | Plan | None = None,
+    **settings: Any,
+) -> list[Any]:
+    """Read a prompt cache that mlx-lm's ``save_prompt_cache`` wrote, and check that it is one for ``model``.
+
+    All layers of a cache that `make_cache` made say which model they are for, exact ones too, and have a checksum. A
+    cache that mlx-lm made says neither: then its layers have to be as many, and of the kinds, shapes and dtypes, as
+    this model makes them.
+
+    Parameters
+    ----------
+    path : the file.
+    model : the model that is to continue.
+    method_or_plan, settings : as for `make_cache`, if the cache has to be of that method, bits and calibration.
+
+    Raises
+    ------
+    InputError : there is no such file, it is damaged, or what it holds is not for this model, or not as wanted.
+    """
+    attach()
+    probe.probe(model)  # so that a cache made for it is known to be for a model that is here
+    try:
+        caches = list(load_prompt_cache(str(path)))
+        mx.eval([cache.state for cache in caches])  # mlx-lm reads arrays when they are needed
+    except InputError:
+        raise
+    except Exception as error:  # truncated, of another kind, or of a class that mlx-lm does not know
+        reason = str(error) if Path(path).exists() else "there is no such file"
+        raise InputError(f"The prompt cache {path} cannot be read ({reason}): make it again from its text.") from error
+    wanted = method_or_plan is not None or settings
+    check_caches(model, caches, make_cache(model, method_or_plan or "turboquant", **settings) if wanted else None)
+    return caches
+
+
+def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | None = None) -> None:
+    """Raise `InputError` unless all ``caches`` are for ``model``, and hold what those ``wanted`` would."""
+    name = name_of(model)
+    for part in _parts(caches):
+        said = getattr(part, "model", None)
+        if said not in (None, name):
+            raise InputError(f"This prompt cache was made for the model {said}, and this is {name}: load that model.")
+    misfit = _misfit(caches, probe.after_one_token(model))
+    if misfit:
+        raise InputError(
+            f"This prompt cache is none that this model ({name}) can continue, as {misfit}: load the model that it was "
+            "made for, or make it again from its text."
+        )
+    if wanted is None:
+        return
+    for slot, asked in zip(probe.slots_of(caches), probe.slots_of(wanted), strict=True):
+        for found in _parts([slot]):
+            # a class of mlx-lm's own counts as that which it was before it had a checksum
+            if getattr(found, "native", type(found)) is not getattr(asked, "native", type(asked)):
+                raise InputError("This prompt cache has layers of other kinds than what was asked for: make it again.")
+            if isinstance(found, CompressedKVCache):
+                _check_codecs(found, asked)
+
+
+def _misfit(caches: Sequence[Any], own: Sequence[Any]) -> str | None:
+    """What tells ``caches`` from such as the model's ``own`` after one token would become, in words."""
+    if len(caches) != len(own):
+        return f"it has {len(caches)} layers and the model {len(own)}"
+    lengths: list[object] = []
+    for layer, (entry, like) in enumerate(zip(caches, own, strict=True)):
+        for part in _parts([entry]):
+            if getattr(part, "layer", None) not in (None, layer):
+                return f"layer {part.layer} stands in the place of layer {layer}"
+        slots, likes = probe.slots_of([entry]), probe.slots_of([like])
+        kinds, usual_kinds = (" and ".join(map(_kind, some)) for some in (slots, likes))
+        if kinds != usual_kinds:
+            return f"layer {layer} holds {kinds}, and the model's {usual_kinds}"
+        for slot, expected in zip(slots, likes, strict=True):
+            for found, usual in zip(_held(slot), _held(expected), strict=False):
+                if found and usual and found != usual:
+                    return f"layer {layer} holds {found}, and the model's {usual}"
+            if getattr(expected, "offset", 0):  # a layer that stores nothing of its own stays where it was
+                lengths.append(slot.offset.tolist() if isinstance(slot.offset, mx.array) else slot.offset)
+                if lengths[-1] != lengths[0]:
+                    return f"layer {layer} has read {lengths[-1]} tokens, and those before it {lengths[0]}"
+    return None
+
+
+def _check_codecs(found: CompressedKVCache, asked: CompressedKVCache) -> None:
+    for theirs, ours in ((found.key_codec, asked.key_codec), (found.value_codec, asked.value_codec)):
+        if not saving.same_kind(theirs, ours):
+            raise InputError(
+                f"This prompt cache holds {saving.described(theirs)} in layer {found.layer}, and "
+                f"{saving.described(ours)} was asked for: ask for what it holds, or make it again."
+            )
+        if not (ours.online or saving.same_codec(theirs, ours)):
+            raise InputError(
+                f"This prompt cache was made with another calibration of {saving.method_of(ours)}, or other options, "
+                f"than was asked for (layer {found.layer} differs): ask for those, or make the cache again."
+            )
+
+
+def _parts(caches: Sequence[Any]) -> list[Any]:
+    """Single caches of single sequences, where they are ours."""
+    slots = probe.slots_of(caches)
+    return [part for slot in slots for part in (slot.rows if isinstance(slot, BatchCompressedKVCache) else [slot])]
+
+
+def _kind(cache: Any) -> str:  # noqa: ANN401
+    if hasattr(cache, "keys_and_values"):
+        return "keys and values"
+    return "states" if isinstance(cache, ArraysCache) else type(cache).__name__
+
+
+def _held(cache: Any) -> list[str | None]:  # noqa: ANN401
+    """What a cache that mlx-lm made holds of keys and of values, or its states, in words; None for what is empty."""
+    if isinstance(cache, ArraysCache):  # states of fewer axes may be past tokens, which become more
+        return [None if x is None or x.ndim < 3 else f"a state of {x.shape[1:]}" for x in cache.cache]
+    held: list[str | None] = []
+    for tensor in TENSORS:
+        x: Any = getattr(cache, tensor, None)
+        packed = isinstance(x, list | tuple)  # mlx-lm's quantized: words, scales, biases
+        x = x[-1] if packed else x
+        if x is None:
+            held.append(None)
+        elif getattr(x, "ndim", 0) != 4:
+            held.append(f"{tensor} that are none")
+        else:
+            width = x.shape[-1] * (cache.group_size if packed else 1)
+            held.append(f"{tensor} of {x.shape[1]} heads, {width} wide, in {str(x.dtype).rpartition('.')[2]}")
+    return held

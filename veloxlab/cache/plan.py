@@ -12,19 +12,9 @@ from typing import Any, Literal, Self
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab.checks import (
-    ARGUMENTS,
-    FILE,
-    MAPPING,
-    OPTION_VALUES,
-    WORDS,
-    check_fields,
-    checked,
-    instance,
-    many,
-    whole,
-)
-from veloxlab.codecs import TENSORS, Tensor, find_method
+from veloxlab import checks
+from veloxlab.checks import OPTION_VALUES, WORDS, check_fields, checked, whole
+from veloxlab.codecs import Tensor, find_method
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import name_of
 from veloxlab.mlxlm.probe import exact_width, probe
@@ -57,12 +47,7 @@ class LayerSettings:
 
     def __post_init__(self) -> None:
         check_fields(self, key_method=WORDS, key_bits=whole(), value_method=WORDS, value_bits=whole())
-        check_fields(self, **dict.fromkeys(("options", "key_options", "value_options"), OPTION_VALUES))
-
-    @classmethod
-    def uniform(cls, method: str, widths: Mapping[Tensor, int], options: Mapping[str, object] | None = None) -> Self:
-        """The same method for keys and values, each of its own width."""
-        return cls(method, widths["keys"], method, widths["values"], dict(options or {}))
+        check_fields(self, options=OPTION_VALUES, key_options=OPTION_VALUES, value_options=OPTION_VALUES)
 
     @property
     def tensors(self) -> tuple[tuple[Tensor, str, int, dict[str, object]], ...]:
@@ -99,11 +84,10 @@ class Plan:
 
     Attributes
     ----------
-    model_hash : of the shapes that the plan was made for; `model_hash`.
+    model_hash, model : `model_hash` of the model that it was made for, and that model in words, for messages.
     layers : settings of each entry of the model's prompt cache; those of layers that keep their own cache are idle.
     sinks, window, chunk, sliding : as for `veloxlab.make_cache`.
     name : for people.
-    model : the model in words, for messages.
     allocation : what tells the measurements that the bits were allocated by from others; empty if there were none.
     calibrations : identities of the calibrations that it was made with, by method; `make_cache` wants the same.
     """
@@ -120,9 +104,9 @@ class Plan:
     calibrations: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_fields(self, layers=many(instance(LayerSettings, "settings of a layer")), calibrations=MAPPING)
-        check_fields(self, **{name: ARGUMENTS[name] for name in ("sinks", "window", "chunk", "sliding", "name")})
-        check_fields(self, model_hash=WORDS, model=WORDS, allocation=WORDS)
+        layers = checks.many(checks.instance(LayerSettings, "settings of a layer"))
+        check_fields(self, layers=layers, calibrations=checks.MAPPING, model_hash=WORDS, model=WORDS, allocation=WORDS)
+        check_fields(self, **{name: checks.ARGUMENTS[name] for name in ("sinks", "window", "chunk", "sliding", "name")})
 
     @classmethod
     @checked()
@@ -142,7 +126,7 @@ class Plan:
     ) -> Self:
         """The same method and bits for every layer of ``model``; raises `InputError` as `veloxlab.make_cache`."""
         widths = tensor_bits(method, exact_width(model), bits, key_bits, value_bits)
-        settings = LayerSettings.uniform(method, widths, options)
+        settings = LayerSettings(method, widths["keys"], method, widths["values"], options)
         facts = probe(model)
         for tensor, _, width, given in settings.tensors:  # a plan that cannot be attached is never saved
             for dim in {layer.dims[tensor] for layer in facts if layer.compressible}:
@@ -177,10 +161,12 @@ class Plan:
         """One row per layer: ``layer, key_method, key_bits, value_method, value_bits``; code bits, means over heads."""
         rows = []
         for i, layer in enumerate(self.layers):
-            widths = {tensor: self.widths(i, tensor) for tensor in TENSORS}
-            row = {"layer": i, "key_method": layer.key_method, "value_method": layer.value_method}
-            rows.append(row | {f"{tensor[:-1]}_bits": sum(bits) / len(bits) for tensor, bits in widths.items()})
-        return pl.DataFrame(rows).select("layer", "key_method", "key_bits", "value_method", "value_bits")
+            row: dict[str, Any] = {"layer": i}
+            for tensor, method, _, _ in layer.tensors:
+                bits = self.widths(i, tensor)
+                row |= {f"{tensor[:-1]}_method": method, f"{tensor[:-1]}_bits": sum(bits) / len(bits)}
+            rows.append(row)
+        return pl.DataFrame(rows)
 
     def widths(self, layer: int, tensor: Tensor) -> tuple[int, ...]:
         """Code bits of each head of a layer's keys or values, or one number for all of them."""
@@ -196,13 +182,11 @@ class Plan:
     @checked()
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all, and return the path; raises `InputError` where it cannot be."""
-        path = Path(path)
-        text = self.to_json()
-        write_atomically(path, text.encode())
-        return path
+        write_atomically(Path(path), self.to_json().encode())
+        return Path(path)
 
     @classmethod
-    @checked(path=FILE)
+    @checked(path=checks.FILE)
     def load(cls, path: str | Path) -> Self:
         """Read a plan that `save` wrote; raises `InputError` for a file that is missing or is no plan."""
         with reading("plan", Path(path), "save it again with plan.save"):

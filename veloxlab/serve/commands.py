@@ -16,7 +16,6 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache import make
 from veloxlab.cache.calibration import Calibration
-from veloxlab.cache.load import check_caches
 from veloxlab.cache.plan import DEFAULT_BITS, Plan, plan_of
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
@@ -97,11 +96,11 @@ class Loader:
             loaded = self._load(path, **options)
         if path == self._name:  # and not a draft model, which is small
             model, tokenizer = loaded[:2]
-            make = self._wanted.maker(model, tokenizer, self.say)
-            hooks.use(model, make)
+            maker = self._wanted.maker(model, tokenizer, self.say)
+            hooks.use(model, maker)
             if self._read_caches is not None:
                 given = self._wanted.method_or_plan or self._wanted.settings
-                check_caches(model, self._read_caches, make() if given else None)
+                make.check_caches(model, self._read_caches, maker() if given else None)
         return loaded
 
     def say(self, done: int, total: int, label: str) -> None:

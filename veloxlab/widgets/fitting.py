@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.cache.calibration import Calibration, calibration_of
+from veloxlab.cache.calibration import Calibration
 from veloxlab.codecs import METHODS, Method, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.calibrate import calibrate
@@ -41,7 +41,7 @@ class Fitting:
 
     def widths(self, method: str) -> list[int]:
         """Code bits at which a method can be had."""
-        given = calibration_of(method, self.given)
+        given = self._given(method)
         return list(find_method(method).bits) if given is None else given.widths
 
     def is_ready(self, method: str, width: int) -> bool:
@@ -56,7 +56,7 @@ class Fitting:
         InputError : there is nothing to fit it with; as `veloxlab.calibrate`.
         """
         if not self._is_fitted_here(find_method(method)):
-            return calibration_of(method, self.given)
+            return self._given(method)
         if self.model is None:
             raise InputError(f"{method} has to be fitted first: give calibration=vl.calibrate(model, tokenizer, ...).")
         for width in sorted({*widths} - {*self._widths_made(method)}):
@@ -64,8 +64,11 @@ class Fitting:
             self._made[method] = self._made[method].joined(fitted) if method in self._made else fitted
         return self._made[method]
 
+    def _given(self, method: str) -> Calibration | None:
+        return self.given if self.given and self.given.method == method else None
+
     def _is_fitted_here(self, method: Method) -> bool:
-        return method.calibrated and calibration_of(method.id, self.given) is None
+        return method.calibrated and self._given(method.id) is None
 
     def _widths_made(self, method: str) -> list[int]:
         return self._made[method].widths if method in self._made else []
