@@ -22,9 +22,10 @@ from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
 from veloxlab.allocate import trials
+from veloxlab.allocate.budget import PlannedModel
 from veloxlab.allocate.race import GROUP, LEAST_WINDOWS, on_front, race
 from veloxlab.allocate.search import SEARCHED
-from veloxlab.allocate.trials import Candidate, PlannedModel, Trials, bytes_per_token, candidates
+from veloxlab.allocate.trials import Candidate, Trials, bytes_per_token, candidates
 from veloxlab.cli.tables import front_table
 from veloxlab.errors import InputError
 from veloxlab.measure import experiments

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -124,9 +123,9 @@ def rate_budget(
     weights = sensitivities(model, tokenizer, text, sequences=sequences, tokens=tokens, by=by, folder=folder, **given)
     given |= {"bits": bits, "tokens": 2 * tokens, "calibrations": fitted}
     curves = distortion_curves(model, tokenizer, methods, text, **given)
-    named = astuple(PlannedModel.of(model))[:3]
+    shape = PlannedModel.of(model)
     identities = {method: one.identity for method, one in fitted.items() if method in methods}
-    return RateBudget(*named, sizes, weights, curves, sinks, window, identities)
+    return RateBudget(shape.model, shape.model_hash, shape.entries, sizes, weights, curves, sinks, window, identities)
 
 
 @checked(budget=BUDGET, bounds=BOUNDS, bits=many(whole()))

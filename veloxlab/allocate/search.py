@@ -16,8 +16,9 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab import views
+from veloxlab.allocate.budget import PlannedModel
 from veloxlab.allocate.race import Entrant, race
-from veloxlab.allocate.trials import USUAL_BITS, Candidate, Job, PlannedModel, Trial, Trials, candidates, doer
+from veloxlab.allocate.trials import USUAL_BITS, Candidate, Job, Trial, Trials, candidates, doer
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import FILE, MODEL, PATH, WORDS, checked, either, having, many, real, whole

@@ -90,7 +90,7 @@ def sweep(
         raise InputError(f"bits={wrong[0]} are out of range: give from {least} to {most} code bits on average.")
     given: dict[str, Any] = {"sequences": sequences, "sinks": SINKS, "folder": folder, "progress": progress}
     first = rate_budget(model, tokenizer, text=calibration_text, bits=MEASURED_BITS, by=by[0], window=WINDOW, **given)
-    rates = {by[0]: first}
+    rates: dict[str, RateBudget] = {by[0]: first}
     for kind in by[1:]:
         weights = sensitivities(model, tokenizer, calibration_text, by=kind, **given)
         rates[kind] = replace(first, sensitivities=weights)
