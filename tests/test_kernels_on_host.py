@@ -175,8 +175,8 @@ def calls(case, runs):
     rotations = [SignedHadamard(dim, seed) for seed, dim in enumerate(dims)]
     signs = [
         # the Hadamard matrix has ones in its first row, so that of the rotation shows the signs
-        rotation.forward(mx.eye(rotation.dim))[:, 0] * rotation.dim**0.5 if case.rotated else None
-        for rotation in rotations
+        rotation.forward(mx.eye(dim))[:, 0] * dim**0.5 if case.rotated else None
+        for rotation, dim in zip(rotations, dims, strict=True)
     ]
     query_heads = case.kv_heads * case.shared
     for packed_tokens, sinks, recent in runs:

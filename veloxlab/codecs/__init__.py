@@ -1,4 +1,4 @@
-"""The algorithms. Each is one file here and one line in `METHODS`."""
+"""The algorithms. Each is one file here and one name in `_FILES`, in whose order they are listed."""
 
 from __future__ import annotations
 
@@ -16,54 +16,23 @@ from veloxlab.errors import InputError
 if TYPE_CHECKING:
     import polars as pl
 
-__all__ = [
-    "METHODS",
-    "TENSORS",
-    "Code",
-    "Codec",
-    "Method",
-    "Tensor",
-    "find_method",
-    "methods",
-    "register",
-    "registered",
-    "unregister",
-]
+__all__ = ["METHODS", "TENSORS", "Code", "Codec", "Method", "Tensor"]
+__all__ += ["find_method", "methods", "register", "registered", "unregister"]
 
-METHODS: dict[str, Method] = {
-    method.id: method
-    for method in (
-        turboquant.METHOD,
-        rvq.METHOD,
-        vecinfer.METHOD,
-        ratequant.METHOD,
-        spectralquant.METHOD,
-        rabitq.METHOD,
-        qjl.METHOD,
-        polarquant.METHOD,
-        commvq.METHOD,
-        none.METHOD,
-    )
-}
+_FILES = turboquant, rvq, vecinfer, ratequant, spectralquant, rabitq, qjl, polarquant, commvq, none
+METHODS: dict[str, Method] = {file.METHOD.id: file.METHOD for file in _FILES}
 
 
 def methods() -> pl.DataFrame:
     """The algorithms: ``id, name, paper, calibrated, least_bits, most_bits, stored, options``."""
     import polars as pl  # codecs and kernels run without it, on a machine that only computes
 
-    return pl.DataFrame(
-        {
-            "id": method.id,
-            "name": method.name,
-            "paper": method.paper,
-            "calibrated": method.calibrated,
-            "least_bits": method.bits.start,
-            "most_bits": method.bits[-1],
-            "stored": method.stored,
-            "options": ", ".join(method.options),
-        }
-        for method in METHODS.values()
-    )
+    rows = [
+        (m.id, m.name, m.paper, m.calibrated, m.bits.start, m.bits[-1], m.stored, ", ".join(m.options))
+        for m in METHODS.values()
+    ]
+    names = ["id", "name", "paper", "calibrated", "least_bits", "most_bits", "stored", "options"]
+    return pl.DataFrame(rows, names, orient="row")
 
 
 def find_method(name: str) -> Method:
@@ -81,10 +50,10 @@ _REGISTERED: WeakKeyDictionary[type, tuple[str, int]] = WeakKeyDictionary()
 
 @checked(method=instance(Method, "a veloxlab.codecs.Method"), replace=FLAG)
 def register(method: Method, *, replace: bool = False) -> Method:
-    """Make an algorithm from elsewhere one of the methods: of caches, plans, measurements, charts and widgets.
+    """Make an algorithm from elsewhere one of the methods, of the process and until `unregister`; gives it back.
 
-    It lasts as long as the process, or until `unregister`. A cache that is saved with it is read again where a method
-    of this id and version is registered, with classes of the same names and fields. Gives ``method`` back.
+    A cache that is saved with it is read again where a method of this id and version is registered, with classes of the
+    same names and fields.
 
     Parameters
     ----------
@@ -112,8 +81,8 @@ def register(method: Method, *, replace: bool = False) -> Method:
         if not (isinstance(kind, type) and is_dataclass(kind) and kind.__dataclass_params__.frozen):  # type: ignore[attr-defined]
             raise InputError(f"{kind!r} is no frozen dataclass, as a codec has to be: write @dataclass(frozen=True).")
     METHODS[name] = method
-    ours = f"{__name__}."
-    _REGISTERED.update({kind: (name, method.version) for kind in kinds if not kind.__module__.startswith(ours)})
+    others = (kind for kind in kinds if not kind.__module__.startswith(f"{__name__}."))
+    _REGISTERED.update(dict.fromkeys(others, (name, method.version)))
     return method
 
 
@@ -124,10 +93,7 @@ def registered(kind: type) -> tuple[str, int] | None:
 
 @checked()
 def unregister(name: str) -> None:
-    """Undo `register`. Caches that were made with the method go on, and are saved under its id.
-
-    Raises `InputError` if no such method was registered, or it is one of veloxlab's own.
-    """
+    """Undo `register`, but for caches that were made with it; raises `InputError` if that was not called."""
     if name in _OURS:
         raise InputError(f"The method {name!r} comes with veloxlab and stays.")
     del METHODS[find_method(name).id]

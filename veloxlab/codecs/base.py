@@ -147,10 +147,7 @@ class Codec(ABC):
         """Vectors in the space of the codes ``[B, H, S, D]``, before scaling, float32."""
 
     def scales(self, code: Code) -> mx.array | None:
-        """Factor of each expanded vector ``[B, H, S, 1]``, from the code's ``root_scale``; None for 1.
-
-        Raises `InputError` for a codec that stores another number of each vector and does not say what it scales.
-        """
+        """Factor of each expanded vector ``[B, H, S, 1]``, from the code's ``root_scale``; None for 1."""
         if self.expand_scales:
             return None
         if "root_scale" in code.arrays:

@@ -5,13 +5,12 @@ T. Cai, Z. Ren, P. Guo, F. Karimzadeh, C. Reed, C. Wang, C. Gan, 2025 (ICML), ar
 
 Keys are coded as they are before RoPE, pair by pair of the coordinates that it rotates. Each of R residual stages has
 64 matrices ``M(x, y) = [[x, y], [−y, x]]`` a pair; its code (a, b), shared by all pairs of the head, adds
-``[1, 0]·M[a] + [0, 1]·M[b] = (x_a − y_b, y_a + x_b)``. Every M commutes with every rotation, so that
-``R_t·(sum of entries) = sum of (R_t·entries)``: it is the same to rotate the sum and to rotate the tables.
+``[1, 0]·M[a] + [0, 1]·M[b] = (x_a − y_b, y_a + x_b)``. Every M commutes with every rotation, so that it is the same to
+rotate the sum and to rotate the tables.
 
 Stored per vector of D coordinates
-    12·R bits of codes, to whole bytes, and one 16-bit scale, with R = bits·D/12 rounded. At D = 128: R = 11, 1.03 bits
-    of codes a value and 1.19 held; R = 21, 1.97 and 2.13. At D = 64: R = 5, 11, 16, 21; 1.25, 2.38, 3.25, 4.25 held.
-    Tables per layer and KV head, in float16: R·64·D numbers.
+    12·R bits of codes, to whole bytes, and one 16-bit scale, with R = bits·D/12 rounded: at D = 64, R = 5, 11, 16, 21
+    and 1.25, 2.38, 3.25, 4.25 bits a value. Tables per layer and KV head, in float16: R·64·D numbers.
 
 Where we differ
     * mlx-lm hands over keys after RoPE: the layer's own rotation is undone first, and done again at decoding.
@@ -19,9 +18,7 @@ Where we differ
       multiplications for a table that is rotated for it.
     * The scale is each vector's own (the paper has one norm for all heads of a token), and makes the squared error
       least, for keys too: on SmolLM2 an unbiased one is no better.
-    * Values are coded by the same stages, without RoPE. The paper learns an encoder network for them. A second table
-      that is a turn of the first, not a free one, halves the memory: on held-out text the squared error is 2 to 4 %
-      higher at 1 bit, and lower at 2, where a free table learns its sample by heart.
+    * Values are coded by the same stages, without RoPE; the paper learns an encoder network for them.
     * A smaller trainer, in seconds a layer: see `commvq_training`. Calibrate on 1,024 tokens or more.
 """
 
@@ -54,12 +51,8 @@ _MOST_FACTOR = 4.0  # of a scale over the norm: an outlier that its code misses 
 class CommVQ(Codec):
     """CommVQ's residual stages (arXiv 2506.18879, section 3). Keys are coded before RoPE, values as they are.
 
-    Attributes
-    ----------
-    bits : nominal code bits per coordinate; ``12·stages / head_dim`` are used.
-    stages : R, or 0 for that of ``bits``.
-    tables : entries of every stage ``[H, R, 64, D]``, float16; learned, as is what follows.
-    rope : of the layer; None for values.
+    ``bits`` are nominal, ``12·stages / head_dim`` are used; ``stages`` is R, or 0 for that of ``bits``. What is
+    learned: ``tables``, entries of every stage ``[H, R, 64, D]``, float16, and ``rope`` of the layer, None for values.
     """
 
     head_dim: int
@@ -83,10 +76,7 @@ class CommVQ(Codec):
         return {"codes": packing.packed_bytes(2 * self.stages, _INDEX), "root_scale": scales.SCALE}
 
     def fit(self, sample: Sample) -> Self:
-        """Learn the tables of every KV head.
-
-        Raises `InputError` for fewer than 64 tokens that are not zero, tokens all the same, or keys without RoPE.
-        """
+        """Learn each KV head's tables; raises `InputError` below 64 tokens that vary, or for keys without RoPE."""
         check_vectors(sample.x, self.head_dim)
         rope = sample.rope if self.tensor == "keys" else None
         if self.tensor == "keys" and rope is None:
@@ -119,7 +109,8 @@ class CommVQ(Codec):
             y, rms = _normalized(piece, self.rope, start + at)
             codes, coded = _encode_stages(y, both)
             factor = mx.clip(scales.scale_factor(self.scale, y, coded), 0.0, _MOST_FACTOR)
-            parts.append({"codes": packing.pack_bytes(codes, _INDEX), "root_scale": scales.store_scale(rms * factor)})
+            root_scale = scales.store_scale(rms * factor)
+            parts.append({"codes": packing.pack_bytes(codes, _INDEX), "root_scale": root_scale})
         return Code({name: mx.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}, start)
 
     def expand(self, code: Code) -> mx.array:
@@ -171,10 +162,7 @@ class CommVQ(Codec):
         return constant(there, mx.uint32), constant(np.argsort(there), mx.uint32)
 
     def both_tables(self, kv_heads: int) -> mx.array:
-        """What index a adds and what index b adds, of every stage: ``[H, R, 2, 64, D]``, float32, before RoPE.
-
-        The second table is the first with each pair (x, y) turned to (−y, x).
-        """
+        """What index a adds and, a quarter turn on, index b, of every stage: ``[H, R, 2, 64, D]``, before RoPE."""
         tables, (there, back) = self._checked_tables(kv_heads).astype(mx.float32), self._orders
         x, y = mx.split(mx.unflatten(tables[..., there], -1, (-1, 2)), 2, -1)
         turned = mx.flatten(mx.concatenate([-y, x], axis=-1), -2)

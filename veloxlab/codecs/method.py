@@ -28,12 +28,11 @@ class Method:
     stored : what is kept per vector, in words.
     options : of ``build(head_dim, bits, tensor, **options)``, which makes the codec for "keys" or "values".
     codecs : classes of the codecs that it makes, by which a saved cache finds them again. Those here are found by their
-        file; a method that is registered from elsewhere (`veloxlab.register`) has to name them.
-    version : what its codes mean, and what is fitted. Raise it with every change that gives other codes, or another fit
-        of the same activations: files of before are then refused, and made again.
+        file; a method that is registered from elsewhere has to name them.
+    version : what its codes mean, and what is fitted. With a change of either raise it: older files are then refused.
     colour : in every chart, such as ``"#3b7dd8"``; None for that of all other caches.
     mark : its point in every chart, by Vega-Lite's name.
-    space : of `veloxlab.measure.distributions`, in which it codes and which therefore has its colour and mark.
+    space : of `veloxlab.measure.distributions`, in which it codes and which has its colour and mark.
     per_head : whether it has an option ``head_bits``, a width for each KV head.
     timed : whether `veloxlab speed` times its encoder, which is a kernel.
     """

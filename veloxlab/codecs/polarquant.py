@@ -1,31 +1,25 @@
 """PolarQuant: a random rotation, then the angles of a recursive polar transform.
 
 Paper: *PolarQuant: Quantizing KV Caches with Polar Transformation*, I. Han, P. Kacham, A. Karbasi, V. Mirrokni,
-A. Zandieh, 2025 (AISTATS 2026), arXiv 2502.02617. Not the other PolarQuant (S. Wu et al., NeurIPS 2025, arXiv
-2502.00527), which keeps radius and angle of each pair that RoPE rotates, and of keys alone.
-
-The transform and its densities are in `veloxlab.codecs.parts.polar`. Since x̂ keeps the radius, the error
-E‖x − x̂‖² = 2(1 − Π E cos(ψ − ψ̂))·‖x‖² is a product over the levels.
+A. Zandieh, 2025 (AISTATS 2026), arXiv 2502.02617. Not the other PolarQuant (S. Wu et al., arXiv 2502.00527).
+The transform is in `veloxlab.codecs.parts.polar`.
 
 Stored per vector of D coordinates
     ``block``  Angles of blocks of 16 (L = 4), and each block's radius in 16 bits. b bits at level 1 and b − 2 above, so
-               b − 1/8 bits per value: 3.875 for the paper's 4/2/2/2, which is ``bits=4``. (Half of the angles are those
-               of level 1, and they cover four times the range: hence two bits more.)
+               b − 1/8 bits per value: 3.875 for the paper's 4/2/2/2, which is ``bits=4``.
     ``full``   The recursion goes on while D can be halved: one radius for 2^k coordinates (one in all for D = 64, 128,
                256; 5 for 80; 3 for 96 and 192; 7 for 112). b + 1 bits at level 1 and b − 1 above: close to b + 16/D.
     The codes of levels of equal width are packed together, in whole bytes.
 
 Where we differ
-    * ``block`` is the paper's and the default. ``full`` is better at equal bits, 0.0351 at 3.125 against 0.0699 at
-      3.375: a radius for every 16 coordinates costs one bit each. From 4 to 7 bits it comes within 2 % of TurboQuant.
+    * ``block`` is the paper's and the default. ``full`` is better at equal bits: 0.0351 at 3.125, against 0.0699 at
+      3.375.
     * The paper stores the norm (``scale="norm"``); ``mse``, for values, stores r·⟨u, û⟩, where u is the block's
       direction; ``unbiased``, for keys, multiplies a vector's radii with ‖x‖²/⟨x, x̂⟩. All take the same bits.
     * The paper draws its offline codebooks from samples by k-means++; ours (``"offline"``) are computed from the
       densities. ``"online"`` are the paper's others, k-means of the angles of the prompt: a cache fits them to the
-      first tokens that it packs, layer by layer, keys and values apart, and keeps them. ``"fitted"`` are the same from
-      calibration. Both learn the levels above the first, which a rotation leaves uniform, from the offline ones on. On
-      SmolLM2 either lowers the squared error of keys by 2 % (``block``) to 7 % (``full``) and that of values by less
-      than 1 %. KL differs by no more than between two rotations; the paper's scores by 0.2 %.
+      first tokens that it packs, layer by layer, keys and values apart. ``"fitted"`` are the same from calibration.
+      Both start at the offline ones; the squared error of keys falls by 2 % (``block``) to 7 % (``full``) on SmolLM2.
 """
 
 from __future__ import annotations
@@ -41,9 +35,7 @@ import numpy as np
 from veloxlab.checks import choice, many, whole
 from veloxlab.codecs.base import Code, Sample, check_vectors, not_fitted, unbiased_keys
 from veloxlab.codecs.method import Method, Tensor
-from veloxlab.codecs.parts.packing import Layout, Row
-from veloxlab.codecs.parts.polar import PolarTree, angle_codebook, fitted_angles, halvings
-from veloxlab.codecs.parts.scales import ScaleName, load_scale, store_scale
+from veloxlab.codecs.parts import packing, polar, scales
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.codecs.rotated import RotatedSpace
 from veloxlab.errors import InputError
@@ -66,7 +58,7 @@ class PolarQuant(RotatedSpace):
 
     head_dim: int
     levels: tuple[int, ...] = (4, 2, 2, 2)
-    scale: ScaleName = "unbiased"
+    scale: scales.ScaleName = "unbiased"
     codebook: CodebookName = "offline"
     rotation: RotationName = "hadamard"
     seed: int = 0
@@ -78,14 +70,20 @@ class PolarQuant(RotatedSpace):
         _ = self._rotation, self.tree
 
     @cached_property
-    def tree(self) -> PolarTree:
+    def tree(self) -> polar.PolarTree:
         """The quantizer of the angles."""
-        return PolarTree(self.head_dim, self.levels, self.centroids)
+        # learned tables are released with the codec
+        learned = self.centroids
+        return (
+            polar.PolarTree(self.head_dim, self.levels, learned)
+            if learned
+            else polar.tree_for(self.head_dim, self.levels)
+        )
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> packing.Layout:
         """Codes of each width in whole bytes, and a radius for each block."""
-        return self.tree.layout | {"root_rms": Row(mx.float16, self.head_dim // self.tree.block)}
+        return self.tree.layout | {"root_rms": packing.Row(mx.float16, self.head_dim // self.tree.block)}
 
     @property
     def online(self) -> bool:
@@ -99,8 +97,7 @@ class PolarQuant(RotatedSpace):
     def fit(self, sample: Sample) -> Self:
         """Learn the angles above level 1 from ``sample.x``, unless they are ``"offline"``; all heads share them.
 
-        An online codec takes what it gets: a level of which it sees too few different angles keeps its offline ones.
-        ``"fitted"`` raises `InputError` then.
+        Of a level with too few angles an online codec keeps the offline ones; ``"fitted"`` raises `InputError`.
         """
         check_vectors(sample.x, self.head_dim)
         if self.codebook == "offline":
@@ -118,8 +115,10 @@ class PolarQuant(RotatedSpace):
                     f"The sample shows {different} different angles of level {level}, too few to fit {1 << bits} to "
                     f"them: calibrate with at least {needed} tokens that differ."
                 )
-            fitted = fitted_angles(seen, level, bits) if different >= least else angle_codebook(level, bits)[0]
-            learned += fitted.tolist()
+            enough = different >= least
+            learned += (
+                polar.fitted_angles(seen, level, bits) if enough else polar.angle_codebook(level, bits)[0]
+            ).tolist()
         return replace(self, centroids=tuple(learned))
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
@@ -138,11 +137,11 @@ class PolarQuant(RotatedSpace):
                 total, kept = (a.sum(axis=-1, keepdims=True) for a in (mx.square(radius), radius * inner))
                 radius = radius * (total / mx.where(kept == 0, 1.0, kept))
         rms = radius / math.sqrt(self.tree.block)  # as other codecs' scales, so that the same range is safe
-        return Code(self.tree.pack(codes) | {"root_rms": store_scale(rms)}, start)
+        return Code(self.tree.pack(codes) | {"root_rms": scales.store_scale(rms)}, start)
 
     def expand(self, code: Code) -> mx.array:
         """Rotated vectors: radii times directions."""
-        radius = load_scale(code.arrays["root_rms"]) * math.sqrt(self.tree.block)
+        radius = scales.load_scale(code.arrays["root_rms"]) * math.sqrt(self.tree.block)
         return mx.flatten(self.tree.directions(self.tree.unpack(code.arrays)) * radius[..., None], -2)
 
     def reader(self, code: Code) -> PolarReader | None:
@@ -159,7 +158,7 @@ def preset(head_dim: int, bits: int, recursion: Recursion) -> tuple[int, ...]:
     if choice(*get_args(Recursion))("recursion", recursion) == "block":
         first, rest, count = (bits, bits - 2, BLOCK_LEVELS) if bits > 2 else (1, 1, BLOCK_LEVELS)
     else:
-        first, rest, count = min(bits + 1, 8), bits - 1, halvings(head_dim)
+        first, rest, count = min(bits + 1, 8), bits - 1, polar.halvings(head_dim)
     return (first,) + (rest,) * (count - 1)
 
 
@@ -169,7 +168,7 @@ def build(
     tensor: Tensor,
     *,
     recursion: Recursion = "block",
-    levels: tuple[int, ...] | None = None,
+    levels: object = None,
     **options: object,
 ) -> PolarQuant:
     """PolarQuant for keys (unbiased scale) or values (MSE scale), with the preset's ``levels`` or the given ones."""

@@ -4,16 +4,12 @@ Paper: *QJL: 1-Bit Quantized JL Transform for KV Cache Quantization with Zero Ov
 AAAI 2025, arXiv 2406.03482.
 
 A key k is kept as sign(S k), for a random matrix S of m rows, and its norm. For an unrounded query
-⟨q, k⟩ ≈ c·‖k‖·⟨S q, sign(S k)⟩, which is right on average: c = √(π/2)/m for rows of independent Gaussians. Nothing is
-learned and no scale is kept per channel: that is the paper's *zero overhead*.
+⟨q, k⟩ ≈ c·‖k‖·⟨S q, sign(S k)⟩, which is right on average: c = √(π/2)/m for rows of independent Gaussians.
 
 Stored per vector of D coordinates
     Keys: m = b·D signs and one 16-bit norm: b + 16/D bits per value. With ``outliers`` about D signs and 16 bits more.
     Values: b·D bits of codes, and two 16-bit numbers for each group of 32: b + 1 bits per value. (The paper's
-    "2-bit" values take 3.)
-
-``bits`` is m/D. The paper's is 2 with another D signs for outliers, and 4 in the first layers, which a plan can say. As
-a reconstruction of the key (`decode`) signs are poor: the error falls as 1/b, a scalar quantizer's as 4^−b.
+    "2-bit" values take 3.) As a reconstruction of the key signs are poor: the error falls as 1/b, not as 4^−b.
 
 Where we differ
     * S is made of blocks of D orthogonal rows by default, as in the authors' code and not as in their text: at
@@ -22,7 +18,6 @@ Where we differ
       energy, not anew for every 32 tokens. As theirs, they get their own sketch and norm, of about D rows.
     * Values: ``levels="ends"`` is the authors'. The default puts a level in the middle of each step, not on the least
       and the largest value: a third less squared error at 2 bits, and a quarter of it at 1, for nothing.
-    * sign(0) = +1, so a sign is one bit.
 """
 
 from __future__ import annotations
@@ -38,11 +33,10 @@ import numpy as np
 from veloxlab.checks import whole
 from veloxlab.codecs.base import Code, Codec, check_vectors
 from veloxlab.codecs.method import Method, Tensor
+from veloxlab.codecs.parts import packing, scales
 from veloxlab.codecs.parts.outliers import SplitCodec
-from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, unpack_to_bytes
 from veloxlab.codecs.parts.scalar import joint_levels
-from veloxlab.codecs.parts.scales import SCALE, load_scale, over, root_mean_square, store_scale
-from veloxlab.codecs.parts.transforms import SignSketch, SketchName, pack_signs
+from veloxlab.codecs.parts.transforms import SignSketch, SketchName, make_sketch, pack_signs
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.encode import group_kernel, sign_kernel
 from veloxlab.kernels.readers import GroupsReader, TableReader
@@ -72,7 +66,7 @@ class QJL(Codec):
 
     @cached_property
     def _sketch(self) -> SignSketch:
-        return SignSketch(self.head_dim, self.bits * self.head_dim, self.sketch, self.seed)
+        return make_sketch(self.head_dim, self.bits * self.head_dim, self.sketch, self.seed)
 
     @property
     def code_dim(self) -> int:
@@ -80,33 +74,28 @@ class QJL(Codec):
         return self._sketch.rows
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> packing.Layout:
         """b·D signs, and the root of the root-mean-square, which float16 holds for larger vectors than the norm."""
-        return {"signs": packed(self.code_dim, 1), "root_rms": SCALE}
+        return {"signs": packing.packed(self.code_dim, 1), "root_rms": scales.SCALE}
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Signs and sizes of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
-        y = x.astype(mx.float32) @ self._sketch.matrix.T
+        y = self.query_to_codes(x.astype(mx.float32))
         return Code(computed(lambda _: sign_kernel(x.shape[-1], y.shape[-1]), _signs_and_size, x, y), start)
 
     def expand(self, code: Code) -> mx.array:
         """Signs, ±1 ``[B, H, S, m]``."""
         return self._sketch.expand(code.arrays["signs"])
 
-    @property
-    def _size(self) -> float:
-        """What makes the estimate right on average, for vectors of root-mean-square 1."""
-        return self._sketch.unbiased_scale * math.sqrt(self.head_dim)
-
     def reader(self, code: Code) -> TableReader | None:
         """Four signs at a time, each times the estimate's constant."""
-        signs, root_rms = code.arrays["signs"], code.arrays["root_rms"]
-        return TableReader(self.code_dim, signs, root_rms, None, _SIGNS, _sign_table(self._size))
+        table = _sign_table(self._sketch.unbiased_scale * math.sqrt(self.head_dim))
+        return TableReader(self.code_dim, code.arrays["signs"], code.arrays["root_rms"], None, _SIGNS, table)
 
     def scales(self, code: Code) -> mx.array:
         """Norms, times the constant that makes the estimate right on average."""
-        return load_scale(code.arrays["root_rms"]) * math.sqrt(self.head_dim) * self._sketch.unbiased_scale
+        return scales.load_scale(code.arrays["root_rms"]) * math.sqrt(self.head_dim) * self._sketch.unbiased_scale
 
     def from_codes(self, y: mx.array) -> mx.array:
         """Back from the sketch: Sᵀ."""
@@ -164,19 +153,19 @@ class GroupedValues(Codec):
         self._check(group=whole(1))
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> packing.Layout:
         """b bits a coordinate, and two numbers a group."""
-        number = Row(mx.float16, -(-self.head_dim // self.group))
-        return {"codes": packed(self.head_dim, self.bits), "half_step": number, "least": number}
-
-    @property
-    def _encoder(self) -> VectorKernel | None:
-        return group_kernel(self.head_dim, self.bits, self.group, self._steps, self._shift)
+        number = packing.Row(mx.float16, -(-self.head_dim // self.group))
+        return {"codes": packing.packed(self.head_dim, self.bits), "half_step": number, "least": number}
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Codes, steps and least numbers of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         return Code(computed(lambda _: self._encoder, self._encode_by_graph, x), start)
+
+    @property
+    def _encoder(self) -> VectorKernel | None:
+        return group_kernel(self.head_dim, self.bits, self.group, self._steps, self._shift)
 
     def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
         x = self._grouped(x.astype(mx.float32))
@@ -185,13 +174,15 @@ class GroupedValues(Codec):
         root_least = (mx.sign(least) * mx.sqrt(mx.abs(least))).astype(mx.float16)
         least = _signed_square(root_least)
         root_half = mx.sqrt(mx.maximum(largest - least, 0.0) / (2 * self._steps)).astype(mx.float16)
-        codes = over(x - least, 2 * _signed_square(root_half)) - self._shift
+        codes = scales.over(x - least, 2 * _signed_square(root_half)) - self._shift
         codes = self._flat(mx.clip(mx.round(codes), 0, 2**self.bits - 1))
-        return {"codes": pack(codes, self.bits), "half_step": root_half[..., 0], "least": root_least[..., 0]}
+        return {"codes": packing.pack(codes, self.bits), "half_step": root_half[..., 0], "least": root_least[..., 0]}
 
     def expand(self, code: Code) -> mx.array:
         """Decode."""
-        codes = self._grouped(unpack_to_bytes(code.arrays["codes"], self.bits, self.head_dim).astype(mx.float32))
+        codes = self._grouped(
+            packing.unpack_to_bytes(code.arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
+        )
         half_step, least = (_signed_square(code.arrays[name])[..., None] for name in ("half_step", "least"))
         return self._flat(least + (codes + self._shift) * (2 * half_step))
 
@@ -233,7 +224,7 @@ def _sign_table(size: float) -> mx.array:
 
 def _signs_and_size(x: mx.array, y: mx.array) -> dict[str, mx.array]:
     """What is stored of ``x`` ``[B, H, S, D]``, whose sketch is ``y``."""
-    return {"signs": pack_signs(y), "root_rms": store_scale(root_mean_square(x))}
+    return {"signs": pack_signs(y), "root_rms": scales.store_scale(scales.root_mean_square(x))}
 
 
 def build(head_dim: int, bits: int, tensor: Tensor, **options: object) -> QJL | OutlierQJL | GroupedValues:

@@ -12,16 +12,14 @@ the t at which cos(y, u) is largest.
 Stored per vector of D coordinates
     B·D bits, u + (2^B − 1)/2 as a whole number, and one 16-bit scale: B + 16/D bits per value. With ``bounds`` 16 bits
     more. With a ``centroid`` nothing more per vector; the mean of each KV head is held once.
-    ``vl.make_cache(model, "rabitq", key_bits=1, value_bits=4)`` holds 1.125 + 4.125 bits at D = 128: a 6.1th of 16-bit.
 
 Keys store the scale ‖x‖²/⟨x, u⟩, which makes inner products right on average (the papers' estimator), values store
 ⟨x, u⟩/‖u‖², which makes the squared error least.
 
 Where we differ
-    * How t is found. ``exact`` tries every t at which a coordinate steps, as the paper, over all t (the authors' code
-      begins its walk late and can miss the best); its work doubles with each bit. ``fast`` is the authors' constant t
-      for (D, B). Our default, ``grid``, tries 24 values of t for each vector: at D = 128 its squared error is within
-      0.1 % of the exact one up to 5 bits and 2 % at 8, where ``fast`` loses 12 % at 4 bits and a factor of 16 at 8.
+    * How t is found. ``exact`` tries every t at which a coordinate steps, as the paper; its work doubles with each bit.
+      ``fast`` is the authors' constant t for (D, B). ``grid``, the default, tries 24 values of t for each vector: at
+      D = 128 its squared error is within 0.1 % of the exact one up to 5 bits and 2 % at 8.
     * The rotation is signs and Hadamard instead of four rounds of those with Kac's walk: the same errors, measured.
     * The query stays in floating point. The authors round it to 4 bits to count bits, which is an error of its own.
     * No inverted file of centroids: at most one, the mean of a KV head, and none by default.
@@ -89,9 +87,9 @@ class RaBitQ(RotatedCodec):
         """None for ``exact``, which sorts steps, and where the rotation is no Hadamard transform."""
         if self.encoder == "exact" or self._signs is None:
             return None
-        tried = self.encoder == "grid" and self.bits > 1  # of one bit there is no second step to stretch for
-        one = np.array([usual_stretch(self.head_dim, self.bits) if self.bits > 1 else 0.0])
-        grid = stretched_grid(_tries(self.bits) if tried else constant(one), self.bits, tried=tried)
+        tried = self.encoder == "grid" and self.bits > 1
+        stretches = _tries(self.bits) if tried else constant(np.array([self._usual]))
+        grid = stretched_grid(stretches, self.bits, tried=tried)
         return encode_kernel(self._signs, grid, self.scale, {"codes": self.bits}, sine=self.bounds)
 
     @property
@@ -123,9 +121,8 @@ class RaBitQ(RotatedCodec):
     def half_widths(self, code: Code, epsilon: float = EPSILON) -> mx.array:
         """By how much ⟨q, x̂⟩ of a query of length 1 may be off ``[B, H, S, 1]``: ε₀·‖x̂ − x‖/√(D − 1).
 
-        The error is that of a random direction, so it is within the bound with the probability of a Gaussian within
-        ``epsilon`` standard deviations. For a query of another length multiply by it. Raises `InputError` without
-        ``bounds``.
+        The error is that of a random direction: within the bound with the probability of a Gaussian within ``epsilon``
+        standard deviations. Raises `InputError` without ``bounds``.
         """
         if "sine" not in code.arrays:
             raise InputError("This code holds no error bounds: make the codec with bounds=True.")
@@ -136,15 +133,17 @@ class RaBitQ(RotatedCodec):
     def _stretch(self, magnitude: mx.array) -> mx.array:
         """The t of each vector ``[..., D]`` of length √D and no negative coordinate: ``[..., 1]``."""
         shape = (*magnitude.shape[:-1], 1)
-        if self.bits == 1 or not magnitude.size:
-            return mx.zeros(shape)
-        if self.encoder == "fast":
-            return mx.full(shape, usual_stretch(self.head_dim, self.bits))
+        if self.bits == 1 or self.encoder == "fast" or not magnitude.size:
+            return mx.full(shape, self._usual)
         exact = self.encoder == "exact"
         search, width = (_best_stretch, 2 ** (self.bits - 1) - 1) if exact else (_tried_stretch, _TRIES)
-        size = max(1, _AT_ONCE // (self.head_dim * width))
         rows = magnitude.reshape(-1, self.head_dim)
+        size = max(1, _AT_ONCE // (self.head_dim * width))
         return in_turn(lambda some: search(some, self.bits), rows, size).reshape(shape)
+
+    @property
+    def _usual(self) -> float:
+        return usual_stretch(self.head_dim, self.bits) if self.bits > 1 else 0.0  # one bit has no step to stretch for
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,14 +205,12 @@ class CentredRaBitQ(RaBitQ):
 
 
 @lru_cache
-def _paired_steps(bits: int) -> tuple[int, mx.array]:
-    return paired_levels(np.array(_steps(bits)), bits)
-
-
-@lru_cache
 def _steps(bits: int) -> mx.array:
     """The step that each code stands for ``[2**bits]``."""
     return constant(np.arange(1 << bits) - (2**bits - 1) / 2)
+
+
+_paired_steps = lru_cache(lambda bits: paired_levels(np.array(_steps(bits)), bits))
 
 
 @lru_cache
@@ -269,10 +266,7 @@ def _tried_stretch(a: mx.array, bits: int) -> mx.array:
 
 
 def build(head_dim: int, bits: int, tensor: Tensor, *, centroid: bool = False, **options: object) -> RaBitQ:
-    """RaBitQ for keys (unbiased scale) or for values (MSE scale), unless ``scale`` says otherwise.
-
-    ``bounds`` are of inner products, so they are for keys alone; values leave them out.
-    """
+    """For keys (unbiased scale) or values (MSE scale, no ``bounds``), unless ``scale`` says otherwise."""
     if tensor == "values":
         options.pop("bounds", None)
     return (CentredRaBitQ if centroid else RaBitQ)(head_dim, bits, **unbiased_keys(tensor, options))

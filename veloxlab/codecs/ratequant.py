@@ -5,11 +5,9 @@ X. Xi, H. F. Leung, 2026, arXiv 2605.06675. Every KV head's keys and every KV he
 of its own. How many bits each should get is measured and solved in `veloxlab.allocate.ratequant`.
 
 Stored per vector of D coordinates
-    What TurboQuant stores at the head's width bₕ: bₕ·D bits and one 16-bit scale. Over a layer, the mean of bₕ, and
-    16/D: b̄ + 16/D bits per value. The widths themselves are plain numbers of the codec.
-
-The codes of all heads of a token are one row ``[B, 1, S, words]``, by width: nothing is padded to the widest head, and
-a kernel finds every head's own part. What is of one size for all heads is ``[B, H, S, …]`` in the same order.
+    What TurboQuant stores at the head's width bₕ: over a layer b̄ + 16/D bits per value. The codes of all heads of a
+    token are one row ``[B, 1, S, words]``, by width: nothing is padded to the widest head, and a kernel finds every
+    head's own part. What is of one size for all heads is ``[B, H, S, …]`` in the same order.
 
 Where we differ
     * Without ``head_bits`` it is TurboQuant at ``bits``, so that a plan may name it for all layers.
@@ -23,10 +21,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import mlx.core as mx
+import numpy as np
 
 from veloxlab.codecs import turboquant
 from veloxlab.codecs.base import Code, Codec, check_heads, check_vectors, per_kv_head
 from veloxlab.codecs.method import Method, Tensor, own_part
+from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import BITS, Layout, Row
 from veloxlab.codecs.parts.scales import load_scale
 from veloxlab.errors import InputError
@@ -60,17 +60,28 @@ class RateQuant(Codec):
         widths, options = sorted(set(self.head_bits)), dict(self.options)
         return tuple(_base(self.head_dim, width, self.tensor, options) for width in widths)
 
+    @cached_property
+    def _heads(self) -> list[mx.array]:
+        """KV heads with the width of each of `base`."""
+        bits = np.array(self.head_bits)
+        return [constant(np.flatnonzero(bits == codec.bits), mx.uint32) for codec in self.base]
+
+    @cached_property
+    def _words(self) -> list[int]:
+        """Words of a vector's codes, by `base`: none of one bit that is a sketch."""
+        return [codec.layout[_RAGGED].count if _RAGGED in codec.layout else 0 for codec in self.base]
+
     @property
     def layout(self) -> Layout:
         """The codes of all heads in one row, each head's at its own width; else what the base stores."""
-        words = sum(len(self._heads(codec)) * _words(codec) for codec in self.base)
+        words = sum(heads.size * words for heads, words in zip(self._heads, self._words, strict=True))
         codes = {_RAGGED: Row(mx.uint32, words, joint=True)} if words else {}
         return codes | {name: row for name, row in self.base[0].layout.items() if name != _RAGGED}
 
     @property
     def bits_per_value(self) -> float:
         """Mean over the heads, scales and padding included."""
-        return sum(len(self._heads(codec)) * codec.bits_per_value for codec in self.base) / len(self.head_bits)
+        return sum(self.head_bits.count(codec.bits) * codec.bits_per_value for codec in self.base) / len(self.head_bits)
 
     @property
     def shared_bytes(self) -> int:
@@ -81,7 +92,7 @@ class RateQuant(Codec):
         """Compress ``x`` ``[B, H, S, D]``, heads of one width together; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         check_heads(len(self.head_bits), x.shape[1])
-        parts = [codec.encode(x[:, mx.array(self._heads(codec))], start).arrays for codec in self.base]
+        parts = [codec.encode(x[:, heads], start).arrays for codec, heads in zip(self.base, self._heads, strict=True)]
         names = list(dict.fromkeys(name for part in parts for name in part))
         return Code({name: _joined([part[name] for part in parts if name in part], name) for name in names}, start)
 
@@ -132,38 +143,28 @@ class RateQuant(Codec):
         What is expanded is never put in order: it is far more than the answers.
         """
         grouped = per_kv_head(x, len(self.head_bits))
-        parts = [attend(codec, grouped[:, mx.array(self._heads(codec))], own) for codec, own in self._parts(code)]
+        own = zip(self._parts(code), self._heads, strict=True)
+        parts = [attend(codec, grouped[:, heads], part) for (codec, part), heads in own]
         return self._in_order(parts).reshape(*x.shape[:-1], parts[0].shape[-1])
-
-    def _heads(self, codec: Base) -> list[int]:
-        """KV heads with the width of ``codec``."""
-        return [head for head, bits in enumerate(self.head_bits) if bits == codec.bits]
 
     def _parts(self, code: Code) -> list[tuple[Base, Code]]:
         """What each codec stored, as it stored it."""
         parts: list[tuple[Base, Code]] = []
         word = head = 0
-        for codec in self.base:
-            count, words = len(self._heads(codec)), _words(codec)
-            arrays = {n: a[:, head : head + count] for n, a in code.arrays.items() if n != _RAGGED}
+        for codec, heads, words in zip(self.base, self._heads, self._words, strict=True):
+            arrays = {n: a[:, head : head + heads.size] for n, a in code.arrays.items() if n != _RAGGED}
             if words:
-                rows = code.arrays[_RAGGED][:, 0, :, word : word + count * words]
-                arrays[_RAGGED] = mx.unflatten(rows, -1, (count, words)).swapaxes(1, 2)
+                rows = code.arrays[_RAGGED][:, 0, :, word : word + heads.size * words]
+                arrays[_RAGGED] = mx.unflatten(rows, -1, (heads.size, words)).swapaxes(1, 2)
             parts.append((codec, Code(arrays, code.start)))
-            word, head = word + count * words, head + count
+            word, head = word + heads.size * words, head + heads.size
         return parts
 
     def _in_order(self, parts: list[mx.array]) -> mx.array:
         """Join arrays ``[B, H_b, ...]``, one for each width, into ``[B, H, ...]`` in the order of the heads."""
-        held = [head for codec in self.base for head in self._heads(codec)]
         joined = mx.concatenate(parts, axis=1)
-        in_order = sorted(range(len(held)), key=held.__getitem__)
-        return joined if in_order == list(range(len(held))) else joined[:, mx.array(in_order)]
-
-
-def _words(codec: Base) -> int:
-    """Words of a vector's codes: none of one bit that is a sketch."""
-    return codec.layout[_RAGGED].count if _RAGGED in codec.layout else 0
+        in_order = list(self.head_bits) == sorted(self.head_bits)
+        return joined if in_order else joined[:, mx.argsort(mx.concatenate(self._heads))]
 
 
 def _joined(parts: list[mx.array], name: str) -> mx.array:
@@ -176,11 +177,7 @@ def _joined(parts: list[mx.array], name: str) -> mx.array:
 def build(
     head_dim: int, bits: int, tensor: Tensor, *, head_bits: HeadBits | None = None, **options: object
 ) -> RateQuant | Base:
-    """Widths of the heads, or TurboQuant at ``bits`` where none are given.
-
-    ``head_bits`` is a list of widths, or ``{"keys": [...], "values": [...]}``, as one plan of a layer says both.
-    ``options`` are TurboQuant's, but for outlier channels.
-    """
+    """Widths of the heads, a list or ``{"keys": [...], "values": [...]}``, or TurboQuant at ``bits`` without them."""
     own = own_part("head_bits", head_bits, tensor)
     if own is None:
         return _base(head_dim, bits, tensor, options)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from importlib import import_module
 from typing import Any, TypeVar
 
@@ -30,15 +30,12 @@ def to_parts(codec: Codec) -> tuple[Plain, Arrays]:
 
 
 def from_parts(kind: type[T], plain: Plain, arrays: Arrays) -> T:
-    """Make a codec of the class ``kind`` from what `to_parts` gave.
-
-    Raises `ValueError` if a field is missing or unknown: then it was saved by another version.
-    """
+    """Make a codec of the class ``kind`` from what `to_parts` gave; `ValueError` if the fields are others."""
     values = {_RENAMED.get(name, name): value for name, value in (plain | arrays).items()}
-    own = {name: value for name, value in values.items() if not name.startswith(f"{ROPE}.")}
-    if len(own) < len(values):
-        own[ROPE] = _filled(Rope, {n.removeprefix(f"{ROPE}."): v for n, v in values.items() if n not in own})
-    return _filled(kind, own)
+    of_rope = {name: values.pop(name) for name in [*values] if name.startswith(f"{ROPE}.")}
+    if of_rope:
+        values[ROPE] = _filled(Rope, {name.removeprefix(f"{ROPE}."): value for name, value in of_rope.items()})
+    return _filled(kind, values)
 
 
 def class_name(codec: Codec) -> str:
@@ -78,16 +75,16 @@ def same_codec(one: Codec, other: Codec) -> bool:
 def find_class(name: str) -> type[Codec]:
     """The class of a codec that `class_name` named; raises `InputError` if no method here has it."""
     method, _, kind = name.partition(".")
-    found = None
-    if method in METHODS and METHODS[method].codecs:
-        found = next((each for each in METHODS[method].codecs if each.__name__ == kind), None)
-    elif method in METHODS:
-        found = getattr(import_module(f"veloxlab.codecs.{method}"), kind, None)
-    if not (isinstance(found, type) and is_dataclass(found)):
+    ours = METHODS.get(method)
+    named = {each.__name__: each for each in ours.codecs} if ours else {}
+    if ours and not named:
+        named = vars(import_module(f"veloxlab.codecs.{method}"))
+    found = named.get(kind)
+    if not (isinstance(found, type) and issubclass(found, Codec)):
         raise InputError(
             f"No method here has a codec called {name!r}: register its method first, with vl.register(method)."
         )
-    return found  # type: ignore[return-value]
+    return found
 
 
 def check_version(method: str, version: object) -> None:

@@ -1,8 +1,8 @@
 """SpectralQuant: each KV head's own coordinates, and bits where the variance is.
 
 Paper: *3 % Is All You Need*, A. Gopinath, 2026, and its water-filled second version with A. B. Vangara, 2026; neither
-is on arXiv (github.com/Dynamis-Labs/spectralquant). ``basis="query"`` takes the metric of *WUSH-KV* (ISTA, 2026) and
-its closed form; that queries, not keys, should choose a key's coordinates is OSCAR's finding (arXiv 2605.17757).
+is on arXiv (github.com/Dynamis-Labs/spectralquant). ``basis="query"`` is *WUSH-KV*'s (ISTA, 2026); that queries should
+choose a key's coordinates is OSCAR's finding (arXiv 2605.17757).
 
 Stored per vector of D coordinates
     One bit string of b·D bits, in which coordinate i takes bᵢ = 0 … 8, and one 16-bit scale: b + 16/D bits per value.
@@ -17,10 +17,8 @@ Where we differ
     * ``basis``. ``"pca"`` is the paper's: eigenvectors of the head's own keys or values. ``"query"`` minimises the
       error of q·k: with LLᵀ the second moment of the queries, PCA of Lᵀk, not orthogonal in k; for values it is
       ``"pca"``. ``"hadamard"`` learns only means and variances.
-    * ``centred``. The paper's second moments are uncentred, and their first eigenvector is mostly the mean key, a
-      coordinate that is far from N(0, λ). We keep the mean apart, at no bits per token. ``False`` is the paper's.
-    * ``damping``. What a thousand tokens show of a head's spectrum is too steep for the next text. We add 5 % of the
-      mean variance to all; the paper nothing. A calibration text of many short pieces does more.
+    * ``centred`` keeps the mean apart, at no bits per token; ``False``, uncentred second moments, is the paper's.
+    * ``damping`` adds 5 % of the mean variance to all: a short sample's spectrum is too steep for the next text.
     * The paper stores the norm. ``mse`` stores ⟨y, ŷ⟩/‖ŷ‖² (in the metric of the basis) and is the default of keys too:
       an ``unbiased`` scale would make up for coordinates without bits in those that are nearly exact.
     * No selective sketch (QJL): the paper's own ablation is better without.
@@ -58,11 +56,9 @@ _LARGEST_FACTOR = 4.0  # of an unbiased scale: a vector that lies where no bits 
 class SpectralQuant(Codec):
     """SpectralQuant of keys or values; see the module. ``bits`` are the mean code bits per coordinate.
 
-    Attributes
-    ----------
-    plan : bits of each coordinate of the basis, descending; learned, as all that follows.
-    forward, backward : to the basis and back, ``y = x @ forward``, ``[H, D, D]``; backward is None for the transpose.
-    mean, deviation : of each coordinate of the basis ``[H, 1, D]``, for vectors of root-mean-square 1.
+    What is learned: the ``plan``, bits of each coordinate of the basis, descending; to the basis and back, ``forward``
+    with ``y = x @ forward``, ``[H, D, D]``, and ``backward``, None for the transpose; ``mean``, ``deviation`` of each
+    coordinate ``[H, 1, D]``, for vectors of root-mean-square 1.
     """
 
     head_dim: int
@@ -89,10 +85,7 @@ class SpectralQuant(Codec):
         return {"codes": packing.packed(self.head_dim, self.bits), "root_scale": scales.SCALE}
 
     def fit(self, sample: Sample) -> Self:
-        """Learn basis, variances and bit plan of the layer.
-
-        Raises `InputError` for fewer tokens than coordinates, tokens all the same, or no queries for ``"query"``.
-        """
+        """Learn basis, variances and bit plan; raises `InputError` below D tokens that vary, or without queries."""
         check_vectors(sample.x, self.head_dim)
         x = learnable(sample.x, "SpectralQuant", self.head_dim)
         rms = np.sqrt(np.square(x).mean(axis=-1, keepdims=True))
@@ -154,9 +147,8 @@ class SpectralQuant(Codec):
 
     @cached_property
     def _encoder(self) -> VectorKernel | None:
-        assert self.mean is not None
-        assert self.deviation is not None
-        return plan_kernel(*self._quantizer.encoder_tables, self.mean, self.deviation, self.scale, _LARGEST_FACTOR)
+        _, _, mean, deviation = self._fitted()
+        return plan_kernel(*self._quantizer.encoder_tables, mean, deviation, self.scale, _LARGEST_FACTOR)
 
     def expand(self, code: Code) -> mx.array:
         """Levels of the codes, each coordinate with its variance and mean."""
@@ -185,14 +177,13 @@ class SpectralQuant(Codec):
     @cached_property
     def _fit(self) -> mx.array:
         """Deviation and mean of each coordinate ``[H, D, 2]``, side by side as a kernel reads them."""
-        assert self.deviation is not None
-        assert self.mean is not None
-        return constant(mx.stack([self.deviation[:, 0], self.mean[:, 0]], axis=-1))
+        _, _, mean, deviation = self._fitted()
+        return constant(mx.stack([deviation[:, 0], mean[:, 0]], axis=-1))
 
-    def _fitted(self, kv_heads: int) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    def _fitted(self, kv_heads: int | None = None) -> tuple[mx.array, mx.array, mx.array, mx.array]:
         if self.forward is None or self.mean is None or self.deviation is None:
             raise not_fitted("SpectralQuant", f", bits={self.bits}")
-        check_heads(self.forward.shape[0], kv_heads)
+        check_heads(self.forward.shape[0], kv_heads or self.forward.shape[0])
         backward = self.forward.swapaxes(-1, -2) if self.backward is None else self.backward
         return self.forward, backward, self.mean, self.deviation
 
@@ -205,18 +196,15 @@ class EffectiveDimensions(NamedTuple):
 
 
 def effective_dimensions(x: mx.array) -> EffectiveDimensions:
-    """How many directions hold the energy of keys or values ``[B, H, S, D]``, per KV head, 1 to D; 0 of zeros.
-
-    SpectralQuant's "3 %" is the uncentred number, most of which is the mean vector.
-    """
-    vectors = per_head(x)
+    """How many directions hold the energy of keys or values ``[B, H, S, D]``, per KV head, 1 to D; 0 of zeros."""
 
     def participation(y: Floats) -> Floats:
         moment = np.swapaxes(y, 1, 2) @ y
         squares = np.square(moment).sum(axis=(1, 2))
         return np.asarray(np.square(np.trace(moment, axis1=1, axis2=2)) / np.where(squares == 0, 1.0, squares))
 
-    return EffectiveDimensions(participation(vectors), participation(vectors - vectors.mean(axis=1, keepdims=True)))
+    y = per_head(x)
+    return EffectiveDimensions(participation(y), participation(y - y.mean(axis=1, keepdims=True)))
 
 
 def _damped(moment: Floats, share: float) -> Floats:

@@ -1,29 +1,27 @@
 """TurboQuant: a random rotation, then the best scalar quantizer of one coordinate.
 
 Paper: *TurboQuant: Online Vector Quantization with Near-optimal Distortion Rate*, A. Zandieh, M. Daliri, M. Hadian,
-V. Mirrokni, 2025 (ICLR 2026), arXiv 2504.19874. Prior art: DRIVE (NeurIPS 2021) and EDEN (ICML 2022), whose scales
-these are (R. Ben-Basat et al., 2026, arXiv 2604.18555); HIGGS, the same for weights (arXiv 2411.17525); AQUA-KV, HIGGS
-for KV caches (arXiv 2501.19392).
+V. Mirrokni, 2025 (ICLR 2026), arXiv 2504.19874. The scales are those of DRIVE (NeurIPS 2021) and EDEN (ICML 2022; see
+arXiv 2604.18555). HIGGS does the same for weights (arXiv 2411.17525), AQUA-KV for KV caches (arXiv 2501.19392).
 
 Stored per vector of D coordinates
     ``mse``  b·D bits of codes and one 16-bit scale: b + 16/D bits per value.
     ``prod`` (b − 1)·D bits of codes, D sketch signs, the scale and the residual's norm: b + 32/D bits per value.
-    ``mse`` with ``outliers=k``: b'·k + b·(D − k) bits of codes and two scales. The paper's "2.5 bits", 32 channels of
-             128 at 3 bits and 96 at 2, are 2.25 bits of codes and two 16-bit norms.
+    ``mse`` with ``outliers=k``: b'·k + b·(D − k) bits of codes and two scales.
 
 Where we differ
     * The rotation is signs and Hadamard by default, not a dense Haar matrix: D log D work, and the same distortion.
     * The paper stores the norm (``norm``), which shrinks inner products by 1 − D(b), 12 % at 2 bits. ``unbiased``
       stores ‖x‖²/⟨x, x̂⟩ and is the default of keys; ``mse`` stores ⟨x, x̂⟩/‖x̂‖² and is that of values.
-    * The sketch of ``prod`` may be orthogonal (2.75 times less variance). At equal bits ``mse`` with the unbiased scale
-      is still better, 4 to 6 times in variance against the paper's Gaussian sketch: ``prod`` is here to compare with.
+    * The sketch of ``prod`` may be orthogonal. At equal bits ``mse`` with the unbiased scale still has 4 to 6 times
+      less variance: ``prod`` is here to compare with.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import mlx.core as mx
 
@@ -35,7 +33,7 @@ from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import BITS, WIDEST, Layout, packed
 from veloxlab.codecs.parts.scalar import ScalarQuantizer, quantizer_for
 from veloxlab.codecs.parts.scales import SCALE, ScaleName
-from veloxlab.codecs.parts.transforms import RotationName, SignSketch, SketchName
+from veloxlab.codecs.parts.transforms import RotationName, SignSketch, SketchName, make_sketch
 from veloxlab.codecs.rotated import RotatedCodec, TableCodec
 from veloxlab.errors import InputError
 
@@ -97,7 +95,7 @@ class TurboQuantProd(RotatedCodec):
 
     @cached_property
     def _sketch(self) -> SignSketch:
-        return SignSketch(self.head_dim, self.head_dim, self.sketch, self.seed + _SKETCH_SEED)
+        return make_sketch(self.head_dim, self.head_dim, self.sketch, self.seed + _SKETCH_SEED)
 
     @property
     def layout(self) -> Layout:
@@ -110,8 +108,7 @@ class TurboQuantProd(RotatedCodec):
         arrays, residual = {}, y
         if self._quantizer:
             codes = self._quantizer.assign(y)
-            arrays = self._quantizer.pack(codes)
-            residual = y - self._quantizer.levels_of(codes)
+            arrays, residual = self._quantizer.pack(codes), y - self._quantizer.levels_of(codes)
         norm = mx.linalg.norm(residual, axis=-1, keepdims=True)
         arrays |= {"signs": self._sketch.signs(residual), "residual_norm": norm.astype(mx.float16)}  # at most √D
         return arrays, mx.ones_like(norm)
@@ -155,26 +152,17 @@ class TurboQuantSplit(SplitCodec):
 
 
 def build(
-    head_dim: int,
-    bits: int,
-    tensor: Tensor,
-    *,
-    variant: str = "mse",
-    outliers: int = 0,
-    outlier_bits: int | None = None,
-    **options: object,
+    head_dim: int, bits: int, tensor: Tensor, *, variant: str = "mse", outliers: int = 0, **options: object
 ) -> TurboQuant | TurboQuantProd | TurboQuantSplit:
-    """TurboQuant for keys (unbiased scale) or for values (MSE scale), unless ``scale`` says otherwise.
-
-    ``outliers`` channels get ``outlier_bits`` instead of ``bits``, one more by default; such a codec has to be fitted.
-    """
+    """For keys (unbiased scale) or values (MSE scale); ``outliers`` channels get ``outlier_bits``, or one bit more."""
     choice("mse", "prod")("variant", variant)
-    for name, value in ({"outliers": outliers or None, "outlier_bits": outlier_bits} | options).items():
+    for name, value in ({"outliers": outliers or None} | options).items():
         if value is not None and _ONLY.get(name, variant) != variant:
             raise InputError(
                 f"{name}={value!r} is for variant={_ONLY[name]!r} alone, and the variant is {variant!r}: leave out one "
                 "of the two."
             )
+    outlier_bits: Any = options.pop("outlier_bits", None)
     if variant == "prod":
         return TurboQuantProd(head_dim, bits, **options)  # type: ignore[arg-type]
     if outlier_bits is not None and not outliers:

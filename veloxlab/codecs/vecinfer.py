@@ -4,16 +4,14 @@ Paper: *VecInfer: Efficient LLM Inference with Low-Bit KV Cache via Outlier-Supp
 C. Yang, Z. Tong, Z. Lin, W. Liu, J. Luan, W. Wang, 2025 (ACL 2026), arXiv 2510.06175.
 
 Stored per vector of D coordinates
-    D/d indices of b bits into a codebook of 2ᵇ sub-vectors of d coordinates, and nothing else: b/d bits per value, no
-    norm and no scale. Points are written ``d4b8``. The defaults are ``d8b8`` (1 bit), ``d4b8`` (2), ``d4b12`` (3) and
-    ``d2b8`` (4). The paper's 1.25 bits are ``point={"keys": "d8b12", "values": "d8b8"}``, its 1.5 ``point="d8b12"``.
+    D/d indices of b bits into a codebook of 2ᵇ sub-vectors of d coordinates: b/d bits per value, no norm and no scale.
+    Points are written ``d4b8``. The paper's 1.25 bits are ``point={"keys": "d8b12", "values": "d8b8"}``.
 
 Keys (after RoPE) are divided by λᵢ = √(max over tokens |Kᵢ|), per KV head and channel, and rotated by a Hadamard
-transform; queries are multiplied with λ and rotated alike, so that inner products are exact but for the coding. Values
-are coded as they are.
+transform; queries are multiplied with λ and rotated alike. Values are coded as they are.
 
 Where we differ
-    * The Hadamard transform has random signs in front, which the paper does without, and fits any head dimension.
+    * The Hadamard transform has random signs in front, and fits any head dimension.
     * One codebook (float16) for all KV heads of a layer's keys, one for its values: 2 KB at ``d4b8``, 64 KB at
       ``d8b12``. A common factor brings the fitted vectors to root-mean-square 1, so that float16 holds them.
     * One of the centroids is zero. Training sees at most 65,536 sub-vectors (32,768 at 12 bits).
@@ -34,7 +32,7 @@ from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors
 from veloxlab.codecs.method import Method, Tensor, own_part
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import Layout, packed
-from veloxlab.codecs.parts.transforms import SignedHadamard
+from veloxlab.codecs.parts.transforms import Rotation, make_rotation
 from veloxlab.codecs.parts.vector import packed_nearest, train_codebook, unpack_indices
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import TableReader
@@ -47,14 +45,10 @@ _FEW_QUERIES = 8  # per KV head, up to which tables are faster than expanding, o
 
 @dataclass(frozen=True, eq=False)
 class VecInfer(Codec):
-    """VecInfer's product vector quantizer (arXiv 2510.06175); `fit` learns the last two fields.
+    """VecInfer's product vector quantizer (arXiv 2510.06175): ``sub_dim`` is d, ``index_bits`` b: 1 to 8, 10 or 12.
 
-    Attributes
-    ----------
-    sub_dim, index_bits : d, coordinates of an index, and b, its bits: 1 to 8, 10 or 12.
-    smooth, hadamard : divide each channel of each KV head by λ; rotate the vectors.
-    factors : what a channel is divided with: ``[H, D]``, or ``[1, 1]`` without ``smooth``; float32.
-    centroids : the codebook ``[2**b, d]``, float16.
+    ``smooth`` divides each channel of each KV head by λ, ``hadamard`` rotates. What is learned: ``factors``, what a
+    channel is divided with ``[H, D]``, or ``[1, 1]`` without ``smooth``, float32; the codebook ``[2**b, d]``, float16.
     """
 
     head_dim: int
@@ -89,8 +83,8 @@ class VecInfer(Codec):
         return {"indices": packed(self.parts, self.index_bits)}
 
     @cached_property
-    def _rotation(self) -> SignedHadamard:
-        return SignedHadamard(self.head_dim, self.seed)
+    def _rotation(self) -> Rotation:
+        return make_rotation("hadamard", self.head_dim, self.seed)
 
     @property
     def _fitted(self) -> tuple[mx.array, mx.array]:
@@ -100,10 +94,7 @@ class VecInfer(Codec):
         return self.factors[:, None], self.centroids.astype(mx.float32)
 
     def fit(self, sample: Sample) -> Self:
-        """Learn λ and the codebook.
-
-        Raises `InputError` unless the sample is finite, and has twice as many different sub-vectors as the codebook.
-        """
+        """Learn λ and the codebook; raises `InputError` for a sample that is not finite, or too small."""
         check_vectors(sample.x, self.head_dim)
         x = sample.x.astype(mx.float32)
         if x.size and not mx.isfinite(x).all().item():
@@ -151,10 +142,7 @@ class VecInfer(Codec):
         return self._rotated(q * self._fitted[0])
 
     def inner_products(self, q: mx.array) -> Callable[[Code], mx.array]:
-        """By look-up: a query's inner product with every centroid is computed once, and each token sums D/d of them.
-
-        Many queries at once, as in a prefill, are multiplied with expanded tiles instead.
-        """
+        """Of few queries by look-up of their products with all centroids, of which each token sums D/d."""
         if q.shape[2] > _FEW_QUERIES:
             return super().inner_products(q)
         table = mx.unflatten(q, -1, (self.parts, self.sub_dim)) @ self._fitted[1].T  # [B, H, L, D/d, 2**b]
@@ -185,19 +173,9 @@ def smoothing_factors(x: mx.array) -> mx.array:
 
 
 def build(
-    head_dim: int,
-    bits: int,
-    tensor: Tensor,
-    *,
-    point: str | Mapping[str, str] | None = None,
-    smooth: bool | None = None,
-    hadamard: bool | None = None,
-    seed: int = 0,
+    head_dim: int, bits: int, tensor: Tensor, *, point: str | Mapping[str, str] | None = None, **options: object
 ) -> VecInfer:
-    """Make an unfitted VecInfer for keys (smoothed and rotated) or values (as they are), unless the options say more.
-
-    ``point`` is one for both, or ``{"keys": "d8b12", "values": "d8b8"}``; what is left out has that of ``bits``.
-    """
+    """Unfitted, for keys (smoothed and rotated) or values (as they are); without ``point`` that of ``bits``."""
     own = own_part("point", point, tensor)
     own = POINTS[bits] if own is None else own
     found = re.fullmatch(r"d(\d+)b(\d+)", own) if isinstance(own, str) else None
@@ -206,8 +184,8 @@ def build(
             f"point={own!r} is no point of VecInfer: write 'd4b8' for sub-vectors of 4 coordinates and indices of "
             "8 bits, or {'keys': 'd8b12', 'values': 'd8b8'}."
         )
-    smooth, hadamard = (tensor == "keys" if option is None else option for option in (smooth, hadamard))
-    return VecInfer(head_dim, int(found[1]), int(found[2]), smooth, hadamard, seed)
+    usual = {name: tensor == "keys" for name in ("smooth", "hadamard") if options.get(name) is None}
+    return VecInfer(head_dim, int(found[1]), int(found[2]), **(options | usual))  # type: ignore[arg-type]
 
 
 METHOD = Method(

@@ -3,9 +3,6 @@
 A vector of ``dim`` coordinates scaled to root-mean-square 1 and rotated at random lies on the sphere of radius √dim.
 One coordinate then has the density f(t) ∝ (1 − t²/dim)^((dim − 3)/2) on [−√dim, √dim] (a scaled Beta; TurboQuant,
 arXiv 2504.19874, Lemma 1), which tends to N(0, 1). Levels here have that unit variance: divide by √dim for unit ones.
-
-The optimum is found by Newton's method on Lloyd's two conditions at once (every level the mean of its cell, every
-boundary halfway between levels), from the high-rate compander as a start. Cell moments come from Gauss–Legendre nodes.
 """
 
 from __future__ import annotations
@@ -52,19 +49,28 @@ def sphere_codebook(bits: int, dim: int) -> Codebook:
 
 @lru_cache
 def _lloyd_max(bits: int, dim: int | None) -> Codebook:
-    reach = reach_of(dim)
-    levels = _compander_start(2**bits, dim, reach)
+    """By Newton's method on Lloyd's two conditions at once: levels are means of cells, boundaries halfway between."""
+    count, reach = 2**bits, reach_of(dim)
+    grid = np.linspace(-reach, reach, 20_001)
+    # Panter and Dite: at high rate the levels are evenly spaced quantiles of the cube root of the density
+    cumulative = np.cumsum(coordinate_density(grid, dim) ** (1 / 3))
+    levels = np.interp((np.arange(count) + 0.5) / count, cumulative / cumulative[-1], grid)
     for _ in range(100):
-        residual, jacobian = _lloyd_residual(levels, dim, reach)
-        step = np.linalg.solve(jacobian, residual)
+        edges, mass, mean, _ = _cells(levels, dim, reach)
+        density = coordinate_density(edges, dim)
+        below = density[:-1] * (mean - edges[:-1]) / mass / 2  # an edge moves by half of each level beside it
+        above = density[1:] * (edges[1:] - mean) / mass / 2
+        below[0] = above[-1] = 0.0  # the outer edges do not move
+        jacobian = np.diag(1 - below - above) - np.diag(below[1:], -1) - np.diag(above[:-1], 1)
+        step = np.linalg.solve(jacobian, levels - mean)
         # a damped step keeps the levels in order; close to the optimum it is Newton's own
         gap = np.diff(levels, prepend=-reach, append=reach).min()
         levels = levels - step * min(1.0, 0.4 * gap / max(np.abs(step).max(), 1e-300))
         if np.abs(step).max() < 1e-12:
             break
     levels = (levels - levels[::-1]) / 2  # the density is even, and so is the optimum
-    _, _, second = _cell_moments(levels, dim, reach)
-    return Codebook(levels, (levels[1:] + levels[:-1]) / 2, float(second.sum()))
+    edges, _, _, errors = _cells(levels, dim, reach)
+    return Codebook(levels, edges[1:-1], float(errors.sum()))
 
 
 def reach_of(dim: int | None) -> float:
@@ -81,41 +87,14 @@ def coordinate_density(t: Floats, dim: int | None) -> Floats:
     return np.asarray(math.exp(log_norm) * inside ** ((dim - 3) / 2))
 
 
-def _edges(levels: Floats, reach: float) -> Floats:
-    return np.concatenate([[-reach], (levels[1:] + levels[:-1]) / 2, [reach]])
-
-
-def _cell_moments(levels: Floats, dim: int | None, reach: float) -> tuple[Floats, Floats, Floats]:
-    """Mass, mean and squared error about the level of every cell, each ``[levels]``."""
-    edges = _edges(levels, reach)
+def _cells(levels: Floats, dim: int | None, reach: float) -> tuple[Floats, Floats, Floats, Floats]:
+    """Edges of all cells, and of every cell mass, mean and squared error about its level, by Gauss and Legendre."""
+    edges = np.concatenate([[-reach], (levels[1:] + levels[:-1]) / 2, [reach]])
     half, middle = np.diff(edges)[:, None] / 2, (edges[1:] + edges[:-1])[:, None] / 2
     t = middle + half * _NODES
     weight = half * _WEIGHTS * coordinate_density(t, dim)
     mass = weight.sum(axis=1)
-    mean = (weight * t).sum(axis=1) / mass
-    return mass, mean, (weight * (t - levels[:, None]) ** 2).sum(axis=1)
-
-
-def _lloyd_residual(levels: Floats, dim: int | None, reach: float) -> tuple[Floats, Floats]:
-    """How far each level is from the mean of its cell, and the derivative of that by every level (tridiagonal)."""
-    mass, mean, _ = _cell_moments(levels, dim, reach)
-    edges = _edges(levels, reach)
-    density = coordinate_density(edges, dim)
-    by_lower = density[:-1] * (mean - edges[:-1]) / mass / 2  # an edge moves by half of each level beside it
-    by_upper = density[1:] * (edges[1:] - mean) / mass / 2
-    by_lower[0] = by_upper[-1] = 0.0  # the outer edges do not move
-    n = len(levels)
-    jacobian = np.eye(n) - np.diag(by_lower + by_upper)
-    jacobian[np.arange(1, n), np.arange(n - 1)] -= by_lower[1:]
-    jacobian[np.arange(n - 1), np.arange(1, n)] -= by_upper[:-1]
-    return levels - mean, jacobian
-
-
-def _compander_start(count: int, dim: int | None, reach: float) -> Floats:
-    """Panter and Dite: at high rate the levels are evenly spaced quantiles of the cube root of the density."""
-    grid = np.linspace(-reach, reach, 20_001)
-    cumulative = np.cumsum(coordinate_density(grid, dim) ** (1 / 3))
-    return np.interp((np.arange(count) + 0.5) / count, cumulative / cumulative[-1], grid)
+    return edges, mass, (weight * t).sum(axis=1) / mass, (weight * (t - levels[:, None]) ** 2).sum(axis=1)
 
 
 _GRID = 2**16  # cells of a tabulated density

@@ -40,10 +40,7 @@ class SplitCodec(Codec):
     @property
     @abstractmethod
     def parts(self) -> tuple[Codec, Codec]:
-        """The codecs of the outliers ``[..., k]`` and of the rest.
-
-        The second takes either the ``D − k`` other channels, or all ``D`` with zeros in place of the outliers.
-        """
+        """Codecs of the outliers, and of the other ``D − k`` channels, or of all ``D`` with zeros in their places."""
 
     def __post_init__(self) -> None:
         # files of the last version hold those of QJL as an array
@@ -79,10 +76,7 @@ class SplitCodec(Codec):
         return replace(self, channels=tuple(range(self.outliers)) * kv_heads)  # type: ignore[type-var]
 
     def fit(self, sample: Sample) -> Self:
-        """Find the channels with the largest mean square, for each KV head.
-
-        Raises `InputError` below 16 tokens that are not zero in a KV head, or if they are all the same.
-        """
+        """Find the channels with the largest mean square, for each KV head; raises `InputError` as `learnable`."""
         check_vectors(sample.x, self.head_dim)
         learnable(sample.x, self.method)
         energy = np.array(mx.square(sample.x.astype(mx.float32)).sum(axis=(0, 2)))
@@ -107,10 +101,8 @@ class SplitCodec(Codec):
     def from_codes(self, y: mx.array) -> mx.array:
         """Bring both parts back, and put the channels in their places."""
         order, inverse = self._order(y.shape[1])
-        outliers, rest = (
-            part.from_codes(own)
-            for part, own in zip(self.parts, mx.split(y, [self.parts[0].code_dim], -1), strict=True)
-        )
+        both = zip(self.parts, mx.split(y, [self.parts[0].code_dim], -1), strict=True)
+        outliers, rest = (part.from_codes(own) for part, own in both)
         if rest.shape[-1] == self.head_dim:
             rest = _reordered(rest, order)[..., self.outliers :]
         return _reordered(mx.concatenate([outliers, rest], axis=-1), inverse)

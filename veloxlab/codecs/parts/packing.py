@@ -1,8 +1,8 @@
 """Tight bit packing: codes of any width from 1 to 8 bits, LSB first, in rows of uint32 words.
 
-Code ``i`` of a row with width ``b`` occupies bits ``i·b … i·b + b − 1`` of the row's little-endian bit string, so a
-width that does not divide 32 straddles words: 3 bits cost 3 bits. Eight codes of any width fill whole bytes, which is
-what both directions are built on. Only the end of a row is padded, to a whole word.
+Code ``i`` of a row with width ``b`` occupies bits ``i·b … i·b + b − 1`` of the row's little-endian bit string: a width
+that does not divide 32 straddles words. Eight codes of any width fill whole bytes, which both directions are built on.
+Only the end of a row is padded, to a whole word.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ WIDEST = 8
 BITS = whole(1, WIDEST)
 _GROUP = 8  # codes that fill `bits` whole bytes, whatever the width
 _WORD_BYTES = 4
-_BYTE = 8
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,7 @@ def unpack(words: mx.array, bits: int, count: int, together: int = 1) -> mx.arra
 
 
 def unpack_to_bytes(words: mx.array, bits: int, count: int) -> mx.array:
-    """Codes ``[..., count]`` of packed words or bytes ``[..., n]``, each in a byte.
-
-    Some bytes together become a wider number, shifts and masks move each code to a byte of its own, and the number is
-    read as bytes again: one pass of fused arithmetic over few numbers, where a shift for each code would be many.
-    """
+    """Codes ``[..., count]`` of packed words or bytes ``[..., n]``, each in a byte, by fused shifts and masks."""
     if bits == WIDEST:
         return words.view(mx.uint8)[..., :count]
     if bits in _WHOLE:
@@ -115,12 +110,9 @@ def _mover(wide: mx.Dtype, bits: int) -> Callable[[mx.array], mx.array]:
 
     @mx.compile
     def moved(codes: mx.array) -> mx.array:
-        codes = codes.astype(wide)
-        parts = [
-            (codes << mx.array((_BYTE - bits) * i, wide)) & mx.array(((1 << bits) - 1) << (_BYTE * i), wide)
-            for i in range(wide.size)
-        ]
-        return reduce(operator.or_, parts)
+        wider, mask = codes.astype(wide), (1 << bits) - 1
+        shifts = ((8 * i, wider << mx.array((8 - bits) * i, wide)) for i in range(wide.size))
+        return reduce(operator.or_, (shifted & mx.array(mask << byte, wide) for byte, shifted in shifts))
 
     return moved
 
@@ -130,7 +122,7 @@ def _groups(words: mx.array, bits: int, count: int) -> mx.array:
     groups = -(-count // _GROUP)
     byte = mx.unflatten(_resized(words.view(mx.uint8), groups * bits), -1, (groups, bits))
     wide = mx.uint32 if bits <= _WORD_BYTES else mx.uint64
-    return reduce(operator.or_, (byte[..., i].astype(wide) << (_BYTE * i) for i in range(bits)))
+    return reduce(operator.or_, (byte[..., i].astype(wide) << (8 * i) for i in range(bits)))
 
 
 def _resized(x: mx.array, size: int) -> mx.array:

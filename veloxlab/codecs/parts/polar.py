@@ -8,8 +8,6 @@ the circle, those of level ℓ have the density sin^(2^(ℓ−1) − 1)(2ψ) on 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import mlx.core as mx
@@ -20,48 +18,39 @@ from veloxlab.codecs.parts.codebooks import lloyd_max
 from veloxlab.codecs.parts.packing import BITS, Layout, pack_bytes, packed_bytes, unpack
 from veloxlab.errors import InputError
 
-Table = tuple[mx.array, mx.array]
-
 _ROUNDS = 100  # of k-means in one dimension
 
 
-@dataclass(frozen=True)
 class PolarTree:
     """Quantizes the directions of the blocks of ``2**len(levels)`` coordinates that ``dim`` is made of.
 
     For ``levels`` and ``centroids`` see `PolarQuant`; without learned centroids they are those of the known densities.
+    A ``block`` of coordinates shares a radius. ``layout`` are rows of bytes, that of level 1 first: levels of equal
+    width are packed together. ``nbytes`` are those of the tables.
     """
 
-    dim: int
-    levels: tuple[int, ...]
-    centroids: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.levels or self.dim % self.block:
-            most = halvings(self.dim)
+    def __init__(self, dim: int, levels: tuple[int, ...], centroids: tuple[float, ...] = ()) -> None:
+        self.dim, self.levels, self.block = dim, levels, 1 << len(levels)
+        if not levels or dim % self.block:
+            most = halvings(dim)
             counts = "one level" if most == 1 else f"1 to {most} levels"
-            way_out = f"give the bits of {counts}, such as levels={(4, 2, 2, 2)[:most]}"
+            give = f"give the bits of {counts}, such as levels={(4, 2, 2, 2)[:most]}"
             raise InputError(
-                f"{len(self.levels)} levels of angles do not fit a head dimension of {self.dim}: "
-                f"{way_out if most else 'it is odd, so choose another method'}."
+                f"{len(levels)} levels of angles do not fit a head dimension of {dim}: "
+                f"{give if most else 'it is odd, so choose another method'}."
             )
-        for bits in self.levels:
-            BITS("bits", bits)
-
-    @property
-    def block(self) -> int:
-        """Coordinates that share a radius."""
-        return 1 << len(self.levels)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tables: of the known densities, shared by every layer of a process; learned ones, its own."""
-        return sum(a.nbytes for tables in self._tables for a in tables)
-
-    @property
-    def layout(self) -> Layout:
-        """Rows of bytes, that of level 1 first: levels of equal width are packed together."""
-        return {f"angles_{bits}": packed_bytes(count, bits) for bits, count in self._counts.items()}
+        self._counts = dict.fromkeys(levels, 0)  # codes of a vector, by width
+        for level, bits in enumerate(levels, 1):
+            self._counts[BITS("bits", bits)] += dim >> level
+        self.layout: Layout = {f"angles_{bits}": packed_bytes(count, bits) for bits, count in self._counts.items()}
+        angles = [(np.arange(1 << levels[0]) + 0.5) * 2 * math.pi / (1 << levels[0])]  # uniform: cells are equal
+        if centroids:
+            angles += np.split(np.array(centroids), np.cumsum([1 << bits for bits in levels[1:]])[:-1])
+        else:
+            angles += [angle_codebook(level, bits)[0] for level, bits in enumerate(levels[1:], 2)]
+        self._edges = [constant((a[1:] + a[:-1]) / 2) for a in angles]
+        self._circles = [constant(np.stack([np.cos(a), np.sin(a)], axis=-1)) for a in angles]
+        self.nbytes = sum(array.nbytes for array in (*self._edges, *self._circles))
 
     @property
     def expected_cosine(self) -> float:
@@ -83,13 +72,12 @@ class PolarTree:
         """Index of the nearest centroid of each angle, by level."""
         count = 1 << self.levels[0]
         around = mx.floor(angles[0] * (count / (2 * math.pi))).astype(mx.int32) & (count - 1)  # a circle has no end
-        tables = self._tables[1:]
-        return [around, *(mx.searchsorted(edges, a) for (edges, _), a in zip(tables, angles[1:], strict=True))]
+        return [around, *map(mx.searchsorted, self._edges[1:], angles[1:])]
 
     def directions(self, codes: list[mx.array]) -> mx.array:
         """Unit vectors of the blocks ``[..., dim / block, block]``: cosines and sines multiplied down the tree."""
         y = mx.ones((*codes[-1].shape, 1))
-        for level, (_, circle) in zip(reversed(codes), reversed(self._tables), strict=True):
+        for level, circle in zip(reversed(codes), reversed(self._circles), strict=True):
             y = mx.flatten(mx.take(circle, level.reshape(y.shape), axis=0) * y[..., None], -2)
         return y
 
@@ -110,24 +98,7 @@ class PolarTree:
     @cached_property
     def circles(self) -> mx.array:
         """Cosine and sine of the angles of all levels, one after the other ``[entries, 2]``, float32, for kernels."""
-        return _joined(self._tables) if self.centroids else _known_circles(self.levels)
-
-    @cached_property
-    def _tables(self) -> tuple[Table, ...]:
-        """Of each level; learned ones are kept here, so that they are released with the tree."""
-        if not self.centroids:
-            return _known_tables(self.levels)
-        ends = np.cumsum([1 << bits for bits in self.levels[1:]])
-        learned = np.split(np.array(self.centroids), ends[:-1])
-        return (_known_tables(self.levels[:1])[0], *map(_table, learned))
-
-    @property
-    def _counts(self) -> Counter[int]:
-        """How many codes of a vector have each width."""
-        counts: Counter[int] = Counter()
-        for level, bits in enumerate(self.levels, 1):
-            counts[bits] += self.dim >> level
-        return counts
+        return constant(mx.concatenate(self._circles))
 
 
 @lru_cache
@@ -150,8 +121,7 @@ def fitted_angles(seen: Floats, level: int, bits: int) -> Floats:
     """K-means of the angles ``seen``, sorted, from the level's Lloyd–Max angles; one that loses all numbers stays."""
     angles, total = angle_codebook(level, bits)[0], np.concatenate([[0.0], np.cumsum(seen)])
     for _ in range(_ROUNDS):
-        cuts = np.searchsorted(seen, (angles[1:] + angles[:-1]) / 2)
-        ends = np.concatenate([[0], cuts, [len(seen)]])
+        ends = np.concatenate([[0], np.searchsorted(seen, (angles[1:] + angles[:-1]) / 2), [len(seen)]])
         count = np.diff(ends)
         moved = np.where(count > 0, np.diff(total[ends]) / np.maximum(count, 1), angles)
         if np.array_equal(moved, angles):
@@ -165,22 +135,4 @@ def halvings(dim: int) -> int:
     return (dim & -dim).bit_length() - 1
 
 
-@lru_cache
-def _known_tables(levels: tuple[int, ...]) -> tuple[Table, ...]:
-    count = 1 << levels[0]  # level 1 is uniform on a circle: cells of equal width
-    rest = (angle_codebook(level, bits)[0] for level, bits in enumerate(levels[1:], 2))
-    return tuple(map(_table, ((np.arange(count) + 0.5) * 2 * math.pi / count, *rest)))
-
-
-@lru_cache
-def _known_circles(levels: tuple[int, ...]) -> mx.array:
-    return _joined(_known_tables(levels))
-
-
-def _joined(tables: tuple[Table, ...]) -> mx.array:
-    return constant(mx.concatenate([circle for _, circle in tables]))
-
-
-def _table(angles: Floats) -> Table:
-    """Boundaries between ascending ``angles`` ``[N]``, and cosine and sine of each ``[N, 2]``."""
-    return constant((angles[1:] + angles[:-1]) / 2), constant(np.stack([np.cos(angles), np.sin(angles)], axis=-1))
+tree_for = lru_cache(PolarTree)

@@ -7,8 +7,7 @@ symmetric codebook there is a polynomial that is exact to the rounding of float3
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, cached_property, lru_cache
+from functools import cache, cached_property, lru_cache, partial
 from itertools import groupby
 
 import mlx.core as mx
@@ -25,11 +24,10 @@ _MOST = 16  # levels: sums of the powers of more are not exact, and cost what th
 _ROUNDING = 1e-6  # of a few steps in float32, beside the largest level
 
 
-def polynomial(levels: np.ndarray) -> Callable[[mx.array], mx.array] | None:
-    """A function from codes ``[...]``, of any unsigned type, to ``levels[codes]`` in float32, or None.
+def _polynomial(levels: np.ndarray) -> Callable[[mx.array], mx.array] | None:
+    """A function from codes ``[...]``, of any unsigned type, to ``levels[codes]`` in float32.
 
-    It is None where the ``levels`` ``[2**b]`` are too many, or not opposite to one another, so that no odd polynomial
-    of ``2**(b-1)`` terms goes through them.
+    None for too many ``levels`` ``[2**b]``, or if no odd polynomial of ``2**(b-1)`` terms goes through them.
     """
     count = len(levels)
     allowed = _ROUNDING * np.abs(levels).max()
@@ -37,11 +35,7 @@ def polynomial(levels: np.ndarray) -> Callable[[mx.array], mx.array] | None:
         return None
     positive = ((2 * np.arange(count) - count + 1) / (count - 1))[count // 2 :]  # places of codes are from -1 to 1
     terms = np.linalg.solve(np.vander(positive**2), levels[count // 2 :] / positive)
-    evaluate, given = _odd_polynomial(len(terms)), list(constant(np.array([2 / (count - 1), *terms])))
-
-    def valued(codes: mx.array) -> mx.array:
-        return evaluate(codes, *given)
-
+    valued = partial(_odd_polynomial(len(terms)), given=list(constant(np.array([2 / (count - 1), *terms]))))
     return valued if np.abs(np.array(valued(mx.arange(count))) - levels).max() <= allowed else None
 
 
@@ -50,9 +44,10 @@ def _odd_polynomial(terms: int) -> Callable[..., mx.array]:
     """Fused arithmetic for any polynomial of so many terms, by shape: MLX does not vectorise that for any shape."""
 
     @mx.compile
-    def evaluated(codes: mx.array, step: mx.array, first: mx.array, *rest: mx.array) -> mx.array:
+    def evaluated(codes: mx.array, given: list[mx.array]) -> mx.array:
+        step, total, *rest = given
         x = codes.astype(mx.float32) * step - 1.0
-        square, total = x * x, first
+        square = x * x
         for term in rest:
             total = total * square + term
         return total * x
@@ -83,7 +78,8 @@ class ScalarQuantizer:
     """Each of ``dim`` unit-variance coordinates is replaced by the nearest of ``2**bits`` levels; see `quantizer_for`.
 
     Codes are packed whole, or in two halves apart, the high one first: ``fields`` are the arrays' names and widths.
-    ``table`` is the codebook, ``boundaries`` and ``levels`` are its own in float32, ``paired`` is of `paired_levels`.
+    ``table`` is the codebook, ``boundaries`` and ``levels`` are its own in float32, ``paired`` is of `paired_levels`,
+    and ``nbytes`` are those of the tables, shared by every layer of a process.
     """
 
     def __init__(self, dim: int, table: Codebook, *fields: str) -> None:
@@ -91,19 +87,11 @@ class ScalarQuantizer:
         self.dim, self.table, self.fields = dim, table, dict.fromkeys(fields, self.bits // parts)
         self.boundaries, self.levels = constant(table.boundaries), constant(table.levels)
         self.paired = paired_levels(table.levels, self.bits, parts)
-        self._polynomial = polynomial(table.levels) if parts == 1 else None
+        self._polynomial = _polynomial(table.levels) if parts == 1 else None
         together = max(n for n in (1, 2, 4, 8) if n == 1 or n * self.bits <= _JOINT_INDEX_BITS)
         self._joint = joint_levels(table.levels, self.bits, together, parts)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tables, shared by every layer of a process."""
-        return self.boundaries.nbytes + self.levels.nbytes + self._joint.nbytes
-
-    @property
-    def layout(self) -> Layout:
-        """The arrays of packed codes."""
-        return {name: packed(self.dim, width) for name, width in self.fields.items()}
+        self.nbytes = sum(array.nbytes for array in (self.boundaries, self.levels, self._joint))
+        self.layout: Layout = {name: packed(dim, width) for name, width in self.fields.items()}
 
     def assign(self, y: mx.array) -> mx.array:
         """Index of the nearest level of each coordinate of ``y`` ``[..., dim]``."""
@@ -122,11 +110,7 @@ class ScalarQuantizer:
         return {name: pack(part, half) for name, part in zip(self.fields, parts, strict=True)}
 
     def expand(self, arrays: dict[str, mx.array]) -> mx.array:
-        """What `pack` gave to levels ``[..., dim]``, float32.
-
-        Where no polynomial goes through them, several are looked up at once: on a CPU a gather costs the same for one
-        float as for four.
-        """
+        """What `pack` gave to levels ``[..., dim]``, float32: by the polynomial, or several at once from a table."""
         if self._polynomial is not None:
             return self._polynomial(unpack_to_bytes(arrays[next(iter(self.fields))], self.bits, self.dim))
         together = self._joint.shape[-1]
@@ -137,90 +121,68 @@ class ScalarQuantizer:
 
 @lru_cache
 def quantizer_for(dim: int, bits: int, codebook: CodebookName = "sphere") -> ScalarQuantizer:
-    """The quantizer that is exact for a rotated vector of ``dim`` coordinates, or its limit, ``"gaussian"``.
-
-    Raises `InputError` for an impossible width.
-    """
+    """Exact for a rotated vector of ``dim`` coordinates, or its limit, ``"gaussian"``; refuses impossible widths."""
     table = sphere_codebook(bits, dim) if codebook == "sphere" else gaussian_codebook(bits)
     return ScalarQuantizer(dim, table, "codes")
 
 
-@dataclass(frozen=True)
 class PlannedQuantizer:
     """Coordinate ``i``, of unit variance, is replaced by the nearest of the ``2**widths[i]`` Gaussian levels.
 
-    A width, up to 8, of 0 keeps nothing: the level is 0. All codes of a vector lie in one bit string, in order and
-    without a gap, LSB first, padded at its end only. Every layer has a plan of its own: its tables are kept here.
+    A width, up to 8, of 0 keeps nothing: the level is 0. All codes of a vector lie in one bit string of ``words``
+    uint32, in order and without a gap, LSB first. Every layer has a plan of its own: its tables are kept here.
     """
 
-    widths: tuple[int, ...]
-
-    @property
-    def words(self) -> int:
-        """uint32 words that one vector's codes take."""
-        return words_per_row(sum(self.widths), 1)
+    def __init__(self, widths: tuple[int, ...]) -> None:
+        self.widths, self.words = widths, words_per_row(sum(widths), 1)
+        tables = {w: gaussian_codebook(w).levels if w else np.zeros(1) for w in sorted(set(widths))}
+        first = dict(zip(tables, np.cumsum([0, *map(len, tables.values())]), strict=False))
+        offset = np.cumsum(widths) - widths
+        word = np.minimum(offset // 32, max(self.words - 1, 0))  # a tail of no bits begins past the last word
+        self._levels = constant(np.concatenate(list(tables.values())))
+        self._first, self._word = (constant(x, mx.uint32) for x in (np.array([first[w] for w in widths]), word))
+        self._shift, self._mask = (constant(x, mx.uint64) for x in (offset % 32, (1 << np.array(widths)) - 1))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tables; of those that kernels take, where one has run."""
-        kernels: list[mx.array] = [self.kernel_plan] if "kernel_plan" in vars(self) else []
-        kernels += self.encoder_tables if "encoder_tables" in vars(self) else ()
-        return sum(table.nbytes for table in (*self._tables, *kernels))
+        own = [table for table in vars(self).values() if isinstance(table, mx.array)]
+        return sum(table.nbytes for table in (*own, *vars(self).get("encoder_tables", ())))
 
     def assign(self, y: mx.array) -> mx.array:
         """Index of the nearest level of each coordinate of ``y`` ``[..., dim]``."""
         parts, start = [], 0
         for width, run in groupby(self.widths):
             part = y[..., start : (start := start + len(list(run)))]
-            found = quantizer_for(0, width, "gaussian").assign(part) if width else mx.zeros(part.shape, mx.uint32)
-            parts.append(found)
+            parts.append(quantizer_for(0, width, "gaussian").assign(part) if width else mx.zeros(part.shape, mx.uint32))
         return mx.concatenate(parts, axis=-1).astype(mx.uint32)
 
     def levels_of(self, codes: mx.array) -> mx.array:
         """Level of each code, ``[..., dim]``."""
-        levels, first, _, _, _ = self._tables
-        return mx.take(levels, codes + first)
+        return mx.take(self._levels, codes + self._first)
 
     def pack(self, codes: mx.array) -> mx.array:
         """Codes ``[..., dim]`` to words ``[..., words]``."""
-        _, _, word, shift, _ = self._tables
         empty = mx.zeros((*codes.shape[:-1], self.words + 1), mx.uint32)
         if codes.size == 0:
             return empty[..., :-1]
-        placed = codes.astype(mx.uint64) << shift  # in its word and, where it straddles, the next
+        placed = codes.astype(mx.uint64) << self._shift  # in its word and, where it straddles, the next
         low, high = placed.astype(mx.uint32), (placed >> 32).astype(mx.uint32)
-        return empty.at[..., word].add(low).at[..., word + 1].add(high)[..., :-1]  # disjoint bits: a sum is their union
+        # disjoint bits: a sum is their union
+        return empty.at[..., self._word].add(low).at[..., self._word + 1].add(high)[..., :-1]
 
     def expand(self, words: mx.array) -> mx.array:
         """Words ``[..., words]`` to levels ``[..., dim]``, float32."""
-        _, _, word, shift, mask = self._tables
         if words.size == 0:
             return mx.zeros((*words.shape[:-1], len(self.widths)))
-        following = mx.take(words, mx.minimum(word + 1, self.words - 1), axis=-1).astype(mx.uint64) << 32
-        both = mx.take(words, word, axis=-1).astype(mx.uint64) | following
-        return self.levels_of(((both >> shift) & mask).astype(mx.uint32))
-
-    @cached_property
-    def _tables(self) -> tuple[mx.array, ...]:
-        """All levels of the widths in use, and for each coordinate: its first level, its word, its shift, its mask."""
-        widths = np.array(self.widths)
-        tables = {w: gaussian_codebook(w).levels if w else np.zeros(1) for w in sorted(set(self.widths))}
-        first = dict(zip(tables, np.cumsum([0, *map(len, tables.values())]), strict=False))
-        offset = np.cumsum(widths) - widths
-        word = np.minimum(offset // 32, max(self.words - 1, 0))  # a tail of no bits begins past the last word
-        return (
-            constant(np.concatenate(list(tables.values()))),
-            constant(np.array([first[w] for w in self.widths]), mx.uint32),
-            constant(word, mx.uint32),
-            constant(offset % 32, mx.uint64),
-            constant((1 << widths) - 1, mx.uint64),
-        )
+        following = mx.take(words, mx.minimum(self._word + 1, self.words - 1), axis=-1).astype(mx.uint64) << 32
+        both = mx.take(words, self._word, axis=-1).astype(mx.uint64) | following
+        return self.levels_of(((both >> self._shift) & self._mask).astype(mx.uint32))
 
     @cached_property
     def kernel_plan(self) -> mx.array:
         """Widths and levels for `veloxlab.kernels.readers.PlanReader`."""
-        levels, first, _, _, _ = self._tables
-        return planned(self.widths, np.array(first), np.array(levels))
+        return planned(self.widths, np.array(self._first), np.array(self._levels))
 
     @cached_property
     def encoder_tables(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:

@@ -15,10 +15,7 @@ SCALE = Row(mx.float16, 1)  # what `store_scale` keeps of a vector
 
 
 def scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.array:
-    """What to multiply ``quantized`` with to stand for ``y``, both ``[..., D]`` with ``‖y‖ = √D``: ``[..., 1]``.
-
-    ``"norm"`` is 1, ``"unbiased"`` makes inner products right on average, ``"mse"`` makes the squared error least.
-    """
+    """What to multiply ``quantized`` with to stand for ``y``, both ``[..., D]`` with ``‖y‖ = √D``: ``[..., 1]``."""
     dim = y.shape[-1]
     if scale == "norm":
         return mx.ones((*y.shape[:-1], 1))
@@ -39,10 +36,7 @@ def over(x: mx.array, size: mx.array) -> mx.array:
 
 
 def store_scale(scale: mx.array) -> mx.array:
-    """Keep a positive scale as the float16 of its square root: 10 bits of precision from 4e-9 to 4e9.
-
-    A float16 scale itself overflows past 65504, which float32 and bfloat16 models reach, and loses bits below 6e-5.
-    """
+    """Keep a positive scale as the float16 of its square root: 10 bits of precision from 4e-9 to 4e9."""
     return mx.sqrt(scale).astype(mx.float16)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,10 +18,10 @@ def greedy_bits(
 ) -> tuple[int, ...]:
     """Integer water-filling: the widths of total ``budget`` with the least Σ wᵢ·rᵢ^−bᵢ, one bit at a time.
 
-    Each bit goes where it saves most, wᵢ·rᵢ^−bᵢ·(1 − 1/rᵢ); ties to the lowest index. Optimal, since every term is
-    convex in its width. With r = 4 and variances as weights it is the rule argmax λᵢ / 4^bᵢ of SpectralQuant; with
-    fitted ``rates`` above 1, one for all or one each, it is RateQuant's. Raises `InputError` if the budget does not fit
-    between the bounds ``least`` and ``most`` of each width.
+    Each bit goes where it saves most, wᵢ·rᵢ^−bᵢ·(1 − 1/rᵢ); ties to the lowest index. Optimal, as every term is convex
+    in its width. With r = 4 and variances as weights it is SpectralQuant's rule argmax λᵢ / 4^bᵢ; with fitted ``rates``
+    above 1, one for all or one each, RateQuant's. Raises `InputError` if the budget does not fit widths from ``least``
+    to ``most``.
     """
     count = len(weights)
     each = [float(r) for r in np.broadcast_to(rates, count)]
@@ -43,8 +42,7 @@ def greedy_bits(
     return tuple(widths)
 
 
-@dataclass(frozen=True)
-class DistortionFit:
+class DistortionFit(NamedTuple):
     """A quantizer's distortion at b bits, ``alpha · beta ** -b``, relative to the variance."""
 
     alpha: float
@@ -73,9 +71,8 @@ def continuous_bits(
 ) -> Floats:
     """Widths, not whole, that lose least: bᵢ = b̄ + (ln wᵢ − mean ln w)/ln β, kept within bounds (RateQuant, Thm 2).
 
-    ``weights`` are wᵢ·αᵢ > 0; ``beta`` above 1 is what one bit divides the distortion by, one for all or one each. Then
-    one more bit saves the same everywhere: wᵢ·ln βᵢ·βᵢ^−bᵢ is one number. Components that would leave the bounds stay
-    on them, and the rest share what is left.
+    ``weights`` are wᵢ·αᵢ > 0; ``beta`` above 1 is what one bit divides the distortion by, one for all or one each. One
+    more bit saves the same everywhere, wᵢ·ln βᵢ·βᵢ^−bᵢ, but on the bounds.
     """
     logs = np.log(_positive(weights))
     rates = np.log(np.broadcast_to(_rates(beta), len(logs)))
