@@ -16,7 +16,7 @@ from veloxlab.cli.tables import lengths_table
 from veloxlab.codecs import METHODS
 from veloxlab.measure import compare as measured_speed
 from veloxlab.measure.activations import LayerCapture
-from veloxlab.measure.bench import attention, models, timing
+from veloxlab.measure.bench import models, timing
 from veloxlab.texts import shipped_folder
 
 SMALL = timing.Shape(4, 2, 128)
@@ -34,8 +34,8 @@ SMALL_MODEL = {
 def quick(monkeypatch):
     monkeypatch.setattr(timing, "REPEATS", 1)
     monkeypatch.setattr(timing, "IN_A_ROW", 2)
-    monkeypatch.setattr(attention, "IN_A_ROW", 2)
-    monkeypatch.setattr(attention, "bandwidth", lambda: 100.0)
+    monkeypatch.setattr(timing, "IN_A_ROW", 2)
+    monkeypatch.setattr(timing, "bandwidth", lambda: 100.0)
     monkeypatch.setattr(models, "_STEPS", 2)
     monkeypatch.setattr(models, "_FIRST", 1)
     monkeypatch.setattr(
@@ -48,7 +48,7 @@ def quick(monkeypatch):
 
 
 def test_attention_is_timed_against_exact_and_mlx_lms_own(quick):
-    rows = attention.decode_attention([SMALL], [512], [4], progress=lambda _: None)
+    rows = timing.decode_attention([SMALL], [512], [4], progress=lambda _: None)
     assert [row["cache"] for row in rows] == ["exact 16 bit", "mlx-lm 4 bit", "mlx-lm 8 bit", "turboquant 4 bit"]
     exact, _, _, ours = rows
     assert exact["ratio"] == 1
@@ -72,7 +72,7 @@ def test_making_a_graph_is_no_part_of_evaluating_it(quick):
 
 
 def test_attention_of_methods_reads_codes_of_their_own(quick):
-    rows = attention.attention_of_methods(["spectralquant", "qjl"], SMALL, 700, progress=lambda _: None)
+    rows = timing.attention_of_methods(["spectralquant", "qjl"], SMALL, 700, progress=lambda _: None)
     assert [row["cache"] for row in rows] == ["exact 16 bit", "spectralquant 4 bit", "qjl 4 bit"]
     assert rows[1]["ratio"] == pytest.approx(rows[1]["microseconds"] / rows[0]["microseconds"])
     values = 2 * SMALL.kv_heads * 700 * SMALL.head_dim
@@ -82,7 +82,7 @@ def test_attention_of_methods_reads_codes_of_their_own(quick):
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
 def test_every_method_can_be_fitted_to_random_vectors(method):
     for tensor in ("keys", "values"):
-        codec = attention.fitted(method, attention.Shape(2, 1, 64), tensor, bits=2)  # type: ignore[attr-defined]
+        codec = timing.fitted(method, timing.Shape(2, 1, 64), tensor, bits=2)
         assert codec.encode(mx.ones((1, 1, 3, 64))).tokens == 3
 
 
@@ -101,9 +101,9 @@ def test_reading_a_prompt_is_timed(quick):
 
 
 def test_encoding_is_timed_beside_attention(quick):
-    rows = attention.encode_steps(SMALL, 96, 5, progress=lambda _: None)
-    assert [row["cache"].split()[0] for row in rows[::2]] == list(attention.ENCODED)
-    assert [row["tokens"] for row in rows] == [1, 5] * len(attention.ENCODED)
+    rows = timing.encode_steps(SMALL, 96, 5, progress=lambda _: None)
+    assert [row["cache"].split()[0] for row in rows[::2]] == list(timing.ENCODED)
+    assert [row["tokens"] for row in rows] == [1, 5] * len(timing.ENCODED)
     assert {row["layers"] for row in rows} == {2}
     for row in rows:
         assert row["ratio"] == pytest.approx(row["microseconds"] / row["attention_microseconds"])
@@ -112,7 +112,7 @@ def test_encoding_is_timed_beside_attention(quick):
 def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkeypatch, tmp_path):
     names = ("decode_attention", "attention_of_methods", "encode_steps", "decode_steps", "read_prompts")
     for name in names:
-        module = attention if hasattr(attention, name) else models
+        module = timing if hasattr(timing, name) else models
         monkeypatch.setattr(module, name, lambda *given, name=name, **named: [{"of": name, **named}])
     monkeypatch.setattr(measurements, "bench_picture", lambda results: str(len(results)).encode())
     monkeypatch.setattr(measurements.tables, "bench_tables", lambda results: f"{len(results)} parts")  # type: ignore[attr-defined]
@@ -172,10 +172,10 @@ def test_a_cache_that_cannot_decode_has_no_time():
     assert "| fails | fails |" in lengths_table(frame)
 
 
-@pytest.mark.parametrize("way", [attention.exact, attention.mlx_lm, attention.over_codes])
+@pytest.mark.parametrize("way", [timing.exact, timing.mlx_lm, timing.over_codes])
 def test_a_call_leaves_the_query_to_the_next(way):
-    bits = () if way is attention.exact else (4,)
-    call = attention.calls(SMALL, partial(way, SMALL, 64, *bits))[0][0]
+    bits = () if way is timing.exact else (4,)
+    call = timing.calls(SMALL, partial(way, SMALL, 64, *bits))[0][0]
     first, second = call(), call()
     assert mx.array_equal(first, second)
     assert mx.abs(first).max() > 0

@@ -86,13 +86,13 @@ def results_name(model: str) -> str:
 def time_kernels(file: Path | None, tokens: Sequence[int] | None, only: Sequence[str] | None) -> None:
     """Time attention, encoding, decoding and reading; write the times and the device as JSON."""
     from veloxlab.codecs import METHODS
-    from veloxlab.measure.bench import attention, models, timing
+    from veloxlab.measure.bench import models, timing
 
-    tokens = tuple(tokens or attention.TOKENS)
+    tokens = tuple(tokens or timing.TOKENS)
     parts: dict[str, Callable[[], Any]] = {
-        "attention": lambda: attention.decode_attention(tokens=tokens),
-        "methods": lambda: attention.attention_of_methods([name for name in METHODS if name != "none"]),
-        "encode": attention.encode_steps,
+        "attention": lambda: timing.decode_attention(tokens=tokens),
+        "methods": lambda: timing.attention_of_methods([name for name in METHODS if name != "none"]),
+        "encode": timing.encode_steps,
         "decode": lambda: models.decode_steps(tokens=tokens),
         "read": models.read_prompts,
     }

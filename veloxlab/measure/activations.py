@@ -105,10 +105,9 @@ def capture(
 def capture_layers(
     model: Module, ids: Sequence[int], progress: Progress = silent, doing: str = "capturing"
 ) -> Iterator[LayerCapture]:
-    """Run ``model`` over the tokens ``ids`` and give what each layer saw, evaluated, one layer after another.
+    """Run ``model`` over the tokens ``ids`` and give what each layer saw, evaluated, one after another; none is held.
 
-    A layer that was given is not held here. ``progress`` is told what is being done with each. Raises `InputError` if
-    no layer keeps plain keys and values.
+    ``progress`` is told what is being done with each. Raises `InputError` if no layer keeps plain keys and values.
     """
     caches = probe.with_caches(model, Recorder)
     recorders = [slot for slot in probe.slots_of(caches) if isinstance(slot, Recorder)]
@@ -135,10 +134,9 @@ def by_head(
     progress: Progress = silent,
     label: str = "",
 ) -> pl.DataFrame:
-    """Measure keys and values of every layer, and give all rows in one frame with the columns of ``schema``.
+    """Rows of what ``columns(layer, tensor)`` gives of the keys and values of every layer, by ``schema``.
 
-    ``columns(layer, tensor)`` gives blocks of rows: arrays that broadcast to ``[H, N]``, or one value for all rows.
-    ``"head"`` is 0 to H − 1 unless given, and missing columns are null.
+    That is blocks of arrays that broadcast to ``[H, N]``; ``"head"`` is 0 to H − 1 unless given, what is missing null.
     """
     frames = []
     for i, layer in enumerate(layers):
@@ -163,10 +161,9 @@ def stretches(
     last: int | None = None,
     name: str = "windows",
 ) -> list[list[int]]:
-    """Give ``count`` stretches of ``tokens`` token ids of a text, one after another.
+    """Give ``count`` stretches of ``tokens`` token ids of a text, which are ``name`` in messages.
 
-    The last stretch has ``last`` tokens or more, with a warning if they are fewer than ``tokens``; all by default.
-    ``name`` is that of the stretches in messages. Raises `InputError` if the text is too short.
+    The last has ``last`` or more, with a warning if not all. Raises `InputError` if the text is too short.
     """
     ids = first_tokens(tokenizer, text, tokens * count)
     if len(ids) < tokens * (count - 1) + (tokens if last is None else last):

@@ -243,9 +243,8 @@ def attention_map(
 ) -> pl.DataFrame:
     """Causal attention of one query head over exact keys, over keys that ``method`` compressed, and the difference.
 
-    Every key is compressed. Attention is causal over all tokens, as if the layer had no window. Columns:
-    `ATTENTION_MAP`. Raises `InputError` as `layer_errors`, for a layer that does not show its queries, and if there is
-    no such head.
+    Every key is compressed; no window hides any. Columns: `ATTENTION_MAP`. Raises `InputError` as `layer_errors`, for a
+    layer that does not show its queries, and if there is no such head.
     """
     if layer.queries is None or layer.scale is None:
         raise InputError(f"Layer {layer.layer} does not show its queries, so there is no attention map: take another.")

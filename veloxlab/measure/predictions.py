@@ -32,12 +32,10 @@ def divergence(exact: mx.array, changed: mx.array) -> mx.array:
 
 
 def predicted_bytes(model: Module, lengths: Sequence[int]) -> int:
-    """Bytes at least for a model's log-probabilities over stretches of ``lengths``, and another run's of the last.
-
-    On a CPU MLX makes the scores of a layer's heads, length times length, too. Nothing is computed.
-    """
+    """Bytes at least for a model's log-probabilities over stretches of ``lengths``, and another run's of the last."""
     vocabulary: int = model(mx.array([[0]])).shape[-1]  # builds a graph only
     longest = max(lengths)
+    # on a CPU MLX makes the scores of a layer's heads, length times length, too
     heads: int = getattr(getattr(model, "args", None), "num_attention_heads", 0) if runtime.backend() == "cpu" else 0
     # at once: logits, as the model gives them and in float32, and the log-probabilities that are compared
     return 4 * (vocabulary * sum(lengths) + max(3 * vocabulary * longest, heads * longest**2))
@@ -68,9 +66,8 @@ class _Perturbed(Recorder):
 def loss_gradients(model: Module, ids: Sequence[int]) -> list[tuple[mx.array, ...]]:
     """∂L/∂K ``[1, H, S, Dk]`` and ∂L/∂V ``[1, H, S, Dv]`` of each layer with plain keys and values, lazy, float32.
 
-    L is the negative log-likelihood of ``ids[1:]``, summed, in nats; K is taken after RoPE. The gradient of lent keys
-    and values goes through all layers that read them. Raises MLX's RuntimeError or ValueError if a part of the model
-    cannot be differentiated.
+    L is the negative log-likelihood of ``ids[1:]``, summed, in nats; K is taken after RoPE. Raises MLX's RuntimeError
+    or ValueError if a part of the model cannot be differentiated.
     """
     x = mx.array(list(ids))
 

@@ -71,9 +71,8 @@ def reference(
     windows: int = 1,
     progress: Progress = silent,
 ) -> Reference:
-    """Run the model with its own cache over stretches of text; arguments and errors are those of `fidelity`.
-
-    The last stretch may be shorter than ``tokens`` where the text ends: a warning says so.
+    """Run the model with its own cache over stretches of text, as `fidelity` does; a warning tells of a short last
+    one.
     """
     return Reference.of(model, stretches(tokenizer, text, tokens, windows, last=2), progress)
 

@@ -36,8 +36,7 @@ class Handle(ABC):
         """Softmax attention of queries ``q`` ``[B, Hq, L, Dk]``: ``[B, Hq, L, Dv]`` in ``q``'s dtype.
 
         ``mask`` is what mlx-lm passes: None, ``"causal"``, or an array that broadcasts to ``[B, Hq, L, S]``, boolean
-        (True: attend) or additive. ``sinks`` ``[Hq]`` are logits that each head's softmax has beside those of the
-        tokens, and that have no value: with them the weights of the tokens sum to less than one.
+        (True: attend) or additive. ``sinks`` ``[Hq]`` are logits beside those of the tokens, which have no value.
         """
 
 

@@ -43,8 +43,7 @@ def fingerprint(model: Module) -> str:
 def structure(model: Module) -> str:
     """Hex digits over all but the numbers in a model's arrays; computes nothing and takes a few milliseconds.
 
-    That is the classes and plain attributes of its modules (base and scale of a rotary embedding are among these), and
-    the names, shapes and dtypes of its arrays.
+    That is the classes and plain attributes of its modules, and the names, shapes and dtypes of its arrays.
     """
     lines = []
     for name, module in model.named_modules():

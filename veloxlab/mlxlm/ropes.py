@@ -1,8 +1,7 @@
 """Which rotary embedding the keys of each cache went through, found out from the keys themselves.
 
-That a layer owns a rotary embedding does not say that it uses it, nor how; and caches need not be as many as layers.
-So the model runs on single tokens at two positions. A single token attends to itself alone: what it makes of a layer's
-input is the same at both, and its keys differ by the rotation that they went through, if they did.
+That a layer owns one does not say that it uses it, nor how. So the model runs on single tokens at two positions: they
+attend to themselves alone, and their keys differ by the rotation that they went through, if they did.
 """
 
 from __future__ import annotations

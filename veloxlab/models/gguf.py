@@ -172,11 +172,9 @@ def word_splitter(name: str) -> PreTokenizer:
     from tokenizers import Regex
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
-    if name == "gpt-2":
-        return ByteLevel(add_prefix_space=False)
-    if name == "smollm":
-        return Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    if name == "llama-bpe":
-        return Sequence([Split(Regex(LLAMA3_WORDS), "isolated"), ByteLevel(add_prefix_space=False, use_regex=False)])
-    said = f"The tokenizer splits words by the rule {name!r}, which is not known"
-    raise InputError(f"{said}; 'smollm', 'gpt-2' and 'llama-bpe' are.")
+    llama3 = Split(Regex(LLAMA3_WORDS), "isolated")
+    before = {"gpt-2": [], "smollm": [Digits(individual_digits=True)], "llama-bpe": [llama3]}
+    if name not in before:
+        said = f"The tokenizer splits words by the rule {name!r}, which is not known"
+        raise InputError(f"{said}; 'smollm', 'gpt-2' and 'llama-bpe' are.")
+    return Sequence([*before[name], ByteLevel(add_prefix_space=False, use_regex=name != "llama-bpe")])

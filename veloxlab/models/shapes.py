@@ -80,10 +80,9 @@ MODEL_OR_CONFIG = either(MODEL, _GIVEN, PATH)
 def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
     """Find the shapes of a model's caches: of a loaded one, or a `ModelShape`, which is given back.
 
-    Or of the content of a ``config.json``, its path, a folder that has one, or the id of a Hugging Face repository
-    whose ``config.json`` lies in the local cache; or of ``"smollm2-135m"`` or the path of a ``.gguf``, which is loaded
-    for that. Raises `InputError` for what is not here, mlx-lm does not know, or has caches whose bytes cannot be
-    predicted.
+    Or of the content of a ``config.json``, its path, its folder, or the id of a Hugging Face repository that has one in
+    the local cache; or of ``"smollm2-135m"`` or a ``.gguf``, which is loaded. Raises `InputError` for what is not here,
+    mlx-lm does not know, or has caches whose bytes cannot be predicted.
     """
     if isinstance(model_or_config, ModelShape):
         return model_or_config

@@ -156,7 +156,7 @@ def attention_times(
 ) -> alt.VConcatChart:
     """Draw the time of attention as bars, a panel for each length of the context, and as a tick what memory would take.
 
-    Rows of one shape of `veloxlab.measure.bench.decode_attention`: ``cache``, ``tokens``, ``microseconds``,
+    Rows of one shape of `veloxlab.measure.bench.timing.decode_attention`: ``cache``, ``tokens``, ``microseconds``,
     ``roofline_microseconds`` (the call's bytes at the device's copying speed) and ``ratio`` (to the exact cache).
     ``heading``: what is seen, such as the device.
     """

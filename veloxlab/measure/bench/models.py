@@ -22,7 +22,7 @@ from mlx_lm.models.llama import Model, ModelArgs
 from veloxlab.cache.counts import CHUNK
 from veloxlab.cache.make import make_cache
 from veloxlab.errors import InputError
-from veloxlab.measure.bench.timing import Row, Shape, Tell, vectors
+from veloxlab.measure.bench.timing import TOKENS, Row, Shape, Tell, vectors
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.frames import schema
 from veloxlab.mlxlm.probe import exact_width, own_cache, quantized_cache, slots_of
@@ -35,7 +35,6 @@ length before; at the peak while computing the next token, and its median second
 STEPS = 7  # tokens that are timed at a length
 WARM_UP = 2  # tokens that are computed before those that are timed
 LAYERS = 8
-TOKENS = (4096, 32768, 131072)
 READ = 16384  # tokens of a prompt whose reading is timed
 _STEPS = 64  # tokens that are timed: two blocks of them leave the window
 _FIRST = 40  # tokens before them: one block, so that every kernel is compiled
@@ -61,8 +60,7 @@ def costs_by_length(
 ) -> pl.DataFrame:
     """Fill each of ``caches`` with random tokens up to each of ``lengths``, or of its own ones: `LENGTHS`.
 
-    A cache that a model, or mlx-lm on this device, cannot have is left out from the length on at which it fails;
-    ``progress`` and ``on_rows`` are told why.
+    A cache is left out from the length on at which it fails; ``progress`` and ``on_rows`` are told why.
     """
     wanted = {name: set(lengths[name] if isinstance(lengths, Mapping) else lengths) for name in caches}
     ids = mx.random.randint(0, 90, (1, max(max(own, default=1) for own in wanted.values())), key=mx.random.key(0))
@@ -154,10 +152,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 def random_model(shape: str, **changes: Any) -> Model:
-    """A model of one of `SHAPES`, but for ``changes``, with random weights in half precision and a small vocabulary.
-
-    Raises `InputError` if there is no such shape.
-    """
+    """A model of one of `SHAPES`, but for ``changes``, with random weights in half precision and a small vocabulary."""
     if shape not in SHAPES:
         raise InputError(f"No shape of {shape!r} is known: choose one of {', '.join(map(repr, SHAPES))}.")
     usual = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 96}

@@ -1,7 +1,8 @@
-"""What every benchmark needs: the time of a call, facts of the device, and how fast it moves bytes.
+"""Times of single calls: attention of one token, exact, mlx-lm's quantized and over codes; and encoding beside it.
 
-Calls are timed many at once, as the layers of a model are, and alone. A generator makes the graph of a token while the
-GPU works on the one before, so the times of evaluating and of making the graph are measured apart.
+Calls are timed many at once, as the layers of a model are, and alone; evaluating and making the graph apart, as a
+generator makes the graph of a token while the GPU works on the one before. Every call has a cache of its own, as far as
+memory allows, and a query of its own: mlx-lm's quantized attention scales its query in place.
 """
 
 from __future__ import annotations
@@ -10,15 +11,24 @@ import datetime
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models import base
 
 from veloxlab import runtime
+from veloxlab.cache.attention import History, Segment
+from veloxlab.cache.counts import CHUNK
+from veloxlab.codecs import METHODS, TENSORS, Tensor
+from veloxlab.codecs.base import Code, Codec, Sample
+from veloxlab.codecs.parts.rope import Rope
 from veloxlab.kernels.checked import states
 from veloxlab.kernels.devices import current_backend
+from veloxlab.mlxlm.probe import GROUP
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]
@@ -41,8 +51,20 @@ class Shape:
         return float(self.head_dim**-0.5)
 
 
+SHAPES = (Shape(32, 8, 128), Shape(16, 2, 128), Shape(8, 1, 256))
+TOKENS = (4096, 32768, 131072)
+BITS = (2, 3, 4, 8)
+METHOD_BITS = 4
+ENCODED = tuple(method.id for method in METHODS.values() if method.timed)
+_TILE = 1024  # tokens of random vectors that are encoded once, and repeated
+_CACHE_BYTES = 2 << 30  # of the caches that the calls of a row take in turn
+
+Cache = tuple[Callable[[mx.array], mx.array], Any]
+"""How a query attends to a cache, and its arrays."""
+
+
 class Microseconds(NamedTuple):
-    """Median times of one call: of many evaluated together, of making its graph, and of both for one call alone."""
+    """Median times of one call: of many evaluated together, of making its graph, and of both for one alone."""
 
     evaluating: float
     making: float
@@ -93,3 +115,161 @@ def _timed(work: Callable[[], object]) -> tuple[float, float]:
 def vectors(shape: Shape, tokens: int) -> mx.array:
     """Random keys or values."""
     return mx.random.normal((1, shape.kv_heads, tokens, shape.head_dim)).astype(mx.float16)
+
+
+def decode_attention(
+    shapes: Sequence[Shape] = SHAPES,
+    tokens: Sequence[int] = TOKENS,
+    bits: Sequence[int] = BITS,
+    progress: Tell = print,
+) -> list[Row]:
+    """One query token that attends to ``tokens`` others: exact in 16 bits, mlx-lm at 4 and 8 bits, TurboQuant.
+
+    Rows: ``cache, query_heads, kv_heads, head_dim, tokens, microseconds`` (evaluating, see `timing`),
+    ``making_microseconds, alone_microseconds, bytes, gigabytes_per_second, ratio`` (to the time of the exact cache) and
+    ``roofline_microseconds`` (what the bytes alone take at the fastest that anything here moved them).
+    """
+    rows: list[Row] = []
+    for shape in shapes:
+        for count in tokens:
+            ways = {f"mlx-lm {b} bit": partial(mlx_lm, shape, count, b) for b in (4, 8)}
+            ways |= {f"turboquant {b} bit": partial(over_codes, shape, count, b) for b in bits}
+            rows += _rows(ways, shape, count, progress)
+    return _with_roofline(rows)
+
+
+def attention_of_methods(
+    methods: Sequence[str], shape: Shape = SHAPES[0], tokens: int = TOKENS[1], progress: Tell = print
+) -> list[Row]:
+    """The same at `METHOD_BITS` for each of ``methods``, fitted to random vectors."""
+    ways = {f"{name} {METHOD_BITS} bit": partial(over_codes, shape, tokens, METHOD_BITS, name) for name in methods}
+    return _with_roofline(list(_rows(ways, shape, tokens, progress)))
+
+
+def _with_roofline(rows: Sequence[Row]) -> list[Row]:
+    # a kernel that only reads moves bytes faster than a copy does
+    fastest = max(bandwidth(), *(row["gigabytes_per_second"] for row in rows))
+    return [row | {"roofline_microseconds": row["bytes"] / fastest / 1e3} for row in rows]
+
+
+def bandwidth() -> float:
+    """Gigabytes a second at which MLX copies a large array or reads it to a sum, whichever is more."""
+    source = mx.zeros((1 << 28,), mx.float32)
+    mx.eval(source)
+    copied, read = median_seconds(lambda: source + 1), median_seconds(source.sum)
+    return max(2 * source.nbytes / copied, source.nbytes / read) / 1e9
+
+
+def _rows(ways: Mapping[str, Callable[[], Cache]], shape: Shape, tokens: int, progress: Tell) -> Iterator[Row]:
+    """A row for exact attention, and for each of ``ways``."""
+    exact_time = 0.0
+    for name, way in ({"exact 16 bit": partial(exact, shape, tokens)} | dict(ways)).items():
+        made, size = calls(shape, way)
+        times = microseconds(made)
+        exact_time = exact_time or times.evaluating
+        said = f"{shape.query_heads}/{shape.kv_heads}×{shape.head_dim}, {tokens} tokens: {name}"
+        progress(f"{said}, {times.evaluating:.0f} µs, and {times.making:.0f} to make the graph")
+        yield {
+            "cache": name,
+            **asdict(shape),
+            "tokens": tokens,
+            "microseconds": times.evaluating,
+            "making_microseconds": times.making,
+            "alone_microseconds": times.alone,
+            "bytes": size,
+            "gigabytes_per_second": size / times.evaluating / 1e3,
+            "ratio": times.evaluating / exact_time,
+        }
+        del made
+        mx.clear_cache()
+
+
+def calls(shape: Shape, make: Callable[[], Cache]) -> tuple[list[Callable[[], mx.array]], int]:
+    """Calls of attention to caches of their own, and the bytes that one of them has to read.
+
+    There are so many that none is left in the GPU's second-level cache.
+    """
+    query = mx.random.normal((1, shape.query_heads, 1, shape.head_dim)).astype(mx.float16)
+    made: list[Callable[[], mx.array]] = []
+    size = 0
+    while not made or len(made) < min(IN_A_ROW, _CACHE_BYTES // size):
+        attend, arrays = make()
+        mx.eval(query, arrays)
+        leaves: Any = tree_flatten(arrays)
+        size = sum(array.nbytes for _, array in leaves)
+        made.append(lambda attend=attend: attend(mx.array(query)))  # type: ignore[misc]
+    return made, size
+
+
+def exact(shape: Shape, tokens: int) -> Cache:
+    """Attention to keys and values in 16 bits."""
+    k, v = vectors(shape, tokens), vectors(shape, tokens)
+    return lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.scale), (k, v)
+
+
+def mlx_lm(shape: Shape, tokens: int, bits: int) -> Cache:
+    """Attention to mlx-lm's quantized cache."""
+    k, v = (mx.quantize(vectors(shape, tokens), group_size=GROUP, bits=bits) for _ in TENSORS)
+    settings: dict[str, Any] = {"scale": shape.scale, "mask": None, "group_size": GROUP, "bits": bits}
+    return lambda q: base.quantized_scaled_dot_product_attention(q, k, v, **settings), (k, v)
+
+
+def over_codes(shape: Shape, tokens: int, bits: int, method: str = "turboquant") -> Cache:
+    """Attention over the codes of a method: those of `_TILE` random vectors, over and over."""
+    codecs, tiles = _coded(shape, min(_TILE, tokens), bits, method)
+
+    def copied(tile: mx.array) -> mx.array:
+        return mx.contiguous(mx.concatenate([tile] * -(-tokens // tile.shape[2]), axis=2)[:, :, :tokens] + 0)
+
+    keys, values = ({name: copied(tile) for name, tile in code.arrays.items()} for code in tiles)
+    history = History((Segment(codecs[0], Code(keys), codecs[1], Code(values)),))
+    return lambda q: history.attend(q, shape.scale, None), (keys, values)
+
+
+@lru_cache(maxsize=1)
+def _coded(shape: Shape, tokens: int, bits: int, method: str) -> tuple[list[Codec], list[Code]]:
+    codecs = [fitted(method, shape, tensor, bits) for tensor in TENSORS]
+    return codecs, [codec.encode(vectors(shape, tokens)) for codec in codecs]
+
+
+def fitted(method: str, shape: Shape, tensor: Tensor, bits: int = METHOD_BITS) -> Codec:
+    """A codec of a method, fitted to random vectors; of RateQuant with heads of two widths."""
+    options: Row = {}
+    if METHODS[method].per_head:
+        options["head_bits"] = tuple(bits + (-1) ** head for head in range(shape.kv_heads))
+    sample = Sample(vectors(shape, 2 * shape.head_dim), rope=Rope(shape.head_dim))
+    return METHODS[method].codec(shape.head_dim, bits, tensor, **options).fit(sample)
+
+
+def encode_steps(
+    shape: Shape = SHAPES[0],
+    behind: int = TOKENS[1],
+    chunk: int = CHUNK,
+    methods: Sequence[str] = ENCODED,
+    progress: Tell = print,
+) -> list[Row]:
+    """Time to encode the keys and values of all layers: of one decoded token, and of a chunk of a prefill.
+
+    Rows: ``cache, query_heads, kv_heads, head_dim, layers, tokens, microseconds, attention_microseconds, ratio``. Both
+    times are of all layers, evaluated together. ``attention`` is that of one token to ``behind`` others, in 4-bit
+    codes, and ``ratio`` is to it. Calibrated methods are fitted to random vectors, once for all layers.
+    """
+    attention = IN_A_ROW * microseconds(calls(shape, partial(over_codes, shape, behind, METHOD_BITS))[0]).evaluating
+    rows: list[Row] = []
+    for name in methods:
+        codecs = [fitted(name, shape, tensor) for tensor in TENSORS]
+        for count in (1, chunk):
+            pairs = [[vectors(shape, count) for _ in codecs] for _ in range(IN_A_ROW)]
+            mx.eval(pairs)
+            spent = IN_A_ROW * microseconds([partial(_encode, codecs, pair) for pair in pairs]).evaluating
+            row = {"cache": f"{name} {METHOD_BITS} bit", **asdict(shape), "layers": IN_A_ROW, "tokens": count}
+            times = {"microseconds": spent, "attention_microseconds": attention, "ratio": spent / attention}
+            rows.append(row | times)
+            progress(f"encoding {count} tokens of {IN_A_ROW} layers: {name}, {spent:.0f} µs")
+            del pairs
+            mx.clear_cache()
+    return rows
+
+
+def _encode(codecs: Sequence[Codec], pair: Sequence[mx.array]) -> list[dict[str, mx.array]]:
+    return [codec.encode(x).arrays for codec, x in zip(codecs, pair, strict=True)]
