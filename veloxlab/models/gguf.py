@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from textwrap import shorten
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -173,7 +173,7 @@ def word_splitter(name: str) -> PreTokenizer:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 
     llama3 = Split(Regex(LLAMA3_WORDS), "isolated")
-    before = {"gpt-2": [], "smollm": [Digits(individual_digits=True)], "llama-bpe": [llama3]}
+    before: dict[str, list[Any]] = {"gpt-2": [], "smollm": [Digits(individual_digits=True)], "llama-bpe": [llama3]}
     if name not in before:
         said = f"The tokenizer splits words by the rule {name!r}, which is not known"
         raise InputError(f"{said}; 'smollm', 'gpt-2' and 'llama-bpe' are.")
