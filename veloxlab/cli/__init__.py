@@ -88,10 +88,6 @@ def _one(name: str, words: str, kind: Callable[[str], Any] = str, default: Any =
 _many = partial(_one, nargs="+")
 
 
-def _flag(name: str, words: str, **more: str) -> Argument:
-    return name, {"action": "store_true", "help": words, **more}
-
-
 def _text(tokens: int, windows: int) -> tuple[Argument, Argument]:
     return (
         _one("--tokens", "tokens in a window of text", int, tokens),
@@ -126,7 +122,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "doctor": (
         "check the device, the packages and the model's weights",
         show_checks,
-        _flag("--json", "print the checks as JSON", dest="as_json"),
+        ("--json", {"action": "store_true", "help": "print the checks as JSON", "dest": "as_json"}),
     ),
     "compare": (
         "measure quality, memory and time of all caches on WikiText-2",
@@ -171,7 +167,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         "measure peak memory and time per token, by length of text",
         measurements.measure_lengths,
         MODEL,
-        _flag("--random", "random weights in the model's shape"),
+        ("--random", {"action": "store_true", "help": "random weights in the model's shape"}),
         _many("--tokens", "text lengths", int, [1024, 2048, 4096, 8192, 16384]),
         _many("--layer-tokens", "lengths for one layer of a 7B model", int, [], nargs="*"),
         _many("--quantized", "bits of mlx-lm's own quantized cache", int, [4, 8], nargs="*"),
@@ -188,9 +184,20 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status: 0 is success, 1 a failed check, 2 bad input."""
+    parser = argparse.ArgumentParser(
+        prog="veloxlab",
+        description="Without a command, open JupyterLab at the tour notebook. Arguments after -- go to JupyterLab.",
+    )
+    parser.add_argument("--version", action="version", version=f"veloxlab {version('veloxlab')}")
+    commands = parser.add_subparsers(title="commands", dest="command")
+    for command, (about, _, *arguments) in COMMANDS.items():
+        also = f"Options of mlx_lm.{OF_MLX_LM[command]} are also accepted." if command in OF_MLX_LM else None
+        own = commands.add_parser(command, help=about, epilog=also)
+        for argument, settings in arguments:
+            own.add_argument(argument, **settings)
+
     words = list(sys.argv[1:] if argv is None else argv)
     end = words.index("--") if "--" in words else len(words)
-    parser = _parser()
     options, unknown = parser.parse_known_args(words[:end])
     behind, given = words[end + 1 :], vars(options)
     name = given.pop("command")
@@ -205,18 +212,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="veloxlab",
-        description="Without a command, open JupyterLab at the tour notebook. Arguments after -- go to JupyterLab.",
-    )
-    parser.add_argument("--version", action="version", version=f"veloxlab {version('veloxlab')}")
-    commands = parser.add_subparsers(title="commands", dest="command")
-    for name, (words, _, *arguments) in COMMANDS.items():
-        also = f"Options of mlx_lm.{OF_MLX_LM[name]} are also accepted." if name in OF_MLX_LM else None
-        own = commands.add_parser(name, help=words, epilog=also)
-        for argument, settings in arguments:
-            own.add_argument(argument, **settings)
-    return parser

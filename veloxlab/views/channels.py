@@ -124,7 +124,7 @@ def outliers_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatC
         )
         told = columns.tips("layer seen", ("loudest_ratio", tensor, ".3~g"))
         lost = marks.crosses(own, x="layer:O")
-        return marks.lines_by_layer(base, told, lost, shape=marks.scaled(alt.Shape, "seen", shapes, legend=legend))
+        return marks.lines_by_layer(base, told, 30, lost, shape=marks.scaled(alt.Shape, "seen", shapes, legend=legend))
 
     step = 0.85 * marks.layer_step(shown["layer"].n_unique())  # room for a broad legend
     plots = marks.panels(tensors, draw, alt.Step(step), 120)

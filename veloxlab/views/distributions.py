@@ -88,7 +88,8 @@ def density(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
         unit = UNITS.get(space, "in the unit of the activations")
         # a square root lets the tails be seen, and has a place for 0
         title = [*SPACE_WORDS[space].split(", "), "density, √ scale"]
-        return marks.step_area(marks.only(space=space)).encode(
+        area: alt.Chart = marks.only(space=space).mark_area(**marks.STEP_AREA)
+        return area.encode(
             x=columns.x("value", f"coordinate, {unit}", nice=False),
             y=columns.y("density", title, stack=None, type="sqrt", tickCount=4),
             color=marks.tensor_colour(legend=space == spaces[0]),

@@ -63,7 +63,7 @@ def error_map(
         color=marks.tensor_colour(),
     )
     told = columns.tips("layer tensor", ("loss", name, ".3g"))
-    lines = marks.lines_by_layer(base, told, size=36, shape=marks.scaled(alt.Shape, "tensor", theme.TENSOR_SHAPES))
+    lines = marks.lines_by_layer(base, told, 36, shape=marks.scaled(alt.Shape, "tensor", theme.TENSOR_SHAPES))
     maps = alt.vconcat(*marks.panels(grid.tensors, cells, grid.width, grid.height), spacing=10)
     plots: list[marks.Plot] = [lines.properties(width=grid.width, height=110), maps]
     return marks.framed(plots, shown, heading, caption or error_caption(frame, metric), pickable=True)
@@ -146,7 +146,8 @@ def error_distribution(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcat
         rows = _of_width(bits, widths).transform_calculate(middle="sqrt(datum.least * datum.most)")
         title = "" if last else None
         share = _titled(bits, widths, "share of vectors")
-        return marks.step_area(scales.on_log_scale(rows, "middle")).encode(
+        area: alt.Chart = scales.on_log_scale(rows, "middle").mark_area(**marks.STEP_AREA)
+        return area.encode(
             x=columns.x("middle_drawn", title, type="log", nice=False, labelExpr=scales.LABEL, **axis),
             y=columns.y("share", share, stack=None, format="%", tickCount=3),
             color=marks.tensor_colour(legend=bits == widths[0]),

@@ -17,6 +17,11 @@ IS_PICKED = f"datum.layer === {PICKED}"
 ALTAIR_ROWS = 5_000
 CELLS = 1_600  # of a map at most: more would make a slider stutter, so heads are then drawn in groups
 CROSS: Look = {"text": "×", "fontSize": 13, "fontWeight": "bold", "color": theme.PICKED}  # not finite
+STEP_AREA: Look = {
+    "interpolate": "step",
+    "opacity": 0.3,
+    "line": {"interpolate": "step", "strokeWidth": 1.5},
+}  # of bins
 Channel = TypeVar("Channel", alt.Color, alt.Opacity, alt.Shape, alt.StrokeDash)
 Plot = alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart | alt.HConcatChart
 
@@ -88,11 +93,6 @@ def line_points(base: alt.Chart, tooltip: list[alt.Tooltip], size: int = 34, **m
     return alt.layer(base.mark_line(strokeWidth=1.5), points(base, tooltip, size, **more))  # type: ignore[return-value]
 
 
-def step_area(base: alt.Chart) -> alt.Chart:
-    """Draw the bins of a density."""
-    return base.mark_area(interpolate="step", opacity=0.3, line={"interpolate": "step", "strokeWidth": 1.5})  # type: ignore[no-any-return]
-
-
 def crosses(base: alt.Chart, **encodings: Any) -> alt.Chart:
     """Mark the rows with values that are not finite, at the top of a plot unless ``y`` is given."""
     marks = base.transform_filter("datum.not_finite > 0").mark_text(**CROSS)
@@ -142,7 +142,7 @@ def beside_layers(layers: int, height: int, *marks: alt.Chart) -> alt.LayerChart
 
 
 def lines_by_layer(
-    base: alt.Chart, tooltip: list[alt.Tooltip], *more: alt.Chart, size: int = 30, **encodings: Any
+    base: alt.Chart, tooltip: list[alt.Tooltip], size: int = 30, *more: alt.Chart, **encodings: Any
 ) -> alt.LayerChart:
     """Lay lines and points over clickable layers and the frame around the picked one; ``encodings`` are the points'."""
     dots = base.mark_point(filled=True, size=size, opacity=1, cursor="pointer").encode(tooltip=tooltip, **encodings)

@@ -119,17 +119,13 @@ def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str = 
     shown = pl.concat([bars, fits], how="diagonal_relaxed")
     used = dict(PARTS[part] for part in PARTS if part in planned["part"])
     y = columns.y("cache", None, sort=caches, paddingInner=0.3)
-    contexts_of = alt.Chart().transform_filter("isValid(datum.context)").encode(
-        x=columns.x("context", zero=True, nice=False, tickCount=6, format="~s"), y=y
-    )  # fmt: skip
-    largest_bars = contexts_of.mark_bar()
-    largest_bars = largest_bars.encode(color=marks.cache_colour(caches), tooltip=columns.tips("cache context"))
+    fit = alt.Chart().transform_filter("isValid(datum.context)")
+    fit = fit.encode(x=columns.x("context", zero=True, nice=False, tickCount=6, format="~s"), y=y)
+    fit_bars = fit.mark_bar().encode(color=marks.cache_colour(caches), tooltip=columns.tips("cache context"))
+    held = _held(y, used, "GB" if bars["total"].max() >= 1e9 else "MB")  # type: ignore[operator]
     plots = [
         plot.properties(width=theme.WIDTH - 130, height=ROW * len(caches))
-        for plot in (
-            _held(y, used, "GB" if bars["total"].max() >= 1e9 else "MB"),  # type: ignore[operator]
-            alt.layer(largest_bars, marks.labels(contexts_of, "format(datum.context, ',d')")),
-        )
+        for plot in (held, alt.layer(fit_bars, marks.labels(fit, "format(datum.context, ',d')")))
     ]
     said = caption or plan_caption(planned, largest)
     return marks.framed(plots, shown, "Memory a cache will hold (predicted)", said)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -38,8 +38,13 @@ def report(title: str, sections: Sequence[Section], script: str) -> str:
     exports ``vegaEmbed``; it goes into the page.
     """
     charts = [section.chart for section in sections if section.chart is not None]
-    numbers = count()
-    parts = [_part(section, numbers) for section in sections]
+    numbers, lines = count(), list[str]()
+    for section in sections:
+        lines += [f"<h2>{escape(section.heading)}</h2>"] if section.heading else []
+        lines += [f"<p>{escape(section.words)}</p>"] if section.words else []
+        lines += [f'<div class="chart" id="chart-{next(numbers)}"></div>'] if section.chart is not None else []
+        lines += [html_table(section.table.columns, section.table.iter_rows())] if section.table is not None else []
+        lines += [f"<pre>{escape(section.code)}</pre>"] if section.code else []
     themes = {mode: theme.colours(mode) | {"background": "transparent"} for mode in theme.INK}
     ink = {f"{mode}_{name}": colour for mode, colours in theme.INK.items() for name, colour in colours.items()}
     page = Template((files("veloxlab.views") / "report.html").read_text(encoding="utf-8"))
@@ -47,20 +52,10 @@ def report(title: str, sections: Sequence[Section], script: str) -> str:
         ink,
         title=escape(title),
         font=theme.FONT,
-        sections="\n".join(parts),
+        sections="\n".join(lines),
         charts=_inert({"specs": finite(charts), "themes": themes}),
         script=_inert(script),
     )
-
-
-def _part(section: Section, numbers: Iterator[int]) -> str:
-    """HTML of a section; a chart takes the next number."""
-    lines = [f"<h2>{escape(section.heading)}</h2>"] if section.heading else []
-    lines += [f"<p>{escape(section.words)}</p>"] if section.words else []
-    lines += [f'<div class="chart" id="chart-{next(numbers)}"></div>'] if section.chart is not None else []
-    lines += [html_table(section.table.columns, section.table.iter_rows())] if section.table is not None else []
-    lines += [f"<pre>{escape(section.code)}</pre>"] if section.code else []
-    return "\n".join(lines)
 
 
 def _inert(value: object) -> str:

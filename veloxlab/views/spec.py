@@ -26,10 +26,10 @@ def split(spec: Spec) -> tuple[Spec, dict[str, Rows], dict[str, Any]]:
         given = str(data.get("name", ""))
         if given in hashed:
             name = names.setdefault(given, f"data-{len(rows)}")
-            rows.setdefault(name, finite_rows(hashed[given]))
+            rows.setdefault(name, finite(hashed[given]))
         elif isinstance(data.get("values"), list):
             name = given or f"data-{len(rows)}"
-            rows[name] = finite_rows([row if isinstance(row, dict) else {"data": row} for row in data["values"]])
+            rows[name] = finite([row if isinstance(row, dict) else {"data": row} for row in data["values"]])
         else:
             return data
         return {"name": name} | {key: data[key] for key in ("format",) if key in data}
@@ -81,12 +81,7 @@ def describe(spec: Spec, datasets: Mapping[str, Rows]) -> str:
     return f"{title_of(spec) or 'Chart'} ({sum(map(len, datasets.values()))} rows)"
 
 
-def finite_rows(rows: Rows) -> Rows:
-    """Replace NaN and infinities by ``None`` in every row."""
-    return [{key: finite(value) for key, value in row.items()} for row in rows]
-
-
-def finite(value: object) -> object:
+def finite(value: Any) -> Any:  # noqa: ANN401 - any JSON
     """Replace NaN and infinities, which JSON does not have, by ``None``, however deep they lie."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -30,9 +30,8 @@ def spectrum(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
         tooltip=columns.tips("tensor seen rank share"),
     )
     plots = [line.properties(width=theme.WIDTH - 110, height=190)]
-    return marks.framed(
-        plots, shown, "Share of energy in each direction of one head", caption or spectrum_caption(frame)
-    )
+    heading = "Share of energy in each direction of one head"
+    return marks.framed(plots, shown, heading, caption or spectrum_caption(frame))
 
 
 def spectrum_caption(frame: pl.DataFrame) -> str:
@@ -62,19 +61,15 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConca
         color=marks.tensor_colour(),
         strokeDash=_with_mean(),
     )
-    told = columns.tips("layer tensor seen dimensions")
     shares = alt.Chart().encode(
         x=marks.layer_axis(),
         y=columns.y("mean_share", domain=[0, 1], format="%", tickCount=3),
         color=marks.tensor_colour(legend=False),
     )
+    above = marks.lines_by_layer(counts, columns.tips("layer tensor seen dimensions"), 26, strokeDash=alt.StrokeDash())
+    below = marks.lines_by_layer(shares, columns.tips("layer tensor mean_share"), 26)
     width = alt.Step(0.88 * marks.layer_step(means["layer"].n_unique()))  # room for a broad legend
-    plots = (
-        marks.lines_by_layer(counts, told, size=26, strokeDash=alt.StrokeDash()).properties(width=width, height=150),
-        marks.lines_by_layer(shares, columns.tips("layer tensor mean_share"), size=26).properties(
-            width=width, height=80
-        ),
-    )
+    plots = [plot.properties(width=width, height=height) for plot, height in ((above, 150), (below, 80))]
     said = caption or dimensions_caption(frame)
     return marks.framed(plots, means, "Effective dimensions, and the mean vector's share", said, pickable=True)
 
