@@ -28,18 +28,11 @@ _SHOWN = 60  # characters of a value in a message
 
 @dataclass(frozen=True)
 class Check:
-    """One kind of input.
+    """One kind of input."""
 
-    Attributes
-    ----------
-    words : what to give, for the sentence.
-    fits : whether a value is of this kind; a TypeError or ValueError means that it is not.
-    convert : gives the value as it is used.
-    """
-
-    words: str
-    fits: Callable[[Any], Any] = lambda value: True
-    convert: Callable[[Any], Any] = lambda value: value
+    words: str  # what to give, for the sentence
+    fits: Callable[[Any], Any] = lambda value: True  # a TypeError or ValueError means that it does not
+    convert: Callable[[Any], Any] = lambda value: value  # gives the value as it is used
 
     def read(self, value: Any) -> Any:  # noqa: ANN401
         """Give what ``value`` means; raises TypeError, ValueError or OverflowError if it is of another kind."""
@@ -154,7 +147,6 @@ FLAG = Check("True or False", lambda value: type(value).__name__ == "bool", bool
 WORDS = instance(str, "a text in quotes")
 PATH = Check("a path", _is_path)
 FILE = Check("the path of a file, not of a folder", lambda p: _is_path(p) and not Path(p).is_dir())
-FOLDER = Check("the path of a folder", lambda p: _is_path(p) and (Path(p).is_dir() or not Path(p).exists()))
 MAPPING = Check("a dictionary", lambda value: isinstance(value, Mapping), dict)
 OPTION_VALUES = Check("a dictionary of options", lambda value: isinstance(value, Mapping), plain)
 FUNCTION = Check("a function", callable)
@@ -163,7 +155,6 @@ TOKENIZER = Check(
     "a tokenizer, the second of the two that vl.load gives",
     lambda value: hasattr(value, "encode") and not isinstance(value, str),
 )
-CAPTURE = having("what vl.capture gave", "layers", "tokens")
 CALIBRATION = having("what vl.calibrate gave", "codec")
 CALIBRATIONS = either(CALIBRATION, many(CALIBRATION, empty=True))
 CACHE = many(having("a layer's cache, as vl.make_cache makes them", "state"), empty=True)
@@ -183,9 +174,9 @@ ARGUMENTS: dict[str, Check] = {
     **dict.fromkeys(("method", "name", "space", "tensor", "text"), WORDS),
     **dict.fromkeys(("per_sequence", "per_token"), FLAG),
     "calibration": CALIBRATION,
-    "capture": CAPTURE,
+    "capture": having("what vl.capture gave", "layers", "tokens"),
     "chunk": choice("exact", "codes"),
-    "folder": FOLDER,
+    "folder": Check("the path of a folder", lambda p: _is_path(p) and (Path(p).is_dir() or not Path(p).exists())),
     "method_or_plan": PLAN,
     "methods": many(WORDS),
     "mode": choice("oneshot", "decode"),

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
-import time
+import timeit
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -116,11 +116,7 @@ def cpu_gflops() -> float:
     size = 512
     a = mx.random.uniform(shape=(size, size), stream=mx.cpu)
     mx.eval(a)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        mx.eval(mx.matmul(a, a, stream=mx.cpu))
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(lambda: mx.eval(mx.matmul(a, a, stream=mx.cpu)), number=1, repeat=5)
     return 2 * size**3 / min(seconds) / 1e9
 
 

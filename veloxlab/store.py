@@ -114,12 +114,11 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        said = f"{path} cannot be written ({_reason(error)}): choose another place."
         if _is_folder(path):
             said = f"{path} is a folder: give the name of a file in it."
         elif not _is_folder(path.parent):
             said = f"There is no folder {path.parent}: make it, or choose another."
-        else:
-            said = f"{path} cannot be written ({_reason(error)}): choose another place."
         raise InputError(said) from error
 
 
@@ -164,15 +163,11 @@ def kept(path: Path, load: Callable[[Path], T], make: Callable[[], T], save: Cal
 
 @dataclass
 class Unfinished:
-    """What a long run measured so far, in a file from which the same run continues after it was stopped.
+    """What a long run measured so far, in a file from which the same run continues after it was stopped."""
 
-    ``path`` None keeps nothing; ``format`` names the kind of run; ``facts`` are all that the measurements depend on,
-    as JSON holds it.
-    """
-
-    path: Path | None
-    format: str
-    facts: Mapping[str, Any]
+    path: Path | None  # None keeps nothing
+    format: str  # of this kind of run
+    facts: Mapping[str, Any]  # all that the measurements depend on, as JSON holds it
 
     def read(self) -> Any:  # noqa: ANN401 - any JSON
         """Give what `put` wrote last for the same facts, or None; raises `InputError` for a damaged file."""
@@ -196,8 +191,8 @@ class Unfinished:
 
     def remove(self) -> None:
         """The run is finished."""
-        with suppress(OSError):  # its result counts now, and the file is no hindrance
-            if self.path is not None:
+        if self.path is not None:
+            with suppress(OSError):  # its result counts now, and the file is no hindrance
                 self.path.unlink()
 
 
@@ -209,61 +204,50 @@ def digest(content: object, files: Iterable[bytes] = ()) -> str:
     return found.hexdigest()
 
 
-def to_json(
-    format: str,  # noqa: A002 - the field's name in the file
-    content: Mapping[str, Any],
-    files: Iterable[bytes] = (),
-    indent: int | None = None,
-) -> str:
-    """Give ``content`` as JSON of a ``format``, with ``sha256``, the checksum of it and of ``files``."""
-    content = {"format": format, **content}
+def to_json(kind: str, content: Mapping[str, Any], files: Iterable[bytes] = (), indent: int | None = None) -> str:
+    """Give ``content`` as JSON of a format, with ``sha256``, the checksum of it and of ``files``."""
+    content = {"format": kind, **content}
     return json.dumps({**content, "sha256": digest(content, files)}, indent=indent)
 
 
-def from_json(
-    text: str | bytes,
-    format: str,  # noqa: A002
-    files: Iterable[bytes] = (),
-    what: str = "it",
-) -> dict[str, Any]:
+def from_json(text: str | bytes, kind: str, files: Iterable[bytes] = (), what: str = "it") -> dict[str, Any]:
     """Undo `to_json`; ValueError if ``text`` is of no such format, or ``what`` was written was something else."""
     content = json.loads(text)
-    if not isinstance(content, dict) or content.get("format") != format:
-        raise ValueError(f"it is not of the format {format!r}")
-    if content.pop("sha256", None) != digest(content, files):
+    if not isinstance(content, dict) or content.pop("format", None) != kind:
+        raise ValueError(f"it is not of the format {kind!r}")
+    if content.pop("sha256", None) != digest({"format": kind, **content}, files):
         raise ValueError(f"{what} is not what was written")
-    del content["format"]
     return content
 
 
 def write_json(
     path: Path,
-    format: str,  # noqa: A002
+    kind: str,
     content: Mapping[str, Any],
     beside: Mapping[Path, bytes] | None = None,
     indent: int | None = 1,
 ) -> None:
     """Write ``content`` by `to_json`, with files ``beside`` it."""
     files = beside or {}
-    write_together({**files, path: to_json(format, content, files.values(), indent).encode()})
+    write_together({**files, path: to_json(kind, content, files.values(), indent).encode()})
 
 
-def read_json(path: Path, format: str, *beside: Path) -> dict[str, Any]:  # noqa: A002
+def read_json(path: Path, kind: str, *beside: Path) -> dict[str, Any]:
     """Read the content that `write_json` wrote; OSError or ValueError if a file is missing or not what was written."""
     what = " or ".join(["it", *(file.name for file in beside)])
-    return from_json(path.read_bytes(), format, (file.read_bytes() for file in beside), what)
+    return from_json(path.read_bytes(), kind, (file.read_bytes() for file in beside), what)
 
 
-def write_parquet(path: Path, frame: pl.DataFrame, format: str = "", facts: object = None) -> None:  # noqa: A002
-    """Write ``frame`` as Parquet; with a ``format`` also ``facts``, as JSON, and the checksum of the whole file."""
-    said = {format: json.dumps(facts), "checksum": (_BEFORE_SUM + _NO_SUM).decode()} if format else None
+def write_parquet(path: Path, frame: pl.DataFrame, kind: str = "", facts: object = None) -> None:
+    """Write ``frame`` as Parquet; of a format also ``facts``, as JSON, and the checksum of the whole file."""
+    said = {kind: json.dumps(facts), "checksum": (_BEFORE_SUM + _NO_SUM).decode()} if kind else None
     held = io.BytesIO()
     frame.write_parquet(held, metadata=said)
-    write_atomically(path, _with_sum(held.getvalue()) if format else held.getvalue())
+    write_atomically(path, _with_sum(held.getvalue()) if kind else held.getvalue())
 
 
-def read_parquet(path: Path, format: str) -> tuple[pl.DataFrame, Any]:  # noqa: A002
-    """Read a frame and facts that `write_parquet` wrote with a ``format``; OSError or ValueError as `read_json`.
+def read_parquet(path: Path, kind: str) -> tuple[pl.DataFrame, Any]:
+    """Read a frame and facts that `write_parquet` wrote of a format; OSError or ValueError as `read_json`.
 
     The checksum is looked at first: of damaged files Polars reads other numbers, or panics.
     """
@@ -273,9 +257,9 @@ def read_parquet(path: Path, format: str) -> tuple[pl.DataFrame, Any]:  # noqa: 
     if _with_sum(content) != content:
         raise ValueError("it has no checksum, or is not what was written")
     metadata = pl.read_parquet_metadata(io.BytesIO(content))
-    if format not in metadata:
-        raise ValueError(f"it is not of the format {format!r}")
-    return pl.read_parquet(content), json.loads(metadata[format])
+    if kind not in metadata:
+        raise ValueError(f"it is not of the format {kind!r}")
+    return pl.read_parquet(content), json.loads(metadata[kind])
 
 
 def _with_sum(content: bytes) -> bytes:
