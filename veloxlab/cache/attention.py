@@ -45,8 +45,8 @@ class Segment:
 class History(Handle):
     """All tokens that a layer's queries may attend to, oldest first.
 
-    ``stored`` is what the cache made of those that came now. The answer to many queries waits for it: else MLX would
-    leave the encoding of all layers, and their keys and values, for the end of a prefill.
+    The answer to many queries waits for what is ``stored`` of them: else MLX would leave the encoding of all layers,
+    and their keys and values, for the end of a prefill.
     """
 
     segments: tuple[Segment, ...]

@@ -21,16 +21,15 @@ from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.hooks import Handle, Mask, loadable
 
+Pads = Sequence[int] | None  # of each row
+
 
 class BatchRow(NamedTuple):
-    """What one sequence of a batch attends to, if any of the new tokens is its own, and where that stands.
-
-    Of those that came ``own`` are its tokens, and the others padding; its oldest token is at ``column``.
-    """
+    """What one sequence of a batch attends to, if any of the new tokens is its own, and where that stands."""
 
     history: History | None
-    own: slice
-    column: int
+    own: slice  # its tokens among those that came; the others are padding
+    column: int  # of its oldest token
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,15 @@ class BatchHistory(Handle):
 class BatchCompressedKVCache(saved.Saved):
     """One layer of a batch; a drop-in for mlx-lm's ``BatchKVCache`` and ``BatchRotatingKVCache``.
 
-    ``rows`` are the caches of its sequences, each of one sequence and all of one path. `CompressedKVCache.merge` makes
-    it of copies.
+    ``rows`` are the caches of single sequences, all of one path. `CompressedKVCache.merge` makes it of copies.
     """
 
     def __init__(self, rows: Iterable[CompressedKVCache]) -> None:
         self.rows = list(rows)
         for row in self.rows:
-            if row.sequences > 1:
-                raise InputError(
-                    f"A cache of {row.sequences} sequences cannot join a batch: make one cache for each sequence."
-                )
+            count = next((buffer.shape[0] for buffer in row.buffers), 1)
+            if count > 1:
+                raise InputError(f"A cache of {count} sequences cannot join a batch: make one cache for each sequence.")
         self._skip = [0] * len(self.rows)  # places of padding to come before the first token of a row
         self._left: list[int | None] = [None] * len(self.rows)  # places before padding behind its last; None: all
         self._padding = 0  # columns of the past that hold no token of any row
@@ -131,13 +128,7 @@ class BatchCompressedKVCache(saved.Saved):
         width = self._width
         return mx.array([width - row.visible + skip for row, skip in zip(self.rows, self._skip, strict=True)])
 
-    def prepare(
-        self,
-        *,
-        left_padding: Sequence[int] | None = None,
-        lengths: Sequence[int] | None = None,
-        right_padding: Sequence[int] | None = None,
-    ) -> None:
+    def prepare(self, *, left_padding: Pads = None, lengths: Pads = None, right_padding: Pads = None) -> None:
         """Say where padding is among the tokens to come, up to `finalize`.
 
         Raises `InputError` for padding on the left of a row that already holds tokens.
@@ -174,15 +165,9 @@ class BatchCompressedKVCache(saved.Saved):
         """A copy of one row."""
         return copy.deepcopy(self.rows[idx])
 
-    def end_of_step(self) -> None:
-        """See `veloxlab.cache.saved.Saved`."""
-        self._lent = None
-        for row in self.rows:
-            row.end_of_step()
-
     def describe(self) -> tuple[saved.Content, list[mx.array]]:
         """See `veloxlab.cache.saved.Saved`."""
-        described = [row.describe() for row in self.rows]
+        self._lent, described = None, [row.describe() for row in self.rows]
         rows = [{"arrays": len(own), "content": said} for said, own in described]
         content = {"rows": rows, "skip": self._skip, "left": self._left, "padding": self._padding}
         return content, [array for _, own in described for array in own]
@@ -212,10 +197,7 @@ class BatchCompressedKVCache(saved.Saved):
         return all(row.is_trimmable() for row in self.rows)
 
     def trim(self, n: int) -> int:
-        """Drop the newest ``n`` tokens of each row (at most all), and return how many the longest lost.
-
-        Raises as `CompressedKVCache.trim`, of any row. Then no row lost a token.
-        """
+        """`CompressedKVCache.trim` of each row, or of none if one raises; gives how many the longest lost."""
         for row in self.rows:
             row.check_trim(n)
         self._lent = None

@@ -75,10 +75,7 @@ class Calibration:
         return sorted({at[2] for at in self.codecs})
 
     def joined(self, other: Calibration) -> Calibration:
-        """Give this calibration with the widths of another one beside its own; codecs of each width are fitted alone.
-
-        Raises `InputError` if the other differs in more than its widths: another method, model, text or option.
-        """
+        """Give one of the widths of both; raises `InputError` if they differ in another fact."""
         both = [{**c.facts, "method": c.method, "bits": None} for c in (self, other)]
         if both[0] != both[1]:
             differs = [name for name in both[0] if both[0][name] != both[1].get(name)]

@@ -75,17 +75,16 @@ class Windows:
     def arrival(self, count: int, offset: int, recent: int, *, all_seen: bool) -> Arrival:
         """Where ``count`` tokens go that come after ``offset`` others, of which ``recent`` are in the window.
 
-        With ``all_seen`` attention has what it needs of them, and those that a sliding layer will not see again are
-        not stored.
+        With ``all_seen`` those that a sliding layer will not see again are not stored: attention has them already.
         """
         to_sinks = min(count, max(0, self.sinks - offset))
         gone = 0 if self.reach is None or not all_seen else max(0, count - to_sinks - self.reach)
         left = 0 if gone else recent
-        pending = left + count - to_sinks - gone
-        to_packed = max(0, pending - self.window) // self.block * self.block
+        new = count - to_sinks - gone
+        to_packed = max(0, left + new - self.window) // self.block * self.block
         from_recent = min(to_packed, left)
         from_new = to_packed - from_recent
-        return Arrival(to_sinks, gone, from_recent, from_new, count - to_sinks - gone - from_new)
+        return Arrival(to_sinks, gone, from_recent, from_new, new - from_new)
 
     def leaving(self, packed: int, recent: int) -> int:
         """How many of the oldest tokens behind the sinks are forgotten."""

@@ -34,14 +34,11 @@ _LARGEST = 1e9
 
 
 class Coming(NamedTuple):
-    """Tokens of one call that a cache can store: `CompressedKVCache.check` gives them, `CompressedKVCache.store` takes.
-
-    With ``all_seen`` attention reads them as they came, else as they are stored.
-    """
+    """Tokens of one call that a cache can store, as `CompressedKVCache.check` found."""
 
     keys: mx.array
     values: mx.array
-    all_seen: bool
+    all_seen: bool  # attention reads them as they came, else as they are stored
     arrival: Arrival
     codecs: tuple[Codec, Codec]
     sinks: Codes | None
@@ -52,18 +49,15 @@ class Coming(NamedTuple):
 class CompressedKVCache(Runs, saved.Saved):
     """Keys and values of one layer, compressed; a drop-in for mlx-lm's ``KVCache`` in a ``prompt_cache`` list.
 
-    With ``max_size`` it stands in for a ``RotatingKVCache``: then it holds the ``sinks`` and the newest tokens, those
-    that a query can still see, and never more bytes than that would.
+    With ``max_size`` it stands in for a ``RotatingKVCache``: then it holds the ``sinks`` and the newest tokens that a
+    query can still see, in no more bytes.
 
     Parameters
     ----------
     key_codec, value_codec : how packed tokens are stored. Their head dimensions may differ. A codec that says it is
         ``online`` is fitted to the first tokens that are packed, and stays so, even if all of them are trimmed.
-    sinks : tokens at the start of the text kept exact.
-    window : newest tokens kept exact, and of a sliding layer at most a quarter of what it sees; up to
-        `veloxlab.cache.counts.BLOCK` more wait to be encoded together.
-    chunk : whether the tokens of one call attend to one another ``"exact"``, or through their ``"codes"`` as later
-        tokens will.
+    sinks, window, chunk : as for `veloxlab.make_cache`. The window of a sliding layer is at most a quarter of what it
+        sees. Up to `veloxlab.cache.counts.BLOCK` more tokens wait to be encoded together.
     layer : index in the model, for messages and reports.
     path, reason : ``"codes"`` hands attention a `History` that it reads packed; ``"arrays"`` hands out decoded arrays,
         for layers whose own arithmetic needs them; and why, for reports.
@@ -204,9 +198,9 @@ class CompressedKVCache(Runs, saved.Saved):
         return int(TOKENS("n", n))
 
     def trim(self, n: int) -> int:
-        """Drop the newest ``n`` tokens (at most all), release their memory, and return how many were dropped.
+        """Drop the newest ``n`` tokens (at most all), and give how many that were; raises as `check_trim`.
 
-        What was encoded stays encoded: the window fills again with the tokens to come. Raises as `check_trim`.
+        What was encoded stays encoded: the window fills again with the tokens to come.
         """
         dropped = min(self.check_trim(n), self.offset)
         self._lent = None
@@ -227,12 +221,9 @@ class CompressedKVCache(Runs, saved.Saved):
         other._lent = None
         return other
 
-    def end_of_step(self) -> None:
-        """See `veloxlab.cache.saved.Saved`."""
-        self._lent = None
-
     def describe(self) -> tuple[saved.Content, list[mx.array]]:
         """See `veloxlab.cache.saved.Saved`."""
+        self._lent = None
         (keys, of_keys), (values, of_values) = map(saved.describe_codec, (self.key_codec, self.value_codec))
         content = {
             "settings": {"sinks": self.max_sinks} | {name: getattr(self, name) for name in _SETTINGS},

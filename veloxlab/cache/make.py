@@ -138,27 +138,16 @@ def _check_plan(plan: Plan, beside: dict[str, Any], calibrations: Sequence[Calib
 
 
 @checked(path=FILE, calibration=CALIBRATIONS)
-def load_cache(
-    path: str | Path,
-    model: Module,
-    method_or_plan: str | Plan | None = None,
-    **settings: Any,
-) -> list[Any]:
+def load_cache(path: str | Path, model: Module, method_or_plan: str | Plan | None = None, **settings: Any) -> list[Any]:
     """Read a prompt cache that mlx-lm's ``save_prompt_cache`` wrote, and check that it is one for ``model``.
 
     All layers of a cache that `make_cache` made say which model they are for, exact ones too, and have a checksum. A
     cache that mlx-lm made says neither: then its layers have to be as many, and of the kinds, shapes and dtypes, as
     this model makes them.
 
-    Parameters
-    ----------
-    path : the file.
-    model : the model that is to continue.
-    method_or_plan, settings : as for `make_cache`, if the cache has to be of that method, bits and calibration.
-
-    Raises
-    ------
-    InputError : there is no such file, it is damaged, or what it holds is not for this model, or not as wanted.
+    ``method_or_plan`` and ``settings`` are as for `make_cache`, if the cache has to be of that method, bits and
+    calibration. Raises `InputError` if there is no such file, it is damaged, or what it holds is not for this model, or
+    not as wanted.
     """
     attach()
     probe.probe(model)  # so that a cache made for it is known to be for a model that is here

@@ -59,10 +59,9 @@ class LayerSettings:
 
 
 def usual_bits(method: str, exact_bits: int, bits: int | None = None) -> int:
-    """Code bits where ``bits`` is None: those of an exact value for ``"none"``, else `DEFAULT_BITS`."""
-    if bits is not None:
-        return bits
-    return exact_bits if method == "none" else DEFAULT_BITS
+    """``bits``, or by default those of an exact value for ``"none"``, else `DEFAULT_BITS`."""
+    usual = exact_bits if method == "none" else DEFAULT_BITS
+    return usual if bits is None else bits
 
 
 def tensor_bits(
@@ -87,7 +86,6 @@ class Plan:
     model_hash, model : `model_hash` of the model that it was made for, and that model in words, for messages.
     layers : settings of each entry of the model's prompt cache; those of layers that keep their own cache are idle.
     sinks, window, chunk, sliding : as for `veloxlab.make_cache`.
-    name : for people.
     allocation : what tells the measurements that the bits were allocated by from others; empty if there were none.
     calibrations : identities of the calibrations that it was made with, by method; `make_cache` wants the same.
     """

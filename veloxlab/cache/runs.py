@@ -19,13 +19,10 @@ Codes = tuple[Code, Code]  # of keys and of values
 
 
 class Run:
-    """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, such as ``"keys/codes"``.
-
-    ``tokens`` are held, of ``room`` that the buffers have; it will never hold more than ``most``, where that is known.
-    """
+    """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, such as ``"keys/codes"``."""
 
     def __init__(self, most: int | None = None) -> None:
-        self.most, self.tokens, self.room = most, 0, 0
+        self.most, self.tokens, self.room = most, 0, 0  # that it will ever hold, holds, and has buffers for
         self.buffers: Arrays = {}
         self._codes: dict[tuple[int, int], Codes] = {}  # views of the buffers as they are, by what was asked for
 
@@ -41,10 +38,9 @@ class Run:
         return {name.removeprefix(start): buffer for name, buffer in self.buffers.items() if name.startswith(start)}
 
     def codes(self, start: int = 0, skip: int = 0) -> Codes:
-        """The codes of the keys and of the values held, but for the ``skip`` oldest.
+        """The codes of keys and values, but for the ``skip`` oldest; ``start`` is where the oldest held is in the text.
 
-        ``start`` is the position in the text of the oldest token held. Every layer asks at every token, and most runs
-        have not changed since: views are kept.
+        Every layer asks at every token, and most runs have not changed since: views are kept.
         """
         known = self._codes.get((start, skip))
         if known is None:
@@ -96,13 +92,10 @@ class Run:
 
 
 class Runs:
-    """Three runs of tokens in order: ``sinks``, ``packed`` and ``recent``.
-
-    ``evicted`` tokens between the sinks and the oldest that is packed have been forgotten.
-    """
+    """Three runs of tokens in order: ``sinks``, ``packed`` and ``recent``."""
 
     def __init__(self, windows: Windows) -> None:
-        self.windows, self.evicted = windows, 0
+        self.windows, self.evicted = windows, 0  # tokens behind the sinks that were forgotten
         self.sinks, self.packed, self.recent = Run(windows.sinks), Run(), Run(windows.most_recent)
 
     @property
@@ -129,11 +122,6 @@ class Runs:
     def nbytes(self) -> int:
         """Bytes held: sinks, codes, scales, window and growth slack."""
         return sum(buffer.nbytes for buffer in self.buffers)
-
-    @property
-    def sequences(self) -> int:
-        """Sequences held, all of one length."""
-        return next((buffer.shape[0] for buffer in self.buffers), 1)
 
     def empty(self) -> bool:
         """Whether no token has come."""

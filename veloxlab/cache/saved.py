@@ -51,21 +51,19 @@ class Saved(ABC):
 
     @abstractmethod
     def describe(self) -> tuple[Content, list[mx.array]]:
-        """What `rebuild` needs: what JSON can hold, and arrays, those that are held among them."""
+        """What `rebuild` needs: what JSON can hold, and arrays, those that are held among them.
+
+        It is asked for after a step: what was only for the layers that attended is let go.
+        """
 
     @classmethod
     @abstractmethod
     def rebuild(cls, content: Content, arrays: Iterator[mx.array]) -> Self:
         """Undo `describe`, with the next of ``arrays``."""
 
-    @abstractmethod
-    def end_of_step(self) -> None:
-        """The layers have attended: let go of what was only for them."""
-
     @property
     def state(self) -> list[Any]:
         """What is to be evaluated after each chunk of a prefill, and what is saved: the arrays, and a description."""
-        self.end_of_step()
         content, arrays = self.describe()
         return [*arrays, Description(content, arrays)]
 
@@ -75,19 +73,13 @@ class Saved(ABC):
 
     @classmethod
     def from_state(cls, state: Sequence[Any]) -> Self:
-        """Rebuild a cache from what `state` gave and mlx-lm's ``save_prompt_cache`` wrote.
-
-        Raises `InputError` if it was altered, or saved by another version, method or model than is here.
-        """
+        """Undo `state`; raises `InputError` if it was altered, or is of another version, method or model than here."""
         content, arrays = _opened(state)
         return cls.rebuild(content, iter(arrays))
 
 
 class Checksummed:
-    """What one of mlx-lm's own caches adds to what it saves: the model and layer that it is of, and a checksum.
-
-    `add_checksum` makes a cache one of these; it stays what it was in all else.
-    """
+    """What `add_checksum` adds to one of mlx-lm's own caches: it saves its model and layer, and a checksum."""
 
     native: ClassVar[Any]  # mlx-lm's class
     model: str | None = None
