@@ -11,7 +11,7 @@ from tests.tiny_models import tiny
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.saving import to_parts
 from veloxlab.errors import InputError
-from veloxlab.widgets.fitting import Fitting
+from veloxlab.widgets.selection import Fitting
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
 from veloxlab.measure.compare import compare
 from veloxlab.views import theme
-from veloxlab.widgets.fitting import Fitting
+from veloxlab.widgets.selection import Fitting
 
 IDS = [i * i % 90 for i in range(80)]
 

@@ -119,7 +119,7 @@ def test_bounds_are_kept_and_shown(tuner):
     assert set(tuner.charts["bits"].frame.filter(layer=3)["method"]) == {"none"}
     assert "grey: 4 kept exact" in tuner.charts["bits"].content["params"]["caption"]
     # exact layers take more bits than the axis had, and it goes on to them
-    most, usual = tuner.charts["frontier"].frame["true_bits"].max(), tuner._everything["true_bits"]
+    most, usual = tuner.charts["frontier"].frame["true_bits"].max(), tuner.everything["true_bits"]
     assert most > usual.max()
     assert f'"domain": [{usual.min()}, {most}]' in json.dumps(tuner.charts["frontier"].to_dict())
 

@@ -23,7 +23,8 @@ from veloxlab.views import picture
 from veloxlab.views.report import Section, report
 from veloxlab.widgets import ChartView, lifetime
 from veloxlab.widgets.pages.budget_controls import PlanFile, history
-from veloxlab.widgets.pages.cache_charts import at_bits
+from veloxlab.widgets.pages.cache import at_bits
+from veloxlab.widgets.selection import Choice
 
 HOSTILE = "<!-- <script> </script> --> \u2028 & \"'\\"
 BITS = {0: (3, 4), 1: (4, 4)}
@@ -128,8 +129,8 @@ def test_text_in_a_table_of_plans_and_in_a_line_of_code_stays_text(lab, monkeypa
     assert "<script" not in shown
     assert "&lt;script&gt;" in shown
     page = lab.turn_to("cache")
-    monkeypatch.setattr(page, "lines", lambda _: [HOSTILE])
-    page._tell_code()
+    monkeypatch.setattr(Choice, "lines", lambda *_: [HOSTILE])
+    page._redraw()
     assert "<script" not in page._code.value
 
 

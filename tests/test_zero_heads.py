@@ -17,7 +17,7 @@ from veloxlab.measure.distributions import channel_distributions, vectors
 from veloxlab.measure.errors import error_densities, errors_along_position, errors_by_bits, ratio
 from veloxlab.measure.spectra import dimensions, rope_pairs, spectra
 from veloxlab.views import by_bits_caption, channel_map_caption, spectrum_caption
-from veloxlab.widgets.pages.cache_charts import relative as relative_at_bits
+from veloxlab.widgets.pages.cache import relative as relative_at_bits
 from veloxlab.widgets.pages.errors import ErrorExplorer
 from veloxlab.widgets.pages.keys import KeyExplorer
 

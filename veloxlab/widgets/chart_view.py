@@ -37,22 +37,18 @@ def bundle_name() -> str:
 
 
 def ensure_bundle() -> Path:
-    """An ES module that exports ``vegaEmbed``, made if this machine has none yet.
-
-    It goes to the user's cache folder, or to a private temporary one where that cannot be written.
-    """
+    """An ES module that exports ``vegaEmbed``, made if need be: in the user's cache folder, or in a temporary one."""
     name = bundle_name()
     cache = platformdirs.user_cache_path("veloxlab")
     if (cache / name).is_file():
         return cache / name
     code = vl_convert.javascript_bundle(SNIPPET, vl_version=_newest_vegalite()).encode()
     try:
-        path = make_folder(cache) / name
-        write_atomically(path, code)
+        make_folder(cache)
     except InputError:  # a read-only home, as containers have it
-        path = Path(tempfile.mkdtemp(prefix="veloxlab-")) / name
-        write_atomically(path, code)
-    return path
+        cache = Path(tempfile.mkdtemp(prefix="veloxlab-"))
+    write_atomically(cache / name, code)
+    return cache / name
 
 
 def _newest_vegalite() -> str:
@@ -89,7 +85,7 @@ class ChartView(Ending, anywidget.AnyWidget):
     Parameters
     ----------
     chart : an Altair chart of fixed width. If it has a param ``picked_layer``, a click on a mark picks its ``layer``.
-    summary : a stable line of text for outputs that show no picture; by default the title and the number of rows.
+    summary : a line of text for outputs that show no picture; by default the title and the number of rows.
     picked : the layer marked at first.
 
     Examples
@@ -128,9 +124,9 @@ class ChartView(Ending, anywidget.AnyWidget):
         return int(self.content["revision"])
 
     def show(self, chart: alt.TopLevelMixin, *, summary: str | None = None) -> None:
-        """Show another Altair chart; where only its numbers differ, the page patches the one it has.
+        """Show another Altair chart, with another ``summary`` if one is given.
 
-        ``summary``: the new line of text; without it the old one stays.
+        Where only its numbers differ, the page patches the one it has.
         """
         with self._changing:
             state = self._state_of(chart, revision=self.revision + 1)
@@ -138,11 +134,10 @@ class ChartView(Ending, anywidget.AnyWidget):
             self.spec, self.content = state["spec"], state["content"]
 
     def put(self, frames: Frames | None = None, /, *, summary: str | None = None, **params: Any) -> None:
-        """Change rows and params of the chart that is shown.
+        """Change rows and params of the chart that is shown, for instance ``caption="3 bits"``.
 
-        ``frames``: rows for the chart's first dataset, or frames by dataset name, with the columns of the chart's own
-        frame. ``summary``: the new line of text; without it the old one stays. ``params``: new values of the chart's
-        params, for instance ``caption="3 bits"``.
+        ``frames`` are rows for the chart's first dataset, or frames by dataset name, with the columns of the chart's
+        own frame. Without a ``summary`` the old line of text stays.
         """
         with self._changing:
             if isinstance(frames, pl.DataFrame):
@@ -168,9 +163,9 @@ class ChartView(Ending, anywidget.AnyWidget):
             return join(self._bare, self._rows(), self.content["params"] | {PICKED: self.picked})
 
     @property
-    def specs(self) -> list[Spec]:
-        """The chart alone; see `to_dict`."""
-        return [self.to_dict()]
+    def views(self) -> tuple[ChartView, ...]:
+        """The chart alone."""
+        return (self,)
 
     @property
     def frame(self) -> pl.DataFrame:

@@ -10,7 +10,6 @@ import ipywidgets
 import polars as pl
 
 from veloxlab.errors import InputError
-from veloxlab.views.spec import Spec
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.lifetime import Ending, loosen
 
@@ -56,9 +55,9 @@ class Explore(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has 
         loosen(self)
 
     @property
-    def specs(self) -> list[Spec]:
-        """The chart."""
-        return self.view.specs
+    def views(self) -> tuple[ChartView, ...]:
+        """The chart alone."""
+        return (self.view,)
 
     def __repr__(self) -> str:
         return f"Explore({self.slider.description} = {self.slider.value} of {', '.join(map(str, self.slider.options))})"

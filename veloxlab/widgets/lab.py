@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from operator import attrgetter
 from typing import Any
 
 import ipywidgets
@@ -13,26 +14,21 @@ from veloxlab.errors import InputError
 from veloxlab.views.report import Section
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.lifetime import loosen
-from veloxlab.widgets.pages.budget import BudgetTuner
-from veloxlab.widgets.pages.cache import CachePage
-from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter, OfExperiment
-from veloxlab.widgets.pages.errors import ErrorExplorer
-from veloxlab.widgets.pages.generation import SideBySide
-from veloxlab.widgets.pages.keys import KeyExplorer
-from veloxlab.widgets.pages.memory import MemoryPlanner
+from veloxlab.widgets.pages import budget, cache, compare, errors, generation, keys, memory
+from veloxlab.widgets.pages.compare import Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import Panel, ProgressBar
 from veloxlab.widgets.selection import Checked, Chosen, OfLayers
 from veloxlab.widgets.worker import Progress
 
 # A page is one line here: its name, its title, and what makes it from a laboratory.
 PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
-    "cache": ("Cache", lambda lab: CachePage(lab.experiment, lab.worker)),
-    "errors": ("Errors", lambda lab: ErrorExplorer(lab.experiment.capture, **lab.shared)),
-    "keys": ("Keys and values", lambda lab: KeyExplorer(lab.experiment.capture, **lab.shared)),
-    "compare": ("Compare", lambda lab: Comparison(lab.experiment, lab.worker)),
-    "generation": ("Generation", lambda lab: SideBySide(lab.experiment.model, lab.experiment.tokenizer, **lab.shared)),
-    "budget": ("Budget", lambda lab: BudgetTuner(lab.experiment.model, lab.experiment.tokenizer, **lab.shared)),
-    "memory": ("Memory", lambda lab: MemoryPlanner(lab.experiment.model, **lab.shared)),
+    "cache": ("Cache", lambda lab: cache.CachePage(lab.experiment, lab.worker)),
+    "errors": ("Errors", lambda lab: errors.ErrorExplorer(lab.experiment.capture, **lab.shared)),
+    "keys": ("Keys and values", lambda lab: keys.KeyExplorer(lab.experiment.capture, **lab.shared)),
+    "compare": ("Compare", lambda lab: compare.Comparison(lab.experiment, lab.worker)),
+    "generation": ("Generation", lambda lab: generation.SideBySide(*lab.loaded, **lab.shared)),
+    "budget": ("Budget", lambda lab: budget.BudgetTuner(*lab.loaded, **lab.shared)),
+    "memory": ("Memory", lambda lab: memory.MemoryPlanner(lab.experiment.model, **lab.shared)),
 }
 NAMES = tuple(PAGES)
 WAITING = "<em>This page is made when the present work is done.</em>"
@@ -40,12 +36,8 @@ WAITING = "<em>This page is made when the present work is done.</em>"
 
 def _of(page: str, name: str) -> Any:  # noqa: ANN401 - a property
     """An attribute of a page as one of the laboratory."""
-    doc = f"`{name}` of {page!r}."
-    return property(
-        lambda lab: getattr(lab.page_of(page), name),
-        lambda lab, value: setattr(lab.page_of(page), name, value),
-        doc=doc,
-    )
+    get = attrgetter(name)
+    return property(lambda lab: get(lab.page_of(page)), lambda lab, value: setattr(lab.page_of(page), name, value))
 
 
 class Lab(Experimenter, OfExperiment, OfLayers):
@@ -65,8 +57,7 @@ class Lab(Experimenter, OfExperiment, OfLayers):
     page : trait: the name of the open page, one of ``cache``, ``errors``, ``keys``, ``compare``, ``generation``,
         ``budget`` and ``memory``.
     head : trait: the chosen KV head.
-    pages : the pages that were made, by name, each a widget of its own: `CacheExplorer`, `ErrorExplorer`,
-        `KeyExplorer`, `SideBySide`, `BudgetTuner`, `MemoryPlanner`.
+    pages : the pages that were made, by name, each a widget of its own.
     method, key_bits, value_bits, sinks, window, layer, metric, measured, plan, errors, bits, memory, frontier, measure
         : as `CacheExplorer` has them; ``compare()`` measures every method that needs no fitting.
 
@@ -76,16 +67,19 @@ class Lab(Experimenter, OfExperiment, OfLayers):
     """
 
     NAME = "lab"
+    STATE = ("metric", "head", "page")
 
     page = Checked(choice(*PAGES), "cache", help="the open page")
     head = Chosen("head", help="the chosen KV head")
     errors, bits, memory = _of("cache", "errors"), _of("cache", "bits"), _of("cache", "memory")
     metric, measure = _of("cache", "metric"), _of("cache", "measure")
+    comparison = property(lambda lab: lab.page_of("compare"))
     frontier, compare = _of("compare", "frontier"), _of("compare", "compare")
 
     def _begin(self, experiment: Experiment) -> None:
         Panel.__init__(self, experiment.selection)
         self.experiment, self.points = experiment, experiment.points
+        self.loaded: tuple[Any, Any] = (experiment.model, experiment.tokenizer)
         self.shared: dict[str, Any] = {"selection": self.selection, "worker": self.worker}
         self._pages: dict[str, Panel] = {}  # never changed in place: the worker adds pages while others read them
         self._places = {name: ipywidgets.VBox() for name in PAGES}
@@ -97,8 +91,6 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         self.observe(lambda _: self._open(), "page")
         self.children = [self._tabs, self._message]
         self.follow()
-
-    # pages ----------------------------------------------------------------------------------------------------------
 
     @property
     def pages(self) -> dict[str, Panel]:
@@ -112,12 +104,7 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         return self.pages[name]
 
     def turn_to(self, page: str) -> Panel:
-        """Open a page, wait until it is there, and give it.
-
-        Raises
-        ------
-        InputError : there is no such page, or it could not be made.
-        """
+        """Open a page, wait until it is there, and give it; raises `InputError` if it cannot be made."""
         self.page = page
         if page not in self.pages:
             self._open()
@@ -125,11 +112,6 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         if page not in self.pages:
             raise InputError(f"The page {page!r} could not be made: {self.worker.last_error}")
         return self.pages[page]
-
-    @property
-    def comparison(self) -> Comparison:
-        """The page ``compare``."""
-        return self.page_of("compare")  # type: ignore[no-any-return]
 
     def _open(self) -> None:
         """Draw the open page alone; make it if it is new, or was closed."""
@@ -151,30 +133,6 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         self._places[name].children = [panel]
         panel.activate(name == self.page)
 
-    # what is taken away ---------------------------------------------------------------------------------------------
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """The settings as plain words and numbers: what `restore` takes, and JSON holds."""
-        return {**self.page_of("cache").state, "head": self.head, "page": self.page}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Choose the settings of a `state`.
-
-        Raises
-        ------
-        InputError : it says what cannot be here; nothing is changed then.
-        """
-        missing = [name for name in ("head", "page") if name not in state]
-        if missing:
-            raise InputError(f"The state says nothing of {', '.join(missing)}: give what the attribute state gave.")
-        before, self.page = self.page, state["page"]
-        try:
-            self.page_of("cache").restore(state)
-        except InputError:
-            self.page = before
-            raise
-
     @property
     def summary(self) -> str:
         """One line of numbers, as the page ``cache`` says it."""
@@ -193,14 +151,12 @@ class Lab(Experimenter, OfExperiment, OfLayers):
     def sections(self) -> list[Section]:
         """What a report says: the charts of every page that was made, what was measured, the plan and its use."""
         words = f"{len(self.experiment.capture.tokens)} tokens of text, sinks={self.sinks}, window={self.window}."
-        pages = [
-            section
-            for name, panel in self.pages.items()
-            for section in (Section(PAGES[name][0], panel.summary), *panel.sections)
-        ]
+        said = [Section(self.name, words)]
+        for name, panel in self.pages.items():
+            said += [Section(PAGES[name][0], panel.summary), *panel.sections]
         plan = Section("The plan", "Save it as plan.json.", code=self.plan.to_json())
-        use = Section("To use it", code="\n".join(self.lines('vl.Plan.load("plan.json")')))
-        return [Section(self.name, words), *pages, plan, use]
+        use = Section("To use it", code="\n".join(self.selection.choice.lines('vl.Plan.load("plan.json")')))
+        return [*said, plan, use]
 
     @property
     def views(self) -> tuple[ChartView, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakMethod, WeakSet, WeakValueDictionary
 
@@ -18,44 +18,36 @@ from IPython import get_ipython
 from ipywidgets.widgets import widget as registry
 
 from veloxlab.views import picture
-from veloxlab.views.spec import Spec
 
 
-class Table(MutableMapping[str, ipywidgets.Widget]):
+class Table(WeakValueDictionary[str, ipywidgets.Widget]):
     """The table of open widgets by model id, as ipywidgets uses it. It holds those in ``kept``, and what a page shows.
 
-    Every loop runs over a copy: any thread may make or end widgets meanwhile.
+    A loop over it runs over a copy: any thread may make or end widgets meanwhile.
     """
 
     def __init__(self, widgets: Mapping[str, ipywidgets.Widget]) -> None:
+        super().__init__(widgets)
         self.kept, self.shown = dict(widgets), dict[str, ipywidgets.Widget]()
-        self._all = WeakValueDictionary(widgets)
-
-    def __getitem__(self, name: str) -> ipywidgets.Widget:
-        return self._all[name]
 
     def __setitem__(self, name: str, widget: ipywidgets.Widget) -> None:
-        self.kept[name] = self._all[name] = widget
+        super().__setitem__(name, widget)
+        self.kept[name] = widget
 
-    def __delitem__(self, name: str) -> None:
+    def pop(self, name: str, *default: Any) -> Any:  # noqa: ANN401
+        """Take a widget out."""
         for held in (self.kept, self.shown):
             held.pop(name, None)
-        del self._all[name]
+        return super().pop(name, *default)
 
-    def __iter__(self) -> Iterator[str]:
-        return iter([name for name, _ in self.items()])
-
-    def __len__(self) -> int:
-        return len(self.items())
-
-    def values(self) -> Any:  # noqa: ANN401 - a list, where a view is promised
-        """The open widgets."""
-        return [widget for _, widget in self.items()]
-
-    def items(self) -> Any:  # noqa: ANN401
+    def items(self) -> Any:  # noqa: ANN401 - a list, where a view is promised
         """Model ids and open widgets."""
-        found = [(reference.key, reference()) for reference in self._all.valuerefs()]
+        found = [(reference.key, reference()) for reference in self.valuerefs()]
         return [(name, widget) for name, widget in found if widget is not None]
+
+    def values(self) -> Any:  # noqa: ANN401
+        """Open widgets."""
+        return [widget for _, widget in self.items()]
 
 
 TABLE = Table(registry._instances)
@@ -74,8 +66,8 @@ class Ending(ipywidgets.Widget):  # type: ignore[misc]  # ipywidgets has no type
 
     @property
     @abstractmethod
-    def specs(self) -> list[Spec]:
-        """Its charts as they are now, from top to bottom: Vega-Lite specs with their rows."""
+    def views(self) -> tuple[Any, ...]:
+        """The `ChartView` of each chart that is seen now, from top to bottom."""
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:  # noqa: ANN401 - data alone, or with metadata
         """Show the live widget, and beside it a picture and a line for places where no kernel runs."""
@@ -83,8 +75,9 @@ class Ending(ipywidgets.Widget):  # type: ignore[misc]  # ipywidgets has no type
         bundle = super()._repr_mimebundle_(**kwargs)
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         data["text/plain"] = repr(self)
-        if specs := self.specs:
-            data["image/png"] = base64.b64encode(picture.stacked(specs)).decode()
+        if self.views:
+            still = picture.stacked([view.to_dict() for view in self.views])
+            data["image/png"] = base64.b64encode(still).decode()
         return bundle
 
 
@@ -122,9 +115,6 @@ def parts(whole: ipywidgets.Widget) -> list[ipywidgets.Widget]:
             if not isinstance(value, ipywidgets.widget_link.Link):  # its ends are no parts of it
                 waiting += [vars(value), value._trait_values]
     return list(found.values())
-
-
-# what cells show --------------------------------------------------------------------------------------------------
 
 
 Shown = WeakSet[ipywidgets.Widget]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+import altair as alt
 import ipywidgets
 import polars as pl
 import traitlets as t
@@ -15,7 +16,6 @@ import traitlets as t
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
 from veloxlab.views.report import Section, report
-from veloxlab.views.spec import Spec
 from veloxlab.widgets.chart_view import ChartView, ensure_bundle
 from veloxlab.widgets.lifetime import Ending, loosen, weakly
 from veloxlab.widgets.selection import Chosen, ChosenBits, Selection
@@ -71,20 +71,12 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     them, and then calls `follow`. `close` ends it: its widgets leave the page, its work stops, and it lets go of the
     model and of all that it measured but the public tables. The same happens when nothing refers to it any more, and
     when the cell that shows it is run again, unless a variable still holds it.
-
-    Attributes
-    ----------
-    selection : what is chosen.
-    worker : does what takes longer than a moment; its own, or that of the laboratory that it is a page of.
-    charts : those that are there now, by name.
-    active : whether it draws what is chosen; a laboratory's hidden pages do not.
-    lasting : a sentence that is shown where there is no other.
     """
 
     NAME: ClassVar[str]
     children: Any
-    lasting: Any = ""
-    active = True
+    lasting: Any = ""  # a sentence that is shown where there is no other
+    active = True  # whether it draws what is chosen; a laboratory's hidden pages do not
 
     def __init__(self, selection: Selection, worker: Worker | None = None, **settings: Any) -> None:
         self.selection, self._owns_worker = selection, worker is None
@@ -117,7 +109,9 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         super().close()
         self.unobserve_all()
         self.children = ()
-        self._let_go = {name for name, value in vars(self).items() if not _is_kept(name, value)}
+        tables = {name for name, value in vars(self).items() if isinstance(value, pl.DataFrame) and name[0] != "_"}
+        traits = {name for name in vars(self) if name.startswith("_trait_")}
+        self._let_go = {*vars(self)} - tables - traits - KEPT
         for name in self._let_go:
             delattr(self, name)
 
@@ -144,13 +138,6 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         """The charts that are seen now, from top to bottom."""
         return tuple(self.named.values())
 
-    @property
-    def specs(self) -> list[Spec]:
-        """The charts that are seen now, as Vega-Lite specs with their rows."""
-        return [view.to_dict() for view in self.views]
-
-    # work -----------------------------------------------------------------------------------------------------------
-
     def _submit(
         self, key: str, job: Job, *, on_done: Callable[[Any], None] = lambda _: None, ahead: bool = False
     ) -> None:
@@ -169,12 +156,24 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
             shown = sentence or self.lasting
             self._message.value = f"<em>{html.escape(shown)}</em>" if shown else ""
 
-    # what is chosen -------------------------------------------------------------------------------------------------
+    def _put(self, charts: Mapping[str, alt.TopLevelMixin], slot: ipywidgets.Box) -> None:
+        """Show charts, the first ones in ``slot``, later ones in the place of these."""
+        for name, chart in charts.items() if self.charts else ():
+            self.charts[name].show(chart)
+        if not self.charts:
+            self.charts = {name: ChartView(chart) for name, chart in charts.items()}
+            slot.children = self.views
 
     def follow(self) -> None:
         """Follow the selection from now on."""
-        self._ends.append(self.selection.watch(weakly(self._selected)))
+        self._watch(self.selection, "choice", self._selected)
         self._selected()
+
+    def _watch(self, whole: t.HasTraits, trait: str, follow: Callable[[Any], None]) -> None:
+        """Call a method after every change of a trait of something else, until this is closed."""
+        weak = weakly(follow)
+        whole.observe(weak, trait)
+        self._ends.append(lambda: whole.unobserve(weak, trait))
 
     def _chosen(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name, trait in self.traits().items() if isinstance(trait, Chosen)}
@@ -198,29 +197,25 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
             self._redraw()
 
     def _redraw(self) -> None:
-        """Show what is chosen now; a panel of charts does."""
-
-    # controls ---------------------------------------------------------------------------------------------------------
+        """Show what is chosen now."""
 
     def _control(
         self, kind: type[ipywidgets.Widget], trait: str, words: str = "", tip: str = "", **settings: Any
     ) -> ipywidgets.Widget:
         """A control that shows a trait and sets it; its tooltip is ``tip`` or the trait's own help."""
+        own = self.traits()[trait]
         control = kind(value=getattr(self, trait), description=words or trait, **settings)
-        control.tooltip = tip or self.traits()[trait].help.capitalize()
+        control.tooltip = tip or own.help.capitalize()
         link = t.link((self, trait), (control, "value"))
-        if isinstance(self.traits()[trait], ChosenBits):
-            self._bits_links.append(link)
+        self._bits_links += [link] if isinstance(own, ChosenBits) else []
         return control
-
-    def _choice(self, trait: str, options: Sequence[Any], words: str = "", tip: str = "") -> ipywidgets.Widget:
-        return self._control(ipywidgets.Dropdown, trait, words, tip, options=options)
 
     def _slider(self, trait: str, least: int, most: int, **settings: Any) -> ipywidgets.Widget:
         return self._control(ipywidgets.IntSlider, trait, min=least, max=most, **settings)
 
     def _methods(self) -> ipywidgets.Widget:
-        return self._choice("method", self.selection.methods, tip="How keys and values are coded")
+        tip = "How keys and values are coded"
+        return self._control(ipywidgets.Dropdown, "method", tip=tip, options=self.selection.methods)
 
     def _bits(self, trait: str, words: str = "") -> ipywidgets.Widget:
         return self._control(ipywidgets.SelectionSlider, trait, words, options=self.selection.widths)
@@ -233,8 +228,6 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
             with slider.hold_sync():  # one message: between two, the page would send the end of its new scale back
                 slider.options = self.selection.widths
                 link.link()
-
-    # what is taken away ---------------------------------------------------------------------------------------------
 
     @property
     def sections(self) -> list[Section]:
@@ -250,16 +243,9 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def save_pictures(self, folder: str | Path) -> list[Path]:
         """Write each chart as SVG and PNG and its rows as Parquet into ``folder``, and give the files."""
         folder = make_folder(folder)
-        files = []
-        for name, view in self.named.items():
-            files += [view.to_svg(folder / f"{name}.svg"), view.to_png(folder / f"{name}.png")]
-            files.append(view.to_parquet(folder / f"{name}.parquet"))
-        return files
-
-
-def _is_kept(name: str, value: object) -> bool:
-    table = isinstance(value, pl.DataFrame) and not name.startswith("_")
-    return name.startswith("_trait_") or name in KEPT or table or isinstance(value, Panel)
+        kinds = {"svg": ChartView.to_svg, "png": ChartView.to_png, "parquet": ChartView.to_parquet}
+        named = self.named.items()
+        return [save(view, folder / f"{name}.{kind}") for name, view in named for kind, save in kinds.items()]
 
 
 def button(words: str, tip: str, act: Callable[[], object], width: str = "") -> ipywidgets.Button:
@@ -274,9 +260,9 @@ def rows(*controls: Iterable[ipywidgets.Widget]) -> ipywidgets.VBox:
     return ipywidgets.VBox([ipywidgets.HBox([*row]) for row in controls])
 
 
-def code(line: str) -> str:
+def code(lines: Iterable[str]) -> str:
     """HTML of lines of code."""
-    return f"<code>{html.escape(line, quote=False).replace(chr(10), '<br>')}</code>"
+    return f"<code>{'<br>'.join(html.escape(line, quote=False) for line in lines)}</code>"
 
 
 def check_settings(kind: str, given: Iterable[str], known: Sequence[str]) -> None:

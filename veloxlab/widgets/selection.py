@@ -10,49 +10,89 @@ from typing import Any
 import traitlets as t
 from mlx.nn.layers.base import Module
 
+from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import MAPPING, WORDS, maybe, whole
-from veloxlab.codecs import TENSORS, Tensor, find_method
+from veloxlab.codecs import METHODS, TENSORS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
-from veloxlab.widgets.fitting import Fitting
+from veloxlab.measure.calibrate import calibrate
+from veloxlab.progress import Progress, silent
 
+EXACT = "none"  # the method that compresses nothing
 Bits = tuple[int, int]  # of keys and of values
 CACHE = ("method", "key_bits", "value_bits", "sinks", "window")  # parts that describe a cache of equal layers
-COUNT, INTEGER = whole(0), whole()
+INTEGER = whole()
 CHECKS = {
     "method": WORDS,
-    "key_bits": INTEGER,
-    "value_bits": INTEGER,
-    "sinks": COUNT,
-    "window": COUNT,
     "layer": maybe(INTEGER),
-    "head": INTEGER,
     "own_bits": MAPPING,
+    **dict.fromkeys(("sinks", "window"), whole(0)),
+    **dict.fromkeys(("key_bits", "value_bits", "head"), INTEGER),
 }
+
+
+@dataclass
+class Fitting:
+    """Calibrations of one model: each width of a method is fitted when it is first needed, and kept on disk.
+
+    Without a model nothing can be fitted. The method of a calibration that was given has its widths and no others.
+    """
+
+    model: Module | None = None
+    tokenizer: Any = None
+    given: Calibration | None = None
+    _made: dict[str, Calibration] = field(default_factory=dict)
+
+    @property
+    def methods(self) -> list[str]:
+        """Ids of the methods that can be had, the exact one left out."""
+        given = self.given.method if self.given else None
+        fits = self.model is not None
+        return [m.id for m in METHODS.values() if m.id != EXACT and (fits or not m.calibrated or m.id == given)]
+
+    def widths(self, method: str) -> list[int]:
+        """Code bits at which a method can be had."""
+        given = self._given(method)
+        return list(find_method(method).bits) if given is None else given.widths
+
+    def is_ready(self, method: str, width: int) -> bool:
+        """Whether nothing has to be fitted first."""
+        return not self._missing(method, [width])
+
+    def calibration(self, method: str, widths: Iterable[int], progress: Progress = silent) -> Calibration | None:
+        """Give what holds a method at these widths, fitted now by `calibrate`; None for one that needs nothing."""
+        for width in self._missing(method, widths):
+            if self.model is None:
+                way_out = "give calibration=vl.calibrate(model, tokenizer, ...)"
+                raise InputError(f"{method} has to be fitted first: {way_out}.")
+            fitted = calibrate(self.model, self.tokenizer, method, bits=width, progress=progress)
+            self._made[method] = self._made[method].joined(fitted) if method in self._made else fitted
+        return self._made.get(method) or self._given(method)
+
+    def _given(self, method: str) -> Calibration | None:
+        return self.given if self.given and self.given.method == method else None
+
+    def _missing(self, method: str, widths: Iterable[int]) -> list[int]:
+        """Widths that have to be fitted first."""
+        if not find_method(method).calibrated or self._given(method) is not None:
+            return []
+        return sorted({*widths} - {*(self._made[method].widths if method in self._made else ())})
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What is chosen at one moment.
-
-    Attributes
-    ----------
-    key_bits, value_bits : code bits of all layers that have no bits of their own.
-    layer : the picked layer; None for all.
-    own_bits : code bits of keys and values, by layer.
-    shown_layer : the layer that pages of a single layer show: the picked one, or the last that was picked.
-    """
+    """What is chosen at one moment."""
 
     method: str = "turboquant"
-    key_bits: int = 4
+    key_bits: int = 4  # code bits of all layers that have none of their own
     value_bits: int = 4
     sinks: int = 4
     window: int = 64
-    layer: int | None = None
+    layer: int | None = None  # the picked one; None for all
     head: int = 0
-    own_bits: Mapping[int, Bits] = field(default_factory=dict)
-    shown_layer: int = 0
+    own_bits: Mapping[int, Bits] = field(default_factory=dict)  # by layer
+    shown_layer: int = 0  # on pages of a single layer: the picked one, or the last that was picked
 
     @property
     def name(self) -> str:
@@ -61,20 +101,29 @@ class Choice:
         return f"{self.method} K{self.key_bits} V{self.value_bits}{changed}"
 
     @property
-    def widths(self) -> list[int]:
-        """Every number of bits that occurs."""
-        return sorted({width for bits in (self.bits_of(None), *self.own_bits.values()) for width in bits})
+    def pairs(self) -> list[Bits]:
+        """Bits of all layers that have none of their own, then those of the others."""
+        return [(self.key_bits, self.value_bits), *self.own_bits.values()]
 
     @property
-    def arguments(self) -> str:
-        """What `veloxlab.make_cache` takes behind the model, as Python; own bits of layers need a plan."""
+    def widths(self) -> list[int]:
+        """Every number of bits that occurs."""
+        return sorted({width for bits in self.pairs for width in bits})
+
+    def lines(self, plan: str = "") -> list[str]:
+        """Lines of Python that make the cache: of what they call its ``plan``, or of its settings for all layers."""
         bits = f"key_bits={self.key_bits}, value_bits={self.value_bits}"
-        return f'"{self.method}", {bits}, sinks={self.sinks}, window={self.window}'
+        made = plan or f'"{self.method}", {bits}, sinks={self.sinks}, window={self.window}'
+        if not find_method(self.method).calibrated:
+            return [f"cache = vl.make_cache(model, {made})"]
+        return [
+            f'calibration = vl.calibrate(model, tokenizer, "{self.method}", bits={self.widths})',
+            f"cache = vl.make_cache(model, {made}, calibration=calibration)",
+        ]
 
     def bits_of(self, layer: int | None) -> Bits:
-        """Code bits of keys and values of one layer; with None, of the layers that have no bits of their own."""
-        everywhere = self.key_bits, self.value_bits
-        return everywhere if layer is None else self.own_bits.get(layer, everywhere)
+        """Code bits of keys and values of one layer; with None, of the layers that have none of their own."""
+        return self.own_bits.get(layer, self.pairs[0])  # type: ignore[arg-type]
 
     def plan(self, model: Module) -> Plan:
         """The cache as a plan."""
@@ -88,16 +137,8 @@ class Choice:
 class Selection(t.HasTraits):
     """The choice that pages share, a trait that changes as a whole. Each part is checked here and nowhere else.
 
-    Parameters
-    ----------
-    fitting : which methods and widths can be had.
-    usual : the first choice but for ``parts``; its bits become the nearest that the method has.
-    layers, heads : those that there are.
-    methods : ids that can be chosen; by default all that ``fitting`` has.
-
-    Raises
-    ------
-    InputError : a part cannot be.
+    ``fitting`` says which methods and widths can be had; ``methods`` are those of them that can be chosen. The first
+    choice is ``usual`` with other ``parts``; its bits become the nearest that the method has.
     """
 
     choice = t.Instance(Choice)
@@ -131,12 +172,7 @@ class Selection(t.HasTraits):
         return self.fitting.widths(self.choice.method)
 
     def choose(self, **parts: Any) -> None:
-        """Change parts of the choice, all at once.
-
-        Raises
-        ------
-        InputError : a part cannot be; nothing is changed then.
-        """
+        """Change parts of the choice, all at once, or none: `InputError` if one cannot be."""
         with self.lock:
             self.choice = self.changed(**parts)
 
@@ -148,9 +184,13 @@ class Selection(t.HasTraits):
         if parts.get("layer") is not None:
             parts["shown_layer"] = parts["layer"]
         choice = replace(self.choice, **parts)
-        for bits in (choice.bits_of(None), *choice.own_bits.values()):
+        widths = self.fitting.widths(choice.method)
+        for bits in choice.pairs:
             for tensor, width in zip(TENSORS, bits, strict=True):
-                self._check_width(choice.method, width, tensor)
+                find_method(choice.method).check(width, tensor, {})
+                if width not in widths:
+                    only = f"The calibration holds no {tensor} at {width} bits, only at {widths}"
+                    raise InputError(f"{only}: fit that too.")
         for layer in (*choice.own_bits, choice.shown_layer):
             if layer not in self.layers:
                 ends = f"{self.layers[0]} to {self.layers[-1]}"
@@ -159,32 +199,17 @@ class Selection(t.HasTraits):
             raise InputError(f"There is no KV head {choice.head}: choose one from 0 to {self.heads - 1}.")
         return choice
 
-    def watch(self, follow: Callable[[Any], None]) -> Callable[[], None]:
-        """Call a function after every change, and give a function that ends this."""
-        self.observe(follow, "choice")
-        return lambda: self.unobserve(follow, "choice")
-
     def _of_method(self, method: str) -> dict[str, Any]:
         """The parts that change with a method."""
         if find_method(method).id not in self.methods:
             fit = " A method that has to be fitted needs calibration=vl.calibrate(...)."
             hint = fit if find_method(method).calibrated else ""
             raise InputError(f"{method!r} cannot be chosen here: choose one of {', '.join(self.methods)}.{hint}")
-        now, widths = self.choice, self.fitting.widths(method)
-        key_bits, value_bits = (nearest(widths, width) for width in now.bits_of(None))
-        own = {layer: (nearest(widths, key), nearest(widths, value)) for layer, (key, value) in now.own_bits.items()}
-        return {"key_bits": key_bits, "value_bits": value_bits, "own_bits": own}
-
-    def _check_width(self, method: str, width: int, tensor: Tensor) -> None:
-        find_method(method).check(width, tensor, {})
-        widths = self.fitting.widths(method)
-        if width not in widths:
-            raise InputError(f"The calibration holds no {tensor} at {width} bits, only at {widths}: fit that too.")
-
-
-def nearest(widths: Iterable[int], width: int) -> int:
-    """The one of ``widths`` that is next to ``width``."""
-    return min(widths, key=lambda each: abs(each - width))
+        widths, own_bits = self.fitting.widths(method), self.choice.own_bits
+        (key_bits, value_bits), *own = [
+            tuple(min(widths, key=lambda each: abs(each - width)) for width in bits) for bits in self.choice.pairs
+        ]
+        return {"key_bits": key_bits, "value_bits": value_bits, "own_bits": dict(zip(own_bits, own, strict=True))}
 
 
 class Chosen(t.TraitType[Any, Any]):
@@ -204,40 +229,40 @@ class Chosen(t.TraitType[Any, Any]):
 
 
 class ChosenBits(Chosen):
-    """Code bits of a page's keys or values.
+    """Code bits of a page's keys or values; with an empty ``tensor`` of the one that the page shows.
 
-    Parameters
-    ----------
-    tensor : ``"keys"`` or ``"values"``; empty for the one that the page shows.
-    part : the layer that they are of: ``"layer"``, the picked one, which then has bits of its own; ``"shown_layer"``,
-        unless it has no bits of its own; or empty for all layers.
+    ``part`` is the layer that they are of: ``"layer"``, the picked one, which then has bits of its own;
+    ``"shown_layer"``, unless it has no bits of its own; or empty for all layers.
     """
 
     def __init__(self, tensor: str, part: str = "", *, help: str = "") -> None:  # noqa: A002
         super().__init__(part, help=help)
         self.tensor = tensor
 
+    def _of(self, page: Any) -> tuple[int | None, int]:  # noqa: ANN401
+        """The layer that they are of, None for all, and their place in a pair."""
+        choice = page.selection.choice
+        layer = getattr(choice, self.part) if self.part else None
+        one = self.part == "layer" or layer in choice.own_bits
+        return layer if one else None, TENSORS.index(self.tensor or page.tensor)
+
     def get(self, obj: Any, cls: Any = None) -> Any:  # noqa: ANN401
         """Read them."""
-        choice = obj.selection.choice
-        return choice.bits_of(getattr(choice, self.part) if self.part else None)[
-            TENSORS.index(self.tensor or obj.tensor)
-        ]
+        layer, place = self._of(obj)
+        return obj.selection.choice.bits_of(layer)[place]
 
     def set(self, obj: Any, value: Any) -> None:  # noqa: ANN401
         """Choose them; raises `InputError` if the method does not have them."""
         width = INTEGER(str(self.name), value)
         with obj.selection.lock:
-            choice = obj.selection.choice
-            layer = getattr(choice, self.part) if self.part else None
-            if self.part == "shown_layer" and layer not in choice.own_bits:
-                layer = None
-            key, other = choice.bits_of(layer)
-            bits = (width, other) if (self.tensor or obj.tensor) == "keys" else (key, width)
+            layer, place = self._of(obj)
             if layer is None:
-                obj.selection.choose(key_bits=bits[0], value_bits=bits[1])
+                obj.selection.choose(**{("key_bits", "value_bits")[place]: width})
             else:
-                obj.selection.choose(own_bits={**choice.own_bits, layer: bits})
+                choice = obj.selection.choice
+                bits = [*choice.bits_of(layer)]
+                bits[place] = width
+                obj.selection.choose(own_bits={**choice.own_bits, layer: tuple(bits)})
 
 
 class OfCache(t.HasTraits):

@@ -8,6 +8,7 @@ holds the line of jobs and no worker, so that a widget can be collected.
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import threading
 import time
@@ -73,20 +74,20 @@ class Progress:
 
 @dataclass(eq=False)
 class Request:
-    """A job that somebody asked for, and what is to be told of it."""
+    """A job, and whom to tell of it. ``run`` is a method of its worker, which it keeps alive."""
 
-    run: Callable[[Request], None]  # a method of its worker, which it keeps alive
+    run: Callable[[Request], None]
     key: str
     job: Job
     on_done: Callable[[Any], None]
     on_error: Callable[[str], None]
-    ahead: bool = False
+    ahead: bool
     unwanted: threading.Event = field(default_factory=threading.Event)
     why: State = "cancelled"  # it is unwanted
 
 
 class Line:
-    """The jobs that wait for one thread. All methods but `next` and `done` need the lock ``changed``."""
+    """The jobs that wait for one thread. All methods but `next` need the lock ``changed``."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition()
@@ -95,59 +96,40 @@ class Line:
         self.closed = False
         self.asked = 0.0
 
-    def add(self, request: Request) -> list[Request]:
-        """Put a request last, and give those that it overtakes."""
-        overtaken = self.forget(request.key, "overtaken")
-        self.waiting[request.key] = request
-        self.asked = time.monotonic()
-        running = self.running
-        if running is not None and running.ahead and not request.ahead and not running.unwanted.is_set():
-            running.why = "waiting"
-            running.unwanted.set()
-        self.changed.notify_all()
-        return overtaken
-
-    def forget(self, key: str | None, why: State) -> list[Request]:
-        """Make the jobs of a key, or all, unwanted, and give those that did not start."""
+    def forget(self, key: str | None, why: State) -> list[Status]:
+        """Make the jobs of a key, or all, unwanted, and give the news of those that did not start."""
         waiting = [self.waiting.pop(each) for each in [*self.waiting] if key in (None, each)]
         running = [self.running] if self.running is not None and key in (None, self.running.key) else []
         for request in waiting + running:
             request.why = why
             request.unwanted.set()
         self.changed.notify_all()
-        return waiting
+        return [Status(request.key, why) for request in waiting]
 
-    def close(self) -> list[Request]:
-        """Take no more jobs, let the thread end, and give the jobs that did not start."""
+    def close(self) -> list[Status]:
+        """Let the thread end, and give the news of jobs that did not start."""
         with self.changed:
             self.closed = True
             return self.forget(None, "cancelled")
 
-    def is_busy(self, *, ahead: bool) -> bool:
-        """Whether a job waits or runs; those that run ahead count only with ``ahead``."""
-        return any(ahead or not each.ahead for each in [*self.waiting.values(), self.running] if each is not None)
-
     def next(self) -> Request | None:
-        """Wait for the next request and take it; None once the line is closed."""
+        """Tell that the job that ran has ended, wait for the next one and take it; None once the line is closed."""
         with self.changed:
+            self.running = None
+            self.changed.notify_all()
             while not self.closed:
                 if not self.waiting:
                     self.changed.wait(IDLE)
                     continue
                 # false sorts first, and the sort is stable: the oldest of those that somebody waits for
-                key = min(self.waiting, key=lambda each: self.waiting[each].ahead)
+                request = min(self.waiting.values(), key=lambda each: each.ahead)
                 quiet = self.asked + QUIET - time.monotonic()
-                if not self.waiting[key].ahead or quiet <= 0:
-                    self.running = self.waiting.pop(key)
-                    return self.running
+                if not request.ahead or quiet <= 0:
+                    self.running = self.waiting.pop(request.key)
+                    return request
+                del request  # it keeps its worker alive
                 self.changed.wait(quiet)
         return None
-
-    def done(self) -> None:
-        """Tell those who wait that the job that ran has ended."""
-        with self.changed:
-            self.running = None
-            self.changed.notify_all()
 
 
 class Worker:
@@ -155,6 +137,10 @@ class Worker:
 
     Every method may be called from any thread. Results, errors and news are delivered on the worker's thread, which
     ends when the worker is closed, or has no job and is referred to by nobody.
+
+    Attributes
+    ----------
+    last_error : what the last failed job raised, with its trace.
 
     Examples
     --------
@@ -165,11 +151,10 @@ class Worker:
     def __init__(self, name: str = "veloxlab-worker") -> None:
         self.name = name
         self.last_error: BaseException | None = None
-        """What the last failed job raised, with its trace."""
         self._line = Line()
         self._started = False
-        finalize(self, self._line.close).atexit = False  # the end of Python ends every thread
         self._listeners: list[Callable[[Status], None]] = []
+        finalize(self, self._line.close).atexit = False  # the end of Python ends every thread
 
     def submit(
         self,
@@ -182,39 +167,43 @@ class Worker:
     ) -> None:
         """Ask for a job; an older one of the same key is dropped, or cancelled if it runs.
 
-        Parameters
-        ----------
-        key : the job's kind, such as the view that waits for it.
-        job : a function of a `Progress`.
-        on_done : given what the job returns, unless it was overtaken meanwhile.
-        on_error : given a sentence if the job, or ``on_done``, raises.
-        ahead : low priority: it begins after a quiet moment, makes way for any other job and begins anew behind it.
+        ``on_done`` is given what the job returns, unless it was overtaken meanwhile; ``on_error`` a sentence if the job
+        or ``on_done`` raises. A job that runs ``ahead`` has low priority: it begins after a quiet moment, makes way for
+        any other job and begins anew behind it.
         """
-        with self._line.changed:
-            if self._line.closed:
+        line = self._line
+        with line.changed:
+            if line.closed:
                 raise InputError(f"The worker {self.name!r} is closed: make a new one.")
-            dropped = self._line.add(Request(self._run, key, job, on_done, on_error, ahead))
+            dropped = line.forget(key, "overtaken")
+            line.waiting[key] = Request(self._run, key, job, on_done, on_error, ahead)
+            line.asked = time.monotonic()
+            running = line.running
+            if running is not None and running.ahead and not ahead and not running.unwanted.is_set():
+                running.why = "waiting"
+                running.unwanted.set()
             if not self._started:
                 self._started = True
-                thread = threading.Thread(target=_work, args=(self._line,), name=self.name, daemon=True)
-                _threads[thread] = self._line
+                thread = threading.Thread(target=_work, args=(line,), name=self.name, daemon=True)
+                _threads[thread] = line
                 thread.start()
-        self._tell_all(dropped)
-        self._tell(Status(key, "waiting"))
+        self._tell(*dropped, Status(key, "waiting"))
 
     def cancel(self, key: str | None = None) -> None:
         """Drop what waits and end what runs: of one key, or everything."""
         with self._line.changed:
             dropped = self._line.forget(key, "cancelled")
-        self._tell_all(dropped)
+        self._tell(*dropped)
 
     def wait(self, timeout: float | None = None, *, ahead: bool = False) -> bool:
-        """Wait until what was asked for is done, and tell whether that came before ``timeout`` seconds.
+        """Wait for all jobs, with ``ahead`` those that run ahead too; tell whether ``timeout`` seconds were enough."""
+        line = self._line
 
-        Jobs that run ahead are waited for only with ``ahead``.
-        """
-        with self._line.changed:
-            return self._line.changed.wait_for(lambda: not self._line.is_busy(ahead=ahead), timeout)
+        def is_idle() -> bool:
+            return not any(ahead or not each.ahead for each in [*line.waiting.values(), line.running] if each)
+
+        with line.changed:
+            return line.changed.wait_for(is_idle, timeout)
 
     def watch(self, listener: Callable[[Status], None]) -> Callable[[], None]:
         """Tell a function of every change of every job, and give a function that ends this."""
@@ -223,7 +212,7 @@ class Worker:
 
     def close(self) -> None:
         """Cancel everything and let the thread end. This does not wait; `wait` does, for a job that still runs."""
-        self._tell_all(self._line.close())
+        self._tell(*self._line.close())
 
     def _run(self, request: Request) -> None:
         outcome = self._outcome(request)
@@ -256,12 +245,8 @@ class Worker:
             return replace(newest, state="failed", label=sentence(error))
         return replace(newest, state="done", done=newest.total, label="")
 
-    def _tell_all(self, dropped: list[Request]) -> None:
-        for request in dropped:
-            self._tell(Status(request.key, request.why))
-
-    def _tell(self, status: Status) -> None:
-        for listener in [*self._listeners]:
+    def _tell(self, *news: Status) -> None:
+        for status, listener in itertools.product(news, [*self._listeners]):
             self._safely(listener, status)
 
     def _safely(self, tell: Callable[[Any], None], news: object) -> None:
@@ -274,9 +259,8 @@ class Worker:
 def sentence(error: BaseException) -> str:
     """Say an error in one sentence: bad input in its own words, anything else with its type."""
     words = " ".join(str(error).split())
-    if isinstance(error, InputError):
-        return words
-    return f"This stopped with {type(error).__name__}{': ' + words if words else ''}."
+    other = f"This stopped with {type(error).__name__}{': ' + words if words else ''}."
+    return words if isinstance(error, InputError) else other
 
 
 _threads: WeakKeyDictionary[threading.Thread, Line] = WeakKeyDictionary()
@@ -286,7 +270,6 @@ def _work(line: Line) -> None:
     while (request := line.next()) is not None:
         request.run(request)
         del request  # an idle thread keeps no worker alive
-        line.done()
     mx.clear_streams()  # MLX aborts the process if that ends just after a thread that has streams
 
 

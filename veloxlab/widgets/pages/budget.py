@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import ipywidgets
@@ -24,13 +23,12 @@ from veloxlab.checks import MAPPING, MODEL, TOKENIZER, checked, either, instance
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import link
-from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.pages.budget_charts import CHARTS, unit_of
 from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
 from veloxlab.widgets.pages.charts import ChartPage, Look
 from veloxlab.widgets.panel import ProgressBar, button
-from veloxlab.widgets.selection import Chosen, Selection
-from veloxlab.widgets.worker import Progress, Worker
+from veloxlab.widgets.selection import Chosen, Fitting, Selection
+from veloxlab.widgets.worker import Worker
 
 T = TypeVar("T")
 TOKENS = 4096  # of a text, until one is asked for
@@ -59,7 +57,7 @@ class BudgetTuner(ChartPage):
     text, tokens, windows : of measurements, as for `veloxlab.fidelity`.
     rate_settings : further arguments of `veloxlab.rate_budget`, where tables are to be measured.
     layer : the picked one.
-    selection, worker : of the laboratory that it is a page of.
+    selection, worker : of a laboratory.
 
     Attributes
     ----------
@@ -67,8 +65,7 @@ class BudgetTuner(ChartPage):
     rates : the tables; None until they are measured.
     allocation, plan : what is allocated now.
     measured : a row for each plan that was measured, `veloxlab.allocate.ratequant.EVALUATED`.
-    charts : by name ``bits``, ``losses``, ``frontier`` and ``sensitivity``, each with ``frame``, ``to_parquet``,
-        ``to_csv``, ``to_png`` and ``to_svg``, once there are tables.
+    charts : each a `ChartView`, by name: ``bits``, ``losses``, ``frontier`` and ``sensitivity``, once there are tables.
     spent, predicted : the allocation in words.
 
     Raises
@@ -110,9 +107,9 @@ class BudgetTuner(ChartPage):
         selection: Selection | None = None,
         worker: Worker | None = None,
     ) -> None:
-        found: RateBudget | None = None
+        found = rates if isinstance(rates, RateBudget) else None
         if isinstance(rates, RateBudget):
-            self._model, self._tokenizer, found = maybe(MODEL)("model", model), tokenizer, rates
+            self._model, self._tokenizer = maybe(MODEL)("model", model), tokenizer
             if rate_settings:
                 raise InputError("The tables are measured already, so rate_settings have no use: leave them out.")
             if model is not None and model_hash(model) != rates.model_hash:
@@ -126,6 +123,8 @@ class BudgetTuner(ChartPage):
         self._sample: dict[str, Any] = {"text": text, "tokens": tokens, "windows": windows}
         self._first = budget, bounds or Bounds(), key_weight
         self._rate_settings = dict(rate_settings or {})
+        self._found: Allocation | None = None
+        self._ready = False
         self.rates: RateBudget | None = None
         self.measured = pl.DataFrame(schema=EVALUATED)
         super().__init__(selection or Selection(Fitting(), layers=layers, layer=layer), worker)
@@ -142,7 +141,7 @@ class BudgetTuner(ChartPage):
     @property
     def allocation(self) -> Allocation:
         """The plan and what is predicted of it."""
-        return _solved(self._tables, self._now)
+        return _there(self._found)
 
     @property
     def plan(self) -> Plan:
@@ -173,33 +172,27 @@ class BudgetTuner(ChartPage):
         again = button("Measure tables", "Sensitivities and distortions of this model", self.start)
         self.children = [ipywidgets.HBox([again, ProgressBar(self.worker)]), self._message]
         self.say(STARTING)
-
-        def job(progress: Progress) -> RateBudget:
-            return kept_rate_budget(self._model, self._tokenizer, progress=progress, **self._rate_settings)
-
-        self._submit("tables", job, on_done=self._build)
+        measure = partial(kept_rate_budget, self._model, self._tokenizer, **self._rate_settings)
+        self._submit("tables", lambda progress: measure(progress=progress), on_done=self._build)
 
     def measure(self, kind: PlanKind = "allocated") -> None:
-        """Ask for the fidelity of the present plan, or of uniform bits in its bytes; the row joins `measured`.
-
-        Raises
-        ------
-        InputError : the tuner has no model; or there are no uniform bits in so few bytes.
-        """
+        """Ask for the fidelity of the present plan, or of uniform bits in its bytes; the row joins `measured`."""
         if self._model is None:
             way_out = "vl.widgets.BudgetTuner(rates, model, tokenizer)"
             raise InputError(f"To measure a plan the tuner needs the model: {way_out}.")
-        rates, found = self._tables, self.allocation
+        found = self.allocation
         plan = found.plan if kind == "allocated" else found.uniform
         if plan is None:
             raise InputError("No uniform bits take as few bytes as this plan: measure it at a larger budget.")
-        name = f"{'ratequant' if kind == 'allocated' else 'uniform'} {found.true_bits:.2f} bits"
+        plan = replace(plan, name=f"{'ratequant' if kind == 'allocated' else 'uniform'} {found.true_bits:.2f} bits")
+        evaluate = partial(evaluated, self._tables, plan, self._model, self._tokenizer, kind=kind, **self._sample)
 
-        def job(progress: Progress) -> pl.DataFrame:
-            named = replace(plan, name=name)
-            return evaluated(rates, named, self._model, self._tokenizer, kind=kind, progress=progress, **self._sample)
+        def done(row: pl.DataFrame) -> None:
+            self.measured = pl.concat([self.measured, row])
+            self._history.value = history(self.measured)
+            self._show()
 
-        self._submit("fidelity", job, on_done=self._add_measured)
+        self._submit("fidelity", lambda progress: evaluate(progress=progress), on_done=done)
 
     def save(self, path: str | Path) -> Path:
         """Write the present plan, whole or not at all, and give the file's full path."""
@@ -208,28 +201,23 @@ class BudgetTuner(ChartPage):
     @property
     def summary(self) -> str:
         """What the allocation takes, and what it is predicted to lose."""
-        return "no tables yet" if self.rates is None else f"{self.spent}. {self.predicted}"
-
-    # building -------------------------------------------------------------------------------------------------------
+        return "no tables yet" if self.setting is None else f"{self.spent}. {self.predicted}"
 
     def _build(self, rates: RateBudget) -> None:
         """Show the tuner of these tables. On the worker's thread, where they were measured."""
-        self._widths = rates.curves["bits"].unique().sort().to_list()
-        self._everything = rates.frontier(Bounds(self._widths[0], self._widths[-1]))
+        self.widths = rates.curves["bits"].unique().sort().to_list()
+        self.everything = rates.frontier(Bounds(self.widths[0], self.widths[-1]))
         budget, bounds, key_weight = self._first
         if budget is None:
             budget = AverageBits(round(sum(rates.spans(bounds, TOKENS).bits) / 2, 1))
         setting = Setting(budget, bounds, key_weight)  # type: ignore[arg-type]  # a number becomes a budget
-        self._draw(CHARTS, self._look(rates=rates, setting=setting))
-        self.rates = rates  # once the charts are there: a page may ask for them meanwhile
+        rates.solve(setting.budget, bounds, key_weight=key_weight)  # if it cannot be, there are no tables yet
+        self.rates = rates
+        self.set_trait("setting", setting)
+        self._draw(CHARTS)
         link(*(view for name, view in self.charts.items() if name != "frontier"))
         t.link((self, "layer"), (self.charts["bits"], "picked"))
-        self._make_controls(rates)
-        self.set_trait("setting", setting)
-        self.add_class("ready")
-
-    def _make_controls(self, rates: RateBudget) -> None:
-        self._controls = SettingControl(self._asked, self._converted, TOKENS, self._widths, len(rates.sizes))
+        self._controls = SettingControl(self._asked, self._converted, TOKENS, self.widths, len(rates.sizes))
         self._file = PlanFile(lambda: self.plan)
         self._told, self._history = ipywidgets.HTML(), ipywidgets.HTML()
         why = "" if self._model is not None else ": give the tuner the model and its tokenizer"
@@ -242,13 +230,14 @@ class BudgetTuner(ChartPage):
         work = ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")])
         charts = self.charts.values()
         self.children = [self._controls, work, self._message, self._told, *charts, self._history, self._file]
-
-    # what a person asks for -----------------------------------------------------------------------------------------
+        self._ready = True
+        self._redraw()
+        self.add_class("ready")
 
     @t.validate("setting")
     def _setting_can_be_allocated(self, proposal: dict[str, Any]) -> Setting:
         setting: Setting = proposal["value"]
-        _solved(self._tables, setting)
+        self._found = self._tables.solve(setting.budget, setting.bounds, key_weight=setting.key_weight)
         return setting
 
     def _asked(self, parts: Callable[[], dict[str, Any]]) -> None:
@@ -273,49 +262,29 @@ class BudgetTuner(ChartPage):
         """The budget of a kind that holds what is held now."""
         found, tokens = self.allocation, self._controls.tokens.value
         if kind is TokensInMemory:
-            held = self._tables.held_bytes(found.plan, tokens)
-            return TokensInMemory(tokens, held / budgets.MEGABYTE * (1 + 1e-9))
+            return TokensInMemory(tokens, self._tables.held_bytes(found.plan, tokens) / budgets.MEGABYTE * (1 + 1e-9))
         amounts: dict[type, float] = {AverageBits: found.true_bits, budgets.BytesPerToken: found.bytes_per_token}
         return kind(amounts.get(kind, found.predicted_loss))  # type: ignore[no-any-return]
 
-    # what is shown --------------------------------------------------------------------------------------------------
-
-    def _look(self, **changed: Any) -> Look:
-        look = SimpleNamespace(**{"rates": self.rates, "setting": self.setting} | changed)
-        look.found, look.measured, look.count = _solved(look.rates, look.setting), self.measured, len(self.measured)
-        look.widths, look.everything = (self._widths[0], self._widths[-1]), self._everything
-        return look
+    def _look(self, **_: Any) -> Look:
+        return self
 
     def _redraw(self) -> None:
-        if self.setting is not None:
+        if self._ready:
             super()._redraw()
             words = f"<b>{html.escape(self.predicted)}</b><br>{html.escape(self.spent)}"
             self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
             self._controls.show(self._now, self._spans(self._now))
 
-    @property
-    def _tables(self) -> RateBudget:
-        return _there(self.rates)
-
-    @property
-    def _now(self) -> Setting:
-        return _there(self.setting)
+    _tables: RateBudget = property(lambda self: _there(self.rates))  # type: ignore[assignment]
+    _now: Setting = property(lambda self: _there(self.setting))  # type: ignore[assignment]
 
     def _spans(self, setting: Setting) -> Spans:
         tokens = setting.budget.tokens if isinstance(setting.budget, TokensInMemory) else self._controls.tokens.value
         return self._tables.spans(setting.bounds, tokens)
-
-    def _add_measured(self, row: pl.DataFrame) -> None:
-        self.measured = pl.concat([self.measured, row])
-        self._history.value = history(self.measured)
-        self._show()
 
 
 def _there(part: T | None) -> T:
     if part is None:
         raise InputError("The tables are not measured yet: wait for them with wait().")
     return part
-
-
-def _solved(rates: RateBudget, setting: Setting) -> Allocation:
-    return rates.solve(setting.budget, setting.bounds, key_weight=setting.key_weight)

@@ -1,4 +1,4 @@
-"""The charts of a budget: bits by head, losses by layer, what bits buy, and sensitivities; all from tables."""
+"""The charts of a budget: bits by head, losses by layer, what bits buy, and sensitivities; a look is the tuner."""
 
 from __future__ import annotations
 
@@ -24,22 +24,18 @@ def unit_of(rates: RateBudget, a: str = "token") -> str:
 
 def _heads(look: Look) -> pl.DataFrame:
     """What each head gets, allocated and by uniform bits in the same bytes, where there are such."""
-    plans = {"allocated": look.found.plan, "uniform": look.found.uniform}
-    heads: pl.DataFrame = pl.concat(
-        look.rates.heads(plan).with_columns(kind=pl.lit(kind)) for kind, plan in plans.items() if plan is not None
-    )
-    return heads
+    plans = {"allocated": look.allocation.plan, "uniform": look.allocation.uniform}
+    rates: RateBudget = look.rates
+    given = [(kind, plan) for kind, plan in plans.items() if plan is not None]
+    return pl.concat(rates.heads(plan).with_columns(kind=pl.lit(kind)) for kind, plan in given)
 
 
 def _frontier(look: Look) -> pl.DataFrame:
-    found: Allocation = look.found
+    found: Allocation = look.allocation
     losses = {"allocated": found.predicted_loss, "uniform": found.predicted_uniform_loss}
-    now = pl.DataFrame(
-        [(kind, found.true_bits, loss) for kind, loss in losses.items() if loss is not None],
-        schema={"kind": pl.String, "true_bits": pl.Float64, "predicted_loss": pl.Float64},
-        orient="row",
-    )
-    drawn = look.measured if by_of(look.rates) in NATS and look.count else None
+    rows = [(kind, found.true_bits, loss) for kind, loss in losses.items() if loss is not None]
+    now = pl.DataFrame(rows, {"kind": pl.String, "true_bits": float, "predicted_loss": float}, orient="row")
+    drawn = look.measured if by_of(look.rates) in NATS and look.measured.height else None
     return views.frontier_rows(look.rates.frontier(look.setting.bounds), now, drawn)
 
 
@@ -50,8 +46,7 @@ def _ends(rows: pl.DataFrame, look: Look) -> tuple[Domain, Domain]:
 
 
 def _draw_frontier(rows: pl.DataFrame, look: Look) -> alt.VConcatChart:
-    bits, domain = _ends(rows, look)
-    caption = _frontier_caption(rows, look)
+    (bits, domain), caption = _ends(rows, look), _frontier_caption(rows, look)
     return views.budget_frontier(rows, unit=unit_of(look.rates), bits=bits, domain=domain, caption=caption)
 
 
@@ -65,14 +60,14 @@ def _frontier_caption(rows: pl.DataFrame, look: Look) -> str:
 CHARTS = (
     Chart(
         "bits",
-        ("found",),
-        lambda _, look: look.rates.heads(look.found.plan),
+        ("allocation",),
+        lambda _, look: look.rates.heads(look.allocation.plan),
         lambda rows, look: views.allocation_map(rows, least=look.widths[0], most=look.widths[-1]),
         lambda rows, _: views.allocation_caption(rows),
     ),
     Chart(
         "losses",
-        ("found",),
+        ("allocation",),
         lambda _, look: (
             _heads(look).group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
         ),
@@ -81,7 +76,7 @@ CHARTS = (
     ),
     Chart(
         "frontier",
-        ("setting", "found", "count"),
+        ("setting", "allocation", "measured.height"),
         lambda _, look: _frontier(look),
         _draw_frontier,
         _frontier_caption,

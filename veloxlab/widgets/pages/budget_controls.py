@@ -6,6 +6,7 @@ import html
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,25 @@ KINDS = {
     "tokens in memory": TokensInMemory,
     "predicted loss": QualityFloor,
 }
+STEPS = {AverageBits: 0.05, QualityFloor: 0.02}  # of sliders; others have a hundred
 LOOKS: dict[str, Any] = {"style": {"description_width": "104px"}, "layout": {"width": "352px"}}
 COLUMN = {"width": "362px"}  # two of them fit into an output of JupyterLab beside its file browser
 PROTECTIONS = {"the most bits": "widest", "no codes: kept exact": "exact"}
-COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "plan": ("name", str),
-    "true bits": ("true_bits", "{:.2f}".format),
-    "predicted loss": ("predicted_loss", "{:.3g}".format),
-    "measured KL (nats)": ("kl_mean", "{:.3g}".format),
-    "top-1 flips": ("top1_flips", "{:.1%}".format),
-    "perplexity": ("perplexity", "{:.2f}".format),
-    "held, MB": ("held_bytes", lambda nbytes: f"{nbytes / 1e6:.3f}"),
+COLUMNS = {
+    "plan": pl.col("name"),
+    "true bits": pl.col("true_bits"),
+    "predicted loss": pl.col("predicted_loss"),
+    "measured KL (nats)": pl.col("kl_mean"),
+    "top-1 flips (%)": 100 * pl.col("top1_flips"),
+    "perplexity": pl.col("perplexity"),
+    "held (MB)": pl.col("held_bytes") / budgets.MEGABYTE,
 }
 
 
 def history(measured: pl.DataFrame) -> str:
     """HTML of `veloxlab.allocate.ratequant.EVALUATED` rows, the newest first; nothing where there are none."""
-    if measured.is_empty():
-        return ""
-    rows = measured.reverse().iter_rows(named=True)
-    lines = ([say(row[name]) for name, say in COLUMNS.values()] for row in rows)
-    return html_table(list(COLUMNS), lines, cell="padding: 1px 10px 1px 0")
+    rows = measured.reverse().select(**COLUMNS).iter_rows()
+    return "" if measured.is_empty() else html_table(list(COLUMNS), rows, cell="padding: 1px 10px 1px 0")
 
 
 def _control(kind: type[ipw.Widget], words: str, tip: str, **settings: Any) -> ipw.Widget:
@@ -56,13 +55,8 @@ def _control(kind: type[ipw.Widget], words: str, tip: str, **settings: Any) -> i
 class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
     """Choose a kind of budget and its number, what an allocation may do, and how much keys count against values.
 
-    Parameters
-    ----------
-    asked : given what gives the changed parts of a `Setting`, when a person changes a control.
-    converted : gives the budget of a kind that allows what is held now.
-    tokens : of a text, to begin with.
-    widths : numbers of bits that were measured.
-    layers : how many there are to protect.
+    When a person changes a control, ``asked`` is given what gives the changed parts of a `Setting`; ``converted`` gives
+    the budget of a kind that allows what is held now. ``widths`` were measured, of so many ``layers``.
     """
 
     def __init__(
@@ -84,13 +78,13 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         tip = "All that the compressed layers then hold, exact tokens too"
         self.megabytes = _control(ipw.FloatSlider, "megabytes", tip, readout_format=".3f")
         tip = "The most that may be lost, as predicted: the fewest bytes are sought"
-        self.loss = _control(ipw.FloatLogSlider, "nats a token", tip, readout_format=".3g", step=0.02)
+        self.loss = _control(ipw.FloatLogSlider, "nats a token", tip, readout_format=".3g")
         self._numbers: dict[type, list[ipw.Widget]] = {
             AverageBits: [self.bits],
             BytesPerToken: [self.nbytes],
             TokensInMemory: [self.tokens, self.megabytes],
             QualityFloor: [self.loss],
-        }
+        }  # the last is the amount
         self.slot = ipw.VBox()
 
         ends = {"options": list(widths), "index": (0, len(widths) - 1)}
@@ -131,20 +125,17 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
             self._showing = False
 
     def _show_budget(self, budget: Budget, spans: budgets.Spans) -> None:
-        match budget:
-            case AverageBits(bits):
-                _set(self.bits, bits, spans.bits, step=0.05)
-            case BytesPerToken(nbytes):
-                _set(self.nbytes, nbytes, spans.nbytes)
-            case TokensInMemory(tokens, megabytes):
-                self.tokens.value = tokens
-                least, most = spans.megabytes
-                here = device().memory_bytes / budgets.MEGABYTE
-                _set(self.megabytes, megabytes, (least, max(least, min(most, here))))
-            case QualityFloor(loss):
-                ends = min(spans.predicted_loss[0], loss), max(spans.predicted_loss[1], loss)
-                _set_ends(self.loss, *map(math.log10, ends))
-                self.loss.value = loss
+        amount = fields(budget)[-1].name
+        value, (least, most) = getattr(budget, amount), getattr(spans, amount)
+        if isinstance(budget, TokensInMemory):
+            self.tokens.value = budget.tokens
+            most = max(least, min(most, device().memory_bytes / budgets.MEGABYTE))
+        slider, ends = self._numbers[type(budget)][-1], (min(least, value), max(most, value))
+        low, high = map(math.log10, ends) if isinstance(budget, QualityFloor) else ends
+        slider.max = max(high, slider.max)  # no end may ever cross the other
+        slider.min, slider.max = low, high
+        slider.step = STEPS.get(type(budget)) or (most - least) / 100 or 1.0
+        slider.value = value
         self.kind.value = type(budget)
         self.slot.children = self._numbers[type(budget)]
 
@@ -162,18 +153,6 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         return {"bounds": bounds, "key_weight": self.key_weight.value}
 
 
-def _set(slider: ipw.FloatSlider, value: float, span: tuple[float, float], step: float | None = None) -> None:
-    """Move a slider and its ends; an end is widened for a value that lies beyond it."""
-    _set_ends(slider, min(span[0], value), max(span[1], value))
-    slider.step = step or (span[1] - span[0]) / 100 or 1.0
-    slider.value = value
-
-
-def _set_ends(slider: ipw.Widget, low: float, high: float) -> None:
-    slider.max = max(high, slider.max)  # no end may ever cross the other
-    slider.min, slider.max = low, high
-
-
 class PlanFile(ipw.VBox):  # type: ignore[misc]
     """Save what ``plan`` gives to a file, and show how to use it."""
 
@@ -182,7 +161,7 @@ class PlanFile(ipw.VBox):  # type: ignore[misc]
         self.path = _control(ipw.Text, "file", "Where to save the plan", value=path)
         self.button = button("Save plan", "Write the plan as JSON, whole or not at all", self._clicked)
         self.said, self.code = ipw.HTML(), ipw.HTML()
-        self.path.observe(lambda _: self._tell_code(), "value")
+        self.path.observe(self._tell_code, "value")
         self._tell_code()
         super().__init__([ipw.HBox([self.path, self.button]), self.said, self.code])
 
@@ -197,7 +176,7 @@ class PlanFile(ipw.VBox):  # type: ignore[misc]
             said = str(error)
         self.said.value = f"<em>{html.escape(said)}</em>"
 
-    def _tell_code(self) -> None:
+    def _tell_code(self, _: object = None) -> None:
         lines = [
             f"plan = vl.Plan.load({json.dumps(self.path.value.strip(), ensure_ascii=False)})",
             "cache = vl.make_cache(model, plan)",

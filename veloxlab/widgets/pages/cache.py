@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import ipywidgets
 import polars as pl
 import traitlets as t
 
+from veloxlab import views
 from veloxlab.checks import choice
-from veloxlab.codecs import TENSORS
+from veloxlab.codecs import TENSORS, find_method
 from veloxlab.errors import InputError
-from veloxlab.views import memory_caption
+from veloxlab.measure import code_bits, layer_errors, memory_growth, predicted_growth, relative_errors, token_errors
+from veloxlab.progress import Progress
 from veloxlab.widgets.chart_view import ChartView, link
-from veloxlab.widgets.pages.cache_charts import ASKS_TOKENS, CHARTS, DOMAINS, MEASURES, METRICS, relative
-from veloxlab.widgets.pages.charts import ChartPage, Look
+from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request
 from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import ProgressBar, button, code, rows
-from veloxlab.widgets.selection import Checked, OfLayers
+from veloxlab.widgets.selection import Bits, Checked, OfLayers
 from veloxlab.widgets.worker import Worker
 
 NO_QUERIES = (
@@ -26,29 +28,122 @@ NO_QUERIES = (
     "those of attention cannot."
 )
 LIKELY_WIDTHS = (2, 3, 4, 5, 6, 8, 1, 7)  # the order in which widths are measured ahead: those that people try first
-ALL = "all layers"
+METRICS = {
+    "output_error": ("attention output (relative MSE)", (1e-6, 1.0)),
+    "logit_error": ("attention logits (nats)", (1e-3, 10.0)),
+    "rel_mse": ("keys and values (relative MSE)", (1e-5, 1.0)),
+}
+GREATEST = 9  # bits to which the axis of spent bits goes, at least
+MEASURED_UPTO = 4096  # tokens to which caches are really filled
+DRAWN_UPTO = 16384  # tokens to which the memory chart goes on
+
+
+def _coded(measure: Measure, **given: Any) -> Measure:
+    """A measurement of the whole capture, under a method at a number of bits, perhaps with tokens kept exact."""
+
+    def run(page: ChartPage, progress: Progress, method: str, width: int, *exact: int) -> pl.DataFrame:
+        kept = dict(zip(("sinks", "window"), exact, strict=False))
+        calibration = page.calibration(method, [width], progress)
+        frame: pl.DataFrame = measure(page.capture, method=method, bits=width, calibration=calibration, **kept, **given)
+        return frame
+
+    return run
+
+
+MEASURES = {
+    "token errors": _coded(token_errors),
+    "bits": _coded(code_bits),
+    "attention errors": _coded(layer_errors),
+    "memory": _coded(memory_growth, upto=MEASURED_UPTO),
+}
+
+
+def at_bits(frames: Sequence[pl.DataFrame], layer_bits: Mapping[int, Bits]) -> pl.DataFrame:
+    """Rows of each layer's keys and values at their bits, from frames of each of `widths`, the fewest bits first."""
+    rows = [(layer, *pair) for layer, bits in layer_bits.items() for pair in zip(TENSORS, bits, strict=True)]
+    wanted = pl.DataFrame(rows, {"layer": pl.Int32, "tensor": pl.String, "wanted": pl.Int32}, orient="row")
+    parts = [
+        frame.join(wanted.filter(wanted=width), on=["layer", "tensor"], how="semi")
+        for width, frame in zip(widths(layer_bits), frames, strict=True)
+    ]
+    return pl.concat(parts).sort("tensor", "layer", maintain_order=True)
+
+
+def widths(layer_bits: Mapping[int, Bits]) -> list[int]:
+    """Numbers of bits that occur."""
+    return sorted({width for bits in layer_bits.values() for width in bits})
+
+
+def _asks(name: str, *exact: str) -> Callable[[Look], list[Request]]:
+    return lambda look: [
+        (name, look.method, width, *(getattr(look, setting) for setting in exact)) for width in widths(look.layer_bits)
+    ]
+
+
+ASKS_TOKENS, ASKS_ATTENTION = _asks("token errors"), _asks("attention errors", "sinks", "window")
+
+
+def relative(frames: Sequence[pl.DataFrame], look: Look) -> pl.DataFrame:
+    """Relative errors of keys and values, from the errors of single tokens."""
+    return relative_errors(at_bits(frames, look.layer_bits), sinks=look.sinks, window=look.window)
+
+
+def _error_rows(frames: Sequence[pl.DataFrame], look: Look) -> pl.DataFrame:
+    half = len(frames) // 2
+    return relative(frames[:half], look) if look.metric == "rel_mse" else at_bits(frames[half:], look.layer_bits)
+
+
+def _memory_rows(frames: Sequence[pl.DataFrame], look: Look) -> pl.DataFrame:
+    # by the method's name alone: a name that moved with the sliders would leave the chart's colours
+    name = pl.when(pl.col("cache") == "fp16").then("cache").otherwise(pl.lit(look.method))
+    return predicted_growth(at_bits(frames, look.layer_bits).with_columns(cache=name), DRAWN_UPTO)
+
+
+CHARTS = (
+    Chart(
+        "errors",
+        ("method", "layer_bits", "sinks", "window", "metric"),
+        _error_rows,
+        lambda frame, look: views.error_map(frame, metric=look.metric, domain=METRICS[look.metric][1]),
+        lambda frame, look: views.error_caption(frame, look.metric),
+        lambda _, look: look.metric,
+        lambda look: [*ASKS_TOKENS(look), *ASKS_ATTENTION(look)],  # both: another metric is seen at once
+    ),
+    Chart(
+        "bits",
+        ("method", "layer_bits"),
+        lambda frames, look: at_bits(frames, look.layer_bits),
+        lambda frame, look: views.bit_allocation(frame, greatest=max(GREATEST, find_method(look.method).bits[-1] + 1)),
+        lambda frame, _: views.bit_caption(frame),
+        lambda _, look: look.method,
+        _asks("bits"),
+    ),
+    Chart(
+        "memory",
+        ("method", "layer_bits", "sinks", "window"),
+        _memory_rows,
+        lambda frame, _: views.memory_growth(frame),
+        lambda frame, _: views.memory_caption(frame),
+        lambda _, look: look.method,
+        _asks("memory", "sinks", "window"),
+    ),
+)
 
 
 class CachePage(OfExperiment, OfLayers, ChartPage):
-    """Errors, bits and memory of one cache; see `CacheExplorer`.
-
-    Parameters
-    ----------
-    experiment : the text, the model, what is chosen and what was measured.
-    worker : of the laboratory that it is a page of.
-    """
+    """Errors, bits and memory of one cache; see `CacheExplorer`."""
 
     NAME = "explorer"
     SETTINGS = ("method", "layer_bits", "sinks", "window", "metric")
     MEASURES = MEASURES
+    STATE = ("metric",)
 
-    metric = Checked(choice(*DOMAINS), "output_error", help="which error is drawn")
+    metric = Checked(choice(*METRICS), "output_error", help="which error is drawn")
 
     def __init__(self, experiment: Experiment, worker: Worker | None = None) -> None:
         shown = any(c.queries is not None for c in experiment.capture.layers)
-        self._metrics = {words: metric for words, metric in METRICS.items() if shown or metric == "rel_mse"}
-        metric = next(iter(self._metrics.values()))
-        super().__init__(experiment.selection, worker, experiment.capture, metric=metric)
+        self._metrics = [metric for metric in METRICS if shown or metric == "rel_mse"]
+        super().__init__(experiment.selection, worker, experiment.capture, metric=self._metrics[0])
         self.experiment, self.points = experiment, experiment.points
         self.lasting = "" if shown else NO_QUERIES
         self._draw(CHARTS)
@@ -60,61 +155,27 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         self.follow()
 
     @property
-    def state(self) -> dict[str, Any]:
-        """The settings as plain words and numbers: what `restore` takes, and JSON holds."""
-        choice = self.selection.choice
-        return {
-            "method": choice.method,
-            "bits": list(choice.bits_of(None)),
-            "layers": {str(layer): list(bits) for layer, bits in choice.own_bits.items()},
-            "sinks": choice.sinks,
-            "window": choice.window,
-            "layer": choice.layer,
-            "metric": self.metric,
-        }
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Choose the settings of a `state`.
-
-        Raises
-        ------
-        InputError : it says what cannot be here; nothing is changed then.
-        """
-        missing = sorted(set(self.state) - set(state))
-        if missing:
-            raise InputError(f"The state says nothing of {', '.join(missing)}: give what the attribute state gave.")
-        key_bits, value_bits = state["bits"]
-        parts = {name: state[name] for name in ("method", "sinks", "window", "layer", "head") if name in state}
-        own = {int(layer): tuple(bits) for layer, bits in state["layers"].items()}
-        before, self.metric = self.metric, state["metric"]
-        try:
-            self.selection.choose(key_bits=key_bits, value_bits=value_bits, own_bits=own, **parts)
-        except InputError:
-            self.metric = before
-            raise
-
-    @property
     def summary(self) -> str:
         """One line of numbers."""
         look, choice = self._look(), self.selection.choice
-        found = [self.found.get(request) for request in ASKS_TOKENS(look)]
-        errors = None if any(frame is None for frame in found) else relative(found, look)  # type: ignore[arg-type]
-        means = {} if errors is None else dict(errors.group_by("tensor").agg(pl.col("rel_mse").mean()).iter_rows())
+        asked, means = ASKS_TOKENS(look), dict[str, float]()
+        if all(request in self.found for request in asked):
+            errors = relative([self.found[request] for request in asked], look)
+            means = dict(errors.group_by("tensor").agg(pl.col("rel_mse").mean()).iter_rows())
         lost = [means.get(tensor, float("nan")) for tensor in TENSORS]
-        held = memory_caption(self.memory.frame.filter(kind="measured"))
-        return (
-            f"{choice.name}, sinks={choice.sinks}, window={choice.window}: relative MSE of keys {lost[0]:.4f}, of "
-            f"values {lost[1]:.4f}; {held}"
-        )
+        held = views.memory_caption(self.memory.frame.filter(kind="measured"))
+        said = f"relative MSE of keys {lost[0]:.4f}, of values {lost[1]:.4f}; {held}"
+        return f"{choice.name}, sinks={choice.sinks}, window={choice.window}: {said}"
 
     def _controls(self) -> ipywidgets.Widget:
-        layers = [(ALL, None), *((str(layer), layer) for layer in self.selection.layers)]
-        layer = self._choice("layer", layers, tip="Bits of one layer: choose it here or in a chart")
-        metric = self._choice("metric", list(self._metrics.items()), "error of")
+        layers = [("all layers", None), *((str(layer), layer) for layer in self.selection.layers)]
+        tip = "Bits of one layer: choose it here or in a chart"
+        layer = self._control(ipywidgets.Dropdown, "layer", tip=tip, options=layers)
+        metrics = [(METRICS[name][0], name) for name in self._metrics]
+        metric = self._control(ipywidgets.Dropdown, "metric", "error of", options=metrics)
         metric.layout.width = "340px"
-        reset = button(
-            "Same for all", "Forget the bits of single layers", lambda: self.selection.choose(own_bits={}, layer=None)
-        )
+        forget = partial(self.selection.choose, own_bits={}, layer=None)
+        reset = button("Same for all", "Forget the bits of single layers", forget)
         measure = button("Measure fidelity", "Run the model with this cache and compare its predictions", self.measure)
         return rows(
             [self._methods(), metric],
@@ -126,7 +187,7 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
 
     @t.validate("metric")
     def _metric_is_there(self, proposal: dict[str, Any]) -> str:
-        if proposal["value"] not in self._metrics.values():
+        if proposal["value"] not in self._metrics:
             raise InputError(f"There is no {proposal['value']} here. {NO_QUERIES}")
         return str(proposal["value"])
 
@@ -139,29 +200,23 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
 
     def _redraw(self) -> None:
         super()._redraw()
-        self._tell_code()
-
-    def _tell_code(self) -> None:
         choice = self.selection.choice
         plan = f"{'explorer' if self._owns_worker else 'lab'}.plan"
-        self._code.value = code("\n".join(self.lines(plan if choice.own_bits else choice.arguments)))
+        self._code.value = code(choice.lines(plan if choice.own_bits else ""))
 
 
 class CacheExplorer(Experimenter, CachePage):
     """Choose a compressed cache and see what it costs, on the model's own keys and values.
 
-    A capture of ``tokens`` tokens and the first settings are measured at once; other bits are measured ahead, so that
-    sliders answer from tables. A method that learns is fitted when it is first chosen, with progress. Clicking a layer
-    in any chart marks it in all, and the bit sliders are then of that layer alone. Nothing here needs a network.
+    The first settings are measured at once, other bits ahead, so that sliders answer from tables. A method that learns
+    is fitted when it is first chosen, with progress. Clicking a layer in any chart marks it in all, and the bit sliders
+    are then of that layer alone. Nothing here needs a network.
 
     Parameters
     ----------
     model, tokenizer : as `veloxlab.load` gives them.
-    method : a method's id.
-    bits, key_bits, value_bits : code bits to begin with; the last two override the first.
-    sinks, window : tokens kept exact to begin with.
-    text : what the model reads; the shipped WikiText-2 test excerpt by default.
-    tokens : how much of it.
+    method, bits, key_bits, value_bits, sinks, window : to begin with, as for `veloxlab.make_cache`.
+    text, tokens : what the model reads, by default the shipped WikiText-2 test excerpt, and how much of it.
     calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted; sliders have its widths.
 
     Attributes
@@ -170,8 +225,7 @@ class CacheExplorer(Experimenter, CachePage):
         does not show its queries, the metric is ``"rel_mse"`` and no other.
     measured : `veloxlab.fidelity` of every setting that was measured.
     plan : the settings as a `veloxlab.Plan`.
-    errors, bits, memory, frontier : the charts, each with ``frame``, ``to_parquet``, ``to_csv``, ``to_png`` and
-        ``to_svg``; there is a frontier once something was measured.
+    errors, bits, memory, frontier : the charts, each a `ChartView`; there is a frontier once something was measured.
 
     Raises
     ------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, ClassVar, TypeVar
 
@@ -15,14 +16,13 @@ import polars as pl
 from veloxlab.cache.calibration import Calibration
 from veloxlab.checks import WORDS, checked
 from veloxlab.errors import InputError
-from veloxlab.measure import Capture, LayerCapture
+from veloxlab.measure import Capture
 from veloxlab.progress import Progress as Tell
 from veloxlab.progress import silent
 from veloxlab.widgets.chart_view import ChartView
-from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.panel import Panel, ProgressBar, check_settings, rows
-from veloxlab.widgets.selection import Checked, Chosen, ChosenBits, Selection
+from veloxlab.widgets.selection import Checked, Chosen, ChosenBits, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Status, Worker, sentence
 
 T = TypeVar("T")
@@ -37,15 +37,10 @@ CANCELLED = "Cancelled. The charts show the last settings that were measured. Ch
 class Chart:
     """One chart of a page.
 
-    Attributes
-    ----------
-    name : of the chart.
-    depends : settings that it depends on.
-    rows : its rows, from what was measured.
-    draw : the chart of its rows.
-    caption : the line under its heading; without it the chart is always drawn as a whole.
-    shape : what its spec depends on beside numbers: rows of one shape can be put into one chart.
-    asks : what has to be measured for it.
+    ``depends`` are the settings that it depends on. ``rows`` gives its rows from what was measured, ``draw`` the chart
+    of rows, and ``caption`` the line under its heading; without one the chart is always drawn as a whole. ``shape`` is
+    what its spec depends on beside numbers: rows of one shape can be put into one chart. ``asks`` says what has to be
+    measured for it.
     """
 
     name: str
@@ -58,20 +53,15 @@ class Chart:
 
     def at(self, look: Look) -> tuple[object, ...]:
         """The settings that it depends on."""
-        return tuple(getattr(look, name) for name in self.depends)
+        return tuple(attrgetter(name)(look) for name in self.depends)
 
 
 class ChartPage(Panel):
     """Charts that follow the settings. What they need is measured once, on the worker; what may be next, ahead.
 
-    A subclass says what its settings and its measurements are, draws its charts first, and says what may be next.
-
-    Attributes
-    ----------
-    capture : what is measured on, of a page that has one.
-    shown : the rows that each chart shows.
-    found, refused : what was measured, by request, or why it cannot be. A frame never changes: any thread may read it.
-    problem : trait: why a chart shows older settings, or an empty text.
+    A subclass says what its settings and its measurements are, draws its charts first, and says what may be next. The
+    rows that a chart shows are in ``shown``; what was measured, or why it cannot be, in ``found`` and ``refused``, by
+    request. A frame never changes, so any thread may read it.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]]
@@ -92,12 +82,10 @@ class ChartPage(Panel):
         self._drawing = threading.Lock()
         self._complete = True
         self._said: str | None = ""
-        own = {*self.SETTINGS} & {name for name, trait in self.traits().items() if not isinstance(trait, Chosen)}
+        own = [name for name, trait in self.traits().items() if name in self.SETTINGS and not isinstance(trait, Chosen)]
         if own:
-            self.observe(lambda _: self._selected(), [*own])
+            self.observe(lambda _: self._selected(), own)
         self._ends.append(self.worker.watch(weakly(self._follow)))
-
-    # measuring ------------------------------------------------------------------------------------------------------
 
     def calibration(self, method: str, widths: Iterable[int], progress: Tell) -> Calibration | None:
         """What holds a method at these widths, fitted now if need be; see `Fitting.calibration`."""
@@ -138,8 +126,6 @@ class ChartPage(Panel):
         if ahead:
             self._submit("ahead", lambda progress: job(ahead, progress), ahead=True)
 
-    # drawing --------------------------------------------------------------------------------------------------------
-
     def _look(self, **changed: Any) -> Look:
         """The present settings, with some changed."""
         return SimpleNamespace(**({name: getattr(self, name) for name in self.SETTINGS} | changed))
@@ -148,9 +134,9 @@ class ChartPage(Panel):
         """What may be looked at next."""
         return ()
 
-    def _draw(self, kinds: Iterable[Chart], look: Look = None) -> None:
+    def _draw(self, kinds: Iterable[Chart]) -> None:
         """Draw these charts first; what is missing for them is measured now, and `InputError` says what cannot be."""
-        look, charts = look or self._look(), {}
+        look, charts = self._look(), {}
         for kind in kinds:
             rows = kind.rows([self._measured(request, silent) for request in kind.asks(look)], look)
             charts[kind.name] = ChartView(kind.draw(rows, look))
@@ -198,9 +184,6 @@ class ChartPage(Panel):
             self.say(CANCELLED)
 
 
-# one KV head of one layer --------------------------------------------------------------------------------------------
-
-
 def head_chart(
     name: str,
     depends: tuple[str, ...],
@@ -228,12 +211,12 @@ def plain(make: Callable[[Any], T]) -> Callable[[Any, Look], T]:
 class HeadPage(ChartPage):
     """Charts of one KV head of one layer, under a method at a number of bits, measured on a capture.
 
-    A subclass has ``CHARTS``, and ``RARE``: the name of the one that not every model has, what it needs of each layer,
-    and a sentence for where it is missing. Its own traits can be given as settings.
+    A subclass has ``CHARTS``, and ``RARE``: the one that not every model has, the part of a layer's capture that it
+    needs, and a sentence for where that is missing. Its own traits can be given as settings.
     """
 
     CHARTS: ClassVar[Sequence[Chart]]
-    RARE: ClassVar[tuple[str, Callable[[LayerCapture], bool], str]]
+    RARE: ClassVar[tuple[str, str, str]]
 
     tensor: Any = "keys"
     layer = Chosen("layer", read="shown_layer", help="layer, by its index in the prompt cache")
@@ -260,7 +243,7 @@ class HeadPage(ChartPage):
         selection = selection or Selection.of(capture, Fitting(given=calibration), **chosen)
         super().__init__(selection, worker, capture, **settings)
         rare, needs, self._missing = self.RARE
-        if all(map(needs, capture.layers)):
+        if all(getattr(layer, needs) is not None for layer in capture.layers):
             rare = self._missing = ""
         self._draw(chart for chart in self.CHARTS if chart.name != rare)
         self.children = [self._controls(), self._message, *self.charts.values()]

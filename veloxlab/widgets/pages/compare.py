@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets
 import polars as pl
@@ -13,16 +14,14 @@ from mlx.nn.layers.base import Module
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import checked
-from veloxlab.codecs import find_method
+from veloxlab.errors import InputError
 from veloxlab.measure import Capture, capture, fidelity
 from veloxlab.progress import Progress as Tell
 from veloxlab.views import frontier
 from veloxlab.views.report import Section
 from veloxlab.widgets.chart_view import ChartView
-from veloxlab.widgets.fitting import Fitting
-from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.panel import Panel, ProgressBar, button, rows
-from veloxlab.widgets.selection import Bits, Choice, Selection
+from veloxlab.widgets.selection import Bits, Choice, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 
@@ -49,23 +48,14 @@ class Points(t.HasTraits):
 
 @dataclass(frozen=True)
 class Experiment:
-    """What pages of whole caches share.
-
-    Attributes
-    ----------
-    model, tokenizer : as `veloxlab.load` gives them.
-    text : what the model reads; None for the shipped test excerpt.
-    capture : of this text.
-    selection : what is chosen.
-    points : what was measured, whichever page asked for it.
-    """
+    """What pages of whole caches share."""
 
     model: Module
     tokenizer: Any
-    text: str | None
-    capture: Capture
+    text: str | None  # what the model reads; None for the shipped test excerpt
+    capture: Capture  # of this text
     selection: Selection
-    points: Points = field(default_factory=Points)
+    points: Points = field(default_factory=Points)  # what was measured, whichever page asked for it
 
     def fidelity(self, choice: Choice, progress: Tell) -> pl.DataFrame:
         """Measure a cache."""
@@ -78,6 +68,7 @@ class Experiment:
 class OfExperiment(Panel):
     """A panel of whole caches of one experiment."""
 
+    STATE: ClassVar[tuple[str, ...]] = ()  # traits that a state has beside what all pages share
     experiment: Experiment
     points: Points
 
@@ -96,16 +87,6 @@ class OfExperiment(Panel):
         """Code bits of keys and values, by layer."""
         return {layer: self.selection.choice.bits_of(layer) for layer in self.selection.layers}
 
-    def lines(self, what: str) -> list[str]:
-        """Lines of Python that make the cache of ``what``: a plan, or a method and its settings."""
-        choice = self.selection.choice
-        if not find_method(choice.method).calibrated:
-            return [f"cache = vl.make_cache(model, {what})"]
-        return [
-            f'calibration = vl.calibrate(model, tokenizer, "{choice.method}", bits={choice.widths})',
-            f"cache = vl.make_cache(model, {what}, calibration=calibration)",
-        ]
-
     @property
     def measured(self) -> pl.DataFrame:
         """`veloxlab.fidelity` of every cache that was measured."""
@@ -121,12 +102,38 @@ class OfExperiment(Panel):
 
         self._submit("fidelity", lambda progress: experiment.fidelity(choice, progress), on_done=done)
 
+    @property
+    def state(self) -> dict[str, Any]:
+        """The settings as plain words and numbers: what `restore` takes, and JSON holds."""
+        choice = self.selection.choice
+        shared: dict[str, Any] = {name: getattr(choice, name) for name in ("method", "sinks", "window", "layer")}
+        shared["bits"] = list(choice.bits_of(None))
+        shared["layers"] = {str(layer): list(bits) for layer, bits in choice.own_bits.items()}
+        return shared | {name: getattr(self, name) for name in self.STATE}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Choose the settings of a `state`; raises `InputError` if they cannot be here, and changes nothing then."""
+        before = self.state
+        missing = sorted({*before} - {*state})
+        if missing:
+            raise InputError(f"The state says nothing of {', '.join(missing)}: give what the attribute state gave.")
+        key_bits, value_bits = state["bits"]
+        parts = {name: state[name] for name in ("method", "sinks", "window", "layer")}
+        own = {int(layer): tuple(bits) for layer, bits in state["layers"].items()}
+        try:
+            for name in self.STATE:
+                setattr(self, name, state[name])
+            self.selection.choose(key_bits=key_bits, value_bits=value_bits, own_bits=own, **parts)
+        except InputError:
+            for name in self.STATE:
+                setattr(self, name, before[name])
+            raise
+
 
 class Experimenter:
     """A widget that begins with a model, and captures a text before anything else."""
 
-    def _begin(self, experiment: Experiment) -> None:
-        raise NotImplementedError
+    _begin: Callable[[Experiment], None]
 
     @checked()
     def __init__(
@@ -144,9 +151,9 @@ class Experimenter:
         tokens: int = 256,
         calibration: Calibration | None = None,
     ) -> None:
-        given = {"key_bits": key_bits, "value_bits": value_bits}
         chosen: dict[str, Any] = {"method": method, "sinks": sinks, "window": window}
-        chosen |= {name: bits if width is None else width for name, width in given.items()}
+        chosen["key_bits"] = bits if key_bits is None else key_bits
+        chosen["value_bits"] = bits if value_bits is None else value_bits
         Plan.uniform(model, **chosen)  # refuses what cannot be, before any work
         seen = capture(model, tokenizer, text, tokens=tokens)
         selection = Selection.of(seen, Fitting(model, tokenizer, calibration), **chosen)
@@ -154,18 +161,7 @@ class Experimenter:
 
 
 class Comparison(OfExperiment):
-    """Measure the fidelity of caches, see them in one chart, and choose one of them again.
-
-    Parameters
-    ----------
-    experiment : the text, the model, what is chosen and what was measured.
-    worker : of the laboratory, or of the widget, that it is a part of.
-
-    Attributes
-    ----------
-    measured : `veloxlab.fidelity` of every cache that was measured.
-    frontier : the chart, once something was measured.
-    """
+    """Measure the fidelity of caches, see them in one chart, and choose one of them again."""
 
     NAME = "compare"
 
@@ -173,18 +169,15 @@ class Comparison(OfExperiment):
         super().__init__(experiment.selection, worker)
         self.experiment, self.points = experiment, experiment.points
         self._slot = ipywidgets.VBox()
-        self._list = ipywidgets.Dropdown(
-            options=[], description="measured", tooltip="A point of the chart", layout={"width": "520px"}
-        )
+        look: dict[str, Any] = {"description": "measured", "tooltip": "A point of the chart"}
+        self._list = ipywidgets.Dropdown(options=[], layout={"width": "520px"}, **look)
         self._take = button("Use it", "Choose the settings of this point", self._use)
         one = button("Measure this cache", "Compare its predictions with those of the exact cache", self.measure)
         tip = "At these bits, each method that needs no fitting"
         every = button("Measure all methods", tip, self.compare, width="auto")
         work = ipywidgets.HBox([one, every, ProgressBar(self.worker, flex="1 1 auto")])
         self.children = [work, self._message, self._slot, rows([self._list, self._take])]
-        points, show = self.points, weakly(self._show_points)
-        points.observe(show, "choices")
-        self._ends.append(lambda: points.unobserve(show, "choices"))
+        self._watch(self.points, "choices", self._show_points)
         self._show_points()
 
     @property
@@ -220,16 +213,12 @@ class Comparison(OfExperiment):
         self._take.disabled = not choices
         if not choices:
             return
-        chart = frontier(self.measured, x="held_bytes")
-        if self.frontier is None:
-            self.charts = {"frontier": ChartView(chart)}
-            self._slot.children = self.views
-        else:
-            self.frontier.show(chart)
-        named = zip(self.measured["name"], choices, strict=True)
-        self._list.options = [
-            (f"{i + 1}: {name}, {c.sinks} sinks, window {c.window}", i) for i, (name, c) in enumerate(named)
+        self._put({"frontier": frontier(self.measured, x="held_bytes")}, self._slot)
+        words = [
+            f"{name}, {c.sinks} sinks, window {c.window}"
+            for name, c in zip(self.points.frame["name"], choices, strict=True)
         ]
+        self._list.options = [(f"{i + 1}: {said}", i) for i, said in enumerate(words)]
         self._list.value = len(choices) - 1
         self.say(self.points.newest)
 

@@ -89,34 +89,26 @@ class ErrorExplorer(HeadPage):
 
     Parameters
     ----------
-    capture : what `veloxlab.capture` gave.
-    layer : index in the prompt cache to begin with; the capture's first by default.
+    capture, layer, calibration, selection, worker : as for `KeyExplorer`.
     head : KV head; the attention map is that of its first query head.
     method, bits : what codes the keys and values.
-    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted.
-    selection, worker : of the laboratory that it is a page of; the selection stands in for the choices above.
 
     Attributes
     ----------
     layer, head, method, bits : traits; set them and the charts follow.
-    charts : by name ``attention``, ``positions``, ``distribution`` and ``by_bits``, each with ``frame``,
-        ``to_parquet``, ``to_csv``, ``to_png`` and ``to_svg``.
+    charts : each a `ChartView`, by name: ``attention``, ``positions``, ``distribution`` and ``by_bits``.
     problem : why a chart shows older settings, or an empty text.
 
     Raises
     ------
-    InputError : a layer, head, method or number of bits that there is not; a choice that cannot be measured.
+    InputError : a choice that there is not, or that cannot be measured.
     """
 
     NAME = "errors"
     SETTINGS = ("layer", "head", "method", "bits")
     MEASURES = MEASURES
     CHARTS = CHARTS
-    RARE = (
-        "attention",
-        lambda layer: layer.queries is not None,
-        "Not every layer shows its queries, so there are no attention maps.",
-    )
+    RARE = "attention", "queries", "Not every layer shows its queries, so there are no attention maps."
 
     @property
     def summary(self) -> str:

@@ -15,10 +15,8 @@ from veloxlab.checks import WORDS, checked, whole
 from veloxlab.measure.generation import GENERATION, first_parting, side_by_side
 from veloxlab.views import held_while_generating, strip_caption, token_strip
 from veloxlab.views.generation import lines_for
-from veloxlab.widgets.chart_view import ChartView
-from veloxlab.widgets.fitting import Fitting
 from veloxlab.widgets.panel import Panel, ProgressBar, button, check_settings, rows
-from veloxlab.widgets.selection import CACHE, Checked, Choice, OfCache, Selection
+from veloxlab.widgets.selection import CACHE, Checked, Choice, Fitting, OfCache, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 PROMPT = "Tell me about the history of the city of Paris."
@@ -35,17 +33,16 @@ class SideBySide(OfCache, Panel):
     ----------
     model, tokenizer : as `veloxlab.load` gives them.
     calibration : what `veloxlab.calibrate` gave; else a method that has to be fitted is fitted when it first runs.
-    selection, worker : of the laboratory that it is a page of; the selection stands in for a method and its settings.
-    settings : first values of the traits, such as ``prompt="…"`` or ``method="rabitq"``; ``bits=2`` is of keys and
-        values.
+    selection, worker : of a laboratory, in place of a method and its settings.
+    settings : first values of the traits, such as ``prompt="…"`` or ``method="rabitq"``; ``bits`` is of both.
 
     Attributes
     ----------
-    prompt : trait: a user's message, or a text to continue where the tokenizer has no template.
+    prompt, tokens : traits: a user's message, or a text to continue where the tokenizer has no template; and how many
+        tokens to generate at most.
     method, key_bits, value_bits, sinks, window : traits, as for `veloxlab.make_cache`.
-    tokens : trait: to generate at most.
     generated : rows of `veloxlab.measure.generation.GENERATION`, of the newest run so far.
-    charts : by name ``texts`` and ``held``, once something was generated.
+    charts : each a `ChartView`, by name: ``texts`` and ``held``, once something was generated.
 
     Raises
     ------
@@ -73,7 +70,7 @@ class SideBySide(OfCache, Panel):
         bits = dict.fromkeys(("key_bits", "value_bits"), settings.pop("bits")) if "bits" in settings else {}
         chosen = bits | {name: settings.pop(name) for name in CACHE if name in settings}
         self._model, self._tokenizer = model, tokenizer
-        self.generated = pl.DataFrame(schema=GENERATION)
+        self.generated, self._outcome = pl.DataFrame(schema=GENERATION), "nothing is generated yet."
         selection = selection or Selection(Fitting(model, tokenizer, calibration), USUAL, **chosen)
         super().__init__(selection, worker, **settings)
         self._slot = ipywidgets.VBox()
@@ -130,8 +127,7 @@ class SideBySide(OfCache, Panel):
     @property
     def summary(self) -> str:
         """What is compared, and what came of it."""
-        said = strip_caption(self.generated, self._framed) if len(self.generated) else "nothing is generated yet."
-        return f"{self.name}: {said}"
+        return f"{self.name}: {self._outcome}"
 
     def _controls(self) -> ipywidgets.Widget:
         large: dict[str, Any] = {"rows": 3, "layout": {"width": "640px"}, "continuous_update": False}
@@ -143,23 +139,13 @@ class SideBySide(OfCache, Panel):
             [generate, ProgressBar(self.worker)],
         )
 
-    @property
-    def _framed(self) -> int | None:
-        """Where the texts part, once both have a token there."""
-        parting = self.parting
-        both = parting is not None and self.generated.filter(pl.col("position") == parting).height == 2
-        return parting if both else None
-
     def _show(self, rows: pl.DataFrame, tokens: int, name: str) -> None:
-        self.generated = rows
-        said = f"{name}. {strip_caption(rows, self._framed)}"
+        self.generated, parting = rows, first_parting(rows)
+        both = parting is not None and rows.filter(position=parting).height == 2
+        framed = parting if both else None  # once both texts have a token there
+        self._outcome = strip_caption(rows, framed)
         charts = {
-            "texts": token_strip(rows, parting=self._framed, lines=lines_for(tokens), caption=said),
+            "texts": token_strip(rows, parting=framed, lines=lines_for(tokens), caption=f"{name}. {self._outcome}"),
             "held": held_while_generating(rows, tokens=tokens),
         }
-        if self.charts:
-            for name, chart in charts.items():
-                self.charts[name].show(chart)
-        else:
-            self.charts = {name: ChartView(chart) for name, chart in charts.items()}
-            self._slot.children = self.views
+        self._put(charts, self._slot)

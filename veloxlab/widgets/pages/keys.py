@@ -76,32 +76,27 @@ class KeyExplorer(HeadPage):
     head : KV head.
     method, bits : whose levels are drawn.
     calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted.
-    selection, worker : of the laboratory that it is a page of; the selection stands in for the choices above.
+    selection, worker : of a laboratory, in place of the choices above.
     settings : ``tensor="values"``, ``space="rotated"`` or another of `veloxlab.measure.distributions.SPACES`.
 
     Attributes
     ----------
-    layer, head, tensor, space, method, bits : traits; set them and the charts follow. The bits are those of the keys
-        or values that are shown.
-    charts : by name ``channels``, ``density``, ``levels``, ``spectrum`` and, where every layer has a known RoPE,
-        ``pairs``: each with ``frame``, ``to_parquet``, ``to_csv``, ``to_png`` and ``to_svg``.
+    layer, head, tensor, space, method, bits : traits; set them and the charts follow. The bits are those of what is
+        shown, the keys or the values.
+    charts : each a `ChartView`, by name: ``channels``, ``density``, ``levels``, ``spectrum`` and, where every layer has
+        a known RoPE, ``pairs``.
     problem : why a chart shows older settings, or an empty text.
 
     Raises
     ------
-    InputError : a layer, head, tensor, space, method or number of bits that there is not; a choice that cannot be
-        measured.
+    InputError : a choice that there is not, or that cannot be measured.
     """
 
     NAME = "keys"
     SETTINGS = ("layer", "head", "tensor", "space", "method", "bits")
     MEASURES = MEASURES
     CHARTS = CHARTS
-    RARE = (
-        "pairs",
-        lambda layer: layer.rope is not None,
-        "Not every layer has a rotary embedding that is known, so there is no chart of its pairs.",
-    )
+    RARE = "pairs", "rope", "Not every layer has a rotary embedding that is known, so there is no chart of its pairs."
 
     tensor = Checked(choice(*TENSORS), "keys", help="keys or values")
     space = Checked(choice(*SPACES), "raw", help="space in which they are seen")
@@ -118,4 +113,5 @@ class KeyExplorer(HeadPage):
 
     def _controls(self, *own: Sequence[ipywidgets.Widget]) -> ipywidgets.Widget:
         spaces = [(SPACE_WORDS[space], space) for space in SPACES]
-        return super()._controls([self._choice("tensor", list(TENSORS)), self._choice("space", spaces)], *own)
+        tensor = self._control(ipywidgets.Dropdown, "tensor", options=TENSORS)
+        return super()._controls([tensor, self._control(ipywidgets.Dropdown, "space", options=spaces)], *own)

@@ -15,30 +15,24 @@ from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest,
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
-from veloxlab.widgets.fitting import Fitting
-from veloxlab.widgets.pages.charts import Chart, ChartPage, Look
+from veloxlab.widgets.pages.charts import Chart, ChartPage
 from veloxlab.widgets.panel import check_settings, code, rows
-from veloxlab.widgets.selection import CACHE, Checked, OfCache, Selection
+from veloxlab.widgets.selection import CACHE, Checked, Fitting, OfCache, Selection
 from veloxlab.widgets.worker import Worker
 
 GIGABYTE = 1e9
 LEAST, MOST = 8, 21  # powers of two between which the context slider runs
 TYPED = {"layers": "layers", "kv_heads": "KV heads", "head_dim": "head dim"}
 TYPED |= {"sliding_window": "sliding", "full_every": "full every"}
-RANGES = {
-    "context": (2**LEAST, 2**MOST),
-    "batch": (1, 100_000),
-    "layers": (1, 1000),
-    "kv_heads": (1, 1000),
-    "head_dim": (1, 10_000),
-    "sliding_window": (0, 2**MOST),
-    "full_every": (0, 1000),
-}
 OWN = ("context", "batch", "memory_gb", *TYPED)
 
 
-def _number(name: str, default: int, words: str) -> Any:  # noqa: ANN401 - a trait
-    return Checked(whole(*RANGES[name]), default, help=words)
+class Count(Checked):
+    """A whole number between two ends."""
+
+    def __init__(self, least: int, most: int, default: int, words: str) -> None:
+        super().__init__(whole(least, most), default, help=words)
+        self.ends = {"min": least, "max": most}
 
 
 def _layouts(page: Any, _: object, method: str, *numbers: int) -> tuple[CacheLayout, ...]:  # noqa: ANN401
@@ -48,15 +42,13 @@ def _layouts(page: Any, _: object, method: str, *numbers: int) -> tuple[CacheLay
     return cache_layouts(page._shape(typed), method, **settings)
 
 
-def _plan(layouts: tuple[CacheLayout, ...], look: Look) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Bytes by part at this context, and the largest contexts that fit."""
-    return planned(layouts, [look.context], look.batch), largest(layouts, look.memory_gb * GIGABYTE, look.batch)
-
-
 CHART = Chart(
     "memory_plan",
     (*CACHE, *OWN),
-    lambda found, look: _plan(found[0], look),
+    lambda found, look: (
+        planned(found[0], [look.context], look.batch),
+        largest(found[0], look.memory_gb * GIGABYTE, look.batch),
+    ),
     lambda plan, _: memory_plan(*plan),
     asks=lambda look: [("layouts", *(getattr(look, name) for name in (*CACHE, *TYPED)))],
 )
@@ -69,7 +61,7 @@ class MemoryPlanner(OfCache, ChartPage):
     ----------
     model_or_config : as for `veloxlab.models.shapes.shape_of`: a model, a ``config.json`` or its folder, the id
         of a cached repository. Without one, boxes for layers, KV heads and head dimensions are shown.
-    selection, worker : of the laboratory that it is a page of; the selection stands in for a method and its settings.
+    selection, worker : of a laboratory, in place of a method and its settings.
     settings : first values of the traits, such as ``method="rabitq"`` or ``memory_gb=24``.
 
     Attributes
@@ -89,16 +81,16 @@ class MemoryPlanner(OfCache, ChartPage):
     SETTINGS = (*CACHE, *OWN)
     MEASURES = {"layouts": _layouts}  # noqa: RUF012
 
-    context = _number("context", 32_768, "tokens of each sequence")
-    batch = _number("batch", 1, "sequences")
+    context = Count(2**LEAST, 2**MOST, 32_768, "tokens of each sequence")
+    batch = Count(1, 100_000, 1, "sequences")
     memory_gb = Checked(
         real(above=0), help="memory for the cache alone, 10^9 bytes; at first 8, or what this machine may use"
     )
-    layers = _number("layers", 32, "layers that keep keys and values")
-    kv_heads = _number("kv_heads", 8, "KV heads of a layer")
-    head_dim = _number("head_dim", 128, "numbers of a key or value of one head")
-    sliding_window = _number("sliding_window", 0, "tokens that a sliding layer sees; 0: none slides")
-    full_every = _number("full_every", 0, "every so many-th layer sees all tokens; 0: none does")
+    layers = Count(1, 1000, 32, "layers that keep keys and values")
+    kv_heads = Count(1, 1000, 8, "KV heads of a layer")
+    head_dim = Count(1, 10_000, 128, "numbers of a key or value of one head")
+    sliding_window = Count(0, 2**MOST, 0, "tokens that a sliding layer sees; 0: none slides")
+    full_every = Count(0, 1000, 0, "every so many-th layer sees all tokens; 0: none does")
 
     def __init__(
         self,
@@ -142,7 +134,6 @@ class MemoryPlanner(OfCache, ChartPage):
         return f"{name}: {plan_caption(self.plan, self.largest)}"
 
     def _shape(self, typed: Sequence[int]) -> ModelShape:
-        """The shape that was given, or of numbers that were typed in."""
         if self._given is not None:
             return self._given
         sizes: dict[str, Any] = dict(zip(TYPED, typed, strict=True))
@@ -151,7 +142,7 @@ class MemoryPlanner(OfCache, ChartPage):
 
     def _redraw(self) -> None:
         super()._redraw()
-        self._code.value = code(f"cache = vl.make_cache(model, {self.selection.choice.arguments})")
+        self._code.value = code(self.selection.choice.lines())
 
     def _controls(self) -> ipywidgets.Widget:
         context = ipywidgets.FloatLogSlider(
@@ -159,20 +150,21 @@ class MemoryPlanner(OfCache, ChartPage):
         )
         context.tooltip = "Tokens of each sequence"
         t.link((self, "context"), (context, "value"), transform=(float, round))
+
+        def box(trait: str, words: str) -> ipywidgets.Widget:
+            ends = self.traits()[trait].ends  # type: ignore[attr-defined]  # it is a `Count`
+            return self._control(ipywidgets.BoundedIntText, trait, words, **ends)
+
         wide: dict[str, Any] = {"min": 1e-3, "max": 1e5, "step": 1, "style": {"description_width": "initial"}}
         memory = self._control(ipywidgets.BoundedFloatText, "memory_gb", "memory (GB)", **wide)
-        typed = [] if self._given is not None else [self._box(name, words) for name, words in TYPED.items()]
+        typed = [] if self._given is not None else [box(name, words) for name, words in TYPED.items()]
         return rows(
-            [context, self._box("batch"), memory],
+            [context, box("batch", "batch"), memory],
             [self._methods(), self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")],
             [self._slider("sinks", 0, 256), self._slider("window", 0, 1024)],
             typed[:3],
             typed[3:],
         )
-
-    def _box(self, trait: str, words: str = "") -> ipywidgets.Widget:
-        least, most = RANGES[trait]
-        return self._control(ipywidgets.BoundedIntText, trait, words, min=least, max=most)
 
     @t.default("memory_gb")
     def _memory_here(self) -> float:
