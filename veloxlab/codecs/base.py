@@ -69,10 +69,9 @@ def token_bytes(codec: Codec, kv_heads: int, exact_bytes: int = 2) -> tuple[int,
 
 @dataclass(frozen=True)
 class Sample:
-    """What calibration saw of one layer, for `Codec.fit`.
+    """What calibration saw of one layer, for `Codec.fit`: keys (after RoPE) or values ``x`` ``[B, H, S, D]``, float32.
 
-    ``x`` are keys (after RoPE) or values ``[B, H, S, D]``, ``queries`` (after RoPE) ``[B, Hq, S, D]``, all float32. The
-    queries and the layer's rotary embedding are None where the model does not show them.
+    Its ``queries`` (after RoPE) ``[B, Hq, S, D]`` and its ``rope`` are None where the model does not show them.
     """
 
     x: mx.array
@@ -169,10 +168,7 @@ class Codec(ABC):
         return q
 
     def inner_products(self, q: mx.array) -> Callable[[Code], mx.array]:
-        """How queries ``[B, H, L, D]`` in the space of the codes read a tile: from its code to ``[B, H, L, S]``.
-
-        A codec that can do without expanding prepares its tables here, once for all tiles.
-        """
+        """How queries ``[B, H, L, D]`` in that space, prepared once, read a tile: its code to ``[B, H, L, S]``."""
         return lambda tile: q @ self.expand(tile).swapaxes(-1, -2)
 
     def reader(self, code: Code) -> Reader | None:
@@ -210,10 +206,7 @@ class Codec(ABC):
 
 
 def _tile(code: Code, start: int, after: mx.array) -> Code:
-    """The tile that begins at ``start``, to be read only once ``after`` is computed, which may be what came before.
-
-    Without that order MLX evaluates twenty branches of a graph abreast, and so expands twenty tiles at once.
-    """
+    """The tile that begins at ``start``, once ``after`` is computed: MLX would expand twenty tiles abreast."""
     tile = code[start : start + TILE]
     if not start:
         return tile

@@ -107,10 +107,14 @@ class CommVQ(Codec):
             # one chunk after another: MLX would evaluate all of them abreast
             (piece,) = mx.depends([x[:, :, at : at + chunk]], [parts[-1]["codes"]])
             y, rms = _normalized(piece, self.rope, start + at)
-            codes, coded = _encode_stages(y, both)
+            indices, coded = [], mx.zeros(y.shape)
+            for first, second in ((both[:, stage, 0], both[:, stage, 1]) for stage in range(self.stages)):
+                a, b = _search(y - coded, first, second)
+                coded = coded + _rows(first, a) + _rows(second, b)
+                indices += [a, b]
             factor = mx.clip(scales.scale_factor(self.scale, y, coded), 0.0, _MOST_FACTOR)
-            root_scale = scales.store_scale(rms * factor)
-            parts.append({"codes": packing.pack_bytes(codes, _INDEX), "root_scale": root_scale})
+            codes = packing.pack_bytes(mx.stack(indices, axis=-1), _INDEX)
+            parts.append({"codes": codes, "root_scale": scales.store_scale(rms * factor)})
         return Code({name: mx.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}, start)
 
     def expand(self, code: Code) -> mx.array:
@@ -136,11 +140,10 @@ class CommVQ(Codec):
 
     def reader(self, code: Code) -> SumsReader:
         """The tables, and where the tokens are."""
-        codes = code.arrays["codes"]
+        codes, root_scale = code.arrays["codes"], code.arrays["root_scale"]
+        tables, order = self._checked_tables(codes.shape[1]), Pairing.of(self.head_dim, self.rope)
         angles = None if self.rope is None else self._angles(code.start)
-        tables = self._checked_tables(codes.shape[1])
-        order = Pairing.of(self.head_dim, self.rope)
-        return SumsReader(self.head_dim, codes, code.arrays["root_scale"], None, tables, *order, angles)
+        return SumsReader(self.head_dim, codes, root_scale, None, tables, *order, angles)
 
     @cached_property
     def _angles(self) -> Callable[[int], mx.array]:
@@ -177,21 +180,9 @@ class CommVQ(Codec):
 
 def _normalized(x: mx.array, rope: Rope | None, start: int) -> tuple[mx.array, mx.array]:
     """Vectors as they are before ``rope``, of root-mean-square 1 (or 0), and what they were divided by ``[..., 1]``."""
-    x = x.astype(mx.float32)
-    x = x if rope is None else rope.inverse(x, start)
+    x = x.astype(mx.float32) if rope is None else rope.inverse(x.astype(mx.float32), start)
     rms = scales.root_mean_square(x)
     return scales.over(x, rms), rms
-
-
-def _encode_stages(y: mx.array, both: mx.array) -> tuple[mx.array, mx.array]:
-    """Indices ``[B, H, S, 2·R]`` and the sum of what they stand for, for vectors ``y`` ``[B, H, S, D]``."""
-    codes, coded = [], mx.zeros(y.shape)
-    for stage in range(both.shape[1]):
-        first, second = both[:, stage, 0], both[:, stage, 1]
-        a, b = _search(y - coded, first, second)
-        coded = coded + _rows(first, a) + _rows(second, b)
-        codes += [a, b]
-    return mx.stack(codes, axis=-1), coded
 
 
 def _search(r: mx.array, first: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:

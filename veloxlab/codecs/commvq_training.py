@@ -54,9 +54,9 @@ class Pairing(NamedTuple):
 
 
 def train_tables(points: Floats, stages: int, order: Indices, seed: int) -> Floats:
-    """Tables ``[stages, 64, D]`` of one head, float16 numbers, for ``points`` ``[N, D]`` of root-mean-square 1.
+    """Tables ``[stages, 64, D]`` of one head, in float16's numbers, for ``points`` ``[N, D]`` of root-mean-square 1.
 
-    ``order`` ``[D]`` are the first coordinates of all pairs, then the second ones: real parts, imaginary parts.
+    ``order`` ``[D]`` are the first coordinates of all pairs (real parts), then the second ones (imaginary parts).
     """
     rng = np.random.default_rng(seed)
     if len(points) > MOST_POINTS:

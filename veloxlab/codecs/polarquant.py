@@ -50,10 +50,10 @@ _MOST_VECTORS = 1 << 13  # that codebooks are fitted to: of more, only every nth
 
 @dataclass(frozen=True)
 class PolarQuant(RotatedSpace):
-    """PolarQuant (arXiv 2502.02617, Algorithm 1).
+    """PolarQuant (arXiv 2502.02617, Algorithm 1); for ``codebook`` see the module.
 
     ``levels`` are the bits of the angles of each level, the first level's first; D is a multiple of ``2**len(levels)``.
-    ``centroids`` are what `fit` learned, level after level from the second on. For ``codebook`` see the module.
+    ``centroids`` are what `fit` learned, level after level from the second on.
     """
 
     head_dim: int

@@ -50,10 +50,7 @@ _OUTLIER_SEED = 1_000_003  # keeps the sketch of the outliers independent of the
 
 @dataclass(frozen=True)
 class QJL(Codec):
-    """QJL's keys: signs of a sketch, and a norm (arXiv 2406.03482, Algorithm 1).
-
-    The ``sketch`` has ``bits`` times ``head_dim`` rows, ``"orthogonal"`` or ``"gaussian"``.
-    """
+    """QJL's keys: signs of a ``sketch`` of ``bits`` times ``head_dim`` rows, and a norm (Algorithm 1)."""
 
     head_dim: int
     bits: int
@@ -108,10 +105,9 @@ class QJL(Codec):
 
 @dataclass(frozen=True, eq=False)
 class OutlierQJL(SplitCodec):
-    """QJL's keys with ``outliers`` channels of each KV head in a sketch of their own.
+    """QJL's keys with ``outliers`` channels of each KV head in a sketch of their own, of about D rows.
 
-    They are often much larger than the rest, and would drown it in a common sketch, whose error is proportional to the
-    norm. Their sketch has D rows, or as many as whole blocks allow.
+    They would drown the rest in a common sketch, whose error is proportional to the norm.
     """
 
     method: ClassVar[str] = "QJL"
@@ -137,10 +133,10 @@ class OutlierQJL(SplitCodec):
 
 @dataclass(frozen=True)
 class GroupedValues(Codec):
-    """QJL's values: neighbouring coordinates in groups, each cut into ``2**bits`` equal steps from least to largest.
+    """QJL's values: ``group`` neighbours at a time, cut into ``2**bits`` equal steps from the least to the largest.
 
     ``levels="centres"`` decodes a step to its middle; ``"ends"`` puts the outer levels on the least and the largest
-    number, as KIVI and QJL do. The last group is shorter where ``group`` does not divide ``head_dim``.
+    number, as KIVI and QJL do. The last group may be shorter.
     """
 
     head_dim: int

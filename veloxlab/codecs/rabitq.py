@@ -56,10 +56,9 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class RaBitQ(RotatedCodec):
-    """RaBitQ of 1 to 8 bits (arXiv 2405.12497, 2409.09913).
+    """RaBitQ of 1 to 8 bits: ``encoder`` finds the stretch t, and ``bounds`` stores what `half_widths` needs.
 
-    ``encoder`` says how the stretch t is found, and ``bounds`` whether to store what `half_widths` needs. For ``scale``
-    see `veloxlab.codecs.parts.scales`, for ``rotation`` and ``seed`` `RotatedSpace`.
+    For ``scale`` see `veloxlab.codecs.parts.scales`, for ``rotation`` and ``seed`` `RotatedSpace`.
     """
 
     head_dim: int
@@ -148,10 +147,9 @@ class RaBitQ(RotatedCodec):
 
 @dataclass(frozen=True, eq=False)
 class CentredRaBitQ(RaBitQ):
-    """RaBitQ of what a vector differs from the mean of its KV head by, which calibration measures.
+    """RaBitQ of what a vector differs from its KV head's mean by: ``centroid`` ``[H, D]`` float32, 0 before `fit`.
 
-    Until it is fitted the mean is 0. ⟨q, mean⟩ is the same for all tokens, so attention over keys does not see it.
-    ``centroid`` are the means ``[H, D]`` float32, or None before `fit`.
+    ⟨q, mean⟩ is the same for all tokens, so attention over keys does not see it.
     """
 
     centroid: mx.array | None = None
@@ -250,9 +248,8 @@ def _best_stretch(a: mx.array, bits: int) -> mx.array:
 def _tried_stretch(a: mx.array, bits: int) -> mx.array:
     """The best of `_TRIES` values of t around the one at which the largest coordinate is about to be cut off.
 
-    With more bits that one is nearly always the best; with fewer, more of the large coordinates are cut off. The sine
-    of the angle tells near ones apart, where the cosine of 8 bits is 1 to float32's rounding: with e = u − t·a it is
-    √((‖e‖² − ⟨e, a⟩² / ‖a‖²) / ‖u‖²), in which nothing cancels.
+    The sine of the angle tells near ones apart, where the cosine of 8 bits is 1 to float32's rounding: with e = u − t·a
+    it is √((‖e‖² − ⟨e, a⟩² / ‖a‖²) / ‖u‖²), in which nothing cancels.
     """
     top = 2 ** (bits - 1)
     t = top / mx.maximum(a.max(axis=-1, keepdims=True), _TINY) * _tries(bits)

@@ -57,9 +57,7 @@ class RotatedCodec(RotatedSpace):
 
     @abstractmethod
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
-        """Packed arrays for rotated vectors ``y`` ``[B, H, S, D]`` of length √D, and the factor ``[B, H, S, 1]`` that
-        their expansion is to be multiplied with, beside the vector's own root-mean-square.
-        """
+        """Packed arrays of rotated ``[B, H, S, D]`` of length √D, and the factor ``[B, H, S, 1]`` of their levels."""
 
     @abstractmethod
     def levels(self, arrays: dict[str, mx.array]) -> mx.array:

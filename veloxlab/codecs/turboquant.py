@@ -73,9 +73,8 @@ class TurboQuant(TableCodec):
 class TurboQuantProd(RotatedCodec):
     """TurboQuant's ``prod`` variant: b − 1 bits of codes, then a sign sketch of the residual (Algorithm 2).
 
-    Unbiased by construction: decode = ‖x‖·(x̂ + c·‖r‖·Sᵀ sign(S r)) for the residual r of the rotated unit vector.
-
-    One of the ``bits`` is the ``sketch``, ``"gaussian"`` as in the paper, or ``"orthogonal"``.
+    Unbiased: decode = ‖x‖·(x̂ + c·‖r‖·Sᵀ sign(S r)) for the residual r of the rotated unit vector. The ``sketch`` is
+    ``"gaussian"`` as in the paper, or ``"orthogonal"``.
     """
 
     head_dim: int

@@ -26,9 +26,7 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(96)
 
 @dataclass(frozen=True)
 class Codebook:
-    """A scalar quantizer of a unit-variance coordinate: ascending levels ``[2**bits]``, boundaries halfway between them
-    ``[2**bits - 1]``, and the distortion E(x − x̂)².
-    """
+    """Ascending levels ``[2**bits]`` for a unit variance, boundaries halfway between them, distortion E(x − x̂)²."""
 
     levels: Floats
     boundaries: Floats
@@ -102,10 +100,9 @@ _ROUNDS = 2_000  # of Lloyd's iteration; from this start 256 levels need some hu
 
 
 def lloyd_max(density: Callable[[Floats], Floats], low: float, high: float, bits: int) -> Codebook:
-    """Lloyd–Max for any ``density`` on ``[low, high]``, which need not be normalized, by Lloyd's own iteration.
+    """Lloyd–Max for any ``density`` on ``[low, high]``, not normalized, by Lloyd's own iteration.
 
-    A density with several peaks has several local optima: the best of a few starts is given. ``distortion`` is in the
-    square of the unit of ``low`` and ``high``.
+    A density with several peaks has several local optima: the best of a few starts is given.
     """
     t = np.linspace(low, high, _GRID + 1)
     f = density(t)

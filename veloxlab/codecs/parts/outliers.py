@@ -20,7 +20,7 @@ _OUTLIER = "outlier_"  # how the names of their arrays begin
 
 
 class SplitCodec(Codec):
-    """Two codecs share a vector. A subclass is a frozen dataclass with these fields, and says which codecs.
+    """A subclass is a frozen dataclass with these fields, and says which codecs share a vector.
 
     ``channels`` are the indices of the outliers, k = ``outliers`` for each KV head in turn; empty before `fit`.
     """
@@ -129,7 +129,6 @@ class SplitCodec(Codec):
 
     @cached_property
     def _orders(self) -> tuple[mx.array, mx.array]:
-        """See `_order`: asked for at every token, and each layer has its own."""
         heads = np.array(self.channels).reshape(-1, self.outliers)
         order = np.stack([np.concatenate([head, np.setdiff1d(np.arange(self.head_dim), head)]) for head in heads])
         there, back = (constant(a[None, :, None], mx.uint32) for a in (order, np.argsort(order, axis=-1)))

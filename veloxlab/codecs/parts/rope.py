@@ -1,7 +1,4 @@
-"""Rotary position embedding (RoPE) and its inverse: mlx-lm hands a cache keys after RoPE, CommVQ wants them before.
-
-Paper: *RoFormer: Enhanced Transformer with Rotary Position Embedding*, J. Su et al., 2021, arXiv 2104.09864.
-"""
+"""Rotary position embedding (RoPE; J. Su et al., 2021, arXiv 2104.09864), and its inverse for CommVQ."""
 
 from __future__ import annotations
 
@@ -13,11 +10,11 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Rope:
-    """Rotates pairs of coordinates by angles that grow with the position: the layer's own parameters.
+    """A layer's own rotation of pairs of coordinates by angles that grow with the position.
 
     A head's first ``dims`` coordinates are rotated, in pairs of neighbours (2i, 2i + 1) if ``traditional``, else
     (i, i + dims/2). Frequencies are a geometric series from ``base``, or ``freqs``, tokens per radian of each pair
-    ``[dims / 2]`` (mlx's convention: 1 / angular frequency). Positions are multiplied with ``scale``.
+    ``[dims / 2]``. Positions are multiplied with ``scale``.
     """
 
     dims: int

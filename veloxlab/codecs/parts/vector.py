@@ -35,10 +35,9 @@ _DISTANCES = 1 << 22  # floats in a chunk while encoding, of which MLX's CPU bac
 
 
 def train_codebook(points: Points, count: int, seed: int) -> Points:
-    """K-means centroids ``[count, d]`` of ``points`` ``[N, d]``, the first of them zero.
+    """K-means centroids ``[count, d]`` of ``points`` ``[N, d]``, the first of them zero, for more different points.
 
-    Seeds by k-means++, several times on a part of the points, then Lloyd's iteration on all (at most `MOST_POINTS`,
-    fewer for many centroids; fewer iterations too). There must be more different points than centroids.
+    Seeds by k-means++, several times on a part of the points, then Lloyd's iteration on all, or at most `MOST_POINTS`.
     """
     rng = np.random.default_rng(seed)
     most = min(MOST_POINTS, _MOST_PAIRS // count)
