@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -150,16 +151,16 @@ def budget_rows(bits: float = 3.0, measured: float | None = 0.125) -> pl.DataFra
     return views.frontier_rows(line_frame(), now, pl.DataFrame(row, schema_overrides={"kl_mean": pl.Float64}))
 
 
-CHARTS: dict[str, Callable[[], alt.VConcatChart]] = {
-    "errors": lambda: views.error_map(error_frame()),
-    "bits": lambda: views.bit_allocation(bit_frame()),
-    "memory": lambda: views.memory_growth(memory_frame()),
-    "frontier": lambda: views.frontier(fidelity_frame()),
-    "pareto_front": lambda: views.pareto_front(pareto_frame()),
-    "allocation": lambda: views.allocation_map(head_frame()),
-    "losses": lambda: views.loss_by_layer(loss_frame()),
-    "sensitivity": lambda: views.sensitivity_by_layer(sensitivity_frame()),
-    "budget": lambda: views.budget_frontier(budget_rows()),
+CHARTS: dict[str, Callable[[], alt.VConcatChart]] = {  # each made once: making one takes a while
+    "errors": functools.cache(lambda: views.error_map(error_frame())),
+    "bits": functools.cache(lambda: views.bit_allocation(bit_frame())),
+    "memory": functools.cache(lambda: views.memory_growth(memory_frame())),
+    "frontier": functools.cache(lambda: views.frontier(fidelity_frame())),
+    "pareto_front": functools.cache(lambda: views.pareto_front(pareto_frame())),
+    "allocation": functools.cache(lambda: views.allocation_map(head_frame())),
+    "losses": functools.cache(lambda: views.loss_by_layer(loss_frame())),
+    "sensitivity": functools.cache(lambda: views.sensitivity_by_layer(sensitivity_frame())),
+    "budget": functools.cache(lambda: views.budget_frontier(budget_rows())),
 }
 BY_LAYER = [name for name in CHARTS if name not in ("frontier", "pareto_front", "budget")]
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
+from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import create_attention_mask
 
 from veloxlab.cache.calibration import Calibration, layer_codec
@@ -52,6 +54,24 @@ class LayerCapture:
                     f"The {name} of layer {self.layer} hold numbers that are NaN or infinite, {why}: load the model "
                     "with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
                 )
+
+    def logits(self, keys: mx.array) -> mx.array:
+        """Of its queries and of keys ``[1, H, S, Dk]``, in float32 and without a mask: ``[H, Hq/H, S, S]``."""
+        _, kv_heads, tokens, head_dim = keys.shape
+        queries = self.queries.astype(mx.float32).reshape(kv_heads, -1, tokens, head_dim)  # type: ignore[union-attr]
+        return queries @ keys[0][:, None].swapaxes(-1, -2) * self.scale
+
+    def attend(self, keys: mx.array, values: mx.array) -> mx.array:
+        """Causal attention of its queries to other keys and values, in float32: ``[H, Hq/H, S, Dv]``."""
+        logits = mx.where(create_causal_mask(keys.shape[2]), self.logits(keys), -mx.inf)
+        return mx.softmax(logits, axis=-1, precise=True) @ values[0][:, None]
+
+    @cached_property
+    def output(self) -> mx.array:
+        """Causal attention to its own keys and values, evaluated: every method is compared with it."""
+        output = self.attend(self.vectors("keys"), self.vectors("values"))
+        mx.eval(output)
+        return output
 
     def codec(
         self, tensor: Tensor, method: str, bits: int, calibration: Calibration | None, options: Mapping[str, object]

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import tensor_bits, usual_bits
 from veloxlab.checks import checked, instance, measured, whole
-from veloxlab.codecs import Tensor
+from veloxlab.codecs import TENSORS, Tensor
 from veloxlab.codecs.base import fitted_online
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
@@ -154,25 +154,15 @@ def _attention_errors(layer: LayerCapture, tensor: Tensor, decoded: mx.array) ->
     """Logit error and attention-output error of each KV head ``[H]``; none where the model shows no queries."""
     if layer.queries is None or layer.scale is None:
         return {}
-    keys, values, scale = layer.vectors("keys"), layer.vectors("values"), layer.scale
-    _, kv_heads, tokens, _ = keys.shape
-    q = layer.queries[0].astype(mx.float32).reshape(kv_heads, -1, tokens, keys.shape[-1])  # [H, Hq/H, S, D]
-    mask = create_causal_mask(tokens)
-
-    def logits(k: mx.array) -> mx.array:
-        return (q @ k[0][:, None].swapaxes(-1, -2)) * scale
-
-    def output(scores: mx.array, v: mx.array) -> mx.array:
-        return mx.softmax(mx.where(mask, scores, -mx.inf), axis=-1, precise=True) @ v[0][:, None]
-
-    exact = logits(keys)
-    changed = logits(decoded) if tensor == "keys" else exact
-    out, moved = output(exact, values), output(changed, decoded if tensor == "values" else values)
-    lost = mx.square(out - moved).sum(axis=(1, 2, 3))
-    errors: dict[str, ArrayLike] = {"output_error": ratio(lost, mx.square(out).sum(axis=(1, 2, 3)))}
+    given = {name: layer.vectors(name) for name in TENSORS} | {tensor: decoded}
+    lost = mx.square(layer.output - layer.attend(**given)).sum(axis=(1, 2, 3))
+    errors: dict[str, ArrayLike] = {"output_error": ratio(lost, mx.square(layer.output).sum(axis=(1, 2, 3)))}
     if tensor == "keys":
-        pairs = tokens * (tokens + 1) / 2 * q.shape[1]
-        errors["logit_error"] = mx.sqrt(mx.where(mask, mx.square(changed - exact), 0.0).sum(axis=(1, 2, 3)) / pairs)
+        changed = mx.square(layer.logits(decoded) - layer.logits(layer.vectors("keys")))
+        _, group, tokens, _ = changed.shape
+        pairs = group * tokens * (tokens + 1) / 2
+        causal = mx.where(create_causal_mask(tokens), changed, 0.0)
+        errors["logit_error"] = mx.sqrt(causal.sum(axis=(1, 2, 3)) / pairs)
     return errors
 
 

@@ -204,7 +204,7 @@ class ChartView(Ending, anywidget.AnyWidget):
         return {name: json.loads(payload) for name, payload in self.content["datasets"].items()}
 
     def _state_of(self, chart: alt.TopLevelMixin, *, revision: int) -> dict[str, Any]:
-        bare, rows, params = split(chart.to_dict())
+        bare, rows, params = split(chart.to_dict(validate=False))  # its parts were, and a slider waits
         if bare != self._bare:
             self._bare, self._id = bare, next(self._numbers)
         self._data = {**rows}
