@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,10 @@ def calibrate(
     the text, tokens, bits and seed. One layer's activations are held at a time. A method that was registered
     (`veloxlab.codecs.register`) is fitted anew each time: its code may have changed.
 
-    In seconds of one core, SmolLM2 (30 layers, 1,024 tokens, float32) takes below 20 where only channels, means or
-    levels are learned, 30 for SpectralQuant, 45 to 75 for VecInfer, and 70, 100, 145 and 170 for CommVQ at 1, 2, 3 and
-    4 bits. Each further width takes its time again. Raises `InputError`: unknown method or option, bits out of range, a
-    text that is too short or too uniform, or activations that are not finite.
+    In seconds of one core, SmolLM2 (1,024 tokens, float32) takes below 20 where only channels, means or levels are
+    learned, 30 for SpectralQuant, 45 to 75 for VecInfer, and 70 to 170 for CommVQ at 1 to 4 bits; each width again.
+    Raises `InputError`: unknown method or option, bits out of range, a text that is too short or too uniform, or
+    activations that are not finite.
 
     Parameters
     ----------
@@ -86,16 +87,18 @@ def calibrate(
                     codecs[seen.layer, tensor, width] = codec.fit(sample)
         return Calibration(method, facts, codecs)
 
-    def loaded(path: Path) -> Calibration:
-        calibration = Calibration.load(path)
-        if calibration.facts != facts:
-            raise InputError(f"The calibration {path} was made of something else than its name says.")
-        return calibration
-
     if found.codecs:  # registered: a file could not tell whether its code is still the same
         return made()
     key = digest([FORMAT, method, facts])[:16]
-    return kept(kept_in("calibrations", folder) / f"{method}-{key}.json", loaded, made, Calibration.save)
+    path = kept_in("calibrations", folder) / f"{method}-{key}.json"
+    return kept(path, partial(_loaded, facts), made, Calibration.save)
+
+
+def _loaded(facts: Mapping[str, object], path: Path) -> Calibration:
+    calibration = Calibration.load(path)
+    if calibration.facts != facts:
+        raise InputError(f"The calibration {path} was made of something else than its name says.")
+    return calibration
 
 
 def _as_json(options: Mapping[str, object]) -> dict[str, object]:
