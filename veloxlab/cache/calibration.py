@@ -88,10 +88,7 @@ class Calibration:
     @property
     def frame(self) -> pl.DataFrame:
         """One row per codec: ``layer, tensor, bits, true_bits, table_bytes``."""
-        rows = [
-            (layer, tensor, bits, codec.bits_per_value, codec.shared_bytes)
-            for (layer, tensor, bits), codec in self.codecs.items()
-        ]
+        rows = [(*place, codec.bits_per_value, codec.shared_bytes) for place, codec in self.codecs.items()]
         return pl.DataFrame(rows, schema=["layer", "tensor", "bits", "true_bits", "table_bytes"], orient="row")
 
     @checked()

@@ -22,20 +22,15 @@ OWN_STEP = 256  # tokens by which mlx-lm's own buffers grow
 TOKENS = whole(0)  # how many tokens
 
 
-@dataclass(frozen=True)
-class Arrival:
+class Arrival(NamedTuple):
     """Where the tokens of one call go, and which ones leave the window for the codes."""
 
     to_sinks: int  # the first of them, kept exact
     gone: int  # those behind, which nothing will see again; with them all tokens before but the sinks
     from_recent: int  # the oldest of the window, to be encoded
     from_new: int  # the next of this call, to be encoded
-    to_recent: int  # the rest of them, which join the window
-
-    @property
-    def to_packed(self) -> int:
-        """Tokens to be encoded, which is whole blocks."""
-        return self.from_recent + self.from_new
+    to_packed: int  # both: whole blocks
+    to_recent: int  # the rest, which join the window
 
 
 class HeldTokens(NamedTuple):
@@ -84,7 +79,7 @@ class Windows:
         to_packed = max(0, left + new - self.window) // self.block * self.block
         from_recent = min(to_packed, left)
         from_new = to_packed - from_recent
-        return Arrival(to_sinks, gone, from_recent, from_new, new - from_new)
+        return Arrival(to_sinks, gone, from_recent, from_new, to_packed, new - from_new)
 
     def leaving(self, packed: int, recent: int) -> int:
         """How many of the oldest tokens behind the sinks are forgotten."""

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import ArraysCache, RotatingKVCache, load_prompt_cache
 from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.cache.plan import Chunk, LayerSettings, Plan, Sliding, plan_of
+from veloxlab.cache.plan import Chunk, Plan, Sliding, plan_of
 from veloxlab.cache.saved import add_checksum
 from veloxlab.checks import CALIBRATIONS, FILE, checked
 from veloxlab.codecs import METHODS, TENSORS, find_method, saving
@@ -50,11 +50,10 @@ def make_cache(
     model : any mlx-lm model.
     method_or_plan : a method's id (`veloxlab.methods`), or a `veloxlab.Plan`, which says which bits each layer gets.
     bits, key_bits, value_bits : code bits per coordinate, 4 by default; the last two override the first.
-    sinks, window : tokens kept exact, at the start and at the end; 4 and 64 by default, or the plan's.
-    chunk : whether tokens of one call attend to one another ``"exact"`` or through their ``"codes"``; the former by
-        default, or the plan's.
-    sliding : whether layers with a sliding window are ``"compressed"``, or keep the model's own ``"exact"`` cache; the
-        former by default, or the plan's.
+    sinks, window : tokens kept exact, at the start and at the end; 4 and 64 by default. These and the next two are
+        the plan's, where there is one.
+    chunk : whether tokens of one call attend to one another ``"exact"``, by default, or through their ``"codes"``.
+    sliding : whether layers with a sliding window are ``"compressed"``, by default, or keep their ``"exact"`` cache.
     max_kv_size : tokens that layers without a window of their own are to hold at most, as mlx-lm's option of that name:
         the ``sinks`` and the newest ones, older ones are forgotten. None keeps all.
     calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted; several, for a plan of several.
@@ -80,11 +79,9 @@ def make_cache(
     if max_kv_size is not None and max_kv_size <= plan.sinks:
         raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={plan.sinks}: give more than that.")
     attach()
-    name, settings = name_of(model), plan.settings_for(model)
-    fitted = dict.fromkeys(METHODS, alone) | {one.method: one for one in given}
-    caches = probe.with_caches(
-        model, lambda facts: _compressed(facts, plan, settings[facts.layer], max_kv_size, name, fitted)
-    )
+    plan.settings_for(model)  # refused if it is of another model
+    name, fitted = name_of(model), dict.fromkeys(METHODS, alone) | {one.method: one for one in given}
+    caches = probe.with_caches(model, lambda facts: _compressed(facts, plan, max_kv_size, name, fitted))
     for facts in probe.probe(model):
         own = probe.slot_of(caches, facts)
         if not isinstance(own, CompressedKVCache):
@@ -93,12 +90,7 @@ def make_cache(
 
 
 def _compressed(
-    facts: probe.LayerFacts,
-    plan: Plan,
-    settings: LayerSettings,
-    max_kv_size: int | None,
-    model: str,
-    fitted: Mapping[str, Calibration | None],
+    facts: probe.LayerFacts, plan: Plan, max_kv_size: int | None, model: str, fitted: Mapping[str, Calibration | None]
 ) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
     """The cache of one layer that can be compressed."""
     if facts.max_size is not None and plan.sliding == "exact":
@@ -107,7 +99,7 @@ def _compressed(
         return own
     codecs = (
         layer_codec(find_method(method), facts.layer, facts.dims[tensor], bits, tensor, options, fitted.get(method))
-        for tensor, method, bits, options in settings.tensors
+        for tensor, method, bits, options in plan.layers[facts.layer].tensors
     )
     return CompressedKVCache(
         *codecs,

@@ -5,7 +5,6 @@ Without arrays the same code counts: that is how the room of a cache is predicte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -62,7 +61,9 @@ class Run:
         self._codes.clear()
         held, total = self.room, self.tokens + count
         self.room = self._room_for(count)
-        for name, new in _named(codes).items():
+        both = zip(TENSORS, codes or (), strict=False)
+        added = {f"{tensor}/{name}": array for tensor, code in both for name, array in code.arrays.items()}
+        for name, new in added.items():
             if self.room == held:
                 self.buffers[name][:, :, self.tokens : total] = new
                 continue
@@ -179,9 +180,3 @@ def compressed_room(windows: Windows, tokens: int, decoded: int = 0, chunk: int 
         runs.take(windows.arrival(count, runs.offset, runs.recent.tokens, all_seen=all_seen))
         runs.evict()
     return Room(*(run.room for run in runs.runs))
-
-
-def _named(codes: Codes | None) -> Mapping[str, mx.array]:
-    """The arrays of keys and values, by their names in a run."""
-    both = zip(TENSORS, codes or (), strict=False)
-    return {f"{tensor}/{name}": array for tensor, code in both for name, array in code.arrays.items()}
