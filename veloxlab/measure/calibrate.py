@@ -68,15 +68,8 @@ def calibrate(
         found.check(width, tensor, options)
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     _check_text(ids)
-    facts = {
-        "version": found.version,
-        "model": fingerprint(model),
-        "text": digest(ids),
-        "tokens": len(ids),
-        "seed": seed,
-        "bits": widths,
-        "options": _as_json(options),
-    }
+    read = {"model": fingerprint(model), "text": digest(ids), "tokens": len(ids), "seed": seed}
+    facts: dict[str, object] = {"version": found.version, **read, "bits": widths, "options": _as_json(options)}
 
     def made() -> Calibration:
         codecs: dict[Place, Codec] = {}
