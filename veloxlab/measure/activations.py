@@ -59,7 +59,7 @@ class LayerCapture:
         """Of its queries and of keys ``[1, H, S, Dk]``, in float32 and without a mask: ``[H, Hq/H, S, S]``."""
         _, kv_heads, tokens, head_dim = keys.shape
         queries = self.queries.astype(mx.float32).reshape(kv_heads, -1, tokens, head_dim)  # type: ignore[union-attr]
-        return queries @ keys[0][:, None].swapaxes(-1, -2) * self.scale
+        return queries @ keys[0][:, None].swapaxes(-1, -2) * self.scale  # type: ignore[operator]  # there with queries
 
     def attend(self, keys: mx.array, values: mx.array) -> mx.array:
         """Causal attention of its queries to other keys and values, in float32: ``[H, Hq/H, S, Dv]``."""
