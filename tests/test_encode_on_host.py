@@ -81,7 +81,7 @@ def vectors(rng, dim, dtype, tokens):
 
 
 def signs_of(rotation):
-    return mx.sign(rotation.forward(mx.eye(rotation.dim))[:, 0])
+    return mx.sign(rotation.forward(mx.eye(rotation.signs.size))[:, 0])
 
 
 def fields(codec):
