@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.cache.counts import HeldTokens, Windows
+from veloxlab.cache.counts import Room, Windows
 from veloxlab.cache.plan import LayerSettings, Plan, model_hash
 from veloxlab.checks import FLAG, Check, check_fields, choice, either, instance, real, whole
 from veloxlab.errors import InputError
@@ -41,7 +41,7 @@ class LayerSize:
         """Bytes of one exact token."""
         return self.values_per_token * self.exact_bits // 8
 
-    def held_tokens(self, tokens: int, sinks: int, window: int, *, decoded: bool = True) -> HeldTokens:
+    def held_tokens(self, tokens: int, sinks: int, window: int, *, decoded: bool = True) -> Room:
         """The most tokens that a compressed cache has room for: `veloxlab.cache.counts.Windows.most_held`."""
         windows = Windows.of(sinks if self.max_size is None else self.keep, window, self.max_size)
         return windows.most_held(tokens, decoded=decoded)

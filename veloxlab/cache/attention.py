@@ -77,8 +77,12 @@ class History(Handle):
         return self._attend_codes(q, scale, mask, sinks) if fused is None else fused
 
     def _attend_expanded(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array:
-        """By MLX's fused attention over decoded keys and values, of some KV heads after others where they are many."""
-        kv_heads, together = self._heads_together(q.dtype.size)
+        """By MLX's fused attention over decoded tokens, of some KV heads after others if they are large and alike."""
+        codecs = [codec for s in self.segments for codec in (s.key_codec, s.value_codec)]
+        kv_heads = together = self.segments[-1].keys.kv_heads
+        if all(codec.heads_alike for codec in codecs):
+            head_bytes = q.shape[0] * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * q.dtype.size
+            together = min(kv_heads, max(1, EXPANDED_BYTES // head_bytes))
         queries = q.shape[1] // kv_heads  # of a KV head
         parts = [q]
         for first in range(0, kv_heads, together):
@@ -90,15 +94,6 @@ class History(Handle):
             attend = mx.fast.scaled_dot_product_attention
             parts.append(attend(q[:, heads], keys, values, scale=scale, mask=own, sinks=logits))
         return mx.concatenate(parts[1:], axis=1)
-
-    def _heads_together(self, bytes_each: int) -> tuple[int, int]:
-        """KV heads, and how many of them are expanded at once: all where they cannot be told apart."""
-        codecs = [codec for s in self.segments for codec in (s.key_codec, s.value_codec)]
-        batch, kv_heads = next(iter(self.segments[-1].keys.arrays.values())).shape[0], self.segments[-1].keys.kv_heads
-        if not all(codec.heads_alike for codec in codecs):
-            return kv_heads, kv_heads
-        head_bytes = batch * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * bytes_each
-        return kv_heads, min(kv_heads, max(1, EXPANDED_BYTES // max(1, head_bytes)))
 
     def _attend_in_kernel(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None
@@ -144,8 +139,7 @@ class History(Handle):
         lengths, like = _TRIAL[0 if tokens.sinks else 1 :], (tokens.keys.kv_heads, tokens.exact_type)
         history = History(tuple(_made_up(s, count, *like) for s, count in zip(self.segments, lengths, strict=False)))
         q = made_up(queries.q, queries.q.shape[2], seed=1)
-        shape = (*q.shape[:3], history.tokens)
-        hidden = mx.random.bernoulli(_HIDDEN, shape, key=mx.random.key(2))
+        hidden = mx.random.bernoulli(_HIDDEN, (*q.shape[:3], history.tokens), key=mx.random.key(2))
         mask = None if queries.mask is None else mx.where(hidden, -1e9, 0.0)
         sinks = None if queries.logits is None else made_up(queries.logits, 1, seed=3)
         call = history._kernel_call(q, queries.scale, mask, sinks)

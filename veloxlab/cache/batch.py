@@ -1,8 +1,7 @@
 """Several sequences of different lengths in one layer: what mlx-lm's batch generator and server work with.
 
-Each sequence keeps a `CompressedKVCache` of its own. So nothing is padded, a sequence gets the same tokens in a batch
-as it does alone, and leaving or joining a batch moves no token. What attention is given is padded as mlx-lm pads: on
-the left, so that the newest tokens of all sequences stand in one column.
+Each keeps a `CompressedKVCache` of its own: it gets the same tokens in a batch as it does alone, and leaving or joining
+moves none. What attention is given is padded as mlx-lm pads: on the left, so that the newest tokens are in one column.
 """
 
 from __future__ import annotations
@@ -77,10 +76,7 @@ class BatchCompressedKVCache(saved.Saved):
             self.bits, self.group_size = 0, 0
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        """Give each row its own of the tokens ``[B, H, S, D]``; see `CompressedKVCache.update_and_fetch`.
-
-        Where that raises for one row, nothing is stored in any.
-        """
+        """`CompressedKVCache.update_and_fetch` of each row with its own tokens; where one raises, none stores any."""
         count, width = keys.shape[2], self._width
         firsts = [min(skip, count) for skip in self._skip]
         lasts = [count if left is None else min(count, left) for left in self._left]
@@ -129,10 +125,7 @@ class BatchCompressedKVCache(saved.Saved):
         return mx.array([width - row.visible + skip for row, skip in zip(self.rows, self._skip, strict=True)])
 
     def prepare(self, *, left_padding: Pads = None, lengths: Pads = None, right_padding: Pads = None) -> None:
-        """Say where padding is among the tokens to come, up to `finalize`.
-
-        Raises `InputError` for padding on the left of a row that already holds tokens.
-        """
+        """Say where padding is among the tokens to come; raises `InputError` if it is left of what a row holds."""
         if left_padding is not None:
             if any(pad and not row.empty() for pad, row in zip(left_padding, self.rows, strict=True)):
                 raise InputError("Padding on the left can only come before the first token: use an empty cache.")

@@ -21,7 +21,6 @@ from veloxlab.store import digest, read_json, reading, write_json
 
 FORMAT = "veloxlab calibration 3"
 Place = tuple[int, Tensor, int]  # layer, tensor, bits
-_PLACE = "layer", "role", "bits"  # as a file calls them
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,18 +92,14 @@ class Calibration:
 
     @checked()
     def save(self, path: str | Path) -> Path:
-        """Write ``path`` with the suffix ``.safetensors`` and, beside it, ``.json``; give the path of the latter.
-
-        Raises `InputError` where they cannot be written.
-        """
+        """Write ``.safetensors`` and, beside it, ``.json``, whose path is given; raises `InputError` if it cannot."""
         tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
         arrays: dict[str, mx.array] = {}
         entries = []
-        for place, codec in self.codecs.items():
+        for (layer, tensor, bits), codec in self.codecs.items():
             plain, own = to_parts(codec)
-            said = dict(zip(_PLACE, place, strict=True))
-            entries.append({**said, "head_dim": codec.head_dim, "fields": plain})
-            arrays |= {_prefix(place) + name: array for name, array in own.items()}
+            entries.append({"layer": layer, "role": tensor, "bits": bits, "head_dim": codec.head_dim, "fields": plain})
+            arrays |= {f"{layer}.{tensor}.{bits}/{name}": array for name, array in own.items()}
         content = {"method": self.method, "facts": dict(self.facts), "codecs": entries}
         held = io.BytesIO()
         mx.save_safetensors(held, arrays or {"none": mx.zeros(1)})
@@ -124,8 +119,8 @@ class Calibration:
             mx.eval(arrays)
             codecs = {}
             for entry in content["codecs"]:
-                layer, tensor, bits = place = tuple(entry[name] for name in _PLACE)
-                prefix = _prefix(place)
+                layer, tensor, bits = entry["layer"], entry["role"], entry["bits"]
+                prefix = f"{layer}.{tensor}.{bits}/"
                 own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
                 unfitted = method.codec(entry["head_dim"], bits, tensor, **facts["options"])
                 codecs[layer, tensor, bits] = from_parts(type(unfitted), entry["fields"], own)
@@ -158,8 +153,3 @@ def layer_codec(
             f"vl.calibrate(model, tokenizer, {method.id!r}, bits={bits}), and pass calibration=calibration."
         )
     return method.codec(head_dim, bits, tensor, **options)
-
-
-def _prefix(place: tuple[Any, ...]) -> str:
-    """What the names of a codec's arrays begin with in a file."""
-    return ".".join(map(str, place)) + "/"

@@ -33,11 +33,17 @@ class Arrival(NamedTuple):
     to_recent: int  # the rest, which join the window
 
 
-class HeldTokens(NamedTuple):
-    """Tokens of one layer that are exact, and that are codes."""
+class Room(NamedTuple):
+    """Tokens that the buffers of one layer have room for: exact first ones, packed, and exact newest ones."""
 
-    exact: int
+    sinks: int
     packed: int
+    recent: int
+
+    @property
+    def exact(self) -> int:
+        """Those that are not packed."""
+        return self.sinks + self.recent
 
 
 @dataclass(frozen=True)
@@ -52,11 +58,9 @@ class Windows:
 
     @classmethod
     def of(cls, sinks: int, window: int, max_size: int | None) -> Self:
-        """Those of a cache with ``sinks`` and ``window`` that sees ``max_size`` tokens, or all.
+        """Those of a cache that sees ``max_size`` tokens, or all; raises `InputError` if that leaves only sinks.
 
-        Whole blocks leave the window, and none that it still covers. In a sliding layer exact tokens are at most half
-        of what the layer's own cache would hold. Raises `InputError` if ``sinks`` or ``window`` is no number of
-        tokens, or ``max_size`` leaves no room behind the sinks.
+        In a sliding layer exact tokens are at most half of what the layer's own cache would hold.
         """
         sinks, window = TOKENS("sinks", sinks), TOKENS("window", window)
         if max_size is not None and max_size <= sinks:
@@ -86,8 +90,8 @@ class Windows:
         over = 0 if self.reach is None else max(0, packed + recent - self.reach)
         return over if over > packed else over // self._grain * self._grain
 
-    def most_held(self, tokens: int, *, decoded: bool = True) -> HeldTokens:
-        """The most tokens that a cache has room for after a text, however it came; of a sliding layer, in all.
+    def most_held(self, tokens: int, *, decoded: bool = True) -> Room:
+        """The most tokens that a cache has room for after a text, however it came.
 
         Without ``decoded`` they came in one call, and no buffer has slack: exact for a layer that does not slide.
         """
@@ -98,7 +102,7 @@ class Windows:
             sinks = min(sinks + STEP, self.sinks)
             recent = min(recent + STEP, self.most_recent) if recent else 0
             packed += max(STEP, packed // SLACK_SHARE) if packed else 0
-        return HeldTokens(sinks + recent, packed)
+        return Room(sinks, packed, recent)
 
     @property
     def _grain(self) -> int:
@@ -107,10 +111,7 @@ class Windows:
 
 
 def calls(tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Iterator[int]:
-    """Sizes of the calls that bring ``tokens`` tokens, of which the last ``decoded`` were generated.
-
-    Those come one at a time, and so does the last one of the prompt.
-    """
+    """Sizes of the calls that bring a text: the ``decoded`` tokens and the last one of the prompt come alone."""
     alone = min(tokens, decoded + 1)
     for start in range(0, tokens - alone, chunk):
         yield min(chunk, tokens - alone - start)
@@ -120,10 +121,7 @@ def calls(tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Iterator[int]:
 
 @lru_cache(maxsize=4096)
 def own_room(tokens: int, decoded: int = 0, max_size: int | None = None, chunk: int = CHUNK) -> int:
-    """Tokens for which mlx-lm's ``KVCache`` and ``QuantizedKVCache`` have room after the `calls` of a text.
-
-    With ``max_size`` it is the room of its ``RotatingKVCache``.
-    """
+    """Tokens that mlx-lm's own cache, with ``max_size`` a ``RotatingKVCache``, has room for after `calls`."""
     held = before = 0
     for count in calls(tokens, decoded, chunk):
         if max_size is None:

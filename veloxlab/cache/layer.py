@@ -1,7 +1,6 @@
 """The compressed cache of one attention layer, with the interface that mlx-lm expects of a cache.
 
-Three runs of tokens in order: `sinks` exact, then packed codes, then a `window` of recent exact tokens that are encoded
-in blocks as they age out. There is no other copy of a token anywhere.
+Three runs of tokens: exact `sinks`, packed codes, and a `window` of exact ones that are encoded in blocks as they age.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from veloxlab.cache import saved
 from veloxlab.cache.attention import History, Segment
 from veloxlab.cache.counts import TOKENS, Arrival, Windows
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
-from veloxlab.cache.runs import Codes, Runs
+from veloxlab.cache.runs import Codes, Run, Runs
 from veloxlab.checks import ARGUMENTS
 from veloxlab.codecs import TENSORS, Code, Codec
 from veloxlab.codecs.base import fitted_online
@@ -106,7 +105,12 @@ class CompressedKVCache(Runs, saved.Saved):
 
     def check(self, keys: mx.array, values: mx.array) -> Coming:
         """The first half of `update_and_fetch`: all that can fail, and changes nothing. See there what it raises."""
-        self._check_shapes(keys, values)
+        for name, x, codec in (("keys", keys, self.key_codec), ("values", values, self.value_codec)):
+            if x.shape[-1] != codec.head_dim:
+                raise InputError(
+                    f"Layer {self.layer}: {name} have a head dimension of {x.shape[-1]}, but this cache was made for "
+                    f"{codec.head_dim}. Make the cache for this model: vl.make_cache(model, ...)."
+                )
         count, recent = keys.shape[2], self.recent.tokens
         all_seen = self.chunk == "exact" and count > self.window
         arrival = self.windows.arrival(count, self.offset, recent, all_seen=all_seen)
@@ -118,7 +122,8 @@ class CompressedKVCache(Runs, saved.Saved):
             oldest = (code.arrays["values"][:, :, : arrival.from_recent] for code in self.recent.codes())
             leaving = [mx.concatenate([*pair], axis=2) for pair in zip(oldest, leaving, strict=True)]
         sinks = _exact(keys, values, slice(arrival.to_sinks)) if arrival.to_sinks else None
-        self._check_range(*leaving, *(code.arrays["values"] for code in sinks or ()))
+        if leaving or sinks:
+            self._check_range(*leaving, *(code.arrays["values"] for code in sinks or ()))
         codecs, packed = (self.key_codec, self.value_codec), None
         if leaving:
             start = self.offset + first - (0 if arrival.gone else recent)  # of the oldest token to be encoded
@@ -242,8 +247,8 @@ class CompressedKVCache(Runs, saved.Saved):
         held = [{name: next(arrays) for name in run["buffers"]} for run in content["runs"]]
         codecs = (saved.restore_codec(content["codecs"][tensor], arrays) for tensor in TENSORS)
         self = cls(*codecs, **content["settings"])
-        for run, buffers, said in zip(self.runs, held, content["runs"], strict=True):
-            run.fill(buffers, said["tokens"])
+        runs = zip(self.runs, content["runs"], held, strict=True)
+        self.sinks, self.packed, self.recent = (Run(run.most, said["tokens"], own) for run, said, own in runs)
         self.evicted, self._values_per_token = content["evicted"], content["values_per_token"]
         self._dtype = content["dtype"]
         return self
@@ -263,19 +268,11 @@ class CompressedKVCache(Runs, saved.Saved):
             start += run.tokens + (self.evicted if run is self.sinks else 0)
         return tuple(segments)
 
-    def _check_shapes(self, keys: mx.array, values: mx.array) -> None:
-        for name, x, codec in (("keys", keys, self.key_codec), ("values", values, self.value_codec)):
-            if x.shape[-1] != codec.head_dim:
-                raise InputError(
-                    f"Layer {self.layer}: {name} have a head dimension of {x.shape[-1]}, but this cache was made for "
-                    f"{codec.head_dim}. Make the cache for this model: vl.make_cache(model, ...)."
-                )
-
     def _check_range(self, *keys_and_values: mx.array) -> None:
         """Raise `InputError` if a key or a value (they alternate) is no number that a codec can store."""
         # in float16 the limit itself is infinite; the comparison is false for NaN too
         within = [(mx.abs(x.astype(mx.float32)) <= _LARGEST).all() for x in keys_and_values]
-        if within and not mx.stack(within).all().item():  # one wait for the device, whatever the number of arrays
+        if not mx.stack(within).all().item():  # one wait for the device, whatever the number of arrays
             bad = next(i for i, good in enumerate(within) if not good.item())
             raise InputError(
                 f"Layer {self.layer}: the {TENSORS[bad % 2]} of a token are NaN, infinite or beyond "

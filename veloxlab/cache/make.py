@@ -17,7 +17,7 @@ from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.plan import Chunk, Plan, Sliding, plan_of
 from veloxlab.cache.saved import add_checksum
 from veloxlab.checks import CALIBRATIONS, FILE, checked
-from veloxlab.codecs import METHODS, TENSORS, find_method, saving
+from veloxlab.codecs import METHODS, TENSORS, Codec, find_method, saving
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import attach
@@ -61,8 +61,7 @@ def make_cache(
 
     Raises
     ------
-    InputError : unknown method or option, bits out of range, a plan or a calibration for another model, another
-        calibration than the plan was made with, bits beside a plan.
+    InputError : unknown method or option, bits out of range or beside a plan, a plan or calibration that does not fit.
     """
     plan = plan_of(method_or_plan)
     alone = None if isinstance(calibration, Sequence) else calibration  # it is for all methods
@@ -134,12 +133,9 @@ def load_cache(path: str | Path, model: Module, method_or_plan: str | Plan | Non
     """Read a prompt cache that mlx-lm's ``save_prompt_cache`` wrote, and check that it is one for ``model``.
 
     All layers of a cache that `make_cache` made say which model they are for, exact ones too, and have a checksum. A
-    cache that mlx-lm made says neither: then its layers have to be as many, and of the kinds, shapes and dtypes, as
-    this model makes them.
-
+    cache that mlx-lm made says neither: its layers have to be of the number, kinds, shapes and dtypes of this model's.
     ``method_or_plan`` and ``settings`` are as for `make_cache`, if the cache has to be of that method, bits and
-    calibration. Raises `InputError` if there is no such file, it is damaged, or what it holds is not for this model, or
-    not as wanted.
+    calibration. Raises `InputError` if the file is missing or damaged, or not for this model, or not as wanted.
     """
     attach()
     probe.probe(model)  # so that a cache made for it is known to be for a model that is here
@@ -176,8 +172,8 @@ def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | N
             # a class of mlx-lm's own counts as that which it was before it had a checksum
             if getattr(found, "native", type(found)) is not getattr(asked, "native", type(asked)):
                 raise InputError("This prompt cache has layers of other kinds than what was asked for: make it again.")
-            if isinstance(found, CompressedKVCache):
-                _check_codecs(found, asked)
+            for name in ("key_codec", "value_codec") if isinstance(found, CompressedKVCache) else ():
+                _check_codec(getattr(found, name), getattr(asked, name), found.layer)
 
 
 def _misfit(caches: Sequence[Any], own: Sequence[Any]) -> str | None:
@@ -204,18 +200,17 @@ def _misfit(caches: Sequence[Any], own: Sequence[Any]) -> str | None:
     return None
 
 
-def _check_codecs(found: CompressedKVCache, asked: CompressedKVCache) -> None:
-    for theirs, ours in ((found.key_codec, asked.key_codec), (found.value_codec, asked.value_codec)):
-        if not saving.same_kind(theirs, ours):
-            raise InputError(
-                f"This prompt cache holds {saving.described(theirs)} in layer {found.layer}, and "
-                f"{saving.described(ours)} was asked for: ask for what it holds, or make it again."
-            )
-        if not (ours.online or saving.same_codec(theirs, ours)):
-            raise InputError(
-                f"This prompt cache was made with another calibration of {saving.method_of(ours)}, or other options, "
-                f"than was asked for (layer {found.layer} differs): ask for those, or make the cache again."
-            )
+def _check_codec(theirs: Codec, ours: Codec, layer: int) -> None:
+    if not saving.same_kind(theirs, ours):
+        raise InputError(
+            f"This prompt cache holds {saving.described(theirs)} in layer {layer}, and {saving.described(ours)} was "
+            "asked for: ask for what it holds, or make it again."
+        )
+    if not (ours.online or saving.same_codec(theirs, ours)):
+        raise InputError(
+            f"This prompt cache was made with another calibration of {saving.method_of(ours)}, or other options, than "
+            f"was asked for (layer {layer} differs): ask for those, or make the cache again."
+        )
 
 
 def _parts(caches: Sequence[Any]) -> list[Any]:

@@ -202,8 +202,5 @@ def plan_of(given: Any) -> Any:  # noqa: ANN401 - what `make_cache` takes
 
 def model_hash(model: Module) -> str:
     """Twelve hex digits over the shapes of a model's caches: what a plan depends on."""
-    shapes = [
-        (f.layer, f.slot, f.native, f.compressible, f.max_size, f.kv_heads, f.key_dim, f.value_dim)
-        for f in probe(model)
-    ]
-    return digest(shapes)[:12]
+    facts = "layer", "slot", "native", "compressible", "max_size", "kv_heads", "key_dim", "value_dim"
+    return digest([[getattr(found, fact) for fact in facts] for found in probe(model)])[:12]

@@ -6,11 +6,10 @@ Without arrays the same code counts: that is how the room of a cache is predicte
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import mlx.core as mx
 
-from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Windows, calls
+from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Room, Windows, calls
 from veloxlab.codecs import TENSORS, Code, Tensor
 
 Arrays = dict[str, mx.array]
@@ -20,16 +19,14 @@ Codes = tuple[Code, Code]  # of keys and of values
 class Run:
     """Consecutive tokens in growable buffers: named arrays ``[B, H, S, ...]``, such as ``"keys/codes"``."""
 
-    def __init__(self, most: int | None = None) -> None:
-        self.most, self.tokens, self.room = most, 0, 0  # that it will ever hold, holds, and has buffers for
-        self.buffers: Arrays = {}
+    def __init__(self, most: int | None = None, tokens: int = 0, buffers: Arrays | None = None) -> None:
+        self.most, self.tokens, self.buffers = most, tokens, buffers or {}  # it will never hold more than `most`
+        self.room = next((buffer.shape[2] for buffer in self.buffers.values()), 0)  # tokens that buffers can hold
         self._codes: dict[tuple[int, int], Codes] = {}  # views of the buffers as they are, by what was asked for
 
     def __deepcopy__(self, memo: object) -> Run:
         """A run of its own: buffers are shared until one of the two changes them."""
-        run = Run(self.most)
-        run.fill({name: mx.array(buffer) for name, buffer in self.buffers.items()}, self.tokens)
-        return run
+        return Run(self.most, self.tokens, {name: mx.array(buffer) for name, buffer in self.buffers.items()})
 
     def tensor_buffers(self, tensor: Tensor) -> Arrays:
         """The buffers of the ``"keys"`` or of the ``"values"``, by their names in a code."""
@@ -44,15 +41,9 @@ class Run:
         known = self._codes.get((start, skip))
         if known is None:
             span = slice(skip, self.tokens)
-            keys, values = (Code(self.tensor_buffers(tensor), start)[span] for tensor in TENSORS)
+            keys, values = [Code(self.tensor_buffers(tensor), start)[span] for tensor in TENSORS]
             known = self._codes[start, skip] = keys, values
         return known
-
-    def fill(self, buffers: Arrays, tokens: int) -> None:
-        """Hold ``tokens`` tokens in ``buffers``, as they were held before."""
-        self._codes.clear()
-        self.buffers, self.tokens = buffers, tokens
-        self.room = next((buffer.shape[2] for buffer in buffers.values()), 0)
 
     def append(self, count: int, codes: Codes | None = None) -> None:
         """Add ``count`` tokens at the end."""
@@ -161,14 +152,6 @@ class Runs:
         of_packed = min(count, self.packed.tokens)
         self.packed.drop(oldest=of_packed)
         self.recent.drop(oldest=count - of_packed)
-
-
-class Room(NamedTuple):
-    """Tokens that the buffers of one layer have room for: exact first ones, packed, and exact newest ones."""
-
-    sinks: int
-    packed: int
-    recent: int
 
 
 @lru_cache(maxsize=4096)

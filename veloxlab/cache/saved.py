@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
@@ -24,6 +23,7 @@ from veloxlab.store import from_json, reading, to_json
 
 FORMAT = "veloxlab cache 2"
 Content = dict[str, Any]
+_SAVED = "saved cache", None, "make it again from its text"  # what is read, and the way out
 
 
 class Description(str):
@@ -51,10 +51,7 @@ class Saved(ABC):
 
     @abstractmethod
     def describe(self) -> tuple[Content, list[mx.array]]:
-        """What `rebuild` needs: what JSON can hold, and arrays, those that are held among them.
-
-        It is asked for after a step: what was only for the layers that attended is let go.
-        """
+        """What `rebuild` needs: what JSON can hold, and arrays. What was only for layers that attended is let go."""
 
     @classmethod
     @abstractmethod
@@ -63,7 +60,7 @@ class Saved(ABC):
 
     @property
     def state(self) -> list[Any]:
-        """What is to be evaluated after each chunk of a prefill, and what is saved: the arrays, and a description."""
+        """What is evaluated after each chunk of a prefill, and what is saved: the arrays, and a description."""
         content, arrays = self.describe()
         return [*arrays, Description(content, arrays)]
 
@@ -98,7 +95,7 @@ class Checksummed:
     def state(self, saved: Sequence[Any]) -> None:
         leaves, arrays = _leaves(saved[0])
         content, _ = _opened([*arrays, saved[-1]])
-        with _reading():
+        with reading(*_SAVED):
             if content["leaves"] != leaves:
                 raise ValueError("it is not what was written")
         settings = content["settings"]
@@ -138,7 +135,7 @@ def describe_codec(codec: Codec) -> tuple[Content, list[mx.array]]:
 def restore_codec(said: Content, arrays: Iterator[mx.array]) -> Codec:
     """Undo `describe_codec`, with the next of ``arrays``; raises `InputError` for a codec of another version."""
     kind, own = saving.find_class(said["class"]), {name: next(arrays) for name in said["arrays"]}
-    with _reading():
+    with reading(*_SAVED):
         saving.check_version(said["class"].partition(".")[0], said["version"])
         return saving.from_parts(kind, said["fields"], own)
 
@@ -160,14 +157,10 @@ def check_model(model: str, layer: int | None) -> None:
 
 def _opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
     """Content and arrays of a saved ``state``, evaluated; raises `InputError` unless they are what was written."""
-    with _reading():
+    with reading(*_SAVED):
         *arrays, said = state
         # a state that was not saved holds a `Description`, whose characters come from its iterator
         return from_json("".join(iter(said)), FORMAT, _bytes(arrays)), arrays
-
-
-def _reading() -> AbstractContextManager[None]:
-    return reading("saved cache", None, "make it again from its text")
 
 
 def _leaves(state: object) -> tuple[dict[str, str], list[mx.array]]:
