@@ -16,7 +16,6 @@ import veloxlab as vl
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, PASSKEY, first_parting, prompt_ids
-from veloxlab.mlxlm import hooks
 from veloxlab.views import held_caption, held_while_generating, passkey_map, picture, strip_caption, token_strip
 from veloxlab.views.generation import COLUMNS, _places
 from veloxlab.widgets.pages.generation import LATE
@@ -214,7 +213,7 @@ def test_the_exact_side_is_exact_in_a_model_that_was_told_to_compress():
     used = tiny("llama")
     settings: dict[str, Any] = {"bits": 1, "sinks": 0, "window": 0}
     before = vl.measure.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings)
-    hooks.use(used, lambda: vl.make_cache(used, **settings))
+    used.make_cache = lambda: vl.make_cache(used, **settings)
     assert vl.measure.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings).equals(before)
 
 

@@ -79,21 +79,16 @@ def _row(
     make = maker()
     facts = next(found for found in probe(exact.model) if found.compressible)  # of the layer that was captured first
     store, attend = cache_speed(seen, lambda: slot_of(make(exact.model), facts))
-    times = {
-        "store_us": 1e6 * store / len(exact.stretches[0]),
-        "store_ratio": store / plain[0],
-        "attend_us": 1e6 * attend,
-        "attend_ratio": attend / plain[1],
-    }
+    times = {"store_us": 1e6 * store / len(exact.stretches[0]), "attend_us": 1e6 * attend}
+    times |= {"store_ratio": store / plain[0], "attend_ratio": attend / plain[1]}
     chunk = pl.lit(None if name.startswith("mlx-lm") else "codes")
     return evaluate(exact, make, name=name).with_columns(chunk=chunk, **times).match_to_schema(COMPARED)
 
 
 def _ours(model: Module, tokenizer: Any, method: Method, bits: int) -> CacheMaker:  # noqa: ANN401
     fitted = calibrate(model, tokenizer, method.id, bits=bits) if method.calibrated else None
-    return partial(
-        make_cache, method_or_plan=method.id, bits=bits, calibration=fitted, chunk="codes", sinks=0, window=0
-    )
+    settings: dict[str, Any] = {"chunk": "codes", "sinks": 0, "window": 0}
+    return partial(make_cache, method_or_plan=method.id, bits=bits, calibration=fitted, **settings)
 
 
 def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, float]:

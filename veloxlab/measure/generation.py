@@ -65,15 +65,11 @@ class _Reader:
 
     def best(self) -> int:
         """The most likely next token."""
-        return int(_number(self.log_probs.argmax()))
+        return int(np.asarray(self.log_probs.argmax()))
 
     def probability(self, token: int) -> float:
         """Of a next token."""
-        return _number(mx.exp(self.log_probs[token]))
-
-
-def _number(x: mx.array) -> float:
-    return float(x.item())  # type: ignore[arg-type]  # real
+        return float(np.asarray(mx.exp(self.log_probs[token])))
 
 
 @checked(method_or_plan=CACHE_MAKER, calibration=CALIBRATIONS, prompt=PROMPT, chat=FLAG, on_token=FUNCTION)
@@ -118,7 +114,7 @@ def side_by_side(
         for side, reader in going.items():
             token, other = best[side], exact if side == "exact" else checker
             chances = reader.probability(token), other.probability(token)
-            kl = None if side == "exact" else _number(divergence(checker.log_probs, reader.log_probs))
+            kl = None if side == "exact" else float(np.asarray(divergence(checker.log_probs, reader.log_probs)))
             held_bytes = sum(entry.nbytes for entry in reader.cache)
             rows.append((side, position, token, _added(tokenizer, texts[side], token), *chances, kl, held_bytes))
             texts[side].append(token)

@@ -14,7 +14,6 @@ from inspect import signature
 from typing import Any, Literal, TypeVar
 
 import mlx.core as mx
-from mlx.nn.layers.base import Module
 from mlx_lm.models import base
 from mlx_lm.models import cache as mlx_lm_cache
 
@@ -87,8 +86,3 @@ def _rebind(old: object, new: object) -> None:
         if name.startswith("mlx_lm.") and module is not None:
             for attribute in [a for a, held in vars(module).items() if held is old]:
                 setattr(module, attribute, new)
-
-
-def use(model: Module, make: Callable[[], list[Any]]) -> None:
-    """Let mlx-lm call ``make`` wherever it makes a prompt cache for ``model`` itself: in its server, its batches."""
-    model.make_cache = make

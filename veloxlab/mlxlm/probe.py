@@ -164,7 +164,7 @@ def slot_of(caches: Sequence[Any], facts: LayerFacts) -> Any:  # noqa: ANN401 - 
 
 
 def own_cache(model: Module) -> list[Any]:
-    """The caches that mlx-lm makes for the model when veloxlab is not asked: `use` may have changed what it makes."""
+    """The caches that mlx-lm makes for the model when veloxlab is not asked, as its server asks it."""
     make = getattr(type(model), "make_cache", None)
     return list(make(model)) if make else [KVCache() for _ in model.layers]
 

@@ -97,7 +97,7 @@ class Loader:
         if path == self._name:  # and not a draft model, which is small
             model, tokenizer = loaded[:2]
             maker = self._wanted.maker(model, tokenizer, self.say)
-            hooks.use(model, maker)
+            model.make_cache = maker  # wherever mlx-lm makes a prompt cache itself: in its server, its batches
             if self._read_caches is not None:
                 given = self._wanted.method_or_plan or self._wanted.settings
                 make.check_caches(model, self._read_caches, maker() if given else None)

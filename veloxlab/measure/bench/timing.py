@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -130,11 +131,10 @@ def decode_attention(
     ``roofline_microseconds`` (what the bytes alone take at the fastest that anything here moved them).
     """
     rows: list[Row] = []
-    for shape in shapes:
-        for count in tokens:
-            ways = {f"mlx-lm {b} bit": partial(mlx_lm, shape, count, b) for b in (4, 8)}
-            ways |= {f"turboquant {b} bit": partial(over_codes, shape, count, b) for b in bits}
-            rows += _rows(ways, shape, count, progress)
+    for shape, count in product(shapes, tokens):
+        ways = {f"mlx-lm {b} bit": partial(mlx_lm, shape, count, b) for b in (4, 8)}
+        ways |= {f"turboquant {b} bit": partial(over_codes, shape, count, b) for b in bits}
+        rows += _rows(ways, shape, count, progress)
     return _with_roofline(rows)
 
 
@@ -263,8 +263,7 @@ def encode_steps(
             mx.eval(pairs)
             spent = IN_A_ROW * microseconds([partial(_encode, codecs, pair) for pair in pairs]).evaluating
             row = {"cache": f"{name} {METHOD_BITS} bit", **asdict(shape), "layers": IN_A_ROW, "tokens": count}
-            times = {"microseconds": spent, "attention_microseconds": attention, "ratio": spent / attention}
-            rows.append(row | times)
+            rows.append(row | {"microseconds": spent, "attention_microseconds": attention, "ratio": spent / attention})
             progress(f"encoding {count} tokens of {IN_A_ROW} layers: {name}, {spent:.0f} µs")
             del pairs
             mx.clear_cache()
