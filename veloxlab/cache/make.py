@@ -14,7 +14,7 @@ from mlx_lm.models.cache import ArraysCache, RotatingKVCache, load_prompt_cache
 from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.cache.plan import Chunk, Plan, Sliding, plan_of
+from veloxlab.cache.plan import Chunk, LayerSettings, Plan, Sliding, plan_of
 from veloxlab.cache.saved import add_checksum
 from veloxlab.checks import CALIBRATIONS, FILE, checked
 from veloxlab.codecs import METHODS, TENSORS, Codec, find_method, saving
@@ -78,9 +78,11 @@ def make_cache(
     if max_kv_size is not None and max_kv_size <= plan.sinks:
         raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={plan.sinks}: give more than that.")
     attach()
-    plan.settings_for(model)  # refused if it is of another model
+    settings = plan.settings_for(model)  # refused if it is of another model
     name, fitted = name_of(model), dict.fromkeys(METHODS, alone) | {one.method: one for one in given}
-    caches = probe.with_caches(model, lambda facts: _compressed(facts, plan, max_kv_size, name, fitted))
+    caches = probe.with_caches(
+        model, lambda facts: _compressed(facts, plan, settings[facts.layer], max_kv_size, name, fitted)
+    )
     for facts in probe.probe(model):
         own = probe.slot_of(caches, facts)
         if not isinstance(own, CompressedKVCache):
@@ -89,7 +91,12 @@ def make_cache(
 
 
 def _compressed(
-    facts: probe.LayerFacts, plan: Plan, max_kv_size: int | None, model: str, fitted: Mapping[str, Calibration | None]
+    facts: probe.LayerFacts,
+    plan: Plan,
+    settings: LayerSettings,
+    max_kv_size: int | None,
+    model: str,
+    fitted: Mapping[str, Calibration | None],
 ) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
     """The cache of one layer that can be compressed."""
     if facts.max_size is not None and plan.sliding == "exact":
@@ -98,7 +105,7 @@ def _compressed(
         return own
     codecs = (
         layer_codec(find_method(method), facts.layer, facts.dims[tensor], bits, tensor, options, fitted.get(method))
-        for tensor, method, bits, options in plan.layers[facts.layer].tensors
+        for tensor, method, bits, options in settings.tensors
     )
     return CompressedKVCache(
         *codecs,
