@@ -34,6 +34,8 @@ DIM = 64
 @pytest.fixture(autouse=True)
 def kernels_on_the_host(monkeypatch):
     monkeypatch.setattr(attention, "current_backend", lambda: HOST)
+    monkeypatch.setattr(checked, "current_backend", lambda: None)  # no other kernel is counted
+    monkeypatch.setattr(checked, "has_loops", lambda: False)
     monkeypatch.setattr(checked, "_states", {})
     monkeypatch.setattr(attend, "_KERNELS", {})
 
@@ -257,7 +259,7 @@ def on_the_host(monkeypatch):
 
 
 def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(checked, "current_backend", lambda: None)
+    monkeypatch.setattr(checked, "current_backend", lambda: None)  # no other kernel is counted
 
 
 def wrong_by(monkeypatch, change):

@@ -13,11 +13,13 @@ from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import checked
-from veloxlab.kernels.devices import current_backend
+from veloxlab.kernels.devices import CPU, current_backend
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(current_backend() is None, reason="MLX computes on a CPU here, and kernels run on GPUs only"),
+    pytest.mark.skipif(
+        not (b := current_backend()) or b is CPU, reason="MLX computes on a CPU here, and kernels run on GPUs only"
+    ),
 ]
 
 # levels, queries and weights are of half precision in the matrix unit; references multiply in TF32 on NVIDIA: 11 bits

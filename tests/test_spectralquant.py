@@ -173,13 +173,12 @@ def test_the_tables_of_a_layer_are_kept_however_many_layers_there_are():
 
 def test_tables_that_kernels_take_are_counted_once_they_are_made():
     codec = SpectralQuant(DIM, 2).fit(Sample(correlated(0)))
+    before, encoder = codec.shared_bytes, codec._encoder
+    positions = encoder.tables["first_bits"].size + encoder.tables["first_codes"].size
+    assert codec.shared_bytes - before == 4 * (2 * 511 + positions)
     code, before = codec.encode(correlated(1, 3)), codec.shared_bytes
     reader = codec.reader(code)
     assert codec.shared_bytes - before == reader.plan.nbytes + reader.fit.nbytes == 4 * (DIM + 511 + HEADS * DIM * 2)
-    before = codec.shared_bytes
-    encoder = codec._encoder
-    positions = encoder.tables["first_bits"].size + encoder.tables["first_codes"].size
-    assert codec.shared_bytes - before == 4 * (2 * 511 + positions)
 
 
 def test_what_it_cannot_learn_from_is_refused_with_what_is_needed():

@@ -1,0 +1,211 @@
+"""Attention over codes by the loops of a CPU is as by its definition, for every layout, type, mask and thread."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import reading
+from tests.test_attention_kernels import history, normal, relative
+from tests.test_kernels_on_host import CASES as TABLES
+from tests.test_kernels_on_host import PAIRS, RUNS, Case, Codes, assert_close, calls
+from tests.test_readers_on_host import CASES as LAYOUTS
+from veloxlab.cache.attention import History
+from veloxlab.codecs.base import Code
+from veloxlab.codecs.turboquant import TurboQuant
+from veloxlab.kernels import checked
+from veloxlab.kernels.cpu import attend as loops
+from veloxlab.kernels.cpu import call as cpu
+
+ROUNDING = 5e-6  # of sums of some hundred float32 products, in another order: 3e-6 seen
+
+
+@pytest.fixture(params=[1, 2], ids=["alone", "shared"])
+def count_of_threads(request, monkeypatch):
+    monkeypatch.setattr(cpu, "threads", lambda: request.param)
+    monkeypatch.setattr(cpu, "_SHARED_NUMBERS", 1000)
+
+
+def assert_as_by_definition(case, runs=RUNS):
+    for call in calls(case, runs):
+        queries = dataclasses.replace(call.queries, coded=None) if case.rotated else call.queries
+        found, found_coded = cpu.attend_kernel(queries, call.tokens)(queries, call.tokens)
+        plain, coded = reading.attend(call.queries, call.tokens)
+        if case.rotated:
+            assert found_coded is None
+            plain = plain + call.value_rotation.inverse(coded)
+        else:
+            assert_close(found_coded, coded, ROUNDING)
+        assert found.dtype == mx.float32
+        assert_close(found, plain, ROUNDING)
+
+
+@pytest.mark.usefixtures("count_of_threads")
+@pytest.mark.parametrize("case", [*TABLES, *LAYOUTS], ids=str)
+def test_every_layout_is_as_by_its_definition(case):
+    assert_as_by_definition(case)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    codes=st.tuples(*[st.builds(Codes, st.integers(1, 8), joined=st.booleans())] * 2),
+    dim=st.sampled_from([64, 80, 96, 128, 256]),
+    shared=st.integers(1, 5),
+    length=st.integers(1, 4),
+    heads=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    flags=st.tuples(*[st.booleans()] * 4),
+    dtype=st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
+    run=st.tuples(st.integers(1, 70), st.integers(0, 5), st.integers(0, 70)),
+)
+def test_every_shape_is_as_by_its_definition(codes, dim, shared, length, heads, flags, dtype, run):
+    # codes are read two at a time up to 4 bits
+    codes = [c if c.bits <= 4 else dataclasses.replace(c, joined=False) for c in codes]
+    masked, logits, rotated, scaled = flags
+    batch, kv_heads = heads
+    case = Case(
+        *codes, dim, shared, length, None, masked, logits, rotated, scaled, dtype, batch=batch, kv_heads=kv_heads
+    )  # type: ignore[call-arg]
+    assert_as_by_definition(case, [run])
+
+
+def tokens_of(tokens=150):
+    codec = TurboQuant(64, 4)
+    return history(codec, codec, packed=tokens)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("where", ["query", "key", "value"])
+def test_what_is_no_number_spreads_as_in_the_reference(where, bad):
+    found = tokens_of()
+    q = normal(1, 4, 1, 64)
+    if where == "query":
+        q[0, 1, 0, 3] = bad
+    else:
+        recent = found.segments[-1]
+        code = recent.keys if where == "key" else recent.values
+        array = mx.array(code.arrays["values"])
+        array[0, 0, 5, 7] = bad
+        changed = {"keys" if where == "key" else "values": Code({"values": array}, code.start)}
+        found = History((*found.segments[:-1], dataclasses.replace(recent, **changed)))
+    wanted = found._attend_codes(q, 0.125, None)
+    by_loop = found.attend(q, 0.125, None)
+    assert (mx.isnan(by_loop) == mx.isnan(wanted)).all()
+    assert mx.allclose(mx.nan_to_num(by_loop), mx.nan_to_num(wanted), atol=1e-4)
+
+
+def test_all_tokens_may_be_hidden():
+    found, q = tokens_of(), normal(1, 4, 1, 64)
+    mask = mx.zeros((1, 1, 1, found.tokens), mx.bool_)
+    wanted = found._attend_codes(q, 0.125, mask)
+    assert relative(found.attend(q, 0.125, mask), wanted) < 1e-4
+
+
+def test_graphs_that_are_not_evaluated_take_mlx_operations():
+    found, q = tokens_of(), normal(1, 4, 1, 64)
+    wanted = found.attend(q, 0.125, None)
+    compiled = mx.compile(lambda q: found.attend(q, 0.125, None))(q)
+    each = mx.vmap(lambda q: found.attend(q, 0.125, None))(q[None])[0]
+    assert relative(compiled, wanted) < 1e-4
+    assert relative(each, wanted) < 1e-4
+
+
+def test_derivatives_are_those_of_mlx_operations():
+    found, q = tokens_of(), normal(1, 4, 1, 64)
+    gradient = mx.grad(lambda q: mx.square(found.attend(q, 0.125, None)).sum())(q)
+    wanted = mx.grad(lambda q: mx.square(found._attend_codes(q, 0.125, None)).sum())(q)
+    assert relative(gradient, wanted) < 1e-4
+
+
+def test_derivatives_reach_exact_tokens():
+    found, q = tokens_of(), normal(1, 4, 1, 64)
+    recent = found.segments[-1]
+
+    def total(attend, values):
+        changed = dataclasses.replace(recent, values=Code({"values": values}))
+        return mx.square(attend(History((*found.segments[:-1], changed)), q, 0.125, None)).sum()
+
+    values = recent.values.arrays["values"]
+    gradient = mx.grad(lambda v: total(History.attend, v))(values)
+    assert relative(gradient, mx.grad(lambda v: total(History._attend_codes, v))(values)) < 1e-4
+    assert mx.abs(gradient).max() > 0
+
+
+def test_no_loop_runs_where_kernels_are_switched_off(monkeypatch):
+    monkeypatch.setenv("VELOXLAB_KERNELS", "0")
+    monkeypatch.setattr(loops, "attend", None)
+    assert tokens_of().attend(normal(1, 4, 1, 64), 0.125, None).shape == (1, 4, 1, 64)
+
+
+def test_a_loop_that_disagrees_is_switched_off_with_one_warning(monkeypatch):
+    monkeypatch.setattr(checked, "_states", {})
+    monkeypatch.setattr(loops, "attend", lambda *_: None)
+    found, q = tokens_of(), normal(1, 4, 1, 64)
+    with pytest.warns(UserWarning, match="attend .* is switched off on this cpu device"):
+        first = found.attend(q, 0.125, None)
+    assert relative(first, found._attend_codes(q, 0.125, None)) < 1e-6
+    assert mx.array_equal(first, found.attend(q, 0.125, None))
+
+
+@pytest.mark.usefixtures("count_of_threads")
+def test_threads_that_attend_at_once_get_their_own_answers():
+    case = Case(PAIRS, PAIRS, 64, 3, rotated=True)
+    (call,) = calls(case, [(900, 4, 70)])
+    queries = [dataclasses.replace(call.queries, coded=None, q=normal(*call.queries.q.shape, seed=i)) for i in range(6)]
+    mx.eval([q.q for q in queries])
+    kernel = cpu.attend_kernel(queries[0], call.tokens)
+    wanted = [np.array(kernel(q, call.tokens)[0]) for q in queries]
+    wrong = []
+
+    def attend(i):
+        found = [np.array(kernel(queries[i], call.tokens)[0]) for _ in range(50)]
+        wrong.extend(i for answer in found if not np.array_equal(answer, wanted[i]))
+
+    running = [threading.Thread(target=attend, args=(i,)) for i in range(len(queries))]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert wrong == []
+
+
+IN_A_PROCESS = """
+import os, sys, threading
+os.environ["VELOXLAB_THREADS"] = "2"
+import veloxlab, mlx.core as mx
+from tests.test_cpu_attention import tokens_of, normal
+found, q = tokens_of(20_000), normal(1, 4, 1, 64)
+mx.eval(found.attend(q, 0.125, None))
+"""
+
+
+def run_in_a_process(code):
+    done = subprocess.run([sys.executable, "-c", IN_A_PROCESS + code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_interpreter_ends_while_loops_run():
+    # threads that it waits for: MLX itself ends a process where a daemon thread computes with it at the end
+    run_in_a_process(
+        "for _ in range(3): threading.Thread(target=lambda: [found.attend(q, 0.125, None) for _ in range(20)]).start()"
+    )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_loops_run_in_a_forked_process():
+    # numbers that are there: MLX's own thread does not live on in the child
+    run_in_a_process(
+        "from veloxlab.kernels.cpu.threads import shared\n"
+        "if os.fork() == 0:\n"
+        "    seen = []\n"
+        "    shared(lambda first, last: seen.append((first, last)), 4, 2)\n"
+        "    os._exit(sorted(seen) != [(0, 2), (2, 4)])\n"
+        "assert os.wait()[1] == 0\n"
+    )
