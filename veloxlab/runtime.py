@@ -32,6 +32,7 @@ MALLOPT = {-1: 256 << 20, -3: 32 << 20}  # M_TRIM_THRESHOLD, and M_MMAP_THRESHOL
 SPIN = "OPENBLAS_THREAD_TIMEOUT"
 SHORT_SPIN = "4"  # 2^4 cycles, the least that OpenBLAS takes
 THREADS = ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS")  # in the order in which OpenBLAS reads them
+OWN_THREADS = "VELOXLAB_THREADS"
 MLX_WHEELS = ("mlx-cpu", "mlx-cuda-13", "mlx-cuda-12", "mlx-metal")
 GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 GRAMMAR = "rfc3987_syntax"
@@ -159,6 +160,13 @@ def cores() -> int:
     """Processors that this process may use: by its affinity, and by the quota of its control group, rounded up."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(usable, math.ceil(cpu_quota() or usable))
+
+
+@functools.cache
+def threads() -> int:
+    """Threads that share the work of a CPU kernel: as many as `cores`, or as the environment variable says."""
+    said = os.environ.get(OWN_THREADS, "")
+    return int(said) if said.isdecimal() and int(said) else cores()
 
 
 def memory_limit() -> int | None:

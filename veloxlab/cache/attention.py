@@ -8,7 +8,7 @@ fused attention, whose memory does not grow with queries times keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -16,11 +16,11 @@ from mlx_lm.models.base import create_causal_mask
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import per_kv_head
 from veloxlab.codecs.none import Exact
-from veloxlab.kernels.attend import AttendKernel, attend_kernel
+from veloxlab.kernels.call import AttentionKernel, Queries, Tokens
 from veloxlab.kernels.call import Exact as ExactTokens
-from veloxlab.kernels.call import Queries, Tokens
-from veloxlab.kernels.checked import agrees, difference, made_up
+from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
 from veloxlab.kernels.devices import current_backend
+from veloxlab.kernels.readers import Reader
 from veloxlab.mlxlm.hooks import Handle, Mask
 
 EXPANDED_BYTES = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
@@ -100,12 +100,37 @@ class History(Handle):
     ) -> mx.array | None:
         """By a kernel, or None where there is none for this device, these segments and codecs."""
         backend = current_backend()
-        if backend is None or (call := self._kernel_call(q, scale, mask, sinks)) is None:
+        if backend is None or not (backend.lazy or evaluated(q)):
             return None
-        kernel = attend_kernel(*call, backend)
-        if kernel is None or not agrees(kernel, kernel.name, backend, lambda: self._disagreement(kernel, *call)):
+        call = self._kernel_call(q, scale, mask, sinks)
+        kernel = None if call is None else backend.attention(*call, backend)
+        if call is None or kernel is None:
             return None
-        return self._by_kernel(kernel, *call)
+        if not agrees(kernel, kernel.name, backend, lambda: self._disagreement(kernel, *call)):
+            return None
+        out = self._by_kernel(kernel, *call)
+        return out if backend.lazy else self._differentiable(out, q, scale, mask, sinks)
+
+    def _differentiable(self, out: mx.array, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array:
+        """The answer of a kernel that is no part of MLX's graph; derivatives follow the reference."""
+        exact = [
+            code.arrays["values"]
+            for s in self.segments
+            if isinstance(s.key_codec, Exact)
+            for code in (s.keys, s.values)
+        ]
+
+        def by_graph(q: mx.array, *exact: mx.array) -> dict[str, mx.array]:
+            left = list(exact)
+            segments = [
+                replace(s, keys=Code({"values": left.pop(0)}), values=Code({"values": left.pop(0)}))
+                if isinstance(s.key_codec, Exact)
+                else s
+                for s in self.segments
+            ]
+            return {"out": History(tuple(segments))._attend_codes(q, scale, mask, sinks)}
+
+        return with_derivatives({"out": out}, by_graph, q, *exact)["out"]
 
     def _kernel_call(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None
@@ -115,7 +140,7 @@ class History(Handle):
         if at is None:
             return None
         before, packed, after = self.segments[:at], self.segments[at], self.segments[at + 1 :]
-        keys, values = packed.key_codec.reader(packed.keys), packed.value_codec.reader(packed.values)
+        keys, values = _reader(packed.key_codec, packed.keys), _reader(packed.value_codec, packed.values)
         if len(before) > 1 or len(after) > 1 or keys is None or values is None:
             return None
         exact = _exact_run(before), _exact_run(after)
@@ -127,14 +152,14 @@ class History(Handle):
         logits = None if sinks is None else sinks.astype(mx.float32)
         return Queries(q, scale, coded, _added(mask, q, self.tokens), logits), tokens
 
-    def _by_kernel(self, kernel: AttendKernel, queries: Queries, tokens: Tokens) -> mx.array:
+    def _by_kernel(self, kernel: AttentionKernel, queries: Queries, tokens: Tokens) -> mx.array:
         out, mixed = kernel(queries, tokens)
-        if mixed is None:
-            return out
-        value_codec = next(s.value_codec for s in self.segments if not isinstance(s.value_codec, Exact))
-        return out + value_codec.from_codes(mixed).reshape(out.shape).astype(out.dtype)
+        if mixed is not None:
+            value_codec = next(s.value_codec for s in self.segments if not isinstance(s.value_codec, Exact))
+            out = out + value_codec.from_codes(mixed).reshape(out.shape).astype(out.dtype)
+        return _narrowed(out, queries.q.dtype)
 
-    def _disagreement(self, kernel: AttendKernel, queries: Queries, tokens: Tokens) -> str:
+    def _disagreement(self, kernel: AttentionKernel, queries: Queries, tokens: Tokens) -> str:
         """What is wrong with a kernel for such a call, in words, or nothing: a made-up history is read both ways."""
         lengths, like = _TRIAL[0 if tokens.sinks else 1 :], (tokens.keys.kv_heads, tokens.exact_type)
         history = History(tuple(_made_up(s, count, *like) for s, count in zip(self.segments, lengths, strict=False)))
@@ -161,9 +186,14 @@ class History(Handle):
         for s in self.segments:
             part = weights[..., start : start + s.values.tokens]
             mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
-        if q.dtype == mx.float16:  # numbers that are finite stay so
-            mixed = mx.where(mx.isinf(mixed), mixed, mx.clip(mixed, -_LARGEST_HALF, _LARGEST_HALF))
-        return mixed.astype(q.dtype)
+        return _narrowed(mixed, q.dtype)
+
+
+def _narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """An answer in ``dtype``; numbers that are finite stay so."""
+    if x.dtype == mx.float32 and dtype == mx.float16:
+        x = mx.where(mx.isinf(x), x, mx.clip(x, -_LARGEST_HALF, _LARGEST_HALF))
+    return x.astype(dtype)
 
 
 def _made_up(segment: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> Segment:
@@ -195,8 +225,15 @@ def _expanded(parts: Sequence[tuple[Codec, Code]], dtype: mx.Dtype, heads: slice
     return mx.concatenate(tiles, axis=2)
 
 
+def _reader(codec: Codec, code: Code) -> Reader | None:
+    return code.once("reader", lambda: codec.reader(code))
+
+
 def _exact_run(segments: tuple[Segment, ...]) -> ExactTokens | None:
-    return ExactTokens(*(s.arrays["values"] for s in (segments[0].keys, segments[0].values))) if segments else None
+    if not segments:
+        return None
+    keys, values = segments[0].keys, segments[0].values
+    return keys.once("exact", lambda: ExactTokens(keys.arrays["values"], values.arrays["values"]))
 
 
 def _added(mask: Mask, q: mx.array, tokens: int) -> mx.array | None:

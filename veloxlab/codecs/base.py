@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
-from typing import Any, ClassVar, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 import mlx.core as mx
 import numpy as np
@@ -18,6 +18,8 @@ from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.parts.scales import load_scale
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import Reader
+
+Made = TypeVar("Made")
 
 TOKENS = 2  # the axis of every array of a code that counts tokens: [B, H, S, ...]
 TILE = 1024  # tokens that attention expands at once, so that no decoded history exists
@@ -32,6 +34,14 @@ class Code:
 
     arrays: dict[str, mx.array]
     start: int = 0
+    _made: dict[str, Any] = field(init=False, default_factory=dict, repr=False, compare=False)
+
+    def once(self, name: str, make: Callable[[], Made]) -> Made:
+        """What ``make`` gave when this name was first asked for: a layer reads its code at every token."""
+        if name not in self._made:
+            self._made[name] = make()
+        made: Made = self._made[name]
+        return made
 
     @property
     def tokens(self) -> int:

@@ -39,7 +39,10 @@ from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import constant, packing, scales
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
+from veloxlab.kernels.checked import computed
+from veloxlab.kernels.encode import sums_kernel
 from veloxlab.kernels.readers import SumsReader
+from veloxlab.kernels.vectors import VectorKernel
 
 _SEQUENCES = 256  # of a batch, whose positions are remembered
 _INDEX = 6  # bits of a or b
@@ -84,7 +87,8 @@ class CommVQ(Codec):
                 "CommVQ undoes the rotary embedding of keys, and this layer has none that is known: "
                 "use it in a rotary layer, or another method for these keys."
             )
-        heads = learnable(_normalized(sample.x, rope, 0)[0], "CommVQ", ENTRIES)
+        x = _before_rope(sample.x, rope, 0)
+        heads = learnable(scales.over(x, scales.root_mean_square(x)), "CommVQ", ENTRIES)
         order = Pairing.of(self.head_dim, rope).pairs(self.head_dim).T.ravel()  # all first coordinates, all second ones
         tables = [
             train_tables(head[head.any(axis=1)].astype(np.float32), self.stages, order, sample.seed + i)
@@ -100,14 +104,20 @@ class CommVQ(Codec):
     def encode(self, x: mx.array, start: int = 0) -> Code:
         """Compress ``x`` ``[B, H, S, D]``, whose first token is at position ``start``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
+        self._checked_tables(x.shape[1])
+        return Code(computed(lambda _: self._encoder, self._encode_by_graph, _before_rope(x, self.rope, start)), start)
+
+    def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
+        """Codes and scales of vectors ``[B, H, S, D]`` before RoPE."""
         both = self.both_tables(x.shape[1])
         chunk = max(1, _CHUNK // max(1, x.shape[0] * x.shape[1]))
         parts = [empty_code(self, x.shape[0], x.shape[1]).arrays]
         for at in range(0, x.shape[2], chunk):
             # one chunk after another: MLX would evaluate all of them abreast
             (piece,) = mx.depends([x[:, :, at : at + chunk]], [parts[-1]["codes"]])
-            y, rms = _normalized(piece, self.rope, start + at)
-            indices, coded = [], mx.zeros(y.shape)
+            rms = scales.root_mean_square(piece)
+            y, indices = scales.over(piece, rms), []
+            coded = mx.zeros(y.shape)
             for first, second in ((both[:, stage, 0], both[:, stage, 1]) for stage in range(self.stages)):
                 a, b = _search(y - coded, first, second)
                 coded = coded + _rows(first, a) + _rows(second, b)
@@ -115,7 +125,13 @@ class CommVQ(Codec):
             factor = mx.clip(scales.scale_factor(self.scale, y, coded), 0.0, _MOST_FACTOR)
             codes = packing.pack_bytes(mx.stack(indices, axis=-1), _INDEX)
             parts.append({"codes": codes, "root_scale": scales.store_scale(rms * factor)})
-        return Code({name: mx.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}, start)
+        return {name: mx.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
+
+    @cached_property
+    def _encoder(self) -> VectorKernel:
+        assert self.tables is not None
+        order = Pairing.of(self.head_dim, self.rope).pairs(self.head_dim).T.ravel()
+        return sums_kernel(self.tables, order, STARTS, ROUNDS, self.scale, _MOST_FACTOR, self.layout["codes"].count)
 
     def expand(self, code: Code) -> mx.array:
         """Sums of the entries, rotated to their positions, both coordinates of a pair side by side."""
@@ -178,11 +194,9 @@ class CommVQ(Codec):
         return self.tables
 
 
-def _normalized(x: mx.array, rope: Rope | None, start: int) -> tuple[mx.array, mx.array]:
-    """Vectors as they are before ``rope``, of root-mean-square 1 (or 0), and what they were divided by ``[..., 1]``."""
-    x = x.astype(mx.float32) if rope is None else rope.inverse(x.astype(mx.float32), start)
-    rms = scales.root_mean_square(x)
-    return scales.over(x, rms), rms
+def _before_rope(x: mx.array, rope: Rope | None, start: int) -> mx.array:
+    """Vectors as they are before ``rope``, float32."""
+    return x.astype(mx.float32) if rope is None else rope.inverse(x.astype(mx.float32), start)
 
 
 def _search(r: mx.array, first: mx.array, second: mx.array) -> tuple[mx.array, mx.array]:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from veloxlab.codecs.parts.rope import Rope
+from veloxlab.kernels.checked import by_loop
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -61,18 +62,19 @@ def train_tables(points: Floats, stages: int, order: Indices, seed: int) -> Floa
     rng = np.random.default_rng(seed)
     if len(points) > MOST_POINTS:
         points = points[rng.choice(len(points), MOST_POINTS, replace=False)]
-    residual = np.concatenate([points, _invented(points, _INVENTED * len(points), rng)])[:, order]
+    points = np.concatenate([points, _invented(points, _INVENTED * len(points), rng)])
+    residual: Floats = np.ascontiguousarray(points[:, order])  # or it would lie column by column
     tables = np.empty((stages, ENTRIES, len(order)), np.float32)
     for stage in range(stages):
         start = residual[rng.choice(len(residual), ENTRIES, replace=False)]
         table: Floats = (start - _turn(start)) / np.float32(2)  # (1 − i)/2 · z is what a = b needs to stand for z
-        a, b = _descend(residual, table, _parts(residual, table)[1].argmin(axis=1))
+        a, b = by_loop("descend", _descend, residual, table, np.full(len(residual), -1))
         for _ in range(STEPS):
             table = _least_squares(residual, a, b)
-            a, b = _descend(residual, table, b)
+            a, b = by_loop("descend", _descend, residual, table, b)
         tables[stage] = table.astype(np.float16)
         table = tables[stage]
-        a, b = _search(residual, table)
+        a, b = by_loop("search_sums", _search, residual, table, starts=STARTS, rounds=ROUNDS)
         residual = residual - table[a] - _turn(table)[b]
     return tables[..., np.argsort(order)]
 
@@ -99,16 +101,16 @@ def _parts(x: Floats, table: Floats) -> tuple[Floats, Floats, Floats]:
     return norms - 2 * products[:, :ENTRIES], norms - 2 * products[:, ENTRIES:], 2 * table @ turned.T
 
 
-def _search(x: Floats, table: Floats) -> tuple[Indices, Indices]:
+def _search(x: Floats, table: Floats, starts: int, rounds: int) -> tuple[Indices, Indices]:
     """A best (a, b) for each vector: descent from several starts."""
     of_a, of_b, of_both = _parts(x, table)
     of_both_t = np.ascontiguousarray(of_both.T)
-    likely = np.argpartition(of_a + of_both.mean(axis=1), STARTS, axis=1)[:, :STARTS]
+    likely = np.argpartition(of_a + of_both.mean(axis=1), starts, axis=1)[:, :starts]
     rows = np.arange(len(x))
     best, best_a, best_b = np.full(len(x), np.inf, np.float32), likely[:, 0].copy(), likely[:, 0].copy()
-    for start in range(STARTS):
+    for start in range(starts):
         a = likely[:, start]
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             b = (of_b + of_both[a]).argmin(axis=1)
             given_b = of_a + of_both_t[b]
             a = given_b.argmin(axis=1)
@@ -119,19 +121,26 @@ def _search(x: Floats, table: Floats) -> tuple[Indices, Indices]:
 
 
 def _descend(x: Floats, table: Floats, b: Indices) -> tuple[Indices, Indices]:
-    """The best a for each vector's b, then the best b for that."""
+    """The best a for each vector's b, then the best b for that; a b that is negative is first the best alone."""
     of_a, of_b, of_both = _parts(x, table)
+    b = np.where(b < 0, of_b.argmin(axis=1), b)
     a = (of_a + np.ascontiguousarray(of_both.T)[b]).argmin(axis=1)
     return a, (of_b + of_both[a]).argmin(axis=1)
 
 
 def _least_squares(x: Floats, a: Indices, b: Indices) -> Floats:
     """The table that makes Σ‖x − T_a − i·T_b‖² least: ``SᴴS·T = Sᴴx`` for the rows S = e_a + i·e_b."""
-    together = np.bincount(a * ENTRIES + b, minlength=ENTRIES**2).reshape(ENTRIES, ENTRIES).astype(np.float64)
+    of_a, of_b, together = by_loop("add_up", _add_up, x, a, b, entries=ENTRIES)
     gram = np.diag(together.sum(axis=1) + together.sum(axis=0) + _RIDGE) + 1j * (together - together.T)
-    real, imaginary = np.split(_sums(x, a) - _turn(_sums(x, b)), 2, axis=1)
+    real, imaginary = np.split(of_a - _turn(of_b), 2, axis=1)
     table = np.linalg.solve(gram, real + 1j * imaginary)
     return np.concatenate([table.real, table.imag], axis=1).astype(np.float32)
+
+
+def _add_up(x: Floats, a: Indices, b: Indices, entries: int) -> tuple[Floats, Floats, Indices]:
+    """Sums of the rows of ``x`` by a and by b ``[64, D]``, and how often both are together ``[64, 64]``."""
+    together = np.bincount(a * entries + b, minlength=entries**2).reshape(entries, entries)
+    return _sums(x, a), _sums(x, b), together
 
 
 def _sums(x: Floats, index: Indices) -> Floats:

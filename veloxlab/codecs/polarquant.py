@@ -39,7 +39,10 @@ from veloxlab.codecs.parts import packing, polar, scales
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.codecs.rotated import RotatedSpace
 from veloxlab.errors import InputError
+from veloxlab.kernels.checked import computed
 from veloxlab.kernels.readers.blocks import MOST_LEVELS, MOST_ROWS, PolarReader
+from veloxlab.kernels.rotated import angles_kernel
+from veloxlab.kernels.vectors import VectorKernel
 
 Recursion = Literal["block", "full"]
 CodebookName = Literal["offline", "online", "fitted"]
@@ -126,6 +129,16 @@ class PolarQuant(RotatedSpace):
         check_vectors(x, self.head_dim)
         if self.codebook == "fitted" and not self._is_fitted:
             raise not_fitted("PolarQuant", ", codebook='fitted'")
+        return Code(computed(lambda _: self._encoder, self._encode_by_graph, x), start)
+
+    @cached_property
+    def _encoder(self) -> VectorKernel | None:
+        if self._signs is None:
+            return None
+        rows = {name: (row.count, row.dtype or mx.float32) for name, row in self.layout.items()}
+        return angles_kernel(self._signs, self.levels, self.tree.edges, self.tree.circles, self.scale, rows)
+
+    def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
         y = self._rotation.forward(x.astype(mx.float32))
         angles, radius = self.tree.angles(y)
         codes = self.tree.assign(angles)
@@ -137,7 +150,7 @@ class PolarQuant(RotatedSpace):
                 total, kept = (a.sum(axis=-1, keepdims=True) for a in (mx.square(radius), radius * inner))
                 radius = radius * (total / mx.where(kept == 0, 1.0, kept))
         rms = radius / math.sqrt(self.tree.block)  # as other codecs' scales, so that the same range is safe
-        return Code(self.tree.pack(codes) | {"root_rms": scales.store_scale(rms)}, start)
+        return self.tree.pack(codes) | {"root_rms": scales.store_scale(rms)}
 
     def expand(self, code: Code) -> mx.array:
         """Rotated vectors: radii times directions."""

@@ -120,7 +120,7 @@ def attend_kernel(queries: Queries, tokens: Tokens, backend: Backend) -> AttendK
         dims = (tokens.key_dim, tokens.value_dim, keys.dim, values.dim)
         fits = all(dim % STEP == 0 for dim in dims) and max(dims) <= _LARGEST_DIM
         shared = all(reader.shares(n) for reader, n in zip((keys, values), backend.shares, strict=True))
-        _KERNELS[which] = _made(queries, tokens, backend) if fits and shared else None
+        _KERNELS[which] = _made(queries, tokens, backend) if fits and shared and backend.build else None
     return _KERNELS[which]
 
 

@@ -12,8 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
+
+if TYPE_CHECKING:
+    from veloxlab.kernels.call import AttentionKernel, Queries, Tokens
+    from veloxlab.kernels.vectors import VectorKernel
 
 SIMD = 32  # threads of a simdgroup (Metal) or warp (CUDA)
 
@@ -53,8 +58,10 @@ class Backend:
     Attributes
     ----------
     name : as `veloxlab.runtime.backend` gives it.
-    build : makes a `Source` into a function that runs it.
+    attention : the kernel of a call of attention, or None; as `veloxlab.kernels.attend.attend_kernel`.
     types : what a kernel's text calls each type of number.
+    build : makes a `Source` into a function that runs it.
+    run : runs a kernel of vectors on evaluated arrays, at once, where nothing is built of text; gives each output.
     shared_bytes : memory that the threads of a group share.
     table_words : words of 4 bytes of it, at most, for the tables of codes.
     pair_words : words that a pair of levels takes there: 1 in half precision, 2 in float32.
@@ -65,13 +72,15 @@ class Backend:
     """
 
     name: str
-    build: Callable[[Source], Built]
+    attention: Callable[[Queries, Tokens, Any], AttentionKernel | None]
     types: Mapping[mx.Dtype, str]
-    shared_bytes: int
-    table_words: int
-    pair_words: int
-    shares: tuple[int, int]
-    points_each: int
+    build: Callable[[Source], Built] | None = None
+    run: Callable[[VectorKernel, Sequence[mx.array]], list[mx.array]] | None = None
+    shared_bytes: int = 0
+    table_words: int = 0
+    pair_words: int = 1
+    shares: tuple[int, int] = (1, 1)
+    points_each: int = 1
     least_size: int = 0
     lazy: bool = True
 
@@ -110,6 +119,7 @@ def launch(
 
 @lru_cache(maxsize=512)
 def _built(source: Source, backend: Backend) -> Built:
+    assert backend.build is not None
     return backend.build(source)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -13,7 +13,8 @@ from veloxlab.kernels.readers import Reader
 STEP = 16  # coordinates that dimensions are multiples of
 
 
-class Exact(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Exact:
     """Consecutive tokens that are not compressed: keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of one dtype."""
 
     keys: mx.array
@@ -68,6 +69,24 @@ class Queries:
     coded: mx.array | None = None
     mask: mx.array | None = None
     logits: mx.array | None = None
+
+
+class AttentionKernel(Protocol):
+    """What computes attention for calls of one kind."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    def __hash__(self) -> int:
+        """Of the kind of call."""
+
+    def __call__(self, queries: Queries, tokens: Tokens) -> tuple[mx.array, mx.array | None]:
+        """``[B, Hq, L, Dv]`` in the queries' dtype or float32, and, if it is not rotated back, the packed tokens' part.
+
+        That part is in the space of their codes ``[B, H, Hq/H · L, values.dim]`` float32, still to be brought out and
+        added.
+        """
 
 
 def inputs_of(queries: Queries, tokens: Tokens, sizes: mx.array | None) -> dict[str, Any]:

@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from veloxlab.kernels.backend import Backend
-from veloxlab.kernels.devices import current_backend
+from veloxlab.kernels.devices import CPU, current_backend, has_loops
 from veloxlab.kernels.vectors import VectorKernel
+
+Array = np.ndarray[Any, Any]
+Arrays = mx.array | Sequence[mx.array]
 
 # half precision in levels, queries and weights: 4e-4 seen on an H100, for every width; a wrong table entry gives 1e-2
 _TOLERANCE = 3e-3
 # a coordinate on a boundary, to float rounding, may be coded either way: a few in 10,000, and one in a word of ten
 _SAME_WORDS = 0.99
 _TOKENS = 67  # of a trial: no multiple of anything
+_ROWS = 499  # of a loop's trial
 _LARGEST = 8  # whole number in a trial
 
 _states: dict[Hashable, str] = {}  # of each kernel: empty where it agrees, else what is wrong
@@ -38,7 +43,7 @@ def computed(
     The reference does the work where there is no kernel for such arrays, or none that runs and agrees with it.
     """
     backend = current_backend()
-    if backend is None or not given[0].size:
+    if backend is None or not backend.types or not given[0].size:
         return reference(*given)
     made = kernel(backend)
     if made is None or not made.takes(backend, *given):
@@ -48,8 +53,97 @@ def computed(
         some = [made_up(array, _TOKENS, seed, whole=made.whole_numbers) for seed, array in enumerate(given)]
         return difference(made(backend, *some), reference(*some))
 
-    agreed = agrees((made.source(backend, *given), backend), made.name, backend, trial)
-    return made(backend, *given) if agreed else reference(*given)
+    if not (backend.lazy or evaluated(*given)) or not agrees(made.key(backend, *given), made.name, backend, trial):
+        return reference(*given)
+    found = made(backend, *given)
+    return found if backend.lazy else with_derivatives(found, reference, *given)
+
+
+def by_loop(
+    name: str,
+    reference: Callable[..., tuple[Array, ...]],
+    *given: Array,
+    trial: Sequence[Array] = (),
+    **options: int,
+) -> tuple[Array, ...]:
+    """NumPy arrays, by the loop of that name or by ``reference``, which is called with ``given`` and ``options`` too.
+
+    It is tried on rows of normal numbers, on the first of what are indices, or on ``trial``: numbers of a model may be
+    alike, and of those that are as near either may be found.
+    """
+    if not has_loops() or not len(given[0]):
+        return reference(*given, **options)
+    from veloxlab.kernels.cpu.train import LOOPS  # it takes a second to import what compiles
+
+    def differs() -> str:
+        some = trial or [
+            _like(array, seed, _ROWS if len(array) == len(given[0]) else len(array)) for seed, array in enumerate(given)
+        ]
+        found, wanted = (_by_place(made(*some, **options)) for made in (LOOPS[name], reference))
+        return difference(found, wanted)
+
+    kind = tuple((array.dtype.str, array.shape[1:]) for array in given)
+    agreed = agrees((name, kind, tuple(options.items())), name, CPU, differs)
+    return (LOOPS[name] if agreed else reference)(*given, **options)
+
+
+def _like(array: Array, seed: int, rows: int) -> Array:
+    """Normal numbers in the form of the first rows of an array, or those rows where they are whole numbers."""
+    if np.issubdtype(array.dtype, np.integer):
+        return array[:rows]
+    return np.random.default_rng(seed).standard_normal((min(rows, len(array)), *array.shape[1:])).astype(array.dtype)
+
+
+def _by_place(arrays: Sequence[Array]) -> dict[str, mx.array]:
+    """Arrays under the names of their places; whole numbers without a sign."""
+    return {
+        f"result {place}": mx.array(array.astype(np.uint32) if np.issubdtype(array.dtype, np.integer) else array)
+        for place, array in enumerate(arrays, 1)
+    }
+
+
+def evaluated(*arrays: mx.array) -> bool:
+    """Evaluate the arrays, or say that they stand for arrays that ``mx.compile`` or ``mx.vmap`` does not have yet."""
+    try:
+        mx.eval(arrays)
+    except ValueError:
+        return False
+    return True
+
+
+def with_derivatives(
+    found: Mapping[str, mx.array], reference: Callable[..., dict[str, mx.array]], *given: mx.array
+) -> dict[str, mx.array]:
+    """The same arrays, which ``mx.grad`` and others know as what ``reference`` makes of what was ``given``."""
+    moving = [place for place, array in enumerate(given) if mx.issubdtype(array.dtype, mx.floating)]
+    names = [name for name, array in found.items() if mx.issubdtype(array.dtype, mx.floating)]
+
+    def by_graph(*some: mx.array) -> list[mx.array]:
+        arrays = list(given)
+        for place, array in zip(moving, some, strict=True):
+            arrays[place] = array
+        made = reference(*arrays)
+        return [made[name] for name in names]
+
+    def backward(primals: Arrays, cotangents: Arrays, _: Arrays) -> list[mx.array]:
+        arrays, of_outputs = _listed(primals), dict(zip(found, _listed(cotangents), strict=True))
+        _, parts = mx.vjp(by_graph, [arrays[i] for i in moving], [of_outputs[name] for name in names])
+        return [parts[moving.index(i)] if i in moving else mx.zeros_like(x) for i, x in enumerate(arrays)]
+
+    def forward(primals: Arrays, tangents: Arrays) -> list[mx.array]:
+        primals, tangents = _listed(primals), _listed(tangents)
+        _, parts = mx.jvp(by_graph, [primals[i] for i in moving], [tangents[i] for i in moving])
+        moved = dict(zip(names, parts, strict=True))
+        return [moved.get(name, mx.zeros_like(array)) for name, array in found.items()]
+
+    made: Any = mx.custom_function(lambda *_: list(found.values()))
+    made.vjp(backward)
+    made.jvp(forward)
+    return dict(zip(found, made(*given), strict=True))
+
+
+def _listed(arrays: Arrays) -> list[mx.array]:
+    return [arrays] if isinstance(arrays, mx.array) else list(arrays)
 
 
 def agrees(kernel: Hashable, name: str, backend: Backend, trial: Callable[[], str]) -> bool:

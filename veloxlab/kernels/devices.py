@@ -3,17 +3,36 @@
 from __future__ import annotations
 
 import os
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
+from importlib.util import find_spec
 
 import mlx.core as mx
 
 from veloxlab import runtime
+from veloxlab.kernels.attend import attend_kernel
 from veloxlab.kernels.backend import Backend, build_with_mlx
+from veloxlab.kernels.call import AttentionKernel, Queries, Tokens
+from veloxlab.kernels.vectors import VectorKernel
 
 SWITCH = "VELOXLAB_KERNELS"  # 0 in the environment: no kernel, MLX operations do everything
 
+
+def _run_on_cpu(kernel: VectorKernel, given: Sequence[mx.array]) -> list[mx.array]:
+    from veloxlab.kernels.cpu.run import run  # it takes a second to import what compiles
+
+    return run(kernel, given)
+
+
+def _attend_on_cpu(queries: Queries, tokens: Tokens, _: Backend) -> AttentionKernel:
+    from veloxlab.kernels.cpu.call import attend_kernel
+
+    return attend_kernel(queries, tokens)
+
+
 METAL = Backend(
     name="metal",
+    attention=attend_kernel,
     build=partial(build_with_mlx, "metal"),
     types={mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat"},
     shared_bytes=32 * 1024,
@@ -25,6 +44,7 @@ METAL = Backend(
 )
 CUDA = Backend(
     name="cuda",
+    attention=attend_kernel,
     build=partial(build_with_mlx, "cuda"),
     types={mx.float32: "float", mx.float16: "half", mx.bfloat16: "__nv_bfloat16"},
     shared_bytes=48 * 1024,
@@ -33,9 +53,30 @@ CUDA = Backend(
     shares=(4, 8),
     points_each=8,
 )
-BACKENDS = {backend.name: backend for backend in (METAL, CUDA)}
+CPU = Backend(
+    name="cpu",
+    attention=_attend_on_cpu,
+    types={mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16"},
+    run=_run_on_cpu,
+    lazy=False,
+)
+BACKENDS = {backend.name: backend for backend in (METAL, CUDA, CPU)}
 
 
 def current_backend() -> Backend | None:
     """That of MLX's default device, or None where no kernel runs, or ``VELOXLAB_KERNELS=0`` forbids kernels."""
-    return None if os.environ.get(SWITCH) == "0" else BACKENDS.get(runtime.backend())
+    if os.environ.get(SWITCH) == "0":
+        return None
+    backend = BACKENDS.get(runtime.backend())
+    return None if backend is CPU and not has_loops() else backend
+
+
+def has_loops() -> bool:
+    """Whether loops run on the CPU, whatever device MLX has."""
+    return os.environ.get(SWITCH) != "0" and _has_compiler()
+
+
+@cache
+def _has_compiler() -> bool:
+    """Whether there is one of loops for a CPU."""
+    return find_spec("numba") is not None

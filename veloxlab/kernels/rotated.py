@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import mlx.core as mx
 
-from veloxlab.kernels.vectors import IN_LANES, THREADS, VectorKernel, fits_lanes, hartley_row, lanes, words
+from veloxlab.kernels.vectors import IN_LANES, THREADS, Rows, VectorKernel, fits_lanes, hartley_row, lanes, words
 
 # what a vector's root-mean-square is to be multiplied with, from the sums that ``encode.metal`` makes
 _FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
@@ -41,12 +41,14 @@ class Quantizer(NamedTuple):
     Attributes
     ----------
     bits : of a code, 1 to 8.
+    tried : how many stretches are tried; 0 by levels.
     arrays : inputs of the kernel.
     fill : text of threadgroup variables, and what fills them.
     made : text of the quantizer, once a rotated vector lies in ``y``.
     """
 
     bits: int
+    tried: int
     arrays: Mapping[str, mx.array]
     fill: str
     made: str
@@ -55,7 +57,7 @@ class Quantizer(NamedTuple):
 def nearest_level(boundaries: mx.array, levels: mx.array, bits: int) -> Quantizer:
     """The nearest of ascending ``levels`` ``[2**bits]``, by ``boundaries`` ``[2**bits - 1]``, some equal; float32."""
     arrays = {"boundaries": boundaries, "levels": levels}
-    return Quantizer(bits, arrays, _FILL_LEVELS, "const NearestLevel<CODE_BITS> quantizer = {bounds, table};")
+    return Quantizer(bits, 0, arrays, _FILL_LEVELS, "const NearestLevel<CODE_BITS> quantizer = {bounds, table};")
 
 
 def stretched_grid(stretches: mx.array, bits: int, *, tried: bool) -> Quantizer:
@@ -68,7 +70,7 @@ def stretched_grid(stretches: mx.array, bits: int, *, tried: bool) -> Quantizer:
     best = f"best_stretch<HEAD_DIM, CODE_BITS>(y, stretches, stretches_strides[0], {stretches.size})"
     stretch = best if tried else "stretches[0]"
     made = f"const StretchedGrid<CODE_BITS> quantizer = {{{stretch}}};"
-    return Quantizer(bits, {"stretches": stretches}, "", made)
+    return Quantizer(bits, stretches.size, {"stretches": stretches}, "", made)
 
 
 def encode_kernel(
@@ -109,6 +111,7 @@ def encode_kernel(
         | {"root_scale": number}
         | ({"sine": number} if sine else {}),
         outputs=(*packed, "root_scale", *(["sines"] if sine else [])),
+        variant={"fields": tuple(widths), "scale": scale, "tried": quantizer.tried, "sine": sine},
         defines={"HEAD_DIM": dim, "CODE_BITS": quantizer.bits, "FACTOR": _FACTORS[scale]},
         headers=(*IN_LANES, "quantizers.h", "packing.h"),
         texts={
@@ -121,6 +124,30 @@ def encode_kernel(
         },
         tables={"signs": signs, **quantizer.arrays},
         at_once=THREADS // lanes(dim),
+    )
+
+
+def angles_kernel(
+    signs: mx.array, levels: tuple[int, ...], edges: mx.array, circles: mx.array, scale: str, rows: Rows
+) -> VectorKernel:
+    """Rotates vectors ``[B, H, S, D]``, and quantizes the angles of their polar transform. No GPU has it.
+
+    Parameters
+    ----------
+    signs : as for `encode_kernel`.
+    levels : bits of the angles of each level.
+    edges : between the angles of all levels but the first, one level after the other, float32.
+    circles : cosine and sine of the angles of all levels ``[entries, 2]``, float32.
+    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.polarquant`.
+    rows : bytes of the codes of each width, and last the radii.
+    """
+    return VectorKernel(
+        name="encode_angles",
+        file=None,
+        given=("x",),
+        rows=rows,
+        variant={"levels": levels, "scale": scale},
+        tables={"signs": signs, "edges": edges, "circles": circles},
     )
 
 
@@ -160,6 +187,7 @@ def rotate_kernel(signs: mx.array, *, inverse: bool) -> VectorKernel | None:
         given=("x",),
         rows={"out": (dim, mx.float32)},
         defines={"HEAD_DIM": dim, "INVERSE": int(inverse)},
+        variant={"inverse": inverse},
         texts={"hartley": hartley_row(dim)},
         tables={"signs": signs},
         at_once=THREADS // lanes(dim),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from string import Template
+from typing import Any
 
 import mlx.core as mx
 
@@ -26,27 +27,29 @@ class VectorKernel:
     Attributes
     ----------
     name : of the kernel, for people and profilers.
-    file : of ``source/``, with the body.
+    file : of ``source/``, with the body; None for a kernel that only CPUs have.
     given : names that the body has for the arrays that the kernel is called with, ``[B, H, S, ·]``.
     rows : of each output its name, the numbers that it has for a vector, and their type.
+    at_once : vectors of a threadgroup.
     defines : what is known when the kernel is built; a type stands for the back end's name of it.
+    variant : what else tells it from others of its name, for back ends that do not read text.
     types : definitions that are the type of a given array: the name of each, and which array.
     headers : files of ``source/`` that the body needs.
     texts : what is put in the place of each ``$name`` of the body.
     tables : further inputs, the same for all vectors.
     outputs : names that the body has for the outputs, where they are not those of `rows`.
-    at_once : vectors of a threadgroup.
     spans : threadgroups that share a vector.
     threads : of a threadgroup.
     whole_numbers : whether it is to be tried on those: on others its answer would depend on rounding.
     """
 
     name: str
-    file: str
+    file: str | None
     given: tuple[str, ...]
     rows: Rows
-    defines: Mapping[str, int | str | mx.Dtype]
-    at_once: int
+    at_once: int = 1
+    defines: Mapping[str, int | str | mx.Dtype] = field(default_factory=dict)
+    variant: Mapping[str, Any] = field(default_factory=dict)
     types: Mapping[str, int] = field(default_factory=lambda: {"IN_TYPE": 0})
     headers: tuple[str, ...] = IN_LANES
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -59,6 +62,7 @@ class VectorKernel:
 
     def source(self, backend: Backend, *given: mx.array) -> Source:
         """What is built for arrays of these types."""
+        assert self.file is not None
         which = backend, *(given[i].dtype for i in self.types.values())
         if which not in self._sources:
             types = {name: given[i].dtype for name, i in self.types.items()}
@@ -73,12 +77,23 @@ class VectorKernel:
             )
         return self._sources[which]
 
+    def key(self, backend: Backend, *given: mx.array) -> Hashable:
+        """What tells kernels apart that have to show, each for itself, that they are right."""
+        if backend.run is None:
+            return self.source(backend, *given), backend
+        shapes = tuple((array.dtype, array.shape[-1]) for array in given)
+        return self.name, tuple(self.variant.items()), tuple(self.rows.items()), shapes, backend
+
     def takes(self, backend: Backend, *given: mx.array) -> bool:
-        """Whether the body can read arrays of these types."""
+        """Whether the back end has the kernel, for arrays of these types."""
+        if self.file is None and backend.run is None:
+            return False
         return all(given[i].dtype in backend.types for i in self.types.values())
 
     def __call__(self, backend: Backend, *given: mx.array) -> dict[str, mx.array]:
         """Each of `rows`, ``[B, H, S, numbers]``. Given arrays are views with any strides, and not empty."""
+        if backend.run is not None:
+            return dict(zip(self.rows, backend.run(self, given), strict=True))
         lead = given[0].shape[:-1]
         written = launch(
             self.source(backend, *given),

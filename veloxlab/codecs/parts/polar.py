@@ -100,6 +100,11 @@ class PolarTree:
         """Cosine and sine of the angles of all levels, one after the other ``[entries, 2]``, float32, for kernels."""
         return constant(mx.concatenate(self._circles))
 
+    @cached_property
+    def edges(self) -> mx.array:
+        """Between the angles of all levels but the first, one level after the other, float32, for kernels."""
+        return constant(mx.concatenate([mx.zeros(0), *self._edges[1:]]))
+
 
 @lru_cache
 def angle_codebook(level: int, bits: int) -> tuple[Floats, float]:

@@ -53,7 +53,7 @@ class SignedHadamard:
 
         if x.ndim != 4 or len(self._hartley) == 1:
             return by_graph(x)["out"]
-        return computed(lambda _: _kernel(self, inverse), by_graph, x)["out"]
+        return computed(lambda _: _kernel(self, inverse), lambda x: by_graph(x.astype(mx.float32)), x)["out"]
 
     def _transform(self, x: mx.array) -> mx.array:
         if x.size == 0:

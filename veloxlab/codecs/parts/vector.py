@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from veloxlab.codecs.parts import in_turn
 from veloxlab.codecs.parts.packing import WIDEST, pack, unpack, unpack_to_bytes
-from veloxlab.kernels.checked import computed
+from veloxlab.kernels.checked import by_loop, computed
 from veloxlab.kernels.encode import search_kernel
 
 Points = NDArray[np.float32]
@@ -98,29 +98,35 @@ def _start(points: Points, count: int, rng: np.random.Generator) -> Points:
 
 def _seeds(points: Points, count: int, rng: np.random.Generator) -> Points:
     """K-means++: zero, then points drawn with probability ∝ their squared distance to the nearest seed so far."""
-    seeds = np.zeros((count, points.shape[1]), np.float32)
+    trial = points[: 8 * _KNOWN], np.linspace(0, 1, _KNOWN, endpoint=False)
+    (chosen,) = by_loop("drawn_seeds", _drawn, points, rng.random(count - 1), trial=trial, known_each=_KNOWN)
+    return np.concatenate([np.zeros((1, points.shape[1]), np.float32), points[chosen]])
+
+
+def _drawn(points: Points, uniform: Points, known_each: int) -> tuple[NDArray[np.int64]]:
+    """Which points are drawn, by numbers from 0 to 1, some at a time."""
     norms = np.square(points).sum(axis=1)
     columns, left = np.ascontiguousarray(points.T), norms.copy()
-    known = 1
-    while known < count:
+    chosen, known = np.empty(len(uniform), np.int64), 0
+    while known < len(uniform):
         cumulative = np.cumsum(left, dtype=np.float64)
-        draws = rng.random(min(max(1, known // _KNOWN), count - known)) * cumulative[-1]
-        drawn = points[np.minimum(np.searchsorted(cumulative, draws, side="right"), len(points) - 1)]
-        seeds[known : known + len(drawn)] = drawn
+        draws = uniform[known : known + max(1, (known + 1) // known_each)] * cumulative[-1]
+        found = np.minimum(np.searchsorted(cumulative, draws, side="right"), len(points) - 1)
+        chosen[known : known + len(draws)], drawn = found, points[found]
         squares, size = np.square(drawn).sum(axis=1)[:, None], _PRODUCT // drawn.size
         for at in range(0, len(points), size):
             span = slice(at, at + size)
             distances = norms[span] - 2 * (drawn @ columns[:, span]) + squares
             np.minimum(left[span], np.maximum(distances.min(axis=0), 0), out=left[span])
         known += len(drawn)
-    return seeds
+    return (chosen,)
 
 
 def _lloyd(points: Points, centroids: Points, iterations: int) -> tuple[Points, float]:
     """Centroids after at most ``iterations``, and the mean squared distance to those before the last one."""
     count, error = len(centroids), math.inf
     for _ in range(iterations):
-        codes, distances = _assign(points, centroids)
+        codes, distances = by_loop("nearest_centroids", _assign, points, centroids)
         members = np.bincount(codes, minlength=count)
         sums = np.stack([np.bincount(codes, column, count) for column in points.T], axis=1)
         centroids = (sums / np.maximum(members, 1)[:, None]).astype(np.float32)

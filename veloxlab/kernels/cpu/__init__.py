@@ -1,0 +1,1 @@
+"""Kernels of a CPU: loops that numba compiles when they are first called, and keeps on disk."""

@@ -1,0 +1,229 @@
+"""What the loops are told of a layer's tokens: descriptions of arrays, made once for as long as the arrays stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+import numpy as np
+
+from veloxlab.kernels.call import Exact
+from veloxlab.kernels.cpu import readers as loops
+from veloxlab.kernels.readers import (
+    GroupsReader,
+    PlanReader,
+    PolarReader,
+    Reader,
+    SumsReader,
+    TableReader,
+    WidthsReader,
+)
+
+Numbers = list[int]
+Array = np.ndarray[Any, Any]
+
+_TYPES: Final = {mx.float32: loops.FLOAT32, mx.float16: loops.FLOAT16, mx.bfloat16: loops.BFLOAT16}
+_BYTE: Final = 8  # bits of an index that is a byte, which is looked up quickest
+_LEVEL = 17  # bit of a coordinate's word where its first level begins, in `PlanReader`
+
+
+class Description(NamedTuple):
+    """Numbers for a loop, their address, that of the signs of a rotation or 0, and the arrays that are meant."""
+
+    numbers: Array
+    address: int
+    signs: int
+    kept: tuple[object, ...]
+
+
+_known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+
+
+def arrays_of(tokens: Reader | Exact) -> list[mx.array]:
+    """What has to be evaluated before the tokens are described; nothing once they are."""
+    if tokens in _known:
+        return []
+    if isinstance(tokens, Exact):
+        return [as_bits(tokens.keys), as_bits(tokens.values)]
+    return [a for a in vars(tokens).values() if isinstance(a, mx.array)]
+
+
+def as_bits(x: mx.array) -> mx.array:
+    """An array that NumPy can look at: bfloat16 as the bits that it is."""
+    return x.view(mx.uint16) if x.dtype == mx.bfloat16 else x
+
+
+def numpy_of(x: mx.array) -> Array:
+    """The same memory as a NumPy array; ``x`` is evaluated."""
+    return np.asarray(as_bits(x))
+
+
+def address_of(x: Array) -> int:
+    """Where an array begins."""
+    return int(x.__array_interface__["data"][0])
+
+
+def described_exact(tokens: Exact) -> tuple[Description, Description]:
+    """Keys, and values."""
+    if tokens not in _known:
+        _known[tokens] = _of_exact(tokens.keys), _of_exact(tokens.values)
+    both: tuple[Description, Description] = _known[tokens]
+    return both
+
+
+def _of_exact(x: mx.array) -> Description:
+    seen = numpy_of(x)
+    return _made([loops.exact(), seen.shape[3], *_placed(seen), 0, 0, 0, 0, 0, _TYPES[x.dtype]], seen)
+
+
+def described(reader: Reader) -> Description:
+    """The packed tokens of a reader."""
+    if reader not in _known:
+        rows = numpy_of(reader.rows)
+        own = _LAYOUTS[type(reader)](reader)
+        scales = None if reader.scales is None or own.scaled else numpy_of(reader.scales)
+        numbers = [own.function, reader.dim, *_placed(rows), *_placed(scales), own.places, *own.numbers]
+        signs = None if reader.signs is None else numpy_of(reader.signs)
+        _known[reader] = _made(numbers, rows, scales, signs, *own.kept, signs=0 if signs is None else address_of(signs))
+    known: Description = _known[reader]
+    return known
+
+
+def _made(numbers: Numbers, *kept: object, signs: int = 0) -> Description:
+    array = np.array(numbers, np.int64)
+    return Description(array, address_of(array), signs, kept)
+
+
+def _placed(x: Array | None) -> Numbers:
+    """Address and strides of batch entry, head and token ``[B, H, S, n]``; zeros for nothing."""
+    return [0, 0, 0, 0] if x is None else [address_of(x), *x.strides[:3]]
+
+
+class _Own(NamedTuple):
+    """What a layout says of itself: function, address of the heads' places among the scales, numbers, arrays.
+
+    Where its function scales the vectors, attention does not.
+    """
+
+    function: int
+    places: int
+    numbers: Numbers
+    kept: tuple[object, ...]
+    scaled: bool = False
+
+
+def _table(reader: TableReader) -> _Own:
+    fine = None if reader.fine is None else numpy_of(reader.fine)
+    bits, table = reader.bits, reader.table
+    entries = _wide_table(bits, table, reader.dim) if fine is None else _Table(bits, numpy_of(table))
+    shifts = None if reader.shifts is None else np.ascontiguousarray(numpy_of(reader.shifts))
+    numbers = [entries.bits, entries.numbers.shape[1], address_of(entries.numbers), *_placed(fine)]
+    if shifts is None:
+        return _Own(loops.table(), 0, [*numbers, 0], (entries, fine))
+    scales = None if reader.scales is None else numpy_of(reader.scales)
+    shifted = [*numbers, address_of(shifts), *_placed(scales)]
+    return _Own(loops.table(), 0, shifted, (entries, fine, shifts, scales), scaled=True)
+
+
+class _Table(NamedTuple):
+    """Entries ``[2**bits, n]`` float32, or of two stages ``[4**bits, n]``."""
+
+    bits: int
+    numbers: Array
+
+
+@lru_cache(maxsize=256)
+def _wide_table(bits: int, table: mx.array, dim: int) -> _Table:
+    """The entries of as many codes at once as a byte has, where they are narrow and the vector has whole bytes."""
+    return _widened(bits, np.ascontiguousarray(numpy_of(table), np.float32), dim)
+
+
+def _widened(bits: int, entries: Array, dim: int) -> _Table:
+    while 2 * bits <= _BYTE and _BYTE % bits == 0 and dim % (2 * entries.shape[1]) == 0:
+        count, width = entries.shape
+        low, high = np.tile(entries, (count, 1)), np.repeat(entries, count, axis=0)
+        bits, entries = 2 * bits, np.ascontiguousarray(np.concatenate([low, high], axis=1).reshape(-1, 2 * width))
+    return _Table(bits, entries)
+
+
+def _widths(reader: WidthsReader) -> _Own:
+    own, places, tables = _head_tables(reader.heads, reader.table, reader.dim)
+    return _Own(loops.widths(), address_of(places), [address_of(own)], (own, places, tables))
+
+
+@lru_cache(maxsize=256)
+def _head_tables(heads: mx.array, table: mx.array, dim: int) -> tuple[Array, Array, list[_Table]]:
+    """Of each head what ``widths`` reads, its place among the scales, and its table."""
+    levels, tables, rows = np.asarray(table), [], []
+    said = np.asarray(heads).astype(np.int64)
+    for bits, first_word, _, first in said:
+        paired = bits <= 4
+        index, width = (2 * bits, 2) if paired else (bits, 1)
+        entries = levels[first : first + (width << index)].reshape(-1, width)
+        wide = _widened(int(index), np.ascontiguousarray(entries), dim)
+        tables.append(wide)
+        rows.append([wide.bits, wide.numbers.shape[1], 4 * first_word, address_of(wide.numbers)])
+    return np.array(rows, np.int64), np.ascontiguousarray(said[:, 2]), tables
+
+
+def _plan(reader: PlanReader) -> _Own:
+    begins, bits, first_levels, levels = parts = _planned(reader.plan, reader.dim)
+    fit = np.ascontiguousarray(numpy_of(reader.fit))
+    numbers = [reader.rows.shape[3], *(address_of(a) for a in (begins, bits, first_levels, levels, fit))]
+    return _Own(loops.plan(), 0, numbers, (parts, fit))
+
+
+@lru_cache(maxsize=256)
+def _planned(plan: mx.array, dim: int) -> tuple[Array, Array, Array, Array]:
+    """Of each coordinate its first bit, width and first level, and all levels."""
+    words = np.asarray(plan)
+    said, levels = words[:dim], words[dim:].view(np.float32).copy()
+    begins, widths, firsts = said & 8191, said >> 13 & 15, said >> _LEVEL
+    return begins.astype(np.int32), widths.astype(np.int32), firsts.astype(np.int32), levels
+
+
+def _groups(reader: GroupsReader) -> _Own:
+    half_steps, leasts = numpy_of(reader.half_steps), numpy_of(reader.leasts)
+    numbers = [reader.bits, reader.group, int(reader.centred), *_placed(half_steps), *_placed(leasts)]
+    return _Own(loops.groups(), 0, numbers, (half_steps, leasts))
+
+
+def _polar(reader: PolarReader) -> _Own:
+    other = None if reader.other is None else numpy_of(reader.other)
+    radii, circles = numpy_of(reader.radii), np.ascontiguousarray(numpy_of(reader.table))
+    levels = _angle_levels(reader.widths, reader.dim)
+    numbers = [len(reader.widths), address_of(circles), *_placed(other), *_placed(radii), address_of(levels)]
+    return _Own(loops.polar(), 0, numbers, (other, radii, circles, levels))
+
+
+@lru_cache(maxsize=256)
+def _angle_levels(widths: tuple[int, ...], dim: int) -> Array:
+    """Of each level its bits, whether they are in the other row, the first bit there, and the first entry."""
+    used = dict.fromkeys(widths, 0)
+    firsts = [0, *accumulate(1 << bits for bits in widths)]
+    rows = []
+    for level, bits in enumerate(widths, 1):
+        rows.append([bits, int(bits != widths[0]), used[bits], firsts[level - 1]])
+        used[bits] += (dim >> level) * bits
+    return np.array(rows, np.int64)
+
+
+def _sums(reader: SumsReader) -> _Own:
+    table = np.ascontiguousarray(numpy_of(reader.table))
+    angles = None if reader.angles is None else np.ascontiguousarray(numpy_of(reader.angles))
+    numbers = [table.shape[1], reader.rotated, int(reader.traditional), address_of(table)]
+    return _Own(loops.sums(), 0, [*numbers, 0 if angles is None else address_of(angles)], (table, angles))
+
+
+_LAYOUTS: Final[dict[type, Callable[[Any], _Own]]] = {
+    TableReader: _table,
+    WidthsReader: _widths,
+    PlanReader: _plan,
+    GroupsReader: _groups,
+    PolarReader: _polar,
+    SumsReader: _sums,
+}

@@ -1,0 +1,147 @@
+"""Nearest centroids and k-means++ where there are many points of few coordinates: most lie in boxes too far away.
+
+Points are put in boxes of as many by halves: see `veloxlab.kernels.cpu.train.in_boxes`.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from veloxlab.kernels.cpu.machine import compiled, part
+from veloxlab.kernels.cpu.wide import COUNT, first_bit, least_of_sums, up_to
+
+_ROUNDING = np.float32(1e-6)  # of a squared distance, of the point's own square
+
+
+@part
+def nearest_in_leaves(x, leaves, half, places, low, high, room):
+    """Index of the nearest centroid of ``x`` ``[d]``, of equal ones the first, and ``‖c‖²/2 − x·c``.
+
+    ``leaves`` are ``[64, d, 64]``, ``half`` and indices, ``places``, ``[64, 64]``, ``low`` and ``high`` ``[d, 64]``.
+    """
+    bounds, products, dim = room[0], room[1], len(x)
+    square = np.float32(0)
+    for leaf in range(COUNT):
+        bounds[leaf] = 0
+    for k in range(dim):
+        number = x[k]
+        square += number * number
+        for leaf in range(COUNT):
+            below, above = low[k, leaf] - number, number - high[k, leaf]
+            off = below if below > above else above
+            off = off if off > 0 else np.float32(0)
+            bounds[leaf] += off * off
+    index, least, slack = 0, np.float32(np.inf), square * (1 + _ROUNDING)
+    leaf = least_of_sums(bounds.ctypes.data, room[2].ctypes.data)
+    left = np.uint64(1) << np.uint64(leaf)
+    first = True
+    while left:
+        for j in range(COUNT):
+            products[j] = 0
+        for k in range(dim):
+            number = x[k]
+            for j in range(COUNT):
+                products[j] -= number * leaves[leaf, k, j]
+        found = least_of_sums(products.ctypes.data, half[leaf].ctypes.data)
+        value, place = products[found] + half[leaf, found], places[leaf, found]
+        if value < least or (value == least and place < index):
+            index, least = place, value
+        if first:
+            left = up_to(bounds.ctypes.data, slack + 2 * least) & ~left
+            first = False
+        else:
+            left &= left - np.uint64(1)
+            left &= up_to(bounds.ctypes.data, slack + 2 * least)
+        leaf = first_bit(left)
+    return index, least
+
+
+@compiled
+def nearest_by_leaves(first, last, points, leaves, half, places, low, high, codes, distances):
+    """Index of the nearest centroid of each of ``points`` ``[N, d]``, and the squared distance to it."""
+    room = np.zeros((3, COUNT), np.float32)
+    for p in range(first, last):
+        x = points[p]
+        codes[p], least = nearest_in_leaves(x, leaves, half, places, low, high, room)
+        distance = 2 * least
+        for k in range(len(x)):
+            distance += x[k] * x[k]
+        distances[p] = distance if distance > 0 else np.float32(0)
+
+
+@part
+def far(low, high, box, seeds, s, most):
+    """Whether a box is further from a seed than ``most``, squared."""
+    distance = np.float32(0)
+    for k in range(len(seeds)):
+        number = seeds[k, s]
+        off = max(low[k, box] - number, number - high[k, box], np.float32(0))
+        distance += off * off
+    return distance >= most
+
+
+@compiled
+def spread_seeds(points, low, high, places, uniform, known_each, chosen):
+    """K-means++ from zero: which points are drawn, by ``uniform`` numbers, some at a time.
+
+    A point is drawn with probability ∝ its squared distance to the nearest seed so far. ``points`` ``[d, N]`` lie in
+    boxes of 64, between ``low`` and ``high`` ``[d, boxes]``; ``places`` ``[N]`` are those that they are drawn by.
+    """
+    dim, count = points.shape
+    boxes = low.shape[1]
+    left, order = np.empty(count, np.float32), np.empty(count, np.int64)  # by places, and where in the boxes a place is
+    own, most = np.zeros((boxes, COUNT), np.float32), np.empty(boxes, np.float32)
+    for p in range(count):
+        for k in range(dim):
+            own[p // COUNT, p % COUNT] += points[k, p] * points[k, p]
+        left[places[p]], order[places[p]] = own[p // COUNT, p % COUNT], p
+    for box in range(boxes):
+        most[box] = own[box].max()
+    seeds, sums = np.empty((dim, len(uniform)), np.float32), np.empty(boxes, np.float64)
+    distances = np.empty(COUNT, np.float32)
+    known, latest = 0, 0  # seeds, and those of them that `left` knows
+    while known < len(uniform):
+        for box in range(boxes):
+            begin, changed = box * COUNT, False
+            inside = min(COUNT, count - begin)
+            for s in range(latest, known):
+                if far(low, high, box, seeds, s, most[box]):
+                    continue
+                changed = True
+                for i in range(inside):
+                    distances[i] = 0
+                for k in range(dim):
+                    number = seeds[k, s]
+                    for i in range(inside):
+                        off = points[k, begin + i] - number
+                        distances[i] += off * off
+                for i in range(inside):
+                    own[box, i] = distances[i] if distances[i] < own[box, i] else own[box, i]
+            if changed:
+                largest = np.float32(0)
+                for i in range(inside):
+                    largest = max(largest, own[box, i])
+                    left[places[begin + i]] = own[box, i]
+                most[box] = largest
+        total = 0.0
+        for box in range(boxes):
+            part_of = 0.0
+            for p in range(box * COUNT, min((box + 1) * COUNT, count)):
+                part_of += left[p]
+            sums[box] = part_of
+            total += part_of
+        latest = known
+        together = min(max(1, (known + 1) // known_each), len(uniform) - known)
+        for s in range(known, known + together):
+            wanted, box = uniform[s] * total, 0
+            while box < boxes - 1 and wanted >= sums[box]:
+                wanted -= sums[box]
+                box += 1
+            p, last = box * COUNT, min((box + 1) * COUNT, count) - 1
+            while p < last and wanted >= left[p]:
+                wanted -= left[p]
+                p += 1
+            chosen[s] = p
+            for k in range(dim):
+                seeds[k, s] = points[k, order[p]]
+        known += together

@@ -1,0 +1,130 @@
+"""What the loops are made of: numbers at addresses, calls through addresses, and how functions are compiled.
+
+A loop gets its arrays as addresses and strides in one array of int64: to be called with an array takes Numba 0.3 µs,
+and a decode step calls a loop in every layer. Whoever makes such a description keeps its arrays alive.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from llvmlite import ir
+from numba import cfunc, njit, types
+from numba.core import config
+from numba.extending import intrinsic
+
+from veloxlab.store import kept_in
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+# sums may be reordered and fused; NaN and infinity keep their meaning
+_OPTIONS: Final[dict[str, Any]] = {
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "nsz", "arcp", "afn"},
+}
+_EXPAND: Final = 6  # whole numbers that an `expander` is called with
+
+
+@cache
+def _folder() -> str:
+    """Where compiled loops are kept: another place for each version of this folder's files.
+
+    Numba compiles anew when the file of a loop has changed, but not when the file of a piece of it has.
+    """
+    checksum = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        checksum.update(path.read_bytes())
+    return str((Path(config.CACHE_DIR) if config.CACHE_DIR else kept_in("loops")) / checksum.hexdigest()[:16])
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """What is decorated here is kept in our folder, and what others decorate is not."""
+    folder, before = _folder(), config.CACHE_DIR
+    config.CACHE_DIR = folder
+    try:
+        yield
+    finally:
+        config.CACHE_DIR = before
+
+
+def compiled(function: Function) -> Function:
+    """A loop: compiled when it is first called, kept on disk, run without the GIL."""
+    with _kept():
+        loop: Function = njit(nogil=True, cache=True, **_OPTIONS)(function)
+    return loop
+
+
+def part(function: Function) -> Function:
+    """A piece of a loop, compiled with each loop that calls it."""
+    piece: Function = njit(**_OPTIONS)(function)
+    return piece
+
+
+def expander(function: Callable[..., None]) -> Callable[[], int]:
+    """A function that loops call through its address: it writes some tokens of a tensor as float32.
+
+    It is called with the address of a description, a batch entry, a KV head, the first token, how many, and the address
+    of what is to be written. Gives a function that compiles it, the first time, and gives its address.
+    """
+
+    @cache
+    def made() -> Any:
+        with _kept():
+            return cfunc(types.void(*[types.int64] * _EXPAND), cache=True, **_OPTIONS)(function)
+
+    return lambda: int(made().address)
+
+
+def _pointer(kind: Any) -> Any:
+    """A function of loops: the numbers of a type at an address."""
+
+    @intrinsic
+    def at(_: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        return types.CPointer(kind)(types.int64), generate
+
+    return at
+
+
+i64_at, f32_at, u64_at = _pointer(types.int64), _pointer(types.float32), _pointer(types.uint64)
+i32_at, u32_at, u16_at, u8_at = (_pointer(kind) for kind in (types.int32, types.uint32, types.uint16, types.uint8))
+
+
+@intrinsic
+def call_expander(_, function, description, batch, head, first, count, out):
+    """Call the `expander` at an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * _EXPAND)
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * (_EXPAND + 1)), generate
+
+
+@intrinsic
+def float_of_bits(_, bits):
+    """The float32 that has these bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic
+def half(_, bits):
+    """The float16 that has these bits, as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), generate

@@ -1,0 +1,173 @@
+"""Parts of loops that take one vector after another: read it, rotate it, pack its codes, round to 16 bits.
+
+A loop gets arrays ``[B, H, S, n]`` of any strides as eight numbers each: the address, a strides of bytes for each axis,
+what the numbers are, H and S. Vectors are counted in the order of the batch, the heads and the tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import carray, types
+from numba.extending import intrinsic
+
+from veloxlab.kernels.cpu.machine import f32_at, float_of_bits, half, part, u16_at, u32_at
+
+FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # what the numbers are
+_F32_BYTES, _U16_BYTES = 4, 2
+_INFINITE_HALF, _NAN_HALF = np.uint32(0x7C00), np.uint32(0x7E00)
+_WORD_BITS = 32
+
+
+@intrinsic
+def bits_of_float(typingctx, number):
+    """The bits of a float32, as uint32."""
+
+    def generate(context, builder, signature, arguments):
+        return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
+
+    return types.uint32(types.float32), generate
+
+
+@part
+def row_at(x, vector):
+    """Address of the first number of a vector."""
+    heads, tokens = x[6], x[7]
+    return x[0] + vector // (heads * tokens) * x[1] + vector // tokens % heads * x[2] + vector % tokens * x[3]
+
+
+@part
+def head_of(x, vector):
+    """KV head of a vector."""
+    return vector // x[7] % x[6]
+
+
+@part
+def to_half(number):
+    """The bits of the float16 that is nearest to a float32, of two the even one."""
+    bits = bits_of_float(number)
+    sign, size = (bits >> np.uint32(16)) & np.uint32(0x8000), bits & np.uint32(0x7FFFFFFF)
+    # what is below the normal numbers is rounded by the addition of ½, whose last bit is their step
+    small = bits_of_float(float_of_bits(size) + np.float32(0.5)) - np.uint32(0x3F000000)
+    usual = (size + np.uint32(0xC8000FFF) + (size >> np.uint32(13) & np.uint32(1))) >> np.uint32(13)
+    rounded = small if size < np.uint32(0x38800000) else usual & np.uint32(0x7FFF)
+    rounded = _INFINITE_HALF if size >= np.uint32(0x477FF000) else rounded
+    rounded = _NAN_HALF if size > np.uint32(0x7F800000) else rounded
+    return np.uint16(rounded | sign)
+
+
+@part
+def load(x, vector, count, out):
+    """Numbers of a vector, float32."""
+    at, step, kind = row_at(x, vector), x[4], x[5]
+    if kind == FLOAT32:
+        if step == _F32_BYTES:
+            numbers = f32_at(at)
+            for i in range(count):
+                out[i] = numbers[i]
+        else:
+            for i in range(count):
+                out[i] = f32_at(at + i * step)[0]
+    elif kind == FLOAT16:
+        if step == _U16_BYTES:
+            halves = u16_at(at)
+            for i in range(count):
+                out[i] = half(halves[i])
+        else:
+            for i in range(count):
+                out[i] = half(u16_at(at + i * step)[0])
+    else:
+        for i in range(count):
+            out[i] = float_of_bits(np.uint32(u16_at(at + i * step)[0]) << np.uint32(16))
+
+
+@part
+def root_mean_square(y, count):
+    """Of the first numbers of a vector."""
+    total = np.float32(0)
+    for i in range(count):
+        total += y[i] * y[i]
+    return np.sqrt(total) / np.sqrt(np.float32(count))
+
+
+@part
+def transform(y, dim, hartley, spare):
+    """Hadamard transforms of the ``len(hartley)`` blocks of a vector, mixed by ``hartley``, which has all scaling."""
+    odd = len(hartley)
+    block = dim // odd
+    step = 1
+    if block % 8 == 0:
+        for i in range(0, dim, 8):
+            a, b, c, d = y[i] + y[i + 1], y[i] - y[i + 1], y[i + 2] + y[i + 3], y[i + 2] - y[i + 3]
+            e, f, g, h = y[i + 4] + y[i + 5], y[i + 4] - y[i + 5], y[i + 6] + y[i + 7], y[i + 6] - y[i + 7]
+            a, c, b, d = a + c, a - c, b + d, b - d
+            e, g, f, h = e + g, e - g, f + h, f - h
+            y[i], y[i + 1], y[i + 2], y[i + 3] = a + e, b + f, c + g, d + h
+            y[i + 4], y[i + 5], y[i + 6], y[i + 7] = a - e, b - f, c - g, d - h
+        step = 8
+    while step < block:
+        for i in range(0, dim, 2 * step):
+            for j in range(i, i + step):
+                a, b = y[j], y[j + step]
+                y[j], y[j + step] = a + b, a - b
+        step *= 2
+    if odd == 1:
+        for i in range(dim):
+            y[i] *= hartley[0, 0]
+        return
+    for i in range(dim):
+        spare[i] = y[i]
+        y[i] = 0
+    for k in range(odd):
+        for m in range(odd):
+            factor = hartley[k, m]
+            for i in range(block):
+                y[k * block + i] += factor * spare[m * block + i]
+
+
+@part
+def pack(codes, count, below, bits, address, words):
+    """Write ``bits`` of each code, from bit ``below`` on, as one string of bits."""
+    row = carray(u32_at(address), words)
+    mask = np.uint64((1 << bits) - 1)
+    held, have, word = np.uint64(0), 0, 0
+    for i in range(count):
+        held |= (np.uint64(codes[i]) >> np.uint64(below) & mask) << np.uint64(have)
+        have += bits
+        if have >= _WORD_BITS:
+            row[word] = np.uint32(held)
+            word += 1
+            held >>= np.uint64(_WORD_BITS)
+            have -= _WORD_BITS
+    if have > 0:
+        row[word] = np.uint32(held)
+
+
+@part
+def unpack(address, step, bits, count, codes):
+    """Undo `pack`, from words that are ``step`` bytes apart."""
+    mask = np.uint64((1 << bits) - 1)
+    held, have, at = np.uint64(0), 0, address
+    for i in range(count):
+        if have < bits:
+            held |= np.uint64(u32_at(at)[0]) << np.uint64(have)
+            have += _WORD_BITS
+            at += step
+        codes[i] = np.uint8(held & mask)
+        held >>= np.uint64(bits)
+        have -= bits
+
+
+@part
+def pack_bytes(codes, bits, row):
+    """The same in whole bytes, all bits of each code."""
+    held, have, at = np.uint64(0), 0, 0
+    for i in range(len(codes)):
+        held |= np.uint64(codes[i]) << np.uint64(have)
+        have += bits
+        while have >= 8:
+            row[at] = np.uint8(held & np.uint64(255))
+            held >>= np.uint64(8)
+            have -= 8
+            at += 1
+    if have > 0:
+        row[at] = np.uint8(held & np.uint64(255))

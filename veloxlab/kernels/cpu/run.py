@@ -1,0 +1,206 @@
+"""Kernels of vectors on a CPU: for each, by its name, the loop that does its work."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+from weakref import WeakKeyDictionary
+
+import mlx.core as mx
+import numpy as np
+from numba.core.errors import NumbaError
+
+from veloxlab.kernels.cpu import angles, encode, plain, search, sums
+from veloxlab.kernels.cpu.describe import Array, address_of, as_bits
+from veloxlab.kernels.cpu.rows import BFLOAT16, FLOAT16, FLOAT32
+from veloxlab.kernels.cpu.threads import shared
+from veloxlab.kernels.vectors import VectorKernel
+from veloxlab.runtime import threads
+
+_KINDS: Final = {mx.float32: FLOAT32, mx.float16: FLOAT16, mx.bfloat16: BFLOAT16}
+_SCALES: Final = {"norm": encode.NORM, "mse": encode.MSE, "unbiased": encode.UNBIASED}
+_NOTHING: Final = np.empty(0, np.float32)
+_NO_BITS: Final = np.empty(0, np.uint16)
+_LEAST_SHARE: Final = 1e5  # nanoseconds of work, below which a thread costs more than it gains
+_PAIR: Final = 0.2  # nanoseconds that a point takes with a centroid
+
+
+class Vectors:
+    """An array ``[B, H, S, n]`` as loops read it: see `veloxlab.kernels.cpu.rows`. It keeps the array alive."""
+
+    def __init__(self, array: mx.array) -> None:
+        kind, bits = _KINDS.get(array.dtype, FLOAT32), as_bits(array)
+        mx.eval(bits)
+        self._numbers = np.array(bits, copy=False)
+        batch, heads, tokens, self.dim = self._numbers.shape
+        place = address_of(self._numbers), *self._numbers.strides
+        self.count, self.described = batch * heads * tokens, np.array([*place, kind, heads, tokens], np.int64)
+
+
+class Work(NamedTuple):
+    """What a loop is made of: the kernel, its tables, what it was given, as it is and as loops read it, and outputs."""
+
+    kernel: VectorKernel
+    tables: Mapping[str, Array]
+    given: Sequence[mx.array]
+    vectors: Sequence[Vectors]
+    written: Sequence[Array]
+
+    @property
+    def scale(self) -> int:
+        """The kind of the scale."""
+        return _SCALES[str(self.kernel.variant["scale"])]
+
+
+class Call(NamedTuple):
+    """A loop, what it takes behind the first and the last vector, and nanoseconds that it takes for a coordinate."""
+
+    loop: Callable[..., None]
+    arguments: tuple[Any, ...]
+    nanoseconds: float
+
+
+def run(kernel: VectorKernel, given: Sequence[mx.array]) -> list[mx.array]:
+    """Each output of a kernel, ``[B, H, S, numbers]``, of evaluated arrays.
+
+    Raises `RuntimeError` where a loop does not compile.
+    """
+    vectors = [Vectors(array) for array in given if array.ndim == 4]
+    count, lead = vectors[0].count, given[0].shape[:-1]
+    written = [_empty(name, count, *row) for name, row in kernel.rows.items()]
+    loop, arguments, nanoseconds = _CALLS[kernel.name](Work(kernel, _tables(kernel), given, vectors, written))
+    share(lambda first, last: loop(first, last, *arguments), count, vectors[0].dim * nanoseconds)
+    return [
+        (mx.array(array).view(dtype) if array.dtype == np.uint16 else mx.array(array).astype(dtype)).reshape(*lead, n)
+        for array, (n, dtype) in zip(written, kernel.rows.values(), strict=True)
+    ]
+
+
+def share(loop: Callable[[int, int], object], count: int, nanoseconds: float) -> None:
+    """Run a loop over ``count`` rows, each of which takes some ``nanoseconds``, on as many threads as gain by it.
+
+    Raises `RuntimeError` where it does not compile.
+    """
+    parts = min(threads(), int(count * nanoseconds / _LEAST_SHARE))
+    try:
+        shared(loop, count, parts) if parts > 1 else loop(0, count)
+    except NumbaError as error:
+        raise RuntimeError(str(error)) from error
+
+
+def _empty(name: str, vectors: int, count: int, dtype: mx.Dtype) -> Array:
+    """Where a loop writes an output: numbers of 16 bits as whole ones, except vectors, which MLX rounds."""
+    if mx.issubdtype(dtype, mx.floating):
+        return np.empty((vectors, count), np.float32 if name == "out" else np.uint16)
+    return np.empty((vectors, count), np.uint32 if dtype == mx.uint32 else np.uint8)
+
+
+_known: WeakKeyDictionary[VectorKernel, Mapping[str, Array]] = WeakKeyDictionary()
+
+
+def _tables(kernel: VectorKernel) -> Mapping[str, Array]:
+    """The kernel's tables, each in one piece, and the Hartley matrix where it has the signs of a rotation."""
+    if kernel not in _known:
+        tables = {name: np.ascontiguousarray(np.array(table, copy=False)) for name, table in kernel.tables.items()}
+        _known[kernel] = tables | ({"hartley": _hartley(len(tables["signs"]))} if "signs" in tables else {})
+    return _known[kernel]
+
+
+@lru_cache
+def _hartley(dim: int) -> Array:
+    """The m-point Hartley matrix by 1/√dim, for dim = m·2^k with m odd."""
+    odd = dim // (dim & -dim)
+    angle = 2 * np.pi * np.outer(np.arange(odd), np.arange(odd)) / odd
+    return np.asarray((np.cos(angle) + np.sin(angle)) / math.sqrt(dim), np.float32)
+
+
+def stage_tables(table: Array) -> dict[str, Array]:
+    """What `sums` reads of entries ``[..., 64, D]``, whose real parts come first."""
+    real, imaginary = np.split(table, 2, axis=-1)
+    both = 2 * table @ np.concatenate([-imaginary, real], axis=-1).swapaxes(-1, -2)
+    return {
+        "stages": np.ascontiguousarray(table.swapaxes(-1, -2)),
+        "norms": np.square(table).sum(axis=-1),
+        "both": both,
+        "means": both.mean(axis=-1),
+    }
+
+
+def _encode(work: Work) -> Call:
+    (x,), tables, widths = work.vectors, work.tables, work.kernel.variant["fields"]
+    below = [sum(widths[i + 1 :]) for i in range(len(widths))]
+    *packed, root_scale, sine = (*work.written, _NO_BITS)[: len(widths) + 2]
+    fields = [[address_of(row), row.shape[1], *f] for row, *f in zip(packed, widths, below, strict=True)]
+    quantizer = (tables.get(name, _NOTHING) for name in ("boundaries", "levels", "stretches"))
+    arguments = x.described, tables["signs"], tables["hartley"], *quantizer, np.array(fields, np.int64), work.scale
+    return Call(encode.encode, (*arguments, root_scale.ravel(), sine.ravel()), 9)
+
+
+def _encode_angles(work: Work) -> Call:
+    (x,), tables, levels, (*packed, radii) = work.vectors, work.tables, work.kernel.variant["levels"], work.written
+    fields = [[address_of(row), row.shape[1], b] for row, b in zip(packed, dict.fromkeys(levels), strict=True)]
+    arrays = tables["signs"], tables["hartley"], np.array(levels, np.int64), tables["edges"], tables["circles"]
+    return Call(angles.encode_angles, (x.described, *arrays, np.array(fields, np.int64), work.scale, radii), 12)
+
+
+def _decode(work: Work) -> Call:
+    (codes, root_scale), tables = work.vectors, work.tables
+    arrays = tables["signs"], tables["hartley"], tables["levels"]
+    bits = len(tables["levels"]).bit_length() - 1
+    return Call(encode.decode, (codes.described, root_scale.described, *arrays, bits, work.written[0]), 32)  # a word
+
+
+def _rotate(work: Work) -> Call:
+    (x,), tables, inverse = work.vectors, work.tables, bool(work.kernel.variant["inverse"])
+    return Call(encode.rotate, (x.described, tables["signs"], tables["hartley"], inverse, work.written[0]), 3)
+
+
+def _encode_signs(work: Work) -> Call:
+    (x, y), (signs, root_rms) = work.vectors, work.written
+    return Call(plain.encode_signs, (x.described, y.described, x.dim, y.dim, signs, root_rms.ravel()), 6)
+
+
+def _encode_groups(work: Work) -> Call:
+    (x,), (group, steps, bits, shift) = (
+        work.vectors,
+        (work.kernel.variant[n] for n in ("group", "steps", "bits", "shift")),
+    )
+    return Call(plain.encode_groups, (x.described, x.dim, group, steps, np.float32(shift), bits, *work.written), 5)
+
+
+def _encode_by_plan(work: Work) -> Call:
+    (x, y), (codes, root_scale) = work.vectors, work.written
+    plan = (work.tables[name] for name in ("first_bits", "boundaries", "levels", "mean", "deviation"))
+    scale = work.scale, np.float32(work.kernel.variant["largest"])
+    return Call(plain.encode_by_plan, (x.described, y.described, *plan, *scale, codes, root_scale.ravel()), 25)
+
+
+def _encode_sums(work: Work) -> Call:
+    (x,), (codes, root_scale), variant = work.vectors, work.written, work.kernel.variant
+    order = work.tables["order"]
+    # made anew each time: all layers' would take much more memory than what is learned
+    stages = stage_tables(work.tables["table"].astype(np.float32)[..., order])
+    cost = 8 * stages["stages"].shape[1]
+    options = variant["starts"], variant["rounds"], work.scale, np.float32(variant["largest"])
+    return Call(sums.encode_sums, (x.described, order, *stages.values(), *options, codes, root_scale.ravel()), cost)
+
+
+def _assign(work: Work) -> Call:
+    (x,), (parts, bits) = work.vectors, (work.kernel.variant[name] for name in ("parts", "bits"))
+    centroids = np.array(work.given[1].astype(mx.float32))
+    return Call(search.assign, (x.described, parts, centroids, bits, work.written[0]), _PAIR * len(centroids))
+
+
+_CALLS: Final[Mapping[str, Callable[[Work], Call]]] = {
+    "encode": _encode,
+    "encode_angles": _encode_angles,
+    "decode": _decode,
+    "rotate": _rotate,
+    "encode_signs": _encode_signs,
+    "encode_groups": _encode_groups,
+    "encode_by_plan": _encode_by_plan,
+    "encode_sums": _encode_sums,
+    "assign": _assign,
+}
