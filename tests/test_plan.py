@@ -43,7 +43,7 @@ def test_a_uniform_plan_attaches_as_the_method_does(model):
 
 def test_a_plan_for_another_model_is_refused(model):
     other = tiny("llama", num_key_value_heads=4)
-    with pytest.raises(InputError, match="was made for a model with hash .* Make a plan for this model"):
+    with pytest.raises(InputError, match="was made for a model with hash .* Make a plan for it"):
         vl.make_cache(other, vl.Plan.uniform(model))
 
 

@@ -27,8 +27,7 @@ Place = tuple[int, Tensor, int]  # layer, tensor, bits
 class Calibration:
     """Codecs of a ``method`` that were fitted to one model, by layer, tensor and bits, for `veloxlab.make_cache`.
 
-    ``facts`` are all that they depend on: the method's version, hashes of the model and of the text; tokens, seed,
-    widths, options.
+    ``facts`` are all that they depend on: the method's version, hashes of model and text, tokens, seed, bits, options.
     """
 
     method: str

@@ -23,6 +23,8 @@ from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import attach
 from veloxlab.mlxlm.identity import name_of
 
+Fitted = Mapping[str, Calibration | None]  # by method
+
 
 @checked(calibration=CALIBRATIONS)
 def make_cache(
@@ -78,11 +80,9 @@ def make_cache(
     if max_kv_size is not None and max_kv_size <= plan.sinks:
         raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={plan.sinks}: give more than that.")
     attach()
-    settings = plan.settings_for(model)  # refused if it is of another model
-    name, fitted = name_of(model), dict.fromkeys(METHODS, alone) | {one.method: one for one in given}
-    caches = probe.with_caches(
-        model, lambda facts: _compressed(facts, plan, settings[facts.layer], max_kv_size, name, fitted)
-    )
+    name, settings = name_of(model), plan.settings_for(model)
+    fitted = dict.fromkeys(METHODS, alone) | {one.method: one for one in given}
+    caches = probe.with_caches(model, lambda f: _compressed(f, plan, settings[f.layer], max_kv_size, name, fitted))
     for facts in probe.probe(model):
         own = probe.slot_of(caches, facts)
         if not isinstance(own, CompressedKVCache):
@@ -91,12 +91,7 @@ def make_cache(
 
 
 def _compressed(
-    facts: probe.LayerFacts,
-    plan: Plan,
-    settings: LayerSettings,
-    max_kv_size: int | None,
-    model: str,
-    fitted: Mapping[str, Calibration | None],
+    facts: probe.LayerFacts, plan: Plan, settings: LayerSettings, max_kv_size: int | None, model: str, fitted: Fitted
 ) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
     """The cache of one layer that can be compressed."""
     if facts.max_size is not None and plan.sliding == "exact":

@@ -149,8 +149,7 @@ class Plan:
         if found != self.model_hash:
             raise InputError(
                 f"The plan {self.name!r} was made for a model with hash {self.model_hash} ({self.model or 'unnamed'}), "
-                f"and this model has {found} ({name_of(model)}): its layers or head dimensions differ. Make a plan for "
-                "this model."
+                f"and this one has {found} ({name_of(model)}): layers or head dimensions differ. Make a plan for it."
             )
         return self.layers
 
