@@ -100,7 +100,10 @@ class History(Handle):
     ) -> mx.array | None:
         """By a kernel, or None where there is none for this device, these segments and codecs."""
         backend = current_backend()
-        if backend is None or not (backend.lazy or evaluated(q)):
+        if backend is None:
+            return None
+        exact = [] if backend.lazy else self._exact_arrays
+        if not backend.lazy and not evaluated(q, *exact, *(x for x in (mask, sinks) if isinstance(x, mx.array))):
             return None
         call = self._kernel_call(q, scale, mask, sinks)
         kernel = None if call is None else backend.attention(*call, backend)
@@ -109,28 +112,29 @@ class History(Handle):
         if not agrees(kernel, kernel.name, backend, lambda: self._disagreement(kernel, *call)):
             return None
         out = self._by_kernel(kernel, *call)
-        return out if backend.lazy else self._differentiable(out, q, scale, mask, sinks)
-
-    def _differentiable(self, out: mx.array, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array:
-        """The answer of a kernel that is no part of MLX's graph; derivatives follow the reference."""
-        exact = [
-            code.arrays["values"]
-            for s in self.segments
-            if isinstance(s.key_codec, Exact)
-            for code in (s.keys, s.values)
-        ]
+        if backend.lazy:
+            return out
 
         def by_graph(q: mx.array, *exact: mx.array) -> dict[str, mx.array]:
-            left = list(exact)
-            segments = [
-                replace(s, keys=Code({"values": left.pop(0)}), values=Code({"values": left.pop(0)}))
-                if isinstance(s.key_codec, Exact)
-                else s
-                for s in self.segments
-            ]
-            return {"out": History(tuple(segments))._attend_codes(q, scale, mask, sinks)}
+            return {"out": self._with_exact_arrays(exact)._attend_codes(q, scale, mask, sinks)}
 
+        # the kernel is no part of MLX's graph: derivatives follow the reference
         return with_derivatives({"out": out}, by_graph, q, *exact)["out"]
+
+    @property
+    def _exact_arrays(self) -> list[mx.array]:
+        """Keys and values of tokens that are not packed, in order."""
+        exact = (s for s in self.segments if isinstance(s.key_codec, Exact))
+        return [code.arrays["values"] for s in exact for code in (s.keys, s.values)]
+
+    def _with_exact_arrays(self, arrays: Sequence[mx.array]) -> History:
+        """The same history with others in the place of `_exact_arrays`."""
+        codes = (Code({"values": array}) for array in arrays)
+        segments = (
+            replace(s, keys=next(codes), values=next(codes)) if isinstance(s.key_codec, Exact) else s
+            for s in self.segments
+        )
+        return History(tuple(segments))
 
     def _kernel_call(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None
