@@ -69,7 +69,6 @@ class History(Handle):
         return keys, _expanded([(s.value_codec, s.values) for s in self.segments], dtype, heads, keys)
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
-        """See `Handle.attend`."""
         if q.shape[2] > FEW_QUERIES:
             out = self._attend_expanded(q, scale, mask, sinks)
             return mx.depends([out], list(self.stored))[0] if self.stored else out

@@ -159,7 +159,6 @@ class BatchCompressedKVCache(saved.Saved):
         return copy.deepcopy(self.rows[idx])
 
     def describe(self) -> tuple[saved.Content, list[mx.array]]:
-        """See `veloxlab.cache.saved.Saved`."""
         self._lent, described = None, [row.describe() for row in self.rows]
         rows = [{"arrays": len(own), "content": said} for said, own in described]
         content = {"rows": rows, "skip": self._skip, "left": self._left, "padding": self._padding}
@@ -167,7 +166,6 @@ class BatchCompressedKVCache(saved.Saved):
 
     @classmethod
     def rebuild(cls, content: saved.Content, arrays: Iterator[mx.array]) -> Self:
-        """See `veloxlab.cache.saved.Saved`."""
         self = cls([CompressedKVCache.rebuild(said["content"], arrays) for said in content["rows"]])
         self._skip, self._left, self._padding = content["skip"], content["left"], content["padding"]
         return self

@@ -75,7 +75,6 @@ class CommVQ(Codec):
 
     @property
     def layout(self) -> packing.Layout:
-        """12·R bits to whole bytes, and a scale."""
         return {"codes": packing.packed_bytes(2 * self.stages, _INDEX), "root_scale": scales.SCALE}
 
     def fit(self, sample: Sample) -> Self:
@@ -98,11 +97,9 @@ class CommVQ(Codec):
         return replace(self, tables=constant(np.ascontiguousarray(np.stack(tables)), mx.float16), rope=rope)
 
     def blank(self, kv_heads: int) -> Self:
-        """Zeros in the place of the tables, and no rotary embedding; see `Codec.blank`."""
         return replace(self, tables=mx.zeros((kv_heads, self.stages, ENTRIES, self.head_dim), mx.float16))
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Compress ``x`` ``[B, H, S, D]``, whose first token is at position ``start``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         self._checked_tables(x.shape[1])
         return Code(computed(lambda _: self._encoder, self._encode_by_graph, _before_rope(x, self.rope, start)), start)
@@ -147,15 +144,12 @@ class CommVQ(Codec):
         return total if self.rope is None else replace(self.rope, traditional=True).forward(total, code.start)
 
     def from_codes(self, y: mx.array) -> mx.array:
-        """Put the coordinates of pairs in their places."""
         return mx.take(y, self._orders[1], axis=-1)
 
     def query_to_codes(self, q: mx.array) -> mx.array:
-        """Put both coordinates of a pair side by side."""
         return mx.take(q, self._orders[0], axis=-1)
 
     def reader(self, code: Code) -> SumsReader:
-        """The tables, and where the tokens are."""
         codes, root_scale = code.arrays["codes"], code.arrays["root_scale"]
         tables, order = self._checked_tables(codes.shape[1]), Pairing.of(self.head_dim, self.rope)
         angles = None if self.rope is None else self._angles(code.start)

@@ -22,25 +22,20 @@ class Exact(Codec):
 
     @property
     def layout(self) -> Layout:
-        """The vectors as they came."""
         return {"values": Row(None, self.head_dim)}
 
     @property
     def bits_per_value(self) -> float:
-        """The width of the model's own dtype."""
         return float(self.bits)
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Keep ``x`` ``[B, H, S, D]``."""
         check_vectors(x, self.head_dim)
         return Code({"values": x}, start)
 
     def expand(self, code: Code) -> mx.array:
-        """Give them in float32."""
         return code.arrays["values"].astype(mx.float32)
 
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
-        """Give them back."""
         return code.arrays["values"].astype(dtype or code.arrays["values"].dtype)
 
 

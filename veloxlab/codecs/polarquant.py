@@ -75,22 +75,15 @@ class PolarQuant(RotatedSpace):
     @cached_property
     def tree(self) -> polar.PolarTree:
         """The quantizer of the angles."""
-        # learned tables are released with the codec
-        learned = self.centroids
-        return (
-            polar.PolarTree(self.head_dim, self.levels, learned)
-            if learned
-            else polar.tree_for(self.head_dim, self.levels)
-        )
+        make = polar.PolarTree if self.centroids else polar.tree_for  # learned tables are released with the codec
+        return make(self.head_dim, self.levels, self.centroids)
 
     @property
     def layout(self) -> packing.Layout:
-        """Codes of each width in whole bytes, and a radius for each block."""
         return self.tree.layout | {"root_rms": packing.Row(mx.float16, self.head_dim // self.tree.block)}
 
     @property
     def online(self) -> bool:
-        """Whether a cache is to `fit` this codec to the first tokens that it packs."""
         return self.codebook == "online" and not self._is_fitted
 
     @property
@@ -111,6 +104,7 @@ class PolarQuant(RotatedSpace):
         learned: list[float] = []
         for level, bits in enumerate(self.levels[1:], 2):
             seen, least = np.sort(np.array(angles[level - 1]).ravel().astype(np.float64)), _LEAST_ANGLES << bits
+            usual, _ = polar.angle_codebook(level, bits)
             different = len(np.unique(seen))
             if different < least and self.codebook == "fitted":
                 needed = -(-least // (heads * (self.head_dim >> level)))
@@ -118,14 +112,10 @@ class PolarQuant(RotatedSpace):
                     f"The sample shows {different} different angles of level {level}, too few to fit {1 << bits} to "
                     f"them: calibrate with at least {needed} tokens that differ."
                 )
-            enough = different >= least
-            learned += (
-                polar.fitted_angles(seen, level, bits) if enough else polar.angle_codebook(level, bits)[0]
-            ).tolist()
+            learned += (polar.fitted_angles(seen, level, bits) if different >= least else usual).tolist()
         return replace(self, centroids=tuple(learned))
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         if self.codebook == "fitted" and not self._is_fitted:
             raise not_fitted("PolarQuant", ", codebook='fitted'")
@@ -153,12 +143,10 @@ class PolarQuant(RotatedSpace):
         return self.tree.pack(codes) | {"root_rms": scales.store_scale(rms)}
 
     def expand(self, code: Code) -> mx.array:
-        """Rotated vectors: radii times directions."""
         radius = scales.load_scale(code.arrays["root_rms"]) * math.sqrt(self.tree.block)
         return mx.flatten(self.tree.directions(self.tree.unpack(code.arrays)) * radius[..., None], -2)
 
     def reader(self, code: Code) -> PolarReader | None:
-        """Radii and angles; None for more levels or widths than a kernel takes."""
         first, *others = (code.arrays[name] for name in self.tree.layout)
         if len(self.levels) > MOST_LEVELS or 1 + len(others) > MOST_ROWS:
             return None

@@ -67,7 +67,6 @@ class QJL(Codec):
 
     @property
     def code_dim(self) -> int:
-        """Rows of the sketch: keys and queries meet there."""
         return self._sketch.rows
 
     @property
@@ -76,17 +75,14 @@ class QJL(Codec):
         return {"signs": packing.packed(self.code_dim, 1), "root_rms": scales.SCALE}
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Signs and sizes of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         y = self.query_to_codes(x.astype(mx.float32))
         return Code(computed(lambda _: sign_kernel(x.shape[-1], y.shape[-1]), _signs_and_size, x, y), start)
 
     def expand(self, code: Code) -> mx.array:
-        """Signs, ±1 ``[B, H, S, m]``."""
         return self._sketch.expand(code.arrays["signs"])
 
     def reader(self, code: Code) -> TableReader | None:
-        """Four signs at a time, each times the estimate's constant."""
         table = _sign_table(self._sketch.unbiased_scale * math.sqrt(self.head_dim))
         return TableReader(self.code_dim, code.arrays["signs"], code.arrays["root_rms"], None, _SIGNS, table)
 
@@ -95,11 +91,9 @@ class QJL(Codec):
         return scales.load_scale(code.arrays["root_rms"]) * math.sqrt(self.head_dim) * self._sketch.unbiased_scale
 
     def from_codes(self, y: mx.array) -> mx.array:
-        """Back from the sketch: Sᵀ."""
         return y @ self._sketch.matrix
 
     def query_to_codes(self, q: mx.array) -> mx.array:
-        """Sketch the query, unrounded."""
         return q @ self._sketch.matrix.T
 
 
@@ -120,12 +114,10 @@ class OutlierQJL(SplitCodec):
 
     @property
     def counts(self) -> range:
-        """Up to half of the channels."""
         return range(1, self.head_dim // 2 + 1)
 
     @cached_property
     def parts(self) -> tuple[QJL, QJL]:
-        """Of the outliers, and of the whole vector without them."""
         rows = self.head_dim // self.outliers
         apart = QJL(self.outliers, rows, self.sketch, self.seed + _OUTLIER_SEED)
         return apart, QJL(self.head_dim, self.bits, self.sketch, self.seed)
@@ -150,12 +142,10 @@ class GroupedValues(Codec):
 
     @property
     def layout(self) -> packing.Layout:
-        """b bits a coordinate, and two numbers a group."""
         number = packing.Row(mx.float16, -(-self.head_dim // self.group))
         return {"codes": packing.packed(self.head_dim, self.bits), "half_step": number, "least": number}
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Codes, steps and least numbers of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         return Code(computed(lambda _: self._encoder, self._encode_by_graph, x), start)
 
@@ -175,7 +165,6 @@ class GroupedValues(Codec):
         return {"codes": packing.pack(codes, self.bits), "half_step": root_half[..., 0], "least": root_least[..., 0]}
 
     def expand(self, code: Code) -> mx.array:
-        """Decode."""
         codes = self._grouped(
             packing.unpack_to_bytes(code.arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
         )
@@ -183,7 +172,6 @@ class GroupedValues(Codec):
         return self._flat(least + (codes + self._shift) * (2 * half_step))
 
     def reader(self, code: Code) -> GroupsReader:
-        """The groups' steps and least numbers."""
         codes, half_step, least = (code.arrays[name] for name in ("codes", "half_step", "least"))
         layout = self.bits, self.group, self.levels == "centres"
         return GroupsReader(self.head_dim, codes, None, None, half_step, least, *layout)

@@ -77,7 +77,6 @@ class RaBitQ(RotatedCodec):
 
     @property
     def layout(self) -> packing.Layout:
-        """B·D bits and a scale; the sine with bounds."""
         sine = {"sine": scales.SCALE} if self.bounds else {}
         return {"codes": packing.packed(self.head_dim, self.bits), "root_scale": scales.SCALE} | sine
 
@@ -96,7 +95,6 @@ class RaBitQ(RotatedCodec):
         return _steps(self.bits)
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
-        """Grid point of the best direction, the chosen scale, and the sine of the angle if bounds are wanted."""
         magnitude, top = mx.abs(y), 2 ** (self.bits - 1)
         steps = mx.minimum(mx.floor(self._stretch(magnitude) * magnitude), top - 1)
         codes = mx.where(y >= 0, top + steps, top - 1 - steps)  # the sign of 0 is +1
@@ -108,12 +106,10 @@ class RaBitQ(RotatedCodec):
         return arrays, scales.scale_factor(self.scale, y, u)
 
     def levels(self, arrays: dict[str, mx.array]) -> mx.array:
-        """Grid points of the codes."""
         codes = packing.unpack_to_bytes(arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
         return codes - float(2**self.bits - 1) / 2
 
     def reader(self, code: Code) -> TableReader:
-        """The grid as a table."""
         codes, root_scale = code.arrays["codes"], code.arrays["root_scale"]
         return TableReader(self.head_dim, codes, root_scale, self._signs, *_paired_steps(self.bits))
 
@@ -159,7 +155,6 @@ class CentredRaBitQ(RaBitQ):
     __eq__, __hash__ = object.__eq__, object.__hash__  # what is fitted is compared by identity
 
     def blank(self, kv_heads: int) -> Self:
-        """Means of 0; see `Codec.blank`."""
         return replace(self, centroid=mx.zeros((kv_heads, self.head_dim)))
 
     def fit(self, sample: Sample) -> Self:
@@ -169,7 +164,6 @@ class CentredRaBitQ(RaBitQ):
         return replace(self, centroid=constant(sample.x.astype(mx.float32).mean(axis=(0, 2))))
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Compress the difference from the mean; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         return super().encode(x if self.centroid is None else x.astype(mx.float32) - self._mean(x.shape[1]), start)
 
@@ -183,7 +177,6 @@ class CentredRaBitQ(RaBitQ):
         return super()._table if self.centroid is None else None
 
     def reader(self, code: Code) -> TableReader:
-        """The grid, and the rotated means beside it."""
         plain = super().reader(code)
         if self.centroid is None:
             return plain

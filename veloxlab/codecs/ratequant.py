@@ -80,7 +80,6 @@ class RateQuant(Codec):
 
     @property
     def bits_per_value(self) -> float:
-        """Mean over the heads, scales and padding included."""
         return sum(self.head_bits.count(codec.bits) * codec.bits_per_value for codec in self.base) / len(self.head_bits)
 
     @property
@@ -89,7 +88,6 @@ class RateQuant(Codec):
         return sum(codec.shared_bytes for codec in self.base)
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Compress ``x`` ``[B, H, S, D]``, heads of one width together; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         check_heads(len(self.head_bits), x.shape[1])
         parts = [codec.encode(x[:, heads], start).arrays for codec, heads in zip(self.base, self._heads, strict=True)]
@@ -97,31 +95,24 @@ class RateQuant(Codec):
         return Code({name: _joined([part[name] for part in parts if name in part], name) for name in names}, start)
 
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
-        """Reconstruct ``[B, H, S, D]``; see `Codec.decode`."""
         return self._in_order([codec.decode(part, dtype) for codec, part in self._parts(code)])
 
     def scores(self, q: mx.array, code: Code) -> mx.array:
-        """``q · decode(code)ᵀ`` of each width's heads; see `Codec.scores`."""
         return self._by_width(q, code, lambda codec, part, own: codec.scores(part, own))
 
     def mix(self, p: mx.array, code: Code) -> mx.array:
-        """``p · decode(code)`` of each width's heads; see `Codec.mix`."""
         return self._by_width(p, code, lambda codec, part, own: codec.mix(part, own))
 
     def expand(self, code: Code) -> mx.array:
-        """Levels of the codes of every width."""
         return self._in_order([codec.expand(part) for codec, part in self._parts(code)])
 
     def scales(self, code: Code) -> mx.array:
-        """The stored scales, in the order of the heads."""
         return self._in_order([load_scale(part.arrays["root_scale"]) for _, part in self._parts(code)])
 
     def from_codes(self, y: mx.array) -> mx.array:
-        """Rotate back: one rotation is all widths'."""
         return self.base[0].from_codes(y)
 
     def query_to_codes(self, q: mx.array) -> mx.array:
-        """Rotate."""
         return self.base[0].query_to_codes(q)
 
     def reader(self, code: Code) -> WidthsReader | None:

@@ -39,11 +39,9 @@ class RotatedSpace(Codec):
         return self._rotation.signs if isinstance(self._rotation, SignedHadamard) else None
 
     def from_codes(self, y: mx.array) -> mx.array:
-        """Rotate back."""
         return self._rotation.inverse(y)
 
     def query_to_codes(self, q: mx.array) -> mx.array:
-        """Rotate."""
         return self._rotation.forward(q)
 
 
@@ -72,12 +70,10 @@ class RotatedCodec(RotatedSpace):
         return None
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Compress ``x`` ``[B, H, S, D]``, in one launch where there is a GPU and a kernel; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         return Code(computed(lambda _: self._encoder, self._encode_by_graph, x), start)
 
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
-        """Reconstruct ``[B, H, S, D]``, in one launch where there is a GPU and a table; see `Codec.decode`."""
         wanted = dtype or mx.float32
         if self._table is None:
             return super().decode(code, wanted)
@@ -94,7 +90,6 @@ class RotatedCodec(RotatedSpace):
         return {"out": super().decode(Code({"codes": codes, "root_scale": root_scale}), dtype)}
 
     def expand(self, code: Code) -> mx.array:
-        """Levels of the codes; see `Codec.expand`."""
         return self.levels(code.arrays)
 
 
@@ -116,7 +111,6 @@ class TableCodec(RotatedCodec):
 
     @property
     def layout(self) -> Layout:
-        """b·D bits of codes, in one array or two, and a scale."""
         return self._quantizer.layout | {"root_scale": scales.SCALE}
 
     @cached_property
@@ -128,15 +122,12 @@ class TableCodec(RotatedCodec):
         return rotated.encode_kernel(self._signs, nearest, self.scale, table.fields)
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
-        """Nearest level of each coordinate, and the chosen scale."""
         codes = self._quantizer.assign(y)
         return self._quantizer.pack(codes), scales.scale_factor(self.scale, y, self._quantizer.levels_of(codes))
 
     def levels(self, arrays: dict[str, mx.array]) -> mx.array:
-        """Levels of the codes."""
         return self._quantizer.expand(arrays)
 
     def reader(self, code: Code) -> TableReader:
-        """The table, two codes at a time where they are narrow."""
         rows, *fine = (code.arrays[name] for name in self._quantizer.fields)
         return TableReader(self.head_dim, rows, code.arrays["root_scale"], self._signs, *self._quantizer.paired, *fine)

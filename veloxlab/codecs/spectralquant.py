@@ -81,7 +81,6 @@ class SpectralQuant(Codec):
 
     @property
     def layout(self) -> packing.Layout:
-        """One bit string of b·D bits, and a scale."""
         return {"codes": packing.packed(self.head_dim, self.bits), "root_scale": scales.SCALE}
 
     def fit(self, sample: Sample) -> Self:
@@ -130,7 +129,6 @@ class SpectralQuant(Codec):
         return metric @ vectors, np.swapaxes(np.linalg.solve(np.swapaxes(metric, 1, 2), vectors), 1, 2)
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         forward, _, _, _ = self._fitted(x.shape[1])
         y = x.astype(mx.float32) @ forward
@@ -151,13 +149,11 @@ class SpectralQuant(Codec):
         return plan_kernel(*self._quantizer.encoder_tables, mean, deviation, self.scale, _LARGEST_FACTOR)
 
     def expand(self, code: Code) -> mx.array:
-        """Levels of the codes, each coordinate with its variance and mean."""
         words = code.arrays["codes"]
         _, _, mean, deviation = self._fitted(words.shape[1])
         return self._quantizer.expand(words) * deviation + mean
 
     def from_codes(self, y: mx.array) -> mx.array:
-        """Out of the basis."""
         return y @ self._fitted(y.shape[1])[1]
 
     def query_to_codes(self, q: mx.array) -> mx.array:
@@ -165,7 +161,6 @@ class SpectralQuant(Codec):
         return q @ self._fitted(q.shape[1])[1].swapaxes(-1, -2)
 
     def reader(self, code: Code) -> PlanReader:
-        """Every coordinate's own width, deviation and mean."""
         words = code.arrays["codes"]
         self._fitted(words.shape[1])
         return PlanReader(self.head_dim, words, code.arrays["root_scale"], None, self._quantizer.kernel_plan, self._fit)

@@ -98,12 +98,10 @@ class TurboQuantProd(RotatedCodec):
 
     @property
     def layout(self) -> Layout:
-        """(b − 1)·D bits of codes, none at 1 bit; D signs, the residual's norm and a scale."""
         codes = {"codes": packed(self.head_dim, self.bits - 1)} if self.bits > 1 else {}
         return codes | {"signs": packed(self.head_dim, 1), "residual_norm": SCALE, "root_scale": SCALE}
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
-        """Codes, signs of the residual's sketch, and the residual's norm."""
         arrays, residual = {}, y
         if self._quantizer:
             codes = self._quantizer.assign(y)
@@ -113,7 +111,6 @@ class TurboQuantProd(RotatedCodec):
         return arrays, mx.ones_like(norm)
 
     def levels(self, arrays: dict[str, mx.array]) -> mx.array:
-        """Levels of the codes and the sketch's estimate of the residual."""
         estimate = self._sketch.expand(arrays["signs"]) @ self._sketch.matrix
         residual = estimate * (arrays["residual_norm"].astype(mx.float32) * self._sketch.unbiased_scale)
         return residual + self._quantizer.expand(arrays) if self._quantizer else residual
@@ -144,7 +141,6 @@ class TurboQuantSplit(SplitCodec):
 
     @cached_property
     def parts(self) -> tuple[TurboQuant, TurboQuant]:
-        """Of the outliers, and of the rest."""
         shared = (self.scale, self.rotation, self.codebook, self.seed)
         rest = self.head_dim - self.outliers
         return TurboQuant(self.outliers, self.outlier_bits, *shared), TurboQuant(rest, self.bits, *shared)

@@ -79,7 +79,6 @@ class VecInfer(Codec):
 
     @property
     def layout(self) -> Layout:
-        """D/d indices of b bits."""
         return {"indices": packed(self.parts, self.index_bits)}
 
     @cached_property
@@ -115,13 +114,11 @@ class VecInfer(Codec):
         return replace(self, factors=constant(factors * size), centroids=constant(codebook, mx.float16))
 
     def blank(self, kv_heads: int) -> Self:
-        """Zeros in the place of what is learned; see `Codec.blank`."""
         shape = (kv_heads, self.head_dim) if self.smooth else (1, 1)
         centroids = mx.zeros((1 << self.index_bits, self.sub_dim), mx.float16)
         return replace(self, factors=mx.zeros(shape), centroids=centroids)
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Index of the nearest centroid of each sub-vector of ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         factors, centroids = self._fitted
         if self.smooth:
@@ -130,15 +127,12 @@ class VecInfer(Codec):
         return Code({"indices": packed_nearest(y, centroids, self.index_bits)}, start)
 
     def expand(self, code: Code) -> mx.array:
-        """Centroids of the indices."""
         return mx.flatten(mx.take(self._fitted[1], self._indices(code), axis=0), -2)
 
     def from_codes(self, y: mx.array) -> mx.array:
-        """Rotate back, and multiply with the factors."""
         return (self._rotation.inverse(y) if self.hadamard else y) * self._fitted[0]
 
     def query_to_codes(self, q: mx.array) -> mx.array:
-        """Multiply with the factors, and rotate."""
         return self._rotated(q * self._fitted[0])
 
     def inner_products(self, q: mx.array) -> Callable[[Code], mx.array]:

@@ -56,23 +56,19 @@ class SplitCodec(Codec):
 
     @property
     def layout(self) -> Layout:
-        """What both parts store."""
         outliers, rest = (part.layout for part in self.parts)
         return {_OUTLIER + name: row for name, row in outliers.items()} | rest
 
     @property
     def code_dim(self) -> int:
-        """Both parts, one after the other."""
         return sum(part.code_dim for part in self.parts)
 
     @property
     def shared_bytes(self) -> int:
-        """Tables of both parts, and the order of the channels."""
         kv_heads = len(self.channels) // self.outliers
         return sum(part.shared_bytes for part in self.parts) + 2 * 4 * kv_heads * self.head_dim
 
     def blank(self, kv_heads: int) -> Self:
-        """The first channels of every head; see `Codec.blank`."""
         return replace(self, channels=tuple(range(self.outliers)) * kv_heads)  # type: ignore[type-var]
 
     def fit(self, sample: Sample) -> Self:
@@ -84,13 +80,11 @@ class SplitCodec(Codec):
         return replace(self, channels=tuple(found.ravel().tolist()))  # type: ignore[type-var]
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
-        """Compress ``x`` ``[B, H, S, D]``; see `Codec.encode`."""
         check_vectors(x, self.head_dim)
         outliers, rest = (part.encode(y).arrays for part, y in zip(self.parts, self._split(x), strict=True))
         return Code({_OUTLIER + name: array for name, array in outliers.items()} | rest, start)
 
     def expand(self, code: Code) -> mx.array:
-        """Both parts, each with its own scale."""
         outliers = Code({name: code.arrays[_OUTLIER + name] for name in self.parts[0].layout})
         expanded = []
         for part, own in zip(self.parts, (outliers, code), strict=True):
@@ -99,7 +93,6 @@ class SplitCodec(Codec):
         return mx.concatenate(expanded, axis=-1)
 
     def from_codes(self, y: mx.array) -> mx.array:
-        """Bring both parts back, and put the channels in their places."""
         order, inverse = self._order(y.shape[1])
         both = zip(self.parts, mx.split(y, [self.parts[0].code_dim], -1), strict=True)
         outliers, rest = (part.from_codes(own) for part, own in both)
@@ -108,7 +101,6 @@ class SplitCodec(Codec):
         return _reordered(mx.concatenate([outliers, rest], axis=-1), inverse)
 
     def query_to_codes(self, q: mx.array) -> mx.array:
-        """Bring each part's channels into its space."""
         ours = [part.query_to_codes(own) for part, own in zip(self.parts, self._split(q), strict=True)]
         return mx.concatenate(ours, axis=-1)
 
