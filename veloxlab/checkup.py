@@ -32,10 +32,7 @@ class Check:
 
 
 def doctor() -> list[Check]:
-    """Check the device, the BLAS, the installed packages and the model's weights.
-
-    Takes about a second, half of it a small matrix product where only the reference BLAS is there.
-    """
+    """Check the device, the BLAS, the installed packages and the model's weights; takes about a second."""
     runtime.load_fast_blas()
     try:
         import mlx.core  # noqa: F401 - it fails where the libraries of a CUDA wheel are missing

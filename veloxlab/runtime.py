@@ -108,10 +108,7 @@ def blas_threads() -> int | None:
 
 
 def cpu_gflops() -> float:
-    """Measure a float32 product of two [512, 512] matrices on MLX's CPU stream, in GFLOP/s, the best of five.
-
-    A fast BLAS takes a few milliseconds in all, the reference BLAS about half a second.
-    """
+    """GFLOP/s of float32 products of [512, 512] matrices on MLX's CPU stream, in half a second at most."""
     import mlx.core as mx
 
     size = 512
@@ -211,10 +208,7 @@ class Device:
 
 
 def device() -> Device:
-    """Describe the device that MLX uses by default.
-
-    Memory of an NVIDIA GPU is its own; else it is the machine's, or what a control group allows of it.
-    """
+    """The device of MLX; memory of an NVIDIA GPU is its own, else the machine's or what a control group allows."""
     import mlx.core as mx
 
     info = mx.device_info(mx.default_device())
@@ -255,10 +249,7 @@ def installed_versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def mlx_wheels() -> dict[str, bool]:
-    """Give the installed wheels of MLX's library, each with whether the library in place is the one it brought.
-
-    ``mlx-cpu`` and ``mlx-cuda-13`` own the same file: with both installed, the one unpacked last is used.
-    """
+    """Installed wheels of MLX's library, and whether the library in place, which several own, is this wheel's."""
     return {
         wheel: any(
             Path(str(file.locate())).stat().st_size == file.size for file in files(wheel) or () if file.stem == "libmlx"

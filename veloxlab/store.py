@@ -84,7 +84,6 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
 
 @contextmanager
 def _part_in(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
-    """A new file of a folder, locked; if it is still there in the end it is removed."""
     while True:
         part = folder / _PART.format(secrets.token_hex(8))
         file = part.open("xb")
@@ -247,10 +246,7 @@ def write_parquet(path: Path, frame: pl.DataFrame, kind: str = "", facts: object
 
 
 def read_parquet(path: Path, kind: str) -> tuple[pl.DataFrame, Any]:
-    """Read a frame and facts that `write_parquet` wrote of a format; OSError or ValueError as `read_json`.
-
-    The checksum is looked at first: of damaged files Polars reads other numbers, or panics.
-    """
+    """Read what `write_parquet` wrote of a format, the checksum first; OSError or ValueError as `read_json`."""
     import polars as pl
 
     content = path.read_bytes()

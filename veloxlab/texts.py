@@ -15,10 +15,7 @@ Split = Literal["test", "validation"]
 
 
 def shipped_folder(name: Literal["data", "notebooks"]) -> Path:
-    """Find a folder of shipped files: inside an installed package, beside the package in a clone.
-
-    Raises `InputError` if it is in neither place.
-    """
+    """A folder of shipped files: inside an installed package, or beside it in a clone; `InputError` if in neither."""
     # the package first: beside an installed one lie other people's folders
     for parent in (PACKAGE, PACKAGE.parent):
         if (parent / name).is_dir():

@@ -101,10 +101,7 @@ class BytesPerToken(_Amounts):
 
 @dataclass(frozen=True)
 class TokensInMemory(_Amounts):
-    """A text of so many tokens in so many megabytes (10⁶ bytes), the memory of all compressed layers.
-
-    Exact tokens, scales and the slack of buffers are counted; tables, and what other layers hold, are not.
-    """
+    """So many tokens in so many megabytes (10⁶ bytes): exact tokens, codes, scales and slack; tables do not count."""
 
     tokens: int
     megabytes: float

@@ -103,10 +103,7 @@ class Choices(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Offer:
-    """What was measured of a model's layers: for each one's keys and values a table by method, in the order of `sizes`.
-
-    ``known`` holds the choices that were made of it, by bounds, tokens and weight of keys.
-    """
+    """Tables by method of each layer's keys and values, in the order of `sizes`; ``known`` are choices made of them."""
 
     sizes: Sequence[LayerSize]
     tables: Mapping[Place, Sequence[HeadTable]]
@@ -223,10 +220,7 @@ class Offer:
 
 
 def even_widths(costs: Floats, room: float) -> Ints | None:
-    """Columns ``[N]`` of ``costs`` ``[N, W]``: the last that fits for all, and the next for as many rows as still fit.
-
-    These are evenly spaced. None if the first column does not fit.
-    """
+    """Columns ``[N]`` of ``costs`` ``[N, W]``: the last that fits all, evenly one more where it fits; None if none."""
     count, every = len(costs), np.arange(len(costs))
     fitting = np.flatnonzero(costs.sum(axis=0) <= room * (1 + ROUNDING))
     if not fitting.size:

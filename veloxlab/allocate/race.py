@@ -87,7 +87,6 @@ def on_front(nbytes: Sequence[float], kls: Sequence[float]) -> list[bool]:
 def _survivors(
     entrants: Sequence[Entrant], alive: Sequence[int], most_kl: float | None, confidence: float
 ) -> list[int]:
-    """Those of ``alive`` that are not surely out after the last window."""
     for i in alive:
         if not np.isfinite(entrants[i].kls[-1]):
             entrants[i].state = "not finite"

@@ -165,10 +165,7 @@ were codes, and measured with the plan's window, which is exact: less is lost th
 def evaluated(
     rates: RateBudget, plan: Plan, model: Module, tokenizer: object, *, kind: PlanKind = "allocated", **options: Any
 ) -> pl.DataFrame:
-    """Measure a plan by `veloxlab.fidelity`, whose ``options`` and errors it has, and say what ``rates`` predict of it.
-
-    One row, `EVALUATED`; ``kind`` is how the plan came about.
-    """
+    """Measure a plan by `veloxlab.fidelity`, with its ``options``, beside what ``rates`` predict: `EVALUATED`."""
     predicted = {name: getattr(rates, name)(plan) for name in ("true_bits", "bytes_per_token", "predicted_loss")}
     said = {name: pl.lit(value) for name, value in ({"kind": kind} | predicted).items()}
     return in_schema(fidelity(model, tokenizer, plan, name=plan.name, **options).with_columns(**said), EVALUATED)

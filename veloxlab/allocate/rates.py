@@ -169,10 +169,7 @@ class RateBudget:
         return Spans(bits, nbytes, (least, most), (float(best.losses[-1]), float(best.losses[0])))
 
     def heads(self, plan: Plan) -> pl.DataFrame:
-        """What each KV head's keys and values get from a plan, and are predicted to lose: `HEADS`.
-
-        Raises `InputError` for a plan of another model, or if a method or a width of it was not measured.
-        """
+        """What each KV head gets and is predicted to lose: `HEADS`; `InputError` for a plan that was not measured."""
         rows = [
             (layer, head, tensor, choice.method, width, float(loss))
             for (layer, tensor), choice in self._chosen(plan).items()
@@ -266,7 +263,6 @@ class RateBudget:
 
 
 def _nbytes(chosen: Chosen) -> float:
-    """Of one packed token."""
     return sum(choice.nbytes for choice in chosen.values())
 
 

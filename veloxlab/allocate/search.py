@@ -135,7 +135,6 @@ class SearchResult:
     settings: Mapping[str, Any]
 
     def __repr__(self) -> str:
-        """A stable line."""
         return f"SearchResult(candidates={self.frame.height}, front={self.front.height})"
 
     @property
@@ -240,7 +239,6 @@ def _searched(experiment: _Experiment, trials: Trials) -> SearchResult:
 
 
 def _results(experiment: _Experiment, jobs: Sequence[Job], **counts: int) -> list[Any]:
-    """Results in the order of the jobs."""
     found = dict(experiment.run(jobs, **counts))
     return [found[job] for job in jobs]
 

@@ -57,10 +57,7 @@ class Frontier(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Components and their choices: ``costs`` and ``losses`` ``[N, M]``, both infinite where there is no such choice.
-
-    Raises `InputError` if a component has no choice.
-    """
+    """``costs`` and ``losses`` ``[N, M]`` of N components, infinite for no choice; `InputError` if one has none."""
 
     costs: Floats
     losses: Floats

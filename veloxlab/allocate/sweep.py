@@ -136,7 +136,6 @@ def swept(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def _measured(exact: Reference, rates: Mapping[str, RateBudget], job: Job) -> pl.DataFrame:
-    """Rows of one plan, a row a window."""
     mean_bits, allocation = job
     own = rates.get(allocation) or next(iter(rates.values()))
     uniform = own.frontier().filter(kind=UNIFORM)["bytes_per_token"].to_numpy()

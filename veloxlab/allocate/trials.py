@@ -164,7 +164,6 @@ class Job(NamedTuple):
     window: int | None = None
 
     def __str__(self) -> str:
-        """For progress and messages."""
         if self.window is None:
             return f"counting bytes of {self.some[0].method}"
         return f"window {self.window + 1}: {self.some[0].name}"

@@ -122,7 +122,6 @@ class History(Handle):
 
     @property
     def _exact_arrays(self) -> list[mx.array]:
-        """Keys and values of tokens that are not packed, in order."""
         exact = (s for s in self.segments if isinstance(s.key_codec, Exact))
         return [code.arrays["values"] for s in exact for code in (s.keys, s.values)]
 

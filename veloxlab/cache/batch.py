@@ -57,10 +57,7 @@ class BatchHistory(Handle):
 
 @loadable
 class BatchCompressedKVCache(saved.Saved):
-    """One layer of a batch; a drop-in for mlx-lm's ``BatchKVCache`` and ``BatchRotatingKVCache``.
-
-    ``rows`` are the caches of single sequences, all of one path. `CompressedKVCache.merge` makes it of copies.
-    """
+    """One layer of a batch, for mlx-lm's ``BatchKVCache`` and ``BatchRotatingKVCache``; ``rows`` are of one path."""
 
     def __init__(self, rows: Iterable[CompressedKVCache]) -> None:
         self.rows = list(rows)

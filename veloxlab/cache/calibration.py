@@ -135,10 +135,7 @@ def layer_codec(
     options: Mapping[str, object],
     calibration: Calibration | None,
 ) -> Codec:
-    """Give the codec for one layer's keys or values: made from numbers, or taken from ``calibration``.
-
-    Raises `InputError` as `Method.check`; or if the method has to be calibrated and is not.
-    """
+    """The codec of a layer's keys or values, fitted or made; `InputError` as `Method.check`, or if it is missing."""
     method.check(bits, tensor, options)
     if calibration is not None:
         if options:

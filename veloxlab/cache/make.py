@@ -93,7 +93,6 @@ def make_cache(
 def _compressed(
     facts: probe.LayerFacts, plan: Plan, settings: LayerSettings, max_kv_size: int | None, model: str, fitted: Fitted
 ) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
-    """The cache of one layer that can be compressed."""
     if facts.max_size is not None and plan.sliding == "exact":
         own: Any = RotatingKVCache(facts.max_size, facts.keep)
         own.reason = f"its window of {facts.max_size} tokens is left exact, as asked"
@@ -117,7 +116,6 @@ def _compressed(
 
 
 def _check_plan(plan: Plan, beside: dict[str, Any], calibrations: Sequence[Calibration]) -> None:
-    """Raise `InputError` if bits or options stand ``beside`` a plan, or other calibrations than it was made with."""
     for name, value in beside.items():
         if value is not None:
             raise InputError(f"{name} was given beside a plan, which says that for each layer: change the plan.")

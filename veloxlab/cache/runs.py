@@ -1,7 +1,4 @@
-"""The tokens of one layer: exact first ones, codes, and exact newest ones, in buffers that grow and shrink with them.
-
-Without arrays the same code counts: that is how the room of a cache is predicted.
-"""
+"""The tokens of one layer in buffers that grow and shrink with them; without arrays the same code predicts room."""
 
 from __future__ import annotations
 
@@ -147,7 +144,6 @@ class Runs:
             count -= newest
 
     def _drop_oldest(self, count: int) -> None:
-        """Forget the first ``count`` tokens behind the sinks."""
         self.evicted += count
         of_packed = min(count, self.packed.tokens)
         self.packed.drop(oldest=of_packed)

@@ -37,7 +37,6 @@ class Description(str):
     _arrays: Sequence[mx.array]
 
     def __new__(cls, content: Content, arrays: Sequence[mx.array]) -> Self:
-        """Hold what is to be said."""
         self = super().__new__(cls)
         self._content, self._arrays = content, arrays
         return self

@@ -105,7 +105,6 @@ class CommVQ(Codec):
         return Code(computed(lambda _: self._encoder, self._encode_by_graph, _before_rope(x, self.rope, start)), start)
 
     def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
-        """Codes and scales of vectors ``[B, H, S, D]`` before RoPE."""
         both = self.both_tables(x.shape[1])
         chunk = max(1, _CHUNK // max(1, x.shape[0] * x.shape[1]))
         parts = [empty_code(self, x.shape[0], x.shape[1]).arrays]
@@ -189,7 +188,6 @@ class CommVQ(Codec):
 
 
 def _before_rope(x: mx.array, rope: Rope | None, start: int) -> mx.array:
-    """Vectors as they are before ``rope``, float32."""
     return x.astype(mx.float32) if rope is None else rope.inverse(x.astype(mx.float32), start)
 
 

@@ -102,7 +102,6 @@ def _parts(x: Floats, table: Floats) -> tuple[Floats, Floats, Floats]:
 
 
 def _search(x: Floats, table: Floats, starts: int, rounds: int) -> tuple[Indices, Indices]:
-    """A best (a, b) for each vector: descent from several starts."""
     of_a, of_b, of_both = _parts(x, table)
     of_both_t = np.ascontiguousarray(of_both.T)
     likely = np.argpartition(of_a + of_both.mean(axis=1), starts, axis=1)[:, :starts]
@@ -153,6 +152,5 @@ def _sums(x: Floats, index: Indices) -> Floats:
 
 
 def _product(x: Floats, matrix: Floats) -> Floats:
-    """``x @ matrix``, some rows at a time."""
     rows = max(1, _PRODUCT // matrix.size)
     return np.concatenate([x[at : at + rows] @ matrix for at in range(0, len(x), rows)])

@@ -99,10 +99,7 @@ class QJL(Codec):
 
 @dataclass(frozen=True, eq=False)
 class OutlierQJL(SplitCodec):
-    """QJL's keys with ``outliers`` channels of each KV head in a sketch of their own, of about D rows.
-
-    They would drown the rest in a common sketch, whose error is proportional to the norm.
-    """
+    """QJL's keys, ``outliers`` channels of each KV head in a sketch of their own: their norm would drown the rest."""
 
     method: ClassVar[str] = "QJL"
     head_dim: int
@@ -185,7 +182,6 @@ class GroupedValues(Codec):
         return 0.5 if self.levels == "centres" else 0.0
 
     def _flat(self, x: mx.array) -> mx.array:
-        """``[..., groups, group]`` to ``[..., D]``."""
         return mx.flatten(x, -2)[..., : self.head_dim]
 
     def _grouped(self, x: mx.array) -> mx.array:
@@ -207,7 +203,6 @@ def _sign_table(size: float) -> mx.array:
 
 
 def _signs_and_size(x: mx.array, y: mx.array) -> dict[str, mx.array]:
-    """What is stored of ``x`` ``[B, H, S, D]``, whose sketch is ``y``."""
     return {"signs": pack_signs(y), "root_rms": scales.store_scale(scales.root_mean_square(x))}
 
 

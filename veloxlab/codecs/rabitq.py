@@ -56,10 +56,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class RaBitQ(RotatedCodec):
-    """RaBitQ of 1 to 8 bits: ``encoder`` finds the stretch t, and ``bounds`` stores what `half_widths` needs.
-
-    For ``scale`` see `veloxlab.codecs.parts.scales`, for ``rotation`` and ``seed`` `RotatedSpace`.
-    """
+    """RaBitQ: ``encoder`` finds t, ``bounds`` stores what `half_widths` needs; see `ScaleName`, `RotatedSpace`."""
 
     head_dim: int
     bits: int
@@ -185,7 +182,6 @@ class CentredRaBitQ(RaBitQ):
 
     @cached_property
     def _rotated_mean(self) -> mx.array:
-        """Means in the space of the codes ``[H, D]``."""
         assert self.centroid is not None
         return constant(self._rotation.forward(self.centroid))
 
@@ -197,7 +193,6 @@ class CentredRaBitQ(RaBitQ):
 
 @lru_cache
 def _steps(bits: int) -> mx.array:
-    """The step that each code stands for ``[2**bits]``."""
     return constant(np.arange(1 << bits) - (2**bits - 1) / 2)
 
 

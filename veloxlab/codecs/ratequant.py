@@ -62,7 +62,6 @@ class RateQuant(Codec):
 
     @cached_property
     def _heads(self) -> list[mx.array]:
-        """KV heads with the width of each of `base`."""
         bits = np.array(self.head_bits)
         return [constant(np.flatnonzero(bits == codec.bits), mx.uint32) for codec in self.base]
 
@@ -129,17 +128,13 @@ class RateQuant(Codec):
         return head_widths(self.head_bits, self.head_dim, levels) if levels else None
 
     def _by_width(self, x: mx.array, code: Code, attend: Callable[[Base, mx.array, Code], mx.array]) -> mx.array:
-        """Give each codec the rows of ``x`` ``[B, Hq, L, ·]`` that read its heads, and put the answers in order.
-
-        What is expanded is never put in order: it is far more than the answers.
-        """
+        """Each codec's answer to the rows of ``x`` ``[B, Hq, L, ·]`` that read its heads, in the heads' order."""
         grouped = per_kv_head(x, len(self.head_bits))
         own = zip(self._parts(code), self._heads, strict=True)
         parts = [attend(codec, grouped[:, heads], part) for (codec, part), heads in own]
         return self._in_order(parts).reshape(*x.shape[:-1], parts[0].shape[-1])
 
     def _parts(self, code: Code) -> list[tuple[Base, Code]]:
-        """What each codec stored, as it stored it."""
         parts: list[tuple[Base, Code]] = []
         word = head = 0
         for codec, heads, words in zip(self.base, self._heads, self._words, strict=True):

@@ -35,7 +35,6 @@ class RotatedSpace(Codec):
 
     @property
     def _signs(self) -> mx.array | None:
-        """Signs of the rotation, if it is one that kernels know."""
         return self._rotation.signs if isinstance(self._rotation, SignedHadamard) else None
 
     def from_codes(self, y: mx.array) -> mx.array:

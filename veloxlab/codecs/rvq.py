@@ -128,7 +128,6 @@ def _of_residuals(cells: list[tuple[float, float, float]], dim: int | None, half
 
 
 def _of_laplacian(half: int) -> Codebook:
-    """The codebook of VeloxQuant's second stage."""
     rate = math.sqrt(2 / (VELOX_VARIANCE * 4.0**-half))
     return lloyd_max(lambda r: np.exp(-rate * np.abs(r)), -30 / rate, 30 / rate, half)
 

@@ -118,10 +118,7 @@ class TurboQuantProd(RotatedCodec):
 
 @dataclass(frozen=True, eq=False)
 class TurboQuantSplit(SplitCodec):
-    """Outlier channels apart: an instance of `TurboQuant` for the channels of most energy, and one for the others.
-
-    ``outliers`` channels get ``outlier_bits`` each. The paper does not say how it finds them; see `SplitCodec`.
-    """
+    """A `TurboQuant` of ``outlier_bits`` for the channels of most energy, and one for the rest: see `SplitCodec`."""
 
     method: ClassVar[str] = "TurboQuant"
     head_dim: int

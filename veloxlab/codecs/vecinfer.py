@@ -87,7 +87,6 @@ class VecInfer(Codec):
 
     @property
     def _fitted(self) -> tuple[mx.array, mx.array]:
-        """Factors ``[H, 1, D]`` and centroids, both float32."""
         if self.factors is None or self.centroids is None:
             raise not_fitted("VecInfer")
         return self.factors[:, None], self.centroids.astype(mx.float32)

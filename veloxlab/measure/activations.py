@@ -97,7 +97,6 @@ class Capture:
         return 8 * self.layers[0].keys.dtype.size
 
     def __repr__(self) -> str:
-        """One line without arrays."""
         _, kv_heads, _, head_dim = self.layers[0].keys.shape
         return f"Capture(layers={len(self.layers)}, tokens={len(self.tokens)}, {kv_heads=}, {head_dim=})"
 

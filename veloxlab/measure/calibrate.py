@@ -95,7 +95,6 @@ def _loaded(facts: Mapping[str, object], path: Path) -> Calibration:
 
 
 def _as_json(options: Mapping[str, object]) -> dict[str, object]:
-    """``options`` as they come back from a file."""
     try:
         return dict(json.loads(json.dumps(options)))
     except (TypeError, ValueError) as error:
@@ -114,7 +113,6 @@ def _check_text(ids: Sequence[int]) -> None:
 
 
 def _samples(seen: LayerCapture, seed: int) -> Iterator[tuple[Tensor, Sample]]:
-    """What codecs of a layer's keys, and of its values, are fitted to."""
     seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
     queries = None if seen.queries is None else seen.queries.astype(mx.float32)
     for tensor in TENSORS:

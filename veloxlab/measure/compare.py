@@ -92,10 +92,7 @@ def _ours(model: Module, tokenizer: Any, method: Method, bits: int) -> CacheMake
 
 
 def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds to store a layer's captured keys and values, and seconds of one query's attention to them all.
-
-    ``make`` gives an empty cache of the layer. Medians of `REPEATS`, after two warm-up runs.
-    """
+    """Median seconds to store a layer's capture, and of one query's attention, in empty caches that ``make`` gives."""
     keys, values = layer.keys, layer.values
     heads, head_dim = (keys if layer.queries is None else layer.queries).shape[1], keys.shape[-1]
     query = mx.random.normal((1, heads, 1, head_dim), dtype=keys.dtype, key=mx.random.key(0))
@@ -117,10 +114,7 @@ def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, fl
 
 
 def byte_ratios(kv_heads: int = 8, head_dim: int = 128, tokens: int = 8192) -> pl.DataFrame:
-    """Fill the caches of `PRESETS`, of one layer, with random keys and values, and read their bytes: `RATIOS`.
-
-    Codebooks are counted; they are fitted to random vectors.
-    """
+    """Bytes of the caches of `PRESETS` filled with random keys and values, codebooks included: `RATIOS`."""
     x = mx.random.normal((1, kv_heads, tokens, head_dim), key=mx.random.key(0)).astype(mx.float16)
     sample = Sample(x[:, :, :1024].astype(mx.float32))
     rows = []

@@ -116,10 +116,7 @@ def token_errors(
     progress: Progress = silent,
     **options: object,
 ) -> pl.DataFrame:
-    """Squared error and squared norm of each captured token's key and value, every token compressed: `TOKEN_ERRORS`.
-
-    Sums of these give relative errors with any number of exact sinks and recent tokens, without another run.
-    """
+    """Squared error and norm of each captured key and value, all compressed; they add up: `TOKEN_ERRORS`."""
     width = usual_bits(method, capture.exact_bits, bits)
 
     def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
@@ -133,10 +130,7 @@ def token_errors(
 
 @checked(tokens=TOKENS)
 def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) -> pl.DataFrame:
-    """Relative MSE per layer, head, tensor and bits from `token_errors`, with exact sinks and recent tokens.
-
-    Columns ``layer, head, tensor, bits, rel_mse``, sorted.
-    """
+    """``layer, head, tensor, bits, rel_mse`` from `token_errors`, sorted, with exact sinks and recent tokens."""
     last = pl.col("position").max()
     packed = (pl.col("position") >= sinks) & (pl.col("position") <= last - window)
     error = ratio_of((pl.col("squared_error") * packed).sum(), pl.col("squared_norm").sum())
@@ -174,10 +168,7 @@ def _some(tokens: pl.DataFrame) -> pl.DataFrame:
 
 @checked(tokens=TOKENS, blocks=whole(1))
 def errors_along_position(tokens: pl.DataFrame, *, blocks: int = BLOCKS) -> pl.DataFrame:
-    """Quantiles of the relative error of `veloxlab.token_errors` in blocks of positions: `PROFILE`.
-
-    Raises `InputError` if there is no row; so do `errors_by_bits` and `error_densities`.
-    """
+    """Quantiles of the error of `token_errors` in blocks of positions: `PROFILE`; `InputError` if there is no row."""
     size = -(-(_some(tokens)["position"].max() + 1) // blocks)  # type: ignore[operator]
     finite = pl.col("error").is_finite()
     error = pl.col("error").filter(finite)
@@ -268,6 +259,5 @@ def pooled_weights(weights: NDArray[np.float64], edges: NDArray[np.int64]) -> ND
 
 
 def _weights(q: mx.array, k: mx.array, scale: float) -> NDArray[np.float64]:
-    """Causal attention weights ``[S, S]`` of queries and keys ``[S, D]``."""
     scores = mx.where(create_causal_mask(len(q), len(k) - len(q)), (q @ k.T) * scale, -mx.inf)
     return np.array(mx.softmax(scores, axis=-1, precise=True)).astype(np.float64)

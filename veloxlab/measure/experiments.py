@@ -173,10 +173,7 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[fl
 
 
 def lower_ends(values: NDArray[np.float64], confidence: float = 0.95) -> NDArray[np.float64]:
-    """Lower ends ``[...]`` of the two-sided t intervals of the means over the last axis of ``values`` ``[..., N]``.
-
-    Raises `InputError` if there are fewer than two values.
-    """
+    """Lower ends ``[...]`` of t intervals of the means over ``values`` ``[..., N]``; `InputError` below two values."""
     count = values.shape[-1]
     if count < 2:
         raise InputError(f"An interval takes two values or more, and there are {count}: measure more windows.")

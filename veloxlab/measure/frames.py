@@ -1,7 +1,4 @@
-"""Columns of the frames that measurements give: a name has one type wherever it stands.
-
-Each schema is described below it, column by column and in their order, as far as the names do not say it.
-"""
+"""Columns of the frames that measurements give: a name has one type everywhere; each schema is described below it."""
 
 from __future__ import annotations
 

@@ -55,7 +55,6 @@ class _Reader:
     log_probs: mx.array = field(init=False)  # of the next token [vocabulary]
 
     def read(self, tokens: Sequence[int], chunks: Iterable[int] = ()) -> _Reader:
-        """Read these tokens, in one call or in ``chunks`` of so many tokens each."""
         left = iter(tokens)
         for count in chunks or [len(tokens)]:
             ids = mx.array([list(islice(left, count))])
@@ -64,11 +63,9 @@ class _Reader:
         return self
 
     def best(self) -> int:
-        """The most likely next token."""
         return int(np.asarray(self.log_probs.argmax()))
 
     def probability(self, token: int) -> float:
-        """Of a next token."""
         return float(np.asarray(mx.exp(self.log_probs[token])))
 
 
@@ -224,7 +221,6 @@ def _hidden(tokenizer: Any, filler: Sequence[int], context: int, depth: float, n
 
 
 def _answer(reader: _Reader, tokenizer: Any) -> str:  # noqa: ANN401
-    """What the model says next, greedily: as many tokens as a number takes at most, and two more."""
     ids: list[int] = []
     while len(ids) < DIGITS + 2 and (token := reader.best()) not in _stops(tokenizer):
         ids.append(token)

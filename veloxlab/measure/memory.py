@@ -36,10 +36,7 @@ CODE_BITS = schema("layer tensor part bits_per_value")
 
 @checked(cache=CACHE)
 def report(cache: Sequence[Any]) -> pl.DataFrame:
-    """What each layer of a prompt cache holds, how attention reads it, and why: `REPORT`.
-
-    The last row holds the constant tables (rotations, codebooks) that equal codecs share in a process.
-    """
+    """What each layer of a cache holds, how attention reads it, and why: `REPORT`; shared tables are its last row."""
     rows = [{"layer": i, **_held(slot)} for i, entry in enumerate(cache) for slot in slots_of([entry])]
     codecs = {c for slot in slots_of(cache) for ours in _sequences(slot) for c in (ours.key_codec, ours.value_codec)}
     if codecs:
@@ -50,7 +47,6 @@ def report(cache: Sequence[Any]) -> pl.DataFrame:
 
 
 def _sequences(slot: Any) -> list[CompressedKVCache]:  # noqa: ANN401 - mlx-lm's caches share no base that says more
-    """Our caches in a slot: itself, or those of a batch."""
     if isinstance(slot, BatchCompressedKVCache):
         return slot.rows
     return [slot] if isinstance(slot, CompressedKVCache) else []
@@ -105,10 +101,7 @@ def code_bits(
 
 @checked(growth=measured(GROWTH, "vl.measure.memory_growth"))
 def predicted_growth(growth: pl.DataFrame, upto: int) -> pl.DataFrame:
-    """Add a row per tensor, layer and cache at ``upto`` tokens, on the line through its last two measured points.
-
-    Nothing is added where ``upto`` was measured. Columns as in ``growth``: `GROWTH`.
-    """
+    """`GROWTH` and rows at ``upto`` tokens, if not measured, on lines through the last two measured points."""
     if growth["tokens"].n_unique() < 2:
         raise InputError("A line takes two points: give a growth that was measured at two numbers of tokens or more.")
     groups = growth.sort("tokens").group_by("cache", "layer", "tensor", maintain_order=True)

@@ -169,7 +169,6 @@ def evaluate(
 
 
 def _summary(frame: pl.DataFrame, cache: list[Any]) -> pl.DataFrame:
-    """Columns of `FIDELITY` from rows of `TOKEN_FIDELITY`, and from a cache."""
     kl, layers = pl.col("kl"), report(cache)
     predicted = frame.select(
         positions=pl.len(),

@@ -87,10 +87,7 @@ def _checked_vectors(layer: LayerCapture, tensor: Tensor) -> NDArray[np.float64]
 
 
 def rope_pairs(capture: Capture) -> pl.DataFrame:
-    """Energy of every pair of the keys' channels that RoPE turns: `PAIRS`.
-
-    Raises `InputError` if no layer has a rotary embedding that is known.
-    """
+    """Energy of each pair of key channels that RoPE turns: `PAIRS`; `InputError` if no layer's rotation is known."""
 
     def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         x = vectors(layer, tensor, "before_rope").astype(np.float64)
@@ -114,10 +111,7 @@ def rope_pairs(capture: Capture) -> pl.DataFrame:
 
 
 def pair_points(layer: LayerCapture, head: int, pair: int) -> pl.DataFrame:
-    """One pair of one head's keys over the tokens, before and after RoPE: `PAIR_POINTS`.
-
-    Raises `InputError` for a layer without a known RoPE, and if there is no such head or pair.
-    """
+    """One pair of a head's keys before and after RoPE: `PAIR_POINTS`; `InputError` if there is none of them."""
     before = vectors(layer, "keys", "before_rope")
     assert layer.rope is not None, "vectors() refuses a layer without one"
     heads, tokens, dim = before.shape

@@ -25,10 +25,7 @@ _pairs: dict[str, list[tuple[Callable[..., mx.array], Callable[..., mx.array]]]]
 
 
 class Handle(ABC):
-    """What a cache hands to attention in the place of key and value arrays, whose methods it has not on purpose.
-
-    A model that does arithmetic on keys before attention fails on it loudly.
-    """
+    """Stands for keys and values in attention; has no methods of arrays, so that arithmetic on keys fails loudly."""
 
     @abstractmethod
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
@@ -46,7 +43,6 @@ def loadable(kind: Kind) -> Kind:
 
 
 def _reading_handles(original: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """An attention function that lets a `Handle` attend, and else does what the original does."""
     names = list(signature(original).parameters)[3:]  # behind queries, keys and values
 
     def attention(queries: mx.array, keys: Any, values: Any, *more: Any, **named: Any) -> mx.array:  # noqa: ANN401
@@ -81,7 +77,6 @@ def detach() -> None:
 
 
 def _rebind(old: object, new: object) -> None:
-    """Put ``new`` wherever a module of mlx-lm holds ``old``."""
     for name, module in list(sys.modules.items()):
         if name.startswith("mlx_lm.") and module is not None:
             for attribute in [a for a, held in vars(module).items() if held is old]:

@@ -190,7 +190,6 @@ def probes_of(caches: Sequence[Any]) -> list[Probe]:
 
 
 def _first_facts(caches: Sequence[Any]) -> list[LayerFacts]:
-    """Facts before anything was run."""
     facts = []
     for layer, entry in enumerate(caches):
         slots = list(enumerate(entry.caches)) if isinstance(entry, CacheList) else [(None, entry)]

@@ -36,7 +36,6 @@ def ropes_of(model: Module, ids: Sequence[int]) -> list[Rope | None]:
 
 
 def _known(model: Module) -> list[Rope]:
-    """The different rotary embeddings of known kinds that the model owns."""
     found: dict[tuple[object, ...], Rope] = {}
     for _, module in model.named_modules():
         freqs = getattr(module, "_freqs", None)
@@ -51,7 +50,6 @@ def _known(model: Module) -> list[Rope]:
 
 
 def _keys_at(model: Module, ids: mx.array, position: int) -> list[mx.array]:
-    """Keys ``[B, H, 1, D]`` that each cache is given of single tokens ``[B, 1]`` at a position."""
     caches = with_caches(model, partial(Probe, offset=position))
     model(ids, cache=caches)
     return [probe.keys for probe in probes_of(caches)]

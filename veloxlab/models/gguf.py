@@ -110,10 +110,7 @@ def _half_split(values: mx.array, heads: int) -> mx.array:
 
 
 def build_tokenizer(file: Gguf) -> TokenizerWrapper:
-    """Build mlx-lm's tokenizer from the vocabulary, merges and chat template in a GGUF file.
-
-    Raises `InputError` for another kind than byte-level BPE, and for merges, types or ids that do not fit the tokens.
-    """
+    """Build mlx-lm's tokenizer from a GGUF file; `InputError` unless it is byte-level BPE whose parts fit."""
     from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
     from tokenizers import AddedToken, Tokenizer, decoders, models, processors
     from transformers import PreTrainedTokenizerFast
@@ -156,7 +153,6 @@ def build_tokenizer(file: Gguf) -> TokenizerWrapper:
 
 
 def _named_tokens(file: Gguf, tokens: list[str]) -> dict[str, str]:
-    """The tokens that ``file`` names by their ids, such as the one that ends a turn."""
     names = ("bos", "eos", "eot", "eom", "unknown", "padding")
     keys = {name: f"tokenizer.ggml.{name}_token_id" for name in names}
     named = {name: file.value(key, int) for name, key in keys.items() if key in file.metadata}

@@ -38,7 +38,6 @@ def _view(columns: mx.array, dtype: mx.Dtype) -> mx.array:
 
 
 def _half(blocks: mx.array, start: int) -> mx.array:
-    """Read the float16 at byte ``start`` of every block, as a column [blocks, 1]."""
     return _view(blocks[:, start : start + 2], mx.float16)
 
 

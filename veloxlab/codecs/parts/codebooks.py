@@ -100,10 +100,7 @@ _ROUNDS = 2_000  # of Lloyd's iteration; from this start 256 levels need some hu
 
 
 def lloyd_max(density: Callable[[Floats], Floats], low: float, high: float, bits: int) -> Codebook:
-    """Lloyd–Max for any ``density`` on ``[low, high]``, not normalized, by Lloyd's own iteration.
-
-    A density with several peaks has several local optima: the best of a few starts is given.
-    """
+    """Lloyd–Max for any ``density`` on ``[low, high]``, not normalized: the best optimum of a few starts."""
     t = np.linspace(low, high, _GRID + 1)
     f = density(t)
     return min((_lloyd(t, f, bits, power) for power in (1 / 3, 1 / 2, 1.0)), key=lambda found: found.distortion)
@@ -129,5 +126,4 @@ def _lloyd(t: Floats, f: Floats, bits: int, power: float) -> Codebook:
 
 
 def _integral(f: Floats, t: Floats) -> Floats:
-    """From the first point to every point, by trapezoids."""
     return np.concatenate([[0.0], np.cumsum((f[1:] + f[:-1]) * np.diff(t) / 2)])

@@ -1,7 +1,4 @@
-"""Random transforms of the head dimension: rotations, and the sign sketch that TurboQuant's ``prod`` and QJL share.
-
-Their arrays follow from a few plain numbers, are built once per process, and are the same on every machine.
-"""
+"""Random transforms of the head dimension, the same on every machine: rotations, and the sketch of signs."""
 
 from __future__ import annotations
 

@@ -142,7 +142,6 @@ def _lloyd(points: Points, centroids: Points, iterations: int) -> tuple[Points, 
 
 
 def _assign(points: Points, centroids: Points) -> tuple[NDArray[np.int64], Points]:
-    """Index of the nearest centroid and squared distance to it, each ``[N]``."""
     count, dim = centroids.shape
     half = np.square(centroids).sum(axis=1) / 2
     weights = np.concatenate([-centroids.T, half[None]])  # with a 1 behind each point, one product gives distances

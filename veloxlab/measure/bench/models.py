@@ -58,10 +58,7 @@ def costs_by_length(
     progress: Progress = silent,
     on_rows: OnRows = silent,
 ) -> pl.DataFrame:
-    """Fill each of ``caches`` with random tokens up to each of ``lengths``, or of its own ones: `LENGTHS`.
-
-    A cache is left out from the length on at which it fails; ``progress`` and ``on_rows`` are told why.
-    """
+    """Fill ``caches`` with random tokens up to ``lengths``: `LENGTHS`; one that fails is left out from there."""
     wanted = {name: set(lengths[name] if isinstance(lengths, Mapping) else lengths) for name in caches}
     ids = mx.random.randint(0, 90, (1, max(max(own, default=1) for own in wanted.values())), key=mx.random.key(0))
     mx.eval(ids)
@@ -92,7 +89,6 @@ class _Filling:
     done: int = 0  # tokens that it has read
 
     def row(self, name: str, tokens: int) -> pl.DataFrame:
-        """Read up to so many tokens, and give a row of `LENGTHS`."""
         if not self.done:
             self.cache = self.make()
             _settle()
@@ -106,10 +102,7 @@ class _Filling:
         return pl.DataFrame([(name, tokens, held, prefill, *self._decoding())], schema=LENGTHS, orient="row")
 
     def _decoding(self) -> tuple[int | None, float | None]:
-        """Bytes at the peak, and median seconds of a token; None where it fails.
-
-        The cache is then as before; one that cannot be trimmed has read some tokens more.
-        """
+        """Bytes at the peak and median seconds of a token, None where it fails; the cache is trimmed if it can be."""
         seconds: list[float] = []
         slots = slots_of(self.cache)
         before = [getattr(slot, "offset", 0) for slot in slots]
@@ -223,7 +216,6 @@ def _model(layers: int) -> Model:
 
 
 def _filled(make: Maker, tokens: int) -> list[Any]:
-    """Caches that hold ``tokens`` random keys and values in every layer."""
     caches = make()
     for cache in caches:
         for start in range(0, tokens, CHUNK):

@@ -103,7 +103,6 @@ def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
 
 
 def _timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Seconds to make a graph, and to evaluate it."""
     mx.synchronize()
     start = time.perf_counter()
     made = work()
@@ -161,7 +160,6 @@ def bandwidth() -> float:
 
 
 def _rows(ways: Mapping[str, Callable[[], Cache]], shape: Shape, tokens: int, progress: Tell) -> Iterator[Row]:
-    """A row for exact attention, and for each of ``ways``."""
     exact_time = 0.0
     for name, way in ({"exact 16 bit": partial(exact, shape, tokens)} | dict(ways)).items():
         made, size = calls(shape, way)
@@ -185,10 +183,7 @@ def _rows(ways: Mapping[str, Callable[[], Cache]], shape: Shape, tokens: int, pr
 
 
 def calls(shape: Shape, make: Callable[[], Cache]) -> tuple[list[Callable[[], mx.array]], int]:
-    """Calls of attention to caches of their own, and the bytes that one of them has to read.
-
-    There are so many that none is left in the GPU's second-level cache.
-    """
+    """Calls of attention to own caches, too many for a GPU's second-level cache, and the bytes that one has to read."""
     query = mx.random.normal((1, shape.query_heads, 1, shape.head_dim)).astype(mx.float16)
     made: list[Callable[[], mx.array]] = []
     size = 0
