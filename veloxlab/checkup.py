@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 from veloxlab import runtime
@@ -39,7 +40,9 @@ def doctor() -> list[Check]:
     except ImportError as error:
         hint = "uv pip install --reinstall 'mlx[cpu]'"
         return [Check("back end", "fail", f"MLX cannot be imported: {error}", hint), *_packages()]
-    return [_back_end(), *_device(), _blas(), _kernels(), *_packages(), _weights(), _browser()]
+    found = next((path for path in map(shutil.which, BROWSERS) if path), None)
+    browser = Check("browser", "ok", found or "no Chromium; only the browser tests of a developer need one")
+    return [_back_end(), *_device(), _blas(), _kernels(), *_packages(), _weights(), browser]
 
 
 def _back_end() -> Check:
@@ -86,27 +89,20 @@ def _kernels() -> Check:
         return Check("kernels", "ok", "none on a CPU: MLX operations do their work")
     if current_backend() is None:
         return Check("kernels", "warn", f"switched off by {SWITCH}=0: MLX operations do their work", f"unset {SWITCH}")
-    from veloxlab.kernels.checked import states
-
-    _try_kernels()
-    wrong = [state for state in states() if state != "agrees"]
-    if wrong:
-        return Check("kernels", "warn", wrong[0], "MLX operations do its work; please report it")
-    return Check("kernels", "ok", f"{states()['agrees']} agree with their reference implementations")
-
-
-def _try_kernels() -> None:
-    """Encode and attend with scalar codes of 2, 3, 4 and 8 bits, of head dimensions 64 and 128."""
     import mlx.core as mx
 
     from veloxlab.cache.attention import History, Segment
     from veloxlab.codecs.turboquant import TurboQuant
+    from veloxlab.kernels.checked import states
 
-    for dim in (64, 128):
-        for bits in (2, 3, 4, 8):
-            codec, x = TurboQuant(dim, bits), mx.zeros((1, 2, 8, dim), mx.float16)
-            history = History((Segment(codec, codec.encode(x), codec, codec.encode(x)),))
-            mx.eval(history.attend(mx.zeros((1, 8, 1, dim), mx.float16), dim**-0.5, None))
+    for dim, bits in product((64, 128), (2, 3, 4, 8)):
+        codec, x = TurboQuant(dim, bits), mx.zeros((1, 2, 8, dim), mx.float16)
+        history = History((Segment(codec, codec.encode(x), codec, codec.encode(x)),))
+        mx.eval(history.attend(mx.zeros((1, 8, 1, dim), mx.float16), dim**-0.5, None))
+    wrong = [state for state in states() if state != "agrees"]
+    if wrong:
+        return Check("kernels", "warn", wrong[0], "MLX operations do its work; please report it")
+    return Check("kernels", "ok", f"{states()['agrees']} agree with their reference implementations")
 
 
 def _packages() -> list[Check]:
@@ -124,8 +120,3 @@ def _weights() -> Check:
     except InputError as error:
         return Check(DEMO_MODEL, "warn", "its weights are not installed", str(error))
     return Check(DEMO_MODEL, "ok", f"{path} ({path.stat().st_size / 1e6:.0f} MB)")
-
-
-def _browser() -> Check:
-    found = next((path for path in map(shutil.which, BROWSERS) if path), None)
-    return Check("browser", "ok", found or "no Chromium; only the browser tests of a developer need one")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from veloxlab.checks import checked, choice
 from veloxlab.errors import InputError
@@ -12,6 +12,7 @@ __all__ = ["excerpt"]
 
 PACKAGE = Path(__file__).parent
 Split = Literal["test", "validation"]
+Tokenizer: TypeAlias = Any  # mlx-lm's TokenizerWrapper, or anything with `encode`
 
 
 def shipped_folder(name: Literal["data", "notebooks"]) -> Path:

@@ -29,7 +29,7 @@ from veloxlab.measure.quality import FIDELITY, fidelity
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
-from veloxlab.texts import excerpt
+from veloxlab.texts import Tokenizer, excerpt
 
 USUAL_BITS = range(1, 7)  # the paper's, and 1 bit for budgets near 2
 
@@ -37,7 +37,7 @@ USUAL_BITS = range(1, 7)  # the paper's, and 1 bit for budgets near 2
 @checked(bits=many(whole()), calibrations=MAPPING)
 def distortion_curves(
     model: Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     methods: Sequence[str] = ("ratequant",),
     text: str | None = None,
     *,
@@ -48,6 +48,7 @@ def distortion_curves(
     progress: Progress = silent,
 ) -> pl.DataFrame:
     """Measure the distortion of every KV head's keys and values by method and width: `CURVES`.
+    Raises `InputError`: unknown method or none of its widths, a calibration is missing, or the text is too short.
 
     Parameters
     ----------
@@ -56,10 +57,6 @@ def distortion_curves(
     bits : code widths to measure, those of them that a method has.
     sinks : first tokens that are not counted, as the cache keeps them exact.
     calibrations : what `veloxlab.calibrate` gave at these widths, by method, for methods that have to be fitted.
-
-    Raises
-    ------
-    InputError : unknown method, none of the widths are its own, a calibration is missing, or the text is too short.
     """
     widths = {method: sorted({*bits} & {*find_method(method).bits}) for method in methods}
     if none := [method for method, own in widths.items() if not own]:
@@ -92,7 +89,7 @@ def distortion_curves(
 @checked(bits=many(whole()), by=choice(*get_args(By)), calibrations=many(CALIBRATION, empty=True))
 def rate_budget(
     model: Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     methods: Sequence[str] = (PER_HEAD,),
     text: str | None = None,
     *,

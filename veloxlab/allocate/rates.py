@@ -65,13 +65,8 @@ class Allocation:
 class RateBudget:
     """What was measured of a model for allocating bits, so that a budget costs no further run.
 
-    Attributes
-    ----------
-    model, model_hash, entries : its name, the hash of its shapes, and the length of its prompt cache.
-    sizes : of its layers with keys and values.
-    sensitivities, curves : `SENSITIVITIES` and `CURVES`.
-    sinks, window : of the plans to be made.
-    calibrations : identities of those that the curves were measured with, by method.
+    That is `SENSITIVITIES` and `CURVES`, and ``calibrations``, identities by method, of what the curves are of.
+    ``entries`` is the length of the prompt cache, and ``sizes`` are those of layers with keys and values.
     """
 
     model: str

@@ -31,6 +31,7 @@ from veloxlab.measure.quality import Mode
 from veloxlab.mlxlm.identity import name_of
 from veloxlab.progress import Progress, silent
 from veloxlab.store import Unfinished, digest, kept_in, read_parquet, reading, write_parquet
+from veloxlab.texts import Tokenizer
 
 FORMAT = "veloxlab search 2"
 UNFINISHED = "veloxlab unfinished search 1"
@@ -61,7 +62,7 @@ _Experiment = Experiment[Job, Any]
 )
 def search(
     model: Module | str | Path,
-    tokenizer: Any = None,  # noqa: ANN401
+    tokenizer: Tokenizer = None,
     *,
     methods: Sequence[str] | None = None,
     bits: Sequence[int] = USUAL_BITS,
@@ -87,6 +88,7 @@ def search(
 
     Those that are surely beaten stop early (`veloxlab.allocate.race`). The same arguments give the same result, with
     any executor, and a search that was stopped continues.
+    Raises `InputError`: nothing within the budget or the floor; processes that die; as `load` and `calibrate`.
 
     Parameters
     ----------
@@ -104,10 +106,6 @@ def search(
     folder : keeps calibrations, and measurements until the end; by default the user's cache. Workers share it.
     executor : a `concurrent.futures.Executor` (processes spawned, not forked) or Dask's ``client.get_executor()``.
     progress : told of each measurement; what it raises ends the search.
-
-    Raises
-    ------
-    InputError : nothing within the budget or the floor; processes that die; as `veloxlab.load`, `veloxlab.calibrate`.
     """
     asked = candidates(methods, key_bits or bits, value_bits or bits, sinks, window, protected)
     name, mode = _model_name(model, tokenizer, executor), mode or ("decode" if any(window) else "oneshot")
@@ -119,14 +117,9 @@ def search(
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SearchResult:
-    """What `search` found.
+    """What `search` found: ``frame`` has all candidates, `SEARCHED`, by their bytes.
 
-    Attributes
-    ----------
-    frame : all candidates, `SEARCHED`, by their bytes.
-    shape : of the model.
-    calibrations : identities of the calibrations that were used, by method.
-    settings : arguments of `search` that the numbers depend on; of a text of one's own, sixteen hex digits.
+    ``calibrations`` are identities by method; ``settings`` what the numbers depend on, of a text sixteen hex digits.
     """
 
     frame: pl.DataFrame

@@ -27,7 +27,7 @@ from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in, read_json, reading, write_json
-from veloxlab.texts import excerpt
+from veloxlab.texts import Tokenizer, excerpt
 
 By = Literal["gradient", "key_norm", "attention_output", "forward_kl"]
 NATS: tuple[By, By] = ("gradient", "forward_kl")  # those whose predicted losses are divergences
@@ -48,7 +48,7 @@ _Found = Iterator[tuple[int, Tensor, NDArray[np.float64]]]  # a layer, its keys 
 @checked(by=choice(*get_args(By)))
 def sensitivities(
     model: Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     text: str | None = None,
     *,
     sequences: int = 8,
@@ -62,6 +62,8 @@ def sensitivities(
     """Measure the sensitivity of every KV head's keys and values: `SENSITIVITIES`, sorted by layer, tensor and head.
 
     The result is kept on disk and found again by the model's weights, the text's tokens and these settings.
+    Raises `InputError`: a text that is too short, or does not fit into memory; a model without plain keys and values,
+    queries or gradients; numbers that are not finite.
 
     Parameters
     ----------
@@ -73,11 +75,6 @@ def sensitivities(
     sinks : first tokens of a sequence that are not counted.
     per_sequence : give a row for each sequence; `settled` makes means of them.
     folder : where the result is kept; the user's cache folder by default.
-
-    Raises
-    ------
-    InputError : a text that is too short, or does not fit into memory; a model without plain keys and values, queries
-        or gradients; numbers that are not finite.
     """
     if tokens - sinks < LEAST_TOKENS:
         raise InputError(

@@ -30,6 +30,7 @@ from veloxlab.measure.quality import Reference, evaluate, reference
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
 from veloxlab.store import Unfinished, digest
+from veloxlab.texts import Tokenizer
 
 FORMAT = "veloxlab sweep 1"
 UNIFORM = "uniform"
@@ -58,7 +59,7 @@ SWEPT |= {"bits": pl.Float64, "allocation": pl.String, "windows": pl.Int32}
 
 def sweep(
     model: Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     *,
     bits: Sequence[float] = BITS,
     by: Sequence[By] = ("gradient", "key_norm"),
@@ -72,6 +73,7 @@ def sweep(
     progress: Progress = silent,
 ) -> pl.DataFrame:
     """Measure uniform TurboQuant and RateQuant's allocations at equal bytes, every token through its codes: `SWEEP`.
+    Raises `InputError`: as `veloxlab.rate_budget` and `vl.measure.reference`; or a number of bits is out of range.
 
     Parameters
     ----------
@@ -80,10 +82,6 @@ def sweep(
     text, tokens, windows : what plans are evaluated on, by default the WikiText-2 test excerpt; its stretches.
     calibration_text, sequences : of sensitivities and curves, by default the validation excerpt; 512 tokens each.
     unfinished, folder : a file from which a run that was stopped continues; where sensitivities are kept.
-
-    Raises
-    ------
-    InputError : as `veloxlab.rate_budget` and `vl.measure.reference`; or a number of bits is out of range.
     """
     least, most = MEASURED_BITS[0], MEASURED_BITS[-1]
     if wrong := [b for b in bits if not least <= b <= most]:

@@ -28,6 +28,7 @@ from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.mlxlm.probe import slots_of
 from veloxlab.models.loading import load
 from veloxlab.store import digest
+from veloxlab.texts import Tokenizer
 
 USUAL_BITS = (2, 3, 4)
 
@@ -172,7 +173,7 @@ class Job(NamedTuple):
 class Bench:
     """A model that is loaded, the text as windows of tokens, and the exact run of the window that is measured."""
 
-    def __init__(self, trials: Trials, model: Module, tokenizer: Any) -> None:  # noqa: ANN401
+    def __init__(self, trials: Trials, model: Module, tokenizer: Tokenizer) -> None:
         self.trials, self.model, self.tokenizer = trials, model, tokenizer
         self._windows = stretches(tokenizer, trials.text, trials.tokens, trials.windows)
         self._shape = PlannedModel.of(model)
@@ -223,13 +224,10 @@ def doer(
 
 _one_at_a_time = threading.Lock()  # a worker may have threads, and there is one model and one window
 _loaded = lru_cache(maxsize=1)(load)
+_kept_bench = lru_cache(maxsize=1)(lambda trials: Bench(trials, *_loaded(trials.model)))
 
 
 def _do_in_worker(trials: Trials, job: Job) -> Weighed | Trial:
     with _one_at_a_time:
-        return _kept_bench(trials).do(job)
-
-
-@lru_cache(maxsize=1)
-def _kept_bench(trials: Trials) -> Bench:
-    return Bench(trials, *_loaded(trials.model))
+        done: Weighed | Trial = _kept_bench(trials).do(job)
+        return done

@@ -46,6 +46,8 @@ def make_cache(
 
     Layers that hold no keys and values (state-space, convolution), or latents (MLA), keep the model's own; so does all
     but one cache of a layer that has several. Sliding layers hold what they can see, compressed.
+    Raises `InputError`: unknown method or option, bits out of range or beside a plan, a plan or calibration that
+    does not fit.
 
     Parameters
     ----------
@@ -60,10 +62,6 @@ def make_cache(
         the ``sinks`` and the newest ones, older ones are forgotten. None keeps all.
     calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted; several, for a plan of several.
     options : the method's own, such as ``variant="prod"`` or ``rotation="haar"``.
-
-    Raises
-    ------
-    InputError : unknown method or option, bits out of range or beside a plan, a plan or calibration that does not fit.
     """
     plan = plan_of(method_or_plan)
     alone = None if isinstance(calibration, Sequence) else calibration  # it is for all methods

@@ -81,13 +81,8 @@ def cache_name(method: str, widths: Mapping[Tensor, int]) -> str:
 class Plan:
     """What `veloxlab.make_cache` is to make for one model.
 
-    Attributes
-    ----------
-    model_hash, model : `model_hash` of the model that it was made for, and that model in words, for messages.
-    layers : settings of each entry of the model's prompt cache; those of layers that keep their own cache are idle.
-    sinks, window, chunk, sliding : as for `veloxlab.make_cache`.
-    allocation : what tells the measurements that the bits were allocated by from others; empty if there were none.
-    calibrations : identities of the calibrations that it was made with, by method; `make_cache` wants the same.
+    ``layers`` has settings for each entry of the prompt cache, idle where a layer keeps its own cache. ``allocation``
+    tells the measurements that bits were allocated by from others, and ``calibrations`` the calibrations, by method.
     """
 
     model_hash: str

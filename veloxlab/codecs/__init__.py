@@ -54,15 +54,12 @@ def register(method: Method, *, replace: bool = False) -> Method:
 
     A cache that is saved with it is read again where a method of this id and version is registered, with classes of the
     same names and fields.
+    Raises `InputError`: the id is taken or is no name, the method names no classes or other things, or no bits.
 
     Parameters
     ----------
     method : its id is lower case, such as ``"round_to_nearest"``; its ``codecs`` are frozen dataclasses.
     replace : whether a method of this id that was registered before makes room, as when a notebook's cell runs again.
-
-    Raises
-    ------
-    InputError : the id is taken or is no name, the method names no classes or other things, or takes no bits.
     """
     name, kinds = method.id, method.codecs
     for wrong, sentence in (

@@ -16,42 +16,29 @@ TENSORS: tuple[Tensor, Tensor] = ("keys", "values")
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One algorithm.
+    """One algorithm: ``build(head_dim, bits, tensor, **options)`` makes its codec for "keys" or "values".
 
-    Attributes
-    ----------
-    id : the name that users type.
-    name : the name as its authors write it.
-    paper : authors, year, arXiv id.
-    calibrated : whether its codec has to be fitted to activations before it can encode.
-    bits : code widths it takes.
-    stored : what is kept per vector, in words.
-    options : of ``build(head_dim, bits, tensor, **options)``, which makes the codec for "keys" or "values".
-    codecs : classes of the codecs that it makes, by which a saved cache finds them again. Those here are found by their
-        file; a method that is registered from elsewhere has to name them.
-    version : what its codes mean, and what is fitted. With a change of either raise it: older files are then refused.
-    colour : in every chart, such as ``"#3b7dd8"``; None for that of all other caches.
-    mark : its point in every chart, by Vega-Lite's name.
-    space : of `veloxlab.measure.distributions`, in which it codes and which has its colour and mark.
-    per_head : whether it has an option ``head_bits``, a width for each KV head.
-    timed : whether `veloxlab speed` times its encoder, which is a kernel.
+    A saved cache finds its codecs again by their classes: those here by their file, and a method that is registered
+    from elsewhere names them in ``codecs``. With a change of what codes mean, or of what is fitted, raise ``version``:
+    older files are then refused. ``colour``, such as ``"#3b7dd8"``, and ``mark``, by Vega-Lite's name, are in every
+    chart; None is the colour of all other caches.
     """
 
-    id: str
-    name: str
-    paper: str
-    bits: range
-    stored: str
+    id: str  # what users type
+    name: str  # as its authors write it
+    paper: str  # authors, year, arXiv id
+    bits: range  # code widths that it takes
+    stored: str  # what is kept of a vector, in words
     build: Callable[..., Codec]
-    calibrated: bool = False
+    calibrated: bool = False  # whether its codec has to be fitted before it can encode
     options: tuple[str, ...] = ()
     codecs: tuple[type, ...] = ()
     version: int = 1
     colour: str | None = None
     mark: str = "triangle-left"
-    space: str | None = None
-    per_head: bool = False
-    timed: bool = False
+    space: str | None = None  # of `veloxlab.measure.distributions`, in which it codes and which has its colour
+    per_head: bool = False  # whether it has an option ``head_bits``, a width for each KV head
+    timed: bool = False  # whether `veloxlab speed` times its encoder, which is a kernel
 
     def check(self, bits: int, tensor: Tensor, options: Mapping[str, object]) -> None:
         """Raise `InputError` unless ``bits`` and the names of ``options`` are the method's."""

@@ -25,7 +25,7 @@ from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import Mask
 from veloxlab.mlxlm.ropes import ropes_of
 from veloxlab.progress import Progress, silent
-from veloxlab.texts import excerpt
+from veloxlab.texts import Tokenizer, excerpt
 
 Columns = Mapping[str, Any]
 Tensors = tuple[Tensor, ...] | None  # None: both
@@ -103,12 +103,7 @@ class Capture:
 
 @checked()
 def capture(
-    model: Module,
-    tokenizer: Any,  # noqa: ANN401 - mlx-lm's TokenizerWrapper, or anything with `encode`
-    text: str | None = None,
-    *,
-    tokens: int = 512,
-    progress: Progress = silent,
+    model: Module, tokenizer: Tokenizer, text: str | None = None, *, tokens: int = 512, progress: Progress = silent
 ) -> Capture:
     """Run ``model`` over the first ``tokens`` tokens of ``text`` and keep what every attention layer saw.
 
@@ -172,13 +167,7 @@ def by_head(
 
 
 def stretches(
-    tokenizer: Any,  # noqa: ANN401
-    text: str | None,
-    tokens: int,
-    count: int,
-    *,
-    last: int | None = None,
-    name: str = "windows",
+    tokenizer: Tokenizer, text: str | None, tokens: int, count: int, *, last: int | None = None, name: str = "windows"
 ) -> list[list[int]]:
     """Give ``count`` stretches of ``tokens`` token ids of a text, which are ``name`` in messages.
 
@@ -194,7 +183,7 @@ def stretches(
     return [ids[i * tokens : (i + 1) * tokens] for i in range(count)]
 
 
-def first_tokens(tokenizer: Any, text: str | None, count: int, **options: bool) -> list[int]:  # noqa: ANN401
+def first_tokens(tokenizer: Tokenizer, text: str | None, count: int, **options: bool) -> list[int]:
     """Give the first ``count`` token ids of ``text``, by default the test excerpt; ``options`` are the tokenizer's."""
     text = excerpt("test") if text is None else text
     # a long text need not be read to its end: no tokenizer makes tokens longer than this on average

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -22,7 +21,7 @@ from veloxlab.measure.activations import LayerCapture, capture_layers, first_tok
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
-from veloxlab.texts import excerpt
+from veloxlab.texts import Tokenizer, excerpt
 
 USUAL_TOKENS = 1024
 LEAST_TOKENS, LEAST_DISTINCT = 64, 16
@@ -31,7 +30,7 @@ LEAST_TOKENS, LEAST_DISTINCT = 64, 16
 @checked(bits=either(whole(), many(whole())), tokens=whole(LEAST_TOKENS))
 def calibrate(
     model: Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     method: str,
     text: str | None = None,
     *,

@@ -25,6 +25,7 @@ from veloxlab.measure.frames import schema
 from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, evaluate, reference
 from veloxlab.mlxlm.probe import probe, quantized_cache, slot_of
 from veloxlab.progress import OnRows, Progress, silent
+from veloxlab.texts import Tokenizer
 
 COMPARED = FIDELITY | schema("store_us store_ratio attend_us attend_ratio")
 """Columns of `compare`: microseconds to store one token's key and value in one layer, in a block of 512, and for one
@@ -40,7 +41,7 @@ PRESETS = (("vecinfer", 1, 1), ("rvq", 2, 2), ("rabitq", 1, 4), ("turboquant", 2
 
 def compare(
     model: Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     *,
     bits: tuple[int, ...] = (1, 2, 3, 4),
     text: str | None = None,
@@ -85,7 +86,7 @@ def _row(
     return evaluate(exact, make, name=name).with_columns(chunk=chunk, **times).match_to_schema(COMPARED)
 
 
-def _ours(model: Module, tokenizer: Any, method: Method, bits: int) -> CacheMaker:  # noqa: ANN401
+def _ours(model: Module, tokenizer: Tokenizer, method: Method, bits: int) -> CacheMaker:
     fitted = calibrate(model, tokenizer, method.id, bits=bits) if method.calibrated else None
     settings: dict[str, Any] = {"chunk": "codes", "sinks": 0, "window": 0}
     return partial(make_cache, method_or_plan=method.id, bits=bits, calibration=fitted, **settings)

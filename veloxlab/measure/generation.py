@@ -27,6 +27,7 @@ from veloxlab.measure.predictions import divergence, log_probabilities
 from veloxlab.measure.quality import CacheMaker, maker
 from veloxlab.mlxlm.probe import own_cache
 from veloxlab.progress import Progress, silent
+from veloxlab.texts import Tokenizer
 
 Side = Literal["exact", "compressed"]
 SIDES: tuple[Side, Side] = ("exact", "compressed")
@@ -72,7 +73,7 @@ class _Reader:
 @checked(method_or_plan=CACHE_MAKER, calibration=CALIBRATIONS, prompt=PROMPT, chat=FLAG, on_token=FUNCTION)
 def side_by_side(
     model: Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     prompt: str | Sequence[int],
     method_or_plan: str | Plan | CacheMaker = "turboquant",
     *,
@@ -133,7 +134,7 @@ def first_parting(generation: pl.DataFrame) -> int | None:
     return next((i for i, (one, other) in enumerate(zip_longest(*texts)) if one != other), None)
 
 
-def prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, chat: bool = True) -> list[int]:  # noqa: ANN401
+def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int], *, chat: bool = True) -> list[int]:
     """Token ids of a prompt, as `side_by_side` takes it; raises `InputError` if there are none."""
     if not isinstance(prompt, str):
         ids = [int(token) for token in prompt]
@@ -146,13 +147,13 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[int], *, chat: bool = True
     return ids
 
 
-def _added(tokenizer: Any, before: Sequence[int], token: int) -> str:  # noqa: ANN401
+def _added(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:
     """What a token adds to a text: a character of several tokens is shown at the last of them."""
     shown = [str(tokenizer.decode(part)).rstrip("\ufffd") for part in (before, [*before, token])]
     return shown[1][len(shown[0]) :]
 
 
-def _stops(tokenizer: Any) -> set[int]:  # noqa: ANN401
+def _stops(tokenizer: Tokenizer) -> set[int]:
     return set(getattr(tokenizer, "eos_token_ids", ()))
 
 
@@ -166,7 +167,7 @@ DEPTHS = (0.1, 0.3, 0.5, 0.7, 0.9)
 @checked(method_or_plan=CACHE_MAKER, calibration=CALIBRATIONS, depths=many(real(least=0, most=1)))
 def passkey(
     model: Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     method_or_plan: str | Plan | CacheMaker = "turboquant",
     *,
     context: int = 512,
@@ -206,7 +207,7 @@ def passkey(
     return pl.DataFrame(rows, schema=PASSKEY, orient="row")
 
 
-def _hidden(tokenizer: Any, filler: Sequence[int], context: int, depth: float, number: str) -> list[int]:  # noqa: ANN401
+def _hidden(tokenizer: Tokenizer, filler: Sequence[int], context: int, depth: float, number: str) -> list[int]:
     """Ids of the task and of a text of ``context`` tokens in all, with the needle at a depth of it."""
     task, needle = (list(tokenizer.encode(words, **_PLAIN)) for words in (TASK, NEEDLE.format(number)))
     room = context - len(task) - len(needle)
@@ -220,7 +221,7 @@ def _hidden(tokenizer: Any, filler: Sequence[int], context: int, depth: float, n
     return [*task, *filler[:at], *needle, *filler[at:room]]
 
 
-def _answer(reader: _Reader, tokenizer: Any) -> str:  # noqa: ANN401
+def _answer(reader: _Reader, tokenizer: Tokenizer) -> str:
     ids: list[int] = []
     while len(ids) < DIGITS + 2 and (token := reader.best()) not in _stops(tokenizer):
         ids.append(token)

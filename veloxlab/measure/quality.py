@@ -20,6 +20,7 @@ from veloxlab.measure.frames import in_schema, schema
 from veloxlab.measure.memory import report
 from veloxlab.measure.predictions import check_room, divergence, log_probabilities, of_targets
 from veloxlab.progress import Progress, silent
+from veloxlab.texts import Tokenizer
 
 Mode = Literal["oneshot", "decode"]
 CacheMaker = Callable[[Module], list[Any]]
@@ -64,7 +65,7 @@ class Reference:
 @checked(tokens=whole(2))
 def reference(
     model: Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     *,
     text: str | None = None,
     tokens: int = 512,
@@ -80,7 +81,7 @@ def reference(
 @checked(method_or_plan=CACHE_MAKER, calibration=CALIBRATIONS, tokens=whole(2))
 def fidelity(
     model: Module,
-    tokenizer: Any,  # noqa: ANN401
+    tokenizer: Tokenizer,
     method_or_plan: str | Plan | CacheMaker = "turboquant",
     *,
     text: str | None = None,

@@ -51,8 +51,9 @@ def build_model(file: Gguf, dtype: mx.Dtype) -> nn.Module:
 
     def weight(name: str) -> tuple[str, mx.array]:
         *block, module, kind = name.split(".")  # such as blk.3.attn_q.weight; unknown names pass
-        read = _half_split(file.read(name), heads[module]) if module in heads else file.read(name)
-        read = read.astype(dtype)
+        read = file.read(name).astype(dtype)
+        if module in heads:  # llama.cpp rotates neighbours, and mlx-lm coordinates i and i + D/2: even rows come first
+            read = read.reshape(heads[module], -1, 2, read.shape[-1]).swapaxes(1, 2).reshape(read.shape)
         mx.eval(read)  # at once, so that only one is held in float32
         prefix = f"model.layers.{block[1]}." if len(block) == 2 else ""
         return f"{prefix}{MODULES.get(module, module)}.{kind}", read
@@ -102,11 +103,6 @@ def _model_args(file: Gguf, heads: int, kv_heads: int) -> ModelArgs:
         rope_theta=file.value("llama.rope.freq_base", float, 10000.0),
         tie_word_embeddings="output.weight" not in file.tensors,
     )
-
-
-def _half_split(values: mx.array, heads: int) -> mx.array:
-    """Put the even rows of every head first: llama.cpp rotates neighbours, and mlx-lm coordinates i and i + D/2."""
-    return values.reshape(heads, -1, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
 
 
 def build_tokenizer(file: Gguf) -> TokenizerWrapper:

@@ -65,11 +65,6 @@ class ModelShape:
 
         return cls(name, tuple(map(cache, range(layers))))
 
-    @property
-    def values_per_token(self) -> int:
-        """Numbers that the keys and values of one token are, in all layers."""
-        return sum(cache.values_per_token for cache in self.caches)
-
 
 ModelOrConfig = Module | ModelShape | Mapping[str, Any] | str | Path
 _GIVEN = instance((ModelShape, Mapping), "a vl.models.ModelShape or the content of a config.json")
