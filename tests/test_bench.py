@@ -1,8 +1,12 @@
 """The benchmark's rows, at sizes that take no time."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +20,7 @@ from veloxlab.cli.tables import lengths_table
 from veloxlab.codecs import METHODS
 from veloxlab.measure import compare as measured_speed
 from veloxlab.measure.activations import LayerCapture
-from veloxlab.measure.bench import models, timing
+from veloxlab.measure.bench import cpu, cpu_decode, models, shapes, timing
 from veloxlab.texts import shipped_folder
 
 SMALL = timing.Shape(4, 2, 128)
@@ -116,6 +120,7 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
         monkeypatch.setattr(module, name, lambda *given, name=name, **named: [{"of": name, **named}])
     monkeypatch.setattr(measurements, "bench_picture", lambda results: str(len(results)).encode())
     monkeypatch.setattr(measurements.tables, "bench_tables", lambda results: f"{len(results)} parts")  # type: ignore[attr-defined]
+    monkeypatch.setattr(measurements.runtime, "backend", lambda: "cuda")  # type: ignore[attr-defined]
     path = tmp_path / "bench.json"
     assert cli.main(["bench", "--json", str(path), "--tokens", "64"]) == 0
     assert path.with_suffix(".md").read_text() == "5 parts\n"
@@ -134,14 +139,110 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
     }
 
 
+@pytest.fixture
+def small_cpu(monkeypatch):
+    """A CPU's parts, for two methods, a layer of two heads, and few tokens."""
+    for name, value in {
+        "SHAPE": timing.Shape(2, 1, 64),
+        "SAMPLE": 192,
+        "LAYERS": 2,
+        "ROUNDS": 2,
+        "OPS_ROUNDS": 1,
+        "bandwidth": lambda: 10.0,
+        "METHODS": {name: METHODS[name] for name in ("turboquant", "spectralquant", "none")},
+        "_codecs": {},
+    }.items():
+        monkeypatch.setattr(cpu, name, value)
+    for name, value in {"VOCABULARY": 96, "ROUNDS": 2, "STEPS": 2, "bandwidth": lambda: 10.0}.items():
+        monkeypatch.setattr(cpu_decode, name, value)
+    monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", SMALL_MODEL)
+
+
+def test_a_cpu_is_measured_by_one_command_and_without_parts_only_written_again(small_cpu, tmp_path, capsys):
+    path = tmp_path / "bench_cpu.json"
+    words = ["bench", "--json", str(path), "--tokens", "96", "320"]
+    assert cli.main([*words, "--caches", "turboquant:4", "qjl:2", "--busy"]) == 0
+    results = json.loads(path.read_text())
+    assert [*results] == ["decode", "attention", "encode", "fit"]
+    decode, attention, encode, fit = (part["rows"] for part in results.values())
+    names = ["exact 32 bit", "mlx-lm 4 bit", "turboquant 4 bit", "qjl 2 bit"]
+    assert [(row["tokens"], row["cache"]) for row in decode] == [(n, name) for n in (96, 320) for name in names]
+    for exact, theirs, ours, _ in (decode[:4], decode[4:]):
+        assert ours["ratio"] == pytest.approx(ours["milliseconds"] / exact["milliseconds"])
+        assert ours["of_mlx_lm"] == pytest.approx(ours["milliseconds"] / theirs["milliseconds"])
+        assert ours["busy_ratio"] == pytest.approx(ours["busy_milliseconds"] / ours["milliseconds"])
+        weights = [row["roofline_milliseconds"] * 10 * 1e6 - row["held_bytes"] for row in (exact, ours)]
+        assert weights[0] == pytest.approx(weights[1])
+    assert decode[4]["held_bytes"] > decode[0]["held_bytes"]
+
+    few, most = attention[:4], attention[4:]
+    assert [row["cache"] for row in few] == [*names[:3], "spectralquant 4 bit"]
+    assert [row["bytes"] for row in most] == [row["bytes"] * 320 // 96 for row in few]
+    assert most[0]["ratio"] == most[0]["slope_ratio"] == 1
+    slopes = [most[i]["microseconds"] - few[i]["microseconds"] for i in (0, 2)]
+    assert most[2]["slope_ratio"] == pytest.approx(slopes[1] / slopes[0])
+    assert most[2]["of_ops"] == pytest.approx(most[2]["microseconds"] / most[2]["ops_microseconds"])
+    assert ["of_ops" in row for row in few] == [False, False, True, True]
+    assert [row["cache"] for row in encode] == ["turboquant 4 bit", "spectralquant 4 bit"]
+    assert [row["cache"] for row in fit] == ["spectralquant 4 bit"]
+
+    written = path.with_suffix(".md").read_text()
+    assert f"| qjl 2 bit | 320 | {decode[-1]['milliseconds']:.1f} |" in written
+    path.with_suffix(".md").unlink()
+    assert cli.main([*words, "--only"]) == 0
+    assert path.with_suffix(".md").read_text() == written
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads(path.read_text()) == results
+
+    capsys.readouterr()
+    assert cli.main([*words, "--only", "read"]) == 2
+    assert "no part 'read'" in capsys.readouterr().err
+    assert cli.main([*words, "--caches", "turboquant"]) == 2
+    assert "'turboquant' is no compressed cache: give METHOD:BITS" in capsys.readouterr().err
+
+
+def test_mlx_operations_are_timed_without_kernels_and_only_they(small_cpu, monkeypatch):
+    monkeypatch.delenv("VELOXLAB_KERNELS", raising=False)
+    seen = []
+    rows = cpu._in_turn({"it": [lambda: seen.append(os.environ.get("VELOXLAB_KERNELS"))]})
+    assert [row["cache"] for row in rows] == ["it"]
+    assert seen == [None, None, "0", None]
+
+
+def test_the_other_process_keeps_a_core_busy_only_while_it_runs():
+    with cpu_decode._other_process() as other:
+        with cpu_decode._running(other):
+            for _ in range(200):
+                if _state(other.pid) == "R":
+                    break
+                time.sleep(0.01)
+            assert _state(other.pid) == "R"
+        for _ in range(200):
+            if _state(other.pid) == "T":
+                break
+            time.sleep(0.01)
+        assert _state(other.pid) == "T"
+    assert other.returncode is not None
+
+
+def _state(pid: int) -> str:
+    """The state of a process, by the letter of Linux."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_module_is_the_command():
+    asked = [sys.executable, "-m", "veloxlab", "bench", "--help"]
+    assert "--busy" in subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+
+
 def test_the_committed_times_are_drawn():
     results = json.loads((shipped_folder("data") / "results" / "bench_h200.json").read_text())
     assert measurements.bench_picture(results).startswith(b"\x89PNG")
 
 
 def test_memory_is_measured_by_length_and_a_failing_step_is_no_number(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(models.SHAPES, "smollm2-135m", SMALL_MODEL)
-    monkeypatch.setitem(models.SHAPES, "one layer of 7B", SMALL_MODEL | {"num_hidden_layers": 1})
+    monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", SMALL_MODEL)
+    monkeypatch.setitem(shapes.SHAPES, "one layer of 7B", SMALL_MODEL | {"num_hidden_layers": 1})
     path = tmp_path / "memory.json"
     words = ["memory", "--random", "--tokens", "200", "70", "--layer-tokens", "64", "--quantized", "4"]
     assert cli.main([*words, "--quantized-upto", "100", "--json", str(path)]) == 0
@@ -233,7 +334,7 @@ def test_lengths_that_a_cache_cannot_go_back_to_are_left_out():
 
 
 def test_lengths_are_on_disk_as_they_come(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(models.SHAPES, "smollm2-135m", SMALL_MODEL | {"head_dim": 80})
+    monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", SMALL_MODEL | {"head_dim": 80})
     words = ["memory", "--random", "--tokens", "16", "--json", str(tmp_path / "memory.json")]
     assert cli.main(words) == 0
     results = json.loads((tmp_path / "memory.json").read_text())

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 
 
-def markdown(titles: str, cells: str, frame: pl.DataFrame, **more: Callable[[Row], object]) -> str:
-    """Return a Markdown table.
+def markdown(titles: str, cells: str, frame: pl.DataFrame | Sequence[Row], **more: Callable[[Row], object]) -> str:
+    """Return a Markdown table of a frame, or of rows.
 
     ``titles`` are parted by ``" | "``; a colon behind one aligns its column to the right. ``cells`` is the template of
     a line, with the fields of a row, and ``more`` that follow from them.
@@ -21,7 +21,8 @@ def markdown(titles: str, cells: str, frame: pl.DataFrame, **more: Callable[[Row
     columns = titles.split(" | ")
     marks = ["---:" if title.endswith(":") else "---" for title in columns]
     head = " | ".join(title.removesuffix(":") for title in columns)
-    rows = [row | {name: made(row) for name, made in more.items()} for row in frame.iter_rows(named=True)]
+    given = frame if isinstance(frame, Sequence) else frame.iter_rows(named=True)
+    rows = [row | {name: made(row) for name, made in more.items()} for row in given]
     return "\n".join([f"| {head} |", f"|{'|'.join(marks)}|", *(f"| {cells.format(**row)} |" for row in rows)])
 
 

@@ -6,10 +6,9 @@ import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import mlx.core as mx
-import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.checks import FILE, checked
@@ -18,6 +17,9 @@ from veloxlab.codecs.saving import check_version, from_parts, to_parts
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.store import digest, read_json, reading, write_json
+
+if TYPE_CHECKING:
+    import polars as pl
 
 FORMAT = "veloxlab calibration 3"
 Place = tuple[int, Tensor, int]  # layer, tensor, bits
@@ -86,6 +88,8 @@ class Calibration:
     @property
     def frame(self) -> pl.DataFrame:
         """One row per codec: ``layer, tensor, bits, true_bits, table_bytes``."""
+        import polars as pl
+
         rows = [(*place, codec.bits_per_value, codec.shared_bytes) for place, codec in self.codecs.items()]
         return pl.DataFrame(rows, schema=["layer", "tensor", "bits", "true_bits", "table_bytes"], orient="row")
 

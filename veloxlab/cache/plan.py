@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab import checks
@@ -19,6 +18,9 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import name_of
 from veloxlab.mlxlm.probe import exact_width, probe
 from veloxlab.store import digest, reading, write_atomically
+
+if TYPE_CHECKING:
+    import polars as pl
 
 FORMAT = "veloxlab plan 1"
 Chunk = Literal["exact", "codes"]
@@ -151,6 +153,8 @@ class Plan:
     @property
     def frame(self) -> pl.DataFrame:
         """One row per layer: ``layer, key_method, key_bits, value_method, value_bits``; code bits, means over heads."""
+        import polars as pl
+
         rows = []
         for i, layer in enumerate(self.layers):
             row: dict[str, Any] = {"layer": i}

@@ -12,11 +12,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from veloxlab import __version__
 from veloxlab.cli import measurements
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
@@ -160,8 +160,10 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         "time attention, encoding and decoding on this device",
         measurements.time_kernels,
         FILE,
-        _many("--tokens", "context lengths (default: 4096 32768 131072)", int),
-        _many("--only", "measure only these parts; keep the other parts of FILE", choices=measurements.PARTS),
+        _many("--tokens", "context lengths (default: 4096 32768 131072; on a CPU 512 2048 8192)", int),
+        _many("--only", "measure only these parts; keep the others of FILE", choices=measurements.PARTS, nargs="*"),
+        _many("--caches", "compressed caches to decode with on a CPU, as METHOD:BITS (default: turboquant:4)"),
+        ("--busy", {"action": "store_true", "help": "on a CPU, also decode while another process keeps a core busy"}),
     ),
     "memory": (
         "measure peak memory and time per token, by length of text",
@@ -188,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="veloxlab",
         description="Without a command, open JupyterLab at the tour notebook. Arguments after -- go to JupyterLab.",
     )
-    parser.add_argument("--version", action="version", version=f"veloxlab {version('veloxlab')}")
+    parser.add_argument("--version", action="version", version=f"veloxlab {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command")
     for command, (about, _, *arguments) in COMMANDS.items():
         also = f"Options of mlx_lm.{OF_MLX_LM[command]} are also accepted." if command in OF_MLX_LM else None

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from veloxlab import runtime
 from veloxlab.cli import tables
+from veloxlab.errors import InputError
 from veloxlab.progress import say
 from veloxlab.store import check_place, make_folder, write_atomically, write_parquet
 
 if TYPE_CHECKING:
     import polars as pl
 
-PARTS = ("attention", "methods", "encode", "decode", "read")
+PARTS = ("attention", "methods", "encode", "decode", "read", "fit")
 
 
 def compare_caches(model: str, out: Path, **text: Any) -> None:
@@ -83,28 +87,64 @@ def results_name(model: str) -> str:
     return path.stem if path.suffix.lower() == ".gguf" else path.name
 
 
-def time_kernels(file: Path | None, tokens: Sequence[int] | None, only: Sequence[str] | None) -> None:
-    """Time attention, encoding, decoding and reading; write the times and the device as JSON."""
+def time_kernels(
+    file: Path | None,
+    tokens: Sequence[int] | None,
+    only: Sequence[str] | None,
+    caches: Sequence[str] | None,
+    busy: bool,
+) -> None:
+    """Time attention, encoding, decoding and reading; write times and device as JSON, as tables, and as a chart.
+
+    With no part in ``only``, nothing is timed, and what FILE has is written again as tables and chart.
+    """
+    facts, parts = _on_cpu(tokens, caches, busy) if runtime.backend() == "cpu" else _on_gpu(tokens)
+    unknown = [name for name in only or () if name not in parts]
+    if unknown:
+        raise InputError(f"This device has no part {unknown[0]!r}: choose from {', '.join(parts)}.")
+    if file:
+        check_place(file)
+    kept = json.loads(file.read_text()) if only is not None and file and file.exists() else {}
+    for name in parts if only is None else only:
+        rows = parts[name]()  # which try kernels: the facts say what came of it
+        kept[name] = {"facts": facts(), "rows": rows}
+        _write_json(file, kept)
+    if file and "attention" in kept:
+        write_atomically(file.with_suffix(".md"), f"{tables.bench_tables(kept)}\n".encode())
+        if find_spec("altair") is None or find_spec("vl_convert") is None:
+            print("Altair and vl-convert, which draw the chart, are not installed.", file=sys.stderr)
+        else:
+            write_atomically(file.with_suffix(".png"), bench_picture(kept))
+
+
+_Parts = tuple[Callable[[], dict[str, Any]], dict[str, Callable[[], Any]]]
+"""What gives the facts of a device, and what measures each part."""
+
+
+def _on_gpu(tokens: Sequence[int] | None) -> _Parts:
     from veloxlab.codecs import METHODS
     from veloxlab.measure.bench import models, timing
 
     tokens = tuple(tokens or timing.TOKENS)
-    parts: dict[str, Callable[[], Any]] = {
+    return timing.facts, {
         "attention": lambda: timing.decode_attention(tokens=tokens),
         "methods": lambda: timing.attention_of_methods([name for name in METHODS if name != "none"]),
         "encode": timing.encode_steps,
         "decode": lambda: models.decode_steps(tokens=tokens),
         "read": models.read_prompts,
     }
-    if file:
-        check_place(file)
-    kept = json.loads(file.read_text()) if only and file and file.exists() else {}
-    for name in only or parts:
-        kept[name] = {"facts": timing.facts(), "rows": parts[name]()}
-        _write_json(file, kept)
-    if file and "attention" in kept:
-        write_atomically(file.with_suffix(".png"), bench_picture(kept))
-        write_atomically(file.with_suffix(".md"), f"{tables.bench_tables(kept)}\n".encode())
+
+
+def _on_cpu(tokens: Sequence[int] | None, caches: Sequence[str] | None, busy: bool) -> _Parts:
+    from veloxlab.measure.bench import cpu, cpu_decode
+
+    tokens, say = tuple(tokens or cpu.TOKENS), partial(print, flush=True)
+    return cpu.facts, {
+        "decode": lambda: cpu_decode.decode(tokens, tuple(caches or cpu_decode.CACHES), busy, progress=say),
+        "attention": lambda: cpu.attention_of_methods(tokens, progress=say),
+        "encode": lambda: cpu.encode(progress=say),
+        "fit": lambda: cpu.fit(progress=say),
+    }
 
 
 def bench_picture(results: dict[str, Any]) -> bytes:

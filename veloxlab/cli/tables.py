@@ -68,9 +68,11 @@ def ratio_table(frame: pl.DataFrame) -> str:
 
 def bench_tables(results: dict[str, Any]) -> str:
     """Give the times of attention of every shape that ``veloxlab bench`` wrote, each under a line that names it."""
+    facts = results["attention"]["facts"]
+    if facts["backend"] == "cpu":
+        return _cpu_tables(results)
     import polars as pl
 
-    facts = results["attention"]["facts"]
     tables = [f"Attention of one query token on an {facts['device']}, {facts['date']}"]
     for shape, rows in pl.DataFrame(results["attention"]["rows"]).group_by(*SHAPE, maintain_order=True):
         times = rows.pivot("tokens", index="cache", values=["microseconds", "ratio"], sort_columns=True)
@@ -80,6 +82,52 @@ def bench_tables(results: dict[str, Any]) -> str:
         named = "{} query heads, {} KV heads, head dimension {}".format(*shape)
         tables.append(f"{named}\n\n{markdown(titles, cells, times.fill_null(float('nan')))}")
     return "\n\n".join(tables)
+
+
+_CPU_TABLES = {  # part: heading, titles, cells
+    "decode": (
+        "A token of a model of SmolLM2's shape, behind so many others",
+        "cache | tokens: | ms, median: | ms, least: | of exact: | of mlx-lm: | held, MB: | ms, memory alone: | "
+        "with a core busy:",
+        "{cache} | {tokens:,} | {milliseconds:.1f} | {least_milliseconds:.1f} | {ratio:.2f}× | {of_mlx_lm:.2f}× | "
+        "{held_bytes} | {roofline_milliseconds:.1f} | {busy_ratio}",
+    ),
+    "attention": (
+        "Attention of one token in one layer",
+        "cache | tokens: | µs, median: | µs, least: | of exact: | slope, of exact: | of MLX operations: | "
+        "µs, memory alone: | GB/s:",
+        "{cache} | {tokens:,} | {microseconds:,.0f} | {least_microseconds:,.0f} | {ratio:.2f}× | {slope_ratio} | "
+        "{of_ops} | {roofline_microseconds:,.0f} | {gigabytes_per_second:.1f}",
+    ),
+    "encode": (
+        "Encoding of the keys and values of one layer",
+        "cache | tokens: | µs, median: | µs, least: | by MLX operations, µs: | of MLX operations:",
+        "{cache} | {tokens:,} | {microseconds:,.0f} | {least_microseconds:,.0f} | {ops_microseconds:,.0f} | {of_ops}",
+    ),
+}
+_CPU_TABLES["fit"] = ("Fitting to the keys and values of one layer", *_CPU_TABLES["encode"][1:])
+
+
+def _times(name: str, digits: int) -> Callable[[Row], str]:
+    return lambda row: f"{row[name]:.{digits}f}×" if name in row else ""
+
+
+def _cpu_tables(results: dict[str, Any]) -> str:
+    """Give what was timed on a CPU, part by part."""
+    facts = results["attention"]["facts"]
+    said = (
+        "{device}, {cores} cores, {threads} threads of kernels, {blas_threads} of OpenBLAS, {gigabytes_per_second:.1f} "
+        "GB/s from memory, {date}. Times of one run, in turn; less than 1× is faster."
+    )
+    texts = [said.format(**facts)]
+    for part, (heading, titles, cells) in _CPU_TABLES.items():
+        if part in results:
+            more = {name: _times(name, digits) for name, digits in (("slope_ratio", 2), ("of_ops", 3))}
+            more |= {"busy_ratio": _times("busy_ratio", 2)}
+            if part == "decode":
+                more["held_bytes"] = _scaled("held_bytes", 1e-6)
+            texts.append(f"{heading}\n\n{markdown(titles, cells, results[part]['rows'], **more)}")
+    return "\n\n".join(texts)
 
 
 def lengths_table(frame: pl.DataFrame) -> str:

@@ -17,11 +17,12 @@ import mlx.core as mx
 import polars as pl
 from mlx.nn.layers.base import Module
 from mlx_lm.models.cache import can_trim_prompt_cache
-from mlx_lm.models.llama import Model, ModelArgs
+from mlx_lm.models.llama import Model
 
 from veloxlab.cache.counts import CHUNK
 from veloxlab.cache.make import make_cache
 from veloxlab.errors import InputError
+from veloxlab.measure.bench.shapes import random_model
 from veloxlab.measure.bench.timing import TOKENS, Row, Shape, Tell, vectors
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.frames import schema
@@ -134,25 +135,6 @@ def _settle() -> None:
     mx.clear_cache()
     mx.synchronize()
     mx.reset_peak_memory()
-
-
-_FIELDS = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-SHAPES: dict[str, dict[str, Any]] = {
-    "smollm2-135m": dict(zip(_FIELDS, (576, 30, 1536, 9, 3), strict=True)) | {"rope_theta": 1e5},
-    "one layer of 7B": dict(zip(_FIELDS, (4096, 1, 14336, 32, 8), strict=True)) | {"rope_theta": 1e6},  # of Mistral's
-}
-"""Shapes of models that can be measured without their weights."""
-
-
-def random_model(shape: str, **changes: Any) -> Model:
-    """A model of one of `SHAPES`, but for ``changes``, with random weights in half precision and a small vocabulary."""
-    if shape not in SHAPES:
-        raise InputError(f"No shape of {shape!r} is known: choose one of {', '.join(map(repr, SHAPES))}.")
-    usual = {"model_type": "llama", "rms_norm_eps": 1e-5, "vocab_size": 96}
-    model = Model(ModelArgs(**{**usual, **SHAPES[shape], **changes}))
-    model.set_dtype(mx.float16)
-    mx.eval(model.parameters())
-    return model
 
 
 def decode_steps(

@@ -211,7 +211,11 @@ def mlx_lm(shape: Shape, tokens: int, bits: int) -> Cache:
 
 def over_codes(shape: Shape, tokens: int, bits: int, method: str = "turboquant") -> Cache:
     """Attention over the codes of a method: those of `_TILE` random vectors, over and over."""
-    codecs, tiles = _coded(shape, min(_TILE, tokens), bits, method)
+    return repeated(shape, tokens, *_coded(shape, min(_TILE, tokens), bits, method))
+
+
+def repeated(shape: Shape, tokens: int, codecs: Sequence[Codec], tiles: Sequence[Code]) -> Cache:
+    """Attention over copies of codes of keys and of values, ``tokens`` in all."""
 
     def copied(tile: mx.array) -> mx.array:
         return mx.contiguous(mx.concatenate([tile] * -(-tokens // tile.shape[2]), axis=2)[:, :, :tokens] + 0)
@@ -227,12 +231,12 @@ def _coded(shape: Shape, tokens: int, bits: int, method: str) -> tuple[list[Code
     return codecs, [codec.encode(vectors(shape, tokens)) for codec in codecs]
 
 
-def fitted(method: str, shape: Shape, tensor: Tensor, bits: int = METHOD_BITS) -> Codec:
+def fitted(method: str, shape: Shape, tensor: Tensor, bits: int = METHOD_BITS, tokens: int = 0) -> Codec:
     """A codec of a method, fitted to random vectors; of RateQuant with heads of two widths."""
     options: Row = {}
     if METHODS[method].per_head:
         options["head_bits"] = tuple(bits + (-1) ** head for head in range(shape.kv_heads))
-    sample = Sample(vectors(shape, 2 * shape.head_dim), rope=Rope(shape.head_dim))
+    sample = Sample(vectors(shape, tokens or 2 * shape.head_dim), rope=Rope(shape.head_dim))
     return METHODS[method].codec(shape.head_dim, bits, tensor, **options).fit(sample)
 
 

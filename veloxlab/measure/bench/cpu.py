@@ -1,0 +1,230 @@
+"""A CPU: attention, encoding and fitting of every method, for one layer of SmolLM2's shape, in float32.
+
+Times are medians, with the least beside. What is compared is timed in turn, round after round, so that other work on
+the machine slows all of it: read times as ratios of one run, where less than 1 is faster. Tokens are random.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import timeit
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache, partial
+from statistics import median
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models import base
+
+from veloxlab import runtime
+from veloxlab.codecs import METHODS, TENSORS, Codec
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.parts.rope import Rope
+from veloxlab.kernels.devices import SWITCH
+from veloxlab.measure.bench import timing
+from veloxlab.measure.bench.timing import Row, Shape, Tell
+from veloxlab.mlxlm.probe import GROUP
+
+SHAPE = Shape(9, 3, 64)
+TOKENS = (512, 2048, 8192)
+EXACT, MLX_LM = "exact 32 bit", "mlx-lm 4 bit"
+SAMPLE = 1024  # tokens that fit a codec, and that are encoded and repeated
+LAYERS = 8  # caches that attention reads in turn, so that their bytes come from memory
+ROUNDS = 9
+OPS_ROUNDS = 3  # of MLX operations, which may take a hundred times as long
+_READ = 1 << 29  # bytes, more than any processor's caches
+_BITS = {"vecinfer": 3, "commvq": 2}
+
+Work = Callable[[], object]
+
+
+def facts() -> Row:
+    """What `timing.facts` gives, threads, and the speed of the memory."""
+    threads = {"cores": runtime.cores(), "threads": runtime.threads(), "blas_threads": runtime.blas_threads()}
+    return timing.facts() | threads | {"gigabytes_per_second": bandwidth()}
+
+
+@cache
+def bandwidth() -> float:
+    """Gigabytes a second that the threads of this process read together, the most of `ROUNDS` times."""
+    parts = np.array_split(np.ones(_READ // 4, np.float32), runtime.threads())
+    with ThreadPoolExecutor(len(parts)) as pool:
+        return _READ / min(timeit.repeat(lambda: list(pool.map(np.max, parts)), number=1, repeat=ROUNDS)) / 1e9
+
+
+def attention_of_methods(tokens: Sequence[int] = TOKENS, progress: Tell = print) -> list[Row]:
+    """Attention of one token to the fewest and the most of ``tokens``, in one layer: exact, mlx-lm's, every method.
+
+    Rows: ``cache, query_heads, kv_heads, head_dim, tokens, microseconds, least_microseconds, ratio`` (of exact
+    attention's time), ``slope_ratio`` (the same of the time that each further token takes; on rows of the most tokens),
+    ``ops_microseconds, of_ops`` (of the time of MLX operations), ``bytes, gigabytes_per_second,
+    roofline_microseconds``.
+    """
+    tiles = {name: [codec.encode(vectors(SAMPLE)) for codec in own] for name, own in codecs(progress).items()}
+    rows: list[Row] = []
+    for count in sorted({min(tokens), max(tokens)}):
+        ways: dict[str, Callable[[], timing.Cache]] = {EXACT: partial(_exact, count), MLX_LM: partial(_mlx_lm, count)}
+        for name, own in codecs().items():
+            ways[_titled(name)] = partial(timing.repeated, SHAPE, count, own, tiles[name])
+        query = mx.random.normal((1, SHAPE.query_heads, 1, SHAPE.head_dim))
+        made = {name: [way() for _ in range(LAYERS)] for name, way in ways.items()}
+        mx.eval(query, [arrays for own in made.values() for _, arrays in own])
+        works: dict[str, list[Work]] = {
+            name: [partial(_attended, attend, query) for attend, _ in own] for name, own in made.items()
+        }
+        size = {name: sum(array.nbytes for _, array in tree_flatten(own[0][1])) for name, own in made.items()}  # type: ignore[misc, union-attr]
+        for row in _in_turn(works, without_ops=(EXACT, MLX_LM)):
+            moved = size[row["cache"]]
+            row |= {"tokens": count, **asdict(SHAPE), "bytes": moved}
+            row |= {"gigabytes_per_second": moved / row["microseconds"] / 1e3}
+            row |= {"roofline_microseconds": moved / bandwidth() / 1e3}
+            rows.append(row)
+            progress(f"attention to {count} tokens: {said(row, 'microseconds', 'µs')}")
+    return _with_ratios(rows)
+
+
+def _with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the fewest tokens and of the most, with ratios to exact attention, the first row of each."""
+    few, most = ([row for row in rows if row["tokens"] == at] for at in (rows[0]["tokens"], rows[-1]["tokens"]))
+    for one in (few, most):
+        for row in one:
+            row["ratio"] = row["microseconds"] / one[0]["microseconds"]
+    if few != most:
+        slopes = [late["microseconds"] - early["microseconds"] for early, late in zip(few, most, strict=True)]
+        for row, slope in zip(most, slopes, strict=True):
+            row["slope_ratio"] = slope / slopes[0]
+    return list(rows)
+
+
+def encode(progress: Tell = print) -> list[Row]:
+    """Encoding of `SAMPLE` tokens of one layer: ``cache, tokens, microseconds, least_microseconds, of_ops``, …"""
+    x = [vectors(SAMPLE) for _ in TENSORS]
+    works: dict[str, list[Work]] = {
+        _titled(name): [partial(_encoded, own, x)] for name, own in codecs(progress).items()
+    }
+    return [_told(row, "encoding", progress) for row in _in_turn(works)]
+
+
+def fit(progress: Tell = print) -> list[Row]:
+    """Fitting to `SAMPLE` tokens of one layer, of methods that are calibrated: rows as those of `encode`."""
+    sample = Sample(vectors(SAMPLE), rope=Rope(SHAPE.head_dim))
+    works: dict[str, list[Work]] = {}
+    for name, own in codecs(progress).items():
+        if METHODS[name].calibrated:
+            works[_titled(name)] = [lambda own=own: [tuple(vars(codec.fit(sample)).values()) for codec in own]]  # type: ignore[misc]
+    return [_told(row, "fitting", progress) for row in _in_turn(works, rounds=OPS_ROUNDS, ops_rounds=1)]
+
+
+def _attended(attend: Callable[[mx.array], mx.array], query: mx.array) -> mx.array:
+    return attend(mx.array(query))  # mlx-lm's quantized attention scales its query in place
+
+
+def _encoded(codecs: Sequence[Codec], x: Sequence[mx.array]) -> list[dict[str, mx.array]]:
+    return [codec.encode(part).arrays for codec, part in zip(codecs, x, strict=True)]
+
+
+def _told(row: Row, what: str, progress: Tell) -> Row:
+    progress(f"{what} {SAMPLE} tokens: {said(row, 'microseconds', 'µs')}")
+    return row | {"tokens": SAMPLE}
+
+
+def said(row: Row, time: str, unit: str) -> str:
+    """A row in words, for progress: ``time`` is the column that has it, in ``unit``."""
+    beside = {"ratio": "of exact", "of_mlx_lm": "of mlx-lm's", "of_ops": "of MLX operations", "busy_ratio": "when busy"}
+    ratios = [f", {row[name]:.3g} {words}" for name, words in beside.items() if row.get(name)]
+    return f"{row['cache']}, {row[time]:.4g} {unit}{''.join(ratios)}"
+
+
+def _in_turn(
+    works: Mapping[str, Sequence[Work]],
+    *,
+    without_ops: Sequence[str] = (),
+    rounds: int | None = None,
+    ops_rounds: int | None = None,
+) -> Iterator[Row]:
+    """Time all ``works`` in rounds, and the first of each with MLX operations: a row for each name."""
+    for own in works.values():
+        for work in own:
+            seconds(work)
+    spent, by_ops = ({name: list[float]() for name in works} for _ in range(2))
+    rounds, ops_rounds = rounds or ROUNDS, ops_rounds or OPS_ROUNDS
+    for i in range(max(rounds, ops_rounds)):
+        for name, own in works.items():
+            if i < rounds:
+                spent[name] += [1e6 * seconds(work) for work in own]
+            if i < ops_rounds and name not in without_ops:
+                with _operations():
+                    by_ops[name].append(1e6 * seconds(own[0]))
+    for name, times in spent.items():
+        row: Row = {"cache": name, "microseconds": median(times), "least_microseconds": min(times)}
+        if by_ops[name]:
+            slow = median(by_ops[name])
+            row |= {"ops_microseconds": slow, "of_ops": row["microseconds"] / slow}
+        yield row
+
+
+def seconds(work: Work) -> float:
+    """Time to do ``work`` and to evaluate what it gives."""
+    start = time.perf_counter()
+    mx.eval(work())
+    return time.perf_counter() - start
+
+
+@contextmanager
+def _operations() -> Iterator[None]:
+    """Without kernels."""
+    before = os.environ.get(SWITCH)
+    os.environ[SWITCH] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop(SWITCH)
+        os.environ.update({SWITCH: before} if before is not None else {})
+
+
+def vectors(tokens: int) -> mx.array:
+    """Random keys or values of one layer."""
+    x = timing.vectors(SHAPE, tokens).astype(mx.float32)
+    mx.eval(x)
+    return x
+
+
+def _exact(tokens: int) -> timing.Cache:
+    k, v = vectors(tokens), vectors(tokens)
+    return lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=SHAPE.scale), (k, v)
+
+
+def _mlx_lm(tokens: int) -> timing.Cache:
+    k, v = (mx.quantize(vectors(tokens), group_size=GROUP, bits=4) for _ in TENSORS)
+    attend = partial(base.quantized_scaled_dot_product_attention, group_size=GROUP, bits=4)
+    return lambda q: attend(q, k, v, scale=SHAPE.scale, mask=None), (k, v)
+
+
+def _bits(method: str) -> int:
+    return _BITS.get(method, timing.METHOD_BITS)
+
+
+def _titled(method: str) -> str:
+    return f"{method} {_bits(method)} bit"
+
+
+def fitted(method: str, bits: int) -> list[Codec]:
+    """Codecs of keys and of values, fitted to random vectors."""
+    return [timing.fitted(method, SHAPE, tensor, bits, SAMPLE) for tensor in TENSORS]
+
+
+_codecs: dict[str, list[Codec]] = {}
+
+
+def codecs(progress: Tell = print) -> dict[str, list[Codec]]:
+    """Codecs of keys and of values of every method, fitted once."""
+    for name in METHODS:
+        if name not in _codecs and name != "none":
+            progress(f"fitting {_titled(name)}")
+            _codecs[name] = fitted(name, _bits(name))
+    return _codecs
