@@ -61,8 +61,8 @@ def test_requests_at_once_get_the_answers_they_get_alone():
             assert at_once == alone
 
 
-def test_the_beginning_of_a_conversation_is_reused():
-    with serving(*SETTINGS) as port:
+def test_the_beginning_of_a_conversation_is_reused(chat_model):
+    with serving(*SETTINGS, model=chat_model) as port:
         answer, _ = ask(port, question(QUESTIONS[1][0]), 24)
         turns = [*question(QUESTIONS[1][0]), {"role": "assistant", "content": answer}, *question("Thank you. And 11?")]
         _, held = ask(port, turns, 5)
@@ -137,10 +137,14 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
-def test_a_prompt_cache_is_made_and_continued_in_another_process(tmp_path, chat_model):
+def test_a_prompt_cache_is_continued_in_another_process_and_one_of_another_width_is_refused(tmp_path, chat_model):
     file = str(tmp_path / "prompt.safetensors")
     text = "The lighthouse keeper is called Ida. " + vl.texts.excerpt()[:200]
     run("cache-prompt", chat_model, "--bits", "4", "--prompt", text, "--prompt-cache-file", file)
+    again = ["generate", chat_model, "--bits", "8", "--prompt-cache-file", file, "--prompt", "x"]
+    done = subprocess.run([*VELOXLAB, *again], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "This prompt cache holds turboquant at" in done.stderr
     asked = ("--prompt", "Who is the lighthouse keeper?", "--max-tokens", "12")
     assert "==========" in run("generate", chat_model, "--prompt-cache-file", file, *asked)
 
@@ -171,12 +175,3 @@ def test_a_prompt_cache_is_made_and_continued_in_another_process(tmp_path, chat_
 def test_what_contradicts_a_compressed_cache_is_refused_in_a_sentence(capsys, chat_model, arguments, sentence):
     assert cli.main([chat_model if word is TINY else word for word in arguments]) == 2
     assert sentence in capsys.readouterr().err
-
-
-def test_a_prompt_cache_of_another_width_is_refused(tmp_path, chat_model):
-    file = str(tmp_path / "prompt.safetensors")
-    run("cache-prompt", chat_model, "--bits", "4", "--prompt", "Hello there.", "--prompt-cache-file", file)
-    again = ["generate", chat_model, "--bits", "8", "--prompt-cache-file", file, "--prompt", "x"]
-    done = subprocess.run([*VELOXLAB, *again], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "This prompt cache holds turboquant at" in done.stderr

@@ -36,11 +36,6 @@ def model() -> Any:
     return tiny("llama")
 
 
-@pytest.fixture(scope="module")
-def rates(model):
-    return vl.rate_budget(model, Letters(), methods="turboquant", bits=(2, 4), tokens=64)
-
-
 @pytest.fixture
 def before(monkeypatch, tmp_path) -> Callable[[], dict[str, int]]:
     """Counts widgets, threads and captures that came since the test began."""

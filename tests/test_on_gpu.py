@@ -31,29 +31,23 @@ def suite(tmp_path, monkeypatch):
     return path
 
 
-def test_every_comparison_is_counted_once(suite):
-    tests = on_gpu.tests_of(suite)
-    assert len(tests) == 6
-    found = on_gpu.parity(tests, 2)
-    assert (found["passed"], found["skipped"]) == (4, 1)
-    (failed,) = found["failed"]
-    assert "test_numbers[3]" in failed  # type: ignore[has-type]
-
-
 def test_a_process_that_dies_is_a_failure_of_its_tests(suite):
     suite.write_text(SUITE.replace("assert number != 3", "assert number < 3 or __import__('os')._exit(1)"))
-    tests = on_gpu.tests_of(suite)
+    tests = [f"{suite.name}::test_numbers[{number}]" for number in range(5)] + [f"{suite.name}::test_of_none"]
     found = on_gpu.parity(tests, 1)
     assert found["failed"] == ["ERROR 6 tests of this process gave no outcome (exit code 1)"]
 
 
-def test_results_are_written_and_a_failure_is_told(suite, tmp_path, monkeypatch, capsys):
+def test_every_comparison_is_counted_once_and_a_failure_is_told(suite, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(on_gpu, "SUITE", suite)
+    monkeypatch.setattr(on_gpu.os, "cpu_count", lambda: 4)  # type: ignore[attr-defined]  # two processes
     benched = []
     monkeypatch.setattr(on_gpu.cli, "main", lambda words: benched.append(words) or 0)  # type: ignore[attr-defined]
     assert on_gpu.main([str(tmp_path / "out"), "--tokens", "64"]) == 1
     written = json.loads((tmp_path / "out" / "parity.json").read_text())
-    assert written["passed"] == 4
+    assert (written["passed"], written["skipped"]) == (4, 1)
+    (failed,) = written["failed"]
+    assert "test_numbers[3]" in failed
     assert "driver" in written["facts"]
     assert benched == [["bench", "--json", str(tmp_path / "out" / "bench.json"), "--tokens", "64"]]
     assert "4 passed, 1 failed, 1 skipped" in capsys.readouterr().out

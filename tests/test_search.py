@@ -399,9 +399,11 @@ def here(file):
     return vl.search(file, methods=TWO, **SETTINGS)
 
 
-def test_a_pool_of_processes_gives_the_same(file, here):
+def test_a_pool_of_processes_gives_the_same_and_says_what_is_wrong_as_this_process_does(file, here, tmp_path):
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert same(here, vl.search(file, methods=TWO, executor=pool, **SETTINGS))
+        with pytest.raises(InputError, match=r"gone\.gguf"):
+            vl.search(tmp_path / "gone.gguf", methods=TWO, executor=pool, **SETTINGS)
 
 
 def test_threads_give_the_same_and_share_calibrations_by_their_folder(file, tmp_path):
@@ -498,14 +500,6 @@ def test_what_waits_is_cancelled_when_progress_raises(file):
             vl.search(file, methods=TWO, executor=pool, progress=stop, **SETTINGS)
         assert sum(future.cancelled() for future in pool.futures) == 6  # of eight, one is done and one runs
         stopped.set()
-
-
-def test_a_worker_says_what_is_wrong_as_this_process_does(tmp_path):
-    with (
-        ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool,
-        pytest.raises(InputError, match="gone.gguf"),
-    ):
-        vl.search(tmp_path / "gone.gguf", methods=TWO, executor=pool, **SETTINGS)
 
 
 def test_jobs_are_the_same_on_the_other_side_of_a_pipe(file):

@@ -11,13 +11,24 @@ from playwright.sync_api import Locator, Page
 
 from veloxlab.views import theme
 
+# for what is not about a model's answers; with as many layers and KV heads as the tests walk through
+SMALL_MODEL = """
+import veloxlab as vl
+from tests.test_lab_pages import Letters
+from tests.tiny_models import tiny
+model, tokenizer = tiny("llama", num_hidden_layers=9, num_attention_heads=6, num_key_value_heads=3), Letters()
+"""
+
+# milliseconds: a look at every frame would make the page draw frames, and measure its charts, as fast as it can
+INTERVAL = 50
+
 IS_LIGHT = "document.body.dataset.jpThemeLight === '%s'"
 
 
 def turn(page: Page, theme: str) -> None:
     """Turn JupyterLab to the theme ``"Light"`` or ``"Dark"``, and wait until it has turned."""
     page.evaluate(f"() => window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {theme}'}})")
-    page.wait_for_function("() => " + IS_LIGHT % ("true" if theme == "Light" else "false"))
+    page.wait_for_function("() => " + IS_LIGHT % ("true" if theme == "Light" else "false"), polling=INTERVAL)
     page.locator("#jupyterlab-splash").wait_for(state="detached")
 
 
@@ -56,6 +67,7 @@ class Shown:
         self.page.wait_for_function(
             f"([before, charts]) => {{ const now = {self._texts}; return charts.every((i) => now[i] !== before[i]); }}",
             arg=[before, list(charts)],
+            polling=INTERVAL,
         )
         return float(self.page.evaluate("() => window.moved.drawn - window.moved.acted"))
 
@@ -70,11 +82,11 @@ class Shown:
 
     def idle(self) -> None:
         """Wait until nothing is measured any more."""
-        self.page.wait_for_function(f"() => {self._bar} === 'hidden'")
+        self.page.wait_for_function(f"() => {self._bar} === 'hidden'", polling=INTERVAL)
 
     def busy(self) -> None:
         """Wait until something is measured."""
-        self.page.wait_for_function(f"() => {self._bar} === 'visible'")
+        self.page.wait_for_function(f"() => {self._bar} === 'visible'", polling=INTERVAL)
 
     def picture(self, name: str, height: int = 0) -> None:
         """Keep a screenshot of this name, where a person asked for them by VELOXLAB_PICTURES."""
@@ -94,7 +106,8 @@ class Shown:
               if (!chart.checkVisibility()) return true;
               const fills = [...chart.querySelectorAll("text")].map((text) => text.getAttribute("fill"));
               return fills.includes("{dark}") && !fills.includes("{light}");
-            }})"""
+            }})""",
+            polling=INTERVAL,
         )
         self.picture(name and f"{name}_dark", height)
 

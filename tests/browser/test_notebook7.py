@@ -8,8 +8,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from tests.browser.conftest import Visit, opener, served
-from tests.browser.shown import Shown
-from tests.browser.test_pages import CELLS, LAB
+from tests.browser.shown import SMALL_MODEL, Shown
 
 pytestmark = pytest.mark.browser
 
@@ -27,11 +26,11 @@ def notebook7(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Ite
 
 
 def test_the_laboratory_moves_its_charts_in_notebook_7(notebook7):
-    visit = notebook7(*CELLS, name="lab.ipynb")
+    visit = notebook7(SMALL_MODEL, "vl.Lab(model, tokenizer, tokens=128)", name="lab.ipynb")
     page = visit.page
     page.set_default_timeout(90_000)
     assert page.evaluate("() => window.jupyterapp.name") == "Jupyter Notebook"
-    lab = Shown(page, LAB)
+    lab = Shown(page, ".veloxlab-lab")
     lab.drawn(3)
 
     # Notebook keeps arrow keys from sliders, unless they say that they want them
