@@ -14,6 +14,7 @@ import pytest
 import veloxlab as vl
 from veloxlab import checkup, runtime
 from veloxlab.checkup import Check, doctor
+from veloxlab.kernels import checked, devices
 from veloxlab.models import loading
 
 on_linux_x86 = pytest.mark.skipif(
@@ -175,7 +176,16 @@ def test_memory_offered_is_what_a_control_group_allows(groups):
     planner.close()
 
 
+@pytest.fixture
+def afresh():
+    """The number of threads is found again in this test, and after it."""
+    runtime.threads.cache_clear()
+    yield
+    runtime.threads.cache_clear()
+
+
 @on_linux_x86
+@pytest.mark.usefixtures("afresh")
 @pytest.mark.parametrize(
     ("quota", "given", "asked"),
     [
@@ -183,9 +193,19 @@ def test_memory_offered_is_what_a_control_group_allows(groups):
         ("150000 100000", {}, {"OPENBLAS_THREAD_TIMEOUT": "4", "OPENBLAS_NUM_THREADS": "2"}),
         ("150000 100000", {"OMP_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": "3", "OPENBLAS_THREAD_TIMEOUT": "4"}),
         ("max 100000", {"OPENBLAS_THREAD_TIMEOUT": "20"}, {"OPENBLAS_THREAD_TIMEOUT": "20"}),
+        (
+            "150000 100000",
+            {"VELOXLAB_THREADS": "3"},
+            {"VELOXLAB_THREADS": "3", "OPENBLAS_THREAD_TIMEOUT": "4", "OPENBLAS_NUM_THREADS": "3"},
+        ),
+        (
+            "max 100000",
+            {"VELOXLAB_THREADS": "3", "GOTO_NUM_THREADS": "1"},
+            {"VELOXLAB_THREADS": "3", "GOTO_NUM_THREADS": "1", "OPENBLAS_THREAD_TIMEOUT": "4"},
+        ),
     ],
 )
-def test_openblas_is_asked_for_short_spins_and_no_more_threads_than_a_quota(groups, monkeypatch, quota, given, asked):
+def test_openblas_is_asked_for_short_spins_and_as_many_threads_as_kernels(groups, monkeypatch, quota, given, asked):
     groups("0::/", **{"cpu.max": quota})
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4))
     monkeypatch.setattr(os, "environ", dict(given))
@@ -199,6 +219,36 @@ def test_openblas_is_loaded_with_these_settings():
     command = [sys.executable, "-c", program]
     output = subprocess.run(command, env={"OPENBLAS_NUM_THREADS": "1"}, check=True, capture_output=True, text=True)
     assert output.stdout == "1 4\n"
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize(
+    ("said", "quota", "count", "reason"),
+    [
+        (None, "max 100000", 4, "the cores of this process"),
+        ("", "150000 100000", 2, "the control group's limit"),
+        ("3", "150000 100000", 3, "VELOXLAB_THREADS"),
+        ("8", "max 100000", 8, "VELOXLAB_THREADS"),
+    ],
+)
+def test_threads_come_from_affinity_quota_or_the_environment(groups, monkeypatch, said, quota, count, reason):
+    groups("0::/", **{"cpu.max": quota})
+    monkeypatch.setattr(runtime, "_affinity", lambda: 4)
+    if said is None:
+        monkeypatch.delenv("VELOXLAB_THREADS", raising=False)
+    else:
+        monkeypatch.setenv("VELOXLAB_THREADS", said)
+    assert (runtime.threads(), runtime.reason_of_threads()) == (count, reason)
+
+
+@pytest.mark.usefixtures("afresh")
+@pytest.mark.parametrize("said", ["0", "-1", "1.5", "two"])
+def test_what_is_no_number_of_threads_is_told_once(monkeypatch, said):
+    monkeypatch.setenv("VELOXLAB_THREADS", said)
+    with pytest.warns(UserWarning, match=f"VELOXLAB_THREADS is '{said}', which is no whole number from 1"):
+        assert runtime.threads() == runtime.cores()
+    assert runtime.threads() == runtime.cores()
+    assert runtime.reason_of_threads() != "VELOXLAB_THREADS"
 
 
 # the device
@@ -276,19 +326,25 @@ def test_doctor_explains_a_slow_blas(monkeypatch, reason, hint):
 
 
 @pytest.mark.parametrize(
-    ("threads", "spin", "words"),
+    ("threads", "spin", "given", "words"),
     [
-        (1, "4", "100 GFLOP/s in float32 on the CPU with 1 thread and a short spin"),
-        (2, "20", "100 GFLOP/s in float32 on the CPU with 2 threads and OPENBLAS_THREAD_TIMEOUT=20"),
-        (None, "4", "100 GFLOP/s in float32 on the CPU"),
+        (1, "4", {"OMP_NUM_THREADS": "1"}, " with 1 thread (OMP_NUM_THREADS) and a short spin"),
+        (2, "4", {"OPENBLAS_NUM_THREADS": "2"}, " with 2 threads (the cores of this process) and a short spin"),
+        (2, "20", {}, " with 2 threads (the cores of this process) and OPENBLAS_THREAD_TIMEOUT=20"),
+        (None, "4", {}, ""),
     ],
 )
-def test_doctor_tells_of_threads(monkeypatch, threads, spin, words):
+def test_doctor_tells_of_threads_of_the_blas(monkeypatch, threads, spin, given, words):
     monkeypatch.setattr(runtime, "cpu_gflops", lambda: 100.0)
-    monkeypatch.setattr(runtime, "cores", lambda: 2)
+    for name in ("cores", "threads", "_affinity"):
+        monkeypatch.setattr(runtime, name, lambda: 2)
     monkeypatch.setattr(runtime, "blas_threads", lambda: threads)
-    monkeypatch.setenv("OPENBLAS_THREAD_TIMEOUT", spin)
-    assert (found("BLAS").status, found("BLAS").detail) == ("ok", words)
+    for name in (*runtime.THREADS, runtime.OWN_THREADS):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {runtime.SPIN: spin, **given}.items():
+        monkeypatch.setenv(name, value)
+    check = checkup._blas()
+    assert (check.status, check.detail) == ("ok", f"100 GFLOP/s in float32 on the CPU{words}")
 
 
 def test_doctor_warns_of_more_threads_than_cores(monkeypatch):
@@ -298,6 +354,55 @@ def test_doctor_warns_of_more_threads_than_cores(monkeypatch):
     check = found("BLAS")
     assert (check.status, check.hint) == ("warn", "unset OPENBLAS_NUM_THREADS")
     assert check.detail.endswith("more than this process may use at once (2)")
+
+
+# its kernels
+
+on_cpu = pytest.mark.skipif(runtime.backend() != "cpu", reason="the loops are those of a CPU")
+
+
+@on_cpu
+def test_doctor_tries_kernels_on_a_cpu_and_tells_of_threads(monkeypatch):
+    monkeypatch.setenv("VELOXLAB_THREADS", str(runtime.threads()))
+    check = found("kernels")
+    assert check.status == "ok"
+    agreed, threads, kept = check.detail.split("; ")
+    assert int(agreed.removesuffix(" agree with their reference implementations")) >= 12
+    assert threads.startswith(f"{runtime.threads()} thread")
+    assert threads.endswith("(VELOXLAB_THREADS) for their work")
+    assert Path(kept.removeprefix("compiled loops are in ")).is_dir()
+
+
+@on_cpu
+def test_doctor_warns_of_more_threads_than_the_kernels_have_cores(monkeypatch):
+    monkeypatch.setattr(runtime, "threads", lambda: 8)
+    monkeypatch.setattr(runtime, "cores", lambda: 2)
+    check = checkup._loops("")
+    assert (check.status, check.hint) == ("warn", "unset VELOXLAB_THREADS")
+    assert check.detail.endswith("the threads are more than this process may use at once (2)")
+
+
+@on_cpu
+def test_doctor_says_how_to_get_kernels_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(devices, "_has_compiler", lambda: False)
+    check = found("kernels")
+    assert (check.status, check.hint) == ("warn", "uv pip install numba")
+    assert "numba, which compiles them for a CPU, is not installed" in check.detail
+
+
+def test_doctor_says_that_kernels_are_switched_off(monkeypatch):
+    monkeypatch.setenv("VELOXLAB_KERNELS", "0")
+    assert (found("kernels").status, found("kernels").hint) == ("warn", "unset VELOXLAB_KERNELS")
+
+
+@on_cpu
+def test_doctor_names_a_kernel_that_disagrees(monkeypatch):
+    monkeypatch.setattr(checked, "_states", {"one": "it differs from its reference by 1"})
+    check = found("kernels")
+    assert (check.status, check.detail) == ("warn", "it differs from its reference by 1")
+
+
+# what the doctor says of the rest
 
 
 def test_doctor_warns_of_little_memory(monkeypatch):

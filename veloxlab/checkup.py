@@ -6,7 +6,6 @@ import os
 import platform
 import shutil
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal
 
 from veloxlab import runtime
@@ -33,7 +32,7 @@ class Check:
 
 
 def doctor() -> list[Check]:
-    """Check the device, the BLAS, the installed packages and the model's weights; takes about a second."""
+    """Check the device, the BLAS, kernels, packages and the model's weights; a CPU's kernels compile the first time."""
     runtime.load_fast_blas()
     try:
         import mlx.core  # noqa: F401 - it fails where the libraries of a CUDA wheel are missing
@@ -70,39 +69,68 @@ def _blas() -> Check:
     gflops, count = runtime.cpu_gflops(), runtime.blas_threads()
     detail = f"{gflops:.0f} GFLOP/s in float32 on the CPU"
     if count is not None:
-        spin = os.environ.get(runtime.SPIN, "")
+        spin, variable = os.environ.get(runtime.SPIN, ""), runtime.blas_variable()
+        own = variable is None or os.environ[variable] == str(runtime.threads())
         spins = "a short spin" if spin == runtime.SHORT_SPIN else f"{runtime.SPIN}={spin}"
-        detail += f" with {count} thread{'s' * (count != 1)} and {spins}"
+        detail += f" with {_threads(count)} ({runtime.reason_of_threads() if own else variable}) and {spins}"
     if (count or 1) > runtime.cores():
-        hint = next((f"unset {name}" for name in runtime.THREADS if name in os.environ), "start Python again")
-        return Check("BLAS", "warn", f"{detail}, more than this process may use at once ({runtime.cores()})", hint)
+        hint = f"unset {runtime.blas_variable()}" if runtime.blas_variable() else "start Python again"
+        return Check("BLAS", "warn", f"{detail}, {_too_many()}", hint)
     if gflops >= runtime.FAST_GFLOPS:
         return Check("BLAS", "ok", detail)
     reason = runtime.load_fast_blas() or "the CPU is busy or slow"
     return Check("BLAS", "warn", f"{detail}: {reason}", BLAS_HINTS.get(reason, "expect slow prefill"))
 
 
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count != 1)}"
+
+
+def _too_many() -> str:
+    return f"more than this process may use at once ({runtime.cores()})"
+
+
 def _kernels() -> Check:
-    from veloxlab.kernels.devices import BACKENDS, SWITCH, current_backend
+    from veloxlab.kernels.devices import SWITCH, current_backend
 
-    if runtime.backend() not in BACKENDS:
-        return Check("kernels", "ok", "none on a CPU: MLX operations do their work")
-    if current_backend() is None:
+    if os.environ.get(SWITCH) == "0":
         return Check("kernels", "warn", f"switched off by {SWITCH}=0: MLX operations do their work", f"unset {SWITCH}")
-    import mlx.core as mx
-
-    from veloxlab.cache.attention import History, Segment
-    from veloxlab.codecs.turboquant import TurboQuant
+    if current_backend() is None:
+        detail = "none: numba, which compiles them for a CPU, is not installed; MLX operations do their work, slower"
+        return Check("kernels", "warn", detail, "uv pip install numba")
     from veloxlab.kernels.checked import states
 
-    for dim, bits in product((64, 128), (2, 3, 4, 8)):
-        codec, x = TurboQuant(dim, bits), mx.zeros((1, 2, 8, dim), mx.float16)
-        history = History((Segment(codec, codec.encode(x), codec, codec.encode(x)),))
-        mx.eval(history.attend(mx.zeros((1, 8, 1, dim), mx.float16), dim**-0.5, None))
+    _try_kernels()
     wrong = [state for state in states() if state != "agrees"]
     if wrong:
         return Check("kernels", "warn", wrong[0], "MLX operations do its work; please report it")
-    return Check("kernels", "ok", f"{states()['agrees']} agree with their reference implementations")
+    detail = f"{states()['agrees']} agree with their reference implementations"
+    return Check("kernels", "ok", detail) if runtime.backend() != "cpu" else _loops(detail)
+
+
+def _loops(detail: str) -> Check:
+    from veloxlab.kernels.cpu.machine import folder
+
+    count = runtime.threads()
+    detail += f"; {_threads(count)} ({runtime.reason_of_threads()}) for their work; compiled loops are in {folder()}"
+    if count > runtime.cores():
+        return Check("kernels", "warn", f"{detail}; the threads are {_too_many()}", f"unset {runtime.OWN_THREADS}")
+    return Check("kernels", "ok", detail)
+
+
+def _try_kernels() -> None:
+    """Encode and attend: scalar codes of 2, 3, 4 and 8 bits of head dimensions 64 and 128, and other layouts."""
+    import mlx.core as mx
+
+    from veloxlab.cache.attention import History, Segment
+    from veloxlab.codecs import METHODS
+
+    scalar = [("turboquant", dim, bits) for dim in (64, 128) for bits in (2, 3, 4, 8)]
+    for method, dim, bits in [*scalar, ("rvq", 64, 4), ("rabitq", 64, 4), ("qjl", 64, 4), ("polarquant", 64, 4)]:
+        keys, values = (METHODS[method].codec(dim, bits, tensor) for tensor in ("keys", "values"))
+        x = mx.zeros((1, 2, 8, dim), mx.float16)
+        history = History((Segment(keys, keys.encode(x), values, values.encode(x)),))
+        mx.eval(history.attend(mx.zeros((1, 8, 1, dim), mx.float16), dim**-0.5, None))
 
 
 def _packages() -> list[Check]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import TYPE_CHECKING, TypeAlias
 
 from veloxlab.errors import InputError
 
 if TYPE_CHECKING:
     import polars as pl
+
+log = logging.getLogger(__name__)
 
 Progress: TypeAlias = Callable[[int, int, str], object]
 """Called between steps of long work: steps that are done, steps in all, and what is being done, in a few words.
@@ -37,3 +43,29 @@ def in_words(error: Exception) -> str:
 def say(done: int, total: int, label: str) -> None:
     """Print the progress to standard error, which keeps standard output free for results."""
     print(f"{done} of {total}: {label}", file=sys.stderr)
+
+
+@cache
+def _say_once(text: str) -> None:
+    """Log a text, and print it where a person looks at a terminal: a saved notebook is the same on every machine."""
+    log.info(text)
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(f"veloxlab: {text}", file=sys.stderr)
+
+
+_heard_by: ContextVar[Callable[[str], object]] = ContextVar("heard_by", default=_say_once)
+
+
+def notice(text: str) -> None:
+    """Tell, in a few words, of a slow step that nobody asked for: to who hears of them in this thread, or once."""
+    _heard_by.get()(text)
+
+
+@contextmanager
+def notices_to(listener: Callable[[str], object]) -> Iterator[None]:
+    """Let a function hear of what `notice` is called with in this thread; it must not raise."""
+    before = _heard_by.set(listener)
+    try:
+        yield
+    finally:
+        _heard_by.reset(before)

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import timeit
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,14 +68,19 @@ def load_fast_blas() -> str | None:
 
 
 def _share_the_cores() -> None:
-    """Let threads of OpenBLAS, and of NumPy, wait without spinning, and be no more than a control group has time for.
+    """Let threads of OpenBLAS, and of NumPy, wait without spinning, and be as many as `threads` says.
 
     A thread that spins for long keeps other work from the core. OpenBLAS reads the affinity by itself. Environment
     variables that say otherwise stay as they are.
     """
     os.environ.setdefault(SPIN, SHORT_SPIN)
-    if cores() < len(os.sched_getaffinity(0)) and not any(name in os.environ for name in THREADS):
-        os.environ[THREADS[0]] = str(cores())
+    if threads() != len(os.sched_getaffinity(0)) and blas_variable() is None:
+        os.environ[THREADS[0]] = str(threads())
+
+
+def blas_variable() -> str | None:
+    """The environment variable that gives OpenBLAS its number of threads; None where none does."""
+    return next((name for name in THREADS if name in os.environ), None)
 
 
 def _package_folders(name: str) -> list[Path]:
@@ -155,15 +161,37 @@ def keep_freed_memory() -> None:
 
 def cores() -> int:
     """Processors that this process may use: by its affinity, and by the quota of its control group, rounded up."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(usable, math.ceil(cpu_quota() or usable))
+    return min(_affinity(), math.ceil(cpu_quota() or _affinity()))
+
+
+def _affinity() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
 def threads() -> int:
-    """Threads that share the work of a CPU kernel: as many as `cores`, or as the environment variable says."""
-    said = os.environ.get(OWN_THREADS, "")
-    return int(said) if said.isdecimal() and int(said) else cores()
+    """Threads that share the work of a CPU's kernels, and those of OpenBLAS: as many as `cores`.
+
+    The environment variable ``VELOXLAB_THREADS`` may say another number. What is no number from 1 gives a warning.
+    """
+    said = os.environ.get(OWN_THREADS)
+    if not said:
+        return cores()
+    if said.isdecimal() and int(said):
+        return int(said)
+    warnings.warn(
+        f"{OWN_THREADS} is {said!r}, which is no whole number from 1: {cores()} threads are used, as many as this "
+        "process has cores. Set it to a number, or unset it.",
+        stacklevel=2,
+    )
+    return cores()
+
+
+def reason_of_threads() -> str:
+    """What the number of `threads` comes from, in a few words."""
+    if str(threads()) == os.environ.get(OWN_THREADS):
+        return OWN_THREADS
+    return "the control group's limit" if cores() < _affinity() else "the cores of this process"
 
 
 def memory_limit() -> int | None:

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary, finalize
 import mlx.core as mx
 
 from veloxlab.errors import InputError
+from veloxlab.progress import notices_to
 
 State = Literal["waiting", "running", "done", "cancelled", "overtaken", "failed"]
 Job = Callable[["Progress"], Any]
@@ -234,7 +235,8 @@ class Worker:
         self._tell(newest)
         progress = Progress(tell, request.unwanted)
         try:
-            result = request.job(progress)
+            with notices_to(lambda text: tell(newest.done, newest.total, text)):
+                result = request.job(progress)
             progress.check()
             request.on_done(result)
         except BaseException as error:  # noqa: BLE001 - whatever a job raises is said to the person who waits for it

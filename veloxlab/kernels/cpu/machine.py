@@ -15,9 +15,10 @@ from typing import Any, Final, TypeVar
 
 from llvmlite import ir
 from numba import cfunc, njit, types
-from numba.core import config
+from numba.core import config, event
 from numba.extending import intrinsic
 
+from veloxlab.progress import notice
 from veloxlab.store import kept_in
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -31,7 +32,7 @@ _EXPAND: Final = 6  # whole numbers that an `expander` is called with
 
 
 @cache
-def _folder() -> str:
+def folder() -> str:
     """Where compiled loops are kept: another place for each version of this folder's files.
 
     Numba compiles anew when the file of a loop has changed, but not when the file of a piece of it has.
@@ -45,8 +46,8 @@ def _folder() -> str:
 @contextmanager
 def _kept() -> Iterator[None]:
     """What is decorated here is kept in our folder, and what others decorate is not."""
-    folder, before = _folder(), config.CACHE_DIR
-    config.CACHE_DIR = folder
+    place, before = folder(), config.CACHE_DIR
+    config.CACHE_DIR = place
     try:
         yield
     finally:
@@ -79,6 +80,21 @@ def expander(function: Callable[..., None]) -> Callable[[], int]:
             return cfunc(types.void(*[types.int64] * _EXPAND), cache=True, **_OPTIONS)(function)
 
     return lambda: int(made().address)
+
+
+class _Compiling(event.Listener):  # type: ignore[misc]
+    """Tells that a loop of ours is compiled: the first call of each, on a new machine, takes a second."""
+
+    def on_start(self, event: Any) -> None:
+        """See the base class; a loop that is read from disk is no event."""
+        if event.data["dispatcher"].py_func.__module__.startswith(__package__):
+            notice("compiling loops for this processor: some seconds, once")
+
+    def on_end(self, event: Any) -> None:
+        """See the base class."""
+
+
+event.register("numba:compile", _Compiling())
 
 
 def _pointer(kind: Any) -> Any:

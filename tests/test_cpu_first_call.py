@@ -1,0 +1,90 @@
+"""The first call of a CPU's kernels: nothing is compiled before it, and whoever waits is told what takes so long."""
+
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from veloxlab import progress, runtime
+from veloxlab.widgets import Worker
+
+on_cpu = pytest.mark.skipif(runtime.backend() != "cpu", reason="the loops are those of a CPU")
+TOLD = "compiling loops for this processor: some seconds, once"
+ENCODE = """
+import veloxlab as vl, mlx.core as mx
+from veloxlab.codecs import METHODS
+codec = METHODS["qjl"].codec(32, 2, "keys")
+mx.eval(list(codec.encode(mx.ones((1, 1, 8, 32))).arrays.values()))
+"""
+
+
+def python(code, **environment):
+    command = [sys.executable, "-c", code]
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
+
+
+def test_no_compiler_is_imported_before_it_has_work():
+    code = """
+import sys
+import veloxlab as vl
+from tests.tiny_models import tiny
+cache = vl.make_cache(tiny("llama"), "turboquant", bits=4)
+print([name for name in ("numba", "llvmlite") if name in sys.modules])
+"""
+    assert python(code).stdout == "[]\n"
+
+
+@on_cpu
+def test_who_looks_at_a_terminal_is_told_once_and_others_find_it_in_the_log(tmp_path):
+    """On a new machine: the folder of loops is empty. The second process compiles nothing and tells nothing."""
+    master, terminal = pty.openpty()
+    told = []
+    for _ in range(2):
+        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        subprocess.run([sys.executable, "-c", ENCODE], env=environment, check=True, stderr=terminal, timeout=120)
+        os.set_blocking(master, False)
+        try:
+            told.append(os.read(master, 10_000).decode())
+        except BlockingIOError:
+            told.append("")
+    os.close(terminal)
+    os.close(master)
+    assert told == [f"veloxlab: {TOLD}\r\n", ""]
+    assert list((tmp_path / "veloxlab" / "loops").iterdir())
+
+
+@on_cpu
+def test_saved_output_holds_no_notice_and_the_log_does(tmp_path):
+    first = "import logging, sys\nlogging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
+    done = python(first + ENCODE, XDG_CACHE_HOME=str(tmp_path))
+    assert done.stderr == ""
+    assert done.stdout.count(TOLD) == 1
+
+
+def test_notices_are_progress_of_the_step_that_waits():
+    worker, seen = Worker("test-notices"), []
+    worker.watch(lambda status: seen.append((status.done, status.total, status.label)))
+
+    def job(tell):
+        tell(1, 3, "measuring")
+        progress.notice(TOLD)
+        tell(2, 3, "measuring")
+
+    worker.submit("job", job)
+    assert worker.wait(20)
+    worker.close()
+    assert [news for news in seen if news[1] == 3][:3] == [(1, 3, "measuring"), (1, 3, TOLD), (2, 3, "measuring")]
+
+
+def test_notices_end_with_their_listener(caplog):
+    heard: list[str] = []
+    with caplog.at_level("INFO", "veloxlab.progress"):
+        with progress.notices_to(heard.append):
+            progress.notice("one")
+        progress.notice("two of a test")
+        progress.notice("two of a test")
+    assert heard == ["one"]
+    assert [record.message for record in caplog.records] == ["two of a test"]
