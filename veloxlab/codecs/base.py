@@ -182,7 +182,7 @@ class Codec(ABC):
         return lambda tile: q @ self.expand(tile).swapaxes(-1, -2)
 
     def reader(self, code: Code) -> Reader | None:
-        """How a GPU kernel reads the code, in its own space; None where no kernel does."""
+        """How a kernel reads the code, in its own space; None where no kernel does."""
         return None
 
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:

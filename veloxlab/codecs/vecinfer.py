@@ -40,7 +40,7 @@ from veloxlab.kernels.readers import TableReader
 POINTS = {1: "d8b8", 2: "d4b8", 3: "d4b12", 4: "d2b8"}
 _INDEX_BITS = (*range(1, 9), 10, 12)
 _LEAST_PER_CENTROID = 2  # different sub-vectors, below which a codebook would only repeat its sample
-_FEW_QUERIES = 8  # per KV head, up to which tables are faster than expanding, on a CPU: 5 times for one query
+_FEW_QUERIES = 8  # per KV head, up to which tables are faster than expanding by MLX operations: 5 times for one
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,1 +1,1 @@
-"""GPU kernels: one text for all back ends. What is right is what the codecs compute with MLX operations."""
+"""Kernels: one text for all GPUs, and compiled loops for a CPU. The codecs' MLX operations say what is right."""

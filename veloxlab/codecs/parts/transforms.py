@@ -43,7 +43,7 @@ class SignedHadamard:
         return self._turned(y, inverse=True)
 
     def _turned(self, x: mx.array, *, inverse: bool) -> mx.array:
-        """By one kernel where MLX's own transform alone does not do and there is a GPU."""
+        """By one kernel, if the device has it, where MLX's own transform alone does not do."""
 
         def by_graph(x: mx.array) -> dict[str, mx.array]:
             return {"out": self._transform(x) * self.signs if inverse else self._transform(x * self.signs)}

@@ -82,7 +82,7 @@ def expander(function: Callable[..., None]) -> Callable[[], int]:
     return lambda: int(made().address)
 
 
-class _Compiling(event.Listener):  # type: ignore[misc]
+class _Compiling(event.Listener):
     """Tells that a loop of ours is compiled: the first call of each, on a new machine, takes a second."""
 
     def on_start(self, event: Any) -> None:

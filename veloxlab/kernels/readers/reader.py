@@ -1,7 +1,7 @@
 """What a kernel asks of codes: arrays and tables that a codec hands over, so that no kernel knows an algorithm.
 
 A reader is keys or values of a layer's packed tokens, vectors ``[B, H, S, dim]`` in the space of the codes. What they
-are is what the codec expands the same arrays to; ``source/read_*.h`` say it to a GPU.
+are is what the codec expands the same arrays to; ``source/read_*.h`` say it to a GPU, ``cpu/readers.py`` to a CPU.
 On Metal a kernel takes 31 arrays, and the strides of one count as another: a reader has room for 7.
 """
 
