@@ -64,6 +64,19 @@ def test_saved_output_holds_no_notice_and_the_log_does(tmp_path):
     assert done.stdout.count(TOLD) == 1
 
 
+@on_cpu
+def test_loops_run_where_no_folder_can_be_written(tmp_path):
+    no_folder = """
+from numba.core import caching
+for name, kind in vars(caching).items():
+    if name.endswith("CacheImpl"):
+        kind._locator_classes = []
+"""
+    said = "from veloxlab.kernels.checked import states\nprint(states())"
+    assert python(no_folder + ENCODE + said, XDG_CACHE_HOME=str(tmp_path)).stdout == "{'agrees': 1}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_notices_are_progress_of_the_step_that_waits():
     worker, seen = Worker("test-notices"), []
     worker.watch(lambda status: seen.append((status.done, status.total, status.label)))

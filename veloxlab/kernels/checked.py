@@ -151,7 +151,7 @@ def agrees(kernel: Hashable, name: str, backend: Backend, trial: Callable[[], st
     if kernel not in _states:
         try:
             _states[kernel] = trial()
-        except (RuntimeError, ValueError) as error:  # the compiler's, or the driver's
+        except (RuntimeError, ValueError, OSError) as error:  # the compiler's, the driver's, or a full disk
             _states[kernel] = f"it does not run ({str(error).strip().splitlines()[-1][:200]})"
         if _states[kernel]:
             warnings.warn(

@@ -54,10 +54,18 @@ def _kept() -> Iterator[None]:
         config.CACHE_DIR = before
 
 
+def _where_it_can_be_kept(make: Callable[[bool], Any]) -> Any:
+    """What ``make(cache)`` gives, kept on disk if a folder can be written."""
+    with _kept():
+        try:
+            return make(True)
+        except RuntimeError:  # Numba finds no folder
+            return make(False)
+
+
 def compiled(function: Function) -> Function:
     """A loop: compiled when it is first called, kept on disk, run without the GIL."""
-    with _kept():
-        loop: Function = njit(nogil=True, cache=True, **_OPTIONS)(function)
+    loop: Function = _where_it_can_be_kept(lambda cache: njit(nogil=True, cache=cache, **_OPTIONS)(function))
     return loop
 
 
@@ -76,8 +84,8 @@ def expander(function: Callable[..., None]) -> Callable[[], int]:
 
     @cache
     def made() -> Any:
-        with _kept():
-            return cfunc(types.void(*[types.int64] * _EXPAND), cache=True, **_OPTIONS)(function)
+        kind = types.void(*[types.int64] * _EXPAND)
+        return _where_it_can_be_kept(lambda cache: cfunc(kind, cache=cache, **_OPTIONS)(function))
 
     return lambda: int(made().address)
 
