@@ -27,13 +27,14 @@ from veloxlab.widgets.lifetime import Ending, loosen
 
 SNIPPET = "export { vegaEmbed };"  # vl-convert binds vega and vegaLite too, but to null
 STATIC = Path(__file__).parent / "static"
+VEGALITE: str = max(vl_convert.get_vegalite_versions(), key=lambda newest: tuple(map(int, newest.split("."))))
 PICKED = "picked_layer"  # the param that a chart must have for its layers to be picked
 Frames = pl.DataFrame | Mapping[str, pl.DataFrame]
 
 
 def bundle_name() -> str:
     """The bundle's file, named after everything that decides its text: ``"vega-vlc1.9.0.post1-vl6.4.js"``."""
-    return f"vega-vlc{version('vl-convert-python')}-vl{_newest_vegalite()}.js"
+    return f"vega-vlc{version('vl-convert-python')}-vl{VEGALITE}.js"
 
 
 def ensure_bundle() -> Path:
@@ -42,18 +43,13 @@ def ensure_bundle() -> Path:
     cache = platformdirs.user_cache_path("veloxlab")
     if (cache / name).is_file():
         return cache / name
-    code = vl_convert.javascript_bundle(SNIPPET, vl_version=_newest_vegalite()).encode()
+    code = vl_convert.javascript_bundle(SNIPPET, vl_version=VEGALITE).encode()
     try:
         make_folder(cache)
     except InputError:  # a read-only home, as containers have it
         cache = Path(tempfile.mkdtemp(prefix="veloxlab-"))
     write_atomically(cache / name, code)
     return cache / name
-
-
-def _newest_vegalite() -> str:
-    newest: str = max(vl_convert.get_vegalite_versions(), key=lambda v: tuple(map(int, v.split("."))))
-    return newest
 
 
 class VegaRuntime(anywidget.AnyWidget):
@@ -82,14 +78,10 @@ class VegaRuntime(anywidget.AnyWidget):
 class ChartView(Ending, anywidget.AnyWidget):
     """Show a chart, and change its numbers without drawing it anew.
 
-    Parameters
-    ----------
-    chart : an Altair chart of fixed width. If it has a param ``picked_layer``, a click on a mark picks its ``layer``.
-    summary : a line of text for outputs that show no picture; by default the title and the number of rows.
-    picked : the layer marked at first.
+    ``chart``: an Altair chart of fixed width; if it has a param ``picked_layer``, a click on a mark picks its
+    ``layer``. ``summary``: a line of text for outputs that show no picture; by default the title and the number of
+    rows. ``picked``: the layer marked at first.
 
-    Examples
-    --------
     >>> view = ChartView(error_map(frame))
     >>> view.put(other_frame, caption="4 bits")  # same chart, other numbers: about a millisecond
     >>> link(view, ChartView(bit_allocation(bits)))  # a layer picked in one is marked in the other
@@ -161,11 +153,6 @@ class ChartView(Ending, anywidget.AnyWidget):
         """Give the chart as it is now: a Vega-Lite spec with its rows, params and picked layer."""
         with self._changing:
             return join(self._bare, self._rows(), self.content["params"] | {PICKED: self.picked})
-
-    @property
-    def views(self) -> tuple[ChartView, ...]:
-        """The chart alone."""
-        return (self,)
 
     @property
     def frame(self) -> pl.DataFrame:

@@ -17,21 +17,10 @@ from veloxlab.widgets.lifetime import Ending, loosen
 class Explore(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """Show one of several frames as a chart; a slider chooses which. Nothing is computed when it moves.
 
-    Parameters
-    ----------
-    frames : what the slider can point at: frames by the values of the setting that they were measured with.
-    draw : makes the chart of a frame.
-    description : what the values are, in a word.
-    value : where the slider begins; the first by default.
-
-    Attributes
-    ----------
-    slider : the control; set ``slider.value`` and the chart follows.
-    view : the `ChartView`.
-
-    Raises
-    ------
-    InputError : there are no frames, or ``value`` is not among them.
+    ``frames``: what the slider can point at, frames by the values of the setting that they were measured with. ``draw``
+    makes the chart of a frame. ``description``: what the values are, in a word. ``value``: where the slider begins; the
+    first by default. Set ``slider.value`` and the chart, ``view``, follows. Raises `InputError` if there are no frames,
+    or ``value`` is not among them.
     """
 
     def __init__(

@@ -47,23 +47,10 @@ class Lab(Experimenter, OfExperiment, OfLayers):
     anew when it is opened after it was closed. All work is done by one thread, with progress; each page can cancel it.
     Nothing here needs a network.
 
-    Parameters
-    ----------
-    model, tokenizer, method, bits, key_bits, value_bits, sinks, window, text, tokens, calibration : as for
-        `CacheExplorer`.
-
-    Attributes
-    ----------
-    page : trait: the name of the open page, one of ``cache``, ``errors``, ``keys``, ``compare``, ``generation``,
-        ``budget`` and ``memory``.
-    head : trait: the chosen KV head.
-    pages : the pages that were made, by name, each a widget of its own.
-    method, key_bits, value_bits, sinks, window, layer, metric, measured, plan, errors, bits, memory, frontier, measure
-        : as `CacheExplorer` has them; ``compare()`` measures every method that needs no fitting.
-
-    Raises
-    ------
-    InputError : unknown method, bits out of range, a text that is too short.
+    Parameters, and what they raise, are those of `CacheExplorer`, and so are the attributes but for these: the trait
+    ``page`` is the name of the open page, one of ``cache``, ``errors``, ``keys``, ``compare``, ``generation``,
+    ``budget`` and ``memory``; the trait ``head`` the chosen KV head; ``pages`` are the pages that were made, by name,
+    each a widget of its own; and ``compare()`` measures every method that needs no fitting.
     """
 
     NAME = "lab"

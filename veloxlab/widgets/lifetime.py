@@ -8,7 +8,6 @@ kept until its cell shows something else.
 from __future__ import annotations
 
 import base64
-from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakMethod, WeakSet, WeakValueDictionary
@@ -65,9 +64,9 @@ class Ending(ipywidgets.Widget):  # type: ignore[misc]  # ipywidgets has no type
                 part.close()
 
     @property
-    @abstractmethod
     def views(self) -> tuple[Any, ...]:
-        """The `ChartView` of each chart that is seen now, from top to bottom."""
+        """The `ChartView` of each chart that is seen now, from top to bottom; that of a chart is itself."""
+        return (self,)
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:  # noqa: ANN401 - data alone, or with metadata
         """Show the live widget, and beside it a picture and a line for places where no kernel runs."""

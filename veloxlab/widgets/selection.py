@@ -142,6 +142,7 @@ class Selection(t.HasTraits):
     """
 
     choice = t.Instance(Choice)
+    widths = property(lambda self: self.fitting.widths(self.choice.method), doc="Code bits that the method can have.")
 
     def __init__(
         self,
@@ -165,11 +166,6 @@ class Selection(t.HasTraits):
         """A selection among the layers and heads of a capture."""
         heads = min(layer.keys.shape[1] for layer in capture.layers)
         return cls(fitting, layers=[layer.layer for layer in capture.layers], heads=heads, **parts)
-
-    @property
-    def widths(self) -> list[int]:
-        """Code bits that the chosen method can have."""
-        return self.fitting.widths(self.choice.method)
 
     def choose(self, **parts: Any) -> None:
         """Change parts of the choice, all at once, or none: `InputError` if one cannot be."""

@@ -37,22 +37,13 @@ class Cancelled(BaseException):
 
 @dataclass(frozen=True)
 class Status:
-    """Where one job stands.
+    """Where one job stands. Both numbers of steps are 0 where the job has not said."""
 
-    Attributes
-    ----------
-    key : the job's kind.
-    state : ``"waiting"``, ``"running"``, ``"done"``, ``"cancelled"``, ``"overtaken"`` (by a newer job of its key) or
-        ``"failed"``.
-    done, total : steps finished and steps in all; both 0 where the job has not said.
-    label : what is being done, or the sentence of the error.
-    """
-
-    key: str
-    state: State
-    done: int = 0
-    total: int = 0
-    label: str = ""
+    key: str  # the job's kind
+    state: State  # "overtaken": by a newer job of its key
+    done: int = 0  # steps finished
+    total: int = 0  # steps in all
+    label: str = ""  # what is being done, or the sentence of the error
 
 
 @dataclass(frozen=True)
@@ -137,14 +128,9 @@ class Worker:
     """Run jobs one after another on one thread, and drop those that were overtaken.
 
     Every method may be called from any thread. Results, errors and news are delivered on the worker's thread, which
-    ends when the worker is closed, or has no job and is referred to by nobody.
+    ends when the worker is closed, or has no job and is referred to by nobody. ``last_error`` is what the last failed
+    job raised, with its trace.
 
-    Attributes
-    ----------
-    last_error : what the last failed job raised, with its trace.
-
-    Examples
-    --------
     >>> worker = Worker()
     >>> worker.submit("errors", lambda progress: measure(bits, progress), on_done=view.put)
     """

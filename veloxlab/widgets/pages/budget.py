@@ -18,7 +18,7 @@ from veloxlab.allocate import budget as budgets
 from veloxlab.allocate.budget import BOUNDS, BUDGET, AverageBits, Bounds, Budget, Setting, Spans, TokensInMemory
 from veloxlab.allocate.ratequant import EVALUATED, PlanKind, evaluated, kept_rate_budget
 from veloxlab.allocate.rates import Allocation, RateBudget
-from veloxlab.cache.plan import Plan, model_hash
+from veloxlab.cache.plan import model_hash
 from veloxlab.checks import MAPPING, MODEL, TOKENIZER, checked, either, instance, maybe, whole
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
@@ -48,29 +48,18 @@ class BudgetTuner(ChartPage):
     Everything but *Measure* answers from tables: of a `veloxlab.RateBudget`, or measured first, with progress, and kept
     on disk. Losses are predictions unless they are said to be measured. Nothing here needs a network.
 
-    Parameters
-    ----------
-    rates : what `veloxlab.rate_budget` measured, or `veloxlab.RateBudget.load` read; or a model, then its tokenizer.
-    model, tokenizer : as `veloxlab.load` gives them, to measure plans with; without them all else works.
-    budget : to begin with, of true bits if it is a number; by default half of what can be spent.
-    bounds, key_weight : as `veloxlab.allocate.budget.Setting` has them.
-    text, tokens, windows : of measurements, as for `veloxlab.fidelity`.
-    rate_settings : further arguments of `veloxlab.rate_budget`, where tables are to be measured.
-    layer : the picked one.
-    selection, worker : of a laboratory.
+    ``rates``: what `veloxlab.rate_budget` measured, or `veloxlab.RateBudget.load` read; or a model, then its tokenizer.
+    ``model``, ``tokenizer``: as `veloxlab.load` gives them, to measure plans with; without them all else works.
+    ``budget``: to begin with, of true bits if it is a number; by default half of what can be spent. ``bounds``,
+    ``key_weight``: as `veloxlab.allocate.budget.Setting` has them. ``text``, ``tokens``, ``windows``: of measurements,
+    as for `veloxlab.fidelity`. ``rate_settings``: further arguments of `veloxlab.rate_budget`, where tables are to be
+    measured. ``layer``: the picked one. Raises `InputError` if the tables are of another model, if the budget cannot
+    be, or if a model came without its tokenizer.
 
-    Attributes
-    ----------
-    setting, layer : traits; ``budget``, ``bounds`` and ``key_weight`` are the setting's parts and can be set alone.
-    rates : the tables; None until they are measured.
-    allocation, plan : what is allocated now.
-    measured : a row for each plan that was measured, `veloxlab.allocate.ratequant.EVALUATED`.
-    charts : each a `ChartView`, by name: ``bits``, ``losses``, ``frontier`` and ``sensitivity``, once there are tables.
-    spent, predicted : the allocation in words.
-
-    Raises
-    ------
-    InputError : the tables are of another model; the budget cannot be; or a model came without its tokenizer.
+    ``setting`` and ``layer`` are traits; ``budget``, ``bounds`` and ``key_weight`` are the setting's parts and can be
+    set alone. ``rates`` are the tables; None until they are measured. ``measured`` has a row for each plan that was
+    measured, `veloxlab.allocate.ratequant.EVALUATED`. ``charts``: each a `ChartView`, by name: ``bits``, ``losses``,
+    ``frontier`` and ``sensitivity``, once there are tables.
     """
 
     NAME = "tuner"
@@ -81,6 +70,10 @@ class BudgetTuner(ChartPage):
     budget = _part("budget", "What is asked for; set it to another budget, or to a number of true bits.")
     bounds = _part("bounds", "What the allocation may do.")
     key_weight = _part("key_weight", "How many times as much an error in keys counts in the choice.")
+    allocation = property(lambda tuner: _there(tuner._found), doc="The plan and what is predicted of it.")
+    plan = property(lambda tuner: tuner.allocation.plan, doc="For `veloxlab.make_cache`, or a file.")
+    _tables: RateBudget = property(lambda tuner: _there(tuner.rates))  # type: ignore[assignment]
+    _now: Setting = property(lambda tuner: _there(tuner.setting))  # type: ignore[assignment]
 
     @checked(
         rates=either(instance(RateBudget, "what vl.rate_budget measured"), MODEL),
@@ -137,16 +130,6 @@ class BudgetTuner(ChartPage):
     def tune(self, **parts: Any) -> None:
         """Change some of ``budget``, ``bounds`` and ``key_weight`` at once; `InputError` if they do not go together."""
         self.setting = replace(self._now, **parts)
-
-    @property
-    def allocation(self) -> Allocation:
-        """The plan and what is predicted of it."""
-        return _there(self._found)
-
-    @property
-    def plan(self) -> Plan:
-        """For `veloxlab.make_cache`, or a file."""
-        return self.allocation.plan
 
     @property
     def spent(self) -> str:
@@ -275,9 +258,6 @@ class BudgetTuner(ChartPage):
             words = f"<b>{html.escape(self.predicted)}</b><br>{html.escape(self.spent)}"
             self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
             self._controls.show(self._now, self._spans(self._now))
-
-    _tables: RateBudget = property(lambda self: _there(self.rates))  # type: ignore[assignment]
-    _now: Setting = property(lambda self: _there(self.setting))  # type: ignore[assignment]
 
     def _spans(self, setting: Setting) -> Spans:
         tokens = setting.budget.tokens if isinstance(setting.budget, TokensInMemory) else self._controls.tokens.value

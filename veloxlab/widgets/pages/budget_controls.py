@@ -111,10 +111,22 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
 
     def show(self, setting: Setting, spans: budgets.Spans) -> None:
         """Show a setting and how far each control goes, and ask for nothing."""
-        bounds = setting.bounds
+        budget, bounds = setting.budget, setting.bounds
+        amount = fields(budget)[-1].name
+        value, (least, most) = getattr(budget, amount), getattr(spans, amount)
+        *_, slider = numbers = self._numbers[type(budget)]
         self._showing = True
         try:
-            self._show_budget(setting.budget, spans)
+            if isinstance(budget, TokensInMemory):
+                self.tokens.value = budget.tokens
+                most = max(least, min(most, device().memory_bytes / budgets.MEGABYTE))
+            ends = min(least, value), max(most, value)
+            low, high = map(math.log10, ends) if isinstance(budget, QualityFloor) else ends
+            slider.max = max(high, slider.max)  # no end may ever cross the other
+            slider.min, slider.max = low, high
+            slider.step = STEPS.get(type(budget)) or (most - least) / 100 or 1.0
+            slider.value = value
+            self.kind.value, self.slot.children = type(budget), numbers
             inside = [width for width in self.widths.options if bounds.least_bits <= width <= bounds.most_bits]
             if inside:
                 self.widths.value = inside[0], inside[-1]
@@ -123,21 +135,6 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
             self.key_weight.value = setting.key_weight
         finally:
             self._showing = False
-
-    def _show_budget(self, budget: Budget, spans: budgets.Spans) -> None:
-        amount = fields(budget)[-1].name
-        value, (least, most) = getattr(budget, amount), getattr(spans, amount)
-        if isinstance(budget, TokensInMemory):
-            self.tokens.value = budget.tokens
-            most = max(least, min(most, device().memory_bytes / budgets.MEGABYTE))
-        slider, ends = self._numbers[type(budget)][-1], (min(least, value), max(most, value))
-        low, high = map(math.log10, ends) if isinstance(budget, QualityFloor) else ends
-        slider.max = max(high, slider.max)  # no end may ever cross the other
-        slider.min, slider.max = low, high
-        slider.step = STEPS.get(type(budget)) or (most - least) / 100 or 1.0
-        slider.value = value
-        self.kind.value = type(budget)
-        self.slot.children = self._numbers[type(budget)]
 
     def _on_change(self, controls: Sequence[ipw.Widget], parts: Callable[[], dict[str, Any]]) -> None:
         for control in controls:

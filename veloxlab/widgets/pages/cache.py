@@ -212,25 +212,18 @@ class CacheExplorer(Experimenter, CachePage):
     is fitted when it is first chosen, with progress. Clicking a layer in any chart marks it in all, and the bit sliders
     are then of that layer alone. Nothing here needs a network.
 
-    Parameters
-    ----------
-    model, tokenizer : as `veloxlab.load` gives them.
-    method, bits, key_bits, value_bits, sinks, window : to begin with, as for `veloxlab.make_cache`.
-    text, tokens : what the model reads, by default the shipped WikiText-2 test excerpt, and how much of it.
-    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted; sliders have its widths.
+    ``model``, ``tokenizer``: as `veloxlab.load` gives them. ``method``, ``bits``, ``key_bits``, ``value_bits``,
+    ``sinks``, ``window``: to begin with, as for `veloxlab.make_cache`. ``text``, ``tokens``: what the model reads, by
+    default the shipped WikiText-2 test excerpt, and how much of it. ``calibration``: what `veloxlab.calibrate` gave,
+    for a method that has to be fitted; sliders have its widths. Raises `InputError` for an unknown method, bits out of
+    range, or a text that is too short.
 
-    Attributes
-    ----------
-    method, key_bits, value_bits, sinks, window, layer, metric : traits; set them and the charts follow. Where a model
-        does not show its queries, the metric is ``"rel_mse"`` and no other.
-    measured : `veloxlab.fidelity` of every setting that was measured.
-    plan : the settings as a `veloxlab.Plan`.
-    errors, bits, memory, frontier : the charts, each a `ChartView`; there is a frontier once something was measured.
-
-    Raises
-    ------
-    InputError : unknown method, bits out of range, a text that is too short.
+    ``method``, ``key_bits``, ``value_bits``, ``sinks``, ``window``, ``layer`` and ``metric`` are traits: set them and
+    the charts follow. Where a model does not show its queries, the metric is ``"rel_mse"`` and no other. The charts
+    ``errors``, ``bits``, ``memory`` and ``frontier`` are each a `ChartView`.
     """
+
+    frontier = property(lambda page: page.comparison.frontier, doc="What was measured, once something was.")
 
     def _begin(self, experiment: Experiment) -> None:
         CachePage.__init__(self, experiment)
@@ -242,8 +235,3 @@ class CacheExplorer(Experimenter, CachePage):
     def named(self) -> Mapping[str, ChartView]:
         """The charts."""
         return {**self.charts, **self.comparison.charts}
-
-    @property
-    def frontier(self) -> ChartView | None:
-        """What was measured, once something was."""
-        return self.comparison.frontier

@@ -19,7 +19,6 @@ from veloxlab.measure import Capture, capture, fidelity
 from veloxlab.progress import Progress as Tell
 from veloxlab.views import frontier
 from veloxlab.views.report import Section
-from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.panel import Panel, ProgressBar, button, rows
 from veloxlab.widgets.selection import Bits, Choice, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
@@ -71,11 +70,8 @@ class OfExperiment(Panel):
     STATE: ClassVar[tuple[str, ...]] = ()  # traits that a state has beside what all pages share
     experiment: Experiment
     points: Points
-
-    @property
-    def name(self) -> str:
-        """The settings in a few words."""
-        return self.selection.choice.name
+    name = property(lambda page: page.selection.choice.name, doc="The settings in a few words.")
+    measured = property(lambda page: page.points.frame, doc="`veloxlab.fidelity` of every cache that was measured.")
 
     @property
     def plan(self) -> Plan:
@@ -86,11 +82,6 @@ class OfExperiment(Panel):
     def layer_bits(self) -> dict[int, Bits]:
         """Code bits of keys and values, by layer."""
         return {layer: self.selection.choice.bits_of(layer) for layer in self.selection.layers}
-
-    @property
-    def measured(self) -> pl.DataFrame:
-        """`veloxlab.fidelity` of every cache that was measured."""
-        return self.points.frame
 
     def measure(self) -> None:
         """Ask for the fidelity of the present settings; the result joins `measured` and the frontier chart."""
@@ -164,6 +155,7 @@ class Comparison(OfExperiment):
     """Measure the fidelity of caches, see them in one chart, and choose one of them again."""
 
     NAME = "compare"
+    frontier = property(lambda page: page.charts.get("frontier"), doc="The chart, once something was measured.")
 
     def __init__(self, experiment: Experiment, worker: Worker) -> None:
         super().__init__(experiment.selection, worker)
@@ -184,11 +176,6 @@ class Comparison(OfExperiment):
     def summary(self) -> str:
         """How much was measured."""
         return f"{len(self.points.choices)} caches were measured"
-
-    @property
-    def frontier(self) -> ChartView | None:
-        """The chart, once something was measured."""
-        return self.charts.get("frontier")
 
     @property
     def sections(self) -> list[Section]:

@@ -16,7 +16,6 @@ from veloxlab.widgets.pages.charts import ChartPage, HeadPage, Look, Measure, he
 BLOCKS = 32  # of positions: a tenth and nine tenths need some vectors each
 MAP = 20  # blocks of a side of an attention map: three triangles of 210 cells, which a page draws at once
 CODED = ("layer", "method", "bits")
-Pool = Callable[[pl.DataFrame], pl.DataFrame]
 
 
 def _attention(page: ChartPage, progress: Progress, number: int, method: str, bits: int) -> pl.DataFrame:
@@ -29,37 +28,31 @@ def _attention(page: ChartPage, progress: Progress, number: int, method: str, bi
     return pl.concat(own.with_columns(head=pl.lit(head)) for head, own in enumerate(maps))
 
 
-def _by_head(errors: pl.DataFrame, pool: Pool) -> pl.DataFrame:
+def _by_head(errors: pl.DataFrame, pool: Callable[[pl.DataFrame], pl.DataFrame]) -> pl.DataFrame:
     heads = errors["head"].unique().sort()
     return pl.concat(pool(errors.filter(head=head)).with_columns(head=pl.lit(head)) for head in heads)
 
 
-def _pooled(pool: Pool) -> Measure:
-    """A measurement of errors of single tokens, pooled for each head alone."""
-
-    def measure(page: ChartPage, progress: Progress, layer: int, method: str, bits: int) -> pl.DataFrame:
-        calibration = page.calibration(method, [bits], progress)
-        return _by_head(token_errors(page.of_layer(layer), method, bits=bits, calibration=calibration), pool)
-
-    return measure
+def _token_errors(page: ChartPage, progress: Progress, layer: int, method: str, bits: int) -> pl.DataFrame:
+    calibration = page.calibration(method, [bits], progress)
+    return token_errors(page.of_layer(layer), method, bits=bits, calibration=calibration)
 
 
 def _by_bits(page: ChartPage, progress: Progress, layer: int, method: str, widths: tuple[int, ...]) -> pl.DataFrame:
     calibration = page.calibration(method, widths, progress)
-    seen, tokens, taken = page.of_layer(layer), [], []
+    tokens, taken = [], []
     for done, bits in enumerate(widths):
         progress(done, len(widths), f"measuring {bits} bits")
-        tokens.append(token_errors(seen, method, bits=bits, calibration=calibration))
-        spent = code_bits(seen, method, bits=bits, calibration=calibration)
+        tokens.append(_token_errors(page, progress, layer, method, bits))
+        spent = code_bits(page.of_layer(layer), method, bits=bits, calibration=calibration)
         taken.append(spent.with_columns(bits=pl.lit(bits, pl.Int32)))
-    true_bits = pl.concat(taken)
-    return _by_head(pl.concat(tokens), lambda own: errors_by_bits(own, true_bits))
+    return _by_head(pl.concat(tokens), lambda own: errors_by_bits(own, pl.concat(taken)))
 
 
 MEASURES: dict[str, Measure] = {
     "attention": _attention,
-    "positions": _pooled(lambda own: errors_along_position(own, blocks=BLOCKS)),
-    "distribution": _pooled(error_densities),
+    "positions": lambda *of: _by_head(_token_errors(*of), lambda own: errors_along_position(own, blocks=BLOCKS)),
+    "distribution": lambda *of: _by_head(_token_errors(*of), error_densities),
     "by_bits": _by_bits,
 }
 
@@ -85,23 +78,9 @@ CHARTS = (
 class ErrorExplorer(HeadPage):
     """See what a method at a number of bits does to one KV head: its attention map, and errors of keys and values.
 
-    Every token is seen through its codes. Nothing here needs a network.
-
-    Parameters
-    ----------
-    capture, layer, calibration, selection, worker : as for `KeyExplorer`.
-    head : KV head; the attention map is that of its first query head.
-    method, bits : what codes the keys and values.
-
-    Attributes
-    ----------
-    layer, head, method, bits : traits; set them and the charts follow.
-    charts : each a `ChartView`, by name: ``attention``, ``positions``, ``distribution`` and ``by_bits``.
-    problem : why a chart shows older settings, or an empty text.
-
-    Raises
-    ------
-    InputError : a choice that there is not, or that cannot be measured.
+    Every token is seen through its codes. ``method``, ``bits``: what codes the keys and values. The attention map is
+    that of the first query head of ``head``. All else is as `KeyExplorer` has it; the ``charts`` are ``attention``,
+    ``positions``, ``distribution`` and ``by_bits``.
     """
 
     NAME = "errors"

@@ -29,28 +29,20 @@ class SideBySide(OfCache, Panel):
 
     Greedy, so that a run repeats. *Generate* starts it, the text comes as it is made, and *Cancel* ends it.
 
-    Parameters
-    ----------
-    model, tokenizer : as `veloxlab.load` gives them.
-    calibration : what `veloxlab.calibrate` gave; else a method that has to be fitted is fitted when it first runs.
-    selection, worker : of a laboratory, in place of a method and its settings.
-    settings : first values of the traits, such as ``prompt="…"`` or ``method="rabitq"``; ``bits`` is of both.
+    ``model``, ``tokenizer``: as `veloxlab.load` gives them. ``calibration``: what `veloxlab.calibrate` gave; else a
+    method that has to be fitted is fitted when it first runs. ``settings``: first values of the traits, such as
+    ``prompt="…"`` or ``method="rabitq"``; ``bits`` is of both. Raises `InputError` for an unknown method or setting, or
+    a number that cannot be.
 
-    Attributes
-    ----------
-    prompt, tokens : traits: a user's message, or a text to continue where the tokenizer has no template; and how many
-        tokens to generate at most.
-    method, key_bits, value_bits, sinks, window : traits, as for `veloxlab.make_cache`.
-    generated : rows of `veloxlab.measure.generation.GENERATION`, of the newest run so far.
-    charts : each a `ChartView`, by name: ``texts`` and ``held``, once something was generated.
-
-    Raises
-    ------
-    InputError : an unknown method or setting, a number that cannot be.
+    The traits are ``prompt``, a user's message, or a text to continue where the tokenizer has no template; ``tokens``
+    to generate at most; and ``method``, ``key_bits``, ``value_bits``, ``sinks`` and ``window``, as for
+    `veloxlab.make_cache`. ``generated`` has rows of `veloxlab.measure.generation.GENERATION`, of the newest run so far.
+    ``charts``: each a `ChartView`, by name: ``texts`` and ``held``, once something was generated.
     """
 
     NAME = "side-by-side"
     _pressed = -LATE
+    parting = property(lambda page: first_parting(page.generated), doc="The first position at which the texts differ.")
 
     prompt = Checked(WORDS, PROMPT, help="what is continued")
     tokens = Checked(whole(1, 512), 64, help="tokens to generate at most")
@@ -82,11 +74,6 @@ class SideBySide(OfCache, Panel):
         """What the compressed cache is, in a few words."""
         widths = f"{self.key_bits}" if self.key_bits == self.value_bits else f"K{self.key_bits} V{self.value_bits}"
         return f"{self.method} at {widths} bits"
-
-    @property
-    def parting(self) -> int | None:
-        """The first position at which the texts differ."""
-        return first_parting(self.generated)
 
     def run(self) -> None:
         """Generate with the present settings; an older run is ended."""

@@ -69,27 +69,14 @@ class KeyExplorer(HeadPage):
 
     Everything is measured on the capture, once. Nothing here needs the model or a network.
 
-    Parameters
-    ----------
-    capture : what `veloxlab.capture` gave.
-    layer : index in the prompt cache to begin with; the capture's first by default.
-    head : KV head.
-    method, bits : whose levels are drawn.
-    calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted.
-    selection, worker : of a laboratory, in place of the choices above.
-    settings : ``tensor="values"``, ``space="rotated"`` or another of `veloxlab.measure.distributions.SPACES`.
+    ``capture``: what `veloxlab.capture` gave. ``layer``: index in the prompt cache to begin with; the capture's first
+    by default. ``head``: KV head. ``method``, ``bits``: whose levels are drawn; the bits are those of what is shown,
+    the keys or the values. ``calibration``: what `veloxlab.calibrate` gave, for a method that has to be fitted.
+    ``settings``: ``tensor="values"``, ``space="rotated"`` or another of `veloxlab.measure.distributions.SPACES`. Raises
+    `InputError` for a choice that there is not, or that cannot be measured.
 
-    Attributes
-    ----------
-    layer, head, tensor, space, method, bits : traits; set them and the charts follow. The bits are those of what is
-        shown, the keys or the values.
-    charts : each a `ChartView`, by name: ``channels``, ``density``, ``levels``, ``spectrum`` and, where every layer has
-        a known RoPE, ``pairs``.
-    problem : why a chart shows older settings, or an empty text.
-
-    Raises
-    ------
-    InputError : a choice that there is not, or that cannot be measured.
+    All of them but the capture and the calibration are traits: set them and the ``charts`` follow, each a `ChartView`,
+    by name: ``channels``, ``density``, ``levels``, ``spectrum`` and, where every layer has a known RoPE, ``pairs``.
     """
 
     NAME = "keys"

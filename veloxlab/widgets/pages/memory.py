@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import ipywidgets
-import polars as pl
 import traitlets as t
 
 from veloxlab.checks import maybe, real, whole
@@ -54,27 +53,22 @@ CHART = Chart(
 )
 
 
+def _of_chart(place: int, doc: str) -> Any:  # noqa: ANN401 - a property
+    return property(lambda page: page.shown["memory_plan"][place], doc=doc)
+
+
 class MemoryPlanner(OfCache, ChartPage):
     """See what a context will take, and how long one fits, as predicted by the layout of the codes.
 
-    Parameters
-    ----------
-    model_or_config : as for `veloxlab.models.shapes.shape_of`: a model, a ``config.json`` or its folder, the id
-        of a cached repository. Without one, boxes for layers, KV heads and head dimensions are shown.
-    selection, worker : of a laboratory, in place of a method and its settings.
-    settings : first values of the traits, such as ``method="rabitq"`` or ``memory_gb=24``.
+    ``model_or_config``: as for `veloxlab.models.shapes.shape_of`: a model, a ``config.json`` or its folder, the id of a
+    cached repository. Without one, boxes for layers, KV heads and head dimensions are shown. ``settings``: first values
+    of the traits, such as ``method="rabitq"`` or ``memory_gb=24``. Raises `InputError` if there is no such model here,
+    for an unknown method, bits out of range, or a number that cannot be.
 
-    Attributes
-    ----------
-    context, batch, memory_gb : traits: tokens of each sequence, sequences, and memory for the cache in 10^9 bytes.
-    method, key_bits, value_bits, sinks, window : traits, as for `veloxlab.make_cache`.
-    layers, kv_heads, head_dim, sliding_window, full_every : traits: the shape, where none was given; the last two as
-        for `veloxlab.ModelShape.typed`, and 0 for none.
-    chart : the `ChartView`.
-
-    Raises
-    ------
-    InputError : there is no such model here, an unknown method, bits out of range, a number that cannot be.
+    The traits are ``context`` (tokens of each sequence), ``batch`` (sequences) and ``memory_gb`` (memory for the cache,
+    10^9 bytes); ``method``, ``key_bits``, ``value_bits``, ``sinks`` and ``window``, as for `veloxlab.make_cache`; and
+    where no model was given ``layers``, ``kv_heads``, ``head_dim``, ``sliding_window`` and ``full_every``, the last two
+    as for `veloxlab.ModelShape.typed`, and 0 for none. ``chart`` is the `ChartView`.
     """
 
     NAME = "planner"
@@ -91,6 +85,8 @@ class MemoryPlanner(OfCache, ChartPage):
     head_dim = Count(1, 10_000, 128, "numbers of a key or value of one head")
     sliding_window = Count(0, 2**MOST, 0, "tokens that a sliding layer sees; 0: none slides")
     full_every = Count(0, 1000, 0, "every so many-th layer sees all tokens; 0: none does")
+    plan = _of_chart(0, "Bytes by part at this context: `veloxlab.measure.planned_memory.PLANNED`.")
+    largest = _of_chart(1, "The largest contexts that fit: `veloxlab.measure.planned_memory.LARGEST`.")
 
     def __init__(
         self,
@@ -116,16 +112,6 @@ class MemoryPlanner(OfCache, ChartPage):
     def shape(self) -> ModelShape:
         """The model's shape: that which was given, or that which is typed in."""
         return self._shape([getattr(self, name) for name in TYPED])
-
-    @property
-    def plan(self) -> pl.DataFrame:
-        """Bytes by part at this context: `veloxlab.measure.planned_memory.PLANNED`."""
-        return self.shown["memory_plan"][0]  # type: ignore[no-any-return]
-
-    @property
-    def largest(self) -> pl.DataFrame:
-        """The largest contexts that fit: `veloxlab.measure.planned_memory.LARGEST`."""
-        return self.shown["memory_plan"][1]  # type: ignore[no-any-return]
 
     @property
     def summary(self) -> str:
