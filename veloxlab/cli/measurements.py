@@ -26,10 +26,7 @@ PARTS = ("attention", "methods", "encode", "decode", "read", "fit")
 
 
 def compare_caches(model: str, out: Path, **text: Any) -> None:
-    """Measure, print the tables, and write them as Parquet and Markdown beside a chart as PNG.
-
-    An unfinished Parquet file holds the rows until all are measured.
-    """
+    """Measure, print the tables, and write them as Parquet (unfinished at first), as Markdown and as a chart."""
     import veloxlab as vl
     from veloxlab.measure.compare import byte_ratios, compare
     from veloxlab.views import frontier, picture
@@ -76,7 +73,6 @@ def search_front(model: str, out: Path, workers: int, **settings: Any) -> None:
 
 
 def _tell(stem: Path, table: str) -> None:
-    """Print a table, and write it as Markdown."""
     write_atomically(Path(f"{stem}.md"), f"{table}\n".encode())
     print(table)
 
@@ -167,10 +163,7 @@ def measure_lengths(
     quantized_upto: int,
     file: Path | None,
 ) -> None:
-    """Measure memory and time for each length, print the tables, and write them as JSON.
-
-    An unfinished file holds the rows until all are measured.
-    """
+    """Measure memory and time for each length, print the tables, and write them as JSON (unfinished until all is)."""
     import veloxlab as vl
     from veloxlab.measure.bench import models, timing
 

@@ -65,7 +65,6 @@ class Wanted:
         return partial(make.make_cache, model, plan, **self.settings, calibration=[*fitted.values()])
 
     def _widths(self) -> Mapping[str, set[int]]:
-        """The methods that are used, and the bits of each."""
         if not isinstance(self.method_or_plan, Plan):
             usual = self.settings.get("bits", DEFAULT_BITS)
             both = {self.settings.get(name, usual) for name in ("key_bits", "value_bits")}

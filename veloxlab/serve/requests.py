@@ -16,7 +16,6 @@ WHOLE, MILLION = 2**31 - 1, 10**6
 
 
 def _field(description: str, kind: str | list[str], **schema: object) -> Schema:
-    """The schema of a field, with the words that an error says of it."""
     return {**schema, "description": description, "type": kind}
 
 

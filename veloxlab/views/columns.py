@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import altair as alt
 import polars as pl
@@ -11,6 +11,7 @@ import polars as pl
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import TYPES
 
+Axis = TypeVar("Axis", alt.X, alt.Y)
 TEXTS = frozenset(name for name, kind in TYPES.items() if kind == pl.String)
 """Columns of a frame that hold text; all others that a chart asks for hold numbers."""
 
@@ -95,24 +96,18 @@ _PLACES = {
 _PLACE = {name: place for place, names in _PLACES.items() for name in names.split()}
 
 
-def x(name: str, title: str | list[str] | None = "", **settings: Any) -> alt.X:
-    """Give a column's x axis, with settings of its scale and axis by their names; "" stands for the column's title."""
-    return alt.X(field(name), **_axis(name, title, settings))
-
-
-def y(name: str, title: str | list[str] | None = "", **settings: Any) -> alt.Y:
-    """Give a column's y axis, like `x`."""
-    return alt.Y(field(name), **_axis(name, title, settings))
-
-
-def _axis(name: str, title: str | list[str] | None, settings: dict[str, Any]) -> dict[str, Any]:
+def _axis(channel: type[Axis], name: str, title: str | list[str] | None = "", **settings: Any) -> Axis:
     own: dict[str, Any] = {"title": AXES.get(name) or TITLES.get(name, name) if title == "" else title}
     for setting, value in settings.items():
         if setting in _PLACE:
             own.setdefault(_PLACE[setting], {})[setting] = value
         else:
             own[setting] = value
-    return own
+    return channel(field(name), **own)
+
+
+x, y = partial(_axis, alt.X), partial(_axis, alt.Y)
+"""Give a column's axis, with settings of its scale and axis by their names; "" stands for the column's title."""
 
 
 def field(name: str) -> str:
@@ -131,10 +126,7 @@ def tips(*fields: str | tuple[str, str] | tuple[str, str, str]) -> list[alt.Tool
 
 
 def require(frame: pl.DataFrame, chart: str, *names: str) -> pl.DataFrame:
-    """Give the columns that a chart needs.
-
-    Raises `InputError` for a frame that lacks one, holds another kind of value in it, or has no rows.
-    """
+    """Give the columns that a chart needs; `InputError` if one is missing or of another kind, or there are no rows."""
     columns = " ".join(names).split()
     for name in columns:
         if name not in frame.columns:
@@ -157,9 +149,3 @@ def require_head(frame: pl.DataFrame, chart: str, names: str) -> pl.DataFrame:
             words = f"{chart} shows one head and the frame has {found} values of {name!r}"
             raise InputError(f"{words}: choose with frame.filter({place}).")
     return frame.select(names.split())
-
-
-def known(value: str, choices: Mapping[str, object], what: str) -> None:
-    """Refuse a name that is not among the choices, and list them."""
-    if value not in choices:
-        raise InputError(f"There is no {what} {value!r}: choose one of {', '.join(choices)}.")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import altair as alt
 import polars as pl
 
+from veloxlab.checks import choice
 from veloxlab.views import columns, marks, scales, theme
 
 # what a cache costs: words for an axis, the number drawn, and the words of the heading
@@ -39,7 +40,7 @@ def frontier(
     zero is drawn at the floor. ``x``: ``"bits"`` for true bits per value, or ``"held_bytes"``. ``domain``: least and
     greatest KL of the scale; give one to keep it steady while points are added.
     """
-    columns.known(x, COSTS, "cost")
+    choice(*COSTS)("x", x)
     needed = "name key_bits value_bits kl_mean held_bytes top1_flips perplexity"
     columns.require(frame, "frontier", needed)
     method = pl.col("method") if "method" in frame.columns else pl.col("name").str.split(" ").list.first()
@@ -55,7 +56,10 @@ def frontier(
     )
     order: list[Any] = [alt.SortField("cost"), alt.SortField("kl_mean")]
     best = base.transform_window(best="min(kl_mean)", frame=[None, 0], sort=order)
-    look = marks.method_look(_by_divergence(drawn))
+    # methods as their lines lie, from the top down, so that the legend reads like the chart
+    height = pl.col("kl_mean").filter(pl.col("kl_mean").is_finite() & (pl.col("kl_mean") > 0)).log().mean()
+    lines = drawn.group_by("method").agg(height).sort("kl_mean", "method", descending=[True, False], nulls_last=True)
+    look = marks.method_look(lines["method"].to_list())
     told = columns.tips("name kl_mean top1_flips perplexity key_bits value_bits held_bytes")
     layers = [
         best.transform_filter("datum.kl_mean <= datum.best").mark_line(**STEPS),
@@ -90,17 +94,9 @@ def _held_bits(frame: pl.DataFrame) -> list[str]:
 
 
 def _plane(layers: list[alt.Chart], cost: str, title: str, kl: str, scale: scales.Domain) -> alt.LayerChart:
-    """Lay charts over one another by a cost and a divergence."""
     x = columns.x(cost, title, zero=False, nice=False, padding=24, tickCount=6)
     y = scales.log_y(kl, ["mean KL from the exact model", "nats"], scale)
     return alt.layer(*layers).encode(x=x, y=y).properties(width=theme.WIDTH - 90)
-
-
-def _by_divergence(drawn: pl.DataFrame) -> list[str]:
-    """List methods as their lines lie, from the top down, so that the legend reads like the chart."""
-    height = pl.col("kl_mean").filter(pl.col("kl_mean").is_finite() & (pl.col("kl_mean") > 0)).log().mean()
-    mean = drawn.group_by("method").agg(height)
-    return mean.sort("kl_mean", "method", descending=[True, False], nulls_last=True)["method"].to_list()
 
 
 FRONT = "front"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
+from veloxlab.checks import choice
 from veloxlab.errors import InputError
 from veloxlab.views import columns, marks, scales, theme
 
@@ -32,7 +33,7 @@ def error_map(
     charts or to keep a slider's colours steady. Raises `InputError` if the frame does not fit, or holds no value of
     the metric.
     """
-    columns.known(metric, METRICS, "metric")
+    choice(*METRICS)("metric", metric)
     needed = columns.require(frame, "error_map", "layer head tensor", metric)
     shown = needed.drop_nulls(metric).sort("tensor", "layer", "head")
     if shown.is_empty():

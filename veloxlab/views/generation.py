@@ -15,6 +15,7 @@ FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', mo
 COLUMNS = 84  # characters of a line
 ADVANCE = 7.25  # pixels of a character at a size of 12
 LINE = 25  # pixels
+PLACED = {"shown": pl.String, "line": pl.Int32, "column": pl.Int32, "end": pl.Int32}
 PLACES = {"top": 0.08, "middle": 0.45, "low": 0.8, "high": 0.95}  # in a line
 LOST = (1e-3, 10.0)  # nats: KL that is drawn
 BREAK = "\u21b5"  # stands for a new line
@@ -33,7 +34,8 @@ def token_strip(
     needed = columns.require(frame, "token_strip", "side text position probability exact_probability kl")
     parted = pl.lit(None, pl.Boolean) if parting is None else pl.col("position") == parting
     shown = needed.with_columns(parts=parted.fill_null(False))
-    rows = pl.concat(_laid_out(own) for side in SIDES if len(own := shown.filter(side=side)))
+    sides = [own for _, own in _by_side(shown)]
+    rows = pl.concat(own.hstack(pl.DataFrame([*_places(own["text"])], PLACED, orient="row")) for own in sides)
     count = max(lines or 0, int(rows["line"].max()) + 1)  # type: ignore[arg-type]
     places = {name: f"datum.line + {share}" for name, share in PLACES.items()}
     down = {"domain": [0, count], "reverse": True, "nice": False, "labels": False, "ticks": False, "grid": False}
@@ -144,13 +146,8 @@ def _by_side(frame: pl.DataFrame) -> Iterator[tuple[str, pl.DataFrame]]:
     return ((side, own) for side in SIDES if len(own := frame.filter(pl.col("side") == side)))
 
 
-def _laid_out(own: pl.DataFrame) -> pl.DataFrame:
-    """Add the places of one side's tokens: line and column of the first character, and column behind the last."""
-    schema = {"shown": pl.String, "line": pl.Int32, "column": pl.Int32, "end": pl.Int32}
-    return own.hstack(pl.DataFrame(list(_places(own["text"])), schema=schema, orient="row"))
-
-
 def _places(texts: pl.Series) -> Iterator[tuple[str, int, int, int]]:
+    """Give each token's text, the line and column of its first character, and the column behind the last."""
     line = column = 0
     for text in texts:
         shown = text.replace("\n", BREAK).replace("\t", " ")

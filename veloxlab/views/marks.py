@@ -17,11 +17,7 @@ IS_PICKED = f"datum.layer === {PICKED}"
 ALTAIR_ROWS = 5_000
 CELLS = 1_600  # of a map at most: more would make a slider stutter, so heads are then drawn in groups
 CROSS: Look = {"text": "×", "fontSize": 13, "fontWeight": "bold", "color": theme.PICKED}  # not finite
-STEP_AREA: Look = {
-    "interpolate": "step",
-    "opacity": 0.3,
-    "line": {"interpolate": "step", "strokeWidth": 1.5},
-}  # of bins
+STEP_AREA: Look = {"interpolate": "step", "opacity": 0.3, "line": {"interpolate": "step", "strokeWidth": 1.5}}
 Channel = TypeVar("Channel", alt.Color, alt.Opacity, alt.Shape, alt.StrokeDash)
 Plot = alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart | alt.HConcatChart
 
@@ -150,10 +146,7 @@ def lines_by_layer(
 
 
 class HeadMap:
-    """The grid of a map of layers and KV heads, a map for each tensor.
-
-    ``rows``: of the map. Many heads are drawn in groups.
-    """
+    """The grid of a map of layers and KV heads, a map for each tensor; many heads are drawn in groups."""
 
     def __init__(self, rows: pl.DataFrame) -> None:
         layers, heads = rows["layer"].n_unique(), rows["head"].n_unique()

@@ -6,6 +6,7 @@ import re
 import struct
 import zlib
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -36,10 +37,8 @@ def stacked(specs: Sequence[Spec], *, width: int = WIDTH) -> bytes:
     drawings = [_apart(svg(spec), f"chart{i}-") for i, spec in enumerate(specs)]
     sizes = [_size(drawing) for drawing in drawings]
     broad, tall = max(w for w, _ in sizes), sum(h for _, h in sizes)
-    placed, top = [], 0.0
-    for drawing, (_, height) in zip(drawings, sizes, strict=True):
-        placed.append(drawing.replace("<svg", f'<svg y="{top}"', 1))
-        top += height
+    tops = accumulate((height for _, height in sizes), initial=0.0)
+    placed = [drawing.replace("<svg", f'<svg y="{top}"', 1) for drawing, top in zip(drawings, tops, strict=False)]
     whole = f'<svg xmlns="http://www.w3.org/2000/svg" width="{broad}" height="{tall}">'
     ground = f'<rect width="{broad}" height="{tall}" fill="white"/>'
     return repacked(vl_convert.svg_to_png(whole + ground + "".join(placed) + "</svg>", scale=width / broad))
@@ -57,28 +56,28 @@ def _size(drawing: str) -> tuple[float, float]:
 
 
 def repacked(picture: bytes) -> bytes:
-    """Compress a PNG's pixels again: vl-convert packs for speed, and zlib makes a chart about ten times smaller."""
+    """Compress a PNG's pixels again: vl-convert packs for speed, and zlib makes a chart about ten times smaller.
+
+    Rows of filter "Sub" (1), as vl-convert writes them, get filter "None" (0): flat colours pack smaller so.
+    """
     chunks: dict[bytes, bytes] = {}
     at = len(SIGNATURE)
     while at < len(picture):
         length, kind = struct.unpack_from(">I4s", picture, at)
         chunks[kind] = chunks.get(kind, b"") + picture[at + 8 : at + 8 + length]
         at += 12 + length
-    rows = _unfiltered(zlib.decompress(chunks[b"IDAT"]), png_size(picture)[1])
+    rows = zlib.decompress(chunks[b"IDAT"])
+    lines = np.frombuffer(rows, np.uint8).reshape(png_size(picture)[1], -1)
+    if (lines.shape[1] - 1) % CHANNELS == 0 and (lines[:, 0] == 1).all():
+        pixels = (
+            lines[:, 1:].reshape(len(lines), -1, CHANNELS).cumsum(axis=1, dtype=np.uint8)
+        )  # modulo 256, as PNG says
+        rows = np.insert(pixels.reshape(len(lines), -1), 0, 0, axis=1).tobytes()
     kept = {b"IHDR": chunks[b"IHDR"], b"IDAT": zlib.compress(rows, 9), b"IEND": b""}
     return SIGNATURE + b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in kept.items()
     )
-
-
-def _unfiltered(rows: bytes, height: int) -> bytes:
-    """Turn rows of PNG filter "Sub" (1), as vl-convert writes, into filter "None" (0): flat colours pack smaller so."""
-    lines = np.frombuffer(rows, np.uint8).reshape(height, -1)
-    if (lines.shape[1] - 1) % CHANNELS or (lines[:, 0] != 1).any():
-        return rows
-    pixels = lines[:, 1:].reshape(height, -1, CHANNELS).cumsum(axis=1, dtype=np.uint8)  # modulo 256, as PNG says
-    return np.insert(pixels.reshape(height, -1), 0, 0, axis=1).tobytes()
 
 
 def png_size(picture: bytes) -> tuple[int, int]:

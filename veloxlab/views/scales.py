@@ -61,7 +61,6 @@ def log_steps(*steps: int) -> list[float]:
 
 
 def _round_numbers(value: float) -> list[float]:
-    """Give round numbers from below a value to above it."""
     power = math.floor(math.log10(value))
     return [float(f"{step}e{power + decade}") for decade in (-1, 0, 1) for step in (1, 2, 5)]
 

@@ -9,6 +9,7 @@ from veloxlab.views import columns, marks, scales, theme
 
 ABOUT = {"origin": "with the mean vector", "mean": "without it"}
 DASHES = dict(zip(ABOUT.values(), ([4, 3], [1, 0]), strict=True))
+WITH_MEAN = marks.scaled(alt.StrokeDash, "seen", DASHES).legend(symbolType="stroke")
 SEEN = "datum.{} ? '{origin}' : '{mean}'".format("{}", **ABOUT)  # a Vega expression of the words, from a test
 FLOOR = 1e-4  # shares below are drawn there
 MEANS = [pl.col(n).filter(pl.col(n).is_finite()).mean() for n in ("uncentred", "centred", "mean_share")]
@@ -26,7 +27,7 @@ def spectrum(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
         x=columns.x("rank", nice=False, domainMin=1, tickMinStep=1),
         y=scales.log_y("share", ["one direction's", "share of energy"], domain),
         color=marks.tensor_colour(),
-        strokeDash=_with_mean(),
+        strokeDash=WITH_MEAN,
         tooltip=columns.tips("tensor seen rank share"),
     )
     plots = [line.properties(width=theme.WIDTH - 110, height=190)]
@@ -59,7 +60,7 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConca
         x=marks.layer_axis(labelled=False),
         y=scales.log_y("dimensions", ["effective dimensions", "mean over KV heads"], domain),
         color=marks.tensor_colour(),
-        strokeDash=_with_mean(),
+        strokeDash=WITH_MEAN,
     )
     shares = alt.Chart().encode(
         x=marks.layer_axis(),
@@ -83,10 +84,6 @@ def dimensions_caption(frame: pl.DataFrame) -> str:
     said = f"Of {frame['head_dim'][0]}: {marks.sentence(*counts)}. The mean vector holds {shares}"
     both = pl.concat([frame["uncentred"], frame["centred"].rename("uncentred")])
     return marks.sentence(said, *scales.not_drawn(both))
-
-
-def _with_mean() -> alt.StrokeDash:
-    return marks.scaled(alt.StrokeDash, "seen", DASHES).legend(symbolType="stroke")
 
 
 STAGES = ("before RoPE", "after RoPE")

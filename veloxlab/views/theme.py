@@ -109,10 +109,7 @@ V5 = "https://vega.github.io/schema/vega-lite/v5.json"
 
 
 def enable() -> None:
-    """Make this the theme and the renderer of Altair charts in this process.
-
-    Altair's own renderers need a network, or an older Vega-Lite in JupyterLab 4.6.
-    """
+    """Make this Altair's theme and renderer; its own renderers need a network, or an older Vega-Lite in JupyterLab."""
     alt.theme.register("veloxlab", enable=True)(lambda: alt.theme.ThemeConfig(config=structure()))  # type: ignore[typeddict-item]
     alt.renderers.register("veloxlab", render)
     alt.renderers.enable("veloxlab")

@@ -116,10 +116,7 @@ class ChartView(Ending, anywidget.AnyWidget):
         return int(self.content["revision"])
 
     def show(self, chart: alt.TopLevelMixin, *, summary: str | None = None) -> None:
-        """Show another Altair chart, with another ``summary`` if one is given.
-
-        Where only its numbers differ, the page patches the one it has.
-        """
+        """Show another chart, and ``summary`` if one is given; the page patches the one it has if only numbers differ."""
         with self._changing:
             state = self._state_of(chart, revision=self.revision + 1)
             self.summary = self.summary if summary is None else summary

@@ -35,7 +35,6 @@ WAITING = "<em>This page is made when the present work is done.</em>"
 
 
 def _of(page: str, name: str) -> Any:  # noqa: ANN401 - a property
-    """An attribute of a page as one of the laboratory."""
     get = attrgetter(name)
     return property(lambda lab: get(lab.page_of(page)), lambda lab, value: setattr(lab.page_of(page), name, value))
 

@@ -67,10 +67,9 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
 class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
     """A widget of charts that a worker measures and that follows a selection.
 
-    A subclass has a ``NAME`` of its own. It calls ``Panel.__init__``, puts together its children, ``_message`` among
-    them, and then calls `follow`. `close` ends it: its widgets leave the page, its work stops, and it lets go of the
-    model and of all that it measured but the public tables. The same happens when nothing refers to it any more, and
-    when the cell that shows it is run again, unless a variable still holds it.
+    A subclass has a ``NAME``. It calls ``Panel.__init__``, puts together its children, ``_message`` among them, and
+    then calls `follow`. `close` ends it, and so does the garbage collection: its widgets leave the page, its work
+    stops, and it lets go of the model and of all that it measured but the public tables.
     """
 
     NAME: ClassVar[str]
@@ -91,10 +90,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self._seen = self._chosen()
         self.add_class(f"veloxlab-{self.NAME}")
         loosen(self)
-
-    @t.observe("children")
-    def _children_are_there(self, _: object) -> None:
-        loosen(self)
+        self.observe(lambda change: loosen(change["owner"]), "children")
 
     def close(self) -> None:
         """End it, and its work; see the class. What is asked of it then raises `InputError`."""
@@ -141,7 +137,6 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def _submit(
         self, key: str, job: Job, *, on_done: Callable[[Any], None] = lambda _: None, ahead: bool = False
     ) -> None:
-        """Ask the worker for a job of this panel; see `Worker.submit`."""
         key = f"{self.NAME}: {key}"
         self._keys.add(key)
         self.worker.submit(key, job, on_done=on_done, on_error=weakly(self.say), ahead=ahead)
@@ -221,7 +216,6 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         return self._control(ipywidgets.SelectionSlider, trait, words, options=self.selection.widths)
 
     def _offer_bits(self) -> None:
-        """Give the sliders of bits those of another method."""
         for link in self._bits_links:
             slider = link.target[0]
             link.unlink()  # new options bring a value that nobody chose

@@ -74,7 +74,6 @@ class Fitting:
         return self.given if self.given and self.given.method == method else None
 
     def _missing(self, method: str, widths: Iterable[int]) -> list[int]:
-        """Widths that have to be fitted first."""
         if not find_method(method).calibrated or self._given(method) is not None:
             return []
         return sorted({*widths} - {*(self._made[method].widths if method in self._made else ())})
@@ -196,7 +195,6 @@ class Selection(t.HasTraits):
         return choice
 
     def _of_method(self, method: str) -> dict[str, Any]:
-        """The parts that change with a method."""
         if find_method(method).id not in self.methods:
             fit = " A method that has to be fitted needs calibration=vl.calibrate(...)."
             hint = fit if find_method(method).calibrated else ""

@@ -242,7 +242,6 @@ class BudgetTuner(ChartPage):
             self.say(str(error))
 
     def _converted(self, kind: type) -> Budget:
-        """The budget of a kind that holds what is held now."""
         found, tokens = self.allocation, self._controls.tokens.value
         if kind is TokensInMemory:
             return TokensInMemory(tokens, self._tables.held_bytes(found.plan, tokens) / budgets.MEGABYTE * (1 + 1e-9))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import altair as alt
 import polars as pl
 
 from veloxlab import views
@@ -39,15 +38,11 @@ def _frontier(look: Look) -> pl.DataFrame:
     return views.frontier_rows(look.rates.frontier(look.setting.bounds), now, drawn)
 
 
-def _ends(rows: pl.DataFrame, look: Look) -> tuple[Domain, Domain]:
+def _ends(rows: pl.DataFrame, look: Look) -> dict[str, Domain]:
     """Ends of the axes of true bits and of loss, between which all that the widest bounds can do and these rows lie."""
     bits = [*look.everything["true_bits"], *rows["true_bits"]]
-    return (min(bits), max(bits)), log_domain([*look.everything["predicted_loss"], *rows["loss"]])
-
-
-def _draw_frontier(rows: pl.DataFrame, look: Look) -> alt.VConcatChart:
-    (bits, domain), caption = _ends(rows, look), _frontier_caption(rows, look)
-    return views.budget_frontier(rows, unit=unit_of(look.rates), bits=bits, domain=domain, caption=caption)
+    domain = log_domain([*look.everything["predicted_loss"], *rows["loss"]])
+    return {"bits": (min(bits), max(bits)), "domain": domain}
 
 
 def _frontier_caption(rows: pl.DataFrame, look: Look) -> str:
@@ -78,7 +73,9 @@ CHARTS = (
         "frontier",
         ("setting", "allocation", "measured.height"),
         lambda _, look: _frontier(look),
-        _draw_frontier,
+        lambda rows, look: views.budget_frontier(
+            rows, unit=unit_of(look.rates), caption=_frontier_caption(rows, look), **_ends(rows, look)
+        ),
         _frontier_caption,
         _ends,
     ),

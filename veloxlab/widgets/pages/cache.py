@@ -43,7 +43,7 @@ def _coded(measure: Measure, **given: Any) -> Measure:
 
     def run(page: ChartPage, progress: Progress, method: str, width: int, *exact: int) -> pl.DataFrame:
         kept = dict(zip(("sinks", "window"), exact, strict=False))
-        calibration = page.calibration(method, [width], progress)
+        calibration = page.selection.fitting.calibration(method, [width], progress)
         frame: pl.DataFrame = measure(page.capture, method=method, bits=width, calibration=calibration, **kept, **given)
         return frame
 

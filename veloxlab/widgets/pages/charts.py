@@ -37,10 +37,9 @@ CANCELLED = "Cancelled. The charts show the last settings that were measured. Ch
 class Chart:
     """One chart of a page.
 
-    ``depends`` are the settings that it depends on. ``rows`` gives its rows from what was measured, ``draw`` the chart
-    of rows, and ``caption`` the line under its heading; without one the chart is always drawn as a whole. ``shape`` is
-    what its spec depends on beside numbers: rows of one shape can be put into one chart. ``asks`` says what has to be
-    measured for it.
+    ``depends``: the settings that it depends on. ``rows`` gives its rows from what was measured, ``draw`` the chart of
+    rows, ``caption`` the line under its heading; without one it is always drawn as a whole. ``shape``: what its spec
+    depends on beside numbers; rows of one shape can be put into one chart. ``asks``: what has to be measured for it.
     """
 
     name: str
@@ -59,9 +58,8 @@ class Chart:
 class ChartPage(Panel):
     """Charts that follow the settings. What they need is measured once, on the worker; what may be next, ahead.
 
-    A subclass says what its settings and its measurements are, draws its charts first, and says what may be next. The
-    rows that a chart shows are in ``shown``; what was measured, or why it cannot be, in ``found`` and ``refused``, by
-    request. A frame never changes, so any thread may read it.
+    The rows that a chart shows are in ``shown``; what was measured, or why it cannot be, in ``found`` and ``refused``,
+    by request. A frame never changes, so any thread may read it.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]]
@@ -87,10 +85,6 @@ class ChartPage(Panel):
             self.observe(lambda _: self._selected(), own)
         self._ends.append(self.worker.watch(weakly(self._follow)))
 
-    def calibration(self, method: str, widths: Iterable[int], progress: Tell) -> Calibration | None:
-        """What holds a method at these widths, fitted now if need be; see `Fitting.calibration`."""
-        return self.selection.fitting.calibration(method, widths, progress)
-
     def of_layer(self, layer: int) -> Capture:
         """The capture of one layer alone."""
         assert self.capture is not None
@@ -103,7 +97,6 @@ class ChartPage(Panel):
         return self.found[request]
 
     def _lacking(self, looks: Iterable[Look]) -> list[Request]:
-        """What is not measured of some looks."""
         asked = dict.fromkeys(r for look in looks for kind in self._kinds.values() for r in kind.asks(look))
         return [request for request in asked if request not in self.found]
 
@@ -127,12 +120,10 @@ class ChartPage(Panel):
             self._submit("ahead", lambda progress: job(ahead, progress), ahead=True)
 
     def _look(self, **changed: Any) -> Look:
-        """The present settings, with some changed."""
         return SimpleNamespace(**({name: getattr(self, name) for name in self.SETTINGS} | changed))
 
     def _likely(self) -> Iterable[Look]:
-        """What may be looked at next."""
-        return ()
+        return ()  # what may be looked at next
 
     def _draw(self, kinds: Iterable[Chart]) -> None:
         """Draw these charts first; what is missing for them is measured now, and `InputError` says what cannot be."""
@@ -145,7 +136,6 @@ class ChartPage(Panel):
         self.charts = charts
 
     def _redraw(self) -> None:
-        """Show at once what is measured, and ask for what is not."""
         self._said = None
         self._show()
         self._measure()
@@ -212,7 +202,7 @@ class HeadPage(ChartPage):
     """Charts of one KV head of one layer, under a method at a number of bits, measured on a capture.
 
     A subclass has ``CHARTS``, and ``RARE``: the one that not every model has, the part of a layer's capture that it
-    needs, and a sentence for where that is missing. Its own traits can be given as settings.
+    needs, and a sentence for where that is missing.
     """
 
     CHARTS: ClassVar[Sequence[Chart]]
@@ -250,7 +240,6 @@ class HeadPage(ChartPage):
         self.follow()
 
     def _likely(self) -> Iterable[Look]:
-        """What one move of a control that all these pages have leads to."""
         chosen, fitting = self.selection, self.selection.fitting
         looks = [self._look(layer=self.layer + step) for step in (1, -1) if self.layer + step in chosen.layers]
         ready = [b for b in chosen.widths if abs(b - self.bits) == 1 and fitting.is_ready(self.method, b)]
@@ -269,7 +258,6 @@ class HeadPage(ChartPage):
         return " ".join(filter(None, (self._missing, note)))
 
     def _controls(self, *own: Sequence[ipywidgets.Widget]) -> ipywidgets.Widget:
-        """Rows of controls, the page's own between those that all these pages have."""
         layers, heads = self.selection.layers, range(self.selection.heads)
         steps = ipywidgets.SelectionSlider
         return rows(

@@ -19,11 +19,14 @@ CODED = ("layer", "method", "bits")
 
 
 def _attention(page: ChartPage, progress: Progress, number: int, method: str, bits: int) -> pl.DataFrame:
-    """The map of the first query head of each KV head."""
     (layer,) = page.of_layer(number).layers
     kv_heads = layer.keys.shape[1]
     group = 1 if layer.queries is None else layer.queries.shape[1] // kv_heads
-    given: dict[str, Any] = {"bits": bits, "calibration": page.calibration(method, [bits], progress), "blocks": MAP}
+    given: dict[str, Any] = {
+        "bits": bits,
+        "calibration": page.selection.fitting.calibration(method, [bits], progress),
+        "blocks": MAP,
+    }
     maps = [attention_map(layer, head * group, method, **given) for head in range(kv_heads)]
     return pl.concat(own.with_columns(head=pl.lit(head)) for head, own in enumerate(maps))
 
@@ -34,12 +37,12 @@ def _by_head(errors: pl.DataFrame, pool: Callable[[pl.DataFrame], pl.DataFrame])
 
 
 def _token_errors(page: ChartPage, progress: Progress, layer: int, method: str, bits: int) -> pl.DataFrame:
-    calibration = page.calibration(method, [bits], progress)
+    calibration = page.selection.fitting.calibration(method, [bits], progress)
     return token_errors(page.of_layer(layer), method, bits=bits, calibration=calibration)
 
 
 def _by_bits(page: ChartPage, progress: Progress, layer: int, method: str, widths: tuple[int, ...]) -> pl.DataFrame:
-    calibration = page.calibration(method, widths, progress)
+    calibration = page.selection.fitting.calibration(method, widths, progress)
     tokens, taken = [], []
     for done, bits in enumerate(widths):
         progress(done, len(widths), f"measuring {bits} bits")

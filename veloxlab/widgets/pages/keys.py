@@ -22,7 +22,7 @@ SEEN = ("layer", "tensor", "space")
 
 
 def _levels(page: ChartPage, progress: Progress, layer: int, tensor: Tensor, method: str, bits: int) -> pl.DataFrame:
-    calibration = page.calibration(method, [bits], progress)
+    calibration = page.selection.fitting.calibration(method, [bits], progress)
     return level_densities(page.of_layer(layer), method, bits=bits, tensors=(tensor,), calibration=calibration)
 
 

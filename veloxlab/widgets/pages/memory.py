@@ -35,7 +35,7 @@ class Count(Checked):
 
 
 def _layouts(page: Any, _: object, method: str, *numbers: int) -> tuple[CacheLayout, ...]:  # noqa: ANN401
-    """What caches are made of. Codecs make tables, which belong to the thread that made them: the worker's."""
+    """Codecs make tables, which belong to the thread that made them: the worker's."""
     key_bits, value_bits, sinks, window, *typed = numbers
     settings: dict[str, Any] = {"key_bits": key_bits, "value_bits": value_bits, "sinks": sinks, "window": window}
     return cache_layouts(page._shape(typed), method, **settings)
