@@ -42,27 +42,23 @@ def log_domain(values: Iterable[float | None]) -> Domain:
     drawn = [value for value in values if value is not None and 0 < value < math.inf]
     greatest = max(drawn, default=1.0)
     least = min((value for value in drawn if value > greatest * DEEP), default=greatest)
-    low = max(step for step in _round_numbers(least) if step <= least * (1 + NEAR))
-    high = min(step for step in _round_numbers(greatest) if step >= greatest * (1 - NEAR))
+    first, last = (math.floor(math.log10(end)) for end in (least, greatest))
+    steps = log_steps(1, 2, 5, low=first - 1, high=last + 1)
+    low = max(step for step in steps if step <= least * (1 + NEAR))
+    high = min(step for step in steps if step >= greatest * (1 - NEAR))
     return (low, high) if high / low >= 5 else (low / 5, high)
 
 
 def log_ticks(domain: Domain) -> list[float]:
     """Give round values within a domain, decades alone where there are more than three."""
     low, high = (math.floor(math.log10(end) + NEAR) for end in domain)
-    steps = (1, 2, 5) if high - low <= 3 else (1,)
-    values = (float(f"{step}e{power}") for power in range(low, high + 1) for step in steps)
+    values = log_steps(*((1, 2, 5) if high - low <= 3 else (1,)), low=low, high=high)
     return [value for value in values if domain[0] * (1 - NEAR) <= value <= domain[1] * (1 + NEAR)]
 
 
-def log_steps(*steps: int) -> list[float]:
-    """Give such steps of every decade, for an axis whose ends its rows make: only those between them are drawn."""
-    return [float(f"{step}e{power}") for power in range(-12, 7) for step in steps]
-
-
-def _round_numbers(value: float) -> list[float]:
-    power = math.floor(math.log10(value))
-    return [float(f"{step}e{power + decade}") for decade in (-1, 0, 1) for step in (1, 2, 5)]
+def log_steps(*steps: int, low: int = -12, high: int = 6) -> list[float]:
+    """Give such steps of decades, for an axis whose ends its rows make: only those between them are drawn."""
+    return [float(f"{step}e{power}") for power in range(low, high + 1) for step in steps]
 
 
 def log_y(field: str, title: list[str], domain: Domain) -> alt.Y:

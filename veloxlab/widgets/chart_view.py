@@ -116,7 +116,7 @@ class ChartView(Ending, anywidget.AnyWidget):
         return int(self.content["revision"])
 
     def show(self, chart: alt.TopLevelMixin, *, summary: str | None = None) -> None:
-        """Show another chart, and ``summary`` if one is given; the page patches the one it has if only numbers differ."""
+        """Show another chart, and a ``summary`` if given; the page patches the one it has if only numbers differ."""
         with self._changing:
             state = self._state_of(chart, revision=self.revision + 1)
             self.summary = self.summary if summary is None else summary
