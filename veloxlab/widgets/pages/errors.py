@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import polars as pl
 
@@ -22,11 +22,8 @@ def _attention(page: ChartPage, progress: Progress, number: int, method: str, bi
     (layer,) = page.of_layer(number).layers
     kv_heads = layer.keys.shape[1]
     group = 1 if layer.queries is None else layer.queries.shape[1] // kv_heads
-    given: dict[str, Any] = {
-        "bits": bits,
-        "calibration": page.selection.fitting.calibration(method, [bits], progress),
-        "blocks": MAP,
-    }
+    calibration = page.selection.fitting.calibration(method, [bits], progress)
+    given: dict[str, Any] = {"bits": bits, "calibration": calibration, "blocks": MAP}
     maps = [attention_map(layer, head * group, method, **given) for head in range(kv_heads)]
     return pl.concat(own.with_columns(head=pl.lit(head)) for head, own in enumerate(maps))
 
@@ -52,30 +49,9 @@ def _by_bits(page: ChartPage, progress: Progress, layer: int, method: str, width
     return _by_head(pl.concat(tokens), lambda own: errors_by_bits(own, pl.concat(taken)))
 
 
-MEASURES: dict[str, Measure] = {
-    "attention": _attention,
-    "positions": lambda *of: _by_head(_token_errors(*of), lambda own: errors_along_position(own, blocks=BLOCKS)),
-    "distribution": lambda *of: _by_head(_token_errors(*of), error_densities),
-    "by_bits": _by_bits,
-}
-
-
 def _attention_caption(frame: pl.DataFrame, look: Look) -> str:
     where = f"layer {look.layer}, KV head {look.head}"
     return f"{look.method} at {look.bits} bits, {where}: {views.attention_caption(frame)}"
-
-
-CHARTS = (
-    head_chart(
-        "attention",
-        CODED,
-        lambda frame, look: views.attention_maps(frame, caption=_attention_caption(frame, look)),
-        _attention_caption,
-    ),
-    head_chart("positions", CODED, plain(views.errors_along_position), plain(views.profile_caption)),
-    head_chart("distribution", CODED, plain(views.error_distribution), plain(views.distribution_caption)),
-    head_chart("by_bits", ("layer", "method", "widths"), plain(views.errors_by_bits), plain(views.by_bits_caption)),
-)
 
 
 class ErrorExplorer(HeadPage):
@@ -88,8 +64,23 @@ class ErrorExplorer(HeadPage):
 
     NAME = "errors"
     SETTINGS = ("layer", "head", "method", "bits")
-    MEASURES = MEASURES
-    CHARTS = CHARTS
+    MEASURES: ClassVar[dict[str, Measure]] = {
+        "attention": _attention,
+        "positions": lambda *of: _by_head(_token_errors(*of), lambda own: errors_along_position(own, blocks=BLOCKS)),
+        "distribution": lambda *of: _by_head(_token_errors(*of), error_densities),
+        "by_bits": _by_bits,
+    }
+    CHARTS = (
+        head_chart(
+            "attention",
+            CODED,
+            lambda frame, look: views.attention_maps(frame, caption=_attention_caption(frame, look)),
+            _attention_caption,
+        ),
+        head_chart("positions", CODED, plain(views.errors_along_position), plain(views.profile_caption)),
+        head_chart("distribution", CODED, plain(views.error_distribution), plain(views.distribution_caption)),
+        head_chart("by_bits", ("layer", "method", "widths"), plain(views.errors_by_bits), plain(views.by_bits_caption)),
+    )
     RARE = "attention", "queries", "Not every layer shows its queries, so there are no attention maps."
 
     @property

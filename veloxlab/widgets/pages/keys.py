@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import ipywidgets
 import polars as pl
@@ -26,44 +27,6 @@ def _levels(page: ChartPage, progress: Progress, layer: int, tensor: Tensor, met
     return level_densities(page.of_layer(layer), method, bits=bits, tensors=(tensor,), calibration=calibration)
 
 
-MEASURES: dict[str, Measure] = {
-    "channels": lambda page, _, layer, tensor, space: channel_distributions(
-        page.of_layer(layer), space, tensors=(tensor,)
-    ),
-    "density": lambda page, _, layer, tensor, space: densities(page.of_layer(layer), space, tensors=(tensor,)),
-    "levels": _levels,
-    "spectrum": lambda page, _, layer, tensor: spectra(page.of_layer(layer), tensors=(tensor,)),
-    "pairs": lambda page, _, layer: rope_pairs(page.of_layer(layer)),
-}
-
-CHARTS = (
-    head_chart(
-        "channels",
-        SEEN,
-        plain(views.channel_ranges),
-        plain(views.channel_caption),
-        # channels that are drawn in groups are no rows of the frame
-        lambda frame, look: (look.tensor, look.space, frame.height if 3 * frame.height > MARKS else 0),
-    ),
-    head_chart("density", SEEN, plain(views.density), plain(views.density_caption), lambda _, look: look.space),
-    head_chart(
-        "levels",
-        ("layer", "tensor", "method", "bits"),
-        lambda frame, look: views.levels_on_density(frame, method=look.method),
-        lambda frame, look: views.levels_caption(frame, look.method),
-        lambda frame, look: (look.tensor, frame.filter(kind="level").height <= SHARES_SHOWN),
-    ),
-    head_chart("spectrum", ("layer", "tensor"), plain(views.spectrum), plain(views.spectrum_caption)),
-    head_chart(
-        "pairs",
-        ("layer",),
-        plain(views.pair_energy),
-        plain(views.pair_caption),
-        lambda frame, _: tuple(frame["wavelength"]),
-    ),
-)
-
-
 class KeyExplorer(HeadPage):
     """See one KV head's keys or values in the spaces in which methods code them.
 
@@ -81,8 +44,41 @@ class KeyExplorer(HeadPage):
 
     NAME = "keys"
     SETTINGS = ("layer", "head", "tensor", "space", "method", "bits")
-    MEASURES = MEASURES
-    CHARTS = CHARTS
+    MEASURES: ClassVar[dict[str, Measure]] = {
+        "channels": lambda page, _, layer, tensor, space: channel_distributions(
+            page.of_layer(layer), space, tensors=(tensor,)
+        ),
+        "density": lambda page, _, layer, tensor, space: densities(page.of_layer(layer), space, tensors=(tensor,)),
+        "levels": _levels,
+        "spectrum": lambda page, _, layer, tensor: spectra(page.of_layer(layer), tensors=(tensor,)),
+        "pairs": lambda page, _, layer: rope_pairs(page.of_layer(layer)),
+    }
+    CHARTS = (
+        head_chart(
+            "channels",
+            SEEN,
+            plain(views.channel_ranges),
+            plain(views.channel_caption),
+            # channels that are drawn in groups are no rows of the frame
+            lambda frame, look: (look.tensor, look.space, frame.height if 3 * frame.height > MARKS else 0),
+        ),
+        head_chart("density", SEEN, plain(views.density), plain(views.density_caption), lambda _, look: look.space),
+        head_chart(
+            "levels",
+            ("layer", "tensor", "method", "bits"),
+            lambda frame, look: views.levels_on_density(frame, method=look.method),
+            lambda frame, look: views.levels_caption(frame, look.method),
+            lambda frame, look: (look.tensor, frame.filter(kind="level").height <= SHARES_SHOWN),
+        ),
+        head_chart("spectrum", ("layer", "tensor"), plain(views.spectrum), plain(views.spectrum_caption)),
+        head_chart(
+            "pairs",
+            ("layer",),
+            plain(views.pair_energy),
+            plain(views.pair_caption),
+            lambda frame, _: tuple(frame["wavelength"]),
+        ),
+    )
     RARE = "pairs", "rope", "Not every layer has a rotary embedding that is known, so there is no chart of its pairs."
 
     tensor = Checked(choice(*TENSORS), "keys", help="keys or values")
