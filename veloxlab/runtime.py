@@ -125,10 +125,7 @@ def cpu_gflops() -> float:
 
 
 def defer_iri_grammar() -> None:
-    """Let jsonschema build its grammar of IRIs when it first checks one, and not whenever Altair is imported.
-
-    The package rfc3987_syntax, which JupyterLab brings, builds it on import, for more than a second of CPU time.
-    """
+    """Let rfc3987_syntax build its grammar when it is first used: on import, as by Altair, it takes over a second."""
     spec = None if GRAMMAR in sys.modules else find_spec(GRAMMAR)
     if spec is None:
         return

@@ -31,10 +31,7 @@ class Run:
         return {name.removeprefix(start): buffer for name, buffer in self.buffers.items() if name.startswith(start)}
 
     def codes(self, start: int = 0, skip: int = 0) -> Codes:
-        """The codes of keys and values, but for the ``skip`` oldest; ``start`` is where the oldest held is in the text.
-
-        Every layer asks at every token, and most runs have not changed since: views are kept.
-        """
+        """Codes but the ``skip`` oldest, as views that are kept; ``start`` is where the oldest held is in the text."""
         known = self._codes.get((start, skip))
         if known is None:
             span = slice(skip, self.tokens)

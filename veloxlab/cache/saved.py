@@ -140,10 +140,7 @@ def restore_codec(said: Content, arrays: Iterator[mx.array]) -> Codec:
 
 
 def check_model(model: str, layer: int | None) -> None:
-    """Raise `InputError` if caches were made for other models in this process, and none for ``model``.
-
-    What these models are is computed now, which takes milliseconds: it is done for the first layer of a file alone.
-    """
+    """Raise `InputError` if caches were made here for other models, and none for ``model``; asks at layer 0 alone."""
     if not model or layer:
         return
     others = sorted({identity.name_of(other) for other in list(identity.models_here.values())})

@@ -190,10 +190,7 @@ def largest_contexts(
     batch: int = 1,
     **settings: Any,
 ) -> pl.DataFrame:
-    """Predict the largest context that fits in so much memory for the cache alone: `LARGEST`.
-
-    ``memory_bytes`` is what is left beside weights and all else. All else is as for `plan_memory`.
-    """
+    """Predict the largest context whose cache alone fits in ``memory_bytes``: `LARGEST`; else as `plan_memory`."""
     return largest(cache_layouts(model_or_config, method, **settings), memory_bytes, batch)
 
 

@@ -41,10 +41,7 @@ def fingerprint(model: Module) -> str:
 
 
 def structure(model: Module) -> str:
-    """Hex digits over all but the numbers in a model's arrays; computes nothing and takes a few milliseconds.
-
-    That is the classes and plain attributes of its modules, and the names, shapes and dtypes of its arrays.
-    """
+    """Hex digits over a model's classes, plain attributes, and arrays' names, shapes and dtypes; takes milliseconds."""
     lines = []
     for name, module in model.named_modules():
         lines.append(f"{name}: {type(module).__module__}.{type(module).__qualname__}")
