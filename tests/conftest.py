@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,6 +12,10 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a worker has a core of its own, and so have its kernels
+
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    # a run starts a hundred Pythons, and none compiles again what another has; nothing is written beside the sources
+    os.environ["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / f"veloxlab_bytecode_{getpass.getuser()}")
 
 from veloxlab import runtime
 
