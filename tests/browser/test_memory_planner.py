@@ -1,4 +1,4 @@
-"""The memory planner in a real JupyterLab with no network: its knobs move its chart, in either theme."""
+"""The memory planner, and a slider over measured frames, in a real JupyterLab with no network, in either theme."""
 
 from __future__ import annotations
 
@@ -12,12 +12,27 @@ CELL = """
 import veloxlab as vl
 vl.widgets.MemoryPlanner(context=131_072, memory_gb=8.0)
 """
+EXPLORE = """
+import altair as alt
+import polars as pl
+from veloxlab.widgets.explore import Explore
+
+frames = {bits: pl.DataFrame({"x": [0, 1], "error": [4.0**-bits, 1.0]}) for bits in (1, 2, 3)}
+explore = Explore(frames, lambda frame: alt.Chart(frame).mark_bar().encode(x="x:O", y="error:Q"), description="bits")
+explore.add_class("explore")
+explore
+"""
 PLANNER = ".veloxlab-planner"
 
 
-def test_the_knobs_of_the_planner_move_its_chart(notebook):
-    visit = notebook(CELL, name="planner.ipynb")
+def test_the_knobs_of_the_planner_and_a_slider_over_frames_move_their_charts(notebook):
+    visit = notebook(EXPLORE, CELL, name="planner.ipynb")
     page = visit.page
+    explore = Shown(page, ".explore")
+    explore.drawn(1)
+    explore.pressed("bits", ["ArrowRight", "ArrowRight", "ArrowLeft"], [0])
+    page.locator(".explore .widget-readout", has_text="2").wait_for()
+
     planner = Shown(page, PLANNER)
     planner.drawn(1)
     page.locator(planner.charts, has_text="131,072 tokens as turboquant K4 V4: 4.44 GB of 8 GB").wait_for()
@@ -46,5 +61,6 @@ def test_the_knobs_of_the_planner_move_its_chart(notebook):
     page.locator(planner.charts, has_text="of 24 GB").wait_for()
 
     planner.turns_dark("planner")
+    explore.turns_dark("")
     assert visit.errors == []
     assert visit.outside == []
