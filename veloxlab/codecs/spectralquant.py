@@ -108,7 +108,7 @@ class SpectralQuant(Codec):
         )
 
     def blank(self, kv_heads: int) -> Self:
-        """As many bits for every coordinate; see `Codec.blank`. A learned plan's table is up to 2 KB larger."""
+        """As many bits for every coordinate; see `Codec.blank`. A learned plan's tables are up to 8 KB larger."""
         matrix, row = mx.zeros((kv_heads, self.head_dim, self.head_dim)), mx.zeros((kv_heads, 1, self.head_dim))
         backward = matrix if self.basis == "query" else None
         plan = (self.bits,) * self.head_dim
