@@ -14,7 +14,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import create_attention_mask
 
 from veloxlab.cache import saved
-from veloxlab.cache.attention import History, Segment
+from veloxlab.cache.attention import FEW_QUERIES, History, Segment
 from veloxlab.cache.counts import TOKENS, Arrival, Windows
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.cache.runs import Codes, Run, Runs
@@ -142,7 +142,7 @@ class CompressedKVCache(Runs, saved.Saved):
         self.evict()
         self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
         self._dtype = str(keys.dtype).rpartition(".")[2]
-        history = History(segments, stored=tuple(self.buffers))
+        history = History(segments, stored=tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else ())
         self._lent = history if self.lends else None
         if self.path == "codes":
             return history, history
