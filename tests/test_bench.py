@@ -231,7 +231,7 @@ def _state(pid: int) -> str:
 
 
 def test_a_module_is_the_command():
-    asked = [sys.executable, "-m", "veloxlab", "bench", "--help"]
+    asked = [sys.executable, "-m", "veloxlab.cli", "bench", "--help"]
     assert "--busy" in subprocess.run(asked, capture_output=True, text=True, check=True).stdout
 
 

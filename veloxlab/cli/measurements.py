@@ -165,7 +165,7 @@ def measure_lengths(
 ) -> None:
     """Measure memory and time for each length, print the tables, and write them as JSON (unfinished until all is)."""
     import veloxlab as vl
-    from veloxlab.measure.bench import models, timing
+    from veloxlab.measure.bench import models, shapes, timing
 
     if file:
         check_place(file)
@@ -181,7 +181,7 @@ def measure_lengths(
     for name, ns in ((model, tokens), ("one layer of 7B", layer_tokens)):
         if not ns:
             continue
-        own = models.random_model(name) if random or name != model else vl.load(name)[0]
+        own = shapes.random_model(name) if random or name != model else vl.load(name)[0]
         caches = models.makers(own, theirs=quantized)
         few = [n for n in ns if n <= quantized_upto]
         lengths_of = {cache: few if cache.startswith("mlx-lm") else ns for cache in caches}

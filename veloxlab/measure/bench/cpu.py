@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
 from statistics import median
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -77,7 +78,7 @@ def attention_of_methods(tokens: Sequence[int] = TOKENS, progress: Tell = print)
         works: dict[str, list[Work]] = {
             name: [partial(_attended, attend, query) for attend, _ in own] for name, own in made.items()
         }
-        size = {name: sum(array.nbytes for _, array in tree_flatten(own[0][1])) for name, own in made.items()}  # type: ignore[misc, union-attr]
+        size = {name: bytes_of(own[0][1]) for name, own in made.items()}
         for row in _in_turn(works, without_ops=(EXACT, MLX_LM)):
             moved = size[row["cache"]]
             row |= {"tokens": count, **asdict(SHAPE), "bytes": moved}
@@ -185,6 +186,12 @@ def _operations() -> Iterator[None]:
     finally:
         os.environ.pop(SWITCH)
         os.environ.update({SWITCH: before} if before is not None else {})
+
+
+def bytes_of(arrays: Any) -> int:  # noqa: ANN401 - a tree of arrays
+    """Bytes of all arrays together."""
+    leaves: Any = tree_flatten(arrays)
+    return sum(array.nbytes for _, array in leaves)
 
 
 def vectors(tokens: int) -> mx.array:

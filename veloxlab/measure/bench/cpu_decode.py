@@ -16,14 +16,13 @@ from statistics import median
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from mlx_lm.models.llama import Model
 
 from veloxlab.cache.counts import CHUNK
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import TENSORS, find_method
 from veloxlab.errors import InputError
-from veloxlab.measure.bench.cpu import EXACT, MLX_LM, TOKENS, bandwidth, fitted, said, seconds, vectors
+from veloxlab.measure.bench.cpu import EXACT, MLX_LM, TOKENS, bandwidth, bytes_of, fitted, said, seconds, vectors
 from veloxlab.measure.bench.shapes import random_model
 from veloxlab.measure.bench.timing import Row, Tell
 from veloxlab.mlxlm.probe import own_cache, quantized_cache, with_caches
@@ -46,7 +45,7 @@ def decode(
     ``busy`` each is also timed while another process keeps a core busy: ``busy_milliseconds, busy_ratio`` (to idle).
     """
     model = random_model(MODEL, mx.float32, vocab_size=VOCABULARY)
-    weights = sum(array.nbytes for _, array in tree_flatten(model.parameters()))  # type: ignore[attr-defined, misc]
+    weights = bytes_of(model.parameters())
     held = {EXACT: own_cache(model), MLX_LM: quantized_cache(model, 4)}
     held |= {name.replace(":", " ") + " bit": _compressed(model, *_named(name)) for name in caches}
     rows: list[Row] = []
