@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="veloxlab",
         description="Without a command, open JupyterLab at the tour notebook. Arguments after -- go to JupyterLab.",
     )
-    parser.add_argument("--version", action="version", version=f"veloxlab {veloxlab.__version__}")
+    parser.add_argument("--version", action="version", version=f"veloxlab {veloxlab.__version__}")  # type: ignore[attr-defined]
     commands = parser.add_subparsers(title="commands", dest="command")
     for command, (about, _, *arguments) in COMMANDS.items():
         also = f"Options of mlx_lm.{OF_MLX_LM[command]} are also accepted." if command in OF_MLX_LM else None
