@@ -225,7 +225,8 @@ def test_generation_goes_on_past_the_trained_length():
     assert np.allclose(ours, native, atol=2e-4)
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 1), (3, 1), (8, 1), (1, 17), (8, 17), (1, 2048), (3, 2048)])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("length", [1, 17, 2048])
 def test_any_batch_and_length_of_one_call(batch, length):
     model = tiny("llama", num_hidden_layers=1)
     ids = mx.array([[(3 * i + b) % 90 for i in range(length)] for b in range(batch)])
@@ -238,16 +239,15 @@ def test_any_batch_and_length_of_one_call(batch, length):
 
 
 def test_thirty_two_thousand_tokens_in_one_layer():
-    """Too many for the model's own code on a CPU, which makes all scores of a chunk: the last 2,048 are read by it."""
+    """Too many for the model's own code on a CPU, which makes all scores of a chunk: 2,048 at a time."""
     model = tiny("llama", num_hidden_layers=1, num_attention_heads=1, num_key_value_heads=1)
     count = 2**15
     ids = [(7 * i * i + i) % 90 for i in range(count + 3)]
     rows = []
-    before = [mx.random.normal((1, 1, count - 2048, 64), key=mx.random.key(seed)) for seed in range(2)]
     for cache in (own_cache(model), vl.make_cache(model, bits=8)):
-        cache[0].update_and_fetch(*before)
-        model(mx.array([ids[count - 2048 : count]]), cache=cache)
-        mx.eval([c.state for c in cache])
+        for start in range(0, count, 2048):
+            model(mx.array([ids[start : start + 2048]]), cache=cache)
+            mx.eval([c.state for c in cache])
         rows.append(np.array(model(mx.array([ids[count:]]), cache=cache)))
         assert cache[0].offset == count + 3
     assert np.sqrt(np.mean((rows[0] - rows[1]) ** 2)) < 0.01 * rows[0].std()  # 8 bits: 0.5 % of a vector

@@ -42,8 +42,8 @@ class Shown:
 
     def __init__(self, page: Page, box: str) -> None:
         self.page, self.box, self.charts = page, box, f"{box} svg.marks"
-        # a mark may move and no word change with it: how long the picture is, is a part of what it says
-        self._texts = f"[...document.querySelectorAll('{self.charts}')].map((c) => c.textContent + c.innerHTML.length)"
+        # a mark may move, and neither a word nor the length of the picture change with it
+        self._pictures = f"[...document.querySelectorAll('{self.charts}')].map((chart) => chart.innerHTML)"
         self._bar = f"document.querySelector('{box} .widget-hprogress')?.style.visibility"
 
     def drawn(self, count: int) -> None:
@@ -61,12 +61,12 @@ class Shown:
         )
 
     def changes(self, act: Callable[[], object], charts: Sequence[int]) -> float:
-        """Act, wait until these charts say something new, and give the milliseconds until they did."""
-        before = self.page.evaluate(f"() => {self._texts}")
+        """Act, wait until these charts show something new, and give the milliseconds until they did."""
+        self.page.evaluate(f"() => {{ window.before = {self._pictures}; }}")
         act()
         self.page.wait_for_function(
-            f"([before, charts]) => {{ const now = {self._texts}; return charts.every((i) => now[i] !== before[i]); }}",
-            arg=[before, list(charts)],
+            f"(charts) => {{ const now = {self._pictures}; return charts.every((i) => now[i] !== window.before[i]); }}",
+            arg=list(charts),
             polling=INTERVAL,
         )
         return float(self.page.evaluate("() => window.moved.drawn - window.moved.acted"))
