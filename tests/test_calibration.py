@@ -323,6 +323,7 @@ def traced_peak(act):
 @pytest.mark.parametrize(("count", "dim"), [(256, 8), (4096, 4)])
 def test_training_a_codebook_holds_no_distances_of_all_pairs(count, dim):
     points = np.random.default_rng(0).standard_normal((20_000, dim)).astype(np.float32)
+    vector.train_codebook(points, count, seed=0)  # what Numba takes to compile a loop is not meant
     # some copies of the points, and one product's distances
     bound = 4 * points.nbytes + 4 * vector._PRODUCT
     assert traced_peak(lambda: vector.train_codebook(points, count, seed=0)) < bound

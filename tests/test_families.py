@@ -24,7 +24,7 @@ CODES = {
 # does not dampen it; gemma4's attention has a scale of 1 and not 1/√D, so the same error of a score weighs 8 times more
 EIGHT_BITS = {"gemma4_text": 0.3}
 # where a sum in another order moves a key over the edge of a code, later layers differ by a step of 8 bits
-STEP = {"gemma4_text": 0.1, "olmo2": 0.01, "olmo3": 0.01}
+STEP = {"gemma4_text": 0.1, "gpt_oss": 0.01, "olmo2": 0.01, "olmo3": 0.01}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
