@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from veloxlab.kernels.cpu.encode import MSE, UNBIASED, nearest_levels
+from veloxlab.kernels.cpu.encode import nearest_levels
 from veloxlab.kernels.cpu.machine import compiled, part, u8_at
-from veloxlab.kernels.cpu.rows import load, pack_bytes, to_half, transform
+from veloxlab.kernels.cpu.rows import MSE, NORM, load, pack_bytes, to_half, transform
 
 _PI, _HALF_PI, _QUARTER_PI = np.float32(np.pi), np.float32(np.pi / 2), np.float32(np.pi / 4)
 _EIGHTH = np.float32(np.tan(np.pi / 8))  # of which and less the polynomial is right to 1e-7
@@ -31,6 +31,74 @@ def angle(y, x):
     return -found if y < 0 else found
 
 
+@part
+def halve(radii, count, angles):
+    """Angles of ``count`` pairs of radii, and in their place the radii of the pairs."""
+    for i in range(count):
+        angles[i] = angle(radii[2 * i + 1], radii[2 * i])
+    for i in range(count):
+        radii[i] = np.sqrt(radii[2 * i] * radii[2 * i] + radii[2 * i + 1] * radii[2 * i + 1])
+
+
+@part
+def assign(radii, dim, widths, edges, angles, codes):
+    """Codes of the angles of all levels of a vector, one level after the other; its blocks' radii are left."""
+    begin, edge, around = 0, 0, 1 << widths[0]
+    for level in range(len(widths)):
+        count, bounds = dim >> (level + 1), (1 << widths[level]) - 1
+        halve(radii, count, angles)
+        own = codes[begin : begin + count]
+        if level == 0:  # a circle has no end
+            for i in range(count):
+                own[i] = np.int32(np.floor(angles[i] * (np.float32(around) / (2 * _PI)))) & np.int32(around - 1)
+        else:
+            nearest_levels(angles, count, edges[edge : edge + bounds], widths[level], own)
+            edge += bounds
+        begin += count
+
+
+@part
+def rescale(y, codes, widths, circles, scale, directions, inner, radii):
+    """Radii of a vector's blocks that suit the directions which its codes stand for."""
+    dim, levels, blocks = len(y), len(widths), len(inner)
+    begin, entry, block = dim - (dim >> levels), len(circles), dim // blocks
+    for b in range(blocks):
+        directions[b] = np.float32(1)
+    for level in range(levels - 1, -1, -1):
+        count, entry = dim >> (level + 1), entry - (1 << widths[level])
+        begin -= count
+        for i in range(count - 1, -1, -1):
+            size, place = directions[i], entry + codes[begin + i]
+            directions[2 * i], directions[2 * i + 1] = size * circles[place, 0], size * circles[place, 1]
+    squares, kept = np.float32(0), np.float32(0)
+    for b in range(blocks):
+        total = np.float32(0)
+        for i in range(b * block, (b + 1) * block):
+            total += y[i] * directions[i]
+        inner[b] = total
+        squares += radii[b] * radii[b]
+        kept += radii[b] * total
+    for b in range(blocks):
+        if scale == MSE:
+            radii[b] = inner[b]
+        else:  # unbiased: one factor for the whole vector
+            radii[b] *= squares / (np.float32(1) if kept == 0 else kept)
+
+
+@part
+def gather(codes, dim, widths, bits, together):
+    """Bring the codes of levels of one width together, and count them."""
+    begin, filled = 0, 0
+    for level in range(len(widths)):
+        count = dim >> (level + 1)
+        if widths[level] == bits:
+            for i in range(count):
+                together[filled + i] = codes[begin + i]
+            filled += count
+        begin += count
+    return filled
+
+
 @compiled
 def encode_angles(first, last, x, signs, hartley, widths, edges, circles, fields, scale, root_rms):
     """Codes of the angles of each level, and the radius of each block of ``2**len(widths)`` coordinates.
@@ -38,12 +106,11 @@ def encode_angles(first, last, x, signs, hartley, widths, edges, circles, fields
     ``edges`` between angles are those of all levels but the first, one level after the other, and ``circles``, cosine
     and sine, of all. ``fields`` are of each width the address, bytes and bits: levels of one width are packed together.
     """
-    dim, levels, blocks = len(signs), len(widths), root_rms.shape[1]
+    dim, blocks = len(signs), root_rms.shape[1]
     y, spare, radii = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
-    angles, directions = np.empty(dim, np.float32), np.empty(dim, np.float32)
+    angles, directions, inner = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(blocks, np.float32)
     codes, together = np.empty(dim, np.int32), np.empty(dim, np.int32)
-    inner, factor = np.empty(blocks, np.float32), np.sqrt(np.float32(dim // blocks))
-    around = 1 << widths[0]
+    size = np.sqrt(np.float32(dim // blocks))
     for vector in range(first, last):
         load(x, vector, dim, y)
         for i in range(dim):
@@ -51,58 +118,12 @@ def encode_angles(first, last, x, signs, hartley, widths, edges, circles, fields
         transform(y, dim, hartley, spare)
         for i in range(dim):
             radii[i] = y[i]
-        begin, edge = 0, 0
-        for level in range(levels):
-            count = dim >> (level + 1)
-            for i in range(count):
-                angles[i] = angle(radii[2 * i + 1], radii[2 * i])
-            for i in range(count):
-                radii[i] = np.sqrt(radii[2 * i] * radii[2 * i] + radii[2 * i + 1] * radii[2 * i + 1])
-            own = codes[begin : begin + count]
-            if level == 0:  # a circle has no end
-                for i in range(count):
-                    own[i] = np.int32(np.floor(angles[i] * (np.float32(around) / (2 * _PI)))) & np.int32(around - 1)
-            else:
-                bounds = (1 << widths[level]) - 1
-                nearest_levels(angles, count, edges[edge : edge + bounds], widths[level], own)
-                edge += bounds
-            begin += count
-        if scale in (MSE, UNBIASED):
-            entry = len(circles)
-            for b in range(blocks):
-                directions[b] = np.float32(1)
-            for level in range(levels - 1, -1, -1):
-                count, entry = dim >> (level + 1), entry - (1 << widths[level])
-                begin -= count
-                for i in range(count - 1, -1, -1):
-                    size, place = directions[i], entry + codes[begin + i]
-                    directions[2 * i], directions[2 * i + 1] = size * circles[place, 0], size * circles[place, 1]
-            block = dim // blocks
-            for b in range(blocks):
-                total = np.float32(0)
-                for i in range(b * block, (b + 1) * block):
-                    total += y[i] * directions[i]
-                inner[b] = total
-            if scale == MSE:
-                for b in range(blocks):
-                    radii[b] = inner[b]
-            else:  # one factor for the whole vector
-                total, kept = np.float32(0), np.float32(0)
-                for b in range(blocks):
-                    total += radii[b] * radii[b]
-                    kept += radii[b] * inner[b]
-                for b in range(blocks):
-                    radii[b] *= total / (np.float32(1) if kept == 0 else kept)
+        assign(radii, dim, widths, edges, angles, codes)
+        if scale != NORM:
+            rescale(y, codes, widths, circles, scale, directions, inner, radii)
         for b in range(blocks):
-            root_rms[vector, b] = to_half(np.sqrt(radii[b] / factor))
+            root_rms[vector, b] = to_half(np.sqrt(radii[b] / size))
         for f in range(len(fields)):
-            size, bits = fields[f, 1], fields[f, 2]
-            begin, filled = 0, 0
-            for level in range(levels):
-                count = dim >> (level + 1)
-                if widths[level] == bits:
-                    for i in range(count):
-                        together[filled + i] = codes[begin + i]
-                    filled += count
-                begin += count
-            pack_bytes(together[:filled], bits, carray(u8_at(fields[f, 0] + vector * size), size))
+            width, bits = fields[f, 1], fields[f, 2]
+            filled = gather(codes, dim, widths, bits, together)
+            pack_bytes(together[:filled], bits, carray(u8_at(fields[f, 0] + vector * width), width))

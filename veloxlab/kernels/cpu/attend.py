@@ -14,6 +14,7 @@ from numba import carray
 
 from veloxlab.kernels.cpu.machine import call_expander, compiled, f32_at, float_of_bits, i64_at, part
 from veloxlab.kernels.cpu.readers import FUNCTION, scale_of
+from veloxlab.kernels.cpu.rows import transform
 
 TILE: Final = 32  # tokens that are expanded together
 LEAST: Final = np.float32(np.finfo(np.float32).min)
@@ -21,8 +22,8 @@ _LOG2_E: Final = np.float32(math.log2(math.e))
 
 # where a call's numbers are: sizes, addresses, and strides in bytes
 (BATCH, KV_HEADS, SHARED, LENGTH, KEY, VALUE, CODED_KEY, CODED_VALUE, SPLITS) = range(9)
-(Q, Q_CODED, K_SIGNS, V_SIGNS, MASK, LOGITS, MIXED, SUMS, OUT, OUT_CODED) = range(9, 19)
-Q_STRIDES, MASK_STRIDES, COUNTS, KEYS, VALUES, SIZE = 19, 22, 26, 29, 32, 35
+(Q, Q_CODED, K_SIGNS, K_HARTLEY, V_SIGNS, V_HARTLEY, MASK, LOGITS, MIXED, SUMS, OUT, OUT_CODED) = range(9, 21)
+Q_STRIDES, MASK_STRIDES, COUNTS, KEYS, VALUES = 21, 24, 28, 31, 34
 
 
 @part
@@ -45,36 +46,14 @@ def exponential(x):
 
 
 @part
-def rotate(x, rows, dim):
-    """Orthonormal Hadamard transform of each row of ``x``, with a Hartley transform of its blocks if dim is m·2^k."""
-    block = dim & -dim
-    odd = dim // block
-    scale = np.float32(1 / math.sqrt(dim))
-    mixed = np.empty(odd, np.float32)
-    for r in range(rows):
-        step = 1
-        while step < block:
-            for i in range(0, dim, 2 * step):
-                for j in range(i, i + step):
-                    a, b = x[r, j], x[r, j + step]
-                    x[r, j], x[r, j + step] = a + b, a - b
-            step *= 2
-        if odd > 1:
-            for j in range(block):
-                for m in range(odd):
-                    total = np.float32(0)
-                    for n in range(odd):
-                        angle = 2 * math.pi * (m * n % odd) / odd
-                        total += np.float32(math.cos(angle) + math.sin(angle)) * x[r, n * block + j]
-                    mixed[m] = total
-                for m in range(odd):
-                    x[r, m * block + j] = mixed[m]
-        for j in range(dim):
-            x[r, j] *= scale
+def hartley_of(address, dim):
+    """The Hartley matrix at an address, of vectors of ``dim`` = m·2^k numbers, m odd: ``[m, m]``."""
+    odd = dim // (dim & -dim)
+    return carray(f32_at(address), (odd, odd))
 
 
 @part
-def load_queries(job, scale, b, h, plain, coded):
+def load_queries(job, scale, b, h, plain, coded, spare):
     """The scaled queries of a KV head, as they are, and in the space of the keys' codes."""
     length, dim, codes = job[LENGTH], job[KEY], job[CODED_KEY]
     rows = job[SHARED] * length
@@ -84,11 +63,11 @@ def load_queries(job, scale, b, h, plain, coded):
         for i in range(dim):
             plain[r, i] = x[i] * scale
     if job[K_SIGNS] != 0:
-        signs = f32_at(job[K_SIGNS])
+        signs, hartley = f32_at(job[K_SIGNS]), hartley_of(job[K_HARTLEY], dim)
         for r in range(rows):
             for i in range(dim):
                 coded[r, i] = plain[r, i] * signs[i]
-        rotate(coded, rows, dim)
+            transform(coded[r], dim, hartley, spare)
     elif job[Q_CODED] != 0:
         x = f32_at(job[Q_CODED] + (b * job[KV_HEADS] + h) * rows * codes * 4)
         for r in range(rows):
@@ -115,6 +94,68 @@ def add_mask(job, b, h, r, position, count, scores):
         scores[r, t] += f32_at(row + (position + t) * job[MASK_STRIDES + 3])[0]
 
 
+@part
+def score_tile(job, b, h, packed, queries, keys, scales, position, count, scores):
+    """Scores of all query rows and a tile of keys, of which the first is at ``position``."""
+    rows, dim = scores.shape[0], keys.shape[1]
+    for r in range(rows):
+        score(queries, keys, r, count, dim, scores)
+        if packed:
+            for t in range(count):
+                scores[r, t] *= scales[t]
+        if job[MASK] != 0:
+            add_mask(job, b, h, r, position, count, scores)
+
+
+@part
+def weigh_tile(scores, count, top, total, sums):
+    """Make the scores of a tile weights, of the largest score so far, and scale what was summed before down to it."""
+    for r in range(scores.shape[0]):
+        most, part_total = top[r], np.float32(0)
+        for t in range(count):
+            most = scores[r, t] if scores[r, t] > most else most
+        shrink = exponential(top[r] - most)
+        top[r] = most
+        if shrink != 1:
+            for i in range(sums.shape[2]):
+                sums[0, r, i] *= shrink
+                sums[1, r, i] *= shrink
+        for t in range(count):
+            scores[r, t] = exponential(scores[r, t] - most)
+            part_total += scores[r, t]
+        total[r] = total[r] * shrink + part_total
+
+
+@part
+def mix_tile(weights, scales, values, count, mixed):
+    """Add a tile's weighted values."""
+    for r in range(weights.shape[0]):
+        for t in range(count):
+            weight = weights[r, t] * scales[t]
+            for i in range(values.shape[1]):
+                mixed[r, i] += weight * values[t, i]
+
+
+@part
+def load_scales(d, packed, b, h, first, count, scales):
+    """Scales of some tokens; 1 of exact ones."""
+    for t in range(count):
+        scales[t] = scale_of(d, b, h, first + t) if packed else np.float32(1)
+
+
+@part
+def keep_sums(job, split, b, h, top, total, sums):
+    """Write what a piece of work found, for `combine`."""
+    rows, largest = sums.shape[1], sums.shape[2]
+    row = ((split * job[BATCH] + b) * job[KV_HEADS] + h) * rows
+    out, out_sums = f32_at(job[MIXED] + row * 2 * largest * 4), f32_at(job[SUMS] + row * 8)
+    for r in range(rows):
+        out_sums[2 * r], out_sums[2 * r + 1] = top[r], total[r]
+        for i in range(largest):
+            out[2 * r * largest + i] = sums[0, r, i]
+            out[(2 * r + 1) * largest + i] = sums[1, r, i]
+
+
 @compiled
 def attend(job, scale, first, last):
     """Do pieces ``first`` to ``last``."""
@@ -122,74 +163,34 @@ def attend(job, scale, first, last):
     heads, rows = job[KV_HEADS], job[SHARED] * job[LENGTH]
     largest_key, largest_value = max(job[KEY], job[CODED_KEY]), max(job[VALUE], job[CODED_VALUE])
     plain, coded = np.empty((rows, job[KEY]), np.float32), np.empty((rows, job[CODED_KEY]), np.float32)
-    sums = np.empty((2, rows, largest_value), np.float32)
+    sums, spare = np.empty((2, rows, largest_value), np.float32), np.empty(largest_key, np.float32)
     top, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
+    weights, scales = np.empty((rows, TILE), np.float32), np.empty(TILE, np.float32)
     tile = np.empty(TILE * max(largest_key, largest_value), np.float32)
-    weights = np.empty((rows, TILE), np.float32)
-    scales = np.empty(TILE, np.float32)
-    address = tile.ctypes.data
-    tokens = job[COUNTS] + job[COUNTS + 1] + job[COUNTS + 2]
+    address, tokens = tile.ctypes.data, job[COUNTS] + job[COUNTS + 1] + job[COUNTS + 2]
     for piece in range(first, last):
         split, b, h = piece // (job[BATCH] * heads), piece // heads % job[BATCH], piece % heads
-        load_queries(job, scale, b, h, plain, coded)
-        sums[:] = 0
-        top[:] = LEAST
-        total[:] = 0
+        load_queries(job, scale, b, h, plain, coded, spare)
+        sums[:], top[:], total[:] = 0, LEAST, 0
         begin, end, start = tokens * split // job[SPLITS], tokens * (split + 1) // job[SPLITS], 0
         for run in range(3):
             packed = run == 1
-            d, v = i64_at(job[KEYS + run]), i64_at(job[VALUES + run])
-            key_dim = job[CODED_KEY] if packed else job[KEY]
-            value_dim = job[CODED_VALUE] if packed else job[VALUE]
-            queries, mixed = coded if packed else plain, sums[1 if packed else 0]
+            keys, values = job[KEYS + run], job[VALUES + run]
+            key_dim, value_dim = job[CODED_KEY if packed else KEY], job[CODED_VALUE if packed else VALUE]
             stop = min(end, start + job[COUNTS + run])
-            for t0 in range(max(begin, start), stop, TILE):
-                count, token = min(TILE, stop - t0), t0 - start
-                call_expander(d[FUNCTION], job[KEYS + run], b, h, token, count, address)
-                keys = carray(f32_at(address), (TILE, key_dim))
-                for r in range(rows):
-                    score(queries, keys, r, count, key_dim, weights)
-                if packed:
-                    for t in range(count):
-                        scales[t] = scale_of(d, b, h, token + t)
-                    for r in range(rows):
-                        for t in range(count):
-                            weights[r, t] *= scales[t]
-                if job[MASK] != 0:
-                    for r in range(rows):
-                        add_mask(job, b, h, r, t0, count, weights)
-                for r in range(rows):
-                    most = top[r]
-                    for t in range(count):
-                        most = weights[r, t] if weights[r, t] > most else most
-                    shrink = exponential(top[r] - most)
-                    top[r] = most
-                    if shrink != 1:
-                        for i in range(largest_value):
-                            sums[0, r, i] *= shrink
-                            sums[1, r, i] *= shrink
-                    part_total = np.float32(0)
-                    for t in range(count):
-                        weights[r, t] = exponential(weights[r, t] - most)
-                        part_total += weights[r, t]
-                    total[r] = total[r] * shrink + part_total
-                call_expander(v[FUNCTION], job[VALUES + run], b, h, token, count, address)
-                values = carray(f32_at(address), (TILE, value_dim))
-                for t in range(count):
-                    scales[t] = scale_of(v, b, h, token + t) if packed else np.float32(1)
-                for r in range(rows):
-                    for t in range(count):
-                        weight = weights[r, t] * scales[t]
-                        for i in range(value_dim):
-                            mixed[r, i] += weight * values[t, i]
+            for position in range(max(begin, start), stop, TILE):
+                count, token = min(TILE, stop - position), position - start
+                call_expander(i64_at(keys)[FUNCTION], keys, b, h, token, count, address)
+                load_scales(i64_at(keys), packed, b, h, token, count, scales)
+                expanded = carray(f32_at(address), (TILE, key_dim))
+                queries = coded if packed else plain
+                score_tile(job, b, h, packed, queries, expanded, scales, position, count, weights)
+                weigh_tile(weights, count, top, total, sums)
+                call_expander(i64_at(values)[FUNCTION], values, b, h, token, count, address)
+                load_scales(i64_at(values), packed, b, h, token, count, scales)
+                mix_tile(weights, scales, carray(f32_at(address), (TILE, value_dim)), count, sums[run & 1])
             start += job[COUNTS + run]
-        row = (split * job[BATCH] + b) * heads + h
-        out, out_sums = f32_at(job[MIXED] + row * rows * 2 * largest_value * 4), f32_at(job[SUMS] + row * rows * 8)
-        for r in range(rows):
-            out_sums[2 * r], out_sums[2 * r + 1] = top[r], total[r]
-            for i in range(largest_value):
-                out[2 * r * largest_value + i] = sums[0, r, i]
-                out[(2 * r + 1) * largest_value + i] = sums[1, r, i]
+        keep_sums(job, split, b, h, top, total, sums)
     return tile.size  # Numba frees an array after its last use, and an address is none
 
 
@@ -200,7 +201,7 @@ def combine(job):
     heads, rows, dim, codes = job[KV_HEADS], job[SHARED] * job[LENGTH], job[VALUE], job[CODED_VALUE]
     largest, all_rows = max(dim, codes), job[BATCH] * job[KV_HEADS] * rows
     mixed, sums, out = f32_at(job[MIXED]), f32_at(job[SUMS]), f32_at(job[OUT])
-    coded = np.empty((1, codes), np.float32)
+    coded, spare = np.empty(codes, np.float32), np.empty(codes, np.float32)
     for row in range(all_rows):
         head = row // rows % heads * job[SHARED] + row % rows // job[LENGTH]
         top, total = LEAST, np.float32(0)
@@ -222,17 +223,17 @@ def combine(job):
             for i in range(dim):
                 out[y + i] += factor * mixed[2 * at * largest + i]
             for i in range(codes):
-                coded[0, i] += factor * mixed[(2 * at + 1) * largest + i]
+                coded[i] += factor * mixed[(2 * at + 1) * largest + i]
         for i in range(dim):
             out[y + i] /= total
         for i in range(codes):
-            coded[0, i] /= total
+            coded[i] /= total
         if job[V_SIGNS] != 0:
-            rotate(coded, 1, codes)
+            transform(coded, codes, hartley_of(job[V_HARTLEY], codes), spare)
             signs = f32_at(job[V_SIGNS])
             for i in range(dim):
-                out[y + i] += coded[0, i] * signs[i]
+                out[y + i] += coded[i] * signs[i]
         else:
             packed = f32_at(job[OUT_CODED] + row * codes * 4)
             for i in range(codes):
-                packed[i] = coded[0, i]
+                packed[i] = coded[i]

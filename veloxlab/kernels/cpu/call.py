@@ -47,7 +47,7 @@ class CpuAttendKernel:
         (sink_keys, sink_values), (recent_keys, recent_values) = map(_addresses, (tokens.sinks, tokens.recent))
         numbers = [
             *(batch, heads, query_heads // heads, length, key_dim, value_dim, keys.dim, values.dim, parts),
-            *(address_of(q_seen), _address(coded_seen), packed.signs, packed_values.signs),
+            *(address_of(q_seen), _address(coded_seen), *packed.rotation, *packed_values.rotation),
             *(_address(mask_seen), _address(logits_seen), *places),
             *q_seen.strides[:3],
             *((0, 0, 0, 0) if mask_seen is None else mask_seen.strides),

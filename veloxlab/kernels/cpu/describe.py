@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from itertools import accumulate
@@ -13,6 +14,7 @@ import numpy as np
 
 from veloxlab.kernels.call import Exact
 from veloxlab.kernels.cpu import readers as loops
+from veloxlab.kernels.cpu.rows import BFLOAT16, FLOAT16, FLOAT32
 from veloxlab.kernels.readers import (
     GroupsReader,
     PlanReader,
@@ -26,17 +28,17 @@ from veloxlab.kernels.readers import (
 Numbers = list[int]
 Array = np.ndarray[Any, Any]
 
-_TYPES: Final = {mx.float32: loops.FLOAT32, mx.float16: loops.FLOAT16, mx.bfloat16: loops.BFLOAT16}
+KINDS: Final = {mx.float32: FLOAT32, mx.float16: FLOAT16, mx.bfloat16: BFLOAT16}
 _BYTE: Final = 8  # bits of an index that is a byte, which is looked up quickest
 _LEVEL = 17  # bit of a coordinate's word where its first level begins, in `PlanReader`
 
 
 class Description(NamedTuple):
-    """Numbers for a loop, their address, that of the signs of a rotation or 0, and the arrays that are meant."""
+    """Numbers for a loop, their address, those of a rotation's signs and Hartley matrix or 0, and all arrays meant."""
 
     numbers: Array
     address: int
-    signs: int
+    rotation: tuple[int, int]
     kept: tuple[object, ...]
 
 
@@ -77,7 +79,7 @@ def described_exact(tokens: Exact) -> tuple[Description, Description]:
 
 def _of_exact(x: mx.array) -> Description:
     seen = numpy_of(x)
-    return _made([loops.exact(), seen.shape[3], *_placed(seen), 0, 0, 0, 0, 0, _TYPES[x.dtype]], seen)
+    return _made([loops.exact(), seen.shape[3], *_placed(seen), 0, 0, 0, 0, 0, KINDS[x.dtype]], seen)
 
 
 def described(reader: Reader) -> Description:
@@ -87,15 +89,23 @@ def described(reader: Reader) -> Description:
         own = _LAYOUTS[type(reader)](reader)
         scales = None if reader.scales is None or own.scaled else numpy_of(reader.scales)
         numbers = [own.function, reader.dim, *_placed(rows), *_placed(scales), own.places, *own.numbers]
-        signs = None if reader.signs is None else numpy_of(reader.signs)
-        _known[reader] = _made(numbers, rows, scales, signs, *own.kept, signs=0 if signs is None else address_of(signs))
+        rotation = () if reader.signs is None else (numpy_of(reader.signs), hartley(reader.dim))
+        _known[reader] = _made(numbers, rows, scales, *own.kept, rotation=rotation)
     known: Description = _known[reader]
     return known
 
 
-def _made(numbers: Numbers, *kept: object, signs: int = 0) -> Description:
-    array = np.array(numbers, np.int64)
-    return Description(array, address_of(array), signs, kept)
+def _made(numbers: Numbers, *kept: object, rotation: tuple[Array, ...] = ()) -> Description:
+    array, addresses = np.array(numbers, np.int64), [address_of(each) for each in rotation] or [0, 0]
+    return Description(array, address_of(array), (addresses[0], addresses[1]), (*kept, *rotation))
+
+
+@lru_cache
+def hartley(dim: int) -> Array:
+    """The m-point Hartley matrix by 1/√dim ``[m, m]``, for dim = m·2^k with m odd."""
+    odd = dim // (dim & -dim)
+    angle = 2 * np.pi * np.outer(np.arange(odd), np.arange(odd)) / odd
+    return np.asarray((np.cos(angle) + np.sin(angle)) / math.sqrt(dim), np.float32)
 
 
 def _placed(x: Array | None) -> Numbers:

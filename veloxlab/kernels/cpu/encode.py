@@ -6,16 +6,17 @@ import numpy as np
 
 from veloxlab.kernels.cpu.machine import compiled, half, part, u16_at
 from veloxlab.kernels.cpu.rows import (
+    MSE,
     load,
     pack,
     root_mean_square,
     row_at,
+    scale_factor,
     to_half,
     transform,
     unpack,
 )
 
-NORM, MSE, UNBIASED = 0, 1, 2  # scales
 _LINEAR_BITS = 4  # of an index that is found by comparing with all boundaries, before the search halves what is left
 _TINY = np.float32(1e-30)
 _GREATEST = np.float32(3.4028234663852886e38)
@@ -109,15 +110,9 @@ def encode(first, last, x, signs, hartley, boundaries, table, tries, fields, sca
         for i in range(dim):
             inner += y[i] * levels[i]
             squares += levels[i] * levels[i]
-        inner = np.float32(dim) if inner == 0 else inner  # of a zero vector, whose scale is 0 if the factor is finite
-        factor = np.float32(1)
-        if scale == MSE:
-            factor = inner / squares
-        elif scale == UNBIASED:
-            factor = np.float32(dim) / inner
-        root_scale[vector] = to_half(np.sqrt(rms * factor))
+        root_scale[vector] = to_half(np.sqrt(rms * scale_factor(scale, inner, squares, dim)))
         if len(sine):
-            rest, ratio = np.float32(0), inner / squares
+            rest, ratio = np.float32(0), scale_factor(MSE, inner, squares, dim)
             for i in range(dim):
                 off = y[i] - ratio * levels[i]
                 rest += off * off

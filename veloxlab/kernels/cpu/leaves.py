@@ -80,6 +80,47 @@ def far(low, high, box, seeds, s, most):
     return distance >= most
 
 
+@part
+def nearer(points, begin, inside, seeds, s, distances, own):
+    """Lower the squared distances of the points of a box to those from a seed."""
+    for i in range(inside):
+        distances[i] = 0
+    for k in range(len(seeds)):
+        number = seeds[k, s]
+        for i in range(inside):
+            off = points[k, begin + i] - number
+            distances[i] += off * off
+    for i in range(inside):
+        own[i] = distances[i] if distances[i] < own[i] else own[i]
+
+
+@part
+def sum_boxes(left, sums):
+    """Sums of 64 numbers after others; gives that of all."""
+    total = 0.0
+    for box in range(len(sums)):
+        own = 0.0
+        for p in range(box * COUNT, min((box + 1) * COUNT, len(left))):
+            own += left[p]
+        sums[box] = own
+        total += own
+    return total
+
+
+@part
+def drawn(wanted, left, sums):
+    """The place up to which the numbers sum up to ``wanted``."""
+    box = 0
+    while box < len(sums) - 1 and wanted >= sums[box]:
+        wanted -= sums[box]
+        box += 1
+    p, last = box * COUNT, min((box + 1) * COUNT, len(left)) - 1
+    while p < last and wanted >= left[p]:
+        wanted -= left[p]
+        p += 1
+    return p
+
+
 @compiled
 def spread_seeds(points, low, high, places, uniform, known_each, chosen):
     """K-means++ from zero: which points are drawn, by ``uniform`` numbers, some at a time.
@@ -87,8 +128,7 @@ def spread_seeds(points, low, high, places, uniform, known_each, chosen):
     A point is drawn with probability ∝ its squared distance to the nearest seed so far. ``points`` ``[d, N]`` lie in
     boxes of 64, between ``low`` and ``high`` ``[d, boxes]``; ``places`` ``[N]`` are those that they are drawn by.
     """
-    dim, count = points.shape
-    boxes = low.shape[1]
+    (dim, count), boxes = points.shape, low.shape[1]
     left, order = np.empty(count, np.float32), np.empty(count, np.int64)  # by places, and where in the boxes a place is
     own, most = np.zeros((boxes, COUNT), np.float32), np.empty(boxes, np.float32)
     for p in range(count):
@@ -105,43 +145,17 @@ def spread_seeds(points, low, high, places, uniform, known_each, chosen):
             begin, changed = box * COUNT, False
             inside = min(COUNT, count - begin)
             for s in range(latest, known):
-                if far(low, high, box, seeds, s, most[box]):
-                    continue
-                changed = True
-                for i in range(inside):
-                    distances[i] = 0
-                for k in range(dim):
-                    number = seeds[k, s]
-                    for i in range(inside):
-                        off = points[k, begin + i] - number
-                        distances[i] += off * off
-                for i in range(inside):
-                    own[box, i] = distances[i] if distances[i] < own[box, i] else own[box, i]
+                if not far(low, high, box, seeds, s, most[box]):
+                    nearer(points, begin, inside, seeds, s, distances, own[box])
+                    changed = True
             if changed:
-                largest = np.float32(0)
+                most[box] = own[box, :inside].max()
                 for i in range(inside):
-                    largest = max(largest, own[box, i])
                     left[places[begin + i]] = own[box, i]
-                most[box] = largest
-        total = 0.0
-        for box in range(boxes):
-            part_of = 0.0
-            for p in range(box * COUNT, min((box + 1) * COUNT, count)):
-                part_of += left[p]
-            sums[box] = part_of
-            total += part_of
-        latest = known
+        latest, total = known, sum_boxes(left, sums)
         together = min(max(1, (known + 1) // known_each), len(uniform) - known)
         for s in range(known, known + together):
-            wanted, box = uniform[s] * total, 0
-            while box < boxes - 1 and wanted >= sums[box]:
-                wanted -= sums[box]
-                box += 1
-            p, last = box * COUNT, min((box + 1) * COUNT, count) - 1
-            while p < last and wanted >= left[p]:
-                wanted -= left[p]
-                p += 1
-            chosen[s] = p
+            chosen[s] = drawn(uniform[s] * total, left, sums)
             for k in range(dim):
-                seeds[k, s] = points[k, order[p]]
+                seeds[k, s] = points[k, order[chosen[s]]]
         known += together

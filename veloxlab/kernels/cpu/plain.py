@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from veloxlab.kernels.cpu.machine import compiled, half, part
-from veloxlab.kernels.cpu.rows import bits_of_float, head_of, load, pack, root_mean_square, to_half
+from veloxlab.kernels.cpu.machine import compiled, half
+from veloxlab.kernels.cpu.rows import (
+    MSE,
+    UNBIASED,
+    bits_of_float,
+    head_of,
+    load,
+    pack,
+    root_mean_square,
+    signed_square,
+    to_half,
+)
 
-NORM, MSE, UNBIASED = 0, 1, 2  # scales
-_GREATEST = np.float32(3.4028234663852886e38)
 _ABOVE_INFINITE = np.uint32(0x7F800000)
 
 
@@ -25,12 +33,6 @@ def encode_signs(first, last, x, y, dim, rows, signs, root_rms):
         words = signs.shape[1]
         pack(bits, rows, 0, 1, signs.ctypes.data + 4 * vector * words, words)
         root_rms[vector] = to_half(np.sqrt(root_mean_square(own, dim)))
-
-
-@part
-def signed_square(root):
-    """The square, with the sign of the root."""
-    return root * abs(root)
 
 
 @compiled

@@ -24,9 +24,9 @@ from veloxlab.kernels.cpu.machine import (
     u32_at,
     u64_at,
 )
+from veloxlab.kernels.cpu.rows import FLOAT16, FLOAT32, signed_square
 
 FUNCTION, DIM, ROWS, SCALES, PLACES, OWN = 0, 1, 2, 6, 10, 11  # where they are in a description
-FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # types of exact tokens
 _TURN: Final = math.pi / 2
 
 
@@ -34,13 +34,6 @@ _TURN: Final = math.pi / 2
 def place(d, at, batch, head, token):
     """Address of a token's row of the array that is described at ``at``."""
     return d[at] + batch * d[at + 1] + head * d[at + 2] + token * d[at + 3]
-
-
-@part
-def square_root_kept(bits):
-    """A number of which the root is kept, with its sign, as a float16."""
-    x = half(bits)
-    return -x * x if x < 0 else x * x
 
 
 @part
@@ -218,8 +211,8 @@ def groups(description, batch, head, first, count, out):
         half_steps = u16_at(place(d, OWN + 3, batch, head, first + t))
         leasts = u16_at(place(d, OWN + 7, batch, head, first + t))
         for g in range((dim + group - 1) // group):
-            step = 2 * square_root_kept(half_steps[g])
-            begin = square_root_kept(leasts[g]) + shift * step
+            step = 2 * signed_square(half(half_steps[g]))
+            begin = signed_square(half(leasts[g])) + shift * step
             for i in range(g * group, min(g * group + group, dim)):
                 code, state = next_code(x, bits, state)
                 y[at + i] = begin + step * np.float32(code)

@@ -13,6 +13,7 @@ from numba.extending import intrinsic
 from veloxlab.kernels.cpu.machine import f32_at, float_of_bits, half, part, u16_at, u32_at
 
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # what the numbers are
+NORM, MSE, UNBIASED = 0, 1, 2  # scales
 _F32_BYTES, _U16_BYTES = 4, 2
 _INFINITE_HALF, _NAN_HALF = np.uint32(0x7C00), np.uint32(0x7E00)
 _WORD_BITS = 32
@@ -87,6 +88,21 @@ def root_mean_square(y, count):
     for i in range(count):
         total += y[i] * y[i]
     return np.sqrt(total) / np.sqrt(np.float32(count))
+
+
+@part
+def signed_square(root):
+    """The square, with the sign of the root."""
+    return root * abs(root)
+
+
+@part
+def scale_factor(scale, inner, squares, dim):
+    """What levels are to be multiplied with: by their product with the vector, their squares, and its length √dim."""
+    inner = np.float32(dim) if inner == 0 else inner  # of a zero vector, whose scale is 0 if the factor is finite
+    if scale == MSE:
+        return inner / squares
+    return np.float32(dim) / inner if scale == UNBIASED else np.float32(1)
 
 
 @part

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -13,14 +11,13 @@ import numpy as np
 from numba.core.errors import NumbaError
 
 from veloxlab.kernels.cpu import angles, encode, plain, search, sums
-from veloxlab.kernels.cpu.describe import Array, address_of, as_bits
-from veloxlab.kernels.cpu.rows import BFLOAT16, FLOAT16, FLOAT32
+from veloxlab.kernels.cpu.describe import KINDS, Array, address_of, as_bits, hartley
+from veloxlab.kernels.cpu.rows import FLOAT32, MSE, NORM, UNBIASED
 from veloxlab.kernels.cpu.threads import shared
 from veloxlab.kernels.vectors import VectorKernel
 from veloxlab.runtime import threads
 
-_KINDS: Final = {mx.float32: FLOAT32, mx.float16: FLOAT16, mx.bfloat16: BFLOAT16}
-_SCALES: Final = {"norm": encode.NORM, "mse": encode.MSE, "unbiased": encode.UNBIASED}
+_SCALES: Final = {"norm": NORM, "mse": MSE, "unbiased": UNBIASED}
 _NOTHING: Final = np.empty(0, np.float32)
 _NO_BITS: Final = np.empty(0, np.uint16)
 _LEAST_SHARE: Final = 1e5  # nanoseconds of work, below which a thread costs more than it gains
@@ -31,7 +28,7 @@ class Vectors:
     """An array ``[B, H, S, n]`` as loops read it: see `veloxlab.kernels.cpu.rows`. It keeps the array alive."""
 
     def __init__(self, array: mx.array) -> None:
-        kind, bits = _KINDS.get(array.dtype, FLOAT32), as_bits(array)
+        kind, bits = KINDS.get(array.dtype, FLOAT32), as_bits(array)
         mx.eval(bits)
         self._numbers = np.array(bits, copy=False)
         batch, heads, tokens, self.dim = self._numbers.shape
@@ -104,16 +101,8 @@ def _tables(kernel: VectorKernel) -> Mapping[str, Array]:
     """The kernel's tables, each in one piece, and the Hartley matrix where it has the signs of a rotation."""
     if kernel not in _known:
         tables = {name: np.ascontiguousarray(np.array(table, copy=False)) for name, table in kernel.tables.items()}
-        _known[kernel] = tables | ({"hartley": _hartley(len(tables["signs"]))} if "signs" in tables else {})
+        _known[kernel] = tables | ({"hartley": hartley(len(tables["signs"]))} if "signs" in tables else {})
     return _known[kernel]
-
-
-@lru_cache
-def _hartley(dim: int) -> Array:
-    """The m-point Hartley matrix by 1/√dim, for dim = m·2^k with m odd."""
-    odd = dim // (dim & -dim)
-    angle = 2 * np.pi * np.outer(np.arange(odd), np.arange(odd)) / odd
-    return np.asarray((np.cos(angle) + np.sin(angle)) / math.sqrt(dim), np.float32)
 
 
 def stage_tables(table: Array) -> dict[str, Array]:

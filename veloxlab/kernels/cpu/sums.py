@@ -10,11 +10,10 @@ from __future__ import annotations
 import numpy as np
 
 from veloxlab.kernels.cpu.machine import compiled, part
-from veloxlab.kernels.cpu.rows import head_of, load, pack_bytes, root_mean_square, to_half
+from veloxlab.kernels.cpu.rows import head_of, load, pack_bytes, root_mean_square, scale_factor, to_half
 from veloxlab.kernels.cpu.wide import COUNT as ENTRIES
 from veloxlab.kernels.cpu.wide import least_of_differences, least_of_sums, turned_products
 
-NORM, MSE, UNBIASED = 0, 1, 2  # scales
 INDEX_BITS = 6
 _F32_BYTES = 4
 _TOGETHER = 32  # vectors that read a stage's table one after the other
@@ -112,12 +111,7 @@ def encode_sums(first, last, x, order, tables, norms, both, means, starts, round
                 coded = y[v, i] - left[v, i]
                 inner += y[v, i] * coded
                 squares += coded * coded
-            inner = np.float32(dim) if inner == 0 else inner
-            factor = np.float32(1)
-            if scale == MSE:
-                factor = inner / squares
-            elif scale == UNBIASED:
-                factor = np.float32(dim) / inner
+            factor = scale_factor(scale, inner, squares, dim)
             factor = np.float32(0) if factor < 0 else factor
             factor = most if factor > most else factor
             root_scale[begin + v] = to_half(np.sqrt(rms[v] * factor))

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 
 from veloxlab.kernels.cpu import leaves as leaves_of
 from veloxlab.kernels.cpu import search, sums
+from veloxlab.kernels.cpu.describe import Array
 from veloxlab.kernels.cpu.run import share, stage_tables
 from veloxlab.kernels.cpu.wide import COUNT
-
-Array = np.ndarray[Any, Any]
 
 _PAIR, _NEAREST, _DESCENT = 0.2, 200, 4  # nanoseconds: of a point with a centroid, in leaves, of a coordinate
 _LEAST_LEAVES, _FEW = 8, 4  # leaves and coordinates: with fewer leaves or more coordinates hardly one is left out
