@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import getpass
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
     # a run starts a hundred Pythons, and none compiles again what another has; nothing is written beside the sources
-    os.environ["PYTHONPYCACHEPREFIX"] = str(Path(tempfile.gettempdir()) / f"veloxlab_bytecode_{getpass.getuser()}")
+    os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="veloxlab_bytecode_")
+    atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
 
 from veloxlab import runtime
 

@@ -259,7 +259,7 @@ def on_the_host(monkeypatch):
 
 
 def on_a_cpu(monkeypatch):
-    monkeypatch.setattr(checked, "current_backend", lambda: None)  # no other kernel is counted
+    monkeypatch.setattr(checked, "current_backend", lambda: None)
 
 
 def wrong_by(monkeypatch, change):

@@ -31,10 +31,9 @@ def encode_signs(x, y):
 
 def test_a_back_end_is_one_object_and_one_entry(monkeypatch):
     monkeypatch.setattr(checked, "_states", {})
-    monkeypatch.delitem(devices.BACKENDS, "cpu")
+    monkeypatch.delitem(devices.BACKENDS, "cpu")  # MLX operations give what is wanted
     codec = METHODS["qjl"].codec(64, 2, "keys")
     x = mx.random.normal((1, 2, 9, 64), key=mx.random.key(0)).astype(mx.float16)
-    monkeypatch.setitem(devices.BACKENDS, "cpu", None)
     wanted = codec.encode(x).arrays
     assert checked.states() == {}
 

@@ -371,7 +371,10 @@ def test_a_front_is_drawn_with_its_intervals_and_what_was_not_measured_is_counte
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: views.error_map(error_frame(), metric="mse"), "cannot be used: give 'rel_mse', 'cosine', "),
+        (
+            lambda: views.error_map(error_frame(), metric="mse"),
+            "metric='mse' cannot be used: give 'rel_mse', 'cosine', ",
+        ),
         (
             lambda: views.error_map(error_frame().with_columns(rel_mse=pl.lit(None, pl.Float64))),
             "error_map has no rel_mse to draw",
@@ -382,7 +385,7 @@ def test_a_front_is_drawn_with_its_intervals_and_what_was_not_measured_is_counte
             lambda: views.bit_allocation(bit_frame().with_columns(layer=pl.lit("a"))),
             "bit_allocation needs number in column 'layer': the frame has String there.",
         ),
-        (lambda: views.frontier(fidelity_frame(), x="bytes"), "cannot be used: give 'bits' or 'held_bytes'."),
+        (lambda: views.frontier(fidelity_frame(), x="bytes"), "x='bytes' cannot be used: give 'bits' or 'held_bytes'."),
     ],
 )
 def test_a_frame_that_does_not_fit_is_refused_in_a_sentence(make, sentence):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.browser.shown import Shown, turn
+from tests.browser.shown import Shown, milliseconds, turn
 
 pytestmark = pytest.mark.browser
 
@@ -25,7 +25,7 @@ def tab(page, name: str) -> None:
     page.get_by_role("tab", name=name, exact=True).click()
 
 
-def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook):
+def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, capsys):
     visit = notebook(*CELLS, name="pages.ipynb")
     page = visit.page
     page.set_default_timeout(120_000)
@@ -43,6 +43,16 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook):
     for method in ("rabitq", "turboquant"):
         errors.changes(lambda method=method: errors.dropdown("method").select_option(method), [0, 1, 2, 3])
     errors.idle()
+    for key in (
+        "ArrowLeft",
+        "ArrowRight",
+    ):  # what these moves need is measured now; and what may be next, before a hand
+        errors.pressed("layer", [key], [0, 1, 2, 3])
+        errors.idle()
+    layers = errors.pressed("layer", ["ArrowLeft", "ArrowRight"] * 6, [0, 1, 2, 3])
+    widths = errors.pressed("bits", ["ArrowLeft", "ArrowRight"] * 6, [0, 1, 2])
+    with capsys.disabled():
+        print(f"\nlayer to four charts of errors: {milliseconds(layers)}; bits to three: {milliseconds(widths)}")
 
     # what was chosen there is chosen here
     tab(page, "Keys and values")

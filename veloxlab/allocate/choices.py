@@ -116,8 +116,10 @@ class Offer:
         A head loses its sensitivity times ½·E‖x − x̂‖²/D; by ``"key_norm"``, whose unit is that of E‖x‖², times the
         relative distortion. Raises `InputError` if the two are not of the same layers and heads.
         """
-        moved = pl.col("distortion") / (2 * pl.col("head_dim"))
-        share = pl.col("relative") if sensitivities["by"][0] == "key_norm" else moved
+        by = sensitivities["by"].unique().to_list()
+        if len(by) != 1:
+            raise InputError(f"The sensitivities are of {len(by)} kinds, {by}: give one kind.")
+        share = pl.col("relative") if by == ["key_norm"] else pl.col("distortion") / (2 * pl.col("head_dim"))
         head = ["layer", "head", "tensor"]
         joined = curves.join(sensitivities.select(*head, "sensitivity"), on=head, how="left", maintain_order="left")
         heads = curves.select(head).unique().height

@@ -42,6 +42,7 @@ from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.parts.water_filling import greedy_bits
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
+from veloxlab.kernels.devices import current_backend
 from veloxlab.kernels.encode import plan_kernel
 from veloxlab.kernels.readers import PlanReader
 from veloxlab.kernels.vectors import VectorKernel
@@ -108,11 +109,14 @@ class SpectralQuant(Codec):
         )
 
     def blank(self, kv_heads: int) -> Self:
-        """As many bits for every coordinate; see `Codec.blank`. A learned plan's tables are up to 8 KB larger."""
+        """As many bits for every coordinate; see `Codec.blank`. A learned plan's table is up to 2 KB larger."""
         matrix, row = mx.zeros((kv_heads, self.head_dim, self.head_dim)), mx.zeros((kv_heads, 1, self.head_dim))
         backward = matrix if self.basis == "query" else None
         plan = (self.bits,) * self.head_dim
-        return replace(self, plan=plan, forward=matrix, backward=backward, mean=row, deviation=row)
+        blank = replace(self, plan=plan, forward=matrix, backward=backward, mean=row, deviation=row)
+        if current_backend() is not None:
+            _ = blank._encoder, blank._fit, blank._quantizer.kernel_plan  # what kernels make of a fitted one is kept
+        return blank
 
     def _bases(self, moment: Floats, queries: mx.array | None) -> tuple[Floats, Floats | None]:
         """Matrices to the basis ``[H, D, D]``, and back where that is not the transpose; in any order of columns."""
