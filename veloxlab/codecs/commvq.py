@@ -40,7 +40,6 @@ from veloxlab.codecs.parts import constant, packing, scales
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
-from veloxlab.kernels.encode import sums_kernel
 from veloxlab.kernels.readers import SumsReader
 from veloxlab.kernels.vectors import VectorKernel
 
@@ -125,9 +124,17 @@ class CommVQ(Codec):
 
     @cached_property
     def _encoder(self) -> VectorKernel:
+        """For each stage the same descents; no GPU has it. ``order`` are the real parts of pairs, then the others."""
         assert self.tables is not None
         order = Pairing.of(self.head_dim, self.rope).pairs(self.head_dim).T.ravel()
-        return sums_kernel(self.tables, order, STARTS, ROUNDS, self.scale, _MOST_FACTOR, self.layout["codes"].count)
+        return VectorKernel(
+            name="encode_sums",
+            file=None,
+            given=("x",),
+            rows={"codes": (self.layout["codes"].count, mx.uint8), "root_scale": (1, mx.float16)},
+            variant={"starts": STARTS, "rounds": ROUNDS, "scale": self.scale, "largest": _MOST_FACTOR},
+            tables={"table": self.tables, "order": constant(order, mx.int32)},
+        )
 
     def expand(self, code: Code) -> mx.array:
         """Sums of the entries, rotated to their positions, both coordinates of a pair side by side."""

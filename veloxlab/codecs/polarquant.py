@@ -41,7 +41,6 @@ from veloxlab.codecs.rotated import RotatedSpace
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.readers.blocks import MOST_LEVELS, MOST_ROWS, PolarReader
-from veloxlab.kernels.rotated import angles_kernel
 from veloxlab.kernels.vectors import VectorKernel
 
 Recursion = Literal["block", "full"]
@@ -126,7 +125,9 @@ class PolarQuant(RotatedSpace):
         if self._signs is None:
             return None
         rows = {name: (row.count, row.dtype or mx.float32) for name, row in self.layout.items()}
-        return angles_kernel(self._signs, self.levels, self.tree.edges, self.tree.circles, self.scale, rows)
+        tables = {"signs": self._signs, "edges": self.tree.edges, "circles": self.tree.circles}
+        variant = {"levels": self.levels, "scale": self.scale}
+        return VectorKernel("encode_angles", None, ("x",), rows, variant=variant, tables=tables)  # no GPU has it
 
     def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
         y = self._rotation.forward(x.astype(mx.float32))

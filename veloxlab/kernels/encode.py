@@ -9,7 +9,6 @@ from functools import lru_cache
 from typing import Final
 
 import mlx.core as mx
-import numpy as np
 
 from veloxlab.kernels.backend import SIMD, Backend
 from veloxlab.kernels.vectors import IN_LANES, THREADS, VectorKernel, fits_lanes, lanes, words
@@ -137,35 +136,6 @@ def plan_kernel(
             "first_codes": first_codes,
         },
         at_once=THREADS // lanes(dim),
-    )
-
-
-def sums_kernel(
-    table: mx.array, order: np.ndarray, starts: int, rounds: int, scale: str, largest: float, row_bytes: int
-) -> VectorKernel:
-    """Codes of stages of 64 entries each: a vector is stood for by the sum of T_a + i·T_b, its pairs read as complex.
-
-    For the best (a, b) of a stage there are descents from several ``starts``, of so many ``rounds``. No GPU has it.
-
-    Parameters
-    ----------
-    table : entries of every stage ``[H, stages, 64, D]``.
-    order : coordinates that are the real parts of pairs, then those that are the imaginary ones ``[D]``.
-    scale, largest : ``"norm"``, ``"mse"`` or ``"unbiased"``, and what a vector's size is multiplied with at most.
-    row_bytes : of the codes of a vector.
-
-    Returns
-    -------
-    A kernel of vectors ``[B, H, S, D]`` that gives ``codes`` ``[B, H, S, row_bytes]`` uint8, indices of 6 bits LSB
-    first, and ``root_scale`` ``[B, H, S, 1]`` float16.
-    """
-    return VectorKernel(
-        name="encode_sums",
-        file=None,
-        given=("x",),
-        rows={"codes": (row_bytes, mx.uint8), "root_scale": (1, mx.float16)},
-        variant={"starts": starts, "rounds": rounds, "scale": scale, "largest": largest},
-        tables={"table": table, "order": mx.array(order.astype(np.int32))},
     )
 
 

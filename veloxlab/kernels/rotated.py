@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import mlx.core as mx
 
-from veloxlab.kernels.vectors import IN_LANES, THREADS, Rows, VectorKernel, fits_lanes, hartley_row, lanes, words
+from veloxlab.kernels.vectors import IN_LANES, THREADS, VectorKernel, fits_lanes, hartley_row, lanes, words
 
 # what a vector's root-mean-square is to be multiplied with, from the sums that ``encode.metal`` makes
 _FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
@@ -124,30 +124,6 @@ def encode_kernel(
         },
         tables={"signs": signs, **quantizer.arrays},
         at_once=THREADS // lanes(dim),
-    )
-
-
-def angles_kernel(
-    signs: mx.array, levels: tuple[int, ...], edges: mx.array, circles: mx.array, scale: str, rows: Rows
-) -> VectorKernel:
-    """Rotates vectors ``[B, H, S, D]``, and quantizes the angles of their polar transform. No GPU has it.
-
-    Parameters
-    ----------
-    signs : as for `encode_kernel`.
-    levels : bits of the angles of each level.
-    edges : between the angles of all levels but the first, one level after the other, float32.
-    circles : cosine and sine of the angles of all levels ``[entries, 2]``, float32.
-    scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.polarquant`.
-    rows : bytes of the codes of each width, and last the radii.
-    """
-    return VectorKernel(
-        name="encode_angles",
-        file=None,
-        given=("x",),
-        rows=rows,
-        variant={"levels": levels, "scale": scale},
-        tables={"signs": signs, "edges": edges, "circles": circles},
     )
 
 

@@ -38,11 +38,9 @@ class GroupsReader(Reader):
 
     @property
     def constants(self) -> tuple[int, ...]:
-        """See `Reader.constants`."""
         return self.bits, self.group, self.rows.shape[3], int(self.centred)
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
-        """See `Reader.fragment`."""
         type_name = f"GroupsReader<{', '.join(map(str, self.constants[:3]))}>"
         return Fragment("", made(prefix, type_name, *self.begins(prefix), "0.5f" if self.centred else "0.0f"))
 
@@ -73,7 +71,6 @@ class PolarReader(Reader):
 
     @property
     def constants(self) -> tuple[int, ...]:
-        """See `Reader.constants`."""
         return self.widths
 
     @property
@@ -82,7 +79,6 @@ class PolarReader(Reader):
         return self.table
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
-        """See `Reader.fragment`."""
         entries, name = self.table.shape[0], f"{home}_circles"
         declaration = fill = ""
         if 2 * entries > room.words:

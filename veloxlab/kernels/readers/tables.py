@@ -12,7 +12,7 @@ every token's position, 64 entries of every stage, where the sum of a token's ow
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import mlx.core as mx
 
@@ -47,13 +47,11 @@ class TableReader(Reader):
 
     @property
     def headers(self) -> tuple[str, ...]:
-        """See `Reader.headers`."""
         stages = () if self.fine is None else ("read_stages.h",)
         return ("read_table.h", *stages, *(() if self.shifts is None else ("read_shifted.h",)))
 
     @property
     def constants(self) -> tuple[int, ...]:
-        """See `Reader.constants`."""
         staged, shifted = int(self.fine is not None), int(self.shifts is not None)
         return self.bits, self.table.shape[1], self.rows.shape[3], staged, shifted
 
@@ -68,41 +66,33 @@ class TableReader(Reader):
         return max(2, self.table.shape[1])
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
-        """See `Reader.fragment`."""
-        table, (scales_type, scales) = _table_text(self.table, prefix, home, room), self.scaled(prefix)
+        table_type, table, text = _table_text(self.table, prefix, home, room)
+        scales_type, scales = self.scaled(prefix)
         kind = "TableReader" if self.fine is None else "StagesReader"
-        type_name = f"{kind}<{', '.join(map(str, self.constants[:3]))}, {scales_type}, {table.type_name}>"
-        members = *self.begins(prefix), scales, table.value
+        type_name = f"{kind}<{', '.join(map(str, self.constants[:3]))}, {scales_type}, {table_type}>"
+        members = *self.begins(prefix), scales, table
         if self.shifts is not None:
             members = f"{{{', '.join(members)}}}", f"{prefix}_shifts + head * {self.dim}"
             type_name = f"ShiftedReader<{type_name}>"
-        return Fragment(table.declaration, table.filled + made(prefix, type_name, *members))
+        return Fragment(text.declarations, text.setup + made(prefix, type_name, *members))
 
 
-class _TableText(NamedTuple):
-    """Text of a table: its type, the value of that type, and, at its home, its memory and what fills it."""
+def _table_text(table: mx.array, prefix: str, home: str, room: Room) -> tuple[str, str, Fragment]:
+    """Type and value of ``table`` ``[entries, n]``, the input ``{prefix}_table``, as ``source/read_table.h`` has it.
 
-    type_name: str
-    value: str
-    declaration: str = ""
-    filled: str = ""
-
-
-def _table_text(table: mx.array, prefix: str, home: str, room: Room) -> _TableText:
-    """The text of ``table`` ``[entries, n]``, the input ``{prefix}_table``, as ``source/read_table.h`` has it.
-
-    It goes to threadgroup memory as often as there is room, unless it is a large one of vectors.
+    It goes to threadgroup memory as often as there is room, unless it is a large one of vectors. The text of that, and
+    of what fills it, is at its home.
     """
     entries, width = table.shape
     if width > 1 and table.size > _MOST_NUMBERS:
-        return _TableText(f"GlobalTable<{width}>", f"{{{home}_table}}")
+        return f"GlobalTable<{width}>", f"{{{home}_table}}", Fragment("", "")
     words = max(1, width // 2)  # of an entry: a number, or pairs
     copies = room.copies(entries, width // 2)
     kind, element = (f"SingleTable<{copies}>", "float") if width == 1 else (f"SharedTable<{width}, {copies}>", "pair_t")
     size = f"opaque({copies * words} * uint(sizeof({element})))"
     value = f"{{place_of({home}_entries + lane % {copies} * {words}), {size}}}"
     if home != prefix:
-        return _TableText(kind, value)
+        return kind, value, Fragment("", "")
     entry = (
         f"{prefix}_table[e]"
         if width == 1
@@ -117,7 +107,7 @@ def _table_text(table: mx.array, prefix: str, home: str, room: Room) -> _TableTe
         f"{prefix}_entries[(e * {copies} + (c + e) % {copies}) * {words} + w] = entry;\n"
         "}\n"
     )
-    return _TableText(kind, value, f"threadgroup {element} {prefix}_entries[{entries * copies * words}];", fill)
+    return kind, value, Fragment(f"threadgroup {element} {prefix}_entries[{entries * copies * words}];", fill)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,7 +134,6 @@ class SumsReader(Reader):
 
     @property
     def constants(self) -> tuple[int, ...]:
-        """See `Reader.constants`."""
         return self.table.shape[1], self.dim, self.rotated, int(self.traditional), int(self.angles is not None)
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:

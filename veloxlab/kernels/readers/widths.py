@@ -72,16 +72,13 @@ class WidthsReader(Reader):
 
     @property
     def kv_heads(self) -> int:
-        """H."""
         return self.heads.shape[0]
 
     @property
     def constants(self) -> tuple[int, ...]:
-        """See `Reader.constants`."""
         return (_NARROW if self.widest <= _NARROW else _WIDEST,)
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
-        """See `Reader.fragment`."""
         entries = 1 << 2 * _NARROW  # pairs of the widest narrow codes; as many single levels of the widest of all
         pairs = entries * room.copies(entries, pairs=1)
         name, head = f"{prefix}_entries", f"{prefix}_head"
@@ -133,11 +130,9 @@ class PlanReader(Reader):
 
     @property
     def constants(self) -> tuple[int, ...]:
-        """See `Reader.constants`."""
         return (self.rows.shape[3],)
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
-        """See `Reader.fragment`."""
         padded = self.dim + self.dim // _PADDED
         copies = room._replace(words=room.words - 3 * padded).copies(_LEVELS, pairs=0)
         sizes = {"planned": padded, "factors": padded, "shifts": padded, "levels": _LEVELS * copies}
