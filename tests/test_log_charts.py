@@ -25,7 +25,7 @@ from tests.test_views import (
 )
 from veloxlab import views
 from veloxlab.views import picture
-from veloxlab.views.scales import log_domain, not_drawn
+from veloxlab.views.columns import log_domain, not_drawn
 
 ERRORS_BY_BITS = pl.DataFrame(
     {

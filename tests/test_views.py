@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from veloxlab import views
 from veloxlab.errors import InputError
 from veloxlab.views import picture, theme
-from veloxlab.views.scales import log_domain, log_ticks
+from veloxlab.views.columns import log_domain, log_ticks
 from veloxlab.views.spec import describe, join, split
 
 

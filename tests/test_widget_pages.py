@@ -20,7 +20,7 @@ from tests.tiny_models import tiny
 from veloxlab.allocate.ratequant import EVALUATED
 from veloxlab.errors import InputError
 from veloxlab.views import picture
-from veloxlab.views.report import Section, report
+from veloxlab.views.picture import Section, report
 from veloxlab.widgets import ChartView, lifetime
 from veloxlab.widgets.pages.budget_controls import PlanFile, history
 from veloxlab.widgets.pages.cache import at_bits

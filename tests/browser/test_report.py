@@ -6,7 +6,7 @@ import polars as pl
 import pytest
 
 from veloxlab import views
-from veloxlab.views.report import Section, report
+from veloxlab.views.picture import Section, report
 from veloxlab.widgets.chart_view import ensure_bundle
 
 pytestmark = pytest.mark.browser

@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from veloxlab.views import columns, marks, scales, theme
+from veloxlab.views import columns, marks, theme
 
 EXACT = "none"
 KINDS = {"allocated": "ratequant", "uniform": "turboquant"}  # whose colours they have
@@ -107,7 +107,7 @@ def budget_frontier(
     *,
     unit: str = "nats a token",
     bits: tuple[float, float] | None = None,
-    domain: scales.Domain | None = None,
+    domain: columns.Domain | None = None,
     caption: str = "",
 ) -> alt.VConcatChart:
     """Draw the least predicted loss at every number of bits and uniform bits' beside it, one plan, and measurements.
@@ -117,12 +117,12 @@ def budget_frontier(
     and of the loss; give them to keep them steady while a slider moves.
     """
     columns.require(rows, "budget_frontier", *ROWS)
-    scale = domain or scales.log_domain(rows["loss"])
+    scale = domain or columns.log_domain(rows["loss"])
     ends = list(bits or rows.select(pl.min("true_bits"), most=pl.max("true_bits")).row(0))
     title = "true bits per packed value, scales included"
-    base = scales.on_log_scale(alt.Chart(), "loss", scale).encode(
+    base = columns.on_log_scale(alt.Chart(), "loss", scale).encode(
         x=columns.x("true_bits", title, domain=ends, nice=False, padding=8, tickCount=7, grid=True),
-        y=scales.log_y("loss", ["loss", unit], scale),
+        y=columns.log_y("loss", ["loss", unit], scale),
         color=marks.scaled(alt.Color, "kind", COLOURS),
     )
     lines, now, measured = (base.transform_filter(f"datum.role === '{role}'") for role in ("line", "now", "measured"))
@@ -144,7 +144,7 @@ def budget_frontier(
         measured.mark_point(filled=True, size=60, opacity=1).encode(**told),
         words.encode(text="short:N"),
     ).properties(width=theme.WIDTH - 20, height=230)
-    said = caption or marks.sentence(*scales.not_drawn(rows["loss"]))
+    said = caption or marks.sentence(*columns.not_drawn(rows["loss"]))
     return marks.framed([plot], rows, "Loss against bits: dashed and hollow predicted, full measured", said)
 
 
@@ -175,7 +175,7 @@ def frontier_rows(
 
 
 def sensitivity_by_layer(
-    frame: pl.DataFrame, *, unit: str = "nats a unit of error", domain: scales.Domain | None = None, caption: str = ""
+    frame: pl.DataFrame, *, unit: str = "nats a unit of error", domain: columns.Domain | None = None, caption: str = ""
 ) -> alt.VConcatChart:
     """Draw the sensitivities of each layer's KV heads: their mean as a point, from the least head to the greatest.
 
@@ -188,10 +188,10 @@ def sensitivity_by_layer(
     above = frame.filter(value.is_finite() & (value > 0))
     shown = above.group_by("layer", "tensor").agg(mean=value.mean(), least=value.min(), greatest=value.max())
     shown = shown.sort("tensor", "layer")
-    scale = domain or scales.log_domain(above["sensitivity"])
+    scale = domain or columns.log_domain(above["sensitivity"])
     rows = alt.Chart()
     for field in ("mean", "least", "greatest"):
-        rows = scales.on_log_scale(rows, field, scale)
+        rows = columns.on_log_scale(rows, field, scale)
     base = rows.encode(
         x=marks.layer_axis(gap=0.12),
         xOffset=alt.XOffset("tensor:N").scale(domain=list(theme.TENSORS)),
@@ -199,7 +199,7 @@ def sensitivity_by_layer(
     )
     spans = base.mark_rule(strokeWidth=2, opacity=0.55).encode(y="least_drawn:Q", y2="greatest_drawn:Q")
     dots = base.mark_point(filled=True, size=34, opacity=1, cursor="pointer").encode(
-        y=scales.log_y("mean", ["sensitivity", unit], scale),
+        y=columns.log_y("mean", ["sensitivity", unit], scale),
         tooltip=columns.tips("layer tensor", ("mean", "mean of its heads"), "least greatest"),
         shape=marks.scaled(alt.Shape, "tensor", theme.TENSOR_SHAPES),
     )
@@ -215,4 +215,4 @@ def sensitivity_caption(frame: pl.DataFrame) -> str:
         ratio = own.select(value.mean() / value.log().mean().exp()).item()
         most = own.sort("sensitivity").row(-1, named=True)
         said.append(f"{tensor}: AM/GM {ratio:.2f}, most in layer {most['layer']}, head {most['head']}")
-    return marks.sentence(*said, *scales.not_drawn(frame["sensitivity"], zero=True))
+    return marks.sentence(*said, *columns.not_drawn(frame["sensitivity"], zero=True))

@@ -6,7 +6,7 @@ import altair as alt
 import polars as pl
 
 from veloxlab.errors import InputError
-from veloxlab.views import columns, marks, scales, theme
+from veloxlab.views import columns, marks, theme
 from veloxlab.views.distributions import SPACE_WORDS
 
 CELLS, COORDINATES = 1_920, 1_900  # at most: more channels are drawn in groups, each by its largest or its mean
@@ -33,12 +33,12 @@ def channel_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
         .with_columns(channel_end=pl.col("channel") + group)
     )
     ends = {"begin": "datum.channel - 0.5", "end": "datum.channel_end - 0.5"}
-    cells = scales.on_log_scale(alt.Chart(), "ratio", DOMAIN).transform_calculate(**ends).mark_rect()
+    cells = columns.on_log_scale(alt.Chart(), "ratio", DOMAIN).transform_calculate(**ends).mark_rect()
     cells = cells.encode(
         x=columns.x("begin", words, nice=False, tickMinStep=1),
         x2="end:Q",
         y=columns.y("layer", [frame["tensor"][0], "layer"]),
-        color=scales.log_colour("ratio", ["RMS over", "the median"], DOMAIN),
+        color=columns.log_colour("ratio", ["RMS over", "the median"], DOMAIN),
         tooltip=columns.tips("layer channel", ("ratio", "over median")),
     )
     middles = alt.Chart().transform_calculate(middle="(datum.channel + datum.channel_end - 1) / 2")
@@ -58,7 +58,7 @@ def channel_map_caption(frame: pl.DataFrame) -> str:
         for most in finite.tail(1).iter_rows(named=True)
     ]
     lost = marks.broken(frame["not_finite"].sum())
-    return f"KV head {frame['head'][0]}. " + marks.sentence(*said, lost, *scales.not_drawn(ratios["ratio"]))
+    return f"KV head {frame['head'][0]}. " + marks.sentence(*said, lost, *columns.not_drawn(ratios["ratio"]))
 
 
 def coordinate_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
@@ -112,14 +112,14 @@ def outliers_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatC
     tensors = marks.tensors_of(frame)
     words = {space: SPACE_WORDS[space] for space in theme.SPACES if space in frame["space"]}
     colours, shapes = ({words[space]: theme.SPACES[space][i] for space in words} for i in (0, 1))
-    domain = scales.log_domain(shown["loudest_ratio"])
+    domain = columns.log_domain(shown["loudest_ratio"])
 
     def draw(tensor: str, last: bool) -> marks.Plot:
         own, legend = marks.only(tensor=tensor), tensor == tensors[0]
-        base = scales.on_log_scale(own, "loudest_ratio", domain).transform_calculate(seen=f"{words}[datum.space]")
+        base = columns.on_log_scale(own, "loudest_ratio", domain).transform_calculate(seen=f"{words}[datum.space]")
         base = base.encode(
             x=marks.layer_axis(labelled=last),
-            y=scales.log_y("loudest_ratio", [tensor, "largest / median RMS"], domain),
+            y=columns.log_y("loudest_ratio", [tensor, "largest / median RMS"], domain),
             color=marks.scaled(alt.Color, "seen", colours, legend=legend),
         )
         told = columns.tips("layer seen", ("loudest_ratio", tensor, ".3~g"))
@@ -137,5 +137,5 @@ def outlier_caption(frame: pl.DataFrame) -> str:
     tensor, own = next(marks.by_tensor(frame))
     ratios = dict(own.group_by("space").agg(OUTLIER_RATIO).iter_rows())
     said = [f"{SPACE_WORDS[space]} {ratios[space]:.1f}" for space in theme.SPACES if ratios.get(space) is not None]
-    lost = [marks.broken(frame["not_finite"].sum()), *scales.not_drawn(frame["loudest_ratio"])]
+    lost = [marks.broken(frame["not_finite"].sum()), *columns.not_drawn(frame["loudest_ratio"])]
     return marks.sentence(f"{tensor.capitalize()}, mean: " + ", ".join(said), *lost)

@@ -8,7 +8,7 @@ import altair as alt
 import polars as pl
 
 from veloxlab.checks import choice
-from veloxlab.views import columns, marks, scales, theme
+from veloxlab.views import columns, marks, theme
 
 # what a cache costs: words for an axis, the number drawn, and the words of the heading
 COSTS = {
@@ -29,7 +29,7 @@ def frontier(
     frame: pl.DataFrame,
     *,
     x: Literal["bits", "held_bytes"] = "bits",
-    domain: scales.Domain | None = None,
+    domain: columns.Domain | None = None,
     caption: str = "",
 ) -> alt.VConcatChart:
     """Draw each measured cache by its cost and by how far it moves the model's predictions.
@@ -47,10 +47,10 @@ def frontier(
     shown = frame.select(*needed.split(), *_held_bits(frame), method=method).drop_nulls("name")
     shown = shown.sort("method", "key_bits", "value_bits", "name")
     drawn = shown.filter(pl.col("method") != EXACT)
-    scale = domain or scales.log_domain(drawn["kl_mean"])
+    scale = domain or columns.log_domain(drawn["kl_mean"])
     title, cost, words = COSTS[x]
     base = (
-        scales.on_log_scale(alt.Chart(), "kl_mean", scale)
+        columns.on_log_scale(alt.Chart(), "kl_mean", scale)
         .transform_calculate(cost=cost, method="datum.method || split(datum.name, ' ')[0]")
         .transform_filter(f"datum.method !== '{EXACT}' && isValid(datum.cost)")
     )
@@ -93,9 +93,9 @@ def _held_bits(frame: pl.DataFrame) -> list[str]:
     return ["held_bits"] if "held_bits" in frame.columns else []
 
 
-def _plane(layers: list[alt.Chart], cost: str, title: str, kl: str, scale: scales.Domain) -> alt.LayerChart:
+def _plane(layers: list[alt.Chart], cost: str, title: str, kl: str, scale: columns.Domain) -> alt.LayerChart:
     x = columns.x(cost, title, zero=False, nice=False, padding=24, tickCount=6)
-    y = scales.log_y(kl, ["mean KL from the exact model", "nats"], scale)
+    y = columns.log_y(kl, ["mean KL from the exact model", "nats"], scale)
     return alt.layer(*layers).encode(x=x, y=y).properties(width=theme.WIDTH - 90)
 
 
@@ -112,13 +112,13 @@ def pareto_front(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     columns.require(frame, "pareto_front", SEARCHED)
     protected = pl.col("protected").cast(pl.List(pl.String)).list.join(", ")
     shown = frame.filter(pl.col("kl").is_finite()).select(*SEARCHED.split(), protected=protected)
-    scale = scales.log_domain(shown["kl"])
+    scale = columns.log_domain(shown["kl"])
     look = marks.method_look(shown["method"].unique().sort().to_list())
     setting = "row method key_bits value_bits sinks window protected bytes_per_token kl"
     told = columns.tips(setting, ("low", "interval from"), ("high", "to"), "windows state")
-    measured = scales.on_log_scale(alt.Chart(), "kl", scale)
+    measured = columns.on_log_scale(alt.Chart(), "kl", scale)
     front, others = (measured.transform_filter(f"datum.state {test} '{FRONT}'") for test in ("===", "!=="))
-    ends = scales.on_log_scale(scales.on_log_scale(front, "low", scale), "high", scale)
+    ends = columns.on_log_scale(columns.on_log_scale(front, "low", scale), "high", scale)
     bars = ends.mark_rule(strokeWidth=1.5, opacity=0.7)
     layers = [
         front.mark_line(**STEPS),
@@ -214,7 +214,7 @@ def costs_by_length(
         title, unit = PANELS[name]
         bottom = {"values": values, "format": ",d", "labels": last, "ticks": last}
         legend = alt.Legend(title=None, orient="top") if name == next(iter(PANELS)) else None
-        rows = scales.on_log_scale(alt.Chart(), "tokens").transform_filter(f"isValid(datum.{name})")
+        rows = columns.on_log_scale(alt.Chart(), "tokens").transform_filter(f"isValid(datum.{name})")
         base = rows.transform_calculate(shown=f"datum.{name} / {unit}").encode(
             x=columns.x("tokens_drawn", "" if last else None, type="log", base=2, nice=False, **bottom),
             y=columns.y("shown", title, tickCount=4, zero=True),
@@ -241,7 +241,7 @@ def lengths_caption(frame: pl.DataFrame) -> str:
             f"At {max(shared):,} tokens {caches[-1]} peaks at {reading} of {caches[0]}'s memory while reading, "
             f"at {continuing} while continuing"
         )
-    return marks.sentence(said, *scales.not_drawn(frame["tokens"], zero=True))
+    return marks.sentence(said, *columns.not_drawn(frame["tokens"], zero=True))
 
 
 def _lengths(frame: pl.DataFrame) -> list[int]:

@@ -7,7 +7,7 @@ import polars as pl
 
 from veloxlab.checks import choice
 from veloxlab.errors import InputError
-from veloxlab.views import columns, marks, scales, theme
+from veloxlab.views import columns, marks, theme
 
 # column: words for a tooltip, the unit for an axis, and the heading
 METRICS = {
@@ -23,7 +23,7 @@ METRICS = {
 
 
 def error_map(
-    frame: pl.DataFrame, *, metric: str = "rel_mse", domain: scales.Domain | None = None, caption: str = ""
+    frame: pl.DataFrame, *, metric: str = "rel_mse", domain: columns.Domain | None = None, caption: str = ""
 ) -> alt.VConcatChart:
     """Draw the error of every layer and KV head.
 
@@ -46,21 +46,21 @@ def error_map(
     def cells(tensor: str, last: bool) -> marks.Plot:
         pooled = grid.cells(tensor, loss, {"loss": "mean(loss)", "rows": "count()", "finite": "valid(loss)"}, last=last)
         place = ("layer", ("group", grid.words))
-        drawn = scales.on_log_scale(pooled, "loss", scale).mark_rect(cursor="pointer")
+        drawn = columns.on_log_scale(pooled, "loss", scale).mark_rect(cursor="pointer")
         told = columns.tips(*place, ("loss", f"{tensor}: {name}", ".3g"))
         note = "'not finite in ' + (datum.rows - datum.finite) + ' of ' + datum.rows"
         lost = pooled.transform_filter("datum.finite < datum.rows").transform_calculate(note=note)
         return alt.layer(
-            drawn.encode(color=scales.log_colour("loss", unit, scale), tooltip=told),
+            drawn.encode(color=columns.log_colour("loss", unit, scale), tooltip=told),
             lost.mark_text(**marks.CROSS, cursor="pointer").encode(tooltip=columns.tips(*place, ("note", name))),
             marks.picked_outline(),
         )
 
     means = alt.Chart().transform_calculate(**loss)
     means = means.transform_aggregate(loss="mean(loss)", groupby=["layer", "tensor"])
-    base = scales.on_log_scale(means, "loss", scale).encode(
+    base = columns.on_log_scale(means, "loss", scale).encode(
         x=marks.layer_axis(labelled=False),
-        y=scales.log_y("loss", [unit, "mean over heads"], scale),
+        y=columns.log_y("loss", [unit, "mean over heads"], scale),
         color=marks.tensor_colour(),
     )
     told = columns.tips("layer tensor", ("loss", name, ".3g"))
@@ -70,9 +70,9 @@ def error_map(
     return marks.framed(plots, shown, heading, caption or error_caption(frame, metric), pickable=True)
 
 
-def error_domain(frame: pl.DataFrame, metric: str = "rel_mse") -> scales.Domain:
+def error_domain(frame: pl.DataFrame, metric: str = "rel_mse") -> columns.Domain:
     """Give the ends of a scale that holds every loss in a frame, for instance of all budgets of a slider."""
-    return scales.log_domain(_finite(frame, metric)["loss"])
+    return columns.log_domain(_finite(frame, metric)["loss"])
 
 
 def error_caption(frame: pl.DataFrame, metric: str = "rel_mse") -> str:
@@ -136,20 +136,20 @@ def error_distribution(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcat
     shown = columns.require(frame, "error_distribution", "tensor bits least most share zero not_finite")
     shown = shown.drop("zero", "not_finite")
     widths = shown["bits"].unique().sort().to_list()
-    axis: marks.Look = {"values": scales.log_steps(1, 2, 5)}
+    axis: marks.Look = {"values": columns.log_steps(1, 2, 5)}
     if len(widths) > 1:  # one axis for all; alone, a width's own rows make its axis, whichever come
         bins = shown.filter(pl.col("least").is_finite() & pl.col("most").is_finite() & (pl.col("least") > 0))
         ends = [*bins["least"], *bins["most"]]
-        domain = (min(ends), max(ends)) if ends else scales.log_domain(ends)
-        axis = {"domain": domain, "values": scales.log_ticks(domain)}
+        domain = (min(ends), max(ends)) if ends else columns.log_domain(ends)
+        axis = {"domain": domain, "values": columns.log_ticks(domain)}
 
     def draw(bits: int, last: bool) -> marks.Plot:
         rows = _of_width(bits, widths).transform_calculate(middle="sqrt(datum.least * datum.most)")
         title = "" if last else None
         share = _titled(bits, widths, "share of vectors")
-        area: alt.Chart = scales.on_log_scale(rows, "middle").mark_area(**marks.STEP_AREA)
+        area: alt.Chart = columns.on_log_scale(rows, "middle").mark_area(**marks.STEP_AREA)
         return area.encode(
-            x=columns.x("middle_drawn", title, type="log", nice=False, labelExpr=scales.LABEL, **axis),
+            x=columns.x("middle_drawn", title, type="log", nice=False, labelExpr=columns.LABEL, **axis),
             y=columns.y("share", share, stack=None, format="%", tickCount=3),
             color=marks.tensor_colour(legend=bits == widths[0]),
             tooltip=columns.tips("tensor", ("middle", "error", ".3~g"), "share"),
@@ -163,7 +163,7 @@ def distribution_caption(frame: pl.DataFrame) -> str:
     """Say how many vectors are without error, which a log scale cannot show, and how many have none that is finite."""
     zeros, broken = frame.group_by("tensor", "bits").agg(pl.col("zero", "not_finite").first()).sum().row(0)[2:]
     zero = f"{zeros} vectors without error are not drawn" if zeros else ""
-    left_out = scales.not_drawn(frame["least"] * frame["most"], zero=True)
+    left_out = columns.not_drawn(frame["least"] * frame["most"], zero=True)
     return marks.sentence(zero, marks.broken(broken), *left_out) or "Every vector of the capture is counted"
 
 
@@ -173,8 +173,8 @@ def errors_by_bits(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
     Rows of `veloxlab.measure.errors.ERRORS_BY_BITS`; errors of 0 have no place on a log scale.
     """
     shown = columns.require(frame, "errors_by_bits", "tensor bits error true_bits not_finite")
-    axis: marks.Look = {"type": "log", "values": scales.log_steps(1), "labelExpr": scales.LABEL}
-    base = scales.on_log_scale(alt.Chart(), "error").encode(
+    axis: marks.Look = {"type": "log", "values": columns.log_steps(1), "labelExpr": columns.LABEL}
+    base = columns.on_log_scale(alt.Chart(), "error").encode(
         x=columns.x("true_bits", zero=False, nice=False, padding=12, tickMinStep=1),
         y=columns.y("error_drawn", **axis),
         color=marks.tensor_colour(),
@@ -194,7 +194,7 @@ def by_bits_caption(frame: pl.DataFrame) -> str:
             said.append(f"{tensor} {(own['error'][0] / own['error'][-1]) ** (1 / spent):.1f}×")
     alone = "One width alone" if (frame["error"] > 0).any() else "Nothing is lost"
     words = f"One more bit divides the error by: {', '.join(said)}" if said else alone
-    lost = [marks.broken(frame["not_finite"].sum()), *scales.not_drawn(frame["error"], zero=True)]
+    lost = [marks.broken(frame["not_finite"].sum()), *columns.not_drawn(frame["error"], zero=True)]
     return marks.sentence(words, *lost)
 
 
@@ -226,13 +226,13 @@ def attention_maps(
         own, first, words = marks.only(kind=kind), kind == "exact", KINDS[kind]
         size = own.transform_calculate(size="isValid(datum.weight) ? abs(datum.weight) : null")
         left = {"nice": False, "reverse": True, "tickCount": 4, "labels": first, "minExtent": 40 if first else 0}
-        cells = scales.on_log_scale(size, "size", WEIGHTS).mark_rect()
+        cells = columns.on_log_scale(size, "size", WEIGHTS).mark_rect()
         cells = cells.encode(
             x=columns.x("key", nice=False, tickCount=4),
             x2="key_end:Q",
             y=columns.y("query", "" if first else None, **left),
             y2="query_end:Q",
-            color=scales.log_colour("size", ["attention", "weight"], WEIGHTS),
+            color=columns.log_colour("size", ["attention", "weight"], WEIGHTS),
             tooltip=columns.tips("query key", ("weight", words, ".3~g")),
         )
         lost = own.transform_filter("!isValid(datum.weight)").mark_text(text="×", fontWeight="bold")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import altair as alt
 import polars as pl
 
-from veloxlab.views import columns, marks, scales, theme
+from veloxlab.views import columns, marks, theme
 
 SIDES = {"exact": theme.NEUTRAL, "compressed": theme.KEYS}  # the two caches, and their colours
 FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
@@ -54,7 +54,7 @@ def token_strip(
             base.mark_text(align="left", baseline="middle", font=FONT, fontSize=12).encode(y=middle, text="shown:N"),
         ]
         if side == "compressed":
-            bars = scales.on_log_scale(base, "kl", LOST).mark_rect(cornerRadius=1)
+            bars = columns.on_log_scale(base, "kl", LOST).mark_rect(cornerRadius=1)
             look: marks.Look = {"orient": "bottom", "format": "~g", "gradientLength": 220, "tickCount": 4}
             legend = alt.Legend(title="KL from the exact cache (nats)", **look)
             colour = alt.Color("kl_drawn:Q", legend=legend).scale(type="log", domain=LOST, clamp=True)
@@ -72,7 +72,7 @@ def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
     kls = ours["kl"].drop_nulls()
     total = kls.filter(kls.is_finite()).mean()
     mean = f"mean KL {total:.3g} nats" if isinstance(total, float) else "no prediction yet"
-    mean = "; ".join([mean, *scales.not_drawn(kls)])
+    mean = "; ".join([mean, *columns.not_drawn(kls)])
     if parting is None:
         return f"The same text for {len(ours)} tokens; {mean}."
     return f"The texts part at token {parting + 1} (framed); {mean} over {len(ours)} predictions."

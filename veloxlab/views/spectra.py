@@ -5,7 +5,7 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from veloxlab.views import columns, marks, scales, theme
+from veloxlab.views import columns, marks, theme
 
 ABOUT = {"origin": "with the mean vector", "mean": "without it"}
 DASHES = dict(zip(ABOUT.values(), ([4, 3], [1, 0]), strict=True))
@@ -22,10 +22,10 @@ def spectrum(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """
     shown = columns.require_head(frame, "spectrum", "tensor about rank share")
     domain = (FLOOR, 1.0)
-    base = scales.on_log_scale(alt.Chart(), "share", domain).transform_calculate(seen=SEEN.format("about === 'origin'"))
-    line = base.mark_line(strokeWidth=1.8).encode(
+    base = columns.on_log_scale(alt.Chart(), "share", domain)
+    line = base.transform_calculate(seen=SEEN.format("about === 'origin'")).mark_line(strokeWidth=1.8).encode(
         x=columns.x("rank", nice=False, domainMin=1, tickMinStep=1),
-        y=scales.log_y("share", ["one direction's", "share of energy"], domain),
+        y=columns.log_y("share", ["one direction's", "share of energy"], domain),
         color=marks.tensor_colour(),
         strokeDash=WITH_MEAN,
         tooltip=columns.tips("tensor seen rank share"),
@@ -42,7 +42,7 @@ def spectrum_caption(frame: pl.DataFrame) -> str:
         squares = [own.filter(pl.col("about") == about)["share"].pow(2).sum() for about in ABOUT]
         found = [1 / square if square else 0.0 for square in squares]  # a head of zeros has no direction
         said.append(f"{tensor} {found[0]:.1f} with the mean, {found[1]:.1f} without it")
-    said += scales.not_drawn(frame["share"])
+    said += columns.not_drawn(frame["share"])
     return f"{marks.head_words(frame)}. Effective dimensions: {marks.sentence(*said)}"
 
 
@@ -53,12 +53,12 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConca
     """
     columns.require(frame, "dimensions_by_layer", "tensor layer head head_dim uncentred centred mean_share")
     means = frame.group_by("layer", "tensor", maintain_order=True).agg(*MEANS)
-    domain = scales.log_domain([*means["uncentred"], *means["centred"]])
+    domain = columns.log_domain([*means["uncentred"], *means["centred"]])
     both = alt.Chart().transform_fold(["uncentred", "centred"], as_=["which", "dimensions"])
-    both = scales.on_log_scale(both, "dimensions", domain)
+    both = columns.on_log_scale(both, "dimensions", domain)
     counts = both.transform_calculate(seen=SEEN.format("which === 'uncentred'")).encode(
         x=marks.layer_axis(labelled=False),
-        y=scales.log_y("dimensions", ["effective dimensions", "mean over KV heads"], domain),
+        y=columns.log_y("dimensions", ["effective dimensions", "mean over KV heads"], domain),
         color=marks.tensor_colour(),
         strokeDash=WITH_MEAN,
     )
@@ -83,7 +83,7 @@ def dimensions_caption(frame: pl.DataFrame) -> str:
     shares = " and ".join(f"{100 * row['mean_share']:.0f} %" for row in rows)
     said = f"Of {frame['head_dim'][0]}: {marks.sentence(*counts)}. The mean vector holds {shares}"
     both = pl.concat([frame["uncentred"], frame["centred"].rename("uncentred")])
-    return marks.sentence(said, *scales.not_drawn(both))
+    return marks.sentence(said, *columns.not_drawn(both))
 
 
 STAGES = ("before RoPE", "after RoPE")

@@ -11,7 +11,7 @@ import traitlets as t
 
 from veloxlab.checks import choice
 from veloxlab.errors import InputError
-from veloxlab.views.report import Section
+from veloxlab.views.picture import Section
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages import budget, cache, compare, errors, generation, keys, memory

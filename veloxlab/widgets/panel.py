@@ -15,7 +15,7 @@ import traitlets as t
 
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
-from veloxlab.views.report import Section, report
+from veloxlab.views.picture import Section, report
 from veloxlab.widgets.chart_view import ChartView, ensure_bundle
 from veloxlab.widgets.lifetime import Ending, loosen, weakly
 from veloxlab.widgets.selection import Chosen, ChosenBits, Selection

@@ -7,7 +7,7 @@ import polars as pl
 from veloxlab import views
 from veloxlab.allocate.rates import Allocation, RateBudget
 from veloxlab.allocate.sensitivity import NATS
-from veloxlab.views.scales import Domain, log_domain, not_drawn
+from veloxlab.views.columns import Domain, log_domain, not_drawn
 from veloxlab.widgets.pages.charts import Chart, Look
 
 

@@ -18,7 +18,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure import Capture, capture, fidelity
 from veloxlab.progress import Progress as Tell
 from veloxlab.views import frontier
-from veloxlab.views.report import Section
+from veloxlab.views.picture import Section
 from veloxlab.widgets.panel import Panel, ProgressBar, button, rows
 from veloxlab.widgets.selection import Bits, Choice, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
