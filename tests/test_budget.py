@@ -7,6 +7,7 @@ import pytest
 import veloxlab as vl
 from tests.tiny_models import tiny
 from veloxlab.allocate.budget import MEGABYTE, Limit, layer_sizes
+from veloxlab.cache.counts import Windows
 from veloxlab.errors import InputError
 
 
@@ -37,7 +38,7 @@ def test_a_prompt_holds_exactly_what_was_counted(tokens, sinks, window):
     model = tiny("llama")
     cache = filled(model, tokens, one_by_one=False, sinks=sinks, window=window)
     for size in layer_sizes(model):
-        held = size.held_tokens(tokens, sinks, window, decoded=False)
+        held = Windows.of_layer(size, sinks, window).most_held(tokens, decoded=False)
         assert predicted(size, held, cache[size.layer]) == cache[size.layer].nbytes
 
 
@@ -51,7 +52,7 @@ def test_no_cache_holds_more_than_was_counted(family, one_by_one):
         total = counted = 0
         for size in layer_sizes(model):
             own = cache[size.layer]
-            bound = predicted(size, size.held_tokens(tokens, 4, 16), own)
+            bound = predicted(size, Windows.of_layer(size, 4, 16).most_held(tokens), own)
             assert own.nbytes <= bound
             total, counted = total + own.nbytes, counted + bound
         assert total > 0.6 * counted  # slack of 8 tokens in three buffers of a short text
@@ -69,7 +70,7 @@ def test_bits_and_bytes_are_of_one_token_of_all_layers():
 def test_a_text_in_memory_leaves_what_its_exact_tokens_do_not_take():
     sizes = layer_sizes(tiny("llama"))
     limit = Limit.of(vl.allocate.TokensInMemory(1000, 0.5), sizes, 4, 64)
-    held = sizes[0].held_tokens(1000, 4, 64)
+    held = Windows.of_layer(sizes[0], 4, 64).most_held(1000)
     assert limit.nbytes * held.packed == pytest.approx(0.5 * MEGABYTE - 2 * held.exact * 256 * 4)
     assert limit.tokens == (1, 1)
     assert held.packed >= 1000 - 4 - 64 - 31

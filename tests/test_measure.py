@@ -16,8 +16,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.errors import LAYER_ERRORS, TOKEN_ERRORS
 from veloxlab.measure.memory import GROWTH, REPORT
-from veloxlab.measure.predictions import divergence, log_probabilities, predicted_bytes
-from veloxlab.measure.quality import FIDELITY, TOKEN_FIDELITY, Reference
+from veloxlab.measure.quality import FIDELITY, TOKEN_FIDELITY, Reference, divergence, log_probabilities, predicted_bytes
 from veloxlab.runtime import Device
 
 

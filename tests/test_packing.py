@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from veloxlab.codecs.parts.packing import pack, unpack, words_per_row
+from veloxlab.codecs.parts.packing import pack, unpack
+from veloxlab.kernels.vectors import words_per_row
 
 
 def bits_of(row: np.ndarray, bits: int) -> str:

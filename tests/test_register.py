@@ -12,11 +12,12 @@ import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab.allocate.ratequant import kept_rate_budget
+from veloxlab.cache.saved import describe_codec
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.base import Code, Codec, check_vectors
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.parts.packing import Row, pack, packed, unpack
-from veloxlab.codecs.saving import class_name, find_class
+from veloxlab.codecs.saving import find_class
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.errors import InputError
 from veloxlab.measure.compare import compare
@@ -277,9 +278,10 @@ def test_a_cache_of_another_version_of_a_registered_method_is_refused(model, tmp
 
 def test_a_class_of_ours_is_always_found_by_its_file():
     codec = vl.register(method(build=METHODS["turboquant"].build, codecs=(TurboQuant,))).codec(64, 4, "keys")
-    assert class_name(codec) == "turboquant.TurboQuant"
+    said, _ = describe_codec(codec)
+    assert said["class"] == "turboquant.TurboQuant"
     vl.codecs.unregister("absmax")
-    assert find_class(class_name(codec)) is TurboQuant
+    assert find_class(describe_codec(codec)[0]["class"]) is TurboQuant
 
 
 class Plain:

@@ -91,7 +91,7 @@ def test_missing_blas_is_a_reason_and_no_error(monkeypatch):
 @pytest.mark.usefixtures("without_mlx")
 def test_unloadable_blas_is_a_reason_and_no_error(monkeypatch, tmp_path):
     (tmp_path / "libopenblas.so").write_bytes(b"no library")
-    monkeypatch.setattr(runtime, "_package_folders", lambda name: [tmp_path])
+    monkeypatch.setattr(runtime, "package_folders", lambda name: [tmp_path])
     assert load_afresh().startswith("OpenBLAS could not be loaded (")
 
 

@@ -56,7 +56,7 @@ def load_fast_blas() -> str | None:
         return TOO_LATE
     if platform.machine() != "x86_64":
         return f"no OpenBLAS is packaged for {platform.machine()}"
-    libraries = [path for folder in _package_folders("ngsolve_openblas") for path in folder.glob("libopenblas*.so*")]
+    libraries = [path for folder in package_folders("ngsolve_openblas") for path in folder.glob("libopenblas*.so*")]
     if not libraries:
         return NOT_INSTALLED
     _share_the_cores()
@@ -83,7 +83,7 @@ def blas_variable() -> str | None:
     return next((name for name in THREADS if name in os.environ), None)
 
 
-def _package_folders(name: str) -> list[Path]:
+def package_folders(name: str) -> list[Path]:
     """Where a package lies. It is not imported: importing ngsolve_openblas loads the library, or fails to."""
     spec = find_spec(name)
     return [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or ()]
@@ -97,7 +97,7 @@ def _load_openblas(library: Path) -> None:
     """
     with TemporaryDirectory() as name:
         folder = Path(name)
-        for mlx in _package_folders("mlx"):
+        for mlx in package_folders("mlx"):
             for neighbour in (mlx.parent / "mlx_cpu.libs").glob("lib*"):
                 (folder / neighbour.name).symlink_to(neighbour)
                 if neighbour.name.startswith("libgfortran-"):

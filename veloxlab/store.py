@@ -57,9 +57,10 @@ def check_place(path: Path) -> None:
             return
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace ``path`` by ``content``; as `write_together`."""
-    write_together({path: content})
+def write_atomically(path: str | Path, content: bytes) -> Path:
+    """Replace ``path`` by ``content``, and give it back; as `write_together`."""
+    write_together({Path(path): content})
+    return Path(path)
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
@@ -220,15 +221,16 @@ def from_json(text: str | bytes, kind: str, files: Iterable[bytes] = (), what: s
 
 
 def write_json(
-    path: Path,
+    path: str | Path,
     kind: str,
     content: Mapping[str, Any],
     beside: Mapping[Path, bytes] | None = None,
     indent: int | None = 1,
-) -> None:
-    """Write ``content`` by `to_json`, with files ``beside`` it."""
+) -> Path:
+    """Write ``content`` by `to_json`, with files ``beside`` it, and give ``path``."""
     files = beside or {}
-    write_together({**files, path: to_json(kind, content, files.values(), indent).encode()})
+    write_together({**files, Path(path): to_json(kind, content, files.values(), indent).encode()})
+    return Path(path)
 
 
 def read_json(path: Path, kind: str, *beside: Path) -> dict[str, Any]:
@@ -237,12 +239,12 @@ def read_json(path: Path, kind: str, *beside: Path) -> dict[str, Any]:
     return from_json(path.read_bytes(), kind, (file.read_bytes() for file in beside), what)
 
 
-def write_parquet(path: Path, frame: pl.DataFrame, kind: str = "", facts: object = None) -> None:
-    """Write ``frame`` as Parquet; of a format also ``facts``, as JSON, and the checksum of the whole file."""
+def write_parquet(path: str | Path, frame: pl.DataFrame, kind: str = "", facts: object = None) -> Path:
+    """Write ``frame`` as Parquet, and give ``path``; of a format also ``facts``, as JSON, and the file's checksum."""
     said = {kind: json.dumps(facts), "checksum": (_BEFORE_SUM + _NO_SUM).decode()} if kind else None
     held = io.BytesIO()
     frame.write_parquet(held, metadata=said)
-    write_atomically(path, _with_sum(held.getvalue()) if kind else held.getvalue())
+    return write_atomically(path, _with_sum(held.getvalue()) if kind else held.getvalue())
 
 
 def read_parquet(path: Path, kind: str) -> tuple[pl.DataFrame, Any]:

@@ -24,11 +24,6 @@ def shipped_folder(name: Literal["data", "notebooks"]) -> Path:
     raise InputError(f"The folder {name} of veloxlab is missing; install veloxlab again, or use a clone of it.")
 
 
-def is_installed(folder: Path) -> bool:
-    """Tell whether a shipped folder belongs to an installed package, where a user should not work in it."""
-    return folder.is_relative_to(PACKAGE)
-
-
 @checked(split=choice(*get_args(Split)))
 def excerpt(split: Split = "test") -> str:
     """Give the first articles of a split of WikiText-2, about 100,000 characters (25,000 tokens).

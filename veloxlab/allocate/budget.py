@@ -8,52 +8,23 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 from mlx.nn.layers.base import Module
 
-from veloxlab.cache.counts import Room, Windows
+from veloxlab.cache.counts import Windows
 from veloxlab.cache.plan import LayerSettings, Plan, model_hash
 from veloxlab.checks import FLAG, Check, check_fields, choice, either, instance, real, whole
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import name_of
-from veloxlab.mlxlm.probe import exact_width, probe
+from veloxlab.mlxlm.probe import LayerFacts, exact_width, probe
 
 MEGABYTE = 1_000_000
 Protection = Literal["widest", "exact"]
 
 
-@dataclass(frozen=True)
-class LayerSize:
-    """Shapes of one layer's keys and values, and how many tokens it sees, as `LayerFacts`; bits of an exact value."""
-
-    layer: int
-    kv_heads: int
-    key_dim: int
-    value_dim: int
-    max_size: int | None
-    keep: int
-    exact_bits: int
-
-    @property
-    def values_per_token(self) -> int:
-        """Coordinates of one token's keys and values."""
-        return self.kv_heads * (self.key_dim + self.value_dim)
-
-    @property
-    def exact_bytes(self) -> int:
-        """Bytes of one exact token."""
-        return self.values_per_token * self.exact_bits // 8
-
-    def held_tokens(self, tokens: int, sinks: int, window: int, *, decoded: bool = True) -> Room:
-        """The most tokens that a compressed cache has room for: `veloxlab.cache.counts.Windows.most_held`."""
-        windows = Windows.of(sinks if self.max_size is None else self.keep, window, self.max_size)
-        return windows.most_held(tokens, decoded=decoded)
-
-
-def layer_sizes(model: Module) -> tuple[LayerSize, ...]:
-    """Sizes of the layers that a compressed cache can take; raises `InputError` if there are none."""
-    names, width = [f.name for f in fields(LayerSize)][:-1], exact_width(model)
-    facts = [{name: getattr(found, name) for name in names} for found in probe(model) if found.compressible]
+def layer_sizes(model: Module) -> tuple[LayerFacts, ...]:
+    """Facts of the layers that a compressed cache can take; raises `InputError` if there are none."""
+    facts = tuple(found for found in probe(model) if found.compressible)
     if not facts:
         raise InputError("No layer of this model keeps plain keys and values: there is nothing to allocate.")
-    return tuple(LayerSize(**own, exact_bits=width) for own in facts)
+    return facts
 
 
 @dataclass(frozen=True)
@@ -128,7 +99,7 @@ class Limit(NamedTuple):
     predicted_loss: float = 0.0  # the greatest that is allowed, where bytes are not limited
 
     @classmethod
-    def of(cls, budget: Budget, sizes: Sequence[LayerSize], sinks: int, window: int) -> Self:
+    def of(cls, budget: Budget, sizes: Sequence[LayerFacts], sinks: int, window: int) -> Self:
         """What ``budget`` leaves for the codes of these layers; raises `InputError` if exact tokens take all of it."""
         alike = (1.0,) * len(sizes)
         match budget:
@@ -139,7 +110,7 @@ class Limit(NamedTuple):
             case QualityFloor(loss):
                 return cls(alike, predicted_loss=loss)
             case TokensInMemory(tokens, megabytes):
-                held = [size.held_tokens(tokens, sinks, window) for size in sizes]
+                held = [Windows.of_layer(size, sinks, window).most_held(tokens) for size in sizes]
         exact = sum(one.exact * size.exact_bytes for one, size in zip(held, sizes, strict=True))
         left, most = megabytes * MEGABYTE - exact, max(one.packed for one in held)
         if not most:

@@ -15,12 +15,13 @@ from typing import NamedTuple, Self
 import numpy as np
 import polars as pl
 
-from veloxlab.allocate.budget import Bounds, LayerSize
+from veloxlab.allocate.budget import Bounds
 from veloxlab.allocate.solve import ROUNDING, Floats, Ints, Problem
 from veloxlab.cache.plan import Plan
 from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import PLACE, schema
+from veloxlab.mlxlm.probe import LayerFacts
 
 PER_HEAD = "ratequant"  # the method whose heads may differ
 EXACT = "none"
@@ -43,11 +44,10 @@ class Choice(NamedTuple):
     losses: Floats  # predicted for each head [H], in the unit of the sensitivities
 
     @classmethod
-    def exact(cls, size: LayerSize, tensor: Tensor) -> Self:
+    def exact(cls, size: LayerFacts, tensor: Tensor) -> Self:
         """A layer's keys or values left as they are."""
-        dim = size.key_dim if tensor == "keys" else size.value_dim
         widths = (size.exact_bits,) * size.kv_heads
-        return cls(EXACT, widths, dim * sum(widths) / 8, np.zeros(size.kv_heads))
+        return cls(EXACT, widths, size.dims[tensor] * sum(widths) / 8, np.zeros(size.kv_heads))
 
     @property
     def mean_width(self) -> float:
@@ -105,12 +105,12 @@ class Choices(NamedTuple):
 class Offer:
     """Tables by method of each layer's keys and values, in the order of `sizes`; ``known`` are choices made of them."""
 
-    sizes: Sequence[LayerSize]
+    sizes: Sequence[LayerFacts]
     tables: Mapping[Place, Sequence[HeadTable]]
     known: dict[tuple[Bounds, tuple[float, ...], float], Choices] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, sizes: Sequence[LayerSize], sensitivities: pl.DataFrame, curves: pl.DataFrame) -> Self:
+    def of(cls, sizes: Sequence[LayerFacts], sensitivities: pl.DataFrame, curves: pl.DataFrame) -> Self:
         """The tables from `SENSITIVITIES` and `CURVES`.
 
         A head loses its sensitivity times ½·E‖x − x̂‖²/D; by ``"key_norm"``, whose unit is that of E‖x‖², times the
@@ -209,7 +209,7 @@ class Offer:
             for tensor, method, _, _ in plan.layers[size.layer].tensors
         }
 
-    def _choice(self, size: LayerSize, tensor: Tensor, method: str, widths: tuple[int, ...]) -> Choice:
+    def _choice(self, size: LayerFacts, tensor: Tensor, method: str, widths: tuple[int, ...]) -> Choice:
         if method == EXACT:
             return Choice.exact(size, tensor)
         table = next((t for t in self.tables[size.layer, tensor] if t.method == method), None)

@@ -8,7 +8,7 @@ bytes that are held, scales and padding included, and may choose among methods t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import fsum
 from pathlib import Path
@@ -17,18 +17,21 @@ from typing import Any, Self
 
 import polars as pl
 
-from veloxlab.allocate.budget import BOUNDS, BUDGET, MEGABYTE, Bounds, Budget, LayerSize, Limit, PlannedModel, Spans
+from veloxlab.allocate.budget import BOUNDS, BUDGET, MEGABYTE, Bounds, Budget, Limit, PlannedModel, Spans
 from veloxlab.allocate.choices import CURVES, Chosen, Offer
 from veloxlab.allocate.sensitivity import SENSITIVITIES, frame_of
 from veloxlab.allocate.solve import ROUNDING
+from veloxlab.cache.counts import Windows
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, LayerSettings, Plan
 from veloxlab.checks import FILE, checked
 from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import PLACE, schema
+from veloxlab.mlxlm.probe import LayerFacts
 from veloxlab.store import digest, read_json, reading, write_json
 
 FORMAT = "veloxlab rate budget 1"
+SIZES = ("layer", "kv_heads", "key_dim", "value_dim", "max_size", "keep", "exact_bits")  # facts of a layer in a file
 _TOO_LITTLE = "This budget leaves {:,.1f} bytes a token for all layers' codes, and {}: give more, or allow fewer bits."
 SHORT = 19 / 18  # 2 1/8 code bits at a head dimension of 64
 """A budget of fewer times the bytes that 2 bits for every head take may give some heads 1 bit, where no bounds are
@@ -72,7 +75,7 @@ class RateBudget:
     model: str
     model_hash: str
     entries: int
-    sizes: tuple[LayerSize, ...]
+    sizes: tuple[LayerFacts, ...]
     sensitivities: pl.DataFrame
     curves: pl.DataFrame
     sinks: int = DEFAULT_SINKS
@@ -196,9 +199,7 @@ class RateBudget:
     @checked()
     def save(self, path: str | Path) -> Path:
         """Write JSON with a checksum, whole or not at all, and return the path; `InputError` where it cannot be."""
-        path = Path(path)
-        write_json(path, FORMAT, self._content())
-        return path
+        return write_json(path, FORMAT, self._content())
 
     @classmethod
     @checked(path=FILE)
@@ -208,13 +209,13 @@ class RateBudget:
             content = read_json(Path(path), FORMAT)
             content["sensitivities"] = frame_of(content["sensitivities"], SENSITIVITIES)
             content["curves"] = frame_of(content["curves"], CURVES)
-            content["sizes"] = tuple(LayerSize(**size) for size in content["sizes"])
+            content["sizes"] = tuple(LayerFacts(native="", compressible=True, **size) for size in content["sizes"])
             return cls(**content)
 
     def _content(self) -> dict[str, Any]:
         frames = {name: getattr(self, name).to_dict(as_series=False) for name in ("sensitivities", "curves")}
         own = {f.name: getattr(self, f.name) for f in fields(self)}
-        return own | frames | {"sizes": [asdict(size) for size in self.sizes]}
+        return own | frames | {"sizes": [{name: getattr(size, name) for name in SIZES} for size in self.sizes]}
 
     @cached_property
     def _offer(self) -> Offer:
@@ -238,7 +239,7 @@ class RateBudget:
         return self._offer.chosen(plan)
 
     def _held(self, chosen: Chosen, tokens: int, sinks: int, window: int) -> float:
-        held = {size.layer: size.held_tokens(tokens, sinks, window) for size in self.sizes}
+        held = {size.layer: Windows.of_layer(size, sinks, window).most_held(tokens) for size in self.sizes}
         exact = sum(held[size.layer].exact * size.exact_bytes for size in self.sizes)
         return exact + sum(held[layer].packed * choice.nbytes for (layer, _), choice in chosen.items())
 

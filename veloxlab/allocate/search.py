@@ -164,10 +164,8 @@ class SearchResult:
     @checked()
     def save(self, path: str | Path) -> Path:
         """Write it as Parquet with a checksum, and return the path; raises `InputError` where it cannot be written."""
-        path = Path(path)
         said = {"shape": asdict(self.shape), "calibrations": dict(self.calibrations), "settings": dict(self.settings)}
-        write_parquet(path, self.frame, FORMAT, said)
-        return path
+        return write_parquet(path, self.frame, FORMAT, said)
 
     @classmethod
     @checked(path=FILE)

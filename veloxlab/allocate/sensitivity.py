@@ -22,7 +22,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Recorder, capture_layers, stretches
 from veloxlab.measure.errors import layer_errors, ratio
 from veloxlab.measure.frames import PLACE, in_schema, schema
-from veloxlab.measure.predictions import check_room, divergence, log_probabilities, loss_gradients
+from veloxlab.measure.quality import check_room, divergence, log_probabilities, loss_gradients
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent

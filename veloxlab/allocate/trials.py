@@ -16,6 +16,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.budget import PlannedModel, layer_sizes
 from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.counts import Windows
 from veloxlab.cache.make import make_cache
 from veloxlab.cache.plan import LayerSettings, Plan
 from veloxlab.codecs import METHODS, find_method
@@ -113,7 +114,7 @@ def bytes_per_token(model: Module, plan: Plan, context: int, calibration: Calibr
     layers = [slot for slot in slots_of(cache) if hasattr(slot, "key_codec")]
     total = float(report(cache).filter(path="shared")["held_bytes"].sum())
     for size, slot in zip(layer_sizes(model), layers, strict=True):
-        held = size.held_tokens(context, plan.sinks, plan.window, decoded=False)
+        held = Windows.of_layer(size, plan.sinks, plan.window).most_held(context, decoded=False)
         coded = sum(codec.bits_per_value * codec.head_dim / 8 for codec in (slot.key_codec, slot.value_codec))
         total += held.exact * size.exact_bytes + held.packed * size.kv_heads * coded
     return total / context

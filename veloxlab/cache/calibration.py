@@ -106,8 +106,8 @@ class Calibration:
         content = {"method": self.method, "facts": dict(self.facts), "codecs": entries}
         held = io.BytesIO()
         mx.save_safetensors(held, arrays or {"none": mx.zeros(1)})
-        write_json(record, FORMAT, content, {tensors: held.getvalue()})  # if one alone is moved, the checksum tells
-        return record
+        # if one alone is moved, the checksum tells
+        return write_json(record, FORMAT, content, {tensors: held.getvalue()})
 
     @classmethod
     @checked(path=FILE)

@@ -13,6 +13,7 @@ from typing import NamedTuple, Self
 
 from veloxlab.checks import whole
 from veloxlab.errors import InputError
+from veloxlab.mlxlm.probe import LayerFacts
 
 BLOCK = 32  # tokens that leave the window together: encoding one at a time would cost a launch per token
 CHUNK = 2048  # tokens of a prompt that mlx-lm reads together
@@ -70,6 +71,11 @@ class Windows:
             window = min(window, reach // 4)
         block = min(BLOCK, max(1, window))
         return cls(sinks, window, block, window + block - 1, reach)
+
+    @classmethod
+    def of_layer(cls, facts: LayerFacts, sinks: int, window: int) -> Self:
+        """Those of a cache in the place of a model's own, whose first tokens a sliding layer keeps."""
+        return cls.of(sinks if facts.max_size is None else facts.keep, window, facts.max_size)
 
     def arrival(self, count: int, offset: int, recent: int, *, all_seen: bool) -> Arrival:
         """Where ``count`` tokens go that come after ``offset`` others, of which ``recent`` are in the window.

@@ -200,14 +200,13 @@ def _misfit(caches: Sequence[Any], own: Sequence[Any]) -> str | None:
 
 def _check_codec(theirs: Codec, ours: Codec, layer: int) -> None:
     if not saving.same_kind(theirs, ours):
-        raise InputError(
-            f"This prompt cache holds {saving.described(theirs)} in layer {layer}, and {saving.described(ours)} was "
-            "asked for: ask for what it holds, or make it again."
-        )
+        held, asked = (f"{saving.method_of(c)[0]} at {c.bits_per_value:g} bits a value" for c in (theirs, ours))
+        said = f"This prompt cache holds {held} in layer {layer}, and {asked} was asked for"
+        raise InputError(f"{said}: ask for what it holds, or make it again.")
     if not (ours.online or saving.same_codec(theirs, ours)):
         raise InputError(
-            f"This prompt cache was made with another calibration of {saving.method_of(ours)}, or other options, than "
-            f"was asked for (layer {layer} differs): ask for those, or make the cache again."
+            f"This prompt cache was made with another calibration of {saving.method_of(ours)[0]}, or other options, "
+            f"than was asked for (layer {layer} differs): ask for those, or make the cache again."
         )
 
 

@@ -178,8 +178,7 @@ class Plan:
     @checked()
     def save(self, path: str | Path) -> Path:
         """Write the plan as JSON, whole or not at all, and return the path; raises `InputError` where it cannot be."""
-        write_atomically(Path(path), self.to_json().encode())
-        return Path(path)
+        return write_atomically(path, self.to_json().encode())
 
     @classmethod
     @checked(path=checks.FILE)

@@ -127,7 +127,8 @@ def add_checksum(cache: Any, model: str, layer: int, reason: str) -> None:  # no
 def describe_codec(codec: Codec) -> tuple[Content, list[mx.array]]:
     """A codec as JSON and arrays."""
     plain, arrays = saving.to_parts(codec)
-    said = {"class": saving.class_name(codec), "version": saving.version_of(codec)}
+    method, version = saving.method_of(codec)
+    said = {"class": f"{method}.{type(codec).__name__}", "version": version}
     return {**said, "fields": plain, "arrays": list(arrays)}, [*arrays.values()]
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import veloxlab
+from veloxlab import texts
 from veloxlab.cli import measurements
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
-from veloxlab.texts import is_installed, shipped_folder
 
 TOUR = "00_tour.ipynb"
 COPY_FOLDER = Path("veloxlab-notebooks")
@@ -44,8 +44,8 @@ def open_lab(passed_on: Sequence[str]) -> int:
 
 def _notebooks() -> Path:
     """Return the folder of notebooks: that of the clone, or a copy of that of the installed package."""
-    folder = shipped_folder("notebooks")
-    if not is_installed(folder):
+    folder = texts.shipped_folder("notebooks")
+    if not folder.is_relative_to(texts.PACKAGE):  # where a user should not work
         return folder
     make_folder(COPY_FOLDER)
     for notebook in sorted(folder.glob("*.ipynb")):

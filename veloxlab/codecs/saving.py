@@ -38,26 +38,13 @@ def from_parts(kind: type[T], plain: Plain, arrays: Arrays) -> T:
     return _filled(kind, values)
 
 
-def class_name(codec: Codec) -> str:
-    """The codec's method and class, such as ``"turboquant.TurboQuant"``, by which `find_class` finds it."""
-    return f"{method_of(codec)}.{type(codec).__name__}"
+def method_of(codec: Codec) -> tuple[str, int]:
+    """Id and version of the method that made the codec; of none, which cannot be read again, the version is 0.
 
-
-def method_of(codec: Codec) -> str:
-    """Id of the method that made the codec: of ours each has a file of its own, any other names its classes."""
-    found = registered(type(codec))
-    return found[0] if found else type(codec).__module__.rpartition(".")[2]
-
-
-def version_of(codec: Codec) -> int:
-    """Version of the method that made the codec; 0 if it was made by none, and so cannot be read again."""
-    found, ours = registered(type(codec)), METHODS.get(method_of(codec))
-    return found[1] if found else ours.version if ours else 0
-
-
-def described(codec: Codec) -> str:
-    """The codec in a few words: its method and the true bits it takes."""
-    return f"{method_of(codec)} at {codec.bits_per_value:g} bits a value"
+    Of our methods each has a file of its own, any other names its classes.
+    """
+    name = type(codec).__module__.rpartition(".")[2]
+    return registered(type(codec)) or (name, METHODS[name].version if name in METHODS else 0)
 
 
 def same_kind(one: Codec, other: Codec) -> bool:
@@ -73,7 +60,7 @@ def same_codec(one: Codec, other: Codec) -> bool:
 
 
 def find_class(name: str) -> type[Codec]:
-    """The class of a codec that `class_name` named; raises `InputError` if no method here has it."""
+    """The codec class of a name such as ``"turboquant.TurboQuant"``; raises `InputError` if no method here has it."""
     method, _, kind = name.partition(".")
     ours = METHODS.get(method)
     named = {each.__name__: each for each in ours.codecs} if ours else {}

@@ -11,7 +11,7 @@ from typing import Final
 import mlx.core as mx
 
 from veloxlab.kernels.backend import SIMD, Backend
-from veloxlab.kernels.vectors import IN_LANES, THREADS, VectorKernel, fits_lanes, lanes, words
+from veloxlab.kernels.vectors import IN_LANES, THREADS, VectorKernel, fits_lanes, lanes, words_per_row
 
 _SIMDGROUPS = THREADS // SIMD  # of a threadgroup: a vector for each
 _LARGEST_DIM = 4096  # of which the codes of a threadgroup take half of Metal's threadgroup memory
@@ -39,9 +39,9 @@ def sign_kernel(dim: int, rows: int) -> VectorKernel:
         name="encode_signs",
         file="signs.metal",
         given=("x", "y"),
-        rows={"signs": (words(rows, 1), mx.uint32), "root_rms": (1, mx.float16)},
+        rows={"signs": (words_per_row(rows, 1), mx.uint32), "root_rms": (1, mx.float16)},
         variant={"rows": rows},
-        defines={"HEAD_DIM": dim, "ROWS": rows, "CODE_WORDS": words(rows, 1)},
+        defines={"HEAD_DIM": dim, "ROWS": rows, "CODE_WORDS": words_per_row(rows, 1)},
         headers=("simd.h",),
         at_once=_SIMDGROUPS,
     )
@@ -63,7 +63,7 @@ def group_kernel(dim: int, bits: int, group: int, steps: int, shift: float) -> V
         file="groups.metal",
         given=("x",),
         rows={
-            "codes": (words(dim, bits), mx.uint32),
+            "codes": (words_per_row(dim, bits), mx.uint32),
             "half_step": (groups, mx.float16),
             "least": (groups, mx.float16),
         },
@@ -75,7 +75,7 @@ def group_kernel(dim: int, bits: int, group: int, steps: int, shift: float) -> V
             "STEPS": steps,
             "SHIFT": f"{float(shift)}f",
             "CODE_BITS": bits,
-            "CODE_WORDS": words(dim, bits),
+            "CODE_WORDS": words_per_row(dim, bits),
         },
         headers=("simd.h", "packing.h"),
         at_once=_SIMDGROUPS,
@@ -158,7 +158,7 @@ def search_kernel(dim: int, parts: int, bits: int, backend: Backend) -> VectorKe
         name="assign",
         file="assign.metal",
         given=("points", "centroids"),
-        rows={"packed": (words(parts, bits), mx.uint32)},
+        rows={"packed": (words_per_row(parts, bits), mx.uint32)},
         variant={"parts": parts, "bits": bits},
         defines={
             "DIM": f"{dim}u",
@@ -179,8 +179,8 @@ def search_kernel(dim: int, parts: int, bits: int, backend: Backend) -> VectorKe
             "POINT_LOADS": f"{-(-points // lines)}u",
             "SPAN": f"{span}u",
             "ROWS": f"{points // span}u",
-            "SPAN_WORDS": f"{words(span, bits)}u",
-            "WORDS": f"{words(parts, bits)}u",
+            "SPAN_WORDS": f"{words_per_row(span, bits)}u",
+            "WORDS": f"{words_per_row(parts, bits)}u",
             "GROUPS_PER_PROCESSOR": 1,  # or the compiler has too few registers
         },
         types={"POINT_TYPE": 0, "CENTROID_TYPE": 1},

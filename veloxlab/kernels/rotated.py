@@ -11,7 +11,7 @@ from typing import Final, NamedTuple
 
 import mlx.core as mx
 
-from veloxlab.kernels.vectors import IN_LANES, THREADS, VectorKernel, fits_lanes, hartley_row, lanes, words
+from veloxlab.kernels.vectors import IN_LANES, THREADS, VectorKernel, fits_lanes, hartley_row, lanes, words_per_row
 
 # what a vector's root-mean-square is to be multiplied with, from the sums that ``encode.metal`` makes
 _FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
@@ -99,7 +99,7 @@ def encode_kernel(
     packed = [f"row_{width}_{i}" for i, width in enumerate(widths)]
     below = [sum(widths[i + 1 :]) for i in range(len(widths))]  # bits of a code under the field
     pack = [
-        f"pack_row<HEAD_DIM, {width}, {low}>(own, {row} + vector * {words(dim, width)}u, lane, lanes);"
+        f"pack_row<HEAD_DIM, {width}, {low}>(own, {row} + vector * {words_per_row(dim, width)}u, lane, lanes);"
         for row, width, low in zip(packed, widths, below, strict=True)
     ]
     number = 1, mx.float16
@@ -107,7 +107,7 @@ def encode_kernel(
         name="encode",
         file="encode.metal",
         given=("x",),
-        rows={name: (words(dim, width), mx.uint32) for name, width in fields.items()}
+        rows={name: (words_per_row(dim, width), mx.uint32) for name, width in fields.items()}
         | {"root_scale": number}
         | ({"sine": number} if sine else {}),
         outputs=(*packed, "root_scale", *(["sines"] if sine else [])),

@@ -107,8 +107,8 @@ class VectorKernel:
         return dict(zip(self.rows, written, strict=True))
 
 
-def words(count: int, bits: int) -> int:
-    """Words of ``count`` packed codes."""
+def words_per_row(count: int, bits: int) -> int:
+    """uint32 words that hold ``count`` codes of ``bits`` bits each."""
     return -(-count * bits // _WORD_BITS)
 
 

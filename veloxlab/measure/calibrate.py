@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,10 +14,10 @@ from mlx.nn.layers.base import Module
 from veloxlab.cache.calibration import FORMAT, Calibration, Place
 from veloxlab.cache.plan import DEFAULT_BITS
 from veloxlab.checks import checked, either, many, whole
-from veloxlab.codecs import TENSORS, Codec, Tensor, find_method
+from veloxlab.codecs import TENSORS, Codec, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
+from veloxlab.measure.activations import capture_layers, first_tokens
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
@@ -73,7 +73,10 @@ def calibrate(
     def made() -> Calibration:
         codecs: dict[Place, Codec] = {}
         for seen in capture_layers(model, ids, progress, "fitting"):
-            for tensor, sample in _samples(seen, seed):
+            seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
+            queries = None if seen.queries is None else seen.queries.astype(mx.float32)
+            for tensor in TENSORS:
+                sample = Sample(seen.vectors(tensor), queries, seen.rope, seed)
                 for width in widths:
                     codec = found.codec(sample.x.shape[-1], width, tensor, **options)
                     codecs[seen.layer, tensor, width] = codec.fit(sample)
@@ -109,10 +112,3 @@ def _check_text(ids: Sequence[int]) -> None:
     if (different := len(set(ids))) < LEAST_DISTINCT:
         said = f"{different} different tokens among {len(ids)}, and at least {LEAST_DISTINCT} are needed"
         raise InputError(f"The calibration text has {said}: {usual}.")
-
-
-def _samples(seen: LayerCapture, seed: int) -> Iterator[tuple[Tensor, Sample]]:
-    seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
-    queries = None if seen.queries is None else seen.queries.astype(mx.float32)
-    for tensor in TENSORS:
-        yield tensor, Sample(seen.vectors(tensor), queries, seen.rope, seed)

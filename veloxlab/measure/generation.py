@@ -23,8 +23,7 @@ from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, FLAG, FUNCTION, WORDS, ch
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import first_tokens
 from veloxlab.measure.frames import schema
-from veloxlab.measure.predictions import divergence, log_probabilities
-from veloxlab.measure.quality import CacheMaker, maker
+from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities, maker
 from veloxlab.mlxlm.probe import own_cache
 from veloxlab.progress import Progress, silent
 from veloxlab.texts import Tokenizer

@@ -117,7 +117,7 @@ def cache_layouts(
             codecs.add(codec)
             sizes.append(token_bytes(codec, facts.kv_heads, shape.exact_bytes))
         codes, scales = (sum(part) for part in zip(*sizes, strict=True))
-        windows = Windows.of(sinks if facts.max_size is None else facts.keep, window, facts.max_size)
+        windows = Windows.of_layer(facts, sinks, window)
         return LayerLayout(shape.exact_bytes * facts.values_per_token, codes, scales, windows)
 
     layers = Counter(map(layout, shape.caches))

@@ -35,6 +35,7 @@ class LayerFacts:
     kv_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
+    exact_bits: int = 16  # of a value in the model's own cache
     lends: bool = False  # whether other layers read this one's keys and values from its cache
     path: Path = "codes"  # how attention reads a compressed cache there
     reason: str = "attention reads the codes"  # for that path, or for the model's own cache
@@ -48,6 +49,11 @@ class LayerFacts:
     def values_per_token(self) -> int:
         """Numbers in the keys and values of a token."""
         return self.kv_heads * (self.key_dim + self.value_dim)
+
+    @property
+    def exact_bytes(self) -> int:
+        """Bytes of one exact token."""
+        return self.values_per_token * self.exact_bits // 8
 
     def leave(self, reason: str) -> None:
         """Keep the model's own cache."""
@@ -115,6 +121,7 @@ def dry_run(model: Module) -> list[LayerFacts]:
     latents = {getattr(module, LATENT) for _, module in model.named_modules() if hasattr(module, LATENT)}
     taken: set[int] = set()
     for found in (f for f in facts if f.compressible):
+        found.exact_bits = exact_width(model)
         if found.kv_heads == 1 and latents & {found.key_dim, found.value_dim}:  # the model compresses there itself
             found.leave(f"it stores latents (MLA), so the model's own {found.native} is kept")
             continue

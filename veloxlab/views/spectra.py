@@ -23,12 +23,16 @@ def spectrum(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     shown = columns.require_head(frame, "spectrum", "tensor about rank share")
     domain = (FLOOR, 1.0)
     base = columns.on_log_scale(alt.Chart(), "share", domain)
-    line = base.transform_calculate(seen=SEEN.format("about === 'origin'")).mark_line(strokeWidth=1.8).encode(
-        x=columns.x("rank", nice=False, domainMin=1, tickMinStep=1),
-        y=columns.log_y("share", ["one direction's", "share of energy"], domain),
-        color=marks.tensor_colour(),
-        strokeDash=WITH_MEAN,
-        tooltip=columns.tips("tensor seen rank share"),
+    line = (
+        base.transform_calculate(seen=SEEN.format("about === 'origin'"))
+        .mark_line(strokeWidth=1.8)
+        .encode(
+            x=columns.x("rank", nice=False, domainMin=1, tickMinStep=1),
+            y=columns.log_y("share", ["one direction's", "share of energy"], domain),
+            color=marks.tensor_colour(),
+            strokeDash=WITH_MEAN,
+            tooltip=columns.tips("tensor seen rank share"),
+        )
     )
     plots = [line.properties(width=theme.WIDTH - 110, height=190)]
     heading = "Share of energy in each direction of one head"

@@ -48,8 +48,7 @@ def ensure_bundle() -> Path:
         make_folder(cache)
     except InputError:  # a read-only home, as containers have it
         cache = Path(tempfile.mkdtemp(prefix="veloxlab-"))
-    write_atomically(cache / name, code)
-    return cache / name
+    return write_atomically(cache / name, code)
 
 
 class VegaRuntime(anywidget.AnyWidget):
@@ -162,23 +161,19 @@ class ChartView(Ending, anywidget.AnyWidget):
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the rows as CSV, and give the file's path."""
-        write_atomically(Path(path), self.frame.write_csv().encode())
-        return Path(path)
+        return write_atomically(path, self.frame.write_csv().encode())
 
     def to_parquet(self, path: str | Path) -> Path:
         """Write the rows as Parquet, and give the file's path."""
-        write_parquet(Path(path), self.frame)
-        return Path(path)
+        return write_parquet(path, self.frame)
 
     def to_png(self, path: str | Path, *, width: int = 2 * picture.WIDTH) -> Path:
         """Write the picture as PNG of a width in pixels, and give the file's path."""
-        write_atomically(Path(path), picture.png(self.to_dict(), width=width))
-        return Path(path)
+        return write_atomically(path, picture.png(self.to_dict(), width=width))
 
     def to_svg(self, path: str | Path) -> Path:
         """Write the picture as SVG, and give the file's path."""
-        write_atomically(Path(path), picture.svg(self.to_dict()).encode())
-        return Path(path)
+        return write_atomically(path, picture.svg(self.to_dict()).encode())
 
     def __repr__(self) -> str:
         with self._changing:

@@ -231,8 +231,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def export(self, path: str | Path) -> Path:
         """Write what is seen as one HTML file that needs no network, its charts live, light and dark; give its path."""
         page = report(f"veloxlab: {self}", self.sections, ensure_bundle().read_text("utf-8"))
-        write_atomically(Path(path), page.encode())
-        return Path(path)
+        return write_atomically(path, page.encode())
 
     def save_pictures(self, folder: str | Path) -> list[Path]:
         """Write each chart as SVG and PNG and its rows as Parquet into ``folder``, and give the files."""

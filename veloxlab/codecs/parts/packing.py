@@ -15,6 +15,7 @@ from functools import cache, reduce
 import mlx.core as mx
 
 from veloxlab.checks import whole
+from veloxlab.kernels.vectors import words_per_row
 
 WIDEST = 8
 BITS = whole(1, WIDEST)
@@ -45,11 +46,6 @@ class Row:
 
 
 Layout = dict[str, Row]
-
-
-def words_per_row(count: int, bits: int) -> int:
-    """uint32 words that hold ``count`` codes of ``bits`` bits each."""
-    return -(-count * bits // (8 * _WORD_BYTES))
 
 
 def packed(count: int, bits: int) -> Row:

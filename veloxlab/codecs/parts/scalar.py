@@ -15,8 +15,9 @@ import numpy as np
 
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.codebooks import Codebook, CodebookName, gaussian_codebook, sphere_codebook
-from veloxlab.codecs.parts.packing import WIDEST, Layout, pack, packed, unpack, unpack_to_bytes, words_per_row
+from veloxlab.codecs.parts.packing import WIDEST, Layout, pack, packed, unpack, unpack_to_bytes
 from veloxlab.kernels.readers import planned
+from veloxlab.kernels.vectors import words_per_row
 
 _JOINT_INDEX_BITS = 12  # a joint table stays under 64 KB; at 16 bits it would be 1.4 times faster, and 2 MB
 _PAIRED_BITS = 4  # up to which kernels read two codes at once, from a table of at most 256 pairs

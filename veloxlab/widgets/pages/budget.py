@@ -23,8 +23,7 @@ from veloxlab.checks import MAPPING, MODEL, TOKENIZER, checked, either, instance
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import link
-from veloxlab.widgets.pages.budget_charts import CHARTS, unit_of
-from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
+from veloxlab.widgets.pages.budget_controls import CHARTS, PlanFile, SettingControl, history, unit_of
 from veloxlab.widgets.pages.charts import ChartPage, Look
 from veloxlab.widgets.panel import ProgressBar, button
 from veloxlab.widgets.selection import Chosen, Fitting, Selection
