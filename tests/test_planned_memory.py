@@ -1,6 +1,7 @@
 """What is planned is what real caches hold, to the byte, and what fits fits."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -208,7 +209,7 @@ def test_a_configuration_on_disk_says_what_its_model_says(tmp_path, model):
     assert wide.exact_bytes == 4
     for given_as in (LLAMA, file, str(file), file.parent):
         shape = shape_of(given_as)
-        assert shape.caches == wide.caches
+        assert [replace(cache, exact_bits=32) for cache in shape.caches] == list(wide.caches)
         assert shape.exact_bytes == 2
     assert shape_of(file.parent).name == "tiny"
     assert shape_of(LLAMA | {"torch_dtype": "float32"}).exact_bytes == 4

