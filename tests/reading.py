@@ -5,7 +5,7 @@ from itertools import accumulate
 
 import mlx.core as mx
 
-from veloxlab.codecs.commvq_training import Pairing
+from veloxlab.codecs.parts.rope import Rope
 from veloxlab.kernels.readers import GroupsReader, PlanReader, PolarReader, SumsReader, TableReader, WidthsReader
 
 
@@ -95,7 +95,7 @@ def polar_levels(reader):
 def sums_levels(reader):
     count, heads = 2 * reader.table.shape[1], reader.kv_heads
     indices = codes_of(reader.rows, count, 6)
-    pairs = Pairing(reader.rotated, reader.traditional).pairs(reader.dim)
+    pairs = Rope(reader.rotated, reader.traditional).pairs(reader.dim)
     x, y = (reader.table.astype(mx.float32)[..., mx.array(pairs[:, i])] for i in (0, 1))
     both = mx.stack([mx.stack([x, y], axis=-1), mx.stack([-y, x], axis=-1)], axis=2)  # entry, i · entry
     flat = both.reshape(heads * count * 64, reader.dim)

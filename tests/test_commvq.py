@@ -12,7 +12,7 @@ import pytest
 
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.commvq import METHOD, CommVQ
-from veloxlab.codecs.commvq_training import Pairing, train_tables
+from veloxlab.codecs.commvq_training import train_tables
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 
@@ -71,7 +71,7 @@ def test_every_m_commutes_with_rope_to_machine_precision(name):
     """The paper's identity in float64, for the matrices M(x, y) of our tables and positions up to 1.3e5."""
     codec = fitted(name)
     both = np.array(codec.both_tables(HEADS))[:, :2].astype(np.float64)  # of two stages: [H, 2, 2, 64, D]
-    first, second = Pairing.of(DIM, codec.rope).pairs(DIM).T
+    first, second = codec.pairs.T
     # what index a adds is the first row of M, what index b adds is the second; columns are a pair's coordinates
     m = np.stack([both[..., first], both[..., second]], axis=-1).transpose(0, 1, 3, 4, 2, 5)  # [H, 2, 64, D/2, 2, 2]
     assert np.array_equal(m[..., 0, 0], m[..., 1, 1])

@@ -19,7 +19,7 @@ from veloxlab.cache.plan import DEFAULT_SINKS
 from veloxlab.checks import checked, choice
 from veloxlab.codecs import TENSORS, Tensor, find_method
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, Recorder, capture_layers, stretches
+from veloxlab.measure.activations import NOT_FINITE, Capture, Recorder, capture_layers, stretches
 from veloxlab.measure.errors import layer_errors, ratio
 from veloxlab.measure.frames import PLACE, in_schema, schema
 from veloxlab.measure.quality import check_room, divergence, log_probabilities, loss_gradients
@@ -32,6 +32,7 @@ from veloxlab.texts import Tokenizer, excerpt
 By = Literal["gradient", "key_norm", "attention_output", "forward_kl"]
 NATS: tuple[By, By] = ("gradient", "forward_kl")  # those whose predicted losses are divergences
 FORMAT = "veloxlab sensitivities 1"
+OTHERS = "choose by='attention_output' or by='forward_kl'."  # where there are no gradients
 LEAST_TOKENS = 16  # of a sequence behind the sinks
 TRIAL = ("turboquant", 3)  # method and bits of trials
 
@@ -132,10 +133,8 @@ def _measured(
         frames = []
         for layer, tensor, found in _MEASURES[by](model, ids, sinks, step):
             if not np.isfinite(found).all():
-                raise InputError(
-                    f"The sensitivity of layer {layer}'s {tensor} by {by!r} is NaN or infinite: load the model with "
-                    "dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
-                )
+                said = f"The sensitivity of layer {layer}'s {tensor} by {by!r} is NaN or infinite"
+                raise InputError(f"{said}: {NOT_FINITE}")
             said = {"layer": layer, "tensor": tensor, "sequence": sequence, "tokens": len(ids) - sinks, "by": by}
             frames.append(pl.DataFrame({"head": range(len(found)), "sensitivity": found} | said))
         yield in_schema(pl.concat(frames), _EACH)
@@ -149,17 +148,13 @@ def _by_gradient(model: Module, ids: Sequence[int], sinks: int, step: _Step) -> 
     except InputError:
         raise
     except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"The loss of this model ({type(model).__module__}) cannot be differentiated ({error}): choose "
-            "by='attention_output' or by='forward_kl'."
-        ) from error
+        said = f"The loss of this model ({type(model).__module__}) cannot be differentiated ({error})"
+        raise InputError(f"{said}: {OTHERS}") from error
     for size, pair in zip(layer_sizes(model), gradients, strict=True):
         squares = [mean_square(gradient[:, :, sinks:]) for gradient in pair]
         if not np.any(squares[0]) and not np.any(squares[1]):
-            raise InputError(
-                f"No gradient of the loss reaches the keys and values of layer {size.layer}: choose "
-                "by='attention_output' or by='forward_kl'."
-            )
+            said = f"No gradient of the loss reaches the keys and values of layer {size.layer}"
+            raise InputError(f"{said}: {OTHERS}")
         yield from ((size.layer, tensor, square) for tensor, square in zip(TENSORS, squares, strict=True))
 
 

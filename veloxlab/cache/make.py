@@ -153,7 +153,7 @@ def load_cache(path: str | Path, model: Module, method_or_plan: str | Plan | Non
 def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | None = None) -> None:
     """Raise `InputError` unless all ``caches`` are for ``model``, and hold what those ``wanted`` would."""
     name = name_of(model)
-    for part in _parts(caches):
+    for part in sequences_of(caches):
         said = getattr(part, "model", None)
         if said not in (None, name):
             raise InputError(f"This prompt cache was made for the model {said}, and this is {name}: load that model.")
@@ -166,7 +166,7 @@ def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | N
     if wanted is None:
         return
     for slot, asked in zip(probe.slots_of(caches), probe.slots_of(wanted), strict=True):
-        for found in _parts([slot]):
+        for found in sequences_of([slot]):
             # a class of mlx-lm's own counts as that which it was before it had a checksum
             if getattr(found, "native", type(found)) is not getattr(asked, "native", type(asked)):
                 raise InputError("This prompt cache has layers of other kinds than what was asked for: make it again.")
@@ -180,7 +180,7 @@ def _misfit(caches: Sequence[Any], own: Sequence[Any]) -> str | None:
         return f"it has {len(caches)} layers and the model {len(own)}"
     lengths: list[object] = []
     for layer, (entry, like) in enumerate(zip(caches, own, strict=True)):
-        for part in _parts([entry]):
+        for part in sequences_of([entry]):
             if getattr(part, "layer", None) not in (None, layer):
                 return f"layer {part.layer} stands in the place of layer {layer}"
         slots, likes = probe.slots_of([entry]), probe.slots_of([like])
@@ -210,8 +210,8 @@ def _check_codec(theirs: Codec, ours: Codec, layer: int) -> None:
         )
 
 
-def _parts(caches: Sequence[Any]) -> list[Any]:
-    """Single caches of single sequences, where they are ours."""
+def sequences_of(caches: Sequence[Any]) -> list[Any]:
+    """The single caches of a prompt cache; those of ours that hold a batch, sequence by sequence."""
     slots = probe.slots_of(caches)
     return [part for slot in slots for part in (slot.rows if isinstance(slot, BatchCompressedKVCache) else [slot])]
 

@@ -34,7 +34,7 @@ import numpy as np
 
 from veloxlab.checks import whole
 from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, empty_code, learnable, not_fitted
-from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, Pairing, train_tables
+from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, train_tables
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import constant, packing, scales
 from veloxlab.codecs.parts.rope import Rope
@@ -73,6 +73,11 @@ class CommVQ(Codec):
         object.__setattr__(self, "stages", self.stages or usual)
 
     @property
+    def pairs(self) -> np.ndarray:
+        """Both coordinates of each pair ``[D/2, 2]``; without RoPE halves, which nothing turns, commute too."""
+        return (self.rope or Rope(self.head_dim)).pairs(self.head_dim)
+
+    @property
     def layout(self) -> packing.Layout:
         return {"codes": packing.packed_bytes(2 * self.stages, _INDEX), "root_scale": scales.SCALE}
 
@@ -87,7 +92,7 @@ class CommVQ(Codec):
             )
         x = _before_rope(sample.x, rope, 0)
         heads = learnable(scales.over(x, scales.root_mean_square(x)), "CommVQ", ENTRIES)
-        order = Pairing.of(self.head_dim, rope).pairs(self.head_dim).T.ravel()  # all first coordinates, all second ones
+        order = replace(self, rope=rope).pairs.T.ravel()  # all first coordinates, all second ones
         tables = [
             train_tables(head[head.any(axis=1)].astype(np.float32), self.stages, order, sample.seed + i)
             for i, head in enumerate(heads)
@@ -126,14 +131,13 @@ class CommVQ(Codec):
     def _encoder(self) -> VectorKernel:
         """For each stage the same descents; no GPU has it. ``order`` are the real parts of pairs, then the others."""
         assert self.tables is not None
-        order = Pairing.of(self.head_dim, self.rope).pairs(self.head_dim).T.ravel()
         return VectorKernel(
             name="encode_sums",
             file=None,
             given=("x",),
             rows={"codes": (self.layout["codes"].count, mx.uint8), "root_scale": (1, mx.float16)},
             variant={"starts": STARTS, "rounds": ROUNDS, "scale": self.scale, "largest": _MOST_FACTOR},
-            tables={"table": self.tables, "order": constant(order, mx.int32)},
+            tables={"table": self.tables, "order": constant(self.pairs.T.ravel(), mx.int32)},
         )
 
     def expand(self, code: Code) -> mx.array:
@@ -157,9 +161,9 @@ class CommVQ(Codec):
 
     def reader(self, code: Code) -> SumsReader:
         codes, root_scale = code.arrays["codes"], code.arrays["root_scale"]
-        tables, order = self._checked_tables(codes.shape[1]), Pairing.of(self.head_dim, self.rope)
+        tables, turned = self._checked_tables(codes.shape[1]), self.rope or Rope(self.head_dim)
         angles = None if self.rope is None else self._angles(code.start)
-        return SumsReader(self.head_dim, codes, root_scale, None, tables, *order, angles)
+        return SumsReader(self.head_dim, codes, root_scale, None, tables, turned.dims, turned.traditional, angles)
 
     @cached_property
     def _angles(self) -> Callable[[int], mx.array]:
@@ -177,7 +181,7 @@ class CommVQ(Codec):
     @cached_property
     def _orders(self) -> tuple[mx.array, mx.array]:
         """Coordinates in the order of the codes, where those of a pair are neighbours, and its inverse, ``[D]``."""
-        there = Pairing.of(self.head_dim, self.rope).pairs(self.head_dim).ravel()
+        there = self.pairs.ravel()
         return constant(there, mx.uint32), constant(np.argsort(there), mx.uint32)
 
     def both_tables(self, kv_heads: int) -> mx.array:

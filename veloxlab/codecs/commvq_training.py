@@ -12,12 +12,9 @@ seconds of one core a stage and KV head for 1,024 tokens and D = 64.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Self
-
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxlab.codecs.parts.rope import Rope
 from veloxlab.kernels.checked import by_loop
 
 Floats = NDArray[np.float32]
@@ -31,27 +28,6 @@ _INVENTED = 2  # Gaussian vectors beside each of them
 _DIAGONAL = 0.1  # share of the covariance that is only variances
 _RIDGE = 1.0  # vectors' worth of pull towards zero, so that an unused entry is no singularity
 _PRODUCT = 1 << 18  # multiply-adds of one product: BLAS does not wake its threads for it, which cost more than they do
-
-
-class Pairing(NamedTuple):
-    """Which coordinates are pairs: of the first ``rotated`` neighbours (``traditional``) or halves, then halves.
-
-    Those that RoPE leaves alone are paired too: rotated by no angle, they commute with anything.
-    """
-
-    rotated: int
-    traditional: bool
-
-    @classmethod
-    def of(cls, head_dim: int, rope: Rope | None) -> Self:
-        """The pairs that ``rope`` rotates."""
-        return cls(head_dim, False) if rope is None else cls(rope.dims, rope.traditional)
-
-    def pairs(self, dim: int) -> Indices:
-        """Both coordinates of each pair ``[dim/2, 2]``."""
-        rotated, rest = np.arange(self.rotated), np.arange(self.rotated, dim)
-        own = rotated.reshape(-1, 2) if self.traditional else rotated.reshape(2, -1).T
-        return np.concatenate([own, rest.reshape(2, -1).T])
 
 
 def train_tables(points: Floats, stages: int, order: Indices, seed: int) -> Floats:

@@ -31,7 +31,6 @@ from veloxlab.codecs.parts.packing import BITS, Layout, Row
 from veloxlab.codecs.parts.scales import load_scale
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import WidthsReader, head_widths
-from veloxlab.kernels.readers.widths import HeadWidths
 
 HeadBits = Sequence[int] | Mapping[str, Sequence[int]]
 Base = turboquant.TurboQuant | turboquant.TurboQuantProd
@@ -122,7 +121,7 @@ class RateQuant(Codec):
         return WidthsReader(self.head_dim, arrays[_RAGGED], arrays["root_scale"], signs, *self._widths)
 
     @cached_property
-    def _widths(self) -> HeadWidths | None:
+    def _widths(self) -> tuple[int, mx.array, mx.array] | None:
         """Widths of the codes for a kernel: asked for at every token, and each layer has its own."""
         levels = {b.bits: b._quantizer.paired[1] for b in self.base if isinstance(b, turboquant.TurboQuant)}
         return head_widths(self.head_bits, self.head_dim, levels) if levels else None

@@ -27,6 +27,7 @@ from veloxlab.mlxlm.ropes import ropes_of
 from veloxlab.progress import Progress, silent
 from veloxlab.texts import Tokenizer, excerpt
 
+NOT_FINITE = "load the model with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
 Columns = Mapping[str, Any]
 Tensors = tuple[Tensor, ...] | None  # None: both
 
@@ -50,10 +51,8 @@ class LayerCapture:
         """Raise `InputError` if the arrays of these names hold numbers that are not finite; ``why`` that is bad."""
         for name, x in ((name, getattr(self, name)) for name in names):
             if x is not None and not mx.isfinite(x).all().item():
-                raise InputError(
-                    f"The {name} of layer {self.layer} hold numbers that are NaN or infinite, {why}: load the model "
-                    "with dtype='bfloat16' or 'float32', or look for what is wrong with its weights."
-                )
+                said = f"The {name} of layer {self.layer} hold numbers that are NaN or infinite, {why}"
+                raise InputError(f"{said}: {NOT_FINITE}")
 
     def logits(self, keys: mx.array) -> mx.array:
         """Of its queries and of keys ``[1, H, S, Dk]``, in float32 and without a mask: ``[H, Hq/H, S, S]``."""

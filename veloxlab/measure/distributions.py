@@ -17,7 +17,7 @@ from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.spectralquant import SpectralQuant
 from veloxlab.codecs.vecinfer import smoothing_factors
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, Columns, LayerCapture, Tensors, by_head
+from veloxlab.measure.activations import NOT_FINITE, Capture, Columns, LayerCapture, Tensors, by_head
 from veloxlab.measure.frames import PLACE, schema
 
 Floats = NDArray[np.float32]
@@ -139,10 +139,7 @@ def densities(capture: Capture, space: Space = "raw", *, tensors: Tensors = None
         for head, own in enumerate(x):
             finite = own[np.isfinite(own)]
             if not finite.size:
-                raise InputError(
-                    f"Head {head} of {of} has no finite coordinate: load the model with dtype='bfloat16' or 'float32', "
-                    "or look for what is wrong with its weights."
-                )
+                raise InputError(f"Head {head} of {of} has no finite coordinate: {NOT_FINITE}")
             edges = bin_edges(finite, bins)
             beyond = {"below": (finite < edges[0]).mean(), "above": (finite > edges[-1]).mean()}
             yield histogram(finite, edges) | beyond | {"head": head, "not_finite": own.size - finite.size}

@@ -9,9 +9,9 @@ import mlx.core as mx
 import polars as pl
 from mlx_lm.models.cache import KVCache
 
-from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.cache.make import sequences_of
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, cache_name, tensor_bits, usual_bits
 from veloxlab.checks import CACHE, checked, measured, whole
 from veloxlab.codecs import TENSORS
@@ -38,7 +38,7 @@ CODE_BITS = schema("layer tensor part bits_per_value")
 def report(cache: Sequence[Any]) -> pl.DataFrame:
     """What each layer of a cache holds, how attention reads it, and why: `REPORT`; shared tables are its last row."""
     rows = [{"layer": i, **_held(slot)} for i, entry in enumerate(cache) for slot in slots_of([entry])]
-    codecs = {c for slot in slots_of(cache) for ours in _sequences(slot) for c in (ours.key_codec, ours.value_codec)}
+    codecs = {codec for ours in _ours(cache) for codec in (ours.key_codec, ours.value_codec)}
     if codecs:
         reason = f"tables of {len(codecs)} codec{'s' if len(codecs) > 1 else ''}, held once for all layers"
         shared = sum(codec.shared_bytes for codec in codecs)
@@ -46,14 +46,12 @@ def report(cache: Sequence[Any]) -> pl.DataFrame:
     return pl.DataFrame(rows, schema=REPORT)
 
 
-def _sequences(slot: Any) -> list[CompressedKVCache]:  # noqa: ANN401 - mlx-lm's caches share no base that says more
-    if isinstance(slot, BatchCompressedKVCache):
-        return slot.rows
-    return [slot] if isinstance(slot, CompressedKVCache) else []
+def _ours(slots: Sequence[Any]) -> list[CompressedKVCache]:
+    return [part for part in sequences_of(slots) if isinstance(part, CompressedKVCache)]
 
 
-def _held(slot: Any) -> dict[str, object]:  # noqa: ANN401
-    if ours := _sequences(slot):
+def _held(slot: Any) -> dict[str, object]:  # noqa: ANN401 - mlx-lm's caches share no base that says more
+    if ours := _ours([slot]):
         return {
             "path": ours[0].path,
             "reason": ours[0].reason,

@@ -11,7 +11,6 @@ import polars as pl
 from numpy.typing import NDArray
 
 from veloxlab.codecs import Tensor
-from veloxlab.codecs.commvq_training import Pairing
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.spectralquant import effective_dimensions
 from veloxlab.errors import InputError
@@ -130,7 +129,7 @@ def pair_points(layer: LayerCapture, head: int, pair: int) -> pl.DataFrame:
 
 def turned_pairs(rope: Rope, head_dim: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """First and second channel of each pair that RoPE turns, the fastest first."""
-    first, second = Pairing.of(head_dim, rope).pairs(head_dim).T
+    first, second = rope.pairs(head_dim).T
     return first[: rope.dims // 2], second[: rope.dims // 2]
 
 

@@ -130,7 +130,13 @@ def build_tokenizer(file: Gguf) -> TokenizerWrapper:
     tokenizer.decoder = decoders.ByteLevel()
     kinds = zip(tokens, types, strict=True)
     tokenizer.add_tokens([AddedToken(t, special=ATOMIC[k], normalized=False) for t, k in kinds if k in ATOMIC])
-    named = _named_tokens(file, tokens)
+    named: dict[str, str] = {}
+    for name in ("bos", "eos", "eot", "eom", "unknown", "padding"):
+        if (key := f"tokenizer.ggml.{name}_token_id") in file.metadata:
+            if not 0 <= (number := file.value(key, int)) < len(tokens):
+                said = f"{file.path} names the token {number} as {name}, and has {len(tokens)}"
+                raise InputError(f"{said}; download it again.")
+            named[name] = tokens[number]
     if file.value("tokenizer.ggml.add_bos_token", bool, words == "llama-bpe"):
         bos = tokens[file.value("tokenizer.ggml.bos_token_id", int)]
         tokenizer.post_processor = processors.TemplateProcessing([bos, "$A"], None, [(bos, vocabulary[bos])])
@@ -146,17 +152,6 @@ def build_tokenizer(file: Gguf) -> TokenizerWrapper:
     )
     ends = vocabulary.keys() & {named.get("eot"), named.get("eom"), *TURN_ENDS}
     return TokenizerWrapper(fast, BPEStreamingDetokenizer, eos_token_ids={vocabulary[token] for token in ends})
-
-
-def _named_tokens(file: Gguf, tokens: list[str]) -> dict[str, str]:
-    names = ("bos", "eos", "eot", "eom", "unknown", "padding")
-    keys = {name: f"tokenizer.ggml.{name}_token_id" for name in names}
-    named = {name: file.value(key, int) for name, key in keys.items() if key in file.metadata}
-    for name, number in named.items():
-        if not 0 <= number < len(tokens):
-            said = f"{file.path} names the token {number} as {name}, and has {len(tokens)}"
-            raise InputError(f"{said}; download it again.")
-    return {name: tokens[number] for name, number in named.items()}
 
 
 def word_splitter(name: str) -> PreTokenizer:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,12 @@ class Rope:
         assert self.base is not None
         pairs = self.dims // 2
         return np.asarray(self.scale * self.base ** (-np.arange(pairs) / pairs))
+
+    def pairs(self, head_dim: int) -> NDArray[np.int64]:
+        """Both coordinates of each pair ``[head_dim / 2, 2]``; of those that are left alone, halves are paired too."""
+        turned, rest = np.arange(self.dims), np.arange(self.dims, head_dim)
+        own = turned.reshape(-1, 2) if self.traditional else turned.reshape(2, -1).T
+        return np.concatenate([own, rest.reshape(2, -1).T])
 
     def forward(self, x: mx.array, start: int, direction: int = 1) -> mx.array:
         """Rotate ``x`` ``[B, H, S, D]``, whose first token is at position ``start``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import mlx.core as mx
 import numpy as np
@@ -18,24 +18,10 @@ _WIDTH, _LEVEL = 13, 17  # bits of a coordinate's word where its width and its f
 _PADDED = 32  # coordinates after which a word is left out, as source/read_plan.h does
 
 
-class HeadWidths(NamedTuple):
-    """Where the codes of each KV head of a layer are, and what they stand for.
-
-    Attributes
-    ----------
-    widest : bits of a code, at most.
-    heads : of each head ``[H, 4]``, uint32: bits, first word, place among those stored, first number of its levels.
-    table : the levels of all widths, one after the other, float32.
-    """
-
-    widest: int
-    heads: mx.array
-    table: mx.array
-
-
-def head_widths(bits: tuple[int, ...], dim: int, levels: Mapping[int, mx.array]) -> HeadWidths:
+def head_widths(bits: tuple[int, ...], dim: int, levels: Mapping[int, mx.array]) -> tuple[int, mx.array, mx.array]:
     """Describe heads of ``bits`` each, 1 to 8, whose vectors of ``dim`` coordinates are stored by width.
 
+    That is the last three fields of a `WidthsReader`.
     ``levels`` are those of each width in use ``[2**bits, 1]``, or of two neighbouring codes ``[4**bits, 2]`` where they
     have 4 bits or fewer.
     """
@@ -45,12 +31,12 @@ def head_widths(bits: tuple[int, ...], dim: int, levels: Mapping[int, mx.array])
     first_word = (np.cumsum(words[stored]) - words[stored])[place]
     sizes = np.array([array.size for array in levels.values()])
     first_level = dict(zip(levels, np.cumsum(sizes) - sizes, strict=True))
-    heads = np.stack([widths, first_word, place, [first_level[width] for width in bits]], axis=-1)
-    found = HeadWidths(
-        max(bits), mx.array(heads.astype(np.uint32)), mx.concatenate([array.flatten() for array in levels.values()])
+    heads = mx.array(
+        np.stack([widths, first_word, place, [first_level[width] for width in bits]], -1).astype(np.uint32)
     )
-    mx.eval(found.heads, found.table)
-    return found
+    table = mx.concatenate([array.flatten() for array in levels.values()])
+    mx.eval(heads, table)
+    return max(bits), heads, table
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +45,12 @@ class WidthsReader(Reader):
 
     ``rows`` ``[B, 1, S, words]`` has the words of all heads of a token, by width, and ``scales`` ``[B, H, S, 1]`` are
     in the same order. The layers of a model differ in their heads' widths: those are data, and one kernel is for all.
-    ``widest``, ``heads`` and ``table`` are of `HeadWidths`.
+
+    Attributes
+    ----------
+    widest : bits of a code, at most.
+    heads : of each head ``[H, 4]``, uint32: bits, first word, place among those stored, first number of its levels.
+    table : the levels of all widths, one after the other, float32.
     """
 
     name: ClassVar[str] = "widths"

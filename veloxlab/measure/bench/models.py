@@ -23,7 +23,7 @@ from veloxlab.cache.counts import CHUNK
 from veloxlab.cache.make import make_cache
 from veloxlab.errors import InputError
 from veloxlab.measure.bench.shapes import random_model
-from veloxlab.measure.bench.timing import TOKENS, Row, Shape, Tell, vectors
+from veloxlab.measure.bench.timing import SHAPES, TOKENS, Row, Tell, vectors
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.frames import schema
 from veloxlab.mlxlm.probe import exact_width, own_cache, quantized_cache, slots_of
@@ -39,7 +39,6 @@ LAYERS = 8
 READ = 16384  # tokens of a prompt whose reading is timed
 _STEPS = 64  # tokens that are timed: two blocks of them leave the window
 _FIRST = 40  # tokens before them: one block, so that every kernel is compiled
-_SHAPE = Shape(32, 8, 128)
 
 Maker = Callable[[], list[Any]]
 
@@ -202,7 +201,7 @@ def _filled(make: Maker, tokens: int) -> list[Any]:
     for cache in caches:
         for start in range(0, tokens, CHUNK):
             count = min(CHUNK, tokens - start)
-            cache.update_and_fetch(vectors(_SHAPE, count), vectors(_SHAPE, count))
+            cache.update_and_fetch(vectors(SHAPES[0], count), vectors(SHAPES[0], count))
             mx.eval(cache.state)
     return caches
 

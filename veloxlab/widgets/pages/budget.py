@@ -99,7 +99,6 @@ class BudgetTuner(ChartPage):
         selection: Selection | None = None,
         worker: Worker | None = None,
     ) -> None:
-        found = rates if isinstance(rates, RateBudget) else None
         if isinstance(rates, RateBudget):
             self._model, self._tokenizer = maybe(MODEL)("model", model), tokenizer
             if rate_settings:
@@ -120,10 +119,10 @@ class BudgetTuner(ChartPage):
         self.rates: RateBudget | None = None
         self.measured = pl.DataFrame(schema=EVALUATED)
         super().__init__(selection or Selection(Fitting(), layers=layers, layer=layer), worker)
-        if found is None:
-            self.start()
+        if isinstance(rates, RateBudget):
+            self._build(rates)
         else:
-            self._build(found)
+            self.start()
         self.follow()
 
     def tune(self, **parts: Any) -> None:

@@ -57,6 +57,10 @@ def _control(kind: type[ipw.Widget], words: str, tip: str, **settings: Any) -> i
     return kind(description=words, tooltip=tip, **LOOKS | settings)
 
 
+def _slider(words: str, tip: str, form: str, kind: type[ipw.Widget] = ipw.FloatSlider, **settings: Any) -> ipw.Widget:
+    return _control(kind, words, tip, readout_format=form, **settings)
+
+
 class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
     """Choose a kind of budget and its number, what an allocation may do, and how much keys count against values.
 
@@ -74,21 +78,17 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
     ) -> None:
         self._asked, self._showing = asked, False
         self.kind = _control(ipw.Dropdown, "budget", "What the budget is counted in", options=KINDS)
-        tip = "Stored bits of a value, with scales"
-        self.bits = _control(ipw.FloatSlider, "true bits", tip, readout_format=".2f")
-        tip = "Bytes of one packed token's keys and values in all layers"
-        self.nbytes = _control(ipw.FloatSlider, "bytes a token", tip, readout_format=",.0f")
         limits = {"value": tokens, "min": 1, "max": 1_000_000, "step": 256}
         self.tokens = _control(ipw.BoundedIntText, "tokens", "Length of the text that has to fit", **limits)
-        tip = "All that the compressed layers then hold, exact tokens too"
-        self.megabytes = _control(ipw.FloatSlider, "megabytes", tip, readout_format=".3f")
-        tip = "The most that may be lost, as predicted: the fewest bytes are sought"
-        self.loss = _control(ipw.FloatLogSlider, "nats a token", tip, readout_format=".3g")
+        self.megabytes = _slider("megabytes", "All that the compressed layers then hold, exact tokens too", ".3f")
+        most = "The most that may be lost, as predicted: the fewest bytes are sought"
         self._numbers: dict[type, list[ipw.Widget]] = {
-            AverageBits: [self.bits],
-            BytesPerToken: [self.nbytes],
+            AverageBits: [_slider("true bits", "Stored bits of a value, with scales", ".2f")],
+            BytesPerToken: [
+                _slider("bytes a token", "Bytes of one packed token's keys and values in all layers", ",.0f")
+            ],
             TokensInMemory: [self.tokens, self.megabytes],
-            QualityFloor: [self.loss],
+            QualityFloor: [_slider("nats a token", most, ".3g", ipw.FloatLogSlider)],
         }  # the last is the amount
         self.slot = ipw.VBox()
 
@@ -104,8 +104,8 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         beside = {"indent": False, "layout": {"margin": "0 0 0 112px", "width": "244px"}}
         self.keys_first = _control(ipw.Checkbox, "keys no fewer than values", tip, **beside)
         tip = "How many times as much an error in keys counts in the choice"
-        scale = {"value": 1.0, "base": 2, "min": -4, "max": 4, "step": 0.25, "readout_format": ".2f"}
-        self.key_weight = _control(ipw.FloatLogSlider, "weight of keys", tip, **scale)
+        scale = {"value": 1.0, "base": 2, "min": -4, "max": 4, "step": 0.25}
+        self.key_weight = _slider("weight of keys", tip, ".2f", ipw.FloatLogSlider, **scale)
         bounds = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
 
         self._on_change([self.kind], lambda: {"budget": converted(self.kind.value)})
