@@ -133,8 +133,8 @@ def _measured(
         frames = []
         for layer, tensor, found in _MEASURES[by](model, ids, sinks, step):
             if not np.isfinite(found).all():
-                said = f"The sensitivity of layer {layer}'s {tensor} by {by!r} is NaN or infinite"
-                raise InputError(f"{said}: {NOT_FINITE}")
+                wrong = f"The sensitivity of layer {layer}'s {tensor} by {by!r} is NaN or infinite"
+                raise InputError(f"{wrong}: {NOT_FINITE}")
             said = {"layer": layer, "tensor": tensor, "sequence": sequence, "tokens": len(ids) - sinks, "by": by}
             frames.append(pl.DataFrame({"head": range(len(found)), "sensitivity": found} | said))
         yield in_schema(pl.concat(frames), _EACH)
