@@ -119,9 +119,9 @@ def dry_run(model: Module) -> list[LayerFacts]:
     while not _passes(model, facts):
         pass
     latents = {getattr(module, LATENT) for _, module in model.named_modules() if hasattr(module, LATENT)}
-    taken: set[int] = set()
+    taken, width = set[int](), exact_width(model)
     for found in (f for f in facts if f.compressible):
-        found.exact_bits = exact_width(model)
+        found.exact_bits = width
         if found.kv_heads == 1 and latents & {found.key_dim, found.value_dim}:  # the model compresses there itself
             found.leave(f"it stores latents (MLA), so the model's own {found.native} is kept")
             continue
