@@ -165,12 +165,13 @@ def test_a_layer_is_picked_in_python_or_in_a_chart(tuner):
 
 def test_every_knob_of_the_budget_twice(tuner):
     control = tuner._controls
-    for kind, knob, values in (
-        (vl.allocate.AverageBits, control.bits, (4.0, 3.0)),
-        (vl.allocate.BytesPerToken, control.nbytes, (500.0, 600.0)),
-        (vl.allocate.TokensInMemory, control.megabytes, (2.5, 3.0)),
-        (vl.allocate.QualityFloor, control.loss, (0.004, 0.002)),
+    for kind, values in (
+        (vl.allocate.AverageBits, (4.0, 3.0)),
+        (vl.allocate.BytesPerToken, (500.0, 600.0)),
+        (vl.allocate.TokensInMemory, (2.5, 3.0)),
+        (vl.allocate.QualityFloor, (0.004, 0.002)),
     ):
+        knob = control.numbers[kind][-1]
         turn(lambda kind=kind: setattr(control.kind, "value", kind))
         assert type(tuner.budget) is kind
         for value in values:

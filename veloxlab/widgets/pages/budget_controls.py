@@ -82,7 +82,7 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         self.tokens = _control(ipw.BoundedIntText, "tokens", "Length of the text that has to fit", **limits)
         self.megabytes = _slider("megabytes", "All that the compressed layers then hold, exact tokens too", ".3f")
         most = "The most that may be lost, as predicted: the fewest bytes are sought"
-        self._numbers: dict[type, list[ipw.Widget]] = {
+        self.numbers: dict[type, list[ipw.Widget]] = {
             AverageBits: [_slider("true bits", "Stored bits of a value, with scales", ".2f")],
             BytesPerToken: [
                 _slider("bytes a token", "Bytes of one packed token's keys and values in all layers", ",.0f")
@@ -109,7 +109,7 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         bounds = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
 
         self._on_change([self.kind], lambda: {"budget": converted(self.kind.value)})
-        self._on_change([each for numbers in self._numbers.values() for each in numbers], self._budget)
+        self._on_change([each for numbers in self.numbers.values() for each in numbers], self._budget)
         self._on_change(bounds, self._bounds)
         columns = [ipw.VBox(parts, layout=COLUMN) for parts in ([self.kind, self.slot], bounds)]
         super().__init__(columns, layout={"flex_flow": "row wrap"})
@@ -119,7 +119,7 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         budget, bounds = setting.budget, setting.bounds
         amount = fields(budget)[-1].name
         value, (least, most) = getattr(budget, amount), getattr(spans, amount)
-        *_, slider = numbers = self._numbers[type(budget)]
+        *_, slider = numbers = self.numbers[type(budget)]
         self._showing = True
         try:
             if isinstance(budget, TokensInMemory):
@@ -147,7 +147,7 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
 
     def _budget(self) -> dict[str, Any]:
         kind = self.kind.value
-        return {"budget": kind(*(control.value for control in self._numbers[kind]))}
+        return {"budget": kind(*(control.value for control in self.numbers[kind]))}
 
     def _bounds(self) -> dict[str, Any]:
         (least, most), kept = self.widths.value, (self.first.value, self.last.value)
