@@ -36,7 +36,9 @@ def count_of_threads(request, monkeypatch):
 def assert_as_by_definition(case, runs=RUNS):
     for call in calls(case, runs):
         queries = dataclasses.replace(call.queries, coded=None) if case.rotated else call.queries
-        found, found_coded = cpu.attend_kernel(queries, call.tokens)(queries, call.tokens)
+        found, found_coded = cpu.attend_kernel(queries, call.tokens).prepared(queries, call.tokens)(
+            queries, call.tokens.recent
+        )
         plain, coded = reading.attend(call.queries, call.tokens)
         if case.rotated:
             assert found_coded is None
@@ -160,12 +162,16 @@ def test_threads_that_attend_at_once_get_their_own_answers():
     queries = [dataclasses.replace(call.queries, coded=None, q=normal(*call.queries.q.shape, seed=i)) for i in range(6)]
     mx.eval([q.q for q in queries])
     kernel = cpu.attend_kernel(queries[0], call.tokens)
-    wanted = [np.array(kernel(q, call.tokens)[0]) for q in queries]
+
+    def answer(q):
+        return np.array(kernel.prepared(q, call.tokens)(q, call.tokens.recent)[0])
+
+    wanted = [answer(q) for q in queries]
     wrong = []
 
     def attend(i):
-        found = [np.array(kernel(queries[i], call.tokens)[0]) for _ in range(50)]
-        wrong.extend(i for answer in found if not np.array_equal(answer, wanted[i]))
+        found = [answer(queries[i]) for _ in range(50)]
+        wrong.extend(i for own in found if not np.array_equal(own, wanted[i]))
 
     running = [threading.Thread(target=attend, args=(i,)) for i in range(len(queries))]
     for thread in running:

@@ -8,7 +8,9 @@ fused attention, whose memory does not grow with queries times keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from threading import get_ident
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -16,7 +18,8 @@ from mlx_lm.models.base import create_causal_mask
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import per_kv_head
 from veloxlab.codecs.none import Exact
-from veloxlab.kernels.call import AttentionKernel, Queries, Tokens
+from veloxlab.kernels.backend import Backend
+from veloxlab.kernels.call import AttentionKernel, PreparedCall, Queries, Tokens
 from veloxlab.kernels.call import Exact as ExactTokens
 from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
 from veloxlab.kernels.devices import current_backend
@@ -28,6 +31,7 @@ _AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
 _LARGEST_HALF = 65504.0  # of float16
 _TRIAL = 3, 333, 70  # tokens before, in and after codes, on which a kernel is tried: no multiples of anything
 _HIDDEN = 0.2  # share of them that its mask hides
+Calls = dict[tuple[object, ...], PreparedCall | None]
 FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
 
 
@@ -46,11 +50,13 @@ class History(Handle):
     """All tokens that a layer's queries may attend to, oldest first.
 
     The answer to many queries waits for what is ``stored`` of them: else MLX would leave the encoding of all layers,
-    and their keys and values, for the end of a prefill.
+    and their keys and values, for the end of a prefill. ``calls`` are kept by a layer from token to token, for as long
+    as its newest segment alone changes: what was prepared for a query of some shape, type and scale.
     """
 
     segments: tuple[Segment, ...]
     stored: tuple[mx.array, ...] = ()
+    calls: Calls = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -98,27 +104,43 @@ class History(Handle):
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None
     ) -> mx.array | None:
         """By a kernel, or None where there is none for this device, these segments and codecs."""
-        backend = current_backend()
-        if backend is None:
+        backend, at = current_backend(), self._packed_at
+        if backend is None or at is None:
             return None
-        exact = [] if backend.lazy else self._exact_arrays
-        if not backend.lazy and not evaluated(q, *exact, *(x for x in (mask, sinks) if isinstance(x, mx.array))):
+        queries = self._queries(q if backend.lazy else q.astype(mx.float32), scale, mask, sinks)
+        recent = _exact_run(self.segments[at + 1 :])
+        exact = () if recent is None else (recent.keys, recent.values)
+        given = (queries.q, queries.coded, queries.mask, queries.logits, *exact)
+        if not backend.lazy and not evaluated(*(x for x in given if x is not None)):
             return None
-        call = self._kernel_call(q, scale, mask, sinks)
-        kernel = None if call is None else backend.attention(*call, backend)
-        if call is None or kernel is None:
+        # a prepared call writes to memory of its own, so each thread has others
+        like = get_ident(), backend, q.shape, q.dtype, scale, mask is None, sinks is None
+        if like not in self.calls:
+            self.calls[like] = self._prepared(backend, queries)
+        call = self.calls[like]
+        if call is None:
             return None
-        if not agrees(kernel, kernel.name, backend, lambda: self._disagreement(kernel, *call)):
+        out = self._brought_out(call(queries, recent), q.dtype)
+        return out if backend.lazy else self._with_derivatives(out, q, scale, mask, sinks)
+
+    def _prepared(self, backend: Backend, queries: Queries) -> PreparedCall | None:
+        """Such a call of a kernel that agrees with the reference, if there is one."""
+        tokens = self._tokens()
+        kernel = None if tokens is None else backend.attention(queries, tokens, backend)
+        if tokens is None or kernel is None:
             return None
-        out = self._by_kernel(kernel, *call)
-        if backend.lazy:
-            return out
+        agreed = agrees(kernel, kernel.name, backend, lambda: self._disagreement(kernel, queries, tokens))
+        return kernel.prepared(queries, tokens) if agreed else None
+
+    def _with_derivatives(
+        self, out: mx.array, q: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None
+    ) -> mx.array:
+        """The answer of a kernel that is no part of MLX's graph, whose derivatives follow the reference."""
 
         def by_graph(q: mx.array, *exact: mx.array) -> dict[str, mx.array]:
             return {"out": self._with_exact_arrays(exact)._attend_codes(q, scale, mask, sinks)}
 
-        # the kernel is no part of MLX's graph: derivatives follow the reference
-        return with_derivatives({"out": out}, by_graph, q, *exact)["out"]
+        return with_derivatives({"out": out}, by_graph, q, *self._exact_arrays)["out"]
 
     @property
     def _exact_arrays(self) -> list[mx.array]:
@@ -134,32 +156,38 @@ class History(Handle):
         )
         return History(tuple(segments))
 
-    def _kernel_call(
-        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None
-    ) -> tuple[Queries, Tokens] | None:
-        """What a kernel is called with, or None if no kernel reads these segments and codecs."""
-        at = next((i for i, s in enumerate(self.segments) if not isinstance(s.key_codec, Exact)), None)
-        if at is None:
-            return None
-        before, packed, after = self.segments[:at], self.segments[at], self.segments[at + 1 :]
+    @cached_property
+    def _packed_at(self) -> int | None:
+        """Which segment is packed."""
+        return next((i for i, s in enumerate(self.segments) if not isinstance(s.key_codec, Exact)), None)
+
+    def _tokens(self) -> Tokens | None:
+        """What a kernel reads, or None if no kernel reads these segments and codecs."""
+        at = self._packed_at
+        assert at is not None
+        packed = self.segments[at]
         keys, values = _reader(packed.key_codec, packed.keys), _reader(packed.value_codec, packed.values)
-        if len(before) > 1 or len(after) > 1 or keys is None or values is None:
+        if at > 1 or len(self.segments) > at + 2 or keys is None or values is None:
             return None
-        exact = _exact_run(before), _exact_run(after)
-        tokens = Tokens(keys, values, *exact, key_dim=packed.key_codec.head_dim, value_dim=packed.value_codec.head_dim)
-        coded = None
-        if keys.signs is None:
+        exact = _exact_run(self.segments[:at]), _exact_run(self.segments[at + 1 :])
+        return Tokens(keys, values, *exact, key_dim=packed.key_codec.head_dim, value_dim=packed.value_codec.head_dim)
+
+    def _queries(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> Queries:
+        packed, coded = self.segments[self._packed_at or 0], None
+        keys = _reader(packed.key_codec, packed.keys)
+        if keys is not None and keys.signs is None:
             # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
             coded = mx.contiguous(packed.key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), keys.kv_heads)))
         logits = None if sinks is None else sinks.astype(mx.float32)
-        return Queries(q, scale, coded, _added(mask, q, self.tokens), logits), tokens
+        return Queries(q, scale, coded, None if mask is None else _added(mask, q, self.tokens), logits)
 
-    def _by_kernel(self, kernel: AttentionKernel, queries: Queries, tokens: Tokens) -> mx.array:
-        out, mixed = kernel(queries, tokens)
+    def _brought_out(self, found: tuple[mx.array, mx.array | None], dtype: mx.Dtype) -> mx.array:
+        """The answer of a kernel, to which is added what it leaves in the space of the values' codes."""
+        out, mixed = found
         if mixed is not None:
-            value_codec = next(s.value_codec for s in self.segments if not isinstance(s.value_codec, Exact))
+            value_codec = self.segments[self._packed_at or 0].value_codec
             out = out + value_codec.from_codes(mixed).reshape(out.shape).astype(out.dtype)
-        return _narrowed(out, queries.q.dtype)
+        return _narrowed(out, dtype)
 
     def _disagreement(self, kernel: AttentionKernel, queries: Queries, tokens: Tokens) -> str:
         """What is wrong with a kernel for such a call, in words, or nothing: a made-up history is read both ways."""
@@ -169,10 +197,12 @@ class History(Handle):
         hidden = mx.random.bernoulli(_HIDDEN, (*q.shape[:3], history.tokens), key=mx.random.key(2))
         mask = None if queries.mask is None else mx.where(hidden, -1e9, 0.0)
         sinks = None if queries.logits is None else made_up(queries.logits, 1, seed=3)
-        call = history._kernel_call(q, queries.scale, mask, sinks)
-        assert call is not None
+        some = history._tokens()
+        assert some is not None
+        call = kernel.prepared(history._queries(q, queries.scale, mask, sinks), some)
         wanted = history._attend_codes(q.astype(mx.float32), queries.scale, mask, sinks)
-        return difference({"out": history._by_kernel(kernel, *call)}, {"out": wanted})
+        found = call(history._queries(q, queries.scale, mask, sinks), some.recent)
+        return difference({"out": history._brought_out(found, q.dtype)}, {"out": wanted})
 
     def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         scaled = q.astype(mx.float32) * scale

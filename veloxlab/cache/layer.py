@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Self
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import create_attention_mask
 
 from veloxlab.cache import saved
-from veloxlab.cache.attention import FEW_QUERIES, History, Segment
+from veloxlab.cache.attention import FEW_QUERIES, Calls, History, Segment
 from veloxlab.cache.counts import TOKENS, Arrival, Windows
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.cache.runs import Codes, Run, Runs
@@ -90,6 +91,9 @@ class CompressedKVCache(Runs, saved.Saved):
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
         self._dtype = "float32"  # of the keys, by name: a saved cache is written as words and arrays
         self._lent: History | None = None
+        self._past: tuple[Segment, ...] = ()  # what comes before the window, while only that changes,
+        self._one: tuple[object, ...] = ()  # by keys and values of these shapes,
+        self._calls: Calls = {}  # and what attention prepared of it
         if path == "codes":
             # mlx-lm sends a cache with these two attributes to its quantized attention, which `hooks` extends
             self.bits, self.group_size = 0, 0
@@ -101,6 +105,12 @@ class CompressedKVCache(Runs, saved.Saved):
         `InputError`, and stores nothing, if the head dimensions are not the codecs', if a key or value to be stored is
         NaN or infinite, or if a codec cannot encode yet.
         """
+        # within the window nothing is encoded, and what comes before stays
+        if self._past and (keys.shape, values.shape) == self._one and self.recent.tokens < self.windows.most_recent:
+            self.recent.append(1, _exact(keys, values))
+            newest = _segment(self._exact, self.recent.codes())
+            history = History((*self._past, newest), calls=self._calls)
+            return history, history
         return self.store(self.check(keys, values))
 
     def check(self, keys: mx.array, values: mx.array) -> Coming:
@@ -134,6 +144,7 @@ class CompressedKVCache(Runs, saved.Saved):
     def store(self, coming: Coming) -> tuple[Any, Any]:
         """The second half of `update_and_fetch`, which nothing in the tokens can make fail."""
         keys, values, all_seen, arrival, codecs, sinks, packed = coming
+        self._past, self._calls = (), {}
         hidden, rest = self.held - self.visible, arrival.to_sinks + arrival.gone + arrival.from_new
         segments = (*self._segments(hidden), _segment(self._exact, _exact(keys, values))) if all_seen else ()
         self.key_codec, self.value_codec = codecs
@@ -144,6 +155,10 @@ class CompressedKVCache(Runs, saved.Saved):
         self._dtype = str(keys.dtype).rpartition(".")[2]
         history = History(segments, stored=tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else ())
         self._lent = history if self.lends else None
+        if keys.shape[2] == 1 and self.path == "codes" and self.max_size is None and not self.lends:
+            self._past = segments[:-1] if self.recent.tokens else ()
+            self._one = keys.shape, values.shape
+            history = replace(history, calls=self._calls)
         if self.path == "codes":
             return history, history
         read_keys, read_values = mx.depends(list(history.expand(keys.dtype)), self.buffers)
@@ -208,7 +223,7 @@ class CompressedKVCache(Runs, saved.Saved):
         What was encoded stays encoded: the window fills again with the tokens to come.
         """
         dropped = min(self.check_trim(n), self.offset)
-        self._lent = None
+        self._lent, self._past = None, ()
         self.drop_newest(dropped)
         return dropped
 
@@ -223,7 +238,7 @@ class CompressedKVCache(Runs, saved.Saved):
         """A copy of its own tokens; codecs never change, and are shared."""
         other = copy.copy(self)
         other.sinks, other.packed, other.recent = (copy.deepcopy(run, memo) for run in self.runs)
-        other._lent = None
+        other._lent, other._past = None, ()
         return other
 
     def describe(self) -> tuple[saved.Content, list[mx.array]]:

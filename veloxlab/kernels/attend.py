@@ -10,14 +10,14 @@ in MLX's own fused attention.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from string import Template
 
 import mlx.core as mx
 
 from veloxlab.kernels.backend import SIMD, Backend, Source, launch, source_file
-from veloxlab.kernels.call import STEP, Queries, Tokens, inputs_of
+from veloxlab.kernels.call import STEP, PreparedCall, Queries, Tokens, inputs_of
 from veloxlab.kernels.readers import Room
 from veloxlab.kernels.vectors import hartley_row
 
@@ -59,6 +59,10 @@ class AttendKernel:
     rows: int
     row_tiles: int
     largest_value: int
+
+    def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
+        """See `veloxlab.kernels.call.AttentionKernel`."""
+        return lambda queries, recent: self(queries, replace(tokens, recent=recent))
 
     def __call__(self, queries: Queries, tokens: Tokens) -> tuple[mx.array, mx.array | None]:
         """Launch both.

@@ -81,7 +81,14 @@ class AttentionKernel(Protocol):
     def __hash__(self) -> int:
         """Of the kind of call."""
 
-    def __call__(self, queries: Queries, tokens: Tokens) -> tuple[mx.array, mx.array | None]:
+    def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
+        """Calls that are like this one but for the numbers of the queries, and for the recent tokens, in all."""
+
+
+class PreparedCall(Protocol):
+    """Attention over a layer's tokens, of which only the recent ones change."""
+
+    def __call__(self, queries: Queries, recent: Exact | None) -> tuple[mx.array, mx.array | None]:
         """``[B, Hq, L, Dv]`` in the queries' dtype or float32, and, if it is not rotated back, the packed tokens' part.
 
         That part is in the space of their codes ``[B, H, Hq/H · L, values.dim]`` float32, still to be brought out and

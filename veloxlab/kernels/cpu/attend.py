@@ -23,7 +23,7 @@ _LOG2_E: Final = np.float32(math.log2(math.e))
 # where a call's numbers are: sizes, addresses, and strides in bytes
 (BATCH, KV_HEADS, SHARED, LENGTH, KEY, VALUE, CODED_KEY, CODED_VALUE, SPLITS) = range(9)
 (Q, Q_CODED, K_SIGNS, K_HARTLEY, V_SIGNS, V_HARTLEY, MASK, LOGITS, MIXED, SUMS, OUT, OUT_CODED) = range(9, 21)
-Q_STRIDES, MASK_STRIDES, COUNTS, KEYS, VALUES = 21, 24, 28, 31, 34
+Q_STRIDES, MASK_STRIDES, COUNTS, KEYS, VALUES, NUMBERS = 21, 24, 28, 31, 34, 37
 
 
 @part

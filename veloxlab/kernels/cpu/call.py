@@ -12,7 +12,19 @@ import numpy as np
 
 from veloxlab.kernels.call import Exact, Queries, Tokens
 from veloxlab.kernels.cpu import attend as loops
-from veloxlab.kernels.cpu.describe import Array, address_of, arrays_of, described, described_exact, numpy_of
+from veloxlab.kernels.cpu.describe import (
+    EXACT_NUMBERS,
+    KINDS,
+    NOTHING,
+    Array,
+    address_of,
+    arrays_of,
+    as_bits,
+    described,
+    described_exact,
+    numpy_of,
+    place_exact,
+)
 from veloxlab.kernels.cpu.threads import shared
 from veloxlab.runtime import threads
 
@@ -27,45 +39,68 @@ class CpuAttendKernel:
     name: str
     kind: tuple[object, ...]
 
-    def __call__(self, queries: Queries, tokens: Tokens) -> tuple[mx.array, mx.array | None]:
-        """See `veloxlab.kernels.call.AttentionKernel`; the answer is float32."""
+    def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
+        """See `veloxlab.kernels.call.AttentionKernel`."""
+        return PreparedCall(queries, tokens)
+
+
+class PreparedCall:
+    """Attention of queries of one form over sinks and packed tokens that stay, while recent tokens change and grow."""
+
+    def __init__(self, queries: Queries, tokens: Tokens) -> None:
         keys, values = tokens.keys, tokens.values
-        q = queries.q.astype(mx.float32)
-        others = [x for x in (queries.coded, queries.mask, queries.logits) if x is not None]
-        runs = [run for run in (keys, values, tokens.sinks, tokens.recent) if run is not None]
-        mx.eval(q, others, [array for run in runs for array in arrays_of(run)])
-        batch, query_heads, length, key_dim = q.shape
-        counts = (tokens.exact_counts[0], keys.tokens, tokens.exact_counts[1])
-        heads, value_dim, largest = keys.kv_heads, tokens.value_dim, max(tokens.value_dim, values.dim)
-        rows = batch * query_heads * length
-        parts = min(threads(), max(1, sum(counts) * batch * heads * (keys.dim + values.dim) // _SHARED_NUMBERS))
-        room, places = _room(rows * value_dim, rows * values.dim, parts * rows * 2 * largest, parts * rows * 2)
-        seen = [None if x is None else numpy_of(x) for x in (q, queries.coded, queries.mask, queries.logits)]
-        q_seen, coded_seen, mask_seen, logits_seen = seen
-        assert q_seen is not None
+        mx.eval([array for run in (keys, values, tokens.sinks) if run is not None for array in arrays_of(run)])
+        batch, query_heads, length, key_dim = queries.q.shape
+        heads, dim, group = keys.kv_heads, tokens.value_dim, query_heads // keys.kv_heads
         packed, packed_values = described(keys), described(values)
-        (sink_keys, sink_values), (recent_keys, recent_values) = map(_addresses, (tokens.sinks, tokens.recent))
-        numbers = [
-            *(batch, heads, query_heads // heads, length, key_dim, value_dim, keys.dim, values.dim, parts),
-            *(address_of(q_seen), _address(coded_seen), *packed.rotation, *packed_values.rotation),
-            *(_address(mask_seen), _address(logits_seen), *places),
-            *q_seen.strides[:3],
-            *((0, 0, 0, 0) if mask_seen is None else mask_seen.strides),
-            *counts,
-            *(sink_keys, packed.address, recent_keys, sink_values, packed_values.address, recent_values),
-        ]
-        job = np.array(numbers, np.int64)
-        address, scale, pieces = address_of(job), np.float32(queries.scale), parts * batch * heads
+        sinks = described_exact(tokens.sinks) if tokens.sinks is not None else (NOTHING, NOTHING)
+        self._kept = packed, packed_values, sinks
+        self._recent = np.zeros((2, EXACT_NUMBERS), np.int64)
+        recent_keys, recent_values = map(address_of, self._recent)
+        self._form = batch, query_heads, length, dim
+        self._coded_form = (batch, heads, group * length, values.dim) if values.signs is None else None
+        rows = batch * query_heads * length
+        self._sizes = rows * dim, rows * values.dim, 2 * rows * max(dim, values.dim), 2 * rows
+        self._counts, self._blocks = (tokens.exact_counts[0], keys.tokens), batch * heads
+        self._token_numbers = batch * heads * (keys.dim + values.dim)
+        self._job = np.zeros(loops.NUMBERS, np.int64)
+        self._job[: loops.SPLITS] = batch, heads, group, length, key_dim, dim, keys.dim, values.dim
+        self._job[loops.K_SIGNS : loops.MASK] = *packed.rotation, *packed_values.rotation
+        self._job[loops.KEYS : loops.VALUES] = sinks[0].address, packed.address, recent_keys
+        self._job[loops.VALUES :] = sinks[1].address, packed_values.address, recent_values
+
+    def __call__(self, queries: Queries, recent: Exact | None) -> tuple[mx.array, mx.array | None]:
+        """See `veloxlab.kernels.call.PreparedCall`; the answer is float32."""
+        q = queries.q.astype(mx.float32)
+        exact = () if recent is None else (as_bits(recent.keys), as_bits(recent.values))
+        others = queries.coded, queries.mask, queries.logits
+        mx.eval(q, exact, [x for x in others if x is not None])
+        if recent is not None:
+            for numbers, x in zip(self._recent, exact, strict=True):
+                place_exact(numbers, numpy_of(x), KINDS[recent.keys.dtype])
+        count = 0 if recent is None else recent.keys.shape[2]
+        tokens = sum(self._counts) + count
+        parts = min(threads(), max(1, tokens * self._token_numbers // _SHARED_NUMBERS))
+        out, coded, mixed, sums = self._sizes
+        room, places = _room(out, coded, parts * mixed, parts * sums)
+        seen, (coded_seen, mask, logits) = numpy_of(q), [None if x is None else numpy_of(x) for x in others]
+        job, address, scale = self._job, address_of(self._job), np.float32(queries.scale)
+        job[loops.SPLITS : loops.K_SIGNS] = parts, address_of(seen), _address(coded_seen)
+        job[loops.MASK : loops.KEYS] = (
+            *(_address(mask), _address(logits), *places),
+            *(*seen.strides[:3], *((0, 0, 0, 0) if mask is None else mask.strides)),
+            *(*self._counts, count),
+        )
+        pieces = parts * self._blocks
         if parts == 1:
             loops.attend(address, scale, 0, pieces)
         else:
             shared(lambda first, last: loops.attend(address, scale, first, last), pieces, parts)
         loops.combine(address)
-        out = mx.array(room[: rows * value_dim].reshape(batch, query_heads, length, value_dim))
-        if values.signs is not None:
-            return out, None
-        coded = room[rows * value_dim : rows * (value_dim + values.dim)]
-        return out, mx.array(coded.reshape(batch, heads, -1, values.dim))
+        answer = mx.array(room[:out].reshape(self._form))
+        if self._coded_form is None:
+            return answer, None
+        return answer, mx.array(room[out : out + coded].reshape(self._coded_form))
 
 
 def attend_kernel(queries: Queries, tokens: Tokens) -> CpuAttendKernel:
@@ -104,11 +139,3 @@ def _room(out: int, packed: int, mixed: int, sums: int) -> tuple[Array, tuple[in
 
 def _address(x: Array | None) -> int:
     return 0 if x is None else address_of(x)
-
-
-def _addresses(run: Exact | None) -> tuple[int, int]:
-    """Of the descriptions of exact keys, and of exact values; none are read of no tokens."""
-    if run is None:
-        return 0, 0
-    keys, values = described_exact(run)
-    return keys.address, values.address

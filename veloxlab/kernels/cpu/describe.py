@@ -42,6 +42,9 @@ class Description(NamedTuple):
     kept: tuple[object, ...]
 
 
+NOTHING: Final = Description(np.zeros(0, np.int64), 0, (0, 0), ())
+"""Of no tokens: nothing there is read."""
+EXACT_NUMBERS: Final = loops.OWN + 1
 _known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
@@ -78,8 +81,15 @@ def described_exact(tokens: Exact) -> tuple[Description, Description]:
 
 
 def _of_exact(x: mx.array) -> Description:
-    seen = numpy_of(x)
-    return _made([loops.exact(), seen.shape[3], *_placed(seen), 0, 0, 0, 0, 0, KINDS[x.dtype]], seen)
+    seen, numbers = numpy_of(x), np.zeros(EXACT_NUMBERS, np.int64)
+    place_exact(numbers, seen, KINDS[x.dtype])
+    return Description(numbers, address_of(numbers), (0, 0), (seen,))
+
+
+def place_exact(numbers: Array, x: Array, kind: int) -> None:
+    """Describe exact vectors ``[B, H, S, D]`` of one of `KINDS`, which the caller keeps."""
+    numbers[: loops.SCALES] = loops.exact(), x.shape[3], *_placed(x)
+    numbers[loops.OWN] = kind
 
 
 def described(reader: Reader) -> Description:
