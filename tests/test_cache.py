@@ -168,6 +168,33 @@ def test_a_decoded_token_inside_the_window_is_seen_exactly():
     assert np.array_equal(history.expand(mx.float32)[0][:, :, -1:], new)
 
 
+@settings(max_examples=15, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(["decode", "trim", "copy", "chunk"]), st.integers(1, 45)), min_size=1, max_size=7
+    ),
+    dtype=st.sampled_from([mx.float32, mx.float16]),
+    method=st.sampled_from(["turboquant", "spectralquant"]),
+)
+def test_what_is_kept_from_token_to_token_changes_no_answer(steps, dtype, method):
+    cache, x = make(method, window=20), tokens(500).astype(dtype)
+    if method == "spectralquant":
+        cache.key_codec, cache.value_codec = (c.fit(Sample(tokens(200))) for c in (cache.key_codec, cache.value_codec))
+    cache.update_and_fetch(x[:, :, :60], x[:, :, 60:120])
+    for what, count in steps:
+        if what == "trim":
+            cache.trim(count)
+        elif what == "copy":
+            cache = copy.deepcopy(cache)
+        for _ in range(count if what == "decode" else 2):
+            at = cache.offset
+            length = count if what == "chunk" else 1
+            history, _ = cache.update_and_fetch(x[:, :, at : at + length], x[:, :, 499 - at - length : 499 - at])
+            q = tokens(1, seed=at).astype(dtype)
+            if length == 1:  # what comes in chunks is read as it came
+                assert mx.array_equal(history.attend(q, 0.125, None), cache._history().attend(q, 0.125, None))
+
+
 def prompt(count: int, seed: int = 0) -> mx.array:
     """Tokens near one vector of each head, whose angles are not those of random directions."""
     return 0.3 * tokens(count, seed) + tokens(1, 99)

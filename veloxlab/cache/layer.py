@@ -24,6 +24,7 @@ from veloxlab.codecs import TENSORS, Code, Codec
 from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
+from veloxlab.kernels.checked import begin
 from veloxlab.mlxlm.hooks import loadable
 from veloxlab.mlxlm.probe import Path
 
@@ -108,6 +109,7 @@ class CompressedKVCache(Runs, saved.Saved):
         # within the window nothing is encoded, and what comes before stays
         if self._past and (keys.shape, values.shape) == self._one and self.recent.tokens < self.windows.most_recent:
             self.recent.append(1, _exact(keys, values))
+            begin(*self.recent.buffers.values())
             newest = _segment(self._exact, self.recent.codes())
             history = History((*self._past, newest), calls=self._calls)
             return history, history

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import mlx.core as mx
@@ -109,6 +110,14 @@ def evaluated(*arrays: mx.array) -> bool:
     except ValueError:
         return False
     return True
+
+
+def begin(*arrays: mx.array) -> None:
+    """Let MLX compute arrays that a kernel will wait for, while Python prepares its call; nothing if none waits."""
+    backend = current_backend()
+    if backend is not None and not backend.lazy:
+        with suppress(ValueError):  # see `evaluated`
+            mx.async_eval(*arrays)
 
 
 def with_derivatives(

@@ -28,7 +28,7 @@ from veloxlab.kernels.cpu.describe import (
 from veloxlab.kernels.cpu.threads import shared
 from veloxlab.runtime import threads
 
-_SHARED_NUMBERS: Final = 1 << 17  # of keys and values, from which on a second thread gains more than it costs
+_SHARED_NUMBERS: Final = 3 << 16  # of keys and values, from which on a second thread gains more than it costs
 _FLOAT: Final = 4  # bytes
 
 
