@@ -17,8 +17,9 @@ from tests.test_attention_kernels import history, normal, relative
 from tests.test_kernels_on_host import CASES as TABLES
 from tests.test_kernels_on_host import PAIRS, RUNS, Case, Codes, assert_close, calls
 from tests.test_readers_on_host import CASES as LAYOUTS
-from veloxlab.cache.attention import History
-from veloxlab.codecs.base import Code
+from veloxlab.cache.attention import History, attend_together
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.base import Code, Sample
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import checked
 from veloxlab.kernels.cpu import attend as loops
@@ -137,6 +138,37 @@ def test_derivatives_reach_exact_tokens():
     gradient = mx.grad(lambda v: total(History.attend, v))(values)
     assert relative(gradient, mx.grad(lambda v: total(History._attend_codes, v))(values)) < 1e-4
     assert mx.abs(gradient).max() > 0
+
+
+@pytest.mark.parametrize("method", ["turboquant", "spectralquant"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_batch_is_read_as_each_of_its_sequences_is(method, dtype, masked, length):
+    codec = METHODS[method].codec(64, 3, "keys")
+    if METHODS[method].calibrated:
+        codec = codec.fit(Sample(normal(1, 2, 300, 64)))
+    counts = 40, 333, 150
+    own = [history(codec, codec, packed=count, recent=count % 60 + 1, dtype=dtype) for count in counts]
+    q, width = normal(3, 4, length, 64).astype(dtype), max(h.tokens for h in own)
+    columns = [width - h.tokens for h in own]
+    mask = (mx.random.uniform(shape=(3, 1, length, width), key=mx.random.key(1)) < 0.7) if masked else None
+    masks = [mask[i : i + 1, ..., at:] if masked else None for i, at in enumerate(columns)]
+    wanted = [h.attend(q[i : i + 1], 0.125, masks[i]) for i, h in enumerate(own)]
+    found = attend_together(own, columns, q, 0.125, mask, None)
+    assert relative(found, mx.concatenate(wanted)) < (1e-6 if dtype == mx.float32 else mx.finfo(dtype).eps)
+
+    def reference(q):
+        return mx.concatenate([h._attend_codes(q[i : i + 1], 0.125, masks[i]) for i, h in enumerate(own)])
+
+    if dtype == mx.float32:
+        gradient = mx.grad(lambda q: mx.square(attend_together(own, columns, q, 0.125, mask, None)).sum())(q)
+        assert relative(gradient, mx.grad(lambda q: mx.square(reference(q)).sum())(q)) < 1e-4
+
+
+def test_a_batch_of_codecs_that_bring_queries_elsewhere_is_read_one_by_one():
+    codecs = [METHODS["spectralquant"].codec(64, 3, "keys").fit(Sample(normal(1, 2, 300, 64, seed=i))) for i in (1, 2)]
+    assert attend_together([history(c, c) for c in codecs], [0, 0], normal(2, 4, 1, 64), 0.125, None, None) is None
 
 
 def test_no_loop_runs_where_kernels_are_switched_off(monkeypatch):

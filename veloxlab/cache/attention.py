@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from threading import get_ident
 
 import mlx.core as mx
@@ -107,30 +108,31 @@ class History(Handle):
         backend, at = current_backend(), self._packed_at
         if backend is None or at is None:
             return None
-        queries = self._queries(q if backend.lazy else q.astype(mx.float32), scale, mask, sinks)
+        added = None if mask is None else _added(mask, q, self.tokens)
+        queries = self._queries(q if backend.lazy else q.astype(mx.float32), scale, added, sinks)
         recent = _exact_run(self.segments[at + 1 :])
         exact = () if recent is None else (recent.keys, recent.values)
         given = (queries.q, queries.coded, queries.mask, queries.logits, *exact)
         if not backend.lazy and not evaluated(*(x for x in given if x is not None)):
             return None
-        # a prepared call writes to memory of its own, so each thread has others
-        like = get_ident(), backend, q.shape, q.dtype, scale, mask is None, sinks is None
-        if like not in self.calls:
-            self.calls[like] = self._prepared(backend, queries)
-        call = self.calls[like]
+        call = self._call(backend, queries)
         if call is None:
             return None
         out = self._brought_out(call(queries, recent), q.dtype)
         return out if backend.lazy else self._with_derivatives(out, q, scale, mask, sinks)
 
-    def _prepared(self, backend: Backend, queries: Queries) -> PreparedCall | None:
-        """Such a call of a kernel that agrees with the reference, if there is one."""
-        tokens = self._tokens()
-        kernel = None if tokens is None else backend.attention(queries, tokens, backend)
-        if tokens is None or kernel is None:
-            return None
-        agreed = agrees(kernel, kernel.name, backend, lambda: self._disagreement(kernel, queries, tokens))
-        return kernel.prepared(queries, tokens) if agreed else None
+    def _call(self, backend: Backend, queries: Queries) -> PreparedCall | None:
+        """Such a call of a kernel that agrees with the reference, if there is one: each thread has calls of its own."""
+        q = queries.q
+        like = get_ident(), backend, q.shape, q.dtype, queries.scale, queries.mask is None, queries.logits is None
+        if like not in self.calls:
+            self.calls[like], tokens = None, self._tokens()
+            kernel = None if tokens is None else backend.attention(queries, tokens, backend)
+            if tokens is None or kernel is None:
+                return None
+            if agrees(kernel, kernel.name, backend, lambda: self._disagreement(kernel, queries, tokens)):
+                self.calls[like] = kernel.prepared(queries, tokens)
+        return self.calls[like]
 
     def _with_derivatives(
         self, out: mx.array, q: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None
@@ -161,6 +163,16 @@ class History(Handle):
         """Which segment is packed."""
         return next((i for i, s in enumerate(self.segments) if not isinstance(s.key_codec, Exact)), None)
 
+    @cached_property
+    def _spaces(self) -> tuple[Codec | None, Codec | None] | None:
+        """The codecs that bring queries in and answers out, where kernels do not; None if no kernel reads this."""
+        tokens = None if self._packed_at is None else self._tokens()
+        if tokens is None:
+            return None
+        packed = self.segments[self._packed_at or 0]
+        brings_in, brings_out = tokens.keys.signs is None, tokens.values.signs is None
+        return packed.key_codec if brings_in else None, packed.value_codec if brings_out else None
+
     def _tokens(self) -> Tokens | None:
         """What a kernel reads, or None if no kernel reads these segments and codecs."""
         at = self._packed_at
@@ -172,14 +184,14 @@ class History(Handle):
         exact = _exact_run(self.segments[:at]), _exact_run(self.segments[at + 1 :])
         return Tokens(keys, values, *exact, key_dim=packed.key_codec.head_dim, value_dim=packed.value_codec.head_dim)
 
-    def _queries(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> Queries:
+    def _queries(self, q: mx.array, scale: float, added: mx.array | None, sinks: mx.array | None) -> Queries:
         packed, coded = self.segments[self._packed_at or 0], None
         keys = _reader(packed.key_codec, packed.keys)
         if keys is not None and keys.signs is None:
             # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
             coded = mx.contiguous(packed.key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), keys.kv_heads)))
         logits = None if sinks is None else sinks.astype(mx.float32)
-        return Queries(q, scale, coded, None if mask is None else _added(mask, q, self.tokens), logits)
+        return Queries(q, scale, coded, added, logits)
 
     def _brought_out(self, found: tuple[mx.array, mx.array | None], dtype: mx.Dtype) -> mx.array:
         """The answer of a kernel, to which is added what it leaves in the space of the values' codes."""
@@ -219,6 +231,44 @@ class History(Handle):
             part = weights[..., start : start + s.values.tokens]
             mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
         return _narrowed(mixed, q.dtype)
+
+
+def attend_together(
+    histories: Sequence[History], columns: Sequence[int], q: mx.array, scale: float, mask: Mask, sinks: mx.array | None
+) -> mx.array | None:
+    """Few queries ``[B, Hq, L, Dk]`` of a batch, each entry of which has a history of its own, by one call of a kernel.
+
+    ``columns`` are where in a mask ``[B or 1, 1 or Hq, L, S]`` the tokens of each begin. None if no kernel does that.
+    """
+    backend, spaces = current_backend(), {history._spaces for history in histories}
+    if backend is None or backend.together is None or None in spaces or len(spaces) > 1 or isinstance(mask, str):
+        return None
+    width = None if mask is None else _added(mask, q, mask.shape[-1])
+    queries = histories[0]._queries(q.astype(mx.float32), scale, width, sinks)
+    exact = [history._exact_arrays for history in histories]
+    given = queries.q, queries.coded, queries.mask, queries.logits, *chain(*exact)
+    if not evaluated(*(x for x in given if x is not None)):
+        return None
+    calls, recent = [], []
+    for i, history in enumerate(histories):
+        q_own, coded, masked = (None if x is None else x[i : i + 1] for x in given[:3])
+        assert q_own is not None
+        call = history._call(backend, replace(queries, q=q_own, coded=coded, mask=masked))
+        if call is None:
+            return None
+        calls.append(call)
+        recent.append(_exact_run(history.segments[(history._packed_at or 0) + 1 :]))
+    out = histories[0]._brought_out(backend.together(calls, queries, recent, columns), q.dtype)
+
+    def by_graph(q: mx.array, *arrays: mx.array) -> dict[str, mx.array]:
+        parts, own = [], iter(arrays)
+        for i, history in enumerate(histories):
+            seen = history._with_exact_arrays([next(own) for _ in exact[i]])
+            columns_seen = None if width is None else width[i : i + 1, ..., columns[i] : columns[i] + history.tokens]
+            parts.append(seen._attend_codes(q[i : i + 1], scale, columns_seen, sinks))
+        return {"out": mx.concatenate(parts)}
+
+    return with_derivatives({"out": out}, by_graph, q, *chain(*exact))["out"]
 
 
 def _narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:

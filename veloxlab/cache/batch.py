@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.cache import saved
-from veloxlab.cache.attention import History
+from veloxlab.cache.attention import FEW_QUERIES, History, attend_together
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.hooks import Handle, Mask, loadable
@@ -42,6 +42,12 @@ class BatchHistory(Handle):
         parts: dict[int, mx.array] = {}
         if isinstance(mask, mx.array):
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        whole = slice(0, q.shape[2])
+        histories = [row.history for row in self.rows if row.history is not None and row.own == whole]
+        if q.shape[2] <= FEW_QUERIES and len(histories) == len(self.rows) and not isinstance(mask, str):
+            together = attend_together(histories, [row.column for row in self.rows], q, scale, mask, sinks)
+            if together is not None:
+                return together
         for i, (history, own, column) in enumerate(self.rows):
             if history is None:
                 continue
@@ -84,6 +90,8 @@ class BatchCompressedKVCache(saved.Saved):
             for i, (row, own) in enumerate(zip(self.rows, spans, strict=True))
         ]
         read = [row.store(new) if new else None for row, new in zip(self.rows, coming, strict=True)]
+        for row in self.rows:
+            row.begin()
         self._skip = [skip - first for skip, first in zip(self._skip, firsts, strict=True)]
         self._left = [None if left is None else max(0, left - count) for left in self._left]
         self._padding += min(firsts)

@@ -34,6 +34,13 @@ _SETTINGS = ("window", "chunk", "layer", "path", "reason", "max_size", "lends", 
 _LARGEST = 1e9
 
 
+class Joining(NamedTuple):
+    """A token that joins the window: nothing is encoded, and what comes before stays."""
+
+    keys: mx.array
+    values: mx.array
+
+
 class Coming(NamedTuple):
     """Tokens of one call that a cache can store, as `CompressedKVCache.check` found."""
 
@@ -106,17 +113,19 @@ class CompressedKVCache(Runs, saved.Saved):
         `InputError`, and stores nothing, if the head dimensions are not the codecs', if a key or value to be stored is
         NaN or infinite, or if a codec cannot encode yet.
         """
-        # within the window nothing is encoded, and what comes before stays
-        if self._past and (keys.shape, values.shape) == self._one and self.recent.tokens < self.windows.most_recent:
-            self.recent.append(1, _exact(keys, values))
-            begin(*self.recent.buffers.values())
-            newest = _segment(self._exact, self.recent.codes())
-            history = History((*self._past, newest), calls=self._calls)
-            return history, history
-        return self.store(self.check(keys, values))
+        fetched = self.store(self.check(keys, values))
+        self.begin()
+        return fetched
 
-    def check(self, keys: mx.array, values: mx.array) -> Coming:
+    def begin(self) -> None:
+        """Let MLX compute the newest keys and values, for which a kernel on a CPU will wait."""
+        if self._past:
+            begin(*self.recent.buffers.values())
+
+    def check(self, keys: mx.array, values: mx.array) -> Coming | Joining:
         """The first half of `update_and_fetch`: all that can fail, and changes nothing. See there what it raises."""
+        if self._past and (keys.shape, values.shape) == self._one and self.recent.tokens < self.windows.most_recent:
+            return Joining(keys, values)
         for name, x, codec in (("keys", keys, self.key_codec), ("values", values, self.value_codec)):
             if x.shape[-1] != codec.head_dim:
                 raise InputError(
@@ -143,8 +152,12 @@ class CompressedKVCache(Runs, saved.Saved):
             packed = codecs[0].encode(leaving[0], start), codecs[1].encode(leaving[1], start)
         return Coming(keys, values, all_seen, arrival, codecs, sinks, packed)
 
-    def store(self, coming: Coming) -> tuple[Any, Any]:
+    def store(self, coming: Coming | Joining) -> tuple[Any, Any]:
         """The second half of `update_and_fetch`, which nothing in the tokens can make fail."""
+        if isinstance(coming, Joining):
+            self.recent.append(1, (Code({"values": coming.keys}), Code({"values": coming.values})))
+            history = History((*self._past, _segment(self._exact, self.recent.codes())), calls=self._calls)
+            return history, history
         keys, values, all_seen, arrival, codecs, sinks, packed = coming
         self._past, self._calls = (), {}
         hidden, rest = self.held - self.visible, arrival.to_sinks + arrival.gone + arrival.from_new

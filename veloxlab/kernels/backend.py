@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 SIMD = 32  # threads of a simdgroup (Metal) or warp (CUDA)
 
+Answer = tuple[mx.array, mx.array | None]  # of attention; see `veloxlab.kernels.call.PreparedCall`
 Built = Callable[..., list[mx.array]]  # called as the kernels that ``mx.fast.metal_kernel`` makes
 
 
@@ -59,6 +60,7 @@ class Backend:
     ----------
     name : as `veloxlab.runtime.backend` gives it.
     attention : the kernel of a call of attention, or None; as `veloxlab.kernels.attend.attend_kernel`.
+    together : several prepared calls at once, one of each entry of a batch; as `veloxlab.kernels.cpu.call.together`.
     types : what a kernel's text calls each type of number.
     build : makes a `Source` into a function that runs it.
     run : runs a kernel of vectors on evaluated arrays, at once, where nothing is built of text; gives each output.
@@ -75,6 +77,7 @@ class Backend:
     attention: Callable[[Queries, Tokens, Any], AttentionKernel | None]
     types: Mapping[mx.Dtype, str]
     build: Callable[[Source], Built] | None = None
+    together: Callable[[Sequence[Any], Queries, Sequence[Any], Sequence[int]], Answer] | None = None
     run: Callable[[VectorKernel, Sequence[mx.array]], list[mx.array]] | None = None
     shared_bytes: int = 0
     table_words: int = 0

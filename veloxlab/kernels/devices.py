@@ -6,13 +6,14 @@ import os
 from collections.abc import Sequence
 from functools import cache, partial
 from importlib.util import find_spec
+from typing import Any
 
 import mlx.core as mx
 
 from veloxlab import runtime
 from veloxlab.kernels.attend import attend_kernel
-from veloxlab.kernels.backend import Backend, build_with_mlx
-from veloxlab.kernels.call import AttentionKernel, Queries, Tokens
+from veloxlab.kernels.backend import Answer, Backend, build_with_mlx
+from veloxlab.kernels.call import AttentionKernel, Exact, Queries, Tokens
 from veloxlab.kernels.vectors import VectorKernel
 
 SWITCH = "VELOXLAB_KERNELS"  # 0 in the environment: no kernel, MLX operations do everything
@@ -28,6 +29,14 @@ def _attend_on_cpu(queries: Queries, tokens: Tokens, _: Backend) -> AttentionKer
     from veloxlab.kernels.cpu.call import attend_kernel
 
     return attend_kernel(queries, tokens)
+
+
+def _together_on_cpu(
+    calls: Sequence[Any], queries: Queries, recents: Sequence[Exact | None], columns: Sequence[int]
+) -> Answer:
+    from veloxlab.kernels.cpu.call import together
+
+    return together(calls, queries, recents, columns)
 
 
 METAL = Backend(
@@ -56,6 +65,7 @@ CUDA = Backend(
 CPU = Backend(
     name="cpu",
     attention=_attend_on_cpu,
+    together=_together_on_cpu,
     types={mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16"},
     run=_run_on_cpu,
     lazy=False,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import Final
 
 import mlx.core as mx
@@ -57,11 +59,11 @@ class PreparedCall:
         self._kept = packed, packed_values, sinks
         self._recent = np.zeros((2, EXACT_NUMBERS), np.int64)
         recent_keys, recent_values = map(address_of, self._recent)
-        self._form = batch, query_heads, length, dim
-        self._coded_form = (batch, heads, group * length, values.dim) if values.signs is None else None
         rows = batch * query_heads * length
-        self._sizes = rows * dim, rows * values.dim, 2 * rows * max(dim, values.dim), 2 * rows
-        self._counts, self._blocks = (tokens.exact_counts[0], keys.tokens), batch * heads
+        self.sizes = rows * dim, rows * values.dim, 2 * rows * max(dim, values.dim), 2 * rows  # a split's, the last two
+        self.coded_form = None if values.signs is not None else (heads, group * length, values.dim)
+        self.pieces = batch * heads  # of a split
+        self._counts = tokens.exact_counts[0], keys.tokens
         self._token_numbers = batch * heads * (keys.dim + values.dim)
         self._job = np.zeros(loops.NUMBERS, np.int64)
         self._job[: loops.SPLITS] = batch, heads, group, length, key_dim, dim, keys.dim, values.dim
@@ -71,36 +73,67 @@ class PreparedCall:
 
     def __call__(self, queries: Queries, recent: Exact | None) -> tuple[mx.array, mx.array | None]:
         """See `veloxlab.kernels.call.PreparedCall`; the answer is float32."""
-        q = queries.q.astype(mx.float32)
-        exact = () if recent is None else (as_bits(recent.keys), as_bits(recent.values))
-        others = queries.coded, queries.mask, queries.logits
-        mx.eval(q, exact, [x for x in others if x is not None])
-        if recent is not None:
-            for numbers, x in zip(self._recent, exact, strict=True):
-                place_exact(numbers, numpy_of(x), KINDS[recent.keys.dtype])
-        count = 0 if recent is None else recent.keys.shape[2]
-        tokens = sum(self._counts) + count
-        parts = min(threads(), max(1, tokens * self._token_numbers // _SHARED_NUMBERS))
-        out, coded, mixed, sums = self._sizes
-        room, places = _room(out, coded, parts * mixed, parts * sums)
-        seen, (coded_seen, mask, logits) = numpy_of(q), [None if x is None else numpy_of(x) for x in others]
-        job, address, scale = self._job, address_of(self._job), np.float32(queries.scale)
-        job[loops.SPLITS : loops.K_SIGNS] = parts, address_of(seen), _address(coded_seen)
-        job[loops.MASK : loops.KEYS] = (
-            *(_address(mask), _address(logits), *places),
-            *(*seen.strides[:3], *((0, 0, 0, 0) if mask is None else mask.strides)),
-            *(*self._counts, count),
-        )
-        pieces = parts * self._blocks
-        if parts == 1:
-            loops.attend(address, scale, 0, pieces)
-        else:
-            shared(lambda first, last: loops.attend(address, scale, first, last), pieces, parts)
-        loops.combine(address)
-        answer = mx.array(room[:out].reshape(self._form))
-        if self._coded_form is None:
-            return answer, None
-        return answer, mx.array(room[out : out + coded].reshape(self._coded_form))
+        return together([self], queries, [recent])
+
+    def place(self, recent: Sequence[Array], kind: int, splits: int, addresses: Sequence[int]) -> int:
+        """Complete what the loops are told, and give its address; the caller keeps all arrays.
+
+        Recent keys and values, if any, are of one of `KINDS`. ``addresses`` are of the queries as they are and coded,
+        mask, logits, sums, weights' sums and both answers; with them come the strides of queries and mask.
+        """
+        for numbers, x in zip(self._recent, recent, strict=False):
+            place_exact(numbers, x, kind)
+        count = recent[0].shape[2] if recent else 0
+        job = self._job
+        job[loops.SPLITS : loops.K_SIGNS] = splits, *addresses[:2]
+        job[loops.MASK : loops.KEYS] = *addresses[2:], *self._counts, count
+        return address_of(job)
+
+    def numbers(self, recent: Exact | None) -> int:
+        """Keys' and values' numbers that are read."""
+        return self._token_numbers * (sum(self._counts) + (0 if recent is None else recent.keys.shape[2]))
+
+
+def together(
+    calls: Sequence[PreparedCall], queries: Queries, recents: Sequence[Exact | None], columns: Sequence[int] = (0,)
+) -> tuple[mx.array, mx.array | None]:
+    """Attention of a batch by one call, or of each of its entries by one, with tokens of its own.
+
+    ``columns`` are where in the mask the tokens of each call begin. All calls are alike but for their tokens.
+    """
+    q, others = queries.q.astype(mx.float32), (queries.coded, queries.mask, queries.logits)
+    exact = [[] if run is None else [as_bits(run.keys), as_bits(run.values)] for run in recents]
+    mx.eval(q, exact, [x for x in others if x is not None])
+    seen, (coded, mask, logits) = numpy_of(q), [None if x is None else numpy_of(x) for x in others]
+    total = sum(call.numbers(recent) for call, recent in zip(calls, recents, strict=True))
+    parts, count = min(threads(), max(1, total // _SHARED_NUMBERS)), len(calls)
+    sizes = [count * size for size in calls[0].sizes]
+    room, first = _room(sizes[0] + sizes[1] + parts * (sizes[2] + sizes[3]))
+    starts = [*accumulate((sizes[0], sizes[1], parts * sizes[2]), initial=0)]
+    each = [_FLOAT * size * times for size, times in zip(calls[0].sizes, (1, 1, parts, parts), strict=True)]
+    strides = *seen.strides[:3], *((0, 0, 0, 0) if mask is None else mask.strides)
+    jobs = []
+    for i, (call, recent, own, column) in enumerate(zip(calls, recents, exact, columns, strict=True)):
+        out, of_coded, mixed, sums = (first + _FLOAT * at + i * size for at, size in zip(starts, each, strict=True))
+        masked = 0 if mask is None else address_of(mask) + i * mask.strides[0] + column * mask.strides[3]
+        given = address_of(seen) + i * seen.strides[0], 0 if coded is None else address_of(coded) + i * coded.strides[0]
+        addresses = *given, masked, 0 if logits is None else address_of(logits), mixed, sums, out, of_coded, *strides
+        kind = 0 if recent is None else KINDS[recent.keys.dtype]
+        jobs.append(call.place([numpy_of(x) for x in own], kind, parts, addresses))
+    scale, pieces = np.float32(queries.scale), calls[0].pieces
+
+    def attend(first: int, last: int) -> None:
+        for job in jobs:
+            loops.attend(job, scale, first * pieces, last * pieces)
+
+    shared(attend, parts, parts)
+    for job in jobs:
+        loops.combine(job)
+    batch, heads, length, _ = queries.q.shape
+    answer = mx.array(room[: sizes[0]].reshape(batch, heads, length, -1))
+    if calls[0].coded_form is None:
+        return answer, None
+    return answer, mx.array(room[sizes[0] : sizes[0] + sizes[1]].reshape(batch, *calls[0].coded_form))
 
 
 def attend_kernel(queries: Queries, tokens: Tokens) -> CpuAttendKernel:
@@ -126,16 +159,9 @@ class _Room(threading.local):
 _ROOM: Final = _Room()
 
 
-def _room(out: int, packed: int, mixed: int, sums: int) -> tuple[Array, tuple[int, int, int, int]]:
-    """Room for so many numbers of each kind, the answer first; and the addresses of sums, weights' sums and answers."""
-    size = out + packed + mixed + sums
+def _room(size: int) -> tuple[Array, int]:
+    """Room for so many numbers, and its address."""
     if _ROOM.numbers.size < size:
         _ROOM.numbers = np.empty(size, np.float32)
         _ROOM.address = address_of(_ROOM.numbers)
-    first = _ROOM.address
-    of_packed, of_mixed, of_sums = (first + _FLOAT * n for n in (out, out + packed, out + packed + mixed))
-    return _ROOM.numbers, (of_mixed, of_sums, first, of_packed)
-
-
-def _address(x: Array | None) -> int:
-    return 0 if x is None else address_of(x)
+    return _ROOM.numbers, _ROOM.address
