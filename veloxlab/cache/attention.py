@@ -16,6 +16,7 @@ from threading import get_ident
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
+from veloxlab.cache.expand import LARGEST_HALF, expanded, made_up_code, reader_of
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import per_kv_head
 from veloxlab.codecs.none import Exact
@@ -24,12 +25,9 @@ from veloxlab.kernels.call import AttentionKernel, PreparedCall, Queries, Tokens
 from veloxlab.kernels.call import Exact as ExactTokens
 from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
 from veloxlab.kernels.devices import current_backend
-from veloxlab.kernels.readers import Reader
 from veloxlab.mlxlm.hooks import Handle, Mask
 
 EXPANDED_BYTES = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
-_AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
-_LARGEST_HALF = 65504.0  # of float16
 _TRIAL = 3, 333, 70  # tokens before, in and after codes, on which a kernel is tried: no multiples of anything
 _HIDDEN = 0.2  # share of them that its mask hides
 Calls = dict[tuple[object, ...], PreparedCall | None]
@@ -72,8 +70,8 @@ class History(Handle):
         They are read only once ``after`` is computed: MLX evaluates many branches of a graph at the same time, and
         would expand the past of many layers at once.
         """
-        keys = _expanded([(s.key_codec, s.keys) for s in self.segments], dtype, heads, after)
-        return keys, _expanded([(s.value_codec, s.values) for s in self.segments], dtype, heads, keys)
+        keys = expanded([(s.key_codec, s.keys) for s in self.segments], dtype, heads, after)
+        return keys, expanded([(s.value_codec, s.values) for s in self.segments], dtype, heads, keys)
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         if q.shape[2] > FEW_QUERIES:
@@ -178,7 +176,7 @@ class History(Handle):
         at = self._packed_at
         assert at is not None
         packed = self.segments[at]
-        keys, values = _reader(packed.key_codec, packed.keys), _reader(packed.value_codec, packed.values)
+        keys, values = reader_of(packed.key_codec, packed.keys), reader_of(packed.value_codec, packed.values)
         if at > 1 or len(self.segments) > at + 2 or keys is None or values is None:
             return None
         exact = _exact_run(self.segments[:at]), _exact_run(self.segments[at + 1 :])
@@ -186,7 +184,7 @@ class History(Handle):
 
     def _queries(self, q: mx.array, scale: float, added: mx.array | None, sinks: mx.array | None) -> Queries:
         packed, coded = self.segments[self._packed_at or 0], None
-        keys = _reader(packed.key_codec, packed.keys)
+        keys = reader_of(packed.key_codec, packed.keys)
         if keys is not None and keys.signs is None:
             # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
             coded = mx.contiguous(packed.key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), keys.kv_heads)))
@@ -274,41 +272,15 @@ def attend_together(
 def _narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:
     """An answer in ``dtype``; numbers that are finite stay so."""
     if x.dtype == mx.float32 and dtype == mx.float16:
-        x = mx.where(mx.isinf(x), x, mx.clip(x, -_LARGEST_HALF, _LARGEST_HALF))
+        x = mx.where(mx.isinf(x), x, mx.clip(x, -LARGEST_HALF, LARGEST_HALF))
     return x.astype(dtype)
 
 
 def _made_up(segment: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> Segment:
-    """Such a segment of random codes, of scales as those of normal vectors, and of normal exact vectors."""
-
-    def code(codec: Codec, start: int, seed: int) -> Code:
-        x = made_up(mx.zeros((1, kv_heads, 0, codec.head_dim), dtype), tokens, seed)
-        arrays = codec.encode(x, start).arrays
-        packed = {n: a for n, a in arrays.items() if mx.issubdtype(a.dtype, mx.unsignedinteger)}
-        return Code(arrays | {name: made_up(array, tokens, seed) for name, array in packed.items()}, start)
-
-    keys, values = code(segment.key_codec, segment.keys.start, 4), code(segment.value_codec, segment.values.start, 5)
+    """Such a segment as a kernel is tried on."""
+    keys = made_up_code(segment.key_codec, segment.keys.start, tokens, kv_heads, dtype, seed=4)
+    values = made_up_code(segment.value_codec, segment.values.start, tokens, kv_heads, dtype, seed=5)
     return Segment(segment.key_codec, keys, segment.value_codec, values)
-
-
-def _expanded(parts: Sequence[tuple[Codec, Code]], dtype: mx.Dtype, heads: slice, after: mx.array | None) -> mx.array:
-    """Decoded tokens of all ``parts``, some at a time, each after the other: decoding takes room in float32 besides."""
-    tiles = []
-    for codec, code in parts:
-        for start in range(0, code.tokens, _AT_ONCE):
-            tile = code[start : start + _AT_ONCE]
-            arrays = {name: array[:, heads] for name, array in tile.arrays.items()}
-            if after is not None:
-                arrays = {name: mx.depends(array, after) for name, array in arrays.items()}
-            after = codec.decode(Code(arrays, tile.start), dtype)
-            if dtype == mx.float16 and not isinstance(codec, Exact):  # what is lost may lift its largest numbers beyond
-                after = mx.clip(after, -_LARGEST_HALF, _LARGEST_HALF)
-            tiles.append(after)
-    return mx.concatenate(tiles, axis=2)
-
-
-def _reader(codec: Codec, code: Code) -> Reader | None:
-    return code.once("reader", lambda: codec.reader(code))
 
 
 def _exact_run(segments: tuple[Segment, ...]) -> ExactTokens | None:

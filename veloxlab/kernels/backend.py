@@ -18,6 +18,7 @@ import mlx.core as mx
 
 if TYPE_CHECKING:
     from veloxlab.kernels.call import AttentionKernel, Queries, Tokens
+    from veloxlab.kernels.readers import Reader
     from veloxlab.kernels.vectors import VectorKernel
 
 SIMD = 32  # threads of a simdgroup (Metal) or warp (CUDA)
@@ -63,6 +64,7 @@ class Backend:
     together : several prepared calls at once, one of each entry of a batch; as `veloxlab.kernels.cpu.call.together`.
     types : what a kernel's text calls each type of number.
     build : makes a `Source` into a function that runs it.
+    write : writes tokens into a buffer that is there, where that can be; as `veloxlab.kernels.cpu.expand.write`.
     run : runs a kernel of vectors on evaluated arrays, at once, where nothing is built of text; gives each output.
     shared_bytes : memory that the threads of a group share.
     table_words : words of 4 bytes of it, at most, for the tables of codes.
@@ -78,6 +80,7 @@ class Backend:
     types: Mapping[mx.Dtype, str]
     build: Callable[[Source], Built] | None = None
     together: Callable[[Sequence[Any], Queries, Sequence[Any], Sequence[int]], Answer] | None = None
+    write: Callable[[Reader | mx.array, mx.array, int, int, bool], None] | None = None
     run: Callable[[VectorKernel, Sequence[mx.array]], list[mx.array]] | None = None
     shared_bytes: int = 0
     table_words: int = 0

@@ -14,6 +14,7 @@ from veloxlab import runtime
 from veloxlab.kernels.attend import attend_kernel
 from veloxlab.kernels.backend import Answer, Backend, build_with_mlx
 from veloxlab.kernels.call import AttentionKernel, Exact, Queries, Tokens
+from veloxlab.kernels.readers import Reader
 from veloxlab.kernels.vectors import VectorKernel
 
 SWITCH = "VELOXLAB_KERNELS"  # 0 in the environment: no kernel, MLX operations do everything
@@ -37,6 +38,12 @@ def _together_on_cpu(
     from veloxlab.kernels.cpu.call import together
 
     return together(calls, queries, recents, columns)
+
+
+def _write_on_cpu(tokens: Reader | mx.array, out: mx.array, place: int, first_head: int, finite: bool) -> None:
+    from veloxlab.kernels.cpu.expand import write
+
+    write(tokens, out, place, first_head, finite)
 
 
 METAL = Backend(
@@ -67,6 +74,7 @@ CPU = Backend(
     attention=_attend_on_cpu,
     together=_together_on_cpu,
     types={mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16"},
+    write=_write_on_cpu,
     run=_run_on_cpu,
     lazy=False,
 )

@@ -75,13 +75,16 @@ def address_of(x: Array) -> int:
 def described_exact(tokens: Exact) -> tuple[Description, Description]:
     """Keys, and values."""
     if tokens not in _known:
-        _known[tokens] = _of_exact(tokens.keys), _of_exact(tokens.values)
+        _known[tokens] = described_array(tokens.keys), described_array(tokens.values)
     both: tuple[Description, Description] = _known[tokens]
     return both
 
 
-def _of_exact(x: mx.array) -> Description:
+def described_array(x: mx.array) -> Description:
+    """Vectors that are not compressed."""
     seen, numbers = numpy_of(x), np.zeros(EXACT_NUMBERS, np.int64)
+    if seen.strides[3] != seen.itemsize:  # as a gather gives them, of a codec that reorders coordinates
+        seen = np.ascontiguousarray(seen)
     place_exact(numbers, seen, KINDS[x.dtype])
     return Description(numbers, address_of(numbers), (0, 0), (seen,))
 

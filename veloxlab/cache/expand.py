@@ -1,0 +1,116 @@
+"""Keys or values of a layer, decoded for attention of many queries: by loops into one buffer, or by MLX operations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+from veloxlab.codecs import Code, Codec
+from veloxlab.codecs.none import Exact
+from veloxlab.kernels.backend import Backend
+from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
+from veloxlab.kernels.devices import current_backend
+from veloxlab.kernels.readers import Reader
+
+Parts = Sequence[tuple[Codec, Code]]  # consecutive tokens
+
+LARGEST_HALF = 65504.0  # of float16
+_AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
+_TRIAL = 333  # tokens of each part, on which loops are tried: no multiple of anything
+
+
+def expanded(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None) -> mx.array:
+    """Decoded tokens of all ``parts`` and some KV heads ``[B, H, S, D]``, read only once ``after`` is computed."""
+    backend = current_backend()
+    if backend is None or not _can_be_written(backend, parts, dtype, after):
+        return _by_graph(parts, dtype, heads, after)
+
+    def by_graph(*given: mx.array) -> dict[str, mx.array]:
+        arrays = iter(given)
+        same = [(codec, Code({name: next(arrays) for name in code.arrays}, code.start)) for codec, code in parts]
+        return {"out": _by_graph(same, dtype, heads, None)}
+
+    return with_derivatives({"out": _written(backend, parts, dtype, heads)}, by_graph, *_arrays(parts))["out"]
+
+
+def _arrays(parts: Parts) -> list[mx.array]:
+    return [array for _, code in parts for array in code.arrays.values()]
+
+
+def _by_graph(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None) -> mx.array:
+    """Some tokens at a time, each after the other: decoding takes room in float32 besides."""
+    tiles = []
+    for codec, code in parts:
+        for start in range(0, code.tokens, _AT_ONCE):
+            tile = code[start : start + _AT_ONCE]
+            arrays = {name: array[:, heads] for name, array in tile.arrays.items()}
+            if after is not None:
+                before = mx.stop_gradient(after)  # an order has no derivatives
+                arrays = {name: mx.depends(array, before) for name, array in arrays.items()}
+            after = codec.decode(Code(arrays, tile.start), dtype)
+            if dtype == mx.float16 and not isinstance(codec, Exact):  # what is lost may lift its largest numbers beyond
+                after = mx.clip(after, -LARGEST_HALF, LARGEST_HALF)
+            tiles.append(after)
+    return mx.concatenate(tiles, axis=2)
+
+
+def _can_be_written(backend: Backend, parts: Parts, dtype: mx.Dtype, after: mx.array | None) -> bool:
+    """Whether loops read these parts and agree with their codecs, and all that they need is there."""
+    readers = [reader_of(codec, code) for codec, code in parts if not isinstance(codec, Exact)]
+    kinds = [reader.key for reader in readers if reader is not None]
+    if backend.write is None or not readers or len(kinds) < len(readers):
+        return False
+    if not evaluated(*_arrays(parts), *([] if after is None else [after])):
+        return False
+
+    def trial() -> str:
+        like = parts[-1][1].kv_heads, dtype
+        made = [(codec, made_up_code(codec, code.start, _TRIAL, *like, seed=4)) for codec, code in parts]
+        everything = dtype, slice(None)
+        found, wanted = _written(backend, made, *everything), _by_graph(made, *everything, None)
+        return difference({"out": found}, {"out": wanted})
+
+    return agrees(("expand", dtype, *kinds), "expand", backend, trial)
+
+
+def _written(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice) -> mx.array:
+    """All in one buffer, where loops write every part. What a codec itself brings out of its space is so in tiles."""
+    write, (codec, code) = backend.write, parts[-1]
+    assert write is not None
+    batch, own = next(iter(code.arrays.values())).shape[0], range(code.kv_heads)[heads]
+    out, place = _room(batch, len(own), sum(code.tokens for _, code in parts), codec.head_dim, dtype), 0
+    for codec, code in parts:
+        if isinstance(codec, Exact):
+            write(code.arrays["values"], out, place, own.start, False)
+        elif (reader := reader_of(codec, code)) is not None and reader.signs is not None:
+            write(reader, out, place, own.start, True)
+        else:
+            for start in range(0, code.tokens, _AT_ONCE):
+                tile = codec.reader(code[start : start + _AT_ONCE])
+                assert tile is not None
+                coded = _room(batch, len(own), tile.tokens, tile.dim, mx.float32)
+                write(tile, coded, 0, own.start, False)
+                write(codec.from_codes(coded), out, place + start, 0, True)
+        place += code.tokens
+    return out
+
+
+def _room(batch: int, heads: int, tokens: int, dim: int, dtype: mx.Dtype) -> mx.array:
+    """An array that is there, to be written to."""
+    out = mx.zeros((batch, heads, tokens, dim), dtype)
+    mx.eval(out)
+    return out
+
+
+def reader_of(codec: Codec, code: Code) -> Reader | None:
+    """How a kernel reads a code, made once; None where none does."""
+    return code.once("reader", lambda: codec.reader(code))
+
+
+def made_up_code(codec: Codec, start: int, tokens: int, kv_heads: int, dtype: mx.Dtype, seed: int) -> Code:
+    """A code of random bits, of scales as those of normal vectors; or, if it is exact, of normal vectors."""
+    x = made_up(mx.zeros((1, kv_heads, 0, codec.head_dim), dtype), tokens, seed)
+    arrays = codec.encode(x, start).arrays
+    packed = {n: a for n, a in arrays.items() if mx.issubdtype(a.dtype, mx.unsignedinteger)}
+    return Code(arrays | {name: made_up(array, tokens, seed) for name, array in packed.items()}, start)
