@@ -79,6 +79,7 @@ class KVCache(_Adapted, CompressedKVCache):
     def check(self, keys, values):
         if self.empty():
             self.key_codec, self.value_codec = self.codecs(keys, values)
+            self._exact = Exact(keys.shape[-1]), Exact(values.shape[-1])
         return super().check(keys, values)
 
     @staticmethod

@@ -76,7 +76,7 @@ def _can_be_written(backend: Backend, parts: Parts, dtype: mx.Dtype, after: mx.a
 
 def _written(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice) -> mx.array:
     """All in one buffer, where loops write every part. What a codec itself brings out of its space is so in tiles."""
-    write, (codec, code) = backend.write, parts[-1]
+    write, (codec, code) = backend.write, next(part for part in parts if not isinstance(part[0], Exact))
     assert write is not None
     batch, own = next(iter(code.arrays.values())).shape[0], range(code.kv_heads)[heads]
     out, place = _room(batch, len(own), sum(code.tokens for _, code in parts), codec.head_dim, dtype), 0

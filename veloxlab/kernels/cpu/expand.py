@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 from numba import carray
 
+from veloxlab.kernels.cpu import readers
 from veloxlab.kernels.cpu.attend import TILE, hartley_of
 from veloxlab.kernels.cpu.describe import KINDS, address_of, described, described_array, numpy_of
 from veloxlab.kernels.cpu.machine import call_expander, compiled, f32_at, i64_at, part, u16_at
@@ -89,6 +90,8 @@ def write(tokens: Reader | mx.array, out: mx.array, place: int, first_head: int,
     own = described(tokens) if isinstance(tokens, Reader) else described_array(tokens)
     to, (batch, heads, room, dim) = numpy_of(out), out.shape
     count, packed = (tokens.tokens, 1) if isinstance(tokens, Reader) else (tokens.shape[2], 0)
+    assert own.numbers[readers.DIM] == dim
+    assert place + count <= room
     begin = address_of(to) + place * to.strides[2]
     places = begin, room, KINDS[out.dtype], int(finite)
     job = np.array([own.address, count, heads, first_head, dim, packed, *own.rotation, *places], np.int64)
