@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import platformdirs
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -18,6 +19,9 @@ if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
     # a run starts a hundred Pythons, and none compiles again what another has; nothing is written beside the sources
     os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="veloxlab_bytecode_")
     atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
+
+# whatever folder a test takes for its own files, loops are not compiled again
+os.environ.setdefault("NUMBA_CACHE_DIR", str(platformdirs.user_cache_path("veloxlab") / "loops"))
 
 from veloxlab import runtime
 
@@ -42,6 +46,7 @@ SLOW = frozenset(
         "commands",
         "commvq",
         "compare",
+        "cpu_first_call",
         "cuda_text",
         "encode_on_host",
         "families",
@@ -59,6 +64,7 @@ SLOW = frozenset(
         "measure",
         "nbval_tolerance",
         "notebooks",
+        "on_gpu",
         "planned_memory",
         "planner",
         "prompt_file",

@@ -350,7 +350,7 @@ def test_a_key_norm_weighs_the_relative_distortion(model, folder):
 
 @pytest.fixture(scope="module")
 def smollm2_rates(smollm2, folder):
-    return vl.rate_budget(*smollm2, bits=(2, 3, 4, 5), sequences=2, tokens=256, window=0, folder=folder)
+    return vl.rate_budget(*smollm2, bits=(2, 3, 4, 5), sequences=1, tokens=256, window=0, folder=folder)
 
 
 def test_heads_of_a_real_model_differ_and_rotated_ones_lose_alike(smollm2_rates):
@@ -365,7 +365,7 @@ def test_heads_of_a_real_model_differ_and_rotated_ones_lose_alike(smollm2_rates)
 
 @pytest.fixture(scope="module")
 def exact(smollm2):
-    return vl.measure.reference(*smollm2, tokens=192, windows=2)
+    return vl.measure.reference(*smollm2, tokens=128, windows=2)
 
 
 @pytest.mark.parametrize("bits", [2.5, 3.0])

@@ -21,7 +21,7 @@ from veloxlab.errors import InputError
 
 HEADS, DIM = 2, 32
 SOME_EXACT: dict[str, Any] = {"sinks": 2, "window": 8}
-LENGTHS, WANTED = (7, 40, 23, 66, 1), (12, 30, 5, 20, 25)
+LENGTHS, WANTED = (7, 40, 23, 66, 1), (6, 15, 3, 10, 12)
 
 
 def make(method: str = "turboquant", bits: int = 4, **settings) -> CompressedKVCache:

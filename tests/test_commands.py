@@ -21,10 +21,10 @@ from veloxlab.errors import InputError
 from veloxlab.serve.commands import Wanted
 
 QUESTIONS = [
-    ("What is the capital of France?", 12),
-    ("List the first ten prime numbers, then explain why 1 is not one of them.", 14),
-    ("Say hello.", 5),
-    ("Write a story about a lighthouse keeper who finds a letter in a bottle.", 10),
+    ("What is the capital of France?", 8),
+    ("List the first ten prime numbers, then explain why 1 is not one of them.", 10),
+    ("Say hello.", 4),
+    ("Write a story about a lighthouse keeper who finds a letter in a bottle.", 6),
 ]
 
 

@@ -22,7 +22,7 @@ mx.eval(list(codec.encode(mx.ones((1, 1, 8, 32))).arrays.values()))
 
 def python(code, **environment):
     command = [sys.executable, "-c", code]
-    environment = {**os.environ, **environment}
+    environment = {**os.environ, "NUMBA_CACHE_DIR": "", **environment}
     return subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120)
 
 
@@ -43,7 +43,7 @@ def test_who_looks_at_a_terminal_is_told_once_and_others_find_it_in_the_log(tmp_
     master, terminal = pty.openpty()
     told = []
     for _ in range(2):
-        environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+        environment = {**os.environ, "NUMBA_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path)}
         subprocess.run([sys.executable, "-c", ENCODE], env=environment, check=True, stderr=terminal, timeout=120)
         os.set_blocking(master, False)
         try:

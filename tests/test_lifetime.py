@@ -36,10 +36,16 @@ def model() -> Any:
     return tiny("llama")
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> str:
+    """A user's cache folder for all tests here: one bundle of Vega, one calibration."""
+    return str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture
-def before(monkeypatch, tmp_path) -> Callable[[], dict[str, int]]:
+def before(monkeypatch, cache) -> Callable[[], dict[str, int]]:
     """Counts widgets, threads and captures that came since the test began."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
     VegaRuntime.shared()
     gc.collect()
     widgets, threads = {*lifetime.TABLE}, running()

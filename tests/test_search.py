@@ -473,7 +473,7 @@ def test_dask_gives_the_same(file, here):
     from distributed import Client, LocalCluster
 
     with (
-        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
         assert same(here, vl.search(file, methods=TWO, executor=client.get_executor(), **SETTINGS))

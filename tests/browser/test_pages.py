@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tests.browser.shown import Shown, milliseconds, turn
+from tests.browser.shown import SMALL_MODEL, Shown, milliseconds, turn
 
 pytestmark = pytest.mark.browser
 
-CELLS = (
-    """
-import veloxlab as vl
-model, tokenizer = vl.load("smollm2-135m")
-""",
-    """
+CELL = """
 lab = vl.Lab(model, tokenizer, tokens=128)
 lab
-""",
-)
+"""
 LAB = ".veloxlab-lab"
 
 
@@ -26,7 +20,7 @@ def tab(page, name: str) -> None:
 
 
 def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, capsys):
-    visit = notebook(*CELLS, name="pages.ipynb")
+    visit = notebook(SMALL_MODEL, CELL, name="pages.ipynb")
     page = visit.page
     page.set_default_timeout(120_000)
     lab = Shown(page, LAB)
@@ -49,8 +43,8 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     ):  # what these moves need is measured now; and what may be next, before a hand
         errors.pressed("layer", [key], [0, 1, 2, 3])
         errors.idle()
-    layers = errors.pressed("layer", ["ArrowLeft", "ArrowRight"] * 6, [0, 1, 2, 3])
-    widths = errors.pressed("bits", ["ArrowLeft", "ArrowRight"] * 6, [0, 1, 2])
+    layers = errors.pressed("layer", ["ArrowLeft", "ArrowRight"] * 2, [0, 1, 2, 3])
+    widths = errors.pressed("bits", ["ArrowLeft", "ArrowRight"] * 2, [0, 1, 2])
     with capsys.disabled():
         print(f"\nlayer to four charts of errors: {milliseconds(layers)}; bits to three: {milliseconds(widths)}")
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from tests.browser.shown import Shown
+from tests.browser.shown import SMALL_MODEL, Shown
 
 pytestmark = pytest.mark.browser
 
+# larger weights, and so another token at almost every position: texts that part, but not at once
 CELL = """
-import veloxlab as vl
-model, tokenizer = vl.load("smollm2-135m")
-vl.widgets.SideBySide(model, tokenizer, bits=2, tokens=16)
+import mlx.core as mx
+from mlx.utils import tree_map
+model.update(tree_map(lambda weight: 1.5 * weight, model.parameters()))
+mx.eval(model.parameters())
+vl.widgets.SideBySide(model, tokenizer, bits=2, tokens=24)
 """
 WIDGET = ".veloxlab-side-by-side"
 CHART = f"{WIDGET} svg.marks"
@@ -34,7 +37,7 @@ CHOOSE_TWICE = """(list, generate) => {
 
 
 def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
-    visit = notebook(CELL, name="side.ipynb")
+    visit = notebook(SMALL_MODEL, CELL, name="side.ipynb")
     page = visit.page
     page.set_default_timeout(120_000)
     side = Shown(page, WIDGET)
@@ -52,7 +55,7 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
     for name, keys, value in (
         ("K bits", ("ArrowRight", "ArrowRight"), "4"),
         ("V bits", ("ArrowRight", "ArrowLeft"), "2"),
-        ("tokens", ("ArrowLeft", "ArrowLeft"), "14"),
+        ("tokens", ("ArrowLeft", "ArrowLeft", "End"), "512"),
         ("sinks", ("ArrowRight", "ArrowRight"), "6"),
         ("window", ("ArrowLeft", "ArrowLeft"), "14"),
     ):
@@ -70,9 +73,14 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
     page.wait_for_function(f"(before) => document.querySelector('{CHART}').textContent !== before", arg=whole)
     page.get_by_role("button", name="Cancel").click()
     side.idle()
+    tokens = page.locator(f"{WIDGET} .widget-slider", has_text="tokens")
+    tokens.locator(".noUi-handle").focus()
+    for key in ("Home", "ArrowRight", "ArrowRight", "ArrowRight"):
+        page.keyboard.press(key)
+    tokens.locator(".widget-readout", has_text="4").wait_for()
     side.dropdown("method").evaluate(CHOOSE_TWICE, generate.element_handle())
     page.locator(CHART, has_text="rabitq at K4 V2 bits").wait_for()  # of the method that was chosen last, to its end
-    page.locator(f"{CHART} >> nth=0", has_text="The texts").wait_for()
+    page.locator(f"{CHART} >> nth=0", has_text="The same text for 4 tokens").wait_for()
     side.idle()
 
     side.turns_dark("side_by_side")
