@@ -134,10 +134,10 @@ def _on_gpu(tokens: Sequence[int] | None) -> _Parts:
 def _on_cpu(tokens: Sequence[int] | None, caches: Sequence[str] | None, busy: bool) -> _Parts:
     from veloxlab.measure.bench import cpu, cpu_decode
 
-    tokens, say = tuple(tokens or cpu.TOKENS), partial(print, flush=True)
+    say, of_decode = partial(print, flush=True), tuple(tokens or cpu_decode.TOKENS)
     return cpu.facts, {
-        "decode": lambda: cpu_decode.decode(tokens, tuple(caches or cpu_decode.CACHES), busy, progress=say),
-        "attention": lambda: cpu.attention_of_methods(tokens, progress=say),
+        "decode": lambda: cpu_decode.decode(of_decode, tuple(caches or cpu_decode.CACHES), busy, progress=say),
+        "attention": lambda: cpu.attention_of_methods(tuple(tokens or cpu.TOKENS), progress=say),
         "encode": lambda: cpu.encode(progress=say),
         "fit": lambda: cpu.fit(progress=say),
     }

@@ -1,7 +1,7 @@
 """Decoding on a CPU, by length, with a model of SmolLM2's shape and random weights, in float32.
 
-Caches are filled with random keys and values, and decode in turn. All layers have the same codecs, which random vectors
-fitted where a method has to be fitted.
+Caches are filled with random keys and values, and decode in turn, by mlx-lm's own generator. All layers have the same
+codecs, which random vectors fitted where a method has to be fitted.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from statistics import median
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.generate import generate_step
 from mlx_lm.models.llama import Model
 
 from veloxlab.cache.counts import CHUNK
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import TENSORS, find_method
 from veloxlab.errors import InputError
-from veloxlab.measure.bench.cpu import EXACT, MLX_LM, TOKENS, bandwidth, bytes_of, fitted, said, seconds, vectors
+from veloxlab.measure.bench.cpu import EXACT, MLX_LM, bandwidth, bytes_of, fitted, said, seconds, vectors
 from veloxlab.measure.bench.shapes import random_model
 from veloxlab.measure.bench.timing import Row, Tell
 from veloxlab.mlxlm.probe import own_cache, quantized_cache, with_caches
@@ -30,6 +30,7 @@ from veloxlab.mlxlm.probe import own_cache, quantized_cache, with_caches
 MODEL = "smollm2-135m"
 VOCABULARY = 49152
 CACHES = ("turboquant:4",)
+TOKENS = (512, 2048, 8192, 32768)
 ROUNDS = 8
 STEPS = 5  # tokens that a cache decodes in a round, after one that is not timed
 _SPIN = "while True: pass"
@@ -71,15 +72,14 @@ def _decoded(
     model: Model, held: Mapping[str, list[Any]], others: Sequence[subprocess.Popen[bytes] | None]
 ) -> dict[str, list[list[float]]]:
     """Milliseconds of tokens by cache, and by what else runs."""
-    token = mx.array([[1]])
     spent: dict[str, list[list[float]]] = {name: [[] for _ in others] for name in held}
     for _ in range(ROUNDS):
         for name, own in held.items():
-            work = partial(model, token, cache=own)
             for times, other in zip(spent[name], others, strict=True):
+                tokens = generate_step(mx.array([1]), model, max_tokens=STEPS + 2, prompt_cache=own)
                 with _running(other):
-                    seconds(work)
-                    times += [1e3 * seconds(work) for _ in range(STEPS)]
+                    next(tokens)
+                    times += [1e3 * seconds(lambda tokens=tokens: next(tokens)) for _ in range(STEPS)]  # type: ignore[misc]
     return spent
 
 
