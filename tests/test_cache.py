@@ -12,7 +12,8 @@ from mlx_lm.models.cache import RotatingKVCache
 
 from veloxlab.cache.attention import History
 from veloxlab.cache.counts import BLOCK
-from veloxlab.cache.layer import _LARGEST, CompressedKVCache
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.cache.runs import LARGEST
 from veloxlab.codecs import find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
@@ -253,7 +254,7 @@ def test_a_first_block_with_too_little_to_learn_leaves_the_offline_tables():
     assert not cache.key_codec.online
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20, 1.001 * _LARGEST])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e20, 1.001 * LARGEST])
 @pytest.mark.parametrize("side", ["keys", "values"])
 @pytest.mark.parametrize("window", [0, 64])
 def test_nan_and_infinity_are_refused_by_layer_and_nothing_is_stored(bad, side, window):
@@ -303,11 +304,11 @@ def test_the_largest_numbers_of_float16_are_read_as_finite_ones(dtype, path, que
 def test_the_largest_numbers_that_are_taken_can_be_stored(method, bits):
     """With the unbiased scales that are largest beside the root-mean-square: one bit of a random direction."""
     cache = make(method, bits, sinks=0, window=0)
-    signs = np.random.default_rng(5).choice([-_LARGEST, _LARGEST], (1, HEADS, 500, DIM))
+    signs = np.random.default_rng(5).choice([-LARGEST, LARGEST], (1, HEADS, 500, DIM))
     x = mx.array(signs.astype(np.float32))
     feed(cache, x, x, [500])
     keys, _ = cache.decoded()
-    inner = (keys / _LARGEST * x / _LARGEST).mean(axis=-1)
+    inner = (keys / LARGEST * x / LARGEST).mean(axis=-1)
     assert np.allclose(inner, 1, atol=2e-3)  # unbiased: to the rounding of the scale, 2^-10
 
 

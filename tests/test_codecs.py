@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import veloxlab as vl
-from veloxlab.cache.layer import _LARGEST, CompressedKVCache
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.cache.runs import LARGEST
 from veloxlab.codecs import METHODS, Method, find_method
 from veloxlab.codecs.base import TILE, Codec, Sample, empty_code, token_bytes
 from veloxlab.codecs.parts.rope import Rope
@@ -268,7 +269,7 @@ def test_any_float_dtype_is_taken(dtype, name):
 
 
 @of_each_method
-@pytest.mark.parametrize("size", [1e-8, 1e-3, 1e5, _LARGEST])
+@pytest.mark.parametrize("size", [1e-8, 1e-3, 1e5, LARGEST])
 def test_scales_neither_overflow_nor_vanish(size, name):
     """Vectors of any size lose what they lose at size 3: Gaussian ones, and some of the largest that a cache takes."""
     signs = np.random.default_rng(1).choice([-1.0, 1.0], (1, KV_HEADS, 8, 64))

@@ -18,7 +18,7 @@ from veloxlab.cache import saved
 from veloxlab.cache.attention import FEW_QUERIES, Calls, History, Segment
 from veloxlab.cache.counts import TOKENS, Arrival, Windows
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
-from veloxlab.cache.runs import Codes, Run, Runs
+from veloxlab.cache.runs import Codes, Run, Runs, check_range
 from veloxlab.checks import ARGUMENTS
 from veloxlab.codecs import TENSORS, Code, Codec
 from veloxlab.codecs.base import fitted_online
@@ -29,9 +29,6 @@ from veloxlab.mlxlm.hooks import loadable
 from veloxlab.mlxlm.probe import Path
 
 _SETTINGS = ("window", "chunk", "layer", "path", "reason", "max_size", "lends", "model")  # that a file says as they are
-# The largest magnitude that is stored. An unbiased scale is at most 4 times that, and is kept as the float16 of its
-# root (`store_scale`): 4·1e9 < 65504².
-_LARGEST = 1e9
 
 
 class Joining(NamedTuple):
@@ -144,7 +141,7 @@ class CompressedKVCache(Runs, saved.Saved):
             leaving = [mx.concatenate([*pair], axis=2) for pair in zip(oldest, leaving, strict=True)]
         sinks = _exact(keys, values, slice(arrival.to_sinks)) if arrival.to_sinks else None
         if leaving or sinks:
-            self._check_range(*leaving, *(code.arrays["values"] for code in sinks or ()))
+            check_range(self.layer, *leaving, *(code.arrays["values"] for code in sinks or ()))
         codecs, packed = (self.key_codec, self.value_codec), None
         if leaving:
             start = self.offset + first - (0 if arrival.gone else recent)  # of the oldest token to be encoded
@@ -297,18 +294,6 @@ class CompressedKVCache(Runs, saved.Saved):
                 segments.append(_segment(codecs, run.codes(start, skip)))
             start += run.tokens + (self.evicted if run is self.sinks else 0)
         return tuple(segments)
-
-    def _check_range(self, *keys_and_values: mx.array) -> None:
-        """Raise `InputError` if a key or a value (they alternate) is no number that a codec can store."""
-        # in float16 the limit itself is infinite; the comparison is false for NaN too
-        within = [(mx.abs(x.astype(mx.float32)) <= _LARGEST).all() for x in keys_and_values]
-        if not mx.stack(within).all().item():  # one wait for the device, whatever the number of arrays
-            bad = next(i for i, good in enumerate(within) if not good.item())
-            raise InputError(
-                f"Layer {self.layer}: the {TENSORS[bad % 2]} of a token are NaN, infinite or beyond "
-                f"±{_LARGEST:.0e} and were not stored. The model overflowed, most likely in float16: load it in "
-                "bfloat16 or float32 and start with a new cache."
-            )
 
 
 def _exact(keys: mx.array, values: mx.array, span: slice = slice(None)) -> Codes:

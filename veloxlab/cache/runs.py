@@ -8,7 +8,11 @@ import mlx.core as mx
 
 from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Room, Windows, calls
 from veloxlab.codecs import TENSORS, Code, Tensor
+from veloxlab.errors import InputError
 
+# The largest magnitude that is stored. An unbiased scale is at most 4 times that, and is kept as the float16 of its
+# root (`store_scale`): 4·1e9 < 65504².
+LARGEST = 1e9
 Arrays = dict[str, mx.array]
 Codes = tuple[Code, Code]  # of keys and of values
 
@@ -145,6 +149,19 @@ class Runs:
         of_packed = min(count, self.packed.tokens)
         self.packed.drop(oldest=of_packed)
         self.recent.drop(oldest=count - of_packed)
+
+
+def check_range(layer: int, *keys_and_values: mx.array) -> None:
+    """Raise `InputError` if a key or a value (they alternate) is no number that a codec can store."""
+    # in float16 the limit itself is infinite; the comparison is false for NaN too
+    within = [(mx.abs(x.astype(mx.float32)) <= LARGEST).all() for x in keys_and_values]
+    if not mx.stack(within).all().item():  # one wait for the device, whatever the number of arrays
+        bad = next(i for i, good in enumerate(within) if not good.item())
+        raise InputError(
+            f"Layer {layer}: the {TENSORS[bad % 2]} of a token are NaN, infinite or beyond ±{LARGEST:.0e} and were not "
+            "stored. The model overflowed, most likely in float16: load it in bfloat16 or float32 and start with a new "
+            "cache."
+        )
 
 
 @lru_cache(maxsize=4096)
