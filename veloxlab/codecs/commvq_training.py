@@ -108,7 +108,7 @@ def _least_squares(x: Floats, a: Indices, b: Indices) -> Floats:
     of_a, of_b, together = by_loop("add_up", _add_up, x, a, b, entries=ENTRIES)
     gram = np.diag(together.sum(axis=1) + together.sum(axis=0) + _RIDGE) + 1j * (together - together.T)
     real, imaginary = np.split(of_a - _turn(of_b), 2, axis=1)
-    table = np.linalg.solve(gram, real + 1j * imaginary)
+    table = np.linalg.solve(gram.astype(np.complex64), real + 1j * imaginary)
     return np.concatenate([table.real, table.imag], axis=1).astype(np.float32)
 
 

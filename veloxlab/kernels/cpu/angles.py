@@ -115,7 +115,7 @@ def encode_angles(first, last, x, signs, hartley, widths, edges, circles, fields
         load(x, vector, dim, y)
         for i in range(dim):
             y[i] *= signs[i]
-        transform(y, dim, hartley, spare)
+        transform(np.int64(y.ctypes.data), dim, np.int64(hartley.ctypes.data), np.int64(spare.ctypes.data))
         for i in range(dim):
             radii[i] = y[i]
         assign(radii, dim, widths, edges, angles, codes)
@@ -127,3 +127,4 @@ def encode_angles(first, last, x, signs, hartley, widths, edges, circles, fields
             width, bits = fields[f, 1], fields[f, 2]
             filled = gather(codes, dim, widths, bits, together)
             pack_bytes(together[:filled], bits, carray(u8_at(fields[f, 0] + vector * width), width))
+    return spare.size  # Numba frees an array after its last use, and an address is none

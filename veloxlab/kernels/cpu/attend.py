@@ -10,10 +10,9 @@ import math
 from typing import Final
 
 import numpy as np
-from numba import carray
 
 from veloxlab.kernels.cpu.machine import call_expander, compiled, f32_at, float_of_bits, i64_at, part
-from veloxlab.kernels.cpu.readers import FUNCTION, scale_of
+from veloxlab.kernels.cpu.readers import FUNCTION, load_scales
 from veloxlab.kernels.cpu.rows import transform
 
 TILE: Final = 32  # tokens that are expanded together
@@ -46,13 +45,6 @@ def exponential(x):
 
 
 @part
-def hartley_of(address, dim):
-    """The Hartley matrix at an address, of vectors of ``dim`` = m·2^k numbers, m odd: ``[m, m]``."""
-    odd = dim // (dim & -dim)
-    return carray(f32_at(address), (odd, odd))
-
-
-@part
 def load_queries(job, scale, b, h, plain, coded, spare):
     """The scaled queries of a KV head, as they are, and in the space of the keys' codes."""
     length, dim, codes = job[LENGTH], job[KEY], job[CODED_KEY]
@@ -60,138 +52,115 @@ def load_queries(job, scale, b, h, plain, coded, spare):
     for r in range(rows):
         head, token = h * job[SHARED] + r // length, r % length
         x = f32_at(job[Q] + b * job[Q_STRIDES] + head * job[Q_STRIDES + 1] + token * job[Q_STRIDES + 2])
+        y, z = f32_at(plain + 4 * r * dim), f32_at(coded + 4 * r * codes)
         for i in range(dim):
-            plain[r, i] = x[i] * scale
-    if job[K_SIGNS] != 0:
-        signs, hartley = f32_at(job[K_SIGNS]), hartley_of(job[K_HARTLEY], dim)
-        for r in range(rows):
+            y[i] = x[i] * scale
+        if job[K_SIGNS] != 0:
+            signs = f32_at(job[K_SIGNS])
             for i in range(dim):
-                coded[r, i] = plain[r, i] * signs[i]
-            transform(coded[r], dim, hartley, spare)
-    elif job[Q_CODED] != 0:
-        x = f32_at(job[Q_CODED] + (b * job[KV_HEADS] + h) * rows * codes * 4)
-        for r in range(rows):
+                z[i] = y[i] * signs[i]
+            transform(coded + 4 * r * dim, dim, job[K_HARTLEY], spare)
+        elif job[Q_CODED] != 0:
+            x = f32_at(job[Q_CODED] + 4 * ((b * job[KV_HEADS] + h) * rows + r) * codes)
             for i in range(codes):
-                coded[r, i] = x[r * codes + i] * scale
+                z[i] = x[i] * scale
 
 
 @part
-def score(queries, keys, r, count, dim, scores):
-    """Inner products of a query with keys."""
-    for t in range(count):
-        total = np.float32(0)
-        for i in range(dim):
-            total += queries[r, i] * keys[t, i]
-        scores[r, t] = total
-
-
-@part
-def add_mask(job, b, h, r, position, count, scores):
-    """Add the mask to the scores of a query row."""
-    head, token = h * job[SHARED] + r // job[LENGTH], r % job[LENGTH]
-    row = job[MASK] + b * job[MASK_STRIDES] + head * job[MASK_STRIDES + 1] + token * job[MASK_STRIDES + 2]
-    for t in range(count):
-        scores[r, t] += f32_at(row + (position + t) * job[MASK_STRIDES + 3])[0]
-
-
-@part
-def score_tile(job, b, h, packed, queries, keys, scales, position, count, scores):
+def score_tile(job, b, h, queries, keys, dim, scales, position, count, scores):
     """Scores of all query rows and a tile of keys, of which the first is at ``position``."""
-    rows, dim = scores.shape[0], keys.shape[1]
-    for r in range(rows):
-        score(queries, keys, r, count, dim, scores)
-        if packed:
-            for t in range(count):
-                scores[r, t] *= scales[t]
+    length, factors = job[LENGTH], f32_at(scales)
+    for r in range(job[SHARED] * length):
+        q, y = f32_at(queries + 4 * r * dim), f32_at(scores + 4 * r * TILE)
+        for t in range(count):
+            x, total = f32_at(keys + 4 * t * dim), np.float32(0)
+            for i in range(dim):
+                total += q[i] * x[i]
+            y[t] = total
+        for t in range(count):
+            y[t] *= factors[t]
         if job[MASK] != 0:
-            add_mask(job, b, h, r, position, count, scores)
+            head, token = h * job[SHARED] + r // length, r % length
+            row = job[MASK] + b * job[MASK_STRIDES] + head * job[MASK_STRIDES + 1] + token * job[MASK_STRIDES + 2]
+            for t in range(count):
+                y[t] += f32_at(row + (position + t) * job[MASK_STRIDES + 3])[0]
 
 
 @part
-def weigh_tile(scores, count, top, total, sums):
-    """Make the scores of a tile weights, of the largest score so far, and scale what was summed before down to it."""
-    for r in range(scores.shape[0]):
-        most, part_total = top[r], np.float32(0)
-        for t in range(count):
-            most = scores[r, t] if scores[r, t] > most else most
-        shrink = exponential(top[r] - most)
-        top[r] = most
-        if shrink != 1:
-            for i in range(sums.shape[2]):
-                sums[0, r, i] *= shrink
-                sums[1, r, i] *= shrink
-        for t in range(count):
-            scores[r, t] = exponential(scores[r, t] - most)
-            part_total += scores[r, t]
-        total[r] = total[r] * shrink + part_total
-
-
-@part
-def mix_tile(weights, scales, values, count, mixed):
-    """Add a tile's weighted values."""
-    for r in range(weights.shape[0]):
-        for t in range(count):
-            weight = weights[r, t] * scales[t]
-            for i in range(values.shape[1]):
-                mixed[r, i] += weight * values[t, i]
-
-
-@part
-def load_scales(d, packed, b, h, first, count, scales):
-    """Scales of some tokens; 1 of exact ones."""
+def weigh_tile(scores, count, found, largest):
+    """Make a row's scores weights, of the largest score so far, and scale what was summed before down to it."""
+    x, y = f32_at(scores), f32_at(found)
+    most, total = y[0], np.float32(0)
     for t in range(count):
-        scales[t] = scale_of(d, b, h, first + t) if packed else np.float32(1)
+        most = x[t] if x[t] > most else most
+    shrink = exponential(y[0] - most)
+    if shrink != 1:
+        for i in range(2, 2 * largest + 2):
+            y[i] *= shrink
+    for t in range(count):
+        x[t] = exponential(x[t] - most)
+        total += x[t]
+    y[0], y[1] = most, y[1] * shrink + total
 
 
 @part
-def keep_sums(job, split, b, h, top, total, sums):
-    """Write what a piece of work found, for `combine`."""
-    rows, largest = sums.shape[1], sums.shape[2]
-    row = ((split * job[BATCH] + b) * job[KV_HEADS] + h) * rows
-    out, out_sums = f32_at(job[MIXED] + row * 2 * largest * 4), f32_at(job[SUMS] + row * 8)
-    for r in range(rows):
-        out_sums[2 * r], out_sums[2 * r + 1] = top[r], total[r]
-        for i in range(largest):
-            out[2 * r * largest + i] = sums[0, r, i]
-            out[(2 * r + 1) * largest + i] = sums[1, r, i]
+def mix_tile(weights, scales, values, count, dim, mixed):
+    """Add a tile's values, by a row of weights."""
+    factors, own, z = f32_at(weights), f32_at(scales), f32_at(mixed)
+    for t in range(count):
+        weight, x = factors[t] * own[t], f32_at(values + 4 * t * dim)
+        for i in range(dim):
+            z[i] += weight * x[i]
 
 
 @compiled
 def attend(job, scale, first, last):
-    """Do pieces ``first`` to ``last``."""
+    """Do pieces ``first`` to ``last``. What is found of a query row: the largest score, the sum of weights, and sums.
+
+    These are of values, as they are and as the space of the codes has them, each with room for the larger of both.
+    """
     job = i64_at(job)
     heads, rows = job[KV_HEADS], job[SHARED] * job[LENGTH]
-    largest_key, largest_value = max(job[KEY], job[CODED_KEY]), max(job[VALUE], job[CODED_VALUE])
-    plain, coded = np.empty((rows, job[KEY]), np.float32), np.empty((rows, job[CODED_KEY]), np.float32)
-    sums, spare = np.empty((2, rows, largest_value), np.float32), np.empty(largest_key, np.float32)
-    top, total = np.empty(rows, np.float32), np.empty(rows, np.float32)
-    weights, scales = np.empty((rows, TILE), np.float32), np.empty(TILE, np.float32)
-    tile = np.empty(TILE * max(largest_key, largest_value), np.float32)
-    address, tokens = tile.ctypes.data, job[COUNTS] + job[COUNTS + 1] + job[COUNTS + 2]
+    largest = max(job[VALUE], job[CODED_VALUE])
+    widest, each = max(largest, max(job[KEY], job[CODED_KEY])), 2 * largest + 2
+    room = np.empty(rows * (2 * widest + each + TILE) + (TILE + 1) * widest + TILE, np.float32)
+    plain = np.int64(room.ctypes.data)
+    coded, found = plain + 4 * rows * widest, plain + 8 * rows * widest
+    weights = found + 4 * rows * each
+    scales = weights + 4 * rows * TILE
+    spare, tile = scales + 4 * TILE, scales + 4 * (TILE + widest)
+    tokens = job[COUNTS] + job[COUNTS + 1] + job[COUNTS + 2]
     for piece in range(first, last):
         split, b, h = piece // (job[BATCH] * heads), piece // heads % job[BATCH], piece % heads
         load_queries(job, scale, b, h, plain, coded, spare)
-        sums[:], top[:], total[:] = 0, LEAST, 0
+        y = f32_at(found)
+        for i in range(rows * each):
+            y[i] = np.float32(0) if i % each else LEAST
         begin, end, start = tokens * split // job[SPLITS], tokens * (split + 1) // job[SPLITS], 0
         for run in range(3):
-            packed = run == 1
-            keys, values = job[KEYS + run], job[VALUES + run]
-            key_dim, value_dim = job[CODED_KEY if packed else KEY], job[CODED_VALUE if packed else VALUE]
+            keys, values, queries = job[KEYS + run], job[VALUES + run], coded if run == 1 else plain
+            key_dim, value_dim = job[CODED_KEY if run == 1 else KEY], job[CODED_VALUE if run == 1 else VALUE]
             stop = min(end, start + job[COUNTS + run])
             for position in range(max(begin, start), stop, TILE):
                 count, token = min(TILE, stop - position), position - start
-                call_expander(i64_at(keys)[FUNCTION], keys, b, h, token, count, address)
-                load_scales(i64_at(keys), packed, b, h, token, count, scales)
-                expanded = carray(f32_at(address), (TILE, key_dim))
-                queries = coded if packed else plain
-                score_tile(job, b, h, packed, queries, expanded, scales, position, count, weights)
-                weigh_tile(weights, count, top, total, sums)
-                call_expander(i64_at(values)[FUNCTION], values, b, h, token, count, address)
-                load_scales(i64_at(values), packed, b, h, token, count, scales)
-                mix_tile(weights, scales, carray(f32_at(address), (TILE, value_dim)), count, sums[run & 1])
+                call_expander(i64_at(keys)[FUNCTION], keys, b, h, token, count, tile)
+                load_scales(keys, b, h, token, count, scales)
+                score_tile(job, b, h, queries, tile, key_dim, scales, position, count, weights)
+                call_expander(i64_at(values)[FUNCTION], values, b, h, token, count, tile)
+                load_scales(values, b, h, token, count, scales)
+                for r in range(rows):
+                    own = found + 4 * r * each
+                    weigh_tile(weights + 4 * r * TILE, count, own, largest)
+                    mixed = own + 8 + 4 * largest * (run & 1)
+                    mix_tile(weights + 4 * r * TILE, scales, tile, count, value_dim, mixed)
             start += job[COUNTS + run]
-        keep_sums(job, split, b, h, top, total, sums)
-    return tile.size  # Numba frees an array after its last use, and an address is none
+        row = ((split * job[BATCH] + b) * heads + h) * rows
+        z, sums = f32_at(job[MIXED] + 8 * row * largest), f32_at(job[SUMS] + 8 * row)
+        for r in range(rows):
+            sums[2 * r], sums[2 * r + 1] = y[r * each], y[r * each + 1]
+            for i in range(2 * largest):
+                z[2 * r * largest + i] = y[r * each + 2 + i]
+    return room.size  # Numba frees an array after its last use, and an address is none
 
 
 @compiled
@@ -200,10 +169,11 @@ def combine(job):
     job = i64_at(job)
     heads, rows, dim, codes = job[KV_HEADS], job[SHARED] * job[LENGTH], job[VALUE], job[CODED_VALUE]
     largest, all_rows = max(dim, codes), job[BATCH] * job[KV_HEADS] * rows
-    mixed, sums, out = f32_at(job[MIXED]), f32_at(job[SUMS]), f32_at(job[OUT])
-    coded, spare = np.empty(codes, np.float32), np.empty(codes, np.float32)
+    room, sums, signs = np.empty(2 * codes, np.float32), f32_at(job[SUMS]), f32_at(job[V_SIGNS])
     for row in range(all_rows):
         head = row // rows % heads * job[SHARED] + row % rows // job[LENGTH]
+        coded_at = job[OUT_CODED] + 4 * row * codes if job[V_SIGNS] == 0 else np.int64(room.ctypes.data)
+        out, coded = f32_at(job[OUT] + 4 * row * dim), f32_at(coded_at)
         top, total = LEAST, np.float32(0)
         for split in range(job[SPLITS]):
             most = sums[2 * (split * all_rows + row)]
@@ -212,28 +182,22 @@ def combine(job):
             logit = f32_at(job[LOGITS])[head]
             top = logit if logit > top else top
             total = exponential(logit - top)
-        coded[:] = 0
-        y = row * dim
-        for i in range(dim):
-            out[y + i] = 0
         for split in range(job[SPLITS]):
             at = split * all_rows + row
-            factor = exponential(sums[2 * at] - top)
-            total += factor * sums[2 * at + 1]
-            for i in range(dim):
-                out[y + i] += factor * mixed[2 * at * largest + i]
-            for i in range(codes):
-                coded[i] += factor * mixed[(2 * at + 1) * largest + i]
+            total += exponential(sums[2 * at] - top) * sums[2 * at + 1]
         for i in range(dim):
-            out[y + i] /= total
+            out[i] = 0
         for i in range(codes):
-            coded[i] /= total
-        if job[V_SIGNS] != 0:
-            transform(coded, codes, hartley_of(job[V_HARTLEY], codes), spare)
-            signs = f32_at(job[V_SIGNS])
+            coded[i] = 0
+        for split in range(job[SPLITS]):
+            at = split * all_rows + row
+            factor, mixed = exponential(sums[2 * at] - top) / total, f32_at(job[MIXED] + 8 * at * largest)
             for i in range(dim):
-                out[y + i] += coded[i] * signs[i]
-        else:
-            packed = f32_at(job[OUT_CODED] + row * codes * 4)
+                out[i] += factor * mixed[i]
             for i in range(codes):
-                packed[i] = coded[i]
+                coded[i] += factor * mixed[largest + i]
+        if job[V_SIGNS] != 0:
+            transform(coded_at, codes, job[V_HARTLEY], coded_at + 4 * codes)
+            for i in range(dim):
+                out[i] += coded[i] * signs[i]
+    return room.size

@@ -140,16 +140,18 @@ class _Own(NamedTuple):
 
 
 def _table(reader: TableReader) -> _Own:
-    fine = None if reader.fine is None else numpy_of(reader.fine)
-    bits, table = reader.bits, reader.table
-    entries = _wide_table(bits, table, reader.dim) if fine is None else _Table(bits, numpy_of(table))
-    shifts = None if reader.shifts is None else np.ascontiguousarray(numpy_of(reader.shifts))
-    numbers = [entries.bits, entries.numbers.shape[1], address_of(entries.numbers), *_placed(fine)]
-    if shifts is None:
-        return _Own(loops.table(), 0, [*numbers, 0], (entries, fine))
+    table = reader.table
+    if reader.fine is not None:
+        fine, entries = numpy_of(reader.fine), numpy_of(table)
+        numbers = [reader.bits, entries.shape[1], address_of(entries), *_placed(fine)]
+        return _Own(loops.stages(), 0, numbers, (entries, fine))
+    wide = _wide_table(reader.bits, table, reader.dim)
+    numbers = [wide.bits, wide.numbers.shape[1], address_of(wide.numbers)]
+    if reader.shifts is None:
+        return _Own(loops.table(), 0, [*numbers, 0], (wide,))
+    shifts = np.ascontiguousarray(numpy_of(reader.shifts))
     scales = None if reader.scales is None else numpy_of(reader.scales)
-    shifted = [*numbers, address_of(shifts), *_placed(scales)]
-    return _Own(loops.table(), 0, shifted, (entries, fine, shifts, scales), scaled=True)
+    return _Own(loops.table(), 0, [*numbers, address_of(shifts), *_placed(scales)], (wide, shifts, scales), scaled=True)
 
 
 class _Table(NamedTuple):
@@ -194,19 +196,19 @@ def _head_tables(heads: mx.array, table: mx.array, dim: int) -> tuple[Array, Arr
 
 
 def _plan(reader: PlanReader) -> _Own:
-    begins, bits, first_levels, levels = parts = _planned(reader.plan, reader.dim)
-    fit = np.ascontiguousarray(numpy_of(reader.fit))
-    numbers = [reader.rows.shape[3], *(address_of(a) for a in (begins, bits, first_levels, levels, fit))]
-    return _Own(loops.plan(), 0, numbers, (parts, fit))
+    parts = _planned(reader.plan, reader.fit, reader.dim, 4 * reader.rows.shape[3])
+    return _Own(loops.plan(), 0, [address_of(a) for a in parts], parts)
 
 
 @lru_cache(maxsize=256)
-def _planned(plan: mx.array, dim: int) -> tuple[Array, Array, Array, Array]:
-    """Of each coordinate its first bit, width and first level, and all levels."""
+def _planned(plan: mx.array, fit: mx.array, dim: int, row_bytes: int) -> tuple[Array, Array, Array]:
+    """Of each coordinate the first of the four bytes that have its code, shift, mask and first level; levels, fit."""
     words = np.asarray(plan)
     said, levels = words[:dim], words[dim:].view(np.float32).copy()
-    begins, widths, firsts = said & 8191, said >> 13 & 15, said >> _LEVEL
-    return begins.astype(np.int32), widths.astype(np.int32), firsts.astype(np.int32), levels
+    begins, widths = said & 8191, said >> 13 & 15
+    starts = np.minimum(begins >> 3, row_bytes - 4)
+    own = np.stack([starts, begins - 8 * starts, (1 << widths) - 1, said >> _LEVEL]).astype(np.int32)
+    return own, levels, np.ascontiguousarray(numpy_of(fit).swapaxes(1, 2))
 
 
 def _groups(reader: GroupsReader) -> _Own:
@@ -216,23 +218,28 @@ def _groups(reader: GroupsReader) -> _Own:
 
 
 def _polar(reader: PolarReader) -> _Own:
-    other = None if reader.other is None else numpy_of(reader.other)
-    radii, circles = numpy_of(reader.radii), np.ascontiguousarray(numpy_of(reader.table))
-    levels = _angle_levels(reader.widths, reader.dim)
-    numbers = [len(reader.widths), address_of(circles), *_placed(other), *_placed(radii), address_of(levels)]
-    return _Own(loops.polar(), 0, numbers, (other, radii, circles, levels))
+    other, radii = None if reader.other is None else numpy_of(reader.other), numpy_of(reader.radii)
+    levels, tables = _angle_levels(reader.widths, reader.table, reader.dim)
+    numbers = [len(reader.widths), *_placed(other), *_placed(radii), address_of(levels)]
+    return _Own(loops.polar(), 0, numbers, (other, radii, levels, tables))
 
 
 @lru_cache(maxsize=256)
-def _angle_levels(widths: tuple[int, ...], dim: int) -> Array:
-    """Of each level its bits, whether they are in the other row, the first bit there, and the first entry."""
-    used = dict.fromkeys(widths, 0)
+def _angle_levels(widths: tuple[int, ...], table: mx.array, dim: int) -> tuple[Array, list[Array]]:
+    """Of each level its bits, whether they are in the other row, the first bit there, numbers of an entry, table."""
+    circles, used = np.asarray(table), dict.fromkeys(widths, 0)
     firsts = [0, *accumulate(1 << bits for bits in widths)]
-    rows = []
+    rows, tables = [], []
     for level, bits in enumerate(widths, 1):
-        rows.append([bits, int(bits != widths[0]), used[bits], firsts[level - 1]])
+        first = firsts[level - 1]
+        own = np.ascontiguousarray(circles[first : first + (1 << bits)])
+        wide = _widened(bits, own, dim >> level - 1)
+        of_bytes = wide.bits == _BYTE and used[bits] % _BYTE == 0
+        tables.append(wide.numbers if of_bytes else own)
+        width = tables[-1].shape[1] if of_bytes else 0
+        rows.append([bits, int(bits != widths[0]), used[bits], width, address_of(tables[-1])])
         used[bits] += (dim >> level) * bits
-    return np.array(rows, np.int64)
+    return np.array(rows, np.int64), tables
 
 
 def _sums(reader: SumsReader) -> _Own:

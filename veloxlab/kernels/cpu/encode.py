@@ -87,7 +87,8 @@ def grid_points(y, sizes, dim, tries, bits, codes, levels):
 def encode(first, last, x, signs, hartley, boundaries, table, tries, fields, scale, root_scale, sine):
     """Vectors ``first`` to ``last``. ``fields`` are of each the address, words, bits, and bits below it.
 
-    By ``boundaries`` and the levels in ``table``, or, without these, by the ``tries`` of a stretched grid.
+    By ``boundaries`` and the levels in ``table``, or, without these, by the ``tries`` of a stretched grid. What is None
+    is not compiled.
     """
     dim = len(signs)
     bits = fields[0, 2] + fields[0, 3]
@@ -99,19 +100,19 @@ def encode(first, last, x, signs, hartley, boundaries, table, tries, fields, sca
         unit = np.float32(1) if rms == 0 else rms
         for i in range(dim):
             y[i] = y[i] / unit * signs[i]
-        transform(y, dim, hartley, spare)
-        if len(table):
+        transform(np.int64(y.ctypes.data), dim, np.int64(hartley.ctypes.data), np.int64(spare.ctypes.data))
+        if tries is not None:
+            grid_points(y, spare, dim, tries, bits, codes, levels)
+        if table is not None:
             nearest_levels(y, dim, boundaries, bits, codes)
             for i in range(dim):
                 levels[i] = table[codes[i]]
-        else:
-            grid_points(y, spare, dim, tries, bits, codes, levels)
         inner, squares = np.float32(0), np.float32(0)
         for i in range(dim):
             inner += y[i] * levels[i]
             squares += levels[i] * levels[i]
         root_scale[vector] = to_half(np.sqrt(rms * scale_factor(scale, inner, squares, dim)))
-        if len(sine):
+        if sine is not None:
             rest, ratio = np.float32(0), scale_factor(MSE, inner, squares, dim)
             for i in range(dim):
                 off = y[i] - ratio * levels[i]
@@ -119,6 +120,7 @@ def encode(first, last, x, signs, hartley, boundaries, table, tries, fields, sca
             sine[vector] = to_half(np.sqrt(rest / np.float32(dim)))
         for f in range(len(fields)):
             pack(codes, dim, fields[f, 3], fields[f, 2], fields[f, 0] + 4 * vector * fields[f, 1], fields[f, 1])
+    return spare.size  # Numba frees an array after its last use, and an address is none
 
 
 @compiled
@@ -131,11 +133,12 @@ def decode(first, last, packed, root_scale, signs, hartley, table, bits, out):
         y = out[vector]
         for i in range(dim):
             y[i] = table[codes[i]]
-        transform(y, dim, hartley, spare)
+        transform(np.int64(y.ctypes.data), dim, np.int64(hartley.ctypes.data), np.int64(spare.ctypes.data))
         root = half(u16_at(row_at(root_scale, vector))[0])
         size = root * root
         for i in range(dim):
             y[i] *= signs[i] * size
+    return spare.size
 
 
 @compiled
@@ -149,7 +152,8 @@ def rotate(first, last, x, signs, hartley, inverse, out):
         if not inverse:
             for i in range(dim):
                 y[i] *= signs[i]
-        transform(y, dim, hartley, spare)
+        transform(np.int64(y.ctypes.data), dim, np.int64(hartley.ctypes.data), np.int64(spare.ctypes.data))
         if inverse:
             for i in range(dim):
                 y[i] *= signs[i]
+    return spare.size

@@ -70,14 +70,17 @@ def nearest_by_leaves(first, last, points, leaves, half, places, low, high, code
 
 
 @part
-def far(low, high, box, seeds, s, most):
-    """Whether a box is further from a seed than ``most``, squared."""
-    distance = np.float32(0)
+def far_off(low, high, seeds, s, distances):
+    """Squared distances of all boxes from a seed."""
+    for box in range(len(distances)):
+        distances[box] = 0
     for k in range(len(seeds)):
         number = seeds[k, s]
-        off = max(low[k, box] - number, number - high[k, box], np.float32(0))
-        distance += off * off
-    return distance >= most
+        for box in range(len(distances)):
+            below, above = low[k, box] - number, number - high[k, box]
+            off = below if below > above else above
+            off = off if off > 0 else np.float32(0)
+            distances[box] += off * off
 
 
 @part
@@ -138,20 +141,20 @@ def spread_seeds(points, low, high, places, uniform, known_each, chosen):
     for box in range(boxes):
         most[box] = own[box].max()
     seeds, sums = np.empty((dim, len(uniform)), np.float32), np.empty(boxes, np.float64)
-    distances = np.empty(COUNT, np.float32)
+    distances, off, changed = np.empty(COUNT, np.float32), np.empty(boxes, np.float32), np.zeros(boxes, np.bool_)
     known, latest = 0, 0  # seeds, and those of them that `left` knows
     while known < len(uniform):
+        for s in range(latest, known):
+            far_off(low, high, seeds, s, off)
+            for box in range(boxes):
+                if off[box] < most[box]:
+                    nearer(points, box * COUNT, min(COUNT, count - box * COUNT), seeds, s, distances, own[box])
+                    changed[box] = True
         for box in range(boxes):
-            begin, changed = box * COUNT, False
-            inside = min(COUNT, count - begin)
-            for s in range(latest, known):
-                if not far(low, high, box, seeds, s, most[box]):
-                    nearer(points, begin, inside, seeds, s, distances, own[box])
-                    changed = True
-            if changed:
-                most[box] = own[box, :inside].max()
-                for i in range(inside):
-                    left[places[begin + i]] = own[box, i]
+            if changed[box]:
+                most[box], changed[box] = own[box].max(), False
+                for i in range(min(COUNT, count - box * COUNT)):
+                    left[places[box * COUNT + i]] = own[box, i]
         latest, total = known, sum_boxes(left, sums)
         together = min(max(1, (known + 1) // known_each), len(uniform) - known)
         for s in range(known, known + together):

@@ -16,6 +16,8 @@ from typing import Any, Final, TypeVar
 from llvmlite import ir
 from numba import cfunc, njit, types
 from numba.core import config, event
+from numba.core.codegen import JITCodeLibrary
+from numba.core.compiler import Compiler
 from numba.extending import intrinsic
 
 from veloxlab.progress import notice
@@ -65,13 +67,46 @@ def _where_it_can_be_kept(make: Callable[[bool], Any]) -> Any:
 
 def compiled(function: Function) -> Function:
     """A loop: compiled when it is first called, kept on disk, run without the GIL."""
-    loop: Function = _where_it_can_be_kept(lambda cache: njit(nogil=True, cache=cache, **_OPTIONS)(function))
+    options = _OPTIONS | {"nogil": True, "no_cfunc_wrapper": True}
+    loop: Function = _where_it_can_be_kept(lambda cache: njit(cache=cache, **options)(function))
     return loop
+
+
+class _Unfinished(JITCodeLibrary):  # type: ignore[misc]
+    """A piece in LLVM's language. What it is linked to optimizes it and makes machine code of it: Numba would, too."""
+
+    def _optimize_functions(self, module: Any) -> None:
+        module.data_layout = self._codegen._data_layout
+
+    def _optimize_final_module(self) -> None: ...
+
+    def _finalize_final_module(self) -> None:
+        self._finalized = True
+
+    def get_pointer_to_function(self, name: str) -> int:
+        """There is none."""
+        return 0
+
+    @property
+    def codegen(self) -> Any:
+        """Who would be told where the function's Python objects are; it has none."""
+        return self
+
+    def set_env(self, name: str, environment: object) -> None:
+        """See `codegen`."""
+
+
+class _Piece(Compiler):  # type: ignore[misc]
+    """Numba's compiler, up to an `_Unfinished` piece."""
+
+    def __init__(self, types: Any, target: Any, library: Any, *others: Any) -> None:
+        super().__init__(types, target, _Unfinished(target.codegen(), "piece"), *others)
 
 
 def part(function: Function) -> Function:
     """A piece of a loop, compiled with each loop that calls it."""
-    piece: Function = njit(**_OPTIONS)(function)
+    options = _OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": _Piece}
+    piece: Function = njit(**options)(function)
     return piece
 
 

@@ -31,25 +31,21 @@ _TURN: Final = math.pi / 2
 
 
 @part
-def place(d, at, batch, head, token):
-    """Address of a token's row of the array that is described at ``at``."""
-    return d[at] + batch * d[at + 1] + head * d[at + 2] + token * d[at + 3]
+def place(at, batch, head, token):
+    """Address of a token's row of the array whose place and strides are at an address."""
+    d = i64_at(at)
+    return d[0] + batch * d[1] + head * d[2] + token * d[3]
 
 
 @part
-def stored_scale(d, at, batch, head, token):
-    """The scale of a token whose root is in the array that is described at ``at``; 1 if there is none."""
-    if d[at] == 0:
-        return np.float32(1)
-    x = half(u16_at(place(d, at, batch, head, token))[0])
-    return x * x
-
-
-@part
-def scale_of(d, batch, head, token):
-    """What an expanded token is to be multiplied with."""
+def load_scales(description, batch, head, first, count, scales):
+    """What expanded tokens are to be multiplied with: the squares of what is kept, 1 where there is nothing."""
+    d, y = i64_at(description), f32_at(scales)
     place_of_head = head if d[PLACES] == 0 else i64_at(d[PLACES])[head]
-    return stored_scale(d, SCALES, batch, place_of_head, token)
+    row = place(description + 8 * SCALES, batch, place_of_head, first)
+    for t in range(count):
+        x = np.float32(1) if d[SCALES] == 0 else half(u16_at(row + t * d[SCALES + 3])[0])
+        y[t] = x * x
 
 
 @expander
@@ -58,7 +54,7 @@ def exact(description, batch, head, first, count, out):
     d = i64_at(description)
     dim, kind, y = d[DIM], d[OWN], f32_at(out)
     for t in range(count):
-        row, at = place(d, ROWS, batch, head, first + t), t * dim
+        row, at = place(description + 8 * ROWS, batch, head, first + t), t * dim
         if kind == FLOAT32:
             x = f32_at(row)
             for i in range(dim):
@@ -74,39 +70,21 @@ def exact(description, batch, head, first, count, out):
 
 
 @part
-def next_code(x, bits, state):
+def next_code(x, bits, left, have, word):
     """The next code of a row of bits, and the state: bits that are left of the words read, how many, the next word."""
-    left, have, word = state
     if have < bits:
         left |= np.uint64(x[word]) << np.uint64(have)
         word += 1
         have += 32
     code = left & np.uint64((1 << bits) - 1)
-    return np.int64(code), (left >> np.uint64(bits), have - bits, word)
+    return np.int64(code), left >> np.uint64(bits), have - bits, word
 
 
 @part
 def look_up(row, bits, codes, width, table, out):
-    """Entries of ``width`` numbers for each of the ``codes`` of a row."""
-    if width > 1:
-        look_up_pairs(row, bits, codes, width // 2, u64_at(table), u64_at(out))
-        return
-    entries, y = f32_at(table), f32_at(out)
-    if bits == 8:
-        x = u8_at(row)
-        for i in range(codes):
-            y[i] = entries[x[i]]
-        return
-    words, state = u32_at(row), (np.uint64(0), 0, 0)
-    for i in range(codes):
-        code, state = next_code(words, bits, state)
-        y[i] = entries[code]
-
-
-@part
-def look_up_pairs(row, bits, codes, pairs, entries, y):
-    """The same for entries of so many pairs of numbers, which are moved together."""
-    x = u8_at(row)
+    """Entries of ``width`` numbers, 1 or pairs of them, for each of the ``codes`` of a row."""
+    x, words, pairs, entries, y = u8_at(row), u32_at(row), width >> 1, u64_at(table), u64_at(out)
+    numbers, z, left, have, word = f32_at(table), f32_at(out), np.uint64(0), bits - bits, bits - bits
     if bits == 8 and pairs == 1:
         for i in range(codes):
             y[i] = entries[x[i]]
@@ -120,6 +98,13 @@ def look_up_pairs(row, bits, codes, pairs, entries, y):
             code = np.int64(x[i])
             for j in range(4):
                 y[4 * i + j] = entries[4 * code + j]
+    elif bits == 8 and pairs > 0:
+        for i in range(codes):
+            for j in range(pairs):
+                y[pairs * i + j] = entries[pairs * x[i] + j]
+    elif bits == 8:
+        for i in range(codes):
+            z[i] = numbers[x[i]]
     elif bits == 6 and pairs == 1 and codes % 4 == 0:
         for i in range(codes // 4):
             four = np.int64(x[3 * i]) | np.int64(x[3 * i + 1]) << 8 | np.int64(x[3 * i + 2]) << 16
@@ -128,50 +113,51 @@ def look_up_pairs(row, bits, codes, pairs, entries, y):
             y[4 * i + 2] = entries[four >> 12 & 63]
             y[4 * i + 3] = entries[four >> 18]
     else:
-        words, state = u32_at(row), (np.uint64(0), 0, 0)
         for i in range(codes):
-            code, state = next_code(words, bits, state)
+            code, left, have, word = next_code(words, bits, left, have, word)
+            if pairs == 0:
+                z[i] = numbers[code]
             for j in range(pairs):
                 y[i * pairs + j] = entries[code * pairs + j]
 
 
 @expander
 def table(description, batch, head, first, count, out):
-    """Codes of one width. Own: bits, numbers of an entry, table, a second stage's rows, shifts [H, dim], their scales.
+    """Codes of one width. Own: bits, numbers of an entry, table, shifts [H, dim] or 0, where their scales are.
 
-    Zeros stand for what is not there. Where vectors are shifted, the scale goes before the sum.
+    Where vectors are shifted, the scale goes before the sum.
     """
     d = i64_at(description)
-    dim, bits, width, entries, shifts = d[DIM], d[OWN], d[OWN + 1], d[OWN + 2], d[OWN + 7]
+    dim, bits, width, entries, shifts = d[DIM], d[OWN], d[OWN + 1], d[OWN + 2], d[OWN + 3]
     for t in range(count):
-        row, y = place(d, ROWS, batch, head, first + t), out + t * dim * 4
-        if d[OWN + 3] == 0:
-            look_up(row, bits, dim // width, width, entries, y)
-        else:
-            fine = place(d, OWN + 3, batch, head, first + t)
-            look_up_stages(row, fine, bits, dim // width, width, f32_at(entries), f32_at(y))
+        y = out + t * dim * 4
+        look_up(place(description + 8 * ROWS, batch, head, first + t), bits, dim // width, width, entries, y)
         if shifts != 0:
-            scale, shift, z = (
-                stored_scale(d, OWN + 8, batch, head, first + t),
-                f32_at(shifts + head * dim * 4),
-                f32_at(y),
-            )
+            shift, z, scale = f32_at(shifts + head * dim * 4), f32_at(y), np.float32(1)
+            if d[OWN + 4] != 0:
+                root = half(u16_at(place(description + 8 * (OWN + 4), batch, head, first + t))[0])
+                scale = root * root
             for i in range(dim):
                 z[i] = z[i] * scale + shift[i]
 
 
-@part
-def look_up_stages(row, fine, bits, codes, width, entries, y):
-    """Entries of pairs of codes of two rows, the first one's in the high bits."""
-    x, z = u32_at(row), u32_at(fine)
-    state, fine_state = (np.uint64(0), 0, 0), (np.uint64(0), 0, 0)
-    for i in range(codes):
-        code, state = next_code(x, bits, state)
-        fine_code, fine_state = next_code(z, bits, fine_state)
-        at = (code << bits | fine_code) * width
-        y[i * width] = entries[at]
-        if width == 2:
-            y[i * 2 + 1] = entries[at + 1]
+@expander
+def stages(description, batch, head, first, count, out):
+    """Codes of two rows, the first one's in the high bits of an index. Own: bits, numbers of an entry, table, rows."""
+    d = i64_at(description)
+    dim, bits, width, entries, y = d[DIM], d[OWN], d[OWN + 1], f32_at(d[OWN + 2]), f32_at(out)
+    for t in range(count):
+        x = u32_at(place(description + 8 * ROWS, batch, head, first + t))
+        fine = u32_at(place(description + 8 * (OWN + 3), batch, head, first + t))
+        left, have, word = np.uint64(0), bits - bits, bits - bits
+        fine_left, at = np.uint64(0), t * dim
+        for i in range(dim // width):
+            code, left, _, _ = next_code(x, bits, left, have, word)
+            fine_code, fine_left, have, word = next_code(fine, bits, fine_left, have, word)
+            entry = (code << bits | fine_code) * width
+            y[at + i * width] = entries[entry]
+            if width == 2:
+                y[at + i * 2 + 1] = entries[entry + 1]
 
 
 @expander
@@ -180,24 +166,31 @@ def widths(description, batch, head, first, count, out):
     d = i64_at(description)
     own, dim = i64_at(d[OWN] + head * 32), d[DIM]
     for t in range(count):
-        row = place(d, ROWS, batch, 0, first + t) + own[2]
+        row = place(description + 8 * ROWS, batch, 0, first + t) + own[2]
         look_up(row, own[0], dim // own[1], own[1], own[3], out + t * dim * 4)
 
 
 @expander
 def plan(description, batch, head, first, count, out):
-    """A width for each coordinate. Own: words of a row, [dim] first bits, widths, first levels; levels, [H, dim, 2]."""
+    """A width for each coordinate. Own: of each [dim] byte, shift, mask and first level; levels, fit [H, 2, dim]."""
     d = i64_at(description)
-    dim, last = d[DIM], d[OWN] - 1
-    begins, bits, first_levels, levels = i32_at(d[OWN + 1]), i32_at(d[OWN + 2]), i32_at(d[OWN + 3]), f32_at(d[OWN + 4])
-    fit, y = f32_at(d[OWN + 5] + head * dim * 8), f32_at(out)
+    dim = d[DIM]
+    starts, shifts, masks, first_levels = (
+        i32_at(d[OWN]),
+        u32_at(d[OWN] + 4 * dim),
+        u32_at(d[OWN] + 8 * dim),
+        u32_at(d[OWN] + 12 * dim),
+    )
+    levels, factors, sums = (
+        f32_at(d[OWN + 1]),
+        f32_at(d[OWN + 2] + head * dim * 8),
+        f32_at(d[OWN + 2] + head * dim * 8 + 4 * dim),
+    )
     for t in range(count):
-        x, at = u32_at(place(d, ROWS, batch, head, first + t)), t * dim
+        row, y = place(description + 8 * ROWS, batch, head, first + t), f32_at(out + 4 * t * dim)
         for i in range(dim):
-            word = begins[i] >> 5
-            both = np.uint64(x[word]) | np.uint64(x[min(word + 1, last)]) << np.uint64(32)
-            code = np.int64(both >> np.uint64(begins[i] & 31)) & ((1 << bits[i]) - 1)
-            y[at + i] = levels[first_levels[i] + code] * fit[2 * i] + fit[2 * i + 1]
+            code = (u32_at(row + starts[i])[0] >> shifts[i]) & masks[i]
+            y[i] = levels[first_levels[i] + code] * factors[i] + sums[i]
 
 
 @expander
@@ -207,45 +200,59 @@ def groups(description, batch, head, first, count, out):
     dim, bits, group, y = d[DIM], d[OWN], d[OWN + 1], f32_at(out)
     shift = np.float32(0.5) if d[OWN + 2] == 1 else np.float32(0)
     for t in range(count):
-        x, at, state = u32_at(place(d, ROWS, batch, head, first + t)), t * dim, (np.uint64(0), 0, 0)
-        half_steps = u16_at(place(d, OWN + 3, batch, head, first + t))
-        leasts = u16_at(place(d, OWN + 7, batch, head, first + t))
+        x, at = u32_at(place(description + 8 * ROWS, batch, head, first + t)), t * dim
+        left, have, word = np.uint64(0), bits - bits, bits - bits
+        half_steps = u16_at(place(description + 8 * (OWN + 3), batch, head, first + t))
+        leasts = u16_at(place(description + 8 * (OWN + 7), batch, head, first + t))
         for g in range((dim + group - 1) // group):
             step = 2 * signed_square(half(half_steps[g]))
             begin = signed_square(half(leasts[g])) + shift * step
             for i in range(g * group, min(g * group + group, dim)):
-                code, state = next_code(x, bits, state)
+                code, left, have, word = next_code(x, bits, left, have, word)
                 y[at + i] = begin + step * np.float32(code)
 
 
 @expander
 def polar(description, batch, head, first, count, out):
-    """Radii and trees of angles. Own: levels, circles [entries, 2], other rows, radii, of each level bits and row."""
+    """Radii and trees of angles. Own: levels, other rows, radii, and of each level its bits, row, first bit and table.
+
+    Where bytes hold whole angles, the table has cosines and sines of all angles of a byte, ``width`` numbers, else of
+    one.
+    """
     d = i64_at(description)
-    dim, levels, circles, y = d[DIM], d[OWN], f32_at(d[OWN + 1]), f32_at(out)
-    of_levels, blocks = i64_at(d[OWN + 10]), d[DIM] >> d[OWN]
-    size = np.float32(math.sqrt(1 << levels))
+    dim, levels, of_levels = d[DIM], d[OWN], i64_at(d[OWN + 9])
+    blocks, size = dim >> levels, np.float32(math.sqrt(1 << levels))
+    room = np.empty(2 * count * dim, np.float32)
+    source = np.int64(room.ctypes.data)
+    factors, target = source + 4 * count * dim, out
+    if levels & 1 == 0:
+        source, target = target, source
+    y = f32_at(source)
     for t in range(count):
-        at, token = t * dim, first + t
-        radii = u16_at(place(d, OWN + 6, batch, head, token))
+        radii = u16_at(place(description + 8 * (OWN + 5), batch, head, first + t))
         for i in range(blocks):
             root = half(radii[i])
-            y[at + i] = root * root * size
-        for level in range(levels, 0, -1):
-            # bits of an angle, which row, the level's first bit there, its first entry
-            own = 4 * (level - 1)
-            bits, other, bit, entry = of_levels[own], of_levels[own + 1], of_levels[own + 2], of_levels[own + 3]
-            x = u8_at(place(d, OWN + 2 if other == 1 else ROWS, batch, head, token))
-            for node in range((dim >> level) - 1, -1, -1):  # in place: from the last on
-                begin = bit + node * bits
-                shift = begin & 7
-                code = np.int64(x[begin >> 3]) >> shift
-                if shift + bits > 8:
-                    code |= np.int64(x[(begin >> 3) + 1]) << (8 - shift)
-                circle = 2 * (entry + (code & ((1 << bits) - 1)))
-                radius = y[at + node]
-                y[at + 2 * node + 1] = radius * circles[circle + 1]
-                y[at + 2 * node] = radius * circles[circle]
+            y[t * blocks + i] = root * root * size
+    for level in range(levels, 0, -1):
+        own, nodes = 5 * (level - 1), dim >> level
+        bits, bit, width, entries = of_levels[own], of_levels[own + 2], of_levels[own + 3], of_levels[own + 4]
+        rows = description + 8 * (OWN + 1 if of_levels[own + 1] == 1 else ROWS)
+        for t in range(count):
+            row, found = place(rows, batch, head, first + t), factors + 8 * t * nodes
+            if width > 0:
+                look_up(row + (bit >> 3), 8, 2 * nodes // width, width, entries, found)
+            else:
+                x, circles, last, f = u8_at(row), f32_at(entries), bit + nodes * bits - 1 >> 3, f32_at(found)
+                for node in range(nodes):
+                    begin = bit + node * bits
+                    both = np.int64(x[begin >> 3]) | np.int64(x[min((begin >> 3) + 1, last)]) << 8
+                    code = both >> (begin & 7) & ((1 << bits) - 1)
+                    f[2 * node], f[2 * node + 1] = circles[2 * code], circles[2 * code + 1]
+        y, z, f = f32_at(source), f32_at(target), f32_at(factors)
+        for i in range(count * nodes):
+            z[2 * i], z[2 * i + 1] = y[i] * f[2 * i], y[i] * f[2 * i + 1]
+        source, target = target, source
+    room[0] = 0  # Numba frees an array after its last use, and an address is none
 
 
 @part
@@ -271,7 +278,7 @@ def sums(description, batch, head, first, count, out):
     y, pairs = f32_at(out), dim // 2
     total = np.empty(dim, np.float32)  # in the order of the table
     for t in range(count):
-        x, at = u8_at(place(d, ROWS, batch, head, first + t)), t * dim
+        x, at = u8_at(place(description + 8 * ROWS, batch, head, first + t)), t * dim
         total[:] = 0
         for stage in range(stages):
             byte = 12 * stage >> 3

@@ -107,37 +107,34 @@ def scale_factor(scale, inner, squares, dim):
 
 @part
 def transform(y, dim, hartley, spare):
-    """Hadamard transforms of the ``len(hartley)`` blocks of a vector, mixed by ``hartley``, which has all scaling."""
-    odd = len(hartley)
-    block = dim // odd
-    step = 1
-    if block % 8 == 0:
-        for i in range(0, dim, 8):
-            a, b, c, d = y[i] + y[i + 1], y[i] - y[i + 1], y[i + 2] + y[i + 3], y[i + 2] - y[i + 3]
-            e, f, g, h = y[i + 4] + y[i + 5], y[i + 4] - y[i + 5], y[i + 6] + y[i + 7], y[i + 6] - y[i + 7]
-            a, c, b, d = a + c, a - c, b + d, b - d
-            e, g, f, h = e + g, e - g, f + h, f - h
-            y[i], y[i + 1], y[i + 2], y[i + 3] = a + e, b + f, c + g, d + h
-            y[i + 4], y[i + 5], y[i + 6], y[i + 7] = a - e, b - f, c - g, d - h
-        step = 8
-    while step < block:
-        for i in range(0, dim, 2 * step):
-            for j in range(i, i + step):
-                a, b = y[j], y[j + step]
-                y[j], y[j + step] = a + b, a - b
-        step *= 2
-    if odd == 1:
-        for i in range(dim):
-            y[i] *= hartley[0, 0]
-        return
-    for i in range(dim):
-        spare[i] = y[i]
-        y[i] = 0
-    for k in range(odd):
-        for m in range(odd):
-            factor = hartley[k, m]
+    """Hadamard transforms of the m blocks of a vector, ``dim`` = m·2^k and m odd, mixed by ``hartley`` ``[m, m]``.
+
+    All are addresses but ``dim``; ``spare`` is room for a vector, and ``hartley`` has all scaling. A step puts sums
+    and differences of the halves of a block next to one another: after k of them all are where they were.
+    """
+    block = dim & -dim
+    odd, half_block = dim // block, block >> 1
+    for begin in range(0, 4 * dim, 4 * block):
+        source, target, step = y + begin, spare + begin, 1
+        while step < block:
+            x, z = f32_at(source), f32_at(target)
+            for i in range(half_block):
+                a, b = x[i], x[half_block + i]
+                z[2 * i], z[2 * i + 1] = a + b, a - b
+            source, target, step = target, source, 2 * step
+        if source == y + begin:
+            x, z = f32_at(source), f32_at(target)
             for i in range(block):
-                y[k * block + i] += factor * spare[m * block + i]
+                z[i] = x[i]
+    factors = f32_at(hartley)
+    for k in range(odd):
+        x, z = f32_at(spare), f32_at(y + 4 * k * block)
+        for i in range(block):
+            z[i] = factors[k * odd] * x[i]
+        for m in range(1, odd):
+            x = f32_at(spare + 4 * m * block)
+            for i in range(block):
+                z[i] += factors[k * odd + m] * x[i]
 
 
 @part

@@ -18,8 +18,6 @@ from veloxlab.kernels.vectors import VectorKernel
 from veloxlab.runtime import threads
 
 _SCALES: Final = {"norm": NORM, "mse": MSE, "unbiased": UNBIASED}
-_NOTHING: Final = np.empty(0, np.float32)
-_NO_BITS: Final = np.empty(0, np.uint16)
 _LEAST_SHARE: Final = 1e5  # nanoseconds of work, below which a thread costs more than it gains
 _PAIR: Final = 0.2  # nanoseconds that a point takes with a centroid
 
@@ -120,11 +118,11 @@ def stage_tables(table: Array) -> dict[str, Array]:
 def _encode(work: Work) -> Call:
     (x,), tables, widths = work.vectors, work.tables, work.kernel.variant["fields"]
     below = [sum(widths[i + 1 :]) for i in range(len(widths))]
-    *packed, root_scale, sine = (*work.written, _NO_BITS)[: len(widths) + 2]
+    *packed, root_scale, sine = (*work.written, None)[: len(widths) + 2]
     fields = [[address_of(row), row.shape[1], *f] for row, *f in zip(packed, widths, below, strict=True)]
-    quantizer = (tables.get(name, _NOTHING) for name in ("boundaries", "levels", "stretches"))
+    quantizer = map(tables.get, ("boundaries", "levels", "stretches"))
     arguments = x.described, tables["signs"], tables["hartley"], *quantizer, np.array(fields, np.int64), work.scale
-    return Call(encode.encode, (*arguments, root_scale.ravel(), sine.ravel()), 9)
+    return Call(encode.encode, (*arguments, root_scale.ravel(), None if sine is None else sine.ravel()), 9)
 
 
 def _encode_angles(work: Work) -> Call:

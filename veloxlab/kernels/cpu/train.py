@@ -52,18 +52,21 @@ def drawn_seeds(points: Array, uniform: Array, known_each: int) -> tuple[Array, 
 def in_boxes(points: Array) -> tuple[Array, Array, Array]:
     """An order of ``points`` ``[N, d]`` in which every 64 are neighbours, and what those lie between ``[d, boxes]``.
 
-    They are halved at the middle of their widest coordinate, until 64 or fewer are together.
+    All are halved at the middle of their widest coordinate, until 64 are together. What fills the last ones up is taken
+    for the largest, and left out in the end.
     """
-    order, spans = np.arange(len(points)), [(0, len(points))]
-    while spans:
-        begin, end = spans.pop()
-        if end - begin > COUNT:
-            own = points[order[begin:end]]
-            middle = -(-(end - begin) // (2 * COUNT)) * COUNT
-            widest = np.argmax(own.max(axis=0) - own.min(axis=0))
-            order[begin:end] = order[begin:end][np.argpartition(own[:, widest], middle)]
-            spans += [(begin, begin + middle), (begin + middle, end)]
-    sorted_points, begins = points[order], np.arange(0, len(points), COUNT)
+    count, dim = points.shape
+    levels = (-(-count // COUNT) - 1).bit_length()
+    columns = np.concatenate([points.T, np.zeros((dim, (COUNT << levels) - count), np.float32)], axis=1)
+    order = np.arange(COUNT << levels)
+    for level in range(levels):
+        order = order.reshape(1 << level, -1)
+        own = columns[:, order]
+        widest = np.argmax(own.max(axis=2) - own.min(axis=2), axis=0)
+        numbers = np.where(order < count, own[widest, np.arange(1 << level)], np.inf)
+        order = np.take_along_axis(order, np.argpartition(numbers, order.shape[1] // 2, axis=1), 1).ravel()
+    order = order[:count]
+    sorted_points, begins = points[order], np.arange(0, count, COUNT)
     low, high = (np.ascontiguousarray(f.reduceat(sorted_points, begins).T) for f in (np.minimum, np.maximum))
     return order, low, high
 
