@@ -45,10 +45,9 @@ def train_tables(points: Floats, stages: int, order: Indices, seed: int) -> Floa
         start = residual[rng.choice(len(residual), ENTRIES, replace=False)]
         table: Floats = (start - _turn(start)) / np.float32(2)  # (1 − i)/2 · z is what a = b needs to stand for z
         a, b = by_loop("descend", _descend, residual, table, np.full(len(residual), -1))
-        for _ in range(STEPS):
-            table = _least_squares(residual, a, b)
-            a, b = by_loop("descend", _descend, residual, table, b)
-        tables[stage] = table.astype(np.float16)
+        for _ in range(STEPS - 1):
+            a, b = by_loop("descend", _descend, residual, _least_squares(residual, a, b), b)
+        tables[stage] = _least_squares(residual, a, b).astype(np.float16)
         table = tables[stage]
         a, b = by_loop("search_sums", _search, residual, table, starts=STARTS, rounds=ROUNDS)
         residual = residual - table[a] - _turn(table)[b]

@@ -85,7 +85,7 @@ def far_off(low, high, seeds, s, distances):
 
 @part
 def nearer(points, begin, inside, seeds, s, distances, own):
-    """Lower the squared distances of the points of a box to those from a seed."""
+    """Lower the squared distances of the points of a box to those from a seed; gives whether one is lower now."""
     for i in range(inside):
         distances[i] = 0
     for k in range(len(seeds)):
@@ -93,8 +93,11 @@ def nearer(points, begin, inside, seeds, s, distances, own):
         for i in range(inside):
             off = points[k, begin + i] - number
             distances[i] += off * off
+    lower = 0
     for i in range(inside):
+        lower += 1 if distances[i] < own[i] else 0
         own[i] = distances[i] if distances[i] < own[i] else own[i]
+    return lower > 0
 
 
 @part
@@ -148,13 +151,15 @@ def spread_seeds(points, low, high, places, uniform, known_each, chosen):
             far_off(low, high, seeds, s, off)
             for box in range(boxes):
                 if off[box] < most[box]:
-                    nearer(points, box * COUNT, min(COUNT, count - box * COUNT), seeds, s, distances, own[box])
-                    changed[box] = True
+                    inside = min(COUNT, count - box * COUNT)
+                    changed[box] |= nearer(points, box * COUNT, inside, seeds, s, distances, own[box])
         for box in range(boxes):
             if changed[box]:
-                most[box], changed[box] = own[box].max(), False
+                most[box], changed[box] = 0, False
                 for i in range(min(COUNT, count - box * COUNT)):
-                    left[places[box * COUNT + i]] = own[box, i]
+                    distance = own[box, i]
+                    left[places[box * COUNT + i]] = distance
+                    most[box] = distance if distance > most[box] else most[box]
         latest, total = known, sum_boxes(left, sums)
         together = min(max(1, (known + 1) // known_each), len(uniform) - known)
         for s in range(known, known + together):
