@@ -10,13 +10,12 @@ from typing import Final
 
 import mlx.core as mx
 import numpy as np
-from numba import carray
 
 from veloxlab.kernels.cpu import readers
-from veloxlab.kernels.cpu.attend import TILE, hartley_of
+from veloxlab.kernels.cpu.attend import TILE
 from veloxlab.kernels.cpu.describe import KINDS, address_of, described, described_array, numpy_of
 from veloxlab.kernels.cpu.machine import call_expander, compiled, f32_at, i64_at, part, u16_at
-from veloxlab.kernels.cpu.readers import FUNCTION, scale_of
+from veloxlab.kernels.cpu.readers import FUNCTION, load_scales
 from veloxlab.kernels.cpu.rows import FLOAT16, FLOAT32, bits_of_float, to_half, transform
 from veloxlab.kernels.cpu.run import share
 from veloxlab.kernels.readers import Reader
@@ -59,25 +58,26 @@ def expand(job, first, last):
     job = i64_at(job)
     description, count, dim, packed, kind = i64_at(job[TOKENS]), job[COUNT], job[DIM], job[PACKED] == 1, job[KIND]
     tiles, signs, rotated = (count + TILE - 1) // TILE, f32_at(job[SIGNS]), job[SIGNS] != 0
-    tile, spare = np.empty(TILE * dim, np.float32), np.empty(dim, np.float32)
+    tile = np.empty(TILE * (dim + 1) + dim, np.float32)
+    own = np.int64(tile.ctypes.data)
+    scales, spare = own + 4 * TILE * dim, own + 4 * TILE * (dim + 1)
     for piece in range(first, last):
         b, h, token = piece // (tiles * job[HEADS]), piece // tiles % job[HEADS], piece % tiles * TILE
         together, row = min(TILE, count - token), ((b * job[HEADS] + h) * job[OUT_TOKENS] + token) * dim
-        wide = job[OUT] + 4 * row if kind == FLOAT32 else tile.ctypes.data
+        wide = job[OUT] + 4 * row if kind == FLOAT32 else own
         call_expander(description[FUNCTION], job[TOKENS], b, job[FIRST_HEAD] + h, token, together, wide)
+        load_scales(job[TOKENS], b, job[FIRST_HEAD] + h, token, together, scales)
         for t in range(together if packed else 0):
-            y, scale = f32_at(wide + 4 * t * dim), scale_of(description, b, job[FIRST_HEAD] + h, token + t)
+            y, scale = f32_at(wide + 4 * t * dim), f32_at(scales)[t]
             if rotated:
-                transform(y, dim, hartley_of(job[HARTLEY], dim), spare)
+                transform(wide + 4 * t * dim, dim, job[HARTLEY], spare)
                 for i in range(dim):
                     y[i] *= signs[i] * scale
             elif scale != 1:
                 for i in range(dim):
                     y[i] *= scale
         if kind != FLOAT32:
-            round_to(
-                carray(f32_at(wide), TILE * dim), together * dim, kind, job[FINITE] == 1, u16_at(job[OUT] + 2 * row)
-            )
+            round_to(f32_at(wide), together * dim, kind, job[FINITE] == 1, u16_at(job[OUT] + 2 * row))
     return tile.size  # Numba frees an array after its last use, and an address is none
 
 

@@ -72,7 +72,7 @@ def compiled(function: Function) -> Function:
     return loop
 
 
-class _Unfinished(JITCodeLibrary):  # type: ignore[misc]
+class _Unfinished(JITCodeLibrary):
     """A piece in LLVM's language. What it is linked to optimizes it and makes machine code of it: Numba would, too."""
 
     def _optimize_functions(self, module: Any) -> None:
@@ -96,7 +96,7 @@ class _Unfinished(JITCodeLibrary):  # type: ignore[misc]
         """See `codegen`."""
 
 
-class _Piece(Compiler):  # type: ignore[misc]
+class _Piece(Compiler):
     """Numba's compiler, up to an `_Unfinished` piece."""
 
     def __init__(self, types: Any, target: Any, library: Any, *others: Any) -> None:

@@ -118,11 +118,11 @@ def stage_tables(table: Array) -> dict[str, Array]:
 def _encode(work: Work) -> Call:
     (x,), tables, widths = work.vectors, work.tables, work.kernel.variant["fields"]
     below = [sum(widths[i + 1 :]) for i in range(len(widths))]
-    *packed, root_scale, sine = (*work.written, None)[: len(widths) + 2]
+    packed, (root_scale, *sines) = work.written[: len(widths)], work.written[len(widths) :]
     fields = [[address_of(row), row.shape[1], *f] for row, *f in zip(packed, widths, below, strict=True)]
     quantizer = map(tables.get, ("boundaries", "levels", "stretches"))
     arguments = x.described, tables["signs"], tables["hartley"], *quantizer, np.array(fields, np.int64), work.scale
-    return Call(encode.encode, (*arguments, root_scale.ravel(), None if sine is None else sine.ravel()), 9)
+    return Call(encode.encode, (*arguments, root_scale.ravel(), sines[0].ravel() if sines else None), 9)
 
 
 def _encode_angles(work: Work) -> Call:
