@@ -199,8 +199,8 @@ def test_a_codec_that_no_kernel_reads_is_left_to_graph_ops():
 
 def test_a_kernel_that_disagrees_with_its_reference_is_switched_off_with_one_warning(monkeypatch):
     h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"))
-    right = attend.AttendKernel.__call__
-    monkeypatch.setattr(attend.AttendKernel, "__call__", lambda *given: (right(*given)[0] * 1.01, None))
+    right = attend.AttendKernel._launched
+    monkeypatch.setattr(attend.AttendKernel, "_launched", lambda *given: (right(*given)[0] * 1.01, None))
     q = normal(1, 4, 1, DIM)
     with pytest.warns(UserWarning, match="is switched off on this metal device: it differs from its reference by 0.01"):
         wrong = h.attend(q, 0.125, None)

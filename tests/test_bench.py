@@ -18,9 +18,10 @@ from veloxlab import cli
 from veloxlab.cli import measurements
 from veloxlab.cli.tables import lengths_table
 from veloxlab.codecs import METHODS
+from veloxlab.kernels import devices
 from veloxlab.measure import compare as measured_speed
 from veloxlab.measure.activations import LayerCapture
-from veloxlab.measure.bench import cpu, cpu_decode, models, shapes, timing
+from veloxlab.measure.bench import cpu, cpu_decode, host, models, shapes, timing
 from veloxlab.texts import shipped_folder
 
 SMALL = timing.Shape(4, 2, 128)
@@ -114,19 +115,19 @@ def test_encoding_is_timed_beside_attention(quick):
 
 
 def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkeypatch, tmp_path):
-    names = ("decode_attention", "attention_of_methods", "encode_steps", "decode_steps", "read_prompts")
+    names = ("decode_attention", "attention_of_methods", "encode_steps", "decode_steps", "read_prompts", "host")
     for name in names:
-        module = timing if hasattr(timing, name) else models
+        module = next(each for each in (timing, models, host) if hasattr(each, name))
         monkeypatch.setattr(module, name, lambda *given, name=name, **named: [{"of": name, **named}])
     monkeypatch.setattr(measurements, "bench_picture", lambda results: str(len(results)).encode())
     monkeypatch.setattr(measurements.tables, "bench_tables", lambda results: f"{len(results)} parts")  # type: ignore[attr-defined]
     monkeypatch.setattr(measurements.runtime, "backend", lambda: "cuda")  # type: ignore[attr-defined]
     path = tmp_path / "bench.json"
     assert cli.main(["bench", "--json", str(path), "--tokens", "64"]) == 0
-    assert path.with_suffix(".md").read_text() == "5 parts\n"
+    assert path.with_suffix(".md").read_text() == "6 parts\n"
     results = json.loads(path.read_text())
     assert [part["rows"][0]["of"] for part in results.values()] == [*names]
-    assert path.with_suffix(".png").read_bytes() == b"5"
+    assert path.with_suffix(".png").read_bytes() == b"6"
     assert all(part["facts"]["backend"] in ("cpu", "cuda", "metal") for part in results.values())
     assert results["attention"]["rows"] == [{"of": "decode_attention", "tokens": [64]}]
     assert results["decode"]["rows"] == [{"of": "decode_steps", "tokens": [64]}]
@@ -163,8 +164,8 @@ def test_a_cpu_is_measured_by_one_command_and_without_parts_only_written_again(s
     words = ["bench", "--json", str(path), "--tokens", "96", "320"]
     assert cli.main([*words, "--caches", "turboquant:4", "qjl:2", "--busy"]) == 0
     results = json.loads(path.read_text())
-    assert [*results] == ["decode", "attention", "encode", "fit"]
-    decode, attention, encode, fit = (part["rows"] for part in results.values())
+    assert [*results] == ["decode", "attention", "encode", "fit", "host"]
+    decode, attention, encode, fit, on_host = (part["rows"] for part in results.values())
     names = ["exact 32 bit", "mlx-lm 4 bit", "turboquant 4 bit", "qjl 2 bit"]
     assert [(row["tokens"], row["cache"]) for row in decode] == [(n, name) for n in (96, 320) for name in names]
     for exact, theirs, ours, _ in (decode[:4], decode[4:]):
@@ -185,6 +186,12 @@ def test_a_cpu_is_measured_by_one_command_and_without_parts_only_written_again(s
     assert ["of_ops" in row for row in few] == [False, False, True, True]
     assert [row["cache"] for row in encode] == ["turboquant 4 bit", "spectralquant 4 bit"]
     assert [row["cache"] for row in fit] == ["spectralquant 4 bit"]
+    assert [row["cache"] for row in on_host] == ["exact 32 bit", "turboquant 4 bit", "spectralquant 4 bit"]
+    assert [row["beyond_exact"] for row in on_host] == [
+        row["microseconds"] - on_host[0]["microseconds"] for row in on_host
+    ]
+    assert all(0 < row["microseconds"] <= row["most_microseconds"] for row in on_host)
+    assert devices.BACKENDS["cpu"] is devices.CPU
 
     written = path.with_suffix(".md").read_text()
     assert f"| qjl 2 bit | 320 | {decode[-1]['milliseconds']:.1f} |" in written

@@ -163,7 +163,7 @@ class Call(NamedTuple):
 
     def attend(self, case, backend):
         given = dataclasses.replace(self.queries, coded=None) if case.rotated else self.queries
-        return attend_kernel(given, self.tokens, backend)(given, self.tokens)
+        return attend_kernel(given, self.tokens, backend).prepared(given, self.tokens)(given, self.tokens.recent)
 
 
 def calls(case, runs):
@@ -230,7 +230,7 @@ def test_a_long_exact_run_is_cut_into_longer_splits(monkeypatch):
     tokens = Tokens(reader, reader, sinks, recent, 64, 64)
     q = mx.array(rng.standard_normal((1, 2, 1, 64), np.float32))
     queries = Queries(q, 0.125, q.reshape(1, 1, 2, 64))
-    found, found_coded = attend_kernel(queries, tokens, HOST)(queries, tokens)
+    found, found_coded = attend_kernel(queries, tokens, HOST).prepared(queries, tokens)(queries, recent)
     plain, coded = reading.attend(queries, tokens)
     assert_close(found, plain, HALF)
     assert_close(found_coded, coded, HALF)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import chain
 from threading import get_ident
 
@@ -156,12 +155,15 @@ class History(Handle):
         )
         return History(tuple(segments))
 
-    @cached_property
+    @property
     def _packed_at(self) -> int | None:
         """Which segment is packed."""
-        return next((i for i, s in enumerate(self.segments) if not isinstance(s.key_codec, Exact)), None)
+        for i, segment in enumerate(self.segments):
+            if not isinstance(segment.key_codec, Exact):
+                return i
+        return None
 
-    @cached_property
+    @property
     def _spaces(self) -> tuple[Codec | None, Codec | None] | None:
         """The codecs that bring queries in and answers out, where kernels do not; None if no kernel reads this."""
         tokens = None if self._packed_at is None else self._tokens()

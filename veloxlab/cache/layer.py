@@ -152,8 +152,8 @@ class CompressedKVCache(Runs, saved.Saved):
     def store(self, coming: Coming | Joining) -> tuple[Any, Any]:
         """The second half of `update_and_fetch`, which nothing in the tokens can make fail."""
         if isinstance(coming, Joining):
-            self.recent.append(1, (Code({"values": coming.keys}), Code({"values": coming.values})))
-            history = History((*self._past, _segment(self._exact, self.recent.codes())), calls=self._calls)
+            newest = _segment(self._exact, self.recent.join(*coming))
+            history = History((*self._past, newest), calls=self._calls)
             return history, history
         keys, values, all_seen, arrival, codecs, sinks, packed = coming
         self._past, self._calls = (), {}

@@ -160,7 +160,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         "time attention, encoding and decoding on this device",
         measurements.time_kernels,
         FILE,
-        _many("--tokens", "context lengths (default: 4096 32768 131072; on a CPU 512 2048 8192)", int),
+        _many("--tokens", "context lengths (default: 4096 32768 131072; on a CPU 512 2048 8192 32768)", int),
         _many("--only", "measure only these parts; keep the others of FILE", choices=measurements.PARTS, nargs="*"),
         _many("--caches", "compressed caches to decode with on a CPU, as METHOD:BITS (default: turboquant:4)"),
         ("--busy", {"action": "store_true", "help": "on a CPU, also decode while another process keeps a core busy"}),

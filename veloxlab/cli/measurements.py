@@ -22,7 +22,7 @@ from veloxlab.store import check_place, make_folder, write_atomically, write_par
 if TYPE_CHECKING:
     import polars as pl
 
-PARTS = ("attention", "methods", "encode", "decode", "read", "fit")
+PARTS = ("attention", "methods", "encode", "decode", "read", "fit", "host")
 
 
 def compare_caches(model: str, out: Path, **text: Any) -> None:
@@ -120,6 +120,7 @@ _Parts = tuple[Callable[[], dict[str, Any]], dict[str, Callable[[], Any]]]
 def _on_gpu(tokens: Sequence[int] | None) -> _Parts:
     from veloxlab.codecs import METHODS
     from veloxlab.measure.bench import models, timing
+    from veloxlab.measure.bench.host import host
 
     tokens = tuple(tokens or timing.TOKENS)
     return timing.facts, {
@@ -128,11 +129,13 @@ def _on_gpu(tokens: Sequence[int] | None) -> _Parts:
         "encode": timing.encode_steps,
         "decode": lambda: models.decode_steps(tokens=tokens),
         "read": models.read_prompts,
+        "host": host,
     }
 
 
 def _on_cpu(tokens: Sequence[int] | None, caches: Sequence[str] | None, busy: bool) -> _Parts:
     from veloxlab.measure.bench import cpu, cpu_decode
+    from veloxlab.measure.bench.host import host
 
     say, of_decode = partial(print, flush=True), tuple(tokens or cpu_decode.TOKENS)
     return cpu.facts, {
@@ -140,6 +143,7 @@ def _on_cpu(tokens: Sequence[int] | None, caches: Sequence[str] | None, busy: bo
         "attention": lambda: cpu.attention_of_methods(tuple(tokens or cpu.TOKENS), progress=say),
         "encode": lambda: cpu.encode(progress=say),
         "fit": lambda: cpu.fit(progress=say),
+        "host": lambda: host(progress=say),
     }
 
 

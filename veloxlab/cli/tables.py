@@ -105,6 +105,11 @@ _CPU_TABLES = {  # part: heading, titles, cells
         "{cache} | {tokens:,} | {microseconds:,.0f} | {least_microseconds:,.0f} | {ops_microseconds:,.0f} | {of_ops}",
     ),
 }
+_CPU_TABLES["host"] = (
+    "Python of a layer and token on a GPU, without MLX's launches",
+    "cache | µs, median: | µs more than exact: | µs, mean: | µs, most:",
+    "{cache} | {microseconds:.0f} | {beyond_exact:.0f} | {mean_microseconds:.0f} | {most_microseconds:.0f}",
+)
 _CPU_TABLES["fit"] = ("Fitting to the keys and values of one layer", *_CPU_TABLES["encode"][1:])
 
 

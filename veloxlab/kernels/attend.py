@@ -10,14 +10,15 @@ in MLX's own fused attention.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from string import Template
+from typing import Any
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import SIMD, Backend, Source, launch, source_file
-from veloxlab.kernels.call import STEP, PreparedCall, Queries, Tokens, inputs_of
+from veloxlab.kernels.backend import SIMD, Answer, Backend, Source, launch, source_file
+from veloxlab.kernels.call import STEP, Exact, PreparedCall, Queries, Tokens, changing_inputs, inputs_of, nothing_of
 from veloxlab.kernels.readers import Room
 from veloxlab.kernels.vectors import hartley_row
 
@@ -62,24 +63,25 @@ class AttendKernel:
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
         """See `veloxlab.kernels.call.AttentionKernel`."""
-        return lambda queries, recent: self(queries, replace(tokens, recent=recent))
+        inputs, nothing, sinks = inputs_of(queries, tokens, None), nothing_of(tokens.exact_type), tokens.exact_counts[0]
 
-    def __call__(self, queries: Queries, tokens: Tokens) -> tuple[mx.array, mx.array | None]:
-        """Launch both.
+        def call(queries: Queries, recent: Exact | None) -> Answer:
+            counts = sinks, 0 if recent is None else recent.keys.shape[2]
+            sizes, splits = _sizes(counts, tokens.keys.tokens, queries.q.shape[0] * self.kv_heads * self.row_tiles)
+            changing = changing_inputs(queries, recent or nothing, sizes)
+            return self._launched(inputs | changing, splits, queries, tokens)
 
-        Returns
-        -------
-        ``[B, Hq, L, Dv]`` in the dtype of the queries, and, where ``values.signs`` is None, the packed tokens' part of
-        it in the space of their codes ``[B, H, Hq/H · L, values.dim]`` float32, still to be brought out and added.
-        """
-        q, values, backend = queries.q, tokens.values, self.backend
+        return call
+
+    def _launched(self, given: dict[str, Any], splits: int, queries: Queries, tokens: Tokens) -> Answer:
+        """Both kernels; see `veloxlab.kernels.call.PreparedCall`."""
+        q, values, backend, sizes = queries.q, tokens.values, self.backend, given["sizes"]
         batch, query_heads, length, _ = q.shape
         blocks = self.kv_heads * self.row_tiles
-        sizes, splits = _sizes(tokens.exact_counts, tokens.keys.tokens, batch * blocks)
         padded_rows = batch * blocks * self.rows
         mixed, sums = launch(
             self.attend,
-            inputs_of(queries, tokens, sizes),
+            given,
             backend=backend,
             groups=(splits, blocks, batch),
             threads=SIMDGROUPS * SIMD,

@@ -72,6 +72,7 @@ class Backend:
     shares : threads of the matrix unit that read a key together, and a value.
     points_each : points of a codebook search that a simdgroup works on at once, by the registers of a thread.
     least_size : elements of an input, at least: a smaller array is repeated along a last axis of stride 0.
+    tried : whether a kernel is compared with its reference before it is used.
     lazy : whether outputs are computed when they are asked for. If not, inputs are evaluated before a launch.
     """
 
@@ -88,6 +89,7 @@ class Backend:
     shares: tuple[int, int] = (1, 1)
     points_each: int = 1
     least_size: int = 0
+    tried: bool = True
     lazy: bool = True
 
 

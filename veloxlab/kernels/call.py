@@ -99,16 +99,28 @@ class PreparedCall(Protocol):
 def inputs_of(queries: Queries, tokens: Tokens, sizes: mx.array | None) -> dict[str, Any]:
     """What ``attend.metal`` is launched with, by name; for the names alone, without ``sizes``."""
     keys = tokens.keys
-    nothing = _nothing(tokens.exact_type)
-    sinks, recent = tokens.sinks or nothing, tokens.recent or nothing
-    arrays = {
+    nothing = nothing_of(tokens.exact_type)
+    sinks = tokens.sinks or nothing
+    changing = changing_inputs(queries, tokens.recent or nothing, sizes)
+    mask = {"mask": changing.pop("mask")} if queries.mask is not None else {}
+    return {
         "q": queries.q,
-        "q_coded": queries.q if queries.coded is None else queries.coded,
-        "k_signs": _nothing(mx.float32).keys if keys.signs is None else keys.signs,
+        "q_coded": changing["q_coded"],
+        "k_signs": nothing_of(mx.float32).keys if keys.signs is None else keys.signs,
         **keys.arrays("k"),
         **tokens.values.arrays("v"),
         "sink_keys": sinks.keys,
         "sink_values": sinks.values,
+        **changing,
+        **mask,
+    }
+
+
+def changing_inputs(queries: Queries, recent: Exact, sizes: mx.array | None) -> dict[str, Any]:
+    """Those that are others at each token."""
+    arrays = {
+        "q": queries.q,
+        "q_coded": queries.q if queries.coded is None else queries.coded,
         "recent_keys": recent.keys,
         "recent_values": recent.values,
         "sizes": sizes,
@@ -117,7 +129,8 @@ def inputs_of(queries: Queries, tokens: Tokens, sizes: mx.array | None) -> dict[
 
 
 @lru_cache
-def _nothing(dtype: mx.Dtype) -> Exact:
+def nothing_of(dtype: mx.Dtype) -> Exact:
+    """Stands for exact tokens of a type where there are none."""
     empty = mx.zeros((1, 1, 1, STEP), dtype)
     mx.eval(empty)
     return Exact(empty, empty)

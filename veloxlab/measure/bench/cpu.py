@@ -71,7 +71,7 @@ def attention_of_methods(tokens: Sequence[int] = TOKENS, progress: Tell = print)
     for count in sorted({min(tokens), max(tokens)}):
         ways: dict[str, Callable[[], timing.Cache]] = {EXACT: partial(_exact, count), MLX_LM: partial(_mlx_lm, count)}
         for name, own in codecs().items():
-            ways[_titled(name)] = partial(timing.repeated, SHAPE, count, own, tiles[name])
+            ways[titled(name)] = partial(timing.repeated, SHAPE, count, own, tiles[name])
         query = mx.random.normal((1, SHAPE.query_heads, 1, SHAPE.head_dim))
         made = {name: [way() for _ in range(LAYERS)] for name, way in ways.items()}
         mx.eval(query, [arrays for own in made.values() for _, arrays in own])
@@ -105,9 +105,7 @@ def _with_ratios(rows: Sequence[Row]) -> list[Row]:
 def encode(progress: Tell = print) -> list[Row]:
     """Encoding of `SAMPLE` tokens of one layer: ``cache, tokens, microseconds, least_microseconds, of_ops``, …"""
     x = [vectors(SAMPLE) for _ in TENSORS]
-    works: dict[str, list[Work]] = {
-        _titled(name): [partial(_encoded, own, x)] for name, own in codecs(progress).items()
-    }
+    works: dict[str, list[Work]] = {titled(name): [partial(_encoded, own, x)] for name, own in codecs(progress).items()}
     return [_told(row, "encoding", progress) for row in _in_turn(works)]
 
 
@@ -117,7 +115,7 @@ def fit(progress: Tell = print) -> list[Row]:
     works: dict[str, list[Work]] = {}
     for name, own in codecs(progress).items():
         if METHODS[name].calibrated:
-            works[_titled(name)] = [lambda own=own: [tuple(vars(codec.fit(sample)).values()) for codec in own]]  # type: ignore[misc]
+            works[titled(name)] = [lambda own=own: [tuple(vars(codec.fit(sample)).values()) for codec in own]]  # type: ignore[misc]
     return [_told(row, "fitting", progress) for row in _in_turn(works, rounds=OPS_ROUNDS, ops_rounds=1)]
 
 
@@ -216,7 +214,8 @@ def _bits(method: str) -> int:
     return _BITS.get(method, timing.METHOD_BITS)
 
 
-def _titled(method: str) -> str:
+def titled(method: str) -> str:
+    """A method with its bits, as rows name it."""
     return f"{method} {_bits(method)} bit"
 
 
@@ -232,6 +231,6 @@ def codecs(progress: Tell = print) -> dict[str, list[Codec]]:
     """Codecs of keys and of values of every method, fitted once."""
     for name in METHODS:
         if name not in _codecs and name != "none":
-            progress(f"fitting {_titled(name)}")
+            progress(f"fitting {titled(name)}")
             _codecs[name] = fitted(name, _bits(name))
     return _codecs

@@ -1,0 +1,90 @@
+"""Python's own part of a decode step on a GPU: the graph of one layer's step is made, and is not computed.
+
+It needs no GPU. Kernels are built as for CUDA, but for what MLX does at a launch: their outputs are zeros.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from statistics import mean, median
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models import base
+from mlx_lm.models.cache import KVCache
+
+from veloxlab import runtime
+from veloxlab.cache.counts import BLOCK
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.kernels import devices
+from veloxlab.kernels.backend import Built, Source
+from veloxlab.measure.bench import cpu
+from veloxlab.measure.bench.cpu import EXACT, codecs, titled
+from veloxlab.measure.bench.timing import Row, Tell
+from veloxlab.mlxlm.hooks import attach
+
+PAST = 1024  # tokens before the first that is timed
+BLOCKS = 6  # that are encoded while steps are timed
+
+
+def host(progress: Tell = print) -> list[Row]:
+    """Microseconds of Python a layer and token, with the exact cache and with every method.
+
+    Rows: ``cache, microseconds`` (the median of all steps), ``beyond_exact`` (more than with the exact cache),
+    ``mean_microseconds`` (of all steps: one in `BLOCK` encodes a block), ``most_microseconds``.
+    """
+    made: dict[str, Callable[[], Any]] = {EXACT: KVCache}
+    made |= {titled(name): partial(CompressedKVCache, *two) for name, two in codecs(progress).items()}
+    attach()
+    rows: list[Row] = []
+    with _kernels_without_a_gpu():
+        for name, cache in made.items():
+            spent = _steps(cache())
+            row: Row = {"cache": name, "microseconds": median(spent)}
+            row |= {"mean_microseconds": mean(spent), "most_microseconds": max(spent)}
+            rows.append(row | {"beyond_exact": row["microseconds"] - (rows or [row])[0]["microseconds"]})
+            progress(f"Python of a layer and token: {name}, {row['microseconds']:.3g} µs")
+    return rows
+
+
+def _steps(cache: Any) -> list[float]:  # noqa: ANN401
+    """Microseconds of each step; what one leaves is computed before the next."""
+    shape = cpu.SHAPE
+    forms = (shape.kv_heads, PAST), (shape.kv_heads, 1), (shape.query_heads, 1)
+    past, new, q = (mx.random.normal((1, heads, tokens, shape.head_dim)) for heads, tokens in forms)
+    cache.update_and_fetch(past, past)
+    spent = []
+    for _ in range(BLOCKS * BLOCK):
+        mx.eval(cache.state, new, q)
+        start = time.perf_counter()
+        keys, values = cache.update_and_fetch(new, new)
+        base.scaled_dot_product_attention(q, keys, values, cache=cache, scale=shape.head_dim**-0.5, mask=None)
+        spent.append(1e6 * (time.perf_counter() - start))
+    return spent[BLOCK:]
+
+
+def _zeros(source: Source) -> Built:
+    """Stands for a kernel that was built."""
+
+    def kernel(
+        *, output_shapes: Sequence[tuple[int, ...]], output_dtypes: Sequence[mx.Dtype], **_: object
+    ) -> list[mx.array]:
+        return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+
+    return kernel
+
+
+@contextmanager
+def _kernels_without_a_gpu() -> Iterator[None]:
+    """Let MLX's device have CUDA's kernels, of which none is computed and none is tried."""
+    name = runtime.backend()
+    before = devices.BACKENDS[name]
+    devices.BACKENDS[name] = replace(devices.CUDA, build=_zeros, tried=False)
+    try:
+        yield
+    finally:
+        devices.BACKENDS[name] = before
