@@ -63,7 +63,9 @@ class AttendKernel:
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
         """See `veloxlab.kernels.call.AttentionKernel`."""
-        inputs, nothing, sinks = inputs_of(queries, tokens, None), nothing_of(tokens.exact_type), tokens.exact_counts[0]
+        nothing, sinks = nothing_of(tokens.exact_type), tokens.exact_counts[0]
+        others = changing_inputs(queries, nothing, None)
+        inputs = {name: array for name, array in inputs_of(queries, tokens, None).items() if name not in others}
 
         def call(queries: Queries, recent: Exact | None) -> Answer:
             counts = sinks, 0 if recent is None else recent.keys.shape[2]
