@@ -40,26 +40,16 @@ Defines = dict[str, int | str]
 
 @dataclass(frozen=True, eq=False)
 class AttendKernel:
-    """Softmax attention over sinks, packed and recent tokens, in that order.
+    """Softmax attention over sinks, packed and recent tokens, in that order, by two kernels."""
 
-    Attributes
-    ----------
-    name : for people.
-    backend : the device.
-    attend, combine : the two kernels.
-    kv_heads : of the tokens.
-    rows, row_tiles : of a KV head's queries: there are ``row_tiles`` threadgroups, of ``rows`` each.
-    largest_value : dimension of a value, or of its code if that is larger.
-    """
-
-    name: str
+    name: str  # for people
     backend: Backend
     attend: Source
     combine: Source
     kv_heads: int
-    rows: int
-    row_tiles: int
-    largest_value: int
+    rows: int  # of a KV head's queries that a threadgroup takes
+    row_tiles: int  # threadgroups for all of them
+    largest_value: int  # dimension of a value, or of its code if that is larger
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
         """See `veloxlab.kernels.call.AttentionKernel`."""
@@ -87,26 +77,17 @@ class AttendKernel:
             backend=backend,
             groups=(splits, blocks, batch),
             threads=SIMDGROUPS * SIMD,
-            shapes=[(padded_rows, splits, self.largest_value), (padded_rows, splits, 2)],
-            dtypes=[mx.float32, mx.float32],
+            outputs=[((padded_rows, splits, count), mx.float32) for count in (self.largest_value, 2)],
         )
-        inputs = {"mixed": mixed, "sums": sums, "sizes": sizes}
-        shapes, dtypes = [(batch, query_heads, length, tokens.value_dim)], [q.dtype]
-        if values.signs is None:
-            shapes.append((batch, self.kv_heads, query_heads // self.kv_heads * length, values.dim))
-            dtypes.append(mx.float32)
-        else:
-            inputs["v_signs"] = values.signs
-        if queries.logits is not None:
-            inputs["logits"] = queries.logits
+        coded_shape = batch, self.kv_heads, query_heads // self.kv_heads * length, values.dim
+        outputs = [((batch, query_heads, length, tokens.value_dim), q.dtype), (coded_shape, mx.float32)]
         out, *coded = launch(
             self.combine,
-            inputs,
+            {"mixed": mixed, "sums": sums, "sizes": sizes, "v_signs": values.signs, "logits": queries.logits},
             backend=backend,
             groups=(batch * query_heads * length, 1, 1),
             threads=_COMBINE_THREADS,
-            shapes=shapes,
-            dtypes=dtypes,
+            outputs=outputs[: len(self.combine.outputs)],
         )
         return out, coded[0] if coded else None
 
@@ -148,14 +129,11 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
         "LARGEST_VALUE": largest_value,
         "VALUE_SPREAD": int(values.signs is not None),
     }
+    own = {"v_signs": values.signs, "logits": queries.logits}
     combine = Source(
         name="combine",
-        inputs=(
-            *("mixed", "sums", "sizes"),
-            *(() if values.signs is None else ("v_signs",)),
-            *(() if queries.logits is None else ("logits",)),
-        ),
-        outputs=("out", *(("out_coded",) if values.signs is None else ())),
+        inputs=("mixed", "sums", "sizes", *(name for name, array in own.items() if array is not None)),
+        outputs=("out", "out_coded") if values.signs is None else ("out",),
         defines=(
             *common.items(),
             ("ALL_PADDED", f"{row_tiles * rows}u"),
@@ -218,7 +196,7 @@ def _attend_source(
         ),
         headers=("simd.h", "readers.h", *dict.fromkeys((*keys.headers, *values.headers)), "lanes.h", "attend.h"),
         body=Template(source_file("attend.metal")).substitute(
-            declarations="\n".join(part.declarations for part in (key, value)),
+            declarations=f"{key.declarations}\n{value.declarations}",
             key_setup=key.setup.replace("\n", "\n  "),
             value_setup=value.setup.replace("\n", "\n  "),
             key_hartley="" if keys.signs is None else hartley_row(keys.dim),

@@ -29,22 +29,13 @@ Built = Callable[..., list[mx.array]]  # called as the kernels that ``mx.fast.me
 
 @dataclass(frozen=True)
 class Source:
-    """A kernel in a form that all back ends take, but for the prelude.
+    """A kernel in a form that all back ends take, but for the prelude."""
 
-    Attributes
-    ----------
-    name : of the kernel, for people and profilers.
-    inputs, outputs : names of the arrays, as the body uses them.
-    defines : what is known when it is built.
-    headers : files of ``source/`` with the functions that the body calls, in order.
-    body : the body's text.
-    """
-
-    name: str
-    inputs: tuple[str, ...]
+    name: str  # of the kernel, for people and profilers
+    inputs: tuple[str, ...]  # names of the arrays, as the body uses them
     outputs: tuple[str, ...]
-    defines: tuple[tuple[str, int | str], ...]
-    headers: tuple[str, ...]
+    defines: tuple[tuple[str, int | str], ...]  # what is known when it is built
+    headers: tuple[str, ...]  # files of ``source/`` with the functions that the body calls, in order
     body: str
 
     def header(self, prelude: str) -> str:
@@ -57,40 +48,28 @@ class Source:
 class Backend:
     """All that differs between the machines that run kernels.
 
-    Attributes
-    ----------
-    name : as `veloxlab.runtime.backend` gives it.
-    attention : the kernel of a call of attention, or None; as `veloxlab.kernels.attend.attend_kernel`.
-    together : several prepared calls at once, one of each entry of a batch; as `veloxlab.kernels.cpu.call.together`.
-    types : what a kernel's text calls each type of number.
-    build : makes a `Source` into a function that runs it.
-    write : writes tokens into a buffer that is there, where that can be; as `veloxlab.kernels.cpu.expand.write`.
-    run : runs a kernel of vectors on evaluated arrays, at once, where nothing is built of text; gives each output.
-    shared_bytes : memory that the threads of a group share.
-    table_words : words of 4 bytes of it, at most, for the tables of codes.
-    pair_words : words that a pair of levels takes there: 1 in half precision, 2 in float32.
-    shares : threads of the matrix unit that read a key together, and a value.
-    points_each : points of a codebook search that a simdgroup works on at once, by the registers of a thread.
-    least_size : elements of an input, at least: a smaller array is repeated along a last axis of stride 0.
-    tried : whether a kernel is compared with its reference before it is used.
-    lazy : whether outputs are computed when they are asked for. If not, inputs are evaluated before a launch.
+    Of attention: ``attention`` gives the kernel of a call, or None, as `veloxlab.kernels.attend.attend_kernel`;
+    ``together`` makes several prepared calls at once, one of each entry of a batch, and ``write`` writes tokens into a
+    buffer that is there, as `veloxlab.kernels.cpu.call.together` and `veloxlab.kernels.cpu.expand.write`.
+    Of vectors: ``build`` makes a `Source` into a function that runs it; where nothing is built of text, ``run`` runs a
+    kernel on evaluated arrays, at once, and gives each output.
     """
 
-    name: str
+    name: str  # as `veloxlab.runtime.backend` gives it
     attention: Callable[[Queries, Tokens, Any], AttentionKernel | None]
-    types: Mapping[mx.Dtype, str]
+    types: Mapping[mx.Dtype, str]  # what a kernel's text calls each type of number
     build: Callable[[Source], Built] | None = None
     together: Callable[[Sequence[Any], Queries, Sequence[Any], Sequence[int]], Answer] | None = None
     write: Callable[[Reader | mx.array, mx.array, int, int, bool], None] | None = None
     run: Callable[[VectorKernel, Sequence[mx.array]], list[mx.array]] | None = None
-    shared_bytes: int = 0
-    table_words: int = 0
-    pair_words: int = 1
-    shares: tuple[int, int] = (1, 1)
-    points_each: int = 1
-    least_size: int = 0
-    tried: bool = True
-    lazy: bool = True
+    shared_bytes: int = 0  # memory that the threads of a group share
+    table_words: int = 0  # words of 4 bytes of it, at most, for the tables of codes
+    pair_words: int = 1  # words that a pair of levels takes there: 1 in half precision, 2 in float32
+    shares: tuple[int, int] = (1, 1)  # threads of the matrix unit that read a key together, and a value
+    points_each: int = 1  # points of a codebook search that a simdgroup has in hand, by the registers of a thread
+    least_size: int = 0  # elements of an input, at least: a smaller one is repeated along a last axis of stride 0
+    tried: bool = True  # whether a kernel is compared with its reference before it is used
+    lazy: bool = True  # whether outputs are computed when they are asked for; else inputs are evaluated at a launch
 
 
 @cache
@@ -101,18 +80,17 @@ def source_file(name: str) -> str:
 
 def launch(
     source: Source,
-    arrays: Mapping[str, mx.array],
+    arrays: Mapping[str, Any],
     *,
     backend: Backend,
     groups: tuple[int, int, int],
     threads: int,
-    shapes: Sequence[tuple[int, ...]],
-    dtypes: Sequence[mx.Dtype],
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
 ) -> list[mx.array]:
-    """Run a kernel on ``groups`` threadgroups of ``threads`` threads; ``shapes`` and ``dtypes`` are the outputs'."""
+    """Run a kernel on ``groups`` threadgroups of ``threads`` threads; of ``arrays`` it takes its own inputs."""
     inputs = [arrays[name] for name in source.inputs]
-    if backend.least_size:
-        inputs = [_at_least(backend.least_size, array) for array in inputs]
+    if (least := backend.least_size) > 0:
+        inputs = [x if x.size >= least else mx.broadcast_to(x[..., None], (*x.shape, least)) for x in inputs]
     if not backend.lazy:
         mx.eval(inputs)
     return _built(source, backend)(
@@ -120,8 +98,8 @@ def launch(
         template=[],
         grid=(groups[0] * threads, groups[1], groups[2]),
         threadgroup=(threads, 1, 1),
-        output_shapes=list(shapes),
-        output_dtypes=list(dtypes),
+        output_shapes=[shape for shape, _ in outputs],
+        output_dtypes=[dtype for _, dtype in outputs],
     )
 
 
@@ -153,7 +131,3 @@ def _bare(text: str) -> str:
     """The text without comments and indents: MLX copies all of it at every launch."""
     lines = (line.partition("//")[0].strip() for line in text.splitlines())
     return "\n".join(filter(None, lines)) + "\n"
-
-
-def _at_least(size: int, array: mx.array) -> mx.array:
-    return array if array.size >= size else mx.broadcast_to(array[..., None], (*array.shape, size))

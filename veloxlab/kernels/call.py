@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
 import mlx.core as mx
 
+from veloxlab.kernels.backend import Answer
 from veloxlab.kernels.readers import Reader
 
 STEP = 16  # coordinates that dimensions are multiples of
@@ -52,23 +54,19 @@ class Tokens:
 
 @dataclass(frozen=True, eq=False)
 class Queries:
-    """What attends.
+    """What attends."""
 
-    Attributes
-    ----------
-    q : ``[B, Hq, L, Dk]``.
-    scale : what scores are multiplied with.
-    coded : the queries in the space of the keys' codes ``[B, H, Hq/H · L, keys.dim]`` float32, where kernels do not
-        know how to bring them there.
-    mask : to be added to the scores ``[B, Hq, L, S]`` float32, or None.
-    logits : what each head's softmax has beside the tokens' scores, without a value ``[Hq]`` float32, or None.
-    """
+    q: mx.array  # [B, Hq, L, Dk]
+    scale: float  # what scores are multiplied with
+    coded: mx.array | None = None  # q in the space of the keys' codes [B, H, Hq/H · L, keys.dim] float32, if by a codec
+    mask: mx.array | None = None  # to be added to the scores [B, Hq, L, S] float32
+    logits: mx.array | None = None  # beside the tokens' scores in each head's softmax, without a value [Hq] float32
 
-    q: mx.array
-    scale: float
-    coded: mx.array | None = None
-    mask: mx.array | None = None
-    logits: mx.array | None = None
+
+PreparedCall = Callable[[Queries, Exact | None], Answer]
+"""Attention over a layer's tokens, of which only the recent ones change: ``[B, Hq, L, Dv]`` in the queries' dtype or
+float32, and, if values are not rotated back, the packed tokens' part in the space of their codes
+``[B, H, Hq/H · L, values.dim]`` float32, still to be brought out and added."""
 
 
 class AttentionKernel(Protocol):
@@ -85,34 +83,18 @@ class AttentionKernel(Protocol):
         """Calls that are like this one but for the numbers of the queries, and for the recent tokens, in all."""
 
 
-class PreparedCall(Protocol):
-    """Attention over a layer's tokens, of which only the recent ones change."""
-
-    def __call__(self, queries: Queries, recent: Exact | None) -> tuple[mx.array, mx.array | None]:
-        """``[B, Hq, L, Dv]`` in the queries' dtype or float32, and, if it is not rotated back, the packed tokens' part.
-
-        That part is in the space of their codes ``[B, H, Hq/H · L, values.dim]`` float32, still to be brought out and
-        added.
-        """
-
-
 def inputs_of(queries: Queries, tokens: Tokens, sizes: mx.array | None) -> dict[str, Any]:
     """What ``attend.metal`` is launched with, by name; for the names alone, without ``sizes``."""
     keys = tokens.keys
     nothing = nothing_of(tokens.exact_type)
     sinks = tokens.sinks or nothing
-    changing = changing_inputs(queries, tokens.recent or nothing, sizes)
-    mask = {"mask": changing.pop("mask")} if queries.mask is not None else {}
     return {
-        "q": queries.q,
-        "q_coded": changing["q_coded"],
+        **changing_inputs(queries, tokens.recent or nothing, sizes),
         "k_signs": nothing_of(mx.float32).keys if keys.signs is None else keys.signs,
         **keys.arrays("k"),
         **tokens.values.arrays("v"),
         "sink_keys": sinks.keys,
         "sink_values": sinks.values,
-        **changing,
-        **mask,
     }
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -12,38 +13,14 @@ import mlx.core as mx
 
 from veloxlab import runtime
 from veloxlab.kernels.attend import attend_kernel
-from veloxlab.kernels.backend import Answer, Backend, build_with_mlx
-from veloxlab.kernels.call import AttentionKernel, Exact, Queries, Tokens
-from veloxlab.kernels.readers import Reader
-from veloxlab.kernels.vectors import VectorKernel
+from veloxlab.kernels.backend import Backend, build_with_mlx
 
 SWITCH = "VELOXLAB_KERNELS"  # 0 in the environment: no kernel, MLX operations do everything
 
 
-def _run_on_cpu(kernel: VectorKernel, given: Sequence[mx.array]) -> list[mx.array]:
-    from veloxlab.kernels.cpu.run import run  # it takes a second to import what compiles
-
-    return run(kernel, given)
-
-
-def _attend_on_cpu(queries: Queries, tokens: Tokens, _: Backend) -> AttentionKernel:
-    from veloxlab.kernels.cpu.call import attend_kernel
-
-    return attend_kernel(queries, tokens)
-
-
-def _together_on_cpu(
-    calls: Sequence[Any], queries: Queries, recents: Sequence[Exact | None], columns: Sequence[int]
-) -> Answer:
-    from veloxlab.kernels.cpu.call import together
-
-    return together(calls, queries, recents, columns)
-
-
-def _write_on_cpu(tokens: Reader | mx.array, out: mx.array, place: int, first_head: int, finite: bool) -> None:
-    from veloxlab.kernels.cpu.expand import write
-
-    write(tokens, out, place, first_head, finite)
+def _on_cpu(module: str, name: str) -> Callable[..., Any]:
+    """A function of ``kernels/cpu/``, imported when it is first called: to import what compiles takes a second."""
+    return lambda *given: getattr(import_module(f"veloxlab.kernels.cpu.{module}"), name)(*given)
 
 
 METAL = Backend(
@@ -71,11 +48,11 @@ CUDA = Backend(
 )
 CPU = Backend(
     name="cpu",
-    attention=_attend_on_cpu,
-    together=_together_on_cpu,
+    attention=lambda queries, tokens, _: _on_cpu("call", "attend_kernel")(queries, tokens),
+    together=_on_cpu("call", "together"),
     types={mx.float32: "float", mx.float16: "half", mx.bfloat16: "bfloat16"},
-    write=_write_on_cpu,
-    run=_run_on_cpu,
+    write=_on_cpu("expand", "write"),
+    run=_on_cpu("run", "run"),
     lazy=False,
 )
 BACKENDS = {backend.name: backend for backend in (METAL, CUDA, CPU)}

@@ -36,22 +36,13 @@ _KEEP_REST: Final = "if (lane == 0) sines[vector] = half(square_root(rest / floa
 
 
 class Quantizer(NamedTuple):
-    """How a kernel quantizes a coordinate of a rotated vector of root-mean-square 1.
+    """How a kernel quantizes a coordinate of a rotated vector of root-mean-square 1."""
 
-    Attributes
-    ----------
-    bits : of a code, 1 to 8.
-    tried : how many stretches are tried; 0 by levels.
-    arrays : inputs of the kernel.
-    fill : text of threadgroup variables, and what fills them.
-    made : text of the quantizer, once a rotated vector lies in ``y``.
-    """
-
-    bits: int
-    tried: int
-    arrays: Mapping[str, mx.array]
-    fill: str
-    made: str
+    bits: int  # of a code, 1 to 8
+    tried: int  # how many stretches are tried; 0 by levels
+    arrays: Mapping[str, mx.array]  # inputs of the kernel
+    fill: str  # text of threadgroup variables, and what fills them
+    made: str  # text of the quantizer, once a rotated vector lies in ``y``
 
 
 def nearest_level(boundaries: mx.array, levels: mx.array, bits: int) -> Quantizer:

@@ -22,41 +22,27 @@ Rows = Mapping[str, tuple[int, mx.Dtype]]
 
 @dataclass(frozen=True, eq=False)
 class VectorKernel:
-    """One such kernel.
+    """One such kernel. Of its ``defines`` a type stands for the back end's name of it.
 
-    Attributes
-    ----------
-    name : of the kernel, for people and profilers.
-    file : of ``source/``, with the body; None for a kernel that only CPUs have.
-    given : names that the body has for the arrays that the kernel is called with, ``[B, H, S, ·]``.
-    rows : of each output its name, the numbers that it has for a vector, and their type.
-    at_once : vectors of a threadgroup.
-    defines : what is known when the kernel is built; a type stands for the back end's name of it.
-    variant : what else tells it from others of its name, for back ends that do not read text.
-    types : definitions that are the type of a given array: the name of each, and which array.
-    headers : files of ``source/`` that the body needs.
-    texts : what is put in the place of each ``$name`` of the body.
-    tables : further inputs, the same for all vectors.
-    outputs : names that the body has for the outputs, where they are not those of `rows`.
-    spans : threadgroups that share a vector.
-    threads : of a threadgroup.
-    whole_numbers : whether it is to be tried on those: on others its answer would depend on rounding.
+    ``variant`` is what else tells it from others of its name, for back ends that do not read text. ``types`` are
+    definitions that are the type of a given array: the name of each, and which array. If it is to be tried on
+    ``whole_numbers``, its answer to others would depend on rounding.
     """
 
-    name: str
-    file: str | None
-    given: tuple[str, ...]
-    rows: Rows
-    at_once: int = 1
-    defines: Mapping[str, int | str | mx.Dtype] = field(default_factory=dict)
+    name: str  # of the kernel, for people and profilers
+    file: str | None  # of ``source/``, with the body; None for a kernel that only CPUs have
+    given: tuple[str, ...]  # names that the body has for the arrays that the kernel is called with, [B, H, S, ·]
+    rows: Rows  # of each output its name, the numbers that it has for a vector, and their type
+    at_once: int = 1  # vectors of a threadgroup
+    defines: Mapping[str, int | str | mx.Dtype] = field(default_factory=dict)  # what is known when it is built
     variant: Mapping[str, Any] = field(default_factory=dict)
     types: Mapping[str, int] = field(default_factory=lambda: {"IN_TYPE": 0})
-    headers: tuple[str, ...] = IN_LANES
-    texts: Mapping[str, str] = field(default_factory=dict)
-    tables: Mapping[str, mx.array] = field(default_factory=dict)
-    outputs: tuple[str, ...] = ()
-    spans: int = 1
-    threads: int = THREADS
+    headers: tuple[str, ...] = IN_LANES  # files of ``source/`` that the body needs
+    texts: Mapping[str, str] = field(default_factory=dict)  # what is put in the place of each ``$name`` of the body
+    tables: Mapping[str, mx.array] = field(default_factory=dict)  # further inputs, the same for all vectors
+    outputs: tuple[str, ...] = ()  # names that the body has for the outputs, where they are not those of `rows`
+    spans: int = 1  # threadgroups that share a vector
+    threads: int = THREADS  # of a threadgroup
     whole_numbers: bool = False
     _sources: dict[tuple[object, ...], Source] = field(default_factory=dict, init=False, repr=False)
 
@@ -101,8 +87,7 @@ class VectorKernel:
             backend=backend,
             groups=(-(-math.prod(lead) // self.at_once), self.spans, 1),
             threads=self.threads,
-            shapes=[(*lead, count) for count, _ in self.rows.values()],
-            dtypes=[dtype for _, dtype in self.rows.values()],
+            outputs=[((*lead, count), dtype) for count, dtype in self.rows.values()],
         )
         return dict(zip(self.rows, written, strict=True))
 

@@ -16,25 +16,17 @@ MOST_ROWS = 2  # of bytes: Metal has no room for the arrays of more
 
 @dataclass(frozen=True, eq=False)
 class GroupsReader(Reader):
-    """Codes of ``bits`` bits, LSB first and without gaps: least + (code + 0 or ½) · 2 · half step, of each group.
-
-    Attributes
-    ----------
-    half_steps, leasts : of each group of a vector ``[B, H, S, groups]``, float16: the roots, with the number's sign.
-    bits : of a code.
-    group : coordinates that share both; the last ones of a vector may be fewer.
-    centred : whether levels are in the middle of their steps, and not where those begin.
-    """
+    """Codes of ``bits`` bits, LSB first and without gaps: least + (code + 0 or ½) · 2 · half step, of each group."""
 
     name: ClassVar[str] = "groups"
     headers = ("read_groups.h",)
     stored: ClassVar[tuple[str, ...]] = ("rows", "half_steps", "leasts")
 
-    half_steps: mx.array
-    leasts: mx.array
+    half_steps: mx.array  # of each group of a vector [B, H, S, groups], float16: the roots, with the number's sign
+    leasts: mx.array  # the same
     bits: int
-    group: int
-    centred: bool
+    group: int  # coordinates that share both; the last ones of a vector may be fewer
+    centred: bool  # whether levels are in the middle of their steps, and not where those begin
 
     @property
     def constants(self) -> tuple[int, ...]:
@@ -50,33 +42,22 @@ class PolarReader(Reader):
     """Blocks of ``2**len(widths)`` coordinates, each with a radius and a binary tree of angles.
 
     The codes of levels of one width are in one row of bytes, level after level: those as wide as level 1 in ``rows``.
-
-    Attributes
-    ----------
-    other : codes of the other width ``[B, H, S, bytes]``, uint8, or None where there is none.
-    radii : of each block the root of radius / √(coordinates of a block) ``[B, H, S, blocks]``, float16.
-    widths : bits of the angles of each level, that of pairs of coordinates first; of two different widths at most.
-    table : cosine and sine of the angles of all levels, one after the other ``[entries, 2]``, float32.
     """
 
     name: ClassVar[str] = "polar"
     headers = ("read_polar.h",)
     stored: ClassVar[tuple[str, ...]] = ("rows", "other", "radii")
     tables: ClassVar[tuple[str, ...]] = ("table",)
+    one_copy: ClassVar[bool] = True
 
-    other: mx.array | None
-    radii: mx.array
-    widths: tuple[int, ...]
-    table: mx.array
+    other: mx.array | None  # codes of the other width [B, H, S, bytes], uint8, or None where there is none
+    radii: mx.array  # of each block the root of radius / √(coordinates of a block) [B, H, S, blocks], float16
+    widths: tuple[int, ...]  # bits of the angles of each level, that of pairs of coordinates first; two widths at most
+    table: mx.array  # cosine and sine of the angles of all levels, one after the other [entries, 2], float32
 
     @property
     def constants(self) -> tuple[int, ...]:
         return self.widths
-
-    @property
-    def lookup(self) -> mx.array | None:
-        """Cosines and sines; see `Reader.lookup`."""
-        return self.table
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
         entries, name = self.table.shape[0], f"{home}_circles"

@@ -42,25 +42,17 @@ class Fragment(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Reader(ABC):
-    """Packed vectors ``[B, H, S, dim]``.
-
-    Attributes
-    ----------
-    dim : coordinates of a vector in the space of the codes.
-    rows : packed codes ``[B, H, S, words]``, uint32, or bytes.
-    scales : square root of each vector's scale ``[B, H, S, 1]``, float16, or None for 1.
-    signs : of the Hadamard rotation that leads to the space of the codes ``[dim]``, float32; None where another
-        transform does, which kernels do not know.
-    """
+    """Packed vectors ``[B, H, S, dim]``; see `veloxlab.kernels.readers.reader`."""
 
     name: ClassVar[str]  # of the layout
     stored: ClassVar[tuple[str, ...]] = ("rows",)  # fields with a row for every token, in the kernel's order
     tables: ClassVar[tuple[str, ...]] = ()  # fields that are the same for all tokens
+    one_copy: ClassVar[bool] = False  # whether keys and values that have the same ``table`` share its copy
 
-    dim: int
-    rows: mx.array
-    scales: mx.array | None
-    signs: mx.array | None
+    dim: int  # coordinates of a vector in the space of the codes
+    rows: mx.array  # packed codes [B, H, S, words], uint32, or bytes
+    scales: mx.array | None  # square root of each vector's scale [B, H, S, 1], float16, or None for 1
+    signs: mx.array | None  # of the Hadamard rotation to that space [dim], float32; None for a transform unknown here
 
     @property
     @abstractmethod
@@ -92,12 +84,7 @@ class Reader(ABC):
     @property
     def lookup(self) -> mx.array | None:
         """The table, of which one copy is enough for keys and values that have the same; None without one."""
-        return None
-
-    @property
-    def together(self) -> int:
-        """Neighbouring coordinates that are read at once."""
-        return 2
+        return getattr(self, "table", None) if self.one_copy else None
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -105,8 +92,8 @@ class Reader(ABC):
         return self.name, self.dim, self.kv_heads, self.signs is None, self.scales is None, *self.constants
 
     def shares(self, count: int) -> bool:
-        """Whether a vector can be read in ``count`` equal shares, each by a thread of its own."""
-        return self.dim % (count * self.together) == 0
+        """Whether a vector can be read in ``count`` equal shares, each by a thread of its own, in whole pairs."""
+        return self.dim % (2 * count) == 0
 
     def arrays(self, prefix: str) -> dict[str, mx.array]:
         """Inputs of the kernel, by name."""

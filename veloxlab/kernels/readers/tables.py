@@ -26,24 +26,20 @@ _ENTRIES = 64  # of a stage of sums
 class TableReader(Reader):
     """Codes of ``bits`` bits, LSB first and without gaps, each of which stands for a row of ``table``.
 
-    Attributes
-    ----------
-    bits : of a code, of either stage if there are two.
-    table : ``[2**bits, n]`` float32, with n 1 or even: the levels of n neighbouring coordinates. Narrow scalar codes
-        are read two at a time; the codes of a vector quantizer are of the same kind. With two stages ``[4**bits, n]``,
-        n 1 or 2, the code in ``rows`` in the high bits of the index.
-    fine : a second stage's codes ``[B, H, S, words]``, uint32, or None.
-    shifts : what is added to a KV head's vectors once they are scaled ``[H, dim]``, float32, or None.
+    That is ``[2**bits, n]`` float32, with n 1 or even: the levels of n neighbouring coordinates. Narrow scalar codes
+    are read two at a time; the codes of a vector quantizer are of the same kind. With two stages the table is
+    ``[4**bits, n]``, n 1 or 2, the code in ``rows`` in the high bits of the index.
     """
 
     name: ClassVar[str] = "table"
     stored: ClassVar[tuple[str, ...]] = ("rows", "fine")
     tables: ClassVar[tuple[str, ...]] = ("table", "shifts")
+    one_copy: ClassVar[bool] = True
 
-    bits: int
+    bits: int  # of a code, of either stage if there are two
     table: mx.array
-    fine: mx.array | None = None
-    shifts: mx.array | None = None
+    fine: mx.array | None = None  # a second stage's codes [B, H, S, words], uint32
+    shifts: mx.array | None = None  # what is added to a KV head's vectors once they are scaled [H, dim], float32
 
     @property
     def headers(self) -> tuple[str, ...]:
@@ -55,15 +51,9 @@ class TableReader(Reader):
         staged, shifted = int(self.fine is not None), int(self.shifts is not None)
         return self.bits, self.table.shape[1], self.rows.shape[3], staged, shifted
 
-    @property
-    def lookup(self) -> mx.array | None:
-        """The table; see `Reader.lookup`."""
-        return self.table
-
-    @property
-    def together(self) -> int:
-        """See `Reader.together`: no code may be cut."""
-        return max(2, self.table.shape[1])
+    def shares(self, count: int) -> bool:
+        """See `Reader.shares`: no code may be cut."""
+        return super().shares(count) and self.dim % (count * self.table.shape[1]) == 0
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
         table_type, table, text = _table_text(self.table, prefix, home, room)
@@ -114,20 +104,16 @@ def _table_text(table: mx.array, prefix: str, home: str, room: Room) -> tuple[st
 class SumsReader(Reader):
     """Two indices of 6 bits a stage, in rows of bytes: Σ entry a + i · entry b, whose pairs of neighbours are complex.
 
-    Attributes
-    ----------
-    table : entries of every stage ``[H, stages, 64, dim]``, float16.
-    rotated : of the table's coordinates, the first ones whose pairs are neighbours or halves; of the others halves are.
-    traditional : whether pairs of the first ones are neighbours.
-    angles : of the first token the position, and of each pair the angle for one position ``[1 + dim/2]``, float32;
-        None where nothing is turned.
+    Pairs of the table's first ``rotated`` coordinates are neighbours if ``traditional``, else halves, as of the others.
+    ``angles`` are of the first token the position, and of each pair the angle for one position ``[1 + dim/2]``,
+    float32; None where nothing is turned.
     """
 
     name: ClassVar[str] = "sums"
     headers = ("read_sums.h",)
     tables: ClassVar[tuple[str, ...]] = ("table", "angles")
 
-    table: mx.array
+    table: mx.array  # entries of every stage [H, stages, 64, dim], float16
     rotated: int
     traditional: bool
     angles: mx.array | None

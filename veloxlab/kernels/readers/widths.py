@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room, made, with_stride
+from veloxlab.kernels.vectors import words_per_row
 
 _NARROW, _WIDEST = 4, 8  # bits: there are two kernels, one for layers whose codes are all narrow
 _FIELDS = 4  # of a head's description
@@ -25,7 +26,7 @@ def head_widths(bits: tuple[int, ...], dim: int, levels: Mapping[int, mx.array])
     ``levels`` are those of each width in use ``[2**bits, 1]``, or of two neighbouring codes ``[4**bits, 2]`` where they
     have 4 bits or fewer.
     """
-    widths, words = np.array(bits), np.array([-(-dim * width // 32) for width in bits])
+    widths, words = np.array(bits), np.array([words_per_row(dim, width) for width in bits])
     stored = np.argsort(widths, kind="stable")
     place = np.argsort(stored)
     first_word = (np.cumsum(words[stored]) - words[stored])[place]
@@ -45,21 +46,15 @@ class WidthsReader(Reader):
 
     ``rows`` ``[B, 1, S, words]`` has the words of all heads of a token, by width, and ``scales`` ``[B, H, S, 1]`` are
     in the same order. The layers of a model differ in their heads' widths: those are data, and one kernel is for all.
-
-    Attributes
-    ----------
-    widest : bits of a code, at most.
-    heads : of each head ``[H, 4]``, uint32: bits, first word, place among those stored, first number of its levels.
-    table : the levels of all widths, one after the other, float32.
     """
 
     name: ClassVar[str] = "widths"
     headers = ("read_widths.h",)
     tables: ClassVar[tuple[str, ...]] = ("heads", "table")
 
-    widest: int
-    heads: mx.array
-    table: mx.array
+    widest: int  # bits of a code, at most
+    heads: mx.array  # of each [H, 4], uint32: bits, first word, place among those stored, first number of its levels
+    table: mx.array  # the levels of all widths, one after the other, float32
 
     @property
     def kv_heads(self) -> int:
@@ -104,20 +99,14 @@ def planned(widths: tuple[int, ...], first_level: np.ndarray, levels: np.ndarray
 
 @dataclass(frozen=True, eq=False)
 class PlanReader(Reader):
-    """Codes of 0 to 8 bits, each coordinate's own, in one row of bits: level · factor + shift.
-
-    Attributes
-    ----------
-    plan : `planned` widths and levels. The layers of a model differ in it: it is data, and one kernel is for all.
-    fit : of every coordinate of each KV head a factor and a shift ``[H, dim, 2]``, float32.
-    """
+    """Codes of 0 to 8 bits, each coordinate's own, in one row of bits: level · factor + shift."""
 
     name: ClassVar[str] = "plan"
     headers = ("read_plan.h",)
     tables: ClassVar[tuple[str, ...]] = ("plan", "fit")
 
-    plan: mx.array
-    fit: mx.array
+    plan: mx.array  # `planned` widths and levels: layers differ in it, so it is data, and one kernel is for all
+    fit: mx.array  # of every coordinate of each KV head a factor and a shift [H, dim, 2], float32
 
     @property
     def constants(self) -> tuple[int, ...]:
