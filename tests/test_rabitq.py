@@ -44,7 +44,7 @@ def test_the_exact_encoder_finds_the_best_direction(bits, dim):
     x = unit_vectors(dim, 8)
     codec = RaBitQ(dim, bits, encoder="exact")
     y = np.array(codec._rotation.forward(mx.array(x)))
-    u = np.array(codec.levels(codec.encode(mx.array(x)[None, None]).arrays))[0, 0]
+    u = np.array(codec.expand(codec.encode(mx.array(x)[None, None])))[0, 0]
     cosine = (y * u).sum(axis=1) / np.linalg.norm(u, axis=1)
     assert cosine == pytest.approx([walked(np.abs(row), bits) for row in y.astype(np.float64)], abs=2e-6)  # float32
 
@@ -126,7 +126,7 @@ def test_one_bit_is_the_signs_and_its_cosine_is_the_papers(dim, mean, deviation)
     codec = RaBitQ(dim, 1, bounds=True)
     code = codec.encode(mx.array(x)[None, None])
     y = np.array(codec._rotation.forward(mx.array(x)))
-    assert np.array_equal(np.array(codec.levels(code.arrays))[0, 0], np.where(y >= 0, 0.5, -0.5))
+    assert np.array_equal(np.array(codec.expand(code))[0, 0], np.where(y >= 0, 0.5, -0.5))
     cosine = np.sqrt(1 - np.array(code.arrays["sine"], np.float64) ** 2)
     assert cosine.mean() == pytest.approx(mean, abs=3 * deviation / math.sqrt(PAIRS))
     assert cosine.std() == pytest.approx(deviation, rel=3 / math.sqrt(2 * PAIRS) + 0.008)  # the table's last digit

@@ -73,7 +73,7 @@ def test_the_code_is_stage_one_and_then_the_nearest_of_stage_two(bits, variant, 
     second = np.abs(y[..., None] - table[first]).argmin(axis=-1)
     expected = np.take_along_axis(table[first], second[..., None], axis=-1)[..., 0]
     # a coordinate within float32's rounding of a boundary may go either way
-    assert np.isclose(np.array(codec.levels(arrays)), expected, atol=1e-5).mean() > 0.999
+    assert np.isclose(np.array(codec.expand(Code(arrays))), expected, atol=1e-5).mean() > 0.999
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

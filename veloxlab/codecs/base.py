@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
@@ -226,8 +226,8 @@ def _tile(code: Code, start: int, after: mx.array) -> Code:
 
 @lru_cache
 def _words(kind: type) -> dict[str, Check]:
-    hints = {field.name: get_type_hints(kind)[field.name] for field in fields(kind)}
-    return {name: choice(*get_args(hint)) for name, hint in hints.items() if get_origin(hint) is Literal}
+    hints = get_type_hints(kind).items()
+    return {name: choice(*get_args(hint)) for name, hint in hints if get_origin(hint) is Literal}
 
 
 def check_vectors(x: mx.array, head_dim: int) -> None:

@@ -102,8 +102,8 @@ class RaBitQ(RotatedCodec):
             arrays["sine"] = (rest / math.sqrt(self.head_dim)).astype(mx.float16)
         return arrays, scales.scale_factor(self.scale, y, u)
 
-    def levels(self, arrays: dict[str, mx.array]) -> mx.array:
-        codes = packing.unpack_to_bytes(arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
+    def expand(self, code: Code) -> mx.array:
+        codes = packing.unpack_to_bytes(code.arrays["codes"], self.bits, self.head_dim).astype(mx.float32)
         return codes - float(2**self.bits - 1) / 2
 
     def reader(self, code: Code) -> TableReader:
@@ -118,7 +118,7 @@ class RaBitQ(RotatedCodec):
         """
         if "sine" not in code.arrays:
             raise InputError("This code holds no error bounds: make the codec with bounds=True.")
-        u = self.levels(code.arrays)
+        u = RaBitQ.expand(self, code)  # without scale and mean
         length = scales.load_scale(code.arrays["root_scale"]) * mx.linalg.norm(u, axis=-1, keepdims=True)
         return length * code.arrays["sine"].astype(mx.float32) * (epsilon / math.sqrt(self.head_dim - 1))
 
@@ -166,7 +166,7 @@ class CentredRaBitQ(RaBitQ):
 
     def expand(self, code: Code) -> mx.array:
         """Rotated vectors, with their scale, since the mean is not to be scaled."""
-        y = self.levels(code.arrays) * scales.load_scale(code.arrays["root_scale"])
+        y = super().expand(code) * scales.load_scale(code.arrays["root_scale"])
         return y if self.centroid is None else y + self._rotation.forward(self._mean(y.shape[1]))
 
     @property

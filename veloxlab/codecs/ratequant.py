@@ -89,8 +89,10 @@ class RateQuant(Codec):
         check_vectors(x, self.head_dim)
         check_heads(len(self.head_bits), x.shape[1])
         parts = [codec.encode(x[:, heads], start).arrays for codec, heads in zip(self.base, self._heads, strict=True)]
-        names = list(dict.fromkeys(name for part in parts for name in part))
-        return Code({name: _joined([part[name] for part in parts if name in part], name) for name in names}, start)
+        rows = [mx.flatten(part[_RAGGED].swapaxes(1, 2), -2) for part in parts if _RAGGED in part]
+        codes = {_RAGGED: mx.concatenate(rows, axis=-1)[:, None]} if rows else {}
+        others = (name for name in self.layout if name != _RAGGED)
+        return Code(codes | {name: mx.concatenate([part[name] for part in parts], axis=1) for name in others}, start)
 
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
         return self._in_order([codec.decode(part, dtype) for codec, part in self._parts(code)])
@@ -150,13 +152,6 @@ class RateQuant(Codec):
         joined = mx.concatenate(parts, axis=1)
         in_order = list(self.head_bits) == sorted(self.head_bits)
         return joined if in_order else joined[:, mx.argsort(mx.concatenate(self._heads))]
-
-
-def _joined(parts: list[mx.array], name: str) -> mx.array:
-    """What codecs stored of their heads, one after the other: ``[B, H, S, n]``, codes ``[B, 1, S, words]``."""
-    if name != _RAGGED:
-        return mx.concatenate(parts, axis=1)
-    return mx.concatenate([mx.flatten(part.swapaxes(1, 2), -2) for part in parts], axis=-1)[:, None]
 
 
 def build(

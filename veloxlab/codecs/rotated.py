@@ -47,18 +47,14 @@ class RotatedSpace(Codec):
 class RotatedCodec(RotatedSpace):
     """Rotate, quantize, scale: ``decode = rotate⁻¹(scale · levels)``.
 
-    A subclass says how a rotated vector of root-mean-square 1 is quantized and what levels its codes stand for. Where
-    there are kernels, ``_encoder`` does what `quantize` says, and ``_table`` is what each of the ``codes`` stands for
-    ``[2**bits]``.
+    A subclass says how a rotated vector of root-mean-square 1 is quantized, and by `expand` what levels its codes stand
+    for. Where there are kernels, ``_encoder`` does what `quantize` says, and ``_table`` is what each of the ``codes``
+    stands for ``[2**bits]``.
     """
 
     @abstractmethod
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
         """Packed arrays of rotated ``[B, H, S, D]`` of length √D, and the factor ``[B, H, S, 1]`` of their levels."""
-
-    @abstractmethod
-    def levels(self, arrays: dict[str, mx.array]) -> mx.array:
-        """Rotated vectors ``[B, H, S, D]`` before scaling, float32."""
 
     @property
     def _encoder(self) -> VectorKernel | None:
@@ -87,9 +83,6 @@ class RotatedCodec(RotatedSpace):
 
     def _decode_by_graph(self, codes: mx.array, root_scale: mx.array, dtype: mx.Dtype) -> dict[str, mx.array]:
         return {"out": super().decode(Code({"codes": codes, "root_scale": root_scale}), dtype)}
-
-    def expand(self, code: Code) -> mx.array:
-        return self.levels(code.arrays)
 
 
 @lru_cache
@@ -124,8 +117,8 @@ class TableCodec(RotatedCodec):
         codes = self._quantizer.assign(y)
         return self._quantizer.pack(codes), scales.scale_factor(self.scale, y, self._quantizer.levels_of(codes))
 
-    def levels(self, arrays: dict[str, mx.array]) -> mx.array:
-        return self._quantizer.expand(arrays)
+    def expand(self, code: Code) -> mx.array:
+        return self._quantizer.expand(code.arrays)
 
     def reader(self, code: Code) -> TableReader:
         rows, *fine = (code.arrays[name] for name in self._quantizer.fields)

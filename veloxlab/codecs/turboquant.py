@@ -26,14 +26,14 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from veloxlab.checks import choice
-from veloxlab.codecs.base import unbiased_keys
+from veloxlab.codecs.base import Code, unbiased_keys
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts.codebooks import CodebookName
 from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import BITS, WIDEST, Layout, packed
 from veloxlab.codecs.parts.scalar import ScalarQuantizer, quantizer_for
 from veloxlab.codecs.parts.scales import SCALE, ScaleName
-from veloxlab.codecs.parts.transforms import RotationName, SignSketch, SketchName, make_sketch
+from veloxlab.codecs.parts.transforms import RotationName, SignSketch, SketchName, make_sketch, pack_signs
 from veloxlab.codecs.rotated import RotatedCodec, TableCodec
 from veloxlab.errors import InputError
 
@@ -107,13 +107,14 @@ class TurboQuantProd(RotatedCodec):
             codes = self._quantizer.assign(y)
             arrays, residual = self._quantizer.pack(codes), y - self._quantizer.levels_of(codes)
         norm = mx.linalg.norm(residual, axis=-1, keepdims=True)
-        arrays |= {"signs": self._sketch.signs(residual), "residual_norm": norm.astype(mx.float16)}  # at most √D
+        arrays["signs"] = pack_signs(residual @ self._sketch.matrix.T)
+        arrays["residual_norm"] = norm.astype(mx.float16)  # at most √D
         return arrays, mx.ones_like(norm)
 
-    def levels(self, arrays: dict[str, mx.array]) -> mx.array:
-        estimate = self._sketch.expand(arrays["signs"]) @ self._sketch.matrix
-        residual = estimate * (arrays["residual_norm"].astype(mx.float32) * self._sketch.unbiased_scale)
-        return residual + self._quantizer.expand(arrays) if self._quantizer else residual
+    def expand(self, code: Code) -> mx.array:
+        estimate = self._sketch.expand(code.arrays["signs"]) @ self._sketch.matrix
+        residual = estimate * (code.arrays["residual_norm"].astype(mx.float32) * self._sketch.unbiased_scale)
+        return residual + self._quantizer.expand(code.arrays) if self._quantizer else residual
 
 
 @dataclass(frozen=True, eq=False)

@@ -77,30 +77,21 @@ def by_loop(
     from veloxlab.kernels.cpu.train import LOOPS  # it takes a second to import what compiles
 
     def differs() -> str:
-        some = trial or [
-            _like(array, seed, _ROWS if len(array) == len(given[0]) else len(array)) for seed, array in enumerate(given)
-        ]
-        found, wanted = (_by_place(made(*some, **options)) for made in (LOOPS[name], reference))
-        return difference(found, wanted)
+        first = [array[:_ROWS] if len(array) == len(given[0]) else array for array in given]
+        some = trial or [_normal(array, seed) for seed, array in enumerate(first)]
+        results = (enumerate(made(*some, **options), 1) for made in (LOOPS[name], reference))
+        return difference(*({f"result {i}": mx.array(array) for i, array in arrays} for arrays in results))
 
     kind = tuple((array.dtype.str, array.shape[1:]) for array in given)
     agreed = agrees((name, kind, tuple(options.items())), name, CPU, differs)
     return (LOOPS[name] if agreed else reference)(*given, **options)
 
 
-def _like(array: Array, seed: int, rows: int) -> Array:
-    """Normal numbers in the form of the first rows of an array, or those rows where they are whole numbers."""
+def _normal(array: Array, seed: int) -> Array:
+    """Normal numbers in the form of an array, or the array itself where it is of whole numbers."""
     if np.issubdtype(array.dtype, np.integer):
-        return array[:rows]
-    return np.random.default_rng(seed).standard_normal((min(rows, len(array)), *array.shape[1:])).astype(array.dtype)
-
-
-def _by_place(arrays: Sequence[Array]) -> dict[str, mx.array]:
-    """Arrays under the names of their places; whole numbers without a sign."""
-    return {
-        f"result {place}": mx.array(array.astype(np.uint32) if np.issubdtype(array.dtype, np.integer) else array)
-        for place, array in enumerate(arrays, 1)
-    }
+        return array
+    return np.random.default_rng(seed).standard_normal(array.shape).astype(array.dtype)
 
 
 def evaluated(*arrays: mx.array) -> bool:
@@ -193,7 +184,7 @@ def made_up(array: mx.array, tokens: int, seed: int, *, whole: bool = False) -> 
 def difference(found: Mapping[str, mx.array], wanted: Mapping[str, mx.array]) -> str:
     """By what ``found`` differs from ``wanted`` beyond rounding, in words, or nothing."""
     for name, array in wanted.items():
-        if mx.issubdtype(array.dtype, mx.unsignedinteger):
+        if mx.issubdtype(array.dtype, mx.integer):
             if _number((found[name] == array).mean()) < _SAME_WORDS:
                 return f"it writes other {name} than its reference"
             continue

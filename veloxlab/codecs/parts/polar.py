@@ -8,7 +8,7 @@ the circle, those of level ℓ have the density sin^(2^(ℓ−1) − 1)(2ψ) on 
 from __future__ import annotations
 
 import math
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -26,7 +26,9 @@ class PolarTree:
 
     For ``levels`` and ``centroids`` see `PolarQuant`; without learned centroids they are those of the known densities.
     A ``block`` of coordinates shares a radius. ``layout`` are rows of bytes, that of level 1 first: levels of equal
-    width are packed together. ``nbytes`` are those of the tables.
+    width are packed together. Kernels take the tables of all levels one after the other, float32: ``circles``, cosine
+    and sine of the angles ``[entries, 2]``, and ``edges`` between angles, but those of level 1. ``nbytes`` are those of
+    the tables by level.
     """
 
     def __init__(self, dim: int, levels: tuple[int, ...], centroids: tuple[float, ...] = ()) -> None:
@@ -51,6 +53,8 @@ class PolarTree:
         self._edges = [constant((a[1:] + a[:-1]) / 2) for a in angles]
         self._circles = [constant(np.stack([np.cos(a), np.sin(a)], axis=-1)) for a in angles]
         self.nbytes = sum(array.nbytes for array in (*self._edges, *self._circles))
+        self.circles = constant(mx.concatenate(self._circles))
+        self.edges = constant(mx.concatenate([mx.zeros(0), *self._edges[1:]]))
 
     @property
     def expected_cosine(self) -> float:
@@ -94,16 +98,6 @@ class PolarTree:
             begin, used[bits] = used[bits], used[bits] + (self.dim >> level)
             codes.append(rows[bits][..., begin : used[bits]])
         return codes
-
-    @cached_property
-    def circles(self) -> mx.array:
-        """Cosine and sine of the angles of all levels, one after the other ``[entries, 2]``, float32, for kernels."""
-        return constant(mx.concatenate(self._circles))
-
-    @cached_property
-    def edges(self) -> mx.array:
-        """Between the angles of all levels but the first, one level after the other, float32, for kernels."""
-        return constant(mx.concatenate([mx.zeros(0), *self._edges[1:]]))
 
 
 @lru_cache

@@ -113,10 +113,6 @@ class SignSketch:
             mean_abs = math.sqrt(dim / math.pi) * math.exp(math.lgamma(dim / 2) - math.lgamma((dim + 1) / 2))
         self.unbiased_scale, self.nbytes = 1 / (rows * mean_abs), self.matrix.nbytes
 
-    def signs(self, x: mx.array) -> mx.array:
-        """Signs of the projections of ``x`` ``[..., dim]`` as packed bits ``[..., words]``."""
-        return pack_signs(x @ self.matrix.T)
-
     def expand(self, words: mx.array) -> mx.array:
         """Packed bits to ±1 ``[..., rows]``, float32."""
         return unpack_to_bytes(words, 1, self.rows).astype(mx.float32) * 2 - 1
