@@ -150,7 +150,7 @@ class SpectralQuant(Codec):
     @cached_property
     def _encoder(self) -> VectorKernel | None:
         _, _, mean, deviation = self._fitted()
-        return plan_kernel(*self._quantizer.encoder_tables, mean, deviation, self.scale, _LARGEST_FACTOR)
+        return plan_kernel(self._quantizer.encoder_tables, mean, deviation, self.scale, _LARGEST_FACTOR)
 
     def expand(self, code: Code) -> mx.array:
         words = code.arrays["codes"]

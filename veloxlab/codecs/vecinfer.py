@@ -160,9 +160,7 @@ class VecInfer(Codec):
 
 
 def _different(points: np.ndarray) -> int:
-    """How many of ``points`` ``[N, d]``, float32, are different, by checksums of 64 bits: to sort rows takes ten times
-    as long.
-    """
+    """How many of ``points`` ``[N, d]``, float32, differ, by 64-bit checksums: to sort rows takes ten times as long."""
     factors = np.random.default_rng(0).integers(1 << 63, size=points.shape[1], dtype=np.uint64) | np.uint64(1)
     checksums = ((points + np.float32(0)).view(np.uint32) * factors).sum(axis=1, dtype=np.uint64)  # −0 + 0 is 0
     return len(np.unique(checksums))

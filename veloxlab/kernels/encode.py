@@ -5,6 +5,7 @@ What each writes is what the codec of the same layout computes with MLX operatio
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Final
 
@@ -83,24 +84,16 @@ def group_kernel(dim: int, bits: int, group: int, steps: int, shift: float) -> V
 
 
 def plan_kernel(
-    first_bits: mx.array,
-    first_codes: mx.array,
-    boundaries: mx.array,
-    levels: mx.array,
-    mean: mx.array,
-    deviation: mx.array,
-    scale: str,
-    largest: float,
+    tables: Mapping[str, mx.array], mean: mx.array, deviation: mx.array, scale: str, largest: float
 ) -> VectorKernel | None:
     """Codes of each coordinate's own width, mean and deviation. The plan is data: all layers share one kernel.
 
     Parameters
     ----------
-    first_bits : where each coordinate's code begins in a row of bits, and where the last one ends ``[D + 1]`` uint32;
-        a code takes 0 to 8 bits.
-    first_codes : the first coordinate that has bits in each word ``[words]`` uint32.
-    boundaries, levels : for coordinates of mean 0 and variance 1 ``[511]`` float32. Those of n bits begin at 2^n − 1;
-        of widths that no coordinate has anything may stand there.
+    tables : ``first_bits``, where each coordinate's code of 0 to 8 bits begins in a row of bits, and where the last one
+        ends ``[D + 1]`` uint32; ``first_codes``, the first coordinate that has bits in each word ``[words]`` uint32;
+        ``boundaries`` and ``levels`` for coordinates of mean 0 and variance 1 ``[511]`` float32. Those of n bits begin
+        at 2^n − 1; of widths that no coordinate has anything may stand there.
     mean, deviation : of each KV head's coordinates ``[H, 1, D]`` float32, for vectors of root-mean-square 1.
     scale : ``"norm"``, ``"mse"`` or ``"unbiased"``, as `veloxlab.codecs.spectralquant` has them.
     largest : factor of an unbiased scale.
@@ -111,7 +104,7 @@ def plan_kernel(
     ``[B, H, S, words]`` uint32, one string of bits without gaps, and ``root_scale`` ``[B, H, S, 1]`` float16. None for
     vectors that do not fit the registers.
     """
-    dim, count = mean.shape[-1], first_codes.size
+    dim, count = mean.shape[-1], tables["first_codes"].size
     if not fits_lanes(dim):
         return None
     return VectorKernel(
@@ -127,14 +120,7 @@ def plan_kernel(
             "FACTOR": _FACTORS[scale].format(largest=float(largest)),
         },
         headers=(*IN_LANES, "quantizers.h", "packing.h"),
-        tables={
-            "mean": mean,
-            "deviation": deviation,
-            "boundaries": boundaries,
-            "levels": levels,
-            "first_bits": first_bits,
-            "first_codes": first_codes,
-        },
+        tables={"mean": mean, "deviation": deviation, **tables},
         at_once=THREADS // lanes(dim),
     )
 

@@ -1,6 +1,4 @@
-"""Experiments: jobs that are each measured once, in this process or an executor's; jobs that may fail; and how sure the
-mean of few measurements is.
-"""
+"""Jobs that are measured once, here or in an executor's processes; jobs that may fail; how sure a mean of few is."""
 
 from __future__ import annotations
 

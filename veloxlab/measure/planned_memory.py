@@ -1,6 +1,4 @@
-"""The layout of a cache, as predicted from what codecs store: the bytes that each token takes in each layer, and so
-the bytes of any context.
-"""
+"""The layout of a cache, predicted from what codecs store: bytes of a token in each layer, and so of any context."""
 
 from __future__ import annotations
 

@@ -140,9 +140,7 @@ def reference(
     windows: int = 1,
     progress: Progress = silent,
 ) -> Reference:
-    """Run the model with its own cache over stretches of text, as `fidelity` does; a warning tells of a short last
-    one.
-    """
+    """Run the model with its own cache over stretches of text, as `fidelity`; a warning tells of a short last one."""
     return Reference.of(model, stretches(tokenizer, text, tokens, windows, last=2), progress)
 
 

@@ -31,8 +31,12 @@ def ropes_of(model: Module, ids: Sequence[int]) -> list[Rope | None]:
     """
     known = _known(model)
     some = mx.array(list(dict.fromkeys(ids))[:TOKENS])[:, None]
-    both = (_keys_at(model, some, at) for at in (0, POSITION))
-    return [_between(before, after, known) for before, after in zip(*both, strict=True)]
+    keys = []
+    for position in (0, POSITION):
+        caches = with_caches(model, partial(Probe, offset=position))
+        model(some, cache=caches)
+        keys.append([probe.keys for probe in probes_of(caches)])
+    return [_between(before, after, known) for before, after in zip(*keys, strict=True)]
 
 
 def _known(model: Module) -> list[Rope]:
@@ -47,12 +51,6 @@ def _known(model: Module) -> list[Rope]:
             continue
         found.setdefault((rope.dims, rope.traditional, rope.base, rope.scale, tuple(rope.angles)), rope)
     return list(found.values())
-
-
-def _keys_at(model: Module, ids: mx.array, position: int) -> list[mx.array]:
-    caches = with_caches(model, partial(Probe, offset=position))
-    model(ids, cache=caches)
-    return [probe.keys for probe in probes_of(caches)]
 
 
 def _between(before: mx.array, after: mx.array, known: Sequence[Rope]) -> Rope | None:

@@ -148,7 +148,7 @@ class PlannedQuantizer:
     def nbytes(self) -> int:
         """Bytes of the tables; of those that kernels take, where one has run."""
         own = [table for table in vars(self).values() if isinstance(table, mx.array)]
-        return sum(table.nbytes for table in (*own, *vars(self).get("encoder_tables", ())))
+        return sum(table.nbytes for table in (*own, *vars(self).get("encoder_tables", {}).values()))
 
     def assign(self, y: mx.array) -> mx.array:
         """Index of the nearest level of each coordinate of ``y`` ``[..., dim]``."""
@@ -186,7 +186,7 @@ class PlannedQuantizer:
         return planned(self.widths, np.array(self._first), np.array(self._levels))
 
     @cached_property
-    def encoder_tables(self) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    def encoder_tables(self) -> dict[str, mx.array]:
         """What `veloxlab.kernels.encode.plan_kernel` takes: where codes begin, boundaries and levels of all widths."""
         boundaries, levels = (np.zeros((2 << WIDEST) - 1) for _ in range(2))
         for width in set(self.widths) - {0}:
@@ -195,5 +195,6 @@ class PlannedQuantizer:
             levels[first : first + len(table.levels)] = table.levels
         ends = np.cumsum(self.widths)
         first_codes = np.searchsorted(ends, 32 * np.arange(self.words), side="right")
-        positions = constant(np.array([0, *ends]), mx.uint32), constant(first_codes, mx.uint32)
-        return *positions, constant(boundaries), constant(levels)
+        places = {"first_bits": np.array([0, *ends]), "first_codes": first_codes}
+        tables = {"boundaries": constant(boundaries), "levels": constant(levels)}
+        return tables | {name: constant(array, mx.uint32) for name, array in places.items()}

@@ -75,7 +75,6 @@ class Microseconds(NamedTuple):
 def facts() -> Row:
     """Device, driver, versions, date, and what was found of the kernels."""
     device, backend = runtime.device(), current_backend()
-    versions = runtime.installed_versions(("veloxlab", "mlx", "mlx-lm"))
     return {
         "device": device.name,
         "driver": runtime.driver(),
@@ -83,7 +82,7 @@ def facts() -> Row:
         "memory_gib": round(device.memory_bytes / 2**30, 1),
         "kernels": "none" if backend is None else backend.name,
         "python": platform.python_version(),
-        "versions": versions,
+        "versions": runtime.installed_versions(("veloxlab", "mlx", "mlx-lm")),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "kernel_states": states(),
     }
