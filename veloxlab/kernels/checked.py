@@ -91,7 +91,7 @@ def _normal(array: Array, seed: int) -> Array:
     """Normal numbers in the form of an array, or the array itself where it is of whole numbers."""
     if np.issubdtype(array.dtype, np.integer):
         return array
-    return np.random.default_rng(seed).standard_normal(array.shape).astype(array.dtype)
+    return np.random.default_rng(seed).standard_normal((len(array), *array.shape[1:])).astype(array.dtype)
 
 
 def evaluated(*arrays: mx.array) -> bool:
