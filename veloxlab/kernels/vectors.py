@@ -17,8 +17,6 @@ IN_LANES = ("simd.h", "lanes.h")  # headers of kernels that keep a vector in the
 _MOST_EACH = 32  # numbers of a vector that a lane keeps there
 _WORD_BITS = 32
 
-Rows = Mapping[str, tuple[int, mx.Dtype]]
-
 
 @dataclass(frozen=True, eq=False)
 class VectorKernel:
@@ -32,7 +30,7 @@ class VectorKernel:
     name: str  # of the kernel, for people and profilers
     file: str | None  # of ``source/``, with the body; None for a kernel that only CPUs have
     given: tuple[str, ...]  # names that the body has for the arrays that the kernel is called with, [B, H, S, ·]
-    rows: Rows  # of each output its name, the numbers that it has for a vector, and their type
+    rows: Mapping[str, tuple[int, mx.Dtype]]  # by output: the numbers that it has for a vector, and their type
     at_once: int = 1  # vectors of a threadgroup
     defines: Mapping[str, int | str | mx.Dtype] = field(default_factory=dict)  # what is known when it is built
     variant: Mapping[str, Any] = field(default_factory=dict)
