@@ -209,11 +209,10 @@ class History(Handle):
         hidden = mx.random.bernoulli(_HIDDEN, (*q.shape[:3], history.tokens), key=mx.random.key(2))
         mask = None if queries.mask is None else mx.where(hidden, -1e9, 0.0)
         sinks = None if queries.logits is None else made_up(queries.logits, 1, seed=3)
-        some = history._tokens()
+        some, given = history._tokens(), history._queries(q, queries.scale, mask, sinks)
         assert some is not None
-        call = kernel.prepared(history._queries(q, queries.scale, mask, sinks), some)
         wanted = history._attend_codes(q.astype(mx.float32), queries.scale, mask, sinks)
-        found = call(history._queries(q, queries.scale, mask, sinks), some.recent)
+        found = kernel.prepared(given, some)(given, some.recent)
         return difference({"out": history._brought_out(found, q.dtype)}, {"out": wanted})
 
     def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
@@ -278,11 +277,10 @@ def _narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:
     return x.astype(dtype)
 
 
-def _made_up(segment: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> Segment:
+def _made_up(s: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> Segment:
     """Such a segment as a kernel is tried on."""
-    keys = made_up_code(segment.key_codec, segment.keys.start, tokens, kv_heads, dtype, seed=4)
-    values = made_up_code(segment.value_codec, segment.values.start, tokens, kv_heads, dtype, seed=5)
-    return Segment(segment.key_codec, keys, segment.value_codec, values)
+    keys = made_up_code(s.key_codec, s.keys.start, tokens, kv_heads, dtype, seed=4)
+    return replace(s, keys=keys, values=made_up_code(s.value_codec, s.values.start, tokens, kv_heads, dtype, seed=5))
 
 
 def _exact_run(segments: tuple[Segment, ...]) -> ExactTokens | None:

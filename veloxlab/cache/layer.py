@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Literal, NamedTuple, Self
 
 import mlx.core as mx
@@ -165,12 +164,10 @@ class CompressedKVCache(Runs, saved.Saved):
         self.evict()
         self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
         self._dtype = str(keys.dtype).rpartition(".")[2]
-        history = History(segments, stored=tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else ())
+        history = History(segments, tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else (), self._calls)
         self._lent = history if self.lends else None
         if keys.shape[2] == 1 and self.path == "codes" and self.max_size is None and not self.lends:
-            self._past = segments[:-1] if self.recent.tokens else ()
-            self._one = keys.shape, values.shape
-            history = replace(history, calls=self._calls)
+            self._past, self._one = segments[:-1] if self.recent.tokens else (), (keys.shape, values.shape)
         if self.path == "codes":
             return history, history
         read_keys, read_values = mx.depends(list(history.expand(keys.dtype)), self.buffers)
@@ -254,7 +251,6 @@ class CompressedKVCache(Runs, saved.Saved):
         return other
 
     def describe(self) -> tuple[saved.Content, list[mx.array]]:
-        """See `veloxlab.cache.saved.Saved`."""
         self._lent = None
         (keys, of_keys), (values, of_values) = map(saved.describe_codec, (self.key_codec, self.value_codec))
         content = {
@@ -269,7 +265,6 @@ class CompressedKVCache(Runs, saved.Saved):
 
     @classmethod
     def rebuild(cls, content: saved.Content, arrays: Iterator[mx.array]) -> Self:
-        """See `veloxlab.cache.saved.Saved`."""
         saved.check_model(content["settings"]["model"], content["settings"]["layer"])
         held = [{name: next(arrays) for name in run["buffers"]} for run in content["runs"]]
         codecs = (saved.restore_codec(content["codecs"][tensor], arrays) for tensor in TENSORS)
