@@ -83,7 +83,7 @@ class RaBitQ(RotatedCodec):
         if self.encoder == "exact" or self._signs is None:
             return None
         tried = self.encoder == "grid" and self.bits > 1
-        stretches = _tries(self.bits) if tried else constant(np.array([self._usual]))
+        stretches = _tries(self.bits) if tried else constant(np.array([usual_stretch(self.head_dim, self.bits)]))
         grid = stretched_grid(stretches, self.bits, tried=tried)
         return encode_kernel(self._signs, grid, self.scale, {"codes": self.bits}, sine=self.bounds)
 
@@ -126,16 +126,12 @@ class RaBitQ(RotatedCodec):
         """The t of each vector ``[..., D]`` of length √D and no negative coordinate: ``[..., 1]``."""
         shape = (*magnitude.shape[:-1], 1)
         if self.bits == 1 or self.encoder == "fast" or not magnitude.size:
-            return mx.full(shape, self._usual)
+            return mx.full(shape, usual_stretch(self.head_dim, self.bits))
         exact = self.encoder == "exact"
         search, width = (_best_stretch, 2 ** (self.bits - 1) - 1) if exact else (_tried_stretch, _TRIES)
         rows = magnitude.reshape(-1, self.head_dim)
         size = max(1, _AT_ONCE // (self.head_dim * width))
         return in_turn(lambda some: search(some, self.bits), rows, size).reshape(shape)
-
-    @property
-    def _usual(self) -> float:
-        return usual_stretch(self.head_dim, self.bits) if self.bits > 1 else 0.0  # one bit has no step to stretch for
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,7 +203,9 @@ def _tries(bits: int) -> mx.array:
 
 @lru_cache
 def usual_stretch(dim: int, bits: int) -> float:
-    """The constant t of ``fast``: the mean of the best t of 100 random vectors of length √dim."""
+    """The constant t of ``fast``: the mean of the best t of 100 random vectors of length √dim; 0 for one bit."""
+    if bits == 1:  # it has no step to stretch for
+        return 0.0
     y = np.abs(np.random.default_rng(0).standard_normal((100, dim)))
     y *= math.sqrt(dim) / np.linalg.norm(y, axis=1, keepdims=True)
     return float(np.array(_best_stretch(mx.array(y.astype(np.float32)), bits)).mean())

@@ -34,8 +34,7 @@ share of coordinates a unit, null of a level; share of the coordinates in the bi
 the exact coordinates beyond the bins, the same in every row of a head."""
 
 COORDINATE_BITS = schema("layer tensor coordinate bits")
-"""Columns of `coordinate_bits`; coordinates are those of the codec's space, such as SpectralQuant's axes by
-variance."""
+"""Columns of `coordinate_bits`; coordinates are of the codec's space, such as SpectralQuant's axes by variance."""
 
 ANGLES = schema(PLACE + "level angle density expected")
 """Columns of `polar_angles`: level from 1, of pairs of coordinates, of pairs of radii, ...; middle of a bin in radians;
