@@ -246,7 +246,7 @@ def test_a_frame_of_several_heads_or_layers_is_refused_in_a_sentence(name):
     draw, frame = FRAMES[name]
     for column in ("layer", "head"):
         two = pl.concat([frame(), frame().with_columns(pl.col(column) + 1)])
-        sentence = f"{name} shows one head and the frame has 2 values of '{column}': choose with frame.filter(layer=2"
+        sentence = f"{name} shows one value of '{column}' and the frame has 2: choose with frame.filter({column}="
         with pytest.raises(InputError, match=re.escape(sentence)):
             draw(two)
 
@@ -254,7 +254,7 @@ def test_a_frame_of_several_heads_or_layers_is_refused_in_a_sentence(name):
 def test_a_map_of_several_heads_tensors_or_spaces_is_refused():
     for column, other in (("head", 7), ("tensor", "values"), ("space", "rotated")):
         two = pl.concat([by_layer(), by_layer().with_columns(pl.lit(other, by_layer().schema[column]).alias(column))])
-        with pytest.raises(InputError, match=f"channel_map shows one {column} and the frame has 2: filter it."):
+        with pytest.raises(InputError, match=f"channel_map shows one value of '{column}' and the frame has 2"):
             views.channel_map(two)
 
 

@@ -70,7 +70,7 @@ def test_sizes_are_said_in_three_digits():
 def test_a_plan_of_several_contexts_or_of_none_is_refused():
     planned, largest = frames()
     two = vl.measure.plan_memory(SHAPE, context=[1000, 2000])
-    with pytest.raises(InputError, match="draws one context, and the frame has 2"):
+    with pytest.raises(InputError, match="shows one value of 'tokens' and the frame has 2"):
         memory_plan(two, largest)
     with pytest.raises(InputError, match="memory_plan needs at least one row"):
         memory_plan(planned.clear(), largest)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-from veloxlab.tables import Row, markdown
 
 if TYPE_CHECKING:
     import polars as pl
 
+Row = dict[str, Any]
 SHAPE = ("query_heads", "kv_heads", "head_dim")
+
+
+def markdown(titles: str, cells: str, frame: pl.DataFrame | Sequence[Row], **more: Callable[[Row], object]) -> str:
+    """Return a Markdown table of a frame, or of rows.
+
+    ``titles`` are parted by ``" | "``; a colon behind one aligns its column to the right. ``cells`` is the template of
+    a line, with the fields of a row, and ``more`` that follow from them.
+    """
+    columns = titles.split(" | ")
+    marks = ["---:" if title.endswith(":") else "---" for title in columns]
+    head = " | ".join(title.removesuffix(":") for title in columns)
+    given = frame if isinstance(frame, Sequence) else frame.iter_rows(named=True)
+    rows = [row | {name: made(row) for name, made in more.items()} for row in given]
+    return "\n".join([f"| {head} |", f"|{'|'.join(marks)}|", *(f"| {cells.format(**row)} |" for row in rows)])
 
 
 def left_out_lines(left_out: Mapping[str, str]) -> str:
@@ -18,9 +31,9 @@ def left_out_lines(left_out: Mapping[str, str]) -> str:
     return "".join(f"\n\n{name} is left out: {reason}" for name, reason in left_out.items())
 
 
-def _scaled(name: str, scale: float, form: str = ",.1f") -> Callable[[Row], str]:
-    """What writes a column in another unit; a null is a step that failed."""
-    return lambda row: "fails" if row[name] is None else format(row[name] * scale, form)
+def _scaled(name: str, scale: float = 1, form: str = "{:,.1f}") -> Callable[[Row], str]:
+    """What writes a column in another unit; a null is a step that failed, and a row may be without the column."""
+    return lambda row: "" if name not in row else "fails" if row[name] is None else form.format(row[name] * scale)
 
 
 _PERCENT = _scaled("top1_flips", 100)
@@ -54,8 +67,8 @@ def compared_table(frame: pl.DataFrame) -> str:
         "{store_us:.1f} | {attend_us:,.0f} ({attend_ratio:.1f}×)",
         frame.sort("held_bits", "name"),
         flips=_PERCENT,
-        held=_scaled("held_bytes", 1e-3, ",.0f"),
-        tables=_scaled("table_bytes", 1e-3, ",.0f"),
+        held=_scaled("held_bytes", 1e-3, "{:,.0f}"),
+        tables=_scaled("table_bytes", 1e-3, "{:,.0f}"),
     ).splitlines()
     return "\n".join([titles, marks, first, *lines])
 
@@ -70,7 +83,12 @@ def bench_tables(results: dict[str, Any]) -> str:
     """Give the times of attention of every shape that ``veloxlab bench`` wrote, each under a line that names it."""
     facts = results["attention"]["facts"]
     if facts["backend"] == "cpu":
-        return _cpu_tables(results)
+        parts = {part: of for part, of in _CPU_TABLES.items() if part in results}
+        tables = [
+            f"{heading}\n\n{markdown(titles, cells, results[part]['rows'], **_CPU_CELLS)}"
+            for part, (heading, titles, cells) in parts.items()
+        ]
+        return "\n\n".join([_CPU_FACTS.format(**facts), *tables])
     import polars as pl
 
     tables = [f"Attention of one query token on an {facts['device']}, {facts['date']}"]
@@ -84,6 +102,10 @@ def bench_tables(results: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+_CPU_FACTS = (
+    "{device}, {cores} cores, {threads} threads of kernels, {blas_threads} of OpenBLAS, {gigabytes_per_second:.1f} "
+    "GB/s from memory, {date}. Times of one run, in turn; less than 1× is faster."
+)
 _CPU_TABLES = {  # part: heading, titles, cells
     "decode": (
         "A token of a model of SmolLM2's shape, behind so many others",
@@ -111,28 +133,11 @@ _CPU_TABLES["host"] = (
     "{cache} | {microseconds:.0f} | {beyond_exact:.0f} | {mean_microseconds:.0f} | {most_microseconds:.0f}",
 )
 _CPU_TABLES["fit"] = ("Fitting to the keys and values of one layer", *_CPU_TABLES["encode"][1:])
-
-
-def _times(name: str, digits: int) -> Callable[[Row], str]:
-    return lambda row: f"{row[name]:.{digits}f}×" if name in row else ""
-
-
-def _cpu_tables(results: dict[str, Any]) -> str:
-    """Give what was timed on a CPU, part by part."""
-    facts = results["attention"]["facts"]
-    said = (
-        "{device}, {cores} cores, {threads} threads of kernels, {blas_threads} of OpenBLAS, {gigabytes_per_second:.1f} "
-        "GB/s from memory, {date}. Times of one run, in turn; less than 1× is faster."
-    )
-    texts = [said.format(**facts)]
-    for part, (heading, titles, cells) in _CPU_TABLES.items():
-        if part in results:
-            more = {name: _times(name, digits) for name, digits in (("slope_ratio", 2), ("of_ops", 3))}
-            more |= {"busy_ratio": _times("busy_ratio", 2)}
-            if part == "decode":
-                more["held_bytes"] = _scaled("held_bytes", 1e-6)
-            texts.append(f"{heading}\n\n{markdown(titles, cells, results[part]['rows'], **more)}")
-    return "\n\n".join(texts)
+_CPU_CELLS = {
+    "held_bytes": _scaled("held_bytes", 1e-6),
+    **{name: _scaled(name, form="{:.2f}×") for name in ("slope_ratio", "busy_ratio")},
+    "of_ops": _scaled("of_ops", form="{:.3f}×"),
+}
 
 
 def lengths_table(frame: pl.DataFrame) -> str:

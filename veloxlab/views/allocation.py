@@ -5,6 +5,7 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
+from veloxlab.measure.frames import in_schema
 from veloxlab.views import columns, marks, theme
 
 EXACT = "none"
@@ -162,14 +163,11 @@ def frontier_rows(
     place, count = pl.int_range(pl.len()).over("kind"), pl.len().over("kind")
     stride = (count / STEPS).ceil()
     thin = lines.sort("kind", "true_bits").filter((place % stride == 0) | (place == count - 1))
-    parts = ((thin, "line", "predicted_loss"), (now, "now", "predicted_loss"), (measured, "measured", "kl_mean"))
+    lost, nameless = "predicted_loss", pl.lit("")
+    parts = (thin, "line", lost, nameless), (now, "now", lost, nameless), (measured, "measured", "kl_mean", "name")
     return pl.concat(
-        frame.select(
-            "kind", "true_bits", role=pl.lit(role), loss=loss, name="name" if role == "measured" else pl.lit("")
-        )
-        .select(*ROWS)
-        .cast(ROWS)  # type: ignore[arg-type]
-        for frame, role, loss in parts
+        in_schema(frame.with_columns(role=pl.lit(role), loss=loss, name=name), ROWS)
+        for frame, role, loss, name in parts
         if frame is not None
     )
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import altair as alt
 import polars as pl
 
-from veloxlab.errors import InputError
 from veloxlab.views import columns, marks, theme
 from veloxlab.views.distributions import SPACE_WORDS
 
@@ -21,10 +20,7 @@ def channel_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     Rows of one head, tensor and space of `veloxlab.measure.distributions.CHANNELS`, of many layers. A channel with
     tokens that are not finite has a cross.
     """
-    columns.require(frame, "channel_map", "tensor space layer head channel rms not_finite")
-    for name in ("head", "tensor", "space"):
-        if frame[name].n_unique() > 1:
-            raise InputError(f"channel_map shows one {name} and the frame has {frame[name].n_unique()}: filter it.")
+    columns.require(frame, "channel_map", "layer channel rms not_finite", one="head tensor space")
     group, words = marks.grouped(frame.height, CELLS, "channel")
     shown = (
         frame.select("layer", "not_finite", channel=pl.col("channel") // group * group, ratio=RATIO)

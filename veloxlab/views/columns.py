@@ -1,7 +1,4 @@
-"""Columns of the frames that charts draw: the titles, format and type of each, and the checks of a frame.
-
-On log scales every chart leaves out, floors and labels numbers in the same way.
-"""
+"""Columns of the frames that charts draw: titles, formats and types, the checks of a frame, and log scales."""
 
 from __future__ import annotations
 
@@ -110,10 +107,8 @@ DEEP = 1e-6  # what lies further under the greatest value is drawn at the floor
 def _axis(channel: type[Axis], name: str, title: str | list[str] | None = "", **settings: Any) -> Axis:
     own: dict[str, Any] = {"title": AXES.get(name) or TITLES.get(name, name) if title == "" else title}
     for setting, value in settings.items():
-        if setting in _PLACE:
-            own.setdefault(_PLACE[setting], {})[setting] = value
-        else:
-            own[setting] = value
+        place = own.setdefault(_PLACE[setting], {}) if setting in _PLACE else own
+        place[setting] = value
     return channel(field(name), **own)
 
 
@@ -136,10 +131,13 @@ def tips(*fields: str | tuple[str, str] | tuple[str, str, str]) -> list[alt.Tool
     return lines
 
 
-def require(frame: pl.DataFrame, chart: str, *names: str) -> pl.DataFrame:
-    """Give the columns that a chart needs; `InputError` if one is missing or of another kind, or there are no rows."""
+def require(frame: pl.DataFrame, chart: str, *names: str, one: str = "") -> pl.DataFrame:
+    """Give the columns that a chart needs; `InputError` if one is missing or of another kind, or there are no rows.
+
+    The columns ``one`` are needed too, and refused where they have more than one value.
+    """
     columns = " ".join(names).split()
-    for name in columns:
+    for name in [*one.split(), *columns]:
         if name not in frame.columns:
             raise InputError(f"{chart} needs a column {name!r}: the frame has {', '.join(frame.columns) or 'none'}.")
         dtype = frame.schema[name]
@@ -148,18 +146,14 @@ def require(frame: pl.DataFrame, chart: str, *names: str) -> pl.DataFrame:
             raise InputError(f"{chart} needs {kind} in column {name!r}: the frame has {dtype} there.")
     if frame.is_empty():
         raise InputError(f"{chart} needs at least one row: the frame is empty.")
+    for name in one.split():
+        if (found := frame[name].n_unique()) > 1:
+            words = f"{chart} shows one value of {name!r} and the frame has {found}"
+            raise InputError(f"{words}: choose with frame.filter({name}={frame[name][0]!r}).")
     return frame.select(columns)
 
 
-def require_head(frame: pl.DataFrame, chart: str, names: str) -> pl.DataFrame:
-    """Give the columns that a chart of one head needs; refuse rows of more than one layer or head."""
-    require(frame, chart, "layer head", names)
-    for name in ("layer", "head"):
-        if (found := frame[name].n_unique()) > 1:
-            place = f"layer={frame['layer'][0]}, head={frame['head'][0]}"
-            words = f"{chart} shows one head and the frame has {found} values of {name!r}"
-            raise InputError(f"{words}: choose with frame.filter({place}).")
-    return frame.select(names.split())
+require_head = partial(require, one="layer head")
 
 
 def on_log_scale(chart: alt.Chart, field: str, domain: Domain | None = None) -> alt.Chart:
@@ -210,12 +204,11 @@ def log_steps(*steps: int, low: int = -12, high: int = 6) -> list[float]:
 
 def log_y(field: str, title: list[str], domain: Domain) -> alt.Y:
     """Give the y axis of a field of `on_log_scale`, with round labels."""
-    y: alt.Y = alt.Y(f"{field}_drawn:Q", title=title).scale(type="log", domain=domain, nice=False, clamp=True)
-    return y.axis(values=log_ticks(domain), labelExpr=LABEL)
+    axis = {"values": log_ticks(domain), "labelExpr": LABEL}
+    return y(f"{field}_drawn", title, type="log", domain=domain, nice=False, clamp=True, **axis)
 
 
 def log_colour(field: str, title: str | list[str], domain: Domain) -> alt.Color:
     """Give the colour of a field of `on_log_scale`, with a gradient as its legend."""
     legend = alt.Legend(values=log_ticks(domain), labelExpr=LABEL, gradientLength=110, gradientThickness=10)
-    colour: alt.Color = alt.Color(f"{field}_drawn:Q", title=title, legend=legend)
-    return colour.scale(type="log", domain=domain, clamp=True)
+    return alt.Color(f"{field}_drawn:Q", title=title, legend=legend).scale(type="log", domain=domain, clamp=True)

@@ -34,8 +34,9 @@ def token_strip(
     needed = columns.require(frame, "token_strip", "side text position probability exact_probability kl")
     parted = pl.lit(None, pl.Boolean) if parting is None else pl.col("position") == parting
     shown = needed.with_columns(parts=parted.fill_null(False))
-    sides = [own for _, own in _by_side(shown)]
-    rows = pl.concat(own.hstack(pl.DataFrame([*_places(own["text"])], PLACED, orient="row")) for own in sides)
+    rows = pl.concat(
+        own.hstack(pl.DataFrame([*_places(own["text"])], PLACED, orient="row")) for _, own in _by_side(shown)
+    )
     count = max(lines or 0, int(rows["line"].max()) + 1)  # type: ignore[arg-type]
     places = {name: f"datum.line + {share}" for name, share in PLACES.items()}
     down = {"domain": [0, count], "reverse": True, "nice": False, "labels": False, "ticks": False, "grid": False}

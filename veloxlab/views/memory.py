@@ -8,7 +8,6 @@ from typing import Any
 import altair as alt
 import polars as pl
 
-from veloxlab.errors import InputError
 from veloxlab.views import columns, marks, theme
 
 EXACT = "fp16"  # the cache that others are compared with
@@ -101,10 +100,8 @@ def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str = 
     ``memory_bytes``, ``tokens``. Raises `InputError`: A column or a row is missing, or the plan is of more than one
     context.
     """
-    columns.require(planned, "memory_plan", "cache part tokens batch bytes")
+    columns.require(planned, "memory_plan", "cache part batch bytes", one="tokens")
     columns.require(largest, "memory_plan", "cache memory_bytes tokens")
-    if (contexts := planned["tokens"].n_unique()) > 1:
-        raise InputError(f"memory_plan draws one context, and the frame has {contexts}: filter it by tokens.")
     caches = planned["cache"].unique(maintain_order=True).to_list()
     part, limit = pl.col("part"), float(largest["memory_bytes"][0])
     bars = planned.select(

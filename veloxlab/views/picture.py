@@ -1,26 +1,22 @@
-"""Charts as files: still pictures, made in this process by vl-convert, and one HTML page that needs no other file.
-
-Neither needs a browser or a network.
-"""
+"""Charts as files, made without a browser or a network: still pictures by vl-convert, and one whole HTML page."""
 
 from __future__ import annotations
 
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from itertools import accumulate, count
 from string import Template
-from typing import Any
 
 import numpy as np
 import polars as pl
 import vl_convert
+from altair.utils import update_nested
 
-from veloxlab.tables import html_table
 from veloxlab.views import theme
 from veloxlab.views.spec import Spec, compact, finite
 
@@ -31,8 +27,7 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 def svg(spec: Spec) -> str:
     """Draw a spec with its data as an SVG document, in the light theme on white."""
-    picture: str = vl_convert.vegalite_to_svg(lit(spec))
-    return picture
+    return str(vl_convert.vegalite_to_svg(lit(spec)))
 
 
 def png(spec: Spec, *, width: int = WIDTH) -> bytes:
@@ -78,9 +73,8 @@ def repacked(picture: bytes) -> bytes:
     rows = zlib.decompress(chunks[b"IDAT"])
     lines = np.frombuffer(rows, np.uint8).reshape(png_size(picture)[1], -1)
     if (lines.shape[1] - 1) % CHANNELS == 0 and (lines[:, 0] == 1).all():
-        pixels = (
-            lines[:, 1:].reshape(len(lines), -1, CHANNELS).cumsum(axis=1, dtype=np.uint8)
-        )  # modulo 256, as PNG says
+        # modulo 256, as PNG says
+        pixels = lines[:, 1:].reshape(len(lines), -1, CHANNELS).cumsum(axis=1, dtype=np.uint8)
         rows = np.insert(pixels.reshape(len(lines), -1), 0, 0, axis=1).tobytes()
     kept = {b"IHDR": chunks[b"IHDR"], b"IDAT": zlib.compress(rows, 9), b"IEND": b""}
     return SIGNATURE + b"".join(
@@ -96,8 +90,8 @@ def png_size(picture: bytes) -> tuple[int, int]:
 
 def lit(spec: Spec) -> Spec:
     """Give a spec the colours of the light theme and a white ground."""
-    config: dict[str, Any] = theme.merge(spec.get("config", {}), theme.colours("light"))
-    return {**spec, "config": config | {"background": "white"}}
+    config = update_nested(spec.get("config", {}), theme.colours("light") | {"background": "white"}, copy=True)
+    return {**spec, "config": config}
 
 
 @dataclass(frozen=True)
@@ -140,6 +134,23 @@ def report(title: str, sections: Sequence[Section], script: str) -> str:
         charts=_inert({"specs": finite(charts), "themes": themes}),
         script=_inert(script),
     )
+
+
+def html_table(titles: Sequence[str], rows: Iterable[Sequence[object]], cell: str = "") -> str:
+    """Return an HTML table, in which all text is escaped; a float has four digits.
+
+    ``cell``: CSS of every cell where the page has none of its own; all columns but the first are then on the right.
+    """
+    sides = ("left", *["right"] * (len(titles) - 1))
+    styles = [f' style="text-align: {side}; {cell}"' if cell else "" for side in sides]
+
+    def line(tag: str, values: Sequence[object]) -> str:
+        said = (escape(f"{value:.4g}" if isinstance(value, float) else str(value)) for value in values)
+        cells = (f"<{tag}{style}>{value}</{tag}>" for style, value in zip(styles, said, strict=True))
+        return f"<tr>{''.join(cells)}</tr>"
+
+    lines = [line("th", titles), *(line("td", row) for row in rows)]
+    return "<table>\n{}\n</table>".format("\n".join(lines))
 
 
 def _inert(value: object) -> str:

@@ -95,14 +95,6 @@ def colours(mode: Mode) -> dict[str, Any]:
     }
 
 
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Lay one config over another, key by key."""
-    return below | {
-        key: merge(below[key], value) if isinstance(value, dict) and isinstance(below.get(key), dict) else value
-        for key, value in above.items()
-    }
-
-
 DIGITS = 6  # of a number in a plain chart: more than a screen can show, and a third of a saved notebook's size less
 LIVE = "application/vnd.vegalite.v5+json"  # the newest that JupyterLab 4.6 draws; what our charts use is in v5 and v6
 V5 = "https://vega.github.io/schema/vega-lite/v5.json"

@@ -21,8 +21,8 @@ from veloxlab.allocate.sensitivity import NATS
 from veloxlab.cache.plan import Plan
 from veloxlab.errors import InputError
 from veloxlab.runtime import device
-from veloxlab.tables import html_table
 from veloxlab.views.columns import Domain, log_domain, not_drawn
+from veloxlab.views.picture import html_table
 from veloxlab.widgets.pages.charts import Chart, Look
 from veloxlab.widgets.panel import button
 
@@ -109,7 +109,8 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         bounds = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
 
         self._on_change([self.kind], lambda: {"budget": converted(self.kind.value)})
-        self._on_change([each for numbers in self.numbers.values() for each in numbers], self._budget)
+        amounts = [control for controls in self.numbers.values() for control in controls]
+        self._on_change(amounts, lambda: {"budget": self.kind.value(*(c.value for c in self.numbers[self.kind.value]))})
         self._on_change(bounds, self._bounds)
         columns = [ipw.VBox(parts, layout=COLUMN) for parts in ([self.kind, self.slot], bounds)]
         super().__init__(columns, layout={"flex_flow": "row wrap"})
@@ -144,10 +145,6 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
     def _on_change(self, controls: Sequence[ipw.Widget], parts: Callable[[], dict[str, Any]]) -> None:
         for control in controls:
             control.observe(lambda _: None if self._showing else self._asked(parts), "value")
-
-    def _budget(self) -> dict[str, Any]:
-        kind = self.kind.value
-        return {"budget": kind(*(control.value for control in self.numbers[kind]))}
 
     def _bounds(self) -> dict[str, Any]:
         (least, most), kept = self.widths.value, (self.first.value, self.last.value)
