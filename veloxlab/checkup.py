@@ -14,6 +14,7 @@ from veloxlab.errors import InputError
 PACKAGES = ("veloxlab", "mlx", "mlx-lm", "jupyterlab", "altair", "anywidget", "vl-convert-python", "polars")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LEAST_MEMORY_BYTES = 4 * 2**30
+TOO_MANY = "more than this process may use at once ({})"
 BLAS_HINTS = {
     runtime.SWITCHED_OFF: "unset VELOXLAB_BLAS",
     runtime.TOO_LATE: "import veloxlab before mlx",
@@ -75,7 +76,7 @@ def _blas() -> Check:
         detail += f" with {_threads(count)} ({runtime.reason_of_threads() if own else variable}) and {spins}"
     if (count or 1) > runtime.cores():
         hint = f"unset {runtime.blas_variable()}" if runtime.blas_variable() else "start Python again"
-        return Check("BLAS", "warn", f"{detail}, {_too_many()}", hint)
+        return Check("BLAS", "warn", f"{detail}, {TOO_MANY.format(runtime.cores())}", hint)
     if gflops >= runtime.FAST_GFLOPS:
         return Check("BLAS", "ok", detail)
     reason = runtime.load_fast_blas() or "the CPU is busy or slow"
@@ -84,10 +85,6 @@ def _blas() -> Check:
 
 def _threads(count: int) -> str:
     return f"{count} thread{'s' * (count != 1)}"
-
-
-def _too_many() -> str:
-    return f"more than this process may use at once ({runtime.cores()})"
 
 
 def _kernels() -> Check:
@@ -114,7 +111,8 @@ def _loops(detail: str) -> Check:
     count = runtime.threads()
     detail += f"; {_threads(count)} ({runtime.reason_of_threads()}) for their work; compiled loops are in {folder()}"
     if count > runtime.cores():
-        return Check("kernels", "warn", f"{detail}; the threads are {_too_many()}", f"unset {runtime.OWN_THREADS}")
+        detail += f"; the threads are {TOO_MANY.format(runtime.cores())}"
+        return Check("kernels", "warn", detail, f"unset {runtime.OWN_THREADS}")
     return Check("kernels", "ok", detail)
 
 

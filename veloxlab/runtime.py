@@ -10,7 +10,6 @@ import functools
 import math
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import timeit
@@ -171,16 +170,15 @@ def threads() -> int:
 
     The environment variable ``VELOXLAB_THREADS`` may say another number. What is no number from 1 gives a warning.
     """
-    said = os.environ.get(OWN_THREADS)
-    if not said:
-        return cores()
+    said = os.environ.get(OWN_THREADS, "")
     if said.isdecimal() and int(said):
         return int(said)
-    warnings.warn(
-        f"{OWN_THREADS} is {said!r}, which is no whole number from 1: {cores()} threads are used, as many as this "
-        "process has cores. Set it to a number, or unset it.",
-        stacklevel=2,
-    )
+    if said:
+        warnings.warn(
+            f"{OWN_THREADS} is {said!r}, which is no whole number from 1: {cores()} threads are used, as many as this "
+            "process has cores. Set it to a number, or unset it.",
+            stacklevel=2,
+        )
     return cores()
 
 
@@ -256,12 +254,10 @@ def backend() -> str:
 
 def driver() -> str:
     """The version of NVIDIA's driver, or nothing where there is none."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ""
-    asked = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    answer = subprocess.run(asked, capture_output=True, text=True, check=False)
-    return answer.stdout.strip().partition("\n")[0] if answer.returncode == 0 else ""
+    asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    with suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.check_output(asked, stderr=subprocess.DEVNULL, text=True).strip().partition("\n")[0]
+    return ""
 
 
 def installed_versions(names: tuple[str, ...]) -> dict[str, str]:

@@ -50,11 +50,9 @@ def make_folder(folder: str | Path) -> Path:
 
 def check_place(path: Path) -> None:
     """Raise `InputError` if no file can be written at ``path``: for before work that takes long."""
-    with _writing(path):
+    with _writing(path), _part_in(path.parent):
         if _is_folder(path):
             raise IsADirectoryError
-        with _part_in(path.parent):
-            return
 
 
 def write_atomically(path: str | Path, content: bytes) -> Path:
@@ -79,8 +77,10 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         for path, part in parts.items():
             with _writing(path):
                 part.replace(path)
-        for folder in {path.parent for path in contents}:
-            _remove_leftovers(folder)
+        for left in {part for path in contents for part in path.parent.glob(_PART.format("*"))}:
+            with suppress(OSError), left.open("r+b") as file:  # another's, or in use
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
 
 
 @contextmanager
@@ -99,13 +99,6 @@ def _part_in(folder: Path) -> Iterator[tuple[Path, BinaryIO]]:
         with suppress(OSError):  # it would write again what could not be written, as was told already
             file.close()
         part.unlink(missing_ok=True)
-
-
-def _remove_leftovers(folder: Path) -> None:
-    for part in folder.glob(_PART.format("*")):
-        with suppress(OSError), part.open("r+b") as file:  # another's, or in use
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            part.unlink()
 
 
 @contextmanager

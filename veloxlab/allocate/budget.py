@@ -113,16 +113,13 @@ class Limit(NamedTuple):
                 held = [Windows.of_layer(size, sinks, window).most_held(tokens) for size in sizes]
         exact = sum(one.exact * size.exact_bytes for one, size in zip(held, sizes, strict=True))
         left, most = megabytes * MEGABYTE - exact, max(one.packed for one in held)
+        taken = f"{exact / MEGABYTE:.3g} MB"
         if not most:
-            raise InputError(
-                f"{tokens} tokens are all kept exact by {sinks} sinks and a window of {window}, in "
-                f"{exact / MEGABYTE:.3g} MB: there is nothing to allocate. Take more tokens or a smaller window."
-            )
+            wrong = f"{tokens} tokens are all kept exact by {sinks} sinks and a window of {window}, in {taken}"
+            raise InputError(f"{wrong}: there is nothing to allocate. Take more tokens or a smaller window.")
         if left <= 0:
-            raise InputError(
-                f"{megabytes:g} MB are less than the exact tokens take, {exact / MEGABYTE:.3g} MB: give more, or fewer "
-                "sinks or a smaller window."
-            )
+            wrong = f"{megabytes:g} MB are less than the exact tokens take, {taken}"
+            raise InputError(f"{wrong}: give more, or fewer sinks or a smaller window.")
         return cls(tuple(one.packed / most for one in held), left / most)
 
 

@@ -124,10 +124,8 @@ class Offer:
         joined = curves.join(sensitivities.select(*head, "sensitivity"), on=head, how="left", maintain_order="left")
         heads = curves.select(head).unique().height
         if joined["sensitivity"].null_count() or heads != sensitivities.height:
-            raise InputError(
-                f"The sensitivities are of {sensitivities.height} heads and the curves of {heads}, not all the same: "
-                "measure both on one model."
-            )
+            wrong = f"The sensitivities are of {sensitivities.height} heads and the curves of {heads}, not all the same"
+            raise InputError(f"{wrong}: measure both on one model.")
         tables: dict[Place, list[HeadTable]] = {(size.layer, tensor): [] for tensor in TENSORS for size in sizes}
         rows = joined.with_columns(loss=pl.col("sensitivity") * share).sort("head", "bits", maintain_order=True)
         for (layer, tensor, method), own in rows.group_by("layer", "tensor", "method", maintain_order=True):
@@ -214,10 +212,8 @@ class Offer:
             return Choice.exact(size, tensor)
         table = next((t for t in self.tables[size.layer, tensor] if t.method == method), None)
         if table is None or not {*widths} <= {*table.widths}:
-            raise InputError(
-                f"{method} at {widths} bits was not measured for the {tensor} of layer {size.layer}: measure the "
-                "method's curves at these widths."
-            )
+            missing = f"{method} at {widths} bits was not measured for the {tensor} of layer {size.layer}"
+            raise InputError(f"{missing}: measure the method's curves at these widths.")
         return table.choice([table.widths.index(width) for width in widths])
 
 

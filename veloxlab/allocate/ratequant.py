@@ -63,9 +63,7 @@ def distortion_curves(
         raise InputError(f"{none[0]} has none of the widths {sorted({*bits})}: choose among those of vl.methods().")
     ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
     if len(ids) - sinks < 2:
-        raise InputError(
-            f"The text has {len(ids)} tokens, which leaves too few behind {sinks} sinks: give a longer text."
-        )
+        raise InputError(f"The text has {len(ids)} tokens, too few behind {sinks} sinks: give a longer text.")
     layers = len(layer_sizes(model))
     rows: list[tuple[object, ...]] = []
     for done, seen in enumerate(capture_layers(model, ids)):  # one layer's activations are held at a time

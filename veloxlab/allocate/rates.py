@@ -105,20 +105,15 @@ class RateBudget:
             solution = choices.problem.within(limit.nbytes)
         chosen = choices.chosen(solution.choice)
         even = self._offer.uniform(limit.tokens, solution.cost)
-        bits = 8 * _nbytes(chosen) / self._values
         key_bits, value_bits = (_mean_width(chosen, tensor) for tensor in TENSORS)
+        nbytes, loss = _nbytes(chosen), _loss(chosen)
+        bits = 8 * nbytes / self._values
+        plan = self._plan(chosen, name or f"allocated, {bits:.2f} bits")
+        bound = solution.bound if limit.nbytes is not None and key_weight == 1 else None
+        uniform, uniform_loss = (None, None) if even is None else (self._uniform_plan(even), _loss(even))
+        only_least = bool(solution.cost <= least * (1 + ROUNDING))
         return Allocation(
-            self._plan(chosen, name or f"allocated, {bits:.2f} bits"),
-            _nbytes(chosen),
-            bits,
-            key_bits,
-            value_bits,
-            _loss(chosen),
-            solution.bound if limit.nbytes is not None and key_weight == 1 else None,
-            None if even is None else self._uniform_plan(even),
-            None if even is None else _loss(even),
-            bounds,
-            bool(solution.cost <= least * (1 + ROUNDING)),
+            plan, nbytes, bits, key_bits, value_bits, loss, bound, uniform, uniform_loss, bounds, only_least
         )
 
     def plan(self, budget: Budget | float, bounds: Bounds | None = None, *, name: str = "") -> Plan:
@@ -137,9 +132,8 @@ class RateBudget:
             raise InputError("A uniform plan is made for a budget of bytes or bits: give one of those.")
         chosen = self._offer.uniform(limit.tokens, limit.nbytes)
         if chosen is None:
-            raise InputError(
-                _TOO_LITTLE.format(limit.nbytes, "the least width that was measured takes more for all heads")
-            )
+            least = "the least width that was measured takes more for all heads"
+            raise InputError(_TOO_LITTLE.format(limit.nbytes, least))
         return self._uniform_plan(chosen, name)
 
     @checked(bounds=BOUNDS)

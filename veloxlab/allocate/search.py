@@ -187,10 +187,9 @@ def _searched(experiment: _Experiment, trials: Trials) -> SearchResult:
     racing = [c for c, n in nbytes.items() if n <= most_bytes]
     if not racing:
         of, least = next(iter(nbytes.items()))
-        raise InputError(
-            f"No candidate holds at most {most_bytes:,.1f} bytes a token at {trials.context:,} tokens; the least is "
-            f"{least:,.1f}, of {of.name}: give more bytes, or candidates of fewer bits."
-        )
+        wrong = f"No candidate holds at most {most_bytes:,.1f} bytes a token at {trials.context:,} tokens"
+        way_out = "give more bytes, or candidates of fewer bits"
+        raise InputError(f"{wrong}; the least is {least:,.1f}, of {of.name}: {way_out}.")
     facts = [found.identity, trials.mode, trials.prompt, found.calibrations]
     path = kept_in("searches", trials.folder) / f"search-{digest(facts)[:16]}.unfinished.json"
     registered = any(find_method(c.method).codecs for c in racing)  # the code of these may have changed
@@ -213,10 +212,10 @@ def _searched(experiment: _Experiment, trials: Trials) -> SearchResult:
     entrants = race([nbytes[c] for c in racing], measure, trials.windows, trials.most_kl, trials.confidence)
     if trials.most_kl is not None and all(entrant.state != "front" for entrant in entrants):
         best, of = min(zip(entrants, racing, strict=True), key=lambda pair: pair[0].mean_kl)
-        raise InputError(
-            f"No candidate has a KL of at most {trials.most_kl:g} nats; the least is {best.mean_kl:.4g}, of {of.name}: "
-            "allow more, or give candidates of more bits."
+        wrong = (
+            f"No candidate has a KL of at most {trials.most_kl:g} nats; the least is {best.mean_kl:.4g}, of {of.name}"
         )
+        raise InputError(f"{wrong}: allow more, or give candidates of more bits.")
     entrants += tuple(Entrant(n, state="over budget") for n in nbytes.values() if n > most_bytes)
     rows: list[dict[str, Any]] = []
     for row, (c, entrant) in enumerate(zip(nbytes, entrants, strict=True)):
@@ -250,10 +249,7 @@ def _model_name(model: Module | str | Path, tokenizer: object, executor: Executo
         path = Path(model).expanduser()
         return str(path.resolve()) if path.exists() else str(model)
     if executor is not None:
-        raise InputError(
-            "A loaded model was given beside an executor, whose workers load it for themselves: give its name or "
-            "path, as for vl.load."
-        )
+        raise InputError("A loaded model was given beside an executor, which loads its own: give its name or path.")
     if tokenizer is None:
         raise InputError("The model's tokenizer is missing: give both, as vl.load gives them.")
     return name_of(model)

@@ -78,9 +78,7 @@ def sensitivities(
     folder : where the result is kept; the user's cache folder by default.
     """
     if tokens - sinks < LEAST_TOKENS:
-        raise InputError(
-            f"tokens={tokens} with sinks={sinks} say too little: take {LEAST_TOKENS} tokens more than the sinks."
-        )
+        raise InputError(f"tokens={tokens} with sinks={sinks} say too little: take {LEAST_TOKENS} more than sinks.")
     read = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
     facts = {"model": fingerprint(model), "text": digest(read), "sequences": sequences, "tokens": tokens}
     facts |= {"sinks": sinks, "by": by}
@@ -170,10 +168,8 @@ def _by_attention_output(model: Module, ids: Sequence[int], sinks: int, step: _S
     for seen in capture_layers(model, ids):
         step(f"attention of layer {seen.layer}")
         if seen.queries is None:
-            raise InputError(
-                f"Layer {seen.layer} of this model does not show its queries, so the error of its output cannot be "
-                "measured: choose by='gradient' or by='forward_kl'."
-            )
+            wrong = f"Layer {seen.layer} of this model does not show its queries"
+            raise InputError(f"{wrong}: choose by='gradient' or by='forward_kl'.")
         errors = layer_errors(Capture((seen,), tuple(ids)), method, bits=bits, sinks=sinks).sort("head")
         for tensor in TENSORS:
             lost = errors.filter(tensor=tensor)["output_error"].to_numpy()
@@ -209,11 +205,10 @@ class _Trial(Recorder):
         self._layer, self._tensor, self._sinks, self.moved = layer, tensor, sinks, np.zeros(1)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        if self.facts.layer == self._layer and self._tensor == "keys":
-            keys, self.moved = _tried(keys, "keys", self._sinks)
-        elif self.facts.layer == self._layer:
-            values, self.moved = _tried(values, "values", self._sinks)
-        return super().update_and_fetch(keys, values)
+        pair = {"keys": keys, "values": values}
+        if self.facts.layer == self._layer:
+            pair[self._tensor], self.moved = _tried(pair[self._tensor], self._tensor, self._sinks)
+        return super().update_and_fetch(**pair)
 
 
 def _tried(x: mx.array, tensor: Tensor, sinks: int) -> tuple[mx.array, NDArray[np.float64]]:

@@ -93,13 +93,9 @@ class Problem:
         more_cost, more_loss = (np.diff(t[everyone, vertices], axis=0)[depth, rows] for t in (costs, losses))
         # losses are summed from the small end, so that those of many bits are not the rounding of those of few
         less_loss = np.cumsum(-more_loss[::-1])[::-1]
-        return Frontier(
-            costs[everyone, vertices[0]].sum() + np.concatenate([[0.0], np.cumsum(more_cost)]),
-            losses[everyone, vertices[-1]].sum() + np.concatenate([less_loss, [0.0]]),
-            slopes[depth, rows],
-            rows,
-            vertices,
-        )
+        spent = costs[everyone, vertices[0]].sum() + np.concatenate([[0.0], np.cumsum(more_cost)])
+        lost = losses[everyone, vertices[-1]].sum() + np.concatenate([less_loss, [0.0]])
+        return Frontier(spent, lost, slopes[depth, rows], rows, vertices)
 
     def within(self, budget: float) -> Solution:
         """The least loss for at most ``budget``, no less than the cheapest choices cost, as the module says."""
@@ -120,10 +116,8 @@ class Problem:
             return float(losses[everyone, self.frontier.choice(step)].sum())
 
         if lost(last) > allowed:
-            raise InputError(
-                f"A loss of {loss:.6g} cannot be reached: the most bits lose {lost(last):.6g}. Allow that or more, or "
-                "allow more bits."
-            )
+            wrong = f"A loss of {loss:.6g} cannot be reached: the most bits lose {lost(last):.6g}"
+            raise InputError(f"{wrong}. Allow that or more, or allow more bits.")
         taken = bisect_left(range(last), True, key=lambda step: lost(step) <= allowed)
         return self._solution(self.frontier.choice(taken), 0.0)
 

@@ -96,9 +96,7 @@ def candidates(
         keys, values = ([b for b in widths if b in own] for widths in (key_bits, value_bits))
         if not (keys and values):
             which, widths = ("value_bits", value_bits) if keys else ("key_bits", key_bits)
-            raise InputError(
-                f"{name} has none of the widths {sorted(widths)} of {which}: choose among those of vl.methods()."
-            )
+            raise InputError(f"{name} has none of the widths {sorted(widths)} of {which}: vl.methods() tells its own.")
         combined = product(protected, sinks, window, keys, values)
         found += [Candidate(name, k, v, s, w, tuple(p)) for p, s, w, k, v in combined]
     return tuple(dict.fromkeys(found))
@@ -230,5 +228,4 @@ _kept_bench = lru_cache(maxsize=1)(lambda trials: Bench(trials, *_loaded(trials.
 
 def _do_in_worker(trials: Trials, job: Job) -> Weighed | Trial:
     with _one_at_a_time:
-        done: Weighed | Trial = _kept_bench(trials).do(job)
-        return done
+        return _kept_bench(trials).do(job)
