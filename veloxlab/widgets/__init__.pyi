@@ -3,9 +3,8 @@ from .chart_view import ChartView, VegaRuntime, link
 from .lab import Lab
 from .pages.budget import BudgetTuner
 from .pages.cache import CacheExplorer
-from .pages.errors import ErrorExplorer
 from .pages.generation import SideBySide
-from .pages.keys import KeyExplorer
+from .pages.heads import ErrorExplorer, KeyExplorer
 from .pages.memory import MemoryPlanner
 from .panel import ProgressBar
 from .worker import Cancelled, Progress, Status, Worker

@@ -25,7 +25,6 @@ from veloxlab.views import picture, theme
 from veloxlab.views.spec import Rows, Spec, compact, data_names, describe, finite, join, split
 from veloxlab.widgets.lifetime import Ending, loosen
 
-SNIPPET = "export { vegaEmbed };"  # vl-convert binds vega and vegaLite too, but to null
 STATIC = Path(__file__).parent / "static"
 VEGALITE: str = max(vl_convert.get_vegalite_versions(), key=lambda newest: tuple(map(int, newest.split("."))))
 PICKED = "picked_layer"  # the param that a chart must have for its layers to be picked
@@ -43,7 +42,8 @@ def ensure_bundle() -> Path:
     cache = platformdirs.user_cache_path("veloxlab")
     if (cache / name).is_file():
         return cache / name
-    code = vl_convert.javascript_bundle(SNIPPET, vl_version=VEGALITE).encode()
+    # vl-convert binds vega and vegaLite too, but to null
+    code = vl_convert.javascript_bundle("export { vegaEmbed };", vl_version=VEGALITE).encode()
     try:
         make_folder(cache)
     except InputError:  # a read-only home, as containers have it
@@ -156,8 +156,7 @@ class ChartView(Ending, anywidget.AnyWidget):
         with self._changing:
             if not self._data:
                 raise InputError("This chart has no rows yet: give it some with put(frame).")
-            table = next(iter(self._data.values()))
-        return table if isinstance(table, pl.DataFrame) else pl.DataFrame(table, infer_schema_length=None)
+            return pl.DataFrame(next(iter(self._data.values())), infer_schema_length=None)
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the rows as CSV, and give the file's path."""

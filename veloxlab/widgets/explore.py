@@ -45,7 +45,6 @@ class Explore(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has 
 
     @property
     def views(self) -> tuple[ChartView, ...]:
-        """The chart alone."""
         return (self.view,)
 
     def __repr__(self) -> str:

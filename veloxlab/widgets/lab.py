@@ -14,7 +14,7 @@ from veloxlab.errors import InputError
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.lifetime import loosen
-from veloxlab.widgets.pages import budget, cache, compare, errors, generation, keys, memory
+from veloxlab.widgets.pages import budget, cache, compare, generation, heads, memory
 from veloxlab.widgets.pages.compare import Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import Panel, ProgressBar
 from veloxlab.widgets.selection import Checked, Chosen, OfLayers
@@ -23,8 +23,8 @@ from veloxlab.widgets.worker import Progress
 # A page is one line here: its name, its title, and what makes it from a laboratory.
 PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "cache": ("Cache", lambda lab: cache.CachePage(lab.experiment, lab.worker)),
-    "errors": ("Errors", lambda lab: errors.ErrorExplorer(lab.experiment.capture, **lab.shared)),
-    "keys": ("Keys and values", lambda lab: keys.KeyExplorer(lab.experiment.capture, **lab.shared)),
+    "errors": ("Errors", lambda lab: heads.ErrorExplorer(lab.experiment.capture, **lab.shared)),
+    "keys": ("Keys and values", lambda lab: heads.KeyExplorer(lab.experiment.capture, **lab.shared)),
     "compare": ("Compare", lambda lab: compare.Comparison(lab.experiment, lab.worker)),
     "generation": ("Generation", lambda lab: generation.SideBySide(*lab.loaded, **lab.shared)),
     "budget": ("Budget", lambda lab: budget.BudgetTuner(*lab.loaded, **lab.shared)),
@@ -121,7 +121,6 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
     @property
     def summary(self) -> str:
-        """One line of numbers, as the page ``cache`` says it."""
         return self.pages["cache"].summary if "cache" in self.pages else self.name
 
     @property
@@ -146,5 +145,4 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
     @property
     def views(self) -> tuple[ChartView, ...]:
-        """The charts of the open page."""
         return self.pages[self.page].views if self.page in self.pages else ()

@@ -34,18 +34,14 @@ class Table(WeakValueDictionary[str, ipywidgets.Widget]):
         self.kept[name] = widget
 
     def pop(self, name: str, *default: Any) -> Any:  # noqa: ANN401
-        """Take a widget out."""
         for held in (self.kept, self.shown):
             held.pop(name, None)
         return super().pop(name, *default)
 
     def items(self) -> Any:  # noqa: ANN401 - a list, where a view is promised
-        """Model ids and open widgets."""
-        found = [(reference.key, reference()) for reference in self.valuerefs()]
-        return [(name, widget) for name, widget in found if widget is not None]
+        return [(found.key, widget) for found in self.valuerefs() if (widget := found()) is not None]
 
     def values(self) -> Any:  # noqa: ANN401
-        """Open widgets."""
         return [widget for _, widget in self.items()]
 
 
@@ -90,13 +86,7 @@ def loosen(whole: ipywidgets.Widget) -> None:
 def weakly(method: Callable[..., Any]) -> Callable[..., None]:
     """A function that calls a bound method as long as its object is there, and does not keep the object."""
     reference = WeakMethod(method)
-
-    def call(*arguments: Any) -> None:
-        found = reference()
-        if found is not None:
-            found(*arguments)
-
-    return call
+    return lambda *given: call(*given) if (call := reference()) is not None else None
 
 
 def parts(whole: ipywidgets.Widget) -> list[ipywidgets.Widget]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -39,7 +39,6 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         self._unwatch = worker.watch(weakly(self._follow))
 
     def close(self) -> None:
-        """Stop following the worker, and close the widget."""
         self._unwatch()
         super().close()
 
@@ -73,11 +72,15 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     """
 
     NAME: ClassVar[str]
+    SETTINGS: ClassVar[tuple[str, ...]] = ()  # what may be given to it, or what its charts show
     children: Any
     lasting: Any = ""  # a sentence that is shown where there is no other
     active = True  # whether it draws what is chosen; a laboratory's hidden pages do not
 
     def __init__(self, selection: Selection, worker: Worker | None = None, **settings: Any) -> None:
+        if unknown := sorted({*settings} - {*self.SETTINGS}):
+            known = ", ".join(self.SETTINGS)
+            raise InputError(f"{type(self).__name__} has no setting {unknown[0]!r}. Its settings are: {known}.")
         self.selection, self._owns_worker = selection, worker is None
         self.worker = worker or Worker(f"veloxlab-{self.NAME}")
         self.charts: Mapping[str, ChartView] = {}
@@ -131,7 +134,6 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     @property
     def views(self) -> tuple[ChartView, ...]:
-        """The charts that are seen now, from top to bottom."""
         return tuple(self.named.values())
 
     def _submit(
@@ -256,10 +258,3 @@ def rows(*controls: Iterable[ipywidgets.Widget]) -> ipywidgets.VBox:
 def code(lines: Iterable[str]) -> str:
     """HTML of lines of code."""
     return f"<code>{'<br>'.join(html.escape(line, quote=False) for line in lines)}</code>"
-
-
-def check_settings(kind: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raise `InputError` for a setting that a widget does not have."""
-    unknown = sorted({*given} - {*known})
-    if unknown:
-        raise InputError(f"{kind} has no setting {unknown[0]!r}. Its settings are: {', '.join(known)}.")

@@ -12,7 +12,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
-from veloxlab.checks import MAPPING, WORDS, maybe, whole
+from veloxlab.checks import ARGUMENTS, MAPPING, maybe, whole
 from veloxlab.codecs import METHODS, TENSORS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
@@ -23,13 +23,7 @@ EXACT = "none"  # the method that compresses nothing
 Bits = tuple[int, int]  # of keys and of values
 CACHE = ("method", "key_bits", "value_bits", "sinks", "window")  # parts that describe a cache of equal layers
 INTEGER = whole()
-CHECKS = {
-    "method": WORDS,
-    "layer": maybe(INTEGER),
-    "own_bits": MAPPING,
-    **dict.fromkeys(("sinks", "window"), whole(0)),
-    **dict.fromkeys(("key_bits", "value_bits", "head"), INTEGER),
-}
+CHECKS = ARGUMENTS | {"layer": maybe(INTEGER), "own_bits": MAPPING}
 
 
 @dataclass
@@ -214,11 +208,9 @@ class Chosen(t.TraitType[Any, Any]):
         self.part, self.read = part, read or part
 
     def get(self, obj: Any, cls: Any = None) -> Any:  # noqa: ANN401
-        """Read it."""
         return getattr(obj.selection.choice, self.read)
 
     def set(self, obj: Any, value: Any) -> None:  # noqa: ANN401
-        """Choose it; raises `InputError` if it cannot be."""
         obj.selection.choose(**{self.part: value})
 
 
@@ -241,12 +233,10 @@ class ChosenBits(Chosen):
         return layer if one else None, TENSORS.index(self.tensor or page.tensor)
 
     def get(self, obj: Any, cls: Any = None) -> Any:  # noqa: ANN401
-        """Read them."""
         layer, place = self._of(obj)
         return obj.selection.choice.bits_of(layer)[place]
 
     def set(self, obj: Any, value: Any) -> None:  # noqa: ANN401
-        """Choose them; raises `InputError` if the method does not have them."""
         width = INTEGER(str(self.name), value)
         with obj.selection.lock:
             layer, place = self._of(obj)
@@ -285,5 +275,4 @@ class Checked(t.Any):
         self.check = check
 
     def validate(self, obj: Any, value: Any) -> Any:  # noqa: ANN401
-        """Give it as Python's own."""
         return self.check(str(self.name), value)

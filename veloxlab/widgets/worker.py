@@ -185,12 +185,11 @@ class Worker:
     def wait(self, timeout: float | None = None, *, ahead: bool = False) -> bool:
         """Wait for all jobs, with ``ahead`` those that run ahead too; tell whether ``timeout`` seconds were enough."""
         line = self._line
-
-        def is_idle() -> bool:
-            return not any(ahead or not each.ahead for each in [*line.waiting.values(), line.running] if each)
-
         with line.changed:
-            return line.changed.wait_for(is_idle, timeout)
+            return line.changed.wait_for(
+                lambda: all(each.ahead and not ahead for each in [*line.waiting.values(), line.running] if each),
+                timeout,
+            )
 
     def watch(self, listener: Callable[[Status], None]) -> Callable[[], None]:
         """Tell a function of every change of every job, and give a function that ends this."""

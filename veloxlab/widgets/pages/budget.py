@@ -181,7 +181,6 @@ class BudgetTuner(ChartPage):
 
     @property
     def summary(self) -> str:
-        """What the allocation takes, and what it is predicted to lose."""
         return "no tables yet" if self.setting is None else f"{self.spent}. {self.predicted}"
 
     def _build(self, rates: RateBudget) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets
 import polars as pl
@@ -15,9 +15,8 @@ from veloxlab.checks import choice
 from veloxlab.codecs import TENSORS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import code_bits, layer_errors, memory_growth, predicted_growth, relative_errors, token_errors
-from veloxlab.progress import Progress
 from veloxlab.widgets.chart_view import ChartView, link
-from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request
+from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request, coded
 from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import ProgressBar, button, code, rows
 from veloxlab.widgets.selection import Bits, Checked, OfLayers
@@ -38,26 +37,6 @@ MEASURED_UPTO = 4096  # tokens to which caches are really filled
 DRAWN_UPTO = 16384  # tokens to which the memory chart goes on
 
 
-def _coded(measure: Measure, **given: Any) -> Measure:
-    """A measurement of the whole capture, under a method at a number of bits, perhaps with tokens kept exact."""
-
-    def run(page: ChartPage, progress: Progress, method: str, width: int, *exact: int) -> pl.DataFrame:
-        kept = dict(zip(("sinks", "window"), exact, strict=False))
-        calibration = page.selection.fitting.calibration(method, [width], progress)
-        frame: pl.DataFrame = measure(page.capture, method=method, bits=width, calibration=calibration, **kept, **given)
-        return frame
-
-    return run
-
-
-MEASURES = {
-    "token errors": _coded(token_errors),
-    "bits": _coded(code_bits),
-    "attention errors": _coded(layer_errors),
-    "memory": _coded(memory_growth, upto=MEASURED_UPTO),
-}
-
-
 def at_bits(frames: Sequence[pl.DataFrame], layer_bits: Mapping[int, Bits]) -> pl.DataFrame:
     """Rows of each layer's keys and values at their bits, from frames of each of `widths`, the fewest bits first."""
     rows = [(layer, *pair) for layer, bits in layer_bits.items() for pair in zip(TENSORS, bits, strict=True)]
@@ -76,7 +55,8 @@ def widths(layer_bits: Mapping[int, Bits]) -> list[int]:
 
 def _asks(name: str, *exact: str) -> Callable[[Look], list[Request]]:
     return lambda look: [
-        (name, look.method, width, *(getattr(look, setting) for setting in exact)) for width in widths(look.layer_bits)
+        (name, None, look.method, width, *(getattr(look, setting) for setting in exact))
+        for width in widths(look.layer_bits)
     ]
 
 
@@ -135,7 +115,12 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
 
     NAME = "explorer"
     SETTINGS = ("method", "layer_bits", "sinks", "window", "metric")
-    MEASURES = MEASURES
+    MEASURES: ClassVar[dict[str, Measure]] = {
+        "token errors": coded(token_errors),
+        "bits": coded(code_bits),
+        "attention errors": coded(layer_errors, "sinks", "window"),
+        "memory": coded(memory_growth, "sinks", "window", upto=MEASURED_UPTO),
+    }
     STATE = ("metric",)
 
     metric = Checked(choice(*METRICS), "output_error", help="which error is drawn")
@@ -156,7 +141,6 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
 
     @property
     def summary(self) -> str:
-        """One line of numbers."""
         look, choice = self._look(), self.selection.choice
         asked, means = ASKS_TOKENS(look), dict[str, float]()
         if all(request in self.found for request in asked):
@@ -233,5 +217,4 @@ class CacheExplorer(Experimenter, CachePage):
 
     @property
     def named(self) -> Mapping[str, ChartView]:
-        """The charts."""
         return {**self.charts, **self.comparison.charts}

@@ -7,25 +7,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from types import SimpleNamespace
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import altair as alt
-import ipywidgets
 import polars as pl
 
-from veloxlab.cache.calibration import Calibration
-from veloxlab.checks import WORDS, checked
+from veloxlab.checks import WORDS
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
 from veloxlab.progress import Progress as Tell
 from veloxlab.progress import silent
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.lifetime import weakly
-from veloxlab.widgets.panel import Panel, ProgressBar, check_settings, rows
-from veloxlab.widgets.selection import Checked, Chosen, ChosenBits, Fitting, Selection
+from veloxlab.widgets.panel import Panel
+from veloxlab.widgets.selection import Checked, Chosen, Selection
 from veloxlab.widgets.worker import Progress, Status, Worker, sentence
 
-T = TypeVar("T")
 Request = tuple[Any, ...]  # the name of a measurement, and what it is of
 Look = Any  # a `SimpleNamespace`: what a page shows, setting by setting
 Measure = Callable[..., Any]  # takes a `ChartPage`, a progress, and the rest of a request; gives a frame, as a rule
@@ -62,7 +59,6 @@ class ChartPage(Panel):
     by request. A frame never changes, so any thread may read it.
     """
 
-    SETTINGS: ClassVar[tuple[str, ...]]
     MEASURES: ClassVar[Mapping[str, Measure]] = {}
 
     problem = Checked(WORDS, "", help="why a chart shows older settings")
@@ -85,10 +81,10 @@ class ChartPage(Panel):
             self.observe(lambda _: self._selected(), own)
         self._ends.append(self.worker.watch(weakly(self._follow)))
 
-    def of_layer(self, layer: int) -> Capture:
-        """The capture of one layer alone."""
+    def of_layer(self, layer: int | None) -> Capture:
+        """The capture of one layer alone, or with None of all."""
         assert self.capture is not None
-        return replace(self.capture, layers=tuple(c for c in self.capture.layers if c.layer == layer))
+        return replace(self.capture, layers=tuple(c for c in self.capture.layers if layer in (None, c.layer)))
 
     def _measured(self, request: Request, progress: Tell) -> Any:  # noqa: ANN401 - a frame, or what makes one
         if request not in self.found:
@@ -174,95 +170,15 @@ class ChartPage(Panel):
             self.say(CANCELLED)
 
 
-def head_chart(
-    name: str,
-    depends: tuple[str, ...],
-    draw: Callable[[pl.DataFrame, Look], alt.TopLevelMixin],
-    caption: Callable[[pl.DataFrame, Look], str],
-    shape: Callable[[pl.DataFrame, Look], object] = lambda rows, look: None,
-) -> Chart:
-    """A chart of one KV head, from a frame of all heads that depends on some settings."""
-    return Chart(
-        name,
-        ("head", *depends),
-        lambda frames, look: frames[0].filter(head=look.head),
-        draw,
-        caption,
-        shape,
-        lambda look: [(name, *(getattr(look, setting) for setting in depends))],
-    )
+def coded(measure: Callable[..., pl.DataFrame], *names: str, **given: Any) -> Measure:
+    """A measurement of one layer, or of all, under a method at a number of bits; ``names`` are those of what follows.
 
-
-def plain(make: Callable[[Any], T]) -> Callable[[Any, Look], T]:
-    """A function of rows as one of rows and a look."""
-    return lambda rows, _: make(rows)
-
-
-class HeadPage(ChartPage):
-    """Charts of one KV head of one layer, under a method at a number of bits, measured on a capture.
-
-    A subclass has ``CHARTS``, and ``RARE``: the one that not every model has, the part of a layer's capture that it
-    needs, and a sentence for where that is missing.
+    ``measure`` takes the capture and all of these by their names, with ``given`` and a calibration.
     """
 
-    CHARTS: ClassVar[Sequence[Chart]]
-    RARE: ClassVar[tuple[str, str, str]]
+    def run(page: ChartPage, progress: Tell, layer: int | None, method: str, bits: int, *more: Any) -> pl.DataFrame:
+        calibration = page.selection.fitting.calibration(method, [bits], progress)
+        of = {"method": method, "bits": bits, "calibration": calibration, **given}
+        return measure(page.of_layer(layer), **of, **dict(zip(names, more, strict=True)))
 
-    tensor: Any = "keys"
-    layer = Chosen("layer", read="shown_layer", help="layer, by its index in the prompt cache")
-    head = Chosen("head", help="KV head")
-    method = Chosen("method", help="a method's id")
-    bits = ChosenBits("", "shown_layer", help="code bits of each coordinate")
-
-    @checked()
-    def __init__(
-        self,
-        capture: Capture,
-        *,
-        layer: int | None = None,
-        head: int = 0,
-        method: str = "turboquant",
-        bits: int = 2,
-        calibration: Calibration | None = None,
-        selection: Selection | None = None,
-        worker: Worker | None = None,
-        **settings: Any,
-    ) -> None:
-        check_settings(type(self).__name__, settings, self.SETTINGS)
-        chosen: dict[str, Any] = {"layer": layer, "head": head, "method": method, "key_bits": bits, "value_bits": bits}
-        selection = selection or Selection.of(capture, Fitting(given=calibration), **chosen)
-        super().__init__(selection, worker, capture, **settings)
-        rare, needs, self._missing = self.RARE
-        if all(getattr(layer, needs) is not None for layer in capture.layers):
-            rare = self._missing = ""
-        self._draw(chart for chart in self.CHARTS if chart.name != rare)
-        self.children = [self._controls(), self._message, *self.charts.values()]
-        self.follow()
-
-    def _likely(self) -> Iterable[Look]:
-        chosen, fitting = self.selection, self.selection.fitting
-        looks = [self._look(layer=self.layer + step) for step in (1, -1) if self.layer + step in chosen.layers]
-        ready = [b for b in chosen.widths if abs(b - self.bits) == 1 and fitting.is_ready(self.method, b)]
-        looks += [self._look(bits=bits) for bits in ready]
-        others = [m for m in chosen.methods if self.bits in fitting.widths(m) and fitting.is_ready(m, self.bits)]
-        return looks + [self._look(method=method) for method in others if method != self.method]
-
-    @property
-    def lasting(self) -> str:
-        """Which chart is missing, and what the bits are of."""
-        own, note = self.selection.choice.own_bits, ""
-        if self.layer in own:
-            note = f"These are bits of layer {self.layer} alone."
-        elif own:
-            note = f"These are bits of all layers but {', '.join(map(str, sorted(own)))}."
-        return " ".join(filter(None, (self._missing, note)))
-
-    def _controls(self, *own: Sequence[ipywidgets.Widget]) -> ipywidgets.Widget:
-        layers, heads = self.selection.layers, range(self.selection.heads)
-        steps = ipywidgets.SelectionSlider
-        return rows(
-            [self._control(steps, "layer", options=layers), self._control(steps, "head", options=heads)],
-            *own,
-            [self._methods(), self._bits("bits")],
-            [ProgressBar(self.worker)],
-        )
+    return run

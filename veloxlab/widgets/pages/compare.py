@@ -28,10 +28,7 @@ class Points(t.HasTraits):
     """Caches whose fidelity was measured: ``frame`` has a row for each, ``choices`` what was chosen for each."""
 
     choices = t.Tuple()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.frame = pl.DataFrame()
+    frame = pl.DataFrame()
 
     def add(self, row: pl.DataFrame, choice: Choice) -> None:
         """Add a cache, and tell those who watch ``choices``."""
@@ -58,10 +55,9 @@ class Experiment:
 
     def fidelity(self, choice: Choice, progress: Tell) -> pl.DataFrame:
         """Measure a cache."""
-        given: dict[str, Any] = {"text": self.text, "tokens": len(self.capture.tokens), "progress": progress}
-        calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress)
-        plan = choice.plan(self.model)
-        return fidelity(self.model, self.tokenizer, plan, calibration=calibration, name=choice.name, **given)
+        given: dict[str, Any] = {"text": self.text, "tokens": len(self.capture.tokens), "name": choice.name}
+        given["calibration"] = self.selection.fitting.calibration(choice.method, choice.widths, progress)
+        return fidelity(self.model, self.tokenizer, choice.plan(self.model), progress=progress, **given)
 
 
 class OfExperiment(Panel):
@@ -161,8 +157,9 @@ class Comparison(OfExperiment):
         super().__init__(experiment.selection, worker)
         self.experiment, self.points = experiment, experiment.points
         self._slot = ipywidgets.VBox()
-        look: dict[str, Any] = {"description": "measured", "tooltip": "A point of the chart"}
-        self._list = ipywidgets.Dropdown(options=[], layout={"width": "520px"}, **look)
+        self._list = ipywidgets.Dropdown(
+            description="measured", tooltip="A point of the chart", layout={"width": "520px"}
+        )
         self._take = button("Use it", "Choose the settings of this point", self._use)
         one = button("Measure this cache", "Compare its predictions with those of the exact cache", self.measure)
         tip = "At these bits, each method that needs no fitting"
@@ -174,12 +171,10 @@ class Comparison(OfExperiment):
 
     @property
     def summary(self) -> str:
-        """How much was measured."""
         return f"{len(self.points.choices)} caches were measured"
 
     @property
     def sections(self) -> list[Section]:
-        """What a report says of it: its chart, and the table."""
         return [*super().sections, Section("Fidelity", table=self.measured)] if self.charts else []
 
     def compare(self) -> None:
@@ -201,11 +196,10 @@ class Comparison(OfExperiment):
         if not choices:
             return
         self._put({"frontier": frontier(self.measured, x="held_bytes")}, self._slot)
-        words = [
-            f"{name}, {c.sinks} sinks, window {c.window}"
-            for name, c in zip(self.points.frame["name"], choices, strict=True)
+        self._list.options = [
+            (f"{i + 1}: {name}, {choices[i].sinks} sinks, window {choices[i].window}", i)
+            for i, name in enumerate(self.measured["name"])
         ]
-        self._list.options = [(f"{i + 1}: {said}", i) for i, said in enumerate(words)]
         self._list.value = len(choices) - 1
         self.say(self.points.newest)
 

@@ -15,7 +15,7 @@ from veloxlab.checks import WORDS, checked, whole
 from veloxlab.measure.generation import GENERATION, first_parting, side_by_side
 from veloxlab.views import held_while_generating, strip_caption, token_strip
 from veloxlab.views.generation import lines_for
-from veloxlab.widgets.panel import Panel, ProgressBar, button, check_settings, rows
+from veloxlab.widgets.panel import Panel, ProgressBar, button, rows
 from veloxlab.widgets.selection import CACHE, Checked, Choice, Fitting, OfCache, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
@@ -41,6 +41,7 @@ class SideBySide(OfCache, Panel):
     """
 
     NAME = "side-by-side"
+    SETTINGS = ("prompt", "tokens", "bits", *CACHE)
     _pressed = -LATE
     parting = property(lambda page: first_parting(page.generated), doc="The first position at which the texts differ.")
 
@@ -58,7 +59,6 @@ class SideBySide(OfCache, Panel):
         worker: Worker | None = None,
         **settings: Any,
     ) -> None:
-        check_settings("SideBySide", settings, ("prompt", "tokens", "bits", *CACHE))
         bits = dict.fromkeys(("key_bits", "value_bits"), settings.pop("bits")) if "bits" in settings else {}
         chosen = bits | {name: settings.pop(name) for name in CACHE if name in settings}
         self._model, self._tokenizer = model, tokenizer
@@ -85,9 +85,8 @@ class SideBySide(OfCache, Panel):
                 progress.check()
                 self._show(rows, tokens, name)
 
-            calibration = self.selection.fitting.calibration(
-                choice.method, {choice.key_bits, choice.value_bits}, progress
-            )
+            bits = {choice.key_bits, choice.value_bits}
+            calibration = self.selection.fitting.calibration(choice.method, bits, progress)
             given: dict[str, Any] = {"tokens": tokens, "calibration": calibration, **settings}
             side_by_side(self._model, self._tokenizer, prompt, choice.method, on_token=show, progress=progress, **given)
 
@@ -113,7 +112,6 @@ class SideBySide(OfCache, Panel):
 
     @property
     def summary(self) -> str:
-        """What is compared, and what came of it."""
         return f"{self.name}: {self._outcome}"
 
     def _controls(self) -> ipywidgets.Widget:

@@ -15,7 +15,7 @@ from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, s
 from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
 from veloxlab.widgets.pages.charts import Chart, ChartPage
-from veloxlab.widgets.panel import check_settings, code, rows
+from veloxlab.widgets.panel import code, rows
 from veloxlab.widgets.selection import CACHE, Checked, Fitting, OfCache, Selection
 from veloxlab.widgets.worker import Worker
 
@@ -36,9 +36,8 @@ class Count(Checked):
 
 def _layouts(page: Any, _: object, method: str, *numbers: int) -> tuple[CacheLayout, ...]:  # noqa: ANN401
     """Codecs make tables, which belong to the thread that made them: the worker's."""
-    key_bits, value_bits, sinks, window, *typed = numbers
-    settings: dict[str, Any] = {"key_bits": key_bits, "value_bits": value_bits, "sinks": sinks, "window": window}
-    return cache_layouts(page._shape(typed), method, **settings)
+    settings: dict[str, Any] = dict(zip(CACHE[1:], numbers, strict=False))
+    return cache_layouts(page._shape(numbers[len(settings) :]), method, **settings)
 
 
 CHART = Chart(
@@ -96,7 +95,6 @@ class MemoryPlanner(OfCache, ChartPage):
         worker: Worker | None = None,
         **settings: Any,
     ) -> None:
-        check_settings("MemoryPlanner", settings, self.SETTINGS)
         chosen = {name: settings.pop(name) for name in CACHE if name in settings}
         selection = selection or Selection(Fitting(), methods=list(METHODS), **chosen)
         given = maybe(MODEL_OR_CONFIG)("model_or_config", model_or_config)
@@ -115,7 +113,6 @@ class MemoryPlanner(OfCache, ChartPage):
 
     @property
     def summary(self) -> str:
-        """The model, and what the chart says."""
         name = "typed in" if self._given is None else self._given.name
         return f"{name}: {plan_caption(self.plan, self.largest)}"
 
