@@ -332,6 +332,7 @@ def test_training_a_codebook_holds_no_distances_of_all_pairs(count, dim):
 
 def test_training_tables_holds_no_differences_to_all_entries():
     points = np.random.default_rng(0).standard_normal((1024, 64)).astype(np.float32)
+    train_tables(points, 2, np.arange(64), seed=0)  # what Numba takes to compile a loop is not meant
     trained = 3 * points.nbytes  # with the invented vectors
     # of each vector some distances to 64 entries, as large as itself, and some copies
     assert traced_peak(lambda: train_tables(points, 2, np.arange(64), seed=0)) < 12 * trained < ENTRIES * trained / 5

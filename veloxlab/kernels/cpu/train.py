@@ -65,6 +65,7 @@ def in_boxes(points: Array) -> tuple[Array, Array, Array]:
         some = own[..., ::4]
         widest = np.argmax(some.max(axis=2) - some.min(axis=2), axis=0)
         numbers = np.where(order < count, own[widest, np.arange(1 << level)], np.inf)
+        del own, some  # as large as all points: not while their order is copied
         order = np.take_along_axis(order, np.argpartition(numbers, order.shape[1] // 2, axis=1), 1).ravel()
     order = order[:count]
     sorted_points, begins = points[order], np.arange(0, count, COUNT)
