@@ -16,7 +16,7 @@ Where we differ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +24,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.codecs import turboquant
-from veloxlab.codecs.base import Code, Codec, check_heads, check_vectors
+from veloxlab.codecs.base import Code, Codec, check_heads, check_vectors, per_kv_head
 from veloxlab.codecs.method import Method, Tensor, own_part
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import BITS, Layout, Row
@@ -97,6 +97,12 @@ class RateQuant(Codec):
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
         return self._in_order([codec.decode(part, dtype) for codec, part in self._parts(code)])
 
+    def scores(self, q: mx.array, code: Code) -> mx.array:
+        return self._by_width(q, code, lambda codec, part, own: codec.scores(part, own))
+
+    def mix(self, p: mx.array, code: Code) -> mx.array:
+        return self._by_width(p, code, lambda codec, part, own: codec.mix(part, own))
+
     def expand(self, code: Code) -> mx.array:
         return self._in_order([codec.expand(part) for codec, part in self._parts(code)])
 
@@ -121,6 +127,13 @@ class RateQuant(Codec):
         """Widths of the codes for a kernel: asked for at every token, and each layer has its own."""
         levels = {b.bits: b._quantizer.paired[1] for b in self.base if isinstance(b, turboquant.TurboQuant)}
         return head_widths(self.head_bits, self.head_dim, levels) if levels else None
+
+    def _by_width(self, x: mx.array, code: Code, attend: Callable[[Base, mx.array, Code], mx.array]) -> mx.array:
+        """Each codec's answer to the rows of ``x`` ``[B, Hq, L, ·]`` that read its heads, in the heads' order."""
+        grouped = per_kv_head(x, len(self.head_bits))
+        own = zip(self._parts(code), self._heads, strict=True)
+        parts = [attend(codec, grouped[:, heads], part) for (codec, part), heads in own]
+        return self._in_order(parts).reshape(*x.shape[:-1], parts[0].shape[-1])
 
     def _parts(self, code: Code) -> list[tuple[Base, Code]]:
         parts: list[tuple[Base, Code]] = []
