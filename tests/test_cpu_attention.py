@@ -1,6 +1,7 @@
 """Attention over codes by the loops of a CPU is as by its definition, for every layout, type, mask and thread."""
 
 import dataclasses
+import itertools
 import os
 import subprocess
 import sys
@@ -168,7 +169,18 @@ def test_a_batch_is_read_as_each_of_its_sequences_is(method, dtype, masked, leng
 
 def test_a_batch_of_codecs_that_bring_queries_elsewhere_is_read_one_by_one():
     codecs = [METHODS["spectralquant"].codec(64, 3, "keys").fit(Sample(normal(1, 2, 300, 64, seed=i))) for i in (1, 2)]
-    assert attend_together([history(c, c) for c in codecs], [0, 0], normal(2, 4, 1, 64), 0.125, None, None) is None
+    codecs.append(METHODS["qjl"].codec(64, 3, "keys"))
+    q = normal(2, 4, 1, 64)
+    for pair in itertools.combinations(codecs, 2):
+        assert attend_together([history(c, c) for c in pair], [0, 0], q, 0.125, None, None) is None
+
+
+def test_a_batch_may_have_rotated_codes_of_several_kinds():
+    codecs = TurboQuant(64, 4), METHODS["rabitq"].codec(64, 2, "keys"), METHODS["rvq"].codec(64, 4, "keys")
+    own, q = [history(codec, codec, recent=5 + i) for i, codec in enumerate(codecs)], normal(3, 4, 1, 64)
+    found = attend_together(own, [2, 1, 0], q, 0.125, None, None)
+    wanted = [h.attend(q[i : i + 1], 0.125, None) for i, h in enumerate(own)]
+    assert relative(found, mx.concatenate(wanted)) < 1e-6
 
 
 def test_no_loop_runs_where_kernels_are_switched_off(monkeypatch):

@@ -132,7 +132,7 @@ class History(Handle):
         return self.calls[like]
 
     def _with_derivatives(
-        self, out: mx.array, q: mx.array, scale: float, mask: Mask = None, sinks: mx.array | None = None
+        self, out: mx.array, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None
     ) -> mx.array:
         """The answer of a kernel that is no part of MLX's graph, whose derivatives follow the reference."""
 
@@ -164,14 +164,14 @@ class History(Handle):
         return None
 
     @property
-    def _spaces(self) -> tuple[Codec | None, Codec | None] | None:
-        """The codecs that bring queries in and answers out, where kernels do not; None if no kernel reads this."""
-        tokens = None if self._packed_at is None else self._tokens()
-        if tokens is None:
+    def _spaces(self) -> tuple[object, ...] | None:
+        """What a batch's histories must share: dimensions of the codes, and the codecs that kernels do not replace."""
+        packed = self.segments[self._packed_at or 0]  # an exact one, where none is packed, has no reader
+        keys, values = reader_of(packed.key_codec, packed.keys), reader_of(packed.value_codec, packed.values)
+        if keys is None or values is None:
             return None
-        packed = self.segments[self._packed_at or 0]
-        brings_in, brings_out = tokens.keys.signs is None, tokens.values.signs is None
-        return packed.key_codec if brings_in else None, packed.value_codec if brings_out else None
+        brings_in, brings_out = keys.signs is None, values.signs is None
+        return keys.dim, values.dim, brings_in and packed.key_codec, brings_out and packed.value_codec
 
     def _tokens(self) -> Tokens | None:
         """What a kernel reads, or None if no kernel reads these segments and codecs."""
@@ -250,9 +250,8 @@ def attend_together(
         return None
     calls, recent = [], []
     for i, history in enumerate(histories):
-        q_own, coded, masked = (None if x is None else x[i : i + 1] for x in given[:3])
-        assert q_own is not None
-        call = history._call(backend, replace(queries, q=q_own, coded=coded, mask=masked))
+        coded, masked = (None if x is None else x[i : i + 1] for x in (queries.coded, queries.mask))
+        call = history._call(backend, replace(queries, q=queries.q[i : i + 1], coded=coded, mask=masked))
         if call is None:
             return None
         calls.append(call)
