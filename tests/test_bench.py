@@ -15,6 +15,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from tests.tiny_models import tiny
 from veloxlab import cli
+from veloxlab.cache.counts import BLOCK
 from veloxlab.cli import measurements
 from veloxlab.cli.tables import lengths_table
 from veloxlab.codecs import METHODS
@@ -92,30 +93,51 @@ def test_every_method_can_be_fitted_to_random_vectors(method):
 
 
 def test_decoding_is_timed_with_caches_that_are_full(quick):
-    rows = models.decode_steps(1, [96], [4], progress=lambda _: None)
-    exact, _, ours = rows
-    assert exact["ratio"] == 1
+    told: list[str] = []
+    rows = models.decode_steps([96], {"one layer of 7B": 1, "smollm2-135m": models.LAYERS + 1}, 1, told.append)
+    assert [(row["shape"], row["tokens"]) for row in rows] == [("one layer of 7B", 96)] * 4 + [
+        ("smollm2-135m", 1024)
+    ] * 2
+    exact, _, ours, _, small, _ = rows
+    assert exact["ratio"] == small["ratio"] == 1
+    assert ours["ratio"] == pytest.approx(ours["milliseconds"] / exact["milliseconds"])
     assert ours["held_bytes"] < exact["held_bytes"]
-    assert all(row["milliseconds"] > 0 for row in rows)
+    assert all(0 < row["milliseconds"] <= row["slowest_milliseconds"] for row in rows)
+    assert len(told) == len(rows)
+
+
+def test_a_step_of_a_batch_is_timed(quick):
+    exact, ours = models.batch_steps([(3, 96)], 1, 1, lambda _: None)
+    assert (exact["sequences"], exact["ratio"]) == (3, 1)
+    assert ours["ratio"] == pytest.approx(ours["milliseconds"] / exact["milliseconds"])
+    assert ours["held_bytes"] < exact["held_bytes"]
 
 
 def test_reading_a_prompt_is_timed(quick):
-    exact, ours = models.read_prompts(1, 100, [4], progress=lambda _: None)
-    assert exact["ratio"] == 1
-    assert ours["ratio"] == pytest.approx(exact["seconds"] / ours["seconds"])
+    exact, ours = models.read_prompts(1, 100, [4], 1, lambda _: None)
+    assert exact["ratio"] == exact["peak_ratio"] == 1
+    assert ours["ratio"] == pytest.approx(ours["seconds"] / exact["seconds"])
 
 
 def test_encoding_is_timed_beside_attention(quick):
     rows = timing.encode_steps(SMALL, 96, 5, progress=lambda _: None)
     assert [row["cache"].split()[0] for row in rows[::2]] == list(timing.ENCODED)
-    assert [row["tokens"] for row in rows] == [1, 5] * len(timing.ENCODED)
+    assert [row["tokens"] for row in rows] == [BLOCK, 5] * len(timing.ENCODED)
     assert {row["layers"] for row in rows} == {2}
     for row in rows:
-        assert row["ratio"] == pytest.approx(row["microseconds"] / row["attention_microseconds"])
+        assert row["ratio"] == pytest.approx(row["microseconds"] / row["attention_microseconds"] / BLOCK)
 
 
 def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkeypatch, tmp_path):
-    names = ("decode_attention", "attention_of_methods", "encode_steps", "decode_steps", "read_prompts", "host")
+    names = (
+        "decode_attention",
+        "attention_of_methods",
+        "encode_steps",
+        "decode_steps",
+        "read_prompts",
+        "batch_steps",
+        "host",
+    )
     for name in names:
         module = next(each for each in (timing, models, host) if hasattr(each, name))
         monkeypatch.setattr(module, name, lambda *given, name=name, **named: [{"of": name, **named}])
@@ -124,10 +146,10 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
     monkeypatch.setattr(measurements.runtime, "backend", lambda: "cuda")  # type: ignore[attr-defined]
     path = tmp_path / "bench.json"
     assert cli.main(["bench", "--json", str(path), "--tokens", "64"]) == 0
-    assert path.with_suffix(".md").read_text() == "6 parts\n"
+    assert path.with_suffix(".md").read_text() == "7 parts\n"
     results = json.loads(path.read_text())
     assert [part["rows"][0]["of"] for part in results.values()] == [*names]
-    assert path.with_suffix(".png").read_bytes() == b"6"
+    assert path.with_suffix(".png").read_bytes() == b"7"
     assert all(part["facts"]["backend"] in ("cpu", "cuda", "metal") for part in results.values())
     assert results["attention"]["rows"] == [{"of": "decode_attention", "tokens": [64]}]
     assert results["decode"]["rows"] == [{"of": "decode_steps", "tokens": [64]}]

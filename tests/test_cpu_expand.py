@@ -1,5 +1,7 @@
 """Tokens that loops of a CPU write into one buffer are as MLX operations decode them, of every layout and type."""
 
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from veloxlab.codecs.base import Code
 from veloxlab.codecs.none import Exact
 from veloxlab.kernels import checked, devices
 from veloxlab.kernels.cpu import run
+from veloxlab.kernels.devices import BACKENDS, CPU
 
 pytestmark = pytest.mark.skipif(devices.current_backend() is not devices.CPU, reason="MLX computes on a GPU here")
 ALL = slice(None)
@@ -78,7 +81,7 @@ def test_every_rotation_and_width_is_as_decoded(method, options, tensor):
 
 
 def test_what_its_codec_brings_out_is_so_in_tiles(monkeypatch):
-    monkeypatch.setattr(expand, "_AT_ONCE", 32)
+    monkeypatch.setitem(BACKENDS, "cpu", replace(CPU, expanded_tokens=32))
     kind = next(i for i, known in enumerate(KINDS) if known[0] == "commvq")  # turned by their positions
     assert_as_decoded([(codec(kind, 64), codec(kind, 64).encode(normal(1, 2, 77, 64, seed=0), 5))], mx.float32)
 

@@ -23,10 +23,9 @@ from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.call import AttentionKernel, PreparedCall, Queries, Tokens
 from veloxlab.kernels.call import Exact as ExactTokens
 from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
-from veloxlab.kernels.devices import current_backend
+from veloxlab.kernels.devices import current_backend, device_backend
 from veloxlab.mlxlm.hooks import Handle, Mask
 
-EXPANDED_BYTES = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
 _TRIAL = 3, 333, 70  # tokens before, in and after codes, on which a kernel is tried: no multiples of anything
 _HIDDEN = 0.2  # share of them that its mask hides
 Calls = dict[tuple[object, ...], PreparedCall | None]
@@ -85,7 +84,7 @@ class History(Handle):
         kv_heads = together = self.segments[-1].keys.kv_heads
         if all(codec.heads_alike for codec in codecs):
             head_bytes = q.shape[0] * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * q.dtype.size
-            together = min(kv_heads, max(1, EXPANDED_BYTES // head_bytes))
+            together = min(kv_heads, max(1, device_backend().expanded_bytes // head_bytes))
         queries = q.shape[1] // kv_heads  # of a KV head
         parts = [q]
         for first in range(0, kv_heads, together):

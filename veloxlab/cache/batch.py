@@ -163,6 +163,11 @@ class BatchCompressedKVCache(saved.Saved):
         """A copy of one row."""
         return copy.deepcopy(self.rows[idx])
 
+    def settle(self) -> None:
+        """`CompressedKVCache.settle` of all rows."""
+        for row in self.rows:
+            row.settle()
+
     def describe(self) -> tuple[saved.Content, list[mx.array]]:
         self._lent, described = None, [row.describe() for row in self.rows]
         rows = [{"arrays": len(own), "content": said} for said, own in described]

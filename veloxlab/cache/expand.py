@@ -10,13 +10,12 @@ from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.none import Exact
 from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
-from veloxlab.kernels.devices import current_backend
+from veloxlab.kernels.devices import current_backend, device_backend
 from veloxlab.kernels.readers import Reader
 
 Parts = Sequence[tuple[Codec, Code]]  # consecutive tokens
 
 LARGEST_HALF = 65504.0  # of float16
-_AT_ONCE = 2048  # tokens of a layer that are decoded together where all are
 _TRIAL = 333  # tokens of each part, on which loops are tried: no multiple of anything
 
 
@@ -40,10 +39,10 @@ def _arrays(parts: Parts) -> list[mx.array]:
 
 def _by_graph(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None) -> mx.array:
     """Some tokens at a time, each after the other: decoding takes room in float32 besides."""
-    tiles = []
+    tiles, at_once = [], device_backend().expanded_tokens
     for codec, code in parts:
-        for start in range(0, code.tokens, _AT_ONCE):
-            tile = code[start : start + _AT_ONCE]
+        for start in range(0, code.tokens, at_once):
+            tile = code[start : start + at_once]
             arrays = {name: array[:, heads] for name, array in tile.arrays.items()}
             if after is not None:
                 before = mx.stop_gradient(after)  # an order has no derivatives
@@ -78,6 +77,7 @@ def _written(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice) -> m
     """All in one buffer, where loops write every part. What a codec itself brings out of its space is so in tiles."""
     write, (codec, code) = backend.write, next(part for part in parts if not isinstance(part[0], Exact))
     assert write is not None
+    at_once = backend.expanded_tokens
     batch, own = next(iter(code.arrays.values())).shape[0], range(code.kv_heads)[heads]
     out, place = _room(batch, len(own), sum(code.tokens for _, code in parts), codec.head_dim, dtype), 0
     for codec, code in parts:
@@ -86,8 +86,8 @@ def _written(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice) -> m
         elif (reader := reader_of(codec, code)) is not None and reader.signs is not None:
             write(reader, out, place, own.start, True)
         else:
-            for start in range(0, code.tokens, _AT_ONCE):
-                tile = codec.reader(code[start : start + _AT_ONCE])
+            for start in range(0, code.tokens, at_once):
+                tile = codec.reader(code[start : start + at_once])
                 assert tile is not None
                 coded = _room(batch, len(own), tile.tokens, tile.dim, mx.float32)
                 write(tile, coded, 0, own.start, False)

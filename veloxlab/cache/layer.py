@@ -17,7 +17,7 @@ from veloxlab.cache import saved
 from veloxlab.cache.attention import FEW_QUERIES, Calls, History, Segment
 from veloxlab.cache.counts import TOKENS, Arrival, Windows
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
-from veloxlab.cache.runs import Codes, Run, Runs, check_range
+from veloxlab.cache.runs import Checks, Codes, Run, Runs
 from veloxlab.checks import ARGUMENTS
 from veloxlab.codecs import TENSORS, Code, Codec
 from veloxlab.codecs.base import fitted_online
@@ -47,6 +47,7 @@ class Coming(NamedTuple):
     codecs: tuple[Codec, Codec]
     sinks: Codes | None
     packed: Codes | None
+    good: mx.array | None  # whether what is stored can be, where that is not known yet
 
 
 @loadable
@@ -98,6 +99,7 @@ class CompressedKVCache(Runs, saved.Saved):
         self._past: tuple[Segment, ...] = ()  # what comes before the window, while only that changes,
         self._one: tuple[object, ...] = ()  # by keys and values of these shapes,
         self._calls: Calls = {}  # and what attention prepared of it
+        self._checks = Checks()
         if path == "codes":
             # mlx-lm sends a cache with these two attributes to its quantized attention, which `hooks` extends
             self.bits, self.group_size = 0, 0
@@ -107,7 +109,8 @@ class CompressedKVCache(Runs, saved.Saved):
 
         On the ``"codes"`` path both results are the same `History`; on ``"arrays"`` they are decoded arrays. Raises
         `InputError`, and stores nothing, if the head dimensions are not the codecs', if a key or value to be stored is
-        NaN or infinite, or if a codec cannot encode yet.
+        NaN or infinite, or if a codec cannot encode yet. A GPU is not waited for: there a call raises, and every call
+        after it, if the last but one stored such a key or value. By then it has been computed, and has given one token.
         """
         fetched = self.store(self.check(keys, values))
         self.begin()
@@ -120,6 +123,7 @@ class CompressedKVCache(Runs, saved.Saved):
 
     def check(self, keys: mx.array, values: mx.array) -> Coming | Joining:
         """The first half of `update_and_fetch`: all that can fail, and changes nothing. See there what it raises."""
+        self._checks.look(self.layer)
         if self._past and (keys.shape, values.shape) == self._one and self.recent.tokens < self.windows.most_recent:
             return Joining(keys, values)
         for name, x, codec in (("keys", keys, self.key_codec), ("values", values, self.value_codec)):
@@ -132,29 +136,33 @@ class CompressedKVCache(Runs, saved.Saved):
         all_seen = self.chunk == "exact" and count > self.window
         arrival = self.windows.arrival(count, self.offset, recent, all_seen=all_seen)
         first = arrival.to_sinks + arrival.gone
-        leaving = []
+        leaving, good = [], None
         if arrival.to_packed:
             leaving = [x[:, :, first : first + arrival.from_new] for x in (keys, values)]
         if arrival.from_recent:
             oldest = (code.arrays["values"][:, :, : arrival.from_recent] for code in self.recent.codes())
             leaving = [mx.concatenate([*pair], axis=2) for pair in zip(oldest, leaving, strict=True)]
-        sinks = _exact(keys, values, slice(arrival.to_sinks)) if arrival.to_sinks else None
-        if leaving or sinks:
-            check_range(self.layer, *leaving, *(code.arrays["values"] for code in sinks or ()))
+        joining = [x[:, :, : arrival.to_sinks] for x in (keys, values)] if arrival.to_sinks else []
+        if leaving or joining:
+            both, good = self._checks.of(self.layer, [*leaving, *joining])
+            leaving, joining = both[: len(leaving)], both[len(leaving) :]
+        sinks = (Code({"values": joining[0]}), Code({"values": joining[1]})) if joining else None
         codecs, packed = (self.key_codec, self.value_codec), None
         if leaving:
             start = self.offset + first - (0 if arrival.gone else recent)  # of the oldest token to be encoded
             codecs = fitted_online(self.key_codec, leaving[0]), fitted_online(self.value_codec, leaving[1])
             packed = codecs[0].encode(leaving[0], start), codecs[1].encode(leaving[1], start)
-        return Coming(keys, values, all_seen, arrival, codecs, sinks, packed)
+        return Coming(keys, values, all_seen, arrival, codecs, sinks, packed, good)
 
     def store(self, coming: Coming | Joining) -> tuple[Any, Any]:
         """The second half of `update_and_fetch`, which nothing in the tokens can make fail."""
         if isinstance(coming, Joining):
+            self._checks.kept(None)
             newest = _segment(self._exact, self.recent.join(*coming))
             history = History((*self._past, newest), calls=self._calls)
             return history, history
-        keys, values, all_seen, arrival, codecs, sinks, packed = coming
+        keys, values, all_seen, arrival, codecs, sinks, packed, good = coming
+        self._checks.kept(good)
         self._past, self._calls = (), {}
         hidden, rest = self.held - self.visible, arrival.to_sinks + arrival.gone + arrival.from_new
         segments = (*self._segments(hidden), _segment(self._exact, _exact(keys, values))) if all_seen else ()
@@ -247,8 +255,12 @@ class CompressedKVCache(Runs, saved.Saved):
         """A copy of its own tokens; codecs never change, and are shared."""
         other = copy.copy(self)
         other.sinks, other.packed, other.recent = (copy.deepcopy(run, memo) for run in self.runs)
-        other._lent, other._past = None, ()
+        other._lent, other._past, other._checks = None, (), copy.copy(self._checks)
         return other
+
+    def settle(self) -> None:
+        """Wait until it is known that what is stored can be; raises `InputError` as `update_and_fetch` does if not."""
+        self._checks.settle(self.layer)
 
     def describe(self) -> tuple[saved.Content, list[mx.array]]:
         self._lent = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import mlx.core as mx
+import numpy as np
 
+from veloxlab import runtime
 from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Room, Windows, calls
 from veloxlab.codecs import TENSORS, Code, Tensor
 from veloxlab.errors import InputError
@@ -165,16 +168,48 @@ class Runs:
         self.recent.drop(oldest=count - of_packed)
 
 
-def check_range(layer: int, *keys_and_values: mx.array) -> None:
-    """Raise `InputError` if a key or a value (they alternate) is no number that a codec can store."""
-    # in float16 the limit itself is infinite; the comparison is false for NaN too
-    within = [(mx.abs(x.astype(mx.float32)) <= LARGEST).all() for x in keys_and_values]
-    if not mx.stack(within).all().item():  # one wait for the device, whatever the number of arrays
-        bad = next(i for i, good in enumerate(within) if not good.item())
+class Checks:
+    """Whether keys and values that were stored are numbers that a codec can store; a GPU is not waited for to know."""
+
+    def __init__(self) -> None:
+        self._of_last: mx.array | None = None  # call
+        self._before: mx.array | None = None
+
+    def of(self, layer: int, arrays: Sequence[mx.array]) -> tuple[list[mx.array], mx.array | None]:
+        """Keys and values, which alternate, and what is to be `kept` of them; raises `InputError` where that is known.
+
+        They are computed after their check.
+        """
+        # in a smaller type the limit itself would be infinite; the comparison is false for NaN too
+        good = mx.stack([(mx.abs(x) <= min(LARGEST, mx.finfo(x.dtype).max)).all() for x in arrays])
+        if runtime.backend() == "cpu":
+            _check(layer, good)
+            return list(arrays), None
+        return list(mx.depends(list(arrays), [good])), good
+
+    def kept(self, good: mx.array | None) -> None:
+        """The check of what a call has stored."""
+        self._before, self._of_last = self._of_last, good
+
+    def look(self, layer: int) -> None:
+        """Raise `InputError` for what the call before the last stored, which has been computed by now."""
+        if self._before is not None:
+            _check(layer, self._before)
+
+    def settle(self, layer: int) -> None:
+        """Wait for all of it, and raise `InputError` as `look` does."""
+        self.look(layer)
+        if self._of_last is not None:
+            _check(layer, self._of_last)
+
+
+def _check(layer: int, good: mx.array) -> None:
+    found = np.asarray(good)
+    if not found.all():
         raise InputError(
-            f"Layer {layer}: the {TENSORS[bad % 2]} of a token are NaN, infinite or beyond ±{LARGEST:.0e} and were not "
-            "stored. The model overflowed, most likely in float16: load it in bfloat16 or float32 and start with a new "
-            "cache."
+            f"Layer {layer}: the {TENSORS[int(found.argmin()) % 2]} of a token are NaN, infinite or beyond "
+            f"±{LARGEST:.0e} and cannot be stored. The model overflowed, most likely in float16: load it in bfloat16 "
+            "or float32 and start with a new cache."
         )
 
 

@@ -7,7 +7,7 @@ with arrays, and ends with one word, a JSON text that says what they are.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
@@ -35,13 +35,16 @@ class Description(str):
 
     _content: Content
     _arrays: Sequence[mx.array]
+    _settle: Callable[[], None]
 
-    def __new__(cls, content: Content, arrays: Sequence[mx.array]) -> Self:
+    def __new__(cls, content: Content, arrays: Sequence[mx.array], settle: Callable[[], None]) -> Self:
+        """``settle`` raises `InputError` if what is held must not be saved."""
         self = super().__new__(cls)
-        self._content, self._arrays = content, arrays
+        self._content, self._arrays, self._settle = content, arrays, settle
         return self
 
     def __iter__(self) -> Iterator[str]:
+        self._settle()
         return iter(to_json(FORMAT, self._content, _bytes(self._arrays)))
 
 
@@ -52,6 +55,10 @@ class Saved(ABC):
     def describe(self) -> tuple[Content, list[mx.array]]:
         """What `rebuild` needs: what JSON can hold, and arrays. What was only for layers that attended is let go."""
 
+    @abstractmethod
+    def settle(self) -> None:
+        """Raise `InputError` if what is held must not be saved."""
+
     @classmethod
     @abstractmethod
     def rebuild(cls, content: Content, arrays: Iterator[mx.array]) -> Self:
@@ -61,7 +68,7 @@ class Saved(ABC):
     def state(self) -> list[Any]:
         """What is evaluated after each chunk of a prefill, and what is saved: the arrays, and a description."""
         content, arrays = self.describe()
-        return [*arrays, Description(content, arrays)]
+        return [*arrays, Description(content, arrays, self.settle)]
 
     @state.setter
     def state(self, saved: Sequence[Any]) -> None:
@@ -88,7 +95,7 @@ class Checksummed:
         own = self.native.state.fget(self)
         leaves, arrays = _leaves(own)
         settings = {"model": self.model, "layer": self.layer, "reason": self.reason}
-        return [own, Description({"settings": settings, "leaves": leaves}, arrays)]
+        return [own, Description({"settings": settings, "leaves": leaves}, arrays, lambda: None)]
 
     @state.setter
     def state(self, saved: Sequence[Any]) -> None:

@@ -22,7 +22,7 @@ from veloxlab.store import check_place, make_folder, write_atomically, write_par
 if TYPE_CHECKING:
     import polars as pl
 
-PARTS = ("attention", "methods", "encode", "decode", "read", "fit", "host")
+PARTS = ("attention", "methods", "encode", "decode", "read", "batch", "fit", "host")
 
 
 def compare_caches(model: str, out: Path, **text: Any) -> None:
@@ -129,6 +129,7 @@ def _on_gpu(tokens: Sequence[int] | None) -> _Parts:
         "encode": timing.encode_steps,
         "decode": lambda: models.decode_steps(tokens=tokens),
         "read": models.read_prompts,
+        "batch": models.batch_steps,
         "host": host,
     }
 

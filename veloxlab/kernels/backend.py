@@ -68,6 +68,8 @@ class Backend:
     shares: tuple[int, int] = (1, 1)  # threads of the matrix unit that read a key together, and a value
     points_each: int = 1  # points of a codebook search that a simdgroup has in hand, by the registers of a thread
     least_size: int = 0  # elements of an input, at least: a smaller one is repeated along a last axis of stride 0
+    expanded_bytes: int = 16 << 20  # of decoded keys and values that are held at once, if KV heads can be taken apart
+    expanded_tokens: int = 2048  # of a layer that are decoded together, where all are
     tried: bool = True  # whether a kernel is compared with its reference before it is used
     lazy: bool = True  # whether outputs are computed when they are asked for; else inputs are evaluated at a launch
 

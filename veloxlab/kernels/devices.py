@@ -15,6 +15,7 @@ from veloxlab import runtime
 from veloxlab.kernels.attend import attend_kernel
 from veloxlab.kernels.backend import Backend, build_with_mlx
 
+_EXPANDED_BYTES, _EXPANDED_TOKENS = 256 << 20, 1 << 24  # on a GPU launches of small tiles take longer
 SWITCH = "VELOXLAB_KERNELS"  # 0 in the environment: no kernel, MLX operations do everything
 
 
@@ -33,6 +34,8 @@ METAL = Backend(
     pair_words=2,
     shares=(4, 4),
     points_each=4,
+    expanded_bytes=_EXPANDED_BYTES,
+    expanded_tokens=_EXPANDED_TOKENS,
     least_size=8,  # MLX puts a smaller array in the `constant` address space, and a body's pointers are to one space
 )
 CUDA = Backend(
@@ -45,6 +48,8 @@ CUDA = Backend(
     pair_words=1,
     shares=(4, 8),
     points_each=8,
+    expanded_bytes=_EXPANDED_BYTES,
+    expanded_tokens=_EXPANDED_TOKENS,
 )
 CPU = Backend(
     name="cpu",
@@ -58,11 +63,16 @@ CPU = Backend(
 BACKENDS = {backend.name: backend for backend in (METAL, CUDA, CPU)}
 
 
+def device_backend() -> Backend:
+    """That of MLX's default device, whether kernels run there or not."""
+    return BACKENDS[runtime.backend()]
+
+
 def current_backend() -> Backend | None:
-    """That of MLX's default device, or None where no kernel runs, or ``VELOXLAB_KERNELS=0`` forbids kernels."""
+    """The same, or None where no kernel runs, or ``VELOXLAB_KERNELS=0`` forbids kernels."""
     if os.environ.get(SWITCH) == "0":
         return None
-    backend = BACKENDS.get(runtime.backend())
+    backend = device_backend()
     return None if backend is CPU and not has_loops() else backend
 
 

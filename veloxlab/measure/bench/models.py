@@ -21,9 +21,10 @@ from mlx_lm.models.llama import Model
 
 from veloxlab.cache.counts import CHUNK
 from veloxlab.cache.make import make_cache
+from veloxlab.codecs import TENSORS
 from veloxlab.errors import InputError
 from veloxlab.measure.bench.shapes import random_model
-from veloxlab.measure.bench.timing import SHAPES, TOKENS, Row, Tell, vectors
+from veloxlab.measure.bench.timing import TOKENS, Row, Tell
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.frames import schema
 from veloxlab.mlxlm.probe import exact_width, own_cache, quantized_cache, slots_of
@@ -36,8 +37,13 @@ length before; at the peak while computing the next token, and its median second
 STEPS = 7  # tokens that are timed at a length
 WARM_UP = 2  # tokens that are computed before those that are timed
 LAYERS = 8
-READ = 16384  # tokens of a prompt whose reading is timed
-_STEPS = 64  # tokens that are timed: two blocks of them leave the window
+DECODED = {"one layer of 7B": LAYERS, "smollm2-135m": 30}  # shapes, and their layers
+SHORT = 1024  # tokens before those that are timed, of a small model
+BATCHES = (8, 4096), (32, 1024)  # sequences, and tokens of the longest
+UNLIKE = 13  # tokens by which their lengths differ
+READ = 32768  # tokens of a prompt whose reading is timed
+RUNS = 3
+_STEPS = 96  # tokens that are timed: three blocks of them leave the window
 _FIRST = 40  # tokens before them: one block, so that every kernel is compiled
 
 Maker = Callable[[], list[Any]]
@@ -137,58 +143,101 @@ def _settle() -> None:
 
 
 def decode_steps(
-    layers: int = LAYERS, tokens: Sequence[int] = TOKENS, bits: Sequence[int] = (4, 3), progress: Tell = print
+    tokens: Sequence[int] = TOKENS, shapes: Mapping[str, int] = DECODED, runs: int = RUNS, progress: Tell = print
 ) -> list[Row]:
     """Decoding behind ``tokens`` tokens, as mlx-lm does: the graph of a token is made while the one before is computed.
 
-    The caches are filled with random keys and values. Rows: ``cache, layers, tokens, milliseconds`` (of a token),
-    ``ratio`` (exact time over this one's: more than 1 is faster), ``held_bytes``. A cache that MLX cannot read on this
-    device is told to ``progress`` and left out.
+    ``shapes`` are models and their layers; of one that has few, the caches are also shorter. The caches are filled with
+    random keys and values. Rows: ``shape, layers, cache, tokens, milliseconds`` (of a token: the median of ``runs``, of
+    the median of each), ``slowest_milliseconds`` (the same of the slowest), ``ratio`` (to the exact cache's time),
+    ``held_bytes``. A cache that MLX cannot read on this device is told to ``progress`` and left out.
     """
-    model = _model(layers)
     rows: list[Row] = []
-    for count in tokens:
-        exact_time = 0.0
-        for name, make in makers(model, bits, theirs=(4,)).items():
-            caches = _filled(make, count)
-            try:
-                spent = 1e3 * _token_seconds(model, caches)
-            except RuntimeError as error:
-                # MLX 0.32.4 on CUDA has no product of one row with quantized ones for some numbers of tokens
-                progress(f"decoding behind {count} tokens: {name} fails: {error}")
-                continue
-            exact_time = exact_time or spent
-            row = {"cache": name, "layers": layers, "tokens": count, "milliseconds": spent, "ratio": exact_time / spent}
-            rows.append(row | {"held_bytes": sum(cache.nbytes for cache in caches)})
-            progress(f"decoding behind {count} tokens: {name}, {spent:.2f} ms a token")
-            del caches
-            mx.clear_cache()
+    for shape, layers in shapes.items():
+        model, small = random_model(shape, num_hidden_layers=layers, vocab_size=4096), layers > LAYERS
+        for count in [SHORT] if small else tokens:
+            made = makers(model, (4,) if small else (4, 3), theirs=() if small else (4,))
+            seconds = _in_turn(
+                model, {name: partial(_filled, make, model, count) for name, make in made.items()}, runs, progress
+            )
+            for name, (typical, slowest, held) in seconds.items():
+                row = {"shape": shape, "layers": layers, "cache": name, "tokens": count, "milliseconds": 1e3 * typical}
+                row |= {"slowest_milliseconds": 1e3 * slowest, "ratio": typical / next(iter(seconds.values()))[0]}
+                rows.append(row | {"held_bytes": held})
+                progress(
+                    f"{shape}, a token behind {count}: {name}, {1e3 * typical:.2f} ms, {row['ratio']:.2f} of exact"
+                )
     return rows
 
 
+def batch_steps(
+    batches: Sequence[tuple[int, int]] = BATCHES, layers: int = LAYERS, runs: int = RUNS, progress: Tell = print
+) -> list[Row]:
+    """A step of a batch of sequences, each behind about as many tokens, but no two behind the same number.
+
+    Rows: ``layers, cache, sequences, tokens, milliseconds, slowest_milliseconds, ratio, held_bytes`` as `decode_steps`.
+    """
+    model = _model(layers)
+    rows: list[Row] = []
+    for sequences, count in batches:
+        counts = [count - UNLIKE * i for i in range(sequences)]
+        made = {name: partial(_batch, make, model, counts) for name, make in makers(model, theirs=()).items()}
+        seconds = _in_turn(model, made, runs, progress, sequences)
+        for name, (typical, slowest, held) in seconds.items():
+            row = {"layers": layers, "cache": name, "sequences": sequences, "tokens": count}
+            row |= {"milliseconds": 1e3 * typical, "slowest_milliseconds": 1e3 * slowest, "held_bytes": held}
+            rows.append(row | {"ratio": typical / next(iter(seconds.values()))[0]})
+            progress(
+                f"a step of {sequences} x {count}: {name}, {1e3 * typical:.2f} ms, {rows[-1]['ratio']:.2f} of exact"
+            )
+    return rows
+
+
+def _in_turn(
+    model: Model, made: Mapping[str, Maker], runs: int, progress: Tell, sequences: int = 1
+) -> dict[str, tuple[float, float, int]]:
+    """Of each cache the median and the slowest seconds of a token, medians over ``runs``, and bytes; in turn."""
+    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in made}
+    for _ in range(runs):
+        for name, make in made.items():
+            caches = make()
+            try:
+                spent = _token_seconds(model, caches, sequences)
+                found[name].append((statistics.median(spent), max(spent), sum(cache.nbytes for cache in caches)))
+            except RuntimeError as error:
+                # MLX 0.32.4 on CUDA has no product of one row with quantized ones for some numbers of tokens
+                progress(f"{name} fails: {error}")
+            del caches
+            mx.clear_cache()
+    return {name: tuple(map(statistics.median, zip(*rows, strict=True))) for name, rows in found.items() if rows}
+
+
 def read_prompts(
-    layers: int = LAYERS, tokens: int = READ, bits: Sequence[int] = (4, 3), progress: Tell = print
+    layers: int = LAYERS, tokens: int = READ, bits: Sequence[int] = (4, 3), runs: int = RUNS, progress: Tell = print
 ) -> list[Row]:
     """Reading a prompt of ``tokens`` random tokens in mlx-lm's chunks.
 
-    Rows: ``cache, layers, tokens, seconds, ratio`` (exact time over this one's), ``peak_bytes`` beside the weights.
+    Rows: ``cache, layers, tokens, seconds`` (the median of ``runs``, behind one that compiles), ``ratio`` (to the exact
+    cache's), ``peak_bytes`` beside the weights, ``peak_ratio``.
     """
     model = _model(layers)
     ids = mx.random.randint(0, 90, (1, tokens), key=mx.random.key(0))
     mx.eval(ids)
-    rows: list[Row] = []
-    for name, make in makers(model, bits, theirs=()).items():
-        for _ in range(2):  # the first time compiles
+    found: dict[str, list[tuple[float, int]]] = {name: [] for name in makers(model, bits, theirs=())}
+    for _ in range(1 + runs):
+        for name, make in makers(model, bits, theirs=()).items():
             caches = make()
             _settle()
-            weights = mx.get_active_memory()
-            start = time.perf_counter()
+            weights, start = mx.get_active_memory(), time.perf_counter()
             read(model, ids, caches)
-            seconds = time.perf_counter() - start
-        ratio = (rows[0]["seconds"] if rows else seconds) / seconds
-        row = {"cache": name, "layers": layers, "tokens": tokens, "seconds": seconds, "ratio": ratio}
-        rows.append(row | {"peak_bytes": mx.get_peak_memory() - weights})
-        progress(f"reading {tokens} tokens: {name}, {seconds:.2f} s")
+            found[name].append((time.perf_counter() - start, mx.get_peak_memory() - weights))
+    rows: list[Row] = []
+    for name, measured in found.items():
+        seconds, peak = (statistics.median(part) for part in zip(*measured[1:], strict=True))
+        row: Row = {"cache": name, "layers": layers, "tokens": tokens, "seconds": seconds, "peak_bytes": peak}
+        first = rows[0] if rows else row
+        rows.append(row | {"ratio": seconds / first["seconds"], "peak_ratio": peak / first["peak_bytes"]})
+        progress(f"reading {tokens} tokens: {name}, {seconds:.3f} s, {rows[-1]['ratio']:.2f} of exact")
     return rows
 
 
@@ -196,26 +245,36 @@ def _model(layers: int) -> Model:
     return random_model("one layer of 7B", num_hidden_layers=layers, vocab_size=4096)
 
 
-def _filled(make: Maker, tokens: int) -> list[Any]:
+def _filled(make: Maker, model: Model, tokens: int) -> list[Any]:
+    attention = model.layers[0].self_attn
+    heads = attention.n_kv_heads
+    dim = attention.k_proj.weight.shape[0] // heads
     caches = make()
     for cache in caches:
         for start in range(0, tokens, CHUNK):
-            count = min(CHUNK, tokens - start)
-            cache.update_and_fetch(vectors(SHAPES[0], count), vectors(SHAPES[0], count))
+            some = [mx.random.normal((1, heads, min(CHUNK, tokens - start), dim)).astype(mx.float16) for _ in TENSORS]
+            cache.update_and_fetch(*some)
             mx.eval(cache.state)
     return caches
 
 
-def _token_seconds(model: Model, caches: list[Any]) -> float:
-    """Seconds of a token, over some in a row, each handed to the GPU while the one before is still computed."""
-    token = mx.array([[1]])
+def _batch(make: Maker, model: Model, counts: Sequence[int]) -> list[Any]:
+    """Caches of a batch, as mlx-lm's server makes them of those of single sequences."""
+    rows = [_filled(make, model, count) for count in counts]
+    return [type(layer[0]).merge(list(layer)) for layer in zip(*rows, strict=True)]
+
+
+def _token_seconds(model: Model, caches: list[Any], sequences: int) -> list[float]:
+    """Seconds from token to token, each handed to the GPU while the one before is still computed."""
+    token, spent = mx.array([[1]] * sequences), []
     for step in range(_FIRST + _STEPS):
         if step == _FIRST:
             mx.synchronize()
-            start = time.perf_counter()
+        start = time.perf_counter()
         following = mx.argmax(model(token, cache=caches)[:, -1:], axis=-1)
         mx.async_eval(following)
         mx.eval(token)
+        spent.append(time.perf_counter() - start)
         token = following
     mx.eval(token)
-    return (time.perf_counter() - start) / _STEPS
+    return spent[_FIRST:]

@@ -23,7 +23,7 @@ from mlx_lm.models import base
 
 from veloxlab import runtime
 from veloxlab.cache.attention import History, Segment
-from veloxlab.cache.counts import CHUNK
+from veloxlab.cache.counts import BLOCK, CHUNK
 from veloxlab.codecs import METHODS, TENSORS, Tensor
 from veloxlab.codecs.base import Code, Codec, Sample
 from veloxlab.codecs.parts.rope import Rope
@@ -246,22 +246,25 @@ def encode_steps(
     methods: Sequence[str] = ENCODED,
     progress: Tell = print,
 ) -> list[Row]:
-    """Time to encode the keys and values of all layers: of one decoded token, and of a chunk of a prefill.
+    """Time to encode the keys and values of all layers: of a block of decoded tokens, and of a chunk of a prefill.
 
     Rows: ``cache, query_heads, kv_heads, head_dim, layers, tokens, microseconds, attention_microseconds, ratio``. Both
     times are of all layers, evaluated together. ``attention`` is that of one token to ``behind`` others, in 4-bit
-    codes, and ``ratio`` is to it. Calibrated methods are fitted to random vectors, once for all layers.
+    codes, and ``ratio`` is to that of as many tokens as a block has: a block is encoded once in as many steps.
+    Calibrated methods are fitted to random vectors, once for all layers.
     """
     attention = IN_A_ROW * microseconds(calls(shape, partial(over_codes, shape, behind, METHOD_BITS))[0]).evaluating
     rows: list[Row] = []
     for name in methods:
         codecs = [fitted(name, shape, tensor) for tensor in TENSORS]
-        for count in (1, chunk):
+        for count in (BLOCK, chunk):
             pairs = [[vectors(shape, count) for _ in codecs] for _ in range(IN_A_ROW)]
             mx.eval(pairs)
             spent = IN_A_ROW * microseconds([partial(_encode, codecs, pair) for pair in pairs]).evaluating
             row = {"cache": f"{name} {METHOD_BITS} bit", **asdict(shape), "layers": IN_A_ROW, "tokens": count}
-            rows.append(row | {"microseconds": spent, "attention_microseconds": attention, "ratio": spent / attention})
+            rows.append(
+                row | {"microseconds": spent, "attention_microseconds": attention, "ratio": spent / (BLOCK * attention)}
+            )
             progress(f"encoding {count} tokens of {IN_A_ROW} layers: {name}, {spent:.0f} µs")
             del pairs
             mx.clear_cache()
