@@ -15,7 +15,7 @@ from threading import get_ident
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
-from veloxlab.cache.expand import LARGEST_HALF, expanded, made_up_code, reader_of
+from veloxlab.cache.expand import expanded, made_up_code, reader_of, take_turn
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import per_kv_head
 from veloxlab.codecs.none import Exact
@@ -24,6 +24,7 @@ from veloxlab.kernels.call import AttentionKernel, PreparedCall, Queries, Tokens
 from veloxlab.kernels.call import Exact as ExactTokens
 from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
 from veloxlab.kernels.devices import current_backend, device_backend
+from veloxlab.kernels.expand import LARGEST_HALF
 from veloxlab.mlxlm.hooks import Handle, Mask
 
 _TRIAL = 3, 333, 70  # tokens before, in and after codes, on which a kernel is tried: no multiples of anything
@@ -82,8 +83,9 @@ class History(Handle):
         """By MLX's fused attention over decoded tokens, of some KV heads after others if they are large and alike."""
         codecs = [codec for s in self.segments for codec in (s.key_codec, s.value_codec)]
         kv_heads = together = self.segments[-1].keys.kv_heads
+        head_bytes = q.shape[0] * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * q.dtype.size
+        take_turn(q, kv_heads * head_bytes)
         if all(codec.heads_alike for codec in codecs):
-            head_bytes = q.shape[0] * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * q.dtype.size
             together = min(kv_heads, max(1, device_backend().expanded_bytes // head_bytes))
         queries = q.shape[1] // kv_heads  # of a KV head
         parts = [q]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from threading import local
 
 import mlx.core as mx
 
@@ -11,17 +13,21 @@ from veloxlab.codecs.none import Exact
 from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
 from veloxlab.kernels.devices import current_backend, device_backend
+from veloxlab.kernels.expand import LARGEST_HALF, MOST_AFTER, can_expand, expand
 from veloxlab.kernels.readers import Reader
 
 Parts = Sequence[tuple[Codec, Code]]  # consecutive tokens
 
-LARGEST_HALF = 65504.0  # of float16
+_SMALL = 16 << 20  # bytes
+_turn = local()
 _TRIAL = 333  # tokens of each part, on which loops are tried: no multiple of anything
 
 
 def expanded(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None) -> mx.array:
     """Decoded tokens of all ``parts`` and some KV heads ``[B, H, S, D]``, read only once ``after`` is computed."""
     backend = current_backend()
+    if backend is not None and backend.lazy and _is_one_launch(backend, parts, dtype):
+        return _launched(backend, parts, dtype, heads, after)
     if backend is None or not _can_be_written(backend, parts, dtype, after):
         return _by_graph(parts, dtype, heads, after)
 
@@ -31,6 +37,20 @@ def expanded(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None
         return {"out": _by_graph(same, dtype, heads, None)}
 
     return with_derivatives({"out": _written(backend, parts, dtype, heads)}, by_graph, *_arrays(parts))["out"]
+
+
+def take_turn(q: mx.array, size: int) -> None:
+    """Let a GPU expand the pasts of two layers at most at a time: MLX takes memory for what it has not computed yet.
+
+    ``q`` is what a layer asks its past of ``size`` decoded bytes. What is small needs no turn.
+    """
+    if size < _SMALL or not device_backend().lazy:
+        return
+    before, _turn.query = getattr(_turn, "query", None), q[0, 0, 0, 0]
+    with suppress(ValueError):  # see `evaluated`
+        mx.async_eval(_turn.query)
+        if before is not None:
+            mx.eval(before)
 
 
 def _arrays(parts: Parts) -> list[mx.array]:
@@ -63,14 +83,43 @@ def _can_be_written(backend: Backend, parts: Parts, dtype: mx.Dtype, after: mx.a
     if not evaluated(*_arrays(parts), *([] if after is None else [after])):
         return False
 
+    return _agrees(backend, parts, dtype, kinds, _written)
+
+
+def _agrees(
+    backend: Backend, parts: Parts, dtype: mx.Dtype, kinds: Sequence[object], way: Callable[..., mx.array]
+) -> bool:
+    """Whether a way to decode such parts gives what their codecs do."""
+
     def trial() -> str:
         like = parts[-1][1].kv_heads, dtype
         made = [(codec, made_up_code(codec, code.start, _TRIAL, *like, seed=4)) for codec, code in parts]
         everything = dtype, slice(None)
-        found, wanted = _written(backend, made, *everything), _by_graph(made, *everything, None)
+        found, wanted = way(backend, made, *everything), _by_graph(made, *everything, None)
         return difference({"out": found}, {"out": wanted})
 
     return agrees(("expand", dtype, *kinds), "expand", backend, trial)
+
+
+def _is_one_launch(backend: Backend, parts: Parts, dtype: mx.Dtype) -> bool:
+    """Whether one kernel decodes the packed part of these, and copies the others."""
+    packed = [place for place, (codec, _) in enumerate(parts) if not isinstance(codec, Exact)]
+    if len(packed) != 1 or packed[0] > 1 or len(parts) > packed[0] + 1 + MOST_AFTER:
+        return False
+    reader = reader_of(*parts[packed[0]])
+    exact = [code.arrays["values"] for codec, code in parts if isinstance(codec, Exact)]
+    if reader is None or not can_expand(reader, exact, dtype, backend):
+        return False
+    return _agrees(backend, parts, dtype, [reader.key, *(x.dtype for x in exact[:1])], _launched)
+
+
+def _launched(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None = None) -> mx.array:
+    """All by one kernel, as `_is_one_launch` says."""
+    runs = [code.arrays["values"] if isinstance(codec, Exact) else reader_of(codec, code) for codec, code in parts]
+    at = next(place for place, run in enumerate(runs) if isinstance(run, Reader))
+    before = runs[0] if at else None
+    own = range(parts[at][1].kv_heads)[heads]
+    return expand(runs[at], before, runs[at + 1 :], dtype, own, after, backend)  # type: ignore[arg-type]
 
 
 def _written(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice) -> mx.array:

@@ -1,0 +1,127 @@
+"""The kernel that decodes for attention of many queries: its Metal text run on the CPU, against codecs."""
+
+import shutil
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.metal_on_host import check, run
+from tests.metal_on_host.launch import HOST
+from tests.test_attention_kernels import normal
+from tests.test_cuda_text import compiled, kernel_text
+from veloxlab.cache import expand as expanding
+from veloxlab.cache.expand import expanded, take_turn
+from veloxlab.codecs import METHODS, Code
+from veloxlab.codecs.none import Exact
+from veloxlab.kernels import checked
+from veloxlab.kernels.devices import CUDA
+
+MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to check and run Metal text")
+
+TOLERANCE = 1e-3  # levels and results in half precision, off by 2⁻¹¹ of each at most
+
+
+@pytest.fixture
+def on_host(monkeypatch):
+    """Kernels run on the host; the number of launches of each is told."""
+    launched = []
+
+    def built(source):
+        launched.append(source.name)
+        return HOST.build(source)
+
+    backend = replace(HOST, build=built, lazy=True)
+    monkeypatch.setattr(expanding, "current_backend", lambda: backend)
+    monkeypatch.setattr(expanding, "device_backend", lambda: backend)
+    monkeypatch.setattr(checked, "_states", {})
+    return launched
+
+
+def runs_of(dim, dtype, counts, heads=2):
+    """Runs of exact tokens from the middle of longer buffers."""
+    made = [normal(2, heads, count + 5, dim, seed=i, dtype=dtype)[:, :, 2:-3] for i, count in enumerate(counts)]
+    return [(Exact(dim), Code({"values": run})) for run in made]
+
+
+def assert_same(found, parts, dtype, heads, monkeypatch):
+    monkeypatch.setattr(expanding, "current_backend", lambda: None)
+    wanted = np.array(expanded(parts, dtype, heads, None).astype(mx.float32))
+    found = np.array(found.astype(mx.float32))
+    assert found.shape == wanted.shape
+    assert np.linalg.norm(found - wanted) <= TOLERANCE * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "bits", "dim", "dtype"),
+    [
+        ("turboquant", {}, 4, 128, mx.float16),
+        ("turboquant", {}, 3, 64, mx.float32),
+        ("turboquant", {}, 8, 256, mx.bfloat16),
+        ("rvq", {}, 4, 64, mx.float16),
+        ("rabitq", {"centroid": False}, 2, 128, mx.float16),
+        ("ratequant", {"head_bits": (2, 5)}, 3, 128, mx.float16),
+        ("polarquant", {}, 3, 128, mx.float16),
+    ],
+)
+def test_one_launch_gives_what_codecs_decode(method, options, bits, dim, dtype, on_host, monkeypatch):
+    codec = METHODS[method].codec(dim, bits, "keys", **options)
+    code = codec.encode(normal(2, 2, 601, dim, seed=9), 3)
+    (sinks, recent, newest) = runs_of(dim, dtype, (3, 40, 77))
+    parts = [sinks, (codec, code), recent, newest]
+    heads = slice(None) if not codec.heads_alike else slice(1, 2)
+    found = expanded(parts, dtype, heads, mx.array(0.0))
+    assert {name.partition("_")[0] for name in on_host} == {"expand"}
+    assert_same(found, parts, dtype, heads, monkeypatch)
+
+
+@pytest.mark.parametrize("counts", [(0, 0), (2, 0), (0, 9)])
+def test_runs_of_exact_tokens_may_be_missing(counts, on_host, monkeypatch):
+    codec = METHODS["turboquant"].codec(64, 4, "values")
+    before, behind = (runs_of(64, mx.float16, (count,)) if count else [] for count in counts)
+    parts = [*before, (codec, codec.encode(normal(1, 2, 33, 64, seed=9) * (1 + 9e4 * (counts[0] > 0)))), *behind]
+    parts = [(each, Code({n: a[:1] for n, a in code.arrays.items()})) for each, code in parts]
+    found = expanded(parts, mx.float16, slice(None), None)
+    assert mx.isfinite(found).all()
+    assert_same(found, parts, mx.float16, slice(None), monkeypatch)
+
+
+@pytest.mark.parametrize(("method", "dim"), [("turboquant", 80), ("qjl", 64)])
+def test_other_codes_are_decoded_by_their_codecs(method, dim, on_host):
+    codec = METHODS[method].codec(dim, 3, "keys")
+    code = codec.encode(normal(1, 2, 33, dim, seed=9))
+    assert expanded([(codec, code)], mx.float16, slice(None), None).shape == (1, 2, 33, dim)
+    assert not [name for name in on_host if name.startswith("expand_")]
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to compile CUDA text")
+def test_the_cuda_text_compiles(monkeypatch):
+    texts = []
+
+    def built(source):
+        def kernel(*, inputs, output_shapes, output_dtypes, **_):
+            texts.append(kernel_text(source, [x.dtype for x in inputs], output_dtypes))
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+
+        return kernel
+
+    monkeypatch.setattr(expanding, "current_backend", lambda: replace(CUDA, build=built, tried=False))
+    for method, dim in (("turboquant", 128), ("rvq", 256), ("ratequant", 64), ("polarquant", 32)):
+        options = {"head_bits": (2, 5)} if method == "ratequant" else {}
+        codec = METHODS[method].codec(dim, 4, "keys", **options)
+        expanded([(codec, codec.encode(normal(1, 2, 33, dim, seed=9)))], mx.bfloat16, slice(None), None)
+    assert [compiled(text) for text in texts] == [""] * 4
+
+
+@pytest.mark.parametrize("size", [1, 1 << 30])
+def test_at_most_two_layers_wait_for_what_they_expand(size, on_host, monkeypatch):
+    """With much to expand, a layer begins once the query of the layer before is computed."""
+    known = []
+    monkeypatch.setattr(mx, "eval", lambda *arrays: known.append(arrays))
+    queries = [normal(1, 2, 40, 64, seed=seed) for seed in range(3)]
+    for q in queries:
+        take_turn(q, size)
+    firsts = [float(np.array(q)[0, 0, 0, 0]) for q in queries]
+    assert [float(np.array(x)) for (x,) in known[-2:]] == (firsts[:2] if size > 1 else [])

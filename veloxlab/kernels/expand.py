@@ -1,0 +1,94 @@
+"""Keys or values of a layer, decoded by one launch into the array that fused attention reads, exact tokens among them.
+
+Four threads share a vector: they read its codes as attention does, and rotate it back in registers. Readers of codes
+of 2^k Hadamard-rotated coordinates have it; other codes are decoded by their codecs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import Template
+
+import mlx.core as mx
+
+from veloxlab.kernels.backend import Backend, Source, launch, source_file
+from veloxlab.kernels.call import nothing_of
+from veloxlab.kernels.readers import Reader, Room
+
+THREADS = 128
+PER_GROUP = 512  # tokens of a threadgroup, which fills the reader's table
+SHARES = 4  # threads of a vector
+LEAST_DIM, LARGEST_DIM = 32, 256  # a thread has 64 numbers of it in registers at most
+MOST_AFTER = 2  # runs of exact tokens behind the packed ones
+LARGEST_HALF = 65504.0  # of float16
+
+_SOURCES: dict[tuple[object, ...], Source] = {}
+
+
+def can_expand(reader: Reader, exact: Sequence[mx.array], dtype: mx.Dtype, backend: Backend) -> bool:
+    """Whether a kernel decodes what ``reader`` reads, beside runs of ``exact`` tokens, to ``dtype``."""
+    power = LEAST_DIM <= reader.dim <= LARGEST_DIM and reader.dim & (reader.dim - 1) == 0
+    types = {dtype, *(x.dtype for x in exact)}
+    return (
+        reader.signs is not None and power and reader.shares(SHARES) and len(types) <= 2 and types <= set(backend.types)
+    )
+
+
+def expand(
+    reader: Reader,
+    before: mx.array | None,
+    behind: Sequence[mx.array],
+    dtype: mx.Dtype,
+    heads: range,
+    after: mx.array | None,
+    backend: Backend,
+) -> mx.array:
+    """Exact tokens ``before`` ``[B, H, S, D]``, packed ones, and exact ones ``behind``: ``[B, len(heads), S, D]``.
+
+    It is done once ``after`` is computed. What is packed is finite in float16 too.
+    """
+    exact = [x for x in (before, *behind) if x is not None]
+    nothing = nothing_of(exact[0].dtype if exact else mx.float32).keys
+    runs = [nothing if before is None else before, *behind, *[nothing] * (MOST_AFTER - len(behind))]
+    counts = [0 if run is nothing else run.shape[2] for run in runs]
+    arrays = {
+        "signs": reader.signs,
+        **reader.arrays("c"),
+        **dict(zip(("before", "after", "newest"), runs, strict=True)),
+    }
+    sizes = mx.array([counts[0], reader.tokens, *counts[1:], heads.start, len(heads)], mx.uint32)
+    arrays["sizes"] = sizes if after is None else mx.depends(sizes, after)
+    batch, total = reader.rows.shape[0], sum(counts) + reader.tokens
+    groups = -(-reader.tokens // PER_GROUP) + -(-sum(counts) // PER_GROUP)
+    (out,) = launch(
+        _source(reader, nothing.dtype, dtype, tuple(arrays), backend),
+        arrays,
+        backend=backend,
+        groups=(groups, len(heads), batch),
+        threads=THREADS,
+        outputs=[((batch, len(heads), total, reader.dim), dtype)],
+    )
+    return out
+
+
+def _source(reader: Reader, exact: mx.Dtype, dtype: mx.Dtype, inputs: tuple[str, ...], backend: Backend) -> Source:
+    which = backend, reader.key, exact, dtype
+    if which not in _SOURCES:
+        text = reader.fragment("c", "c", Room(backend.table_words, backend.pair_words))
+        _SOURCES[which] = Source(
+            name=f"expand_{reader.name}",
+            inputs=inputs,
+            outputs=("out",),
+            defines=(
+                ("HEAD_DIM", reader.dim),
+                ("OUT_TYPE", backend.types[dtype]),
+                ("LARGEST", f"{LARGEST_HALF if dtype == mx.float16 else 3e38!r}f"),
+                ("PER_GROUP", f"{PER_GROUP}u"),
+                ("THREADS", THREADS),
+            ),
+            headers=("simd.h", "readers.h", *dict.fromkeys(reader.headers), "expand.h"),
+            body=Template(source_file("expand.metal")).substitute(
+                declarations=text.declarations, setup=text.setup.replace("\n", "\n  ")
+            ),
+        )
+    return _SOURCES[which]
