@@ -98,7 +98,9 @@ def _start(points: Points, count: int, rng: np.random.Generator) -> Points:
 
 def _seeds(points: Points, count: int, rng: np.random.Generator) -> Points:
     """K-means++: zero, then points drawn with probability ∝ their squared distance to the nearest seed so far."""
-    trial = points[: 8 * _KNOWN], np.linspace(0, 1, _KNOWN, endpoint=False)
+    # whole numbers: what is drawn next depends on all that was drawn before, and must not depend on rounding
+    some = np.random.default_rng(0).integers(-8, 9, (8 * _KNOWN, points.shape[1])).astype(np.float32)
+    trial = some, (np.arange(_KNOWN) + 0.37) / _KNOWN
     (chosen,) = by_loop("drawn_seeds", _drawn, points, rng.random(count - 1), trial=trial, known_each=_KNOWN)
     return np.concatenate([np.zeros((1, points.shape[1]), np.float32), points[chosen]])
 
