@@ -11,7 +11,8 @@ from mlx_lm.models.base import create_causal_mask
 
 from tests.metal_on_host.launch import HOST, built
 from veloxlab.cache import attention
-from veloxlab.cache.attention import History, Segment
+from veloxlab.cache.attention import History
+from veloxlab.cache.past import Segment
 from veloxlab.codecs import METHODS, ratequant
 from veloxlab.codecs.base import Code, Sample
 from veloxlab.codecs.none import Exact
@@ -19,6 +20,7 @@ from veloxlab.codecs.parts import transforms
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import attend, checked, devices
+from veloxlab.kernels.backend import launch
 from veloxlab.kernels.vectors import VectorKernel
 
 pytestmark = pytest.mark.skipif(
@@ -199,8 +201,10 @@ def test_a_codec_that_no_kernel_reads_is_left_to_graph_ops():
 
 def test_a_kernel_that_disagrees_with_its_reference_is_switched_off_with_one_warning(monkeypatch):
     h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"))
-    right = attend.AttendKernel._launched
-    monkeypatch.setattr(attend.AttendKernel, "_launched", lambda *given: (right(*given)[0] * 1.01, None))
+    wrong_by = 1.01
+    monkeypatch.setattr(
+        "veloxlab.kernels.attend.launch", lambda *given, **named: [x * wrong_by for x in launch(*given, **named)]
+    )
     q = normal(1, 4, 1, DIM)
     with pytest.warns(UserWarning, match="is switched off on this metal device: it differs from its reference by 0.01"):
         wrong = h.attend(q, 0.125, None)

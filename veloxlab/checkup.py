@@ -120,7 +120,8 @@ def _try_kernels() -> None:
     """Encode and attend: scalar codes of 2, 3, 4 and 8 bits of head dimensions 64 and 128, and other layouts."""
     import mlx.core as mx
 
-    from veloxlab.cache.attention import History, Segment
+    from veloxlab.cache.attention import History
+    from veloxlab.cache.past import Segment
     from veloxlab.codecs import METHODS
 
     scalar = [("turboquant", dim, bits) for dim in (64, 128) for bits in (2, 3, 4, 8)]

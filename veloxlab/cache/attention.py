@@ -8,16 +8,17 @@ fused attention, whose memory does not grow with queries times keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cached_property
 from itertools import chain
 from threading import get_ident
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
-from veloxlab.cache.expand import expanded, made_up_code, reader_of, take_turn
-from veloxlab.codecs import Code, Codec
-from veloxlab.codecs.base import per_kv_head
+from veloxlab.cache.expand import expanded, made_up_code, take_turn
+from veloxlab.cache.past import Past, Segment, exact_run
+from veloxlab.codecs import Code
 from veloxlab.codecs.none import Exact
 from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.call import AttentionKernel, PreparedCall, Queries, Tokens
@@ -29,37 +30,44 @@ from veloxlab.mlxlm.hooks import Handle, Mask
 
 _TRIAL = 3, 333, 70  # tokens before, in and after codes, on which a kernel is tried: no multiples of anything
 _HIDDEN = 0.2  # share of them that its mask hides
-Calls = dict[tuple[object, ...], PreparedCall | None]
 FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Consecutive tokens in one form: the codes of their keys and values, and the codecs that read them."""
-
-    key_codec: Codec
-    keys: Code
-    value_codec: Codec
-    values: Code
-
-
-@dataclass(frozen=True)
 class History(Handle):
     """All tokens that a layer's queries may attend to, oldest first.
 
     The answer to many queries waits for what is ``stored`` of them: else MLX would leave the encoding of all layers,
-    and their keys and values, for the end of a prefill. ``calls`` are kept by a layer from token to token, for as long
-    as its newest segment alone changes: what was prepared for a query of some shape, type and scale.
+    and their keys and values, for the end of a prefill. A layer gives its ``past``, which stays, and the ``newest``
+    exact tokens behind it, in place of ``segments``.
     """
 
-    segments: tuple[Segment, ...]
-    stored: tuple[mx.array, ...] = ()
-    calls: Calls = field(default_factory=dict)
+    def __init__(
+        self,
+        segments: tuple[Segment, ...] = (),
+        stored: tuple[mx.array, ...] = (),
+        past: Past | None = None,
+        newest: ExactTokens | None = None,
+    ) -> None:
+        if past is None:
+            past, behind = Past(segments), segments[-1:]
+            if len(segments) > 1 and isinstance(behind[0].key_codec, Exact):
+                past, newest = Past(segments[:-1]), exact_run(behind[0])
+        self.past, self.newest, self.stored = past, newest, stored
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Of all tokens."""
+        if self.newest is None:
+            return self.past.segments
+        keys, values = (x[:, :, : self.newest.tokens] for x in (self.newest.keys, self.newest.values))
+        codecs = Exact(keys.shape[3]), Exact(values.shape[3])
+        return *self.past.segments, Segment(codecs[0], Code({"values": keys}), codecs[1], Code({"values": values}))
 
     @property
     def tokens(self) -> int:
         """Tokens in all segments."""
-        return sum(segment.keys.tokens for segment in self.segments)
+        behind = 0 if self.newest is None else self.newest.tokens
+        return behind + sum(segment.keys.tokens for segment in self.past.segments)
 
     def expand(
         self, dtype: mx.Dtype, heads: slice = slice(None), after: mx.array | None = None
@@ -103,34 +111,34 @@ class History(Handle):
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None
     ) -> mx.array | None:
         """By a kernel, or None where there is none for this device, these segments and codecs."""
-        backend, at = current_backend(), self._packed_at
-        if backend is None or at is None:
+        backend, newest = current_backend(), self.newest
+        if backend is None or self.past.readers is None:
             return None
         added = None if mask is None else _added(mask, q, self.tokens)
         queries = self._queries(q if backend.lazy else q.astype(mx.float32), scale, added, sinks)
-        recent = _exact_run(self.segments[at + 1 :])
-        exact = () if recent is None else (recent.keys, recent.values)
-        given = (queries.q, queries.coded, queries.mask, queries.logits, *exact)
-        if not backend.lazy and not evaluated(*(x for x in given if x is not None)):
-            return None
+        if not backend.lazy:
+            exact = () if newest is None else (newest.keys, newest.values)
+            given = (queries.q, queries.coded, queries.mask, queries.logits, *exact)
+            if not evaluated(*(x for x in given if x is not None)):
+                return None
         call = self._call(backend, queries)
         if call is None:
             return None
-        out = self._brought_out(call(queries, recent), q.dtype)
+        out = self._brought_out(call(queries, newest), q.dtype)
         return out if backend.lazy else self._with_derivatives(out, q, scale, mask, sinks)
 
     def _call(self, backend: Backend, queries: Queries) -> PreparedCall | None:
         """Such a call of a kernel that agrees with the reference, if there is one: each thread has calls of its own."""
-        q = queries.q
+        q, calls = queries.q, self.past.calls
         like = get_ident(), backend, q.shape, q.dtype, queries.scale, queries.mask is None, queries.logits is None
-        if like not in self.calls:
-            self.calls[like], tokens = None, self._tokens()
+        if like not in calls:
+            calls[like], tokens = None, self._tokens()
             kernel = None if tokens is None else backend.attention(queries, tokens, backend)
             if tokens is None or kernel is None:
                 return None
             if agrees(kernel, kernel.name, backend, lambda: self._disagreement(kernel, queries, tokens)):
-                self.calls[like] = kernel.prepared(queries, tokens)
-        return self.calls[like]
+                calls[like] = kernel.prepared(queries, tokens)
+        return calls[like]
 
     def _with_derivatives(
         self, out: mx.array, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None
@@ -157,50 +165,34 @@ class History(Handle):
         return History(tuple(segments))
 
     @property
-    def _packed_at(self) -> int | None:
-        """Which segment is packed."""
-        for i, segment in enumerate(self.segments):
-            if not isinstance(segment.key_codec, Exact):
-                return i
-        return None
-
-    @property
     def _spaces(self) -> tuple[object, ...] | None:
         """What a batch's histories must share: dimensions of the codes, and the codecs that kernels do not replace."""
-        packed = self.segments[self._packed_at or 0]  # an exact one, where none is packed, has no reader
-        keys, values = reader_of(packed.key_codec, packed.keys), reader_of(packed.value_codec, packed.values)
-        if keys is None or values is None:
+        packed, readers = self.past.packed, self.past.readers
+        if packed is None or readers is None:
             return None
-        brings_in, brings_out = keys.signs is None, values.signs is None
-        return keys.dim, values.dim, brings_in and packed.key_codec, brings_out and packed.value_codec
+        brings_in, brings_out = (reader.signs is None for reader in readers)
+        return readers[0].dim, readers[1].dim, brings_in and packed.key_codec, brings_out and packed.value_codec
 
     def _tokens(self) -> Tokens | None:
         """What a kernel reads, or None if no kernel reads these segments and codecs."""
-        at = self._packed_at
-        assert at is not None
-        packed = self.segments[at]
-        keys, values = reader_of(packed.key_codec, packed.keys), reader_of(packed.value_codec, packed.values)
-        if at > 1 or len(self.segments) > at + 2 or keys is None or values is None:
+        past, readers, packed = self.past, self.past.readers, self.past.packed
+        if readers is None or packed is None:
             return None
-        exact = _exact_run(self.segments[:at]), _exact_run(self.segments[at + 1 :])
-        return Tokens(keys, values, *exact, key_dim=packed.key_codec.head_dim, value_dim=packed.value_codec.head_dim)
+        key_dim, value_dim = packed.key_codec.head_dim, packed.value_codec.head_dim
+        return Tokens(*readers, past.sinks, self.newest, key_dim, value_dim)
 
     def _queries(self, q: mx.array, scale: float, added: mx.array | None, sinks: mx.array | None) -> Queries:
-        packed, coded = self.segments[self._packed_at or 0], None
-        keys = reader_of(packed.key_codec, packed.keys)
-        if keys is not None and keys.signs is None:
-            # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
-            coded = mx.contiguous(packed.key_codec.query_to_codes(per_kv_head(q.astype(mx.float32), keys.kv_heads)))
+        brings_in = self.past.brings_in
         logits = None if sinks is None else sinks.astype(mx.float32)
-        return Queries(q, scale, coded, added, logits)
+        return Queries(q, scale, None if brings_in is None else brings_in(q), added, logits)
 
     def _brought_out(self, found: tuple[mx.array, mx.array | None], dtype: mx.Dtype) -> mx.array:
         """The answer of a kernel, to which is added what it leaves in the space of the values' codes."""
         out, mixed = found
         if mixed is not None:
-            value_codec = self.segments[self._packed_at or 0].value_codec
-            out = out + value_codec.from_codes(mixed).reshape(out.shape).astype(out.dtype)
-        return _narrowed(out, dtype)
+            assert self.past.packed is not None
+            out = out + self.past.packed.value_codec.from_codes(mixed).reshape(out.shape).astype(out.dtype)
+        return out if out.dtype == dtype else _narrowed(out, dtype)
 
     def _disagreement(self, kernel: AttentionKernel, queries: Queries, tokens: Tokens) -> str:
         """What is wrong with a kernel for such a call, in words, or nothing: a made-up history is read both ways."""
@@ -256,7 +248,7 @@ def attend_together(
         if call is None:
             return None
         calls.append(call)
-        recent.append(_exact_run(history.segments[(history._packed_at or 0) + 1 :]))
+        recent.append(history.newest)
     out = histories[0]._brought_out(backend.together(calls, queries, recent, columns), q.dtype)
 
     def by_graph(q: mx.array, *arrays: mx.array) -> dict[str, mx.array]:
@@ -281,13 +273,6 @@ def _made_up(s: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> Segment
     """Such a segment as a kernel is tried on."""
     keys = made_up_code(s.key_codec, s.keys.start, tokens, kv_heads, dtype, seed=4)
     return replace(s, keys=keys, values=made_up_code(s.value_codec, s.values.start, tokens, kv_heads, dtype, seed=5))
-
-
-def _exact_run(segments: tuple[Segment, ...]) -> ExactTokens | None:
-    if not segments:
-        return None
-    keys, values = segments[0].keys, segments[0].values
-    return keys.once("exact", lambda: ExactTokens(keys.arrays["values"], values.arrays["values"]))
 
 
 def _added(mask: Mask, q: mx.array, tokens: int) -> mx.array | None:

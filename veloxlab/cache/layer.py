@@ -14,8 +14,9 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import create_attention_mask
 
 from veloxlab.cache import saved
-from veloxlab.cache.attention import FEW_QUERIES, Calls, History, Segment
+from veloxlab.cache.attention import FEW_QUERIES, History
 from veloxlab.cache.counts import TOKENS, Arrival, Windows
+from veloxlab.cache.past import Past, Segment
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
 from veloxlab.cache.runs import Checks, Codes, Run, Runs
 from veloxlab.checks import ARGUMENTS
@@ -96,9 +97,8 @@ class CompressedKVCache(Runs, saved.Saved):
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
         self._dtype = "float32"  # of the keys, by name: a saved cache is written as words and arrays
         self._lent: History | None = None
-        self._past: tuple[Segment, ...] = ()  # what comes before the window, while only that changes,
-        self._one: tuple[object, ...] = ()  # by keys and values of these shapes,
-        self._calls: Calls = {}  # and what attention prepared of it
+        self._past: Past | None = None  # what comes before the window, while only that changes,
+        self._one: tuple[object, ...] = ()  # by keys and values of these shapes
         self._checks = Checks()
         if path == "codes":
             # mlx-lm sends a cache with these two attributes to its quantized attention, which `hooks` extends
@@ -158,12 +158,12 @@ class CompressedKVCache(Runs, saved.Saved):
         """The second half of `update_and_fetch`, which nothing in the tokens can make fail."""
         if isinstance(coming, Joining):
             self._checks.kept(None)
-            newest = _segment(self._exact, self.recent.join(*coming))
-            history = History((*self._past, newest), calls=self._calls)
+            self.recent.join(*coming)
+            history = History(past=self._past, newest=self.recent.exact)
             return history, history
         keys, values, all_seen, arrival, codecs, sinks, packed, good = coming
         self._checks.kept(good)
-        self._past, self._calls = (), {}
+        self._past = None
         hidden, rest = self.held - self.visible, arrival.to_sinks + arrival.gone + arrival.from_new
         segments = (*self._segments(hidden), _segment(self._exact, _exact(keys, values))) if all_seen else ()
         self.key_codec, self.value_codec = codecs
@@ -172,10 +172,10 @@ class CompressedKVCache(Runs, saved.Saved):
         self.evict()
         self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
         self._dtype = str(keys.dtype).rpartition(".")[2]
-        history = History(segments, tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else (), self._calls)
+        history = History(segments, tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else ())
         self._lent = history if self.lends else None
         if keys.shape[2] == 1 and self.path == "codes" and self.max_size is None and not self.lends:
-            self._past, self._one = segments[:-1] if self.recent.tokens else (), (keys.shape, values.shape)
+            self._past, self._one = history.past if history.newest else None, (keys.shape, values.shape)
         if self.path == "codes":
             return history, history
         read_keys, read_values = mx.depends(list(history.expand(keys.dtype)), self.buffers)
@@ -240,7 +240,7 @@ class CompressedKVCache(Runs, saved.Saved):
         What was encoded stays encoded: the window fills again with the tokens to come.
         """
         dropped = min(self.check_trim(n), self.offset)
-        self._lent, self._past = None, ()
+        self._lent = self._past = None
         self.drop_newest(dropped)
         return dropped
 
@@ -255,7 +255,7 @@ class CompressedKVCache(Runs, saved.Saved):
         """A copy of its own tokens; codecs never change, and are shared."""
         other = copy.copy(self)
         other.sinks, other.packed, other.recent = (copy.deepcopy(run, memo) for run in self.runs)
-        other._lent, other._past, other._checks = None, (), copy.copy(self._checks)
+        other._lent, other._past, other._checks = None, None, copy.copy(self._checks)
         return other
 
     def settle(self) -> None:

@@ -8,10 +8,11 @@ from functools import lru_cache
 import mlx.core as mx
 import numpy as np
 
-from veloxlab import runtime
 from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Room, Windows, calls
 from veloxlab.codecs import TENSORS, Code, Tensor
 from veloxlab.errors import InputError
+from veloxlab.kernels.call import Exact
+from veloxlab.kernels.devices import device_backend
 
 # The largest magnitude that is stored. An unbiased scale is at most 4 times that, and is kept as the float16 of its
 # root (`store_scale`): 4·1e9 < 65504².
@@ -64,19 +65,21 @@ class Run:
             self.buffers[name] = mx.concatenate([*parts, new, slack], axis=2)
         self.tokens = total
 
-    def join(self, keys: mx.array, values: mx.array) -> Codes:
-        """Add an exact token to others, and give all: the short way of `append` and `codes`."""
+    def join(self, keys: mx.array, values: mx.array) -> None:
+        """Add an exact token to others: the short way of `append`."""
         if self.tokens == self.room:
             self.append(1, (Code({"values": keys}), Code({"values": values})))
-            return self.codes()
+            return
         self._codes.clear()
-        at, self.tokens = self.tokens, self.tokens + 1
-        both = []
-        for name, new in (("keys/values", keys), ("values/values", values)):
-            buffer = self.buffers[name]
-            buffer[:, :, at : at + 1] = new
-            both.append(Code({"values": buffer[:, :, : self.tokens]}))
-        return both[0], both[1]
+        at = self.tokens
+        self.tokens = total = at + 1
+        self.buffers["keys/values"][:, :, at:total] = keys
+        self.buffers["values/values"][:, :, at:total] = values
+
+    @property
+    def exact(self) -> Exact:
+        """Tokens that are exact, for a kernel: no views of the buffers."""
+        return Exact(self.buffers["keys/values"], self.buffers["values/values"], self.tokens)
 
     def _room_for(self, new: int) -> int:
         """Room once ``new`` tokens have joined: growth by decoding takes slack, a long append is sized as it is."""
@@ -182,7 +185,7 @@ class Checks:
         """
         # in a smaller type the limit itself would be infinite; the comparison is false for NaN too
         good = mx.stack([(mx.abs(x) <= min(LARGEST, mx.finfo(x.dtype).max)).all() for x in arrays])
-        if runtime.backend() == "cpu":
+        if not device_backend().lazy:
             _check(layer, good)
             return list(arrays), None
         return list(mx.depends(list(arrays), [good])), good

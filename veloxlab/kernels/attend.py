@@ -13,12 +13,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from string import Template
-from typing import Any
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import SIMD, Answer, Backend, Source, launch, source_file
-from veloxlab.kernels.call import STEP, Exact, PreparedCall, Queries, Tokens, changing_inputs, inputs_of, nothing_of
+from veloxlab.kernels.backend import SIMD, Answer, Backend, Source, launch, source_file, suited
+from veloxlab.kernels.call import (
+    STEP,
+    Exact,
+    PreparedCall,
+    Queries,
+    Tokens,
+    changing_inputs,
+    changing_names,
+    lasting_inputs,
+    nothing_of,
+)
 from veloxlab.kernels.readers import Room
 from veloxlab.kernels.vectors import hartley_row
 
@@ -30,6 +39,7 @@ _EXACT_SPLIT, _MOST_EXACT_SPLITS = 128, 64  # exact tokens of one split at least
 _GROUPS = 528  # threadgroups that fill a large GPU: 132 processors, 4 each
 _LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: a table is not filled for fewer
 _COMBINE_THREADS = 512
+_SUMS = [mx.float32] * 2  # of each split: mixed values, and sums of weights
 _SMALL = 128  # dimension up to which a thread's registers let as many threadgroups work at once
 _LARGEST_DIM = 512
 # more splits than any history has: those of packed tokens fill the GPU, those of exact ones are few
@@ -53,43 +63,43 @@ class AttendKernel:
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
         """See `veloxlab.kernels.call.AttentionKernel`."""
-        nothing, sinks = nothing_of(tokens.exact_type), tokens.exact_counts[0]
-        others = changing_inputs(queries, nothing, None)
-        inputs = {name: array for name, array in inputs_of(queries, tokens, None).items() if name not in others}
+        backend, values, combine = self.backend, tokens.values, self.combine
+        nothing, sinks, packed = nothing_of(tokens.exact_type), tokens.exact_counts[0], tokens.keys.tokens
+        lasting = suited([*lasting_inputs(tokens).values()], backend)
+        signs = [] if values.signs is None else [values.signs]
+        batch, query_heads, length, _ = queries.q.shape
+        blocks, rows = self.kv_heads * self.row_tiles, batch * query_heads * length
+        padded_rows = batch * blocks * self.rows
+        coded = batch, self.kv_heads, query_heads // self.kv_heads * length, values.dim
+        shapes = [(batch, query_heads, length, tokens.value_dim), coded][: len(combine.outputs)]
+        types = [queries.q.dtype, mx.float32][: len(shapes)]
 
         def call(queries: Queries, recent: Exact | None) -> Answer:
-            counts = sinks, 0 if recent is None else recent.keys.shape[2]
-            sizes, splits = _sizes(counts, tokens.keys.tokens, queries.q.shape[0] * self.kv_heads * self.row_tiles)
-            changing = changing_inputs(queries, recent or nothing, sizes)
-            return self._launched(inputs | changing, splits, queries, tokens)
+            """Both kernels; see `veloxlab.kernels.call.PreparedCall`."""
+            count = 0 if recent is None else recent.tokens
+            sizes, splits = _sizes((sinks, count), packed, batch * blocks)
+            mixed, sums = launch(
+                self.attend,
+                suited(changing_inputs(queries, recent or nothing, sizes), backend) + lasting,
+                backend=backend,
+                groups=(splits, blocks, batch),
+                threads=SIMDGROUPS * SIMD,
+                shapes=[(padded_rows, splits, self.largest_value), (padded_rows, splits, 2)],
+                types=_SUMS,
+            )
+            logits = [] if queries.logits is None else [queries.logits]
+            found = launch(
+                combine,
+                suited([mixed, sums, sizes, *signs, *logits], backend),
+                backend=backend,
+                groups=(rows, 1, 1),
+                threads=_COMBINE_THREADS,
+                shapes=shapes,
+                types=types,
+            )
+            return found[0], found[1] if len(found) > 1 else None
 
         return call
-
-    def _launched(self, given: dict[str, Any], splits: int, queries: Queries, tokens: Tokens) -> Answer:
-        """Both kernels; see `veloxlab.kernels.call.PreparedCall`."""
-        q, values, backend, sizes = queries.q, tokens.values, self.backend, given["sizes"]
-        batch, query_heads, length, _ = q.shape
-        blocks = self.kv_heads * self.row_tiles
-        padded_rows = batch * blocks * self.rows
-        mixed, sums = launch(
-            self.attend,
-            given,
-            backend=backend,
-            groups=(splits, blocks, batch),
-            threads=SIMDGROUPS * SIMD,
-            outputs=[((padded_rows, splits, count), mx.float32) for count in (self.largest_value, 2)],
-        )
-        coded_shape = batch, self.kv_heads, query_heads // self.kv_heads * length, values.dim
-        outputs = [((batch, query_heads, length, tokens.value_dim), q.dtype), (coded_shape, mx.float32)]
-        out, *coded = launch(
-            self.combine,
-            {"mixed": mixed, "sums": sums, "sizes": sizes, "v_signs": values.signs, "logits": queries.logits},
-            backend=backend,
-            groups=(batch * query_heads * length, 1, 1),
-            threads=_COMBINE_THREADS,
-            outputs=outputs[: len(self.combine.outputs)],
-        )
-        return out, coded[0] if coded else None
 
 
 _KERNELS: dict[tuple[object, ...], AttendKernel | None] = {}
@@ -174,7 +184,7 @@ def _attend_source(
     at_once = GROUPS_PER_PROCESSOR if max(largest_key, largest_value) <= _SMALL else GROUPS_PER_PROCESSOR // 2
     return Source(
         name=f"attend_{keys.name}_{values.name}",
-        inputs=tuple(inputs_of(queries, tokens, None)),
+        inputs=(*changing_names(queries), *lasting_inputs(tokens)),
         outputs=("mixed", "sums"),
         defines=(
             *common.items(),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,13 @@ class Source:
     defines: tuple[tuple[str, int | str], ...]  # what is known when it is built
     headers: tuple[str, ...]  # files of ``source/`` with the functions that the body calls, in order
     body: str
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.defines, self.body))
 
     def header(self, prelude: str) -> str:
         """What comes before the body: definitions, the prelude, the functions."""
@@ -80,19 +87,25 @@ def source_file(name: str) -> str:
     return (files("veloxlab.kernels") / "source" / name).read_text(encoding="utf-8")
 
 
+def suited(inputs: list[mx.array], backend: Backend) -> list[mx.array]:
+    """Inputs of a kernel in a form that the back end takes."""
+    least = backend.least_size
+    if not least:
+        return inputs
+    return [x if x.size >= least else mx.broadcast_to(x[..., None], (*x.shape, least)) for x in inputs]
+
+
 def launch(
     source: Source,
-    arrays: Mapping[str, Any],
+    inputs: list[mx.array],
     *,
     backend: Backend,
     groups: tuple[int, int, int],
     threads: int,
-    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    shapes: Sequence[tuple[int, ...]],
+    types: Sequence[mx.Dtype],
 ) -> list[mx.array]:
-    """Run a kernel on ``groups`` threadgroups of ``threads`` threads; of ``arrays`` it takes its own inputs."""
-    inputs = [arrays[name] for name in source.inputs]
-    if (least := backend.least_size) > 0:
-        inputs = [x if x.size >= least else mx.broadcast_to(x[..., None], (*x.shape, least)) for x in inputs]
+    """Run a kernel on ``groups`` threadgroups of ``threads`` threads; its outputs are of these shapes and types."""
     if not backend.lazy:
         mx.eval(inputs)
     return _built(source, backend)(
@@ -100,8 +113,8 @@ def launch(
         template=[],
         grid=(groups[0] * threads, groups[1], groups[2]),
         threadgroup=(threads, 1, 1),
-        output_shapes=[shape for shape, _ in outputs],
-        output_dtypes=[dtype for _, dtype in outputs],
+        output_shapes=shapes,
+        output_dtypes=types,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -15,12 +15,15 @@ from veloxlab.kernels.readers import Reader
 STEP = 16  # coordinates that dimensions are multiples of
 
 
-@dataclass(frozen=True, eq=False)
 class Exact:
-    """Consecutive tokens that are not compressed: keys ``[B, H, S, Dk]`` and values ``[B, H, S, Dv]`` of one dtype."""
+    """Consecutive tokens that are not compressed: the first of keys ``[B, H, S, Dk]`` and of values of one dtype.
 
-    keys: mx.array
-    values: mx.array
+    The arrays are buffers, which may have room for more ``tokens`` than there are.
+    """
+
+    def __init__(self, keys: mx.array, values: mx.array, tokens: int | None = None) -> None:
+        self.keys, self.values = keys, values
+        self.tokens: int = keys.shape[2] if tokens is None else tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,7 @@ class Tokens:
     @property
     def exact_counts(self) -> tuple[int, int]:
         """Tokens before and after the packed ones."""
-        sinks, recent = (0 if run is None else run.keys.shape[2] for run in (self.sinks, self.recent))
+        sinks, recent = (0 if run is None else run.tokens for run in (self.sinks, self.recent))
         return sinks, recent
 
     @property
@@ -52,7 +55,7 @@ class Tokens:
         return self.keys.lookup is not None and self.keys.lookup is self.values.lookup
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Queries:
     """What attends."""
 
@@ -83,31 +86,30 @@ class AttentionKernel(Protocol):
         """Calls that are like this one but for the numbers of the queries, and for the recent tokens, in all."""
 
 
-def inputs_of(queries: Queries, tokens: Tokens, sizes: mx.array | None) -> dict[str, Any]:
-    """What ``attend.metal`` is launched with, by name; for the names alone, without ``sizes``."""
+def changing_names(queries: Queries) -> tuple[str, ...]:
+    """Those inputs of ``attend.metal`` that are others at each token, the first of all."""
+    names = "q", "q_coded", "recent_keys", "recent_values", "sizes"
+    return names if queries.mask is None else (*names, "mask")
+
+
+def changing_inputs(queries: Queries, recent: Exact, sizes: mx.array) -> list[mx.array]:
+    """The same as arrays."""
+    q, coded, mask = queries.q, queries.coded, queries.mask
+    arrays = [q, q if coded is None else coded, recent.keys, recent.values, sizes]
+    return arrays if mask is None else [*arrays, mask]
+
+
+def lasting_inputs(tokens: Tokens) -> dict[str, mx.array]:
+    """The others, by name."""
     keys = tokens.keys
-    nothing = nothing_of(tokens.exact_type)
-    sinks = tokens.sinks or nothing
+    sinks = tokens.sinks or nothing_of(tokens.exact_type)
     return {
-        **changing_inputs(queries, tokens.recent or nothing, sizes),
         "k_signs": nothing_of(mx.float32).keys if keys.signs is None else keys.signs,
         **keys.arrays("k"),
         **tokens.values.arrays("v"),
         "sink_keys": sinks.keys,
         "sink_values": sinks.values,
     }
-
-
-def changing_inputs(queries: Queries, recent: Exact, sizes: mx.array | None) -> dict[str, Any]:
-    """Those that are others at each token."""
-    arrays = {
-        "q": queries.q,
-        "q_coded": queries.q if queries.coded is None else queries.coded,
-        "recent_keys": recent.keys,
-        "recent_values": recent.values,
-        "sizes": sizes,
-    }
-    return arrays if queries.mask is None else arrays | {"mask": queries.mask}
 
 
 @lru_cache

@@ -11,7 +11,7 @@ from string import Template
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import Backend, Source, launch, source_file
+from veloxlab.kernels.backend import Backend, Source, launch, source_file, suited
 from veloxlab.kernels.call import nothing_of
 from veloxlab.kernels.readers import Reader, Room
 
@@ -47,6 +47,7 @@ def expand(
 
     It is done once ``after`` is computed. What is packed is finite in float16 too.
     """
+    assert reader.signs is not None
     exact = [x for x in (before, *behind) if x is not None]
     nothing = nothing_of(exact[0].dtype if exact else mx.float32).keys
     runs = [nothing if before is None else before, *behind, *[nothing] * (MOST_AFTER - len(behind))]
@@ -62,11 +63,12 @@ def expand(
     groups = -(-reader.tokens // PER_GROUP) + -(-sum(counts) // PER_GROUP)
     (out,) = launch(
         _source(reader, nothing.dtype, dtype, tuple(arrays), backend),
-        arrays,
+        suited([*arrays.values()], backend),
         backend=backend,
         groups=(groups, len(heads), batch),
         threads=THREADS,
-        outputs=[((batch, len(heads), total, reader.dim), dtype)],
+        shapes=[(batch, len(heads), total, reader.dim)],
+        types=[dtype],
     )
     return out
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import SIMD, Backend, Source, launch, source_file
+from veloxlab.kernels.backend import SIMD, Backend, Source, launch, source_file, suited
 
 THREADS = 128  # of a threadgroup
 IN_LANES = ("simd.h", "lanes.h")  # headers of kernels that keep a vector in the registers of a simdgroup's lanes
@@ -78,14 +78,15 @@ class VectorKernel:
         """Each of `rows`, ``[B, H, S, numbers]``. Given arrays are views with any strides, and not empty."""
         if backend.run is not None:
             return dict(zip(self.rows, backend.run(self, given), strict=True))
-        lead = given[0].shape[:-1]
+        lead, rows = given[0].shape[:-1], self.rows.values()
         written = launch(
             self.source(backend, *given),
-            {**dict(zip(self.given, given, strict=True)), **self.tables},
+            suited([*given, *self.tables.values()], backend),
             backend=backend,
             groups=(-(-math.prod(lead) // self.at_once), self.spans, 1),
             threads=self.threads,
-            outputs=[((*lead, count), dtype) for count, dtype in self.rows.values()],
+            shapes=[(*lead, count) for count, _ in rows],
+            types=[dtype for _, dtype in rows],
         )
         return dict(zip(self.rows, written, strict=True))
 

@@ -75,15 +75,14 @@ class PreparedCall:
         """See `veloxlab.kernels.call.PreparedCall`; the answer is float32."""
         return together([self], queries, [recent])
 
-    def place(self, recent: Sequence[Array], kind: int, splits: int, addresses: Sequence[int]) -> int:
+    def place(self, recent: Sequence[Array], count: int, kind: int, splits: int, addresses: Sequence[int]) -> int:
         """Complete what the loops are told, and give its address; the caller keeps all arrays.
 
-        Recent keys and values, if any, are of one of `KINDS`. ``addresses`` are of the queries as they are and coded,
-        mask, logits, sums, weights' sums and both answers; with them come the strides of queries and mask.
+        ``count`` recent keys and values, if any, are of one of `KINDS`. ``addresses`` are of the queries as they are
+        and coded, mask, logits, sums, weights' sums and both answers; with them come the strides of queries and mask.
         """
         for numbers, x in zip(self._recent, recent, strict=False):
             place_exact(numbers, x, kind)
-        count = recent[0].shape[2] if recent else 0
         job = self._job
         job[loops.SPLITS : loops.K_SIGNS] = splits, *addresses[:2]
         job[loops.MASK : loops.KEYS] = *addresses[2:], *self._counts, count
@@ -91,7 +90,7 @@ class PreparedCall:
 
     def numbers(self, recent: Exact | None) -> int:
         """Keys' and values' numbers that are read."""
-        return self._token_numbers * (sum(self._counts) + (0 if recent is None else recent.keys.shape[2]))
+        return self._token_numbers * (sum(self._counts) + (0 if recent is None else recent.tokens))
 
 
 def together(
@@ -106,8 +105,8 @@ def together(
     mx.eval(q, exact, [x for x in others if x is not None])
     seen, (coded, mask, logits) = numpy_of(q), [None if x is None else numpy_of(x) for x in others]
     total = sum(call.numbers(recent) for call, recent in zip(calls, recents, strict=True))
-    parts, count = min(threads(), max(1, total // _SHARED_NUMBERS)), len(calls)
-    sizes = [count * size for size in calls[0].sizes]
+    parts = min(threads(), max(1, total // _SHARED_NUMBERS))
+    sizes = [len(calls) * size for size in calls[0].sizes]
     room, first = _room(sizes[0] + sizes[1] + parts * (sizes[2] + sizes[3]))
     starts = [*accumulate((sizes[0], sizes[1], parts * sizes[2]), initial=0)]
     each = [_FLOAT * size * times for size, times in zip(calls[0].sizes, (1, 1, parts, parts), strict=True)]
@@ -118,8 +117,8 @@ def together(
         masked = 0 if mask is None else address_of(mask) + i * mask.strides[0] + column * mask.strides[3]
         given = address_of(seen) + i * seen.strides[0], 0 if coded is None else address_of(coded) + i * coded.strides[0]
         addresses = *given, masked, 0 if logits is None else address_of(logits), mixed, sums, out, of_coded, *strides
-        kind = 0 if recent is None else KINDS[recent.keys.dtype]
-        jobs.append(call.place([numpy_of(x) for x in own], kind, parts, addresses))
+        count, kind = (0, 0) if recent is None else (recent.tokens, KINDS[recent.keys.dtype])
+        jobs.append(call.place([numpy_of(x) for x in own], count, kind, parts, addresses))
     scale, pieces = np.float32(queries.scale), calls[0].pieces
 
     def attend(first: int, last: int) -> None:

@@ -22,8 +22,9 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import base
 
 from veloxlab import runtime
-from veloxlab.cache.attention import History, Segment
+from veloxlab.cache.attention import History
 from veloxlab.cache.counts import BLOCK, CHUNK
+from veloxlab.cache.past import Segment
 from veloxlab.codecs import METHODS, TENSORS, Tensor
 from veloxlab.codecs.base import Code, Codec, Sample
 from veloxlab.codecs.parts.rope import Rope
