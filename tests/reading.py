@@ -4,9 +4,18 @@ import math
 from itertools import accumulate
 
 import mlx.core as mx
+import numpy as np
 
 from veloxlab.codecs.parts.rope import Rope
-from veloxlab.kernels.readers import GroupsReader, PlanReader, PolarReader, SumsReader, TableReader, WidthsReader
+from veloxlab.kernels.readers import (
+    GroupsReader,
+    PlanReader,
+    PolarReader,
+    SumsReader,
+    TableReader,
+    TrellisReader,
+    WidthsReader,
+)
 
 
 def expand(reader):
@@ -109,6 +118,28 @@ def sums_levels(reader):
     return mx.flatten(mx.stack([x * cosine - y * sine, x * sine + y * cosine], axis=-1), -2)
 
 
+def trellis_levels(reader):
+    """Each head's string of bits walked from its begin: only its widths are read from the windows."""
+    states = reader.table.size // 9
+    table, widths = reader.table.reshape(9, states), np.array(reader.windows)[..., 3] // states
+    alone = (np.array(reader.windows)[..., 1] + 1 == 1 << widths).all()  # windows of the scalar form are the codes
+    heads, begin, scales = [], 4 * len(widths), codes_of(reader.rows[:, 0], len(widths), 4)
+    for head, own in enumerate(widths.tolist()):
+        state, levels = mx.zeros(reader.rows[:, 0].shape[:2], mx.uint32), []
+        for width in own:
+            code = bits_at(reader.rows[:, 0], mx.array([begin], mx.uint32), width)[..., 0]
+            begin += width
+            state = code if alone else (state >> width) | code * (states >> width)
+            levels.append(mx.take(table[width], state) if width else mx.zeros(state.shape))
+        heads.append(mx.stack(levels, axis=-1) * mx.power(2.0, scales[..., head, None] / 4))
+    y = mx.stack(heads, axis=1)
+    if reader.angles is None:
+        return y
+    turn = (reader.angles[0] + mx.arange(reader.tokens))[:, None] * reader.angles[1:]
+    turned = mx.concatenate([mx.cos(turn), mx.sin(turn)], axis=-1)
+    return mx.concatenate([y, mx.broadcast_to(turned, (*y.shape[:3], turned.shape[-1]))], axis=-1)
+
+
 LEVELS = {
     TableReader: table_levels,
     WidthsReader: widths_levels,
@@ -116,6 +147,7 @@ LEVELS = {
     GroupsReader: groups_levels,
     PolarReader: polar_levels,
     SumsReader: sums_levels,
+    TrellisReader: trellis_levels,
 }
 
 

@@ -18,6 +18,7 @@ from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.runs import LARGEST
 from veloxlab.codecs import METHODS, Method, find_method
 from veloxlab.codecs.base import TILE, Codec, Sample, empty_code, token_bytes
+from veloxlab.codecs.fisherquant import FisherQuant
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.qjl import QJL
 from veloxlab.codecs.rabitq import CentredRaBitQ
@@ -80,6 +81,8 @@ VARIANTS = [
     variant("polarquant", codebook="online", learns=True),
     variant("polarquant", codebook="online"),
     variant("commvq", stages=3, scale="unbiased"),
+    variant("fisherquant", code="scalar"),
+    variant("fisherquant", entries=1024),
 ]
 
 
@@ -290,7 +293,7 @@ def test_scales_neither_overflow_nor_vanish(size, name):
 @of_each_method
 def test_a_zero_vector_decodes_to_zero(name):
     for codec in codecs(name, 64):
-        if not isinstance(codec, CentredRaBitQ):  # codes what it differs from a mean by
+        if not isinstance(codec, CentredRaBitQ | FisherQuant):  # codes what it differs from a mean by
             assert not codec.decode(codec.encode(mx.zeros((1, KV_HEADS, 3, 64)))).any()
 
 

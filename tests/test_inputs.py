@@ -410,7 +410,7 @@ def in_layer(**fields: Any) -> Callable[[dict[str, Any]], Any]:
 FILES: list[Callable[[dict[str, Any]], Any]] = [
     *(in_plan(layers=layers) for layers in ([], {}, None, 5, "ab", [5], [[]], [{}])),
     *(in_layer(**{name: value}) for name in ("options", "key_options") for value in (None, 5, "x", [1])),
-    *(in_layer(key_bits=bits) for bits in (None, "4", 4.5, True, [4])),
+    *(in_layer(key_bits=bits) for bits in (None, "4", True, [4])),
     *(in_layer(key_method=method) for method in (None, 5, ["turboquant"])),
     *(in_plan(sinks=count) for count in (None, -1, 2.5, "4")),
     in_plan(sliding="x"),

@@ -27,6 +27,7 @@ OPTIONS = {
         {"levels": (8, 3, 8)},
     ],
     "commvq": [{}],
+    "fisherquant": [{}, {"code": "scalar"}, {"entries": 1024}],
     "none": [],
 }
 # what no kernel reads: MLX operations do
@@ -40,6 +41,7 @@ WITHOUT = {
     "qjl": [{"outliers": 4}],
     "polarquant": [{"levels": (4, 3, 2, 1)}],
     "commvq": [],
+    "fisherquant": [],
     "none": [{}],
 }
 

@@ -44,7 +44,7 @@ def test_text_has_as_many_tokens_as_its_description_says(smollm2):
 
 
 def test_unknown_split_is_refused():
-    with pytest.raises(InputError, match="split='train' cannot be used: give 'test' or 'validation'"):
+    with pytest.raises(InputError, match="split='train' cannot be used: give 'test', 'validation' or 'calibration'"):
         excerpt("train")
 
 

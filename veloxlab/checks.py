@@ -143,6 +143,7 @@ def plain(value: Any) -> Any:  # noqa: ANN401
     return value.tolist() if type(value).__module__ == "numpy" and hasattr(value, "tolist") else value
 
 
+BITS = either(whole(), Check("a number of bits", real().fits, float))
 FLAG = Check("True or False", lambda value: type(value).__name__ == "bool", bool)  # NumPy's has the same name
 WORDS = instance(str, "a text in quotes")
 PATH = Check("a path", _is_path)
@@ -169,7 +170,8 @@ CACHE_MAKER = either(PLAN, FUNCTION)
 ARGUMENTS: dict[str, Check] = {
     **dict.fromkeys(("batch", "context", "max_kv_size", "prompt", "sequences", "tokens", "upto", "windows"), whole(1)),
     **dict.fromkeys(("decoded", "seed", "sinks", "window"), whole(0)),
-    **dict.fromkeys(("bits", "key_bits", "value_bits", "head", "layer"), whole()),  # a method says what it takes
+    **dict.fromkeys(("bits", "key_bits", "value_bits"), BITS),  # a method says what it takes
+    **dict.fromkeys(("head", "layer"), whole()),
     **dict.fromkeys(("key_weight", "memory_gb"), real(above=0)),
     **dict.fromkeys(("method", "name", "space", "tensor", "text"), WORDS),
     **dict.fromkeys(("per_sequence", "per_token"), FLAG),

@@ -11,7 +11,7 @@ from veloxlab.errors import InputError
 __all__ = ["excerpt"]
 
 PACKAGE = Path(__file__).parent
-Split = Literal["test", "validation"]
+Split = Literal["test", "validation", "calibration"]
 Tokenizer: TypeAlias = Any  # mlx-lm's TokenizerWrapper, or anything with `encode`
 
 
@@ -28,10 +28,12 @@ def shipped_folder(name: Literal["data", "notebooks"]) -> Path:
 def excerpt(split: Split = "test") -> str:
     """Give the first articles of a split of WikiText-2, about 100,000 characters (25,000 tokens).
 
-    Calibrate on ``"validation"`` and evaluate on ``"test"``, never the other way round. Raises `InputError` if there is
-    no such split, or the file is not installed.
+    Calibrate on ``"validation"`` and evaluate on ``"test"``, never the other way round. ``"calibration"`` is a mixed
+    text, of validation articles, code and dialogue, for methods that learn what matters to the loss.
+    Raises `InputError` if there is no such split, or the file is not installed.
     """
-    path = shipped_folder("data") / f"wikitext2_{split}_excerpt.txt"
+    name = "calibration_mix" if split == "calibration" else f"wikitext2_{split}_excerpt"
+    path = shipped_folder("data") / f"{name}.txt"
     if not path.is_file():
         raise InputError(f"The text {path} is missing; install veloxlab again, or use a clone of it.")
     return path.read_text(encoding="utf-8")

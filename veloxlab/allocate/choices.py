@@ -207,7 +207,7 @@ class Offer:
             for tensor, method, _, _ in plan.layers[size.layer].tensors
         }
 
-    def _choice(self, size: LayerFacts, tensor: Tensor, method: str, widths: tuple[int, ...]) -> Choice:
+    def _choice(self, size: LayerFacts, tensor: Tensor, method: str, widths: tuple[float, ...]) -> Choice:
         if method == EXACT:
             return Choice.exact(size, tensor)
         table = next((t for t in self.tables[size.layer, tensor] if t.method == method), None)

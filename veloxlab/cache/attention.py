@@ -90,7 +90,7 @@ class History(Handle):
     def _attend_expanded(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array:
         """By MLX's fused attention over decoded tokens, of some KV heads after others if they are large and alike."""
         codecs = [codec for s in self.segments for codec in (s.key_codec, s.value_codec)]
-        kv_heads = together = self.segments[-1].keys.kv_heads
+        kv_heads = together = self.segments[-1].key_codec.heads_of(self.segments[-1].keys)
         head_bytes = q.shape[0] * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * q.dtype.size
         take_turn(q, kv_heads * head_bytes)
         if all(codec.heads_alike for codec in codecs):

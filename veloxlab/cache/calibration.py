@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 FORMAT = "veloxlab calibration 3"
-Place = tuple[int, Tensor, int]  # layer, tensor, bits
+Place = tuple[int, Tensor, int]  # layer, tensor, bits; 0 where one codec is for all bits, which are planned later
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,15 +35,36 @@ class Calibration:
     method: str
     facts: Mapping[str, Any]
     codecs: Mapping[Place, Codec] = field(repr=False)
+    _plans: dict[Any, Mapping[Place, Codec]] = field(init=False, default_factory=dict, repr=False)
 
-    def codec(self, method: str, layer: int, tensor: Tensor, bits: int) -> Codec:
-        """Give the codec fitted to a layer's keys or values at ``bits``; raises `InputError` if there is none."""
+    def codec(
+        self,
+        method: str,
+        layer: int,
+        tensor: Tensor,
+        bits: float,
+        options: Mapping[str, Any] | None = None,
+        *,
+        alone: bool = False,
+    ) -> Codec:
+        """Give the codec fitted to a layer's keys or values at ``bits``; raises `InputError` if there is none.
+
+        Of a method that plans the bits of a whole model it is planned with all others, or with those of all keys or all
+        values ``alone``, and may have other ``options``.
+        """
         if method != self.method:
             raise InputError(
                 f"This calibration is for {self.method!r} and not for {method!r}: "
                 f"make one with vl.calibrate(model, tokenizer, {method!r})."
             )
-        found = self.codecs.get((layer, tensor, bits))
+        plan = find_method(method).planned
+        if plan is not None:
+            which = bits, alone and tensor, tuple((options or {}).items())
+            if which not in self._plans:
+                own = {at: codec for at, codec in self.codecs.items() if not alone or at[1] == tensor}
+                self._plans[which] = plan(own, bits, **(options or {}))
+            return self._plans[which][layer, tensor, 0]
+        found = self.codecs.get((layer, tensor, int(bits)))
         if found is None:
             layers = [at[0] for at in self.codecs]
             raise InputError(
@@ -71,8 +92,9 @@ class Calibration:
 
     @property
     def widths(self) -> list[int]:
-        """The bits that were fitted."""
-        return sorted({at[2] for at in self.codecs})
+        """The bits that were fitted; all whole ones, where they are planned later."""
+        method = find_method(self.method)
+        return list(method.bits) if method.planned else sorted({at[2] for at in self.codecs})
 
     def joined(self, other: Calibration) -> Calibration:
         """Give one of the widths of both; raises `InputError` if they differ in another fact."""
@@ -125,7 +147,7 @@ class Calibration:
                 layer, tensor, bits = entry["layer"], entry["role"], entry["bits"]
                 prefix = f"{layer}.{tensor}.{bits}/"
                 own = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-                unfitted = method.codec(entry["head_dim"], bits, tensor, **facts["options"])
+                unfitted = method.codec(entry["head_dim"], bits or method.bits[0], tensor, **facts["options"])
                 codecs[layer, tensor, bits] = from_parts(type(unfitted), entry["fields"], own)
             return cls(method.id, facts, codecs)
 
@@ -134,19 +156,24 @@ def layer_codec(
     method: Method,
     layer: int,
     head_dim: int,
-    bits: int,
+    bits: float,
     tensor: Tensor,
     options: Mapping[str, object],
     calibration: Calibration | None,
+    *,
+    alone: bool = False,
 ) -> Codec:
-    """The codec of a layer's keys or values, fitted or made; `InputError` as `Method.check`, or if it is missing."""
+    """The codec of a layer's keys or values, fitted or made; `InputError` as `Method.check`, or if it is missing.
+
+    ``alone`` is of `Calibration.codec`.
+    """
     method.check(bits, tensor, options)
     if calibration is not None:
-        if options:
+        if options and not method.planned:
             raise InputError(
                 f"{sorted(options)[0]} was given beside a calibration, which was made with its own options."
             )
-        return calibration.codec(method.id, layer, tensor, bits)
+        return calibration.codec(method.id, layer, tensor, bits, options, alone=alone)
     if method.calibrated:
         raise InputError(
             f"{method.name} has to see activations before it can encode: make calibration = "

@@ -92,7 +92,8 @@ def _agrees(
     """Whether a way to decode such parts gives what their codecs do."""
 
     def trial() -> str:
-        like = parts[-1][1].kv_heads, dtype
+        codec, code = parts[-1]
+        like = codec.heads_of(code), dtype
         made = [(codec, made_up_code(codec, code.start, _TRIAL, *like, seed=4)) for codec, code in parts]
         everything = dtype, slice(None)
         found, wanted = way(backend, made, *everything), _by_graph(made, *everything, None)
@@ -118,7 +119,8 @@ def _launched(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice, aft
     runs = [code.arrays["values"] if isinstance(codec, Exact) else reader_of(codec, code) for codec, code in parts]
     at = next(place for place, run in enumerate(runs) if isinstance(run, Reader))
     before = runs[0] if at else None
-    own = range(parts[at][1].kv_heads)[heads]
+    codec, code = parts[at]
+    own = range(codec.heads_of(code))[heads]
     return expand(runs[at], before, runs[at + 1 :], dtype, own, after, backend)  # type: ignore[arg-type]
 
 
@@ -127,7 +129,7 @@ def _written(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice) -> m
     write, (codec, code) = backend.write, next(part for part in parts if not isinstance(part[0], Exact))
     assert write is not None
     at_once = backend.expanded_tokens
-    batch, own = next(iter(code.arrays.values())).shape[0], range(code.kv_heads)[heads]
+    batch, own = next(iter(code.arrays.values())).shape[0], range(codec.heads_of(code))[heads]
     out, place = _room(batch, len(own), sum(code.tokens for _, code in parts), codec.head_dim, dtype), 0
     for codec, code in parts:
         if isinstance(codec, Exact):

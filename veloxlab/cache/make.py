@@ -31,9 +31,9 @@ def make_cache(
     model: Module,
     method_or_plan: str | Plan = "turboquant",
     *,
-    bits: int | None = None,
-    key_bits: int | None = None,
-    value_bits: int | None = None,
+    bits: float | None = None,
+    key_bits: float | None = None,
+    value_bits: float | None = None,
     sinks: int | None = None,
     window: int | None = None,
     chunk: Chunk | None = None,
@@ -53,7 +53,8 @@ def make_cache(
     ----------
     model : any mlx-lm model.
     method_or_plan : a method's id (`veloxlab.methods`), or a `veloxlab.Plan`, which says which bits each layer gets.
-    bits, key_bits, value_bits : code bits per coordinate, 4 by default; the last two override the first.
+    bits, key_bits, value_bits : code bits per coordinate, 4 by default; the last two override the first. Some methods
+        take fractions; if one plans the bits of a whole model, keys and values share them where both have the same.
     sinks, window : tokens kept exact, at the start and at the end; 4 and 64 by default. These and the next two are
         the plan's, where there is one.
     chunk : whether tokens of one call attend to one another ``"exact"``, by default, or through their ``"codes"``.
@@ -95,8 +96,12 @@ def _compressed(
         own: Any = RotatingKVCache(facts.max_size, facts.keep)
         own.reason = f"its window of {facts.max_size} tokens is left exact, as asked"
         return own
+    alone = (settings.key_method, settings.key_bits) != (settings.value_method, settings.value_bits)
     codecs = (
-        layer_codec(find_method(method), facts.layer, facts.dims[tensor], bits, tensor, options, fitted.get(method))
+        layer_codec(
+            *(find_method(method), facts.layer, facts.dims[tensor], bits, tensor, options, fitted.get(method)),
+            alone=alone,
+        )
         for tensor, method, bits, options in settings.tensors
     )
     return CompressedKVCache(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from mlx.nn.layers.base import Module
 
 from veloxlab import checks
-from veloxlab.checks import OPTION_VALUES, WORDS, check_fields, checked, whole
+from veloxlab.checks import BITS, OPTION_VALUES, WORDS, check_fields, checked
 from veloxlab.codecs import Tensor, find_method
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import name_of
@@ -40,19 +40,19 @@ class LayerSettings:
     """
 
     key_method: str
-    key_bits: int
+    key_bits: float
     value_method: str
-    value_bits: int
+    value_bits: float
     options: dict[str, object] = field(default_factory=dict)
     key_options: dict[str, object] = field(default_factory=dict)
     value_options: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_fields(self, key_method=WORDS, key_bits=whole(), value_method=WORDS, value_bits=whole())
+        check_fields(self, key_method=WORDS, key_bits=BITS, value_method=WORDS, value_bits=BITS)
         check_fields(self, options=OPTION_VALUES, key_options=OPTION_VALUES, value_options=OPTION_VALUES)
 
     @property
-    def tensors(self) -> tuple[tuple[Tensor, str, int, dict[str, object]], ...]:
+    def tensors(self) -> tuple[tuple[Tensor, str, float, dict[str, object]], ...]:
         """``"keys"`` or ``"values"``, and its method, bits and options."""
         return (
             ("keys", self.key_method, self.key_bits, self.options | self.key_options),
@@ -60,21 +60,25 @@ class LayerSettings:
         )
 
 
-def usual_bits(method: str, exact_bits: int, bits: int | None = None) -> int:
+def usual_bits(method: str, exact_bits: int, bits: float | None = None) -> float:
     """``bits``, or by default those of an exact value for ``"none"``, else `DEFAULT_BITS`."""
     usual = exact_bits if method == "none" else DEFAULT_BITS
     return usual if bits is None else bits
 
 
 def tensor_bits(
-    method: str, exact_bits: int, bits: int | None = None, key_bits: int | None = None, value_bits: int | None = None
-) -> dict[Tensor, int]:
+    method: str,
+    exact_bits: int,
+    bits: float | None = None,
+    key_bits: float | None = None,
+    value_bits: float | None = None,
+) -> dict[Tensor, float]:
     """Code bits of keys and of values: ``key_bits`` and ``value_bits`` override ``bits``. None is the default."""
     both = usual_bits(method, exact_bits, bits)
     return {"keys": both if key_bits is None else key_bits, "values": both if value_bits is None else value_bits}
 
 
-def cache_name(method: str, widths: Mapping[Tensor, int]) -> str:
+def cache_name(method: str, widths: Mapping[Tensor, float]) -> str:
     """The name of a cache of one method, such as ``"turboquant K4 V4"``."""
     return method if method == "none" else f"{method} K{widths['keys']} V{widths['values']}"
 
@@ -110,9 +114,9 @@ class Plan:
         model: Module,
         method: str = "turboquant",
         *,
-        bits: int | None = None,
-        key_bits: int | None = None,
-        value_bits: int | None = None,
+        bits: float | None = None,
+        key_bits: float | None = None,
+        value_bits: float | None = None,
         sinks: int = DEFAULT_SINKS,
         window: int = DEFAULT_WINDOW,
         chunk: Chunk = DEFAULT_CHUNK,
@@ -164,7 +168,7 @@ class Plan:
             rows.append(row)
         return pl.DataFrame(rows)
 
-    def widths(self, layer: int, tensor: Tensor) -> tuple[int, ...]:
+    def widths(self, layer: int, tensor: Tensor) -> tuple[float, ...]:
         """Code bits of each head of a layer's keys or values, or one number for all of them."""
         bits, options = next((bits, options) for name, _, bits, options in self.layers[layer].tensors if name == tensor)
         widths: Any = options.get("head_bits")

@@ -8,7 +8,19 @@ from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from veloxlab.checks import FLAG, checked, instance
-from veloxlab.codecs import commvq, none, polarquant, qjl, rabitq, ratequant, rvq, spectralquant, turboquant, vecinfer
+from veloxlab.codecs import (
+    commvq,
+    fisherquant,
+    none,
+    polarquant,
+    qjl,
+    rabitq,
+    ratequant,
+    rvq,
+    spectralquant,
+    turboquant,
+    vecinfer,
+)
 from veloxlab.codecs.base import Code, Codec
 from veloxlab.codecs.method import TENSORS, Method, Tensor
 from veloxlab.errors import InputError
@@ -19,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "TENSORS", "Code", "Codec", "Method", "Tensor"]
 __all__ += ["find_method", "methods", "register", "registered", "unregister"]
 
-_FILES = turboquant, rvq, vecinfer, ratequant, spectralquant, rabitq, qjl, polarquant, commvq, none
+_FILES = turboquant, rvq, vecinfer, ratequant, spectralquant, rabitq, qjl, polarquant, commvq, fisherquant, none
 METHODS: dict[str, Method] = {file.METHOD.id: file.METHOD for file in _FILES}
 
 

@@ -82,12 +82,16 @@ class Sample:
     """What calibration saw of one layer, for `Codec.fit`: keys (after RoPE) or values ``x`` ``[B, H, S, D]``, float32.
 
     Its ``queries`` (after RoPE) ``[B, Hq, S, D]`` and its ``rope`` are None where the model does not show them.
+    ``start`` is the position of the first token of each of its B stretches of text, and ``gradients`` ``[B, H, S, D]``
+    are of the model's loss, for a method that asks for them.
     """
 
     x: mx.array
     queries: mx.array | None = None
     rope: Rope | None = None
     seed: int = 0
+    start: int = 0
+    gradients: mx.array | None = None
 
 
 class Codec(ABC):
@@ -136,6 +140,10 @@ class Codec(ABC):
     def blank(self, kv_heads: int) -> Self:
         """A codec as large as this one fitted to ``kv_heads`` heads, zeros in place of what is learned."""
         return self
+
+    def heads_of(self, code: Code) -> int:
+        """KV heads of a code of this codec."""
+        return code.kv_heads
 
     def fit(self, sample: Sample) -> Self:
         """Learn from what calibration saw; an algorithm that needs no calibration returns itself."""
@@ -192,7 +200,7 @@ class Codec(ABC):
 
     def scores(self, q: mx.array, code: Code) -> mx.array:
         """``q · decode(code)ᵀ`` ``[B, Hq, L, S]``, float32, from the codes; query heads share KV heads in order."""
-        ours = self.query_to_codes(per_kv_head(q.astype(mx.float32), code.kv_heads))
+        ours = self.query_to_codes(per_kv_head(q.astype(mx.float32), self.heads_of(code)))
         read = self.inner_products(ours)
         parts = [mx.zeros((*ours.shape[:-1], 0))]
         for start in range(0, code.tokens, TILE):
@@ -203,7 +211,7 @@ class Codec(ABC):
 
     def mix(self, p: mx.array, code: Code) -> mx.array:
         """``p · decode(code)`` ``[B, Hq, L, D]``, float32, for weights ``p`` ``[B, Hq, L, S]``, read from the codes."""
-        weights = per_kv_head(p.astype(mx.float32), code.kv_heads)
+        weights = per_kv_head(p.astype(mx.float32), self.heads_of(code))
         total = mx.zeros((*weights.shape[:-1], self.code_dim))
         for start in range(0, code.tokens, TILE):
             tile = _tile(code, start, after=total)

@@ -24,9 +24,8 @@ Where we differ
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Self
 
 import mlx.core as mx
@@ -37,13 +36,12 @@ from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors
 from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, train_tables
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import constant, packing, scales
-from veloxlab.codecs.parts.rope import Rope
+from veloxlab.codecs.parts.rope import Rope, angles_from
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.readers import SumsReader
 from veloxlab.kernels.vectors import VectorKernel
 
-_SEQUENCES = 256  # of a batch, whose positions are remembered
 _INDEX = 6  # bits of a or b
 _CHUNK = 8192  # vectors that are encoded at once
 _MOST_FACTOR = 4.0  # of a scale over the norm: an outlier that its code misses has a factor without meaning, or sign
@@ -162,21 +160,8 @@ class CommVQ(Codec):
     def reader(self, code: Code) -> SumsReader:
         codes, root_scale = code.arrays["codes"], code.arrays["root_scale"]
         tables, turned = self._checked_tables(codes.shape[1]), self.rope or Rope(self.head_dim)
-        angles = None if self.rope is None else self._angles(code.start)
+        angles = None if self.rope is None else angles_from(self.rope, self.head_dim, code.start)
         return SumsReader(self.head_dim, codes, root_scale, None, tables, turned.dims, turned.traditional, angles)
-
-    @cached_property
-    def _angles(self) -> Callable[[int], mx.array]:
-        """By position of the first token: that, and by what each pair is turned at a token ``[1 + D/2]``."""
-
-        @lru_cache(maxsize=_SEQUENCES)
-        def angles(start: int) -> mx.array:
-            assert self.rope is not None
-            both = np.zeros(1 + self.head_dim // 2, np.float32)
-            both[0], both[1 : 1 + self.rope.dims // 2] = start, self.rope.angles
-            return mx.array(both)
-
-        return angles
 
     @cached_property
     def _orders(self) -> tuple[mx.array, mx.array]:

@@ -39,13 +39,20 @@ class Method:
     space: str | None = None  # of `veloxlab.measure.distributions`, in which it codes and which has its colour
     per_head: bool = False  # whether it has an option ``head_bits``, a width for each KV head
     timed: bool = False  # whether `veloxlab speed` times its encoder, which is a kernel
+    fractional: bool = False  # whether ``bits`` may be any number between the least and the most
+    planned: Callable[..., Mapping[Any, Any]] | None = None  # gives all fitted codecs of a model bits, at one mean
 
-    def check(self, bits: int, tensor: Tensor, options: Mapping[str, object]) -> None:
+    def check(self, bits: float, tensor: Tensor, options: Mapping[str, object]) -> None:
         """Raise `InputError` unless ``bits`` and the names of ``options`` are the method's."""
-        if isinstance(bits, bool) or not isinstance(bits, int) or bits not in self.bits:
+        whole = isinstance(bits, int) and not isinstance(bits, bool)
+        if not (whole and bits in self.bits) and not (
+            self.fractional and isinstance(bits, float) and self.bits[0] <= bits <= self.bits[-1]
+        ):
             widths = f"whole numbers of bits from {self.bits[0]} to {self.bits[-1]}"
             if self.bits.step > 1 or len(self.bits) == 1:
                 widths = " or ".join(", ".join(map(str, self.bits)).rsplit(", ", 1)) + " bits"
+            if self.fractional:
+                widths = f"any bits from {self.bits[0]} to {self.bits[-1]}"
             raise InputError(f"{tensor.capitalize()} at bits={bits!r} are out of range: {self.name} takes {widths}.")
         unknown = sorted(set(options) - set(self.options))
         if unknown:
@@ -54,7 +61,7 @@ class Method:
         if not self.codecs:  # those of a method from elsewhere mean what it says
             check_options(options)
 
-    def codec(self, head_dim: int, bits: int, tensor: Tensor, **options: object) -> Codec:
+    def codec(self, head_dim: int, bits: float, tensor: Tensor, **options: object) -> Codec:
         """Make the codec, after `check`."""
         self.check(bits, tensor, options)
         return self.build(head_dim, bits, tensor, **options)

@@ -73,7 +73,7 @@ class LayerCapture:
         return output
 
     def codec(
-        self, tensor: Tensor, method: str, bits: int, calibration: Calibration | None, options: Mapping[str, object]
+        self, tensor: Tensor, method: str, bits: float, calibration: Calibration | None, options: Mapping[str, object]
     ) -> Codec:
         """The codec of a method for its keys or values; raises `InputError` as `layer_codec`."""
         head_dim = self.vectors(tensor).shape[-1]

@@ -12,30 +12,31 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import FORMAT, Calibration, Place
-from veloxlab.cache.plan import DEFAULT_BITS
-from veloxlab.checks import checked, either, many, whole
+from veloxlab.cache.plan import DEFAULT_BITS, DEFAULT_SINKS
+from veloxlab.checks import BITS, checked, either, many, whole
 from veloxlab.codecs import TENSORS, Codec, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import capture_layers, first_tokens
+from veloxlab.measure.gradients import WINDOW, with_gradients
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
 from veloxlab.texts import Tokenizer, excerpt
 
-USUAL_TOKENS = 1024
+USUAL_TOKENS, USUAL_WINDOWS = 1024, 16  # and of those whose gradients are taken
 LEAST_TOKENS, LEAST_DISTINCT = 64, 16
 
 
-@checked(bits=either(whole(), many(whole())), tokens=whole(LEAST_TOKENS))
+@checked(bits=either(BITS, many(BITS)), tokens=whole(LEAST_TOKENS))
 def calibrate(
     model: Module,
     tokenizer: Tokenizer,
     method: str,
     text: str | None = None,
     *,
-    bits: int | Sequence[int] = DEFAULT_BITS,
-    tokens: int = USUAL_TOKENS,
+    bits: float | Sequence[float] = DEFAULT_BITS,
+    tokens: int | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
     progress: Progress = silent,
@@ -45,7 +46,9 @@ def calibrate(
 
     The result is saved and found again by everything it depends on: the model's weights, the method and its options,
     the text, tokens, bits and seed. One layer's activations are held at a time. A method that was registered
-    (`veloxlab.codecs.register`) is fitted anew each time: its code may have changed.
+    (`veloxlab.codecs.register`) is fitted anew each time: its code may have changed. A method that plans the bits of
+    the whole model later (FisherQuant) is fitted once for all widths, to gradients of the loss: see
+    `veloxlab.measure.gradients`.
 
     In seconds of one core, SmolLM2 (1,024 tokens, float32) takes below 20 where only channels, means or levels are
     learned, 30 for SpectralQuant, 45 to 75 for VecInfer, and 70 to 170 for CommVQ at 1 to 4 bits; each width again.
@@ -54,24 +57,34 @@ def calibrate(
 
     Parameters
     ----------
-    text : what the model reads; the shipped WikiText-2 validation excerpt by default.
-    bits : the width, or all widths, to fit keys and values for.
-    tokens : how much of the text, 64 or more.
+    text : what the model reads; by default the WikiText-2 validation excerpt, or, for gradients, the mixed text.
+    bits : the width, or all widths, to fit keys and values for; of no effect where one fit serves all.
+    tokens : how much of the text, 64 or more; by default 1,024, or 16 windows of 512 for gradients.
     seed : of everything random.
     folder : where to keep it; the user's cache folder by default. Where it cannot be written a warning says so.
     progress : told of each layer; what it raises ends the work and nothing is saved.
     options : the method's own.
     """
-    found, widths = find_method(method), sorted({bits} if isinstance(bits, int) else set(bits))
+    found, widths = find_method(method), sorted(set(bits) if isinstance(bits, Sequence) else {bits})
     for width, tensor in product(widths, TENSORS):
         found.check(width, tensor, options)
-    ids = first_tokens(tokenizer, excerpt("validation") if text is None else text, tokens)
+    if found.planned:
+        widths = []
+    text = excerpt("calibration" if found.planned else "validation") if text is None else text
+    ids = first_tokens(tokenizer, text, tokens or (USUAL_WINDOWS * WINDOW if found.planned else USUAL_TOKENS))
     _check_text(ids)
     read = {"model": fingerprint(model), "text": digest(ids), "tokens": len(ids), "seed": seed}
     facts: dict[str, object] = {"version": found.version, **read, "bits": widths, "options": _as_json(options)}
 
     def made() -> Calibration:
         codecs: dict[Place, Codec] = {}
+        if found.planned:
+            count = max(1, len(ids) // WINDOW)
+            windows = [ids[i * len(ids) // count : (i + 1) * len(ids) // count] for i in range(count)]
+            for layer, tensor, sample in with_gradients(model, windows, DEFAULT_SINKS, seed, progress):
+                codec = found.codec(sample.x.shape[-1], found.bits[0], tensor, **options)
+                codecs[layer, tensor, 0] = codec.fit(sample)
+            return Calibration(method, facts, codecs)
         for seen in capture_layers(model, ids, progress, "fitting"):
             seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
             queries = None if seen.queries is None else seen.queries.astype(mx.float32)
@@ -79,7 +92,7 @@ def calibrate(
                 sample = Sample(seen.vectors(tensor), queries, seen.rope, seed)
                 for width in widths:
                     codec = found.codec(sample.x.shape[-1], width, tensor, **options)
-                    codecs[seen.layer, tensor, width] = codec.fit(sample)
+                    codecs[seen.layer, tensor, int(width)] = codec.fit(sample)
         return Calibration(method, facts, codecs)
 
     if found.codecs:  # registered: a file could not tell whether its code is still the same

@@ -93,21 +93,26 @@ class _Perturbed(Recorder):
         return super().update_and_fetch(keys + of_keys.astype(keys.dtype), values + of_values.astype(values.dtype))
 
 
-def loss_gradients(model: Module, ids: Sequence[int]) -> list[tuple[mx.array, ...]]:
+def loss_gradients(
+    model: Module, ids: Sequence[int], labels: Sequence[int] | mx.array | None = None
+) -> list[tuple[mx.array, ...]]:
     """∂L/∂K ``[1, H, S, Dk]`` and ∂L/∂V ``[1, H, S, Dv]`` of each layer with plain keys and values, lazy, float32.
 
-    L is the negative log-likelihood of ``ids[1:]``, summed, in nats; K is taken after RoPE. Raises MLX's RuntimeError
-    or ValueError if a part of the model cannot be differentiated.
+    L is the negative log-likelihood of ``labels``, one after each of ``ids``, summed, in nats; by default of each next
+    one of them. K is taken after RoPE. Raises MLX's RuntimeError or ValueError if a part of the model cannot be
+    differentiated.
     """
-    x = mx.array(list(ids))
+    read, targets = (ids, labels) if labels is not None else (ids[:-1], ids[1:])
+    x, wanted = mx.array([list(read)]), mx.array(targets)  # type: ignore[arg-type]
 
     def loss(perturbations: list[tuple[mx.array, ...]]) -> mx.array:
         left = iter(perturbations)
         caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left)))
-        return of_targets(log_probabilities(model(x[None, :-1], cache=caches)[0]), x[1:]).sum()
+        logits = model(x, cache=caches)[0].astype(mx.float32)  # of which no more copies are held than need be
+        return (mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]).sum()
 
     plain = [facts for facts in probe.probe(model) if facts.compressible]
-    zeros = [tuple(mx.zeros((1, f.kv_heads, len(ids) - 1, dim)) for dim in f.dims.values()) for f in plain]
+    zeros = [tuple(mx.zeros((1, f.kv_heads, len(read), dim)) for dim in f.dims.values()) for f in plain]
     return list(mx.grad(loss)(zeros))
 
 

@@ -64,12 +64,12 @@ class Wanted:
                 fitted[method] = calibrate(model, tokenizer, method, bits=sorted(widths), progress=progress)
         return partial(make.make_cache, model, plan, **self.settings, calibration=[*fitted.values()])
 
-    def _widths(self) -> Mapping[str, set[int]]:
+    def _widths(self) -> Mapping[str, set[float]]:
         if not isinstance(self.method_or_plan, Plan):
             usual = self.settings.get("bits", DEFAULT_BITS)
             both = {self.settings.get(name, usual) for name in ("key_bits", "value_bits")}
             return {find_method(self.method_or_plan or DEFAULT_METHOD).id: both}
-        widths: dict[str, set[int]] = {}
+        widths: dict[str, set[float]] = {}
         for _, method, bits, _ in (coded for layer in self.method_or_plan.layers for coded in layer.tensors):
             widths.setdefault(method, set()).add(bits)
         return widths

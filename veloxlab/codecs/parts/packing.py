@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache, reduce
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from veloxlab.checks import whole
 from veloxlab.kernels.vectors import words_per_row
@@ -20,7 +22,7 @@ from veloxlab.kernels.vectors import words_per_row
 WIDEST = 8
 BITS = whole(1, WIDEST)
 _GROUP = 8  # codes that fill `bits` whole bytes, whatever the width
-_WORD_BYTES = 4
+_WORD_BYTES, _WORD_BITS = 4, 32
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,41 @@ def _mover(wide: mx.Dtype, bits: int) -> Callable[[mx.array], mx.array]:
         return reduce(operator.or_, (shifted & mx.array(mask << byte, wide) for byte, shifted in shifts))
 
     return moved
+
+
+class Places:
+    """Numbers of ``widths`` bits each ``[n]``, 0 to 32, that begin at bits ``first`` ``[n]`` of a row of ``words``.
+
+    They may overlap, and lie in any order. LSB first; a number of no bits is 0, wherever it is.
+    """
+
+    def __init__(self, first: NDArray[np.int64], widths: NDArray[np.int64], words: int) -> None:
+        self.words, word = words, np.minimum(first // _WORD_BITS, max(words - 1, 0))
+        self._word = mx.array(word.astype(np.uint32))
+        self._shift = mx.array((first % _WORD_BITS).astype(np.uint64))
+        self._mask = mx.array(((1 << widths) - 1).astype(np.uint64))
+        mx.eval(self.arrays)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """What is kept."""
+        return [self._word, self._shift, self._mask]
+
+    def read(self, words: mx.array) -> mx.array:
+        """Numbers ``[..., n]``, uint32, of rows ``[..., words]``, which are not empty."""
+        following = mx.take(words, mx.minimum(self._word + 1, self.words - 1), axis=-1).astype(mx.uint64) << _WORD_BITS
+        both = mx.take(words, self._word, axis=-1).astype(mx.uint64) | following
+        return ((both >> self._shift) & self._mask).astype(mx.uint32)
+
+    def write(self, numbers: mx.array) -> mx.array:
+        """Rows ``[..., words]`` of numbers ``[..., n]`` that do not overlap."""
+        empty = mx.zeros((*numbers.shape[:-1], self.words + 1), mx.uint32)
+        if numbers.size == 0:
+            return empty[..., :-1]
+        placed = numbers.astype(mx.uint64) << self._shift  # in its word and, where it straddles, the next
+        low, high = placed.astype(mx.uint32), (placed >> _WORD_BITS).astype(mx.uint32)
+        # disjoint bits: a sum is their union
+        return empty.at[..., self._word].add(low).at[..., self._word + 1].add(high)[..., :-1]
 
 
 def _groups(words: mx.array, bits: int, count: int) -> mx.array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -51,3 +52,11 @@ class Rope:
     def inverse(self, x: mx.array, start: int) -> mx.array:
         """Undo `forward`: the same angles, with the other sign."""
         return self.forward(x, start, direction=-1)
+
+
+@lru_cache(maxsize=4096)  # some hundred sequences of a batch, in every layer
+def angles_from(rope: Rope, head_dim: int, start: int) -> mx.array:
+    """For readers: the position of the first token, and by what each pair is turned at a token ``[1 + D/2]``."""
+    both = np.zeros(1 + head_dim // 2, np.float32)
+    both[0], both[1 : 1 + rope.dims // 2] = start, rope.angles
+    return mx.array(both)

@@ -15,7 +15,7 @@ import numpy as np
 
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.codebooks import Codebook, CodebookName, gaussian_codebook, sphere_codebook
-from veloxlab.codecs.parts.packing import WIDEST, Layout, pack, packed, unpack, unpack_to_bytes
+from veloxlab.codecs.parts.packing import WIDEST, Layout, Places, pack, packed, unpack, unpack_to_bytes
 from veloxlab.kernels.readers import planned
 from veloxlab.kernels.vectors import words_per_row
 
@@ -138,17 +138,16 @@ class PlannedQuantizer:
         self.widths, self.words = widths, words_per_row(sum(widths), 1)
         tables = {w: gaussian_codebook(w).levels if w else np.zeros(1) for w in sorted(set(widths))}
         first = dict(zip(tables, np.cumsum([0, *map(len, tables.values())]), strict=False))
-        offset = np.cumsum(widths) - widths
-        word = np.minimum(offset // 32, max(self.words - 1, 0))  # a tail of no bits begins past the last word
         self._levels = constant(np.concatenate(list(tables.values())))
-        self._first, self._word = (constant(x, mx.uint32) for x in (np.array([first[w] for w in widths]), word))
-        self._shift, self._mask = (constant(x, mx.uint64) for x in (offset % 32, (1 << np.array(widths)) - 1))
+        self._first = constant(np.array([first[w] for w in widths]), mx.uint32)
+        bits = np.array(widths, np.int64)
+        self._places = Places(np.cumsum(bits) - bits, bits, self.words)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tables; of those that kernels take, where one has run."""
         own = [table for table in vars(self).values() if isinstance(table, mx.array)]
-        return sum(table.nbytes for table in (*own, *vars(self).get("encoder_tables", {}).values()))
+        return sum(t.nbytes for t in (*own, *self._places.arrays, *vars(self).get("encoder_tables", {}).values()))
 
     def assign(self, y: mx.array) -> mx.array:
         """Index of the nearest level of each coordinate of ``y`` ``[..., dim]``."""
@@ -164,21 +163,13 @@ class PlannedQuantizer:
 
     def pack(self, codes: mx.array) -> mx.array:
         """Codes ``[..., dim]`` to words ``[..., words]``."""
-        empty = mx.zeros((*codes.shape[:-1], self.words + 1), mx.uint32)
-        if codes.size == 0:
-            return empty[..., :-1]
-        placed = codes.astype(mx.uint64) << self._shift  # in its word and, where it straddles, the next
-        low, high = placed.astype(mx.uint32), (placed >> 32).astype(mx.uint32)
-        # disjoint bits: a sum is their union
-        return empty.at[..., self._word].add(low).at[..., self._word + 1].add(high)[..., :-1]
+        return self._places.write(codes)
 
     def expand(self, words: mx.array) -> mx.array:
         """Words ``[..., words]`` to levels ``[..., dim]``, float32."""
         if words.size == 0:
             return mx.zeros((*words.shape[:-1], len(self.widths)))
-        following = mx.take(words, mx.minimum(self._word + 1, self.words - 1), axis=-1).astype(mx.uint64) << 32
-        both = mx.take(words, self._word, axis=-1).astype(mx.uint64) | following
-        return self.levels_of(((both >> self._shift) & self._mask).astype(mx.uint32))
+        return self.levels_of(self._places.read(words))
 
     @cached_property
     def kernel_plan(self) -> mx.array:

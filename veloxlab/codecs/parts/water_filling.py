@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from veloxlab.codecs.parts import Floats
 from veloxlab.codecs.parts.packing import WIDEST
 from veloxlab.errors import InputError
+
+Integers = NDArray[np.int64]
 
 
 def greedy_bits(
@@ -40,6 +43,36 @@ def greedy_bits(
         if widths[i] < most:
             heapq.heappush(heap, (saved / each[i], i))
     return tuple(widths)
+
+
+_WORD_BITS = 32
+
+
+def shared_words(savings: Sequence[Floats], overheads: Sequence[int], budget: int, least: int = 2) -> list[Integers]:
+    """Widths of the coordinates of several rows of whole 32-bit words, ``budget`` words in all, that save most.
+
+    ``savings`` are of each row what one more bit of a coordinate of 0, 1, … bits saves ``[n, most]``, falling along the
+    last axis, and ``overheads`` the bits that it has besides. Each row has ``least`` words or more. The best bits of a
+    row come first, 32 at a time, and words go where they save most: that is the optimum, as every row is convex.
+    """
+    orders, blocks, begins = [], [], []
+    for own, overhead in zip(savings, overheads, strict=True):
+        orders.append(np.argsort(-own.ravel(), kind="stable"))
+        saved = np.concatenate([[0.0], np.cumsum(own.ravel()[orders[-1]])])
+        begins.append(max(least, -(-overhead // _WORD_BITS)))
+        words = np.arange(begins[-1], max(begins[-1], -(-(own.size + overhead) // _WORD_BITS)) + 1)
+        blocks.append(np.diff(saved[np.minimum(words * _WORD_BITS - overhead, own.size)]))
+    row_of = np.repeat(np.arange(len(blocks)), [len(own) for own in blocks])
+    best = np.argsort(-np.concatenate(blocks), kind="stable")[: max(0, budget - sum(begins))]
+    words = np.array(begins) + np.bincount(row_of[best], minlength=len(blocks))
+    counts = [
+        min(count * _WORD_BITS - overhead, own.size)
+        for count, overhead, own in zip(words, overheads, savings, strict=True)
+    ]
+    return [
+        np.bincount(order[:count] // own.shape[1], minlength=len(own))
+        for order, count, own in zip(orders, counts, savings, strict=True)
+    ]
 
 
 class DistortionFit(NamedTuple):

@@ -14,6 +14,7 @@ import numpy as np
 
 from veloxlab.kernels.call import Exact
 from veloxlab.kernels.cpu import readers as loops
+from veloxlab.kernels.cpu import trellis
 from veloxlab.kernels.cpu.rows import BFLOAT16, FLOAT16, FLOAT32
 from veloxlab.kernels.readers import (
     GroupsReader,
@@ -22,6 +23,7 @@ from veloxlab.kernels.readers import (
     Reader,
     SumsReader,
     TableReader,
+    TrellisReader,
     WidthsReader,
 )
 
@@ -30,6 +32,7 @@ Array = np.ndarray[Any, Any]
 
 KINDS: Final = {mx.float32: FLOAT32, mx.float16: FLOAT16, mx.bfloat16: BFLOAT16}
 _BYTE: Final = 8  # bits of an index that is a byte, which is looked up quickest
+_TILE = 32  # tokens that are expanded together, at most
 _LEVEL = 17  # bit of a coordinate's word where its first level begins, in `PlanReader`
 
 
@@ -249,6 +252,39 @@ def _sums(reader: SumsReader) -> _Own:
     return _Own(loops.sums(), 0, [*numbers, 0 if angles is None else address_of(angles)], (table, angles))
 
 
+def _trellis(reader: TrellisReader) -> _Own:
+    (places, coded), sizes = _windows(reader.windows, reader.table, 4 * reader.rows.shape[3]), _scale_sizes()
+    table, shifts = numpy_of(reader.table), None if reader.shifts is None else numpy_of(reader.shifts)
+    first, turned = (-1, ()) if reader.angles is None else _turned(reader.angles)
+    numbers = [reader.windows.shape[1], coded, *map(address_of, (places, table, sizes))]
+    positions = [0 if shifts is None else address_of(shifts), first, *(map(address_of, turned) if turned else (0, 0))]
+    return _Own(trellis.trellis(), 0, [*numbers, *positions], (places, sizes, table, shifts, turned), scaled=True)
+
+
+@lru_cache
+def _scale_sizes() -> Array:
+    """What the codes of scales stand for."""
+    return np.asarray(2.0 ** (np.arange(1 << trellis.SCALE_BITS) / trellis.STEPS), np.float32)
+
+
+@lru_cache(maxsize=512)
+def _windows(windows: mx.array, table: mx.array, row_bytes: int) -> tuple[Array, int]:
+    """Of each coordinate ``[H, 5, D]`` byte, shift, mask, shift up and first level; and up to where some have bits."""
+    begins, masks, lifts, levels = np.moveaxis(np.asarray(windows).astype(np.int64), -1, 0)
+    starts = np.minimum(begins >> 3, row_bytes - 4)
+    own = np.stack([starts, begins - 8 * starts, masks, lifts, levels], axis=1).astype(np.int32)
+    return np.ascontiguousarray(own), int(np.flatnonzero((masks > 0).any(axis=0)).max(initial=-1)) + 1
+
+
+@lru_cache(maxsize=512)
+def _turned(angles: mx.array) -> tuple[int, tuple[Array, Array]]:
+    """The position of the first token, angles of pairs, and cosines and sines of a tile's tokens ``[TILE, 2 · P]``."""
+    both = np.asarray(angles)
+    turn = np.arange(_TILE)[:, None] * both[1:].astype(np.float64)
+    fine = np.concatenate([np.cos(turn), np.sin(turn)], axis=1).astype(np.float32)
+    return int(both[0]), (np.ascontiguousarray(both[1:]), fine)
+
+
 _LAYOUTS: Final[dict[type, Callable[[Any], _Own]]] = {
     TableReader: _table,
     WidthsReader: _widths,
@@ -256,4 +292,5 @@ _LAYOUTS: Final[dict[type, Callable[[Any], _Own]]] = {
     GroupsReader: _groups,
     PolarReader: _polar,
     SumsReader: _sums,
+    TrellisReader: _trellis,
 }

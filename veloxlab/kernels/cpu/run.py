@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from numba.core.errors import NumbaError
 
-from veloxlab.kernels.cpu import angles, encode, plain, search, sums
+from veloxlab.kernels.cpu import angles, encode, plain, search, sums, trellis
 from veloxlab.kernels.cpu.describe import KINDS, Array, address_of, as_bits, hartley
 from veloxlab.kernels.cpu.rows import FLOAT32, MSE, NORM, UNBIASED
 from veloxlab.kernels.cpu.threads import shared
@@ -174,6 +174,12 @@ def _encode_sums(work: Work) -> Call:
     return Call(sums.encode_sums, (x.described, order, *stages.values(), *options, codes, root_scale.ravel()), cost)
 
 
+def _encode_trellis(work: Work) -> Call:
+    (x,), tables, states = work.vectors, work.tables, work.kernel.variant["states"]
+    arguments = x.described, tables["widths"], tables["weights"], tables["levels"], tables["backwards"], work.written[0]
+    return Call(trellis.encode, arguments, states / 2)
+
+
 def _assign(work: Work) -> Call:
     (x,), (parts, bits) = work.vectors, (work.kernel.variant[name] for name in ("parts", "bits"))
     centroids = np.array(work.given[1].astype(mx.float32))
@@ -189,5 +195,6 @@ _CALLS: Final[Mapping[str, Callable[[Work], Call]]] = {
     "encode_groups": _encode_groups,
     "encode_by_plan": _encode_by_plan,
     "encode_sums": _encode_sums,
+    "encode_trellis": _encode_trellis,
     "assign": _assign,
 }

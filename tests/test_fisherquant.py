@@ -1,0 +1,249 @@
+"""FisherQuant: a trellis that constrains, bits that are planned for a whole model, codes in the loss's own metric."""
+
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import veloxlab as vl
+from tests.test_calibration import TEXT, Letters
+from tests.tiny_models import tiny
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.fisherquant import FisherQuant, planned
+from veloxlab.codecs.parts.rope import Rope
+from veloxlab.codecs.parts.trellis import TrellisRows, levels_of
+from veloxlab.codecs.parts.water_filling import shared_words
+from veloxlab.errors import InputError
+from veloxlab.kernels.checked import computed
+from veloxlab.measure.gradients import with_gradients
+from veloxlab.mlxlm.probe import slots_of
+
+CODES = [("scalar", 256), ("trellis", 256), ("trellis", 1024)]
+# what the prototype lost of a unit Gaussian at 1 to 4 bits
+PROTOTYPE = {256: (0.303, 0.0863, 0.0233, 0.0070), 1024: (0.294, 0.0815, 0.0221, 0.0060)}
+
+
+def normal(*shape, seed=0):
+    return mx.random.normal(shape, key=mx.random.key(seed))
+
+
+def lost(rows, x):
+    """Mean squared error of unit coordinates of one head ``[N, D]``."""
+    codes = rows.encode(x[None, None])["codes"]
+    return mx.square(rows.expand(codes)[0, 0] - x).mean().item(), codes
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 4])
+@pytest.mark.parametrize("entries", [256, 1024])
+def test_the_trellis_loses_less_than_any_code_of_single_coordinates(width, entries):
+    """With no more bits on disk: the string, 4 bits for the scale, and what fills the last word."""
+    x = normal(1500, 256)
+    scalar, trellis = (TrellisRows(((width,) * 256,), levels_of(code, entries)) for code in ("scalar", "trellis"))
+    (by_levels, _), (by_trellis, codes) = lost(scalar, x), lost(trellis, x)
+    assert codes.nbytes * 8 == 1500 * (width * 256 + 32)
+    assert by_levels == pytest.approx(levels_of("scalar").distortion[width], rel=0.02)
+    # scales of 1 and a string's begin, whose first states are few, cost 1 % of 256 coordinates
+    assert by_trellis < 1.015 * PROTOTYPE[entries][width - 1]
+    if width == 2:
+        assert by_trellis < 0.095
+
+
+@pytest.mark.parametrize("entries", [256, 1024])
+def test_what_the_tables_say_that_they_lose_is_what_they_lose(entries):
+    levels = levels_of("trellis", entries)
+    assert (np.diff(levels.distortion) < 0).all()
+    assert (np.diff(levels.distortion, 2) > 0).all()  # or no greedy choice of bits would be right
+    for width in range(1, 9):
+        rows = TrellisRows(((width,) * 512,), levels)
+        assert lost(rows, normal(200, 512, seed=width))[0] == pytest.approx(levels.distortion[width], rel=0.04)
+
+
+@pytest.mark.parametrize("widths", [(2, 2, 2, 2), (3, 1, 0, 2), (5, 4), (1,) * 9])
+def test_the_search_finds_the_best_of_all_strings(widths):
+    levels = levels_of("trellis")
+    weights = np.linspace(3.0, 1.0, len(widths))
+    rows = TrellisRows((widths,), levels, weights[None])
+    strings = np.arange(1 << sum(widths), dtype=np.uint32) << 4  # behind a scale of 1
+    every = mx.array(np.stack([strings, 0 * strings], axis=-1))[None, None]
+    values = np.array(rows.expand(every)[0, 0])
+    x = 0.5 * normal(40, len(widths), seed=3)  # so that no scale is more than 1
+    distances = np.square(np.array(x)[:, None] - values) @ weights
+    found = np.array(rows.expand(rows.encode(x[None, None])["codes"])[0, 0])
+    assert np.allclose(np.square(np.array(x) - found) @ weights, distances.min(axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("code", "entries"), CODES)
+def test_the_kernel_writes_what_the_reference_writes(code, entries):
+    rng = np.random.default_rng(1)
+    widths = tuple(tuple(map(int, np.sort(rng.integers(0, 9, 48))[::-1])) for _ in range(3))
+    rows = TrellisRows(widths, levels_of(code, entries), 4.0 ** np.array(widths))
+    x = normal(2, 1, 60, 144) * mx.exp(normal(2, 1, 60, 1, seed=1))  # outliers too
+    found, wanted = computed(lambda _: rows.encoder, rows.encode, x)["codes"], rows.encode(x)["codes"]
+    assert (found == wanted).mean().item() > 0.995  # of two that are as near either may be found
+    assert rows.scales(wanted).max().item() > 2
+
+
+def test_words_go_where_they_save_most():
+    """As the best of all ways to share a budget."""
+    rng = np.random.default_rng(0)
+    savings = [np.sort(rng.exponential(size=(20, 8)), axis=1)[:, ::-1] * size for size in (1.0, 0.2, 3.0)]
+    overheads, budget = [4, 0, 12], 9
+
+    def saved(row, words):
+        return np.sort(savings[row].ravel())[::-1][: 32 * words - overheads[row]].sum()
+
+    best = max(
+        sum(saved(row, words) for row, words in enumerate(shares))
+        for shares in itertools.product(range(2, 6), repeat=3)
+        if sum(shares) == budget
+    )
+    widths = shared_words(savings, overheads, budget)
+    assert sum((own.sum() + over) / 32 for own, over in zip(widths, overheads, strict=True)) == budget
+    found = sum(row[i, :width].sum() for row, own in zip(savings, widths, strict=True) for i, width in enumerate(own))
+    assert found == pytest.approx(best)
+
+
+def gradients_along(direction, x):
+    """Gradients of which nearly all is along one direction."""
+    noise = 0.02 * normal(*x.shape, seed=5)
+    return normal(*x.shape[:3], 1, seed=6) * direction + noise
+
+
+def test_what_matters_to_the_loss_is_kept_best():
+    x, direction = normal(1, 2, 800, 64), mx.zeros(64).at[mx.array([7])].add(1.0)
+    codec = METHODS["fisherquant"].codec(64, 2, "values")
+    plain, ours = (codec.fit(Sample(x, gradients=g)) for g in (None, gradients_along(direction, x)))
+    errors = [mx.square(c.decode(c.encode(x)) - x).mean(axis=(0, 1, 2)) for c in (plain, ours)]
+    assert errors[1][7].item() < 0.02 * errors[0][7].item()
+    assert errors[1].mean().item() > errors[0].mean().item()  # which the others pay
+
+
+def test_one_calibration_serves_every_budget_and_heads_that_matter_get_more():
+    x = normal(1, 2, 400, 64)
+    quiet, loud = (
+        FisherQuant(64, 1, "values").fit(Sample(x, gradients=size * normal(1, 2, 400, 64, seed=7)))
+        for size in (0.2, 2.0)
+    )
+    for bits in (1.5, 2.25, 4.0, 6.7):
+        both = planned({"quiet": quiet, "loud": loud}, bits)
+        words = [codec.layout["codes"].count for codec in both.values()]
+        assert sum(words) == round(4 * 64 * bits / 32)
+        assert words[0] < words[1]
+        assert both["loud"].forward is loud.forward
+
+
+def test_keys_are_coded_about_a_mean_that_turns():
+    """Keys that RoPE alone moves cost nothing, wherever a text begins."""
+    rope, mean = Rope(64), 5 * normal(1, 2, 1, 64)
+
+    def keys(tokens, start, seed):
+        about = 0.1 * normal(1, 2, tokens, 64, seed=seed)
+        return rope.forward(mx.broadcast_to(mean, about.shape), start) + about
+
+    codec = METHODS["fisherquant"].codec(64, 2, "keys")
+    turning, still = (codec.fit(Sample(keys(600, 4, 1), None, r, start=4)) for r in (rope, None))
+    for start in (0, 77):
+        x = keys(50, start, 2)
+        errors = [mx.square(c.decode(c.encode(x, start)) - x).mean().item() for c in (turning, still)]
+        assert errors[0] < 0.12 * 0.1**2 < errors[1] / 20
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("llama")
+
+
+def calibrate(model, folder, **settings):
+    return vl.calibrate(model, Letters(), "fisherquant", TEXT, folder=folder, **({"tokens": 1024} | settings))
+
+
+@pytest.fixture(scope="module")
+def calibration(model, tmp_path_factory):
+    return calibrate(model, tmp_path_factory.mktemp("calibrations"))
+
+
+def test_a_cache_has_the_bits_that_it_was_asked_for(model, calibration):
+    """All layers together, tables and exact tokens apart."""
+    values = 2 * 2 * 2 * 64  # of a token: layers, tensors, heads, coordinates
+    for bits in (1, 2.25, 3.25, 8):
+        cache = vl.make_cache(model, "fisherquant", bits=bits, calibration=calibration, sinks=0, window=0)
+        model(mx.array([Letters().encode(TEXT)[:1000]]), cache=cache)
+        assert 8 * sum(layer.nbytes for layer in cache) / (1000 * values) == pytest.approx(bits, rel=0.02)
+    parts = vl.make_cache(model, "fisherquant", key_bits=3, value_bits=2, calibration=calibration)
+    for name, bits in (("key_codec", 3), ("value_codec", 2)):
+        assert np.mean([getattr(layer, name).bits_per_value for layer in parts]) == pytest.approx(bits, rel=0.02)
+
+
+def test_options_of_the_code_need_no_other_calibration(model, calibration):
+    given = {"bits": 2.25, "calibration": calibration}
+    codecs = [vl.make_cache(model, "fisherquant", **given, **o)[0].key_codec for o in ({}, {"code": "scalar"})]
+    assert [codec.code for codec in codecs] == ["trellis", "scalar"]
+    with pytest.raises(InputError, match="'trellis' or 'scalar'"):
+        vl.make_cache(model, "fisherquant", **given, code="x")
+
+
+def test_what_was_fitted_is_found_again_and_planned_the_same(model, calibration, tmp_path):
+    calibration.save(tmp_path / "one")
+    again = type(calibration).load(tmp_path / "one.json")
+    x = normal(1, 2, 20, 64)
+    for tensor in ("keys", "values"):
+        codecs = [c.codec("fisherquant", 1, tensor, 2.25) for c in (calibration, again)]
+        codes = [codec.encode(x, 3).arrays["codes"] for codec in codecs]
+        assert mx.array_equal(*codes)
+
+
+def test_bits_out_of_range_are_refused_in_a_sentence(model, calibration):
+    for bits in (0.5, 8.5, float("nan"), "2"):
+        with pytest.raises(InputError, match="bits"):
+            vl.make_cache(model, "fisherquant", bits=bits, calibration=calibration)
+    with pytest.raises(InputError, match="TurboQuant takes whole numbers of bits from 1 to 8"):
+        vl.make_cache(model, "turboquant", bits=2.25)
+
+
+def test_gradients_are_of_labels_that_the_model_draws(model):
+    """Their second moment is that of its predictions: with other labels it is another."""
+    windows = [Letters().encode(TEXT)[i * 64 : (i + 1) * 64] for i in range(2)]
+    told = []
+    seen = list(with_gradients(model, windows, 4, 0, lambda *step: told.append(step)))
+    assert [(layer, tensor) for layer, tensor, _ in seen] == [(i, t) for i in (0, 1) for t in ("keys", "values")]
+    assert [done for done, *_ in told] == [0, 1, 2, 3, 4]
+    for _, _, sample in seen:
+        assert sample.x.shape == sample.gradients.shape == (2, 2, 60, 64)
+        assert (sample.start, sample.queries) == (4, None)
+    again, other = (next(iter(with_gradients(model, windows, 4, seed, lambda *_: None)))[2] for seed in (0, 1))
+    assert mx.array_equal(again.gradients, seen[0][2].gradients)
+    assert not mx.array_equal(other.gradients, seen[0][2].gradients)
+
+
+def test_cancelling_leaves_nothing(model, tmp_path):
+    def stop(done, total, label):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, tmp_path, progress=stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_gradients_queries_stand_in_and_a_warning_says_so(model, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("no vjp")
+
+    monkeypatch.setattr("veloxlab.measure.gradients.loss_gradients", fail)
+    with pytest.warns(UserWarning, match=r"no gradients of all keys and values \(no vjp\)"):
+        found = calibrate(model, tmp_path)
+    codec = found.codec("fisherquant", 0, "keys", 2)
+    assert np.allclose(np.array(codec.variances).sum(axis=1), 1, atol=1e-3)  # every head counts the same
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "falcon_h1"])
+def test_models_of_other_kinds_work_from_end_to_end(family, tmp_path):
+    model = tiny(family)
+    calibration = calibrate(model, tmp_path)
+    cache = vl.make_cache(model, "fisherquant", bits=4, calibration=calibration, sinks=2, window=0, chunk="codes")
+    ids = mx.array([Letters().encode(TEXT)[:60]])
+    exact, ours = model(ids)[0], model(ids, cache=cache)[0]
+    assert mx.linalg.norm(ours - exact) < 0.2 * mx.linalg.norm(exact)
+    assert any(isinstance(getattr(slot, "key_codec", None), FisherQuant) for slot in slots_of(cache))

@@ -1,0 +1,310 @@
+"""FisherQuant: codes in the loss's own metric, bits by one water-filling over the whole model, a short trellis.
+
+No paper has this combination. That a transform from two Cholesky factors is best for a quadratic loss is *WUSH* (ISTA,
+arXiv 2512.00956), that queries should choose a key's coordinates *OSCAR* (arXiv 2605.17757), a mean and
+a metric before RoPE, and gradients as weights, *KVQuant* (C. Hooper et al., 2024, arXiv 2401.18079), bits by
+sensitivity *RateQuant* (F. Zuo et al., 2026, arXiv 2605.06675), the bitshift trellis *QTIP* (A. Tseng et al., 2024,
+arXiv 2406.11235).
+
+Of each KV head's keys and values x, with gradients g of the loss of labels that the model itself draws
+    1. Mean: of values, and of keys *before* RoPE, μ: what is coded is k_t − R_t μ.
+    2. Metric: H = E[ggᵀ] + 1 % of its mean variance. C = Σ w xxᵀ / Σ w, w = min(‖g‖² / mean, 20) + 0.2.
+       With H = LLᵀ and LᵀCL = UΛUᵀ, Λ falling, the coordinates are y = x·LU, and x = y·UᵀL⁻¹.
+    3. Ranges: σᵢ² = E[wᵢyᵢ²] / E[wᵢ], w the squared gradient of yᵢ, at most 30 and at least 0.05 of its mean.
+    4. Bits: a coordinate of b bits loses ½ σᵢ² D(b) nats. One reverse water-filling over all coordinates of all heads,
+       layers, keys and values gives each 0 to 8, when a cache is made: one calibration serves every budget.
+    5. Code: yᵢ / σᵢ by ``code="trellis"`` with tables of 256 or 1,024 ``entries``, or ``"scalar"``, Lloyd–Max levels:
+       see `veloxlab.codecs.parts.trellis`. Of all strings the one of least Σ σᵢ²(yᵢ / σᵢ − levelᵢ)² is taken. A unit
+       Gaussian loses at 1, 2, 3, 4 bits .297, .0852, .0225, .0068, with 1,024 entries .291, .0814, .0221, .0059, and
+       by Lloyd–Max levels .363, .1175, .0345, .0095.
+    6. Scale: 2^(c/4), c = 0 … 15, the root-mean-square of y / σ where that is above 1: for outliers alone.
+
+Stored per token
+    One row of bits for all KV heads: 4 bits of each for its scale, then each head's string. ``bits`` are true bits,
+    scales included: every row is a whole number of 32-bit words, which are what the water-filling hands out.
+Learned per layer
+    For each head two D × D matrices, to y/σ and back, in float16, its mean, and σ².
+Reading
+    A query goes through the second matrix once. q·R_t μ is a product with cosines and sines of the position, which
+    stand behind the coordinates of a key: a vector of codes is linear in both.
+
+Without gradients (`fit` of a sample that has none) H is E[qqᵀ] of the queries that read a head, for values the
+identity, and every head counts the same: only directions are known then, and not which head matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Self
+
+import mlx.core as mx
+import numpy as np
+
+from veloxlab.checks import Check, check_fields, real
+from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted, per_head
+from veloxlab.codecs.method import Method, Tensor
+from veloxlab.codecs.parts import Floats, constant
+from veloxlab.codecs.parts.packing import WIDEST, Layout, Row
+from veloxlab.codecs.parts.rope import Rope, angles_from
+from veloxlab.codecs.parts.trellis import SCALE_BITS, CodeName, TrellisRows, Widths, levels_of
+from veloxlab.codecs.parts.water_filling import shared_words
+from veloxlab.kernels.checked import computed
+from veloxlab.kernels.readers import TrellisReader
+
+_DAMPING, _RIDGE = 1e-2, 1e-3  # of a metric, and of second moments: the share that every direction is given
+_LOUDEST, _QUIET = 20.0, 0.2  # weights of vectors, of a mean of 1: the most, and what all have besides
+_MOST_WEIGHT, _LEAST_WEIGHT = 30.0, 0.05  # of one coordinate
+_TINY = 1e-8  # variance, of the largest of a head, below which all are alike: float16 has to hold their ratios
+_ENTRIES = Check("256 or 1024", lambda value: value in (256, 1024), int)
+
+
+@dataclass(frozen=True, eq=False)
+class FisherQuant(Codec):
+    """FisherQuant of keys or values; see the module. ``bits`` are true bits a value, of the whole model's mean.
+
+    What is learned: ``forward`` ``[H, D, D]`` to unit coordinates, with ``y = x @ forward / size``, ``backward`` from
+    them, ``mean`` ``[H, D]``, which is before RoPE where there is ``rope``, ``variances`` σ² ``[H, D]``; and
+    ``widths``, the bits of each coordinate of each head.
+    """
+
+    expand_scales = True
+
+    head_dim: int
+    bits: float
+    tensor: Tensor
+    code: CodeName = "trellis"
+    entries: int = 256
+    widths: Widths = ()
+    size: float = 1.0
+    forward: mx.array | None = None
+    backward: mx.array | None = None
+    mean: mx.array | None = None
+    variances: mx.array | None = None
+    rope: Rope | None = None
+
+    def __post_init__(self) -> None:
+        self._check()
+        check_fields(self, bits=real(least=1, most=WIDEST), entries=_ENTRIES)
+
+    @property
+    def layout(self) -> Layout:
+        return {"codes": Row(mx.uint32, self._rows.words, joint=True)}
+
+    @property
+    def bits_per_value(self) -> float:
+        return 32 * self._rows.words / (len(self.widths) * self.head_dim)
+
+    @property
+    def code_dim(self) -> int:
+        """Those of a vector, and of keys about a mean before RoPE a cosine and a sine of each pair."""
+        return self.head_dim * (1 if self.rope is None else 2)
+
+    def heads_of(self, code: Code) -> int:
+        return len(self.widths)
+
+    def fit(self, sample: Sample) -> Self:
+        """Learn metric, ranges and means, and plan the bits of its own heads.
+
+        Raises `InputError` below D tokens that vary.
+        """
+        check_vectors(sample.x, self.head_dim)
+        rope, x = sample.rope if self.tensor == "keys" else None, sample.x.astype(mx.float32)
+        plain = x if rope is None else rope.inverse(x, sample.start)
+        mean = plain.mean(axis=(0, 2), keepdims=True)
+        moved = mean if rope is None else rope.forward(mx.broadcast_to(mean, x.shape), sample.start)
+        about = learnable(x - moved, METHOD.name, self.head_dim)
+        gradients = None if sample.gradients is None else per_head(sample.gradients)
+        metric = _metric(about, gradients, sample.queries if self.tensor == "keys" else None)
+        forward, backward = _bases(about, gradients, metric)
+        y = about @ forward
+        variances = _variances(y, None if gradients is None else gradients @ backward.swapaxes(1, 2))
+        deviations = np.sqrt(np.maximum(variances, _TINY * variances.max(axis=1, keepdims=True)))
+        if gradients is None:  # which head matters is not known
+            variances = variances / variances.sum(axis=1, keepdims=True)
+        size = float(np.sqrt(np.square(about).mean()))
+        unit = constant(forward / deviations[:, None] * size, mx.float16)
+        fitted = replace(
+            self,
+            size=size,
+            forward=unit,
+            backward=constant(np.linalg.inv(np.array(unit, np.float64)), mx.float16),  # of what is kept
+            mean=constant(mean[0, :, 0]),
+            variances=constant(variances),
+            rope=rope,
+        )
+        return fitted._planned_alone()
+
+    def blank(self, kv_heads: int) -> Self:
+        matrix, row = mx.zeros((kv_heads, self.head_dim, self.head_dim), mx.float16), mx.ones((kv_heads, self.head_dim))
+        blank = replace(self, forward=matrix, backward=matrix, mean=row, variances=row)
+        return blank._planned_alone()
+
+    def _planned_alone(self) -> Self:
+        """With the bits of its own heads, as if they were all that a model has."""
+        (own,) = planned({0: self}, self.bits).values()
+        return replace(self, widths=own.widths)
+
+    def encode(self, x: mx.array, start: int = 0) -> Code:
+        check_vectors(x, self.head_dim)
+        forward, _, mean = self._fitted(x.shape[1])
+        if self.rope is None:
+            mean = mean[:, None]
+        else:
+            mean = self.rope.forward(mx.broadcast_to(mean[None, :, None], (1, *x.shape[1:])), start)
+        y = ((x.astype(mx.float32) - mean) / self.size) @ forward.astype(mx.float32)
+        tokens = mx.flatten(y.swapaxes(1, 2), 2)[:, None]
+        return Code(computed(lambda _: self._rows.encoder, self._rows.encode, tokens), start)
+
+    def expand(self, code: Code) -> mx.array:
+        y = self._rows.expand(code.arrays["codes"])
+        if self.rope is None:
+            return y + self._shifts[:, None]
+        first = (self._orders[1] < self.head_dim // 2).astype(mx.float32)  # 1 at the first coordinate of each pair
+        first = mx.broadcast_to(first, (1, 1, code.tokens, self.head_dim))
+        turned = mx.take(self.rope.forward(first, code.start), self._orders[0], axis=-1)
+        return mx.concatenate([y, mx.broadcast_to(turned, y.shape)], axis=-1)
+
+    def from_codes(self, y: mx.array) -> mx.array:
+        _, backward, _ = self._fitted(y.shape[1])
+        x = (y[..., : self.head_dim] @ backward.astype(mx.float32)) * self.size
+        if self.rope is None:
+            return x
+        (a, b), (cosine, sine) = self._mean_pairs, mx.split(y[..., self.head_dim :], 2, -1)
+        turned = mx.concatenate([a * cosine - b * sine, a * sine + b * cosine], axis=-1)
+        return x + mx.take(turned, self._orders[1], axis=-1)
+
+    def query_to_codes(self, q: mx.array) -> mx.array:
+        _, backward, _ = self._fitted(q.shape[1])
+        ours = (q * self.size) @ backward.astype(mx.float32).swapaxes(-1, -2)
+        if self.rope is None:
+            return ours
+        (a, b), (x, y) = self._mean_pairs, mx.split(mx.take(q, self._orders[0], axis=-1), 2, -1)
+        return mx.concatenate([ours, a * x + b * y, a * y - b * x], axis=-1)
+
+    def reader(self, code: Code) -> TrellisReader:
+        rows, angles = code.arrays["codes"], None
+        self._fitted(len(self.widths))
+        if self.rope is not None:
+            angles = angles_from(self.rope, self.head_dim, code.start)
+        shifts = self._shifts if self.rope is None else None
+        return TrellisReader(self.code_dim, rows, None, None, self._rows.windows, self._rows.table, shifts, angles)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of what is learned, and the places of the codes; the levels are the same for all layers of a process."""
+        learned = self.forward, self.backward, self.mean, self.variances, self._rows.windows
+        return sum(array.nbytes for array in learned if array is not None)
+
+    @cached_property
+    def _rows(self) -> TrellisRows:
+        if not self.widths:
+            raise not_fitted(METHOD.name)
+        weights = None if self.variances is None else np.array(self.variances, np.float64)
+        return TrellisRows(self.widths, levels_of(self.code, self.entries), weights)
+
+    @cached_property
+    def _shifts(self) -> mx.array:
+        """The mean in the space of the codes ``[H, D]``."""
+        forward, _, mean = self._fitted()
+        return constant((mean[:, None] / self.size @ forward.astype(mx.float32))[:, 0])
+
+    @cached_property
+    def _orders(self) -> tuple[mx.array, mx.array]:
+        """First coordinates of all pairs that RoPE turns, then second ones, and the inverse, ``[D]``."""
+        assert self.rope is not None
+        order = self.rope.pairs(self.head_dim).T.ravel()
+        return constant(order, mx.uint32), constant(np.argsort(order), mx.uint32)
+
+    @cached_property
+    def _mean_pairs(self) -> list[mx.array]:
+        """First and second coordinates of the mean's pairs, each ``[H, 1, D/2]``."""
+        assert self.mean is not None
+        parts = mx.split(mx.take(self.mean[:, None], self._orders[0], axis=-1), 2, -1)
+        return [constant(part) for part in parts]
+
+    def _fitted(self, kv_heads: int | None = None) -> tuple[mx.array, mx.array, mx.array]:
+        if self.forward is None or self.backward is None or self.mean is None:
+            raise not_fitted(METHOD.name)
+        check_heads(len(self.widths), kv_heads or len(self.widths))
+        return self.forward, self.backward, self.mean
+
+
+def _metric(x: Floats, gradients: Floats | None, queries: mx.array | None) -> Floats:
+    """What an error of vectors like ``x`` ``[H, N, D]`` costs, a matrix for each head ``[H, D, D]``."""
+    if gradients is None and queries is None:
+        return np.broadcast_to(np.eye(x.shape[-1]), (len(x), x.shape[-1], x.shape[-1]))
+    asked = gradients if gradients is not None else per_head(queries).reshape(len(x), -1, x.shape[-1])  # type: ignore[arg-type]
+    return _damped(np.swapaxes(asked, 1, 2) @ asked / asked.shape[1], _DAMPING)
+
+
+def _bases(x: Floats, gradients: Floats | None, metric: Floats) -> tuple[Floats, Floats]:
+    """Matrices ``[H, D, D]`` to coordinates of which an error costs the same, of falling variance, and from them."""
+    weights = np.ones(x.shape[:2])
+    if gradients is not None:
+        squares = np.square(gradients).sum(axis=-1)
+        weights = np.minimum(squares / _nonzero(squares.mean(axis=1, keepdims=True)), _LOUDEST) + _QUIET
+    moment = np.swapaxes(x * weights[..., None], 1, 2) @ x / weights.sum(axis=1)[:, None, None]
+    lower = np.linalg.cholesky(metric)
+    vectors = np.linalg.eigh(np.swapaxes(lower, 1, 2) @ _damped(moment, _RIDGE) @ lower).eigenvectors[..., ::-1]
+    return lower @ vectors, np.linalg.solve(np.swapaxes(lower, 1, 2), vectors).swapaxes(1, 2)
+
+
+def _variances(y: Floats, gradients: Floats | None) -> Floats:
+    """Mean squares ``[H, D]`` of coordinates ``[H, N, D]``, by the squared gradients of each, within bounds."""
+    if gradients is None:
+        return np.asarray(np.square(y).mean(axis=1))
+    weights = np.square(gradients)
+    mean = _nonzero(weights.mean(axis=1, keepdims=True))
+    weights = np.minimum(weights, _MOST_WEIGHT * mean) + _LEAST_WEIGHT * mean
+    return np.asarray((weights * np.square(y)).sum(axis=1) / weights.sum(axis=1))
+
+
+def _damped(moment: Floats, share: float) -> Floats:
+    mean = _nonzero(np.trace(moment, axis1=1, axis2=2) / moment.shape[-1])
+    return np.asarray(moment + share * mean[:, None, None] * np.eye(moment.shape[-1]))
+
+
+def _nonzero(x: Floats) -> Floats:
+    return np.where(x == 0, 1.0, x)
+
+
+def planned(codecs: Mapping[Any, FisherQuant], bits: float, **options: Any) -> dict[Any, FisherQuant]:
+    """The same codecs, with widths that lose least together at ``bits`` a value, and other ``options``."""
+    some = [replace(codec, bits=bits, widths=(), **options) for codec in codecs.values()]
+    savings, values = [], 0
+    for codec in some:
+        assert codec.variances is not None
+        lost = levels_of(codec.code, codec.entries).distortion
+        savings.append(np.array(codec.variances, np.float64)[..., None] * (lost[:-1] - lost[1:]))
+        values += codec.variances.size
+    overheads = [SCALE_BITS * len(own) for own in savings]
+    found = shared_words([own.reshape(-1, WIDEST) for own in savings], overheads, round(values * bits / 32))
+    widths = (own.reshape(len(saving), -1) for own, saving in zip(found, savings, strict=True))
+    return {
+        place: replace(codec, widths=tuple(tuple(head) for head in own.tolist()))
+        for place, codec, own in zip(codecs, some, widths, strict=True)
+    }
+
+
+def build(head_dim: int, bits: float, tensor: Tensor, **options: Any) -> FisherQuant:
+    """FisherQuant for keys or values, to be fitted."""
+    return FisherQuant(head_dim, bits, tensor, **options)
+
+
+METHOD = Method(
+    id="fisherquant",
+    name="FisherQuant",
+    paper="none: see the sources that its module names",
+    calibrated=True,
+    bits=range(1, 9),
+    fractional=True,
+    stored="bits by what each coordinate costs the loss, 4 bits for a vector's scale",
+    options=("code", "entries"),
+    build=build,
+    planned=planned,
+    colour="#1c7c7d",
+    mark="diamond",
+    space="fisher",
+)

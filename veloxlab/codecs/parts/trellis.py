@@ -1,0 +1,183 @@
+"""Bitshift trellises: levels of unit coordinates that are looked up by the last bits of a vector's string of bits.
+
+Each coordinate adds its own width of bits to the string. The *state* is the last 8 (or 10) bits of the string, zeros
+before its begin, and the level is ``table[width][state]``: neighbouring coordinates share bits, so that the string has
+far more levels to choose from than the new bits alone could name (QTIP, A. Tseng et al., 2024, arXiv 2406.11235, whose
+trellis this is; there the level is computed, here it is trained). Encoding is a Viterbi search over all states.
+
+The tables for 1 to 5 bits are trained on Gaussians by ``python -m tests.train_trellis`` and kept in ``data``; wider
+codes, and all codes of the scalar form, have the Lloyd–Max levels of a Gaussian.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from veloxlab.codecs.parts import Floats, constant, in_turn
+from veloxlab.codecs.parts.codebooks import gaussian_codebook
+from veloxlab.codecs.parts.packing import WIDEST, Places
+from veloxlab.kernels.trellis import trellis_kernel
+from veloxlab.kernels.vectors import VectorKernel, words_per_row
+from veloxlab.texts import shipped_folder
+
+CodeName = Literal["trellis", "scalar"]
+Widths = tuple[tuple[int, ...], ...]  # bits of each coordinate of each KV head
+
+FILE = "trellis.npz"
+TRAINED = 5  # bits up to which a table is trained
+SCALE_BITS, STEPS = 4, 4  # of a vector's scale, 1 or more: its code, and steps of an octave
+_LEAST_WORDS = 2  # of a row: loops read eight bytes at a time
+_ROWS = 2048  # vectors that are searched together
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Levels ``table`` ``[9, states]`` by width and state, and what each width loses of a unit Gaussian ``[9]``.
+
+    A state is the last ``reach`` bits, the newest of them highest; 0 if a level depends on a coordinate's own bits.
+    """
+
+    reach: int
+    table: NDArray[np.float32]
+    distortion: Floats
+
+    @property
+    def states(self) -> int:
+        """How many there are."""
+        return int(self.table.shape[1])
+
+
+@lru_cache
+def levels_of(code: CodeName, entries: int = 256) -> Levels:
+    """Those of the scalar form, or of a trellis with tables of 256 or 1,024 ``entries``."""
+    books = [gaussian_codebook(width) for width in range(1, WIDEST + 1)]
+    distortion = np.array([1.0, *(book.distortion for book in books)])
+    if code == "scalar":
+        table = np.zeros((WIDEST + 1, 1 << WIDEST), np.float32)
+        for width, book in enumerate(books, 1):
+            table[width, : 1 << width] = book.levels
+        return Levels(0, table, distortion)
+    trained: Any = np.load(shipped_folder("data") / FILE)
+    reach, table = entries.bit_length() - 1, np.zeros((WIDEST + 1, entries), np.float32)
+    table[1 : TRAINED + 1] = trained[f"levels_{entries}"]
+    distortion[1 : TRAINED + 1] = trained[f"distortion_{entries}"]
+    backwards = reversed_bits(reach)
+    for width in range(TRAINED + 1, WIDEST + 1):
+        table[width, backwards] = books[width - 1].levels[np.arange(entries) & ((1 << width) - 1)]
+    return Levels(reach, table, distortion)
+
+
+@lru_cache
+def reversed_bits(count: int) -> NDArray[np.int64]:
+    """All numbers of so many bits, each with its bits in the other order."""
+    numbers = np.arange(1 << count)
+    return sum(((numbers >> i & 1) << (count - 1 - i) for i in range(count)), np.zeros_like(numbers))
+
+
+class TrellisRows:
+    """How the unit coordinates of a token's KV heads become one row of bits ``[B, 1, S, words]``, uint32.
+
+    First the scales of all heads, 4 bits each: a head's coordinates are divided by 2^(code / 4), at least their
+    root-mean-square where that is above 1. Then each head's string of bits, in order and without a gap, LSB first.
+    ``windows`` ``[H, D, 4]`` say of each coordinate where the bits of its state begin in the row, the mask of those
+    that are there, by how much they are shifted up where older ones would be before the string's begin, and where the
+    levels of its width begin in ``table``. What a squared error of a unit coordinate costs, by which strings are
+    chosen, are ``weights`` ``[H, D]``.
+    """
+
+    def __init__(self, widths: Widths, levels: Levels, weights: Floats | None = None) -> None:
+        bits = np.array(widths, np.int64)
+        self.widths, self.levels = bits, levels
+        own = np.ones(bits.shape) if weights is None else weights
+        self.weights = (own / own.max(axis=1, keepdims=True)).astype(np.float32)
+        self.heads, self.dim = bits.shape
+        head_bits = bits.sum(axis=1)
+        begins = SCALE_BITS * self.heads + np.cumsum(head_bits) - head_bits
+        ends = begins[:, None] + np.cumsum(bits, axis=1)
+        self.words = max(_LEAST_WORDS, words_per_row(int(SCALE_BITS * self.heads + head_bits.sum()), 1))
+        seen = np.minimum(levels.reach, ends - begins[:, None]) if levels.reach else bits
+        seen = np.where(bits > 0, seen, 0)
+        lift = np.where(bits > 0, levels.reach - seen, 0) if levels.reach else np.zeros_like(bits)
+        windows = np.stack([ends - seen, (1 << seen) - 1, lift, bits * levels.states], axis=-1)
+        self.windows, self.table = constant(windows, mx.uint32), constant(levels.table.ravel())
+        self._sizes = constant(2.0 ** (np.arange(1 << SCALE_BITS) / STEPS))
+        self._states = Places((ends - seen).ravel(), seen.ravel(), self.words)
+        self._codes = Places(*_in_order(np.concatenate([np.full(self.heads, SCALE_BITS), bits.ravel()])), self.words)
+        self._scales = Places(*_in_order(np.full(self.heads, SCALE_BITS)), self.words)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tables, but for those that only encoding needs."""
+        return self.windows.nbytes + self.table.nbytes
+
+    def expand(self, rows: mx.array) -> mx.array:
+        """Rows to scaled levels ``[B, H, S, D]``, float32."""
+        batch, _, tokens, _ = rows.shape
+        shape = batch, tokens, self.heads, self.dim
+        windows = self.windows.reshape(-1, 4)
+        levels = mx.take(self.table, (self._states.read(rows) << windows[:, 2]) + windows[:, 3])
+        return levels.reshape(shape).swapaxes(1, 2) * self.scales(rows)
+
+    def scales(self, rows: mx.array) -> mx.array:
+        """Scales of the vectors ``[B, H, S, 1]``."""
+        return mx.take(self._sizes, self._scales.read(rows)[:, 0].swapaxes(1, 2)[..., None])
+
+    def encode(self, tokens: mx.array) -> dict[str, mx.array]:
+        """``codes`` of the unit coordinates of all heads of each token ``[B, 1, S, H·D]``, float32."""
+        if not tokens.size:
+            return {"codes": mx.zeros((*tokens.shape[:-1], self.words), mx.uint32)}
+        y = mx.unflatten(tokens, -1, (self.heads, self.dim))
+        coded = constant(self.widths > 0)
+        ratio = (mx.square(y) * coded).sum(axis=-1) / mx.maximum(coded.sum(axis=-1), 1)
+        steps = mx.round(STEPS / 2 * mx.log2(mx.maximum(ratio, 1.0)))
+        scales = mx.minimum(steps, self._sizes.size - 1).astype(mx.uint32)
+        y = y / mx.take(self._sizes, scales)[..., None]
+        parts = [scales]
+        for head in range(self.heads):
+            own = y[..., head, :].reshape(-1, self.dim)
+            found = in_turn(partial(self._search, head=head), own, _ROWS)
+            parts.append(found.reshape(*tokens.shape[:-1], self.dim))
+        return {"codes": self._codes.write(mx.concatenate(parts, axis=-1))}
+
+    def _search(self, y: mx.array, head: int) -> mx.array:
+        """Codes ``[N, D]`` of a head's unit coordinates ``[N, D]``: of the string whose levels are nearest."""
+        widths, weights = self.widths[head].tolist(), self.weights[head].tolist()
+        table, states, reach = self.table.reshape(WIDEST + 1, -1), self.levels.states, self.levels.reach
+        if not reach:
+            edges = [(row[1:] + row[:-1]) / 2 for row in (table[w, : 1 << w] for w in range(WIDEST + 1))]
+            nearest = [mx.searchsorted(edges[w], y[:, i]) if w else mx.zeros(len(y)) for i, w in enumerate(widths)]
+            return mx.stack(nearest, axis=-1).astype(mx.uint32)
+        costs, back = mx.where(mx.arange(states) == 0, 0.0, mx.inf), {}
+        costs = mx.broadcast_to(costs, (len(y), states))
+        for i, width in enumerate(widths):
+            if width:
+                before = mx.unflatten(costs, -1, (-1, 1 << width))  # states that differ in bits that are forgotten
+                back[i] = before.argmin(axis=-1)
+                distances = (weights[i] * mx.square(y[:, i, None] - table[width])).reshape(len(y), 1 << width, -1)
+                least = before.min(axis=-1)
+                least = least - least.min(axis=-1, keepdims=True)  # rounding would lose what later ones cost
+                costs = mx.flatten(least[:, None] + distances, 1)
+        state, codes = costs.argmin(axis=-1), [mx.zeros(len(y), mx.uint32)] * len(widths)
+        for i in reversed(back):
+            rest = states >> widths[i]
+            codes[i], newer = state // rest, state % rest
+            oldest = mx.take_along_axis(back[i], newer[:, None], axis=-1)[:, 0]
+            state = newer << widths[i] | oldest
+        return mx.stack(codes, axis=-1)
+
+    @cached_property
+    def encoder(self) -> VectorKernel:
+        """The same by a kernel."""
+        reach = self.levels.reach
+        table = self.levels.table[:, reversed_bits(reach)] if reach else self.levels.table
+        return trellis_kernel(self.widths, self.weights, table, reversed_bits(WIDEST if reach else 0), self.words)
+
+
+def _in_order(widths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    return np.cumsum(widths) - widths, widths

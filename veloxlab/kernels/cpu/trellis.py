@@ -1,0 +1,216 @@
+"""Loops of a bitshift trellis: the search for a vector's string of bits, and reading one."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from veloxlab.kernels.cpu.machine import compiled, expander, f32_at, i32_at, i64_at, part, u8_at, u32_at
+from veloxlab.kernels.cpu.readers import DIM, OWN, ROWS, cosine_and_sine, place
+from veloxlab.kernels.cpu.rows import load
+
+_MOST = np.float32(np.inf)
+SCALE_BITS, STEPS = 4, 4  # of a vector's scale: its code, and steps of an octave
+
+
+@part
+def scale_code(y, widths):
+    """Code of a vector's scale: of the root-mean-square of the coordinates that have bits, where it is above 1."""
+    squares, count = np.float32(0), np.float32(0)
+    for i in range(len(y)):
+        if widths[i] > 0:
+            squares += y[i] * y[i]
+            count += np.float32(1)
+    if not squares > count:  # of NaN too
+        return 0
+    code = np.rint(np.float32(0.5 * STEPS) * np.log2(squares / count))
+    return np.int64(min(code, np.float32((1 << SCALE_BITS) - 1)))
+
+
+@part
+def forget(costs, count, width, least, back):
+    """Of the states that become one when their oldest bits are gone, the least cost and which one has it."""
+    rest = count >> width
+    for r in range(rest):
+        least[r] = costs[r]
+        back[r] = 0
+    for j in range(1, 1 << width):
+        base = j * rest
+        for r in range(rest):
+            better = costs[base + r] < least[r]
+            least[r] = costs[base + r] if better else least[r]
+            back[r] = np.uint8(j) if better else back[r]
+    low = least[0]
+    for r in range(1, rest):
+        low = least[r] if least[r] < low else low
+    for r in range(rest):  # or what later coordinates cost, which weigh less, would be lost by rounding
+        least[r] -= low
+
+
+@part
+def extend(least, count, width, levels, number, weight, costs):
+    """Costs of all states, by the least cost of what each had before and its own distance."""
+    rest = count >> width
+    if width == 1:
+        for r in range(rest):
+            a, b = number - levels[2 * r], number - levels[2 * r + 1]
+            costs[2 * r] = least[r] + weight * (a * a)
+            costs[2 * r + 1] = least[r] + weight * (b * b)
+    elif width == 2:
+        for r in range(rest):
+            a, b = number - levels[4 * r], number - levels[4 * r + 1]
+            c, d = number - levels[4 * r + 2], number - levels[4 * r + 3]
+            costs[4 * r] = least[r] + weight * (a * a)
+            costs[4 * r + 1] = least[r] + weight * (b * b)
+            costs[4 * r + 2] = least[r] + weight * (c * c)
+            costs[4 * r + 3] = least[r] + weight * (d * d)
+    else:
+        size = 1 << width
+        for r in range(rest):
+            base, before = r * size, least[r]
+            for u in range(size):
+                distance = number - levels[base + u]
+                costs[base + u] = before + weight * (distance * distance)
+
+
+@part
+def search(y, widths, weights, levels, costs, least, back, codes):
+    """The string of bits whose levels are nearest to a vector, as the code of each coordinate.
+
+    A state is the newest bits, the first of them highest; of ``levels`` ``[9, states]`` each width has a row.
+    """
+    dim, count = len(y), levels.shape[1]
+    for s in range(count):
+        costs[s] = _MOST
+    costs[0] = np.float32(0)
+    for i in range(dim):
+        if widths[i] > 0:
+            forget(costs, count, widths[i], least, back[i])
+            extend(least, count, widths[i], levels[widths[i]], y[i], weights[i], costs)
+    state, best = 0, costs[0]
+    for s in range(1, count):
+        if costs[s] < best:
+            state, best = s, costs[s]
+    for i in range(dim - 1, -1, -1):
+        width = widths[i]
+        codes[i] = state & ((1 << width) - 1)
+        if width > 0:
+            rest = count >> width
+            before = state >> width
+            state = before + rest * np.int64(back[i, before])
+
+
+@part
+def nearest(y, widths, levels, codes):
+    """The nearest level of each coordinate alone, whose levels ascend."""
+    for i in range(len(y)):
+        own, code, step = levels[widths[i]], 0, (1 << widths[i]) >> 1
+        while step > 0:
+            below = code + step
+            code = below if y[i] > np.float32(0.5) * (own[below - 1] + own[below]) else code
+            step >>= 1
+        codes[i] = code
+
+
+@compiled
+def encode(first, last, x, widths, weights, levels, backwards, rows):
+    """Rows of tokens: the scales of all heads, then each head's string of bits.
+
+    ``x`` has the unit coordinates of all heads of a token, ``widths`` and ``weights`` are
+    ``[H, D]``, and ``backwards`` turns eight
+    bits round; it has one number where each coordinate is coded alone.
+    """
+    heads, dim, count = widths.shape[0], widths.shape[1], levels.shape[1]
+    y, found = np.empty((heads, dim), np.float32), np.empty((heads, dim), np.int64)
+    flat = y.reshape(heads * dim)
+    costs, least = np.empty(count, np.float32), np.empty(count, np.float32)
+    back, scales = np.empty((dim, count), np.uint8), np.empty(heads, np.int64)
+    for vector in range(first, last):
+        load(x, vector, heads * dim, flat)
+        for h in range(heads):
+            scales[h] = scale_code(y[h], widths[h])
+            factor = np.float32(2) ** (-np.float32(scales[h]) / np.float32(STEPS))
+            for i in range(dim):
+                y[h, i] *= factor
+            if len(backwards) > 1:
+                search(y[h], widths[h], weights[h], levels, costs, least, back, found[h])
+            else:
+                nearest(y[h], widths[h], levels, found[h])
+        held, have, word = np.uint64(0), 0, 0
+        for h in range(heads):
+            held |= np.uint64(scales[h]) << np.uint64(have)
+            have += SCALE_BITS
+            if have >= 32:
+                rows[vector, word] = np.uint32(held)
+                held, have, word = held >> np.uint64(32), have - 32, word + 1
+        for h in range(heads):
+            for i in range(dim):
+                code, width = found[h, i], widths[h, i]
+                if len(backwards) > 1:
+                    code = np.int64(backwards[code]) >> (8 - width)
+                held |= np.uint64(code) << np.uint64(have)
+                have += width
+                if have >= 32:
+                    rows[vector, word] = np.uint32(held)
+                    held, have, word = held >> np.uint64(32), have - 32, word + 1
+        if have > 0:
+            rows[vector, word] = np.uint32(held)
+            word += 1
+        for rest in range(word, rows.shape[1]):
+            rows[vector, rest] = 0
+
+
+@compiled
+def strings(first, last, x, widths, levels, states):
+    """States that each vector ``[N, D]`` goes through, to train levels by."""
+    dim, count = x.shape[1], levels.shape[1]
+    costs, least = np.empty(count, np.float32), np.empty(count, np.float32)
+    weights = np.ones(dim, np.float32)
+    back, codes = np.empty((dim, count), np.uint8), np.empty(dim, np.int64)
+    for vector in range(first, last):
+        search(x[vector], widths, weights, levels, costs, least, back, codes)
+        state = 0
+        for i in range(dim):
+            state = (state << widths[i] | codes[i]) & (count - 1)
+            states[vector, i] = state
+
+
+@expander
+def trellis(description, batch, head, first, count, out):
+    """Windows of a row of all heads. Own: coordinates, how many have bits at most, and of each [H, 5, coordinates] the
+    byte, shift, mask, shift up and first level; table, sizes of scales, shifts [H, coordinates] or 0, and of positions:
+    that of the first token, or −1, angles, fine turns.
+    """
+    d = i64_at(description)
+    dim, coordinates, coded, own = d[DIM], d[OWN], d[OWN + 1], d[OWN + 2] + 20 * d[OWN] * head
+    starts, shifts, masks = i32_at(own), u32_at(own + 4 * coordinates), u32_at(own + 8 * coordinates)
+    lifts, firsts = u32_at(own + 12 * coordinates), u32_at(own + 16 * coordinates)
+    levels, sizes = f32_at(d[OWN + 3]), f32_at(d[OWN + 4])
+    for t in range(count):
+        row, y = place(description + 8 * ROWS, batch, 0, first + t), f32_at(out + 4 * t * dim)
+        scale = sizes[u8_at(row + (head >> 1))[0] >> np.uint8(4 * (head & 1)) & np.uint8(15)]
+        for i in range(coded):
+            window = (u32_at(row + starts[i])[0] >> shifts[i] & masks[i]) << lifts[i]
+            y[i] = levels[firsts[i] + window] * scale
+        for i in range(coded, coordinates):
+            y[i] = np.float32(0)
+        if d[OWN + 5] != 0:
+            shift = f32_at(d[OWN + 5] + 4 * head * coordinates)
+            for i in range(coordinates):
+                y[i] += shift[i]
+    if d[OWN + 6] >= 0:
+        turns(
+            d[OWN + 6] + first, (dim - coordinates) >> 1, d[OWN + 7], d[OWN + 8], count, 4 * dim, out + 4 * coordinates
+        )
+
+
+@part
+def turns(position, pairs, angles, fine, count, step, out):
+    """Cosines and sines of the angles of tokens' positions, ``step`` bytes apart: of the first one, turned on."""
+    x, y = f32_at(angles), f32_at(out)
+    for i in range(pairs):
+        y[i], y[pairs + i] = cosine_and_sine(np.float32(position) * x[i])
+    for t in range(1, count):
+        turn, z = f32_at(fine + 8 * t * pairs), f32_at(out + t * step)
+        for i in range(pairs):
+            z[i] = y[i] * turn[i] - y[pairs + i] * turn[pairs + i]
+            z[pairs + i] = y[pairs + i] * turn[i] + y[i] * turn[pairs + i]
