@@ -85,8 +85,7 @@ def bench_tables(results: dict[str, Any]) -> str:
     if facts["backend"] == "cpu":
         parts = {part: of for part, of in _CPU_TABLES.items() if part in results}
         tables = [
-            f"{heading}\n\n{markdown(titles, cells, results[part]['rows'], **_CPU_CELLS)}"
-            for part, (heading, titles, cells) in parts.items()
+            f"{heading}\n\n{_of_part(results[part], titles, cells)}" for part, (heading, titles, cells) in parts.items()
         ]
         return "\n\n".join([_CPU_FACTS.format(**facts), *tables])
     import polars as pl
@@ -99,7 +98,15 @@ def bench_tables(results: dict[str, Any]) -> str:
         cells = " | ".join(["{cache}", *(f"{{microseconds_{n}:.0f}} µs ({{ratio_{n}:.2f}}×)" for n in tokens)])
         named = "{} query heads, {} KV heads, head dimension {}".format(*shape)
         tables.append(f"{named}\n\n{markdown(titles, cells, times.fill_null(float('nan')))}")
+    parts = {part: of for part, of in _GPU_TABLES.items() if part in results}
+    tables += [
+        f"{heading}\n\n{_of_part(results[part], titles, cells)}" for part, (heading, titles, cells) in parts.items()
+    ]
     return "\n\n".join(tables)
+
+
+def _of_part(part: dict[str, Any], titles: str, cells: str) -> str:
+    return markdown(titles, cells, part["rows"], **_CELLS)
 
 
 _CPU_FACTS = (
@@ -133,8 +140,34 @@ _CPU_TABLES["host"] = (
     "{cache} | {microseconds:.0f} | {beyond_exact:.0f} | {mean_microseconds:.0f} | {most_microseconds:.0f}",
 )
 _CPU_TABLES["fit"] = ("Fitting to the keys and values of one layer", *_CPU_TABLES["encode"][1:])
-_CPU_CELLS = {
+_GPU_TABLES = {  # the same
+    "decode": (
+        "A token behind so many others, in mlx-lm's order of work; layers of an 8B model's shape, or of SmolLM2's",
+        "shape | layers: | cache | tokens: | ms, median: | ms, slowest: | of exact: | held, MB:",
+        "{shape} | {layers} | {cache} | {tokens:,} | {milliseconds:.2f} | {slowest_milliseconds:.2f} | {ratio:.2f}× | "
+        "{held_bytes}",
+    ),
+    "batch": (
+        "A step of a batch of sequences, of which the longest has so many tokens",
+        "cache | sequences: | tokens: | ms, median: | ms, slowest: | of exact: | held, MB:",
+        "{cache} | {sequences} | {tokens:,} | {milliseconds:.2f} | {slowest_milliseconds:.2f} | {ratio:.2f}× | "
+        "{held_bytes}",
+    ),
+    "read": (
+        "Reading a prompt in chunks of 2,048 tokens",
+        "cache | tokens: | seconds: | of exact: | peak, MB: | of exact:",
+        "{cache} | {tokens:,} | {seconds:.3f} | {ratio:.2f}× | {peak_bytes} | {peak_ratio:.2f}×",
+    ),
+    "encode": (
+        "Encoding the keys and values of 32 layers, as a share of the attention of 32 tokens to 32,768 others",
+        "cache | tokens: | µs: | share:",
+        "{cache} | {tokens:,} | {microseconds:,.0f} | {ratio:.2f}",
+    ),
+    "host": _CPU_TABLES["host"],
+}
+_CELLS = {
     "held_bytes": _scaled("held_bytes", 1e-6),
+    "peak_bytes": _scaled("peak_bytes", 1e-6),
     **{name: _scaled(name, form="{:.2f}×") for name in ("slope_ratio", "busy_ratio")},
     "of_ops": _scaled("of_ops", form="{:.3f}×"),
 }
