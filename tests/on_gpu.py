@@ -1,8 +1,8 @@
 """What a GPU is asked in one go: the parity suite, then the benchmarks: ``python -m tests.on_gpu FOLDER [options]``.
 
-The folder gets ``parity.json`` (how many comparisons passed, and which did not) and ``bench.json``, both with device,
-driver, versions and date. The options are those of ``veloxlab bench``. A kernel takes seconds to compile, so that the
-suite is shared out among processes.
+The folder gets ``parity.json`` (how many comparisons passed, and which did not, of which commit) and ``bench.json``,
+both with device, driver, versions and date. The options are those of ``veloxlab bench``. A kernel takes seconds to
+compile, so that the suite is shared out among processes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -31,7 +32,8 @@ PYTEST = (
     "-m",
     "gpu",
 )
-_MOST_PROCESSES = 8
+_LEFT = 2  # processors that compile nothing
+COMMIT = "VELOXLAB_COMMIT"  # in the environment, where the folder is no clone
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -39,12 +41,19 @@ def main(arguments: Sequence[str]) -> int:
     folder, *options = arguments
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
-    processes = min(_MOST_PROCESSES, max(1, (os.cpu_count() or 1) // 2))
-    found = parity(tests_of(SUITE), processes)
-    write_atomically(out / "parity.json", json.dumps({"facts": facts(), **found}, indent=1).encode())
+    begin = time.monotonic()
+    found = parity(tests_of(SUITE), max(1, (os.cpu_count() or 1) - _LEFT))
+    told = {"facts": {**facts(), "commit": commit()}, "seconds": round(time.monotonic() - begin), **found}
+    write_atomically(out / "parity.json", json.dumps(told, indent=1).encode())
     print(f"{found['passed']} passed, {len(found['failed'])} failed, {found['skipped']} skipped")
     benched = cli.main(["bench", "--json", str(out / "bench.json"), *options])
     return 1 if found["failed"] else benched
+
+
+def commit() -> str:
+    """The commit that is tested."""
+    asked = ["git", "rev-parse", "HEAD"]
+    return os.environ.get(COMMIT) or subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def tests_of(suite: Path) -> list[str]:
