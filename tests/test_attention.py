@@ -1,7 +1,5 @@
 """Attention over exact and packed segments is attention over their decoded tokens."""
 
-from dataclasses import replace
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ from mlx_lm.models.base import create_causal_mask
 from veloxlab.cache.attention import FEW_QUERIES
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import find_method
-from veloxlab.kernels.devices import CPU
+from veloxlab.kernels.devices import device_backend, expanded_bytes
 
 HEADS, GROUP, DIM = 2, 3, 64
 
@@ -125,6 +123,12 @@ def test_kv_heads_may_be_expanded_one_after_another(monkeypatch, method, mask):
     q, sinks = normal(1, HEADS * GROUP, 40, DIM, seed=3), normal(HEADS * GROUP, seed=4)
     given = "causal" if mask == "causal" else normal(1, HEADS * GROUP, 40, 90, seed=5)
     together = cache._history().attend(q, 0.1, given, sinks)
-    monkeypatch.setattr("veloxlab.cache.attention.device_backend", lambda: replace(CPU, expanded_bytes=1))
+    monkeypatch.setattr("veloxlab.cache.attention.expanded_bytes", lambda: 1)
     apart = cache._history().attend(q, 0.1, given, sinks)
     assert np.allclose(together, apart, atol=1e-5)
+
+
+@pytest.mark.parametrize(("said", "size"), [("3", 3_000_000), ("0", None), ("much", None), ("", None)])
+def test_the_room_for_what_is_decoded_can_be_chosen(said, size, monkeypatch):
+    monkeypatch.setenv("VELOXLAB_EXPANDED_MB", said)
+    assert expanded_bytes() == (size or device_backend().expanded_bytes)

@@ -24,7 +24,7 @@ from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.call import AttentionKernel, PreparedCall, Queries, Tokens
 from veloxlab.kernels.call import Exact as ExactTokens
 from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
-from veloxlab.kernels.devices import current_backend, device_backend
+from veloxlab.kernels.devices import current_backend, expanded_bytes
 from veloxlab.kernels.expand import LARGEST_HALF
 from veloxlab.mlxlm.hooks import Handle, Mask
 
@@ -94,7 +94,7 @@ class History(Handle):
         head_bytes = q.shape[0] * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * q.dtype.size
         take_turn(q, kv_heads * head_bytes)
         if all(codec.heads_alike for codec in codecs):
-            together = min(kv_heads, max(1, device_backend().expanded_bytes // head_bytes))
+            together = min(kv_heads, max(1, expanded_bytes() // head_bytes))
         queries = q.shape[1] // kv_heads  # of a KV head
         parts = [q]
         for first in range(0, kv_heads, together):

@@ -16,6 +16,7 @@ from veloxlab.kernels.attend import attend_kernel
 from veloxlab.kernels.backend import Backend, build_with_mlx
 
 _EXPANDED_BYTES, _EXPANDED_TOKENS = 256 << 20, 1 << 24  # on a GPU launches of small tiles take longer
+EXPANDED = "VELOXLAB_EXPANDED_MB"  # in the environment: MB of decoded keys and values that a layer holds while it reads
 SWITCH = "VELOXLAB_KERNELS"  # 0 in the environment: no kernel, MLX operations do everything
 
 
@@ -66,6 +67,12 @@ BACKENDS = {backend.name: backend for backend in (METAL, CUDA, CPU)}
 def device_backend() -> Backend:
     """That of MLX's default device, whether kernels run there or not."""
     return BACKENDS[runtime.backend()]
+
+
+def expanded_bytes() -> int:
+    """Bytes of decoded keys and values that a layer holds at most while it reads a prompt, if its heads are alike."""
+    said = os.environ.get(EXPANDED, "")
+    return int(said) * 10**6 if said.isdecimal() and int(said) else device_backend().expanded_bytes
 
 
 def current_backend() -> Backend | None:
