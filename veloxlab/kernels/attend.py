@@ -36,7 +36,7 @@ GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works
 PADDED_ROWS = MOST_ROWS = 8  # query rows that share one reading of the codes
 _TILE = 16  # tokens of one turn of a simdgroup
 _EXACT_SPLIT, _MOST_EXACT_SPLITS = 128, 64  # exact tokens of one split at least; splits of either run at most
-_GROUPS = 528  # threadgroups that fill a large GPU: 132 processors, 4 each
+_GROUPS = 264  # threadgroups that keep a large GPU busy: 132 processors, 2 each; more take longer to join
 _LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: a table is not filled for fewer
 _COMBINE_THREADS = 512
 _SUMS = [mx.float32] * 2  # of each split: mixed values, and sums of weights
