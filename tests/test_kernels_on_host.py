@@ -213,11 +213,60 @@ def assert_attention_is_as_by_its_definition(case):
             assert_close(found_coded, coded, tolerance)
 
 
+# sinks, recent and packed tokens of each sequence: nothing packed, nothing recent, sinks alone, and no sinks
+PLACES = [
+    attending.Places(5, 30, 0, packed_entry=0, first_packed=0, exact_entry=3, first_recent=3, column=20),
+    attending.Places(5, 0, 650, packed_entry=1, first_packed=40, exact_entry=2, first_recent=9, column=250),
+    attending.Places(2, 0, 0, packed_entry=0, first_packed=9, exact_entry=1, first_recent=0, column=0),
+    attending.Places(0, 131, 300, packed_entry=1, first_packed=17, exact_entry=0, first_recent=69, column=474),
+]
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (1, 3, 7, 9)], ids=str)
+def test_sequences_of_a_batch_have_tokens_of_their_own_in_shared_arrays(case):
+    (call,) = calls(dataclasses.replace(case, batch=len(PLACES)), [(700, 5, 200)])
+    given = dataclasses.replace(call.queries, coded=None) if case.rotated else call.queries
+    kernel = attend_kernel(given, call.tokens, HOST)
+    sizes = attending.sizes_of(PLACES, kernel.blocks)
+    found, found_coded = kernel.prepared_anywhere(given, call.tokens)(given, call.tokens.recent, sizes)
+    for i, at in enumerate(PLACES):
+        wanted, wanted_coded = reading.attend(*of_sequence(call, i, at))
+        tolerance = HALF + mx.finfo(case.dtype).eps
+        if case.rotated:
+            assert_close(found[i : i + 1], wanted + call.value_rotation.inverse(wanted_coded), tolerance)
+        else:
+            assert_close(found[i : i + 1], wanted, tolerance)
+            assert_close(found_coded[i : i + 1], wanted_coded, tolerance)
+
+
+def of_sequence(call, i, at):
+    """Queries and tokens of one sequence, by themselves."""
+
+    def packed(reader):
+        rows, scales = (
+            None if x is None else x[at.packed_entry : at.packed_entry + 1, :, at.first_packed :][:, :, : at.packed]
+            for x in (reader.rows, reader.scales)
+        )
+        return dataclasses.replace(reader, rows=rows, scales=scales)
+
+    def exact_of(run, first, count):
+        return Exact(
+            *(x[at.exact_entry : at.exact_entry + 1, :, first : first + count] for x in (run.keys, run.values))
+        )
+
+    tokens, queries, own = call.tokens, call.queries, slice(i, i + 1)
+    sinks, recent = exact_of(tokens.sinks, 0, at.sinks), exact_of(tokens.recent, at.first_recent, at.recent)
+    alone = Tokens(packed(tokens.keys), packed(tokens.values), sinks, recent, tokens.key_dim, tokens.value_dim)
+    columns = slice(at.column, at.column + at.sinks + at.recent + at.packed)
+    mask = None if queries.mask is None else queries.mask[own, ..., columns]
+    return dataclasses.replace(queries, q=queries.q[own], coded=queries.coded[own], mask=mask), alone
+
+
 @pytest.mark.parametrize("exact", [(0, 0), (4, 64), (1, 10**6), (10**6, 10**6)], ids=str)
 @pytest.mark.parametrize("packed", [8, 131_072, 10**7])
 @pytest.mark.parametrize("blocks", [1, 8, 10_000])
 def test_no_history_has_more_splits_than_the_last_kernel_has_room_for(exact, packed, blocks):
-    _, splits = attending._sizes(exact, packed, blocks)
+    _, splits = attending.sizes_of([attending.Places(exact[0], exact[1], packed, 0, 0, 0)], blocks)
     assert splits <= attending.MOST_SPLITS
 
 

@@ -114,7 +114,7 @@ class History(Handle):
         backend, newest = current_backend(), self.newest
         if backend is None or self.past.readers is None:
             return None
-        added = None if mask is None else _added(mask, q, self.tokens)
+        added = None if mask is None else as_added(mask, q, self.tokens)
         queries = self._queries(q if backend.lazy else q.astype(mx.float32), scale, added, sinks)
         if not backend.lazy:
             exact = () if newest is None else (newest.keys, newest.values)
@@ -211,7 +211,7 @@ class History(Handle):
     def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         scaled = q.astype(mx.float32) * scale
         parts = [s.key_codec.scores(scaled, s.keys) for s in self.segments]
-        scores, added = mx.concatenate(parts, axis=-1), _added(mask, q, self.tokens)
+        scores, added = mx.concatenate(parts, axis=-1), as_added(mask, q, self.tokens)
         if added is not None:
             scores = scores + added
         if sinks is not None:  # behind the tokens, so that their places stay
@@ -235,7 +235,7 @@ def attend_together(
     backend, spaces = current_backend(), {history._spaces for history in histories}
     if backend is None or backend.together is None or None in spaces or len(spaces) > 1 or isinstance(mask, str):
         return None
-    width = None if mask is None else _added(mask, q, mask.shape[-1])
+    width = None if mask is None else as_added(mask, q, mask.shape[-1])
     queries = histories[0]._queries(q.astype(mx.float32), scale, width, sinks)
     exact = [history._exact_arrays for history in histories]
     given = queries.q, queries.coded, queries.mask, queries.logits, *chain(*exact)
@@ -275,7 +275,7 @@ def _made_up(s: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> Segment
     return replace(s, keys=keys, values=made_up_code(s.value_codec, s.values.start, tokens, kv_heads, dtype, seed=5))
 
 
-def _added(mask: Mask, q: mx.array, tokens: int) -> mx.array | None:
+def as_added(mask: Mask, q: mx.array, tokens: int) -> mx.array | None:
     """The mask as something to be added to scores ``[B, Hq, L, S]`` float32, or None."""
     if mask is None or (isinstance(mask, str) and q.shape[2] == 1):
         return None

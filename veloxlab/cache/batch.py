@@ -8,57 +8,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.cache import saved
-from veloxlab.cache.attention import FEW_QUERIES, History, attend_together
+from veloxlab.cache.histories import BatchHistory, BatchRow, StackHistory
 from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.cache.stack import Stack, can_share
 from veloxlab.errors import InputError
-from veloxlab.mlxlm.hooks import Handle, Mask, loadable
+from veloxlab.mlxlm.hooks import loadable
 
 Pads = Sequence[int] | None  # of each row
-
-
-class BatchRow(NamedTuple):
-    """What one sequence of a batch attends to, if any of the new tokens is its own, and where that stands."""
-
-    history: History | None
-    own: slice  # its tokens among those that came; the others are padding
-    column: int  # of its oldest token
-
-
-@dataclass(frozen=True)
-class BatchHistory(Handle):
-    """The histories of a batch's sequences."""
-
-    rows: tuple[BatchRow, ...]
-
-    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
-        """See `Handle.attend`; ``q`` ``[B, Hq, L, Dk]`` is padded, and what it gives for padding is 0."""
-        parts: dict[int, mx.array] = {}
-        if isinstance(mask, mx.array):
-            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
-        whole = slice(0, q.shape[2])
-        histories = [row.history for row in self.rows if row.history is not None and row.own == whole]
-        if q.shape[2] <= FEW_QUERIES and len(histories) == len(self.rows) and not isinstance(mask, str):
-            together = attend_together(histories, [row.column for row in self.rows], q, scale, mask, sinks)
-            if together is not None:
-                return together
-        for i, (history, own, column) in enumerate(self.rows):
-            if history is None:
-                continue
-            seen = mask
-            if isinstance(mask, mx.array):
-                at = i if mask.shape[0] > 1 else 0
-                seen = mask[at : at + 1, :, own, column : column + history.tokens]
-            done = history.attend(q[i : i + 1, :, own], scale, seen, sinks)
-            parts[i] = mx.pad(done, [(0, 0), (0, 0), (own.start, q.shape[2] - own.stop), (0, 0)])
-        padding = mx.zeros_like(next(iter(parts.values())))
-        return mx.concatenate([parts.get(i, padding) for i in range(len(self.rows))])
 
 
 @loadable
@@ -66,20 +28,35 @@ class BatchCompressedKVCache(saved.Saved):
     """One layer of a batch, for mlx-lm's ``BatchKVCache`` and ``BatchRotatingKVCache``; ``rows`` are of one path."""
 
     def __init__(self, rows: Iterable[CompressedKVCache]) -> None:
-        self.rows = list(rows)
-        for row in self.rows:
+        self._rows = list(rows)
+        self._stack: Stack | None = None  # what the first rows are in, while they are decoded
+        for row in self._rows:
             count = next((buffer.shape[0] for buffer in row.buffers), 1)
             if count > 1:
                 raise InputError(f"A cache of {count} sequences cannot join a batch: make one cache for each sequence.")
-        self._skip = [0] * len(self.rows)  # places of padding to come before the first token of a row
-        self._left: list[int | None] = [None] * len(self.rows)  # places before padding behind its last; None: all
+        self._skip = [0] * len(self._rows)  # places of padding to come before the first token of a row
+        self._left: list[int | None] = [None] * len(self._rows)  # places before padding behind its last; None: all
+        self._padded = True  # perhaps: some tokens to come are padding
         self._padding = 0  # columns of the past that hold no token of any row
         self._lent: tuple[Any, Any] | None = None  # what was fetched last
-        if self.rows and self.rows[0].path == "codes":
+        if self._rows and self._rows[0].path == "codes":
             self.bits, self.group_size = 0, 0
+
+    @property
+    def rows(self) -> list[CompressedKVCache]:
+        """The sequences. What they hold may be views, until the next token comes."""
+        if self._stack is not None:
+            self._stack.show()
+        return self._rows
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """`CompressedKVCache.update_and_fetch` of each row with its own tokens; where one raises, none stores any."""
+        stack = self._stacked(keys, values)
+        if stack is not None:
+            stack.padding = self._padding
+            stack.join(keys, values)
+            together = StackHistory(stack)
+            return together, together
         count, width = keys.shape[2], self._width
         firsts = [min(skip, count) for skip in self._skip]
         lasts = [count if left is None else min(count, left) for left in self._left]
@@ -103,9 +80,28 @@ class BatchCompressedKVCache(saved.Saved):
         self._lent = fetched if self.rows[0].lends else None
         return fetched
 
+    def _stacked(self, keys: mx.array, values: mx.array) -> Stack | None:
+        """All rows in shared buffers, if what comes is one token of each, and the device reads them so."""
+        if self._padded:
+            self._padded = any(self._skip) or any(left is not None for left in self._left)
+        if self._stack is None and keys.shape[2] == 1 and not self._padded and can_share(self._rows):
+            self._stack = Stack(self._rows)
+        if self._stack is not None and (self._padded or self._stack.refused or not self._stack.takes(keys, values)):
+            self._unstack()
+        return self._stack
+
+    def _unstack(self) -> None:
+        """Let all rows have buffers of their own."""
+        if self._stack is not None:
+            self._stack.release()
+            self._stack = None
+
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """Boolean ``[B, 1, N, S]``: each row sees its own past, and of its new tokens itself and those before."""
-        window_size = window_size or self.rows[0].max_size
+        if self._stack is not None and N == 1 and window_size is None:
+            self._stack.padding = self._padding
+            return self._stack.mask_of_all(self._width)
+        window_size = window_size or self._rows[0].max_size
         mask: mx.array = create_causal_mask(N, self._width, window_size, left_padding=self.left_padding)
         return mask
 
@@ -121,6 +117,8 @@ class BatchCompressedKVCache(saved.Saved):
     @property
     def offset(self) -> mx.array:
         """Position of the next token of each row ``[B]``; negative while padding comes first."""
+        if self._stack is not None and not self._padded:
+            return self._stack.offsets
         return mx.array([row.offset - skip for row, skip in zip(self.rows, self._skip, strict=True)])
 
     @property
@@ -139,34 +137,53 @@ class BatchCompressedKVCache(saved.Saved):
             if lengths is None:
                 raise InputError("right_padding was given without lengths: give both.")
             self._left = list(lengths)
+        self._padded = True
 
     def finalize(self) -> None:
         """The padding announced by `prepare` is over."""
-        self._left = [None] * len(self.rows)
+        self._left = [None] * len(self._rows)
 
     def filter(self, batch_indices: Sequence[int] | mx.array) -> None:
         """Keep only these rows, in this order."""
         indices = [int(i) for i in batch_indices]
-        self.rows = [self.rows[i] for i in indices]
+        self._rows = [self._rows[i] for i in indices]
+        if self._stack is not None and indices:
+            self._stack.keep(indices)
+        elif not indices:
+            self._stack = None
         self._skip, self._left = [self._skip[i] for i in indices], [self._left[i] for i in indices]
         self._padding, self._lent = 0, None
 
     def extend(self, other: BatchCompressedKVCache) -> None:
         """Take over the rows of ``other``, behind these."""
         width = max(self._width, other._width)
-        self.rows += other.rows
+        other._unstack()
+        if self._stack is not None and other._rows and not self._stack.add(other._rows):
+            self._unstack()
+        self._rows += other._rows
         self._skip += other._skip
         self._left += other._left
-        self._padding, self._lent = width - max((row.visible for row in self.rows), default=0), None
+        self._padding, self._lent, self._padded = 0, None, True
+        self._padding = width - self._width
 
     def extract(self, idx: int) -> CompressedKVCache:
         """A copy of one row."""
-        return copy.deepcopy(self.rows[idx])
+        return copy.deepcopy(self._rows[idx]) if self._stack is None else self._stack.taken(idx)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy of its own tokens."""
+        other = copy.copy(self)
+        other._rows, other._stack, other._lent = [self.extract(i) for i in range(len(self._rows))], None, None
+        other._skip, other._left = list(self._skip), list(self._left)
+        return other
 
     def settle(self) -> None:
         """`CompressedKVCache.settle` of all rows."""
-        for row in self.rows:
-            row.settle()
+        if self._stack is not None:
+            self._stack.settle()
+        else:
+            for row in self._rows:
+                row.settle()
 
     def describe(self) -> tuple[saved.Content, list[mx.array]]:
         self._lent, described = None, [row.describe() for row in self.rows]
@@ -181,34 +198,48 @@ class BatchCompressedKVCache(saved.Saved):
         return self
 
     @property
+    def buffers(self) -> list[mx.array]:
+        """The live buffers."""
+        if self._stack is not None:
+            return [buffer for held in self._stack.held for buffer in held.values()]
+        return [buffer for row in self._rows for buffer in row.buffers]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes held for all rows."""
-        return sum(row.nbytes for row in self.rows)
+        """Bytes held for all rows; in shared buffers, room for others too."""
+        return sum(buffer.nbytes for buffer in self.buffers)
 
     def size(self) -> int:
         """Tokens of the longest row."""
-        return max((row.size() for row in self.rows), default=0)
+        if self._stack is not None:
+            return max(self._stack.lengths)
+        return max((row.size() for row in self._rows), default=0)
 
     def empty(self) -> bool:
         """Whether no row holds a token."""
-        return all(row.empty() for row in self.rows)
+        return self._stack is None and all(row.empty() for row in self._rows)
 
     def is_trimmable(self) -> bool:
         """Whether the newest tokens of all rows can be dropped."""
-        return all(row.is_trimmable() for row in self.rows)
+        return all(row.is_trimmable() for row in self._rows)
 
     def trim(self, n: int) -> int:
         """`CompressedKVCache.trim` of each row, or of none if one raises; gives how many the longest lost."""
-        for row in self.rows:
+        for row in self._rows:
             row.check_trim(n)
         self._lent = None
+        if self._stack is not None:
+            if self._stack.trim(n):
+                return n
+            self._unstack()
         return max((row.trim(n) for row in self.rows), default=0)
 
     @property
     def _width(self) -> int:
         """Columns that the past of all rows takes."""
-        width = max((row.visible for row in self.rows), default=0) + self._padding
-        most = self.rows[0].max_size if self.rows else None
+        stack, most = self._stack, self._rows[0].max_size if self._rows else None
+        visible = [row.visible for row in self._rows] if stack is None else stack.lengths
+        width = max(visible, default=0) + self._padding
         return width if most is None else min(width, most - 1)
 
 

@@ -54,9 +54,7 @@ class Run:
         self._codes.clear()
         held, total = self.room, self.tokens + count
         self.room = self._room_for(count)
-        both = zip(TENSORS, codes or (), strict=False)
-        added = {f"{tensor}/{name}": array for tensor, code in both for name, array in code.arrays.items()}
-        for name, new in added.items():
+        for name, new in named(codes or ()).items():
             if self.room == held:
                 self.buffers[name][:, :, self.tokens : total] = new
                 continue
@@ -99,6 +97,12 @@ class Run:
         self.tokens = self.room = kept.stop - kept.start
         # a view would keep the whole buffer alive
         self.buffers = {n: mx.contiguous(b[:, :, kept]) for n, b in self.buffers.items()} if self.tokens else {}
+
+
+def named(codes: Sequence[Code]) -> Arrays:
+    """Arrays of keys' and values' codes by their names in a run; nothing of none."""
+    both = zip(TENSORS, codes, strict=False)
+    return {f"{tensor}/{name}": array for tensor, code in both for name, array in code.arrays.items()}
 
 
 class Runs:

@@ -10,9 +10,11 @@ in MLX's own fused attention.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from string import Template
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -45,7 +47,26 @@ _LARGEST_DIM = 512
 # more splits than any history has: those of packed tokens fill the GPU, those of exact ones are few
 MOST_SPLITS = _GROUPS + 1 + 2 * _MOST_EXACT_SPLITS
 
+_NUMBERS = 14  # that the kernels get of a sequence
+
 Defines = dict[str, int | str]
+Sizes = tuple[mx.array, int]  # numbers of each sequence, and the most splits of one
+
+
+class Places(NamedTuple):
+    """How many tokens a sequence has, and where: the entry and the first of packed, of exact and of a mask's tokens.
+
+    Sinks are the first tokens of their entry.
+    """
+
+    sinks: int
+    recent: int
+    packed: int
+    packed_entry: int
+    first_packed: int
+    exact_entry: int
+    first_recent: int = 0
+    column: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,21 +84,29 @@ class AttendKernel:
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
         """See `veloxlab.kernels.call.AttentionKernel`."""
-        backend, values, combine = self.backend, tokens.values, self.combine
-        nothing, sinks, packed = nothing_of(tokens.exact_type), tokens.exact_counts[0], tokens.keys.tokens
-        lasting = suited([*lasting_inputs(tokens).values()], backend)
+        sinks, packed, batch = tokens.exact_counts[0], tokens.keys.tokens, queries.q.shape[0]
+        read = self.prepared_anywhere(queries, tokens)
+
+        def call(queries: Queries, recent: Exact | None) -> Answer:
+            count = 0 if recent is None else recent.tokens
+            return read(queries, recent, _sizes(sinks, count, packed, batch, self.blocks))
+
+        return call
+
+    def prepared_anywhere(self, queries: Queries, tokens: Tokens) -> Callable[[Queries, Exact | None, Sizes], Answer]:
+        """`prepared` for sequences of which `sizes_of` says where each has its tokens in the arrays of ``tokens``."""
+        backend, values, combine, blocks = self.backend, tokens.values, self.combine, self.blocks
+        nothing, lasting = nothing_of(tokens.exact_type), suited([*lasting_inputs(tokens).values()], backend)
         signs = [] if values.signs is None else [values.signs]
         batch, query_heads, length, _ = queries.q.shape
-        blocks, rows = self.kv_heads * self.row_tiles, batch * query_heads * length
-        padded_rows = batch * blocks * self.rows
+        rows, padded_rows = batch * query_heads * length, batch * blocks * self.rows
         coded = batch, self.kv_heads, query_heads // self.kv_heads * length, values.dim
         shapes = [(batch, query_heads, length, tokens.value_dim), coded][: len(combine.outputs)]
         types = [queries.q.dtype, mx.float32][: len(shapes)]
 
-        def call(queries: Queries, recent: Exact | None) -> Answer:
+        def call(queries: Queries, recent: Exact | None, of_all: Sizes) -> Answer:
             """Both kernels; see `veloxlab.kernels.call.PreparedCall`."""
-            count = 0 if recent is None else recent.tokens
-            sizes, splits = _sizes((sinks, count), packed, batch * blocks)
+            sizes, splits = of_all
             mixed, sums = launch(
                 self.attend,
                 suited(changing_inputs(queries, recent or nothing, sizes), backend) + lasting,
@@ -100,6 +129,11 @@ class AttendKernel:
             return found[0], found[1] if len(found) > 1 else None
 
         return call
+
+    @property
+    def blocks(self) -> int:
+        """Threadgroups that a split of a sequence takes."""
+        return self.kv_heads * self.row_tiles
 
 
 _KERNELS: dict[tuple[object, ...], AttendKernel | None] = {}
@@ -134,6 +168,7 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
         "ALL_ROWS": f"{all_rows}u",
         "QUERIES": f"{length}u",
         "LOG2_E": "1.4426950408889634f",
+        "SIZES": f"{_NUMBERS}u",
         "EXACT_VALUE": tokens.value_dim,
         "CODED_VALUE": values.dim,
         "LARGEST_VALUE": largest_value,
@@ -214,17 +249,29 @@ def _attend_source(
     )
 
 
-@lru_cache(maxsize=1024)  # sequences of a batch, whose lengths differ: every layer asks for those of all
-def _sizes(exact: tuple[int, int], packed: int, blocks: int) -> tuple[mx.array, int]:
-    """What the kernels have to know of the splits, and how many there are."""
-    exact_per_split = max(_EXACT_SPLIT, _whole_turns(-(-max(exact) // _MOST_EXACT_SPLITS)))
-    sink_splits, recent_splits = (-(-count // exact_per_split) for count in exact)
-    per_split = _whole_turns(max(_LEAST_SPLIT, -(-packed * blocks // _GROUPS)))
-    exact_splits = sink_splits + recent_splits
-    splits = exact_splits + -(-packed // per_split)
-    sizes = mx.array([*exact, packed, sink_splits, exact_splits, splits, per_split, exact_per_split], mx.uint32)
+def sizes_of(sequences: Sequence[Places], blocks: int) -> Sizes:
+    """What the kernels have to know of the tokens and splits of each sequence, of which one takes so many `blocks`."""
+    longest = max(max(each.sinks, each.recent) for each in sequences)
+    exact_per_split = max(_EXACT_SPLIT, _whole_turns(-(-longest // _MOST_EXACT_SPLITS)))
+    together = blocks * sum(each.packed for each in sequences)
+    per_split = _whole_turns(max(_LEAST_SPLIT, -(-together // _GROUPS)))
+    rows, most = [], 1
+    for sinks, recent, packed, *where in sequences:
+        sink_splits = -(-sinks // exact_per_split)
+        exact_splits = sink_splits + -(-recent // exact_per_split)
+        splits = exact_splits + -(-packed // per_split)
+        most = max(most, splits)
+        rows.append([sinks, recent, packed, sink_splits, exact_splits, splits, 0, per_split, exact_per_split, *where])
+    for row in rows:
+        row[6] = most
+    sizes = mx.array(rows, mx.uint32)
     mx.eval(sizes)
-    return sizes, splits
+    return sizes, most
+
+
+@lru_cache(maxsize=64)  # every layer asks for the same
+def _sizes(sinks: int, recent: int, packed: int, batch: int, blocks: int) -> Sizes:
+    return sizes_of([Places(sinks, recent, packed, i, 0, i) for i in range(batch)], blocks)
 
 
 def _whole_turns(tokens: int) -> int:

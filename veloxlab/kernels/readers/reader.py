@@ -100,6 +100,12 @@ class Reader(ABC):
         fields = (*self.stored, "scales", *self.tables)
         return {f"{prefix}_{name}": array for name in fields if (array := getattr(self, name)) is not None}
 
+    @property
+    def stored_arrays(self) -> list[mx.array]:
+        """Those that have something of every token."""
+        fields = (*self.stored, "scales")
+        return [array for name in fields if (array := getattr(self, name)) is not None]
+
     def begins(self, prefix: str) -> list[str]:
         """Members of the kernel's reader: where the head's part of each stored array begins, and a token's step."""
         return [with_stride(f"{prefix}_{name}") for name in self.stored if getattr(self, name) is not None]

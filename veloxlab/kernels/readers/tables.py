@@ -128,4 +128,5 @@ class SumsReader(Reader):
         table = f"{prefix}_table + head * {self.table.shape[1] * _ENTRIES * self.dim}"
         angles = "0" if self.angles is None else f"{prefix}_angles"
         type_name = f"SumsReader<{', '.join(map(str, self.constants))}, {scales_type}>"
-        return Fragment("", made(prefix, type_name, with_stride(f"{prefix}_rows"), scales, table, angles))
+        begins = with_stride(f"{prefix}_rows"), scales, table, angles, "0u - first_packed"
+        return Fragment("", made(prefix, type_name, *begins))

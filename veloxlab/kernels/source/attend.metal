@@ -1,25 +1,31 @@
 // One threadgroup: ROWS query rows of one KV head, over one split of its tokens. Splits come in the order: sinks, recent
-// tokens (both exact), packed tokens. Row r is query head r / QUERIES of those that share the KV head, query r % QUERIES.
+// tokens (both exact), packed tokens; each sequence of a batch has counts and splits of its own. Row r is query head
+// r / QUERIES of those that share the KV head, query r % QUERIES.
 const uint thread_id = thread_position_in_threadgroup.x, lane = thread_id % 32, simdgroup = thread_id / 32;
-const uint split = threadgroup_position_in_grid.x, batch = threadgroup_position_in_grid.z;
+const uint split = threadgroup_position_in_grid.x, sequence = threadgroup_position_in_grid.z;
 const uint head = threadgroup_position_in_grid.y / ROW_TILES;
 const uint first_row = threadgroup_position_in_grid.y % ROW_TILES * ROWS;
-const uint sinks = sizes[0], recent = sizes[1], packed = sizes[2];
-const uint sink_splits = sizes[3], exact_splits = sizes[4], splits = sizes[5];
-const uint per_split = sizes[6], exact_per_split = sizes[7];
+const global_memory uint* own = sizes + sequence * SIZES;
+const uint sinks = own[0], recent = own[1], packed = own[2];
+const uint sink_splits = own[3], exact_splits = own[4], splits = own[5], most_splits = own[6];
+const uint per_split = own[7], exact_per_split = own[8];
+// where its tokens are: entry and first token of the codes, of the exact arrays, and of the mask
+const uint batch = own[9], first_packed = own[10], place = own[11], first_recent = own[12], column = own[13];
 
 threadgroup float queries[PADDED_ROWS * QUERY_LENGTH(LARGEST_KEY)];
 threadgroup float largest[SIMDGROUPS * ROWS], totals[SIMDGROUPS * ROWS];
 threadgroup float joined[ROWS * JOINED_LENGTH(LARGEST_VALUE)];
 $declarations
 
+if (split >= splits) return; // another sequence has more
 const bool exact = split < exact_splits;
 uint mask_rows[LANE_ROWS];
 UNROLL for (int i = 0; i < LANE_ROWS; i++) {
   const uint last = ALL_ROWS - 1, wanted = first_row + score_row(lane, i), row = wanted < last ? wanted : last;
   const uint query_head = head * SHARED + row / QUERIES;
 #if HAS_MASK
-  mask_rows[i] = batch * mask_strides[0] + query_head * mask_strides[1] + row % QUERIES * mask_strides[2];
+  mask_rows[i] = sequence * mask_strides[0] + query_head * mask_strides[1] + row % QUERIES * mask_strides[2];
+  mask_rows[i] += column;
 #else
   mask_rows[i] = query_head;
 #endif
@@ -34,8 +40,9 @@ const global_memory float* masks = k_signs;
 for (uint r = simdgroup; r < PADDED_ROWS; r += SIMDGROUPS) {
   const uint row = first_row + r;
   const bool real = r < ROWS && row < ALL_ROWS;
+  const uint query_head = head * SHARED + row / QUERIES, query = row % QUERIES;
   const global_memory QUERY_TYPE* from =
-      q + (real ? batch * q_strides[0] + (head * SHARED + row / QUERIES) * q_strides[1] + row % QUERIES * q_strides[2] : 0);
+      q + (real ? sequence * q_strides[0] + query_head * q_strides[1] + query * q_strides[2] : 0);
 #if KEY_SPREAD
   if (!exact) { // some lanes hold what others do, if a vector has fewer
     constexpr uint lanes = Lanes<CODED_KEY>::count, each = Lanes<CODED_KEY>::each;
@@ -52,7 +59,7 @@ for (uint r = simdgroup; r < PADDED_ROWS; r += SIMDGROUPS) {
   }
 #else
   if (!exact) {
-    const uint at = ((batch * KV_HEADS + head) * ALL_ROWS + (real ? row : 0)) * CODED_KEY;
+    const uint at = ((sequence * KV_HEADS + head) * ALL_ROWS + (real ? row : 0)) * CODED_KEY;
     for (uint i = lane; i < CODED_KEY; i += 32) {
       queries[query_at<CODED_KEY>(r, i)] = real ? as_float(q_coded[at + i]) * (SCALE * LOG2_E) : 0.0f;
     }
@@ -65,9 +72,9 @@ for (uint r = simdgroup; r < PADDED_ROWS; r += SIMDGROUPS) {
   }
 }
 
-const uint row = (batch * KV_HEADS + head) * (ROW_TILES * ROWS) + first_row;
-global_memory float* out_mixed = mixed + (row * splits + split) * LARGEST_VALUE;
-global_memory float* out_sums = sums + (row * splits + split) * 2;
+const uint row = (sequence * KV_HEADS + head) * (ROW_TILES * ROWS) + first_row;
+global_memory float* out_mixed = mixed + (row * most_splits + split) * LARGEST_VALUE;
+global_memory float* out_sums = sums + (row * most_splits + split) * 2;
 
 if (exact) {
   const bool at_start = split < sink_splits;
@@ -76,30 +83,35 @@ if (exact) {
   const uint end = first + exact_per_split < count ? first + exact_per_split : count;
   ExactReader<EXACT_TYPE> keys, values;
   if (at_start) {
-    keys.rows = sink_keys + batch * sink_keys_strides[0] + head * sink_keys_strides[1];
+    keys.rows = sink_keys + place * sink_keys_strides[0] + head * sink_keys_strides[1];
     keys.token_stride = sink_keys_strides[2];
-    values.rows = sink_values + batch * sink_values_strides[0] + head * sink_values_strides[1];
+    values.rows = sink_values + place * sink_values_strides[0] + head * sink_values_strides[1];
     values.token_stride = sink_values_strides[2];
   } else {
-    keys.rows = recent_keys + batch * recent_keys_strides[0] + head * recent_keys_strides[1];
     keys.token_stride = recent_keys_strides[2];
-    values.rows = recent_values + batch * recent_values_strides[0] + head * recent_values_strides[1];
+    keys.rows = recent_keys + place * recent_keys_strides[0] + head * recent_keys_strides[1];
+    keys.rows += first_recent * recent_keys_strides[2];
     values.token_stride = recent_values_strides[2];
+    values.rows = recent_values + place * recent_values_strides[0] + head * recent_values_strides[1];
+    values.rows += first_recent * recent_values_strides[2];
   }
   Running<EXACT_VALUE / (2 * MIX_SHARES)> run;
   attend<EXACT_KEY, EXACT_VALUE>(
       keys, values, queries, masks + (at_start ? 0 : sinks + packed), mask_rows, first, end, simdgroup, SIMDGROUPS,
       lane, run);
   join<EXACT_VALUE>(
-      run, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, splits * LARGEST_VALUE, out_sums, splits * 2);
+      run, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, most_splits * LARGEST_VALUE,
+      out_sums, most_splits * 2);
 } else {
   $key_setup
   $value_setup
-  const uint first = (split - exact_splits) * per_split;
-  const uint end = first + per_split < packed ? first + per_split : packed;
+  const uint begun = (split - exact_splits) * per_split, first = first_packed + begun;
+  const uint end = first_packed + (begun + per_split < packed ? begun + per_split : packed);
+  UNROLL for (int i = 0; i < LANE_ROWS; i++) mask_rows[i] += sinks - first_packed; // to which a token's place is added
   Running<CODED_VALUE / (2 * MIX_SHARES)> run;
   attend<CODED_KEY, CODED_VALUE>(
-      k_reader, v_reader, queries, masks + sinks, mask_rows, first, end, simdgroup, SIMDGROUPS, lane, run);
+      k_reader, v_reader, queries, masks, mask_rows, first, end, simdgroup, SIMDGROUPS, lane, run);
   join<CODED_VALUE>(
-      run, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, splits * LARGEST_VALUE, out_sums, splits * 2);
+      run, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, most_splits * LARGEST_VALUE,
+      out_sums, most_splits * 2);
 }

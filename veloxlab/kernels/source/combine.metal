@@ -2,9 +2,10 @@
 // Hadamard-rotated vectors, it rotates the packed part back and adds the exact part; else the packed part goes out as it is.
 const uint thread_id = thread_position_in_threadgroup.x, row = threadgroup_position_in_grid.x;
 const uint from = row / ALL_ROWS * ALL_PADDED + row % ALL_ROWS; // the last tile of a KV head's rows may be padded
-const uint exact_splits = sizes[4], splits = sizes[5];
-const global_memory float* row_sums = sums + from * splits * 2;
-const global_memory float* row_mixed = mixed + from * splits * LARGEST_VALUE;
+const global_memory uint* own = sizes + row / (QUERY_HEADS * QUERIES) * SIZES; // of this sequence of the batch
+const uint exact_splits = own[4], splits = own[5], most_splits = own[6];
+const global_memory float* row_sums = sums + from * most_splits * 2;
+const global_memory float* row_mixed = mixed + from * most_splits * LARGEST_VALUE;
 threadgroup float factors[MOST_SPLITS];
 threadgroup float plain[LARGEST_VALUE], coded[CODED_VALUE], parts[THREADS / 32 * 2];
 

@@ -67,7 +67,7 @@ def _steps(cache: Any) -> list[float]:  # noqa: ANN401
     return spent[BLOCK:]
 
 
-def _zeros(source: Source) -> Built:
+def zeros_of(source: Source) -> Built:
     """Stands for a kernel that was built."""
 
     def kernel(
@@ -83,7 +83,7 @@ def _kernels_without_a_gpu() -> Iterator[None]:
     """Let MLX's device have CUDA's kernels, of which none is computed and none is tried."""
     name = runtime.backend()
     before = devices.BACKENDS[name]
-    devices.BACKENDS[name] = replace(devices.CUDA, build=_zeros, tried=False)
+    devices.BACKENDS[name] = replace(devices.CUDA, build=zeros_of, tried=False)
     try:
         yield
     finally:

@@ -1,0 +1,240 @@
+"""A batch in shared buffers, as on a GPU, holds and answers what each of its sequences does alone."""
+
+import gc
+import random
+import shutil
+import weakref
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import veloxlab as vl
+from tests.metal_on_host.launch import HOST
+from tests.test_batch import DIM, HEADS, Reference, make, step, tokens
+from tests.tiny_models import tiny
+from veloxlab.cache import histories, stack
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.cache.stack import Stack
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.parts.rope import Rope
+from veloxlab.kernels import checked
+from veloxlab.kernels.devices import CUDA
+from veloxlab.measure.bench.host import zeros_of
+
+needs_compilers = pytest.mark.skipif(
+    not (shutil.which("g++") and shutil.which("clang-16")), reason="kernels run here through g++ and clang-16"
+)
+
+# the kernel keeps weights in half precision: 2⁻¹¹ of each, which over many tokens averages out to less
+TOLERANCE = 5e-4
+
+
+BACKEND = replace(HOST, lazy=True)
+
+
+@pytest.fixture(autouse=True)
+def a_device_that_reads_batches(monkeypatch):
+    for module in (stack, histories):
+        monkeypatch.setattr(module, "current_backend", lambda: BACKEND)
+
+
+def is_stacked(batch) -> bool:
+    return isinstance(batch._stack, Stack)
+
+
+def decode(batch, references, seed) -> None:
+    x = tokens(1, seed, batch=len(references))
+    batch.update_and_fetch(x, 2 * x)
+    for i, reference in enumerate(references):
+        reference.add(x[i : i + 1])
+
+
+def assert_same(batch, references) -> None:
+    assert batch.offset.tolist() == [reference.cache.offset for reference in references]
+    assert batch.size() == max(reference.cache.offset for reference in references)
+    for row, reference in zip(batch.rows, references, strict=True):
+        runs, others = row.runs, reference.cache.runs
+        assert [run.tokens for run in runs] == [run.tokens for run in others]
+        for found, wanted in zip(row.decoded(), reference.cache.decoded(), strict=True) if not row.empty() else ():
+            assert np.array_equal(found, wanted)
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_random_schedules_end_in_the_state_of_each_sequence_alone(tmp_path, first):
+    vl.make_cache(tiny("llama"))  # tells mlx-lm our classes
+    stacked = 0
+    for seed in range(first, first + 10):
+        rng = random.Random(seed)
+        settings = {"sinks": rng.choice([0, 3]), "window": rng.choice([0, 1, 16, 64])}
+
+        def new(settings=settings) -> CompressedKVCache:
+            return make("turboquant", 3, **settings)
+
+        references = [Reference(new()) for _ in range(rng.randint(1, 3))]
+        batch = CompressedKVCache.merge([reference.cache for reference in references])
+        seeds = iter(range(1000 * seed, 10**6))
+        for _ in range(12):
+            batch = step(rng, batch, references, new, seeds, tmp_path / "batch.safetensors")
+            for _ in range(rng.choice([0, 1, 40])):
+                decode(batch, references, next(seeds))
+            if is_stacked(batch):
+                stacked += 1
+                assert batch.nbytes >= sum(row.nbytes for row in batch.rows)
+            assert_same(batch, references)
+    assert stacked > 40
+
+
+def caches(method="turboquant", bits=4, **settings) -> list[CompressedKVCache]:
+    """Rows with nothing packed, with sinks alone, with nothing recent, and with some of everything."""
+    codecs = [METHODS[method].codec(DIM, bits, role) for role in ("keys", "values")]
+    if METHODS[method].calibrated:
+        codecs = [codec.fit(Sample(tokens(512, 7), rope=Rope(DIM))) for codec in codecs]
+    rows = []
+    for count in (30, 3, 103, 700):
+        row = CompressedKVCache(*codecs, sinks=3, window=16, **settings)
+        row.update_and_fetch(tokens(count, count), tokens(count, count + 1))
+        rows.append(row)
+    rows[2].trim(rows[2].recent.tokens)
+    assert [[run.tokens > 0 for run in row.runs] for row in rows] == [
+        *([True, False, True], [True, False, False], [True, True, False], [True, True, True])
+    ]
+    return rows
+
+
+def answers(batch, rows, seed, *, mask=None, sinks=None, query_heads=HEADS):
+    """Of the batch by the kernel, and of each row by graph."""
+    new, q = tokens(1, seed, len(rows)), mx.random.normal((len(rows), query_heads, 1, DIM), key=mx.random.key(seed))
+    given = batch.make_mask(1) if mask is None else mask(batch.size() + 1)
+    history, _ = batch.update_and_fetch(new, 2 * new)
+    together, apart = history.attend(q, 0.2, given, sinks), []
+    for i, row in enumerate(rows):
+        history, _ = row.update_and_fetch(new[i : i + 1], 2 * new[i : i + 1])
+        own = None if mask is None else given[i : i + 1, ..., batch.size() - row.offset :]
+        apart.append(history._attend_codes(q[i : i + 1], 0.2, own, sinks))
+    return together, mx.concatenate(apart)
+
+
+def assert_close(found, wanted) -> None:
+    assert float((mx.linalg.norm(found - wanted) / mx.linalg.norm(wanted)).item()) < TOLERANCE
+
+
+def hidden(width):
+    """Some of what each row has, its newest token not."""
+    some = mx.random.bernoulli(0.3, (4, 1, 1, width), key=mx.random.key(3))
+    some[..., -1] = False
+    return mx.where(some, -1e9, mx.random.normal((1, 4, 1, width), key=mx.random.key(4)))
+
+
+@needs_compilers
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("turboquant", {}),
+        ("turboquant", {"mask": hidden, "query_heads": 4, "sinks": mx.array([-1.0, 0.0, 1.0, 2.0])}),
+        ("qjl", {"query_heads": 4}),  # whose codec brings queries in and answers out
+        ("commvq", {}),  # whose codes are turned to their positions
+    ],
+)
+def test_one_launch_answers_as_each_row_alone(method, more):
+    rows = caches(method, 2)
+    batch = CompressedKVCache.merge(rows)
+    assert_close(*answers(batch, rows, 1, **more))
+    for seed in range(2, 20):  # blocks leave some windows
+        batch.update_and_fetch(*[tokens(1, seed, 4)] * 2)
+        for i, row in enumerate(rows):
+            row.update_and_fetch(*[tokens(1, seed, 4)[i : i + 1]] * 2)
+    assert_close(*answers(batch, rows, 40, **more))
+    assert is_stacked(batch)
+    assert checked.states().keys() <= {"agrees"}
+
+
+@needs_compilers
+def test_rows_that_come_and_go_are_read_where_they_are():
+    rows = caches()
+    batch = CompressedKVCache.merge(rows)
+    answers(batch, rows, 1)
+    batch.filter([3, 1])
+    rows = [rows[3], rows[1]]
+    assert_close(*answers(batch, rows, 2))
+    more = caches()[:2]
+    batch.extend(CompressedKVCache.merge(more))
+    rows += more
+    assert_close(*answers(batch, rows, 3))
+    assert is_stacked(batch)
+    batch.trim(2)
+    for row in rows:
+        row.trim(2)
+    assert_close(*answers(batch, rows, 4))
+
+
+def test_joining_leaving_and_trimming_move_no_other_rows_tokens():
+    rows = caches()
+    batch = CompressedKVCache.merge(rows)
+    batch.update_and_fetch(*[tokens(1, 1, 4)] * 2)
+    buffers = [id(x) for x in batch.buffers]
+    one = batch.extract(2)
+    batch.filter([0, 1, 3])
+    batch.trim(1)
+    batch.extend(CompressedKVCache.merge([one]))
+    batch.update_and_fetch(*[tokens(1, 2, 4)] * 2)
+    assert [id(x) for x in batch.buffers] == buffers
+
+
+def test_a_batch_says_all_bytes_that_it_holds():
+    rows = caches()
+    mx.eval([row.state for row in rows])
+    alone = sum(row.nbytes for row in rows)
+    batch = CompressedKVCache.merge(rows)
+    batch.update_and_fetch(*[tokens(1, 1, 4)] * 2)
+    assert batch.nbytes == sum(x.nbytes for x in batch.buffers) > alone
+    assert all(row.nbytes == 0 for row in batch._rows)
+
+
+def test_buffers_are_free_when_the_batch_is():
+    gc.disable()
+    try:
+        rows = caches()
+        batch = CompressedKVCache.merge(rows)
+        batch.update_and_fetch(*[tokens(1, 1, 4)] * 2)[0].attend(tokens(1, 1, 4), 0.2, None)
+        held = weakref.ref(batch._stack)
+        del batch
+        assert held() is None
+    finally:
+        gc.enable()
+
+
+def test_a_batch_without_a_kernel_goes_on_by_rows(monkeypatch):
+    rows = caches()
+    batch = CompressedKVCache.merge(rows)
+    monkeypatch.setattr(histories, "agrees", lambda *_: False)
+    for seed in (1, 2):
+        together, apart = answers(batch, rows, seed)
+        assert np.allclose(together, apart, atol=1e-5)  # rounding of float32
+    assert not is_stacked(batch)
+
+
+@pytest.mark.parametrize("settings", [{"max_size": 50}, {"path": "arrays"}, {"lends": True}])
+def test_rows_that_a_kernel_does_not_read_together_keep_their_buffers(settings):
+    rows = [make(**settings) for _ in range(2)]
+    batch = CompressedKVCache.merge(rows)
+    batch.update_and_fetch(*[tokens(5, 1, 2)] * 2)
+    batch.update_and_fetch(*[tokens(1, 1, 2)] * 2)
+    assert not is_stacked(batch)
+
+
+def test_a_step_makes_as_many_operations_for_many_rows_as_for_few(tmp_path, monkeypatch):
+    monkeypatch.setattr(histories, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
+    counts = []
+    for count in (2, 16):
+        batch = CompressedKVCache.merge([caches()[3] for _ in range(count)])
+        new = tokens(1, 1, count)
+        for _ in range(2):
+            mx.eval(batch.update_and_fetch(new, new)[0].attend(new, 0.2, None), batch.buffers)
+        answer = batch.update_and_fetch(new, new)[0].attend(new, 0.2, batch.make_mask(1))
+        graph = tmp_path / "step.dot"
+        mx.export_to_dot(str(graph), answer, *batch.buffers)
+        counts.append(graph.read_text().count("label"))
+    assert counts[0] == counts[1] < 20

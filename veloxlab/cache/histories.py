@@ -1,0 +1,133 @@
+"""What attention reads of a batch: the history of each sequence, or all in the buffers that they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+
+from veloxlab.cache import places
+from veloxlab.cache.attention import FEW_QUERIES, History, as_added, attend_together
+from veloxlab.cache.past import Segment
+from veloxlab.codecs import TENSORS, Code
+from veloxlab.kernels.attend import AttendKernel, Sizes
+from veloxlab.kernels.call import Queries
+from veloxlab.kernels.checked import agrees
+from veloxlab.kernels.devices import current_backend
+from veloxlab.mlxlm.hooks import Handle, Mask
+
+if TYPE_CHECKING:
+    from veloxlab.cache.stack import Stack
+
+
+class BatchRow(NamedTuple):
+    """What one sequence of a batch attends to, if any of the new tokens is its own, and where that stands."""
+
+    history: History | None
+    own: slice  # its tokens among those that came; the others are padding
+    column: int  # of its oldest token
+
+
+@dataclass(frozen=True)
+class BatchHistory(Handle):
+    """The histories of a batch's sequences."""
+
+    rows: tuple[BatchRow, ...]
+
+    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+        """See `Handle.attend`; ``q`` ``[B, Hq, L, Dk]`` is padded, and what it gives for padding is 0."""
+        parts: dict[int, mx.array] = {}
+        if isinstance(mask, mx.array):
+            mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+        whole = slice(0, q.shape[2])
+        histories = [row.history for row in self.rows if row.history is not None and row.own == whole]
+        if q.shape[2] <= FEW_QUERIES and len(histories) == len(self.rows) and not isinstance(mask, str):
+            together = attend_together(histories, [row.column for row in self.rows], q, scale, mask, sinks)
+            if together is not None:
+                return together
+        for i, (history, own, column) in enumerate(self.rows):
+            if history is None:
+                continue
+            seen = mask
+            if isinstance(mask, mx.array):
+                at = i if mask.shape[0] > 1 else 0
+                seen = mask[at : at + 1, :, own, column : column + history.tokens]
+            done = history.attend(q[i : i + 1, :, own], scale, seen, sinks)
+            parts[i] = mx.pad(done, [(0, 0), (0, 0), (own.start, q.shape[2] - own.stop), (0, 0)])
+        padding = mx.zeros_like(next(iter(parts.values())))
+        return mx.concatenate([parts.get(i, padding) for i in range(len(self.rows))])
+
+
+class Call(NamedTuple):
+    """What answers queries of one form, without a reference to the stack."""
+
+    attend: Callable[[mx.array, mx.array | None, mx.array | None, Sizes], mx.array]
+    blocks: int  # see `AttendKernel`
+
+
+Calls = dict[tuple[object, ...], Call | None]
+
+
+class StackHistory(Handle):
+    """The histories of a batch's sequences in a `veloxlab.cache.stack.Stack`, for the token that came last of each."""
+
+    def __init__(self, stack: Stack) -> None:
+        self._stack = stack
+
+    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+        stack = self._stack
+        if mask is not None and (isinstance(mask, str) or mask is stack.mask_of_all(mask.shape[-1] - 1)):
+            mask = None
+        like = q.shape, q.dtype, scale, mask is None, sinks is None
+        if like not in stack.calls:
+            stack.calls[like] = self._prepared(q, scale, mask, sinks)
+        call = stack.calls[like]
+        if call is None:
+            return self._by_rows(q, scale, mask, sinks)
+        return call.attend(q, mask, sinks, places.sizes(stack.form, stack.column, stack.padding, call.blocks))
+
+    def _prepared(self, q: mx.array, scale: float, mask: mx.array | None, sinks: mx.array | None) -> Call | None:
+        """What answers such queries by a kernel that agrees with the reference, if there is one."""
+        stack, backend, whole = self._stack, current_backend(), self._whole()
+        tokens = whole._tokens()
+        if backend is None or tokens is None or (q.shape[0], q.shape[2]) != (len(stack.rows), 1):
+            return None
+        queries = _queries(whole, q, scale, mask, sinks)
+        kernel, written = backend.attention(queries, tokens, backend), {id(x) for x in stack.held[1].values()}
+        in_place = all(id(x) in written for reader in (tokens.keys, tokens.values) for x in reader.stored_arrays)
+        if not isinstance(kernel, AttendKernel) or not in_place:
+            return None
+        if not agrees(kernel, kernel.name, backend, lambda: whole._disagreement(kernel, queries, tokens)):
+            return None
+        read, recent = kernel.prepared_anywhere(queries, tokens), tokens.recent
+
+        def attend(q: mx.array, mask: mx.array | None, sinks: mx.array | None, sizes: Sizes) -> mx.array:
+            return whole._brought_out(read(_queries(whole, q, scale, mask, sinks), recent, sizes), q.dtype)
+
+        return Call(attend, kernel.blocks)
+
+    def _whole(self) -> History:
+        """All that is in the buffers, as if it were one sequence."""
+        stack, segments = self._stack, []
+        for held, codecs in zip(stack.held, (stack.exact, stack.codecs, stack.exact), strict=True):
+            arrays = [
+                {name.partition("/")[2]: array for name, array in held.items() if name.startswith(f"{tensor}/")}
+                for tensor in TENSORS
+            ]
+            keys, values = (Code(own, stack.form.sinks) for own in arrays)
+            segments.append(Segment(codecs[0], keys, codecs[1], values))
+        return History(tuple(segments if stack.form.sinks else segments[1:]))
+
+    def _by_rows(self, q: mx.array, scale: float, mask: mx.array | None, sinks: mx.array | None) -> mx.array:
+        stack, whole = self._stack, slice(0, q.shape[2])
+        stack.refused = True
+        stack.show()
+        both = zip(stack.rows, stack.columns, strict=True)
+        rows = tuple(BatchRow(row._history(), whole, column) for row, column in both)
+        return BatchHistory(rows).attend(q, scale, mask, sinks)
+
+
+def _queries(whole: History, q: mx.array, scale: float, mask: mx.array | None, sinks: mx.array | None) -> Queries:
+    return whole._queries(q, scale, None if mask is None else as_added(mask, q, mask.shape[-1]), sinks)

@@ -1,0 +1,136 @@
+"""Where the sequences of a batch are in buffers that they share: numbers alone, the same for all layers of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models.base import create_causal_mask
+
+from veloxlab.cache.counts import BLOCK, SLACK_SHARE
+from veloxlab.kernels.attend import Places, Sizes, sizes_of
+
+
+class Part(NamedTuple):
+    """Where one sequence is."""
+
+    place: int  # entry of sinks and windows
+    start: int  # column of the window's oldest token
+    packed: int  # tokens
+    base: int  # of the first packed token
+    room: int  # for packed tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """Where all sequences are. It is one object for the layers that have the same: `form_of` remembers the last."""
+
+    sinks: int  # of every sequence
+    parts: tuple[Part, ...]
+
+    @cached_property
+    def oldest(self) -> int:
+        """The first column of a window that has a token."""
+        return min(part.start for part in self.parts)
+
+    @cached_property
+    def end(self) -> int:
+        """Behind all packed tokens and their room."""
+        return max(part.base + part.room for part in self.parts)
+
+    @cached_property
+    def order(self) -> mx.array | None:
+        """The sequence of each place, any for a free one; None where each is in its own."""
+        places = [part.place for part in self.parts]
+        if places == [*range(len(places))]:
+            return None
+        return mx.array([places.index(i) if i in places else 0 for i in range(max(places) + 1)])
+
+    def lengths(self, column: int) -> list[int]:
+        """Tokens of each sequence, the newest of which is before ``column``."""
+        return [self.sinks + part.packed + column - part.start for part in self.parts]
+
+    def fitting(self, packed: Sequence[int], recent: Sequence[int], column: int, room: tuple[int, int]) -> Form | None:
+        """With more sequences, of so many tokens, in free places of so many, and of so much room for packed tokens."""
+        used = {part.place for part in self.parts}
+        free = [i for i in range(room[0]) if i not in used]
+        if len(free) < len(packed) or max(recent) > column:
+            return None
+        parts = [*self.parts]
+        for place, count, exact in zip(free, packed, recent, strict=False):
+            base, needed = 0, count + slack(count)
+            for other in sorted(parts, key=lambda part: part.base):
+                if other.base - base >= needed:
+                    break
+                base = other.base + other.room
+            if base + needed > room[1]:
+                return None
+            parts.append(Part(place, column - exact, count, base, needed))
+        return form_of(self.sinks, tuple(parts))
+
+
+form_of = lru_cache(maxsize=64)(Form)
+
+
+def apart(sinks: int, packed: Sequence[int], recent: Sequence[int], column: int) -> Form:
+    """Sequences one after the other, with the same room for the tokens to come."""
+    parts, base, more = [], 0, slack(max(packed))
+    for place, (count, exact) in enumerate(zip(packed, recent, strict=True)):
+        parts.append(Part(place, column - exact, count, base, count + more))
+        base += count + more
+    return form_of(sinks, tuple(parts))
+
+
+def slack(packed: int) -> int:
+    """Room for tokens to come, where the longest sequence has so many packed ones."""
+    return max(2 * BLOCK, packed // SLACK_SHARE)
+
+
+@lru_cache(maxsize=64)
+def offsets(form: Form, column: int) -> mx.array:
+    """Tokens of each sequence ``[B]``."""
+    return mx.array(form.lengths(column))
+
+
+@lru_cache(maxsize=64)
+def columns(form: Form, column: int, padding: int) -> tuple[int, ...]:
+    """Columns of a mask before the oldest token of each sequence, of which the newest are in one column."""
+    lengths = form.lengths(column)
+    return tuple(max(lengths) + padding - length for length in lengths)
+
+
+@lru_cache(maxsize=4)
+def mask_of_all(before: tuple[int, ...], width: int) -> mx.array:
+    """The mask of one more token of each sequence, which sees all of its own; it is one object for all layers."""
+    mask: mx.array = create_causal_mask(1, width, left_padding=mx.array(before))
+    return mask
+
+
+@lru_cache(maxsize=64)
+def sizes(form: Form, column: int, padding: int, blocks: int) -> Sizes:
+    """What a kernel has to know of all sequences; see `veloxlab.kernels.attend.sizes_of`."""
+    both = zip(form.parts, columns(form, column, padding), strict=True)
+    every = [
+        Places(form.sinks, column - part.start, part.packed, 0, part.base, part.place, part.start, own)
+        for part, own in both
+    ]
+    return sizes_of(every, blocks)
+
+
+@lru_cache(maxsize=16)
+def sources(old: Form, new: Form) -> mx.array:
+    """Where each packed token of ``new`` is in ``old``, whose sequences are the first of ``new``; any for room."""
+    index = np.zeros(new.end, np.uint32)
+    for before, after in zip(old.parts, new.parts, strict=False):
+        index[after.base : after.base + after.packed] = np.arange(before.base, before.base + after.packed)
+    return mx.array(index)
+
+
+@lru_cache(maxsize=16)
+def stretches(firsts: tuple[int, ...], count: int) -> mx.array:
+    """The places ``first .. first + count`` of all."""
+    return mx.array(np.concatenate([np.arange(first, first + count, dtype=np.uint32) for first in firsts]))

@@ -1,0 +1,298 @@
+"""The sequences of a batch in shared buffers while they are decoded: a GPU reads a layer's tokens of all by one launch.
+
+Sinks and windows are entries of arrays ``[places, H, S, D]``. The newest tokens of all windows are in one column, so
+that a token of each joins by one slice, and what leaves a window is passed over. Packed tokens are in arrays
+``[1, H, S, ...]``, each sequence's in a stretch of its own: a long one leaves no padding behind a short one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from veloxlab.cache import places
+from veloxlab.cache.counts import BLOCK
+from veloxlab.cache.histories import Calls
+from veloxlab.cache.layer import CompressedKVCache
+from veloxlab.cache.places import Part
+from veloxlab.cache.runs import Arrays, Checks, Run, named
+from veloxlab.codecs import TENSORS
+from veloxlab.codecs.base import empty_code
+from veloxlab.codecs.none import Exact
+from veloxlab.codecs.parts.rope import Rope
+from veloxlab.errors import InputError
+from veloxlab.kernels.devices import current_backend
+
+
+def can_share(rows: Sequence[CompressedKVCache]) -> bool:
+    """Whether the device can read such rows by one launch."""
+    backend, first = current_backend(), rows[0]
+    if backend is None or not backend.lazy or first.path != "codes" or first.max_size is not None or first.lends:
+        return False
+    kind = _kind(first)
+    if any(_kind(row) != kind or row.offset < max(1, row.max_sinks) for row in rows):
+        return False
+    none = [(codec, empty_code(codec, 1, _heads(first))) for codec in (first.key_codec, first.value_codec)]
+    try:
+        return not any(codec.online or codec.reader(code) is None for codec, code in none)
+    except InputError:  # it is not fitted
+        return False
+
+
+def _kind(row: CompressedKVCache) -> tuple[object, ...]:
+    """What rows must share."""
+    return row.windows, row.layer, row.path, row.max_size, row.lends, row._dtype, row.key_codec, row.value_codec
+
+
+def _heads(row: CompressedKVCache) -> int:
+    return max(buffer.shape[1] for buffer in row.buffers)
+
+
+class Stack:
+    """The tokens of ``rows``, which `can_share` them; until `release` they have none of their own, but for `show`."""
+
+    def __init__(self, rows: Sequence[CompressedKVCache]) -> None:
+        first = rows[0]
+        self.rows: list[CompressedKVCache] = []
+        self.padding = 0  # columns of the past that hold no token of any row
+        self.refused = False  # there is no kernel for the queries that came
+        self._kind, self._windows, self._layer, self._checks = _kind(first), first.windows, first.layer, Checks()
+        self.codecs = first.key_codec, first.value_codec
+        self._turned = any(isinstance(x, Rope) for codec in self.codecs for x in vars(codec).values())
+        self.exact = Exact(first.key_codec.head_dim), Exact(first.value_codec.head_dim)
+        self.column, self.form = 0, places.form_of(first.max_sinks, ())
+        self._shown = False
+        self._room = self._windows.most_recent + 1 + BLOCK  # columns of a window
+        self.calls: Calls = {}  # what attention prepared, for as long as no buffer is replaced
+        dtype, heads = getattr(mx, first._dtype), _heads(first)
+        self._packed = named([empty_code(codec, 1, heads, dtype) for codec in self.codecs])
+        dims = {f"{tensor}/values": codec.head_dim for tensor, codec in zip(TENSORS, self.exact, strict=True)}
+        self._sinks, self._recent = (
+            {name: mx.zeros((0, heads, count, dim), dtype) for name, dim in dims.items()}
+            for count in (first.max_sinks, self._room)
+        )
+        self.add(rows)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return self.form.lengths(self.column)
+
+    @property
+    def offsets(self) -> mx.array:
+        """The same ``[B]``."""
+        return places.offsets(self.form, self.column)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """Columns of a mask before the oldest token of each row."""
+        return places.columns(self.form, self.column, self.padding)
+
+    def mask_of_all(self, past: int) -> mx.array:
+        """The mask of the token behind ``past`` columns, where each row sees all its own."""
+        return places.mask_of_all(self.columns, past)
+
+    # tokens that come ------------------------------------------------------------------------------------------------
+
+    def takes(self, keys: mx.array, values: mx.array) -> bool:
+        """Whether these are one more token of each row."""
+        forms = zip((keys, values), self._recent.values(), strict=True)
+        return all(
+            new.shape == (len(self.rows), held.shape[1], 1, held.shape[3]) and new.dtype == held.dtype
+            for new, held in forms
+        )
+
+    def join(self, keys: mx.array, values: mx.array) -> None:
+        """Store a token of each row; raises `InputError` as `CompressedKVCache.update_and_fetch`."""
+        self._checks.look(self._layer)
+        self._hide()
+        if self.column == self._room:
+            self._slide(self.column - self.form.oldest)
+        order, at = self.form.order, self.column
+        for held, new in zip(self._recent.values(), (keys, values), strict=True):
+            some = new if order is None else new[order]
+            held[: some.shape[0], :, at : at + 1] = some
+        self.column += 1
+        leaving = self.column - self._windows.most_recent  # those whose window begins before this column
+        if self.form.oldest >= leaving:
+            self._checks.kept(None)
+            return
+        try:
+            self._pack([i for i, part in enumerate(self.form.parts) if part.start < leaving])
+        except InputError:
+            self.column = at
+            raise
+
+    def _pack(self, leaving: list[int]) -> None:
+        """Encode the oldest block of the windows of some rows, the same positions of a text together."""
+        block, groups, goods = self._windows.block, dict[int, list[int]](), []
+        for i in leaving:
+            groups.setdefault(self.form.parts[i].packed if self._turned else 0, []).append(i)
+        codes: list[Arrays] = []
+        for start, group in groups.items():
+            both = [self._oldest(held, group) for held in self._recent.values()]
+            both, good = self._checks.of(self._layer, both)
+            goods += [] if good is None else [good]
+            at = self.form.sinks + start
+            codes.append(named([codec.encode(x, at) for codec, x in zip(self.codecs, both, strict=True)]))
+        if any(part.packed + block > part.room for part in (self.form.parts[i] for i in leaving)):
+            self._regrow()
+        self._checks.kept(mx.concatenate(goods) if goods else None)
+        parts = [*self.form.parts]
+        for group, made in zip(groups.values(), codes, strict=True):
+            firsts = tuple(parts[i].base + parts[i].packed for i in group)
+            for name, held in self._packed.items():
+                _put(held, firsts, made[name])
+            for i in group:
+                parts[i] = parts[i]._replace(start=parts[i].start + block, packed=parts[i].packed + block)
+        self.form = places.form_of(self.form.sinks, tuple(parts))
+
+    def _oldest(self, held: mx.array, group: Sequence[int]) -> mx.array:
+        """The block of each row's window that is to be encoded ``[rows, H, block, D]``."""
+        parts = [self.form.parts[i] for i in group]
+        place, start, block = parts[0].place, parts[0].start, self._windows.block
+        if [(part.place, part.start) for part in parts] == [(place + i, start) for i in range(len(parts))]:
+            return held[place : place + len(parts), :, start : start + block]
+        return mx.concatenate([held[part.place : part.place + 1, :, part.start : part.start + block] for part in parts])
+
+    # rows that come and go --------------------------------------------------------------------------------------------
+
+    def add(self, rows: Sequence[CompressedKVCache]) -> bool:
+        """Take in more rows, behind the others, if all can be read together."""
+        if not (_kind(rows[0]) == self._kind and can_share(rows)):
+            return False
+        for row in rows:
+            row.settle()
+        packed, recent = [row.packed.tokens for row in rows], [row.recent.tokens for row in rows]
+        room = next(iter(self._recent.values())).shape[0], next(iter(self._packed.values())).shape[2]
+        form = self.form.fitting(packed, recent, self.column, room)
+        if form is None:
+            self._regrow(packed, recent)
+        else:
+            self.form = form
+        for row, part in zip(rows, self.form.parts[len(self.rows) :], strict=True):
+            for held, run, (entry, span) in zip(self.held, row.runs, self._spans(part), strict=True):
+                for name, array in named(run.codes()).items() if run.tokens else ():
+                    held[name][entry, :, span] = array
+        self.rows += rows
+        self._shown = True
+        self._hide()
+        return True
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep only these rows, in this order."""
+        self._hide()
+        self.rows = [self.rows[i] for i in indices]
+        self.form = places.form_of(self.form.sinks, tuple(self.form.parts[i] for i in indices))
+        used, held = sum(part.room for part in self.form.parts), next(iter(self._packed.values())).shape[2]
+        if held > 2 * used or next(iter(self._recent.values())).shape[0] > 2 * len(self.rows):
+            self._regrow()
+
+    def trim(self, count: int) -> bool:
+        """Drop the newest tokens of each row, if it keeps its sinks."""
+        if min(self.lengths) - count < max(1, self.form.sinks):
+            return False
+        self._hide()
+        column, parts = max(0, self.column - count), []
+        for part in self.form.parts:
+            lost = max(0, count - (self.column - part.start))  # of those that are packed
+            parts.append(part._replace(start=min(part.start, column), packed=part.packed - lost))
+        self.column, self.form = column, places.form_of(self.form.sinks, tuple(parts))
+        return True
+
+    def show(self) -> None:
+        """Let the rows hold views of their tokens, until the next one comes."""
+        if not self._shown:
+            self._give(lambda array: array)
+            self._shown = True
+
+    def release(self) -> None:
+        """Let the rows have tokens of their own."""
+        self._give(mx.contiguous)
+        for row in self.rows:
+            row._checks = copy.copy(self._checks)
+
+    def taken(self, index: int) -> CompressedKVCache:
+        """A copy of a row, with tokens of its own."""
+        row = copy.copy(self.rows[index])
+        self._give(mx.contiguous, {index: row})
+        row._checks = copy.copy(self._checks)
+        return row
+
+    def settle(self) -> None:
+        """`CompressedKVCache.settle` of all rows."""
+        self._checks.settle(self._layer)
+
+    def _give(self, own: Callable[[mx.array], mx.array], rows: dict[int, CompressedKVCache] | None = None) -> None:
+        for i, row in (dict(enumerate(self.rows)) if rows is None else rows).items():
+            runs = []
+            for held, (entry, span), run in zip(self.held, self._spans(self.form.parts[i]), row.runs, strict=True):
+                tokens = span.stop - span.start
+                buffers = {name: own(array[entry, :, span]) for name, array in held.items()} if tokens else {}
+                runs.append(Run(run.most, tokens, buffers))
+            _hold(row, runs)
+
+    def _hide(self) -> None:
+        """Views would let each write copy what it writes to."""
+        for row in self.rows if self._shown else ():
+            _hold(row, [Run(run.most) for run in row.runs])
+        self._shown = False
+
+    @property
+    def held(self) -> tuple[Arrays, Arrays, Arrays]:
+        """As `Runs.runs`."""
+        return self._sinks, self._packed, self._recent
+
+    def _spans(self, part: Part) -> tuple[tuple[slice, slice], ...]:
+        """Entry and tokens of a row in each of `held`."""
+        entry = slice(part.place, part.place + 1)
+        packed = slice(0, 1), slice(part.base, part.base + part.packed)
+        return (entry, slice(0, self.form.sinks)), packed, (entry, slice(part.start, self.column))
+
+    def _regrow(self, packed: Sequence[int] = (), recent: Sequence[int] = ()) -> None:
+        """Move all into larger buffers, in the rows' order, with room for more rows, of so many tokens."""
+        old = self.form.parts
+        exact = [*(self.column - part.start for part in old), *recent]
+        self._slide(max(exact))
+        form = places.apart(self.form.sinks, [*(part.packed for part in old), *packed], exact, self.column)
+        entries = mx.array([*(part.place for part in old), *[0] * len(recent)])
+        self._sinks = {name: _taken(array, entries, 0) for name, array in self._sinks.items()}
+        self._recent = {name: _taken(array, entries, 0) for name, array in self._recent.items()}
+        index = places.sources(self.form, form)
+        self._packed = {name: _taken(array, index, 2) for name, array in self._packed.items()}
+        self.form, self.calls = form, {}
+
+    def _slide(self, column: int) -> None:
+        """Move the windows, so that the newest tokens are before this column."""
+        by = column - self.column
+        if by and self.form.parts:
+            index = mx.array(np.clip(np.arange(self._room) - by, 0, self._room - 1))
+            self._recent = {name: mx.take(array, index, axis=2) for name, array in self._recent.items()}
+            parts = tuple(part._replace(start=part.start + by) for part in self.form.parts)
+            self.form, self.calls = places.form_of(self.form.sinks, parts), {}
+        self.column = column
+
+
+def _hold(row: CompressedKVCache, runs: Sequence[Run]) -> None:
+    row.sinks, row.packed, row.recent = runs
+    row._lent = row._past = None
+
+
+def _taken(array: mx.array, index: mx.array, axis: int) -> mx.array:
+    """Some of an array; zeros of one that is empty."""
+    if array.size:
+        return mx.take(array, index, axis=axis)
+    return mx.zeros((*array.shape[:axis], index.size, *array.shape[axis + 1 :]), array.dtype)
+
+
+def _put(held: mx.array, firsts: tuple[int, ...], new: mx.array) -> None:
+    """Write tokens ``[rows, H, block, ...]`` to stretches of ``held`` ``[1, H, S, ...]``, where they begin."""
+    rows, heads, block, numbers = new.shape
+    if rows == 1:
+        held[:, :, firsts[0] : firsts[0] + block] = new
+    else:
+        by_head = new.swapaxes(0, 1).reshape(1, heads, rows * block, numbers)
+        held[:, :, places.stretches(firsts, block)] = by_head
