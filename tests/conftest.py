@@ -1,31 +1,13 @@
-"""What all tests share: the fast BLAS, loaded before MLX is, and the demo model, loaded once."""
+"""What all tests share: the order of files, their marks, and the demo model, loaded once."""
 
 from __future__ import annotations
 
-import atexit
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import platformdirs
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # a worker has a core of its own, and so have its kernels
-
-if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
-    # a run starts a hundred Pythons, and none compiles again what another has; nothing is written beside the sources
-    os.environ["PYTHONPYCACHEPREFIX"] = tempfile.mkdtemp(prefix="veloxlab_bytecode_")
-    atexit.register(shutil.rmtree, os.environ["PYTHONPYCACHEPREFIX"], ignore_errors=True)
-
-# whatever folder a test takes for its own files, loops are not compiled again
-os.environ.setdefault("NUMBA_CACHE_DIR", str(platformdirs.user_cache_path("veloxlab") / "loops"))
-
-from veloxlab import runtime
-
-runtime.load_fast_blas()  # before any test module imports mlx.core
+from tests import environment  # noqa: F401 - first
 
 if TYPE_CHECKING:
     import mlx.nn as nn

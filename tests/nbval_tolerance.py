@@ -12,6 +12,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Self
 
+from tests import environment  # noqa: F401 - first
+
+# isort: split
 import pytest
 from nbval.plugin import IPyNbCell, IPyNbFile
 
