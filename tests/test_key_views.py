@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -21,7 +22,7 @@ from veloxlab.measure.levels import ANGLES, LEVELS
 from veloxlab.measure.spectra import DIMENSIONS, PAIR_POINTS, PAIRS, SPECTRUM
 from veloxlab.views import picture, theme
 from veloxlab.views.distributions import SPACE_WORDS
-from veloxlab.views.spec import split
+from veloxlab.views.spec import Spec, split
 
 TENSORS = ("keys", "values")
 
@@ -211,22 +212,28 @@ OF_ONE_HEAD = ("channel_ranges", "density", "levels_on_density", "spectrum", "pa
 BY_LAYER = ("outliers_by_layer", "dimensions_by_layer")
 
 
+@functools.cache
+def spec_of(name: str) -> Spec:
+    """The spec of a chart of its frame, made once; nobody changes it."""
+    draw, frame = FRAMES[name]
+    return draw(frame()).to_dict()
+
+
 @pytest.mark.parametrize("name", FRAMES)
 def test_a_chart_has_a_heading_units_and_draws_the_caption_it_is_given_later(name):
-    chart = FRAMES[name][0](FRAMES[name][1]())
-    said = words(drawn(chart, caption="said later"))
-    spec = chart.to_dict()
+    spec = spec_of(name)
+    said = words(drawn(spec, caption="said later"))
     assert spec["title"]["text"] in said
     assert "said later" in said
     assert spec["params"][0]["value"] not in ("", None)  # a caption of its own
-    assert not re.search(r"NaN|undefined|null", drawn(chart))
+    assert not re.search(r"NaN|undefined|null", drawn(spec))
 
 
 @pytest.mark.parametrize("name", FRAMES)
 def test_every_column_that_a_chart_needs_is_asked_for(name):
     draw, frame = FRAMES[name]
     needed = [column for column in frame().columns if _refused(draw, frame().drop(column))]
-    used = set(re.findall(r"datum\.(\w+)|\"field\": \"(\w+)\"", str(draw(frame()).to_dict()).replace("'", '"')))
+    used = set(re.findall(r"datum\.(\w+)|\"field\": \"(\w+)\"", str(spec_of(name)).replace("'", '"')))
     drawn_columns = {a or b for a, b in used} & set(frame().columns)
     assert drawn_columns
     assert drawn_columns <= set(needed)
@@ -260,28 +267,34 @@ def test_a_map_of_several_heads_tensors_or_spaces_is_refused():
 
 @pytest.mark.parametrize("name", OF_ONE_HEAD)
 def test_a_caption_names_the_head(name):
-    said = FRAMES[name][0](FRAMES[name][1]()).to_dict()["params"][0]["value"]
+    said = spec_of(name)["params"][0]["value"]
     assert "Layer 2, KV head 1." in said
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("draw", "one", "other"),
     [
-        (views.channel_ranges(channels()), views.channel_ranges(channels(loud=9).with_columns(layer=pl.lit(7)))),
-        (views.density(coordinates()), views.density(coordinates(scale=4).with_columns(head=pl.lit(0)))),
-        (views.levels_on_density(levels(3)), views.levels_on_density(levels(2))),
-        (views.spectrum(shares(16)), views.spectrum(shares(12))),
+        (views.channel_ranges, channels, lambda: channels(loud=9).with_columns(layer=pl.lit(7))),
+        (views.density, coordinates, lambda: coordinates(scale=4).with_columns(head=pl.lit(0))),
+        (views.levels_on_density, lambda: levels(3), lambda: levels(2)),
+        (views.spectrum, lambda: shares(16), lambda: shares(12)),
     ],
 )
-def test_another_layer_or_head_is_the_same_spec_with_other_numbers(one, other):
-    assert split(one.to_dict())[0] == split(other.to_dict())[0]
-    assert split(one.to_dict())[1] != split(other.to_dict())[1]
+def test_another_layer_or_head_is_the_same_spec_with_other_numbers(draw, one, other):
+    specs = [split(draw(frame()).to_dict()) for frame in (one, other)]
+    assert specs[0][0] == specs[1][0]
+    assert specs[0][1] != specs[1][1]
+
+
+@functools.cache
+def many_panels() -> alt.VConcatChart:
+    return views.channel_ranges(channels(256, spaces=SPACES))
 
 
 @pytest.mark.parametrize(
     "chart",
     [
-        lambda: views.channel_ranges(channels(256, spaces=SPACES)),
+        many_panels,
         lambda: views.channel_map(by_layer(80, 128)),
         lambda: views.outliers_by_layer(loudness(64)),
         lambda: views.attention_maps(attention(32)),
@@ -297,7 +310,7 @@ def test_at_most_two_thousand_marks_are_drawn(chart):
 
 
 def test_channels_of_many_panels_are_grouped_and_say_so():
-    assert "channels, by 6" in words(drawn(views.channel_ranges(channels(256, spaces=SPACES))))
+    assert "channels, by 6" in words(drawn(many_panels()))
     assert "channel" in words(drawn(views.channel_ranges(channels(64, spaces=("raw",)))))
 
 
@@ -387,21 +400,19 @@ def test_vectors_without_error_are_said():
 
 @pytest.mark.parametrize("name", BY_LAYER)
 def test_a_picked_layer_is_marked(name):
-    chart = FRAMES[name][0](FRAMES[name][1]())
-    assert theme.PICKED not in drawn(chart)
-    assert theme.PICKED in drawn(chart, picked_layer=2)
+    assert theme.PICKED not in drawn(spec_of(name))
+    assert theme.PICKED in drawn(spec_of(name), picked_layer=2)
 
 
 @pytest.mark.parametrize("name", FRAMES)
 def test_keys_and_values_have_their_colours_and_a_chart_fits_a_notebook(name):
-    spec = FRAMES[name][0](FRAMES[name][1]()).to_dict()
-    drawing = picture.svg(spec)
+    drawing = picture.svg(spec_of(name))
     if name not in ("attention_maps", "outliers_by_layer", "channel_map"):
         assert theme.KEYS in drawing
     if "tensor" in FRAMES[name][1]().columns and name not in ("outliers_by_layer", "channel_map"):
         assert theme.VALUES in drawing
     assert float(re.search(r' width="([\d.]+)"', drawing)[1]) < 790
-    assert "container" not in str(spec)
+    assert "container" not in str(spec_of(name))
 
 
 def test_every_space_has_words_and_a_look_of_its_own():

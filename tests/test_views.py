@@ -24,7 +24,7 @@ from veloxlab import views
 from veloxlab.errors import InputError
 from veloxlab.views import picture, theme
 from veloxlab.views.columns import log_domain, log_ticks
-from veloxlab.views.spec import describe, join, split
+from veloxlab.views.spec import Spec, describe, join, split
 
 
 def error_frame(layers: int = 4, heads: int = 2, scale: float = 0.01, **replaced: float | None) -> pl.DataFrame:
@@ -165,8 +165,14 @@ CHARTS: dict[str, Callable[[], alt.VConcatChart]] = {  # each made once: making 
 BY_LAYER = [name for name in CHARTS if name not in ("frontier", "pareto_front", "budget")]
 
 
-def drawn(chart: alt.TopLevelMixin, **params: object) -> str:
-    bare, rows, values = split(chart.to_dict())
+@functools.cache
+def spec_of(name: str) -> Spec:
+    """The spec of a chart, made once as the chart is; nobody changes it."""
+    return CHARTS[name]().to_dict()
+
+
+def drawn(chart: alt.TopLevelMixin | Spec, **params: object) -> str:
+    bare, rows, values = split(chart if isinstance(chart, dict) else chart.to_dict())
     return picture.svg(join(bare, rows, values | params))
 
 
@@ -176,56 +182,51 @@ def words(drawing: str) -> list[str]:
 
 @pytest.mark.parametrize("name", CHARTS)
 def test_a_chart_has_a_heading_and_draws_the_caption_it_is_given_later(name):
-    chart = CHARTS[name]()
-    said = words(drawn(chart, caption="said later"))
-    assert chart.to_dict()["title"]["text"] in said
+    said = words(drawn(spec_of(name), caption="said later"))
+    assert spec_of(name)["title"]["text"] in said
     assert "said later" in said
 
 
 @pytest.mark.parametrize("name", BY_LAYER)
 def test_a_picked_layer_is_marked_and_no_other_time_is_that_colour_used(name):
-    chart = CHARTS[name]()
-    assert theme.PICKED not in drawn(chart)
-    assert theme.PICKED in drawn(chart, picked_layer=2)
-    assert theme.PICKED not in drawn(chart, picked_layer=77)
+    assert theme.PICKED not in drawn(spec_of(name))
+    assert theme.PICKED in drawn(spec_of(name), picked_layer=2)
+    assert theme.PICKED not in drawn(spec_of(name), picked_layer=77)
 
 
 @pytest.mark.parametrize("name", BY_LAYER)
 def test_a_pick_moves_nothing(name):
-    chart = CHARTS[name]()
-    sizes = [re.search(r'width="(.*?)" height="(.*?)"', drawn(chart, picked_layer=p)).groups() for p in (None, 0, 3)]
+    drawings = [drawn(spec_of(name), picked_layer=picked) for picked in (None, 0, 3)]
+    sizes = [re.search(r'width="(.*?)" height="(.*?)"', drawing).groups() for drawing in drawings]
     assert len(set(sizes)) == 1
 
 
 @pytest.mark.parametrize("name", CHARTS)
 def test_a_chart_states_its_width(name):
     # "container" freezes a JupyterLab tab
-    assert "container" not in json.dumps(CHARTS[name]().to_dict())
+    assert "container" not in json.dumps(spec_of(name))
 
 
 @pytest.mark.parametrize(
-    ("one", "other"),
+    ("draw", "one", "other", "ends"),
     [
+        (views.error_map, lambda: error_frame(scale=0.01), lambda: error_frame(scale=0.02), {"domain": (1e-3, 1)}),
+        (views.bit_allocation, lambda: bit_frame(codes=3), lambda: bit_frame(codes=4), {"greatest": 8}),
+        (views.memory_growth, lambda: memory_frame(4), lambda: memory_frame(3), {}),
+        (views.allocation_map, head_frame, lambda: head_frame(more=1), {"least": 2, "most": 6}),
+        (views.loss_by_layer, loss_frame, lambda: loss_frame(scale=2.0), {}),
         (
-            views.error_map(error_frame(scale=0.01), domain=(1e-3, 1)),
-            views.error_map(error_frame(scale=0.02), domain=(1e-3, 1)),
-        ),
-        (views.bit_allocation(bit_frame(codes=3), greatest=8), views.bit_allocation(bit_frame(codes=4), greatest=8)),
-        (views.memory_growth(memory_frame(4)), views.memory_growth(memory_frame(3))),
-        (
-            views.allocation_map(head_frame(), least=2, most=6),
-            views.allocation_map(head_frame(more=1), least=2, most=6),
-        ),
-        (views.loss_by_layer(loss_frame()), views.loss_by_layer(loss_frame(scale=2.0))),
-        (
-            views.budget_frontier(budget_rows(3.0), bits=(2, 6), domain=(1e-3, 5)),
-            views.budget_frontier(budget_rows(4.0, 0.01), bits=(2, 6), domain=(1e-3, 5)),
+            views.budget_frontier,
+            lambda: budget_rows(3.0),
+            lambda: budget_rows(4.0, 0.01),
+            {"bits": (2, 6), "domain": (1e-3, 5)},
         ),
     ],
 )
-def test_a_chart_of_other_numbers_has_the_same_spec(one, other):
-    assert split(one.to_dict())[0] == split(other.to_dict())[0]
-    assert split(one.to_dict())[1] != split(other.to_dict())[1]
+def test_a_chart_of_other_numbers_has_the_same_spec(draw, one, other, ends):
+    specs = [split(draw(frame(), **ends).to_dict()) for frame in (one, other)]
+    assert specs[0][0] == specs[1][0]
+    assert specs[0][1] != specs[1][1]
 
 
 def test_a_large_model_is_drawn_with_at_most_two_thousand_marks_and_says_that_heads_are_grouped():
@@ -445,7 +446,7 @@ def test_a_plain_chart_leaves_a_live_one_a_picture_and_a_line_in_the_notebook(na
 
 
 def test_a_picture_is_as_wide_as_asked_and_smaller_than_vl_convert_makes_it():
-    spec = CHARTS["errors"]().to_dict()
+    spec = spec_of("errors")
     for width in (700, 1400):
         assert picture.png_size(picture.png(spec, width=width))[0] == pytest.approx(width, abs=2)
     raw = vl_convert.svg_to_png(picture.svg(spec))
@@ -481,10 +482,9 @@ def test_numbers_of_a_saved_chart_have_six_digits():
 
 @pytest.mark.parametrize("name", CHARTS)
 def test_a_spec_taken_apart_and_put_together_draws_the_same(name):
-    spec = CHARTS[name]().to_dict()
     numbered = re.compile(r"(gradient_|clip)\d+")  # by vl-convert, over all that it ever drew
-    whole = vl_convert.vegalite_to_svg(picture.lit(spec))
-    assert numbered.sub("", drawn(CHARTS[name]())) == numbered.sub("", whole)
+    whole = vl_convert.vegalite_to_svg(picture.lit(spec_of(name)))
+    assert numbered.sub("", drawn(spec_of(name))) == numbered.sub("", whole)
 
 
 def test_rows_become_json_without_nan_wherever_they_stand():
