@@ -2,11 +2,14 @@
 
 import os
 import pty
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import veloxlab
 from veloxlab import progress, runtime
 from veloxlab.widgets import Worker
 
@@ -39,12 +42,18 @@ print([name for name in ("numba", "llvmlite") if name in sys.modules])
 
 @on_cpu
 def test_who_looks_at_a_terminal_is_told_once_and_others_find_it_in_the_log(tmp_path):
-    """On a new machine: the folder of loops is empty. The second process compiles nothing and tells nothing."""
+    """On a new machine: the folder of loops is empty. The second process compiles nothing and tells nothing.
+
+    It does so where the package is installed anew, at another path.
+    """
     master, terminal = pty.openpty()
+    shutil.copytree(Path(veloxlab.__file__).parent, tmp_path / "again" / "veloxlab")
     told = []
-    for _ in range(2):
-        environment = {**os.environ, "NUMBA_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path)}
-        subprocess.run([sys.executable, "-c", ENCODE], env=environment, check=True, stderr=terminal, timeout=120)
+    environment = {**os.environ, "NUMBA_CACHE_DIR": "", "XDG_CACHE_HOME": str(tmp_path)}
+    for place in (None, tmp_path / "again"):
+        subprocess.run(
+            [sys.executable, "-c", ENCODE], env=environment, cwd=place, check=True, stderr=terminal, timeout=120
+        )
         os.set_blocking(master, False)
         try:
             told.append(os.read(master, 10_000).decode())

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 from llvmlite import ir
 from numba import cfunc, njit, types
-from numba.core import config, event
+from numba.core import caching, config, event
 from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import Compiler
 from numba.extending import intrinsic
@@ -47,13 +47,16 @@ def folder() -> str:
 
 @contextmanager
 def _kept() -> Iterator[None]:
-    """What is decorated here is kept in our folder, and what others decorate is not."""
-    place, before = folder(), config.CACHE_DIR
-    config.CACHE_DIR = place
+    """What is decorated here is kept in our folder, and what others decorate is not.
+
+    Numba would take another folder below it for each path that these files are installed at, and compile there again.
+    """
+    place, before = folder(), (config.CACHE_DIR, caching._CacheLocator.get_suitable_cache_subpath)
+    config.CACHE_DIR, caching._CacheLocator.get_suitable_cache_subpath = place, staticmethod(lambda path: "")
     try:
         yield
     finally:
-        config.CACHE_DIR = before
+        config.CACHE_DIR, caching._CacheLocator.get_suitable_cache_subpath = before
 
 
 def _where_it_can_be_kept(make: Callable[[bool], Any]) -> Any:
