@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from mlx_lm.models.cache import RotatingKVCache
 
 from veloxlab.cache.attention import History
+from veloxlab.cache.coming import LARGEST
 from veloxlab.cache.counts import BLOCK
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.cache.runs import LARGEST
 from veloxlab.codecs import find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError

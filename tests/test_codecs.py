@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import veloxlab as vl
+from veloxlab.cache.coming import LARGEST
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.cache.runs import LARGEST
 from veloxlab.codecs import METHODS, Method, find_method
 from veloxlab.codecs.base import TILE, Codec, Sample, empty_code, token_bytes
 from veloxlab.codecs.fisherquant import FisherQuant

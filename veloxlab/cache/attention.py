@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.cache.expand import expanded, made_up_code, take_turn
-from veloxlab.cache.past import Past, Segment, exact_run
+from veloxlab.cache.past import Past, Segment, exact_codes, exact_run, exact_segment
 from veloxlab.codecs import Code
 from veloxlab.codecs.none import Exact
 from veloxlab.kernels.backend import Backend
@@ -60,8 +60,7 @@ class History(Handle):
         if self.newest is None:
             return self.past.segments
         keys, values = (x[:, :, : self.newest.tokens] for x in (self.newest.keys, self.newest.values))
-        codecs = Exact(keys.shape[3]), Exact(values.shape[3])
-        return *self.past.segments, Segment(codecs[0], Code({"values": keys}), codecs[1], Code({"values": values}))
+        return *self.past.segments, exact_segment(exact_codes(keys, values))
 
     @property
     def tokens(self) -> int:
@@ -112,7 +111,11 @@ class History(Handle):
     ) -> mx.array | None:
         """By a kernel, or None where there is none for this device, these segments and codecs."""
         backend, newest = current_backend(), self.newest
-        if backend is None or self.past.readers is None:
+        if backend is None:
+            return None
+        if not backend.lazy and self.past.filled is not None:  # the device is another than when it was made
+            self.past = Past(self.past.segments)
+        if self.past.readers is None:
             return None
         added = None if mask is None else as_added(mask, q, self.tokens)
         queries = self._queries(q if backend.lazy else q.astype(mx.float32), scale, added, sinks)
@@ -124,7 +127,7 @@ class History(Handle):
         call = self._call(backend, queries)
         if call is None:
             return None
-        out = self._brought_out(call(queries, newest), q.dtype)
+        out = self._brought_out(call(queries, newest, self.past.filled), q.dtype)
         return out if backend.lazy else self._with_derivatives(out, q, scale, mask, sinks)
 
     def _call(self, backend: Backend, queries: Queries) -> PreparedCall | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, Self
 
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
@@ -15,40 +15,20 @@ from mlx_lm.models.cache import create_attention_mask
 
 from veloxlab.cache import saved
 from veloxlab.cache.attention import FEW_QUERIES, History
-from veloxlab.cache.counts import TOKENS, Arrival, Windows
-from veloxlab.cache.past import Past, Segment
+from veloxlab.cache.coming import Checks, Coming, Joining, Largest
+from veloxlab.cache.counts import TOKENS, Windows
+from veloxlab.cache.past import Past, Segment, before_window, exact_codes, exact_segment, segments_of
 from veloxlab.cache.plan import DEFAULT_CHUNK, DEFAULT_SINKS, DEFAULT_WINDOW, Chunk
-from veloxlab.cache.runs import Checks, Codes, Run, Runs
+from veloxlab.cache.runs import Run, Runs
 from veloxlab.checks import ARGUMENTS
 from veloxlab.codecs import TENSORS, Code, Codec
 from veloxlab.codecs.base import fitted_online
-from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import begin
 from veloxlab.mlxlm.hooks import loadable
 from veloxlab.mlxlm.probe import Path
 
 _SETTINGS = ("window", "chunk", "layer", "path", "reason", "max_size", "lends", "model")  # that a file says as they are
-
-
-class Joining(NamedTuple):
-    """A token that joins the window: nothing is encoded, and what comes before stays."""
-
-    keys: mx.array
-    values: mx.array
-
-
-class Coming(NamedTuple):
-    """Tokens of one call that a cache can store, as `CompressedKVCache.check` found."""
-
-    keys: mx.array
-    values: mx.array
-    all_seen: bool  # attention reads them as they came, else as they are stored
-    arrival: Arrival
-    codecs: tuple[Codec, Codec]
-    sinks: Codes | None
-    packed: Codes | None
-    good: mx.array | None  # whether what is stored can be, where that is not known yet
 
 
 @loadable
@@ -93,11 +73,11 @@ class CompressedKVCache(Runs, saved.Saved):
         self.max_sinks, self.window = self.windows.sinks, self.windows.window
         self.chunk, self.layer, self.path, self.reason = chunk, layer, path, reason
         self.max_size, self.lends, self.model = max_size, lends, model
-        self._exact = Exact(key_codec.head_dim), Exact(value_codec.head_dim)
         self._values_per_token = 0  # batch · heads · (Dk + Dv), known from the first tokens on
-        self._dtype = "float32"  # of the keys, by name: a saved cache is written as words and arrays
+        self._dtype = mx.float32  # of the keys
         self._lent: History | None = None
-        self._past: Past | None = None  # what comes before the window, while only that changes,
+        self._stays = path == "codes" and max_size is None and not lends  # what comes before the window,
+        self._past: Past | None = None  # which is this, while only the window changes,
         self._one: tuple[object, ...] = ()  # by keys and values of these shapes
         self._checks = Checks()
         if path == "codes":
@@ -136,46 +116,49 @@ class CompressedKVCache(Runs, saved.Saved):
         all_seen = self.chunk == "exact" and count > self.window
         arrival = self.windows.arrival(count, self.offset, recent, all_seen=all_seen)
         first = arrival.to_sinks + arrival.gone
-        leaving, good = [], None
-        if arrival.to_packed:
+        leaving: list[mx.array] = []
+        largest: Largest = ()
+        if arrival.from_new:
             leaving = [x[:, :, first : first + arrival.from_new] for x in (keys, values)]
         if arrival.from_recent:
-            oldest = (code.arrays["values"][:, :, : arrival.from_recent] for code in self.recent.codes())
-            leaving = [mx.concatenate([*pair], axis=2) for pair in zip(oldest, leaving, strict=True)]
+            oldest = [x[:, :, : arrival.from_recent] for x in self.recent.buffers.values()]
+            both = zip(oldest, leaving, strict=True)
+            leaving = [mx.concatenate([*pair], axis=2) for pair in both] if leaving else oldest
         joining = [x[:, :, : arrival.to_sinks] for x in (keys, values)] if arrival.to_sinks else []
         if leaving or joining:
-            both, good = self._checks.of(self.layer, [*leaving, *joining])
-            leaving, joining = both[: len(leaving)], both[len(leaving) :]
+            checked, largest = self._checks.of(self.layer, [*leaving, *joining])
+            leaving, joining = checked[: len(leaving)], checked[len(leaving) :]
         sinks = (Code({"values": joining[0]}), Code({"values": joining[1]})) if joining else None
         codecs, packed = (self.key_codec, self.value_codec), None
         if leaving:
             start = self.offset + first - (0 if arrival.gone else recent)  # of the oldest token to be encoded
             codecs = fitted_online(self.key_codec, leaving[0]), fitted_online(self.value_codec, leaving[1])
             packed = codecs[0].encode(leaving[0], start), codecs[1].encode(leaving[1], start)
-        return Coming(keys, values, all_seen, arrival, codecs, sinks, packed, good)
+        return Coming(keys, values, all_seen, arrival, codecs, sinks, packed, largest)
 
     def store(self, coming: Coming | Joining) -> tuple[Any, Any]:
         """The second half of `update_and_fetch`, which nothing in the tokens can make fail."""
         if isinstance(coming, Joining):
-            self._checks.kept(None)
+            self._checks.kept(())
             self.recent.join(*coming)
             history = History(past=self._past, newest=self.recent.exact)
             return history, history
-        keys, values, all_seen, arrival, codecs, sinks, packed, good = coming
-        self._checks.kept(good)
-        self._past = None
+        keys, values, all_seen, arrival, codecs, sinks, packed, largest = coming
+        self._checks.kept(largest)
+        last, self._past, self._dtype = self._past, None, keys.dtype
+        self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
         hidden, rest = self.held - self.visible, arrival.to_sinks + arrival.gone + arrival.from_new
-        segments = (*self._segments(hidden), _segment(self._exact, _exact(keys, values))) if all_seen else ()
+        segments = (*self._segments(hidden), exact_segment(exact_codes(keys, values))) if all_seen else ()
         self.key_codec, self.value_codec = codecs
-        self.take(arrival, sinks, packed, _exact(keys, values, slice(rest, None)))
+        self.take(arrival, sinks, packed, exact_codes(keys, values, rest))
+        if self._stays and keys.shape[2] == 1 and self.recent.tokens:
+            self._past, self._one = before_window(self, codecs, last), (keys.shape, values.shape)
+            history = History(past=self._past, newest=self.recent.exact)
+            return history, history
         segments = segments or self._segments(hidden)
         self.evict()
-        self._values_per_token = keys.shape[0] * keys.shape[1] * (keys.shape[-1] + values.shape[-1])
-        self._dtype = str(keys.dtype).rpartition(".")[2]
         history = History(segments, tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else ())
         self._lent = history if self.lends else None
-        if keys.shape[2] == 1 and self.path == "codes" and self.max_size is None and not self.lends:
-            self._past, self._one = history.past if history.newest else None, (keys.shape, values.shape)
         if self.path == "codes":
             return history, history
         read_keys, read_values = mx.depends(list(history.expand(keys.dtype)), self.buffers)
@@ -211,7 +194,7 @@ class CompressedKVCache(Runs, saved.Saved):
 
     def arrays(self) -> tuple[mx.array, mx.array]:
         """Those as decoded arrays, in the dtype that they came in."""
-        return (self._lent or self._history()).expand(getattr(mx, self._dtype))
+        return (self._lent or self._history()).expand(self._dtype)
 
     def decoded(self) -> tuple[mx.array, mx.array]:
         """All keys and values held, in float32: for looking at, not for attention."""
@@ -270,7 +253,7 @@ class CompressedKVCache(Runs, saved.Saved):
             "codecs": {"keys": keys, "values": values},
             "evicted": self.evicted,
             "values_per_token": self._values_per_token,
-            "dtype": self._dtype,
+            "dtype": str(self._dtype).rpartition(".")[2],
             "runs": [{"tokens": run.tokens, "buffers": list(run.buffers)} for run in self.runs],
         }
         return content, [*self.buffers, *of_keys, *of_values]
@@ -284,28 +267,11 @@ class CompressedKVCache(Runs, saved.Saved):
         runs = zip(self.runs, content["runs"], held, strict=True)
         self.sinks, self.packed, self.recent = (Run(run.most, said["tokens"], own) for run, said, own in runs)
         self.evicted, self._values_per_token = content["evicted"], content["values_per_token"]
-        self._dtype = content["dtype"]
+        self._dtype = getattr(mx, content["dtype"])
         return self
 
     def _history(self) -> History:
         return History(self._segments())
 
     def _segments(self, hidden: int = 0) -> tuple[Segment, ...]:
-        """Segments of what is held, but for the ``hidden`` oldest tokens behind the sinks."""
-        segments, start = [], 0
-        for run in self.runs:
-            skip = 0 if run is self.sinks else min(hidden, run.tokens)
-            hidden -= skip
-            if run.tokens > skip:
-                codecs = (self.key_codec, self.value_codec) if run is self.packed else self._exact
-                segments.append(_segment(codecs, run.codes(start, skip)))
-            start += run.tokens + (self.evicted if run is self.sinks else 0)
-        return tuple(segments)
-
-
-def _exact(keys: mx.array, values: mx.array, span: slice = slice(None)) -> Codes:
-    return Code({"values": keys[:, :, span]}), Code({"values": values[:, :, span]})
-
-
-def _segment(codecs: tuple[Codec, Codec], codes: Codes) -> Segment:
-    return Segment(codecs[0], codes[0], codecs[1], codes[1])
+        return segments_of(self, self.runs, (self.key_codec, self.value_codec), hidden)

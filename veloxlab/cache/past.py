@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 
 import mlx.core as mx
 
 from veloxlab.cache.expand import reader_of
+from veloxlab.cache.runs import Codes, Run, Runs
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import per_kv_head
 from veloxlab.codecs.none import Exact
 from veloxlab.kernels.call import Exact as ExactTokens
 from veloxlab.kernels.call import PreparedCall
+from veloxlab.kernels.devices import device_backend
 from veloxlab.kernels.readers import Reader
 
 
@@ -33,36 +35,56 @@ def exact_run(s: Segment) -> ExactTokens:
 
 
 class Past:
-    """Segments that stay for many tokens, and what attention has prepared to read them, from token to token."""
+    """Segments that stay for many tokens, and what attention has prepared to read them, from token to token.
 
-    def __init__(self, segments: tuple[Segment, ...]) -> None:
-        self.segments = segments
+    A GPU gets the whole buffers of the packed segment, of which only the first ``filled`` tokens are there, so that
+    what is prepared serves until they are full.
+    """
+
+    def __init__(self, segments: tuple[Segment, ...], filled: int | None = None) -> None:
+        self._whole, self.filled = segments, filled
         self.calls: dict[tuple[object, ...], PreparedCall | None] = {}  # for queries of some shape, type and scale
+
+    def refilled(self, filled: int) -> Past:
+        """The same once other tokens are in the same buffers."""
+        other = Past.__new__(Past)
+        other.__dict__.update(self.__dict__, filled=filled)
+        other.__dict__.pop("segments", None)
+        return other
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """Of what is there."""
+        if self.filled is None or self.packed is None:
+            return self._whole
+        keys, values = (code[: self.filled] for code in (self.packed.keys, self.packed.values))
+        cut = replace(self.packed, keys=keys, values=values)
+        return tuple(cut if segment is self.packed else segment for segment in self._whole)
 
     @cached_property
     def packed_at(self) -> int | None:
         """Which segment is packed."""
-        for i, segment in enumerate(self.segments):
+        for i, segment in enumerate(self._whole):
             if not isinstance(segment.key_codec, Exact):
                 return i
         return None
 
     @cached_property
     def packed(self) -> Segment | None:
-        """The segment that is packed."""
-        return None if self.packed_at is None else self.segments[self.packed_at]
+        """The segment that is packed, of whole buffers."""
+        return None if self.packed_at is None else self._whole[self.packed_at]
 
     @cached_property
     def sinks(self) -> ExactTokens | None:
         """What comes before that, for a kernel."""
-        first = self.segments[0]  # its own object lasts: a CPU describes that once
+        first = self._whole[0]  # its own object lasts: a CPU describes that once
         return first.keys.once("exact", lambda: exact_run(first)) if self.packed_at else None
 
     @cached_property
     def readers(self) -> tuple[Reader, Reader] | None:
         """How a kernel reads the packed keys and values, or None where no kernel does, or not such segments."""
         at, packed = self.packed_at, self.packed
-        if packed is None or at is None or at > 1 or len(self.segments) > at + 1:
+        if packed is None or at is None or at > 1 or len(self._whole) > at + 1:
             return None
         keys, values = reader_of(packed.key_codec, packed.keys), reader_of(packed.value_codec, packed.values)
         return None if keys is None or values is None else (keys, values)
@@ -76,3 +98,46 @@ class Past:
         codec, kv_heads = packed.key_codec, readers[0].kv_heads
         # a gather, as of a codec that reorders coordinates, gives a view that a kernel would misread
         return lambda q: mx.contiguous(codec.query_to_codes(per_kv_head(q.astype(mx.float32), kv_heads)))
+
+
+def before_window(held: Runs, codecs: tuple[Codec, Codec], last: Past | None) -> Past:
+    """What comes before a layer's window. On a GPU it is the ``last`` with more tokens, while its buffers have room."""
+    packed = held.packed
+    if not packed.tokens or not device_backend().lazy:
+        return Past(segments_of(held, held.runs[:2], codecs))
+    first = next(iter(packed.buffers.values()))
+    if last is not None and last.packed is not None and next(iter(last.packed.keys.arrays.values())) is first:
+        return last.refilled(packed.tokens)
+    keys, values = packed.whole(held.sinks.tokens)
+    whole = Segment(codecs[0], keys, codecs[1], values)
+    return Past((*segments_of(held, held.runs[:1], codecs), whole), packed.tokens)
+
+
+def segments_of(held: Runs, runs: Sequence[Run], codecs: tuple[Codec, Codec], hidden: int = 0) -> tuple[Segment, ...]:
+    """Segments of the first ``runs`` of a layer, but for the ``hidden`` oldest tokens behind the sinks."""
+    segments, start = [], 0
+    for run in runs:
+        skip = 0 if run is held.sinks else min(hidden, run.tokens)
+        hidden -= skip
+        if run.tokens > skip:
+            codes = run.codes(start, skip)
+            packed = run is held.packed
+            segments.append(Segment(codecs[0], codes[0], codecs[1], codes[1]) if packed else exact_segment(codes))
+        start += run.tokens + (held.evicted if run is held.sinks else 0)
+    return tuple(segments)
+
+
+def exact_segment(codes: Codes) -> Segment:
+    """Tokens as they came."""
+    keys, values = (_exact(code.arrays["values"].shape[-1]) for code in codes)
+    return Segment(keys, codes[0], values, codes[1])
+
+
+def exact_codes(keys: mx.array, values: mx.array, first: int = 0) -> Codes:
+    """Those from the ``first`` on."""
+    if first:
+        keys, values = keys[:, :, first:], values[:, :, first:]
+    return Code({"values": keys}), Code({"values": values})
+
+
+_exact = lru_cache(Exact)

@@ -6,17 +6,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import mlx.core as mx
-import numpy as np
 
 from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Room, Windows, calls
 from veloxlab.codecs import TENSORS, Code, Tensor
-from veloxlab.errors import InputError
+from veloxlab.codecs.base import TOKENS
 from veloxlab.kernels.call import Exact
-from veloxlab.kernels.devices import device_backend
 
-# The largest magnitude that is stored. An unbiased scale is at most 4 times that, and is kept as the float16 of its
-# root (`store_scale`): 4·1e9 < 65504².
-LARGEST = 1e9
 Arrays = dict[str, mx.array]
 Codes = tuple[Code, Code]  # of keys and of values
 
@@ -42,25 +37,36 @@ class Run:
         """Codes but the ``skip`` oldest, as views that are kept; ``start`` is where the oldest held is in the text."""
         known = self._codes.get((start, skip))
         if known is None:
-            span = slice(skip, self.tokens)
-            keys, values = [Code(self.tensor_buffers(tensor), start)[span] for tensor in TENSORS]
-            known = self._codes[start, skip] = keys, values
+            arrays: tuple[Arrays, Arrays] = {}, {}
+            for name, buffer in self.buffers.items():
+                tensor, _, own = name.partition("/")
+                arrays[TENSORS.index(tensor)][own] = buffer[:, :, skip : self.tokens]
+            known = self._codes[start, skip] = Code(arrays[0], start + skip), Code(arrays[1], start + skip)
         return known
 
-    def append(self, count: int, codes: Codes | None = None) -> None:
-        """Add ``count`` tokens at the end."""
+    def whole(self, start: int) -> Codes:
+        """The buffers as codes, with all that they have room for."""
+        return Code(self.tensor_buffers("keys"), start), Code(self.tensor_buffers("values"), start)
+
+    def append(self, count: int, codes: Codes | None = None, oldest: int = 0) -> None:
+        """Forget the ``oldest`` tokens, and add ``count`` at the end."""
         if not count:
+            self.drop(oldest=oldest)
             return
         self._codes.clear()
-        held, total = self.room, self.tokens + count
-        self.room = self._room_for(count)
+        held, kept = self.room, slice(oldest, self.tokens)
+        self.tokens -= oldest
+        if oldest:
+            self.room = self.tokens
+        total, self.room = self.tokens + count, self._room_for(count)
         for name, new in named(codes or ()).items():
-            if self.room == held:
-                self.buffers[name][:, :, self.tokens : total] = new
+            if self.room == held and not oldest:
+                self.buffers[name][:, :, kept.stop : total] = new
                 continue
-            parts = [self.buffers[name][:, :, : self.tokens]] if name in self.buffers else []
-            slack = mx.zeros((*new.shape[:2], self.room - total, *new.shape[3:]), new.dtype)
-            self.buffers[name] = mx.concatenate([*parts, new, slack], axis=2)
+            parts = [self.buffers[name][:, :, kept], new] if self.tokens else [new]
+            if self.room > total:
+                parts.append(_slack((*new.shape[:2], self.room - total, *new.shape[3:]), new.dtype))
+            self.buffers[name] = mx.concatenate(parts, axis=2)
         self.tokens = total
 
     def join(self, keys: mx.array, values: mx.array) -> None:
@@ -103,6 +109,18 @@ def named(codes: Sequence[Code]) -> Arrays:
     """Arrays of keys' and values' codes by their names in a run; nothing of none."""
     both = zip(TENSORS, codes, strict=False)
     return {f"{tensor}/{name}": array for tensor, code in both for name, array in code.arrays.items()}
+
+
+def _slack(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    """Room for tokens to come, which is made once where it is little."""
+    return _few_zeros(shape, dtype) if shape[TOKENS] <= STEP else mx.zeros(shape, dtype)
+
+
+@lru_cache
+def _few_zeros(shape: tuple[int, ...], dtype: mx.Dtype) -> mx.array:
+    zeros = mx.zeros(shape, dtype)
+    mx.eval(zeros)
+    return zeros
 
 
 class Runs:
@@ -153,9 +171,8 @@ class Runs:
         if arrival.gone:
             self._drop_oldest(self.packed.tokens + self.recent.tokens)
             self.evicted += arrival.gone
-        self.recent.drop(oldest=arrival.from_recent)
         self.packed.append(arrival.to_packed, packed)
-        self.recent.append(arrival.to_recent, recent)
+        self.recent.append(arrival.to_recent, recent, oldest=arrival.from_recent)
 
     def evict(self) -> None:
         """Forget what a sliding layer sees no more."""
@@ -173,51 +190,6 @@ class Runs:
         of_packed = min(count, self.packed.tokens)
         self.packed.drop(oldest=of_packed)
         self.recent.drop(oldest=count - of_packed)
-
-
-class Checks:
-    """Whether keys and values that were stored are numbers that a codec can store; a GPU is not waited for to know."""
-
-    def __init__(self) -> None:
-        self._of_last: mx.array | None = None  # call
-        self._before: mx.array | None = None
-
-    def of(self, layer: int, arrays: Sequence[mx.array]) -> tuple[list[mx.array], mx.array | None]:
-        """Keys and values, which alternate, and what is to be `kept` of them; raises `InputError` where that is known.
-
-        They are computed after their check.
-        """
-        # in a smaller type the limit itself would be infinite; the comparison is false for NaN too
-        good = mx.stack([(mx.abs(x) <= min(LARGEST, mx.finfo(x.dtype).max)).all() for x in arrays])
-        if not device_backend().lazy:
-            _check(layer, good)
-            return list(arrays), None
-        return list(mx.depends(list(arrays), [good])), good
-
-    def kept(self, good: mx.array | None) -> None:
-        """The check of what a call has stored."""
-        self._before, self._of_last = self._of_last, good
-
-    def look(self, layer: int) -> None:
-        """Raise `InputError` for what the call before the last stored, which has been computed by now."""
-        if self._before is not None:
-            _check(layer, self._before)
-
-    def settle(self, layer: int) -> None:
-        """Wait for all of it, and raise `InputError` as `look` does."""
-        self.look(layer)
-        if self._of_last is not None:
-            _check(layer, self._of_last)
-
-
-def _check(layer: int, good: mx.array) -> None:
-    found = np.asarray(good)
-    if not found.all():
-        raise InputError(
-            f"Layer {layer}: the {TENSORS[int(found.argmin()) % 2]} of a token are NaN, infinite or beyond "
-            f"±{LARGEST:.0e} and cannot be stored. The model overflowed, most likely in float16: load it in bfloat16 "
-            "or float32 and start with a new cache."
-        )
 
 
 @lru_cache(maxsize=4096)

@@ -14,11 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.cache import places
+from veloxlab.cache.coming import Checks
 from veloxlab.cache.counts import BLOCK
 from veloxlab.cache.histories import Calls
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.places import Part
-from veloxlab.cache.runs import Arrays, Checks, Run, named
+from veloxlab.cache.runs import Arrays, Run, named
 from veloxlab.codecs import TENSORS
 from veloxlab.codecs.base import empty_code
 from veloxlab.codecs.none import Exact
@@ -67,7 +68,7 @@ class Stack:
         self._shown = False
         self._room = self._windows.most_recent + 1 + BLOCK  # columns of a window
         self.calls: Calls = {}  # what attention prepared, for as long as no buffer is replaced
-        dtype, heads = getattr(mx, first._dtype), _heads(first)
+        dtype, heads = first._dtype, _heads(first)
         self._packed = named([empty_code(codec, 1, heads, dtype) for codec in self.codecs])
         dims = {f"{tensor}/values": codec.head_dim for tensor, codec in zip(TENSORS, self.exact, strict=True)}
         self._sinks, self._recent = (
@@ -118,7 +119,7 @@ class Stack:
         self.column += 1
         leaving = self.column - self._windows.most_recent  # those whose window begins before this column
         if self.form.oldest >= leaving:
-            self._checks.kept(None)
+            self._checks.kept(())
             return
         try:
             self._pack([i for i, part in enumerate(self.form.parts) if part.start < leaving])
@@ -128,19 +129,19 @@ class Stack:
 
     def _pack(self, leaving: list[int]) -> None:
         """Encode the oldest block of the windows of some rows, the same positions of a text together."""
-        block, groups, goods = self._windows.block, dict[int, list[int]](), []
+        block, groups, largest = self._windows.block, dict[int, list[int]](), list[mx.array]()
         for i in leaving:
             groups.setdefault(self.form.parts[i].packed if self._turned else 0, []).append(i)
         codes: list[Arrays] = []
         for start, group in groups.items():
             both = [self._oldest(held, group) for held in self._recent.values()]
-            both, good = self._checks.of(self._layer, both)
-            goods += [] if good is None else [good]
+            both, of_group = self._checks.of(self._layer, both)
+            largest += of_group
             at = self.form.sinks + start
             codes.append(named([codec.encode(x, at) for codec, x in zip(self.codecs, both, strict=True)]))
         if any(part.packed + block > part.room for part in (self.form.parts[i] for i in leaving)):
             self._regrow()
-        self._checks.kept(mx.concatenate(goods) if goods else None)
+        self._checks.kept(largest)
         parts = [*self.form.parts]
         for group, made in zip(groups.values(), codes, strict=True):
             firsts = tuple(parts[i].base + parts[i].packed for i in group)

@@ -84,12 +84,13 @@ class AttendKernel:
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
         """See `veloxlab.kernels.call.AttentionKernel`."""
-        sinks, packed, batch = tokens.exact_counts[0], tokens.keys.tokens, queries.q.shape[0]
+        sinks, room, batch = tokens.exact_counts[0], tokens.keys.tokens, queries.q.shape[0]
         read = self.prepared_anywhere(queries, tokens)
 
-        def call(queries: Queries, recent: Exact | None) -> Answer:
+        def call(queries: Queries, recent: Exact | None, packed: int | None = None) -> Answer:
             count = 0 if recent is None else recent.tokens
-            return read(queries, recent, _sizes(sinks, count, packed, batch, self.blocks))
+            there = room if packed is None else packed
+            return read(queries, recent, _sizes(sinks, count, there, batch, self.blocks))
 
         return call
 

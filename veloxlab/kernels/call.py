@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -66,10 +65,15 @@ class Queries:
     logits: mx.array | None = None  # beside the tokens' scores in each head's softmax, without a value [Hq] float32
 
 
-PreparedCall = Callable[[Queries, Exact | None], Answer]
-"""Attention over a layer's tokens, of which only the recent ones change: ``[B, Hq, L, Dv]`` in the queries' dtype or
-float32, and, if values are not rotated back, the packed tokens' part in the space of their codes
-``[B, H, Hq/H · L, values.dim]`` float32, still to be brought out and added."""
+class PreparedCall(Protocol):
+    """Attention over a layer's tokens, of which only the recent ones change.
+
+    It gives ``[B, Hq, L, Dv]`` in the queries' dtype or float32, and, if values are not rotated back, the packed
+    tokens' part in the space of their codes ``[B, H, Hq/H · L, values.dim]`` float32, to be brought out and added.
+    """
+
+    def __call__(self, queries: Queries, recent: Exact | None, packed: int | None = None, /) -> Answer:
+        """``packed`` tokens are there, on a GPU, if that is not all that the arrays have room for."""
 
 
 class AttentionKernel(Protocol):

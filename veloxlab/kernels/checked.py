@@ -47,14 +47,15 @@ def computed(
     if backend is None or not given[0].size:
         return reference(*given)
     made = kernel(backend)
-    if made is None or not made.takes(backend, *given):
+    key = None if made is None else made.key(backend, *given)
+    if made is None or key is None:
         return reference(*given)
 
     def trial() -> str:
         some = [made_up(array, _TOKENS, seed, whole=made.whole_numbers) for seed, array in enumerate(given)]
         return difference(made(backend, *some), reference(*some))
 
-    if not (backend.lazy or evaluated(*given)) or not agrees(made.key(backend, *given), made.name, backend, trial):
+    if not (backend.lazy or evaluated(*given)) or not agrees(key, made.name, backend, trial):
         return reference(*given)
     found = made(backend, *given)
     return found if backend.lazy else with_derivatives(found, reference, *given)

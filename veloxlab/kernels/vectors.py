@@ -47,7 +47,7 @@ class VectorKernel:
     def source(self, backend: Backend, *given: mx.array) -> Source:
         """What is built for arrays of these types."""
         assert self.file is not None
-        which = backend, *(given[i].dtype for i in self.types.values())
+        which = backend, *[given[i].dtype for i in self.types.values()]
         if which not in self._sources:
             types = {name: given[i].dtype for name, i in self.types.items()}
             defines = {**self.defines, **types, "THREADS": self.threads, "VECTORS": self.at_once}
@@ -61,18 +61,20 @@ class VectorKernel:
             )
         return self._sources[which]
 
-    def key(self, backend: Backend, *given: mx.array) -> Hashable:
-        """What tells kernels apart that have to show, each for itself, that they are right."""
+    def key(self, backend: Backend, *given: mx.array) -> Hashable | None:
+        """What tells kernels apart that have to show, each for itself, that they are right.
+
+        None where the back end does not have the kernel, for arrays of these types.
+        """
+        which = backend, *[given[i].dtype for i in self.types.values()]
+        if which in self._sources:
+            return self._sources[which], backend
+        if (self.file is None and backend.run is None) or not all(dtype in backend.types for dtype in which[1:]):
+            return None
         if backend.run is None:
             return self.source(backend, *given), backend
         shapes = tuple((array.dtype, array.shape[-1]) for array in given)
         return self.name, tuple(self.variant.items()), tuple(self.rows.items()), shapes, backend
-
-    def takes(self, backend: Backend, *given: mx.array) -> bool:
-        """Whether the back end has the kernel, for arrays of these types."""
-        if self.file is None and backend.run is None:
-            return False
-        return all(given[i].dtype in backend.types for i in self.types.values())
 
     def __call__(self, backend: Backend, *given: mx.array) -> dict[str, mx.array]:
         """Each of `rows`, ``[B, H, S, numbers]``. Given arrays are views with any strides, and not empty."""

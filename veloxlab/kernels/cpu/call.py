@@ -71,7 +71,9 @@ class PreparedCall:
         self._job[loops.KEYS : loops.VALUES] = sinks[0].address, packed.address, recent_keys
         self._job[loops.VALUES :] = sinks[1].address, packed_values.address, recent_values
 
-    def __call__(self, queries: Queries, recent: Exact | None) -> tuple[mx.array, mx.array | None]:
+    def __call__(
+        self, queries: Queries, recent: Exact | None, _: int | None = None
+    ) -> tuple[mx.array, mx.array | None]:
         """See `veloxlab.kernels.call.PreparedCall`; the answer is float32."""
         return together([self], queries, [recent])
 
