@@ -8,6 +8,7 @@ import pytest
 
 from tests.test_attention_kernels import both, history, normal, relative
 from veloxlab.cache.attention import History
+from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.rope import Rope
@@ -129,6 +130,27 @@ def test_a_long_context_in_many_splits():
     h = history(TurboQuant(128, 4), TurboQuant(128, 4, "mse"), packed=65_000, heads=8)
     in_kernel, in_graph = both(h, normal(1, 32, 1, 128) * math.sqrt(20))
     assert relative(in_kernel, in_graph) < TOLERANCE
+
+
+@pytest.mark.parametrize("method", ["turboquant", "qjl"])  # the codec of the other brings queries in and answers out
+def test_sequences_of_a_batch_in_one_launch(method):
+    codecs = [METHODS[method].codec(128, 4, tensor) for tensor in ("keys", "values")]
+    rows = [CompressedKVCache(*codecs) for _ in range(4)]
+    for i, (row, count) in enumerate(zip(rows, (20, 5000, 300, 4), strict=True)):
+        row.update_and_fetch(*[normal(1, 8, count, 128, seed=i + seed, dtype=mx.float16) for seed in (1, 9)])
+    batch = CompressedKVCache.merge(rows)
+    for step in range(40):  # blocks leave the windows of two
+        new = [normal(4, 8, 1, 128, seed=step + seed, dtype=mx.float16) for seed in (50, 99)]
+        together, _ = batch.update_and_fetch(*new)
+        alone = [row.update_and_fetch(*[x[i : i + 1] for x in new])[0] for i, row in enumerate(rows)]
+        if step % 13 == 0:
+            q, sinks = normal(4, 32, 1, 128, seed=step, dtype=mx.float16), mx.linspace(-2, 2, 32)
+            in_graph = [h._attend_codes(q[i : i + 1].astype(mx.float32), 0.1, None, sinks) for i, h in enumerate(alone)]
+            assert relative(together.attend(q, 0.1, None, sinks), mx.concatenate(in_graph)) < TOLERANCE
+    assert batch._stack is not None
+    assert [run.tokens for row in batch.rows for run in row.runs] == [run.tokens for row in rows for run in row.runs]
+    for row, own in zip(batch.rows, rows, strict=True):
+        assert all(mx.array_equal(x, y) for x, y in zip(row.decoded(), own.decoded(), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])

@@ -135,9 +135,10 @@ _CPU_TABLES = {  # part: heading, titles, cells
     ),
 }
 _CPU_TABLES["host"] = (
-    "Python of a layer and token on a GPU, without MLX's launches",
-    "cache | µs, median: | µs more than exact: | µs, mean: | µs, most:",
-    "{cache} | {microseconds:.0f} | {beyond_exact:.0f} | {mean_microseconds:.0f} | {most_microseconds:.0f}",
+    "Python of a layer and step on a GPU, without MLX's launches",
+    "cache | sequences: | µs, median: | µs more than exact: | µs, mean: | µs, most:",
+    "{cache} | {sequences} | {microseconds:.0f} | {beyond_exact:.0f} | "
+    "{mean_microseconds:.0f} | {most_microseconds:.0f}",
 )
 _CPU_TABLES["fit"] = ("Fitting to the keys and values of one layer", *_CPU_TABLES["encode"][1:])
 _GPU_TABLES = {  # the same

@@ -28,41 +28,52 @@ from veloxlab.measure.bench.timing import Row, Tell
 from veloxlab.mlxlm.hooks import attach
 
 PAST = 1024  # tokens before the first that is timed
+SEQUENCES = 1, 8
 BLOCKS = 6  # that are encoded while steps are timed
 
 
 def host(progress: Tell = print) -> list[Row]:
-    """Microseconds of Python a layer and token, with the exact cache and with every method.
+    """Microseconds of Python a layer and step, with the exact cache and with every method, alone and in a batch.
 
-    Rows: ``cache, microseconds`` (the median of all steps), ``beyond_exact`` (more than with the exact cache),
-    ``mean_microseconds`` (of all steps: one in `BLOCK` encodes a block), ``most_microseconds``.
+    Rows: ``cache, sequences, microseconds`` (the median of all steps), ``beyond_exact`` (more than with the exact
+    cache), ``mean_microseconds`` (of all steps: one in `BLOCK` encodes a block), ``most_microseconds``.
     """
     made: dict[str, Callable[[], Any]] = {EXACT: KVCache}
     made |= {titled(name): partial(CompressedKVCache, *two) for name, two in codecs(progress).items()}
     attach()
     rows: list[Row] = []
     with _kernels_without_a_gpu():
-        for name, cache in made.items():
-            spent = _steps(cache())
-            row: Row = {"cache": name, "microseconds": median(spent)}
-            row |= {"mean_microseconds": mean(spent), "most_microseconds": max(spent)}
-            rows.append(row | {"beyond_exact": row["microseconds"] - (rows or [row])[0]["microseconds"]})
-            progress(f"Python of a layer and token: {name}, {row['microseconds']:.3g} µs")
+        for sequences in SEQUENCES:
+            of_exact = 0.0
+            for name, cache in made.items():
+                spent = _steps(cache(), sequences)
+                row: Row = {"cache": name, "sequences": sequences, "microseconds": median(spent)}
+                row |= {"mean_microseconds": mean(spent), "most_microseconds": max(spent)}
+                of_exact = of_exact or row["microseconds"]
+                rows.append(row | {"beyond_exact": row["microseconds"] - of_exact})
+                progress(f"Python of a layer and step: {name}, {sequences} sequences, {row['microseconds']:.3g} µs")
     return rows
 
 
-def _steps(cache: Any) -> list[float]:  # noqa: ANN401
-    """Microseconds of each step; what one leaves is computed before the next."""
+def _steps(cache: Any, sequences: int) -> list[float]:  # noqa: ANN401
+    """Microseconds of each step; what one leaves is computed before the next.
+
+    In a batch each layer asks where its tokens are, for queries and for keys; the mask is made once for all layers.
+    """
     shape = cpu.SHAPE
-    forms = (shape.kv_heads, PAST), (shape.kv_heads, 1), (shape.query_heads, 1)
-    past, new, q = (mx.random.normal((1, heads, tokens, shape.head_dim)) for heads, tokens in forms)
+    forms = (1, shape.kv_heads, PAST), (sequences, shape.kv_heads, 1), (sequences, shape.query_heads, 1)
+    past, new, q = (mx.random.normal((*form, shape.head_dim)) for form in forms)
     cache.update_and_fetch(past, past)
+    if sequences > 1:
+        cache = cache.merge([cache] * sequences)
     spent = []
     for _ in range(BLOCKS * BLOCK):
-        mx.eval(cache.state, new, q)
+        mx.eval(cache.buffers if hasattr(cache, "buffers") else [cache.keys, cache.values], new, q)
+        mask = cache.make_mask(1) if sequences > 1 else None
         start = time.perf_counter()
+        _ = cache.offset, cache.offset
         keys, values = cache.update_and_fetch(new, new)
-        base.scaled_dot_product_attention(q, keys, values, cache=cache, scale=shape.head_dim**-0.5, mask=None)
+        base.scaled_dot_product_attention(q, keys, values, cache=cache, scale=shape.head_dim**-0.5, mask=mask)
         spent.append(1e6 * (time.perf_counter() - start))
     return spent[BLOCK:]
 
