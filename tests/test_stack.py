@@ -225,6 +225,20 @@ def test_rows_that_a_kernel_does_not_read_together_keep_their_buffers(settings):
     assert not is_stacked(batch)
 
 
+def test_the_mask_that_shows_each_row_all_its_tokens_is_not_read(monkeypatch):
+    """Not at the first step either: a kernel that reads masks would be built for that alone."""
+    monkeypatch.setattr(histories, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
+    batch = CompressedKVCache.merge(caches())
+    for seed in range(3):
+        mask, new = batch.make_mask(1), tokens(1, seed, len(batch.rows))
+        batch.update_and_fetch(new, new)[0].attend(new, 0.2, mask)
+        assert all(unmasked for *_, unmasked, _ in batch._stack.calls)
+        batch.filter([0, 2, 3])
+        batch.extend(CompressedKVCache.merge(caches()[:1]))
+    batch.update_and_fetch(new, new)[0].attend(new, 0.2, mx.ones((4, 1, 1, batch.size()), mx.bool_))
+    assert not all(unmasked for *_, unmasked, _ in batch._stack.calls)
+
+
 def test_a_step_makes_as_many_operations_for_many_rows_as_for_few(tmp_path, monkeypatch):
     monkeypatch.setattr(histories, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
     counts = []

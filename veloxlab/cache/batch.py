@@ -13,7 +13,7 @@ from typing import Any, Self
 import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
-from veloxlab.cache import saved
+from veloxlab.cache import places, saved
 from veloxlab.cache.histories import BatchHistory, BatchRow, StackHistory
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.stack import Stack, can_share
@@ -98,11 +98,10 @@ class BatchCompressedKVCache(saved.Saved):
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """Boolean ``[B, 1, N, S]``: each row sees its own past, and of its new tokens itself and those before."""
-        if self._stack is not None and N == 1 and window_size is None:
-            self._stack.padding = self._padding
-            return self._stack.mask_of_all(self._width)
-        window_size = window_size or self._rows[0].max_size
-        mask: mx.array = create_causal_mask(N, self._width, window_size, left_padding=self.left_padding)
+        reach = window_size or self._rows[0].max_size
+        if N == 1 and reach is None:
+            return places.mask_of_all(self._before, self._width)
+        mask: mx.array = create_causal_mask(N, self._width, reach, left_padding=self.left_padding)
         return mask
 
     def keys_and_values(self) -> tuple[Any, Any]:
@@ -124,8 +123,15 @@ class BatchCompressedKVCache(saved.Saved):
     @property
     def left_padding(self) -> mx.array:
         """Places before the oldest token of each row ``[B]``."""
+        return mx.array(self._before)
+
+    @property
+    def _before(self) -> tuple[int, ...]:
+        if self._stack is not None and not self._padded:
+            self._stack.padding = self._padding
+            return self._stack.columns
         width = self._width
-        return mx.array([width - row.visible + skip for row, skip in zip(self.rows, self._skip, strict=True)])
+        return tuple(width - row.visible + skip for row, skip in zip(self.rows, self._skip, strict=True))
 
     def prepare(self, *, left_padding: Pads = None, lengths: Pads = None, right_padding: Pads = None) -> None:
         """Say where padding is among the tokens to come; raises `InputError` if it is left of what a row holds."""
