@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,3 +100,9 @@ def smollm2() -> tuple[nn.Module, TokenizerWrapper]:
     from veloxlab.models.loading import load
 
     return load("smollm2-135m", dtype="float32")
+
+
+def pytest_collection_finish() -> None:
+    """Let garbage collection, which some tests ask for again and again, pass over what is there before the first."""
+    gc.collect()
+    gc.freeze()
