@@ -57,7 +57,13 @@ def of_targets(log_probs: mx.array, targets: mx.array) -> mx.array:
 
 def divergence(exact: mx.array, changed: mx.array) -> mx.array:
     """KL(exact ‖ changed) ``[S]`` of log-probabilities ``[S, vocabulary]``, in nats; NaN where either is."""
-    kl = (mx.exp(exact) * (exact - changed)).sum(axis=-1)
+    if runtime.backend() == "cpu":  # NumPy takes a tenth of MLX's time, and a row stays in a core's cache
+        rows = (np.array(x, copy=False).reshape(-1, x.shape[-1]) for x in (exact, changed))
+        with np.errstate(invalid="ignore"):
+            sums = [np.dot(np.exp(p), p - q) for p, q in zip(*rows, strict=True)]
+        kl = mx.array(np.array(sums, np.float32)).reshape(exact.shape[:-1])
+    else:
+        kl = (mx.exp(exact) * (exact - changed)).sum(axis=-1)
     return mx.maximum(kl, 0.0)  # rounding of float32 sums can leave −1e-8; NaN stays
 
 
