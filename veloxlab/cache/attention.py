@@ -50,7 +50,7 @@ class History(Handle):
     ) -> None:
         if past is None:
             past, behind = Past(segments), segments[-1:]
-            if len(segments) > 1 and isinstance(behind[0].key_codec, Exact):
+            if len(segments) > 1 and all(isinstance(c, Exact) for c in (behind[0].key_codec, behind[0].value_codec)):
                 past, newest = Past(segments[:-1]), exact_run(behind[0])
         self.past, self.newest, self.stored = past, newest, stored
 
