@@ -1,5 +1,6 @@
 """Attention over a history through GPU kernels, run on the CPU: from codecs to the answer that graph ops give."""
 
+import itertools
 import math
 import shutil
 from dataclasses import replace
@@ -12,6 +13,8 @@ from mlx_lm.models.base import create_causal_mask
 from tests.metal_on_host.launch import HOST, built
 from veloxlab.cache import attention
 from veloxlab.cache.attention import History
+from veloxlab.cache.counts import BLOCK
+from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.past import Segment
 from veloxlab.codecs import METHODS, ratequant
 from veloxlab.codecs.base import Code, Sample
@@ -397,3 +400,24 @@ def test_a_rotation_that_errs_is_switched_off(monkeypatch):
         wrong = rotation.forward(x)
     on_a_cpu(monkeypatch)
     assert mx.array_equal(wrong, rotation.forward(x))
+
+
+def test_what_is_prepared_serves_until_a_buffer_of_codes_is_full(monkeypatch):
+    gpu = replace(HOST, lazy=True)
+    monkeypatch.setattr("veloxlab.cache.past.device_backend", lambda: gpu)
+    monkeypatch.setattr(attention, "current_backend", lambda: gpu)
+    cache = CompressedKVCache(TurboQuant(DIM, 4), TurboQuant(DIM, 3, "mse"), window=BLOCK)
+    first = normal(1, 2, 3000, DIM)  # buffers of 3,000 tokens take room for more than a block
+    cache.update_and_fetch(first, first)
+    filled, calls = set(), []
+    for i in range(2 * BLOCK + 1):
+        new = normal(1, 2, 1, DIM, seed=50 + i)
+        found, _ = cache.update_and_fetch(new, new)
+        if found.past.filled not in filled:
+            in_kernel, in_graph = both(found, normal(1, 4, 1, DIM, seed=i))
+            assert relative(in_kernel, in_graph) < TOLERANCE
+            assert found.tokens == cache.offset
+            filled.add(found.past.filled)
+            calls.append(found.past.calls)
+    same = [mine is before for mine, before in itertools.pairwise(calls)]
+    assert same == [False, True]  # there was no room for the first block
