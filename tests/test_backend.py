@@ -6,6 +6,10 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+import veloxlab as vl
+from tests.tiny_models import tiny
+from veloxlab.cache.counts import BLOCK
+from veloxlab.checkup import SESSION_KERNELS
 from veloxlab.codecs import METHODS
 from veloxlab.kernels import checked, devices
 from veloxlab.kernels.encode import sign_kernel
@@ -54,3 +58,20 @@ def test_what_a_launch_of_an_eager_back_end_is_given_is_computed(monkeypatch):
         backend = replace(devices.METAL, build=lambda _: lambda **_: [mx.zeros((1,))] * 2, lazy=lazy)
         sign_kernel(32, 32)(backend, mx.zeros((1, 1, 1, 32)), mx.zeros((1, 1, 1, 32)))
         assert len(evaluated) == count
+
+
+def test_a_session_of_a_model_builds_as_many_kernels_as_doctor_says(monkeypatch):
+    """A prompt is read in two chunks, and a block of the answer leaves the window, with the defaults."""
+    names = []
+
+    def built(source):
+        names.append(source.name)
+        return lambda *, output_shapes, output_dtypes, **_: list(map(mx.zeros, output_shapes, output_dtypes))
+
+    monkeypatch.setitem(devices.BACKENDS, "cpu", replace(devices.CUDA, build=built, tried=False))
+    model = tiny("llama")
+    cache = vl.make_cache(model)
+    for count in (200, 200, *[1] * (BLOCK + 1)):
+        mx.eval(model(mx.zeros((1, count), mx.int32), cache=cache))
+    assert sorted(names) == ["attend_table_table", "combine", "encode", "encode", "expand_table"]
+    assert len(names) == SESSION_KERNELS

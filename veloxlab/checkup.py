@@ -14,6 +14,7 @@ from veloxlab.errors import InputError
 PACKAGES = ("veloxlab", "mlx", "mlx-lm", "jupyterlab", "altair", "anywidget", "vl-convert-python", "polars")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 LEAST_MEMORY_BYTES = 4 * 2**30
+SESSION_KERNELS = 5  # that are built to read a prompt and decode with one model, with the defaults
 TOO_MANY = "more than this process may use at once ({})"
 BLAS_HINTS = {
     runtime.SWITCHED_OFF: "unset VELOXLAB_BLAS",
@@ -95,6 +96,7 @@ def _kernels() -> Check:
     if current_backend() is None:
         detail = "none: numba, which compiles them for a CPU, is not installed; MLX operations do their work, slower"
         return Check("kernels", "warn", detail, "uv pip install numba")
+    from veloxlab.kernels.backend import built_kernels
     from veloxlab.kernels.checked import states
 
     _try_kernels()
@@ -102,7 +104,10 @@ def _kernels() -> Check:
     if wrong:
         return Check("kernels", "warn", wrong[0], "MLX operations do its work; please report it")
     detail = f"{states()['agrees']} agree with their reference implementations"
-    return Check("kernels", "ok", detail) if runtime.backend() != "cpu" else _loops(detail)
+    if runtime.backend() == "cpu":
+        return _loops(detail)
+    detail += f"; {built_kernels()} were built for that (a session of one model and method builds {SESSION_KERNELS})"
+    return Check("kernels", "ok", detail)
 
 
 def _loops(detail: str) -> Check:

@@ -124,6 +124,11 @@ def _built(source: Source, backend: Backend) -> Built:
     return backend.build(source)
 
 
+def built_kernels() -> int:
+    """How many kernels this process has built, none twice."""
+    return _built.cache_info().misses
+
+
 def build_with_mlx(language: str, source: Source) -> Built:
     """A kernel of ``mx.fast``, in ``"metal"`` or ``"cuda"``.
 
