@@ -12,7 +12,7 @@ import pytest
 
 import veloxlab as vl
 from tests.metal_on_host.launch import HOST
-from tests.test_batch import DIM, HEADS, Reference, make, step, tokens
+from tests.test_batch import DIM, HEADS, LENGTHS, SOME_EXACT, WANTED, Reference, alone, make, step, together, tokens
 from tests.tiny_models import tiny
 from veloxlab.cache import histories, stack
 from veloxlab.cache.layer import CompressedKVCache
@@ -109,12 +109,12 @@ def answers(batch, rows, seed, *, mask=None, sinks=None, query_heads=HEADS):
     new, q = tokens(1, seed, len(rows)), mx.random.normal((len(rows), query_heads, 1, DIM), key=mx.random.key(seed))
     given = batch.make_mask(1) if mask is None else mask(batch.size() + 1)
     history, _ = batch.update_and_fetch(new, 2 * new)
-    together, apart = history.attend(q, 0.2, given, sinks), []
+    found, apart = history.attend(q, 0.2, given, sinks), []
     for i, row in enumerate(rows):
         history, _ = row.update_and_fetch(new[i : i + 1], 2 * new[i : i + 1])
         own = None if mask is None else given[i : i + 1, ..., batch.size() - row.offset :]
         apart.append(history._attend_codes(q[i : i + 1], 0.2, own, sinks))
-    return together, mx.concatenate(apart)
+    return found, mx.concatenate(apart)
 
 
 def assert_close(found, wanted) -> None:
@@ -148,6 +148,16 @@ def test_one_launch_answers_as_each_row_alone(method, more):
             row.update_and_fetch(*[tokens(1, seed, 4)[i : i + 1]] * 2)
     assert_close(*answers(batch, rows, 40, **more))
     assert is_stacked(batch)
+    assert checked.states().keys() <= {"agrees"}
+
+
+@needs_compilers
+def test_each_sequence_of_mlx_lms_batch_generator_gets_the_tokens_it_gets_alone():
+    model, rng = tiny("llama"), np.random.default_rng(0)
+    prompts = [rng.integers(1, 90, size=n).tolist() for n in LENGTHS]
+    made = [vl.make_cache(model, "turboquant", **SOME_EXACT) for _ in range(2 * len(prompts))]
+    expected = [alone(model, *each) for each in zip(prompts, WANTED, made[: len(prompts)], strict=True)]
+    assert together(model, prompts, WANTED, made[len(prompts) :]) == expected
     assert checked.states().keys() <= {"agrees"}
 
 
@@ -211,8 +221,8 @@ def test_a_batch_without_a_kernel_goes_on_by_rows(monkeypatch):
     batch = CompressedKVCache.merge(rows)
     monkeypatch.setattr(histories, "agrees", lambda *_: False)
     for seed in (1, 2):
-        together, apart = answers(batch, rows, seed)
-        assert np.allclose(together, apart, atol=1e-5)  # rounding of float32
+        found, wanted = answers(batch, rows, seed)
+        assert np.allclose(found, wanted, atol=1e-5)  # rounding of float32
     assert not is_stacked(batch)
 
 

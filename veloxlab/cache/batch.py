@@ -1,7 +1,8 @@
 """Several sequences of different lengths in one layer: what mlx-lm's batch generator and server work with.
 
 Each keeps a `CompressedKVCache` of its own: it gets the same tokens in a batch as it does alone, and leaving or joining
-moves none. What attention is given is padded as mlx-lm pads: on the left, so that the newest tokens are in one column.
+moves none. While a GPU decodes them, their tokens are in buffers that they share (`veloxlab.cache.stack`). What
+attention is given is padded as mlx-lm pads: on the left, so that the newest tokens are in one column.
 """
 
 from __future__ import annotations
