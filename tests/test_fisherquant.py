@@ -18,6 +18,7 @@ from veloxlab.codecs.parts.water_filling import shared_words
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
 from veloxlab.measure.gradients import with_gradients
+from veloxlab.measure.quality import loss_gradients
 from veloxlab.mlxlm.probe import slots_of
 
 CODES = [("scalar", 256), ("trellis", 256), ("trellis", 1024)]
@@ -202,29 +203,38 @@ def test_bits_out_of_range_are_refused_in_a_sentence(model, calibration):
         vl.make_cache(model, "turboquant", bits=2.25)
 
 
-def test_gradients_are_of_labels_that_the_model_draws(model):
+def test_gradients_are_of_labels_that_the_model_draws(model, tmp_path):
     """Their second moment is that of its predictions: with other labels it is another."""
     windows = [Letters().encode(TEXT)[i * 64 : (i + 1) * 64] for i in range(2)]
     told = []
-    seen = list(with_gradients(model, windows, 4, 0, lambda *step: told.append(step)))
+    seen = list(with_gradients(model, windows, 4, 0, tmp_path / "first", lambda *step: told.append(step)))
     assert [(layer, tensor) for layer, tensor, _ in seen] == [(i, t) for i in (0, 1) for t in ("keys", "values")]
     assert [done for done, *_ in told] == [0, 1, 2, 3, 4]
     for _, _, sample in seen:
         assert sample.x.shape == sample.gradients.shape == (2, 2, 60, 64)
         assert (sample.start, sample.queries) == (4, None)
-    again, other = (next(iter(with_gradients(model, windows, 4, seed, lambda *_: None)))[2] for seed in (0, 1))
+    assert not (tmp_path / "first").exists()
+    places = [(seed, tmp_path / str(seed)) for seed in (0, 1)]
+    again, other = (next(iter(with_gradients(model, windows, 4, *place, lambda *_: None)))[2] for place in places)
     assert mx.array_equal(again.gradients, seen[0][2].gradients)
     assert not mx.array_equal(other.gradients, seen[0][2].gradients)
 
 
-def test_cancelling_leaves_nothing(model, tmp_path):
+def test_what_was_cancelled_goes_on_where_it_was(model, calibration, tmp_path, monkeypatch):
     def stop(done, total, label):
-        if done == 2:
+        if done == 1:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, tmp_path, progress=stop)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["0.safetensors"]
+    taken, gradients = [], loss_gradients
+    monkeypatch.setattr("veloxlab.measure.gradients.loss_gradients", lambda *a: taken.append(1) or gradients(*a))
+    again = calibrate(model, tmp_path)
+    assert len(taken) == 1
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 1  # the calibration's own
+    for at, codec in calibration.codecs.items():
+        assert mx.array_equal(codec.forward, again.codecs[at].forward)
 
 
 def test_without_gradients_queries_stand_in_and_a_warning_says_so(model, tmp_path, monkeypatch):

@@ -306,5 +306,4 @@ METHOD = Method(
     planned=planned,
     colour="#1c7c7d",
     mark="diamond",
-    space="fisher",
 )

@@ -62,7 +62,7 @@ def calibrate(
     tokens : how much of the text, 64 or more; by default 1,024, or 16 windows of 512 for gradients.
     seed : of everything random.
     folder : where to keep it; the user's cache folder by default. Where it cannot be written a warning says so.
-    progress : told of each layer; what it raises ends the work and nothing is saved.
+    progress : told of each layer; what it raises ends the work, and nothing is saved but windows with their gradients.
     options : the method's own.
     """
     found, widths = find_method(method), sorted(set(bits) if isinstance(bits, Sequence) else {bits})
@@ -81,7 +81,8 @@ def calibrate(
         if found.planned:
             count = max(1, len(ids) // WINDOW)
             windows = [ids[i * len(ids) // count : (i + 1) * len(ids) // count] for i in range(count)]
-            for layer, tensor, sample in with_gradients(model, windows, DEFAULT_SINKS, seed, progress):
+            place = kept_in("calibrations", folder) / f"windows-{digest(read)[:16]}"
+            for layer, tensor, sample in with_gradients(model, windows, DEFAULT_SINKS, seed, place, progress):
                 codec = found.codec(sample.x.shape[-1], found.bits[0], tensor, **options)
                 codecs[layer, tensor, 0] = codec.fit(sample)
             return Calibration(method, facts, codecs)

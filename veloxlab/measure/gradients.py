@@ -2,63 +2,94 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from veloxlab.codecs import TENSORS, Tensor
 from veloxlab.codecs.base import Sample
+from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, Recorder
 from veloxlab.measure.quality import loss_gradients
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.ropes import ropes_of
 from veloxlab.progress import Progress
+from veloxlab.store import make_folder, write_atomically
 
 WINDOW = 512  # tokens of a stretch of text
-_HELD = mx.bfloat16  # what all windows are held in: sizes vary much, and eight bits say enough of a mean
+_HELD = mx.bfloat16  # in which windows are kept: sizes vary much, and eight bits say enough of a mean
 
 
 def with_gradients(
-    model: Module, windows: Sequence[Sequence[int]], sinks: int, seed: int, progress: Progress
+    model: Module, windows: Sequence[Sequence[int]], sinks: int, seed: int, folder: Path, progress: Progress
 ) -> Iterator[tuple[int, Tensor, Sample]]:
     """Give each layer's keys, then its values, behind the sinks, with gradients of the loss of labels that it draws.
 
     The Fisher matrix is of what the model says, not of the text: after every token a label is drawn from its own
-    predictions. Of all windows keys, values and gradients are held, as much as the model's own cache of two texts of
-    that length. A model that cannot be differentiated gives queries in their place, with a warning.
+    predictions. Each window is a file in ``folder`` until the last layer is done, so that one layer's activations are
+    held at a time, and the same work goes on where it was stopped. A model that cannot be differentiated gives queries
+    in the place of gradients, with a warning.
     """
     facts = [found for found in probe.probe(model) if found.compressible]
     ropes, steps = ropes_of(model, windows[0]), len(windows) + len(facts)
-    held: list[list[list[mx.array | None]]] = [[] for _ in facts]  # by layer and window: keys, values, gradients
-    differentiable = True
-    for w, ids in enumerate(windows):
-        progress(w, steps, f"gradients of window {w + 1} of {len(windows)}")
-        caches = probe.with_caches(model, Recorder)
-        logits = model(mx.array([list(ids)]), cache=caches)[0].astype(mx.float32)
-        labels = mx.random.categorical(logits, key=mx.random.key(seed + w))
-        recorders = probe.probes_of(caches)
-        mx.eval(labels, [[r.keys, r.values, r.queries] for r in recorders if isinstance(r, Recorder)])
-        del logits, caches
-        gradients = _gradients(model, ids, labels) if differentiable else None
-        differentiable = gradients is not None
-        for i, recorder in enumerate(recorders):
-            assert isinstance(recorder, Recorder)
-            seen = LayerCapture(recorder.facts.layer, recorder.queries, recorder.keys, recorder.values, None)
-            seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
-            own = gradients[i] if gradients else (None, None)
-            kept = recorder.keys, recorder.values, *own, None if gradients else recorder.queries
-            held[i].append([None if x is None else x.astype(_HELD) for x in kept])
-            mx.eval([x for x in held[i][-1] if x is not None])
-    for i, (found, rope) in enumerate(zip(facts, ropes, strict=True)):
-        progress(len(windows) + i, steps, f"fitting layer {found.layer}")
-        *both, of_keys, of_values, queries = (_joined(part, sinks) for part in zip(*held[i], strict=True))
-        held[i] = []
-        for tensor, x, gradient in zip(TENSORS, both, (of_keys, of_values), strict=True):
-            assert x is not None
-            yield found.layer, tensor, Sample(x, queries, rope, seed, sinks, gradient if differentiable else None)
+    with _writable(folder) as place:
+        files = [place / f"{w}.safetensors" for w in range(len(windows))]
+        differentiable = True
+        for w, (ids, file) in enumerate(zip(windows, files, strict=True)):
+            progress(w, steps, f"gradients of window {w + 1} of {len(windows)}")
+            if not file.exists():
+                differentiable = _write(model, ids, mx.random.key(seed + w), file, differentiable)
+        for i, (found, rope) in enumerate(zip(facts, ropes, strict=True)):
+            progress(len(windows) + i, steps, f"fitting layer {found.layer}")
+            queries = _joined(files, f"{i}.queries", sinks)
+            for tensor in TENSORS:
+                x, gradients = (_joined(files, f"{i}.{name}{tensor}", sinks) for name in ("", "of_"))
+                assert x is not None
+                yield found.layer, tensor, Sample(x, queries, rope, seed, sinks, gradients)
+        for file in files:
+            file.unlink()
     progress(steps, steps, "done")
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[Path]:
+    """The folder, which is removed once it is empty, or one for this run alone where it cannot be written."""
+    with ExitStack() as stack:
+        try:
+            make_folder(folder)
+        except InputError:
+            folder = Path(stack.enter_context(TemporaryDirectory()))
+        yield folder
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _write(model: Module, ids: Sequence[int], key: mx.array, file: Path, differentiable: bool) -> bool:
+    """Write what a window gives, and say whether that has gradients."""
+    caches = probe.with_caches(model, Recorder)
+    labels = mx.random.categorical(model(mx.array([list(ids)]), cache=caches)[0].astype(mx.float32), key=key)
+    recorders = [r for r in probe.probes_of(caches) if isinstance(r, Recorder)]
+    mx.eval(labels, [[r.keys, r.values, r.queries] for r in recorders])
+    gradients = _gradients(model, ids, labels) if differentiable else None
+    arrays: dict[str, mx.array] = {}
+    for i, recorder in enumerate(recorders):
+        seen = LayerCapture(recorder.facts.layer, recorder.queries, recorder.keys, recorder.values, None)
+        seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
+        own: dict[str, mx.array | None] = {"keys": seen.keys, "values": seen.values}
+        own |= (
+            dict(zip(("of_keys", "of_values"), gradients[i], strict=True)) if gradients else {"queries": seen.queries}
+        )
+        arrays |= {f"{i}.{name}": x.astype(_HELD) for name, x in own.items() if x is not None}
+    held = io.BytesIO()
+    mx.save_safetensors(held, arrays)
+    write_atomically(file, held.getvalue())
+    return gradients is not None
 
 
 def _gradients(model: Module, ids: Sequence[int], labels: mx.array) -> list[tuple[mx.array, ...]] | None:
@@ -78,8 +109,9 @@ def _gradients(model: Module, ids: Sequence[int], labels: mx.array) -> list[tupl
     return None
 
 
-def _joined(parts: Sequence[mx.array | None], sinks: int) -> mx.array | None:
-    """Windows as a batch ``[W, H, S, D]`` of float32, evaluated."""
+def _joined(files: Sequence[Path], name: str, sinks: int) -> mx.array | None:
+    """An array of all windows as a batch ``[W, H, S, D]`` of float32, evaluated; None if one has none."""
+    parts: list[mx.array | None] = [mx.load(str(file)).get(name) for file in files]  # type: ignore[union-attr]
     given = [part[:, :, sinks:] for part in parts if part is not None]
     if len(given) < len(parts):
         return None
