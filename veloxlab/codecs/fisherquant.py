@@ -10,7 +10,7 @@ Of each KV head's keys and values x, with gradients g of the loss of labels that
     1. Mean: of values, and of keys *before* RoPE, μ: what is coded is k_t − R_t μ.
     2. Metric: H = E[ggᵀ] + 1 % of its mean variance. C = Σ w xxᵀ / Σ w, w = min(‖g‖² / mean, 20) + 0.2.
        With H = LLᵀ and LᵀCL = UΛUᵀ, Λ falling, the coordinates are y = x·LU, and x = y·UᵀL⁻¹.
-    3. Ranges: σᵢ² = E[wᵢyᵢ²] / E[wᵢ], w the squared gradient of yᵢ, at most 30 and at least 0.05 of its mean.
+    3. Ranges: σᵢ² = E[wᵢyᵢ²] / E[wᵢ], wᵢ = min(gᵢ² / mean, 30) + 0.25, gᵢ the gradient by yᵢ.
     4. Bits: a coordinate of b bits loses ½ σᵢ² D(b) nats. One reverse water-filling over all coordinates of all heads,
        layers, keys and values gives each 0 to 8, when a cache is made: one calibration serves every budget.
     5. Code: yᵢ / σᵢ by ``code="trellis"`` with tables of 256 or 1,024 ``entries``, or ``"scalar"``, Lloyd–Max levels:
@@ -55,7 +55,7 @@ from veloxlab.kernels.readers import TrellisReader
 
 _DAMPING, _RIDGE = 1e-2, 1e-3  # of a metric, and of second moments: the share that every direction is given
 _LOUDEST, _QUIET = 20.0, 0.2  # weights of vectors, of a mean of 1: the most, and what all have besides
-_MOST_WEIGHT, _LEAST_WEIGHT = 30.0, 0.05  # of one coordinate
+_MOST_WEIGHT, _LEAST_WEIGHT = 30.0, 0.25  # of one coordinate
 _TINY = 1e-8  # variance, of the largest of a head, below which all are alike: float16 has to hold their ratios
 _ENTRIES = Check("256 or 1024", lambda value: value in (256, 1024), int)
 
