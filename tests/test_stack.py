@@ -14,12 +14,13 @@ import veloxlab as vl
 from tests.metal_on_host.launch import HOST
 from tests.test_batch import DIM, HEADS, LENGTHS, SOME_EXACT, WANTED, Reference, alone, make, step, together, tokens
 from tests.tiny_models import tiny
-from veloxlab.cache import histories, stack
+from veloxlab.cache import coming, histories, stack
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.stack import Stack
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.rope import Rope
+from veloxlab.errors import InputError
 from veloxlab.kernels import checked
 from veloxlab.kernels.devices import CUDA
 from veloxlab.measure.bench.host import zeros_of
@@ -233,6 +234,31 @@ def test_rows_that_a_kernel_does_not_read_together_keep_their_buffers(settings):
     batch.update_and_fetch(*[tokens(5, 1, 2)] * 2)
     batch.update_and_fetch(*[tokens(1, 1, 2)] * 2)
     assert not is_stacked(batch)
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_a_bad_row_is_told_and_the_others_go_on_without_it(monkeypatch, leave):
+    monkeypatch.setattr(coming, "device_backend", lambda: BACKEND)  # which is not waited for
+    settings = {"sinks": 3, "window": 0}
+    rows = [make(**settings) for _ in range(3)]
+    for row in rows:
+        row.update_and_fetch(tokens(40, 1), tokens(40, 2))
+    batch = CompressedKVCache.merge(rows)
+    good, bad = tokens(1, 3, 3), np.array(tokens(1, 3, 3))
+    bad[1, 0, 0, 5] = np.nan
+    batch.update_and_fetch(good, mx.array(bad))
+    with pytest.raises(InputError, match="the values of a token are NaN"):
+        batch.settle()
+    if leave:
+        batch.filter([0, 2])
+    else:
+        with pytest.raises(InputError, match="the values of a token are NaN"):
+            batch.extract(1).settle()
+        taken = [batch.extract(i) for i in (0, 2)]
+        batch = CompressedKVCache.merge(taken)
+    for _ in range(3):
+        batch.update_and_fetch(good[:2], good[:2])
+    batch.settle()
 
 
 def test_the_mask_that_shows_each_row_all_its_tokens_is_not_read(monkeypatch):

@@ -63,6 +63,13 @@ class Checks:
         """The check of what a call has stored."""
         self._before, self._of_last = self._of_last, largest
 
+    def only(self, rows: tuple[Sequence[Sequence[int]], Sequence[Sequence[int]]]) -> Checks:
+        """Those of some entries of the last call but one, and of the last: which, of each keys and values in turn."""
+        own = Checks()
+        for largest, kept in zip((self._before, self._of_last), rows, strict=True):
+            own.kept([x[mx.array([*kept[i // 2]])] for i, x in enumerate(largest) if kept[i // 2]])
+        return own
+
     def look(self, layer: int) -> None:
         """Raise `InputError` for what the call before the last stored, which has been computed by now."""
         if self._before:

@@ -1,4 +1,4 @@
-"""Where the sequences of a batch are in buffers that they share: numbers alone, the same for all layers of a model."""
+"""Where the sequences of a batch are in buffers that they share: numbers, the same for all layers of a model."""
 
 from __future__ import annotations
 
@@ -134,3 +134,20 @@ def sources(old: Form, new: Form) -> mx.array:
 def stretches(firsts: tuple[int, ...], count: int) -> mx.array:
     """The places ``first .. first + count`` of all."""
     return mx.array(np.concatenate([np.arange(first, first + count, dtype=np.uint32) for first in firsts]))
+
+
+def taken(array: mx.array, index: mx.array, axis: int) -> mx.array:
+    """Some of an array; zeros of one that is empty."""
+    if array.size:
+        return mx.take(array, index, axis=axis)
+    return mx.zeros((*array.shape[:axis], index.size, *array.shape[axis + 1 :]), array.dtype)
+
+
+def put(held: mx.array, firsts: tuple[int, ...], new: mx.array) -> None:
+    """Write tokens ``[rows, H, block, ...]`` to stretches of ``held`` ``[1, H, S, ...]``, where they begin."""
+    rows, heads, block, numbers = new.shape
+    if rows == 1:
+        held[:, :, firsts[0] : firsts[0] + block] = new
+    else:
+        by_head = new.swapaxes(0, 1).reshape(1, heads, rows * block, numbers)
+        held[:, :, stretches(firsts, block)] = by_head

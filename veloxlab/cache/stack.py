@@ -27,6 +27,8 @@ from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
 from veloxlab.kernels.devices import current_backend
 
+Asked = tuple[list[list[CompressedKVCache]], list[list[CompressedKVCache]]]  # whose tokens `Checks` has; see there
+
 
 def can_share(rows: Sequence[CompressedKVCache]) -> bool:
     """Whether the device can read such rows by one launch."""
@@ -64,6 +66,7 @@ class Stack:
         self.codecs = first.key_codec, first.value_codec
         self._turned = any(isinstance(x, Rope) for codec in self.codecs for x in vars(codec).values())
         self.exact = Exact(first.key_codec.head_dim), Exact(first.value_codec.head_dim)
+        self._asked: Asked = [], []
         self.column, self.form = 0, places.form_of(first.max_sinks, ())
         self._shown = False
         self._room = self._windows.most_recent + 1 + BLOCK  # columns of a window
@@ -120,6 +123,7 @@ class Stack:
         leaving = self.column - self._windows.most_recent  # those whose window begins before this column
         if self.form.oldest >= leaving:
             self._checks.kept(())
+            self._asked = self._asked[1], []
             return
         try:
             self._pack([i for i, part in enumerate(self.form.parts) if part.start < leaving])
@@ -142,11 +146,12 @@ class Stack:
         if any(part.packed + block > part.room for part in (self.form.parts[i] for i in leaving)):
             self._regrow()
         self._checks.kept(largest)
+        self._asked = self._asked[1], [[self.rows[i] for i in group] for group in groups.values()]
         parts = [*self.form.parts]
         for group, made in zip(groups.values(), codes, strict=True):
             firsts = tuple(parts[i].base + parts[i].packed for i in group)
             for name, held in self._packed.items():
-                _put(held, firsts, made[name])
+                places.put(held, firsts, made[name])
             for i in group:
                 parts[i] = parts[i]._replace(start=parts[i].start + block, packed=parts[i].packed + block)
         self.form = places.form_of(self.form.sinks, tuple(parts))
@@ -187,6 +192,7 @@ class Stack:
         """Keep only these rows, in this order."""
         self._hide()
         self.rows = [self.rows[i] for i in indices]
+        self._checks, self._asked = self._of(self.rows)
         self.form = places.form_of(self.form.sinks, tuple(self.form.parts[i] for i in indices))
         used, held = sum(part.room for part in self.form.parts), next(iter(self._packed.values())).shape[2]
         if held > 2 * used or next(iter(self._recent.values())).shape[0] > 2 * len(self.rows):
@@ -214,18 +220,25 @@ class Stack:
         """Let the rows have tokens of their own."""
         self._give(mx.contiguous)
         for row in self.rows:
-            row._checks = copy.copy(self._checks)
+            row._checks = self._of([row])[0]
 
     def taken(self, index: int) -> CompressedKVCache:
         """A copy of a row, with tokens of its own."""
         row = copy.copy(self.rows[index])
         self._give(mx.contiguous, {index: row})
-        row._checks = copy.copy(self._checks)
+        row._checks = self._of([self.rows[index]])[0]
         return row
 
     def settle(self) -> None:
         """`CompressedKVCache.settle` of all rows."""
         self._checks.settle(self._layer)
+
+    def _of(self, rows: Sequence[CompressedKVCache]) -> tuple[Checks, Asked]:
+        """What is not known yet of these rows: a bad one is no matter of the others."""
+        ids = {id(row) for row in rows}
+        at = [[[j for j, row in enumerate(group) if id(row) in ids] for group in call] for call in self._asked]
+        left = [[[row for row in group if id(row) in ids] for group in call] for call in self._asked]
+        return self._checks.only((at[0], at[1])), ([x for x in left[0] if x], [x for x in left[1] if x])
 
     def _give(self, own: Callable[[mx.array], mx.array], rows: dict[int, CompressedKVCache] | None = None) -> None:
         for i, row in (dict(enumerate(self.rows)) if rows is None else rows).items():
@@ -260,10 +273,10 @@ class Stack:
         self._slide(max(exact))
         form = places.apart(self.form.sinks, [*(part.packed for part in old), *packed], exact, self.column)
         entries = mx.array([*(part.place for part in old), *[0] * len(recent)])
-        self._sinks = {name: _taken(array, entries, 0) for name, array in self._sinks.items()}
-        self._recent = {name: _taken(array, entries, 0) for name, array in self._recent.items()}
+        self._sinks = {name: places.taken(array, entries, 0) for name, array in self._sinks.items()}
+        self._recent = {name: places.taken(array, entries, 0) for name, array in self._recent.items()}
         index = places.sources(self.form, form)
-        self._packed = {name: _taken(array, index, 2) for name, array in self._packed.items()}
+        self._packed = {name: places.taken(array, index, 2) for name, array in self._packed.items()}
         self.form, self.calls = form, {}
 
     def _slide(self, column: int) -> None:
@@ -280,20 +293,3 @@ class Stack:
 def _hold(row: CompressedKVCache, runs: Sequence[Run]) -> None:
     row.sinks, row.packed, row.recent = runs
     row._lent = row._past = None
-
-
-def _taken(array: mx.array, index: mx.array, axis: int) -> mx.array:
-    """Some of an array; zeros of one that is empty."""
-    if array.size:
-        return mx.take(array, index, axis=axis)
-    return mx.zeros((*array.shape[:axis], index.size, *array.shape[axis + 1 :]), array.dtype)
-
-
-def _put(held: mx.array, firsts: tuple[int, ...], new: mx.array) -> None:
-    """Write tokens ``[rows, H, block, ...]`` to stretches of ``held`` ``[1, H, S, ...]``, where they begin."""
-    rows, heads, block, numbers = new.shape
-    if rows == 1:
-        held[:, :, firsts[0] : firsts[0] + block] = new
-    else:
-        by_head = new.swapaxes(0, 1).reshape(1, heads, rows * block, numbers)
-        held[:, :, places.stretches(firsts, block)] = by_head
