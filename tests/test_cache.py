@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import RotatingKVCache
 
+from veloxlab.cache import coming
 from veloxlab.cache.attention import History
 from veloxlab.cache.coming import LARGEST
 from veloxlab.cache.counts import BLOCK
@@ -17,6 +18,7 @@ from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
+from veloxlab.kernels.devices import CUDA
 
 HEADS, DIM = 3, 64
 
@@ -320,6 +322,26 @@ def test_a_bad_token_in_the_window_is_refused_before_it_is_packed():
     with pytest.raises(InputError, match="keys of a token are NaN"):
         feed(cache, tokens(64), tokens(64), [64])
     assert cache.packed.tokens == 0
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+def test_a_gpu_is_not_waited_for_and_what_is_bad_is_told_one_call_later(side, monkeypatch):
+    monkeypatch.setattr(coming, "device_backend", lambda: CUDA)
+    cache = make(sinks=0, window=0)
+    cache.layer = 3
+    feed(cache, tokens(40), tokens(40), [40])
+    arrays = {"keys": np.array(tokens(1, 3)), "values": np.array(tokens(1, 4))}
+    arrays[side][0, 1, 0, 3] = np.nan
+    cache.update_and_fetch(mx.array(arrays["keys"]), mx.array(arrays["values"]))
+    said = f"Layer 3: the {side} of a token are NaN, infinite or beyond"
+    with pytest.raises(InputError, match=said):  # nothing bad is saved
+        "".join(cache.state[-1])
+    cache.update_and_fetch(tokens(1), tokens(1))  # the token behind it is not handed out before the next call
+    for _ in range(2):
+        with pytest.raises(InputError, match=said):
+            cache.update_and_fetch(tokens(1), tokens(1))
+    with pytest.raises(InputError, match=said):
+        copy.deepcopy(cache).update_and_fetch(tokens(1), tokens(1))
 
 
 @pytest.mark.parametrize("side", ["keys", "values"])

@@ -42,7 +42,9 @@ def test_the_tables_of_results_are_the_committed_measurements():
 def test_the_times_on_a_gpu_are_the_committed_measurements():
     results = json.loads((RESULTS / "bench_h200.json").read_text())
     assert {part["facts"]["device"] for part in results.values()} == {"NVIDIA H200"}
-    assert (RESULTS / "bench_h200.md").read_text() == bench_tables(results) + "\n"
+    for name in ("h200", "cpu"):
+        results = json.loads((RESULTS / f"bench_{name}.json").read_text())
+        assert (RESULTS / f"bench_{name}.md").read_text() == bench_tables(results) + "\n"
 
 
 def test_the_peaks_of_memory_are_the_committed_measurements():
@@ -59,11 +61,16 @@ def test_the_peaks_of_memory_are_the_committed_measurements():
 def test_what_it_costs_in_time_is_the_committed_measurement():
     words = " ".join(README.split())
     bench = json.loads((RESULTS / "bench_h200.json").read_text())
-    decode = {r["tokens"]: 1 / r["ratio"] for r in bench["decode"]["rows"] if r["cache"] == "turboquant 4 bit"}
-    assert f"behind 32,768 others takes {decode[32768]:.1f} times" in words
-    assert f"behind 131,072 others a token takes {decode[131072]:.2f} times" in words
-    read = {r["cache"]: 1 / r["ratio"] for r in bench["read"]["rows"] if r["tokens"] == 16384}
-    assert f"reading 16,384 tokens {read['turboquant 4 bit']:.1f} times" in words
+    rows = [r for part in ("decode", "read", "batch") for r in bench[part]["rows"] if r["cache"] == "turboquant 4 bit"]
+    decode = {r["tokens"]: r["ratio"] for r in rows if r.get("shape") == "one layer of 7B"}
+    assert f"behind 4,096 others takes {decode[4096]:.2f} times" in words
+    assert (
+        f"behind 32,768 others {decode[32768]:.2f} times, and behind 131,072 others {decode[131072]:.2f} times" in words
+    )
+    (read,) = (r for r in rows if "peak_ratio" in r)
+    assert f"Reading 32,768 tokens takes {read['ratio']:.2f} times as long, at {read['peak_ratio']:.2f} of the" in words
+    (batch,) = (r for r in rows if r.get("sequences") == 8)
+    assert f"A step of 8 sequences of 4,096 tokens takes {batch['ratio']:.2f} times" in words
     on_cpu = json.loads((RESULTS / "bench_cpu.json").read_text())["decode"]["rows"]
     ratio = {r["tokens"]: r["ratio"] for r in on_cpu if r["cache"] == "turboquant 4 bit"}
     assert f"behind 512 others takes {ratio[512]:.2f} times" in words

@@ -85,9 +85,10 @@ def bench_tables(results: dict[str, Any]) -> str:
     if facts["backend"] == "cpu":
         parts = {part: of for part, of in _CPU_TABLES.items() if part in results}
         tables = [
-            f"{heading}\n\n{_of_part(results[part], titles, cells)}" for part, (heading, titles, cells) in parts.items()
+            f"## {heading}\n\n{_CPU_FACTS.format(**results[part]['facts'])}\n\n{_of_part(results[part], titles, cells)}"
+            for part, (heading, titles, cells) in parts.items()
         ]
-        return "\n\n".join([_CPU_FACTS.format(**facts), *tables])
+        return "\n\n".join(tables)
     import polars as pl
 
     tables = [f"Attention of one query token on an {facts['device']}, {facts['date']}"]
