@@ -18,8 +18,8 @@ from veloxlab.kernels.readers import Reader
 
 Parts = Sequence[tuple[Codec, Code]]  # consecutive tokens
 
-_SMALL = 16 << 20  # bytes
-_turn = local()
+_SMALL = 16 << 20  # bytes of a layer's decoded past, below which it takes no turn
+_turn = local()  # has the last query that took one
 _TRIAL = 333  # tokens of each part, on which loops are tried: no multiple of anything
 
 
@@ -82,7 +82,6 @@ def _can_be_written(backend: Backend, parts: Parts, dtype: mx.Dtype, after: mx.a
         return False
     if not evaluated(*_arrays(parts), *([] if after is None else [after])):
         return False
-
     return _agrees(backend, parts, dtype, kinds, _written)
 
 
@@ -111,7 +110,7 @@ def _is_one_launch(backend: Backend, parts: Parts, dtype: mx.Dtype) -> bool:
     exact = [code.arrays["values"] for codec, code in parts if isinstance(codec, Exact)]
     if reader is None or not can_expand(reader, exact, dtype, backend):
         return False
-    return _agrees(backend, parts, dtype, [reader.key, *(x.dtype for x in exact[:1])], _launched)
+    return _agrees(backend, parts, dtype, [reader.key], _launched)
 
 
 def _launched(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None = None) -> mx.array:

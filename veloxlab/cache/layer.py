@@ -89,8 +89,8 @@ class CompressedKVCache(Runs, saved.Saved):
 
         On the ``"codes"`` path both results are the same `History`; on ``"arrays"`` they are decoded arrays. Raises
         `InputError`, and stores nothing, if the head dimensions are not the codecs', if a key or value to be stored is
-        NaN or infinite, or if a codec cannot encode yet. A GPU is not waited for: there a call raises, and every call
-        after it, if the last but one stored such a key or value. By then it has been computed, and has given one token.
+        NaN or infinite, or if a codec cannot encode yet. A GPU is not waited for: there it stores such a key or value,
+        and the next call but one raises, as do all calls after it and whoever saves the cache.
         """
         fetched = self.store(self.check(keys, values))
         self.begin()

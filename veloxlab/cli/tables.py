@@ -99,10 +99,9 @@ def bench_tables(results: dict[str, Any]) -> str:
         cells = " | ".join(["{cache}", *(f"{{microseconds_{n}:.0f}} µs ({{ratio_{n}:.2f}}×)" for n in tokens)])
         named = "{} query heads, {} KV heads, head dimension {}".format(*shape)
         tables.append(f"{named}\n\n{markdown(titles, cells, times.fill_null(float('nan')))}")
-    parts = {part: of for part, of in _GPU_TABLES.items() if part in results}
-    tables += [
-        f"{heading}\n\n{_of_part(results[part], titles, cells)}" for part, (heading, titles, cells) in parts.items()
-    ]
+    for part, (heading, titles, cells) in _GPU_TABLES.items():
+        if part in results:
+            tables.append(f"{heading}, {results[part]['facts']['date']}\n\n{_of_part(results[part], titles, cells)}")
     return "\n\n".join(tables)
 
 

@@ -26,12 +26,10 @@ _SOURCES: dict[tuple[object, ...], Source] = {}
 
 
 def can_expand(reader: Reader, exact: Sequence[mx.array], dtype: mx.Dtype, backend: Backend) -> bool:
-    """Whether a kernel decodes what ``reader`` reads, beside runs of ``exact`` tokens, to ``dtype``."""
+    """Whether a kernel decodes what ``reader`` reads, beside runs of ``exact`` tokens, all in ``dtype``."""
     power = LEAST_DIM <= reader.dim <= LARGEST_DIM and reader.dim & (reader.dim - 1) == 0
-    types = {dtype, *(x.dtype for x in exact)}
-    return (
-        reader.signs is not None and power and reader.shares(SHARES) and len(types) <= 2 and types <= set(backend.types)
-    )
+    same = dtype in backend.types and all(x.dtype == dtype for x in exact)
+    return reader.signs is not None and power and reader.shares(SHARES) and same
 
 
 def expand(
@@ -48,8 +46,7 @@ def expand(
     It is done once ``after`` is computed. What is packed is finite in float16 too.
     """
     assert reader.signs is not None
-    exact = [x for x in (before, *behind) if x is not None]
-    nothing = nothing_of(exact[0].dtype if exact else mx.float32).keys
+    nothing = nothing_of(dtype).keys
     runs = [nothing if before is None else before, *behind, *[nothing] * (MOST_AFTER - len(behind))]
     counts = [0 if run is nothing else run.shape[2] for run in runs]
     arrays = {
@@ -62,7 +59,7 @@ def expand(
     batch, total = reader.rows.shape[0], sum(counts) + reader.tokens
     groups = -(-reader.tokens // PER_GROUP) + -(-sum(counts) // PER_GROUP)
     (out,) = launch(
-        _source(reader, nothing.dtype, dtype, tuple(arrays), backend),
+        _source(reader, dtype, tuple(arrays), backend),
         suited([*arrays.values()], backend),
         backend=backend,
         groups=(groups, len(heads), batch),
@@ -73,8 +70,8 @@ def expand(
     return out
 
 
-def _source(reader: Reader, exact: mx.Dtype, dtype: mx.Dtype, inputs: tuple[str, ...], backend: Backend) -> Source:
-    which = backend, reader.key, exact, dtype
+def _source(reader: Reader, dtype: mx.Dtype, inputs: tuple[str, ...], backend: Backend) -> Source:
+    which = backend, reader.key, dtype
     if which not in _SOURCES:
         text = reader.fragment("c", "c", Room(backend.table_words, backend.pair_words))
         _SOURCES[which] = Source(

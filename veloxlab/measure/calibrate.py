@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -14,10 +14,10 @@ from mlx.nn.layers.base import Module
 from veloxlab.cache.calibration import FORMAT, Calibration, Place
 from veloxlab.cache.plan import DEFAULT_BITS, DEFAULT_SINKS
 from veloxlab.checks import BITS, checked, either, many, whole
-from veloxlab.codecs import TENSORS, Codec, find_method
+from veloxlab.codecs import TENSORS, Codec, Method, Tensor, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import capture_layers, first_tokens
+from veloxlab.measure.activations import LayerCapture, capture_layers, first_tokens
 from veloxlab.measure.gradients import WINDOW, with_gradients
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
@@ -78,30 +78,48 @@ def calibrate(
     facts: dict[str, object] = {"version": found.version, **read, "bits": widths, "options": _as_json(options)}
 
     def made() -> Calibration:
-        codecs: dict[Place, Codec] = {}
         if found.planned:
-            count = max(1, len(ids) // WINDOW)
-            windows = [ids[i * len(ids) // count : (i + 1) * len(ids) // count] for i in range(count)]
             place = kept_in("calibrations", folder) / f"windows-{digest(read)[:16]}"
-            for layer, tensor, sample in with_gradients(model, windows, DEFAULT_SINKS, seed, place, progress):
-                codec = found.codec(sample.x.shape[-1], found.bits[0], tensor, **options)
-                codecs[layer, tensor, 0] = codec.fit(sample)
-            return Calibration(method, facts, codecs)
-        for seen in capture_layers(model, ids, progress, "fitting"):
-            seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
-            queries = None if seen.queries is None else seen.queries.astype(mx.float32)
-            for tensor in TENSORS:
-                sample = Sample(seen.vectors(tensor), queries, seen.rope, seed)
-                for width in widths:
-                    codec = found.codec(sample.x.shape[-1], width, tensor, **options)
-                    codecs[seen.layer, tensor, int(width)] = codec.fit(sample)
-        return Calibration(method, facts, codecs)
+            samples = with_gradients(model, _windows(ids), DEFAULT_SINKS, seed, place, progress)
+            fitted = _to_gradients(found, samples, options)
+        else:
+            fitted = _to_activations(found, capture_layers(model, ids, progress, "fitting"), widths, seed, options)
+        return Calibration(method, facts, dict(fitted))
 
     if found.codecs:  # registered: a file could not tell whether its code is still the same
         return made()
     key = digest([FORMAT, method, facts])[:16]
     path = kept_in("calibrations", folder) / f"{method}-{key}.json"
     return kept(path, partial(_loaded, facts), made, Calibration.save)
+
+
+def _to_gradients(
+    found: Method, samples: Iterable[tuple[int, Tensor, Sample]], options: Mapping[str, object]
+) -> Iterator[tuple[Place, Codec]]:
+    """A codec of each layer's keys and values, which serves all widths."""
+    for layer, tensor, sample in samples:
+        codec = found.codec(sample.x.shape[-1], found.bits[0], tensor, **options)
+        yield (layer, tensor, 0), codec.fit(sample)
+
+
+def _to_activations(
+    found: Method, layers: Iterable[LayerCapture], widths: Sequence[float], seed: int, options: Mapping[str, object]
+) -> Iterator[tuple[Place, Codec]]:
+    """A codec of each layer's keys and values for each width."""
+    for seen in layers:
+        seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
+        queries = None if seen.queries is None else seen.queries.astype(mx.float32)
+        for tensor in TENSORS:
+            sample = Sample(seen.vectors(tensor), queries, seen.rope, seed)
+            for width in widths:
+                codec = found.codec(sample.x.shape[-1], width, tensor, **options)
+                yield (seen.layer, tensor, int(width)), codec.fit(sample)
+
+
+def _windows(ids: Sequence[int]) -> list[Sequence[int]]:
+    """Stretches of a text of about `WINDOW` tokens."""
+    count = max(1, len(ids) // WINDOW)
+    return [ids[i * len(ids) // count : (i + 1) * len(ids) // count] for i in range(count)]
 
 
 def _loaded(facts: Mapping[str, object], path: Path) -> Calibration:
