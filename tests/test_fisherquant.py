@@ -1,6 +1,7 @@
 """FisherQuant: a trellis that constrains, bits that are planned for a whole model, codes in the loss's own metric."""
 
 import itertools
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -183,6 +184,72 @@ def test_options_of_the_code_need_no_other_calibration(model, calibration):
     assert [codec.code for codec in codecs] == ["trellis", "scalar"]
     with pytest.raises(InputError, match="'trellis' or 'scalar'"):
         vl.make_cache(model, "fisherquant", **given, code="x")
+
+
+OFF: list[dict[str, Any]] = [{"metric": "pca"}, {"metric": "none"}, {"centre": "still"}, {"centre": "none"}]
+OFF += [{"planning": "head"}, {"planning": "none"}, {"scale": "none"}]
+
+
+def label(options):
+    return "-".join(f"{name}={value}" for name, value in options.items())
+
+
+@pytest.mark.parametrize("options", OFF, ids=label)
+def test_a_part_can_be_switched_off_at_the_same_bits(model, calibration, options):
+    plain, without = (
+        vl.make_cache(model, "fisherquant", bits=2.5, calibration=calibration, sinks=0, window=0, **given)
+        for given in ({}, options)
+    )
+    ids = mx.array([Letters().encode(TEXT)[:300]])
+    decoded = []
+    for cache in (plain, without):
+        model(ids, cache=cache)
+        decoded.append(cache[1].state)
+    assert sum(layer.nbytes for layer in plain) == sum(layer.nbytes for layer in without)
+    assert not all(mx.array_equal(a, b).item() for a, b in zip(*decoded, strict=True))
+
+
+def fitted_to_what_turns(**options):
+    rope, x = Rope(64), normal(1, 2, 500, 64) * mx.linspace(2.0, 0.1, 64)
+    gradients = gradients_along(mx.zeros(64).at[mx.array([7])].add(1.0), x)
+    x = x + rope.forward(mx.broadcast_to(3 * normal(1, 2, 1, 64, seed=1), x.shape), 4)
+    codec = METHODS["fisherquant"].codec(64, 2.5, "keys", **options)
+    return x, codec.fit(Sample(x, None, rope, start=4, gradients=gradients))
+
+
+def test_switches_of_what_was_learned_do_what_they_say():
+    x, codec = fitted_to_what_turns()
+    off = {name: planned({0: codec}, 2.5, **dict([name.split("=")]))[0] for name in map(label, OFF)}
+    errors = {name: mx.square(c.decode(c.encode(x, 4)) - x).mean().item() for name, c in {**off, "": codec}.items()}
+    for name in ("metric=pca", "metric=none"):
+        matrix = np.array(off[name].forward, np.float64)
+        products = np.swapaxes(matrix, 1, 2) @ matrix  # of axes that are at right angles
+        assert np.allclose(products, products * np.eye(64), atol=0.02 * products.max())
+    assert (np.array(off["metric=none"].forward)[:, ~np.eye(64, dtype=bool)] == 0).all()
+    assert errors["metric=pca"] < errors["metric=none"]
+    assert errors["metric=pca"] < errors[""]  # which looks at one direction
+    assert not off["centre=none"].mean.any().item()
+    assert off["centre=none"].rope is off["centre=still"].rope is None
+    assert errors[""] < errors["centre=still"] < errors["centre=none"]
+    assert {sum(head) for head in off["planning=head"].widths} <= {156, 157}  # and 3.5 of 160 bits for a scale
+    assert {width for head in off["planning=none"].widths for width in head} == {2, 3}
+
+
+def test_a_scale_that_is_switched_off_is_one():
+    x = 30 * normal(1, 1, 20, 128)
+    for scaled in (True, False):
+        rows = TrellisRows(((2,) * 64,) * 2, levels_of("trellis"), scaled=scaled)
+        for codes in (rows.encode(x), computed(lambda _, rows=rows: rows.encoder, rows.encode, x)):
+            assert (rows.scales(codes["codes"]).max().item() > 1) == scaled
+
+
+def test_what_was_fitted_with_a_switch_is_what_it_would_be_later_and_stays():
+    (_, codec), (_, other) = fitted_to_what_turns(), fitted_to_what_turns(metric="pca", centre="still")
+    later = planned({0: codec}, 2.5, metric="pca", centre="still")[0]
+    assert mx.array_equal(later.forward, other.forward)
+    assert later.widths == planned({0: other}, 2.5)[0].widths
+    with pytest.raises(InputError, match="metric='pca' and centre='still' were given"):
+        planned({0: other}, 2.5, metric="fisher")
 
 
 def test_what_was_fitted_is_found_again_and_planned_the_same(model, calibration, tmp_path):

@@ -28,6 +28,12 @@ Reading
     A query goes through the second matrix once. q·R_t μ is a product with cosines and sines of the position, which
     stand behind the coordinates of a key: a vector of codes is linear in both.
 
+Options that switch a part off; one calibration serves them all
+    ``metric="pca"``: an error costs the same in all directions of a head; ``"none"``: its own coordinates, too.
+    ``centre="still"``: about a mean of keys as they are after RoPE; ``"none"``: about zero.
+    ``planning="head"``: every head has as many bits; ``"none"``: every coordinate.
+    ``scale="none"``: every scale is 1, of 4 bits all the same.
+
 Without gradients (`fit` of a sample that has none) H is E[qqᵀ] of the queries that read a head, for values the
 identity, and every head counts the same: only directions are known then, and not which head matters.
 """
@@ -37,26 +43,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import Check, check_fields, real
 from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted, per_head
+from veloxlab.codecs.fisherquant_fitting import (
+    Axes,
+    CentreName,
+    MetricName,
+    bases,
+    deviations,
+    metric_of,
+    ranges,
+    switched,
+)
 from veloxlab.codecs.method import Method, Tensor
-from veloxlab.codecs.parts import Floats, constant
+from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import WIDEST, Layout, Row
 from veloxlab.codecs.parts.rope import Rope, angles_from
 from veloxlab.codecs.parts.trellis import SCALE_BITS, CodeName, TrellisRows, Widths, levels_of
-from veloxlab.codecs.parts.water_filling import shared_words
+from veloxlab.codecs.parts.water_filling import equal_words, shared_words
+from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.readers import TrellisReader
 
-_DAMPING, _RIDGE = 1e-2, 1e-3  # of a metric, and of second moments: the share that every direction is given
-_LOUDEST, _QUIET = 20.0, 0.2  # weights of vectors, of a mean of 1: the most, and what all have besides
-_MOST_WEIGHT, _LEAST_WEIGHT = 30.0, 0.25  # of one coordinate
-_TINY = 1e-8  # variance, of the largest of a head, below which all are alike: float16 has to hold their ratios
 _ENTRIES = Check("256 or 1024", lambda value: value in (256, 1024), int)
 
 
@@ -76,6 +89,10 @@ class FisherQuant(Codec):
     tensor: Tensor
     code: CodeName = "trellis"
     entries: int = 256
+    metric: MetricName = "fisher"
+    centre: CentreName = "rotated"
+    planning: Literal["model", "head", "none"] = "model"
+    scale: Literal["outliers", "none"] = "outliers"
     widths: Widths = ()
     size: float = 1.0
     forward: mx.array | None = None
@@ -116,35 +133,45 @@ class FisherQuant(Codec):
         moved = mean if rope is None else rope.forward(mx.broadcast_to(mean, x.shape), sample.start)
         about = learnable(x - moved, METHOD.name, self.head_dim)
         gradients = None if sample.gradients is None else per_head(sample.gradients)
-        metric = _metric(about, gradients, sample.queries if self.tensor == "keys" else None)
-        forward, backward = _bases(about, gradients, metric)
-        y = about @ forward
-        variances = _variances(y, None if gradients is None else gradients @ backward.swapaxes(1, 2))
-        deviations = np.sqrt(np.maximum(variances, _TINY * variances.max(axis=1, keepdims=True)))
+        metric = metric_of(about, gradients, sample.queries if self.tensor == "keys" else None)
+        forward, backward = bases(about, gradients, metric)
+        variances = ranges(about @ forward, None if gradients is None else gradients @ backward.swapaxes(1, 2))
         if gradients is None:  # which head matters is not known
-            variances = variances / variances.sum(axis=1, keepdims=True)
+            total = variances.sum(axis=1, keepdims=True)
+            forward, variances = forward / np.sqrt(total)[..., None], variances / total
         size = float(np.sqrt(np.square(about).mean()))
-        unit = constant(forward / deviations[:, None] * size, mx.float16)
-        fitted = replace(
-            self,
-            size=size,
-            forward=unit,
-            backward=constant(np.linalg.inv(np.array(unit, np.float64)), mx.float16),  # of what is kept
-            mean=constant(mean[0, :, 0]),
-            variances=constant(variances),
-            rope=rope,
-        )
-        return fitted._planned_alone()
+        fitted = replace(self, size=size, metric="fisher", centre="rotated", rope=rope)
+        fitted = fitted._with(Axes(forward, variances, np.array(mean[0, :, 0], np.float64)))
+        return fitted._planned_alone(metric=self.metric, centre=self.centre)
+
+    def _with(self, axes: Axes) -> Self:
+        """The same with other axes."""
+        unit = constant(axes.forward / deviations(axes.variances)[:, None] * self.size, mx.float16)
+        back = constant(np.linalg.inv(np.array(unit, np.float64)), mx.float16)  # of what is kept
+        return replace(self, forward=unit, backward=back, mean=constant(axes.mean), variances=constant(axes.variances))
+
+    def switched(self, **options: Any) -> Self:
+        """The same with other ``options``; raises `InputError` where a fit without `metric` or `centre` has to be."""
+        asked = replace(self, widths=(), **options)
+        if (self.metric, self.centre) == (asked.metric, asked.centre):
+            return asked
+        if (self.metric, self.centre) != ("fisher", "rotated"):
+            said = f"metric={self.metric!r} and centre={self.centre!r} were given to the fit"
+            raise InputError(f"{said}: fit without these options, and give them when a cache is made.")
+        unit, variances, mean = (np.array(x, np.float64) for x in (self.forward, self.variances, self.mean))
+        axes = Axes(unit * deviations(variances)[:, None] / self.size, variances, mean)
+        moved = asked._with(switched(axes, self.rope, asked.metric, asked.centre))
+        return moved if asked.centre == "rotated" else replace(moved, rope=None)
 
     def blank(self, kv_heads: int) -> Self:
-        matrix, row = mx.zeros((kv_heads, self.head_dim, self.head_dim), mx.float16), mx.ones((kv_heads, self.head_dim))
-        blank = replace(self, forward=matrix, backward=matrix, mean=row, variances=row)
-        return blank._planned_alone()
+        matrix = mx.broadcast_to(mx.eye(self.head_dim, dtype=mx.float16), (kv_heads, self.head_dim, self.head_dim))
+        row = mx.ones((kv_heads, self.head_dim))
+        return replace(self, forward=matrix, backward=matrix, mean=row, variances=row)._planned_alone()
 
-    def _planned_alone(self) -> Self:
-        """With the bits of its own heads, as if they were all that a model has."""
-        (own,) = planned({0: self}, self.bits).values()
-        return replace(self, widths=own.widths)
+    def _planned_alone(self, **options: Any) -> Self:
+        """With ``options``, and bits of its own heads as if they were all that a model has."""
+        (own,) = planned({0: self}, self.bits, **options).values()
+        return own  # type: ignore[return-value]  # of the same class
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         check_vectors(x, self.head_dim)
@@ -184,11 +211,10 @@ class FisherQuant(Codec):
         return mx.concatenate([ours, a * x + b * y, a * y - b * x], axis=-1)
 
     def reader(self, code: Code) -> TrellisReader:
-        rows, angles = code.arrays["codes"], None
         self._fitted(len(self.widths))
-        if self.rope is not None:
-            angles = angles_from(self.rope, self.head_dim, code.start)
-        shifts = self._shifts if self.rope is None else None
+        rows, rope = code.arrays["codes"], self.rope
+        angles = None if rope is None else angles_from(rope, self.head_dim, code.start)
+        shifts = self._shifts if rope is None else None
         return TrellisReader(self.code_dim, rows, None, None, self._rows.windows, self._rows.table, shifts, angles)
 
     @property
@@ -202,7 +228,7 @@ class FisherQuant(Codec):
         if not self.widths:
             raise not_fitted(METHOD.name)
         weights = None if self.variances is None else np.array(self.variances, np.float64)
-        return TrellisRows(self.widths, levels_of(self.code, self.entries), weights)
+        return TrellisRows(self.widths, levels_of(self.code, self.entries), weights, self.scale == "outliers")
 
     @cached_property
     def _shifts(self) -> mx.array:
@@ -231,61 +257,24 @@ class FisherQuant(Codec):
         return self.forward, self.backward, self.mean
 
 
-def _metric(x: Floats, gradients: Floats | None, queries: mx.array | None) -> Floats:
-    """What an error of vectors like ``x`` ``[H, N, D]`` costs, a matrix for each head ``[H, D, D]``."""
-    if gradients is None and queries is None:
-        return np.broadcast_to(np.eye(x.shape[-1]), (len(x), x.shape[-1], x.shape[-1]))
-    asked = gradients if gradients is not None else per_head(queries).reshape(len(x), -1, x.shape[-1])  # type: ignore[arg-type]
-    return _damped(np.swapaxes(asked, 1, 2) @ asked / asked.shape[1], _DAMPING)
-
-
-def _bases(x: Floats, gradients: Floats | None, metric: Floats) -> tuple[Floats, Floats]:
-    """Matrices ``[H, D, D]`` to coordinates of which an error costs the same, of falling variance, and from them."""
-    weights = np.ones(x.shape[:2])
-    if gradients is not None:
-        squares = np.square(gradients).sum(axis=-1)
-        weights = np.minimum(squares / _nonzero(squares.mean(axis=1, keepdims=True)), _LOUDEST) + _QUIET
-    moment = np.swapaxes(x * weights[..., None], 1, 2) @ x / weights.sum(axis=1)[:, None, None]
-    lower = np.linalg.cholesky(metric)
-    vectors = np.linalg.eigh(np.swapaxes(lower, 1, 2) @ _damped(moment, _RIDGE) @ lower).eigenvectors[..., ::-1]
-    return lower @ vectors, np.linalg.solve(np.swapaxes(lower, 1, 2), vectors).swapaxes(1, 2)
-
-
-def _variances(y: Floats, gradients: Floats | None) -> Floats:
-    """Mean squares ``[H, D]`` of coordinates ``[H, N, D]``, by the squared gradients of each, within bounds."""
-    if gradients is None:
-        return np.asarray(np.square(y).mean(axis=1))
-    weights = np.square(gradients)
-    mean = _nonzero(weights.mean(axis=1, keepdims=True))
-    weights = np.minimum(weights, _MOST_WEIGHT * mean) + _LEAST_WEIGHT * mean
-    return np.asarray((weights * np.square(y)).sum(axis=1) / weights.sum(axis=1))
-
-
-def _damped(moment: Floats, share: float) -> Floats:
-    mean = _nonzero(np.trace(moment, axis1=1, axis2=2) / moment.shape[-1])
-    return np.asarray(moment + share * mean[:, None, None] * np.eye(moment.shape[-1]))
-
-
-def _nonzero(x: Floats) -> Floats:
-    return np.where(x == 0, 1.0, x)
-
-
 def planned(codecs: Mapping[Any, FisherQuant], bits: float, **options: Any) -> dict[Any, FisherQuant]:
     """The same codecs, with widths that lose least together at ``bits`` a value, and other ``options``."""
-    some = [replace(codec, bits=bits, widths=(), **options) for codec in codecs.values()]
-    savings, values = [], 0
+    some = [codec.switched(bits=bits, **options) for codec in codecs.values()]
+    savings = []
     for codec in some:
-        assert codec.variances is not None
         lost = levels_of(codec.code, codec.entries).distortion
         savings.append(np.array(codec.variances, np.float64)[..., None] * (lost[:-1] - lost[1:]))
-        values += codec.variances.size
-    overheads = [SCALE_BITS * len(own) for own in savings]
-    found = shared_words([own.reshape(-1, WIDEST) for own in savings], overheads, round(values * bits / 32))
-    widths = (own.reshape(len(saving), -1) for own, saving in zip(found, savings, strict=True))
-    return {
-        place: replace(codec, widths=tuple(tuple(head) for head in own.tolist()))
-        for place, codec, own in zip(codecs, some, widths, strict=True)
-    }
+    budget = round(sum(own[..., 0].size for own in savings) * bits / 32)
+    if some[0].planning == "model":
+        overheads = [SCALE_BITS * len(own) for own in savings]
+        widths = shared_words([own.reshape(-1, WIDEST) for own in savings], overheads, budget)
+    else:
+        if some[0].planning == "none":  # every coordinate saves the same, and less with each bit
+            savings = [np.broadcast_to(-np.arange(WIDEST, dtype=np.float64), own.shape) for own in savings]
+        widths = equal_words(savings, SCALE_BITS, budget)
+    shares: list[Any] = [w.reshape(own.shape[:2]).tolist() for w, own in zip(widths, savings, strict=True)]
+    planned = [replace(codec, widths=tuple(map(tuple, own))) for codec, own in zip(some, shares, strict=True)]
+    return dict(zip(codecs, planned, strict=True))
 
 
 def build(head_dim: int, bits: float, tensor: Tensor, **options: Any) -> FisherQuant:
@@ -301,8 +290,9 @@ METHOD = Method(
     bits=range(1, 9),
     fractional=True,
     stored="bits by what each coordinate costs the loss, 4 bits for a vector's scale",
-    options=("code", "entries"),
+    options=("code", "entries", "metric", "centre", "planning", "scale"),
     build=build,
+    version=2,
     planned=planned,
     colour="#1c7c7d",
     mark="diamond",

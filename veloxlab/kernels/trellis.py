@@ -15,12 +15,13 @@ def trellis_kernel(
     levels: NDArray[np.float32],
     backwards: NDArray[np.int64],
     words: int,
+    steps: int,
 ) -> VectorKernel:
     """Rows of bits of tokens ``[B, 1, S, H·D]``, whose coordinates have ``widths`` ``[H, D]``, and squared errors
     ``weights``.
 
     ``levels`` ``[9, states]`` are by width and state, the newest bits lowest; ``backwards`` turns eight bits round. It
-    has one number where every coordinate is coded alone.
+    has one number where every coordinate is coded alone. A scale is of ``steps`` an octave; of none all are 1.
     """
     tables = {"widths": mx.array(widths.astype(np.int32)), "weights": mx.array(weights), "levels": mx.array(levels)}
     tables["backwards"] = mx.array(backwards.astype(np.int32))
@@ -30,6 +31,6 @@ def trellis_kernel(
         file=None,
         given=("tokens",),
         rows={"codes": (words, mx.uint32)},
-        variant={"states": levels.shape[1], "alone": len(backwards) == 1},
+        variant={"states": levels.shape[1], "alone": len(backwards) == 1, "steps": steps},
         tables=tables,
     )

@@ -88,12 +88,12 @@ class TrellisRows:
     ``windows`` ``[H, D, 4]`` say of each coordinate where the bits of its state begin in the row, the mask of those
     that are there, by how much they are shifted up where older ones would be before the string's begin, and where the
     levels of its width begin in ``table``. What a squared error of a unit coordinate costs, by which strings are
-    chosen, are ``weights`` ``[H, D]``.
+    chosen, are ``weights`` ``[H, D]``. Unless ``scaled`` all scales are 1.
     """
 
-    def __init__(self, widths: Widths, levels: Levels, weights: Floats | None = None) -> None:
+    def __init__(self, widths: Widths, levels: Levels, weights: Floats | None = None, scaled: bool = True) -> None:
         bits = np.array(widths, np.int64)
-        self.widths, self.levels = bits, levels
+        self.widths, self.levels, self.steps = bits, levels, STEPS if scaled else 0
         own = np.ones(bits.shape) if weights is None else weights
         self.weights = (own / own.max(axis=1, keepdims=True)).astype(np.float32)
         self.heads, self.dim = bits.shape
@@ -135,7 +135,7 @@ class TrellisRows:
         y = mx.unflatten(tokens, -1, (self.heads, self.dim))
         coded = constant(self.widths > 0)
         ratio = (mx.square(y) * coded).sum(axis=-1) / mx.maximum(coded.sum(axis=-1), 1)
-        steps = mx.round(STEPS / 2 * mx.log2(mx.maximum(ratio, 1.0)))
+        steps = mx.round(self.steps / 2 * mx.log2(mx.maximum(ratio, 1.0)))
         scales = mx.minimum(steps, self._sizes.size - 1).astype(mx.uint32)
         y = y / mx.take(self._sizes, scales)[..., None]
         parts = [scales]
@@ -176,7 +176,9 @@ class TrellisRows:
         """The same by a kernel."""
         reach = self.levels.reach
         table = self.levels.table[:, reversed_bits(reach)] if reach else self.levels.table
-        return trellis_kernel(self.widths, self.weights, table, reversed_bits(WIDEST if reach else 0), self.words)
+        return trellis_kernel(
+            self.widths, self.weights, table, reversed_bits(WIDEST if reach else 0), self.words, self.steps
+        )
 
 
 def _in_order(widths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

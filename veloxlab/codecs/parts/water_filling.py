@@ -75,6 +75,20 @@ def shared_words(savings: Sequence[Floats], overheads: Sequence[int], budget: in
     ]
 
 
+def equal_words(savings: Sequence[Floats], overhead: int, budget: int) -> list[Integers]:
+    """Widths where all heads share alike: of rows of words as in `shared_words`, ``savings`` ``[H, D, most]`` of each.
+
+    Every head has ``overhead`` bits besides.
+    """
+    ends = np.rint(np.cumsum([own[..., 0].size for own in savings]) * budget / sum(own[..., 0].size for own in savings))
+    widths = []
+    for own, words in zip(savings, np.diff(ends, prepend=0).astype(int), strict=True):
+        bits, more = divmod(words * _WORD_BITS - overhead * len(own), len(own))
+        orders = [np.argsort(-head.ravel(), kind="stable")[: bits + (h < more)] for h, head in enumerate(own)]
+        widths.append(np.stack([np.bincount(order // own.shape[2], minlength=own.shape[1]) for order in orders]))
+    return widths
+
+
 class DistortionFit(NamedTuple):
     """A quantizer's distortion at b bits, ``alpha · beta ** -b``, relative to the variance."""
 

@@ -175,9 +175,10 @@ def _encode_sums(work: Work) -> Call:
 
 
 def _encode_trellis(work: Work) -> Call:
-    (x,), tables, states = work.vectors, work.tables, work.kernel.variant["states"]
-    arguments = x.described, tables["widths"], tables["weights"], tables["levels"], tables["backwards"], work.written[0]
-    return Call(trellis.encode, arguments, states / 2)
+    (x,), tables, variant = work.vectors, work.tables, work.kernel.variant
+    given = (tables[name] for name in ("widths", "weights", "levels", "backwards"))
+    arguments = x.described, *given, np.float32(variant["steps"]), work.written[0]
+    return Call(trellis.encode, arguments, variant["states"] / 2)
 
 
 def _assign(work: Work) -> Call:

@@ -13,7 +13,7 @@ SCALE_BITS, STEPS = 4, 4  # of a vector's scale: its code, and steps of an octav
 
 
 @part
-def scale_code(y, widths):
+def scale_code(y, widths, steps):
     """Code of a vector's scale: of the root-mean-square of the coordinates that have bits, where it is above 1."""
     squares, count = np.float32(0), np.float32(0)
     for i in range(len(y)):
@@ -22,7 +22,7 @@ def scale_code(y, widths):
             count += np.float32(1)
     if not squares > count:  # of NaN too
         return 0
-    code = np.rint(np.float32(0.5 * STEPS) * np.log2(squares / count))
+    code = np.rint(np.float32(0.5) * steps * np.log2(squares / count))
     return np.int64(min(code, np.float32((1 << SCALE_BITS) - 1)))
 
 
@@ -112,12 +112,12 @@ def nearest(y, widths, levels, codes):
 
 
 @compiled
-def encode(first, last, x, widths, weights, levels, backwards, rows):
+def encode(first, last, x, widths, weights, levels, backwards, steps, rows):
     """Rows of tokens: the scales of all heads, then each head's string of bits.
 
     ``x`` has the unit coordinates of all heads of a token, ``widths`` and ``weights`` are
     ``[H, D]``, and ``backwards`` turns eight
-    bits round; it has one number where each coordinate is coded alone.
+    bits round; it has one number where each coordinate is coded alone. Scales have ``steps`` an octave, or are 1.
     """
     heads, dim, count = widths.shape[0], widths.shape[1], levels.shape[1]
     y, found = np.empty((heads, dim), np.float32), np.empty((heads, dim), np.int64)
@@ -127,7 +127,7 @@ def encode(first, last, x, widths, weights, levels, backwards, rows):
     for vector in range(first, last):
         load(x, vector, heads * dim, flat)
         for h in range(heads):
-            scales[h] = scale_code(y[h], widths[h])
+            scales[h] = scale_code(y[h], widths[h], steps)
             factor = np.float32(2) ** (-np.float32(scales[h]) / np.float32(STEPS))
             for i in range(dim):
                 y[h, i] *= factor

@@ -1,0 +1,99 @@
+"""What FisherQuant learns of each KV head: a metric of the loss, axes in which it is plain, and their ranges.
+
+`switched` gives of what was learned the axes without one of its parts, so that its worth can be seen: of y = x·F the
+metric is H = FFᵀ, and the second moment of x is F⁻ᵀ diag(σ²) F⁻¹.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from veloxlab.codecs.base import per_head
+from veloxlab.codecs.parts import Floats
+from veloxlab.codecs.parts.rope import Rope
+
+MetricName = Literal["fisher", "pca", "none"]
+CentreName = Literal["rotated", "still", "none"]
+
+_DAMPING, _RIDGE = 1e-2, 1e-3  # of a metric, and of second moments: the share that every direction is given
+_LOUDEST, _QUIET = 20.0, 0.2  # weights of vectors, of a mean of 1: the most, and what all have besides
+_MOST_WEIGHT, _LEAST_WEIGHT = 30.0, 0.25  # of one coordinate
+_TINY = 1e-8  # variance, of the largest of a head, below which all are alike: float16 has to hold their ratios
+_POSITIONS = 512  # of a text, over which a mean that turns is taken
+
+
+class Axes(NamedTuple):
+    """Of each head: ``forward`` ``[H, D, D]``, to y, of which errors cost the same, its σ², and the mean ``[H, D]``."""
+
+    forward: Floats
+    variances: Floats
+    mean: Floats
+
+
+def metric_of(x: Floats, gradients: Floats | None, queries: mx.array | None) -> Floats:
+    """What an error of vectors like ``x`` ``[H, N, D]`` costs, a matrix for each head ``[H, D, D]``."""
+    if gradients is None and queries is None:
+        return np.broadcast_to(np.eye(x.shape[-1]), (len(x), x.shape[-1], x.shape[-1]))
+    asked = gradients if gradients is not None else per_head(queries).reshape(len(x), -1, x.shape[-1])  # type: ignore[arg-type]
+    return _damped(np.swapaxes(asked, 1, 2) @ asked / asked.shape[1], _DAMPING)
+
+
+def bases(x: Floats, gradients: Floats | None, metric: Floats) -> tuple[Floats, Floats]:
+    """Matrices ``[H, D, D]`` to coordinates of which an error costs the same, of falling variance, and from them."""
+    weights = np.ones(x.shape[:2])
+    if gradients is not None:
+        squares = np.square(gradients).sum(axis=-1)
+        weights = np.minimum(squares / _nonzero(squares.mean(axis=1, keepdims=True)), _LOUDEST) + _QUIET
+    moment = np.swapaxes(x * weights[..., None], 1, 2) @ x / weights.sum(axis=1)[:, None, None]
+    lower = np.linalg.cholesky(metric)
+    vectors = np.linalg.eigh(np.swapaxes(lower, 1, 2) @ _damped(moment, _RIDGE) @ lower).eigenvectors[..., ::-1]
+    return lower @ vectors, np.linalg.solve(np.swapaxes(lower, 1, 2), vectors).swapaxes(1, 2)
+
+
+def ranges(y: Floats, gradients: Floats | None) -> Floats:
+    """Mean squares ``[H, D]`` of coordinates ``[H, N, D]``, by the squared gradients of each, within bounds."""
+    if gradients is None:
+        return np.asarray(np.square(y).mean(axis=1))
+    weights = np.square(gradients)
+    mean = _nonzero(weights.mean(axis=1, keepdims=True))
+    weights = np.minimum(weights, _MOST_WEIGHT * mean) + _LEAST_WEIGHT * mean
+    return np.asarray((weights * np.square(y)).sum(axis=1) / weights.sum(axis=1))
+
+
+def _damped(moment: Floats, share: float) -> Floats:
+    mean = _nonzero(np.trace(moment, axis1=1, axis2=2) / moment.shape[-1])
+    return np.asarray(moment + share * mean[:, None, None] * np.eye(moment.shape[-1]))
+
+
+def _nonzero(x: Floats) -> Floats:
+    return np.where(x == 0, 1.0, x)
+
+
+def switched(axes: Axes, rope: Rope | None, metric: MetricName, centre: CentreName) -> Axes:
+    """The same with another metric, or about another mean: see the options of FisherQuant."""
+    forward, variances, mean = axes
+    lowest = np.linalg.inv(forward)
+    moment = np.swapaxes(lowest, 1, 2) @ (variances[..., None] * lowest)
+    cost = forward @ np.swapaxes(forward, 1, 2)
+    if centre != "rotated":
+        turned = mx.broadcast_to(mx.array(mean, mx.float32)[None, :, None], (1, len(mean), _POSITIONS, mean.shape[-1]))
+        means = per_head(turned if rope is None else rope.forward(turned, 0))
+        mean = means.mean(axis=1) if centre == "still" else np.zeros_like(mean)
+        off = means - mean[:, None]
+        moment = moment + np.swapaxes(off, 1, 2) @ off / _POSITIONS
+    if metric != "fisher":
+        cost = np.eye(mean.shape[-1]) * np.trace(cost, axis1=1, axis2=2)[:, None, None] / mean.shape[-1]
+    if metric == "none":
+        forward = np.sqrt(cost)
+        return Axes(forward, np.diagonal(cost, axis1=1, axis2=2) * np.diagonal(moment, axis1=1, axis2=2), mean)
+    lower = np.linalg.cholesky(cost)
+    found = np.linalg.eigh(np.swapaxes(lower, 1, 2) @ moment @ lower)
+    return Axes(lower @ found.eigenvectors[..., ::-1], found.eigenvalues[..., ::-1].copy(), mean)
+
+
+def deviations(variances: Floats) -> Floats:
+    """Square roots, of which the least is not nothing."""
+    return np.asarray(np.sqrt(np.maximum(variances, _TINY * variances.max(axis=1, keepdims=True))))
