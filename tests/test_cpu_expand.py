@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests import test_readers
 from tests.test_attention import GROUP, HEADS, filled, normal
 from tests.test_cpu_attention import ROUNDING
-from tests.test_cpu_encode import DIMS, DTYPES, KINDS, by_reference, codec, relative, view
+from tests.test_cpu_encode import DIMS, DTYPES, KINDS, READ, by_reference, codec, relative, view
 from veloxlab.cache import expand
 from veloxlab.cache.expand import expanded
 from veloxlab.codecs import METHODS
@@ -48,7 +48,7 @@ def assert_as_decoded(parts, dtype, heads=ALL):
     assert relative(found.astype(mx.float32), wanted.astype(mx.float32)) < tolerance(dtype)
 
 
-@pytest.mark.parametrize("kind", range(len(KINDS)), ids=lambda kind: "-".join(map(str, KINDS[kind][:3])))
+@pytest.mark.parametrize("kind", range(len(READ)), ids=lambda kind: "-".join(map(str, KINDS[kind][:3])))
 @settings(max_examples=10, deadline=None)
 @given(
     form=st.tuples(st.sampled_from(DIMS), *[st.sampled_from(DTYPES)] * 2, st.integers(0, 3)),

@@ -118,19 +118,18 @@ class PolarQuant(RotatedSpace):
         check_vectors(x, self.head_dim)
         if self.codebook == "fitted" and not self._is_fitted:
             raise not_fitted("PolarQuant", ", codebook='fitted'")
-        return Code(computed(lambda _: self._encoder, self._encode_by_graph, x), start)
+        return Code(computed(lambda _: self._encoder, self._encode_by_graph, self._for_encoder(x)), start)
 
     @cached_property
-    def _encoder(self) -> VectorKernel | None:
-        if self._signs is None:
-            return None
+    def _encoder(self) -> VectorKernel:
         rows = {name: (row.count, row.dtype or mx.float32) for name, row in self.layout.items()}
-        tables = {"signs": self._signs, "edges": self.tree.edges, "circles": self.tree.circles}
-        variant = {"levels": self.levels, "scale": self.scale}
+        signs = {} if self._signs is None else {"signs": self._signs}
+        tables = {"edges": self.tree.edges, "circles": self.tree.circles} | signs
+        variant = {"levels": self.levels, "scale": self.scale, "rotates": bool(signs)}
         return VectorKernel("encode_angles", None, ("x",), rows, variant=variant, tables=tables)  # no GPU has it
 
     def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
-        y = self._rotation.forward(x.astype(mx.float32))
+        y = x if self._signs is None else self._rotation.forward(x.astype(mx.float32))
         angles, radius = self.tree.angles(y)
         codes = self.tree.assign(angles)
         if self.scale != "norm":

@@ -28,6 +28,7 @@ Where we differ
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import ClassVar, Literal, Self
@@ -43,7 +44,7 @@ from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.codecs.rotated import RotatedCodec
 from veloxlab.errors import InputError
 from veloxlab.kernels.readers import TableReader
-from veloxlab.kernels.rotated import encode_kernel, stretched_grid
+from veloxlab.kernels.rotated import best_grid, encode_kernel, stretched_grid
 from veloxlab.kernels.vectors import VectorKernel
 
 ScaleName = Literal["unbiased", "mse"]
@@ -79,13 +80,23 @@ class RaBitQ(RotatedCodec):
 
     @cached_property
     def _encoder(self) -> VectorKernel | None:
-        """None for ``exact``, which sorts steps, and where the rotation is no Hadamard transform."""
-        if self.encoder == "exact" or self._signs is None:
-            return None
-        tried = self.encoder == "grid" and self.bits > 1
-        stretches = _tries(self.bits) if tried else constant(np.array([usual_stretch(self.head_dim, self.bits)]))
-        grid = stretched_grid(stretches, self.bits, tried=tried)
-        return encode_kernel(self._signs, grid, self.scale, {"codes": self.bits}, sine=self.bounds)
+        tried, loss = self.encoder == "grid" and self.bits > 1, None
+        if self.encoder == "exact":
+            grid, loss = best_grid(self.bits), self._lost
+        else:
+            usual = constant(np.array([usual_stretch(self.head_dim, self.bits)]))
+            grid = stretched_grid(_tries(self.bits) if tried else usual, self.bits, tried=tried)
+        fields = {"codes": self.bits}
+        return encode_kernel(self.head_dim, self._signs, grid, self.scale, fields, sine=self.bounds, loss=loss)
+
+    def _lost(self, arrays: Mapping[str, mx.array], x: mx.array) -> mx.array:
+        """Squared errors of vectors that an encoder was given, by their own, and by how much those of sines are off."""
+        y, u = x if self._signs is None else self._rotation.forward(x), RaBitQ.expand(self, Code(dict(arrays)))
+        off, rest = (
+            mx.square(y - factor * u).sum(axis=-1, keepdims=True) / mx.square(y).sum(axis=-1, keepdims=True)
+            for factor in (scales.load_scale(arrays["root_scale"]), scales.scale_factor("mse", y, u))
+        )
+        return off + mx.abs(mx.square(arrays["sine"].astype(mx.float32)) - rest) if self.bounds else off
 
     @property
     def _table(self) -> mx.array | None:

@@ -37,6 +37,10 @@ class RotatedSpace(Codec):
     def _signs(self) -> mx.array | None:
         return self._rotation.signs if isinstance(self._rotation, SignedHadamard) else None
 
+    def _for_encoder(self, x: mx.array) -> mx.array:
+        """Vectors as they are encoded in one pass: rotated by a product, unless that pass rotates them."""
+        return self._rotation.forward(x.astype(mx.float32)) if self._signs is None else x
+
     def from_codes(self, y: mx.array) -> mx.array:
         return self._rotation.inverse(y)
 
@@ -66,7 +70,7 @@ class RotatedCodec(RotatedSpace):
 
     def encode(self, x: mx.array, start: int = 0) -> Code:
         check_vectors(x, self.head_dim)
-        return Code(computed(lambda _: self._encoder, self._encode_by_graph, x), start)
+        return Code(computed(lambda _: self._encoder, self._encode_by_graph, self._for_encoder(x)), start)
 
     def decode(self, code: Code, dtype: mx.Dtype | None = None) -> mx.array:
         wanted = dtype or mx.float32
@@ -78,7 +82,8 @@ class RotatedCodec(RotatedSpace):
 
     def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
         rms = scales.root_mean_square(x)
-        arrays, factor = self.quantize(self._rotation.forward(scales.over(x, rms)))
+        y = scales.over(x, rms)
+        arrays, factor = self.quantize(y if self._signs is None else self._rotation.forward(y))
         return arrays | {"root_scale": scales.store_scale(rms * factor)}
 
     def _decode_by_graph(self, codes: mx.array, root_scale: mx.array, dtype: mx.Dtype) -> dict[str, mx.array]:
@@ -107,11 +112,9 @@ class TableCodec(RotatedCodec):
 
     @cached_property
     def _encoder(self) -> VectorKernel | None:
-        if self._signs is None:
-            return None
         table = self._quantizer
         nearest = rotated.nearest_level(table.boundaries, table.levels, self.bits)
-        return rotated.encode_kernel(self._signs, nearest, self.scale, table.fields)
+        return rotated.encode_kernel(self.head_dim, self._signs, nearest, self.scale, table.fields)
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
         codes = self._quantizer.assign(y)

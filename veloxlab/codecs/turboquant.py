@@ -28,6 +28,7 @@ import mlx.core as mx
 from veloxlab.checks import choice
 from veloxlab.codecs.base import Code, unbiased_keys
 from veloxlab.codecs.method import Method, Tensor
+from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.codebooks import CodebookName
 from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import BITS, WIDEST, Layout, packed
@@ -36,6 +37,8 @@ from veloxlab.codecs.parts.scales import SCALE, ScaleName
 from veloxlab.codecs.parts.transforms import RotationName, SignSketch, SketchName, make_sketch, pack_signs
 from veloxlab.codecs.rotated import RotatedCodec, TableCodec
 from veloxlab.errors import InputError
+from veloxlab.kernels.rotated import encode_kernel, nearest_level
+from veloxlab.kernels.vectors import VectorKernel
 
 _ONLY = {"scale": "mse", "outliers": "mse", "outlier_bits": "mse", "sketch": "prod"}  # options of one variant
 _SKETCH_SEED = 1_000_003  # keeps the sketch independent of a Haar rotation with the same seed
@@ -100,6 +103,13 @@ class TurboQuantProd(RotatedCodec):
     def layout(self) -> Layout:
         codes = {"codes": packed(self.head_dim, self.bits - 1)} if self.bits > 1 else {}
         return codes | {"signs": packed(self.head_dim, 1), "residual_norm": SCALE, "root_scale": SCALE}
+
+    @cached_property
+    def _encoder(self) -> VectorKernel | None:
+        own, bits = self._quantizer, self.bits - 1
+        table = (own.boundaries, own.levels) if own else (constant(mx.zeros(0)), constant(mx.zeros(1)))
+        nearest, fields = nearest_level(*table, bits), {"codes": bits} if own else {}
+        return encode_kernel(self.head_dim, self._signs, nearest, "norm", fields, sketch=self._sketch.matrix)
 
     def quantize(self, y: mx.array) -> tuple[dict[str, mx.array], mx.array]:
         arrays, residual = {}, y

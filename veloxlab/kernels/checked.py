@@ -53,7 +53,11 @@ def computed(
 
     def trial() -> str:
         some = [made_up(array, _TOKENS, seed, whole=made.whole_numbers) for seed, array in enumerate(given)]
-        return difference(made(backend, *some), reference(*some))
+        found, wanted = made(backend, *some), reference(*some)
+        if made.loss is None:
+            return difference(found, wanted)
+        lost, least = (_number(made.loss(arrays, *some).sum()) for arrays in (found, wanted))
+        return "" if lost <= least * (1 + _TOLERANCE) else f"it loses {lost / least:.3g} times what its reference does"
 
     if not (backend.lazy or evaluated(*given)) or not agrees(key, made.name, backend, trial):
         return reference(*given)

@@ -11,7 +11,16 @@ from typing import Final, NamedTuple
 
 import mlx.core as mx
 
-from veloxlab.kernels.vectors import IN_LANES, THREADS, VectorKernel, fits_lanes, hartley_row, lanes, words_per_row
+from veloxlab.kernels.vectors import (
+    IN_LANES,
+    THREADS,
+    Loss,
+    VectorKernel,
+    fits_lanes,
+    hartley_row,
+    lanes,
+    words_per_row,
+)
 
 # what a vector's root-mean-square is to be multiplied with, from the sums that ``encode.metal`` makes
 _FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
@@ -39,7 +48,7 @@ class Quantizer(NamedTuple):
     """How a kernel quantizes a coordinate of a rotated vector of root-mean-square 1."""
 
     bits: int  # of a code, 1 to 8
-    tried: int  # how many stretches are tried; 0 by levels
+    tried: int  # how many stretches are tried; 0 by levels, or where all that matter are tried
     arrays: Mapping[str, mx.array]  # inputs of the kernel
     fill: str  # text of threadgroup variables, and what fills them
     made: str  # text of the quantizer, once a rotated vector lies in ``y``
@@ -64,18 +73,35 @@ def stretched_grid(stretches: mx.array, bits: int, *, tried: bool) -> Quantizer:
     return Quantizer(bits, stretches.size, {"stretches": stretches}, "", made)
 
 
+def best_grid(bits: int) -> Quantizer:
+    """The same steps, of the stretch of the largest cosine of all; only CPUs have it."""
+    return Quantizer(bits, 0, {}, "", "")
+
+
 def encode_kernel(
-    signs: mx.array, quantizer: Quantizer, scale: str, fields: Mapping[str, int], *, sine: bool = False
+    dim: int,
+    signs: mx.array | None,
+    quantizer: Quantizer,
+    scale: str,
+    fields: Mapping[str, int],
+    *,
+    sine: bool = False,
+    sketch: mx.array | None = None,
+    loss: Loss | None = None,
 ) -> VectorKernel | None:
-    """Rotates vectors ``[B, H, S, D]``, quantizes each coordinate, and packs.
+    """Rotates vectors ``[B, H, S, dim]``, quantizes each coordinate, and packs.
 
     Parameters
     ----------
-    signs : ±1 of each coordinate ``[D]``, float32; see `veloxlab.codecs.parts.transforms.SignedHadamard`.
+    signs : ±1 of each coordinate ``[dim]``, float32, of `veloxlab.codecs.parts.transforms.SignedHadamard`; None for
+        vectors that are rotated, which only CPUs take.
     quantizer : of coordinates.
     scale : ``"norm"``, ``"mse"`` or ``"unbiased"``; see `veloxlab.codecs.parts.scales.scale_factor`.
     fields : name and bits of each part that a code is cut into, from its high bits down; they are packed apart.
     sine : whether that of the angle between a vector and what its codes stand for is kept too.
+    sketch : a matrix ``[rows, dim]``, of whose products with what is left of a vector of length √dim ``signs`` are kept
+        too, and as ``residual_norm`` its length; only CPUs have that.
+    loss : see `VectorKernel`.
 
     Returns
     -------
@@ -83,26 +109,31 @@ def encode_kernel(
     ``root_scale``, the square root of each vector's scale, and perhaps ``sine``, both ``[B, H, S, 1]`` float16. None
     for vectors that do not fit the registers.
     """
-    dim = signs.shape[0]
     if not fits_lanes(dim):
         return None
-    widths = list(fields.values())
+    widths, number = list(fields.values()), (1, mx.float16)
+    rows = {name: (words_per_row(dim, width), mx.uint32) for name, width in fields.items()}
+    if sketch is not None:
+        rows |= {"signs": (words_per_row(len(sketch), 1), mx.uint32), "residual_norm": number}
+    rows |= {"root_scale": number} | ({"sine": number} if sine else {})
+    given = {"signs": signs, **quantizer.arrays, "sketch": sketch}
+    tables = {name: table for name, table in given.items() if table is not None}
+    variant = {"fields": tuple(widths), "scale": scale, "tried": quantizer.tried, "tables": tuple(tables), "sine": sine}
+    if signs is None or sketch is not None or not quantizer.made:
+        return VectorKernel("encode", None, ("x",), rows, variant=variant, tables=tables, loss=loss)
     packed = [f"row_{width}_{i}" for i, width in enumerate(widths)]
     below = [sum(widths[i + 1 :]) for i in range(len(widths))]  # bits of a code under the field
     pack = [
         f"pack_row<HEAD_DIM, {width}, {low}>(own, {row} + vector * {words_per_row(dim, width)}u, lane, lanes);"
         for row, width, low in zip(packed, widths, below, strict=True)
     ]
-    number = 1, mx.float16
     return VectorKernel(
         name="encode",
         file="encode.metal",
         given=("x",),
-        rows={name: (words_per_row(dim, width), mx.uint32) for name, width in fields.items()}
-        | {"root_scale": number}
-        | ({"sine": number} if sine else {}),
+        rows=rows,
         outputs=(*packed, "root_scale", *(["sines"] if sine else [])),
-        variant={"fields": tuple(widths), "scale": scale, "tried": quantizer.tried, "sine": sine},
+        variant=variant,
         defines={"HEAD_DIM": dim, "CODE_BITS": quantizer.bits, "FACTOR": _FACTORS[scale]},
         headers=(*IN_LANES, "quantizers.h", "packing.h"),
         texts={
@@ -113,7 +144,7 @@ def encode_kernel(
             "keep_rest": _KEEP_REST if sine else "",
             "pack": "\n  ".join(pack),
         },
-        tables={"signs": signs, **quantizer.arrays},
+        tables=tables,
         at_once=THREADS // lanes(dim),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from string import Template
 from typing import Any
@@ -17,6 +17,8 @@ IN_LANES = ("simd.h", "lanes.h")  # headers of kernels that keep a vector in the
 _MOST_EACH = 32  # numbers of a vector that a lane keeps there
 _WORD_BITS = 32
 
+Loss = Callable[[Mapping[str, mx.array], mx.array], mx.array]  # of outputs, and of the array that they are made of
+
 
 @dataclass(frozen=True, eq=False)
 class VectorKernel:
@@ -24,7 +26,8 @@ class VectorKernel:
 
     ``variant`` is what else tells it from others of its name, for back ends that do not read text. ``types`` are
     definitions that are the type of a given array: the name of each, and which array. If it is to be tried on
-    ``whole_numbers``, its answer to others would depend on rounding.
+    ``whole_numbers``, its answer to others would depend on rounding. Of answers that are as good, to rounding, any may
+    be found by a search that says what is lost by one, its ``loss``: no more may be lost than by the reference's.
     """
 
     name: str  # of the kernel, for people and profilers
@@ -42,6 +45,7 @@ class VectorKernel:
     spans: int = 1  # threadgroups that share a vector
     threads: int = THREADS  # of a threadgroup
     whole_numbers: bool = False
+    loss: Loss | None = None
     _sources: dict[tuple[object, ...], Source] = field(default_factory=dict, init=False, repr=False)
 
     def source(self, backend: Backend, *given: mx.array) -> Source:

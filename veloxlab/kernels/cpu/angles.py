@@ -100,22 +100,23 @@ def gather(codes, dim, widths, bits, together):
 
 
 @compiled
-def encode_angles(first, last, x, signs, hartley, widths, edges, circles, fields, scale, root_rms):
+def encode_angles(first, last, x, dim, signs, hartley, widths, edges, circles, fields, scale, root_rms):
     """Codes of the angles of each level, and the radius of each block of ``2**len(widths)`` coordinates.
 
     ``edges`` between angles are those of all levels but the first, one level after the other, and ``circles``, cosine
     and sine, of all. ``fields`` are of each width the address, bytes and bits: levels of one width are packed together.
     """
-    dim, blocks = len(signs), root_rms.shape[1]
+    blocks = root_rms.shape[1]
     y, spare, radii = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
     angles, directions, inner = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(blocks, np.float32)
     codes, together = np.empty(dim, np.int32), np.empty(dim, np.int32)
     size = np.sqrt(np.float32(dim // blocks))
     for vector in range(first, last):
         load(x, vector, dim, y)
-        for i in range(dim):
-            y[i] *= signs[i]
-        transform(np.int64(y.ctypes.data), dim, np.int64(hartley.ctypes.data), np.int64(spare.ctypes.data))
+        if signs is not None:  # else vectors are rotated
+            for i in range(dim):
+                y[i] *= signs[i]
+            transform(np.int64(y.ctypes.data), dim, np.int64(hartley.ctypes.data), np.int64(spare.ctypes.data))
         for i in range(dim):
             radii[i] = y[i]
         assign(radii, dim, widths, edges, angles, codes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from veloxlab.kernels.cpu.machine import compiled, half, part, u16_at
+from veloxlab.kernels.cpu.machine import compiled, f32_at, half, i32_at, part, u16_at
 from veloxlab.kernels.cpu.rows import (
     MSE,
     load,
@@ -18,6 +18,7 @@ from veloxlab.kernels.cpu.rows import (
 )
 
 _LINEAR_BITS = 4  # of an index that is found by comparing with all boundaries, before the search halves what is left
+_TOGETHER = 24  # steps of sizes that are put in order
 _TINY = np.float32(1e-30)
 _GREATEST = np.float32(3.4028234663852886e38)
 
@@ -27,16 +28,17 @@ def nearest_levels(y, dim, boundaries, bits, codes):
     """Index of the nearest level of each coordinate: how many boundaries lie below it, all of them below NaN."""
     coarse = min(bits, _LINEAR_BITS)
     step = 1 << (bits - coarse)
+    c, x = i32_at(codes.ctypes.data), f32_at(y.ctypes.data)
     for i in range(dim):
-        codes[i] = 0
+        c[i] = np.int32(0)
     for b in range(step - 1, len(boundaries), step):
         bound = boundaries[b]
         for i in range(dim):
-            codes[i] += np.int32(0) if y[i] <= bound else np.int32(step)
+            c[i] += np.int32(0) if x[i] <= bound else np.int32(step)
     while step > 1:
         step //= 2
         for i in range(dim):
-            codes[i] += np.int32(0) if y[i] <= boundaries[codes[i] + step - 1] else np.int32(step)
+            c[i] += np.int32(0) if x[i] <= boundaries[c[i] + step - 1] else np.int32(step)
 
 
 @part
@@ -67,12 +69,55 @@ def best_stretch(sizes, dim, tries, top):
 
 
 @part
-def grid_points(y, sizes, dim, tries, bits, codes, levels):
-    """Codes of the grid's steps, and the levels that they stand for; of one try the stretch itself."""
-    top = 1 << (bits - 1)
+def best_step(sizes, dim, top):
+    """Of all stretches at which one of ``sizes`` steps, and 0, that of the least angle.
+
+    Step j of a size adds it to the product with the grid point, and 2j to the square of that. Some steps at a time are
+    put in order. The search ends where even real numbers in place of what may still step would not be better.
+    """
+    room = 2 * dim + _TOGETHER
+    times, places = np.empty(room, np.float32), np.empty((room, 2), np.int64)
+    coming, steps = np.full(dim, np.float32(np.inf)), np.ones(dim, np.int64)
+    total, left, inner_at_end, square_at_end = 0.0, 0.0, 0.0, 0.0
     for i in range(dim):
-        sizes[i] = abs(y[i])
-    stretch = best_stretch(sizes, dim, tries, top) if len(tries) > 1 else tries[0]
+        total += sizes[i]
+        left += sizes[i] * sizes[i]
+        if top > 1 and sizes[i] > _TINY:
+            coming[i] = np.float32(1) / sizes[i]
+    inner, square, width = total / 2, dim / 4, _TOGETHER / max(total, _TINY)
+    best, most, end = np.float32(0), inner * inner / square, np.float32(width)
+    while square_at_end == 0 or inner_at_end * inner_at_end / square_at_end + left >= most:
+        count = 0
+        for i in range(dim):
+            while coming[i] <= end:
+                at = count
+                while at > 0 and times[at - 1] > coming[i]:
+                    times[at], places[at] = times[at - 1], places[at - 1]
+                    at -= 1
+                times[at], places[at, 0], places[at, 1] = coming[i], i, steps[i]
+                count += 1
+                steps[i] += 1
+                coming[i] = np.float32(steps[i]) / sizes[i]
+                if steps[i] == top:
+                    coming[i] = np.float32(np.inf)
+                    inner_at_end += (top - 0.5) * sizes[i]
+                    square_at_end += (top - 0.5) * (top - 0.5)
+                    left -= sizes[i] * sizes[i]
+        for e in range(count):
+            inner += sizes[places[e, 0]]
+            square += 2 * places[e, 1]
+            if inner * inner > most * square:
+                best, most = times[e], inner * inner / square
+        begin = end if count > 0 else coming.min()
+        if not begin < np.inf:
+            break
+        end = np.float32(min(begin + width, _GREATEST))
+    return best * np.float32(1 + 1e-6)  # so that it does not round to just below the step
+
+
+@part
+def grid_points(y, sizes, dim, stretch, top, codes, levels):
+    """Codes of the grid's steps, and the levels that they stand for."""
     last = np.float32(top - 1)
     for i in range(dim):
         step = np.floor(stretch * sizes[i])
@@ -83,43 +128,77 @@ def grid_points(y, sizes, dim, tries, bits, codes, levels):
         codes[i] = np.int32(np.float32(top) + level - np.float32(0.5))
 
 
+@part
+def rest_of(y, levels, dim, ratio):
+    """Take levels times a ratio from a vector, and give the sum of squares of what is left."""
+    squares = np.float32(0)
+    for i in range(dim):
+        y[i] -= ratio * levels[i]
+        squares += y[i] * y[i]
+    return squares
+
+
+@part
+def signs_of(y, dim, matrix, bits):
+    """1 where the product of a row of a matrix with a vector is 0 or more."""
+    for row in range(len(matrix)):
+        product = np.float32(0)
+        for i in range(dim):
+            product += matrix[row, i] * y[i]
+        bits[row] = np.int32(1) if product >= 0 else np.int32(0)
+
+
 @compiled
-def encode(first, last, x, signs, hartley, boundaries, table, tries, fields, scale, root_scale, sine):
+def encode(
+    first, last, x, dim, bits, signs, hartley, boundaries, table, tries, sketch, fields, scale, root_scale, sine, norm
+):
     """Vectors ``first`` to ``last``. ``fields`` are of each the address, words, bits, and bits below it.
 
-    By ``boundaries`` and the levels in ``table``, or, without these, by the ``tries`` of a stretched grid. What is None
-    is not compiled.
+    Codes are by ``boundaries`` and the levels in ``table``, or by the ``tries`` of a stretched grid, or by its best
+    stretch. Without ``signs`` vectors are rotated. The last field is of the signs of the products of what is left with
+    a matrix, ``sketch``, if there is one. What is None is not compiled.
     """
-    dim = len(signs)
-    bits = fields[0, 2] + fields[0, 3]
     y, spare, levels = np.empty(dim, np.float32), np.empty(dim, np.float32), np.empty(dim, np.float32)
-    codes = np.empty(dim, np.int32)
+    codes, top = np.empty(dim, np.int32), 1 << bits >> 1
     for vector in range(first, last):
         load(x, vector, dim, y)
         rms = root_mean_square(y, dim)
         unit = np.float32(1) if rms == 0 else rms
         for i in range(dim):
-            y[i] = y[i] / unit * signs[i]
-        transform(np.int64(y.ctypes.data), dim, np.int64(hartley.ctypes.data), np.int64(spare.ctypes.data))
-        if tries is not None:
-            grid_points(y, spare, dim, tries, bits, codes, levels)
+            y[i] /= unit
+        if signs is not None:
+            for i in range(dim):
+                y[i] *= signs[i]
+            transform(np.int64(y.ctypes.data), dim, np.int64(hartley.ctypes.data), np.int64(spare.ctypes.data))
         if table is not None:
             nearest_levels(y, dim, boundaries, bits, codes)
             for i in range(dim):
                 levels[i] = table[codes[i]]
+        else:
+            for i in range(dim):
+                spare[i] = abs(y[i])
+            if tries is None:
+                stretch = best_step(spare, dim, top)
+            else:
+                stretch = best_stretch(spare, dim, tries, top) if len(tries) > 1 else tries[0]
+            grid_points(y, spare, dim, stretch, top, codes, levels)
         inner, squares = np.float32(0), np.float32(0)
         for i in range(dim):
             inner += y[i] * levels[i]
             squares += levels[i] * levels[i]
         root_scale[vector] = to_half(np.sqrt(rms * scale_factor(scale, inner, squares, dim)))
-        if sine is not None:
-            rest, ratio = np.float32(0), scale_factor(MSE, inner, squares, dim)
-            for i in range(dim):
-                off = y[i] - ratio * levels[i]
-                rest += off * off
-            sine[vector] = to_half(np.sqrt(rest / np.float32(dim)))
-        for f in range(len(fields)):
+        own = len(fields)
+        if sketch is not None:
+            own -= 1
+        for f in range(own):
             pack(codes, dim, fields[f, 3], fields[f, 2], fields[f, 0] + 4 * vector * fields[f, 1], fields[f, 1])
+        if sine is not None:
+            rest = rest_of(y, levels, dim, scale_factor(MSE, inner, squares, dim))
+            sine[vector] = to_half(np.sqrt(rest / np.float32(dim)))
+        if sketch is not None:
+            norm[vector] = to_half(np.sqrt(rest_of(y, levels, dim, np.float32(1))))
+            signs_of(y, dim, sketch, codes)
+            pack(codes, len(sketch), 0, 1, fields[own, 0] + 4 * vector * fields[own, 1], fields[own, 1])
     return spare.size  # Numba frees an array after its last use, and an address is none
 
 

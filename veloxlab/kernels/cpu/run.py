@@ -20,6 +20,7 @@ from veloxlab.runtime import threads
 _SCALES: Final = {"norm": NORM, "mse": MSE, "unbiased": UNBIASED}
 _LEAST_SHARE: Final = 1e5  # nanoseconds of work, below which a thread costs more than it gains
 _PAIR: Final = 0.2  # nanoseconds that a point takes with a centroid
+_STEP: Final = 5  # and a coordinate with a step of a grid
 
 
 class Vectors:
@@ -117,19 +118,24 @@ def stage_tables(table: Array) -> dict[str, Array]:
 
 def _encode(work: Work) -> Call:
     (x,), tables, widths = work.vectors, work.tables, work.kernel.variant["fields"]
+    written = dict(zip(work.kernel.rows, work.written, strict=True))
+    numbers = [
+        written.pop(name).ravel() if name in written else None for name in ("root_scale", "sine", "residual_norm")
+    ]
     below = [sum(widths[i + 1 :]) for i in range(len(widths))]
-    packed, (root_scale, *sines) = work.written[: len(widths)], work.written[len(widths) :]
-    fields = [[address_of(row), row.shape[1], *f] for row, *f in zip(packed, widths, below, strict=True)]
-    quantizer = map(tables.get, ("boundaries", "levels", "stretches"))
-    arguments = x.described, tables["signs"], tables["hartley"], *quantizer, np.array(fields, np.int64), work.scale
-    return Call(encode.encode, (*arguments, root_scale.ravel(), sines[0].ravel() if sines else None), 9)
+    packed = zip(written.values(), (*widths, 1), (*below, 0), strict=False)  # the last one of signs, if there are any
+    fields = np.array([[address_of(row), row.shape[1], *field] for row, *field in packed], np.int64)
+    named = [tables.get(name) for name in ("signs", "hartley", "boundaries", "levels", "stretches", "sketch")]
+    by_steps = named[3] is None and named[4] is None
+    cost = 5 + by_steps * (_STEP << sum(widths)) + (0 if named[5] is None else _PAIR * len(named[5]))
+    return Call(encode.encode, (x.described, x.dim, sum(widths), *named, fields, work.scale, *numbers), cost)
 
 
 def _encode_angles(work: Work) -> Call:
     (x,), tables, levels, (*packed, radii) = work.vectors, work.tables, work.kernel.variant["levels"], work.written
     fields = [[address_of(row), row.shape[1], b] for row, b in zip(packed, dict.fromkeys(levels), strict=True)]
-    arrays = tables["signs"], tables["hartley"], np.array(levels, np.int64), tables["edges"], tables["circles"]
-    return Call(angles.encode_angles, (x.described, *arrays, np.array(fields, np.int64), work.scale, radii), 12)
+    arrays = tables.get("signs"), tables.get("hartley"), np.array(levels, np.int64), tables["edges"], tables["circles"]
+    return Call(angles.encode_angles, (x.described, x.dim, *arrays, np.array(fields, np.int64), work.scale, radii), 12)
 
 
 def _decode(work: Work) -> Call:
