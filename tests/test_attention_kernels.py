@@ -16,7 +16,7 @@ from veloxlab.cache.attention import History
 from veloxlab.cache.counts import BLOCK
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.past import Segment
-from veloxlab.codecs import METHODS, ratequant
+from veloxlab.codecs import METHODS, TENSORS, ratequant
 from veloxlab.codecs.base import Code, Sample
 from veloxlab.codecs.none import Exact
 from veloxlab.codecs.parts import transforms
@@ -155,6 +155,31 @@ def test_sums_that_are_turned_to_their_positions(rope):
     in_kernel, in_graph = both(History(moved), normal(1, 4, 1, DIM))
     assert relative(in_kernel, in_graph) < TOLERANCE
     assert checked.states() == {"agrees": 1}
+
+
+ROPES = {
+    "halves": Rope(DIM),
+    "neighbours": Rope(DIM // 2, traditional=True),
+    "some": Rope(40, base=None, freqs=mx.arange(1, 21) * 3.0, scale=0.5),
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
+@pytest.mark.parametrize("options", [{}, {"entries": 1024}, {"code": "scalar"}], ids=str)
+def test_strings_of_bits_about_means_before_rope(rope, options):
+    x = 3 + normal(1, 2, 256, DIM, seed=7) * mx.exp(normal(2, 1, DIM, seed=8))
+    sample = Sample(x, rope=rope, gradients=normal(1, 2, 256, DIM, seed=9))
+    keys, values = (METHODS["fisherquant"].codec(DIM, 2.25, tensor, **options).fit(sample) for tensor in TENSORS)
+    h = history(keys, values)
+    moved = tuple(replace(s, keys=replace(s.keys, start=1000 + 4 * i)) for i, s in enumerate(h.segments))
+    in_kernel, in_graph = both(History(moved), normal(1, 4, 1, DIM))
+    assert relative(in_kernel, in_graph) < TOLERANCE
+    in_kernel, in_graph = both(
+        History(moved), normal(1, 6, 3, DIM), create_causal_mask(3, h.tokens - 3, window_size=40)
+    )
+    assert relative(in_kernel, in_graph) < TOLERANCE
+    assert checked.states() == {"agrees": 2}
 
 
 @pytest.mark.parametrize("mask", ["causal", "window"])

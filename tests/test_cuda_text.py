@@ -11,6 +11,7 @@ from tests.metal_on_host.kept import kept
 from tests.test_kernels_on_host import CASES as TABLES
 from tests.test_kernels_on_host import calls
 from tests.test_readers_on_host import CASES as OTHERS
+from tests.test_readers_on_host import TRELLISES
 from veloxlab.kernels.devices import CUDA
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to compile CUDA text")
@@ -52,7 +53,7 @@ def kernel_text(source, inputs, outputs):
     return f"{FACTS}{source.header('cuda.h')}\n{signature} {{\n{source.body}\n}}\n"
 
 
-@pytest.mark.parametrize("case", TABLES[::4] + OTHERS, ids=str)
+@pytest.mark.parametrize("case", TABLES[::4] + OTHERS + TRELLISES, ids=str)
 def test_attention_compiles(case):
     texts = []  # of all kernels that are launched, which do nothing
 

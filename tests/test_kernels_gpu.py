@@ -9,7 +9,7 @@ import pytest
 from tests.test_attention_kernels import both, history, normal, relative
 from veloxlab.cache.attention import History
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.codecs import METHODS
+from veloxlab.codecs import METHODS, TENSORS
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
@@ -124,6 +124,38 @@ def test_codes_of_what_differs_from_a_mean():
     sample = Sample(normal(1, 2, 256, 128, seed=7) + 2)
     keys, values = (METHODS["rabitq"].codec(128, 4, tensor, centroid=True).fit(sample) for tensor in ("keys", "values"))
     assert relative(*both(history(keys, values, packed=3001), normal(1, 8, 1, 128))) < TOLERANCE
+
+
+STRINGS = [
+    (64, 2.25, {}),
+    (80, 1.25, {"entries": 1024}),
+    (96, 7, {}),
+    (128, 2.25, {}),
+    (128, 3.25, {"entries": 1024}),
+    (128, 2.25, {"code": "scalar"}),
+    (256, 4.25, {}),
+]
+
+
+def fisher(dim, bits, tensor, options, rope=True):
+    sample = Sample(
+        normal(1, 2, 4 * dim, dim, seed=7) * mx.exp(normal(2, 1, dim, seed=8)) + 1,
+        rope=Rope(dim) if rope else None,
+        gradients=normal(1, 2, 4 * dim, dim, seed=9),
+    )
+    return METHODS["fisherquant"].codec(dim, bits, tensor, **options).fit(sample)
+
+
+@pytest.mark.parametrize(("dim", "bits", "options"), STRINGS)
+def test_strings_of_bits_about_means_before_rope(dim, bits, options):
+    h = history(*(fisher(dim, bits, tensor, options) for tensor in TENSORS), packed=3001)
+    moved = History(tuple(replace(s, keys=replace(s.keys, start=s.keys.start + 5000)) for s in h.segments))
+    assert relative(*both(moved, normal(1, 8, 1, dim))) < TOLERANCE
+
+
+def test_strings_of_bits_of_keys_without_rope():
+    h = history(*(fisher(128, 2.25, tensor, {}, rope=False) for tensor in TENSORS), packed=3001)
+    assert relative(*both(h, normal(1, 8, 5, 128), "causal")) < TOLERANCE
 
 
 def test_a_long_context_in_many_splits():

@@ -190,6 +190,9 @@ def calls(case, runs):
         q = q.astype(case.dtype)
         grouped = q.astype(mx.float32).reshape(*lead, -1, case.dim)
         q_coded = rotations[0].forward(grouped) if case.rotated else mx.roll(grouped, 1, axis=-1)  # type: ignore[call-arg]
+        if beside := readers[0].dim - case.dim:  # what a key says of its position
+            more = rng.standard_normal((*q_coded.shape[:3], beside), np.float32)
+            q_coded = mx.concatenate([q_coded, mx.array(more)], axis=-1)
         mask = None
         if case.masked:
             mask = biases(rng, (case.batch, 1, case.length, sinks + packed_tokens + recent))

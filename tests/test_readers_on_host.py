@@ -9,6 +9,7 @@ import pytest
 
 from tests.metal_on_host import check, run
 from tests.test_kernels_on_host import Case, Codes, assert_attention_is_as_by_its_definition, roots
+from veloxlab.codecs.parts.trellis import TrellisRows, levels_of
 from veloxlab.kernels.readers import (
     GroupsReader,
     PlanReader,
@@ -183,6 +184,37 @@ class Sums:
         return SumsReader(dim, rows, roots(rng, shape) if scaled else None, signs, table[0], *order, table[1])
 
 
+@dataclasses.dataclass(frozen=True)
+class Trellis:
+    """Strings of bits of each head, of widths of its own of ``bits`` on average, with ``beside`` of keys or values."""
+
+    bits: float
+    entries: int = 256
+    code: str = "trellis"
+    beside: str = ""
+    descending: bool = True
+
+    def __str__(self):
+        return f"{self.code}{self.entries}-{self.bits}{self.beside}"
+
+    def table(self, rng, dim, heads):
+        widths = np.minimum(8, rng.poisson(self.bits, (heads, dim)))
+        widths[0, -1] = 8
+        widths = np.sort(widths, axis=1)[:, ::-1] if self.descending else widths
+        rows = TrellisRows(tuple(tuple(own) for own in widths.tolist()), levels_of(self.code, self.entries))
+        angles = np.array([3456, *rng.uniform(0, 1, dim // 2 - 3), 0, 0, 0], np.float32)
+        return rows, mx.array(rng.standard_normal((heads, dim), np.float32)), mx.array(angles)
+
+    def reader(self, rng, table, shape, dim, scaled, signs):
+        rows, shifts, angles = table
+        batch, heads, tokens = shape
+        held = mx.array(rng.integers(0, 2**32, (batch, 3, tokens + 4, rows.words), np.uint32))[:, 1:-1, 3:-1]
+        # scales of 1 to 2: of what is as loud as 13 times others little is to be seen
+        held[..., : -(-heads // 8)] &= 0x33333333
+        given = shifts if self.beside == "shifted" else None, angles if self.beside == "turned" else None
+        return rows.reader(dim * (2 if self.beside == "turned" else 1), held, *given)
+
+
 BLOCKS = Polar((4, 2, 2, 2))
 TWO_STAGES = Stages(2, 2)
 CASES = [
@@ -219,8 +251,19 @@ CASES = [
     Case(Plan(4, descending=False), PAIRS, 256, 8, scaled=False),
     Case(Codes(3), Plan(5), 128, 2, rotated=True),
 ]
+TRELLISES = [
+    Case(Trellis(2.25), Trellis(2.25, beside="shifted"), 64, 1, kv_heads=1, batch=1),
+    Case(Trellis(2.25, beside="turned"), Trellis(2.25, beside="shifted"), 64, 3, kv_heads=3),
+    Case(Trellis(3.25, beside="turned"), Trellis(1.5, beside="shifted"), 128, 4, kv_heads=9, batch=1, dtype=mx.float16),
+    Case(Trellis(1.25, 1024, beside="turned"), Trellis(2.25, 1024, beside="shifted"), 80, 7, length=2, masked=True),
+    Case(Trellis(6.0, beside="shifted"), Trellis(7.0), 96, 2, masked=True, logits=True),
+    Case(Trellis(2.25, code="scalar", beside="turned"), Trellis(4.0, code="scalar", beside="shifted"), 112, 3),
+    Case(Trellis(4.25, beside="turned"), Trellis(2.25, 1024), 256, 8, dtype=mx.bfloat16),  # tables stay where they are
+    Case(Trellis(0.3, descending=False, beside="turned"), Trellis(3.0, descending=False), 128, 2, value_dim=64),
+    Case(Codes(3), Trellis(2.25, beside="shifted"), 128, 4),
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES + TRELLISES, ids=str)
 def test_attention_through_a_reader_is_as_by_its_definition(case):
     assert_attention_is_as_by_its_definition(case)

@@ -202,6 +202,8 @@ class History(Handle):
         lengths, like = _TRIAL[0 if tokens.sinks else 1 :], (tokens.keys.kv_heads, tokens.exact_type)
         history = History(tuple(_made_up(s, count, *like) for s, count in zip(self.segments, lengths, strict=False)))
         q = made_up(queries.q, queries.q.shape[2], seed=1)
+        size = mx.sqrt(mx.square(history._scores(q, queries.scale)).mean())
+        q = (q / mx.maximum(size, 1.0)).astype(q.dtype)  # of large scores half precision has no fractions
         hidden = mx.random.bernoulli(_HIDDEN, (*q.shape[:3], history.tokens), key=mx.random.key(2))
         mask = None if queries.mask is None else mx.where(hidden, -1e9, 0.0)
         sinks = None if queries.logits is None else made_up(queries.logits, 1, seed=3)
@@ -211,10 +213,12 @@ class History(Handle):
         found = kernel.prepared(given, some)(given, some.recent)
         return difference({"out": history._brought_out(found, q.dtype)}, {"out": wanted})
 
-    def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+    def _scores(self, q: mx.array, scale: float) -> mx.array:
         scaled = q.astype(mx.float32) * scale
-        parts = [s.key_codec.scores(scaled, s.keys) for s in self.segments]
-        scores, added = mx.concatenate(parts, axis=-1), as_added(mask, q, self.tokens)
+        return mx.concatenate([s.key_codec.scores(scaled, s.keys) for s in self.segments], axis=-1)
+
+    def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+        scores, added = self._scores(q, scale), as_added(mask, q, self.tokens)
         if added is not None:
             scores = scores + added
         if sinks is not None:  # behind the tokens, so that their places stay

@@ -194,34 +194,26 @@ class FisherQuant(Codec):
         return mx.concatenate([y, mx.broadcast_to(turned, y.shape)], axis=-1)
 
     def from_codes(self, y: mx.array) -> mx.array:
-        _, backward, _ = self._fitted(y.shape[1])
-        x = (y[..., : self.head_dim] @ backward.astype(mx.float32)) * self.size
-        if self.rope is None:
-            return x
-        (a, b), (cosine, sine) = self._mean_pairs, mx.split(y[..., self.head_dim :], 2, -1)
-        turned = mx.concatenate([a * cosine - b * sine, a * sine + b * cosine], axis=-1)
-        return x + mx.take(turned, self._orders[1], axis=-1)
+        self._fitted(y.shape[1])
+        return y @ self._to_codes.swapaxes(1, 2)
 
     def query_to_codes(self, q: mx.array) -> mx.array:
-        _, backward, _ = self._fitted(q.shape[1])
-        ours = (q * self.size) @ backward.astype(mx.float32).swapaxes(-1, -2)
-        if self.rope is None:
-            return ours
-        (a, b), (x, y) = self._mean_pairs, mx.split(mx.take(q, self._orders[0], axis=-1), 2, -1)
-        return mx.concatenate([ours, a * x + b * y, a * y - b * x], axis=-1)
+        self._fitted(q.shape[1])
+        return q @ self._to_codes
 
     def reader(self, code: Code) -> TrellisReader:
         self._fitted(len(self.widths))
         rows, rope = code.arrays["codes"], self.rope
         angles = None if rope is None else angles_from(rope, self.head_dim, code.start)
         shifts = self._shifts if rope is None else None
-        return TrellisReader(self.code_dim, rows, None, None, self._rows.windows, self._rows.table, shifts, angles)
+        return self._rows.reader(self.code_dim, rows, shifts, angles)
 
     @property
     def shared_bytes(self) -> int:
-        """Of what is learned, and the places of the codes; the levels are the same for all layers of a process."""
+        """Of what is learned, matrices as queries meet them, and places; levels are the same for all of a process."""
         learned = self.forward, self.backward, self.mean, self.variances, self._rows.windows
-        return sum(array.nbytes for array in learned if array is not None)
+        of_queries = 4 * len(self.widths) * self.head_dim * self.code_dim
+        return of_queries + sum(array.nbytes for array in learned if array is not None)
 
     @cached_property
     def _rows(self) -> TrellisRows:
@@ -244,11 +236,18 @@ class FisherQuant(Codec):
         return constant(order, mx.uint32), constant(np.argsort(order), mx.uint32)
 
     @cached_property
-    def _mean_pairs(self) -> list[mx.array]:
-        """First and second coordinates of the mean's pairs, each ``[H, 1, D/2]``."""
-        assert self.mean is not None
-        parts = mx.split(mx.take(self.mean[:, None], self._orders[0], axis=-1), 2, -1)
-        return [constant(part) for part in parts]
+    def _to_codes(self) -> mx.array:
+        """Matrices that bring queries to codes ``[H, D, code_dim]``, and transposed vectors back; float32."""
+        _, backward, mean = self._fitted()
+        ours = self.size * np.array(backward, np.float32).swapaxes(1, 2)
+        if self.rope is None:
+            return constant(ours)
+        (i, j), pairs = self.rope.pairs(self.head_dim).T, np.arange(self.head_dim // 2)
+        a, b = np.array(mean)[:, i], np.array(mean)[:, j]
+        cosines, sines = np.zeros((2, *ours.shape[:2], len(pairs)), np.float32)
+        cosines[:, i, pairs], cosines[:, j, pairs] = a, b
+        sines[:, i, pairs], sines[:, j, pairs] = -b, a
+        return constant(np.concatenate([ours, cosines, sines], axis=-1))
 
     def _fitted(self, kv_heads: int | None = None) -> tuple[mx.array, mx.array, mx.array]:
         if self.forward is None or self.backward is None or self.mean is None:

@@ -151,7 +151,7 @@ def attend_kernel(queries: Queries, tokens: Tokens, backend: Backend) -> AttendK
         *(tokens.key_dim, tokens.value_dim, tokens.exact_type, keys.key, values.key, tokens.one_table),
     )
     if which not in _KERNELS:
-        dims = (tokens.key_dim, tokens.value_dim, keys.dim, values.dim)
+        dims = (tokens.key_dim, tokens.value_dim, keys.coordinates, values.coordinates)
         fits = all(dim % STEP == 0 for dim in dims) and max(dims) <= _LARGEST_DIM
         shared = all(reader.shares(n) for reader, n in zip((keys, values), backend.shares, strict=True))
         _KERNELS[which] = _made(queries, tokens, backend) if fits and shared and backend.build else None
@@ -210,13 +210,16 @@ def _attend_source(
     queries: Queries, tokens: Tokens, backend: Backend, common: Defines, rows: int, row_tiles: int
 ) -> Source:
     keys, values = tokens.keys, tokens.values
-    largest_key, largest_value = max(tokens.key_dim, keys.dim), max(tokens.value_dim, values.dim)
+    largest_key, largest_value = max(tokens.key_dim, keys.coordinates), max(tokens.value_dim, values.dim)
     # words of threadgroup memory beside the tables; see ``attend.metal``
     taken = PADDED_ROWS * (largest_key + 16) + rows * (largest_value + 8) + SIMDGROUPS * 2 * rows + 64
+    taken += keys.own_words + values.own_words
     words = min(backend.shared_bytes // 4 - taken, backend.table_words) // (1 if tokens.one_table else 2)
     room = Room(words, backend.pair_words)
     key = keys.fragment("k", "k", room)
     value = values.fragment("v", "k" if tokens.one_table else "v", room)
+    of_readers = dict.fromkeys((*keys.headers, *values.headers))
+    of_sums = dict.fromkeys((*keys.sum_headers, *values.sum_headers))
     at_once = GROUPS_PER_PROCESSOR if max(largest_key, largest_value) <= _SMALL else GROUPS_PER_PROCESSOR // 2
     return Source(
         name=f"attend_{keys.name}_{values.name}",
@@ -232,7 +235,9 @@ def _attend_source(
             ("HAS_MASK", int(queries.mask is not None)),
             ("KEY_SPREAD", int(keys.signs is not None)),
             ("EXACT_KEY", tokens.key_dim),
-            ("CODED_KEY", keys.dim),
+            ("CODED_KEY", keys.coordinates),
+            ("KEY_ROW", keys.dim),
+            ("KEY_KEPT(i)", key.kept),
             ("LARGEST_KEY", largest_key),
             ("EXACT_TYPE", backend.types[tokens.exact_type]),
             ("QUERY_TYPE", backend.types[queries.q.dtype]),
@@ -240,11 +245,14 @@ def _attend_source(
             ("THREADS", SIMDGROUPS * SIMD),
             ("GROUPS_PER_PROCESSOR", at_once),
         ),
-        headers=("simd.h", "readers.h", *dict.fromkeys((*keys.headers, *values.headers)), "lanes.h", "attend.h"),
+        headers=("simd.h", "readers.h", *of_readers, "lanes.h", "attend.h", *of_sums),
         body=Template(source_file("attend.metal")).substitute(
             declarations=f"{key.declarations}\n{value.declarations}",
             key_setup=key.setup.replace("\n", "\n  "),
             value_setup=value.setup.replace("\n", "\n  "),
+            key_queries=key.queries.replace("\n", "\n    "),
+            added=key.added,
+            summed=value.summed,
             key_hartley="" if keys.signs is None else hartley_row(keys.dim),
         ),
     )

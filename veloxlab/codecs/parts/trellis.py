@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from veloxlab.codecs.parts import Floats, constant, in_turn
 from veloxlab.codecs.parts.codebooks import gaussian_codebook
 from veloxlab.codecs.parts.packing import WIDEST, Places
+from veloxlab.kernels.readers import TrellisReader
 from veloxlab.kernels.trellis import trellis_kernel
 from veloxlab.kernels.vectors import VectorKernel, words_per_row
 from veloxlab.texts import shipped_folder
@@ -34,6 +35,8 @@ TRAINED = 5  # bits up to which a table is trained
 SCALE_BITS, STEPS = 4, 4  # of a vector's scale, 1 or more: its code, and steps of an octave
 _LEAST_WORDS = 2  # of a row: loops read eight bytes at a time
 _ROWS = 2048  # vectors that are searched together
+_SHARES = 8  # of a vector, that threads of a kernel read
+_MOST = 3, 5, WIDEST  # bits a coordinate of the densest share: a kernel is built for each
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,11 @@ class Levels:
     def states(self) -> int:
         """How many there are."""
         return int(self.table.shape[1])
+
+    @cached_property
+    def numbers(self) -> mx.array:
+        """The table as kernels have it ``[9 · states]``: one array, so that keys and values share a copy."""
+        return constant(self.table.ravel())
 
 
 @lru_cache
@@ -105,7 +113,10 @@ class TrellisRows:
         seen = np.where(bits > 0, seen, 0)
         lift = np.where(bits > 0, levels.reach - seen, 0) if levels.reach else np.zeros_like(bits)
         windows = np.stack([ends - seen, (1 << seen) - 1, lift, bits * levels.states], axis=-1)
-        self.windows, self.table = constant(windows, mx.uint32), constant(levels.table.ravel())
+        self.windows, self.table = constant(windows, mx.uint32), levels.numbers
+        shares = np.add.reduceat(bits, np.arange(0, self.dim, max(1, self.dim // _SHARES)), axis=1)
+        densest = int(shares.max()) / max(1, self.dim // _SHARES)
+        self.most = next(most for most in _MOST if most >= min(densest, WIDEST))
         self._sizes = constant(2.0 ** (np.arange(1 << SCALE_BITS) / STEPS))
         self._states = Places((ends - seen).ravel(), seen.ravel(), self.words)
         self._codes = Places(*_in_order(np.concatenate([np.full(self.heads, SCALE_BITS), bits.ravel()])), self.words)
@@ -123,6 +134,11 @@ class TrellisRows:
         windows = self.windows.reshape(-1, 4)
         levels = mx.take(self.table, (self._states.read(rows) << windows[:, 2]) + windows[:, 3])
         return levels.reshape(shape).swapaxes(1, 2) * self.scales(rows)
+
+    def reader(self, dim: int, rows: mx.array, shifts: mx.array | None, angles: mx.array | None) -> TrellisReader:
+        """How kernels read rows; see `TrellisReader`."""
+        windows, table = self.windows, self.table
+        return TrellisReader(dim, rows, None, None, windows, table, shifts, angles, self.levels.reach, self.most)
 
     def scales(self, rows: mx.array) -> mx.array:
         """Scales of the vectors ``[B, H, S, 1]``."""

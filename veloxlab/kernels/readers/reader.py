@@ -34,10 +34,19 @@ class Room(NamedTuple):
 
 
 class Fragment(NamedTuple):
-    """Text of a reader in a kernel: threadgroup variables, and statements that make the reader."""
+    """Text of a reader in a kernel: threadgroup variables, and statements that make the reader.
+
+    ``queries`` are statements for row ``r`` of the queries ``q_coded[at]``, which is ``real``, and ``kept`` says whether
+    coordinate ``i`` of codes counts. ``added`` makes what scores have beside those of codes, ``summed`` what becomes of
+    sums of values; see ``source/attend.h``.
+    """
 
     declarations: str
     setup: str
+    queries: str = ""
+    kept: str = "true"
+    added: str = "const NothingAdded added = {};"
+    summed: str = "const AsSummed summed = {};"
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +56,7 @@ class Reader(ABC):
     name: ClassVar[str]  # of the layout
     stored: ClassVar[tuple[str, ...]] = ("rows",)  # fields with a row for every token, in the kernel's order
     tables: ClassVar[tuple[str, ...]] = ()  # fields that are the same for all tokens
+    sum_headers: ClassVar[tuple[str, ...]] = ()  # files of ``source/`` with what attention has besides its levels
     one_copy: ClassVar[bool] = False  # whether keys and values that have the same ``table`` share its copy
 
     dim: int  # coordinates of a vector in the space of the codes
@@ -91,9 +101,19 @@ class Reader(ABC):
         """What tells the kernel that reads this from other kernels."""
         return self.name, self.dim, self.kv_heads, self.signs is None, self.scales is None, *self.constants
 
+    @property
+    def coordinates(self) -> int:
+        """Those that codes of a token say, of `dim`; the others say where it is."""
+        return self.dim
+
+    @property
+    def own_words(self) -> int:
+        """Words of threadgroup memory that are taken beside tables."""
+        return 0
+
     def shares(self, count: int) -> bool:
         """Whether a vector can be read in ``count`` equal shares, each by a thread of its own, in whole pairs."""
-        return self.dim % (2 * count) == 0
+        return self.coordinates % (2 * count) == 0
 
     def arrays(self, prefix: str) -> dict[str, mx.array]:
         """Inputs of the kernel, by name."""

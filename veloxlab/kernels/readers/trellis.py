@@ -7,7 +7,13 @@ from typing import ClassVar
 
 import mlx.core as mx
 
-from veloxlab.kernels.readers.reader import Fragment, Reader, Room
+from veloxlab.kernels.readers.reader import Fragment, Reader, Room, made
+
+_WIDEST = 8  # bits of a coordinate
+_WINDOW = 4  # numbers that say where one is
+_CODES = 8  # of scales in a word
+_PADDED = 32  # coordinates after which words are left out, as source/read_trellis.h does
+_PADDED_ROWS, _BETWEEN = 8, 16  # rows of queries, and what lies between them, as source/attend.h has them
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,31 +22,107 @@ class TrellisReader(Reader):
 
     ``rows`` ``[B, 1, S, words]`` have all heads of a token: first 4 bits of each for its scale, 2^(code / 4). Of each
     coordinate ``windows`` ``[H, D, 4]``, uint32, say at which bit of the row its window begins, its mask, by how much
-    it is shifted up, and where in ``table`` the levels of its width begin. ``shifts`` are added to scaled vectors
-    ``[H, D]``, float32. With ``angles``, as `SumsReader` has them, ``dim`` is D and twice the number of pairs: cosines
-    of all pairs, then sines. No GPU has this reader yet.
+    it is shifted up, and where in ``table`` ``[9 · states]`` the levels of its width begin. A state is the last
+    ``reach`` bits, or the coordinate's own if that is 0. ``shifts`` are added to scaled vectors ``[H, D]``, float32.
+    With ``angles``, as `SumsReader` has them, ``dim`` is D and twice the number of pairs: cosines of all pairs, then
+    sines. No eighth of a vector has more than ``most`` bits a coordinate.
     """
 
     name: ClassVar[str] = "trellis"
-    headers = ()
+    headers = ("read_trellis.h",)
+    sum_headers: ClassVar[tuple[str, ...]] = ("trellis_sums.h",)
     tables: ClassVar[tuple[str, ...]] = ("windows", "table", "shifts", "angles")
+    one_copy: ClassVar[bool] = True
 
     windows: mx.array
     table: mx.array
     shifts: mx.array | None
     angles: mx.array | None
+    reach: int
+    most: int
 
     @property
     def kv_heads(self) -> int:
         return self.windows.shape[0]
 
     @property
-    def constants(self) -> tuple[int, ...]:
-        return self.windows.shape[1], self.table.size, int(self.shifts is not None)
+    def coordinates(self) -> int:
+        return self.windows.shape[1]
 
-    def shares(self, count: int) -> bool:
-        """See `Reader.shares`: never."""
-        return False
+    @property
+    def constants(self) -> tuple[int, ...]:
+        return self.coordinates, self.table.size, self.reach, self.most, int(self.shifts is not None)
+
+    @property
+    def own_words(self) -> int:
+        """Of what is known of coordinates, and of queries that compare with means."""
+        plan = self._plan_words + self.coordinates + self.coordinates // _PADDED
+        if self.angles is None:
+            return plan + _PADDED_ROWS
+        return plan + _PADDED_ROWS * (self.coordinates + _BETWEEN) + self.coordinates // 2
+
+    @property
+    def _plan_words(self) -> int:
+        return self.coordinates + self.coordinates // _PADDED * 4
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
-        raise NotImplementedError("no GPU reads trellises")
+        dim, states = self.coordinates, self.table.size // (_WIDEST + 1)
+        reach, alone = self.reach or states.bit_length() - 1, int(not self.reach)
+        plan, ends, levels = f"{prefix}_plan", f"{prefix}_ends", f"{home}_levels"
+        copies = room.copies(_WIDEST * states // 2, pairs=0) if 2 * room.words >= _WIDEST * states else 0
+        window = f"{prefix}_windows + head * {_WINDOW * dim}"
+        shares = "MIX_SHARES" if prefix == "v" else "4"
+        declarations = [f"threadgroup uint4 {plan}[{-(-self._plan_words // 4)}];"]
+        declarations += [f"threadgroup uint {ends}[{dim + dim // _PADDED}];"]
+        if copies and home == prefix:
+            declarations += [f"threadgroup half {levels}[{_WIDEST * states * copies}];"]
+        kind = f"{'SharedLevels' if copies else 'GlobalLevels'}<{states}, {alone}>"
+        table = f"place_of({levels} + lane % {copies}), opaque({2 * copies})" if copies else f"{home}_table"
+        setup = (
+            f"fill_windows<{dim}, {states}, {reach}, {alone}, {dim} / {shares} % 4 == 0 ? 4 : 2>"
+            f"((local_memory uint*){plan}, {ends}, {window}, thread_id, THREADS);\n"
+        )
+        if copies and home == prefix:
+            setup += f"fill_levels<{states}, {alone}, {copies}>({levels}, {prefix}_table, thread_id, THREADS);\n"
+        rows, stride = f"{prefix}_rows + batch * {prefix}_rows_strides[0]", f"uint({prefix}_rows_strides[2])"
+        members = (
+            *(rows, stride, f"{{{rows} + head / {_CODES}, {stride}, head % {_CODES} * 4}}"),
+            *(f"(const local_memory uint*){plan}", ends, f"begin_of<{states}, {reach}, {alone}>({window})"),
+            f"{{{table}}}",
+        )
+        setup += made(prefix, f"TrellisReader<{dim}, {states}, {reach}, {self.most}, {kind}>", *members)
+        kept = f"{prefix}_windows[(head * {dim} + i) * {_WINDOW} + {_WINDOW - 1}] != 0u"
+        if prefix == "v":
+            shift = "0" if self.shifts is None else f"v_shifts + head * {dim}"
+            return Fragment("\n".join(declarations), setup, summed=f"const ShiftedSum summed = {{{shift}, {window}}};")
+        return self._with_scores(Fragment("\n".join(declarations), setup, kept=f"({kept})"), prefix)
+
+    def _with_scores(self, fragment: Fragment, prefix: str) -> Fragment:
+        """The same with what keys have besides."""
+        dim, of_rows = self.coordinates, f"{prefix}_besides"
+        if self.angles is not None:
+            declarations = (
+                f"threadgroup float {of_rows}[PADDED_ROWS * QUERY_LENGTH({dim})], {prefix}_turns[{dim // 2}];"
+            )
+            queries = (
+                f"for (uint i = lane; i < {dim}; i += 32) {of_rows}[query_at<{dim}>(r, turned_place<{dim}>(i))] = "
+                f"real ? as_float(q_coded[at + {dim} + i]) * (SCALE * LOG2_E) : 0.0f;"
+            )
+            setup = (
+                f"for (uint i = thread_id; i < {dim // 2}; i += THREADS) {prefix}_turns[i] = {prefix}_angles[1 + i];\n"
+            )
+            added = f"const TurnsAdded<{dim}> added = {{{of_rows}, {prefix}_turns, {prefix}_angles[0], first_packed}};"
+        elif self.shifts is not None:
+            declarations, setup = f"threadgroup float {of_rows}[PADDED_ROWS];", ""
+            queries = (
+                "float shift = 0.0f;\n"
+                f"for (uint i = lane; i < {dim}; i += 32) {{\n"
+                f"  shift += real ? as_float(q_coded[at + i]) * (SCALE * LOG2_E) * {prefix}_shifts[head * {dim} + i] : 0.0f;\n"
+                "}\n"
+                f"shift = total_of<32>(shift);\nif (lane == 0) {of_rows}[r] = shift;"
+            )
+            added = f"const RowAdded added = {{{of_rows}}};"
+        else:
+            return fragment
+        declarations, setup = f"{fragment.declarations}\n{declarations}", setup + fragment.setup
+        return fragment._replace(declarations=declarations, setup=setup, queries=queries, added=added)

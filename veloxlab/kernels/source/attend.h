@@ -70,11 +70,22 @@ struct Fetched {
   }
 };
 
-template <int KEY_DIM, int VALUE_DIM, class Keys, class Values>
+// What scores have beside those of codes, once these are scaled: nothing.
+struct NothingAdded {
+  FUNCTION void add(thread Scores&, uint, uint) const {}
+};
+
+// What becomes of a row's sum of values, of weights of this total: it stays as it is.
+struct AsSummed {
+  FUNCTION float number(uint, float sum, float) const { return sum; }
+};
+
+template <int KEY_DIM, int VALUE_DIM, class Keys, class Values, class Added>
 FUNCTION void attend(
     thread const Keys& keys,
     thread const Values& values,
     const local_memory float* queries, // as `query_at` says; they and what readers have are there after a barrier
+    thread const Added& added,
     const global_memory float* mask,     // of the first row and the first token, if HAS_MASK
     thread const uint (&mask_rows)[LANE_ROWS], // where the mask of each of the lane's rows begins
     uint begin,
@@ -131,6 +142,10 @@ FUNCTION void attend(
         }
         scores[part].add(pairs, query[s]);
       }
+      UNROLL for (int own = 0; own < SCORE_OWN; own++) {
+        UNROLL for (int r = 0; r < LANE_ROWS; r++) scores[part].sum[own * LANE_ROWS + r] *= key_scale[part][own];
+      }
+      added.add(scores[part], tile + part * SCORE_TOKENS + score_token(lane), lane);
     }
     key_reader.advance(step), scale_reader.advance(step);
     if (whole) {
@@ -146,7 +161,7 @@ FUNCTION void attend(
         const uint token = tile + part * SCORE_TOKENS + score_token(lane) + SCORE_DISTANCE(own);
         const float size = value_scale[part][own] > 0.0f ? logarithm2(value_scale[part][own]) : LEAST_LOG2;
         UNROLL for (int r = 0; r < LANE_ROWS; r++) {
-          float score = scores[part].sum[own * LANE_ROWS + r] * key_scale[part][own];
+          float score = scores[part].sum[own * LANE_ROWS + r];
           if (HAS_MASK && token < end && score_row(lane, r) < ROWS) score += mask[mask_rows[r] + token] * LOG2_E;
           score = token < end ? score : MASKED;
           scores[part].sum[own * LANE_ROWS + r] = score;
@@ -204,9 +219,10 @@ FUNCTION void attend(
 
 // Joins what the simdgroups of a threadgroup know, and writes it: values [ROWS][VALUE_DIM], and of each row the largest
 // score and the total.
-template <int VALUE_DIM>
+template <int VALUE_DIM, class Summed>
 FUNCTION void join(
     thread Running<VALUE_DIM / (2 * MIX_SHARES)>& run,
+    thread const Summed& summed,
     uint simdgroup,
     uint simdgroups,
     uint lane,
@@ -241,6 +257,7 @@ FUNCTION void join(
     }
     out_sums[thread_id * out_sums_row] = highest;
     out_sums[thread_id * out_sums_row + 1] = total;
+    totals[thread_id] = total;
   }
   group_barrier();
   for (uint s = 0; s < simdgroups; s++) {
@@ -260,6 +277,7 @@ FUNCTION void join(
   }
   for (uint i = thread_id; i < ROWS * VALUE_DIM; i += threads) {
     const uint row = i / VALUE_DIM, coordinate = i % VALUE_DIM;
-    out_mixed[row * out_row + coordinate] = joined[row * JOINED_LENGTH(VALUE_DIM) + coordinate + coordinate / SHARE];
+    const float sum = joined[row * JOINED_LENGTH(VALUE_DIM) + coordinate + coordinate / SHARE];
+    out_mixed[row * out_row + coordinate] = summed.number(coordinate, sum, totals[row]);
   }
 }

@@ -59,10 +59,11 @@ for (uint r = simdgroup; r < PADDED_ROWS; r += SIMDGROUPS) {
   }
 #else
   if (!exact) {
-    const uint at = ((sequence * KV_HEADS + head) * ALL_ROWS + (real ? row : 0)) * CODED_KEY;
+    const uint at = ((sequence * KV_HEADS + head) * ALL_ROWS + (real ? row : 0)) * KEY_ROW;
     for (uint i = lane; i < CODED_KEY; i += 32) {
-      queries[query_at<CODED_KEY>(r, i)] = real ? as_float(q_coded[at + i]) * (SCALE * LOG2_E) : 0.0f;
+      queries[query_at<CODED_KEY>(r, i)] = real && KEY_KEPT(i) ? as_float(q_coded[at + i]) * (SCALE * LOG2_E) : 0.0f;
     }
+    $key_queries
   }
 #endif
   if (exact) {
@@ -96,22 +97,26 @@ if (exact) {
     values.rows += first_recent * recent_values_strides[2];
   }
   Running<EXACT_VALUE / (2 * MIX_SHARES)> run;
+  const NothingAdded added = {};
+  const AsSummed summed = {};
   attend<EXACT_KEY, EXACT_VALUE>(
-      keys, values, queries, masks + (at_start ? 0 : sinks + packed), mask_rows, first, end, simdgroup, SIMDGROUPS,
+      keys, values, queries, added, masks + (at_start ? 0 : sinks + packed), mask_rows, first, end, simdgroup, SIMDGROUPS,
       lane, run);
   join<EXACT_VALUE>(
-      run, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, most_splits * LARGEST_VALUE,
+      run, summed, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, most_splits * LARGEST_VALUE,
       out_sums, most_splits * 2);
 } else {
   $key_setup
   $value_setup
+  $added
+  $summed
   const uint begun = (split - exact_splits) * per_split, first = first_packed + begun;
   const uint end = first_packed + (begun + per_split < packed ? begun + per_split : packed);
   UNROLL for (int i = 0; i < LANE_ROWS; i++) mask_rows[i] += sinks - first_packed; // to which a token's place is added
   Running<CODED_VALUE / (2 * MIX_SHARES)> run;
   attend<CODED_KEY, CODED_VALUE>(
-      k_reader, v_reader, queries, masks, mask_rows, first, end, simdgroup, SIMDGROUPS, lane, run);
+      k_reader, v_reader, queries, added, masks, mask_rows, first, end, simdgroup, SIMDGROUPS, lane, run);
   join<CODED_VALUE>(
-      run, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, most_splits * LARGEST_VALUE,
+      run, summed, simdgroup, SIMDGROUPS, lane, largest, totals, joined, out_mixed, most_splits * LARGEST_VALUE,
       out_sums, most_splits * 2);
 }

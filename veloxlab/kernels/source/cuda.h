@@ -44,6 +44,8 @@ FUNCTION float logarithm2(float x) {
 }
 FUNCTION float sine(float x) { return sinf(x); }
 FUNCTION float cosine(float x) { return cosf(x); }
+FUNCTION float small_sine(float x) { return __sinf(x); } // of −π … π
+FUNCTION float small_cosine(float x) { return __cosf(x); }
 FUNCTION float square_root(float x) { return sqrtf(x); }
 FUNCTION float nearest_whole(float x) { return rintf(x); } // halves to even
 FUNCTION float as_float(half x) { return __half2float(x); }
@@ -56,6 +58,7 @@ FUNCTION pair_t make_pair(float x, float y) {
   // beyond ±65504 half has only infinity, whose product with 0 is no number
   return __floats2half2_rn(fminf(fmaxf(x, -65504.0f), 65504.0f), fminf(fmaxf(y, -65504.0f), 65504.0f));
 }
+FUNCTION pair_t pair_of(half x, half y) { return __halves2half2(x, y); }
 FUNCTION float2 pair_floats(pair_t x) { return __half22float2(x); }
 
 template <int BYTE>
@@ -74,6 +77,11 @@ FUNCTION pair_t pair_at(place_t from, uint bytes) {
   return *(const pair_t*)&x;
 }
 FUNCTION float float_at(place_t from, uint bytes) { return __uint_as_float(word_at(from, bytes)); }
+FUNCTION half half_at(place_t from, uint bytes) {
+  unsigned short x;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(from + bytes));
+  return __ushort_as_half(x);
+}
 
 // The matrix unit, scores: 16 tokens × 8 rows += 16 tokens × 16 coordinates · 16 coordinates × 8 rows. Four lanes share a
 // token, each with a quarter of its coordinates; a lane has part of two tokens, and two pairs of each go into a product.

@@ -16,6 +16,8 @@ FUNCTION float exponential2(float x) { return metal::exp2(x); }
 FUNCTION float logarithm2(float x) { return metal::log2(x); }
 FUNCTION float sine(float x) { return metal::sin(x); }
 FUNCTION float cosine(float x) { return metal::cos(x); }
+FUNCTION float small_sine(float x) { return metal::sin(x); } // of −π … π
+FUNCTION float small_cosine(float x) { return metal::cos(x); }
 FUNCTION float square_root(float x) { return metal::sqrt(x); }
 FUNCTION float nearest_whole(float x) { return metal::rint(x); } // halves to even
 template <typename T>
@@ -24,6 +26,7 @@ FUNCTION float as_float(T x) { return static_cast<float>(x); }
 // Pairs of neighbouring coordinates, as the matrix unit takes them.
 typedef float2 pair_t;
 FUNCTION pair_t make_pair(float x, float y) { return float2(x, y); }
+FUNCTION pair_t pair_of(half x, half y) { return float2(as_float(x), as_float(y)); }
 FUNCTION float2 pair_floats(pair_t x) { return x; }
 
 // Where a lane's two elements lie in an 8 × 8 matrix of a simdgroup: their row, and the first of their two columns; and which
@@ -51,6 +54,7 @@ template <typename T>
 FUNCTION place_t place_of(const threadgroup T* x) { return (place_t)x; }
 FUNCTION pair_t pair_at(place_t from, uint bytes) { return *(const threadgroup pair_t*)(from + bytes); }
 FUNCTION float float_at(place_t from, uint bytes) { return *(const threadgroup float*)(from + bytes); }
+FUNCTION half half_at(place_t from, uint bytes) { return *(const threadgroup half*)(from + bytes); }
 
 // The matrix unit, scores: 8 tokens × 8 rows += 8 tokens × 8 coordinates · 8 coordinates × 8 rows. Four lanes share a token,
 // each with a quarter of its coordinates; one pair of each goes into a product.
