@@ -212,7 +212,7 @@ class FisherQuant(Codec):
     def shared_bytes(self) -> int:
         """Of what is learned, matrices as queries meet them, and places; levels are the same for all of a process."""
         learned = self.forward, self.backward, self.mean, self.variances, self._rows.windows
-        of_queries = 4 * len(self.widths) * self.head_dim * self.code_dim
+        of_queries = 4 * len(self.widths) * self.head_dim**2 * (2 if self.tensor == "keys" else 1)
         return of_queries + sum(array.nbytes for array in learned if array is not None)
 
     @cached_property

@@ -36,9 +36,9 @@ class Room(NamedTuple):
 class Fragment(NamedTuple):
     """Text of a reader in a kernel: threadgroup variables, and statements that make the reader.
 
-    ``queries`` are statements for row ``r`` of the queries ``q_coded[at]``, which is ``real``, and ``kept`` says whether
-    coordinate ``i`` of codes counts. ``added`` makes what scores have beside those of codes, ``summed`` what becomes of
-    sums of values; see ``source/attend.h``.
+    ``queries`` are statements for row ``r`` of the queries ``q_coded[at]``, which is ``real``, and ``kept`` says
+    whether coordinate ``i`` of codes counts. ``added`` makes what scores have beside those of codes, ``summed`` what
+    becomes of sums of values; see ``source/attend.h``.
     """
 
     declarations: str

@@ -117,7 +117,8 @@ class TrellisReader(Reader):
             queries = (
                 "float shift = 0.0f;\n"
                 f"for (uint i = lane; i < {dim}; i += 32) {{\n"
-                f"  shift += real ? as_float(q_coded[at + i]) * (SCALE * LOG2_E) * {prefix}_shifts[head * {dim} + i] : 0.0f;\n"
+                f"  const float by = {prefix}_shifts[head * {dim} + i];\n"
+                "  shift += real ? as_float(q_coded[at + i]) * (SCALE * LOG2_E) * by : 0.0f;\n"
                 "}\n"
                 f"shift = total_of<32>(shift);\nif (lane == 0) {of_rows}[r] = shift;"
             )
