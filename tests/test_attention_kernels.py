@@ -446,3 +446,23 @@ def test_what_is_prepared_serves_until_a_buffer_of_codes_is_full(monkeypatch):
             calls.append(found.past.calls)
     same = [mine is before for mine, before in itertools.pairwise(calls)]
     assert same == [False, True]  # there was no room for the first block
+
+
+def test_the_next_token_asks_for_nothing_but_the_kernel(monkeypatch):
+    gpu = replace(HOST, lazy=True)
+    monkeypatch.setattr("veloxlab.cache.past.device_backend", lambda: gpu)
+    monkeypatch.setattr(attention, "current_backend", lambda: gpu)
+    cache = CompressedKVCache(TurboQuant(DIM, 4), TurboQuant(DIM, 3, "mse"))
+    first = normal(1, 2, 300, DIM)
+    cache.update_and_fetch(first, first)
+    new, q = normal(1, 2, 1, DIM, seed=1), normal(1, 4, 1, DIM, seed=2)
+    cache.update_and_fetch(new, new)[0].attend(q, 0.1, None)
+    asked = []
+    monkeypatch.setattr(attention, "current_backend", lambda: asked.append("backend") or gpu)
+    found, _ = cache.update_and_fetch(new, new)
+    assert relative(found.attend(q, 0.1, None), found._attend_codes(q, 0.1, None)) < TOLERANCE
+    assert not asked
+    for scale, mask, sinks in ((0.2, None, None), (0.1, mx.zeros((1, found.tokens)), None), (0.1, None, mx.zeros(4))):
+        answers = found.attend(q, scale, mask, sinks), found._attend_codes(q, scale, mask, sinks)
+        assert relative(*answers) < TOLERANCE
+    assert len(asked) == 3

@@ -98,7 +98,7 @@ class CompressedKVCache(Runs, saved.Saved):
 
     def begin(self) -> None:
         """Let MLX compute the newest keys and values, for which a kernel on a CPU will wait."""
-        if self._past:
+        if self._past and self._past.filled is None:
             begin(*self.recent.buffers.values())
 
     def check(self, keys: mx.array, values: mx.array) -> Coming | Joining:

@@ -44,6 +44,7 @@ class Past:
     def __init__(self, segments: tuple[Segment, ...], filled: int | None = None) -> None:
         self._whole, self.filled = segments, filled
         self.calls: dict[tuple[object, ...], PreparedCall | None] = {}  # for queries of some shape, type and scale
+        self.last: tuple[tuple[object, ...], PreparedCall] | None = None  # on a GPU, and for queries like these
 
     def refilled(self, filled: int) -> Past:
         """The same once other tokens are in the same buffers."""

@@ -45,6 +45,11 @@ class Source:
     def _hash(self) -> int:
         return hash((self.name, self.defines, self.body))
 
+    @cached_property
+    def built(self) -> dict[Backend, Built]:
+        """What has been made of it, by back end: a launch looks here first."""
+        return {}
+
     def header(self, prelude: str) -> str:
         """What comes before the body: definitions, the prelude, the functions."""
         defines = "".join(f"#define {name} {value}\n" for name, value in self.defines)
@@ -108,7 +113,10 @@ def launch(
     """Run a kernel on ``groups`` threadgroups of ``threads`` threads; its outputs are of these shapes and types."""
     if not backend.lazy:
         mx.eval(inputs)
-    return _built(source, backend)(
+    built = source.built.get(backend)
+    if built is None:
+        built = source.built[backend] = _built(source, backend)
+    return built(
         inputs=inputs,
         template=[],
         grid=(groups[0] * threads, groups[1], groups[2]),

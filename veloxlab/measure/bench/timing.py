@@ -37,6 +37,7 @@ Tell = Callable[[str], None]
 REPEATS = 9
 FIRST_TRIES = 2
 IN_A_ROW = 32  # calls that are evaluated together: as many as a model of 8 billion parameters has layers
+LONGER = 4  # times as many are, to see what one more takes
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ Cache = tuple[Callable[[mx.array], mx.array], Any]
 
 
 class Microseconds(NamedTuple):
-    """Median times of one call: of many evaluated together, of making its graph, and of both for one alone."""
+    """Median times of one call: what one more takes behind others, of making its graph, and of both for one alone."""
 
     evaluating: float
     making: float
@@ -90,10 +91,19 @@ def facts() -> Row:
 
 
 def microseconds(calls: Sequence[Callable[[], object]]) -> Microseconds:
-    """Time ``calls``, each of which makes a lazy result, taken in turn, `IN_A_ROW` of them."""
-    row = [calls[i % len(calls)] for i in range(IN_A_ROW)]
-    times = [_timed(lambda: [call() for call in row]) for _ in range(FIRST_TRIES + REPEATS)][FIRST_TRIES:]
-    making, evaluating = (1e6 / IN_A_ROW * statistics.median(part) for part in zip(*times, strict=True))
+    """Time ``calls``, each of which makes a lazy result, taken in turn.
+
+    A GPU has nothing to do before the first of them have been handed to it: a row of `IN_A_ROW` is taken from a longer
+    one, and what is left is of the others.
+    """
+    of_rows = []
+    for count in (IN_A_ROW, LONGER * IN_A_ROW):
+        row = [calls[i % len(calls)] for i in range(count)]
+        times = [_timed(lambda row=row: [call() for call in row]) for _ in range(FIRST_TRIES + REPEATS)]  # type: ignore[misc]
+        of_rows.append([statistics.median(part) for part in zip(*times[FIRST_TRIES:], strict=True)])
+    making, evaluating = (
+        1e6 / ((LONGER - 1) * IN_A_ROW) * (longer - short) for short, longer in zip(*of_rows, strict=True)
+    )
     return Microseconds(evaluating, making, 1e6 * median_seconds(calls[0], REPEATS))
 
 
