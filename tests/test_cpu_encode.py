@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from veloxlab import runtime
 from veloxlab.codecs import METHODS, commvq_training
 from veloxlab.codecs.base import Sample
-from veloxlab.codecs.parts import vector
+from veloxlab.codecs.parts import codebooks, vector
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.kernels import checked, devices
@@ -282,6 +282,19 @@ def test_drawn_seeds(count, dim, drawn):
     given, uniform = rng.integers(-50, 51, (count, dim)).astype(np.float32), rng.random(drawn)
     (found,), (wanted,) = (draw(given, uniform, 16) for draw in (train.drawn_seeds, vector._drawn))
     assert (found == wanted).all()
+
+
+@pytest.mark.parametrize("power", [2, 1, 1 / 8])
+@pytest.mark.parametrize("count", [2, 5, 256])
+def test_levels_settle_where_those_of_the_reference_do(count, power):
+    t = np.linspace(0, 1, 1025)
+    f = np.where(t > 0.2, t**power, 0.0)
+    given = np.sort(np.random.default_rng(4).random(count)), t, *(codebooks._integral(g, t) for g in (f, f * t))
+    for rounds, least in ((1, 0.0), (40, 1e-3), (2000, 1e-9)):
+        (found,), (wanted,) = (
+            settled(*given, np.array([least]), rounds) for settled in (train.settled_levels, codebooks._settled)
+        )
+        assert np.allclose(found, wanted, rtol=0, atol=1e-9)  # sums are fused: 1e-16 an iteration
 
 
 @pytest.mark.parametrize(("method", "bits"), [("vecinfer", 3), ("vecinfer", 2), ("commvq", 2)])

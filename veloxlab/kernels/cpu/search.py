@@ -1,4 +1,4 @@
-"""Loops that look for nearest centroids: ``‖c‖²/2 − x·c`` orders them as ``‖x − c‖`` does."""
+"""Loops that look for nearest centroids, and move levels: ``‖c‖²/2 − x·c`` orders centroids as ``‖x − c‖`` does."""
 
 from __future__ import annotations
 
@@ -107,3 +107,32 @@ def nearest_centroids(first, last, points, centroids, half, codes, distances):
             distance = squares[p] + 2 * least[p]
             codes[begin + p] = index[p]
             distances[begin + p] = distance if distance > 0 else np.float32(0)
+
+
+@part
+def on_line(x, cell, t, sums):
+    """A function of which ``sums`` ``[T]`` are values at ``t``, at x in this cell."""
+    return (sums[cell + 1] - sums[cell]) / (t[cell + 1] - t[cell]) * (x - t[cell]) + sums[cell]
+
+
+@compiled
+def settle_levels(levels, t, mass, first, least, rounds):
+    """Move ascending levels to the means of their cells until none moves by ``least``; ``t`` is in even steps."""
+    count, last = len(levels), len(t) - 1
+    steps = last / (t[last] - t[0])
+    for _ in range(rounds):
+        mass_before, first_before, largest = mass[0], first[0], 0.0
+        for i in range(count):
+            mass_here, first_here = mass[last], first[last]
+            if i < count - 1:
+                edge = (levels[i] + levels[i + 1]) / 2
+                cell = min(max(int((edge - t[0]) * steps), 0), last - 1)
+                mass_here, first_here = on_line(edge, cell, t, mass), on_line(edge, cell, t, first)
+            inside = mass_here - mass_before
+            if inside > 0:
+                mean = (first_here - first_before) / inside
+                largest = max(largest, abs(mean - levels[i]))
+                levels[i] = mean
+            mass_before, first_before = mass_here, first_here
+        if largest < least[0]:
+            return

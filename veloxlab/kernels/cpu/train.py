@@ -98,6 +98,13 @@ def add_up(x: Array, a: Array, b: Array, entries: int) -> tuple[Array, ...]:
     return of_a, of_b, together
 
 
+def settled_levels(levels: Array, t: Array, mass: Array, first: Array, least: Array, rounds: int) -> tuple[Array, ...]:
+    """Levels that Lloyd's iteration has moved to the means of their cells."""
+    levels = levels.copy()
+    search.settle_levels(levels, t, mass, first, least, rounds)
+    return (levels,)
+
+
 LOOPS: Final[Mapping[str, Callable[..., tuple[Array, ...]]]] = {
-    loop.__name__: loop for loop in (nearest_centroids, drawn_seeds, descend, search_sums, add_up)
+    loop.__name__: loop for loop in (nearest_centroids, drawn_seeds, descend, search_sums, add_up, settled_levels)
 }
