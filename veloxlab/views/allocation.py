@@ -45,7 +45,7 @@ def allocation_map(
         coded = base.transform_filter("datum.exact < 1").mark_rect(color=colour, cursor="pointer")
         exact = base.transform_filter("datum.exact === 1").mark_rect(color=theme.NEUTRAL, cursor="pointer")
         opacity = alt.Opacity("bits:Q", legend=legend, scale=scale)
-        return alt.layer(coded.encode(opacity=opacity), exact, marks.picked_outline())
+        return marks.layered(coded.encode(opacity=opacity), exact, marks.picked_outline())
 
     maps = marks.panels(grid.tensors, draw, grid.width, grid.height)
     said = caption or allocation_caption(frame)
@@ -128,7 +128,9 @@ def budget_frontier(
     )
     lines, now, measured = (base.transform_filter(f"datum.role === '{role}'") for role in ("line", "now", "measured"))
     gap = now.transform_aggregate(low="min(loss_drawn)", high="max(loss_drawn)", at="mean(true_bits)")
-    gap = gap.mark_rule(strokeWidth=1).encode(x="at:Q", y="low:Q", y2="high:Q", color=alt.value(theme.NEUTRAL))
+    gap = gap.mark_rule(strokeWidth=1).encode(
+        x=alt.X("at:Q"), y=alt.Y("low:Q"), y2=alt.Y2("high:Q"), color=alt.value(theme.NEUTRAL)
+    )
     told = {
         "shape": marks.scaled(alt.Shape, "kind", SHAPES),
         "tooltip": columns.tips(("said", "loss"), "name true_bits", ("loss", unit, ".3g")),
@@ -138,15 +140,16 @@ def budget_frontier(
         for rows, how in ((now, "predicted"), (measured, "measured"))
     )
     words = now.transform_calculate(short="format(datum.loss, '.3~g')").mark_text(align="left", dx=11, fontWeight=600)
-    plot = alt.layer(
+    plot = marks.layered(
         lines.mark_line(strokeWidth=1.5, strokeDash=[5, 4], clip=True),
         gap,
         now.mark_point(filled=False, strokeWidth=2.5, size=110, opacity=1).encode(**told),
         measured.mark_point(filled=True, size=60, opacity=1).encode(**told),
-        words.encode(text="short:N"),
-    ).properties(width=theme.WIDTH - 20, height=230)
+        words.encode(text=alt.Text("short:N")),
+    )
+    plots = [marks.sized(plot, theme.WIDTH - 20, 230)]
     said = caption or marks.sentence(*columns.not_drawn(rows["loss"]))
-    return marks.framed([plot], rows, "Loss against bits: dashed and hollow predicted, full measured", said)
+    return marks.framed(plots, rows, "Loss against bits: dashed and hollow predicted, full measured", said)
 
 
 def frontier_rows(
@@ -195,7 +198,7 @@ def sensitivity_by_layer(
         xOffset=alt.XOffset("tensor:N").scale(domain=list(theme.TENSORS)),
         color=marks.tensor_colour(),
     )
-    spans = base.mark_rule(strokeWidth=2, opacity=0.55).encode(y="least_drawn:Q", y2="greatest_drawn:Q")
+    spans = base.mark_rule(strokeWidth=2, opacity=0.55).encode(y=alt.Y("least_drawn:Q"), y2=alt.Y2("greatest_drawn:Q"))
     dots = base.mark_point(filled=True, size=34, opacity=1, cursor="pointer").encode(
         y=columns.log_y("mean", ["sensitivity", unit], scale),
         tooltip=columns.tips("layer tensor", ("mean", "mean of its heads"), "least greatest"),

@@ -32,15 +32,15 @@ def channel_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     cells = columns.on_log_scale(alt.Chart(), "ratio", DOMAIN).transform_calculate(**ends).mark_rect()
     cells = cells.encode(
         x=columns.x("begin", words, nice=False, tickMinStep=1),
-        x2="end:Q",
+        x2=alt.X2("end:Q"),
         y=columns.y("layer", [frame["tensor"][0], "layer"]),
         color=columns.log_colour("ratio", ["RMS over", "the median"], DOMAIN),
         tooltip=columns.tips("layer channel", ("ratio", "over median")),
     )
     middles = alt.Chart().transform_calculate(middle="(datum.channel + datum.channel_end - 1) / 2")
-    lost = marks.crosses(middles, x="middle:Q", y="layer:O", tooltip=columns.tips("not_finite"))
+    lost = marks.crosses(middles, x=alt.X("middle:Q"), y=alt.Y("layer:O"), tooltip=columns.tips("not_finite"))
     height = alt.Step(min(STEP, TALLEST / shown["layer"].n_unique()))
-    plot = alt.layer(cells, lost).properties(width=theme.WIDTH - 20, height=height)
+    plot = marks.sized(marks.layered(cells, lost), theme.WIDTH - 20, height)
     said = caption or channel_map_caption(frame)
     return marks.framed([plot], shown, "RMS of each channel over the median channel, by layer", said)
 
@@ -75,7 +75,7 @@ def coordinate_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
         cells: alt.Chart = marks.only(tensor=tensor).mark_rect()
         return cells.encode(
             x=columns.x("coordinate:Q", words if last else None, nice=False, tickMinStep=1),
-            x2="end:Q",
+            x2=alt.X2("end:Q"),
             y=columns.y("layer", [tensor, "layer"], labelOverlap=True),
             color=bits,
             tooltip=columns.tips("layer", ("coordinate", "coordinates from"), ("bits", f"bits of {tensor}")),
@@ -119,7 +119,7 @@ def outliers_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatC
             color=marks.scaled(alt.Color, "seen", colours, legend=legend),
         )
         told = columns.tips("layer seen", ("loudest_ratio", tensor, ".3~g"))
-        lost = marks.crosses(own, x="layer:O")
+        lost = marks.crosses(own, x=alt.X("layer:O"))
         return marks.lines_by_layer(base, told, 30, lost, shape=marks.scaled(alt.Shape, "seen", shapes, legend=legend))
 
     step = 0.85 * marks.layer_step(shown["layer"].n_unique())  # room for a broad legend

@@ -68,8 +68,8 @@ def frontier(
     ]
     if drawn.height <= FEW:
         named = base.transform_calculate(short="slice(datum.name, length(datum.method) + 1)")
-        layers.append(named.mark_text(align="left", dx=7, dy=-7, fontSize=10).encode(text="short:N"))
-    plot = _plane(layers, "cost", title, "kl_mean", scale).properties(height=260)
+        layers.append(named.mark_text(align="left", dx=7, dy=-7, fontSize=10).encode(text=alt.Text("short:N")))
+    plot = _plane(layers, "cost", title, "kl_mean", scale, 260)
     heading = f"KL divergence of predictions against {words}"
     return marks.framed([plot], shown, heading, caption or fidelity_caption(frame, x))
 
@@ -93,10 +93,10 @@ def _held_bits(frame: pl.DataFrame) -> list[str]:
     return ["held_bits"] if "held_bits" in frame.columns else []
 
 
-def _plane(layers: list[alt.Chart], cost: str, title: str, kl: str, scale: columns.Domain) -> alt.LayerChart:
+def _plane(layers: list[alt.Chart], cost: str, title: str, kl: str, scale: columns.Domain, height: int) -> marks.Plot:
     x = columns.x(cost, title, zero=False, nice=False, padding=24, tickCount=6)
     y = columns.log_y(kl, ["mean KL from the exact model", "nats"], scale)
-    return alt.layer(*layers).encode(x=x, y=y).properties(width=theme.WIDTH - 90)
+    return marks.sized(marks.layered(*layers, x=x, y=y), theme.WIDTH - 90, height)
 
 
 FRONT = "front"
@@ -123,10 +123,10 @@ def pareto_front(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     layers = [
         front.mark_line(**STEPS),
         others.mark_point(filled=True, size=36, opacity=0.3).encode(**look, tooltip=told),
-        bars.encode(y="low_drawn:Q", y2="high_drawn:Q", color=look["color"]),
+        bars.encode(y=alt.Y("low_drawn:Q"), y2=alt.Y2("high_drawn:Q"), color=look["color"]),
         marks.points(front, told, 80, **look),
     ]
-    plot = _plane(layers, "bytes_per_token", "bytes held per token", "kl", scale).properties(height=280)
+    plot = _plane(layers, "bytes_per_token", "bytes held per token", "kl", scale, 280)
     heading = "KL divergence against bytes: the Pareto front"
     return marks.framed([plot], shown, heading, caption or pareto_caption(frame))
 
@@ -169,10 +169,10 @@ def attention_times(
         bars = base.mark_bar(height=ROW - 5, cornerRadiusEnd=2)
         ticks = base.mark_tick(thickness=2, size=ROW - 3, color=theme.PICKED)
         text = base.transform_calculate(label=words).mark_text(align="left", dx=5)
-        return alt.layer(
+        return marks.layered(
             bars.encode(x=columns.x("microseconds", title), color=marks.cache_colour(caches), tooltip=told),
-            ticks.encode(x="roofline_microseconds:Q"),
-            text.encode(x="microseconds:Q", text="label:N"),
+            ticks.encode(x=alt.X("roofline_microseconds:Q")),
+            text.encode(x=alt.X("microseconds:Q"), text=alt.Text("label:N")),
         )
 
     plots = marks.panels(lengths, draw, theme.WIDTH - 150, ROW * len(caches))

@@ -46,15 +46,15 @@ def channel_ranges(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
         x = columns.x("begin", words if last else None, nice=False, tickMinStep=1, labels=last)
         unit = [UNITS[space]] if space in UNITS else []
         y = columns.y("least", [tensor, *SPACE_WORDS[space].split(", "), *unit], tickCount=4)
-        base = own.transform_calculate(**ends).encode(x=x, x2="to:Q")
+        base = own.transform_calculate(**ends).encode(x=x, x2=alt.X2("to:Q"))
         told = base.encode(tooltip=columns.tips(numbers))
         zero = own.transform_aggregate(channels="count()").mark_rule(strokeWidth=0.5).encode(y=alt.datum(0))
-        return alt.layer(
+        return marks.layered(
             zero,
-            told.mark_rect(color=colour, opacity=0.25).encode(y=y, y2="most:Q"),
-            told.mark_rect(color=colour, opacity=0.45).encode(y="low:Q", y2="high:Q"),
-            base.mark_rule(color=colour, strokeWidth=2).encode(y="mean:Q"),
-            marks.crosses(own, x="channel:Q", tooltip=columns.tips("channel not_finite")),
+            told.mark_rect(color=colour, opacity=0.25).encode(y=y, y2=alt.Y2("most:Q")),
+            told.mark_rect(color=colour, opacity=0.45).encode(y=alt.Y("low:Q"), y2=alt.Y2("high:Q")),
+            base.mark_rule(color=colour, strokeWidth=2).encode(y=alt.Y("mean:Q")),
+            marks.crosses(own, x=alt.X("channel:Q"), tooltip=columns.tips("channel not_finite")),
         )
 
     plots = marks.panels(places, draw, theme.WIDTH, 130 if len(places) <= 2 else 84)
@@ -122,25 +122,25 @@ def levels_on_density(frame: pl.DataFrame, *, method: str = "", caption: str = "
         base = marks.only(tensor=tensor).encode(x=columns.x("value", "" if last else None))
         of_kind = {kind: base.transform_filter(f"datum.kind === '{kind}'") for kind in ("exact", "decoded", "level")}
         exact = of_kind["exact"].mark_area(interpolate="step", color=colour, opacity=0.35)
-        room = exact.transform_calculate(room="1.15 * datum.density").mark_point(opacity=0).encode(y="room:Q")
+        room = exact.transform_calculate(room="1.15 * datum.density").mark_point(opacity=0).encode(y=alt.Y("room:Q"))
         decoded = of_kind["decoded"].mark_line(interpolate="step", strokeWidth=1.5, color=colour)
         rules = of_kind["level"].mark_rule(color=colour, strokeWidth=1.5)
         told = columns.tips(("value", "level", ".4~g"), ("share", "share of codes"))
         layers = [
             exact.encode(y=columns.y("density", [tensor, "density"], tickCount=4)),
             room,
-            decoded.encode(y="density:Q"),
+            decoded.encode(y=alt.Y("density:Q")),
             rules.encode(y=alt.value(14), y2=alt.value("height"), tooltip=told),
         ]
         if shown.filter(tensor=tensor, kind="level").height <= SHARES_SHOWN:
             share = alt.Text("share:Q", format=".0%")
             layers.append(of_kind["level"].mark_text(dy=-8).encode(y=alt.value(14), text=share))
-        return alt.layer(*layers)
+        return marks.layered(*layers)
 
     plots = marks.panels(marks.tensors_of(frame), draw, theme.WIDTH, 110)
     said = caption or levels_caption(frame, method)
-    chart = marks.framed(plots, shown, "Density of what is quantized, and the quantization levels", said)
-    return chart.resolve_scale(x="shared")  # type: ignore[no-any-return]
+    heading = "Density of what is quantized, and the quantization levels"
+    return marks.framed(plots, shown, heading, said, shared=["x"])
 
 
 def levels_caption(frame: pl.DataFrame, method: str = "") -> str:
@@ -168,7 +168,7 @@ def angle_densities(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatCha
             color=marks.tensor_colour(legend=level == 1),
             tooltip=columns.tips("tensor angle density"),
         )
-        return alt.layer(measured, expected.encode(y="expected:Q"))
+        return marks.layered(measured, expected.encode(y=alt.Y("expected:Q")))
 
     plots = marks.panels(shown["level"].unique().sort().to_list(), draw, theme.WIDTH - 90, 84)
     return marks.framed(plots, shown, "Density of PolarQuant's angles, by level", caption or angle_caption(frame))

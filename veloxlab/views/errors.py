@@ -50,7 +50,7 @@ def error_map(
         told = columns.tips(*place, ("loss", f"{tensor}: {name}", ".3g"))
         note = "'not finite in ' + (datum.rows - datum.finite) + ' of ' + datum.rows"
         lost = pooled.transform_filter("datum.finite < datum.rows").transform_calculate(note=note)
-        return alt.layer(
+        return marks.layered(
             drawn.encode(color=columns.log_colour("loss", unit, scale), tooltip=told),
             lost.mark_text(**marks.CROSS, cursor="pointer").encode(tooltip=columns.tips(*place, ("note", name))),
             marks.picked_outline(),
@@ -65,8 +65,8 @@ def error_map(
     )
     told = columns.tips("layer tensor", ("loss", name, ".3g"))
     lines = marks.lines_by_layer(base, told, 36, shape=marks.scaled(alt.Shape, "tensor", theme.TENSOR_SHAPES))
-    maps = alt.vconcat(*marks.panels(grid.tensors, cells, grid.width, grid.height), spacing=10)
-    plots: list[marks.Plot] = [lines.properties(width=grid.width, height=110), maps]
+    maps = marks.stacked(alt.VConcatChart, marks.panels(grid.tensors, cells, grid.width, grid.height), 10)
+    plots: list[marks.Plot] = [marks.sized(lines, grid.width, 110), maps]
     return marks.framed(plots, shown, heading, caption or error_caption(frame, metric), pickable=True)
 
 
@@ -111,9 +111,9 @@ def errors_along_position(frame: pl.DataFrame, *, caption: str = "") -> alt.VCon
         finite = base.transform_filter("isValid(datum.median)").encode(color=colour)
         low = columns.y("low", _titled(bits, widths, "relative error"), zero=True, tickCount=4)
         told = columns.tips("tensor position median")
-        return alt.layer(
-            finite.mark_area(opacity=0.25).encode(y=low, y2="high:Q"),
-            finite.mark_line(strokeWidth=1.5).encode(y="median:Q", tooltip=told),
+        return marks.layered(
+            finite.mark_area(opacity=0.25).encode(y=low, y2=alt.Y2("high:Q")),
+            finite.mark_line(strokeWidth=1.5).encode(y=alt.Y("median:Q"), tooltip=told),
             marks.crosses(base, tooltip=columns.tips("tensor not_finite")),
         )
 
@@ -180,7 +180,7 @@ def errors_by_bits(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
         color=marks.tensor_colour(),
     )
     plot = marks.line_points(base, columns.tips("tensor", ("bits", "code bits"), "true_bits error"), 50)
-    plots = [plot.properties(width=theme.WIDTH - 90, height=150)]
+    plots = [marks.sized(plot, theme.WIDTH - 90, 150)]
     heading = "Relative squared error against true bits per value"
     return marks.framed(plots, shown, heading, caption or by_bits_caption(frame))
 
@@ -229,20 +229,19 @@ def attention_maps(
         cells = columns.on_log_scale(size, "size", WEIGHTS).mark_rect()
         cells = cells.encode(
             x=columns.x("key", nice=False, tickCount=4),
-            x2="key_end:Q",
+            x2=alt.X2("key_end:Q"),
             y=columns.y("query", "" if first else None, **left),
-            y2="query_end:Q",
+            y2=alt.Y2("query_end:Q"),
             color=columns.log_colour("size", ["attention", "weight"], WEIGHTS),
             tooltip=columns.tips("query key", ("weight", words, ".3~g")),
         )
         lost = own.transform_filter("!isValid(datum.weight)").mark_text(text="×", fontWeight="bold")
         name = alt.Chart().transform_aggregate(cells="count()").mark_text(text=words, baseline="bottom")
         name = name.encode(x=alt.value(SIDE / 2), y=alt.value(-5))
-        return alt.layer(cells, lost.encode(x="key:Q", y="query:Q"), name)
+        return marks.layered(cells, lost.encode(x=alt.X("key:Q"), y=alt.Y("query:Q")), name)
 
-    maps: alt.HConcatChart = alt.hconcat(*marks.panels(list(KINDS), draw, SIDE, SIDE), spacing=12)
-    chart = marks.framed([maps], shown, heading, caption or attention_caption(frame))
-    return chart.resolve_scale(color="shared")  # type: ignore[no-any-return]
+    maps = marks.stacked(alt.HConcatChart, marks.panels(list(KINDS), draw, SIDE, SIDE), 12)
+    return marks.framed([maps], shown, heading, caption or attention_caption(frame), shared=["color"])
 
 
 def attention_caption(frame: pl.DataFrame) -> str:

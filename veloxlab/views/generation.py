@@ -46,21 +46,25 @@ def token_strip(
         base = marks.only(side=side).transform_calculate(**places)
         base = base.encode(
             x=alt.X("column:Q", axis=None).scale(domain=[0, COLUMNS], nice=False),
-            x2="end:Q",
+            x2=alt.X2("end:Q"),
             tooltip=columns.tips("text position probability exact_probability kl"),
         )
         frame: marks.Look = {"stroke": theme.PICKED, "cornerRadius": 2, "xOffset": -2, "x2Offset": 2}
         layers = [
-            base.transform_filter("datum.parts").mark_rect(filled=False, fill=None, **frame).encode(y=top, y2="high:Q"),
-            base.mark_text(align="left", baseline="middle", font=FONT, fontSize=12).encode(y=middle, text="shown:N"),
+            base.transform_filter("datum.parts")
+            .mark_rect(filled=False, fill=None, **frame)
+            .encode(y=top, y2=alt.Y2("high:Q")),
+            base.mark_text(align="left", baseline="middle", font=FONT, fontSize=12).encode(
+                y=middle, text=alt.Text("shown:N")
+            ),
         ]
         if side == "compressed":
             bars = columns.on_log_scale(base, "kl", LOST).mark_rect(cornerRadius=1)
             look: marks.Look = {"orient": "bottom", "format": "~g", "gradientLength": 220, "tickCount": 4}
             legend = alt.Legend(title="KL from the exact cache (nats)", **look)
             colour = alt.Color("kl_drawn:Q", legend=legend).scale(type="log", domain=LOST, clamp=True)
-            layers.insert(0, bars.encode(y=low, y2="high:Q", color=colour))
-        return alt.layer(*layers)
+            layers.insert(0, bars.encode(y=low, y2=alt.Y2("high:Q"), color=colour))
+        return marks.layered(*layers)
 
     plots = marks.panels(list(SIDES), draw, COLUMNS * ADVANCE, LINE * count)
     heading = "Text from one prompt, exact and compressed, with the KL divergence of each token"
@@ -96,7 +100,7 @@ def held_while_generating(frame: pl.DataFrame, *, tokens: int | None = None, cap
         tooltip=told,
     )
     line = base.mark_line(interpolate="step-after", strokeWidth=2)
-    plot = alt.layer(line, marks.points(base, told, 14)).properties(width=theme.WIDTH - 100, height=120)
+    plot = marks.sized(marks.layered(line, marks.points(base, told, 14)), theme.WIDTH - 100, 120)
     return marks.framed([plot], shown, "Bytes held while the texts are generated", caption or held_caption(frame))
 
 
@@ -128,13 +132,14 @@ def passkey_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     )
     found, missed = (base.transform_filter(test) for test in ("datum.hit", "!datum.hit"))
     label = "(datum.hit ? '\u2713 ' : '\u2717 ') + slice(datum.answer, 0, 9)"
-    plot = alt.layer(
+    plot = marks.layered(
         found.mark_rect(color=theme.KEYS, opacity=0.25, cornerRadius=3),
         missed.mark_rect(filled=False, stroke=theme.PICKED, strokeWidth=1.5, strokeDash=[4, 3], cornerRadius=3),
-        base.transform_calculate(label=label).mark_text(font=FONT, fontSize=11).encode(text="label:N"),
-    ).properties(width=theme.WIDTH - 60, height=alt.Step(ROW))
+        base.transform_calculate(label=label).mark_text(font=FONT, fontSize=11).encode(text=alt.Text("label:N")),
+    )
+    plots = [marks.sized(plot, theme.WIDTH - 60, alt.Step(ROW))]
     heading = "Numbers hidden in a text, and what was answered"
-    return marks.framed([plot], shown, heading, caption or passkey_caption(frame))
+    return marks.framed(plots, shown, heading, caption or passkey_caption(frame))
 
 
 def passkey_caption(frame: pl.DataFrame) -> str:

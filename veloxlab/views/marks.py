@@ -15,32 +15,63 @@ Look = dict[str, Any]  # properties of a mark, encodings or settings of an axis,
 PICKED = "picked_layer"
 IS_PICKED = f"datum.layer === {PICKED}"
 ALTAIR_ROWS = 5_000
+OWN_SCALES = ("color", "opacity", "shape", "strokeDash")
 CELLS = 1_600  # of a map at most: more would make a slider stutter, so heads are then drawn in groups
 CROSS: Look = {"text": "×", "fontSize": 13, "fontWeight": "bold", "color": theme.PICKED}  # not finite
 STEP_AREA: Look = {"interpolate": "step", "opacity": 0.3, "line": {"interpolate": "step", "strokeWidth": 1.5}}
 Channel = TypeVar("Channel", alt.Color, alt.Opacity, alt.Shape, alt.StrokeDash)
+Stack = TypeVar("Stack", alt.VConcatChart, alt.HConcatChart)
+Sized = TypeVar("Sized", bound="Plot")
 Plot = alt.Chart | alt.LayerChart | alt.FacetChart | alt.VConcatChart | alt.HConcatChart
 
 
 def framed(
-    plots: Sequence[Plot], data: pl.DataFrame, heading: str, caption: str, *, pickable: bool = False
+    plots: Sequence[Plot],
+    data: pl.DataFrame,
+    heading: str,
+    caption: str,
+    *,
+    pickable: bool = False,
+    shared: Sequence[str] = (),
 ) -> alt.VConcatChart:
-    """Stack plots of the same rows under a heading and the param ``caption``; ``pickable`` ones mark `PICKED`."""
+    """Stack plots of the same rows under a heading and the param ``caption``; ``pickable`` ones mark `PICKED`.
+
+    Scales of colours and of shapes are each plot's own, unless scales of ``shared`` channels are common to all.
+    """
     params = {"caption": caption} | ({PICKED: None} if pickable else {})
-    first = plots[0].properties(title=alt.TitleParams(text=alt.expr("caption"), style="caption"))
-    chart: alt.VConcatChart = (
-        alt.vconcat(first, *plots[1:], title=alt.TitleParams(text=heading), spacing=10)
-        .add_params(*(alt.param(name=name, value=value) for name, value in params.items()))
-        .resolve_scale(color="independent", opacity="independent", shape="independent", strokeDash="independent")
-    )
+    plots[0].title = alt.TitleParams(text=alt.expr("caption"), style="caption")
+    scales: Look = dict.fromkeys(shared, "shared") or dict.fromkeys(OWN_SCALES, "independent")
+    chart: alt.VConcatChart = stacked(alt.VConcatChart, plots, 10)
+    chart.title, chart.resolve = alt.TitleParams(text=heading), alt.Resolve(scale=alt.ScaleResolveMap(**scales))
+    chart.params = [alt.VariableParameter(name, value=value) for name, value in params.items()]
     # Altair refuses longer frames for the marks they might become; ours are pooled before they are drawn
     chart.data = data if data.height <= ALTAIR_ROWS else alt.InlineData(values=data.to_dicts())
     return chart
 
 
+def stacked(kind: type[Stack], plots: Sequence[Plot], spacing: int) -> Stack:
+    """Put plots below or beside each other. Altair's own functions would copy each, with all that is in it, thrice."""
+    chart = kind(spacing=spacing)
+    setattr(chart, "vconcat" if kind is alt.VConcatChart else "hconcat", [*plots])
+    return chart
+
+
+def layered(*marks: Plot, **encodings: Any) -> alt.LayerChart:
+    """Lay marks over each other, with common ``encodings``, and without the copies that `alt.layer` makes."""
+    chart: alt.LayerChart = alt.LayerChart().encode(**encodings) if encodings else alt.LayerChart()
+    chart.layer = [*marks]
+    return chart
+
+
+def sized(plot: Sized, width: object, height: object) -> Sized:
+    """Give a new plot its size; ``plot.properties`` would copy its layers."""
+    plot.width, plot.height = width, height
+    return plot
+
+
 def panels(items: Sequence[Any], draw: Callable[[Any, bool], Plot], width: object, height: object) -> list[Plot]:
     """Draw a panel for each item, of one size; ``draw`` is told whether it is the last, which has the x axis."""
-    return [draw(item, item == items[-1]).properties(width=width, height=height) for item in items]
+    return [sized(draw(item, item == items[-1]), width, height) for item in items]
 
 
 def only(**values: object) -> alt.Chart:
@@ -86,7 +117,7 @@ def points(base: alt.Chart, tooltip: list[alt.Tooltip], size: int = 34, **more: 
 
 def line_points(base: alt.Chart, tooltip: list[alt.Tooltip], size: int = 34, **more: Any) -> alt.LayerChart:
     """Draw a line and its points; ``more`` are encodings of the points."""
-    return alt.layer(base.mark_line(strokeWidth=1.5), points(base, tooltip, size, **more))  # type: ignore[return-value]
+    return layered(base.mark_line(strokeWidth=1.5), points(base, tooltip, size, **more))
 
 
 def crosses(base: alt.Chart, **encodings: Any) -> alt.Chart:
@@ -98,7 +129,7 @@ def crosses(base: alt.Chart, **encodings: Any) -> alt.Chart:
 def labels(base: alt.Chart, label: str, **more: Any) -> alt.Chart:
     """Write a text at the right of what is drawn: a Vega expression; ``more`` are encodings."""
     text = base.transform_calculate(label=label).mark_text(align="left", dx=6, fontWeight=600)
-    return text.encode(text="label:N", **more)  # type: ignore[no-any-return]
+    return text.encode(text=alt.Text("label:N"), **more)  # type: ignore[no-any-return]
 
 
 def layer_step(layers: int) -> float:
@@ -115,7 +146,7 @@ def layer_axis(*, labelled: bool = True, gap: float = 0) -> alt.X:
 def layer_columns() -> alt.Chart:
     """Make every layer's full height something that can be clicked, whatever is drawn there."""
     each = alt.Chart().transform_aggregate(groupby=["layer"])
-    return each.mark_rect(opacity=0, cursor="pointer", tooltip=None).encode(x="layer:O")  # type: ignore[no-any-return]
+    return each.mark_rect(opacity=0, cursor="pointer", tooltip=None).encode(x=alt.X("layer:O"))  # type: ignore[no-any-return]
 
 
 def picked_outline() -> alt.Chart:
@@ -123,18 +154,18 @@ def picked_outline() -> alt.Chart:
     picked = alt.Chart().transform_filter(IS_PICKED).transform_aggregate(groupby=["layer"])
     look: Look = {"stroke": theme.PICKED, "strokeWidth": 2, "y2Offset": -2, "cornerRadius": 2, "cursor": "pointer"}
     outline = picked.mark_rect(filled=False, fill=None, **look)
-    return outline.encode(x="layer:O", y=alt.value(2), y2=alt.value("height"))  # type: ignore[no-any-return]
+    return outline.encode(x=alt.X("layer:O"), y=alt.value(2), y2=alt.value("height"))  # type: ignore[no-any-return]
 
 
 def over_layers(*marks: alt.Chart) -> alt.LayerChart:
     """Lay marks over clickable layers, and a frame around the picked one over them."""
-    return alt.layer(layer_columns(), *marks, picked_outline())  # type: ignore[return-value]
+    return layered(layer_columns(), *marks, picked_outline())
 
 
 def beside_layers(layers: int, height: int, *marks: alt.Chart) -> alt.LayerChart:
     """Lay marks that stand side by side in a layer over clickable layers, in a plot of this height."""
     width = layer_step(layers) * max(layers, 1)  # a step would be of one mark
-    return over_layers(*marks).properties(width=width, height=height)
+    return sized(over_layers(*marks), width, height)
 
 
 def lines_by_layer(
@@ -142,7 +173,7 @@ def lines_by_layer(
 ) -> alt.LayerChart:
     """Lay lines and points over clickable layers and the frame around the picked one; ``encodings`` are the points'."""
     dots = base.mark_point(filled=True, size=size, opacity=1, cursor="pointer").encode(tooltip=tooltip, **encodings)
-    return alt.layer(layer_columns(), picked_outline(), base.mark_line(strokeWidth=1.5), dots, *more)  # type: ignore[return-value]
+    return layered(layer_columns(), picked_outline(), base.mark_line(strokeWidth=1.5), dots, *more)
 
 
 class HeadMap:

@@ -40,20 +40,19 @@ def memory_growth(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart
         .transform_calculate(label=f"'layer ' + {marks.PICKED} + ' in ' + datum.cache + ': ' + {SIZE}")
         .mark_text(**look, dy=alt.expr("16 * datum.rank - 12"))
     )
-    plot = alt.layer(
+    plot = marks.layered(
         base.transform_filter(AHEAD).mark_line(strokeDash=[5, 4], strokeWidth=2),
         measured.mark_line(strokeWidth=2),
         marks.points(measured, columns.tips("cache tokens bytes kind")),
         marks.labels(end, f"datum.cache + '  ' + {SIZE}"),
-        part.encode(detail="cache:N"),
-        words.encode(x=alt.value(10), y=alt.value(0), text="label:N"),
-    ).encode(
+        part.encode(detail=alt.Detail("cache:N")),
+        words.encode(x=alt.value(10), y=alt.value(0), text=alt.Text("label:N")),
         x=columns.x("tokens", format=",d", tickCount=6, zero=True, nice=False),
         y=columns.y("megabytes", tickCount=5),
     )
-    plot = plot.properties(width=theme.WIDTH - 100, height=220)
+    plots = [marks.sized(plot, theme.WIDTH - 100, 220)]
     said = caption or memory_caption(frame)
-    return marks.framed([plot], shown, "Bytes held as the context grows", said, pickable=True)
+    return marks.framed(plots, shown, "Bytes held as the context grows", said, pickable=True)
 
 
 def memory_caption(frame: pl.DataFrame) -> str:
@@ -121,8 +120,8 @@ def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str = 
     fit_bars = fit.mark_bar().encode(color=marks.cache_colour(caches), tooltip=columns.tips("cache context"))
     held = _held(y, used, "GB" if bars["total"].max() >= 1e9 else "MB")  # type: ignore[operator]
     plots = [
-        plot.properties(width=theme.WIDTH - 130, height=ROW * len(caches))
-        for plot in (held, alt.layer(fit_bars, marks.labels(fit, "format(datum.context, ',d')")))
+        marks.sized(plot, theme.WIDTH - 130, ROW * len(caches))
+        for plot in (held, marks.layered(fit_bars, marks.labels(fit, "format(datum.context, ',d')")))
     ]
     said = caption or plan_caption(planned, largest)
     return marks.framed(plots, shown, "Memory a cache will hold (predicted)", said)
@@ -151,7 +150,7 @@ def _held(y: alt.Y, colours: dict[str, str], unit: str) -> marks.Plot:
     bars = base.mark_bar().encode(
         x=axis.stack("zero"),
         color=marks.scaled(alt.Color, "part", colours).sort(None).legend(orient="bottom", columns=len(colours)),
-        order="order:Q",
+        order=alt.Order("order:Q"),
         tooltip=columns.tips("cache part bytes total"),
     )
     totals = base.transform_aggregate(groupby=["cache", "total", "limit"])
@@ -161,10 +160,10 @@ def _held(y: alt.Y, colours: dict[str, str], unit: str) -> marks.Plot:
     word = edge.transform_calculate(label=f"{written} of memory'")
     word = word.mark_text(align="left", dx=4, dy=-6, color=theme.PICKED, fontWeight=600)
     fits = f"{written}' + (datum.total <= datum.limit ? ', fits' : ', does not fit')"
-    return alt.layer(
+    return marks.layered(
         bars,
         edge.mark_rule(strokeDash=[5, 4], color=theme.PICKED).encode(x=axis),
-        word.encode(x=axis, y=alt.value(0), text="label:N"),
+        word.encode(x=axis, y=alt.value(0), text=alt.Text("label:N")),
         marks.labels(totals, fits, x=axis),
     )
 
@@ -195,12 +194,12 @@ def bit_allocation(frame: pl.DataFrame, *, greatest: float | None = None, captio
             x=marks.layer_axis(labelled=last, gap=0.12),
             y=columns.y("bits_per_value", [tensor, "bits per value"], domain=[0, top], clamp=True, tickCount=4),
             opacity=marks.part_opacity("part", parts, colour),
-            order="order:Q",
+            order=alt.Order("order:Q"),
             tooltip=columns.tips("layer", ("part", tensor), "bits_per_value"),
         )
         mean = own.transform_aggregate(total="sum(bits_per_value)", groupby=["layer"])
         mean = mean.transform_aggregate(mean="mean(total)").mark_rule(strokeDash=[3, 3], strokeWidth=1)
-        return marks.over_layers(bars, mean.encode(y="mean:Q"))
+        return marks.over_layers(bars, mean.encode(y=alt.Y("mean:Q")))
 
     width = alt.Step(marks.layer_step(shown["layer"].n_unique()))
     plots = marks.panels(marks.tensors_of(frame), draw, width, 90)

@@ -34,7 +34,7 @@ def spectrum(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
             tooltip=columns.tips("tensor seen rank share"),
         )
     )
-    plots = [line.properties(width=theme.WIDTH - 110, height=190)]
+    plots = [marks.sized(line, theme.WIDTH - 110, 190)]
     heading = "Share of energy in each direction of one head"
     return marks.framed(plots, shown, heading, caption or spectrum_caption(frame))
 
@@ -74,7 +74,7 @@ def dimensions_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConca
     above = marks.lines_by_layer(counts, columns.tips("layer tensor seen dimensions"), 26, strokeDash=alt.StrokeDash())
     below = marks.lines_by_layer(shares, columns.tips("layer tensor mean_share"), 26)
     width = alt.Step(0.88 * marks.layer_step(means["layer"].n_unique()))  # room for a broad legend
-    plots = [plot.properties(width=width, height=height) for plot, height in ((above, 150), (below, 80))]
+    plots = [marks.sized(plot, width, height) for plot, height in ((above, 150), (below, 80))]
     said = caption or dimensions_caption(frame)
     return marks.framed(plots, means, "Effective dimensions, and the mean vector's share", said, pickable=True)
 
@@ -112,7 +112,7 @@ def pair_energy(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
             x=columns.x("pair", f"pair, from a turn in {ends[0]:,.3g} tokens to one in {ends[-1]:,.0f}"),
             y=columns.y("share", ["keys", "share of energy"], format="%", tickCount=5),
             opacity=marks.part_opacity("what", PARTS, theme.KEYS),
-            order="order:Q",
+            order=alt.Order("order:Q"),
             tooltip=columns.tips("pair first second wavelength what share"),
         )
         .properties(width=theme.WIDTH - 90, height=150)
@@ -153,8 +153,8 @@ def pair_turns(
             tooltip=columns.tips("position x y"),
         )
         mean = own.transform_aggregate(x="mean(x)", y="mean(y)").mark_text(text="+", fontSize=22, fontWeight="bold")
-        return alt.layer(dots, mean.encode(x="x:Q", y="y:Q"))
+        return marks.layered(dots, mean.encode(x=alt.X("x:Q"), y=alt.Y("y:Q")))
 
-    plots: alt.HConcatChart = alt.hconcat(*marks.panels(STAGES, draw, 230, 230), spacing=24)
+    plots = marks.stacked(alt.HConcatChart, marks.panels(STAGES, draw, 230, 230), 24)
     usual = f"{shown['position'].n_unique()} tokens, from faint to strong; a cross marks their mean"
     return marks.framed([plots], shown, heading, caption or usual)

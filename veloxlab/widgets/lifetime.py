@@ -89,6 +89,9 @@ def weakly(method: Callable[..., Any]) -> Callable[..., None]:
     return lambda *given: call(*given) if (call := reference()) is not None else None
 
 
+_PLAIN = {str, int, float, bool, bytes, type(None)}  # what rows of charts are full of
+
+
 def parts(whole: ipywidgets.Widget) -> list[ipywidgets.Widget]:
     """The widget itself and every widget that it is made of, shown or not; none that is shared by all."""
     found: dict[int, ipywidgets.Widget] = {}
@@ -96,9 +99,9 @@ def parts(whole: ipywidgets.Widget) -> list[ipywidgets.Widget]:
     while waiting:
         value = waiting.pop()
         if type(value) in (list, tuple):
-            waiting += value  # type: ignore[arg-type]  # narrowed by the line above
+            waiting += [each for each in value if type(each) not in _PLAIN]  # type: ignore[attr-defined]  # see above
         elif type(value) is dict:
-            waiting += value.copy().values()
+            waiting += [each for each in value.copy().values() if type(each) not in _PLAIN]
         elif isinstance(value, ipywidgets.Widget) and id(value) not in found and not hasattr(value, "SHARED"):
             found[id(value)] = value
             if not isinstance(value, ipywidgets.widget_link.Link):  # its ends are no parts of it
