@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +13,11 @@ import pytest
 import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
-from veloxlab.allocate.choices import CURVES, Offer, even_widths
+from veloxlab.allocate.choices import Offer, even_widths
+from veloxlab.allocate.tables import CURVES
+from veloxlab.codecs.fisherquant import FisherQuant
 from veloxlab.codecs.parts.codebooks import sphere_codebook
+from veloxlab.codecs.parts.trellis import levels_of
 from veloxlab.codecs.parts.water_filling import fit_distortion, water_filling_gain
 from veloxlab.errors import InputError
 
@@ -178,11 +182,12 @@ def test_one_problem_serves_texts_of_any_length(rates):
     """Where no layer slides, memory for a text is bytes for each token."""
     lengths = [rates.solve(vl.allocate.TokensInMemory(n, 0.3)).bytes_per_token for n in (400, 600, 800)]
     assert lengths == sorted(lengths, reverse=True)
-    assert len({tokens for bounds, tokens, _ in rates._offer.known if bounds == vl.allocate.Bounds()}) == 1
+    assert len({tokens for bounds, tokens, *_ in rates._offer.known if bounds == vl.allocate.Bounds()}) == 1
 
 
 def test_a_floor_of_quality_takes_the_fewest_bytes(rates):
-    costs, losses = (rates.frontier().filter(kind="allocated")[name] for name in ("bytes_per_token", "predicted_loss"))
+    frontier = rates.frontier(vl.allocate.Bounds(2)).filter(kind="allocated")
+    costs, losses = (frontier[name] for name in ("bytes_per_token", "predicted_loss"))
     solved = rates.solve(vl.allocate.QualityFloor(losses[5] * 1.0001))
     assert (solved.bytes_per_token, solved.predicted_least) == (costs[5], None)
     with pytest.raises(InputError, match="A loss of 1e-12 cannot be reached"):
@@ -204,14 +209,18 @@ def test_the_frontier_falls_and_lies_under_uniform_widths(rates):
 def test_one_bit_is_given_only_where_two_bits_would_spend_the_budget(rates, budget, least):
     """Every value has 0.25 bits of scales, so that 19/18 of what 2 bits take is 2.375."""
     found = rates.solve(budget)
-    assert found.bounds == vl.allocate.Bounds(least_bits=least)
-    assert not found.only_least
+    assert (found.least_bits, found.only_least) == (least, False)
+    assert found.predicted_loss == rates.solve(budget, vl.allocate.Bounds(least)).predicted_loss
     if budget >= 2.25:
         assert found.predicted_loss < found.predicted_uniform_loss
+    if budget in (2.25, 3.25):  # what the line shows; what a step leaves over is spent too
+        drawn = rates.frontier().filter(pl.col("true_bits") <= budget, kind="allocated")
+        assert drawn["true_bits"][-1] > 0.95 * budget
+        assert found.predicted_loss <= drawn["predicted_loss"][-1] * (1 + 1e-9)
 
 
 def test_bounds_that_leave_nothing_to_allocate_are_told(rates):
-    found = rates.solve(2.25, vl.allocate.Bounds())
+    found = rates.solve(2.25, vl.allocate.Bounds(2))
     assert found.only_least
     assert set(rates.heads(found.plan)["bits"]) == {2}
 
@@ -249,8 +258,8 @@ def test_a_plan_of_another_model_is_refused(rates):
 
 def test_across_methods_a_plan_is_no_worse_than_with_one(model, rates, several):
     for bits in (2.3, 3.1, 4.0):
-        solved = several.solve(bits, vl.allocate.Bounds())
-        assert solved.predicted_loss <= rates.solve(bits, vl.allocate.Bounds()).predicted_loss * (1 + 1e-6)
+        solved = several.solve(bits, vl.allocate.Bounds(2))
+        assert solved.predicted_loss <= rates.solve(bits, vl.allocate.Bounds(2)).predicted_loss * (1 + 1e-6)
         assert bytes_per_token(solved.plan, model) == pytest.approx(solved.bytes_per_token)
     methods = {s for layer in several.plan(3.1).layers for s in (layer.key_method, layer.value_method)}
     assert methods <= {"ratequant", "rabitq", "polarquant"}
@@ -278,6 +287,69 @@ def test_a_plan_from_a_calibrated_method_wants_its_calibration(model, tmp_path, 
         InputError, match=f"made with the calibration {fit.identity} of spectralquant, and {other.identity}"
     ):
         vl.make_cache(model, plan, calibration=[other])
+
+
+@pytest.fixture(scope="module")
+def fisher(model, folder):
+    """A calibration, and tables that know it."""
+    fitted = vl.calibrate(model, Letters(), "fisherquant", TEXT, tokens=256, folder=folder)
+    methods = ("ratequant", "fisherquant")
+    return fitted, vl.rate_budget(model, Letters(), methods, TEXT, folder=folder, calibrations=[fitted], **SETTINGS)
+
+
+@pytest.mark.parametrize("bits", [1.5, 2.25, 4.0])
+def test_fisherquant_is_allocated_as_its_own_water_filling_does(model, fisher, bits):
+    """By words of rows or by one mean of the whole model, its cache is the same; the loss is ½ Σ σ² D(b)."""
+    fitted, rates = fisher
+    found = rates.solve(bits, vl.allocate.Bounds(methods=("fisherquant",)))
+    whole = vl.Plan.uniform(model, "fisherquant", bits=bits)
+    lost, codecs = 0.0, []
+    for plan in (found.plan, whole):
+        cache = vl.make_cache(model, plan, calibration=fitted)
+        codecs.append([codec for layer in cache for codec in (layer.key_codec, layer.value_codec)])
+    distortion = levels_of("trellis").distortion
+    for ours, theirs in zip(*codecs, strict=True):
+        assert ours.widths == theirs.widths
+        lost += (np.array(ours.variances) * distortion[np.array(ours.widths)]).sum() / 2
+    assert found.predicted_loss == pytest.approx(lost, rel=1e-6)
+    assert rates.predicted_loss(whole) == pytest.approx(found.predicted_loss)
+    assert found.true_bits == rates.true_bits(whole) == bits
+    assert found.predicted_loss <= found.predicted_least * (1 + 1e-9)
+    shown = rates.coordinates(found.plan)
+    wanted = [width for codec in codecs[0] for head in codec.widths for width in head]
+    order = ["layer", "tensor", "head", "coordinate"]
+    assert shown.sort(order)["bits"].to_list() == wanted
+    heads = shown.group_by("layer", "head", "tensor").agg(pl.col("bits").mean())
+    both = rates.heads(found.plan).join(heads, on=["layer", "head", "tensor"])
+    assert both["bits"].to_list() == pytest.approx(both["bits_right"].to_list())
+
+
+def test_fisherquant_keeps_bounds_and_stands_beside_others(model, fisher, tmp_path):
+    fitted, rates = fisher
+    assert rates.methods == ["ratequant", "fisherquant"]
+    assert (
+        rates.solve(3.0).predicted_loss <= rates.solve(3.0, vl.allocate.Bounds(methods=("ratequant",))).predicted_loss
+    )
+    own = vl.allocate.Bounds(methods=("fisherquant",), protected_first=1, protection="exact", keys_over_values=True)
+    plan = rates.plan(14.0, own)
+    cache = vl.make_cache(model, plan, calibration=[fitted])
+    assert (plan.layers[0].key_method, type(cache[1].key_codec)) == ("none", FisherQuant)
+    assert cache[1].key_codec.bits_per_value >= cache[1].value_codec.bits_per_value
+    again = vl.allocate.RateBudget.load(rates.save(tmp_path / "rates.json"))
+    assert (again.identity, again.plan(14.0, own)) == (rates.identity, plan)
+    alone = vl.rate_budget(model, Letters(), ["fisherquant"], TEXT, calibrations=[fitted], folder=tmp_path, **SETTINGS)
+    uniform = alone.solve(3.0).uniform
+    assert {settings.key_method for settings in uniform.layers} == {"fisherquant"}
+    assert alone.solve(3.0).predicted_loss < alone.solve(3.0).predicted_uniform_loss
+    with pytest.raises(InputError, match=r"read from its calibration: give calibrations=\[vl.calibrate"):
+        vl.rate_budget(model, Letters(), ["fisherquant"], TEXT, folder=tmp_path, **SETTINGS)
+    weighed = rates.sensitivities.with_columns(by=pl.lit("key_norm"))
+    with pytest.raises(InputError, match="in nats, and these by 'key_norm' are not"):
+        replace(rates, sensitivities=weighed).with_calibration(fitted)
+    with pytest.raises(InputError, match="A calibration of rvq predicts no losses"):
+        rates.with_calibration(replace(fitted, method="rvq"))
+    with pytest.raises(InputError, match="of other layers"):
+        replace(rates, sizes=rates.sizes[:2]).with_calibration(fitted)
 
 
 def test_a_plan_reattaches_from_its_file_as_it_was(model, rates, tmp_path):
@@ -317,7 +389,7 @@ def test_models_of_other_kinds_are_allocated_and_attached(family, folder):
 
 def test_what_cannot_be_allocated_is_refused(model, rates):
     with pytest.raises(InputError, match="leaves 192.0 bytes a token .* within the bounds take 216.0: give more"):
-        rates.solve(2.0, vl.allocate.Bounds())
+        rates.solve(2.0, vl.allocate.Bounds(2))
     with pytest.raises(InputError, match="leaves 96.0 bytes a token .* within the bounds take 120.0: give more"):
         rates.solve(1.0)
     with pytest.raises(InputError, match="leaves 96.0 bytes a token .* takes more for all heads: give more"):

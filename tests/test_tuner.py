@@ -46,6 +46,22 @@ def tuner(rates, model):
     tuner.worker.close()
 
 
+@pytest.fixture(scope="module")
+def fitted(model, folder):
+    return vl.calibrate(model, Letters(), "fisherquant", TEXT, tokens=256, folder=folder)
+
+
+@pytest.fixture(params=["ratequant", "fisherquant"])
+def tuner_of(request, rates, fitted, model):
+    """A tuner of either method."""
+    bounds = vl.allocate.Bounds(methods=(request.param,))
+    known = rates.with_calibration(fitted) if request.param == "fisherquant" else rates
+    given: dict[str, Any] = {"budget": 3.25, "text": TEXT, "tokens": 48, "calibration": fitted}
+    tuner = vl.widgets.BudgetTuner(known, model, Letters(), bounds=bounds, **given)
+    yield tuner, "allocated" if request.param == "ratequant" else request.param
+    tuner.worker.close()
+
+
 def turn(work) -> None:
     """Turn knobs as JupyterLab does, from a thread that is not the main one."""
     thread = threading.Thread(target=work)
@@ -64,13 +80,14 @@ def now(tuner) -> dict[str, float]:
 # from Python
 
 
-def test_a_budget_set_twice_changes_every_chart_twice(tuner):
+def test_a_budget_set_twice_changes_every_chart_twice(tuner_of):
+    tuner, kind = tuner_of
     seen = []
     for bits in (3.25, 4.25, 5.25):
         turn(lambda bits=bits: setattr(tuner, "budget", bits))
         assert tuner.budget == vl.allocate.AverageBits(bits)
-        losses = tuner.charts["losses"].frame.filter(kind="allocated")["predicted_loss"].sum()
-        seen.append((drawn_bits(tuner, "keys") + drawn_bits(tuner, "values"), -losses, -now(tuner)["allocated"]))
+        losses = tuner.charts["losses"].frame.filter(kind=kind)["predicted_loss"].sum()
+        seen.append((drawn_bits(tuner, "keys") + drawn_bits(tuner, "values"), -losses, -now(tuner)[kind]))
     assert all(len(set(column)) == 3 for column in zip(*seen, strict=True))
     assert seen == sorted(seen)
 
@@ -195,7 +212,7 @@ def test_a_longer_text_wants_more_memory_and_gets_the_least_that_fits(tuner):
     tuner._controls.tokens.value = 40_000
     assert tuner.budget.tokens == 40_000
     assert "the nearest that they can" in tuner._message.value
-    assert drawn_bits(tuner, "keys") == drawn_bits(tuner, "values") == 2
+    assert drawn_bits(tuner, "keys") == drawn_bits(tuner, "values") == 1
     turn(lambda: setattr(tuner._controls.megabytes, "value", tuner._controls.megabytes.max))
     assert drawn_bits(tuner, "keys") == 6
     assert tuner._message.value == ""
@@ -253,24 +270,48 @@ def test_bounds_that_cannot_spend_the_budget_move_it(tuner):
 # measuring
 
 
-def test_a_measured_plan_stands_beside_its_prediction(tuner, model):
+def test_a_measured_plan_stands_beside_its_prediction(tuner_of, model, fitted):
+    tuner, kind = tuner_of
+    name = "ratequant" if kind == "allocated" else kind
     tuner.measure()
     assert tuner.wait(PATIENCE)
     tuner.measure("uniform")
     assert tuner.wait(PATIENCE)
     assert dict(tuner.measured.schema) == EVALUATED
-    assert tuner.measured["name"].to_list() == ["ratequant 3.25 bits", "uniform 3.25 bits"]
+    assert tuner.measured["name"].to_list() == [f"{name} 3.25 bits", "uniform 3.25 bits"]
     first = tuner.measured.row(0, named=True)
     assert first["predicted_loss"] == pytest.approx(tuner.allocation.predicted_loss)
     assert first["true_bits"] == pytest.approx(tuner.allocation.true_bits)
-    expected = vl.fidelity(model, Letters(), tuner.plan, text=TEXT, tokens=48)
+    expected = vl.fidelity(model, Letters(), tuner.plan, text=TEXT, tokens=48, calibration=[fitted])
     assert first["kl_mean"] == pytest.approx(expected["kl_mean"].item(), rel=1e-5)
     shown = tuner.charts["frontier"].frame.filter(role="measured")
-    assert shown["kind"].to_list() == ["allocated", "uniform"]
+    assert shown["kind"].to_list() == [kind, "uniform"]
     assert shown["loss"].to_list() == tuner.measured["kl_mean"].to_list()
-    assert tuner._history.value.index("uniform 3.25 bits") < tuner._history.value.index("ratequant 3.25 bits")
+    assert tuner._history.value.index("uniform 3.25 bits") < tuner._history.value.index(f"{name} 3.25 bits")
     tuner.budget = 5.0  # what was measured stays
     assert tuner.charts["frontier"].frame.filter(role="measured").height == 2
+
+
+def test_fisherquant_is_added_by_a_button_and_chosen_by_a_knob(rates, fitted, model):
+    tuner = vl.widgets.BudgetTuner(rates, model, Letters(), budget=3.25, calibration=fitted)
+    before = tuner.allocation
+    (*_, add, _) = tuner.children[1].children
+    add.click()
+    assert tuner.wait(PATIENCE)
+    assert add not in tuner.children[1].children
+    assert tuner.budget == vl.allocate.AverageBits(3.25)
+    assert tuner.allocation.predicted_loss < before.predicted_loss
+    assert tuner._controls.method.value == "fisherquant"
+    assert 'vl.calibrate(model, tokenizer, "fisherquant")' in html.unescape(tuner._file.code.value)
+    bits = tuner.charts["coordinates"].frame
+    assert bits["bits"].mean() == pytest.approx(3.25 - 4 / 64, abs=0.02)  # 4 bits a vector are its scale's
+    assert set(tuner.charts["frontier"].frame["kind"]) == {"allocated", "uniform", "fisherquant"}
+    tuner.budget = 2.125  # a fraction; and no head is left with its least
+    assert "Nothing" not in tuner._told.value
+    turn(lambda: setattr(tuner._controls.method, "value", "ratequant"))
+    assert tuner.bounds == vl.allocate.Bounds(methods=("ratequant",))
+    assert tuner.allocation.plan.layers == rates.plan(2.125).layers
+    tuner.worker.close()
 
 
 def test_measuring_can_be_cancelled_and_the_tuner_lives_on(tuner):

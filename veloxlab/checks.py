@@ -194,7 +194,7 @@ OPTIONS: dict[str, Check] = {
     **dict.fromkeys(("bounds", "centred", "centroid", "hadamard", "smooth"), maybe(FLAG)),
     **dict.fromkeys(("outliers", "seed"), maybe(whole(0))),
     "damping": maybe(real(least=0)),
-    "group": maybe(whole(1)),
+    **dict.fromkeys(("group", "words"), maybe(whole(1))),
     "outlier_bits": maybe(whole()),
 }
 """Numbers and flags among the options of veloxlab's own methods; words are checked by the codecs."""

@@ -1,4 +1,4 @@
-"""What an allocation is asked for: a budget of bits, bytes, memory or loss, and the bounds to keep."""
+"""What an allocation is asked for, a budget of bits, bytes, memory or loss and bounds to keep; and what it is then."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache.counts import Windows
 from veloxlab.cache.plan import LayerSettings, Plan, model_hash
-from veloxlab.checks import FLAG, Check, check_fields, choice, either, instance, real, whole
+from veloxlab.checks import FLAG, WORDS, Check, check_fields, choice, either, instance, many, maybe, real, whole
+from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import name_of
 from veloxlab.mlxlm.probe import LayerFacts, exact_width, probe
 
 MEGABYTE = 1_000_000
+LEAST = 2  # bits of a head where nothing else is asked for
 Protection = Literal["widest", "exact"]
 
 
@@ -127,23 +129,29 @@ class Limit(NamedTuple):
 class Bounds:
     """What an allocation may do.
 
-    Code widths are from ``least_bits`` to ``most_bits``, of those that were measured; at 1 bit predicted losses are too
-    low. So many first and last layers as are ``protected`` are left out: they get ``most_bits`` by the protection
-    ``"widest"``, or stay exact. With ``keys_over_values`` a layer's keys get as many bits as its values at least, on
-    average over its heads.
+    Code widths are from ``least_bits`` to ``most_bits``, of those that were measured. By default the least is 2, as at
+    1 bit predicted losses are too low, and 1 for a budget that 2 bits for every head would all but spend. Of
+    FisherQuant these are means over a layer's keys or values, and the default has no least. So many first and last
+    layers as are ``protected`` are left out: they get ``most_bits`` by the protection ``"widest"``, or stay exact. With
+    ``keys_over_values`` a layer's keys get as many bits as its values at least, on average over its heads. ``methods``
+    are the only ones of those that were measured; by default all.
     """
 
-    least_bits: int = 2
+    least_bits: int | None = None
     most_bits: int = 6
     protected_first: int = 0
     protected_last: int = 0
     protection: Protection = "widest"
     keys_over_values: bool = False
+    methods: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         ends = {"protected_first": whole(0), "protected_last": whole(0), "protection": choice(*get_args(Protection))}
-        check_fields(self, least_bits=whole(1), most_bits=whole(1), keys_over_values=FLAG, **ends)
-        if self.least_bits > self.most_bits:
+        check_fields(self, least_bits=maybe(whole(1)), most_bits=whole(1), keys_over_values=FLAG, **ends)
+        check_fields(self, methods=maybe(many(WORDS)))
+        for method in self.methods or ():
+            find_method(method)
+        if (self.least_bits or 1) > self.most_bits:
             raise InputError(f"Bounds of {self.least_bits} to {self.most_bits} bits hold no width: give least ≤ most.")
 
 
@@ -160,6 +168,23 @@ class Setting:
 
     def __post_init__(self) -> None:
         check_fields(self, budget=BUDGET, bounds=BOUNDS, key_weight=real(above=0))
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A plan for `veloxlab.make_cache`, and what is predicted of it."""
+
+    plan: Plan
+    bytes_per_token: float  # of one packed token in all layers
+    true_bits: float  # for each packed value, scales included
+    key_bits: float  # code bits, mean over the heads
+    value_bits: float
+    predicted_loss: float  # a token; by gradients or divergences, in nats
+    predicted_least: float | None  # that any plan of this budget can; None with a `QualityFloor` or a weight of keys
+    uniform: Plan | None  # in the same bytes; None where even the least measured width takes more
+    predicted_uniform_loss: float | None
+    least_bits: int  # that a head could get, but for FisherQuant
+    only_least: bool  # whether the budget pays for the least widths only
 
 
 class Spans(NamedTuple):

@@ -2,91 +2,28 @@
 
 A layer's keys have one codec, and so one method; its values too. With ``"ratequant"`` each head has a width of its own:
 of all combinations those on the convex hull are offered, which are enough for every budget but for what one head's bit
-costs.
+costs. See `veloxlab.allocate.tables`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import polars as pl
 
-from veloxlab.allocate.budget import Bounds
+from veloxlab.allocate.budget import LEAST, Bounds
 from veloxlab.allocate.solve import ROUNDING, Floats, Ints, Problem
+from veloxlab.allocate.tables import BY_WORDS, EXACT, PER_HEAD, Choice, HeadTable, Place, Spectra
 from veloxlab.cache.plan import Plan
 from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
-from veloxlab.measure.frames import PLACE, schema
 from veloxlab.mlxlm.probe import LayerFacts
 
-PER_HEAD = "ratequant"  # the method whose heads may differ
-EXACT = "none"
-Place = tuple[int, Tensor]  # a layer, and its keys or values
-Chosen = Mapping[Place, "Choice"]
-
-
-CURVES = schema(PLACE + "method bits head_dim distortion relative true_bits bytes_per_token")
-"""Columns of `vl.allocate.distortion_curves`: ``bits`` are code bits; ``distortion`` is E‖x − x̂‖² over the tokens
-behind the sinks, ``relative`` Σ‖x − x̂‖² / Σ‖x‖² over the same; ``true_bits`` are stored bits per coordinate, scales and
-padding included, ``bytes_per_token`` those stored for one token of this head."""
-
-
-class Choice(NamedTuple):
-    """A method and a width for each head of one layer's keys or values."""
-
-    method: str  # id; "none" is exact
-    widths: tuple[int, ...]  # code bits of each head
-    nbytes: float  # of one packed token
-    losses: Floats  # predicted for each head [H], in the unit of the sensitivities
-
-    @classmethod
-    def exact(cls, size: LayerFacts, tensor: Tensor) -> Self:
-        """A layer's keys or values left as they are."""
-        widths = (size.exact_bits,) * size.kv_heads
-        return cls(EXACT, widths, size.dims[tensor] * sum(widths) / 8, np.zeros(size.kv_heads))
-
-    @property
-    def mean_width(self) -> float:
-        """Code bits, mean over the heads."""
-        return sum(self.widths) / len(self.widths)
-
-    @property
-    def predicted_loss(self) -> float:
-        """Of all heads."""
-        return float(self.losses.sum())
-
-    @property
-    def settings(self) -> tuple[str, int, dict[str, object]]:
-        """Method, bits and options of a layer's settings."""
-        return self.method, round(self.mean_width), {"head_bits": list(self.widths)} if self.method == PER_HEAD else {}
-
-
-class HeadTable(NamedTuple):
-    """Bytes and predicted losses ``[H, W]`` of one layer's keys or values by one method, at ``widths`` ``[W]``."""
-
-    method: str
-    widths: tuple[int, ...]
-    nbytes: Floats
-    losses: Floats
-
-    def choice(self, columns: Ints | Sequence[int] | int) -> Choice:
-        """The choice with a column for each head, or one column for all."""
-        columns = np.broadcast_to(columns, len(self.nbytes))
-        at, widths = (np.arange(len(columns)), columns), tuple(self.widths[c] for c in columns)
-        return Choice(self.method, widths, float(self.nbytes[at].sum()), self.losses[at])
-
-    def choices(self, bounds: Bounds) -> Iterator[Choice]:
-        """All that a plan can hold within the bounds."""
-        kept = np.flatnonzero([bounds.least_bits <= width <= bounds.most_bits for width in self.widths])
-        if self.method == PER_HEAD and kept.size:
-            hull = Problem(self.nbytes[:, kept], self.losses[:, kept]).frontier
-            yield from (self.choice(kept[hull.choice(step)]) for step in range(len(hull.costs)))
-        else:
-            yield from (self.choice(int(column)) for column in kept)
+Chosen = Mapping[Place, Choice]
 
 
 class Choices(NamedTuple):
@@ -107,14 +44,21 @@ class Offer:
 
     sizes: Sequence[LayerFacts]
     tables: Mapping[Place, Sequence[HeadTable]]
-    known: dict[tuple[Bounds, tuple[float, ...], float], Choices] = field(default_factory=dict)
+    spectra: Spectra = field(default_factory=Spectra)
+    known: dict[tuple[Bounds, tuple[float, ...], float, int], Choices] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, sizes: Sequence[LayerFacts], sensitivities: pl.DataFrame, curves: pl.DataFrame) -> Self:
-        """The tables from `SENSITIVITIES` and `CURVES`.
+    def of(
+        cls,
+        sizes: Sequence[LayerFacts],
+        sensitivities: pl.DataFrame,
+        curves: pl.DataFrame,
+        spectra: pl.DataFrame | None = None,
+    ) -> Self:
+        """The tables from `SENSITIVITIES` and `CURVES`, and from `SPECTRA`.
 
         A head loses its sensitivity times ½·E‖x − x̂‖²/D; by ``"key_norm"``, whose unit is that of E‖x‖², times the
-        relative distortion. Raises `InputError` if the two are not of the same layers and heads.
+        relative distortion. Raises `InputError` if they are not of the same layers and heads.
         """
         by = sensitivities["by"].unique().to_list()
         if len(by) != 1:
@@ -122,7 +66,7 @@ class Offer:
         share = pl.col("relative") if by == ["key_norm"] else pl.col("distortion") / (2 * pl.col("head_dim"))
         head = ["layer", "head", "tensor"]
         joined = curves.join(sensitivities.select(*head, "sensitivity"), on=head, how="left", maintain_order="left")
-        heads = curves.select(head).unique().height
+        heads = curves.select(head).unique().height or sensitivities.height
         if joined["sensitivity"].null_count() or heads != sensitivities.height:
             wrong = f"The sensitivities are of {sensitivities.height} heads and the curves of {heads}, not all the same"
             raise InputError(f"{wrong}: measure both on one model.")
@@ -132,14 +76,22 @@ class Offer:
             widths = tuple(own["bits"].unique().sort())
             nbytes, losses = (own[name].to_numpy().reshape(-1, len(widths)) for name in ("bytes_per_token", "loss"))
             tables[layer, tensor].append(HeadTable(str(method), widths, nbytes, losses))
-        return cls(sizes, tables)
+        known = Spectra() if spectra is None else Spectra.of(spectra)
+        for place, variances in known.items():
+            tables[place].append(HeadTable.of_words(variances))
+        return cls(sizes, tables, known)
 
-    def choices(self, bounds: Bounds, tokens: tuple[float, ...] = (), key_weight: float = 1.0) -> Choices:
-        """All that a plan may give within ``bounds``, at so many packed ``tokens`` of each layer, alike by default."""
+    def choices(
+        self, bounds: Bounds, tokens: tuple[float, ...] = (), key_weight: float = 1.0, usual: int = LEAST
+    ) -> Choices:
+        """All that a plan may give within ``bounds``, at so many packed ``tokens`` of each layer, alike by default.
+
+        The least width is the ``usual`` one if they have none.
+        """
         tokens = tokens or (1.0,) * len(self.sizes)
-        if (bounds, tokens, key_weight) in self.known:
-            return self.known[bounds, tokens, key_weight]
-        found, last = self._within(bounds), dict(zip((size.layer for size in self.sizes), tokens, strict=True))
+        if (bounds, tokens, key_weight, usual) in self.known:
+            return self.known[bounds, tokens, key_weight, usual]
+        found, last = self._within(bounds, usual), dict(zip((size.layer for size in self.sizes), tokens, strict=True))
         rows: list[list[Chosen]] = [[{place: choice} for choice in own] for place, own in found.items()]
         if bounds.keys_over_values:
             rows = [
@@ -157,20 +109,22 @@ class Offer:
                 lost = {tensor: choice.predicted_loss for (_, tensor), choice in chosen.items()}
                 losses[i, j] = sum(lost.values())
                 weighted[i, j] = losses[i, j] + (key_weight - 1) * lost.get("keys", 0.0)
-        made = self.known[bounds, tokens, key_weight] = Choices(rows, Problem(costs, weighted), losses)
+        made = self.known[bounds, tokens, key_weight, usual] = Choices(rows, Problem(costs, weighted), losses)
         return made
 
-    def _within(self, bounds: Bounds) -> dict[Place, list[Choice]]:
+    def _within(self, bounds: Bounds, usual: int) -> dict[Place, list[Choice]]:
         """What may be given to each layer's keys and values; `InputError` if no measured width is within the bounds."""
         count = len(self.sizes)
         found: dict[Place, list[Choice]] = {}
         for i, size in enumerate(self.sizes):
             for tensor in TENSORS:
-                choices = [choice for table in self.tables[size.layer, tensor] for choice in table.choices(bounds)]
+                tables = [t for t in self.tables[size.layer, tensor] if t.method in (bounds.methods or (t.method,))]
+                choices = [choice for table in tables for choice in table.choices(bounds, usual)]
                 if not choices:
+                    of = f" of {' or '.join(bounds.methods)}" if bounds.methods else ""
                     raise InputError(
-                        f"No width from {bounds.least_bits} to {bounds.most_bits} bits was measured for {tensor} of "
-                        f"layer {size.layer}: widen the bounds, or measure those widths."
+                        f"No width{of} from {bounds.least_bits or usual} to {bounds.most_bits} bits was measured for "
+                        f"{tensor} of layer {size.layer}: widen the bounds, or measure those widths."
                     )
                 if i < bounds.protected_first or i >= count - bounds.protected_last:
                     widest = min(choices, key=lambda choice: (-choice.mean_width, choice.predicted_loss))
@@ -181,7 +135,7 @@ class Offer:
     @property
     def first(self) -> dict[Place, HeadTable]:
         """Tables of the method that was measured first, keys' before values'."""
-        return {place: tables[0] for place, tables in self.tables.items()}
+        return {place: tables[0].at_whole_widths for place, tables in self.tables.items()}
 
     def uniform(self, tokens: Sequence[float], room: float) -> Chosen | None:
         """One width for all heads, or two neighbouring ones evenly mixed; None if the least takes more than ``room``.
@@ -201,20 +155,35 @@ class Offer:
 
     def chosen(self, plan: Plan) -> Chosen:
         """What a plan gives each layer's keys and values; `InputError` if a method or a width was not measured."""
-        return {
-            (size.layer, tensor): self._choice(size, tensor, method, plan.widths(size.layer, tensor))
-            for size in self.sizes
-            for tensor, method, _, _ in plan.layers[size.layer].tensors
-        }
+        found: dict[Place, Choice] = {}
+        for size in self.sizes:
+            settings = plan.layers[size.layer]
+            alone = (settings.key_method, settings.key_bits) != (settings.value_method, settings.value_bits)
+            for tensor, method, bits, options in settings.tensors:
+                widths = plan.widths(size.layer, tensor)
+                if method == BY_WORDS and self.spectra:
+                    words: Any = options.get("words")
+                    shared = None if words else self.spectra.words(bits, tensor if alone else None)
+                    widths = (words if shared is None else shared[size.layer, tensor],)
+                found[size.layer, tensor] = self._choice(size, tensor, method, widths)
+        return found
 
     def _choice(self, size: LayerFacts, tensor: Tensor, method: str, widths: tuple[float, ...]) -> Choice:
         if method == EXACT:
             return Choice.exact(size, tensor)
         table = next((t for t in self.tables[size.layer, tensor] if t.method == method), None)
-        if table is None or not {*widths} <= {*table.widths}:
+        known = () if table is None else table.words or table.widths
+        if table is None or not {*widths} <= {*known}:
             missing = f"{method} at {widths} bits was not measured for the {tensor} of layer {size.layer}"
             raise InputError(f"{missing}: measure the method's curves at these widths.")
-        return table.choice([table.widths.index(width) for width in widths])
+        return table.choice([known.index(width) for width in widths])
+
+    def coordinates(self, place: Place, chosen: Choice) -> Floats:
+        """Code bits of each coordinate ``[H, D]``: of a row of words its own, else those of its head."""
+        if chosen.words:
+            return self.spectra.bits(place, chosen.words)
+        (size,) = (size for size in self.sizes if size.layer == place[0])
+        return np.repeat(np.array(chosen.widths, float)[:, None], size.dims[place[1]], axis=1)
 
 
 def even_widths(costs: Floats, room: float) -> Ints | None:

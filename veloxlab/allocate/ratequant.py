@@ -13,9 +13,9 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.budget import BOUNDS, BUDGET, Bounds, Budget, PlannedModel, layer_sizes
-from veloxlab.allocate.choices import CURVES, PER_HEAD
 from veloxlab.allocate.rates import FORMAT, RateBudget
 from veloxlab.allocate.sensitivity import By, mean_square, sensitivities
+from veloxlab.allocate.tables import BY_WORDS, CURVES, PER_HEAD
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, Plan
 from veloxlab.checks import CALIBRATION, MAPPING, checked, choice, many, whole
@@ -107,7 +107,8 @@ def rate_budget(
 
     Parameters
     ----------
-    methods : that a layer's keys or values may get; only ``"ratequant"`` has a width for each head.
+    methods : that a layer's keys or values may get. ``"ratequant"`` has a width for each head, ``"fisherquant"`` for
+        each coordinate: what it loses is read from its calibration, and nothing is measured for it.
     sinks, window : of the plans to be made; sinks are left out of the measurements.
     calibrations : what `veloxlab.calibrate` gave at the widths ``bits``, for methods that have to be fitted.
     """
@@ -117,10 +118,18 @@ def rate_budget(
     given: dict[str, Any] = {"sinks": sinks, "progress": progress}
     weights = sensitivities(model, tokenizer, text, sequences=sequences, tokens=tokens, by=by, folder=folder, **given)
     given |= {"bits": bits, "tokens": 2 * tokens, "calibrations": fitted}
-    curves = distortion_curves(model, tokenizer, methods, text, **given)
+    ours = [method for method in methods if method != BY_WORDS]
+    curves = distortion_curves(model, tokenizer, ours, text, **given) if ours else pl.DataFrame(schema=CURVES)
     shape = PlannedModel.of(model)
-    identities = {method: one.identity for method, one in fitted.items() if method in methods}
-    return RateBudget(shape.model, shape.model_hash, shape.entries, sizes, weights, curves, sinks, window, identities)
+    identities = {method: one.identity for method, one in fitted.items() if method in ours}
+    facts = shape.model, shape.model_hash, shape.entries, sizes
+    rates = RateBudget(*facts, weights, curves, sinks, window, identities)
+    if BY_WORDS not in methods:
+        return rates
+    if BY_WORDS not in fitted:
+        way_out = f"give calibrations=[vl.calibrate(model, tokenizer, {BY_WORDS!r})]"
+        raise InputError(f"FisherQuant's losses are read from its calibration: {way_out}.")
+    return rates.with_calibration(fitted[BY_WORDS])
 
 
 @checked(budget=BUDGET, bounds=BOUNDS, bits=many(whole()))
@@ -150,11 +159,12 @@ def kept_rate_budget(
     return kept(path, RateBudget.load, make, RateBudget.save)
 
 
-PlanKind = Literal["allocated", "uniform"]
+PlanKind = Literal["allocated", "uniform", "fisherquant"]
 
 EVALUATED = schema("kind true_bits bytes_per_token predicted_loss") | FIDELITY
-"""Columns of `evaluated`: "allocated" or "uniform"; of each packed value; predicted as if all tokens behind the sinks
-were codes, and measured with the plan's window, which is exact: less is lost than without."""
+"""Columns of `evaluated`: "allocated", "uniform", or "fisherquant" for a plan of that alone; of each packed value;
+predicted as if all tokens behind the sinks were codes, and measured with the plan's window, which is exact: less is
+lost than without."""
 
 
 def evaluated(

@@ -8,25 +8,39 @@ bytes that are held, scales and padding included, and may choose among methods t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import fsum
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Self
 
+import numpy as np
 import polars as pl
 
-from veloxlab.allocate.budget import BOUNDS, BUDGET, MEGABYTE, Bounds, Budget, Limit, PlannedModel, Spans
-from veloxlab.allocate.choices import CURVES, Chosen, Offer
-from veloxlab.allocate.sensitivity import SENSITIVITIES, frame_of
+from veloxlab.allocate.budget import (
+    BOUNDS,
+    BUDGET,
+    LEAST,
+    MEGABYTE,
+    Allocation,
+    Bounds,
+    Budget,
+    Limit,
+    PlannedModel,
+    Spans,
+)
+from veloxlab.allocate.choices import Chosen, Offer
+from veloxlab.allocate.sensitivity import NATS, SENSITIVITIES, frame_of
 from veloxlab.allocate.solve import ROUNDING
+from veloxlab.allocate.tables import BY_WORDS, CURVES, SPECTRA, spectra_of
+from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.counts import Windows
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, LayerSettings, Plan
 from veloxlab.checks import FILE, checked
 from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
-from veloxlab.measure.frames import PLACE, schema
+from veloxlab.measure.frames import PLACE, in_schema, schema
 from veloxlab.mlxlm.probe import LayerFacts
 from veloxlab.store import digest, read_json, reading, write_json
 
@@ -34,42 +48,29 @@ FORMAT = "veloxlab rate budget 1"
 SIZES = ("layer", "kv_heads", "key_dim", "value_dim", "max_size", "keep", "exact_bits")  # facts of a layer in a file
 _TOO_LITTLE = "This budget leaves {:,.1f} bytes a token for all layers' codes, and {}: give more, or allow fewer bits."
 SHORT = 19 / 18  # 2 1/8 code bits at a head dimension of 64
-"""A budget of fewer times the bytes that 2 bits for every head take may give some heads 1 bit, where no bounds are
-given. Measured on SmolLM2-135M, KL in nats of 4 windows of 512 tokens, from 2 bits up / from 1 bit up: 0.99 / 0.73 at 2
+"""A budget of fewer times the bytes that 2 bits for every head take may give some heads 1 bit, if bounds have no least
+width. Measured on SmolLM2-135M, KL in nats of 4 windows of 512 tokens, from 2 bits up / from 1 bit up: 0.99 / 0.73 at 2
 code bits, 0.65 / 0.64 at 2 1/8, 0.48 / 0.58 at 2 1/4, 0.28 / 0.38 at 2 1/2."""
 
 FRONTIER = schema("kind bytes_per_token true_bits predicted_loss")
 """Columns of `RateBudget.frontier`: ``kind`` is "allocated", or "uniform", one width for all heads; bytes are of one
 packed token in all layers, bits of each value, scales included; losses of a token, in the unit of the sensitivities."""
 
-HEADS = schema(PLACE + "method bits predicted_loss")
+HEADS = schema(PLACE + "method bits predicted_loss") | {"bits": pl.Float64}
 """Columns of `RateBudget.heads`: code bits, or those of an exact value where the method is "none"; the loss of a token
 for this head's keys or values alone, 0 where they are exact."""
 
-
-@dataclass(frozen=True)
-class Allocation:
-    """A plan for `veloxlab.make_cache`, and what is predicted of it."""
-
-    plan: Plan
-    bytes_per_token: float  # of one packed token in all layers
-    true_bits: float  # for each packed value, scales included
-    key_bits: float  # code bits, mean over the heads
-    value_bits: float
-    predicted_loss: float  # a token; by gradients or divergences, in nats
-    predicted_least: float | None  # that any plan of this budget can; None with a `QualityFloor` or a weight of keys
-    uniform: Plan | None  # in the same bytes; None where even the least measured width takes more
-    predicted_uniform_loss: float | None
-    bounds: Bounds  # within which it was allocated
-    only_least: bool  # whether the budget pays for the least widths only
+COORDINATES = schema(PLACE + "coordinate method bits") | {"bits": pl.Float64}
+"""Columns of `RateBudget.coordinates`, the coordinates of each method's own space."""
 
 
 @dataclass(frozen=True, eq=False)
 class RateBudget:
     """What was measured of a model for allocating bits, so that a budget costs no further run.
 
-    That is `SENSITIVITIES` and `CURVES`, and ``calibrations``, identities by method, of what the curves are of.
-    ``entries`` is the length of the prompt cache, and ``sizes`` are those of layers with keys and values.
+    That is `SENSITIVITIES` and `CURVES`, and ``calibrations``, identities by method, of what the curves are of. Of
+    FisherQuant it is ``spectra``, `SPECTRA`. ``entries`` is the length of the prompt cache, and ``sizes`` are those of
+    layers with keys and values.
     """
 
     model: str
@@ -81,6 +82,31 @@ class RateBudget:
     sinks: int = DEFAULT_SINKS
     window: int = DEFAULT_WINDOW
     calibrations: Mapping[str, str] = field(default_factory=dict)
+    spectra: pl.DataFrame = field(default_factory=lambda: pl.DataFrame(schema=SPECTRA))
+
+    @checked()
+    def with_calibration(self, calibration: Calibration) -> Self:
+        """The same with FisherQuant too, from its calibration for the same model: no further run is needed.
+
+        Raises `InputError` for a calibration of another method, or losses that are not in nats.
+        """
+        if calibration.method != BY_WORDS:
+            wrong = f"A calibration of {calibration.method} predicts no losses"
+            raise InputError(f"{wrong}: measure its curves, vl.rate_budget(..., calibrations=[calibration]).")
+        by = self.sensitivities["by"].to_list()[:1]
+        if by not in ([one] for one in NATS):
+            raise InputError(f"FisherQuant's losses are in nats, and these by {by[0]!r} are not: take by='gradient'.")
+        rows = spectra_of(calibration)
+        both = {(layer, tensor) for layer, tensor in rows.select("layer", "tensor").unique().iter_rows()}
+        if both != {(size.layer, tensor) for size in self.sizes for tensor in TENSORS}:
+            raise InputError("This calibration is of other layers than these measurements: make it with this model.")
+        identities = {**self.calibrations, BY_WORDS: calibration.identity}
+        return replace(self, spectra=rows, calibrations=identities)
+
+    @property
+    def methods(self) -> list[str]:
+        """Ids of what was measured, in the order of the measurements."""
+        return [*self.curves["method"].unique(maintain_order=True), *[BY_WORDS] * (not self.spectra.is_empty())]
 
     @checked(bounds=BOUNDS)
     def solve(
@@ -88,14 +114,11 @@ class RateBudget:
     ) -> Allocation:
         """Allocate a budget, of true bits if it is a number; raises `InputError` if the bounds do not allow it.
 
-        The bounds are `Bounds` by default; a budget that 2 bits for every head would all but spend may then give some
-        heads 1 bit. Keys' losses count ``key_weight`` times in the choice, but not in what is predicted.
+        Keys' losses count ``key_weight`` times in the choice, but not in what is predicted.
         """
-        limit = self._limit(budget)
-        if bounds is None:
-            usual = self._offer.choices(Bounds(), limit.tokens).problem.frontier.costs[0]
-            bounds = Bounds() if limit.nbytes is None or limit.nbytes >= SHORT * usual else Bounds(least_bits=1)
-        choices = self._offer.choices(bounds, limit.tokens, key_weight)
+        limit, bounds = self._limit(budget), bounds or Bounds()
+        usual = self._usual(bounds, limit)
+        choices = self._offer.choices(bounds, limit.tokens, key_weight, usual)
         least = float(choices.problem.frontier.costs[0])
         if limit.nbytes is None:
             solution = choices.problem.reaching(limit.predicted_loss, choices.losses)
@@ -113,7 +136,7 @@ class RateBudget:
         uniform, uniform_loss = (None, None) if even is None else (self._uniform_plan(even), _loss(even))
         only_least = bool(solution.cost <= least * (1 + ROUNDING))
         return Allocation(
-            plan, nbytes, bits, key_bits, value_bits, loss, bound, uniform, uniform_loss, bounds, only_least
+            plan, nbytes, bits, key_bits, value_bits, loss, bound, uniform, uniform_loss, usual, only_least
         )
 
     def plan(self, budget: Budget | float, bounds: Bounds | None = None, *, name: str = "") -> Plan:
@@ -139,19 +162,23 @@ class RateBudget:
     @checked(bounds=BOUNDS)
     def frontier(self, bounds: Bounds | None = None) -> pl.DataFrame:
         """The least predicted loss at every number of bytes where it is certain, and uniform widths: `FRONTIER`."""
-        best = self._offer.choices(bounds or Bounds()).problem.frontier
+        bounds = bounds or Bounds()
+        few, best = (self._offer.choices(bounds, usual=usual).problem.frontier for usual in (1, LEAST))
+        short = SHORT * best.costs[0] if bounds.least_bits is None else 0.0  # below which heads may get 1 bit
+        parts = (few.costs < short, few), (best.costs >= short, best)
+        costs, losses = (np.concatenate([getattr(of, name)[at] for at, of in parts]) for name in ("costs", "losses"))
         first = self._offer.first.values()
         uniform = sum(table.nbytes.sum(axis=0) for table in first), sum(table.losses.sum(axis=0) for table in first)
         frames = [
-            pl.DataFrame({"kind": kind, "bytes_per_token": nbytes, "predicted_loss": losses})
-            for kind, (nbytes, losses) in (("allocated", (best.costs, best.losses)), ("uniform", uniform))
+            pl.DataFrame({"kind": kind, "bytes_per_token": nbytes, "predicted_loss": lost})
+            for kind, (nbytes, lost) in (("allocated", (costs, losses)), ("uniform", uniform))
         ]
         bits = 8 * pl.col("bytes_per_token") / self._values
         return pl.concat(frames).with_columns(true_bits=bits).select(list(FRONTIER))
 
     def spans(self, bounds: Bounds, tokens: int) -> Spans:
         """The least and the most that budgets can ask for within ``bounds``; megabytes are of a text of ``tokens``."""
-        choices = self._offer.choices(bounds)
+        choices = self._offer.choices(bounds, usual=1)
         best = choices.problem.frontier
         ends = [choices.chosen(best.choice(step)) for step in (0, len(best.slopes))]
         # a little more than a plan holds, so that no end is refused for its rounding
@@ -168,6 +195,17 @@ class RateBudget:
             for head, (width, loss) in enumerate(zip(choice.widths, choice.losses, strict=True))
         ]
         return pl.DataFrame(rows, schema=HEADS, orient="row")
+
+    def coordinates(self, plan: Plan) -> pl.DataFrame:
+        """Code bits of each coordinate that a plan gives: `COORDINATES`. Raises as `heads`."""
+        rows = [
+            (*place, head, coordinate, choice.method, width)
+            for place, choice in self._chosen(plan).items()
+            for head, own in enumerate(self._offer.coordinates(place, choice).tolist())
+            for coordinate, width in enumerate(own)
+        ]
+        named = pl.DataFrame(rows, ["layer", "tensor", "head", "coordinate", "method", "bits"], orient="row")
+        return in_schema(named, COORDINATES)
 
     def predicted_loss(self, plan: Plan) -> float:
         """Predicted loss a token of a plan; what is exact loses nothing. Raises as `heads`."""
@@ -204,20 +242,28 @@ class RateBudget:
             content["sensitivities"] = frame_of(content["sensitivities"], SENSITIVITIES)
             content["curves"] = frame_of(content["curves"], CURVES)
             content["sizes"] = tuple(LayerFacts(native="", compressible=True, **size) for size in content["sizes"])
+            content["spectra"] = pl.DataFrame(content.get("spectra"), schema=SPECTRA)
             return cls(**content)
 
     def _content(self) -> dict[str, Any]:
-        frames = {name: getattr(self, name).to_dict(as_series=False) for name in ("sensitivities", "curves")}
         own = {f.name: getattr(self, f.name) for f in fields(self)}
+        if self.spectra.is_empty():  # as it was before there were any
+            del own["spectra"]
+        frames = {n: table.to_dict(as_series=False) for n, table in own.items() if isinstance(table, pl.DataFrame)}
         return own | frames | {"sizes": [{name: getattr(size, name) for name in SIZES} for size in self.sizes]}
 
     @cached_property
     def _offer(self) -> Offer:
-        return Offer.of(self.sizes, self.sensitivities, self.curves)
+        return Offer.of(self.sizes, self.sensitivities, self.curves, self.spectra)
 
     @cached_property
     def _values(self) -> int:
         return sum(size.values_per_token for size in self.sizes)
+
+    def _usual(self, bounds: Bounds, limit: Limit) -> int:
+        """The least width of a head where the bounds have none."""
+        usual = self._offer.choices(bounds, limit.tokens).problem.frontier.costs[0]
+        return LEAST if limit.nbytes is None or limit.nbytes >= SHORT * usual else 1
 
     def _limit(self, budget: Budget | float) -> Limit:
         return Limit.of(BUDGET("budget", budget), self.sizes, self.sinks, self.window)

@@ -17,10 +17,10 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.budget import Bounds, BytesPerToken
-from veloxlab.allocate.choices import PER_HEAD
 from veloxlab.allocate.ratequant import rate_budget
 from veloxlab.allocate.rates import RateBudget
 from veloxlab.allocate.sensitivity import By, sensitivities
+from veloxlab.allocate.tables import PER_HEAD
 from veloxlab.cache.make import make_cache
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError

@@ -40,7 +40,7 @@ identity, and every head counts the same: only directions are known then, and no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -61,11 +61,11 @@ from veloxlab.codecs.fisherquant_fitting import (
     switched,
 )
 from veloxlab.codecs.method import Method, Tensor
-from veloxlab.codecs.parts import constant
+from veloxlab.codecs.parts import Floats, constant
 from veloxlab.codecs.parts.packing import WIDEST, Layout, Row
 from veloxlab.codecs.parts.rope import Rope, angles_from
-from veloxlab.codecs.parts.trellis import SCALE_BITS, CodeName, TrellisRows, Widths, levels_of
-from veloxlab.codecs.parts.water_filling import equal_words, shared_words
+from veloxlab.codecs.parts.trellis import LEAST_WORDS, SCALE_BITS, CodeName, TrellisRows, Widths, levels_of
+from veloxlab.codecs.parts.water_filling import Integers, RowCurve, equal_words, row_curve, shared_words
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.readers import TrellisReader
@@ -256,28 +256,54 @@ class FisherQuant(Codec):
         return self.forward, self.backward, self.mean
 
 
-def planned(codecs: Mapping[Any, FisherQuant], bits: float, **options: Any) -> dict[Any, FisherQuant]:
-    """The same codecs, with widths that lose least together at ``bits`` a value, and other ``options``."""
+def planned(
+    codecs: Mapping[Any, FisherQuant], bits: float, words: int | None = None, **options: Any
+) -> dict[Any, FisherQuant]:
+    """The same codecs, with widths that lose least together at ``bits`` a value, and other ``options``.
+
+    With ``words`` each has a row of so many 32-bit words, whatever the others have.
+    """
     some = [codec.switched(bits=bits, **options) for codec in codecs.values()]
-    savings = []
-    for codec in some:
-        lost = levels_of(codec.code, codec.entries).distortion
-        savings.append(np.array(codec.variances, np.float64)[..., None] * (lost[:-1] - lost[1:]))
-    budget = round(sum(own[..., 0].size for own in savings) * bits / 32)
-    if some[0].planning == "model":
-        overheads = [SCALE_BITS * len(own) for own in savings]
-        widths = shared_words([own.reshape(-1, WIDEST) for own in savings], overheads, budget)
+    variances = [np.array(codec.variances, np.float64) for codec in some]
+    lost = [levels_of(codec.code, codec.entries).distortion for codec in some]
+    budget = round(sum(own.size for own in variances) * bits / 32)
+    if words is not None:
+        widths = [row_widths([own], [each], words)[0] for own, each in zip(variances, lost, strict=True)]
+    elif some[0].planning == "model":
+        widths = row_widths(variances, lost, budget)
     else:
+        savings = [own[..., None] * (each[:-1] - each[1:]) for own, each in zip(variances, lost, strict=True)]
         if some[0].planning == "none":  # every coordinate saves the same, and less with each bit
             savings = [np.broadcast_to(-np.arange(WIDEST, dtype=np.float64), own.shape) for own in savings]
-        widths = equal_words(savings, SCALE_BITS, budget)
-    shares: list[Any] = [w.reshape(own.shape[:2]).tolist() for w, own in zip(widths, savings, strict=True)]
+        widths = [
+            w.reshape(own.shape[:2]) for w, own in zip(equal_words(savings, SCALE_BITS, budget), savings, strict=True)
+        ]
+    shares: list[Any] = [own.tolist() for own in widths]
     planned = [replace(codec, widths=tuple(map(tuple, own))) for codec, own in zip(some, shares, strict=True)]
     return dict(zip(codecs, planned, strict=True))
 
 
-def build(head_dim: int, bits: float, tensor: Tensor, **options: Any) -> FisherQuant:
-    """FisherQuant for keys or values, to be fitted."""
+def row_widths(variances: Sequence[Floats], lost: Sequence[Floats], words: int) -> list[Integers]:
+    """Bits of all coordinates ``[H, D]`` of each row, so that rows of σ² ``[H, D]`` lose least in so many words."""
+    savings = [own[..., None] * (each[:-1] - each[1:]) for own, each in zip(variances, lost, strict=True)]
+    overheads = [SCALE_BITS * len(own) for own in variances]
+    found = shared_words([own.reshape(-1, WIDEST) for own in savings], overheads, words)
+    return [own.reshape(len(saving), -1) for own, saving in zip(found, savings, strict=True)]
+
+
+def row_words(widths: Integers) -> int:
+    """32-bit words of a token's row with these bits of coordinates ``[H, D]``."""
+    return max(LEAST_WORDS, -(-int(SCALE_BITS * len(widths) + widths.sum()) // 32))
+
+
+def predicted(variances: Floats, lost: Floats) -> RowCurve:
+    """What a row of σ² ``[H, D]`` is predicted to lose, ½ Σ σᵢ² D(bᵢ) nats a token, with each number of words."""
+    return row_curve(variances, lost, SCALE_BITS * len(variances))
+
+
+def build(head_dim: int, bits: float, tensor: Tensor, *, words: int | None = None, **options: Any) -> FisherQuant:
+    """FisherQuant for keys or values, to be fitted; ``words`` are of a plan, which `planned` reads."""
+    del words
     return FisherQuant(head_dim, bits, tensor, **options)
 
 
@@ -289,7 +315,7 @@ METHOD = Method(
     bits=range(1, 9),
     fractional=True,
     stored="bits by what each coordinate costs the loss, 4 bits for a vector's scale",
-    options=("code", "entries", "metric", "centre", "planning", "scale"),
+    options=("code", "entries", "metric", "centre", "planning", "scale", "words"),
     build=build,
     version=2,
     planned=planned,

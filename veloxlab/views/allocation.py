@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import altair as alt
 import polars as pl
 
@@ -9,9 +11,18 @@ from veloxlab.measure.frames import in_schema
 from veloxlab.views import columns, marks, theme
 
 EXACT = "none"
-KINDS = {"allocated": "ratequant", "uniform": "turboquant"}  # whose colours they have
+KINDS = {"allocated": "ratequant", "uniform": "turboquant", "fisherquant": "fisherquant"}  # whose colours they have
 COLOURS, SHAPES = ({kind: theme.METHODS[method][i] for kind, method in KINDS.items()} for i in (0, 1))
 FAINTEST = 0.12  # opacity of the fewest bits: still a cell
+
+
+def kinds_of(frame: pl.DataFrame) -> list[str]:
+    """Name the kinds of plans that a frame has."""
+    return [kind for kind in KINDS if kind in frame["kind"]]
+
+
+def _looks(frame: pl.DataFrame, looks: Mapping[str, str]) -> dict[str, str]:
+    return {kind: looks[kind] for kind in kinds_of(frame)}
 
 
 def allocation_map(
@@ -66,17 +77,17 @@ def allocation_caption(frame: pl.DataFrame) -> str:
 def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: str = "") -> alt.VConcatChart:
     """Draw what each layer is predicted to lose, allocated and with uniform bits side by side.
 
-    Rows of ``layer``, ``kind`` (``"allocated"`` or ``"uniform"``) and ``predicted_loss``; rows of a layer and kind add
-    up. ``unit``: of the loss.
+    Rows of ``layer``, ``kind`` (``"allocated"``, ``"uniform"`` or ``"fisherquant"``) and ``predicted_loss``; rows of a
+    layer and kind add up. ``unit``: of the loss.
     """
     needed = columns.require(frame, "loss_by_layer", "layer kind predicted_loss")
     shown = needed.group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
     bars = alt.Chart().mark_bar(cursor="pointer")
     bars = bars.encode(
         x=marks.layer_axis(gap=0.2),
-        xOffset=alt.XOffset("kind:N").scale(domain=list(KINDS)),
+        xOffset=alt.XOffset("kind:N").scale(domain=kinds_of(shown)),
         y=columns.y("predicted_loss", ["predicted loss", unit], tickCount=4, format="~g", zero=True),
-        color=marks.scaled(alt.Color, "kind", COLOURS),
+        color=marks.scaled(alt.Color, "kind", _looks(shown, COLOURS)),
         tooltip=columns.tips("layer kind", ("predicted_loss", f"predicted ({unit})", ".3g")),
     )
     plot = marks.beside_layers(shown["layer"].n_unique(), 100, bars)
@@ -88,14 +99,15 @@ def loss_caption(frame: pl.DataFrame, *, unit: str = "nats a token") -> str:
     """Say the predicted losses of all layers, and how many times as much uniform bits lose."""
     sums = dict(frame.group_by("kind").agg(pl.col("predicted_loss").sum()).iter_rows())
     said = [f"{kind} {sums[kind]:.3g}" for kind in KINDS if kind in sums]
-    times = f": {sums['uniform'] / sums['allocated']:.2f} times as much" if len(said) == 2 and sums["allocated"] else ""
+    ours = next((sums[kind] for kind in KINDS if kind in sums and kind != "uniform"), 0.0)
+    times = f": {sums['uniform'] / ours:.2f} times as much" if "uniform" in sums and ours else ""
     return f"Predicted, {unit}: {', '.join(said)}{times}"
 
 
 STEPS = 160  # of the predicted line that are drawn: a page shows no more
 ROWS = {
     "role": pl.String,  # "line", "now" or "measured"
-    "kind": pl.String,  # "allocated" or "uniform"
+    "kind": pl.String,  # "allocated", "uniform" or "fisherquant"
     "true_bits": pl.Float64,
     "loss": pl.Float64,
     "name": pl.String,  # of a measured plan
@@ -124,7 +136,7 @@ def budget_frontier(
     base = columns.on_log_scale(alt.Chart(), "loss", scale).encode(
         x=columns.x("true_bits", title, domain=ends, nice=False, padding=8, tickCount=7, grid=True),
         y=columns.log_y("loss", ["loss", unit], scale),
-        color=marks.scaled(alt.Color, "kind", COLOURS),
+        color=marks.scaled(alt.Color, "kind", _looks(rows, COLOURS)),
     )
     lines, now, measured = (base.transform_filter(f"datum.role === '{role}'") for role in ("line", "now", "measured"))
     gap = now.transform_aggregate(low="min(loss_drawn)", high="max(loss_drawn)", at="mean(true_bits)")
@@ -132,7 +144,7 @@ def budget_frontier(
         x=alt.X("at:Q"), y=alt.Y("low:Q"), y2=alt.Y2("high:Q"), color=alt.value(theme.NEUTRAL)
     )
     told = {
-        "shape": marks.scaled(alt.Shape, "kind", SHAPES),
+        "shape": marks.scaled(alt.Shape, "kind", _looks(rows, SHAPES)),
         "tooltip": columns.tips(("said", "loss"), "name true_bits", ("loss", unit, ".3g")),
     }
     now, measured = (

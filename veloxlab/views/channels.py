@@ -60,10 +60,12 @@ def channel_map_caption(frame: pl.DataFrame) -> str:
 def coordinate_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """Draw the code bits of every layer and coordinate, keys above values.
 
-    Rows of `veloxlab.measure.levels.COORDINATE_BITS`.
+    Rows of `veloxlab.measure.levels.COORDINATE_BITS`, or of `veloxlab.RateBudget.coordinates`, of which means over the
+    heads are drawn.
     """
     columns.require(frame, "coordinate_map", "layer tensor coordinate bits")
-    group, words = marks.grouped(frame.height, COORDINATES, "coordinate")
+    cells = frame.select("layer", "tensor", "coordinate").n_unique()
+    group, words = marks.grouped(cells, COORDINATES, "coordinate")
     dims, most = (int(frame[name].max()) + 1 for name in ("coordinate", "bits"))  # type: ignore[arg-type]
     groups = frame.group_by("tensor", "layer", pl.col("coordinate") // group * group, maintain_order=True)
     shown = groups.agg(pl.col("bits").mean()).with_columns(end=pl.min_horizontal(pl.col("coordinate") + group, dims))
@@ -72,8 +74,8 @@ def coordinate_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
 
     def draw(tensor: str, last: bool) -> marks.Plot:
         bits = alt.Color("bits:Q", title=["bits of", tensor], legend=legend).scale(domain=[0, most - 1])
-        cells: alt.Chart = marks.only(tensor=tensor).mark_rect()
-        return cells.encode(
+        rects: alt.Chart = marks.only(tensor=tensor).mark_rect()
+        return rects.encode(
             x=columns.x("coordinate:Q", words if last else None, nice=False, tickMinStep=1),
             x2=alt.X2("end:Q"),
             y=columns.y("layer", [tensor, "layer"], labelOverlap=True),
@@ -90,7 +92,7 @@ def coordinate_caption(frame: pl.DataFrame) -> str:
     """Say the mean bits of keys and of values, the most, and what share of coordinates gets none."""
     bits = pl.col("bits")
     told = frame.group_by("tensor").agg(mean=bits.mean(), most=bits.max(), none=(bits == 0).mean() * 100)
-    said = "{tensor} {mean:.2f} on average, {most} at most, none for {none:.0f} %"
+    said = "{tensor} {mean:.2f} on average, {most:g} at most, none for {none:.0f} %"
     return marks.sentence(*(said.format(**own.row(0, named=True)) for _, own in marks.by_tensor(told)))
 
 

@@ -68,7 +68,8 @@ class Fitting:
         return self.given if self.given and self.given.method == method else None
 
     def _missing(self, method: str, widths: Iterable[int]) -> list[int]:
-        if not find_method(method).calibrated or self._given(method) is not None:
+        planned = find_method(method).planned and method in self._made  # one is for all widths
+        if not find_method(method).calibrated or self._given(method) is not None or planned:
             return []
         return sorted({*widths} - {*(self._made[method].widths if method in self._made else ())})
 

@@ -33,7 +33,7 @@ Widths = tuple[tuple[int, ...], ...]  # bits of each coordinate of each KV head
 FILE = "trellis.npz"
 TRAINED = 5  # bits up to which a table is trained
 SCALE_BITS, STEPS = 4, 4  # of a vector's scale, 1 or more: its code, and steps of an octave
-_LEAST_WORDS = 2  # of a row: loops read eight bytes at a time
+LEAST_WORDS = 2  # of a row: loops read eight bytes at a time
 _ROWS = 2048  # vectors that are searched together
 _SHARES = 8  # of a vector, that threads of a kernel read
 _MOST = 3, 5, WIDEST  # bits a coordinate of the densest share: a kernel is built for each
@@ -108,7 +108,7 @@ class TrellisRows:
         head_bits = bits.sum(axis=1)
         begins = SCALE_BITS * self.heads + np.cumsum(head_bits) - head_bits
         ends = begins[:, None] + np.cumsum(bits, axis=1)
-        self.words = max(_LEAST_WORDS, words_per_row(int(SCALE_BITS * self.heads + head_bits.sum()), 1))
+        self.words = max(LEAST_WORDS, words_per_row(int(SCALE_BITS * self.heads + head_bits.sum()), 1))
         seen = np.minimum(levels.reach, ends - begins[:, None]) if levels.reach else bits
         seen = np.where(bits > 0, seen, 0)
         lift = np.where(bits > 0, levels.reach - seen, 0) if levels.reach else np.zeros_like(bits)

@@ -89,6 +89,33 @@ def equal_words(savings: Sequence[Floats], overhead: int, budget: int) -> list[I
     return widths
 
 
+class RowCurve(NamedTuple):
+    """What a row's heads get of each number of 32-bit words, and what they lose: `row_curve`."""
+
+    words: Integers  # [W]
+    bits: Integers  # [H, W], of all coordinates of a head
+    losses: Floats  # [H, W]
+
+
+def row_curve(variances: Floats, distortion: Floats, overhead: int, least: int = 2) -> RowCurve:
+    """Every whole number of words that the row of `shared_words` may have, from ``least`` to the most that it can use.
+
+    A coordinate of variance σ² ``[H, D]`` and b bits loses ½·σ²·``distortion[b]``.
+    """
+    savings = variances[..., None] * (distortion[:-1] - distortion[1:]) / 2
+    order = np.argsort(-savings.reshape(-1), kind="stable")
+    first = max(least, -(-overhead // _WORD_BITS))
+    words = np.arange(first, max(first, -(-(savings.size + overhead) // _WORD_BITS)) + 1)
+    counts = np.minimum(words * _WORD_BITS - overhead, savings.size)
+    own = order // savings[0].size == np.arange(len(savings))[:, None]  # [H, bits of the row], in order
+    saved = np.where(own, savings.reshape(-1)[order], 0.0)
+    # summed from the small end, so that losses of many bits are no rounding of those of few
+    left = np.cumsum(np.pad(saved, ((0, 0), (0, 1)))[:, ::-1], axis=1)[:, ::-1]
+    least_lost = variances.sum(axis=1)[:, None] * distortion[-1] / 2
+    bits = np.cumsum(np.pad(own, ((0, 0), (1, 0))), axis=1)
+    return RowCurve(words, bits[:, counts], least_lost + left[:, counts])
+
+
 class DistortionFit(NamedTuple):
     """A quantizer's distortion at b bits, ``alpha · beta ** -b``, relative to the variance."""
 

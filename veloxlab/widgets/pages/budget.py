@@ -15,19 +15,34 @@ import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate import budget as budgets
-from veloxlab.allocate.budget import BOUNDS, BUDGET, AverageBits, Bounds, Budget, Setting, Spans, TokensInMemory
+from veloxlab.allocate.budget import (
+    BOUNDS,
+    BUDGET,
+    Allocation,
+    AverageBits,
+    Bounds,
+    Budget,
+    Setting,
+    Spans,
+    TokensInMemory,
+)
 from veloxlab.allocate.ratequant import EVALUATED, PlanKind, evaluated, kept_rate_budget
-from veloxlab.allocate.rates import Allocation, RateBudget
+from veloxlab.allocate.rates import RateBudget
+from veloxlab.allocate.sensitivity import NATS
+from veloxlab.allocate.tables import BY_WORDS, EXACT
+from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import model_hash
 from veloxlab.checks import MAPPING, MODEL, TOKENIZER, checked, either, instance, maybe, whole
+from veloxlab.codecs.parts.packing import WIDEST
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import link
-from veloxlab.widgets.pages.budget_controls import CHARTS, PlanFile, SettingControl, history, unit_of
+from veloxlab.widgets.pages.budget_charts import CHARTS, COORDINATES, by_of, coded_by, frontiers, kind_of, unit_of
+from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
 from veloxlab.widgets.pages.charts import ChartPage, Look
 from veloxlab.widgets.panel import ProgressBar, button
 from veloxlab.widgets.selection import Chosen, Fitting, Selection
-from veloxlab.widgets.worker import Worker
+from veloxlab.widgets.worker import Progress, Worker
 
 T = TypeVar("T")
 TOKENS = 4096  # of a text, until one is asked for
@@ -52,7 +67,8 @@ class BudgetTuner(ChartPage):
     ``budget``: to begin with, of true bits if it is a number; by default half of what can be spent. ``bounds``,
     ``key_weight``: as `veloxlab.allocate.budget.Setting` has them. ``text``, ``tokens``, ``windows``: of measurements,
     as for `veloxlab.fidelity`. ``rate_settings``: further arguments of `veloxlab.rate_budget`, where tables are to be
-    measured. ``layer``: the picked one. Raises `InputError` if the tables are of another model, if the budget cannot
+    measured. ``calibration``: of FisherQuant, if the tables have it; else it is made once it is needed. ``layer``: the
+    picked one. Raises `InputError` if the tables are of another model, if the budget cannot
     be, or if a model came without its tokenizer.
 
     ``setting`` and ``layer`` are traits; ``budget``, ``bounds`` and ``key_weight`` are the setting's parts and can be
@@ -95,6 +111,7 @@ class BudgetTuner(ChartPage):
         tokens: int = 512,
         windows: int = 1,
         rate_settings: Mapping[str, Any] | None = None,
+        calibration: Calibration | None = None,
         layer: int | None = None,
         selection: Selection | None = None,
         worker: Worker | None = None,
@@ -118,7 +135,8 @@ class BudgetTuner(ChartPage):
         self._ready = False
         self.rates: RateBudget | None = None
         self.measured = pl.DataFrame(schema=EVALUATED)
-        super().__init__(selection or Selection(Fitting(), layers=layers, layer=layer), worker)
+        fitting = Fitting(self._model, self._tokenizer, calibration)
+        super().__init__(selection or Selection(fitting, layers=layers, layer=layer), worker)
         if isinstance(rates, RateBudget):
             self._build(rates)
         else:
@@ -132,11 +150,12 @@ class BudgetTuner(ChartPage):
     @property
     def spent(self) -> str:
         """What the allocation takes."""
-        found, least = self.allocation, self.bounds.least_bits
+        found = self.allocation
+        least = self.bounds.least_bits or found.least_bits
         bits = f"code bits: keys {found.key_bits:.2f}, values {found.value_bits:.2f}"
         said = f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; {bits}"
         only = f"{said}. Nothing is allocated: the bounds' least width, {least}, is all that this pays for"
-        return only if found.only_least else said
+        return only if found.only_least and BY_WORDS not in coded_by(found.plan) else said
 
     @property
     def predicted(self) -> str:
@@ -156,24 +175,48 @@ class BudgetTuner(ChartPage):
         measure = partial(kept_rate_budget, self._model, self._tokenizer, **self._rate_settings)
         self._submit("tables", lambda progress: measure(progress=progress), on_done=self._build)
 
+    def add_fisherquant(self) -> None:
+        """Ask for FisherQuant in the tables: its calibration, which is kept on disk, says what every bit saves."""
+        if self._model is None:
+            raise InputError("FisherQuant is calibrated on a model: give vl.widgets.BudgetTuner one and its tokenizer.")
+
+        def make(progress: Progress) -> RateBudget:
+            fitted = self.selection.fitting.calibration(BY_WORDS, [1], progress)
+            assert fitted is not None
+            return self._tables.with_calibration(fitted)
+
+        def done(rates: RateBudget) -> None:
+            bounds = replace(self._now.bounds, methods=(BY_WORDS,))
+            self._first = self._now.budget, bounds, self._now.key_weight
+            self._build(rates)
+
+        self._submit("fisherquant", make, on_done=done)
+
     def measure(self, kind: PlanKind = "allocated") -> None:
         """Ask for the fidelity of the present plan, or of uniform bits in its bytes; the row joins `measured`."""
         if self._model is None:
             way_out = "vl.widgets.BudgetTuner(rates, model, tokenizer)"
             raise InputError(f"To measure a plan the tuner needs the model: {way_out}.")
         found = self.allocation
-        plan = found.plan if kind == "allocated" else found.uniform
+        plan = found.uniform if kind == "uniform" else found.plan
         if plan is None:
             raise InputError("No uniform bits take as few bytes as this plan: measure it at a larger budget.")
-        plan = replace(plan, name=f"{'ratequant' if kind == 'allocated' else 'uniform'} {found.true_bits:.2f} bits")
-        evaluate = partial(evaluated, self._tables, plan, self._model, self._tokenizer, kind=kind, **self._sample)
+        kind = kind if kind == "uniform" else kind_of(plan)
+        name = "uniform" if kind == "uniform" else " and ".join(coded_by(plan) or [EXACT])
+        plan = replace(plan, name=f"{name} {found.true_bits:.2f} bits")
+        fitting, sample = self.selection.fitting, self._sample
+
+        def evaluate(progress: Progress) -> pl.DataFrame:
+            fitted = [fitting.calibration(method, [1], progress) for method in plan.calibrations]
+            given = sample | {"calibration": fitted, "progress": progress}
+            return evaluated(self._tables, plan, self._model, self._tokenizer, kind=kind, **given)
 
         def done(row: pl.DataFrame) -> None:
             self.measured = pl.concat([self.measured, row])
             self._history.value = history(self.measured)
             self._show()
 
-        self._submit("fidelity", lambda progress: evaluate(progress=progress), on_done=done)
+        self._submit("fidelity", evaluate, on_done=done)
 
     def save(self, path: str | Path) -> Path:
         """Write the present plan, whole or not at all, and give the file's full path."""
@@ -185,8 +228,9 @@ class BudgetTuner(ChartPage):
 
     def _build(self, rates: RateBudget) -> None:
         """Show the tuner of these tables. On the worker's thread, where they were measured."""
-        self.widths = rates.curves["bits"].unique().sort().to_list()
-        self.everything = rates.frontier(Bounds(self.widths[0], self.widths[-1]))
+        self.widths = rates.curves["bits"].unique().sort().to_list() or [*range(1, WIDEST + 1)]
+        least = None if BY_WORDS in rates.methods else self.widths[0]
+        self.everything = frontiers(rates, Bounds(least, self.widths[-1]))
         budget, bounds, key_weight = self._first
         if budget is None:
             budget = AverageBits(round(sum(rates.spans(bounds, TOKENS).bits) / 2, 1))
@@ -194,10 +238,11 @@ class BudgetTuner(ChartPage):
         rates.solve(setting.budget, bounds, key_weight=key_weight)  # if it cannot be, there are no tables yet
         self.rates = rates
         self.set_trait("setting", setting)
-        self._draw(CHARTS)
-        link(*(view for name, view in self.charts.items() if name != "frontier"))
+        self._draw([*CHARTS, COORDINATES] if BY_WORDS in rates.methods else CHARTS)
+        link(*(view for name, view in self.charts.items() if name not in ("frontier", "coordinates")))
         t.link((self, "layer"), (self.charts["bits"], "picked"))
-        self._controls = SettingControl(self._asked, self._converted, TOKENS, self.widths, len(rates.sizes))
+        known = self.widths, len(rates.sizes), rates.methods
+        self._controls = SettingControl(self._asked, self._converted, TOKENS, *known)
         self._file = PlanFile(lambda: self.plan)
         self._told, self._history = ipywidgets.HTML(), ipywidgets.HTML()
         why = "" if self._model is not None else ": give the tuner the model and its tokenizer"
@@ -207,6 +252,9 @@ class BudgetTuner(ChartPage):
             tip = f"Run the model with the {kind} plan, and compare its predictions{why}"
             buttons.append(button(words, tip, partial(self._saying, partial(self.measure, kind)), width="140px"))
             buttons[-1].disabled = self._model is None
+        if BY_WORDS not in rates.methods and self._model is not None and by_of(rates) in NATS:
+            tip = "Calibrate it, which takes minutes and is kept on disk, and see what its bits are predicted to buy"
+            buttons.append(button("Add FisherQuant", tip, partial(self._saying, self.add_fisherquant), width="140px"))
         work = ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")])
         charts = self.charts.values()
         self.children = [self._controls, work, self._message, self._told, *charts, self._history, self._file]
@@ -254,6 +302,7 @@ class BudgetTuner(ChartPage):
             words = f"<b>{html.escape(self.predicted)}</b><br>{html.escape(self.spent)}"
             self._told.value = f"<div style='line-height: 1.5'>{words}</div>"
             self._controls.show(self._now, self._spans(self._now))
+            self._file.tell_code()
 
     def _spans(self, setting: Setting) -> Spans:
         tokens = setting.budget.tokens if isinstance(setting.budget, TokensInMemory) else self._controls.tokens.value

@@ -13,17 +13,12 @@ from typing import Any
 import ipywidgets as ipw
 import polars as pl
 
-from veloxlab import views
 from veloxlab.allocate import budget as budgets
 from veloxlab.allocate.budget import AverageBits, Bounds, Budget, BytesPerToken, QualityFloor, Setting, TokensInMemory
-from veloxlab.allocate.rates import Allocation, RateBudget
-from veloxlab.allocate.sensitivity import NATS
 from veloxlab.cache.plan import Plan
 from veloxlab.errors import InputError
 from veloxlab.runtime import device
-from veloxlab.views.columns import Domain, log_domain, not_drawn
 from veloxlab.views.picture import html_table
-from veloxlab.widgets.pages.charts import Chart, Look
 from veloxlab.widgets.panel import button
 
 KINDS = {
@@ -35,6 +30,7 @@ KINDS = {
 STEPS = {AverageBits: 0.05, QualityFloor: 0.02}  # of sliders; others have a hundred
 LOOKS: dict[str, Any] = {"style": {"description_width": "104px"}, "layout": {"width": "352px"}}
 COLUMN = {"width": "362px"}  # two of them fit into an output of JupyterLab beside its file browser
+ANY = "any of them"  # methods
 PROTECTIONS = {"the most bits": "widest", "no codes: kept exact": "exact"}
 COLUMNS = {
     "plan": pl.col("name"),
@@ -65,7 +61,7 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
     """Choose a kind of budget and its number, what an allocation may do, and how much keys count against values.
 
     When a person changes a control, ``asked`` is given what gives the changed parts of a `Setting`; ``converted`` gives
-    the budget of a kind that allows what is held now. ``widths`` were measured, of so many ``layers``.
+    the budget of a kind that allows what is held now. ``widths`` were measured, of so many ``layers``, and ``methods``.
     """
 
     def __init__(
@@ -75,8 +71,10 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         tokens: int,
         widths: Sequence[int],
         layers: int,
+        methods: Sequence[str],
     ) -> None:
         self._asked, self._showing = asked, False
+        self._least: int | None = None  # of the bounds that are shown
         self.kind = _control(ipw.Dropdown, "budget", "What the budget is counted in", options=KINDS)
         limits = {"value": tokens, "min": 1, "max": 1_000_000, "step": 256}
         self.tokens = _control(ipw.BoundedIntText, "tokens", "Length of the text that has to fit", **limits)
@@ -92,6 +90,8 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         }  # the last is the amount
         self.slot = ipw.VBox()
 
+        tip = "What keys and values may be coded by"
+        self.method = _control(ipw.Dropdown, "method", tip, options=[ANY, *methods])
         ends = {"options": list(widths), "index": (0, len(widths) - 1)}
         self.widths = _control(ipw.SelectionRangeSlider, "bits allowed", "Least and most code bits of a head", **ends)
         self.first, self.last = (
@@ -107,6 +107,7 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         scale = {"value": 1.0, "base": 2, "min": -4, "max": 4, "step": 0.25}
         self.key_weight = _slider("weight of keys", tip, ".2f", ipw.FloatLogSlider, **scale)
         bounds = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
+        bounds = [self.method, *bounds] if len(methods) > 1 else bounds
 
         self._on_change([self.kind], lambda: {"budget": converted(self.kind.value)})
         amounts = [control for controls in self.numbers.values() for control in controls]
@@ -133,9 +134,11 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
             slider.step = STEPS.get(type(budget)) or (most - least) / 100 or 1.0
             slider.value = value
             self.kind.value, self.slot.children = type(budget), numbers
-            inside = [width for width in self.widths.options if bounds.least_bits <= width <= bounds.most_bits]
+            self._least, lowest = bounds.least_bits, bounds.least_bits or 1
+            inside = [width for width in self.widths.options if lowest <= width <= bounds.most_bits]
             if inside:
                 self.widths.value = inside[0], inside[-1]
+            self.method.value = bounds.methods[0] if bounds.methods and len(bounds.methods) == 1 else ANY
             self.first.value, self.last.value = bounds.protected_first, bounds.protected_last
             self.protection.value, self.keys_first.value = bounds.protection, bounds.keys_over_values
             self.key_weight.value = setting.key_weight
@@ -148,7 +151,10 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
 
     def _bounds(self) -> dict[str, Any]:
         (least, most), kept = self.widths.value, (self.first.value, self.last.value)
-        bounds = Bounds(least, most, *kept, self.protection.value, bool(self.keys_first.value))
+        least = self._least if least == (self._least or self.widths.options[0]) else least
+        keys_first = bool(self.keys_first.value)
+        methods = None if self.method.value == ANY else (self.method.value,)
+        bounds = Bounds(least, most, *kept, self.protection.value, keys_first, methods)
         return {"bounds": bounds, "key_weight": self.key_weight.value}
 
 
@@ -160,8 +166,8 @@ class PlanFile(ipw.VBox):  # type: ignore[misc]
         self.path = _control(ipw.Text, "file", "Where to save the plan", value=path)
         self.button = button("Save plan", "Write the plan as JSON, whole or not at all", self._clicked)
         self.said, self.code = ipw.HTML(), ipw.HTML()
-        self.path.observe(self._tell_code, "value")
-        self._tell_code()
+        self.path.observe(self.tell_code, "value")
+        self.tell_code()
         super().__init__([ipw.HBox([self.path, self.button]), self.said, self.code])
 
     def save(self, path: str | Path | None = None) -> Path:
@@ -175,87 +181,13 @@ class PlanFile(ipw.VBox):  # type: ignore[misc]
             said = str(error)
         self.said.value = f"<em>{html.escape(said)}</em>"
 
-    def _tell_code(self, _: object = None) -> None:
+    def tell_code(self, _: object = None) -> None:
+        """Show what to write for the plan of now."""
+        fitted = [f'vl.calibrate(model, tokenizer, "{method}")' for method in self._plan().calibrations]
+        given = f", calibration=[{', '.join(fitted)}]" if fitted else ""
         lines = [
             f"plan = vl.Plan.load({json.dumps(self.path.value.strip(), ensure_ascii=False)})",
-            "cache = vl.make_cache(model, plan)",
+            f"cache = vl.make_cache(model, plan{given})",
             "mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)",
         ]
         self.code.value = f"<pre style='line-height: 1.4; margin: 4px 0'>{html.escape(chr(10).join(lines))}</pre>"
-
-
-def by_of(rates: RateBudget) -> str:
-    """What its sensitivities are measured by."""
-    return str(rates.sensitivities["by"][0])
-
-
-def unit_of(rates: RateBudget, a: str = "token") -> str:
-    """The unit of a predicted loss, of a token or of something else."""
-    return f"nats a {a}" if by_of(rates) in NATS else f"in the unit of {by_of(rates)}"
-
-
-def _heads(look: Look) -> pl.DataFrame:
-    """What each head gets, allocated and by uniform bits in the same bytes, where there are such."""
-    plans = {"allocated": look.allocation.plan, "uniform": look.allocation.uniform}
-    rates: RateBudget = look.rates
-    given = [(kind, plan) for kind, plan in plans.items() if plan is not None]
-    return pl.concat(rates.heads(plan).with_columns(kind=pl.lit(kind)) for kind, plan in given)
-
-
-def _frontier(look: Look) -> pl.DataFrame:
-    found: Allocation = look.allocation
-    losses = {"allocated": found.predicted_loss, "uniform": found.predicted_uniform_loss}
-    rows = [(kind, found.true_bits, loss) for kind, loss in losses.items() if loss is not None]
-    now = pl.DataFrame(rows, {"kind": pl.String, "true_bits": float, "predicted_loss": float}, orient="row")
-    drawn = look.measured if by_of(look.rates) in NATS and look.measured.height else None
-    return views.frontier_rows(look.rates.frontier(look.setting.bounds), now, drawn)
-
-
-def _ends(rows: pl.DataFrame, look: Look) -> dict[str, Domain]:
-    """Ends of the axes of true bits and of loss, between which all that the widest bounds can do and these rows lie."""
-    bits = [*look.everything["true_bits"], *rows["true_bits"]]
-    domain = log_domain([*look.everything["predicted_loss"], *rows["loss"]])
-    return {"bits": (min(bits), max(bits)), "domain": domain}
-
-
-def _frontier_caption(rows: pl.DataFrame, look: Look) -> str:
-    said = "The hollow square is this plan, predicted for codes alone; measured is the mean KL, its window exact"
-    if by_of(look.rates) not in NATS:
-        said = f"Losses by {by_of(look.rates)} are no divergences: what is measured stands in the table below"
-    return "; ".join([said, *not_drawn(rows["loss"])])
-
-
-CHARTS = (
-    Chart(
-        "bits",
-        ("allocation",),
-        lambda _, look: look.rates.heads(look.allocation.plan),
-        lambda rows, look: views.allocation_map(rows, least=look.widths[0], most=look.widths[-1]),
-        lambda rows, _: views.allocation_caption(rows),
-    ),
-    Chart(
-        "losses",
-        ("allocation",),
-        lambda _, look: (
-            _heads(look).group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
-        ),
-        lambda rows, look: views.loss_by_layer(rows, unit=unit_of(look.rates)),
-        lambda rows, look: views.loss_caption(rows, unit=unit_of(look.rates)),
-    ),
-    Chart(
-        "frontier",
-        ("setting", "allocation", "measured.height"),
-        lambda _, look: _frontier(look),
-        lambda rows, look: views.budget_frontier(
-            rows, unit=unit_of(look.rates), caption=_frontier_caption(rows, look), **_ends(rows, look)
-        ),
-        _frontier_caption,
-        _ends,
-    ),
-    Chart(
-        "sensitivity",
-        (),
-        lambda _, look: look.rates.sensitivities,
-        lambda rows, look: views.sensitivity_by_layer(rows, unit=unit_of(look.rates, "unit of error")),
-    ),
-)

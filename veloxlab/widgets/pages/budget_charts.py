@@ -1,0 +1,129 @@
+"""The charts of a budget: who gets the bits, and what is predicted and measured of it; a look is the tuner."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import polars as pl
+
+from veloxlab import views
+from veloxlab.allocate.budget import Allocation, Bounds
+from veloxlab.allocate.ratequant import PlanKind
+from veloxlab.allocate.rates import RateBudget
+from veloxlab.allocate.sensitivity import NATS
+from veloxlab.allocate.tables import BY_WORDS, EXACT
+from veloxlab.cache.plan import Plan
+from veloxlab.views.allocation import kinds_of
+from veloxlab.views.columns import Domain, log_domain, not_drawn
+from veloxlab.widgets.pages.charts import Chart, Look
+
+
+def by_of(rates: RateBudget) -> str:
+    """What its sensitivities are measured by."""
+    return str(rates.sensitivities["by"][0])
+
+
+def unit_of(rates: RateBudget, a: str = "token") -> str:
+    """The unit of a predicted loss, of a token or of something else."""
+    return f"nats a {a}" if by_of(rates) in NATS else f"in the unit of {by_of(rates)}"
+
+
+def kind_of(plan: Plan) -> PlanKind:
+    """What charts call a plan that was allocated."""
+    return "fisherquant" if coded_by(plan) == [BY_WORDS] else "allocated"
+
+
+def coded_by(plan: Plan) -> list[str]:
+    """The methods of a plan, but for the exact one."""
+    methods = {method for layer in plan.layers for method in (layer.key_method, layer.value_method)}
+    return sorted(methods - {EXACT})
+
+
+def _heads(look: Look) -> pl.DataFrame:
+    """What each head gets, allocated and by uniform bits in the same bytes, where there are such."""
+    found: Allocation = look.allocation
+    plans = {kind_of(found.plan): found.plan, "uniform": found.uniform}
+    rates: RateBudget = look.rates
+    given = [(kind, plan) for kind, plan in plans.items() if plan is not None]
+    return pl.concat(rates.heads(plan).with_columns(kind=pl.lit(kind)) for kind, plan in given)
+
+
+def frontiers(rates: RateBudget, bounds: Bounds) -> pl.DataFrame:
+    """Lines of what may be chosen and of uniform widths; where FisherQuant is known, of plans with it and without."""
+    every = {"fisherquant": [BY_WORDS], "allocated": [method for method in rates.methods if method != BY_WORDS]}
+    asked = list(bounds.methods or rates.methods)
+    lines = {kind: methods for kind, methods in every.items() if methods and (methods[0] in rates.methods)}
+    if set(asked) != {BY_WORDS}:
+        lines["allocated"] = asked
+    parts = [rates.frontier(bounds).filter(kind="uniform")]
+    for kind, methods in lines.items():
+        own = rates.frontier(replace(bounds, methods=tuple(methods))).filter(kind="allocated")
+        parts.append(own.with_columns(kind=pl.lit(kind)))
+    return pl.concat(parts)
+
+
+def _frontier(look: Look) -> pl.DataFrame:
+    found: Allocation = look.allocation
+    losses = {kind_of(found.plan): found.predicted_loss, "uniform": found.predicted_uniform_loss}
+    rows = [(kind, found.true_bits, loss) for kind, loss in losses.items() if loss is not None]
+    now = pl.DataFrame(rows, {"kind": pl.String, "true_bits": float, "predicted_loss": float}, orient="row")
+    drawn = look.measured if by_of(look.rates) in NATS and look.measured.height else None
+    return views.frontier_rows(frontiers(look.rates, look.setting.bounds), now, drawn)
+
+
+def _ends(rows: pl.DataFrame, look: Look) -> dict[str, Domain]:
+    """Ends of the axes of true bits and of loss, between which all that the widest bounds can do and these rows lie."""
+    bits = [*look.everything["true_bits"], *rows["true_bits"]]
+    domain = log_domain([*look.everything["predicted_loss"], *rows["loss"]])
+    return {"bits": (min(bits), max(bits)), "domain": domain}
+
+
+def _frontier_caption(rows: pl.DataFrame, look: Look) -> str:
+    said = "The hollow mark is this plan, predicted for codes alone; measured is the mean KL, its window exact"
+    if by_of(look.rates) not in NATS:
+        said = f"Losses by {by_of(look.rates)} are no divergences: what is measured stands in the table below"
+    return "; ".join([said, *not_drawn(rows["loss"])])
+
+
+CHARTS = (
+    Chart(
+        "bits",
+        ("allocation",),
+        lambda _, look: look.rates.heads(look.allocation.plan),
+        lambda rows, look: views.allocation_map(rows, least=look.widths[0], most=look.widths[-1]),
+        lambda rows, _: views.allocation_caption(rows),
+    ),
+    Chart(
+        "losses",
+        ("allocation",),
+        lambda _, look: (
+            _heads(look).group_by("layer", "kind").agg(pl.col("predicted_loss").sum()).sort("layer", "kind")
+        ),
+        lambda rows, look: views.loss_by_layer(rows, unit=unit_of(look.rates)),
+        lambda rows, look: views.loss_caption(rows, unit=unit_of(look.rates)),
+        lambda rows, _: kinds_of(rows),
+    ),
+    Chart(
+        "frontier",
+        ("setting", "allocation", "measured.height"),
+        lambda _, look: _frontier(look),
+        lambda rows, look: views.budget_frontier(
+            rows, unit=unit_of(look.rates), caption=_frontier_caption(rows, look), **_ends(rows, look)
+        ),
+        _frontier_caption,
+        _ends,
+    ),
+    Chart(
+        "sensitivity",
+        (),
+        lambda _, look: look.rates.sensitivities,
+        lambda rows, look: views.sensitivity_by_layer(rows, unit=unit_of(look.rates, "unit of error")),
+    ),
+)
+COORDINATES = Chart(
+    "coordinates",
+    ("allocation",),
+    lambda _, look: look.rates.coordinates(look.allocation.plan),
+    lambda rows, _: views.coordinate_map(rows),
+)
+"""Of tables that know FisherQuant."""
