@@ -90,16 +90,12 @@ class RateBudget:
 
         Raises `InputError` for a calibration of another method, or losses that are not in nats.
         """
-        if calibration.method != BY_WORDS:
-            wrong = f"A calibration of {calibration.method} predicts no losses"
-            raise InputError(f"{wrong}: measure its curves, vl.rate_budget(..., calibrations=[calibration]).")
-        by = self.sensitivities["by"].to_list()[:1]
-        if by not in ([one] for one in NATS):
-            raise InputError(f"FisherQuant's losses are in nats, and these by {by[0]!r} are not: take by='gradient'.")
-        rows = spectra_of(calibration)
-        both = {(layer, tensor) for layer, tensor in rows.select("layer", "tensor").unique().iter_rows()}
-        if both != {(size.layer, tensor) for size in self.sizes for tensor in TENSORS}:
-            raise InputError("This calibration is of other layers than these measurements: make it with this model.")
+        by = set(self.sensitivities["by"])
+        if not by <= {*NATS}:
+            raise InputError(
+                f"FisherQuant's losses are in nats, and these by {by.pop()!r} are not: take by='gradient'."
+            )
+        rows = spectra_of(calibration, {(size.layer, tensor) for size in self.sizes for tensor in TENSORS})
         identities = {**self.calibrations, BY_WORDS: calibration.identity}
         return replace(self, spectra=rows, calibrations=identities)
 

@@ -7,7 +7,7 @@ whole model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -145,8 +145,13 @@ class Spectra(dict[Place, Floats]):
         return row_widths([self[place]], [_lost()], words)[0].astype(float)
 
 
-def spectra_of(calibration: Calibration) -> pl.DataFrame:
-    """`SPECTRA` of a calibration of FisherQuant; `InputError` if its codes are not those that losses are known of."""
+def spectra_of(calibration: Calibration, places: Collection[Place]) -> pl.DataFrame:
+    """`SPECTRA` of a calibration of FisherQuant for these layers; `InputError` if it is none, or of another code."""
+    if calibration.method != BY_WORDS:
+        wrong = f"A calibration of {calibration.method} predicts no losses"
+        raise InputError(f"{wrong}: measure its curves, vl.rate_budget(..., calibrations=[calibration]).")
+    if {*places} != {place[:2] for place in calibration.codecs}:
+        raise InputError("This calibration is of other layers than these measurements: make it with this model.")
     rows = []
     for (layer, tensor, _), codec in calibration.codecs.items():
         if not isinstance(codec, FisherQuant) or (codec.code, codec.entries) != ("trellis", 256):

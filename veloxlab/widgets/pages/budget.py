@@ -29,7 +29,7 @@ from veloxlab.allocate.budget import (
 from veloxlab.allocate.ratequant import EVALUATED, PlanKind, evaluated, kept_rate_budget
 from veloxlab.allocate.rates import RateBudget
 from veloxlab.allocate.sensitivity import NATS
-from veloxlab.allocate.tables import BY_WORDS, EXACT
+from veloxlab.allocate.tables import BY_WORDS
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import model_hash
 from veloxlab.checks import MAPPING, MODEL, TOKENIZER, checked, either, instance, maybe, whole
@@ -37,7 +37,7 @@ from veloxlab.codecs.parts.packing import WIDEST
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import link
-from veloxlab.widgets.pages.budget_charts import CHARTS, COORDINATES, by_of, coded_by, frontiers, kind_of, unit_of
+from veloxlab.widgets.pages.budget_charts import CHARTS, COORDINATES, by_of, frontiers, kind_of, unit_of, words_of
 from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
 from veloxlab.widgets.pages.charts import ChartPage, Look
 from veloxlab.widgets.panel import ProgressBar, button
@@ -155,7 +155,7 @@ class BudgetTuner(ChartPage):
         bits = f"code bits: keys {found.key_bits:.2f}, values {found.value_bits:.2f}"
         said = f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; {bits}"
         only = f"{said}. Nothing is allocated: the bounds' least width, {least}, is all that this pays for"
-        return only if found.only_least and BY_WORDS not in coded_by(found.plan) else said
+        return only if found.only_least and kind_of(found.plan) != BY_WORDS else said
 
     @property
     def predicted(self) -> str:
@@ -202,8 +202,7 @@ class BudgetTuner(ChartPage):
         if plan is None:
             raise InputError("No uniform bits take as few bytes as this plan: measure it at a larger budget.")
         kind = kind if kind == "uniform" else kind_of(plan)
-        name = "uniform" if kind == "uniform" else " and ".join(coded_by(plan) or [EXACT])
-        plan = replace(plan, name=f"{name} {found.true_bits:.2f} bits")
+        plan = replace(plan, name=f"{'uniform' if kind == 'uniform' else words_of(plan)} {found.true_bits:.2f} bits")
         fitting, sample = self.selection.fitting, self._sample
 
         def evaluate(progress: Progress) -> pl.DataFrame:
@@ -228,6 +227,7 @@ class BudgetTuner(ChartPage):
 
     def _build(self, rates: RateBudget) -> None:
         """Show the tuner of these tables. On the worker's thread, where they were measured."""
+        self._ready = False
         self.widths = rates.curves["bits"].unique().sort().to_list() or [*range(1, WIDEST + 1)]
         least = None if BY_WORDS in rates.methods else self.widths[0]
         self.everything = frontiers(rates, Bounds(least, self.widths[-1]))
@@ -247,14 +247,21 @@ class BudgetTuner(ChartPage):
         self._told, self._history = ipywidgets.HTML(), ipywidgets.HTML()
         why = "" if self._model is not None else ": give the tuner the model and its tokenizer"
         kinds: dict[str, PlanKind] = {"Measure": "allocated", "Measure uniform": "uniform"}
-        buttons = []
-        for words, kind in kinds.items():
-            tip = f"Run the model with the {kind} plan, and compare its predictions{why}"
-            buttons.append(button(words, tip, partial(self._saying, partial(self.measure, kind)), width="140px"))
-            buttons[-1].disabled = self._model is None
-        if BY_WORDS not in rates.methods and self._model is not None and by_of(rates) in NATS:
-            tip = "Calibrate it, which takes minutes and is kept on disk, and see what its bits are predicted to buy"
-            buttons.append(button("Add FisherQuant", tip, partial(self._saying, self.add_fisherquant), width="140px"))
+        acts: dict[str, tuple[str, Callable[[], None]]] = {
+            words: (
+                f"Run the model with the {kind} plan, and compare its predictions{why}",
+                partial(self.measure, kind),
+            )
+            for words, kind in kinds.items()
+        }
+        if BY_WORDS not in rates.methods and by_of(rates) in NATS:
+            acts["Add FisherQuant"] = (
+                f"Calibrate it, some minutes at first, and see its predictions{why}",
+                self.add_fisherquant,
+            )
+        buttons = [button(words, tip, partial(self._saying, act), width="140px") for words, (tip, act) in acts.items()]
+        for one in buttons:
+            one.disabled = self._model is None
         work = ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")])
         charts = self.charts.values()
         self.children = [self._controls, work, self._message, self._told, *charts, self._history, self._file]

@@ -30,13 +30,13 @@ def unit_of(rates: RateBudget, a: str = "token") -> str:
 
 def kind_of(plan: Plan) -> PlanKind:
     """What charts call a plan that was allocated."""
-    return "fisherquant" if coded_by(plan) == [BY_WORDS] else "allocated"
+    return "fisherquant" if words_of(plan) == BY_WORDS else "allocated"
 
 
-def coded_by(plan: Plan) -> list[str]:
-    """The methods of a plan, but for the exact one."""
+def words_of(plan: Plan) -> str:
+    """The methods of a plan."""
     methods = {method for layer in plan.layers for method in (layer.key_method, layer.value_method)}
-    return sorted(methods - {EXACT})
+    return " and ".join(sorted(methods - {EXACT})) or EXACT
 
 
 def _heads(look: Look) -> pl.DataFrame:
