@@ -22,6 +22,7 @@ TYPES = {
     mx.float16: "__half",
     mx.bfloat16: "__nv_bfloat16",
     mx.uint32: "unsigned int",
+    mx.int32: "int",
     mx.uint8: "unsigned char",
 }
 # MLX passes shapes and strides by value

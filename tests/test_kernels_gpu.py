@@ -243,3 +243,9 @@ def test_encoding_in_two_stages(options, bits, dim, monkeypatch):
 def test_encoding_by_a_plan(dim, bits, options, monkeypatch):
     sample = Sample(normal(1, 3, 4 * dim, dim, seed=7), normal(1, 6, 4 * dim, dim, seed=8))
     check_encoding(METHODS["spectralquant"].codec(dim, bits, "keys", **options).fit(sample), mx.float16, monkeypatch)
+
+
+@pytest.mark.parametrize(("dim", "bits", "options"), STRINGS)
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_encoding_strings_of_bits(dim, bits, options, tensor, monkeypatch):
+    check_encoding(fisher(dim, bits, tensor, options), mx.float16, monkeypatch)

@@ -1,4 +1,4 @@
-"""The kernel that searches a bitshift trellis, of which only CPUs have one."""
+"""The kernel that searches a bitshift trellis."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from veloxlab.kernels.backend import SIMD
 from veloxlab.kernels.vectors import VectorKernel
+
+_SCALE_BITS = 4
+_SIMDGROUPS = 8  # of a threadgroup: each searches for a head at a time
 
 
 def trellis_kernel(
@@ -23,14 +27,37 @@ def trellis_kernel(
     ``levels`` ``[9, states]`` are by width and state, the newest bits lowest; ``backwards`` turns eight bits round. It
     has one number where every coordinate is coded alone. A scale is of ``steps`` an octave; of none all are 1.
     """
-    tables = {"widths": mx.array(widths.astype(np.int32)), "weights": mx.array(weights), "levels": mx.array(levels)}
-    tables["backwards"] = mx.array(backwards.astype(np.int32))
+    heads, dim = widths.shape
+    states, alone = levels.shape[1], len(backwards) == 1
+    entries = np.concatenate([np.full(heads, _SCALE_BITS), widths.ravel()])  # of a row
+    ends = np.cumsum(entries)
+    arrays = {
+        "widths": widths.astype(np.int32),
+        "weights": weights,
+        "levels": levels,
+        "backwards": backwards.astype(np.int32),
+        "begins": (ends - entries).astype(np.uint32),
+        "first_codes": np.searchsorted(ends, 32 * np.arange(words), side="right").astype(np.uint32),
+    }
+    tables = {name: mx.array(np.ascontiguousarray(array)) for name, array in arrays.items()}
     mx.eval(list(tables.values()))
+    simdgroups = min(heads, _SIMDGROUPS)
     return VectorKernel(
         name="encode_trellis",
-        file=None,
+        file="trellis.metal",
         given=("tokens",),
         rows={"codes": (words, mx.uint32)},
-        variant={"states": levels.shape[1], "alone": len(backwards) == 1, "steps": steps},
+        variant={"states": states, "alone": alone, "steps": steps},
+        defines={
+            "HEADS": heads,
+            "DIM": dim,
+            "STATES": states,
+            "REACH": states.bit_length() - 1,
+            "ALONE": int(alone),
+            "STEPS": steps,
+            "SIMDGROUPS": simdgroups,
+        },
+        headers=("simd.h",),
         tables=tables,
+        threads=SIMD * simdgroups,
     )

@@ -24,6 +24,7 @@ typedef unsigned char uchar;
 FUNCTION float simd_shuffle_xor(float x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 FUNCTION uint simd_shuffle_xor(uint x, uint mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 FUNCTION float simd_shuffle(float x, uint lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FUNCTION uint simd_shuffle(uint x, uint lane) { return __shfl_sync(0xffffffffu, x, lane); }
 FUNCTION bool simd_any(bool x) { return __any_sync(0xffffffffu, x); }
 // x, about which the compiler is to assume nothing: it would take a sum of parts apart again, at every use
 FUNCTION uint opaque(uint x) {
