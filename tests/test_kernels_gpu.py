@@ -11,6 +11,7 @@ from veloxlab.cache.attention import History
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import METHODS, TENSORS
 from veloxlab.codecs.base import Sample
+from veloxlab.codecs.commvq import CommVQ
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
 from veloxlab.kernels import checked
@@ -249,3 +250,13 @@ def test_encoding_by_a_plan(dim, bits, options, monkeypatch):
 @pytest.mark.parametrize("tensor", TENSORS)
 def test_encoding_strings_of_bits(dim, bits, options, tensor, monkeypatch):
     check_encoding(fisher(dim, bits, tensor, options), mx.float16, monkeypatch)
+
+
+@pytest.mark.parametrize(("dim", "bits", "stages"), [(64, 2, 0), (128, 1, 0), (192, 1, 2)])
+def test_encoding_by_sums_loses_no_more_than_the_reference(dim, bits, stages):
+    sample = Sample(normal(1, 2, 512, dim, seed=7), rope=Rope(dim))
+    codec = CommVQ(dim, bits, "keys", stages).fit(sample)
+    x = normal(2, 2, 333, dim)
+    assert codec.encode(x).tokens == 333
+    lost, least = (codec._lost(made, x).sum().item() for made in (codec._encoder(b, x), codec._encode_by_graph(x)))
+    assert lost <= 1.003 * least

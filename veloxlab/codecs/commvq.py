@@ -24,6 +24,7 @@ Where we differ
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Self
@@ -39,6 +40,7 @@ from veloxlab.codecs.parts import constant, packing, scales
 from veloxlab.codecs.parts.rope import Rope, angles_from
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
+from veloxlab.kernels.encode import sums_kernel
 from veloxlab.kernels.readers import SumsReader
 from veloxlab.kernels.vectors import VectorKernel
 
@@ -127,20 +129,22 @@ class CommVQ(Codec):
 
     @cached_property
     def _encoder(self) -> VectorKernel:
-        """For each stage the same descents; no GPU has it. ``order`` are the real parts of pairs, then the others."""
+        """For each stage the same descents."""
         assert self.tables is not None
-        return VectorKernel(
-            name="encode_sums",
-            file=None,
-            given=("x",),
-            rows={"codes": (self.layout["codes"].count, mx.uint8), "root_scale": (1, mx.float16)},
-            variant={"starts": STARTS, "rounds": ROUNDS, "scale": self.scale, "largest": _MOST_FACTOR},
-            tables={"table": self.tables, "order": constant(self.pairs.T.ravel(), mx.int32)},
-        )
+        order = constant(self.pairs.T.ravel(), mx.int32)  # the real parts of pairs, then the others
+        return sums_kernel(self.tables, order, self.scale, STARTS, ROUNDS, _MOST_FACTOR, self._lost)
+
+    def _lost(self, arrays: Mapping[str, mx.array], x: mx.array) -> mx.array:
+        """Squared errors of vectors before RoPE, by their squares."""
+        decoded = self.from_codes(self._sums(arrays["codes"])) * scales.load_scale(arrays["root_scale"])
+        return mx.square(x - decoded).sum(axis=-1) / mx.square(x).sum(axis=-1)
 
     def expand(self, code: Code) -> mx.array:
         """Sums of the entries, rotated to their positions, both coordinates of a pair side by side."""
-        codes = code.arrays["codes"]
+        total = self._sums(code.arrays["codes"])
+        return total if self.rope is None else replace(self.rope, traditional=True).forward(total, code.start)
+
+    def _sums(self, codes: mx.array) -> mx.array:
         heads, count = codes.shape[1], 2 * self.stages
         flat = self.both_tables(heads)[..., self._orders[0]].reshape(-1, self.head_dim)
         first = ENTRIES * mx.arange(heads * count, dtype=mx.uint32).reshape(heads, 1, count)  # row of each table
@@ -149,7 +153,7 @@ class CommVQ(Codec):
         for i in range(count):
             (row,) = mx.depends([rows[..., i]], [total])  # or all stages' entries are held at once
             total = total + flat[row]
-        return total if self.rope is None else replace(self.rope, traditional=True).forward(total, code.start)
+        return total
 
     def from_codes(self, y: mx.array) -> mx.array:
         return mx.take(y, self._orders[1], axis=-1)

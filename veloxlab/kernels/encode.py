@@ -12,7 +12,8 @@ from typing import Final
 import mlx.core as mx
 
 from veloxlab.kernels.backend import SIMD, Backend
-from veloxlab.kernels.vectors import IN_LANES, THREADS, VectorKernel, fits_lanes, lanes, words_per_row
+from veloxlab.kernels.rotated import FACTORS
+from veloxlab.kernels.vectors import IN_LANES, THREADS, Loss, VectorKernel, fits_lanes, lanes, words_per_row
 
 _SIMDGROUPS = THREADS // SIMD  # of a threadgroup: a vector for each
 _LARGEST_DIM = 4096  # of which the codes of a threadgroup take half of Metal's threadgroup memory
@@ -23,6 +24,7 @@ _FACTORS: Final = {
     "mse": "(inner > 0.0f ? inner : 0.0f) / squares",
     "unbiased": "energy / (inner > energy / {largest}f ? inner : energy / {largest}f)",
 }
+_MOST_SHARED = 192  # dimension of the entries of a table that Metal's threadgroup memory holds
 _SEARCH_SIMDGROUPS = 8  # of a threadgroup that searches a codebook
 _TILE = 256  # centroids in threadgroup memory at a time
 _CHUNK = 16  # coordinates of them
@@ -175,4 +177,51 @@ def search_kernel(dim: int, parts: int, bits: int, backend: Backend) -> VectorKe
         spans=-(-parts // span),
         threads=threads,
         whole_numbers=True,
+    )
+
+
+def sums_kernel(
+    table: mx.array, order: mx.array, scale: str, starts: int, rounds: int, largest: float, loss: Loss
+) -> VectorKernel:
+    """Indices of the entries whose sum stands for a vector: of each stage T_a + i·T_b.
+
+    Parameters
+    ----------
+    table : entries of every KV head and stage ``[H, R, N, D]`` float16, N a power of two; ``order`` has the places of
+        their real parts, then those of the imaginary ones ``[D]`` int32.
+    scale : as for `veloxlab.kernels.rotated.encode_kernel`; the factor is 0 to ``largest``.
+    starts, rounds : descents of a search, and the turns that each takes.
+    loss : see `VectorKernel`.
+
+    Returns
+    -------
+    A kernel of vectors ``[B, H, S, D]``. It gives ``codes`` ``[B, H, S, bytes]`` uint8, a and b of each stage in a
+    string of bits, and ``root_scale`` ``[B, H, S, 1]`` float16. No GPU has it for vectors of more than 192 numbers.
+    """
+    _, stages, entries, dim = table.shape
+    bits = entries.bit_length() - 1
+    count = -(-2 * stages * bits // 8)
+    return VectorKernel(
+        name="encode_sums",
+        file="sums.metal" if dim <= _MOST_SHARED else None,
+        given=("x",),
+        rows={"codes": (count, mx.uint8), "root_scale": (1, mx.float16)},
+        variant={"starts": starts, "rounds": rounds, "scale": scale, "largest": largest},
+        defines={
+            "HEAD_DIM": f"{dim}u",
+            "HALF": f"{dim // 2}u",
+            "ROW": f"{dim + 2}u",  # of an entry: lanes that read one each meet in no bank
+            "ENTRIES": f"{entries}u",
+            "INDEX_BITS": f"{bits}u",
+            "CODE_BYTES": f"{count}u",
+            "STAGES": f"{stages}u",
+            "STARTS": f"{starts}u",
+            "ROUNDS": f"{rounds}u",
+            "FACTOR": FACTORS[scale],
+            "MOST": f"{largest}f",
+        },
+        headers=("simd.h", "least.h"),
+        tables={"table": table, "order": order},
+        threads=starts * SIMD,
+        loss=loss,
     )

@@ -22,8 +22,8 @@ from veloxlab.kernels.vectors import (
     words_per_row,
 )
 
-# what a vector's root-mean-square is to be multiplied with, from the sums that ``encode.metal`` makes
-_FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
+# what a vector's root-mean-square is to be multiplied with, from sums over y, of length √D, and its levels
+FACTORS: Final = {"norm": "1.0f", "mse": "inner / squares", "unbiased": "HEAD_DIM / inner"}
 _FILL_LEVELS: Final = (
     "threadgroup float table[1 << CODE_BITS], bounds[1 << CODE_BITS];\n"
     "for (uint i = thread_id; i < 1 << CODE_BITS; i += THREADS) {\n"
@@ -134,7 +134,7 @@ def encode_kernel(
         rows=rows,
         outputs=(*packed, "root_scale", *(["sines"] if sine else [])),
         variant=variant,
-        defines={"HEAD_DIM": dim, "CODE_BITS": quantizer.bits, "FACTOR": _FACTORS[scale]},
+        defines={"HEAD_DIM": dim, "CODE_BITS": quantizer.bits, "FACTOR": FACTORS[scale]},
         headers=(*IN_LANES, "quantizers.h", "packing.h"),
         texts={
             "hartley": hartley_row(dim),

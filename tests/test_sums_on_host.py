@@ -1,0 +1,55 @@
+"""The Metal text that encodes by sums of entries, run on the CPU by `tests.metal_on_host`, against CommVQ's search."""
+
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from tests.metal_on_host import check, run
+from tests.metal_on_host.launch import HOST
+from veloxlab.codecs.base import Sample
+from veloxlab.codecs.commvq import CommVQ
+from veloxlab.codecs.parts.rope import Rope
+
+MISSING = [compiler for compiler in (run.COMPILER, check.COMPILER) if shutil.which(compiler) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)} to read and run Metal on the CPU")
+
+ROUNDING = 2.0**-11  # of the scale, which is kept in 16 bits
+
+
+def fitted(dim, bits, tensor, rope, **options):
+    rng = np.random.default_rng(dim + bits)
+    sample = Sample(mx.array(rng.standard_normal((1, 2, 160, dim)).astype(np.float32)), rope=rope)
+    return CommVQ(dim, bits, tensor, **options).fit(sample)
+
+
+@pytest.mark.parametrize(
+    ("dim", "bits", "tensor", "rope", "options"),
+    [
+        (64, 1, "keys", Rope(64), {}),
+        (64, 2, "values", None, {"scale": "unbiased"}),
+        (80, 1, "keys", Rope(32, traditional=True), {"scale": "norm"}),
+        (128, 1, "values", None, {}),
+        (192, 1, "keys", Rope(192), {"stages": 2}),
+    ],
+)
+def test_what_is_found_is_what_the_reference_finds(dim, bits, tensor, rope, options):
+    codec = fitted(dim, bits, tensor, rope, **options)
+    x = np.random.default_rng(1).standard_normal((2, 9, 2, dim)) * 10.0 ** np.arange(-4, 5)[:, None, None]
+    x[1, 3, 1] = 0
+    given = mx.array(x.astype(np.float32)).swapaxes(1, 2)  # a view with strides of its own
+    found, wanted = codec._encoder(HOST, given), codec._encode_by_graph(given)
+    assert {name: (a.shape, a.dtype) for name, a in found.items()} == {n: (a.shape, a.dtype) for n, a in wanted.items()}
+    same = (found["codes"] == wanted["codes"]).all(axis=-1)
+    assert same.sum() >= same.size - 2  # a sum may be as near as another, to rounding; what follows is other then
+    close = mx.abs(found["root_scale"] - wanted["root_scale"]) <= ROUNDING * wanted["root_scale"]
+    assert mx.all(close.squeeze(-1) | ~same)
+    assert found["root_scale"][1, 1, 3].item() == 0  # of no length
+    lost, least = (np.nansum(np.array(codec._lost(arrays, given))) for arrays in (found, wanted))
+    assert lost <= 1.001 * least
+
+
+def test_vectors_that_threadgroup_memory_does_not_hold_have_no_kernel():
+    codec = fitted(256, 1, "values", None, stages=1)
+    assert codec._encoder.key(HOST, mx.zeros((1, 2, 1, 256))) is None
