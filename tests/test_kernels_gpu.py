@@ -8,6 +8,7 @@ import pytest
 
 from tests.test_attention_kernels import both, history, normal, relative
 from veloxlab.cache.attention import History
+from veloxlab.cache.expand import expanded
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import METHODS, TENSORS
 from veloxlab.codecs.base import Sample
@@ -260,3 +261,12 @@ def test_encoding_by_sums_loses_no_more_than_the_reference(dim, bits, stages):
     assert codec.encode(x).tokens == 333
     lost, least = (codec._lost(made, x).sum().item() for made in (codec._encoder(b, x), codec._encode_by_graph(x)))
     assert lost <= 1.003 * least
+
+
+@pytest.mark.parametrize(("dim", "bits", "options"), STRINGS)
+@pytest.mark.parametrize("tensor", TENSORS)
+def test_strings_of_bits_that_a_prompt_reads(dim, bits, options, tensor):
+    codec = fisher(dim, bits, tensor, options)
+    code = codec.encode(normal(2, 2, 1333, dim, dtype=mx.float16), 7)
+    found = expanded([(codec, code)], mx.float16, slice(None), None)
+    assert relative(found, codec.decode(code)) < TOLERANCE

@@ -13,7 +13,7 @@ from veloxlab.codecs.none import Exact
 from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
 from veloxlab.kernels.devices import current_backend, device_backend
-from veloxlab.kernels.expand import LARGEST_HALF, MOST_AFTER, can_expand, expand
+from veloxlab.kernels.expand import LARGEST_HALF, MOST_AFTER, SHARES, can_expand, expand, levels_in_codes
 from veloxlab.kernels.readers import Reader
 
 Parts = Sequence[tuple[Codec, Code]]  # consecutive tokens
@@ -57,8 +57,12 @@ def _arrays(parts: Parts) -> list[mx.array]:
     return [array for _, code in parts for array in code.arrays.values()]
 
 
-def _by_graph(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None) -> mx.array:
-    """Some tokens at a time, each after the other: decoding takes room in float32 besides."""
+def _by_graph(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | None, *, levels: bool = True) -> mx.array:
+    """Some tokens at a time, each after the other: decoding takes room in float32 besides.
+
+    A kernel may give ``levels`` of codes.
+    """
+    decode = _decoded if levels else _by_codec
     tiles, at_once = [], device_backend().expanded_tokens
     for codec, code in parts:
         for start in range(0, code.tokens, at_once):
@@ -67,11 +71,33 @@ def _by_graph(parts: Parts, dtype: mx.Dtype, heads: slice, after: mx.array | Non
             if after is not None:
                 before = mx.stop_gradient(after)  # an order has no derivatives
                 arrays = {name: mx.depends(array, before) for name, array in arrays.items()}
-            after = codec.decode(Code(arrays, tile.start), dtype)
+            after = decode(codec, Code(arrays, tile.start), dtype)
             if dtype == mx.float16 and not isinstance(codec, Exact):  # what is lost may lift its largest numbers beyond
                 after = mx.clip(after, -LARGEST_HALF, LARGEST_HALF)
             tiles.append(after)
     return mx.concatenate(tiles, axis=2)
+
+
+def _by_codec(codec: Codec, code: Code, dtype: mx.Dtype) -> mx.array:
+    return codec.decode(code, dtype)
+
+
+def _decoded(codec: Codec, code: Code, dtype: mx.Dtype) -> mx.array:
+    """By a kernel that gives levels, and a product of its codec; or by the codec alone."""
+    backend, reader = current_backend(), None if isinstance(codec, Exact) else codec.reader(code)
+    if backend is None or not backend.lazy or reader is None or not reader.levels_alone or not reader.shares(SHARES):
+        return codec.decode(code, dtype)
+    agrees = _agrees(backend, [(codec, code)], dtype, ["levels", reader.key], _leveled)
+    return _leveled(backend, [(codec, code)], dtype, slice(None)) if agrees else codec.decode(code, dtype)
+
+
+def _leveled(backend: Backend, parts: Parts, dtype: mx.Dtype, heads: slice) -> mx.array:
+    """One part by levels in half precision, unless more is asked for."""
+    ((codec, code),) = parts
+    reader = codec.reader(code)
+    assert reader is not None
+    of_levels = mx.float32 if dtype == mx.float32 else mx.float16
+    return codec.from_codes(levels_in_codes(reader, of_levels, backend)).astype(dtype)
 
 
 def _can_be_written(backend: Backend, parts: Parts, dtype: mx.Dtype, after: mx.array | None) -> bool:
@@ -95,7 +121,7 @@ def _agrees(
         like = codec.heads_of(code), dtype
         made = [(codec, made_up_code(codec, code.start, _TRIAL, *like, seed=4)) for codec, code in parts]
         everything = dtype, slice(None)
-        found, wanted = way(backend, made, *everything), _by_graph(made, *everything, None)
+        found, wanted = way(backend, made, *everything), _by_graph(made, *everything, None, levels=False)
         return difference({"out": found}, {"out": wanted})
 
     return agrees(("expand", dtype, *kinds), "expand", backend, trial)

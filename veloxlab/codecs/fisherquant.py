@@ -195,7 +195,7 @@ class FisherQuant(Codec):
 
     def from_codes(self, y: mx.array) -> mx.array:
         self._fitted(y.shape[1])
-        return y @ self._to_codes.swapaxes(1, 2)
+        return y @ self._to_codes.astype(y.dtype).swapaxes(1, 2)
 
     def query_to_codes(self, q: mx.array) -> mx.array:
         self._fitted(q.shape[1])

@@ -1,7 +1,8 @@
 """Keys or values of a layer, decoded by one launch into the array that fused attention reads, exact tokens among them.
 
 Four threads share a vector: they read its codes as attention does, and rotate it back in registers. Readers of codes
-of 2^k Hadamard-rotated coordinates have it; other codes are decoded by their codecs.
+of 2^k Hadamard-rotated coordinates have it. Strings of a trellis become levels by one launch, which their codec brings
+out by a product. Other codes are decoded by their codecs.
 """
 
 from __future__ import annotations
@@ -88,6 +89,46 @@ def _source(reader: Reader, dtype: mx.Dtype, inputs: tuple[str, ...], backend: B
             headers=("simd.h", "readers.h", *dict.fromkeys(reader.headers), "expand.h"),
             body=Template(source_file("expand.metal")).substitute(
                 declarations=text.declarations, setup=text.setup.replace("\n", "\n  ")
+            ),
+        )
+    return _SOURCES[which]
+
+
+def levels_in_codes(reader: Reader, dtype: mx.Dtype, backend: Backend) -> mx.array:
+    """Vectors in the space of the codes ``[B, H, S, dim]``, scaled, of a reader that has `levels_alone`."""
+    arrays = reader.arrays("c")
+    (out,) = launch(
+        _levels_source(reader, dtype, tuple(arrays), backend),
+        suited([*arrays.values()], backend),
+        backend=backend,
+        groups=(-(-reader.tokens // PER_GROUP), reader.kv_heads, reader.rows.shape[0]),
+        threads=THREADS,
+        shapes=[(reader.rows.shape[0], reader.kv_heads, reader.tokens, reader.dim)],
+        types=[dtype],
+    )
+    return out
+
+
+def _levels_source(reader: Reader, dtype: mx.Dtype, inputs: tuple[str, ...], backend: Backend) -> Source:
+    which = "levels", backend, reader.key, dtype
+    if which not in _SOURCES:
+        text = reader.fragment("c", "c", Room(backend.table_words, backend.pair_words))
+        _SOURCES[which] = Source(
+            name=f"levels_{reader.name}",
+            inputs=inputs,
+            outputs=("out",),
+            defines=(
+                ("CODED", reader.coordinates),
+                ("ROW_LENGTH", reader.dim),
+                ("HEADS", f"{reader.kv_heads}u"),
+                ("OUT_TYPE", backend.types[dtype]),
+                ("PER_GROUP", f"{PER_GROUP}u"),
+                ("THREADS", THREADS),
+                ("NUMBER(i, x)", text.number),
+            ),
+            headers=("simd.h", "readers.h", *reader.headers),
+            body=Template(source_file("levels.metal")).substitute(
+                declarations=text.declarations, setup=text.setup, rest=text.rest.replace("\n", "\n  ")
             ),
         )
     return _SOURCES[which]

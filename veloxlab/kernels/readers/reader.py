@@ -38,7 +38,8 @@ class Fragment(NamedTuple):
 
     ``queries`` are statements for row ``r`` of the queries ``q_coded[at]``, which is ``real``, and ``kept`` says
     whether coordinate ``i`` of codes counts. ``added`` makes what scores have beside those of codes, ``summed`` what
-    becomes of sums of values; see ``source/attend.h``.
+    becomes of sums of values; see ``source/attend.h``. ``number`` is coordinate ``i`` of a vector in the space of the
+    codes, of its scaled level ``x``, and ``rest`` writes to ``row`` what it has of its position.
     """
 
     declarations: str
@@ -47,6 +48,8 @@ class Fragment(NamedTuple):
     kept: str = "true"
     added: str = "const NothingAdded added = {};"
     summed: str = "const AsSummed summed = {};"
+    number: str = "(x)"
+    rest: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +60,7 @@ class Reader(ABC):
     stored: ClassVar[tuple[str, ...]] = ("rows",)  # fields with a row for every token, in the kernel's order
     tables: ClassVar[tuple[str, ...]] = ()  # fields that are the same for all tokens
     sum_headers: ClassVar[tuple[str, ...]] = ()  # files of ``source/`` with what attention has besides its levels
+    levels_alone: ClassVar[bool] = False  # whether a kernel decodes them, and their codec brings them out
     one_copy: ClassVar[bool] = False  # whether keys and values that have the same ``table`` share its copy
 
     dim: int  # coordinates of a vector in the space of the codes

@@ -33,6 +33,7 @@ class TrellisReader(Reader):
     sum_headers: ClassVar[tuple[str, ...]] = ("trellis_sums.h",)
     tables: ClassVar[tuple[str, ...]] = ("windows", "table", "shifts", "angles")
     one_copy: ClassVar[bool] = True
+    levels_alone: ClassVar[bool] = True
 
     windows: mx.array
     table: mx.array
@@ -95,7 +96,23 @@ class TrellisReader(Reader):
         if prefix == "v":
             shift = "0" if self.shifts is None else f"v_shifts + head * {dim}"
             return Fragment("\n".join(declarations), setup, summed=f"const ShiftedSum summed = {{{shift}, {window}}};")
-        return self._with_scores(Fragment("\n".join(declarations), setup, kept=f"({kept})"), prefix)
+        fragment = Fragment("\n".join(declarations), setup, kept=f"({kept})")
+        return self._as_numbers(fragment, prefix) if prefix == "c" else self._with_scores(fragment, prefix)
+
+    def _as_numbers(self, fragment: Fragment, prefix: str) -> Fragment:
+        """The same with what vectors have besides levels."""
+        dim, number, rest = self.coordinates, f"({fragment.kept} ? (x) : 0.0f)", ""
+        if self.shifts is not None:
+            number = f"({number} + {prefix}_shifts[head * {dim} + i])"
+        if self.angles is not None:
+            rest = (
+                f"for (uint p = share; p < {dim // 2}; p += 4) {{\n"
+                f"  const float angle = small_angle(({prefix}_angles[0] + float(token)) * {prefix}_angles[1 + p]);\n"
+                f"  row[{dim} + p] = OUT_TYPE(small_cosine(angle));\n"
+                f"  row[{dim + dim // 2} + p] = OUT_TYPE(small_sine(angle));\n"
+                "}"
+            )
+        return fragment._replace(number=number, rest=rest)
 
     def _with_scores(self, fragment: Fragment, prefix: str) -> Fragment:
         """The same with what keys have besides."""

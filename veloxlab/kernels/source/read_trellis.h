@@ -148,3 +148,10 @@ struct TrellisReader {
     }
   }
 };
+
+// An angle of up to 400,000 radians, brought to −π … π.
+FUNCTION float small_angle(float angle) {
+  const float turns = nearest_whole(angle * 0.15915494309189535f);
+  // 2π in three parts, of which the first two have few bits
+  return ((angle - turns * 6.28125f) - turns * 0.0019350051879882812f) - turns * 3.019916e-7f;
+}

@@ -9,13 +9,6 @@ FUNCTION uint turned_place(uint i) { // i is cosines of all pairs, then sines
   return pair / quarter * (DIM / 4) + own / 2 * 4 + i / pairs * 2 + own % 2;
 }
 
-// An angle of up to 400,000 radians, brought to −π … π.
-FUNCTION float small_angle(float angle) {
-  const float turns = nearest_whole(angle * 0.15915494309189535f);
-  // 2π in three parts, of which the first two have few bits
-  return ((angle - turns * 6.28125f) - turns * 0.0019350051879882812f) - turns * 3.019916e-7f;
-}
-
 template <int DIM>
 struct TurnsAdded {
   const local_memory float* queries; // as `query_at` and `turned_place` say
