@@ -249,9 +249,8 @@ def test_bad_input_gets_a_sentence(smollm2, call, sentence):
 
 @pytest.mark.parametrize("width", [1, 2])
 def test_predictions_that_do_not_fit_are_refused_before_they_are_made(monkeypatch, tmp_path, width):
-    model, rows = tiny("llama"), 96 * 4  # bytes of a token's predictions
-    ids = [1, 2, 3] * 20
-    needed = rows * (60 * width + 3 * 60)
+    model, ids = tiny("llama"), [1, 2, 3] * 20
+    needed = 4 * (96 * 60 * width + 4 * 60**2)  # bytes: predictions, and the scores of a layer's four heads
     room = mx.get_active_memory() + needed
     monkeypatch.setattr("veloxlab.runtime.device", lambda: Device("cpu", "it", room, 1))
     assert predicted_bytes(model, [60] * width) == needed

@@ -17,7 +17,7 @@ from veloxlab.checks import checked, instance, measured, whole
 from veloxlab.codecs import TENSORS, Tensor
 from veloxlab.codecs.base import fitted_online
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
+from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head, softmax
 from veloxlab.measure.frames import PLACE, in_schema, schema
 from veloxlab.progress import Progress, silent
 
@@ -260,4 +260,4 @@ def pooled_weights(weights: NDArray[np.float64], edges: NDArray[np.int64]) -> ND
 
 def _weights(q: mx.array, k: mx.array, scale: float) -> NDArray[np.float64]:
     scores = mx.where(create_causal_mask(len(q), len(k) - len(q)), (q @ k.T) * scale, -mx.inf)
-    return np.array(mx.softmax(scores, axis=-1, precise=True)).astype(np.float64)
+    return np.array(softmax(scores)).astype(np.float64)
