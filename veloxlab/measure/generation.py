@@ -58,8 +58,10 @@ class _Reader:
         left = iter(tokens)
         for count in chunks or [len(tokens)]:
             ids = mx.array([list(islice(left, count))])
-            self.log_probs = log_probabilities(self.model(ids, cache=self.cache)[0, -1])
-            mx.eval(self.log_probs, [entry.state for entry in self.cache])
+            logits = self.model(ids, cache=self.cache)[0, -1]
+            mx.eval([entry.state for entry in self.cache])
+        self.log_probs = log_probabilities(logits)
+        mx.eval(self.log_probs)
         return self
 
     def best(self) -> int:
