@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Literal
 
 import mlx.core as mx
@@ -29,7 +29,7 @@ import numpy as np
 from veloxlab.codecs.base import Code, unbiased_keys
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.parts import Floats, scalar
-from veloxlab.codecs.parts.codebooks import Codebook, CodebookName, coordinate_density, lloyd_max, reach_of
+from veloxlab.codecs.parts.codebooks import STARTS, Codebook, CodebookName, coordinate_density, lloyd_max, reach_of
 from veloxlab.codecs.parts.packing import unpack
 from veloxlab.codecs.parts.scales import ScaleName, load_scale
 from veloxlab.codecs.parts.transforms import RotationName
@@ -95,9 +95,14 @@ class Stages(scalar.ScalarQuantizer):
         edges = np.concatenate([[-reach], first.boundaries, [reach]])
         cells = list(zip(first.levels, edges, edges[1:], strict=False))  # level, lower and upper end
         if kind == "refined":
-            seconds = [lloyd_max(lambda t: coordinate_density(t, dim), low, high, half) for _, low, high in cells]
+            # below 0, and as in a mirror above; inside a cell the density is log-concave, so there is one optimum
+            lower = [(low, high) for _, low, high in cells[: len(cells) // 2]]
+            density = partial(coordinate_density, dim=dim)
+            seconds = [lloyd_max(density, *ends, half, starts=STARTS[:1]) for ends in lower]
             levels = np.concatenate([second.levels for second in seconds])
+            levels = np.concatenate([levels, -levels[::-1]])
             inner = [second.boundaries for second in seconds]
+            inner += [-boundaries[::-1] for boundaries in reversed(inner)]
         else:
             second = _of_residuals(cells, dim, half) if kind == "exact" else _of_laplacian(half)
             levels = (first.levels[:, None] + second.levels).ravel()

@@ -8,7 +8,7 @@ arXiv 2504.19874, Lemma 1), which tends to N(0, 1). Levels here have that unit v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -98,13 +98,16 @@ def _cells(levels: Floats, dim: int | None, reach: float) -> tuple[Floats, Float
 
 _GRID = 2**16  # cells of a tabulated density
 _ROUNDS = 2_000  # of Lloyd's iteration; from this start 256 levels need some hundreds
+STARTS = (1 / 3, 1 / 2, 1.0)  # powers of the density whose quantiles are first levels; a third is Panter and Dite's
 
 
-def lloyd_max(density: Callable[[Floats], Floats], low: float, high: float, bits: int) -> Codebook:
-    """Lloyd–Max for any ``density`` on ``[low, high]``, not normalized: the best optimum of a few starts."""
+def lloyd_max(
+    density: Callable[[Floats], Floats], low: float, high: float, bits: int, starts: Sequence[float] = STARTS
+) -> Codebook:
+    """Lloyd–Max for any ``density`` on ``[low, high]``, not normalized: the best optimum of a few ``starts``."""
     t = np.linspace(low, high, _GRID + 1)
     f = density(t)
-    return min((_lloyd(t, f, bits, power) for power in (1 / 3, 1 / 2, 1.0)), key=lambda found: found.distortion)
+    return min((_lloyd(t, f, bits, power) for power in starts), key=lambda found: found.distortion)
 
 
 def _lloyd(t: Floats, f: Floats, bits: int, power: float) -> Codebook:
