@@ -6,6 +6,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import KVCache
+from scipy.special import log_softmax
 
 import veloxlab as vl
 from tests.test_calibration import TEXT, Letters
@@ -18,8 +20,7 @@ from veloxlab.codecs.parts.trellis import TrellisRows, levels_of
 from veloxlab.codecs.parts.water_filling import shared_words
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
-from veloxlab.measure.gradients import with_gradients
-from veloxlab.measure.quality import loss_gradients
+from veloxlab.measure.gradients import drawn_gradients, with_gradients
 from veloxlab.mlxlm.probe import slots_of
 
 CODES = [("scalar", 256), ("trellis", 256), ("trellis", 1024)]
@@ -262,6 +263,34 @@ def test_what_was_fitted_is_found_again_and_planned_the_same(model, calibration,
         assert mx.array_equal(*codes)
 
 
+class Decoded(KVCache):
+    """mlx-lm's own cache of what codecs decode, but for sinks."""
+
+    def __init__(self, like, sinks):
+        super().__init__()
+        self.codecs, self.sinks = (like.key_codec, like.value_codec), sinks
+
+    def update_and_fetch(self, keys, values):
+        both = []
+        for x, codec in zip((keys, values), self.codecs, strict=True):
+            rest = codec.decode(codec.encode(x[:, :, self.sinks :], self.sinks), x.dtype)
+            both.append(mx.concatenate([x[:, :, : self.sinks], rest], axis=2))
+        return super().update_and_fetch(*both)
+
+
+@pytest.mark.parametrize("bits", [1.25, 3.25])
+def test_the_divergence_is_that_of_plain_caches_of_what_is_decoded(model, calibration, bits):
+    """By mlx-lm's cache and attention, and SciPy's softmax."""
+    given = {"bits": bits, "calibration": calibration, "sinks": 4, "window": 0}
+    measured = vl.fidelity(model, Letters(), "fisherquant", text=TEXT, tokens=300, **given)
+    ids = mx.array([Letters().encode(TEXT)[:299]])
+    caches = [Decoded(layer, 4) for layer in vl.make_cache(model, "fisherquant", **given)]
+    exact, ours = (log_softmax(np.array(model(ids, cache=c)[0], np.float64), -1) for c in (None, caches))
+    wanted = (np.exp(exact) * (exact - ours)).sum(-1).mean()
+    assert measured["kl_mean"].item() == pytest.approx(wanted, rel=1e-3)  # of float32 sums
+    assert wanted > 1e-5
+
+
 def test_bits_out_of_range_are_refused_in_a_sentence(model, calibration):
     for bits in (0.5, 8.5, float("nan"), "2"):
         with pytest.raises(InputError, match="bits"):
@@ -295,8 +324,8 @@ def test_what_was_cancelled_goes_on_where_it_was(model, calibration, tmp_path, m
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, tmp_path, progress=stop)
     assert [path.name for path in tmp_path.rglob("*.safetensors")] == ["0.safetensors"]
-    taken, gradients = [], loss_gradients
-    monkeypatch.setattr("veloxlab.measure.gradients.loss_gradients", lambda *a: taken.append(1) or gradients(*a))
+    taken, gradients = [], drawn_gradients
+    monkeypatch.setattr("veloxlab.measure.gradients.drawn_gradients", lambda *a: taken.append(1) or gradients(*a))
     again = calibrate(model, tmp_path)
     assert len(taken) == 1
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1  # the calibration's own
@@ -308,7 +337,7 @@ def test_without_gradients_queries_stand_in_and_a_warning_says_so(model, tmp_pat
     def fail(*_):
         raise ValueError("no vjp")
 
-    monkeypatch.setattr("veloxlab.measure.gradients.loss_gradients", fail)
+    monkeypatch.setattr("veloxlab.measure.gradients.drawn_gradients", fail)
     with pytest.warns(UserWarning, match=r"no gradients of all keys and values \(no vjp\)"):
         found = calibrate(model, tmp_path)
     codec = found.codec("fisherquant", 0, "keys", 2)

@@ -12,7 +12,7 @@ from tests.tiny_models import tiny
 from veloxlab.allocate.sensitivity import SENSITIVITIES, settled
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Recorder, capture_layers
-from veloxlab.measure.quality import loss_gradients
+from veloxlab.measure.gradients import loss_gradients
 from veloxlab.mlxlm import probe
 
 SHORT = {"sequences": 2, "tokens": 48, "sinks": 4}

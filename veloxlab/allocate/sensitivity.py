@@ -22,7 +22,8 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import NOT_FINITE, Capture, Recorder, capture_layers, stretches
 from veloxlab.measure.errors import layer_errors, ratio
 from veloxlab.measure.frames import PLACE, in_schema, schema
-from veloxlab.measure.quality import check_room, divergence, log_probabilities, loss_gradients
+from veloxlab.measure.gradients import loss_gradients
+from veloxlab.measure.quality import check_room, divergence, log_probabilities
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent

@@ -49,17 +49,9 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import Check, check_fields, real
-from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted, per_head
-from veloxlab.codecs.fisherquant_fitting import (
-    Axes,
-    CentreName,
-    MetricName,
-    bases,
-    deviations,
-    metric_of,
-    ranges,
-    switched,
-)
+from veloxlab.codecs import fisherquant_fitting as fitting
+from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted
+from veloxlab.codecs.fisherquant_fitting import Axes, CentreName, MetricName
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import Floats, constant
 from veloxlab.codecs.parts.packing import WIDEST, Layout, Row
@@ -131,11 +123,11 @@ class FisherQuant(Codec):
         plain = x if rope is None else rope.inverse(x, sample.start)
         mean = plain.mean(axis=(0, 2), keepdims=True)
         moved = mean if rope is None else rope.forward(mx.broadcast_to(mean, x.shape), sample.start)
-        about = learnable(x - moved, METHOD.name, self.head_dim)
-        gradients = None if sample.gradients is None else per_head(sample.gradients)
-        metric = metric_of(about, gradients, sample.queries if self.tensor == "keys" else None)
-        forward, backward = bases(about, gradients, metric)
-        variances = ranges(about @ forward, None if gradients is None else gradients @ backward.swapaxes(1, 2))
+        about = learnable(x - moved, METHOD.name, self.head_dim).astype(np.float32)
+        gradients = None if sample.gradients is None else fitting.singles(sample.gradients)
+        metric = fitting.metric_of(about, gradients, sample.queries if self.tensor == "keys" else None)
+        forward, backward = fitting.bases(about, gradients, metric)
+        variances = fitting.ranges(about, gradients, forward, backward)
         if gradients is None:  # which head matters is not known
             total = variances.sum(axis=1, keepdims=True)
             forward, variances = forward / np.sqrt(total)[..., None], variances / total
@@ -146,7 +138,7 @@ class FisherQuant(Codec):
 
     def _with(self, axes: Axes) -> Self:
         """The same with other axes."""
-        unit = constant(axes.forward / deviations(axes.variances)[:, None] * self.size, mx.float16)
+        unit = constant(axes.forward / fitting.deviations(axes.variances)[:, None] * self.size, mx.float16)
         back = constant(np.linalg.inv(np.array(unit, np.float64)), mx.float16)  # of what is kept
         return replace(self, forward=unit, backward=back, mean=constant(axes.mean), variances=constant(axes.variances))
 
@@ -159,8 +151,8 @@ class FisherQuant(Codec):
             said = f"metric={self.metric!r} and centre={self.centre!r} were given to the fit"
             raise InputError(f"{said}: fit without these options, and give them when a cache is made.")
         unit, variances, mean = (np.array(x, np.float64) for x in (self.forward, self.variances, self.mean))
-        axes = Axes(unit * deviations(variances)[:, None] / self.size, variances, mean)
-        moved = asked._with(switched(axes, self.rope, asked.metric, asked.centre))
+        axes = Axes(unit * fitting.deviations(variances)[:, None] / self.size, variances, mean)
+        moved = asked._with(fitting.switched(axes, self.rope, asked.metric, asked.centre))
         return moved if asked.centre == "rotated" else replace(moved, rope=None)
 
     def blank(self, kv_heads: int) -> Self:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -15,8 +16,7 @@ from mlx.nn.layers.base import Module
 from veloxlab.codecs import TENSORS, Tensor
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import LayerCapture, Recorder
-from veloxlab.measure.quality import loss_gradients
+from veloxlab.measure.activations import Recorder, capture_layers
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.ropes import ropes_of
 from veloxlab.progress import Progress
@@ -24,6 +24,57 @@ from veloxlab.store import make_folder, write_atomically
 
 WINDOW = 512  # tokens of a stretch of text
 _HELD = mx.bfloat16  # in which windows are kept: sizes vary much, and eight bits say enough of a mean
+
+
+class _Perturbed(Recorder):
+    """Adds to keys and values, where they enter the cache, what the loss is to be differentiated by."""
+
+    def __init__(self, facts: probe.LayerFacts, perturbation: tuple[mx.array, ...]) -> None:
+        super().__init__(facts)
+        self._perturbation = perturbation
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        of_keys, of_values = self._perturbation
+        return super().update_and_fetch(keys + of_keys.astype(keys.dtype), values + of_values.astype(values.dtype))
+
+
+Pairs = Sequence[tuple[mx.array, ...]]
+"""Something of each layer's keys and of its values."""
+
+
+def loss_gradients(model: Module, ids: Sequence[int]) -> Pairs:
+    """∂L/∂K ``[1, H, S, Dk]`` and ∂L/∂V ``[1, H, S, Dv]`` of each layer with plain keys and values, lazy, float32.
+
+    L is the negative log-likelihood of the tokens that come next, summed, in nats. K is taken after RoPE. Raises MLX's
+    RuntimeError or ValueError if a part of the model cannot be differentiated.
+    """
+    wanted = mx.array(list(ids[1:]))
+    return _differentiated(model, ids[:-1], lambda _: wanted)[1]
+
+
+def drawn_gradients(model: Module, ids: Sequence[int], key: mx.array) -> tuple[Pairs, Pairs]:
+    """Keys and values of each layer, and, as `loss_gradients`, the gradients by them where the model draws labels.
+
+    After every token one is drawn from the model's own predictions, in the same run.
+    """
+    return _differentiated(model, ids, lambda logits: mx.random.categorical(mx.stop_gradient(logits), key=key))
+
+
+def _differentiated(model: Module, ids: Sequence[int], labels: Callable[[mx.array], mx.array]) -> tuple[Pairs, Pairs]:
+    x = mx.array([list(ids)])
+
+    def loss(perturbations: Pairs) -> tuple[mx.array, Pairs]:
+        left = iter(perturbations)
+        caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left)))
+        logits = model(x, cache=caches)[0].astype(mx.float32)  # of which no more copies are held than need be
+        seen = [(own.keys, own.values) for own in probe.probes_of(caches) if isinstance(own, Recorder)]
+        wanted = labels(logits)[:, None]
+        return (mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, wanted, axis=-1)[:, 0]).sum(), seen
+
+    plain = [facts for facts in probe.probe(model) if facts.compressible]
+    zeros = [tuple(mx.zeros((1, f.kv_heads, len(ids), dim)) for dim in f.dims.values()) for f in plain]
+    (_, seen), gradients = mx.value_and_grad(loss)(zeros)
+    return seen, gradients
 
 
 def with_gradients(
@@ -72,32 +123,27 @@ def _writable(folder: Path) -> Iterator[Path]:
 
 def _write(model: Module, ids: Sequence[int], key: mx.array, file: Path, differentiable: bool) -> bool:
     """Write what a window gives, and say whether that has gradients."""
-    caches = probe.with_caches(model, Recorder)
-    labels = mx.random.categorical(model(mx.array([list(ids)]), cache=caches)[0].astype(mx.float32), key=key)
-    recorders = [r for r in probe.probes_of(caches) if isinstance(r, Recorder)]
-    mx.eval(labels, [[r.keys, r.values, r.queries] for r in recorders])
-    gradients = _gradients(model, ids, labels) if differentiable else None
-    arrays: dict[str, mx.array] = {}
-    for i, recorder in enumerate(recorders):
-        seen = LayerCapture(recorder.facts.layer, recorder.queries, recorder.keys, recorder.values, None)
+    found = _gradients(model, ids, key) if differentiable else None
+    layers = [dict(zip(("keys", "values", "of_keys", "of_values"), own, strict=True)) for own in found or ()]
+    for seen in () if found else capture_layers(model, ids):
         seen.check_finite("to which nothing can be fitted", "queries", *TENSORS)
-        own: dict[str, mx.array | None] = {"keys": seen.keys, "values": seen.values}
-        own |= (
-            dict(zip(("of_keys", "of_values"), gradients[i], strict=True)) if gradients else {"queries": seen.queries}
-        )
-        arrays |= {f"{i}.{name}": x.astype(_HELD) for name, x in own.items() if x is not None}
+        layers.append({name: getattr(seen, name) for name in ("queries", *TENSORS)})
+    arrays = {
+        f"{i}.{name}": x.astype(_HELD) for i, own in enumerate(layers) for name, x in own.items() if x is not None
+    }
     held = io.BytesIO()
     mx.save_safetensors(held, arrays)
     write_atomically(file, held.getvalue())
-    return gradients is not None
+    return found is not None
 
 
-def _gradients(model: Module, ids: Sequence[int], labels: mx.array) -> list[tuple[mx.array, ...]] | None:
+def _gradients(model: Module, ids: Sequence[int], key: mx.array) -> Pairs | None:
+    """Keys, values, and gradients by both of each layer."""
     try:
-        found = [tuple(g.astype(_HELD) for g in pair) for pair in loss_gradients(model, ids, labels)]
-        mx.eval(found)
-        if all(mx.isfinite(g).all().item() and g.any().item() for pair in found for g in pair):
-            return found
+        seen, gradients = drawn_gradients(model, ids, key)
+        mx.eval(seen, gradients)
+        if all(mx.isfinite(g).all().item() and g.any().item() for pair in gradients for g in pair):
+            return [(*own, *pair) for own, pair in zip(seen, gradients, strict=True)]
         why = "some gradients are zero or not finite"
     except (RuntimeError, ValueError) as error:
         why = str(error)

@@ -16,10 +16,9 @@ from veloxlab.cache import make
 from veloxlab.cache.plan import Chunk, Plan, cache_name, plan_of, tensor_bits
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, checked, having, whole
 from veloxlab.errors import InputError
-from veloxlab.measure.activations import Recorder, stretches
+from veloxlab.measure.activations import stretches
 from veloxlab.measure.frames import in_schema, schema
 from veloxlab.measure.memory import report
-from veloxlab.mlxlm import probe
 from veloxlab.progress import Progress, silent
 from veloxlab.texts import Tokenizer
 
@@ -91,41 +90,6 @@ def check_room(model: Module, lengths: Sequence[int]) -> None:
         tokens = f"{len(lengths)} stretch{'es' * (len(lengths) > 1)} of up to {max(lengths):,} tokens"
         said = f"The predictions of {tokens} take {needed:,} bytes at least, and {max(0, free):,} are left here"
         raise InputError(f"{said}: take fewer or shorter ones.")
-
-
-class _Perturbed(Recorder):
-    """Adds to keys and values, where they enter the cache, what the loss is to be differentiated by."""
-
-    def __init__(self, facts: probe.LayerFacts, perturbation: tuple[mx.array, ...]) -> None:
-        super().__init__(facts)
-        self._perturbation = perturbation
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        of_keys, of_values = self._perturbation
-        return super().update_and_fetch(keys + of_keys.astype(keys.dtype), values + of_values.astype(values.dtype))
-
-
-def loss_gradients(
-    model: Module, ids: Sequence[int], labels: Sequence[int] | mx.array | None = None
-) -> list[tuple[mx.array, ...]]:
-    """∂L/∂K ``[1, H, S, Dk]`` and ∂L/∂V ``[1, H, S, Dv]`` of each layer with plain keys and values, lazy, float32.
-
-    L is the negative log-likelihood of ``labels``, one after each of ``ids``, summed, in nats; by default of each next
-    one of them. K is taken after RoPE. Raises MLX's RuntimeError or ValueError if a part of the model cannot be
-    differentiated.
-    """
-    read, targets = (ids, labels) if labels is not None else (ids[:-1], ids[1:])
-    x, wanted = mx.array([list(read)]), mx.array(targets)  # type: ignore[arg-type]
-
-    def loss(perturbations: list[tuple[mx.array, ...]]) -> mx.array:
-        left = iter(perturbations)
-        caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left)))
-        logits = model(x, cache=caches)[0].astype(mx.float32)  # of which no more copies are held than need be
-        return (mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, wanted[:, None], axis=-1)[:, 0]).sum()
-
-    plain = [facts for facts in probe.probe(model) if facts.compressible]
-    zeros = [tuple(mx.zeros((1, f.kv_heads, len(read), dim)) for dim in f.dims.values()) for f in plain]
-    return list(mx.grad(loss)(zeros))
 
 
 @dataclass(frozen=True)

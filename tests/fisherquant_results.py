@@ -1,0 +1,153 @@
+"""Divergences of FisherQuant on SmolLM2: ``python -m tests.fisherquant_results [NAME ...]`` adds to a result file.
+
+Each row is kept in ``data/results/fisherquant.json`` when it is measured, with a table beside, and those that are there
+are not measured again. With names only these are, anew. One that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import veloxlab as vl  # isort: skip - before mlx, so that MLX finds a fast BLAS
+
+import polars as pl
+
+from veloxlab.cache.calibration import Calibration
+from veloxlab.measure.experiments import mean_interval
+from veloxlab.measure.quality import Reference, evaluate, reference
+from veloxlab.store import write_atomically
+from veloxlab.texts import shipped_folder
+
+FILE = shipped_folder("data") / "results" / "fisherquant.json"
+OFF: dict[str, dict[str, Any]] = {
+    "scalar": {"code": "scalar"},
+    "pca": {"metric": "pca"},
+    "own axes": {"metric": "none"},
+    "mean after RoPE": {"centre": "still"},
+    "no mean": {"centre": "none"},
+    "heads alike": {"planning": "head"},
+    "coordinates alike": {"planning": "none"},
+    "no scale": {"scale": "none"},
+    "no sinks": {"sinks": 0},
+}
+"""What is switched off in each row of the ablation, at 2.25 bits."""
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """Settings of `measured` by name."""
+    found: dict[str, dict[str, Any]] = {f"{bits} bits": {"bits": bits} for bits in (2.25, 3.25, 4.25, 1.25)}
+    found |= {f"without: {name}": {"bits": 2.25, **options} for name, options in OFF.items()}
+    found["2.25 bits, Python"] = {"bits": 2.25, "text": "Python"}
+    long: dict[str, Any] = {"tokens": 4096, "windows": 1}
+    found["2.25 bits, 4096 tokens"] = {"bits": 2.25, **long}
+    found["turboquant 2 bits, 4096 tokens"] = {"method": "turboquant", "bits": 2, **long}
+    found |= {f"{bits} bits, 1024 entries": {"bits": bits, "entries": 1024} for bits in (2.25, 3.25, 4.25, 1.25)}
+    for bits in (1, 2, 3):
+        for scale in ("unbiased", "mse", "norm"):
+            given = {"bits": bits, "sinks": 4, "key_options": {"scale": scale}}
+            found[f"turboquant {bits} bits, {scale} keys"] = {"method": "turboquant", **given}
+    return found | {"calibration": {}}
+
+
+@cache
+def model() -> Any:
+    return vl.load("smollm2-135m")
+
+
+@cache
+def calibration() -> Calibration:
+    return vl.calibrate(*model(), "fisherquant")
+
+
+def price() -> dict[str, Any]:
+    """Of a calibration that finds nothing done."""
+    loaded = model()
+    with TemporaryDirectory() as folder:
+        begun = time.process_time()
+        made = vl.calibrate(*loaded, "fisherquant", folder=folder)
+        return {"cpu_seconds": time.process_time() - begun, "tokens": made.facts["tokens"]}
+
+
+@cache
+def exact(text: str, tokens: int, windows: int) -> Reference:
+    """Predictions on the test text, or on Python's own argparse, that is no text of calibration."""
+    given = Path(argparse.__file__).read_text() if text == "Python" else None
+    return reference(*model(), text=given, tokens=tokens, windows=windows)
+
+
+def measured(
+    bits: float,
+    method: str = "fisherquant",
+    text: str = "WikiText-2",
+    tokens: int = 512,
+    windows: int = 8,
+    sinks: int = 4,
+    key_options: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """KL in nats where every token but the sinks is seen through its codes: mean, interval and each window's."""
+    wanted, begun = exact(text, tokens, windows), time.process_time()
+    plan = vl.Plan.uniform(model()[0], method, bits=bits, **options)
+    if key_options:
+        plan = replace(plan, layers=tuple(replace(layer, key_options=key_options) for layer in plan.layers))
+    given = {"calibration": calibration()} if method == "fisherquant" else {}
+    made: list[Any] = []
+
+    def make(of: Any) -> list[Any]:
+        made[:] = vl.make_cache(of, plan, sinks=sinks, window=0, chunk="codes", **given)
+        return list(made)
+
+    frame = evaluate(wanted, make, per_token=True)
+    kls = frame.group_by("window", maintain_order=True).agg(pl.col("kl").mean())["kl"].to_list()
+    mean, low, high = mean_interval(kls) if windows > 1 else (kls[0], None, None)
+    held, exact_bytes = vl.report(made).filter(pl.col("layer").is_not_null())[["held_bytes", "fp16_bytes"]].sum().row(0)
+    codecs = [codec for layer in made for codec in (layer.key_codec, layer.value_codec)]
+    sizes = {
+        "true_bits": sum(codec.bits_per_value for codec in codecs) / len(codecs),
+        "held_bits": 16 * held / exact_bytes,
+        "held_bytes": held,
+        "table_bytes": sum(codec.shared_bytes for codec in codecs),
+    }
+    settings = {"method": method, "bits": bits, "sinks": sinks, "options": options | (key_options or {}), "text": text}
+    settings |= {"tokens": tokens, "windows": windows}
+    seconds = time.process_time() - begun
+    return settings | {"kl": mean, "low": low, "high": high, "by_window": kls} | sizes | {"cpu_seconds": seconds}
+
+
+def table(kept: dict[str, dict[str, Any]]) -> str:
+    """The rows as Markdown."""
+    lines = ["| cache | text | windows × tokens | true bits | KL in nats (95 % interval) |", "|---|---|---:|---:|---:|"]
+    for name, row in kept.items():
+        if name == "calibration":
+            continue
+        between = "" if row["low"] is None else f" ({row['low']:.4f} to {row['high']:.4f})"
+        size = f"{row['windows']} × {row['tokens']:,}"
+        lines.append(f"| {name} | {row['text']} | {size} | {row['true_bits']:.3f} | {row['kl']:.4f}{between} |")
+    if "calibration" in kept:
+        lines.append(
+            "\nCalibration takes {cpu_seconds:.0f} CPU seconds for {tokens:,} tokens.".format(**kept["calibration"])
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(names: list[str]) -> None:
+    """Measure what is missing, or what is named."""
+    kept = json.loads(FILE.read_text()) if FILE.exists() else {}
+    for name, settings in rows().items():
+        if name in names or (name not in kept and not names):
+            kept[name] = measured(**settings) if settings else price()
+            write_atomically(FILE, (json.dumps(kept, indent=1) + "\n").encode())
+            write_atomically(FILE.with_suffix(".md"), table(kept).encode())
+            print(name, kept[name].get("kl"), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
