@@ -16,6 +16,7 @@ from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts import codebooks, vector
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.parts.transforms import SignedHadamard
+from veloxlab.codecs.rabitq import RaBitQ
 from veloxlab.kernels import checked, devices
 from veloxlab.kernels.cpu import run, train
 
@@ -232,7 +233,7 @@ def test_no_stretch_of_a_grid_is_better_than_the_one_found(bits, changes):
     y, top = np.abs(np.random.default_rng(bits).standard_normal(32)).astype(np.float32), 1 << (bits - 1)
     for place, number in changes:
         y[place] = number
-    own = METHODS["rabitq"].codec(32, bits, "values", encoder="exact")
+    own = RaBitQ(32, bits, encoder="exact")
     x = own._rotation.inverse(mx.array(y)[None, None, None])
     y = np.abs(np.array(own._rotation.forward(x), np.float64)).ravel()
     found = np.abs(np.array(own.expand(own.encode(x)), np.float64)).ravel()

@@ -7,9 +7,9 @@ fused attention, whose memory does not grow with queries times keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from threading import get_ident
 
@@ -17,13 +17,20 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.cache.expand import expanded, made_up_code, take_turn
-from veloxlab.cache.past import Past, Segment, exact_codes, exact_run, exact_segment
-from veloxlab.codecs import Code
+from veloxlab.cache.past import (
+    Past,
+    Segment,
+    exact_arrays,
+    exact_codes,
+    exact_run,
+    exact_segment,
+    with_exact_arrays,
+)
 from veloxlab.codecs.none import Exact
 from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.call import AttentionKernel, PreparedCall, Queries, Tokens
 from veloxlab.kernels.call import Exact as ExactTokens
-from veloxlab.kernels.checked import agrees, difference, evaluated, made_up, with_derivatives
+from veloxlab.kernels.checked import agrees, difference, differentiable, evaluated, made_up, with_derivatives
 from veloxlab.kernels.devices import current_backend, expanded_bytes
 from veloxlab.kernels.expand import LARGEST_HALF
 from veloxlab.mlxlm.hooks import Handle, Mask
@@ -110,33 +117,32 @@ class History(Handle):
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None
     ) -> mx.array | None:
         """By a kernel, or None where there is none for this device, these segments and codecs."""
-        newest, last, like = self.newest, self.past.last, _like(q, scale)
+        newest, like, last = self.newest, _like(q, scale), self.past.last
         if last is not None and last[0] == like and mask is None and sinks is None:
-            return last[1](Queries(q, scale), newest, self.past.filled)[0]
-        backend = current_backend()
-        if backend is None:
-            return None
-        if not backend.lazy and self.past.filled is not None:  # the device is another than when it was made
-            self.past = Past(self.past.segments)
-        if self.past.readers is None:
-            return None
-        added = None if mask is None else as_added(mask, q, self.tokens)
-        queries = self._queries(q if backend.lazy else q.astype(mx.float32), scale, added, sinks)
+            queries, (backend, call) = Queries(q, scale), last[1:]
+        else:
+            backend, call = current_backend(), None
+            if backend is None:
+                return None
+            if not backend.lazy and self.past.filled is not None:  # the device is another than when it was made
+                self.past = Past(self.past.segments)
+            if self.past.readers is None:
+                return None
+            added = None if mask is None else as_added(mask, q, self.tokens)
+            queries = self._queries(q if backend.lazy else q.astype(mx.float32), scale, added, sinks)
+        beside = [x for x in (queries.coded, queries.mask, queries.logits) if x is not None]
         if not backend.lazy:
             exact = () if newest is None else (newest.keys, newest.values)
-            given = (queries.q, queries.coded, queries.mask, queries.logits, *exact)
-            if not evaluated(*(x for x in given if x is not None)):
+            if not evaluated(queries.q, *beside, *exact):
                 return None
-        call = self._call(backend, queries)
+        call = call or self._call(backend, queries)
         if call is None:
             return None
         found = call(queries, newest, self.past.filled)
         out = self._brought_out(found, q.dtype)
-        if not backend.lazy:
-            return self._with_derivatives(out, q, scale, mask, sinks)
-        if out is found[0] and queries.coded is queries.mask is queries.logits is None:
-            self.past.last = like, call  # the next token needs no more than this
-        return out
+        if not beside and found[1] is None and (out is found[0] or not backend.lazy):
+            self.past.last = like, backend, call  # the next token needs no more than this
+        return out if backend.lazy else self._with_derivatives(out, q, queries)
 
     def _call(self, backend: Backend, queries: Queries) -> PreparedCall | None:
         """Such a call of a kernel that agrees with the reference, if there is one: each thread has calls of its own."""
@@ -151,29 +157,14 @@ class History(Handle):
                 calls[like] = kernel.prepared(queries, tokens)
         return calls[like]
 
-    def _with_derivatives(
-        self, out: mx.array, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None
-    ) -> mx.array:
+    def _with_derivatives(self, out: mx.array, q: mx.array, queries: Queries) -> mx.array:
         """The answer of a kernel that is no part of MLX's graph, whose derivatives follow the reference."""
-
-        def by_graph(q: mx.array, *exact: mx.array) -> dict[str, mx.array]:
-            return {"out": self._with_exact_arrays(exact)._attend_codes(q, scale, mask, sinks)}
-
-        return with_derivatives({"out": out}, by_graph, q, *self._exact_arrays)["out"]
-
-    @property
-    def _exact_arrays(self) -> list[mx.array]:
-        exact = (s for s in self.segments if isinstance(s.key_codec, Exact))
-        return [code.arrays["values"] for s in exact for code in (s.keys, s.values)]
-
-    def _with_exact_arrays(self, arrays: Sequence[mx.array]) -> History:
-        """The same history with others in the place of `_exact_arrays`."""
-        codes = (Code({"values": array}) for array in arrays)
-        segments = (
-            replace(s, keys=next(codes), values=next(codes)) if isinstance(s.key_codec, Exact) else s
-            for s in self.segments
-        )
-        return History(tuple(segments))
+        past, newest, beside = self.past, self.newest, [x for x in (queries.mask, queries.logits) if x is not None]
+        like = queries.scale, queries.mask is None, queries.logits is None
+        if like not in past.derivatives:
+            past.derivatives[like] = differentiable(_reference(past.segments, *like))
+        behind = () if newest is None else (_number(newest.tokens), newest.keys, newest.values)
+        return past.derivatives[like](out, q, *beside, *past.exact_arrays, *behind)[0]
 
     @property
     def _spaces(self) -> tuple[object, ...] | None:
@@ -252,7 +243,7 @@ def attend_together(
         return None
     width = None if mask is None else as_added(mask, q, mask.shape[-1])
     queries = histories[0]._queries(q.astype(mx.float32), scale, width, sinks)
-    exact = [history._exact_arrays for history in histories]
+    exact = [exact_arrays(history.segments) for history in histories]
     given = queries.q, queries.coded, queries.mask, queries.logits, *chain(*exact)
     if not evaluated(*(x for x in given if x is not None)):
         return None
@@ -269,7 +260,7 @@ def attend_together(
     def by_graph(q: mx.array, *arrays: mx.array) -> dict[str, mx.array]:
         parts, own = [], iter(arrays)
         for i, history in enumerate(histories):
-            seen = history._with_exact_arrays([next(own) for _ in exact[i]])
+            seen = History(with_exact_arrays(history.segments, own))
             columns_seen = None if width is None else width[i : i + 1, ..., columns[i] : columns[i] + history.tokens]
             parts.append(seen._attend_codes(q[i : i + 1], scale, columns_seen, sinks))
         return {"out": mx.concatenate(parts)}
@@ -280,6 +271,29 @@ def attend_together(
 def _like(q: mx.array, scale: float) -> tuple[object, ...]:
     """What one prepared call serves: queries of the same form, on the same device, in the same thread."""
     return q.shape, q.dtype, scale, get_ident(), mx.default_device()
+
+
+def _reference(
+    segments: tuple[Segment, ...], scale: float, no_mask: bool, no_logits: bool
+) -> Callable[..., list[mx.array]]:
+    """Attention of queries by MLX operations, over such segments and what is new.
+
+    It takes the queries, what is beside them, `exact_arrays`, and of new tokens how many, and buffers with room.
+    """
+
+    def by_graph(q: mx.array, *given: mx.array) -> list[mx.array]:
+        arrays = iter(given)
+        mask, logits = (None if none else next(arrays) for none in (no_mask, no_logits))
+        own, behind = with_exact_arrays(segments, arrays), [*arrays]
+        if behind:
+            keys, values = (x[:, :, : behind[0].item()] for x in behind[1:])
+            own = *own, exact_segment(exact_codes(keys, values))
+        return [History(own)._attend_codes(q, scale, mask, logits)]
+
+    return by_graph
+
+
+_number = lru_cache(mx.array)
 
 
 def _narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:

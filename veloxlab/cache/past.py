@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -13,6 +13,7 @@ from veloxlab.cache.runs import Codes, Run, Runs
 from veloxlab.codecs import Code, Codec
 from veloxlab.codecs.base import per_kv_head
 from veloxlab.codecs.none import Exact
+from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.call import Exact as ExactTokens
 from veloxlab.kernels.call import PreparedCall
 from veloxlab.kernels.devices import device_backend
@@ -44,7 +45,8 @@ class Past:
     def __init__(self, segments: tuple[Segment, ...], filled: int | None = None) -> None:
         self._whole, self.filled = segments, filled
         self.calls: dict[tuple[object, ...], PreparedCall | None] = {}  # for queries of some shape, type and scale
-        self.last: tuple[tuple[object, ...], PreparedCall] | None = None  # on a GPU, and for queries like these
+        self.last: tuple[tuple[object, ...], Backend, PreparedCall] | None = None  # the last, for queries like these
+        self.derivatives: dict[tuple[object, ...], Callable[..., list[mx.array]]] = {}  # of their answers
 
     def refilled(self, filled: int) -> Past:
         """The same once other tokens are in the same buffers."""
@@ -91,6 +93,11 @@ class Past:
         return None if keys is None or values is None else (keys, values)
 
     @cached_property
+    def exact_arrays(self) -> list[mx.array]:
+        """See `exact_arrays`."""
+        return exact_arrays(self.segments)
+
+    @cached_property
     def brings_in(self) -> Callable[[mx.array], mx.array] | None:
         """What makes queries those that a kernel compares with codes, where it does not do that by itself."""
         packed, readers = self.packed, self.readers
@@ -126,6 +133,22 @@ def segments_of(held: Runs, runs: Sequence[Run], codecs: tuple[Codec, Codec], hi
             segments.append(Segment(codecs[0], codes[0], codecs[1], codes[1]) if packed else exact_segment(codes))
         start += run.tokens + (held.evicted if run is held.sinks else 0)
     return tuple(segments)
+
+
+def exact_arrays(segments: Sequence[Segment]) -> list[mx.array]:
+    """Keys and values of those that are exact."""
+    exact = (s for s in segments if isinstance(s.key_codec, Exact))
+    return [code.arrays["values"] for s in exact for code in (s.keys, s.values)]
+
+
+def with_exact_arrays(segments: Sequence[Segment], arrays: Iterator[mx.array]) -> tuple[Segment, ...]:
+    """The same segments with others in the place of `exact_arrays`."""
+    return tuple(
+        replace(s, keys=Code({"values": next(arrays)}), values=Code({"values": next(arrays)}))
+        if isinstance(s.key_codec, Exact)
+        else s
+        for s in segments
+    )
 
 
 def exact_segment(codes: Codes) -> Segment:

@@ -17,7 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.kernels.backend import Backend
-from veloxlab.kernels.devices import CPU, current_backend, has_loops
+from veloxlab.kernels.devices import CPU, current_backend, device_backend, has_loops
 from veloxlab.kernels.vectors import VectorKernel
 
 Array = np.ndarray[Any, Any]
@@ -110,8 +110,7 @@ def evaluated(*arrays: mx.array) -> bool:
 
 def begin(*arrays: mx.array) -> None:
     """Let MLX compute arrays that a kernel will wait for, while Python prepares its call; nothing if none waits."""
-    backend = current_backend()
-    if backend is not None and not backend.lazy:
+    if not device_backend().lazy:
         with suppress(ValueError):  # see `evaluated`
             mx.async_eval(*arrays)
 
@@ -120,31 +119,52 @@ def with_derivatives(
     found: Mapping[str, mx.array], reference: Callable[..., dict[str, mx.array]], *given: mx.array
 ) -> dict[str, mx.array]:
     """The same arrays, which ``mx.grad`` and others know as what ``reference`` makes of what was ``given``."""
-    moving = [place for place, array in enumerate(given) if mx.issubdtype(array.dtype, mx.floating)]
-    names = [name for name, array in found.items() if mx.issubdtype(array.dtype, mx.floating)]
 
     def by_graph(*some: mx.array) -> list[mx.array]:
-        arrays = list(given)
-        for place, array in zip(moving, some, strict=True):
-            arrays[place] = array
-        made = reference(*arrays)
-        return [made[name] for name in names]
+        made = reference(*some)
+        return [made[name] for name in found]
+
+    return dict(zip(found, differentiable(by_graph, len(found))(*found.values(), *given), strict=True))
+
+
+def differentiable(reference: Callable[..., list[mx.array]], count: int = 1) -> Callable[..., list[mx.array]]:
+    """A function of ``count`` arrays that gives these, as what ``reference`` makes of all arrays behind them.
+
+    It is the way of ``mx.grad`` and others; to make it takes longer than to call it.
+    """
+
+    def moving(arrays: Sequence[mx.array]) -> list[int]:
+        return [place for place, array in enumerate(arrays) if mx.issubdtype(array.dtype, mx.floating)]
+
+    def by_graph(known: Sequence[mx.array]) -> tuple[Callable[..., list[mx.array]], list[int], list[int]]:
+        """What is made of numbers with derivatives, which of ``known`` these are, and which are made."""
+        outputs, inputs = moving(known[:count]), [place + count for place in moving(known[count:])]
+
+        def made(*some: mx.array) -> list[mx.array]:
+            arrays = dict(enumerate(known)) | dict(zip(inputs, some, strict=True))
+            all_made = reference(*(arrays[place] for place in range(count, len(known))))
+            return [all_made[place] for place in outputs]
+
+        return made, inputs, outputs
 
     def backward(primals: Arrays, cotangents: Arrays, _: Arrays) -> list[mx.array]:
-        arrays, of_outputs = _listed(primals), dict(zip(found, _listed(cotangents), strict=True))
-        _, parts = mx.vjp(by_graph, [arrays[i] for i in moving], [of_outputs[name] for name in names])
-        return [parts[moving.index(i)] if i in moving else mx.zeros_like(x) for i, x in enumerate(arrays)]
+        known, of_outputs = _listed(primals), _listed(cotangents)
+        made, inputs, outputs = by_graph(known)
+        _, parts = mx.vjp(made, [known[i] for i in inputs], [of_outputs[i] for i in outputs])
+        own = dict(zip(inputs, parts, strict=True))
+        return [own[i] if i in own else mx.zeros_like(x) for i, x in enumerate(known)]
 
     def forward(primals: Arrays, tangents: Arrays) -> list[mx.array]:
-        primals, tangents = _listed(primals), _listed(tangents)
-        _, parts = mx.jvp(by_graph, [primals[i] for i in moving], [tangents[i] for i in moving])
-        moved = dict(zip(names, parts, strict=True))
-        return [moved.get(name, mx.zeros_like(array)) for name, array in found.items()]
+        known, directions = _listed(primals), _listed(tangents)
+        made, inputs, outputs = by_graph(known)
+        _, parts = mx.jvp(made, [known[i] for i in inputs], [directions[i] for i in inputs])
+        moved = dict(zip(outputs, parts, strict=True))
+        return [moved[i] if i in moved else mx.zeros_like(x) for i, x in enumerate(known[:count])]
 
-    made: Any = mx.custom_function(lambda *_: list(found.values()))
-    made.vjp(backward)
-    made.jvp(forward)
-    return dict(zip(found, made(*given), strict=True))
+    function: Any = mx.custom_function(lambda *arrays: list(arrays[:count]))
+    function.vjp(backward)
+    function.jvp(forward)
+    return function  # type: ignore[no-any-return]
 
 
 def _listed(arrays: Arrays) -> list[mx.array]:

@@ -77,10 +77,10 @@ def expanded_bytes() -> int:
 
 def current_backend() -> Backend | None:
     """The same, or None where no kernel runs, or ``VELOXLAB_KERNELS=0`` forbids kernels."""
-    if os.environ.get(SWITCH) == "0":
-        return None
     backend = device_backend()
-    return None if backend is CPU and not has_loops() else backend
+    if backend is CPU:
+        return CPU if has_loops() else None
+    return None if os.environ.get(SWITCH) == "0" else backend
 
 
 def has_loops() -> bool:

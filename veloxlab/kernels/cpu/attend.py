@@ -19,10 +19,13 @@ TILE: Final = 32  # tokens that are expanded together
 LEAST: Final = np.float32(np.finfo(np.float32).min)
 _LOG2_E: Final = np.float32(math.log2(math.e))
 
-# where a call's numbers are: sizes, addresses, and strides in bytes
-(BATCH, KV_HEADS, SHARED, LENGTH, KEY, VALUE, CODED_KEY, CODED_VALUE, SPLITS) = range(9)
-(Q, Q_CODED, K_SIGNS, K_HARTLEY, V_SIGNS, V_HARTLEY, MASK, LOGITS, MIXED, SUMS, OUT, OUT_CODED) = range(9, 21)
-Q_STRIDES, MASK_STRIDES, COUNTS, KEYS, VALUES, NUMBERS = 21, 24, 28, 31, 34, 37
+# where a call's numbers are: sizes, addresses, and strides in bytes; from `CHANGING` on each call has its own
+(BATCH, KV_HEADS, SHARED, LENGTH, KEY, VALUE, CODED_KEY, CODED_VALUE, K_SIGNS, K_HARTLEY, V_SIGNS, V_HARTLEY) = range(
+    12
+)
+KEYS, VALUES, COUNTS, CHANGING = 12, 15, 18, 20
+(SPLITS, MASK, LOGITS, MIXED, SUMS, OUT, OUT_CODED, Q_CODED, Q) = range(21, 30)
+Q_STRIDES, MASK_STRIDES, NUMBERS = 30, 33, 37
 
 
 @part

@@ -6,16 +6,16 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from struct import Struct
 from typing import Final
 
 import mlx.core as mx
 import numpy as np
 
+from veloxlab.kernels.backend import Answer
 from veloxlab.kernels.call import Exact, Queries, Tokens
 from veloxlab.kernels.cpu import attend as loops
 from veloxlab.kernels.cpu.describe import (
-    EXACT_NUMBERS,
     KINDS,
     NOTHING,
     Array,
@@ -24,14 +24,19 @@ from veloxlab.kernels.cpu.describe import (
     as_bits,
     described,
     described_exact,
+    exact_numbers,
     numpy_of,
-    place_exact,
+    vectors_of,
 )
+from veloxlab.kernels.cpu.readers import OWN
 from veloxlab.kernels.cpu.threads import shared
 from veloxlab.runtime import threads
 
 _SHARED_NUMBERS: Final = 3 << 16  # of keys and values, from which on a second thread gains more than it costs
 _FLOAT: Final = 4  # bytes
+_RECENT: Final = OWN + 1  # numbers of recent keys
+_NUMBERS: Final = Struct(f"={loops.NUMBERS - loops.CHANGING + 2 * _RECENT}q")
+_NO_RECENT: Final = [0] * 2 * _RECENT
 
 
 @dataclass(frozen=True)
@@ -57,84 +62,86 @@ class PreparedCall:
         packed, packed_values = described(keys), described(values)
         sinks = described_exact(tokens.sinks) if tokens.sinks is not None else (NOTHING, NOTHING)
         self._kept = packed, packed_values, sinks
-        self._recent = np.zeros((2, EXACT_NUMBERS), np.int64)
-        recent_keys, recent_values = map(address_of, self._recent)
         rows = batch * query_heads * length
-        self.sizes = rows * dim, rows * values.dim, 2 * rows * max(dim, values.dim), 2 * rows  # a split's, the last two
+        # numbers of an answer, of its part in the space of codes, of a split's sums of values and of weights
+        self.sizes = rows * dim, rows * values.dim, 2 * rows * max(dim, values.dim), 2 * rows
+        self.scale, self.form = np.float32(queries.scale), (batch, query_heads, length, dim)
         self.coded_form = None if values.signs is not None else (heads, group * length, values.dim)
         self.pieces = batch * heads  # of a split
-        self._counts = tokens.exact_counts[0], keys.tokens
-        self._token_numbers = batch * heads * (keys.dim + values.dim)
-        self._job = np.zeros(loops.NUMBERS, np.int64)
-        self._job[: loops.SPLITS] = batch, heads, group, length, key_dim, dim, keys.dim, values.dim
-        self._job[loops.K_SIGNS : loops.MASK] = *packed.rotation, *packed_values.rotation
-        self._job[loops.KEYS : loops.VALUES] = sinks[0].address, packed.address, recent_keys
-        self._job[loops.VALUES :] = sinks[1].address, packed_values.address, recent_values
+        counts = tokens.exact_counts[0], keys.tokens
+        self.tokens, self.numbers = sum(counts), batch * heads * (keys.dim + values.dim)  # that are read, of each
+        self._job = np.zeros(loops.NUMBERS + 2 * _RECENT, np.int64)
+        self._address = address_of(self._job)
+        recent = self._address + 8 * loops.NUMBERS, self._address + 8 * (loops.NUMBERS + _RECENT)
+        self._job[: loops.CHANGING] = [
+            *(batch, heads, group, length, key_dim, dim, keys.dim, values.dim),
+            *(*packed.rotation, *packed_values.rotation, sinks[0].address, packed.address, recent[0]),
+            *(sinks[1].address, packed_values.address, recent[1], *counts),
+        ]
 
-    def __call__(
-        self, queries: Queries, recent: Exact | None, _: int | None = None
-    ) -> tuple[mx.array, mx.array | None]:
+    def __call__(self, queries: Queries, recent: Exact | None, _: int | None = None) -> Answer:
         """See `veloxlab.kernels.call.PreparedCall`; the answer is float32."""
         return together([self], queries, [recent])
 
-    def place(self, recent: Sequence[Array], count: int, kind: int, splits: int, addresses: Sequence[int]) -> int:
-        """Complete what the loops are told, and give its address; the caller keeps all arrays.
-
-        ``count`` recent keys and values, if any, are of one of `KINDS`. ``addresses`` are of the queries as they are
-        and coded, mask, logits, sums, weights' sums and both answers; with them come the strides of queries and mask.
-        """
-        for numbers, x in zip(self._recent, recent, strict=False):
-            place_exact(numbers, x, kind)
-        job = self._job
-        job[loops.SPLITS : loops.K_SIGNS] = splits, *addresses[:2]
-        job[loops.MASK : loops.KEYS] = *addresses[2:], *self._counts, count
-        return address_of(job)
-
-    def numbers(self, recent: Exact | None) -> int:
-        """Keys' and values' numbers that are read."""
-        return self._token_numbers * (sum(self._counts) + (0 if recent is None else recent.tokens))
+    def place(self, *numbers: int) -> int:
+        """Complete what the loops are told, and give its address; the caller keeps all that has one."""
+        _NUMBERS.pack_into(self._job.data, 8 * loops.CHANGING, *numbers)
+        return self._address
 
 
 def together(
     calls: Sequence[PreparedCall], queries: Queries, recents: Sequence[Exact | None], columns: Sequence[int] = (0,)
-) -> tuple[mx.array, mx.array | None]:
+) -> Answer:
     """Attention of a batch by one call, or of each of its entries by one, with tokens of its own.
 
     ``columns`` are where in the mask the tokens of each call begin. All calls are alike but for their tokens.
     """
-    q, others = queries.q.astype(mx.float32), (queries.coded, queries.mask, queries.logits)
-    exact = [[] if run is None else [as_bits(run.keys), as_bits(run.values)] for run in recents]
-    mx.eval(q, exact, [x for x in others if x is not None])
-    seen, (coded, mask, logits) = numpy_of(q), [None if x is None else numpy_of(x) for x in others]
-    total = sum(call.numbers(recent) for call, recent in zip(calls, recents, strict=True))
-    parts = min(threads(), max(1, total // _SHARED_NUMBERS))
-    sizes = [len(calls) * size for size in calls[0].sizes]
-    room, first = _room(sizes[0] + sizes[1] + parts * (sizes[2] + sizes[3]))
-    starts = [*accumulate((sizes[0], sizes[1], parts * sizes[2]), initial=0)]
-    each = [_FLOAT * size * times for size, times in zip(calls[0].sizes, (1, 1, parts, parts), strict=True)]
-    strides = *seen.strides[:3], *((0, 0, 0, 0) if mask is None else mask.strides)
-    jobs = []
-    for i, (call, recent, own, column) in enumerate(zip(calls, recents, exact, columns, strict=True)):
-        out, of_coded, mixed, sums = (first + _FLOAT * at + i * size for at, size in zip(starts, each, strict=True))
-        masked = 0 if mask is None else address_of(mask) + i * mask.strides[0] + column * mask.strides[3]
-        given = address_of(seen) + i * seen.strides[0], 0 if coded is None else address_of(coded) + i * coded.strides[0]
-        addresses = *given, masked, 0 if logits is None else address_of(logits), mixed, sums, out, of_coded, *strides
-        count, kind = (0, 0) if recent is None else (recent.tokens, KINDS[recent.keys.dtype])
-        jobs.append(call.place([numpy_of(x) for x in own], count, kind, parts, addresses))
-    scale, pieces = np.float32(queries.scale), calls[0].pieces
+    q, coded, mask, logits = queries.q.astype(mx.float32), queries.coded, queries.mask, queries.logits
+    exact = [() if run is None else (as_bits(run.keys), as_bits(run.values)) for run in recents]
+    count, one = len(calls), calls[0]
+    tokens = sum([call.tokens for call in calls]) + sum([0 if run is None else run.tokens for run in recents])
+    parts = min(threads(), max(1, one.numbers * tokens // _SHARED_NUMBERS))
+    outs, codes, mixed, sums = one.sizes
+    room, begin = _room(count * (outs + codes + parts * (mixed + sums)))
+    (own_q, at_q, of_q), (own_coded, at_coded, of_coded) = _placed(vectors_of(q)), _placed(coded)
+    (own_mask, at_mask, of_mask), (own_logits, at_logits, _) = _placed(mask), _placed(logits)
+    jobs, kept = [], [own_q, own_coded, own_mask, own_logits]
+    for i, (call, recent, arrays) in enumerate(zip(calls, recents, exact, strict=True)):
+        numbers = _NO_RECENT
+        if recent is not None:
+            keys, values = own = [vectors_of(x) for x in arrays]
+            kept += own
+            kind = KINDS[recent.keys.dtype]
+            numbers = exact_numbers(keys, kind) + exact_numbers(values, kind)
+        job = call.place(
+            *(0 if recent is None else recent.tokens, parts, at_mask + i * of_mask[0] + columns[i] * of_mask[3]),
+            *(at_logits, begin + _FLOAT * (count * (outs + codes) + i * parts * mixed)),
+            *(begin + _FLOAT * (count * (outs + codes + parts * mixed) + i * parts * sums), begin + _FLOAT * i * outs),
+            *(begin + _FLOAT * (count * outs + i * codes), at_coded + i * of_coded[0], at_q + i * of_q[0]),
+            *(*of_q[:3], *of_mask, *numbers),
+        )
+        jobs.append(job)
 
     def attend(first: int, last: int) -> None:
         for job in jobs:
-            loops.attend(job, scale, first * pieces, last * pieces)
+            loops.attend(job, one.scale, first * one.pieces, last * one.pieces)
 
     shared(attend, parts, parts)
     for job in jobs:
         loops.combine(job)
-    batch, heads, length, _ = queries.q.shape
-    answer = mx.array(room[: sizes[0]].reshape(batch, heads, length, -1))
-    if calls[0].coded_form is None:
+    batch, *form = one.form
+    answer = mx.array(room[: count * outs].reshape(count * batch, *form))
+    if one.coded_form is None:
         return answer, None
-    return answer, mx.array(room[sizes[0] : sizes[0] + sizes[1]].reshape(batch, *calls[0].coded_form))
+    return answer, mx.array(room[count * outs : count * (outs + codes)].reshape(count * batch, *one.coded_form))
+
+
+def _placed(x: mx.array | Array | None) -> tuple[Array | None, int, tuple[int, ...]]:
+    """An array as NumPy has it, its address, and its strides in bytes."""
+    if x is None:
+        return None, 0, (0, 0, 0, 0)
+    seen = x if isinstance(x, np.ndarray) else numpy_of(x)
+    return seen, address_of(seen), seen.strides
 
 
 def attend_kernel(queries: Queries, tokens: Tokens) -> CpuAttendKernel:

@@ -47,7 +47,6 @@ class Description(NamedTuple):
 
 NOTHING: Final = Description(np.zeros(0, np.int64), 0, (0, 0), ())
 """Of no tokens: nothing there is read."""
-EXACT_NUMBERS: Final = loops.OWN + 1
 _known: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
@@ -85,17 +84,19 @@ def described_exact(tokens: Exact) -> tuple[Description, Description]:
 
 def described_array(x: mx.array) -> Description:
     """Vectors that are not compressed."""
-    seen, numbers = numpy_of(x), np.zeros(EXACT_NUMBERS, np.int64)
-    if seen.strides[3] != seen.itemsize:  # as a gather gives them, of a codec that reorders coordinates
-        seen = np.ascontiguousarray(seen)
-    place_exact(numbers, seen, KINDS[x.dtype])
-    return Description(numbers, address_of(numbers), (0, 0), (seen,))
+    seen = vectors_of(x)
+    return _made(exact_numbers(seen, KINDS[x.dtype]), seen)
 
 
-def place_exact(numbers: Array, x: Array, kind: int) -> None:
-    """Describe exact vectors ``[B, H, S, D]`` of one of `KINDS`, which the caller keeps."""
-    numbers[: loops.SCALES] = loops.exact(), x.shape[3], *_placed(x)
-    numbers[loops.OWN] = kind
+def vectors_of(x: mx.array) -> Array:
+    """The same memory ``[B, H, S, D]``, or, if a vector is not in one piece, as a gather may give it, a copy."""
+    seen = numpy_of(x)
+    return seen if seen.strides[3] == seen.itemsize else np.ascontiguousarray(seen)
+
+
+def exact_numbers(x: Array, kind: int) -> Numbers:
+    """What a loop is told of exact vectors ``[B, H, S, D]`` of one of `KINDS`."""
+    return [loops.exact(), x.shape[3], address_of(x), *x.strides[:3], 0, 0, 0, 0, 0, kind]
 
 
 def described(reader: Reader) -> Description:

@@ -84,7 +84,7 @@ def best_step(sizes, dim, top):
         left += sizes[i] * sizes[i]
         if top > 1 and sizes[i] > _TINY:
             coming[i] = np.float32(1) / sizes[i]
-    inner, square, width = total / 2, dim / 4, _TOGETHER / max(total, _TINY)
+    inner, square, width = total / 2, dim / 4, _TOGETHER / (total if total > _TINY else _TINY)
     best, most, end = np.float32(0), inner * inner / square, np.float32(width)
     while square_at_end == 0 or inner_at_end * inner_at_end / square_at_end + left >= most:
         count = 0
