@@ -121,9 +121,10 @@ class History(Handle):
         if last is not None and last[0] == like and mask is None and sinks is None:
             queries, (backend, call) = Queries(q, scale), last[1:]
         else:
-            backend, call = current_backend(), None
-            if backend is None:
+            current, call = current_backend(), None
+            if current is None:
                 return None
+            backend = current
             if not backend.lazy and self.past.filled is not None:  # the device is another than when it was made
                 self.past = Past(self.past.segments)
             if self.past.readers is None:
