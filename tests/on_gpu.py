@@ -32,7 +32,8 @@ PYTEST = (
     "-m",
     "gpu",
 )
-_PROCESSORS = 2  # of each process: on an H200's host 15 processes on 16 compiled no faster than half as many
+_LEFT = 4  # processors that compile nothing
+_ALONE = dict.fromkeys(("OPENBLAS_NUM_THREADS", "VELOXLAB_THREADS"), "1")  # threads that spin take those of the others
 COMMIT = "VELOXLAB_COMMIT"  # in the environment, where the folder is no clone
 
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     out = Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
-    found = parity(tests_of(SUITE), max(1, (os.cpu_count() or 1) // _PROCESSORS))
+    found = parity(tests_of(SUITE), max(1, (os.cpu_count() or 1) - _LEFT))
     told = {"facts": {**facts(), "commit": commit()}, "seconds": round(time.monotonic() - begin), **found}
     write_atomically(out / "parity.json", json.dumps(told, indent=1).encode())
     print(f"{found['passed']} passed, {len(found['failed'])} failed, {found['skipped']} skipped")
@@ -77,7 +78,8 @@ def parity(tests: Sequence[str], processes: int) -> dict[str, object]:
 
 def _outcomes(tests: Sequence[str]) -> list[str]:
     """A line for each test, or two where its teardown failed, and another where the process died before the end."""
-    run = subprocess.run([*PYTEST, "-rA", "--no-fold-skipped", *tests], capture_output=True, text=True, check=False)
+    command, env = [*PYTEST, "-rA", "--no-fold-skipped", *tests], os.environ | _ALONE
+    run = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     lines = [line for line in run.stdout.splitlines() if line.startswith(("PASSED", "SKIPPED", "FAILED", "ERROR"))]
     lost = len(tests) - len({line.split(" ", 1)[1].partition(" - ")[0] for line in lines})
     died = f"ERROR {lost} tests of this process gave no outcome (exit code {run.returncode})"

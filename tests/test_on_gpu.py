@@ -40,7 +40,7 @@ def test_a_process_that_dies_is_a_failure_of_its_tests(suite):
 
 def test_every_comparison_is_counted_once_and_a_failure_is_told(suite, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(on_gpu, "SUITE", suite)
-    monkeypatch.setattr(on_gpu.os, "cpu_count", lambda: 4)  # type: ignore[attr-defined]  # two processes
+    monkeypatch.setattr(on_gpu.os, "cpu_count", lambda: 6)  # type: ignore[attr-defined]  # two processes
     monkeypatch.setenv(on_gpu.COMMIT, "abc")
     benched = []
     monkeypatch.setattr(on_gpu.cli, "main", lambda words: benched.append(words) or 0)  # type: ignore[attr-defined]
