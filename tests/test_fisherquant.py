@@ -227,7 +227,8 @@ def test_switches_of_what_was_learned_do_what_they_say():
         products = np.swapaxes(matrix, 1, 2) @ matrix  # of axes that are at right angles
         assert np.allclose(products, products * np.eye(64), atol=0.02 * products.max())
     assert (np.array(off["metric=none"].forward)[:, ~np.eye(64, dtype=bool)] == 0).all()
-    assert errors["metric=pca"] < errors["metric=none"]
+    # channels that are independent are their own principal axes
+    assert errors["metric=pca"] == pytest.approx(errors["metric=none"], rel=0.02)
     assert errors["metric=pca"] < errors[""]  # which looks at one direction
     assert not off["centre=none"].mean.any().item()
     assert off["centre=none"].rope is off["centre=still"].rope is None
