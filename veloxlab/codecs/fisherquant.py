@@ -311,6 +311,7 @@ METHOD = Method(
     options=("code", "entries", "metric", "centre", "planning", "scale", "words"),
     build=build,
     version=4,
+    timed=True,
     planned=planned,
     colour="#1c7c7d",
     mark="diamond",
