@@ -138,18 +138,6 @@ def test_codes_are_those_of_the_reference(kind, some):
         assert apart(by_found, by_wanted) <= 1 + SHARE_APART * np.prod(shape)
 
 
-@pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("bits", [1, 3, 4, 8])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_decoded_are_those_of_the_reference(dim, bits, dtype):
-    own = METHODS["turboquant"].codec(dim, bits, "keys")
-    code = own.encode(normal(2, 3, 40, dim))[3:37]
-    found, wanted = own.decode(code, dtype), by_reference(lambda: own.decode(code, dtype))
-    assert found.dtype == wanted.dtype
-    assert relative(found.astype(mx.float32), wanted.astype(mx.float32)) < 1e-5 + mx.finfo(dtype).eps / 8
-    assert set(checked.states()) == {"agrees"}
-
-
 @pytest.mark.parametrize("dim", [80, 96, 112])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotated_are_those_of_the_reference(dim, dtype):
@@ -216,14 +204,7 @@ def sizes(x):
 def test_gradients_are_those_of_the_reference():
     x = normal(1, 2, 9, 64)
     assert relative(mx.grad(sizes)(x), by_reference(lambda: mx.grad(sizes)(x))) < 1e-3
-    code = TURBOQUANT.encode(x)
-
-    def decoded(root):
-        return TURBOQUANT.decode(type(code)(code.arrays | {"root_scale": root.astype(mx.float16)})).square().sum()
-
-    root = code.arrays["root_scale"].astype(mx.float32)
-    assert relative(mx.grad(decoded)(root), by_reference(lambda: mx.grad(decoded)(root))) < 1e-2
-    assert checked.states() == {"agrees": 3}
+    assert checked.states() == {"agrees": 1}
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

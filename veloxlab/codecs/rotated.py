@@ -78,7 +78,8 @@ class RotatedCodec(RotatedSpace):
             return super().decode(code, wanted)
         by_graph = partial(self._decode_by_graph, dtype=wanted)
         given = code.arrays["codes"], code.arrays["root_scale"]
-        return computed(lambda _: _decoder(self, wanted), by_graph, *given)["out"]
+        # where kernels are no text, `veloxlab.cache.expand` decodes codes of any layout
+        return computed(lambda backend: backend.build and _decoder(self, wanted), by_graph, *given)["out"]
 
     def _encode_by_graph(self, x: mx.array) -> dict[str, mx.array]:
         rms = scales.root_mean_square(x)

@@ -12,6 +12,7 @@ from mlx_lm.models.base import create_causal_mask
 from numpy.typing import ArrayLike, NDArray
 
 from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.expand import expanded
 from veloxlab.cache.plan import tensor_bits, usual_bits
 from veloxlab.checks import checked, instance, measured, whole
 from veloxlab.codecs import TENSORS, Tensor
@@ -141,7 +142,7 @@ def exact_and_decoded(layer: LayerCapture, tensor: Tensor, *settings: Any) -> tu
     """Exact and decoded ``[1, H, S, D]`` of one layer, both float32; ``settings`` are those of `LayerCapture.codec`."""
     x = layer.vectors(tensor)
     codec = fitted_online(layer.codec(tensor, *settings), x)
-    return x, codec.decode(codec.encode(x)).astype(mx.float32)
+    return x, expanded([(codec, codec.encode(x))], mx.float32, slice(None), None)
 
 
 def _attention_errors(layer: LayerCapture, tensor: Tensor, decoded: mx.array) -> dict[str, ArrayLike]:

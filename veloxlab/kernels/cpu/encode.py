@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from veloxlab.kernels.cpu.machine import compiled, f32_at, half, i32_at, part, u16_at
+from veloxlab.kernels.cpu.machine import compiled, f32_at, i32_at, part
 from veloxlab.kernels.cpu.rows import (
     MSE,
     load,
     pack,
     root_mean_square,
-    row_at,
     scale_factor,
     to_half,
     transform,
-    unpack,
 )
 
 _LINEAR_BITS = 4  # of an index that is found by comparing with all boundaries, before the search halves what is left
@@ -200,24 +198,6 @@ def encode(
             signs_of(y, dim, sketch, codes)
             pack(codes, len(sketch), 0, 1, fields[own, 0] + 4 * vector * fields[own, 1], fields[own, 1])
     return spare.size  # Numba frees an array after its last use, and an address is none
-
-
-@compiled
-def decode(first, last, packed, root_scale, signs, hartley, table, bits, out):
-    """Levels of the codes, rotated back and scaled."""
-    dim = len(signs)
-    codes, spare = np.empty(dim, np.uint8), np.empty(dim, np.float32)
-    for vector in range(first, last):
-        unpack(row_at(packed, vector), packed[4], bits, dim, codes)
-        y = out[vector]
-        for i in range(dim):
-            y[i] = table[codes[i]]
-        transform(np.int64(y.ctypes.data), dim, np.int64(hartley.ctypes.data), np.int64(spare.ctypes.data))
-        root = half(u16_at(row_at(root_scale, vector))[0])
-        size = root * root
-        for i in range(dim):
-            y[i] *= signs[i] * size
-    return spare.size
 
 
 @compiled

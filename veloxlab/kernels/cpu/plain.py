@@ -12,6 +12,7 @@ from veloxlab.kernels.cpu.rows import (
     head_of,
     load,
     pack,
+    push,
     root_mean_square,
     signed_square,
     to_half,
@@ -93,13 +94,7 @@ def encode_by_plan(first, last, x, y, begins, boundaries, levels, mean, deviatio
             inner += scaled * level
             squares += level * level
             energy += scaled * scaled
-            held |= np.uint64(code) << np.uint64(have)
-            have += width
-            if have >= 32:
-                codes[vector, word] = np.uint32(held)
-                held >>= np.uint64(32)
-                have -= 32
-                word += 1
+            held, have, word = push(codes[vector], code, width, held, have, word)
         if have > 0:
             codes[vector, word] = np.uint32(held)
         squares = np.float32(1) if squares == 0 else squares

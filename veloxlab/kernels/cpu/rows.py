@@ -138,41 +138,31 @@ def transform(y, dim, hartley, spare):
 
 
 @part
+def push(row, code, bits, held, have, word):
+    """Write a code behind others; the state is the bits that wait for a whole word, how many, and the next word."""
+    held |= np.uint64(code) << np.uint64(have)
+    have += bits
+    if have >= _WORD_BITS:
+        row[word] = np.uint32(held)
+        return held >> np.uint64(_WORD_BITS), have - _WORD_BITS, word + 1
+    return held, have, word
+
+
+@part
 def pack(codes, count, below, bits, address, words):
     """Write ``bits`` of each code, from bit ``below`` on, as one string of bits."""
     row = carray(u32_at(address), words)
     mask = np.uint64((1 << bits) - 1)
     held, have, word = np.uint64(0), 0, 0
     for i in range(count):
-        held |= (np.uint64(codes[i]) >> np.uint64(below) & mask) << np.uint64(have)
-        have += bits
-        if have >= _WORD_BITS:
-            row[word] = np.uint32(held)
-            word += 1
-            held >>= np.uint64(_WORD_BITS)
-            have -= _WORD_BITS
+        held, have, word = push(row, np.uint64(codes[i]) >> np.uint64(below) & mask, bits, held, have, word)
     if have > 0:
         row[word] = np.uint32(held)
 
 
 @part
-def unpack(address, step, bits, count, codes):
-    """Undo `pack`, from words that are ``step`` bytes apart."""
-    mask = np.uint64((1 << bits) - 1)
-    held, have, at = np.uint64(0), 0, address
-    for i in range(count):
-        if have < bits:
-            held |= np.uint64(u32_at(at)[0]) << np.uint64(have)
-            have += _WORD_BITS
-            at += step
-        codes[i] = np.uint8(held & mask)
-        held >>= np.uint64(bits)
-        have -= bits
-
-
-@part
 def pack_bytes(codes, bits, row):
-    """The same in whole bytes, all bits of each code."""
+    """As `pack`, in whole bytes, all bits of each code."""
     held, have, at = np.uint64(0), 0, 0
     for i in range(len(codes)):
         held |= np.uint64(codes[i]) << np.uint64(have)

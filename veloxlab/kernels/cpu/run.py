@@ -138,13 +138,6 @@ def _encode_angles(work: Work) -> Call:
     return Call(angles.encode_angles, (x.described, x.dim, *arrays, np.array(fields, np.int64), work.scale, radii), 12)
 
 
-def _decode(work: Work) -> Call:
-    (codes, root_scale), tables = work.vectors, work.tables
-    arrays = tables["signs"], tables["hartley"], tables["levels"]
-    bits = len(tables["levels"]).bit_length() - 1
-    return Call(encode.decode, (codes.described, root_scale.described, *arrays, bits, work.written[0]), 32)  # a word
-
-
 def _rotate(work: Work) -> Call:
     (x,), tables, inverse = work.vectors, work.tables, bool(work.kernel.variant["inverse"])
     return Call(encode.rotate, (x.described, tables["signs"], tables["hartley"], inverse, work.written[0]), 3)
@@ -196,7 +189,6 @@ def _assign(work: Work) -> Call:
 _CALLS: Final[Mapping[str, Callable[[Work], Call]]] = {
     "encode": _encode,
     "encode_angles": _encode_angles,
-    "decode": _decode,
     "rotate": _rotate,
     "encode_signs": _encode_signs,
     "encode_groups": _encode_groups,

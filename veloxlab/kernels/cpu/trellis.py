@@ -6,7 +6,7 @@ import numpy as np
 
 from veloxlab.kernels.cpu.machine import compiled, expander, f32_at, i32_at, i64_at, part, u8_at, u32_at
 from veloxlab.kernels.cpu.readers import DIM, OWN, ROWS, cosine_and_sine, place
-from veloxlab.kernels.cpu.rows import load
+from veloxlab.kernels.cpu.rows import load, push
 
 _MOST = np.float32(np.inf)
 SCALE_BITS, STEPS = 4, 4  # of a vector's scale: its code, and steps of an octave
@@ -139,21 +139,13 @@ def encode(first, last, x, widths, weights, levels, backwards, steps, rows):
                 nearest(y[h], widths[h], levels, found[h])
         held, have, word = np.uint64(0), 0, 0
         for h in range(heads):
-            held |= np.uint64(scales[h]) << np.uint64(have)
-            have += SCALE_BITS
-            if have >= 32:
-                rows[vector, word] = np.uint32(held)
-                held, have, word = held >> np.uint64(32), have - 32, word + 1
+            held, have, word = push(rows[vector], scales[h], SCALE_BITS, held, have, word)
         for h in range(heads):
             for i in range(dim):
                 code, width = found[h, i], widths[h, i]
                 if len(backwards) > 1:
                     code = np.int64(backwards[code]) >> (8 - width)
-                held |= np.uint64(code) << np.uint64(have)
-                have += width
-                if have >= 32:
-                    rows[vector, word] = np.uint32(held)
-                    held, have, word = held >> np.uint64(32), have - 32, word + 1
+                held, have, word = push(rows[vector], code, width, held, have, word)
         if have > 0:
             rows[vector, word] = np.uint32(held)
             word += 1
