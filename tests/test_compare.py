@@ -21,7 +21,7 @@ def test_every_method_and_mlx_lms_cache_get_a_row(tmp_path, monkeypatch):
     monkeypatch.setattr("platformdirs.user_cache_path", lambda name: tmp_path)
     frame = compare(tiny("llama"), Letters(), bits=(2,), text=TEXT, tokens=100, windows=2)
     assert frame.schema == COMPARED
-    names = [f"{m} 2 bit" for m, method in METHODS.items() if 2 in method.bits]
+    names = [f"{m} {2.25 if method.fractional else 2} bit" for m, method in METHODS.items() if 2 in method.bits]
     assert frame["name"].to_list() == [*names, "mlx-lm 2 bit", "mlx-lm 8 bit"]
     assert frame["kl_mean"].is_finite().all()
     assert (frame["store_us"] > 0).all()
@@ -29,6 +29,17 @@ def test_every_method_and_mlx_lms_cache_get_a_row(tmp_path, monkeypatch):
     ours = frame.filter(~pl.col("name").str.starts_with("mlx-lm"))
     assert (ours["held_bytes"] < ours["fp16_bytes"]).all()
     assert compared_table(frame).count("\n") == 2 + frame.height
+
+
+def test_with_sinks_first_tokens_are_exact_and_no_times_are_taken(monkeypatch):
+    monkeypatch.setattr(measured, "METHODS", {"turboquant": METHODS["turboquant"]})
+    none, four = (
+        compare(tiny("llama"), Letters(), bits=(2,), text=TEXT, tokens=40, windows=1, sinks=n) for n in (0, 4)
+    )
+    assert four.schema == COMPARED
+    assert four["store_us"].is_null().all()
+    assert four["held_bytes"][0] > none["held_bytes"][0]
+    assert four["held_bytes"][1] == none["held_bytes"][1]  # mlx-lm's cache has no sinks
 
 
 def test_whole_caches_are_as_small_as_promised():

@@ -1,5 +1,6 @@
 """Bits of single coordinates: what a fitted codec's plan says, and its map."""
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -27,10 +28,21 @@ def test_the_bits_are_those_of_the_plans(calibration):
         coordinate_bits(calibration, 3)
 
 
+def test_bits_that_are_planned_are_means_over_heads(calibrations):
+    fitted = vl.calibrate(tiny("llama"), Letters(), "fisherquant", TEXT, tokens=256, folder=calibrations)
+    frame = coordinate_bits(fitted, 2.25)
+    assert frame.schema == COORDINATE_BITS
+    own = frame.filter(layer=1, tensor="values").sort("coordinate")["bits"]
+    assert own.to_list() == np.mean(fitted.codec("fisherquant", 1, "values", 2.25).widths, axis=0).tolist()
+    assert "bits of" in picture.svg(coordinate_map(frame).to_dict())
+    with pytest.raises(InputError, match="takes any bits from 1 to 8"):
+        coordinate_bits(fitted, 9)
+
+
 def test_the_map_says_means_and_what_gets_none(calibration):
     frame = coordinate_bits(calibration, 2)
     none = 100 * (frame.filter(tensor="keys")["bits"] == 0).mean()
-    assert f"keys 2.00 on average, {frame.filter(tensor='keys')['bits'].max()} at most, none for {none:.0f} %" in (  # type: ignore[str-bytes-safe]
+    assert f"keys 2.00 on average, {frame.filter(tensor='keys')['bits'].max():g} at most, none for {none:.0f} %" in (  # type: ignore[str-bytes-safe]
         coordinate_caption(frame)
     )
     drawing = picture.svg(coordinate_map(frame).to_dict())

@@ -6,7 +6,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.models.cache import KVCache
+from mlx_lm.generate import generate_step
+from mlx_lm.models.cache import KVCache, save_prompt_cache
 from scipy.special import log_softmax
 
 import veloxlab as vl
@@ -15,7 +16,6 @@ from tests.tiny_models import tiny
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.fisherquant import FisherQuant, planned
-from veloxlab.codecs.fisherquant_fitting import over_positions
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.parts.trellis import TrellisRows, levels_of
 from veloxlab.codecs.parts.water_filling import shared_words
@@ -154,16 +154,6 @@ def test_keys_are_coded_about_a_mean_that_turns():
         assert errors[0] < 0.12 * 0.1**2 < errors[1] / 20
 
 
-@pytest.mark.parametrize("rope", [Rope(32), Rope(24, traditional=True, scale=0.5)])
-def test_moments_behind_rope_are_those_of_vectors_that_are_turned(rope):
-    x = normal(2, 40, 1, 32, seed=8) @ normal(2, 1, 32, 32, seed=9)  # every vector at every position
-    turned = [np.array(rope.forward(x, start), np.float64)[:, :, 0] for start in range(4, 12)]
-    wanted = np.mean([np.swapaxes(y, 1, 2) @ y for y in turned], axis=0)
-    before = np.array(x, np.float64)[:, :, 0]
-    found = over_positions(np.swapaxes(before, 1, 2) @ before, rope, 4, 8)
-    assert np.allclose(found, wanted, atol=1e-3 * np.abs(wanted).max())
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny("llama")
@@ -238,8 +228,7 @@ def test_switches_of_what_was_learned_do_what_they_say():
         products = np.swapaxes(matrix, 1, 2) @ matrix  # of axes that are at right angles
         assert np.allclose(products, products * np.eye(64), atol=0.02 * products.max())
     assert (np.array(off["metric=none"].forward)[:, ~np.eye(64, dtype=bool)] == 0).all()
-    # channels that are independent are their own principal axes
-    assert errors["metric=pca"] == pytest.approx(errors["metric=none"], rel=0.02)
+    assert errors["metric=pca"] < errors["metric=none"]
     assert errors["metric=pca"] < errors[""]  # which looks at one direction
     assert not off["centre=none"].mean.any().item()
     assert off["centre=none"].rope is off["centre=still"].rope is None
@@ -365,3 +354,8 @@ def test_models_of_other_kinds_work_from_end_to_end(family, tmp_path):
     exact, ours = model(ids)[0], model(ids, cache=cache)[0]
     assert mx.linalg.norm(ours - exact) < 0.2 * mx.linalg.norm(exact)
     assert any(isinstance(getattr(slot, "key_codec", None), FisherQuant) for slot in slots_of(cache))
+    made = [token for token, _ in generate_step(ids[0, :1], model, max_tokens=3, prompt_cache=cache)]
+    save_prompt_cache(str(tmp_path / "cache.safetensors"), cache)
+    again = vl.load_cache(tmp_path / "cache.safetensors", model, "fisherquant", bits=4, calibration=calibration)
+    goes_on = [model(mx.array([made[-1:]]), cache=one) for one in (cache, again)]
+    assert mx.allclose(*goes_on, rtol=1e-4, atol=1e-5)  # buffers of other lengths are summed in another order

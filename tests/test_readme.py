@@ -132,3 +132,11 @@ def test_a_file_that_is_named_is_there(document):
     folders = [ROOT, ROOT / "notebooks", *(ROOT / "veloxlab" / part for part in ("", "kernels", "kernels/source"))]
     assert len(named) > 2
     assert [name for name in named if not any((folder / name).exists() for folder in folders)] == []
+
+
+def test_what_fisherquant_loses_is_the_committed_measurement():
+    frame = pl.read_parquet(RESULTS / "compare_smollm2-135m_4_sinks.parquet")
+    ours, theirs = (frame.filter(name=name)["kl_mean"].item() for name in ("fisherquant 2.25 bit", "turboquant 2 bit"))
+    words = " ".join(README.split())
+    assert f"FisherQuant loses {ours:.3f} nats at 2.25 true bits and TurboQuant {theirs:.2f}" in words
+    assert (ROOT / "notebooks" / "19_fisherquant.ipynb").is_file()

@@ -266,6 +266,24 @@ def test_a_calibrated_method_is_fitted_once_for_all_its_widths(model, tmp_path):
         found.calibration(model, Letters(), "turboquant", folder=tmp_path)
 
 
+def test_fractions_of_bits_are_for_a_method_that_takes_them(model, tmp_path):
+    """One calibration serves all, and what is searched is what `make_cache` gives."""
+    settings = SETTINGS | {"bits": (2.5, 4), "windows": 2, "text": TEXT, "tokens": 24}
+    given = {"methods": ["fisherquant", "turboquant"], "folder": tmp_path}
+    fitted = vl.calibrate(model, Letters(), "fisherquant", TEXT, tokens=256, folder=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trials, "calibrate", lambda *_, **__: fitted)
+        found = vl.search(model, Letters(), **given, **settings)
+    widths = {m: {*own["key_bits"], *own["value_bits"]} for (m,), own in found.frame.group_by("method")}
+    assert widths == {"fisherquant": {2.5, 4.0}, "turboquant": {4.0}}
+    (row,) = found.frame.filter(method="fisherquant", key_bits=2.5, value_bits=2.5)["row"]
+    cache = vl.make_cache(model, found.plan(row), calibration=fitted)
+    assert np.mean([c.bits_per_value for one in cache for c in (one.key_codec, one.value_codec)]) == 2.5
+    again = vl.allocate.SearchResult.load(found.save(tmp_path / "search.parquet"))
+    assert again.plan(row) == found.plan(row)
+    assert again.plan(int(again.frame.filter(method="turboquant")["row"][0])).layers[0].key_bits == 4
+
+
 def test_it_is_saved_and_read_again(result, tmp_path):
     path = result.save(tmp_path / "search.parquet")
     again = vl.allocate.SearchResult.load(path)
@@ -399,19 +417,11 @@ def here(file):
     return vl.search(file, methods=TWO, **SETTINGS)
 
 
-@pytest.fixture(scope="module")
-def processes():
-    """A pool of processes, which take a while to start."""
+def test_a_pool_of_processes_gives_the_same_and_says_what_is_wrong_as_this_process_does(file, here, tmp_path):
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
-
-
-def test_a_pool_of_processes_gives_the_same_and_says_what_is_wrong_as_this_process_does(
-    file, here, processes, tmp_path
-):
-    assert same(here, vl.search(file, methods=TWO, executor=processes, **SETTINGS))
-    with pytest.raises(InputError, match=r"gone\.gguf"):
-        vl.search(tmp_path / "gone.gguf", methods=TWO, executor=processes, **SETTINGS)
+        assert same(here, vl.search(file, methods=TWO, executor=pool, **SETTINGS))
+        with pytest.raises(InputError, match=r"gone\.gguf"):
+            vl.search(tmp_path / "gone.gguf", methods=TWO, executor=pool, **SETTINGS)
 
 
 def test_threads_give_the_same_and_share_calibrations_by_their_folder(file, tmp_path):
@@ -425,17 +435,17 @@ def test_threads_give_the_same_and_share_calibrations_by_their_folder(file, tmp_
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept  # found, and not made again
 
 
-def test_a_worker_that_dies_ends_no_search(file, here, processes):
-    """And ends the pool: this is the last test that has it."""
+def test_a_worker_that_dies_ends_no_search(file, here):
     killed = []
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
 
-    def kill(done, total, label):
-        if label.startswith("window 2: ") and not killed:
-            killed.extend(processes._processes)
-            os.kill(killed[0], signal.SIGKILL)
+        def kill(done, total, label):
+            if label.startswith("window 2: ") and not killed:
+                killed.extend(pool._processes)
+                os.kill(killed[0], signal.SIGKILL)
 
-    with pytest.warns(UserWarning, match="A worker process died, .* one new process does the rest"):
-        found = vl.search(file, methods=TWO, executor=processes, progress=kill, **SETTINGS)
+        with pytest.warns(UserWarning, match="A worker process died, .* one new process does the rest"):
+            found = vl.search(file, methods=TWO, executor=pool, progress=kill, **SETTINGS)
     assert same(here, found)
 
 

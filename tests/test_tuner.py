@@ -361,7 +361,7 @@ def test_tables_from_disk_need_no_model_but_to_measure(rates, tmp_path):
     with pytest.raises(InputError, match="needs the model"):
         tuner.measure()
     *buttons, _ = tuner.children[1].children
-    assert [button.disabled for button in buttons] == [True, True]
+    assert all(button.disabled for button in buttons)
 
 
 def test_a_model_is_measured_first_and_found_again(model, tmp_path, monkeypatch):

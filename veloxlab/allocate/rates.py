@@ -56,11 +56,11 @@ FRONTIER = schema("kind bytes_per_token true_bits predicted_loss")
 """Columns of `RateBudget.frontier`: ``kind`` is "allocated", or "uniform", one width for all heads; bytes are of one
 packed token in all layers, bits of each value, scales included; losses of a token, in the unit of the sensitivities."""
 
-HEADS = schema(PLACE + "method bits predicted_loss") | {"bits": pl.Float64}
+HEADS = schema(PLACE + "method bits predicted_loss")
 """Columns of `RateBudget.heads`: code bits, or those of an exact value where the method is "none"; the loss of a token
 for this head's keys or values alone, 0 where they are exact."""
 
-COORDINATES = schema(PLACE + "coordinate method bits") | {"bits": pl.Float64}
+COORDINATES = schema(PLACE + "coordinate method bits")
 """Columns of `RateBudget.coordinates`, the coordinates of each method's own space."""
 
 

@@ -20,8 +20,8 @@ from veloxlab.allocate.budget import PlannedModel
 from veloxlab.allocate.race import Entrant, race
 from veloxlab.allocate.trials import USUAL_BITS, Candidate, Job, Trial, Trials, candidates, doer
 from veloxlab.cache.calibration import Calibration
-from veloxlab.cache.plan import Plan
-from veloxlab.checks import FILE, MODEL, PATH, WORDS, checked, either, having, many, real, whole
+from veloxlab.cache.plan import Plan, plain_bits
+from veloxlab.checks import BITS, FILE, MODEL, PATH, WORDS, checked, either, having, many, real, whole
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.calibrate import calibrate
@@ -39,7 +39,7 @@ UNFINISHED = "veloxlab unfinished search 1"
 SEARCHED = schema(
     "row method key_bits value_bits sinks window protected bytes_per_token windows kl low high top1_flips seconds state"
 )
-SEARCHED |= dict.fromkeys(("row", "key_bits", "value_bits", "sinks", "windows"), pl.Int32)
+SEARCHED |= dict.fromkeys(("row", "sinks", "windows"), pl.Int32)
 SEARCHED["protected"] = pl.List(pl.Int32)
 """Columns of `SearchResult.frame`: number of the candidate; code bits; exact tokens and layers; bytes held at the
 context's length, tables included; windows of text that it was measured on, mean KL over them in nats, and the ends of
@@ -52,7 +52,7 @@ _Experiment = Experiment[Job, Any]
 @checked(
     model=either(MODEL, PATH),
     methods=many(WORDS),
-    **dict.fromkeys(("bits", "key_bits", "value_bits"), many(whole())),
+    **dict.fromkeys(("bits", "key_bits", "value_bits"), many(BITS)),
     **dict.fromkeys(("sinks", "window"), many(whole(0))),
     protected=many(many(whole(), empty=True)),
     **dict.fromkeys(("most_bytes_per_token", "most_kl"), real(above=0)),
@@ -65,9 +65,9 @@ def search(
     tokenizer: Tokenizer = None,
     *,
     methods: Sequence[str] | None = None,
-    bits: Sequence[int] = USUAL_BITS,
-    key_bits: Sequence[int] | None = None,
-    value_bits: Sequence[int] | None = None,
+    bits: Sequence[float] = USUAL_BITS,
+    key_bits: Sequence[float] | None = None,
+    value_bits: Sequence[float] | None = None,
     sinks: Sequence[int] = (4,),
     window: Sequence[int] = (0,),
     protected: Sequence[Sequence[int]] = ((),),
@@ -94,7 +94,8 @@ def search(
     ----------
     model, tokenizer : as `veloxlab.load` gives them; or a name or path for it, which an ``executor`` needs.
     methods : ids, also of methods that are calibrated; by default those that need no calibration.
-    bits, key_bits, value_bits : code widths to try; the last two override the first.
+    bits, key_bits, value_bits : code widths to try; the last two override the first. Fractions are for
+        methods that take them, such as FisherQuant.
     sinks, window : numbers of exact tokens to try.
     protected : sets of layers to leave exact to try, such as ``[(), (0, -1)]``.
     most_bytes_per_token, most_kl : a budget, and a floor of quality in nats; what costs more than need be never runs.
@@ -159,7 +160,8 @@ class SearchResult:
         if method not in self.calibrations:
             raise InputError(f"{method} was not calibrated in this search: its plans need none.")
         rows = self.frame.filter(method=method)
-        return calibrate(model, tokenizer, method, bits=sorted({*rows["key_bits"], *rows["value_bits"]}), folder=folder)
+        widths = sorted(map(plain_bits, {*rows["key_bits"], *rows["value_bits"]}))
+        return calibrate(model, tokenizer, method, bits=widths, folder=folder)
 
     @checked()
     def save(self, path: str | Path) -> Path:
@@ -174,6 +176,7 @@ class SearchResult:
         with reading("search", Path(path), "make it again with vl.search"):
             frame, said = read_parquet(Path(path), FORMAT)
             shape = PlannedModel(**said["shape"])
+            frame = frame.with_columns(pl.col("key_bits", "value_bits").cast(pl.Float64))  # older ones were whole
             return cls(frame.match_to_schema(SEARCHED), shape, said["calibrations"], said["settings"])
 
 

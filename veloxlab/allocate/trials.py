@@ -18,7 +18,7 @@ from veloxlab.allocate.budget import PlannedModel, layer_sizes
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.counts import Windows
 from veloxlab.cache.make import make_cache
-from veloxlab.cache.plan import LayerSettings, Plan
+from veloxlab.cache.plan import LayerSettings, Plan, plain_bits
 from veloxlab.codecs import METHODS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
@@ -43,14 +43,16 @@ class Candidate:
     """
 
     method: str
-    key_bits: int
-    value_bits: int
+    key_bits: float
+    value_bits: float
     sinks: int = 4
     window: int = 0
     protected: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "protected", tuple(self.protected))  # in files it is a list
+        for name in ("key_bits", "value_bits"):  # and there all widths are of one type
+            object.__setattr__(self, name, plain_bits(getattr(self, name)))
 
     @property
     def name(self) -> str:
@@ -78,8 +80,8 @@ class Candidate:
 
 def candidates(
     methods: Sequence[str] | None = None,
-    key_bits: Sequence[int] = USUAL_BITS,
-    value_bits: Sequence[int] = USUAL_BITS,
+    key_bits: Sequence[float] = USUAL_BITS,
+    value_bits: Sequence[float] = USUAL_BITS,
     sinks: Sequence[int] = (4,),
     window: Sequence[int] = (0,),
     protected: Sequence[Sequence[int]] = ((),),
@@ -92,8 +94,8 @@ def candidates(
     usual = [m.id for m in METHODS.values() if not (m.calibrated or m.per_head or m.id == "none")]
     found: list[Candidate] = []
     for name in dict.fromkeys(usual if methods is None else methods):
-        own = find_method(name).bits
-        keys, values = ([b for b in widths if b in own] for widths in (key_bits, value_bits))
+        takes = find_method(name).takes
+        keys, values = ([b for b in widths if takes(b)] for widths in (key_bits, value_bits))
         if not (keys and values):
             which, widths = ("value_bits", value_bits) if keys else ("key_bits", key_bits)
             raise InputError(f"{name} has none of the widths {sorted(widths)} of {which}: vl.methods() tells its own.")

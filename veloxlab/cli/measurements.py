@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 PARTS = ("attention", "methods", "encode", "decode", "read", "batch", "fit", "host")
 
 
-def compare_caches(model: str, out: Path, **text: Any) -> None:
-    """Measure, print the tables, and write them as Parquet (unfinished at first), as Markdown and as a chart."""
+def compare_caches(model: str, out: Path, sinks: int = 0, **text: Any) -> None:
+    """Measure, print the tables, and write them as Parquet (unfinished at first), as Markdown and as a chart.
+
+    With ``sinks`` there are no times, and no tables either.
+    """
     import veloxlab as vl
     from veloxlab.measure.compare import byte_ratios, compare
     from veloxlab.views import frontier, picture
 
-    stem = make_folder(out) / f"compare_{results_name(model)}"
+    stem = make_folder(out) / f"compare_{results_name(model)}{f'_{sinks}_sinks' if sinks else ''}"
     unfinished = Path(f"{stem}.unfinished.parquet")
     missing: dict[str, str] = {}
 
@@ -39,11 +42,13 @@ def compare_caches(model: str, out: Path, **text: Any) -> None:
         write_parquet(unfinished, rows)
         missing.update(left_out)
 
-    frame, ratios = compare(*vl.load(model), **text, progress=say, on_rows=keep), byte_ratios()
+    frame = compare(*vl.load(model), sinks=sinks, **text, progress=say, on_rows=keep)
     write_parquet(Path(f"{stem}.parquet"), frame)
-    write_parquet(out / "byte_ratios.parquet", ratios)
     write_atomically(Path(f"{stem}.png"), picture.png(frontier(frame).to_dict(), width=2 * picture.WIDTH))
-    _tell(stem, f"{tables.compared_table(frame)}{tables.left_out_lines(missing)}\n\n{tables.ratio_table(ratios)}")
+    if not sinks:
+        ratios = byte_ratios()
+        write_parquet(out / "byte_ratios.parquet", ratios)
+        _tell(stem, f"{tables.compared_table(frame)}{tables.left_out_lines(missing)}\n\n{tables.ratio_table(ratios)}")
     unfinished.unlink()
 
 

@@ -43,7 +43,7 @@ def front_table(frame: pl.DataFrame) -> str:
     """Return the Pareto front of a search as a Markdown table."""
     return markdown(
         "cache | K / V bits | sinks: | window: | exact layers | bytes a token: | KL (nats), 95 %: | top-1 flips:",
-        "{method} | {key_bits} / {value_bits} | {sinks} | {window} | {layers} | {bytes_per_token:,.1f} | "
+        "{method} | {key_bits:g} / {value_bits:g} | {sinks} | {window} | {layers} | {bytes_per_token:,.1f} | "
         "{kl:.4f}{interval} | {flips} %",
         frame,
         layers=lambda row: ", ".join(map(str, row["protected"])),

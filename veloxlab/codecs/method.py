@@ -42,12 +42,15 @@ class Method:
     fractional: bool = False  # whether ``bits`` may be any number between the least and the most
     planned: Callable[..., Mapping[Any, Any]] | None = None  # gives all fitted codecs of a model bits, at one mean
 
+    def takes(self, bits: object) -> bool:
+        """Whether ``bits`` are among its own."""
+        if self.fractional and isinstance(bits, float):
+            return self.bits[0] <= bits <= self.bits[-1]
+        return isinstance(bits, int) and not isinstance(bits, bool) and bits in self.bits
+
     def check(self, bits: float, tensor: Tensor, options: Mapping[str, object]) -> None:
         """Raise `InputError` unless ``bits`` and the names of ``options`` are the method's."""
-        whole = isinstance(bits, int) and not isinstance(bits, bool)
-        if not (whole and bits in self.bits) and not (
-            self.fractional and isinstance(bits, float) and self.bits[0] <= bits <= self.bits[-1]
-        ):
+        if not self.takes(bits):
             widths = f"whole numbers of bits from {self.bits[0]} to {self.bits[-1]}"
             if self.bits.step > 1 or len(self.bits) == 1:
                 widths = " or ".join(", ".join(map(str, self.bits)).rsplit(", ", 1)) + " bits"

@@ -14,6 +14,7 @@ from mlx_lm.models.cache import KVCache
 
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.make import make_cache
+from veloxlab.cache.plan import plain_bits
 from veloxlab.codecs import METHODS, TENSORS, Method, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
@@ -21,7 +22,7 @@ from veloxlab.measure.activations import LayerCapture, capture
 from veloxlab.measure.bench.timing import FIRST_TRIES, median_seconds
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.experiments import Attempt, possible_rows
-from veloxlab.measure.frames import schema
+from veloxlab.measure.frames import in_schema, schema
 from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, evaluate, reference
 from veloxlab.mlxlm.probe import probe, quantized_cache, slot_of
 from veloxlab.progress import OnRows, Progress, silent
@@ -29,7 +30,7 @@ from veloxlab.texts import Tokenizer
 
 COMPARED = FIDELITY | schema("store_us store_ratio attend_us attend_ratio")
 """Columns of `compare`: microseconds to store one token's key and value in one layer, in a block of 512, and for one
-query to attend to 512 tokens in one layer; each also in those of the exact cache."""
+query to attend to 512 tokens in one layer; each also in those of the exact cache; null if no times are taken."""
 
 RATIOS = schema("name tokens head_dim key_ratio value_ratio ratio")
 """Columns of `byte_ratios`: bytes in 16 bits over bytes held, tables included, for keys, for values and for both."""
@@ -47,21 +48,24 @@ def compare(
     text: str | None = None,
     tokens: int = 512,
     windows: int = 3,
+    sinks: int = 0,
     progress: Progress = silent,
     on_rows: OnRows = silent,
 ) -> pl.DataFrame:
     """Measure every method at those of ``bits`` that it has, and mlx-lm's quantized cache: a row each, `COMPARED`.
 
-    Every token is compressed, and is read through its codes. Methods that need it are calibrated on the validation
-    text. A cache that this model cannot have is left out; ``progress`` and ``on_rows`` are told why. Raises
+    A method that takes fractions has a quarter of a bit more, as most others have with their scales. Every token is
+    compressed, and is read through its codes; with ``sinks`` all but so many first ones, in our caches, and no times
+    are taken. Methods that need it are calibrated on their usual text. A cache that this model cannot have is left out;
+    ``progress`` and ``on_rows`` are told why. Raises
     `InputError`: as `veloxlab.reference` and `veloxlab.capture`; or every cache is left out.
     """
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
-    seen = capture(model, tokenizer, text, tokens=tokens).layers[0]
-    plain = cache_speed(seen, KVCache)
-    ours = ((m, b) for m in METHODS.values() for b in bits if m.id != "none" and b in m.bits)
+    seen = None if sinks else capture(model, tokenizer, text, tokens=tokens).layers[0]
+    plain = cache_speed(seen, KVCache) if seen else None
+    ours = ((m, b + m.fractional / 4) for m in METHODS.values() for b in bits if m.id != "none" and b in m.bits)
     makers: dict[str, Callable[[], CacheMaker]] = {
-        f"{m.id} {b} bit": partial(_ours, model, tokenizer, m, b) for m, b in ours
+        f"{m.id} {b:g} bit": partial(_ours, model, tokenizer, m, plain_bits(b), sinks) for m, b in ours
     }
     theirs = (b for b in (2, 3, 4, 8) if b in bits or b == 8)
     makers |= {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}
@@ -74,21 +78,28 @@ def compare(
 
 
 def _row(
-    exact: Reference, seen: LayerCapture, plain: tuple[float, float], name: str, maker: Callable[[], CacheMaker]
+    exact: Reference,
+    seen: LayerCapture | None,
+    plain: tuple[float, float] | None,
+    name: str,
+    maker: Callable[[], CacheMaker],
 ) -> pl.DataFrame:
     """``plain`` are the seconds of the exact cache to store and to attend."""
     make = maker()
+    chunk = pl.lit(None if name.startswith("mlx-lm") else "codes")
+    found = evaluate(exact, make, name=name).with_columns(chunk=chunk)
+    if seen is None or plain is None:
+        return in_schema(found, COMPARED)
     facts = next(found for found in probe(exact.model) if found.compressible)  # of the layer that was captured first
     store, attend = cache_speed(seen, lambda: slot_of(make(exact.model), facts))
     times = {"store_us": 1e6 * store / len(exact.stretches[0]), "attend_us": 1e6 * attend}
     times |= {"store_ratio": store / plain[0], "attend_ratio": attend / plain[1]}
-    chunk = pl.lit(None if name.startswith("mlx-lm") else "codes")
-    return evaluate(exact, make, name=name).with_columns(chunk=chunk, **times).match_to_schema(COMPARED)
+    return found.with_columns(**times).match_to_schema(COMPARED)
 
 
-def _ours(model: Module, tokenizer: Tokenizer, method: Method, bits: int) -> CacheMaker:
+def _ours(model: Module, tokenizer: Tokenizer, method: Method, bits: float, sinks: int) -> CacheMaker:
     fitted = calibrate(model, tokenizer, method.id, bits=bits) if method.calibrated else None
-    settings: dict[str, Any] = {"chunk": "codes", "sinks": 0, "window": 0}
+    settings: dict[str, Any] = {"chunk": "codes", "sinks": sinks, "window": 0}
     return partial(make_cache, method_or_plan=method.id, bits=bits, calibration=fitted, **settings)
 
 

@@ -190,7 +190,7 @@ def errors_by_bits(tokens: pl.DataFrame, true_bits: pl.DataFrame) -> pl.DataFram
     error = pl.when(finite.any()).then(ratio_of(*sums))
     errors = _some(tokens).group_by(GROUP).agg(error=error, not_finite=(~finite).sum())
     layers = true_bits.group_by(*GROUP, "layer").agg(true_bits=pl.col("bits_per_value").sum())
-    taken = layers.group_by(GROUP).agg(pl.col("true_bits").mean())
+    taken = layers.group_by(GROUP).agg(pl.col("true_bits").mean()).with_columns(pl.col("bits").cast(pl.Float64))
     return in_schema(errors.join(taken, on=GROUP).sort(GROUP), ERRORS_BY_BITS)
 
 

@@ -13,7 +13,7 @@ _TYPES: dict[Any, str] = {
         "text"
     ),
     pl.Int32: (
-        "bits channel coordinate first head head_dim key key_end layer level loudest not_finite outlier_channels pair "
+        "channel coordinate first head head_dim key key_end layer level loudest not_finite outlier_channels pair "
         "position position_end query query_end rank second token window"
     ),
     pl.Int64: (

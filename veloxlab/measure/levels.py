@@ -16,7 +16,7 @@ import polars as pl
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import DEFAULT_BITS
 from veloxlab.checks import checked, whole
-from veloxlab.codecs import Tensor
+from veloxlab.codecs import Tensor, find_method
 from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.none import Exact
 from veloxlab.codecs.parts import Floats as Angles
@@ -108,11 +108,19 @@ def level_densities(
     return by_head(LEVELS, capture.layers, columns, tensors)
 
 
-def coordinate_bits(calibration: Calibration, bits: int) -> pl.DataFrame:
+def coordinate_bits(calibration: Calibration, bits: float) -> pl.DataFrame:
     """Code bits of each coordinate, of all layers at one width: `COORDINATE_BITS`.
 
-    A codec without a bit plan gives every coordinate the same. Raises `InputError` if nothing was fitted at this width.
+    A codec without a bit plan gives every coordinate the same; FisherQuant's are planned for the whole model, and are
+    means over a layer's heads. Raises `InputError` if nothing was fitted at this width.
     """
+    found = find_method(calibration.method)
+    if found.planned is not None:
+        found.check(bits, "keys", {})
+        planned = found.planned(calibration.codecs, bits)
+        means = {place[:2]: np.mean(codec.widths, axis=0) for place, codec in planned.items()}
+        rows = [(*place, i, own) for place, each in means.items() for i, own in enumerate(each.tolist())]
+        return pl.DataFrame(rows, schema=COORDINATE_BITS, orient="row").sort("tensor", "layer", "coordinate")
     if bits not in calibration.widths:
         raise InputError(f"The calibration holds nothing at {bits} bits: choose one of {calibration.widths}.")
     rows = [

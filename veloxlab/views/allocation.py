@@ -67,7 +67,7 @@ def allocation_caption(frame: pl.DataFrame) -> str:
     """Say the mean code bits of keys and of values, the least and most of each, and how many heads are exact."""
     coded = frame.filter(pl.col("method") != EXACT)
     said = [
-        f"{tensor} {sum(bits) / len(bits):.2f} bits on average, {min(bits):g} to {max(bits):g}"
+        f"{tensor} {sum(bits) / len(bits):.2f} bits on average, {min(bits):.3g} to {max(bits):.3g}"
         for tensor, bits in ((tensor, own["bits"].to_list()) for tensor, own in marks.by_tensor(coded))
     ]
     exact = frame.height - coded.height

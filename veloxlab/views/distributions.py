@@ -148,7 +148,7 @@ def levels_caption(frame: pl.DataFrame, method: str = "") -> str:
     counts = {tensor: own.filter(pl.col("kind") == "level").height for tensor, own in marks.by_tensor(frame)}
     said = [f"{tensor}: {f'{n} levels' if n else 'no common levels, a line'}" for tensor, n in counts.items()]
     bits = frame["bits"][0]
-    name = f"{method} at {bits} {'bit' if bits == 1 else 'bits'}. " if method else ""
+    name = f"{method} at {bits:g} {'bit' if bits == 1 else 'bits'}. " if method else ""
     return f"{name}{marks.head_words(frame)}. " + ", ".join(said)
 
 

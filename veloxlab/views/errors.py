@@ -104,7 +104,7 @@ def errors_along_position(frame: pl.DataFrame, *, caption: str = "") -> alt.VCon
     shown = columns.require(frame, "errors_along_position", needed)
     widths = shown["bits"].unique().sort().to_list()
 
-    def draw(bits: int, last: bool) -> marks.Plot:
+    def draw(bits: float, last: bool) -> marks.Plot:
         rows = _of_width(bits, widths).transform_calculate(middle="(datum.position + datum.position_end - 1) / 2")
         base = rows.encode(x=columns.x("middle", "" if last else None, nice=False))
         colour = marks.tensor_colour(legend=bits == widths[0])
@@ -124,7 +124,7 @@ def errors_along_position(frame: pl.DataFrame, *, caption: str = "") -> alt.VCon
 def profile_caption(frame: pl.DataFrame) -> str:
     """Say the mean of the blocks' medians for each width, and how many vectors have no finite error."""
     medians = frame.group_by("bits", "tensor").agg(pl.col("median").mean()).sort("bits", "tensor").drop_nulls("median")
-    said = [f"{tensor} at {bits} bits {median:.2g}" for bits, tensor, median in medians.iter_rows()]
+    said = [f"{tensor} at {bits:g} bits {median:.2g}" for bits, tensor, median in medians.iter_rows()]
     return "Median: " + marks.sentence(*said, marks.broken(frame["not_finite"].sum()))
 
 
@@ -143,7 +143,7 @@ def error_distribution(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcat
         domain = (min(ends), max(ends)) if ends else columns.log_domain(ends)
         axis = {"domain": domain, "values": columns.log_ticks(domain)}
 
-    def draw(bits: int, last: bool) -> marks.Plot:
+    def draw(bits: float, last: bool) -> marks.Plot:
         rows = _of_width(bits, widths).transform_calculate(middle="sqrt(datum.least * datum.most)")
         title = "" if last else None
         share = _titled(bits, widths, "share of vectors")
@@ -198,13 +198,13 @@ def by_bits_caption(frame: pl.DataFrame) -> str:
     return marks.sentence(words, *lost)
 
 
-def _of_width(bits: int, widths: list[int]) -> alt.Chart:
+def _of_width(bits: float, widths: list[float]) -> alt.Chart:
     """The rows of one width: all rows where there is no other, so that rows of another may take their place."""
     return marks.only(bits=bits) if len(widths) > 1 else alt.Chart().transform_filter("true")
 
 
-def _titled(bits: int, widths: list[int], what: str) -> list[str]:
-    return [f"{bits} bits", what] if len(widths) > 1 else [what]
+def _titled(bits: float, widths: list[float], what: str) -> list[str]:
+    return [f"{bits:g} bits", what] if len(widths) > 1 else [what]
 
 
 KINDS = {"exact": "exact keys", "compressed": "compressed keys", "difference": "|difference|"}

@@ -11,8 +11,8 @@ import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
-from veloxlab.cache.plan import Plan
-from veloxlab.checks import ARGUMENTS, MAPPING, maybe, whole
+from veloxlab.cache.plan import Plan, plain_bits
+from veloxlab.checks import ARGUMENTS, BITS, MAPPING, maybe, whole
 from veloxlab.codecs import METHODS, TENSORS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
@@ -20,7 +20,8 @@ from veloxlab.measure.calibrate import calibrate
 from veloxlab.progress import Progress, silent
 
 EXACT = "none"  # the method that compresses nothing
-Bits = tuple[int, int]  # of keys and of values
+Bits = tuple[float, float]  # of keys and of values
+STEP = 0.25  # of bits, where a method takes fractions
 CACHE = ("method", "key_bits", "value_bits", "sinks", "window")  # parts that describe a cache of equal layers
 INTEGER = whole()
 CHECKS = ARGUMENTS | {"layer": maybe(INTEGER), "own_bits": MAPPING}
@@ -45,16 +46,19 @@ class Fitting:
         fits = self.model is not None
         return [m.id for m in METHODS.values() if m.id != EXACT and (fits or not m.calibrated or m.id == given)]
 
-    def widths(self, method: str) -> list[int]:
-        """Code bits at which a method can be had."""
-        given = self._given(method)
-        return list(find_method(method).bits) if given is None else given.widths
+    def widths(self, method: str) -> list[float]:
+        """Code bits at which a method can be had; of one that takes fractions, by quarters."""
+        given, found = self._given(method), find_method(method)
+        if found.fractional:
+            least, most = found.bits[0], found.bits[-1]
+            return [plain_bits(least + STEP * i) for i in range(int((most - least) / STEP) + 1)]
+        return list(found.bits if given is None else given.widths)
 
-    def is_ready(self, method: str, width: int) -> bool:
+    def is_ready(self, method: str, width: float) -> bool:
         """Whether nothing has to be fitted first."""
         return not self._missing(method, [width])
 
-    def calibration(self, method: str, widths: Iterable[int], progress: Progress = silent) -> Calibration | None:
+    def calibration(self, method: str, widths: Iterable[float], progress: Progress = silent) -> Calibration | None:
         """Give what holds a method at these widths, fitted now by `calibrate`; None for one that needs nothing."""
         for width in self._missing(method, widths):
             if self.model is None:
@@ -67,7 +71,7 @@ class Fitting:
     def _given(self, method: str) -> Calibration | None:
         return self.given if self.given and self.given.method == method else None
 
-    def _missing(self, method: str, widths: Iterable[int]) -> list[int]:
+    def _missing(self, method: str, widths: Iterable[float]) -> list[float]:
         planned = find_method(method).planned and method in self._made  # one is for all widths
         if not find_method(method).calibrated or self._given(method) is not None or planned:
             return []
@@ -79,8 +83,8 @@ class Choice:
     """What is chosen at one moment."""
 
     method: str = "turboquant"
-    key_bits: int = 4  # code bits of all layers that have none of their own
-    value_bits: int = 4
+    key_bits: float = 4  # code bits of all layers that have none of their own
+    value_bits: float = 4
     sinks: int = 4
     window: int = 64
     layer: int | None = None  # the picked one; None for all
@@ -100,7 +104,7 @@ class Choice:
         return [(self.key_bits, self.value_bits), *self.own_bits.values()]
 
     @property
-    def widths(self) -> list[int]:
+    def widths(self) -> list[float]:
         """Every number of bits that occurs."""
         return sorted({width for bits in self.pairs for width in bits})
 
@@ -179,8 +183,11 @@ class Selection(t.HasTraits):
             for tensor, width in zip(TENSORS, bits, strict=True):
                 find_method(choice.method).check(width, tensor, {})
                 if width not in widths:
-                    only = f"The calibration holds no {tensor} at {width} bits, only at {widths}"
-                    raise InputError(f"{only}: fit that too.")
+                    only = f"The calibration holds no {tensor} at {width} bits, only at {widths}: fit that too."
+                    by_steps = (
+                        f"{tensor.capitalize()} at {width} bits cannot be chosen here: choose a multiple of {STEP}."
+                    )
+                    raise InputError(by_steps if find_method(choice.method).fractional else only)
         for layer in (*choice.own_bits, choice.shown_layer):
             if layer not in self.layers:
                 ends = f"{self.layers[0]} to {self.layers[-1]}"
@@ -238,7 +245,7 @@ class ChosenBits(Chosen):
         return obj.selection.choice.bits_of(layer)[place]
 
     def set(self, obj: Any, value: Any) -> None:  # noqa: ANN401
-        width = INTEGER(str(self.name), value)
+        width = BITS(str(self.name), value)
         with obj.selection.lock:
             layer, place = self._of(obj)
             if layer is None:

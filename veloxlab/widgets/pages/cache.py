@@ -40,7 +40,7 @@ DRAWN_UPTO = 16384  # tokens to which the memory chart goes on
 def at_bits(frames: Sequence[pl.DataFrame], layer_bits: Mapping[int, Bits]) -> pl.DataFrame:
     """Rows of each layer's keys and values at their bits, from frames of each of `widths`, the fewest bits first."""
     rows = [(layer, *pair) for layer, bits in layer_bits.items() for pair in zip(TENSORS, bits, strict=True)]
-    wanted = pl.DataFrame(rows, {"layer": pl.Int32, "tensor": pl.String, "wanted": pl.Int32}, orient="row")
+    wanted = pl.DataFrame(rows, {"layer": pl.Int32, "tensor": pl.String, "wanted": pl.Float64}, orient="row")
     parts = [
         frame.join(wanted.filter(wanted=width), on=["layer", "tensor"], how="semi")
         for width, frame in zip(widths(layer_bits), frames, strict=True)
@@ -48,7 +48,7 @@ def at_bits(frames: Sequence[pl.DataFrame], layer_bits: Mapping[int, Bits]) -> p
     return pl.concat(parts).sort("tensor", "layer", maintain_order=True)
 
 
-def widths(layer_bits: Mapping[int, Bits]) -> list[int]:
+def widths(layer_bits: Mapping[int, Bits]) -> list[float]:
     """Numbers of bits that occur."""
     return sorted({width for bits in layer_bits.values() for width in bits})
 

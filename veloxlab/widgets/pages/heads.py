@@ -137,13 +137,13 @@ def _by_head(errors: pl.DataFrame, pool: Callable[[pl.DataFrame], pl.DataFrame])
     return pl.concat(pool(errors.filter(head=head)).with_columns(head=pl.lit(head)) for head in heads)
 
 
-def _by_bits(page: ChartPage, progress: Progress, layer: int, method: str, widths: Sequence[int]) -> pl.DataFrame:
+def _by_bits(page: ChartPage, progress: Progress, layer: int, method: str, widths: Sequence[float]) -> pl.DataFrame:
     tokens, taken = [], []
     for done, bits in enumerate(widths):
         progress(done, len(widths), f"measuring {bits} bits")
         of = page, progress, layer, method, bits
         tokens.append(TOKEN_ERRORS(*of))
-        taken.append(coded(code_bits)(*of).with_columns(bits=pl.lit(bits, pl.Int32)))
+        taken.append(coded(code_bits)(*of).with_columns(bits=pl.lit(bits, pl.Float64)))
     return _by_head(pl.concat(tokens), lambda own: errors_by_bits(own, pl.concat(taken)))
 
 
@@ -189,7 +189,8 @@ class ErrorExplorer(HeadPage):
     def _look(self, **changed: Any) -> Look:
         look, fitting = super()._look(**changed), self.selection.fitting
         widths = fitting.widths(look.method)
-        look.widths = tuple(w for w in widths if w == look.bits or fitting.is_ready(look.method, w))
+        whole = [w for w in widths if isinstance(w, int) and fitting.is_ready(look.method, w)]
+        look.widths = tuple(sorted({look.bits, *whole}))
         return look
 
 
