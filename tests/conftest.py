@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from tests import environment  # noqa: F401 - first
 
@@ -29,6 +30,8 @@ SLOW = frozenset(
         "commands",
         "commvq",
         "compare",
+        "cpu_attention",
+        "cpu_encode",
         "cpu_first_call",
         "cuda_text",
         "encode_on_host",
@@ -56,6 +59,7 @@ SLOW = frozenset(
         "readers_on_host",
         "search",
         "serving",
+        "sweep",
         "tuner",
         "turboquant",
         "vecinfer",
@@ -66,10 +70,7 @@ SLOW = frozenset(
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what gives a verdict quickly, and put long files first: at the end no process waits long for another.
-
-    Files of the browser, which waits, alternate with notebooks, which compute.
-    """
+    """Mark what gives a verdict quickly, and put long files first: at the end no process waits long for another."""
     files: dict[Path, dict[Path, int]] = {}
     for item in items:
         of_folder = files.setdefault(item.path.parent, {})
@@ -83,9 +84,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _turn(item: pytest.Item) -> int:
     file = item.path
-    if file.suffix == ".ipynb" or file.parent.name == "browser":
+    if file.parent.name == "browser":
         return 0
-    return 1 if file.stem.removeprefix("test_") in SLOW else 2
+    if file.suffix == ".ipynb":
+        return 1
+    return 2 if file.stem.removeprefix("test_") in SLOW else 3
+
+
+class Blocks(LoadFileScheduling):
+    """Gives each process a file at a time, and one of them all that is in the browser: it starts only once."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "browser" if nodeid.startswith("tests/browser/") else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Blocks:
+    """Share files among processes as `Blocks`."""
+    return Blocks(config, log)
 
 
 @pytest.fixture(scope="session")

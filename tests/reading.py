@@ -119,19 +119,19 @@ def sums_levels(reader):
 
 
 def trellis_levels(reader):
-    """Each head's string of bits walked from its begin: only its widths are read from the windows."""
+    """Each head's string of bits walked from its begin, the last coordinate: only widths are read from the windows."""
     states = reader.table.size // 9
     table, widths = reader.table.reshape(9, states), np.array(reader.windows)[..., 3] // states
     alone = (np.array(reader.windows)[..., 1] + 1 == 1 << widths).all()  # windows of the scalar form are the codes
     heads, begin, scales = [], 4 * len(widths), codes_of(reader.rows[:, 0], len(widths), 4)
     for head, own in enumerate(widths.tolist()):
         state, levels = mx.zeros(reader.rows[:, 0].shape[:2], mx.uint32), []
-        for width in own:
+        for width in reversed(own):
             code = bits_at(reader.rows[:, 0], mx.array([begin], mx.uint32), width)[..., 0]
             begin += width
             state = code if alone else (state >> width) | code * (states >> width)
             levels.append(mx.take(table[width], state) if width else mx.zeros(state.shape))
-        heads.append(mx.stack(levels, axis=-1) * mx.power(2.0, scales[..., head, None] / 4))
+        heads.append(mx.stack(levels[::-1], axis=-1) * mx.power(2.0, scales[..., head, None] / 4))
     y = mx.stack(heads, axis=1)
     if reader.angles is None:
         return y

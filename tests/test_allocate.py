@@ -437,7 +437,7 @@ def test_heads_of_a_real_model_differ_and_rotated_ones_lose_alike(smollm2_rates)
 
 @pytest.fixture(scope="module")
 def exact(smollm2):
-    return vl.measure.reference(*smollm2, tokens=128, windows=2)
+    return vl.measure.reference(*smollm2, tokens=128)
 
 
 @pytest.mark.parametrize("bits", [2.5, 3.0])

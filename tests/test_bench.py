@@ -55,8 +55,14 @@ def quick(monkeypatch):
 
 def test_attention_is_timed_against_exact_and_mlx_lms_own(quick):
     rows = timing.decode_attention([SMALL], [512], [4], progress=lambda _: None)
-    assert [row["cache"] for row in rows] == ["exact 16 bit", "mlx-lm 4 bit", "mlx-lm 8 bit", "turboquant 4 bit"]
-    exact, _, _, ours = rows
+    assert [row["cache"] for row in rows] == [
+        "exact 16 bit",
+        "mlx-lm 4 bit",
+        "mlx-lm 8 bit",
+        "turboquant 4 bit",
+        "fisherquant 2.25 bit",
+    ]
+    exact, _, _, ours, _ = rows
     assert exact["ratio"] == 1
     assert ours["ratio"] == pytest.approx(ours["microseconds"] / exact["microseconds"])
     # 16 bits against 4 and a 16-bit scale for 128 coordinates

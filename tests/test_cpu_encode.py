@@ -271,11 +271,11 @@ def test_drawn_seeds(count, dim, drawn):
 def test_levels_settle_where_those_of_the_reference_do(count, power):
     t = np.linspace(0, 1, 1025)
     f = np.where(t > 0.2, t**power, 0.0)
-    given = np.sort(np.random.default_rng(4).random(count)), t, *(codebooks._integral(g, t) for g in (f, f * t))
+    levels = np.sort(np.random.default_rng(4).random(count))
+    mass, first = codebooks._integral(f, t), codebooks._integral(f * t, t)
     for rounds, least in ((1, 0.0), (40, 1e-3), (2000, 1e-9)):
-        (found,), (wanted,) = (
-            settled(*given, np.array([least]), rounds) for settled in (train.settled_levels, codebooks._settled)
-        )
+        given = levels, t, mass, first, np.array([least]), rounds
+        (found,), (wanted,) = (settled(*given) for settled in (train.settled_levels, codebooks._settled))
         assert np.allclose(found, wanted, rtol=0, atol=1e-9)  # sums are fused: 1e-16 an iteration
 
 

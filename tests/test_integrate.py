@@ -46,21 +46,25 @@ def test_with_the_exact_codec_generation_is_mlx_lms_own(smollm2):
     assert ours[0].offset == own[0].offset
 
 
-@pytest.mark.parametrize("chunks", [[60], [7, 20, 33], [54] + [1] * 6])
-@pytest.mark.parametrize("settings", [{}, {"sinks": 0, "window": 0, "chunk": "codes"}])
-def test_with_the_exact_codec_logits_are_native_in_any_chunking(smollm2, chunks, settings):
+@pytest.fixture(scope="module")
+def native(smollm2):
+    """The ids of 60 tokens, and the model's logits with its own caches."""
     model, tokenizer = smollm2
     ids = tokenizer.encode(vl.texts.excerpt())[:60]
-    native = stepwise(model, ids, make_prompt_cache(model), [60])
+    return ids, stepwise(model, ids, make_prompt_cache(model), [60])
+
+
+@pytest.mark.parametrize("chunks", [[60], [7, 20, 33], [54] + [1] * 6])
+@pytest.mark.parametrize("settings", [{}, {"sinks": 0, "window": 0, "chunk": "codes"}])
+def test_with_the_exact_codec_logits_are_native_in_any_chunking(smollm2, native, chunks, settings):
+    model, (ids, native) = smollm2[0], native
     ours = stepwise(model, ids, vl.make_cache(model, "none", **settings), chunks)
     assert np.abs(ours - native).max() < 5e-3  # float32 sums of 30 layers in another order; logits reach 30
 
 
 @pytest.mark.parametrize("chunks", [[7, 20, 33], [54] + [1] * 6])
-def test_at_eight_bits_logits_stay_close(smollm2, chunks):
-    model, tokenizer = smollm2
-    ids = tokenizer.encode(vl.texts.excerpt())[:60]
-    native = stepwise(model, ids, make_prompt_cache(model), [60])
+def test_at_eight_bits_logits_stay_close(smollm2, native, chunks):
+    model, (ids, native) = smollm2[0], native
     ours = stepwise(model, ids, vl.make_cache(model, bits=8, sinks=0, window=0, chunk="codes"), chunks)
     assert np.sqrt(np.mean((ours - native) ** 2)) < 0.1  # of logits with a deviation of about 4
 
@@ -76,14 +80,14 @@ def test_at_four_bits_generation_says_paris(smollm2):
 
 def test_a_trimmed_cache_continues_as_if_the_rest_had_never_been(smollm2):
     model, tokenizer = smollm2
-    ids = tokenizer.encode(vl.texts.excerpt())[:120]
+    ids = tokenizer.encode(vl.texts.excerpt())[:60]
     cache = vl.make_cache(model, bits=4, sinks=0, window=0)
-    model(mx.array([ids[:90]]), cache=cache)
-    assert trim_prompt_cache(cache, 30) == 30  # type: ignore[comparison-overlap]
-    again = stepwise(model, ids[60:120], cache, [60])
+    model(mx.array([ids[:45]]), cache=cache)
+    assert trim_prompt_cache(cache, 15) == 15  # type: ignore[comparison-overlap]
+    again = stepwise(model, ids[30:], cache, [30])
     fresh = vl.make_cache(model, bits=4, sinks=0, window=0)
-    model(mx.array([ids[:60]]), cache=fresh)
-    assert np.abs(again - stepwise(model, ids[60:120], fresh, [60])).max() < 5e-3
+    model(mx.array([ids[:30]]), cache=fresh)
+    assert np.abs(again - stepwise(model, ids[30:], fresh, [30])).max() < 5e-3
 
 
 def test_mlx_lms_own_quantized_cache_still_works_beside_ours(smollm2):

@@ -264,6 +264,12 @@ TRELLISES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES + TRELLISES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_attention_through_a_reader_is_as_by_its_definition(case):
     assert_attention_is_as_by_its_definition(case)
+
+
+@pytest.mark.parametrize("case", TRELLISES, ids=str)
+def test_attention_over_strings_of_bits_is_as_by_its_definition(case):
+    """Levels are in half precision, off by 2⁻¹² of each: of keys, whose scores are of size 1, and of values."""
+    assert_attention_is_as_by_its_definition(case, more=2 * 2.0**-12)

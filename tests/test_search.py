@@ -417,11 +417,19 @@ def here(file):
     return vl.search(file, methods=TWO, **SETTINGS)
 
 
-def test_a_pool_of_processes_gives_the_same_and_says_what_is_wrong_as_this_process_does(file, here, tmp_path):
+@pytest.fixture(scope="module")
+def processes():
+    """A pool of processes, which take a while to start."""
     with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
-        assert same(here, vl.search(file, methods=TWO, executor=pool, **SETTINGS))
-        with pytest.raises(InputError, match=r"gone\.gguf"):
-            vl.search(tmp_path / "gone.gguf", methods=TWO, executor=pool, **SETTINGS)
+        yield pool
+
+
+def test_a_pool_of_processes_gives_the_same_and_says_what_is_wrong_as_this_process_does(
+    file, here, processes, tmp_path
+):
+    assert same(here, vl.search(file, methods=TWO, executor=processes, **SETTINGS))
+    with pytest.raises(InputError, match=r"gone\.gguf"):
+        vl.search(tmp_path / "gone.gguf", methods=TWO, executor=processes, **SETTINGS)
 
 
 def test_threads_give_the_same_and_share_calibrations_by_their_folder(file, tmp_path):
@@ -435,17 +443,17 @@ def test_threads_give_the_same_and_share_calibrations_by_their_folder(file, tmp_
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == kept  # found, and not made again
 
 
-def test_a_worker_that_dies_ends_no_search(file, here):
+def test_a_worker_that_dies_ends_no_search(file, here, processes):
+    """And ends the pool: this is the last test that has it."""
     killed = []
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
 
-        def kill(done, total, label):
-            if label.startswith("window 2: ") and not killed:
-                killed.extend(pool._processes)
-                os.kill(killed[0], signal.SIGKILL)
+    def kill(done, total, label):
+        if label.startswith("window 2: ") and not killed:
+            killed.extend(processes._processes)
+            os.kill(killed[0], signal.SIGKILL)
 
-        with pytest.warns(UserWarning, match="A worker process died, .* one new process does the rest"):
-            found = vl.search(file, methods=TWO, executor=pool, progress=kill, **SETTINGS)
+    with pytest.warns(UserWarning, match="A worker process died, .* one new process does the rest"):
+        found = vl.search(file, methods=TWO, executor=processes, progress=kill, **SETTINGS)
     assert same(here, found)
 
 

@@ -48,12 +48,17 @@ def test_strings_are_those_of_the_reference(code, entries, heads, dim, bits, sca
     found, wanted = rows.encoder(HOST, x)["codes"], rows.encode(x)["codes"]
     assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
     assert (rows.scales(wanted).max().item() > 2) == scaled
-    # of two strings that are as near, to float rounding, either may be found
+    # of two strings that are as near either may be found, as of a vector of zeros, and to float rounding of others
+    of_heads = np.array(x).reshape(2, 9, heads, dim).swapaxes(1, 2)
+    costs = [
+        (rows.weights[:, None] * np.square(np.array(rows.expand(c)) - of_heads)).sum(axis=-1) for c in (found, wanted)
+    ]
+    assert np.allclose(*costs, rtol=1e-5)
     same = np.array((rows.expand(found) == rows.expand(wanted)).all(axis=-1))
-    assert same.mean() > 0.98
+    assert same[of_heads.any(axis=-1)].mean() > 0.98
     assert mx.array_equal(rows.scales(found), rows.scales(wanted))
-    # and no bit is written behind the last code
-    assert (found == wanted).mean().item() > 0.98
+    same = np.array(found == wanted).all(axis=-1)  # and no bit is written behind the last code
+    assert same[np.array(x).any(axis=-1)].mean() > 0.9
 
 
 def test_all_layers_share_one_kernel():

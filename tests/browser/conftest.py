@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from playwright.sync_api import Browser, Error, Page, Request, sync_playwright
+from playwright.sync_api import BrowserContext, Error, Page, Request, sync_playwright
 
 from tests.browser.shown import IS_LIGHT, turn
 
@@ -49,21 +49,30 @@ class Visit:
             self.outside.append(request.url)
 
 
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    # by module, not by session: Playwright's event loop would otherwise run on under the notebooks' tests
+@pytest.fixture(scope="package")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BrowserContext]:
+    """Start Chromium once for this folder, with a profile: it keeps what it has compiled of JupyterLab."""
+    # not for the session: Playwright's event loop would otherwise run on under the notebooks' tests
     if CHROMIUM is None:
         pytest.skip("there is no Chromium here: install the system's chromium package")
+    profile = tmp_path_factory.mktemp("profile")
     with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        chromium = playwright.chromium.launch_persistent_context(profile, executable_path=CHROMIUM, args=FLAGS)
         yield chromium
         chromium.close()
 
 
+def opened(browser: BrowserContext, width: int, height: int) -> Page:
+    """Give a new page of this size."""
+    page = browser.new_page()
+    page.set_viewport_size({"width": width, "height": height})
+    return page
+
+
 @pytest.fixture
-def bare(browser: Browser) -> Iterator[Visit]:
+def bare(browser: BrowserContext) -> Iterator[Visit]:
     """Give an empty page that holds the harness."""
-    page = browser.new_page(viewport={"width": 820, "height": 700})
+    page = opened(browser, 820, 700)
     visit = Visit(page)
     page.goto("about:blank")
     page.add_script_tag(path=Path(__file__).parent / "harness.js")
@@ -130,7 +139,7 @@ READY = """async () => {
 
 
 @contextlib.contextmanager
-def opener(browser: Browser, address: str, folder: Path, query: str = "") -> Iterator[Callable[..., Visit]]:
+def opener(browser: BrowserContext, address: str, folder: Path, query: str = "") -> Iterator[Callable[..., Visit]]:
     """Give a function that writes cells to a notebook, opens it below an address and runs it."""
     pages: list[Page] = []
 
@@ -138,7 +147,7 @@ def opener(browser: Browser, address: str, folder: Path, query: str = "") -> Ite
         document = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
         document.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
         nbformat.write(document, folder / name)
-        page = browser.new_page(viewport={"width": 1280, "height": 1500})
+        page = opened(browser, 1280, 1500)
         page.set_default_timeout(60_000)
         pages.append(page)
         visit = Visit(page)
@@ -156,7 +165,7 @@ def opener(browser: Browser, address: str, folder: Path, query: str = "") -> Ite
         page.close()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """Start JupyterLab, and give its address and the folder that it serves."""
     with served("jupyterlab", tmp_path_factory) as place:
@@ -164,7 +173,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
 
 
 @pytest.fixture
-def notebook(lab: tuple[str, Path], browser: Browser) -> Iterator[Callable[..., Visit]]:
+def notebook(lab: tuple[str, Path], browser: BrowserContext) -> Iterator[Callable[..., Visit]]:
     """Give a function that writes cells to a notebook, opens it in JupyterLab and runs it."""
     address, folder = lab
     with opener(browser, f"{address}/lab/tree", folder, "?reset") as run:

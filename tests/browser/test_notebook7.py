@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import BrowserContext
 
 from tests.browser.conftest import Visit, opener, served
 from tests.browser.shown import SMALL_MODEL, Shown
@@ -17,7 +17,7 @@ KNOWN = "(reading 'schema')", "/static/notebook/notebook_core."
 
 
 @pytest.fixture
-def notebook7(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> Iterator[Callable[..., Visit]]:
+def notebook7(tmp_path_factory: pytest.TempPathFactory, browser: BrowserContext) -> Iterator[Callable[..., Visit]]:
     with (
         served("notebook", tmp_path_factory) as (address, folder),
         opener(browser, f"{address}/notebooks", folder) as run,

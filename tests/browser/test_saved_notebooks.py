@@ -10,9 +10,9 @@ import nbformat
 import pytest
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook, new_output
-from playwright.sync_api import Browser, Error
+from playwright.sync_api import BrowserContext, Error
 
-from tests.browser.conftest import Visit
+from tests.browser.conftest import Visit, opened
 from tests.execute_notebooks import NOTEBOOKS, WIDGET_VIEW, cleaned
 
 pytestmark = pytest.mark.browser
@@ -92,9 +92,9 @@ def pictures(notebook: NotebookNode) -> dict[int, int]:
 
 
 @pytest.fixture(scope="module")
-def jupyterlab(lab: tuple[str, Path], browser: Browser) -> Iterator[Reader]:
+def jupyterlab(lab: tuple[str, Path], browser: BrowserContext) -> Iterator[Reader]:
     address, folder = lab
-    page = browser.new_page(viewport={"width": 1180, "height": 1500})
+    page = opened(browser, 1180, 1500)
     page.set_default_timeout(PATIENCE)
     visit = Visit(page)
     page.goto(f"{address}/lab?reset")

@@ -238,6 +238,7 @@ def _attend_source(
             ("CODED_KEY", keys.coordinates),
             ("KEY_ROW", keys.dim),
             ("KEY_KEPT(i)", key.kept),
+            ("KEY_PLACE(i)", key.place),
             ("LARGEST_KEY", largest_key),
             ("EXACT_TYPE", backend.types[tokens.exact_type]),
             ("QUERY_TYPE", backend.types[queries.q.dtype]),

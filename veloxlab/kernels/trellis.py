@@ -22,7 +22,7 @@ def trellis_kernel(
     steps: int,
 ) -> VectorKernel:
     """Rows of bits of tokens ``[B, 1, S, H·D]``, whose coordinates have ``widths`` ``[H, D]``, and squared errors
-    ``weights``.
+    ``weights``, both in the order of a string: from each head's last coordinate to its first.
 
     ``levels`` ``[9, states]`` are by width and state, the newest bits lowest; ``backwards`` turns eight bits round. It
     has one number where every coordinate is coded alone. A scale is of ``steps`` an octave; of none all are 1.

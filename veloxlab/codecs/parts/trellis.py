@@ -92,7 +92,9 @@ class TrellisRows:
     """How the unit coordinates of a token's KV heads become one row of bits ``[B, 1, S, words]``, uint32.
 
     First the scales of all heads, 4 bits each: a head's coordinates are divided by 2^(code / 4), at least their
-    root-mean-square where that is above 1. Then each head's string of bits, in order and without a gap, LSB first.
+    root-mean-square where that is above 1. Then each head's string of bits, without a gap, LSB first. It begins with
+    the last coordinate: what matters less, and has fewer bits, then leaves the bits that they share to what matters
+    more, which loses 2 to 5 % less than the other order.
     ``windows`` ``[H, D, 4]`` say of each coordinate where the bits of its state begin in the row, the mask of those
     that are there, by how much they are shifted up where older ones would be before the string's begin, and where the
     levels of its width begin in ``table``. What a squared error of a unit coordinate costs, by which strings are
@@ -107,7 +109,7 @@ class TrellisRows:
         self.heads, self.dim = bits.shape
         head_bits = bits.sum(axis=1)
         begins = SCALE_BITS * self.heads + np.cumsum(head_bits) - head_bits
-        ends = begins[:, None] + np.cumsum(bits, axis=1)
+        ends = begins[:, None] + _turned(np.cumsum(_turned(bits), axis=1))
         self.words = max(LEAST_WORDS, words_per_row(int(SCALE_BITS * self.heads + head_bits.sum()), 1))
         seen = np.minimum(levels.reach, ends - begins[:, None]) if levels.reach else bits
         seen = np.where(bits > 0, seen, 0)
@@ -119,7 +121,9 @@ class TrellisRows:
         self.most = next(most for most in _MOST if most >= min(densest, WIDEST))
         self._sizes = constant(2.0 ** (np.arange(1 << SCALE_BITS) / STEPS))
         self._states = Places((ends - seen).ravel(), seen.ravel(), self.words)
-        self._codes = Places(*_in_order(np.concatenate([np.full(self.heads, SCALE_BITS), bits.ravel()])), self.words)
+        self._codes = Places(
+            *_in_order(np.concatenate([np.full(self.heads, SCALE_BITS), _turned(bits).ravel()])), self.words
+        )
         self._scales = Places(*_in_order(np.full(self.heads, SCALE_BITS)), self.words)
 
     @property
@@ -156,14 +160,14 @@ class TrellisRows:
         y = y / mx.take(self._sizes, scales)[..., None]
         parts = [scales]
         for head in range(self.heads):
-            own = y[..., head, :].reshape(-1, self.dim)
+            own = y[..., head, ::-1].reshape(-1, self.dim)
             found = in_turn(partial(self._search, head=head), own, _ROWS)
             parts.append(found.reshape(*tokens.shape[:-1], self.dim))
         return {"codes": self._codes.write(mx.concatenate(parts, axis=-1))}
 
     def _search(self, y: mx.array, head: int) -> mx.array:
-        """Codes ``[N, D]`` of a head's unit coordinates ``[N, D]``: of the string whose levels are nearest."""
-        widths, weights = self.widths[head].tolist(), self.weights[head].tolist()
+        """Codes ``[N, D]`` of a head's unit coordinates ``[N, D]``, both in the string's order: of the best string."""
+        widths, weights = _turned(self.widths)[head].tolist(), _turned(self.weights)[head].tolist()
         table, states, reach = self.table.reshape(WIDEST + 1, -1), self.levels.states, self.levels.reach
         if not reach:
             edges = [(row[1:] + row[:-1]) / 2 for row in (table[w, : 1 << w] for w in range(WIDEST + 1))]
@@ -193,8 +197,18 @@ class TrellisRows:
         reach = self.levels.reach
         table = self.levels.table[:, reversed_bits(reach)] if reach else self.levels.table
         return trellis_kernel(
-            self.widths, self.weights, table, reversed_bits(WIDEST if reach else 0), self.words, self.steps
+            _turned(self.widths),
+            _turned(self.weights),
+            table,
+            reversed_bits(WIDEST if reach else 0),
+            self.words,
+            self.steps,
         )
+
+
+def _turned(numbers: NDArray[Any]) -> NDArray[Any]:
+    """Numbers of each head's coordinates ``[H, D]`` in the order of its string, or back."""
+    return numbers[:, ::-1]
 
 
 def _in_order(widths: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -115,18 +115,20 @@ def nearest(y, widths, levels, codes):
 def encode(first, last, x, widths, weights, levels, backwards, steps, rows):
     """Rows of tokens: the scales of all heads, then each head's string of bits.
 
-    ``x`` has the unit coordinates of all heads of a token, ``widths`` and ``weights`` are
-    ``[H, D]``, and ``backwards`` turns eight
-    bits round; it has one number where each coordinate is coded alone. Scales have ``steps`` an octave, or are 1.
+    ``x`` has the unit coordinates of all heads of a token, ``widths`` and ``weights`` are ``[H, D]`` from each head's
+    last coordinate, with which its string begins, to its first, and ``backwards`` turns eight bits round; it has one
+    number where each coordinate is coded alone. Scales have ``steps`` an octave, or are 1.
     """
     heads, dim, count = widths.shape[0], widths.shape[1], levels.shape[1]
     y, found = np.empty((heads, dim), np.float32), np.empty((heads, dim), np.int64)
-    flat = y.reshape(heads * dim)
+    given = np.empty(heads * dim, np.float32)
     costs, least = np.empty(count, np.float32), np.empty(count, np.float32)
     back, scales = np.empty((dim, count), np.uint8), np.empty(heads, np.int64)
     for vector in range(first, last):
-        load(x, vector, heads * dim, flat)
+        load(x, vector, heads * dim, given)
         for h in range(heads):
+            for i in range(dim):
+                y[h, i] = given[h * dim + dim - 1 - i]
             scales[h] = scale_code(y[h], widths[h], steps)
             factor = np.float32(2) ** (-np.float32(scales[h]) / np.float32(STEPS))
             for i in range(dim):

@@ -36,16 +36,18 @@ class Room(NamedTuple):
 class Fragment(NamedTuple):
     """Text of a reader in a kernel: threadgroup variables, and statements that make the reader.
 
-    ``queries`` are statements for row ``r`` of the queries ``q_coded[at]``, which is ``real``, and ``kept`` says
-    whether coordinate ``i`` of codes counts. ``added`` makes what scores have beside those of codes, ``summed`` what
-    becomes of sums of values; see ``source/attend.h``. ``number`` is coordinate ``i`` of a vector in the space of the
-    codes, of its scaled level ``x``, and ``rest`` writes to ``row`` what it has of its position.
+    ``queries`` are statements for row ``r`` of the queries ``q_coded[at]``, which is ``real``; ``kept`` says whether
+    coordinate ``i`` of codes counts, and ``place`` as which it is read. ``added`` makes what scores have beside those
+    of codes, ``summed`` what becomes of sums of values; see ``source/attend.h``. ``number`` is coordinate ``i`` of a
+    vector in the space of the codes, of its scaled level ``x``, and ``rest`` writes to ``row`` what it has of its
+    position.
     """
 
     declarations: str
     setup: str
     queries: str = ""
     kept: str = "true"
+    place: str = "(i)"
     added: str = "const NothingAdded added = {};"
     summed: str = "const AsSummed summed = {};"
     number: str = "(x)"

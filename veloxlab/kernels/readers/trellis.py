@@ -23,9 +23,10 @@ class TrellisReader(Reader):
     ``rows`` ``[B, 1, S, words]`` have all heads of a token: first 4 bits of each for its scale, 2^(code / 4). Of each
     coordinate ``windows`` ``[H, D, 4]``, uint32, say at which bit of the row its window begins, its mask, by how much
     it is shifted up, and where in ``table`` ``[9 · states]`` the levels of its width begin. A state is the last
-    ``reach`` bits, or the coordinate's own if that is 0. ``shifts`` are added to scaled vectors ``[H, D]``, float32.
-    With ``angles``, as `SumsReader` has them, ``dim`` is D and twice the number of pairs: cosines of all pairs, then
-    sines. No eighth of a vector has more than ``most`` bits a coordinate.
+    ``reach`` bits, or the coordinate's own if that is 0; a head's string begins with its last coordinate. ``shifts``
+    are added to scaled vectors ``[H, D]``, float32. With ``angles``, as `SumsReader` has them, ``dim`` is D and twice
+    the number of pairs: cosines of all pairs, then sines. No eighth of a vector has more than ``most`` bits a
+    coordinate.
     """
 
     name: ClassVar[str] = "trellis"
@@ -88,15 +89,17 @@ class TrellisReader(Reader):
         rows, stride = f"{prefix}_rows + batch * {prefix}_rows_strides[0]", f"uint({prefix}_rows_strides[2])"
         members = (
             *(rows, stride, f"{{{rows} + head / {_CODES}, {stride}, head % {_CODES} * 4}}"),
-            *(f"(const local_memory uint*){plan}", ends, f"begin_of<{states}, {reach}, {alone}>({window})"),
+            *(f"(const local_memory uint*){plan}", ends, f"begin_of<{dim}, {states}, {reach}, {alone}>({window})"),
             f"{{{table}}}",
         )
         setup += made(prefix, f"TrellisReader<{dim}, {states}, {reach}, {self.most}, {kind}>", *members)
         kept = f"{prefix}_windows[(head * {dim} + i) * {_WINDOW} + {_WINDOW - 1}] != 0u"
         if prefix == "v":
             shift = "0" if self.shifts is None else f"v_shifts + head * {dim}"
-            return Fragment("\n".join(declarations), setup, summed=f"const ShiftedSum summed = {{{shift}, {window}}};")
-        fragment = Fragment("\n".join(declarations), setup, kept=f"({kept})")
+            return Fragment(
+                "\n".join(declarations), setup, summed=f"const ShiftedSum<{dim}> summed = {{{shift}, {window}}};"
+            )
+        fragment = Fragment("\n".join(declarations), setup, kept=f"({kept})", place=f"({dim - 1} - i)")
         return self._as_numbers(fragment, prefix) if prefix == "c" else self._with_scores(fragment, prefix)
 
     def _as_numbers(self, fragment: Fragment, prefix: str) -> Fragment:

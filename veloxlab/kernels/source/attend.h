@@ -75,8 +75,9 @@ struct NothingAdded {
   FUNCTION void add(thread Scores&, uint, uint) const {}
 };
 
-// What becomes of a row's sum of values, of weights of this total: it stays as it is.
+// What becomes of a row's sum of values, of weights of this total, and where a coordinate goes: it stays as it is.
 struct AsSummed {
+  FUNCTION uint place(uint coordinate) const { return coordinate; }
   FUNCTION float number(uint, float sum, float) const { return sum; }
 };
 
@@ -278,6 +279,7 @@ FUNCTION void join(
   for (uint i = thread_id; i < ROWS * VALUE_DIM; i += threads) {
     const uint row = i / VALUE_DIM, coordinate = i % VALUE_DIM;
     const float sum = joined[row * JOINED_LENGTH(VALUE_DIM) + coordinate + coordinate / SHARE];
-    out_mixed[row * out_row + coordinate] = summed.number(coordinate, sum, totals[row]);
+    const uint place = summed.place(coordinate);
+    out_mixed[row * out_row + place] = summed.number(place, sum, totals[row]);
   }
 }

@@ -61,7 +61,7 @@ for (uint r = simdgroup; r < PADDED_ROWS; r += SIMDGROUPS) {
   if (!exact) {
     const uint at = ((sequence * KV_HEADS + head) * ALL_ROWS + (real ? row : 0)) * KEY_ROW;
     for (uint i = lane; i < CODED_KEY; i += 32) {
-      queries[query_at<CODED_KEY>(r, i)] = real && KEY_KEPT(i) ? as_float(q_coded[at + i]) * (SCALE * LOG2_E) : 0.0f;
+      queries[query_at<CODED_KEY>(r, KEY_PLACE(i))] = real && KEY_KEPT(i) ? as_float(q_coded[at + i]) * (SCALE * LOG2_E) : 0.0f;
     }
     $key_queries
   }

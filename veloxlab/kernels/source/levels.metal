@@ -19,15 +19,15 @@ for (uint token = first + thread_id / 4; token < end; token += THREADS / 4) {
   alignas(16) OUT_TYPE numbers[quarter];
   UNROLL for (int j = 0; j < quarter; j++) {
     const float2 both = pair_floats(pairs[j / 2]);
-    const uint i = share * quarter + j;
-    numbers[j] = OUT_TYPE(NUMBER(i, (j % 2 == 0 ? both.x : both.y) * scale));
+    const uint i = CODED - 1 - (share * quarter + j); // a string begins with the last coordinate
+    numbers[quarter - 1 - j] = OUT_TYPE(NUMBER(i, (j % 2 == 0 ? both.x : both.y) * scale));
   }
   if (quarter % line == 0 && ROW_LENGTH % line == 0) {
     UNROLL for (int l = 0; l < quarter / line; l++) {
-      ((global_memory uint4*)(row + share * quarter))[l] = ((thread const uint4*)numbers)[l];
+      ((global_memory uint4*)(row + (3 - share) * quarter))[l] = ((thread const uint4*)numbers)[l];
     }
   } else {
-    UNROLL for (int j = 0; j < quarter; j++) row[share * quarter + j] = numbers[j];
+    UNROLL for (int j = 0; j < quarter; j++) row[(3 - share) * quarter + j] = numbers[j];
   }
   $rest
 }

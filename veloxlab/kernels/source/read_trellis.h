@@ -1,5 +1,6 @@
 // Levels that are looked up by the last bits of a string: 256 or 1,024 STATES of each width of 1 to 8 bits. A coordinate's
-// own bits are the highest of its state. The widths of a head's coordinates are data.
+// own bits are the highest of its state. The widths of a head's coordinates are data. A string begins with the last
+// coordinate: what is called the i-th here is the i-th of the string.
 
 // What is known of all vectors of a head lies in threadgroup memory: at which bit of a row each coordinate's code ends, and
 // how its state becomes a level. Of TOGETHER neighbours the first says how many bits are dropped behind them (6 bits), others
@@ -9,14 +10,16 @@ FUNCTION uint planned_four(uint coordinate) { return coordinate + coordinate / 3
 
 // A coordinate as it is given, four numbers: where the bits of its state begin, their mask, by how much they are shifted up,
 // and the first level of its width, 0 for no bits.
+template <int DIM>
+FUNCTION const global_memory uint* window_of(const global_memory uint* windows, uint i) { return windows + 4 * (DIM - 1 - i); }
 template <int STATES, int REACH, int ALONE>
 FUNCTION uint end_of(const global_memory uint* window) {
   const uint width = window[3] / STATES;
   return window[0] + (width == 0 ? 0u : ALONE ? width : REACH - window[2]);
 }
-// Where the string of a head begins, of its first coordinate.
-template <int STATES, int REACH, int ALONE>
-FUNCTION uint begin_of(const global_memory uint* window) {
+template <int DIM, int STATES, int REACH, int ALONE>
+FUNCTION uint begin_of(const global_memory uint* windows) { // the string's
+  const global_memory uint* window = window_of<DIM>(windows, 0);
   return end_of<STATES, REACH, ALONE>(window) - window[3] / STATES;
 }
 
@@ -25,10 +28,10 @@ FUNCTION void fill_windows(
     local_memory uint* plan, local_memory uint* ends, const global_memory uint* windows, uint thread_id, uint threads) {
   for (uint i = thread_id; i < DIM; i += threads) {
     const uint first = i / TOGETHER * TOGETHER, next = first + TOGETHER < DIM ? first + TOGETHER : first;
-    const uint end = end_of<STATES, REACH, ALONE>(windows + 4 * i);
-    const uint begin = end_of<STATES, REACH, ALONE>(windows + 4 * first);
-    const uint width = windows[4 * i + 3] / STATES, row = width > 1 ? width - 1 : 0;
-    const uint dropped = end_of<STATES, REACH, ALONE>(windows + 4 * next) - begin;
+    const uint end = end_of<STATES, REACH, ALONE>(window_of<DIM>(windows, i));
+    const uint begin = end_of<STATES, REACH, ALONE>(window_of<DIM>(windows, first));
+    const uint width = window_of<DIM>(windows, i)[3] / STATES, row = width > 1 ? width - 1 : 0;
+    const uint dropped = end_of<STATES, REACH, ALONE>(window_of<DIM>(windows, next)) - begin;
     ends[ends_place(i)] = end;
     plan[planned_four(i)] = (i == first ? dropped : end - begin) | row * STATES;
   }

@@ -14,8 +14,8 @@ for (uint head = simdgroup; head < HEADS; head += SIMDGROUPS) {
   local_memory uchar* own = found + HEADS + head * DIM;
   const global_memory int* bits = widths + head * DIM;
   float squares = 0.0f, count = 0.0f;
-  for (uint i = lane; i < DIM; i += 32) {
-    const float number = as_float(from[(head * DIM + i) * tokens_strides[3]]);
+  for (uint i = lane; i < DIM; i += 32) { // the last coordinate is the first of a string
+    const float number = as_float(from[(head * DIM + DIM - 1 - i) * tokens_strides[3]]);
     if (bits[i] > 0) squares += number * number, count += 1.0f;
   }
   squares = total_of<32>(squares), count = total_of<32>(count);
@@ -24,7 +24,9 @@ for (uint head = simdgroup; head < HEADS; head += SIMDGROUPS) {
   const float factor = exponential2(-0.25f * scale);
   if (lane == 0) found[head] = uchar(scale);
   simd_barrier(); // what comes now takes the place of the head before
-  for (uint i = lane; i < DIM; i += 32) y[i] = as_float(from[(head * DIM + i) * tokens_strides[3]]) * factor;
+  for (uint i = lane; i < DIM; i += 32) {
+    y[i] = as_float(from[(head * DIM + DIM - 1 - i) * tokens_strides[3]]) * factor;
+  }
 #if ALONE // the nearest level of each coordinate, of those of its width, which ascend
   for (uint i = lane; i < DIM; i += 32) {
     const global_memory float* of_width = levels + bits[i] * STATES;
@@ -76,8 +78,11 @@ for (uint head = simdgroup; head < HEADS; head += SIMDGROUPS) {
       UNROLL for (uint k = 0; k < each / 2; k++) {
         if (k << width < each) kept |= oldest[k] << (i % slots * slot + k * width);
       }
-      // what all have in common is left out, or rounding would lose what later coordinates cost, which weigh less
-      const float common = simd_shuffle(least[0], 0u), number = y[i], weight = weights[head * DIM + i];
+      // what all have in common is left out: small numbers are rounded least
+      float common = least[0];
+      UNROLL for (uint k = 1; k < each / 2; k++) common = k << width < each && least[k] < common ? least[k] : common;
+      common = -largest_of<32>(-common);
+      const float number = y[i], weight = weights[head * DIM + i];
       const global_memory float* of_width = levels + width * STATES;
       UNROLL for (uint k = 0; k < each; k++) {
         float before = least[k / 2];

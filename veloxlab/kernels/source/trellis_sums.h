@@ -48,11 +48,13 @@ struct RowAdded {
   }
 };
 
-// A mean of values, which is added once.
+// A mean of values, which is added once. They are in the order of their string.
+template <int DIM>
 struct ShiftedSum {
   const global_memory float* shifts;
   const global_memory uint* windows;
 
+  FUNCTION uint place(uint coordinate) const { return DIM - 1 - coordinate; }
   FUNCTION float number(uint coordinate, float sum, float total) const {
     return (windows[4 * coordinate + 3] == 0u ? 0.0f : sum) + (shifts == 0 ? 0.0f : total * shifts[coordinate]);
   }

@@ -58,6 +58,7 @@ SHAPES = (Shape(32, 8, 128), Shape(16, 2, 128), Shape(8, 1, 256))
 TOKENS = (4096, 32768, 131072)
 BITS = (2, 3, 4, 8)
 METHOD_BITS = 4
+FRACTION = 2.25  # bits of the method that takes fractions
 ENCODED = tuple(method.id for method in METHODS.values() if method.timed)
 _TILE = 1024  # tokens of random vectors that are encoded once, and repeated
 _CACHE_BYTES = 2 << 30  # of the caches that the calls of a row take in turn
@@ -133,7 +134,7 @@ def decode_attention(
     bits: Sequence[int] = BITS,
     progress: Tell = print,
 ) -> list[Row]:
-    """One query token that attends to ``tokens`` others: exact in 16 bits, mlx-lm at 4 and 8 bits, TurboQuant.
+    """One query token that attends to ``tokens`` others: exact, mlx-lm at 4 and 8 bits, TurboQuant, FisherQuant.
 
     Rows: ``cache, query_heads, kv_heads, head_dim, tokens, microseconds`` (evaluating, see `timing`),
     ``making_microseconds, alone_microseconds, bytes, gigabytes_per_second, ratio`` (to the time of the exact cache) and
@@ -143,6 +144,7 @@ def decode_attention(
     for shape, count in product(shapes, tokens):
         ways = {f"mlx-lm {b} bit": partial(mlx_lm, shape, count, b) for b in (4, 8)}
         ways |= {f"turboquant {b} bit": partial(over_codes, shape, count, b) for b in bits}
+        ways[f"fisherquant {FRACTION} bit"] = partial(over_codes, shape, count, FRACTION, "fisherquant")
         rows += _rows(ways, shape, count, progress)
     return _with_roofline(rows)
 
@@ -219,7 +221,7 @@ def mlx_lm(shape: Shape, tokens: int, bits: int) -> Cache:
     return lambda q: base.quantized_scaled_dot_product_attention(q, k, v, **settings), (k, v)
 
 
-def over_codes(shape: Shape, tokens: int, bits: int, method: str = "turboquant") -> Cache:
+def over_codes(shape: Shape, tokens: int, bits: float, method: str = "turboquant") -> Cache:
     """Attention over the codes of a method: those of `_TILE` random vectors, over and over."""
     return repeated(shape, tokens, *_coded(shape, min(_TILE, tokens), bits, method))
 
@@ -236,12 +238,12 @@ def repeated(shape: Shape, tokens: int, codecs: Sequence[Codec], tiles: Sequence
 
 
 @lru_cache(maxsize=1)
-def _coded(shape: Shape, tokens: int, bits: int, method: str) -> tuple[list[Codec], list[Code]]:
+def _coded(shape: Shape, tokens: int, bits: float, method: str) -> tuple[list[Codec], list[Code]]:
     codecs = [fitted(method, shape, tensor, bits) for tensor in TENSORS]
     return codecs, [codec.encode(vectors(shape, tokens)) for codec in codecs]
 
 
-def fitted(method: str, shape: Shape, tensor: Tensor, bits: int = METHOD_BITS, tokens: int = 0) -> Codec:
+def fitted(method: str, shape: Shape, tensor: Tensor, bits: float = METHOD_BITS, tokens: int = 0) -> Codec:
     """A codec of a method, fitted to random vectors; of RateQuant with heads of two widths."""
     options: Row = {}
     if METHODS[method].per_head:
