@@ -42,9 +42,9 @@ def test_strings_are_those_of_the_reference(code, entries, heads, dim, bits, sca
     rows = rows_of(code, entries, heads, dim, bits, scaled)
     rng = np.random.default_rng(1)
     loud = np.exp(rng.standard_normal((2, 1, 11, heads, 1)))  # outliers
-    x = (loud * rng.standard_normal((2, 1, 11, heads, dim))).reshape(2, 1, 11, -1).astype(np.float32)
-    x[1, 0, 3] = 0
-    x = mx.array(np.concatenate([x, x], axis=-1))[:, :, 1:-1, : heads * dim]  # a view with strides of its own
+    given = (loud * rng.standard_normal((2, 1, 11, heads, dim))).reshape(2, 1, 11, -1).astype(np.float32)
+    given[1, 0, 3] = 0
+    x = mx.array(np.concatenate([given, given], axis=-1))[:, :, 1:-1, : heads * dim]  # a view with strides of its own
     found, wanted = rows.encoder(HOST, x)["codes"], rows.encode(x)["codes"]
     assert (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
     assert (rows.scales(wanted).max().item() > 2) == scaled
@@ -57,8 +57,8 @@ def test_strings_are_those_of_the_reference(code, entries, heads, dim, bits, sca
     same = np.array((rows.expand(found) == rows.expand(wanted)).all(axis=-1))
     assert same[of_heads.any(axis=-1)].mean() > 0.98
     assert mx.array_equal(rows.scales(found), rows.scales(wanted))
-    same = np.array(found == wanted).all(axis=-1)  # and no bit is written behind the last code
-    assert same[np.array(x).any(axis=-1)].mean() > 0.9
+    same_rows = np.array((found == wanted).all(axis=-1))  # and no bit is written behind the last code
+    assert same_rows[np.array(x).any(axis=-1)].mean() > 0.9
 
 
 def test_all_layers_share_one_kernel():
