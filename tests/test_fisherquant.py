@@ -16,7 +16,6 @@ from tests.tiny_models import tiny
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.base import Sample
 from veloxlab.codecs.fisherquant import FisherQuant, planned
-from veloxlab.codecs.fisherquant_fitting import over_positions
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.parts.trellis import TrellisRows, levels_of
 from veloxlab.codecs.parts.water_filling import shared_words
@@ -153,16 +152,6 @@ def test_keys_are_coded_about_a_mean_that_turns():
         x = keys(50, start, 2)
         errors = [mx.square(c.decode(c.encode(x, start)) - x).mean().item() for c in (turning, still)]
         assert errors[0] < 0.12 * 0.1**2 < errors[1] / 20
-
-
-@pytest.mark.parametrize("rope", [Rope(32), Rope(24, traditional=True, scale=0.5)])
-def test_moments_behind_rope_are_those_of_vectors_that_are_turned(rope):
-    x = normal(2, 40, 1, 32, seed=8) @ normal(2, 1, 32, 32, seed=9)  # every vector at every position
-    turned = [np.array(rope.forward(x, start), np.float64)[:, :, 0] for start in range(4, 12)]
-    wanted = np.mean([np.swapaxes(y, 1, 2) @ y for y in turned], axis=0)
-    before = np.array(x, np.float64)[:, :, 0]
-    found = over_positions(np.swapaxes(before, 1, 2) @ before, rope, 4, 8)
-    assert np.allclose(found, wanted, atol=1e-3 * np.abs(wanted).max())
 
 
 @pytest.fixture(scope="module")

@@ -8,8 +8,7 @@ arXiv 2406.11235).
 
 Of each KV head's keys and values x, with gradients g of the loss of labels that the model itself draws
     1. Mean: of values, and of keys *before* RoPE, μ: what is coded is k_t − R_t μ.
-    2. Metric: H = E[ggᵀ] + 1 % of its mean variance. C = Σ w xxᵀ / Σ w, w = min(‖g‖² / mean, 20) + 0.2. Of keys both
-       are means of R_t M R_tᵀ over all positions, of moments M before RoPE.
+    2. Metric: H = E[ggᵀ] + 1 % of its mean variance. C = Σ w xxᵀ / Σ w, w = min(‖g‖² / mean, 20) + 0.2.
        With H = LLᵀ and LᵀCL = UΛUᵀ, Λ falling, the coordinates are y = x·LU, and x = y·UᵀL⁻¹.
     3. Ranges: σᵢ² = E[wᵢyᵢ²] / E[wᵢ], wᵢ = min(gᵢ² / mean, 30) + 0.05, gᵢ the gradient by yᵢ.
     4. Bits: a coordinate of b bits loses ½ σᵢ² D(b) nats. One reverse water-filling over all coordinates of all heads,
@@ -126,8 +125,8 @@ class FisherQuant(Codec):
         moved = mean if rope is None else rope.forward(mx.broadcast_to(mean, x.shape), sample.start)
         about = learnable(x - moved, METHOD.name, self.head_dim).astype(np.float32)
         gradients = None if sample.gradients is None else fitting.singles(sample.gradients)
-        queries = sample.queries if self.tensor == "keys" else None
-        forward, backward = fitting.axes_of(plain - mean, sample.gradients, queries, rope, sample.start)
+        metric = fitting.metric_of(about, gradients, sample.queries if self.tensor == "keys" else None)
+        forward, backward = fitting.bases(about, gradients, metric)
         variances = fitting.ranges(about, gradients, forward, backward)
         if gradients is None:  # which head matters is not known
             total = variances.sum(axis=1, keepdims=True)
@@ -310,7 +309,7 @@ METHOD = Method(
     stored="bits by what each coordinate costs the loss, 4 bits for a vector's scale",
     options=("code", "entries", "metric", "centre", "planning", "scale", "words"),
     build=build,
-    version=4,
+    version=5,
     timed=True,
     planned=planned,
     colour="#1c7c7d",

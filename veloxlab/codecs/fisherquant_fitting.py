@@ -6,7 +6,6 @@ metric is H = FFᵀ, and the second moment of x is F⁻ᵀ diag(σ²) F⁻¹.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
@@ -18,7 +17,6 @@ from veloxlab.codecs.parts import Floats
 from veloxlab.codecs.parts.rope import Rope
 
 Singles = NDArray[np.float32]
-Turned = Callable[[Floats], Floats]
 MetricName = Literal["fisher", "pca", "none"]
 CentreName = Literal["rotated", "still", "none"]
 
@@ -37,63 +35,24 @@ class Axes(NamedTuple):
     mean: Floats
 
 
-def axes_of(
-    x: mx.array, gradients: mx.array | None, queries: mx.array | None, rope: Rope | None, start: int
-) -> tuple[Floats, Floats]:
-    """Matrices to the axes and back, of vectors about their mean, before ``rope`` where there is one."""
-    if rope is not None and gradients is not None:
-        gradients = rope.inverse(gradients.astype(mx.float32), start)
-
-    def turned(moments: Floats) -> Floats:
-        return moments if rope is None else over_positions(moments, rope, start, x.shape[2])
-
-    given = singles(x), None if gradients is None else singles(gradients)
-    return _bases(*given, _metric(*given, queries, turned), turned)
-
-
-def _metric(x: Singles, gradients: Singles | None, queries: mx.array | None, turned: Turned) -> Floats:
-    """What an error of vectors like ``x`` ``[H, N, D]`` costs, a matrix for each head ``[H, D, D]``.
-
-    ``x`` and ``gradients`` may be before RoPE, of whose moments ``turned`` gives those behind it.
-    """
-    if gradients is not None:
-        return _damped(turned(_products(gradients, gradients) / x.shape[1]), _DAMPING)
-    if queries is None:
+def metric_of(x: Singles, gradients: Singles | None, queries: mx.array | None) -> Floats:
+    """What an error of vectors like ``x`` ``[H, N, D]`` costs, a matrix for each head ``[H, D, D]``."""
+    if gradients is None and queries is None:
         return np.broadcast_to(np.eye(x.shape[-1]), (len(x), x.shape[-1], x.shape[-1]))
-    asked = singles(queries).reshape(len(x), -1, x.shape[-1])
+    asked = gradients if gradients is not None else singles(queries).reshape(len(x), -1, x.shape[-1])  # type: ignore[arg-type]
     return _damped(_products(asked, asked) / asked.shape[1], _DAMPING)
 
 
-def _bases(x: Singles, gradients: Singles | None, metric: Floats, turned: Turned) -> tuple[Floats, Floats]:
+def bases(x: Singles, gradients: Singles | None, metric: Floats) -> tuple[Floats, Floats]:
     """Matrices ``[H, D, D]`` to coordinates of which an error costs the same, of falling variance, and from them."""
-    weights: Any = np.ones(x.shape[:2], np.float32)
+    weights = np.ones(x.shape[:2], np.float32)
     if gradients is not None:
         squares = np.square(gradients).sum(axis=-1)
         weights = np.minimum(squares / _nonzero(squares.mean(axis=1, keepdims=True)), _LOUDEST) + _QUIET
-    moment = turned(_products(x * weights[..., None], x) / weights.sum(axis=1)[:, None, None])
+    moment = _products(x * weights[..., None], x) / weights.sum(axis=1)[:, None, None]
     lower = np.linalg.cholesky(metric)
     vectors = np.linalg.eigh(np.swapaxes(lower, 1, 2) @ _damped(moment, _RIDGE) @ lower).eigenvectors[..., ::-1]
     return lower @ vectors, np.linalg.solve(np.swapaxes(lower, 1, 2), vectors).swapaxes(1, 2)
-
-
-def over_positions(moments: Floats, rope: Rope, start: int, count: int) -> Floats:
-    """Means of R_t M R_tᵀ over ``count`` positions t from ``start``, of moments M ``[H, D, D]`` before RoPE.
-
-    Of complex pairs z = u + iv, E[z zᴴ] turns by differences of their angles, and E[z zᵀ] by sums. What one sample
-    says of pairs that turn apart is noise, which the mean leaves out.
-    """
-    first, second = rope.pairs(moments.shape[-1]).T
-    angles = np.zeros(len(first))
-    angles[: rope.dims // 2] = rope.angles
-    phases = np.exp(1j * angles * np.arange(start, start + count)[:, None])
-    a, b, c, d = (moments[:, i[:, None], j] for i in (first, second) for j in (first, second))
-    alike = ((a + d) + 1j * (c - b)) * (phases.T @ phases.conj() / count)
-    other = ((a - d) + 1j * (c + b)) * (phases.T @ phases / count)
-    found = np.empty_like(moments)
-    i, j = first[:, None], second[:, None]
-    found[:, i, first], found[:, j, second] = alike.real + other.real, alike.real - other.real
-    found[:, j, first], found[:, i, second] = alike.imag + other.imag, other.imag - alike.imag
-    return found / 2
 
 
 def ranges(x: Singles, gradients: Singles | None, forward: Floats, backward: Floats) -> Floats:
