@@ -1,5 +1,7 @@
 """Bits of single coordinates: what a fitted codec's plan says, and its map."""
 
+from typing import Any
+
 import numpy as np
 import polars as pl
 import pytest
@@ -33,7 +35,8 @@ def test_bits_that_are_planned_are_means_over_heads(calibrations):
     frame = coordinate_bits(fitted, 2.25)
     assert frame.schema == COORDINATE_BITS
     own = frame.filter(layer=1, tensor="values").sort("coordinate")["bits"]
-    assert own.to_list() == np.mean(fitted.codec("fisherquant", 1, "values", 2.25).widths, axis=0).tolist()
+    codec: Any = fitted.codec("fisherquant", 1, "values", 2.25)
+    assert own.to_list() == np.mean(codec.widths, axis=0).tolist()
     assert "bits of" in picture.svg(coordinate_map(frame).to_dict())
     with pytest.raises(InputError, match="takes any bits from 1 to 8"):
         coordinate_bits(fitted, 9)
