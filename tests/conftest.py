@@ -98,6 +98,7 @@ class Blocks(LoadFileScheduling):
         return "browser" if nodeid.startswith("tests/browser/") else super()._split_scope(nodeid)
 
 
+@pytest.hookimpl(optionalhook=True)  # where there is no xdist, as on a GPU machine, there is no such hook
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Blocks:
     """Share files among processes as `Blocks`."""
     return Blocks(config, log)
