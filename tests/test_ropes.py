@@ -7,6 +7,7 @@ import pytest
 from mlx_lm.models import llama
 
 from tests.tiny_models import tiny
+from veloxlab.codecs.parts.rope import Rope
 from veloxlab.measure.activations import capture_layers
 from veloxlab.mlxlm.ropes import ropes_of
 
@@ -114,3 +115,11 @@ def test_keys_that_do_not_move_have_no_rotary_embedding():
     first = model.layers[0].self_attn
     first.k_proj.weight = mx.zeros_like(first.k_proj.weight)
     assert [seen.rope is None for seen in capture_layers(model, IDS)] == [True, False]
+
+
+def test_many_tokens_that_lie_in_the_memory_of_one_are_turned_each_by_its_position():
+    rope, mean = Rope(32), mx.random.normal((1, 2, 1, 32), key=mx.random.key(0))
+    many = mx.broadcast_to(mean, (1, 2, 50, 32))
+    turned, apart = rope.forward(many, 7), rope.forward(mx.concatenate([mean] * 50, axis=2), 7)
+    assert mx.array_equal(turned, apart)
+    assert mx.array_equal(many[:, :, 0], mean[:, :, 0])

@@ -44,6 +44,7 @@ class Rope:
         """Rotate ``x`` ``[B, H, S, D]``, whose first token is at position ``start``."""
         if x.size == 0:
             return x
+        x = mx.contiguous(x)  # MLX 0.32.4 on CUDA turns a broadcast in place, many tokens in the memory of one
         scale, traditional = direction * self.scale, self.traditional
         return mx.fast.rope(
             x, self.dims, traditional=traditional, base=self.base, scale=scale, offset=start, freqs=self.freqs
