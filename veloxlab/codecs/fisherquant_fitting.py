@@ -44,14 +44,14 @@ def metric_of(x: Singles, gradients: Singles | None, queries: mx.array | None) -
 
 
 def bases(x: Singles, gradients: Singles | None, metric: Floats) -> tuple[Floats, Floats]:
-    """Matrices ``[H, D, D]`` to coordinates of which an error costs the same, of falling variance, and from them."""
+    """Matrices ``[H, D, D]`` to coordinates of which an error costs the same, of rising variance, and from them."""
     weights = np.ones(x.shape[:2], np.float32)
     if gradients is not None:
         squares = np.square(gradients).sum(axis=-1)
         weights = np.minimum(squares / _nonzero(squares.mean(axis=1, keepdims=True)), _LOUDEST) + _QUIET
     moment = _products(x * weights[..., None], x) / weights.sum(axis=1)[:, None, None]
     lower = np.linalg.cholesky(metric)
-    vectors = np.linalg.eigh(np.swapaxes(lower, 1, 2) @ _damped(moment, _RIDGE) @ lower).eigenvectors[..., ::-1]
+    vectors = np.linalg.eigh(np.swapaxes(lower, 1, 2) @ _damped(moment, _RIDGE) @ lower).eigenvectors
     return lower @ vectors, np.linalg.solve(np.swapaxes(lower, 1, 2), vectors).swapaxes(1, 2)
 
 
@@ -104,7 +104,7 @@ def switched(axes: Axes, rope: Rope | None, metric: MetricName, centre: CentreNa
         return Axes(forward, np.diagonal(cost, axis1=1, axis2=2) * np.diagonal(moment, axis1=1, axis2=2), mean)
     lower = np.linalg.cholesky(cost)
     found = np.linalg.eigh(np.swapaxes(lower, 1, 2) @ moment @ lower)
-    return Axes(lower @ found.eigenvectors[..., ::-1], found.eigenvalues[..., ::-1].copy(), mean)
+    return Axes(lower @ found.eigenvectors, found.eigenvalues, mean)
 
 
 def deviations(variances: Floats) -> Floats:

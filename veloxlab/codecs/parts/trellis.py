@@ -93,8 +93,8 @@ class TrellisRows:
 
     First the scales of all heads, 4 bits each: a head's coordinates are divided by 2^(code / 4), at least their
     root-mean-square where that is above 1. Then each head's string of bits, without a gap, LSB first. It begins with
-    the last coordinate: what matters less, and has fewer bits, then leaves the bits that they share to what matters
-    more, which loses 2 to 5 % less than the other order.
+    the last coordinate, which FisherQuant gives the largest range. In the other order squared errors are 2 to 5 % less
+    on Gaussians, and yet SmolLM2's KL at 2.25 bits is .080 in place of .070.
     ``windows`` ``[H, D, 4]`` say of each coordinate where the bits of its state begin in the row, the mask of those
     that are there, by how much they are shifted up where older ones would be before the string's begin, and where the
     levels of its width begin in ``table``. What a squared error of a unit coordinate costs, by which strings are
