@@ -10,6 +10,7 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 from tests import environment  # noqa: F401 - first
+from veloxlab.runtime import cores
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -96,6 +97,12 @@ class Blocks(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return "browser" if nodeid.startswith("tests/browser/") else super()._split_scope(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are processors: the one that has the browser waits for it most of the time."""
+    return cores() + 1
 
 
 @pytest.hookimpl(optionalhook=True)  # where there is no xdist, as on a GPU machine, there is no such hook

@@ -208,14 +208,14 @@ def test_a_model_that_cannot_be_differentiated_is_refused(model, tmp_path, monke
     def no_vjp(*_):
         raise RuntimeError("[Primitive::vjp] Not implemented for Kernel.")
 
-    monkeypatch.setattr(mx, "grad", no_vjp)
+    monkeypatch.setattr(mx, "value_and_grad", no_vjp)
     with pytest.raises(InputError, match="cannot be differentiated .*Kernel.*: choose by='attention_output'"):
         measured(model, tmp_path)
 
     def refuse(*_):
         raise InputError("This sentence is whole.")
 
-    monkeypatch.setattr(mx, "grad", refuse)
+    monkeypatch.setattr(mx, "value_and_grad", refuse)
     with pytest.raises(InputError, match="^This sentence is whole.$"):
         measured(model, tmp_path)
 

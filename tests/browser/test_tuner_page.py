@@ -44,7 +44,7 @@ def test_every_control_of_the_tuner(notebook):
     tuner.dropdown("budget").select_option("average bits")
 
     # bounds; the first handle is of the least bits
-    tuner.pressed("bits allowed", ["ArrowRight", "ArrowLeft", "ArrowLeft"], [FRONTIER])
+    tuner.pressed("bits allowed", ["ArrowRight", "ArrowLeft"], [FRONTIER])
     tuner.pressed("bits allowed", ["ArrowLeft", "ArrowRight"], [FRONTIER], place=1)
     tuner.pressed("first layers", ["ArrowRight", "ArrowRight"], all_three)
     tuner.pressed("last layers", ["ArrowRight", "ArrowRight"], all_three)
