@@ -26,6 +26,12 @@ INF = float("inf")
 _SHOWN = 60  # characters of a value in a message
 
 
+def number_of_bits(bits: float | str) -> float:
+    """A whole number of bits as one, or a fraction, for a method that takes it."""
+    number = float(bits)
+    return int(number) if number.is_integer() else number
+
+
 @dataclass(frozen=True)
 class Check:
     """One kind of input."""

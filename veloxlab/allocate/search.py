@@ -20,8 +20,8 @@ from veloxlab.allocate.budget import PlannedModel
 from veloxlab.allocate.race import Entrant, race
 from veloxlab.allocate.trials import USUAL_BITS, Candidate, Job, Trial, Trials, candidates, doer
 from veloxlab.cache.calibration import Calibration
-from veloxlab.cache.plan import Plan, plain_bits
-from veloxlab.checks import BITS, FILE, MODEL, PATH, WORDS, checked, either, having, many, real, whole
+from veloxlab.cache.plan import Plan
+from veloxlab.checks import BITS, FILE, MODEL, PATH, WORDS, checked, either, having, many, number_of_bits, real, whole
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.calibrate import calibrate
@@ -160,7 +160,7 @@ class SearchResult:
         if method not in self.calibrations:
             raise InputError(f"{method} was not calibrated in this search: its plans need none.")
         rows = self.frame.filter(method=method)
-        widths = sorted(map(plain_bits, {*rows["key_bits"], *rows["value_bits"]}))
+        widths = sorted(map(number_of_bits, {*rows["key_bits"], *rows["value_bits"]}))
         return calibrate(model, tokenizer, method, bits=widths, folder=folder)
 
     @checked()

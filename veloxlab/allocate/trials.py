@@ -18,7 +18,8 @@ from veloxlab.allocate.budget import PlannedModel, layer_sizes
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.counts import Windows
 from veloxlab.cache.make import make_cache
-from veloxlab.cache.plan import LayerSettings, Plan, plain_bits
+from veloxlab.cache.plan import LayerSettings, Plan
+from veloxlab.checks import number_of_bits
 from veloxlab.codecs import METHODS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
@@ -52,7 +53,7 @@ class Candidate:
     def __post_init__(self) -> None:
         object.__setattr__(self, "protected", tuple(self.protected))  # in files it is a list
         for name in ("key_bits", "value_bits"):  # and there all widths are of one type
-            object.__setattr__(self, name, plain_bits(getattr(self, name)))
+            object.__setattr__(self, name, number_of_bits(getattr(self, name)))
 
     @property
     def name(self) -> str:

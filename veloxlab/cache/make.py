@@ -72,23 +72,28 @@ def make_cache(
     widths = {"bits": bits, "key_bits": key_bits, "value_bits": value_bits}
     if isinstance(plan, str):
         plan = Plan.uniform(model, plan, **widths, **options)  # type: ignore[arg-type]
-        name = plan.model
+        name = plan.model  # found once: it takes a checksum of all weights
     else:
         _check_plan(plan, widths | options, given)
         name = name_of(model)
     asked = {"sinks": sinks, "window": window, "chunk": chunk, "sliding": sliding}
-    plan = replace(plan, **{name: value for name, value in asked.items() if value is not None})
+    plan = replace(plan, **{key: value for key, value in asked.items() if value is not None})
     if max_kv_size is not None and max_kv_size <= plan.sinks:
         raise InputError(f"max_kv_size={max_kv_size} leaves no room behind sinks={plan.sinks}: give more than that.")
     attach()
     settings = plan.settings_for(model)
     fitted = dict.fromkeys(METHODS, alone) | {one.method: one for one in given}
     caches = probe.with_caches(model, lambda f: _compressed(f, plan, settings[f.layer], max_kv_size, name, fitted))
+    _mark_own(model, caches, name)
+    return caches
+
+
+def _mark_own(model: Module, caches: list[Any], name: str) -> None:
+    """Let the model's own caches among others be saved with a checksum, as ours are."""
     for facts in probe.probe(model):
         own = probe.slot_of(caches, facts)
         if not isinstance(own, CompressedKVCache):
             add_checksum(own, name, facts.layer, getattr(own, "reason", facts.reason))
-    return caches
 
 
 def _compressed(

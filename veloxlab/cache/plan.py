@@ -78,11 +78,6 @@ def tensor_bits(
     return {"keys": both if key_bits is None else key_bits, "values": both if value_bits is None else value_bits}
 
 
-def plain_bits(bits: float) -> float:
-    """A whole number of bits as one."""
-    return int(bits) if float(bits).is_integer() else bits
-
-
 def cache_name(method: str, widths: Mapping[Tensor, float]) -> str:
     """The name of a cache of one method, such as ``"turboquant K4 V4"``."""
     return method if method == "none" else f"{method} K{widths['keys']} V{widths['values']}"

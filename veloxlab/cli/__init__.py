@@ -18,6 +18,7 @@ from typing import Any
 
 import veloxlab
 from veloxlab import texts
+from veloxlab.checks import number_of_bits
 from veloxlab.cli import measurements
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
@@ -79,12 +80,6 @@ def run_mlx_lm(command: str, **given: Any) -> None:
     run(command, OF_MLX_LM[command], **given)
 
 
-def width(words: str) -> float:
-    """A number of bits; whole, or a fraction for a method that takes it."""
-    number = float(words)
-    return int(number) if number.is_integer() else number
-
-
 def _one(name: str, words: str, kind: Callable[[str], Any] = str, default: Any = None, **more: Any) -> Argument:  # noqa: ANN401
     """An argument of one value; a default is told in its help."""
     said = " ".join(map(str, default)) if isinstance(default, list) else default
@@ -116,9 +111,9 @@ CACHE = (
     _one("--method", "compression method (default: turboquant)"),
     _one("--plan", "plan file from plan.save, in the place of --method", Path, metavar="FILE"),
     _one("--calibration", "file from calibration.save; may be repeated", Path, [], action="append", metavar="FILE"),
-    _one("--bits", "code bits per value (default: 4)", width, metavar="N"),
-    _one("--key-bits", "code bits of keys, if different", width, metavar="N"),
-    _one("--value-bits", "code bits of values, if different", width, metavar="N"),
+    _one("--bits", "code bits per value (default: 4)", number_of_bits, metavar="N"),
+    _one("--key-bits", "code bits of keys, if different", number_of_bits, metavar="N"),
+    _one("--value-bits", "code bits of values, if different", number_of_bits, metavar="N"),
     _one("--sinks", "number of exact first tokens (default: 4)", int, metavar="N"),
     _one("--window", "number of exact newest tokens (default: 64)", int, metavar="N"),
     _one("--max-kv-size", "maximum number of tokens in the cache (default: no limit)", int, metavar="N"),
@@ -153,7 +148,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         measurements.search_front,
         MODEL,
         _many("--methods", "method ids (default: all methods without calibration)"),
-        _many("--bits", "bits of keys and values", width, [2, 3, 4]),
+        _many("--bits", "bits of keys and values", number_of_bits, [2, 3, 4]),
         _many("--sinks", "exact first tokens", int, [0, 4]),
         _many("--window", "exact newest tokens", int, [0]),
         _many("--protected", "exact layers, such as 0,-1 (default: none 0)", _layers, [(), (0,)]),

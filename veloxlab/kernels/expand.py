@@ -60,7 +60,7 @@ def expand(
     batch, total = reader.rows.shape[0], sum(counts) + reader.tokens
     groups = -(-reader.tokens // PER_GROUP) + -(-sum(counts) // PER_GROUP)
     (out,) = launch(
-        _source(reader, dtype, tuple(arrays), backend),
+        _source("expand", reader, dtype, tuple(arrays), backend),
         suited([*arrays.values()], backend),
         backend=backend,
         groups=(groups, len(heads), batch),
@@ -71,34 +71,11 @@ def expand(
     return out
 
 
-def _source(reader: Reader, dtype: mx.Dtype, inputs: tuple[str, ...], backend: Backend) -> Source:
-    which = backend, reader.key, dtype
-    if which not in _SOURCES:
-        text = reader.fragment("c", "c", Room(backend.table_words, backend.pair_words))
-        _SOURCES[which] = Source(
-            name=f"expand_{reader.name}",
-            inputs=inputs,
-            outputs=("out",),
-            defines=(
-                ("HEAD_DIM", reader.dim),
-                ("OUT_TYPE", backend.types[dtype]),
-                ("LARGEST", f"{LARGEST_HALF if dtype == mx.float16 else 3e38!r}f"),
-                ("PER_GROUP", f"{PER_GROUP}u"),
-                ("THREADS", THREADS),
-            ),
-            headers=("simd.h", "readers.h", *dict.fromkeys(reader.headers), "expand.h"),
-            body=Template(source_file("expand.metal")).substitute(
-                declarations=text.declarations, setup=text.setup.replace("\n", "\n  ")
-            ),
-        )
-    return _SOURCES[which]
-
-
 def levels_in_codes(reader: Reader, dtype: mx.Dtype, backend: Backend) -> mx.array:
     """Vectors in the space of the codes ``[B, H, S, dim]``, scaled, of a reader that has `levels_alone`."""
     arrays = reader.arrays("c")
     (out,) = launch(
-        _levels_source(reader, dtype, tuple(arrays), backend),
+        _source("levels", reader, dtype, tuple(arrays), backend),
         suited([*arrays.values()], backend),
         backend=backend,
         groups=(-(-reader.tokens // PER_GROUP), reader.kv_heads, reader.rows.shape[0]),
@@ -109,26 +86,37 @@ def levels_in_codes(reader: Reader, dtype: mx.Dtype, backend: Backend) -> mx.arr
     return out
 
 
-def _levels_source(reader: Reader, dtype: mx.Dtype, inputs: tuple[str, ...], backend: Backend) -> Source:
-    which = "levels", backend, reader.key, dtype
+def _source(kind: str, reader: Reader, dtype: mx.Dtype, inputs: tuple[str, ...], backend: Backend) -> Source:
+    """Of ``expand.metal``, or of ``levels.metal``."""
+    which = kind, backend, reader.key, dtype
     if which not in _SOURCES:
         text = reader.fragment("c", "c", Room(backend.table_words, backend.pair_words))
+        largest = f"{LARGEST_HALF if dtype == mx.float16 else 3e38!r}f"
+        own: dict[str, dict[str, int | str]] = {
+            "expand": {"HEAD_DIM": reader.dim, "LARGEST": largest},
+            "levels": {
+                "CODED": reader.coordinates,
+                "ROW_LENGTH": reader.dim,
+                "HEADS": f"{reader.kv_heads}u",
+                "NUMBER(i, x)": text.number,
+            },
+        }
+        shared: dict[str, int | str] = {
+            "OUT_TYPE": backend.types[dtype],
+            "PER_GROUP": f"{PER_GROUP}u",
+            "THREADS": THREADS,
+        }
+        headers = "simd.h", "readers.h", *dict.fromkeys(reader.headers), *(["expand.h"] if kind == "expand" else [])
         _SOURCES[which] = Source(
-            name=f"levels_{reader.name}",
+            name=f"{kind}_{reader.name}",
             inputs=inputs,
             outputs=("out",),
-            defines=(
-                ("CODED", reader.coordinates),
-                ("ROW_LENGTH", reader.dim),
-                ("HEADS", f"{reader.kv_heads}u"),
-                ("OUT_TYPE", backend.types[dtype]),
-                ("PER_GROUP", f"{PER_GROUP}u"),
-                ("THREADS", THREADS),
-                ("NUMBER(i, x)", text.number),
-            ),
-            headers=("simd.h", "readers.h", *reader.headers),
-            body=Template(source_file("levels.metal")).substitute(
-                declarations=text.declarations, setup=text.setup, rest=text.rest.replace("\n", "\n  ")
+            defines=(*own[kind].items(), *shared.items()),
+            headers=headers,
+            body=Template(source_file(f"{kind}.metal")).substitute(
+                declarations=text.declarations,
+                setup=text.setup.replace("\n", "\n  "),
+                rest=text.rest.replace("\n", "\n  "),
             ),
         )
     return _SOURCES[which]

@@ -6,7 +6,7 @@ written. They are those of ``RotatedCodec.encode`` and ``decode``, and of `Signe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, NamedTuple
 
 import mlx.core as mx
@@ -111,22 +111,13 @@ def encode_kernel(
     """
     if not fits_lanes(dim):
         return None
-    widths, number = list(fields.values()), (1, mx.float16)
-    rows = {name: (words_per_row(dim, width), mx.uint32) for name, width in fields.items()}
-    if sketch is not None:
-        rows |= {"signs": (words_per_row(len(sketch), 1), mx.uint32), "residual_norm": number}
-    rows |= {"root_scale": number} | ({"sine": number} if sine else {})
+    widths, rows = list(fields.values()), _rows(dim, fields, sketch, sine=sine)
     given = {"signs": signs, **quantizer.arrays, "sketch": sketch}
     tables = {name: table for name, table in given.items() if table is not None}
     variant = {"fields": tuple(widths), "scale": scale, "tried": quantizer.tried, "tables": tuple(tables), "sine": sine}
     if signs is None or sketch is not None or not quantizer.made:
         return VectorKernel("encode", None, ("x",), rows, variant=variant, tables=tables, loss=loss)
-    packed = [f"row_{width}_{i}" for i, width in enumerate(widths)]
-    below = [sum(widths[i + 1 :]) for i in range(len(widths))]  # bits of a code under the field
-    pack = [
-        f"pack_row<HEAD_DIM, {width}, {low}>(own, {row} + vector * {words_per_row(dim, width)}u, lane, lanes);"
-        for row, width, low in zip(packed, widths, below, strict=True)
-    ]
+    packed, pack = _packing(dim, widths)
     return VectorKernel(
         name="encode",
         file="encode.metal",
@@ -142,10 +133,31 @@ def encode_kernel(
             "quantizer": quantizer.made,
             "rest": _REST if sine else "",
             "keep_rest": _KEEP_REST if sine else "",
-            "pack": "\n  ".join(pack),
+            "pack": pack,
         },
         tables=tables,
         at_once=THREADS // lanes(dim),
+    )
+
+
+def _rows(
+    dim: int, fields: Mapping[str, int], sketch: mx.array | None, *, sine: bool
+) -> dict[str, tuple[int, mx.Dtype]]:
+    """What is kept of a vector: see `VectorKernel`."""
+    number = 1, mx.float16
+    rows = {name: (words_per_row(dim, width), mx.uint32) for name, width in fields.items()}
+    if sketch is not None:
+        rows |= {"signs": (words_per_row(len(sketch), 1), mx.uint32), "residual_norm": number}
+    return rows | {"root_scale": number} | ({"sine": number} if sine else {})
+
+
+def _packing(dim: int, widths: Sequence[int]) -> tuple[list[str], str]:
+    """Names of the rows that the parts of a code go to, high bits first, and the text that packs them."""
+    rows = [f"row_{width}_{i}" for i, width in enumerate(widths)]
+    below = [sum(widths[i + 1 :]) for i in range(len(widths))]  # bits of a code under the field
+    return rows, "\n  ".join(
+        f"pack_row<HEAD_DIM, {width}, {low}>(own, {row} + vector * {words_per_row(dim, width)}u, lane, lanes);"
+        for row, width, low in zip(rows, widths, below, strict=True)
     )
 
 

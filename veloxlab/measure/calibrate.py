@@ -45,14 +45,13 @@ def calibrate(
     """Fit a method's codecs to every layer of a model, on the model's own activations.
 
     The result is saved and found again by everything it depends on: the model's weights, the method and its options,
-    the text, tokens, bits and seed. One layer's activations are held at a time. A method that was registered
-    (`veloxlab.codecs.register`) is fitted anew each time: its code may have changed. A method that plans the bits of
-    the whole model later (FisherQuant) is fitted once for all widths, to gradients of the loss: see
-    `veloxlab.measure.gradients`.
+    the text, tokens, bits and seed. One layer's activations are held at a time. A registered method
+    (`veloxlab.codecs.register`) is fitted anew each time: its code may have changed. FisherQuant, which plans the bits
+    of a whole model later, is fitted once for all widths, to gradients of the loss.
 
     In seconds of one core, SmolLM2 (1,024 tokens, float32) takes below 20 where only channels, means or levels are
     learned, 30 for SpectralQuant, 45 to 75 for VecInfer, and 70 to 170 for CommVQ at 1 to 4 bits; each width again.
-    FisherQuant takes 130 for its 16 windows, once.
+    FisherQuant takes 130 to 210 for its 16 windows, once.
     Raises `InputError`: unknown method or option, bits out of range, a text that is too short or too uniform, or
     activations that are not finite.
 
@@ -69,13 +68,12 @@ def calibrate(
     found, widths = find_method(method), sorted(set(bits) if isinstance(bits, Sequence) else {bits})
     for width, tensor in product(widths, TENSORS):
         found.check(width, tensor, options)
-    if found.planned:
-        widths = []
     text = excerpt("calibration" if found.planned else "validation") if text is None else text
     ids = first_tokens(tokenizer, text, tokens or (USUAL_WINDOWS * WINDOW if found.planned else USUAL_TOKENS))
     _check_text(ids)
     read = {"model": fingerprint(model), "text": digest(ids), "tokens": len(ids), "seed": seed}
-    facts: dict[str, object] = {"version": found.version, **read, "bits": widths, "options": _as_json(options)}
+    of_widths: dict[str, object] = {"bits": [] if found.planned else widths, "options": _as_json(options)}
+    facts = {"version": found.version, **read, **of_widths}
 
     def made() -> Calibration:
         if found.planned:

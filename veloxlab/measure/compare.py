@@ -14,7 +14,7 @@ from mlx_lm.models.cache import KVCache
 
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.make import make_cache
-from veloxlab.cache.plan import plain_bits
+from veloxlab.checks import number_of_bits
 from veloxlab.codecs import METHODS, TENSORS, Method, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
@@ -65,7 +65,7 @@ def compare(
     plain = cache_speed(seen, KVCache) if seen else None
     ours = ((m, b + m.fractional / 4) for m in METHODS.values() for b in bits if m.id != "none" and b in m.bits)
     makers: dict[str, Callable[[], CacheMaker]] = {
-        f"{m.id} {b:g} bit": partial(_ours, model, tokenizer, m, plain_bits(b), sinks) for m, b in ours
+        f"{m.id} {b:g} bit": partial(_ours, model, tokenizer, m, number_of_bits(b), sinks) for m, b in ours
     }
     theirs = (b for b in (2, 3, 4, 8) if b in bits or b == 8)
     makers |= {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}

@@ -11,8 +11,8 @@ import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
-from veloxlab.cache.plan import Plan, plain_bits
-from veloxlab.checks import ARGUMENTS, BITS, MAPPING, maybe, whole
+from veloxlab.cache.plan import Plan
+from veloxlab.checks import ARGUMENTS, BITS, MAPPING, maybe, number_of_bits, whole
 from veloxlab.codecs import METHODS, TENSORS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
@@ -51,7 +51,7 @@ class Fitting:
         given, found = self._given(method), find_method(method)
         if found.fractional:
             least, most = found.bits[0], found.bits[-1]
-            return [plain_bits(least + STEP * i) for i in range(int((most - least) / STEP) + 1)]
+            return [number_of_bits(least + STEP * i) for i in range(int((most - least) / STEP) + 1)]
         return list(found.bits if given is None else given.widths)
 
     def is_ready(self, method: str, width: float) -> bool:
