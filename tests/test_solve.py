@@ -105,9 +105,9 @@ def test_ten_thousand_components_are_a_bisection_away():
     problem.within(budgets[0])
 
     def seconds(job):
-        start = time.perf_counter()
+        start = time.thread_time()  # of this thread alone: other processes take the processor away
         job()
-        return time.perf_counter() - start
+        return time.thread_time() - start
 
     solved = min(seconds(lambda: [problem.within(b) for b in budgets]) for _ in range(3)) / len(budgets)
     heap = min(seconds(lambda: integer_bits(weights.tolist(), 3.0, betas.tolist(), least=2, most=6)) for _ in range(3))

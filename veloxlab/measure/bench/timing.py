@@ -102,10 +102,14 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> Microseconds:
         row = [calls[i % len(calls)] for i in range(count)]
         times = [_timed(lambda row=row: [call() for call in row]) for _ in range(FIRST_TRIES + REPEATS)]  # type: ignore[misc]
         of_rows.append([statistics.median(part) for part in zip(*times[FIRST_TRIES:], strict=True)])
-    making, evaluating = (
-        1e6 / ((LONGER - 1) * IN_A_ROW) * (longer - short) for short, longer in zip(*of_rows, strict=True)
-    )
+    making, evaluating = (1e6 * _one_more(*pair) for pair in zip(*of_rows, strict=True))
     return Microseconds(evaluating, making, 1e6 * median_seconds(calls[0], REPEATS))
+
+
+def _one_more(short: float, longer: float) -> float:
+    """Seconds that one call more takes; where a busy machine took longer for the short row, the most it can take."""
+    more = (longer - short) / ((LONGER - 1) * IN_A_ROW)
+    return more if more > 0 else longer / (LONGER * IN_A_ROW)
 
 
 def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
