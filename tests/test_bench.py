@@ -245,6 +245,37 @@ def test_a_cpu_is_measured_by_one_command_and_without_parts_only_written_again(s
     assert "'turboquant' is no compressed cache: give METHOD:BITS" in capsys.readouterr().err
 
 
+def test_a_measurement_that_is_killed_leaves_no_core_busy():
+    code = """
+import time
+from veloxlab.measure.bench import cpu_decode
+with cpu_decode._other_process() as other, cpu_decode._running(other):
+    print(other.pid, flush=True)
+    time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as measuring:
+        assert measuring.stdout
+        other = int(measuring.stdout.readline())
+        os.kill(other, 0)
+        measuring.kill()
+    state = Path(f"/proc/{other}/stat") if sys.platform == "linux" else None
+    for _ in range(600):
+        try:
+            os.kill(other, 0)
+        except ProcessLookupError:
+            return
+        if state and state.read_text().rsplit(")", 1)[1].split()[0] == "Z":  # ended, where nobody collects orphans
+            return
+        time.sleep(0.1)
+    pytest.fail(f"process {other} still runs")
+
+
+def test_long_contexts_are_not_timed_beside_another_process(small_cpu, monkeypatch):
+    monkeypatch.setattr(cpu_decode, "BUSY_TOKENS", 96)
+    rows = cpu_decode.decode((96, 97), ("turboquant:4",), busy=True, progress=lambda _: None)
+    assert [(row["tokens"], "busy_ratio" in row) for row in rows] == 3 * [(96, True)] + 3 * [(97, False)]
+
+
 def test_mlx_operations_are_timed_without_kernels_and_only_they(small_cpu, monkeypatch):
     monkeypatch.delenv("VELOXLAB_KERNELS", raising=False)
     seen = []
