@@ -29,9 +29,10 @@ ALL_CODED: dict[str, Any] = {"sinks": 0, "window": 0, "chunk": "codes"}
 def as_arrays(cache: list[Any]) -> list[Any]:
     """The same caches on the path that decodes: what reading the codes has to agree with."""
     for slot in probe.slots_of(cache):
-        if isinstance(slot, CompressedKVCache) and slot.path == "codes":
+        if isinstance(slot, CompressedKVCache):
             slot.path = "arrays"
-            del slot.bits, slot.group_size
+            for name in {"bits", "group_size"} & {*vars(slot)}:
+                delattr(slot, name)
     return cache
 
 

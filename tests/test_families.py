@@ -15,7 +15,7 @@ CODES = {
     "gemma4_text": "4 × codes",
     "falcon_h1": "own, codes, own, codes",  # a state-space cache and one of keys and values in each layer
     "gpt_oss": "4 × codes",
-    "deepseek_v3": "2 × own",  # latents
+    "deepseek_v3": "2 × latents",
     "olmo3": "4 × codes",
     "lfm2": "codes, own, codes, own",
     "mamba2": "2 × own",

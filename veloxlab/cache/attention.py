@@ -84,7 +84,15 @@ class History(Handle):
         would expand the past of many layers at once.
         """
         keys = expanded([(s.key_codec, s.keys) for s in self.segments], dtype, heads, after)
-        return keys, expanded([(s.value_codec, s.values) for s in self.segments], dtype, heads, keys)
+        return keys, self.expand_values(dtype, heads, keys)
+
+    def expand_values(self, dtype: mx.Dtype, heads: slice = slice(None), after: mx.array | None = None) -> mx.array:
+        """The second of those."""
+        return expanded([(s.value_codec, s.values) for s in self.segments], dtype, heads, after)
+
+    def of_latents(self) -> History:
+        """The same where what is stored as keys is read as values too."""
+        return History(tuple(replace(s, value_codec=s.key_codec, values=s.keys) for s in self.segments))
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         if q.shape[2] > FEW_QUERIES:

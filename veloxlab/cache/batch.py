@@ -8,6 +8,7 @@ attention is given is padded as mlx-lm pads: on the left, so that the newest tok
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Self
 
@@ -15,6 +16,7 @@ import mlx.core as mx
 from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.cache import places, saved
+from veloxlab.cache.attention import History
 from veloxlab.cache.histories import BatchHistory, BatchRow, StackHistory
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.stack import Stack, can_share
@@ -73,11 +75,8 @@ class BatchCompressedKVCache(saved.Saved):
         self._skip = [skip - first for skip, first in zip(self._skip, firsts, strict=True)]
         self._left = [None if left is None else max(0, left - count) for left in self._left]
         self._padding += min(firsts)
-        if self.rows[0].path == "arrays":
-            fetched: tuple[Any, Any] = _stacked(read, columns, width + count)
-        else:
-            history = BatchHistory(tuple(map(BatchRow, (both and both[0] for both in read), spans, columns)))
-            fetched = history, history
+        pairs = [seen and row.handed(seen, count) for row, seen in zip(self.rows, read, strict=True)]
+        fetched = _together(pairs, spans, columns, width + count)
         self._lent = fetched if self.rows[0].lends else None
         return fetched
 
@@ -112,7 +111,8 @@ class BatchCompressedKVCache(saved.Saved):
         shown = [None if row.empty() else row.arrays() for row in self.rows]
         lengths = [pair[0].shape[2] if pair else 0 for pair in shown]
         width = max(lengths) + self._padding
-        return _stacked(shown, [width - length for length in lengths], width)
+        columns = [width - length for length in lengths]
+        return _together(shown, [slice(0)] * len(shown), columns, width)
 
     @property
     def offset(self) -> mx.array:
@@ -250,16 +250,25 @@ class BatchCompressedKVCache(saved.Saved):
         return width if most is None else min(width, most - 1)
 
 
-def _stacked(
-    pairs: Sequence[tuple[mx.array, mx.array] | None], columns: Sequence[int], width: int
-) -> tuple[mx.array, mx.array]:
-    """Keys and values ``[1, H, S, D]`` of each row, or None, as ``[B, H, width, D]`` each: from their column on."""
-    none = tuple(x[:, :, :0] for x in next(pair for pair in pairs if pair))
-    stacked = []
-    for rows in zip(*(pair or none for pair in pairs), strict=True):
-        around = [(column, width - column - x.shape[2]) for x, column in zip(rows, columns, strict=True)]
-        stacked.append(
-            mx.concatenate([mx.pad(x, [(0, 0), (0, 0), p, (0, 0)]) for x, p in zip(rows, around, strict=True)])
-        )
-    keys, values = stacked
-    return keys, values
+def _together(
+    pairs: Sequence[tuple[Any, Any] | None], spans: Sequence[slice], columns: Sequence[int], width: int
+) -> tuple[Any, Any]:
+    """What attention is given of each row, or None, as one: histories, arrays, or one of each."""
+
+    def joined(some: Sequence[Any]) -> Any:  # noqa: ANN401
+        if any(isinstance(one, History) for one in some):
+            return BatchHistory(tuple(map(BatchRow, some, spans, columns)))
+        return _stacked(some, columns, width)
+
+    keys, values = zip(*(pair or (None, None) for pair in pairs), strict=True)
+    of_keys = joined(keys)
+    return of_keys, of_keys if all(map(operator.is_, keys, values)) else joined(values)
+
+
+def _stacked(rows: Sequence[mx.array | None], columns: Sequence[int], width: int) -> mx.array:
+    """Keys or values ``[1, H, S, D]`` of each row, or None, as ``[B, H, width, D]``: from their column on."""
+    none = next(x for x in rows if x is not None)[:, :, :0]
+    padded = []
+    for x, column in zip((none if x is None else x for x in rows), columns, strict=True):
+        padded.append(mx.pad(x, [(0, 0), (0, 0), (column, width - column - x.shape[2]), (0, 0)]))
+    return mx.concatenate(padded)

@@ -46,7 +46,8 @@ class CompressedKVCache(Runs, saved.Saved):
         sees. Up to `veloxlab.cache.counts.BLOCK` more tokens wait to be encoded together.
     layer : index in the model, for messages and reports.
     path, reason : ``"codes"`` hands attention a `History` that it reads packed; ``"arrays"`` hands out decoded arrays,
-        for layers whose own arithmetic needs them; and why, for reports.
+        for layers whose own arithmetic needs them; ``"latents"`` does the first with keys that are latents, for a
+        single token, and the second for many (see `veloxlab.mlxlm.probe.Probe`); and why, for reports.
     max_size : tokens that a sliding layer sees, sinks and the query's own included; None sees all.
     lends : whether other layers read this one's keys and values after it (`keys_and_values`).
     model : what the cache was made for, in words, so that a saved one is not continued by another model.
@@ -87,14 +88,14 @@ class CompressedKVCache(Runs, saved.Saved):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Store ``keys`` ``[B, H, S, Dk]`` and ``values`` ``[B, H, S, Dv]``, and return what attention is to read.
 
-        On the ``"codes"`` path both results are the same `History`; on ``"arrays"`` they are decoded arrays. Raises
+        On the ``"codes"`` path both results are the same `History`, else they are what `handed` says. Raises
         `InputError`, and stores nothing, if the head dimensions are not the codecs', if a key or value to be stored is
         NaN or infinite, or if a codec cannot encode yet. A GPU is not waited for: there it stores such a key or value,
         and the next call but one raises, as do all calls after it and whoever saves the cache.
         """
-        fetched = self.store(self.check(keys, values))
+        history = self.store(self.check(keys, values))
         self.begin()
-        return fetched
+        return self.handed(history, keys.shape[2])
 
     def begin(self) -> None:
         """Let MLX compute the newest keys and values, for which a kernel on a CPU will wait."""
@@ -136,13 +137,21 @@ class CompressedKVCache(Runs, saved.Saved):
             packed = codecs[0].encode(leaving[0], start), codecs[1].encode(leaving[1], start)
         return Coming(keys, values, all_seen, arrival, codecs, sinks, packed, largest)
 
-    def store(self, coming: Coming | Joining) -> tuple[Any, Any]:
-        """The second half of `update_and_fetch`, which nothing in the tokens can make fail."""
+    def handed(self, history: History, count: int) -> tuple[Any, Any]:
+        """What the attention of ``count`` tokens is given of a ``history``, by the path: see the class."""
+        if self.path == "codes":
+            return history, history
+        if self.path == "latents" and count == 1:
+            return history.of_latents(), history.expand_values(self._dtype)
+        keys, values = mx.depends(list(history.expand(self._dtype)), self.buffers)
+        return keys, values
+
+    def store(self, coming: Coming | Joining) -> History:
+        """The second half of `update_and_fetch`, which nothing in the tokens can make fail: what can be seen."""
         if isinstance(coming, Joining):
             self._checks.kept(())
             self.recent.join(*coming)
-            history = History(past=self._past, newest=self.recent.exact)
-            return history, history
+            return History(past=self._past, newest=self.recent.exact)
         keys, values, all_seen, arrival, codecs, sinks, packed, largest = coming
         self._checks.kept(largest)
         last, self._past, self._dtype = self._past, None, keys.dtype
@@ -153,16 +162,12 @@ class CompressedKVCache(Runs, saved.Saved):
         self.take(arrival, sinks, packed, exact_codes(keys, values, rest))
         if self._stays and keys.shape[2] == 1 and self.recent.tokens:
             self._past, self._one = before_window(self, codecs, last), (keys.shape, values.shape)
-            history = History(past=self._past, newest=self.recent.exact)
-            return history, history
+            return History(past=self._past, newest=self.recent.exact)
         segments = segments or self._segments(hidden)
         self.evict()
         history = History(segments, tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else ())
         self._lent = history if self.lends else None
-        if self.path == "codes":
-            return history, history
-        read_keys, read_values = mx.depends(list(history.expand(keys.dtype)), self.buffers)
-        return read_keys, read_values
+        return history
 
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None

@@ -44,8 +44,9 @@ def make_cache(
 ) -> list[Any]:
     """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
 
-    Layers that hold no keys and values (state-space, convolution), or latents (MLA), keep the model's own; so does all
-    but one cache of a layer that has several. Sliding layers hold what they can see, compressed.
+    Layers that hold no keys and values (state-space, convolution) keep the model's own; so does all but one cache of a
+    layer that has several. Sliding layers hold what they can see, compressed. Of latent attention (MLA) the latent
+    counts as keys, and the rotary part of the keys as values.
     Raises `InputError`: unknown method or option, bits out of range or beside a plan, a plan or calibration that
     does not fit.
 

@@ -144,8 +144,8 @@ def capture_layers(
     del caches
     for done, rope in enumerate(ropes):
         own = recorders.pop(0)
-        mx.eval([a for a in (own.queries, own.keys, own.values) if a is not None])
-        seen = LayerCapture(own.facts.layer, own.queries, own.keys, own.values, own.scale, rope)
+        mx.eval([a for a in (own.queries, own.stored_keys, own.stored_values) if a is not None])
+        seen = LayerCapture(own.facts.layer, own.queries, own.stored_keys, own.stored_values, own.scale, rope)
         progress(done, len(ropes), f"{doing} layer {seen.layer}")
         yield seen
     progress(len(ropes), len(ropes), "done")
@@ -218,7 +218,7 @@ class Recorder(probe.Probe):
         if self.queries is None:  # layers that borrow these keys and values attend later
             self.queries, self.scale = q, scale
         return mx.fast.scaled_dot_product_attention(
-            q, self.keys, self.values, scale=scale, mask=cast("Any", mask), sinks=sinks
+            q, self.stored_keys, self.mixed, scale=scale, mask=cast("Any", mask), sinks=sinks
         )
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:

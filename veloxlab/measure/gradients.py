@@ -67,7 +67,7 @@ def _differentiated(model: Module, ids: Sequence[int], labels: Callable[[mx.arra
         left = iter(perturbations)
         caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left)))
         logits = model(x, cache=caches)[0].astype(mx.float32)  # of which no more copies are held than need be
-        seen = [(own.keys, own.values) for own in probe.probes_of(caches) if isinstance(own, Recorder)]
+        seen = [(own.stored_keys, own.stored_values) for own in probe.probes_of(caches) if isinstance(own, Recorder)]
         wanted = labels(logits)[:, None]
         return (mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, wanted, axis=-1)[:, 0]).sum(), seen
 

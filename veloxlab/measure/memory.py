@@ -23,9 +23,9 @@ from veloxlab.mlxlm.probe import slots_of
 from veloxlab.progress import Progress, silent
 
 REPORT = schema("layer path reason key_bits value_bits tokens exact_tokens held_bytes fp16_bytes")
-"""Columns of `report`: layer, null for tables that all layers share; "codes", "arrays", "own" (the model's own cache)
-or "shared", and why; true bits of a packed value with scales and padding; tokens that it holds and can see, of all
-sequences, and those in sinks and window; bytes held, and of 16-bit keys and values of the same tokens."""
+"""Columns of `report`: layer, null for tables that all layers share; "codes", "latents", "arrays", "own" (the model's
+own cache) or "shared", and why; true bits of a packed value with scales and padding; tokens that it holds and can see,
+of all sequences, and those in sinks and window; bytes held, and of 16-bit keys and values of the same tokens."""
 
 GROWTH = schema("tokens cache layer tensor bytes kind")
 """Columns of `memory_growth`: bytes held for one tensor of one layer, "measured" or "predicted"."""

@@ -17,8 +17,8 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm import identity
 from veloxlab.mlxlm.hooks import Handle, Mask, attach
 
-Path = Literal["codes", "arrays"]
-LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of what they store
+Path = Literal["codes", "latents", "arrays"]
+LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of the latent that they store as keys
 GROUP = 64  # values that share a scale in mlx-lm's quantized cache, by default
 
 
@@ -37,7 +37,7 @@ class LayerFacts:
     value_dim: int = 0
     exact_bits: int = 16  # of a value in the model's own cache
     lends: bool = False  # whether other layers read this one's keys and values from its cache
-    path: Path = "codes"  # how attention reads a compressed cache there
+    path: Path = "codes"  # how attention reads a compressed cache there; see `Probe`
     reason: str = "attention reads the codes"  # for that path, or for the model's own cache
 
     @property
@@ -61,7 +61,11 @@ class LayerFacts:
 
 
 class Probe(Handle):
-    """Stands in for a cache of ``offset`` tokens and for its handle: notes what passes, and answers with zeros."""
+    """Stands in for a cache of ``offset`` tokens and for its handle: notes what passes, and answers with zeros.
+
+    On the path ``"latents"`` a latent stands for keys and values, and the rotary part of the keys is stored beside it,
+    as values: a single token attends to the handle of the latent, many to what the model itself makes of arrays.
+    """
 
     def __init__(self, facts: LayerFacts, offset: int = 0) -> None:
         self.facts, self.offset = facts, offset
@@ -72,7 +76,7 @@ class Probe(Handle):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Note the shapes of what a layer stores."""
         self.facts.kv_heads, self.facts.key_dim, self.facts.value_dim = keys.shape[1], keys.shape[-1], values.shape[-1]
-        self.fetched, self.keys, self.values = True, keys, values
+        self.fetched, self.stored_keys, self.stored_values = True, keys, values
         self.offset += keys.shape[2]
         return self._handed()
 
@@ -82,12 +86,19 @@ class Probe(Handle):
         return self._handed()
 
     def _handed(self) -> tuple[Any, Any]:
-        return (self, self) if self.facts.path == "codes" else (self.keys, self.values)
+        if self.facts.path == "latents" and self.stored_keys.shape[2] == 1:
+            return self, self.stored_values
+        return (self, self) if self.facts.path == "codes" else (self.stored_keys, self.stored_values)
+
+    @property
+    def mixed(self) -> mx.array:
+        """What attention mixes."""
+        return self.stored_keys if self.facts.path == "latents" else self.stored_values
 
     def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
         """Zeros, whatever is asked."""
         self.attended = True
-        return mx.zeros((*q.shape[:-1], self.facts.value_dim), q.dtype)
+        return mx.zeros((*q.shape[:-1], self.mixed.shape[-1]), q.dtype)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """No mask: a single token sees all that there is."""
@@ -118,13 +129,9 @@ def dry_run(model: Module) -> list[LayerFacts]:
     facts = _first_facts(own_cache(model))
     while not _passes(model, facts):
         pass
-    latents = {getattr(module, LATENT) for _, module in model.named_modules() if hasattr(module, LATENT)}
     taken, width = set[int](), exact_width(model)
     for found in (f for f in facts if f.compressible):
         found.exact_bits = width
-        if found.kv_heads == 1 and latents & {found.key_dim, found.value_dim}:  # the model compresses there itself
-            found.leave(f"it stores latents (MLA), so the model's own {found.native} is kept")
-            continue
         if found.layer in taken:  # plans, calibrations and measurements know one key codec and one value codec a layer
             found.leave(f"another cache of the layer is compressed, so the model's own {found.native} is kept")
         taken.add(found.layer)
@@ -213,28 +220,38 @@ def _first_facts(caches: Sequence[Any]) -> list[LayerFacts]:
 
 
 def _passes(model: Module, facts: Sequence[LayerFacts]) -> bool:
-    """Run one token. Where a layer fails, change its facts, from codes to arrays to its own cache, and give False."""
+    """Run one token. Where a layer fails, change its facts, from codes to arrays to its own cache, and give False.
+
+    Between codes and arrays a layer that stores a latent is tried as such.
+    """
     caches = with_caches(model, Probe, facts)
     probes = probes_of(caches)
     try:
         model(mx.array([[0]]), cache=caches)
     except Exception as error:  # a model may fail on a handle in any way: that is the question
-        kind, on_codes = type(error).__name__, [p.facts for p in probes if p.fetched and p.facts.path == "codes"]
+        kind, on_codes = type(error).__name__, [p.facts for p in probes if p.fetched and p.facts.path != "arrays"]
         if not probes:
             name = type(model).__module__
             raise InputError(f"This model ({name}) does not run on one token with its own caches: {error}") from error
         for found in on_codes[-1:]:
-            found.path, found.reason = "arrays", f"its own arithmetic needs arrays ({kind} on anything else)"
+            if found.path == "codes" and found.kv_heads == 1 and found.key_dim in _latents(model):
+                found.path, found.reason = "latents", "attention reads the codes of the latent (MLA)"
+            else:
+                found.path, found.reason = "arrays", f"its own arithmetic needs arrays ({kind} on anything else)"
         for p in probes if not on_codes else ():
             p.facts.leave(f"it needs the model's own {p.facts.native} ({kind} on any other)")
         return False
-    silent = [p.facts for p in probes if p.fetched and p.facts.path == "codes" and not p.attended]
+    silent = [p.facts for p in probes if p.fetched and p.facts.path != "arrays" and not p.attended]
     for found in silent:
         found.path, found.reason = "arrays", "its attention does not go through mlx-lm's own function"
     for p in probes:
         if not (silent or p.fetched):
             p.facts.leave("the layer stores no keys and values of its own")
     return not silent
+
+
+def _latents(model: Module) -> set[int]:
+    return {getattr(module, LATENT) for _, module in model.named_modules() if hasattr(module, LATENT)}
 
 
 def exact_width(model: Module) -> Literal[16, 32]:
@@ -247,7 +264,7 @@ def exact_width(model: Module) -> Literal[16, 32]:
 def why_not_quantized(layers: Sequence[LayerFacts], bits: int) -> str | None:
     """Why mlx-lm's quantized cache cannot hold the keys and values of these layers; None if it can."""
     for found in layers:
-        if found.kv_heads and not found.compressible:
+        if found.kv_heads and (not found.compressible or found.path == "latents"):
             return f"in layer {found.layer} {found.reason}"
         if found.max_size is not None:
             return f"layer {found.layer} slides"

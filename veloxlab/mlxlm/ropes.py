@@ -35,7 +35,7 @@ def ropes_of(model: Module, ids: Sequence[int]) -> list[Rope | None]:
     for position in (0, POSITION):
         caches = with_caches(model, partial(Probe, offset=position))
         model(some, cache=caches)
-        keys.append([probe.keys for probe in probes_of(caches)])
+        keys.append([probe.stored_keys for probe in probes_of(caches)])
     return [_between(before, after, known) for before, after in zip(*keys, strict=True)]
 
 
