@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # Files of tests that take more than a few seconds together; all others are ``-m quick``.
 SLOW = frozenset(
     [
+        "advise",
         "allocate",
         "attention_kernels",
         "batch",

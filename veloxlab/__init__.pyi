@@ -9,6 +9,7 @@ from .checkup import doctor
 from .codecs import methods, register
 from .errors import InputError
 from .measure.activations import capture
+from .measure.advise import advise
 from .measure.calibrate import calibrate
 from .measure.memory import report
 from .measure.quality import fidelity
@@ -20,6 +21,7 @@ __all__ = [
     "InputError",
     "Lab",
     "Plan",
+    "advise",
     "allocate",
     "calibrate",
     "capture",

@@ -125,6 +125,17 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         show_checks,
         ("--json", {"action": "store_true", "help": "print the checks as JSON", "dest": "as_json"}),
     ),
+    "advise": (
+        "say which cache to take for a model, a context and a memory",
+        measurements.advise_cache,
+        _one("model", "smollm2-135m, a .gguf file, a config.json or its folder, or a cached repo id"),
+        _one("--context", "tokens of each sequence", int, 32_768),
+        _one("--memory", 'of the machine, such as "16 GB" (default: this device\'s)'),
+        _one("--goal", "what the text is for: chat, retrieval or draft", default="chat"),
+        _one("--weights", 'size of the weights, such as "4.5 GB" (default: from the model)'),
+        _one("--weight-bits", "bits of a weight of a configuration", int, 4),
+        _one("--batch", "number of sequences", int, 1),
+    ),
     "compare": (
         "measure quality, memory and time of all caches on WikiText-2",
         measurements.compare_caches,

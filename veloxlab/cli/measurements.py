@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 PARTS = ("attention", "methods", "encode", "decode", "read", "batch", "fit", "host")
 
 
+def advise_cache(model: str, **given: Any) -> None:
+    """Print which cache to take, and all that come into question."""
+    import veloxlab as vl
+
+    advice = vl.advise(model, **given)
+    print(f"{advice}\n\n{tables.advice_table(advice.frame)}")
+
+
 def compare_caches(model: str, out: Path, sinks: int = 0, **text: Any) -> None:
     """Measure, print the tables, and write them as Parquet (unfinished at first), as Markdown and as a chart.
 

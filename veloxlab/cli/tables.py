@@ -52,6 +52,18 @@ def front_table(frame: pl.DataFrame) -> str:
     )
 
 
+def advice_table(frame: pl.DataFrame) -> str:
+    """Give `measure.advise.ADVICE` as a Markdown table."""
+    return markdown(
+        "cache | held, MB: | most tokens: | fits | KL (nats): | top-1 flips: | from",
+        "{name} | {held} | {most_tokens:,} | {fitting} | {kl_mean:.4f} | {flips} % | {kind}",
+        frame,
+        held=_scaled("held_bytes", 1e-6),
+        fitting=lambda row: "yes" if row["fits"] else "no",
+        flips=_PERCENT,
+    )
+
+
 def compared_table(frame: pl.DataFrame) -> str:
     """Give the comparison as a Markdown table, by true bits; attention's time in brackets, against the exact one."""
     exact = frame.row(0, named=True)

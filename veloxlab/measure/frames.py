@@ -17,11 +17,11 @@ _TYPES: dict[Any, str] = {
         "position position_end query query_end rank second token window"
     ),
     pl.Int64: (
-        "batch bytes context decode_peak_bytes exact_tokens fp16_bytes held_bytes memory_bytes positions "
+        "batch bytes context decode_peak_bytes exact_tokens fp16_bytes held_bytes memory_bytes most_tokens positions "
         "prefill_peak_bytes table_bytes tokens zero"
     ),
     pl.Float32: "squared_error squared_norm",
-    pl.Boolean: "flip hit",
+    pl.Boolean: "fits flip hit",
 }
 TYPES = {name: kind for kind, names in _TYPES.items() for name in names.split()}
 """Types of columns; all others are Float64."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache
 
 from veloxlab.checks import MODEL, PATH, WORDS, check_fields, checked, either, instance, many, whole
@@ -32,10 +33,11 @@ class ModelShape:
     caches: tuple[LayerFacts, ...]  # each of its caches, with KV heads and head dimensions
     exact_bytes: int = 2  # of a value in the model's own cache: 4 where the model computes in float32
     state_bytes: int = 0  # of the states of one sequence that do not grow with it, in all layers
+    parameters: int = 0  # numbers in the weights of a configuration; 0 where they are not known
 
     def __post_init__(self) -> None:
         check_fields(self, name=WORDS, caches=many(instance(LayerFacts, "facts of a cache")))
-        check_fields(self, exact_bytes=whole(1), state_bytes=whole(0))
+        check_fields(self, exact_bytes=whole(1), state_bytes=whole(0), parameters=whole(0))
 
     @classmethod
     @checked(**dict.fromkeys(_NUMBERS, whole(1)))
@@ -79,6 +81,7 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
     the local cache; or of ``"smollm2-135m"`` or a ``.gguf``, which is loaded. Raises `InputError` for what is not here,
     mlx-lm does not know, or has caches whose bytes cannot be predicted.
     """
+    model_or_config = loaded(model_or_config)
     if isinstance(model_or_config, ModelShape):
         return model_or_config
     if isinstance(model_or_config, Module):
@@ -87,12 +90,19 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
     if isinstance(model_or_config, Mapping):
         config, name = model_or_config, str(model_or_config.get("model_type", "no model"))
     else:
+        config, name = _read(Path(model_or_config).expanduser())
+    model = weightless(config)
+    parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
+    return replace(_of_model(model, name, dry_run(model)), parameters=parameters)
+
+
+def loaded(model_or_config: ModelOrConfig) -> ModelOrConfig:
+    """The model that ``"smollm2-135m"`` or a ``.gguf`` stands for; anything else as it was given."""
+    if isinstance(model_or_config, str | Path):
         path = Path(model_or_config).expanduser()
         if str(model_or_config) == DEMO_MODEL or path.suffix == ".gguf":
-            return shape_of(load(model_or_config)[0])
-        config, name = _read(path)
-    model = weightless(config)
-    return _of_model(model, name, dry_run(model))
+            return load(model_or_config)[0]
+    return model_or_config
 
 
 def _of_model(model: Module, name: str, caches: Sequence[LayerFacts]) -> ModelShape:

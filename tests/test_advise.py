@@ -1,0 +1,132 @@
+"""Which cache is advised: the least loss that fits, measured where a model is at hand, and said in sentences."""
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import polars as pl
+import pytest
+
+import veloxlab as vl
+from tests.tiny_models import tiny
+from veloxlab import cli
+from veloxlab.codecs import METHODS
+from veloxlab.errors import InputError
+from veloxlab.measure.advise import ADVICE, GOALS
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+LAYER = vl.models.ModelShape.typed(layers=1, kv_heads=8, head_dim=128)  # an exact token takes 4,096 bytes
+
+
+class Letters:
+    """A tokenizer of one token per character."""
+
+    def encode(self, text):
+        return [ord(c) % 90 for c in text]
+
+
+def advise(memory, **more):
+    """For the layer, where so many bytes are left for the cache."""
+    return vl.advise(LAYER, weights=1, memory=4 / 3 * (memory + 1), **more)
+
+
+def test_an_eight_billion_model_on_sixteen_gigabytes():
+    at_32k, at_131k = (vl.advise(LLAMA_8B, context=context, memory="16 GB") for context in (32_768, 131_072))
+    numbers = 2 * 128256 * 4096 + 32 * (4096 * (2 * 4096 + 2 * 1024 + 3 * 14336) + 2 * 4096) + 4096
+    assert at_32k.weights_bytes == at_131k.weights_bytes == int(numbers * 4.5 / 8)
+    assert at_32k.room_bytes == 12 * 10**9 - at_32k.weights_bytes
+    assert at_32k.best["name"] == "fp16"
+    assert at_32k.best["held_bytes"] == 32_768 * 32 * 2 * 8 * 128 * 2
+    assert at_131k.frame.filter(name="fp16").select("fits", "most_tokens").row(0) == (
+        False,
+        at_131k.room_bytes // (32 * 2 * 8 * 128 * 2) // 256 * 256,
+    )
+    assert at_131k.best["fits"]
+    assert at_131k.best["kl_mean"] <= GOALS["chat"]
+    assert "Without a calibration, " in str(at_131k)
+
+
+def test_the_least_loss_that_fits_comes_first_and_what_does_not_fit_last():
+    frame = advise(20e6, context=8192).frame
+    assert frame.schema == pl.Schema(ADVICE)
+    fits, others = frame.filter("fits"), frame.filter(~pl.col("fits"))
+    assert frame["fits"].to_list() == [True] * fits.height + [False] * others.height
+    assert fits["kl_mean"].is_sorted()
+    assert others["held_bytes"].is_sorted()
+    assert others.height > 0 < fits.height
+    assert (fits["held_bytes"] <= 20e6).all()
+    assert (others["held_bytes"] > 20e6).all()
+    assert set(frame["method"].drop_nulls()) <= set(METHODS)
+    assert set(frame["kind"]) == {"predicted"}
+
+
+def test_a_use_that_bears_less_is_told_of_more_caches_that_lose_too_much():
+    told = {goal: advise(1e9, goal=goal).frame["reason"].str.contains(f"that {goal} bears").sum() for goal in GOALS}
+    assert told["draft"] < told["chat"] < told["retrieval"]
+
+
+def test_where_nothing_fits_the_smallest_is_named():
+    advice = advise(1000, context=8192)
+    assert not advice.frame["fits"].any()
+    assert advice.best["held_bytes"] == advice.frame["held_bytes"].min()
+    assert f"No cache fits; the smallest is {advice.best['name']}: it takes " in str(advice)
+    assert "enough for 0 tokens" in advice.best["reason"]
+
+
+@pytest.mark.parametrize(("bytes_of_exact", "code"), [(1.1, "make_prompt_cache(model)"), (0.6, "kv_bits=8")])
+def test_mlx_lms_own_caches_are_advised_where_they_lose_least(bytes_of_exact, code):
+    assert advise(bytes_of_exact * 8192 * 4096, context=8192).code.endswith(f"{code})".replace("))", ")"))
+
+
+def test_the_code_makes_the_cache_and_fits_the_method_before():
+    model, advice = tiny("llama"), advise(0.3 * 8192 * 4096, context=8192)
+    at_once = advice.frame.filter(pl.col("method").is_not_null() & ~pl.col("reason").str.contains("calibration"))
+    calibrated, other = (
+        replace(advice, frame=advice.frame.filter(name="fisherquant 4.25 bit")),
+        replace(advice, frame=at_once),
+    )
+    assert calibrated.code.splitlines() == [
+        "calibration = vl.calibrate(model, tokenizer, 'fisherquant', bits=4.25)",
+        "cache = vl.make_cache(model, 'fisherquant', bits=4.25, calibration=calibration)",
+    ]
+    names: dict[str, Any] = {"model": model, "vl": vl}
+    exec(other.code, names)
+    assert len(names["cache"]) == len(model.layers)
+    assert names["cache"][0].key_codec.bits_per_value >= other.best["bits"]
+
+
+def test_a_model_at_hand_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model, tokenizer = tiny("llama"), Letters()
+    told: list[str] = []
+    advice = vl.advise(model, tokenizer, memory=1e9, tokens=24, most=2, progress=lambda _i, _n, said: told.append(said))
+    measured = advice.frame.filter(kind="measured")
+    assert measured.height == len(told) == 2
+    assert measured["reason"].str.contains("on this model").all()
+    assert advice.frame.filter("fits")["kl_mean"].is_sorted()
+
+
+def test_what_has_no_weights_or_cannot_be_measured_is_refused():
+    with pytest.raises(InputError, match=r"no weights: give their size, such as weights=\"4.5 GB\"\."):
+        vl.advise(LAYER, memory="16 GB")
+    with pytest.raises(InputError, match="tokenizer is for a loaded model"):
+        vl.advise(LLAMA_8B, Letters(), memory="16 GB")
+
+
+def test_the_command_prints_it_for_a_configuration(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B | {"num_hidden_layers": 1}))
+    assert cli.main(["advise", str(tmp_path), "--context", "8192", "--memory", "2 GB", "--goal", "draft"]) == 0
+    told = capsys.readouterr().out
+    assert told.startswith("2.00 GB of memory: ")
+    assert "\nTake fp16: it takes 0.03 GB, and loses nothing.\n" in told
+    assert "| fp16 | 33.6 | " in told

@@ -1,0 +1,236 @@
+"""Which cache to take: those that a memory holds, by what they lose on the demo model, or on a loaded one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import inf
+from typing import Any
+
+import polars as pl
+from mlx.nn.layers.base import Module
+from mlx.utils import tree_flatten
+
+from veloxlab.cache.plan import DEFAULT_SINKS
+from veloxlab.checks import TOKENIZER, Check, checked, choice, either, maybe, number_of_bits, real, whole
+from veloxlab.codecs import METHODS
+from veloxlab.errors import InputError
+from veloxlab.measure.calibrate import calibrate
+from veloxlab.measure.frames import schema
+from veloxlab.measure.planned_memory import CacheLayout, cache_layouts
+from veloxlab.measure.quality import evaluate, reference
+from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, loaded, shape_of
+from veloxlab.progress import Progress, silent
+from veloxlab.runtime import device
+from veloxlab.texts import Tokenizer, shipped_folder
+
+ADVICE = schema("name method bits held_bytes most_tokens fits kl_mean top1_flips kind reason")
+"""Columns of `Advice.frame`: a cache, its method and bits (null for the exact one and mlx-lm's); bytes at the context
+that was asked for, and the most tokens that fit; mean KL divergence in nats, and the share of tokens whose most
+probable next token is another; "measured" on this model or "predicted" from the demo model's results; and why."""
+
+GOALS = {"chat": 0.05, "retrieval": 0.02, "draft": 0.2}
+"""Nats a token that a use bears. On SmolLM2-135M one token in nine has another first choice at .05, one in fourteen at
+.02, and one in four at .2. Larger models lose less from the same bits."""
+
+RESULTS = ("compare_smollm2-135m_4_sinks.parquet", "compare_smollm2-135m.parquet")  # the first that has a cache counts
+KEPT = 0.25  # of the memory, for the system, other programs and work space: macOS lends a GPU about three quarters
+OVERHEAD_BITS = 0.5  # of a quantized weight: a scale and a bias of 16 bits for 64
+EXACT = "fp16"
+UNITS = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_SIZE = re.compile(r"\s*(\d+\.?\d*)\s*([kMGT]?)B\s*")
+
+
+def _has_size(value: object) -> bool:
+    return isinstance(value, str) and _SIZE.fullmatch(value) is not None
+
+
+def _bytes(value: str) -> float:
+    number, unit = _SIZE.fullmatch(value).groups()  # type: ignore[union-attr]
+    return float(number) * UNITS[unit]
+
+
+SIZE = either(real(above=0), Check('a size such as "16 GB"', _has_size, _bytes))
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What `advise` found; ``print`` says it in sentences."""
+
+    context: int  # tokens of each sequence
+    goal: str
+    memory_bytes: int
+    weights_bytes: int
+    room_bytes: int  # for the cache: what weights, system and other programs leave
+    frame: pl.DataFrame  # a row a cache, best first: `ADVICE`
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The first row: the cache to take, if it fits."""
+        return self.frame.row(0, named=True)
+
+    @property
+    def code(self) -> str:
+        """Lines of Python that make that cache."""
+        name, method, bits = (self.best[key] for key in ("name", "method", "bits"))
+        if name == EXACT:
+            return "from mlx_lm.models.cache import make_prompt_cache\n\ncache = make_prompt_cache(model)"
+        if method is None:
+            return f"mlx_lm.generate(model, tokenizer, prompt, kv_bits={bits:g})"
+        given = f"model, {method!r}, bits={bits:g}"
+        if _fitted(self.best):
+            first = f"calibration = vl.calibrate(model, tokenizer, {method!r}, bits={bits:g})\n"
+            return f"{first}cache = vl.make_cache({given}, calibration=calibration)"
+        return f"cache = vl.make_cache({given})"
+
+    def __str__(self) -> str:
+        """Where the memory goes, the cache to take and why, and the code."""
+        system = self.memory_bytes - self.weights_bytes - self.room_bytes
+        left = max(self.room_bytes, 0)
+        uses = ((self.weights_bytes, "for the weights"), (system, "for the system"), (left, "for the cache"))
+        shares = ", ".join(f"{_said(nbytes)} {use}" for nbytes, use in uses)
+        lines = [f"{_said(self.memory_bytes)} of memory: {shares}."]
+        verdict = "Take" if self.best["fits"] else "No cache fits; the smallest is"
+        lines.append(f"{verdict} {self.best['name']}: {self.best['reason']}")
+        at_once = next((row for row in self.frame.to_dicts() if row["fits"] and not _fitted(row)), self.best)
+        if at_once["name"] != self.best["name"]:
+            lines.append(f"Without a calibration, {at_once['name']}: {at_once['reason']}")
+        return "\n".join([*lines, "", self.code])
+
+
+@checked(
+    model_or_config=MODEL_OR_CONFIG,
+    tokenizer=maybe(TOKENIZER),
+    context=whole(1),
+    memory=maybe(SIZE),
+    goal=choice(*GOALS),
+    weights=maybe(SIZE),
+    weight_bits=whole(1, 32),
+    most=whole(1),
+)
+def advise(
+    model_or_config: ModelOrConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    context: int = 32_768,
+    memory: str | float | None = None,
+    goal: str = "chat",
+    batch: int = 1,
+    weights: str | float | None = None,
+    weight_bits: int = 4,
+    tokens: int = 256,
+    most: int = 3,
+    progress: Progress = silent,
+) -> Advice:
+    """Say which cache to take: the one that loses least of those that the memory holds.
+
+    Bytes are the layout's (`plan_memory`). What a cache loses is predicted from the committed results of SmolLM2-135M,
+    which rank caches and overstate what a larger model loses; with a loaded model and its ``tokenizer``, the ``most``
+    first that fit are measured on it, over ``tokens`` tokens, after a calibration where a method needs one.
+    Raises `InputError`: as `plan_memory`; or a shape that was typed in, without ``weights``.
+
+    Parameters
+    ----------
+    model_or_config : a model, a ``config.json`` or its folder, or a `veloxlab.models.ModelShape`.
+    context, batch : tokens of each sequence, and sequences.
+    memory : of the machine, in bytes or as ``"16 GB"`` (10^9 bytes); by default this device's. A quarter of it is kept
+        for the system.
+    goal : a name in `GOALS`, which says how many nats a token may be lost.
+    weights : their bytes, or as ``"4.5 GB"``; by default those of the loaded model, or of a configuration at
+        ``weight_bits`` bits.
+    """
+    model_or_config = loaded(model_or_config)
+    shape = shape_of(model_or_config)
+    held = _weights(model_or_config, shape.parameters, weight_bits) if weights is None else int(weights)
+    total = int(device().memory_bytes if memory is None else memory)
+    advice = Advice(context, goal, total, held, int(total * (1 - KEPT)) - held, pl.DataFrame())
+
+    known = _results()
+    rows = []
+    for layout, found in _candidates(shape, known):
+        nbytes, longest = layout.held(context, batch), layout.largest_context(max(advice.room_bytes, 0), batch)
+        row = {"held_bytes": nbytes, "most_tokens": longest, "fits": nbytes <= advice.room_bytes, "kind": "predicted"}
+        rows.append(found | row)
+    rows = _ranked(rows)
+    if tokenizer is not None:
+        if not isinstance(model_or_config, Module):
+            raise InputError("tokenizer is for a loaded model, on which caches are measured: leave it out here.")
+        first = [row for row in rows if row["fits"] and row["method"]][:most]
+        _measure(model_or_config, tokenizer, first, tokens, progress)
+        rows = _ranked(rows)
+    return replace(advice, frame=pl.DataFrame([row | {"reason": _reason(row, advice)} for row in rows], schema=ADVICE))
+
+
+def _measure(model: Module, tokenizer: Tokenizer, rows: list[dict[str, Any]], tokens: int, progress: Progress) -> None:
+    """Replace what was predicted by what each cache loses on this model, everything but sinks through codes."""
+    exact = reference(model, tokenizer, tokens=tokens)
+    for i, row in enumerate(rows):
+        progress(i, len(rows), f"measuring {row['name']}")
+        settings: dict[str, Any] = {"bits": number_of_bits(row["bits"]), "sinks": DEFAULT_SINKS, "window": 0}
+        if _fitted(row):
+            settings["calibration"] = calibrate(model, tokenizer, row["method"], bits=settings["bits"])
+        found = evaluate(exact, row["method"], **settings).row(0, named=True)
+        row |= {"kl_mean": found["kl_mean"], "top1_flips": found["top1_flips"], "kind": "measured"}
+
+
+def _weights(model_or_config: ModelOrConfig, parameters: int, bits: int) -> int:
+    """Bytes of the weights of a loaded model, or of so many numbers that are quantized."""
+    if isinstance(model_or_config, Module):
+        return sum(int(array.nbytes) for _, array in tree_flatten(model_or_config.parameters()))
+    if not parameters:
+        raise InputError('A shape that was typed in has no weights: give their size, such as weights="4.5 GB".')
+    return int(parameters * (bits + OVERHEAD_BITS * (bits < 16)) / 8)
+
+
+def _results() -> dict[str, dict[str, Any]]:
+    """What the demo model lost with each cache."""
+    found: dict[str, dict[str, Any]] = {}
+    for file in RESULTS:
+        frame = pl.read_parquet(shipped_folder("data") / "results" / file)
+        for row in frame.select("name", "kl_mean", "top1_flips").to_dicts():
+            found.setdefault(row["name"], row)
+    return found
+
+
+def _candidates(shape: ModelShape, known: dict[str, dict[str, Any]]) -> Iterator[tuple[CacheLayout, dict[str, Any]]]:
+    """Layouts of the exact cache, mlx-lm's, and ours that lose less than a nat a token, with what is known of them."""
+    _, exact, *theirs = cache_layouts(shape)
+    yield exact, {"name": EXACT, "method": None, "kl_mean": 0.0, "top1_flips": 0.0}
+    for layout in theirs:
+        yield layout, known[layout.name] | {"method": None, "bits": float(layout.name.split()[1])}
+    for name, row in known.items():
+        method, bits, _ = name.split()
+        if method in METHODS and row["kl_mean"] < 1:
+            with_bits = number_of_bits(bits)
+            try:
+                ours, *_ = cache_layouts(shape, method, bits=with_bits)
+            except InputError:  # a method that this head dimension is not for
+                continue
+            yield ours, row | {"method": method, "bits": float(with_bits)}
+
+
+def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What fits first, by what it loses; then by bytes."""
+    return sorted(rows, key=lambda row: (not row["fits"], row["kl_mean"] if row["fits"] else inf, row["held_bytes"]))
+
+
+def _reason(row: dict[str, Any], advice: Advice) -> str:
+    takes = f"it takes {_said(row['held_bytes'])}"
+    if not row["fits"]:
+        return f"{takes}, and there are {_said(max(advice.room_bytes, 0))}, enough for {row['most_tokens']:,} tokens."
+    if row["name"] == EXACT:
+        return f"{takes}, and loses nothing."
+    where = "on this model" if row["kind"] == "measured" else "on SmolLM2-135M"
+    lost = f"loses {row['kl_mean']:.3f} nats a token {where}, where {row['top1_flips']:.0%} have another first choice"
+    bears = GOALS[advice.goal]
+    verdict = "" if row["kl_mean"] <= bears else f": more than the {bears} that {advice.goal} bears"
+    return f"{takes}, and {lost}{verdict}.{' It needs a calibration, once.' if _fitted(row) else ''}"
+
+
+def _fitted(row: dict[str, Any]) -> bool:
+    return row["method"] is not None and METHODS[row["method"]].calibrated
+
+
+def _said(nbytes: float) -> str:
+    return f"{nbytes / 1e9:.2f} GB"
