@@ -177,7 +177,7 @@ def _measure(model: Module, tokenizer: Tokenizer, rows: list[dict[str, Any]], to
 def _weights(model_or_config: ModelOrConfig, parameters: int, bits: int) -> int:
     """Bytes of the weights of a loaded model, or of so many numbers that are quantized."""
     if isinstance(model_or_config, Module):
-        return sum(int(array.nbytes) for _, array in tree_flatten(model_or_config.parameters()))
+        return sum(array.nbytes for array in dict(tree_flatten(model_or_config.parameters())).values())
     if not parameters:
         raise InputError('A shape that was typed in has no weights: give their size, such as weights="4.5 GB".')
     return int(parameters * (bits + OVERHEAD_BITS * (bits < 16)) / 8)

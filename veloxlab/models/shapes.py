@@ -92,7 +92,7 @@ def shape_of(model_or_config: ModelOrConfig) -> ModelShape:
     else:
         config, name = _read(Path(model_or_config).expanduser())
     model = weightless(config)
-    parameters = sum(array.size for _, array in tree_flatten(model.parameters()))
+    parameters = sum(array.size for array in dict(tree_flatten(model.parameters())).values())
     return replace(_of_model(model, name, dry_run(model)), parameters=parameters)
 
 
