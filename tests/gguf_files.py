@@ -1,4 +1,4 @@
-"""Writes small GGUF files for tests: a llama model by MLX's writer, a single tensor of any format by hand."""
+"""Writes small GGUF files for tests with llama.cpp's own package, and mlx-lm's weights as its converter writes them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,59 @@ import struct
 
 import mlx.core as mx
 import numpy as np
+from gguf import GGUFValueType, GGUFWriter, get_tensor_name_map
+from gguf.constants import MODEL_ARCH_NAMES
+from mlx.utils import tree_flatten
 from tokenizers.pre_tokenizers import ByteLevel
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH, VOCAB = 4, 2, 8, 24, 96
 
 
+def write_gguf(path, architecture, tensors, metadata):
+    """Write tensors (arrays, or bytes and their type) and metadata (by keys, or by the writer's methods)."""
+    writer = GGUFWriter(path, architecture)
+    for key, value in metadata.items():
+        if key.startswith("add_"):
+            getattr(writer, key)(value)
+        elif not (isinstance(value, list) and not value):  # the package writes no empty list
+            writer.add_key_value(key, value, GGUFValueType.get_type(value))
+    for name, tensor in tensors.items():
+        stored, kind = tensor if isinstance(tensor, tuple) else (np.array(tensor), None)
+        writer.add_tensor(name, stored, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def as_llama_cpp(model, architecture, *, permuted=False, norm_plus=0.0):
+    """mlx-lm's weights with the names, order of rows and norms that llama.cpp's converter gives them."""
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == architecture)
+    names = get_tensor_name_map(kind, len(model.layers))
+    heads = {"q_proj": model.args.num_attention_heads, "k_proj": model.args.num_key_value_heads}
+    written = {}
+    for name, weight in tree_flatten(model.parameters(), destination={}).items():
+        module, _, part = name.replace("switch_mlp", "experts").rpartition(".")
+        values = np.array(weight.astype(mx.float32))
+        if module.endswith("norm"):
+            values = values + np.float32(norm_plus)
+        if permuted and (count := heads.get(module.rpartition(".")[2])):
+            values = values.reshape(count, 2, -1, *values.shape[1:]).swapaxes(1, 2).reshape(values.shape)
+        written[f"{names.get_name(module)}.{part}"] = values
+    return written
+
+
 def tiny_metadata(**changes):
     values = {
-        "general.architecture": "llama",
-        "llama.embedding_length": mx.array(WIDTH, mx.uint32),
-        "llama.block_count": mx.array(2, mx.uint32),
-        "llama.feed_forward_length": mx.array(40, mx.uint32),
-        "llama.attention.head_count": mx.array(HEADS, mx.uint32),
-        "llama.attention.head_count_kv": mx.array(KV_HEADS, mx.uint32),
-        "llama.attention.key_length": mx.array(HEAD_DIM, mx.uint32),
-        "llama.attention.layer_norm_rms_epsilon": mx.array(1e-5, mx.float32),
-        "llama.context_length": mx.array(512, mx.uint32),
+        "llama.embedding_length": WIDTH,
+        "llama.block_count": 2,
+        "llama.feed_forward_length": 40,
+        "llama.attention.head_count": HEADS,
+        "llama.attention.head_count_kv": KV_HEADS,
+        "llama.attention.key_length": HEAD_DIM,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.context_length": 512,
     }
     return {**values, **changes}
 
@@ -47,10 +84,10 @@ def tiny_tensors(tied=True, vocabulary=VOCAB):
     return {f"{name}.weight": mx.random.normal(shape) * 0.3 for name, shape in shapes.items()}
 
 
-def write_llama(path, tensors=None, **metadata):
+def write_llama(path, tensors=None, architecture="llama", **metadata):
     """Write a tiny llama model with random weights; ``metadata`` adds to its own values or replaces them."""
-    mx.save_gguf(str(path), tiny_tensors() if tensors is None else tensors, tiny_metadata(**metadata))
-    return path
+    values = {key: value for key, value in tiny_metadata(**metadata).items() if value is not None}
+    return write_gguf(path, architecture, tiny_tensors() if tensors is None else tensors, values)
 
 
 def byte_level(tokens, merges, types, **ids):
@@ -60,8 +97,8 @@ def byte_level(tokens, merges, types, **ids):
         "tokenizer.ggml.pre": "gpt-2",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.token_type": mx.array(types, mx.int32),
-        **{f"tokenizer.ggml.{name}_token_id": mx.array(number, mx.uint32) for name, number in ids.items()},
+        "tokenizer.ggml.token_type": types,
+        **{f"tokenizer.ggml.{name}_token_id": number for name, number in ids.items()},
     }
 
 
@@ -73,21 +110,10 @@ def write_chat_model(path):
     return write_llama(path, tiny_tensors(vocabulary=len(tokens)), **vocabulary)
 
 
-def write_tensor(path, kind, shape, data):
-    """Write a GGUF file with one tensor ``x.weight`` of the format number ``kind``, by hand."""
+def write_tensor(path, kind, shape, data, copies=1):
+    """Write a GGUF file with a tensor ``x.weight`` of the format number ``kind``, by hand."""
     dims = b"".join(struct.pack("<Q", size) for size in reversed(shape))
-    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 0)
-    head += struct.pack("<Q", 8) + b"x.weight" + struct.pack("<I", len(shape)) + dims + struct.pack("<IQ", kind, 0)
+    said = struct.pack("<Q", 8) + b"x.weight" + struct.pack("<I", len(shape)) + dims + struct.pack("<IQ", kind, 0)
+    head = b"GGUF" + struct.pack("<IQQ", 3, copies, 0) + said * copies
     path.write_bytes(head + bytes(-len(head) % 32) + data)
     return path
-
-
-def random_content(layout, values):
-    """Random bytes of ``values`` values; what holds a float is finite."""
-    rng = np.random.default_rng(layout.size)
-    if layout.items == 1:
-        return rng.normal(size=values).astype({4: np.float32, 2: np.float16}[layout.size]).tobytes()
-    blocks = rng.integers(0, 256, (values // layout.items, layout.size), np.uint8)
-    for start in {"Q4_1": [0, 2], "Q4_K": [0, 2], "Q6_K": [208]}.get(layout.name, [0]):
-        blocks[:, start : start + 2] = rng.uniform(-1, 1, (len(blocks), 1)).astype(np.float16).view(np.uint8)
-    return blocks.tobytes()

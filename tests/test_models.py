@@ -14,8 +14,8 @@ from mlx_lm.models import llama
 from tests.gguf_files import write_llama
 from veloxlab.errors import InputError
 from veloxlab.models import loading
-from veloxlab.models.gguf import build_model
-from veloxlab.models.gguf_file import open_gguf
+from veloxlab.models.gguf import open_gguf
+from veloxlab.models.gguf_architectures import build_model
 from veloxlab.models.loading import load
 
 ODD_TEXTS = [

