@@ -83,6 +83,14 @@ def test_gradients_are_what_finite_differences_find(family):
             assert slope == pytest.approx(norm, rel=0.01, abs=5e-3)  # losses of 180 nats are known to 2e-5, twice
 
 
+def test_blocks_of_queries_attend_as_all_at_once(model, monkeypatch):
+    whole = loss_gradients(model, IDS)
+    mx.eval(whole)
+    monkeypatch.setattr("veloxlab.measure.gradients._BLOCK", 16)
+    for pairs in zip(loss_gradients(model, IDS), whole, strict=True):
+        assert all(mx.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*pairs, strict=True))
+
+
 def test_quantized_weights_are_differentiated_as_what_they_stand_for():
     model, plain = tiny("llama"), tiny("llama")
     nn.quantize(model, group_size=32, bits=8)

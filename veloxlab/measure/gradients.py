@@ -13,16 +13,19 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 
+from veloxlab import runtime
 from veloxlab.codecs import TENSORS, Tensor
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Recorder, capture_layers
 from veloxlab.mlxlm import probe
+from veloxlab.mlxlm.hooks import Mask
 from veloxlab.mlxlm.ropes import ropes_of
 from veloxlab.progress import Progress
 from veloxlab.store import make_folder, write_atomically
 
 WINDOW = 512  # tokens of a stretch of text
+_BLOCK = 128  # queries that attend together
 _HELD = mx.bfloat16  # in which windows are kept: sizes vary much, and eight bits say enough of a mean
 
 
@@ -36,6 +39,18 @@ class _Perturbed(Recorder):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         of_keys, of_values = self._perturbation
         return super().update_and_fetch(keys + of_keys.astype(keys.dtype), values + of_values.astype(values.dtype))
+
+    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+        """See `Handle.attend`; in blocks of queries where MLX would make all logits, those of later keys too."""
+        if not isinstance(mask, str) or runtime.backend() != "cpu":  # "causal" is the only word
+            return super().attend(q, scale, mask, sinks)
+        before, total = self.keys.shape[2] - q.shape[2], self.keys.shape[2]
+        parts = []
+        for i in range(0, q.shape[2], _BLOCK):
+            seen = min(before + i + _BLOCK, total)
+            own = q[:, :, i : i + _BLOCK], self.keys[:, :, :seen], self.values[:, :, :seen]
+            parts.append(mx.fast.scaled_dot_product_attention(*own, scale=scale, mask=mask, sinks=sinks))
+        return mx.concatenate(parts, axis=2)
 
 
 Pairs = Sequence[tuple[mx.array, ...]]
