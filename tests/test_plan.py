@@ -1,6 +1,8 @@
 """A plan is a readable file that attaches as it says, to the model it was made for and no other."""
 
 import json
+import re
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -152,3 +154,12 @@ def test_exact_values_are_measured_without_a_width(model, call):
 
 def _seen(model):
     return vl.capture(model, Letters(), TEXT, tokens=16)
+
+
+def test_a_plan_is_shown_in_one_line(model):
+    plan = vl.Plan.uniform(model, "rabitq", bits=4)
+    assert re.fullmatch(r"Plan\(2 × rabitq K4 V4; sinks=4, window=64; llama of 2 layers, [0-9a-f]{16}\)", repr(plan))
+    mixed = plan.with_layer(1, value_method="qjl", value_bits=2)
+    assert "(1 × rabitq K4 V4, 1 × rabitq K4 qjl V2; " in repr(mixed)
+    other = replace(plan, layers=tuple(replace(plan.layers[0], key_bits=bits) for bits in (2, 3, 4, 5)), model="")
+    assert repr(other) == f"Plan(4 layers of 4 kinds; sinks=4, window=64; {plan.model_hash})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
@@ -13,7 +14,7 @@ from mlx.nn.layers.base import Module
 
 from veloxlab import checks
 from veloxlab.checks import BITS, OPTION_VALUES, WORDS, check_fields, checked
-from veloxlab.codecs import Tensor, find_method
+from veloxlab.codecs import TENSORS, Tensor, find_method
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import name_of
 from veloxlab.mlxlm.probe import exact_width, probe
@@ -27,6 +28,7 @@ Chunk = Literal["exact", "codes"]
 Sliding = Literal["compressed", "exact"]
 
 DEFAULT_BITS = 4
+FEW_KINDS = 3  # that the line of a plan names
 DEFAULT_SINKS, DEFAULT_WINDOW = 4, 64  # tokens; a few first ones draw much attention, whatever the text
 DEFAULT_CHUNK: Chunk = "exact"
 DEFAULT_SLIDING: Sliding = "compressed"
@@ -83,7 +85,7 @@ def cache_name(method: str, widths: Mapping[Tensor, float]) -> str:
     return method if method == "none" else f"{method} K{widths['keys']} V{widths['values']}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """What `veloxlab.make_cache` is to make for one model.
 
@@ -101,6 +103,17 @@ class Plan:
     model: str = ""
     allocation: str = ""
     calibrations: dict[str, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """One line; `frame` tells of every layer."""
+        kinds: Counter[str] = Counter()
+        for i, layer in enumerate(self.layers):
+            key, value = (sum(self.widths(i, tensor)) / len(self.widths(i, tensor)) for tensor in TENSORS)
+            other = "" if layer.value_method == layer.key_method else f"{layer.value_method} "
+            kinds[f"{layer.key_method} K{key:.3g} {other}V{value:.3g}"] += 1
+        each = ", ".join(f"{count} × {kind}" for kind, count in kinds.items())
+        said = each if len(kinds) <= FEW_KINDS else f"{len(self.layers)} layers of {len(kinds)} kinds"
+        return f"Plan({said}; sinks={self.sinks}, window={self.window}; {self.model or self.model_hash})"
 
     def __post_init__(self) -> None:
         layers = checks.many(checks.instance(LayerSettings, "settings of a layer"))
