@@ -70,6 +70,13 @@ class History(Handle):
         return *self.past.segments, exact_segment(exact_codes(keys, values))
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """``[B, H, S, D]`` of the keys: mlx-vlm asks how many there are, and cuts its mask."""
+        last = self.segments[-1]
+        batch, heads = next(iter(last.keys.arrays.values())).shape[0], last.key_codec.heads_of(last.keys)
+        return batch, heads, self.tokens, last.key_codec.head_dim
+
+    @property
     def tokens(self) -> int:
         """Tokens in all segments."""
         behind = 0 if self.newest is None else self.newest.tokens

@@ -75,7 +75,7 @@ class BatchCompressedKVCache(saved.Saved):
         self._skip = [skip - first for skip, first in zip(self._skip, firsts, strict=True)]
         self._left = [None if left is None else max(0, left - count) for left in self._left]
         self._padding += min(firsts)
-        pairs = [seen and row.handed(seen, count) for row, seen in zip(self.rows, read, strict=True)]
+        pairs = [None if seen is None else row.handed(seen, count) for row, seen in zip(self.rows, read, strict=True)]
         fetched = _together(pairs, spans, columns, width + count)
         self._lent = fetched if self.rows[0].lends else None
         return fetched

@@ -230,7 +230,7 @@ def sequences_of(caches: Sequence[Any]) -> list[Any]:
 
 
 def _kind(cache: Any) -> str:  # noqa: ANN401
-    if hasattr(cache, "keys_and_values"):
+    if hasattr(cache, "keys_and_values") or type(cache).__name__.endswith("KVCache"):  # mlx-vlm's lack the first
         return "keys and values"
     return "states" if isinstance(cache, ArraysCache) else type(cache).__name__
 

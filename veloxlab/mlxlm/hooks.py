@@ -3,6 +3,7 @@
 Models call ``models.base.scaled_dot_product_attention``, most of them by a name of their own. It is replaced in every
 module of mlx-lm that holds it. For modules that we do not see, so is ``quantized_scaled_dot_product_attention``, to
 which it sends any cache that has ``bits``. Given a `Handle` both let it attend, given anything else the original runs.
+mlx-vlm has functions of the same names, which are replaced too once it is imported.
 """
 
 from __future__ import annotations
@@ -55,14 +56,16 @@ def _reading_handles(original: Callable[..., mx.array]) -> Callable[..., mx.arra
 
 
 def attach() -> None:
-    """Let mlx-lm's attention read `Handle` objects, as `make_cache` does; raises RuntimeError where it has no such."""
+    """Let attention read `Handle` objects, as `make_cache` does; raises RuntimeError where mlx-lm has no such."""
     for name in ("scaled_dot_product_attention", "quantized_scaled_dot_product_attention"):
-        held = getattr(base, name, None)
-        if held is None:
+        if not hasattr(base, name):
             raise RuntimeError(f"This mlx-lm has no models.base.{name}: veloxlab needs mlx-lm 0.32.2 or a later 0.32.")
         pairs = _pairs.setdefault(name, [])
-        if not any(held in pair for pair in pairs):  # mlx-lm's own, or what another library put there
-            pairs.append((held, _reading_handles(held)))
+        for held in (getattr(module, name, None) for module in (base, sys.modules.get("mlx_vlm.models.base"))):
+            if held is not None and not any(
+                held in pair for pair in pairs
+            ):  # theirs, or what another library put there
+                pairs.append((held, _reading_handles(held)))
         for original, ours in pairs:
             _rebind(original, ours)
     for kind in _LOADABLE:
@@ -78,6 +81,6 @@ def detach() -> None:
 
 def _rebind(old: object, new: object) -> None:
     for name, module in list(sys.modules.items()):
-        if name.startswith("mlx_lm.") and module is not None:
+        if name.startswith(("mlx_lm.", "mlx_vlm.")) and module is not None:
             for attribute in [a for a, held in vars(module).items() if held is old]:
                 setattr(module, attribute, new)

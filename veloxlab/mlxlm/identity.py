@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from weakref import WeakValueDictionary
 
 import mlx.core as mx
@@ -53,13 +55,30 @@ def structure(model: Module) -> str:
 
 
 def _arrays(model: Module) -> dict[str, mx.array]:
-    """Parameters, and hidden arrays, such as the frequencies of a rotary embedding, in the order of their names."""
+    """Parameters, and hidden arrays, such as the frequencies of a rotary embedding, in the order of their names.
+
+    Hidden whole numbers, such as the positions of an image, are of the last text that the model read.
+    """
     found: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
     for name, module in model.named_modules():
         for key, value in (vars(module) | module).items():
-            if isinstance(value, mx.array) and key.startswith("_"):
+            if isinstance(value, mx.array) and key.startswith("_") and mx.issubdtype(value.dtype, mx.floating):
                 found[f"{name}.{key}"] = value
     return dict(sorted(found.items()))
+
+
+@contextmanager
+def unchanged(model: Module) -> Iterator[None]:
+    """What runs inside leaves nothing in the model: mlx-vlm's keep the positions of the text that they read."""
+    before = [(module, dict(module), dict(vars(module))) for _, module in model.named_modules()]
+    try:
+        yield
+    finally:
+        for module, items, attributes in before:
+            for now, then in ((module, items), (vars(module), attributes)):
+                if now.keys() != then.keys() or any(now[name] is not then[name] for name in then):
+                    now.clear()
+                    dict.update(now, then)  # a module's own method is another
 
 
 def _is_plain(value: object) -> bool:

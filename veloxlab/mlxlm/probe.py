@@ -10,7 +10,7 @@ from typing import Any, Literal
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import CacheList, KVCache, QuantizedKVCache, RotatingKVCache
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from veloxlab.codecs.method import Tensor
 from veloxlab.errors import InputError
@@ -127,8 +127,9 @@ def dry_run(model: Module) -> list[LayerFacts]:
     """What `probe` gives, and raises, without a look at the weights: they may be such as were never made."""
     attach()
     facts = _first_facts(own_cache(model))
-    while not _passes(model, facts):
-        pass
+    with identity.unchanged(model):
+        while not _passes(model, facts):
+            pass
     taken, width = set[int](), exact_width(model)
     for found in (f for f in facts if f.compressible):
         found.exact_bits = width
@@ -162,7 +163,8 @@ def weightless(config: Mapping[str, Any]) -> Module:
 def after_one_token(model: Module) -> list[Any]:
     """The model's own caches as one token leaves them, whose numbers are not computed: for shapes and dtypes."""
     caches = own_cache(model)
-    model(mx.array([[0]]), cache=caches)
+    with identity.unchanged(model):
+        model(mx.array([[0]]), cache=caches)
     return caches
 
 
@@ -194,7 +196,7 @@ def with_caches(
         elif found.compressible and found.slot is not None:
             slots = list(caches[found.layer].caches)
             slots[found.slot] = make(found)
-            caches[found.layer] = CacheList(*slots)
+            caches[found.layer] = type(caches[found.layer])(*slots)
     return caches
 
 
@@ -206,13 +208,14 @@ def probes_of(caches: Sequence[Any]) -> list[Probe]:
 def _first_facts(caches: Sequence[Any]) -> list[LayerFacts]:
     facts = []
     for layer, entry in enumerate(caches):
-        slots = list(enumerate(entry.caches)) if isinstance(entry, CacheList) else [(None, entry)]
+        slots = list(enumerate(entry.caches)) if type(entry).__name__ == "CacheList" else [(None, entry)]
         for slot, own in slots:
             name = type(own).__name__
-            found = LayerFacts(layer, name, type(own) in (KVCache, RotatingKVCache), slot)
+            ours = type(own).__module__ in ("mlx_lm.models.cache", "mlx_vlm.models.cache")
+            found = LayerFacts(layer, name, ours and name in ("KVCache", "RotatingKVCache"), slot)
             if not found.compressible:
                 found.leave(f"the model's own {name} is kept")
-            elif type(own) is RotatingKVCache:
+            elif name == "RotatingKVCache":
                 found.max_size, found.keep = own.max_size, own.keep
                 found.reason = f"attention reads the codes of the {own.max_size} tokens it sees"
             facts.append(found)
@@ -232,7 +235,9 @@ def _passes(model: Module, facts: Sequence[LayerFacts]) -> bool:
         kind, on_codes = type(error).__name__, [p.facts for p in probes if p.fetched and p.facts.path != "arrays"]
         if not probes:
             name = type(model).__module__
-            raise InputError(f"This model ({name}) does not run on one token with its own caches: {error}") from error
+            part = ". Give its language_model" if hasattr(model, "language_model") else ""
+            said = f"This model ({name}) does not run on one token with its own caches: {error}{part}"
+            raise InputError(said) from error
         for found in on_codes[-1:]:
             if found.path == "codes" and found.kv_heads == 1 and found.key_dim in _latents(model):
                 found.path, found.reason = "latents", "attention reads the codes of the latent (MLA)"
