@@ -44,11 +44,11 @@ class _Perturbed(Recorder):
         """See `Handle.attend`; in blocks of queries where MLX would make all logits, those of later keys too."""
         if not isinstance(mask, str) or runtime.backend() != "cpu":  # "causal" is the only word
             return super().attend(q, scale, mask, sinks)
-        before, total = self.keys.shape[2] - q.shape[2], self.keys.shape[2]
+        before, total = self.stored_keys.shape[2] - q.shape[2], self.stored_keys.shape[2]
         parts = []
         for i in range(0, q.shape[2], _BLOCK):
             seen = min(before + i + _BLOCK, total)
-            own = q[:, :, i : i + _BLOCK], self.keys[:, :, :seen], self.values[:, :, :seen]
+            own = q[:, :, i : i + _BLOCK], self.stored_keys[:, :, :seen], self.mixed[:, :, :seen]
             parts.append(mx.fast.scaled_dot_product_attention(*own, scale=scale, mask=mask, sinks=sinks))
         return mx.concatenate(parts, axis=2)
 
