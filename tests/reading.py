@@ -162,6 +162,8 @@ def attend(queries, tokens):
     scores = [grouped @ run.keys.astype(mx.float32).swapaxes(-1, -2) for run in runs]
     scores.insert(int(tokens.sinks is not None), coded_queries @ expand(tokens.keys).swapaxes(-1, -2))
     joined = mx.concatenate(scores, axis=-1) * queries.scale
+    if queries.cap is not None:
+        joined = mx.tanh(joined / queries.cap) * queries.cap
     if queries.mask is not None:
         full = mx.broadcast_to(queries.mask, (*q.shape[:3], joined.shape[-1]))
         joined = joined + full.reshape(joined.shape)

@@ -68,10 +68,24 @@ def relative(x, wanted):
     return float((mx.linalg.norm(x.astype(mx.float32) - wanted) / mx.linalg.norm(wanted)).item())
 
 
-def both(h: History, q, mask=None, sinks=None):
+def both(h: History, q, mask=None, sinks=None, cap=None):
     """What the kernel gives, and what graph ops give."""
     scale = 1 / math.sqrt(q.shape[-1])
-    return h._attend_in_kernel(q, scale, mask, sinks), h._attend_codes(q.astype(mx.float32), scale, mask, sinks)
+    in_graph = h._attend_codes(q.astype(mx.float32), scale, mask, sinks, cap)
+    return h._attend_in_kernel(q, scale, mask, sinks, cap), in_graph
+
+
+@pytest.mark.parametrize("cap", [0.5, 50.0])
+def test_a_kernel_caps_logits(cap):
+    """The first call, which prepares, and the next; a call without a cap after it is no such call."""
+    h = history(METHODS["turboquant"].codec(DIM, 4, "keys"), METHODS["turboquant"].codec(DIM, 4, "values"))
+    q = normal(1, 4, 1, DIM) * 5
+    free = both(h, q)[1]
+    for _ in range(2):
+        in_kernel, in_graph = both(h, q, cap=cap)
+        assert relative(in_kernel, in_graph) < TOLERANCE
+    assert cap > 10 or relative(in_graph, free) > 0.1
+    assert relative(both(h, q)[0], free) < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,6 @@ from tests.families import FAMILIES, measure  # type: ignore[attr-defined]
 
 CODES = {
     "qwen3_next": "3 × own, codes",  # linear attention in three layers of four
-    "phi": "2 × arrays",  # asks for the dtype of keys
-    "gemma2": "2 × arrays",  # caps its logits by its own arithmetic
     "gemma3_text": "3 × codes",
     "gemma3n": "2 × codes",  # two layers of four have caches, the others read theirs
     "gemma4_text": "4 × codes",

@@ -5,6 +5,7 @@ import time
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
@@ -35,10 +36,20 @@ def adapted(model):
     linear_to_lora_layers(model, 1, {"rank": 2, "scale": 20.0, "dropout": 0.0, "keys": {"self_attn.q_proj"}})
 
 
+def fused(model):
+    """An adapter that changes something, made part of the weights it is for."""
+    adapted(model)
+    adapters = [(name, module) for name, module in model.named_modules() if hasattr(module, "fuse")]
+    for _, module in adapters:
+        module.lora_b = mx.ones_like(module.lora_b)
+    model.update_modules(tree_unflatten([(name, module.fuse()) for name, module in adapters]))
+
+
 CHANGES = {
     "scaled in place": scaled,
     "some columns": one_column,
     "an adapter that does nothing yet": adapted,
+    "a fused adapter": fused,
     "a cast": lambda model: model.set_dtype(mx.bfloat16),
     "quantized": nn.quantize,
     "another rotation": lambda model: setattr(model.layers[0].self_attn.rope, "base", 5e5),
@@ -60,6 +71,22 @@ def test_a_changed_model_is_another(model, change, tmp_path):
     save_prompt_cache(str(after), cache)
     assert [c.offset for c in vl.load_cache(after, model)] == [len(IDS)] * len(model.layers)
     assert len(load_prompt_cache(str(after))) == len(model.layers)
+
+
+@pytest.mark.parametrize(
+    ("family", "method"), [("llama", "none"), ("mamba2", "turboquant"), ("falcon_h1", "none"), ("gemma3_text", "none")]
+)
+def test_a_file_of_another_model_is_refused_whatever_it_holds(family, method, tmp_path):
+    """Exact tokens alone, states alone, or states beside tokens: layers that nothing compresses say their model too."""
+    file, model = tmp_path / "prompt.safetensors", tiny(family, seed=SEED)
+    cache = vl.make_cache(model, method, window=1000)
+    model(mx.array([IDS]), cache=cache)
+    save_prompt_cache(str(file), cache)
+    assert len(vl.load_cache(file, model)) == len(cache)
+    with pytest.raises(InputError, match=f"made for the model {family} of . layers, .* and this is {family}"):
+        vl.load_cache(file, tiny(family, seed=SEED + 1))
+    with pytest.raises(InputError, match=f"made for the model {family} of"):
+        vl.load_cache(file, tiny(family, seed=SEED, num_hidden_layers=4))
 
 
 def test_a_change_that_is_undone_is_none(model, tmp_path):

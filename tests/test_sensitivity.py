@@ -209,7 +209,7 @@ def test_models_that_cannot_are_told_what_can(tmp_path):
     with pytest.raises(InputError, match="No layer of this model keeps plain keys and values"):
         measured(tiny("mamba2"), tmp_path)
     with pytest.raises(InputError, match="Layer 0 of this model does not show its queries"):
-        measured(tiny("gemma2"), tmp_path, by="attention_output")
+        measured(tiny("deepseek_v3"), tmp_path, by="attention_output")
 
 
 def test_a_model_that_cannot_be_differentiated_is_refused(model, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from itertools import chain
 from threading import get_ident
 
 import mlx.core as mx
-from mlx_lm.models.base import create_causal_mask
 
+from veloxlab.cache.arithmetic import as_added, attend_exactly, capped, narrowed, weights_of
 from veloxlab.cache.expand import expanded, made_up_code, take_turn
 from veloxlab.cache.past import (
     Past,
@@ -32,8 +32,7 @@ from veloxlab.kernels.call import AttentionKernel, PreparedCall, Queries, Tokens
 from veloxlab.kernels.call import Exact as ExactTokens
 from veloxlab.kernels.checked import agrees, difference, differentiable, evaluated, made_up, with_derivatives
 from veloxlab.kernels.devices import current_backend, expanded_bytes
-from veloxlab.kernels.expand import LARGEST_HALF
-from veloxlab.mlxlm.hooks import Handle, Mask
+from veloxlab.mlxlm.hooks import Handle, Mask, shape_of
 
 _TRIAL = 3, 333, 70  # tokens before, in and after codes, on which a kernel is tried: no multiples of anything
 _HIDDEN = 0.2  # share of them that its mask hides
@@ -54,12 +53,25 @@ class History(Handle):
         stored: tuple[mx.array, ...] = (),
         past: Past | None = None,
         newest: ExactTokens | None = None,
+        dtype: mx.Dtype = mx.float32,
     ) -> None:
         if past is None:
             past, behind = Past(segments), segments[-1:]
             if len(segments) > 1 and all(isinstance(c, Exact) for c in (behind[0].key_codec, behind[0].value_codec)):
                 past, newest = Past(segments[:-1]), exact_run(behind[0])
-        self.past, self.newest, self.stored = past, newest, stored
+        self.past, self.newest, self.stored, self._dtype = past, newest, stored, dtype
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """See `Handle.dtype`."""
+        return self._dtype if self.newest is None else self.newest.keys.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Handle.shape`."""
+        last = self.segments[-1]
+        batch, heads = next(iter(last.keys.arrays.values())).shape[0], last.key_codec.heads_of(last.keys)
+        return shape_of((batch, heads, self.tokens), last.key_codec.head_dim, last.value_codec.head_dim)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -68,13 +80,6 @@ class History(Handle):
             return self.past.segments
         keys, values = (x[:, :, : self.newest.tokens] for x in (self.newest.keys, self.newest.values))
         return *self.past.segments, exact_segment(exact_codes(keys, values))
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``[B, H, S, D]`` of the keys: mlx-vlm asks how many there are, and cuts its mask."""
-        last = self.segments[-1]
-        batch, heads = next(iter(last.keys.arrays.values())).shape[0], last.key_codec.heads_of(last.keys)
-        return batch, heads, self.tokens, last.key_codec.head_dim
 
     @property
     def tokens(self) -> int:
@@ -101,15 +106,19 @@ class History(Handle):
         """The same where what is stored as keys is read as values too."""
         return History(tuple(replace(s, value_codec=s.key_codec, values=s.keys) for s in self.segments))
 
-    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+    def attend(
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
+    ) -> mx.array:
         if q.shape[2] > FEW_QUERIES:
-            out = self._attend_expanded(q, scale, mask, sinks)
+            out = self._attend_expanded(q, scale, mask, sinks, cap)
             return mx.depends([out], list(self.stored))[0] if self.stored else out
-        fused = self._attend_in_kernel(q, scale, mask, sinks)
-        return self._attend_codes(q, scale, mask, sinks) if fused is None else fused
+        fused = self._attend_in_kernel(q, scale, mask, sinks, cap)
+        return self._attend_codes(q, scale, mask, sinks, cap) if fused is None else fused
 
-    def _attend_expanded(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None) -> mx.array:
-        """By MLX's fused attention over decoded tokens, of some KV heads after others if they are large and alike."""
+    def _attend_expanded(
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None, cap: float | None
+    ) -> mx.array:
+        """Over decoded tokens, of some KV heads after others if they are large and alike."""
         codecs = [codec for s in self.segments for codec in (s.key_codec, s.value_codec)]
         kv_heads = together = self.segments[-1].key_codec.heads_of(self.segments[-1].keys)
         head_bytes = q.shape[0] * self.tokens * sum(codec.head_dim for codec in codecs[-2:]) * q.dtype.size
@@ -121,20 +130,20 @@ class History(Handle):
         for first in range(0, kv_heads, together):
             keys, values = self.expand(q.dtype, slice(first, first + together), after=parts[-1])
             heads = slice(first * queries, (first + together) * queries)
-            by_head = isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] > 1
-            own = mask[:, heads] if by_head else mask  # type: ignore[index]
-            logits = None if sinks is None else sinks.astype(q.dtype)[heads]
-            attend = mx.fast.scaled_dot_product_attention
-            parts.append(attend(q[:, heads], keys, values, scale=scale, mask=own, sinks=logits))
+            own: Mask = mask
+            if isinstance(mask, mx.array) and mask.ndim == 4 and mask.shape[1] > 1:
+                own = mask[:, heads]
+            logits = None if sinks is None else sinks[heads]
+            parts.append(attend_exactly(q[:, heads], keys, values, scale, own, logits, cap))
         return mx.concatenate(parts[1:], axis=1)
 
     def _attend_in_kernel(
-        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
     ) -> mx.array | None:
         """By a kernel, or None where there is none for this device, these segments and codecs."""
-        newest, like, last = self.newest, _like(q, scale), self.past.last
+        newest, like, last = self.newest, _like(q, scale, cap), self.past.last
         if last is not None and last[0] == like and mask is None and sinks is None:
-            queries, (backend, call) = Queries(q, scale), last[1:]
+            queries, (backend, call) = Queries(q, scale, cap=cap), last[1:]
         else:
             current, call = current_backend(), None
             if current is None:
@@ -145,7 +154,7 @@ class History(Handle):
             if self.past.readers is None:
                 return None
             added = None if mask is None else as_added(mask, q, self.tokens)
-            queries = self._queries(q if backend.lazy else q.astype(mx.float32), scale, added, sinks)
+            queries = self._queries(q if backend.lazy else q.astype(mx.float32), scale, added, sinks, cap)
         beside = [x for x in (queries.coded, queries.mask, queries.logits) if x is not None]
         if not backend.lazy:
             exact = () if newest is None else (newest.keys, newest.values)
@@ -163,7 +172,7 @@ class History(Handle):
     def _call(self, backend: Backend, queries: Queries) -> PreparedCall | None:
         """Such a call of a kernel that agrees with the reference, if there is one: each thread has calls of its own."""
         q, calls = queries.q, self.past.calls
-        like = get_ident(), backend, q.shape, q.dtype, queries.scale, queries.mask is None, queries.logits is None
+        like = get_ident(), backend, q.shape, q.dtype, *queries.kind
         if like not in calls:
             calls[like], tokens = None, self._tokens()
             kernel = None if tokens is None else backend.attention(queries, tokens, backend)
@@ -176,7 +185,7 @@ class History(Handle):
     def _with_derivatives(self, out: mx.array, q: mx.array, queries: Queries) -> mx.array:
         """The answer of a kernel that is no part of MLX's graph, whose derivatives follow the reference."""
         past, newest, beside = self.past, self.newest, [x for x in (queries.mask, queries.logits) if x is not None]
-        like = queries.scale, queries.mask is None, queries.logits is None
+        like = queries.kind
         if like not in past.derivatives:
             past.derivatives[like] = differentiable(_reference(past.segments, *like))
         behind = () if newest is None else (_number(newest.tokens), newest.keys, newest.values)
@@ -199,10 +208,12 @@ class History(Handle):
         key_dim, value_dim = packed.key_codec.head_dim, packed.value_codec.head_dim
         return Tokens(*readers, past.sinks, self.newest, key_dim, value_dim)
 
-    def _queries(self, q: mx.array, scale: float, added: mx.array | None, sinks: mx.array | None) -> Queries:
+    def _queries(
+        self, q: mx.array, scale: float, added: mx.array | None, sinks: mx.array | None, cap: float | None
+    ) -> Queries:
         brings_in = self.past.brings_in
         logits = None if sinks is None else sinks.astype(mx.float32)
-        return Queries(q, scale, None if brings_in is None else brings_in(q), added, logits)
+        return Queries(q, scale, None if brings_in is None else brings_in(q), added, logits, cap)
 
     def _brought_out(self, found: tuple[mx.array, mx.array | None], dtype: mx.Dtype) -> mx.array:
         """The answer of a kernel, to which is added what it leaves in the space of the values' codes."""
@@ -210,7 +221,7 @@ class History(Handle):
         if mixed is not None:
             assert self.past.packed is not None
             out = out + self.past.packed.value_codec.from_codes(mixed).reshape(out.shape).astype(out.dtype)
-        return out if out.dtype == dtype else _narrowed(out, dtype)
+        return out if out.dtype == dtype else narrowed(out, dtype)
 
     def _disagreement(self, kernel: AttentionKernel, queries: Queries, tokens: Tokens) -> str:
         """What is wrong with a kernel for such a call, in words, or nothing: a made-up history is read both ways."""
@@ -222,9 +233,9 @@ class History(Handle):
         hidden = mx.random.bernoulli(_HIDDEN, (*q.shape[:3], history.tokens), key=mx.random.key(2))
         mask = None if queries.mask is None else mx.where(hidden, -1e9, 0.0)
         sinks = None if queries.logits is None else made_up(queries.logits, 1, seed=3)
-        some, given = history._tokens(), history._queries(q, queries.scale, mask, sinks)
+        some, given = history._tokens(), history._queries(q, queries.scale, mask, sinks, queries.cap)
         assert some is not None
-        wanted = history._attend_codes(q.astype(mx.float32), queries.scale, mask, sinks)
+        wanted = history._attend_codes(q.astype(mx.float32), queries.scale, mask, sinks, queries.cap)
         found = kernel.prepared(given, some)(given, some.recent)
         return difference({"out": history._brought_out(found, q.dtype)}, {"out": wanted})
 
@@ -232,23 +243,25 @@ class History(Handle):
         scaled = q.astype(mx.float32) * scale
         return mx.concatenate([s.key_codec.scores(scaled, s.keys) for s in self.segments], axis=-1)
 
-    def _attend_codes(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
-        scores, added = self._scores(q, scale), as_added(mask, q, self.tokens)
-        if added is not None:
-            scores = scores + added
-        if sinks is not None:  # behind the tokens, so that their places stay
-            beside = mx.broadcast_to(sinks.astype(mx.float32)[None, :, None, None], (*q.shape[:3], 1))
-            scores = mx.concatenate([scores, beside], axis=-1)
-        weights = mx.softmax(scores, axis=-1, precise=True)
+    def _attend_codes(
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
+    ) -> mx.array:
+        weights = weights_of(capped(self._scores(q, scale), cap), as_added(mask, q, self.tokens), sinks)
         mixed, start = mx.array(0.0), 0
         for s in self.segments:
             part = weights[..., start : start + s.values.tokens]
             mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
-        return _narrowed(mixed, q.dtype)
+        return narrowed(mixed, q.dtype)
 
 
 def attend_together(
-    histories: Sequence[History], columns: Sequence[int], q: mx.array, scale: float, mask: Mask, sinks: mx.array | None
+    histories: Sequence[History],
+    columns: Sequence[int],
+    q: mx.array,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None,
+    cap: float | None = None,
 ) -> mx.array | None:
     """Few queries ``[B, Hq, L, Dk]`` of a batch, each entry of which has a history of its own, by one call of a kernel.
 
@@ -258,7 +271,7 @@ def attend_together(
     if backend is None or backend.together is None or None in spaces or len(spaces) > 1 or isinstance(mask, str):
         return None
     width = None if mask is None else as_added(mask, q, mask.shape[-1])
-    queries = histories[0]._queries(q.astype(mx.float32), scale, width, sinks)
+    queries = histories[0]._queries(q.astype(mx.float32), scale, width, sinks, cap)
     exact = [exact_arrays(history.segments) for history in histories]
     given = queries.q, queries.coded, queries.mask, queries.logits, *chain(*exact)
     if not evaluated(*(x for x in given if x is not None)):
@@ -278,19 +291,19 @@ def attend_together(
         for i, history in enumerate(histories):
             seen = History(with_exact_arrays(history.segments, own))
             columns_seen = None if width is None else width[i : i + 1, ..., columns[i] : columns[i] + history.tokens]
-            parts.append(seen._attend_codes(q[i : i + 1], scale, columns_seen, sinks))
+            parts.append(seen._attend_codes(q[i : i + 1], scale, columns_seen, sinks, cap))
         return {"out": mx.concatenate(parts)}
 
     return with_derivatives({"out": out}, by_graph, q, *chain(*exact))["out"]
 
 
-def _like(q: mx.array, scale: float) -> tuple[object, ...]:
+def _like(q: mx.array, scale: float, cap: float | None) -> tuple[object, ...]:
     """What one prepared call serves: queries of the same form, on the same device, in the same thread."""
-    return q.shape, q.dtype, scale, get_ident(), mx.default_device()
+    return q.shape, q.dtype, scale, cap, get_ident(), mx.default_device()
 
 
 def _reference(
-    segments: tuple[Segment, ...], scale: float, no_mask: bool, no_logits: bool
+    segments: tuple[Segment, ...], scale: float, cap: float | None, no_mask: bool, no_logits: bool
 ) -> Callable[..., list[mx.array]]:
     """Attention of queries by MLX operations, over such segments and what is new.
 
@@ -304,7 +317,7 @@ def _reference(
         if behind:
             keys, values = (x[:, :, : behind[0].item()] for x in behind[1:])
             own = *own, exact_segment(exact_codes(keys, values))
-        return [History(own)._attend_codes(q, scale, mask, logits)]
+        return [History(own)._attend_codes(q, scale, mask, logits, cap)]
 
     return by_graph
 
@@ -312,24 +325,7 @@ def _reference(
 _number = lru_cache(mx.array)
 
 
-def _narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:
-    """An answer in ``dtype``; numbers that are finite stay so."""
-    if x.dtype == mx.float32 and dtype == mx.float16:
-        x = mx.where(mx.isinf(x), x, mx.clip(x, -LARGEST_HALF, LARGEST_HALF))
-    return x.astype(dtype)
-
-
 def _made_up(s: Segment, tokens: int, kv_heads: int, dtype: mx.Dtype) -> Segment:
     """Such a segment as a kernel is tried on."""
     keys = made_up_code(s.key_codec, s.keys.start, tokens, kv_heads, dtype, seed=4)
     return replace(s, keys=keys, values=made_up_code(s.value_codec, s.values.start, tokens, kv_heads, dtype, seed=5))
-
-
-def as_added(mask: Mask, q: mx.array, tokens: int) -> mx.array | None:
-    """The mask as something to be added to scores ``[B, Hq, L, S]`` float32, or None."""
-    if mask is None or (isinstance(mask, str) and q.shape[2] == 1):
-        return None
-    some: mx.array = create_causal_mask(q.shape[2], tokens - q.shape[2]) if isinstance(mask, str) else mask
-    if some.dtype == mx.bool_:
-        some = mx.where(some, 0.0, mx.finfo(mx.float32).min)
-    return mx.broadcast_to(some.astype(mx.float32), (*q.shape[:3], tokens))

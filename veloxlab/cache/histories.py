@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 
 from veloxlab.cache import places
-from veloxlab.cache.attention import FEW_QUERIES, History, as_added, attend_together
+from veloxlab.cache.arithmetic import as_added
+from veloxlab.cache.attention import FEW_QUERIES, History, attend_together
 from veloxlab.cache.past import Segment
 from veloxlab.codecs import TENSORS, Code
 from veloxlab.kernels.attend import AttendKernel, Sizes
 from veloxlab.kernels.call import Queries
 from veloxlab.kernels.checked import agrees
 from veloxlab.kernels.devices import current_backend
-from veloxlab.mlxlm.hooks import Handle, Mask
+from veloxlab.mlxlm.hooks import Handle, Mask, shape_of
 
 if TYPE_CHECKING:
     from veloxlab.cache.stack import Stack
@@ -36,7 +37,25 @@ class BatchHistory(Handle):
 
     rows: tuple[BatchRow, ...]
 
-    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+    @property
+    def dtype(self) -> mx.Dtype:
+        """See `Handle.dtype`."""
+        return self._one.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Handle.shape`; S is where the longest sequence ends."""
+        _, heads, _, dim = self._one.shape
+        end = max(column + history.tokens for history, _, column in self.rows if history is not None)
+        return len(self.rows), heads, end, dim
+
+    @property
+    def _one(self) -> History:
+        return next(row.history for row in self.rows if row.history is not None)
+
+    def attend(
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
+    ) -> mx.array:
         """See `Handle.attend`; ``q`` ``[B, Hq, L, Dk]`` is padded, and what it gives for padding is 0."""
         parts: dict[int, mx.array] = {}
         if isinstance(mask, mx.array):
@@ -44,7 +63,7 @@ class BatchHistory(Handle):
         whole = slice(0, q.shape[2])
         histories = [row.history for row in self.rows if row.history is not None and row.own == whole]
         if q.shape[2] <= FEW_QUERIES and len(histories) == len(self.rows) and not isinstance(mask, str):
-            together = attend_together(histories, [row.column for row in self.rows], q, scale, mask, sinks)
+            together = attend_together(histories, [row.column for row in self.rows], q, scale, mask, sinks, cap)
             if together is not None:
                 return together
         for i, (history, own, column) in enumerate(self.rows):
@@ -54,7 +73,7 @@ class BatchHistory(Handle):
             if isinstance(mask, mx.array):
                 at = i if mask.shape[0] > 1 else 0
                 seen = mask[at : at + 1, :, own, column : column + history.tokens]
-            done = history.attend(q[i : i + 1, :, own], scale, seen, sinks)
+            done = history.attend(q[i : i + 1, :, own], scale, seen, sinks, cap)
             parts[i] = mx.pad(done, [(0, 0), (0, 0), (own.start, q.shape[2] - own.stop), (0, 0)])
         padding = mx.zeros_like(next(iter(parts.values())))
         return mx.concatenate([parts.get(i, padding) for i in range(len(self.rows))])
@@ -76,25 +95,41 @@ class StackHistory(Handle):
     def __init__(self, stack: Stack) -> None:
         self._stack = stack
 
-    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+    @property
+    def dtype(self) -> mx.Dtype:
+        """See `Handle.dtype`."""
+        exact: mx.array = next(iter(self._stack.held[-1].values()))
+        return exact.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Handle.shape`; S is where the longest sequence ends."""
+        stack, whole = self._stack, self._whole().segments[-1]
+        end = max(a + b for a, b in zip(stack.columns, stack.lengths, strict=True))
+        dims = whole.key_codec.head_dim, whole.value_codec.head_dim
+        return shape_of((len(stack.rows), whole.key_codec.heads_of(whole.keys), end), *dims)
+
+    def attend(
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
+    ) -> mx.array:
         stack = self._stack
         if mask is not None and (isinstance(mask, str) or mask is stack.mask_of_all(mask.shape[-1] - 1)):
             mask = None
-        like = q.shape, q.dtype, scale, mask is None, sinks is None
+        like = q.shape, q.dtype, scale, cap, mask is None, sinks is None
         if like not in stack.calls:
-            stack.calls[like] = self._prepared(q, scale, mask, sinks)
+            stack.calls[like] = self._prepared(Queries(q, scale, mask=mask, logits=sinks, cap=cap))
         call = stack.calls[like]
         if call is None:
-            return self._by_rows(q, scale, mask, sinks)
+            return self._by_rows(Queries(q, scale, mask=mask, logits=sinks, cap=cap))
         return call.attend(q, mask, sinks, places.sizes(stack.form, stack.column, stack.padding, call.blocks))
 
-    def _prepared(self, q: mx.array, scale: float, mask: mx.array | None, sinks: mx.array | None) -> Call | None:
+    def _prepared(self, given: Queries) -> Call | None:
         """What answers such queries by a kernel that agrees with the reference, if there is one."""
-        stack, backend, whole = self._stack, current_backend(), self._whole()
+        stack, backend, whole, q = self._stack, current_backend(), self._whole(), given.q
         tokens = whole._tokens()
         if backend is None or tokens is None or (q.shape[0], q.shape[2]) != (len(stack.rows), 1):
             return None
-        queries = _queries(whole, q, scale, mask, sinks)
+        queries, scale, cap = _queries(whole, given), given.scale, given.cap
         kernel, written = backend.attention(queries, tokens, backend), {id(x) for x in stack.held[1].values()}
         in_place = all(id(x) in written for reader in (tokens.keys, tokens.values) for x in reader.stored_arrays)
         if not isinstance(kernel, AttendKernel) or not in_place:
@@ -104,7 +139,8 @@ class StackHistory(Handle):
         read, recent = kernel.prepared_anywhere(queries, tokens), tokens.recent
 
         def attend(q: mx.array, mask: mx.array | None, sinks: mx.array | None, sizes: Sizes) -> mx.array:
-            return whole._brought_out(read(_queries(whole, q, scale, mask, sinks), recent, sizes), q.dtype)
+            own = _queries(whole, Queries(q, scale, mask=mask, logits=sinks, cap=cap))
+            return whole._brought_out(read(own, recent, sizes), q.dtype)
 
         return Call(attend, kernel.blocks)
 
@@ -120,14 +156,15 @@ class StackHistory(Handle):
             segments.append(Segment(codecs[0], keys, codecs[1], values))
         return History(tuple(segments if stack.form.sinks else segments[1:]))
 
-    def _by_rows(self, q: mx.array, scale: float, mask: mx.array | None, sinks: mx.array | None) -> mx.array:
-        stack, whole = self._stack, slice(0, q.shape[2])
+    def _by_rows(self, given: Queries) -> mx.array:
+        stack, whole = self._stack, slice(0, given.q.shape[2])
         stack.refused = True
         stack.show()
         both = zip(stack.rows, stack.columns, strict=True)
         rows = tuple(BatchRow(row._history(), whole, column) for row, column in both)
-        return BatchHistory(rows).attend(q, scale, mask, sinks)
+        return BatchHistory(rows).attend(given.q, given.scale, given.mask, given.logits, given.cap)
 
 
-def _queries(whole: History, q: mx.array, scale: float, mask: mx.array | None, sinks: mx.array | None) -> Queries:
-    return whole._queries(q, scale, None if mask is None else as_added(mask, q, mask.shape[-1]), sinks)
+def _queries(whole: History, given: Queries) -> Queries:
+    added = None if given.mask is None else as_added(given.mask, given.q, given.mask.shape[-1])
+    return whole._queries(given.q, given.scale, added, given.logits, given.cap)

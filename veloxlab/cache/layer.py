@@ -165,7 +165,7 @@ class CompressedKVCache(Runs, saved.Saved):
             return History(past=self._past, newest=self.recent.exact)
         segments = segments or self._segments(hidden)
         self.evict()
-        history = History(segments, tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else ())
+        history = History(segments, tuple(self.buffers) if keys.shape[2] > FEW_QUERIES else (), dtype=keys.dtype)
         self._lent = history if self.lends else None
         return history
 
@@ -276,7 +276,7 @@ class CompressedKVCache(Runs, saved.Saved):
         return self
 
     def _history(self) -> History:
-        return History(self._segments())
+        return History(self._segments(), dtype=self._dtype)
 
     def _segments(self, hidden: int = 0) -> tuple[Segment, ...]:
         return segments_of(self, self.runs, (self.key_codec, self.value_codec), hidden)

@@ -147,7 +147,7 @@ def attend_kernel(queries: Queries, tokens: Tokens, backend: Backend) -> AttendK
     """
     keys, values = tokens.keys, tokens.values
     which = (
-        *(backend, queries.q.shape[1:], queries.q.dtype, queries.scale, queries.mask is None, queries.logits is None),
+        *(backend, queries.q.shape[1:], queries.q.dtype, *queries.kind),
         *(tokens.key_dim, tokens.value_dim, tokens.exact_type, keys.key, values.key, tokens.one_table),
     )
     if which not in _KERNELS:
@@ -232,6 +232,7 @@ def _attend_source(
             ("SHARED", f"{queries.q.shape[1] // keys.kv_heads}u"),
             ("KV_HEADS", f"{keys.kv_heads}u"),
             ("SCALE", f"{queries.scale!r}f"),
+            ("CAP", f"{queries.cap or 0.0!r}f"),
             ("HAS_MASK", int(queries.mask is not None)),
             ("KEY_SPREAD", int(keys.signs is not None)),
             ("EXACT_KEY", tokens.key_dim),

@@ -63,6 +63,12 @@ class Queries:
     coded: mx.array | None = None  # q in the space of the keys' codes [B, H, Hq/H · L, keys.dim] float32, if by a codec
     mask: mx.array | None = None  # to be added to the scores [B, Hq, L, S] float32
     logits: mx.array | None = None  # beside the tokens' scores in each head's softmax, without a value [Hq] float32
+    cap: float | None = None  # a score x becomes cap · tanh(x / cap), before the mask
+
+    @property
+    def kind(self) -> tuple[float, float | None, bool, bool]:
+        """What calls of one kernel have in common beside shapes and types: scale, cap, no mask, no logits."""
+        return self.scale, self.cap, self.mask is None, self.logits is None
 
 
 class PreparedCall(Protocol):

@@ -16,6 +16,7 @@ from mlx_lm.models.base import create_causal_mask
 from mlx_lm.models.cache import create_attention_mask
 
 from veloxlab import runtime
+from veloxlab.cache.arithmetic import attend_exactly, capped
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.checks import check_fields, checked, instance, many, whole
 from veloxlab.codecs import TENSORS, Codec, Tensor, find_method
@@ -55,6 +56,7 @@ class LayerCapture:
     values: mx.array  # [1, H, S, Dv]
     scale: float | None  # what the model multiplies q·k with, or None with the queries
     rope: Rope | None = None  # the rotary embedding that keys and queries went through, where one is known
+    cap: float | None = None  # what the model bends logits to: see `Handle.attend`
 
     def vectors(self, tensor: Tensor) -> mx.array:
         """Keys or values, in float32."""
@@ -71,7 +73,7 @@ class LayerCapture:
         """Of its queries and of keys ``[1, H, S, Dk]``, in float32 and without a mask: ``[H, Hq/H, S, S]``."""
         _, kv_heads, tokens, head_dim = keys.shape
         queries = self.queries.astype(mx.float32).reshape(kv_heads, -1, tokens, head_dim)  # type: ignore[union-attr]
-        return queries @ keys[0][:, None].swapaxes(-1, -2) * self.scale  # type: ignore[operator]  # there with queries
+        return capped(queries @ keys[0][:, None].swapaxes(-1, -2) * self.scale, self.cap)  # type: ignore[operator]
 
     def attend(self, keys: mx.array, values: mx.array) -> mx.array:
         """Causal attention of its queries to other keys and values, in float32: ``[H, Hq/H, S, Dv]``."""
@@ -145,7 +147,7 @@ def capture_layers(
     for done, rope in enumerate(ropes):
         own = recorders.pop(0)
         mx.eval([a for a in (own.queries, own.stored_keys, own.stored_values) if a is not None])
-        seen = LayerCapture(own.facts.layer, own.queries, own.stored_keys, own.stored_values, own.scale, rope)
+        seen = LayerCapture(own.facts.layer, own.queries, own.stored_keys, own.stored_values, own.scale, rope, own.cap)
         progress(done, len(ropes), f"{doing} layer {seen.layer}")
         yield seen
     progress(len(ropes), len(ropes), "done")
@@ -212,14 +214,15 @@ class Recorder(probe.Probe):
         super().__init__(facts)
         self.queries: mx.array | None = None
         self.scale: float | None = None
+        self.cap: float | None = None
 
-    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+    def attend(
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
+    ) -> mx.array:
         """See `Handle.attend`; the layer's own queries are kept."""
         if self.queries is None:  # layers that borrow these keys and values attend later
-            self.queries, self.scale = q, scale
-        return mx.fast.scaled_dot_product_attention(
-            q, self.stored_keys, self.mixed, scale=scale, mask=cast("Any", mask), sinks=sinks
-        )
+            self.queries, self.scale, self.cap = q, scale, cap
+        return attend_exactly(q, self.stored_keys, self.mixed, scale, mask, sinks, cap)
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask that ``N`` tokens need, in mlx-lm's terms."""

@@ -11,6 +11,7 @@ import polars as pl
 from mlx_lm.models.base import create_causal_mask
 from numpy.typing import ArrayLike, NDArray
 
+from veloxlab.cache.arithmetic import capped
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.expand import expanded
 from veloxlab.cache.plan import tensor_bits, usual_bits
@@ -236,7 +237,7 @@ def attention_map(
     width = usual_bits(method, 8 * layer.keys.dtype.size, bits)
     both = exact_and_decoded(layer, "keys", method, width, calibration, options)
     q = layer.queries[0, head].astype(mx.float32)
-    exact, compressed = (_weights(q, x[0, head * kv_heads // heads], layer.scale) for x in both)
+    exact, compressed = (_weights(q, x[0, head * kv_heads // heads], layer.scale, layer.cap) for x in both)
     edges = block_edges(len(exact), blocks)
     moved = np.add.reduceat(np.abs(exact - compressed).sum(axis=1) / 2, edges[:-1]) / np.diff(edges)
     pooled = {"exact": pooled_weights(exact, edges), "compressed": pooled_weights(compressed, edges)}
@@ -259,6 +260,6 @@ def pooled_weights(weights: NDArray[np.float64], edges: NDArray[np.int64]) -> ND
     return np.asarray(summed / np.diff(edges)[:, None])
 
 
-def _weights(q: mx.array, k: mx.array, scale: float) -> NDArray[np.float64]:
-    scores = mx.where(create_causal_mask(len(q), len(k) - len(q)), (q @ k.T) * scale, -mx.inf)
+def _weights(q: mx.array, k: mx.array, scale: float, cap: float | None) -> NDArray[np.float64]:
+    scores = mx.where(create_causal_mask(len(q), len(k) - len(q)), capped((q @ k.T) * scale, cap), -mx.inf)
     return np.array(softmax(scores)).astype(np.float64)

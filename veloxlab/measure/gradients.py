@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx.nn.layers.base import Module
 
 from veloxlab import runtime
+from veloxlab.cache.arithmetic import attend_exactly
 from veloxlab.codecs import TENSORS, Tensor
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
@@ -40,16 +41,18 @@ class _Perturbed(Recorder):
         of_keys, of_values = self._perturbation
         return super().update_and_fetch(keys + of_keys.astype(keys.dtype), values + of_values.astype(values.dtype))
 
-    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+    def attend(
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
+    ) -> mx.array:
         """See `Handle.attend`; in blocks of queries where MLX would make all logits, those of later keys too."""
         if not isinstance(mask, str) or runtime.backend() != "cpu":  # "causal" is the only word
-            return super().attend(q, scale, mask, sinks)
+            return super().attend(q, scale, mask, sinks, cap)
         before, total = self.stored_keys.shape[2] - q.shape[2], self.stored_keys.shape[2]
         parts = []
         for i in range(0, q.shape[2], _BLOCK):
             seen = min(before + i + _BLOCK, total)
             own = q[:, :, i : i + _BLOCK], self.stored_keys[:, :, :seen], self.mixed[:, :, :seen]
-            parts.append(mx.fast.scaled_dot_product_attention(*own, scale=scale, mask=mask, sinks=sinks))
+            parts.append(attend_exactly(*own, scale, mask, sinks, cap))
         return mx.concatenate(parts, axis=2)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import count
+from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
@@ -14,8 +15,11 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from veloxlab.codecs.method import Tensor
 from veloxlab.errors import InputError
-from veloxlab.mlxlm import identity
-from veloxlab.mlxlm.hooks import Handle, Mask, attach
+from veloxlab.mlxlm import (
+    arithmetic,  # noqa: F401 - registers what `attach` replaces
+    identity,
+)
+from veloxlab.mlxlm.hooks import Handle, Mask, attach, shape_of
 
 Path = Literal["codes", "latents", "arrays"]
 LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of the latent that they store as keys
@@ -65,11 +69,15 @@ class Probe(Handle):
 
     On the path ``"latents"`` a latent stands for keys and values, and the rotary part of the keys is stored beside it,
     as values: a single token attends to the handle of the latent, many to what the model itself makes of arrays.
+    It has no ``keys`` and ``values``, which a compressed cache has not: a layer that reads them there shows it now.
     """
+
+    _order: ClassVar = count()
 
     def __init__(self, facts: LayerFacts, offset: int = 0) -> None:
         self.facts, self.offset = facts, offset
         self.fetched = self.attended = False
+        self.asked = 0  # when it was last asked for its keys and values, of all probes
         if facts.path == "codes":
             self.bits, self.group_size = 0, 0
 
@@ -86,6 +94,7 @@ class Probe(Handle):
         return self._handed()
 
     def _handed(self) -> tuple[Any, Any]:
+        self.asked = next(self._order)
         if self.facts.path == "latents" and self.stored_keys.shape[2] == 1:
             return self, self.stored_values
         return (self, self) if self.facts.path == "codes" else (self.stored_keys, self.stored_values)
@@ -95,7 +104,19 @@ class Probe(Handle):
         """What attention mixes."""
         return self.stored_keys if self.facts.path == "latents" else self.stored_values
 
-    def attend(self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None) -> mx.array:
+    @property
+    def dtype(self) -> mx.Dtype:
+        """See `Handle.dtype`."""
+        return self.stored_keys.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Handle.shape`."""
+        return shape_of(self.stored_keys.shape[:3], self.stored_keys.shape[-1], self.stored_values.shape[-1])
+
+    def attend(
+        self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
+    ) -> mx.array:
         """Zeros, whatever is asked."""
         self.attended = True
         return mx.zeros((*q.shape[:-1], self.mixed.shape[-1]), q.dtype)
@@ -232,19 +253,20 @@ def _passes(model: Module, facts: Sequence[LayerFacts]) -> bool:
     try:
         model(mx.array([[0]]), cache=caches)
     except Exception as error:  # a model may fail on a handle in any way: that is the question
-        kind, on_codes = type(error).__name__, [p.facts for p in probes if p.fetched and p.facts.path != "arrays"]
+        kind, fetched = type(error).__name__, [p for p in probes if p.fetched]
         if not probes:
             name = type(model).__module__
             part = ". Give its language_model" if hasattr(model, "language_model") else ""
             said = f"This model ({name}) does not run on one token with its own caches: {error}{part}"
             raise InputError(said) from error
-        for found in on_codes[-1:]:
-            if found.path == "codes" and found.kv_heads == 1 and found.key_dim in _latents(model):
-                found.path, found.reason = "latents", "attention reads the codes of the latent (MLA)"
-            else:
-                found.path, found.reason = "arrays", f"its own arithmetic needs arrays ({kind} on anything else)"
-        for p in probes if not on_codes else ():
-            p.facts.leave(f"it needs the model's own {p.facts.native} ({kind} on any other)")
+        last = max(fetched, key=lambda p: p.asked).facts if fetched else None  # what it failed with
+        if last is not None and last.path == "codes" and last.kv_heads == 1 and last.key_dim in _latents(model):
+            last.path, last.reason = "latents", "attention reads the codes of the latent (MLA)"
+        elif last is not None and last.path != "arrays":
+            last.path, last.reason = "arrays", f"its own arithmetic needs arrays ({kind} on anything else)"
+        else:
+            for found in [p.facts for p in probes] if last is None else [last]:
+                found.leave(f"it needs the model's own {found.native} ({kind} on any other)")
         return False
     silent = [p.facts for p in probes if p.fetched and p.facts.path != "arrays" and not p.attended]
     for found in silent:

@@ -17,6 +17,7 @@ from veloxlab.kernels.cpu.rows import transform
 
 TILE: Final = 32  # tokens that are expanded together
 LEAST: Final = np.float32(np.finfo(np.float32).min)
+_TANH_IS_ONE: Final = np.float32(20)  # from there on, in float32
 _LOG2_E: Final = np.float32(math.log2(math.e))
 
 # where a call's numbers are: sizes, addresses, and strides in bytes; from `CHANGING` on each call has its own
@@ -70,7 +71,7 @@ def load_queries(job, scale, b, h, plain, coded, spare):
 
 
 @part
-def score_tile(job, b, h, queries, keys, dim, scales, position, count, scores):
+def score_tile(job, cap, b, h, queries, keys, dim, scales, position, count, scores):
     """Scores of all query rows and a tile of keys, of which the first is at ``position``."""
     length, factors = job[LENGTH], f32_at(scales)
     for r in range(job[SHARED] * length):
@@ -82,6 +83,12 @@ def score_tile(job, b, h, queries, keys, dim, scales, position, count, scores):
             y[t] = total
         for t in range(count):
             y[t] *= factors[t]
+        if cap > 0:
+            for t in range(count):
+                x = min(abs(y[t] / cap), _TANH_IS_ONE)
+                power = exponential(np.float32(-2) * x)
+                bent = cap * (np.float32(1) - power) / (np.float32(1) + power)
+                y[t] = bent if y[t] > 0 else -bent
         if job[MASK] != 0:
             head, token = h * job[SHARED] + r // length, r % length
             row = job[MASK] + b * job[MASK_STRIDES] + head * job[MASK_STRIDES + 1] + token * job[MASK_STRIDES + 2]
@@ -117,7 +124,7 @@ def mix_tile(weights, scales, values, count, dim, mixed):
 
 
 @compiled
-def attend(job, scale, first, last):
+def attend(job, scale, cap, first, last):
     """Do pieces ``first`` to ``last``. What is found of a query row: the largest score, the sum of weights, and sums.
 
     These are of values, as they are and as the space of the codes has them, each with room for the larger of both.
@@ -148,7 +155,7 @@ def attend(job, scale, first, last):
                 count, token = min(TILE, stop - position), position - start
                 call_expander(i64_at(keys)[FUNCTION], keys, b, h, token, count, tile)
                 load_scales(keys, b, h, token, count, scales)
-                score_tile(job, b, h, queries, tile, key_dim, scales, position, count, weights)
+                score_tile(job, cap, b, h, queries, tile, key_dim, scales, position, count, weights)
                 call_expander(i64_at(values)[FUNCTION], values, b, h, token, count, tile)
                 load_scales(values, b, h, token, count, scales)
                 for r in range(rows):

@@ -65,7 +65,8 @@ class PreparedCall:
         rows = batch * query_heads * length
         # numbers of an answer, of its part in the space of codes, of a split's sums of values and of weights
         self.sizes = rows * dim, rows * values.dim, 2 * rows * max(dim, values.dim), 2 * rows
-        self.scale, self.form = np.float32(queries.scale), (batch, query_heads, length, dim)
+        self.scale, self.cap = np.float32(queries.scale), np.float32(queries.cap or 0)
+        self.form = (batch, query_heads, length, dim)
         self.coded_form = None if values.signs is not None else (heads, group * length, values.dim)
         self.pieces = batch * heads  # of a split
         counts = tokens.exact_counts[0], keys.tokens
@@ -124,7 +125,7 @@ def together(
 
     def attend(first: int, last: int) -> None:
         for job in jobs:
-            loops.attend(job, one.scale, first * one.pieces, last * one.pieces)
+            loops.attend(job, one.scale, one.cap, first * one.pieces, last * one.pieces)
 
     shared(attend, parts, parts)
     for job in jobs:
@@ -148,7 +149,7 @@ def attend_kernel(queries: Queries, tokens: Tokens) -> CpuAttendKernel:
     """The kernel of such a call: one for all calls with the same dimensions, types and layouts."""
     keys, values, q = tokens.keys, tokens.values, queries.q
     shape = q.shape[1], q.shape[2], tokens.key_dim, tokens.value_dim
-    kind = (keys.key, values.key, *shape, q.dtype, tokens.exact_type, queries.mask is None, queries.logits is None)
+    kind = (keys.key, values.key, *shape, q.dtype, tokens.exact_type, *queries.kind)
     return _kernel(f"attend ({keys.name} keys, {values.name} values)", kind)
 
 

@@ -70,6 +70,13 @@ struct Fetched {
   }
 };
 
+// CAP · tanh(x / CAP), both times LOG2_E; from 20 on tanh is 1 in float32.
+FUNCTION float below_cap(float x) {
+  const float twice = x * (2.0f / (CAP > 0.0f ? CAP : 1.0f));
+  const float power = exponential2(twice < 40.0f ? (twice > -40.0f ? twice : -40.0f) : 40.0f);
+  return CAP * LOG2_E * (1.0f - 2.0f / (power + 1.0f));
+}
+
 // What scores have beside those of codes, once these are scaled: nothing.
 struct NothingAdded {
   FUNCTION void add(thread Scores&, uint, uint) const {}
@@ -163,6 +170,7 @@ FUNCTION void attend(
         const float size = value_scale[part][own] > 0.0f ? logarithm2(value_scale[part][own]) : LEAST_LOG2;
         UNROLL for (int r = 0; r < LANE_ROWS; r++) {
           float score = scores[part].sum[own * LANE_ROWS + r];
+          if (CAP > 0.0f) score = below_cap(score);
           if (HAS_MASK && token < end && score_row(lane, r) < ROWS) score += mask[mask_rows[r] + token] * LOG2_E;
           score = token < end ? score : MASKED;
           scores[part].sum[own * LANE_ROWS + r] = score;

@@ -1,0 +1,63 @@
+"""Arithmetic of attention over arrays: masks, caps of logits, and what kernels of MLX do not know."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+from mlx_lm.models.base import create_causal_mask
+
+from veloxlab.kernels.expand import LARGEST_HALF
+from veloxlab.mlxlm.hooks import Mask
+
+
+def attend_exactly(
+    q: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None = None,
+    cap: float | None = None,
+) -> mx.array:
+    """`Handle.attend` over arrays ``[B, H, S, D]``, by MLX's fused attention if there is no cap."""
+    if cap is None:
+        logits = None if sinks is None else sinks.astype(q.dtype)
+        attend = mx.fast.scaled_dot_product_attention
+        return attend(q, keys, values, scale=scale, mask=mask, sinks=logits)
+    heads, shape = keys.shape[1], (*q.shape[:3], keys.shape[2])
+    grouped = (q.astype(mx.float32) * scale).reshape(q.shape[0], heads, -1, q.shape[-1])
+    scores = capped(grouped @ keys.astype(mx.float32).swapaxes(-1, -2), cap).reshape(shape)
+    weights = weights_of(scores, as_added(mask, q, keys.shape[2]), sinks)[..., : keys.shape[2]]
+    mixed = weights.reshape(q.shape[0], heads, -1, keys.shape[2]) @ values.astype(mx.float32)
+    return narrowed(mixed.reshape(*q.shape[:3], -1), q.dtype)
+
+
+def capped(scores: mx.array, cap: float | None) -> mx.array:
+    """Scores that a cap bends: see `Handle.attend`."""
+    return scores if cap is None else mx.tanh(scores / cap) * cap
+
+
+def weights_of(scores: mx.array, added: mx.array | None, sinks: mx.array | None) -> mx.array:
+    """Softmax of scores ``[B, Hq, L, S]`` and, behind the tokens so that their places stay, of logits beside them."""
+    if added is not None:
+        scores = scores + added
+    if sinks is not None:
+        beside = mx.broadcast_to(sinks.astype(mx.float32)[None, :, None, None], (*scores.shape[:3], 1))
+        scores = mx.concatenate([scores, beside], axis=-1)
+    return mx.softmax(scores, axis=-1, precise=True)
+
+
+def narrowed(x: mx.array, dtype: mx.Dtype) -> mx.array:
+    """An answer in ``dtype``; numbers that are finite stay so."""
+    if x.dtype == mx.float32 and dtype == mx.float16:
+        x = mx.where(mx.isinf(x), x, mx.clip(x, -LARGEST_HALF, LARGEST_HALF))
+    return x.astype(dtype)
+
+
+def as_added(mask: Mask, q: mx.array, tokens: int) -> mx.array | None:
+    """The mask as something to be added to scores ``[B, Hq, L, S]`` float32, or None."""
+    if mask is None or (isinstance(mask, str) and q.shape[2] == 1):
+        return None
+    some: mx.array = create_causal_mask(q.shape[2], tokens - q.shape[2]) if isinstance(mask, str) else mask
+    if some.dtype == mx.bool_:
+        some = mx.where(some, 0.0, mx.finfo(mx.float32).min)
+    return mx.broadcast_to(some.astype(mx.float32), (*q.shape[:3], tokens))
