@@ -104,9 +104,8 @@ def attach() -> None:
             raise RuntimeError(f"This mlx-lm has no models.base.{name}: veloxlab needs mlx-lm 0.32.2 or a later 0.32.")
         pairs = _pairs.setdefault(name, [])
         for held in (getattr(module, name, None) for module in (base, sys.modules.get("mlx_vlm.models.base"))):
-            if held is not None and not any(
-                held in pair for pair in pairs
-            ):  # theirs, or what another library put there
+            known = any(held in pair for pair in pairs)
+            if held is not None and not known:  # theirs, or what another library put there
                 pairs.append((held, _reading_handles(held)))
         for original, ours in pairs:
             _rebind(original, ours)
