@@ -406,8 +406,8 @@ def file(tmp_path_factory):
             "tokenizer.ggml.pre": "gpt-2",
             "tokenizer.ggml.tokens": letters,
             "tokenizer.ggml.merges": ["t h"],
-            "tokenizer.ggml.token_type": mx.array([1] * 95 + [3], mx.int32),
-            "tokenizer.ggml.eos_token_id": mx.array(95, mx.uint32),
+            "tokenizer.ggml.token_type": [1] * 95 + [3],
+            "tokenizer.ggml.eos_token_id": 95,
         },
     )
 
