@@ -25,7 +25,6 @@ EIGHT_BITS = {"gemma4_text": 0.3}
 STEP = {"gemma4_text": 0.1, "olmo2": 0.01, "olmo3": 0.01}
 STEP_OF_KERNELS = STEP | {
     "gpt_oss": 0.01,
-    "qwen2": 0.01,
 }  # attention in one pass sums in another order than MLX operations
 
 

@@ -32,7 +32,7 @@ from veloxlab.kernels.call import AttentionKernel, PreparedCall, Queries, Tokens
 from veloxlab.kernels.call import Exact as ExactTokens
 from veloxlab.kernels.checked import agrees, difference, differentiable, evaluated, made_up, with_derivatives
 from veloxlab.kernels.devices import current_backend, expanded_bytes
-from veloxlab.mlxlm.hooks import Handle, Mask, shape_of
+from veloxlab.mlxlm.hooks import Handle, Mask, shape_in_common
 
 _TRIAL = 3, 333, 70  # tokens before, in and after codes, on which a kernel is tried: no multiples of anything
 _HIDDEN = 0.2  # share of them that its mask hides
@@ -71,7 +71,7 @@ class History(Handle):
         """See `Handle.shape`."""
         last = self.segments[-1]
         batch, heads = next(iter(last.keys.arrays.values())).shape[0], last.key_codec.heads_of(last.keys)
-        return shape_of((batch, heads, self.tokens), last.key_codec.head_dim, last.value_codec.head_dim)
+        return shape_in_common((batch, heads, self.tokens), last.key_codec.head_dim, last.value_codec.head_dim)
 
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
@@ -99,12 +99,13 @@ class History(Handle):
         return keys, self.expand_values(dtype, heads, keys)
 
     def expand_values(self, dtype: mx.Dtype, heads: slice = slice(None), after: mx.array | None = None) -> mx.array:
-        """The second of those."""
+        """Values of all tokens, decoded: see `expand`."""
         return expanded([(s.value_codec, s.values) for s in self.segments], dtype, heads, after)
 
     def of_latents(self) -> History:
-        """The same where what is stored as keys is read as values too."""
-        return History(tuple(replace(s, value_codec=s.key_codec, values=s.keys) for s in self.segments))
+        """The same tokens with their keys, which are latents, as keys and values."""
+        latents = tuple(replace(s, value_codec=s.key_codec, values=s.keys) for s in self.segments)
+        return History(latents, dtype=self.dtype)
 
     def attend(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None

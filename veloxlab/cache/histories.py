@@ -17,7 +17,7 @@ from veloxlab.kernels.attend import AttendKernel, Sizes
 from veloxlab.kernels.call import Queries
 from veloxlab.kernels.checked import agrees
 from veloxlab.kernels.devices import current_backend
-from veloxlab.mlxlm.hooks import Handle, Mask, shape_of
+from veloxlab.mlxlm.hooks import Handle, Mask, shape_in_common
 
 if TYPE_CHECKING:
     from veloxlab.cache.stack import Stack
@@ -107,7 +107,7 @@ class StackHistory(Handle):
         stack, whole = self._stack, self._whole().segments[-1]
         end = max(a + b for a, b in zip(stack.columns, stack.lengths, strict=True))
         dims = whole.key_codec.head_dim, whole.value_codec.head_dim
-        return shape_of((len(stack.rows), whole.key_codec.heads_of(whole.keys), end), *dims)
+        return shape_in_common((len(stack.rows), whole.key_codec.heads_of(whole.keys), end), *dims)
 
     def attend(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None

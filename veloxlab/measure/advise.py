@@ -10,7 +10,6 @@ from typing import Any
 
 import polars as pl
 from mlx.nn.layers.base import Module
-from mlx.utils import tree_flatten
 
 from veloxlab.cache.plan import DEFAULT_SINKS
 from veloxlab.checks import TOKENIZER, Check, checked, choice, either, maybe, number_of_bits, real, whole
@@ -18,6 +17,7 @@ from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.frames import schema
+from veloxlab.measure.memory import bytes_of
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts
 from veloxlab.measure.quality import evaluate, reference
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, loaded, shape_of
@@ -31,8 +31,8 @@ that was asked for, and the most tokens that fit; mean KL divergence in nats, an
 probable next token is another; "measured" on this model or "predicted" from the demo model's results; and why."""
 
 GOALS = {"chat": 0.05, "retrieval": 0.02, "draft": 0.2}
-"""Nats a token that a use bears. On SmolLM2-135M one token in nine has another first choice at .05, one in fourteen at
-.02, and one in four at .2. Larger models lose less from the same bits."""
+"""Nats a token that a use may lose: our choice, not measured on that use. On SmolLM2-135M one token in nine has another
+first choice at .05, and one in four at .2."""
 
 RESULTS = ("compare_smollm2-135m_4_sinks.parquet", "compare_smollm2-135m.parquet")  # the first that has a cache counts
 KEPT = 0.25  # of the memory, for the system, other programs and work space: macOS lends a GPU about three quarters
@@ -126,8 +126,8 @@ def advise(
     """Say which cache to take: the one that loses least of those that the memory holds.
 
     Bytes are the layout's (`plan_memory`). What a cache loses is predicted from the committed results of SmolLM2-135M,
-    which rank caches and overstate what a larger model loses; with a loaded model and its ``tokenizer``, the ``most``
-    first that fit are measured on it, over ``tokens`` tokens, after a calibration where a method needs one.
+    which rank caches: another model loses other amounts. With a loaded model and its ``tokenizer``, the ``most`` first
+    that fit are measured on it, over ``tokens`` tokens, after a calibration where a method needs one.
     Raises `InputError`: as `plan_memory`; or a shape that was typed in, without ``weights``.
 
     Parameters
@@ -141,6 +141,8 @@ def advise(
         ``weight_bits`` bits.
     """
     model_or_config = loaded(model_or_config)
+    if tokenizer is not None and not isinstance(model_or_config, Module):
+        raise InputError("tokenizer is for a loaded model, on which caches are measured: leave it out here.")
     shape = shape_of(model_or_config)
     held = _weights(model_or_config, shape.parameters, weight_bits) if weights is None else int(weights)
     total = int(device().memory_bytes if memory is None else memory)
@@ -153,9 +155,7 @@ def advise(
         row = {"held_bytes": nbytes, "most_tokens": longest, "fits": nbytes <= advice.room_bytes, "kind": "predicted"}
         rows.append(found | row)
     rows = _ranked(rows)
-    if tokenizer is not None:
-        if not isinstance(model_or_config, Module):
-            raise InputError("tokenizer is for a loaded model, on which caches are measured: leave it out here.")
+    if tokenizer is not None and isinstance(model_or_config, Module):
         first = [row for row in rows if row["fits"] and row["method"]][:most]
         _measure(model_or_config, tokenizer, first, tokens, progress)
         rows = _ranked(rows)
@@ -177,7 +177,7 @@ def _measure(model: Module, tokenizer: Tokenizer, rows: list[dict[str, Any]], to
 def _weights(model_or_config: ModelOrConfig, parameters: int, bits: int) -> int:
     """Bytes of the weights of a loaded model, or of so many numbers that are quantized."""
     if isinstance(model_or_config, Module):
-        return sum(array.nbytes for array in dict(tree_flatten(model_or_config.parameters())).values())
+        return bytes_of(model_or_config.parameters())
     if not parameters:
         raise InputError('A shape that was typed in has no weights: give their size, such as weights="4.5 GB".')
     return int(parameters * (bits + OVERHEAD_BITS * (bits < 16)) / 8)

@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import polars as pl
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache
 
 from veloxlab.cache.calibration import Calibration
@@ -32,6 +33,12 @@ GROWTH = schema("tokens cache layer tensor bytes kind")
 
 CODE_BITS = schema("layer tensor part bits_per_value")
 """Columns of `code_bits`: "codes", or "scales" for norms and scales; bits of a packed value for them, which add up."""
+
+
+def bytes_of(arrays: Any) -> int:  # noqa: ANN401 - a tree of arrays
+    """Bytes of all arrays of a tree, such as a model's parameters."""
+    leaves: Any = tree_flatten(arrays)
+    return sum(array.nbytes for _, array in leaves)
 
 
 @checked(cache=CACHE)

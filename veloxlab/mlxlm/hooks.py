@@ -65,8 +65,8 @@ def loadable(kind: Kind) -> Kind:
     return kind
 
 
-def shape_of(lead: tuple[int, ...], key_dim: int, value_dim: int) -> tuple[int, ...]:
-    """What a handle of keys and values ``(B, H, S)`` gives as its shape, and raises."""
+def shape_in_common(lead: tuple[int, ...], key_dim: int, value_dim: int) -> tuple[int, ...]:
+    """``(B, H, S, D)`` of a handle, of ``(B, H, S)`` and both head dimensions; AttributeError if these differ."""
     if key_dim != value_dim:
         raise AttributeError(f"Keys of {key_dim} and values of {value_dim} dimensions have no shape in common.")
     return *lead, key_dim

@@ -16,10 +16,10 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from veloxlab.codecs.method import Tensor
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import (
-    arithmetic,  # noqa: F401 - registers what `attach` replaces
     identity,
+    own_attention,  # noqa: F401 - registers what `attach` replaces
 )
-from veloxlab.mlxlm.hooks import Handle, Mask, attach, shape_of
+from veloxlab.mlxlm.hooks import Handle, Mask, attach, shape_in_common
 
 Path = Literal["codes", "latents", "arrays"]
 LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of the latent that they store as keys
@@ -112,7 +112,7 @@ class Probe(Handle):
     @property
     def shape(self) -> tuple[int, ...]:
         """See `Handle.shape`."""
-        return shape_of(self.stored_keys.shape[:3], self.stored_keys.shape[-1], self.stored_values.shape[-1])
+        return shape_in_common(self.stored_keys.shape[:3], self.stored_keys.shape[-1], self.stored_values.shape[-1])
 
     def attend(
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None

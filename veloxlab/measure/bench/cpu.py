@@ -15,11 +15,9 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
 from statistics import median
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from mlx_lm.models import base
 
 from veloxlab import runtime
@@ -29,6 +27,7 @@ from veloxlab.codecs.parts.rope import Rope
 from veloxlab.kernels.devices import SWITCH
 from veloxlab.measure.bench import timing
 from veloxlab.measure.bench.timing import Row, Shape, Tell
+from veloxlab.measure.memory import bytes_of
 from veloxlab.mlxlm.probe import GROUP
 
 SHAPE = Shape(9, 3, 64)
@@ -184,12 +183,6 @@ def _operations() -> Iterator[None]:
     finally:
         os.environ.pop(SWITCH)
         os.environ.update({SWITCH: before} if before is not None else {})
-
-
-def bytes_of(arrays: Any) -> int:  # noqa: ANN401 - a tree of arrays
-    """Bytes of all arrays together."""
-    leaves: Any = tree_flatten(arrays)
-    return sum(array.nbytes for _, array in leaves)
 
 
 def vectors(tokens: int) -> mx.array:

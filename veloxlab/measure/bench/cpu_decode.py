@@ -23,9 +23,10 @@ from veloxlab.cache.counts import CHUNK
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.codecs import TENSORS, find_method
 from veloxlab.errors import InputError
-from veloxlab.measure.bench.cpu import EXACT, MLX_LM, bandwidth, bytes_of, fitted, said, seconds, vectors
+from veloxlab.measure.bench.cpu import EXACT, MLX_LM, bandwidth, fitted, said, seconds, vectors
 from veloxlab.measure.bench.shapes import random_model
 from veloxlab.measure.bench.timing import Row, Tell
+from veloxlab.measure.memory import bytes_of
 from veloxlab.mlxlm.probe import own_cache, quantized_cache, with_caches
 
 MODEL = "smollm2-135m"

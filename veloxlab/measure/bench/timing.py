@@ -18,7 +18,6 @@ from itertools import product
 from typing import Any, NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 from mlx_lm.models import base
 
 from veloxlab import runtime
@@ -30,6 +29,7 @@ from veloxlab.codecs.base import Code, Codec, Sample
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.kernels.checked import states
 from veloxlab.kernels.devices import current_backend
+from veloxlab.measure.memory import bytes_of
 from veloxlab.mlxlm.probe import GROUP
 
 Row = dict[str, Any]
@@ -206,8 +206,7 @@ def calls(shape: Shape, make: Callable[[], Cache]) -> tuple[list[Callable[[], mx
     while not made or len(made) < min(IN_A_ROW, _CACHE_BYTES // size):
         attend, arrays = make()
         mx.eval(query, arrays)
-        leaves: Any = tree_flatten(arrays)
-        size = sum(array.nbytes for _, array in leaves)
+        size = bytes_of(arrays)
         made.append(lambda attend=attend: attend(mx.array(query)))  # type: ignore[misc]
     return made, size
 

@@ -1,6 +1,6 @@
-"""Families of mlx-lm that attend by arithmetic of their own: the same attention, asked of a `Handle`.
+"""Attention that a family of mlx-lm computes by itself: the same, asked of a `Handle`.
 
-Given anything else than a handle, or a cache that hands out none, the original runs.
+The original runs where keys are no handle, or the cache hands out none.
 """
 
 from __future__ import annotations
