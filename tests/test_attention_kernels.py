@@ -471,13 +471,31 @@ def test_the_next_token_asks_for_nothing_but_the_kernel(monkeypatch):
     cache.update_and_fetch(first, first)
     new, q = normal(1, 2, 1, DIM, seed=1), normal(1, 4, 1, DIM, seed=2)
     cache.update_and_fetch(new, new)[0].attend(q, 0.1, None)
-    asked, queries = [], History._queries
-    monkeypatch.setattr(History, "_queries", lambda own, *given: asked.append(given) or queries(own, *given))
+    asked = []
+    monkeypatch.setattr(attention, "current_backend", lambda: asked.append("backend") or gpu)
     found, _ = cache.update_and_fetch(new, new)
     assert relative(found.attend(q, 0.1, None), found._attend_codes(q, 0.1, None)) < TOLERANCE
     assert not asked
     for scale, mask, sinks in ((0.2, None, None), (0.1, mx.zeros((1, found.tokens)), None), (0.1, None, mx.zeros(4))):
-        asked.clear()
         answers = found.attend(q, scale, mask, sinks), found._attend_codes(q, scale, mask, sinks)
         assert relative(*answers) < TOLERANCE
-        assert asked
+    assert len(asked) == 3
+
+
+def test_a_cache_in_use_sees_that_kernels_were_switched_off_with_the_next_block(monkeypatch):
+    gpu, runs = replace(HOST, lazy=True), [True]
+    monkeypatch.setattr("veloxlab.cache.past.device_backend", lambda: gpu)
+    monkeypatch.setattr(attention, "current_backend", lambda: gpu if runs[0] else None)
+    cache = CompressedKVCache(TurboQuant(DIM, 4), TurboQuant(DIM, 3, "mse"), window=BLOCK)
+    first, q = normal(1, 2, 3000, DIM), normal(1, 4, 1, DIM, seed=2)
+    cache.update_and_fetch(first, first)
+    seen = []
+    for i in range(3 * BLOCK):
+        new = normal(1, 2, 1, DIM, seed=50 + i)
+        found, _ = cache.update_and_fetch(new, new)
+        seen.append((found.past.filled, found._attend_in_kernel(q, 0.1, None) is not None))
+        runs[0] = i < BLOCK + BLOCK // 2
+    filled = [before for before, _ in seen]
+    off = [answered for _, answered in seen].index(False)
+    assert filled[off] != filled[off - 1]  # the first token behind a new block
+    assert not any(answered for _, answered in seen[off:])

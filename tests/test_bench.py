@@ -16,6 +16,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from tests.tiny_models import tiny
 from veloxlab import cli
+from veloxlab.cache.attention import History
 from veloxlab.cache.counts import BLOCK
 from veloxlab.cli import measurements
 from veloxlab.cli.tables import lengths_table
@@ -283,9 +284,24 @@ def test_long_contexts_are_not_timed_beside_another_process(small_cpu, monkeypat
 def test_mlx_operations_are_timed_without_kernels_and_only_they(small_cpu, monkeypatch):
     monkeypatch.delenv("VELOXLAB_KERNELS", raising=False)
     seen = []
-    rows = cpu._in_turn({"it": [lambda: seen.append(os.environ.get("VELOXLAB_KERNELS"))]})
-    assert [row["cache"] for row in rows] == ["it"]
+    work = lambda: seen.append(os.environ.get("VELOXLAB_KERNELS"))  # noqa: E731
+    assert [row["cache"] for row in cpu._in_turn({"it": [work]}, {"it": work})] == ["it"]
     assert seen == [None, None, "0", None]
+
+
+def test_attention_by_mlx_operations_is_not_what_a_kernel_prepared(small_cpu, monkeypatch):
+    """A history that a kernel has read goes on with it: the benchmark takes another one."""
+    asked, kernel = [], History._attend_in_kernel
+
+    def counted(own, *given):
+        found = kernel(own, *given)
+        asked.append((os.environ.get("VELOXLAB_KERNELS"), found is not None))
+        return found
+
+    monkeypatch.delenv("VELOXLAB_KERNELS", raising=False)
+    monkeypatch.setattr(History, "_attend_in_kernel", counted)
+    cpu.attention_of_methods((96,), lambda _: None)
+    assert set(asked) == {(None, True), ("0", False)}
 
 
 def test_the_other_process_keeps_a_core_busy_only_while_it_runs():

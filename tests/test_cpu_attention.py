@@ -104,16 +104,6 @@ def test_what_is_no_number_spreads_as_in_the_reference(where, bad):
     assert mx.allclose(mx.nan_to_num(by_loop), mx.nan_to_num(wanted), atol=1e-4)
 
 
-def test_kernels_are_switched_off_for_what_is_prepared_too(monkeypatch):
-    found, q = tokens_of(), normal(1, 4, 1, 64)
-    for _ in range(2):  # the second call is the prepared one
-        assert found._attend_in_kernel(q, 0.125, None) is not None
-    monkeypatch.setenv("VELOXLAB_KERNELS", "0")
-    assert found._attend_in_kernel(q, 0.125, None) is None
-    monkeypatch.delenv("VELOXLAB_KERNELS")
-    assert found._attend_in_kernel(q, 0.125, None) is not None
-
-
 def test_all_tokens_may_be_hidden():
     found, q = tokens_of(), normal(1, 4, 1, 64)
     mask = mx.zeros((1, 1, 1, found.tokens), mx.bool_)

@@ -142,13 +142,14 @@ class History(Handle):
         self, q: mx.array, scale: float, mask: Mask, sinks: mx.array | None = None, cap: float | None = None
     ) -> mx.array | None:
         """By a kernel, or None where there is none for this device, these segments and codecs."""
-        backend, call = current_backend(), None
-        if backend is None:
-            return None
-        newest, like, last = self.newest, (backend.name, *_like(q, scale, cap)), self.past.last
+        newest, like, last = self.newest, _like(q, scale, cap), self.past.last
         if last is not None and last[0] == like and mask is None and sinks is None:
             queries, (backend, call) = Queries(q, scale, cap=cap), last[1:]
         else:
+            current, call = current_backend(), None
+            if current is None:
+                return None
+            backend = current
             if not backend.lazy and self.past.filled is not None:  # the device is another than when it was made
                 self.past = Past(self.past.segments)
             if self.past.readers is None:
@@ -298,8 +299,8 @@ def attend_together(
 
 
 def _like(q: mx.array, scale: float, cap: float | None) -> tuple[object, ...]:
-    """What one prepared call of a device serves: queries of the same form, in the same thread."""
-    return q.shape, q.dtype, scale, cap, get_ident()
+    """What one prepared call serves: queries of the same form, on the same device, in the same thread."""
+    return q.shape, q.dtype, scale, cap, get_ident(), mx.default_device()
 
 
 def _reference(

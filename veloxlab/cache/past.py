@@ -49,9 +49,9 @@ class Past:
         self.derivatives: dict[tuple[object, ...], Callable[..., list[mx.array]]] = {}  # of their answers
 
     def refilled(self, filled: int) -> Past:
-        """The same once other tokens are in the same buffers."""
+        """The same once other tokens are in the same buffers: the next call asks again which kernels run."""
         other = Past.__new__(Past)
-        other.__dict__.update(self.__dict__, filled=filled)
+        other.__dict__.update(self.__dict__, filled=filled, last=None)
         other.__dict__.pop("segments", None)
         return other
 

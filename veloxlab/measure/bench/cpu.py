@@ -77,8 +77,10 @@ def attention_of_methods(tokens: Sequence[int] = TOKENS, progress: Tell = print)
         works: dict[str, list[Work]] = {
             name: [partial(_attended, attend, query) for attend, _ in own] for name, own in made.items()
         }
+        # what a kernel has read once it reads again, whatever is switched off
+        by_ops = {name: partial(_attended, ways[name]()[0], query) for name in ways if name not in (EXACT, MLX_LM)}
         size = {name: bytes_of(own[0][1]) for name, own in made.items()}
-        for row in _in_turn(works, without_ops=(EXACT, MLX_LM)):
+        for row in _in_turn(works, by_ops):
             moved = size[row["cache"]]
             row |= {"tokens": count, **asdict(SHAPE), "bytes": moved}
             row |= {"gigabytes_per_second": moved / row["microseconds"] / 1e3}
@@ -105,7 +107,7 @@ def encode(progress: Tell = print) -> list[Row]:
     """Encoding of `SAMPLE` tokens of one layer: ``cache, tokens, microseconds, least_microseconds, of_ops``, …"""
     x = [vectors(SAMPLE) for _ in TENSORS]
     works: dict[str, list[Work]] = {titled(name): [partial(_encoded, own, x)] for name, own in codecs(progress).items()}
-    return [_told(row, "encoding", progress) for row in _in_turn(works)]
+    return [_told(row, "encoding", progress) for row in _in_turn(works, _first(works))]
 
 
 def fit(progress: Tell = print) -> list[Row]:
@@ -115,7 +117,11 @@ def fit(progress: Tell = print) -> list[Row]:
     for name, own in codecs(progress).items():
         if METHODS[name].calibrated:
             works[titled(name)] = [lambda own=own: [tuple(vars(codec.fit(sample)).values()) for codec in own]]  # type: ignore[misc]
-    return [_told(row, "fitting", progress) for row in _in_turn(works, rounds=OPS_ROUNDS, ops_rounds=1)]
+    return [_told(row, "fitting", progress) for row in _in_turn(works, _first(works), OPS_ROUNDS, 1)]
+
+
+def _first(works: Mapping[str, Sequence[Work]]) -> dict[str, Work]:
+    return {name: own[0] for name, own in works.items()}
 
 
 def _attended(attend: Callable[[mx.array], mx.array], query: mx.array) -> mx.array:
@@ -140,29 +146,28 @@ def said(row: Row, time: str, unit: str) -> str:
 
 def _in_turn(
     works: Mapping[str, Sequence[Work]],
-    *,
-    without_ops: Sequence[str] = (),
+    by_ops: Mapping[str, Work],
     rounds: int | None = None,
     ops_rounds: int | None = None,
 ) -> Iterator[Row]:
-    """Time all ``works`` in rounds, and the first of each with MLX operations: a row for each name."""
+    """Time all ``works`` in rounds, and those of ``by_ops`` with MLX operations alone: a row for each name."""
     for own in works.values():
         for work in own:
             seconds(work)
-    spent, by_ops = ({name: list[float]() for name in works} for _ in range(2))
+    spent, slow = ({name: list[float]() for name in works} for _ in range(2))
     rounds, ops_rounds = rounds or ROUNDS, ops_rounds or OPS_ROUNDS
     for i in range(max(rounds, ops_rounds)):
         for name, own in works.items():
             if i < rounds:
                 spent[name] += [1e6 * seconds(work) for work in own]
-            if i < ops_rounds and name not in without_ops:
+            if i < ops_rounds and name in by_ops:
                 with _operations():
-                    by_ops[name].append(1e6 * seconds(own[0]))
+                    slow[name].append(1e6 * seconds(by_ops[name]))
     for name, times in spent.items():
         row: Row = {"cache": name, "microseconds": median(times), "least_microseconds": min(times)}
-        if by_ops[name]:
-            slow = median(by_ops[name])
-            row |= {"ops_microseconds": slow, "of_ops": row["microseconds"] / slow}
+        if slow[name]:
+            of_ops = median(slow[name])
+            row |= {"ops_microseconds": of_ops, "of_ops": row["microseconds"] / of_ops}
         yield row
 
 
