@@ -487,7 +487,7 @@ def test_a_cache_in_use_sees_that_kernels_were_switched_off_with_the_next_block(
     monkeypatch.setattr("veloxlab.cache.past.device_backend", lambda: gpu)
     monkeypatch.setattr(attention, "current_backend", lambda: gpu if runs[0] else None)
     cache = CompressedKVCache(TurboQuant(DIM, 4), TurboQuant(DIM, 3, "mse"), window=BLOCK)
-    first, q = normal(1, 2, 3000, DIM), normal(1, 4, 1, DIM, seed=2)
+    first, q = normal(1, 2, 300, DIM), normal(1, 4, 1, DIM, seed=2)
     cache.update_and_fetch(first, first)
     seen = []
     for i in range(3 * BLOCK):

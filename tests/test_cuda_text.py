@@ -16,7 +16,7 @@ from veloxlab.kernels.devices import CUDA
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc to compile CUDA text")
 
-FLAGS = ["-arch=sm_90", "-std=c++17", "-ptx", "-x", "cu"]
+FLAGS = ["-arch=sm_90", "-std=c++17", "-ptx", "-Xcicc", "-O0", "-x", "cu"]
 TYPES = {
     mx.float32: "float",
     mx.float16: "__half",
