@@ -26,8 +26,8 @@ class Tolerance(NamedTuple):
     absolute: float
 
 
-# The error of one head differs by 1.4e-3 between OpenBLAS's kernels of an Intel and of an AMD processor, and a number of
-# three digits by as much as its rounding.
+# The error of one head differs by 1.4e-3 between OpenBLAS's kernels of an Intel and of an AMD processor, and a number
+# of three digits by as much as its rounding.
 FINE = Tolerance(2e-3, 1e-6)
 # A cell with this tag shows how a cache moves predictions, or what codebooks do that were trained in the notebook. The
 # BLAS kernels of another CPU round otherwise, which moves codes, and over 256 tokens that moves KL by 15 % and flips by

@@ -21,8 +21,8 @@ CODES = {
 # 8 bits in every layer lose 0.5 % of each vector (papers.md 0.1: relative MSE 2.6e-5), and a model of random weights
 # does not dampen it; gemma4's attention has a scale of 1 and not 1/√D, so the same error of a score weighs 8 times more
 EIGHT_BITS = {"gemma4_text": 0.3}
-# Codes read against codes decoded. A sum in another order moves a key over the edge of a code in some families, and which
-# they are depends on the processor; later layers then differ by a step of 8 bits. A reader that is wrong differs by more.
+# Codes read against codes decoded. A sum in another order moves a key over the edge of a code in some families, and
+# which they are depends on the processor; later layers then differ by a step of 8 bits. A wrong reader differs by more.
 STEP, STEPS = 0.01, {"gemma4_text": 0.1}
 
 
