@@ -38,6 +38,7 @@ SLOW = frozenset(
         "cuda_text",
         "encode_on_host",
         "families",
+        "faults",
         "fitting",
         "generation",
         "inputs",

@@ -335,6 +335,23 @@ def test_what_was_cancelled_goes_on_where_it_was(model, calibration, tmp_path, m
         assert mx.array_equal(codec.forward, again.codecs[at].forward)
 
 
+def test_a_window_that_was_damaged_is_named_and_made_again(model, calibration, tmp_path):
+    def stop(done, total, label):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, tmp_path, progress=stop)
+    (file,) = tmp_path.rglob("0.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"0\.safetensors cannot be read .*not what was written.* made again now"):
+        again = calibrate(model, tmp_path)
+    for at, codec in calibration.codecs.items():
+        assert mx.array_equal(codec.forward, again.codecs[at].forward)
+
+
 def test_without_gradients_queries_stand_in_and_a_warning_says_so(model, tmp_path, monkeypatch):
     def fail(*_):
         raise ValueError("no vjp")

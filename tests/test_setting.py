@@ -179,6 +179,23 @@ def test_measurements_are_kept_and_found_again_by_their_settings(model, folder, 
     assert file.exists()
 
 
+def test_measurements_of_another_model_are_named_and_made_again(model, tmp_path):
+    given: dict[str, Any] = {"text": TEXT, "folder": tmp_path, "by": "key_norm", "bits": (2, 3), **MEASURED}
+    first, other = (
+        kept_rate_budget(one, Letters(), **given) for one in (model, tiny("llama", seed=1, num_hidden_layers=3))
+    )
+    mine, theirs = sorted(
+        (p for p in tmp_path.glob("*.json") if "key_norm" not in p.name),
+        key=lambda p: first.model in p.read_text(),
+        reverse=True,
+    )
+    mine.write_bytes(theirs.read_bytes())
+    with pytest.warns(
+        UserWarning, match=f"are of {other.model}, and this model is {first.model}. The file is made again"
+    ):
+        assert kept_rate_budget(model, Letters(), **given).identity == first.identity
+
+
 def test_measurements_are_found_again_by_the_calibrations_identities(model, tmp_path):
     fitted = [vl.calibrate(model, Letters(), "spectralquant", bits=3, seed=seed, folder=tmp_path) for seed in (0, 1)]
     given = {"methods": ["spectralquant"], "bits": (3,), "text": TEXT, "folder": tmp_path, **MEASURED}

@@ -138,6 +138,16 @@ def test_an_unfinished_run_goes_on_where_it_cannot_be_kept(tmp_path):
     run.put([1, 2])  # a second warning would be an error
 
 
+def test_an_error_that_quotes_the_file_is_cut_short(tmp_path):
+    with pytest.raises(InputError) as told, store.reading("plan", tmp_path / "plan.json", "save it again"):
+        raise ValueError("last read:\n" + "x" * 10_000)
+    said = str(told.value)
+    assert said.startswith(f"The plan {tmp_path}/plan.json cannot be read (last read: xxx")
+    assert said.endswith("xxx…): save it again.")
+    assert "\n" not in said
+    assert len(said) < 400
+
+
 # what a killed process leaves -----------------------------------------------------------------------------------------
 
 KILLED = """

@@ -3,7 +3,7 @@ from . import allocate, codecs, measure, mlxlm, models, texts, views, widgets
 from .allocate.ratequant import rate_budget
 from .allocate.search import search
 from .cache.calibration import Calibration
-from .cache.make import load_cache, make_cache
+from .cache.make import load_cache, make_cache, save_cache
 from .cache.plan import Plan
 from .checkup import doctor
 from .codecs import methods, register
@@ -38,6 +38,7 @@ __all__ = [
     "rate_budget",
     "register",
     "report",
+    "save_cache",
     "search",
     "texts",
     "views",

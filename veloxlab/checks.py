@@ -155,6 +155,11 @@ WORDS = instance(str, "a text in quotes")
 PATH = Check("a path", _is_path)
 FILE = Check("the path of a file, not of a folder", lambda p: _is_path(p) and not Path(p).is_dir())
 MAPPING = Check("a dictionary", lambda value: isinstance(value, Mapping), dict)
+TEXTS = Check(
+    "a dictionary of texts",
+    lambda value: isinstance(value, Mapping) and all(isinstance(x, str) for pair in value.items() for x in pair),
+    dict,
+)
 OPTION_VALUES = Check("a dictionary of options", lambda value: isinstance(value, Mapping), plain)
 FUNCTION = Check("a function", callable)
 MODEL = Check("a language model, the first of the two that vl.load gives", _is_model)

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +24,15 @@ import platformdirs
 from veloxlab.errors import InputError
 
 if TYPE_CHECKING:
+    import mlx.core as mx
     import polars as pl
 
 T = TypeVar("T")
+Content = bytes | Callable[[BinaryIO], object]  # what a file is to hold, or what writes it there
 _PART = ".veloxlab-{}.part"
 _BEFORE_SUM, _NO_SUM = b"sha256:", b"0" * 64  # in a Parquet file
+_SHOWN = 160  # characters of an error
+_BESIDE_ARRAYS = "veloxlab"  # the name of our JSON in the metadata of a safetensors file
 _exists, _is_folder = os.path.exists, os.path.isdir  # those of `Path` raise where a folder above may not be read
 
 
@@ -55,13 +59,13 @@ def check_place(path: Path) -> None:
             raise IsADirectoryError
 
 
-def write_atomically(path: str | Path, content: bytes) -> Path:
+def write_atomically(path: str | Path, content: Content) -> Path:
     """Replace ``path`` by ``content``, and give it back; as `write_together`."""
     write_together({Path(path): content})
     return Path(path)
 
 
-def write_together(contents: Mapping[Path, bytes]) -> None:
+def write_together(contents: Mapping[Path, Content]) -> None:
     """Replace files by new contents: a reader, or a crash, finds each as it was or as it is to be.
 
     All are written before the first is replaced, so that a full disk changes none. `InputError` where that cannot be.
@@ -71,7 +75,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         for path, content in contents.items():
             with _writing(path):
                 parts[path], file = stack.enter_context(_part_in(path.parent))
-                file.write(content)
+                content(file) if callable(content) else file.write(content)
                 file.flush()
                 os.fsync(file.fileno())  # some disks tell only now that they are full
         for path, part in parts.items():
@@ -106,11 +110,13 @@ def _writing(path: Path) -> Iterator[None]:
     """Make one `InputError` of what goes wrong when ``path`` is written."""
     try:
         yield
+    except InputError:  # of what is written, not of the place
+        raise
     except (OSError, ValueError) as error:
         said = f"{path} cannot be written ({_reason(error)}): choose another place."
         if _is_folder(path):
             said = f"{path} is a folder: give the name of a file in it."
-        elif not _is_folder(path.parent):
+        elif isinstance(error, FileNotFoundError | NotADirectoryError):
             said = f"There is no folder {path.parent}: make it, or choose another."
         raise InputError(said) from error
 
@@ -121,13 +127,19 @@ def reading(what: str, path: Path | None, way_out: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # what is damaged, or of another version, can fail in any way
-        reason = str(error).rstrip(".")
+        reason = in_short(error)
         if isinstance(error, FileNotFoundError):
             reason = "there is no such file"
         elif isinstance(error, KeyError):
             reason = f"it has no {error}"
         said = f"The {what} {path}" if path else f"This {what}"
         raise InputError(f"{said} cannot be read ({reason}): {way_out}.") from error
+
+
+def in_short(error: Exception) -> str:
+    """The beginning of what an error says, in one line: parsers quote the file that they cannot read."""
+    said = " ".join(str(error).split()).rstrip(".")
+    return said if len(said) <= _SHOWN else f"{said[:_SHOWN]}…"
 
 
 def _reason(error: Exception) -> str:
@@ -203,33 +215,57 @@ def to_json(kind: str, content: Mapping[str, Any], files: Iterable[bytes] = (), 
     return json.dumps({**content, "sha256": digest(content, files)}, indent=indent)
 
 
-def from_json(text: str | bytes, kind: str, files: Iterable[bytes] = (), what: str = "it") -> dict[str, Any]:
-    """Undo `to_json`; ValueError if ``text`` is of no such format, or ``what`` was written was something else."""
+def from_json(text: str | bytes, kind: str, files: Iterable[bytes] = ()) -> dict[str, Any]:
+    """Undo `to_json`; ValueError if ``text`` is of no such format, or it or a file is not what was written."""
     content = json.loads(text)
     if not isinstance(content, dict) or content.pop("format", None) != kind:
         raise ValueError(f"it is not of the format {kind!r}")
     if content.pop("sha256", None) != digest({"format": kind, **content}, files):
-        raise ValueError(f"{what} is not what was written")
+        raise ValueError("it is not what was written")
     return content
 
 
-def write_json(
-    path: str | Path,
-    kind: str,
-    content: Mapping[str, Any],
-    beside: Mapping[Path, bytes] | None = None,
-    indent: int | None = 1,
-) -> Path:
-    """Write ``content`` by `to_json`, with files ``beside`` it, and give ``path``."""
-    files = beside or {}
-    write_together({**files, Path(path): to_json(kind, content, files.values(), indent).encode()})
-    return Path(path)
+def write_json(path: str | Path, kind: str, content: Mapping[str, Any], indent: int | None = 1) -> Path:
+    """Write ``content`` by `to_json`, and give ``path``."""
+    return write_atomically(path, to_json(kind, content, indent=indent).encode())
 
 
-def read_json(path: Path, kind: str, *beside: Path) -> dict[str, Any]:
-    """Read the content that `write_json` wrote; OSError or ValueError if a file is missing or not what was written."""
-    what = " or ".join(["it", *(file.name for file in beside)])
-    return from_json(path.read_bytes(), kind, (file.read_bytes() for file in beside), what)
+def read_json(path: Path, kind: str) -> dict[str, Any]:
+    """Read the content that `write_json` wrote; OSError or ValueError if it is missing or not what was written."""
+    return from_json(path.read_bytes(), kind)
+
+
+def write_arrays(path: str | Path, kind: str, content: Mapping[str, Any], arrays: Mapping[str, mx.array]) -> Path:
+    """Write ``arrays`` as safetensors, and in the same file ``content`` by `to_json`; give ``path``."""
+    import mlx.core as mx
+
+    own = {name: arrays[name] for name in sorted(arrays)}
+    said = to_json(kind, {**content, "arrays": [*own]}, bytes_of([*own.values()]))
+    return write_atomically(path, lambda file: mx.save_safetensors(file, own, {_BESIDE_ARRAYS: said}))
+
+
+def read_arrays(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, mx.array]]:
+    """Read content and arrays that `write_arrays` wrote; raises OSError, RuntimeError or ValueError as `read_json`."""
+    import mlx.core as mx
+
+    path.open("rb").close()  # an OSError says what is wrong with the place, and MLX does not
+    loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
+    arrays: dict[str, mx.array] = {name: loaded[0][name] for name in sorted(loaded[0])}
+    mx.eval(arrays)
+    content = from_json(loaded[1].get(_BESIDE_ARRAYS, "{}"), kind, bytes_of([*arrays.values()]))
+    if content.pop("arrays") != [*arrays]:
+        raise ValueError("its arrays are called otherwise")
+    return content, arrays
+
+
+def bytes_of(arrays: Sequence[mx.array]) -> Iterator[bytes]:
+    """All that arrays hold, each behind its shape and type, for a checksum."""
+    import mlx.core as mx
+    import numpy as np
+
+    for array in arrays:
+        yield f"{array.shape} {array.dtype}\n".encode()
+        yield np.array(array.reshape(-1).view(mx.uint8)).tobytes()
 
 
 def write_parquet(path: str | Path, frame: pl.DataFrame, kind: str = "", facts: object = None) -> Path:

@@ -26,7 +26,7 @@ from veloxlab.measure.activations import capture_layers, first_tokens
 from veloxlab.measure.errors import ratio
 from veloxlab.measure.frames import in_schema, schema
 from veloxlab.measure.quality import FIDELITY, fidelity
-from veloxlab.mlxlm.identity import fingerprint
+from veloxlab.mlxlm.identity import fingerprint, name_of
 from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
 from veloxlab.texts import Tokenizer, excerpt
@@ -156,7 +156,14 @@ def kept_rate_budget(
         facts["calibrations"] = [calibration.identity for calibration in facts["calibrations"]]
     versions = {method.id: method.version for method in methods}
     path = kept_in("rates", folder) / f"{digest([FORMAT, versions, fingerprint(model), facts])[:16]}.json"
-    return kept(path, RateBudget.load, make, RateBudget.save)
+    return kept(path, partial(_of_model, name_of(model)), make, RateBudget.save)
+
+
+def _of_model(name: str, path: Path) -> RateBudget:
+    rates = RateBudget.load(path)
+    if rates.model != name:
+        raise InputError(f"The measurements {path} are of {rates.model}, and this model is {name}.")
+    return rates
 
 
 PlanKind = Literal["allocated", "uniform", "fisherquant"]

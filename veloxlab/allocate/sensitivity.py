@@ -42,7 +42,8 @@ SENSITIVITIES = schema(PLACE + "sensitivity sequences tokens by") | {"sequences"
 that it is the mean of; tokens of each behind the sinks. With ``per_sequence``, ``sequence`` (from 0) is in the place of
 ``sequences``."""
 
-_EACH = {"sequence" if name == "sequences" else name: dtype for name, dtype in SENSITIVITIES.items()}
+EACH = {"sequence" if name == "sequences" else name: dtype for name, dtype in SENSITIVITIES.items()}
+"""The same with ``per_sequence``."""
 _Step = Callable[[str], None]
 _Found = Iterator[tuple[int, Tensor, NDArray[np.float64]]]  # a layer, its keys or values, and a number for each KV head
 
@@ -80,14 +81,14 @@ def sensitivities(
     """
     if tokens - sinks < LEAST_TOKENS:
         raise InputError(f"tokens={tokens} with sinks={sinks} say too little: take {LEAST_TOKENS} more than sinks.")
-    read = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
-    facts = {"model": fingerprint(model), "text": digest(read), "sequences": sequences, "tokens": tokens}
+    texts = stretches(tokenizer, excerpt("validation") if text is None else text, tokens, sequences, name="sequences")
+    facts = {"model": fingerprint(model), "text": digest(texts), "sequences": sequences, "tokens": tokens}
     facts |= {"sinks": sinks, "by": by}
     frame = kept(
         kept_in("sensitivities", folder) / f"{by}-{digest([FORMAT, facts])[:16]}.json",
-        _loaded,
-        lambda: pl.concat(_measured(model, read, by, sinks, progress)),
-        lambda made, path: write_json(path, FORMAT, {"facts": facts, "columns": made.to_dict(as_series=False)}),
+        partial(read, facts),
+        lambda: pl.concat(_measured(model, texts, by, sinks, progress)),
+        partial(write, facts),
     )
     return frame if per_sequence else settled(frame, sequences)
 
@@ -111,23 +112,32 @@ def frame_of(columns: Mapping[str, Any], types: Mapping[str, Any]) -> pl.DataFra
     return pl.DataFrame({"tensor" if name == "side" else name: own for name, own in columns.items()}, schema=types)
 
 
-def _loaded(path: Path) -> pl.DataFrame:
+def write(facts: Mapping[str, Any], frame: pl.DataFrame, path: Path) -> Path:
+    """Keep rows of `EACH` at ``path``, with all that they depend on."""
+    return write_json(path, FORMAT, {"facts": facts, "columns": frame.to_dict(as_series=False)})
+
+
+def read(facts: Mapping[str, Any], path: Path) -> pl.DataFrame:
+    """Undo `write`; raises `InputError` for a file that is damaged, or depends on something else."""
     with reading("sensitivities", path, "measure them again"):
-        return frame_of(read_json(path, FORMAT)["columns"], _EACH)
+        content = read_json(path, FORMAT)
+        if content["facts"] != facts:
+            raise ValueError("they are of another model, text or setting")
+        return frame_of(content["columns"], EACH)
 
 
 def _measured(
-    model: Module, read: Sequence[list[int]], by: By, sinks: int, progress: Progress
+    model: Module, texts: Sequence[list[int]], by: By, sinks: int, progress: Progress
 ) -> Iterator[pl.DataFrame]:
     layers = len(layer_sizes(model))
     if by in NATS:
-        check_room(model, [max(map(len, read))])
+        check_room(model, [max(map(len, texts))])
     steps = {"gradient": 1, "key_norm": 1, "attention_output": layers, "forward_kl": 2 * layers + 1}[by]
-    done, total = iter(range(steps * len(read))), steps * len(read)
-    for sequence, ids in enumerate(read):
+    done, total = iter(range(steps * len(texts))), steps * len(texts)
+    for sequence, ids in enumerate(texts):
 
         def step(label: str, sequence: int = sequence) -> None:
-            progress(next(done), total, f"sequence {sequence + 1} of {len(read)}: {label}")
+            progress(next(done), total, f"sequence {sequence + 1} of {len(texts)}: {label}")
 
         frames = []
         for layer, tensor, found in _MEASURES[by](model, ids, sinks, step):
@@ -136,7 +146,7 @@ def _measured(
                 raise InputError(f"{wrong}: {NOT_FINITE}")
             said = {"layer": layer, "tensor": tensor, "sequence": sequence, "tokens": len(ids) - sinks, "by": by}
             frames.append(pl.DataFrame({"head": range(len(found)), "sensitivity": found} | said))
-        yield in_schema(pl.concat(frames), _EACH)
+        yield in_schema(pl.concat(frames), EACH)
     progress(total, total, "done")
 
 

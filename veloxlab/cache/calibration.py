@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +15,12 @@ from veloxlab.codecs import Codec, Method, Tensor, find_method
 from veloxlab.codecs.saving import check_version, from_parts, to_parts
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import fingerprint
-from veloxlab.store import digest, read_json, reading, write_json
+from veloxlab.store import digest, read_arrays, reading, write_arrays
 
 if TYPE_CHECKING:
     import polars as pl
 
-FORMAT = "veloxlab calibration 3"
+FORMAT = "veloxlab calibration 4"
 Place = tuple[int, Tensor, int]  # layer, tensor, bits; 0 where one codec is for all bits, which are planned later
 
 
@@ -117,8 +116,7 @@ class Calibration:
 
     @checked()
     def save(self, path: str | Path) -> Path:
-        """Write ``.safetensors`` and, beside it, ``.json``, whose path is given; raises `InputError` if it cannot."""
-        tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
+        """Write ``.safetensors``, whose path is given; raises `InputError` if it cannot."""
         arrays: dict[str, mx.array] = {}
         entries = []
         for (layer, tensor, bits), codec in self.codecs.items():
@@ -126,22 +124,16 @@ class Calibration:
             entries.append({"layer": layer, "role": tensor, "bits": bits, "head_dim": codec.head_dim, "fields": plain})
             arrays |= {f"{layer}.{tensor}.{bits}/{name}": array for name, array in own.items()}
         content = {"method": self.method, "facts": dict(self.facts), "codecs": entries}
-        held = io.BytesIO()
-        mx.save_safetensors(held, arrays or {"none": mx.zeros(1)})
-        # if one alone is moved, the checksum tells
-        return write_json(record, FORMAT, content, {tensors: held.getvalue()})
+        return write_arrays(Path(path).with_suffix(".safetensors"), FORMAT, content, arrays)
 
     @classmethod
     @checked(path=FILE)
     def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote; raises `InputError` for a file that is missing, damaged or of another version."""
-        tensors, record = Path(path).with_suffix(".safetensors"), Path(path).with_suffix(".json")
-        with reading("calibration", record, "make it again with vl.calibrate"):
-            content = read_json(record, FORMAT, tensors)
+        with reading("calibration", Path(path), "make it again with vl.calibrate"):
+            content, arrays = read_arrays(Path(path).with_suffix(".safetensors"), FORMAT)
             method, facts = find_method(content["method"]), content["facts"]
             check_version(method.id, facts["version"])
-            arrays: dict[str, mx.array] = mx.load(str(tensors))  # type: ignore[assignment]
-            mx.eval(arrays)
             codecs = {}
             for entry in content["codecs"]:
                 layer, tensor, bits = entry["layer"], entry["role"], entry["bits"]

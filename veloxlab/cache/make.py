@@ -9,19 +9,20 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import ArraysCache, RotatingKVCache, load_prompt_cache
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache, load_prompt_cache, save_prompt_cache
 
 from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.plan import Chunk, LayerSettings, Plan, Sliding, plan_of
 from veloxlab.cache.saved import add_checksum
-from veloxlab.checks import CALIBRATIONS, FILE, checked
+from veloxlab.checks import CACHE, CALIBRATIONS, FILE, TEXTS, checked
 from veloxlab.codecs import METHODS, TENSORS, Codec, find_method, saving
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import attach
 from veloxlab.mlxlm.identity import name_of
+from veloxlab.store import in_short, write_atomically
 
 Fitted = Mapping[str, Calibration | None]  # by method
 
@@ -139,9 +140,21 @@ def _check_plan(plan: Plan, beside: dict[str, Any], calibrations: Sequence[Calib
             )
 
 
+@checked(path=FILE, cache=CACHE, metadata=TEXTS)
+def save_cache(path: str | Path, cache: Sequence[Any], metadata: Mapping[str, str] | None = None) -> Path:
+    """Write a prompt cache as mlx-lm's ``save_prompt_cache`` does, but whole or not at all, and return its path.
+
+    The file is one of safetensors. ``metadata`` is what mlx-lm's ``load_prompt_cache`` gives back. Raises `InputError`
+    where it cannot be written, or for a cache that cannot be saved.
+    """
+    file = Path(path) if str(path).endswith(".safetensors") else Path(f"{path}.safetensors")  # as mlx-lm does
+    save: Any = save_prompt_cache  # it hands a file on to MLX, which takes an open one too
+    return write_atomically(file, lambda part: save(part, cache, metadata))
+
+
 @checked(path=FILE, calibration=CALIBRATIONS)
 def load_cache(path: str | Path, model: Module, method_or_plan: str | Plan | None = None, **settings: Any) -> list[Any]:
-    """Read a prompt cache that mlx-lm's ``save_prompt_cache`` wrote, and check that it is one for ``model``.
+    """Read a prompt cache that `save_cache` or mlx-lm's own function wrote, and check that it is one for ``model``.
 
     All layers of a cache that `make_cache` made say which model they are for, exact ones too, and have a checksum. A
     cache that mlx-lm made says neither: its layers have to be of the number, kinds, shapes and dtypes of this model's.
@@ -153,10 +166,10 @@ def load_cache(path: str | Path, model: Module, method_or_plan: str | Plan | Non
     try:
         caches = list(load_prompt_cache(str(path)))
         mx.eval([cache.state for cache in caches])  # mlx-lm reads arrays when they are needed
-    except InputError:
-        raise
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
     except Exception as error:  # truncated, of another kind, or of a class that mlx-lm does not know
-        reason = str(error) if Path(path).exists() else "there is no such file"
+        reason = in_short(error) if Path(path).exists() else "there is no such file"
         raise InputError(f"The prompt cache {path} cannot be read ({reason}): make it again from its text.") from error
     wanted = method_or_plan is not None or settings
     check_caches(model, caches, make_cache(model, method_or_plan or "turboquant", **settings) if wanted else None)

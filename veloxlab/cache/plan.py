@@ -18,7 +18,7 @@ from veloxlab.codecs import TENSORS, Tensor, find_method
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.identity import name_of
 from veloxlab.mlxlm.probe import exact_width, probe
-from veloxlab.store import digest, reading, write_atomically
+from veloxlab.store import digest, from_json, reading, to_json, write_atomically
 
 if TYPE_CHECKING:
     import polars as pl
@@ -189,8 +189,8 @@ class Plan:
         return (bits,) if widths is None else tuple(widths)
 
     def to_json(self) -> str:
-        """What `save` writes."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n"
+        """What `save` writes, with a checksum."""
+        return to_json(FORMAT, asdict(self), indent=2) + "\n"
 
     @checked()
     def save(self, path: str | Path) -> Path:
@@ -200,11 +200,17 @@ class Plan:
     @classmethod
     @checked(path=checks.FILE)
     def load(cls, path: str | Path) -> Self:
-        """Read a plan that `save` wrote; raises `InputError` for a file that is missing or is no plan."""
-        with reading("plan", Path(path), "save it again with plan.save"):
-            content = json.loads(Path(path).read_text())
-            if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-                raise ValueError(f"it is not of the format {FORMAT!r}")
+        """Read a plan that `save` wrote; raises `InputError` for a file that is missing or is no plan.
+
+        A file that was changed by hand is read if its line ``"sha256"`` was deleted.
+        """
+        way_out = 'save it again with plan.save, or delete its line "sha256" if you changed it'
+        with reading("plan", Path(path), way_out):
+            text = Path(path).read_text()
+            content = json.loads(text)
+            if isinstance(content, dict) and "sha256" not in content:  # written by hand
+                text = to_json(content.pop("format", ""), content)
+            content = from_json(text, FORMAT)
             layers = tuple(LayerSettings(**layer) for layer in content.pop("layers"))
             return cls(layers=layers, **content)
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Self
 
 import mlx.core as mx
-import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKVCache
 
@@ -19,7 +18,7 @@ from veloxlab.codecs import Codec, saving
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import identity
 from veloxlab.mlxlm.hooks import loadable
-from veloxlab.store import from_json, reading, to_json
+from veloxlab.store import bytes_of, from_json, reading, to_json
 
 FORMAT = "veloxlab cache 2"
 Content = dict[str, Any]
@@ -45,7 +44,7 @@ class Description(str):
 
     def __iter__(self) -> Iterator[str]:
         self._settle()
-        return iter(to_json(FORMAT, self._content, _bytes(self._arrays)))
+        return iter(to_json(FORMAT, self._content, bytes_of(self._arrays)))
 
 
 class Saved(ABC):
@@ -164,16 +163,10 @@ def _opened(state: Sequence[Any]) -> tuple[Content, list[mx.array]]:
     with reading(*_SAVED):
         *arrays, said = state
         # a state that was not saved holds a `Description`, whose characters come from its iterator
-        return from_json("".join(iter(said)), FORMAT, _bytes(arrays)), arrays
+        return from_json("".join(iter(said)), FORMAT, bytes_of(arrays)), arrays
 
 
 def _leaves(state: object) -> tuple[dict[str, str], list[mx.array]]:
     """Kinds of all that a state holds, by name, and as arrays all but None."""
     leaves: list[tuple[str, Any]] = tree_flatten(state)  # type: ignore[assignment]
     return {name: type(leaf).__name__ for name, leaf in leaves}, [mx.array(x) for _, x in leaves if x is not None]
-
-
-def _bytes(arrays: Sequence[mx.array]) -> Iterator[bytes]:
-    for array in arrays:
-        yield f"{array.shape} {array.dtype}\n".encode()
-        yield np.array(array.reshape(-1).view(mx.uint8)).tobytes()

@@ -87,7 +87,7 @@ def calibrate(
     if found.codecs:  # registered: a file could not tell whether its code is still the same
         return made()
     key = digest([FORMAT, method, facts])[:16]
-    path = kept_in("calibrations", folder) / f"{method}-{key}.json"
+    path = kept_in("calibrations", folder) / f"{method}-{key}.safetensors"
     return kept(path, partial(_loaded, facts), made, Calibration.save)
 
 

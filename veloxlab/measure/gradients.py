@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,10 +20,12 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import Recorder, capture_layers
 from veloxlab.mlxlm import probe
 from veloxlab.mlxlm.hooks import Mask
+from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.mlxlm.ropes import ropes_of
 from veloxlab.progress import Progress
-from veloxlab.store import make_folder, write_atomically
+from veloxlab.store import digest, make_folder, read_arrays, reading, write_arrays
 
+FORMAT = "veloxlab gradients 1"
 WINDOW = 512  # tokens of a stretch of text
 _BLOCK = 128  # queries that attend together
 _HELD = mx.bfloat16  # in which windows are kept: sizes vary much, and eight bits say enough of a mean
@@ -109,11 +110,12 @@ def with_gradients(
     ropes, steps = ropes_of(model, windows[0]), len(windows) + len(facts)
     with _writable(folder) as place:
         files = [place / f"{w}.safetensors" for w in range(len(windows))]
-        differentiable = True
+        differentiable, of = True, fingerprint(model)
         for w, (ids, file) in enumerate(zip(windows, files, strict=True)):
             progress(w, steps, f"gradients of window {w + 1} of {len(windows)}")
-            if not file.exists():
-                differentiable = _write(model, ids, mx.random.key(seed + w), file, differentiable)
+            said = {"model": of, "text": digest(ids), "seed": seed + w}
+            if not _is_there(said, file):
+                differentiable = _write(model, ids, mx.random.key(seed + w), said, file, differentiable)
         for i, (found, rope) in enumerate(zip(facts, ropes, strict=True)):
             progress(len(windows) + i, steps, f"fitting layer {found.layer}")
             queries = _joined(files, f"{i}.queries", sinks)
@@ -139,7 +141,9 @@ def _writable(folder: Path) -> Iterator[Path]:
             folder.rmdir()
 
 
-def _write(model: Module, ids: Sequence[int], key: mx.array, file: Path, differentiable: bool) -> bool:
+def _write(
+    model: Module, ids: Sequence[int], key: mx.array, facts: Mapping[str, Any], file: Path, differentiable: bool
+) -> bool:
     """Write what a window gives, and say whether that has gradients."""
     found = _gradients(model, ids, key) if differentiable else None
     layers = [dict(zip(("keys", "values", "of_keys", "of_values"), own, strict=True)) for own in found or ()]
@@ -149,10 +153,29 @@ def _write(model: Module, ids: Sequence[int], key: mx.array, file: Path, differe
     arrays = {
         f"{i}.{name}": x.astype(_HELD) for i, own in enumerate(layers) for name, x in own.items() if x is not None
     }
-    held = io.BytesIO()
-    mx.save_safetensors(held, arrays)
-    write_atomically(file, held.getvalue())
+    write_arrays(file, FORMAT, facts, arrays)
     return found is not None
+
+
+def read(facts: Mapping[str, Any], file: Path) -> dict[str, mx.array]:
+    """What a window gave; raises `InputError` for a file that is damaged, or depends on something else."""
+    with reading("window of gradients", file, "delete it"):
+        said, arrays = read_arrays(file, FORMAT)
+        if said != facts:
+            raise ValueError("it is of another model, text or seed")
+        return arrays
+
+
+def _is_there(facts: Mapping[str, Any], file: Path) -> bool:
+    """Whether an earlier run left the window; a file that is refused is named in a warning."""
+    if not file.exists():
+        return False
+    try:
+        read(facts, file)
+    except InputError as error:
+        warnings.warn(f"{error} The file is made again now.", stacklevel=4)
+        return False
+    return True
 
 
 def _gradients(model: Module, ids: Sequence[int], key: mx.array) -> Pairs | None:

@@ -142,6 +142,8 @@ def run(
     module = import_module(f"mlx_lm.{theirs}")
     loader = Loader(module, model, wanted)
     replaced = {hooked: getattr(loader, hooked) for hooked in ("load", "load_prompt_cache") if hasattr(module, hooked)}
+    if hasattr(module, "save_prompt_cache"):
+        replaced["save_prompt_cache"] = make.save_cache
     if theirs == "server":
         from veloxlab.serve.server import hooks_of  # here, as it imports the server
 
