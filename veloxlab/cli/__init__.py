@@ -176,6 +176,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         _many("--tokens", "context lengths (default: 4096 32768 131072; on a CPU 512 2048 8192 32768)", int),
         _many("--only", "measure only these parts; keep the others of FILE", choices=measurements.PARTS, nargs="*"),
         _many("--caches", "compressed caches to decode with on a CPU, as METHOD:BITS (default: turboquant:4)"),
+        _one("--against", "results of an earlier run: say which ratios moved beyond their noise", Path, metavar="FILE"),
         ("--busy", {"action": "store_true", "help": "on a CPU, also decode while another process keeps a core busy"}),
     ),
     "memory": (

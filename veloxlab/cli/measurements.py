@@ -17,7 +17,7 @@ from veloxlab import runtime
 from veloxlab.cli import tables
 from veloxlab.errors import InputError
 from veloxlab.progress import say
-from veloxlab.store import check_place, make_folder, write_atomically, write_parquet
+from veloxlab.store import check_place, make_folder, reading, write_atomically, write_parquet
 
 if TYPE_CHECKING:
     import polars as pl
@@ -102,11 +102,14 @@ def time_kernels(
     only: Sequence[str] | None,
     caches: Sequence[str] | None,
     busy: bool,
+    against: Path | None = None,
 ) -> None:
     """Time attention, encoding, decoding and reading; write times and device as JSON, as tables, and as a chart.
 
-    With no part in ``only``, nothing is timed, and what FILE has is written again as tables and chart.
+    With no part in ``only``, nothing is timed, and what FILE has is written again as tables and chart. What moved since
+    an earlier run, ``against`` whose results it is, is printed.
     """
+    before = _benched(against) if against else None
     facts, parts = _on_cpu(tokens, caches, busy) if runtime.backend() == "cpu" else _on_gpu(tokens)
     unknown = [name for name in only or () if name not in parts]
     if unknown:
@@ -124,6 +127,17 @@ def time_kernels(
             print("Altair and vl-convert, which draw the chart, are not installed.", file=sys.stderr)
         else:
             write_atomically(file.with_suffix(".png"), bench_picture(kept))
+    if before is not None:
+        from veloxlab.measure.bench.against import against as compared
+
+        print(tables.against_table(compared(before, kept)))
+
+
+def _benched(path: Path) -> dict[str, Any]:
+    """What an earlier run of the benchmark wrote."""
+    with reading("benchmark", path, "give a file that `veloxlab bench --json` wrote"):
+        found = json.loads(path.read_text())
+        return {part: {"facts": of["facts"], "rows": of["rows"]} for part, of in found.items()}
 
 
 _Parts = tuple[Callable[[], dict[str, Any]], dict[str, Callable[[], Any]]]

@@ -91,6 +91,19 @@ def ratio_table(frame: pl.DataFrame) -> str:
     return markdown("cache | keys: | values: | whole cache:", cells, frame)
 
 
+def against_table(frame: pl.DataFrame) -> str:
+    """Give `measure.bench.against.AGAINST` as a line that counts, and a Markdown table of what moved."""
+    moved, unknown = frame.filter("moved"), frame["noise"].null_count()
+    said = f"{moved.height} of {frame.height} ratios moved beyond their noise."
+    if unknown:
+        said += f" Of {unknown} neither run measured the noise: give a newer file, or measure again."
+    if moved.is_empty():
+        return said
+    titles = "part | row | ratio | before: | now: | change: | noise:"
+    cells = "{part} | {case} | {name} | {before:.3g} | {now:.3g} | {change:.2f}× | ± {noise:.2f}"
+    return f"{said}\n\n{markdown(titles, cells, moved)}"
+
+
 def bench_tables(results: dict[str, Any]) -> str:
     """Give the times of attention of every shape that ``veloxlab bench`` wrote, each under a line that names it."""
     facts = results["attention"]["facts"]

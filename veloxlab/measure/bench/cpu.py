@@ -63,7 +63,7 @@ def attention_of_methods(tokens: Sequence[int] = TOKENS, progress: Tell = print)
     Rows: ``cache, query_heads, kv_heads, head_dim, tokens, microseconds, least_microseconds, ratio`` (of exact
     attention's time), ``slope_ratio`` (the same of the time that each further token takes; on rows of the most tokens),
     ``ops_microseconds, of_ops`` (of the time of MLX operations), ``bytes, gigabytes_per_second,
-    roofline_microseconds``.
+    roofline_microseconds, spread`` (`timing.spread`).
     """
     tiles = {name: [codec.encode(vectors(SAMPLE)) for codec in own] for name, own in codecs(progress).items()}
     rows: list[Row] = []
@@ -165,6 +165,7 @@ def _in_turn(
                     slow[name].append(1e6 * seconds(by_ops[name]))
     for name, times in spent.items():
         row: Row = {"cache": name, "microseconds": median(times), "least_microseconds": min(times)}
+        row["spread"] = timing.spread(times)
         if slow[name]:
             of_ops = median(slow[name])
             row |= {"ops_microseconds": of_ops, "of_ops": row["microseconds"] / of_ops}

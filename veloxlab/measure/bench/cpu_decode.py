@@ -25,7 +25,7 @@ from veloxlab.codecs import TENSORS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.bench.cpu import EXACT, MLX_LM, bandwidth, fitted, said, seconds, vectors
 from veloxlab.measure.bench.shapes import random_model
-from veloxlab.measure.bench.timing import Row, Tell
+from veloxlab.measure.bench.timing import Row, Tell, spread
 from veloxlab.measure.memory import bytes_of
 from veloxlab.mlxlm.probe import own_cache, quantized_cache, with_caches
 
@@ -45,8 +45,8 @@ def decode(
     """A token behind ``tokens`` others: with the exact cache, mlx-lm's at 4 bits, and ``caches`` such as "rabitq:4".
 
     Rows: ``cache, tokens, milliseconds, least_milliseconds, ratio`` (of the exact cache's time), ``of_mlx_lm`` (of
-    mlx-lm's), ``held_bytes, roofline_milliseconds`` (to read the weights and the cache once at `bandwidth`). With
-    ``busy`` those behind up to `BUSY_TOKENS` are also timed while another process keeps a core busy:
+    mlx-lm's), ``spread, held_bytes, roofline_milliseconds`` (to read the weights and the cache once at `bandwidth`).
+    With ``busy`` those behind up to `BUSY_TOKENS` are also timed while another process keeps a core busy:
     ``busy_milliseconds, busy_ratio`` (to idle).
     """
     model = random_model(MODEL, mx.float32, vocab_size=VOCABULARY)
@@ -63,6 +63,7 @@ def decode(
             for name, (idle, *while_busy) in spent.items():
                 size = sum(layer.nbytes for layer in held[name])
                 row = {"cache": name, "tokens": count, "milliseconds": times[name], "least_milliseconds": min(idle)}
+                row["spread"] = spread(idle)
                 row |= {"ratio": times[name] / times[EXACT], "of_mlx_lm": times[name] / times[MLX_LM]}
                 row |= {"held_bytes": size, "roofline_milliseconds": (weights + size) / bandwidth() / 1e6}
                 for slow in while_busy:

@@ -24,7 +24,7 @@ from veloxlab.kernels import devices
 from veloxlab.kernels.backend import Built, Source
 from veloxlab.measure.bench import cpu
 from veloxlab.measure.bench.cpu import EXACT, codecs, titled
-from veloxlab.measure.bench.timing import Row, Tell
+from veloxlab.measure.bench.timing import Row, Tell, spread
 from veloxlab.mlxlm.hooks import attach
 
 PAST = 1024  # tokens before the first that is timed
@@ -37,7 +37,8 @@ def host(progress: Tell = print) -> list[Row]:
     """Microseconds of Python a layer and step, with the exact cache and with every method, alone and in a batch.
 
     Rows: ``cache, sequences, microseconds`` (the median of all steps), ``beyond_exact`` (more than with the exact
-    cache), ``mean_microseconds`` (of all steps: one in `BLOCK` encodes a block), ``most_microseconds``.
+    cache), ``mean_microseconds`` (of all steps: one in `BLOCK` encodes a block), ``most_microseconds, spread, ratio``
+    (of the exact cache's).
     """
     made: dict[str, Callable[[], Any]] = {EXACT: KVCache}
     made |= {titled(name): partial(CompressedKVCache, *two) for name, two in codecs(progress).items()}
@@ -51,6 +52,7 @@ def host(progress: Tell = print) -> list[Row]:
                 row: Row = {"cache": name, "sequences": sequences, "microseconds": median(spent)}
                 row |= {"mean_microseconds": mean(spent), "most_microseconds": max(spent)}
                 of_exact = of_exact or row["microseconds"]
+                row |= {"spread": spread(spent), "ratio": row["microseconds"] / of_exact}
                 rows.append(row | {"beyond_exact": row["microseconds"] - of_exact})
                 progress(f"Python of a layer and step: {name}, {sequences} sequences, {row['microseconds']:.3g} µs")
     return rows

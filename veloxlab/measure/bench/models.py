@@ -24,7 +24,7 @@ from veloxlab.cache.make import make_cache
 from veloxlab.codecs import TENSORS
 from veloxlab.errors import InputError
 from veloxlab.measure.bench.shapes import random_model
-from veloxlab.measure.bench.timing import TOKENS, Row, Tell
+from veloxlab.measure.bench.timing import TOKENS, Row, Tell, spread
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.frames import schema
 from veloxlab.mlxlm.probe import exact_width, own_cache, quantized_cache, slots_of
@@ -150,7 +150,7 @@ def decode_steps(
     ``shapes`` are models and their layers; of one that has few, the caches are also shorter. The caches are filled with
     random keys and values. Rows: ``shape, layers, cache, tokens, milliseconds`` (of a token: the median of ``runs``, of
     the median of each), ``slowest_milliseconds`` (the same of the slowest), ``ratio`` (to the exact cache's time),
-    ``held_bytes``. A cache that MLX cannot read on this device is told to ``progress`` and left out.
+    ``held_bytes, spread``. A cache that MLX cannot read on this device is told to ``progress`` and left out.
     """
     rows: list[Row] = []
     for shape, layers in shapes.items():
@@ -160,10 +160,10 @@ def decode_steps(
             seconds = _in_turn(
                 model, {name: partial(_filled, make, model, count) for name, make in made.items()}, runs, progress
             )
-            for name, (typical, slowest, held) in seconds.items():
+            for name, (typical, slowest, held, noise) in seconds.items():
                 row = {"shape": shape, "layers": layers, "cache": name, "tokens": count, "milliseconds": 1e3 * typical}
                 row |= {"slowest_milliseconds": 1e3 * slowest, "ratio": typical / next(iter(seconds.values()))[0]}
-                rows.append(row | {"held_bytes": held})
+                rows.append(row | {"held_bytes": held, "spread": noise})
                 progress(
                     f"{shape}, a token behind {count}: {name}, {1e3 * typical:.2f} ms, {row['ratio']:.2f} of exact"
                 )
@@ -175,7 +175,8 @@ def batch_steps(
 ) -> list[Row]:
     """A step of a batch of sequences, each behind about as many tokens, but no two behind the same number.
 
-    Rows: ``layers, cache, sequences, tokens, milliseconds, slowest_milliseconds, ratio, held_bytes`` as `decode_steps`.
+    Rows: ``layers, cache, sequences, tokens, milliseconds, slowest_milliseconds, ratio, held_bytes, spread``, as those
+    of `decode_steps`.
     """
     model = _model(layers)
     rows: list[Row] = []
@@ -183,10 +184,10 @@ def batch_steps(
         counts = [count - UNLIKE * i for i in range(sequences)]
         made = {name: partial(_batch, make, model, counts) for name, make in makers(model, theirs=()).items()}
         seconds = _in_turn(model, made, runs, progress, sequences)
-        for name, (typical, slowest, held) in seconds.items():
+        for name, (typical, slowest, held, noise) in seconds.items():
             row = {"layers": layers, "cache": name, "sequences": sequences, "tokens": count}
             row |= {"milliseconds": 1e3 * typical, "slowest_milliseconds": 1e3 * slowest, "held_bytes": held}
-            rows.append(row | {"ratio": typical / next(iter(seconds.values()))[0]})
+            rows.append(row | {"ratio": typical / next(iter(seconds.values()))[0], "spread": noise})
             progress(
                 f"a step of {sequences} x {count}: {name}, {1e3 * typical:.2f} ms, {rows[-1]['ratio']:.2f} of exact"
             )
@@ -195,15 +196,16 @@ def batch_steps(
 
 def _in_turn(
     model: Model, made: Mapping[str, Maker], runs: int, progress: Tell, sequences: int = 1
-) -> dict[str, tuple[float, float, int]]:
-    """Of each cache the median and the slowest seconds of a token, medians over ``runs``, and bytes; in turn."""
-    found: dict[str, list[tuple[float, float, int]]] = {name: [] for name in made}
+) -> dict[str, tuple[float, float, int, float]]:
+    """Of each cache the median and slowest seconds of a token, bytes and `spread`: medians over ``runs``, in turn."""
+    found: dict[str, list[tuple[float, float, int, float]]] = {name: [] for name in made}
     for _ in range(runs):
         for name, make in made.items():
             caches = make()
             try:
                 spent = _token_seconds(model, caches, sequences)
-                found[name].append((statistics.median(spent), max(spent), sum(cache.nbytes for cache in caches)))
+                held = sum(cache.nbytes for cache in caches)
+                found[name].append((statistics.median(spent), max(spent), held, spread(spent)))
             except RuntimeError as error:
                 # MLX 0.32.4 on CUDA has no product of one row with quantized ones for some numbers of tokens
                 progress(f"{name} fails: {error}")
@@ -218,7 +220,7 @@ def read_prompts(
     """Reading a prompt of ``tokens`` random tokens in mlx-lm's chunks.
 
     Rows: ``cache, layers, tokens, seconds`` (the median of ``runs``, behind one that compiles), ``ratio`` (to the exact
-    cache's), ``peak_bytes`` beside the weights, ``peak_ratio``.
+    cache's), ``peak_bytes`` beside the weights, ``peak_ratio, spread``.
     """
     model = _model(layers)
     ids = mx.random.randint(0, 90, (1, tokens), key=mx.random.key(0))
@@ -235,6 +237,7 @@ def read_prompts(
     for name, measured in found.items():
         seconds, peak = (statistics.median(part) for part in zip(*measured[1:], strict=True))
         row: Row = {"cache": name, "layers": layers, "tokens": tokens, "seconds": seconds, "peak_bytes": peak}
+        row["spread"] = spread([spent for spent, _ in measured[1:]])
         first = rows[0] if rows else row
         rows.append(row | {"ratio": seconds / first["seconds"], "peak_ratio": peak / first["peak_bytes"]})
         progress(f"reading {tokens} tokens: {name}, {seconds:.3f} s, {rows[-1]['ratio']:.2f} of exact")

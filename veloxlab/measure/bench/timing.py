@@ -68,11 +68,15 @@ Cache = tuple[Callable[[mx.array], mx.array], Any]
 
 
 class Microseconds(NamedTuple):
-    """Median times of one call: what one more takes behind others, of making its graph, and of both for one alone."""
+    """Median times of one call: what one more takes behind others, of making its graph, and of both for one alone.
+
+    ``spread`` is of evaluating.
+    """
 
     evaluating: float
     making: float
     alone: float
+    spread: float
 
 
 def facts() -> Row:
@@ -103,7 +107,16 @@ def microseconds(calls: Sequence[Callable[[], object]]) -> Microseconds:
         times = [_timed(lambda row=row: [call() for call in row]) for _ in range(FIRST_TRIES + REPEATS)]  # type: ignore[misc]
         of_rows.append([statistics.median(part) for part in zip(*times[FIRST_TRIES:], strict=True)])
     making, evaluating = (1e6 * _one_more(*pair) for pair in zip(*of_rows, strict=True))
-    return Microseconds(evaluating, making, 1e6 * median_seconds(calls[0], REPEATS))
+    noise = spread([late for _, late in times[FIRST_TRIES:]])
+    return Microseconds(evaluating, making, 1e6 * median_seconds(calls[0], REPEATS), noise)
+
+
+def spread(times: Sequence[float]) -> float:
+    """Half of the interquartile range of repeats, over their median; 0 for one repeat."""
+    if len(times) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return (high - low) / 2 / middle
 
 
 def _one_more(short: float, longer: float) -> float:
@@ -142,7 +155,7 @@ def decode_attention(
 
     Rows: ``cache, query_heads, kv_heads, head_dim, tokens, microseconds`` (evaluating, see `timing`),
     ``making_microseconds, alone_microseconds, bytes, gigabytes_per_second, ratio`` (to the time of the exact cache) and
-    ``roofline_microseconds`` (what the bytes alone take at the fastest that anything here moved them).
+    ``roofline_microseconds`` (what the bytes alone take at the fastest that anything here moved them), `spread`.
     """
     rows: list[Row] = []
     for shape, count in product(shapes, tokens):
@@ -190,6 +203,7 @@ def _rows(ways: Mapping[str, Callable[[], Cache]], shape: Shape, tokens: int, pr
             "microseconds": times.evaluating,
             "making_microseconds": times.making,
             "alone_microseconds": times.alone,
+            "spread": times.spread,
             "bytes": size,
             "gigabytes_per_second": size / times.evaluating / 1e3,
             "ratio": times.evaluating / exact_time,
@@ -264,9 +278,9 @@ def encode_steps(
 ) -> list[Row]:
     """Time to encode the keys and values of all layers: of a block of decoded tokens, and of a chunk of a prefill.
 
-    Rows: ``cache, query_heads, kv_heads, head_dim, layers, tokens, microseconds, attention_microseconds, ratio``. Both
-    times are of all layers, evaluated together. ``attention`` is that of one token to ``behind`` others, in 4-bit
-    codes, and ``ratio`` is to that of as many tokens as a block has: a block is encoded once in as many steps.
+    Rows: ``cache, query_heads, kv_heads, head_dim, layers, tokens, spread, microseconds, attention_microseconds,
+    ratio``. Both times are of all layers, evaluated together. ``attention`` is that of one token to ``behind`` others,
+    in 4-bit codes, and ``ratio`` is to that of as many tokens as a block has: a block is encoded once in as many steps.
     Calibrated methods are fitted to random vectors, once for all layers.
     """
     attention = IN_A_ROW * microseconds(calls(shape, partial(over_codes, shape, behind, METHOD_BITS))[0]).evaluating
@@ -276,8 +290,10 @@ def encode_steps(
         for count in (BLOCK, chunk):
             pairs = [[vectors(shape, count) for _ in codecs] for _ in range(IN_A_ROW)]
             mx.eval(pairs)
-            spent = IN_A_ROW * microseconds([partial(_encode, codecs, pair) for pair in pairs]).evaluating
+            times = microseconds([partial(_encode, codecs, pair) for pair in pairs])
+            spent = IN_A_ROW * times.evaluating
             row = {"cache": f"{name} {METHOD_BITS} bit", **asdict(shape), "layers": IN_A_ROW, "tokens": count}
+            row["spread"] = times.spread
             rows.append(
                 row | {"microseconds": spent, "attention_microseconds": attention, "ratio": spent / (BLOCK * attention)}
             )
