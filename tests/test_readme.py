@@ -22,13 +22,6 @@ README = (ROOT / "README.md").read_text()
 RESULTS = ROOT / "data" / "results"
 
 
-def test_the_table_of_the_readme_is_rows_of_the_committed_comparison():
-    whole = (RESULTS / "compare_smollm2-135m.md").read_text().splitlines()
-    rows = [line for line in README.splitlines() if line.count("|") == whole[0].count("|") and "×)" in line]
-    assert len(rows) > 8
-    assert [row for row in rows if row not in whole] == []
-
-
 def test_the_tables_of_results_are_the_committed_measurements():
     compared = (RESULTS / "compare_smollm2-135m.md").read_text()
     assert compared_table(pl.read_parquet(RESULTS / "compare_smollm2-135m.parquet")) in compared
@@ -56,25 +49,6 @@ def test_the_peaks_of_memory_are_the_committed_measurements():
         exact, ours = (rows.filter(pl.col("cache").str.starts_with(n)).sort("tokens") for n in ("exact", "turboquant"))
         assert (ours["prefill_peak_bytes"] < exact["prefill_peak_bytes"]).all()
         assert (ours["decode_peak_bytes"] < exact["decode_peak_bytes"]).all()
-
-
-def test_what_it_costs_in_time_is_the_committed_measurement():
-    words = " ".join(README.split())
-    bench = json.loads((RESULTS / "bench_h200.json").read_text())
-    rows = [r for part in ("decode", "read", "batch") for r in bench[part]["rows"] if r["cache"] == "turboquant 4 bit"]
-    decode = {r["tokens"]: r["ratio"] for r in rows if r.get("shape") == "one layer of 7B"}
-    assert f"behind 4,096 others takes {decode[4096]:.2f} times" in words
-    assert (
-        f"behind 32,768 others {decode[32768]:.2f} times, and behind 131,072 others {decode[131072]:.2f} times" in words
-    )
-    (read,) = (r for r in rows if "peak_ratio" in r)
-    assert f"Reading 32,768 tokens takes {read['ratio']:.2f} times as long, at {read['peak_ratio']:.2f} of the" in words
-    (batch,) = (r for r in rows if r.get("sequences") == 8)
-    assert f"A step of 8 sequences of 4,096 tokens takes {batch['ratio']:.2f} times" in words
-    on_cpu = json.loads((RESULTS / "bench_cpu.json").read_text())["decode"]["rows"]
-    ratio = {r["tokens"]: r["ratio"] for r in on_cpu if r["cache"] == "turboquant 4 bit"}
-    assert f"behind 512 others takes {ratio[512]:.2f} times" in words
-    assert f"behind 8,192 others {ratio[8192]:.2f} times" in words
 
 
 def test_the_readme_is_short():
@@ -132,11 +106,3 @@ def test_a_file_that_is_named_is_there(document):
     folders = [ROOT, ROOT / "notebooks", *(ROOT / "veloxlab" / part for part in ("", "kernels", "kernels/source"))]
     assert len(named) > 2
     assert [name for name in named if not any((folder / name).exists() for folder in folders)] == []
-
-
-def test_what_fisherquant_loses_is_the_committed_measurement():
-    frame = pl.read_parquet(RESULTS / "compare_smollm2-135m_4_sinks.parquet")
-    ours, theirs = (frame.filter(name=name)["kl_mean"].item() for name in ("fisherquant 2.25 bit", "turboquant 2 bit"))
-    words = " ".join(README.split())
-    assert f"FisherQuant loses {ours:.3f} nats at 2.25 true bits and TurboQuant {theirs:.2f}" in words
-    assert (ROOT / "notebooks" / "19_fisherquant.ipynb").is_file()

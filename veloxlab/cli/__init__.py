@@ -19,7 +19,7 @@ from typing import Any
 import veloxlab
 from veloxlab import texts
 from veloxlab.checks import number_of_bits
-from veloxlab.cli import measurements
+from veloxlab.cli import measurements, results
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
 
@@ -189,6 +189,12 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         _many("--quantized", "bits of mlx-lm's own quantized cache", int, [4, 8], nargs="*"),
         _one("--quantized-upto", "maximum length for mlx-lm's cache", int, 16384, metavar="TOKENS"),
         FILE,
+    ),
+    "results": (
+        "say where each figure of the README and the notebooks comes from, or measure all again",
+        results.show_results,
+        ("--check", {"action": "store_true", "help": "list all figures; status 1 if one has no source"}),
+        ("--all", {"action": "store_true", "help": "run all commands that measure (hours)", "dest": "every"}),
     ),
     **{
         name: (f"run mlx_lm.{theirs} with a compressed cache", partial(run_mlx_lm, name), *CACHE)
