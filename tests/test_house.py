@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "veloxlab"
-BASE = ("errors", "checks", "store", "progress", "texts", "runtime")
+BASE = ("errors", "checks", "store", "progress", "texts", "runtime", "offline")
 ROOMS = (
     "base",
     "kernels",

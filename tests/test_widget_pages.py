@@ -6,11 +6,13 @@ import ast
 import json
 import math
 import re
+from collections.abc import Iterator
 from html import unescape
 from types import SimpleNamespace
 from typing import Any
 
 import altair as alt
+import ipywidgets
 import polars as pl
 import pytest
 
@@ -133,6 +135,35 @@ def test_text_in_a_table_of_plans_and_in_a_line_of_code_stays_text(lab, monkeypa
     monkeypatch.setattr(Choice, "lines", lambda *_: [HOSTILE])
     page._redraw()
     assert "<script" not in page._code.value
+
+
+def as_html(widget: ipywidgets.Widget) -> Iterator[str]:
+    """What a widget, and all below it, give a browser as HTML."""
+    assert not getattr(widget, "description_allow_html", False)
+    if isinstance(widget, ipywidgets.HTML | ipywidgets.HTMLMath):
+        yield widget.value
+    for child in getattr(widget, "children", ()):
+        yield from as_html(child)
+
+
+def test_words_from_elsewhere_are_no_markup_on_any_page(lab):
+    for name in ("cache", "errors", "keys", "generation", "memory"):
+        page = lab.turn_to(name)
+        page.say(HOSTILE)  # as the message of an error
+    page = lab.turn_to("generation")
+    page.prompt = HOSTILE
+    shown = [*as_html(lab)]
+    assert sum("&lt;script&gt;" in text for text in shown) >= 5
+    assert not [text for text in shown if "<script" in text or "<!--" in text]
+    page.prompt = "Once"
+
+
+def test_a_path_is_no_markup_where_a_plan_is_saved(tmp_path):
+    box = PlanFile(lambda: SimpleNamespace(calibrations={}, save=vl.Plan.uniform(tiny("llama")).save))
+    box.path.value = f"{tmp_path}/none/<script>/plan.json"
+    box._clicked()
+    assert "There is no folder" in box.said.value
+    assert not [text for text in as_html(box) if "<script" in text]
 
 
 def test_the_line_that_loads_a_plan_is_python_whatever_the_path():

@@ -16,10 +16,12 @@ from importlib import import_module
 
 import lazy_loader
 
+from veloxlab.offline import forbid_connections
 from veloxlab.runtime import TOO_LATE, defer_iri_grammar, keep_freed_memory, load_fast_blas
 
 __version__ = "0.1.0"
 
+forbid_connections()
 keep_freed_memory()
 defer_iri_grammar()
 # MLX binds to a BLAS when it is imported: every module here that imports it comes after this line

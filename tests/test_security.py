@@ -1,0 +1,60 @@
+"""What comes from a file or a name stays data: no code runs, and no path leads out of its folder."""
+
+import ast
+import json
+from pathlib import Path
+
+import pytest
+
+import veloxlab as vl
+from veloxlab.cli.measurements import results_name
+from veloxlab.errors import InputError
+
+PACKAGE = Path(vl.__file__).parent
+RUNS_CODE = {"pickle", "dill", "joblib", "marshal", "shelve"}
+CODE = "from pathlib import Path\nPath(__file__).with_name('it_ran').touch()\n"
+
+
+def test_no_module_reads_what_can_run_code():
+    """Neither by an import, nor by a call of eval or exec, nor by NumPy's pickles."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not {alias.name.partition(".")[0] for alias in node.names} & RUNS_CODE, path
+            elif isinstance(node, ast.ImportFrom):
+                assert (node.module or "").partition(".")[0] not in RUNS_CODE, path
+            elif isinstance(node, ast.Call):
+                assert not (isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec")), path
+                assert "allow_pickle" not in {keyword.arg for keyword in node.keywords}, path
+
+
+def test_a_model_s_folder_runs_nothing_unless_the_user_says_so(tmp_path):
+    config = {"model_type": "llama", "model_file": "own.py", "auto_map": {"AutoTokenizer": ["own.Tokenizer", None]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "own.py").write_text(CODE)
+    with pytest.raises(InputError, match="mlx-lm cannot load"):
+        vl.load(tmp_path)
+    with pytest.raises(InputError):
+        vl.advise(tmp_path, memory="16 GB")
+    assert not (tmp_path / "it_ran").exists()
+
+
+@pytest.mark.parametrize("model", ["../../etc/passwd", "/etc/passwd", "some-one/../../x", "x/y.gguf", "C:..\\x"])
+def test_a_model_s_name_names_a_file_and_no_folder(model):
+    name = results_name(model)
+    assert "/" not in name
+    assert name not in ("", ".", "..")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", "", "a.b", "A"])
+def test_a_method_s_id_is_no_path(name):
+    with pytest.raises(InputError, match="is no id of a method"):
+        vl.register(vl.codecs.Method(**{**vars(vl.codecs.METHODS["none"]), "id": name, "codecs": (int,)}))
+
+
+def test_a_calibration_holds_no_path(tmp_path):
+    """Its file is read as one, and names no other."""
+    path = vl.Calibration("turboquant", {"version": 1, "options": {}}, {}).save(tmp_path / "one")
+    assert vl.Calibration.load(path).codecs == {}
+    assert [each.name for each in tmp_path.iterdir()] == ["one.safetensors"]

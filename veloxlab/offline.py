@@ -1,0 +1,58 @@
+"""``VELOXLAB_OFFLINE=1``: no connection to another machine can be made from this process.
+
+Python reports every use of a socket to audit hooks. Ours refuses addresses that are not of this machine. Libraries that
+have sockets of their own, such as the Rust part of huggingface_hub, are told by their own switches.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import cache
+from ipaddress import ip_address
+from typing import Any
+
+SWITCH = "VELOXLAB_OFFLINE"
+_THEIRS = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+_OF_ADDRESS = frozenset({"socket.connect", "socket.sendto", "socket.sendmsg", "socket.bind"})  # socket, address
+_OF_NAME = frozenset({"socket.getaddrinfo", "socket.gethostbyname"})  # host, …
+
+
+class OfflineError(PermissionError):
+    """A connection to another machine was asked for while `SWITCH` forbids it."""
+
+
+def forbid_connections() -> None:
+    """Refuse every socket but those of this machine, if `SWITCH` is set; before a library looks at its own switch."""
+    if os.environ.get(SWITCH, "0") not in ("", "0"):
+        os.environ.update(dict.fromkeys(_THEIRS, "1"))
+        _hook()
+
+
+@cache  # a hook cannot be taken away
+def _hook() -> None:
+    sys.addaudithook(_refuse)
+
+
+def _refuse(event: str, given: tuple[Any, ...]) -> None:
+    if event in _OF_ADDRESS:
+        address = given[1]  # of a family with names, such as AF_UNIX, a text
+        host = address[0] if isinstance(address, tuple) and address else None
+    elif event in _OF_NAME:
+        host = given[0]
+    else:
+        return
+    if isinstance(host, str | bytes) and not _is_here(host if isinstance(host, str) else host.decode()):
+        raise OfflineError(
+            f"{SWITCH}=1 allows connections to this machine alone, and {host!r} is another address: unset it to use "
+            "the network."
+        )
+
+
+def _is_here(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:  # a name, or nothing, which means all addresses
+        return False
