@@ -95,6 +95,7 @@ def register(method: Method, *, replace: bool = False) -> Method:
     return method
 
 
+@checked(kind=instance(type, "the class of a codec"))
 def registered(kind: type) -> tuple[str, int] | None:
     """Id and version under which ``kind``, a class from elsewhere, was last registered, even if undone since."""
     return _REGISTERED.get(kind)
