@@ -1,29 +1,249 @@
-"""Every family of models on a compressed cache: what path its layers take, and what that changes in its logits.
+"""What a family of models does on a compressed cache: checks of a small model of its own classes with random weights.
 
-``uv run python -m tests.families`` writes the table to ``data/results``.
+Errors of logits are in units of the standard deviation of the model's logits on its own cache.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import veloxlab as vl  # isort: skip - before mlx, so that MLX finds a fast BLAS
 
+import mlx.core as mx
 import numpy as np
 import polars as pl
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models.cache import can_trim_prompt_cache, load_prompt_cache, save_prompt_cache
 
-from tests.tiny_models import FAMILIES, stepwise, tiny
+from tests.tiny_models import stepwise, tiny
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.mlxlm import probe
-from veloxlab.store import write_atomically
+from veloxlab.mlxlm.ropes import ropes_of
+from veloxlab.progress import in_words
 
-RESULTS = Path(__file__).parents[1] / "data" / "results"
 CHUNKS = [20, 33, *[1] * 20, 5, 2]  # a prompt in two pieces, decoding, and drafts of several tokens
+WHOLE = [53, *CHUNKS[2:]]
 IDS = [7 * i % 90 for i in range(sum(CHUNKS))]
 SOME_EXACT: dict[str, Any] = {"sinks": 2, "window": 8}  # so that all three runs hold tokens
 ALL_CODED: dict[str, Any] = {"sinks": 0, "window": 0, "chunk": "codes"}
+PROMPTS, WANTED = [IDS[:7], IDS[5:45], IDS[3:26]], [6, 9, 3]  # of a batch, and tokens to be generated
+ROUNDING = 1e-3  # float32, in another order, through some layers
+PLACES = 7, 41  # positions, others than those by which a rotary embedding is found out
+Found = dict[str, Any]
+
+
+class Subject:
+    """A small model of a family, and what it makes of its own caches."""
+
+    def __init__(self, family: str) -> None:
+        self.model = tiny(family)
+        fill(self.model)
+
+    @cached_property
+    def whole(self) -> np.ndarray:
+        """Logits, of a prompt that is read at once."""
+        return stepwise(self.model, IDS, probe.own_cache(self.model), WHOLE)
+
+    @cached_property
+    def chunked(self) -> np.ndarray:
+        """The same of a prompt in pieces."""
+        return stepwise(self.model, IDS, probe.own_cache(self.model), CHUNKS)
+
+    def run(self, cache: list[Any], chunks: Sequence[int] = CHUNKS) -> np.ndarray:
+        """Logits on another cache."""
+        return stepwise(self.model, IDS, cache, [*chunks])
+
+    def off(self, one: np.ndarray, other: np.ndarray) -> float:
+        """The largest difference of two logits."""
+        return float(np.abs(one - other).max() / self.chunked.std())
+
+
+def fill(model: Any) -> None:  # noqa: ANN401
+    """Let arrays that are made all zeros, or all ones, be such as a trained model has: biases, sinks, weights of norms."""
+    filled = []
+    for i, (name, array) in enumerate(tree_flatten(model.parameters())):
+        if mx.issubdtype(array.dtype, mx.floating) and array.size and (array == array.reshape(-1)[0]).all().item():
+            if (level := array.reshape(-1)[0].item()) in (0.0, 1.0):
+                some = level + 0.1 * mx.random.normal(array.shape, key=mx.random.key(i))
+                filled.append((name, some.astype(array.dtype)))
+    model.update(tree_unflatten(filled))
+
+
+# checks: each gives columns of a family's row -------------------------------------------------------------------------
+
+
+def paths(subject: Subject) -> Found:
+    """How attention reads each cache, and why."""
+    report = vl.report(vl.make_cache(subject.model)).filter(pl.col("layer").is_not_null())
+    kept = [f for f in probe.probe(subject.model) if not f.compressible]
+    return {
+        "path": ", ".join(said_once(report["path"].to_list())),
+        "reasons": "; ".join(report["reason"].unique(maintain_order=True).to_list()),
+        "own_keys": sum(f.native not in ("ArraysCache", "MambaCache") for f in kept),
+    }
+
+
+def exact(subject: Subject) -> Found:
+    """With ``none``, of a prompt that is read at once."""
+    same = subject.run(vl.make_cache(subject.model, "none", **SOME_EXACT), WHOLE)
+    return {"exact_error": subject.off(same, subject.whole)}
+
+
+def in_chunks(subject: Subject) -> Found:
+    """With ``none``, of a prompt in pieces."""
+    same = subject.run(vl.make_cache(subject.model, "none", **SOME_EXACT))
+    return {"chunked_error": subject.off(same, subject.chunked)}
+
+
+def codes(subject: Subject) -> Found:
+    """Everything coded: codes that are read against the same that are decoded, and both against the exact cache."""
+    found, model = {}, subject.model
+    for name, bits in (("eight", 8), ("four", 4)):
+        coded = subject.run(vl.make_cache(model, bits=bits, **ALL_CODED))
+        if bits == 8:
+            decoded = subject.run(as_arrays(vl.make_cache(model, bits=bits, **ALL_CODED)))
+            found["codes_error"] = subject.off(coded, decoded)
+        found[f"{name}_bit_error"] = float(np.sqrt(np.mean((coded - subject.chunked) ** 2)) / subject.chunked.std())
+    return found
+
+
+def batch(subject: Subject) -> Found:
+    """Three prompts of different lengths by mlx-lm's batch generator: the tokens that each gets alone."""
+    model, together = subject.model, partial(generated_together, subject.model)
+    caches = [vl.make_cache(model, **SOME_EXACT) for _ in range(2 * len(PROMPTS))]
+    alone = [
+        [t for t, _ in generate_step(mx.array(p), model, max_tokens=n, prompt_cache=c)]
+        for p, n, c in zip(PROMPTS, WANTED, caches[: len(PROMPTS)], strict=True)
+    ]
+    own = [probe.own_cache(model) for _ in PROMPTS]
+    return {"batch": agreed(lambda: together(caches[len(PROMPTS) :]) == alone, lambda: together(own))}
+
+
+def trim(subject: Subject) -> Found:
+    """Three tokens are read, dropped, and others read in their place."""
+    model, cache = subject.model, vl.make_cache(subject.model, "none", **SOME_EXACT)
+    if not can_trim_prompt_cache(probe.own_cache(model)):
+        return {"trim": "mlx-lm: its own cache cannot be trimmed"}
+
+    def same() -> bool:
+        stepwise(model, [*IDS[:20], 3, 4, 5], cache, [20, 1, 1, 1])  # before a window is full
+        assert {slot.trim(3) for slot in probe.slots_of(cache)} == {3}
+        after = stepwise(model, IDS[20:], cache, [1] * len(IDS[20:]))
+        return subject.off(after, subject.chunked[20:]) < ROUNDING
+
+    return {"trim": agreed(same, lambda: [slot.trim(0) for slot in probe.slots_of(probe.own_cache(model))])}
+
+
+def saved(subject: Subject) -> Found:
+    """A cache that was saved and loaded continues as the one that was not."""
+    model, cache = subject.model, vl.make_cache(subject.model, **SOME_EXACT)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "prompt.safetensors"
+
+        def own() -> None:
+            native = probe.own_cache(model)
+            stepwise(model, IDS[:40], native, [40])
+            save_prompt_cache(str(file), native)
+            stepwise(model, IDS[40:], load_prompt_cache(str(file)), [1] * len(IDS[40:]))
+
+        def same() -> bool:
+            stepwise(model, IDS[:40], cache, [40])
+            save_prompt_cache(str(file), cache)
+            both = (cache, vl.load_cache(file, model))
+            return np.array_equal(*(stepwise(model, IDS[40:], some, [1] * len(IDS[40:])) for some in both))
+
+        return {"saved": agreed(same, own)}
+
+
+def rope(subject: Subject) -> Found:
+    """Whether the rotary embedding that is reported for each cache makes keys of two positions those of one."""
+    model, said, worst = subject.model, [], 0.0
+    keys = []
+    for place in PLACES:
+        caches = probe.with_caches(model, partial(probe.Probe, offset=place))
+        model(mx.array([[5], [6], [8]]), cache=caches)
+        keys.append([one.stored_keys for one in probe.probes_of(caches)])
+    for found, *two in zip(ropes_of(model, IDS[:20]), *keys, strict=True):
+        if found is not None:
+            two = [found.inverse(x, place) for x, place in zip(two, PLACES, strict=True)]
+        moved = float(mx.linalg.norm(two[1] - two[0]) / mx.linalg.norm(two[0]))
+        if found is not None:
+            worst, word = max(worst, moved), "known"
+        else:
+            word = "no turn" if moved < ROUNDING else "not known"
+        said.append(word)
+    return {"rope": ", ".join(said_once(said)), "rope_error": worst}
+
+
+def capture(subject: Subject) -> Found:
+    """Whether `vl.capture` sees the queries of each cache."""
+    if not probe.probes_of(probe.with_caches(subject.model, probe.Probe)):
+        return {"queries": "no keys"}
+    layers = vl.capture(subject.model, Letters(), tokens=64).layers
+    return {"queries": ", ".join(said_once(["seen" if s.queries is not None else "not seen" for s in layers]))}
+
+
+def lab(subject: Subject) -> Found:
+    """Whether the laboratory opens, and shows its first page without an error."""
+    if not probe.probes_of(probe.with_caches(subject.model, probe.Probe)):
+        return {"lab": "no keys"}
+    shown = vl.Lab(subject.model, Letters(), tokens=64, window=8)
+    try:
+        in_time = shown.wait(120)
+        return {"lab": str(shown.worker.last_error or ("yes" if in_time else "not in two minutes"))}
+    finally:
+        shown.worker.close()
+
+
+CHECKS: tuple[Callable[[Subject], Found], ...] = (
+    *(paths, exact, in_chunks, codes, batch, trim, saved, rope, capture, lab),
+)
+
+
+# what they share ------------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer of one token for each letter."""
+
+    eos_token_ids = frozenset({95})
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Numbers that differ from place to place."""
+        return [(7 * i * i + ord(letter)) % 90 for i, letter in enumerate(text)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """A letter for each."""
+        return "".join(chr(32 + i) for i in ids)
+
+
+def agreed(same: Callable[[], bool], own: Callable[[], object]) -> str:
+    """``"yes"`` or ``"no"``; or what was raised, after ``mlx-lm:`` if its own cache raises too."""
+    try:
+        return "yes" if same() else "no"
+    except Exception as error:  # noqa: BLE001 - a family fails in its own way
+        try:
+            own()
+        except Exception as native:  # noqa: BLE001
+            return f"mlx-lm: {in_words(native)}"
+        return in_words(error)
+
+
+def generated_together(model: Any, caches: list[Any]) -> list[list[int]]:  # noqa: ANN401
+    """The tokens of `PROMPTS` in a batch."""
+    generator = BatchGenerator(model, completion_batch_size=3, prefill_batch_size=2)
+    uids = generator.insert(PROMPTS, WANTED, caches=caches)
+    made: dict[int, list[int]] = {uid: [] for uid in uids}
+    while responses := generator.next_generated():
+        for response in responses:
+            made[response.uid].append(response.token)
+    generator.close()
+    return [made[uid] for uid in uids]
 
 
 def as_arrays(cache: list[Any]) -> list[Any]:
@@ -36,38 +256,6 @@ def as_arrays(cache: list[Any]) -> list[Any]:
     return cache
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """One family, with errors in units of the standard deviation of its logits."""
-
-    family: str
-    path: str  # of its layers, in order, with equal neighbours said once
-    reasons: str
-    exact_error: float  # largest difference from the model's own cache, with method "none"
-    codes_error: float  # largest difference between reading 8-bit codes and decoding them
-    eight_bit_error: float  # root-mean-square difference from the model's own cache, everything at 8 bits
-
-
-def measure(family: str) -> Measured:
-    """Run a family's small model on its own cache and on ours."""
-    model = tiny(family)
-    native = stepwise(model, IDS, probe.own_cache(model), CHUNKS)
-    exact = vl.make_cache(model, "none", **SOME_EXACT)
-    same = stepwise(model, IDS, exact, CHUNKS)
-    coded = stepwise(model, IDS, vl.make_cache(model, bits=8, **ALL_CODED), CHUNKS)
-    decoded = stepwise(model, IDS, as_arrays(vl.make_cache(model, bits=8, **ALL_CODED)), CHUNKS)
-    report = vl.report(exact).filter(pl.col("layer").is_not_null())
-    unit = native.std()
-    return Measured(
-        family,
-        ", ".join(said_once(report["path"].to_list())),
-        "; ".join(report["reason"].unique(maintain_order=True).to_list()),
-        float(np.abs(same - native).max() / unit),
-        float(np.abs(coded - decoded).max() / unit),
-        float(np.sqrt(np.mean((coded - native) ** 2)) / unit),
-    )
-
-
 def said_once(words: list[str]) -> list[str]:
     """``["own", "own", "codes"]`` as ``["2 × own", "codes"]``."""
     runs: list[tuple[str, int]] = []
@@ -77,28 +265,3 @@ def said_once(words: list[str]) -> list[str]:
         else:
             runs.append((word, 1))
     return [word if count == 1 else f"{count} × {word}" for word, count in runs]
-
-
-def table(frame: pl.DataFrame) -> str:
-    """Markdown of `measure`'s rows."""
-    lines = [
-        "| family | paths of its caches | why | `none` | codes against decoded | 8 bit |",
-        "|---|---|---|---:|---:|---:|",
-    ]
-    for row in frame.iter_rows(named=True):
-        errors = [f"{row[name]:.0e}" for name in ("exact_error", "codes_error")]
-        words = [row["family"], row["path"], row["reasons"]]
-        lines.append(f"| {' | '.join([*words, *errors, format(row['eight_bit_error'], '.3f')])} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Measure all families and write them down."""
-    frame = pl.DataFrame([dataclasses.asdict(measure(family)) for family in FAMILIES])
-    frame.write_parquet(RESULTS / "families.parquet")
-    write_atomically(RESULTS / "families.md", (table(frame) + "\n").encode())
-    print(table(frame))
-
-
-if __name__ == "__main__":
-    main()

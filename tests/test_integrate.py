@@ -22,7 +22,8 @@ from mlx_lm.models.cache import (
 )
 
 import veloxlab as vl
-from tests.tiny_models import WINDOW, stepwise, tiny
+from tests.small_configs import WINDOW
+from tests.tiny_models import stepwise, tiny
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.plan import LayerSettings
 from veloxlab.errors import InputError

@@ -12,45 +12,17 @@ import veloxlab as vl
 from tests.families import CHUNKS, IDS, SOME_EXACT, as_arrays
 from tests.test_batch import LENGTHS, WANTED, alone, together
 from tests.test_without_queries import Letters
-from tests.tiny_models import FAMILIES, stepwise, tiny
+from tests.tiny_models import stepwise, tiny
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import own_cache, quantized_cache, slots_of
 
-MLA = FAMILIES["deepseek_v3"]
-KIMI: dict[str, Any] = {
-    "num_hidden_layers": 4,
-    "linear_attn_config": {
-        "kda_layers": [1, 2, 3],
-        "full_attn_layers": [4],
-        "num_heads": 2,
-        "head_dim": 16,
-        "short_conv_kernel_size": 4,
-    },
-    "model_max_length": 512,
-    "num_experts": 4,
-    "rope_theta": 1e4,
-    "first_k_dense_replace": 1,
-}
-PARAMETERS = {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 32, "type": "default"}
-LATENTS: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {},
-    "glm4_moe_lite": {**MLA, "n_group": 1},
-    "mistral4": {
-        **MLA,
-        "routed_scaling_factor": 1.0,
-        "norm_topk_prob": True,
-        "max_position_embeddings": 512,
-        "first_k_dense_replace": 0,
-        "rope_parameters": PARAMETERS,
-    },
-    "kimi_linear": {**MLA, **KIMI},
-}
+LATENTS = ("deepseek_v3", "glm4_moe_lite", "mistral4", "kimi_linear")
 
 
 @pytest.fixture(params=LATENTS)
 def model(request):
-    return tiny(request.param, **LATENTS[request.param])
+    return tiny(request.param)
 
 
 def packed(cache: list[Any]) -> list[CompressedKVCache]:

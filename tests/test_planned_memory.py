@@ -13,7 +13,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 import veloxlab as vl
-from tests.tiny_models import COMMON, FAMILIES, tiny
+from tests.tiny_models import config_of, tiny
 from veloxlab.cache.counts import Windows, calls, own_room
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.runs import compressed_room
@@ -26,7 +26,7 @@ from veloxlab.models.shapes import shape_of
 
 TOKENS, DECODED = 300, 40
 SOME_EXACT: dict[str, Any] = {"sinks": 3, "window": 20}
-LLAMA = {"model_type": "llama", **COMMON}
+LLAMA = config_of("llama")
 
 
 class Tokenizer:
@@ -213,7 +213,7 @@ def test_a_configuration_on_disk_says_what_its_model_says(tmp_path, model):
         assert shape.exact_bytes == 2
     assert shape_of(file.parent).name == "tiny"
     assert shape_of(LLAMA | {"torch_dtype": "float32"}).exact_bytes == 4
-    config = {"model_type": "lfm2", **COMMON, **FAMILIES["lfm2"]}
+    config = config_of("lfm2")
     loaded, said = shape_of(tiny("lfm2")), [shape_of(config | extra) for extra in ({}, {"torch_dtype": "float32"})]
     assert [shape.state_bytes for shape in said] == [loaded.state_bytes // 2, loaded.state_bytes]
     assert loaded.state_bytes > 0
@@ -223,10 +223,9 @@ def test_a_configuration_on_disk_says_what_its_model_says(tmp_path, model):
 
 
 def test_a_typed_shape_slides_where_it_is_said_to():
-    family = FAMILIES["gemma3_text"]
-    config = {"model_type": "gemma3_text", **COMMON, **family}
+    config = config_of("gemma3_text")
     typed = vl.models.ModelShape.typed(
-        layers=3, kv_heads=2, head_dim=64, sliding_window=family["sliding_window"], full_every=3
+        layers=3, kv_heads=2, head_dim=64, sliding_window=config["sliding_window"], full_every=3
     )
     assert vl.measure.plan_memory(typed, context=5000).equals(vl.measure.plan_memory(config, context=5000))
 
