@@ -1,13 +1,15 @@
 """Every family of models that mlx-lm knows, on a compressed cache: a small model of its own classes, checked.
 
-``uv run python -m tests.every_family`` writes the table to ``data/results``. Each family has a process of its own, which
-ends after a time, and a file in the folder of ``--into``: a run that was stopped goes on with those that have none.
+``uv run python -m tests.every_family`` writes the table to ``data/results``. A process measures some families, as to
+start one takes longer than to measure one. A family that ends its process, or takes too long, is a row that says so,
+and those behind it get a new one. Each has a file in the folder of ``--into``: a run that was stopped goes on there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,14 +25,13 @@ from veloxlab.progress import in_words
 from veloxlab.store import write_atomically
 
 RESULTS = Path(__file__).parents[1] / "data" / "results"
-SECONDS = 600  # for a family, of which one takes some ten
-TOGETHER = 2
-TEXTS = ("family", "path", "reasons", "batch", "trim", "saved", "rope", "queries", "lab", "raised", "faults")
-NUMBERS = ("exact_error", "chunked_error", "codes_error", "eight_bit_error", "four_bit_error", "rope_error")
+SECONDS = 600  # for a family, of which one takes some five
+TOGETHER, IN_ROW = 2, 12  # processes at once, and families that each of them measures
 SCHEMA: dict[str, Any] = {
     "family": pl.String,
     "path": pl.String,  # of its caches, in order, with equal neighbours said once
     "reasons": pl.String,
+    "reads": pl.String,  # what `reads` says of the row
     "own_keys": pl.Int64,  # caches of keys and values that stay the model's own
     "exact_error": pl.Float64,  # largest difference from the model's own cache, with method "none"
     "chunked_error": pl.Float64,  # the same of a prompt in pieces, and drafts of several tokens
@@ -49,29 +50,38 @@ SCHEMA: dict[str, Any] = {
 }
 
 
+FINE = ("yes", "mlx-lm: ", "no keys")
+# errors, in the unit of each: rounding of float32; a step of 8 bits, where that moves a key over the edge of a code
+BOUNDS = {"exact_error": 1e-3, "chunked_error": 1e-3, "codes_error": 0.1, "eight_bit_error": 0.3, "rope_error": 1e-4}
+Row = dict[str, Any]
+
+
 def models_folder() -> Path:
     """Where mlx-lm keeps a file for each family."""
-    (folder,) = find_spec("mlx_lm.models").submodule_search_locations  # type: ignore[union-attr, misc]
+    (folder,) = find_spec("mlx_lm.models").submodule_search_locations
     return Path(folder)
 
 
 def families() -> list[str]:
     """Names of all files of mlx-lm that have a class ``Model``; the others are code that these share."""
     files = sorted(models_folder().glob("*.py"))
-    return [file.stem for file in files if any(text in file.read_text() for text in ("class Model(", " import Model\n"))]
+    return [
+        file.stem for file in files if any(text in file.read_text() for text in ("class Model(", " import Model\n"))
+    ]
 
 
-# in a process of its own ----------------------------------------------------------------------------------------------
+# in a process of their own --------------------------------------------------------------------------------------------
 
 
-def measured(family: str, file: Path) -> None:
-    """Write a family's row to ``file``, again after each check: what ends the process is known by it."""
-    row: dict[str, Any] = {"family": family, "doing": "own"}
+def measured(family: str, folder: Path) -> None:
+    """Write a family's row to ``folder``; until it is whole, what is there says what is being done."""
+    row: Row = {"family": family, "doing": "own"}
 
     def keep() -> None:
-        write_atomically(file, json.dumps(row).encode())
+        write_atomically(folder / f"{family}.json", json.dumps(row).encode())
 
     keep()
+    signal.alarm(SECONDS)  # ends the process
     try:
         from tests.families import CHECKS, Subject
 
@@ -79,8 +89,7 @@ def measured(family: str, file: Path) -> None:
         assert subject.whole.std() > 0 < subject.chunked.std()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a family fails in its own way
         row["raised"] = in_words(error) if isinstance(error, Exception) else f"it ends Python: {error}"
-        del row["doing"]
-        return keep()
+        CHECKS = ()
     faults = []
     for check in CHECKS:
         row["doing"] = check.__name__
@@ -90,36 +99,80 @@ def measured(family: str, file: Path) -> None:
         except Exception as error:  # noqa: BLE001
             faults.append(f"{check.__name__}: {in_words(error)}")
             row["faults"] = "; ".join(faults)
+    signal.alarm(0)
     del row["doing"]
-    return keep()
+    keep()
+    print(f"{family}: {row.get('raised') or row.get('faults') or row['path']}", flush=True)
 
 
 # all of them ----------------------------------------------------------------------------------------------------------
 
 
 def measure_all(names: list[str], folder: Path) -> None:
-    """Measure the families that have no row in ``folder``, some at once."""
-    waiting = [name for name in names if not (folder / f"{name}.json").exists()]
+    """Measure the families that have no whole row in ``folder``."""
+    waiting = unmeasured(names, folder)
+    groups = [waiting[first : first + IN_ROW] for first in range(0, len(waiting), IN_ROW)]
     with ThreadPoolExecutor(TOGETHER) as pool:
-        for done, said in enumerate(pool.map(lambda name: _apart(name, folder), waiting), 1):
-            print(f"{done}/{len(waiting)} {said}", flush=True)
+        list(pool.map(lambda group: _apart(group, folder), groups))
 
 
-def _apart(family: str, folder: Path) -> str:
-    """Measure a family in a process of its own, and say in a line how that went."""
-    part, file = folder / f"{family}.part", folder / f"{family}.json"
-    command = [sys.executable, "-m", "tests.every_family", "--one", family, "--into", str(part)]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS).returncode
-    except subprocess.TimeoutExpired:
-        ended = None
-    row = json.loads(part.read_text()) if part.exists() else {"family": family, "doing": "own"}
-    if doing := row.pop("doing", None):
-        how = f"not done in {SECONDS} seconds" if ended is None else f"it ends the process ({ended})"
-        row |= {"raised": how} if doing == "own" else {"faults": f"{doing}: {how}"}
-    part.unlink(missing_ok=True)
-    write_atomically(file, json.dumps(row).encode())
-    return f"{family}: {row.get('raised') or row.get('faults') or row['path']}"
+def _apart(group: list[str], folder: Path) -> None:
+    """Measure families in a process of their own, and in another one those behind a family that ends it."""
+    while left := unmeasured(group, folder):
+        command = [sys.executable, "-m", "tests.every_family", "--here", *left, "--into", str(folder)]
+        ended = subprocess.run(command, stderr=subprocess.DEVNULL).returncode
+        for family in unmeasured(left, folder)[:1]:
+            row = row_in(folder, family)
+            doing = row.pop("doing")
+            how = f"not done in {SECONDS} seconds" if ended == -signal.SIGALRM else f"it ends Python ({ended})"
+            row |= {"raised": how} if doing == "own" else {"faults": f"{doing}: {how}"}
+            write_atomically(folder / f"{family}.json", json.dumps(row).encode())
+            print(f"{family}: {how}", flush=True)
+
+
+def row_in(folder: Path, family: str) -> Row:
+    """The row of a family in ``folder``, which may not be whole."""
+    file = folder / f"{family}.json"
+    row: Row = json.loads(file.read_text()) if file.exists() else {"family": family, "doing": "own"}
+    return row
+
+
+def unmeasured(names: list[str], folder: Path) -> list[str]:
+    """Those of the families that have no whole row in ``folder``."""
+    return [name for name in names if "doing" in row_in(folder, name)]
+
+
+def wrong(row: Row) -> list[str]:
+    """What is wrong with a family's row, and not mlx-lm's doing; of one that mlx-lm itself does not run, nothing."""
+    if row["raised"]:
+        return []
+    found = [row["faults"]] if row["faults"] else []
+    found += [f"{name} {row[name]:.1e}" for name, most in BOUNDS.items() if not (row[name] or 0.0) <= most]
+    texts = {name: row[name] or "" for name in ("batch", "trim", "saved", "lab")}
+    return found + [f"{name}: {said}" for name, said in texts.items() if not said.startswith(FINE)]
+
+
+def reads(row: Row) -> str:
+    """How attention reads what the family's caches hold, in a word or two."""
+    if row["raised"]:
+        return "not run by mlx-lm"
+    paths = {path.rpartition(" ")[2] for path in (row["path"] or "").split(", ")}
+    compressed = paths & {"codes", "latents"}
+    if not compressed:
+        return "arrays" if "arrays" in paths else "own" if row["own_keys"] else "states"
+    return "some codes" if "arrays" in paths or row["own_keys"] else "codes"
+
+
+def counts(frame: pl.DataFrame) -> dict[str, int]:
+    """How many families there are of each kind of `reads`."""
+    kinds = frame["reads"].to_list()
+    return {kind: kinds.count(kind) for kind in ("codes", "some codes", "arrays", "own", "states", "not run by mlx-lm")}
+
+
+def page(frame: pl.DataFrame) -> str:
+    """The table, under what is counted in it."""
+    said = ", ".join(f"{kind} {count}" for kind, count in counts(frame).items() if count)
+    return f"{frame.height} families: {said}.\n\n{table(frame)}\n"
 
 
 def table(frame: pl.DataFrame) -> str:
@@ -133,7 +186,9 @@ def table(frame: pl.DataFrame) -> str:
         cells += [_number(row[name], ".3f") for name in ("eight_bit_error", "four_bit_error")]
         cells += [row[name] for name in ("batch", "trim", "saved", "rope")]
         cells += [_number(row["rope_error"], ".0e"), row["queries"], row["lab"]]
-        cells += ["; ".join(x for x in (row["raised"] and f"mlx-lm: {row['raised']}", row["faults"], row["reasons"]) if x)]
+        cells += [
+            "; ".join(x for x in (row["raised"] and f"mlx-lm: {row['raised']}", row["faults"], row["reasons"]) if x)
+        ]
         lines.append(f"| {' | '.join('' if cell is None else cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(lines)
 
@@ -147,20 +202,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tests.every_family", description=__doc__)
     parser.add_argument("families", nargs="*", help="all, if none is named: only then are the results written")
     parser.add_argument("--into", type=Path, help="folder of a file for each family; one that is there is kept")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--here", action="store_true", help="measure the families in this process, and no more")
     given = parser.parse_args(arguments)
-    if given.one:
-        return measured(given.one, given.into)
+    if given.here:
+        for name in given.families:
+            measured(name, given.into)
+        return
     folder = given.into or Path(tempfile.gettempdir()) / f"every_family-{version('mlx-lm')}"
     folder.mkdir(parents=True, exist_ok=True)
     names = given.families or families()
     measure_all(names, folder)
-    rows = [json.loads((folder / f"{name}.json").read_text()) for name in names]
-    frame = pl.DataFrame(rows, schema=SCHEMA)
+    rows = pl.DataFrame([row_in(folder, name) for name in names], schema=SCHEMA)
+    frame = rows.with_columns(reads=pl.Series([reads(row) for row in rows.iter_rows(named=True)]))
     if not given.families:
         frame.write_parquet(RESULTS / "families.parquet")
-        write_atomically(RESULTS / "families.md", (table(frame) + "\n").encode())
-    print(table(frame))
+        write_atomically(RESULTS / "families.md", page(frame).encode())
+    print(page(frame))
 
 
 if __name__ == "__main__":

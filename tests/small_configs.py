@@ -48,12 +48,14 @@ REQUIRED: Config = {
     **dict.fromkeys(("partial_rotary_factor", "rotary_pct"), 0.5),
     **dict.fromkeys(("conv_kernel", "linear_conv_kernel_dim", "mamba_d_conv", "conv1d_width"), 4),
     **dict.fromkeys(("tie_word_embeddings", "norm_topk_prob", "use_qk_norm", "qk_norm"), True),
+    **dict.fromkeys(("mla_scale_q_lora", "mla_scale_kv_lora"), True),
     "conv_L_cache": 3,
     "ssm_state_size": 16,
     "layer_types": ALTERNATING[:LAYERS],
     "decoder_sparse_step": 1,
     "moe_layer_freq": 1,
     "scoring_func": "sigmoid",
+    "zero_expert_type": "identity",
     "topk_method": "noaux_tc",
     "mlp_only_layers": [],
     "final_logit_softcapping": 30.0,
@@ -84,6 +86,7 @@ ROPE_OF_TYPES = {name: {"rope_theta": theta} for name, theta in zip(ALTERNATING[
 OWN: dict[str, Config] = {
     "afm7": {"num_layers": 4, "num_kv_reuse_layers": 2},
     "baichuan_m1": {"sliding_window_layers": [0], "head_dim": 16},
+    "bailing_moe": {"rotary_dim": 8},
     "bailing_moe_v3": {"layer_group_size": 2},
     "cohere2": {"hidden_size": 256, "num_hidden_layers": 4},
     "dbrx": {
@@ -92,6 +95,7 @@ OWN: dict[str, Config] = {
     },
     "deepseek_v2": {"rope_scaling": YARN},
     "deepseek_v3": {"n_group": 2},
+    "deepseek_v32": {"index_topk": 8},
     "deepseek_v41": {
         "num_hidden_layers": 3,
         "compress_ratios": (0, 4, 4),
@@ -100,6 +104,7 @@ OWN: dict[str, Config] = {
         "index_topk": 8,
         "rms_norm_eps": 1e-6,
     },
+    "exaone": {"head_dim": 16},
     "exaone4": {"sliding_window_pattern": "LG"},
     "exaone_moe": {"is_moe_layer": [False, True]},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_state": 8},
@@ -223,7 +228,7 @@ OWN: dict[str, Config] = {
 }
 
 
-def module_of(family: str) -> Any:  # noqa: ANN401 - a module
+def module_of(family: str) -> Any:
     """The module of mlx-lm that a family is in."""
     return import_module(f"mlx_lm.models.{family}")
 
@@ -248,7 +253,7 @@ def _text_of(family: str) -> tuple[str, Any]:
     return _text_of(named) if hasattr(module_of(named), "TextModelArgs") else (named, module_of(named).ModelArgs)
 
 
-def small_fields(kind: Any, given: Config) -> Config:  # noqa: ANN401 - any dataclass
+def small_fields(kind: Any, given: Config) -> Config:
     """Values for the fields of a dataclass: those ``given``, what is to be small, and what has no default."""
     made: Config = {}
     for field in dataclasses.fields(kind):

@@ -1,10 +1,12 @@
 """Models of every kind take the path that is expected of them, and keep their logits."""
 
-import polars as pl
+import json
+
 import pytest
 
-from tests import families
-from tests.families import FAMILIES, measure  # type: ignore[attr-defined]
+from tests import every_family
+from tests.families import Subject, codes, in_chunks, paths, rope
+from tests.tiny_models import FAMILIES
 
 CODES = {
     "qwen3_next": "3 × own, codes",  # linear attention in three layers of four
@@ -17,7 +19,11 @@ CODES = {
     "olmo3": "4 × codes",
     "lfm2": "codes, own, codes, own",
     "mamba2": "2 × own",
+    "deepseek_v32": "latents, own, latents, own",  # an indexer's keys stay its own
+    "minimax_m3_vl": "2 × codes, own",
+    "plamo2": "own, codes",
 }
+OF_THEIR_OWN = ("deepseek_v32", "minimax_m3_vl", "plamo2")  # attention of their own; the first two with an indexer
 # 8 bits in every layer lose 0.5 % of each vector (papers.md 0.1: relative MSE 2.6e-5), and a model of random weights
 # does not dampen it; gemma4's attention has a scale of 1 and not 1/√D, so the same error of a score weighs 8 times more
 EIGHT_BITS = {"gemma4_text": 0.3}
@@ -27,17 +33,25 @@ STEP, STEPS = 0.01, {"gemma4_text": 0.1}
 
 
 @pytest.mark.parametrize("kernels", ["0", "1"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OF_THEIR_OWN])
 def test_each_family_takes_its_path_and_keeps_its_logits(family, kernels, monkeypatch):
     monkeypatch.setenv("VELOXLAB_KERNELS", kernels)
-    found = measure(family)
-    assert found.path == CODES.get(family, "2 × codes")
-    assert found.exact_error < 1e-4  # float32, in another order
-    assert found.codes_error < STEPS.get(family, STEP)
-    assert found.eight_bit_error < EIGHT_BITS.get(family, 0.06)
+    subject = Subject(family)
+    assert paths(subject)["path"] == CODES.get(family, "2 × codes")
+    assert in_chunks(subject)["chunked_error"] < 1e-4  # float32, in another order
+    found = codes(subject)
+    assert found["codes_error"] < STEPS.get(family, STEP)
+    assert found["eight_bit_error"] < EIGHT_BITS.get(family, 0.06)
+    assert found["eight_bit_error"] <= found["four_bit_error"]
+    assert rope(subject)["rope_error"] < 1e-5  # float32, at angles below 100 radians
 
 
-def test_the_table_in_data_is_of_these_families():
-    frame = pl.read_parquet(families.RESULTS / "families.parquet")
-    assert frame["family"].to_list() == list(FAMILIES)
-    assert (families.RESULTS / "families.md").read_text() == families.table(frame) + "\n"
+def test_a_family_that_fails_is_a_row_and_a_row_that_is_there_is_kept(tmp_path):
+    (tmp_path / "kept.json").write_text("{}")
+    every_family.measure_all(["kept", "no_such_family"], tmp_path)
+    assert (tmp_path / "kept.json").read_text() == "{}"
+    row = json.loads((tmp_path / "no_such_family.json").read_text())
+    assert row == {
+        "family": "no_such_family",
+        "raised": "ModuleNotFoundError: No module named 'mlx_lm.models.no_such_family'",
+    }

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models import base
 
 from veloxlab.mlxlm.hooks import Handle, Mask, stands_in_for
 
@@ -57,6 +58,79 @@ def _plamo(
     found = handle.attend(_turned(queries, heads[0] // heads[1]), layer.scale, attention_mask)
     out: mx.array = layer.o_proj(_joined(_turned(found, heads[1])))
     return out
+
+
+@stands_in_for("plamo2.Attention.__call__")
+def _plamo2(
+    original: Original, layer: Loose, hidden_states: mx.array, mask: Mask = None, cache: Loose = None
+) -> mx.array:
+    """It calls MLX's attention, and not mlx-lm's."""
+    if not hands_out_handles(cache):
+        return original(layer, hidden_states, mask, cache)
+    ends = [layer.q_proj_dim, layer.q_proj_dim + layer.k_proj_dim]
+    heads = layer.q_num_heads, layer.k_num_heads, layer.v_num_heads
+    queries, keys, values = map(_split, mx.split(layer.qkv_proj(hidden_states), ends, axis=-1), heads)
+    both = (queries, layer.q_weight), (keys, layer.k_weight)
+    queries, keys = (mx.fast.rms_norm(y, weight=None, eps=1e-6) * weight[:, None] for y, weight in both)
+    queries, keys = (layer.rope(y, offset=cache.offset) for y in (queries, keys))
+    handle, _ = cache.update_and_fetch(keys, values)
+    out: mx.array = layer.o_proj(_joined(handle.attend(queries, layer.scale, mask)))
+    return out
+
+
+@stands_in_for("deepseek_v32.DeepseekV32Attention.__call__")
+def _deepseek_v32(
+    original: Original, layer: Loose, x: mx.array, mask: mx.array | None = None, cache: Loose = None
+) -> mx.array:
+    """The tokens that its indexer chooses are a mask, for one token too, where the original picks their latents."""
+    if cache is None or hasattr(cache[0], "keys"):  # mlx-lm's own: ours has none
+        return original(layer, x, mask, cache)
+    own, indexed = cache[0], cache[1]
+    residual = layer.q_a_layernorm(layer.q_a_proj(x))
+    queries, turned = mx.split(_split(layer.q_b_proj(residual), layer.num_heads), [layer.qk_nope_head_dim], axis=-1)
+    latents, rotary = mx.split(layer.kv_a_proj_with_mqa(x), [layer.kv_lora_rank], axis=-1)
+    turned, rotary = (layer.rope(y, own.offset) for y in (turned, _split(rotary, 1)))
+    latents, rotary = own.update_and_fetch(layer.kv_a_layernorm(latents)[:, None], rotary)
+    chosen = layer.indexer(x, residual, mask, cache=indexed)
+    scores = (turned * layer.scale) @ rotary.swapaxes(-1, -2)
+    if chosen is not None:
+        none = mx.zeros((*chosen.shape[:-1], scores.shape[-1]), mx.bool_)
+        seen = mx.put_along_axis(none, mx.stop_gradient(chosen), mx.array(True), axis=-1)
+        mask = seen if mask is None else seen & mask
+    if mask is not None:
+        scores = mx.where(mask, scores, mx.array(mx.finfo(scores.dtype).min, scores.dtype))
+    if one := x.shape[1] == 1:
+        queries, keys, values = layer.embed_q(queries), latents, latents
+    else:
+        keys, values = layer.embed_q(latents, transpose=False), layer.unembed_out(latents)
+    found = base.scaled_dot_product_attention(queries, keys, values, cache=None, scale=layer.scale, mask=scores)
+    out: mx.array = layer.o_proj(_joined(layer.unembed_out(found) if one else found))
+    return _computed_with(out, indexed)
+
+
+@stands_in_for("minimax_m3_vl.Attention.__call__")
+def _minimax_m3(original: Original, layer: Loose, x: mx.array, mask: Loose = None, cache: Loose = None) -> mx.array:
+    """It lets the stored keys wait for its indexer's: here, what it gives does."""
+    if cache is None or hasattr(cache[0], "keys"):
+        return original(layer, x, mask, cache)
+    own, offset = cache[0], cache[0].offset
+    heads = layer.num_attention_heads, layer.num_key_value_heads, layer.num_key_value_heads
+    queries, keys, values = map(_split, (layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)), heads)
+    if layer.use_qk_norm:
+        queries, keys = layer.q_norm(queries), layer.k_norm(keys)
+    queries, keys = (layer.rope(y, offset=offset) for y in (queries, keys))
+    if layer.is_sparse_attn:
+        mask = layer._block_mask(x, mask, offset, cache[1])
+    keys, values = own.update_and_fetch(keys, values)
+    found = base.scaled_dot_product_attention(queries, keys, values, cache=None, scale=layer.scale, mask=mask)
+    out: mx.array = layer.o_proj(_joined(found))
+    return _computed_with(out, cache[1]) if layer.is_sparse_attn else out
+
+
+def _computed_with(out: mx.array, indexed: Loose) -> mx.array:
+    """Compute what an indexer stores together with ``out``, for it may be unused: else its graph would grow."""
+    computed: mx.array = mx.depends([out], [indexed.keys, indexed.values])[0]
+    return computed
 
 
 def _split(x: mx.array, heads: int) -> mx.array:

@@ -254,6 +254,12 @@ def _passes(model: Module, facts: Sequence[LayerFacts]) -> bool:
         model(mx.array([[0]]), cache=caches)
     except Exception as error:  # a model may fail on a handle in any way: that is the question
         kind, fetched = type(error).__name__, [p for p in probes if p.fetched]
+        if keys_alone := [p for p in fetched if p.stored_values is p.stored_keys or not p.stored_values.shape[-1]]:
+            for p in keys_alone:
+                p.facts.leave(
+                    f"it stores keys without values, for an indexer: the model's own {p.facts.native} is kept"
+                )
+            return False
         if not probes:
             name = type(model).__module__
             part = ". Give its language_model" if hasattr(model, "language_model") else ""
