@@ -301,8 +301,8 @@ def test_bits_out_of_range_are_refused_in_a_sentence(model, calibration):
         vl.make_cache(model, "turboquant", bits=2.25)
 
 
-def test_gradients_are_of_labels_that_the_model_draws(model, tmp_path):
-    """Their second moment is that of its predictions: with other labels it is another."""
+def test_gradients_are_given_layer_by_layer_behind_the_sinks(model, tmp_path):
+    """By random signs: with others they are others."""
     windows = [Letters().encode(TEXT)[i * 64 : (i + 1) * 64] for i in range(2)]
     told = []
     seen = list(with_gradients(model, windows, 4, 0, tmp_path / "first", lambda *step: told.append(step)))

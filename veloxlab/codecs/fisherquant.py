@@ -6,9 +6,10 @@ a metric before RoPE, and gradients as weights, *KVQuant* (C. Hooper et al., 202
 sensitivity *RateQuant* (F. Zuo et al., 2026, arXiv 2605.06675), the bitshift trellis *QTIP* (A. Tseng et al., 2024,
 arXiv 2406.11235).
 
-Of each KV head's keys and values x, with gradients g of the loss of labels that the model itself draws
+Of each KV head's keys and values x, with gradients g of which E[ggᵀ] is the Fisher matrix of what the model says
     1. Mean: of values, and of keys *before* RoPE, μ: what is coded is k_t − R_t μ.
-    2. Metric: H = E[ggᵀ] + 1 % of its mean variance. C = Σ w xxᵀ / Σ w, w = min(‖g‖² / mean, 20) + 0.2.
+    2. Metric: H = E[ggᵀ] + 3 % of its mean variance, the longest 1 % of g shortened.
+       C = Σ w xxᵀ / Σ w, w = min(‖g‖² / mean, 20) + 0.2.
        With H = LLᵀ and LᵀCL = UΛUᵀ, Λ rising, the coordinates are y = x·LU, and x = y·UᵀL⁻¹.
     3. Ranges: σᵢ² = E[wᵢyᵢ²] / E[wᵢ], wᵢ = min(gᵢ² / mean, 30) + 0.05, gᵢ the gradient by yᵢ.
     4. Bits: a coordinate of b bits loses ½ σᵢ² D(b) nats. One reverse water-filling over all coordinates of all heads,
@@ -309,7 +310,7 @@ METHOD = Method(
     stored="bits by what each coordinate costs the loss, 4 bits for a vector's scale",
     options=("code", "entries", "metric", "centre", "planning", "scale", "words"),
     build=build,
-    version=6,
+    version=7,
     timed=True,
     planned=planned,
     colour="#1c7c7d",

@@ -20,7 +20,8 @@ Singles = NDArray[np.float32]
 MetricName = Literal["fisher", "pca", "none"]
 CentreName = Literal["rotated", "still", "none"]
 
-_DAMPING, _RIDGE = 1e-2, 1e-3  # of a metric, and of second moments: the share that every direction is given
+_DAMPING, _RIDGE = 0.03, 1e-3  # of a metric, and of second moments: the share that every direction is given
+LONGEST = 0.99  # the quantile of gradients' lengths that none of a metric is above
 _LOUDEST, _QUIET = 20.0, 0.2  # weights of vectors, of a mean of 1: the most, and what all have besides
 _MOST_WEIGHT, _LEAST_WEIGHT = 30.0, 0.05  # of one coordinate
 _TINY = 1e-8  # variance, of the largest of a head, below which all are alike: float16 has to hold their ratios
@@ -39,8 +40,15 @@ def metric_of(x: Singles, gradients: Singles | None, queries: mx.array | None) -
     """What an error of vectors like ``x`` ``[H, N, D]`` costs, a matrix for each head ``[H, D, D]``."""
     if gradients is None and queries is None:
         return np.broadcast_to(np.eye(x.shape[-1]), (len(x), x.shape[-1], x.shape[-1]))
-    asked = gradients if gradients is not None else singles(queries).reshape(len(x), -1, x.shape[-1])  # type: ignore[arg-type]
+    asked = singles(queries).reshape(len(x), -1, x.shape[-1]) if gradients is None else shortened(gradients)  # type: ignore[arg-type]
     return _damped(_products(asked, asked) / asked.shape[1], _DAMPING)
+
+
+def shortened(gradients: Singles) -> Singles:
+    """Vectors ``[H, N, D]``, the longest of each head as long as a quantile: else a few tokens were the metric."""
+    lengths = np.linalg.norm(gradients, axis=-1, keepdims=True)
+    most = np.quantile(lengths, LONGEST, axis=1, keepdims=True).astype(np.float32)
+    return np.asarray(gradients * np.minimum(1, most / _nonzero(lengths)))
 
 
 def bases(x: Singles, gradients: Singles | None, metric: Floats) -> tuple[Floats, Floats]:

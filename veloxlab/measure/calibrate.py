@@ -77,7 +77,7 @@ def calibrate(
 
     def made() -> Calibration:
         if found.planned:
-            place = kept_in("calibrations", folder) / f"windows-{digest(read)[:16]}"
+            place = kept_in("calibrations", folder) / f"windows-{digest({'version': found.version, **read})[:16]}"
             samples = with_gradients(model, _windows(ids), DEFAULT_SINKS, seed, place, progress)
             fitted = _to_gradients(found, samples, options)
         else:

@@ -67,19 +67,34 @@ def loss_gradients(model: Module, ids: Sequence[int]) -> Pairs:
     L is the negative log-likelihood of the tokens that come next, summed, in nats. K is taken after RoPE. Raises MLX's
     RuntimeError or ValueError if a part of the model cannot be differentiated.
     """
-    wanted = mx.array(list(ids[1:]))
-    return _differentiated(model, ids[:-1], lambda _: wanted)[1]
+    wanted = mx.array(list(ids[1:]))[:, None]
+
+    def total(logits: mx.array) -> mx.array:
+        return (mx.logsumexp(logits, axis=-1, keepdims=True) - mx.take_along_axis(logits, wanted, axis=-1)).sum()
+
+    return _differentiated(model, ids[:-1], total)[1]
 
 
 def drawn_gradients(model: Module, ids: Sequence[int], key: mx.array) -> tuple[Pairs, Pairs]:
-    """Keys and values of each layer, and, as `loss_gradients`, the gradients by them where the model draws labels.
+    """Keys and values of each layer, and the gradients by them, as `loss_gradients`, of `signed_sum`."""
+    return _differentiated(model, ids, lambda logits: signed_sum(logits, key))
 
-    After every token one is drawn from the model's own predictions, in the same run.
+
+def signed_sum(logits: mx.array, key: mx.array) -> mx.array:
+    """Σ ±√p·log p over ``logits`` ``[S, vocabulary]``, with random signs, whose gradients tell the Fisher matrix.
+
+    By the logits z the gradient is g = ±√p − p Σ ±√p, with p fixed. So E[ggᵀ] = diag(p) − ppᵀ, the Fisher matrix of
+    what the model says next, and what differs between positions is not correlated. A label that is drawn from p has the
+    same E[ggᵀ]. But where the model is nearly sure of one token it draws that, with a gradient near zero, but for once
+    in 1 / (1 − p) times: the mean of few draws is far off.
     """
-    return _differentiated(model, ids, lambda logits: mx.random.categorical(mx.stop_gradient(logits), key=key))
+    logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    signs = 2.0 * mx.random.bernoulli(0.5, logits.shape, key).astype(logits.dtype) - 1
+    return (mx.stop_gradient(signs * mx.exp(logs / 2)) * logs).sum()
 
 
-def _differentiated(model: Module, ids: Sequence[int], labels: Callable[[mx.array], mx.array]) -> tuple[Pairs, Pairs]:
+def _differentiated(model: Module, ids: Sequence[int], total: Callable[[mx.array], mx.array]) -> tuple[Pairs, Pairs]:
+    """Keys and values of each layer, and gradients by them of a ``total`` of the logits."""
     x = mx.array([list(ids)])
 
     def loss(perturbations: Pairs) -> tuple[mx.array, Pairs]:
@@ -87,8 +102,7 @@ def _differentiated(model: Module, ids: Sequence[int], labels: Callable[[mx.arra
         caches = probe.with_caches(model, lambda found: _Perturbed(found, next(left)))
         logits = model(x, cache=caches)[0].astype(mx.float32)  # of which no more copies are held than need be
         seen = [(own.stored_keys, own.stored_values) for own in probe.probes_of(caches) if isinstance(own, Recorder)]
-        wanted = labels(logits)[:, None]
-        return (mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, wanted, axis=-1)[:, 0]).sum(), seen
+        return total(logits), seen
 
     plain = [facts for facts in probe.probe(model) if facts.compressible]
     zeros = [tuple(mx.zeros((1, f.kv_heads, len(ids), dim)) for dim in f.dims.values()) for f in plain]
@@ -99,12 +113,11 @@ def _differentiated(model: Module, ids: Sequence[int], labels: Callable[[mx.arra
 def with_gradients(
     model: Module, windows: Sequence[Sequence[int]], sinks: int, seed: int, folder: Path, progress: Progress
 ) -> Iterator[tuple[int, Tensor, Sample]]:
-    """Give each layer's keys, then its values, behind the sinks, with gradients of the loss of labels that it draws.
+    """Give each layer's keys, then its values, behind the sinks, with gradients that tell the Fisher matrix.
 
-    The Fisher matrix is of what the model says, not of the text: after every token a label is drawn from its own
-    predictions. Each window is a file in ``folder`` until the last layer is done, so that one layer's activations are
-    held at a time, and the same work goes on where it was stopped. A model that cannot be differentiated gives queries
-    in the place of gradients, with a warning.
+    It is of what the model says, not of the text: see `signed_sum`. Each window is a file in ``folder`` until the last
+    layer is done, so that one layer's activations are held at a time, and the same work goes on where it was stopped. A
+    model that cannot be differentiated gives queries in the place of gradients, with a warning.
     """
     facts = [found for found in probe.probe(model) if found.compressible]
     ropes, steps = ropes_of(model, windows[0]), len(windows) + len(facts)
