@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# A NaN or an infinity in a message of a Jupyter kernel reaches the page as the text "nan" or "inf".
+#
+# Versions: jupyter_client 8.10.0, Linux.
+# JSON has no NaN. `Session.pack` refuses it, then cleans the message: each such float becomes a string, and a warning
+# goes to the kernel's standard error, where nobody looks. So the state of a widget (ipywidgets, anywidget) that is a
+# number in Python is a string in JavaScript, where "nan" > 1 is false, "nan" + 1 is "nan1", and charts stay empty.
+# Send null, or leave the number out.
+#
+# Seen: {"x": NaN, "y": [inf], "z": 1.5} arrives as {"x": "nan", "y": ["inf"], "z": 1.5}.
+# Exits 0 while that is so, 1 once it changes.
+set -euo pipefail
+folder=$(mktemp -d)
+trap 'rm -rf "$folder"' EXIT
+python3 -m venv "$folder/env"
+"$folder/env/bin/pip" install -q "jupyter_client==8.10.0"
+"$folder/env/bin/python" -W ignore - <<'PY'
+import json
+import math
+import sys
+
+from jupyter_client.session import Session
+
+session = Session(key=b"")
+state = {"x": math.nan, "y": [math.inf], "z": 1.5}
+sent = json.loads(session.serialize(session.msg("comm_msg", content={"state": state}))[-1])["state"]
+print("state of a widget:", state)
+print("what is sent:", sent)
+sys.exit(0 if sent == {"x": "nan", "y": ["inf"], "z": 1.5} else 1)
+PY
