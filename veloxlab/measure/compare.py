@@ -57,8 +57,9 @@ def compare(
     A method that takes fractions has a quarter of a bit more, as most others have with their scales. Every token is
     compressed, and is read through its codes; with ``sinks`` all but so many first ones, in our caches, and no times
     are taken. Methods that need it are calibrated on their usual text. A cache that this model cannot have is left out;
-    ``progress`` and ``on_rows`` are told why. Raises
-    `InputError`: as `veloxlab.reference` and `veloxlab.capture`; or every cache is left out.
+    ``progress`` and ``on_rows`` are told why. mlx-lm's cache is filled once: what
+    `mx.quantize` gave, decoded and quantized again is another cache (``findings/mlx_quantize_twice_is_not_once.sh``).
+    Raises `InputError`: as `veloxlab.reference` and `veloxlab.capture`; or every cache is left out.
     """
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     seen = None if sinks else capture(model, tokenizer, text, tokens=tokens).layers[0]
