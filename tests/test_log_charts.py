@@ -48,6 +48,7 @@ STRIP = pl.DataFrame(
         "held_bytes": [100] * 12,
     }
 )
+PLANE = pl.DataFrame({"key_bits": [2, 2, 3, 3], "value_bits": [2, 3, 2, 3], "kl": [0.9, 0.5, 0.3, 0.1]})
 Draw = Callable[[pl.DataFrame], alt.TopLevelMixin]
 # what draws a frame, what says its caption, the frame, and the column that a log scale shows
 CHARTS: dict[str, tuple[Draw, Callable[[pl.DataFrame], str], pl.DataFrame, str]] = {
@@ -72,6 +73,7 @@ CHARTS: dict[str, tuple[Draw, Callable[[pl.DataFrame], str], pl.DataFrame, str]]
     "error_distribution": (views.error_distribution, views.distribution_caption, spread(), "least"),
     "errors_by_bits": (views.errors_by_bits, views.by_bits_caption, ERRORS_BY_BITS, "error"),
     "strip": (views.token_strip, lambda f: views.strip_caption(f, None), STRIP, "kl"),
+    "plane": (views.bit_plane, views.plane_caption, PLANE, "kl"),
     "lengths": (views.costs_by_length, views.lengths_caption, lengths_frame(), "tokens"),
 }
 NOT_FINITE = (None, math.nan, math.inf)

@@ -52,6 +52,7 @@ from .errors import (
 )
 from .generation import held_caption, held_while_generating, passkey_caption, passkey_map, strip_caption, token_strip
 from .memory import bit_allocation, bit_caption, memory_caption, memory_growth, memory_plan, plan_caption
+from .plane import best_pairs, bit_plane, plane_caption
 from .spectra import (
     dimensions_by_layer,
     dimensions_caption,
@@ -70,8 +71,10 @@ __all__ = [
     "attention_caption",
     "attention_maps",
     "attention_times",
+    "best_pairs",
     "bit_allocation",
     "bit_caption",
+    "bit_plane",
     "budget_frontier",
     "by_bits_caption",
     "channel_caption",
@@ -115,6 +118,7 @@ __all__ = [
     "passkey_caption",
     "passkey_map",
     "plan_caption",
+    "plane_caption",
     "profile_caption",
     "sensitivity_by_layer",
     "sensitivity_caption",

@@ -1,0 +1,205 @@
+"""Eight small experiments on SmolLM2: ``python -m tests.surprises_results [EXPERIMENT ...]`` adds what is missing.
+
+Each row, one cache on one stretch of text, is kept in ``data/results/surprises.ndjson`` when it is measured. A run that
+was stopped goes on where it was. What was guessed before is in ``surprises_guesses.json``.
+
+Every token is seen through its codes, but for sinks; there is no window. Stretches have 512 tokens of the WikiText-2
+test text if nothing else is said. The model is float32; its weights come from a file of 4 bits (GGUF Q4_1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, cast
+
+import veloxlab as vl  # isort: skip - before mlx, so that MLX finds a fast BLAS
+
+import mlx.core as mx
+import mlx.nn as nn
+import polars as pl
+
+from tests.cache_types import WIDTHS, registered
+from veloxlab.measure.activations import stretches
+from veloxlab.measure.quality import Reference, evaluate
+from veloxlab.mlxlm.probe import own_cache, quantized_cache
+from veloxlab.store import write_atomically
+from veloxlab.texts import excerpt, shipped_folder
+
+FILE = shipped_folder("data") / "results" / "surprises.ndjson"
+BIN = 64  # predictions, of which `kl_along` has the mean
+PROMPT, ANSWER, PROMPTS = 128, 64, 20  # tokens and number of the greedy texts
+DECODED_FROM = 256  # tokens of a stretch that are read in one call before the rest comes one by one
+
+
+@dataclass(frozen=True)
+class Cache:
+    """One setting: a method of ours, ``"mlx-lm"``, or ``"none"`` for the model's own cache."""
+
+    method: str
+    key_bits: int
+    value_bits: int
+    sinks: int = 0
+    mode: str = "oneshot"
+    weights: str = "own"  # or "4 bit": groups of 64, by `mx.quantize`
+    calibration: str = ""  # a text, and how many of its tokens
+
+
+@dataclass(frozen=True)
+class Job:
+    cache: Cache
+    text: str  # "512" or "2048" tokens a stretch, or "greedy"
+    part: int  # which stretch
+
+
+def both(method: str, *widths: int, **settings: Any) -> list[Cache]:
+    return [Cache(method, bits, bits, **settings) for bits in widths]
+
+
+def times(caches: list[Cache], text: str, parts: range) -> list[Job]:
+    return [Job(cache, text, part) for part in parts for cache in caches]
+
+
+PAIR = [
+    cache for sinks in (0, 4) for method in ("turboquant", "rabitq") for cache in both(method, 2, 3, 4, sinks=sinks)
+]
+GREEDY = [*both("turboquant", 2, 3, 4), *both("rabitq", 4), *both("mlx-lm", 4, 8)]
+LONG = [*both("turboquant", 3), *both("rabitq", 3), *both("mlx-lm", 4)]
+CALIBRATIONS = ["WikiText 1024", "code 1024", "random 1024", "WikiText 64", "WikiText 256"]
+
+
+def experiments() -> dict[str, list[Job]]:
+    """Jobs by experiment, in the order in which they are run; experiments share rows."""
+    sums = [Cache("none", 16, 16, weights="4 bit"), *both("turboquant", 3, 4, weights="4 bit")]
+    types = [Cache(kind, bits, bits) for kind, bits in WIDTHS.items()]
+    plane = [Cache("turboquant", keys, values) for keys in range(2, 7) for values in range(2, 7)]
+    learned = [both(method, 3, calibration=read) for method in ("spectralquant", "vecinfer") for read in CALIBRATIONS]
+    return {
+        "sinks": times(PAIR, "512", range(8)),
+        "plane": times(plane, "512", range(3)),
+        "weights": times([*sums, *both("turboquant", 3, 4)], "512", range(3)),
+        "types": times([*types, *both("mlx-lm", 4, 8), *both("rabitq", 4)], "512", range(3)),
+        "reading": times([*both("turboquant", 2, 3, 4), *both("turboquant", 2, 3, 4, mode="decode")], "512", range(2)),
+        "greedy": times(GREEDY, "greedy", range(PROMPTS)),
+        "positions": [*times(LONG, "512", range(8)), *times(LONG, "2048", range(2))],
+        "calibration": [job for caches in learned for job in times(caches, "512", range(3))],
+    }
+
+
+@cache
+def model() -> Any:
+    return vl.load("smollm2-135m", dtype="float32")
+
+
+@cache
+def with_weights_of_4_bits() -> Any:
+    """The model with each matrix quantized and decoded: the numbers of 4-bit weights, at the speed of float32."""
+    changed, _ = vl.load("smollm2-135m", dtype="float32")
+    for module in changed.modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            module.weight = mx.dequantize(*mx.quantize(module.weight, 64, 4), 64, 4)
+    mx.eval(changed)
+    return changed
+
+
+@cache
+def greedy_texts() -> list[list[int]]:
+    """Twenty prompts of the test text, each continued by the exact cache's most likely tokens, all at once."""
+    net, tokenizer = model()
+    ids = mx.array(stretches(tokenizer, None, PROMPT, PROMPTS))
+    state, read, texts = own_cache(net), ids, [ids]
+    for _ in range(ANSWER):
+        read = net(read, cache=state)[:, -1].argmax(axis=-1, keepdims=True)
+        mx.eval(read)
+        texts.append(read)
+    return cast("list[list[int]]", mx.concatenate(texts, axis=1).tolist())
+
+
+@cache
+def exact(text: str, part: int) -> Reference:
+    net, tokenizer = model()
+    if text == "greedy":
+        return Reference.of(net, [greedy_texts()[part]])
+    return Reference.of(net, [stretches(tokenizer, None, int(text), part + 1)[part]])
+
+
+@cache
+def calibration(method: str, bits: int, read: str) -> Any:
+    kind, tokens = read.split()
+    net, tokenizer = model()
+    ids = random.Random(0).choices(range(1000, 40_000), k=2 * int(tokens))
+    texts = {"WikiText": lambda: excerpt("validation"), "code": lambda: Path(argparse.__file__).read_text()}
+    text = texts[kind]() if kind in texts else tokenizer.decode(ids)
+    return vl.calibrate(net, tokenizer, method, text, bits=bits, tokens=int(tokens))
+
+
+def measured(job: Job) -> dict[str, Any]:
+    """Divergence in nats: its mean, means of 64 predictions, and where a greedy text parts (null: nowhere)."""
+    chosen, wanted, begun = job.cache, exact(job.text, job.part), time.process_time()
+    if chosen.weights != "own":
+        wanted = replace(wanted, model=with_weights_of_4_bits())
+    made: list[Any] = []
+    make: Any = own_cache
+    if chosen.method == "mlx-lm":
+        make = partial(quantized_cache, bits=chosen.key_bits)
+    elif chosen.method != "none":
+        bits = {"key_bits": chosen.key_bits, "value_bits": chosen.value_bits}
+        given = {"sinks": chosen.sinks, "window": 0, "chunk": "codes"}
+        if chosen.calibration:
+            given["calibration"] = calibration(chosen.method, chosen.key_bits, chosen.calibration)
+
+        def make(net: Any) -> list[Any]:
+            made[:] = vl.make_cache(net, chosen.method, **bits, **given)
+            return list(made)
+
+    mode: Any = chosen.mode
+    frame = evaluate(wanted, make, mode=mode, prompt=DECODED_FROM, per_token=True)
+    if job.text == "greedy":
+        frame = frame.filter(pl.col("position") >= PROMPT - 1)
+    along = frame.group_by(pl.col("position") // BIN, maintain_order=True).agg(pl.col("kl").mean())["kl"]
+    parted = frame["flip"].arg_max() if job.text == "greedy" and frame["flip"].any() else None
+    codecs = [codec for layer in made for codec in (layer.key_codec, layer.value_codec)]
+    bits_seen = sum(codec.bits_per_value for codec in codecs) / len(codecs) if codecs else None
+    return {
+        "kl": frame["kl"].mean(),
+        "flips": frame["flip"].mean(),
+        "parted": parted,
+        "true_bits": bits_seen,
+        "first": int(frame["position"][0]),
+        "kl_along": [round(value, 6) for value in along],
+        "cpu_seconds": round(time.process_time() - begun, 1),
+    }
+
+
+def kept() -> dict[Job, dict[str, Any]]:
+    """What was measured."""
+    lines = FILE.read_text().splitlines() if FILE.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return {Job(Cache(**row["cache"]), row["text"], row["part"]): row["found"] for row in rows}
+
+
+def missing(names: list[str], known: dict[Job, dict[str, Any]]) -> list[Job]:
+    """Jobs of the named experiments that are not known, first stretches first: a run that is stopped leaves pairs."""
+    wanted = [job for name, jobs in experiments().items() if name in names or not names for job in jobs]
+    return sorted((job for job in dict.fromkeys(wanted) if job not in known), key=lambda job: job.part)
+
+
+def main(names: list[str]) -> None:
+    """Measure what is missing of the named experiments, or of all."""
+    known = kept()
+    with registered():
+        for job in missing(names, known):
+            known[job] = measured(job)
+            lines = [json.dumps(asdict(job) | {"found": found}) for job, found in known.items()]
+            write_atomically(FILE, ("\n".join(lines) + "\n").encode())
+            print(job, known[job]["kl"], known[job]["cpu_seconds"], flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,94 @@
+"""The cache types of other projects are what their definitions say, and the experiments' rows say what they mean."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import gguf
+import mlx.core as mx
+import numpy as np
+import polars as pl
+import pytest
+
+import veloxlab as vl
+from tests import surprises_results as results
+from tests.cache_types import WIDTHS, codec, registered
+from tests.tiny_models import tiny
+from veloxlab.views import bit_plane, plane_caption
+
+DIM = 64
+X = np.random.default_rng(0).standard_t(4, (1, 2, 50, DIM)).astype(np.float32)
+X[0, 0, 3] = 0
+GGML = {"q8_0": "Q8_0", "q5_1": "Q5_1", "q4_0": "Q4_0"}
+TRUE_BITS = {"q8_0": 8.5, "q5_1": 6.0, "q4_0": 4.5, "fp8_e4m3": 8.0, "fp8_e5m2": 8.0, "nvfp4": 4.5}
+
+
+def decoded(kind: str, x: np.ndarray = X) -> np.ndarray:
+    made = codec(kind, x.shape[-1])
+    return np.array(made.decode(made.encode(mx.array(x))))
+
+
+@pytest.mark.parametrize("kind", GGML)
+def test_a_type_of_llama_cpp_decodes_to_what_its_own_package_gives(kind):
+    kind_there = gguf.GGMLQuantizationType[GGML[kind]]
+    theirs = gguf.quants.dequantize(gguf.quants.quantize(X.reshape(-1, DIM), kind_there), kind_there).reshape(X.shape)
+    assert np.abs(decoded(kind) - theirs).max() < 1e-6  # float32 divides in another order
+
+
+def every(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
+    """The numbers from 0 on of a small float by the OCP's definition, without infinities and NaN."""
+    bias, codes = 2 ** (exponent_bits - 1) - 1, np.arange(2 ** (exponent_bits + mantissa_bits))
+    exponents, parts = codes >> mantissa_bits, (codes & (2**mantissa_bits - 1)) / 2**mantissa_bits
+    values = np.where(exponents == 0, 2.0 ** (1 - bias) * parts, 2.0 ** (exponents - bias) * (1 + parts))
+    return values[:-1] if exponent_bits == 4 else values[: -(2**mantissa_bits)]
+
+
+@pytest.mark.parametrize(("kind", "form"), [("fp8_e4m3", (4, 3)), ("fp8_e5m2", (5, 2))])
+def test_an_8_bit_float_is_the_nearest_one(kind, form):
+    x = X.astype(np.float16).astype(np.float32)  # a float32 that float16 rounds to a tie may go to the other side
+    numbers, got = every(*form), decoded(kind, x)
+    assert np.isin(np.abs(got), numbers.astype(np.float32)).all()
+    assert np.array_equal(np.abs(got - x), np.abs(np.abs(x)[..., None] - numbers).min(axis=-1).astype(np.float32))
+
+
+def test_nvfp4_has_eight_sizes_and_a_scale_for_each_16():
+    got = decoded("nvfp4").reshape(-1, 16)
+    scales = every(4, 3)[1:].astype(np.float32)
+    sizes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+    for block in got[:40]:
+        assert any(np.isin(np.abs(block) / scale, sizes).all() for scale in scales)
+    # the widest step is 2 of 6, and the E4M3 scale is off by up to 1/16: half of 2/6, and what lies above 6
+    blocks = X.reshape(-1, 16)
+    assert (np.abs(got - blocks).max(axis=-1) <= np.abs(blocks).max(axis=-1) * (1 / 6 + 1 / 16)).all()
+
+
+@pytest.mark.parametrize("kind", WIDTHS)
+def test_a_registered_type_makes_a_cache_of_its_true_bits(kind):
+    model, ids = tiny("llama"), mx.array([[i * i % 90 for i in range(40)]])
+    exact = model(ids)
+    with registered():
+        cache = vl.make_cache(model, kind, bits=WIDTHS[kind], sinks=0, window=0, chunk="codes")
+        got = model(ids, cache=cache)
+        assert vl.report(cache).drop_nulls("layer")["key_bits"].unique().to_list() == [TRUE_BITS[kind]]
+    assert kind not in vl.methods()["id"]
+    assert 0 < mx.abs(got - exact).max().item() < mx.abs(exact).max().item()
+
+
+def test_rows_are_read_as_they_were_written_and_what_is_missing_comes_by_stretch(monkeypatch, tmp_path):
+    monkeypatch.setattr(results, "FILE", tmp_path / "rows.ndjson")
+    assert results.kept() == {}
+    first = results.missing(["sinks"], {})
+    assert [job.part for job in first] == sorted(job.part for job in first)
+    results.FILE.write_text(json.dumps(asdict(first[0]) | {"found": {"kl": 0.5}}) + "\n")
+    assert results.kept() == {first[0]: {"kl": 0.5}}
+    assert results.missing(["sinks"], results.kept()) == first[1:]
+
+
+def test_the_plane_outlines_the_best_pair_of_each_sum_and_counts_what_is_not_finite():
+    pairs = pl.DataFrame({"key_bits": [2, 2, 3, 3], "value_bits": [2, 3, 2, 3], "kl": [0.9, 0.5, 0.3, 0.1]})
+    assert plane_caption(pairs) == "Outlined, the best pair of each sum of bits: K3 V2"
+    rows = bit_plane(pairs).data
+    assert rows.filter("best").select("key_bits", "value_bits").rows() == [(3, 2)]
+    worse = pairs.with_columns(kl=pl.Series([0.9, 0.5, None, 0.1]))
+    assert plane_caption(worse) == "1 not drawn: not finite"
