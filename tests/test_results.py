@@ -72,6 +72,14 @@ def test_a_figure_comes_from_a_row_a_table_or_a_reason_or_from_nowhere(root):
     assert list(problems(Index.read(root))) == []
 
 
+def test_a_figure_from_nowhere_is_told_and_is_a_failure(root, monkeypatch, capsys):
+    monkeypatch.setattr(results, "shipped_folder", lambda name: root / name)
+    assert main(["results", "--check"]) == 1
+    told = capsys.readouterr().err
+    assert "README.md: 3.75 has no source (…" in told
+    assert told.endswith("5 figures, 2 problems\n")
+
+
 def test_a_result_that_was_measured_again_is_seen(root):
     path = root / "data" / "results" / "times.json"
     path.write_text(path.read_text().replace("0.2501", "0.31"))

@@ -7,6 +7,7 @@ import polars as pl
 import pytest
 
 import veloxlab as vl
+from veloxlab.allocate.search import SEARCHED
 from veloxlab.errors import InputError
 from veloxlab.views.given import guarded
 
@@ -58,9 +59,9 @@ def test_bad_input_gets_one_sentence(name):
 
 
 def test_an_empty_frame_of_the_right_columns_is_refused():
-    frame = pl.DataFrame(schema=dict.fromkeys(("layer", "head", "channel", "share"), pl.Float64))
-    with pytest.raises(InputError):
-        vl.views.spectrum_caption(frame)
+    for function in (vl.views.pareto_caption, vl.views.pareto_front):
+        with pytest.raises(InputError, match="needs at least one row: the frame is empty"):
+            function(pl.DataFrame(schema=SEARCHED))
 
 
 def test_a_chart_of_a_new_type_of_argument_needs_a_check():
