@@ -6,6 +6,7 @@ import json
 import threading
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import mlx_lm.server
@@ -56,6 +57,12 @@ def test_a_request_that_cannot_be_done_gets_a_sentence_and_the_next_is_served(po
     status, answer = post(port, path, body)
     assert (status, sentence in answer["error"]) == (400, True), answer
     assert post(port, TEXT, {"prompt": "ab", "max_tokens": 2, "temperature": 0.7, "top_k": 3})[0] == 200
+
+
+def test_many_clients_that_connect_at_once_are_all_answered(port):
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda _: post(port, TEXT, {"prompt": "ab", "max_tokens": 1})[0], range(192)))
+    assert answers == [200] * 192
 
 
 def test_what_mlx_lm_refuses_by_the_head_of_a_request_it_still_does(port):

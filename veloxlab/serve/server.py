@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from veloxlab.errors import InputError
 from veloxlab.serve.requests import check_fields
 
+WAITING = 256  # connections that wait to be taken; with Python's 5 the system resets some of many at once
 MOST_BYTES = 64 << 20  # of a request; images come in it as text
 THEIRS: Any = server  # mlx-lm's methods have no types
 RESERVED = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
@@ -111,6 +112,8 @@ def hooks_of(stopped: threading.Event) -> dict[str, object]:
 
     def serve(host: str, port: int, generator: Generator) -> None:
         class Server(ThreadingHTTPServer):
+            request_queue_size = WAITING
+
             def service_actions(self) -> None:
                 """Called about twice a second."""
                 if not generator.generation_available():
