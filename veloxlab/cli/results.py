@@ -62,7 +62,11 @@ class Index:
         if not path.is_file() or not (root / "README.md").is_file():
             raise InputError(f"There is no README.md and {INDEX} in {root}: run this in a clone of the repository.")
         said = tomllib.loads(path.read_text())
-        return cls(root, **said, commands={file: one["command"] for one in said["result"] for file in one["files"]})
+        return cls(
+            root,
+            **said,
+            commands={file: one.get("command", "by hand") for one in said["result"] for file in one["files"]},
+        )
 
     @property
     def folder(self) -> Path:
@@ -202,10 +206,11 @@ def _places(index: Index, text: str, entry: Row) -> tuple[list[range], str, str]
 
 def _run_all(index: Index) -> int:
     """Run the command of each result that this machine can measure; one that was stopped goes on at its command."""
-    commands = [one["command"] for one in index.result]
+    measured = [one for one in index.result if "command" in one]
+    commands = [one["command"] for one in measured]
     unfinished = Unfinished(kept_in("results") / "all.json", UNFINISHED, {"commands": commands})
     done: list[str] = unfinished.read() or []
-    for one in index.result:
+    for one in measured:
         command = one["command"]
         if command in done:
             print(f"done before: {command}", flush=True)
