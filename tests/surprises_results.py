@@ -3,8 +3,9 @@
 Each row, one cache on one stretch of text, is kept in ``data/results/surprises.ndjson`` when it is measured. A run that
 was stopped goes on where it was. What was guessed before is in ``surprises_guesses.json``.
 
-Every token is seen through its codes, but for sinks; there is no window. Stretches have 512 tokens of the WikiText-2
-test text if nothing else is said. The model is float32; its weights come from a file of 4 bits (GGUF Q4_1).
+Every token is seen through its codes, but for sinks; there is no window. Stretches have 256 tokens of the WikiText-2
+test text if nothing else is said, as those of `veloxlab search`. The model is float32; its weights come from a file of
+4 bits (GGUF Q4_1).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from veloxlab.texts import excerpt, shipped_folder
 FILE = shipped_folder("data") / "results" / "surprises.ndjson"
 BIN = 64  # predictions, of which `kl_along` has the mean
 PROMPT, ANSWER, PROMPTS = 128, 64, 20  # tokens and number of the greedy texts
-DECODED_FROM = 256  # tokens of a stretch that are read in one call before the rest comes one by one
+DECODED_FROM = 128  # tokens of a stretch that are read in one call before the rest comes one by one
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Cache:
 @dataclass(frozen=True)
 class Job:
     cache: Cache
-    text: str  # "512" or "2048" tokens a stretch, or "greedy"
+    text: str  # "256" or "2048" tokens a stretch, or "greedy"
     part: int  # which stretch
 
 
@@ -77,18 +78,19 @@ CALIBRATIONS = ["WikiText 1024", "code 1024", "random 1024", "WikiText 64", "Wik
 def experiments() -> dict[str, list[Job]]:
     """Jobs by experiment, in the order in which they are run; experiments share rows."""
     sums = [Cache("none", 16, 16, weights="4 bit"), *both("turboquant", 3, 4, weights="4 bit")]
-    types = [Cache(kind, bits, bits) for kind, bits in WIDTHS.items()]
+    types = [*both("turboquant", 4), *(Cache(kind, bits, bits) for kind, bits in WIDTHS.items())]
+    types += [*both("mlx-lm", 4, 8), *both("rabitq", 4)]
     plane = [Cache("turboquant", keys, values) for keys in range(2, 7) for values in range(2, 7)]
     learned = [both(method, 3, calibration=read) for method in ("spectralquant", "vecinfer") for read in CALIBRATIONS]
     return {
-        "sinks": times(PAIR, "512", range(8)),
-        "plane": times(plane, "512", range(3)),
-        "weights": times([*sums, *both("turboquant", 3, 4)], "512", range(3)),
-        "types": times([*types, *both("mlx-lm", 4, 8), *both("rabitq", 4)], "512", range(3)),
-        "reading": times([*both("turboquant", 2, 3, 4), *both("turboquant", 2, 3, 4, mode="decode")], "512", range(2)),
+        "types": times(types, "256", range(3)),
+        "weights": times([*sums, *both("turboquant", 3, 4)], "256", range(3)),
+        "sinks": times(PAIR, "256", range(8)),
+        "plane": times(plane, "256", range(3)),
+        "reading": times([*both("turboquant", 2, 3, 4), *both("turboquant", 2, 3, 4, mode="decode")], "256", range(2)),
         "greedy": times(GREEDY, "greedy", range(PROMPTS)),
-        "positions": [*times(LONG, "512", range(8)), *times(LONG, "2048", range(2))],
-        "calibration": [job for caches in learned for job in times(caches, "512", range(3))],
+        "positions": [*times(LONG, "256", range(8)), *times(LONG, "2048", range(1))],
+        "calibration": [job for caches in learned for job in times(caches, "256", range(3))],
     }
 
 
