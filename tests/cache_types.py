@@ -1,5 +1,8 @@
 """Cache types of llama.cpp and vLLM as methods of veloxlab: ``with registered():``, then their ids are methods.
 
+``python -m tests.cache_types`` measures what each does to SmolLM2's keys and values, beside our methods without a
+calibration: means of a layer's heads, in ``data/results/cache_types.parquet``.
+
 Definitions: ``ggml-quants.c`` of llama.cpp for q8_0, q5_1 and q4_0 (blocks of 32); the OCP 8-bit floating point
 specification 1.0 for E4M3 and E5M2, with vLLM's usual scale of 1; NVIDIA's NVFP4, E2M1 in blocks of 16 with an E4M3
 scale each and none for the tensor. True bits follow from what is stored.
@@ -11,12 +14,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import mlx.core as mx
+import veloxlab as vl  # isort: skip - before mlx, so that MLX finds a fast BLAS
 
-import veloxlab as vl
+import mlx.core as mx
+import polars as pl
+
 from veloxlab.codecs.base import Code, Codec, check_vectors
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.parts.packing import Layout, Row, pack, packed, unpack
+from veloxlab.store import write_parquet
+from veloxlab.texts import shipped_folder
 
 BLOCK = 32
 WIDTHS = {"q8_0": 8, "q5_1": 5, "q4_0": 4, "fp8_e4m3": 8, "fp8_e5m2": 8, "nvfp4": 4}
@@ -151,3 +158,30 @@ def registered() -> Iterator[None]:
     finally:
         for kind in WIDTHS:
             vl.codecs.unregister(kind)
+
+
+OURS = {"turboquant": (3, 4, 5, 8), "rabitq": (4, 8)}
+
+
+def main() -> None:
+    """Measure all types on the first 128 tokens of the test text, behind four exact sinks."""
+    model, tokenizer = vl.load("smollm2-135m", dtype="float32")
+    seen = vl.measure.capture(model, tokenizer, tokens=128)
+    head_dim = seen.layers[0].keys.shape[-1]
+    wanted = [*WIDTHS.items(), *((method, bits) for method, widths in OURS.items() for bits in widths)]
+    frames = []
+    with registered():
+        for kind, bits in wanted:
+            errors = vl.measure.layer_errors(seen, kind, bits=bits, sinks=4)
+            means = errors.group_by("layer", "tensor", maintain_order=True).agg(
+                pl.col("rel_mse", "output_error").mean()
+            )
+            true_bits = vl.codecs.find_method(kind).codec(head_dim, bits, "keys").bits_per_value
+            name = kind if kind in WIDTHS else f"{kind} {bits} bit"
+            frames.append(means.select(pl.lit(name).alias("cache"), pl.lit(true_bits).alias("true_bits"), pl.all()))
+            print(name, means.select(pl.col("output_error").mean()).item(), flush=True)
+            write_parquet(shipped_folder("data") / "results" / "cache_types.parquet", pl.concat(frames))
+
+
+if __name__ == "__main__":
+    main()

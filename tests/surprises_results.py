@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from veloxlab.measure.activations import stretches
 from veloxlab.measure.quality import Reference, evaluate
 from veloxlab.mlxlm.probe import own_cache, quantized_cache
 from veloxlab.store import write_atomically
-from veloxlab.texts import excerpt, shipped_folder
+from veloxlab.texts import shipped_folder
 
 FILE = shipped_folder("data") / "results" / "surprises.ndjson"
 BIN = 64  # predictions, of which `kl_along` has the mean
@@ -80,13 +81,19 @@ def experiments() -> dict[str, list[Job]]:
     sums = [Cache("none", 16, 16, weights="4 bit"), *both("turboquant", 3, 4, weights="4 bit")]
     types = [*both("turboquant", 4), *(Cache(kind, bits, bits) for kind, bits in WIDTHS.items())]
     types += [*both("mlx-lm", 4, 8), *both("rabitq", 4)]
-    plane = [Cache("turboquant", keys, values) for keys in range(2, 7) for values in range(2, 7)]
+    pairs = sorted(product(range(2, 7), repeat=2), key=lambda pair: abs(pair[0] - pair[1]))
+    plane = [Cache("turboquant", keys, values, sinks=4) for keys, values in pairs]  # sinks change which pair is best
+    usual = [cache for cache in plane if cache.key_bits + cache.value_bits == 8]
     learned = [both(method, 3, calibration=read) for method in ("spectralquant", "vecinfer") for read in CALIBRATIONS]
+    fitted = both("spectralquant", 2, calibration="WikiText 512") + both("vecinfer", 2, calibration="WikiText 512")
+    fitted = [replace(one, sinks=sinks) for one in [*both("turboquant", 2), *fitted] for sinks in (0, 4)]
     return {
+        "learned": times(fitted, "256", range(3)),
+        "budget": times(usual, "256", range(3)),
+        "plane": times(plane, "256", range(3)),
         "types": times(types, "256", range(3)),
         "weights": times([*sums, *both("turboquant", 3, 4)], "256", range(3)),
         "sinks": times(PAIR, "256", range(8)),
-        "plane": times(plane, "256", range(3)),
         "reading": times([*both("turboquant", 2, 3, 4), *both("turboquant", 2, 3, 4, mode="decode")], "256", range(2)),
         "greedy": times(GREEDY, "greedy", range(PROMPTS)),
         "positions": [*times(LONG, "256", range(8)), *times(LONG, "2048", range(1))],
@@ -136,7 +143,7 @@ def calibration(method: str, bits: int, read: str) -> Any:
     kind, tokens = read.split()
     net, tokenizer = model()
     ids = random.Random(0).choices(range(1000, 40_000), k=2 * int(tokens))
-    texts = {"WikiText": lambda: excerpt("validation"), "code": lambda: Path(argparse.__file__).read_text()}
+    texts = {"WikiText": lambda: None, "code": lambda: Path(argparse.__file__).read_text()}
     text = texts[kind]() if kind in texts else tokenizer.decode(ids)
     return vl.calibrate(net, tokenizer, method, text, bits=bits, tokens=int(tokens))
 

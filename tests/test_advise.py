@@ -130,3 +130,11 @@ def test_the_command_prints_it_for_a_configuration(tmp_path, capsys):
     assert told.startswith("2.00 GB of memory: ")
     assert "\nTake fp16: it takes 0.03 GB, and loses nothing.\n" in told
     assert "| fp16 | 33.6 | " in told
+
+
+def test_what_was_measured_without_the_sinks_of_the_cache_is_said():
+    """A cache of advise has 4 sinks; without them a method that learns may lose several times as much."""
+    reasons = dict(advise(1e9).frame.select("name", "reason").rows())
+    said = {name: "without the 4 sinks that this cache has" in reason for name, reason in reasons.items()}
+    assert said["spectralquant 3 bit"]
+    assert not any(said[name] for name in ("fp16", "mlx-lm 4 bit", "turboquant 3 bit"))

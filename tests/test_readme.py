@@ -106,3 +106,13 @@ def test_a_file_that_is_named_is_there(document):
     folders = [ROOT, ROOT / "notebooks", *(ROOT / "veloxlab" / part for part in ("", "kernels", "kernels/source"))]
     assert len(named) > 2
     assert [name for name in named if not any((folder / name).exists() for folder in folders)] == []
+
+
+def test_keys_get_the_odd_bit_by_the_committed_search():
+    frame = pl.read_parquet(RESULTS / "search_smollm2-135m.parquet").filter(pl.col("protected").list.len() == 0)
+    assert "K4 V3 loses half of what K3 V4 does" in " ".join(README.split())
+    for method in ("turboquant", "rabitq"):
+        for sinks in (0, 4):
+            pairs = frame.filter(method=method, sinks=sinks)
+            more, fewer = (pairs.filter(key_bits=k, value_bits=7 - k)["kl"].item() for k in (4, 3))
+            assert more < 0.55 * fewer

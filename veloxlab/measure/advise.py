@@ -34,7 +34,9 @@ GOALS = {"chat": 0.05, "retrieval": 0.02, "draft": 0.2}
 """Nats a token that a use may lose: our choice, not measured on that use. On SmolLM2-135M one token in nine has another
 first choice at .05, and one in four at .2."""
 
-RESULTS = ("compare_smollm2-135m_4_sinks.parquet", "compare_smollm2-135m.parquet")  # the first that has a cache counts
+RESULTS = {"compare_smollm2-135m_4_sinks.parquet": DEFAULT_SINKS, "compare_smollm2-135m.parquet": 0}
+"""Files of results, and sinks of the caches there; the first that has a cache counts."""
+
 KEPT = 0.25  # of the memory, for the system, other programs and work space: macOS lends a GPU about three quarters
 OVERHEAD_BITS = 0.5  # of a quantized weight: a scale and a bias of 16 bits for 64
 EXACT = "fp16"
@@ -171,7 +173,12 @@ def _measure(model: Module, tokenizer: Tokenizer, rows: list[dict[str, Any]], to
         if _fitted(row):
             settings["calibration"] = calibrate(model, tokenizer, row["method"], bits=settings["bits"])
         found = evaluate(exact, row["method"], **settings).row(0, named=True)
-        row |= {"kl_mean": found["kl_mean"], "top1_flips": found["top1_flips"], "kind": "measured"}
+        row |= {
+            "kl_mean": found["kl_mean"],
+            "top1_flips": found["top1_flips"],
+            "kind": "measured",
+            "sinks": DEFAULT_SINKS,
+        }
 
 
 def _weights(model_or_config: ModelOrConfig, parameters: int, bits: int) -> int:
@@ -186,9 +193,9 @@ def _weights(model_or_config: ModelOrConfig, parameters: int, bits: int) -> int:
 def _results() -> dict[str, dict[str, Any]]:
     """What the demo model lost with each cache."""
     found: dict[str, dict[str, Any]] = {}
-    for file in RESULTS:
+    for file, sinks in RESULTS.items():
         frame = pl.read_parquet(shipped_folder("data") / "results" / file)
-        for row in frame.select("name", "kl_mean", "top1_flips").to_dicts():
+        for row in frame.select("name", "kl_mean", "top1_flips", sinks=sinks).to_dicts():
             found.setdefault(row["name"], row)
     return found
 
@@ -224,6 +231,8 @@ def _reason(row: dict[str, Any], advice: Advice) -> str:
     where = "on this model" if row["kind"] == "measured" else "on SmolLM2-135M"
     lost = f"loses {row['kl_mean']:.3f} nats a token {where}, where {row['top1_flips']:.0%} have another first choice"
     bears = GOALS[advice.goal]
+    if row["method"] and row["sinks"] < DEFAULT_SINKS:
+        lost += f", without the {DEFAULT_SINKS} sinks that this cache has"
     verdict = "" if row["kl_mean"] <= bears else f": more than the {bears} that {advice.goal} bears"
     return f"{takes}, and {lost}{verdict}.{' It needs a calibration, once.' if _fitted(row) else ''}"
 
