@@ -127,6 +127,21 @@ def test_sinks_and_window_are_counted_at_their_own_width():
     assert cache.fp16_bytes == 1000 * HEADS * 2 * DIM * 2
 
 
+@pytest.mark.parametrize("heads", [1, HEADS])
+@pytest.mark.parametrize(("sinks", "window"), [(4, 64), (4, 0), (0, 64)])
+def test_no_token_of_a_prompt_lives_beside_what_is_held(heads, sinks, window):
+    """A view of the prompt's keys, as the sinks are, would keep them all alive."""
+    cache, one = make(sinks=sinks, window=window), mx.ones((1, heads, 1, DIM))
+    cache.update_and_fetch(one, one)  # makes what all caches share
+    mx.eval(cache.state)
+    mx.clear_cache()
+    before, cache = mx.get_active_memory(), make(sinks=sinks, window=window)
+    cache.update_and_fetch(*(mx.random.normal((1, heads, 5000, DIM), key=mx.random.key(i)) for i in (0, 1)))
+    mx.eval(cache.state)
+    live = mx.get_active_memory() - before
+    assert live < cache.nbytes + 0.05 * cache.fp16_bytes  # 16 kB an array may be shared, and tables are not counted
+
+
 def test_trimmed_memory_is_really_released():
     mx.clear_cache()
     before = mx.get_active_memory()

@@ -66,7 +66,8 @@ class Run:
             parts = [self.buffers[name][:, :, kept], new] if self.tokens else [new]
             if self.room > total:
                 parts.append(_slack((*new.shape[:2], self.room - total, *new.shape[3:]), new.dtype))
-            self.buffers[name] = mx.concatenate(parts, axis=2)
+            # one part is a view, as a rule, which would keep the keys or values of a whole prompt alive
+            self.buffers[name] = mx.concatenate(parts, axis=2) if len(parts) > 1 else mx.contiguous(new)
         self.tokens = total
 
     def join(self, keys: mx.array, values: mx.array) -> None:
