@@ -133,6 +133,7 @@ OWN: dict[str, Config] = {
     },
     "glm_moe_dsa": {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}, "index_topk": 8},
     "gpt_oss": {"num_hidden_layers": 4, "rope_theta": 1e4, "layer_types": ALTERNATING},
+    "gptj": {"rotary_dim": 8},
     "granitemoehybrid": {
         "layer_types": ["mamba", "attention"],
         "mamba_d_conv": 4,
@@ -199,11 +200,14 @@ OWN: dict[str, Config] = {
         ],
         "num_hidden_layers": 3,
     },
-    "nemotron_h": {"hybrid_override_pattern": ["M", "*", "-", "E"], "n_groups": 1},
+    "nemotron_h": {"hybrid_override_pattern": ["M", "*", "-", "E"], "n_groups": 1, "routed_scaling_factor": 1.0},
     "olmo3": {"num_hidden_layers": 4, "tie_word_embeddings": True},
+    "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "openelm": {"num_query_heads": [4, 4], "num_kv_heads": [2, 1], "ffn_multipliers": [1.0, 2.0]},
     "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
     "phi3small": {"dense_attention_every_n_layers": 2},
+    "phixtral": {"rotary_dim": 8},
+    "plamo": {"n_shared_head": 2},
     "plamo3": {"sliding_window_pattern": 2},
     "prism_hadamard_qwen35": {
         "schema_version": 1,
@@ -211,6 +215,7 @@ OWN: dict[str, Config] = {
         "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
         "modules": [{"path": "model.layers.0.mlp.down_proj", "embedding": False, "dtype": "float16", "block": 0}],
     },
+    "qwen": {"kv_channels": 16},
     "qwen3": {"rope_theta": 1e4},
     "qwen3_5": {"full_attention_interval": 2, "num_experts": 0},
     "qwen3_5_moe": {"num_experts": 4},
@@ -237,7 +242,7 @@ def small_config(family: str, given: Config) -> Config:
     """A configuration for ``family``, with what is ``given``, to a language model that it holds too."""
     kind, first = module_of(family).ModelArgs, OWN.get(family, {}) | given
     config = {"model_type": family, **small_fields(kind, first)}
-    if "text_config" in config:
+    if any(field.name == "text_config" for field in dataclasses.fields(kind)):
         name, kind = _text_of(family)
         config["text_config"] = {"model_type": name, **small_fields(kind, OWN.get(name, {}) | first)}
     return config

@@ -19,7 +19,7 @@ from veloxlab.errors import InputError
 
 T = TypeVar("T")
 
-AT_ONCE = 2**22  # values that are decoded at once: 16 MiB in float32
+AT_ONCE = 2**18  # values that are decoded at once, 1 MiB in float32: of more, NumPy asks the system for each array anew
 
 
 class _Reader(GGUFReader):
