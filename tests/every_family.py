@@ -8,12 +8,15 @@ and those behind it get a new one. Each has a file in the folder of ``--into``: 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +28,7 @@ from veloxlab.progress import in_words
 from veloxlab.store import write_atomically
 
 RESULTS = Path(__file__).parents[1] / "data" / "results"
-SECONDS = 600  # for a family, of which one takes some five
+SECONDS, CPU_SECONDS = 3600, 120  # for a family: one takes some two of a processor, and much longer on a busy machine
 TOGETHER, IN_ROW = 2, 12  # processes at once, and families that each of them measures
 SCHEMA: dict[str, Any] = {
     "family": pl.String,
@@ -64,10 +67,8 @@ def models_folder() -> Path:
 
 def families() -> list[str]:
     """Names of all files of mlx-lm that have a class ``Model``; the others are code that these share."""
-    files = sorted(models_folder().glob("*.py"))
-    return [
-        file.stem for file in files if any(text in file.read_text() for text in ("class Model(", " import Model\n"))
-    ]
+    has = re.compile(r"^class Model\(|^from \.\w+ import Model\b(?! as)", re.MULTILINE)
+    return [file.stem for file in sorted(models_folder().glob("*.py")) if has.search(file.read_text())]
 
 
 # in a process of their own --------------------------------------------------------------------------------------------
@@ -81,14 +82,19 @@ def measured(family: str, folder: Path) -> None:
         write_atomically(folder / f"{family}.json", json.dumps(row).encode())
 
     keep()
-    signal.alarm(SECONDS)  # ends the process
+    signal.alarm(SECONDS)  # both end the process
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    printed = io.StringIO()
     try:
         from tests.families import CHECKS, Subject
 
-        subject = Subject(family)
+        with redirect_stdout(printed):
+            subject = Subject(family)
         assert subject.whole.std() > 0 < subject.chunked.std()
     except (Exception, SystemExit) as error:  # noqa: BLE001 - a family fails in its own way
-        row["raised"] = in_words(error) if isinstance(error, Exception) else f"it ends Python: {error}"
+        row["raised"] = (
+            in_words(error) if isinstance(error, Exception) else f"it ends Python: {printed.getvalue().strip()}"
+        )
         CHECKS = ()
     faults = []
     for check in CHECKS:
@@ -100,6 +106,7 @@ def measured(family: str, folder: Path) -> None:
             faults.append(f"{check.__name__}: {in_words(error)}")
             row["faults"] = "; ".join(faults)
     signal.alarm(0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     del row["doing"]
     keep()
     print(f"{family}: {row.get('raised') or row.get('faults') or row['path']}", flush=True)
@@ -124,7 +131,12 @@ def _apart(group: list[str], folder: Path) -> None:
         for family in unmeasured(left, folder)[:1]:
             row = row_in(folder, family)
             doing = row.pop("doing")
-            how = f"not done in {SECONDS} seconds" if ended == -signal.SIGALRM else f"it ends Python ({ended})"
+            late = ended in (-signal.SIGALRM, -signal.SIGPROF)
+            how = (
+                "it takes too long"
+                if late
+                else f"it ends the process ({signal.Signals(-ended).name if ended < 0 else ended})"
+            )
             row |= {"raised": how} if doing == "own" else {"faults": f"{doing}: {how}"}
             write_atomically(folder / f"{family}.json", json.dumps(row).encode())
             print(f"{family}: {how}", flush=True)
@@ -172,7 +184,7 @@ def counts(frame: pl.DataFrame) -> dict[str, int]:
 def page(frame: pl.DataFrame) -> str:
     """The table, under what is counted in it."""
     said = ", ".join(f"{kind} {count}" for kind, count in counts(frame).items() if count)
-    return f"{frame.height} families: {said}.\n\n{table(frame)}\n"
+    return f"{frame.height} of {len(families())} families: {said}.\n\n{table(frame)}\n"
 
 
 def table(frame: pl.DataFrame) -> str:
@@ -202,6 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="tests.every_family", description=__doc__)
     parser.add_argument("families", nargs="*", help="all, if none is named: only then are the results written")
     parser.add_argument("--into", type=Path, help="folder of a file for each family; one that is there is kept")
+    parser.add_argument("--so-far", action="store_true", help="write down what the folder has, and measure nothing")
     parser.add_argument("--here", action="store_true", help="measure the families in this process, and no more")
     given = parser.parse_args(arguments)
     if given.here:
@@ -211,8 +224,10 @@ def main(arguments: list[str] | None = None) -> None:
     folder = given.into or Path(tempfile.gettempdir()) / f"every_family-{version('mlx-lm')}"
     folder.mkdir(parents=True, exist_ok=True)
     names = given.families or families()
-    measure_all(names, folder)
-    rows = pl.DataFrame([row_in(folder, name) for name in names], schema=SCHEMA)
+    if not given.so_far:
+        measure_all(names, folder)
+    missing = set(unmeasured(names, folder))
+    rows = pl.DataFrame([row_in(folder, name) for name in names if name not in missing], schema=SCHEMA)
     frame = rows.with_columns(reads=pl.Series([reads(row) for row in rows.iter_rows(named=True)]))
     if not given.families:
         frame.write_parquet(RESULTS / "families.parquet")

@@ -1,7 +1,10 @@
 """Models of every kind take the path that is expected of them, and keep their logits."""
 
 import json
+import subprocess
+from types import SimpleNamespace
 
+import polars as pl
 import pytest
 
 from tests import every_family
@@ -46,12 +49,37 @@ def test_each_family_takes_its_path_and_keeps_its_logits(family, kernels, monkey
     assert rope(subject)["rope_error"] < 1e-5  # float32, at angles below 100 radians
 
 
-def test_a_family_that_fails_is_a_row_and_a_row_that_is_there_is_kept(tmp_path):
+def test_the_table_in_data_is_right_and_only_mlx_lm_excuses_a_family():
+    frame = pl.read_parquet(every_family.RESULTS / "families.parquet")
+    assert frame["family"].to_list() == [name for name in every_family.families() if name in frame["family"]]
+    assert (every_family.RESULTS / "families.md").read_text() == every_family.page(frame)
+    assert {*frame.filter(pl.col("raised").is_not_null())["family"]} <= {"bitnet", "muse_spark", "olmo", "phi3small"}
+    rows = [*frame.iter_rows(named=True)]
+    assert {row["family"]: every_family.wrong(row) for row in rows if every_family.wrong(row)} == {}
+
+
+def test_a_family_that_fails_is_a_row(tmp_path):
+    every_family.measured("no_such_family", tmp_path)
+    said = "ModuleNotFoundError: No module named 'mlx_lm.models.no_such_family'"
+    assert every_family.row_in(tmp_path, "no_such_family") == {"family": "no_such_family", "raised": said}
+
+
+def test_a_family_that_ends_the_process_is_a_row_and_those_behind_it_get_another(tmp_path, monkeypatch):
+    starts = []
+
+    def run(command, **_):
+        starts.append(command[command.index("--here") + 1 : command.index("--into")])
+        for name in starts[-1]:
+            (tmp_path / f"{name}.json").write_text(
+                json.dumps({"family": name} | ({"doing": name} if "in" in name else {}))
+            )
+            if "in" in name:
+                return SimpleNamespace(returncode=-6)
+        return SimpleNamespace(returncode=0)
+
     (tmp_path / "kept.json").write_text("{}")
-    every_family.measure_all(["kept", "no_such_family"], tmp_path)
-    assert (tmp_path / "kept.json").read_text() == "{}"
-    row = json.loads((tmp_path / "no_such_family.json").read_text())
-    assert row == {
-        "family": "no_such_family",
-        "raised": "ModuleNotFoundError: No module named 'mlx_lm.models.no_such_family'",
-    }
+    monkeypatch.setattr(subprocess, "run", run)
+    every_family.measure_all(["kept", "one", "in own", "in codes", "two"], tmp_path)
+    assert starts == [["one", "in own", "in codes", "two"], ["in codes", "two"], ["two"]]
+    assert every_family.unmeasured(["kept", "one", "in own", "in codes", "two"], tmp_path) == []
+    assert every_family.row_in(tmp_path, "in codes")["faults"] == "in codes: it ends the process (SIGABRT)"
