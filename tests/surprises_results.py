@@ -83,13 +83,13 @@ def experiments() -> dict[str, list[Job]]:
     types += [*both("mlx-lm", 4, 8), *both("rabitq", 4)]
     pairs = sorted(product(range(2, 7), repeat=2), key=lambda pair: abs(pair[0] - pair[1]))
     plane = [Cache("turboquant", keys, values, sinks=4) for keys, values in pairs]  # sinks change which pair is best
-    usual = [cache for cache in plane if cache.key_bits + cache.value_bits == 8]
+    usual = [Cache("turboquant", keys, values, sinks=4) for keys, values in ((4, 4), (5, 3))]  # in the same bytes
     learned = [both(method, 3, calibration=read) for method in ("spectralquant", "vecinfer") for read in CALIBRATIONS]
-    fitted = both("spectralquant", 2, calibration="WikiText 512") + both("vecinfer", 2, calibration="WikiText 512")
-    fitted = [replace(one, sinks=sinks) for one in [*both("turboquant", 2), *fitted] for sinks in (0, 4)]
+    fitted = [*both("turboquant", 2), *both("spectralquant", 2, calibration="WikiText 512")]
+    learned += [both("vecinfer", 2, calibration="WikiText 512", sinks=sinks) for sinks in (0, 4)]
     return {
-        "learned": times(fitted, "256", range(3)),
-        "budget": times(usual, "256", range(3)),
+        "learned": times([replace(one, sinks=sinks) for one in fitted for sinks in (0, 4)], "256", range(3)),
+        "budget": times(usual, "256", range(4)),
         "plane": times(plane, "256", range(3)),
         "types": times(types, "256", range(3)),
         "weights": times([*sums, *both("turboquant", 3, 4)], "256", range(3)),
