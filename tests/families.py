@@ -142,18 +142,18 @@ def batch(subject: Subject) -> Found:
 
 
 def trim(subject: Subject) -> Found:
-    """Three tokens are read, dropped, and others read in their place."""
-    model, cache = subject.model, vl.make_cache(subject.model, "none", **SOME_EXACT)
+    """Three tokens are read, dropped, and others read in their place, one by one."""
+    model, ours = subject.model, vl.make_cache(subject.model, "none", **SOME_EXACT)
     if not can_trim_prompt_cache(probe.own_cache(model)):
         return {"trim": "mlx-lm: its own cache cannot be trimmed"}
 
-    def same() -> bool:
+    def same(cache: list[Any]) -> bool:
         stepwise(model, [*IDS[:20], 3, 4, 5], cache, [20, 1, 1, 1])  # before a window is full
         assert {slot.trim(3) for slot in probe.slots_of(cache)} == {3}
         after = stepwise(model, IDS[20:], cache, [1] * len(IDS[20:]))
         return subject.off(after, subject.chunked[20:]) < ROUNDING
 
-    return {"trim": agreed(same, lambda: [slot.trim(0) for slot in probe.slots_of(probe.own_cache(model))])}
+    return {"trim": agreed(lambda: same(ours), lambda: same(probe.own_cache(model)))}
 
 
 def saved(subject: Subject) -> Found:

@@ -96,6 +96,13 @@ def test_a_model_of_more_caches_than_layers_has_one_for_each_cache():
     assert [seen.rope.base for seen in capture_layers(model, IDS)] == [5e5] * (2 * len(model.layers))
 
 
+@pytest.mark.parametrize("family", ["nanochat", "talkie"])
+def test_frequencies_that_attention_itself_holds_are_known(family):
+    (rope, _) = ropes_of(tiny(family), IDS)
+    assert rope is not None
+    assert (rope.angles < 0).all()  # these two turn the other way
+
+
 @pytest.mark.parametrize("family", ["llama", "internlm2", "internlm3"])
 def test_a_rotation_that_changes_with_the_length_of_the_text_is_none_that_is_known(family):
     model = tiny(family, **DYNAMIC)

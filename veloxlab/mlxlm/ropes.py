@@ -20,6 +20,7 @@ from veloxlab.mlxlm.probe import Probe, probes_of, with_caches
 
 TOKENS = 8  # different ones, each alone: the embedding of one may be zero
 POSITION = 100  # of the second run: far enough that most pairs have turned
+FREQUENCIES = "_freqs", "_rope_freqs"  # what rotary embeddings, and attention that turns keys by itself, call them
 SHARE = 0.05  # of the way that keys move, by which they may miss: bfloat16 rounds to 0.4 %, several times
 
 
@@ -42,7 +43,7 @@ def ropes_of(model: Module, ids: Sequence[int]) -> list[Rope | None]:
 def _known(model: Module) -> list[Rope]:
     found: dict[tuple[object, ...], Rope] = {}
     for _, module in model.named_modules():
-        freqs = getattr(module, "_freqs", None)
+        freqs = next((held for name in FREQUENCIES if (held := getattr(module, name, None)) is not None), None)
         if type(module) is nn.RoPE:
             rope = Rope(module.dims, module.traditional, module.base, scale=module.scale)
         elif isinstance(freqs, mx.array) and freqs.ndim == 1:
