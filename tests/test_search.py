@@ -4,10 +4,13 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -495,14 +498,45 @@ def own_environment() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("own_environment")
-def test_dask_gives_the_same(file, here):
+def test_dask_gives_the_same_also_where_a_worker_is_lost(file, here):
     from distributed import Client, LocalCluster
+
+    killed = []
+
+    def kill(done, total, label):
+        if label.startswith("window 2: ") and not killed:
+            killed.extend(client.run(os.getpid).values())
+            os.kill(killed[0], signal.SIGKILL)
 
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, dashboard_address=None) as cluster,
         Client(cluster) as client,
     ):
-        assert same(here, vl.search(file, methods=TWO, executor=client.get_executor(), **SETTINGS))
+        found = vl.search(file, methods=TWO, executor=client.get_executor(), progress=kill, **SETTINGS)
+    assert same(here, found)
+    assert len(killed) == 1
+
+
+RESTARTED = """
+import os, signal, sys
+import veloxlab as vl
+from tests.test_search import SETTINGS, TWO
+
+def kill(done, total, label):
+    if label.startswith("window 2: "):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+vl.search(sys.argv[1], methods=TWO, progress=kill, **SETTINGS)
+"""
+
+
+def test_what_was_measured_before_a_machine_was_restarted_is_not_measured_again(file, here, own_cache):
+    ended = subprocess.run([sys.executable, "-c", RESTARTED, str(file)], check=False, cwd=Path(__file__).parents[1])
+    assert ended.returncode == -signal.SIGKILL
+    told = []
+    found = vl.search(file, methods=TWO, progress=lambda done, total, label: told.append(label), **SETTINGS)
+    assert same(here, found)
+    assert not [label for label in told if label.startswith("window 1: ")]
 
 
 def test_what_waits_is_cancelled_when_progress_raises(file):
