@@ -50,6 +50,7 @@ SLOW = frozenset(
         "lab_pages",
         "lifetime",
         "log_charts",
+        "long_runs",
         "measure",
         "nbval_tolerance",
         "notebooks",
