@@ -260,7 +260,7 @@ def test_windows_are_evaluated_one_token_at_a_time(model):
 def test_a_calibrated_method_is_fitted_once_for_all_its_widths(model, tmp_path):
     settings = SETTINGS | {"windows": 3, "text": None, "tokens": 24}
     found = vl.search(model, Letters(), methods=["spectralquant"], folder=tmp_path, **settings)
-    assert len(list(tmp_path.glob("*.json"))) == 1
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
     plan = found.plan(int(found.front["row"][0]))
     fitted = found.calibration(model, Letters(), "spectralquant", folder=tmp_path)
     assert plan.calibrations == {"spectralquant": fitted.identity}
