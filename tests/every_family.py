@@ -17,7 +17,6 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -221,7 +220,8 @@ def main(arguments: list[str] | None = None) -> None:
         for name in given.families:
             measured(name, given.into)
         return
-    folder = given.into or Path(tempfile.gettempdir()) / f"every_family-{version('mlx-lm')}"
+    folder = given.into or Path(tempfile.mkdtemp(prefix="every_family-"))
+    print(f"Rows are kept in {folder}: if this is stopped, --into {folder} goes on.")
     folder.mkdir(parents=True, exist_ok=True)
     names = given.families or families()
     if not given.so_far:
