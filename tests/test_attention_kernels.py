@@ -22,8 +22,7 @@ from veloxlab.codecs.none import Exact
 from veloxlab.codecs.parts import transforms
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.turboquant import TurboQuant
-from veloxlab.kernels import attend, checked, devices
-from veloxlab.kernels.backend import launch
+from veloxlab.kernels import attend, backend, checked, devices
 from veloxlab.kernels.vectors import VectorKernel
 
 pytestmark = pytest.mark.skipif(
@@ -243,9 +242,11 @@ def test_a_codec_that_no_kernel_reads_is_left_to_graph_ops():
 
 def test_a_kernel_that_disagrees_with_its_reference_is_switched_off_with_one_warning(monkeypatch):
     h = history(TurboQuant(DIM, 4), TurboQuant(DIM, 4, "mse"))
-    wrong_by = 1.01
+    right, wrong_by = backend.built, 1.01
     monkeypatch.setattr(
-        "veloxlab.kernels.attend.launch", lambda *given, **named: [x * wrong_by for x in launch(*given, **named)]
+        attend,
+        "built",
+        lambda source, backend: lambda **given: [x * wrong_by for x in right(source, backend)(**given)],
     )
     q = normal(1, 4, 1, DIM)
     with pytest.warns(UserWarning, match="is switched off on this metal device: it differs from its reference by 0.01"):

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -11,8 +12,34 @@ from tests.tiny_models import tiny
 from veloxlab.cache.counts import BLOCK
 from veloxlab.checkup import SESSION_KERNELS
 from veloxlab.codecs import METHODS
-from veloxlab.kernels import checked, devices
+from veloxlab.kernels import backend, checked, devices
+from veloxlab.kernels.backend import Source
+from veloxlab.kernels.devices import CUDA
 from veloxlab.kernels.encode import sign_kernel
+
+
+def test_a_launch_on_cuda_copies_no_text(monkeypatch, tmp_path):
+    """MLX copies the text of a kernel at each launch, and looks in its body for the facts of arrays that it wants."""
+    made = []
+    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda **given: made.append(given))
+    monkeypatch.setattr(backend, "kept_in", lambda kind: tmp_path / kind)
+    body = "y[0] = x[x_strides[0]] + z[0]; // " + "a comment " * 99
+    source = Source("sum", ("x", "z"), ("y",), (("SIZE", 3),), ("simd.h",), body)
+    CUDA.build(source)
+    for part in ("header", "source"):
+        (line,) = (line for line in made[0][part].splitlines() if line.startswith("#include"))
+        path = Path(line.split('"')[1])
+        assert ("SIZE" in path.read_text()) == (part == "header")
+        assert ("x_strides" in path.read_text()) == (part == "source")
+        path.write_text("what a crash has left")
+    assert "x_strides" in made[0]["source"]
+    assert not any(fact in made[0]["source"] for fact in ("x_shape", "z_strides"))
+    CUDA.build(source)
+    assert all("crash" not in path.read_text() for path in (tmp_path / "kernels").iterdir())
+    monkeypatch.setattr(backend, "kept_in", lambda kind: Path("/dev/null") / kind)  # where nothing can be written
+    CUDA.build(source)
+    assert "SIZE" in made[2]["header"]
+    assert "x_strides" in made[2]["source"]
 
 
 def build(source):

@@ -62,6 +62,12 @@ def test_attention_sinks():
     assert relative(*with_sinks) < TOLERANCE
 
 
+@pytest.mark.parametrize("cap", [2.0, 50.0])
+def test_caps_of_logits(cap):
+    h = history(TurboQuant(256, 4), TurboQuant(256, 4, "mse"), packed=700)
+    assert relative(*both(h, 5 * normal(1, 8, 1, 256), cap=cap)) < TOLERANCE
+
+
 def test_grids_signs_and_codebooks():
     sample = Sample(normal(1, 2, 2048, 128, seed=7))
     vecinfer = [METHODS["vecinfer"].codec(128, 2, tensor).fit(sample) for tensor in ("keys", "values")]
@@ -169,11 +175,11 @@ def test_a_long_context_in_many_splits():
 @pytest.mark.parametrize("method", ["turboquant", "qjl"])  # the codec of the other brings queries in and answers out
 def test_sequences_of_a_batch_in_one_launch(method):
     codecs = [METHODS[method].codec(128, 4, tensor) for tensor in ("keys", "values")]
-    rows = [CompressedKVCache(*codecs) for _ in range(4)]
+    rows = [CompressedKVCache(*codecs, layer=3) for _ in range(4)]
     for i, (row, count) in enumerate(zip(rows, (20, 5000, 300, 4), strict=True)):
         row.update_and_fetch(*[normal(1, 8, count, 128, seed=i + seed, dtype=mx.float16) for seed in (1, 9)])
     batch = CompressedKVCache.merge(rows)
-    for step in range(40):  # blocks leave the windows of two
+    for step in range(60):  # blocks leave the windows of three, of one its first
         new = [normal(4, 8, 1, 128, seed=step + seed, dtype=mx.float16) for seed in (50, 99)]
         together, _ = batch.update_and_fetch(*new)
         alone = [row.update_and_fetch(*[x[i : i + 1] for x in new])[0] for i, row in enumerate(rows)]

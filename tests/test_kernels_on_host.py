@@ -217,13 +217,14 @@ def assert_attention_is_as_by_its_definition(case, more=0.0):
             assert_close(found_coded, coded, tolerance)
 
 
-# sinks, recent and packed tokens of each sequence: nothing packed, nothing recent, sinks alone, and no sinks
+# sinks and packed tokens of each sequence: nothing packed, nothing recent, sinks alone, and no sinks
 PLACES = [
-    attending.Places(5, 30, 0, packed_entry=0, first_packed=0, exact_entry=3, first_recent=3, column=20),
-    attending.Places(5, 0, 650, packed_entry=1, first_packed=40, exact_entry=2, first_recent=9, column=250),
-    attending.Places(2, 0, 0, packed_entry=0, first_packed=9, exact_entry=1, first_recent=0, column=0),
-    attending.Places(0, 131, 300, packed_entry=1, first_packed=17, exact_entry=0, first_recent=69, column=474),
+    attending.Places(5, 0, packed_entry=0, first_packed=0, exact_entry=3, first_recent=150, column=20),
+    attending.Places(5, 650, packed_entry=1, first_packed=40, exact_entry=2, first_recent=180, column=250),
+    attending.Places(2, 0, packed_entry=0, first_packed=9, exact_entry=1, first_recent=180, column=0),
+    attending.Places(0, 300, packed_entry=1, first_packed=17, exact_entry=0, first_recent=49, column=474),
 ]
+RECENT_END = 180  # of 200
 
 
 @pytest.mark.parametrize("case", [CASES[i] for i in (1, 3, 7, 9)], ids=str)
@@ -231,8 +232,8 @@ def test_sequences_of_a_batch_have_tokens_of_their_own_in_shared_arrays(case):
     (call,) = calls(dataclasses.replace(case, batch=len(PLACES)), [(700, 5, 200)])
     given = dataclasses.replace(call.queries, coded=None) if case.rotated else call.queries
     kernel = attend_kernel(given, call.tokens, HOST)
-    sizes = attending.sizes_of(PLACES, kernel.blocks)
-    found, found_coded = kernel.prepared_anywhere(given, call.tokens)(given, call.tokens.recent, sizes)
+    sizes = attending.sizes_of(PLACES, call.tokens.recent.room, kernel)
+    found, found_coded = kernel.prepared_anywhere(given, call.tokens)(given, call.tokens.recent, sizes, RECENT_END)
     for i, at in enumerate(PLACES):
         wanted, wanted_coded = reading.attend(*of_sequence(call, i, at))
         tolerance = HALF + mx.finfo(case.dtype).eps
@@ -259,9 +260,10 @@ def of_sequence(call, i, at):
         )
 
     tokens, queries, own = call.tokens, call.queries, slice(i, i + 1)
-    sinks, recent = exact_of(tokens.sinks, 0, at.sinks), exact_of(tokens.recent, at.first_recent, at.recent)
+    count = RECENT_END - at.first_recent
+    sinks, recent = exact_of(tokens.sinks, 0, at.sinks), exact_of(tokens.recent, at.first_recent, count)
     alone = Tokens(packed(tokens.keys), packed(tokens.values), sinks, recent, tokens.key_dim, tokens.value_dim)
-    columns = slice(at.column, at.column + at.sinks + at.recent + at.packed)
+    columns = slice(at.column, at.column + at.sinks + count + at.packed)
     mask = None if queries.mask is None else queries.mask[own, ..., columns]
     return dataclasses.replace(queries, q=queries.q[own], coded=queries.coded[own], mask=mask), alone
 
@@ -270,14 +272,15 @@ def of_sequence(call, i, at):
 @pytest.mark.parametrize("packed", [8, 131_072, 10**7])
 @pytest.mark.parametrize("blocks", [1, 8, 10_000])
 def test_no_history_has_more_splits_than_the_last_kernel_has_room_for(exact, packed, blocks):
-    _, splits = attending.sizes_of([attending.Places(exact[0], exact[1], packed, 0, 0, 0)], blocks)
-    assert splits <= attending.MOST_SPLITS
+    call = next(calls(CASES[0], [(8, 1, 1)]))
+    kernel = dataclasses.replace(attend_kernel(call.queries, call.tokens, METAL), kv_heads=blocks, row_tiles=1)
+    _, splits = attending.sizes_of([attending.Places(exact[0], packed, 0, 0, 0)], exact[1], kernel)
+    assert splits <= attending.most_splits(kernel.groups)
 
 
 def test_a_long_exact_run_is_cut_into_longer_splits(monkeypatch):
     rng = np.random.default_rng(3)
     monkeypatch.setattr(attending, "_MOST_EXACT_SPLITS", 2)
-    monkeypatch.setattr(attending, "_sizes", attending._sizes.__wrapped__)  # what is remembered has other splits
     reader = Codes(4, joined=True).reader(rng, Codes(4, joined=True).table(rng, 64, 1), (1, 1, 40), 64, True, None)
     sinks, recent = (exact(rng, (1, 1, count), (64, 64), mx.float32) for count in (5, 700))
     tokens = Tokens(reader, reader, sinks, recent, 64, 64)

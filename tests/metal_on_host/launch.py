@@ -31,13 +31,11 @@ def built(source: Source) -> Built:
     def kernel(
         *,
         inputs: Sequence[mx.array],
-        template: Sequence[tuple[str, object]],
         grid: tuple[int, int, int],
         threadgroup: tuple[int, int, int],
         output_shapes: Sequence[tuple[int, ...]],
         output_dtypes: Sequence[mx.Dtype],
     ) -> list[mx.array]:
-        assert not template, "bodies have definitions, no template arguments"
         threads = threadgroup[0]
         assert threadgroup[1:] == (1, 1), f"threadgroups are rows of threads, not {threadgroup}"
         assert grid[0] % threads == 0, f"{grid[0]} threads are no whole threadgroups of {threads}"

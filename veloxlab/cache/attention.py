@@ -35,6 +35,7 @@ from veloxlab.kernels.devices import current_backend, expanded_bytes
 from veloxlab.mlxlm.hooks import Handle, Mask, shape_in_common
 
 _TRIAL = 3, 333, 70  # tokens before, in and after codes, on which a kernel is tried: no multiples of anything
+_LARGEST_SCORE = 4  # of these; a code of random bits may have a scale far above the others
 _HIDDEN = 0.2  # share of them that its mask hides
 FEW_QUERIES = 16  # up to here scores [L, S] are smaller than an expanded history
 
@@ -145,6 +146,8 @@ class History(Handle):
         newest, like, last = self.newest, _like(q, scale, cap), self.past.last
         if last is not None and last[0] == like and mask is None and sinks is None:
             queries, (backend, call) = Queries(q, scale, cap=cap), last[1:]
+            if backend.lazy:
+                return call(queries, newest, self.past.filled)[0]
         else:
             current, call = current_backend(), None
             if current is None:
@@ -229,7 +232,8 @@ class History(Handle):
         lengths, like = _TRIAL[0 if tokens.sinks else 1 :], (tokens.keys.kv_heads, tokens.exact_type)
         history = History(tuple(_made_up(s, count, *like) for s, count in zip(self.segments, lengths, strict=False)))
         q = made_up(queries.q, queries.q.shape[2], seed=1)
-        size = mx.sqrt(mx.square(history._scores(q, queries.scale)).mean())
+        scores = history._scores(q, queries.scale)
+        size = mx.maximum(mx.sqrt(mx.square(scores).mean()), mx.abs(scores).max() / _LARGEST_SCORE)
         q = (q / mx.maximum(size, 1.0)).astype(q.dtype)  # of large scores half precision has no fractions
         hidden = mx.random.bernoulli(_HIDDEN, (*q.shape[:3], history.tokens), key=mx.random.key(2))
         mask = None if queries.mask is None else mx.where(hidden, -1e9, 0.0)

@@ -82,8 +82,8 @@ class BatchHistory(Handle):
 class Call(NamedTuple):
     """What answers queries of one form, without a reference to the stack."""
 
-    attend: Callable[[mx.array, mx.array | None, mx.array | None, Sizes], mx.array]
-    blocks: int  # see `AttendKernel`
+    attend: Callable[[mx.array, mx.array | None, mx.array | None, Sizes, int], mx.array]
+    kernel: AttendKernel
 
 
 Calls = dict[tuple[object, ...], Call | None]
@@ -121,7 +121,8 @@ class StackHistory(Handle):
         call = stack.calls[like]
         if call is None:
             return self._by_rows(Queries(q, scale, mask=mask, logits=sinks, cap=cap))
-        return call.attend(q, mask, sinks, places.sizes(stack.form, stack.column, stack.padding, call.blocks))
+        sizes = places.sizes(stack.form, stack.padding, stack.room, call.kernel)
+        return call.attend(q, mask, sinks, sizes, stack.column)
 
     def _prepared(self, given: Queries) -> Call | None:
         """What answers such queries by a kernel that agrees with the reference, if there is one."""
@@ -138,11 +139,11 @@ class StackHistory(Handle):
             return None
         read, recent = kernel.prepared_anywhere(queries, tokens), tokens.recent
 
-        def attend(q: mx.array, mask: mx.array | None, sinks: mx.array | None, sizes: Sizes) -> mx.array:
+        def attend(q: mx.array, mask: mx.array | None, sinks: mx.array | None, sizes: Sizes, end: int) -> mx.array:
             own = _queries(whole, Queries(q, scale, mask=mask, logits=sinks, cap=cap))
-            return whole._brought_out(read(own, recent, sizes), q.dtype)
+            return whole._brought_out(read(own, recent, sizes, end), q.dtype)
 
-        return Call(attend, kernel.blocks)
+        return Call(attend, kernel)
 
     def _whole(self) -> History:
         """All that is in the buffers, as if it were one sequence."""

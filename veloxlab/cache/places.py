@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from threading import get_ident
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -12,7 +13,7 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.cache.counts import BLOCK, SLACK_SHARE
-from veloxlab.kernels.attend import Places, Sizes, sizes_of
+from veloxlab.kernels.attend import AttendKernel, Places, Sizes, sizes_of
 
 
 class Part(NamedTuple):
@@ -90,10 +91,21 @@ def slack(packed: int) -> int:
     return max(2 * BLOCK, packed // SLACK_SHARE)
 
 
-@lru_cache(maxsize=64)
 def offsets(form: Form, column: int) -> mx.array:
-    """Tokens of each sequence ``[B]``."""
-    return mx.array(form.lengths(column))
+    """Tokens of each sequence ``[B]``: one array for layers that have them in other places."""
+    return _offsets(tuple(form.lengths(0)), column, get_ident())
+
+
+@lru_cache(maxsize=64)
+def _offsets(lengths: tuple[int, ...], column: int, thread: int) -> mx.array:
+    """The same for one thread: MLX computes what a thread has asked for when that thread asks for more."""
+    return _at_first(lengths, thread) + column
+
+
+@lru_cache(maxsize=64)
+def _at_first(lengths: tuple[int, ...], _: int) -> mx.array:
+    """Before the first column: a GPU reads what Python has made only once, and slowly."""
+    return mx.array(lengths) + 0
 
 
 @lru_cache(maxsize=64)
@@ -110,15 +122,17 @@ def mask_of_all(before: tuple[int, ...], width: int) -> mx.array:
     return mask
 
 
+def sizes(form: Form, padding: int, room: int, kernel: AttendKernel) -> Sizes:
+    """What a kernel has to know of all sequences, in windows of so many columns, before the next of them is packed."""
+    return _sizes(form, padding, room, kernel, get_ident())
+
+
 @lru_cache(maxsize=64)
-def sizes(form: Form, column: int, padding: int, blocks: int) -> Sizes:
-    """What a kernel has to know of all sequences; see `veloxlab.kernels.attend.sizes_of`."""
-    both = zip(form.parts, columns(form, column, padding), strict=True)
-    every = [
-        Places(form.sinks, column - part.start, part.packed, 0, part.base, part.place, part.start, own)
-        for part, own in both
-    ]
-    return sizes_of(every, blocks)
+def _sizes(form: Form, padding: int, room: int, kernel: AttendKernel, _: int) -> Sizes:
+    """The same for one thread, as `_offsets`."""
+    both = zip(form.parts, columns(form, room, padding), strict=True)
+    every = [Places(form.sinks, part.packed, 0, part.base, part.place, part.start, own) for part, own in both]
+    return sizes_of(every, room, kernel)
 
 
 @lru_cache(maxsize=16)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import SIMD, Answer, Backend, Source, launch, source_file, suited
+from veloxlab.kernels.backend import SIMD, Answer, Backend, Source, built, few_numbers, source_file, suited
 from veloxlab.kernels.call import (
     STEP,
     Exact,
@@ -38,16 +38,13 @@ GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works
 PADDED_ROWS = MOST_ROWS = 8  # query rows that share one reading of the codes
 _TILE = 16  # tokens of one turn of a simdgroup
 _EXACT_SPLIT, _MOST_EXACT_SPLITS = 128, 64  # exact tokens of one split at least; splits of either run at most
-_GROUPS = 264  # threadgroups that keep a large GPU busy: 132 processors, 2 each; more take longer to join
 _LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: a table is not filled for fewer
 _COMBINE_THREADS = 512
 _SUMS = [mx.float32] * 2  # of each split: mixed values, and sums of weights
 _SMALL = 128  # dimension up to which a thread's registers let as many threadgroups work at once
 _LARGEST_DIM = 512
-# more splits than any history has: those of packed tokens fill the GPU, those of exact ones are few
-MOST_SPLITS = _GROUPS + 1 + 2 * _MOST_EXACT_SPLITS
-
-_NUMBERS = 14  # that the kernels get of a sequence
+_COUNT_TYPE, _COUNT_LENGTH = mx.uint32, 8  # of an array that has a number: see `Backend.least_size`
+_NUMBERS = 12  # that the kernels get of a sequence
 
 Defines = dict[str, int | str]
 Sizes = tuple[mx.array, int]  # numbers of each sequence, and the most splits of one
@@ -56,11 +53,11 @@ Sizes = tuple[mx.array, int]  # numbers of each sequence, and the most splits of
 class Places(NamedTuple):
     """How many tokens a sequence has, and where: the entry and the first of packed, of exact and of a mask's tokens.
 
-    Sinks are the first tokens of their entry.
+    Sinks are the first tokens of their entry. Recent tokens of all sequences end at the same one of their arrays, which
+    a kernel is told at each call: all that is here stays until a block of tokens leaves the window.
     """
 
     sinks: int
-    recent: int
     packed: int
     packed_entry: int
     first_packed: int
@@ -80,52 +77,64 @@ class AttendKernel:
     kv_heads: int
     rows: int  # of a KV head's queries that a threadgroup takes
     row_tiles: int  # threadgroups for all of them
+    groups: int  # of all splits of packed tokens, at most
     largest_value: int  # dimension of a value, or of its code if that is larger
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
         """See `veloxlab.kernels.call.AttentionKernel`."""
         sinks, room, batch = tokens.exact_counts[0], tokens.keys.tokens, queries.q.shape[0]
-        read = self.prepared_anywhere(queries, tokens)
+        read, known, sizes = self.prepared_anywhere(queries, tokens), (-1, -1), None
 
         def call(queries: Queries, recent: Exact | None, packed: int | None = None) -> Answer:
-            count = 0 if recent is None else recent.tokens
-            there = room if packed is None else packed
-            return read(queries, recent, _sizes(sinks, count, there, batch, self.blocks))
+            nonlocal known, sizes
+            end, columns = (0, 0) if recent is None else (recent.tokens, recent.room)
+            now = room if packed is None else packed, columns
+            if sizes is None or now != known:
+                known = now
+                sizes = sizes_of([Places(sinks, now[0], i, 0, i) for i in range(batch)], columns, self)
+            return read(queries, recent, sizes, end)
 
         return call
 
-    def prepared_anywhere(self, queries: Queries, tokens: Tokens) -> Callable[[Queries, Exact | None, Sizes], Answer]:
-        """`prepared` for sequences of which `sizes_of` says where each has its tokens in the arrays of ``tokens``."""
-        backend, values, combine, blocks = self.backend, tokens.values, self.combine, self.blocks
+    def prepared_anywhere(
+        self, queries: Queries, tokens: Tokens
+    ) -> Callable[[Queries, Exact | None, Sizes, int], Answer]:
+        """`prepared` for sequences of which `sizes_of` says where each has its tokens in the arrays of ``tokens``.
+
+        A call also gets where recent tokens end.
+        """
+        backend, values, blocks = self.backend, tokens.values, self.blocks
+        attend, combine = built(self.attend, backend), built(self.combine, backend)
         nothing, lasting = nothing_of(tokens.exact_type), suited([*lasting_inputs(tokens).values()], backend)
         signs = [] if values.signs is None else [values.signs]
         batch, query_heads, length, _ = queries.q.shape
         rows, padded_rows = batch * query_heads * length, batch * blocks * self.rows
         coded = batch, self.kv_heads, query_heads // self.kv_heads * length, values.dim
-        shapes = [(batch, query_heads, length, tokens.value_dim), coded][: len(combine.outputs)]
+        shapes = [(batch, query_heads, length, tokens.value_dim), coded][: len(self.combine.outputs)]
         types = [queries.q.dtype, mx.float32][: len(shapes)]
 
-        def call(queries: Queries, recent: Exact | None, of_all: Sizes) -> Answer:
+        threads, joining = SIMDGROUPS * SIMD, (_COMBINE_THREADS, 1, 1)
+
+        def call(queries: Queries, recent: Exact | None, of_all: Sizes, recent_end: int) -> Answer:
             """Both kernels; see `veloxlab.kernels.call.PreparedCall`."""
             sizes, splits = of_all
-            mixed, sums = launch(
-                self.attend,
-                suited(changing_inputs(queries, recent or nothing, sizes), backend) + lasting,
-                backend=backend,
-                groups=(splits, blocks, batch),
-                threads=SIMDGROUPS * SIMD,
-                shapes=[(padded_rows, splits, self.largest_value), (padded_rows, splits, 2)],
-                types=_SUMS,
+            end = _count(recent_end)
+            mixed, sums = attend(
+                inputs=suited(changing_inputs(queries, recent or nothing, end, sizes), backend) + lasting,
+                grid=(splits * threads, blocks, batch),
+                threadgroup=(threads, 1, 1),
+                output_shapes=[(padded_rows, splits, self.largest_value), (padded_rows, splits, 2)],
+                output_dtypes=_SUMS,
             )
-            logits = [] if queries.logits is None else [queries.logits]
-            found = launch(
-                combine,
-                suited([mixed, sums, sizes, *signs, *logits], backend),
-                backend=backend,
-                groups=(rows, 1, 1),
-                threads=_COMBINE_THREADS,
-                shapes=shapes,
-                types=types,
+            inputs = [mixed, sums, end, sizes, *signs]
+            if queries.logits is not None:
+                inputs.append(queries.logits)
+            found = combine(
+                inputs=suited(inputs, backend),
+                grid=(rows * _COMBINE_THREADS, 1, 1),
+                threadgroup=joining,
+                output_shapes=shapes,
+                output_dtypes=types,
             )
             return found[0], found[1] if len(found) > 1 else None
 
@@ -165,6 +174,7 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
     rows = min(all_rows, MOST_ROWS)
     row_tiles = -(-all_rows // rows)
     largest_value = max(tokens.value_dim, values.dim)
+    groups = backend.groups * _at_once(tokens) // GROUPS_PER_PROCESSOR
     common: Defines = {
         "ALL_ROWS": f"{all_rows}u",
         "QUERIES": f"{length}u",
@@ -178,14 +188,14 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
     own = {"v_signs": values.signs, "logits": queries.logits}
     combine = Source(
         name="combine",
-        inputs=("mixed", "sums", "sizes", *(name for name, array in own.items() if array is not None)),
+        inputs=("mixed", "sums", "recent_end", "sizes", *(name for name, array in own.items() if array is not None)),
         outputs=("out", "out_coded") if values.signs is None else ("out",),
         defines=(
             *common.items(),
             ("ALL_PADDED", f"{row_tiles * rows}u"),
             ("OUT_TYPE", backend.types[queries.q.dtype]),
             ("THREADS", _COMBINE_THREADS),
-            ("MOST_SPLITS", MOST_SPLITS),
+            ("MOST_SPLITS", most_splits(groups)),
             ("HAS_LOGITS", int(queries.logits is not None)),
             ("QUERY_HEADS", f"{query_heads}u"),
         ),
@@ -202,6 +212,7 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
         kv_heads=keys.kv_heads,
         rows=rows,
         row_tiles=row_tiles,
+        groups=groups,
         largest_value=largest_value,
     )
 
@@ -220,7 +231,6 @@ def _attend_source(
     value = values.fragment("v", "k" if tokens.one_table else "v", room)
     of_readers = dict.fromkeys((*keys.headers, *values.headers))
     of_sums = dict.fromkeys((*keys.sum_headers, *values.sum_headers))
-    at_once = GROUPS_PER_PROCESSOR if max(largest_key, largest_value) <= _SMALL else GROUPS_PER_PROCESSOR // 2
     return Source(
         name=f"attend_{keys.name}_{values.name}",
         inputs=(*changing_names(queries), *lasting_inputs(tokens)),
@@ -245,7 +255,7 @@ def _attend_source(
             ("QUERY_TYPE", backend.types[queries.q.dtype]),
             ("SIMDGROUPS", SIMDGROUPS),
             ("THREADS", SIMDGROUPS * SIMD),
-            ("GROUPS_PER_PROCESSOR", at_once),
+            ("GROUPS_PER_PROCESSOR", _at_once(tokens)),
         ),
         headers=("simd.h", "readers.h", *of_readers, "lanes.h", "attend.h", *of_sums),
         body=Template(source_file("attend.metal")).substitute(
@@ -260,29 +270,42 @@ def _attend_source(
     )
 
 
-def sizes_of(sequences: Sequence[Places], blocks: int) -> Sizes:
-    """What the kernels have to know of the tokens and splits of each sequence, of which one takes so many `blocks`."""
-    longest = max(max(each.sinks, each.recent) for each in sequences)
+def _at_once(tokens: Tokens) -> int:
+    """Threadgroups that a processor works on at once."""
+    largest = max(tokens.key_dim, tokens.keys.coordinates, tokens.value_dim, tokens.values.dim)
+    return GROUPS_PER_PROCESSOR if largest <= _SMALL else GROUPS_PER_PROCESSOR // 2
+
+
+def most_splits(groups: int) -> int:
+    """More splits than any history has: those of packed tokens are so many ``groups``, those of exact ones are few."""
+    return groups + 1 + 2 * _MOST_EXACT_SPLITS
+
+
+def sizes_of(sequences: Sequence[Places], columns: int, kernel: AttendKernel) -> Sizes:
+    """What the kernels have to know of the tokens and splits of each sequence, in arrays of so many recent tokens."""
+    longest = max(max(each.sinks, columns - each.first_recent) for each in sequences)
     exact_per_split = max(_EXACT_SPLIT, _whole_turns(-(-longest // _MOST_EXACT_SPLITS)))
-    together = blocks * sum(each.packed for each in sequences)
-    per_split = _whole_turns(max(_LEAST_SPLIT, -(-together // _GROUPS)))
+    together = kernel.blocks * sum(each.packed for each in sequences)
+    per_split = _whole_turns(max(_LEAST_SPLIT, -(-together // kernel.groups)))
     rows, most = [], 1
-    for sinks, recent, packed, *where in sequences:
-        sink_splits = -(-sinks // exact_per_split)
-        exact_splits = sink_splits + -(-recent // exact_per_split)
-        splits = exact_splits + -(-packed // per_split)
-        most = max(most, splits)
-        rows.append([sinks, recent, packed, sink_splits, exact_splits, splits, 0, per_split, exact_per_split, *where])
+    for sinks, packed, *where, first_recent, column in sequences:
+        of_sinks, of_packed = -(-sinks // exact_per_split), -(-packed // per_split)
+        most = max(most, of_sinks + -(-(columns - first_recent) // exact_per_split) + of_packed)
+        rows.append([sinks, packed, of_sinks, of_packed, 0, per_split, exact_per_split, *where, first_recent, column])
     for row in rows:
-        row[6] = most
-    sizes = mx.array(rows, mx.uint32)
-    mx.eval(sizes)
+        row[4] = most
+    numbers = [number for row in rows for number in row]
+    # what a GPU computes is in its own memory
+    sizes = few_numbers(numbers) if len(rows) == 1 else mx.array(numbers, mx.uint32) + mx.array(0, mx.uint32)
     return sizes, most
 
 
-@lru_cache(maxsize=64)  # every layer asks for the same
-def _sizes(sinks: int, recent: int, packed: int, batch: int, blocks: int) -> Sizes:
-    return sizes_of([Places(sinks, recent, packed, i, 0, i) for i in range(batch)], blocks)
+@lru_cache(maxsize=4096)
+def _count(number: int) -> mx.array:
+    """A number as a kernel gets it."""
+    count = mx.full((_COUNT_LENGTH,), number, _COUNT_TYPE)
+    mx.async_eval(count)  # a wait would be for all that the device has to do
+    return count
 
 
 def _whole_turns(tokens: int) -> int:

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from veloxlab.errors import InputError
+from veloxlab.store import kept_in, make_folder, write_together
+
 if TYPE_CHECKING:
     from veloxlab.kernels.call import AttentionKernel, Queries, Tokens
     from veloxlab.kernels.readers import Reader
@@ -75,6 +78,7 @@ class Backend:
     write: Callable[[Reader | mx.array, mx.array, int, int, bool], None] | None = None
     run: Callable[[VectorKernel, Sequence[mx.array]], list[mx.array]] | None = None
     shared_bytes: int = 0  # memory that the threads of a group share
+    groups: int = 0  # threadgroups of attention that keep the device busy: of more than that, the last wait for others
     table_words: int = 0  # words of 4 bytes of it, at most, for the tables of codes
     pair_words: int = 1  # words that a pair of levels takes there: 1 in half precision, 2 in float32
     shares: tuple[int, int] = (1, 1)  # threads of the matrix unit that read a key together, and a value
@@ -100,6 +104,15 @@ def suited(inputs: list[mx.array], backend: Backend) -> list[mx.array]:
     return [x if x.size >= least else mx.broadcast_to(x[..., None], (*x.shape, least)) for x in inputs]
 
 
+def few_numbers(numbers: Sequence[int]) -> mx.array:
+    """Whole numbers as a kernel gets them ``[n]`` uint32, for a few that change.
+
+    They come in pairs, each an array of 8 bytes: a GPU of NVIDIA reads these where they are. The page of a larger array
+    that Python has made moves to it when it is read, which takes 150 µs.
+    """
+    return mx.concatenate([mx.array([*numbers[i : i + 2]], mx.uint32) for i in range(0, len(numbers), 2)])
+
+
 def launch(
     source: Source,
     inputs: list[mx.array],
@@ -113,17 +126,21 @@ def launch(
     """Run a kernel on ``groups`` threadgroups of ``threads`` threads; its outputs are of these shapes and types."""
     if not backend.lazy:
         mx.eval(inputs)
-    built = source.built.get(backend)
-    if built is None:
-        built = source.built[backend] = _built(source, backend)
-    return built(
+    return built(source, backend)(
         inputs=inputs,
-        template=[],
         grid=(groups[0] * threads, groups[1], groups[2]),
         threadgroup=(threads, 1, 1),
         output_shapes=shapes,
         output_dtypes=types,
     )
+
+
+def built(source: Source, backend: Backend) -> Built:
+    """The function that runs a kernel, which is built once."""
+    made = source.built.get(backend)
+    if made is None:
+        made = source.built[backend] = _built(source, backend)
+    return made
 
 
 @lru_cache(maxsize=512)
@@ -144,6 +161,8 @@ def build_with_mlx(language: str, source: Source) -> Built:
     """
     body, header = _bare(source.body), _bare(source.header(f"{language}.h"))
     checksum = hashlib.sha256((header + body).encode()).hexdigest()[:16]
+    if language == "cuda":
+        body, header = _included(source, body, header, checksum)
     kernel: Built = getattr(mx.fast, f"{language}_kernel")(
         name=f"veloxlab_{source.name}_{checksum}",
         input_names=list(source.inputs),
@@ -155,7 +174,29 @@ def build_with_mlx(language: str, source: Source) -> Built:
     return kernel
 
 
+def _included(source: Source, body: str, header: str, checksum: str) -> tuple[str, str]:
+    """Body and header that include the text from files of the user's cache, where these can be written.
+
+    At every launch MLX copies a kernel's text and makes a checksum of it: of 30 KB that takes longer than the rest. It
+    looks in the body for the names of shapes and strides.
+    """
+    facts = (f"{name}_{fact}" for name in source.inputs for fact in ("shape", "strides", "ndim"))
+    files = {kept_in("kernels") / f"{checksum}_{part}.h": text for part, text in (("body", body), ("header", header))}
+    try:
+        missing = {path: text.encode() for path, text in files.items() if not path.exists() or path.read_text() != text}
+        if missing:
+            make_folder(kept_in("kernels"))
+            write_together(missing)
+    except (InputError, OSError, ValueError):
+        return body, header
+    body_file, header_file = map(str, files)
+    if not header_file.isascii() or any(mark in header_file for mark in '"\\\n'):
+        return body, header
+    named = " ".join(fact for fact in facts if fact in body)
+    return f'// {named}\n#include "{body_file}"\n', f'#include "{header_file}"\n'
+
+
 def _bare(text: str) -> str:
-    """The text without comments and indents: MLX copies all of it at every launch."""
+    """The text without comments and indents."""
     lines = (line.partition("//")[0].strip() for line in text.splitlines())
     return "\n".join(filter(None, lines)) + "\n"

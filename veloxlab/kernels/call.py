@@ -17,12 +17,13 @@ STEP = 16  # coordinates that dimensions are multiples of
 class Exact:
     """Consecutive tokens that are not compressed: the first of keys ``[B, H, S, Dk]`` and of values of one dtype.
 
-    The arrays are buffers, which may have room for more ``tokens`` than there are.
+    The arrays are buffers, which may have ``room`` for more ``tokens`` than there are.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, tokens: int | None = None) -> None:
+    def __init__(self, keys: mx.array, values: mx.array, tokens: int | None = None, room: int | None = None) -> None:
         self.keys, self.values = keys, values
-        self.tokens: int = keys.shape[2] if tokens is None else tokens
+        self.room: int = keys.shape[2] if room is None else room
+        self.tokens: int = self.room if tokens is None else tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,14 +99,14 @@ class AttentionKernel(Protocol):
 
 def changing_names(queries: Queries) -> tuple[str, ...]:
     """Those inputs of ``attend.metal`` that are others at each token, the first of all."""
-    names = "q", "q_coded", "recent_keys", "recent_values", "sizes"
+    names = "q", "q_coded", "recent_keys", "recent_values", "recent_end", "sizes"
     return names if queries.mask is None else (*names, "mask")
 
 
-def changing_inputs(queries: Queries, recent: Exact, sizes: mx.array) -> list[mx.array]:
+def changing_inputs(queries: Queries, recent: Exact, end: mx.array, sizes: mx.array) -> list[mx.array]:
     """The same as arrays."""
     q, coded, mask = queries.q, queries.coded, queries.mask
-    arrays = [q, q if coded is None else coded, recent.keys, recent.values, sizes]
+    arrays = [q, q if coded is None else coded, recent.keys, recent.values, end, sizes]
     return arrays if mask is None else [*arrays, mask]
 
 

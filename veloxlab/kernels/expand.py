@@ -12,7 +12,7 @@ from string import Template
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import Backend, Source, launch, source_file, suited
+from veloxlab.kernels.backend import Backend, Source, few_numbers, launch, source_file, suited
 from veloxlab.kernels.call import nothing_of
 from veloxlab.kernels.readers import Reader, Room
 
@@ -55,7 +55,7 @@ def expand(
         **reader.arrays("c"),
         **dict(zip(("before", "after", "newest"), runs, strict=True)),
     }
-    sizes = mx.array([counts[0], reader.tokens, *counts[1:], heads.start, len(heads)], mx.uint32)
+    sizes = few_numbers([counts[0], reader.tokens, *counts[1:], heads.start, len(heads)])
     arrays["sizes"] = sizes if after is None else mx.depends(sizes, after)
     batch, total = reader.rows.shape[0], sum(counts) + reader.tokens
     groups = -(-reader.tokens // PER_GROUP) + -(-sum(counts) // PER_GROUP)

@@ -91,6 +91,8 @@ def _reading_handles(original: Callable[..., mx.array]) -> Callable[..., mx.arra
     def attention(queries: mx.array, keys: Any, values: Any, *more: Any, **named: Any) -> mx.array:  # noqa: ANN401
         if not isinstance(keys, Handle):
             return original(queries, keys, values, *more, **named)
+        if not more:
+            return keys.attend(queries, named["scale"], named["mask"], named.get("sinks"))
         given = dict(zip(names, more, strict=False)) | named
         return keys.attend(queries, given["scale"], given["mask"], given.get("sinks"))
 

@@ -6,11 +6,13 @@ const uint split = threadgroup_position_in_grid.x, sequence = threadgroup_positi
 const uint head = threadgroup_position_in_grid.y / ROW_TILES;
 const uint first_row = threadgroup_position_in_grid.y % ROW_TILES * ROWS;
 const global_memory uint* own = sizes + sequence * SIZES;
-const uint sinks = own[0], recent = own[1], packed = own[2];
-const uint sink_splits = own[3], exact_splits = own[4], splits = own[5], most_splits = own[6];
-const uint per_split = own[7], exact_per_split = own[8];
+const uint sinks = own[0], packed = own[1], sink_splits = own[2], packed_splits = own[3], most_splits = own[4];
+const uint per_split = own[5], exact_per_split = own[6];
 // where its tokens are: entry and first token of the codes, of the exact arrays, and of the mask
-const uint batch = own[9], first_packed = own[10], place = own[11], first_recent = own[12], column = own[13];
+const uint batch = own[7], first_packed = own[8], place = own[9], first_recent = own[10], column = own[11];
+const uint recent = recent_end[0] - first_recent;
+const uint exact_splits = sink_splits + (recent + exact_per_split - 1) / exact_per_split;
+const uint splits = exact_splits + packed_splits;
 
 threadgroup float queries[PADDED_ROWS * QUERY_LENGTH(LARGEST_KEY)];
 threadgroup float largest[SIMDGROUPS * ROWS], totals[SIMDGROUPS * ROWS];

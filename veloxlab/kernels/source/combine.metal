@@ -3,7 +3,8 @@
 const uint thread_id = thread_position_in_threadgroup.x, row = threadgroup_position_in_grid.x;
 const uint from = row / ALL_ROWS * ALL_PADDED + row % ALL_ROWS; // the last tile of a KV head's rows may be padded
 const global_memory uint* own = sizes + row / (QUERY_HEADS * QUERIES) * SIZES; // of this sequence of the batch
-const uint exact_splits = own[4], splits = own[5], most_splits = own[6];
+const uint exact_splits = own[2] + (recent_end[0] - own[10] + own[6] - 1) / own[6];
+const uint splits = exact_splits + own[3], most_splits = own[4];
 const global_memory float* row_sums = sums + from * most_splits * 2;
 const global_memory float* row_mixed = mixed + from * most_splits * LARGEST_VALUE;
 threadgroup float factors[MOST_SPLITS];
