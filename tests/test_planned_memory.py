@@ -14,9 +14,9 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make
 
 import veloxlab as vl
 from tests.tiny_models import config_of, tiny
-from veloxlab.cache.counts import Windows, calls, own_room
+from veloxlab.cache.counts import BLOCK, Windows, calls, own_room
 from veloxlab.cache.layer import CompressedKVCache
-from veloxlab.cache.runs import compressed_room
+from veloxlab.cache.runs import Runs, compressed_room
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.none import Exact
 from veloxlab.errors import InputError
@@ -110,6 +110,31 @@ def test_room_of_mlx_lms_own_caches_is_that_of_real_ones(tokens, decoded, max_si
         assert own_room(tokens, decoded, max_size, chunk) == keys.shape[2]
 
 
+@given(
+    window=st.sampled_from([0, 1, 16, 32, 100]),
+    layer=st.integers(0, 40),
+    counts=st.lists(st.one_of(st.just(1), st.integers(1, 200)), min_size=1, max_size=80),
+)
+def test_which_tokens_are_packed_does_not_depend_on_how_they_come(window, layer, counts):
+    windows = Windows.of(4, window, None, layer)
+    at_once, in_turn = Runs(windows), Runs(windows)
+    for runs, some in ((at_once, [sum(counts)]), (in_turn, counts)):
+        for count in some:
+            runs.take(windows.arrival(count, runs.offset, runs.recent.tokens, all_seen=False))
+            assert runs.recent.tokens <= windows.most_recent
+    assert [run.tokens for run in at_once.runs] == [run.tokens for run in in_turn.runs]
+
+
+def test_no_step_encodes_blocks_of_two_layers():
+    layers = [Runs(Windows.of(4, 32, None, layer)) for layer in range(32)]
+    arrivals = [runs.windows.arrival(1000, 0, 0, all_seen=False) for runs in layers]
+    for _ in range(2 * BLOCK):
+        for runs, arrival in zip(layers, arrivals, strict=True):
+            runs.take(arrival)
+        arrivals = [runs.windows.arrival(1, runs.offset, runs.recent.tokens, all_seen=False) for runs in layers]
+        assert [arrival.to_packed for arrival in arrivals if arrival.to_packed] == [BLOCK]
+
+
 @pytest.mark.parametrize("decoded", [0, DECODED])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_what_is_planned_is_what_mlx_lms_generator_leaves(family, decoded):
@@ -143,6 +168,8 @@ def test_every_methods_plan_is_its_caches_bytes(model, method, decoded, calibrat
         slack = before.pop("tables") - fitted.pop("tables")
         codecs = 2 * len(cache)
         assert -codecs * 4 * 511 <= slack <= 0
+    if method == "fisherquant":  # a layer with more bits than another holds up to a block of packed tokens more or less
+        assert before.pop("codes") == pytest.approx(fitted.pop("codes"), rel=0.01)
     assert before == fitted
 
 

@@ -69,7 +69,7 @@ def test_random_schedules_end_in_the_state_of_each_sequence_alone(tmp_path, firs
     stacked = 0
     for seed in range(first, first + 10):
         rng = random.Random(seed)
-        settings = {"sinks": rng.choice([0, 3]), "window": rng.choice([0, 1, 16, 64])}
+        settings = {"sinks": rng.choice([0, 3]), "window": rng.choice([0, 1, 16, 64]), "layer": rng.choice([0, 3])}
 
         def new(settings=settings) -> CompressedKVCache:
             return make("turboquant", 3, **settings)

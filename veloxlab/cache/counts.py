@@ -13,9 +13,11 @@ from typing import NamedTuple, Self
 
 from veloxlab.checks import whole
 from veloxlab.errors import InputError
+from veloxlab.kernels.devices import device_backend
 from veloxlab.mlxlm.probe import LayerFacts
 
 BLOCK = 32  # tokens that leave the window together: encoding one at a time would cost a launch per token
+_APART = 5  # tokens between the blocks of one layer and of the next: of 32 layers no two encode one at the same step
 CHUNK = 2048  # tokens of a prompt that mlx-lm reads together
 STEP = 8  # tokens for which a buffer takes room where they come one at a time,
 SLACK_SHARE = 64  # or 1/64 more than it needs, if that is more: then growth costs O(1) a token
@@ -30,7 +32,7 @@ class Arrival(NamedTuple):
     gone: int  # those behind, which nothing will see again; with them all tokens before but the sinks
     from_recent: int  # the oldest of the window, to be encoded
     from_new: int  # the next of this call, to be encoded
-    to_packed: int  # both: whole blocks
+    to_packed: int  # both: whole blocks, but for the first
     to_recent: int  # the rest, which join the window
 
 
@@ -56,12 +58,14 @@ class Windows:
     block: int  # tokens that leave the window together
     most_recent: int  # the most that ever are in the window and wait to leave it
     reach: int | None  # tokens behind the sinks that a sliding layer can see; None sees all
+    less: int = 0  # by how much fewer those are that leave it first
 
     @classmethod
-    def of(cls, sinks: int, window: int, max_size: int | None) -> Self:
+    def of(cls, sinks: int, window: int, max_size: int | None, layer: int = 0) -> Self:
         """Those of a cache that sees ``max_size`` tokens, or all; raises `InputError` if that leaves only sinks.
 
-        In a sliding layer exact tokens are at most half of what the layer's own cache would hold.
+        In a sliding layer exact tokens are at most half of what the layer's own cache would hold. From other layers
+        than the first fewer tokens leave first, so that no step has to encode a block of every layer.
         """
         sinks, window = TOKENS("sinks", sinks), TOKENS("window", window)
         if max_size is not None and max_size <= sinks:
@@ -70,12 +74,13 @@ class Windows:
         if reach is not None:
             window = min(window, reach // 4)
         block = min(BLOCK, max(1, window))
-        return cls(sinks, window, block, window + block - 1, reach)
+        less = _APART * layer % block if reach is None else 0
+        return cls(sinks, window, block, window + block - 1, reach, less)
 
     @classmethod
     def of_layer(cls, facts: LayerFacts, sinks: int, window: int) -> Self:
         """Those of a cache in the place of a model's own, whose first tokens a sliding layer keeps."""
-        return cls.of(sinks if facts.max_size is None else facts.keep, window, facts.max_size)
+        return cls.of(sinks if facts.max_size is None else facts.keep, window, facts.max_size, facts.layer)
 
     def arrival(self, count: int, offset: int, recent: int, *, all_seen: bool) -> Arrival:
         """Where ``count`` tokens go that come after ``offset`` others, of which ``recent`` are in the window.
@@ -86,7 +91,8 @@ class Windows:
         gone = 0 if self.reach is None or not all_seen else max(0, count - to_sinks - self.reach)
         left = 0 if gone else recent
         new = count - to_sinks - gone
-        to_packed = max(0, left + new - self.window) // self.block * self.block
+        over, less = max(0, left + new - self.window), self.less if offset <= self.sinks + recent else 0
+        to_packed = (over + less) // self.block * self.block - less if over >= self.block else 0
         from_recent = min(to_packed, left)
         from_new = to_packed - from_recent
         return Arrival(to_sinks, gone, from_recent, from_new, to_packed, new - from_new)
@@ -106,7 +112,7 @@ class Windows:
         sinks, packed, recent = arrival.to_sinks, arrival.to_packed, arrival.to_recent
         if decoded:
             sinks = min(sinks + STEP, self.sinks)
-            recent = min(recent + STEP, self.most_recent) if recent else 0
+            recent = min(recent + window_step(), self.most_recent) if recent else 0
             packed += max(STEP, packed // SLACK_SHARE) if packed else 0
         return Room(sinks, packed, recent)
 
@@ -114,6 +120,11 @@ class Windows:
     def _grain(self) -> int:
         """Packed tokens of a sliding layer that are forgotten together: each time copies the rest."""
         return min(BLOCK, max(1, (self.reach or 0) // 8))
+
+
+def window_step() -> int:
+    """Tokens for which a window takes room where they come one at a time: on a GPU a step is short, and growth long."""
+    return BLOCK if device_backend().lazy else STEP
 
 
 def calls(tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Iterator[int]:

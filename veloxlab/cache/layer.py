@@ -68,7 +68,7 @@ class CompressedKVCache(Runs, saved.Saved):
         lends: bool = False,
         model: str = "",
     ) -> None:
-        super().__init__(Windows.of(sinks, window, max_size))
+        super().__init__(Windows.of(sinks, window, max_size, layer))
         ARGUMENTS["chunk"]("chunk", chunk)
         self.key_codec, self.value_codec = key_codec, value_codec
         self.max_sinks, self.window = self.windows.sinks, self.windows.window
@@ -93,9 +93,10 @@ class CompressedKVCache(Runs, saved.Saved):
         NaN or infinite, or if a codec cannot encode yet. A GPU is not waited for: there it stores such a key or value,
         and the next call but one raises, as do all calls after it and whoever saves the cache.
         """
-        history = self.store(self.check(keys, values))
+        coming = self.check(keys, values)
+        history = self.store(coming)
         self.begin()
-        return self.handed(history, keys.shape[2])
+        return (history, history) if isinstance(coming, Joining) else self.handed(history, keys.shape[2])
 
     def begin(self) -> None:
         """Let MLX compute the newest keys and values, for which a kernel on a CPU will wait."""

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import mlx.core as mx
 
-from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Room, Windows, calls
+from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Room, Windows, calls, window_step
 from veloxlab.codecs import TENSORS, Code, Tensor
 from veloxlab.codecs.base import TOKENS
 from veloxlab.kernels.call import Exact
@@ -84,7 +84,7 @@ class Run:
     @property
     def exact(self) -> Exact:
         """Tokens that are exact, for a kernel: no views of the buffers."""
-        return Exact(self.buffers["keys/values"], self.buffers["values/values"], self.tokens)
+        return Exact(self.buffers["keys/values"], self.buffers["values/values"], self.tokens, self.room)
 
     def _room_for(self, new: int) -> int:
         """Room once ``new`` tokens have joined: growth by decoding takes slack, a long append is sized as it is."""
@@ -92,7 +92,7 @@ class Run:
         if tokens <= self.room and (new == 1 or self.most is None):
             return self.room
         if self.most is not None:
-            return tokens + (min(STEP, self.most - tokens) if new == 1 else 0)
+            return tokens + (min(window_step(), self.most - tokens) if new == 1 else 0)
         return tokens + (max(STEP * (new == 1), tokens // SLACK_SHARE) if new <= BLOCK else 0)
 
     def drop(self, *, oldest: int = 0, newest: int = 0) -> None:
@@ -193,11 +193,18 @@ class Runs:
         self.recent.drop(oldest=count - of_packed)
 
 
-@lru_cache(maxsize=4096)
 def compressed_room(windows: Windows, tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Room:
-    """Room of a `CompressedKVCache` after the `calls` of a text, its ``chunk`` being ``"exact"``."""
-    runs = Runs(windows)
-    for count in calls(tokens, decoded, chunk):
+    """Room of a `CompressedKVCache` after the `calls` of a text, its ``chunk`` being ``"exact"``, on this device."""
+    return _room(windows, tokens, decoded, chunk, window_step())
+
+
+@lru_cache(maxsize=4096)
+def _room(windows: Windows, tokens: int, decoded: int, chunk: int, _: int) -> Room:
+    runs, counts = Runs(windows), [*calls(tokens, decoded, chunk)]
+    if windows.reach is None and chunk > 2 * BLOCK:  # how the first of many chunks came shows in no buffer
+        before = counts[: -3 - decoded]
+        counts = [*([sum(before)] if before else []), *counts[len(before) :]]
+    for count in counts:
         all_seen = count > windows.window
         runs.take(windows.arrival(count, runs.offset, runs.recent.tokens, all_seen=all_seen))
         runs.evict()

@@ -69,14 +69,14 @@ class Stack:
         self._asked: Asked = [], []
         self.column, self.form = 0, places.form_of(first.max_sinks, ())
         self._shown = False
-        self._room = self._windows.most_recent + 1 + BLOCK  # columns of a window
+        self.room = self._windows.most_recent + 1 + BLOCK  # columns of a window
         self.calls: Calls = {}  # what attention prepared, for as long as no buffer is replaced
         dtype, heads = first._dtype, _heads(first)
         self._packed = named([empty_code(codec, 1, heads, dtype) for codec in self.codecs])
         dims = {f"{tensor}/values": codec.head_dim for tensor, codec in zip(TENSORS, self.exact, strict=True)}
         self._sinks, self._recent = (
             {name: mx.zeros((0, heads, count, dim), dtype) for name, dim in dims.items()}
-            for count in (first.max_sinks, self._room)
+            for count in (first.max_sinks, self.room)
         )
         self.add(rows)
 
@@ -93,7 +93,7 @@ class Stack:
     @property
     def columns(self) -> tuple[int, ...]:
         """Columns of a mask before the oldest token of each row."""
-        return places.columns(self.form, self.column, self.padding)
+        return places.columns(self.form, self.room, self.padding)  # which are the same for any column
 
     def mask_of_all(self, past: int) -> mx.array:
         """The mask of the token behind ``past`` columns, where each row sees all its own."""
@@ -113,7 +113,7 @@ class Stack:
         """Store a token of each row; raises `InputError` as `CompressedKVCache.update_and_fetch`."""
         self._checks.look(self._layer)
         self._hide()
-        if self.column == self._room:
+        if self.column == self.room:
             self._slide(self.column - self.form.oldest)
         order, at = self.form.order, self.column
         for held, new in zip(self._recent.values(), (keys, values), strict=True):
@@ -133,22 +133,24 @@ class Stack:
 
     def _pack(self, leaving: list[int]) -> None:
         """Encode the oldest block of the windows of some rows, the same positions of a text together."""
-        block, groups, largest = self._windows.block, dict[int, list[int]](), list[mx.array]()
+        groups, largest = dict[tuple[int, int], list[int]](), list[mx.array]()
         for i in leaving:
-            groups.setdefault(self.form.parts[i].packed if self._turned else 0, []).append(i)
+            packed = self.form.parts[i].packed
+            block = self._windows.block - (0 if packed else self._windows.less)
+            groups.setdefault((packed if self._turned else 0, block), []).append(i)
         codes: list[Arrays] = []
-        for start, group in groups.items():
-            both = [self._oldest(held, group) for held in self._recent.values()]
+        for (start, block), group in groups.items():
+            both = [self._oldest(held, group, block) for held in self._recent.values()]
             both, of_group = self._checks.of(self._layer, both)
             largest += of_group
             at = self.form.sinks + start
             codes.append(named([codec.encode(x, at) for codec, x in zip(self.codecs, both, strict=True)]))
-        if any(part.packed + block > part.room for part in (self.form.parts[i] for i in leaving)):
+        if any(part.packed + self._windows.block > part.room for part in (self.form.parts[i] for i in leaving)):
             self._regrow()
         self._checks.kept(largest)
         self._asked = self._asked[1], [[self.rows[i] for i in group] for group in groups.values()]
         parts = [*self.form.parts]
-        for group, made in zip(groups.values(), codes, strict=True):
+        for ((_, block), group), made in zip(groups.items(), codes, strict=True):
             firsts = tuple(parts[i].base + parts[i].packed for i in group)
             for name, held in self._packed.items():
                 places.put(held, firsts, made[name])
@@ -156,10 +158,10 @@ class Stack:
                 parts[i] = parts[i]._replace(start=parts[i].start + block, packed=parts[i].packed + block)
         self.form = places.form_of(self.form.sinks, tuple(parts))
 
-    def _oldest(self, held: mx.array, group: Sequence[int]) -> mx.array:
+    def _oldest(self, held: mx.array, group: Sequence[int], block: int) -> mx.array:
         """The block of each row's window that is to be encoded ``[rows, H, block, D]``."""
         parts = [self.form.parts[i] for i in group]
-        place, start, block = parts[0].place, parts[0].start, self._windows.block
+        place, start = parts[0].place, parts[0].start
         if [(part.place, part.start) for part in parts] == [(place + i, start) for i in range(len(parts))]:
             return held[place : place + len(parts), :, start : start + block]
         return mx.concatenate([held[part.place : part.place + 1, :, part.start : part.start + block] for part in parts])
@@ -283,7 +285,7 @@ class Stack:
         """Move the windows, so that the newest tokens are before this column."""
         by = column - self.column
         if by and self.form.parts:
-            index = mx.array(np.clip(np.arange(self._room) - by, 0, self._room - 1))
+            index = mx.array(np.clip(np.arange(self.room) - by, 0, self.room - 1))
             self._recent = {name: mx.take(array, index, axis=2) for name, array in self._recent.items()}
             parts = tuple(part._replace(start=part.start + by) for part in self.form.parts)
             self.form, self.calls = places.form_of(self.form.sinks, parts), {}

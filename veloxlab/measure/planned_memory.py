@@ -149,8 +149,9 @@ def plan_memory(
     """Predict the bytes that a compressed cache will hold, beside the exact one and mlx-lm's quantized ones: `PLANNED`.
 
     Exact to the byte for a text that mlx-lm's generator reads, in chunks of 2,048 tokens and its last token alone, but
-    for the tables of SpectralQuant (see its ``blank``). Generated text leaves room to grow in the buffers. Raises
-    `InputError`: as `veloxlab.make_cache`; a model that is not here; fewer tokens than ``decoded``.
+    for the tables of SpectralQuant (see its ``blank``) and, without its calibration, for FisherQuant, whose layers
+    differ in bits: some hold up to a block of packed tokens more than others. Generated text leaves room to grow in
+    the buffers. Raises `InputError`: as `veloxlab.make_cache`; a model that is not here; fewer tokens than ``decoded``.
 
     Parameters
     ----------
