@@ -65,6 +65,7 @@ BAD: dict[str, list[Any]] = {
     "folder": FOLDER,
     "full_every": [*WHOLE, -1],
     "growth": [5, "x", [1]],
+    "measured": [5, "x", [1]],
     "head": [*COUNT, 9],
     "head_dim": AMOUNT,
     "key_bits": WIDTH,

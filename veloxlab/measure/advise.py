@@ -11,6 +11,7 @@ from typing import Any
 import polars as pl
 from mlx.nn.layers.base import Module
 
+from veloxlab import checks
 from veloxlab.cache.plan import DEFAULT_SINKS
 from veloxlab.checks import TOKENIZER, Check, checked, choice, either, maybe, number_of_bits, real, whole
 from veloxlab.codecs import METHODS
@@ -110,6 +111,7 @@ class Advice:
     weights=maybe(SIZE),
     weight_bits=whole(1, 32),
     most=whole(1),
+    measured=maybe(checks.measured(ADVICE, "vl.advise")),
 )
 def advise(
     model_or_config: ModelOrConfig,
@@ -123,6 +125,7 @@ def advise(
     weight_bits: int = 4,
     tokens: int = 256,
     most: int = 3,
+    measured: pl.DataFrame | None = None,
     progress: Progress = silent,
 ) -> Advice:
     """Say which cache to take: the one that loses least of those that the memory holds.
@@ -141,6 +144,7 @@ def advise(
     goal : a name in `GOALS`, which says how many nats a token may be lost.
     weights : their bytes, or as ``"4.5 GB"``; by default those of the loaded model, or of a configuration at
         ``weight_bits`` bits.
+    measured : `ADVICE` rows of this model from before; what they measured is taken from them.
     """
     model_or_config = loaded(model_or_config)
     if tokenizer is not None and not isinstance(model_or_config, Module):
@@ -156,10 +160,15 @@ def advise(
         nbytes, longest = layout.held(context, batch), layout.largest_context(max(advice.room_bytes, 0), batch)
         row = {"held_bytes": nbytes, "most_tokens": longest, "fits": nbytes <= advice.room_bytes, "kind": "predicted"}
         rows.append(found | row)
+    before = {} if measured is None else {row["name"]: row for row in measured.filter(kind="measured").to_dicts()}
+    for row in rows:
+        if row["name"] in before:
+            row |= {name: before[row["name"]][name] for name in ("kl_mean", "top1_flips", "kind")}
     rows = _ranked(rows)
     if tokenizer is not None and isinstance(model_or_config, Module):
         first = [row for row in rows if row["fits"] and row["method"]][:most]
-        _measure(model_or_config, tokenizer, first, tokens, progress)
+        new = [row for row in first if row["kind"] == "predicted"]
+        _measure(model_or_config, tokenizer, new, tokens, progress)
         rows = _ranked(rows)
     return replace(advice, frame=pl.DataFrame([row | {"reason": _reason(row, advice)} for row in rows], schema=ADVICE))
 

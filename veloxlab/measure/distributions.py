@@ -62,9 +62,11 @@ def vectors(layer: LayerCapture, tensor: Tensor, space: Space = "raw") -> Floats
     x = layer.vectors(tensor)
     if space == "before_rope":
         if tensor == "values":
-            raise InputError("Values go through no RoPE: choose keys, or the space 'raw'.")
+            raise InputError("Values go through no RoPE: choose keys, or the space 'raw' (as cached).")
         if layer.rope is None:
-            raise InputError(f"Layer {layer.layer} has no rotary embedding that is known: choose the space 'raw'.")
+            raise InputError(
+                f"Layer {layer.layer} has no rotary embedding that is known: choose the space 'raw' (as cached)."
+            )
         x = layer.rope.inverse(x, 0)
     elif space == "eigenbasis":
         layer.check_finite("which have no axes", tensor)

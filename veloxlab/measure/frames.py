@@ -21,7 +21,7 @@ _TYPES: dict[Any, str] = {
         "prefill_peak_bytes table_bytes tokens zero"
     ),
     pl.Float32: "squared_error squared_norm",
-    pl.Boolean: "fits flip hit",
+    pl.Boolean: "fits flip hit may",
 }
 TYPES = {name: kind for kind, names in _TYPES.items() for name in names.split()}
 """Types of columns; all others are Float64."""

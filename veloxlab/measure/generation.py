@@ -24,7 +24,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import first_tokens
 from veloxlab.measure.frames import schema
 from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities, maker
-from veloxlab.mlxlm.probe import own_cache
+from veloxlab.mlxlm.probe import LayerFacts, own_cache, probe
 from veloxlab.progress import Progress, silent
 from veloxlab.texts import Tokenizer
 
@@ -34,10 +34,11 @@ USUAL_TOKENS = 64
 PROMPT = either(WORDS, many(whole(0), empty=True))  # a text, or token ids
 _PLAIN = {"add_special_tokens": False}  # a text without marks of its beginning or end
 
-GENERATION = schema("side position token text probability exact_probability kl held_bytes")
+GENERATION = schema("side position token text probability exact_probability kl held_bytes fp16_bytes")
 """Columns of `side_by_side`: whose text it is, "exact" or "compressed"; position of the token in the text that was
 generated, its id and what it adds to the text; probability that its own cache gave it, and that the exact cache gives
-it behind the same text; KL(exact ‖ compressed) of that prediction in nats, null on the exact side; bytes then held."""
+it behind the same text; KL(exact ‖ compressed) of that prediction in nats, null on the exact side; bytes then held, in
+buffers that grow in steps; and what exact keys and values of these tokens take in 16 bits a number."""
 
 PASSKEY = schema("depth context passkey side answer hit")
 """Columns of `passkey`: where the needle is in the text, 0 to 1; tokens of the text, the needle's among them; what was
@@ -105,6 +106,7 @@ def side_by_side(
     going: dict[Side, _Reader] = {"exact": exact, "compressed": compressed}
     texts: dict[Side, list[int]] = {side: [] for side in SIDES}
     rows: list[tuple[object, ...]] = []
+    facts = probe(model)
     for position in range(tokens):
         best = {side: reader.best() for side, reader in going.items()}
         if checker is exact and len(set(best.values())) > 1:
@@ -114,8 +116,8 @@ def side_by_side(
             token, other = best[side], exact if side == "exact" else checker
             chances = reader.probability(token), other.probability(token)
             kl = None if side == "exact" else float(np.asarray(divergence(checker.log_probs, reader.log_probs)))
-            held_bytes = sum(entry.nbytes for entry in reader.cache)
-            rows.append((side, position, token, _added(tokenizer, texts[side], token), *chances, kl, held_bytes))
+            sizes = sum(entry.nbytes for entry in reader.cache), _fp16_bytes(facts, len(ids) + position)
+            rows.append((side, position, token, _added(tokenizer, texts[side], token), *chances, kl, *sizes))
             texts[side].append(token)
         on_token(pl.DataFrame(rows, schema=GENERATION, orient="row"))
         progress(position + 1, tokens, "generating")
@@ -146,6 +148,11 @@ def prompt_ids(tokenizer: Tokenizer, prompt: str | Sequence[int], *, chat: bool 
     if not ids:
         raise InputError("The prompt is empty: give some words to continue.")
     return ids
+
+
+def _fp16_bytes(layers: Sequence[LayerFacts], tokens: int) -> int:
+    """Bytes of exact keys and values of so many tokens in 16 bits a number; a sliding layer keeps the newest."""
+    return sum(2 * facts.values_per_token * min(tokens, facts.max_size or tokens) for facts in layers)
 
 
 def _added(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:
