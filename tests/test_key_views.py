@@ -390,7 +390,7 @@ def test_attention_that_moved_is_weighted_by_queries():
 def test_the_three_maps_share_one_scale():
     drawing = drawn(views.attention_maps(attention()))
     assert {"exact keys", "compressed keys", "|difference|"} <= set(words(drawing))
-    assert words(drawing).count("attention") == 1  # one legend
+    assert words(drawing).count("attention weight") == 1  # one legend
 
 
 def test_vectors_without_error_are_said():

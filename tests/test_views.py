@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from veloxlab import views
 from veloxlab.errors import InputError
 from veloxlab.views import picture, theme
+from veloxlab.views.allocation import COLOURS
 from veloxlab.views.columns import log_domain, log_ticks
+from veloxlab.views.generation import SIDES
 from veloxlab.views.spec import Spec, describe, join, split
 
 
@@ -274,7 +276,9 @@ def test_predicted_losses_are_added_up_and_compared():
 def test_the_spread_of_sensitivities_is_told_and_what_has_no_logarithm_is_counted():
     frame = sensitivity_frame()
     said = views.sensitivity_caption(frame)
-    assert "keys: AM/GM 1.41, most in layer 3, head 1" in said  # 1.25 of the heads, 2.5 / 24 ** 0.25 of the layers
+    assert (
+        "keys: mean 1.41× the geometric mean, most in layer 3, head 1" in said
+    )  # 1.25 of the heads, 2.5 / 24 ** 0.25 of the layers
     assert "not drawn" not in said
     silent = frame.with_columns(sensitivity=pl.when(pl.col("layer") == 0).then(0.0).otherwise("sensitivity"))
     chart = views.sensitivity_by_layer(silent)
@@ -289,7 +293,7 @@ def test_predicted_points_are_hollow_and_measured_ones_full():
     assert [len(points(budget_rows(), role)) for role in ("predicted", "measured")] == [2, 1]
     assert [len(points(budget_rows(measured=None), role)) for role in ("predicted", "measured")] == [2, 0]
     assert not any("fill=" in point for point in points(budget_rows(), "predicted"))
-    assert f'fill="{theme.METHODS["ratequant"][0]}"' in points(budget_rows(), "measured")[0]
+    assert f'fill="{theme.CHOSEN}"' in points(budget_rows(), "measured")[0]
     assert "0.25" in words(drawn(views.budget_frontier(budget_rows())))
 
 
@@ -583,3 +587,20 @@ def test_attention_times_stand_beside_what_memory_would_take():
     assert "measured" in views.times_caption(times_frame().filter(pl.col("cache") == "exact 16 bit"))
     with pytest.raises(InputError, match="roofline_microseconds"):
         views.attention_times(times_frame().drop("roofline_microseconds"))
+
+
+@pytest.mark.parametrize(("scale", "arrows"), [(0.01, 0), (0.3, 1)])
+def test_an_error_above_the_scale_has_an_arrow(scale, arrows):
+    """The worst layer's mean is 1.2 at a scale of 0.3: above an axis that ends at 1."""
+    said = words(drawn(views.error_map(error_frame(scale=scale), domain=(1e-4, 1.0))))
+    assert (said.count("\u25b2") > 0) == bool(arrows)
+
+
+def test_bits_above_the_scale_have_an_arrow():
+    assert words(drawn(views.bit_allocation(bit_frame(codes=12.0), greatest=9))).count("\u25b2") == 8
+    assert "\u25b2" not in words(drawn(views.bit_allocation(bit_frame(), greatest=9)))
+
+
+def test_plans_have_no_colour_of_keys_or_values():
+    assert {theme.KEYS, theme.VALUES}.isdisjoint(COLOURS.values())
+    assert {theme.KEYS, theme.VALUES}.isdisjoint(SIDES.values())

@@ -11,8 +11,9 @@ from veloxlab.measure.frames import in_schema
 from veloxlab.views import columns, marks, theme
 
 EXACT = "none"
-KINDS = {"allocated": "ratequant", "uniform": "turboquant", "fisherquant": "fisherquant"}  # whose colours they have
-COLOURS, SHAPES = ({kind: theme.METHODS[method][i] for kind, method in KINDS.items()} for i in (0, 1))
+KINDS = {"allocated": "ratequant", "uniform": "turboquant", "fisherquant": "fisherquant"}  # whose shapes they have
+SHAPES = {kind: theme.METHODS[method][1] for kind, method in KINDS.items()}
+COLOURS = {"allocated": theme.CHOSEN, "uniform": theme.NEUTRAL, "fisherquant": theme.METHODS["fisherquant"][0]}
 FAINTEST = 0.12  # opacity of the fewest bits: still a cell
 
 
@@ -222,10 +223,12 @@ def sensitivity_by_layer(
 
 
 def sensitivity_caption(frame: pl.DataFrame) -> str:
-    """Say the spread of each tensor's heads, as the ratio of the arithmetic to the geometric mean, and the greatest."""
+    """Say how uneven each tensor's heads are, as the ratio of the mean to the geometric mean, and the greatest."""
     value, said = pl.col("sensitivity"), []
     for tensor, own in marks.by_tensor(frame.filter(value.is_finite(), value > 0)):
         ratio = own.select(value.mean() / value.log().mean().exp()).item()
         most = own.sort("sensitivity").row(-1, named=True)
-        said.append(f"{tensor}: AM/GM {ratio:.2f}, most in layer {most['layer']}, head {most['head']}")
+        said.append(
+            f"{tensor}: mean {ratio:.2f}× the geometric mean, most in layer {most['layer']}, head {most['head']}"
+        )
     return marks.sentence(*said, *columns.not_drawn(frame["sensitivity"], zero=True))

@@ -208,7 +208,8 @@ def log_y(field: str, title: list[str], domain: Domain) -> alt.Y:
     return y(f"{field}_drawn", title, type="log", domain=domain, nice=False, clamp=True, **axis)
 
 
-def log_colour(field: str, title: str | list[str], domain: Domain) -> alt.Color:
-    """Give the colour of a field of `on_log_scale`, with a gradient as its legend."""
-    legend = alt.Legend(values=log_ticks(domain), labelExpr=LABEL, gradientLength=110, gradientThickness=10)
+def log_colour(field: str, title: str | list[str], domain: Domain, **look: Any) -> alt.Color:
+    """Give the colour of a field of `on_log_scale`, with a gradient as its legend, which may have a look of its own."""
+    shown: dict[str, Any] = {"gradientLength": 110, "gradientThickness": 10, "values": log_ticks(domain)}
+    legend = alt.Legend(labelExpr=LABEL, **shown | look)
     return alt.Color(f"{field}_drawn:Q", title=title, legend=legend).scale(type="log", domain=domain, clamp=True)

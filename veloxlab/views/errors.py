@@ -53,6 +53,9 @@ def error_map(
         return marks.layered(
             drawn.encode(color=columns.log_colour("loss", unit, scale), tooltip=told),
             lost.mark_text(**marks.CROSS, cursor="pointer").encode(tooltip=columns.tips(*place, ("note", name))),
+            pooled.transform_filter(f"isFinite(datum.loss) && datum.loss > {scale[1]!r}")
+            .mark_text(text="\u25b2", fontSize=9, color="white", cursor="pointer")
+            .encode(tooltip=told),
             marks.picked_outline(),
         )
 
@@ -64,7 +67,9 @@ def error_map(
         color=marks.tensor_colour(),
     )
     told = columns.tips("layer tensor", ("loss", name, ".3g"))
-    lines = marks.lines_by_layer(base, told, 36, shape=marks.scaled(alt.Shape, "tensor", theme.TENSOR_SHAPES))
+    higher = marks.above(means, "loss", scale[1], x=marks.layer_axis(labelled=False), tooltip=told)
+    shapes = marks.scaled(alt.Shape, "tensor", theme.TENSOR_SHAPES)
+    lines = marks.lines_by_layer(base, told, 36, higher, shape=shapes)
     maps = marks.stacked(alt.VConcatChart, marks.panels(grid.tensors, cells, grid.width, grid.height), 10)
     plots: list[marks.Plot] = [marks.sized(lines, grid.width, 110), maps]
     return marks.framed(plots, shown, heading, caption or error_caption(frame, metric), pickable=True)
@@ -124,7 +129,7 @@ def errors_along_position(frame: pl.DataFrame, *, caption: str = "") -> alt.VCon
 def profile_caption(frame: pl.DataFrame) -> str:
     """Say the mean of the blocks' medians for each width, and how many vectors have no finite error."""
     medians = frame.group_by("bits", "tensor").agg(pl.col("median").mean()).sort("bits", "tensor").drop_nulls("median")
-    said = [f"{tensor} at {bits:g} bits {median:.2g}" for bits, tensor, median in medians.iter_rows()]
+    said = [f"{tensor} at {marks.bits_said(bits)} {median:.2g}" for bits, tensor, median in medians.iter_rows()]
     return "Median: " + marks.sentence(*said, marks.broken(frame["not_finite"].sum()))
 
 
@@ -204,7 +209,7 @@ def _of_width(bits: float, widths: list[float]) -> alt.Chart:
 
 
 def _titled(bits: float, widths: list[float], what: str) -> list[str]:
-    return [f"{bits:g} bits", what] if len(widths) > 1 else [what]
+    return [marks.bits_said(bits), what] if len(widths) > 1 else [what]
 
 
 KINDS = {"exact": "exact keys", "compressed": "compressed keys", "difference": "|difference|"}
@@ -228,16 +233,23 @@ def attention_maps(
         left = {"nice": False, "reverse": True, "tickCount": 4, "labels": first, "minExtent": 40 if first else 0}
         cells = columns.on_log_scale(size, "size", WEIGHTS).mark_rect()
         cells = cells.encode(
-            x=columns.x("key", nice=False, tickCount=4),
+            x=columns.x("key", "" if kind == "compressed" else None, nice=False, tickCount=4),
             x2=alt.X2("key_end:Q"),
             y=columns.y("query", "" if first else None, **left),
             y2=alt.Y2("query_end:Q"),
-            color=columns.log_colour("size", ["attention", "weight"], WEIGHTS),
-            tooltip=columns.tips("query key", ("weight", words, ".3~g")),
+            color=columns.log_colour(
+                "size",
+                "attention weight",
+                WEIGHTS,
+                orient="bottom",
+                gradientLength=220,
+                values=columns.log_steps(1, low=-3, high=0),
+            ),
+            tooltip=columns.tips("query key", ("size", words, ".3~g")),
         )
         lost = own.transform_filter("!isValid(datum.weight)").mark_text(text="×", fontWeight="bold")
-        name = alt.Chart().transform_aggregate(cells="count()").mark_text(text=words, baseline="bottom")
-        name = name.encode(x=alt.value(SIDE / 2), y=alt.value(-5))
+        name = alt.Chart().transform_aggregate(cells="count()").mark_text(text=words, align="left", baseline="bottom")
+        name = name.encode(x=alt.value(0), y=alt.value(-5))
         return marks.layered(cells, lost.encode(x=alt.X("key:Q"), y=alt.Y("query:Q")), name)
 
     maps = marks.stacked(alt.HConcatChart, marks.panels(list(KINDS), draw, SIDE, SIDE), 12)

@@ -10,7 +10,7 @@ import polars as pl
 
 from veloxlab.views import columns, marks, theme
 
-SIDES = {"exact": theme.NEUTRAL, "compressed": theme.KEYS}  # the two caches, and their colours
+SIDES = {"exact": theme.NEUTRAL, "compressed": theme.CHOSEN}  # the two caches, and their colours
 FONT = "ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', 'Liberation Mono', monospace"
 COLUMNS = 84  # characters of a line
 ADVANCE = 7.25  # pixels of a character at a size of 12
@@ -68,7 +68,9 @@ def token_strip(
 
     plots = marks.panels(list(SIDES), draw, COLUMNS * ADVANCE, LINE * count)
     heading = "Text from one prompt, exact and compressed, with the KL divergence of each token"
-    return marks.framed(plots, rows, heading, caption or strip_caption(frame, parting))
+    chart = marks.framed(plots, rows, heading, caption or strip_caption(frame, parting))
+    chart.usermeta = {"veloxlab": {"fixed": True}}  # letters have the width that they have
+    return chart
 
 
 def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
@@ -84,12 +86,15 @@ def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
 
 
 def held_while_generating(frame: pl.DataFrame, *, tokens: int | None = None, caption: str = "") -> alt.VConcatChart:
-    """Draw the bytes that each cache holds while texts are generated.
+    """Draw the bytes that the compressed cache holds while texts are generated, beside those of the exact one.
 
-    Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position`` and ``held_bytes``. ``tokens``: tokens to
-    leave room for; by default those that there are. Give it to keep the axis steady while text comes.
+    Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position``, ``held_bytes`` and ``fp16_bytes``. The
+    exact cache is drawn at 16 bits a number, for the tokens that there are. ``tokens``: tokens to leave room for; by
+    default those that there are. Give it to keep the axis steady while text comes.
     """
-    shown = columns.require(frame, "held_while_generating", "side position held_bytes")
+    shown = columns.require(frame, "held_while_generating", "side position held_bytes fp16_bytes")
+    exact = pl.col("side") == "exact"
+    shown = shown.with_columns(held_bytes=pl.when(exact).then("fp16_bytes").otherwise("held_bytes"))
     last = (tokens or int(shown["position"].max()) + 1) - 1  # type: ignore[arg-type]
     told = columns.tips("side position held_bytes")
     base = alt.Chart().transform_calculate(megabytes="datum.held_bytes / 1e6")
@@ -105,12 +110,15 @@ def held_while_generating(frame: pl.DataFrame, *, tokens: int | None = None, cap
 
 
 def held_caption(frame: pl.DataFrame) -> str:
-    """Say what each cache holds behind its newest token, and how many times less the compressed one is."""
-    held = {side: own.sort("position")["held_bytes"][-1] for side, own in _by_side(frame)}
-    said = [f"{side} {held_bytes / 1e6:,.3g} MB" for side, held_bytes in held.items()]
-    both = held.get("exact") and held.get("compressed")
-    less = f", {held['exact'] / held['compressed']:.2f} times less" if both else ""
-    return f"Held now: {', '.join(said)}{less} (buffers grow in steps)"
+    """Say what the compressed cache holds, how many times less that is than 16 bits, and what mlx-lm allocates."""
+    last = {side: own.sort("position").row(-1, named=True) for side, own in _by_side(frame)}
+    allocated = f"mlx-lm allocates {last['exact']['held_bytes'] / 1e6:,.3g} MB, in steps" if "exact" in last else ""
+    if "compressed" not in last:
+        return allocated.capitalize()
+    held, exact = (last["compressed"][name] for name in ("held_bytes", "fp16_bytes"))
+    sizes = f"{held / 1e6:,.3g} MB, exact in 16 bits {exact / 1e6:,.3g} MB"
+    less = f"{exact / held:.2f} times less" if held <= exact else "more, for exact tokens have the model's own type"
+    return marks.sentence(f"Held now: compressed {sizes} ({less})", allocated)
 
 
 def lines_for(tokens: int) -> int:
@@ -133,7 +141,7 @@ def passkey_map(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     found, missed = (base.transform_filter(test) for test in ("datum.hit", "!datum.hit"))
     label = "(datum.hit ? '\u2713 ' : '\u2717 ') + slice(datum.answer, 0, 9)"
     plot = marks.layered(
-        found.mark_rect(color=theme.KEYS, opacity=0.25, cornerRadius=3),
+        found.mark_rect(color=theme.CHOSEN, opacity=0.25, cornerRadius=3),
         missed.mark_rect(filled=False, stroke=theme.PICKED, strokeWidth=1.5, strokeDash=[4, 3], cornerRadius=3),
         base.transform_calculate(label=label).mark_text(font=FONT, fontSize=11).encode(text=alt.Text("label:N")),
     )

@@ -18,6 +18,7 @@ ALTAIR_ROWS = 5_000
 OWN_SCALES = ("color", "opacity", "shape", "strokeDash")
 CELLS = 1_600  # of a map at most: more would make a slider stutter, so heads are then drawn in groups
 CROSS: Look = {"text": "×", "fontSize": 13, "fontWeight": "bold", "color": theme.PICKED}  # not finite
+ABOVE: Look = {"text": "\u25b2", "fontSize": 9, "color": theme.PICKED, "baseline": "bottom", "dy": -1}
 STEP_AREA: Look = {"interpolate": "step", "opacity": 0.3, "line": {"interpolate": "step", "strokeWidth": 1.5}}
 Channel = TypeVar("Channel", alt.Color, alt.Opacity, alt.Shape, alt.StrokeDash)
 Stack = TypeVar("Stack", alt.VConcatChart, alt.HConcatChart)
@@ -126,6 +127,12 @@ def crosses(base: alt.Chart, **encodings: Any) -> alt.Chart:
     return marks.encode(**({"y": alt.value(6)} | encodings))  # type: ignore[no-any-return]
 
 
+def above(base: alt.Chart, field: str, most: float, **encodings: Any) -> alt.Chart:
+    """Mark the rows whose field is above the scale with an arrow over the plot."""
+    higher = base.transform_filter(f"isFinite(datum.{field}) && datum.{field} > {most!r}").mark_text(**ABOVE)
+    return higher.encode(**({"y": alt.value(0)} | encodings))  # type: ignore[no-any-return]
+
+
 def labels(base: alt.Chart, label: str, **more: Any) -> alt.Chart:
     """Write a text at the right of what is drawn: a Vega expression; ``more`` are encodings."""
     text = base.transform_calculate(label=label).mark_text(align="left", dx=6, fontWeight=600)
@@ -223,6 +230,11 @@ def head_words(frame: pl.DataFrame) -> str:
 def sentence(*parts: str) -> str:
     """Join the parts of a caption that say something."""
     return "; ".join(part for part in parts if part)
+
+
+def bits_said(bits: float) -> str:
+    """Say a number of bits, such as ``"1 bit"``."""
+    return f"{bits:g} {'bit' if bits == 1 else 'bits'}"
 
 
 def broken(count: object) -> str:

@@ -197,9 +197,11 @@ def bit_allocation(frame: pl.DataFrame, *, greatest: float | None = None, captio
             order=alt.Order("order:Q"),
             tooltip=columns.tips("layer", ("part", tensor), "bits_per_value"),
         )
-        mean = own.transform_aggregate(total="sum(bits_per_value)", groupby=["layer"])
-        mean = mean.transform_aggregate(mean="mean(total)").mark_rule(strokeDash=[3, 3], strokeWidth=1)
-        return marks.over_layers(bars, mean.encode(y=alt.Y("mean:Q")))
+        totals = own.transform_aggregate(total="sum(bits_per_value)", groupby=["layer"])
+        mean = totals.transform_aggregate(mean="mean(total)").mark_rule(strokeDash=[3, 3], strokeWidth=1)
+        told = columns.tips("layer", ("total", "bits per value", ".3f"))
+        higher = marks.above(totals, "total", top, x=alt.X("layer:O"), tooltip=told)
+        return marks.over_layers(bars, mean.encode(y=alt.Y("mean:Q")), higher)
 
     width = alt.Step(marks.layer_step(shown["layer"].n_unique()))
     plots = marks.panels(marks.tensors_of(frame), draw, width, 90)

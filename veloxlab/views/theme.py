@@ -24,6 +24,7 @@ TENSORS = {"keys": KEYS, "values": VALUES}
 TENSOR_SHAPES = {"keys": "circle", "values": "square"}
 PICKED = "#d8435c"
 NEUTRAL = "#808890"
+CHOSEN = "#8e63ce"  # what was chosen with care, beside what is uniform or exact; blue and orange are keys and values
 OTHER = "#6a6fd8"  # what is no method of ours, such as mlx-lm's own quantized cache
 
 # A method keeps its colour and its shape in every chart: those that it declares.
