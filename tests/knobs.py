@@ -5,7 +5,15 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+from veloxlab.widgets.lifetime import parts
+
 PATIENCE = 120  # seconds
+
+
+def controls(widget: Any) -> dict[str, Any]:
+    """The controls of a page, by their words."""
+    found = {part: part._trait_values.get("description") for part in parts(widget)}
+    return {words: part for part, words in found.items() if words}
 
 
 def turn(widget: Any, **knobs: Any) -> None:

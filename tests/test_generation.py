@@ -16,6 +16,7 @@ import veloxlab as vl
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, PASSKEY, first_parting, prompt_ids
+from veloxlab.mlxlm.probe import probe
 from veloxlab.views import held_caption, held_while_generating, passkey_map, picture, strip_caption, token_strip
 from veloxlab.views.generation import COLUMNS, _places
 from veloxlab.widgets.pages.generation import LATE
@@ -275,8 +276,12 @@ def test_what_is_held_is_what_the_caches_hold(model, parted):
             mx.eval(model(mx.array([[token]]), cache=cache))
             assert held == sum(entry.nbytes for entry in cache)
     said = held_caption(parted)
-    last = [parted.filter(pl.col("side") == side)["held_bytes"][-1] for side in ("exact", "compressed")]
-    assert f"{last[0] / last[1]:.2f} times less" in said
+    exact, ours = (parted.filter(side=side).row(-1, named=True) for side in ("exact", "compressed"))
+    tokens = len(IDS) + exact["position"]
+    width = 2 * sum(facts.values_per_token for facts in probe(model))  # bytes of a token in 16 bits
+    assert exact["fp16_bytes"] == ours["fp16_bytes"] == tokens * width
+    assert f"{ours['fp16_bytes'] / ours['held_bytes']:.2f} times less" in said
+    assert f"mlx-lm allocates {exact['held_bytes'] / 1e6:,.3g} MB, in steps" in said
     assert said in picture.svg(held_while_generating(parted).to_dict())
 
 

@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 
 import veloxlab as vl
-from tests.knobs import turn
+from tests.knobs import controls, turn
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, LayerCapture
 from veloxlab.measure.distributions import channel_distributions
@@ -93,7 +93,7 @@ def test_a_layer_that_was_seen_is_shown_at_once_and_its_spec_stays(explorer):
 def test_what_cannot_be_seen_is_a_sentence_and_the_other_charts_follow(explorer):
     turn(explorer, space="before_rope")
     turn(explorer, tensor="values")
-    assert explorer.problem == "Values go through no RoPE: choose keys, or the space 'raw'."
+    assert explorer.problem == "Values go through no RoPE: choose keys, or the space 'raw' (as cached)."
     assert explorer.problem in html.unescape(explorer._message.value)
     assert "keys" not in set(explorer.charts["spectrum"].frame["tensor"])
     assert set(explorer.charts["channels"].frame["tensor"]) == {"keys"}  # the older choice
@@ -106,9 +106,9 @@ def test_what_cannot_be_seen_is_a_sentence_and_the_other_charts_follow(explorer)
 
 
 def test_controls_and_traits_are_one(explorer):
-    boxes = {box.description: box for row in explorer.children[0].children[:3] for box in row.children}
+    boxes = controls(explorer)
     boxes["space"].value = "rotated"
-    boxes["bits"].value = 5
+    boxes["K bits (all)"].value = 5
     assert explorer.wait(120)
     assert (explorer.space, explorer.bits) == ("rotated", 5)
     explorer.layer = 9
@@ -148,7 +148,7 @@ def test_a_capture_without_rope_has_no_pairs():
     try:
         assert list(explorer.charts) == ["channels", "density", "levels", "spectrum"]
         turn(explorer, space="before_rope")
-        assert explorer.problem == "Layer 0 has no rotary embedding that is known: choose the space 'raw'."
+        assert explorer.problem == "Layer 0 has no rotary embedding that is known: choose the space 'raw' (as cached)."
     finally:
         explorer.worker.close()
 

@@ -3,15 +3,19 @@
 import json
 import threading
 
+import ipywidgets
+import polars as pl
 import pytest
 
 import veloxlab as vl
-from tests.knobs import turn
+from tests.knobs import controls, turn
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
+from veloxlab.mlxlm.probe import LayerFacts
 from veloxlab.views.picture import png_size
 from veloxlab.widgets.lab import NAMES
 from veloxlab.widgets.lab import PAGES as KINDS
+from veloxlab.widgets.pages.cache import unusual
 
 PAGES = [name for name in NAMES if name not in ("cache", "compare")]
 
@@ -106,12 +110,12 @@ def test_a_layer_that_has_bits_of_its_own_keeps_and_shows_them(lab):
     assert (errors.layer, errors.bits) == (1, 8)
     turn(errors, bits=7)
     assert lab.layer_bits == {0: (4, 4), 1: (7, 4)}
-    assert "These are bits of layer 1 alone." in errors._message.value
+    assert "These are bits of layer 1 alone." in errors._banner.value
     turn(errors, layer=0)
     assert errors.bits == 4
     turn(errors, bits=5)
     assert lab.layer_bits == {0: (5, 4), 1: (7, 4)}
-    assert "These are bits of all layers but 1." in errors._message.value
+    assert "These are bits of all layers but 1." in errors._banner.value
     plans = lab.turn_to("memory")
     assert plans.key_bits == 5
 
@@ -142,7 +146,6 @@ def test_a_method_that_learns_is_fitted_when_it_is_chosen(lab):
     )
     shown = lab.errors.frame.filter(tensor="keys")["output_error"].sum()
     assert shown == pytest.approx(expected.filter(tensor="keys")["output_error"].sum(), rel=1e-6)
-    assert "calibration = vl.calibrate(model, tokenizer, &quot;" not in lab.pages["cache"]._code.value
     assert 'vl.calibrate(model, tokenizer, "spectralquant", bits=[4])' in lab.pages["cache"]._code.value
     turn(lab, value_bits=2)
     assert lab.selection.fitting.calibration("spectralquant", [2, 4]).widths == [2, 4]
@@ -162,7 +165,7 @@ def test_methods_are_measured_side_by_side_and_a_point_is_taken_up_again(lab):
     lab.compare()
     assert lab.wait(300)
     names = lab.measured["name"].to_list()[before:]
-    assert names[0] == "turboquant K4 V4 +1 layers"
+    assert names[0] == "turboquant K4 V4, layer 1 K8 V4"
     assert {name.split(" ")[0] for name in names[1:]} >= {"turboquant", "rvq", "rabitq", "qjl", "polarquant"}
     assert len(lab.frontier.frame) == len(lab.measured)
     lab.comparison._list.value = before + names.index("rabitq K4 V4")
@@ -206,6 +209,91 @@ def test_what_was_measured_is_said_and_a_cancelled_fit_too(lab):
     end()
     assert "Cancelled. The charts show the last settings" in message.value
     assert set(lab.memory.frame["cache"]) == {"fp16", "turboquant"}
+
+    # no other page begins it again; Retry does
+    fitted = lab.selection.fitting.is_ready
+    errors = lab.turn_to("errors")
+    assert "The fit of vecinfer at 4 bits was cancelled: press Retry" in errors.problem
+    assert not fitted("vecinfer", 4)
+    lab.turn_to("cache")
+    assert not fitted("vecinfer", 4)
+    controls(lab.pages["cache"])["Retry"].click()
+    assert lab.wait(120)
+    assert fitted("vecinfer", 4)
+    assert set(lab.memory.frame["cache"]) == {"fp16", "vecinfer"}
+
+
+def test_bits_that_a_method_does_not_have_are_kept_as_a_wish_and_said(lab):
+    turn(lab, key_bits=7, value_bits=3)
+    banner = lab.pages["cache"]._banner
+    turn(lab, method="rvq")
+    assert (lab.key_bits, lab.value_bits) == (6, 2)
+    assert "K7 V3 became K6 V2" in banner.value
+    turn(lab, method="turboquant")
+    assert (lab.key_bits, lab.value_bits) == (7, 3)
+    assert "became" not in banner.value
+    turn(lab, method="rvq", key_bits=4)  # a number that a person chose is the new wish
+    turn(lab, method="turboquant")
+    assert (lab.key_bits, lab.value_bits) == (4, 3)
+
+
+def test_layers_with_bits_of_their_own_are_listed_and_cleared_one_by_one(lab):
+    for layer, bits in ((0, 8), (1, 6)):
+        turn(lab, layer=layer)
+        turn(lab, key_bits=bits)
+    turn(lab, layer=None)
+    assert lab.name == "turboquant K4 V4, layer 0 K8 V4, layer 1 K6 V4"
+    controls(lab.pages["cache"])["layer 0: K8 V4 \u2715"].click()
+    assert lab.wait(120)
+    assert lab.layer_bits == {0: (4, 4), 1: (6, 4)}
+    controls(lab.pages["cache"])["Same for all"].click()
+    assert lab.wait(120)
+    assert lab.layer_bits == {0: (4, 4), 1: (4, 4)}
+    assert controls(lab.pages["cache"])["Same for all"].disabled
+
+
+def test_how_many_tokens_are_in_codes_is_said_and_all_can_be(lab):
+    turn(lab, window=64)
+    banner = lab.pages["cache"]._banner
+    assert "32 of 128 tokens (25%) are in codes" in banner.value  # 62 beside sinks and window, in blocks of 32
+    controls(lab.pages["cache"])["All through codes"].click()
+    assert lab.wait(120)
+    assert (lab.sinks, lab.window) == (0, 0)
+    assert "in codes" not in banner.value
+
+
+def test_what_is_taken_away_waits_for_what_was_asked(lab, tmp_path):
+    lab.key_bits = 3  # and nobody waits
+    assert "turboquant K3 V4" in repr(lab)
+    assert "still measuring" not in repr(lab)
+    lab.key_bits = 5
+    assert "K5 V4" in lab.export(tmp_path / "report.html").read_text()
+    assert lab.memory.frame.equals(pl.read_parquet(lab.memory.to_parquet(tmp_path / "memory.parquet")))
+    assert len({lab.memory.frame.height, lab.errors.frame.height}) == 2
+
+
+def test_a_chart_that_a_cell_shows_stays_as_it_is(lab):
+    turn(lab, key_bits=4)
+    shown = lab.bits.still()
+    before = shown.frame
+    assert before.equals(lab.bits.frame)
+    assert lab.bits._repr_mimebundle_()[0]["application/vnd.jupyter.widget-view+json"]["model_id"] != lab.bits.model_id
+    turn(lab, key_bits=2)
+    assert shown.frame.equals(before)
+    assert not shown.frame.equals(lab.bits.frame)
+
+
+def test_the_sliders_of_a_head_say_whose_bits_they_move(lab):
+    keys = lab.turn_to("keys")
+    assert keys._width.description == "K bits (all)"
+    turn(keys, tensor="values")
+    assert keys._width.description == "V bits (all)"
+    turn(keys, tensor="keys")
+    turn(lab, page="cache", layer=1)
+    turn(lab, key_bits=6)
+    errors = lab.turn_to("errors")
+    assert errors._width.description == "K bits (layer 1)"
+    assert "Values are seen at 6 bits too; in the cache they have 4." in errors._banner.value
 
 
 def test_state_names_head_and_page(lab):
@@ -256,3 +344,24 @@ def test_a_page_that_cannot_be_made_says_so_and_the_laboratory_lives_on(monkeypa
         assert lab.turn_to("errors").charts
     finally:
         lab.worker.close()
+
+
+@pytest.mark.parametrize("page", NAMES)
+def test_every_control_is_explained(lab, page):
+    """In a sentence, with its range where it is a number between two ends."""
+    for words, control in controls(lab.turn_to(page)).items():
+        tip = control._trait_values.get("tooltip") or ""
+        assert len(tip.split()) > 3, words
+        if isinstance(control, ipywidgets.IntSlider | ipywidgets.BoundedIntText):
+            assert "to" in tip.split(), words
+
+
+def test_layers_without_codes_are_said_with_their_reason_and_their_share():
+    coded = LayerFacts(0, "KVCache", True, None, None, 0, 2, 64, 64)
+    own = LayerFacts(1, "RotatingKVCache", False, None, 64, 0, 2, 64, 64, reason="it slides")
+    decoded = LayerFacts(2, "KVCache", True, None, None, 0, 2, 64, 64, path="arrays", reason="logits are capped")
+    assert unusual([coded]) == []
+    assert unusual([coded, own, decoded, coded]) == [
+        "1 of 4 layers keep the model's own cache, exact (25% of an exact token's bytes, it slides).",
+        "1 of 4 layers are decoded to arrays before attention (25% of an exact token's bytes, logits are capped).",
+    ]

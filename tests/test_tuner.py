@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import veloxlab as vl
+from tests.knobs import controls
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab.allocate import ratequant
@@ -17,7 +18,7 @@ from veloxlab.allocate.ratequant import EVALUATED
 from veloxlab.errors import InputError
 from veloxlab.runtime import Device
 from veloxlab.views.picture import png_size
-from veloxlab.widgets import ProgressBar
+from veloxlab.widgets import ProgressBar, lifetime
 from veloxlab.widgets.pages import budget_controls
 
 MEASURED: dict[str, Any] = {"sequences": 2, "tokens": 64, "sinks": 2, "window": 8}
@@ -295,10 +296,9 @@ def test_a_measured_plan_stands_beside_its_prediction(tuner_of, model, fitted):
 def test_fisherquant_is_added_by_a_button_and_chosen_by_a_knob(rates, fitted, model):
     tuner = vl.widgets.BudgetTuner(rates, model, Letters(), budget=3.25, calibration=fitted)
     before = tuner.allocation
-    (*_, add, _) = tuner.children[1].children
-    add.click()
+    controls(tuner)["Add FisherQuant"].click()
     assert tuner.wait(PATIENCE)
-    assert add not in tuner.children[1].children
+    assert "Add FisherQuant" not in controls(tuner)
     assert tuner.budget == vl.allocate.AverageBits(3.25)
     assert tuner.allocation.predicted_loss < before.predicted_loss
     assert tuner._controls.method.value == "fisherquant"
@@ -360,14 +360,13 @@ def test_tables_from_disk_need_no_model_but_to_measure(rates, tmp_path):
     assert tuner.save(tmp_path / "plan.json").is_file()
     with pytest.raises(InputError, match="needs the model"):
         tuner.measure()
-    *buttons, _ = tuner.children[1].children
-    assert all(button.disabled for button in buttons)
+    assert all(controls(tuner)[name].disabled for name in ("Measure", "Measure uniform", "Add FisherQuant"))
 
 
 def test_a_model_is_measured_first_and_found_again(model, tmp_path, monkeypatch):
     given: dict[str, Any] = {"budget": 3.25, "rate_settings": {"text": TEXT, "folder": tmp_path, **MEASURED}}
     tuner = vl.widgets.BudgetTuner(model, Letters(), **given)
-    assert any(isinstance(part, ProgressBar) for part in tuner.children[0].children)
+    assert any(isinstance(part, ProgressBar) for part in lifetime.parts(tuner))
     assert repr(tuner) == "BudgetTuner(no tables yet)" or tuner.rates is not None
     assert tuner.wait(PATIENCE)
     assert tuner.budget == vl.allocate.AverageBits(3.25)
@@ -388,8 +387,7 @@ def test_a_start_that_was_cancelled_can_be_made_again(model, tmp_path):
     for knob in (lambda: tuner.plan, lambda: setattr(tuner, "budget", 3.0)):
         with pytest.raises(InputError, match="not measured yet"):
             knob()
-    again, _ = tuner.children[0].children
-    again.click()
+    controls(tuner)["Measure tables"].click()
     assert tuner.wait(PATIENCE)
     assert tuner.plan.layers
     assert tuner.charts["bits"].picked == 1
@@ -406,7 +404,7 @@ def test_a_budget_that_the_tables_cannot_serve_is_said_when_they_are_there(model
     )
     assert tuner.wait(PATIENCE)
     assert "give more, or allow fewer bits" in tuner._message.value
-    assert tuner._message in tuner.children
+    assert tuner._message in lifetime.parts(tuner)
     tuner.worker.close()
 
 

@@ -393,6 +393,10 @@ def test_the_bar_follows_and_its_button_cancels(worker, news):
     go.set()
     idle(worker)
     assert label.value == "cancelled"
+    assert (fill.layout.visibility, button.layout.visibility, button.description) == ("hidden", "visible", "Retry")
+    button.click()
+    idle(worker)
+    assert fill.value == 1
     assert fill.layout.visibility == button.layout.visibility == "hidden"
     assert repr(bar) == "ProgressBar(test-worker)"
 
@@ -409,6 +413,33 @@ def test_the_bar_shows_the_sentence_of_an_error_until_the_next_job(worker):
     worker.submit("key", lambda _: None)
     idle(worker)
     assert bar.children[1].value == ""
+
+
+def test_only_what_was_cancelled_and_not_asked_for_since_is_asked_for_again(worker):
+    gate, ran = threading.Event(), []
+    worker.submit("first", lambda _: gate.wait(PATIENCE))
+    for key in ("second", "third"):
+        worker.submit(key, lambda _, key=key: ran.append(key))
+    worker.submit("ahead", lambda _: ran.append("ahead"), ahead=True)
+    worker.submit("closed", lambda _: ran.append("closed"))
+    worker.cancel("closed")  # of a page that is gone
+    worker.cancel()
+    worker.submit("second", lambda _: ran.append("newer"))
+    gate.set()
+    idle(worker)
+    assert ran == ["newer"]
+    assert worker.can_retry
+    worker.retry()
+    idle(worker)
+    assert ran == ["newer", "third"]
+    assert not worker.can_retry
+
+
+def test_a_job_that_waits_for_its_own_worker_goes_on(worker):
+    told = []
+    worker.submit("key", lambda _: told.append(worker.wait()))
+    idle(worker)
+    assert told == [False]
 
 
 def test_a_closed_bar_no_longer_follows(worker):

@@ -88,17 +88,33 @@ class Shown:
         """Wait until something is measured."""
         self.page.wait_for_function(f"() => {self._bar} === 'visible'", polling=INTERVAL)
 
-    def picture(self, name: str, height: int = 0) -> None:
+    def laid_out(self, width: int, height: int, columns: int) -> None:
+        """Give the window a size, and wait for so many columns, in which every chart lies, and no sideways scroll."""
+        self.page.set_viewport_size({"width": width, "height": height})
+        self.page.wait_for_function(
+            f"""(columns) => {{
+              const grid = [...document.querySelectorAll(".veloxlab-grid")].find((each) => each.offsetParent);
+              const out = document.querySelector("{self.box}").closest(".jp-OutputArea-output");
+              const charts = [...grid.querySelectorAll("svg.marks")].map((each) => each.getBoundingClientRect().width);
+              const room = (grid.clientWidth - 20 * (columns - 1)) / columns;
+              return getComputedStyle(grid).gridTemplateColumns.split(" ").length === columns &&
+                out.scrollWidth <= out.clientWidth && charts.every((wide) => wide > room - 40 && wide < room + 1);
+            }}""",
+            arg=columns,
+            polling=INTERVAL,
+        )
+
+    def picture(self, name: str, height: int = 0, width: int = 1280) -> None:
         """Keep a screenshot of this name, where a person asked for them by VELOXLAB_PICTURES."""
         folder = os.environ.get("VELOXLAB_PICTURES")
         if folder and name:
             if height:
-                self.page.set_viewport_size({"width": 1280, "height": height})
+                self.page.set_viewport_size({"width": width, "height": height})
             self.page.locator(self.box).screenshot(path=Path(folder) / f"{name}.png")
 
-    def turns_dark(self, name: str, height: int = 0) -> None:
+    def turns_dark(self, name: str, height: int = 0, width: int = 1280) -> None:
         """Turn JupyterLab dark, wait until the words of every chart that is seen are of its ink, and picture both."""
-        self.picture(name, height)
+        self.picture(name, height, width)
         turn(self.page, "Dark")
         light, dark = (theme.INK[mode]["soft"] for mode in ("light", "dark"))
         self.page.wait_for_function(
@@ -109,7 +125,7 @@ class Shown:
             }})""",
             polling=INTERVAL,
         )
-        self.picture(name and f"{name}_dark", height)
+        self.picture(name and f"{name}_dark", height, width)
 
 
 def milliseconds(times: Sequence[float]) -> str:

@@ -184,6 +184,52 @@ def test_a_legend_keeps_its_colours_beside_a_chart_of_another_vega(bare):
     assert bare.page.evaluate(mine)
 
 
+def test_a_legend_keeps_its_colours_after_any_redraw(bare):
+    """Vega brings its own names back whenever it draws, and the page asks it to for reasons of its own."""
+    view = ChartView(bars(5, 10).encode(color=alt.Color("error:Q")))
+    open_chart(bare, view)
+    dangling = """() => [...document.querySelectorAll("#one [fill^='url']")]
+      .filter((mark) => document.querySelector(mark.getAttribute("fill").match(/#[^)]*/)[0]) === null).length"""
+    bare.page.evaluate("document.querySelector('#one linearGradient').id = 'gradient_0'")
+    bare.page.evaluate("new Promise((next) => setTimeout(next))")
+    assert bare.page.evaluate(dangling) == 0
+    assert bare.page.locator("#one linearGradient[id^='gradient_']").count() == 0
+
+
+@pytest.mark.parametrize("name", ["memory", "attention"])
+def test_a_chart_of_a_page_is_as_wide_as_its_column_and_follows_it(bare, name):
+    blocks = [(0, 32), (32, 64)]
+    rows = [
+        {"kind": kind, "query": q, "query_end": end, "key": k, "key_end": to, "weight": 0.1, "moved": 0.1}
+        for kind in ("exact", "compressed", "difference")
+        for q, end in blocks
+        for k, to in blocks
+    ]
+    growth = pl.DataFrame({"tokens": [1, 2], "cache": ["fp16"] * 2, "bytes": [10**6, 10**7], "kind": ["measured"] * 2})
+    view = ChartView(views.memory_growth(growth) if name == "memory" else views.attention_maps(pl.DataFrame(rows)))
+    view.put(caption="words that are longer than a narrow column " * 3)
+    bare.page.add_style_tag(path=STATIC / "chart_view.css")
+    bare.page.evaluate("document.body.className = 'veloxlab-grid'")
+    open_chart(bare, view)
+    tag_svg(bare)
+    for width in (720, 480, 640):
+        bare.page.set_viewport_size({"width": width, "height": 700})
+        wide = "document.querySelector('#one svg.marks').getBoundingClientRect().width"
+        room = "document.querySelector('#one .veloxlab-chart').clientWidth"
+        wait_for(bare, f"{room} - {wide} >= 0 && {room} - {wide} < 12")
+    plot = bare.page.evaluate(
+        "[...document.querySelectorAll('#one .background')].map((e) => e.getBBox()).filter((b) => b.width > 50)"
+        ".map((b) => b.width / b.height)"
+    )
+    assert name == "memory" or plot[0] == pytest.approx(1, abs=0.02)  # a map that was square is square
+    assert kept_svg(bare)
+    label = bare.page.locator("#one .veloxlab-chart").get_attribute("aria-label")
+    assert "words that are longer than a narrow column" in label
+    assert bare.page.locator("#one text tspan").count() >= 2
+    assert bare.page.evaluate("document.documentElement.scrollWidth") <= 640
+    assert bare.errors == []
+
+
 def test_closing_leaves_no_listener_and_no_element(bare):
     before = bare.page.evaluate("lab.pageListeners()")
     open_chart(bare, ChartView(bars(5, 10)))

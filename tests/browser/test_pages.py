@@ -72,6 +72,28 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     plans.pressed("V bits", ["ArrowLeft"], [0])
     page.locator(plans.charts, has_text="turboquant K2 V3").first.wait_for()
 
+    # which cache, for a model that is not here; and the knobs follow
+    tab(page, "Advise")
+    advisor = page.locator(".veloxlab-advisor")
+    advisor.locator(".veloxlab-verdict", has_text="Take fp16").wait_for()
+    model = advisor.locator("input[list]")
+    for name, held in (
+        ("70B, as Llama 3.1", "39.69 GB for the weights"),
+        ("8B, as Llama 3.1", "4.52 GB for the weights"),
+    ):
+        model.fill(name)
+        model.press("Enter")
+        advisor.locator(".veloxlab-verdict", has_text=held).wait_for()
+    cache = Shown(page, ".veloxlab-advisor").dropdown("cache")
+    cache.select_option("turboquant 4 bit")
+    advisor.locator(".veloxlab-code", has_text="'turboquant', bits=4").wait_for()
+    page.get_by_role("button", name="Set the controls").click()
+    advisor.locator("em", has_text="All pages now show turboquant K4 V4").wait_for()
+    Shown(page, ".veloxlab-advisor").picture("advise")
+    tab(page, "Memory")
+    plans.pressed("K bits", ["ArrowLeft", "ArrowLeft"], [0])
+    plans.pressed("V bits", ["ArrowLeft"], [0])
+
     tab(page, "Generation")
     page.locator(".veloxlab-side-by-side").get_by_role("button", name="Generate").wait_for()
     assert "3" in page.locator(".veloxlab-side-by-side .widget-slider", has_text="V bits").inner_text()
@@ -95,6 +117,6 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
         if box is not plans:  # which has nothing to wait for
             box.idle()
         turn(page, "Light")
-        box.turns_dark("errors" if box is errors else "", height=1700)
+        box.turns_dark("errors" if box is errors else "", height=1500)
     assert visit.errors == []
     assert visit.outside == []

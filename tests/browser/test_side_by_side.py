@@ -46,7 +46,7 @@ def test_texts_come_as_they_are_made_and_a_run_can_be_cancelled(notebook):
     page.evaluate(WATCH)
     generate.click()
     page.locator(CHART, has_text="The texts part at token").wait_for()
-    page.locator(CHART, has_text="Held now: exact").wait_for()
+    page.locator(CHART, has_text="Held now: compressed").wait_for()
     side.idle()
     assert page.evaluate("() => window.shown.size") > 1  # the first tokens came while others were made
     assert page.locator(f"{CHART} [stroke='#d8435c']").count() == 2

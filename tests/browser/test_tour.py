@@ -68,6 +68,23 @@ def test_every_knob_of_the_tours_laboratory_moves_its_charts(notebook, capsys):
     with capsys.disabled():
         print(f"\nslider to three charts: {milliseconds(times)}")
 
-    lab.turns_dark("lab", height=1900)
+    # every width has its columns, and the controls stay in sight
+    page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
+    lab.laid_out(640, 900, columns=1)
+    page.evaluate("() => window.jupyterapp.shell.expandLeft()")
+    lab.laid_out(1920, 1000, columns=3)
+    lab.laid_out(1440, 900, columns=2)
+    page.locator(lab.charts).nth(2).scroll_into_view_if_needed()
+    inside = (
+        "(() => { const at = document.querySelector('.jp-WindowedPanel-outer').getBoundingClientRect(); return %s })()"
+    )
+    head = "document.querySelector('.veloxlab-head').getBoundingClientRect().top - at.top"
+    assert page.evaluate(inside % head) >= 0
+    page.get_by_role("button", name="Compact").click()
+    whole = "document.querySelector('.veloxlab-lab').offsetHeight < at.height"
+    page.wait_for_function(f"() => {inside % whole}")
+    page.get_by_role("button", name="Compact").click()
+
+    lab.turns_dark("lab", height=1150, width=1600)
     assert visit.errors == []
     assert visit.outside == []

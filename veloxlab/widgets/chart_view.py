@@ -6,7 +6,7 @@ import itertools
 import json
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ from veloxlab.widgets.lifetime import Ending, loosen
 
 STATIC = Path(__file__).parent / "static"
 VEGALITE: str = max(vl_convert.get_vegalite_versions(), key=lambda newest: tuple(map(int, newest.split("."))))
+PATIENCE = 1.0  # seconds that what a cell shows waits for what was asked; a file waits longer
 PICKED = "picked_layer"  # the param that a chart must have for its layers to be picked
 Frames = pl.DataFrame | Mapping[str, pl.DataFrame]
 
@@ -79,7 +80,8 @@ class ChartView(Ending, anywidget.AnyWidget):
 
     ``chart``: an Altair chart of fixed width; if it has a param ``picked_layer``, a click on a mark picks its
     ``layer``. ``summary``: a line of text for outputs that show no picture; by default the title and the number of
-    rows. ``picked``: the layer marked at first.
+    rows. ``picked``: the layer marked at first. ``settle``: of a page's chart, what waits until it shows what is
+    chosen: files wait for that, and a cell that shows the chart shows a copy, which stays as it is.
 
     >>> view = ChartView(error_map(frame))
     >>> view.put(other_frame, caption="4 bits")  # same chart, other numbers: about a millisecond
@@ -99,8 +101,15 @@ class ChartView(Ending, anywidget.AnyWidget):
 
     _numbers: ClassVar[itertools.count[int]] = itertools.count(1)
 
-    def __init__(self, chart: alt.TopLevelMixin, *, summary: str = "", picked: int | None = None) -> None:
-        self.summary = summary
+    def __init__(
+        self,
+        chart: alt.TopLevelMixin | Spec,
+        *,
+        summary: str = "",
+        picked: int | None = None,
+        settle: Callable[..., object] | None = None,
+    ) -> None:
+        self.summary, self._settle = summary, settle
         self._changing = threading.RLock()
         self._links: list[ipywidgets.Widget] = []
         self._bare: Spec = {}
@@ -158,31 +167,48 @@ class ChartView(Ending, anywidget.AnyWidget):
                 raise InputError("This chart has no rows yet: give it some with put(frame).")
             return pl.DataFrame(next(iter(self._data.values())), infer_schema_length=None)
 
+    def still(self) -> ChartView:
+        """A copy that follows nothing, for a cell to show: the text beside it stays true."""
+        self._settled(PATIENCE)
+        return ChartView(self.to_dict(), summary=self.summary, picked=self.picked)
+
     def to_csv(self, path: str | Path) -> Path:
         """Write the rows as CSV, and give the file's path."""
+        self._settled()
         return write_atomically(path, self.frame.write_csv().encode())
 
     def to_parquet(self, path: str | Path) -> Path:
         """Write the rows as Parquet, and give the file's path."""
+        self._settled()
         return write_parquet(path, self.frame)
 
     def to_png(self, path: str | Path, *, width: int = 2 * picture.WIDTH) -> Path:
         """Write the picture as PNG of a width in pixels, and give the file's path."""
+        self._settled()
         return write_atomically(path, picture.png(self.to_dict(), width=width))
 
     def to_svg(self, path: str | Path) -> Path:
         """Write the picture as SVG, and give the file's path."""
+        self._settled()
         return write_atomically(path, picture.svg(self.to_dict()).encode())
 
     def __repr__(self) -> str:
         with self._changing:
             return self.summary or describe(self._bare, self._rows())
 
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:  # noqa: ANN401
+        return super()._repr_mimebundle_(**kwargs) if self._settle is None else self.still()._repr_mimebundle_(**kwargs)
+
+    def _settled(self, *timeout: float) -> None:
+        if self._settle is not None:
+            self._settle(*timeout)
+
     def _rows(self) -> dict[str, Rows]:
         return {name: json.loads(payload) for name, payload in self.content["datasets"].items()}
 
-    def _state_of(self, chart: alt.TopLevelMixin, *, revision: int) -> dict[str, Any]:
-        bare, rows, params = split(chart.to_dict(validate=False))  # its parts were, and a slider waits
+    def _state_of(self, chart: alt.TopLevelMixin | Spec, *, revision: int) -> dict[str, Any]:
+        spec = chart if isinstance(chart, dict) else chart.to_dict(validate=False)  # its parts were, and a slider waits
+        bare, rows, params = split(spec)
         if bare != self._bare:
             self._bare, self._id = bare, next(self._numbers)
         self._data = {**rows}

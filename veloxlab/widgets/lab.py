@@ -13,16 +13,19 @@ from veloxlab.checks import choice
 from veloxlab.errors import InputError
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chart_view import ChartView
+from veloxlab.widgets.glossary import glossary
+from veloxlab.widgets.layout import styled
 from veloxlab.widgets.lifetime import loosen
-from veloxlab.widgets.pages import budget, cache, compare, generation, heads, memory
+from veloxlab.widgets.pages import advise, budget, cache, compare, generation, heads, memory
 from veloxlab.widgets.pages.compare import Experiment, Experimenter, OfExperiment
-from veloxlab.widgets.panel import Panel, ProgressBar
+from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Checked, Chosen, OfLayers
 from veloxlab.widgets.worker import Progress
 
 # A page is one line here: its name, its title, and what makes it from a laboratory.
 PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "cache": ("Cache", lambda lab: cache.CachePage(lab.experiment, lab.worker)),
+    "advise": ("Advise", lambda lab: advise.Advisor(lab.experiment, **lab.shared)),
     "errors": ("Errors", lambda lab: heads.ErrorExplorer(lab.experiment.capture, **lab.shared)),
     "keys": ("Keys and values", lambda lab: heads.KeyExplorer(lab.experiment.capture, **lab.shared)),
     "compare": ("Compare", lambda lab: compare.Comparison(lab.experiment, lab.worker)),
@@ -47,16 +50,19 @@ class Lab(Experimenter, OfExperiment, OfLayers):
     Nothing here needs a network.
 
     Parameters, and what they raise, are those of `CacheExplorer`, and so are the attributes but for these: the trait
-    ``page`` is the name of the open page, one of ``cache``, ``errors``, ``keys``, ``compare``, ``generation``,
-    ``budget`` and ``memory``; the trait ``head`` the chosen KV head; ``pages`` are the pages that were made, by name,
-    each a widget of its own; and ``compare()`` measures every method that needs no fitting.
+    ``page`` is the name of the open page, one of ``cache``, ``advise``, ``errors``, ``keys``, ``compare``,
+    ``generation``, ``budget`` and ``memory``; the trait ``head`` the chosen KV head; ``compact`` makes charts small, so
+    that a page fits one screen; ``pages`` are the pages that were made, by name, each a widget of its own; and
+    ``compare()`` measures every method that needs no fitting.
     """
 
     NAME = "lab"
+    IS_PAGE = False
     STATE = ("metric", "head", "page")
 
     page = Checked(choice(*PAGES), "cache", help="the open page")
     head = Chosen("head", help="the chosen KV head")
+    compact = t.Bool(False, help="small charts and tight rows, so that a page fits one screen")
     errors, bits, memory = _of("cache", "errors"), _of("cache", "bits"), _of("cache", "memory")
     metric, measure = _of("cache", "metric"), _of("cache", "measure")
     comparison = property(lambda lab: lab.page_of("compare"))
@@ -75,7 +81,10 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         self._tabs = ipywidgets.Tab([*self._places.values()], titles=titles)
         t.link((self, "page"), (self._tabs, "selected_index"), transform=(NAMES.index, lambda i: NAMES[i or 0]))
         self.observe(lambda _: self._open(), "page")
-        self.children = [self._tabs, self._message]
+        tight = ipywidgets.ToggleButton(description="Compact", tooltip="Small charts, so that a page fits one screen")
+        tight.add_class("veloxlab-corner")
+        t.link((self, "compact"), (tight, "value"))
+        self.children = [styled(), tight, self._tabs, self._message, ipywidgets.HTML(glossary())]
         self.follow()
 
     @property
@@ -91,8 +100,9 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
     def turn_to(self, page: str) -> Panel:
         """Open a page, wait until it is there, and give it; raises `InputError` if it cannot be made."""
-        self.page = page
-        if page not in self.pages:
+        if self.page != page:
+            self.page = page  # which opens it; a second page of one kind would end the work of the first
+        elif page not in self.pages:
             self._open()
         self.worker.wait()
         if page not in self.pages:
@@ -105,7 +115,7 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         for each, panel in self.pages.items():
             panel.activate(each == name)
         if name not in self.pages:
-            self._places[name].children = [ipywidgets.HTML(WAITING), ProgressBar(self.worker)]
+            self._places[name].children = [ipywidgets.HTML(WAITING), self.progress()]
             loosen(self)
 
             def make(progress: Progress) -> Panel:
@@ -114,10 +124,23 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
             self._submit(f"page {name}", make, on_done=lambda panel: self._show_page(name, panel))
 
+    def _settle(self, timeout: float | None = None) -> bool:
+        return all(panel._settle(timeout) for panel in self.pages.values() if panel.active)
+
+    def retry(self) -> None:
+        """Ask again for what was cancelled, and for the open page."""
+        super().retry()
+        if self.page not in self.pages:
+            self._open()
+
     def _show_page(self, name: str, panel: Panel) -> None:
         self._pages = self._pages | {name: panel}
         self._places[name].children = [panel]
         panel.activate(name == self.page)
+
+    @t.observe("compact")
+    def _tighten(self, _: object) -> None:
+        (self.add_class if self.compact else self.remove_class)("veloxlab-compact")
 
     @property
     def summary(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ import traitlets as t
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
 from veloxlab.views.picture import Section, report
-from veloxlab.widgets.chart_view import ChartView, ensure_bundle
+from veloxlab.widgets.chart_view import PATIENCE, ChartView, ensure_bundle
 from veloxlab.widgets.lifetime import Ending, loosen, weakly
 from veloxlab.widgets.selection import Chosen, ChosenBits, Selection
 from veloxlab.widgets.worker import Job, Status, Worker
@@ -26,14 +26,25 @@ KEPT = {"_model_id", "_cross_validation_lock", "_repr_mimebundle_", "worker", "p
 
 
 class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no types
-    """Show what a worker does, and let it be cancelled. It keeps its place while nothing runs."""
+    """Show what a worker does, and let it be cancelled, and begun again. It keeps its place while nothing runs.
 
-    def __init__(self, worker: Worker, **layout: Any) -> None:
-        self._worker, self._moved = worker, 0.0
-        self._bar = ipywidgets.FloatProgress(0, min=0, max=1, layout={"width": "180px", "margin": "0 8px 0 0"})
+    ``retry``: what begins again; by default all that was cancelled. ``can_retry``: whether there is something.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        retry: Callable[[], None] | None = None,
+        can_retry: Callable[[], bool] | None = None,
+        **layout: Any,
+    ) -> None:
+        self._worker, self._moved, self._busy = worker, 0.0, False
+        self._retry = retry or worker.retry
+        self._can_retry = can_retry or (lambda: worker.can_retry)
+        self._bar = ipywidgets.FloatProgress(0, min=0, max=1, layout={"flex": "0 1 180px", "margin": "0 8px 0 0"})
         self._label = ipywidgets.Label(layout={"flex": "1 1 auto", "min_width": "0"})
-        self._button = button("Cancel", "Stop this work", worker.cancel, width="80px")
-        layout = {"align_items": "center", "height": "34px", **layout}
+        self._button = button("Cancel", "", self._pressed, width="80px")
+        layout = {"align_items": "center", "height": "28px", "overflow": "hidden", **layout}
         super().__init__([self._bar, self._label, self._button], layout=layout)
         self._show(busy=False)
         self._unwatch = worker.watch(weakly(self._follow))
@@ -59,8 +70,15 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
             self._show(busy=False)
 
     def _show(self, *, busy: bool) -> None:
-        for part in (self._bar, self._button):
-            part.layout.visibility = "visible" if busy else "hidden"
+        again = not busy and self._can_retry()
+        self._busy = busy
+        self._bar.layout.visibility = "visible" if busy else "hidden"
+        self._button.layout.visibility = "visible" if busy or again else "hidden"
+        self._button.description = "Retry" if again else "Cancel"
+        self._button.tooltip = "Begin again what was cancelled" if again else "Stop all work that runs or waits"
+
+    def _pressed(self) -> None:
+        (self._worker.cancel if self._busy else self._retry)()
 
 
 class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
@@ -72,9 +90,9 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     """
 
     NAME: ClassVar[str]
+    IS_PAGE: ClassVar[bool] = True  # a laboratory holds pages, and is none
     SETTINGS: ClassVar[tuple[str, ...]] = ()  # what may be given to it, or what its charts show
     children: Any
-    lasting: Any = ""  # a sentence that is shown where there is no other
     active = True  # whether it draws what is chosen; a laboratory's hidden pages do not
 
     def __init__(self, selection: Selection, worker: Worker | None = None, **settings: Any) -> None:
@@ -87,11 +105,14 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self._ends: list[Callable[[], object]] = []
         self._keys: set[str] = set()
         self._bits_links: list[t.link] = []
-        self._message = ipywidgets.HTML()
+        self._message, self._banner = ipywidgets.HTML(), ipywidgets.HTML()
         loosen(self._message)  # what follows may fail
+        loosen(self._banner)
         super().__init__(**settings)
         self._seen = self._chosen()
         self.add_class(f"veloxlab-{self.NAME}")
+        if self.IS_PAGE:
+            self.add_class("veloxlab-page")
         loosen(self)
         self.observe(lambda change: loosen(change["owner"]), "children")
 
@@ -125,7 +146,19 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         return f"charts: {', '.join(self.named) or 'none yet'}"
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({'closed' if self.comm is None else self.summary})"
+        if self.comm is None:
+            return f"{type(self).__name__}(closed)"
+        waits = "" if self._settle(PATIENCE) else "; still measuring, this is of older settings"
+        return f"{type(self).__name__}({self.summary}{waits})"
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:  # noqa: ANN401
+        if self.comm is not None:
+            self._settle(PATIENCE)
+        return super()._repr_mimebundle_(**kwargs)
+
+    def _settle(self, timeout: float | None = None) -> bool:
+        """Wait until what is seen is what is chosen; tell whether it is after so many seconds."""
+        return True
 
     @property
     def named(self) -> Mapping[str, ChartView]:
@@ -147,19 +180,43 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         """Wait until what was asked for is done; see `Worker.wait`."""
         return self.worker.wait(timeout, ahead=ahead)
 
+    @property
+    def notes(self) -> list[str]:
+        """Sentences of what is chosen, as the page sees it: they stand in its banner; empty ones are left out."""
+        return [self.selection.choice.note]
+
     def say(self, sentence: str) -> None:
-        """Show a sentence, of what went wrong or is awaited; where there is none, the `lasting` one."""
+        """Show a sentence, of what went wrong or is awaited, in the place of the last one."""
         if self.comm is not None:
-            shown = sentence or self.lasting
-            self._message.value = f"<em>{html.escape(shown)}</em>" if shown else ""
+            self._message.value = f"<em>{html.escape(sentence)}</em>" if sentence else ""
+
+    def _note(self) -> None:
+        """Bring the banner to what is chosen."""
+        self._banner.value = "<br>".join(html.escape(note) for note in self.notes if note)
+
+    def progress(self, **layout: Any) -> ProgressBar:
+        """A bar of the worker, which can begin again what was cancelled."""
+        fitting = self.selection.fitting
+        worker = self.worker
+        return ProgressBar(worker, weakly(self.retry), lambda: worker.can_retry or bool(fitting.held), **layout)
+
+    def retry(self) -> None:
+        """Ask again for what was cancelled."""
+        self.selection.fitting.held.clear()
+        self.worker.retry()
+        self._redraw()
 
     def _put(self, charts: Mapping[str, alt.TopLevelMixin], slot: ipywidgets.Box) -> None:
         """Show charts, the first ones in ``slot``, later ones in the place of these."""
         for name, chart in charts.items() if self.charts else ():
             self.charts[name].show(chart)
         if not self.charts:
-            self.charts = {name: ChartView(chart) for name, chart in charts.items()}
+            self.charts = {name: self._chart(chart) for name, chart in charts.items()}
             slot.children = self.views
+
+    def _chart(self, chart: alt.TopLevelMixin) -> ChartView:
+        """A chart of this page."""
+        return ChartView(chart, settle=weakly(self._settle))
 
     def follow(self) -> None:
         """Follow the selection from now on."""
@@ -195,6 +252,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     def _redraw(self) -> None:
         """Show what is chosen now."""
+        self._note()
 
     def _control(
         self, kind: type[ipywidgets.Widget], trait: str, words: str = "", tip: str = "", **settings: Any
@@ -202,7 +260,10 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         """A control that shows a trait and sets it; its tooltip is ``tip`` or the trait's own help."""
         own = self.traits()[trait]
         control = kind(value=getattr(self, trait), description=words or trait, **settings)
-        control.tooltip = tip or own.help.capitalize()
+        ends = [settings[end] for end in ("min", "max") if end in settings]
+        control.tooltip = (tip or own.help[:1].upper() + own.help[1:]) + (
+            f", {ends[0]:,} to {ends[1]:,}" if len(ends) > 1 else ""
+        )
         link = t.link((self, trait), (control, "value"))
         self._bits_links += [link] if isinstance(own, ChosenBits) else []
         return control
@@ -213,6 +274,10 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def _methods(self) -> ipywidgets.Widget:
         tip = "How keys and values are coded"
         return self._control(ipywidgets.Dropdown, "method", tip=tip, options=self.selection.methods)
+
+    def _all_codes(self) -> ipywidgets.Widget:
+        tip = "No exact tokens: sinks 0 and window 0, so that short texts are seen through codes too"
+        return button("All through codes", tip, lambda: self.selection.choose(sinks=0, window=0))
 
     def _bits(self, trait: str, words: str = "") -> ipywidgets.Widget:
         return self._control(ipywidgets.SelectionSlider, trait, words, options=self.selection.widths)
@@ -232,11 +297,13 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     def export(self, path: str | Path) -> Path:
         """Write what is seen as one HTML file that needs no network, its charts live, light and dark; give its path."""
+        self._settle()
         page = report(f"veloxlab: {self}", self.sections, ensure_bundle().read_text("utf-8"))
         return write_atomically(path, page.encode())
 
     def save_pictures(self, folder: str | Path) -> list[Path]:
         """Write each chart as SVG and PNG and its rows as Parquet into ``folder``, and give the files."""
+        self._settle()
         folder = make_folder(folder)
         kinds = {"svg": ChartView.to_svg, "png": ChartView.to_png, "parquet": ChartView.to_parquet}
         named = self.named.items()
@@ -248,13 +315,3 @@ def button(words: str, tip: str, act: Callable[[], object], width: str = "") -> 
     made = ipywidgets.Button(description=words, tooltip=tip, layout={"width": width} if width else {})
     made.on_click(lambda _: act())
     return made
-
-
-def rows(*controls: Iterable[ipywidgets.Widget]) -> ipywidgets.VBox:
-    """Controls in rows."""
-    return ipywidgets.VBox([ipywidgets.HBox([*row]) for row in controls])
-
-
-def code(lines: Iterable[str]) -> str:
-    """HTML of lines of code."""
-    return f"<code>{'<br>'.join(html.escape(line, quote=False) for line in lines)}</code>"

@@ -11,6 +11,7 @@ import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.counts import Windows
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import ARGUMENTS, BITS, MAPPING, maybe, number_of_bits, whole
 from veloxlab.codecs import METHODS, TENSORS, find_method
@@ -18,13 +19,20 @@ from veloxlab.errors import InputError
 from veloxlab.measure import Capture
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.progress import Progress, silent
+from veloxlab.views.marks import bits_said
 
 EXACT = "none"  # the method that compresses nothing
 Bits = tuple[float, float]  # of keys and of values
+NAMED = 2  # layers with bits of their own that a name lists
 STEP = 0.25  # of bits, where a method takes fractions
 CACHE = ("method", "key_bits", "value_bits", "sinks", "window")  # parts that describe a cache of equal layers
 INTEGER = whole()
 CHECKS = ARGUMENTS | {"layer": maybe(INTEGER), "own_bits": MAPPING}
+
+
+def pair_said(bits: Bits) -> str:
+    """Bits of keys and of values in a word, such as ``"K4 V3"``."""
+    return f"K{bits[0]} V{bits[1]}"
 
 
 @dataclass
@@ -37,7 +45,9 @@ class Fitting:
     model: Module | None = None
     tokenizer: Any = None
     given: Calibration | None = None
+    held: set[tuple[str, float]] = field(default_factory=set)  # methods and widths whose fit a person cancelled
     _made: dict[str, Calibration] = field(default_factory=dict)
+    _fits: tuple[str, float] | None = None
 
     @property
     def methods(self) -> list[str]:
@@ -60,13 +70,22 @@ class Fitting:
 
     def calibration(self, method: str, widths: Iterable[float], progress: Progress = silent) -> Calibration | None:
         """Give what holds a method at these widths, fitted now by `calibrate`; None for one that needs nothing."""
+        self._fits = None
         for width in self._missing(method, widths):
+            if (method, width) in self.held:
+                raise InputError(f"The fit of {method} at {bits_said(width)} was cancelled: press Retry to fit it.")
             if self.model is None:
                 way_out = "give calibration=vl.calibrate(model, tokenizer, ...)"
                 raise InputError(f"{method} has to be fitted first: {way_out}.")
+            self._fits = method, width
             fitted = calibrate(self.model, self.tokenizer, method, bits=width, progress=progress)
             self._made[method] = self._made[method].joined(fitted) if method in self._made else fitted
+            self._fits = None
         return self._made.get(method) or self._given(method)
+
+    def hold(self) -> None:
+        """Begin the fit that was cancelled last no more, until somebody asks for it."""
+        self.held |= {self._fits} if self._fits else set()
 
     def _given(self, method: str) -> Calibration | None:
         return self.given if self.given and self.given.method == method else None
@@ -90,13 +109,29 @@ class Choice:
     layer: int | None = None  # the picked one; None for all
     head: int = 0
     own_bits: Mapping[int, Bits] = field(default_factory=dict)  # by layer
+    wished: Mapping[int | None, Bits] = field(default_factory=dict)  # where the method has others; None: of all layers
     shown_layer: int = 0  # on pages of a single layer: the picked one, or the last that was picked
 
     @property
     def name(self) -> str:
         """The cache in a few words."""
-        changed = f" +{len(self.own_bits)} layers" if self.own_bits else ""
-        return f"{self.method} K{self.key_bits} V{self.value_bits}{changed}"
+        own = [f"layer {layer} {bits}" for layer, bits in self.exceptions.items()]
+        changed = own if len(own) <= NAMED else [f"{len(own)} layers with others"]
+        return ", ".join([f"{self.method} {pair_said(self.pairs[0])}", *changed])
+
+    @property
+    def exceptions(self) -> dict[int, str]:
+        """The layers that have bits of their own, and these in a word."""
+        return {layer: pair_said(bits) for layer, bits in sorted(self.own_bits.items())}
+
+    @property
+    def note(self) -> str:
+        """What the method gave in the place of bits that it does not have."""
+        became = [
+            f"{'' if layer is None else f'in layer {layer} '}{pair_said(wish)} became {pair_said(self.bits_of(layer))}"
+            for layer, wish in self.wished.items()
+        ]
+        return f"{self.method} has fewer widths: {', '.join(became)}. Another method gets them back." if became else ""
 
     @property
     def pairs(self) -> list[Bits]:
@@ -122,6 +157,16 @@ class Choice:
     def bits_of(self, layer: int | None) -> Bits:
         """Code bits of keys and values of one layer; with None, of the layers that have none of their own."""
         return self.own_bits.get(layer, self.pairs[0])  # type: ignore[arg-type]
+
+    def in_codes(self, tokens: int) -> str:
+        """Say how many of the tokens of a text that was read are in codes."""
+        windows = Windows.of(self.sinks, self.window, None)
+        packed = max(0, tokens - self.sinks - self.window) // windows.block * windows.block
+        return f"{packed} of {tokens} tokens ({packed / tokens:.0%}) are in codes; sinks and window are exact."
+
+    def wish_of(self, layer: int | None) -> Bits:
+        """The bits that were chosen there, whether or not the method has them."""
+        return self.wished.get(layer, self.bits_of(layer))
 
     def plan(self, model: Module) -> Plan:
         """The cache as a plan."""
@@ -168,16 +213,24 @@ class Selection(t.HasTraits):
     def choose(self, **parts: Any) -> None:
         """Change parts of the choice, all at once, or none: `InputError` if one cannot be."""
         with self.lock:
-            self.choice = self.changed(**parts)
+            choice = self.changed(**parts)
+            if {"method", "key_bits", "value_bits", "own_bits"} & {*parts}:
+                self.fitting.held.clear()  # who turns such a knob asks for it
+            self.choice = choice
 
     def changed(self, **parts: Any) -> Choice:
-        """The choice with other parts. Another method takes the nearest widths that it has, unless they are given."""
-        parts = {name: CHECKS[name](name, value) for name, value in parts.items()}
+        """The choice with other parts.
+
+        Another method takes the widths that it has next to those that were wished, unless widths are given. A wish is
+        kept until another number is chosen in its place.
+        """
+        asked = parts = {name: CHECKS[name](name, value) for name, value in parts.items()}
         if "method" in parts:
             parts = self._of_method(parts["method"]) | parts
         if parts.get("layer") is not None:
             parts["shown_layer"] = parts["layer"]
         choice = replace(self.choice, **parts)
+        choice = replace(choice, wished=self._wished(asked, choice))
         widths = self.fitting.widths(choice.method)
         for bits in choice.pairs:
             for tensor, width in zip(TENSORS, bits, strict=True):
@@ -196,6 +249,18 @@ class Selection(t.HasTraits):
             raise InputError(f"There is no KV head {choice.head}: choose one from 0 to {self.heads - 1}.")
         return choice
 
+    def _wished(self, asked: Mapping[str, Any], choice: Choice) -> dict[int | None, Bits]:
+        before, wished = self.choice, dict[int | None, Bits]()
+        for layer in (None, *choice.own_bits):
+            given, old, wish = choice.bits_of(layer), before.bits_of(layer), before.wish_of(layer)
+            new = [name in asked for name in ("key_bits", "value_bits")]
+            if layer is not None:
+                new = ["own_bits" in asked and one != other for one, other in zip(given, old, strict=True)]
+            key, value = (g if is_new else w for g, w, is_new in zip(given, wish, new, strict=True))
+            if (key, value) != given:
+                wished[layer] = key, value
+        return wished
+
     def _of_method(self, method: str) -> dict[str, Any]:
         if find_method(method).id not in self.methods:
             fit = " A method that has to be fitted needs calibration=vl.calibrate(...)."
@@ -203,7 +268,8 @@ class Selection(t.HasTraits):
             raise InputError(f"{method!r} cannot be chosen here: choose one of {', '.join(self.methods)}.{hint}")
         widths, own_bits = self.fitting.widths(method), self.choice.own_bits
         (key_bits, value_bits), *own = [
-            tuple(min(widths, key=lambda each: abs(each - width)) for width in bits) for bits in self.choice.pairs
+            tuple(min(widths, key=lambda each: abs(each - width)) for width in self.choice.wish_of(layer))
+            for layer in (None, *own_bits)
         ]
         return {"key_bits": key_bits, "value_bits": value_bits, "own_bits": dict(zip(own_bits, own, strict=True))}
 
@@ -261,18 +327,28 @@ class OfCache(t.HasTraits):
     """Traits of a page of whole caches; the bits are those of all layers."""
 
     method = Chosen("method", help="a method's id")
-    key_bits = ChosenBits("keys", help="code bits of each key coordinate")
-    value_bits = ChosenBits("values", help="code bits of each value coordinate")
-    sinks = Chosen("sinks", help="first tokens, kept exact")
-    window = Chosen("window", help="newest tokens, kept exact")
+    key_bits = ChosenBits(
+        "keys", help="code bits of each coordinate of a key, 1 to 8 by the method; scales come on top"
+    )
+    value_bits = ChosenBits(
+        "values", help="code bits of each coordinate of a value, 1 to 8 by the method; scales come on top"
+    )
+    sinks = Chosen("sinks", help="first tokens of a text, kept exact")
+    window = Chosen("window", help="newest tokens of a text, kept exact; up to 32 more wait to be coded together")
 
 
 class OfLayers(OfCache):
     """The same, of a page on which a layer can be picked; the bits are then those of that layer."""
 
     layer = Chosen("layer", help="the picked layer")
-    key_bits = ChosenBits("keys", "layer", help="code bits of each key coordinate, of the picked layer or of all")
-    value_bits = ChosenBits("values", "layer", help="code bits of each value coordinate, of the picked layer or of all")
+    key_bits = ChosenBits(
+        "keys", "layer", help="code bits of a key's coordinates, 1 to 8 by the method, in the picked layer or in all"
+    )
+    value_bits = ChosenBits(
+        "values",
+        "layer",
+        help="code bits of a value's coordinates, 1 to 8 by the method, in the picked layer or in all",
+    )
 
 
 class Checked(t.Any):

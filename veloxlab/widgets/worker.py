@@ -141,6 +141,7 @@ class Worker:
         self._line = Line()
         self._started = False
         self._listeners: list[Callable[[Status], None]] = []
+        self._stopped: dict[str, tuple[Job, Callable[[Any], None], Callable[[str], None]]] = {}
         finalize(self, self._line.close).atexit = False  # the end of Python ends every thread
 
     def submit(
@@ -162,6 +163,7 @@ class Worker:
         with line.changed:
             if line.closed:
                 raise InputError(f"The worker {self.name!r} is closed: make a new one.")
+            self._stopped.pop(key, None)
             dropped = line.forget(key, "overtaken")
             line.waiting[key] = Request(self._run, key, job, on_done, on_error, ahead)
             line.asked = time.monotonic()
@@ -177,14 +179,34 @@ class Worker:
         self._tell(*dropped, Status(key, "waiting"))
 
     def cancel(self, key: str | None = None) -> None:
-        """Drop what waits and end what runs: of one key, or everything."""
-        with self._line.changed:
-            dropped = self._line.forget(key, "cancelled")
+        """Drop what waits and end what runs: of one key, or everything, which `retry` then brings back."""
+        line = self._line
+        with line.changed:
+            self._stopped.pop(str(key), None)
+            for each in [*line.waiting.values(), line.running] if key is None else []:
+                if each is not None and not each.ahead and not each.unwanted.is_set():
+                    self._stopped[each.key] = each.job, each.on_done, each.on_error
+            dropped = line.forget(key, "cancelled")
         self._tell(*dropped)
 
+    @property
+    def can_retry(self) -> bool:
+        """Whether something was cancelled that nobody asked for since."""
+        return bool(self._stopped)
+
+    def retry(self) -> None:
+        """Ask again for all that was cancelled."""
+        for key, (job, on_done, on_error) in [*self._stopped.items()]:
+            self.submit(key, job, on_done=on_done, on_error=on_error)
+
     def wait(self, timeout: float | None = None, *, ahead: bool = False) -> bool:
-        """Wait for all jobs, with ``ahead`` those that run ahead too; tell whether ``timeout`` seconds were enough."""
+        """Wait for all jobs, with ``ahead`` those that run ahead too; tell whether ``timeout`` seconds were enough.
+
+        The worker's own thread never waits for itself.
+        """
         line = self._line
+        if _threads.get(threading.current_thread()) is line:
+            return False
         with line.changed:
             return line.changed.wait_for(
                 lambda: all(each.ahead and not ahead for each in [*line.waiting.values(), line.running] if each),

@@ -37,10 +37,11 @@ from veloxlab.codecs.parts.packing import WIDEST
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import link
+from veloxlab.widgets.layout import columns, controls, laid_out, status
 from veloxlab.widgets.pages.budget_charts import CHARTS, COORDINATES, by_of, frontiers, kind_of, unit_of, words_of
 from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
 from veloxlab.widgets.pages.charts import ChartPage, Look
-from veloxlab.widgets.panel import ProgressBar, button
+from veloxlab.widgets.panel import button
 from veloxlab.widgets.selection import Chosen, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
@@ -79,6 +80,7 @@ class BudgetTuner(ChartPage):
 
     NAME = "tuner"
     SETTINGS = ("setting",)
+    TALL = ("frontier",)
 
     setting = t.Instance(Setting, allow_none=True, help="budget, bounds and weight of keys")
     layer = Chosen("layer", help="the picked layer")
@@ -170,7 +172,7 @@ class BudgetTuner(ChartPage):
         if self.rates is not None:
             return
         again = button("Measure tables", "Sensitivities and distortions of this model", self.start)
-        self.children = [ipywidgets.HBox([again, ProgressBar(self.worker)]), self._message]
+        self.children = laid_out([controls(again), status([self._message], self.progress())])
         self.say(STARTING)
         measure = partial(kept_rate_budget, self._model, self._tokenizer, **self._rate_settings)
         self._submit("tables", lambda progress: measure(progress=progress), on_done=self._build)
@@ -197,6 +199,7 @@ class BudgetTuner(ChartPage):
         if self._model is None:
             way_out = "vl.widgets.BudgetTuner(rates, model, tokenizer)"
             raise InputError(f"To measure a plan the tuner needs the model: {way_out}.")
+        self.selection.fitting.held.clear()
         found = self.allocation
         plan = found.uniform if kind == "uniform" else found.plan
         if plan is None:
@@ -262,9 +265,9 @@ class BudgetTuner(ChartPage):
         buttons = [button(words, tip, partial(self._saying, act), width="140px") for words, (tip, act) in acts.items()]
         for one in buttons:
             one.disabled = self._model is None
-        work = ipywidgets.HBox([*buttons, ProgressBar(self.worker, flex="1 1 auto")])
-        charts = self.charts.values()
-        self.children = [self._controls, work, self._message, self._told, *charts, self._history, self._file]
+        work = controls(*buttons)
+        head = [self._controls, work, status([self._told, self._message], self.progress())]
+        self.children = laid_out(head, columns(self.charts.values()), self._history, self._file)
         self._ready = True
         self._redraw()
         self.add_class("ready")

@@ -19,6 +19,7 @@ from veloxlab.cache.plan import Plan
 from veloxlab.errors import InputError
 from veloxlab.runtime import device
 from veloxlab.views.picture import html_table
+from veloxlab.widgets.code_lines import CodeLines
 from veloxlab.widgets.panel import button
 
 KINDS = {
@@ -28,8 +29,7 @@ KINDS = {
     "predicted loss": QualityFloor,
 }
 STEPS = {AverageBits: 0.05, QualityFloor: 0.02}  # of sliders; others have a hundred
-LOOKS: dict[str, Any] = {"style": {"description_width": "104px"}, "layout": {"width": "352px"}}
-COLUMN = {"width": "362px"}  # two of them fit into an output of JupyterLab beside its file browser
+LOOKS: dict[str, Any] = {"style": {"description_width": "104px"}}
 ANY = "any of them"  # methods
 PROTECTIONS = {"the most bits": "widest", "no codes: kept exact": "exact"}
 COLUMNS = {
@@ -57,7 +57,7 @@ def _slider(words: str, tip: str, form: str, kind: type[ipw.Widget] = ipw.FloatS
     return _control(kind, words, tip, readout_format=form, **settings)
 
 
-class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
+class SettingControl(ipw.Box):  # type: ignore[misc]  # ipywidgets has no types
     """Choose a kind of budget and its number, what an allocation may do, and how much keys count against values.
 
     When a person changes a control, ``asked`` is given what gives the changed parts of a `Setting`; ``converted`` gives
@@ -77,9 +77,11 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         self._least: int | None = None  # of the bounds that are shown
         self.kind = _control(ipw.Dropdown, "budget", "What the budget is counted in", options=KINDS)
         limits = {"value": tokens, "min": 1, "max": 1_000_000, "step": 256}
-        self.tokens = _control(ipw.BoundedIntText, "tokens", "Length of the text that has to fit", **limits)
+        self.tokens = _control(
+            ipw.BoundedIntText, "tokens", "Tokens of the text that has to fit, 1 to 1,000,000", **limits
+        )
         self.megabytes = _slider("megabytes", "All that the compressed layers then hold, exact tokens too", ".3f")
-        most = "The most that may be lost, as predicted: the fewest bytes are sought"
+        most = "The most nats that a token may lose, as predicted: the fewest bytes are sought"
         self.numbers: dict[type, list[ipw.Widget]] = {
             AverageBits: [_slider("true bits", "Stored bits of a value, with scales", ".2f")],
             BytesPerToken: [
@@ -95,15 +97,21 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         ends = {"options": list(widths), "index": (0, len(widths) - 1)}
         self.widths = _control(ipw.SelectionRangeSlider, "bits allowed", "Least and most code bits of a head", **ends)
         self.first, self.last = (
-            _control(ipw.IntSlider, f"{end} layers", f"How many {end} layers are left out", min=0, max=layers // 2)
+            _control(
+                ipw.IntSlider,
+                f"{end} layers",
+                f"How many {end} layers are left out, 0 to {layers // 2}",
+                min=0,
+                max=layers // 2,
+            )
             for end in ("first", "last")
         )
         tip = "What first and last layers that are left out get"
         self.protection = _control(ipw.Dropdown, "these get", tip, options=PROTECTIONS)
         tip = "A layer's keys get as many bits as its values at least, on average over its heads"
-        beside = {"indent": False, "layout": {"margin": "0 0 0 112px", "width": "244px"}}
+        beside = {"indent": False}
         self.keys_first = _control(ipw.Checkbox, "keys no fewer than values", tip, **beside)
-        tip = "How many times as much an error in keys counts in the choice"
+        tip = "How many times as much an error in keys counts in the choice, 1/16 to 16"
         scale = {"value": 1.0, "base": 2, "min": -4, "max": 4, "step": 0.25}
         self.key_weight = _slider("weight of keys", tip, ".2f", ipw.FloatLogSlider, **scale)
         bounds = [self.widths, self.first, self.last, self.protection, self.keys_first, self.key_weight]
@@ -113,8 +121,8 @@ class SettingControl(ipw.HBox):  # type: ignore[misc]  # ipywidgets has no types
         amounts = [control for controls in self.numbers.values() for control in controls]
         self._on_change(amounts, lambda: {"budget": self.kind.value(*(c.value for c in self.numbers[self.kind.value]))})
         self._on_change(bounds, self._bounds)
-        columns = [ipw.VBox(parts, layout=COLUMN) for parts in ([self.kind, self.slot], bounds)]
-        super().__init__(columns, layout={"flex_flow": "row wrap"})
+        super().__init__([self.kind, self.slot, *bounds])
+        self.add_class("veloxlab-controls")
 
     def show(self, setting: Setting, spans: budgets.Spans) -> None:
         """Show a setting and how far each control goes, and ask for nothing."""
@@ -165,7 +173,7 @@ class PlanFile(ipw.VBox):  # type: ignore[misc]
         self._plan = plan
         self.path = _control(ipw.Text, "file", "Where to save the plan", value=path)
         self.button = button("Save plan", "Write the plan as JSON, whole or not at all", self._clicked)
-        self.said, self.code = ipw.HTML(), ipw.HTML()
+        self.said, self.code = ipw.HTML(), CodeLines()
         self.path.observe(self.tell_code, "value")
         self.tell_code()
         super().__init__([ipw.HBox([self.path, self.button]), self.said, self.code])
@@ -190,4 +198,4 @@ class PlanFile(ipw.VBox):  # type: ignore[misc]
             f"cache = vl.make_cache(model, plan{given})",
             "mlx_lm.generate(model, tokenizer, prompt, prompt_cache=cache)",
         ]
-        self.code.value = f"<pre style='line-height: 1.4; margin: 4px 0'>{html.escape(chr(10).join(lines))}</pre>"
+        self.code.value = "\n".join(lines)

@@ -15,10 +15,14 @@ from veloxlab.checks import choice
 from veloxlab.codecs import TENSORS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import code_bits, layer_errors, memory_growth, predicted_growth, relative_errors, token_errors
+from veloxlab.mlxlm.probe import LayerFacts, probe
 from veloxlab.widgets.chart_view import ChartView, link
+from veloxlab.widgets.code_lines import CodeLines
+from veloxlab.widgets.layout import columns, controls, laid_out, status
+from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request, coded
 from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter, OfExperiment
-from veloxlab.widgets.panel import ProgressBar, button, code, rows
+from veloxlab.widgets.panel import button
 from veloxlab.widgets.selection import Bits, Checked, OfLayers
 from veloxlab.widgets.worker import Worker
 
@@ -32,9 +36,30 @@ METRICS = {
     "logit_error": ("attention logits (nats)", (1e-3, 10.0)),
     "rel_mse": ("keys and values (relative MSE)", (1e-5, 1.0)),
 }
+PATHS = {"own": "keep the model's own cache, exact", "arrays": "are decoded to arrays before attention"}
+ALL = -1  # stands for all layers in a list, which cannot show None
 GREATEST = 9  # bits to which the axis of spent bits goes, at least
 MEASURED_UPTO = 4096  # tokens to which caches are really filled
 DRAWN_UPTO = 16384  # tokens to which the memory chart goes on
+
+
+def unusual(layers: Sequence[LayerFacts]) -> list[str]:
+    """Say which layers have no codes that attention reads, why, and what share of an exact cache's bytes they are."""
+    whole, said = sum(facts.exact_bytes for facts in layers), list[str]()
+    kinds: dict[tuple[str, str], list[LayerFacts]] = {}
+    for facts in layers:
+        kind: str = facts.path if facts.compressible else "own"
+        if kind in PATHS:
+            kinds.setdefault((kind, facts.reason), []).append(facts)
+    for (kind, reason), found in kinds.items():
+        does = PATHS[kind]
+        share = f"{sum(facts.exact_bytes for facts in found) / whole:.0%} of an exact token's bytes" if whole else ""
+        said.append(f"{len(found)} of {len(layers)} layers {does} ({', '.join(filter(None, (share, reason)))}).")
+    return said
+
+
+def _of_list(layer: int | None) -> int:
+    return ALL if layer is None else layer
 
 
 def at_bits(frames: Sequence[pl.DataFrame], layer_bits: Mapping[int, Bits]) -> pl.DataFrame:
@@ -121,22 +146,26 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         "attention errors": coded(layer_errors, "sinks", "window"),
         "memory": coded(memory_growth, "sinks", "window", upto=MEASURED_UPTO),
     }
+    TALL = ("errors",)
     STATE = ("metric",)
 
-    metric = Checked(choice(*METRICS), "output_error", help="which error is drawn")
+    _listed: Mapping[int, str] | None = None
+    metric = Checked(choice(*METRICS), "output_error", help="which error is drawn: of attention, or of keys and values")
 
     def __init__(self, experiment: Experiment, worker: Worker | None = None) -> None:
         shown = any(c.queries is not None for c in experiment.capture.layers)
         self._metrics = [metric for metric in METRICS if shown or metric == "rel_mse"]
         super().__init__(experiment.selection, worker, experiment.capture, metric=self._metrics[0])
         self.experiment, self.points = experiment, experiment.points
-        self.lasting = "" if shown else NO_QUERIES
+        self._shown, self._unusual = shown, unusual(probe(experiment.model))
         self._draw(CHARTS)
         self.errors, self.bits, self.memory = self.charts.values()
         link(*self.charts.values())
         t.link((self, "layer"), (self.errors, "picked"))
-        self._code = ipywidgets.HTML()
-        self.children = [self._controls(), self._message, *self.charts.values(), self._code]
+        self._code = CodeLines()
+        self._own = ipywidgets.HBox(layout={"flex_flow": "row wrap"})  # a button a layer with bits of its own
+        head = [self._controls(), self._own, status([self._banner, self._message], self.progress())]
+        self.children = laid_out(head, columns(self.charts.values()), self._code)
         self.follow()
 
     @property
@@ -151,22 +180,33 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         said = f"relative MSE of keys {lost[0]:.4f}, of values {lost[1]:.4f}; {held}"
         return f"{choice.name}, sinks={choice.sinks}, window={choice.window}: {said}"
 
+    @property
+    def notes(self) -> list[str]:
+        few = self.sinks or self.window
+        seen = self.selection.choice.in_codes(len(self.experiment.capture.tokens)) if few else ""
+        return [seen, *super().notes, *self._unusual, "" if self._shown else NO_QUERIES]
+
     def _controls(self) -> ipywidgets.Widget:
-        layers = [("all layers", None), *((str(layer), layer) for layer in self.selection.layers)]
+        layers = [("all layers", ALL), *((str(layer), layer) for layer in self.selection.layers)]
         tip = "Bits of one layer: choose it here or in a chart"
-        layer = self._control(ipywidgets.Dropdown, "layer", tip=tip, options=layers)
+        layer = ipywidgets.Dropdown(description="layer", tooltip=tip, options=layers, value=_of_list(self.layer))
+        t.link((self, "layer"), (layer, "value"), transform=(_of_list, lambda each: None if each == ALL else each))
         metrics = [(METRICS[name][0], name) for name in self._metrics]
         metric = self._control(ipywidgets.Dropdown, "metric", "error of", options=metrics)
-        metric.layout.width = "340px"
         forget = partial(self.selection.choose, own_bits={}, layer=None)
-        reset = button("Same for all", "Forget the bits of single layers", forget)
+        self._reset = button("Same for all", "Forget the bits of single layers", forget)
         measure = button("Measure fidelity", "Run the model with this cache and compare its predictions", self.measure)
-        return rows(
-            [self._methods(), metric],
-            [self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")],
-            [self._slider("sinks", 0, 64), self._slider("window", 0, 256, step=16)],
-            [layer, reset, measure],
-            [ProgressBar(self.worker, flex="1 1 auto")],
+        return controls(
+            self._methods(),
+            metric,
+            self._bits("key_bits", "K bits"),
+            self._bits("value_bits", "V bits"),
+            self._slider("sinks", 0, 64),
+            self._slider("window", 0, 256, step=16),
+            layer,
+            self._reset,
+            self._all_codes(),
+            measure,
         )
 
     @t.validate("metric")
@@ -186,7 +226,23 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         super()._redraw()
         choice = self.selection.choice
         plan = f"{'explorer' if self._owns_worker else 'lab'}.plan"
-        self._code.value = code(choice.lines(plan if choice.own_bits else ""))
+        self._code.value = "\n".join(choice.lines(plan if choice.own_bits else ""))
+        self._list(choice.exceptions)
+
+    def _list(self, exceptions: Mapping[int, str]) -> None:
+        """List the layers with bits of their own; a press gives one the bits of all again."""
+        if exceptions != self._listed:
+            self._listed, self._reset.disabled = exceptions, not exceptions
+            tip = "Give this layer the bits of all layers again"
+            self._own.children = [
+                button(f"layer {layer}: {bits} \u2715", tip, partial(self._forget, layer), width="auto")
+                for layer, bits in exceptions.items()
+            ]
+            loosen(self._own)
+
+    def _forget(self, layer: int) -> None:
+        own = self.selection.choice.own_bits
+        self.selection.choose(own_bits={each: bits for each, bits in own.items() if each != layer})
 
 
 class CacheExplorer(Experimenter, CachePage):

@@ -17,7 +17,6 @@ from veloxlab.errors import InputError
 from veloxlab.measure import Capture
 from veloxlab.progress import Progress as Tell
 from veloxlab.progress import silent
-from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Checked, Chosen, Selection
@@ -26,8 +25,8 @@ from veloxlab.widgets.worker import Progress, Status, Worker, sentence
 Request = tuple[Any, ...]  # the name of a measurement, and what it is of
 Look = Any  # a `SimpleNamespace`: what a page shows, setting by setting
 Measure = Callable[..., Any]  # takes a `ChartPage`, a progress, and the rest of a request; gives a frame, as a rule
-WAITING = "Measuring these settings. A chart that waits shows the last ones."
-CANCELLED = "Cancelled. The charts show the last settings that were measured. Change a setting to measure these."
+WAITING = "Measuring these settings. Until then the charts show the settings before them."
+CANCELLED = "Cancelled. The charts show the last settings that were measured. Press Retry to measure these."
 
 
 @dataclass(frozen=True)
@@ -60,6 +59,7 @@ class ChartPage(Panel):
     """
 
     MEASURES: ClassVar[Mapping[str, Measure]] = {}
+    TALL: ClassVar[tuple[str, ...]] = ()  # charts that are as high as two others
 
     problem = Checked(WORDS, "", help="why a chart shows older settings")
 
@@ -75,6 +75,7 @@ class ChartPage(Panel):
         self._at: dict[str, tuple[object, object]] = {}  # of each chart: the settings that it shows, and its shape
         self._drawing = threading.Lock()
         self._complete = True
+        self._cancelled: set[Request] = set()
         self._said: str | None = ""
         own = [name for name, trait in self.traits().items() if name in self.SETTINGS and not isinstance(trait, Chosen)]
         if own:
@@ -110,7 +111,9 @@ class ChartPage(Panel):
                     self.refused[request] = sentence(error)
             self._show()
 
-        if missing:
+        if missing and {*missing} <= self._cancelled:
+            self.say(CANCELLED)
+        elif missing:
             self._submit("frames", lambda progress: job(missing, progress))
         if ahead:
             self._submit("ahead", lambda progress: job(ahead, progress), ahead=True)
@@ -126,12 +129,26 @@ class ChartPage(Panel):
         look, charts = self._look(), {}
         for kind in kinds:
             rows = kind.rows([self._measured(request, silent) for request in kind.asks(look)], look)
-            charts[kind.name] = ChartView(kind.draw(rows, look))
+            charts[kind.name] = self._chart(kind.draw(rows, look))
             self.shown[kind.name], self._at[kind.name] = rows, (kind.at(look), kind.shape(rows, look))
             self._kinds[kind.name] = kind
+            if kind.name in self.TALL:
+                charts[kind.name].add_class("veloxlab-tall")
         self.charts = charts
 
+    def _selected(self, change: object = None) -> None:
+        self._cancelled.clear()  # who turns a knob asks again
+        super()._selected(change)
+
+    def retry(self) -> None:
+        self._cancelled.clear()
+        super().retry()
+
+    def _settle(self, timeout: float | None = None) -> bool:
+        return self._complete or self.wait(timeout)
+
     def _redraw(self) -> None:
+        super()._redraw()
         self._said = None
         self._show()
         self._measure()
@@ -167,6 +184,8 @@ class ChartPage(Panel):
 
     def _follow(self, status: Status) -> None:
         if status.state == "cancelled" and status.key == f"{self.NAME}: frames" and not self._complete:
+            self.selection.fitting.hold()
+            self._cancelled = {*self._lacking([self._look()])}
             self.say(CANCELLED)
 
 

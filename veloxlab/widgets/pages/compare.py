@@ -19,7 +19,8 @@ from veloxlab.measure import Capture, capture, fidelity
 from veloxlab.progress import Progress as Tell
 from veloxlab.views import frontier
 from veloxlab.views.picture import Section
-from veloxlab.widgets.panel import Panel, ProgressBar, button, rows
+from veloxlab.widgets.layout import columns, controls, laid_out, status
+from veloxlab.widgets.panel import Panel, button
 from veloxlab.widgets.selection import Bits, Choice, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
@@ -82,6 +83,7 @@ class OfExperiment(Panel):
     def measure(self) -> None:
         """Ask for the fidelity of the present settings; the result joins `measured` and the frontier chart."""
         experiment, choice = self.experiment, self.selection.choice
+        self.selection.fitting.held.clear()
 
         def done(row: pl.DataFrame) -> None:
             experiment.points.add(row, choice)
@@ -156,16 +158,14 @@ class Comparison(OfExperiment):
     def __init__(self, experiment: Experiment, worker: Worker) -> None:
         super().__init__(experiment.selection, worker)
         self.experiment, self.points = experiment, experiment.points
-        self._slot = ipywidgets.VBox()
-        self._list = ipywidgets.Dropdown(
-            description="measured", tooltip="A point of the chart", layout={"width": "520px"}
-        )
+        self._slot = columns()
+        self._list = ipywidgets.Dropdown(description="measured", tooltip="A point of the chart")
         self._take = button("Use it", "Choose the settings of this point", self._use)
         one = button("Measure this cache", "Compare its predictions with those of the exact cache", self.measure)
         tip = "At these bits, each method that needs no fitting"
         every = button("Measure all methods", tip, self.compare, width="auto")
-        work = ipywidgets.HBox([one, every, ProgressBar(self.worker, flex="1 1 auto")])
-        self.children = [work, self._message, self._slot, rows([self._list, self._take])]
+        head = controls(one, every, self._list, self._take)
+        self.children = laid_out([head, status([self._banner, self._message], self.progress())], self._slot)
         self._watch(self.points, "choices", self._show_points)
         self._show_points()
 

@@ -12,11 +12,13 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.checks import WORDS, checked, whole
-from veloxlab.measure.generation import GENERATION, first_parting, side_by_side
+from veloxlab.measure.generation import GENERATION, first_parting, prompt_ids, side_by_side
 from veloxlab.views import held_while_generating, strip_caption, token_strip
 from veloxlab.views.generation import lines_for
-from veloxlab.widgets.panel import Panel, ProgressBar, button, rows
-from veloxlab.widgets.selection import CACHE, Checked, Choice, Fitting, OfCache, Selection
+from veloxlab.views.marks import bits_said
+from veloxlab.widgets.layout import broad, columns, controls, laid_out, status
+from veloxlab.widgets.panel import Panel, button
+from veloxlab.widgets.selection import CACHE, Checked, Choice, Fitting, OfCache, Selection, pair_said
 from veloxlab.widgets.worker import Progress, Worker
 
 PROMPT = "Tell me about the history of the city of Paris."
@@ -45,8 +47,8 @@ class SideBySide(OfCache, Panel):
     _pressed = -LATE
     parting = property(lambda page: first_parting(page.generated), doc="The first position at which the texts differ.")
 
-    prompt = Checked(WORDS, PROMPT, help="what is continued")
-    tokens = Checked(whole(1, 512), 64, help="tokens to generate at most")
+    prompt = Checked(WORDS, PROMPT, help="the message that is answered, or the text that is continued")
+    tokens = Checked(whole(1, 512), 64, help="tokens that each side generates at most")
 
     @checked(prompt=WORDS, tokens=whole(1, 512))
     def __init__(
@@ -65,20 +67,21 @@ class SideBySide(OfCache, Panel):
         self.generated, self._outcome = pl.DataFrame(schema=GENERATION), "nothing is generated yet."
         selection = selection or Selection(Fitting(model, tokenizer, calibration), USUAL, **chosen)
         super().__init__(selection, worker, **settings)
-        self._slot = ipywidgets.VBox()
-        self.children = [self._controls(), self._message, self._slot]
+        self._slot = columns()
+        self.children = laid_out([self._controls(), status([self._banner, self._message], self.progress())], self._slot)
         self.follow()
 
     @property
     def name(self) -> str:
         """What the compressed cache is, in a few words."""
-        widths = f"{self.key_bits}" if self.key_bits == self.value_bits else f"K{self.key_bits} V{self.value_bits}"
-        return f"{self.method} at {widths} bits"
+        key, value = self.key_bits, self.value_bits
+        return f"{self.method} at {bits_said(key) if key == value else f'{pair_said((key, value))} bits'}"
 
     def run(self) -> None:
         """Generate with the present settings; an older run is ended."""
         prompt, tokens, name, choice = self.prompt, self.tokens, self.name, self.selection.choice
         settings: dict[str, Any] = {each: getattr(choice, each) for each in CACHE if each != "method"}
+        self.selection.fitting.held.clear()
 
         def job(progress: Progress) -> None:
             def show(rows: pl.DataFrame) -> None:
@@ -88,7 +91,10 @@ class SideBySide(OfCache, Panel):
             bits = {choice.key_bits, choice.value_bits}
             calibration = self.selection.fitting.calibration(choice.method, bits, progress)
             given: dict[str, Any] = {"tokens": tokens, "calibration": calibration, **settings}
-            side_by_side(self._model, self._tokenizer, prompt, choice.method, on_token=show, progress=progress, **given)
+            rows = side_by_side(
+                self._model, self._tokenizer, prompt, choice.method, on_token=show, progress=progress, **given
+            )
+            self.say(choice.in_codes(len(prompt_ids(self._tokenizer, prompt)) + rows.filter(side="compressed").height))
 
         self.say("")
         self._submit("generation", job)
@@ -103,6 +109,7 @@ class SideBySide(OfCache, Panel):
 
         A page holds a second change of a control back until the first one is answered, and a press of a button never.
         """
+        super()._redraw()
         if time.monotonic() - self._pressed < LATE and not self.wait(0):
             self.run()
 
@@ -115,13 +122,18 @@ class SideBySide(OfCache, Panel):
         return f"{self.name}: {self._outcome}"
 
     def _controls(self) -> ipywidgets.Widget:
-        large: dict[str, Any] = {"rows": 3, "layout": {"width": "640px"}, "continuous_update": False}
+        large: dict[str, Any] = {"rows": 2, "continuous_update": False}
         generate = button("Generate", "Continue the prompt with both caches", self._press)
-        return rows(
-            [self._control(ipywidgets.Textarea, "prompt", **large)],
-            [self._methods(), self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")],
-            [self._slider("tokens", 1, 512), self._slider("sinks", 0, 64), self._slider("window", 0, 256)],
-            [generate, ProgressBar(self.worker)],
+        return controls(
+            broad(self._control(ipywidgets.Textarea, "prompt", **large)),
+            self._methods(),
+            self._bits("key_bits", "K bits"),
+            self._bits("value_bits", "V bits"),
+            self._slider("tokens", 1, 512),
+            self._slider("sinks", 0, 64),
+            self._slider("window", 0, 256),
+            generate,
+            self._all_codes(),
         )
 
     def _show(self, rows: pl.DataFrame, tokens: int, name: str) -> None:

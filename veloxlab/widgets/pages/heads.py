@@ -20,8 +20,9 @@ from veloxlab.measure.levels import level_densities
 from veloxlab.measure.spectra import rope_pairs, spectra
 from veloxlab.progress import Progress
 from veloxlab.views.distributions import MARKS, SHARES_SHOWN, SPACE_WORDS
+from veloxlab.views.marks import bits_said
+from veloxlab.widgets.layout import columns, controls, laid_out, status
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, coded
-from veloxlab.widgets.panel import ProgressBar, rows
 from veloxlab.widgets.selection import Checked, Chosen, ChosenBits, Fitting, Selection
 from veloxlab.widgets.worker import Worker
 
@@ -66,10 +67,12 @@ class HeadPage(ChartPage):
     RARE: ClassVar[tuple[str, str, str]]
 
     tensor: Any = "keys"
-    layer = Chosen("layer", read="shown_layer", help="layer, by its index in the prompt cache")
-    head = Chosen("head", help="KV head")
+    layer = Chosen("layer", read="shown_layer", help="layer that is seen, by its index in the prompt cache")
+    head = Chosen("head", help="KV head of the layer that is seen")
     method = Chosen("method", help="a method's id")
-    bits = ChosenBits("", "shown_layer", help="code bits of each coordinate")
+    bits = ChosenBits(
+        "", "shown_layer", help="code bits of each coordinate, 1 to 8 by the method; the label says of which layers"
+    )
 
     @checked()
     def __init__(
@@ -88,11 +91,14 @@ class HeadPage(ChartPage):
         chosen: dict[str, Any] = {"layer": layer, "head": head, "method": method, "key_bits": bits, "value_bits": bits}
         selection = selection or Selection.of(capture, Fitting(given=calibration), **chosen)
         super().__init__(selection, worker, capture, **settings)
+        self._width = self._bits("bits")
         rare, needs, self._missing = self.RARE
         if all(getattr(layer, needs) is not None for layer in capture.layers):
             rare = self._missing = ""
         self._draw(chart for chart in self.CHARTS if chart.name != rare)
-        self.children = [self._controls(), self._message, *self.charts.values()]
+        self.children = laid_out(
+            [self._controls(), status([self._banner, self._message], self.progress())], columns(self.charts.values())
+        )
         self.follow()
 
     def _likely(self) -> Iterable[Look]:
@@ -104,23 +110,29 @@ class HeadPage(ChartPage):
         return looks + [self._look(method=method) for method in others if method != self.method]
 
     @property
-    def lasting(self) -> str:
+    def notes(self) -> list[str]:
         """Which chart is missing, and what the bits are of."""
         own, note = self.selection.choice.own_bits, ""
         if self.layer in own:
             note = f"These are bits of layer {self.layer} alone."
         elif own:
             note = f"These are bits of all layers but {', '.join(map(str, sorted(own)))}."
-        return " ".join(filter(None, (self._missing, note)))
+        return [*super().notes, self._missing, note]
 
-    def _controls(self, *own: Sequence[ipywidgets.Widget]) -> ipywidgets.Widget:
+    def _redraw(self) -> None:
+        super()._redraw()
+        scope = f"layer {self.layer}" if self.layer in self.selection.choice.own_bits else "all"
+        self._width.description = f"{self.tensor[0].upper()} bits ({scope})"
+
+    def _controls(self, *own: ipywidgets.Widget) -> ipywidgets.Widget:
         layers, heads = self.selection.layers, range(self.selection.heads)
         steps = ipywidgets.SelectionSlider
-        return rows(
-            [self._control(steps, "layer", options=layers), self._control(steps, "head", options=heads)],
+        return controls(
+            self._control(steps, "layer", options=layers),
+            self._control(steps, "head", options=heads),
             *own,
-            [self._methods(), self._bits("bits")],
-            [ProgressBar(self.worker)],
+            self._methods(),
+            self._width,
         )
 
 
@@ -140,7 +152,7 @@ def _by_head(errors: pl.DataFrame, pool: Callable[[pl.DataFrame], pl.DataFrame])
 def _by_bits(page: ChartPage, progress: Progress, layer: int, method: str, widths: Sequence[float]) -> pl.DataFrame:
     tokens, taken = [], []
     for done, bits in enumerate(widths):
-        progress(done, len(widths), f"measuring {bits} bits")
+        progress(done, len(widths), f"measuring {bits_said(bits)}")
         of = page, progress, layer, method, bits
         tokens.append(TOKEN_ERRORS(*of))
         taken.append(coded(code_bits)(*of).with_columns(bits=pl.lit(bits, pl.Float64)))
@@ -161,6 +173,7 @@ class ErrorExplorer(HeadPage):
 
     NAME = "errors"
     SETTINGS = ("layer", "head", "method", "bits")
+    TALL = ("attention",)
     MEASURES: ClassVar[dict[str, Measure]] = {
         "attention": coded(_attention),
         "positions": lambda *of: _by_head(TOKEN_ERRORS(*of), lambda own: errors_along_position(own, blocks=BLOCKS)),
@@ -173,7 +186,7 @@ class ErrorExplorer(HeadPage):
             CODED,
             lambda frame, where: views.attention_maps(frame, caption=_attention_caption(frame, where)),
             _attention_caption,
-            more=lambda at: {"where": f"{at.method} at {at.bits} bits, layer {at.layer}, KV head {at.head}"},
+            more=lambda at: {"where": f"{at.method} at {bits_said(at.bits)}, layer {at.layer}, KV head {at.head}"},
         ),
         head_chart("positions", CODED, views.errors_along_position, views.profile_caption),
         head_chart("distribution", CODED, views.error_distribution, views.distribution_caption),
@@ -185,6 +198,12 @@ class ErrorExplorer(HeadPage):
     def summary(self) -> str:
         said = self.charts["positions"].content["params"]["caption"]
         return f"layer {self.layer}, KV head {self.head}, {self.method}: {said}"
+
+    @property
+    def notes(self) -> list[str]:
+        key_bits, value_bits = self.selection.choice.bits_of(self.layer)
+        both = f"Values are seen at {bits_said(key_bits)} too; in the cache they have {value_bits}."
+        return [*super().notes, both if key_bits != value_bits else ""]
 
     def _look(self, **changed: Any) -> Look:
         look, fitting = super()._look(**changed), self.selection.fitting
@@ -245,19 +264,21 @@ class KeyExplorer(HeadPage):
     )
     RARE = "pairs", "rope", "Not every layer has a rotary embedding that is known, so there is no chart of its pairs."
 
-    tensor = Checked(choice(*TENSORS), "keys", help="keys or values")
-    space = Checked(choice(*SPACES), "raw", help="space in which they are seen")
+    tensor = Checked(choice(*TENSORS), "keys", help="whether keys or values are seen")
+    space = Checked(
+        choice(*SPACES), "raw", help="space in which they are seen, such as that in which a method codes them"
+    )
 
     @property
     def summary(self) -> str:
         said = self.charts["channels"].content["params"]["caption"]
-        return f"{self.tensor}, {SPACE_WORDS[self.space]}, {self.method} at {self.bits} bits: {said}"
+        return f"{self.tensor}, {SPACE_WORDS[self.space]}, {self.method} at {bits_said(self.bits)}: {said}"
 
     def _likely(self) -> Iterable[Look]:
         spaces = [self._look(space=space) for space in SPACES]
         return [*super()._likely(), *spaces, *(self._look(tensor=tensor) for tensor in TENSORS)]
 
-    def _controls(self, *own: Sequence[ipywidgets.Widget]) -> ipywidgets.Widget:
+    def _controls(self, *own: ipywidgets.Widget) -> ipywidgets.Widget:
         spaces = [(SPACE_WORDS[space], space) for space in SPACES]
         tensor = self._control(ipywidgets.Dropdown, "tensor", options=TENSORS)
-        return super()._controls([tensor, self._control(ipywidgets.Dropdown, "space", options=spaces)], *own)
+        return super()._controls(tensor, self._control(ipywidgets.Dropdown, "space", options=spaces), *own)

@@ -14,8 +14,9 @@ from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest,
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
+from veloxlab.widgets.code_lines import CodeLines
+from veloxlab.widgets.layout import columns, controls, laid_out, status
 from veloxlab.widgets.pages.charts import Chart, ChartPage
-from veloxlab.widgets.panel import code, rows
 from veloxlab.widgets.selection import CACHE, Checked, Fitting, OfCache, Selection
 from veloxlab.widgets.worker import Worker
 
@@ -74,8 +75,8 @@ class MemoryPlanner(OfCache, ChartPage):
     SETTINGS = (*CACHE, *OWN)
     MEASURES = {"layouts": _layouts}  # noqa: RUF012
 
-    context = Count(2**LEAST, 2**MOST, 32_768, "tokens of each sequence")
-    batch = Count(1, 100_000, 1, "sequences")
+    context = Count(2**LEAST, 2**MOST, 32_768, "tokens of each sequence, its prompt and what is generated")
+    batch = Count(1, 100_000, 1, "sequences that are held at once")
     memory_gb = Checked(
         real(above=0), help="memory for the cache alone, 10^9 bytes; at first 8, or what this machine may use"
     )
@@ -102,8 +103,12 @@ class MemoryPlanner(OfCache, ChartPage):
         super().__init__(selection, worker, **settings)
         self._draw([CHART])
         self.chart = self.charts["memory_plan"]
-        self._code = ipywidgets.HTML()
-        self.children = [self._controls(), self._message, self.chart, self._code]
+        self._code = CodeLines()
+        self.children = laid_out(
+            [self._controls(), status([self._banner, self._message], self.progress())],
+            columns([self.chart]),
+            self._code,
+        )
         self.follow()
 
     @property
@@ -125,13 +130,13 @@ class MemoryPlanner(OfCache, ChartPage):
 
     def _redraw(self) -> None:
         super()._redraw()
-        self._code.value = code(self.selection.choice.lines())
+        self._code.value = "\n".join(self.selection.choice.lines())
 
     def _controls(self) -> ipywidgets.Widget:
         context = ipywidgets.FloatLogSlider(
             value=self.context, base=2, min=LEAST, max=MOST, step=0.25, description="context", readout_format=",.0f"
         )
-        context.tooltip = "Tokens of each sequence"
+        context.tooltip = f"Tokens of each sequence, {2**LEAST:,} to {2**MOST:,}"
         t.link((self, "context"), (context, "value"), transform=(float, round))
 
         def box(trait: str, words: str) -> ipywidgets.Widget:
@@ -141,12 +146,16 @@ class MemoryPlanner(OfCache, ChartPage):
         wide: dict[str, Any] = {"min": 1e-3, "max": 1e5, "step": 1, "style": {"description_width": "initial"}}
         memory = self._control(ipywidgets.BoundedFloatText, "memory_gb", "memory (GB)", **wide)
         typed = [] if self._given is not None else [box(name, words) for name, words in TYPED.items()]
-        return rows(
-            [context, box("batch", "batch"), memory],
-            [self._methods(), self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")],
-            [self._slider("sinks", 0, 256), self._slider("window", 0, 1024)],
-            typed[:3],
-            typed[3:],
+        return controls(
+            context,
+            box("batch", "batch"),
+            memory,
+            self._methods(),
+            self._bits("key_bits", "K bits"),
+            self._bits("value_bits", "V bits"),
+            self._slider("sinks", 0, 256),
+            self._slider("window", 0, 1024),
+            *typed,
         )
 
     @t.default("memory_gb")

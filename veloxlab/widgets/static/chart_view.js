@@ -90,8 +90,41 @@ function specOf(json, theme, datasets, values) {
   return spec;
 }
 
+// ---- as wide as its column: widths of plots are signals of a running view
+
+const STRETCH = [0.35, 1.6]; // times a plot's own width, at least and at most
+const PADDING = 6; // of a chart, as in the theme
+const MARGIN = 12; // pixels of a chart that no word may take, beside those left of its plots
+const WORDS = { heading: "600 14px ", caption: "12px " }; // as in the theme
+const ruler = document.createElement("canvas").getContext("2d");
+
+// Words in lines that a chart has room for. Vega breaks no line by itself.
+function wrapped(words, font, room) {
+  if (!Number.isFinite(room)) return words;
+  ruler.font = font;
+  const lines = [""];
+  for (const word of String(words ?? "").split(" ")) {
+    const longer = lines.at(-1) ? `${lines.at(-1)} ${word}` : word;
+    if (lines.at(-1) && ruler.measureText(longer).width > room) lines.push(word);
+    else lines[lines.length - 1] = longer;
+  }
+  return lines;
+}
+
+// The signals of a Vega spec that hold sizes of plots: `[name, own size, whether it is the height of a square]`.
+function sizesIn({ signals = [], width, height }) {
+  const named = signals.map(({ name, value }) => [name, value]);
+  const sizes = [["width", width], ["height", height], ...named].filter(([, size]) => typeof size === "number");
+  const ending = (end) => sizes.filter(([name]) => end.test(name));
+  const widths = new Set(ending(/width$/i).map(([, size]) => size));
+  return {
+    across: ending(/(width|x_step)$/i),
+    down: ending(/(height|y_step)$/i).map(([name, size]) => [name, size, /height$/i.test(name) && widths.has(size)]),
+  };
+}
+
 // Vega numbers gradients from 0, and so does JupyterLab's own Vega on the same page: without names of our own the legend
-// of one chart would show the colours of another. A redraw brings Vega's names back.
+// of one chart would show the colours of another. Any redraw may bring Vega's names back.
 let gradients = 0;
 
 function ownGradients(plot) {
@@ -117,8 +150,11 @@ function layersIn(datasets) {
 class Chart {
   constructor(model, el, vega, themes) {
     Object.assign(this, { model, el, vega, themes, result: null, shown: {}, closed: false });
+    Object.assign(this, { room: null, left: 66, across: 1, down: 1, slope: null });
     this.plot = el.appendChild(document.createElement("div"));
     this.plot.className = "veloxlab-chart";
+    this.names = new MutationObserver(() => ownGradients(this.plot));
+    this.names.observe(this.plot, { subtree: true, childList: true, attributeFilter: ["id"] });
     this.sentence = el.appendChild(document.createElement("p"));
     this.sentence.className = "veloxlab-sentence";
     this.sentence.setAttribute("role", "alert");
@@ -152,12 +188,15 @@ class Chart {
     if (content.spec !== spec.id) return false; // its spec is still on the way
     if (this.isHidden) return false;
     const dark = isDark(this.el);
-    if (!this.result || spec.id !== shown.spec || dark !== shown.dark) await this.embed(spec, content, dark);
+    const anew = !this.result || spec.id !== shown.spec || dark !== shown.dark;
+    const misfit = this.stretches && shown.room !== this.room;
+    if (anew) await this.embed(spec, content, dark);
     else if (content.revision !== shown.revision) await this.patch(content);
-    else return false;
-    this.shown = { spec: spec.id, dark, revision: content.revision };
+    else if (!misfit) return false;
+    if (anew || misfit) await this.fit(); // other numbers leave it as it is: to measure it takes as long as to draw it
+    this.tell();
+    this.shown = { spec: spec.id, dark, revision: content.revision, room: this.room };
     await this.mark();
-    ownGradients(this.plot);
     if (!this.closed && model.get("rendered") !== content.revision) {
       model.set("rendered", content.revision);
       model.save_changes();
@@ -169,6 +208,17 @@ class Chart {
     const datasets = this.read(content);
     const values = { ...content.params, [PICKED]: this.model.get("picked") };
     const whole = specOf(spec.json, this.themes[dark ? "dark" : "light"], datasets, values);
+    this.font = whole.config.font ?? "sans-serif";
+    this.fixed = whole.usermeta?.veloxlab?.fixed === true; // a text, which only its letters make wide
+    this.el.classList.toggle("veloxlab-wide", this.fixed);
+    this.words = { caption: content.params.caption };
+    if (typeof whole.title?.text === "string") {
+      this.words.heading = whole.title.text;
+      whole.title.text = { expr: "heading" };
+      whole.params = [...(whole.params ?? []), { name: "heading", value: "" }];
+    }
+    this.room ??= this.plot.clientWidth;
+    for (const param of whole.params ?? []) if (param.name in this.words) param.value = this.lines(param.name);
     const old = this.result;
     this.result = null;
     old?.finalize();
@@ -176,6 +226,7 @@ class Chart {
       renderer: "svg",
       actions: false,
       tooltip: { theme: dark ? "dark" : "light" },
+      patch: (vega) => this.sized(vega),
     });
     if (this.closed) return void result.finalize();
     this.result = result;
@@ -185,16 +236,102 @@ class Chart {
     if (pickable) {
       result.view.addEventListener("click", (_event, item) => this.pick(item?.datum?.layer));
       this.plot.tabIndex = 0;
-      this.plot.setAttribute("role", "group");
-      this.plot.setAttribute("aria-label", "Chart. Left and right arrow keys pick a layer, Escape clears it.");
     }
+  }
+
+  // What a screen reader says of it: heading, the line of numbers, and its keys.
+  tell() {
+    const keys = this.signals.has(PICKED) ? "Left and right arrow keys pick a layer, Escape clears it." : "";
+    const said = [this.words.heading ?? "Chart", this.words.caption, keys].filter(Boolean);
+    this.plot.setAttribute("role", "group");
+    this.plot.setAttribute("aria-label", said.map((words) => String(words).replace(/\.?$/, ".")).join(" "));
   }
 
   async patch(content) {
     const { view } = this.result;
     for (const [name, rows] of Object.entries(this.read(content))) view.data(name, rows);
-    for (const [name, value] of Object.entries(content.params)) if (this.signals.has(name)) view.signal(name, value);
+    this.words.caption = content.params.caption;
+    const params = Object.entries(content.params).filter(([name]) => this.signals.has(name));
+    for (const [name, value] of params) view.signal(name, name === "caption" ? this.lines(name) : value);
+    document.getElementById("vg-tooltip-element")?.classList.remove("visible"); // it tells of the numbers before
     await view.runAsync();
+  }
+
+  // ---- its size
+
+  // A chart of a page is as wide as its column; any other as it was drawn, or smaller.
+  get stretches() {
+    return this.el.closest(".veloxlab-grid") !== null;
+  }
+
+  lines(name) {
+    const room = this.stretches ? Math.max(this.room - this.left - MARGIN, 120) : Infinity;
+    return wrapped(this.words[name], WORDS[name] + this.font, room);
+  }
+
+  // The view begins with the sizes that the one before it had.
+  sized(vega) {
+    this.sizes = sizesIn(vega);
+    if (this.fixed || !this.stretches) return vega;
+    const sizes = new Map(this.scaled());
+    for (const signal of vega.signals ?? []) if (sizes.has(signal.name)) signal.value = sizes.get(signal.name);
+    for (const side of ["width", "height"]) if (sizes.has(side)) vega[side] = sizes.get(side);
+    return vega;
+  }
+
+  // A compact page has lower plots.
+  get height() {
+    return Number(getComputedStyle(this.el).getPropertyValue("--veloxlab-height")) || 1;
+  }
+
+  scaled() {
+    const { across, down } = this.sizes;
+    this.down = this.height;
+    return [
+      ...across.map(([name, value]) => [name, value * this.across]),
+      ...down.map(([name, value, square]) => [name, value * (square ? this.across : this.down)]),
+    ];
+  }
+
+  get svg() {
+    return this.plot.querySelector("svg.marks");
+  }
+
+  // How wide the chart is without its words, which are in lines of their own. Vega brings the picture's own size to
+  // that of its parts a moment later.
+  get width() {
+    const parts = [...this.svg.querySelectorAll(".role-axis, .role-legend, .role-mark")];
+    const boxes = parts.map((part) => part.getBoundingClientRect()).filter(({ width }) => width > 0);
+    if (boxes.length === 0) return Number(this.svg.getAttribute("width"));
+    const wide = Math.max(...boxes.map(({ right }) => right)) - Math.min(...boxes.map(({ left }) => left));
+    const zoom = this.svg.getBoundingClientRect().width / Number(this.svg.getAttribute("width"));
+    return wide / zoom + 2 * PADDING;
+  }
+
+  // Bring plots and words to the width that there is. How a chart grows with its plots is seen at the first step.
+  async fit() {
+    if (!this.result || !this.stretches || this.room < 1) return;
+    const { view } = this.result;
+    const left = Number(this.svg.firstElementChild.getAttribute("transform").match(/[\d.]+/)?.[0] ?? this.left);
+    if (this.shown.room !== this.room || Math.abs(left - this.left) > 8) {
+      this.left = left; // of the first plot, where words begin
+      for (const name of Object.keys(this.words)) if (this.signals.has(name)) view.signal(name, this.lines(name));
+      await view.runAsync();
+    }
+    for (let step = 0; step < 4 && !this.fixed && this.sizes.across.length > 0; step++) {
+      const had = this.width;
+      const left = this.room - had;
+      const most = had / this.across; // if all of it grew with the plots
+      const slope = Math.min(Math.max(this.slope ?? most, 0.3 * most), most);
+      const to = Math.min(Math.max(this.across + left / slope, STRETCH[0]), STRETCH[1]);
+      const fits = (left >= 0 && left < 4) || Math.abs(to - this.across) < 0.005;
+      if ((fits && this.down === this.height) || this.closed) return;
+      const by = to - this.across;
+      this.across = to;
+      for (const [name, value] of this.scaled()) view.signal(name, value);
+      await view.runAsync();
+      if (Math.abs(by) > 0.02) this.slope = (this.width - had) / by;
+    }
   }
 
   read(content) {
@@ -211,7 +348,6 @@ class Chart {
     const picked = this.model.get("picked");
     if (this.result.view.signal(PICKED) === picked) return;
     await this.result.view.signal(PICKED, picked).runAsync();
-    ownGradients(this.plot);
   }
 
   pick(layer) {
@@ -239,6 +375,7 @@ class Chart {
 
   close() {
     this.closed = true;
+    this.names.disconnect();
     this.result?.finalize();
     this.result = null;
     this.plot.remove();
@@ -267,7 +404,10 @@ async function render({ model, el }) {
   listen(model, "change:content", update);
   listen(model, "change:picked", () => chart.mark());
   closers.push(onGround(update));
-  const seen = new ResizeObserver(() => chart.update().then(() => chart.mark()));
+  const seen = new ResizeObserver(([{ contentRect }]) => {
+    if (contentRect.width > 0) chart.room = contentRect.width;
+    chart.update().then(() => chart.mark());
+  });
   seen.observe(chart.plot);
   closers.push(() => seen.disconnect());
 

@@ -1,0 +1,94 @@
+"""The page of advice: constraints in, a ranked table out, and what its buttons do, on a model of random weights."""
+
+import re
+
+import pytest
+
+import veloxlab as vl
+from tests.knobs import controls, turn
+from tests.test_lab_pages import Letters
+from tests.tiny_models import tiny
+from veloxlab.errors import InputError
+from veloxlab.widgets.pages.advise import HERE, SIZES
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        lab = vl.Lab(tiny("llama"), Letters(), tokens=48)
+        yield lab
+        lab.close()
+
+
+@pytest.fixture
+def page(lab):
+    page = lab.turn_to("advise")
+    turn(page, model=HERE, context=32_768, memory_gb=16.0, goal="chat")
+    return page
+
+
+def pressed(page, words: str) -> None:
+    controls(page)[words].click()
+    assert page.wait(120)
+
+
+def test_an_eight_billion_model_on_sixteen_gigabytes_is_answered_in_a_sentence(page):
+    turn(page, model="8B, as Llama 3.1", context=131_072)
+    expected = vl.advise(SIZES["8B, as Llama 3.1"], context=131_072, memory="16 GB")
+    assert page.advice.frame.equals(expected.frame)
+    assert f"Take {expected.best['name']}: {expected.best['reason']}" in page._verdict.value
+    assert page.row["fits"]
+    assert page.row["method"] in page._code.value
+    assert "predicted" in page._table.value
+    assert controls(page)["Measure the first 3"].disabled
+    turn(page, memory_gb=12.0)
+    assert page.advice.memory_bytes == 12_000_000_000
+
+
+def test_the_picked_cache_sets_the_controls_of_all_pages(page, lab):
+    turn(page, picked="rabitq 4 bit")
+    assert re.search("\u25b6</td><td[^>]*>rabitq 4 bit<", page._table.value)
+    pressed(page, "Set the controls")
+    assert (lab.method, lab.key_bits, lab.value_bits, lab.sinks, lab.window) == ("rabitq", 4, 4, 4, 64)
+    assert "All pages now show rabitq K4 V4, sinks=4, window=64." in page._message.value
+    turn(page, picked="fp16")
+    with pytest.raises(InputError, match="fp16 is not one of our methods"):
+        page.take()
+
+
+def test_what_was_measured_stays_measured_under_other_constraints(page, monkeypatch):
+    monkeypatch.setattr("veloxlab.widgets.pages.advise.MOST", 1)
+    pressed(page, "Measure the first 3")
+    measured = page.advice.frame.filter(kind="measured")
+    assert measured.height == 1
+    assert "measured" in page._table.value
+    turn(page, memory_gb=20.0)
+    again = page.advice.frame.filter(kind="measured").select("name", "kl_mean")
+    assert again.equals(measured.select("name", "kl_mean"))
+
+
+def test_layers_that_may_have_two_bits_are_found_and_used(page, lab):
+    turn(page, picked="turboquant 4 bit")
+    assert controls(page)["Use these layers"].disabled
+    pressed(page, "Which layers may go to 2 bits?")
+    assert str(page.narrow) in page._narrowed.value.replace("&#x27;", "'")
+    assert controls(page)["Use these layers"].disabled == (not page.narrow.layers)
+    page.take_narrow()
+    assert {layer for layer, bits in lab.layer_bits.items() if bits == (2, 2)} == {*page.narrow.layers}
+
+
+def test_an_answer_is_compared(page):
+    turn(page, prompt="what changes?", picked="turboquant 4 bit")
+    pressed(page, "Does the answer change?")
+    assert "The answer " in page._answered.value
+
+
+def test_a_model_that_is_not_here_is_said_and_the_last_advice_stays(page):
+    before = page._verdict.value
+    turn(page, model="no/such-model")
+    assert "no config.json of a repository of that name" in page._message.value
+    assert page._verdict.value == before
+    assert "veloxlab-stale" in page._verdict._dom_classes
+    turn(page, model=HERE)
+    assert "veloxlab-stale" not in page._verdict._dom_classes

@@ -1,0 +1,346 @@
+"""The page of advice: constraints in, a ranked list of caches out, and answers to what one asks before taking one."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import ipywidgets
+import polars as pl
+import traitlets as t
+
+from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW
+from veloxlab.checks import WORDS, choice, number_of_bits, real, whole
+from veloxlab.errors import InputError
+from veloxlab.measure.advise import ADVICE, GOALS, Advice, advise
+from veloxlab.measure.generation import first_parting, side_by_side
+from veloxlab.measure.narrow import Narrow, narrow_layers
+from veloxlab.measure.quality import Reference, reference
+from veloxlab.models.shapes import ModelShape
+from veloxlab.runtime import device
+from veloxlab.views.memory import amount
+from veloxlab.views.picture import Section, html_table
+from veloxlab.widgets.code_lines import CodeLines
+from veloxlab.widgets.layout import broad, controls, laid_out, status
+from veloxlab.widgets.pages.compare import Experiment
+from veloxlab.widgets.pages.generation import PROMPT
+from veloxlab.widgets.panel import Panel, button
+from veloxlab.widgets.selection import Bits, Checked, Selection
+from veloxlab.widgets.worker import Progress, Worker
+
+GIGABYTE = 1e9
+HERE = "this model"
+NARROWEST = 2  # bits that layers are tried with
+ANSWER = 64  # tokens of an answer that are compared
+MOST = 3  # caches that are measured together
+ROWS = 12  # of the table
+
+_SIZES = {  # layers, KV heads, head dimension, weights
+    "1B, as Llama 3.2": (16, 8, 64, 1_235_814_400),
+    "3B, as Llama 3.2": (28, 8, 128, 3_212_749_824),
+    "8B, as Llama 3.1": (32, 8, 128, 8_030_261_248),
+    "14B, as Qwen 2.5": (48, 8, 128, 14_770_033_664),
+    "32B, as Qwen 2.5": (64, 8, 128, 32_763_876_352),
+    "70B, as Llama 3.1": (80, 8, 128, 70_553_706_496),
+}
+SIZES = {
+    name: replace(ModelShape.typed(layers=layers, kv_heads=heads, head_dim=head_dim, name=name), parameters=parameters)
+    for name, (layers, heads, head_dim, parameters) in _SIZES.items()
+}
+"""Shapes of models by their usual sizes, for those who have none of them here."""
+
+TITLES = ["", "cache", "fits", "bytes held", "most tokens", "nats a token", "other first choice", ""]
+
+
+class Advisor(Panel):
+    """Say what you have and what you want, and see which cache to take, and why.
+
+    Bytes are those of the layout of codes. What a cache loses is predicted from the committed results of SmolLM2-135M,
+    and says so, until it is measured on the model that is here. Three questions are answered for the cache that is
+    picked: how it compares, which layers may go to 2 bits, and whether an answer changes.
+
+    The traits are ``model`` (``"this model"``, one of `SIZES`, or what `veloxlab.advise` takes as a path or id),
+    ``context`` (tokens of each sequence), ``batch`` (sequences), ``memory_gb`` (of the machine, 10^9 bytes),
+    ``weight_bits``, ``goal`` (a name in `veloxlab.measure.advise.GOALS`), ``prompt``, and ``picked``, the name of a
+    cache in ``advice.frame``. ``advice`` is what `veloxlab.advise` gave; ``narrow`` what `narrow_layers` gave last.
+    """
+
+    NAME = "advisor"
+    SETTINGS = ("model", "context", "batch", "memory_gb", "weight_bits", "goal", "prompt")
+    ASKED: ClassVar[tuple[str, ...]] = ("model", "context", "batch", "memory_gb", "weight_bits", "goal")
+
+    model = Checked(WORDS, HERE, help="which model: this one, a usual size, or a folder, config.json or cached id")
+    context = Checked(whole(1), 32_768, help="tokens of each sequence that the cache has to hold")
+    batch = Checked(whole(1), 1, help="sequences at once")
+    memory_gb = Checked(real(above=0), help="memory of the whole machine, GB of 10^9 bytes; a quarter is left to it")
+    weight_bits = Checked(whole(1, 32), 4, help="bits of a weight, 1 to 32; a loaded model has its own")
+    goal = Checked(choice(*GOALS), "chat", help="what the model is for, which says how many nats a token it may lose")
+    prompt = Checked(WORDS, PROMPT, help="a question of yours, to see whether its answer changes")
+    picked = t.Unicode("", help="the cache that buttons act on, one of the table")
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        *,
+        selection: Selection | None = None,
+        worker: Worker | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(selection or experiment.selection, worker, **settings)
+        self.experiment = experiment
+        self.advice: Advice | None = None
+        self.narrow: Narrow | None = None
+        self._exact: Reference | None = None
+        self._measured = pl.DataFrame(schema=ADVICE)  # rows of this model
+        self._verdict, self._table, self._code = ipywidgets.HTML(), ipywidgets.HTML(), CodeLines()
+        self._narrowed, self._answered = ipywidgets.HTML(), ipywidgets.HTML()
+        self._caches = ipywidgets.Dropdown(description="cache", tooltip=self.traits()["picked"].help.capitalize())
+        self.children = laid_out(
+            [self._controls(), status([self._banner, self._message], self.progress())],
+            *(self._verdict, self._acts(), self._narrowed, self._answered, self._table, self._code),
+        )
+        self.observe(lambda _: self._ask(), list(self.ASKED))
+        self.observe(lambda _: self._tell(), "picked")
+        self._caches.observe(lambda change: self.set_trait("picked", change["new"] or ""), "value")
+        self.follow()
+        self._ask()
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """The picked row of ``advice.frame``; raises `InputError` where there is no advice yet."""
+        if self.advice is None:
+            raise InputError("There is no advice yet: wait for it with wait().")
+        return self.advice.frame.filter(name=self.picked).row(0, named=True)
+
+    @property
+    def summary(self) -> str:
+        return "no advice yet" if self.advice is None else str(self.advice).split("\n\n")[0].replace("\n", " ")
+
+    @property
+    def sections(self) -> list[Section]:
+        if self.advice is None:
+            return []
+        said = [str(found) for found in (self.narrow,) if found is not None]
+        frame = self.advice.frame.drop("reason").head(ROWS)
+        return [Section(words=" ".join([self.row["reason"], *said]), table=frame, code=self._lines())]
+
+    def take(self) -> None:
+        """Set the controls of all pages to the picked cache."""
+        row = self._coded_row()
+        bits = number_of_bits(row["bits"])
+        exact = {"sinks": DEFAULT_SINKS, "window": DEFAULT_WINDOW}
+        self.selection.choose(method=row["method"], key_bits=bits, value_bits=bits, own_bits={}, layer=None, **exact)
+        self.say(f"All pages now show {self.selection.choice.name}, sinks={DEFAULT_SINKS}, window={DEFAULT_WINDOW}.")
+
+    def measure(self) -> None:
+        """Ask for what the first caches that fit really lose on the model that is here."""
+        if self.model != HERE:
+            raise InputError(f"Only a model that is here can be measured: choose {HERE!r} as the model.")
+        self._ask(measure=True)
+
+    def try_narrow(self) -> None:
+        """Ask which layers of the picked cache may go to 2 bits on the model that is here."""
+        self.selection.fitting.held.clear()
+        row, limit = self._coded_row(), GOALS[self.goal]
+
+        def job(progress: Progress) -> Narrow:
+            bits = number_of_bits(row["bits"])
+            widths = sorted({bits, NARROWEST})
+            given = self.selection.fitting.calibration(row["method"], widths, progress)
+            choice = self.selection.changed(
+                method=row["method"], key_bits=bits, value_bits=bits, own_bits={}, sinks=DEFAULT_SINKS, window=0
+            )
+            plan, layers = choice.plan(self.experiment.model), self.selection.layers
+            settings: dict[str, Any] = {"bits": NARROWEST, "limit": limit, "layers": layers, "calibration": given}
+            return narrow_layers(self._reference(progress), plan, progress=progress, **settings)
+
+        def done(found: Narrow) -> None:
+            self.narrow = found
+            said = f"<b>{html.escape(row['name'])}</b>: {html.escape(str(found))}"
+            self._narrowed.value = said
+            self._narrow_of = row
+            self._use_narrow.disabled = not found.layers
+
+        self._submit("narrow", job, on_done=done)
+
+    def take_narrow(self) -> None:
+        """Set the controls of all pages to the picked cache with the layers that may have fewer bits."""
+        if self.narrow is None:
+            raise InputError("No layers were tried yet: press the button that tries them.")
+        bits = number_of_bits(self._narrow_of["bits"])
+        own: dict[int, Bits] = dict.fromkeys(self.narrow.layers, (NARROWEST, NARROWEST))
+        self.selection.choose(method=self._narrow_of["method"], key_bits=bits, value_bits=bits, own_bits=own)
+        self.say(f"All pages now show {self.selection.choice.name}.")
+
+    def compare_answers(self) -> None:
+        """Ask whether the answer to the prompt changes with the picked cache, everything but sinks through codes."""
+        self.selection.fitting.held.clear()
+        row, prompt = self._coded_row(), self.prompt
+
+        def job(progress: Progress) -> pl.DataFrame:
+            bits = number_of_bits(row["bits"])
+            given = self.selection.fitting.calibration(row["method"], [bits], progress)
+            settings: dict[str, Any] = {"bits": bits, "sinks": DEFAULT_SINKS, "window": 0, "calibration": given}
+            model, tokenizer = self.experiment.model, self.experiment.tokenizer
+            return side_by_side(model, tokenizer, prompt, row["method"], tokens=ANSWER, progress=progress, **settings)
+
+        def done(rows: pl.DataFrame) -> None:
+            self._answered.value = f"<b>{html.escape(row['name'])}</b>: {answer_said(rows)}"
+
+        self._submit("answer", job, on_done=done)
+
+    def _coded_row(self) -> dict[str, Any]:
+        row = self.row
+        if row["method"] is None:
+            raise InputError(f"{row['name']} is not one of our methods: pick another cache for that.")
+        if row["method"] not in self.selection.methods:
+            raise InputError(f"{row['method']} cannot be chosen here: it has to be fitted, which needs the model.")
+        return row
+
+    def _reference(self, progress: Progress) -> Reference:
+        if self._exact is None:
+            given: dict[str, Any] = {"text": self.experiment.text, "tokens": len(self.experiment.capture.tokens)}
+            self._exact = reference(self.experiment.model, self.experiment.tokenizer, progress=progress, **given)
+        return self._exact
+
+    def _ask(self, *, measure: bool = False) -> None:
+        """Ask for advice; an older request is dropped."""
+        self._stale(True)
+        here, measured = self.model == HERE, None
+        if here and self._measured.height:
+            measured = self._measured
+        settings: dict[str, Any] = {name: getattr(self, name) for name in ("context", "batch", "goal", "weight_bits")}
+        settings |= {"memory": self.memory_gb * GIGABYTE, "measured": measured}
+        given = self.experiment.model if here else SIZES.get(self.model, self.model)
+
+        def job(progress: Progress) -> Advice:
+            if not measure:
+                return advise(given, **settings)
+            tokens = len(self.experiment.capture.tokens)
+            return advise(given, self.experiment.tokenizer, tokens=tokens, most=MOST, progress=progress, **settings)
+
+        def done(advice: Advice) -> None:
+            if here:
+                self._measured = advice.frame.filter(kind="measured")
+            self._show(advice)
+
+        self._submit("advice", job, on_done=done)
+
+    def _show(self, advice: Advice) -> None:
+        self.advice = advice
+        names = advice.frame["name"].to_list()
+        usable = [row["name"] for row in advice.frame.to_dicts() if row["fits"] and row["method"]]
+        picked = self.picked if self.picked in names else next(iter(usable), names[0])
+        self._caches.options = names
+        self._caches.value = picked
+        self.say("")
+        self._tell()
+
+    def _stale(self, stale: bool) -> None:
+        faded = "veloxlab-stale"
+        for part in (self._verdict, self._table):
+            (part.add_class if stale else part.remove_class)(faded)
+
+    def _tell(self) -> None:
+        """Write the verdict, the table and the code of the picked cache."""
+        if self.advice is None or not self.picked:
+            return
+        advice, row = self.advice, self.row
+        said = str(advice).split("\n\n")[0].split("\n")
+        lines = "<br>".join(html.escape(line) for line in said)
+        reason = "" if row["name"] == advice.best["name"] else f"{row['name']}: {row['reason']}"
+        self._verdict.value = f"<div class='veloxlab-verdict'>{lines}<br>{html.escape(reason)}</div>"
+        self._table.value = advice_table(advice.frame, self.picked)
+        self._code.value = self._lines()
+        for one in self._on_methods:
+            one.disabled = row["method"] not in self.selection.methods
+        for one in self._on_model:
+            one.disabled = self.model != HERE
+        self._stale(False)
+
+    def _lines(self) -> str:
+        assert self.advice is not None
+        return replace(self.advice, frame=self.advice.frame.filter(name=self.picked)).code
+
+    def _controls(self) -> ipywidgets.Widget:
+        models = self._control(ipywidgets.Combobox, "model", options=[HERE, *SIZES], continuous_update=False)
+        models.placeholder = "a folder, a config.json, an id"
+        number: dict[str, Any] = {"min": 1, "max": 2**24}
+        memory: dict[str, Any] = {"min": 1e-3, "max": 1e5, "step": 1}
+        return controls(
+            models,
+            self._control(ipywidgets.BoundedIntText, "weight_bits", "weight bits", min=1, max=32),
+            self._control(ipywidgets.BoundedFloatText, "memory_gb", "memory GB", **memory),
+            self._control(ipywidgets.BoundedIntText, "context", "context", **number),
+            self._control(ipywidgets.BoundedIntText, "batch", "sequences", min=1, max=100_000),
+            self._control(ipywidgets.Dropdown, "goal", "used for", options=list(GOALS)),
+        )
+
+    def _acts(self) -> ipywidgets.Widget:
+        prompt = self._control(ipywidgets.Text, "prompt", "question", continuous_update=False)
+        acts = {
+            "Set the controls": ("All pages then show the picked cache", self.take),
+            f"Measure the first {MOST}": (
+                "Run this model with them, after a calibration where one is needed",
+                self.measure,
+            ),
+            f"Which layers may go to {NARROWEST} bits?": (
+                "Try each layer of this model, then many together",
+                self.try_narrow,
+            ),
+            "Use these layers": ("Give the layers that were found fewer bits, on all pages", self.take_narrow),
+            "Does the answer change?": (
+                "Answer the question with the exact cache and with this one",
+                self.compare_answers,
+            ),
+        }
+        made = [button(words, tip, partial(self._saying, act), width="auto") for words, (tip, act) in acts.items()]
+        take, measure, narrow, self._use_narrow, answer = made
+        self._use_narrow.disabled = True
+        self._on_methods = [take, narrow, answer]
+        self._on_model = [measure]
+        return controls(self._caches, take, measure, narrow, self._use_narrow, broad(prompt), answer)
+
+    def _saying(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except InputError as error:
+            self.say(str(error))
+
+    @t.default("memory_gb")
+    def _memory_here(self) -> float:
+        return round(device().memory_bytes / GIGABYTE, 1)
+
+
+def advice_table(frame: pl.DataFrame, picked: str) -> str:
+    """HTML of the first rows of `veloxlab.measure.advise.ADVICE`, and of the picked one, which is marked."""
+    rows = [row for place, row in enumerate(frame.to_dicts()) if place < ROWS or row["name"] == picked]
+    lines = [
+        (
+            "\u25b6" if row["name"] == picked else "",
+            row["name"],
+            "yes" if row["fits"] else "no",
+            amount(row["held_bytes"]),
+            f"{row['most_tokens']:,}",
+            f"{row['kl_mean']:.3f}",
+            f"{row['top1_flips']:.0%}",
+            row["kind"] if row["name"] != "fp16" else "exact",
+        )
+        for row in rows
+    ]
+    return html_table(TITLES, lines, cell="padding: 1px 14px 1px 0")
+
+
+def answer_said(rows: pl.DataFrame) -> str:
+    """Say in HTML whether two answers differ, and from where: rows of `veloxlab.measure.generation.GENERATION`."""
+    parting = first_parting(rows)
+    exact, ours = ("".join(rows.filter(side=side)["text"]) for side in ("exact", "compressed"))
+    if parting is None:
+        return (
+            f"The answer does not change in {rows.filter(side='exact').height} tokens: \u201c{html.escape(exact)}\u201d"
+        )
+    words = f"The answer changes at token {parting + 1}."
+    return f"{words}<br>exact: \u201c{html.escape(exact)}\u201d<br>compressed: \u201c{html.escape(ours)}\u201d"
