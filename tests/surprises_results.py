@@ -89,7 +89,7 @@ def experiments() -> dict[str, list[Job]]:
     learned += [both("vecinfer", 2, calibration="WikiText 512", sinks=sinks) for sinks in (0, 4)]
     return {
         "learned": times([replace(one, sinks=sinks) for one in fitted for sinks in (0, 4)], "256", range(3)),
-        "budget": times(usual, "256", range(4)),
+        "budget": times(usual, "256", range(8)),
         "plane": times(plane, "256", range(3)),
         "types": times(types, "256", range(3)),
         "weights": times([*sums, *both("turboquant", 3, 4)], "256", range(3)),
