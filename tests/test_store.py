@@ -12,6 +12,7 @@ import polars as pl
 import pytest
 
 import veloxlab as vl
+from tests.faults.writes import read_only
 from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab import store
@@ -74,6 +75,18 @@ def test_a_place_that_is_none_is_told_in_one_sentence(model, found, tmp_path, ki
     with full_disk(), pytest.raises(InputError, match=r"full\.\w+ cannot be written \(.+\): choose another place\."):
         save(tmp_path / "full.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "name.json", "name.safetensors"]
+
+
+def test_a_folder_that_may_not_be_seen_is_not_called_missing(found, tmp_path):
+    closed = tmp_path / "closed"
+    (closed / "in").mkdir(parents=True)
+    closed.chmod(0)
+    with (
+        read_only(tmp_path),
+        pytest.raises(InputError, match=r"cannot be written \(Permission denied\): choose another"),
+    ):
+        found.save(closed / "in" / "search.parquet")
+    closed.chmod(0o755)
 
 
 def test_a_full_disk_leaves_the_old_file(found, tmp_path):

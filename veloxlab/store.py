@@ -116,7 +116,7 @@ def _writing(path: Path) -> Iterator[None]:
         said = f"{path} cannot be written ({_reason(error)}): choose another place."
         if _is_folder(path):
             said = f"{path} is a folder: give the name of a file in it."
-        elif isinstance(error, FileNotFoundError | NotADirectoryError):
+        elif not (isinstance(error, PermissionError) or _is_folder(path.parent)):  # which a user may not see
             said = f"There is no folder {path.parent}: make it, or choose another."
         raise InputError(said) from error
 
