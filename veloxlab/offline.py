@@ -24,9 +24,14 @@ class OfflineError(PermissionError):
 
 def forbid_connections() -> None:
     """Refuse every socket but those of this machine, if `SWITCH` is set; before a library looks at its own switch."""
-    if os.environ.get(SWITCH, "0") not in ("", "0"):
+    if is_set():
         os.environ.update(dict.fromkeys(_THEIRS, "1"))
         _hook()
+
+
+def is_set() -> bool:
+    """Tell whether `SWITCH` is set."""
+    return os.environ.get(SWITCH, "0") not in ("", "0")
 
 
 @cache  # a hook cannot be taken away

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import timeit
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -89,21 +89,26 @@ def package_folders(name: str) -> list[Path]:
 
 
 def _load_openblas(library: Path) -> None:
-    """Load OpenBLAS with global symbols, beside the Fortran runtime that MLX's wheel brings.
+    """Load OpenBLAS with global symbols; the loader needs its folder of links only now."""
+    with TemporaryDirectory() as name:
+        sites = [mlx.parent for mlx in package_folders("mlx")]
+        ctypes.CDLL(str(link_openblas(Path(name), library, sites)), ctypes.RTLD_GLOBAL)
+
+
+def link_openblas(folder: Path, library: Path, sites: Iterable[Path]) -> Path:
+    """Link OpenBLAS into ``folder``, beside the Fortran runtime that MLX's wheel has in one of ``sites``.
 
     OpenBLAS needs libgfortran.so.5, which many machines lack, and looks for it in its own folder first. MLX's wheel has
-    one under another name. A folder of links brings them together; the loader needs it only now.
+    one under another name. The folder of links brings them together.
     """
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        for mlx in package_folders("mlx"):
-            for neighbour in (mlx.parent / "mlx_cpu.libs").glob("lib*"):
-                (folder / neighbour.name).symlink_to(neighbour)
-                if neighbour.name.startswith("libgfortran-"):
-                    (folder / "libgfortran.so.5").symlink_to(neighbour)
-        link = folder / "libopenblas.so.0"
-        link.symlink_to(library)
-        ctypes.CDLL(str(link), ctypes.RTLD_GLOBAL)
+    for site in sites:
+        for neighbour in (site / "mlx_cpu.libs").glob("lib*"):
+            (folder / neighbour.name).symlink_to(neighbour)
+            if neighbour.name.startswith("libgfortran-"):
+                (folder / "libgfortran.so.5").symlink_to(neighbour)
+    link = folder / "libopenblas.so.0"
+    link.symlink_to(library)
+    return link
 
 
 def blas_threads() -> int | None:

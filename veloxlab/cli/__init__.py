@@ -141,6 +141,10 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         measurements.compare_caches,
         MODEL,
         _one("--sinks", "first tokens that our caches keep exact; with some no times are taken", int, 0),
+        (
+            "--peers",
+            {"action": "store_true", "help": "measure other projects' caches, each in an environment of its own"},
+        ),
         *_text(512, 3),
         OUT,
     ),

@@ -33,11 +33,16 @@ def advise_cache(model: str, **given: Any) -> None:
     print(f"{advice}\n\n{tables.advice_table(advice.frame)}")
 
 
-def compare_caches(model: str, out: Path, sinks: int = 0, **text: Any) -> None:
+def compare_caches(model: str, out: Path, sinks: int = 0, peers: bool = False, **text: Any) -> None:
     """Measure, print the tables, and write them as Parquet (unfinished at first), as Markdown and as a chart.
 
-    With ``sinks`` there are no times, and no tables either.
+    With ``sinks`` there are no times, and no tables either. With ``peers`` other projects' caches are measured.
     """
+    if peers:
+        if sinks:
+            raise InputError(f"Caches of other projects keep no sinks: leave out --sinks {sinks}.")
+        _compare_peers(model, out, **text)
+        return
     import veloxlab as vl
     from veloxlab.measure.compare import byte_ratios, compare
     from veloxlab.views import frontier, picture
@@ -58,6 +63,25 @@ def compare_caches(model: str, out: Path, sinks: int = 0, **text: Any) -> None:
         write_parquet(out / "byte_ratios.parquet", ratios)
         _tell(stem, f"{tables.compared_table(frame)}{tables.left_out_lines(missing)}\n\n{tables.ratio_table(ratios)}")
     unfinished.unlink()
+
+
+def _compare_peers(model: str, out: Path, **text: Any) -> None:
+    """Measure other projects' caches; the chart has those of `compare_caches` in the same folder beside them."""
+    import polars as pl
+
+    import veloxlab as vl
+    from veloxlab.measure.peers import compare_peers
+    from veloxlab.views import frontier, picture
+
+    ours = make_folder(out) / f"compare_{results_name(model)}.parquet"
+    stem = out / f"{ours.stem}_peers"
+    frame, left_out = compare_peers(*vl.load(model), **text, progress=say)
+    if frame.is_empty():
+        raise InputError(f"No other project's cache could be measured; {' '.join(left_out.values())}")
+    write_parquet(Path(f"{stem}.parquet"), frame)
+    _tell(stem, f"{tables.peers_table(frame)}{tables.left_out_lines(left_out)}")
+    shown = [frame, *([pl.read_parquet(ours).select(frame.columns)] if ours.exists() else [])]
+    write_atomically(Path(f"{stem}.png"), picture.png(frontier(pl.concat(shown)).to_dict(), width=2 * picture.WIDTH))
 
 
 def sweep_bits(model: str, out: Path, **settings: Any) -> None:

@@ -85,6 +85,19 @@ def compared_table(frame: pl.DataFrame) -> str:
     return "\n".join([titles, marks, first, *lines])
 
 
+def peers_table(frame: pl.DataFrame) -> str:
+    """Give the rows of `measure.peers` as a Markdown table, by true bits."""
+    return markdown(
+        "cache | true bits a value: | KL (nats): | top-1 flips: | perplexity: | held, KB: | tables, KB: | read",
+        "{name} | {held_bits:.2f} | {kl_mean:.4f} | {flips} % | {perplexity:.2f} | {held} | {tables} | {read}",
+        frame.sort("held_bits", "name"),
+        flips=_PERCENT,
+        held=_scaled("held_bytes", 1e-3, "{:,.0f}"),
+        tables=_scaled("table_bytes", 1e-3, "{:,.0f}"),
+        read=lambda row: "in one call" if row["mode"] == "oneshot" else "token by token",
+    )
+
+
 def ratio_table(frame: pl.DataFrame) -> str:
     """Give the byte ratios as a Markdown table."""
     cells = "{name} | {key_ratio:.2f}× | {value_ratio:.2f}× | {ratio:.2f}×"

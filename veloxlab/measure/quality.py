@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -216,9 +216,32 @@ def evaluate(
     return in_schema(pl.concat([head, _summary(frame, cache)], how="horizontal"), FIDELITY)
 
 
+def judged(
+    exact: Reference, logits: Iterable[mx.array], *, name: str, mode: Mode, held_bytes: int, **sizes: int
+) -> pl.DataFrame:
+    """Compare logits ``[S - 1, vocabulary]`` of each window, made elsewhere, with a `reference`: one row, `FIDELITY`.
+
+    ``held_bytes`` are of a window's tokens in all layers, ``sizes`` its ``table_bytes`` and ``fp16_bytes``.
+    """
+    windows = enumerate(zip(exact.stretches, exact.log_probs, logits, strict=True))
+    frame = pl.concat(_rows(w, 0, ids[1:], own, log_probabilities(theirs)) for w, (ids, own, theirs) in windows)
+    head = {"name": name, "mode": mode, "held_bytes": held_bytes, "held_bits": 16 * held_bytes / sizes["fp16_bytes"]}
+    held = pl.DataFrame(head | sizes)
+    return in_schema(pl.concat([_predicted(frame), held], how="horizontal"), FIDELITY)
+
+
 def _summary(frame: pl.DataFrame, cache: list[Any]) -> pl.DataFrame:
-    kl, layers = pl.col("kl"), report(cache)
-    predicted = frame.select(
+    layers = report(cache)
+    sums = pl.col("held_bytes", "fp16_bytes").sum()
+    tables = layers.filter(path="shared")["held_bytes"].sum()
+    held = layers.filter(pl.col("tokens") > 0).select(pl.col("key_bits", "value_bits").mean(), sums)
+    held = held.with_columns(held_bits=16 * pl.col("held_bytes") / pl.col("fp16_bytes"), table_bytes=pl.lit(tables))
+    return pl.concat([_predicted(frame), held], how="horizontal")
+
+
+def _predicted(frame: pl.DataFrame) -> pl.DataFrame:
+    kl = pl.col("kl")
+    return frame.select(
         positions=pl.len(),
         kl_mean=kl.mean(),
         kl_median=kl.median(),
@@ -228,11 +251,6 @@ def _summary(frame: pl.DataFrame, cache: list[Any]) -> pl.DataFrame:
         perplexity=pl.col("nll").mean().exp(),
         perplexity_exact=pl.col("nll_exact").mean().exp(),
     )
-    sums = pl.col("held_bytes", "fp16_bytes").sum()
-    tables = layers.filter(path="shared")["held_bytes"].sum()
-    held = layers.filter(pl.col("tokens") > 0).select(pl.col("key_bits", "value_bits").mean(), sums)
-    held = held.with_columns(held_bits=16 * pl.col("held_bytes") / pl.col("fp16_bytes"), table_bytes=pl.lit(tables))
-    return pl.concat([predicted, held], how="horizontal")
 
 
 def maker(method_or_plan: str | Plan | CacheMaker, settings: Mapping[str, object], **usual: Chunk) -> CacheMaker:

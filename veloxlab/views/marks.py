@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import cycle
 from typing import Any, TypeVar
 
 import altair as alt
@@ -98,9 +99,15 @@ def tensor_colour(*, legend: bool = True) -> alt.Color:
 
 
 def method_look(methods: Sequence[str]) -> dict[str, alt.Color | alt.Shape]:
-    """Give methods the colours and shapes that they have in every chart, with one legend, in this order."""
+    """Give methods the colours and shapes that they have in every chart, with one legend, in this order.
+
+    Caches of other projects share a colour, and have the `theme.OTHER_MARKS` in turn.
+    """
     legend = alt.Legend(symbolOpacity=1, symbolSize=60)
-    colours, shapes = ({method: theme.look_of(method)[i] for method in methods} for i in (0, 1))
+    looks = {method: theme.look_of(method) for method in methods}
+    others = [method for method, look in looks.items() if look == theme.OTHER_LOOK]
+    looks |= {method: (theme.OTHER, mark) for method, mark in zip(others, cycle(theme.OTHER_MARKS), strict=False)}
+    colours, shapes = ({method: look[i] for method, look in looks.items()} for i in (0, 1))
     colour, shape = scaled(alt.Color, "method", colours), scaled(alt.Shape, "method", shapes)
     return {"color": colour.legend(legend), "shape": shape.legend(legend)}
 

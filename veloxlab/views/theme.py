@@ -26,6 +26,8 @@ PICKED = "#d8435c"
 NEUTRAL = "#808890"
 CHOSEN = "#8e63ce"  # what was chosen with care, beside what is uniform or exact; blue and orange are keys and values
 OTHER = "#6a6fd8"  # what is no method of ours, such as mlx-lm's own quantized cache
+OTHER_MARKS = ("triangle-left", "square", "triangle-up", "circle", "diamond", "cross", "triangle-down")
+OTHER_LOOK = OTHER, OTHER_MARKS[0]
 
 # A method keeps its colour and its shape in every chart: those that it declares.
 METHODS = {method.id: (method.colour or OTHER, method.mark) for method in codecs.METHODS.values()}
@@ -50,7 +52,7 @@ INK: dict[Mode, dict[str, str]] = {
 def look_of(name: str) -> tuple[str, str]:
     """Give the colour and the shape of a cache or result by its name, which starts with a method (``"rvq K3 V3"``)."""
     method = codecs.METHODS.get("none" if name == "fp16" or name.startswith("exact") else name.split(" ")[0])
-    return (method.colour or OTHER, method.mark) if method else (OTHER, "triangle-left")
+    return (method.colour or OTHER, method.mark) if method else OTHER_LOOK
 
 
 def structure() -> dict[str, Any]:
