@@ -136,6 +136,8 @@ def bench_tables(results: dict[str, Any]) -> str:
         titles = " | ".join(["cache", *(f"{n:,} tokens:" for n in tokens)])
         cells = " | ".join(["{cache}", *(f"{{microseconds_{n}:.0f}} µs ({{ratio_{n}:.2f}}×)" for n in tokens)])
         named = "{} query heads, {} KV heads, head dimension {}".format(*shape)
+        if "date" in rows.columns:  # of a shape that was measured before the others
+            named = ", ".join([named, *rows["date"].drop_nulls().unique()])
         tables.append(f"{named}\n\n{markdown(titles, cells, times.fill_null(float('nan')))}")
     for part, (heading, titles, cells) in _GPU_TABLES.items():
         if part in results:
