@@ -22,6 +22,7 @@ import veloxlab as vl  # isort: skip - before mlx, so that MLX finds a fast BLAS
 import polars as pl
 
 from veloxlab.cache.calibration import Calibration
+from veloxlab.codecs import METHODS
 from veloxlab.measure.experiments import mean_interval
 from veloxlab.measure.quality import Reference, evaluate, reference
 from veloxlab.store import write_atomically
@@ -43,9 +44,9 @@ OFF: dict[str, dict[str, Any]] = {
 
 
 BELOW = """
-True bits are of a packed value. Held bits are all bytes of the layers for each value of the text, exact sinks and room
-for more tokens too; the tables of a method are apart. Tokens but the sinks (4 where no row says another number) are
-read through their codes."""
+The version is the method's: one before gave other codes. True bits are of a packed value. Held bits are all bytes of
+the layers for each value of the text, exact sinks and room for more tokens too; the tables of a method are apart.
+Tokens but the sinks (4 where no row says another number) are read through their codes."""
 
 
 def rows() -> dict[str, dict[str, Any]]:
@@ -124,7 +125,7 @@ def measured(
         "table_bytes": sum(codec.shared_bytes for codec in codecs),
     }
     settings = {"method": method, "bits": bits, "sinks": sinks, "options": options | (key_options or {}), "text": text}
-    settings |= {"tokens": tokens, "windows": windows}
+    settings |= {"tokens": tokens, "windows": windows, "version": METHODS[method].version}
     seconds = time.process_time() - begun
     return settings | {"kl": mean, "low": low, "high": high, "by_window": kls} | sizes | {"cpu_seconds": seconds}
 
@@ -132,15 +133,15 @@ def measured(
 def table(kept: dict[str, dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| cache | text | windows × tokens | true bits | held bits | KL in nats (95 % interval) |",
-        "|---|---|---:|---:|---:|---:|",
+        "| cache | version | text | windows × tokens | true bits | held bits | KL in nats (95 % interval) |",
+        "|---|---:|---|---:|---:|---:|---:|",
     ]
     for name, row in kept.items():
         if name == "calibration":
             continue
         between = "" if row["low"] is None else f" ({row['low']:.4f} to {row['high']:.4f})"
         sizes = f"{row['windows']} × {row['tokens']:,} | {row['true_bits']:.3f} | {row['held_bits']:.3f}"
-        lines.append(f"| {name} | {row['text']} | {sizes} | {row['kl']:.4f}{between} |")
+        lines.append(f"| {name} | {row['version']} | {row['text']} | {sizes} | {row['kl']:.4f}{between} |")
     lines.append(BELOW)
     if "calibration" in kept:
         lines.append(
