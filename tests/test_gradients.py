@@ -85,20 +85,22 @@ def test_gradients_and_calibrations_of_before_are_not_taken(tmp_path, monkeypatc
         return drawn_gradients(*given)
 
     monkeypatch.setattr("veloxlab.measure.gradients.drawn_gradients", counted)
-    given = {"tokens": 1024, "folder": tmp_path}
 
     def stop(done, total, label):
         if done == 2:
             raise KeyboardInterrupt
 
+    def calibrate(folder, **given):
+        return vl.calibrate(model, Letters(), "fisherquant", TEXT, tokens=1024, folder=tmp_path / folder, **given)
+
     method = METHODS["fisherquant"]
     with monkeypatch.context() as before:
         before.setitem(METHODS, "fisherquant", replace(method, version=6))
+        old = calibrate("finished").save(tmp_path / "old")
         with pytest.raises(KeyboardInterrupt):  # both windows are there
-            vl.calibrate(model, Letters(), "fisherquant", TEXT, progress=stop, **given)
-        old = vl.calibrate(model, Letters(), "fisherquant", TEXT, **given).save(tmp_path / "old")
-    assert len(taken) == 2
+            calibrate("stopped", progress=stop)
     with pytest.raises(InputError, match=f"codes of fisherquant of version 6, and here .* {method.version}"):
         vl.Calibration.load(old)
-    vl.calibrate(model, Letters(), "fisherquant", TEXT, **given)
     assert len(taken) == 4
+    calibrate("stopped")
+    assert len(taken) == 6
