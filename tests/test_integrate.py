@@ -205,6 +205,23 @@ def test_drafts_of_another_model_are_tried_and_trimmed(draft, method):
     assert both[0].offset == 50 + 39  # the last token was not fed
 
 
+@pytest.mark.parametrize(("family", "as_plain"), [("mistral", True), ("gpt_oss", False), ("gemma3_text", False)])
+def test_drafts_behind_a_full_sliding_window_give_mlx_lms_own_tokens(family, as_plain):
+    """Which are not those of decoding alone in some families: mlx-lm's window cannot give back what it dropped."""
+    model, drafting = tiny(family), tiny("llama", seed=1, num_hidden_layers=1)
+    prompt = mx.array(list(range(2 * WINDOW)))
+
+    def drafted(cache: list[Any]) -> list[int]:
+        both = cache + own_cache(drafting)
+        found = speculative_generate_step(prompt, model, drafting, num_draft_tokens=3, max_tokens=12, prompt_cache=both)
+        return [token for token, *_ in found]
+
+    own = drafted(own_cache(model))
+    assert drafted(vl.make_cache(model, "none", sinks=2, window=8)) == own
+    plain = [token for token, _ in generate_step(prompt, model, max_tokens=12, prompt_cache=own_cache(model))]
+    assert (own == plain) is as_plain
+
+
 @pytest.mark.parametrize("chunks", [[20, 33, *[1] * 40, 5, 3], [90, *[1] * 20], [1] * 60])
 def test_a_rotating_prompt_is_mlx_lms_own(chunks):
     """With ``max_kv_size`` the first tokens stay and the newest ones, whatever the order they come in."""
