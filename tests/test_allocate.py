@@ -179,7 +179,8 @@ def test_a_text_fits_into_the_memory_that_it_was_given(model, rates):
 
 
 def test_one_problem_serves_texts_of_any_length(rates):
-    """Where no layer slides, memory for a text is bytes for each token."""
+    """Where layers have as many tokens in codes, memory for a text is bytes for each token; windows empty in turn."""
+    rates = replace(rates, window=0)
     lengths = [rates.solve(vl.allocate.TokensInMemory(n, 0.3)).bytes_per_token for n in (400, 600, 800)]
     assert lengths == sorted(lengths, reverse=True)
     assert len({tokens for bounds, tokens, *_ in rates._offer.known if bounds == vl.allocate.Bounds()}) == 1

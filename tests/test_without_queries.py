@@ -28,10 +28,10 @@ def test_the_laboratory_opens_with_errors_of_keys_and_values(lab):
     assert (lab.metric, lab.worker.last_error) == ("rel_mse", None)
     assert set(lab.errors.frame["tensor"]) == {"keys", "values"}
     assert lab.errors.frame["rel_mse"].is_finite().all()
-    assert NO_QUERIES in lab.pages["cache"]._message.value
+    assert NO_QUERIES in lab.pages["cache"]._banner.value
     lab.key_bits = 2
     assert lab.wait(120)
-    assert NO_QUERIES in lab.pages["cache"]._message.value  # still, once the new settings are measured
+    assert NO_QUERIES in lab.pages["cache"]._banner.value  # still, once the new settings are measured
 
 
 def test_errors_of_attention_are_refused(lab):
@@ -46,4 +46,4 @@ def test_errors_of_attention_are_refused(lab):
 def test_its_page_of_errors_says_that_there_are_no_attention_maps(lab):
     page = lab.turn_to("errors")
     assert "attention" not in page.charts
-    assert "there are no attention maps" in page._message.value
+    assert "there are no attention maps" in page._banner.value

@@ -45,6 +45,11 @@ _SMALL = 128  # dimension up to which a thread's registers let as many threadgro
 _LARGEST_DIM = 512
 _COUNT_TYPE, _COUNT_LENGTH = mx.uint32, 8  # of an array that has a number: see `Backend.least_size`
 _NUMBERS = 12  # that the kernels get of a sequence
+# where a query is, with a mask and without: strides and a mask are more arrays than Metal takes of some readers
+_QUERY_PLACES = (
+    "((sequence * KV_HEADS * SHARED + query_head) * QUERIES + query) * EXACT_KEY",
+    "sequence * q_strides[0] + query_head * q_strides[1] + query * q_strides[2]",
+)
 
 Defines = dict[str, int | str]
 Sizes = tuple[mx.array, int]  # numbers of each sequence, and the most splits of one
@@ -260,6 +265,7 @@ def _attend_source(
         headers=("simd.h", "readers.h", *of_readers, "lanes.h", "attend.h", *of_sums),
         body=Template(source_file("attend.metal")).substitute(
             declarations=f"{key.declarations}\n{value.declarations}",
+            query_place=_QUERY_PLACES[queries.mask is None],
             key_setup=key.setup.replace("\n", "\n  "),
             value_setup=value.setup.replace("\n", "\n  "),
             key_queries=key.queries.replace("\n", "\n    "),

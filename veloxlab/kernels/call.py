@@ -104,8 +104,10 @@ def changing_names(queries: Queries) -> tuple[str, ...]:
 
 
 def changing_inputs(queries: Queries, recent: Exact, end: mx.array, sizes: mx.array) -> list[mx.array]:
-    """The same as arrays."""
+    """The same as arrays; queries beside a mask lie in a row."""
     q, coded, mask = queries.q, queries.coded, queries.mask
+    if mask is not None:
+        q = mx.contiguous(q)
     arrays = [q, q if coded is None else coded, recent.keys, recent.values, end, sizes]
     return arrays if mask is None else [*arrays, mask]
 

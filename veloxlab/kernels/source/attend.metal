@@ -44,7 +44,7 @@ for (uint r = simdgroup; r < PADDED_ROWS; r += SIMDGROUPS) {
   const bool real = r < ROWS && row < ALL_ROWS;
   const uint query_head = head * SHARED + row / QUERIES, query = row % QUERIES;
   const global_memory QUERY_TYPE* from =
-      q + (real ? sequence * q_strides[0] + query_head * q_strides[1] + query * q_strides[2] : 0);
+      q + (real ? $query_place : 0);
 #if KEY_SPREAD
   if (!exact) { // some lanes hold what others do, if a vector has fewer
     constexpr uint lanes = Lanes<CODED_KEY>::count, each = Lanes<CODED_KEY>::each;
