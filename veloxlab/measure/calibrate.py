@@ -51,7 +51,7 @@ def calibrate(
 
     In seconds of one core, SmolLM2 (1,024 tokens, float32) takes below 20 where only channels, means or levels are
     learned, 30 for SpectralQuant, 45 to 75 for VecInfer, and 70 to 170 for CommVQ at 1 to 4 bits; each width again.
-    FisherQuant takes 130 to 210 for its 16 windows, once.
+    FisherQuant takes 94 to 210 for its 16 windows, once.
     Raises `InputError`: unknown method or option, bits out of range, a text that is too short or too uniform, or
     activations that are not finite.
 
