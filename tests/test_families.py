@@ -1,5 +1,6 @@
 """Models of every kind take the path that is expected of them, and keep their logits."""
 
+import copy
 import json
 import subprocess
 from types import SimpleNamespace
@@ -7,8 +8,9 @@ from types import SimpleNamespace
 import polars as pl
 import pytest
 
+import veloxlab as vl
 from tests import every_family
-from tests.families import Subject, codes, in_chunks, paths, rope
+from tests.families import ALL_CODED, Subject, as_arrays, codes, in_chunks, paths, rope
 from tests.tiny_models import FAMILIES
 
 CODES = {
@@ -35,6 +37,18 @@ EIGHT_BITS = {"gemma4_text": 0.3}
 STEP, STEPS = 0.01, {"gemma4_text": 0.1}
 
 
+def codes_of_one_layer(subject: Subject) -> float:
+    """Codes read against codes decoded, where one layer is coded and the others are exact: the worst layer."""
+    worst = 0.0
+    for layer, coded in enumerate(vl.make_cache(subject.model, bits=8, **ALL_CODED)):
+        runs = []
+        for read in (list, as_arrays):
+            exact = vl.make_cache(subject.model, "none", **ALL_CODED)
+            runs.append(subject.run(read([*exact[:layer], copy.deepcopy(coded), *exact[layer + 1 :]])))
+        worst = max(worst, subject.off(*runs))
+    return worst
+
+
 @pytest.mark.parametrize("kernels", ["0", "1"])
 @pytest.mark.parametrize("family", [*FAMILIES, *OF_THEIR_OWN])
 def test_each_family_takes_its_path_and_keeps_its_logits(family, kernels, monkeypatch):
@@ -44,6 +58,7 @@ def test_each_family_takes_its_path_and_keeps_its_logits(family, kernels, monkey
     assert in_chunks(subject)["chunked_error"] < 1e-4  # float32, in another order
     found = codes(subject)
     assert found["codes_error"] < STEPS.get(family, STEP)
+    assert codes_of_one_layer(subject) < 1e-4  # no code of a layer before differs: float32, in another order
     assert found["eight_bit_error"] < EIGHT_BITS.get(family, 0.06)
     assert found["eight_bit_error"] <= found["four_bit_error"]
     assert rope(subject)["rope_error"] < 1e-5  # float32, at angles below 100 radians
