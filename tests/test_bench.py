@@ -388,24 +388,28 @@ def test_every_timed_query_is_the_same(make, monkeypatch):
     original = measured_speed.scaled_dot_product_attention  # type: ignore[attr-defined]
     monkeypatch.setattr(measured_speed, "scaled_dot_product_attention", spied)
     x = mx.random.normal((1, 2, 16, 64))
-    measured_speed.cache_speed(LayerCapture(0, None, x, x, None), make)
+    measured_speed.cache_seconds(LayerCapture(0, None, x, x, None), make)
     assert len(seen) > 1
     assert all(np.array_equal(query, seen[0]) for query in seen)
 
 
-def test_the_time_to_make_a_cache_does_not_count(monkeypatch):
-    made = []
+def test_caches_are_timed_in_turn_and_the_time_to_make_one_does_not_count(monkeypatch):
+    made, timed = [], []
 
-    def timed(work, repeats):
+    def seconds(work):
         before = len(made)
-        mx.eval([work() for _ in range(repeats)])
+        mx.eval(work())
         assert len(made) == before
-        return 1.0
+        timed.append(work.__qualname__.split(".")[-1])
+        return float(len(timed))
 
-    monkeypatch.setattr(measured_speed, "median_seconds", timed)
+    monkeypatch.setattr(measured_speed, "seconds", seconds)
     x = mx.random.normal((1, 2, 16, 64))
-    measured_speed.cache_speed(LayerCapture(0, None, x, x, None), lambda: made.append(1) or KVCache())
+    makes = [lambda: made.append(1) or KVCache()] * 2
+    first, second = measured_speed.cache_seconds(LayerCapture(0, None, x, x, None), *makes)
     assert made
+    assert timed[:4] == ["store", "attend"] * 2
+    assert (first.attend - first.store, second.store - first.store) == (1, 2)  # medians over the same rounds
 
 
 @pytest.mark.parametrize("family", ["falcon_h1", "qwen3_next", "mistral", "gemma3n"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from statistics import median
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import polars as pl
@@ -19,7 +20,7 @@ from veloxlab.codecs import METHODS, TENSORS, Method, find_method
 from veloxlab.codecs.base import Sample
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, capture
-from veloxlab.measure.bench.timing import FIRST_TRIES, median_seconds
+from veloxlab.measure.bench.timing import FIRST_TRIES, seconds
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.frames import in_schema, schema
@@ -35,7 +36,7 @@ query to attend to 512 tokens in one layer; each also in those of the exact cach
 RATIOS = schema("name tokens head_dim key_ratio value_ratio ratio")
 """Columns of `byte_ratios`: bytes in 16 bits over bytes held, tables included, for keys, for values and for both."""
 
-REPEATS = 5
+REPEATS = 9
 PRESETS = (("vecinfer", 1, 1), ("rvq", 2, 2), ("rabitq", 1, 4), ("turboquant", 2, 2), ("turboquant", 4, 4))
 """Methods, with bits of keys and of values, of `byte_ratios`."""
 
@@ -63,14 +64,13 @@ def compare(
     """
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     seen = None if sinks else capture(model, tokenizer, text, tokens=tokens).layers[0]
-    plain = cache_speed(seen, KVCache) if seen else None
     ours = ((m, b + m.fractional / 4) for m in METHODS.values() for b in bits if m.id != "none" and b in m.bits)
     makers: dict[str, Callable[[], CacheMaker]] = {
         f"{m.id} {b:g} bit": partial(_ours, model, tokenizer, m, number_of_bits(b), sinks) for m, b in ours
     }
     theirs = (b for b in (2, 3, 4, 8) if b in bits or b == 8)
     makers |= {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}
-    attempts = [Attempt(name, partial(_row, exact, seen, plain, name, maker)) for name, maker in makers.items()]
+    attempts = [Attempt(name, partial(_row, exact, seen, name, maker)) for name, maker in makers.items()]
     frame, left_out = possible_rows(attempts, len(attempts), COMPARED, progress, on_rows)
     if frame.is_empty():
         first, reason = next(iter(left_out.items()))
@@ -81,20 +81,18 @@ def compare(
 def _row(
     exact: Reference,
     seen: LayerCapture | None,
-    plain: tuple[float, float] | None,
     name: str,
     maker: Callable[[], CacheMaker],
 ) -> pl.DataFrame:
-    """``plain`` are the seconds of the exact cache to store and to attend."""
     make = maker()
     chunk = pl.lit(None if name.startswith("mlx-lm") else "codes")
     found = evaluate(exact, make, name=name).with_columns(chunk=chunk)
-    if seen is None or plain is None:
+    if seen is None:
         return in_schema(found, COMPARED)
     facts = next(found for found in probe(exact.model) if found.compressible)  # of the layer that was captured first
-    store, attend = cache_speed(seen, lambda: slot_of(make(exact.model), facts))
-    times = {"store_us": 1e6 * store / len(exact.stretches[0]), "attend_us": 1e6 * attend}
-    times |= {"store_ratio": store / plain[0], "attend_ratio": attend / plain[1]}
+    plain, own = cache_seconds(seen, KVCache, lambda: slot_of(make(exact.model), facts))
+    times = {"store_us": 1e6 * own.store / len(exact.stretches[0]), "attend_us": 1e6 * own.attend}
+    times |= {"store_ratio": own.store / plain.store, "attend_ratio": own.attend / plain.attend}
     return found.with_columns(**times).match_to_schema(COMPARED)
 
 
@@ -104,8 +102,22 @@ def _ours(model: Module, tokenizer: Tokenizer, method: Method, bits: float, sink
     return partial(make_cache, method_or_plan=method.id, bits=bits, calibration=fitted, **settings)
 
 
-def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, float]:
-    """Median seconds to store a layer's capture, and of one query's attention, in empty caches that ``make`` gives."""
+class CacheSeconds(NamedTuple):
+    """Medians: of storing a layer's capture in an empty cache, and of one query's attention to it."""
+
+    store: float
+    attend: float
+
+
+def cache_seconds(layer: LayerCapture, *makes: Callable[[], Any]) -> list[CacheSeconds]:
+    """Time the caches that ``makes`` give, in turn: what slows the device down for a while slows each of them."""
+    works = [_works(layer, make) for make in makes]
+    rounds = [[[seconds(work) for work in own] for own in works] for _ in range(FIRST_TRIES + REPEATS)][FIRST_TRIES:]
+    return [CacheSeconds(*map(median, zip(*own, strict=True))) for own in zip(*rounds, strict=True)]
+
+
+def _works(layer: LayerCapture, make: Callable[[], Any]) -> tuple[Callable[[], object], Callable[[], object]]:
+    """What stores a capture in an empty cache, which waits, and what attends to a full one."""
     keys, values = layer.keys, layer.values
     heads, head_dim = (keys if layer.queries is None else layer.queries).shape[1], keys.shape[-1]
     query = mx.random.normal((1, heads, 1, head_dim), dtype=keys.dtype, key=mx.random.key(0))
@@ -123,7 +135,7 @@ def cache_speed(layer: LayerCapture, make: Callable[[], Any]) -> tuple[float, fl
         own = mx.array(query)  # mlx-lm's quantized attention scales the query that it is given in place
         return scaled_dot_product_attention(own, k, v, cache=cache, scale=head_dim**-0.5, mask=None)
 
-    return median_seconds(store, REPEATS), median_seconds(attend, REPEATS)
+    return store, attend
 
 
 def byte_ratios(kv_heads: int = 8, head_dim: int = 128, tokens: int = 8192) -> pl.DataFrame:

@@ -127,7 +127,12 @@ def _one_more(short: float, longer: float) -> float:
 
 def median_seconds(work: Callable[[], object], repeats: int = REPEATS) -> float:
     """Median time of evaluating what ``work`` gives, on a device that has nothing else to do, after `FIRST_TRIES`."""
-    return statistics.median([sum(_timed(work)) for _ in range(FIRST_TRIES + repeats)][FIRST_TRIES:])
+    return statistics.median([seconds(work) for _ in range(FIRST_TRIES + repeats)][FIRST_TRIES:])
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long it takes to evaluate what ``work`` gives, on a device that has nothing else to do."""
+    return sum(_timed(work))
 
 
 def _timed(work: Callable[[], object]) -> tuple[float, float]:
