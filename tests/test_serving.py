@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
 import mlx_lm.server
@@ -28,9 +32,15 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory):
-    with serving(model=str(write_chat_model(tmp_path_factory.mktemp("model") / "tiny.gguf"))) as port:
+    model = str(write_chat_model(tmp_path_factory.mktemp("model") / "tiny.gguf"))
+    with ExitStack() as stack, serving(model=model) as port:
         assert post(port, CHAT, {"messages": HELLO, "max_tokens": 2})[0] == 200  # it is loaded
         yield port
+        # Ctrl-C, which `serving` sends now, has to end an answer that has the model alone, as one with a seed
+        endless = {"prompt": "ab", "max_tokens": 2**31 - 1, "seed": 1, "stream": True}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{TEXT}", json.dumps(endless).encode())
+        answer = stack.enter_context(urllib.request.urlopen(request, timeout=60))
+        assert answer.readline().startswith((b":", b"data"))
 
 
 @pytest.mark.parametrize(
@@ -68,6 +78,67 @@ def test_many_clients_that_connect_at_once_are_all_answered(port):
 def test_what_mlx_lm_refuses_by_the_head_of_a_request_it_still_does(port):
     with pytest.raises(urllib.error.HTTPError, match="404"):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/other", b"{}", timeout=60)
+
+
+# slow clients
+
+
+class Handler(served.Handler):
+    """Answers without end to any GET, and says when it left a client."""
+
+    left = threading.Event()
+
+    def do_GET(self):  # noqa: N802 - the name that http.server calls
+        while True:
+            self.wfile.write(bytes(1 << 16))
+
+    def finish(self):
+        super().finish()
+        self.left.set()
+
+
+@pytest.fixture
+def client(monkeypatch):
+    """A connection to a server that has little time."""
+    monkeypatch.setattr(served, "SECONDS", 0.3)
+    Handler.left.clear()
+    generator = SimpleNamespace(cli_args=SimpleNamespace(allowed_origins="*"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, generator, system_fingerprint="")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with socket.create_connection(server.server_address, timeout=0.05) as client:
+            yield client
+            assert Handler.left.wait(20)
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("begun", "answer"),
+    [
+        (b"POST /v1/completions HTTP/1.1\r\nSlow: ", b""),
+        (b"POST /v1/completions HTTP/1.1\r\nContent-Length: 10000\r\n\r\n", b"did not come within 0.3 seconds"),
+    ],
+)
+def test_a_client_whose_request_comes_byte_by_byte_is_left(client, begun, answer):
+    client.sendall(begun)
+    got = b""
+    for _ in range(400):  # 20 seconds
+        try:
+            part = client.recv(10_000)
+        except TimeoutError:
+            client.sendall(b"1")
+        else:
+            got += part
+            if not part:
+                break
+    else:
+        pytest.fail("It waits for ever.")
+    assert answer in got
+    assert bool(got) == bool(answer)
+
+
+def test_a_client_that_does_not_take_its_answer_is_left(client):
+    client.sendall(b"GET / HTTP/1.1\r\n\r\n")
+    assert Handler.left.wait(20)
 
 
 # fields
@@ -212,4 +283,5 @@ def test_ctrl_c_ends_what_is_being_fitted():
     generator = served.hooks_of(loader.stopped)["ResponseGenerator"](Provider(), None)
     assert started.wait(20)
     generator.stop_and_join()
+    generator.join()
     assert isinstance(generator.failure, KeyboardInterrupt)

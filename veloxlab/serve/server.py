@@ -1,18 +1,24 @@
 """mlx-lm's server, so that no request ends it for all: each is checked before mlx-lm sees it.
 
 A request that it cannot do gets status 400 and a sentence. If the thread that generates ends all the same, the process
-ends too, with a status that is not 0: a port that answers nobody would stay open else.
+ends too, with a status that is not 0: a port that answers nobody would stay open else. A client that is slow to send
+its request, or to take the answer, is left after `SECONDS`.
 """
 
 from __future__ import annotations
 
+import atexit
+import gc
 import inspect
 import io
 import json
 import logging
 import math
+import os
+import socket
 import sys
 import threading
+import time
 from functools import partial
 from http.server import ThreadingHTTPServer
 from typing import Any
@@ -27,9 +33,33 @@ from veloxlab.serve.requests import check_fields
 
 WAITING = 256  # connections that wait to be taken; with Python's 5 the system resets some of many at once
 MOST_BYTES = 64 << 20  # of a request; images come in it as text
+SECONDS = 60.0  # in which a whole request has to come, and each part of an answer has to be taken
 THEIRS: Any = server  # mlx-lm's methods have no types
+END_SECONDS = 1.0  # that the thread which generates has to end well
 RESERVED = inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters
 log = logging.getLogger(__name__)
+
+
+class Incoming(io.RawIOBase):
+    """What a client sends, until `SECONDS` after it connected; then reading raises `TimeoutError`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection, self._end = connection, time.monotonic() + SECONDS
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:  # noqa: ANN401
+        """Wait for some bytes; a timeout of the socket alone would begin anew with each of them."""
+        left = self._end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(SECONDS)  # of what is sent
 
 
 class Handler(THEIRS.APIHandler):  # type: ignore[misc]
@@ -37,20 +67,32 @@ class Handler(THEIRS.APIHandler):  # type: ignore[misc]
 
     rfile: Any  # what the request is read from
 
+    def setup(self) -> None:
+        """Connect, for a limited time."""
+        super().setup()
+        self.rfile.close()
+        self.rfile = io.BufferedReader(Incoming(self.connection))
+
     def do_POST(self) -> None:  # noqa: N802 - the name that http.server calls
         """Check the request, then let mlx-lm answer it."""
         connection = self.rfile
         try:
             self.rfile = io.BytesIO(self._checked())
         except InputError as error:
-            self._set_completion_headers(400)
-            self.end_headers()
-            self.wfile.write(json.dumps({"error": str(error)}).encode())
+            self._refuse(400, str(error))
+            return
+        except TimeoutError:
+            self._refuse(408, f"The request did not come within {SECONDS:g} seconds: send it at once.")
             return
         try:
             super().do_POST()
         finally:
             self.rfile = connection
+
+    def _refuse(self, status: int, sentence: str) -> None:
+        self._set_completion_headers(status)
+        self.end_headers()
+        self.wfile.write(json.dumps({"error": sentence}).encode())
 
     def _checked(self) -> bytes:
         """The body, if it is a request that mlx-lm documents; nothing where that refuses the request by its head."""
@@ -80,9 +122,10 @@ class Generator(THEIRS.ResponseGenerator):  # type: ignore[misc]
         super().__init__(*arguments)
 
     def stop_and_join(self) -> None:
-        """End the thread, also in the middle of a fit."""
+        """End the thread, also in the middle of a fit; wait for it, but not for a step that takes long."""
         self._stopped.set()
-        super().stop_and_join()
+        self._stop = True
+        self._generation_thread.join(END_SECONDS)
 
     def _run_generate(self) -> None:
         try:
@@ -125,6 +168,11 @@ def hooks_of(stopped: threading.Event) -> dict[str, object]:
                     )
 
         theirs(host, port, generator, server_class=Server, handler_class=Handler)
+        atexit.register(gc.freeze)  # to collect objects just before the process ends took longer than all else
+        if generator.generation_available():  # it reads a long prompt, or makes an answer that is not in a batch
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
 
     return {"ResponseGenerator": partial(Generator, stopped), "_run_http_server": serve}
 
