@@ -130,6 +130,17 @@ def test_all_commands_are_run_and_a_stopped_run_goes_on(root, monkeypatch, tmp_p
     assert "done before: python -m measure times" in capsys.readouterr().out
 
 
+def test_commands_of_some_files_are_run_alone(root, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(results, "shipped_folder", lambda name: root / name)
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda words, **_: ran.append(words) or SimpleNamespace(returncode=0))
+    assert main(["results", "--all", "table.md"]) == 0
+    assert ran == [[sys.executable, "-m", "veloxlab.cli", "compare"]]
+    assert main(["results", "--all", "tables.md"]) == 2
+    assert "There is no result 'tables.md'" in capsys.readouterr().err
+
+
 def test_it_wants_to_know_what_to_do(capsys):
     assert main(["results"]) == 2
     assert "give --check or --all" in capsys.readouterr().err

@@ -198,7 +198,14 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         "say where each figure of the README and the notebooks comes from, or measure all again",
         results.show_results,
         ("--check", {"action": "store_true", "help": "list all figures; status 1 if one has no source"}),
-        ("--all", {"action": "store_true", "help": "run all commands that measure (hours)", "dest": "every"}),
+        _one(
+            "--all",
+            "run all commands that measure (hours), or only those that write these files",
+            str,
+            nargs="*",
+            metavar="FILE",
+            dest="every",
+        ),
     ),
     **{
         name: (f"run mlx_lm.{theirs} with a compressed cache", partial(run_mlx_lm, name), *CACHE)

@@ -79,12 +79,15 @@ class Index:
         return [self.root / "README.md", *(path for path in notebooks if path.name != _GENERATED)]
 
 
-def show_results(check: bool, every: bool) -> int:
-    """Print where each figure comes from, or run all commands; 1 if a figure has no source or a command fails."""
-    if check == every:
+def show_results(check: bool, every: Sequence[str] | None) -> int:
+    """Print where each figure comes from, or run all commands; 1 if a figure has no source or a command fails.
+
+    ``every``: names of files, whose commands are run and no others; an empty list for all; None to run none.
+    """
+    if check == (every is not None):
         raise InputError("Say what to do: give --check or --all, and one alone.")
     index = Index.read()
-    return _run_all(index) if every else _print_checked(index)
+    return _print_checked(index) if every is None else _run_all(index, every)
 
 
 def _print_checked(index: Index) -> int:
@@ -204,9 +207,11 @@ def _places(index: Index, text: str, entry: Row) -> tuple[list[range], str, str]
     return places, entry["why"], "none needed"
 
 
-def _run_all(index: Index) -> int:
+def _run_all(index: Index, files: Sequence[str]) -> int:
     """Run the command of each result that this machine can measure; one that was stopped goes on at its command."""
-    measured = [one for one in index.result if "command" in one]
+    for unknown in (name for name in files if name not in index.commands):
+        raise InputError(f"There is no result {unknown!r}: give names of files in {index.folder.name}, as in {INDEX}.")
+    measured = [one for one in index.result if "command" in one and (not files or {*files} & {*one["files"]})]
     commands = [one["command"] for one in measured]
     unfinished = Unfinished(kept_in("results") / "all.json", UNFINISHED, {"commands": commands})
     done: list[str] = unfinished.read() or []
