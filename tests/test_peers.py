@@ -15,7 +15,7 @@ import veloxlab as vl
 from tests.test_lab_pages import Letters
 from tests.tiny_models import tiny
 from veloxlab import offline
-from veloxlab.cli import tables
+from veloxlab.cli import measurements, tables
 from veloxlab.measure import in_peer, peers
 from veloxlab.measure.peers import PEERS, Peer, compare_peers, environment
 
@@ -115,8 +115,34 @@ def test_a_command_that_fails_says_why():
         peers._run([sys.executable, "-c", "import sys; sys.exit('it is not so')"])
 
 
-def test_the_committed_rows_are_of_these_peers():
+def rows(*named):
+    return pl.DataFrame(named, schema=["name", "held_bits", "held_bytes", "kl_mean"], orient="row")
+
+
+def test_beside_each_peer_is_what_loses_least_in_no_more_bytes():
+    theirs = rows(("peer 4 bit", 4, 400, 0.2), ("peer 2 bit", 2, 200, 0.5), ("peer 1 bit", 1, 99, 2.0))
+    ours = rows(("a 2 bit", 2, 200, 0.4), ("b 2 bit", 2, 201, 0.1), ("c 1 bit", 1, 100, 0.8))
+    found = peers.beside(theirs, ours)
+    assert found.select("name", "name_ours", "ratio").rows() == [
+        ("peer 2 bit", "a 2 bit", 0.8),
+        ("peer 4 bit", "b 2 bit", 0.5),
+    ]
+
+
+def test_the_committed_rows_are_of_these_peers_and_lose_more_than_our_best_up_to_6_bits(monkeypatch, tmp_path):
     path = vl.texts.shipped_folder("data") / "results" / "compare_smollm2-135m_peers.parquet"
     frame = pl.read_parquet(path)
     assert set(frame["name"].str.split(" ").list.first()) == {peer.package for peer in PEERS}
-    assert (path.with_suffix(".md")).read_text().startswith(tables.peers_table(frame))
+    told = []
+    monkeypatch.setattr(measurements, "_tell", lambda _, table: told.append(table))
+    monkeypatch.setattr(measurements, "write_atomically", lambda *_: None)
+    monkeypatch.setattr(tables, "beside_table", lambda found: told.append(found) or BESIDE(found))
+    measurements.tell_peers(path.with_suffix(""), frame, {})
+    beside, text = told
+    assert path.with_suffix(".md").read_text() == f"{text}\n"
+    few = beside.filter(pl.col("held_bits") < 6)
+    assert few.height == 12
+    assert few["ratio"].max() < 1
+
+
+BESIDE = tables.beside_table

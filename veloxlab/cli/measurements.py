@@ -66,22 +66,49 @@ def compare_caches(model: str, out: Path, sinks: int = 0, peers: bool = False, *
 
 
 def _compare_peers(model: str, out: Path, **text: Any) -> None:
-    """Measure other projects' caches; the chart has those of `compare_caches` in the same folder beside them."""
-    import polars as pl
-
+    """Measure other projects' caches; the table and the chart have those of `compare_caches` in the same folder too."""
     import veloxlab as vl
     from veloxlab.measure.peers import compare_peers
-    from veloxlab.views import frontier, picture
 
-    ours = make_folder(out) / f"compare_{results_name(model)}.parquet"
-    stem = out / f"{ours.stem}_peers"
+    stem = make_folder(out) / f"compare_{results_name(model)}_peers"
     frame, left_out = compare_peers(*vl.load(model), **text, progress=say)
     if frame.is_empty():
         raise InputError(f"No other project's cache could be measured; {' '.join(left_out.values())}")
     write_parquet(Path(f"{stem}.parquet"), frame)
-    _tell(stem, f"{tables.peers_table(frame)}{tables.left_out_lines(left_out)}")
-    shown = [frame, *([pl.read_parquet(ours).select(frame.columns)] if ours.exists() else [])]
-    write_atomically(Path(f"{stem}.png"), picture.png(frontier(pl.concat(shown)).to_dict(), width=2 * picture.WIDTH))
+    tell_peers(stem, frame, left_out)
+
+
+def tell_peers(stem: Path, frame: pl.DataFrame, left_out: Mapping[str, str]) -> None:
+    """Print and write the table of other projects' caches, and write the chart, each with ours of the same folder."""
+    import polars as pl
+
+    from veloxlab.codecs import METHODS
+    from veloxlab.measure.peers import beside
+    from veloxlab.views import frontier, picture
+
+    shown = pl.concat([frame, _compared_before(Path(str(stem).removesuffix("_peers")))])
+    ours = pl.col("name").str.split(" ").list.first().is_in(METHODS.keys())
+    table = tables.beside_table(beside(shown.filter(~ours), shown.filter(ours)))
+    _tell(stem, f"{tables.peers_table(frame)}{tables.left_out_lines(left_out)}\n\n{table}")
+    chart = frontier(shown, x="held_bytes")
+    write_atomically(Path(f"{stem}.png"), picture.png(chart.to_dict(), width=2 * picture.WIDTH))
+
+
+def _compared_before(stem: Path) -> pl.DataFrame:
+    """Rows that `compare_caches` wrote; of a method those with our usual sinks, where there are any."""
+    import polars as pl
+
+    from veloxlab.cache.plan import DEFAULT_SINKS
+    from veloxlab.measure.quality import FIDELITY
+
+    with_sinks, without = (
+        pl.read_parquet(path).select(*FIDELITY) if path.exists() else pl.DataFrame(schema=FIDELITY)
+        for path in (Path(f"{stem}_{DEFAULT_SINKS}_sinks.parquet"), Path(f"{stem}.parquet"))
+    )
+    method = pl.col("name").str.split(" ").list.first()
+    with_sinks = with_sinks.filter(method != "mlx-lm")  # which keeps none
+    again = method.is_in(with_sinks.select(method).to_series().to_list())
+    return pl.concat([with_sinks.with_columns(pl.col("name") + f", {DEFAULT_SINKS} sinks"), without.filter(~again)])
 
 
 def sweep_bits(model: str, out: Path, **settings: Any) -> None:

@@ -100,6 +100,20 @@ def peers_table(frame: pl.DataFrame) -> str:
     )
 
 
+def beside_table(frame: pl.DataFrame) -> str:
+    """Give the rows of `measure.peers.beside` as a Markdown table."""
+    return markdown(
+        "their cache | held, KB: | KL (nats): | ours in no more bytes | held, KB: | tables, KB: | KL (nats): | "
+        "of theirs:",
+        "{name} | {held} | {kl_mean:.4f} | {name_ours} | {held_ours} | {tables_ours} | {kl_mean_ours:.4f} | "
+        "{ratio:.2f}×",
+        frame,
+        held=_scaled("held_bytes", 1e-3, "{:,.0f}"),
+        held_ours=_scaled("held_bytes_ours", 1e-3, "{:,.0f}"),
+        tables_ours=_scaled("table_bytes_ours", 1e-3, "{:,.0f}"),
+    )
+
+
 def ratio_table(frame: pl.DataFrame) -> str:
     """Give the byte ratios as a Markdown table."""
     cells = "{name} | {key_ratio:.2f}× | {value_ratio:.2f}× | {ratio:.2f}×"

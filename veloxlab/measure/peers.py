@@ -81,6 +81,16 @@ def compare_peers(
         return possible_rows(attempts, len(attempts), FIDELITY, progress, on_rows)
 
 
+def beside(theirs: pl.DataFrame, ours: pl.DataFrame) -> pl.DataFrame:
+    """For each row of ``theirs`` that of ``ours`` which loses least in no more held bytes, its columns with ``_ours``.
+
+    Both have the columns of `FIDELITY`; tables are not held bytes. A row that has none beside it is left out.
+    """
+    pairs = theirs.join(ours, how="cross", suffix="_ours").filter(pl.col("held_bytes_ours") <= pl.col("held_bytes"))
+    best = pairs.sort("kl_mean_ours", "held_bytes_ours").group_by("name").first()
+    return best.with_columns(ratio=pl.col("kl_mean_ours") / pl.col("kl_mean")).sort("held_bits", "name")
+
+
 def save_model(model: Module, folder: Path) -> None:
     """Write a model in mlx-lm's format: its configuration and its weights; raises `InputError` if it has none."""
     settings = getattr(model, "args", None)
