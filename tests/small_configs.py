@@ -88,6 +88,7 @@ OWN: dict[str, Config] = {
     "baichuan_m1": {"sliding_window_layers": [0], "head_dim": 16},
     "bailing_moe": {"rotary_dim": 8},
     "bailing_moe_v3": {"layer_group_size": 2},
+    "bitnet": {"head_dim": 16},
     "cohere2": {"hidden_size": 256, "num_hidden_layers": 4},
     "dbrx": {
         "ffn_config": {"ffn_hidden_size": INNER, "moe_num_experts": 4, "moe_top_k": 2},
@@ -205,7 +206,12 @@ OWN: dict[str, Config] = {
     "olmo_hybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "openelm": {"num_query_heads": [4, 4], "num_kv_heads": [2, 1], "ffn_multipliers": [1.0, 2.0]},
     "phi": {"num_key_value_heads": 4, "partial_rotary_factor": 0.5},
-    "phi3small": {"dense_attention_every_n_layers": 2},
+    "phi3small": {
+        "dense_attention_every_n_layers": 2,
+        "blocksparse_block_size": 32,
+        "blocksparse_num_local_blocks": 1,
+        "blocksparse_vert_stride": 2,
+    },
     "phixtral": {"rotary_dim": 8},
     "plamo": {"n_shared_head": 2},
     "plamo3": {"sliding_window_pattern": 2},

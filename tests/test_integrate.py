@@ -342,17 +342,40 @@ class TwoCaches(nn.Module):
         return [CacheList(KVCache(), KVCache())]
 
 
-def test_of_two_caches_of_a_layer_one_is_compressed():
-    """A calibration has one codec for a layer's keys: both caches would have used the one that was fitted last."""
+class Numbers:
+    """A tokenizer of `TwoCaches`: a token for each letter."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % 32 for letter in text]
+
+
+def test_two_caches_of_a_layer_count_as_two_layers(tmp_path):
+    """Plans, calibrations and captures number them: each has codecs of its own."""
     model, ids = TwoCaches(), list(range(1, 31))
     cache = vl.make_cache(model, "none")
-    assert [getattr(one, "native", type(one)) for one in cache[0].caches] == [CompressedKVCache, KVCache]
-    assert "another cache of the layer is compressed" in vl.report(cache)["reason"][1]
+    assert vl.report(cache)["layer"].to_list() == [0, 1]
     native = stepwise(model, ids, model.make_cache(), [30])
     assert np.allclose(stepwise(model, ids, cache, [20, 10]), native, atol=1e-4)  # float32, in another order
-    (seen,) = capture_layers(model, ids)
-    first = mx.unflatten(model.layers[0](model.embed(mx.array([ids]))), -1, (4, 16)).swapaxes(1, 2)
-    assert np.allclose(seen.keys, first, atol=1e-6)
+    first, second = capture_layers(model, ids)
+    wanted = mx.unflatten(model.layers[0](model.embed(mx.array([ids]))), -1, (4, 16)).swapaxes(1, 2)
+    assert np.allclose(first.keys, wanted, atol=1e-6)
+    assert (first.layer, second.layer) == (0, 1)
+    planned = vl.make_cache(model, vl.Plan.uniform(model, bits=2).with_layer(1, key_bits=8))
+    assert vl.report(planned)["key_bits"].to_list()[:2] == [3.0, 9.0]  # and a scale of 16 bits for 16 numbers
+    fitted = vl.calibrate(model, Numbers(), "spectralquant", bits=2, tokens=128, folder=tmp_path)
+    own = vl.make_cache(model, "spectralquant", bits=2, calibration=fitted)[0].caches
+    assert [one.key_codec for one in own] == [fitted.codecs[layer, "keys", 2] for layer in (0, 1)]
+
+
+def test_a_saved_cache_whose_parts_changed_places_is_refused(tmp_path):
+    model, file = TwoCaches(), tmp_path / "two.safetensors"
+    cache = vl.make_cache(model, bits=2)
+    stepwise(model, list(range(1, 31)), cache, [30])
+    vl.save_cache(file, cache)
+    assert [slot.offset for slot in vl.load_cache(file, model)[0].caches] == [30, 30]
+    vl.save_cache(file, [CacheList(*reversed(cache[0].caches))])
+    with pytest.raises(InputError, match="layer 1 stands in the place of layer 0"):
+        vl.load_cache(file, model)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import own_cache, quantized_cache, slots_of
 
-LATENTS = ("deepseek_v3", "glm4_moe_lite", "mistral4", "kimi_linear")
+LATENTS = ("deepseek_v3", "glm4_moe_lite", "mistral4", "kimi_linear", "longcat_flash")
 
 
 @pytest.fixture(params=LATENTS)

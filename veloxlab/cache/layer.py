@@ -44,7 +44,7 @@ class CompressedKVCache(Runs, saved.Saved):
         ``online`` is fitted to the first tokens that are packed, and stays so, even if all of them are trimmed.
     sinks, window, chunk : as for `veloxlab.make_cache`. The window of a sliding layer is at most a quarter of what it
         sees. Up to `veloxlab.cache.counts.BLOCK` more tokens wait to be encoded together.
-    layer : index in the model, for messages and reports.
+    layer : its number in the model (`veloxlab.mlxlm.probe.LayerFacts`), for messages and reports.
     path, reason : ``"codes"`` hands attention a `History` that it reads packed; ``"arrays"`` hands out decoded arrays,
         for layers whose own arithmetic needs them; ``"latents"`` does the first with keys that are latents, for a
         single token, and the second for many (see `veloxlab.mlxlm.probe.Probe`); and why, for reports.
@@ -192,6 +192,14 @@ class CompressedKVCache(Runs, saved.Saved):
     def visible(self) -> int:
         """Tokens held that the next one will see."""
         return self.held if self.max_size is None else min(self.held, self.max_size - 1)
+
+    @property
+    def start_position(self) -> int:
+        """Position of the oldest token that the next one will see: Llama 4 makes the mask of its chunks of it."""
+        return self.offset - self.visible
+
+    def maybe_trim_front(self) -> None:
+        """Nothing, where Llama 4 lets its own cache forget: what no token will see is let go as others come."""
 
     @property
     def fp16_bytes(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import ArraysCache, RotatingKVCache, load_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import ArraysCache, load_prompt_cache, save_prompt_cache
 
 from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.calibration import Calibration, layer_codec
@@ -45,9 +45,8 @@ def make_cache(
 ) -> list[Any]:
     """Make a compressed prompt cache for ``model``: a list with one cache per layer, for ``prompt_cache=``.
 
-    Layers that hold no keys and values (state-space, convolution) keep the model's own; so does all but one cache of a
-    layer that has several. Sliding layers hold what they can see, compressed. Of latent attention (MLA) the latent
-    counts as keys, and the rotary part of the keys as values.
+    Layers that hold no keys and values (state-space, convolution) keep the model's own. Sliding layers hold what they
+    can see, compressed. Of latent attention (MLA) the latent counts as keys, and the rotary part of the keys as values.
     Raises `InputError`: unknown method or option, bits out of range or beside a plan, a plan or calibration that
     does not fit.
 
@@ -95,16 +94,16 @@ def _mark_own(model: Module, caches: list[Any], name: str) -> None:
     for facts in probe.probe(model):
         own = probe.slot_of(caches, facts)
         if not isinstance(own, CompressedKVCache):
-            add_checksum(own, name, facts.layer, getattr(own, "reason", facts.reason))
+            asked = f"its window of {facts.max_size} tokens is left exact, as asked"
+            add_checksum(own, name, facts.layer, asked if facts.compressible else facts.reason)
 
 
 def _compressed(
     facts: probe.LayerFacts, plan: Plan, settings: LayerSettings, max_kv_size: int | None, model: str, fitted: Fitted
-) -> Any:  # noqa: ANN401 - ours, or mlx-lm's own
+) -> CompressedKVCache | None:
+    """A cache as planned, or None where the model's own is left."""
     if facts.max_size is not None and plan.sliding == "exact":
-        own: Any = RotatingKVCache(facts.max_size, facts.keep)
-        own.reason = f"its window of {facts.max_size} tokens is left exact, as asked"
-        return own
+        return None
     alone = (settings.key_method, settings.key_bits) != (settings.value_method, settings.value_bits)
     codecs = (
         layer_codec(
@@ -183,7 +182,7 @@ def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | N
         said = getattr(part, "model", None)
         if said not in (None, name):
             raise InputError(f"This prompt cache was made for the model {said}, and this is {name}: load that model.")
-    misfit = _misfit(caches, probe.after_one_token(model))
+    misfit = _misfit(caches, probe.after_one_token(model), probe.probe(model))
     if misfit:
         raise InputError(
             f"This prompt cache is none that this model ({name}) can continue, as {misfit}: load the model that it was "
@@ -200,15 +199,16 @@ def check_caches(model: Module, caches: Sequence[Any], wanted: Sequence[Any] | N
                 _check_codec(getattr(found, name), getattr(asked, name), found.layer)
 
 
-def _misfit(caches: Sequence[Any], own: Sequence[Any]) -> str | None:
+def _misfit(caches: Sequence[Any], own: Sequence[Any], facts: Sequence[probe.LayerFacts]) -> str | None:
     """What tells ``caches`` from such as the model's ``own`` after one token would become, in words."""
     if len(caches) != len(own):
         return f"it has {len(caches)} layers and the model {len(own)}"
     lengths: list[object] = []
     for layer, (entry, like) in enumerate(zip(caches, own, strict=True)):
-        for part in sequences_of([entry]):
-            if getattr(part, "layer", None) not in (None, layer):
-                return f"layer {part.layer} stands in the place of layer {layer}"
+        for slot, number in zip(probe.slots_of([entry]), (f.layer for f in facts if f.entry == layer), strict=False):
+            for part in sequences_of([slot]):
+                if getattr(part, "layer", None) not in (None, number):
+                    return f"layer {part.layer} stands in the place of layer {number}"
         slots, likes = probe.slots_of([entry]), probe.slots_of([like])
         kinds, usual_kinds = (" and ".join(map(_kind, some)) for some in (slots, likes))
         if kinds != usual_kinds:

@@ -44,7 +44,7 @@ def bytes_of(arrays: Any) -> int:  # noqa: ANN401 - a tree of arrays
 @checked(cache=CACHE)
 def report(cache: Sequence[Any]) -> pl.DataFrame:
     """What each layer of a cache holds, how attention reads it, and why: `REPORT`; shared tables are its last row."""
-    rows = [{"layer": i, **_held(slot)} for i, entry in enumerate(cache) for slot in slots_of([entry])]
+    rows = [{"layer": i} | _held(slot) for i, entry in enumerate(cache) for slot in slots_of([entry])]
     codecs = {codec for ours in _ours(cache) for codec in (ours.key_codec, ours.value_codec)}
     if codecs:
         reason = f"tables of {len(codecs)} codec{'s' if len(codecs) > 1 else ''}, held once for all layers"
@@ -60,6 +60,7 @@ def _ours(slots: Sequence[Any]) -> list[CompressedKVCache]:
 def _held(slot: Any) -> dict[str, object]:  # noqa: ANN401 - mlx-lm's caches share no base that says more
     if ours := _ours([slot]):
         return {
+            "layer": ours[0].layer,
             "path": ours[0].path,
             "reason": ours[0].reason,
             "key_bits": ours[0].key_codec.bits_per_value,

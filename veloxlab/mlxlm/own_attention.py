@@ -78,6 +78,19 @@ def _plamo2(
     return out
 
 
+@stands_in_for("phi3small.Attention._block_sparse_attention")
+def _phi3small(
+    original: Original, layer: Loose, queries: mx.array, keys: Loose, values: Loose, scale: float, mask: Loose
+) -> mx.array:
+    """Its own mask is added to the logits as it is: ones and zeros where it is boolean."""
+    if not isinstance(keys, Handle):
+        return original(layer, queries, keys, values, scale, mask)
+    count, tokens = queries.shape[2], keys.shape[2]
+    seen = layer._block_sparse_mask(count, tokens)[1].reshape(1, layer.n_heads, count, tokens)
+    added = mx.where(seen, 0.0, mx.finfo(mx.float32).min)
+    return keys.attend(queries, scale, added if mask is None else added + mask)
+
+
 @stands_in_for("deepseek_v32.DeepseekV32Attention.__call__")
 def _deepseek_v32(
     original: Original, layer: Loose, x: mx.array, mask: mx.array | None = None, cache: Loose = None

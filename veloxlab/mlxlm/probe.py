@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, groupby
 from typing import Any, ClassVar, Literal
 
 import mlx.core as mx
@@ -23,6 +23,7 @@ from veloxlab.mlxlm.hooks import Handle, Mask, attach, shape_in_common
 
 Path = Literal["codes", "latents", "arrays"]
 LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of the latent that they store as keys
+REPLACED = ("KVCache", "RotatingKVCache", "ChunkedKVCache")  # mlx-lm's, and mlx-vlm's of these names
 GROUP = 64  # values that share a scale in mlx-lm's quantized cache, by default
 
 
@@ -30,10 +31,11 @@ GROUP = 64  # values that share a scale in mlx-lm's quantized cache, by default
 class LayerFacts:
     """What a dry run learned of one cache of a model."""
 
-    layer: int  # index in the prompt cache
+    layer: int  # by which plans, calibrations and measurements know it: index in the prompt cache, but where entries
+    # have several caches that are compressible, each of which counts, as LongCat's two latents of a block
     native: str  # class name of the model's own cache
     compressible: bool  # whether it holds keys and values that a compressed cache can hold in its place
-    slot: int | None = None  # index in that entry, where it is a list (state-space and attention in one layer)
+    slot: int | None = None  # index in its entry of the prompt cache, where that is a list (state-space and attention)
     max_size: int | None = None  # tokens that a sliding layer sees
     keep: int = 0  # first tokens that a sliding layer never forgets
     kv_heads: int = 0
@@ -43,6 +45,7 @@ class LayerFacts:
     lends: bool = False  # whether other layers read this one's keys and values from its cache
     path: Path = "codes"  # how attention reads a compressed cache there; see `Probe`
     reason: str = "attention reads the codes"  # for that path, or for the model's own cache
+    entry: int = 0  # index in the prompt cache
 
     @property
     def dims(self) -> dict[Tensor, int]:
@@ -125,6 +128,14 @@ class Probe(Handle):
         """No mask: a single token sees all that there is."""
         return None
 
+    @property
+    def start_position(self) -> int:
+        """See `veloxlab.cache.layer.CompressedKVCache.start_position`: it holds nothing but what comes."""
+        return self.offset
+
+    def maybe_trim_front(self) -> None:
+        """Nothing, as `veloxlab.cache.layer.CompressedKVCache.maybe_trim_front`."""
+
 
 _known: dict[int, tuple[str, list[LayerFacts]]] = {}  # structure and facts, by id: a module cannot be hashed
 
@@ -151,13 +162,22 @@ def dry_run(model: Module) -> list[LayerFacts]:
     with identity.unchanged(model):
         while not _passes(model, facts):
             pass
-    taken, width = set[int](), exact_width(model)
+    width = exact_width(model)
     for found in (f for f in facts if f.compressible):
         found.exact_bits = width
-        if found.layer in taken:  # plans, calibrations and measurements know one key codec and one value codec a layer
-            found.leave(f"another cache of the layer is compressed, so the model's own {found.native} is kept")
-        taken.add(found.layer)
+    _number(facts)
     return facts
+
+
+def _number(facts: Sequence[LayerFacts]) -> None:
+    """Give each its ``layer``, so that no two that are compressible have the same."""
+    first = 0
+    for _, entry in groupby(facts, key=lambda found: found.entry):
+        coded = 0
+        for found in entry:
+            found.layer = first + (coded if found.compressible else 0)
+            coded += found.compressible
+        first += max(1, coded)
 
 
 def weightless(config: Mapping[str, Any]) -> Module:
@@ -196,7 +216,7 @@ def slots_of(caches: Sequence[Any]) -> list[Any]:
 
 def slot_of(caches: Sequence[Any], facts: LayerFacts) -> Any:  # noqa: ANN401 - mlx-lm's caches share no base
     """The single cache of a prompt cache that ``facts`` are of."""
-    entry = caches[facts.layer]
+    entry = caches[facts.entry]
     return entry if facts.slot is None else entry.caches[facts.slot]
 
 
@@ -209,15 +229,16 @@ def own_cache(model: Module) -> list[Any]:
 def with_caches(
     model: Module, make: Callable[[LayerFacts], Any], facts: Sequence[LayerFacts] | None = None
 ) -> list[Any]:
-    """The model's own caches, with what ``make`` gives in the place of each that a compressed one can take."""
+    """The model's own caches, with what ``make`` gives in the place of each that a compressed one can take, or None."""
     caches = own_cache(model)
     for found in probe(model) if facts is None else facts:
-        if found.compressible and found.slot is None:
-            caches[found.layer] = make(found)
-        elif found.compressible and found.slot is not None:
-            slots = list(caches[found.layer].caches)
-            slots[found.slot] = make(found)
-            caches[found.layer] = type(caches[found.layer])(*slots)
+        made = make(found) if found.compressible else None
+        if made is not None and found.slot is None:
+            caches[found.entry] = made
+        elif made is not None:
+            slots = list(caches[found.entry].caches)
+            slots[found.slot] = made
+            caches[found.entry] = type(caches[found.entry])(*slots)
     return caches
 
 
@@ -228,17 +249,20 @@ def probes_of(caches: Sequence[Any]) -> list[Probe]:
 
 def _first_facts(caches: Sequence[Any]) -> list[LayerFacts]:
     facts = []
-    for layer, entry in enumerate(caches):
+    for index, entry in enumerate(caches):
         slots = list(enumerate(entry.caches)) if type(entry).__name__ == "CacheList" else [(None, entry)]
         for slot, own in slots:
             name = type(own).__name__
-            ours = type(own).__module__ in ("mlx_lm.models.cache", "mlx_vlm.models.cache")
-            found = LayerFacts(layer, name, ours and name in ("KVCache", "RotatingKVCache"), slot)
-            if not found.compressible:
+            known = type(own).__module__ in ("mlx_lm.models.cache", "mlx_vlm.models.cache") and name in REPLACED
+            found = LayerFacts(index, name, known, slot, entry=index)
+            if not known:
                 found.leave(f"the model's own {name} is kept")
             elif name == "RotatingKVCache":
                 found.max_size, found.keep = own.max_size, own.keep
                 found.reason = f"attention reads the codes of the {own.max_size} tokens it sees"
+            elif name == "ChunkedKVCache":
+                found.max_size = own.chunk_size + 1  # beside the query's own
+                found.reason = f"attention reads the codes of the {own.chunk_size} tokens before it"
             facts.append(found)
     return facts
 
