@@ -18,7 +18,8 @@ from tests.test_attention_kernels import history, normal, relative
 from tests.test_kernels_on_host import CASES as TABLES
 from tests.test_kernels_on_host import PAIRS, RUNS, Case, Codes, assert_close, calls
 from tests.test_readers_on_host import CASES as LAYOUTS
-from veloxlab.cache.attention import History, attend_together
+from veloxlab.cache.attention import History
+from veloxlab.cache.histories import attend_together
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.base import Code, Sample
 from veloxlab.codecs.turboquant import TurboQuant

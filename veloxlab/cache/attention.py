@@ -7,10 +7,9 @@ fused attention, whose memory does not grow with queries times keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from itertools import chain
 from threading import get_ident
 
 import mlx.core as mx
@@ -20,7 +19,6 @@ from veloxlab.cache.expand import expanded, made_up_code, take_turn
 from veloxlab.cache.past import (
     Past,
     Segment,
-    exact_arrays,
     exact_codes,
     exact_run,
     exact_segment,
@@ -30,7 +28,7 @@ from veloxlab.codecs.none import Exact
 from veloxlab.kernels.backend import Backend
 from veloxlab.kernels.call import AttentionKernel, PreparedCall, Queries, Tokens
 from veloxlab.kernels.call import Exact as ExactTokens
-from veloxlab.kernels.checked import agrees, difference, differentiable, evaluated, made_up, with_derivatives
+from veloxlab.kernels.checked import agrees, difference, differentiable, evaluated, made_up
 from veloxlab.kernels.devices import current_backend, expanded_bytes
 from veloxlab.mlxlm.hooks import Handle, Mask, shape_in_common
 
@@ -257,49 +255,6 @@ class History(Handle):
             part = weights[..., start : start + s.values.tokens]
             mixed, start = mixed + s.value_codec.mix(part, s.values), start + s.values.tokens
         return narrowed(mixed, q.dtype)
-
-
-def attend_together(
-    histories: Sequence[History],
-    columns: Sequence[int],
-    q: mx.array,
-    scale: float,
-    mask: Mask,
-    sinks: mx.array | None,
-    cap: float | None = None,
-) -> mx.array | None:
-    """Few queries ``[B, Hq, L, Dk]`` of a batch, each entry of which has a history of its own, by one call of a kernel.
-
-    ``columns`` are where in a mask ``[B or 1, 1 or Hq, L, S]`` the tokens of each begin. None if no kernel does that.
-    """
-    backend, spaces = current_backend(), {history._spaces for history in histories}
-    if backend is None or backend.together is None or None in spaces or len(spaces) > 1 or isinstance(mask, str):
-        return None
-    width = None if mask is None else as_added(mask, q, mask.shape[-1])
-    queries = histories[0]._queries(q.astype(mx.float32), scale, width, sinks, cap)
-    exact = [exact_arrays(history.segments) for history in histories]
-    given = queries.q, queries.coded, queries.mask, queries.logits, *chain(*exact)
-    if not evaluated(*(x for x in given if x is not None)):
-        return None
-    calls, recent = [], []
-    for i, history in enumerate(histories):
-        coded, masked = (None if x is None else x[i : i + 1] for x in (queries.coded, queries.mask))
-        call = history._call(backend, replace(queries, q=queries.q[i : i + 1], coded=coded, mask=masked))
-        if call is None:
-            return None
-        calls.append(call)
-        recent.append(history.newest)
-    out = histories[0]._brought_out(backend.together(calls, queries, recent, columns), q.dtype)
-
-    def by_graph(q: mx.array, *arrays: mx.array) -> dict[str, mx.array]:
-        parts, own = [], iter(arrays)
-        for i, history in enumerate(histories):
-            seen = History(with_exact_arrays(history.segments, own))
-            columns_seen = None if width is None else width[i : i + 1, ..., columns[i] : columns[i] + history.tokens]
-            parts.append(seen._attend_codes(q[i : i + 1], scale, columns_seen, sinks, cap))
-        return {"out": mx.concatenate(parts)}
-
-    return with_derivatives({"out": out}, by_graph, q, *chain(*exact))["out"]
 
 
 def _like(q: mx.array, scale: float, cap: float | None) -> tuple[object, ...]:

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
 from veloxlab.cache import places
 from veloxlab.cache.arithmetic import as_added
-from veloxlab.cache.attention import FEW_QUERIES, History, attend_together
-from veloxlab.cache.past import Segment
+from veloxlab.cache.attention import FEW_QUERIES, History
+from veloxlab.cache.past import Segment, exact_arrays, with_exact_arrays
 from veloxlab.codecs import TENSORS, Code
 from veloxlab.kernels.attend import AttendKernel, Sizes
 from veloxlab.kernels.call import Queries
-from veloxlab.kernels.checked import agrees
+from veloxlab.kernels.checked import agrees, evaluated, with_derivatives
 from veloxlab.kernels.devices import current_backend
 from veloxlab.mlxlm.hooks import Handle, Mask, shape_in_common
 
@@ -77,6 +78,49 @@ class BatchHistory(Handle):
             parts[i] = mx.pad(done, [(0, 0), (0, 0), (own.start, q.shape[2] - own.stop), (0, 0)])
         padding = mx.zeros_like(next(iter(parts.values())))
         return mx.concatenate([parts.get(i, padding) for i in range(len(self.rows))])
+
+
+def attend_together(
+    histories: Sequence[History],
+    columns: Sequence[int],
+    q: mx.array,
+    scale: float,
+    mask: Mask,
+    sinks: mx.array | None,
+    cap: float | None = None,
+) -> mx.array | None:
+    """Few queries ``[B, Hq, L, Dk]`` of a batch, each entry of which has a history of its own, by one call of a kernel.
+
+    ``columns`` are where in a mask ``[B or 1, 1 or Hq, L, S]`` the tokens of each begin. None if no kernel does that.
+    """
+    backend, spaces = current_backend(), {history._spaces for history in histories}
+    if backend is None or backend.together is None or None in spaces or len(spaces) > 1 or isinstance(mask, str):
+        return None
+    width = None if mask is None else as_added(mask, q, mask.shape[-1])
+    queries = histories[0]._queries(q.astype(mx.float32), scale, width, sinks, cap)
+    exact = [exact_arrays(history.segments) for history in histories]
+    given = queries.q, queries.coded, queries.mask, queries.logits, *chain(*exact)
+    if not evaluated(*(x for x in given if x is not None)):
+        return None
+    calls, recent = [], []
+    for i, history in enumerate(histories):
+        coded, masked = (None if x is None else x[i : i + 1] for x in (queries.coded, queries.mask))
+        call = history._call(backend, replace(queries, q=queries.q[i : i + 1], coded=coded, mask=masked))
+        if call is None:
+            return None
+        calls.append(call)
+        recent.append(history.newest)
+    out = histories[0]._brought_out(backend.together(calls, queries, recent, columns), q.dtype)
+
+    def by_graph(q: mx.array, *arrays: mx.array) -> dict[str, mx.array]:
+        parts, own = [], iter(arrays)
+        for i, history in enumerate(histories):
+            seen = History(with_exact_arrays(history.segments, own))
+            columns_seen = None if width is None else width[i : i + 1, ..., columns[i] : columns[i] + history.tokens]
+            parts.append(seen._attend_codes(q[i : i + 1], scale, columns_seen, sinks, cap))
+        return {"out": mx.concatenate(parts)}
+
+    return with_derivatives({"out": out}, by_graph, q, *chain(*exact))["out"]
 
 
 class Call(NamedTuple):
