@@ -30,7 +30,8 @@ import polars as pl
 from tests.cache_types import WIDTHS, registered
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.quality import Reference, evaluate
-from veloxlab.mlxlm.probe import own_cache, quantized_cache
+from veloxlab.mlxlm.probe import own_cache
+from veloxlab.mlxlm.quantized import quantized_cache
 from veloxlab.store import write_atomically
 from veloxlab.texts import shipped_folder
 

@@ -10,7 +10,7 @@ from veloxlab.cache.arithmetic import attend_exactly
 from veloxlab.cache.attention import History
 from veloxlab.cache.past import exact_codes, exact_segment
 from veloxlab.measure.activations import capture_layers
-from veloxlab.mlxlm import probe
+from veloxlab.mlxlm import hooks, probe
 from veloxlab.mlxlm.hooks import attach, detach
 
 HISTORY = History((exact_segment(exact_codes(mx.zeros((2, 3, 5, 8)), mx.zeros((2, 3, 5, 8)))),))
@@ -55,6 +55,12 @@ def test_gemma2_gets_its_own_function_back():
     assert module.__call__ is not own
     assert mx.array_equal(model(ids, cache=probe.own_cache(model)), native)  # with a cache of mlx-lm's, the same
     assert caches[0].path == "codes"
+
+
+@pytest.mark.parametrize("name", [name for name in hooks._OWN if name.endswith("Attention.__call__")])
+def test_a_cache_of_another_library_is_left_to_mlx_lms_own_function(name):
+    """Such a one has no ``keys`` either, which is what a compressed cache lacks."""
+    assert hooks._OWN[name](lambda *given: "its own", "layer", "x", None, [object(), object()]) == "its own"
 
 
 @pytest.mark.parametrize("chunks", [[40, 1, 1], [3, 20, 19]])

@@ -15,7 +15,8 @@ from tests.test_without_queries import Letters
 from tests.tiny_models import stepwise, tiny
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.errors import InputError
-from veloxlab.mlxlm.probe import own_cache, quantized_cache, slots_of
+from veloxlab.mlxlm.probe import own_cache, slots_of
+from veloxlab.mlxlm.quantized import quantized_cache
 
 LATENTS = ("deepseek_v3", "glm4_moe_lite", "mistral4", "kimi_linear", "longcat_flash")
 

@@ -17,7 +17,7 @@ from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, KVCache, RotatingKV
 from veloxlab.codecs import Codec, saving
 from veloxlab.errors import InputError
 from veloxlab.mlxlm import identity
-from veloxlab.mlxlm.hooks import loadable
+from veloxlab.mlxlm.hooks import InPlace, loadable
 from veloxlab.store import bytes_of, from_json, reading, to_json
 
 FORMAT = "veloxlab cache 2"
@@ -47,7 +47,7 @@ class Description(str):
         return iter(to_json(FORMAT, self._content, bytes_of(self._arrays)))
 
 
-class Saved(ABC):
+class Saved(InPlace, ABC):
     """What mlx-lm needs of a cache to evaluate it, to save it and to read it again."""
 
     @abstractmethod

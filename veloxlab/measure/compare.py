@@ -25,7 +25,8 @@ from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.frames import in_schema, schema
 from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, evaluate, reference
-from veloxlab.mlxlm.probe import probe, quantized_cache, slot_of
+from veloxlab.mlxlm.probe import probe, slot_of
+from veloxlab.mlxlm.quantized import quantized_cache
 from veloxlab.progress import OnRows, Progress, silent
 from veloxlab.texts import Tokenizer
 

@@ -19,7 +19,8 @@ from veloxlab.codecs import Codec, find_method
 from veloxlab.codecs.base import token_bytes
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import schema
-from veloxlab.mlxlm.probe import GROUP, LayerFacts, why_not_quantized
+from veloxlab.mlxlm.probe import LayerFacts
+from veloxlab.mlxlm.quantized import GROUP, why_not_quantized
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 
 PLANNED = schema("cache tokens batch part bytes kind")

@@ -59,6 +59,10 @@ class Handle(ABC):
         """
 
 
+class InPlace:
+    """A cache that stands in the place of a model's own, for attention that a family computes by itself to know."""
+
+
 def loadable(kind: Kind) -> Kind:
     """Let mlx-lm find a cache's class by its name when it loads a saved cache; a decorator of the class."""
     _LOADABLE.append(kind)

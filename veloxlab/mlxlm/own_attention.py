@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import base
 
-from veloxlab.mlxlm.hooks import Handle, Mask, stands_in_for
+from veloxlab.mlxlm.hooks import Handle, InPlace, Mask, stands_in_for
 
 Original = Callable[..., mx.array]
 Loose = Any  # mlx-lm's layers and caches share no base, and keys are arrays or a handle
@@ -96,7 +96,7 @@ def _deepseek_v32(
     original: Original, layer: Loose, x: mx.array, mask: mx.array | None = None, cache: Loose = None
 ) -> mx.array:
     """The tokens that its indexer chooses are a mask, for one token too, where the original picks their latents."""
-    if cache is None or hasattr(cache[0], "keys"):  # mlx-lm's own: ours has none
+    if cache is None or not isinstance(cache[0], InPlace):
         return original(layer, x, mask, cache)
     own, indexed = cache[0], cache[1]
     residual = layer.q_a_layernorm(layer.q_a_proj(x))
@@ -124,7 +124,7 @@ def _deepseek_v32(
 @stands_in_for("minimax_m3_vl.Attention.__call__")
 def _minimax_m3(original: Original, layer: Loose, x: mx.array, mask: Loose = None, cache: Loose = None) -> mx.array:
     """It lets the stored keys wait for its indexer's: here, what it gives does."""
-    if cache is None or hasattr(cache[0], "keys"):
+    if cache is None or not isinstance(cache[0], InPlace):
         return original(layer, x, mask, cache)
     own, offset = cache[0], cache[0].offset
     heads = layer.num_attention_heads, layer.num_key_value_heads, layer.num_key_value_heads

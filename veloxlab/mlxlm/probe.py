@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, groupby
 from typing import Any, ClassVar, Literal
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
+from mlx_lm.models.cache import KVCache
 
 from veloxlab.codecs.method import Tensor
 from veloxlab.errors import InputError
@@ -19,12 +19,11 @@ from veloxlab.mlxlm import (
     identity,
     own_attention,  # noqa: F401 - registers what `attach` replaces
 )
-from veloxlab.mlxlm.hooks import Handle, Mask, attach, shape_in_common
+from veloxlab.mlxlm.hooks import Handle, InPlace, Mask, attach, shape_in_common
 
 Path = Literal["codes", "latents", "arrays"]
 LATENT = "kv_lora_rank"  # what modules of latent attention (MLA) call the width of the latent that they store as keys
 REPLACED = ("KVCache", "RotatingKVCache", "ChunkedKVCache")  # mlx-lm's, and mlx-vlm's of these names
-GROUP = 64  # values that share a scale in mlx-lm's quantized cache, by default
 
 
 @dataclass
@@ -67,7 +66,7 @@ class LayerFacts:
         self.compressible, self.reason = False, reason
 
 
-class Probe(Handle):
+class Probe(InPlace, Handle):
     """Stands in for a cache of ``offset`` tokens and for its handle: notes what passes, and answers with zeros.
 
     On the path ``"latents"`` a latent stands for keys and values, and the rotary part of the keys is stored beside it,
@@ -178,27 +177,6 @@ def _number(facts: Sequence[LayerFacts]) -> None:
             found.layer = first + (coded if found.compressible else 0)
             coded += found.compressible
         first += max(1, coded)
-
-
-def weightless(config: Mapping[str, Any]) -> Module:
-    """A model of mlx-lm's own class for a ``config.json``, whose weights are never made as long as none is read.
-
-    It computes in float32 where the configuration says so, and else in 16 bits. Raises `InputError` if mlx-lm makes no
-    model of it.
-    """
-    try:
-        from mlx_lm.utils import _get_classes  # private: an mlx-lm without it does all but this
-
-        kind, arguments = _get_classes(dict(config))
-        model: Module = kind(arguments.from_dict(dict(config)))
-    except Exception as error:  # every model reads its configuration in its own way
-        raise InputError(
-            f"mlx-lm makes no model of this configuration (model_type {config.get('model_type')!r}: "
-            f"{type(error).__name__}: {error}): give a model's config.json, or type the shape in."
-        ) from error
-    named = config.get("dtype") or config.get("torch_dtype")
-    model.set_dtype(mx.float32 if named == "float32" else mx.bfloat16)
-    return model
 
 
 def after_one_token(model: Module) -> list[Any]:
@@ -316,26 +294,3 @@ def exact_width(model: Module) -> Literal[16, 32]:
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     dtype = next(p.dtype for _, p in parameters if mx.issubdtype(p.dtype, mx.floating))
     return 32 if dtype == mx.float32 else 16
-
-
-def why_not_quantized(layers: Sequence[LayerFacts], bits: int) -> str | None:
-    """Why mlx-lm's quantized cache cannot hold the keys and values of these layers; None if it can."""
-    for found in layers:
-        if found.kv_heads and (not found.compressible or found.path == "latents"):
-            return f"in layer {found.layer} {found.reason}"
-        if found.max_size is not None:
-            return f"layer {found.layer} slides"
-        for tensor, dim in found.dims.items():
-            if dim % GROUP:
-                why = f"no multiple of its groups of {GROUP}"
-                return f"{tensor} of layer {found.layer} have head dimension {dim}, {why}"
-            if dim * bits // 32 != dim // (32 // bits):
-                return f"its buffers have no room for {tensor} of head dimension {dim}"
-    return None
-
-
-def quantized_cache(model: Module, bits: int) -> list[Any]:
-    """mlx-lm's quantized caches in a model's layers with keys and values; raises `InputError` if it has none for it."""
-    if reason := why_not_quantized(probe(model), bits):
-        raise InputError(f"mlx-lm has no {bits}-bit cache for this model: {reason}.")
-    return with_caches(model, lambda _: QuantizedKVCache(group_size=GROUP, bits=bits))

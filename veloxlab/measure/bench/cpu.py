@@ -28,7 +28,7 @@ from veloxlab.kernels.devices import SWITCH
 from veloxlab.measure.bench import timing
 from veloxlab.measure.bench.timing import Row, Shape, Tell
 from veloxlab.measure.memory import bytes_of
-from veloxlab.mlxlm.probe import GROUP
+from veloxlab.mlxlm.quantized import GROUP
 
 SHAPE = Shape(9, 3, 64)
 TOKENS = (512, 2048, 8192)

@@ -27,7 +27,8 @@ from veloxlab.measure.bench.cpu import EXACT, MLX_LM, bandwidth, fitted, said, s
 from veloxlab.measure.bench.shapes import random_model
 from veloxlab.measure.bench.timing import Row, Tell, spread
 from veloxlab.measure.memory import bytes_of
-from veloxlab.mlxlm.probe import own_cache, quantized_cache, with_caches
+from veloxlab.mlxlm.probe import own_cache, with_caches
+from veloxlab.mlxlm.quantized import quantized_cache
 
 MODEL = "smollm2-135m"
 VOCABULARY = 49152

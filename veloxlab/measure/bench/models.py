@@ -27,7 +27,8 @@ from veloxlab.measure.bench.shapes import random_model
 from veloxlab.measure.bench.timing import TOKENS, Row, Tell, spread
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.frames import schema
-from veloxlab.mlxlm.probe import exact_width, own_cache, quantized_cache, slots_of
+from veloxlab.mlxlm.probe import exact_width, own_cache, slots_of
+from veloxlab.mlxlm.quantized import quantized_cache
 from veloxlab.progress import OnRows, Progress, silent
 
 LENGTHS = schema("cache tokens held_bytes prefill_peak_bytes decode_peak_bytes decode_seconds")

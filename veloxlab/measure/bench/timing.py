@@ -30,7 +30,7 @@ from veloxlab.codecs.parts.rope import Rope
 from veloxlab.kernels.checked import states
 from veloxlab.kernels.devices import current_backend
 from veloxlab.measure.memory import bytes_of
-from veloxlab.mlxlm.probe import GROUP
+from veloxlab.mlxlm.quantized import GROUP
 
 Row = dict[str, Any]
 Tell = Callable[[str], None]
