@@ -22,6 +22,11 @@ def hands_out_handles(cache: object) -> bool:
     return getattr(cache, "bits", None) == 0
 
 
+def stands_in(cache: object) -> bool:
+    """Whether a cache stands in the place of a model's own, on any path."""
+    return isinstance(cache, InPlace)
+
+
 @stands_in_for("gear._softcap_attention")
 def _gear(
     original: Original, queries: mx.array, keys: Loose, values: Loose, scale: float, softcap: float, mask: Mask
@@ -96,7 +101,7 @@ def _deepseek_v32(
     original: Original, layer: Loose, x: mx.array, mask: mx.array | None = None, cache: Loose = None
 ) -> mx.array:
     """The tokens that its indexer chooses are a mask, for one token too, where the original picks their latents."""
-    if cache is None or not isinstance(cache[0], InPlace):
+    if cache is None or not stands_in(cache[0]):
         return original(layer, x, mask, cache)
     own, indexed = cache[0], cache[1]
     residual = layer.q_a_layernorm(layer.q_a_proj(x))
@@ -124,7 +129,7 @@ def _deepseek_v32(
 @stands_in_for("minimax_m3_vl.Attention.__call__")
 def _minimax_m3(original: Original, layer: Loose, x: mx.array, mask: Loose = None, cache: Loose = None) -> mx.array:
     """It lets the stored keys wait for its indexer's: here, what it gives does."""
-    if cache is None or not isinstance(cache[0], InPlace):
+    if cache is None or not stands_in(cache[0]):
         return original(layer, x, mask, cache)
     own, offset = cache[0], cache[0].offset
     heads = layer.num_attention_heads, layer.num_key_value_heads, layer.num_key_value_heads

@@ -211,9 +211,11 @@ def with_caches(
     caches = own_cache(model)
     for found in probe(model) if facts is None else facts:
         made = make(found) if found.compressible else None
-        if made is not None and found.slot is None:
+        if made is None:
+            continue
+        if found.slot is None:
             caches[found.entry] = made
-        elif made is not None:
+        else:
             slots = list(caches[found.entry].caches)
             slots[found.slot] = made
             caches[found.entry] = type(caches[found.entry])(*slots)
