@@ -12,7 +12,7 @@ from veloxlab.measure.errors import attention_map, errors_along_position, errors
 from veloxlab.views import by_bits_caption, picture
 from veloxlab.views import errors_by_bits as drawn
 
-ALL = ["attention", "positions", "distribution", "by_bits"]
+ALL = ["attention", "positions", "distribution", "logits", "by_bits"]
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def _as_it_was(explorer):
         ("layer", (8, 6), ALL),
         ("head", (1, 2), ALL),
         ("method", ("rabitq", "polarquant"), ALL),
-        ("bits", (3, 5), ["attention", "positions", "distribution"]),
+        ("bits", (3, 5), ["attention", "positions", "distribution", "logits"]),
     ],
 )
 def test_every_control_moved_twice_changes_its_charts_twice_and_no_other(explorer, control, values, charts):

@@ -129,6 +129,27 @@ def test_a_chart_grows_with_its_caption(bare):
     assert bare.page.evaluate(width) > before + 100
 
 
+def test_a_click_and_arrow_keys_pick_a_layer_and_a_head(bare):
+    rows = pl.DataFrame(
+        [(*at, "keys", 0.1) for at in ((0, 0), (0, 1), (1, 0), (1, 1))],
+        ["layer", "head", "tensor", "error"],
+        orient="row",
+    )
+    open_chart(bare, ChartView(views.token_heads(rows)))
+    cell = "#one [aria-label*='layer: 1'][aria-label*='KV head: 0']"
+    now = "[lab.charts.one.model.get('picked'), lab.charts.one.model.get('picked_head')]"
+    bare.page.locator(cell).first.click()
+    assert bare.page.evaluate(now) == [1, 0]
+    bare.page.locator(f"#one {SVG}").click(position={"x": 200, "y": 4})  # beside all cells
+    assert bare.page.evaluate(now) == [1, 0]
+    bare.page.locator("#one .veloxlab-chart").focus()
+    for key, expected in (("ArrowDown", [1, 1]), ("ArrowLeft", [0, 1]), ("ArrowUp", [0, 0])):
+        bare.page.keyboard.press(key)
+        assert bare.page.evaluate(now) == expected
+    wait_for(bare, "document.querySelectorAll('#one path[stroke=\"#d8435c\"]').length === 1")
+    assert bare.errors == []
+
+
 def test_a_layer_picked_in_python_is_marked(bare):
     view = ChartView(bars(5, 10), picked=0)
     open_chart(bare, view)
@@ -234,7 +255,7 @@ def test_closing_leaves_no_listener_and_no_element(bare):
     before = bare.page.evaluate("lab.pageListeners()")
     open_chart(bare, ChartView(bars(5, 10)))
     bare.page.evaluate("document.querySelector('#one .veloxlab-chart').focus()")  # which listens for keys
-    assert bare.page.evaluate("lab.charts.one.model.listeners()") == 3
+    assert bare.page.evaluate("lab.charts.one.model.listeners()") == 5
     assert bare.page.evaluate("lab.pageListeners()") >= before + 3
     bare.page.evaluate("lab.charts.one.cleanup()")
     assert bare.page.evaluate("lab.charts.one.model.listeners()") == 0

@@ -34,7 +34,7 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     # every control of the page of errors, twice
     tab(page, "Errors")
     errors = Shown(page, ".veloxlab-errors")
-    errors.drawn(4)
+    errors.drawn(5)
     errors.idle()
     errors.pressed("layer", ["ArrowRight", "ArrowRight"], [0, 1, 2, 3])
     errors.pressed("head", ["ArrowRight", "ArrowRight"], [0, 1, 2, 3])
@@ -63,6 +63,23 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     picked = Shown(page, LAB).dropdown("layer").first.element_handle()
     page.wait_for_function("(select) => select.value === '3'", arg=picked)
     page.locator(lab.charts, has_text="layer 3 in").first.wait_for()
+
+    # a token that is picked in one chart is seen in all, and on the pages that have it; a cell picks layer and head
+    tab(page, "Tokens")
+    tokens = Shown(page, ".veloxlab-tokens")
+    tokens.drawn(5)
+    tokens.idle()
+    times = tokens.pressed("token", ["Home", "ArrowRight", "ArrowRight"], [0, 1, 2, 3, 4])
+    page.locator(tokens.charts, has_text="Token 3. ").wait_for()
+    page.locator(f"{tokens.charts} >> nth=2 >> [aria-label*='layer: 5'][aria-label*='KV head: 2']").first.click()
+    page.locator(".veloxlab-tokens .widget-slider", has_text="layer").locator(
+        ".widget-readout", has_text="5"
+    ).wait_for()
+    tokens.idle()
+    with capsys.disabled():
+        print(f"token to five charts: {milliseconds(times)}")
+    tab(page, "Errors")
+    page.locator(f"{errors.charts} >> nth=0 >> .mark-rule line").first.wait_for(state="attached")
 
     # a page without layers has the bits of all
     tab(page, "Memory")
@@ -112,11 +129,11 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     lab.turns_dark("compare")
     tab(page, "Cache")
     page.locator(lab.charts, has_text="rvq").first.wait_for()
-    for name, box in (("Errors", errors), ("Keys and values", keys), ("Memory", plans)):
+    for name, box in (("Errors", errors), ("Keys and values", keys), ("Tokens", tokens), ("Memory", plans)):
         tab(page, name)
         if box is not plans:  # which has nothing to wait for
             box.idle()
         turn(page, "Light")
-        box.turns_dark("errors" if box is errors else "", height=1500)
+        box.turns_dark({errors: "errors", tokens: "tokens"}.get(box, ""), height=1500)
     assert visit.errors == []
     assert visit.outside == []

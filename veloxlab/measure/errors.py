@@ -94,8 +94,7 @@ def layer_errors(
 
     def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
         x, decoded = exact_and_decoded(layer, tensor, method, widths[tensor], calibration, options)
-        position = mx.arange(x.shape[2])[:, None]
-        decoded = mx.where((position < sinks) | (position >= x.shape[2] - window), x, decoded)
+        decoded = with_exact_ends(x, decoded, sinks, window)
         error = mx.square(x - decoded).sum(axis=-1)[0]
         norm, decoded_norm = mx.linalg.norm(x, axis=-1)[0], mx.linalg.norm(decoded, axis=-1)[0]
         cosine = mx.where(error == 0, 1.0, (x * decoded).sum(axis=-1)[0] / mx.maximum(norm * decoded_norm, 1e-30))
@@ -144,6 +143,12 @@ def exact_and_decoded(layer: LayerCapture, tensor: Tensor, *settings: Any) -> tu
     x = layer.vectors(tensor)
     codec = fitted_online(layer.codec(tensor, *settings), x)
     return x, expanded([(codec, codec.encode(x))], mx.float32, slice(None), None)
+
+
+def with_exact_ends(x: mx.array, decoded: mx.array, sinks: int, window: int) -> mx.array:
+    """Decoded ``[1, H, S, D]``, but the first ``sinks`` and the last ``window`` tokens are those of ``x``."""
+    position = mx.arange(x.shape[2])[:, None]
+    return mx.where((position < sinks) | (position >= x.shape[2] - window), x, decoded)
 
 
 def _attention_errors(layer: LayerCapture, tensor: Tensor, decoded: mx.array) -> dict[str, ArrayLike]:

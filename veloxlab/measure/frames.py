@@ -13,7 +13,7 @@ _TYPES: dict[Any, str] = {
         "text"
     ),
     pl.Int32: (
-        "channel coordinate first head head_dim key key_end layer level loudest not_finite outlier_channels pair "
+        "channel coordinate first head head_dim key key_end layer level loudest not_finite outlier_channels pair place "
         "position position_end query query_end rank second token window"
     ),
     pl.Int64: (
@@ -21,7 +21,7 @@ _TYPES: dict[Any, str] = {
         "prefill_peak_bytes table_bytes tokens zero"
     ),
     pl.Float32: "squared_error squared_norm",
-    pl.Boolean: "fits flip hit may",
+    pl.Boolean: "came fits flip hit may",
 }
 TYPES = {name: kind for kind, names in _TYPES.items() for name in names.split()}
 """Types of columns; all others are Float64."""

@@ -117,7 +117,7 @@ def side_by_side(
             chances = reader.probability(token), other.probability(token)
             kl = None if side == "exact" else float(np.asarray(divergence(checker.log_probs, reader.log_probs)))
             sizes = sum(entry.nbytes for entry in reader.cache), _fp16_bytes(facts, len(ids) + position)
-            rows.append((side, position, token, _added(tokenizer, texts[side], token), *chances, kl, *sizes))
+            rows.append((side, position, token, added_text(tokenizer, texts[side], token), *chances, kl, *sizes))
             texts[side].append(token)
         on_token(pl.DataFrame(rows, schema=GENERATION, orient="row"))
         progress(position + 1, tokens, "generating")
@@ -155,7 +155,7 @@ def _fp16_bytes(layers: Sequence[LayerFacts], tokens: int) -> int:
     return sum(2 * facts.values_per_token * min(tokens, facts.max_size or tokens) for facts in layers)
 
 
-def _added(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:
+def added_text(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:
     """What a token adds to a text: a character of several tokens is shown at the last of them."""
     shown = [str(tokenizer.decode(part)).rstrip("\ufffd") for part in (before, [*before, token])]
     return shown[1][len(shown[0]) :]

@@ -16,7 +16,7 @@ import polars as pl
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import DEFAULT_BITS
 from veloxlab.checks import checked, whole
-from veloxlab.codecs import Tensor, find_method
+from veloxlab.codecs import Codec, Tensor, find_method
 from veloxlab.codecs.base import fitted_online
 from veloxlab.codecs.none import Exact
 from veloxlab.codecs.parts import Floats as Angles
@@ -63,13 +63,18 @@ def coded_coordinates(
     if isinstance(codec, Exact):
         raise InputError(f"{method!r} keeps vectors as they are, so there are no levels to see: choose another method.")
     code = codec.encode(x)
-    size, scale = codec.code_dim, codec.scales(code)
-    back = codec.from_codes(mx.broadcast_to(mx.eye(size), (1, x.shape[1], size, size)))
-    exact = np.array(x[0]) @ np.linalg.pinv(np.array(back[0]))
+    scale = codec.scales(code)
+    exact = np.array(x[0]) @ np.linalg.pinv(code_axes(codec, x.shape[1]))
     if scale is not None:
         stored = np.array(scale[0])
         exact = exact / np.where(stored == 0, 1.0, stored)
     return exact.astype(np.float32), np.array(codec.expand(code)[0])
+
+
+def code_axes(codec: Codec, kv_heads: int) -> Floats:
+    """What each coordinate of the space of the codes stands for in the model's: ``[H, code_dim, D]``."""
+    size = codec.code_dim
+    return np.array(codec.from_codes(mx.broadcast_to(mx.eye(size), (1, kv_heads, size, size)))[0])
 
 
 @checked(bins=whole(2))

@@ -53,6 +53,7 @@ from .errors import (
 from .generation import held_caption, held_while_generating, passkey_caption, passkey_map, strip_caption, token_strip
 from .memory import bit_allocation, bit_caption, memory_caption, memory_growth, memory_plan, plan_caption
 from .plane import best_pairs, bit_plane, plane_caption
+from .scores import logit_errors, logits_caption
 from .spectra import (
     dimensions_by_layer,
     dimensions_caption,
@@ -62,12 +63,26 @@ from .spectra import (
     spectrum,
     spectrum_caption,
 )
+from .tokens import (
+    alternatives,
+    alternatives_caption,
+    attended_caption,
+    attended_keys,
+    heads_caption,
+    losses_along,
+    losses_caption,
+    token_heads,
+)
 
 __all__ = [
     "allocation_caption",
     "allocation_map",
+    "alternatives",
+    "alternatives_caption",
     "angle_caption",
     "angle_densities",
+    "attended_caption",
+    "attended_keys",
     "attention_caption",
     "attention_maps",
     "attention_times",
@@ -98,13 +113,18 @@ __all__ = [
     "fidelity_caption",
     "frontier",
     "frontier_rows",
+    "heads_caption",
     "held_caption",
     "held_while_generating",
     "lengths_caption",
     "levels_caption",
     "levels_on_density",
+    "logit_errors",
+    "logits_caption",
     "loss_by_layer",
     "loss_caption",
+    "losses_along",
+    "losses_caption",
     "memory_caption",
     "memory_growth",
     "memory_plan",
@@ -126,5 +146,6 @@ __all__ = [
     "spectrum_caption",
     "strip_caption",
     "times_caption",
+    "token_heads",
     "token_strip",
 ]

@@ -120,10 +120,13 @@ def errors_along_position(frame: pl.DataFrame, *, caption: str = "") -> alt.VCon
             finite.mark_area(opacity=0.25).encode(y=low, y2=alt.Y2("high:Q")),
             finite.mark_line(strokeWidth=1.5).encode(y=alt.Y("median:Q"), tooltip=told),
             marks.crosses(base, tooltip=columns.tips("tensor not_finite")),
+            marks.token_rule(),
+            rows.mark_rect(opacity=0, cursor="pointer").encode(x=alt.X("position:Q"), x2=alt.X2("position_end:Q")),
         )
 
-    plots = marks.panels(widths, draw, theme.WIDTH - 90, 110)
-    return marks.framed(plots, shown, "Relative error along the text", caption or profile_caption(frame))
+    plots, heading = marks.panels(widths, draw, theme.WIDTH - 90, 110), "Relative error along the text"
+    said = caption or profile_caption(frame)
+    return marks.framed(plots, shown, heading, said, picks=[marks.PICKED_TOKEN])
 
 
 def profile_caption(frame: pl.DataFrame) -> str:
@@ -231,7 +234,7 @@ def attention_maps(
         own, first, words = marks.only(kind=kind), kind == "exact", KINDS[kind]
         size = own.transform_calculate(size="isValid(datum.weight) ? abs(datum.weight) : null")
         left = {"nice": False, "reverse": True, "tickCount": 4, "labels": first, "minExtent": 40 if first else 0}
-        cells = columns.on_log_scale(size, "size", WEIGHTS).mark_rect()
+        cells = columns.on_log_scale(size, "size", WEIGHTS).mark_rect(cursor="pointer")
         cells = cells.encode(
             x=columns.x("key", "" if kind == "compressed" else None, nice=False, tickCount=4),
             x2=alt.X2("key_end:Q"),
@@ -250,10 +253,12 @@ def attention_maps(
         lost = own.transform_filter("!isValid(datum.weight)").mark_text(text="×", fontWeight="bold")
         name = alt.Chart().transform_aggregate(cells="count()").mark_text(text=words, align="left", baseline="bottom")
         name = name.encode(x=alt.value(0), y=alt.value(-5))
-        return marks.layered(cells, lost.encode(x=alt.X("key:Q"), y=alt.Y("query:Q")), name)
+        crosses = lost.encode(x=alt.X("key:Q"), y=alt.Y("query:Q"))
+        return marks.layered(cells, crosses, name, marks.token_rule(alt.Y))
 
     maps = marks.stacked(alt.HConcatChart, marks.panels(list(KINDS), draw, SIDE, SIDE), 12)
-    return marks.framed([maps], shown, heading, caption or attention_caption(frame), shared=["color"])
+    said = caption or attention_caption(frame)
+    return marks.framed([maps], shown, heading, said, shared=["color"], picks=[marks.PICKED_TOKEN])
 
 
 def attention_caption(frame: pl.DataFrame) -> str:

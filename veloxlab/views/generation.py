@@ -19,13 +19,21 @@ PLACED = {"shown": pl.String, "line": pl.Int32, "column": pl.Int32, "end": pl.In
 PLACES = {"top": 0.08, "middle": 0.45, "low": 0.8, "high": 0.95}  # in a line
 LOST = (1e-3, 10.0)  # nats: KL that is drawn
 BREAK = "\u21b5"  # stands for a new line
+HEADING = "Text from one prompt, exact and compressed, with the KL divergence of each token"
 ROW = 34  # pixels of a side in the map of passkeys
 
 
 def token_strip(
-    frame: pl.DataFrame, *, parting: int | None = None, lines: int | None = None, caption: str = ""
+    frame: pl.DataFrame,
+    *,
+    parting: int | None = None,
+    lines: int | None = None,
+    heading: str = HEADING,
+    caption: str = "",
 ) -> alt.VConcatChart:
-    """Draw two texts as their tokens, with a bar under each of the compressed cache's, coloured by divergence.
+    """Draw texts as their tokens, with a bar under each of the compressed cache's, coloured by divergence.
+
+    A click on one of these picks it.
 
     Rows of `veloxlab.measure.generation.GENERATION`: ``side``, ``position``, ``text``, ``probability``,
     ``exact_probability`` and ``kl`` (nats). ``parting``: the first position at which the texts differ, which is framed.
@@ -33,7 +41,8 @@ def token_strip(
     """
     needed = columns.require(frame, "token_strip", "side text position probability exact_probability kl")
     parted = pl.lit(None, pl.Boolean) if parting is None else pl.col("position") == parting
-    shown = needed.with_columns(parts=parted.fill_null(False))
+    place = pl.when(pl.col("side") == "compressed").then("position")
+    shown = needed.with_columns(parts=parted.fill_null(False), place=place)
     rows = pl.concat(
         own.hstack(pl.DataFrame([*_places(own["text"])], PLACED, orient="row")) for _, own in _by_side(shown)
     )
@@ -64,11 +73,18 @@ def token_strip(
             legend = alt.Legend(title="KL from the exact cache (nats)", **look)
             colour = alt.Color("kl_drawn:Q", legend=legend).scale(type="log", domain=LOST, clamp=True)
             layers.insert(0, bars.encode(y=low, y2=alt.Y2("high:Q"), color=colour))
+            picked = base.transform_filter(f"datum.place === {marks.PICKED_TOKEN}")
+            layers += [
+                picked.mark_rect(color=theme.PICKED, opacity=0.25, xOffset=-2, x2Offset=2).encode(
+                    y=top, y2=alt.Y2("high:Q")
+                ),
+                base.mark_rect(opacity=0, cursor="pointer").encode(y=top, y2=alt.Y2("high:Q")),
+            ]
         return marks.layered(*layers)
 
-    plots = marks.panels(list(SIDES), draw, COLUMNS * ADVANCE, LINE * count)
-    heading = "Text from one prompt, exact and compressed, with the KL divergence of each token"
-    chart = marks.framed(plots, rows, heading, caption or strip_caption(frame, parting))
+    plots = marks.panels([side for side, _ in _by_side(frame)], draw, COLUMNS * ADVANCE, LINE * count)
+    said = caption or strip_caption(frame, parting)
+    chart = marks.framed(plots, rows, heading, said, picks=[marks.PICKED_TOKEN])
     chart.usermeta = {"veloxlab": {"fixed": True}}  # letters have the width that they have
     return chart
 

@@ -13,7 +13,7 @@ import polars as pl
 from veloxlab.views import columns, theme
 
 Look = dict[str, Any]  # properties of a mark, encodings or settings of an axis, by name
-PICKED = "picked_layer"
+PICKED, PICKED_HEAD, PICKED_TOKEN = "picked_layer", "picked_head", "picked_token"
 IS_PICKED = f"datum.layer === {PICKED}"
 ALTAIR_ROWS = 5_000
 OWN_SCALES = ("color", "opacity", "shape", "strokeDash")
@@ -34,13 +34,16 @@ def framed(
     caption: str,
     *,
     pickable: bool = False,
+    picks: Sequence[str] = (),
     shared: Sequence[str] = (),
 ) -> alt.VConcatChart:
     """Stack plots of the same rows under a heading and the param ``caption``; ``pickable`` ones mark `PICKED`.
 
+    ``picks``: params of what else a click picks, such as `PICKED_TOKEN`.
+
     Scales of colours and of shapes are each plot's own, unless scales of ``shared`` channels are common to all.
     """
-    params = {"caption": caption} | ({PICKED: None} if pickable else {})
+    params = {"caption": caption} | dict.fromkeys([PICKED] * pickable + [*picks])
     plots[0].title = alt.TitleParams(text=alt.expr("caption"), style="caption")
     scales: Look = dict.fromkeys(shared, "shared") or dict.fromkeys(OWN_SCALES, "independent")
     chart: alt.VConcatChart = stacked(alt.VConcatChart, plots, 10)
@@ -171,6 +174,13 @@ def picked_outline() -> alt.Chart:
     return outline.encode(x=alt.X("layer:O"), y=alt.value(2), y2=alt.value("height"))  # type: ignore[no-any-return]
 
 
+def token_rule(channel: type[alt.X | alt.Y] = alt.X) -> alt.Chart:
+    """Draw a line at the position of the picked token, along `alt.X` or `alt.Y`."""
+    one = alt.Chart().transform_aggregate(rows="count()").transform_calculate(at=PICKED_TOKEN)
+    line = one.transform_filter("isValid(datum.at)").mark_rule(color=theme.PICKED, strokeWidth=1.5)
+    return line.encode(channel("at:Q"))  # type: ignore[no-any-return]
+
+
 def over_layers(*marks: alt.Chart) -> alt.LayerChart:
     """Lay marks over clickable layers, and a frame around the picked one over them."""
     return layered(layer_columns(), *marks, picked_outline())
@@ -202,12 +212,22 @@ class HeadMap:
         self.height = alt.Step(max(min(step, 18), 6, 40 / heads))
 
     def cells(
-        self, tensor: str, calculated: Mapping[str, str], pooled: Mapping[str, Any], *, last: bool, gap: float = 0
+        self,
+        tensor: str,
+        calculated: Mapping[str, str],
+        pooled: Mapping[str, Any],
+        *,
+        last: bool,
+        gap: float = 0,
+        words: str = "",
     ) -> alt.Chart:
-        """Give one tensor's rows with ``calculated`` fields, ``pooled`` over the heads of a group."""
+        """Give one tensor's rows with ``calculated`` fields, ``pooled`` over the heads of a group.
+
+        ``words``: what the tensor is called on the axis.
+        """
         first = f"floor(datum.head / {self.group}) * {self.group}"
         rows = only(tensor=tensor).transform_calculate(group=first, **calculated)
-        y = columns.y("group", [tensor, self.words], paddingInner=gap)
+        y = columns.y("group", [words or tensor, self.words], paddingInner=gap)
         pools = rows.transform_aggregate(**pooled, groupby=["layer", "group"])
         return pools.encode(x=layer_axis(labelled=last, gap=gap), y=y)
 

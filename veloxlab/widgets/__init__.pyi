@@ -6,7 +6,7 @@ from .pages.cache import CacheExplorer
 from .pages.generation import SideBySide
 from .pages.heads import ErrorExplorer, KeyExplorer
 from .pages.memory import MemoryPlanner
-from .panel import ProgressBar
+from .progress_bar import ProgressBar
 from .worker import Cancelled, Progress, Status, Worker
 
 __all__ = [

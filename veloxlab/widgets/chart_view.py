@@ -28,7 +28,8 @@ from veloxlab.widgets.lifetime import Ending, loosen
 STATIC = Path(__file__).parent / "static"
 VEGALITE: str = max(vl_convert.get_vegalite_versions(), key=lambda newest: tuple(map(int, newest.split("."))))
 PATIENCE = 1.0  # seconds that what a cell shows waits for what was asked; a file waits longer
-PICKED = "picked_layer"  # the param that a chart must have for its layers to be picked
+# params that a chart must have for something in it to be picked, and the traits that hold what is
+PICKS = {"picked_layer": "picked", "picked_head": "picked_head", "picked_token": "picked_token"}
 Frames = pl.DataFrame | Mapping[str, pl.DataFrame]
 
 
@@ -79,9 +80,10 @@ class ChartView(Ending, anywidget.AnyWidget):
     """Show a chart, and change its numbers without drawing it anew.
 
     ``chart``: an Altair chart of fixed width; if it has a param ``picked_layer``, a click on a mark picks its
-    ``layer``. ``summary``: a line of text for outputs that show no picture; by default the title and the number of
-    rows. ``picked``: the layer marked at first. ``settle``: of a page's chart, what waits until it shows what is
-    chosen: files wait for that, and a cell that shows the chart shows a copy, which stays as it is.
+    ``layer``, and so with ``picked_head`` (``head``) and ``picked_token`` (``position``). ``summary``: a line of text
+    for outputs that show no picture; by default the title and the number of rows. ``picked``: the layer marked at
+    first. ``settle``: of a page's chart, what waits until it shows what is chosen: files wait for that, and a cell that
+    shows the chart shows a copy, which stays as it is.
 
     >>> view = ChartView(error_map(frame))
     >>> view.put(other_frame, caption="4 bits")  # same chart, other numbers: about a millisecond
@@ -96,6 +98,8 @@ class ChartView(Ending, anywidget.AnyWidget):
     spec = t.Dict().tag(sync=True)
     content = t.Dict().tag(sync=True)
     picked = t.Int(None, allow_none=True, help="the picked layer; set it from Python or by a click").tag(sync=True)
+    picked_head = t.Int(None, allow_none=True, help="the same of the KV head").tag(sync=True)
+    picked_token = t.Int(None, allow_none=True, help="the same of the token, its position").tag(sync=True)
     # the page alone sets this, so an echo of it would only be one more message per move of a slider
     rendered = t.Int(0, help="the revision last drawn in a page").tag(sync=True, echo_update=False)
 
@@ -157,7 +161,8 @@ class ChartView(Ending, anywidget.AnyWidget):
     def to_dict(self) -> Spec:
         """Give the chart as it is now: a Vega-Lite spec with its rows, params and picked layer."""
         with self._changing:
-            return join(self._bare, self._rows(), self.content["params"] | {PICKED: self.picked})
+            picked = {param: getattr(self, trait) for param, trait in PICKS.items()}
+            return join(self._bare, self._rows(), self.content["params"] | picked)
 
     @property
     def frame(self) -> pl.DataFrame:
@@ -170,7 +175,9 @@ class ChartView(Ending, anywidget.AnyWidget):
     def still(self) -> ChartView:
         """A copy that follows nothing, for a cell to show: the text beside it stays true."""
         self._settled(PATIENCE)
-        return ChartView(self.to_dict(), summary=self.summary, picked=self.picked)
+        copy = ChartView(self.to_dict(), summary=self.summary, picked=self.picked)
+        copy.picked_head, copy.picked_token = self.picked_head, self.picked_token
+        return copy
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the rows as CSV, and give the file's path."""
@@ -213,7 +220,7 @@ class ChartView(Ending, anywidget.AnyWidget):
             self._bare, self._id = bare, next(self._numbers)
         self._data = {**rows}
         datasets = {name: _payload(table) for name, table in rows.items()}
-        params.pop(PICKED, None)
+        params = {name: value for name, value in params.items() if name not in PICKS}
         return {
             "spec": {"id": self._id, "json": compact(bare)},
             "content": {"spec": self._id, "datasets": datasets, "params": params, "revision": revision},

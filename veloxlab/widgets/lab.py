@@ -13,13 +13,13 @@ from veloxlab.checks import choice
 from veloxlab.errors import InputError
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chart_view import ChartView
+from veloxlab.widgets.chosen import Checked, Chosen, OfLayers
 from veloxlab.widgets.glossary import glossary
 from veloxlab.widgets.layout import styled
 from veloxlab.widgets.lifetime import loosen
-from veloxlab.widgets.pages import advise, budget, cache, compare, generation, heads, memory
+from veloxlab.widgets.pages import advise, budget, cache, compare, generation, heads, memory, tokens
 from veloxlab.widgets.pages.compare import Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import Panel
-from veloxlab.widgets.selection import Checked, Chosen, OfLayers
 from veloxlab.widgets.worker import Progress
 
 # A page is one line here: its name, its title, and what makes it from a laboratory.
@@ -28,6 +28,7 @@ PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "advise": ("Advise", lambda lab: advise.Advisor(lab.experiment, **lab.shared)),
     "errors": ("Errors", lambda lab: heads.ErrorExplorer(lab.experiment.capture, **lab.shared)),
     "keys": ("Keys and values", lambda lab: heads.KeyExplorer(lab.experiment.capture, **lab.shared)),
+    "tokens": ("Tokens", lambda lab: tokens.TokenPage(lab.experiment, **lab.shared)),
     "compare": ("Compare", lambda lab: compare.Comparison(lab.experiment, lab.worker)),
     "generation": ("Generation", lambda lab: generation.SideBySide(*lab.loaded, **lab.shared)),
     "budget": ("Budget", lambda lab: budget.BudgetTuner(*lab.loaded, **lab.shared)),
@@ -45,13 +46,14 @@ def _of(page: str, name: str) -> Any:  # noqa: ANN401 - a property
 class Lab(Experimenter, OfExperiment, OfLayers):
     """See everything about one model's compressed cache, page by page, and take away what was found.
 
-    Method, bits, exact tokens, layer and head are one choice for all pages. A page is made when it is first opened, and
-    anew when it is opened after it was closed. All work is done by one thread, with progress; each page can cancel it.
-    Nothing here needs a network.
+    Method, bits, exact tokens, layer, head and token are one choice for all pages. A page is made when it is first
+    opened, and anew when it is opened after it was closed. All work is done by one thread, with progress; each page can
+    cancel it. Nothing here needs a network.
 
     Parameters, and what they raise, are those of `CacheExplorer`, and so are the attributes but for these: the trait
-    ``page`` is the name of the open page, one of ``cache``, ``advise``, ``errors``, ``keys``, ``compare``,
-    ``generation``, ``budget`` and ``memory``; the trait ``head`` the chosen KV head; ``compact`` makes charts small, so
+    ``page`` is the name of the open page, one of ``cache``, ``advise``, ``errors``, ``keys``, ``tokens``, ``compare``,
+    ``generation``, ``budget`` and ``memory``; the traits ``head`` and ``token`` are the chosen KV head, and the chosen
+    token by its position in the text, None for the one that lost most; ``compact`` makes charts small, so
     that a page fits one screen; ``pages`` are the pages that were made, by name, each a widget of its own; and
     ``compare()`` measures every method that needs no fitting.
     """
@@ -62,6 +64,7 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
     page = Checked(choice(*PAGES), "cache", help="the open page")
     head = Chosen("head", help="the chosen KV head")
+    token = Chosen("token", help="the picked token, by its position in the text; None for the one that lost most")
     compact = t.Bool(False, help="small charts and tight rows, so that a page fits one screen")
     errors, bits, memory = _of("cache", "errors"), _of("cache", "bits"), _of("cache", "memory")
     metric, measure = _of("cache", "metric"), _of("cache", "measure")

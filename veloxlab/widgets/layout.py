@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import ipywidgets
@@ -47,4 +47,11 @@ def columns(charts: Iterable[ipywidgets.Widget] = ()) -> ipywidgets.Box:
 def _box(name: str, parts: Iterable[ipywidgets.Widget], kind: type[ipywidgets.Box] = ipywidgets.Box) -> ipywidgets.Box:
     made = kind([*parts])
     made.add_class(name)
+    return made
+
+
+def button(words: str, tip: str, act: Callable[[], object], width: str = "") -> ipywidgets.Button:
+    """A button that acts when it is pressed."""
+    made = ipywidgets.Button(description=words, tooltip=tip, layout={"width": width} if width else {})
+    made.on_click(lambda _: act())
     return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,68 +16,14 @@ from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
 from veloxlab.views.picture import Section, report
 from veloxlab.widgets.chart_view import PATIENCE, ChartView, ensure_bundle
+from veloxlab.widgets.chosen import Chosen, ChosenBits
+from veloxlab.widgets.layout import button
 from veloxlab.widgets.lifetime import Ending, loosen, weakly
-from veloxlab.widgets.selection import Chosen, ChosenBits, Selection
-from veloxlab.widgets.worker import Job, Status, Worker
+from veloxlab.widgets.progress_bar import ProgressBar
+from veloxlab.widgets.selection import Selection
+from veloxlab.widgets.worker import Job, Worker
 
-PAUSE = 0.05  # seconds between two moves of the bar: a page needs no more
 KEPT = {"_model_id", "_cross_validation_lock", "_repr_mimebundle_", "worker", "points"}  # by a closed panel
-
-
-class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no types
-    """Show what a worker does, and let it be cancelled, and begun again. It keeps its place while nothing runs.
-
-    ``retry``: what begins again; by default all that was cancelled. ``can_retry``: whether there is something.
-    """
-
-    def __init__(
-        self,
-        worker: Worker,
-        retry: Callable[[], None] | None = None,
-        can_retry: Callable[[], bool] | None = None,
-        **layout: Any,
-    ) -> None:
-        self._worker, self._moved, self._busy = worker, 0.0, False
-        self._retry = retry or worker.retry
-        self._can_retry = can_retry or (lambda: worker.can_retry)
-        self._bar = ipywidgets.FloatProgress(0, min=0, max=1, layout={"flex": "0 1 180px", "margin": "0 8px 0 0"})
-        self._label = ipywidgets.Label(layout={"flex": "1 1 auto", "min_width": "0"})
-        self._button = button("Cancel", "", self._pressed, width="80px")
-        layout = {"align_items": "center", "height": "28px", "overflow": "hidden", **layout}
-        super().__init__([self._bar, self._label, self._button], layout=layout)
-        self._show(busy=False)
-        self._unwatch = worker.watch(weakly(self._follow))
-
-    def close(self) -> None:
-        self._unwatch()
-        super().close()
-
-    def __repr__(self) -> str:
-        return f"ProgressBar({self._worker.name})"
-
-    def _follow(self, status: Status) -> None:
-        now, part_way = time.monotonic(), 0 < status.done < status.total
-        if status.state == "running" and not (part_way and now - self._moved < PAUSE):
-            self._moved = now if status.done else 0.0
-            self._bar.bar_style = ""
-            self._bar.value = status.done / status.total if status.total else 0
-            self._label.value = f"{status.label} ({status.done} of {status.total})" if status.total else "starting"
-            self._show(busy=True)
-        elif status.state in ("done", "cancelled", "failed"):
-            self._label.value = {"failed": status.label, "cancelled": "cancelled"}.get(status.state, "")
-            self._bar.bar_style = "danger" if status.state == "failed" else ""
-            self._show(busy=False)
-
-    def _show(self, *, busy: bool) -> None:
-        again = not busy and self._can_retry()
-        self._busy = busy
-        self._bar.layout.visibility = "visible" if busy else "hidden"
-        self._button.layout.visibility = "visible" if busy or again else "hidden"
-        self._button.description = "Retry" if again else "Cancel"
-        self._button.tooltip = "Begin again what was cancelled" if again else "Stop all work that runs or waits"
-
-    def _pressed(self) -> None:
-        (self._worker.cancel if self._busy else self._retry)()
 
 
 class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no types
@@ -215,8 +160,27 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
             slot.children = self.views
 
     def _chart(self, chart: alt.TopLevelMixin) -> ChartView:
-        """A chart of this page."""
-        return ChartView(chart, settle=weakly(self._settle))
+        """A chart of this page; a token that is picked in it is picked for all pages."""
+        view = ChartView(chart, settle=weakly(self._settle))
+        self._watch(view, "picked_token", self._token_picked)
+        return view
+
+    @property
+    def _token(self) -> int | None:
+        """Where the picked token is in the charts of this page."""
+        return None if self.selection.choice.ids else self.selection.choice.token
+
+    def _token_picked(self, change: dict[str, Any]) -> None:
+        if change["new"] != self._token:
+            self._pick_token(change["new"])
+
+    def _pick_token(self, place: int | None) -> None:
+        self.selection.choose(token=place, ids=())
+
+    def _mark(self) -> None:
+        """Mark the picked token in the charts."""
+        for view in self.charts.values():
+            view.picked_token = self._token
 
     def follow(self) -> None:
         """Follow the selection from now on."""
@@ -253,6 +217,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def _redraw(self) -> None:
         """Show what is chosen now."""
         self._note()
+        self._mark()
 
     def _control(
         self, kind: type[ipywidgets.Widget], trait: str, words: str = "", tip: str = "", **settings: Any
@@ -308,10 +273,3 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         kinds = {"svg": ChartView.to_svg, "png": ChartView.to_png, "parquet": ChartView.to_parquet}
         named = self.named.items()
         return [save(view, folder / f"{name}.{kind}") for name, view in named for kind, save in kinds.items()]
-
-
-def button(words: str, tip: str, act: Callable[[], object], width: str = "") -> ipywidgets.Button:
-    """A button that acts when it is pressed."""
-    made = ipywidgets.Button(description=words, tooltip=tip, layout={"width": width} if width else {})
-    made.on_click(lambda _: act())
-    return made

@@ -1,9 +1,9 @@
-"""One choice of method, bits, exact tokens, layer and head, which all pages share; and traits that belong to it."""
+"""One choice of method, bits, exact tokens, layer, head and token, which all pages share."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from mlx.nn.layers.base import Module
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.counts import Windows
 from veloxlab.cache.plan import Plan
-from veloxlab.checks import ARGUMENTS, BITS, MAPPING, maybe, number_of_bits, whole
+from veloxlab.checks import ARGUMENTS, MAPPING, many, maybe, number_of_bits, whole
 from veloxlab.codecs import METHODS, TENSORS, find_method
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture
@@ -28,6 +28,7 @@ STEP = 0.25  # of bits, where a method takes fractions
 CACHE = ("method", "key_bits", "value_bits", "sinks", "window")  # parts that describe a cache of equal layers
 INTEGER = whole()
 CHECKS = ARGUMENTS | {"layer": maybe(INTEGER), "own_bits": MAPPING}
+CHECKS |= {"token": maybe(INTEGER), "ids": many(whole(0), empty=True)}
 
 
 def pair_said(bits: Bits) -> str:
@@ -108,6 +109,8 @@ class Choice:
     window: int = 64
     layer: int | None = None  # the picked one; None for all
     head: int = 0
+    token: int | None = None  # the picked one, by its position in a text; None for the one that lost most
+    ids: tuple[int, ...] = ()  # of that text; none for the one that the laboratory captured
     own_bits: Mapping[int, Bits] = field(default_factory=dict)  # by layer
     wished: Mapping[int | None, Bits] = field(default_factory=dict)  # where the method has others; None: of all layers
     shown_layer: int = 0  # on pages of a single layer: the picked one, or the last that was picked
@@ -194,11 +197,12 @@ class Selection(t.HasTraits):
         *,
         layers: Iterable[int] = (0,),
         heads: int = 1,
+        tokens: int = 0,
         methods: Sequence[str] = (),
         **parts: Any,
     ) -> None:
         super().__init__()
-        self.fitting, self.layers, self.heads = fitting, list(layers), heads
+        self.fitting, self.layers, self.heads, self.tokens = fitting, list(layers), heads, tokens
         self.methods = list(methods or fitting.methods)
         self.lock = threading.RLock()  # held while the choice changes and those who follow are told
         self.choice = replace(usual, shown_layer=self.layers[0])
@@ -208,7 +212,8 @@ class Selection(t.HasTraits):
     def of(cls, capture: Capture, fitting: Fitting, **parts: Any) -> Selection:
         """A selection among the layers and heads of a capture."""
         heads = min(layer.keys.shape[1] for layer in capture.layers)
-        return cls(fitting, layers=[layer.layer for layer in capture.layers], heads=heads, **parts)
+        layers = [layer.layer for layer in capture.layers]
+        return cls(fitting, layers=layers, heads=heads, tokens=len(capture.tokens), **parts)
 
     def choose(self, **parts: Any) -> None:
         """Change parts of the choice, all at once, or none: `InputError` if one cannot be."""
@@ -247,6 +252,9 @@ class Selection(t.HasTraits):
                 raise InputError(f"There is no layer {layer}: choose one from {ends}.")
         if not 0 <= choice.head < self.heads:
             raise InputError(f"There is no KV head {choice.head}: choose one from 0 to {self.heads - 1}.")
+        tokens = len(choice.ids) or self.tokens
+        if choice.token is not None and not 0 <= choice.token < tokens:
+            raise InputError(f"There is no token {choice.token}: the text has {tokens}, from 0.")
         return choice
 
     def _wished(self, asked: Mapping[str, Any], choice: Choice) -> dict[int | None, Bits]:
@@ -272,91 +280,3 @@ class Selection(t.HasTraits):
             for layer in (None, *own_bits)
         ]
         return {"key_bits": key_bits, "value_bits": value_bits, "own_bits": dict(zip(own_bits, own, strict=True))}
-
-
-class Chosen(t.TraitType[Any, Any]):
-    """A part of a page's selection as a trait of the page: it is read there, set there, and kept nowhere else."""
-
-    def __init__(self, part: str, *, read: str = "", help: str = "") -> None:  # noqa: A002 - traitlets' word
-        super().__init__(help=help)
-        self.part, self.read = part, read or part
-
-    def get(self, obj: Any, cls: Any = None) -> Any:  # noqa: ANN401
-        return getattr(obj.selection.choice, self.read)
-
-    def set(self, obj: Any, value: Any) -> None:  # noqa: ANN401
-        obj.selection.choose(**{self.part: value})
-
-
-class ChosenBits(Chosen):
-    """Code bits of a page's keys or values; with an empty ``tensor`` of the one that the page shows.
-
-    ``part`` is the layer that they are of: ``"layer"``, the picked one, which then has bits of its own;
-    ``"shown_layer"``, unless it has no bits of its own; or empty for all layers.
-    """
-
-    def __init__(self, tensor: str, part: str = "", *, help: str = "") -> None:  # noqa: A002
-        super().__init__(part, help=help)
-        self.tensor = tensor
-
-    def _of(self, page: Any) -> tuple[int | None, int]:  # noqa: ANN401
-        """The layer that they are of, None for all, and their place in a pair."""
-        choice = page.selection.choice
-        layer = getattr(choice, self.part) if self.part else None
-        one = self.part == "layer" or layer in choice.own_bits
-        return layer if one else None, TENSORS.index(self.tensor or page.tensor)
-
-    def get(self, obj: Any, cls: Any = None) -> Any:  # noqa: ANN401
-        layer, place = self._of(obj)
-        return obj.selection.choice.bits_of(layer)[place]
-
-    def set(self, obj: Any, value: Any) -> None:  # noqa: ANN401
-        width = BITS(str(self.name), value)
-        with obj.selection.lock:
-            layer, place = self._of(obj)
-            if layer is None:
-                obj.selection.choose(**{("key_bits", "value_bits")[place]: width})
-            else:
-                choice = obj.selection.choice
-                bits = [*choice.bits_of(layer)]
-                bits[place] = width
-                obj.selection.choose(own_bits={**choice.own_bits, layer: tuple(bits)})
-
-
-class OfCache(t.HasTraits):
-    """Traits of a page of whole caches; the bits are those of all layers."""
-
-    method = Chosen("method", help="a method's id")
-    key_bits = ChosenBits(
-        "keys", help="code bits of each coordinate of a key, 1 to 8 by the method; scales come on top"
-    )
-    value_bits = ChosenBits(
-        "values", help="code bits of each coordinate of a value, 1 to 8 by the method; scales come on top"
-    )
-    sinks = Chosen("sinks", help="first tokens of a text, kept exact")
-    window = Chosen("window", help="newest tokens of a text, kept exact; up to 32 more wait to be coded together")
-
-
-class OfLayers(OfCache):
-    """The same, of a page on which a layer can be picked; the bits are then those of that layer."""
-
-    layer = Chosen("layer", help="the picked layer")
-    key_bits = ChosenBits(
-        "keys", "layer", help="code bits of a key's coordinates, 1 to 8 by the method, in the picked layer or in all"
-    )
-    value_bits = ChosenBits(
-        "values",
-        "layer",
-        help="code bits of a value's coordinates, 1 to 8 by the method, in the picked layer or in all",
-    )
-
-
-class Checked(t.Any):
-    """A trait of what a check of `veloxlab.checks` takes; raises `InputError` for anything else."""
-
-    def __init__(self, check: Callable[[str, object], Any], default: object = t.Undefined, *, help: str = "") -> None:  # noqa: A002
-        super().__init__(default, help=help)
-        self.check = check
-
-    def validate(self, obj: Any, value: Any) -> Any:  # noqa: ANN401
-        return self.check(str(self.name), value)

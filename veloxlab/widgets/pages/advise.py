@@ -23,12 +23,13 @@ from veloxlab.models.shapes import ModelShape
 from veloxlab.runtime import device
 from veloxlab.views.memory import amount
 from veloxlab.views.picture import Section, html_table
+from veloxlab.widgets.chosen import Checked
 from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import broad, controls, laid_out, status
+from veloxlab.widgets.layout import broad, button, controls, laid_out, status
 from veloxlab.widgets.pages.compare import Experiment
 from veloxlab.widgets.pages.generation import PROMPT
-from veloxlab.widgets.panel import Panel, button
-from veloxlab.widgets.selection import Bits, Checked, Selection
+from veloxlab.widgets.panel import Panel
+from veloxlab.widgets.selection import Bits, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 GIGABYTE = 1e9

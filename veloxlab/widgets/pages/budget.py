@@ -37,12 +37,12 @@ from veloxlab.codecs.parts.packing import WIDEST
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import link
-from veloxlab.widgets.layout import columns, controls, laid_out, status
+from veloxlab.widgets.chosen import Chosen
+from veloxlab.widgets.layout import button, columns, controls, laid_out, status
 from veloxlab.widgets.pages.budget_charts import CHARTS, COORDINATES, by_of, frontiers, kind_of, unit_of, words_of
 from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
 from veloxlab.widgets.pages.charts import ChartPage, Look
-from veloxlab.widgets.panel import button
-from veloxlab.widgets.selection import Chosen, Fitting, Selection
+from veloxlab.widgets.selection import Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 T = TypeVar("T")

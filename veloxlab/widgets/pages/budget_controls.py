@@ -20,7 +20,7 @@ from veloxlab.errors import InputError
 from veloxlab.runtime import device
 from veloxlab.views.picture import html_table
 from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.panel import button
+from veloxlab.widgets.layout import button
 
 KINDS = {
     "average bits": AverageBits,

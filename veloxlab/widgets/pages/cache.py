@@ -17,13 +17,13 @@ from veloxlab.errors import InputError
 from veloxlab.measure import code_bits, layer_errors, memory_growth, predicted_growth, relative_errors, token_errors
 from veloxlab.mlxlm.probe import LayerFacts, probe
 from veloxlab.widgets.chart_view import ChartView, link
+from veloxlab.widgets.chosen import Checked, OfLayers
 from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import columns, controls, laid_out, status
+from veloxlab.widgets.layout import button, columns, controls, laid_out, status
 from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request, coded
 from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter, OfExperiment
-from veloxlab.widgets.panel import button
-from veloxlab.widgets.selection import Bits, Checked, OfLayers
+from veloxlab.widgets.selection import Bits
 from veloxlab.widgets.worker import Worker
 
 NO_QUERIES = (

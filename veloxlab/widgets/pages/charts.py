@@ -17,9 +17,10 @@ from veloxlab.errors import InputError
 from veloxlab.measure import Capture
 from veloxlab.progress import Progress as Tell
 from veloxlab.progress import silent
+from veloxlab.widgets.chosen import Checked, Chosen
 from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.panel import Panel
-from veloxlab.widgets.selection import Checked, Chosen, Selection
+from veloxlab.widgets.selection import Selection
 from veloxlab.widgets.worker import Progress, Status, Worker, sentence
 
 Request = tuple[Any, ...]  # the name of a measurement, and what it is of

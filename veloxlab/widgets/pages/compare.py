@@ -19,8 +19,8 @@ from veloxlab.measure import Capture, capture, fidelity
 from veloxlab.progress import Progress as Tell
 from veloxlab.views import frontier
 from veloxlab.views.picture import Section
-from veloxlab.widgets.layout import columns, controls, laid_out, status
-from veloxlab.widgets.panel import Panel, button
+from veloxlab.widgets.layout import button, columns, controls, laid_out, status
+from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Bits, Choice, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
 

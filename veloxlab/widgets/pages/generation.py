@@ -16,9 +16,10 @@ from veloxlab.measure.generation import GENERATION, first_parting, prompt_ids, s
 from veloxlab.views import held_while_generating, strip_caption, token_strip
 from veloxlab.views.generation import lines_for
 from veloxlab.views.marks import bits_said
-from veloxlab.widgets.layout import broad, columns, controls, laid_out, status
-from veloxlab.widgets.panel import Panel, button
-from veloxlab.widgets.selection import CACHE, Checked, Choice, Fitting, OfCache, Selection, pair_said
+from veloxlab.widgets.chosen import Checked, OfCache
+from veloxlab.widgets.layout import broad, button, columns, controls, laid_out, status
+from veloxlab.widgets.panel import Panel
+from veloxlab.widgets.selection import CACHE, Choice, Fitting, Selection, pair_said
 from veloxlab.widgets.worker import Progress, Worker
 
 PROMPT = "Tell me about the history of the city of Paris."
@@ -64,6 +65,7 @@ class SideBySide(OfCache, Panel):
         bits = dict.fromkeys(("key_bits", "value_bits"), settings.pop("bits")) if "bits" in settings else {}
         chosen = bits | {name: settings.pop(name) for name in CACHE if name in settings}
         self._model, self._tokenizer = model, tokenizer
+        self._prompt_ids: list[int] = []
         self.generated, self._outcome = pl.DataFrame(schema=GENERATION), "nothing is generated yet."
         selection = selection or Selection(Fitting(model, tokenizer, calibration), USUAL, **chosen)
         super().__init__(selection, worker, **settings)
@@ -88,13 +90,14 @@ class SideBySide(OfCache, Panel):
                 progress.check()
                 self._show(rows, tokens, name)
 
+            self._prompt_ids = prompt_ids(self._tokenizer, prompt)
             bits = {choice.key_bits, choice.value_bits}
             calibration = self.selection.fitting.calibration(choice.method, bits, progress)
             given: dict[str, Any] = {"tokens": tokens, "calibration": calibration, **settings}
             rows = side_by_side(
                 self._model, self._tokenizer, prompt, choice.method, on_token=show, progress=progress, **given
             )
-            self.say(choice.in_codes(len(prompt_ids(self._tokenizer, prompt)) + rows.filter(side="compressed").height))
+            self.say(choice.in_codes(len(self._prompt_ids) + rows.filter(side="compressed").height))
 
         self.say("")
         self._submit("generation", job)
@@ -112,6 +115,22 @@ class SideBySide(OfCache, Panel):
         super()._redraw()
         if time.monotonic() - self._pressed < LATE and not self.wait(0):
             self.run()
+
+    @property
+    def _text(self) -> tuple[int, ...]:
+        """Ids of the prompt and of what the compressed cache made of it."""
+        return (*self._prompt_ids, *self.generated.filter(side="compressed")["token"])
+
+    @property
+    def _token(self) -> int | None:
+        choice = self.selection.choice
+        ours = choice.ids and choice.token is not None and choice.ids == self._text[: len(choice.ids)]
+        return choice.token - len(self._prompt_ids) if ours else None  # type: ignore[operator]
+
+    def _pick_token(self, place: int | None) -> None:
+        if place is not None:
+            self.selection.choose(token=len(self._prompt_ids) + place, ids=self._text)
+            self.say(f"Token {place + 1} is picked: the page Tokens shows its causes.")
 
     def cancel(self) -> None:
         """End the run; what was generated stays."""

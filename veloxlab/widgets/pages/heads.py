@@ -17,13 +17,15 @@ from veloxlab.measure import Capture, code_bits, token_errors
 from veloxlab.measure.distributions import SPACES, channel_distributions, densities
 from veloxlab.measure.errors import attention_map, error_densities, errors_along_position, errors_by_bits
 from veloxlab.measure.levels import level_densities
+from veloxlab.measure.scores import score_errors
 from veloxlab.measure.spectra import rope_pairs, spectra
 from veloxlab.progress import Progress
 from veloxlab.views.distributions import MARKS, SHARES_SHOWN, SPACE_WORDS
 from veloxlab.views.marks import bits_said
+from veloxlab.widgets.chosen import Checked, Chosen, ChosenBits
 from veloxlab.widgets.layout import columns, controls, laid_out, status
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, coded
-from veloxlab.widgets.selection import Checked, Chosen, ChosenBits, Fitting, Selection
+from veloxlab.widgets.selection import Fitting, Selection
 from veloxlab.widgets.worker import Worker
 
 BLOCKS = 32  # of positions: a tenth and nine tenths need some vectors each
@@ -59,12 +61,12 @@ def head_chart(
 class HeadPage(ChartPage):
     """Charts of one KV head of one layer, under a method at a number of bits, measured on a capture.
 
-    A subclass has ``CHARTS``, and ``RARE``: the one that not every model has, the part of a layer's capture that it
-    needs, and a sentence for where that is missing.
+    A subclass has ``CHARTS``, and ``RARE``: those that not every model has, the part of a layer's capture that they
+    need, and a sentence for where that is missing.
     """
 
     CHARTS: ClassVar[Sequence[Chart]]
-    RARE: ClassVar[tuple[str, str, str]]
+    RARE: ClassVar[tuple[tuple[str, ...], str, str]]
 
     tensor: Any = "keys"
     layer = Chosen("layer", read="shown_layer", help="layer that is seen, by its index in the prompt cache")
@@ -94,8 +96,8 @@ class HeadPage(ChartPage):
         self._width = self._bits("bits")
         rare, needs, self._missing = self.RARE
         if all(getattr(layer, needs) is not None for layer in capture.layers):
-            rare = self._missing = ""
-        self._draw(chart for chart in self.CHARTS if chart.name != rare)
+            rare, self._missing = (), ""
+        self._draw(chart for chart in self.CHARTS if chart.name not in rare)
         self.children = laid_out(
             [self._controls(), status([self._banner, self._message], self.progress())], columns(self.charts.values())
         )
@@ -164,11 +166,11 @@ def _attention_caption(frame: pl.DataFrame, where: str) -> str:
 
 
 class ErrorExplorer(HeadPage):
-    """See what a method at a number of bits does to one KV head: its attention map, and errors of keys and values.
+    """See what a method at a number of bits does to one KV head: its attention map, and where errors come from.
 
     Every token is seen through its codes. ``method``, ``bits``: what codes the keys and values. The attention map is
     that of the first query head of ``head``. All else is as `KeyExplorer` has it; the ``charts`` are ``attention``,
-    ``positions``, ``distribution`` and ``by_bits``.
+    ``positions``, ``distribution``, ``logits`` and ``by_bits``.
     """
 
     NAME = "errors"
@@ -179,6 +181,7 @@ class ErrorExplorer(HeadPage):
         "positions": lambda *of: _by_head(TOKEN_ERRORS(*of), lambda own: errors_along_position(own, blocks=BLOCKS)),
         "distribution": lambda *of: _by_head(TOKEN_ERRORS(*of), error_densities),
         "by_bits": _by_bits,
+        "logits": coded(score_errors),
     }
     CHARTS = (
         head_chart(
@@ -190,9 +193,10 @@ class ErrorExplorer(HeadPage):
         ),
         head_chart("positions", CODED, views.errors_along_position, views.profile_caption),
         head_chart("distribution", CODED, views.error_distribution, views.distribution_caption),
+        head_chart("logits", CODED, views.logit_errors, views.logits_caption),
         head_chart("by_bits", ("layer", "method", "widths"), views.errors_by_bits, views.by_bits_caption),
     )
-    RARE = "attention", "queries", "Not every layer shows its queries, so there are no attention maps."
+    RARE = ("attention", "logits"), "queries", "Not every layer shows its queries, so there are no attention maps."
 
     @property
     def summary(self) -> str:
@@ -262,7 +266,11 @@ class KeyExplorer(HeadPage):
             "pairs", ("layer",), views.pair_energy, views.pair_caption, lambda frame, _: tuple(frame["wavelength"])
         ),
     )
-    RARE = "pairs", "rope", "Not every layer has a rotary embedding that is known, so there is no chart of its pairs."
+    RARE = (
+        ("pairs",),
+        "rope",
+        "Not every layer has a rotary embedding that is known, so there is no chart of its pairs.",
+    )
 
     tensor = Checked(choice(*TENSORS), "keys", help="whether keys or values are seen")
     space = Checked(

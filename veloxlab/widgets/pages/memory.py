@@ -14,10 +14,11 @@ from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest,
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
+from veloxlab.widgets.chosen import Checked, OfCache
 from veloxlab.widgets.code_lines import CodeLines
 from veloxlab.widgets.layout import columns, controls, laid_out, status
 from veloxlab.widgets.pages.charts import Chart, ChartPage
-from veloxlab.widgets.selection import CACHE, Checked, Fitting, OfCache, Selection
+from veloxlab.widgets.selection import CACHE, Fitting, Selection
 from veloxlab.widgets.worker import Worker
 
 GIGABYTE = 1e9

@@ -138,11 +138,28 @@ function ownGradients(plot) {
   }
 }
 
-const PICKED = "picked_layer";
+// What can be picked: the param that a chart must have, the model's trait, columns of a mark's row that have it, keys
+// that walk through it, and its name.
+const PICKS = [
+  { param: "picked_layer", trait: "picked", fields: ["layer"], keys: ["ArrowLeft", "ArrowRight"], name: "layer" },
+  { param: "picked_head", trait: "picked_head", fields: ["head", "group"], keys: ["ArrowUp", "ArrowDown"], name: "head" },
+  {
+    param: "picked_token",
+    trait: "picked_token",
+    fields: ["place", "position", "query"],
+    keys: ["ArrowLeft", "ArrowRight"],
+    name: "token",
+  },
+];
 
-function layersIn(datasets) {
-  const layers = Object.values(datasets).flatMap((rows) => rows.map((row) => row.layer));
-  return [...new Set(layers.filter(Number.isInteger))].sort((a, b) => a - b);
+function valueOf(row, fields) {
+  const field = fields.find((name) => row && name in row);
+  return Number.isInteger(row?.[field]) ? row[field] : null;
+}
+
+function valuesIn(datasets, fields) {
+  const values = Object.values(datasets).flatMap((rows) => rows.map((row) => valueOf(row, fields)));
+  return [...new Set(values.filter(Number.isInteger))].sort((a, b) => a - b);
 }
 
 // ---- one chart in one element
@@ -150,7 +167,7 @@ function layersIn(datasets) {
 class Chart {
   constructor(model, el, vega, themes) {
     Object.assign(this, { model, el, vega, themes, result: null, shown: {}, closed: false });
-    Object.assign(this, { room: null, left: 66, across: 1, down: 1, slope: null });
+    Object.assign(this, { picks: [], datasets: {}, room: null, left: 66, across: 1, down: 1, slope: null });
     this.plot = el.appendChild(document.createElement("div"));
     this.plot.className = "veloxlab-chart";
     this.names = new MutationObserver(() => ownGradients(this.plot));
@@ -206,7 +223,8 @@ class Chart {
 
   async embed(spec, content, dark) {
     const datasets = this.read(content);
-    const values = { ...content.params, [PICKED]: this.model.get("picked") };
+    const values = { ...content.params };
+    for (const { param, trait } of PICKS) values[param] = this.model.get(trait);
     const whole = specOf(spec.json, this.themes[dark ? "dark" : "light"], datasets, values);
     this.font = whole.config.font ?? "sans-serif";
     this.fixed = whole.usermeta?.veloxlab?.fixed === true; // a text, which only its letters make wide
@@ -231,20 +249,21 @@ class Chart {
     if (this.closed) return void result.finalize();
     this.result = result;
     this.signals = new Set(Object.keys(result.view.getState({ signals: () => true, data: () => false }).signals));
-    const pickable = this.signals.has(PICKED);
-    this.plot.classList.toggle("veloxlab-pickable", pickable);
-    if (pickable) {
-      result.view.addEventListener("click", (_event, item) => this.pick(item?.datum?.layer));
+    this.picks = PICKS.filter(({ param }) => this.signals.has(param));
+    this.plot.classList.toggle("veloxlab-pickable", this.picks.length > 0);
+    if (this.picks.length > 0) {
+      result.view.addEventListener("click", (_event, item) => this.click(item?.datum));
       this.plot.tabIndex = 0;
     }
   }
 
   // What a screen reader says of it: heading, the line of numbers, and its keys.
   tell() {
-    const keys = this.signals.has(PICKED) ? "Left and right arrow keys pick a layer, Escape clears it." : "";
-    const said = [this.words.heading ?? "Chart", this.words.caption, keys].filter(Boolean);
+    const said = this.picks.map(({ keys, name }) => `${keys.join(" and ")} pick a ${name}`);
+    const keys = said.length > 0 ? `${said.join(", ")}, Escape clears it.` : "";
+    const told = [this.words.heading ?? "Chart", this.words.caption, keys].filter(Boolean);
     this.plot.setAttribute("role", "group");
-    this.plot.setAttribute("aria-label", said.map((words) => String(words).replace(/\.?$/, ".")).join(" "));
+    this.plot.setAttribute("aria-label", told.map((words) => String(words).replace(/\.?$/, ".")).join(" "));
   }
 
   async patch(content) {
@@ -336,41 +355,59 @@ class Chart {
 
   read(content) {
     const entries = Object.entries(content.datasets).map(([name, payload]) => [name, rowsOf(payload)]);
-    const datasets = Object.fromEntries(entries);
-    this.layers = layersIn(datasets);
-    return datasets;
+    this.datasets = Object.fromEntries(entries);
+    return this.datasets;
   }
 
-  // ---- the picked layer: one number or null, shared by linked charts through their models
+  // ---- what is picked: numbers or null, shared by linked charts through their models
 
   async mark() {
-    if (!this.result || this.isHidden || !this.signals.has(PICKED)) return;
-    const picked = this.model.get("picked");
-    if (this.result.view.signal(PICKED) === picked) return;
-    await this.result.view.signal(PICKED, picked).runAsync();
+    if (!this.result || this.isHidden) return;
+    const { view } = this.result;
+    const news = this.picks.filter(({ param, trait }) => view.signal(param) !== this.model.get(trait));
+    for (const { param, trait } of news) view.signal(param, this.model.get(trait));
+    if (news.length > 0) await view.runAsync();
   }
 
-  pick(layer) {
-    const next = Number.isInteger(layer) && layer !== this.model.get("picked") ? layer : null;
-    if (next === this.model.get("picked")) return;
-    this.model.set("picked", next);
+  // A second click on a layer, or one beside all layers, picks none; a token or a head goes by the next pick alone.
+  click(datum) {
+    const layerAlone = this.picks.length === 1 && this.picks[0].name === "layer";
+    const found = this.picks.map((pick) => [pick, valueOf(datum, pick.fields)]);
+    for (const [pick, value] of found) {
+      if (layerAlone) this.pick(pick, value === this.model.get(pick.trait) ? null : value);
+      else if (value !== null) this.pick(pick, value);
+    }
+  }
+
+  pick({ trait }, value) {
+    if (value === this.model.get(trait)) return;
+    this.model.set(trait, value);
     this.model.save_changes();
   }
 
   key(event) {
-    const { layers, model } = this;
-    const at = layers.indexOf(model.get("picked"));
-    const to = {
-      ArrowRight: layers[Math.min(at + 1, layers.length - 1)],
-      ArrowLeft: layers[at < 0 ? layers.length - 1 : Math.max(at - 1, 0)],
-      Home: layers[0],
-      End: layers.at(-1),
-      Escape: null,
-    };
-    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey || !(event.key in to)) return;
+    if (event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
+    let used = false;
+    for (const pick of this.picks) {
+      const values = valuesIn(this.datasets, pick.fields);
+      const now = this.model.get(pick.trait);
+      const after = values.findIndex((value) => value > (now ?? -1));
+      const before = values.findLast((value) => value < (now ?? Infinity));
+      const [back, on] = pick.keys;
+      const to = {
+        [on]: after < 0 ? values.at(-1) : values[after],
+        [back]: before ?? values[0],
+        Home: values[0],
+        End: values.at(-1),
+        Escape: null,
+      };
+      if (!(event.key in to)) continue;
+      used = true;
+      this.pick(pick, to[event.key]);
+    }
+    if (!used) return;
     event.preventDefault();
     event.stopImmediatePropagation();
-    if (to[event.key] !== model.get("picked")) this.pick(to[event.key]);
   }
 
   close() {
@@ -402,7 +439,7 @@ async function render({ model, el }) {
   const update = () => chart.update();
   listen(model, "change:spec", update);
   listen(model, "change:content", update);
-  listen(model, "change:picked", () => chart.mark());
+  for (const { trait } of PICKS) listen(model, `change:${trait}`, () => chart.mark());
   closers.push(onGround(update));
   const seen = new ResizeObserver(([{ contentRect }]) => {
     if (contentRect.width > 0) chart.room = contentRect.width;

@@ -1,0 +1,152 @@
+"""From a token to its causes: sums over tokens are what other measurements say, and shares add up."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import polars as pl
+import pytest
+
+import veloxlab as vl
+from tests.test_calibration import TEXT
+from tests.test_lab_pages import Letters
+from tests.tiny_models import tiny
+from veloxlab.codecs import METHODS
+from veloxlab.errors import InputError
+from veloxlab.measure import scores, tokens
+from veloxlab.measure.errors import attention_map
+
+EXACT = {"sinks": 2, "window": 8}
+
+
+@pytest.fixture(scope="module")
+def here():
+    model = tiny("llama")
+    return SimpleNamespace(model=model, seen=vl.capture(model, Letters(), TEXT, tokens=48))
+
+
+@pytest.fixture(scope="module")
+def pairs(here):
+    return [(layer, tokens.as_held(layer, "rvq", (2, 2), **EXACT)) for layer in here.seen.layers]
+
+
+@pytest.fixture(scope="module")
+def found(here):
+    return tokens.token_predictions(here.model, Letters(), here.seen.tokens, "rvq", bits=2, **EXACT)
+
+
+def test_predictions_are_those_of_fidelity(here, found):
+    row = vl.measure.fidelity(here.model, Letters(), "rvq", text=TEXT, tokens=48, bits=2, **EXACT).row(0, named=True)
+    own = found.tokens
+    assert own.schema == tokens.PREDICTIONS
+    assert own["position"].to_list() == list(range(1, 48))
+    assert own["token"].to_list() == list(here.seen.tokens[1:])
+    assert own["kl"].mean() == pytest.approx(row["kl_mean"], rel=1e-5)
+    assert own["flip"].mean() == row["top1_flips"]
+    assert -own["probability"].log().mean() == pytest.approx(np.log(row["perplexity"]), rel=1e-5)
+    assert found.worst == own.sort("kl")["position"][-1]
+
+
+def test_texts_read_in_several_calls_are_compared_at_every_token(here, monkeypatch):
+    monkeypatch.setattr(tokens, "CALL", 20)
+    own = tokens.token_predictions(here.model, Letters(), here.seen.tokens, "none").tokens
+    assert own["position"].to_list() == list(range(1, 48))
+    assert own["kl"].max() < 1e-5  # nats: sums of float32 in another order
+    assert own["exact_probability"].to_list() == pytest.approx(own["probability"].to_list(), rel=1e-4)
+
+
+def test_alternatives_are_the_most_likely_of_either_cache_and_the_token_that_came(found):
+    own = found.alternatives(Letters(), found.worst)
+    assert own.schema == tokens.ALTERNATIVES
+    assert own["rank"].to_list() == list(range(1, own.height + 1))
+    assert own.filter("came")["token"].to_list() == found.tokens.filter(position=found.worst)["token"].to_list()
+    assert own.filter("came")["text"].to_list() == found.tokens.filter(position=found.worst)["text"].to_list()
+    assert 5 <= own.height <= 11
+    greatest = own.select(pl.max_horizontal("probability", "exact_probability")).to_series()
+    assert greatest.is_sorted(descending=True)
+
+
+def test_errors_of_tokens_add_up_to_those_of_layers(here, pairs):
+    frames = [tokens.errors_of_token(pairs, position) for position in range(48)]
+    assert all(frame.schema == tokens.ERRORS_OF_TOKEN for frame in frames)
+    assert frames[0].filter(tensor="keys")["error"].max() == 0  # a sink
+    whole = vl.measure.layer_errors(here.seen, "rvq", bits=2, **EXACT)
+    for layer, head in ((0, 0), (1, 1)):
+        own = here.seen.layers[layer]
+        errors = [frame.filter(layer=layer, head=head, tensor="keys")["error"][0] for frame in frames]
+        norms = np.square(np.array(own.vectors("keys")[0, head])).sum(axis=-1)
+        expected = whole.filter(layer=layer, head=head, tensor="keys")["rel_mse"][0]
+        assert np.dot(errors, norms) / norms.sum() == pytest.approx(expected, rel=1e-4)
+    exact, held = pairs[1]
+    errors = [frame.filter(layer=1, head=1, tensor="output")["error"][0] for frame in frames]
+    norms = np.square(np.array(exact.output[1])).sum(axis=(0, 2))
+    lost = np.square(np.array(exact.output - exact.attend(held.keys, held.values))[1]).sum()
+    assert np.dot(errors, norms) == pytest.approx(lost, rel=1e-3)
+
+
+def test_attended_keys_have_the_weights_of_the_map(here, pairs):
+    exact, held = pairs[0]
+    # a map of single tokens of each of the two query heads that share the KV head
+    maps = [attention_map(exact, head, "rvq", bits=2, blocks=48).filter(query=30) for head in (0, 1)]
+    own = tokens.attended_keys(exact, tokens.as_held(exact, "rvq", (2, 2)), 30, 0)
+    assert own.schema == tokens.ATTENDED
+    assert own["key"].to_list() == list(range(31))
+    assert own["weight"].sum() == pytest.approx(1, abs=1e-5)
+    theirs = np.mean([each.filter(kind="exact")["weight"].to_numpy() for each in maps], axis=0)
+    assert own["exact_weight"].to_numpy() == pytest.approx(theirs, abs=1e-6)
+    assert {*own["state"]} == {"codes"}
+    assert tokens.attended_keys(exact, held, 30, 0)["state"].to_list()[:3] == ["exact", "exact", "codes"]
+    with pytest.raises(InputError, match="does not show its queries"):
+        tokens.attended_keys(replace(exact, queries=None), exact, 30, 0)
+
+
+def test_blocks_keep_their_greatest(found, pairs):
+    exact, held = pairs[0]
+    own = tokens.attended_keys(exact, held, 47, 0)
+    pooled = tokens.pooled_keys(own, 10)
+    assert pooled.height == 10
+    assert pooled["weight"].max() == own["weight"].max()
+    assert (pooled["key"][0], pooled["key_end"][-1]) == (0, 48)
+    assert tokens.pooled_keys(own, 100).equals(own)
+    worst = tokens.worst_of_blocks(found.tokens, 10)
+    assert worst.height == 10
+    assert found.worst in worst["position"].to_list()
+    assert worst["position"].is_sorted()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("none", "commvq")])
+def test_shares_of_a_logits_error_add_up_to_it(here, method, calibrations):
+    bits = METHODS[method].bits[0] if method == "qjl" else 2
+    given = {}
+    if METHODS[method].calibrated:
+        given["calibration"] = vl.calibrate(
+            here.model, Letters(), method, TEXT, bits=bits, tokens=256, folder=calibrations
+        )
+    one = replace(here.seen, layers=here.seen.layers[:1])
+    frame = scores.score_errors(one, method, bits=bits, **given)
+    assert frame.schema == scores.SCORE_ERRORS
+    whole = vl.measure.layer_errors(one, method, bits=bits, **given).filter(tensor="keys")["logit_error"]
+    for kind in ("pair", "coordinate"):
+        own = frame.filter(kind=kind).group_by("head", maintain_order=True).agg(pl.col("share").sum())
+        # float32 sums of products of both signs
+        assert own["share"].to_list() == pytest.approx([1.0, 1.0], abs=2e-3), kind
+    # coordinates of a rotation are almost uncorrelated, so their squares nearly add up
+    if method == "turboquant":
+        alone = frame.filter(kind="coordinate").group_by("head", maintain_order=True).agg(pl.col("rms").pow(2).sum())
+        assert np.sqrt(alone["rms"].to_numpy()) == pytest.approx(whole.to_numpy(), rel=0.5)
+    given_bits = frame.filter(kind="coordinate")["bits"]
+    assert given_bits.null_count() == 0
+    assert frame.filter(kind="pair")["bits"].null_count() == frame.filter(kind="pair").height
+
+
+def test_one_pair_alone_makes_the_whole_error(here):
+    (layer, *_) = here.seen.layers
+    lost = np.zeros((2, 48, 64), np.float32)
+    lost[:, :, [3, 35]] = np.random.default_rng(0).normal(size=(2, 48, 2))
+    queries = np.array(layer.queries[0]).reshape(2, -1, 64)
+    causal = np.tril(np.ones((48, 48)))
+    errors = np.einsum("hgqd,hkd->hgqk", queries.reshape(2, -1, 48, 64), lost) * causal
+    rms = np.sqrt(np.square(errors).sum(axis=(1, 2, 3)) / (causal.sum() * errors.shape[1]))
+    share, alone = scores._split(queries, lost, np.array([[3, 35], [4, 36]]))
+    assert share == pytest.approx(np.array([[1.0, 0.0]] * 2), abs=1e-5)
+    assert alone[:, 0] == pytest.approx(rms, rel=1e-4)

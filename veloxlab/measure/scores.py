@@ -1,0 +1,110 @@
+"""Why a head is hurt: the error of its attention logits, split by RoPE pair and by coordinate of the codes' space."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import mlx.core as mx
+import numpy as np
+import polars as pl
+from mlx_lm.models.base import create_causal_mask
+from numpy.typing import NDArray
+
+from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.plan import usual_bits
+from veloxlab.checks import checked
+from veloxlab.codecs import Codec, Tensor
+from veloxlab.codecs.base import fitted_online, per_kv_head
+from veloxlab.codecs.fisherquant import FisherQuant
+from veloxlab.codecs.none import Exact
+from veloxlab.errors import InputError
+from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
+from veloxlab.measure.distributions import Floats
+from veloxlab.measure.errors import exact_and_decoded, ratio
+from veloxlab.measure.frames import PLACE, schema
+from veloxlab.measure.levels import code_axes
+from veloxlab.measure.spectra import turned_pairs
+from veloxlab.progress import Progress, silent
+
+SCORE_ERRORS = schema(PLACE + "kind place wavelength bits share rms")
+"""Columns of `score_errors`: "pair", of channels that RoPE turns, the fastest first, or "coordinate", of the space of
+the codes; its number; tokens for one full turn of a pair; code bits of the coordinate; its share of the mean squared
+error of a logit, which may be negative where it undoes others: shares add up to 1, or for pairs to less where RoPE
+leaves channels alone; and the root-mean-square error of a logit in nats that it would make alone."""
+
+QUERIES = 256  # of a head at once: their logits are one array
+
+
+@checked()
+def score_errors(
+    capture: Capture,
+    method: str = "turboquant",
+    *,
+    bits: int | None = None,
+    calibration: Calibration | None = None,
+    progress: Progress = silent,
+    **options: object,
+) -> pl.DataFrame:
+    """Split the error of each KV head's logits, over causal pairs of a query and a key: `SCORE_ERRORS`.
+
+    Every key is in codes; a cap of logits is left out. A layer without a known RoPE has no pairs. Raises `InputError`
+    as `veloxlab.measure.layer_errors`, and for a layer that does not show its queries.
+    """
+    width = usual_bits(method, capture.exact_bits, bits)
+
+    def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
+        if layer.queries is None or layer.scale is None:
+            raise InputError(f"Layer {layer.layer} does not show its queries, so its logits cannot be seen.")
+        x, decoded = exact_and_decoded(layer, tensor, method, width, calibration, options)
+        lost, heads = np.array((x - decoded)[0]), x.shape[1]
+        queries = layer.scale * per_kv_head(layer.queries.astype(mx.float32), heads)  # [1, H, Hq/H · S, D]
+        if layer.rope is not None:
+            pairs = np.stack(turned_pairs(layer.rope, x.shape[-1]), axis=-1)
+            shares, rms = _split(np.array(queries[0]), lost, pairs)
+            turn = 2 * math.pi / np.asarray(layer.rope.angles)
+            yield {"kind": "pair", "place": np.arange(len(pairs)), "wavelength": turn, "share": shares, "rms": rms}
+        codec = fitted_online(layer.codec(tensor, method, width, calibration, options), x)
+        given = _bits_given(codec, width, heads)
+        # codes may have coordinates beside the coded ones, which are exact
+        in_codes = lost @ np.linalg.pinv(code_axes(codec, heads)[:, : given.shape[1]])
+        ours = np.array(codec.query_to_codes(queries)[0])[..., : given.shape[1]]
+        shares, rms = _split(ours, in_codes, np.arange(given.shape[1])[:, None])
+        yield {"kind": "coordinate", "place": np.arange(given.shape[1]), "bits": given, "share": shares, "rms": rms}
+
+    frame = by_head(SCORE_ERRORS, capture.layers, columns, ("keys",), progress=progress, label="logits of ")
+    return frame.with_columns(pl.col("wavelength", "bits").fill_nan(None))
+
+
+def _bits_given(codec: Codec, bits: float, heads: int) -> Floats:
+    """Code bits of each coded coordinate ``[H, coordinates]``."""
+    if isinstance(codec, FisherQuant):
+        return np.asarray(codec.widths, np.float32)
+    size = codec.head_dim if isinstance(codec, Exact) else codec.code_dim
+    each = codec.plan or [bits * codec.head_dim / size] * size  # a sketch has more coordinates than the head
+    return np.broadcast_to(np.asarray(each, np.float32), (heads, len(each)))
+
+
+def _split(q: Floats, lost: Floats, parts: NDArray[np.int64]) -> tuple[Floats, Floats]:
+    """Shares of the mean squared error of q · lost over causal pairs, and what each part makes alone, each ``[H, P]``.
+
+    ``q`` ``[H, G·S, D]``, ``lost`` ``[H, S, D]``; a row of ``parts`` holds coordinates.
+    """
+    tokens, heads = lost.shape[1], len(lost)
+    causal = np.array(create_causal_mask(tokens)).astype(np.float32)
+    own, alone, total = (np.zeros((heads, *shape)) for shape in ((q.shape[-1],), (len(parts),), ()))
+    until = {}
+    for one, other in {(a, b) for a in range(parts.shape[1]) for b in range(a, parts.shape[1])}:
+        products = lost[..., parts[:, one]] * lost[..., parts[:, other]]
+        until[one, other] = (1 + (one != other)) * np.cumsum(products, axis=1, dtype=np.float64)  # over keys so far
+    for start in range(0, q.shape[1], QUERIES):
+        some = q[:, start : start + QUERIES]
+        at = np.arange(start, start + some.shape[1]) % tokens
+        errors = (some @ lost.swapaxes(1, 2)) * causal[at]
+        own += (some * (errors @ lost)).sum(axis=1, dtype=np.float64)
+        total += np.square(errors).sum(axis=(1, 2), dtype=np.float64)
+        for (one, other), sums in until.items():
+            alone += (some[..., parts[:, one]] * some[..., parts[:, other]] * sums[:, at]).sum(axis=1)
+    pairs = q.shape[1] * (tokens + 1) / 2
+    shares = ratio(own[:, parts].sum(axis=-1), total[:, None])
+    return shares.astype(np.float32), np.sqrt(np.maximum(alone, 0) / pairs).astype(np.float32)

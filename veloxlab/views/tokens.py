@@ -1,0 +1,190 @@
+"""From a token to its causes: where predictions moved, in which heads a token lost, and which keys it attends to."""
+
+from __future__ import annotations
+
+import altair as alt
+import polars as pl
+
+from veloxlab.measure.tokens import pooled_keys
+from veloxlab.views import columns, marks, theme
+from veloxlab.views.generation import LOST, SIDES
+
+BLOCKS = 160  # of keys that are drawn along the text: each with its greatest weight
+KEYS = 10  # that are listed
+CHOICES = 8  # of tokens that are listed
+WEIGHTS = (1e-4, 1.0)
+ERRORS = (1e-6, 1.0)  # relative squared
+PARTS = {"output": "output", "values": "its value", "keys": "its key"}
+WEIGHED = {"exact": "exact_weight", "compressed": "weight"}
+LIKELY = {"exact": "exact_probability", "compressed": "probability"}
+ROW = 17  # pixels of a line of a list
+
+
+def losses_along(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
+    """Draw the KL divergence of predictions along a text; a click picks a token, which a line marks.
+
+    Rows of `veloxlab.measure.tokens.PREDICTIONS`; of a long text those of `veloxlab.measure.tokens.worst_of_blocks`.
+    """
+    shown = columns.require(frame, "losses_along", "position text kl probability exact_probability").sort("position")
+    place = pl.col("position")
+    ends = {
+        "begin": (place + place.shift(1, fill_value=place.first() - 1)) / 2,
+        "end": (place + place.shift(-1, fill_value=place.last() + 1)) / 2,
+    }
+    told = columns.tips("text position kl probability exact_probability")
+    every = alt.Chart().encode(x=columns.x("begin", "position in the text, tokens", nice=False), x2=alt.X2("end:Q"))
+    drawn = columns.on_log_scale(alt.Chart(), "kl", LOST).encode(x=alt.X("position:Q"))
+    lost = alt.Chart().transform_filter("!isValid(datum.kl)").mark_text(**marks.CROSS)
+    plot = marks.layered(
+        drawn.mark_rule(strokeWidth=2, color=theme.CHOSEN).encode(
+            y=columns.log_y("kl", ["KL divergence", "nats"], LOST), y2=alt.value("height")
+        ),
+        marks.above(drawn, "kl", LOST[1]),
+        lost.encode(x=alt.X("position:Q"), y=alt.value(6)),
+        marks.token_rule(),
+        every.mark_rect(opacity=0, cursor="pointer").encode(tooltip=told),  # above all: a click hits a token anywhere
+    )
+    heading = "What each prediction of the text lost: click a token"
+    said, plots = caption or losses_caption(frame), [marks.sized(plot, theme.WIDTH - 60, 90)]
+    return marks.framed(plots, shown.with_columns(**ends), heading, said, picks=[marks.PICKED_TOKEN])
+
+
+def losses_caption(frame: pl.DataFrame) -> str:
+    """Say which token lost most, and how many divergences are not finite."""
+    finite = frame.filter(pl.col("kl").is_finite()).sort("kl", "position")
+    said = [
+        f"Most: {row['kl']:.3g} nats at token {row['position']} ({row['text'].strip()!r}), whose probability went from "
+        f"{row['exact_probability']:.3f} to {row['probability']:.3f}"
+        for row in finite.filter(pl.col("kl") > 0).tail(1).iter_rows(named=True)
+    ]
+    return marks.sentence(*said or ["No prediction moved"], marks.broken(frame.height - finite.height))
+
+
+def token_heads(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
+    """Draw what one token lost in every layer and KV head: attention's output, its value, its key; a click picks both.
+
+    Rows of `veloxlab.measure.tokens.ERRORS_OF_TOKEN`.
+    """
+    shown = columns.require(frame, "token_heads", "layer head tensor error")
+    grid = marks.HeadMap(shown)
+    parts = [part for part in PARTS if part in shown["tensor"]]
+
+    def cells(part: str, last: bool) -> marks.Plot:
+        pooled = grid.cells(part, {}, {"error": "max(error)"}, last=last, words=PARTS[part])
+        told = columns.tips("layer", ("group", grid.words), ("error", f"{PARTS[part]}: relative MSE", ".3g"))
+        group = f"floor({marks.PICKED_HEAD} / {grid.group}) * {grid.group}"
+        outline = pooled.transform_filter(f"{marks.IS_PICKED} && datum.group === {group}")
+        look: marks.Look = {"stroke": theme.PICKED, "strokeWidth": 2, "cursor": "pointer"}
+        return marks.layered(
+            columns.on_log_scale(pooled, "error", ERRORS)
+            .mark_rect(cursor="pointer")
+            .encode(color=columns.log_colour("error", "relative MSE", ERRORS), tooltip=told),
+            pooled.transform_filter("!isValid(datum.error)").mark_text(**marks.CROSS),
+            outline.mark_rect(filled=False, fill=None, **look),
+        )
+
+    plots = marks.panels(parts, cells, grid.width, grid.height)
+    maps = [marks.stacked(alt.VConcatChart, plots, 8)]
+    heading = "What this token lost in each layer and head"
+    picks = [marks.PICKED, marks.PICKED_HEAD]
+    return marks.framed(maps, shown, heading, caption or heads_caption(frame), shared=["color"], picks=picks)
+
+
+def heads_caption(frame: pl.DataFrame) -> str:
+    """Say in which layer and head each part lost most."""
+    finite = frame.filter(pl.col("error").is_finite()).sort("error", "layer", "head")
+    worst = {row["tensor"]: row for row in finite.iter_rows(named=True)}  # the last of each
+    said = [
+        f"{words} in layer {worst[part]['layer']}, head {worst[part]['head']} ({worst[part]['error']:.2g})"
+        for part, words in PARTS.items()
+        if part in worst
+    ]
+    return marks.sentence(f"Most: {', '.join(said)}" if said else "", marks.broken(frame.height - finite.height))
+
+
+def attended_keys(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
+    """Draw the keys that a token attends to, with exact and with compressed weights: along the text, and the first ten.
+
+    Rows of `veloxlab.measure.tokens.ATTENDED`, with a column ``text``: what the key's token is. Many keys are drawn in
+    blocks, each with its greatest weight.
+    """
+    needed = columns.require(frame, "attended_keys", "key key_end weight exact_weight error state text")
+    blocks = pooled_keys(needed, BLOCKS).with_columns(kind=pl.lit("block"))
+    most = needed.sort(pl.max_horizontal("weight", "exact_weight"), descending=True).head(KEYS)
+    name = pl.format("{}  {}", "key", pl.col("text").str.strip_chars())
+    listed = most.with_columns(kind=pl.lit("key"), rank=pl.int_range(pl.len()), said=name)
+    shown = pl.concat([blocks, listed], how="diagonal")
+    drawn = {f"{side}_side": f"max(datum.{weight}, {WEIGHTS[0]})" for side, weight in WEIGHED.items()}
+    along = marks.only(kind="block").transform_calculate(**drawn)
+    along = along.encode(x=columns.x("key", nice=False), x2=alt.X2("key_end:Q"))
+    axis = {"type": "log", "domain": WEIGHTS, "nice": False, "values": columns.log_ticks(WEIGHTS)}
+    exact, ours = (columns.y(f"{side}_side:Q", "weight", labelExpr=columns.LABEL, **axis) for side in SIDES)
+    line = marks.layered(
+        along.mark_rect(color=SIDES["exact"], opacity=0.4).encode(y=exact, y2=alt.value("height")),
+        along.mark_rule(color=SIDES["compressed"], strokeWidth=2).encode(y=ours),
+        along.mark_rect(opacity=0).encode(tooltip=columns.tips("key weight exact_weight error")),
+    )
+    told = columns.tips("said state weight exact_weight error")
+    listing = _beside(marks.only(kind="key"), WEIGHED, "weight, mean over the query heads", told)
+    plots = [marks.sized(line, theme.WIDTH - 60, 70), marks.sized(listing, theme.WIDTH - 160, ROW * KEYS)]
+    return marks.framed(plots, shown, "The keys that this token attends to", caption or attended_caption(frame))
+
+
+def attended_caption(frame: pl.DataFrame) -> str:
+    """Say how much attention moved, the most from and to one key, and how many keys are in codes."""
+    change = frame["weight"] - frame["exact_weight"]
+    moved = float(change.abs().sum()) / 2
+    row = frame.row(int(change.abs().arg_max() or 0), named=True)
+    coded = frame.filter(state="codes").height
+    most = f"most at key {row['key']} ({row['text'].strip()!r}): {row['exact_weight']:.3f} became {row['weight']:.3f}"
+    return f"{moved:.1%} of the attention moved; {most}; {coded} of {frame.height} keys are in codes"
+
+
+def alternatives(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
+    """Draw the most likely tokens at one place of a text, with the exact and with the compressed cache.
+
+    Rows of one position of `veloxlab.measure.tokens.ALTERNATIVES`; the token that came is marked.
+    """
+    needed = columns.require(frame, "alternatives", "position rank text probability exact_probability", one="position")
+    name = pl.col("text").str.replace_all("\n", "\u21b5").str.strip_chars(" ")
+    came = frame["came"]
+    shown = needed.with_columns(said=pl.when(came).then(pl.format("{}  \u25c0 text", name)).otherwise(name))
+    # two tokens may have one text; as many rows for every token keep the chart steady
+    shown = shown.sort(~came, "rank").head(CHOICES).sort("rank")
+    shown = shown.with_columns(said=pl.format("{}. {}", "rank", "said"))
+    told = columns.tips("said probability exact_probability")
+    listing = _beside(alt.Chart(), LIKELY, "probability of the next token", told)
+    plots = [marks.sized(listing, theme.WIDTH - 160, ROW * CHOICES)]
+    heading = "What could stand there: the alternatives that it won or lost to"
+    return marks.framed(plots, shown, heading, caption or alternatives_caption(frame))
+
+
+def alternatives_caption(frame: pl.DataFrame) -> str:
+    """Say what each cache would have chosen, and what the token's own probability became."""
+    first = [frame.sort(column, "rank", descending=[True, False])["text"][0].strip() for column in LIKELY.values()]
+    chosen = (
+        f"Both choose {first[0]!r}" if first[0] == first[1] else f"Exact chooses {first[0]!r}, compressed {first[1]!r}"
+    )
+    (came,) = frame.filter("came").to_dicts()
+    text = (
+        f"the text has {came['text'].strip()!r}, {came['exact_probability']:.3f} exact, {came['probability']:.3f} now"
+    )
+    return f"Token {came['position']}. {chosen}; {text}"
+
+
+def _beside(rows: alt.Chart, fields: dict[str, str], title: str, told: list[alt.Tooltip]) -> alt.LayerChart:
+    """Names ``said`` in the order of ``rank``, each with an exact and a compressed number, and a line between them."""
+    exact, ours = fields.values()
+    y = columns.y("said", None, sort=alt.SortField("rank"), labelLimit=150)
+    x = columns.x(exact, title, zero=True, tickCount=5)
+    fold = rows.transform_fold([exact, ours], as_=["field", "number"])
+    fold = fold.transform_calculate(side=f"datum.field === '{ours}' ? 'compressed' : 'exact'")
+    points = fold.mark_point(filled=True, opacity=1).encode(
+        x=alt.X("number:Q"),
+        y=y,
+        color=marks.scaled(alt.Color, "side", SIDES),
+        shape=marks.scaled(alt.Shape, "side", {"exact": "diamond", "compressed": "circle"}),
+        size=alt.value(60),
+        tooltip=told,
+    )
+    return marks.layered(rows.mark_rule().encode(x=x, x2=alt.X2(f"{ours}:Q"), y=y), points)

@@ -1,0 +1,256 @@
+"""The page of one token: what its prediction lost, in which heads, and over which keys; from a token to its causes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import ipywidgets
+import polars as pl
+
+from veloxlab import views
+from veloxlab.measure import Capture, LayerCapture
+from veloxlab.measure.activations import capture_layers
+from veloxlab.measure.tokens import (
+    Predictions,
+    as_held,
+    attended_keys,
+    errors_of_token,
+    token_predictions,
+    worst_of_blocks,
+)
+from veloxlab.progress import Progress as Tell
+from veloxlab.views.generation import lines_for
+from veloxlab.widgets.chosen import Chosen, OfLayers
+from veloxlab.widgets.layout import button, columns, controls, laid_out, status
+from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request
+from veloxlab.widgets.pages.compare import Experiment, OfExperiment
+from veloxlab.widgets.selection import Choice, Selection
+from veloxlab.widgets.worker import Worker
+
+BLOCKS = 200  # of the text that are drawn along it
+SHOWN = 240  # tokens whose text is drawn: those around the picked one
+FIRST = 1  # no prediction says the token at position 0
+STRIP = "The text around the token, with the KL divergence of each prediction: click a token"
+NO_QUERIES = "This model does not show its queries, so the keys that a token attends to cannot be seen."
+
+
+def _predictions_of(look: Look) -> list[Request]:
+    return [("predictions", look.ids, look.cache)]
+
+
+def _place(found: Predictions, token: int | None) -> int:
+    """The position that is seen: the picked one, or that which lost most."""
+    return found.worst if token is None else max(token, FIRST)
+
+
+def _strip_rows(found: Sequence[Predictions], look: Look) -> pl.DataFrame:
+    first = (_place(found[0], look.token) - FIRST) // SHOWN * SHOWN
+    return found[0].tokens.slice(first, SHOWN).with_columns(side=pl.lit("compressed"))
+
+
+def _choice(cache: tuple[Any, ...]) -> Choice:
+    method, key_bits, value_bits, own, sinks, window = cache
+    return Choice(method, key_bits, value_bits, sinks, window, own_bits=dict(own))
+
+
+def _capture(page: TokenPage, progress: Tell, ids: tuple[int, ...]) -> Capture:
+    """What the model's own run over a text saw; of other generated texts nothing is kept."""
+    if not ids:
+        return page.experiment.capture
+    page.found = {request: found for request, found in page.found.items() if request[1] in ((), ids)}
+    return Capture(tuple(capture_layers(page.experiment.model, ids, progress)), ids)
+
+
+def _predictions(page: TokenPage, progress: Tell, ids: tuple[int, ...], cache: tuple[Any, ...]) -> Predictions:
+    choice, experiment = _choice(cache), page.experiment
+    given = page.selection.fitting.calibration(choice.method, choice.widths, progress)
+    text = ids or experiment.capture.tokens
+    plan = choice.plan(experiment.model)
+    settings: dict[str, Any] = {"calibration": given, "progress": progress}
+    return token_predictions(experiment.model, experiment.tokenizer, text, plan, **settings)
+
+
+def _layers(
+    page: TokenPage, progress: Tell, ids: tuple[int, ...], cache: tuple[Any, ...]
+) -> list[tuple[LayerCapture, LayerCapture]]:
+    """Each layer as it was captured, and as the cache holds it; kept until another cache is chosen."""
+    choice, before = _choice(cache), page._held
+    given = page.selection.fitting.calibration(choice.method, choice.widths, progress)
+    page._held = {}
+    seen = page._measured(("capture", ids), progress).layers
+    for done, layer in enumerate(seen):
+        bits = choice.bits_of(layer.layer)
+        key = ids, layer.layer, choice.method, bits, choice.sinks, choice.window
+        if key not in before:
+            progress(done, len(seen), f"coding layer {layer.layer}")
+            exact: dict[str, int] = {"sinks": choice.sinks, "window": choice.window}
+            held = as_held(layer, choice.method, bits, calibration=given, **exact)
+            before[key] = layer, held
+        page._held[key] = before[key]
+    return [*page._held.values()]
+
+
+def _at(page: TokenPage, progress: Tell, ids: Any, cache: Any, token: int | None) -> tuple[Predictions, int]:  # noqa: ANN401
+    found = page._measured(("predictions", ids, cache), progress)
+    return found, _place(found, token)
+
+
+def _heads(page: TokenPage, progress: Tell, *of: Any) -> pl.DataFrame:
+    ids, cache, _ = of
+    return errors_of_token(_layers(page, progress, ids, cache), _at(page, progress, *of)[1])
+
+
+def _keys(page: TokenPage, progress: Tell, *of: Any) -> pl.DataFrame:
+    *text, layer, head = of
+    found, place = _at(page, progress, *text)
+    (pair,) = [each for each in _layers(page, progress, *text[:2]) if each[0].layer == layer]
+    texts = [page.experiment.tokenizer.decode([found.ids[0]]), *found.tokens["text"]]
+    return attended_keys(*pair, place, head).with_columns(text=pl.Series(texts[: place + 1]))
+
+
+def _alternatives(page: TokenPage, progress: Tell, *of: Any) -> pl.DataFrame:
+    found, place = _at(page, progress, *of)
+    return found.alternatives(page.experiment.tokenizer, place)
+
+
+def _chart(name: str, depends: str, rows: Any, draw: Any, *, on_token: bool = False) -> Chart:  # noqa: ANN401
+    """A chart of a text; with ``on_token`` of a frame of its own name, measured at one token."""
+
+    def asks(look: Look) -> list[Request]:
+        return [(name, *(getattr(look, setting) for setting in ("ids", "cache", "token", *depends.split())))]
+
+    named = ("ids", "cache", "token", *depends.split())
+    return Chart(name, named, rows, lambda own, _: draw(own), asks=asks if on_token else _predictions_of)
+
+
+CHARTS = (
+    _chart("along", "", lambda found, _: worst_of_blocks(found[0].tokens, BLOCKS), views.losses_along),
+    _chart(
+        "text",
+        "",
+        _strip_rows,
+        lambda own: views.token_strip(
+            own, lines=lines_for(own.height), heading=STRIP, caption=views.losses_caption(own)
+        ),
+    ),
+    _chart("heads", "", lambda found, _: found[0], views.token_heads, on_token=True),
+    _chart("keys", "layer head", lambda found, _: found[0], views.attended_keys, on_token=True),
+    _chart("alternatives", "", lambda found, _: found[0], views.alternatives, on_token=True),
+)
+
+
+class TokenPage(OfExperiment, OfLayers, ChartPage):
+    """See why one token's prediction moved: errors in every layer and head, keys it attends to, what could stand there.
+
+    The text is the laboratory's, or one that was generated. A click on a token picks it, on a cell of the map a layer
+    and a head. Without a picked token the one is seen that lost most. Keys are seen as the cache holds them once it has
+    read the text: all in codes but sinks and window.
+    """
+
+    NAME = "tokens"
+    SETTINGS = ("token", "ids", "layer", "head")
+    TALL = ("heads",)
+    MEASURES: ClassVar[dict[str, Measure]] = {
+        "capture": _capture,
+        "predictions": _predictions,
+        "heads": _heads,
+        "keys": _keys,
+        "alternatives": _alternatives,
+    }
+
+    token = Chosen("token", help="the picked token, by its position in the text")
+    ids = Chosen("ids", help="the text that the token is of")
+    layer = Chosen("layer", read="shown_layer", help="layer whose attention is seen")
+    head = Chosen("head", help="KV head whose attention is seen")
+
+    def __init__(
+        self, experiment: Experiment, *, selection: Selection | None = None, worker: Worker | None = None
+    ) -> None:
+        super().__init__(selection or experiment.selection, worker, experiment.capture)
+        self.experiment, self.points = experiment, experiment.points
+        self._held: dict[tuple[object, ...], tuple[LayerCapture, LayerCapture]] = {}  # of the present cache
+        shown = all(layer.queries is not None for layer in experiment.capture.layers)
+        self._missing = "" if shown else NO_QUERIES
+        self._draw(chart for chart in CHARTS if shown or chart.name != "keys")
+        for trait in ("picked", "picked_head"):
+            self._watch(self.charts["heads"], trait, self._head_picked)
+        tip = "Position in the text of the token that is seen, 1 to the last"
+        self._steps = ipywidgets.IntSlider(description="token", min=FIRST, max=FIRST, value=FIRST, tooltip=tip)
+        self._steps.observe(self._token_picked, "value")
+        self._back = button("Captured text", "See the text of the laboratory again", self._leave, width="auto")
+        self.children = laid_out(
+            [self._controls(), status([self._banner, self._message], self.progress())], columns(self.charts.values())
+        )
+        self.follow()
+
+    @property
+    def place(self) -> int:
+        """Position of the token that is seen, in its text."""
+        look = self._look()
+        found = self.found.get(_predictions_of(look)[0])
+        return _place(found, look.token) if found is not None else max(self.token or 0, FIRST)
+
+    @property
+    def summary(self) -> str:
+        params = [self.charts[name].content["params"]["caption"] for name in ("alternatives", "heads")]
+        return f"{self.name}: {' '.join(params)}"
+
+    @property
+    def notes(self) -> list[str]:
+        other = "This is a text that was generated, with its prompt." if self.ids else ""
+        return [*super().notes, other, self._missing]
+
+    def _look(self, **changed: Any) -> Look:
+        look, choice = super()._look(**changed), self.selection.choice
+        own = tuple(sorted(choice.own_bits.items()))
+        look.cache = (choice.method, choice.key_bits, choice.value_bits, own, choice.sinks, choice.window)
+        return look
+
+    @property
+    def _token(self) -> int | None:
+        return self.place
+
+    def _pick_token(self, place: int | None) -> None:
+        self.selection.choose(token=place)
+
+    def _leave(self) -> None:
+        self.selection.choose(token=None, ids=())
+
+    def _head_picked(self, _: object) -> None:
+        heads = self.charts["heads"]
+        layer = self.layer if heads.picked is None else heads.picked
+        head = self.head if heads.picked_head is None else heads.picked_head
+        if (layer, head) != (self.layer, self.head):
+            self.selection.choose(layer=layer, head=head)
+
+    def _mark(self) -> None:
+        super()._mark()
+        heads = self.charts["heads"]
+        heads.picked, heads.picked_head = self.layer, self.head
+
+    def _show(self) -> None:
+        super()._show()
+        if self._complete:  # which token lost most is known then
+            self._mark()
+            last = len(self.ids or self.experiment.capture.tokens) - 1
+            with self._steps.hold_trait_notifications():
+                self._steps.max, self._steps.value = last, self.place
+            self._back.disabled = not self.ids
+
+    def _controls(self) -> ipywidgets.Widget:
+        steps = ipywidgets.SelectionSlider
+        worst = button("Worst token", "See the token whose prediction moved most", lambda: self._pick_token(None))
+        return controls(
+            self._steps,
+            self._control(steps, "layer", options=self.selection.layers),
+            self._control(steps, "head", options=range(self.selection.heads)),
+            self._methods(),
+            self._bits("key_bits", "K bits"),
+            self._bits("value_bits", "V bits"),
+            self._slider("sinks", 0, 64),
+            self._slider("window", 0, 256, step=16),
+            worst,
+            self._back,
+            self._all_codes(),
+        )

@@ -1,0 +1,71 @@
+"""What a worker does, as a bar with a button that ends it, or begins it again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets
+
+from veloxlab.widgets.layout import button
+from veloxlab.widgets.lifetime import weakly
+from veloxlab.widgets.worker import Status, Worker
+
+PAUSE = 0.05  # seconds between two moves of the bar: a page needs no more
+
+
+class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no types
+    """Show what a worker does, and let it be cancelled, and begun again. It keeps its place while nothing runs.
+
+    ``retry``: what begins again; by default all that was cancelled. ``can_retry``: whether there is something.
+    """
+
+    def __init__(
+        self,
+        worker: Worker,
+        retry: Callable[[], None] | None = None,
+        can_retry: Callable[[], bool] | None = None,
+        **layout: Any,
+    ) -> None:
+        self._worker, self._moved, self._busy = worker, 0.0, False
+        self._retry = retry or worker.retry
+        self._can_retry = can_retry or (lambda: worker.can_retry)
+        self._bar = ipywidgets.FloatProgress(0, min=0, max=1, layout={"flex": "0 1 180px", "margin": "0 8px 0 0"})
+        self._label = ipywidgets.Label(layout={"flex": "1 1 auto", "min_width": "0"})
+        self._button = button("Cancel", "", self._pressed, width="80px")
+        layout = {"align_items": "center", "height": "28px", "overflow": "hidden", **layout}
+        super().__init__([self._bar, self._label, self._button], layout=layout)
+        self._show(busy=False)
+        self._unwatch = worker.watch(weakly(self._follow))
+
+    def close(self) -> None:
+        self._unwatch()
+        super().close()
+
+    def __repr__(self) -> str:
+        return f"ProgressBar({self._worker.name})"
+
+    def _follow(self, status: Status) -> None:
+        now, part_way = time.monotonic(), 0 < status.done < status.total
+        if status.state == "running" and not (part_way and now - self._moved < PAUSE):
+            self._moved = now if status.done else 0.0
+            self._bar.bar_style = ""
+            self._bar.value = status.done / status.total if status.total else 0
+            self._label.value = f"{status.label} ({status.done} of {status.total})" if status.total else "starting"
+            self._show(busy=True)
+        elif status.state in ("done", "cancelled", "failed"):
+            self._label.value = {"failed": status.label, "cancelled": "cancelled"}.get(status.state, "")
+            self._bar.bar_style = "danger" if status.state == "failed" else ""
+            self._show(busy=False)
+
+    def _show(self, *, busy: bool) -> None:
+        again = not busy and self._can_retry()
+        self._busy = busy
+        self._bar.layout.visibility = "visible" if busy else "hidden"
+        self._button.layout.visibility = "visible" if busy or again else "hidden"
+        self._button.description = "Retry" if again else "Cancel"
+        self._button.tooltip = "Begin again what was cancelled" if again else "Stop all work that runs or waits"
+
+    def _pressed(self) -> None:
+        (self._worker.cancel if self._busy else self._retry)()
