@@ -12,7 +12,8 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
-VELOXLAB = [sys.executable, "-c", "import sys; from veloxlab.cli import main; sys.exit(main())"]
+LISTEN = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"  # which a background job ignores
+VELOXLAB = [sys.executable, "-c", f"{LISTEN}; import sys; from veloxlab.cli import main; sys.exit(main())"]
 
 
 def free_port() -> int:
