@@ -6,6 +6,7 @@ vlm pytest tests/test_vlm.py`` installs it; without it these tests are skipped, 
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,8 +22,10 @@ from veloxlab.mlxlm.identity import name_of
 from veloxlab.mlxlm.probe import own_cache
 
 base = pytest.importorskip("mlx_vlm.models.base")
+generate = pytest.importorskip("mlx_vlm.generate")
 gemma3 = pytest.importorskip("mlx_vlm.models.gemma3")
 qwen = pytest.importorskip("mlx_vlm.models.qwen2_5_vl")
+hybrid = pytest.importorskip("mlx_vlm.models.qwen3_5.config")
 
 IMAGE, START = 90, 91  # tokens: a place of an image, and its start
 TEXT = {
@@ -73,6 +76,39 @@ def qwen_vl() -> Any:
     )
 
 
+def qwen_hybrid() -> Any:
+    """Two of its four layers keep states."""
+    rope = {"type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e5, "partial_rotary_factor": 0.25}
+    states = {"linear_num_value_heads": 4, "linear_num_key_heads": 2}
+    states |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_conv_kernel_dim": 4}
+    text = hybrid.TextConfig(
+        "qwen3_5",
+        num_hidden_layers=4,
+        max_position_embeddings=512,
+        head_dim=64,
+        tie_word_embeddings=True,
+        full_attention_interval=2,
+        rope_parameters=rope,
+        **states,
+        **TEXT,
+    )
+    vision = hybrid.VisionConfig(
+        depth=1,
+        hidden_size=32,
+        intermediate_size=32,
+        out_hidden_size=128,
+        num_heads=2,
+        patch_size=PATCH,
+        num_position_embeddings=16,
+        deepstack_visual_indexes=[],
+    )
+    tokens = {"image_token_id": IMAGE, "video_token_id": 92, "vision_start_token_id": START, "vocab_size": 96}
+    return pytest.importorskip("mlx_vlm.models.qwen3_5").Model(hybrid.ModelConfig(text, vision, "qwen3_5", **tokens))
+
+
+MODELS = {"gemma": gemma, "qwen": qwen_vl, "hybrid": qwen_hybrid}
+
+
 def prompt(name: str, image: bool) -> tuple[mx.array, dict[str, Any]]:
     """Token ids, and what the model needs beside them: an image takes 4 tokens in both."""
     ids = [7 * i % 80 + 1 for i in range(40)]
@@ -101,10 +137,55 @@ def logits(model: Any, ids: mx.array, beside: dict[str, Any], cache: list[Any]) 
     return np.array(mx.concatenate(rows, axis=1)[0].astype(mx.float32))
 
 
-@pytest.fixture(params=["gemma", "qwen"])
+class Processor:
+    """What mlx-vlm's generators ask of a processor: this one writes nothing, and no token ends a text."""
+
+    last_segment = text = ""
+
+    def __init__(self) -> None:
+        self.tokenizer = self.detokenizer = self.stopping_criteria = self
+
+    def __call__(self, token: int) -> bool:
+        return False
+
+    def add_token(self, token: int, **_: object) -> None: ...
+
+    def add_eos_token_ids(self, ids: object) -> None: ...
+
+    def finalize(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+def streamed(built: Any, ids: mx.array, beside: dict[str, Any], **given: Any) -> tuple[list[int], np.ndarray, int]:
+    """Eight tokens that mlx-vlm's own generation makes, their predictions, and how many tokens a cache knew."""
+    given = {"temperature": 0.0, "max_tokens": 8} | given
+    found = [*generate.stream_generate(built.model, Processor(), "", input_ids=ids, **beside, **given)]
+    logprobs = np.stack([np.array(one.logprobs) for one in found])
+    return found[-1].token_ids, logprobs, found[-1].cached_tokens
+
+
+def in_batches(built: Any, prompts: list[tuple[mx.array, dict[str, Any]]], at_once: int) -> list[tuple[list[int], Any]]:
+    """Eight tokens of each prompt and what each was given, so many at once, by mlx-vlm's own batch generator."""
+    batch = generate.BatchGenerator(built.language, Processor(), max_tokens=8, prefill_batch_size=at_once)
+    given = []
+    for ids, beside in prompts:
+        seen = built.model.get_input_embeddings(ids, **beside).to_dict()
+        grid = {name: x for name, x in beside.items() if name == "image_grid_thw"}
+        given.append({name: x for name, x in seen.items() if x is not None} | grid)
+    uids = batch.insert([ids[0].tolist() for ids, _ in prompts], prompt_kwargs=given)
+    found: dict[int, list[Any]] = {uid: [] for uid in uids}
+    while batch.has_work:
+        for one in batch.next()[1]:
+            found[one.uid].append((one.token, one.token_logprob))
+    batch.close()
+    return [tuple(map(list, zip(*found[uid], strict=True))) for uid in uids]
+
+
+@pytest.fixture(params=MODELS)
 def built(request):
     mx.random.seed(0)
-    model = gemma() if request.param == "gemma" else qwen_vl()
+    model = MODELS[request.param]()
     mx.eval(model.parameters())
     return SimpleNamespace(name=request.param, model=model, language=model.language_model)
 
@@ -114,13 +195,13 @@ def test_text_and_images_are_read_from_codes(built, image):
     given = prompt(built.name, image)
     native = logits(built.model, *given, own_cache(built.language))
     exact = vl.make_cache(built.language, "none", sinks=2, window=8)
-    assert {(type(layer), layer.path) for layer in exact} == {(CompressedKVCache, "codes")}
+    paths = [layer.path for layer in exact if isinstance(layer, CompressedKVCache)]
+    assert paths == ["codes"] * (2 if built.name == "hybrid" else len(exact))
     same, unit = logits(built.model, *given, exact), native.std()
     assert np.abs(same - native).max() < 1e-4 * unit  # float32, in another order
     coded = logits(built.model, *given, vl.make_cache(built.language, bits=8, sinks=0, window=0, chunk="codes"))
     error, layers = np.sqrt(np.mean((coded - native) ** 2)) / unit, len(exact)
     assert 0 < error < 0.03 * layers  # 0.5 % of a vector in each: of mlx-lm's families two layers stay below 0.06
-    assert vl.report(exact)["path"].to_list()[:2] == ["codes"] * 2
 
 
 def test_a_look_at_the_model_leaves_nothing_in_it(built):
@@ -129,6 +210,49 @@ def test_a_look_at_the_model_leaves_nothing_in_it(built):
     assert dict(built.language).keys() == before.keys()
     logits(built.model, *prompt(built.name, True), own_cache(built.language))
     assert name_of(built.language) == name  # which tells weights, and not the positions of the last text
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_mlx_vlms_own_generation_and_files(built, image, tmp_path):
+    given = prompt(built.name, image)
+    tokens, native, _ = streamed(built, *given)
+    same = streamed(built, *given, prompt_cache=vl.make_cache(built.language, "none", sinks=2, window=8))
+    assert same[0] == tokens
+    assert np.abs(same[1] - native).max() < 1e-4 * native.std()  # float32, in another order
+    cache = vl.make_cache(built.language, bits=4, sinks=2, window=8, sliding="exact")  # so that some are mlx-vlm's
+    assert np.abs(streamed(built, *given, prompt_cache=cache)[1] - native).max() > 1e-2 * native.std()  # it is coded
+    read = vl.load_cache(vl.save_cache(tmp_path / "seen", cache), built.language)
+    ahead = [built.language(mx.array([[5, 6]]), cache=some).logits for some in (cache, read)]
+    assert mx.array_equal(*ahead)
+
+
+def test_a_second_turn_goes_on_from_the_first(built):
+    """mlx-vlm asks a cache what it still has of the text, and drops what differs."""
+    ids, runs = prompt(built.name, False)[0], []
+    for cache in (own_cache(built.language), vl.make_cache(built.language, "none", sinks=2, window=8)):
+        state = generate.PromptCacheState()
+        tokens, _, _ = streamed(built, ids[:, :9], {}, prompt_cache_state=state, prompt_cache=cache)
+        longer = mx.concatenate([ids[:, :9], mx.array([tokens[:5]]), ids[:, 9:12]], axis=1)
+        runs.append(streamed(built, longer, {}, prompt_cache_state=state))
+    assert runs[1][2] == runs[0][2] == (0 if built.name == "hybrid" else 9 + 5)  # no state can go back
+    assert np.abs(runs[1][1] - runs[0][1]).max() < 1e-4 * runs[0][1].std()  # float32, in another order
+
+
+def test_mlx_vlms_batches_get_what_each_prompt_gets_alone(built):
+    """Its generator makes its caches by a method of the language model, if that has one."""
+    ids = [7 * i % 80 + 1 for i in range(40)]
+    prompts = [*((mx.array([ids[:n]]), {}) for n in (33, 12, 21)), prompt(built.name, True)]
+    native = in_batches(built, prompts, 4)
+    for method, settings in (("none", {}), ("turboquant", {"bits": 4})):
+        made = partial(vl.make_cache, built.language, method, sinks=2, window=8, **settings)
+        built.language.make_cache = made
+        together, alone = in_batches(built, prompts, 4), in_batches(built, prompts, 1)
+        for row, single, own in zip(together, alone, native, strict=True):
+            assert row[0] == single[0]
+            assert np.allclose(row[1], single[1], atol=1e-3)  # float32, in another order
+            if method == "none":
+                assert row[0] == own[0]
+                assert np.allclose(row[1], own[1], atol=1e-3)
 
 
 def test_a_whole_model_that_does_not_run_without_an_image_is_refused():

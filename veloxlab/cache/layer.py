@@ -248,6 +248,12 @@ class CompressedKVCache(Runs, saved.Saved):
 
         return BatchCompressedKVCache([copy.deepcopy(cache) for cache in caches])
 
+    def to_batch(self, left_padding: Sequence[int]) -> Any:  # noqa: ANN401
+        """A batch of copies of this cache, before whose tokens padding comes: mlx-vlm's batches ask for it."""
+        batch = self.merge([self] * len(left_padding))
+        batch.prepare(left_padding=left_padding)
+        return batch
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """A copy of its own tokens; codecs never change, and are shared."""
         other = copy.copy(self)

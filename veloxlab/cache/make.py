@@ -15,7 +15,7 @@ from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.plan import Chunk, LayerSettings, Plan, Sliding, plan_of
-from veloxlab.cache.saved import add_checksum
+from veloxlab.cache.saved import add_checksum, checksummed
 from veloxlab.checks import CACHE, CALIBRATIONS, FILE, TEXTS, checked
 from veloxlab.codecs import METHODS, TENSORS, Codec, find_method, saving
 from veloxlab.errors import InputError
@@ -52,7 +52,8 @@ def make_cache(
 
     Parameters
     ----------
-    model : any mlx-lm model.
+    model : any mlx-lm model, or the ``language_model`` of one of mlx-vlm. The batches of mlx-vlm make their caches by
+        ``language_model.make_cache``: set that to a function that calls this one.
     method_or_plan : a method's id (`veloxlab.methods`), or a `veloxlab.Plan`, which says which bits each layer gets.
     bits, key_bits, value_bits : code bits per coordinate, 4 by default; the last two override the first. Some methods
         take fractions; if one plans the bits of a whole model, keys and values share them where both have the same.
@@ -160,6 +161,8 @@ def load_cache(path: str | Path, model: Module, method_or_plan: str | Plan | Non
     ``method_or_plan`` and ``settings`` are as for `make_cache`, if the cache has to be of that method, bits and
     calibration. Raises `InputError` if the file is missing or damaged, or not for this model, or not as wanted.
     """
+    for own in probe.slots_of(probe.own_cache(model)):
+        checksummed(type(own))  # makes the class that is looked up by its name
     attach()
     probe.probe(model)  # so that a cache made for it is known to be for a model that is here
     try:
@@ -245,12 +248,16 @@ def sequences_of(caches: Sequence[Any]) -> list[Any]:
 def _kind(cache: Any) -> str:  # noqa: ANN401
     if hasattr(cache, "keys_and_values") or type(cache).__name__.endswith("KVCache"):  # mlx-vlm's lack the first
         return "keys and values"
-    return "states" if isinstance(cache, ArraysCache) else type(cache).__name__
+    return "states" if _has_states(cache) else type(cache).__name__
+
+
+def _has_states(cache: Any) -> bool:  # noqa: ANN401
+    return type(cache).__name__.endswith(ArraysCache.__name__)  # mlx-vlm has one of its own
 
 
 def _held(cache: Any) -> list[str | None]:  # noqa: ANN401
     """What a cache that mlx-lm made holds of keys and of values, or its states, in words; None for what is empty."""
-    if isinstance(cache, ArraysCache):  # states of fewer axes may be past tokens, which become more
+    if _has_states(cache):  # states of fewer axes may be past tokens, which become more
         return [None if x is None or x.ndim < 3 else f"a state of {x.shape[1:]}" for x in cache.cache]
     held: list[str | None] = []
     for tensor in TENSORS:

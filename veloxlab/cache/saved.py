@@ -81,9 +81,12 @@ class Saved(InPlace, ABC):
 
 
 class Checksummed:
-    """What `add_checksum` adds to one of mlx-lm's own caches: it saves its model and layer, and a checksum."""
+    """What `add_checksum` adds to a model's own cache: it saves its model and layer, and a checksum.
 
-    native: ClassVar[Any]  # mlx-lm's class
+    mlx-vlm's caches have a second part of their state, which mlx-lm does not save: it is in the description.
+    """
+
+    native: ClassVar[Any]  # the class of the model's own cache
     model: str | None = None
     layer: int | None = None
     reason: str
@@ -93,8 +96,10 @@ class Checksummed:
         """The cache's own state, and a description of it."""
         own = self.native.state.fget(self)
         leaves, arrays = _leaves(own)
-        settings = {"model": self.model, "layer": self.layer, "reason": self.reason}
-        return [own, Description({"settings": settings, "leaves": leaves}, arrays, lambda: None)]
+        content = {"settings": {"model": self.model, "layer": self.layer, "reason": self.reason}, "leaves": leaves}
+        if hasattr(self.native, "meta_state"):
+            content["meta_state"] = self.native.meta_state.fget(self)
+        return [own, Description(content, arrays, lambda: None)]
 
     @state.setter
     def state(self, saved: Sequence[Any]) -> None:
@@ -106,26 +111,41 @@ class Checksummed:
         settings = content["settings"]
         check_model(settings["model"], settings["layer"])
         self.native.state.fset(self, saved[0])
+        if "meta_state" in content:
+            self.native.meta_state.fset(self, content["meta_state"])
         self.__dict__ |= settings
 
-
-CHECKSUMMED = {
-    kind: loadable(
-        type(  # the name stands in saved files
-            f"Sealed{kind.__name__}",
-            (Checksummed, kind),
-            {"native": kind, "reason": f"the model's own {kind.__name__}"},
-        )
-    )
-    for kind in (KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache)
-}
-"""Classes that mlx-lm's models make caches of, and those that save them with a checksum."""
+    @classmethod
+    def from_state(cls, state: Sequence[Any]) -> Self:
+        """As mlx-lm's, where mlx-vlm's takes more."""
+        self = cls.__new__(cls)
+        self.state = state
+        return self
 
 
-def add_checksum(cache: Any, model: str, layer: int, reason: str) -> None:  # noqa: ANN401 - any of mlx-lm's own
-    """Let a cache of mlx-lm's own save what it is of, with a checksum, where it is of a kind that mlx-lm reads."""
-    if type(cache) in CHECKSUMMED:
-        cache.__class__ = CHECKSUMMED[type(cache)]
+_KINDS = KVCache, RotatingKVCache, ChunkedKVCache, ArraysCache  # that models make; mlx-vlm has its own of these names
+_NAMES = {"mlx_lm.models.cache": "Sealed", "mlx_vlm.models.cache": "SealedVlm"}  # by module, as they stand in files
+_checksummed: dict[type, type] = {}
+
+
+def checksummed(kind: type) -> type | None:
+    """The class that saves caches of ``kind`` with a checksum, or None; a file of them is read once it was made."""
+    name = _NAMES.get(kind.__module__)
+    if kind not in _checksummed and name is not None and kind.__name__ in [own.__name__ for own in _KINDS]:
+        own = {"native": kind, "reason": f"the model's own {kind.__name__}"}
+        _checksummed[kind] = loadable(type(name + kind.__name__, (Checksummed, kind), own))
+    return _checksummed.get(kind)
+
+
+for _kind in _KINDS:
+    checksummed(_kind)
+
+
+def add_checksum(cache: Any, model: str, layer: int, reason: str) -> None:  # noqa: ANN401 - any model's own
+    """Let a model's own cache save what it is of, with a checksum, where it is of a kind that mlx-lm reads."""
+    kind = checksummed(type(cache))
+    if kind is not None:
+        cache.__class__ = kind
         cache.model, cache.layer = model, layer
     cache.reason = reason
 
