@@ -70,6 +70,7 @@ SLOW = frozenset(
         "serving",
         "stack",
         "sweep",
+        "tasks",
         "tuner",
         "turboquant",
         "vecinfer",

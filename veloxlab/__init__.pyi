@@ -13,6 +13,7 @@ from .measure.advise import advise
 from .measure.calibrate import calibrate
 from .measure.memory import report
 from .measure.quality import fidelity
+from .measure.tasks import evaluate
 from .models.loading import load
 from .widgets.lab import Lab
 
@@ -27,6 +28,7 @@ __all__ = [
     "capture",
     "codecs",
     "doctor",
+    "evaluate",
     "fidelity",
     "load",
     "load_cache",

@@ -185,7 +185,7 @@ ARGUMENTS: dict[str, Check] = {
     **dict.fromkeys(("head", "layer"), whole()),
     **dict.fromkeys(("key_weight", "memory_gb"), real(above=0)),
     **dict.fromkeys(("method", "name", "space", "tensor", "text"), WORDS),
-    **dict.fromkeys(("per_sequence", "per_token"), FLAG),
+    **dict.fromkeys(("per_question", "per_sequence", "per_token"), FLAG),
     "calibration": CALIBRATION,
     "capture": having("what vl.capture gave", "layers", "tokens"),
     "chunk": choice("exact", "codes"),

@@ -188,6 +188,14 @@ class Plan:
         widths = widths.get(tensor) if isinstance(widths, Mapping) else widths
         return (bits,) if widths is None else tuple(widths)
 
+    @property
+    def method_widths(self) -> dict[str, list[float]]:
+        """The code bits that occur, by method."""
+        found: dict[str, set[float]] = {}
+        for _, method, bits, _ in (coded for layer in self.layers for coded in layer.tensors):
+            found.setdefault(method, set()).add(bits)
+        return {method: sorted(widths) for method, widths in found.items()}
+
     def to_json(self) -> str:
         """What `save` writes, with a checksum."""
         return to_json(FORMAT, asdict(self), indent=2) + "\n"
@@ -206,13 +214,23 @@ class Plan:
         """
         way_out = 'save it again with plan.save, or delete its line "sha256" if you changed it'
         with reading("plan", Path(path), way_out):
-            text = Path(path).read_text()
-            content = json.loads(text)
-            if isinstance(content, dict) and "sha256" not in content:  # written by hand
-                text = to_json(content.pop("format", ""), content)
-            content = from_json(text, FORMAT)
-            layers = tuple(LayerSettings(**layer) for layer in content.pop("layers"))
-            return cls(layers=layers, **content)
+            return cls._of(Path(path).read_text())
+
+    @classmethod
+    @checked(text=WORDS)
+    def from_json(cls, text: str) -> Self:
+        """Undo `to_json`; raises `InputError` as `load`."""
+        with reading("plan", None, "give what plan.to_json gave"):
+            return cls._of(text)
+
+    @classmethod
+    def _of(cls, text: str) -> Self:
+        content = json.loads(text)
+        if isinstance(content, dict) and "sha256" not in content:  # written by hand
+            text = to_json(content.pop("format", ""), content)
+        content = from_json(text, FORMAT)
+        layers = tuple(LayerSettings(**layer) for layer in content.pop("layers"))
+        return cls(layers=layers, **content)
 
 
 def plan_of(given: Any) -> Any:  # noqa: ANN401 - what `make_cache` takes

@@ -27,6 +27,7 @@ TOUR = "00_tour.ipynb"
 COPY_FOLDER = Path("veloxlab-notebooks")
 OF_MLX_LM = {"serve": "server", "generate": "generate", "cache-prompt": "cache_prompt"}  # our names, and its own
 MARKS = {"ok": "ok  ", "warn": "WARN", "fail": "FAIL"}
+TASKS = ("copy", "lookup", "arithmetic", "passkey")
 Argument = tuple[str, dict[str, Any]]  # name, and what `argparse` takes beside it
 
 
@@ -78,6 +79,13 @@ def run_mlx_lm(command: str, **given: Any) -> None:
     from veloxlab.serve.commands import run
 
     run(command, OF_MLX_LM[command], **given)
+
+
+def write_report(**given: Any) -> None:
+    """Measure a plan's cache, and write a page about it."""
+    from veloxlab.cli.report import write_report
+
+    write_report(**given)
 
 
 def _one(name: str, words: str, kind: Callable[[str], Any] = str, default: Any = None, **more: Any) -> Argument:  # noqa: ANN401
@@ -135,6 +143,25 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         _one("--weights", 'size of the weights, such as "4.5 GB" (default: from the model)'),
         _one("--weight-bits", "bits of a weight of a configuration", int, 4),
         _one("--batch", "number of sequences", int, 1),
+    ),
+    "report": (
+        "measure the cache of a plan, and write a page about it that needs no network",
+        write_report,
+        CACHE[0],
+        _one("--plan", "plan file from plan.save", Path, metavar="FILE", required=True),
+        CACHE[3],
+        *_text(512, 4),
+        _many("--tasks", f"questions that are asked too, of {', '.join(TASKS)}", default=[], choices=TASKS),
+        _one("--questions", "questions of each task", int, 16),
+        _one("--out", "the page", Path, Path("report.html"), metavar="FILE"),
+    ),
+    "evaluate": (
+        "ask questions through the exact and a compressed cache",
+        measurements.ask_tasks,
+        *CACHE[:-1],
+        _many("--tasks", "names of tasks; lm_eval:NAME for one of lm-evaluation-harness", default=[*TASKS]),
+        _one("--questions", "questions of each task", int, 32),
+        _one("--context", "tokens before a question", int, 512),
     ),
     "compare": (
         "measure quality, memory and time of all caches on WikiText-2",

@@ -33,6 +33,29 @@ def advise_cache(model: str, **given: Any) -> None:
     print(f"{advice}\n\n{tables.advice_table(advice.frame)}")
 
 
+def ask_tasks(
+    model: str,
+    method: str | None,
+    plan: Path | None,
+    calibration: Sequence[Path],
+    tasks: Sequence[str],
+    questions: int,
+    context: int,
+    **settings: Any,
+) -> None:
+    """Print how many questions of each task get the right answer with the exact cache and with a compressed one."""
+    import veloxlab as vl
+    from veloxlab.cache.plan import plan_of
+    from veloxlab.serve.commands import Wanted
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    wanted = Wanted(plan_of(plan) or method, given, [*map(vl.Calibration.load, calibration)])
+    loaded, tokenizer = vl.load(model)
+    make = wanted.maker(loaded, tokenizer, say)
+    asked: dict[str, Any] = {"tasks": tasks, "questions": questions, "context": context, "progress": say}
+    print(tables.tasks_table(vl.evaluate(loaded, tokenizer, lambda _: make(), **asked)))
+
+
 def compare_caches(model: str, out: Path, sinks: int = 0, peers: bool = False, **text: Any) -> None:
     """Measure, print the tables, and write them as Parquet (unfinished at first), as Markdown and as a chart.
 

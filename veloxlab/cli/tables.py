@@ -65,6 +65,18 @@ def advice_table(frame: pl.DataFrame) -> str:
     )
 
 
+def tasks_table(frame: pl.DataFrame) -> str:
+    """Give `measure.tasks.EVALUATION` as a Markdown table."""
+    return markdown(
+        "task | questions: | by guessing: | exact: | compressed: | difference, 95 %: | of the contexts in codes:",
+        "{task} | {questions} | {guess} | {exact:.0%} | {compressed:.0%} | {difference:+.0%}{interval} | "
+        "{coded_share:.0%}",
+        frame,
+        guess=lambda row: "" if row["chance"] is None else f"{row['chance']:.0%}",
+        interval=lambda row: "" if row["low"] is None else " ({low:+.0%} to {high:+.0%})".format(**row),
+    )
+
+
 def compared_table(frame: pl.DataFrame) -> str:
     """Give the comparison as a Markdown table, by true bits; attention's time in brackets, against the exact one."""
     exact = frame.row(0, named=True)

@@ -3,15 +3,21 @@ from .activations import Capture, LayerCapture, capture
 from .errors import layer_errors, relative_errors, token_errors
 from .generation import first_parting, passkey, side_by_side
 from .memory import code_bits, memory_growth, predicted_growth, report
+from .paired import by_window, difference
 from .planned_memory import largest_contexts, plan_memory
 from .quality import Reference, evaluate, fidelity, reference
+from .questions import Question, Task
 
 __all__ = [
     "Capture",
     "LayerCapture",
+    "Question",
     "Reference",
+    "Task",
+    "by_window",
     "capture",
     "code_bits",
+    "difference",
     "evaluate",
     "fidelity",
     "first_parting",

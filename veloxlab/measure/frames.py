@@ -9,16 +9,16 @@ import polars as pl
 
 _TYPES: dict[Any, str] = {
     pl.String: (
-        "about answer cache chunk kind method mode name part passkey path reason role side space stage state tensor "
-        "text"
+        "about answer cache chunk expected kind method mode name part passkey path question reason role side space "
+        "stage state task tensor text"
     ),
     pl.Int32: (
-        "channel coordinate first head head_dim key key_end layer level loudest not_finite outlier_channels pair place "
-        "position position_end query query_end rank second token window"
+        "channel coordinate first group head head_dim key key_end layer level loudest not_finite outlier_channels pair "
+        "place position position_end query query_end rank second token window"
     ),
     pl.Int64: (
-        "batch bytes context decode_peak_bytes exact_tokens fp16_bytes held_bytes memory_bytes most_tokens positions "
-        "prefill_peak_bytes table_bytes tokens zero"
+        "batch bytes coded_tokens context decode_peak_bytes exact_tokens fp16_bytes held_bytes memory_bytes "
+        "most_tokens positions prefill_peak_bytes questions table_bytes tokens zero"
     ),
     pl.Float32: "squared_error squared_norm",
     pl.Boolean: "came fits flip hit may",

@@ -23,7 +23,7 @@ from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, FLAG, FUNCTION, WORDS, ch
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import first_tokens
 from veloxlab.measure.frames import schema
-from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities, maker
+from veloxlab.measure.quality import CacheMaker, divergence, log_probabilities, maker, of_targets
 from veloxlab.mlxlm.probe import LayerFacts, own_cache, probe
 from veloxlab.progress import Progress, silent
 from veloxlab.texts import Tokenizer
@@ -32,7 +32,7 @@ Side = Literal["exact", "compressed"]
 SIDES: tuple[Side, Side] = ("exact", "compressed")
 USUAL_TOKENS = 64
 PROMPT = either(WORDS, many(whole(0), empty=True))  # a text, or token ids
-_PLAIN = {"add_special_tokens": False}  # a text without marks of its beginning or end
+PLAIN = {"add_special_tokens": False}  # a text without marks of its beginning or end
 
 GENERATION = schema("side position token text probability exact_probability kl held_bytes fp16_bytes")
 """Columns of `side_by_side`: whose text it is, "exact" or "compressed"; position of the token in the text that was
@@ -48,14 +48,15 @@ OnToken = Callable[[pl.DataFrame], object]
 
 
 @dataclass
-class _Reader:
+class Reader:
     """A model that has read a text into a cache of its own."""
 
     model: Module
     cache: list[Any]
     log_probs: mx.array = field(init=False)  # of the next token [vocabulary]
 
-    def read(self, tokens: Sequence[int], chunks: Iterable[int] = ()) -> _Reader:
+    def read(self, tokens: Sequence[int], chunks: Iterable[int] = ()) -> Reader:
+        """Read more of the text, in calls of so many tokens; by default in one."""
         left = iter(tokens)
         for count in chunks or [len(tokens)]:
             ids = mx.array([list(islice(left, count))])
@@ -65,10 +66,26 @@ class _Reader:
         mx.eval(self.log_probs)
         return self
 
+    def twin(self) -> Reader:
+        """One that has read the same, and reads on by itself."""
+        made = copy.copy(self)
+        made.cache = copy.deepcopy(self.cache)
+        return made
+
     def best(self) -> int:
+        """The most probable next token."""
         return int(np.asarray(self.log_probs.argmax()))
 
+    def nll(self, tokens: Sequence[int]) -> float:
+        """−log p of ``tokens`` as the next ones, in nats; what was read stays as it is."""
+        log_probs, ids = self.log_probs[None], mx.array([*tokens])
+        if len(tokens) > 1:
+            logits = self.model(ids[None, :-1], cache=copy.deepcopy(self.cache))[0]
+            log_probs = mx.concatenate([log_probs, log_probabilities(logits)])
+        return float(np.asarray(of_targets(log_probs, ids).sum()))
+
     def probability(self, token: int) -> float:
+        """Probability that a token is the next."""
         return float(np.asarray(mx.exp(self.log_probs[token])))
 
 
@@ -101,17 +118,16 @@ def side_by_side(
     ids = prompt_ids(tokenizer, prompt, chat=chat)
     made = maker(method_or_plan, settings)(model)
     progress(0, tokens, "reading the prompt")
-    exact, compressed = (_Reader(model, cache).read(ids, calls(len(ids))) for cache in (own_cache(model), made))
+    exact, compressed = (Reader(model, cache).read(ids, calls(len(ids))) for cache in (own_cache(model), made))
     checker = exact  # the exact model behind the compressed cache's text: the same reader until the texts differ
-    going: dict[Side, _Reader] = {"exact": exact, "compressed": compressed}
+    going: dict[Side, Reader] = {"exact": exact, "compressed": compressed}
     texts: dict[Side, list[int]] = {side: [] for side in SIDES}
     rows: list[tuple[object, ...]] = []
     facts = probe(model)
     for position in range(tokens):
         best = {side: reader.best() for side, reader in going.items()}
         if checker is exact and len(set(best.values())) > 1:
-            checker = copy.copy(exact)
-            checker.cache = copy.deepcopy(exact.cache)
+            checker = exact.twin()
         for side, reader in going.items():
             token, other = best[side], exact if side == "exact" else checker
             chances = reader.probability(token), other.probability(token)
@@ -121,7 +137,7 @@ def side_by_side(
             texts[side].append(token)
         on_token(pl.DataFrame(rows, schema=GENERATION, orient="row"))
         progress(position + 1, tokens, "generating")
-        going = {side: reader for side, reader in going.items() if best[side] not in _stops(tokenizer)}
+        going = {side: reader for side, reader in going.items() if best[side] not in stops(tokenizer)}
         if not going or position + 1 == tokens:
             break
         for side, reader in going.items():
@@ -161,7 +177,8 @@ def added_text(tokenizer: Tokenizer, before: Sequence[int], token: int) -> str:
     return shown[1][len(shown[0]) :]
 
 
-def _stops(tokenizer: Tokenizer) -> set[int]:
+def stops(tokenizer: Tokenizer) -> set[int]:
+    """Tokens that end a text."""
     return set(getattr(tokenizer, "eos_token_ids", ()))
 
 
@@ -200,24 +217,24 @@ def passkey(
     seed : of the numbers, one for each depth.
     """
     numbers = np.random.default_rng(seed).integers(10 ** (DIGITS - 1), 10**DIGITS, len(depths))
-    filler = first_tokens(tokenizer, text, context, **_PLAIN)
-    question = tokenizer.encode(QUESTION, **_PLAIN)
+    filler = first_tokens(tokenizer, text, context, **PLAIN)
+    question = tokenizer.encode(QUESTION, **PLAIN)
     makers: dict[Side, CacheMaker] = {"exact": own_cache, "compressed": maker(method_or_plan, settings)}
     rows: list[tuple[object, ...]] = []
     for depth, number in zip(depths, map(str, numbers), strict=True):
-        hidden = _hidden(tokenizer, filler, context, depth, number)
+        ids = hidden(tokenizer, filler, context, depth, number)
         for side, make in makers.items():
             progress(len(rows), len(depths) * len(makers), f"needle at {depth:.0%}: {side}")
-            reader = _Reader(model, make(model)).read(hidden, calls(len(hidden))).read(question)
-            answer = _answer(reader, tokenizer)
-            rows.append((depth, len(hidden), number, side, answer, answer.strip().startswith(number)))
+            reader = Reader(model, make(model)).read(ids, calls(len(ids))).read(question)
+            answer = written(reader, tokenizer, DIGITS + 2)
+            rows.append((depth, len(ids), number, side, answer, answer.strip().startswith(number)))
     progress(len(rows), len(rows), "done")
     return pl.DataFrame(rows, schema=PASSKEY, orient="row")
 
 
-def _hidden(tokenizer: Tokenizer, filler: Sequence[int], context: int, depth: float, number: str) -> list[int]:
+def hidden(tokenizer: Tokenizer, filler: Sequence[int], context: int, depth: float, number: str) -> list[int]:
     """Ids of the task and of a text of ``context`` tokens in all, with the needle at a depth of it."""
-    task, needle = (list(tokenizer.encode(words, **_PLAIN)) for words in (TASK, NEEDLE.format(number)))
+    task, needle = (list(tokenizer.encode(words, **PLAIN)) for words in (TASK, NEEDLE.format(number)))
     room = context - len(task) - len(needle)
     if room < 1:
         taken = f"the task and the needle, which take {len(task) + len(needle)} tokens"
@@ -229,9 +246,10 @@ def _hidden(tokenizer: Tokenizer, filler: Sequence[int], context: int, depth: fl
     return [*task, *filler[:at], *needle, *filler[at:room]]
 
 
-def _answer(reader: _Reader, tokenizer: Tokenizer) -> str:
+def written(reader: Reader, tokenizer: Tokenizer, most: int) -> str:
+    """What the model writes behind the text that it read, greedily, in ``most`` tokens at most."""
     ids: list[int] = []
-    while len(ids) < DIGITS + 2 and (token := reader.best()) not in _stops(tokenizer):
+    while len(ids) < most and (token := reader.best()) not in stops(tokenizer):
         ids.append(token)
         reader.read([token])
     return str(tokenizer.decode(ids))

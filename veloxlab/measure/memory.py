@@ -31,6 +31,8 @@ of all sequences, and those in sinks and window; bytes held, and of 16-bit keys 
 GROWTH = schema("tokens cache layer tensor bytes kind")
 """Columns of `memory_growth`: bytes held for one tensor of one layer, "measured" or "predicted"."""
 
+EXACT_BITS = 16  # of a value; with fewer it is a code
+
 CODE_BITS = schema("layer tensor part bits_per_value")
 """Columns of `code_bits`: "codes", or "scales" for norms and scales; bits of a packed value for them, which add up."""
 
@@ -51,6 +53,12 @@ def report(cache: Sequence[Any]) -> pl.DataFrame:
         shared = sum(codec.shared_bytes for codec in codecs)
         rows.append({"path": "shared", "reason": reason, "tokens": 0, "held_bytes": shared, "fp16_bytes": 0})
     return pl.DataFrame(rows, schema=REPORT)
+
+
+def coded_tokens(cache: Sequence[Any]) -> int:
+    """Tokens that a cache holds in fewer than 16 bits, in the layer that has most of them."""
+    held = report(cache).filter(pl.min_horizontal("key_bits", "value_bits") < EXACT_BITS)
+    return int(held.select((pl.col("tokens") - pl.col("exact_tokens").fill_null(0)).max()).item() or 0)
 
 
 def _ours(slots: Sequence[Any]) -> list[CompressedKVCache]:

@@ -187,6 +187,23 @@ def evaluate(
     name : for the row; by default the method and its bits.
     per_token : give one row for each prediction, `TOKEN_FIDELITY`, instead of their summary.
     """
+    given: dict[str, Any] = {"mode": mode, "prompt": prompt, "chunk": chunk, "name": name, "progress": progress}
+    row, tokens = both(exact, method_or_plan, **given | settings)
+    return tokens if per_token else row
+
+
+def both(
+    exact: Reference,
+    method_or_plan: str | Plan | CacheMaker,
+    *,
+    mode: Mode = "oneshot",
+    prompt: int = 64,
+    chunk: Chunk = "codes",
+    name: str | None = None,
+    progress: Progress = silent,
+    **settings: object,
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """What `evaluate` gives, of one run: a row of `FIDELITY`, and one for each prediction, `TOKEN_FIDELITY`."""
     method_or_plan = plan_of(method_or_plan)
     shortest = min(len(stretch) for stretch in exact.stretches)
     if mode == "decode" and not 1 <= prompt < shortest - 1:
@@ -209,11 +226,9 @@ def evaluate(
         frames.append(_rows(w, start, stretch[start + 1 :], log_probs[start:], mx.concatenate(changed)))
     progress(windows, windows, "done")
     frame = pl.concat(frames)
-    if per_token:
-        return frame
     chunk_said = None if callable(method_or_plan) else chunk
     head = pl.DataFrame({"name": [name or _name(method_or_plan, settings)], "mode": [mode], "chunk": [chunk_said]})
-    return in_schema(pl.concat([head, _summary(frame, cache)], how="horizontal"), FIDELITY)
+    return in_schema(pl.concat([head, _summary(frame, cache)], how="horizontal"), FIDELITY), frame
 
 
 def judged(

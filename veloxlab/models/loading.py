@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 DEMO_MODEL = "smollm2-135m"
+_NAMES: dict[int, str] = {}  # what models were loaded as, by id: a module is a dict, which cannot be hashed
+_HERE: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -37,6 +40,19 @@ def load(
         on a CPU, where only float32 products are fast, and to float16 on a GPU; other models stay as they are stored.
     options : those of ``mlx_lm.load``, such as ``adapter_path`` and ``revision``. A GGUF takes none.
     """
+    model, tokenizer = _load(name, dtype, options)
+    _HERE[id(model)], _NAMES[id(model)] = model, str(name)
+    return model, tokenizer
+
+
+def loaded_as(model: nn.Module) -> str | None:
+    """The name that `load` was given for a model; None for one that it did not load."""
+    return _NAMES[id(model)] if _HERE.get(id(model)) is model else None
+
+
+def _load(
+    name: str | Path, dtype: str | mx.Dtype | None, options: dict[str, Any]
+) -> tuple[nn.Module, TokenizerWrapper]:
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(chosen, mx.Dtype) and chosen in DTYPES.values()):
         raise InputError(f"dtype {dtype!r} is not a type for weights; {', '.join(DTYPES)} are.")

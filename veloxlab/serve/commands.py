@@ -61,18 +61,15 @@ class Wanted:
             fitted[each.method] = fitted[each.method].joined(each) if each.method in fitted else each
         for method, widths in self._widths().items():
             if (find_method(method).calibrated or method in learned) and method not in fitted:
-                fitted[method] = calibrate(model, tokenizer, method, bits=sorted(widths), progress=progress)
+                fitted[method] = calibrate(model, tokenizer, method, bits=[*widths], progress=progress)
         return partial(make.make_cache, model, plan, **self.settings, calibration=[*fitted.values()])
 
-    def _widths(self) -> Mapping[str, set[float]]:
+    def _widths(self) -> Mapping[str, Sequence[float]]:
         if not isinstance(self.method_or_plan, Plan):
             usual = self.settings.get("bits", DEFAULT_BITS)
             both = {self.settings.get(name, usual) for name in ("key_bits", "value_bits")}
-            return {find_method(self.method_or_plan or DEFAULT_METHOD).id: both}
-        widths: dict[str, set[float]] = {}
-        for _, method, bits, _ in (coded for layer in self.method_or_plan.layers for coded in layer.tensors):
-            widths.setdefault(method, set()).add(bits)
-        return widths
+            return {find_method(self.method_or_plan or DEFAULT_METHOD).id: sorted(both)}
+        return self.method_or_plan.method_widths
 
 
 class Loader:

@@ -50,6 +50,7 @@ from .errors import (
     errors_by_bits,
     profile_caption,
 )
+from .fidelity import bytes_by_layer, bytes_caption, kl_along, kl_caption
 from .generation import held_caption, held_while_generating, passkey_caption, passkey_map, strip_caption, token_strip
 from .memory import bit_allocation, bit_caption, memory_caption, memory_growth, memory_plan, plan_caption
 from .plane import best_pairs, bit_plane, plane_caption
@@ -63,6 +64,7 @@ from .spectra import (
     spectrum,
     spectrum_caption,
 )
+from .tasks import task_caption, task_scores
 from .tokens import (
     alternatives,
     alternatives_caption,
@@ -92,6 +94,8 @@ __all__ = [
     "bit_plane",
     "budget_frontier",
     "by_bits_caption",
+    "bytes_by_layer",
+    "bytes_caption",
     "channel_caption",
     "channel_map",
     "channel_map_caption",
@@ -116,6 +120,8 @@ __all__ = [
     "heads_caption",
     "held_caption",
     "held_while_generating",
+    "kl_along",
+    "kl_caption",
     "lengths_caption",
     "levels_caption",
     "levels_on_density",
@@ -145,6 +151,8 @@ __all__ = [
     "spectrum",
     "spectrum_caption",
     "strip_caption",
+    "task_caption",
+    "task_scores",
     "times_caption",
     "token_heads",
     "token_strip",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -99,21 +100,22 @@ class Section:
     """Part of a report, each piece of which may be missing.
 
     ``heading``: what is seen; empty where a chart says it. ``words``: a paragraph. ``chart``: a Vega-Lite spec with its
-    data. ``table``: a frame, drawn whole. ``code``: text to be copied.
+    data. ``table``: a frame, drawn whole, or, with words for ``folded``, behind these. ``code``: text to be copied.
     """
 
     heading: str = ""
     words: str = ""
     chart: Spec | None = None
     table: pl.DataFrame | None = None
+    folded: str = ""
     code: str = ""
 
 
-def report(title: str, sections: Sequence[Section], script: str) -> str:
+def report(title: str, sections: Sequence[Section], script: str, notebook: bytes = b"") -> str:
     """Give the text of an HTML page.
 
     ``title``: what the page is about. ``sections``: its parts, from top to bottom. ``script``: an ES module that
-    exports ``vegaEmbed``; it goes into the page.
+    exports ``vegaEmbed``; it goes into the page, and so does a ``notebook``, which a link saves.
     """
     charts = [section.chart for section in sections if section.chart is not None]
     numbers, lines = count(), list[str]()
@@ -121,8 +123,11 @@ def report(title: str, sections: Sequence[Section], script: str) -> str:
         lines += [f"<h2>{escape(section.heading)}</h2>"] if section.heading else []
         lines += [f"<p>{escape(section.words)}</p>"] if section.words else []
         lines += [f'<div class="chart" id="chart-{next(numbers)}"></div>'] if section.chart is not None else []
-        lines += [html_table(section.table.columns, section.table.iter_rows())] if section.table is not None else []
+        lines += [_table(section.table, section.folded)] if section.table is not None else []
         lines += [f"<pre>{escape(section.code)}</pre>"] if section.code else []
+    if notebook:
+        saved = f'href="data:application/x-ipynb+json;base64,{b64encode(notebook).decode()}"'
+        lines.append(f'<p><a download="veloxlab.ipynb" {saved}>Save the notebook that measures this again</a></p>')
     themes = {mode: theme.colours(mode) | {"background": "transparent"} for mode in theme.INK}
     ink = {f"{mode}_{name}": colour for mode, colours in theme.INK.items() for name, colour in colours.items()}
     page = Template((files("veloxlab.views") / "report.html").read_text(encoding="utf-8"))
@@ -136,8 +141,13 @@ def report(title: str, sections: Sequence[Section], script: str) -> str:
     )
 
 
+def _table(frame: pl.DataFrame, folded: str) -> str:
+    table = f'<div class="table">{html_table(frame.columns, frame.iter_rows())}</div>'
+    return f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table
+
+
 def html_table(titles: Sequence[str], rows: Iterable[Sequence[object]], cell: str = "") -> str:
-    """Return an HTML table, in which all text is escaped; a float has four digits.
+    """Return an HTML table, in which all text is escaped; a float has four digits, and what is missing is left out.
 
     ``cell``: CSS of every cell where the page has none of its own; all columns but the first are then on the right.
     """
@@ -145,7 +155,10 @@ def html_table(titles: Sequence[str], rows: Iterable[Sequence[object]], cell: st
     styles = [f' style="text-align: {side}; {cell}"' if cell else "" for side in sides]
 
     def line(tag: str, values: Sequence[object]) -> str:
-        said = (escape(f"{value:.4g}" if isinstance(value, float) else str(value)) for value in values)
+        shown = (
+            "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in values
+        )
+        said = map(escape, shown)
         cells = (f"<{tag}{style}>{value}</{tag}>" for style, value in zip(styles, said, strict=True))
         return f"<tr>{''.join(cells)}</tr>"
 

@@ -6,6 +6,7 @@ from .pages.cache import CacheExplorer
 from .pages.generation import SideBySide
 from .pages.heads import ErrorExplorer, KeyExplorer
 from .pages.memory import MemoryPlanner
+from .pages.tasks import Tasks
 from .progress_bar import ProgressBar
 from .worker import Cancelled, Progress, Status, Worker
 
@@ -22,6 +23,7 @@ __all__ = [
     "ProgressBar",
     "SideBySide",
     "Status",
+    "Tasks",
     "VegaRuntime",
     "Worker",
     "link",

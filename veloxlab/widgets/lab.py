@@ -17,7 +17,7 @@ from veloxlab.widgets.chosen import Checked, Chosen, OfLayers
 from veloxlab.widgets.glossary import glossary
 from veloxlab.widgets.layout import styled
 from veloxlab.widgets.lifetime import loosen
-from veloxlab.widgets.pages import advise, budget, cache, compare, generation, heads, memory, tokens
+from veloxlab.widgets.pages import advise, budget, cache, compare, generation, heads, memory, tasks, tokens
 from veloxlab.widgets.pages.compare import Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.worker import Progress
@@ -31,6 +31,7 @@ PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "tokens": ("Tokens", lambda lab: tokens.TokenPage(lab.experiment, **lab.shared)),
     "compare": ("Compare", lambda lab: compare.Comparison(lab.experiment, lab.worker)),
     "generation": ("Generation", lambda lab: generation.SideBySide(*lab.loaded, **lab.shared)),
+    "tasks": ("Tasks", lambda lab: tasks.Tasks(*lab.loaded, **lab.shared)),
     "budget": ("Budget", lambda lab: budget.BudgetTuner(*lab.loaded, **lab.shared)),
     "memory": ("Memory", lambda lab: memory.MemoryPlanner(lab.experiment.model, **lab.shared)),
 }
@@ -52,8 +53,8 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
     Parameters, and what they raise, are those of `CacheExplorer`, and so are the attributes but for these: the trait
     ``page`` is the name of the open page, one of ``cache``, ``advise``, ``errors``, ``keys``, ``tokens``, ``compare``,
-    ``generation``, ``budget`` and ``memory``; the traits ``head`` and ``token`` are the chosen KV head, and the chosen
-    token by its position in the text, None for the one that lost most; ``compact`` makes charts small, so
+    ``generation``, ``tasks``, ``budget`` and ``memory``; the traits ``head`` and ``token`` are the chosen KV head, and
+    the chosen token by its position in the text, None for the one that lost most; ``compact`` makes charts small, so
     that a page fits one screen; ``pages`` are the pages that were made, by name, each a widget of its own; and
     ``compare()`` measures every method that needs no fitting.
     """

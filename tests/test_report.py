@@ -1,0 +1,142 @@
+"""The page about one cache: what it says is what its notebook's code gives, and it asks no network."""
+
+import ast
+import base64
+import json
+import re
+
+import nbformat
+import polars as pl
+import pytest
+
+import veloxlab as vl
+from tests.tiny_models import tiny
+from veloxlab.cli import main
+from veloxlab.cli.report import calibration_code
+from veloxlab.errors import InputError
+from veloxlab.measure.paired import Mean, by_window, difference
+from veloxlab.measure.reproduce import notebook, run, steps
+
+TEXT = "so it goes, one letter after another, and </script><!-- nobody minds. " * 12
+
+
+class Letters:
+    """A tokenizer of one token per character."""
+
+    eos_token_ids = frozenset({95})
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(letter) % 90 for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(90 + i if i < 32 else i) for i in ids)
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """A small model in the place of what ``vl.load`` loads."""
+    both = tiny("llama"), Letters()
+    monkeypatch.setattr(vl, "load", lambda name: both, raising=False)
+    return both
+
+
+@pytest.fixture
+def page(loaded, tmp_path, capsys):
+    plan = vl.Plan.uniform(loaded[0], bits=3, sinks=2, window=8).with_layer(1, key_bits=5)
+    path, out = plan.save(tmp_path / "plan.json"), tmp_path / "report.html"
+    given = ["--tokens", "96", "--windows", "3", "--tasks", "copy", "--questions", "4", "--out", str(out)]
+    assert main(["report", "a<b>", "--plan", str(path), *given]) == 0
+    return out.read_text(), capsys.readouterr().out
+
+
+def held_notebook(text):
+    return nbformat.reads(base64.b64decode(re.search(r"x-ipynb\+json;base64,([^\"]*)", text)[1]).decode(), as_version=4)
+
+
+def test_a_report_says_what_its_notebook_gives_again(loaded, page):
+    text, printed = page
+    book = held_notebook(text)
+    nbformat.validate(book)
+    space = {}
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            exec(compile(cell.source, "<cell>", "exec"), space)
+    kl = Mean.of(space["windows"]["kl_mean"].to_list())
+    assert f"move by {kl.mean:.3g} nats a token ({kl.interval})" in printed
+    assert kl.windows == 3
+    own = vl.fidelity(*loaded, space["plan"], tokens=96, windows=3).row(0, named=True)
+    # a mean of windows of equal length is the mean of their tokens
+    assert own["kl_mean"] == pytest.approx(kl.mean)
+    numbers = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td><td>", text))
+    assert float(numbers["perplexity"]) == pytest.approx(own["perplexity"], rel=1e-3)  # four digits
+    held = vl.report(space["cache"]).drop_nulls("layer")
+    assert float(numbers["MB held for 96 tokens"]) == pytest.approx(held["held_bytes"].sum() / 1e6, rel=1e-3)
+
+
+def test_a_report_stands_alone_and_escapes_what_it_shows(page):
+    text, _ = page
+    assert "<h1>turboquant K3 V3 on a&lt;b&gt;</h1>" in text
+    assert text.index("<h2>What does turboquant K3 V3 on a&lt;b&gt; change") < text.index('class="chart"')
+    assert text.count('<div class="chart"') == 3
+    tags = re.findall(r"<[a-zA-Z][^>]*>", re.sub(r"(?s)<script.*?</script>", "", text))
+    assert not [tag for tag in tags if re.search(r"(src|href|url)\s*=?\s*[\"'(]?\s*(https?:)?//", tag)]
+    assert "<b>" not in "".join(tags)
+
+
+def test_a_text_with_marks_in_it_stays_a_text(loaded):
+    plan = vl.Plan.uniform(loaded[0], bits=4)
+    cells = [*steps("x'\"", plan, text=TEXT, tokens=64, windows=1)]
+    shown, space = run(cells)
+    assert [type(each).__name__ for each in shown] == [
+        "DataFrame",
+        "DataFrame",
+        "VConcatChart",
+        "DataFrame",
+        "VConcatChart",
+    ]
+    assert space["exact"].stretches == (Letters().encode(TEXT)[:64],)
+    assert space["plan"] == plan
+    code = [cell["source"] for cell in json.loads(notebook("t", cells))["cells"] if cell["cell_type"] == "code"]
+    assert code == [cell.code for cell in cells]
+    assert all(ast.parse(each) for each in code)
+
+
+def test_a_plan_that_needs_a_calibration_says_how_it_is_had(loaded, tmp_path):
+    plan = vl.Plan.uniform(loaded[0], "commvq", bits=2)
+    assert calibration_code(plan, []) == "[vl.calibrate(model, tokenizer, 'commvq', bits=[2])]"
+    file = tmp_path / "it's.safetensors"
+    assert calibration_code(plan, [file]) == f"[vl.Calibration.load({str(file)!r})]"
+    assert calibration_code(vl.Plan.uniform(loaded[0]), []) == "[]"
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    assert main(["report", "x", "--plan", "none.json", "--out", str(tmp_path / "no" / "report.html")]) == 2
+    assert "There is no folder" in capsys.readouterr().err
+
+
+def test_a_plan_is_its_own_json(loaded):
+    plan = vl.Plan.uniform(loaded[0], bits=3)
+    assert vl.Plan.from_json(plan.to_json()) == plan
+    with pytest.raises(InputError, match="^This plan cannot be read .*not what was written.*give what plan.to_json"):
+        vl.Plan.from_json(plan.to_json().replace('"sinks": 4', '"sinks": 5'))
+
+
+def test_caches_are_compared_window_by_window():
+    rows = [
+        (w, p, 5, kl, False, 2.0, 1.0) for w, mean in enumerate((0.1, 0.3)) for p, kl in enumerate((mean, mean + 0.2))
+    ]
+    first = by_window(
+        pl.DataFrame(rows, schema=["window", "position", "token", "kl", "flip", "nll", "nll_exact"], orient="row")
+    )
+    assert first["kl_mean"].to_list() == pytest.approx([0.2, 0.4])
+    assert first["perplexity"].to_list() == pytest.approx([2.718282**2] * 2)
+    found = difference(first, first.with_columns(pl.col("kl_mean") + pl.Series([0.09, 0.11])))
+    assert found.mean == pytest.approx(0.1)
+    assert found.windows == 2
+    # Student's t of one degree: 12.706 times the standard error, which is 0.01
+    assert [found.low, found.high] == pytest.approx([0.1 - 0.12706, 0.1 + 0.12706], abs=1e-4)
+    assert not found.decisive
+    assert difference(first, first.with_columns(pl.col("kl_mean") + 0.1)).decisive
+    assert difference(first.head(1), first.head(1)).interval == "one window, so no interval"
+    with pytest.raises(InputError, match="different windows"):
+        difference(first, first.head(1))

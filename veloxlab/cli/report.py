@@ -1,0 +1,82 @@
+"""The command that measures one cache and writes a page about it, which needs neither Jupyter nor a network."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import exp
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import polars as pl
+
+from veloxlab.cache.plan import Plan
+from veloxlab.codecs import find_method
+from veloxlab.measure.paired import Mean
+from veloxlab.measure.reproduce import Step, notebook, run, steps
+from veloxlab.progress import say
+from veloxlab.store import check_place, write_atomically
+from veloxlab.views import bytes_caption
+from veloxlab.views.picture import Section, report
+from veloxlab.widgets.chart_view import ensure_bundle
+
+MB = 1e6
+
+
+def write_report(model: str, plan: Path, out: Path, calibration: Sequence[Path] = (), **settings: Any) -> None:
+    """Measure the cache of a plan, print the answer, and write the page."""
+    check_place(out)
+    wanted = Plan.load(plan)
+    cells = [*steps(model, wanted, calibration_code(wanted, calibration), **settings)]
+    shown, space = run(cells, say)
+    title = f"{wanted.name or plan.stem} on {model}"
+    sections = [first_section(title, space), *sections_of(cells, shown)]
+    page = report(title, sections, ensure_bundle().read_text("utf-8"), notebook(title, cells))
+    print(sections[0].words)
+    print(f"The page is {write_atomically(out, page.encode())}.")
+
+
+def calibration_code(plan: Plan, files: Sequence[Path]) -> str:
+    """Python that gives the calibrations of a plan: from files, and fitted where none is given."""
+    found = [f"vl.Calibration.load({str(Path(file).absolute())!r})" for file in files]
+    if not files:
+        found = [
+            f"vl.calibrate(model, tokenizer, {method!r}, bits={widths})"
+            for method, widths in plan.method_widths.items()
+            if find_method(method).calibrated or method in plan.calibrations
+        ]
+    return f"[{', '.join(found)}]"
+
+
+def first_section(title: str, space: Mapping[str, Any]) -> Section:
+    """The question, the answer, and the numbers, of what the cells of `steps` left in their namespace."""
+    windows, layers, said = space["windows"], space["layers"], space["predictions"]
+    kl = Mean.of(windows["kl_mean"].to_list())
+    held = layers.drop_nulls("layer")
+    answer = (
+        f"Predictions move by {kl.mean:.3g} nats a token ({kl.interval}); {said['flip'].mean():.1%} of tokens have "
+        f"another first choice. It holds {bytes_caption(layers)}"
+    )
+    perplexity = {name: exp(said[name].mean()) for name in ("nll", "nll_exact")}
+    numbers = [
+        ("KL, nats a token", kl.mean, 0.0),
+        ("other first choice, share of tokens", said["flip"].mean(), 0.0),
+        ("perplexity", perplexity["nll"], perplexity["nll_exact"]),
+        (f"MB held for {held['tokens'].max():,} tokens", held["held_bytes"].sum() / MB, held["fp16_bytes"].sum() / MB),
+        ("true bits of a key's coordinate, mean of layers", held["key_bits"].mean(), 16.0),
+        ("true bits of a value's coordinate, mean of layers", held["value_bits"].mean(), 16.0),
+    ]
+    frame = pl.DataFrame(numbers, schema=["what", "this cache", "exact cache"], orient="row")
+    return Section(f"What does {title} change, and what does it hold?", answer, table=frame)
+
+
+def sections_of(cells: Sequence[Step], shown: Sequence[Any]) -> list[Section]:
+    """Charts as they are, and tables behind a click, in the order of the cells."""
+    made = []
+    for cell, found in zip(cells, shown, strict=True):
+        if isinstance(found, pl.DataFrame):
+            made.append(Section(cell.title, cell.words, table=found, folded=f"Table of {found.height} rows"))
+        else:
+            assert isinstance(found, alt.TopLevelMixin)  # `steps` shows frames and charts
+            made.append(Section(chart=found.to_dict()))
+    return made

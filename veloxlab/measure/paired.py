@@ -1,0 +1,72 @@
+"""Caches compared window by window: the same text, so that what differs is the cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import polars as pl
+
+from veloxlab.checks import checked, measured
+from veloxlab.errors import InputError
+from veloxlab.measure.experiments import mean_interval
+from veloxlab.measure.frames import in_schema, schema
+from veloxlab.measure.quality import TOKEN_FIDELITY
+
+WINDOWS = schema("window positions kl_mean top1_flips perplexity perplexity_exact")
+"""Columns of `by_window`: stretch of the text; predictions compared in it; their mean KL(exact ‖ compressed) in nats;
+share of them whose most likely token changed; perplexity with this cache and with the exact one."""
+
+
+@checked(tokens=measured(TOKEN_FIDELITY, "vl.measure.evaluate with per_token=True"))
+def by_window(tokens: pl.DataFrame) -> pl.DataFrame:
+    """A row for each window of what `veloxlab.measure.evaluate` gave ``per_token``: `WINDOWS`."""
+    nll, exact = (pl.col(name).mean().exp() for name in ("nll", "nll_exact"))
+    means = {"kl_mean": pl.col("kl").mean(), "top1_flips": pl.col("flip").mean()}
+    found = tokens.group_by("window", maintain_order=True).agg(
+        positions=pl.len(), **means, perplexity=nll, perplexity_exact=exact
+    )
+    return in_schema(found, WINDOWS)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over windows, and the ends of its 95 % interval, which one window has not."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    windows: int
+
+    @classmethod
+    def of(cls, values: list[float]) -> Mean:
+        """The mean of one value or more."""
+        if len(values) > 1:
+            return cls(*mean_interval(values), len(values))
+        return cls(values[0], None, None, 1)
+
+    @property
+    def decisive(self) -> bool:
+        """Whether the interval leaves 0 out."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+    @property
+    def interval(self) -> str:
+        """The interval in words."""
+        if self.low is None or self.high is None:
+            return "one window, so no interval"
+        return f"95 % interval {self.low:.3g} to {self.high:.3g}, {self.windows} windows"
+
+
+@checked(
+    first=measured(WINDOWS, "vl.measure.by_window"),
+    second=measured(WINDOWS, "vl.measure.by_window"),
+)
+def difference(first: pl.DataFrame, second: pl.DataFrame) -> Mean:
+    """How much more KL the second cache has than the first, in nats a token, window by window; frames of `by_window`.
+
+    Raises `InputError` if they are not of the same windows.
+    """
+    same = ["window", "positions"]
+    if not first.select(same).equals(second.select(same)):
+        raise InputError("The two were measured on different windows: measure both on the same text.")
+    return Mean.of((second["kl_mean"] - first["kl_mean"]).to_list())

@@ -1,0 +1,78 @@
+"""What one cache changes in a model's predictions along a text, and what each of its layers holds."""
+
+from __future__ import annotations
+
+import altair as alt
+import polars as pl
+
+from veloxlab.measure.paired import Mean, by_window
+from veloxlab.views import columns, marks, theme
+
+POOLS = 64  # marks along a window
+MB = 1e6
+
+
+def kl_along(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
+    """Draw the divergence of predictions along the text, and the mean of each window.
+
+    Rows of `veloxlab.measure.quality.TOKEN_FIDELITY`: ``window``, ``position``, ``kl`` (nats) and ``flip``. Neighbours
+    are pooled: a point is their mean, over all windows.
+    """
+    needed = columns.require(frame, "kl_along", "window position kl").with_columns(frame["flip"])
+    step = max(1, -(-(1 + int(needed["position"].max())) // POOLS))  # type: ignore[arg-type]  # positions are numbers
+    place = (pl.col("position") // step * step).alias("position")
+    finite = pl.col("kl").is_finite()
+    means = {"kl": pl.col("kl").filter(finite).mean(), "top1_flips": pl.col("flip").mean()}
+    pooled = needed.group_by(place).agg(**means, not_finite=(~finite).sum()).sort("position")
+    scale = columns.log_domain(pooled["kl"])
+    base = columns.on_log_scale(alt.Chart(), "kl", scale)
+    x = columns.x("position", f"position in the window, means of {step} tokens", nice=False)
+    base = base.encode(x=x, y=columns.log_y("kl", ["KL from the exact", "cache, nats"], scale))
+    told = columns.tips("position kl top1_flips not_finite")
+    plot = marks.layered(
+        base.mark_line(strokeWidth=1.5, color=theme.CHOSEN),
+        marks.points(base, told, 20, color=alt.value(theme.CHOSEN)),
+        marks.crosses(base),
+    )
+    plots = [marks.sized(plot, theme.WIDTH - 40, 150)]
+    return marks.framed(plots, pooled, "KL divergence along the text", caption or kl_caption(frame))
+
+
+def kl_caption(frame: pl.DataFrame) -> str:
+    """Say the mean over windows with its interval, and the share of first choices that changed."""
+    windows = by_window(frame)
+    found = Mean.of(windows["kl_mean"].to_list())
+    flips = frame["flip"].sum() / frame.height
+    return f"Mean {found.mean:.3g} nats ({found.interval}); {flips:.1%} of first choices change."
+
+
+def bytes_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
+    """Draw what each layer holds beside exact keys and values in 16 bits, and the true bits of its keys and values.
+
+    Rows of `veloxlab.measure.memory.REPORT`: ``layer``, ``path``, ``reason``, ``key_bits``, ``value_bits``,
+    ``held_bytes`` and ``fp16_bytes``; shared tables are told of in the caption.
+    """
+    needed = "layer path reason key_bits value_bits held_bytes fp16_bytes"
+    shown = columns.require(frame, "bytes_by_layer", needed).drop_nulls("layer")
+    told = columns.tips("layer held_bytes fp16_bytes key_bits value_bits path reason")
+    base = alt.Chart().encode(x=marks.layer_axis(gap=0.2), tooltip=told)
+    amounts = {name: f"datum.{name} / {MB}" for name in ("held_bytes", "fp16_bytes")}
+    base = base.transform_calculate(megabytes=amounts["held_bytes"], exact=amounts["fp16_bytes"])
+    plot = marks.layered(
+        base.mark_bar(color=theme.NEUTRAL, opacity=0.25).encode(y=columns.y("exact", ["bytes held", "MB"], zero=True)),
+        base.mark_bar(color=theme.CHOSEN).encode(y=alt.Y("megabytes:Q")),
+    )
+    layers = shown["layer"].n_unique()
+    plots = [marks.sized(plot, marks.layer_step(layers) * layers, 130)]
+    return marks.framed(plots, shown, "Bytes held by layer", caption or bytes_caption(frame))
+
+
+def bytes_caption(frame: pl.DataFrame) -> str:
+    """Say what all layers hold, how many times less that is than 16 bits, and which do not read codes."""
+    layers, tables = frame.drop_nulls("layer"), int(frame.filter(path="shared")["held_bytes"].sum())
+    held, exact = (int(layers[name].sum()) for name in ("held_bytes", "fp16_bytes"))
+    less = f", {exact / held:.2f} times less than exact in 16 bits (grey)" if held else ""
+    others = layers.filter(pl.col("path") != "codes").group_by("path", maintain_order=True).agg(pl.col("layer"))
+    apart = [f"{path}: layer{'s' * (len(own) > 1)} {', '.join(map(str, own))}" for path, own in others.iter_rows()]
+    shared = f"tables, held once, {tables / MB:.3g} MB" if tables else ""
+    return f"{marks.sentence(f'{held / MB:,.3g} MB{less}', shared, *apart)}."

@@ -1,0 +1,131 @@
+"""The page of tasks: questions that are asked through the exact cache and through the chosen one."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import ipywidgets
+import polars as pl
+from mlx.nn.layers.base import Module
+
+from veloxlab.checks import checked, choice, many, whole
+from veloxlab.measure.quality import maker
+from veloxlab.measure.questions import BUILT_IN
+from veloxlab.measure.tasks import EVALUATION, ask, summary, unread
+from veloxlab.views.picture import Section, html_table
+from veloxlab.views.tasks import task_caption, task_scores
+from veloxlab.widgets.chosen import Checked, OfCache
+from veloxlab.widgets.layout import button, columns, controls, laid_out, status
+from veloxlab.widgets.panel import Panel
+from veloxlab.widgets.selection import CACHE, Fitting, Selection
+from veloxlab.widgets.worker import Progress, Worker
+
+USUAL, MOST = 512, 2**20  # tokens of a context
+WHY = (
+    "A model that answers as well through the compressed cache has kept what it read. The text is read first, the "
+    "question after it. A small model guesses on some tasks with the exact cache too: these tell nothing."
+)
+TITLES = ["task", "questions", "guess", "exact", "compressed", "difference", "95 % interval", "in codes"]
+
+
+class Tasks(OfCache, Panel):
+    """Ask questions through the exact cache and through a compressed one, and count the right answers.
+
+    ``model``, ``tokenizer``: as `veloxlab.load` gives them. ``settings``: first values of the traits, such as
+    ``questions=64`` or ``method="rabitq"``. Raises `InputError` for an unknown method, task or setting.
+
+    The traits are ``tasks``, names in `veloxlab.measure.questions.BUILT_IN`; ``questions`` of each task; ``context``,
+    tokens that are read before a question; and ``method``, ``key_bits``, ``value_bits``, ``sinks`` and ``window``, as
+    for `veloxlab.make_cache`. *Ask* starts a run. ``answered`` has the newest one, rows of
+    `veloxlab.measure.tasks.EVALUATION`.
+    """
+
+    NAME = "tasks"
+    SETTINGS = ("tasks", "questions", "context", *CACHE)
+
+    tasks = Checked(many(choice(*BUILT_IN)), BUILT_IN, help="which questions are asked; hold Ctrl to choose several")
+    questions = Checked(whole(1, 1000), 16, help="questions of each task; more make a difference surer")
+    context = Checked(whole(1, MOST), USUAL, help="tokens that are read before a question is asked")
+
+    @checked(tasks=many(choice(*BUILT_IN)), questions=whole(1, 1000), context=whole(1, MOST))
+    def __init__(
+        self,
+        model: Module,
+        tokenizer: Any,  # noqa: ANN401
+        *,
+        selection: Selection | None = None,
+        worker: Worker | None = None,
+        **settings: Any,
+    ) -> None:
+        chosen = {name: settings.pop(name) for name in CACHE if name in settings}
+        super().__init__(selection or Selection(Fitting(model, tokenizer), **chosen), worker, **settings)
+        self._model, self._tokenizer = model, tokenizer
+        self.answered, self._of = pl.DataFrame(schema=EVALUATION), ""
+        self._slot, self._table = columns(), ipywidgets.HTML()
+        why = ipywidgets.HTML(f"<div>{WHY}</div>")
+        head = [self._controls(), status([self._banner, self._message], self.progress())]
+        self.children = laid_out(head, why, self._slot, self._table)
+        self.follow()
+
+    def run(self) -> None:
+        """Ask with the present settings; an older run is ended."""
+        choice, tasks, asked = self.selection.choice, self.tasks, {"questions": self.questions, "context": self.context}
+        self.selection.fitting.held.clear()
+        self.say("")
+
+        def job(progress: Progress) -> pl.DataFrame:
+            calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress)
+            make = maker(choice.plan(self._model), {"calibration": calibration})
+            return summary(*ask(self._model, self._tokenizer, make, tasks, progress=progress, **asked))
+
+        self._submit("questions", job, on_done=lambda found: self._show(found, choice.name))
+
+    @property
+    def summary(self) -> str:
+        return f"{self._of}: {task_caption(self.answered)}" if self._of else "nothing was asked yet"
+
+    @property
+    def sections(self) -> list[Section]:
+        return [*super().sections, Section(self._of, table=self.answered)] if self._of else []
+
+    def _show(self, answered: pl.DataFrame, of: str) -> None:
+        self.answered, self._of = answered, of
+        self._put({"scores": task_scores(answered, caption=f"{of}. {task_caption(answered)}")}, self._slot)
+        self.say(" ".join(unread(answered)))
+        self._table.value = f"<b>{html.escape(of)}</b>{task_table(answered)}"
+
+    def _controls(self) -> ipywidgets.Widget:
+        several: dict[str, Any] = {"options": BUILT_IN, "rows": len(BUILT_IN)}
+        return controls(
+            self._control(ipywidgets.SelectMultiple, "tasks", **several),
+            self._slider("questions", 4, 128),
+            self._control(ipywidgets.BoundedIntText, "context", min=1, max=MOST),
+            self._methods(),
+            self._bits("key_bits", "K bits"),
+            self._bits("value_bits", "V bits"),
+            self._slider("sinks", 0, 64),
+            self._slider("window", 0, 256),
+            button("Ask", "Ask with both caches; this takes a minute or two on a CPU", self.run),
+            self._all_codes(),
+        )
+
+
+def task_table(frame: pl.DataFrame) -> str:
+    """HTML of `veloxlab.measure.tasks.EVALUATION`."""
+
+    def share(value: float | None, sign: str = "") -> str:
+        return "" if value is None else f"{value:{sign}.0%}"
+
+    rows = [
+        (
+            row["task"],
+            str(row["questions"]),
+            *(share(row[name]) for name in ("chance", "exact", "compressed")),
+            share(row["difference"], "+"),
+            "" if row["low"] is None else f"{share(row['low'], '+')} to {share(row['high'], '+')}",
+            share(row["coded_share"]),
+        )
+        for row in frame.to_dicts()
+    ]
+    return html_table(TITLES, rows, cell="padding: 1px 14px 1px 0")
