@@ -367,6 +367,12 @@ def test_two_caches_of_a_layer_count_as_two_layers(tmp_path):
     assert [one.key_codec for one in own] == [fitted.codecs[layer, "keys", 2] for layer in (0, 1)]
 
 
+def test_of_a_model_without_batches_mlx_lms_server_makes_none():
+    """It asks each cache whether it has ``merge``: Llama 4's own have not, and its attention takes one position."""
+    batched = [[hasattr(cache, "merge") for cache in make(tiny("llama4"))] for make in (own_cache, vl.make_cache)]
+    assert batched == [[False] * 3 + [True]] * 2
+
+
 def test_a_saved_cache_whose_parts_changed_places_is_refused(tmp_path):
     model, file = TwoCaches(), tmp_path / "two.safetensors"
     cache = vl.make_cache(model, bits=2)

@@ -194,14 +194,6 @@ class CompressedKVCache(Runs, saved.Saved):
         return self.held if self.max_size is None else min(self.held, self.max_size - 1)
 
     @property
-    def start_position(self) -> int:
-        """Position of the oldest token that the next one will see: Llama 4 makes the mask of its chunks of it."""
-        return self.offset - self.visible
-
-    def maybe_trim_front(self) -> None:
-        """Nothing, where Llama 4 lets its own cache forget: what no token will see is let go as others come."""
-
-    @property
     def fp16_bytes(self) -> int:
         """Bytes that the layer's own cache holds of the same tokens at 16 bits a value."""
         return 2 * self.size() * self._values_per_token

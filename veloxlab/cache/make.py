@@ -9,10 +9,11 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import ArraysCache, load_prompt_cache, save_prompt_cache
+from mlx_lm.models.cache import ArraysCache, ChunkedKVCache, load_prompt_cache, save_prompt_cache
 
 from veloxlab.cache.batch import BatchCompressedKVCache
 from veloxlab.cache.calibration import Calibration, layer_codec
+from veloxlab.cache.chunked import ChunkedCompressedKVCache
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.plan import Chunk, LayerSettings, Plan, Sliding, plan_of
 from veloxlab.cache.saved import add_checksum, checksummed
@@ -113,7 +114,8 @@ def _compressed(
         )
         for tensor, method, bits, options in settings.tensors
     )
-    return CompressedKVCache(
+    kind = ChunkedCompressedKVCache if facts.native == ChunkedKVCache.__name__ else CompressedKVCache
+    return kind(
         *codecs,
         sinks=plan.sinks if facts.max_size is None else facts.keep,
         window=plan.window,

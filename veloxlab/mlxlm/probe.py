@@ -129,11 +129,11 @@ class Probe(InPlace, Handle):
 
     @property
     def start_position(self) -> int:
-        """See `veloxlab.cache.layer.CompressedKVCache.start_position`: it holds nothing but what comes."""
+        """Of the oldest token, as ``ChunkedKVCache`` says it: it holds nothing but what comes."""
         return self.offset
 
     def maybe_trim_front(self) -> None:
-        """Nothing, as `veloxlab.cache.layer.CompressedKVCache.maybe_trim_front`."""
+        """Nothing: see `start_position`."""
 
 
 _known: dict[int, tuple[str, list[LayerFacts]]] = {}  # structure and facts, by id: a module cannot be hashed
@@ -241,7 +241,7 @@ def _first_facts(caches: Sequence[Any]) -> list[LayerFacts]:
                 found.max_size, found.keep = own.max_size, own.keep
                 found.reason = f"attention reads the codes of the {own.max_size} tokens it sees"
             elif name == "ChunkedKVCache":
-                found.max_size = own.chunk_size + 1  # beside the query's own
+                found.max_size = own.chunk_size + 1  # with the query's own
                 found.reason = f"attention reads the codes of the {own.chunk_size} tokens before it"
             facts.append(found)
     return facts
