@@ -65,7 +65,7 @@ def test_attention_compiles(case):
 
         return kernel
 
-    next(calls(case, [(33, 4, 5)])).attend(case, replace(CUDA, build=built))
+    next(calls(case, [(33, 4, 5)])).attend(case, replace(CUDA, build=built, large_bytes=lambda: 200 << 10))
     assert len(texts) == 2
     assert compiled(texts[0]) == ""
 

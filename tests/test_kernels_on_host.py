@@ -202,9 +202,9 @@ def calls(case, runs):
         yield Call(Queries(q, case.dim**-0.5, q_coded, mask, logits, case.cap), tokens, rotations[1])
 
 
-def assert_attention_is_as_by_its_definition(case, more=0.0):
-    for call in calls(case, RUNS):
-        found, found_coded = call.attend(case, HOST)
+def assert_attention_is_as_by_its_definition(case, more=0.0, backend=HOST, runs=RUNS):
+    for call in calls(case, runs):
+        found, found_coded = call.attend(case, backend)
         plain, coded = reading.attend(call.queries, call.tokens)
         assert found.shape == (*call.queries.q.shape[:3], call.tokens.value_dim)
         assert found.dtype == case.dtype
@@ -274,8 +274,8 @@ def of_sequence(call, i, at):
 def test_no_history_has_more_splits_than_the_last_kernel_has_room_for(exact, packed, blocks):
     call = next(calls(CASES[0], [(8, 1, 1)]))
     kernel = dataclasses.replace(attend_kernel(call.queries, call.tokens, METAL), kv_heads=blocks, row_tiles=1)
-    _, splits = attending.sizes_of([attending.Places(exact[0], packed, 0, 0, 0)], exact[1], kernel)
-    assert splits <= attending.most_splits(kernel.groups)
+    splits = attending.splits_of(exact[0], [packed], exact[1], kernel)
+    assert splits.most <= attending.most_splits(kernel.groups)
 
 
 def test_a_long_exact_run_is_cut_into_longer_splits(monkeypatch):

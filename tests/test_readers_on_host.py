@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from tests.metal_on_host import check, run
-from tests.test_kernels_on_host import Case, Codes, assert_attention_is_as_by_its_definition, roots
+from tests.metal_on_host.launch import HOST
+from tests.test_kernels_on_host import RUNS, Case, Codes, assert_attention_is_as_by_its_definition, calls, roots
 from veloxlab.codecs.parts.trellis import TrellisRows, levels_of
+from veloxlab.kernels.attend import attend_kernel
 from veloxlab.kernels.readers import (
     GroupsReader,
     PlanReader,
@@ -273,3 +275,11 @@ def test_attention_through_a_reader_is_as_by_its_definition(case):
 def test_attention_over_strings_of_bits_is_as_by_its_definition(case):
     """Levels are in half precision, off by 2⁻¹² of each: of keys, whose scores are of size 1, and of values."""
     assert_attention_is_as_by_its_definition(case, more=2 * 2.0**-12)
+
+
+@pytest.mark.parametrize("case", TRELLISES[:2], ids=str)
+def test_a_table_with_a_copy_for_every_lane_is_read_alike(case):
+    large = dataclasses.replace(HOST, large_bytes=lambda: 12 << 10)  # two copies: Metal has 32 KB
+    (kernel,) = {attend_kernel(call.queries, call.tokens, large) for call in calls(case, RUNS[:1])}
+    assert kernel.attend.large_bytes
+    assert_attention_is_as_by_its_definition(case, more=2 * 2.0**-12, backend=large, runs=[(300, 4, 17)])

@@ -14,7 +14,7 @@ import veloxlab as vl
 from tests.metal_on_host.launch import HOST
 from tests.test_batch import DIM, HEADS, LENGTHS, SOME_EXACT, WANTED, Reference, alone, make, step, together, tokens
 from tests.tiny_models import tiny
-from veloxlab.cache import coming, histories, stack
+from veloxlab.cache import coming, counts, histories, past, places, stack
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.cache.stack import Stack
 from veloxlab.codecs import METHODS
@@ -288,3 +288,56 @@ def test_a_step_makes_as_many_operations_for_many_rows_as_for_few(tmp_path, monk
         mx.export_to_dot(str(graph), answer, *batch.buffers)
         counts.append(graph.read_text().count("label"))
     assert counts[0] == counts[1] < 20
+
+
+def operations(path, *arrays) -> int:
+    mx.export_to_dot(str(path), *arrays)
+    return path.read_text().count("label")
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    for module in (checked, coming, counts, past):
+        monkeypatch.setattr(module, "device_backend", lambda: BACKEND)
+    monkeypatch.setattr(histories, "current_backend", lambda: replace(CUDA, build=zeros_of, tried=False))
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_step_of_a_batch_that_encodes_has_the_form_of_the_others(tmp_path):
+    """MLX on CUDA makes a graph of each form, and a kernel's numbers follow the windows: 70 steps slide these twice."""
+    batch = CompressedKVCache.merge([caches()[3] for _ in range(3)])
+    batch._rows[1].trim(5)  # which leaves at another step
+    forms, new = set(), tokens(1, 1, 3)
+    for token in range(70):
+        answer = batch.update_and_fetch(new, new)[0].attend(new, 0.2, None)
+        stack = batch._stack
+        if token:
+            forms.add(operations(tmp_path / "step.dot", answer, *batch.buffers))
+        assert mx.array_equal(stack._numbers[1], places.numbers(stack.form, stack.padding, stack.room))
+        mx.eval(answer, batch.buffers)
+    assert len(forms) == 1
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_step_that_encodes_has_the_form_of_the_others(tmp_path):
+    row, forms, new = caches()[3], set(), tokens(1, 1)
+    packed = row.packed.tokens
+    for token in range(70):
+        row.update_and_fetch(new, new)
+        if token > counts.BLOCK:  # the window has all its room
+            forms.add(operations(tmp_path / "step.dot", *row.recent.buffers.values()))
+        mx.eval(row.buffers)
+    assert row.packed.tokens > packed + 2 * counts.BLOCK / 2
+    assert len(forms) == 1
+
+
+def test_what_python_reads_of_a_check_is_one_number(monkeypatch):
+    """A GPU's array of more than 8 bytes moves to where Python reads it, which waits for all work."""
+    monkeypatch.setattr(coming, "device_backend", lambda: BACKEND)
+    checks = coming.Checks()
+    x = tokens(3, 1, 4)
+    _, largest = checks.of(0, [x, 2 * x])
+    assert [each.of_all.size for each in largest] == [1, 1]
+    assert mx.array_equal(largest[1].of_each, 2 * mx.abs(x).max(axis=(1, 2, 3)))
+    checks.kept(largest)
+    checks.settle(0)

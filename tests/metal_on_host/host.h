@@ -64,6 +64,7 @@ inline float sin(float x) { return __builtin_sinf(x); }
 inline float cos(float x) { return __builtin_cosf(x); }
 inline float sqrt(float x) { return __builtin_sqrtf(x); }
 inline float rint(float x) { return __builtin_rintf(x); }
+inline float fma(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
 
 struct simdgroup_float8x8 {
   float2 elements;

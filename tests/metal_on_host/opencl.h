@@ -30,6 +30,7 @@ float sin(float);
 float cos(float);
 float sqrt(float);
 float rint(float);
+float fma(float, float, float);
 
 struct simdgroup_float8x8 {
   thread float2& thread_elements();

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import mlx.core as mx
-import numpy as np
 
 from veloxlab.cache.counts import Arrival
 from veloxlab.cache.runs import Codes
@@ -17,7 +16,18 @@ from veloxlab.kernels.devices import device_backend
 # The largest magnitude that is stored. An unbiased scale is at most 4 times that, and is kept as the float16 of its
 # root (`store_scale`): 4·1e9 < 65504².
 LARGEST = 1e9
-Largest = Sequence[mx.array]  # magnitudes, by head [B, H], of keys and of values in turn
+
+
+class Largest(NamedTuple):
+    """The largest magnitudes of keys or of values; NaN where one is."""
+
+    of_each: mx.array  # sequence [B]
+    of_all: mx.array
+
+    @classmethod
+    def of(cls, of_each: mx.array) -> Self:
+        """A GPU's numbers of more than 8 bytes are moved to where Python reads them, for which all work waits."""
+        return cls(of_each, of_each if of_each.size == 1 else of_each.max())
 
 
 class Joining(NamedTuple):
@@ -37,29 +47,29 @@ class Coming(NamedTuple):
     codecs: tuple[Codec, Codec]
     sinks: Codes | None
     packed: Codes | None
-    largest: Largest  # magnitudes of what is stored, where it is not known yet whether that can be
+    largest: Sequence[Largest]  # of what is stored, where it is not known yet whether that can be
 
 
 class Checks:
     """Whether keys and values that were stored are numbers that a codec can store; a GPU is not waited for to know."""
 
     def __init__(self) -> None:
-        self._of_last: Largest = ()  # call
-        self._before: Largest = ()
+        self._of_last: Sequence[Largest] = ()  # call, of keys and of values in turn
+        self._before: Sequence[Largest] = ()
 
-    def of(self, layer: int, arrays: list[mx.array]) -> tuple[list[mx.array], Largest]:
+    def of(self, layer: int, arrays: list[mx.array]) -> tuple[list[mx.array], list[Largest]]:
         """Keys and values, which alternate, and what is to be `kept` of them; raises `InputError` where that is known.
 
         They are computed after their check.
         """
-        largest = [mx.max(mx.abs(x), (2, 3)) for x in arrays]  # of each head; NaN where one is
+        largest = [Largest.of(mx.max(mx.abs(x), (1, 2, 3))) for x in arrays]
         if not device_backend().lazy:
             _check(layer, largest)
             return arrays, []
-        checked: list[mx.array] = mx.depends(arrays, largest)
+        checked: list[mx.array] = mx.depends(arrays, [each.of_all for each in largest])
         return checked, largest
 
-    def kept(self, largest: Largest) -> None:
+    def kept(self, largest: Sequence[Largest]) -> None:
         """The check of what a call has stored."""
         self._before, self._of_last = self._of_last, largest
 
@@ -67,7 +77,7 @@ class Checks:
         """Those of some entries of the last call but one, and of the last: which, of each keys and values in turn."""
         own = Checks()
         for largest, kept in zip((self._before, self._of_last), rows, strict=True):
-            own.kept([x[mx.array([*kept[i // 2]])] for i, x in enumerate(largest) if kept[i // 2]])
+            own.kept([Largest.of(x.of_each[mx.array([*kept[i // 2]])]) for i, x in enumerate(largest) if kept[i // 2]])
         return own
 
     def look(self, layer: int) -> None:
@@ -80,10 +90,10 @@ class Checks:
         _check(layer, [*self._before, *self._of_last])
 
 
-def _check(layer: int, largest: Largest) -> None:
-    mx.eval(largest)
+def _check(layer: int, largest: Sequence[Largest]) -> None:
+    mx.eval([each.of_all for each in largest])
     for i, each in enumerate(largest):
-        if not (np.array(each.tolist()) <= LARGEST).all():  # which is false for NaN too
+        if not abs(each.of_all.item()) <= LARGEST:  # which is false for NaN too
             raise InputError(
                 f"Layer {layer}: the {TENSORS[i % 2]} of a token are NaN, infinite or beyond ±{LARGEST:.0e} and cannot "
                 "be stored. The model overflowed, most likely in float16: load it in bfloat16 or float32 and start "

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 
-from veloxlab.cache import places
 from veloxlab.cache.arithmetic import as_added
 from veloxlab.cache.attention import FEW_QUERIES, History
 from veloxlab.cache.past import Segment, exact_arrays, with_exact_arrays
@@ -165,8 +164,7 @@ class StackHistory(Handle):
         call = stack.calls[like]
         if call is None:
             return self._by_rows(Queries(q, scale, mask=mask, logits=sinks, cap=cap))
-        sizes = places.sizes(stack.form, stack.padding, stack.room, call.kernel)
-        return call.attend(q, mask, sinks, sizes, stack.column)
+        return call.attend(q, mask, sinks, stack.sizes(call.kernel), stack.column)
 
     def _prepared(self, given: Queries) -> Call | None:
         """What answers such queries by a kernel that agrees with the reference, if there is one."""

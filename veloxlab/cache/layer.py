@@ -119,7 +119,7 @@ class CompressedKVCache(Runs, saved.Saved):
         arrival = self.windows.arrival(count, self.offset, recent, all_seen=all_seen)
         first = arrival.to_sinks + arrival.gone
         leaving: list[mx.array] = []
-        largest: Largest = ()
+        largest: list[Largest] = []
         if arrival.from_new:
             leaving = [x[:, :, first : first + arrival.from_new] for x in (keys, values)]
         if arrival.from_recent:

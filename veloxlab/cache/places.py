@@ -13,7 +13,8 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.cache.counts import BLOCK, SLACK_SHARE
-from veloxlab.kernels.attend import AttendKernel, Places, Sizes, sizes_of
+from veloxlab.kernels.attend import AttendKernel, Places, Splits, numbers_of, splits_of
+from veloxlab.kernels.backend import few_numbers
 
 
 class Part(NamedTuple):
@@ -46,10 +47,8 @@ class Form:
     @cached_property
     def order(self) -> mx.array | None:
         """The sequence of each place, any for a free one; None where each is in its own."""
-        places = [part.place for part in self.parts]
-        if places == [*range(len(places))]:
-            return None
-        return mx.array([places.index(i) if i in places else 0 for i in range(max(places) + 1)])
+        places = tuple(part.place for part in self.parts)
+        return None if places == (*range(len(places)),) else _order(places, get_ident())
 
     def lengths(self, column: int) -> list[int]:
         """Tokens of each sequence, the newest of which is before ``column``."""
@@ -77,6 +76,11 @@ class Form:
 form_of = lru_cache(maxsize=64)(Form)
 
 
+@lru_cache(maxsize=16)
+def _order(places: tuple[int, ...], _: int) -> mx.array:
+    return mx.array([places.index(i) if i in places else 0 for i in range(max(places) + 1)])
+
+
 def apart(sinks: int, packed: Sequence[int], recent: Sequence[int], column: int) -> Form:
     """Sequences one after the other, with the same room for the tokens to come."""
     parts, base, more = [], 0, slack(max(packed))
@@ -93,19 +97,21 @@ def slack(packed: int) -> int:
 
 def offsets(form: Form, column: int) -> mx.array:
     """Tokens of each sequence ``[B]``: one array for layers that have them in other places."""
-    return _offsets(tuple(form.lengths(0)), column, get_ident())
+    lengths = form.lengths(column)
+    shortest = min(lengths)
+    return _offsets(tuple(length - shortest for length in lengths), shortest, get_ident())
 
 
 @lru_cache(maxsize=64)
-def _offsets(lengths: tuple[int, ...], column: int, thread: int) -> mx.array:
+def _offsets(beyond: tuple[int, ...], shortest: int, thread: int) -> mx.array:
     """The same for one thread: MLX computes what a thread has asked for when that thread asks for more."""
-    return _at_first(lengths, thread) + column
+    return _beyond(beyond, thread) + shortest
 
 
 @lru_cache(maxsize=64)
-def _at_first(lengths: tuple[int, ...], _: int) -> mx.array:
-    """Before the first column: a GPU reads what Python has made only once, and slowly."""
-    return mx.array(lengths) + 0
+def _beyond(tokens: tuple[int, ...], _: int) -> mx.array:
+    """Those that each has more than the shortest, which stay: a GPU moves what Python makes, and waits for that."""
+    return mx.array(tokens) + 0
 
 
 @lru_cache(maxsize=64)
@@ -118,21 +124,22 @@ def columns(form: Form, column: int, padding: int) -> tuple[int, ...]:
 @lru_cache(maxsize=4)
 def mask_of_all(before: tuple[int, ...], width: int) -> mx.array:
     """The mask of one more token of each sequence, which sees all of its own; it is one object for all layers."""
-    mask: mx.array = create_causal_mask(1, width, left_padding=mx.array(before))
+    mask: mx.array = create_causal_mask(1, width, left_padding=_beyond(before, get_ident()))
     return mask
 
 
-def sizes(form: Form, padding: int, room: int, kernel: AttendKernel) -> Sizes:
-    """What a kernel has to know of all sequences, in windows of so many columns, before the next of them is packed."""
-    return _sizes(form, padding, room, kernel, get_ident())
+def numbers(form: Form, padding: int, room: int) -> mx.array:
+    """What a kernel has to know of each sequence, in windows of so many columns: `veloxlab.kernels.attend.Sizes`."""
+    both = zip(form.parts, columns(form, room, padding), strict=True)
+    return numbers_of(
+        [Places(form.sinks, part.packed, 0, part.base, part.place, part.start, own) for part, own in both]
+    )
 
 
 @lru_cache(maxsize=64)
-def _sizes(form: Form, padding: int, room: int, kernel: AttendKernel, _: int) -> Sizes:
-    """The same for one thread, as `_offsets`."""
-    both = zip(form.parts, columns(form, room, padding), strict=True)
-    every = [Places(form.sinks, part.packed, 0, part.base, part.place, part.start, own) for part, own in both]
-    return sizes_of(every, room, kernel)
+def splits(form: Form, room: int, kernel: AttendKernel) -> Splits:
+    """How a kernel shares out the tokens of all sequences among threadgroups."""
+    return splits_of(form.sinks, [part.packed for part in form.parts], room, kernel)
 
 
 @lru_cache(maxsize=16)
@@ -147,7 +154,7 @@ def sources(old: Form, new: Form) -> mx.array:
 @lru_cache(maxsize=16)
 def stretches(firsts: tuple[int, ...], count: int) -> mx.array:
     """The places ``first .. first + count`` of all."""
-    return mx.array(np.concatenate([np.arange(first, first + count, dtype=np.uint32) for first in firsts]))
+    return (few_numbers(firsts)[:, None] + mx.arange(count, dtype=mx.uint32)).flatten()
 
 
 def taken(array: mx.array, index: mx.array, axis: int) -> mx.array:

@@ -11,6 +11,7 @@ from veloxlab.cache.counts import BLOCK, CHUNK, SLACK_SHARE, STEP, Arrival, Room
 from veloxlab.codecs import TENSORS, Code, Tensor
 from veloxlab.codecs.base import TOKENS
 from veloxlab.kernels.call import Exact
+from veloxlab.kernels.checked import ahead
 
 Arrays = dict[str, mx.array]
 Codes = tuple[Code, Code]  # of keys and of values
@@ -80,6 +81,17 @@ class Run:
         self.tokens = total = at + 1
         self.buffers["keys/values"][:, :, at:total] = keys
         self.buffers["values/values"][:, :, at:total] = values
+
+    def make_way(self, oldest: int) -> int:
+        """Forget the ``oldest`` tokens before one comes, if its room is that of now; how many are left to forget."""
+        tokens = self.tokens - oldest
+        if self.most is None or self.room != tokens + 1 + min(window_step(), self.most - tokens - 1):
+            return oldest
+        self._codes.clear()
+        for buffer in self.buffers.values():
+            buffer[:, :, :tokens] = buffer[:, :, oldest : self.tokens]
+        self.tokens = tokens
+        return 0
 
     @property
     def exact(self) -> Exact:
@@ -173,7 +185,11 @@ class Runs:
             self._drop_oldest(self.packed.tokens + self.recent.tokens)
             self.evicted += arrival.gone
         self.packed.append(arrival.to_packed, packed)
-        self.recent.append(arrival.to_recent, recent, oldest=arrival.from_recent)
+        oldest = arrival.from_recent
+        if oldest and arrival.to_recent == 1 and not arrival.from_new:  # all that moves was there before
+            oldest = self.recent.make_way(oldest)
+            ahead(*self.packed.buffers.values(), *self.recent.buffers.values())
+        self.recent.append(arrival.to_recent, recent, oldest)
 
     def evict(self) -> None:
         """Forget what a sliding layer sees no more."""

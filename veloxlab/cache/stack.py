@@ -11,10 +11,9 @@ import copy
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
-import numpy as np
 
 from veloxlab.cache import places
-from veloxlab.cache.coming import Checks
+from veloxlab.cache.coming import Checks, Largest
 from veloxlab.cache.counts import BLOCK
 from veloxlab.cache.histories import Calls
 from veloxlab.cache.layer import CompressedKVCache
@@ -25,6 +24,8 @@ from veloxlab.codecs.base import empty_code
 from veloxlab.codecs.none import Exact
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
+from veloxlab.kernels.attend import AttendKernel, Sizes
+from veloxlab.kernels.checked import ahead
 from veloxlab.kernels.devices import current_backend
 
 Asked = tuple[list[list[CompressedKVCache]], list[list[CompressedKVCache]]]  # whose tokens `Checks` has; see there
@@ -71,6 +72,7 @@ class Stack:
         self._shown = False
         self.room = self._windows.most_recent + 1 + BLOCK  # columns of a window
         self.calls: Calls = {}  # what attention prepared, for as long as no buffer is replaced
+        self._numbers: tuple[int, mx.array] | None = None  # what kernels have to know, with so much `padding`
         dtype, heads = first._dtype, _heads(first)
         self._packed = named([empty_code(codec, 1, heads, dtype) for codec in self.codecs])
         dims = {f"{tensor}/values": codec.head_dim for tensor, codec in zip(TENSORS, self.exact, strict=True)}
@@ -99,6 +101,12 @@ class Stack:
         """The mask of the token behind ``past`` columns, where each row sees all its own."""
         return places.mask_of_all(self.columns, past)
 
+    def sizes(self, kernel: AttendKernel) -> Sizes:
+        """What a kernel has to know of all sequences."""
+        if self._numbers is None or self._numbers[0] != self.padding:
+            self._numbers = self.padding, places.numbers(self.form, self.padding, self.room)
+        return Sizes(self._numbers[1], places.splits(self.form, self.room, kernel))
+
     # tokens that come ------------------------------------------------------------------------------------------------
 
     def takes(self, keys: mx.array, values: mx.array) -> bool:
@@ -115,25 +123,32 @@ class Stack:
         self._hide()
         if self.column == self.room:
             self._slide(self.column - self.form.oldest)
+        if self._windows.window:
+            self._evict(self.column + 1)
         order, at = self.form.order, self.column
         for held, new in zip(self._recent.values(), (keys, values), strict=True):
             some = new if order is None else new[order]
             held[: some.shape[0], :, at : at + 1] = some
         self.column += 1
-        leaving = self.column - self._windows.most_recent  # those whose window begins before this column
-        if self.form.oldest >= leaving:
+        if not self._windows.window:  # the token itself is encoded
+            try:
+                self._evict(self.column)
+            except InputError:
+                self.column = at
+                raise
+
+    def _evict(self, column: int) -> None:
+        """Encode what leaves the windows that end before ``column``."""
+        leaving = column - self._windows.most_recent  # those that begin before this one
+        if self.form.oldest < leaving:
+            self._pack([i for i, part in enumerate(self.form.parts) if part.start < leaving])
+        else:
             self._checks.kept(())
             self._asked = self._asked[1], []
-            return
-        try:
-            self._pack([i for i, part in enumerate(self.form.parts) if part.start < leaving])
-        except InputError:
-            self.column = at
-            raise
 
     def _pack(self, leaving: list[int]) -> None:
         """Encode the oldest block of the windows of some rows, the same positions of a text together."""
-        groups, largest = dict[tuple[int, int], list[int]](), list[mx.array]()
+        groups, largest = dict[tuple[int, int], list[int]](), list[Largest]()
         for i in leaving:
             packed = self.form.parts[i].packed
             block = self._windows.block - (0 if packed else self._windows.less)
@@ -156,7 +171,11 @@ class Stack:
                 places.put(held, firsts, made[name])
             for i in group:
                 parts[i] = parts[i]._replace(start=parts[i].start + block, packed=parts[i].packed + block)
+                if self._numbers is not None:
+                    self._numbers[1][i, :2] = mx.array([parts[i].packed, parts[i].start], mx.uint32)
         self.form = places.form_of(self.form.sinks, tuple(parts))
+        some = () if self._numbers is None else self._numbers[1:]
+        ahead(*self._packed.values(), *(x for each in largest for x in each), *some)
 
     def _oldest(self, held: mx.array, group: Sequence[int], block: int) -> mx.array:
         """The block of each row's window that is to be encoded ``[rows, H, block, D]``."""
@@ -180,7 +199,7 @@ class Stack:
         if form is None:
             self._regrow(packed, recent)
         else:
-            self.form = form
+            self.form, self._numbers = form, None
         for row, part in zip(rows, self.form.parts[len(self.rows) :], strict=True):
             for held, run, (entry, span) in zip(self.held, row.runs, self._spans(part), strict=True):
                 for name, array in named(run.codes()).items() if run.tokens else ():
@@ -195,7 +214,7 @@ class Stack:
         self._hide()
         self.rows = [self.rows[i] for i in indices]
         self._checks, self._asked = self._of(self.rows)
-        self.form = places.form_of(self.form.sinks, tuple(self.form.parts[i] for i in indices))
+        self.form, self._numbers = places.form_of(self.form.sinks, tuple(self.form.parts[i] for i in indices)), None
         used, held = sum(part.room for part in self.form.parts), next(iter(self._packed.values())).shape[2]
         if held > 2 * used or next(iter(self._recent.values())).shape[0] > 2 * len(self.rows):
             self._regrow()
@@ -209,7 +228,7 @@ class Stack:
         for part in self.form.parts:
             lost = max(0, count - (self.column - part.start))  # of those that are packed
             parts.append(part._replace(start=min(part.start, column), packed=part.packed - lost))
-        self.column, self.form = column, places.form_of(self.form.sinks, tuple(parts))
+        self.column, self.form, self._numbers = column, places.form_of(self.form.sinks, tuple(parts)), None
         return True
 
     def show(self) -> None:
@@ -279,16 +298,20 @@ class Stack:
         self._recent = {name: places.taken(array, entries, 0) for name, array in self._recent.items()}
         index = places.sources(self.form, form)
         self._packed = {name: places.taken(array, index, 2) for name, array in self._packed.items()}
-        self.form, self.calls = form, {}
+        self.form, self.calls, self._numbers = form, {}, None
 
     def _slide(self, column: int) -> None:
         """Move the windows, so that the newest tokens are before this column."""
         by = column - self.column
         if by and self.form.parts:
-            index = mx.array(np.clip(np.arange(self.room) - by, 0, self.room - 1))
-            self._recent = {name: mx.take(array, index, axis=2) for name, array in self._recent.items()}
+            for held in self._recent.values():  # what attention prepared reads these arrays
+                held[:] = mx.roll(held, by, 2)
             parts = tuple(part._replace(start=part.start + by) for part in self.form.parts)
-            self.form, self.calls = places.form_of(self.form.sinks, parts), {}
+            self.form = places.form_of(self.form.sinks, parts)
+            if self._numbers is not None:
+                starts = self._numbers[1][:, 1:2]
+                self._numbers[1][:, 1:2] = starts + mx.array(by).astype(mx.uint32)
+            ahead(*self._recent.values(), *(() if self._numbers is None else self._numbers[1:]))
         self.column = column
 
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from string import Template
+from threading import get_ident
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -33,7 +34,7 @@ from veloxlab.kernels.call import (
 from veloxlab.kernels.readers import Room
 from veloxlab.kernels.vectors import hartley_row
 
-SIMDGROUPS = 4  # of a threadgroup
+SIMDGROUPS, MANY_SIMDGROUPS = 4, 16  # of a threadgroup; of one that has a processor alone
 GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works on at once
 PADDED_ROWS = MOST_ROWS = 8  # query rows that share one reading of the codes
 _TILE = 16  # tokens of one turn of a simdgroup
@@ -43,8 +44,7 @@ _COMBINE_THREADS = 512
 _SUMS = [mx.float32] * 2  # of each split: mixed values, and sums of weights
 _SMALL = 128  # dimension up to which a thread's registers let as many threadgroups work at once
 _LARGEST_DIM = 512
-_COUNT_TYPE, _COUNT_LENGTH = mx.uint32, 8  # of an array that has a number: see `Backend.least_size`
-_NUMBERS = 12  # that the kernels get of a sequence
+_NUMBERS = 7  # that the kernels get of a sequence
 # where a query is, with a mask and without: strides and a mask are more arrays than Metal takes of some readers
 _QUERY_PLACES = (
     "((sequence * KV_HEADS * SHARED + query_head) * QUERIES + query) * EXACT_KEY",
@@ -52,7 +52,6 @@ _QUERY_PLACES = (
 )
 
 Defines = dict[str, int | str]
-Sizes = tuple[mx.array, int]  # numbers of each sequence, and the most splits of one
 
 
 class Places(NamedTuple):
@@ -70,6 +69,31 @@ class Places(NamedTuple):
     first_recent: int = 0
     column: int = 0
 
+    @property
+    def moving(self) -> tuple[int, int]:
+        """The first of the numbers that kernels get: what another block of packed tokens changes."""
+        return self.packed, self.first_recent
+
+    @property
+    def lasting(self) -> tuple[int, ...]:
+        """The others."""
+        return self.sinks, self.packed_entry, self.first_packed, self.exact_entry, self.column
+
+
+class Splits(NamedTuple):
+    """Tokens of a split, and the most splits of a sequence."""
+
+    of_packed: int
+    of_exact: int
+    most: int
+
+
+class Sizes(NamedTuple):
+    """What kernels have to know of the tokens of each sequence."""
+
+    numbers: mx.array  # of `Places` [B, 7], uint32
+    splits: Splits
+
 
 @dataclass(frozen=True, eq=False)
 class AttendKernel:
@@ -83,6 +107,7 @@ class AttendKernel:
     rows: int  # of a KV head's queries that a threadgroup takes
     row_tiles: int  # threadgroups for all of them
     groups: int  # of all splits of packed tokens, at most
+    simdgroups: int
     largest_value: int  # dimension of a value, or of its code if that is larger
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
@@ -118,20 +143,20 @@ class AttendKernel:
         shapes = [(batch, query_heads, length, tokens.value_dim), coded][: len(self.combine.outputs)]
         types = [queries.q.dtype, mx.float32][: len(shapes)]
 
-        threads, joining = SIMDGROUPS * SIMD, (_COMBINE_THREADS, 1, 1)
+        threads, joining = self.simdgroups * SIMD, (_COMBINE_THREADS, 1, 1)
 
         def call(queries: Queries, recent: Exact | None, of_all: Sizes, recent_end: int) -> Answer:
             """Both kernels; see `veloxlab.kernels.call.PreparedCall`."""
-            sizes, splits = of_all
-            end = _count(recent_end)
+            numbers, splits = of_all
+            common, most = _common(recent_end, splits, get_ident()), splits.most
             mixed, sums = attend(
-                inputs=suited(changing_inputs(queries, recent or nothing, end, sizes), backend) + lasting,
-                grid=(splits * threads, blocks, batch),
+                inputs=suited(changing_inputs(queries, recent or nothing, common, numbers), backend) + lasting,
+                grid=(most * threads, blocks, batch),
                 threadgroup=(threads, 1, 1),
-                output_shapes=[(padded_rows, splits, self.largest_value), (padded_rows, splits, 2)],
+                output_shapes=[(padded_rows, most, self.largest_value), (padded_rows, most, 2)],
                 output_dtypes=_SUMS,
             )
-            inputs = [mixed, sums, end, sizes, *signs]
+            inputs = [mixed, sums, common, numbers, *signs]
             if queries.logits is not None:
                 inputs.append(queries.logits)
             found = combine(
@@ -179,7 +204,8 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
     rows = min(all_rows, MOST_ROWS)
     row_tiles = -(-all_rows // rows)
     largest_value = max(tokens.value_dim, values.dim)
-    groups = backend.groups * _at_once(tokens) // GROUPS_PER_PROCESSOR
+    large = _large_bytes(tokens, backend)
+    groups = backend.groups * _at_once(tokens, large) // GROUPS_PER_PROCESSOR
     common: Defines = {
         "ALL_ROWS": f"{all_rows}u",
         "QUERIES": f"{length}u",
@@ -193,7 +219,7 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
     own = {"v_signs": values.signs, "logits": queries.logits}
     combine = Source(
         name="combine",
-        inputs=("mixed", "sums", "recent_end", "sizes", *(name for name, array in own.items() if array is not None)),
+        inputs=("mixed", "sums", "common", "sizes", *(name for name, array in own.items() if array is not None)),
         outputs=("out", "out_coded") if values.signs is None else ("out",),
         defines=(
             *common.items(),
@@ -212,26 +238,27 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
     return AttendKernel(
         name=f"attend ({keys.name} keys, {values.name} values)",
         backend=backend,
-        attend=_attend_source(queries, tokens, backend, common, rows, row_tiles),
+        attend=_attend_source(queries, tokens, backend, common, rows, row_tiles, large),
         combine=combine,
         kv_heads=keys.kv_heads,
         rows=rows,
         row_tiles=row_tiles,
         groups=groups,
+        simdgroups=MANY_SIMDGROUPS if large else SIMDGROUPS,
         largest_value=largest_value,
     )
 
 
 def _attend_source(
-    queries: Queries, tokens: Tokens, backend: Backend, common: Defines, rows: int, row_tiles: int
+    queries: Queries, tokens: Tokens, backend: Backend, common: Defines, rows: int, row_tiles: int, large: int
 ) -> Source:
-    keys, values = tokens.keys, tokens.values
+    keys, values, simdgroups = tokens.keys, tokens.values, MANY_SIMDGROUPS if large else SIMDGROUPS
     largest_key, largest_value = max(tokens.key_dim, keys.coordinates), max(tokens.value_dim, values.dim)
     # words of threadgroup memory beside the tables; see ``attend.metal``
-    taken = PADDED_ROWS * (largest_key + 16) + rows * (largest_value + 8) + SIMDGROUPS * 2 * rows + 64
+    taken = PADDED_ROWS * (largest_key + 16) + rows * (largest_value + 8) + simdgroups * 2 * rows + 64
     taken += keys.own_words + values.own_words
     words = min(backend.shared_bytes // 4 - taken, backend.table_words) // (1 if tokens.one_table else 2)
-    room = Room(words, backend.pair_words)
+    room = Room(words, backend.pair_words, large // 4, backend.large)
     key = keys.fragment("k", "k", room)
     value = values.fragment("v", "k" if tokens.one_table else "v", room)
     of_readers = dict.fromkeys((*keys.headers, *values.headers))
@@ -258,9 +285,9 @@ def _attend_source(
             ("LARGEST_KEY", largest_key),
             ("EXACT_TYPE", backend.types[tokens.exact_type]),
             ("QUERY_TYPE", backend.types[queries.q.dtype]),
-            ("SIMDGROUPS", SIMDGROUPS),
-            ("THREADS", SIMDGROUPS * SIMD),
-            ("GROUPS_PER_PROCESSOR", _at_once(tokens)),
+            ("SIMDGROUPS", simdgroups),
+            ("THREADS", simdgroups * SIMD),
+            ("GROUPS_PER_PROCESSOR", _at_once(tokens, large)),
         ),
         headers=("simd.h", "readers.h", *of_readers, "lanes.h", "attend.h", *of_sums),
         body=Template(source_file("attend.metal")).substitute(
@@ -273,11 +300,20 @@ def _attend_source(
             summed=value.summed,
             key_hartley="" if keys.signs is None else hartley_row(keys.dim),
         ),
+        large_bytes=large,
     )
 
 
-def _at_once(tokens: Tokens) -> int:
+def _large_bytes(tokens: Tokens, backend: Backend) -> int:
+    """Threadgroup memory for a table of which every lane has a copy, if there is one and the device has that much."""
+    homes = [tokens.keys] if tokens.one_table else [tokens.keys, tokens.values]
+    return backend.large_bytes() if sum(reader.large_words > 0 for reader in homes) == 1 else 0
+
+
+def _at_once(tokens: Tokens, large: int) -> int:
     """Threadgroups that a processor works on at once."""
+    if large:
+        return 1
     largest = max(tokens.key_dim, tokens.keys.coordinates, tokens.value_dim, tokens.values.dim)
     return GROUPS_PER_PROCESSOR if largest <= _SMALL else GROUPS_PER_PROCESSOR // 2
 
@@ -288,33 +324,39 @@ def most_splits(groups: int) -> int:
 
 
 def sizes_of(sequences: Sequence[Places], columns: int, kernel: AttendKernel) -> Sizes:
-    """What the kernels have to know of the tokens and splits of each sequence, in arrays of so many recent tokens."""
-    longest = max(max(each.sinks, columns - each.first_recent) for each in sequences)
-    exact_per_split = max(_EXACT_SPLIT, _whole_turns(-(-longest // _MOST_EXACT_SPLITS)))
-    together = kernel.blocks * sum(each.packed for each in sequences)
-    per_split = _whole_turns(max(_LEAST_SPLIT, -(-together // kernel.groups)))
-    rows, most = [], 1
-    for sinks, packed, *where, first_recent, column in sequences:
-        of_sinks, of_packed = -(-sinks // exact_per_split), -(-packed // per_split)
-        most = max(most, of_sinks + -(-(columns - first_recent) // exact_per_split) + of_packed)
-        rows.append([sinks, packed, of_sinks, of_packed, 0, per_split, exact_per_split, *where, first_recent, column])
-    for row in rows:
-        row[4] = most
-    numbers = [number for row in rows for number in row]
-    # what a GPU computes is in its own memory
-    sizes = few_numbers(numbers) if len(rows) == 1 else mx.array(numbers, mx.uint32) + mx.array(0, mx.uint32)
-    return sizes, most
+    """What the kernels have to know of each sequence, in arrays of so many recent tokens."""
+    if len(sequences) == 1:
+        numbers = few_numbers([*sequences[0].moving, *sequences[0].lasting])[None]
+        mx.async_eval(numbers)
+    else:
+        numbers = numbers_of(sequences)
+    sinks = max(each.sinks for each in sequences)
+    return Sizes(numbers, splits_of(sinks, [each.packed for each in sequences], columns, kernel))
+
+
+def numbers_of(sequences: Sequence[Places]) -> mx.array:
+    """`Sizes.numbers` of several sequences, which takes a GPU long: it moves what Python makes, and waits for that."""
+    numbers = mx.array([(*each.moving, *each.lasting) for each in sequences], mx.uint32)
+    return numbers + mx.array(0, mx.uint32)  # what a GPU computes is in its own memory
+
+
+def splits_of(sinks: int, packed: Sequence[int], columns: int, kernel: AttendKernel) -> Splits:
+    """How the tokens of sequences are shared out among threadgroups: sinks at most, packed of each, recent at most."""
+    turn = _TILE * kernel.simdgroups  # of which all simdgroups of a threadgroup have the same number of tiles
+    of_exact, of_packed = (
+        -(-max(least, tokens) // turn) * turn
+        for least, tokens in (
+            (_EXACT_SPLIT, -(-max(sinks, columns) // _MOST_EXACT_SPLITS)),
+            (_LEAST_SPLIT, -(-kernel.blocks * sum(packed) // kernel.groups)),
+        )
+    )
+    most = -(-sinks // of_exact) - (-columns // of_exact) - (-max(packed) // of_packed)
+    return Splits(of_packed, of_exact, max(1, most))
 
 
 @lru_cache(maxsize=4096)
-def _count(number: int) -> mx.array:
-    """A number as a kernel gets it."""
-    count = mx.full((_COUNT_LENGTH,), number, _COUNT_TYPE)
-    mx.async_eval(count)  # a wait would be for all that the device has to do
-    return count
-
-
-def _whole_turns(tokens: int) -> int:
-    """``tokens``, or a few more, of which all simdgroups of a threadgroup have the same number of tiles."""
-    turn = _TILE * SIMDGROUPS
-    return -(-tokens // turn) * turn
+def _common(recent_end: int, splits: Splits, _: int) -> mx.array:
+    """The numbers that are the same for all sequences, as the kernels get them; of one thread."""
+    numbers = few_numbers([recent_end, splits.most, splits.of_packed, splits.of_exact])
+    mx.async_eval(numbers)  # a wait would be for all that the device has to do
+    return numbers

@@ -40,6 +40,7 @@ class Source:
     defines: tuple[tuple[str, int | str], ...]  # what is known when it is built
     headers: tuple[str, ...]  # files of ``source/`` with the functions that the body calls, in order
     body: str
+    large_bytes: int = 0  # of threadgroup memory that is given at the launch
 
     def __hash__(self) -> int:
         return self._hash
@@ -80,6 +81,8 @@ class Backend:
     shared_bytes: int = 0  # memory that the threads of a group share
     groups: int = 0  # threadgroups of attention that keep the device busy: of more than that, the last wait for others
     table_words: int = 0  # words of 4 bytes of it, at most, for the tables of codes
+    large_bytes: Callable[[], int] = lambda: 0  # that a threadgroup gets beside it, where it has a processor alone,
+    large: str = "threadgroup {kind} {name}[{count}];"  # and how an array in them is declared
     pair_words: int = 1  # words that a pair of levels takes there: 1 in half precision, 2 in float32
     shares: tuple[int, int] = (1, 1)  # threads of the matrix unit that read a key together, and a value
     points_each: int = 1  # points of a codebook search that a simdgroup has in hand, by the registers of a thread
@@ -163,12 +166,14 @@ def build_with_mlx(language: str, source: Source) -> Built:
     checksum = hashlib.sha256((header + body).encode()).hexdigest()[:16]
     if language == "cuda":
         body, header = _included(source, body, header, checksum)
+    large = {"shared_memory": source.large_bytes} if source.large_bytes else {}
     kernel: Built = getattr(mx.fast, f"{language}_kernel")(
         name=f"veloxlab_{source.name}_{checksum}",
         input_names=list(source.inputs),
         output_names=list(source.outputs),
         source=body,
         header=header,
+        **large,
         ensure_row_contiguous=False,  # a cache's arrays are views of growing buffers: bodies go by their strides
     )
     return kernel

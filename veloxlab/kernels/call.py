@@ -99,16 +99,16 @@ class AttentionKernel(Protocol):
 
 def changing_names(queries: Queries) -> tuple[str, ...]:
     """Those inputs of ``attend.metal`` that are others at each token, the first of all."""
-    names = "q", "q_coded", "recent_keys", "recent_values", "recent_end", "sizes"
+    names = "q", "q_coded", "recent_keys", "recent_values", "common", "sizes"
     return names if queries.mask is None else (*names, "mask")
 
 
-def changing_inputs(queries: Queries, recent: Exact, end: mx.array, sizes: mx.array) -> list[mx.array]:
+def changing_inputs(queries: Queries, recent: Exact, common: mx.array, sizes: mx.array) -> list[mx.array]:
     """The same as arrays; queries beside a mask lie in a row."""
     q, coded, mask = queries.q, queries.coded, queries.mask
     if mask is not None:
         q = mx.contiguous(q)
-    arrays = [q, q if coded is None else coded, recent.keys, recent.values, end, sizes]
+    arrays = [q, q if coded is None else coded, recent.keys, recent.values, common, sizes]
     return arrays if mask is None else [*arrays, mask]
 
 

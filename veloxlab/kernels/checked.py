@@ -115,6 +115,17 @@ def begin(*arrays: mx.array) -> None:
             mx.async_eval(*arrays)
 
 
+def ahead(*arrays: mx.array) -> None:
+    """Let a GPU compute by themselves arrays that only some steps make.
+
+    MLX on CUDA makes a graph of what is computed together. One of a form that it has not seen takes it longer than the
+    step, and of 800 forms it raises an error.
+    """
+    if arrays and device_backend().lazy:
+        with suppress(ValueError):  # see `evaluated`
+            mx.async_eval(*arrays)
+
+
 def with_derivatives(
     found: Mapping[str, mx.array], reference: Callable[..., dict[str, mx.array]], *given: mx.array
 ) -> dict[str, mx.array]:

@@ -27,6 +27,12 @@ def _on_cpu(module: str, name: str) -> Callable[..., Any]:
     return lambda *given: getattr(import_module(f"veloxlab.kernels.cpu.{module}"), name)(*given)
 
 
+def _large_bytes() -> int:
+    """Threadgroup memory of data centres' GPUs: a processor of Hopper or Blackwell has 227 KB for one threadgroup."""
+    info = mx.device_info(mx.gpu)
+    return 200 * 1024 if info.get("compute_capability_major") in (9, 10) else 0
+
+
 METAL = Backend(
     name="metal",
     attention=attend_kernel,
@@ -50,6 +56,8 @@ CUDA = Backend(
     shared_bytes=48 * 1024,
     groups=512,  # an H200 works on 528 at once, some of which have exact tokens
     table_words=8192,
+    large_bytes=cache(_large_bytes),
+    large="extern __shared__ {kind} {name}[];",
     pair_words=1,
     shares=(4, 8),
     points_each=8,

@@ -141,8 +141,9 @@ class TrellisRows:
 
     def reader(self, dim: int, rows: mx.array, shifts: mx.array | None, angles: mx.array | None) -> TrellisReader:
         """How kernels read rows; see `TrellisReader`."""
-        windows, table = self.windows, self.table
-        return TrellisReader(dim, rows, None, None, windows, table, shifts, angles, self.levels.reach, self.most)
+        widest = int(self.widths.max(initial=0))
+        tables = self.windows, self.table, shifts, angles
+        return TrellisReader(dim, rows, None, None, *tables, self.levels.reach, self.most, widest)
 
     def scales(self, rows: mx.array) -> mx.array:
         """Scales of the vectors ``[B, H, S, 1]``."""

@@ -17,10 +17,15 @@ _BANKS = 32  # of threadgroup memory, 4 bytes wide
 
 
 class Room(NamedTuple):
-    """Threadgroup memory for a reader's tables: words of 4 bytes, and how many of them a pair of levels takes."""
+    """Threadgroup memory for a reader's tables: words of 4 bytes, and how many of them a pair of levels takes.
+
+    There are ``large_words`` more where a threadgroup has a processor alone; ``large`` declares an array in them.
+    """
 
     words: int
     pair_words: int
+    large_words: int = 0
+    large: str = "threadgroup {kind} {name}[{count}];"
 
     def copies(self, entries: int, pairs: int) -> int:
         """How often ``entries`` of so many ``pairs`` (0: one number) may stand there, a power of two; 1 at least.
@@ -111,6 +116,11 @@ class Reader(ABC):
     def coordinates(self) -> int:
         """Those that codes of a token say, of `dim`; the others say where it is."""
         return self.dim
+
+    @property
+    def large_words(self) -> int:
+        """Words of a table of which every lane should have a copy, once; 0 without one."""
+        return 0
 
     @property
     def own_words(self) -> int:

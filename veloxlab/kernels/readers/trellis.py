@@ -10,9 +10,11 @@ import mlx.core as mx
 from veloxlab.kernels.readers.reader import Fragment, Reader, Room, made
 
 _WIDEST = 8  # bits of a coordinate
+_COMMON = 6  # bits that few coordinates exceed
 _WINDOW = 4  # numbers that say where one is
 _CODES = 8  # of scales in a word
 _PADDED = 32  # coordinates after which words are left out, as source/read_trellis.h does
+_QUARTERS = 4  # of a key, each by a thread
 _PADDED_ROWS, _BETWEEN = 8, 16  # rows of queries, and what lies between them, as source/attend.h has them
 
 
@@ -42,6 +44,7 @@ class TrellisReader(Reader):
     angles: mx.array | None
     reach: int
     most: int
+    widest: int = _WIDEST
 
     @property
     def kv_heads(self) -> int:
@@ -53,7 +56,20 @@ class TrellisReader(Reader):
 
     @property
     def constants(self) -> tuple[int, ...]:
-        return self.coordinates, self.table.size, self.reach, self.most, int(self.shifts is not None)
+        return self.coordinates, self.table.size, self.reach, self.most, self._widths, int(self.shifts is not None)
+
+    @property
+    def _states(self) -> int:
+        return self.table.size // (_WIDEST + 1)
+
+    @property
+    def _widths(self) -> int:
+        """Of 1 … bits, whose levels the kernel has."""
+        return _COMMON if self.widest <= _COMMON else _WIDEST
+
+    @property
+    def large_words(self) -> int:
+        return self._widths * self._states
 
     @property
     def own_words(self) -> int:
@@ -61,31 +77,37 @@ class TrellisReader(Reader):
         plan = self._plan_words + self.coordinates + self.coordinates // _PADDED
         if self.angles is None:
             return plan + _PADDED_ROWS
-        return plan + _PADDED_ROWS * (self.coordinates + _BETWEEN) + self.coordinates // 2
+        return plan + _PADDED_ROWS * (self.coordinates + _BETWEEN) + 4 * (self.coordinates // 2 + _QUARTERS)
 
     @property
     def _plan_words(self) -> int:
         return self.coordinates + self.coordinates // _PADDED * 4
 
     def fragment(self, prefix: str, home: str, room: Room) -> Fragment:
-        dim, states = self.coordinates, self.table.size // (_WIDEST + 1)
+        dim, states, entries = self.coordinates, self._states, self.large_words
         reach, alone = self.reach or states.bit_length() - 1, int(not self.reach)
         plan, ends, levels = f"{prefix}_plan", f"{prefix}_ends", f"{home}_levels"
-        copies = room.copies(_WIDEST * states // 2, pairs=0) if 2 * room.words >= _WIDEST * states else 0
+        if room.large_words:
+            apart, declared, copies = 2, room.large, room._replace(words=room.large_words).copies(entries, pairs=0)
+        else:
+            apart, declared = 1, "threadgroup {kind} {name}[{count}];"
+            copies = room.copies(entries // 2, pairs=0) if 2 * room.words >= entries else 0
         window = f"{prefix}_windows + head * {_WINDOW * dim}"
         shares = "MIX_SHARES" if prefix == "v" else "4"
         declarations = [f"threadgroup uint4 {plan}[{-(-self._plan_words // 4)}];"]
         declarations += [f"threadgroup uint {ends}[{dim + dim // _PADDED}];"]
         if copies and home == prefix:
-            declarations += [f"threadgroup half {levels}[{_WIDEST * states * copies}];"]
-        kind = f"{'SharedLevels' if copies else 'GlobalLevels'}<{states}, {alone}>"
-        table = f"place_of({levels} + lane % {copies}), opaque({2 * copies})" if copies else f"{home}_table"
+            declarations += [declared.format(kind="half", name=levels, count=entries * copies * apart)]
+        of_level = 2 * copies * apart  # bytes
+        kind = f"SharedLevels<{of_level}>" if copies else f"GlobalLevels<{states}, {alone}>"
+        table = f"{levels}, lane % {copies} * {2 * apart}" if copies else f"{home}_table"
         setup = (
-            f"fill_windows<{dim}, {states}, {reach}, {alone}, {dim} / {shares} % 4 == 0 ? 4 : 2>"
+            f"fill_windows<{dim}, {states}, {reach}, {alone}, {dim} / {shares} % 4 == 0 ? 4 : 2, {kind}::lift>"
             f"((local_memory uint*){plan}, {ends}, {window}, thread_id, THREADS);\n"
         )
         if copies and home == prefix:
-            setup += f"fill_levels<{states}, {alone}, {copies}>({levels}, {prefix}_table, thread_id, THREADS);\n"
+            filled = f"fill_levels<{states}, {alone}, {self._widths}, {copies}, {apart}>"
+            setup += f"{filled}({levels}, {prefix}_table, thread_id, THREADS);\n"
         rows, stride = f"{prefix}_rows + batch * {prefix}_rows_strides[0]", f"uint({prefix}_rows_strides[2])"
         members = (
             *(rows, stride, f"{{{rows} + head / {_CODES}, {stride}, head % {_CODES} * 4}}"),
@@ -122,16 +144,18 @@ class TrellisReader(Reader):
         dim, of_rows = self.coordinates, f"{prefix}_besides"
         if self.angles is not None:
             declarations = (
-                f"threadgroup float {of_rows}[PADDED_ROWS * QUERY_LENGTH({dim})], {prefix}_turns[{dim // 2}];"
+                f"threadgroup float4 {of_rows}[PADDED_ROWS * QUERY_LENGTH({dim}) / 4];\n"
+                f"threadgroup float4 {prefix}_turns[{dim // 2 + _QUARTERS}];"
             )
+            numbers = f"((local_memory float*){of_rows})"
             queries = (
-                f"for (uint i = lane; i < {dim}; i += 32) {of_rows}[query_at<{dim}>(r, turned_place<{dim}>(i))] = "
-                f"real ? as_float(q_coded[at + {dim} + i]) * (SCALE * LOG2_E) : 0.0f;"
+                f"for (uint i = lane; i < {dim}; i += 32) {{\n"
+                f"  const float x = real ? as_float(q_coded[at + {dim} + i]) * (SCALE * LOG2_E) : 0.0f;\n"
+                f"  {numbers}[query_at<{dim}>(r, turned_place<{dim}>(i))] = in_half(x);\n"
+                "}"
             )
-            setup = (
-                f"for (uint i = thread_id; i < {dim // 2}; i += THREADS) {prefix}_turns[i] = {prefix}_angles[1 + i];\n"
-            )
-            added = f"const TurnsAdded<{dim}> added = {{{of_rows}, {prefix}_turns, {prefix}_angles[0], first_packed}};"
+            setup = f"fill_turns<{dim}>({prefix}_turns, {prefix}_angles + 1, thread_id, THREADS);\n"
+            added = f"const TurnsAdded<{dim}> added = {{{numbers}, {prefix}_turns, {prefix}_angles[0], first_packed}};"
         elif self.shifts is not None:
             declarations, setup = f"threadgroup float {of_rows}[PADDED_ROWS];", ""
             queries = (

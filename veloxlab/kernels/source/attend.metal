@@ -5,14 +5,16 @@ const uint thread_id = thread_position_in_threadgroup.x, lane = thread_id % 32, 
 const uint split = threadgroup_position_in_grid.x, sequence = threadgroup_position_in_grid.z;
 const uint head = threadgroup_position_in_grid.y / ROW_TILES;
 const uint first_row = threadgroup_position_in_grid.y % ROW_TILES * ROWS;
+// what is of all sequences: where their recent tokens end, splits of the longest, and tokens of a split
+const uint recent_end = common[0], most_splits = common[1], per_split = common[2], exact_per_split = common[3];
+// where a sequence's tokens are: entry and first token of the codes, of the exact arrays, and of the mask
 const global_memory uint* own = sizes + sequence * SIZES;
-const uint sinks = own[0], packed = own[1], sink_splits = own[2], packed_splits = own[3], most_splits = own[4];
-const uint per_split = own[5], exact_per_split = own[6];
-// where its tokens are: entry and first token of the codes, of the exact arrays, and of the mask
-const uint batch = own[7], first_packed = own[8], place = own[9], first_recent = own[10], column = own[11];
-const uint recent = recent_end[0] - first_recent;
+const uint packed = own[0], first_recent = own[1], sinks = own[2];
+const uint batch = own[3], first_packed = own[4], place = own[5], column = own[6];
+const uint recent = recent_end - first_recent;
+const uint sink_splits = (sinks + exact_per_split - 1) / exact_per_split;
 const uint exact_splits = sink_splits + (recent + exact_per_split - 1) / exact_per_split;
-const uint splits = exact_splits + packed_splits;
+const uint splits = exact_splits + (packed + per_split - 1) / per_split;
 
 threadgroup float queries[PADDED_ROWS * QUERY_LENGTH(LARGEST_KEY)];
 threadgroup float largest[SIMDGROUPS * ROWS], totals[SIMDGROUPS * ROWS];

@@ -33,6 +33,8 @@ FUNCTION uint opaque(uint x) {
 }
 // bits shift … shift + 31 of the 64 of both, for a shift of 0 to 32
 FUNCTION uint funnel(uint low, uint high, uint shift) { return __funnelshift_rc(low, high, shift); }
+// the same for the lowest five bits of a shift
+FUNCTION uint funnel_low(uint low, uint high, uint shift) { return __funnelshift_r(low, high, shift); }
 FUNCTION float exponential2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -47,8 +49,11 @@ FUNCTION float sine(float x) { return sinf(x); }
 FUNCTION float cosine(float x) { return cosf(x); }
 FUNCTION float small_sine(float x) { return __sinf(x); } // of −π … π
 FUNCTION float small_cosine(float x) { return __cosf(x); }
+FUNCTION float multiply_add(float x, float y, float z) { return fmaf(x, y, z); }
 FUNCTION float square_root(float x) { return sqrtf(x); }
 FUNCTION float nearest_whole(float x) { return rintf(x); } // halves to even
+// of −2²² … 2²²; to convert numbers a processor has an eighth of the units that add them
+FUNCTION float nearest_turn(float x) { return __fadd_rn(__fadd_rn(x, 12582912.0f), -12582912.0f); }
 FUNCTION float as_float(half x) { return __half2float(x); }
 FUNCTION float as_float(float x) { return x; }
 FUNCTION float as_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -59,6 +64,7 @@ FUNCTION pair_t make_pair(float x, float y) {
   // beyond ±65504 half has only infinity, whose product with 0 is no number
   return __floats2half2_rn(fminf(fmaxf(x, -65504.0f), 65504.0f), fminf(fmaxf(y, -65504.0f), 65504.0f));
 }
+FUNCTION pair_t small_pair(float x, float y) { return __floats2half2_rn(x, y); } // of what half precision holds
 FUNCTION pair_t pair_of(half x, half y) { return __halves2half2(x, y); }
 FUNCTION float2 pair_floats(pair_t x) { return __half22float2(x); }
 
@@ -99,6 +105,11 @@ FUNCTION uint score_quarter(uint lane) { return lane % 4; }
 FUNCTION QueryPart query_part(const float* queries, uint row, uint quarter, uint step, uint lane) { // their lengths
   const float* q = queries + (lane / 4) * row + (lane % 4) * quarter + 4 * step;
   return QueryPart{{make_pair(q[0], q[1]), make_pair(q[2], q[3])}};
+}
+// of what half precision holds
+FUNCTION QueryPart small_query_part(const float* queries, uint row, uint quarter, uint step, uint lane) {
+  const float4 q = *(const float4*)(queries + (lane / 4) * row + (lane % 4) * quarter + 4 * step);
+  return QueryPart{{small_pair(q.x, q.y), small_pair(q.z, q.w)}};
 }
 FUNCTION void multiply(float (&sum)[4], pair_t a0, pair_t a1, pair_t a2, pair_t a3, pair_t b0, pair_t b1) {
   const uint* a[4] = {(const uint*)&a0, (const uint*)&a1, (const uint*)&a2, (const uint*)&a3};

@@ -12,20 +12,25 @@ FUNCTION uint opaque(uint x) { return x; }
 FUNCTION uint funnel(uint low, uint high, uint shift) {
   return shift == 32u ? high : (low >> shift) | ((high << 1) << (31u - shift));
 }
+// the same for the lowest five bits of a shift
+FUNCTION uint funnel_low(uint low, uint high, uint shift) { return funnel(low, high, shift & 31u); }
 FUNCTION float exponential2(float x) { return metal::exp2(x); }
 FUNCTION float logarithm2(float x) { return metal::log2(x); }
 FUNCTION float sine(float x) { return metal::sin(x); }
 FUNCTION float cosine(float x) { return metal::cos(x); }
 FUNCTION float small_sine(float x) { return metal::sin(x); } // of −π … π
 FUNCTION float small_cosine(float x) { return metal::cos(x); }
+FUNCTION float multiply_add(float x, float y, float z) { return metal::fma(x, y, z); }
 FUNCTION float square_root(float x) { return metal::sqrt(x); }
 FUNCTION float nearest_whole(float x) { return metal::rint(x); } // halves to even
+FUNCTION float nearest_turn(float x) { return metal::rint(x); }
 template <typename T>
 FUNCTION float as_float(T x) { return static_cast<float>(x); }
 
 // Pairs of neighbouring coordinates, as the matrix unit takes them.
 typedef float2 pair_t;
 FUNCTION pair_t make_pair(float x, float y) { return float2(x, y); }
+FUNCTION pair_t small_pair(float x, float y) { return float2(x, y); }
 FUNCTION pair_t pair_of(half x, half y) { return float2(as_float(x), as_float(y)); }
 FUNCTION float2 pair_floats(pair_t x) { return x; }
 
@@ -71,6 +76,10 @@ FUNCTION QueryPart query_part(const threadgroup float* queries, uint row, uint q
   const threadgroup float* q =
       queries + matrix_column(lane) * row + matrix_row(lane) / 2 * quarter + 2 * step + matrix_row(lane) % 2;
   return QueryPart{float2(q[0], q[row])};
+}
+FUNCTION QueryPart small_query_part(
+    const threadgroup float* queries, uint row, uint quarter, uint step, uint lane) { // of what half precision holds
+  return query_part(queries, row, quarter, step, lane);
 }
 // A lane gets the sums of its token and of two neighbouring rows.
 struct Scores {

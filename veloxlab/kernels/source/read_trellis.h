@@ -4,7 +4,8 @@
 
 // What is known of all vectors of a head lies in threadgroup memory: at which bit of a row each coordinate's code ends, and
 // how its state becomes a level. Of TOGETHER neighbours the first says how many bits are dropped behind them (6 bits), others
-// by how many bits they end behind the first (5 bits); above that is the first state of the coordinate's width.
+// by how many bits they end behind the first (5 bits); above a state is the number of the coordinate's width. A state is read
+// LIFT bits up, where it is by how many bytes a level is behind the first of its width.
 FUNCTION uint ends_place(uint coordinate) { return coordinate + coordinate / 32; }     // shares of a vector begin together
 FUNCTION uint planned_four(uint coordinate) { return coordinate + coordinate / 32 * 4; } // in no bank
 
@@ -23,7 +24,7 @@ FUNCTION uint begin_of(const global_memory uint* windows) { // the string's
   return end_of<STATES, REACH, ALONE>(window) - window[3] / STATES;
 }
 
-template <int DIM, int STATES, int REACH, int ALONE, int TOGETHER>
+template <int DIM, int STATES, int REACH, int ALONE, int TOGETHER, int LIFT>
 FUNCTION void fill_windows(
     local_memory uint* plan, local_memory uint* ends, const global_memory uint* windows, uint thread_id, uint threads) {
   for (uint i = thread_id; i < DIM; i += threads) {
@@ -33,7 +34,7 @@ FUNCTION void fill_windows(
     const uint width = window_of<DIM>(windows, i)[3] / STATES, row = width > 1 ? width - 1 : 0;
     const uint dropped = end_of<STATES, REACH, ALONE>(window_of<DIM>(windows, next)) - begin;
     ends[ends_place(i)] = end;
-    plan[planned_four(i)] = (i == first ? dropped : end - begin) | row * STATES;
+    plan[planned_four(i)] = (i == first ? dropped : end - begin) | row * STATES << LIFT;
   }
 }
 
@@ -44,27 +45,29 @@ FUNCTION uint given_level(uint entry) {
   return width * STATES + (ALONE ? state >> (8 - width) : state);
 }
 
-template <int STATES, int ALONE, int COPIES>
+template <int STATES, int ALONE, int WIDTHS, int COPIES, int APART>
 FUNCTION void fill_levels(local_memory half* levels, const global_memory float* given, uint thread_id, uint threads) {
-  for (uint i = thread_id; i < 8 * STATES; i += threads) {
+  for (uint i = thread_id; i < WIDTHS * STATES; i += threads) {
     const half level = half(given[given_level<STATES, ALONE>(i)]);
-    for (uint c = 0; c < COPIES; c++) levels[i * COPIES + (c + i) % COPIES] = level;
+    for (uint c = 0; c < COPIES; c++) levels[(i * COPIES + (c + i) % COPIES) * APART] = level;
   }
 }
 
-// Levels in threadgroup memory, each COPIES times, so that lanes meet in fewer banks.
-template <int STATES, int ALONE>
+// Levels of the first WIDTHS widths in threadgroup memory, each COPIES times, so that lanes meet in fewer banks: of 32 copies
+// that are APART by two, a bank's width, in none.
+template <int BYTES>
 struct SharedLevels {
-  place_t own;
-  uint size; // of an entry's copies, in bytes
+  enum { lift = log2_of(BYTES) }; // of all copies of a level
+  const local_memory half* table;
+  uint own; // where the lane's copy is
 
-  FUNCTION pair_t pair(uint first, uint second) const {
-    return pair_of(half_at(own, first * size), half_at(own, second * size));
-  }
+  FUNCTION half level(uint bytes) const { return *(const local_memory half*)((const local_memory uchar*)table + bytes); }
+  FUNCTION pair_t pair(uint first, uint second) const { return pair_of(level(first), level(second)); }
 };
 
 template <int STATES, int ALONE>
 struct GlobalLevels {
+  enum { lift = 0, own = 0 };
   const global_memory float* given;
 
   FUNCTION pair_t pair(uint first, uint second) const {
@@ -108,26 +111,29 @@ struct TrellisReader {
   // words as they are stored: they are moved when they have come
   template <int WIDTH>
   struct Fetched {
-    uint words[(WIDTH * MOST + REACH + 31) / 32 + 1];
+    uint words[(WIDTH * MOST + REACH + Levels::lift + 31) / 32 + 1];
   };
 
   template <int WIDTH>
   FUNCTION void fetch(int distance, uint share, thread Fetched<WIDTH>& to) const {
     const global_memory uint* row = rows + distance * int(token_stride);
-    const int first = int(ends[ends_place(share * WIDTH)]) - REACH; // below 0 where few bits are before the first string
+    // below 0 where few bits are before the first string
+    const int first = int(ends[ends_place(share * WIDTH)]) - REACH - Levels::lift;
     const int last = int(ends[ends_place(share * WIDTH + WIDTH - 1)]) - 1, word = first >> 5;
     to.words[0] = word < 0 ? 0u : row[word];
-    UNROLL for (int i = 1; i < (WIDTH * MOST + REACH + 31) / 32 + 1; i++) {
+    UNROLL for (int i = 1; i < (WIDTH * MOST + REACH + Levels::lift + 31) / 32 + 1; i++) {
       to.words[i] = 32 * (word + i) <= last ? row[word + i] : 0u;
     }
   }
 
   template <int WIDTH>
   FUNCTION void decode(thread const Fetched<WIDTH>& from, uint share, thread pair_t (&x)[WIDTH / 2]) const {
-    constexpr int count = (WIDTH * MOST + REACH + 31) / 32;
+    constexpr int count = (WIDTH * MOST + REACH + Levels::lift + 31) / 32;
     constexpr int together = WIDTH % 4 == 0 ? 4 : 2; // coordinates whose states are in two words, whatever their widths
-    const uint first = ends[ends_place(share * WIDTH)], shift = first - REACH & 31u;
-    const uint before = first - begin < REACH ? REACH - (first - begin) : 0u; // bits that are before the string's begin
+    constexpr uint state_bits = uint(STATES - 1) << Levels::lift, width_bits = ~((uint(STATES) << Levels::lift) - 1);
+    const uint first = ends[ends_place(share * WIDTH)], shift = first - REACH - Levels::lift & 31u;
+    // bits that are before the string's begin
+    const uint before = Levels::lift + (first - begin < REACH ? REACH - (first - begin) : 0u);
     uint words[count + 1];
     UNROLL for (int i = 0; i < count; i++) words[i] = funnel(from.words[i], from.words[i + 1], shift);
     words[0] = words[0] >> before << before;
@@ -141,12 +147,12 @@ struct TrellisReader {
         planned[0] = plan[planned_four(share * WIDTH + i)], planned[1] = plan[planned_four(share * WIDTH + i + 1)];
       }
       UNROLL for (int j = 0; j < together; j++) {
-        const uint state = j == 0 ? words[0] : funnel(words[0], words[1], planned[j] & 31u);
-        entry[j] = (state & (STATES - 1)) | (planned[j] & ~uint(STATES - 1));
+        const uint state = j == 0 ? words[0] : funnel_low(words[0], words[1], planned[j]);
+        entry[j] = (state & state_bits) | opaque((planned[j] & width_bits) | levels.own);
       }
       UNROLL for (int j = 0; j < together; j += 2) x[(i + j) / 2] = levels.pair(entry[j], entry[j + 1]);
       UNROLL for (int k = 0; k < count; k++) { // of what is left no coordinate has more than 8 bits
-        if (32 * k < REACH + 8 * (WIDTH - i - together - 1)) words[k] = funnel(words[k], words[k + 1], planned[0] & 63u);
+        if (32 * k < REACH + Levels::lift + 8 * (WIDTH - i - together - 1)) words[k] = funnel(words[k], words[k + 1], planned[0] & 63u);
       }
     }
   }
@@ -154,7 +160,7 @@ struct TrellisReader {
 
 // An angle of up to 400,000 radians, brought to −π … π.
 FUNCTION float small_angle(float angle) {
-  const float turns = nearest_whole(angle * 0.15915494309189535f);
+  const float turns = nearest_turn(angle * 0.15915494309189535f);
   // 2π in three parts, of which the first two have few bits
   return ((angle - turns * 6.28125f) - turns * 0.0019350051879882812f) - turns * 3.019916e-7f;
 }

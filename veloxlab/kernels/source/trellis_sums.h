@@ -1,5 +1,7 @@
 // What attention has besides levels of a trellis: of scores a key's mean before RoPE, or after it, of values their mean.
 
+FUNCTION float in_half(float x) { return x > 65504.0f ? 65504.0f : (x < -65504.0f ? -65504.0f : x); }
+
 // q · R_t μ, which is Σ a cos + b sin over the pairs that RoPE turns at a token's position. A quarter of a row of queries has
 // a quarter of the pairs, of two pairs a a b b after each other.
 template <int DIM>
@@ -9,29 +11,56 @@ FUNCTION uint turned_place(uint i) { // i is cosines of all pairs, then sines
   return pair / quarter * (DIM / 4) + own / 2 * 4 + i / pairs * 2 + own % 2;
 }
 
+// What is known of a pair: how often it turns round in a position, and a correction; cosine and sine of the angle between two
+// tokens of a lane. Those of a quarter begin in a bank of their own.
+template <int DIM>
+FUNCTION uint turn_place(uint pair) { return pair + pair / (DIM / 8); }
+
+template <int DIM>
+FUNCTION void fill_turns(local_memory float4* turns, const global_memory float* angles, uint thread_id, uint threads) {
+  for (uint i = thread_id; i < DIM / 2; i += threads) {
+    const float by = 0.15915494309189535f, rest = 6.4206383e-9f, whole = angles[i] * by; // 1 / 2π in two parts
+    const float between = small_angle(angles[i] * float(SCORE_DISTANCE(1)));
+    local_memory float4& turn = turns[turn_place<DIM>(i)];
+    turn.x = whole, turn.y = cosine(between), turn.z = sine(between);
+    turn.w = multiply_add(angles[i], by, -whole) + angles[i] * rest;
+  }
+}
+
+// The angle −π … π after so many positions.
+FUNCTION float turned_by(float position, float turn, float correction) {
+  const float whole = nearest_turn(position * turn);
+  return (multiply_add(position, turn, -whole) + position * correction) * 6.283185307f;
+}
+
 template <int DIM>
 struct TurnsAdded {
   const local_memory float* queries; // as `query_at` and `turned_place` say
-  const local_memory float* angles;  // of each pair, for one position
-  float start;                       // position of the first token
-  uint first;                        // that token
+  const local_memory float4* turns;
+  float start; // position of the first token
+  uint first;  // that token
 
   FUNCTION void add(thread Scores& scores, uint token, uint lane) const {
     constexpr int quarter = DIM / 4, parts = 2 / SCORE_PAIRS;
-    const local_memory float* own = angles + score_quarter(lane) * (DIM / 8);
+    const local_memory float4* own = turns + turn_place<DIM>(score_quarter(lane) * (DIM / 8));
+    const float position = start + float(token - first);
     UNROLL for (int i = 0; i < DIM / 16; i++) {
+      const float4 a = own[2 * i], b = own[2 * i + 1];
+      const float x = turned_by(position, a.x, a.w), y = turned_by(position, b.x, b.w);
+      float cos_x = small_cosine(x), sin_x = small_sine(x), cos_y = small_cosine(y), sin_y = small_sine(y);
       pair_t both[SCORE_OWN][2];
       UNROLL for (int t = 0; t < SCORE_OWN; t++) {
-        const float position = start + float(token + SCORE_DISTANCE(t) - first);
-        const float x = small_angle(position * own[2 * i]), y = small_angle(position * own[2 * i + 1]);
-        both[t][0] = make_pair(small_cosine(x), small_cosine(y)), both[t][1] = make_pair(small_sine(x), small_sine(y));
+        both[t][0] = small_pair(cos_x, cos_y), both[t][1] = small_pair(sin_x, sin_y);
+        const float next_x = cos_x * a.y - sin_x * a.z, next_y = cos_y * b.y - sin_y * b.z;
+        sin_x = sin_x * a.y + cos_x * a.z, sin_y = sin_y * b.y + cos_y * b.z;
+        cos_x = next_x, cos_y = next_y;
       }
       UNROLL for (int k = 0; k < parts; k++) {
         pair_t some[SCORE_OWN][SCORE_PAIRS];
         UNROLL for (int t = 0; t < SCORE_OWN; t++) {
           UNROLL for (int p = 0; p < SCORE_PAIRS; p++) some[t][p] = both[t][k * SCORE_PAIRS + p];
         }
-        scores.add(some, query_part(queries, QUERY_LENGTH(DIM), quarter + 4, i * parts + k, lane));
+        scores.add(some, small_query_part(queries, QUERY_LENGTH(DIM), quarter + 4, i * parts + k, lane));
       }
     }
   }

@@ -204,7 +204,7 @@ def _in_turn(
         for name, make in made.items():
             caches = make()
             try:
-                spent = _token_seconds(model, caches, sequences)
+                spent = token_seconds(model, caches, sequences)
                 held = sum(cache.nbytes for cache in caches)
                 found[name].append((statistics.median(spent), max(spent), held, spread(spent)))
             except RuntimeError as error:
@@ -268,7 +268,7 @@ def _batch(make: Maker, model: Model, counts: Sequence[int]) -> list[Any]:
     return [type(layer[0]).merge(list(layer)) for layer in zip(*rows, strict=True)]
 
 
-def _token_seconds(model: Model, caches: list[Any], sequences: int) -> list[float]:
+def token_seconds(model: Model, caches: list[Any], sequences: int) -> list[float]:
     """Seconds from token to token, each handed to the GPU while the one before is still computed."""
     token, spent = mx.array([[1]] * sequences), []
     for step in range(_FIRST + _STEPS):
