@@ -1,13 +1,14 @@
 """What two families of mlx-lm compute by Metal kernels alone, as MLX operations: so their caches are checked anywhere.
 
 Attention and caches are mlx-lm's own. All is in float32, where muse_spark rounds to bfloat16, so that no error hides
-behind the rounding.
+behind the rounding. Of a third family an empty package stands in for one that it does not use.
 """
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,8 @@ def needed(family: str) -> bool:
 
 def put_in(family: str) -> None:
     """Replace in the family's module what does not run on this machine."""
+    if family == "olmo":  # it asks only whether this package is there
+        sys.modules.setdefault("hf_olmo", ModuleType("hf_olmo"))
     if not needed(family):
         return
     module: Any = import_module(f"mlx_lm.models.{family}")
