@@ -56,8 +56,11 @@ def installed(monkeypatch, tmp_path):
 # JupyterLab
 
 
-def test_tour_of_a_clone_opens_in_place(started):
-    assert started() == [str(texts.PACKAGE.parent / "notebooks")]
+def test_tour_of_a_clone_opens_in_a_copy_too(started, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert started() == [str(tmp_path / "veloxlab-notebooks")]
+    own = texts.PACKAGE.parent / "notebooks" / "00_tour.ipynb"
+    assert (tmp_path / "veloxlab-notebooks" / "00_tour.ipynb").read_bytes() == own.read_bytes()
 
 
 def test_tour_of_an_installed_package_opens_in_a_copy(started, installed, capsys):
@@ -77,14 +80,14 @@ def test_copies_are_never_overwritten(started, installed):
     assert (copies / "01_turboquant.ipynb").exists()
 
 
-def test_words_after_two_dashes_go_to_jupyterlab(started):
+def test_words_after_two_dashes_go_to_jupyterlab(started, installed):
     assert started("--", "--no-browser", "--port=9999")[1:] == ["--no-browser", "--port=9999"]
 
 
-def test_root_is_allowed_with_a_note(started, monkeypatch, capsys):
+def test_root_is_allowed_with_a_note(started, installed, monkeypatch, capsys):
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert started()[1:] == ["--allow-root"]
-    assert capsys.readouterr().err == "This process runs as root, so JupyterLab starts with --allow-root.\n"
+    assert "This process runs as root, so JupyterLab starts with --allow-root.\n" in capsys.readouterr().err
     assert started("--", "--allow-root")[1:] == ["--allow-root"]
 
 

@@ -603,6 +603,23 @@ def test_the_pair_that_load_gives_is_no_model(here, call):
         call(tuple(here.both.values()))
 
 
+def test_a_name_in_the_place_of_a_model_is_told_what_to_give(here):
+    with pytest.raises(InputError, match=r"^model='smollm2-135m' cannot be used: give a language model, the first of"):
+        vl.Lab("smollm2-135m")
+    with pytest.raises(InputError, match=r"^The tokenizer is missing: give both that vl\.load gave"):
+        vl.Lab(here.model)
+
+
+@pytest.mark.parametrize("call", [vl.make_cache, partial(vl.load_cache, "x.safetensors")])
+def test_a_method_has_its_place_and_is_no_option(here, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vl.save_cache("x.safetensors", vl.make_cache(here.model))
+    with pytest.raises(
+        InputError, match=r"^method='rvq' is none of a method's options: give the method as method_or_p"
+    ):
+        call(model=here.model, method="rvq")
+
+
 def test_a_keyword_that_there_is_not_is_python_s_own_error(here):
     with pytest.raises(TypeError, match=r"capture\(\) got an unexpected keyword argument 'word'"):
         vl.capture(here.model, here.tokenizer, word=1)  # type: ignore[call-arg]

@@ -280,5 +280,13 @@ def test_a_last_stretch_that_is_short_is_said():
     assert list(map(len, exact.stretches)) == [60, 20]
 
 
+def test_the_report_of_a_short_text_says_why_it_is_no_smaller():
+    model = tiny("llama")
+    cache = vl.make_cache(model)
+    for count, words in ((3, "no token is in codes yet"), (197, "attention reads the codes")):
+        model(mx.array([[1] * count]), cache=cache)
+        assert vl.report(cache)["reason"][0].startswith(words)
+
+
 def test_the_report_has_its_documented_columns(smollm2):
     assert vl.report(vl.make_cache(smollm2[0])).schema == REPORT

@@ -12,11 +12,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from tests.gguf_files import write_llama
+from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.models import loading
 from veloxlab.models.gguf import open_gguf
 from veloxlab.models.gguf_architectures import build_model
-from veloxlab.models.loading import load
+from veloxlab.models.loading import load, loaded_as
 
 ODD_TEXTS = [
     "Hello, world!",
@@ -111,6 +112,17 @@ def test_digits_are_single_tokens_and_words_keep_their_space(smollm2):
 
 
 # names, folders and options
+
+
+def test_a_text_longer_than_the_model_reads_frightens_nobody(smollm2, caplog):
+    with caplog.at_level("WARNING"):
+        assert len(smollm2[1].encode("so it goes " * 3000)) > 8192
+    assert "sequence length" not in caplog.text
+
+
+def test_a_model_is_known_by_the_name_that_it_was_loaded_as(smollm2):
+    assert loaded_as(smollm2[0]) == "smollm2-135m"
+    assert loaded_as(tiny("llama")) is None
 
 
 def test_missing_demo_weights_say_how_to_get_them(monkeypatch):

@@ -67,6 +67,9 @@ def make_cache(
     calibration : what `veloxlab.calibrate` gave, for a method that has to be fitted; several, for a plan of several.
     options : the method's own, such as ``variant="prod"`` or ``rotation="haar"``.
     """
+    if "method" in options:
+        said = f"method={options['method']!r} is none of a method's options"
+        raise InputError(f"{said}: give the method as method_or_plan, behind the model.")
     plan = plan_of(method_or_plan)
     alone = None if isinstance(calibration, Sequence) else calibration  # it is for all methods
     given = calibration if isinstance(calibration, Sequence) else [alone] if alone else []

@@ -45,10 +45,8 @@ def open_lab(passed_on: Sequence[str]) -> int:
 
 
 def _notebooks() -> Path:
-    """Return the folder of notebooks: that of the clone, or a copy of that of the installed package."""
+    """Return a folder of copies of the shipped notebooks: running those of a clone would change tracked files."""
     folder = texts.shipped_folder("notebooks")
-    if not folder.is_relative_to(texts.PACKAGE):  # where a user should not work
-        return folder
     make_folder(COPY_FOLDER)
     for notebook in sorted(folder.glob("*.ipynb")):
         copy = COPY_FOLDER / notebook.name

@@ -31,6 +31,7 @@ of all sequences, and those in sinks and window; bytes held, and of 16-bit keys 
 GROWTH = schema("tokens cache layer tensor bytes kind")
 """Columns of `memory_growth`: bytes held for one tensor of one layer, "measured" or "predicted"."""
 
+NO_CODES = "no token is in codes yet: sinks and window hold all, exactly, in the model's own type"
 EXACT_BITS = 16  # of a value; with fewer it is a code
 
 CODE_BITS = schema("layer tensor part bits_per_value")
@@ -67,7 +68,7 @@ def _ours(slots: Sequence[Any]) -> list[CompressedKVCache]:
 
 def _held(slot: Any) -> dict[str, object]:  # noqa: ANN401 - mlx-lm's caches share no base that says more
     if ours := _ours([slot]):
-        return {
+        held = {
             "layer": ours[0].layer,
             "path": ours[0].path,
             "reason": ours[0].reason,
@@ -78,6 +79,7 @@ def _held(slot: Any) -> dict[str, object]:  # noqa: ANN401 - mlx-lm's caches sha
             "held_bytes": slot.nbytes,
             "fp16_bytes": sum(one.fp16_bytes for one in ours),
         }
+        return held | ({"reason": NO_CODES} if held["tokens"] and held["tokens"] == held["exact_tokens"] else {})
     row = {"path": "own", "reason": getattr(slot, "reason", f"the model's own {type(slot).__name__}")}
     if slot.empty():
         return row | {"tokens": 0, "held_bytes": 0, "fp16_bytes": 0}

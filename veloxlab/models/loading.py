@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -41,8 +42,14 @@ def load(
     options : those of ``mlx_lm.load``, such as ``adapter_path`` and ``revision``. A GGUF takes none.
     """
     model, tokenizer = _load(name, dtype, options)
+    logging.getLogger("transformers.tokenization_utils_base").addFilter(_concerns_us)
     _HERE[id(model)], _NAMES[id(model)] = model, str(name)
     return model, tokenizer
+
+
+def _concerns_us(record: logging.LogRecord) -> bool:
+    """Not that a text is longer than the model can read: we read windows of it."""
+    return "Token indices sequence length" not in record.getMessage()
 
 
 def loaded_as(model: nn.Module) -> str | None:

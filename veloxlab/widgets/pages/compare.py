@@ -128,7 +128,7 @@ class Experimenter:
     def __init__(
         self,
         model: Module,
-        tokenizer: Any,  # noqa: ANN401
+        tokenizer: Any = None,  # noqa: ANN401
         *,
         method: str = "turboquant",
         bits: int = 4,
@@ -140,6 +140,8 @@ class Experimenter:
         tokens: int = 256,
         calibration: Calibration | None = None,
     ) -> None:
+        if tokenizer is None:
+            raise InputError("The tokenizer is missing: give both that vl.load gave, as in vl.Lab(*vl.load(...)).")
         chosen: dict[str, Any] = {"method": method, "sinks": sinks, "window": window}
         chosen["key_bits"] = bits if key_bits is None else key_bits
         chosen["value_bits"] = bits if value_bits is None else value_bits
