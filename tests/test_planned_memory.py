@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
+from mlx_lm.models.cache import ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 import veloxlab as vl
 from tests.tiny_models import config_of, tiny
@@ -102,12 +102,14 @@ def test_room_is_that_of_a_real_caches_buffers(tokens, decoded, sinks, window, m
 )
 def test_room_of_mlx_lms_own_caches_is_that_of_real_ones(tokens, decoded, max_size, chunk):
     decoded = min(decoded, tokens)
-    caches = [RotatingKVCache(max_size)] if max_size else [KVCache(), QuantizedKVCache(group_size=32, bits=4)]
-    for cache in caches:
+    sliding = [RotatingKVCache(max_size), ChunkedKVCache(max_size - 1)] if max_size else []
+    for cache in sliding or [KVCache(), QuantizedKVCache(group_size=32, bits=4)]:
         for count in calls(tokens, decoded, chunk):
+            if isinstance(cache, ChunkedKVCache):
+                cache.maybe_trim_front()  # as Llama 4 does
             cache.update_and_fetch(*[mx.zeros((1, 1, count, 32))] * 2)  # type: ignore[attr-defined]
         keys = cache.keys[0] if isinstance(cache, QuantizedKVCache) else cache.keys  # type: ignore[attr-defined]
-        assert own_room(tokens, decoded, max_size, chunk) == keys.shape[2]
+        assert own_room(tokens, decoded, max_size, chunk, chunked=isinstance(cache, ChunkedKVCache)) == keys.shape[2]
 
 
 @given(
@@ -183,6 +185,7 @@ def test_outlier_channels_are_planned_before_they_are_found(model, method, tmp_p
 
 
 FAMILIES_PLANNED = ["gemma3_text", "mistral", "falcon_h1", "lfm2", "deepseek_v3", "qwen3_next", "gemma4_text", "phi"]
+FAMILIES_PLANNED += ["llama4", "longcat_flash"]
 
 
 @pytest.mark.parametrize("sliding", ["compressed", "exact"])

@@ -137,11 +137,18 @@ def calls(tokens: int, decoded: int = 0, chunk: int = CHUNK) -> Iterator[int]:
 
 
 @lru_cache(maxsize=4096)
-def own_room(tokens: int, decoded: int = 0, max_size: int | None = None, chunk: int = CHUNK) -> int:
-    """Tokens that mlx-lm's own cache, with ``max_size`` a ``RotatingKVCache``, has room for after `calls`."""
+def own_room(
+    tokens: int, decoded: int = 0, max_size: int | None = None, chunk: int = CHUNK, *, chunked: bool = False
+) -> int:
+    """Tokens that mlx-lm's own cache has room for after `calls`.
+
+    With ``max_size`` it is a ``RotatingKVCache``, or, ``chunked``, a ``ChunkedKVCache`` of chunks of one less.
+    """
     held = before = 0
     for count in calls(tokens, decoded, chunk):
-        if max_size is None:
+        if chunked and max_size is not None and before >= max_size:  # it forgets before tokens come
+            held = before = max_size - 1
+        if max_size is None or chunked:
             if before + count > held:
                 held = (before if before % OWN_STEP else held) + -(-count // OWN_STEP) * OWN_STEP
         elif count > 1:

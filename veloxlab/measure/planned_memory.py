@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
+from mlx_lm.models.cache import ChunkedKVCache
 
 from veloxlab.cache.calibration import Calibration, layer_codec
 from veloxlab.cache.counts import Windows, own_room
@@ -46,11 +47,12 @@ class LayerLayout:
     scales: int = 0
     windows: Windows | None = None  # None for a cache of mlx-lm's own
     max_size: int | None = None  # tokens that an own cache which slides sees
+    chunked: bool = False  # in chunks
 
     def parts(self, tokens: int, decoded: int) -> dict[str, int]:
         """Bytes by part after ``tokens`` tokens of one sequence."""
         if self.windows is None:
-            count = own_room(tokens, decoded, self.max_size)
+            count = own_room(tokens, decoded, self.max_size, chunked=self.chunked)
             return {"codes": count * self.codes, "scales": count * self.scales, "exact": count * self.exact}
         room = compressed_room(self.windows, tokens, decoded)
         packed = {"codes": room.packed * self.codes, "scales": room.packed * self.scales}
@@ -127,7 +129,8 @@ def cache_layouts(
 
 
 def _own(facts: LayerFacts, exact_bytes: int) -> LayerLayout:
-    return LayerLayout(exact_bytes * facts.values_per_token, max_size=facts.max_size)
+    chunked = facts.native == ChunkedKVCache.__name__
+    return LayerLayout(exact_bytes * facts.values_per_token, max_size=facts.max_size, chunked=chunked)
 
 
 def _quantized(shape: ModelShape, bits: int) -> CacheLayout:

@@ -18,11 +18,11 @@ from mlx_lm.models.cache import ArraysCache
 
 from veloxlab.checks import MODEL, PATH, WORDS, check_fields, checked, either, instance, many, whole
 from veloxlab.errors import InputError
-from veloxlab.mlxlm.probe import LayerFacts, after_one_token, dry_run, exact_width, probe, slots_of
+from veloxlab.mlxlm.probe import REPLACED, LayerFacts, after_one_token, dry_run, exact_width, probe, slots_of
 from veloxlab.mlxlm.weightless import weightless
 from veloxlab.models.loading import DEMO_MODEL, load
 
-PREDICTED = ("KVCache", "RotatingKVCache", ArraysCache.__name__)  # mlx-lm's caches, the last of states
+PREDICTED = (*REPLACED, ArraysCache.__name__)  # mlx-lm's caches, the last of states
 _NUMBERS = ("layers", "kv_heads", "head_dim", "value_dim", "sliding_window", "full_every")
 
 
