@@ -1,4 +1,4 @@
-"""Eight small experiments on SmolLM2: ``python -m tests.surprises_results [EXPERIMENT ...]`` adds what is missing.
+"""Small experiments on SmolLM2: ``python -m tests.surprises_results [EXPERIMENT ...]`` adds what is missing.
 
 Each row, one cache on one stretch of text, is kept in ``data/results/surprises.ndjson`` when it is measured. A run that
 was stopped goes on where it was. What was guessed before is in ``surprises_guesses.json``.
@@ -91,6 +91,7 @@ def experiments() -> dict[str, list[Job]]:
     learned = [both(method, 3, calibration=read) for method, texts in CALIBRATIONS.items() for read in texts]
     fitted = [*both("turboquant", 2), *both("spectralquant", 2, calibration="WikiText 512")]
     learned += [both("vecinfer", 2, calibration="WikiText 512", sinks=sinks) for sinks in (0, 4)]
+    longer = [both("spectralquant", 3, calibration=f"WikiText {tokens}", sinks=4) for tokens in (1024, 256)]
     return {
         "learned": times([replace(one, sinks=sinks) for one in fitted for sinks in (0, 4)], "256", range(3)),
         "budget": times(usual, "256", range(8)),
@@ -101,6 +102,7 @@ def experiments() -> dict[str, list[Job]]:
         "reading": times([*both("turboquant", 2, 3, 4), *both("turboquant", 2, 3, 4, mode="decode")], "256", range(2)),
         "greedy": times(GREEDY, "greedy", range(PROMPTS)),
         "positions": [*times(LONG, "256", range(8)), *times(LONG, "2048", range(1))],
+        "longer": [job for caches in longer for job in times(caches, "256", range(3))],
         "calibration": [job for caches in learned for job in times(caches, "256", range(3))],
     }
 
