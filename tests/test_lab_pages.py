@@ -2,6 +2,7 @@
 
 import json
 import threading
+from pathlib import Path
 
 import ipywidgets
 import polars as pl
@@ -367,3 +368,27 @@ def test_layers_without_codes_are_said_with_their_reason_and_their_share():
         "1 of 4 layers keep the model's own cache, exact (25% of an exact token's bytes, it slides).",
         "1 of 4 layers are decoded to arrays before attention (25% of an exact token's bytes, logits are capped).",
     ]
+
+
+def test_every_page_names_the_notebook_and_the_heading_that_explain_it(lab):
+    for page in NAMES:
+        file, heading = lab.turn_to(page).HELP.split("#")
+        cells = json.loads((Path(__file__).parents[1] / "notebooks" / file).read_text())["cells"]
+        lines = [line.strip() for cell in cells if cell["cell_type"] == "markdown" for line in cell["source"]]
+        assert f"## {heading}" in lines, page
+
+
+def test_numbers_of_older_settings_are_called_stale_until_others_are_measured(lab):
+    release = threading.Event()
+    cache, memory = lab.pages["cache"], lab.turn_to("memory")
+    lab.page = "cache"
+    lab.worker.submit("occupied", lambda _: release.wait(60))
+    lab.sinks = 7
+    assert [view.note["badge"] for view in (cache.errors, cache.bits, cache.memory)] == ["stale", "measured", "stale"]
+    assert "older settings" in cache.errors.note["tip"]
+    release.set()
+    assert lab.wait(120)
+    assert cache.errors.note["badge"] == "measured"
+    assert cache.memory.note["badge"] == "measured, then predicted"
+    assert memory.chart.note["badge"] == "predicted"
+    assert all(view.note["why"] for page in lab.pages.values() for view in page.views)

@@ -68,6 +68,11 @@ def test_every_knob_of_the_tours_laboratory_moves_its_charts(notebook, capsys):
     with capsys.disabled():
         print(f"\nslider to three charts: {milliseconds(times)}")
 
+    # a line of why and a badge stand above each chart, and the help is a link or names its notebook
+    assert page.locator(f"{LAB} .veloxlab-badge", has_text="measured").first.get_attribute("title")
+    assert page.locator(f"{LAB} .veloxlab-why", has_text="Which layers and heads lose most").is_visible()
+    assert "00_tour.ipynb" in page.locator(f"{LAB} .veloxlab-help").locator("visible=true").first.get_attribute("title")
+
     # every width has its columns, and the controls stay in sight
     page.evaluate("() => window.jupyterapp.shell.collapseLeft()")
     lab.laid_out(640, 900, columns=1)

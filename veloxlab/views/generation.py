@@ -51,7 +51,8 @@ def token_strip(
     down = {"domain": [0, count], "reverse": True, "nice": False, "labels": False, "ticks": False, "grid": False}
 
     def draw(side: str, _: bool) -> marks.Plot:
-        top, middle, low = (columns.y(place, side, **down) for place in ("top", "middle", "low"))
+        title = side if rows["side"].n_unique() > 1 else None
+        top, middle, low = (columns.y(place, title, **down) for place in ("top", "middle", "low"))
         base = marks.only(side=side).transform_calculate(**places)
         base = base.encode(
             x=alt.X("column:Q", axis=None).scale(domain=[0, COLUMNS], nice=False),

@@ -32,7 +32,7 @@ def logit_errors(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     def draw(kind: str, last: bool) -> marks.Plot:
         about = ("wavelength", "tokens per turn", ",.3~g") if kind == "pair" else ("bits", "code bits", ".3~g")
         told = columns.tips(("place", kind), "share", ("rms", "alone, nats", ".3~g"), about)
-        drawn: alt.Chart = bars(kind).mark_rect(color=theme.KEYS, stroke="white", strokeWidth=0.4)
+        drawn: alt.Chart = bars(kind).mark_rect(color=theme.KEYS, opacity=0.85)
         title = words if kind == "coordinate" else KINDS[kind]
         return drawn.encode(
             x=columns.x("begin", title, nice=False, tickMinStep=1),
@@ -65,7 +65,7 @@ def logits_caption(frame: pl.DataFrame) -> str:
         most = few.row(0, named=True)
         words = f"half comes from {few.height} of {own.height} {kind}s, {most['share']:.0%} from {kind} {most['place']}"
         if kind == "pair":
-            words += f" ({most['wavelength']:,.3g} tokens a turn)"
+            words += f" ({most['wavelength']:,.0f} tokens a turn)"
         elif own["bits"].n_unique() > 1:
             mean = [sum(each["bits"]) / each.height for each in (few, own)]
             words += f"; these got {mean[0]:.2g} bits, all {mean[1]:.2g} on average"

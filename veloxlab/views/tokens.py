@@ -69,6 +69,8 @@ def token_heads(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     grid = marks.HeadMap(shown)
     parts = [part for part in PARTS if part in shown["tensor"]]
 
+    colour = columns.log_colour("error", "relative MSE", ERRORS, orient="bottom", gradientLength=220)
+
     def cells(part: str, last: bool) -> marks.Plot:
         pooled = grid.cells(part, {}, {"error": "max(error)"}, last=last, words=PARTS[part])
         told = columns.tips("layer", ("group", grid.words), ("error", f"{PARTS[part]}: relative MSE", ".3g"))
@@ -78,7 +80,7 @@ def token_heads(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
         return marks.layered(
             columns.on_log_scale(pooled, "error", ERRORS)
             .mark_rect(cursor="pointer")
-            .encode(color=columns.log_colour("error", "relative MSE", ERRORS), tooltip=told),
+            .encode(color=colour, tooltip=told),
             pooled.transform_filter("!isValid(datum.error)").mark_text(**marks.CROSS),
             outline.mark_rect(filled=False, fill=None, **look),
         )
@@ -97,9 +99,11 @@ def heads_caption(frame: pl.DataFrame) -> str:
     said = [
         f"{words} in layer {worst[part]['layer']}, head {worst[part]['head']} ({worst[part]['error']:.2g})"
         for part, words in PARTS.items()
-        if part in worst
+        if part in worst and worst[part]["error"] > 0
     ]
-    return marks.sentence(f"Most: {', '.join(said)}" if said else "", marks.broken(frame.height - finite.height))
+    return marks.sentence(
+        f"Most: {', '.join(said)}" if said else "Nothing is lost", marks.broken(frame.height - finite.height)
+    )
 
 
 def attended_keys(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:

@@ -100,6 +100,7 @@ class ChartView(Ending, anywidget.AnyWidget):
     picked = t.Int(None, allow_none=True, help="the picked layer; set it from Python or by a click").tag(sync=True)
     picked_head = t.Int(None, allow_none=True, help="the same of the KV head").tag(sync=True)
     picked_token = t.Int(None, allow_none=True, help="the same of the token, its position").tag(sync=True)
+    note = t.Dict(help="a line above the chart: why it is there, and of what kind its numbers are").tag(sync=True)
     # the page alone sets this, so an echo of it would only be one more message per move of a slider
     rendered = t.Int(0, help="the revision last drawn in a page").tag(sync=True, echo_update=False)
 

@@ -17,8 +17,14 @@ WORDS = {
     "fp16, exact": "the uncompressed cache, 16 bits a number: what all bytes are compared with",
     "measured": "run on this model and text, or counted in live buffers",
     "predicted": "computed from the layout of codes, or from the committed results of another model",
+    "stale": "of older settings: these are being measured, or cannot be",
     "geometric mean": "the mean of logarithms; a mean far above it says that a few heads matter much more than others",
 }
+
+
+def note(why: str, badge: str) -> dict[str, str]:
+    """The line above a chart: why it is there, and whether its numbers are "measured", "predicted" or "stale"."""
+    return {"why": why, "badge": badge, "tip": "; ".join(WORDS[word] for word in badge.split(", then "))}
 
 
 def glossary() -> str:

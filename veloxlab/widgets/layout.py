@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from urllib.parse import quote
 
 import ipywidgets
 
+from veloxlab.views import theme
+
 STYLE = f"<style>{(Path(__file__).parent / 'static' / 'pages.css').read_text('utf-8')}</style>"
 BROAD = "veloxlab-broad"  # a control that has a row of its own
+LEGEND = (
+    ("●", theme.KEYS, "keys"),
+    ("■", theme.VALUES, "values"),
+    ("◆", theme.NEUTRAL, "exact"),
+    ("●", theme.CHOSEN, "compressed"),
+    ("▭", theme.PICKED, "picked"),
+    ("×", theme.PICKED, "not finite"),
+    ("▲", theme.PICKED, "above the scale"),
+)
 
 
 def laid_out(head: Iterable[ipywidgets.Widget], *parts: ipywidgets.Widget) -> list[ipywidgets.Widget]:
     """Children of a page: its style, a head that stays in sight, and what is below it."""
     return [styled(), _box("veloxlab-head", head, ipywidgets.VBox), *parts]
+
+
+def about(help_at: str) -> ipywidgets.HTML:
+    """What marks in charts mean, and where a page is explained: a notebook and a heading, ``"file.ipynb#heading"``.
+
+    It is a link where that notebook lies beside the present one.
+    """
+    file, heading = help_at.split("#")
+    words = f"Explained in {file}, “{html.escape(heading)}”"
+    link = f"<span class='veloxlab-help' title='{words}'>?</span>"
+    if Path(file).is_file():
+        at = f"{file}#{quote(heading.replace(' ', '-'))}"
+        link = f"<a class='veloxlab-help' href='{at}' target='_blank' title='{words}' aria-label='{words}'>?</a>"
+    marks = "".join(f"<span><b style='color: {colour}'>{mark}</b> {word}</span>" for mark, colour, word in LEGEND)
+    return ipywidgets.HTML(f"<div class='veloxlab-legend'>{marks}{link}</div>")
 
 
 def styled() -> ipywidgets.HTML:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +17,8 @@ from veloxlab.store import make_folder, write_atomically
 from veloxlab.views.picture import Section, report
 from veloxlab.widgets.chart_view import PATIENCE, ChartView, ensure_bundle
 from veloxlab.widgets.chosen import Chosen, ChosenBits
-from veloxlab.widgets.layout import button
+from veloxlab.widgets.glossary import note
+from veloxlab.widgets.layout import about, button, laid_out
 from veloxlab.widgets.lifetime import Ending, loosen, weakly
 from veloxlab.widgets.progress_bar import ProgressBar
 from veloxlab.widgets.selection import Selection
@@ -36,6 +37,8 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     NAME: ClassVar[str]
     IS_PAGE: ClassVar[bool] = True  # a laboratory holds pages, and is none
+    HELP: ClassVar[str] = "00_tour.ipynb#5. Set the controls"  # a notebook that explains it, and a heading there
+    WHY: ClassVar[Mapping[str, str]] = {}  # a line above charts that are put in one by one: what each is for
     SETTINGS: ClassVar[tuple[str, ...]] = ()  # what may be given to it, or what its charts show
     children: Any
     active = True  # whether it draws what is chosen; a laboratory's hidden pages do not
@@ -151,17 +154,22 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self.worker.retry()
         self._redraw()
 
+    def _laid_out(self, head: Iterable[ipywidgets.Widget], *parts: ipywidgets.Widget) -> None:
+        """Put together the page: a head that stays in sight, and what is below it."""
+        self.children = laid_out([*head, about(self.HELP)], *parts)
+
     def _put(self, charts: Mapping[str, alt.TopLevelMixin], slot: ipywidgets.Box) -> None:
         """Show charts, the first ones in ``slot``, later ones in the place of these."""
         for name, chart in charts.items() if self.charts else ():
             self.charts[name].show(chart)
         if not self.charts:
-            self.charts = {name: self._chart(chart) for name, chart in charts.items()}
+            self.charts = {name: self._chart(chart, self.WHY.get(name, "")) for name, chart in charts.items()}
             slot.children = self.views
 
-    def _chart(self, chart: alt.TopLevelMixin) -> ChartView:
-        """A chart of this page; a token that is picked in it is picked for all pages."""
+    def _chart(self, chart: alt.TopLevelMixin, why: str = "", badge: str = "measured") -> ChartView:
+        """A chart of this page, with a line above it; a token that is picked in it is picked for all pages."""
         view = ChartView(chart, settle=weakly(self._settle))
+        view.note = note(why, badge)
         self._watch(view, "picked_token", self._token_picked)
         return view
 

@@ -25,7 +25,7 @@ from veloxlab.views.memory import amount
 from veloxlab.views.picture import Section, html_table
 from veloxlab.widgets.chosen import Checked
 from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import broad, button, controls, laid_out, status
+from veloxlab.widgets.layout import broad, button, controls, status
 from veloxlab.widgets.pages.compare import Experiment
 from veloxlab.widgets.pages.generation import PROMPT
 from veloxlab.widgets.panel import Panel
@@ -70,6 +70,7 @@ class Advisor(Panel):
     """
 
     NAME = "advisor"
+    HELP = "13_memory_planner.ipynb#Which cache should I take?"
     SETTINGS = ("model", "context", "batch", "memory_gb", "weight_bits", "goal", "prompt")
     ASKED: ClassVar[tuple[str, ...]] = ("model", "context", "batch", "memory_gb", "weight_bits", "goal")
 
@@ -99,7 +100,7 @@ class Advisor(Panel):
         self._verdict, self._table, self._code = ipywidgets.HTML(), ipywidgets.HTML(), CodeLines()
         self._narrowed, self._answered = ipywidgets.HTML(), ipywidgets.HTML()
         self._caches = ipywidgets.Dropdown(description="cache", tooltip=self.traits()["picked"].help.capitalize())
-        self.children = laid_out(
+        self._laid_out(
             [self._controls(), status([self._banner, self._message], self.progress())],
             *(self._verdict, self._acts(), self._narrowed, self._answered, self._table, self._code),
         )

@@ -38,7 +38,7 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import link
 from veloxlab.widgets.chosen import Chosen
-from veloxlab.widgets.layout import button, columns, controls, laid_out, status
+from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.pages.budget_charts import CHARTS, COORDINATES, by_of, frontiers, kind_of, unit_of, words_of
 from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
 from veloxlab.widgets.pages.charts import ChartPage, Look
@@ -79,6 +79,7 @@ class BudgetTuner(ChartPage):
     """
 
     NAME = "tuner"
+    HELP = "10_ratequant_budget.ipynb#Predicted and measured"
     SETTINGS = ("setting",)
     TALL = ("frontier",)
 
@@ -172,7 +173,7 @@ class BudgetTuner(ChartPage):
         if self.rates is not None:
             return
         again = button("Measure tables", "Sensitivities and distortions of this model", self.start)
-        self.children = laid_out([controls(again), status([self._message], self.progress())])
+        self._laid_out([controls(again), status([self._message], self.progress())])
         self.say(STARTING)
         measure = partial(kept_rate_budget, self._model, self._tokenizer, **self._rate_settings)
         self._submit("tables", lambda progress: measure(progress=progress), on_done=self._build)
@@ -267,7 +268,7 @@ class BudgetTuner(ChartPage):
             one.disabled = self._model is None
         work = controls(*buttons)
         head = [self._controls, work, status([self._told, self._message], self.progress())]
-        self.children = laid_out(head, columns(self.charts.values()), self._history, self._file)
+        self._laid_out(head, columns(self.charts.values()), self._history, self._file)
         self._ready = True
         self._redraw()
         self.add_class("ready")

@@ -92,6 +92,8 @@ CHARTS = (
         lambda _, look: look.rates.heads(look.allocation.plan),
         lambda rows, look: views.allocation_map(rows, least=look.widths[0], most=look.widths[-1]),
         lambda rows, _: views.allocation_caption(rows),
+        why="Who gets the bits.",
+        badge="predicted",
     ),
     Chart(
         "losses",
@@ -102,6 +104,8 @@ CHARTS = (
         lambda rows, look: views.loss_by_layer(rows, unit=unit_of(look.rates)),
         lambda rows, look: views.loss_caption(rows, unit=unit_of(look.rates)),
         lambda rows, _: kinds_of(rows),
+        why="What each layer then loses, beside uniform bits in the same bytes.",
+        badge="predicted",
     ),
     Chart(
         "frontier",
@@ -112,12 +116,15 @@ CHARTS = (
         ),
         _frontier_caption,
         _ends,
+        why="What more bits are worth, and whether what was measured agrees.",
+        badge="predicted",
     ),
     Chart(
         "sensitivity",
         (),
         lambda _, look: look.rates.sensitivities,
         lambda rows, look: views.sensitivity_by_layer(rows, unit=unit_of(look.rates, "unit of error")),
+        why="How much the model's loss rises with an error there: bits go where that is most.",
     ),
 )
 COORDINATES = Chart(
@@ -125,5 +132,7 @@ COORDINATES = Chart(
     ("allocation",),
     lambda _, look: look.rates.coordinates(look.allocation.plan),
     lambda rows, _: views.coordinate_map(rows),
+    why="The same of single coordinates.",
+    badge="predicted",
 )
 """Of tables that know FisherQuant."""

@@ -19,7 +19,7 @@ from veloxlab.mlxlm.probe import LayerFacts, probe
 from veloxlab.widgets.chart_view import ChartView, link
 from veloxlab.widgets.chosen import Checked, OfLayers
 from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import button, columns, controls, laid_out, status
+from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request, coded
 from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter, OfExperiment
@@ -113,6 +113,7 @@ CHARTS = (
         lambda frame, look: views.error_caption(frame, look.metric),
         lambda _, look: look.metric,
         lambda look: [*ASKS_TOKENS(look), *ASKS_ATTENTION(look)],  # both: another metric is seen at once
+        "Which layers and heads lose most: give these more bits.",
     ),
     Chart(
         "bits",
@@ -122,6 +123,7 @@ CHARTS = (
         lambda frame, _: views.bit_caption(frame),
         lambda _, look: look.method,
         _asks("bits"),
+        "What a value of each layer takes: its code, and scales on top.",
     ),
     Chart(
         "memory",
@@ -131,6 +133,8 @@ CHARTS = (
         lambda frame, _: views.memory_caption(frame),
         lambda _, look: look.method,
         _asks("memory", "sinks", "window"),
+        "What the cache saves as the context grows.",
+        "measured, then predicted",
     ),
 )
 
@@ -165,7 +169,7 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         self._code = CodeLines()
         self._own = ipywidgets.HBox(layout={"flex_flow": "row wrap"})  # a button a layer with bits of its own
         head = [self._controls(), self._own, status([self._banner, self._message], self.progress())]
-        self.children = laid_out(head, columns(self.charts.values()), self._code)
+        self._laid_out(head, columns(self.charts.values()), self._code)
         self.follow()
 
     @property

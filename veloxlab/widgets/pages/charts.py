@@ -18,6 +18,7 @@ from veloxlab.measure import Capture
 from veloxlab.progress import Progress as Tell
 from veloxlab.progress import silent
 from veloxlab.widgets.chosen import Checked, Chosen
+from veloxlab.widgets.glossary import note
 from veloxlab.widgets.lifetime import weakly
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Selection
@@ -37,6 +38,7 @@ class Chart:
     ``depends``: the settings that it depends on. ``rows`` gives its rows from what was measured, ``draw`` the chart of
     rows, ``caption`` the line under its heading; without one it is always drawn as a whole. ``shape``: what its spec
     depends on beside numbers; rows of one shape can be put into one chart. ``asks``: what has to be measured for it.
+    ``why``: what it is for, in a line above it. ``badge``: "measured", "predicted" or "measured, then predicted".
     """
 
     name: str
@@ -46,6 +48,8 @@ class Chart:
     caption: Callable[[Any, Look], str] | None = None
     shape: Callable[[Any, Look], object] = lambda rows, look: None
     asks: Callable[[Look], Iterable[Request]] = lambda look: ()
+    why: str = ""
+    badge: str = "measured"
 
     def at(self, look: Look) -> tuple[object, ...]:
         """The settings that it depends on."""
@@ -130,7 +134,7 @@ class ChartPage(Panel):
         look, charts = self._look(), {}
         for kind in kinds:
             rows = kind.rows([self._measured(request, silent) for request in kind.asks(look)], look)
-            charts[kind.name] = self._chart(kind.draw(rows, look))
+            charts[kind.name] = self._chart(kind.draw(rows, look), kind.why, kind.badge)
             self.shown[kind.name], self._at[kind.name] = rows, (kind.at(look), kind.shape(rows, look))
             self._kinds[kind.name] = kind
             if kind.name in self.TALL:
@@ -159,7 +163,11 @@ class ChartPage(Panel):
         with self._drawing:  # the one who comes last reads the newest settings
             now = self._look()
             problems = dict.fromkeys(self._bring(kind, now) for kind in self._kinds.values())
-            self._complete = all(self._at[name][0] == kind.at(now) for name, kind in self._kinds.items())
+            self._complete = True
+            for name, kind in self._kinds.items():
+                drawn = self._at[name][0] == kind.at(now)
+                self._complete &= drawn
+                self.charts[name].note = note(kind.why, kind.badge if drawn else "stale")
         self.problem = " ".join(filter(None, problems))
         said = self.problem or ("" if self._complete else WAITING)
         if said != self._said:

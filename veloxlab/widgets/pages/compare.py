@@ -19,7 +19,7 @@ from veloxlab.measure import Capture, capture, fidelity
 from veloxlab.progress import Progress as Tell
 from veloxlab.views import frontier
 from veloxlab.views.picture import Section
-from veloxlab.widgets.layout import button, columns, controls, laid_out, status
+from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Bits, Choice, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
@@ -155,6 +155,10 @@ class Comparison(OfExperiment):
     """Measure the fidelity of caches, see them in one chart, and choose one of them again."""
 
     NAME = "compare"
+    HELP = "11_search_pareto.ipynb#Use one of the results"
+    WHY: ClassVar[dict[str, str]] = {
+        "frontier": "Which cache loses least in as many bytes.",
+    }
     frontier = property(lambda page: page.charts.get("frontier"), doc="The chart, once something was measured.")
 
     def __init__(self, experiment: Experiment, worker: Worker) -> None:
@@ -167,7 +171,7 @@ class Comparison(OfExperiment):
         tip = "At these bits, each method that needs no fitting"
         every = button("Measure all methods", tip, self.compare, width="auto")
         head = controls(one, every, self._list, self._take)
-        self.children = laid_out([head, status([self._banner, self._message], self.progress())], self._slot)
+        self._laid_out([head, status([self._banner, self._message], self.progress())], self._slot)
         self._watch(self.points, "choices", self._show_points)
         self._show_points()
 

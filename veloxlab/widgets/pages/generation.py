@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets
 import polars as pl
@@ -17,7 +17,7 @@ from veloxlab.views import held_while_generating, strip_caption, token_strip
 from veloxlab.views.generation import lines_for
 from veloxlab.views.marks import bits_said
 from veloxlab.widgets.chosen import Checked, OfCache
-from veloxlab.widgets.layout import broad, button, columns, controls, laid_out, status
+from veloxlab.widgets.layout import broad, button, columns, controls, status
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import CACHE, Choice, Fitting, Selection, pair_said
 from veloxlab.widgets.worker import Progress, Worker
@@ -44,6 +44,11 @@ class SideBySide(OfCache, Panel):
     """
 
     NAME = "side-by-side"
+    HELP = "15_side_by_side_generation.ipynb#The numbers"
+    WHY: ClassVar[dict[str, str]] = {
+        "texts": "Whether the answer changes, and where. Click a token.",
+        "held": "What each cache holds meanwhile.",
+    }
     SETTINGS = ("prompt", "tokens", "bits", *CACHE)
     _pressed = -LATE
     parting = property(lambda page: first_parting(page.generated), doc="The first position at which the texts differ.")
@@ -70,7 +75,7 @@ class SideBySide(OfCache, Panel):
         selection = selection or Selection(Fitting(model, tokenizer, calibration), USUAL, **chosen)
         super().__init__(selection, worker, **settings)
         self._slot = columns()
-        self.children = laid_out([self._controls(), status([self._banner, self._message], self.progress())], self._slot)
+        self._laid_out([self._controls(), status([self._banner, self._message], self.progress())], self._slot)
         self.follow()
 
     @property

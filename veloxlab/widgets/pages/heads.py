@@ -23,7 +23,7 @@ from veloxlab.progress import Progress
 from veloxlab.views.distributions import MARKS, SHARES_SHOWN, SPACE_WORDS
 from veloxlab.views.marks import bits_said
 from veloxlab.widgets.chosen import Checked, Chosen, ChosenBits
-from veloxlab.widgets.layout import columns, controls, laid_out, status
+from veloxlab.widgets.layout import columns, controls, status
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, coded
 from veloxlab.widgets.selection import Fitting, Selection
 from veloxlab.widgets.worker import Worker
@@ -42,6 +42,7 @@ def head_chart(
     caption: Callable[..., str],
     shape: Callable[[pl.DataFrame, Look], object] = lambda rows, look: None,
     more: Callable[[Look], dict[str, Any]] = lambda look: {},
+    why: str = "",
 ) -> Chart:
     """A chart of one KV head, from a frame of all heads that depends on some settings.
 
@@ -55,6 +56,7 @@ def head_chart(
         lambda rows, look: caption(rows, **more(look)),
         shape,
         lambda look: [(name, *(getattr(look, setting) for setting in depends))],
+        why,
     )
 
 
@@ -98,7 +100,7 @@ class HeadPage(ChartPage):
         if all(getattr(layer, needs) is not None for layer in capture.layers):
             rare, self._missing = (), ""
         self._draw(chart for chart in self.CHARTS if chart.name not in rare)
-        self.children = laid_out(
+        self._laid_out(
             [self._controls(), status([self._banner, self._message], self.progress())], columns(self.charts.values())
         )
         self.follow()
@@ -174,6 +176,7 @@ class ErrorExplorer(HeadPage):
     """
 
     NAME = "errors"
+    HELP = "00_tour.ipynb#3. Where are the errors?"
     SETTINGS = ("layer", "head", "method", "bits")
     TALL = ("attention",)
     MEASURES: ClassVar[dict[str, Measure]] = {
@@ -189,12 +192,37 @@ class ErrorExplorer(HeadPage):
             CODED,
             lambda frame, where: views.attention_maps(frame, caption=_attention_caption(frame, where)),
             _attention_caption,
+            why="Whether queries still look at the same keys.",
             more=lambda at: {"where": f"{at.method} at {bits_said(at.bits)}, layer {at.layer}, KV head {at.head}"},
         ),
-        head_chart("positions", CODED, views.errors_along_position, views.profile_caption),
-        head_chart("distribution", CODED, views.error_distribution, views.distribution_caption),
-        head_chart("logits", CODED, views.logit_errors, views.logits_caption),
-        head_chart("by_bits", ("layer", "method", "widths"), views.errors_by_bits, views.by_bits_caption),
+        head_chart(
+            "positions",
+            CODED,
+            views.errors_along_position,
+            views.profile_caption,
+            why="Whether early or late tokens lose more.",
+        ),
+        head_chart(
+            "distribution",
+            CODED,
+            views.error_distribution,
+            views.distribution_caption,
+            why="Whether a few vectors lose far more than most.",
+        ),
+        head_chart(
+            "logits",
+            CODED,
+            views.logit_errors,
+            views.logits_caption,
+            why="What hurts this head: bits are needed there.",
+        ),
+        head_chart(
+            "by_bits",
+            ("layer", "method", "widths"),
+            views.errors_by_bits,
+            views.by_bits_caption,
+            why="What one more bit is worth.",
+        ),
     )
     RARE = ("attention", "logits"), "queries", "Not every layer shows its queries, so there are no attention maps."
 
@@ -233,6 +261,7 @@ class KeyExplorer(HeadPage):
     """
 
     NAME = "keys"
+    HELP = "12_key_distributions.ipynb#1. Outlier channels"
     SETTINGS = ("layer", "head", "tensor", "space", "method", "bits")
     MEASURES: ClassVar[dict[str, Measure]] = {
         "channels": lambda page, _, layer, tensor, space: channel_distributions(
@@ -251,8 +280,16 @@ class KeyExplorer(HeadPage):
             views.channel_caption,
             # channels that are drawn in groups are no rows of the frame
             lambda frame, look: (look.tensor, look.space, frame.height if 3 * frame.height > MARKS else 0),
+            why="Channels far larger than others waste the levels of all.",
         ),
-        head_chart("density", SEEN, views.density, views.density_caption, lambda _, look: look.space),
+        head_chart(
+            "density",
+            SEEN,
+            views.density,
+            views.density_caption,
+            lambda _, look: look.space,
+            why="What one table of levels has to fit.",
+        ),
         head_chart(
             "levels",
             (*CODED, "tensor"),
@@ -260,10 +297,22 @@ class KeyExplorer(HeadPage):
             views.levels_caption,
             lambda frame, look: (look.tensor, frame.filter(kind="level").height <= SHARES_SHOWN),
             more=lambda look: {"method": look.method},
+            why="How well the method's levels fit what it quantizes.",
         ),
-        head_chart("spectrum", ("layer", "tensor"), views.spectrum, views.spectrum_caption),
         head_chart(
-            "pairs", ("layer",), views.pair_energy, views.pair_caption, lambda frame, _: tuple(frame["wavelength"])
+            "spectrum",
+            ("layer", "tensor"),
+            views.spectrum,
+            views.spectrum_caption,
+            why="How many directions hold the energy: few can get most bits.",
+        ),
+        head_chart(
+            "pairs",
+            ("layer",),
+            views.pair_energy,
+            views.pair_caption,
+            lambda frame, _: tuple(frame["wavelength"]),
+            why="Which of the pairs that RoPE turns carry the keys.",
         ),
     )
     RARE = (

@@ -16,7 +16,7 @@ from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
 from veloxlab.widgets.chosen import Checked, OfCache
 from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import columns, controls, laid_out, status
+from veloxlab.widgets.layout import columns, controls, status
 from veloxlab.widgets.pages.charts import Chart, ChartPage
 from veloxlab.widgets.selection import CACHE, Fitting, Selection
 from veloxlab.widgets.worker import Worker
@@ -51,6 +51,8 @@ CHART = Chart(
     ),
     lambda plan, _: memory_plan(*plan),
     asks=lambda look: [("layouts", *(getattr(look, name) for name in (*CACHE, *TYPED)))],
+    why="Whether this context fits, and how long a one does.",
+    badge="predicted",
 )
 
 
@@ -73,6 +75,7 @@ class MemoryPlanner(OfCache, ChartPage):
     """
 
     NAME = "planner"
+    HELP = "13_memory_planner.ipynb#Is the prediction correct?"
     SETTINGS = (*CACHE, *OWN)
     MEASURES = {"layouts": _layouts}  # noqa: RUF012
 
@@ -105,7 +108,7 @@ class MemoryPlanner(OfCache, ChartPage):
         self._draw([CHART])
         self.chart = self.charts["memory_plan"]
         self._code = CodeLines()
-        self.children = laid_out(
+        self._laid_out(
             [self._controls(), status([self._banner, self._message], self.progress())],
             columns([self.chart]),
             self._code,

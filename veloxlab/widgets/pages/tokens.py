@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import altair as alt
 import ipywidgets
 import polars as pl
 
@@ -22,14 +23,14 @@ from veloxlab.measure.tokens import (
 from veloxlab.progress import Progress as Tell
 from veloxlab.views.generation import lines_for
 from veloxlab.widgets.chosen import Chosen, OfLayers
-from veloxlab.widgets.layout import button, columns, controls, laid_out, status
+from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request
 from veloxlab.widgets.pages.compare import Experiment, OfExperiment
 from veloxlab.widgets.selection import Choice, Selection
 from veloxlab.widgets.worker import Worker
 
 BLOCKS = 200  # of the text that are drawn along it
-SHOWN = 240  # tokens whose text is drawn: those around the picked one
+SHOWN = 160  # tokens whose text is drawn: those around the picked one
 FIRST = 1  # no prediction says the token at position 0
 STRIP = "The text around the token, with the KL divergence of each prediction: click a token"
 NO_QUERIES = "This model does not show its queries, so the keys that a token attends to cannot be seen."
@@ -44,9 +45,19 @@ def _place(found: Predictions, token: int | None) -> int:
     return found.worst if token is None else max(token, FIRST)
 
 
+def _along_rows(found: Sequence[Predictions], _: Look) -> pl.DataFrame:
+    return worst_of_blocks(found[0].tokens, BLOCKS)
+
+
 def _strip_rows(found: Sequence[Predictions], look: Look) -> pl.DataFrame:
-    first = (_place(found[0], look.token) - FIRST) // SHOWN * SHOWN
-    return found[0].tokens.slice(first, SHOWN).with_columns(side=pl.lit("compressed"))
+    tokens, place = found[0].tokens, _place(found[0], look.token)
+    first = min((place - FIRST) // SHOWN * SHOWN, max(0, tokens.height - SHOWN))
+    return tokens.slice(first, SHOWN).with_columns(side=pl.lit("compressed"))
+
+
+def _strip(rows: pl.DataFrame) -> alt.TopLevelMixin:
+    said = views.losses_caption(rows)
+    return views.token_strip(rows, lines=lines_for(rows.height), heading=STRIP, caption=said)
 
 
 def _choice(cache: tuple[Any, ...]) -> Choice:
@@ -114,29 +125,34 @@ def _alternatives(page: TokenPage, progress: Tell, *of: Any) -> pl.DataFrame:
     return found.alternatives(page.experiment.tokenizer, place)
 
 
-def _chart(name: str, depends: str, rows: Any, draw: Any, *, on_token: bool = False) -> Chart:  # noqa: ANN401
-    """A chart of a text; with ``on_token`` of a frame of its own name, measured at one token."""
+def _chart(
+    name: str,
+    why: str,
+    rows: Callable[[Sequence[Any], Look], pl.DataFrame],
+    draw: Callable[[pl.DataFrame], alt.TopLevelMixin],
+    *depends: str,
+    of_text: bool = False,
+) -> Chart:
+    """A chart of one token, from a measurement of the chart's name; or ``of_text``, from the predictions of it all."""
+    depends = ("ids", "cache", "token", *depends)
 
     def asks(look: Look) -> list[Request]:
-        return [(name, *(getattr(look, setting) for setting in ("ids", "cache", "token", *depends.split())))]
+        return _predictions_of(look) if of_text else [(name, *(getattr(look, setting) for setting in depends))]
 
-    named = ("ids", "cache", "token", *depends.split())
-    return Chart(name, named, rows, lambda own, _: draw(own), asks=asks if on_token else _predictions_of)
+    return Chart(name, depends, rows, lambda own, _: draw(own), asks=asks, why=why)
+
+
+def _whole(found: Sequence[Any], _: Look) -> pl.DataFrame:
+    frame: pl.DataFrame = found[0]
+    return frame
 
 
 CHARTS = (
-    _chart("along", "", lambda found, _: worst_of_blocks(found[0].tokens, BLOCKS), views.losses_along),
-    _chart(
-        "text",
-        "",
-        _strip_rows,
-        lambda own: views.token_strip(
-            own, lines=lines_for(own.height), heading=STRIP, caption=views.losses_caption(own)
-        ),
-    ),
-    _chart("heads", "", lambda found, _: found[0], views.token_heads, on_token=True),
-    _chart("keys", "layer head", lambda found, _: found[0], views.attended_keys, on_token=True),
-    _chart("alternatives", "", lambda found, _: found[0], views.alternatives, on_token=True),
+    _chart("text", "Which words the cache hurts.", _strip_rows, _strip, of_text=True),
+    _chart("along", "Where in the text they are.", _along_rows, views.losses_along, of_text=True),
+    _chart("alternatives", "Whether another token would be said.", _whole, views.alternatives),
+    _chart("heads", "Where the harm to this token begins.", _whole, views.token_heads),
+    _chart("keys", "Whether it still reads the same tokens.", _whole, views.attended_keys, "layer", "head"),
 )
 
 
@@ -150,7 +166,7 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
 
     NAME = "tokens"
     SETTINGS = ("token", "ids", "layer", "head")
-    TALL = ("heads",)
+    HELP = "00_tour.ipynb#3. Where are the errors?"
     MEASURES: ClassVar[dict[str, Measure]] = {
         "capture": _capture,
         "predictions": _predictions,
@@ -179,7 +195,7 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
         self._steps = ipywidgets.IntSlider(description="token", min=FIRST, max=FIRST, value=FIRST, tooltip=tip)
         self._steps.observe(self._token_picked, "value")
         self._back = button("Captured text", "See the text of the laboratory again", self._leave, width="auto")
-        self.children = laid_out(
+        self._laid_out(
             [self._controls(), status([self._banner, self._message], self.progress())], columns(self.charts.values())
         )
         self.follow()

@@ -129,11 +129,14 @@ let gradients = 0;
 
 function ownGradients(plot) {
   for (const gradient of plot.querySelectorAll("linearGradient[id^='gradient_']")) {
-    const [name, own] = [gradient.id, `veloxlab-${gradients++}`];
-    gradient.id = own;
+    gradient.dataset.name = gradient.id;
+    gradient.id = `veloxlab-${gradients++}`;
+  }
+  for (const gradient of plot.querySelectorAll("linearGradient[data-name]")) {
+    const [{ name }, own] = [gradient.dataset, `url(#${gradient.id})`];
     for (const filled of plot.querySelectorAll(`[fill$='#${name})'], [data-gradient='${name}']`)) {
       filled.dataset.gradient = name;
-      filled.setAttribute("fill", `url(#${own})`);
+      if (filled.getAttribute("fill") !== own) filled.setAttribute("fill", own);
     }
   }
 }
@@ -168,10 +171,13 @@ class Chart {
   constructor(model, el, vega, themes) {
     Object.assign(this, { model, el, vega, themes, result: null, shown: {}, closed: false });
     Object.assign(this, { picks: [], datasets: {}, room: null, left: 66, across: 1, down: 1, slope: null });
+    this.note = el.appendChild(document.createElement("div"));
+    this.note.className = "veloxlab-note";
+    this.annotate();
     this.plot = el.appendChild(document.createElement("div"));
     this.plot.className = "veloxlab-chart";
     this.names = new MutationObserver(() => ownGradients(this.plot));
-    this.names.observe(this.plot, { subtree: true, childList: true, attributeFilter: ["id"] });
+    this.names.observe(this.plot, { subtree: true, childList: true, attributeFilter: ["id", "fill"] });
     this.sentence = el.appendChild(document.createElement("p"));
     this.sentence.className = "veloxlab-sentence";
     this.sentence.setAttribute("role", "alert");
@@ -191,6 +197,22 @@ class Chart {
   // On a page of tabs that is not open: what nobody sees is drawn once it is seen.
   get isHidden() {
     return this.result !== null && this.el.isConnected && this.plot.offsetParent === null;
+  }
+
+  // Why the chart is there, and whether its numbers are measured, predicted or stale.
+  annotate() {
+    const { why = "", badge = "", tip = "" } = this.model.get("note") ?? {};
+    const parts = [["why", why], ["badge", badge]].filter(([, words]) => words);
+    this.note.replaceChildren(
+      ...parts.map(([kind, words]) => {
+        const part = document.createElement("span");
+        part.className = `veloxlab-${kind}`;
+        part.textContent = words;
+        if (kind === "badge") Object.assign(part, { title: tip }).dataset.kind = words;
+        return part;
+      }),
+    );
+    this.note.hidden = parts.length === 0;
   }
 
   say(sentence) {
@@ -415,6 +437,7 @@ class Chart {
     this.names.disconnect();
     this.result?.finalize();
     this.result = null;
+    this.note.remove();
     this.plot.remove();
     this.sentence.remove();
   }
@@ -440,6 +463,7 @@ async function render({ model, el }) {
   listen(model, "change:spec", update);
   listen(model, "change:content", update);
   for (const { trait } of PICKS) listen(model, `change:${trait}`, () => chart.mark());
+  listen(model, "change:note", () => chart.annotate());
   closers.push(onGround(update));
   const seen = new ResizeObserver(([{ contentRect }]) => {
     if (contentRect.width > 0) chart.room = contentRect.width;
