@@ -17,7 +17,7 @@ from veloxlab.measure.distributions import channel_distributions
 from veloxlab.measure.levels import level_densities
 from veloxlab.measure.spectra import rope_pairs, spectra
 from veloxlab.views.picture import png_size
-from veloxlab.widgets.pages.heads import KeyExplorer
+from veloxlab.widgets.pages.keys import KeyExplorer
 
 FIRST = {"layer": 7, "head": 0, "tensor": "keys", "space": "raw", "method": "turboquant", "bits": 2}
 

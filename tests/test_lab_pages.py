@@ -5,18 +5,20 @@ import threading
 from pathlib import Path
 
 import ipywidgets
+import mlx.core as mx
 import polars as pl
 import pytest
 
 import veloxlab as vl
 from tests.knobs import controls, turn
 from tests.tiny_models import tiny
+from veloxlab.cache.counts import calls
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import LayerFacts
 from veloxlab.views.picture import png_size
 from veloxlab.widgets.lab import NAMES
 from veloxlab.widgets.lab import PAGES as KINDS
-from veloxlab.widgets.pages.cache import unusual
+from veloxlab.widgets.pages.cache import CachePage, unusual
 
 PAGES = [name for name in NAMES if name not in ("cache", "compare")]
 
@@ -88,7 +90,10 @@ def test_what_is_chosen_on_one_page_is_chosen_on_all(lab):
     keys, errors, plans, texts = (lab.turn_to(page) for page in ("keys", "errors", "memory", "generation"))
     turn(lab, page="keys")
     turn(keys, layer=1, head=1, method="rabitq")
-    assert (lab.layer, lab.head, lab.method, lab.errors.picked) == (1, 1, "rabitq", 1)
+    assert (lab.layer, lab.head, lab.method) == (1, 1, "rabitq")
+    assert lab.errors.picked is None  # what nobody sees follows once it is seen
+    turn(lab, page="cache")
+    assert lab.errors.picked == 1
     turn(lab, page="errors")
     assert (errors.layer, errors.head, errors.method) == (1, 1, "rabitq")
     assert "Layer 1" in keys.charts["spectrum"].content["params"]["caption"]
@@ -392,3 +397,43 @@ def test_numbers_of_older_settings_are_called_stale_until_others_are_measured(la
     assert cache.memory.note["badge"] == "measured, then predicted"
     assert memory.chart.note["badge"] == "predicted"
     assert all(view.note["why"] for page in lab.pages.values() for view in page.views)
+
+
+def test_a_laboratory_of_the_same_model_and_text_finds_what_was_measured(lab, monkeypatch):
+    def measured(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    before = lab.errors.frame.sort("tensor", "layer", "head")
+    for name in CachePage.MEASURES:
+        monkeypatch.setitem(CachePage.MEASURES, name, measured)
+    again = vl.Lab(lab.experiment.model, Letters(), tokens=128, sinks=2, window=16)
+    assert again.errors.frame["output_error"].to_list() == before["output_error"].to_list()
+    again.close()
+    changed = tiny("llama", seed=1)
+    with pytest.raises(AssertionError, match="measured again"):
+        vl.Lab(changed, Letters(), tokens=128, sinks=2, window=16)
+
+
+def test_points_are_drawn_at_the_bytes_of_a_chosen_context_and_a_click_picks_one(lab):
+    page = lab.turn_to("compare")
+    lab.measure()
+    turn(lab, layer=1)
+    turn(lab, key_bits=8)
+    lab.measure()
+    assert lab.wait(120)
+    page.context = 1000
+    first, last = page.frontier.frame.sort("point")["held_bytes"].to_list()[-2:]
+    settings = {"sinks": 2, "window": 16, "context": 1000}
+    planned = vl.measure.plan_memory(lab.experiment.model, "turboquant", bits=4, **settings)
+    assert first == planned.filter(pl.col("cache").str.starts_with("turboquant"))["bytes"].sum()
+    cache = vl.make_cache(lab.experiment.model, lab.plan)
+    for count in calls(1000):
+        lab.experiment.model(mx.zeros((1, count), mx.int32), cache=cache)
+    assert last == vl.report(cache)["held_bytes"].sum()
+    assert "bytes predicted for 1,000 tokens" in json.dumps(page.frontier.to_dict())
+    point = len(lab.measured) - 2
+    page.frontier.picked_point = point
+    assert page._list.value == point
+    page._take.click()
+    assert lab.selection.choice.own_bits == {}
+    assert page._message.value == "<em>All pages now show turboquant K4 V4, sinks=2, window=16.</em>"

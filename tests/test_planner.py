@@ -72,6 +72,37 @@ def test_every_method_is_planned_with_widths_of_its_own(planner):
     assert planner.key_bits in (2, 4, 6, 8)
 
 
+def test_another_model_is_planned_and_its_weights_are_left_room(planner):
+    turn(planner, model="8B, as Llama 3.1")
+    assert drawn(planner) == expected(context=32_768)
+    assert planner._typed.layout.display == "none"
+    assert "trained for 131,072" in str(planner.chart.to_dict())
+    turn(planner, machine_gb=16.0, weight_bits=4)
+    planner.leave_room()
+    # a quarter of 16 GB is the system's, and a weight takes 4.5 bits with its scale and bias
+    assert planner.memory_gb == pytest.approx(12 - 8.030261248 * 4.5 / 8, abs=1e-3)
+    assert planner._message.value == "<em>16 GB: 4 for the system, 4.52 for the weights, 7.48 for the cache.</em>"
+    planner.say("")
+    turn(planner, model="70B, as Llama 3.1")
+    planner.leave_room()
+    assert "nothing for a cache: take fewer bits" in planner._message.value
+    assert planner.memory_gb == pytest.approx(7.483, abs=1e-3)
+    planner.model = "no-such-folder"
+    assert planner.wait(60)
+    assert "There is no file or folder no-such-folder" in planner._message.value
+    planner.model = "typed in"
+    assert planner.wait(60)
+    planner.leave_room()
+    assert "The weights of a model that is typed in are not known" in planner._message.value
+
+
+def test_what_the_demo_model_lost_is_said_as_a_prediction(planner):
+    assert "turboquant at 4 bits loses 0." in planner._banner.value
+    assert "a prediction for any other model" in planner._banner.value
+    turn(planner, key_bits=3)
+    assert "What turboquant at K3 V4 loses is not known before a run." in planner._banner.value
+
+
 def test_a_typed_shape_is_planned(planner):
     before = drawn(planner)
     turn(planner, layers=64)

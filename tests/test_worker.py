@@ -161,6 +161,22 @@ def test_what_nobody_waits_for_makes_way_and_begins_anew(worker, news):
     assert "cancelled" not in {s.state for s in news}
 
 
+def test_what_a_person_asked_for_passes_all_that_wait(worker):
+    held, ran = Held(), []
+    worker.submit("held", held)
+    assert held.started.wait(PATIENCE)
+    for name, order in (
+        ("ahead", {"ahead": True}),
+        ("frames", {}),
+        ("pressed", {"first": True}),
+        ("again", {"first": True}),
+    ):
+        worker.submit(name, lambda _, name=name: ran.append(name), **order)
+    held.go.set()
+    assert worker.wait(PATIENCE, ahead=True)
+    assert ran == ["pressed", "again", "frames", "ahead"]
+
+
 def test_nobody_waits_for_what_runs_ahead_unless_asked(worker):
     held = Held()
     worker.submit("ahead", held, ahead=True)

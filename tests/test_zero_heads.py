@@ -18,7 +18,8 @@ from veloxlab.measure.errors import error_densities, errors_along_position, erro
 from veloxlab.measure.spectra import dimensions, rope_pairs, spectra
 from veloxlab.views import by_bits_caption, channel_map_caption, spectrum_caption
 from veloxlab.widgets.pages.cache import relative as relative_at_bits
-from veloxlab.widgets.pages.heads import ErrorExplorer, KeyExplorer
+from veloxlab.widgets.pages.errors import ErrorExplorer
+from veloxlab.widgets.pages.keys import KeyExplorer
 
 IDS = [(7 * i * i + 3 * i) % 90 for i in range(96)]
 

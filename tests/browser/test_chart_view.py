@@ -255,7 +255,7 @@ def test_closing_leaves_no_listener_and_no_element(bare):
     before = bare.page.evaluate("lab.pageListeners()")
     open_chart(bare, ChartView(bars(5, 10)))
     bare.page.evaluate("document.querySelector('#one .veloxlab-chart').focus()")  # which listens for keys
-    assert bare.page.evaluate("lab.charts.one.model.listeners()") == 6
+    assert bare.page.evaluate("lab.charts.one.model.listeners()") == 7
     assert bare.page.evaluate("lab.pageListeners()") >= before + 3
     bare.page.evaluate("lab.charts.one.cleanup()")
     assert bare.page.evaluate("lab.charts.one.model.listeners()") == 0

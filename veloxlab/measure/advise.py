@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from math import inf
 from typing import Any
 
@@ -150,11 +151,11 @@ def advise(
     if tokenizer is not None and not isinstance(model_or_config, Module):
         raise InputError("tokenizer is for a loaded model, on which caches are measured: leave it out here.")
     shape = shape_of(model_or_config)
-    held = _weights(model_or_config, shape.parameters, weight_bits) if weights is None else int(weights)
+    held = weights_bytes(model_or_config, shape.parameters, weight_bits) if weights is None else int(weights)
     total = int(device().memory_bytes if memory is None else memory)
     advice = Advice(context, goal, total, held, int(total * (1 - KEPT)) - held, pl.DataFrame())
 
-    known = _results()
+    known = known_losses()
     rows = []
     for layout, found in _candidates(shape, known):
         nbytes, longest = layout.held(context, batch), layout.largest_context(max(advice.room_bytes, 0), batch)
@@ -190,7 +191,7 @@ def _measure(model: Module, tokenizer: Tokenizer, rows: list[dict[str, Any]], to
         }
 
 
-def _weights(model_or_config: ModelOrConfig, parameters: int, bits: int) -> int:
+def weights_bytes(model_or_config: ModelOrConfig, parameters: int, bits: int) -> int:
     """Bytes of the weights of a loaded model, or of so many numbers that are quantized."""
     if isinstance(model_or_config, Module):
         return bytes_of(model_or_config.parameters())
@@ -199,8 +200,9 @@ def _weights(model_or_config: ModelOrConfig, parameters: int, bits: int) -> int:
     return int(parameters * (bits + OVERHEAD_BITS * (bits < 16)) / 8)
 
 
-def _results() -> dict[str, dict[str, Any]]:
-    """What the demo model lost with each cache."""
+@cache
+def known_losses() -> dict[str, dict[str, Any]]:
+    """What the demo model lost with each cache, by its name, such as ``"turboquant 4 bit"``."""
     found: dict[str, dict[str, Any]] = {}
     for file, sinks in RESULTS.items():
         frame = pl.read_parquet(shipped_folder("data") / "results" / file)

@@ -16,7 +16,7 @@ from veloxlab.cache.counts import Windows, own_room
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_SLIDING, DEFAULT_WINDOW, Sliding, cache_name, tensor_bits
 from veloxlab.cache.runs import compressed_room
 from veloxlab.checks import checked, either, many, real, whole
-from veloxlab.codecs import Codec, find_method
+from veloxlab.codecs import TENSORS, Codec, find_method
 from veloxlab.codecs.base import token_bytes
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import schema
@@ -92,6 +92,7 @@ def cache_layouts(
     bits: float | None = None,
     key_bits: float | None = None,
     value_bits: float | None = None,
+    layer_bits: Mapping[int, tuple[float, float]] | None = None,
     sinks: int = DEFAULT_SINKS,
     window: int = DEFAULT_WINDOW,
     sliding: Sliding = DEFAULT_SLIDING,
@@ -101,6 +102,7 @@ def cache_layouts(
     """Layouts of a compressed cache, of the exact one in 16 bits, and of mlx-lm's quantized ones where it has them.
 
     Arguments and errors are as for `veloxlab.make_cache` and `shape_of`; no method needs a ``calibration``.
+    ``layer_bits``: bits of keys and of values of layers that have others.
     """
     shape, found = shape_of(model_or_config), find_method(method)
     widths = tensor_bits(method, 8 * shape.exact_bytes, bits, key_bits, value_bits)
@@ -109,12 +111,13 @@ def cache_layouts(
     def layout(facts: LayerFacts) -> LayerLayout:
         if not facts.compressible or (facts.max_size is not None and sliding == "exact"):
             return _own(facts, shape.exact_bytes)
-        sizes = []
+        sizes, own = [], dict(zip(TENSORS, (layer_bits or {}).get(facts.layer, ()), strict=False))
         for tensor, head_dim in facts.dims.items():
+            width = own.get(tensor, widths[tensor])
             if calibration is None:
-                codec = found.codec(head_dim, widths[tensor], tensor, **options).blank(facts.kv_heads)
+                codec = found.codec(head_dim, width, tensor, **options).blank(facts.kv_heads)
             else:
-                codec = layer_codec(found, facts.layer, head_dim, widths[tensor], tensor, options, calibration)
+                codec = layer_codec(found, facts.layer, head_dim, width, tensor, options, calibration)
             codecs.add(codec)
             sizes.append(token_bytes(codec, facts.kv_heads, shape.exact_bytes))
         codes, scales = (sum(part) for part in zip(*sizes, strict=True))

@@ -35,10 +35,12 @@ class ModelShape:
     exact_bytes: int = 2  # of a value in the model's own cache: 4 where the model computes in float32
     state_bytes: int = 0  # of the states of one sequence that do not grow with it, in all layers
     parameters: int = 0  # numbers in the weights of a configuration; 0 where they are not known
+    trained_tokens: int = 0  # the longest text that it was made for, as its configuration says; 0 where it does not
 
     def __post_init__(self) -> None:
         check_fields(self, name=WORDS, caches=many(instance(LayerFacts, "facts of a cache")))
-        check_fields(self, exact_bytes=whole(1), state_bytes=whole(0), parameters=whole(0))
+        numbers = dict.fromkeys(("state_bytes", "parameters", "trained_tokens"), whole(0))
+        check_fields(self, exact_bytes=whole(1), **numbers)
 
     @classmethod
     @checked(**dict.fromkeys(_NUMBERS, whole(1)))
@@ -113,7 +115,9 @@ def _of_model(model: Module, name: str, caches: Sequence[LayerFacts]) -> ModelSh
             raise InputError(f"{said}: measure this model with vl.make_cache and vl.report.")
     made = after_one_token(model) if any(cache.native == PREDICTED[-1] for cache in caches) else []  # few have states
     states = sum(slot.nbytes for slot in slots_of(made) if isinstance(slot, ArraysCache))
-    return ModelShape(name, tuple(caches), exact_width(model) // 8, states)
+    trained = getattr(getattr(model, "args", None), "max_position_embeddings", 0)  # mlx-lm's, where a family has it
+    known = trained if isinstance(trained, int) else 0
+    return ModelShape(name, tuple(caches), exact_width(model) // 8, states, trained_tokens=known)
 
 
 def _read(path: Path) -> tuple[Mapping[str, Any], str]:

@@ -30,6 +30,8 @@ def frontier(
     *,
     x: Literal["bits", "held_bytes"] = "bits",
     domain: columns.Domain | None = None,
+    tokens: int | None = None,
+    exact_bytes: int | None = None,
     caption: str = "",
 ) -> alt.VConcatChart:
     """Draw each measured cache by its cost and by how far it moves the model's predictions.
@@ -38,13 +40,16 @@ def frontier(
     ``perplexity``. A name starts with its method's id; a column ``method`` is used where there is one. Where bits are
     null, a column ``held_bits`` stands in. The exact cache (``"none"``) is told of in the caption, and a divergence of
     zero is drawn at the floor. ``x``: ``"bits"`` for true bits per value, or ``"held_bytes"``. ``domain``: least and
-    greatest KL of the scale; give one to keep it steady while points are added.
+    greatest KL of the scale; give one to keep it steady while points are added. ``tokens``: the context that bytes are
+    predicted for. ``exact_bytes``: what the exact cache then holds, a line. With a column ``point``, the number of a
+    cache, a click picks it.
     """
     choice(*COSTS)("x", x)
     needed = "name key_bits value_bits kl_mean held_bytes top1_flips perplexity"
     columns.require(frame, "frontier", needed)
     method = pl.col("method") if "method" in frame.columns else pl.col("name").str.split(" ").list.first()
-    shown = frame.select(*needed.split(), *_held_bits(frame), method=method).drop_nulls("name")
+    point = ["point"] if "point" in frame.columns else []
+    shown = frame.select(*needed.split(), *_held_bits(frame), *point, method=method).drop_nulls("name")
     shown = shown.sort("method", "key_bits", "value_bits", "name")
     drawn = shown.filter(pl.col("method") != EXACT)
     scale = domain or columns.log_domain(drawn["kl_mean"])
@@ -69,9 +74,21 @@ def frontier(
     if drawn.height <= FEW:
         named = base.transform_calculate(short="slice(datum.name, length(datum.method) + 1)")
         layers.append(named.mark_text(align="left", dx=7, dy=-7, fontSize=10).encode(text=alt.Text("short:N")))
+    if point:
+        picked = base.transform_filter(f"datum.point === {marks.PICKED_POINT}")
+        layers.append(picked.mark_point(size=190, stroke=theme.PICKED, strokeWidth=2.5))
+        layers.append(base.mark_point(filled=True, size=260, opacity=0, cursor="pointer").encode(tooltip=told))
+    if exact_bytes is not None:
+        line = alt.Chart().transform_aggregate(caches="count()").transform_calculate(cost=str(exact_bytes / 1e6))
+        label: marks.Look = {"text": "exact, in 16 bits", "align": "right", "baseline": "top", "dx": -4, "dy": 4}
+        layers += [line.mark_rule(strokeDash=[4, 3]).encode(y=alt.value(0), y2=alt.value("height"))]
+        layers += [line.mark_text(**label).encode(y=alt.value(0))]
+    if tokens is not None:
+        title = f"bytes predicted for {tokens:,} tokens (MB)"
     plot = _plane(layers, "cost", title, "kl_mean", scale, 260)
     heading = f"KL divergence of predictions against {words}"
-    return marks.framed([plot], shown, heading, caption or fidelity_caption(frame, x))
+    picks = [marks.PICKED_POINT] if point else []
+    return marks.framed([plot], shown, heading, caption or fidelity_caption(frame, x), picks=picks)
 
 
 def fidelity_caption(frame: pl.DataFrame, x: Literal["bits", "held_bytes"] = "bits") -> str:

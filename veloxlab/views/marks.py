@@ -13,7 +13,7 @@ import polars as pl
 from veloxlab.views import columns, theme
 
 Look = dict[str, Any]  # properties of a mark, encodings or settings of an axis, by name
-PICKED, PICKED_HEAD, PICKED_TOKEN = "picked_layer", "picked_head", "picked_token"
+PICKED, PICKED_HEAD, PICKED_TOKEN, PICKED_POINT = "picked_layer", "picked_head", "picked_token", "picked_point"
 IS_PICKED = f"datum.layer === {PICKED}"
 ALTAIR_ROWS = 5_000
 OWN_SCALES = ("color", "opacity", "shape", "strokeDash")

@@ -91,13 +91,15 @@ ROW = 30  # pixels of a cache
 UNITS = {"TB": 1e12, "GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
 
 
-def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
+def memory_plan(
+    planned: pl.DataFrame, largest: pl.DataFrame, *, trained: int = 0, caption: str = ""
+) -> alt.VConcatChart:
     """Draw the bytes of each cache by part beside the memory there is, and below, the largest context that fits.
 
     ``planned``: rows of `veloxlab.measure.planned_memory.PLANNED` at one context: ``cache``, ``tokens``, ``batch``,
     ``part``, ``bytes``. ``largest``: rows of `veloxlab.measure.planned_memory.LARGEST` of the same caches: ``cache``,
-    ``memory_bytes``, ``tokens``. Raises `InputError`: A column or a row is missing, or the plan is of more than one
-    context.
+    ``memory_bytes``, ``tokens``. ``trained``: tokens that the model was made for, a line; 0 for none. Raises
+    `InputError`: A column or a row is missing, or the plan is of more than one context.
     """
     columns.require(planned, "memory_plan", "cache part batch bytes", one="tokens")
     columns.require(largest, "memory_plan", "cache memory_bytes tokens")
@@ -119,10 +121,13 @@ def memory_plan(planned: pl.DataFrame, largest: pl.DataFrame, *, caption: str = 
     fit = fit.encode(x=columns.x("context", zero=True, nice=False, tickCount=6, format="~s"), y=y)
     fit_bars = fit.mark_bar().encode(color=marks.cache_colour(caches), tooltip=columns.tips("cache context"))
     held = _held(y, used, "GB" if bars["total"].max() >= 1e9 else "MB")  # type: ignore[operator]
-    plots = [
-        marks.sized(plot, theme.WIDTH - 130, ROW * len(caches))
-        for plot in (held, marks.layered(fit_bars, marks.labels(fit, "format(datum.context, ',d')")))
-    ]
+    layers = [fit_bars, marks.labels(fit, "format(datum.context, ',d')")]
+    if trained:
+        made = alt.Chart().transform_aggregate(caches="count()").transform_calculate(context=str(trained))
+        label: marks.Look = {"text": f"trained for {trained:,}", "align": "left", "dx": 4, "dy": -6}
+        made = made.encode(x=alt.X("context:Q"))
+        layers += [made.mark_rule(strokeDash=[5, 4]), made.mark_text(**label).encode(y=alt.value(0))]
+    plots = [marks.sized(plot, theme.WIDTH - 130, ROW * len(caches)) for plot in (held, marks.layered(*layers))]
     said = caption or plan_caption(planned, largest)
     return marks.framed(plots, shown, "Memory a cache will hold (predicted)", said)
 

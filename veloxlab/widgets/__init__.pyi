@@ -3,8 +3,9 @@ from .chart_view import ChartView, VegaRuntime, link
 from .lab import Lab
 from .pages.budget import BudgetTuner
 from .pages.cache import CacheExplorer
+from .pages.errors import ErrorExplorer
 from .pages.generation import SideBySide
-from .pages.heads import ErrorExplorer, KeyExplorer
+from .pages.keys import KeyExplorer
 from .pages.memory import MemoryPlanner
 from .pages.tasks import Tasks
 from .progress_bar import ProgressBar

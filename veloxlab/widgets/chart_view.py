@@ -29,7 +29,7 @@ STATIC = Path(__file__).parent / "static"
 VEGALITE: str = max(vl_convert.get_vegalite_versions(), key=lambda newest: tuple(map(int, newest.split("."))))
 PATIENCE = 1.0  # seconds that what a cell shows waits for what was asked; a file waits longer
 # params that a chart must have for something in it to be picked, and the traits that hold what is
-PICKS = {"picked_layer": "picked", "picked_head": "picked_head", "picked_token": "picked_token"}
+PICKS = {"picked_layer": "picked"} | {name: name for name in ("picked_head", "picked_token", "picked_point")}
 Frames = pl.DataFrame | Mapping[str, pl.DataFrame]
 
 
@@ -80,10 +80,10 @@ class ChartView(Ending, anywidget.AnyWidget):
     """Show a chart, and change its numbers without drawing it anew.
 
     ``chart``: an Altair chart of fixed width; if it has a param ``picked_layer``, a click on a mark picks its
-    ``layer``, and so with ``picked_head`` (``head``) and ``picked_token`` (``position``). ``summary``: a line of text
-    for outputs that show no picture; by default the title and the number of rows. ``picked``: the layer marked at
-    first. ``settle``: of a page's chart, what waits until it shows what is chosen: files wait for that, and a cell that
-    shows the chart shows a copy, which stays as it is.
+    ``layer``, and so with ``picked_head`` (``head``), ``picked_token`` (``position``) and ``picked_point`` (``point``).
+    ``summary``: a line of text for outputs that show no picture; by default the title and the number of rows.
+    ``picked``: the layer marked at first. ``settle``: of a page's chart, what waits until it shows what is chosen:
+    files wait for that, and a cell that shows the chart shows a copy, which stays as it is.
 
     >>> view = ChartView(error_map(frame))
     >>> view.put(other_frame, caption="4 bits")  # same chart, other numbers: about a millisecond
@@ -100,6 +100,7 @@ class ChartView(Ending, anywidget.AnyWidget):
     picked = t.Int(None, allow_none=True, help="the picked layer; set it from Python or by a click").tag(sync=True)
     picked_head = t.Int(None, allow_none=True, help="the same of the KV head").tag(sync=True)
     picked_token = t.Int(None, allow_none=True, help="the same of the token, its position").tag(sync=True)
+    picked_point = t.Int(None, allow_none=True, help="the same of a cache, its number").tag(sync=True)
     note = t.Dict(help="a line above the chart: why it is there, and of what kind its numbers are").tag(sync=True)
     # the page alone sets this, so an echo of it would only be one more message per move of a slider
     rendered = t.Int(0, help="the revision last drawn in a page").tag(sync=True, echo_update=False)
@@ -177,7 +178,8 @@ class ChartView(Ending, anywidget.AnyWidget):
         """A copy that follows nothing, for a cell to show: the text beside it stays true."""
         self._settled(PATIENCE)
         copy = ChartView(self.to_dict(), summary=self.summary, picked=self.picked)
-        copy.picked_head, copy.picked_token = self.picked_head, self.picked_token
+        for trait in PICKS.values():
+            setattr(copy, trait, getattr(self, trait))
         return copy
 
     def to_csv(self, path: str | Path) -> Path:

@@ -17,7 +17,7 @@ from veloxlab.widgets.chosen import Checked, Chosen, OfLayers
 from veloxlab.widgets.glossary import glossary
 from veloxlab.widgets.layout import styled
 from veloxlab.widgets.lifetime import loosen
-from veloxlab.widgets.pages import advise, budget, cache, compare, generation, heads, memory, tasks, tokens
+from veloxlab.widgets.pages import advise, budget, cache, compare, errors, generation, keys, memory, tasks, tokens
 from veloxlab.widgets.pages.compare import Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.worker import Progress
@@ -26,8 +26,8 @@ from veloxlab.widgets.worker import Progress
 PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "cache": ("Cache", lambda lab: cache.CachePage(lab.experiment, lab.worker)),
     "advise": ("Advise", lambda lab: advise.Advisor(lab.experiment, **lab.shared)),
-    "errors": ("Errors", lambda lab: heads.ErrorExplorer(lab.experiment.capture, **lab.shared)),
-    "keys": ("Keys and values", lambda lab: heads.KeyExplorer(lab.experiment.capture, **lab.shared)),
+    "errors": ("Errors", lambda lab: errors.ErrorExplorer(lab.experiment.capture, **lab.shared)),
+    "keys": ("Keys and values", lambda lab: keys.KeyExplorer(lab.experiment.capture, **lab.shared)),
     "tokens": ("Tokens", lambda lab: tokens.TokenPage(lab.experiment, **lab.shared)),
     "compare": ("Compare", lambda lab: compare.Comparison(lab.experiment, lab.worker)),
     "generation": ("Generation", lambda lab: generation.SideBySide(*lab.loaded, **lab.shared)),

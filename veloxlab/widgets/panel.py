@@ -117,12 +117,11 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def views(self) -> tuple[ChartView, ...]:
         return tuple(self.named.values())
 
-    def _submit(
-        self, key: str, job: Job, *, on_done: Callable[[Any], None] = lambda _: None, ahead: bool = False
-    ) -> None:
+    def _submit(self, key: str, job: Job, *, on_done: Callable[[Any], None] = lambda _: None, **order: bool) -> None:
+        """Ask for a job of the worker; ``order`` is its ``ahead`` and ``first``."""
         key = f"{self.NAME}: {key}"
         self._keys.add(key)
-        self.worker.submit(key, job, on_done=on_done, on_error=weakly(self.say), ahead=ahead)
+        self.worker.submit(key, job, on_done=on_done, on_error=weakly(self.say), **order)
 
     def wait(self, timeout: float | None = None, *, ahead: bool = False) -> bool:
         """Wait until what was asked for is done; see `Worker.wait`."""
@@ -205,22 +204,28 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         return {name: getattr(self, name) for name, trait in self.traits().items() if isinstance(trait, Chosen)}
 
     def _selected(self, _: object = None) -> None:
-        """Tell of the traits that changed with the selection, and draw."""
-        with self.selection.lock:
-            before, self._seen = self._seen, self._chosen()
-            if self._seen.get("method") != before.get("method"):
-                self._offer_bits()
-            for name, value in self._seen.items():
-                if value != before[name]:
-                    self._notify_trait(name, before[name], value)
-            if self.active:
+        """Bring traits, controls and charts to what is chosen; of a hidden page, once it is seen."""
+        if self.active:
+            with self.selection.lock:
+                self._tell_changes()
                 self._redraw()
+
+    def _tell_changes(self) -> None:
+        """Tell of the traits that changed with the selection, so that controls show them."""
+        before, self._seen = self._seen, self._chosen()
+        if self._seen.get("method") != before.get("method"):
+            self._offer_bits()
+        for name, value in self._seen.items():
+            if value != before[name]:
+                self._notify_trait(name, before[name], value)
 
     def activate(self, active: bool) -> None:
         """Draw what is chosen from now on, or leave it."""
         self.active = active
         if active:
-            self._redraw()
+            with self.selection.lock:
+                self._tell_changes()
+                self._redraw()
 
     def _redraw(self) -> None:
         """Show what is chosen now."""

@@ -53,19 +53,21 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
             self._bar.bar_style = ""
             self._bar.value = status.done / status.total if status.total else 0
             self._label.value = f"{status.label} ({status.done} of {status.total})" if status.total else "starting"
-            self._show(busy=True)
+            self._show(busy=True, what=status.key)
         elif status.state in ("done", "cancelled", "failed"):
             self._label.value = {"failed": status.label, "cancelled": "cancelled"}.get(status.state, "")
             self._bar.bar_style = "danger" if status.state == "failed" else ""
             self._show(busy=False)
 
-    def _show(self, *, busy: bool) -> None:
+    def _show(self, *, busy: bool, what: str = "") -> None:
         again = not busy and self._can_retry()
         self._busy = busy
         self._bar.layout.visibility = "visible" if busy else "hidden"
         self._button.layout.visibility = "visible" if busy or again else "hidden"
         self._button.description = "Retry" if again else "Cancel"
-        self._button.tooltip = "Begin again what was cancelled" if again else "Stop all work that runs or waits"
+        self._button.tooltip = (
+            "Begin again what was cancelled" if again else f"Stop {what!r}, which runs, and all that waits"
+        )
 
     def _pressed(self) -> None:
         (self._worker.cancel if self._busy else self._retry)()

@@ -204,6 +204,7 @@ class Selection(t.HasTraits):
         super().__init__()
         self.fitting, self.layers, self.heads, self.tokens = fitting, list(layers), heads, tokens
         self.methods = list(methods or fitting.methods)
+        self.kept: dict[str, dict[Any, Any]] = {}  # what pages measured, by their names
         self.lock = threading.RLock()  # held while the choice changes and those who follow are told
         self.choice = replace(usual, shown_layer=self.layers[0])
         self.choice = self.changed(**{"method": usual.method, **parts})

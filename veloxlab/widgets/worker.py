@@ -74,6 +74,7 @@ class Request:
     on_done: Callable[[Any], None]
     on_error: Callable[[str], None]
     ahead: bool
+    first: bool
     unwanted: threading.Event = field(default_factory=threading.Event)
     why: State = "cancelled"  # it is unwanted
 
@@ -113,8 +114,8 @@ class Line:
                 if not self.waiting:
                     self.changed.wait(IDLE)
                     continue
-                # false sorts first, and the sort is stable: the oldest of those that somebody waits for
-                request = min(self.waiting.values(), key=lambda each: each.ahead)
+                # false sorts first, and the sort is stable: the oldest of what a person pressed a button for
+                request = min(self.waiting.values(), key=lambda each: (each.ahead, not each.first))
                 quiet = self.asked + QUIET - time.monotonic()
                 if not request.ahead or quiet <= 0:
                     self.running = self.waiting.pop(request.key)
@@ -152,12 +153,13 @@ class Worker:
         on_done: Callable[[Any], None] = lambda result: None,
         on_error: Callable[[str], None] = lambda sentence: None,
         ahead: bool = False,
+        first: bool = False,
     ) -> None:
         """Ask for a job; an older one of the same key is dropped, or cancelled if it runs.
 
         ``on_done`` is given what the job returns, unless it was overtaken meanwhile; ``on_error`` a sentence if the job
         or ``on_done`` raises. A job that runs ``ahead`` has low priority: it begins after a quiet moment, makes way for
-        any other job and begins anew behind it.
+        any other job and begins anew behind it. One that comes ``first`` passes all that wait.
         """
         line = self._line
         with line.changed:
@@ -165,7 +167,7 @@ class Worker:
                 raise InputError(f"The worker {self.name!r} is closed: make a new one.")
             self._stopped.pop(key, None)
             dropped = line.forget(key, "overtaken")
-            line.waiting[key] = Request(self._run, key, job, on_done, on_error, ahead)
+            line.waiting[key] = Request(self._run, key, job, on_done, on_error, ahead, first)
             line.asked = time.monotonic()
             running = line.running
             if running is not None and running.ahead and not ahead and not running.unwanted.is_set():

@@ -16,44 +16,25 @@ from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW
 from veloxlab.checks import WORDS, choice, number_of_bits, real, whole
 from veloxlab.errors import InputError
 from veloxlab.measure.advise import ADVICE, GOALS, Advice, advise
-from veloxlab.measure.generation import first_parting, side_by_side
+from veloxlab.measure.generation import side_by_side
 from veloxlab.measure.narrow import Narrow, narrow_layers
 from veloxlab.measure.quality import Reference, reference
-from veloxlab.models.shapes import ModelShape
 from veloxlab.runtime import device
-from veloxlab.views.memory import amount
-from veloxlab.views.picture import Section, html_table
+from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
 from veloxlab.widgets.code_lines import CodeLines
 from veloxlab.widgets.layout import broad, button, controls, status
+from veloxlab.widgets.pages.advice_words import ROWS, advice_table, answer_said
 from veloxlab.widgets.pages.compare import Experiment
 from veloxlab.widgets.pages.generation import PROMPT
+from veloxlab.widgets.pages.known_models import GIGABYTE, HERE, SIZES
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import Bits, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
-GIGABYTE = 1e9
-HERE = "this model"
 NARROWEST = 2  # bits that layers are tried with
 ANSWER = 64  # tokens of an answer that are compared
 MOST = 3  # caches that are measured together
-ROWS = 12  # of the table
-
-_SIZES = {  # layers, KV heads, head dimension, weights
-    "1B, as Llama 3.2": (16, 8, 64, 1_235_814_400),
-    "3B, as Llama 3.2": (28, 8, 128, 3_212_749_824),
-    "8B, as Llama 3.1": (32, 8, 128, 8_030_261_248),
-    "14B, as Qwen 2.5": (48, 8, 128, 14_770_033_664),
-    "32B, as Qwen 2.5": (64, 8, 128, 32_763_876_352),
-    "70B, as Llama 3.1": (80, 8, 128, 70_553_706_496),
-}
-SIZES = {
-    name: replace(ModelShape.typed(layers=layers, kv_heads=heads, head_dim=head_dim, name=name), parameters=parameters)
-    for name, (layers, heads, head_dim, parameters) in _SIZES.items()
-}
-"""Shapes of models by their usual sizes, for those who have none of them here."""
-
-TITLES = ["", "cache", "fits", "bytes held", "most tokens", "nats a token", "other first choice", ""]
 
 
 class Advisor(Panel):
@@ -166,7 +147,7 @@ class Advisor(Panel):
             self._narrow_of = row
             self._use_narrow.disabled = not found.layers
 
-        self._submit("narrow", job, on_done=done)
+        self._submit("narrow", job, on_done=done, first=True)
 
     def take_narrow(self) -> None:
         """Set the controls of all pages to the picked cache with the layers that may have fewer bits."""
@@ -192,7 +173,7 @@ class Advisor(Panel):
         def done(rows: pl.DataFrame) -> None:
             self._answered.value = f"<b>{html.escape(row['name'])}</b>: {answer_said(rows)}"
 
-        self._submit("answer", job, on_done=done)
+        self._submit("answer", job, on_done=done, first=True)
 
     def _coded_row(self) -> dict[str, Any]:
         row = self.row
@@ -315,34 +296,3 @@ class Advisor(Panel):
     @t.default("memory_gb")
     def _memory_here(self) -> float:
         return round(device().memory_bytes / GIGABYTE, 1)
-
-
-def advice_table(frame: pl.DataFrame, picked: str) -> str:
-    """HTML of the first rows of `veloxlab.measure.advise.ADVICE`, and of the picked one, which is marked."""
-    rows = [row for place, row in enumerate(frame.to_dicts()) if place < ROWS or row["name"] == picked]
-    lines = [
-        (
-            "\u25b6" if row["name"] == picked else "",
-            row["name"],
-            "yes" if row["fits"] else "no",
-            amount(row["held_bytes"]),
-            f"{row['most_tokens']:,}",
-            f"{row['kl_mean']:.3f}",
-            f"{row['top1_flips']:.0%}",
-            row["kind"] if row["name"] != "fp16" else "exact",
-        )
-        for row in rows
-    ]
-    return html_table(TITLES, lines, cell="padding: 1px 14px 1px 0")
-
-
-def answer_said(rows: pl.DataFrame) -> str:
-    """Say in HTML whether two answers differ, and from where: rows of `veloxlab.measure.generation.GENERATION`."""
-    parting = first_parting(rows)
-    exact, ours = ("".join(rows.filter(side=side)["text"]) for side in ("exact", "compressed"))
-    if parting is None:
-        return (
-            f"The answer does not change in {rows.filter(side='exact').height} tokens: \u201c{html.escape(exact)}\u201d"
-        )
-    words = f"The answer changes at token {parting + 1}."
-    return f"{words}<br>exact: \u201c{html.escape(exact)}\u201d<br>compressed: \u201c{html.escape(ours)}\u201d"

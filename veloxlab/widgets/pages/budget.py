@@ -219,7 +219,7 @@ class BudgetTuner(ChartPage):
             self._history.value = history(self.measured)
             self._show()
 
-        self._submit("fidelity", evaluate, on_done=done)
+        self._submit("fidelity", evaluate, on_done=done, first=True)
 
     def save(self, path: str | Path) -> Path:
         """Write the present plan, whole or not at all, and give the file's full path."""

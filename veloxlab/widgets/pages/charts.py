@@ -74,7 +74,7 @@ class ChartPage(Panel):
         super().__init__(selection, worker, **settings)
         self.capture = capture
         self.shown: dict[str, Any] = {}
-        self.found: dict[Request, Any] = {}
+        self.found: dict[Request, Any] = selection.kept.setdefault(self.NAME, {})  # a page made anew finds it again
         self.refused: dict[Request, str] = {}
         self._kinds: dict[str, Chart] = {}
         self._at: dict[str, tuple[object, object]] = {}  # of each chart: the settings that it shows, and its shape

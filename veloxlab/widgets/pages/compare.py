@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import ipywidgets
@@ -13,15 +13,18 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
-from veloxlab.checks import checked
+from veloxlab.checks import checked, whole
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture, capture, fidelity
+from veloxlab.measure.planned_memory import CacheLayout, cache_layouts
+from veloxlab.mlxlm.identity import name_of
 from veloxlab.progress import Progress as Tell
 from veloxlab.views import frontier
 from veloxlab.views.picture import Section
+from veloxlab.widgets.chosen import Checked
 from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.panel import Panel
-from veloxlab.widgets.selection import Bits, Choice, Fitting, Selection
+from veloxlab.widgets.selection import CACHE, Bits, Choice, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 
@@ -61,6 +64,19 @@ class Experiment:
         return fidelity(self.model, self.tokenizer, choice.plan(self.model), progress=progress, **given)
 
 
+_kept: dict[tuple[str, tuple[int, ...]], dict[str, dict[Any, Any]]] = {}
+MOST_KEPT = 4  # models and texts whose frames are kept
+
+
+def kept_of(model: Module, ids: tuple[int, ...]) -> dict[str, dict[Any, Any]]:
+    """What pages measured on a model, as its weights are now, and a text: a cell that is run again finds it."""
+    place = name_of(model), ids
+    found = _kept[place] = _kept.pop(place, {})
+    for oldest in [*_kept][:-MOST_KEPT]:
+        del _kept[oldest]
+    return found
+
+
 class OfExperiment(Panel):
     """A panel of whole caches of one experiment."""
 
@@ -89,7 +105,7 @@ class OfExperiment(Panel):
             experiment.points.add(row, choice)
             self.say(experiment.points.newest)
 
-        self._submit("fidelity", lambda progress: experiment.fidelity(choice, progress), on_done=done)
+        self._submit("fidelity", lambda progress: experiment.fidelity(choice, progress), on_done=done, first=True)
 
     @property
     def state(self) -> dict[str, Any]:
@@ -148,6 +164,8 @@ class Experimenter:
         Plan.uniform(model, **chosen)  # refuses what cannot be, before any work
         seen = capture(model, tokenizer, text, tokens=tokens)
         selection = Selection.of(seen, Fitting(model, tokenizer, calibration), **chosen)
+        if calibration is None:
+            selection.kept = kept_of(model, seen.tokens)
         self._begin(Experiment(model, tokenizer, text, seen, selection))
 
 
@@ -159,18 +177,22 @@ class Comparison(OfExperiment):
     WHY: ClassVar[dict[str, str]] = {
         "frontier": "Which cache loses least in as many bytes.",
     }
+    context = Checked(whole(1), 4096, help="tokens at which the bytes of caches are compared")
     frontier = property(lambda page: page.charts.get("frontier"), doc="The chart, once something was measured.")
 
     def __init__(self, experiment: Experiment, worker: Worker) -> None:
         super().__init__(experiment.selection, worker)
         self.experiment, self.points = experiment, experiment.points
-        self._slot = columns()
+        self._slot, self._layouts = columns(), list[tuple[CacheLayout, CacheLayout]]()  # of each point
         self._list = ipywidgets.Dropdown(description="measured", tooltip="A point of the chart")
         self._take = button("Use it", "Choose the settings of this point", self._use)
         one = button("Measure this cache", "Compare its predictions with those of the exact cache", self.measure)
         tip = "At these bits, each method that needs no fitting"
         every = button("Measure all methods", tip, self.compare, width="auto")
-        head = controls(one, every, self._list, self._take)
+        self._list.observe(self._pick, "value")
+        context = self._control(ipywidgets.BoundedIntText, "context", min=1, max=2**24)
+        self.observe(lambda _: self._draw_points(), "context")
+        head = controls(one, every, context, self._list, self._take)
         self._laid_out([head, status([self._banner, self._message], self.progress())], self._slot)
         self._watch(self.points, "choices", self._show_points)
         self._show_points()
@@ -194,14 +216,15 @@ class Comparison(OfExperiment):
                 progress(done, len(ready), f"measuring {choice.method}")
                 experiment.points.add(experiment.fidelity(choice, lambda *_: progress.check()), choice)
 
-        self._submit("comparison", job)
+        self._submit("comparison", job, first=True)
 
     def _show_points(self, _: object = None) -> None:
         choices = self.points.choices
         self._take.disabled = not choices
         if not choices:
             return
-        self._put({"frontier": frontier(self.measured, x="held_bytes")}, self._slot)
+        self._layouts += [layouts(self.experiment.model, choice) for choice in choices[len(self._layouts) :]]
+        self._draw_points()
         self._list.options = [
             (f"{i + 1}: {name}, {choices[i].sinks} sinks, window {choices[i].window}", i)
             for i, name in enumerate(self.measured["name"])
@@ -209,5 +232,33 @@ class Comparison(OfExperiment):
         self._list.value = len(choices) - 1
         self.say(self.points.newest)
 
+    def _draw_points(self) -> None:
+        """Draw what was measured at the bytes of the chosen context, and the exact cache beside it."""
+        if self._layouts:
+            held = [ours.held(self.context) for ours, _ in self._layouts]
+            rows = self.measured.with_columns(held_bytes=pl.Series(held), point=pl.int_range(pl.len(), dtype=pl.Int32))
+            exact = self._layouts[0][1].held(self.context)
+            chart = frontier(rows, x="held_bytes", tokens=self.context, exact_bytes=exact)
+            first = not self.charts
+            self._put({"frontier": chart}, self._slot)
+            if first:
+                self._watch(self.charts["frontier"], "picked_point", self._pick)
+
+    def _pick(self, change: dict[str, Any]) -> None:
+        """Choose a measured cache: its point in the chart, and its line in the list."""
+        point = change["new"]
+        if point is not None and self.charts and point < len(self.points.choices):
+            self._list.value = self.charts["frontier"].picked_point = point
+
     def _use(self) -> None:
-        self.selection.choice = self.points.choices[self._list.value]
+        taken = self.points.choices[self._list.value]
+        now = self.selection.choice
+        self.selection.choice = replace(taken, token=now.token, ids=now.ids)
+        self.say(f"All pages now show {taken.name}, sinks={taken.sinks}, window={taken.window}.")
+
+
+def layouts(model: Module, choice: Choice) -> tuple[CacheLayout, CacheLayout]:
+    """What a cache holds, and what the exact one does in 16 bits."""
+    given: dict[str, Any] = {name: getattr(choice, name) for name in CACHE[1:]}
+    ours, exact, *_ = cache_layouts(model, choice.method, layer_bits=choice.own_bits, **given)
+    return ours, exact

@@ -105,7 +105,7 @@ class SideBySide(OfCache, Panel):
             self.say(choice.in_codes(len(self._prompt_ids) + rows.filter(side="compressed").height))
 
         self.say("")
-        self._submit("generation", job)
+        self._submit("generation", job, first=True)
 
     def _press(self) -> None:
         self._pressed = time.monotonic()

@@ -7,25 +7,30 @@ from typing import Any
 
 import ipywidgets
 import traitlets as t
+from mlx.nn.layers.base import Module
 
-from veloxlab.checks import maybe, real, whole
+from veloxlab.checks import WORDS, maybe, real, whole
 from veloxlab.codecs import METHODS
+from veloxlab.errors import InputError
+from veloxlab.measure.advise import KEPT, known_losses, weights_bytes
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest, planned
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
+from veloxlab.views.marks import bits_said
 from veloxlab.widgets.chosen import Checked, OfCache
 from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import columns, controls, status
+from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.pages.charts import Chart, ChartPage
-from veloxlab.widgets.selection import CACHE, Fitting, Selection
+from veloxlab.widgets.pages.known_models import GIGABYTE, HERE, SIZES
+from veloxlab.widgets.selection import CACHE, EXACT, Fitting, Selection, pair_said
 from veloxlab.widgets.worker import Worker
 
-GIGABYTE = 1e9
+TYPED_IN = "typed in"
 LEAST, MOST = 8, 21  # powers of two between which the context slider runs
 TYPED = {"layers": "layers", "kv_heads": "KV heads", "head_dim": "head dim"}
 TYPED |= {"sliding_window": "sliding", "full_every": "full every"}
-OWN = ("context", "batch", "memory_gb", *TYPED)
+OWN = ("context", "batch", "memory_gb", "model", *TYPED)
 
 
 class Count(Checked):
@@ -36,21 +41,24 @@ class Count(Checked):
         self.ends = {"min": least, "max": most}
 
 
-def _layouts(page: Any, _: object, method: str, *numbers: int) -> tuple[CacheLayout, ...]:  # noqa: ANN401
+def _layouts(page: Any, _: object, method: str, *numbers: Any) -> tuple[CacheLayout | int, ...]:  # noqa: ANN401
     """Codecs make tables, which belong to the thread that made them: the worker's."""
     settings: dict[str, Any] = dict(zip(CACHE[1:], numbers, strict=False))
-    return cache_layouts(page._shape(numbers[len(settings) :]), method, **settings)
+    model, *typed = numbers[len(settings) :]
+    shape = page._shape(model, typed)
+    return (*cache_layouts(shape, method, **settings), shape.trained_tokens)
 
 
 CHART = Chart(
     "memory_plan",
     (*CACHE, *OWN),
     lambda found, look: (
-        planned(found[0], [look.context], look.batch),
-        largest(found[0], look.memory_gb * GIGABYTE, look.batch),
+        planned(found[0][:-1], [look.context], look.batch),
+        largest(found[0][:-1], look.memory_gb * GIGABYTE, look.batch),
+        found[0][-1],
     ),
-    lambda plan, _: memory_plan(*plan),
-    asks=lambda look: [("layouts", *(getattr(look, name) for name in (*CACHE, *TYPED)))],
+    lambda plan, _: memory_plan(*plan[:2], trained=plan[2]),
+    asks=lambda look: [("layouts", *(getattr(look, name) for name in (*CACHE, "model", *TYPED)))],
     why="Whether this context fits, and how long a one does.",
     badge="predicted",
 )
@@ -70,15 +78,20 @@ class MemoryPlanner(OfCache, ChartPage):
 
     The traits are ``context`` (tokens of each sequence), ``batch`` (sequences) and ``memory_gb`` (memory for the cache,
     10^9 bytes); ``method``, ``key_bits``, ``value_bits``, ``sinks`` and ``window``, as for `veloxlab.make_cache`; and
-    where no model was given ``layers``, ``kv_heads``, ``head_dim``, ``sliding_window`` and ``full_every``, the last two
-    as for `veloxlab.ModelShape.typed`, and 0 for none. ``chart`` is the `ChartView`.
+    where the ``model`` is ``"typed in"`` ``layers``, ``kv_heads``, ``head_dim``, ``sliding_window`` and ``full_every``,
+    the last two as for `veloxlab.ModelShape.typed`, and 0 for none. Other values of ``model`` are ``"this model"``, if
+    one was given, a usual size, or what ``model_or_config`` may be in words. ``machine_gb`` and ``weight_bits`` are for
+    `leave_room`. ``chart`` is the `ChartView`.
     """
 
     NAME = "planner"
     HELP = "13_memory_planner.ipynb#Is the prediction correct?"
-    SETTINGS = (*CACHE, *OWN)
+    SETTINGS = (*CACHE, *OWN, "weight_bits", "machine_gb")
     MEASURES = {"layouts": _layouts}  # noqa: RUF012
 
+    model = Checked(WORDS, help="which model: this one, a usual size, typed in, or a folder, config.json or cached id")
+    weight_bits = Checked(whole(1, 32), 4, help="bits of a weight, usually 4, 8 or 16; a loaded model has its own")
+    machine_gb = Checked(real(above=0), help="memory of the whole machine, 10^9 bytes; a quarter is left to the system")
     context = Count(2**LEAST, 2**MOST, 32_768, "tokens of each sequence, its prompt and what is generated")
     batch = Count(1, 100_000, 1, "sequences that are held at once")
     memory_gb = Checked(
@@ -104,7 +117,8 @@ class MemoryPlanner(OfCache, ChartPage):
         selection = selection or Selection(Fitting(), methods=list(METHODS), **chosen)
         given = maybe(MODEL_OR_CONFIG)("model_or_config", model_or_config)
         self._given = None if given is None else shape_of(given)
-        super().__init__(selection, worker, **settings)
+        self._loaded = given if isinstance(given, Module) else None
+        super().__init__(selection, worker, **{"model": TYPED_IN if given is None else HERE} | settings)
         self._draw([CHART])
         self.chart = self.charts["memory_plan"]
         self._code = CodeLines()
@@ -118,16 +132,46 @@ class MemoryPlanner(OfCache, ChartPage):
     @property
     def shape(self) -> ModelShape:
         """The model's shape: that which was given, or that which is typed in."""
-        return self._shape([getattr(self, name) for name in TYPED])
+        return self._shape(self.model, [getattr(self, name) for name in TYPED])
 
     @property
     def summary(self) -> str:
-        name = "typed in" if self._given is None else self._given.name
+        name = self._given.name if self._given is not None and self.model == HERE else self.model
         return f"{name}: {plan_caption(self.plan, self.largest)}"
 
-    def _shape(self, typed: Sequence[int]) -> ModelShape:
-        if self._given is not None:
+    @property
+    def notes(self) -> list[str]:
+        """What the demo model lost with these bits, if that is known."""
+        same = self.key_bits == self.value_bits
+        known = known_losses().get(f"{self.method} {self.key_bits} bit") if same else None
+        said = f"What {self.method} at {pair_said((self.key_bits, self.value_bits))} loses is not known before a run."
+        if known is not None:
+            lost = f"{known['kl_mean']:.3f} nats a token on SmolLM2-135M, everything through codes"
+            said = f"{self.method} at {bits_said(self.key_bits)} loses {lost}: a prediction for any other model."
+        return [*super().notes, "" if self.method == EXACT else said]
+
+    def leave_room(self) -> None:
+        """Set the memory for the cache to what the system and the weights leave of the machine's."""
+        shape, total = self.shape, self.machine_gb
+        given = self._loaded if self.model == HERE and self._loaded is not None else shape
+        try:
+            weights = weights_bytes(given, shape.parameters, self.weight_bits) / GIGABYTE
+        except InputError:
+            self.say(
+                f"The weights of a model that is {self.model} are not known: set the memory for the cache yourself."
+            )
+            return
+        left = total * (1 - KEPT) - weights
+        said = f"{total:g} GB: {total * KEPT:.3g} for the system, {weights:.3g} for the weights, "
+        if left > 0:
+            self.memory_gb = round(left, 3)
+        self.say(said + (f"{left:.3g} for the cache." if left > 0 else "nothing for a cache: take fewer bits."))
+
+    def _shape(self, model: str, typed: Sequence[int]) -> ModelShape:
+        if model == HERE and self._given is not None:
             return self._given
+        if model != TYPED_IN:
+            return SIZES.get(model) or shape_of(model)
         sizes: dict[str, Any] = dict(zip(TYPED, typed, strict=True))
         optional = {name: sizes[name] or None for name in ("sliding_window", "full_every")}
         return ModelShape.typed(**sizes | optional)
@@ -135,6 +179,7 @@ class MemoryPlanner(OfCache, ChartPage):
     def _redraw(self) -> None:
         super()._redraw()
         self._code.value = "\n".join(self.selection.choice.lines())
+        self._typed.layout.display = "" if self.model == TYPED_IN else "none"
 
     def _controls(self) -> ipywidgets.Widget:
         context = ipywidgets.FloatLogSlider(
@@ -149,8 +194,14 @@ class MemoryPlanner(OfCache, ChartPage):
 
         wide: dict[str, Any] = {"min": 1e-3, "max": 1e5, "step": 1, "style": {"description_width": "initial"}}
         memory = self._control(ipywidgets.BoundedFloatText, "memory_gb", "memory (GB)", **wide)
-        typed = [] if self._given is not None else [box(name, words) for name, words in TYPED.items()]
+        self._typed = controls(box(name, words) for name, words in TYPED.items())
+        self._typed.add_class("veloxlab-broad")
+        names = [*([HERE] if self._given is not None else []), *SIZES, TYPED_IN]
+        models = self._control(ipywidgets.Combobox, "model", options=names, continuous_update=False)
+        models.placeholder = "a folder, a config.json, an id"
+        room = button("Leave room for weights", "Memory for the cache: what system and weights leave", self.leave_room)
         return controls(
+            models,
             context,
             box("batch", "batch"),
             memory,
@@ -159,8 +210,15 @@ class MemoryPlanner(OfCache, ChartPage):
             self._bits("value_bits", "V bits"),
             self._slider("sinks", 0, 256),
             self._slider("window", 0, 1024),
-            *typed,
+            self._control(ipywidgets.BoundedFloatText, "machine_gb", "machine GB", min=1e-3, max=1e5, step=1),
+            self._control(ipywidgets.BoundedIntText, "weight_bits", "weight bits", min=1, max=32),
+            room,
+            self._typed,
         )
+
+    @t.default("machine_gb")
+    def _machine_here(self) -> float:
+        return round(device().memory_bytes / GIGABYTE, 1)
 
     @t.default("memory_gb")
     def _memory_here(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from typing import Any
+from typing import Any, ClassVar
 
 import ipywidgets
 import polars as pl
@@ -16,7 +16,7 @@ from veloxlab.measure.tasks import EVALUATION, ask, summary, unread
 from veloxlab.views.picture import Section, html_table
 from veloxlab.views.tasks import task_caption, task_scores
 from veloxlab.widgets.chosen import Checked, OfCache
-from veloxlab.widgets.layout import button, columns, controls, laid_out, status
+from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import CACHE, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
@@ -42,6 +42,8 @@ class Tasks(OfCache, Panel):
     """
 
     NAME = "tasks"
+    HELP = "15_side_by_side_generation.ipynb#Find a number in a long text"
+    WHY: ClassVar[dict[str, str]] = {"scores": "Whether answers that need the text are still right."}
     SETTINGS = ("tasks", "questions", "context", *CACHE)
 
     tasks = Checked(many(choice(*BUILT_IN)), BUILT_IN, help="which questions are asked; hold Ctrl to choose several")
@@ -65,7 +67,7 @@ class Tasks(OfCache, Panel):
         self._slot, self._table = columns(), ipywidgets.HTML()
         why = ipywidgets.HTML(f"<div>{WHY}</div>")
         head = [self._controls(), status([self._banner, self._message], self.progress())]
-        self.children = laid_out(head, why, self._slot, self._table)
+        self._laid_out(head, why, self._slot, self._table)
         self.follow()
 
     def run(self) -> None:
@@ -79,7 +81,7 @@ class Tasks(OfCache, Panel):
             make = maker(choice.plan(self._model), {"calibration": calibration})
             return summary(*ask(self._model, self._tokenizer, make, tasks, progress=progress, **asked))
 
-        self._submit("questions", job, on_done=lambda found: self._show(found, choice.name))
+        self._submit("questions", job, on_done=lambda found: self._show(found, choice.name), first=True)
 
     @property
     def summary(self) -> str:

@@ -66,11 +66,12 @@ def _choice(cache: tuple[Any, ...]) -> Choice:
 
 
 def _capture(page: TokenPage, progress: Tell, ids: tuple[int, ...]) -> Capture:
-    """What the model's own run over a text saw; of other generated texts nothing is kept."""
+    """What the model's own run over a text saw; that of one generated text is held."""
     if not ids:
         return page.experiment.capture
-    page.found = {request: found for request, found in page.found.items() if request[1] in ((), ids)}
-    return Capture(tuple(capture_layers(page.experiment.model, ids, progress)), ids)
+    if page._generated is None or page._generated.tokens != ids:
+        page._generated = Capture(tuple(capture_layers(page.experiment.model, ids, progress)), ids)
+    return page._generated
 
 
 def _predictions(page: TokenPage, progress: Tell, ids: tuple[int, ...], cache: tuple[Any, ...]) -> Predictions:
@@ -89,7 +90,7 @@ def _layers(
     choice, before = _choice(cache), page._held
     given = page.selection.fitting.calibration(choice.method, choice.widths, progress)
     page._held = {}
-    seen = page._measured(("capture", ids), progress).layers
+    seen = _capture(page, progress, ids).layers
     for done, layer in enumerate(seen):
         bits = choice.bits_of(layer.layer)
         key = ids, layer.layer, choice.method, bits, choice.sinks, choice.window
@@ -168,7 +169,6 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
     SETTINGS = ("token", "ids", "layer", "head")
     HELP = "00_tour.ipynb#3. Where are the errors?"
     MEASURES: ClassVar[dict[str, Measure]] = {
-        "capture": _capture,
         "predictions": _predictions,
         "heads": _heads,
         "keys": _keys,
@@ -185,6 +185,7 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
     ) -> None:
         super().__init__(selection or experiment.selection, worker, experiment.capture)
         self.experiment, self.points = experiment, experiment.points
+        self._generated: Capture | None = None
         self._held: dict[tuple[object, ...], tuple[LayerCapture, LayerCapture]] = {}  # of the present cache
         shown = all(layer.queries is not None for layer in experiment.capture.layers)
         self._missing = "" if shown else NO_QUERIES

@@ -153,6 +153,7 @@ const PICKS = [
     keys: ["ArrowLeft", "ArrowRight"],
     name: "token",
   },
+  { param: "picked_point", trait: "picked_point", fields: ["point"], keys: ["ArrowLeft", "ArrowRight"], name: "cache" },
 ];
 
 function valueOf(row, fields) {
