@@ -283,3 +283,11 @@ def test_a_table_with_a_copy_for_every_lane_is_read_alike(case):
     (kernel,) = {attend_kernel(call.queries, call.tokens, large) for call in calls(case, RUNS[:1])}
     assert kernel.attend.large_bytes
     assert_attention_is_as_by_its_definition(case, more=2 * 2.0**-12, backend=large, runs=[(300, 4, 17)])
+
+
+def test_long_vectors_leave_no_room_for_a_large_table():
+    """Of 256 coordinates an H200 has too few registers for so many threads, and too little memory beside the table."""
+    large = dataclasses.replace(HOST, large_bytes=lambda: 200 << 10)
+    case = Case(Trellis(4.25, beside="turned"), Trellis(4.25, beside="shifted"), 256, 4)
+    call = next(calls(case, RUNS[:1]))
+    assert not attend_kernel(call.queries, call.tokens, large).attend.large_bytes

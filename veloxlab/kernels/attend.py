@@ -307,15 +307,19 @@ def _attend_source(
 def _large_bytes(tokens: Tokens, backend: Backend) -> int:
     """Threadgroup memory for a table of which every lane has a copy, if there is one and the device has that much."""
     homes = [tokens.keys] if tokens.one_table else [tokens.keys, tokens.values]
-    return backend.large_bytes() if sum(reader.large_words > 0 for reader in homes) == 1 else 0
+    wanted = sum(reader.large_words > 0 for reader in homes) == 1
+    return backend.large_bytes() if wanted and _largest_dim(tokens) <= _SMALL else 0
+
+
+def _largest_dim(tokens: Tokens) -> int:
+    return max(tokens.key_dim, tokens.keys.coordinates, tokens.value_dim, tokens.values.dim)
 
 
 def _at_once(tokens: Tokens, large: int) -> int:
     """Threadgroups that a processor works on at once."""
     if large:
         return 1
-    largest = max(tokens.key_dim, tokens.keys.coordinates, tokens.value_dim, tokens.values.dim)
-    return GROUPS_PER_PROCESSOR if largest <= _SMALL else GROUPS_PER_PROCESSOR // 2
+    return GROUPS_PER_PROCESSOR if _largest_dim(tokens) <= _SMALL else GROUPS_PER_PROCESSOR // 2
 
 
 def most_splits(groups: int) -> int:
