@@ -186,7 +186,7 @@ def test_methods_are_measured_side_by_side_and_a_point_is_taken_up_again(lab):
 
 def test_a_knob_that_is_turned_while_methods_are_measured_changes_no_point(lab):
     def measured() -> tuple[list, list]:
-        rows, settings = lab.measured[before:], lab.points.choices[before:]
+        rows, settings = lab.measured[before:], [run.choice for run in lab.points.every[before:]]
         return rows.select("name", "held_bytes", "kl_mean").rows(), [point.window for point in settings]
 
     before = len(lab.measured)

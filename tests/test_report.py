@@ -2,8 +2,10 @@
 
 import ast
 import base64
+import io
 import json
 import re
+from contextlib import redirect_stdout
 
 import nbformat
 import polars as pl
@@ -12,10 +14,9 @@ import pytest
 import veloxlab as vl
 from tests.tiny_models import tiny
 from veloxlab.cli import main
-from veloxlab.cli.report import calibration_code
 from veloxlab.errors import InputError
 from veloxlab.measure.paired import Mean, by_window, difference
-from veloxlab.measure.reproduce import notebook, run, steps
+from veloxlab.measure.reproduce import calibration_code, notebook, run, steps
 
 TEXT = "so it goes, one letter after another, and </script><!-- nobody minds. " * 12
 
@@ -32,21 +33,24 @@ class Letters:
         return "".join(chr(90 + i if i < 32 else i) for i in ids)
 
 
-@pytest.fixture
-def loaded(monkeypatch):
+@pytest.fixture(scope="module")
+def loaded():
     """A small model in the place of what ``vl.load`` loads."""
     both = tiny("llama"), Letters()
-    monkeypatch.setattr(vl, "load", lambda name: both, raising=False)
-    return both
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vl, "load", lambda name: both, raising=False)
+        yield both
 
 
-@pytest.fixture
-def page(loaded, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def page(loaded, tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("report")
     plan = vl.Plan.uniform(loaded[0], bits=3, sinks=2, window=8).with_layer(1, key_bits=5)
     path, out = plan.save(tmp_path / "plan.json"), tmp_path / "report.html"
     given = ["--tokens", "96", "--windows", "3", "--tasks", "copy", "--questions", "4", "--out", str(out)]
-    assert main(["report", "a<b>", "--plan", str(path), *given]) == 0
-    return out.read_text(), capsys.readouterr().out
+    with redirect_stdout(io.StringIO()) as printed:
+        assert main(["report", "a<b>", "--plan", str(path), *given]) == 0
+    return out.read_text(), printed.getvalue()
 
 
 def held_notebook(text):
@@ -137,6 +141,6 @@ def test_caches_are_compared_window_by_window():
     assert [found.low, found.high] == pytest.approx([0.1 - 0.12706, 0.1 + 0.12706], abs=1e-4)
     assert not found.decisive
     assert difference(first, first.with_columns(pl.col("kl_mean") + 0.1)).decisive
-    assert difference(first.head(1), first.head(1)).interval == "one window, so no interval"
+    assert difference(first, first.head(1)).interval == "one window, so no interval"
     with pytest.raises(InputError, match="different windows"):
-        difference(first, first.head(1))
+        difference(first.head(1), first.tail(1))

@@ -22,6 +22,10 @@ from veloxlab.cache import calibration, plan, saved
 from veloxlab.codecs.saving import to_parts
 from veloxlab.measure import gradients
 from veloxlab.measure.frames import in_schema
+from veloxlab.measure.paired import WINDOWS
+from veloxlab.measure.quality import FIDELITY
+from veloxlab.widgets import runs
+from veloxlab.widgets.selection import Choice
 
 TEXT = "the quick brown fox jumps over the lazy dog while 1234567890 birds watch; " * 20
 
@@ -118,6 +122,20 @@ def _sensitivities(number: int) -> pl.DataFrame:
     return in_schema(pl.DataFrame(rows), sensitivity.EACH)
 
 
+def _runs(number: int) -> runs.Runs:
+    row = in_schema(pl.DataFrame({"name": ["x"], "kl_mean": [0.25 + number]}), FIDELITY)
+    windows = pl.DataFrame({"window": [0, 1], "positions": [31, 31], "kl_mean": [0.2, 0.3]})
+    made = runs.Runs()
+    made.add(runs.Run("x", Choice(own_bits={1: (2, 3)}), "2026-11-30", "a text", row, in_schema(windows, WINDOWS)))
+    return made
+
+
+def _open_runs(path: Path) -> runs.Runs:
+    made = runs.Runs()
+    made.open(path)
+    return made
+
+
 def _facts(of: int = 0) -> dict[str, Any]:
     return {"model": f"a model {of}", "by": "gradient"}
 
@@ -193,6 +211,15 @@ KINDS = {
         ".json",
         sensitivity,
         lambda path: sensitivity.read(_facts(1), path),
+    ),
+    "runs": Kind(
+        _runs,
+        lambda made, path: made.save(path),
+        _open_runs,
+        lambda made: store.digest(made.table.to_dicts()),
+        ".parquet",
+        runs,
+        lambda path: None,  # a run says what it was measured on, and makes no cache by itself
     ),
     "window of gradients": Kind(
         _arrays,

@@ -11,9 +11,8 @@ import altair as alt
 import polars as pl
 
 from veloxlab.cache.plan import Plan
-from veloxlab.codecs import find_method
 from veloxlab.measure.paired import Mean
-from veloxlab.measure.reproduce import Step, notebook, run, steps
+from veloxlab.measure.reproduce import Step, calibration_code, notebook, run, steps
 from veloxlab.progress import say
 from veloxlab.store import check_place, write_atomically
 from veloxlab.views import bytes_caption
@@ -34,18 +33,6 @@ def write_report(model: str, plan: Path, out: Path, calibration: Sequence[Path] 
     page = report(title, sections, ensure_bundle().read_text("utf-8"), notebook(title, cells))
     print(sections[0].words)
     print(f"The page is {write_atomically(out, page.encode())}.")
-
-
-def calibration_code(plan: Plan, files: Sequence[Path]) -> str:
-    """Python that gives the calibrations of a plan: from files, and fitted where none is given."""
-    found = [f"vl.Calibration.load({str(Path(file).absolute())!r})" for file in files]
-    if not files:
-        found = [
-            f"vl.calibrate(model, tokenizer, {method!r}, bits={widths})"
-            for method, widths in plan.method_widths.items()
-            if find_method(method).calibrated or method in plan.calibrations
-        ]
-    return f"[{', '.join(found)}]"
 
 
 def first_section(title: str, space: Mapping[str, Any]) -> Section:

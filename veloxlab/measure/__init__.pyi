@@ -7,6 +7,7 @@ from .paired import by_window, difference
 from .planned_memory import largest_contexts, plan_memory
 from .quality import Reference, evaluate, fidelity, reference
 from .questions import Question, Task
+from .times import layer_times
 
 __all__ = [
     "Capture",
@@ -23,6 +24,7 @@ __all__ = [
     "first_parting",
     "largest_contexts",
     "layer_errors",
+    "layer_times",
     "memory_growth",
     "passkey",
     "plan_memory",

@@ -62,11 +62,11 @@ class Mean:
     second=measured(WINDOWS, "vl.measure.by_window"),
 )
 def difference(first: pl.DataFrame, second: pl.DataFrame) -> Mean:
-    """How much more KL the second cache has than the first, in nats a token, window by window; frames of `by_window`.
+    """How much more KL the second cache has than the first, in nats a token, over the windows that both have.
 
-    Raises `InputError` if they are not of the same windows.
+    Frames of `by_window`, of one text. Raises `InputError` if no window is the same.
     """
-    same = ["window", "positions"]
-    if not first.select(same).equals(second.select(same)):
+    both = first.join(second, on=["window", "positions"], suffix="_second").sort("window")
+    if both.is_empty():
         raise InputError("The two were measured on different windows: measure both on the same text.")
-    return Mean.of((second["kl_mean"] - first["kl_mean"]).to_list())
+    return Mean.of((both["kl_mean_second"] - both["kl_mean"]).to_list())

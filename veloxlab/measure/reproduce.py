@@ -6,9 +6,11 @@ import ast
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from veloxlab.cache.plan import Plan
+from veloxlab.codecs import find_method
 from veloxlab.progress import Progress, silent
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -70,6 +72,18 @@ def steps(
             "calibration=calibration)\nanswers",
         )
         yield Step("", "", "vl.views.task_scores(answers)")
+
+
+def calibration_code(plan: Plan, files: Sequence[Path]) -> str:
+    """Python that gives the calibrations of a plan: from files, and fitted where none is given."""
+    found = [f"vl.Calibration.load({str(Path(file).absolute())!r})" for file in files]
+    if not files:
+        found = [
+            f"vl.calibrate(model, tokenizer, {method!r}, bits={widths})"
+            for method, widths in plan.method_widths.items()
+            if find_method(method).calibrated or method in plan.calibrations
+        ]
+    return f"[{', '.join(found)}]"
 
 
 def run(cells: Sequence[Step], progress: Progress = silent) -> tuple[list[Any], dict[str, Any]]:

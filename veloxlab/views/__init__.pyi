@@ -54,6 +54,7 @@ from .fidelity import bytes_by_layer, bytes_caption, kl_along, kl_caption
 from .generation import held_caption, held_while_generating, passkey_caption, passkey_map, strip_caption, token_strip
 from .memory import bit_allocation, bit_caption, memory_caption, memory_growth, memory_plan, plan_caption
 from .plane import best_pairs, bit_plane, plane_caption
+from .runs import window_caption, window_losses
 from .scores import logit_errors, logits_caption
 from .spectra import (
     dimensions_by_layer,
@@ -65,6 +66,7 @@ from .spectra import (
     spectrum_caption,
 )
 from .tasks import task_caption, task_scores
+from .times import times_by_layer, times_by_layer_caption
 from .tokens import (
     alternatives,
     alternatives_caption,
@@ -153,7 +155,11 @@ __all__ = [
     "strip_caption",
     "task_caption",
     "task_scores",
+    "times_by_layer",
+    "times_by_layer_caption",
     "times_caption",
     "token_heads",
     "token_strip",
+    "window_caption",
+    "window_losses",
 ]

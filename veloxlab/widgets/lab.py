@@ -15,11 +15,25 @@ from veloxlab.views.picture import Section
 from veloxlab.widgets.chart_view import ChartView
 from veloxlab.widgets.chosen import Checked, Chosen, OfLayers
 from veloxlab.widgets.glossary import glossary
-from veloxlab.widgets.layout import styled
+from veloxlab.widgets.layout import button, styled
 from veloxlab.widgets.lifetime import loosen
-from veloxlab.widgets.pages import advise, budget, cache, compare, errors, generation, keys, memory, tasks, tokens
+from veloxlab.widgets.pages import (
+    advise,
+    budget,
+    cache,
+    compare,
+    errors,
+    generation,
+    keys,
+    memory,
+    runs,
+    tasks,
+    times,
+    tokens,
+)
 from veloxlab.widgets.pages.compare import Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import Panel
+from veloxlab.widgets.runs import Steps
 from veloxlab.widgets.worker import Progress
 
 # A page is one line here: its name, its title, and what makes it from a laboratory.
@@ -31,6 +45,8 @@ PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "tokens": ("Tokens", lambda lab: tokens.TokenPage(lab.experiment, **lab.shared)),
     "compare": ("Compare", lambda lab: compare.Comparison(lab.experiment, lab.worker)),
     "generation": ("Generation", lambda lab: generation.SideBySide(*lab.loaded, **lab.shared)),
+    "runs": ("Runs", lambda lab: runs.RunsPage(lab.experiment, lab.worker)),
+    "times": ("Time", lambda lab: times.Times(lab.experiment, lab.worker)),
     "tasks": ("Tasks", lambda lab: tasks.Tasks(*lab.loaded, **lab.shared)),
     "budget": ("Budget", lambda lab: budget.BudgetTuner(*lab.loaded, **lab.shared)),
     "memory": ("Memory", lambda lab: memory.MemoryPlanner(lab.experiment.model, **lab.shared)),
@@ -53,10 +69,12 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
     Parameters, and what they raise, are those of `CacheExplorer`, and so are the attributes but for these: the trait
     ``page`` is the name of the open page, one of ``cache``, ``advise``, ``errors``, ``keys``, ``tokens``, ``compare``,
-    ``generation``, ``tasks``, ``budget`` and ``memory``; the traits ``head`` and ``token`` are the chosen KV head, and
-    the chosen token by its position in the text, None for the one that lost most; ``compact`` makes charts small, so
-    that a page fits one screen; ``pages`` are the pages that were made, by name, each a widget of its own; and
-    ``compare()`` measures every method that needs no fitting.
+    ``generation``, ``runs``, ``times``, ``tasks``, ``budget`` and ``memory``; the traits ``head`` and ``token`` are the
+    chosen KV head, and the chosen token by its position in the text, None for the one that lost most; ``compact`` makes
+    charts small, so that a page fits one screen; ``pages`` are the pages that were made, by name, each a widget of its
+    own; ``points`` keeps what was measured: ``points.windows`` says on how many windows of text, ``points.table`` gives
+    all of it, ``points.save(path)`` writes it and ``points.open(path)`` adds what was written; and ``compare()``
+    measures every method that needs no fitting.
     """
 
     NAME = "lab"
@@ -86,10 +104,23 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         t.link((self, "page"), (self._tabs, "selected_index"), transform=(NAMES.index, lambda i: NAMES[i or 0]))
         self.observe(lambda _: self._open(), "page")
         tight = ipywidgets.ToggleButton(description="Compact", tooltip="Small charts, so that a page fits one screen")
-        tight.add_class("veloxlab-corner")
         t.link((self, "compact"), (tight, "value"))
-        self.children = [styled(), tight, self._tabs, self._message, ipywidgets.HTML(glossary())]
+        self._steps = Steps(self.selection)
+        self._watch(self.selection, "choice", self._steps.follow)
+        undo = button("\u21b6", "Undo: choose what was chosen before", self.undo, width="34px")
+        redo = button("\u21b7", "Redo: choose again what was undone", self.redo, width="34px")
+        corner = ipywidgets.HBox([undo, redo, tight])
+        corner.add_class("veloxlab-corner")
+        self.children = [styled(), corner, self._tabs, self._message, ipywidgets.HTML(glossary())]
         self.follow()
+
+    def undo(self) -> None:
+        """Choose what was chosen before the last step, on all pages; moves of one knob within a second are one step."""
+        self._steps.undo()
+
+    def redo(self) -> None:
+        """Choose what was undone last."""
+        self._steps.redo()
 
     @property
     def pages(self) -> dict[str, Panel]:
@@ -164,6 +195,12 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         """What a report says: the charts of every page that was made, what was measured, the plan and its use."""
         words = f"{len(self.experiment.capture.tokens)} tokens of text, sinks={self.sinks}, window={self.window}."
         said = [Section(self.name, words)]
+        if self.points.every:
+            run = self.points.every[-1]
+            asked = f"What does {run.name} change, and what does it hold?"
+            held, exact = (run.row[each].item() / 1e6 for each in ("held_bytes", "fp16_bytes"))
+            kept = f"It holds {held:,.3g} MB where exact keys and values take {exact:,.3g} MB in 16 bits."
+            said.insert(0, Section(asked, f"{self.points.newest} {kept}", table=self.points.frame))
         for name, panel in self.pages.items():
             said += [Section(PAGES[name][0], panel.summary), *panel.sections]
         plan = Section("The plan", "Save it as plan.json.", code=self.plan.to_json())

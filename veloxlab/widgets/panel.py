@@ -273,10 +273,13 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         """What a report says of it: its charts."""
         return [Section(chart=view.to_dict()) for view in self.named.values()]
 
+    notebook = b""
+    """A notebook that measures again what is seen, for `export`; a page that has none leaves it empty."""
+
     def export(self, path: str | Path) -> Path:
         """Write what is seen as one HTML file that needs no network, its charts live, light and dark; give its path."""
         self._settle()
-        page = report(f"veloxlab: {self}", self.sections, ensure_bundle().read_text("utf-8"))
+        page = report(f"veloxlab: {self}", self.sections, ensure_bundle().read_text("utf-8"), self.notebook)
         return write_atomically(path, page.encode())
 
     def save_pictures(self, folder: str | Path) -> list[Path]:

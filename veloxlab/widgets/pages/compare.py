@@ -8,42 +8,30 @@ from typing import Any, ClassVar
 
 import ipywidgets
 import polars as pl
-import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import checked, whole
 from veloxlab.errors import InputError
-from veloxlab.measure import Capture, capture, fidelity
+from veloxlab.measure import Capture, by_window, capture, reference
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts
+from veloxlab.measure.quality import both
+from veloxlab.measure.reproduce import calibration_code, notebook, steps
 from veloxlab.mlxlm.identity import name_of
+from veloxlab.models.loading import loaded_as
 from veloxlab.progress import Progress as Tell
+from veloxlab.store import digest
 from veloxlab.views import frontier
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
 from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.panel import Panel
+from veloxlab.widgets.runs import Run, Runs
 from veloxlab.widgets.selection import CACHE, Bits, Choice, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
-
-class Points(t.HasTraits):
-    """Caches whose fidelity was measured: ``frame`` has a row for each, ``choices`` what was chosen for each."""
-
-    choices = t.Tuple()
-    frame = pl.DataFrame()
-
-    def add(self, row: pl.DataFrame, choice: Choice) -> None:
-        """Add a cache, and tell those who watch ``choices``."""
-        self.frame = pl.concat([self.frame, row]) if self.choices else row
-        self.choices = (*self.choices, choice)
-
-    @property
-    def newest(self) -> str:
-        """A sentence of the cache that was measured last."""
-        name, kl, perplexity = self.frame.select("name", "kl_mean", "perplexity").row(-1)
-        return f"Measured {name}: mean KL {kl:.3g} nats from the exact cache, perplexity {perplexity:.2f}."
+SHOWN = 40  # characters of a text that a run is known by
 
 
 @dataclass(frozen=True)
@@ -55,13 +43,19 @@ class Experiment:
     text: str | None  # what the model reads; None for the shipped test excerpt
     capture: Capture  # of this text
     selection: Selection
-    points: Points = field(default_factory=Points)  # what was measured, whichever page asked for it
+    points: Runs = field(default_factory=Runs)  # what was measured, whichever page asked for it
 
-    def fidelity(self, choice: Choice, progress: Tell) -> pl.DataFrame:
+    def fidelity(self, choice: Choice, progress: Tell) -> Run:
         """Measure a cache."""
-        given: dict[str, Any] = {"text": self.text, "tokens": len(self.capture.tokens), "name": choice.name}
-        given["calibration"] = self.selection.fitting.calibration(choice.method, choice.widths, progress)
-        return fidelity(self.model, self.tokenizer, choice.plan(self.model), progress=progress, **given)
+        tokens, windows = len(self.capture.tokens), self.points.windows
+        calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress)
+        read: dict[str, Any] = {"text": self.text, "tokens": tokens, "windows": windows}
+        exact = reference(self.model, self.tokenizer, progress=progress, **read)
+        given: dict[str, Any] = {"name": choice.name, "calibration": calibration, "progress": progress}
+        row, predictions = both(exact, choice.plan(self.model), **given)
+        begin = "the shipped test excerpt" if self.text is None else self.text[:SHOWN]
+        said = f"{begin} ({digest(exact.stretches[0])[:8]}), windows of {tokens} tokens"
+        return Run.now(choice, said, row, by_window(predictions))
 
 
 _kept: dict[tuple[str, tuple[int, ...]], dict[str, dict[Any, Any]]] = {}
@@ -82,7 +76,7 @@ class OfExperiment(Panel):
 
     STATE: ClassVar[tuple[str, ...]] = ()  # traits that a state has beside what all pages share
     experiment: Experiment
-    points: Points
+    points: Runs
     name = property(lambda page: page.selection.choice.name, doc="The settings in a few words.")
     measured = property(lambda page: page.points.frame, doc="`veloxlab.fidelity` of every cache that was measured.")
 
@@ -101,11 +95,20 @@ class OfExperiment(Panel):
         experiment, choice = self.experiment, self.selection.choice
         self.selection.fitting.held.clear()
 
-        def done(row: pl.DataFrame) -> None:
-            experiment.points.add(row, choice)
+        def done(run: Run) -> None:
+            experiment.points.add(run)
             self.say(experiment.points.newest)
 
         self._submit("fidelity", lambda progress: experiment.fidelity(choice, progress), on_done=done, first=True)
+
+    @property
+    def notebook(self) -> bytes:  # type: ignore[override]  # a page of a whole cache can be measured again
+        """Cells that measure the present settings on the same text, as `export` puts into its page."""
+        experiment, plan = self.experiment, self.plan
+        read: dict[str, Any] = {"tokens": len(experiment.capture.tokens), "windows": self.points.windows}
+        model = loaded_as(experiment.model) or "the model that was measured"
+        cells = steps(model, plan, calibration_code(plan, []), text=experiment.text, **read)
+        return notebook(f"{self.name} on {model}", [*cells])
 
     @property
     def state(self) -> dict[str, Any]:
@@ -194,12 +197,12 @@ class Comparison(OfExperiment):
         self.observe(lambda _: self._draw_points(), "context")
         head = controls(one, every, context, self._list, self._take)
         self._laid_out([head, status([self._banner, self._message], self.progress())], self._slot)
-        self._watch(self.points, "choices", self._show_points)
+        self._watch(self.points, "every", self._show_points)
         self._show_points()
 
     @property
     def summary(self) -> str:
-        return f"{len(self.points.choices)} caches were measured"
+        return f"{len(self.points.every)} caches were measured"
 
     @property
     def sections(self) -> list[Section]:
@@ -214,22 +217,22 @@ class Comparison(OfExperiment):
         def job(progress: Progress) -> None:
             for done, choice in enumerate(ready):
                 progress(done, len(ready), f"measuring {choice.method}")
-                experiment.points.add(experiment.fidelity(choice, lambda *_: progress.check()), choice)
+                experiment.points.add(experiment.fidelity(choice, lambda *_: progress.check()))
 
         self._submit("comparison", job, first=True)
 
     def _show_points(self, _: object = None) -> None:
-        choices = self.points.choices
-        self._take.disabled = not choices
-        if not choices:
+        runs = self.points.every
+        self._take.disabled = not runs
+        if not runs:
             return
-        self._layouts += [layouts(self.experiment.model, choice) for choice in choices[len(self._layouts) :]]
+        self._layouts += [layouts(self.experiment.model, run.choice) for run in runs[len(self._layouts) :]]
         self._draw_points()
         self._list.options = [
-            (f"{i + 1}: {name}, {choices[i].sinks} sinks, window {choices[i].window}", i)
-            for i, name in enumerate(self.measured["name"])
+            (f"{i + 1}: {run.name}, {run.choice.sinks} sinks, window {run.choice.window}", i)
+            for i, run in enumerate(runs)
         ]
-        self._list.value = len(choices) - 1
+        self._list.value = len(runs) - 1
         self.say(self.points.newest)
 
     def _draw_points(self) -> None:
@@ -247,11 +250,11 @@ class Comparison(OfExperiment):
     def _pick(self, change: dict[str, Any]) -> None:
         """Choose a measured cache: its point in the chart, and its line in the list."""
         point = change["new"]
-        if point is not None and self.charts and point < len(self.points.choices):
+        if point is not None and self.charts and point < len(self.points.every):
             self._list.value = self.charts["frontier"].picked_point = point
 
     def _use(self) -> None:
-        taken = self.points.choices[self._list.value]
+        taken = self.points.every[self._list.value].choice
         now = self.selection.choice
         self.selection.choice = replace(taken, token=now.token, ids=now.ids)
         self.say(f"All pages now show {taken.name}, sinks={taken.sinks}, window={taken.window}.")

@@ -1,0 +1,167 @@
+"""The page of runs: all that was measured, two of them side by side, and how sure their difference is."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar
+
+import ipywidgets
+import polars as pl
+import traitlets as t
+
+from veloxlab.errors import InputError
+from veloxlab.views.picture import Section, html_table
+from veloxlab.views.runs import window_losses
+from veloxlab.widgets.layout import button, columns, controls, status
+from veloxlab.widgets.pages.compare import Experiment, OfExperiment
+from veloxlab.widgets.runs import Run, apart
+from veloxlab.widgets.worker import Worker
+
+FILE = "runs.parquet"
+TITLES = [
+    "",
+    "run",
+    "KL (nats)",
+    "95 % interval",
+    "windows",
+    "other first choice",
+    "MB held",
+    "sinks",
+    "window",
+    "measured",
+]
+CELL = "padding: 1px 14px 1px 0"
+ABOUT = (
+    "Both runs read the same text, so they are compared window by window. A difference whose interval holds 0 may be "
+    "chance: measure on more windows then."
+)
+
+
+PARTS = ("method", "key_bits", "value_bits", "own_bits", "sinks", "window")
+PAIR = ("first", "second")
+
+
+class RunsPage(OfExperiment):
+    """Keep what was measured, name it, and compare two runs window by window.
+
+    ``first`` and ``second`` are traits: the numbers of the two runs that are compared, the oldest being 0. ``points``
+    has all runs; see `veloxlab.widgets.runs.Runs`.
+    """
+
+    NAME = "runs"
+    WHY: ClassVar[dict[str, str]] = {"windows": "Whether one cache loses more in every window."}
+
+    first = t.Int(0, help="the run that the other is compared with")
+    second = t.Int(0, help="the other run, which can be named and used again")
+
+    def __init__(self, experiment: Experiment, worker: Worker) -> None:
+        super().__init__(experiment.selection, worker)
+        self.experiment, self.points = experiment, experiment.points
+        self._lists = [ipywidgets.Dropdown(description=each, tooltip=self.traits()[each].help) for each in PAIR]
+        tip = "A name for the second run"
+        self._name = ipywidgets.Text(description="name", tooltip=tip, continuous_update=False)
+        self._said, self._pair, self._table = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+        self._slot = columns()
+        head = [self._controls(), status([self._banner, self._message], self.progress())]
+        why = ipywidgets.HTML(f"<div>{ABOUT}</div>")
+        self._laid_out(head, why, self._said, self._slot, self._pair, self._table)
+        for each, control in zip(PAIR, self._lists, strict=True):
+            control.observe(lambda change, each=each: self.set_trait(each, change["new"] or 0), "value")
+        self._name.observe(self._rename, "value")
+        self.observe(lambda _: self._show_pair(), list(PAIR))
+        self._watch(self.points, "every", self._show_runs)
+        self._show_runs()
+        self.follow()
+
+    @property
+    def pair(self) -> tuple[Run, Run]:
+        """The two runs that are compared; raises `InputError` if nothing was measured yet."""
+        runs = self.points.every
+        if not runs:
+            raise InputError("Nothing was measured yet: measure a cache first.")
+        last = len(runs) - 1
+        return runs[min(self.first, last)], runs[min(self.second, last)]
+
+    @property
+    def summary(self) -> str:
+        return apart(*self.pair) if len(self.points.every) > 1 else f"{len(self.points.every)} caches were measured"
+
+    @property
+    def sections(self) -> list[Section]:
+        return [*super().sections, Section("Runs", table=self.points.table.drop("windows"))] if self.charts else []
+
+    def use(self) -> None:
+        """Choose the settings of the second run on all pages."""
+        run = self.pair[1]
+        self.selection.choose(**{name: getattr(run.choice, name) for name in PARTS})
+        self.say(f"All pages now show {run.name}.")
+
+    def save(self) -> None:
+        """Write all runs into a file of the kernel's folder."""
+        self.say(f"The runs are in {self.points.save(FILE)}; points.open reads them again.")
+
+    def _rename(self, change: dict[str, Any]) -> None:
+        if self.points.every and change["new"] and change["new"] != self.pair[1].name:
+            self.points.rename(min(self.second, len(self.points.every) - 1), change["new"])
+
+    def _show_runs(self, _: object = None) -> None:
+        runs = self.points.every
+        options = [(f"{i + 1}: {run.name}", i) for i, run in enumerate(runs)]
+        known = len(self._lists[0].options)
+        for control, value in zip(self._lists, (self.first, self.second), strict=True):
+            kept = value if len(runs) == known else len(runs) - 1 if control is self._lists[1] else value
+            control.options = options
+            control.value = min(kept, len(runs) - 1) if runs else None
+        self._table.value = html_table(TITLES, map(_line, range(len(runs)), runs), cell=CELL) if runs else ""
+        self._show_pair()
+
+    def _show_pair(self) -> None:
+        if not self.points.every:
+            return
+        first, second = self.pair
+        same = first is second
+        self._name.value = second.name
+        self._said.value = "" if same else f"<div class='veloxlab-verdict'>{html.escape(apart(first, second))}</div>"
+        named = [("" if first.name != second.name else "first: ") + first.name, second.name]
+        frames = [
+            run.windows.with_columns(cache=pl.lit(name)) for run, name in zip((first, second), named, strict=True)
+        ]
+        self._put({"windows": window_losses(frames[1] if same else pl.concat(frames))}, self._slot)
+        self._pair.value = "" if same else _beside(first, second)
+
+    def _controls(self) -> ipywidgets.Widget:
+        windows = ipywidgets.IntSlider(description="windows", min=1, max=16, value=self.points.windows)
+        windows.tooltip = f"{self.points.traits()['windows'].help.capitalize()}, 1 to 16"
+        t.link((self.points, "windows"), (windows, "value"))
+        measure = button("Measure this cache", "Compare its predictions with those of the exact cache", self.measure)
+        use = button("Use the second", "Choose its settings on all pages", partial(self._saying, self.use))
+        save = button(
+            "Save", f"Write all runs to {FILE}, in the folder of this notebook", partial(self._saying, self.save)
+        )
+        return controls(measure, windows, *self._lists, self._name, use, save)
+
+    def _saying(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except InputError as error:
+            self.say(str(error))
+
+
+def _line(number: int, run: Run) -> tuple[str, ...]:
+    row, kl = run.row.row(0, named=True), run.kl
+    interval = "" if kl.low is None or kl.high is None else f"{kl.low:.3g} to {kl.high:.3g}"
+    shares = f"{kl.mean:.4g}", interval, str(kl.windows), f"{row['top1_flips']:.1%}", f"{row['held_bytes'] / 1e6:.3g}"
+    return (str(number + 1), run.name, *shares, str(run.choice.sinks), str(run.choice.window), run.measured)
+
+
+def _beside(first: Run, second: Run) -> str:
+    """HTML of both runs beside one another: settings that differ, and what was measured."""
+    settings = [(name, str(first.settings[name]), str(second.settings[name])) for name in PARTS]
+    rows = [row for row in settings if row[1] != row[2]]
+    titles = {"perplexity": "perplexity", "key_bits": "true bits, keys", "value_bits": "true bits, values"}
+    titles |= {"held_bits": "bits held a value", "held_bytes": "bytes held", "positions": "predictions"}
+    both = first.row.row(0, named=True), second.row.row(0, named=True)
+    rows += [(words, f"{both[0][name]:,.4g}", f"{both[1][name]:,.4g}") for name, words in titles.items()]
+    return html_table(["", first.name, second.name], rows, cell=CELL)

@@ -1,0 +1,172 @@
+"""What was measured, kept: each run with its settings and windows, in a file too; and the settings before, for undo."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import polars as pl
+import traitlets as t
+
+from veloxlab.errors import InputError
+from veloxlab.measure.frames import schema
+from veloxlab.measure.paired import WINDOWS, Mean, difference
+from veloxlab.measure.quality import FIDELITY
+from veloxlab.store import read_parquet, reading, write_parquet
+from veloxlab.widgets.selection import Choice, Selection
+
+FORMAT = "veloxlab runs 1"
+SETTINGS = ("method", "key_bits", "value_bits", "sinks", "window", "own_bits")  # of a choice: what makes a cache
+TOGETHER = 1.0  # seconds in which moves of one knob are one step
+MOST = 100  # steps that are kept
+
+RUNS = (
+    {"name": pl.String, "measured": pl.String, "text": pl.String, "settings": pl.String}
+    | {name: kind for name, kind in FIDELITY.items() if name != "name"}
+    | schema("low high")
+    | {"windows": pl.List(pl.Struct(WINDOWS))}
+)
+"""Columns of `Runs.table`: a name that can be changed; when it was measured (UTC); what was read; the settings, as
+JSON; those of `veloxlab.fidelity`; the ends of the 95 % interval of the mean KL, null for one window; and for each
+window of the text what `veloxlab.measure.by_window` gives."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A cache that was measured once."""
+
+    name: str
+    choice: Choice
+    measured: str  # when, ISO 8601 in UTC
+    text: str  # what was read
+    row: pl.DataFrame  # of `FIDELITY`
+    windows: pl.DataFrame  # `WINDOWS`
+
+    @classmethod
+    def now(cls, choice: Choice, text: str, row: pl.DataFrame, windows: pl.DataFrame) -> Run:
+        """One that was measured just now."""
+        return cls(choice.name, choice, datetime.now(UTC).isoformat(timespec="seconds"), text, row, windows)
+
+    @property
+    def kl(self) -> Mean:
+        """Mean KL over the windows, in nats a token."""
+        return Mean.of(self.windows["kl_mean"].to_list())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What makes its cache, as JSON holds it."""
+        found = {name: getattr(self.choice, name) for name in SETTINGS}
+        return found | {"own_bits": {str(layer): list(bits) for layer, bits in self.choice.own_bits.items()}}
+
+    def as_row(self) -> dict[str, Any]:
+        """A row of `RUNS`."""
+        said = {"measured": self.measured, "text": self.text, "settings": json.dumps(self.settings)}
+        interval = {"low": self.kl.low, "high": self.kl.high, "windows": self.windows.to_dicts()}
+        return self.row.row(0, named=True) | {"name": self.name} | said | interval
+
+    @classmethod
+    def of_row(cls, row: Mapping[str, Any]) -> Run:
+        """Undo `as_row`."""
+        settings = json.loads(row["settings"])
+        own = {int(layer): tuple(bits) for layer, bits in settings.pop("own_bits").items()}
+        measured = pl.DataFrame([{name: row[name] for name in FIDELITY}], schema=FIDELITY)
+        windows = pl.DataFrame(row["windows"], schema=WINDOWS)
+        return cls(row["name"], Choice(**settings, own_bits=own), row["measured"], row["text"], measured, windows)
+
+
+class Runs(t.HasTraits):
+    """Runs, the oldest first, and on how much text the next one is measured."""
+
+    every = t.Tuple(help="each a `Run`; it changes as a whole")
+    windows = t.Int(1, help="windows of text that a measurement reads; from two on there is an interval")
+
+    @property
+    def frame(self) -> pl.DataFrame:
+        """What `veloxlab.fidelity` gave of each: rows of `veloxlab.measure.quality.FIDELITY`."""
+        return pl.concat([run.row for run in self.every]) if self.every else pl.DataFrame()
+
+    @property
+    def table(self) -> pl.DataFrame:
+        """All that is kept of each: `RUNS`."""
+        return pl.DataFrame([run.as_row() for run in self.every], schema=RUNS)
+
+    @property
+    def newest(self) -> str:
+        """A sentence of the cache that was measured last."""
+        run = self.every[-1]
+        found = f"mean KL {run.kl.mean:.3g} nats from the exact cache ({run.kl.interval})"
+        return f"Measured {run.name}: {found}, perplexity {run.row['perplexity'].item():.2f}."
+
+    def add(self, run: Run) -> None:
+        """Add a run."""
+        self.every = (*self.every, run)
+
+    def rename(self, number: int, name: str) -> None:
+        """Give a run another name."""
+        self.every = tuple(replace(run, name=name) if i == number else run for i, run in enumerate(self.every))
+
+    def save(self, path: str | Path) -> Path:
+        """Write `table` as Parquet, which `open` and any other program reads."""
+        return write_parquet(path, self.table, FORMAT, {})
+
+    def open(self, path: str | Path) -> None:
+        """Add the runs of a file that `save` wrote; raises `InputError` for any other."""
+        with reading("history of runs", Path(path), "save it again with runs.save"):
+            frame, _ = read_parquet(Path(path), FORMAT)
+            self.every = (*self.every, *map(Run.of_row, frame.to_dicts()))
+
+
+def apart(first: Run, second: Run) -> str:
+    """How much more the second run lost than the first, window by window, and whether that is decisive."""
+    try:
+        if first.text != second.text:
+            raise InputError("They read different texts.")
+        found = difference(first.windows, second.windows)
+    except InputError as error:
+        return f"{first.name} and {second.name} cannot be paired: {error}"
+    more = "more" if found.mean >= 0 else "less"
+    said = f"{second.name} loses {abs(found.mean):.3g} nats a token {more} than {first.name}"
+    return f"{said} ({found.interval}){'' if found.decisive else ': not decisive'}."
+
+
+class Steps:
+    """The choices before the present one, and those that were undone. Moves of one knob within a second are one."""
+
+    def __init__(self, selection: Selection) -> None:
+        self._selection, self._moving, self._last = selection, False, (0.0, frozenset[str]())
+        self.before: list[Choice] = []
+        self.undone: list[Choice] = []
+
+    def follow(self, change: Mapping[str, Any]) -> None:
+        """Note a change of the selection's choice."""
+        if self._moving:
+            return
+        old, new = asdict(change["old"]), asdict(change["new"])
+        now = monotonic(), frozenset(name for name in new if new[name] != old[name])
+        if not (self.before and now[1] == self._last[1] and now[0] - self._last[0] < TOGETHER):
+            self.before = [*self.before[1 - MOST :], change["old"]]
+        self._last, self.undone = now, []
+
+    def undo(self) -> None:
+        """Choose what was chosen before the last step."""
+        self._move(self.before, self.undone)
+
+    def redo(self) -> None:
+        """Choose what was undone last."""
+        self._move(self.undone, self.before)
+
+    def _move(self, source: list[Choice], target: list[Choice]) -> None:
+        if not source:
+            return
+        with self._selection.lock:
+            target.append(self._selection.choice)
+            self._moving, self._last = True, (0.0, frozenset())
+            try:
+                self._selection.choice = source.pop()
+            finally:
+                self._moving = False
