@@ -373,6 +373,13 @@ def test_of_a_model_without_batches_mlx_lms_server_makes_none():
     assert batched == [[False] * 3 + [True]] * 2
 
 
+def test_a_chunked_layer_makes_no_mask_that_another_could_not_use():
+    model = tiny("llama4")
+    cache = vl.make_cache(model)
+    stepwise(model, list(range(60)), cache, [60])
+    assert cache[0].make_mask(5) == cache[3].make_mask(5) == "causal"  # mlx-vlm's asks the first for the last
+
+
 def test_a_saved_cache_whose_parts_changed_places_is_refused(tmp_path):
     model, file = TwoCaches(), tmp_path / "two.safetensors"
     cache = vl.make_cache(model, bits=2)

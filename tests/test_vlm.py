@@ -255,6 +255,19 @@ def test_mlx_vlms_batches_get_what_each_prompt_gets_alone(built):
                 assert np.allclose(row[1], own[1], atol=1e-3)
 
 
+def test_llama_4_of_mlx_vlm_sees_its_chunks():
+    """It makes the mask of the layers that see all by the cache of the first, which sees a chunk."""
+    llama4 = pytest.importorskip("mlx_vlm.models.llama4")
+    sizes = {"num_hidden_layers": 4, "head_dim": 32, "attention_chunk_size": 24, "num_local_experts": 2}
+    language = llama4.LanguageModel(llama4.TextConfig("llama4_text", intermediate_size_mlp=64, **sizes, **TEXT))
+    ids, runs = mx.arange(60)[None] * 7 % 90, []
+    for cache in (own_cache(language), vl.make_cache(language, "none", sinks=2, window=8)):
+        starts = [0, 20, 42, *range(43, 53), 58]
+        parts = [ids[:, a:b] for a, b in zip(starts, [*starts[1:], 60], strict=True)]
+        runs.append(np.array(mx.concatenate([language(part, cache=cache).logits for part in parts], axis=1)))
+    assert np.abs(runs[1] - runs[0]).max() < 1e-4 * runs[0].std()  # float32, in another order
+
+
 def test_a_whole_model_that_does_not_run_without_an_image_is_refused():
     with pytest.raises(InputError, match="Give its language_model"):
         vl.make_cache(gemma())

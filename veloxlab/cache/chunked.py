@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Literal, NoReturn
+
+import mlx.core as mx
+from mlx_lm.models.cache import create_attention_mask
 
 from veloxlab.cache.layer import CompressedKVCache
 from veloxlab.mlxlm.hooks import loadable
@@ -20,7 +23,14 @@ class ChunkedCompressedKVCache(CompressedKVCache):
     def maybe_trim_front(self) -> None:
         """Nothing, where mlx-lm's own forgets: what no token will see is let go as others come."""
 
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array | Literal["causal"] | None:
+        """For ``N`` tokens in layers that see all, as of a cache that makes none: mlx-vlm's Llama 4 asks the first."""
+        mask: mx.array | Literal["causal"] | None = create_attention_mask(N, self.offset, return_array, window_size)
+        return mask
+
     @property
     def merge(self) -> NoReturn:
-        """Llama 4 computes with one position for all: by this mlx-lm's server knows that it runs no batches of it."""
-        raise AttributeError(f"{type(self).__name__} has no batches, as the model's own cache has none.")
+        """Raises AttributeError, by which mlx-lm's server knows that it runs no batches."""
+        raise AttributeError("Llama 4 computes with one position for all sequences: its caches have no batches.")
