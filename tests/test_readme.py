@@ -123,7 +123,6 @@ def test_keys_take_a_bit_of_the_values_by_the_committed_stretches():
     rows = pl.read_ndjson(RESULTS / "surprises.ndjson").unnest("cache").filter(method="turboquant", sinks=4, text="256")
     losses = rows.select("part", "key_bits", "value_bits", kl=pl.col("found").struct.field("kl"))
     more, same = (losses.filter(key_bits=k, value_bits=8 - k).sort("part") for k in (5, 4))
-    same = same.join(more, on="part", how="semi")  # more stretches of K4 V4 are there than of K5 V3
     assert more["part"].to_list() == same["part"].to_list()
-    assert "K5 V3 two thirds of K4 V4" in " ".join(README.split())
-    assert math.exp((more["kl"] / same["kl"]).log().mean()) == pytest.approx(2 / 3, abs=0.07)
+    assert "K5 V3 seven tenths of K4 V4" in " ".join(README.split())
+    assert math.exp((more["kl"] / same["kl"]).log().mean()) == pytest.approx(0.7, abs=0.05)
