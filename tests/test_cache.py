@@ -155,6 +155,22 @@ def test_trimmed_memory_is_really_released():
     assert left < 0.06 * full  # a twentieth of the tokens
 
 
+def test_a_trim_that_frees_little_copies_no_packed_token():
+    """And what comes then is held as it is without the trim."""
+    cache, other = make("turboquant", 4, sinks=0, window=0), make("turboquant", 4, sinks=0, window=0)
+    x = tokens(3000)
+    cache.update_and_fetch(x, x)
+    other.update_and_fetch(x, x)
+    before = {name: id(buffer) for name, buffer in cache.packed.buffers.items()}
+    cache.trim(40)
+    assert {name: id(buffer) for name, buffer in cache.packed.buffers.items()} == before
+    assert cache.decoded()[0].shape[2] == cache.packed.tokens == 2960
+    cache.update_and_fetch(x[:, :, 2960:], x[:, :, 2960:])
+    for found, wanted in zip(cache.decoded(), other.decoded(), strict=True):
+        assert np.array_equal(found, wanted)
+    assert cache.nbytes == other.nbytes
+
+
 def test_decoding_appends_in_place():
     """Growth is amortised: of 300 tokens fed one at a time, few may make new buffers."""
     cache = make(sinks=0, window=0)

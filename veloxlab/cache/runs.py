@@ -113,6 +113,9 @@ class Run:
             return
         kept = slice(oldest, self.tokens - newest)
         self._codes.clear()
+        if self.most is None and not oldest and self.room - kept.stop <= kept.stop // SLACK_SHARE:
+            self.tokens = kept.stop  # to free so few is not worth a copy of a long text
+            return
         self.tokens = self.room = kept.stop - kept.start
         # a view would keep the whole buffer alive
         self.buffers = {n: mx.contiguous(b[:, :, kept]) for n, b in self.buffers.items()} if self.tokens else {}
