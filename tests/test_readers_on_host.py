@@ -277,8 +277,8 @@ def test_attention_over_strings_of_bits_is_as_by_its_definition(case):
     assert_attention_is_as_by_its_definition(case, more=2 * 2.0**-12)
 
 
-@pytest.mark.parametrize("case", TRELLISES[:2], ids=str)
-def test_a_table_with_a_copy_for_every_lane_is_read_alike(case):
+def test_a_table_with_a_copy_for_every_lane_is_read_alike():
+    case = TRELLISES[1]
     large = dataclasses.replace(HOST, large_bytes=lambda: 12 << 10)  # two copies: Metal has 32 KB
     (kernel,) = {attend_kernel(call.queries, call.tokens, large) for call in calls(case, RUNS[:1])}
     assert kernel.attend.large_bytes
