@@ -142,6 +142,10 @@ def test_a_point_for_each_side():
         (lambda: build(64, 2, "keys").encode(normal(1, 1, 4, 64)), "VecInfer has to see activations.*calibrate"),
         (lambda: build(64, 2, "keys").fit(Sample(normal(1, 1, 20, 64))), "at least 32 tokens"),
         (lambda: build(64, 3, "keys").fit(Sample(normal(1, 3, 20, 64))), "at least 171 tokens"),
+        (  # each token twice, as in a text, and a third more of it is a third more that differ
+            lambda: build(64, 3, "keys").fit(Sample(mx.tile(normal(1, 3, 128, 64), (1, 1, 2, 1)))),
+            "256 tokens have 6,144: .* at least 342 tokens",
+        ),
         (
             lambda: build(64, 1, "values").fit(Sample(mx.ones((1, 1, 900, 64)))),
             "900 tokens have 1: .* at least 901 tokens",

@@ -102,10 +102,13 @@ class VecInfer(Codec):
         batch, heads, tokens, _ = x.shape
         least, different = _LEAST_PER_CENTROID << self.index_bits, _different(points)
         if different < least:
-            needed = max(-(-least // max(1, heads * self.parts)), batch * tokens + 1)  # of those given some are alike
+            given = batch * tokens
+            needed = max(-(-least // max(1, heads * self.parts)), given + 1)
+            if different > given:  # a longer text has as many that are alike, which one of a few words does not tell
+                needed = max(needed, -(-least * given // different))
             raise InputError(
                 f"A codebook of {1 << self.index_bits} entries takes {least:,} different sub-vectors, and the sample's "
-                f"{batch * tokens:,} tokens have {different:,}: calibrate on ordinary text of at least {needed:,} "
+                f"{given:,} tokens have {different:,}: calibrate on ordinary text of at least {needed:,} "
                 "tokens, better ten times as many."
             )
         size = float(np.sqrt(np.square(points, dtype=np.float64).mean()))
