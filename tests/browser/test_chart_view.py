@@ -285,3 +285,16 @@ def test_a_host_without_a_widget_manager_gets_the_bundle_from_the_chart_itself(b
     open_chart(bare, view, shared=False)
     assert heights(bare) == [60, 120]
     assert json.loads(bare.page.evaluate("JSON.stringify(lab.charts.one.model.sent)")) == [{"wants": "runtime"}]
+
+
+def test_a_legend_keeps_its_bar_when_a_redraw_names_the_gradient_anew(bare):
+    rows = pl.DataFrame({"layer": [0, 1], "head": [0, 0], "tensor": ["keys", "keys"], "error": [0.1, 0.2]})
+    open_chart(bare, ChartView(views.token_heads(rows)))
+    bar = "document.querySelector('#one [data-gradient]')"
+    there = f"document.getElementById({bar}.getAttribute('fill').slice(5, -1)) !== null"
+    wait_for(bare, f"{bar} && {there}")
+    bare.page.evaluate(
+        f"(() => {{ const bar = {bar}; bar.setAttribute('fill', `url(#${{bar.dataset.gradient}})`); }})()"
+    )
+    wait_for(bare, there)
+    assert bare.errors == []

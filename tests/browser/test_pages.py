@@ -71,7 +71,7 @@ def test_pages_are_made_when_they_are_opened_and_share_one_choice(notebook, caps
     tokens.idle()
     times = tokens.pressed("token", ["Home", "ArrowRight", "ArrowRight"], [0, 1, 2, 3, 4])
     page.locator(tokens.charts, has_text="Token 3. ").wait_for()
-    page.locator(f"{tokens.charts} >> nth=2 >> [aria-label*='layer: 5'][aria-label*='KV head: 2']").first.click()
+    page.locator(f"{tokens.charts} >> nth=3 >> [aria-label*='layer: 5'][aria-label*='KV head: 2']").first.click()
     page.locator(".veloxlab-tokens .widget-slider", has_text="layer").locator(
         ".widget-readout", has_text="5"
     ).wait_for()
