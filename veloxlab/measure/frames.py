@@ -9,7 +9,7 @@ import polars as pl
 
 _TYPES: dict[Any, str] = {
     pl.String: (
-        "about answer cache chunk expected kind method mode name part passkey path question reason role side space "
+        "about answer cache chunk kind method mode name part passkey path question reason right role side space "
         "stage state task tensor text"
     ),
     pl.Int32: (

@@ -27,7 +27,7 @@ from veloxlab.mlxlm.probe import own_cache
 from veloxlab.progress import Progress, silent
 from veloxlab.texts import Tokenizer
 
-ANSWERS = schema("task group question side answer expected hit nll context coded_tokens")
+ANSWERS = schema("task group question side answer right hit nll context coded_tokens")
 """Columns of `evaluate` with ``per_question``: task; number of the context, which neighbours share; what was asked;
 which cache answered, "exact" or "compressed"; its answer, the right one, and whether they agree; −log p of the right
 one in nats, null where a harness scored it; tokens of the context, and those in codes when the question was read."""

@@ -210,7 +210,7 @@ class MemoryPlanner(OfCache, ChartPage):
             self._bits("value_bits", "V bits"),
             self._slider("sinks", 0, 256),
             self._slider("window", 0, 1024),
-            self._control(ipywidgets.BoundedFloatText, "machine_gb", "machine GB", min=1e-3, max=1e5, step=1),
+            self._control(ipywidgets.BoundedFloatText, "machine_gb", "machine", min=1e-3, max=1e5, step=1),
             self._control(ipywidgets.BoundedIntText, "weight_bits", "weight bits", min=1, max=32),
             room,
             self._typed,

@@ -21,7 +21,6 @@ from veloxlab.measure.tokens import (
     worst_of_blocks,
 )
 from veloxlab.progress import Progress as Tell
-from veloxlab.views.generation import lines_for
 from veloxlab.widgets.chosen import Chosen, OfLayers
 from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request
@@ -31,6 +30,7 @@ from veloxlab.widgets.worker import Worker
 
 BLOCKS = 200  # of the text that are drawn along it
 SHOWN = 160  # tokens whose text is drawn: those around the picked one
+LINES = 9  # that these take, as a rule
 FIRST = 1  # no prediction says the token at position 0
 STRIP = "The text around the token, with the KL divergence of each prediction: click a token"
 NO_QUERIES = "This model does not show its queries, so the keys that a token attends to cannot be seen."
@@ -57,7 +57,7 @@ def _strip_rows(found: Sequence[Predictions], look: Look) -> pl.DataFrame:
 
 def _strip(rows: pl.DataFrame) -> alt.TopLevelMixin:
     said = views.losses_caption(rows)
-    return views.token_strip(rows, lines=lines_for(rows.height), heading=STRIP, caption=said)
+    return views.token_strip(rows, lines=LINES, heading=STRIP, caption=said)
 
 
 def _choice(cache: tuple[Any, ...]) -> Choice:
