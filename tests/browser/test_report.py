@@ -23,10 +23,17 @@ def test_a_report_needs_nothing_but_itself(bare, tmp_path):
     frame = pl.DataFrame(rows).with_columns(cache=pl.col("cache").replace("fp16", "<!-- <script>"))
     sections = [
         Section("What is held", "By 1,024 tokens.", chart=views.memory_growth(frame).to_dict()),
-        Section("</script><b>numbers</b>", table=frame, code='cache = vl.make_cache(model, "turboquant")'),
+        Section(
+            "</script><b>numbers</b>",
+            table=frame,
+            folded="Table of <b>4</b> rows",
+            code='cache = vl.make_cache(model, "turboquant")',
+        ),
     ]
     path = tmp_path / "report.html"
-    path.write_text(report("A <report>", sections, ensure_bundle().read_text("utf-8")), encoding="utf-8")
+    path.write_text(
+        report("A <report>", sections, ensure_bundle().read_text("utf-8"), b'{"cells": []}'), encoding="utf-8"
+    )
 
     bare.page.emulate_media(color_scheme="light")
     bare.page.goto(path.as_uri())
@@ -36,6 +43,13 @@ def test_a_report_needs_nothing_but_itself(bare, tmp_path):
     assert "<!-- <script>" in bare.page.locator("svg.marks").text_content()
     assert bare.page.locator("td").count() == frame.width * frame.height
     assert bare.page.locator("h2").nth(1).inner_text() == "</script><b>numbers</b>"
+    assert not bare.page.locator("td").first.is_visible()
+    bare.page.get_by_text("Table of <b>4</b> rows").click()
+    assert bare.page.locator("td").first.is_visible()
+    with bare.page.expect_download() as saved:
+        bare.page.get_by_text("Save the notebook").click()
+    assert saved.value.suggested_filename == "veloxlab.ipynb"
+    assert saved.value.path().read_bytes() == b'{"cells": []}'
     light = bare.page.evaluate(TEXT_COLOUR)
     bare.page.emulate_media(color_scheme="dark")
     bare.page.wait_for_function(f"(light) => ({TEXT_COLOUR})() !== light", arg=light)

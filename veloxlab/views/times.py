@@ -8,7 +8,7 @@ import polars as pl
 from veloxlab.views import columns, marks
 from veloxlab.views.generation import SIDES
 
-PARTS = {"store": "a token stored, µs", "decode": "a token decoded, µs", "attend": "one query over all tokens, µs"}
+PARTS = {"store": ["store,", "µs a token"], "decode": ["decode,", "µs a token"], "attend": ["attend,", "µs a query"]}
 
 
 def times_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
@@ -23,7 +23,7 @@ def times_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
     def draw(part: str, last: bool) -> marks.Plot:
         base = marks.only(part=part).encode(
             x=marks.layer_axis(labelled=last),
-            y=columns.y("microseconds", PARTS[part].split(", "), zero=True, tickCount=4),
+            y=columns.y("microseconds", PARTS[part], zero=True, tickCount=4),
             color=marks.scaled(alt.Color, "side", SIDES, legend=part == there[0]),
         )
         told = columns.tips("layer side", ("microseconds", "µs", ".3~g"), "tokens held_bytes fp16_bytes")

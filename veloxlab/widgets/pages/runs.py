@@ -30,7 +30,7 @@ TITLES = [
     "MB held",
     "sinks",
     "window",
-    "measured",
+    "measured, UTC",
 ]
 CELL = "padding: 1px 14px 1px 0"
 ABOUT = (
@@ -39,7 +39,22 @@ ABOUT = (
 )
 
 
-PARTS = ("method", "key_bits", "value_bits", "own_bits", "sinks", "window")
+PARTS = {
+    "method": "method",
+    "key_bits": "code bits of keys",
+    "value_bits": "code bits of values",
+    "own_bits": "layers with bits of their own",
+    "sinks": "sinks",
+    "window": "window",
+}
+MEASURED = {
+    "perplexity": "perplexity",
+    "key_bits": "true bits of keys",
+    "value_bits": "true bits of values",
+    "held_bits": "bits held a value",
+    "held_bytes": "bytes held",
+    "positions": "predictions",
+}
 PAIR = ("first", "second")
 
 
@@ -153,15 +168,22 @@ def _line(number: int, run: Run) -> tuple[str, ...]:
     row, kl = run.row.row(0, named=True), run.kl
     interval = "" if kl.low is None or kl.high is None else f"{kl.low:.3g} to {kl.high:.3g}"
     shares = f"{kl.mean:.4g}", interval, str(kl.windows), f"{row['top1_flips']:.1%}", f"{row['held_bytes'] / 1e6:.3g}"
-    return (str(number + 1), run.name, *shares, str(run.choice.sinks), str(run.choice.window), run.measured)
+    return (
+        str(number + 1),
+        run.name,
+        *shares,
+        str(run.choice.sinks),
+        str(run.choice.window),
+        run.measured[:16].replace("T", " "),
+    )
 
 
 def _beside(first: Run, second: Run) -> str:
     """HTML of both runs beside one another: settings that differ, and what was measured."""
-    settings = [(name, str(first.settings[name]), str(second.settings[name])) for name in PARTS]
+    settings = [(words, str(first.settings[name]), str(second.settings[name])) for name, words in PARTS.items()]
     rows = [row for row in settings if row[1] != row[2]]
-    titles = {"perplexity": "perplexity", "key_bits": "true bits, keys", "value_bits": "true bits, values"}
-    titles |= {"held_bits": "bits held a value", "held_bytes": "bytes held", "positions": "predictions"}
     both = first.row.row(0, named=True), second.row.row(0, named=True)
-    rows += [(words, f"{both[0][name]:,.4g}", f"{both[1][name]:,.4g}") for name, words in titles.items()]
+    for name, words in MEASURED.items():
+        said = "{:,}" if isinstance(both[0][name], int) else "{:.4g}"
+        rows.append((words, said.format(both[0][name]), said.format(both[1][name])))
     return html_table(["", first.name, second.name], rows, cell=CELL)
