@@ -83,6 +83,7 @@ VARIANTS = [
     variant("commvq", stages=3, scale="unbiased"),
     variant("fisherquant", code="scalar"),
     variant("fisherquant", entries=1024),
+    variant("fisherquant", basis="before_rope"),
 ]
 
 

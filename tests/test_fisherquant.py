@@ -44,11 +44,13 @@ def lost(rows, x):
 def test_the_trellis_loses_less_than_any_code_of_single_coordinates(width, entries):
     """With no more bits on disk: the string, 4 bits for the scale, and what fills the last word."""
     x = normal(1500, 256)
-    scalar, trellis = (TrellisRows(((width,) * 256,), levels_of(code, entries)) for code in ("scalar", "trellis"))
+    scalar, trellis = (
+        TrellisRows(((width,) * 256,), levels_of(code, entries), scaled=False) for code in ("scalar", "trellis")
+    )
     (by_levels, _), (by_trellis, codes) = lost(scalar, x), lost(trellis, x)
     assert codes.nbytes * 8 == 1500 * (width * 256 + 32)
     assert by_levels == pytest.approx(levels_of("scalar").distortion[width], rel=0.02)
-    # scales of 1 and a string's begin, whose first states are few, cost 1 % of 256 coordinates
+    # a string's begin, whose first states are few, costs 1 % of 256 coordinates
     assert by_trellis < 1.015 * PROTOTYPE[entries][width - 1]
     if width == 2:
         assert by_trellis < 0.095
@@ -60,7 +62,7 @@ def test_what_the_tables_say_that_they_lose_is_what_they_lose(entries):
     assert (np.diff(levels.distortion) < 0).all()
     assert (np.diff(levels.distortion, 2) > 0).all()  # or no greedy choice of bits would be right
     for width in range(1, 9):
-        rows = TrellisRows(((width,) * 512,), levels)
+        rows = TrellisRows(((width,) * 512,), levels, scaled=False)
         assert lost(rows, normal(200, 512, seed=width))[0] == pytest.approx(levels.distortion[width], rel=0.04)
 
 
@@ -68,11 +70,11 @@ def test_what_the_tables_say_that_they_lose_is_what_they_lose(entries):
 def test_the_search_finds_the_best_of_all_strings(widths):
     levels = levels_of("trellis")
     weights = np.linspace(3.0, 1.0, len(widths))
-    rows = TrellisRows((widths,), levels, weights[None])
-    strings = np.arange(1 << sum(widths), dtype=np.uint32) << 4  # behind a scale of 1
+    rows = TrellisRows((widths,), levels, weights[None], scaled=False)
+    strings = np.arange(1 << sum(widths), dtype=np.uint32) << 4  # behind the scale's bits
     every = mx.array(np.stack([strings, 0 * strings], axis=-1))[None, None]
     values = np.array(rows.expand(every)[0, 0])
-    x = 0.5 * normal(40, len(widths), seed=3)  # so that no scale is more than 1
+    x = normal(40, len(widths), seed=3)
     distances = np.square(np.array(x)[:, None] - values) @ weights
     found = np.array(rows.expand(rows.encode(x[None, None])["codes"])[0, 0])
     assert np.allclose(np.square(np.array(x) - found) @ weights, distances.min(axis=1), atol=1e-5)
@@ -154,6 +156,47 @@ def test_keys_are_coded_about_a_mean_that_turns():
         assert errors[0] < 0.12 * 0.1**2 < errors[1] / 20
 
 
+def test_later_positions_than_calibration_saw_are_coded_as_well():
+    """Keys that vary along half of the coordinates, to which RoPE turns the others later in a text."""
+    rope = Rope(64, base=1e5)
+
+    def keys(tokens, start, seed):
+        return rope.forward(normal(1, 2, tokens, 64, seed=seed) * mx.where(mx.arange(64) < 32, 1.0, 0.05), start)
+
+    sample = Sample(keys(500, 4, 1), None, rope, start=4, gradients=normal(1, 2, 500, 64, seed=3))
+    short, long, none = (FisherQuant(64, 3, "keys", positions=last).fit(sample) for last in (504, 8192, 1))
+    errors = [
+        [mx.square(c.decode(c.encode(x, start)) - x).mean().item() for c in (short, long)]
+        for start in (100, 7000)
+        for x in [keys(100, start, 2)]
+    ]
+    assert errors[0][0] < errors[0][1] < errors[1][1] < errors[1][0] / 2
+    assert mx.array_equal(short.forward, none.forward)
+
+
+def test_before_rope_keys_share_what_positions_blur():
+    """Keys of which few directions vary before RoPE, and the loss looks at few: both in all pairs after it."""
+    rope = Rope(64)
+
+    def keys(tokens, start, seed):
+        return rope.forward(normal(1, 2, tokens, 64, seed=seed) * (mx.arange(64) < 8) + 4, start)
+
+    sample = Sample(keys(800, 4, 1), None, rope, start=4, gradients=rope.forward(normal(1, 2, 800, 64, seed=3), 4))
+    after, before = (FisherQuant(64, 1, "keys", **o).fit(sample) for o in ({}, BEFORE))
+    for start in (0, 3000):
+        x = keys(50, start, 2)
+        errors = [mx.square(c.decode(c.encode(x, start)) - x).mean().item() for c in (after, before)]
+        assert errors[1] < errors[0] / 5
+    assert before.reader(before.encode(x)) is None
+    values = FisherQuant(64, 1, "values", **BEFORE).fit(sample)
+    assert values.reader(values.encode(x)) is not None  # of which positions say nothing
+    with pytest.raises(InputError, match="fitted with basis='after_rope'.*calibrate with basis='before_rope'"):
+        planned({0: after}, 2.0, **BEFORE)
+
+
+BEFORE: dict[str, Any] = {"basis": "before_rope"}
+
+
 @pytest.fixture(scope="module")
 def model():
     return tiny("llama")
@@ -220,7 +263,7 @@ def fitted_to_what_turns(**options):
 
 
 def test_switches_of_what_was_learned_do_what_they_say():
-    x, codec = fitted_to_what_turns()
+    x, codec = fitted_to_what_turns(positions=1)  # or later ones would mix channels
     off = {name: planned({0: codec}, 2.5, **dict([name.split("=")]))[0] for name in map(label, OFF)}
     errors = {name: mx.square(c.decode(c.encode(x, 4)) - x).mean().item() for name, c in {**off, "": codec}.items()}
     for name in ("metric=pca", "metric=none"):
@@ -244,6 +287,16 @@ def test_a_scale_that_is_switched_off_is_one():
         rows = TrellisRows(((2,) * 64,) * 2, levels_of("trellis"), scaled=scaled)
         for codes in (rows.encode(x), computed(lambda _, rows=rows: rows.encoder, rows.encode, x)):
             assert (rows.scales(codes["codes"]).max().item() > 1) == scaled
+
+
+@pytest.mark.parametrize(("width", "scales"), [(2, (1, 1, 2**0.5, 2**2.5)), (5, (1, 1, 1, 4))])
+def test_a_scale_has_headroom_where_bits_are_few(width, scales):
+    """2^(c/4), c nearest to 4 log₂ of the root-mean-square + 3.2 - 0.75 bits, or 0; of 0 and NaN too."""
+    rows = TrellisRows(((width,) * 64,), levels_of("trellis"))
+    x = mx.array([0.0, 0.5, 1.0, 4.0, float("nan")])[:, None] * mx.ones(64)
+    for codes in (rows.encode(x[None, None, :4]), computed(lambda _: rows.encoder, rows.encode, x[None, None])):
+        found = rows.scales(codes["codes"])[0, 0, :, 0].tolist()
+        assert found == pytest.approx([*scales, 1][: len(found)], rel=1e-6)
 
 
 def test_what_was_fitted_with_a_switch_is_what_it_would_be_later_and_stays():
@@ -280,9 +333,11 @@ class Decoded(KVCache):
         return super().update_and_fetch(*both)
 
 
-@pytest.mark.parametrize("bits", [1.25, 3.25])
-def test_the_divergence_is_that_of_plain_caches_of_what_is_decoded(model, calibration, bits):
+@pytest.mark.parametrize(("bits", "options"), [(1.25, {}), (3.25, {}), (2.25, BEFORE)])
+def test_the_divergence_is_that_of_plain_caches_of_what_is_decoded(model, calibration, bits, options, tmp_path):
     """By mlx-lm's cache and attention, and SciPy's softmax."""
+    if options:
+        calibration = calibrate(model, tmp_path, **options)
     given = {"bits": bits, "calibration": calibration, "sinks": 4, "window": 0}
     measured = vl.fidelity(model, Letters(), "fisherquant", text=TEXT, tokens=300, **given)
     ids = mx.array([Letters().encode(TEXT)[:299]])

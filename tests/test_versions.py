@@ -21,7 +21,7 @@ LIKE_THEN: dict[tuple[str, int], tuple[float, list[float] | None]] = {
     ("qjl", 1): (0.139, [-1.1, -0.13, -1.85, 1.03]),
     ("polarquant", 1): (0.0326, [-1.38, -0.16, -1.85, 0.53]),
     ("commvq", 1): (0.04025, None),  # another processor's rounding leads training elsewhere
-    ("fisherquant", 7): (0.006955, [-1.62, -0.36, -1.93, 0.48]),
+    ("fisherquant", 8): (0.006844, [-1.46, -0.37, -1.78, 0.55]),
     ("none", 1): (0, [-1.45, -0.36, -1.8, 0.55]),
 }
 

@@ -11,6 +11,8 @@ Of each KV head's keys and values x, with gradients g of which E[ggᵀ] is the F
     2. Metric: H = E[ggᵀ] + 3 % of its mean variance, the longest 1 % of g shortened.
        C = Σ w xxᵀ / Σ w, w = min(‖g‖² / mean, 20) + 0.2.
        With H = LLᵀ and LᵀCL = UΛUᵀ, Λ rising, the coordinates are y = x·LU, and x = y·UᵀL⁻¹.
+       Calibration sees the first positions of a text. A model says the same wherever a text begins: at later ones H and
+       C of keys are what they are here, turned. For 15 % they are taken from there, 8 places up to ``positions``.
     3. Ranges: σᵢ² = E[wᵢyᵢ²] / E[wᵢ], wᵢ = min(gᵢ² / mean, 30) + 0.05, gᵢ the gradient by yᵢ.
     4. Bits: a coordinate of b bits loses ½ σᵢ² D(b) nats. One reverse water-filling over all coordinates of all heads,
        layers, keys and values gives each 0 to 8, when a cache is made: one calibration serves every budget.
@@ -18,7 +20,9 @@ Of each KV head's keys and values x, with gradients g of which E[ggᵀ] is the F
        see `veloxlab.codecs.parts.trellis`. Of all strings the one of least Σ σᵢ²(yᵢ / σᵢ − levelᵢ)² is taken. A unit
        Gaussian loses at 1, 2, 3, 4 bits .297, .0852, .0225, .0068, with 1,024 entries .291, .0814, .0221, .0059, and
        by Lloyd–Max levels .363, .1175, .0345, .0095.
-    6. Scale: 2^(c/4), c = 0 … 15, the root-mean-square of y / σ where that is above 1: for outliers alone.
+    6. Scale: 2^(c/4), c = 0 … 15 the nearest to 4 log₂ ρ + 3.2 − ¾ b, ρ the root-mean-square of y / σ and b the mean
+       bits of the head's coordinates: for outliers alone, with headroom. Squared errors are least without it, and the
+       model's loss is not.
 
 Stored per token
     One row of bits for all KV heads: 4 bits of each for its scale, then each head's string. ``bits`` are true bits,
@@ -35,6 +39,13 @@ Options that switch a part off; one calibration serves them all
     ``planning="head"``: every head has as many bits; ``"none"``: every coordinate.
     ``scale="none"``: every scale is 1, of 4 bits all the same.
 
+Options of a calibration:
+    ``positions``: where texts end that keys are to be read in, 8,192 by default. With 512, where windows of calibration
+    end, short texts lose less, and long ones much more.
+    ``basis="before_rope"``: all that is said above of keys is said of them before RoPE, where positions do not blur
+    what they have in common. It loses less. But a token has to be decoded and turned before a query meets it: no kernel
+    reads such keys, MLX operations decode them a tile at a time.
+
 Without gradients (`fit` of a sample that has none) H is E[qqᵀ] of the queries that read a head, for values the
 identity, and every head counts the same: only directions are known then, and not which head matters.
 """
@@ -49,7 +60,7 @@ from typing import Any, Literal, Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.checks import Check, check_fields, real
+from veloxlab.checks import Check, check_fields, real, whole
 from veloxlab.codecs import fisherquant_fitting as fitting
 from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted
 from veloxlab.codecs.fisherquant_fitting import Axes, CentreName, MetricName
@@ -82,6 +93,8 @@ class FisherQuant(Codec):
     tensor: Tensor
     code: CodeName = "trellis"
     entries: int = 256
+    basis: Literal["after_rope", "before_rope"] = "after_rope"
+    positions: int = 8192
     metric: MetricName = "fisher"
     centre: CentreName = "rotated"
     planning: Literal["model", "head", "none"] = "model"
@@ -96,7 +109,7 @@ class FisherQuant(Codec):
 
     def __post_init__(self) -> None:
         self._check()
-        check_fields(self, bits=real(least=1, most=WIDEST), entries=_ENTRIES)
+        check_fields(self, bits=real(least=1, most=WIDEST), entries=_ENTRIES, positions=whole(1))
 
     @property
     def layout(self) -> Layout:
@@ -109,7 +122,17 @@ class FisherQuant(Codec):
     @property
     def code_dim(self) -> int:
         """Those of a vector, and of keys about a mean before RoPE a cosine and a sine of each pair."""
-        return self.head_dim * (1 if self.rope is None else 2)
+        return self.head_dim * (1 if self._turning is None else 2)
+
+    @property
+    def _turning(self) -> Rope | None:
+        """The rotary embedding that turns the mean, in codes after RoPE."""
+        return self.rope if self.basis == "after_rope" else None
+
+    @property
+    def _undone(self) -> Rope | None:
+        """The one that is undone before keys are coded, and done when they are expanded."""
+        return self.rope if self.basis == "before_rope" else None
 
     def heads_of(self, code: Code) -> int:
         return len(self.widths)
@@ -120,22 +143,35 @@ class FisherQuant(Codec):
         Raises `InputError` below D tokens that vary.
         """
         check_vectors(sample.x, self.head_dim)
-        rope, x = sample.rope if self.tensor == "keys" else None, sample.x.astype(mx.float32)
-        plain = x if rope is None else rope.inverse(x, sample.start)
+        with_rope = replace(self, rope=sample.rope if self.tensor == "keys" else None)
+        turning, sample = with_rope._turning, with_rope._as_coded(sample)
+        plain = sample.x if turning is None else turning.inverse(sample.x, sample.start)
         mean = plain.mean(axis=(0, 2), keepdims=True)
-        moved = mean if rope is None else rope.forward(mx.broadcast_to(mean, x.shape), sample.start)
-        about = learnable(x - moved, METHOD.name, self.head_dim).astype(np.float32)
+        moved = mean if turning is None else turning.forward(mx.broadcast_to(mean, plain.shape), sample.start)
+        about = learnable(sample.x - moved, METHOD.name, self.head_dim).astype(np.float32)
         gradients = None if sample.gradients is None else fitting.singles(sample.gradients)
         metric = fitting.metric_of(about, gradients, sample.queries if self.tensor == "keys" else None)
         forward, backward = fitting.bases(about, gradients, metric)
         variances = fitting.ranges(about, gradients, forward, backward)
+        axes = Axes(forward, variances, np.array(mean[0, :, 0], np.float64))
+        if turning is not None:
+            axes = fitting.for_later(axes, turning, sample.start + plain.shape[2], self.positions)
         if gradients is None:  # which head matters is not known
-            total = variances.sum(axis=1, keepdims=True)
-            forward, variances = forward / np.sqrt(total)[..., None], variances / total
+            total = axes.variances.sum(axis=1, keepdims=True)
+            axes = Axes(axes.forward / np.sqrt(total)[..., None], axes.variances / total, axes.mean)
         size = float(np.sqrt(np.square(about).mean()))
-        fitted = replace(self, size=size, metric="fisher", centre="rotated", rope=rope)
-        fitted = fitted._with(Axes(forward, variances, np.array(mean[0, :, 0], np.float64)))
+        fitted = replace(with_rope, size=size, metric="fisher", centre="rotated")._with(axes)
         return fitted._planned_alone(metric=self.metric, centre=self.centre)
+
+    def _as_coded(self, sample: Sample) -> Sample:
+        """The same in float32, before RoPE where keys are coded there."""
+        rope, x = self._undone, sample.x.astype(mx.float32)
+        if rope is None:
+            return replace(sample, x=x)
+        gradients, queries = (
+            None if own is None else rope.inverse(own, sample.start) for own in (sample.gradients, sample.queries)
+        )
+        return replace(sample, x=rope.inverse(x, sample.start), gradients=gradients, queries=queries)
 
     def _with(self, axes: Axes) -> Self:
         """The same with other axes."""
@@ -144,8 +180,13 @@ class FisherQuant(Codec):
         return replace(self, forward=unit, backward=back, mean=constant(axes.mean), variances=constant(axes.variances))
 
     def switched(self, **options: Any) -> Self:
-        """The same with other ``options``; raises `InputError` where a fit without `metric` or `centre` has to be."""
+        """The same with other ``options``; raises `InputError` where another fit has to be."""
         asked = replace(self, widths=(), **options)
+        for name in ("basis", "positions"):
+            had, wanted = vars(self)[name], vars(asked)[name]
+            if had != wanted:
+                said = f"These codecs were fitted with {name}={had!r}, and cannot serve {name}={wanted!r}"
+                raise InputError(f"{said}: calibrate with {name}={wanted!r}.")
         if (self.metric, self.centre) == (asked.metric, asked.centre):
             return asked
         if (self.metric, self.centre) != ("fisher", "rotated"):
@@ -153,8 +194,8 @@ class FisherQuant(Codec):
             raise InputError(f"{said}: fit without these options, and give them when a cache is made.")
         unit, variances, mean = (np.array(x, np.float64) for x in (self.forward, self.variances, self.mean))
         axes = Axes(unit * fitting.deviations(variances)[:, None] / self.size, variances, mean)
-        moved = asked._with(fitting.switched(axes, self.rope, asked.metric, asked.centre))
-        return moved if asked.centre == "rotated" else replace(moved, rope=None)
+        moved = asked._with(fitting.switched(axes, self._turning, asked.metric, asked.centre))
+        return moved if asked.centre == "rotated" else replace(moved, rope=self._undone)
 
     def blank(self, kv_heads: int) -> Self:
         matrix = mx.broadcast_to(mx.eye(self.head_dim, dtype=mx.float16), (kv_heads, self.head_dim, self.head_dim))
@@ -169,34 +210,42 @@ class FisherQuant(Codec):
     def encode(self, x: mx.array, start: int = 0) -> Code:
         check_vectors(x, self.head_dim)
         forward, _, mean = self._fitted(x.shape[1])
-        if self.rope is None:
+        x = x.astype(mx.float32) if self._undone is None else self._undone.inverse(x.astype(mx.float32), start)
+        if self._turning is None:
             mean = mean[:, None]
         else:
-            mean = self.rope.forward(mx.broadcast_to(mean[None, :, None], (1, *x.shape[1:])), start)
-        y = ((x.astype(mx.float32) - mean) / self.size) @ forward.astype(mx.float32)
+            mean = self._turning.forward(mx.broadcast_to(mean[None, :, None], (1, *x.shape[1:])), start)
+        y = ((x - mean) / self.size) @ forward.astype(mx.float32)
         tokens = mx.flatten(y.swapaxes(1, 2), 2)[:, None]
         return Code(computed(lambda _: self._rows.encoder, self._rows.encode, tokens), start)
 
     def expand(self, code: Code) -> mx.array:
         y = self._rows.expand(code.arrays["codes"])
-        if self.rope is None:
+        if self._undone is not None:
+            return self._undone.forward(self._decoded(y + self._shifts[:, None]), code.start)
+        if self._turning is None:
             return y + self._shifts[:, None]
         first = (self._orders[1] < self.head_dim // 2).astype(mx.float32)  # 1 at the first coordinate of each pair
         first = mx.broadcast_to(first, (1, 1, code.tokens, self.head_dim))
-        turned = mx.take(self.rope.forward(first, code.start), self._orders[0], axis=-1)
+        turned = mx.take(self._turning.forward(first, code.start), self._orders[0], axis=-1)
         return mx.concatenate([y, mx.broadcast_to(turned, y.shape)], axis=-1)
 
     def from_codes(self, y: mx.array) -> mx.array:
+        return y if self._undone else self._decoded(y)
+
+    def _decoded(self, y: mx.array) -> mx.array:
         self._fitted(y.shape[1])
         return y @ self._to_codes.astype(y.dtype).swapaxes(1, 2)
 
     def query_to_codes(self, q: mx.array) -> mx.array:
         self._fitted(q.shape[1])
-        return q @ self._to_codes
+        return q if self._undone else q @ self._to_codes
 
-    def reader(self, code: Code) -> TrellisReader:
+    def reader(self, code: Code) -> TrellisReader | None:
+        if self._undone is not None:
+            return None
         self._fitted(len(self.widths))
-        rows, rope = code.arrays["codes"], self.rope
+        rows, rope = code.arrays["codes"], self._turning
         angles = None if rope is None else angles_from(rope, self.head_dim, code.start)
         shifts = self._shifts if rope is None else None
         return self._rows.reader(self.code_dim, rows, shifts, angles)
@@ -224,8 +273,8 @@ class FisherQuant(Codec):
     @cached_property
     def _orders(self) -> tuple[mx.array, mx.array]:
         """First coordinates of all pairs that RoPE turns, then second ones, and the inverse, ``[D]``."""
-        assert self.rope is not None
-        order = self.rope.pairs(self.head_dim).T.ravel()
+        assert self._turning is not None
+        order = self._turning.pairs(self.head_dim).T.ravel()
         return constant(order, mx.uint32), constant(np.argsort(order), mx.uint32)
 
     @cached_property
@@ -233,9 +282,9 @@ class FisherQuant(Codec):
         """Matrices that bring queries to codes ``[H, D, code_dim]``, and transposed vectors back; float32."""
         _, backward, mean = self._fitted()
         ours = self.size * np.array(backward, np.float32).swapaxes(1, 2)
-        if self.rope is None:
+        if self._turning is None:
             return constant(ours)
-        (i, j), pairs = self.rope.pairs(self.head_dim).T, np.arange(self.head_dim // 2)
+        (i, j), pairs = self._turning.pairs(self.head_dim).T, np.arange(self.head_dim // 2)
         a, b = np.array(mean)[:, i], np.array(mean)[:, j]
         cosines, sines = np.zeros((2, *ours.shape[:2], len(pairs)), np.float32)
         cosines[:, i, pairs], cosines[:, j, pairs] = a, b
@@ -308,9 +357,9 @@ METHOD = Method(
     bits=range(1, 9),
     fractional=True,
     stored="bits by what each coordinate costs the loss, 4 bits for a vector's scale",
-    options=("code", "entries", "metric", "centre", "planning", "scale", "words"),
+    options=("code", "entries", "basis", "positions", "metric", "centre", "planning", "scale", "words"),
     build=build,
-    version=7,
+    version=8,
     timed=True,
     planned=planned,
     colour="#1c7c7d",

@@ -26,6 +26,7 @@ _LOUDEST, _QUIET = 20.0, 0.2  # weights of vectors, of a mean of 1: the most, an
 _MOST_WEIGHT, _LEAST_WEIGHT = 30.0, 0.05  # of one coordinate
 _TINY = 1e-8  # variance, of the largest of a head, below which all are alike: float16 has to hold their ratios
 _POSITIONS = 512  # of a text, over which a mean that turns is taken
+_LATER, _SHARE = 8, 0.15  # places further on in a text that are looked at, and what they count for together
 
 
 class Axes(NamedTuple):
@@ -95,10 +96,8 @@ def _nonzero(x: NDArray[Any]) -> Any:  # noqa: ANN401 - an array of the same typ
 
 def switched(axes: Axes, rope: Rope | None, metric: MetricName, centre: CentreName) -> Axes:
     """The same with another metric, or about another mean: see the options of FisherQuant."""
-    forward, variances, mean = axes
-    lowest = np.linalg.inv(forward)
-    moment = np.swapaxes(lowest, 1, 2) @ (variances[..., None] * lowest)
-    cost = forward @ np.swapaxes(forward, 1, 2)
+    forward, _, mean = axes
+    moment, cost = _moments(axes)
     if centre != "rotated":
         turned = mx.broadcast_to(mx.array(mean, mx.float32)[None, :, None], (1, len(mean), _POSITIONS, mean.shape[-1]))
         means = per_head(turned if rope is None else rope.forward(turned, 0))
@@ -110,6 +109,33 @@ def switched(axes: Axes, rope: Rope | None, metric: MetricName, centre: CentreNa
     if metric == "none":
         forward = np.sqrt(cost)
         return Axes(forward, np.diagonal(cost, axis1=1, axis2=2) * np.diagonal(moment, axis1=1, axis2=2), mean)
+    return _axes_of(moment, cost, mean)
+
+
+def for_later(axes: Axes, rope: Rope, seen: int, positions: int) -> Axes:
+    """Axes for keys of up to so many ``positions``, from those of keys after RoPE at the ``seen`` first ones.
+
+    A model says the same wherever a text begins: moment and metric of later positions are those that were seen, turned.
+    """
+    if positions <= seen:
+        return axes
+    own = _moments(axes)
+    identity, later = mx.eye(axes.mean.shape[-1])[None, :, None], [np.zeros_like(own[0]) for _ in own]
+    for shift in np.geomspace(seen, positions, _LATER).astype(int).tolist():
+        turn = np.array(rope.forward(identity, shift)[0, :, 0], np.float64)
+        later = [total + turn.T @ matrix @ turn / _LATER for total, matrix in zip(later, own, strict=True)]
+    moment, cost = ((1 - _SHARE) * here + _SHARE * there for here, there in zip(own, later, strict=True))
+    return _axes_of(moment, cost, axes.mean)
+
+
+def _moments(axes: Axes) -> tuple[Floats, Floats]:
+    """Second moment of vectors, and metric, of each head ``[H, D, D]``."""
+    back = np.linalg.inv(axes.forward)
+    moment = np.swapaxes(back, 1, 2) @ (axes.variances[..., None] * back)
+    return moment, axes.forward @ np.swapaxes(axes.forward, 1, 2)
+
+
+def _axes_of(moment: Floats, cost: Floats, mean: Floats) -> Axes:
     lower = np.linalg.cholesky(cost)
     found = np.linalg.eigh(np.swapaxes(lower, 1, 2) @ moment @ lower)
     return Axes(lower @ found.eigenvectors, found.eigenvalues, mean)

@@ -16,6 +16,7 @@ _SIMDGROUPS = 8  # of a threadgroup: each searches for a head at a time
 def trellis_kernel(
     widths: NDArray[np.int64],
     weights: NDArray[np.float32],
+    headroom: NDArray[np.float32],
     levels: NDArray[np.float32],
     backwards: NDArray[np.int64],
     words: int,
@@ -25,7 +26,8 @@ def trellis_kernel(
     ``weights``, both in the order of a string: from each head's last coordinate to its first.
 
     ``levels`` ``[9, states]`` are by width and state, the newest bits lowest; ``backwards`` turns eight bits round. It
-    has one number where every coordinate is coded alone. A scale is of ``steps`` an octave; of none all are 1.
+    has one number where every coordinate is coded alone. A scale is of ``steps`` an octave, and ``headroom`` ``[H]``
+    steps above the root-mean-square; of no steps all are 1.
     """
     heads, dim = widths.shape
     states, alone = levels.shape[1], len(backwards) == 1
@@ -34,6 +36,7 @@ def trellis_kernel(
     arrays = {
         "widths": widths.astype(np.int32),
         "weights": weights,
+        "headroom": headroom,
         "levels": levels,
         "backwards": backwards.astype(np.int32),
         "begins": (ends - entries).astype(np.uint32),

@@ -24,7 +24,7 @@ from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
 from veloxlab.texts import Tokenizer, excerpt
 
-USUAL_TOKENS, USUAL_WINDOWS = 1024, 16  # and of those whose gradients are taken
+USUAL_TOKENS, USUAL_WINDOWS = 1024, 32  # and of those whose gradients are taken
 LEAST_TOKENS, LEAST_DISTINCT = 64, 16
 
 
@@ -51,7 +51,7 @@ def calibrate(
 
     In seconds of one core, SmolLM2 (1,024 tokens, float32) takes below 20 where only channels, means or levels are
     learned, 30 for SpectralQuant, 45 to 75 for VecInfer, and 70 to 170 for CommVQ at 1 to 4 bits; each width again.
-    FisherQuant takes 94 to 210 for its 16 windows, once.
+    FisherQuant takes 175 or more for its 32 windows, once.
     Raises `InputError`: unknown method or option, bits out of range, a text that is too short or too uniform, or
     activations that are not finite.
 
@@ -59,7 +59,7 @@ def calibrate(
     ----------
     text : what the model reads; by default the WikiText-2 validation excerpt, or, for gradients, the mixed text.
     bits : the width, or all widths, to fit keys and values for; of no effect where one fit serves all.
-    tokens : how much of the text, 64 or more; by default 1,024, or 16 windows of 512 for gradients.
+    tokens : how much of the text, 64 or more; by default 1,024, or 32 windows of 512 for gradients.
     seed : of everything random.
     folder : where to keep it; the user's cache folder by default. Where it cannot be written a warning says so.
     progress : told of each layer; what it raises ends the work, and nothing is saved but windows with their gradients.

@@ -33,6 +33,8 @@ Widths = tuple[tuple[int, ...], ...]  # bits of each coordinate of each KV head
 FILE = "trellis.npz"
 TRAINED = 5  # bits up to which a table is trained
 SCALE_BITS, STEPS = 4, 4  # of a vector's scale, 1 or more: its code, and steps of an octave
+_HEADROOM, _FALLS = 3.2, 0.75  # steps of a scale above the root-mean-square of a head without bits, less with each bit
+_LEAST_SQUARE = 1e-9  # of a vector, so that its logarithm is finite
 LEAST_WORDS = 2  # of a row: loops read eight bytes at a time
 _ROWS = 2048  # vectors that are searched together
 _SHARES = 8  # of a vector, that threads of a kernel read
@@ -91,10 +93,10 @@ def reversed_bits(count: int) -> NDArray[np.int64]:
 class TrellisRows:
     """How the unit coordinates of a token's KV heads become one row of bits ``[B, 1, S, words]``, uint32.
 
-    First the scales of all heads, 4 bits each: a head's coordinates are divided by 2^(code / 4), at least their
-    root-mean-square where that is above 1. Then each head's string of bits, without a gap, LSB first. It begins with
-    the last coordinate, which FisherQuant gives the largest range. In the other order squared errors are 2 to 5 % less
-    on Gaussians, and yet SmolLM2's KL at 2.25 bits is .080 in place of .070.
+    First the scales of all heads, 4 bits each: a head's coordinates are divided by 2^(code / 4), their root-mean-square
+    with headroom, the less the more bits a head has, where that is above 1. Then each head's string of bits, without a
+    gap, LSB first. It begins with the last coordinate, which FisherQuant gives the largest range. In the other order
+    squared errors are 2 to 5 % less on Gaussians, and yet SmolLM2's KL at 2.25 bits was .080 in place of .070.
     ``windows`` ``[H, D, 4]`` say of each coordinate where the bits of its state begin in the row, the mask of those
     that are there, by how much they are shifted up where older ones would be before the string's begin, and where the
     levels of its width begin in ``table``. What a squared error of a unit coordinate costs, by which strings are
@@ -104,6 +106,8 @@ class TrellisRows:
     def __init__(self, widths: Widths, levels: Levels, weights: Floats | None = None, scaled: bool = True) -> None:
         bits = np.array(widths, np.int64)
         self.widths, self.levels, self.steps = bits, levels, STEPS if scaled else 0
+        room = np.maximum(_HEADROOM - _FALLS * bits.mean(axis=1), 0.0) if scaled else np.zeros(len(bits))
+        self.headroom = room.astype(np.float32)
         own = np.ones(bits.shape) if weights is None else weights
         self.weights = (own / own.max(axis=1, keepdims=True)).astype(np.float32)
         self.heads, self.dim = bits.shape
@@ -156,8 +160,8 @@ class TrellisRows:
         y = mx.unflatten(tokens, -1, (self.heads, self.dim))
         coded = constant(self.widths > 0)
         ratio = (mx.square(y) * coded).sum(axis=-1) / mx.maximum(coded.sum(axis=-1), 1)
-        steps = mx.round(self.steps / 2 * mx.log2(mx.maximum(ratio, 1.0)))
-        scales = mx.minimum(steps, self._sizes.size - 1).astype(mx.uint32)
+        steps = self.steps / 2 * mx.log2(mx.maximum(ratio, _LEAST_SQUARE)) + constant(self.headroom)
+        scales = mx.clip(mx.round(steps), 0, self._sizes.size - 1).astype(mx.uint32)
         y = y / mx.take(self._sizes, scales)[..., None]
         parts = [scales]
         for head in range(self.heads):
@@ -200,6 +204,7 @@ class TrellisRows:
         return trellis_kernel(
             _turned(self.widths),
             _turned(self.weights),
+            self.headroom,
             table,
             reversed_bits(WIDEST if reach else 0),
             self.words,

@@ -175,7 +175,7 @@ def _encode_sums(work: Work) -> Call:
 
 def _encode_trellis(work: Work) -> Call:
     (x,), tables, variant = work.vectors, work.tables, work.kernel.variant
-    given = (tables[name] for name in ("widths", "weights", "levels", "backwards"))
+    given = (tables[name] for name in ("widths", "weights", "headroom", "levels", "backwards"))
     arguments = x.described, *given, np.float32(variant["steps"]), work.written[0]
     return Call(trellis.encode, arguments, variant["states"] / 2)
 

@@ -13,17 +13,17 @@ SCALE_BITS, STEPS = 4, 4  # of a vector's scale: its code, and steps of an octav
 
 
 @part
-def scale_code(y, widths, steps):
-    """Code of a vector's scale: of the root-mean-square of the coordinates that have bits, where it is above 1."""
+def scale_code(y, widths, steps, headroom):
+    """Code of a vector's scale: some steps above the root-mean-square of the coordinates that have bits, 0 or more."""
     squares, count = np.float32(0), np.float32(0)
     for i in range(len(y)):
         if widths[i] > 0:
             squares += y[i] * y[i]
             count += np.float32(1)
-    if not squares > count:  # of NaN too
+    if not (steps > 0 and squares > 0):  # of NaN too
         return 0
-    code = np.rint(np.float32(0.5) * steps * np.log2(squares / count))
-    return np.int64(min(code, np.float32((1 << SCALE_BITS) - 1)))
+    code = np.rint(np.float32(0.5) * steps * np.log2(squares / count) + headroom)
+    return np.int64(min(max(code, np.float32(0)), np.float32((1 << SCALE_BITS) - 1)))
 
 
 @part
@@ -112,12 +112,12 @@ def nearest(y, widths, levels, codes):
 
 
 @compiled
-def encode(first, last, x, widths, weights, levels, backwards, steps, rows):
+def encode(first, last, x, widths, weights, headroom, levels, backwards, steps, rows):
     """Rows of tokens: the scales of all heads, then each head's string of bits.
 
     ``x`` has the unit coordinates of all heads of a token, ``widths`` and ``weights`` are ``[H, D]`` from each head's
     last coordinate, with which its string begins, to its first, and ``backwards`` turns eight bits round; it has one
-    number where each coordinate is coded alone. Scales have ``steps`` an octave, or are 1.
+    number where each coordinate is coded alone. Scales have ``steps`` an octave and ``headroom`` ``[H]``, or are 1.
     """
     heads, dim, count = widths.shape[0], widths.shape[1], levels.shape[1]
     y, found = np.empty((heads, dim), np.float32), np.empty((heads, dim), np.int64)
@@ -129,7 +129,7 @@ def encode(first, last, x, widths, weights, levels, backwards, steps, rows):
         for h in range(heads):
             for i in range(dim):
                 y[h, i] = given[h * dim + dim - 1 - i]
-            scales[h] = scale_code(y[h], widths[h], steps)
+            scales[h] = scale_code(y[h], widths[h], steps, headroom[h])
             factor = np.float32(2) ** (-np.float32(scales[h]) / np.float32(STEPS))
             for i in range(dim):
                 y[h, i] *= factor

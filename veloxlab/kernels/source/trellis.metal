@@ -19,7 +19,8 @@ for (uint head = simdgroup; head < HEADS; head += SIMDGROUPS) {
     if (bits[i] > 0) squares += number * number, count += 1.0f;
   }
   squares = total_of<32>(squares), count = total_of<32>(count);
-  float scale = squares > count ? nearest_whole(STEPS * 0.5f * logarithm2(squares / count)) : 0.0f; // 0 of NaN too
+  float scale = STEPS * 0.5f * logarithm2(squares / count) + headroom[head];
+  scale = scale > 0.0f ? nearest_whole(scale) : 0.0f; // 0 of NaN too
   scale = scale < 15.0f ? scale : 15.0f;
   const float factor = exponential2(-0.25f * scale);
   if (lane == 0) found[head] = uchar(scale);
