@@ -41,6 +41,8 @@ OFF: dict[str, dict[str, Any]] = {
     "no sinks": {"sinks": 0},
 }
 """What is switched off in each row of the ablation, at 2.25 bits."""
+FITTED: dict[str, dict[str, Any]] = {"before RoPE": {"basis": "before_rope"}, "positions to 512": {"positions": 512}}
+"""Options of calibrations of their own."""
 
 
 BELOW = """
@@ -57,6 +59,9 @@ def rows() -> dict[str, dict[str, Any]]:
     long: dict[str, Any] = {"tokens": 4096, "windows": 1}
     found["2.25 bits, 4096 tokens"] = {"bits": 2.25, **long}
     found["turboquant 2 bits, 4096 tokens"] = {"method": "turboquant", "bits": 2, **long}
+    for name, fit in FITTED.items():
+        found[f"2.25 bits, {name}"] = {"bits": 2.25, "fit": fit}
+        found[f"2.25 bits, {name}, 4096 tokens"] = {"bits": 2.25, "fit": fit, **long}
     for bits in (2, 1):
         for scale in ("unbiased", "mse", "norm"):
             given = {"bits": bits, "key_options": {"scale": scale}}
@@ -71,8 +76,8 @@ def model() -> Any:
 
 
 @cache
-def calibration() -> Calibration:
-    return vl.calibrate(*model(), "fisherquant")
+def calibration(**fit: Any) -> Calibration:
+    return vl.calibrate(*model(), "fisherquant", **fit)
 
 
 def price() -> dict[str, Any]:
@@ -99,6 +104,7 @@ def measured(
     windows: int = 8,
     sinks: int = 4,
     key_options: dict[str, Any] | None = None,
+    fit: dict[str, Any] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """KL in nats where every token but the sinks is seen through its codes: mean, interval and each window's."""
@@ -106,7 +112,7 @@ def measured(
     plan = vl.Plan.uniform(model()[0], method, bits=bits, **options)
     if key_options:
         plan = replace(plan, layers=tuple(replace(layer, key_options=key_options) for layer in plan.layers))
-    given = {"calibration": calibration()} if method == "fisherquant" else {}
+    given = {"calibration": calibration(**(fit or {}))} if method == "fisherquant" else {}
     made: list[Any] = []
 
     def make(of: Any) -> list[Any]:
@@ -124,7 +130,13 @@ def measured(
         "held_bytes": held,
         "table_bytes": sum(codec.shared_bytes for codec in codecs),
     }
-    settings = {"method": method, "bits": bits, "sinks": sinks, "options": options | (key_options or {}), "text": text}
+    settings = {
+        "method": method,
+        "bits": bits,
+        "sinks": sinks,
+        "options": options | (key_options or {}) | (fit or {}),
+        "text": text,
+    }
     settings |= {"tokens": tokens, "windows": windows, "version": METHODS[method].version}
     seconds = time.process_time() - begun
     return settings | {"kl": mean, "low": low, "high": high, "by_window": kls} | sizes | {"cpu_seconds": seconds}

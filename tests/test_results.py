@@ -65,7 +65,7 @@ def sources(root):
 def test_every_figure_here_has_a_source(capsys):
     assert main(["results", "--check"]) == 0, capsys.readouterr().err
     lines = capsys.readouterr().out.splitlines()
-    said = "README.md: 0.063 <- compare_smollm2-135m_4_sinks.parquet <- veloxlab compare --sinks 4 --out data/results"
+    said = "README.md: 0.061 <- compare_smollm2-135m_4_sinks.parquet <- veloxlab compare --sinks 4 --out data/results"
     assert said in lines
     assert len(lines) > 100
 
