@@ -53,8 +53,10 @@ def test_without_a_pick_the_token_is_seen_that_lost_most(page, found):
 def test_a_token_picked_in_a_chart_is_seen_in_every_chart_and_on_every_page(lab, page):
     errors = lab.turn_to("errors")
     turn(lab, page="tokens")
+    drawn = [page.charts[name].revision for name in ("along", "text")]
     page.charts["text"].picked_token = 40
     assert page.wait(120)
+    assert [page.charts[name].revision for name in ("along", "text")] == drawn  # a mark moves, and nothing else there
     assert (lab.token, page.place, page._steps.value) == (40, 40, 40)
     assert all(view.picked_token == 40 for view in page.views)
     pairs = [(layer, tokens.as_held(layer, "rvq", (2, 2))) for layer in lab.experiment.capture.layers]

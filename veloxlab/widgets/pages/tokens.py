@@ -50,9 +50,13 @@ def _along_rows(found: Sequence[Predictions], _: Look) -> pl.DataFrame:
 
 
 def _strip_rows(found: Sequence[Predictions], look: Look) -> pl.DataFrame:
-    tokens, place = found[0].tokens, _place(found[0], look.token)
-    first = min((place - FIRST) // SHOWN * SHOWN, max(0, tokens.height - SHOWN))
-    return tokens.slice(first, SHOWN).with_columns(side=pl.lit("compressed"))
+    rows = found[0].tokens.slice(_first_row(found[0], look.token), SHOWN)
+    return rows.with_columns(side=pl.lit("compressed"))
+
+
+def _first_row(found: Predictions, token: int | None) -> int:
+    """Of the tokens whose text is drawn: the same for neighbours, so that a pick only moves a mark."""
+    return min((_place(found, token) - FIRST) // SHOWN * SHOWN, max(0, found.tokens.height - SHOWN))
 
 
 def _strip(rows: pl.DataFrame) -> alt.TopLevelMixin:
@@ -135,7 +139,7 @@ def _chart(
     of_text: bool = False,
 ) -> Chart:
     """A chart of one token, from a measurement of the chart's name; or ``of_text``, from the predictions of it all."""
-    depends = ("ids", "cache", "token", *depends)
+    depends = ("ids", "cache", *depends) if of_text else ("ids", "cache", "token", *depends)
 
     def asks(look: Look) -> list[Request]:
         return _predictions_of(look) if of_text else [(name, *(getattr(look, setting) for setting in depends))]
@@ -149,7 +153,7 @@ def _whole(found: Sequence[Any], _: Look) -> pl.DataFrame:
 
 
 CHARTS = (
-    _chart("text", "Which words the cache hurts.", _strip_rows, _strip, of_text=True),
+    _chart("text", "Which words the cache hurts.", _strip_rows, _strip, "first", of_text=True),
     _chart("along", "Where in the text they are.", _along_rows, views.losses_along, of_text=True),
     _chart("alternatives", "Whether another token would be said.", _whole, views.alternatives),
     _chart("heads", "Where the harm to this token begins.", _whole, views.token_heads),
@@ -222,6 +226,8 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
         look, choice = super()._look(**changed), self.selection.choice
         own = tuple(sorted(choice.own_bits.items()))
         look.cache = (choice.method, choice.key_bits, choice.value_bits, own, choice.sinks, choice.window)
+        found = self.found.get(_predictions_of(look)[0])
+        look.first = None if found is None else _first_row(found, look.token)
         return look
 
     @property
