@@ -29,7 +29,7 @@ METADATA = {
 
 def main(names: Sequence[str]) -> int:
     """Run the notebooks with these names, or all; give 1 if one failed, and leave that file as it was."""
-    paths = [NOTEBOOKS / f"{name.removesuffix('.ipynb')}.ipynb" for name in names] or sorted(NOTEBOOKS.glob("*.ipynb"))
+    paths = [NOTEBOOKS / f"{Path(name).stem}.ipynb" for name in names] or sorted(NOTEBOOKS.glob("*.ipynb"))
     failed = 0
     for path in paths:
         try:

@@ -84,7 +84,7 @@ def test_every_fault_is_found():
 def test_tool_saves_an_executed_notebook(folder, capsys):
     path = folder / "sums.ipynb"
     write(path, "a = 1", "a + 1")
-    assert main(["sums"]) == 0
+    assert main(["notebooks/sums.ipynb"]) == 0
     notebook = nbformat.read(path, as_version=4)
     assert faults(notebook) == []
     assert notebook.cells[1].outputs[0].data["text/plain"] == "2"
