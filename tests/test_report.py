@@ -7,6 +7,7 @@ import json
 import re
 from contextlib import redirect_stdout
 
+import mlx.core as mx
 import nbformat
 import polars as pl
 import pytest
@@ -17,6 +18,7 @@ from veloxlab.cli import main
 from veloxlab.errors import InputError
 from veloxlab.measure.paired import Mean, by_window, difference
 from veloxlab.measure.reproduce import calibration_code, notebook, run, steps
+from veloxlab.views import bytes_caption
 
 TEXT = "so it goes, one letter after another, and </script><!-- nobody minds. " * 12
 
@@ -85,6 +87,16 @@ def test_a_report_stands_alone_and_escapes_what_it_shows(page):
     tags = re.findall(r"<[a-zA-Z][^>]*>", re.sub(r"(?s)<script.*?</script>", "", text))
     assert not [tag for tag in tags if re.search(r"(src|href|url)\s*=?\s*[\"'(]?\s*(https?:)?//", tag)]
     assert "<b>" not in "".join(tags)
+
+
+def test_a_cache_that_holds_more_says_why(loaded):
+    cache = vl.make_cache(loaded[0])
+    said = []
+    for count in (8, 600):
+        loaded[0](mx.array([[1] * count]), cache=cache)
+        said.append(bytes_caption(vl.report(cache)))
+    assert ", more than exact in 16 bits (0.00819 MB), as many tokens stay in" in said[0]
+    assert " times less than exact in 16 bits" in said[1]
 
 
 def test_a_text_with_marks_in_it_stays_a_text(loaded):

@@ -220,7 +220,14 @@ class Harness(ModuleType):
         texts = ask("generate_until", (CONTEXT, {"until": "\x00", "max_gen_toks": 3}), (CONTEXT, {"until": []}))
         self.found.append((scores, texts, ask("loglikelihood_rolling", (CONTEXT,))))
         samples = [
-            {"doc_id": i, "target": "A", "filtered_resps": [0], "metrics": ["acc"], "acc": 1.0 - i} for i in (1, 0)
+            {
+                "doc_id": i,
+                "target": "A",
+                "filtered_resps": [(-len(self.found), 1), (-2.0, 0)],
+                "metrics": ["acc"],
+                "acc": 1.0 - i,
+            }
+            for i in (1, 0)
         ]
         return {"samples": {"toy": samples}}
 
@@ -235,6 +242,7 @@ def test_tasks_of_a_harness_are_asked_through_the_cache(model, monkeypatch):
     found = vl.evaluate(model, Letters(), **settings).row(0, named=True)
     assert (found["task"], found["questions"], found["exact"], found["chance"]) == ("lm_eval:toy", 2, 0.5, None)
     assert found["coded_share"] > 0.5
+    assert found["same"] == 1  # the first of two choices, with the exact cache at −1 and with the other one at −2
     exact, compressed = harness.found
     (first, greedy), spaced, (empty, _) = exact[0]
     assert first == pytest.approx(-nll(model, CONTEXT.rstrip(), "  xyz"), abs=2e-4)  # the space goes to the word

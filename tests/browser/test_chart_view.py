@@ -189,6 +189,16 @@ def test_a_dark_ground_gives_light_text_at_once(bare, darken):
     assert heights(bare) == [60, 120]
 
 
+@pytest.mark.parametrize("white", ["color(srgb 1 1 1)", "oklch(1 0 0)"])
+def test_a_white_ground_is_known_in_every_way_to_write_a_colour(bare, white):
+    bare.page.evaluate("document.body.style.background = '#111'")
+    open_chart(bare, ChartView(bars(5, 10)))
+    label = bare.page.locator(f"#one {SVG} .role-axis-label text").first
+    assert label.get_attribute("fill") == "#a3abb5"
+    bare.page.evaluate(f"document.body.style.background = '{white}'")
+    wait_for(bare, "document.querySelector('#one .role-axis-label text').getAttribute('fill') !== '#a3abb5'")
+
+
 def test_a_legend_keeps_its_colours_beside_a_chart_of_another_vega(bare):
     # JupyterLab's own Vega numbers its gradients from 0 as ours does, and a page gives a name to the first that has it
     other = "<svg width=9 height=9><defs><linearGradient id='gradient_0'></linearGradient></defs></svg>"

@@ -6,7 +6,7 @@ it, so that what is scored is seen through the codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
@@ -36,6 +36,8 @@ class Scorer:
     def __init__(self, model: Module, tokenizer: Tokenizer, make: CacheMaker) -> None:
         self.model, self.tokenizer, self.make = model, tokenizer, make
         self.tokens, self.coded = [0], [0]  # of each context, and those of it that were in codes
+        self._ids: list[int] = []
+        self._reader: Reader | None = None  # of the newest context, which all choices of a question share
 
     def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
         """Log p of a continuation in nats, and whether it is what the model would write."""
@@ -87,9 +89,10 @@ class Scorer:
         return first, rest or list(self.tokenizer.encode(continuation, **PLAIN))
 
     def _read(self, ids: list[int]) -> Reader:
-        reader = Reader(self.model, self.make(self.model)).read(ids, calls(len(ids)))
-        self._tell(reader.cache, len(ids))
-        return reader
+        if self._reader is None or ids != self._ids:
+            self._ids, self._reader = ids, Reader(self.model, self.make(self.model)).read(ids, calls(len(ids)))
+            self._tell(self._reader.cache, len(ids))
+        return self._reader.twin()
 
     def _tell(self, cache: list[Any], tokens: int) -> None:
         self.tokens.append(tokens)
@@ -125,6 +128,13 @@ def _as_model(scorer: Scorer, tell: Callable[[int, int], object]) -> Any:  # noq
     return Model()
 
 
+def _answer(responses: Sequence[Any]) -> str:
+    """What was answered: of choices, each with its log-likelihood, the number of the most likely one."""
+    if len(responses) > 1 and all(isinstance(each, list | tuple) for each in responses):
+        return str(max(range(len(responses)), key=lambda choice: float(responses[choice][0])))
+    return str(responses[0]) if responses else ""
+
+
 def _told(progress: Progress, label: str, done: int, total: int) -> None:
     progress(done, total, label)
 
@@ -155,6 +165,6 @@ def answers(
                 metric = next((m for m in sample.get("metrics", ()) if sample.get(m) in (0, 1)), None)
                 if metric is None:
                     raise InputError(f"The task {PREFIX}{task} does not count right answers: take another one.")
-                said = str(sample.get("filtered_resps", "")), str(sample.get("target", ""))
+                said = _answer(sample.get("filtered_resps", ())), str(sample.get("target", ""))
                 place = f"{PREFIX}{task}", sample["doc_id"], f"{metric} of document {sample['doc_id']}", side
                 yield (*place, *said, bool(sample[metric]), None, context, coded)

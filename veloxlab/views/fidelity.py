@@ -59,7 +59,9 @@ def bytes_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChar
     amounts = {name: f"datum.{name} / {MB}" for name in ("held_bytes", "fp16_bytes")}
     base = base.transform_calculate(megabytes=amounts["held_bytes"], exact=amounts["fp16_bytes"])
     plot = marks.layered(
-        base.mark_bar(color=theme.NEUTRAL, opacity=0.25).encode(y=columns.y("exact", ["bytes held", "MB"], zero=True)),
+        base.mark_bar(color=theme.NEUTRAL, opacity=0.25).encode(
+            y=columns.y("exact", ["MB held", "(grey: exact)"], zero=True)
+        ),
         base.mark_bar(color=theme.CHOSEN).encode(y=alt.Y("megabytes:Q")),
     )
     layers = shown["layer"].n_unique()
@@ -71,7 +73,9 @@ def bytes_caption(frame: pl.DataFrame) -> str:
     """Say what all layers hold, how many times less that is than 16 bits, and which do not read codes."""
     layers, tables = frame.drop_nulls("layer"), int(frame.filter(path="shared")["held_bytes"].sum())
     held, exact = (int(layers[name].sum()) for name in ("held_bytes", "fp16_bytes"))
-    less = f", {exact / held:.2f} times less than exact in 16 bits (grey)" if held else ""
+    less = f", {exact / held:.2f} times less than exact in 16 bits" if 0 < held <= exact else ""
+    if held > exact:
+        less = f", more than exact in 16 bits ({exact / MB:,.3g} MB), as many tokens stay in the model's own type"
     others = layers.filter(pl.col("path") != "codes").group_by("path", maintain_order=True).agg(pl.col("layer"))
     apart = [f"{path}: layer{'s' * (len(own) > 1)} {', '.join(map(str, own))}" for path, own in others.iter_rows()]
     shared = f"tables, held once, {tables / MB:.3g} MB" if tables else ""
