@@ -118,8 +118,8 @@ def begin(*arrays: mx.array) -> None:
 def ahead(*arrays: mx.array) -> None:
     """Let a GPU compute by themselves arrays that only some steps make.
 
-    MLX on CUDA makes a graph of what is computed together. One of a form that it has not seen takes it longer than the
-    step, and of 800 forms it raises an error.
+    MLX on CUDA makes a graph of what is computed together. A chain of 60 operations took 591 µs in a form that it had
+    seen, and 900 µs in a new one (H200, MLX 0.32.4).
     """
     if arrays and device_backend().lazy:
         with suppress(ValueError):  # see `evaluated`
