@@ -10,12 +10,13 @@ import mlx.core as mx
 import numpy as np
 import polars as pl
 from mlx.nn.layers.base import Module
+from numpy.typing import NDArray
 
 from veloxlab.cache.arithmetic import capped
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
 from veloxlab.checks import CACHE_MAKER, CALIBRATIONS, checked, many, whole
-from veloxlab.codecs import TENSORS
+from veloxlab.codecs import TENSORS, Tensor
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import LayerCapture, softmax
 from veloxlab.measure.errors import exact_and_decoded, ratio, with_exact_ends
@@ -160,15 +161,15 @@ def errors_of_token(pairs: Sequence[tuple[LayerCapture, LayerCapture]], position
     """
     frames = []
     for exact, held in pairs:
-        rows = {}
-        for tensor in ("keys", "values"):
-            x, y = (np.array(each.vectors(tensor)[0, :, position]) for each in (exact, held))
+        rows: dict[str, Any] = {}
+        for tensor in TENSORS:
+            x, y = (_at(each, tensor, position) for each in (exact, held))
             rows[tensor] = ratio(np.square(x - y).sum(axis=-1), np.square(x).sum(axis=-1))
         if exact.queries is not None:
             o, p = (_output(exact, each, position) for each in (exact, held))
             rows["output"] = ratio(np.square(o - p).sum(axis=(1, 2)), np.square(o).sum(axis=(1, 2)))
-        for tensor, error in rows.items():
-            place = {"layer": exact.layer, "tensor": tensor, "head": np.arange(len(error))}
+        for part, error in rows.items():
+            place = {"layer": exact.layer, "tensor": part, "head": np.arange(len(error))}
             frames.append(in_schema(pl.DataFrame(place | {"error": error}), ERRORS_OF_TOKEN))
     return pl.concat(frames)
 
@@ -180,7 +181,7 @@ def attended_keys(exact: LayerCapture, held: LayerCapture, position: int, head: 
     """
     if exact.queries is None:
         raise InputError(f"Layer {exact.layer} does not show its queries, so its attention cannot be seen.")
-    exact_weight, weight = (_weights(exact, each, position)[head].mean(axis=0) for each in (exact, held))
+    exact_weight, weight = (np.array(_weights(exact, each, position)[head].mean(axis=0)) for each in (exact, held))
     x, y = (np.array(each.vectors("keys")[0, head, : position + 1]) for each in (exact, held))
     error = ratio(np.square(x - y).sum(axis=-1), np.square(x).sum(axis=-1))
     key = np.arange(position + 1)
@@ -205,14 +206,20 @@ def worst_of_blocks(tokens: pl.DataFrame, blocks: int) -> pl.DataFrame:
     return ranked.group_by(block, maintain_order=True).first().drop("block").sort("position")
 
 
-def _weights(own: LayerCapture, seen: LayerCapture, position: int) -> np.ndarray[Any, Any]:
+def _at(layer: LayerCapture, tensor: Tensor, position: int) -> NDArray[Any]:
+    """The key or value of one token ``[H, D]``: the other tokens stay as they are."""
+    x = layer.keys if tensor == "keys" else layer.values
+    return np.array(x[0, :, position].astype(mx.float32))
+
+
+def _weights(own: LayerCapture, seen: LayerCapture, position: int) -> mx.array:
     """Attention weights of a layer's queries at a position over keys up to it ``[H, Hq/H, position + 1]``."""
-    keys = seen.vectors("keys")[0, :, : position + 1]
+    keys = seen.keys[0, :, : position + 1].astype(mx.float32)
     assert own.queries is not None
     queries = own.queries[0, :, position].astype(mx.float32).reshape(keys.shape[0], -1, keys.shape[-1])
-    return np.array(softmax(capped(queries @ keys.swapaxes(-1, -2) * own.scale, own.cap)))  # type: ignore[operator]
+    return softmax(capped(queries @ keys.swapaxes(-1, -2) * own.scale, own.cap))  # type: ignore[operator]
 
 
-def _output(own: LayerCapture, seen: LayerCapture, position: int) -> np.ndarray[Any, Any]:
-    values = np.array(seen.vectors("values")[0, :, : position + 1])
-    return np.asarray(_weights(own, seen, position) @ values)
+def _output(own: LayerCapture, seen: LayerCapture, position: int) -> NDArray[Any]:
+    values = seen.values[0, :, : position + 1].astype(mx.float32)
+    return np.array(_weights(own, seen, position) @ values)
