@@ -212,15 +212,6 @@ KINDS = {
         sensitivity,
         lambda path: sensitivity.read(_facts(1), path),
     ),
-    "runs": Kind(
-        _runs,
-        lambda made, path: made.save(path),
-        _open_runs,
-        lambda made: store.digest(made.table.to_dicts()),
-        ".parquet",
-        runs,
-        lambda path: None,  # a run says what it was measured on, and makes no cache by itself
-    ),
     "window of gradients": Kind(
         _arrays,
         lambda made, path: store.write_arrays(path, gradients.FORMAT, _facts(), made),
@@ -229,5 +220,14 @@ KINDS = {
         ".safetensors",
         gradients,
         lambda path: gradients.read(_facts(1), path),
+    ),
+    "runs": Kind(
+        _runs,
+        lambda made, path: made.save(path),
+        _open_runs,
+        lambda made: store.digest(made.table.to_dicts()),
+        ".parquet",
+        runs,
+        lambda path: None,  # a run says what it was measured on, and makes no cache by itself
     ),
 }

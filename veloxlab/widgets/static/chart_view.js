@@ -38,14 +38,27 @@ function luminance([r, g, b]) {
   return (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255;
 }
 
+// Red, green and blue to 255, and opacity to 1, of any CSS colour: marimo has "color(srgb 1 1 1)".
+function rgbaOf(colour) {
+  if (colour.startsWith("rgb")) {
+    const [r, g, b, opacity = 1] = colour.match(/[\d.]+/g).map(Number);
+    return [r, g, b, opacity];
+  }
+  const pixel = new OffscreenCanvas(1, 1).getContext("2d");
+  pixel.fillStyle = colour;
+  pixel.fillRect(0, 0, 1, 1);
+  const [r, g, b, opacity] = pixel.getImageData(0, 0, 1, 1).data;
+  return [r, g, b, opacity / 255];
+}
+
 function isDark(el) {
   const { dataset, classList } = document.body;
   if (dataset.jpThemeLight) return dataset.jpThemeLight === "false";
   if (classList.contains("vscode-light") || classList.contains("vscode-high-contrast-light")) return false;
   if (classList.contains("vscode-dark") || classList.contains("vscode-high-contrast")) return true;
   for (let node = el; node instanceof Element; node = node.parentElement ?? node.getRootNode().host) {
-    const parts = getComputedStyle(node).backgroundColor.match(/[\d.]+/g)?.map(Number) ?? [];
-    if (parts.length >= 3 && (parts[3] ?? 1) > 0.5) return luminance(parts) < 0.5;
+    const parts = rgbaOf(getComputedStyle(node).backgroundColor);
+    if (parts[3] > 0.5) return luminance(parts) < 0.5;
   }
   // a page that does not opt in to dark stays white, whatever the system prefers
   const scheme = getComputedStyle(document.documentElement).colorScheme;
