@@ -79,6 +79,7 @@ BAD: dict[str, list[Any]] = {
     "megabytes": POSITIVE,
     "goal": [*WORDS, "x"],
     "parameters": COUNT,
+    "trained_tokens": COUNT,
     "memory": [*POSITIVE, "16", "16 XB", "-1 GB"],
     "memory_bytes": POSITIVE,
     "most": AMOUNT,
@@ -434,7 +435,7 @@ OWN_OPTIONS: dict[str, list[Any]] = {
     "seed": NO_OPTION[:-1],
     "damping": [*NO_OPTION[:3], *NO_OPTION[4:6], True],
     "outlier_bits": ["no such word", NAN, 5.5, [3], object()],
-    **dict.fromkeys(("group", "stages", "words"), NO_OPTION[:-1]),
+    **dict.fromkeys(("group", "stages", "words", "positions"), NO_OPTION[:-1]),
     **dict.fromkeys(("smooth", "hadamard", "centred", "bounds", "centroid"), NO_FLAGS),
 }
 VALUES_ALONE = [("qjl", "levels"), ("qjl", "group")]
