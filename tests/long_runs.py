@@ -44,7 +44,7 @@ DECODED: dict[str, tuple[str, int, int, dict[str, Any]]] = {  # family, sequence
     f"decode, at most {BOUNDED} tokens": ("llama", 1, STEPS, {"max_kv_size": BOUNDED}),
     "decode, sliding windows": ("gemma3_text", 1, STEPS, {}),
     "decode, hybrid": ("falcon_h1", 1, STEPS, {}),
-    "decode, batch of 16": ("llama", 16, STEPS // 5, {}),
+    "decode, batch of 16": ("llama", 16, STEPS, {}),
 }
 CHECKED = {"schedules, exact": ("none", 16), "schedules, codes": ("turboquant", 4)}
 Row = dict[str, Any]
