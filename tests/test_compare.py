@@ -121,6 +121,27 @@ def test_rows_are_on_disk_as_they_come_and_the_table_says_what_is_left_out(monke
     assert pl.read_parquet(tmp_path / f"{stem}.parquet").height == 4
 
 
+def test_times_of_an_earlier_comparison_are_measured_again(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(vl, "load", lambda name: (tiny("llama"), Letters()))
+    monkeypatch.setattr(measured, "METHODS", {"turboquant": METHODS["turboquant"]})
+    monkeypatch.setattr(measured, "byte_ratios", partial(byte_ratios, kv_heads=1, tokens=1024))
+    words = ["compare", "--tokens", "24", "--windows", "1", "--out", str(tmp_path)]
+    assert cli.main([*words, "--times"]) == 2
+    assert "run `veloxlab compare` without --times first" in capsys.readouterr().err
+    assert cli.main(words) == 0
+    rows, page = tmp_path / "compare_smollm2-135m.parquet", tmp_path / "compare_smollm2-135m.md"
+    before, text = pl.read_parquet(rows), page.read_text()
+    seconds = [measured.CacheSeconds(1e-6, 2e-6), measured.CacheSeconds(24e-6, 6e-6)]
+    monkeypatch.setattr(measured, "cache_seconds", lambda *_: seconds)
+    assert cli.main([*words, "--times"]) == 0
+    after, times = pl.read_parquet(rows), ["store_us", "store_ratio", "attend_us", "attend_ratio"]
+    assert after.schema == before.schema
+    assert after.drop(times).equals(before.drop(times))
+    assert after.select(times).unique().rows() == [(1.0, 24.0, 6.0, 3.0)]
+    assert page.read_text() == text.replace(compared_table(before), compared_table(after))
+    assert "| 1.0 | 6 (3.0×) |" in page.read_text()
+
+
 def test_a_model_without_any_of_these_caches_is_a_sentence(monkeypatch):
     monkeypatch.setattr(measured, "METHODS", {})
     with pytest.raises(

@@ -170,6 +170,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
             "--peers",
             {"action": "store_true", "help": "measure other projects' caches, each in an environment of its own"},
         ),
+        ("--times", {"action": "store_true", "help": "only measure the times of an earlier comparison again"}),
         *_text(512, 3),
         OUT,
     ),

@@ -56,11 +56,17 @@ def ask_tasks(
     print(tables.tasks_table(vl.evaluate(loaded, tokenizer, lambda _: make(), **asked)))
 
 
-def compare_caches(model: str, out: Path, sinks: int = 0, peers: bool = False, **text: Any) -> None:
+def compare_caches(
+    model: str, out: Path, sinks: int = 0, peers: bool = False, times: bool = False, **text: Any
+) -> None:
     """Measure, print the tables, and write them as Parquet (unfinished at first), as Markdown and as a chart.
 
-    With ``sinks`` there are no times, and no tables either. With ``peers`` other projects' caches are measured.
+    With ``sinks`` there are no times, and no tables either. With ``peers`` other projects' caches are measured. With
+    ``times`` those of an earlier comparison are measured again, which have to be of a quiet machine.
     """
+    if times:
+        _time_again(model, out, text["tokens"])
+        return
     if peers:
         if sinks:
             raise InputError(f"Caches of other projects keep no sinks: leave out --sinks {sinks}.")
@@ -86,6 +92,22 @@ def compare_caches(model: str, out: Path, sinks: int = 0, peers: bool = False, *
         write_parquet(out / "byte_ratios.parquet", ratios)
         _tell(stem, f"{tables.compared_table(frame)}{tables.left_out_lines(missing)}\n\n{tables.ratio_table(ratios)}")
     unfinished.unlink()
+
+
+def _time_again(model: str, out: Path, tokens: int) -> None:
+    """Measure the times of an earlier comparison, and write them in the place of those that it has."""
+    import polars as pl
+
+    import veloxlab as vl
+    from veloxlab.measure.compare import timed_again
+
+    stem = out / f"compare_{results_name(model)}"
+    rows, page = Path(f"{stem}.parquet"), Path(f"{stem}.md")
+    with reading("comparison", rows, "run `veloxlab compare` without --times first"):
+        before, text = pl.read_parquet(rows), page.read_text()
+    after = timed_again(before, *vl.load(model), tokens=tokens, progress=say)
+    write_parquet(rows, after)
+    _tell(stem, text.replace(tables.compared_table(before), tables.compared_table(after)).rstrip())
 
 
 def _compare_peers(model: str, out: Path, **text: Any) -> None:

@@ -65,12 +65,7 @@ def compare(
     """
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows)
     seen = None if sinks else capture(model, tokenizer, text, tokens=tokens).layers[0]
-    ours = ((m, b + m.fractional / 4) for m in METHODS.values() for b in bits if m.id != "none" and b in m.bits)
-    makers: dict[str, Callable[[], CacheMaker]] = {
-        f"{m.id} {b:g} bit": partial(_ours, model, tokenizer, m, number_of_bits(b), sinks) for m, b in ours
-    }
-    theirs = (b for b in (2, 3, 4, 8) if b in bits or b == 8)
-    makers |= {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}
+    makers = _makers(model, tokenizer, bits, sinks)
     attempts = [Attempt(name, partial(_row, exact, seen, name, maker)) for name, maker in makers.items()]
     frame, left_out = possible_rows(attempts, len(attempts), COMPARED, progress, on_rows)
     if frame.is_empty():
@@ -90,11 +85,42 @@ def _row(
     found = evaluate(exact, make, name=name).with_columns(chunk=chunk)
     if seen is None:
         return in_schema(found, COMPARED)
-    facts = next(found for found in probe(exact.model) if found.compressible)  # of the layer that was captured first
-    plain, own = cache_seconds(seen, KVCache, lambda: slot_of(make(exact.model), facts))
-    times = {"store_us": 1e6 * own.store / len(exact.stretches[0]), "attend_us": 1e6 * own.attend}
-    times |= {"store_ratio": own.store / plain.store, "attend_ratio": own.attend / plain.attend}
-    return found.with_columns(**times).match_to_schema(COMPARED)
+    return found.with_columns(**_times(exact.model, seen, make)).match_to_schema(COMPARED)
+
+
+def timed_again(
+    frame: pl.DataFrame, model: Module, tokenizer: Tokenizer, *, tokens: int = 512, progress: Progress = silent
+) -> pl.DataFrame:
+    """Give the rows of `compare` with times measured again: only they need a quiet machine.
+
+    Raises `InputError`: as `veloxlab.capture`.
+    """
+    seen, makers = capture(model, tokenizer, tokens=tokens).layers[0], _makers(model, tokenizer, (1, 2, 3, 4), 0)
+    rows = []
+    for done, row in enumerate(frame.iter_rows(named=True)):
+        progress(done, frame.height, row["name"])
+        rows.append(row | _times(model, seen, makers[row["name"]]()))
+    return pl.DataFrame(rows, schema=COMPARED)
+
+
+def _times(model: Module, seen: LayerCapture, make: CacheMaker) -> dict[str, float]:
+    """The columns of `COMPARED` that are times."""
+    facts = next(found for found in probe(model) if found.compressible)  # of the layer that was captured first
+    plain, own = cache_seconds(seen, KVCache, lambda: slot_of(make(model), facts))
+    times = {"store_us": 1e6 * own.store / seen.keys.shape[2], "attend_us": 1e6 * own.attend}
+    return times | {"store_ratio": own.store / plain.store, "attend_ratio": own.attend / plain.attend}
+
+
+def _makers(
+    model: Module, tokenizer: Tokenizer, bits: tuple[int, ...], sinks: int
+) -> dict[str, Callable[[], CacheMaker]]:
+    """By name of the cache, what calibrates it where it has to be, and gives what makes it."""
+    ours = ((m, b + m.fractional / 4) for m in METHODS.values() for b in bits if m.id != "none" and b in m.bits)
+    makers: dict[str, Callable[[], CacheMaker]] = {
+        f"{m.id} {b:g} bit": partial(_ours, model, tokenizer, m, number_of_bits(b), sinks) for m, b in ours
+    }
+    theirs = (b for b in (2, 3, 4, 8) if b in bits or b == 8)
+    return makers | {f"mlx-lm {b} bit": partial(partial, quantized_cache, bits=b) for b in theirs}
 
 
 def _ours(model: Module, tokenizer: Tokenizer, method: Method, bits: float, sinks: int) -> CacheMaker:
