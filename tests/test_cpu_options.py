@@ -56,10 +56,13 @@ VALUES: Mapping[str, Mapping[str, Any]] = {
     "fisherquant": {
         **{"code": ["trellis", "scalar"], "entries": [256, 1024], "metric": ["fisher", "pca", "none"]},
         **{"centre": ["rotated", "still", "none"], "planning": ["head", "none"], "scale": ["none"], "words": [12]},
+        **{"basis": ["after_rope", "before_rope"], "positions": [512]},
     },
 }
 # settings that no loop reads: MLX operations decode them, and attend to them
-UNREAD: list[Mapping[str, Any]] = [PROD, {"outliers": 4}, {"outliers": 8}, {"point": "d1b4"}, {"levels": (4, 3, 2, 1)}]
+UNREAD: list[Mapping[str, Any]] = [
+    *(PROD, {"outliers": 4}, {"outliers": 8}, {"point": "d1b4"}, {"levels": (4, 3, 2, 1)}, {"basis": "before_rope"}),
+]
 
 
 def settings_of(method):

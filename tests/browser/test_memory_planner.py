@@ -47,14 +47,17 @@ def test_the_knobs_of_the_planner_and_a_slider_over_frames_move_their_charts(not
     ):
         planner.pressed(name, keys.split(), [0])
     boxes = page.locator(f"{PLANNER} input[type=number]")
-    # sequences, memory, layers, KV heads, head dimension, tokens that a sliding layer sees, every which sees all
+    # sequences, memory, layers, KV heads, head dimension, tokens that a sliding layer sees, every which sees all;
+    # between them are the machine's memory and bits of weights, which wait for a button
     twice = [("2", "4"), ("12", "24"), ("24", "16"), ("4", "8"), ("64", "128"), ("1024", "4096"), ("2", "0")]
-    for place, values in enumerate(twice):
+    for place, values in zip((0, 1, 4, 5, 6, 7, 8), twice, strict=True):
         for value in values:
             boxes.nth(place).fill(value)
             planner.changes(lambda place=place: boxes.nth(place).press("Enter"), [0])
-    boxes.nth(5).fill("0")  # none slides
-    planner.changes(lambda: boxes.nth(5).press("Enter"), [0])
+    boxes.nth(7).fill("0")  # none slides
+    planner.changes(lambda: boxes.nth(7).press("Enter"), [0])
+    page.get_by_role("button", name="Leave room for weights").click()
+    page.locator(PLANNER, has_text="The weights of a model that is typed in are not known").wait_for()
     planner.changes(lambda: page.locator(f"{PLANNER} select").select_option("rvq"), [0])
     planner.changes(lambda: page.locator(f"{PLANNER} select").select_option("rabitq"), [0])
     page.locator(planner.charts, has_text="4 sequences of 92,682 tokens as rabitq K2 V6: ").wait_for()
