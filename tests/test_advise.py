@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 import veloxlab as vl
+from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab import cli
 from veloxlab.codecs import METHODS
@@ -26,13 +27,6 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
 }
 LAYER = vl.models.ModelShape.typed(layers=1, kv_heads=8, head_dim=128)  # an exact token takes 4,096 bytes
-
-
-class Letters:
-    """A tokenizer of one token per character."""
-
-    def encode(self, text):
-        return [ord(c) % 90 for c in text]
 
 
 def advise(memory, **more):

@@ -11,6 +11,7 @@ import pytest
 from mlx_lm.models.cache import CacheList, load_prompt_cache, save_prompt_cache
 
 import veloxlab as vl
+from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab import store
 from veloxlab.cache import saved
@@ -33,11 +34,6 @@ def model():
     return tiny("llama")
 
 
-class Tokenizer:
-    def encode(self, text):
-        return [ord(c) % 90 for c in text]
-
-
 def filled(model, *arguments, **settings):
     cache = vl.make_cache(model, *arguments, **SOME_EXACT | settings)
     model(mx.array([IDS]), cache=cache)
@@ -55,7 +51,7 @@ def test_every_method_comes_back_and_continues_alike(model, file, method, calibr
     fitted = None
     if METHODS[method].calibrated:
         text = "".join(chr(32 + i * i % 90) for i in range(400))
-        fitted = vl.calibrate(model, Tokenizer(), method, text, bits=bits, tokens=400, folder=calibrations)
+        fitted = vl.calibrate(model, Letters(), method, text, bits=bits, tokens=400, folder=calibrations)
     cache = filled(model, method, bits=bits, calibration=fitted)
     save_prompt_cache(str(file), cache, {"said": "so"})
     loaded, metadata = load_prompt_cache(str(file), return_metadata=True)
@@ -150,7 +146,7 @@ def test_another_method_or_width_is_named(model, file):
 
 def test_another_calibration_is_named(model, file, tmp_path):
     texts = ["".join(chr(32 + i * k % 90) for i in range(400)) for k in (7, 11)]
-    first, second = (vl.calibrate(model, Tokenizer(), "spectralquant", t, tokens=400, folder=tmp_path) for t in texts)
+    first, second = (vl.calibrate(model, Letters(), "spectralquant", t, tokens=400, folder=tmp_path) for t in texts)
     save_prompt_cache(str(file), filled(model, "spectralquant", calibration=first))
     assert vl.load_cache(file, model, "spectralquant", calibration=first)
     with pytest.raises(InputError, match=r"another calibration of spectralquant, .* \(layer 0 differs\)"):

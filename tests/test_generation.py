@@ -13,6 +13,7 @@ import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 import veloxlab as vl
+from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import GENERATION, PASSKEY, first_parting, prompt_ids
@@ -24,18 +25,6 @@ from veloxlab.widgets.pages.generation import LATE
 IDS = [i * i % 90 for i in range(60)]  # behind which this model with random weights parts at one bit
 
 
-class Tokenizer:
-    """Each character is a token."""
-
-    eos_token_ids = frozenset({95})
-
-    def encode(self, text, add_special_tokens=True):
-        return [ord(c) % 90 for c in text]
-
-    def decode(self, ids):
-        return "".join(chr(32 + i) for i in ids)
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny("llama")
@@ -43,7 +32,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def parted(model):
-    frame = vl.measure.side_by_side(model, Tokenizer(), IDS, bits=1, sinks=0, window=0, tokens=24)
+    frame = vl.measure.side_by_side(model, Letters(), IDS, bits=1, sinks=0, window=0, tokens=24)
     assert first_parting(frame) is not None
     return frame
 
@@ -61,7 +50,7 @@ class Poisoned(KVCache):
 
 
 def test_a_prediction_that_is_not_a_number_is_not_shown_as_exact(model):
-    frame = vl.measure.side_by_side(model, Tokenizer(), IDS, lambda m: [Poisoned() for _ in m.layers], tokens=2)
+    frame = vl.measure.side_by_side(model, Letters(), IDS, lambda m: [Poisoned() for _ in m.layers], tokens=2)
     kl = frame.filter(pl.col("side") == "compressed")["kl"]
     assert kl.is_nan().all()
 
@@ -96,7 +85,7 @@ def test_divergences_are_those_of_two_predictions_of_one_text(model, parted):
 
 
 def test_the_exact_cache_loses_nothing_and_never_parts(model):
-    frame = vl.measure.side_by_side(model, Tokenizer(), IDS, "none", bits=32, tokens=12)
+    frame = vl.measure.side_by_side(model, Letters(), IDS, "none", bits=32, tokens=12)
     assert first_parting(frame) is None
     assert frame["kl"].max() < 1e-5  # rounding: a prompt in blocks is not the sum of a prompt in one
     assert frame.schema == GENERATION
@@ -104,7 +93,7 @@ def test_the_exact_cache_loses_nothing_and_never_parts(model):
 
 
 def test_a_run_repeats(model, parted):
-    again = vl.measure.side_by_side(model, Tokenizer(), IDS, bits=1, sinks=0, window=0, tokens=24)
+    again = vl.measure.side_by_side(model, Letters(), IDS, bits=1, sinks=0, window=0, tokens=24)
     assert again.equals(parted)
 
 
@@ -121,7 +110,7 @@ def test_a_side_that_ends_its_text_ends(model, parted):
     exact, compressed = texts(parted)
     at = first_parting(parted)
 
-    class Ending(Tokenizer):
+    class Ending(Letters):
         eos_token_ids = frozenset({exact[at]})
 
     frame = vl.measure.side_by_side(model, Ending(), IDS, bits=1, sinks=0, window=0, tokens=24)
@@ -140,7 +129,7 @@ def test_rows_come_as_they_are_made_and_work_can_be_ended(model):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        vl.measure.side_by_side(model, Tokenizer(), IDS, tokens=20, on_token=watch)
+        vl.measure.side_by_side(model, Letters(), IDS, tokens=20, on_token=watch)
     assert seen == [2, 4, 6]
 
 
@@ -155,7 +144,7 @@ def test_rows_come_as_they_are_made_and_work_can_be_ended(model):
 )
 def test_bad_input_gets_a_sentence(model, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
-        vl.measure.side_by_side(model, Tokenizer(), **{"prompt": IDS} | arguments)
+        vl.measure.side_by_side(model, Letters(), **{"prompt": IDS} | arguments)
 
 
 # a number that was hidden
@@ -172,7 +161,7 @@ def test_a_hidden_number_is_found_by_the_exact_cache_and_lost_at_one_bit(smollm2
 
 
 def test_tokens_of_many_characters_are_counted_to_the_end_of_the_text(model):
-    class Long(Tokenizer):
+    class Long(Letters):
         def encode(self, text, add_special_tokens=True):
             return super().encode(text[::40])
 
@@ -183,7 +172,7 @@ def test_tokens_of_many_characters_are_counted_to_the_end_of_the_text(model):
 def test_a_needle_lies_where_it_is_said_to(model):
     read = []
 
-    class Watching(Tokenizer):
+    class Watching(Letters):
         def decode(self, ids):
             return "?"
 
@@ -207,15 +196,15 @@ def test_a_needle_lies_where_it_is_said_to(model):
 )
 def test_a_needle_that_cannot_be_hidden_is_refused(model, arguments, sentence):
     with pytest.raises(InputError, match=sentence):
-        vl.measure.passkey(model, Tokenizer(), **arguments)
+        vl.measure.passkey(model, Letters(), **arguments)
 
 
 def test_the_exact_side_is_exact_in_a_model_that_was_told_to_compress():
     used = tiny("llama")
     settings: dict[str, Any] = {"bits": 1, "sinks": 0, "window": 0}
-    before = vl.measure.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings)
+    before = vl.measure.side_by_side(used, Letters(), IDS, tokens=12, **settings)
     used.make_cache = lambda: vl.make_cache(used, **settings)
-    assert vl.measure.side_by_side(used, Tokenizer(), IDS, tokens=12, **settings).equals(before)
+    assert vl.measure.side_by_side(used, Letters(), IDS, tokens=12, **settings).equals(before)
 
 
 # pictures
@@ -291,7 +280,7 @@ def test_what_is_held_is_what_the_caches_hold(model, parted):
 @pytest.fixture
 def widget(model):
     widget = vl.widgets.SideBySide(
-        model, Tokenizer(), prompt="a prompt of some words", bits=1, window=0, sinks=0, tokens=12
+        model, Letters(), prompt="a prompt of some words", bits=1, window=0, sinks=0, tokens=12
     )
     yield widget
     widget.worker.close()
@@ -310,7 +299,7 @@ def test_the_widget_shows_what_is_generated_from_any_thread(widget, model):
         thread.start()
         thread.join()
         assert widget.wait(60)
-        expected = vl.measure.side_by_side(model, Tokenizer(), widget.prompt, bits=bits, window=0, sinks=0, tokens=12)
+        expected = vl.measure.side_by_side(model, Letters(), widget.prompt, bits=bits, window=0, sinks=0, tokens=12)
         assert widget.generated.equals(expected)
         assert len(widget.charts["texts"].frame) == len(expected)
     bundle = widget._repr_mimebundle_()
@@ -374,6 +363,6 @@ def test_what_goes_wrong_is_said_in_the_widget(widget):
 
 def test_a_widget_that_cannot_be_says_so(model):
     with pytest.raises(InputError, match="SideBySide has no setting 'colour'"):
-        vl.widgets.SideBySide(model, Tokenizer(), colour="red")
+        vl.widgets.SideBySide(model, Letters(), colour="red")
     with pytest.raises(InputError, match="(Keys|Values) at bits=9 are out of range"):
-        vl.widgets.SideBySide(model, Tokenizer(), bits=9)
+        vl.widgets.SideBySide(model, Letters(), bits=9)

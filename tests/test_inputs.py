@@ -11,12 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import veloxlab as vl  # isort: skip - before mlx, so that MLX finds a fast BLAS
-
 import mlx.core as mx
 import numpy as np
 import polars as pl
 import pytest
 
+from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.method import Method
@@ -253,18 +253,6 @@ KEYWORDS: dict[str, Sequence[str]] = {
     "token_errors": CODED,
 }
 """Names that extra keyword arguments may have."""
-
-
-class Letters:
-    """A tokenizer of one token per character."""
-
-    eos_token_ids = frozenset({95})
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(letter) % 90 for letter in text]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return "".join(chr(32 + i) for i in ids)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 
 import veloxlab as vl
 from tests.knobs import controls, turn
+from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.cache.counts import calls
 from veloxlab.errors import InputError
@@ -21,18 +22,6 @@ from veloxlab.widgets.lab import PAGES as KINDS
 from veloxlab.widgets.pages.cache import CachePage, unusual
 
 PAGES = [name for name in NAMES if name not in ("cache", "compare")]
-
-
-class Letters:
-    """A tokenizer of one token per character."""
-
-    eos_token_ids = frozenset({95})
-
-    def encode(self, text, add_special_tokens=True):
-        return [ord(letter) % 90 for letter in text]
-
-    def decode(self, ids):
-        return "".join(chr(32 + i) for i in ids)
 
 
 @pytest.fixture(scope="module")

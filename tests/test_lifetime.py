@@ -17,7 +17,7 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 
 import veloxlab as vl
-from tests.test_lab_pages import Letters
+from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.widgets import ChartView, VegaRuntime, lifetime, link
@@ -296,7 +296,7 @@ def test_running_the_cell_of_a_lab_again_keeps_one_capture_in_a_real_kernel():
         counts = []
         run(
             client,
-            "import veloxlab as vl\nfrom tests.test_lab_pages import Letters\nfrom veloxlab.widgets import lifetime",
+            "import veloxlab as vl\nfrom tests.letters import Letters\nfrom veloxlab.widgets import lifetime",
         )
         run(client, "from tests.tiny_models import tiny\nmodel = tiny('llama')")
         for _ in range(3):

@@ -3,7 +3,7 @@
 import pytest
 
 import veloxlab as vl
-from tests.test_lab_pages import Letters
+from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.measure.narrow import NARROW, narrow_layers

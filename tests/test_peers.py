@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.models.cache import QuantizedKVCache
 
 import veloxlab as vl
-from tests.test_lab_pages import Letters
+from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab import offline
 from veloxlab.cli import measurements, tables

@@ -13,6 +13,7 @@ from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import ChunkedKVCache, KVCache, QuantizedKVCache, RotatingKVCache, make_prompt_cache
 
 import veloxlab as vl
+from tests.letters import Letters
 from tests.tiny_models import config_of, tiny
 from veloxlab.cache.counts import BLOCK, Windows, calls, own_room
 from veloxlab.cache.layer import CompressedKVCache
@@ -27,11 +28,6 @@ from veloxlab.models.shapes import shape_of
 TOKENS, DECODED = 300, 40
 SOME_EXACT: dict[str, Any] = {"sinks": 3, "window": 20}
 LLAMA = config_of("llama")
-
-
-class Tokenizer:
-    def encode(self, text):
-        return [ord(c) % 90 for c in text]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +156,7 @@ def test_every_methods_plan_is_its_caches_bytes(model, method, decoded, calibrat
     calibration = None
     if known.calibrated:
         text = "".join(chr(32 + i * i % 90) for i in range(400))
-        calibration = vl.calibrate(model, Tokenizer(), method, text, bits=bits, tokens=400, folder=calibrations)
+        calibration = vl.calibrate(model, Letters(), method, text, bits=bits, tokens=400, folder=calibrations)
     cache = read(model, vl.make_cache(model, method, bits=bits, calibration=calibration, **SOME_EXACT), decoded=decoded)
     asked: dict[str, Any] = {"context": TOKENS, "decoded": decoded, "bits": bits, **SOME_EXACT}
     fitted = planned_parts(vl.measure.plan_memory(model, method, calibration=calibration, **asked))
@@ -179,7 +175,7 @@ def test_every_methods_plan_is_its_caches_bytes(model, method, decoded, calibrat
 def test_outlier_channels_are_planned_before_they_are_found(model, method, tmp_path):
     asked: dict[str, Any] = {"bits": 2, **SOME_EXACT}
     text = "".join(chr(32 + i * i % 90) for i in range(400))
-    calibration = vl.calibrate(model, Tokenizer(), method, text, bits=2, tokens=100, outliers=8, folder=tmp_path)
+    calibration = vl.calibrate(model, Letters(), method, text, bits=2, tokens=100, outliers=8, folder=tmp_path)
     cache = read(model, vl.make_cache(model, method, calibration=calibration, **asked), decoded=0)
     assert planned_parts(vl.measure.plan_memory(model, method, context=TOKENS, outliers=8, **asked)) == parts_of(cache)
 

@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 import veloxlab as vl
+from tests.letters import Readable
 from tests.tiny_models import tiny
 from veloxlab.cli import main
 from veloxlab.errors import InputError
@@ -23,22 +24,10 @@ from veloxlab.views import bytes_caption
 TEXT = "so it goes, one letter after another, and </script><!-- nobody minds. " * 12
 
 
-class Letters:
-    """A tokenizer of one token per character."""
-
-    eos_token_ids = frozenset({95})
-
-    def encode(self, text, add_special_tokens=True):
-        return [ord(letter) % 90 for letter in text]
-
-    def decode(self, ids):
-        return "".join(chr(90 + i if i < 32 else i) for i in ids)
-
-
 @pytest.fixture(scope="module")
 def loaded():
     """A small model in the place of what ``vl.load`` loads."""
-    both = tiny("llama"), Letters()
+    both = tiny("llama"), Readable()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vl, "load", lambda name: both, raising=False)
         yield both
@@ -110,7 +99,7 @@ def test_a_text_with_marks_in_it_stays_a_text(loaded):
         "DataFrame",
         "VConcatChart",
     ]
-    assert space["exact"].stretches == (Letters().encode(TEXT)[:64],)
+    assert space["exact"].stretches == (Readable().encode(TEXT)[:64],)
     assert space["plan"] == plan
     code = [cell["source"] for cell in json.loads(notebook("t", cells))["cells"] if cell["cell_type"] == "code"]
     assert code == [cell.code for cell in cells]

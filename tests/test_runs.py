@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 import veloxlab as vl
+from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import in_schema
@@ -17,18 +18,6 @@ from veloxlab.measure.times import LAYER_TIMES
 from veloxlab.views import times_by_layer, window_losses
 from veloxlab.widgets.runs import RUNS, Run, Runs, Steps, apart
 from veloxlab.widgets.selection import Choice, Fitting, Selection
-
-
-class Letters:
-    """A tokenizer of one token per character."""
-
-    eos_token_ids = frozenset({95})
-
-    def encode(self, text, add_special_tokens=True):
-        return [ord(letter) % 90 for letter in text]
-
-    def decode(self, ids):
-        return "".join(chr(32 + i) for i in ids)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 import veloxlab as vl
+from tests.letters import Readable
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.measure.questions import BUILT_IN, Question, Task, build
@@ -20,18 +21,6 @@ from veloxlab.views import task_caption, task_scores
 
 CHOICES = (" abc", " xyz", " q")
 CONTEXT = "the quick brown fox jumps over the lazy dog; " * 3  # 135 tokens
-
-
-class Letters:
-    """A tokenizer of one token per character."""
-
-    eos_token_ids = frozenset({95})
-
-    def encode(self, text, add_special_tokens=True):
-        return [ord(letter) % 90 for letter in text]
-
-    def decode(self, ids):
-        return "".join(chr(90 + i if i < 32 else i) for i in ids)
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +35,13 @@ def task():
 
 
 def asked(model: Any, task: Task, *cache: Any, **settings: Any) -> pl.DataFrame:
-    return vl.evaluate(model, Letters(), *cache, tasks=[task], per_question=True, **settings)
+    return vl.evaluate(model, Readable(), *cache, tasks=[task], per_question=True, **settings)
 
 
 def nll(model: Any, before: str | list[int], answer: str) -> float:
     """−log p of an answer, by one run without any cache."""
-    first = Letters().encode(before) if isinstance(before, str) else before
-    ids, start = [*first, *Letters().encode(answer)], len(first)
+    first = Readable().encode(before) if isinstance(before, str) else before
+    ids, start = [*first, *Readable().encode(answer)], len(first)
     logits = np.array(model(mx.array([ids[:-1]]))[0, start - 1 :], np.float64)
     log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
     return float(-log_probs[range(len(answer)), ids[start:]].sum())
@@ -84,7 +73,7 @@ def test_a_question_sees_its_context_through_the_codes(model, task):
 
 def test_a_task_that_never_reads_codes_is_named(model, task):
     with pytest.warns(UserWarning, match="'own' never reads codes"):
-        found = vl.evaluate(model, Letters(), tasks=[task], window=256)
+        found = vl.evaluate(model, Readable(), tasks=[task], window=256)
     assert found["coded_share"].item() == 0
     assert (found["difference"].item(), found["same"].item()) == (0, 1)
 
@@ -129,7 +118,7 @@ def test_what_cannot_be_asked_gets_one_sentence(model, task):
         ("turboquant", {"tasks": ["copy"], "context": 4096, "text": "short"}, "longer than the text"),
     ):
         with pytest.raises(InputError, match=words):
-            vl.evaluate(model, Letters(), cache, **{"tasks": [task], **settings})
+            vl.evaluate(model, Readable(), cache, **{"tasks": [task], **settings})
     with pytest.raises(InputError, match="none of the choices"):
         Question("a", "b", "c", ("d",))
     with pytest.raises(InputError, match="question of a question is empty"):
@@ -138,12 +127,12 @@ def test_what_cannot_be_asked_gets_one_sentence(model, task):
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_built_in_questions_have_one_right_answer_in_their_context(name):
-    filler = Letters().encode("so it goes. " * 200)
-    made = [build(name, Letters(), filler, questions=6, context=1200, seed=seed) for seed in (3, 3, 4)]
+    filler = Readable().encode("so it goes. " * 200)
+    made = [build(name, Readable(), filler, questions=6, context=1200, seed=seed) for seed in (3, 3, 4)]
     assert made[0] == made[1] != made[2]
     assert len(made[0].questions) == 6
     for each in made[0].questions:
-        assert len(Letters().encode(each.context)) == 1200
+        assert len(Readable().encode(each.context)) == 1200
         assert len(set(each.choices)) == len(each.choices) == (0 if name == "passkey" else 4)
         if name == "arithmetic":
             one, other = each.question.split("=")[0].split("+")
@@ -158,9 +147,9 @@ def test_built_in_questions_have_one_right_answer_in_their_context(name):
 
 
 def test_a_written_answer_may_go_on_behind_the_right_one(model):
-    ids = Letters().encode(CONTEXT + "?")
+    ids = Readable().encode(CONTEXT + "?")
     right = int(np.asarray(model(mx.array([ids]))[0, -1].argmax()))
-    answer = Letters().decode([right])
+    answer = Readable().decode([right])
     written = Task("written", (Question(CONTEXT, "?", answer), Question(CONTEXT, "?", answer + answer + "~")))
     found = asked(model, written).filter(side="exact")
     assert found["hit"].to_list() == [True, False]
@@ -239,7 +228,7 @@ def test_tasks_of_a_harness_are_asked_through_the_cache(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", harness)
     monkeypatch.setitem(sys.modules, "lm_eval.api.model", parts)
     settings: dict[str, Any] = {"tasks": ["lm_eval:toy"], "questions": 2, "bits": 2, "sinks": 0, "window": 0}
-    found = vl.evaluate(model, Letters(), **settings).row(0, named=True)
+    found = vl.evaluate(model, Readable(), **settings).row(0, named=True)
     assert (found["task"], found["questions"], found["exact"], found["chance"]) == ("lm_eval:toy", 2, 0.5, None)
     assert found["coded_share"] > 0.5
     assert found["same"] == 1  # the first of two choices, with the exact cache at −1 and with the other one at −2
@@ -256,4 +245,4 @@ def test_tasks_of_a_harness_are_asked_through_the_cache(model, monkeypatch):
 
 def test_a_harness_that_is_not_there_is_asked_for(model):
     with pytest.raises(InputError, match="lm-evaluation-harness: run `uv pip install lm-eval`"):
-        vl.evaluate(model, Letters(), tasks=["lm_eval:arc_easy"])
+        vl.evaluate(model, Readable(), tasks=["lm_eval:arc_easy"])

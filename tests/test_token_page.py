@@ -4,7 +4,7 @@ import pytest
 
 import veloxlab as vl
 from tests.knobs import turn
-from tests.test_lab_pages import Letters
+from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.measure import tokens

@@ -8,8 +8,8 @@ import polars as pl
 import pytest
 
 import veloxlab as vl
+from tests.letters import Letters
 from tests.test_calibration import TEXT
-from tests.test_lab_pages import Letters
 from tests.tiny_models import tiny
 from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError

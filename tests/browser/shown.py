@@ -14,7 +14,7 @@ from veloxlab.views import theme
 # for what is not about a model's answers; with as many layers and KV heads as the tests walk through
 SMALL_MODEL = """
 import veloxlab as vl
-from tests.test_lab_pages import Letters
+from tests.letters import Letters
 from tests.tiny_models import tiny
 model, tokenizer = tiny("llama", num_hidden_layers=9, num_attention_heads=6, num_key_value_heads=3), Letters()
 """
