@@ -62,6 +62,12 @@ class LayerCapture:
         """Keys or values, in float32."""
         return (self.keys if tensor == "keys" else self.values).astype(mx.float32)
 
+    def shown_queries(self, lost: str) -> mx.array:
+        """Queries, in float32; raises `InputError` where the model shows none: ``lost`` is what then cannot be had."""
+        if self.queries is None:
+            raise InputError(f"Layer {self.layer} does not show its queries, so {lost}.")
+        return self.queries.astype(mx.float32)
+
     def check_finite(self, why: str, *names: str) -> None:
         """Raise `InputError` if the arrays of these names hold numbers that are not finite; ``why`` that is bad."""
         for name, x in ((name, getattr(self, name)) for name in names):

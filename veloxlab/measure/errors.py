@@ -16,7 +16,7 @@ from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.expand import expanded
 from veloxlab.cache.plan import tensor_bits, usual_bits
 from veloxlab.checks import checked, instance, measured, whole
-from veloxlab.codecs import TENSORS, Tensor
+from veloxlab.codecs import TENSORS, Codec, Tensor
 from veloxlab.codecs.base import fitted_online
 from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head, softmax
@@ -138,10 +138,15 @@ def relative_errors(tokens: pl.DataFrame, *, sinks: int = 0, window: int = 0) ->
     return tokens.group_by("layer", "head", "tensor", "bits").agg(rel_mse=error).sort("layer", "head", "tensor", "bits")
 
 
+def exact_and_codec(layer: LayerCapture, tensor: Tensor, *settings: Any) -> tuple[mx.array, Codec]:
+    """Exact vectors ``[1, H, S, D]`` of one layer in float32, and what codes them: see `exact_and_decoded`."""
+    x = layer.vectors(tensor)
+    return x, fitted_online(layer.codec(tensor, *settings), x)
+
+
 def exact_and_decoded(layer: LayerCapture, tensor: Tensor, *settings: Any) -> tuple[mx.array, mx.array]:
     """Exact and decoded ``[1, H, S, D]`` of one layer, both float32; ``settings`` are those of `LayerCapture.codec`."""
-    x = layer.vectors(tensor)
-    codec = fitted_online(layer.codec(tensor, *settings), x)
+    x, codec = exact_and_codec(layer, tensor, *settings)
     return x, expanded([(codec, codec.encode(x))], mx.float32, slice(None), None)
 
 
@@ -234,15 +239,14 @@ def attention_map(
     Every key is compressed; no window hides any. Columns: `ATTENTION_MAP`. Raises `InputError` as `layer_errors`, for a
     layer that does not show its queries, and if there is no such head.
     """
-    if layer.queries is None or layer.scale is None:
-        raise InputError(f"Layer {layer.layer} does not show its queries, so there is no attention map: take another.")
-    heads, kv_heads = layer.queries.shape[1], layer.keys.shape[1]
+    shown = layer.shown_queries("there is no attention map: take another")
+    assert layer.scale is not None  # a layer has both or none
+    heads, kv_heads = shown.shape[1], layer.keys.shape[1]
     if not 0 <= head < heads:
         raise InputError(f"There is no query head {head}: choose one from 0 to {heads - 1}.")
     width = usual_bits(method, 8 * layer.keys.dtype.size, bits)
     both = exact_and_decoded(layer, "keys", method, width, calibration, options)
-    q = layer.queries[0, head].astype(mx.float32)
-    exact, compressed = (_weights(q, x[0, head * kv_heads // heads], layer.scale, layer.cap) for x in both)
+    exact, compressed = (_weights(shown[0, head], x[0, head * kv_heads // heads], layer.scale, layer.cap) for x in both)
     edges = block_edges(len(exact), blocks)
     moved = np.add.reduceat(np.abs(exact - compressed).sum(axis=1) / 2, edges[:-1]) / np.diff(edges)
     pooled = {"exact": pooled_weights(exact, edges), "compressed": pooled_weights(compressed, edges)}

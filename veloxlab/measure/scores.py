@@ -12,16 +12,16 @@ from mlx_lm.models.base import create_causal_mask
 from numpy.typing import NDArray
 
 from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.expand import expanded
 from veloxlab.cache.plan import usual_bits
 from veloxlab.checks import checked
 from veloxlab.codecs import Codec, Tensor
-from veloxlab.codecs.base import fitted_online, per_kv_head
+from veloxlab.codecs.base import per_kv_head
 from veloxlab.codecs.fisherquant import FisherQuant
 from veloxlab.codecs.none import Exact
-from veloxlab.errors import InputError
 from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
 from veloxlab.measure.distributions import Floats
-from veloxlab.measure.errors import exact_and_decoded, ratio
+from veloxlab.measure.errors import exact_and_codec, ratio
 from veloxlab.measure.frames import PLACE, schema
 from veloxlab.measure.levels import code_axes
 from veloxlab.measure.spectra import turned_pairs
@@ -54,17 +54,17 @@ def score_errors(
     width = usual_bits(method, capture.exact_bits, bits)
 
     def columns(layer: LayerCapture, tensor: Tensor) -> Iterator[Columns]:
-        if layer.queries is None or layer.scale is None:
-            raise InputError(f"Layer {layer.layer} does not show its queries, so its logits cannot be seen.")
-        x, decoded = exact_and_decoded(layer, tensor, method, width, calibration, options)
+        shown = layer.shown_queries("its logits cannot be seen")
+        assert layer.scale is not None  # a layer has both or none
+        x, codec = exact_and_codec(layer, tensor, method, width, calibration, options)
+        decoded = expanded([(codec, codec.encode(x))], mx.float32, slice(None), None)
         lost, heads = np.array((x - decoded)[0]), x.shape[1]
-        queries = layer.scale * per_kv_head(layer.queries.astype(mx.float32), heads)  # [1, H, Hq/H · S, D]
+        queries = layer.scale * per_kv_head(shown, heads)  # [1, H, Hq/H · S, D]
         if layer.rope is not None:
             pairs = np.stack(turned_pairs(layer.rope, x.shape[-1]), axis=-1)
             shares, rms = _split(np.array(queries[0]), lost, pairs)
             turn = 2 * math.pi / np.asarray(layer.rope.angles)
             yield {"kind": "pair", "place": np.arange(len(pairs)), "wavelength": turn, "share": shares, "rms": rms}
-        codec = fitted_online(layer.codec(tensor, method, width, calibration, options), x)
         given = _bits_given(codec, width, heads)
         # codes may have coordinates beside the coded ones, which are exact
         in_codes = lost @ np.linalg.pinv(code_axes(codec, heads)[:, : given.shape[1]])

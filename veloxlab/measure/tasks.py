@@ -17,10 +17,10 @@ from veloxlab.checks import CACHE, CACHE_MAKER, CALIBRATIONS, WORDS, checked, ei
 from veloxlab.errors import InputError
 from veloxlab.measure import harness
 from veloxlab.measure.activations import first_tokens
-from veloxlab.measure.experiments import mean_interval
 from veloxlab.measure.frames import in_schema, schema
 from veloxlab.measure.generation import PLAIN, SIDES, Reader, Side, written
 from veloxlab.measure.memory import coded_tokens
+from veloxlab.measure.paired import Mean
 from veloxlab.measure.quality import CacheMaker, maker
 from veloxlab.measure.questions import BUILT_IN, Question, Task, build
 from veloxlab.mlxlm.probe import own_cache
@@ -189,9 +189,10 @@ def summary(answers: pl.DataFrame, chances: Mapping[str, float]) -> pl.DataFrame
     for (task,), own in both.group_by("task", maintain_order=True):
         gained = own["hit"].cast(pl.Int8) - own["hit_exact"].cast(pl.Int8)
         by_context = own.select("group", gained=gained).group_by("group").agg(pl.col("gained").mean())["gained"]
-        _, low, high = mean_interval(by_context.to_list()) if len(by_context) > 1 else (None, None, None)
-        rows.append({"task": task, "questions": own.height, "chance": chances.get(str(task)), "low": low, "high": high})
-        rows[-1] |= {"exact": own["hit_exact"].mean(), "compressed": own["hit"].mean(), "difference": gained.mean()}
+        ends = Mean.of(by_context.to_list())
+        rows.append({"task": task, "questions": own.height, "chance": chances.get(str(task))})
+        rows[-1] |= {"exact": own["hit_exact"].mean(), "compressed": own["hit"].mean()}
+        rows[-1] |= {"difference": gained.mean(), "low": ends.low, "high": ends.high}
         rows[-1] |= {"same": (own["answer"] == own["other"]).mean()}
         rows[-1] |= {name: own[name].mean() for name in ("nll_exact", "nll")}
         rows[-1]["coded_share"] = float(own["coded_tokens"].sum()) / float(own["context"].sum())

@@ -179,8 +179,7 @@ def attended_keys(exact: LayerCapture, held: LayerCapture, position: int, head: 
 
     ``exact``, ``held``: a layer as it was captured, and `as_held`. Raises `InputError` if it does not show its queries.
     """
-    if exact.queries is None:
-        raise InputError(f"Layer {exact.layer} does not show its queries, so its attention cannot be seen.")
+    exact.shown_queries("its attention cannot be seen")
     exact_weight, weight = (np.array(_weights(exact, each, position)[head].mean(axis=0)) for each in (exact, held))
     x, y = (np.array(each.vectors("keys")[0, head, : position + 1]) for each in (exact, held))
     error = ratio(np.square(x - y).sum(axis=-1), np.square(x).sum(axis=-1))

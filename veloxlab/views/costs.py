@@ -79,16 +79,21 @@ def frontier(
         layers.append(picked.mark_point(size=190, stroke=theme.PICKED, strokeWidth=2.5))
         layers.append(base.mark_point(filled=True, size=260, opacity=0, cursor="pointer").encode(tooltip=told))
     if exact_bytes is not None:
-        line = alt.Chart().transform_aggregate(caches="count()").transform_calculate(cost=str(exact_bytes / 1e6))
-        label: marks.Look = {"text": "exact, in 16 bits", "align": "right", "baseline": "top", "dx": -4, "dy": 4}
-        layers += [line.mark_rule(strokeDash=[4, 3]).encode(y=alt.value(0), y2=alt.value("height"))]
-        layers += [line.mark_text(**label).encode(y=alt.value(0))]
+        layers += _exact_line(exact_bytes)
     if tokens is not None:
         title = f"bytes predicted for {tokens:,} tokens (MB)"
     plot = _plane(layers, "cost", title, "kl_mean", scale, 260)
     heading = f"KL divergence of predictions against {words}"
     picks = [marks.PICKED_POINT] if point else []
     return marks.framed([plot], shown, heading, caption or fidelity_caption(frame, x), picks=picks)
+
+
+def _exact_line(exact_bytes: int) -> list[marks.Plot]:
+    """A line at the bytes of the exact cache, and its words."""
+    line = alt.Chart().transform_aggregate(caches="count()").transform_calculate(cost=str(exact_bytes / 1e6))
+    label: marks.Look = {"text": "exact, in 16 bits", "align": "right", "baseline": "top", "dx": -4, "dy": 4}
+    rule = line.mark_rule(strokeDash=[4, 3]).encode(y=alt.value(0), y2=alt.value("height"))
+    return [rule, line.mark_text(**label).encode(y=alt.value(0))]
 
 
 def fidelity_caption(frame: pl.DataFrame, x: Literal["bits", "held_bytes"] = "bits") -> str:

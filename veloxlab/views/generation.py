@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import altair as alt
 import polars as pl
@@ -69,18 +70,7 @@ def token_strip(
             ),
         ]
         if side == "compressed":
-            bars = columns.on_log_scale(base, "kl", LOST).mark_rect(cornerRadius=1)
-            look: marks.Look = {"orient": "bottom", "format": "~g", "gradientLength": 220, "tickCount": 4}
-            legend = alt.Legend(title="KL from the exact cache (nats)", **look)
-            colour = alt.Color("kl_drawn:Q", legend=legend).scale(type="log", domain=LOST, clamp=True)
-            layers.insert(0, bars.encode(y=low, y2=alt.Y2("high:Q"), color=colour))
-            picked = base.transform_filter(f"datum.place === {marks.PICKED_TOKEN}")
-            layers += [
-                picked.mark_rect(color=theme.PICKED, opacity=0.25, xOffset=-2, x2Offset=2).encode(
-                    y=top, y2=alt.Y2("high:Q")
-                ),
-                base.mark_rect(opacity=0, cursor="pointer").encode(y=top, y2=alt.Y2("high:Q")),
-            ]
+            layers = [_lost_bars(base, low), *layers, *_pickable(base, top)]
         return marks.layered(*layers)
 
     plots = marks.panels([side for side, _ in _by_side(frame)], draw, COLUMNS * ADVANCE, LINE * count)
@@ -88,6 +78,22 @@ def token_strip(
     chart = marks.framed(plots, rows, heading, said, picks=[marks.PICKED_TOKEN])
     chart.usermeta = {"veloxlab": {"fixed": True}}  # letters have the width that they have
     return chart
+
+
+def _lost_bars(base: alt.Chart, low: alt.Y) -> Any:  # noqa: ANN401 - one of Altair's charts
+    """A bar under each token, coloured by its divergence."""
+    look: marks.Look = {"orient": "bottom", "format": "~g", "gradientLength": 220, "tickCount": 4}
+    legend = alt.Legend(title="KL from the exact cache (nats)", **look)
+    colour = alt.Color("kl_drawn:Q", legend=legend).scale(type="log", domain=LOST, clamp=True)
+    bars = columns.on_log_scale(base, "kl", LOST).mark_rect(cornerRadius=1)
+    return bars.encode(y=low, y2=alt.Y2("high:Q"), color=colour)
+
+
+def _pickable(base: alt.Chart, top: alt.Y) -> list[marks.Plot]:
+    """A ground behind the picked token, and what a click on any token meets."""
+    picked = base.transform_filter(f"datum.place === {marks.PICKED_TOKEN}")
+    ground = picked.mark_rect(color=theme.PICKED, opacity=0.25, xOffset=-2, x2Offset=2)
+    return [each.encode(y=top, y2=alt.Y2("high:Q")) for each in (ground, base.mark_rect(opacity=0, cursor="pointer"))]
 
 
 def strip_caption(frame: pl.DataFrame, parting: int | None) -> str:
