@@ -128,6 +128,11 @@ class Codec(ABC):
         return 8 * sum(row.nbytes() for row in self.layout.values()) / self.head_dim
 
     @property
+    def head_plans(self) -> tuple[tuple[int, ...], ...]:
+        """``plan`` of each KV head, or one for all of them; empty where all coordinates have the same."""
+        return (self.plan,) if self.plan else ()
+
+    @property
     def shared_bytes(self) -> int:
         """Bytes that do not grow with the tokens: of all that it keeps, such as tables, and arrays that it learned."""
         return sum(getattr(kept, "nbytes", 0) for kept in vars(self).values())

@@ -116,6 +116,10 @@ class FisherQuant(Codec):
         return {"codes": Row(mx.uint32, self._rows.words, joint=True)}
 
     @property
+    def head_plans(self) -> Widths:
+        return self.widths
+
+    @property
     def bits_per_value(self) -> float:
         return 32 * self._rows.words / (len(self.widths) * self.head_dim)
 

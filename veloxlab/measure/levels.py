@@ -123,7 +123,7 @@ def coordinate_bits(calibration: Calibration, bits: float) -> pl.DataFrame:
     if found.planned is not None:
         found.check(bits, "keys", {})
         planned = found.planned(calibration.codecs, bits)
-        means = {place[:2]: np.mean(codec.widths, axis=0) for place, codec in planned.items()}
+        means = {place[:2]: np.mean(codec.head_plans, axis=0) for place, codec in planned.items()}
         rows = [(*place, i, own) for place, each in means.items() for i, own in enumerate(each.tolist())]
         return pl.DataFrame(rows, schema=COORDINATE_BITS, orient="row").sort("tensor", "layer", "coordinate")
     if bits not in calibration.widths:

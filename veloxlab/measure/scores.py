@@ -17,7 +17,6 @@ from veloxlab.cache.plan import usual_bits
 from veloxlab.checks import checked
 from veloxlab.codecs import Codec, Tensor
 from veloxlab.codecs.base import per_kv_head
-from veloxlab.codecs.fisherquant import FisherQuant
 from veloxlab.codecs.none import Exact
 from veloxlab.measure.activations import Capture, Columns, LayerCapture, by_head
 from veloxlab.measure.distributions import Floats
@@ -78,11 +77,9 @@ def score_errors(
 
 def _bits_given(codec: Codec, bits: float, heads: int) -> Floats:
     """Code bits of each coded coordinate ``[H, coordinates]``."""
-    if isinstance(codec, FisherQuant):
-        return np.asarray(codec.widths, np.float32)
     size = codec.head_dim if isinstance(codec, Exact) else codec.code_dim
-    each = codec.plan or [bits * codec.head_dim / size] * size  # a sketch has more coordinates than the head
-    return np.broadcast_to(np.asarray(each, np.float32), (heads, len(each)))
+    each = codec.head_plans or [[bits * codec.head_dim / size] * size]  # a sketch has more coordinates than the head
+    return np.broadcast_to(np.asarray(each, np.float32), (heads, len(each[0])))
 
 
 def _split(q: Floats, lost: Floats, parts: NDArray[np.int64]) -> tuple[Floats, Floats]:
