@@ -4,6 +4,7 @@ import base64
 import html
 import json
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from tests.tiny_models import tiny
 from veloxlab.allocate import ratequant
 from veloxlab.allocate.budget import Setting
 from veloxlab.allocate.ratequant import EVALUATED
+from veloxlab.codecs import METHODS
+from veloxlab.codecs.fisherquant import FisherQuant
 from veloxlab.errors import InputError
 from veloxlab.runtime import Device
 from veloxlab.views.picture import png_size
@@ -291,6 +294,25 @@ def test_a_measured_plan_stands_beside_its_prediction(tuner_of, model, fitted):
     assert tuner._history.value.index("uniform 3.25 bits") < tuner._history.value.index(f"{name} 3.25 bits")
     tuner.budget = 5.0  # what was measured stays
     assert tuner.charts["frontier"].frame.filter(role="measured").height == 2
+
+
+def test_another_method_by_words_is_known_by_what_it_declares(rates, fitted):
+    vl.register(replace(METHODS["fisherquant"], id="other", name="Other", codecs=(FisherQuant,)))
+    try:
+        both = [rates.with_calibration(replace(fitted, method=method)) for method in ("fisherquant", "other")]
+        with pytest.raises(InputError, match="These tables know fisherquant already"):
+            both[0].with_calibration(replace(fitted, method="other"))
+        tuner = vl.widgets.BudgetTuner(both[1], budget=2.125, bounds=vl.allocate.Bounds(methods=("other",)))
+        assert (
+            tuner.allocation.predicted_loss
+            == both[0].solve(2.125, vl.allocate.Bounds(methods=("fisherquant",))).predicted_loss
+        )
+        assert set(tuner.charts["frontier"].frame["kind"]) == {"allocated", "uniform", "other"}
+        assert tuner.rates.coordinates(tuner.plan)["method"].unique().to_list() == ["other"]
+        assert "coordinates" in tuner.charts
+        tuner.worker.close()
+    finally:
+        vl.codecs.unregister("other")
 
 
 def test_fisherquant_is_added_by_a_button_and_chosen_by_a_knob(rates, fitted, model):

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from veloxlab import views
 from veloxlab.errors import InputError
 from veloxlab.views import picture, theme
-from veloxlab.views.allocation import COLOURS
+from veloxlab.views.allocation import KINDS
 from veloxlab.views.columns import log_domain, log_ticks
 from veloxlab.views.generation import SIDES
 from veloxlab.views.spec import Spec, describe, join, split
@@ -602,5 +602,5 @@ def test_bits_above_the_scale_have_an_arrow():
 
 
 def test_plans_have_no_colour_of_keys_or_values():
-    assert {theme.KEYS, theme.VALUES}.isdisjoint(COLOURS.values())
+    assert {theme.KEYS, theme.VALUES}.isdisjoint(colour for colour, _ in KINDS.values())
     assert {theme.KEYS, theme.VALUES}.isdisjoint(SIDES.values())

@@ -130,11 +130,11 @@ class Bounds:
     """What an allocation may do.
 
     Code widths are from ``least_bits`` to ``most_bits``, of those that were measured. By default the least is 2, as at
-    1 bit predicted losses are too low, and 1 for a budget that 2 bits for every head would all but spend. Of
-    FisherQuant these are means over a layer's keys or values, and the default has no least. So many first and last
-    layers as are ``protected`` are left out: they get ``most_bits`` by the protection ``"widest"``, or stay exact. With
-    ``keys_over_values`` a layer's keys get as many bits as its values at least, on average over its heads. ``methods``
-    are the only ones of those that were measured; by default all.
+    1 bit predicted losses are too low, and 1 for a budget that 2 bits for every head would all but spend. Of a method
+    with bits for each coordinate these are means over a layer's keys or values, and the default has no least. So many
+    first and last layers as are ``protected`` are left out: they get ``most_bits`` by the protection ``"widest"``, or
+    stay exact. With ``keys_over_values`` a layer's keys get as many bits as its values at least, on average over its
+    heads. ``methods`` are the only ones of those that were measured; by default all.
     """
 
     least_bits: int | None = None
@@ -183,7 +183,7 @@ class Allocation:
     predicted_least: float | None  # that any plan of this budget can; None with a `QualityFloor` or a weight of keys
     uniform: Plan | None  # in the same bytes; None where even the least measured width takes more
     predicted_uniform_loss: float | None
-    least_bits: int  # that a head could get, but for FisherQuant
+    least_bits: int  # that a head could get, of a method with a width for each
     only_least: bool  # whether the budget pays for the least widths only
 
 

@@ -1,6 +1,6 @@
 """What an allocation chooses from: methods and widths of each layer's keys and values, with their bytes and losses.
 
-A layer's keys have one codec, and so one method; its values too. With ``"ratequant"`` each head has a width of its own:
+A layer's keys have one codec, and so one method; its values too. Where each head has a width of its own,
 of all combinations those on the convex hull are offered, which are enough for every budget but for what one head's bit
 costs. See `veloxlab.allocate.tables`.
 """
@@ -17,8 +17,9 @@ import polars as pl
 
 from veloxlab.allocate.budget import LEAST, Bounds
 from veloxlab.allocate.solve import ROUNDING, Floats, Ints, Problem
-from veloxlab.allocate.tables import BY_WORDS, EXACT, PER_HEAD, Choice, HeadTable, Place, Spectra
+from veloxlab.allocate.tables import EXACT, Choice, HeadTable, Place, Spectra
 from veloxlab.cache.plan import Plan
+from veloxlab.codecs import find_method
 from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import LayerFacts
@@ -44,7 +45,7 @@ class Offer:
 
     sizes: Sequence[LayerFacts]
     tables: Mapping[Place, Sequence[HeadTable]]
-    spectra: Spectra = field(default_factory=Spectra)
+    spectra: Spectra | None = None
     known: dict[tuple[Bounds, tuple[float, ...], float, int], Choices] = field(default_factory=dict)
 
     @classmethod
@@ -53,9 +54,9 @@ class Offer:
         sizes: Sequence[LayerFacts],
         sensitivities: pl.DataFrame,
         curves: pl.DataFrame,
-        spectra: pl.DataFrame | None = None,
+        spectra: Spectra | None = None,
     ) -> Self:
-        """The tables from `SENSITIVITIES` and `CURVES`, and from `SPECTRA`.
+        """The tables from `SENSITIVITIES` and `CURVES`, and from spectra.
 
         A head loses its sensitivity times ½·E‖x − x̂‖²/D; by ``"key_norm"``, whose unit is that of E‖x‖², times the
         relative distortion. Raises `InputError` if they are not of the same layers and heads.
@@ -76,10 +77,10 @@ class Offer:
             widths = tuple(own["bits"].unique().sort())
             nbytes, losses = (own[name].to_numpy().reshape(-1, len(widths)) for name in ("bytes_per_token", "loss"))
             tables[layer, tensor].append(HeadTable(str(method), widths, nbytes, losses))
-        known = Spectra() if spectra is None else Spectra.of(spectra)
-        for place, variances in known.items():
-            tables[place].append(HeadTable.of_words(variances))
-        return cls(sizes, tables, known)
+        if spectra:
+            for place, variances in spectra.variances.items():
+                tables[place].append(HeadTable.of_words(spectra.method, spectra.rows, variances))
+        return cls(sizes, tables, spectra)
 
     def choices(
         self, bounds: Bounds, tokens: tuple[float, ...] = (), key_weight: float = 1.0, usual: int = LEAST
@@ -144,7 +145,7 @@ class Offer:
         layer's keys, all heads of a layer count as one.
         """
         costs = [
-            many * (t.nbytes if t.method == PER_HEAD else t.nbytes.sum(axis=0, keepdims=True))
+            many * (t.nbytes if find_method(t.method).per_head else t.nbytes.sum(axis=0, keepdims=True))
             for many, t in zip([*tokens, *tokens], self.first.values(), strict=True)
         ]
         columns = even_widths(np.concatenate(costs), room)
@@ -161,7 +162,7 @@ class Offer:
             alone = (settings.key_method, settings.key_bits) != (settings.value_method, settings.value_bits)
             for tensor, method, bits, options in settings.tensors:
                 widths = plan.widths(size.layer, tensor)
-                if method == BY_WORDS and self.spectra:
+                if self.spectra and method == self.spectra.method:
                     words: Any = options.get("words")
                     shared = None if words else self.spectra.words(bits, tensor if alone else None)
                     widths = (words if shared is None else shared[size.layer, tensor],)
@@ -180,7 +181,7 @@ class Offer:
 
     def coordinates(self, place: Place, chosen: Choice) -> Floats:
         """Code bits of each coordinate ``[H, D]``: of a row of words its own, else those of its head."""
-        if chosen.words:
+        if chosen.words and self.spectra:
             return self.spectra.bits(place, chosen.words)
         (size,) = (size for size in self.sizes if size.layer == place[0])
         return np.repeat(np.array(chosen.widths, float)[:, None], size.dims[place[1]], axis=1)

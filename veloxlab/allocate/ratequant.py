@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import mlx.core as mx
 import polars as pl
@@ -15,7 +15,7 @@ from mlx.nn.layers.base import Module
 from veloxlab.allocate.budget import BOUNDS, BUDGET, Bounds, Budget, PlannedModel, layer_sizes
 from veloxlab.allocate.rates import FORMAT, RateBudget
 from veloxlab.allocate.sensitivity import By, mean_square, sensitivities
-from veloxlab.allocate.tables import BY_WORDS, CURVES, PER_HEAD
+from veloxlab.allocate.tables import CURVES
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, Plan
 from veloxlab.checks import CALIBRATION, MAPPING, checked, choice, many, whole
@@ -31,6 +31,7 @@ from veloxlab.progress import Progress, silent
 from veloxlab.store import digest, kept, kept_in
 from veloxlab.texts import Tokenizer, excerpt
 
+USUAL = ("ratequant",)  # methods
 USUAL_BITS = range(1, 7)  # the paper's, and 1 bit for budgets near 2
 
 
@@ -38,7 +39,7 @@ USUAL_BITS = range(1, 7)  # the paper's, and 1 bit for budgets near 2
 def distortion_curves(
     model: Module,
     tokenizer: Tokenizer,
-    methods: Sequence[str] = ("ratequant",),
+    methods: Sequence[str] = USUAL,
     text: str | None = None,
     *,
     bits: Sequence[int] = USUAL_BITS,
@@ -88,7 +89,7 @@ def distortion_curves(
 def rate_budget(
     model: Module,
     tokenizer: Tokenizer,
-    methods: Sequence[str] = (PER_HEAD,),
+    methods: Sequence[str] = USUAL,
     text: str | None = None,
     *,
     bits: Sequence[int] = USUAL_BITS,
@@ -108,28 +109,29 @@ def rate_budget(
     Parameters
     ----------
     methods : that a layer's keys or values may get. ``"ratequant"`` has a width for each head, ``"fisherquant"`` for
-        each coordinate: what it loses is read from its calibration, and nothing is measured for it.
+        each coordinate: what the latter loses is read from its calibration, and nothing is measured for it.
     sinks, window : of the plans to be made; sinks are left out of the measurements.
     calibrations : what `veloxlab.calibrate` gave at the widths ``bits``, for methods that have to be fitted.
     """
     sizes, fitted = layer_sizes(model), {calibration.method: calibration for calibration in calibrations}
     for calibration in calibrations:
         calibration.check_model(model)
+    by_words = [method for method in methods if find_method(method).prediction]
+    if missing := [method for method in by_words if method not in fitted]:
+        way_out = f"give calibrations=[vl.calibrate(model, tokenizer, {missing[0]!r})]"
+        raise InputError(f"Losses of {missing[0]} are read from its calibration: {way_out}.")
+    ours = [method for method in methods if method not in by_words]
     given: dict[str, Any] = {"sinks": sinks, "progress": progress}
     weights = sensitivities(model, tokenizer, text, sequences=sequences, tokens=tokens, by=by, folder=folder, **given)
     given |= {"bits": bits, "tokens": 2 * tokens, "calibrations": fitted}
-    ours = [method for method in methods if method != BY_WORDS]
     curves = distortion_curves(model, tokenizer, ours, text, **given) if ours else pl.DataFrame(schema=CURVES)
     shape = PlannedModel.of(model)
     identities = {method: one.identity for method, one in fitted.items() if method in ours}
     facts = shape.model, shape.model_hash, shape.entries, sizes
     rates = RateBudget(*facts, weights, curves, sinks, window, identities)
-    if BY_WORDS not in methods:
-        return rates
-    if BY_WORDS not in fitted:
-        way_out = f"give calibrations=[vl.calibrate(model, tokenizer, {BY_WORDS!r})]"
-        raise InputError(f"FisherQuant's losses are read from its calibration: {way_out}.")
-    return rates.with_calibration(fitted[BY_WORDS])
+    for method in by_words:
+        rates = rates.with_calibration(fitted[method])
+    return rates
 
 
 @checked(budget=BUDGET, bounds=BOUNDS, bits=many(whole()))
@@ -148,7 +150,7 @@ def kept_rate_budget(
     With a method that was registered (`veloxlab.register`) it is measured each time: its code may have changed.
     """
     make = partial(rate_budget, model, tokenizer, folder=folder, progress=progress, **measured)
-    methods = [find_method(method) for method in measured.get("methods", (PER_HEAD,))]
+    methods = [find_method(method) for method in measured.get("methods", USUAL)]
     if any(method.codecs for method in methods):
         return make()
     facts: dict[str, Any] = {n: list(given) if isinstance(given, range) else given for n, given in measured.items()}
@@ -166,16 +168,14 @@ def _of_model(name: str, path: Path) -> RateBudget:
     return rates
 
 
-PlanKind = Literal["allocated", "uniform", "fisherquant"]
-
 EVALUATED = schema("kind true_bits bytes_per_token predicted_loss") | FIDELITY
-"""Columns of `evaluated`: "allocated", "uniform", or "fisherquant" for a plan of that alone; of each packed value;
+"""Columns of `evaluated`: "allocated", "uniform", or `by_words` for a plan of that alone; bits of each packed value;
 predicted as if all tokens behind the sinks were codes, and measured with the plan's window, which is exact: less is
 lost than without."""
 
 
 def evaluated(
-    rates: RateBudget, plan: Plan, model: Module, tokenizer: object, *, kind: PlanKind = "allocated", **options: Any
+    rates: RateBudget, plan: Plan, model: Module, tokenizer: object, *, kind: str = "allocated", **options: Any
 ) -> pl.DataFrame:
     """Measure a plan by `veloxlab.fidelity`, with its ``options``, beside what ``rates`` predict: `EVALUATED`."""
     predicted = {name: getattr(rates, name)(plan) for name in ("true_bits", "bytes_per_token", "predicted_loss")}

@@ -33,11 +33,12 @@ from veloxlab.allocate.budget import (
 from veloxlab.allocate.choices import Chosen, Offer
 from veloxlab.allocate.sensitivity import NATS, SENSITIVITIES, frame_of
 from veloxlab.allocate.solve import ROUNDING
-from veloxlab.allocate.tables import BY_WORDS, CURVES, SPECTRA, spectra_of
+from veloxlab.allocate.tables import CURVES, SPECTRA, Spectra, spectra_of
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.counts import Windows
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, LayerSettings, Plan
 from veloxlab.checks import FILE, checked
+from veloxlab.codecs import find_method
 from veloxlab.codecs.method import TENSORS, Tensor
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import PLACE, in_schema, schema
@@ -69,8 +70,8 @@ class RateBudget:
     """What was measured of a model for allocating bits, so that a budget costs no further run.
 
     That is `SENSITIVITIES` and `CURVES`, and ``calibrations``, identities by method, of what the curves are of. Of
-    FisherQuant it is ``spectra``, `SPECTRA`. ``entries`` is the length of the prompt cache, and ``sizes`` are those of
-    layers with keys and values.
+    the method `by_words` it is ``spectra``, `SPECTRA`. ``entries`` is the length of the prompt cache, and ``sizes`` are
+    those of layers with keys and values.
     """
 
     model: str
@@ -86,23 +87,29 @@ class RateBudget:
 
     @checked()
     def with_calibration(self, calibration: Calibration) -> Self:
-        """The same with FisherQuant too, from its calibration for the same model: no further run is needed.
+        """The same with the method of a calibration too, for the same model: no further run is needed.
 
-        Raises `InputError` for a calibration of another method, or losses that are not in nats.
+        Raises `InputError` for a method that predicts no losses, a second one, or losses that are not in nats.
         """
-        by = set(self.sensitivities["by"])
+        method, by = calibration.method, set(self.sensitivities["by"])
         if not by <= {*NATS}:
-            raise InputError(
-                f"FisherQuant's losses are in nats, and these by {by.pop()!r} are not: take by='gradient'."
-            )
+            raise InputError(f"Losses of {method} are in nats, and these by {by.pop()!r} are not: take by='gradient'.")
         rows = spectra_of(calibration, {(size.layer, tensor) for size in self.sizes for tensor in TENSORS})
-        identities = {**self.calibrations, BY_WORDS: calibration.identity}
+        if self.by_words not in (None, method):
+            raise InputError(f"These tables know {self.by_words} already: make others for {method}.")
+        identities = {**self.calibrations, method: calibration.identity}
         return replace(self, spectra=rows, calibrations=identities)
+
+    @property
+    def by_words(self) -> str | None:
+        """The method that `with_calibration` added, which gives rows of words their bits."""
+        known = () if self.spectra.is_empty() else self.calibrations
+        return next((method for method in known if find_method(method).prediction), None)
 
     @property
     def methods(self) -> list[str]:
         """Ids of what was measured, in the order of the measurements."""
-        return [*self.curves["method"].unique(maintain_order=True), *[BY_WORDS] * (not self.spectra.is_empty())]
+        return [*self.curves["method"].unique(maintain_order=True), *([self.by_words] if self.by_words else [])]
 
     @checked(bounds=BOUNDS)
     def solve(
@@ -250,7 +257,8 @@ class RateBudget:
 
     @cached_property
     def _offer(self) -> Offer:
-        return Offer.of(self.sizes, self.sensitivities, self.curves, self.spectra)
+        spectra = Spectra.of(self.by_words, self.spectra) if self.by_words else None
+        return Offer.of(self.sizes, self.sensitivities, self.curves, spectra)
 
     @cached_property
     def _values(self) -> int:

@@ -17,10 +17,9 @@ import polars as pl
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate.budget import Bounds, BytesPerToken
-from veloxlab.allocate.ratequant import rate_budget
+from veloxlab.allocate.ratequant import USUAL, rate_budget
 from veloxlab.allocate.rates import RateBudget
 from veloxlab.allocate.sensitivity import By, sensitivities
-from veloxlab.allocate.tables import PER_HEAD
 from veloxlab.cache.make import make_cache
 from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
@@ -93,7 +92,7 @@ def sweep(
         weights = sensitivities(model, tokenizer, calibration_text, by=kind, **given)
         rates[kind] = replace(first, sensitivities=weights)
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
-    facts = {"version": find_method(PER_HEAD).version, "model": fingerprint(model), "by": list(by)}
+    facts = {"version": find_method(USUAL[0]).version, "model": fingerprint(model), "by": list(by)}
     facts |= {"calibration": digest([calibration_text, sequences]), "stretches": list(exact.stretches)}
     measuring = Experiment[Job, pl.DataFrame](
         partial(_measured, exact, rates), lambda job: f"{job[0]:g} bits, {job[1]}", progress=progress

@@ -1,13 +1,13 @@
 """What one layer's keys or values may be given: by one method, at each width, bytes and predicted losses of its heads.
 
-With ``"ratequant"`` each head has a width of its own. With ``"fisherquant"`` a choice is a number of 32-bit words of a
-token's row, whose best bits are known: what a budget gives each row is then the method's own water-filling over the
-whole model.
+Where a method is `per_head` each head has a width of its own. Where it has a `prediction` a choice is a number of
+32-bit words of a token's row, whose best bits are known: what a budget gives each row is then the method's own
+water-filling over the whole model. See `veloxlab.codecs.method`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -16,16 +16,14 @@ import polars as pl
 from veloxlab.allocate.budget import Bounds
 from veloxlab.allocate.solve import Floats, Ints, Problem
 from veloxlab.cache.calibration import Calibration
-from veloxlab.codecs.fisherquant import FisherQuant, predicted, row_widths, row_words
+from veloxlab.codecs import find_method
 from veloxlab.codecs.method import Tensor
 from veloxlab.codecs.parts.packing import WIDEST
-from veloxlab.codecs.parts.trellis import levels_of
+from veloxlab.codecs.parts.water_filling import Rows
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import PLACE, schema
 from veloxlab.mlxlm.probe import LayerFacts
 
-PER_HEAD = "ratequant"  # the method whose heads may differ
-BY_WORDS = "fisherquant"  # the one whose coordinates may
 MOST_STEPS = 64  # of a row's words that are offered
 EXACT = "none"
 Place = tuple[int, Tensor]  # a layer, and its keys or values
@@ -37,7 +35,7 @@ behind the sinks, ``relative`` Σ‖x − x̂‖² / Σ‖x‖² over the same; 
 padding included, ``bytes_per_token`` those stored for one token of this head."""
 
 SPECTRA = schema(PLACE + "coordinate variance")
-"""Columns of `RateBudget.spectra`: FisherQuant's σᵢ², twice the nats a token that a coordinate of 0 bits loses."""
+"""Columns of `RateBudget.spectra`: σᵢ², twice the nats a token that a coordinate of 0 bits loses."""
 
 
 class Choice(NamedTuple):
@@ -70,7 +68,8 @@ class Choice(NamedTuple):
         """Method, bits and options of a layer's settings."""
         if self.words:
             return self.method, min(max(1.0, round(self.mean_width, 4)), float(WIDEST)), {"words": self.words}
-        return self.method, round(self.mean_width), {"head_bits": list(self.widths)} if self.method == PER_HEAD else {}
+        own_widths = find_method(self.method).per_head
+        return self.method, round(self.mean_width), {"head_bits": list(self.widths)} if own_widths else {}
 
 
 class HeadTable(NamedTuple):
@@ -84,12 +83,12 @@ class HeadTable(NamedTuple):
     head_bits: Floats | None = None  # [H, W], code bits of each head of such a row
 
     @classmethod
-    def of_words(cls, variances: Floats) -> Self:
-        """A row of FisherQuant with coordinates of σ² ``[H, D]``."""
-        words, bits, losses = predicted(variances, _lost())
+    def of_words(cls, method: str, rows: Rows, variances: Floats) -> Self:
+        """A row of words with coordinates of σ² ``[H, D]``."""
+        words, bits, losses = rows.curve(variances)
         widths = tuple((32 * words / variances.size).tolist())
         nbytes = np.broadcast_to(4 * words / len(variances), losses.shape)
-        return cls(BY_WORDS, widths, nbytes, losses, tuple(words.tolist()), bits / variances.shape[1])
+        return cls(method, widths, nbytes, losses, tuple(words.tolist()), bits / variances.shape[1])
 
     def choice(self, columns: Ints | Sequence[int] | int) -> Choice:
         """The choice with a column for each head, or one column for all."""
@@ -104,7 +103,7 @@ class HeadTable(NamedTuple):
         """All that a plan can hold within the bounds, whose least width is the ``usual`` one if they have none."""
         least = bounds.least_bits or (0 if self.words else usual)
         kept = np.flatnonzero([least <= width <= bounds.most_bits for width in self.widths])
-        if self.method == PER_HEAD and kept.size:
+        if find_method(self.method).per_head and kept.size:
             hull = Problem(self.nbytes[:, kept], self.losses[:, kept]).frontier
             yield from (self.choice(kept[hull.choice(step)]) for step in range(len(hull.costs)))
         else:
@@ -121,45 +120,48 @@ class HeadTable(NamedTuple):
         return HeadTable(self.method, widths, self.nbytes[:, at], self.losses[:, at], words, self.head_bits[:, at])
 
 
-class Spectra(dict[Place, Floats]):
-    """σ² of FisherQuant's coordinates ``[H, D]``, of each layer's keys and values."""
+class Spectra(NamedTuple):
+    """σ² of the coordinates ``[H, D]`` of each layer's keys and values, by a method with a `prediction`."""
+
+    method: str
+    rows: Rows
+    variances: Mapping[Place, Floats]
 
     @classmethod
-    def of(cls, rows: pl.DataFrame) -> Self:
+    def of(cls, method: str, frame: pl.DataFrame) -> Self:
         """From `SPECTRA`."""
-        found = cls()
-        for (layer, tensor), own in rows.group_by("layer", "tensor", maintain_order=True):
+        found = {}
+        for (layer, tensor), own in frame.group_by("layer", "tensor", maintain_order=True):
             heads = own["head"].n_unique()
             found[layer, tensor] = own.sort("head", "coordinate")["variance"].to_numpy().reshape(heads, -1)
-        return found
+        prediction = find_method(method).prediction
+        if prediction is None:
+            raise InputError(f"{method} predicts no losses: measure its curves.")
+        return cls(method, prediction.rows(), found)
 
     def words(self, bits: float, tensor: Tensor | None) -> dict[Place, int]:
         """Words of all rows, or of those of a tensor, which share ``bits`` a value."""
-        own = {place: variances for place, variances in self.items() if tensor in (None, place[1])}
+        own = {place: variances for place, variances in self.variances.items() if tensor in (None, place[1])}
         budget = round(sum(each.size for each in own.values()) * bits / 32)
-        widths = row_widths(list(own.values()), [_lost()] * len(own), budget)
-        return {place: row_words(each) for place, each in zip(own, widths, strict=True)}
+        widths = self.rows.widths(list(own.values()), budget)
+        return {place: self.rows.words(each) for place, each in zip(own, widths, strict=True)}
 
     def bits(self, place: Place, words: int) -> Floats:
         """Code bits of the coordinates ``[H, D]`` of a row."""
-        return row_widths([self[place]], [_lost()], words)[0].astype(float)
+        return self.rows.widths([self.variances[place]], words)[0].astype(float)
 
 
 def spectra_of(calibration: Calibration, places: Collection[Place]) -> pl.DataFrame:
-    """`SPECTRA` of a calibration of FisherQuant for these layers; `InputError` if it is none, or of another code."""
-    if calibration.method != BY_WORDS:
+    """`SPECTRA` of a calibration for these layers; `InputError` if its method or its code has no prediction."""
+    prediction = find_method(calibration.method).prediction
+    if prediction is None:
         wrong = f"A calibration of {calibration.method} predicts no losses"
         raise InputError(f"{wrong}: measure its curves, vl.rate_budget(..., calibrations=[calibration]).")
     if {*places} != {place[:2] for place in calibration.codecs}:
         raise InputError("This calibration is of other layers than these measurements: make it with this model.")
-    rows = []
-    for (layer, tensor, _), codec in calibration.codecs.items():
-        if not isinstance(codec, FisherQuant) or (codec.code, codec.entries) != ("trellis", 256):
-            raise InputError("Losses are predicted of FisherQuant's usual code: calibrate without code and entries.")
-        for (head, coordinate), variance in np.ndenumerate(np.array(codec.variances, np.float64)):
-            rows.append((layer, head, tensor, coordinate, variance))
+    rows = [
+        (layer, head, tensor, coordinate, variance)
+        for (layer, tensor, _), codec in calibration.codecs.items()
+        for (head, coordinate), variance in np.ndenumerate(prediction.variances(codec))
+    ]
     return pl.DataFrame(rows, schema=SPECTRA, orient="row")
-
-
-def _lost() -> Floats:
-    return levels_of("trellis").distortion

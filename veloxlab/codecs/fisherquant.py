@@ -52,7 +52,7 @@ identity, and every head counts the same: only directions are known then, and no
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -64,12 +64,12 @@ from veloxlab.checks import Check, check_fields, real, whole
 from veloxlab.codecs import fisherquant_fitting as fitting
 from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted
 from veloxlab.codecs.fisherquant_fitting import Axes, CentreName, MetricName
-from veloxlab.codecs.method import Method, Tensor
+from veloxlab.codecs.method import Method, Prediction, Tensor
 from veloxlab.codecs.parts import Floats, constant
 from veloxlab.codecs.parts.packing import WIDEST, Layout, Row
 from veloxlab.codecs.parts.rope import Rope, angles_from
-from veloxlab.codecs.parts.trellis import LEAST_WORDS, SCALE_BITS, CodeName, TrellisRows, Widths, levels_of
-from veloxlab.codecs.parts.water_filling import Integers, RowCurve, equal_words, row_curve, shared_words
+from veloxlab.codecs.parts.trellis import SCALE_BITS, CodeName, TrellisRows, Widths, levels_of
+from veloxlab.codecs.parts.water_filling import Rows, equal_words
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.readers import TrellisReader
@@ -310,15 +310,14 @@ def planned(
     With ``words`` each has a row of so many 32-bit words, whatever the others have.
     """
     some = [codec.switched(bits=bits, **options) for codec in codecs.values()]
-    variances = [np.array(codec.variances, np.float64) for codec in some]
-    lost = [levels_of(codec.code, codec.entries).distortion for codec in some]
+    variances, rows = [np.array(codec.variances, np.float64) for codec in some], _rows(some[0].code, some[0].entries)
     budget = round(sum(own.size for own in variances) * bits / 32)
     if words is not None:
-        widths = [row_widths([own], [each], words)[0] for own, each in zip(variances, lost, strict=True)]
+        widths = [own for each in variances for own in rows.widths([each], words)]
     elif some[0].planning == "model":
-        widths = row_widths(variances, lost, budget)
+        widths = rows.widths(variances, budget)
     else:
-        savings = [own[..., None] * (each[:-1] - each[1:]) for own, each in zip(variances, lost, strict=True)]
+        savings = rows.savings(variances)
         if some[0].planning == "none":  # every coordinate saves the same, and less with each bit
             savings = [np.broadcast_to(-np.arange(WIDEST, dtype=np.float64), own.shape) for own in savings]
         widths = [
@@ -329,22 +328,16 @@ def planned(
     return dict(zip(codecs, planned, strict=True))
 
 
-def row_widths(variances: Sequence[Floats], lost: Sequence[Floats], words: int) -> list[Integers]:
-    """Bits of all coordinates ``[H, D]`` of each row, so that rows of σ² ``[H, D]`` lose least in so many words."""
-    savings = [own[..., None] * (each[:-1] - each[1:]) for own, each in zip(variances, lost, strict=True)]
-    overheads = [SCALE_BITS * len(own) for own in variances]
-    found = shared_words([own.reshape(-1, WIDEST) for own in savings], overheads, words)
-    return [own.reshape(len(saving), -1) for own, saving in zip(found, savings, strict=True)]
+def _rows(code: CodeName = "trellis", entries: int = 256) -> Rows:
+    """Rows of words of this code."""
+    return Rows(levels_of(code, entries).distortion, SCALE_BITS)
 
 
-def row_words(widths: Integers) -> int:
-    """32-bit words of a token's row with these bits of coordinates ``[H, D]``."""
-    return max(LEAST_WORDS, -(-int(SCALE_BITS * len(widths) + widths.sum()) // 32))
-
-
-def predicted(variances: Floats, lost: Floats) -> RowCurve:
-    """What a row of σ² ``[H, D]`` is predicted to lose, ½ Σ σᵢ² D(bᵢ) nats a token, with each number of words."""
-    return row_curve(variances, lost, SCALE_BITS * len(variances))
+def _variances(codec: FisherQuant) -> Floats:
+    """σ² of a fitted codec ``[H, D]``; `InputError` if it is not of the usual code."""
+    if (codec.code, codec.entries) != ("trellis", 256):
+        raise InputError(f"Losses are predicted of {METHOD.name}'s usual code: calibrate without code and entries.")
+    return np.array(codec.variances, np.float64)
 
 
 def build(head_dim: int, bits: float, tensor: Tensor, *, words: int | None = None, **options: Any) -> FisherQuant:
@@ -366,6 +359,7 @@ METHOD = Method(
     version=8,
     timed=True,
     planned=planned,
+    prediction=Prediction(_variances, _rows),
     colour="#1c7c7d",
     mark="diamond",
 )

@@ -5,16 +5,25 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from veloxlab.checks import FLAG, FUNCTION, WORDS, Check, check_fields, check_options, instance, many, maybe, whole
 from veloxlab.codecs.base import Codec
+from veloxlab.codecs.parts import Floats
+from veloxlab.codecs.parts.water_filling import Rows
 from veloxlab.errors import InputError
 
 Tensor = Literal["keys", "values"]
 TENSORS: tuple[Tensor, Tensor] = ("keys", "values")
 _RANGE = instance(range, "a range of code widths, such as range(2, 9)")
 _COLOUR = Check("a colour such as '#3b7dd8'", lambda value: re.fullmatch("#[0-9a-fA-F]{6}", value))
+
+
+class Prediction(NamedTuple):
+    """What allocation reads from a calibration, of a method that plans bits by rows of 32-bit words."""
+
+    variances: Callable[[Any], Floats]  # σ² [H, D] of a fitted codec: twice the nats that a coordinate of 0 bits loses
+    rows: Callable[[], Rows]  # what each number of words then gives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +53,14 @@ class Method:
     timed: bool = False  # whether `veloxlab speed` times its encoder, which is a kernel
     fractional: bool = False  # whether ``bits`` may be any number between the least and the most
     planned: Callable[..., Mapping[Any, Any]] | None = None  # gives all fitted codecs of a model bits, at one mean
+    prediction: Prediction | None = None  # of what a row of words loses, for budgets; takes an option ``words``
 
     def __post_init__(self) -> None:
         words, flags = ("id", "name", "paper", "stored", "mark"), ("calibrated", "per_head", "timed", "fractional")
         check_fields(self, **dict.fromkeys(words, WORDS), **dict.fromkeys(flags, FLAG), bits=_RANGE, build=FUNCTION)
         check_fields(self, options=many(WORDS, empty=True), codecs=many(instance(type, "a class"), empty=True))
         check_fields(self, version=whole(1), colour=maybe(_COLOUR), space=maybe(WORDS), planned=maybe(FUNCTION))
+        check_fields(self, prediction=maybe(instance(Prediction, "a veloxlab.codecs.method.Prediction")))
 
     def takes(self, bits: object) -> bool:
         """Whether ``bits`` are among its own."""

@@ -116,8 +116,8 @@ def level_densities(
 def coordinate_bits(calibration: Calibration, bits: float) -> pl.DataFrame:
     """Code bits of each coordinate, of all layers at one width: `COORDINATE_BITS`.
 
-    A codec without a bit plan gives every coordinate the same; FisherQuant's are planned for the whole model, and are
-    means over a layer's heads. Raises `InputError` if nothing was fitted at this width.
+    A codec without a bit plan gives every coordinate the same; those that are planned for the whole model are means
+    over a layer's heads. Raises `InputError` if nothing was fitted at this width.
     """
     found = find_method(calibration.method)
     if found.planned is not None:

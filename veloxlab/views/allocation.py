@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import altair as alt
 import polars as pl
 
@@ -11,19 +9,21 @@ from veloxlab.measure.frames import in_schema
 from veloxlab.views import columns, marks, theme
 
 EXACT = "none"
-KINDS = {"allocated": "ratequant", "uniform": "turboquant", "fisherquant": "fisherquant"}  # whose shapes they have
-SHAPES = {kind: theme.METHODS[method][1] for kind, method in KINDS.items()}
-COLOURS = {"allocated": theme.CHOSEN, "uniform": theme.NEUTRAL, "fisherquant": theme.METHODS["fisherquant"][0]}
+KINDS = {  # of plans, with colour and shape; another kind is a method, of plans of that alone
+    "allocated": (theme.CHOSEN, theme.METHODS["ratequant"][1]),
+    "uniform": (theme.NEUTRAL, theme.METHODS["turboquant"][1]),
+}
 FAINTEST = 0.12  # opacity of the fewest bits: still a cell
 
 
 def kinds_of(frame: pl.DataFrame) -> list[str]:
     """Name the kinds of plans that a frame has."""
-    return [kind for kind in KINDS if kind in frame["kind"]]
+    own = frame["kind"].unique(maintain_order=True).to_list()
+    return [kind for kind in KINDS if kind in own] + [kind for kind in own if kind not in KINDS]
 
 
-def _looks(frame: pl.DataFrame, looks: Mapping[str, str]) -> dict[str, str]:
-    return {kind: looks[kind] for kind in kinds_of(frame)}
+def _looks(frame: pl.DataFrame, part: int) -> dict[str, str]:
+    return {kind: (KINDS.get(kind) or theme.look_of(kind))[part] for kind in kinds_of(frame)}
 
 
 def allocation_map(
@@ -78,7 +78,7 @@ def allocation_caption(frame: pl.DataFrame) -> str:
 def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: str = "") -> alt.VConcatChart:
     """Draw what each layer is predicted to lose, allocated and with uniform bits side by side.
 
-    Rows of ``layer``, ``kind`` (``"allocated"``, ``"uniform"`` or ``"fisherquant"``) and ``predicted_loss``; rows of a
+    Rows of ``layer``, ``kind`` (``"allocated"``, ``"uniform"`` or a method) and ``predicted_loss``; rows of a
     layer and kind add up. ``unit``: of the loss.
     """
     needed = columns.require(frame, "loss_by_layer", "layer kind predicted_loss")
@@ -88,7 +88,7 @@ def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: s
         x=marks.layer_axis(gap=0.2),
         xOffset=alt.XOffset("kind:N").scale(domain=kinds_of(shown)),
         y=columns.y("predicted_loss", ["predicted loss", unit], tickCount=4, format="~g", zero=True),
-        color=marks.scaled(alt.Color, "kind", _looks(shown, COLOURS)),
+        color=marks.scaled(alt.Color, "kind", _looks(shown, 0)),
         tooltip=columns.tips("layer kind", ("predicted_loss", f"predicted ({unit})", ".3g")),
     )
     plot = marks.beside_layers(shown["layer"].n_unique(), 100, bars)
@@ -99,8 +99,8 @@ def loss_by_layer(frame: pl.DataFrame, *, unit: str = "nats a token", caption: s
 def loss_caption(frame: pl.DataFrame, *, unit: str = "nats a token") -> str:
     """Say the predicted losses of all layers, and how many times as much uniform bits lose."""
     sums = dict(frame.group_by("kind").agg(pl.col("predicted_loss").sum()).iter_rows())
-    said = [f"{kind} {sums[kind]:.3g}" for kind in KINDS if kind in sums]
-    ours = next((sums[kind] for kind in KINDS if kind in sums and kind != "uniform"), 0.0)
+    said = [f"{kind} {sums[kind]:.3g}" for kind in kinds_of(frame)]
+    ours = next((sums[kind] for kind in kinds_of(frame) if kind != "uniform"), 0.0)
     times = f": {sums['uniform'] / ours:.2f} times as much" if "uniform" in sums and ours else ""
     return f"Predicted, {unit}: {', '.join(said)}{times}"
 
@@ -108,7 +108,7 @@ def loss_caption(frame: pl.DataFrame, *, unit: str = "nats a token") -> str:
 STEPS = 160  # of the predicted line that are drawn: a page shows no more
 ROWS = {
     "role": pl.String,  # "line", "now" or "measured"
-    "kind": pl.String,  # "allocated", "uniform" or "fisherquant"
+    "kind": pl.String,  # "allocated", "uniform" or a method
     "true_bits": pl.Float64,
     "loss": pl.Float64,
     "name": pl.String,  # of a measured plan
@@ -137,7 +137,7 @@ def budget_frontier(
     base = columns.on_log_scale(alt.Chart(), "loss", scale).encode(
         x=columns.x("true_bits", title, domain=ends, nice=False, padding=8, tickCount=7, grid=True),
         y=columns.log_y("loss", ["loss", unit], scale),
-        color=marks.scaled(alt.Color, "kind", _looks(rows, COLOURS)),
+        color=marks.scaled(alt.Color, "kind", _looks(rows, 0)),
     )
     lines, now, measured = (base.transform_filter(f"datum.role === '{role}'") for role in ("line", "now", "measured"))
     gap = now.transform_aggregate(low="min(loss_drawn)", high="max(loss_drawn)", at="mean(true_bits)")
@@ -145,7 +145,7 @@ def budget_frontier(
         x=alt.X("at:Q"), y=alt.Y("low:Q"), y2=alt.Y2("high:Q"), color=alt.value(theme.NEUTRAL)
     )
     told = {
-        "shape": marks.scaled(alt.Shape, "kind", _looks(rows, SHAPES)),
+        "shape": marks.scaled(alt.Shape, "kind", _looks(rows, 1)),
         "tooltip": columns.tips(("said", "loss"), "name true_bits", ("loss", unit, ".3g")),
     }
     now, measured = (

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from veloxlab.codecs.parts import Floats, constant, in_turn
 from veloxlab.codecs.parts.codebooks import gaussian_codebook
 from veloxlab.codecs.parts.packing import WIDEST, Places
+from veloxlab.codecs.parts.water_filling import LEAST_WORDS
 from veloxlab.kernels.readers import TrellisReader
 from veloxlab.kernels.trellis import trellis_kernel
 from veloxlab.kernels.vectors import VectorKernel, words_per_row
@@ -35,7 +36,6 @@ TRAINED = 5  # bits up to which a table is trained
 SCALE_BITS, STEPS = 4, 4  # of a vector's scale, 1 or more: its code, and steps of an octave
 _HEADROOM, _FALLS = 3.2, 0.75  # steps of a scale above the root-mean-square of a head without bits, less with each bit
 _LEAST_SQUARE = 1e-9  # of a vector, so that its logarithm is finite
-LEAST_WORDS = 2  # of a row: loops read eight bytes at a time
 _ROWS = 2048  # vectors that are searched together
 _SHARES = 8  # of a vector, that threads of a kernel read
 _MOST = 3, 5, WIDEST  # bits a coordinate of the densest share: a kernel is built for each
@@ -95,7 +95,7 @@ class TrellisRows:
 
     First the scales of all heads, 4 bits each: a head's coordinates are divided by 2^(code / 4), their root-mean-square
     with headroom, the less the more bits a head has, where that is above 1. Then each head's string of bits, without a
-    gap, LSB first. It begins with the last coordinate, which FisherQuant gives the largest range. In the other order
+    gap, LSB first. It begins with the last coordinate, to be that of the largest range. In the other order
     squared errors are 2 to 5 % less on Gaussians, and yet SmolLM2's KL at 2.25 bits was .080 in place of .070.
     ``windows`` ``[H, D, 4]`` say of each coordinate where the bits of its state begin in the row, the mask of those
     that are there, by how much they are shifted up where older ones would be before the string's begin, and where the

@@ -46,20 +46,21 @@ def greedy_bits(
 
 
 _WORD_BITS = 32
+LEAST_WORDS = 2  # of a row: loops read eight bytes at a time
 
 
-def shared_words(savings: Sequence[Floats], overheads: Sequence[int], budget: int, least: int = 2) -> list[Integers]:
+def shared_words(savings: Sequence[Floats], overheads: Sequence[int], budget: int) -> list[Integers]:
     """Widths of the coordinates of several rows of whole 32-bit words, ``budget`` words in all, that save most.
 
     ``savings`` are of each row what one more bit of a coordinate of 0, 1, … bits saves ``[n, most]``, falling along the
-    last axis, and ``overheads`` the bits that it has besides. Each row has ``least`` words or more. The best bits of a
+    last axis, and ``overheads`` the bits that it has besides. Each row has `LEAST_WORDS` or more. The best bits of a
     row come first, 32 at a time, and words go where they save most: that is the optimum, as every row is convex.
     """
     orders, blocks, begins = [], [], []
     for own, overhead in zip(savings, overheads, strict=True):
         orders.append(np.argsort(-own.ravel(), kind="stable"))
         saved = np.concatenate([[0.0], np.cumsum(own.ravel()[orders[-1]])])
-        begins.append(max(least, -(-overhead // _WORD_BITS)))
+        begins.append(max(LEAST_WORDS, -(-overhead // _WORD_BITS)))
         words = np.arange(begins[-1], max(begins[-1], -(-(own.size + overhead) // _WORD_BITS)) + 1)
         blocks.append(np.diff(saved[np.minimum(words * _WORD_BITS - overhead, own.size)]))
     row_of = np.repeat(np.arange(len(blocks)), [len(own) for own in blocks])
@@ -90,30 +91,50 @@ def equal_words(savings: Sequence[Floats], overhead: int, budget: int) -> list[I
 
 
 class RowCurve(NamedTuple):
-    """What a row's heads get of each number of 32-bit words, and what they lose: `row_curve`."""
+    """What a row's heads get of each number of 32-bit words, from the least to the most that it can use, and lose."""
 
     words: Integers  # [W]
     bits: Integers  # [H, W], of all coordinates of a head
     losses: Floats  # [H, W]
 
 
-def row_curve(variances: Floats, distortion: Floats, overhead: int, least: int = 2) -> RowCurve:
-    """Every whole number of words that the row of `shared_words` may have, from ``least`` to the most that it can use.
+class Rows(NamedTuple):
+    """Rows of 32-bit words: each has a token of all KV heads, and each head ``overhead`` bits besides its coordinates'.
 
-    A coordinate of variance σ² ``[H, D]`` and b bits loses ½·σ²·``distortion[b]``.
+    A coordinate of variance σ² and b bits loses ½·σ²·``distortion[b]``. Variances of a row are ``[H, D]``.
     """
-    savings = variances[..., None] * (distortion[:-1] - distortion[1:]) / 2
-    order = np.argsort(-savings.reshape(-1), kind="stable")
-    first = max(least, -(-overhead // _WORD_BITS))
-    words = np.arange(first, max(first, -(-(savings.size + overhead) // _WORD_BITS)) + 1)
-    counts = np.minimum(words * _WORD_BITS - overhead, savings.size)
-    own = order // savings[0].size == np.arange(len(savings))[:, None]  # [H, bits of the row], in order
-    saved = np.where(own, savings.reshape(-1)[order], 0.0)
-    # summed from the small end, so that losses of many bits are no rounding of those of few
-    left = np.cumsum(np.pad(saved, ((0, 0), (0, 1)))[:, ::-1], axis=1)[:, ::-1]
-    least_lost = variances.sum(axis=1)[:, None] * distortion[-1] / 2
-    bits = np.cumsum(np.pad(own, ((0, 0), (1, 0))), axis=1)
-    return RowCurve(words, bits[:, counts], least_lost + left[:, counts])
+
+    distortion: Floats
+    overhead: int
+
+    def curve(self, variances: Floats) -> RowCurve:
+        """What a row gets and loses with each number of words."""
+        (savings,), overhead = self.savings([variances]), self.overhead * len(variances)
+        order = np.argsort(-savings.reshape(-1), kind="stable")
+        first = max(LEAST_WORDS, -(-overhead // _WORD_BITS))
+        words = np.arange(first, max(first, -(-(savings.size + overhead) // _WORD_BITS)) + 1)
+        counts = np.minimum(words * _WORD_BITS - overhead, savings.size)
+        own = order // savings[0].size == np.arange(len(savings))[:, None]  # [H, bits of the row], in order
+        saved = np.where(own, savings.reshape(-1)[order], 0.0)
+        # summed from the small end, so that losses of many bits are no rounding of those of few
+        left = np.cumsum(np.pad(saved, ((0, 0), (0, 1)))[:, ::-1], axis=1)[:, ::-1]
+        least_lost = variances.sum(axis=1)[:, None] * self.distortion[-1] / 2
+        bits = np.cumsum(np.pad(own, ((0, 0), (1, 0))), axis=1)
+        return RowCurve(words, bits[:, counts], least_lost + left[:, counts])
+
+    def savings(self, variances: Sequence[Floats]) -> list[Floats]:
+        """What one more bit of each coordinate saves ``[H, D, most]``."""
+        return [own[..., None] * (self.distortion[:-1] - self.distortion[1:]) / 2 for own in variances]
+
+    def widths(self, variances: Sequence[Floats], words: int) -> list[Integers]:
+        """Bits of all coordinates ``[H, D]`` of each row, so that rows lose least in so many words together."""
+        savings = [own.reshape(-1, len(self.distortion) - 1) for own in self.savings(variances)]
+        found = shared_words(savings, [self.overhead * len(own) for own in variances], words)
+        return [bits.reshape(own.shape) for bits, own in zip(found, variances, strict=True)]
+
+    def words(self, widths: Integers) -> int:
+        """Words of a row with these bits of coordinates ``[H, D]``."""
+        return max(LEAST_WORDS, -(-int(self.overhead * len(widths) + widths.sum()) // _WORD_BITS))
 
 
 class DistortionFit(NamedTuple):

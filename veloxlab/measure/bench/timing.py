@@ -58,7 +58,7 @@ SHAPES = (Shape(32, 8, 128), Shape(16, 2, 128), Shape(8, 1, 256))
 TOKENS = (4096, 32768, 131072)
 BITS = (2, 3, 4, 8)
 METHOD_BITS = 4
-FRACTION = 2.25  # bits of the method that takes fractions
+FRACTION = 2.25  # bits of methods that take fractions
 ENCODED = tuple(method.id for method in METHODS.values() if method.timed)
 _TILE = 1024  # tokens of random vectors that are encoded once, and repeated
 _CACHE_BYTES = 2 << 30  # of the caches that the calls of a row take in turn
@@ -156,7 +156,7 @@ def decode_attention(
     bits: Sequence[int] = BITS,
     progress: Tell = print,
 ) -> list[Row]:
-    """One query token that attends to ``tokens`` others: exact, mlx-lm at 4 and 8 bits, TurboQuant, FisherQuant.
+    """One query token that attends to ``tokens`` others: exact, mlx-lm at 4 and 8 bits, TurboQuant, those of fractions.
 
     Rows: ``cache, query_heads, kv_heads, head_dim, tokens, microseconds`` (evaluating, see `timing`),
     ``making_microseconds, alone_microseconds, bytes, gigabytes_per_second, ratio`` (to the time of the exact cache) and
@@ -166,7 +166,8 @@ def decode_attention(
     for shape, count in product(shapes, tokens):
         ways = {f"mlx-lm {b} bit": partial(mlx_lm, shape, count, b) for b in (4, 8)}
         ways |= {f"turboquant {b} bit": partial(over_codes, shape, count, b) for b in bits}
-        ways[f"fisherquant {FRACTION} bit"] = partial(over_codes, shape, count, FRACTION, "fisherquant")
+        of_fractions = (method.id for method in METHODS.values() if method.fractional)
+        ways |= {f"{name} {FRACTION} bit": partial(over_codes, shape, count, FRACTION, name) for name in of_fractions}
         rows += _rows(ways, shape, count, progress)
     return _with_roofline(rows)
 

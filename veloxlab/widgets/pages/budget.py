@@ -26,20 +26,20 @@ from veloxlab.allocate.budget import (
     Spans,
     TokensInMemory,
 )
-from veloxlab.allocate.ratequant import EVALUATED, PlanKind, evaluated, kept_rate_budget
+from veloxlab.allocate.ratequant import EVALUATED, evaluated, kept_rate_budget
 from veloxlab.allocate.rates import RateBudget
 from veloxlab.allocate.sensitivity import NATS
-from veloxlab.allocate.tables import BY_WORDS
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import model_hash
 from veloxlab.checks import MAPPING, MODEL, TOKENIZER, checked, either, instance, maybe, whole
+from veloxlab.codecs import METHODS, find_method
 from veloxlab.codecs.parts.packing import WIDEST
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import link
 from veloxlab.widgets.chosen import Chosen
 from veloxlab.widgets.layout import button, columns, controls, status
-from veloxlab.widgets.pages.budget_charts import CHARTS, COORDINATES, by_of, frontiers, kind_of, unit_of, words_of
+from veloxlab.widgets.pages.budget_charts import CHARTS, COORDINATES, by_of, frontiers, kind_of, names_of, unit_of
 from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
 from veloxlab.widgets.pages.charts import ChartPage, Look
 from veloxlab.widgets.selection import Fitting, Selection
@@ -68,7 +68,7 @@ class BudgetTuner(ChartPage):
     ``budget``: to begin with, of true bits if it is a number; by default half of what can be spent. ``bounds``,
     ``key_weight``: as `veloxlab.allocate.budget.Setting` has them. ``text``, ``tokens``, ``windows``: of measurements,
     as for `veloxlab.fidelity`. ``rate_settings``: further arguments of `veloxlab.rate_budget`, where tables are to be
-    measured. ``calibration``: of FisherQuant, if the tables have it; else it is made once it is needed. ``layer``: the
+    measured. ``calibration``: of a method that the tables have by one, else made once needed. ``layer``: the
     picked one. Raises `InputError` if the tables are of another model, if the budget cannot
     be, or if a model came without its tokenizer.
 
@@ -158,7 +158,7 @@ class BudgetTuner(ChartPage):
         bits = f"code bits: keys {found.key_bits:.2f}, values {found.value_bits:.2f}"
         said = f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; {bits}"
         only = f"{said}. Nothing is allocated: the bounds' least width, {least}, is all that this pays for"
-        return only if found.only_least and kind_of(found.plan) != BY_WORDS else said
+        return only if found.only_least and kind_of(found.plan, self._tables) == "allocated" else said
 
     @property
     def predicted(self) -> str:
@@ -178,24 +178,25 @@ class BudgetTuner(ChartPage):
         measure = partial(kept_rate_budget, self._model, self._tokenizer, **self._rate_settings)
         self._submit("tables", lambda progress: measure(progress=progress), on_done=self._build)
 
-    def add_fisherquant(self) -> None:
-        """Ask for FisherQuant in the tables: its calibration, which is kept on disk, says what every bit saves."""
+    def add(self, method: str) -> None:
+        """Ask for a method in the tables whose calibration, which is kept on disk, says what every bit saves."""
+        name = find_method(method).name
         if self._model is None:
-            raise InputError("FisherQuant is calibrated on a model: give vl.widgets.BudgetTuner one and its tokenizer.")
+            raise InputError(f"{name} is calibrated on a model: give vl.widgets.BudgetTuner one and its tokenizer.")
 
         def make(progress: Progress) -> RateBudget:
-            fitted = self.selection.fitting.calibration(BY_WORDS, [1], progress)
+            fitted = self.selection.fitting.calibration(method, [1], progress)
             assert fitted is not None
             return self._tables.with_calibration(fitted)
 
         def done(rates: RateBudget) -> None:
-            bounds = replace(self._now.bounds, methods=(BY_WORDS,))
+            bounds = replace(self._now.bounds, methods=(method,))
             self._first = self._now.budget, bounds, self._now.key_weight
             self._build(rates)
 
-        self._submit("fisherquant", make, on_done=done)
+        self._submit(method, make, on_done=done)
 
-    def measure(self, kind: PlanKind = "allocated") -> None:
+    def measure(self, kind: str = "allocated") -> None:
         """Ask for the fidelity of the present plan, or of uniform bits in its bytes; the row joins `measured`."""
         if self._model is None:
             way_out = "vl.widgets.BudgetTuner(rates, model, tokenizer)"
@@ -205,8 +206,8 @@ class BudgetTuner(ChartPage):
         plan = found.uniform if kind == "uniform" else found.plan
         if plan is None:
             raise InputError("No uniform bits take as few bytes as this plan: measure it at a larger budget.")
-        kind = kind if kind == "uniform" else kind_of(plan)
-        plan = replace(plan, name=f"{'uniform' if kind == 'uniform' else words_of(plan)} {found.true_bits:.2f} bits")
+        kind = kind if kind == "uniform" else kind_of(plan, self._tables)
+        plan = replace(plan, name=f"{kind if kind == 'uniform' else names_of(plan)} {found.true_bits:.2f} bits")
         fitting, sample = self.selection.fitting, self._sample
 
         def evaluate(progress: Progress) -> pl.DataFrame:
@@ -233,7 +234,7 @@ class BudgetTuner(ChartPage):
         """Show the tuner of these tables. On the worker's thread, where they were measured."""
         self._ready = False
         self.widths = rates.curves["bits"].unique().sort().to_list() or [*range(1, WIDEST + 1)]
-        least = None if BY_WORDS in rates.methods else self.widths[0]
+        least = None if rates.by_words else self.widths[0]
         self.everything = frontiers(rates, Bounds(least, self.widths[-1]))
         budget, bounds, key_weight = self._first
         if budget is None:
@@ -242,7 +243,7 @@ class BudgetTuner(ChartPage):
         rates.solve(setting.budget, bounds, key_weight=key_weight)  # if it cannot be, there are no tables yet
         self.rates = rates
         self.set_trait("setting", setting)
-        self._draw([*CHARTS, COORDINATES] if BY_WORDS in rates.methods else CHARTS)
+        self._draw([*CHARTS, COORDINATES] if rates.by_words else CHARTS)
         link(*(view for name, view in self.charts.items() if name not in ("frontier", "coordinates")))
         t.link((self, "layer"), (self.charts["bits"], "picked"))
         known = self.widths, len(rates.sizes), rates.methods
@@ -250,19 +251,17 @@ class BudgetTuner(ChartPage):
         self._file = PlanFile(lambda: self.plan)
         self._told, self._history = ipywidgets.HTML(), ipywidgets.HTML()
         why = "" if self._model is not None else ": give the tuner the model and its tokenizer"
-        kinds: dict[str, PlanKind] = {"Measure": "allocated", "Measure uniform": "uniform"}
         acts: dict[str, tuple[str, Callable[[], None]]] = {
             words: (
                 f"Run the model with the {kind} plan, and compare its predictions{why}",
                 partial(self.measure, kind),
             )
-            for words, kind in kinds.items()
+            for words, kind in {"Measure": "allocated", "Measure uniform": "uniform"}.items()
         }
-        if BY_WORDS not in rates.methods and by_of(rates) in NATS:
-            acts["Add FisherQuant"] = (
-                f"Calibrate it, some minutes at first, and see its predictions{why}",
-                self.add_fisherquant,
-            )
+        if not rates.by_words and by_of(rates) in NATS:
+            said = f"Calibrate it, some minutes at first, and see its predictions{why}"
+            addable = [method for method in METHODS.values() if method.prediction]
+            acts |= {f"Add {method.name}": (said, partial(self.add, method.id)) for method in addable}
         buttons = [button(words, tip, partial(self._saying, act), width="140px") for words, (tip, act) in acts.items()]
         for one in buttons:
             one.disabled = self._model is None

@@ -8,10 +8,9 @@ import polars as pl
 
 from veloxlab import views
 from veloxlab.allocate.budget import Allocation, Bounds
-from veloxlab.allocate.ratequant import PlanKind
 from veloxlab.allocate.rates import RateBudget
 from veloxlab.allocate.sensitivity import NATS
-from veloxlab.allocate.tables import BY_WORDS, EXACT
+from veloxlab.allocate.tables import EXACT
 from veloxlab.cache.plan import Plan
 from veloxlab.views.allocation import kinds_of
 from veloxlab.views.columns import Domain, log_domain, not_drawn
@@ -28,12 +27,12 @@ def unit_of(rates: RateBudget, a: str = "token") -> str:
     return f"nats a {a}" if by_of(rates) in NATS else f"in the unit of {by_of(rates)}"
 
 
-def kind_of(plan: Plan) -> PlanKind:
+def kind_of(plan: Plan, rates: RateBudget) -> str:
     """What charts call a plan that was allocated."""
-    return "fisherquant" if words_of(plan) == BY_WORDS else "allocated"
+    return rates.by_words if rates.by_words and names_of(plan) == rates.by_words else "allocated"
 
 
-def words_of(plan: Plan) -> str:
+def names_of(plan: Plan) -> str:
     """The methods of a plan."""
     methods = {method for layer in plan.layers for method in (layer.key_method, layer.value_method)}
     return " and ".join(sorted(methods - {EXACT})) or EXACT
@@ -42,19 +41,19 @@ def words_of(plan: Plan) -> str:
 def _heads(look: Look) -> pl.DataFrame:
     """What each head gets, allocated and by uniform bits in the same bytes, where there are such."""
     found: Allocation = look.allocation
-    plans = {kind_of(found.plan): found.plan, "uniform": found.uniform}
     rates: RateBudget = look.rates
+    plans = {kind_of(found.plan, rates): found.plan, "uniform": found.uniform}
     given = [(kind, plan) for kind, plan in plans.items() if plan is not None]
     return pl.concat(rates.heads(plan).with_columns(kind=pl.lit(kind)) for kind, plan in given)
 
 
 def frontiers(rates: RateBudget, bounds: Bounds) -> pl.DataFrame:
-    """Lines of what may be chosen and of uniform widths; where FisherQuant is known, of plans with it and without."""
-    every = {"fisherquant": [BY_WORDS], "allocated": [method for method in rates.methods if method != BY_WORDS]}
-    asked = list(bounds.methods or rates.methods)
-    lines = {kind: methods for kind, methods in every.items() if methods and (methods[0] in rates.methods)}
-    if set(asked) != {BY_WORDS}:
-        lines["allocated"] = asked
+    """Lines of what may be chosen and of uniform widths; with a method by words, of plans with it and without."""
+    by_words, asked = rates.by_words, list(bounds.methods or rates.methods)
+    others = [method for method in rates.methods if method != by_words] if asked == [by_words] else asked
+    lines = {"allocated": others} if others else {}
+    if by_words:
+        lines = {by_words: [by_words]} | lines
     parts = [rates.frontier(bounds).filter(kind="uniform")]
     for kind, methods in lines.items():
         own = rates.frontier(replace(bounds, methods=tuple(methods))).filter(kind="allocated")
@@ -64,7 +63,7 @@ def frontiers(rates: RateBudget, bounds: Bounds) -> pl.DataFrame:
 
 def _frontier(look: Look) -> pl.DataFrame:
     found: Allocation = look.allocation
-    losses = {kind_of(found.plan): found.predicted_loss, "uniform": found.predicted_uniform_loss}
+    losses = {kind_of(found.plan, look.rates): found.predicted_loss, "uniform": found.predicted_uniform_loss}
     rows = [(kind, found.true_bits, loss) for kind, loss in losses.items() if loss is not None]
     now = pl.DataFrame(rows, {"kind": pl.String, "true_bits": float, "predicted_loss": float}, orient="row")
     drawn = look.measured if by_of(look.rates) in NATS and look.measured.height else None
@@ -135,4 +134,4 @@ COORDINATES = Chart(
     why="The same of single coordinates.",
     badge="predicted",
 )
-"""Of tables that know FisherQuant."""
+"""Of tables with a method by words."""
