@@ -123,6 +123,11 @@ class Choice:
         return ", ".join([f"{self.method} {pair_said(self.pairs[0])}", *changed])
 
     @property
+    def cache(self) -> tuple[Any, ...]:
+        """What makes the cache."""
+        return (*(getattr(self, name) for name in CACHE), self.exceptions)
+
+    @property
     def exceptions(self) -> dict[int, str]:
         """The layers that have bits of their own, and these in a word."""
         return {layer: pair_said(bits) for layer, bits in sorted(self.own_bits.items())}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -12,11 +12,11 @@ from mlx.nn.layers.base import Module
 
 from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
-from veloxlab.checks import checked, whole
+from veloxlab.checks import checked, real, whole
 from veloxlab.errors import InputError
 from veloxlab.measure import Capture, by_window, capture, reference
-from veloxlab.measure.planned_memory import CacheLayout, cache_layouts
-from veloxlab.measure.quality import both
+from veloxlab.measure.equal import EQUAL, at_equal_bits
+from veloxlab.measure.quality import Reference, both
 from veloxlab.measure.reproduce import calibration_code, notebook, steps
 from veloxlab.mlxlm.identity import name_of
 from veloxlab.models.loading import loaded_as
@@ -26,9 +26,10 @@ from veloxlab.views import frontier
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
 from veloxlab.widgets.layout import button, columns, controls, status
+from veloxlab.widgets.pages.equal_bits import Layouts, around, comparable, equal_said, held_bits, layouts, points
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.runs import Run, Runs
-from veloxlab.widgets.selection import CACHE, Bits, Choice, Fitting, Selection
+from veloxlab.widgets.selection import Bits, Choice, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
 
 SHOWN = 40  # characters of a text that a run is known by
@@ -45,16 +46,19 @@ class Experiment:
     selection: Selection
     points: Runs = field(default_factory=Runs)  # what was measured, whichever page asked for it
 
-    def fidelity(self, choice: Choice, progress: Tell) -> Run:
-        """Measure a cache."""
-        tokens, windows = len(self.capture.tokens), self.points.windows
+    def reference(self, progress: Tell) -> Reference:
+        """What the model predicts with its own cache."""
+        read: dict[str, Any] = {"text": self.text, "tokens": len(self.capture.tokens), "windows": self.points.windows}
+        return reference(self.model, self.tokenizer, progress=progress, **read)
+
+    def fidelity(self, choice: Choice, progress: Tell, exact: Reference | None = None) -> Run:
+        """Measure a cache against a `reference` of this experiment, which is run now if none is given."""
         calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress)
-        read: dict[str, Any] = {"text": self.text, "tokens": tokens, "windows": windows}
-        exact = reference(self.model, self.tokenizer, progress=progress, **read)
+        exact = exact or self.reference(progress)
         given: dict[str, Any] = {"name": choice.name, "calibration": calibration, "progress": progress}
         row, predictions = both(exact, choice.plan(self.model), **given)
         begin = "the shipped test excerpt" if self.text is None else self.text[:SHOWN]
-        said = f"{begin} ({digest(exact.stretches[0])[:8]}), windows of {tokens} tokens"
+        said = f"{begin} ({digest(exact.stretches[0])[:8]}), windows of {len(self.capture.tokens)} tokens"
         return Run.now(choice, said, row, by_window(predictions))
 
 
@@ -173,7 +177,10 @@ class Experimenter:
 
 
 class Comparison(OfExperiment):
-    """Measure the fidelity of caches, see them in one chart, and choose one of them again."""
+    """Measure the fidelity of caches, see them in one chart, rank methods at equal bits, and choose a cache again.
+
+    ``ranked`` are the methods where each holds ``equal_bits`` for a value: `veloxlab.measure.equal.EQUAL`.
+    """
 
     NAME = "compare"
     HELP = "11_search_pareto.ipynb#Use one of the results"
@@ -181,22 +188,29 @@ class Comparison(OfExperiment):
         "frontier": "Which cache loses least in as many bytes.",
     }
     context = Checked(whole(1), 4096, help="tokens at which the bytes of caches are compared")
+    equal_bits = Checked(
+        real(above=0), 3.0, help="bits held for a value, at which methods are ranked; scales are included"
+    )
     frontier = property(lambda page: page.charts.get("frontier"), doc="The chart, once something was measured.")
 
     def __init__(self, experiment: Experiment, worker: Worker) -> None:
         super().__init__(experiment.selection, worker)
         self.experiment, self.points = experiment, experiment.points
-        self._slot, self._layouts = columns(), list[tuple[CacheLayout, CacheLayout]]()  # of each point
+        self._slot, self._layouts = columns(), list[Layouts]()  # of each point
+        self.ranked, self._equal = pl.DataFrame(schema=EQUAL), ipywidgets.HTML()
         self._list = ipywidgets.Dropdown(description="measured", tooltip="A point of the chart")
         self._take = button("Use it", "Choose the settings of this point", self._use)
         one = button("Measure this cache", "Compare its predictions with those of the exact cache", self.measure)
         tip = "At these bits, each method that needs no fitting"
         every = button("Measure all methods", tip, self.compare, width="auto")
+        tip = "Each method that needs no fitting, with just more and just fewer bits than are chosen beside"
+        equal = button("Measure at equal bits", tip, self.compare_equal, width="auto")
         self._list.observe(self._pick, "value")
         context = self._control(ipywidgets.BoundedIntText, "context", min=1, max=2**24)
-        self.observe(lambda _: self._draw_points(), "context")
-        head = controls(one, every, context, self._list, self._take)
-        self._laid_out([head, status([self._banner, self._message], self.progress())], self._slot)
+        bits = self._control(ipywidgets.BoundedFloatText, "equal_bits", "equal bits", min=0.5, max=16, step=0.5)
+        self.observe(lambda _: self._draw_points(), ["context", "equal_bits"])
+        head = controls(one, every, context, bits, equal, self._list, self._take)
+        self._laid_out([head, status([self._banner, self._message], self.progress())], self._slot, self._equal)
         self._watch(self.points, "every", self._show_points)
         self._show_points()
 
@@ -206,20 +220,46 @@ class Comparison(OfExperiment):
 
     @property
     def sections(self) -> list[Section]:
-        return [*super().sections, Section("Fidelity", table=self.measured)] if self.charts else []
+        if not self.charts:
+            return []
+        ranked = Section(f"At {self.equal_bits:g} bits held a value, {self.context:,} tokens", table=self.ranked)
+        return [*super().sections, Section("Fidelity", table=self.measured), *[ranked] * (self.ranked.height > 0)]
 
     def compare(self) -> None:
         """Ask for the fidelity of every method that needs no fitting, at the present bits or those next to them."""
-        chosen, experiment = self.selection, self.experiment
+        chosen = self.selection
         every = [chosen.changed(method=method, own_bits={}) for method in chosen.methods]
         ready = [c for c in every if all(chosen.fitting.is_ready(c.method, width) for width in c.widths)]
+        self._submit("comparison", lambda progress: self._measure_each(ready, progress), first=True)
+
+    def compare_equal(self) -> None:
+        """Ask for what the ranking lacks: of every method that needs no fitting, the caches around the equal bits."""
+        chosen, bits, tokens = self.selection, self.equal_bits, self.context
+        runs, windows = self.points.every, self.points.windows
+        known = [run.choice.cache for run in runs if comparable(run, runs[-1]) and run.kl.windows == windows]
+        of_method = [
+            [
+                chosen.changed(method=method, key_bits=width, value_bits=width, own_bits={})
+                for width in chosen.fitting.widths(method)
+                if chosen.fitting.is_ready(method, width)
+            ]
+            for method in chosen.methods
+        ]
 
         def job(progress: Progress) -> None:
-            for done, choice in enumerate(ready):
-                progress(done, len(ready), f"measuring {choice.method}")
-                experiment.points.add(experiment.fidelity(choice, lambda *_: progress.check()))
+            wanted = []
+            for choices in of_method:
+                held = [held_bits(layouts(self.experiment.model, choice), tokens) for choice in choices]
+                wanted += around(bits, choices, held)
+            self._measure_each([choice for choice in wanted if choice.cache not in known], progress)
 
-        self._submit("comparison", job, first=True)
+        self._submit("equal bits", job, first=True)
+
+    def _measure_each(self, choices: Sequence[Choice], progress: Progress) -> None:
+        exact = self.experiment.reference(progress) if choices else None
+        for done, choice in enumerate(choices):
+            progress(done, len(choices), f"measuring {choice.name}")
+            self.points.add(self.experiment.fidelity(choice, lambda *_: progress.check(), exact))
 
     def _show_points(self, _: object = None) -> None:
         runs = self.points.every
@@ -236,7 +276,7 @@ class Comparison(OfExperiment):
         self.say(self.points.newest)
 
     def _draw_points(self) -> None:
-        """Draw what was measured at the bytes of the chosen context, and the exact cache beside it."""
+        """Draw what was measured at the bytes of the chosen context, the exact cache beside it, and rank methods."""
         if self._layouts:
             held = [ours.held(self.context) for ours, _ in self._layouts]
             rows = self.measured.with_columns(held_bytes=pl.Series(held), point=pl.int_range(pl.len(), dtype=pl.Int32))
@@ -246,6 +286,10 @@ class Comparison(OfExperiment):
             self._put({"frontier": chart}, self._slot)
             if first:
                 self._watch(self.charts["frontier"], "picked_point", self._pick)
+            known = points(self.points.every, self._layouts, self.context)
+            self.ranked = at_equal_bits(known, self.equal_bits)
+            given = self.points.every[-1], self.equal_bits, self.context, exact * self.equal_bits / 16
+            self._equal.value = equal_said(self.ranked, known, *given)
 
     def _pick(self, change: dict[str, Any]) -> None:
         """Choose a measured cache: its point in the chart, and its line in the list."""
@@ -258,10 +302,3 @@ class Comparison(OfExperiment):
         now = self.selection.choice
         self.selection.choice = replace(taken, token=now.token, ids=now.ids)
         self.say(f"All pages now show {taken.name}, sinks={taken.sinks}, window={taken.window}.")
-
-
-def layouts(model: Module, choice: Choice) -> tuple[CacheLayout, CacheLayout]:
-    """What a cache holds, and what the exact one does in 16 bits."""
-    given: dict[str, Any] = {name: getattr(choice, name) for name in CACHE[1:]}
-    ours, exact, *_ = cache_layouts(model, choice.method, layer_bits=choice.own_bits, **given)
-    return ours, exact

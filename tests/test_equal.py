@@ -1,0 +1,89 @@
+"""Methods at equal bits: read between measured caches, ranked, and measured where they are missing."""
+
+import polars as pl
+import pytest
+
+import veloxlab as vl
+from tests.letters import Letters
+from tests.test_runs import run
+from tests.tiny_models import tiny
+from veloxlab.measure.equal import EQUAL, POINTS, at_equal_bits
+from veloxlab.widgets.pages.equal_bits import around, comparable
+from veloxlab.widgets.selection import Choice
+
+
+def points(**methods: dict[float, list[float]]) -> pl.DataFrame:
+    """`POINTS` of methods: by bits held, the KL of each window."""
+    rows = [
+        (method, bits, window, kl)
+        for method, caches in methods.items()
+        for bits, windows in caches.items()
+        for window, kl in enumerate(windows)
+    ]
+    return pl.DataFrame(rows, schema=POINTS, orient="row")
+
+
+def test_a_method_is_read_along_the_logarithm_between_its_nearest_caches():
+    known = points(
+        rvq={2.0: [0.4, 0.8], 4.0: [0.1, 0.2], 5.0: [0.09, 0.1]},
+        rabitq={1.0: [9.0, 9.0], 3.0: [0.3, 0.2]},
+        qjl={3.5: [0.01, 0.01], 4.0: [0.001, 0.001]},
+        polarquant={2.0: [0.4, 0.4], 3.2: [0.0, 0.1]},
+    )
+    found = at_equal_bits(known, 3)
+    assert found.schema == EQUAL
+    assert found["method"].to_list() == ["rabitq", "rvq"]  # the others have no cache on both sides
+    assert found.select("below", "above").rows() == [(3, 3), (2, 4)]
+    assert found["kl_mean"].to_list() == pytest.approx([0.25, 0.3])  # of rvq the geometric means .2 and .4
+    assert found["difference"].to_list() == pytest.approx([0, 0.05])
+    assert found["low"][1] < 0 < found["high"][1]  # -.1 and .2: not decisive
+    assert at_equal_bits(known, 2.5).filter(method="rvq")["kl_mean"].item() == pytest.approx(0.6 * 2**-0.5)
+    assert at_equal_bits(points(), 3).is_empty()
+    one = at_equal_bits(points(rvq={2.0: [0.4], 4.0: [0.1]}, qjl={3.0: [0.1]}), 3)
+    assert one["low"].is_null().all()
+
+
+def test_only_caches_that_differ_in_their_bits_alone_are_compared():
+    newest = run(method="rvq", key_bits=3, value_bits=3)
+    assert comparable(run(method="qjl", key_bits=2, value_bits=2), newest)
+    for other in (
+        run(method="rvq", key_bits=3, value_bits=2),
+        run(method="rvq", key_bits=3, value_bits=3, own_bits={1: (2, 2)}),
+        run(sinks=0),
+        run(window=0),
+        run(text="u"),
+        run(kl=(0.5,)),
+    ):
+        assert not comparable(other, newest)
+
+
+def test_caches_around_some_bits_are_the_nearest_ones_on_either_side():
+    choices = [Choice(key_bits=bits) for bits in (1, 2, 3)]
+    held = [1.5, 2.5, 3.5]
+    assert around(2.6, choices, held) == choices[1:]
+    assert around(2.5, choices, held) == [choices[1]]
+    assert around(4, choices, held) == around(1, choices, held) == []
+
+
+def test_the_page_measures_what_a_ranking_lacks_and_once():
+    lab = vl.Lab(tiny("llama", num_hidden_layers=1), Letters(), tokens=64, sinks=0, window=0)
+    page = lab.turn_to("compare")
+    page.context, page.equal_bits = 1000, 3
+    assert page.ranked.is_empty()
+    page.compare_equal()
+    assert lab.wait(300)
+    ranked, measured = page.ranked, lab.measured
+    assert {*ranked["method"]} >= {"turboquant", "rvq", "rabitq", "polarquant"}
+    assert (ranked["below"] <= 3).all()
+    assert (ranked["above"] >= 3).all()
+    assert ranked["kl_mean"].is_sorted()
+    assert "At 3 bits held a value" in page._equal.value
+    best = ranked.row(0, named=True)
+    ends = measured.filter(pl.col("name").str.starts_with(best["method"]))["kl_mean"]
+    assert ends.min() <= best["kl_mean"] <= ends.max()
+    page.compare_equal()
+    assert lab.wait(300)
+    assert len(lab.measured) == len(measured)
+    page.equal_bits = 0.5
+    assert "Measure at equal bits" in page._equal.value
+    lab.close()

@@ -1,0 +1,47 @@
+"""Methods at equal bits: what each loses where all hold as many bits a value, read between measured caches."""
+
+from __future__ import annotations
+
+import numpy as np
+import polars as pl
+
+from veloxlab.measure.frames import schema
+from veloxlab.measure.paired import Mean
+
+POINTS = schema("method held_bits window kl_mean")
+"""Columns that `at_equal_bits` reads: of each measured cache its method and the bits that it holds for a value, scales,
+tables and exact tokens included; and of each window of the text, the same for all, its mean KL in nats."""
+
+EQUAL = schema("method kl_mean below above difference low high")
+"""Columns of `at_equal_bits`: method; mean KL in nats where it holds so many bits; bits held by the two measured caches
+that this is read between, equal where one holds just so many; KL beyond that of the first row, and the ends of its 95 %
+interval, paired by window, null for a single one."""
+
+
+def at_equal_bits(points: pl.DataFrame, bits: float) -> pl.DataFrame:
+    """Rank methods where each holds ``bits`` for a value, the one that loses least first: `EQUAL`.
+
+    Between the two nearest measured caches of a method the logarithm of its KL follows the bits in a straight line, in
+    each window by itself: an error falls by about the same factor with every bit. A method with no cache on one of the
+    sides is left out, and so is a cache with a KL of 0, or that is no number. ``points``: `POINTS`.
+    """
+    kl = pl.col("kl_mean")
+    whole = (kl.is_finite() & (kl > 0)).all().over("method", "held_bits")
+    found: dict[str, tuple[float, float, list[float]]] = {}
+    for (method,), own in points.filter(whole).group_by("method", maintain_order=True):
+        below, above = (
+            own.filter(side)["held_bits"] for side in (pl.col("held_bits") <= bits, pl.col("held_bits") >= bits)
+        )
+        if below.is_empty() or above.is_empty():
+            continue
+        low, high = float(below.max()), float(above.min())  # type: ignore[arg-type]  # numbers, for there are rows
+        part = (bits - low) / (high - low) if high > low else 0.0
+        ends = (own.filter(held_bits=end).unique("window", keep="last").sort("window") for end in (low, high))
+        first, second = (np.log(end["kl_mean"].to_numpy()) for end in ends)
+        found[str(method)] = low, high, np.exp(first + part * (second - first)).tolist()
+    ranked = sorted(found.items(), key=lambda item: float(np.mean(item[1][2])))
+    rows = []
+    for method, (low, high, own_kl) in ranked:
+        more = Mean.of([one - best for one, best in zip(own_kl, ranked[0][1][2], strict=True)])
+        rows.append((method, float(np.mean(own_kl)), low, high, more.mean, more.low, more.high))
+    return pl.DataFrame(rows, schema=EQUAL, orient="row")

@@ -1,0 +1,96 @@
+"""What the page that compares says of methods at equal bits: which caches are read, which are missing, and a table."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+import polars as pl
+from mlx.nn.layers.base import Module
+
+from veloxlab.measure.equal import POINTS
+from veloxlab.measure.planned_memory import CacheLayout, cache_layouts
+from veloxlab.views.memory import amount
+from veloxlab.views.picture import html_table
+from veloxlab.widgets.runs import Run
+from veloxlab.widgets.selection import CACHE, Choice
+
+Layouts = tuple[CacheLayout, CacheLayout]  # of a cache, and of the exact one in 16 bits
+TITLES = ["", "method", "KL (nats)", "more than the first", "95 % interval", "read between (bits held)"]
+
+
+def layouts(model: Module, choice: Choice) -> Layouts:
+    """What a cache holds, and what the exact one does in 16 bits."""
+    given: dict[str, Any] = {name: getattr(choice, name) for name in CACHE[1:]}
+    ours, exact, *_ = cache_layouts(model, choice.method, layer_bits=choice.own_bits, **given)
+    return ours, exact
+
+
+def held_bits(pair: Layouts, tokens: int) -> float:
+    """Bits that a cache holds for a value of ``tokens`` tokens; those of the exact one are 16."""
+    ours, exact = (layout.held(tokens) for layout in pair)
+    return 16 * ours / exact
+
+
+def _is_uniform(choice: Choice) -> bool:
+    return choice.key_bits == choice.value_bits and not choice.own_bits
+
+
+def comparable(run: Run, other: Run) -> bool:
+    """Whether both have as many bits for keys as for values in all layers, the same exact tokens and the same text."""
+    same = all(getattr(run.choice, name) == getattr(other.choice, name) for name in ("sinks", "window"))
+    read = run.text == other.text and run.windows["positions"].equals(other.windows["positions"])
+    return same and read and _is_uniform(run.choice)
+
+
+def points(runs: Sequence[Run], each: Sequence[Layouts], tokens: int) -> pl.DataFrame:
+    """`POINTS` of the runs that compare with the newest one."""
+    frames = [
+        run.windows.select(
+            pl.lit(run.choice.method).alias("method"),
+            pl.lit(held_bits(pair, tokens)).alias("held_bits"),
+            "window",
+            "kl_mean",
+        )
+        for run, pair in zip(runs, each, strict=True)
+        if comparable(run, runs[-1])
+    ]
+    return pl.concat([pl.DataFrame(schema=POINTS), *frames])
+
+
+def around(bits: float, choices: Sequence[Choice], held: Sequence[float]) -> list[Choice]:
+    """Those of one method's choices that hold just more and just fewer bits; none if one of the two is not there."""
+    order = sorted(zip(held, range(len(choices)), strict=True))
+    below, above = [i for has, i in order if has <= bits][-1:], [i for has, i in order if has >= bits][:1]
+    return [choices[i] for i in dict.fromkeys(below + above)] if below and above else []
+
+
+def equal_said(ranked: pl.DataFrame, known: pl.DataFrame, newest: Run, bits: float, tokens: int, nbytes: float) -> str:
+    """HTML of the ranking: ``known`` are the `POINTS` that it was made of, ``nbytes`` what so many bits take."""
+    if ranked.is_empty():
+        return f"At {bits:g} bits no method is measured on both sides: press \u201cMeasure at equal bits\u201d."
+    rows = [
+        (
+            i + 1,
+            row["method"],
+            f"{row['kl_mean']:.3g}",
+            f"+{row['difference']:.2g}" if i else "",
+            "" if row["low"] is None or not i else f"{row['low']:.2g} to {row['high']:.2g}{_doubt(row)}",
+            f"{row['below']:.2f} and {row['above']:.2f}" if row["below"] < row["above"] else "measured there",
+        )
+        for i, row in enumerate(ranked.to_dicts())
+    ]
+    others = sorted({*known["method"]} - {*ranked["method"]})
+    left = f" Not ranked, as not measured on both sides: {', '.join(others)}." if others else ""
+    exact = f"sinks={newest.choice.sinks}, window={newest.choice.window}"
+    said = (
+        f"<b>At {bits:g} bits held a value: {amount(nbytes)} at {tokens:,} tokens, {exact}.</b> Interpolated "
+        "between a method's two nearest measured caches, by the logarithm of KL. Caches with other bits for keys than "
+        f"for values do not count.{html.escape(left)}"
+    )
+    return said + html_table(TITLES, rows, cell="padding: 1px 14px 1px 0")
+
+
+def _doubt(row: dict[str, Any]) -> str:
+    return ", not decisive" if row["low"] <= 0 <= row["high"] else ""
