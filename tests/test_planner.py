@@ -1,5 +1,6 @@
 """The memory planner shows what is planned for its knobs, on whatever thread they are turned."""
 
+import re
 import threading
 from typing import Any
 
@@ -7,8 +8,11 @@ import polars as pl
 import pytest
 
 import veloxlab as vl
+from tests.test_runs import run
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
+from veloxlab.measure.known import UNKNOWN, expected_loss, known_losses
+from veloxlab.widgets.runs import Runs
 
 LLAMA_8B = {"layers": 32, "kv_heads": 8, "head_dim": 128}
 
@@ -96,11 +100,44 @@ def test_another_model_is_planned_and_its_weights_are_left_room(planner):
     assert "The weights of a model that is typed in are not known" in planner._message.value
 
 
-def test_what_the_demo_model_lost_is_said_as_a_prediction(planner):
-    assert "turboquant at 4 bits loses 0." in planner._banner.value
-    assert "a prediction for any other model" in planner._banner.value
+def cells(planner, cache):
+    """What the table says of a cache: bytes, tokens, loss, flips, kind and source."""
+    row = next(row for row in re.findall(r"<tr>(.*?)</tr>", planner._losses.value) if f">{cache}<" in row)
+    return re.findall(r">([^<]*)</td>", row)[1:]
+
+
+def test_each_cache_says_what_it_loses_and_where_that_was_measured(planner):
+    turn(planner, model="8B, as Llama 3.1", key_bits=4)
+    known = known_losses()
+    assert cells(planner, "fp16")[2:5] == ["0", "0%", "exact"]
+    lost = f"{known['turboquant 4 bit']['kl_mean']:.2g}"
+    assert cells(planner, "turboquant K4 V4")[2:] == [
+        lost,
+        f"{known['turboquant 4 bit']['top1_flips']:.0%}",
+        "predicted",
+        "SmolLM2-135M at 4 bits, 4 sinks, no window",
+    ]
+    assert cells(planner, "mlx-lm 8 bit")[2] == f"{known['mlx-lm 8 bit']['kl_mean']:.2g}"
     turn(planner, key_bits=3)
-    assert "What turboquant at K3 V4 loses is not known before a run." in planner._banner.value
+    more = f"{known['turboquant 3 bit']['kl_mean']:.2g}"
+    assert cells(planner, "turboquant K3 V4")[2] == f"{lost} to {more}"
+    turn(planner, key_bits=8, value_bits=8)
+    assert cells(planner, "turboquant K8 V8")[2] == f"less than {lost}"
+    assert expected_loss("vecinfer", 0.5, 4) is UNKNOWN
+
+
+def test_what_was_measured_on_this_model_takes_the_place_of_a_prediction():
+    runs = Runs()
+    planner = vl.widgets.MemoryPlanner(tiny("llama"), runs=runs)
+    assert cells(planner, "turboquant K4 V4")[4] == "predicted"
+    runs.add(run(key_bits=4, value_bits=4, sinks=0))
+    assert cells(planner, "turboquant K4 V4")[4] == "predicted"  # other exact tokens
+    runs.add(run(key_bits=4, value_bits=4))
+    assert cells(planner, "turboquant K4 V4")[2:] == ["0.5", "25%", "measured", "this model: t"]
+    planner.model = "8B, as Llama 3.1"
+    assert planner.wait(60)
+    assert cells(planner, "turboquant K4 V4")[4] == "predicted"
+    planner.close()
 
 
 def test_a_typed_shape_is_planned(planner):

@@ -40,7 +40,7 @@ def lab(model):
 def run(name="a", kl=(0.25, 0.5, 0.75), text="t", **choice):
     """A run with these means of windows."""
     windows = pl.DataFrame({"window": range(len(kl)), "positions": 31, "kl_mean": kl})
-    row = in_schema(pl.DataFrame({"name": [name], "kl_mean": [sum(kl) / len(kl)], "perplexity": [9.0]}), FIDELITY)
+    row = in_schema(pl.DataFrame({"name": [name], "kl_mean": [sum(kl) / len(kl)], "top1_flips": [0.25]}), FIDELITY)
     return Run(name, Choice(**choice), "2026-11-30T12:00:00+00:00", text, row, in_schema(windows, WINDOWS))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
 from math import inf
 from typing import Any
 
@@ -19,13 +18,14 @@ from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.frames import schema
+from veloxlab.measure.known import DEMO, known_losses
 from veloxlab.measure.memory import bytes_of
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts
 from veloxlab.measure.quality import evaluate, reference
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, loaded, shape_of
 from veloxlab.progress import Progress, silent
 from veloxlab.runtime import device
-from veloxlab.texts import Tokenizer, shipped_folder
+from veloxlab.texts import Tokenizer
 
 ADVICE = schema("name method bits held_bytes most_tokens fits kl_mean top1_flips kind reason")
 """Columns of `Advice.frame`: a cache, its method and bits (null for the exact one and mlx-lm's); bytes at the context
@@ -35,9 +35,6 @@ probable next token is another; "measured" on this model or "predicted" from the
 GOALS = {"chat": 0.05, "retrieval": 0.02, "draft": 0.2}
 """Nats a token that a use may lose: our choice, not measured on that use. On SmolLM2-135M one token in nine has another
 first choice at .05, and one in four at .2."""
-
-RESULTS = {"compare_smollm2-135m_4_sinks.parquet": DEFAULT_SINKS, "compare_smollm2-135m.parquet": 0}
-"""Files of results, and sinks of the caches there; the first that has a cache counts."""
 
 KEPT = 0.25  # of the memory, for the system, other programs and work space: macOS lends a GPU about three quarters
 OVERHEAD_BITS = 0.5  # of a quantized weight: a scale and a bias of 16 bits for 64
@@ -200,17 +197,6 @@ def weights_bytes(model_or_config: ModelOrConfig, parameters: int, bits: int) ->
     return int(parameters * (bits + OVERHEAD_BITS * (bits < 16)) / 8)
 
 
-@cache
-def known_losses() -> dict[str, dict[str, Any]]:
-    """What the demo model lost with each cache, by its name, such as ``"turboquant 4 bit"``."""
-    found: dict[str, dict[str, Any]] = {}
-    for file, sinks in RESULTS.items():
-        frame = pl.read_parquet(shipped_folder("data") / "results" / file)
-        for row in frame.select("name", "kl_mean", "top1_flips", sinks=sinks).to_dicts():
-            found.setdefault(row["name"], row)
-    return found
-
-
 def _candidates(shape: ModelShape, known: dict[str, dict[str, Any]]) -> Iterator[tuple[CacheLayout, dict[str, Any]]]:
     """Layouts of the exact cache, mlx-lm's, and ours that lose less than a nat a token, with what is known of them."""
     _, exact, *theirs = cache_layouts(shape)
@@ -239,7 +225,7 @@ def _reason(row: dict[str, Any], advice: Advice) -> str:
         return f"{takes}, and there are {_said(max(advice.room_bytes, 0))}, enough for {row['most_tokens']:,} tokens."
     if row["name"] == EXACT:
         return f"{takes}, and loses nothing."
-    where = "on this model" if row["kind"] == "measured" else "on SmolLM2-135M"
+    where = "on this model" if row["kind"] == "measured" else f"on {DEMO}"
     lost = f"loses {row['kl_mean']:.3f} nats a token {where}, where {row['top1_flips']:.0%} have another first choice"
     bears = GOALS[advice.goal]
     if row["method"] and row["sinks"] < DEFAULT_SINKS:

@@ -49,7 +49,7 @@ PAGES: dict[str, tuple[str, Callable[[Lab], Panel]]] = {
     "times": ("Time", lambda lab: times.Times(lab.experiment, lab.worker)),
     "tasks": ("Tasks", lambda lab: tasks.Tasks(*lab.loaded, **lab.shared)),
     "budget": ("Budget", lambda lab: budget.BudgetTuner(*lab.loaded, **lab.shared)),
-    "memory": ("Memory", lambda lab: memory.MemoryPlanner(lab.experiment.model, **lab.shared)),
+    "memory": ("Memory", lambda lab: memory.MemoryPlanner(lab.experiment.model, runs=lab.points, **lab.shared)),
 }
 NAMES = tuple(PAGES)
 WAITING = "<em>This page is made when the present work is done.</em>"

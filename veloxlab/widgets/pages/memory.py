@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import ipywidgets
@@ -12,18 +13,20 @@ from mlx.nn.layers.base import Module
 from veloxlab.checks import WORDS, maybe, real, whole
 from veloxlab.codecs import METHODS
 from veloxlab.errors import InputError
-from veloxlab.measure.advise import KEPT, known_losses, weights_bytes
+from veloxlab.measure.advise import KEPT, weights_bytes
+from veloxlab.measure.known import EXACT, Loss, expected_loss
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest, planned
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
-from veloxlab.views.marks import bits_said
 from veloxlab.widgets.chosen import Checked, OfCache
 from veloxlab.widgets.code_lines import CodeLines
 from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.pages.charts import Chart, ChartPage
 from veloxlab.widgets.pages.known_models import GIGABYTE, HERE, SIZES
-from veloxlab.widgets.selection import CACHE, EXACT, Fitting, Selection, pair_said
+from veloxlab.widgets.pages.memory_words import losses_table
+from veloxlab.widgets.runs import Runs
+from veloxlab.widgets.selection import CACHE, Fitting, Selection
 from veloxlab.widgets.worker import Worker
 
 TYPED_IN = "typed in"
@@ -81,7 +84,8 @@ class MemoryPlanner(OfCache, ChartPage):
     where the ``model`` is ``"typed in"`` ``layers``, ``kv_heads``, ``head_dim``, ``sliding_window`` and ``full_every``,
     the last two as for `veloxlab.ModelShape.typed`, and 0 for none. Other values of ``model`` are ``"this model"``, if
     one was given, a usual size, or what ``model_or_config`` may be in words. ``machine_gb`` and ``weight_bits`` are for
-    `leave_room`. ``chart`` is the `ChartView`.
+    `leave_room`. ``chart`` is the `ChartView`. ``runs`` were measured on this model: what a cache lost there is said,
+    and otherwise what is predicted from the demo model.
     """
 
     NAME = "planner"
@@ -111,6 +115,7 @@ class MemoryPlanner(OfCache, ChartPage):
         *,
         selection: Selection | None = None,
         worker: Worker | None = None,
+        runs: Runs | None = None,
         **settings: Any,
     ) -> None:
         chosen = {name: settings.pop(name) for name in CACHE if name in settings}
@@ -121,12 +126,14 @@ class MemoryPlanner(OfCache, ChartPage):
         super().__init__(selection, worker, **{"model": TYPED_IN if given is None else HERE} | settings)
         self._draw([CHART])
         self.chart = self.charts["memory_plan"]
-        self._code = CodeLines()
+        self._code, self._losses, self._runs = CodeLines(), ipywidgets.HTML(), runs or Runs()
         self._laid_out(
             [self._controls(), status([self._banner, self._message], self.progress())],
             columns([self.chart]),
+            self._losses,
             self._code,
         )
+        self._watch(self._runs, "every", self._tell_losses)
         self.follow()
 
     @property
@@ -139,16 +146,19 @@ class MemoryPlanner(OfCache, ChartPage):
         name = self._given.name if self._given is not None and self.model == HERE else self.model
         return f"{name}: {plan_caption(self.plan, self.largest)}"
 
-    @property
-    def notes(self) -> list[str]:
-        """What the demo model lost with these bits, if that is known."""
-        same = self.key_bits == self.value_bits
-        known = known_losses().get(f"{self.method} {self.key_bits} bit") if same else None
-        said = f"What {self.method} at {pair_said((self.key_bits, self.value_bits))} loses is not known before a run."
-        if known is not None:
-            lost = f"{known['kl_mean']:.3f} nats a token on SmolLM2-135M, everything through codes"
-            said = f"{self.method} at {bits_said(self.key_bits)} loses {lost}: a prediction for any other model."
-        return [*super().notes, "" if self.method == EXACT else said]
+    def loss(self, cache: str) -> Loss:
+        """What a cache of the chart loses: measured on this model in ``runs``, or predicted from the demo model."""
+        if cache == "fp16":
+            return EXACT
+        if cache.startswith("mlx-lm"):
+            name, bits, _ = cache.split()
+            return expected_loss(name, float(bits), float(bits))
+        choice = self.selection.choice
+        for run in reversed(self._runs.every if self.model == HERE else ()):
+            if run.choice.cache == replace(choice, own_bits={}).cache:
+                lost, flips = run.kl.mean, run.row["top1_flips"].item()
+                return Loss((lost, lost), (flips, flips), "measured", f"this model: {run.text}")
+        return expected_loss(choice.method, choice.key_bits, choice.value_bits)
 
     def leave_room(self) -> None:
         """Set the memory for the cache to what the system and the weights leave of the machine's."""
@@ -175,6 +185,15 @@ class MemoryPlanner(OfCache, ChartPage):
         sizes: dict[str, Any] = dict(zip(TYPED, typed, strict=True))
         optional = {name: sizes[name] or None for name in ("sliding_window", "full_every")}
         return ModelShape.typed(**sizes | optional)
+
+    def _show(self) -> None:
+        super()._show()
+        self._tell_losses()
+
+    def _tell_losses(self, _: object = None) -> None:
+        (self._losses.remove_class if self._complete else self._losses.add_class)("veloxlab-stale")
+        if self._complete:
+            self._losses.value = losses_table(self.plan, self.largest, self.loss)
 
     def _redraw(self) -> None:
         super()._redraw()
