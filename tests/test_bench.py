@@ -18,7 +18,7 @@ from tests.tiny_models import tiny
 from veloxlab import cli
 from veloxlab.cache.attention import History
 from veloxlab.cache.counts import BLOCK
-from veloxlab.cli import measurements
+from veloxlab.cli import times
 from veloxlab.cli.tables import lengths_table
 from veloxlab.codecs import METHODS
 from veloxlab.kernels import devices
@@ -161,9 +161,9 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
     for name in names:
         module = next(each for each in (timing, models, host) if hasattr(each, name))
         monkeypatch.setattr(module, name, lambda *given, name=name, **named: [{"of": name, **named}])
-    monkeypatch.setattr(measurements, "bench_picture", lambda results: str(len(results)).encode())
-    monkeypatch.setattr(measurements.tables, "bench_tables", lambda results: f"{len(results)} parts")  # type: ignore[attr-defined]
-    monkeypatch.setattr(measurements.runtime, "backend", lambda: "cuda")  # type: ignore[attr-defined]
+    monkeypatch.setattr(times, "bench_picture", lambda results: str(len(results)).encode())
+    monkeypatch.setattr(times.tables, "bench_tables", lambda results: f"{len(results)} parts")  # type: ignore[attr-defined]
+    monkeypatch.setattr(times.runtime, "backend", lambda: "cuda")  # type: ignore[attr-defined]
     path = tmp_path / "bench.json"
     assert cli.main(["bench", "--json", str(path), "--tokens", "64"]) == 0
     assert path.with_suffix(".md").read_text() == "7 parts\n"
@@ -332,7 +332,7 @@ def test_a_module_is_the_command():
 
 def test_the_committed_times_are_drawn():
     results = json.loads((shipped_folder("data") / "results" / "bench_h200.json").read_text())
-    assert measurements.bench_picture(results).startswith(b"\x89PNG")
+    assert times.bench_picture(results).startswith(b"\x89PNG")
 
 
 def test_memory_is_measured_by_length_and_a_failing_step_is_no_number(monkeypatch, tmp_path, capsys):
@@ -446,7 +446,7 @@ def test_lengths_are_on_disk_as_they_come(monkeypatch, tmp_path, capsys):
         if done == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(measurements, "say", stopped)
+    monkeypatch.setattr(times, "say", stopped)
     with pytest.raises(KeyboardInterrupt):
         cli.main(words)
     (unfinished,) = tmp_path.glob("*.unfinished.json")

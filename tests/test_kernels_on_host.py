@@ -12,7 +12,7 @@ from tests import reading
 from tests.metal_on_host import check, run
 from tests.metal_on_host.launch import HOST
 from veloxlab.codecs.parts.transforms import SignedHadamard
-from veloxlab.kernels import attend as attending
+from veloxlab.kernels import splits as sharing
 from veloxlab.kernels.attend import attend_kernel
 from veloxlab.kernels.backend import Source
 from veloxlab.kernels.call import Exact, Queries, Tokens
@@ -219,10 +219,10 @@ def assert_attention_is_as_by_its_definition(case, more=0.0, backend=HOST, runs=
 
 # sinks and packed tokens of each sequence: nothing packed, nothing recent, sinks alone, and no sinks
 PLACES = [
-    attending.Places(5, 0, packed_entry=0, first_packed=0, exact_entry=3, first_recent=150, column=20),
-    attending.Places(5, 650, packed_entry=1, first_packed=40, exact_entry=2, first_recent=180, column=250),
-    attending.Places(2, 0, packed_entry=0, first_packed=9, exact_entry=1, first_recent=180, column=0),
-    attending.Places(0, 300, packed_entry=1, first_packed=17, exact_entry=0, first_recent=49, column=474),
+    sharing.Places(5, 0, packed_entry=0, first_packed=0, exact_entry=3, first_recent=150, column=20),
+    sharing.Places(5, 650, packed_entry=1, first_packed=40, exact_entry=2, first_recent=180, column=250),
+    sharing.Places(2, 0, packed_entry=0, first_packed=9, exact_entry=1, first_recent=180, column=0),
+    sharing.Places(0, 300, packed_entry=1, first_packed=17, exact_entry=0, first_recent=49, column=474),
 ]
 RECENT_END = 180  # of 200
 
@@ -232,7 +232,7 @@ def test_sequences_of_a_batch_have_tokens_of_their_own_in_shared_arrays(case):
     (call,) = calls(dataclasses.replace(case, batch=len(PLACES)), [(700, 5, 200)])
     given = dataclasses.replace(call.queries, coded=None) if case.rotated else call.queries
     kernel = attend_kernel(given, call.tokens, HOST)
-    sizes = attending.sizes_of(PLACES, call.tokens.recent.room, kernel)
+    sizes = sharing.sizes_of(PLACES, call.tokens.recent.room, kernel)
     found, found_coded = kernel.prepared_anywhere(given, call.tokens)(given, call.tokens.recent, sizes, RECENT_END)
     for i, at in enumerate(PLACES):
         wanted, wanted_coded = reading.attend(*of_sequence(call, i, at))
@@ -274,13 +274,13 @@ def of_sequence(call, i, at):
 def test_no_history_has_more_splits_than_the_last_kernel_has_room_for(exact, packed, blocks):
     call = next(calls(CASES[0], [(8, 1, 1)]))
     kernel = dataclasses.replace(attend_kernel(call.queries, call.tokens, METAL), kv_heads=blocks, row_tiles=1)
-    splits = attending.splits_of(exact[0], [packed], exact[1], kernel)
-    assert splits.most <= attending.most_splits(kernel.groups)
+    splits = sharing.splits_of(exact[0], [packed], exact[1], kernel)
+    assert splits.most <= sharing.most_splits(kernel.groups)
 
 
 def test_a_long_exact_run_is_cut_into_longer_splits(monkeypatch):
     rng = np.random.default_rng(3)
-    monkeypatch.setattr(attending, "_MOST_EXACT_SPLITS", 2)
+    monkeypatch.setattr(sharing, "_MOST_EXACT_SPLITS", 2)
     reader = Codes(4, joined=True).reader(rng, Codes(4, joined=True).table(rng, 64, 1), (1, 1, 40), 64, True, None)
     sinks, recent = (exact(rng, (1, 1, count), (64, 64), mx.float32) for count in (5, 700))
     tokens = Tokens(reader, reader, sinks, recent, 64, 64)

@@ -13,10 +13,11 @@ from veloxlab.cache.arithmetic import as_added
 from veloxlab.cache.attention import FEW_QUERIES, History
 from veloxlab.cache.past import Segment, exact_arrays, with_exact_arrays
 from veloxlab.codecs import TENSORS, Code
-from veloxlab.kernels.attend import AttendKernel, Sizes
+from veloxlab.kernels.attend import AttendKernel
 from veloxlab.kernels.call import Queries
 from veloxlab.kernels.checked import agrees, evaluated, with_derivatives
 from veloxlab.kernels.devices import current_backend
+from veloxlab.kernels.splits import Sizes
 from veloxlab.mlxlm.hooks import Handle, Mask, shape_in_common
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ import numpy as np
 from mlx_lm.models.base import create_causal_mask
 
 from veloxlab.cache.counts import BLOCK, SLACK_SHARE
-from veloxlab.kernels.attend import AttendKernel, Places, Splits, numbers_of, splits_of
+from veloxlab.kernels.attend import AttendKernel
 from veloxlab.kernels.backend import few_numbers
+from veloxlab.kernels.splits import Places, Splits, numbers_of, splits_of
 
 
 class Part(NamedTuple):
@@ -129,7 +130,7 @@ def mask_of_all(before: tuple[int, ...], width: int) -> mx.array:
 
 
 def numbers(form: Form, padding: int, room: int) -> mx.array:
-    """What a kernel has to know of each sequence, in windows of so many columns: `veloxlab.kernels.attend.Sizes`."""
+    """What a kernel has to know of each sequence, in windows of so many columns: `veloxlab.kernels.splits.Sizes`."""
     both = zip(form.parts, columns(form, room, padding), strict=True)
     return numbers_of(
         [Places(form.sinks, part.packed, 0, part.base, part.place, part.start, own) for part, own in both]

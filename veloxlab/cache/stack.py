@@ -24,9 +24,10 @@ from veloxlab.codecs.base import empty_code
 from veloxlab.codecs.none import Exact
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.errors import InputError
-from veloxlab.kernels.attend import AttendKernel, Sizes
+from veloxlab.kernels.attend import AttendKernel
 from veloxlab.kernels.checked import ahead
 from veloxlab.kernels.devices import current_backend
+from veloxlab.kernels.splits import Sizes
 
 Asked = tuple[list[list[CompressedKVCache]], list[list[CompressedKVCache]]]  # whose tokens `Checks` has; see there
 

@@ -19,7 +19,7 @@ from typing import Any
 import veloxlab
 from veloxlab import texts
 from veloxlab.checks import number_of_bits
-from veloxlab.cli import measurements, results
+from veloxlab.cli import measurements, results, times
 from veloxlab.errors import InputError
 from veloxlab.store import make_folder, write_atomically
 
@@ -201,17 +201,17 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     ),
     "bench": (
         "time attention, encoding and decoding on this device",
-        measurements.time_kernels,
+        times.time_kernels,
         FILE,
         _many("--tokens", "context lengths (default: 4096 32768 131072; on a CPU 512 2048 8192 32768)", int),
-        _many("--only", "measure only these parts; keep the others of FILE", choices=measurements.PARTS, nargs="*"),
+        _many("--only", "measure only these parts; keep the others of FILE", choices=times.PARTS, nargs="*"),
         _many("--caches", "compressed caches to decode with on a CPU, as METHOD:BITS (default: turboquant:4)"),
         _one("--against", "results of an earlier run: say which ratios moved beyond their noise", Path, metavar="FILE"),
         ("--busy", {"action": "store_true", "help": "on a CPU, also decode while another process keeps a core busy"}),
     ),
     "memory": (
         "measure peak memory and time per token, by length of text",
-        measurements.measure_lengths,
+        times.measure_lengths,
         MODEL,
         ("--random", {"action": "store_true", "help": "random weights in the model's shape"}),
         _many("--tokens", "text lengths", int, [1024, 2048, 4096, 8192, 16384]),

@@ -10,16 +10,14 @@ in MLX's own fused attention.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from string import Template
 from threading import get_ident
-from typing import NamedTuple
 
 import mlx.core as mx
 
-from veloxlab.kernels.backend import SIMD, Answer, Backend, Source, built, few_numbers, source_file, suited
+from veloxlab.kernels.backend import SIMD, Answer, Backend, Source, built, source_file, suited
 from veloxlab.kernels.call import (
     STEP,
     Exact,
@@ -32,19 +30,25 @@ from veloxlab.kernels.call import (
     nothing_of,
 )
 from veloxlab.kernels.readers import Room
+from veloxlab.kernels.splits import (
+    NUMBERS,
+    SIMDGROUPS,
+    Places,
+    Sizes,
+    Threadgroups,
+    common_numbers,
+    most_splits,
+    sizes_of,
+)
 from veloxlab.kernels.vectors import hartley_row
 
-SIMDGROUPS, MANY_SIMDGROUPS = 4, 16  # of a threadgroup; of one that has a processor alone
+MANY_SIMDGROUPS = 16  # of a threadgroup that has a processor alone
 GROUPS_PER_PROCESSOR = 4  # threadgroups that a processor of an NVIDIA GPU works on at once
 PADDED_ROWS = MOST_ROWS = 8  # query rows that share one reading of the codes
-_TILE = 16  # tokens of one turn of a simdgroup
-_EXACT_SPLIT, _MOST_EXACT_SPLITS = 128, 64  # exact tokens of one split at least; splits of either run at most
-_LEAST_SPLIT = 2 * SIMD * SIMDGROUPS  # packed tokens: a table is not filled for fewer
 _COMBINE_THREADS = 512
 _SUMS = [mx.float32] * 2  # of each split: mixed values, and sums of weights
 _SMALL = 128  # dimension up to which a thread's registers let as many threadgroups work at once
 _LARGEST_DIM = 512
-_NUMBERS = 7  # that the kernels get of a sequence
 # where a query is, with a mask and without: strides and a mask are more arrays than Metal takes of some readers
 _QUERY_PLACES = (
     "((sequence * KV_HEADS * SHARED + query_head) * QUERIES + query) * EXACT_KEY",
@@ -54,60 +58,14 @@ _QUERY_PLACES = (
 Defines = dict[str, int | str]
 
 
-class Places(NamedTuple):
-    """How many tokens a sequence has, and where: the entry and the first of packed, of exact and of a mask's tokens.
-
-    Sinks are the first tokens of their entry. Recent tokens of all sequences end at the same one of their arrays, which
-    a kernel is told at each call: all that is here stays until a block of tokens leaves the window.
-    """
-
-    sinks: int
-    packed: int
-    packed_entry: int
-    first_packed: int
-    exact_entry: int
-    first_recent: int = 0
-    column: int = 0
-
-    @property
-    def moving(self) -> tuple[int, int]:
-        """The first of the numbers that kernels get: what another block of packed tokens changes."""
-        return self.packed, self.first_recent
-
-    @property
-    def lasting(self) -> tuple[int, ...]:
-        """The others."""
-        return self.sinks, self.packed_entry, self.first_packed, self.exact_entry, self.column
-
-
-class Splits(NamedTuple):
-    """Tokens of a split, and the most splits of a sequence."""
-
-    of_packed: int
-    of_exact: int
-    most: int
-
-
-class Sizes(NamedTuple):
-    """What kernels have to know of the tokens of each sequence."""
-
-    numbers: mx.array  # of `Places` [B, 7], uint32
-    splits: Splits
-
-
 @dataclass(frozen=True, eq=False)
-class AttendKernel:
+class AttendKernel(Threadgroups):
     """Softmax attention over sinks, packed and recent tokens, in that order, by two kernels."""
 
     name: str  # for people
     backend: Backend
     attend: Source
     combine: Source
-    kv_heads: int
-    rows: int  # of a KV head's queries that a threadgroup takes
-    row_tiles: int  # threadgroups for all of them
-    groups: int  # of all splits of packed tokens, at most
-    simdgroups: int
     largest_value: int  # dimension of a value, or of its code if that is larger
 
     def prepared(self, queries: Queries, tokens: Tokens) -> PreparedCall:
@@ -148,7 +106,7 @@ class AttendKernel:
         def call(queries: Queries, recent: Exact | None, of_all: Sizes, recent_end: int) -> Answer:
             """Both kernels; see `veloxlab.kernels.call.PreparedCall`."""
             numbers, splits = of_all
-            common, most = _common(recent_end, splits, get_ident()), splits.most
+            common, most = common_numbers(recent_end, splits, get_ident()), splits.most
             mixed, sums = attend(
                 inputs=suited(changing_inputs(queries, recent or nothing, common, numbers), backend) + lasting,
                 grid=(most * threads, blocks, batch),
@@ -169,11 +127,6 @@ class AttendKernel:
             return found[0], found[1] if len(found) > 1 else None
 
         return call
-
-    @property
-    def blocks(self) -> int:
-        """Threadgroups that a split of a sequence takes."""
-        return self.kv_heads * self.row_tiles
 
 
 _KERNELS: dict[tuple[object, ...], AttendKernel | None] = {}
@@ -210,7 +163,7 @@ def _made(queries: Queries, tokens: Tokens, backend: Backend) -> AttendKernel:
         "ALL_ROWS": f"{all_rows}u",
         "QUERIES": f"{length}u",
         "LOG2_E": "1.4426950408889634f",
-        "SIZES": f"{_NUMBERS}u",
+        "SIZES": f"{NUMBERS}u",
         "EXACT_VALUE": tokens.value_dim,
         "CODED_VALUE": values.dim,
         "LARGEST_VALUE": largest_value,
@@ -320,47 +273,3 @@ def _at_once(tokens: Tokens, large: int) -> int:
     if large:
         return 1
     return GROUPS_PER_PROCESSOR if _largest_dim(tokens) <= _SMALL else GROUPS_PER_PROCESSOR // 2
-
-
-def most_splits(groups: int) -> int:
-    """More splits than any history has: those of packed tokens are so many ``groups``, those of exact ones are few."""
-    return groups + 1 + 2 * _MOST_EXACT_SPLITS
-
-
-def sizes_of(sequences: Sequence[Places], columns: int, kernel: AttendKernel) -> Sizes:
-    """What the kernels have to know of each sequence, in arrays of so many recent tokens."""
-    if len(sequences) == 1:
-        numbers = few_numbers([*sequences[0].moving, *sequences[0].lasting])[None]
-        mx.async_eval(numbers)
-    else:
-        numbers = numbers_of(sequences)
-    sinks = max(each.sinks for each in sequences)
-    return Sizes(numbers, splits_of(sinks, [each.packed for each in sequences], columns, kernel))
-
-
-def numbers_of(sequences: Sequence[Places]) -> mx.array:
-    """`Sizes.numbers` of several sequences, which takes a GPU long: it moves what Python makes, and waits for that."""
-    numbers = mx.array([(*each.moving, *each.lasting) for each in sequences], mx.uint32)
-    return numbers + mx.array(0, mx.uint32)  # what a GPU computes is in its own memory
-
-
-def splits_of(sinks: int, packed: Sequence[int], columns: int, kernel: AttendKernel) -> Splits:
-    """How the tokens of sequences are shared out among threadgroups: sinks at most, packed of each, recent at most."""
-    turn = _TILE * kernel.simdgroups  # of which all simdgroups of a threadgroup have the same number of tiles
-    of_exact, of_packed = (
-        -(-max(least, tokens) // turn) * turn
-        for least, tokens in (
-            (_EXACT_SPLIT, -(-max(sinks, columns) // _MOST_EXACT_SPLITS)),
-            (_LEAST_SPLIT, -(-kernel.blocks * sum(packed) // kernel.groups)),
-        )
-    )
-    most = -(-sinks // of_exact) - (-columns // of_exact) - (-max(packed) // of_packed)
-    return Splits(of_packed, of_exact, max(1, most))
-
-
-@lru_cache(maxsize=4096)
-def _common(recent_end: int, splits: Splits, _: int) -> mx.array:
-    """The numbers that are the same for all sequences, as the kernels get them; of one thread."""
-    numbers = few_numbers([recent_end, splits.most, splits.of_packed, splits.of_exact])
-    mx.async_eval(numbers)  # a wait would be for all that the device has to do
-    return numbers

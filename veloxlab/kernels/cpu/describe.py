@@ -14,7 +14,7 @@ import numpy as np
 
 from veloxlab.kernels.call import Exact
 from veloxlab.kernels.cpu import readers as loops
-from veloxlab.kernels.cpu import trellis
+from veloxlab.kernels.cpu import trellis, turned
 from veloxlab.kernels.cpu.rows import BFLOAT16, FLOAT16, FLOAT32
 from veloxlab.kernels.readers import (
     GroupsReader,
@@ -250,7 +250,7 @@ def _sums(reader: SumsReader) -> _Own:
     table = np.ascontiguousarray(numpy_of(reader.table))
     angles = None if reader.angles is None else np.ascontiguousarray(numpy_of(reader.angles))
     numbers = [table.shape[1], reader.rotated, int(reader.traditional), address_of(table)]
-    return _Own(loops.sums(), 0, [*numbers, 0 if angles is None else address_of(angles)], (table, angles))
+    return _Own(turned.sums(), 0, [*numbers, 0 if angles is None else address_of(angles)], (table, angles))
 
 
 def _trellis(reader: TrellisReader) -> _Own:

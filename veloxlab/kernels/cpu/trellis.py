@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from veloxlab.kernels.cpu.machine import compiled, expander, f32_at, i32_at, i64_at, part, u8_at, u32_at
-from veloxlab.kernels.cpu.readers import DIM, OWN, ROWS, cosine_and_sine, place
+from veloxlab.kernels.cpu.readers import DIM, OWN, ROWS, place
 from veloxlab.kernels.cpu.rows import load, push
+from veloxlab.kernels.cpu.turned import cosine_and_sine
 
 _MOST = np.float32(np.inf)
 SCALE_BITS, STEPS = 4, 4  # of a vector's scale: its code, and steps of an octave
