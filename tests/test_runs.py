@@ -9,7 +9,9 @@ import pytest
 
 import veloxlab as vl
 from tests.letters import Letters
+from tests.test_calibration import TEXT
 from tests.tiny_models import tiny
+from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import in_schema
 from veloxlab.measure.paired import WINDOWS
@@ -41,7 +43,7 @@ def run(name="a", kl=(0.25, 0.5, 0.75), text="t", **choice):
     """A run with these means of windows."""
     windows = pl.DataFrame({"window": range(len(kl)), "positions": 31, "kl_mean": kl})
     row = in_schema(pl.DataFrame({"name": [name], "kl_mean": [sum(kl) / len(kl)], "top1_flips": [0.25]}), FIDELITY)
-    return Run(name, Choice(**choice), "2026-11-30T12:00:00+00:00", text, row, in_schema(windows, WINDOWS))
+    return Run(name, Choice(**choice), "2026-11-30T12:00:00+00:00", text, 7, row, in_schema(windows, WINDOWS))
 
 
 # runs
@@ -57,6 +59,7 @@ def test_runs_come_back_from_their_file_as_they_were(tmp_path):
     assert again.every[0].choice == made.every[0].choice
     assert again.every[0].windows.equals(made.every[0].windows)
     assert again.table["low"].to_list()[1] is None
+    assert [each.seed for each in again.every] == [7, 7]
     again.open(tmp_path / "runs.parquet")
     assert len(again.every) == 4
     (tmp_path / "other.parquet").write_bytes(b"PAR1")
@@ -160,6 +163,16 @@ def test_an_interval_is_that_of_fidelity_on_as_many_windows(lab, model):
     )
     assert again.equals(newest.row)
     assert newest.kl.mean == pytest.approx(again["kl_mean"].item())
+
+
+def test_a_run_keeps_the_seed_of_what_is_random(lab, model):
+    assert lab.points.every[-1].seed == vars(find_method("turboquant").codec(64, 4, "keys"))["seed"]
+    fitted = vl.calibrate(model, Letters(), "vecinfer", text=TEXT, bits=2, tokens=128, seed=5)
+    other = vl.Lab(model, Letters(), method="vecinfer", bits=2, calibration=fitted, tokens=64)
+    other.measure()
+    assert other.wait(60)
+    assert other.points.table["seed"].to_list() == [5]
+    other.close()
 
 
 def test_a_report_of_the_laboratory_begins_with_the_answer_and_holds_its_notebook(lab, tmp_path):

@@ -11,9 +11,9 @@ pytestmark = pytest.mark.browser
 # a cache takes as long to measure as that of a larger model, so that a pointer reaches Cancel
 CELL = """
 import time
-from veloxlab.widgets.pages import compare
-measure = compare.Experiment.fidelity
-compare.Experiment.fidelity = lambda self, *given: time.sleep(0.5) or measure(self, *given)
+from veloxlab.widgets.pages import experiment
+measure = experiment.Experiment.fidelity
+experiment.Experiment.fidelity = lambda self, *given: time.sleep(0.5) or measure(self, *given)
 lab = vl.Lab(model, tokenizer, tokens=128)
 lab
 """

@@ -126,7 +126,9 @@ def _runs(number: int) -> runs.Runs:
     row = in_schema(pl.DataFrame({"name": ["x"], "kl_mean": [0.25 + number]}), FIDELITY)
     windows = pl.DataFrame({"window": [0, 1], "positions": [31, 31], "kl_mean": [0.2, 0.3]})
     made = runs.Runs()
-    made.add(runs.Run("x", Choice(own_bits={1: (2, 3)}), "2026-11-30", "a text", row, in_schema(windows, WINDOWS)))
+    made.add(
+        runs.Run("x", Choice(own_bits={1: (2, 3)}), "2026-11-30", "a text", number, row, in_schema(windows, WINDOWS))
+    )
     return made
 
 

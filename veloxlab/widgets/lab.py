@@ -31,7 +31,7 @@ from veloxlab.widgets.pages import (
     times,
     tokens,
 )
-from veloxlab.widgets.pages.compare import Experiment, Experimenter, OfExperiment
+from veloxlab.widgets.pages.experiment import Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.runs import Steps
 from veloxlab.widgets.worker import Progress

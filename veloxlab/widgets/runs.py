@@ -20,19 +20,21 @@ from veloxlab.measure.quality import FIDELITY
 from veloxlab.store import read_parquet, reading, write_parquet
 from veloxlab.widgets.selection import Choice, Selection
 
-FORMAT = "veloxlab runs 1"
+FORMAT = "veloxlab runs 2"
 SETTINGS = ("method", "key_bits", "value_bits", "sinks", "window", "own_bits")  # of a choice: what makes a cache
 TOGETHER = 1.0  # seconds in which moves of one knob are one step
 MOST = 100  # steps that are kept
 
 RUNS = (
     {"name": pl.String, "measured": pl.String, "text": pl.String, "settings": pl.String}
+    | {"seed": pl.Int64}
     | {name: kind for name, kind in FIDELITY.items() if name != "name"}
     | schema("low high")
     | {"windows": pl.List(pl.Struct(WINDOWS))}
 )
 """Columns of `Runs.table`: a name that can be changed; when it was measured (UTC); what was read; the settings, as
-JSON; those of `veloxlab.fidelity`; the ends of the 95 % interval of the mean KL, null for one window; and for each
+JSON; the seed of what is random in the codec or its calibration, null where nothing is; those of `veloxlab.fidelity`;
+the ends of the 95 % interval of the mean KL, null for one window; and for each
 window of the text what `veloxlab.measure.by_window` gives."""
 
 
@@ -44,13 +46,14 @@ class Run:
     choice: Choice
     measured: str  # when, ISO 8601 in UTC
     text: str  # what was read
+    seed: int | None  # of what is random in the codec or its calibration; None where nothing is
     row: pl.DataFrame  # of `FIDELITY`
     windows: pl.DataFrame  # `WINDOWS`
 
     @classmethod
-    def now(cls, choice: Choice, text: str, row: pl.DataFrame, windows: pl.DataFrame) -> Run:
-        """One that was measured just now."""
-        return cls(choice.name, choice, datetime.now(UTC).isoformat(timespec="seconds"), text, row, windows)
+    def now(cls, choice: Choice, *measured: Any) -> Run:
+        """One that was measured just now: its text, seed, row and windows."""
+        return cls(choice.name, choice, datetime.now(UTC).isoformat(timespec="seconds"), *measured)
 
     @property
     def kl(self) -> Mean:
@@ -65,7 +68,7 @@ class Run:
 
     def as_row(self) -> dict[str, Any]:
         """A row of `RUNS`."""
-        said = {"measured": self.measured, "text": self.text, "settings": json.dumps(self.settings)}
+        said = {"measured": self.measured, "text": self.text, "settings": json.dumps(self.settings), "seed": self.seed}
         interval = {"low": self.kl.low, "high": self.kl.high, "windows": self.windows.to_dicts()}
         return self.row.row(0, named=True) | {"name": self.name} | said | interval
 
@@ -76,7 +79,8 @@ class Run:
         own = {int(layer): tuple(bits) for layer, bits in settings.pop("own_bits").items()}
         measured = pl.DataFrame([{name: row[name] for name in FIDELITY}], schema=FIDELITY)
         windows = pl.DataFrame(row["windows"], schema=WINDOWS)
-        return cls(row["name"], Choice(**settings, own_bits=own), row["measured"], row["text"], measured, windows)
+        choice, about = Choice(**settings, own_bits=own), {name: row[name] for name in ("measured", "text", "seed")}
+        return cls(row["name"], choice, **about, row=measured, windows=windows)
 
 
 class Runs(t.HasTraits):

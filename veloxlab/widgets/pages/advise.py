@@ -25,7 +25,7 @@ from veloxlab.widgets.chosen import Checked
 from veloxlab.widgets.code_lines import CodeLines
 from veloxlab.widgets.layout import broad, button, controls, status
 from veloxlab.widgets.pages.advice_words import ROWS, advice_table, answer_said
-from veloxlab.widgets.pages.compare import Experiment
+from veloxlab.widgets.pages.experiment import Experiment
 from veloxlab.widgets.pages.generation import PROMPT
 from veloxlab.widgets.pages.known_models import GIGABYTE, HERE, SIZES
 from veloxlab.widgets.panel import Panel

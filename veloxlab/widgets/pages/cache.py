@@ -22,7 +22,8 @@ from veloxlab.widgets.code_lines import CodeLines
 from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request, coded
-from veloxlab.widgets.pages.compare import Comparison, Experiment, Experimenter, OfExperiment
+from veloxlab.widgets.pages.compare import Comparison
+from veloxlab.widgets.pages.experiment import Experiment, Experimenter, OfExperiment
 from veloxlab.widgets.selection import Bits
 from veloxlab.widgets.worker import Worker
 

@@ -15,7 +15,7 @@ from veloxlab.errors import InputError
 from veloxlab.views.picture import Section, html_table
 from veloxlab.views.runs import window_losses
 from veloxlab.widgets.layout import button, columns, controls, status
-from veloxlab.widgets.pages.compare import Experiment, OfExperiment
+from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.runs import Run, apart
 from veloxlab.widgets.worker import Worker
 
@@ -30,6 +30,7 @@ TITLES = [
     "MB held",
     "sinks",
     "window",
+    "seed",
     "measured, UTC",
 ]
 CELL = "padding: 1px 14px 1px 0"
@@ -174,6 +175,7 @@ def _line(number: int, run: Run) -> tuple[str, ...]:
         *shares,
         str(run.choice.sinks),
         str(run.choice.window),
+        "none" if run.seed is None else str(run.seed),
         run.measured[:16].replace("T", " "),
     )
 

@@ -12,7 +12,7 @@ from veloxlab.measure.times import LAYER_TIMES, layer_times
 from veloxlab.views.picture import Section
 from veloxlab.views.times import times_by_layer, times_by_layer_caption
 from veloxlab.widgets.layout import button, columns, controls, status
-from veloxlab.widgets.pages.compare import Experiment, OfExperiment
+from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.worker import Progress, Worker
 
 ABOUT = (

@@ -24,7 +24,7 @@ from veloxlab.progress import Progress as Tell
 from veloxlab.widgets.chosen import Chosen, OfLayers
 from veloxlab.widgets.layout import button, columns, controls, status
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request
-from veloxlab.widgets.pages.compare import Experiment, OfExperiment
+from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.selection import Choice, Selection
 from veloxlab.widgets.worker import Worker
 

@@ -1,0 +1,171 @@
+"""What pages of whole caches share: one model and text, what was measured there, and a state that can be restored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from mlx.nn.layers.base import Module
+
+from veloxlab.cache.calibration import Calibration
+from veloxlab.cache.plan import Plan
+from veloxlab.checks import checked
+from veloxlab.codecs import find_method
+from veloxlab.errors import InputError
+from veloxlab.measure import Capture, by_window, capture, reference
+from veloxlab.measure.quality import Reference, both
+from veloxlab.measure.reproduce import calibration_code, notebook, steps
+from veloxlab.mlxlm.identity import name_of
+from veloxlab.models.loading import loaded_as
+from veloxlab.progress import Progress as Tell
+from veloxlab.store import digest
+from veloxlab.widgets.panel import Panel
+from veloxlab.widgets.runs import Run, Runs
+from veloxlab.widgets.selection import Bits, Choice, Fitting, Selection
+
+DEFAULT_SEED = 0  # of a codec's option ``seed``
+SHOWN = 40  # characters of a text that a run is known by
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What pages of whole caches share."""
+
+    model: Module
+    tokenizer: Any
+    text: str | None  # what the model reads; None for the shipped test excerpt
+    capture: Capture  # of this text
+    selection: Selection
+    points: Runs = field(default_factory=Runs)  # what was measured, whichever page asked for it
+
+    def reference(self, progress: Tell) -> Reference:
+        """What the model predicts with its own cache."""
+        read: dict[str, Any] = {"text": self.text, "tokens": len(self.capture.tokens), "windows": self.points.windows}
+        return reference(self.model, self.tokenizer, progress=progress, **read)
+
+    def fidelity(self, choice: Choice, progress: Tell, exact: Reference | None = None) -> Run:
+        """Measure a cache against a `reference` of this experiment, which is run now if none is given."""
+        calibration = self.selection.fitting.calibration(choice.method, choice.widths, progress)
+        exact = exact or self.reference(progress)
+        given: dict[str, Any] = {"name": choice.name, "calibration": calibration, "progress": progress}
+        row, predictions = both(exact, choice.plan(self.model), **given)
+        begin = "the shipped test excerpt" if self.text is None else self.text[:SHOWN]
+        said = f"{begin} ({digest(exact.stretches[0])[:8]}), windows of {len(self.capture.tokens)} tokens"
+        seed = DEFAULT_SEED if "seed" in find_method(choice.method).options else None
+        seed = seed if calibration is None else calibration.facts["seed"]
+        return Run.now(choice, said, seed, row, by_window(predictions))
+
+
+_kept: dict[tuple[str, tuple[int, ...]], dict[str, dict[Any, Any]]] = {}
+MOST_KEPT = 4  # models and texts whose frames are kept
+
+
+def kept_of(model: Module, ids: tuple[int, ...]) -> dict[str, dict[Any, Any]]:
+    """What pages measured on a model, as its weights are now, and a text: a cell that is run again finds it."""
+    place = name_of(model), ids
+    found = _kept[place] = _kept.pop(place, {})
+    for oldest in [*_kept][:-MOST_KEPT]:
+        del _kept[oldest]
+    return found
+
+
+class OfExperiment(Panel):
+    """A panel of whole caches of one experiment."""
+
+    STATE: ClassVar[tuple[str, ...]] = ()  # traits that a state has beside what all pages share
+    experiment: Experiment
+    points: Runs
+    name = property(lambda page: page.selection.choice.name, doc="The settings in a few words.")
+    measured = property(lambda page: page.points.frame, doc="`veloxlab.fidelity` of every cache that was measured.")
+
+    @property
+    def plan(self) -> Plan:
+        """The settings as a plan, for `veloxlab.make_cache` or a file."""
+        return self.selection.choice.plan(self.experiment.model)
+
+    @property
+    def layer_bits(self) -> dict[int, Bits]:
+        """Code bits of keys and values, by layer."""
+        return {layer: self.selection.choice.bits_of(layer) for layer in self.selection.layers}
+
+    def measure(self) -> None:
+        """Ask for the fidelity of the present settings; the result joins `measured` and the frontier chart."""
+        experiment, choice = self.experiment, self.selection.choice
+        self.selection.fitting.held.clear()
+
+        def done(run: Run) -> None:
+            experiment.points.add(run)
+            self.say(experiment.points.newest)
+
+        self._submit("fidelity", lambda progress: experiment.fidelity(choice, progress), on_done=done, first=True)
+
+    @property
+    def notebook(self) -> bytes:  # type: ignore[override]  # a page of a whole cache can be measured again
+        """Cells that measure the present settings on the same text, as `export` puts into its page."""
+        experiment, plan = self.experiment, self.plan
+        read: dict[str, Any] = {"tokens": len(experiment.capture.tokens), "windows": self.points.windows}
+        model = loaded_as(experiment.model) or "the model that was measured"
+        cells = steps(model, plan, calibration_code(plan, []), text=experiment.text, **read)
+        return notebook(f"{self.name} on {model}", [*cells])
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The settings as plain words and numbers: what `restore` takes, and JSON holds."""
+        choice = self.selection.choice
+        shared: dict[str, Any] = {name: getattr(choice, name) for name in ("method", "sinks", "window", "layer")}
+        shared["bits"] = list(choice.bits_of(None))
+        shared["layers"] = {str(layer): list(bits) for layer, bits in choice.own_bits.items()}
+        return shared | {name: getattr(self, name) for name in self.STATE}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Choose the settings of a `state`; raises `InputError` if they cannot be here, and changes nothing then."""
+        before = self.state
+        missing = sorted({*before} - {*state})
+        if missing:
+            raise InputError(f"The state says nothing of {', '.join(missing)}: give what the attribute state gave.")
+        key_bits, value_bits = state["bits"]
+        parts = {name: state[name] for name in ("method", "sinks", "window", "layer")}
+        own = {int(layer): tuple(bits) for layer, bits in state["layers"].items()}
+        try:
+            for name in self.STATE:
+                setattr(self, name, state[name])
+            self.selection.choose(key_bits=key_bits, value_bits=value_bits, own_bits=own, **parts)
+        except InputError:
+            for name in self.STATE:
+                setattr(self, name, before[name])
+            raise
+
+
+class Experimenter:
+    """A widget that begins with a model, and captures a text before anything else."""
+
+    _begin: Callable[[Experiment], None]
+
+    @checked()
+    def __init__(
+        self,
+        model: Module,
+        tokenizer: Any = None,  # noqa: ANN401
+        *,
+        method: str = "turboquant",
+        bits: int = 4,
+        key_bits: int | None = None,
+        value_bits: int | None = None,
+        sinks: int = 4,
+        window: int = 64,
+        text: str | None = None,
+        tokens: int = 256,
+        calibration: Calibration | None = None,
+    ) -> None:
+        if tokenizer is None:
+            raise InputError("The tokenizer is missing: give both that vl.load gave, as in vl.Lab(*vl.load(...)).")
+        chosen: dict[str, Any] = {"method": method, "sinks": sinks, "window": window}
+        chosen["key_bits"] = bits if key_bits is None else key_bits
+        chosen["value_bits"] = bits if value_bits is None else value_bits
+        Plan.uniform(model, **chosen)  # refuses what cannot be, before any work
+        seen = capture(model, tokenizer, text, tokens=tokens)
+        selection = Selection.of(seen, Fitting(model, tokenizer, calibration), **chosen)
+        if calibration is None:
+            selection.kept = kept_of(model, seen.tokens)
+        self._begin(Experiment(model, tokenizer, text, seen, selection))
