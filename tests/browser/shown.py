@@ -19,6 +19,13 @@ from tests.tiny_models import tiny
 model, tokenizer = tiny("llama", num_hidden_layers=9, num_attention_heads=6, num_key_value_heads=3), Letters()
 """
 
+# The kernel answers in the order in which it was asked: what it sent before this answer is in the page by then.
+ANSWERED = """async () => {
+  const { kernel } = window.jupyterapp.shell.currentWidget.sessionContext.session;
+  await kernel.requestExecute({ code: "", silent: true, store_history: false }).done;
+  await new Promise((next) => requestAnimationFrame(() => requestAnimationFrame(next)));
+}"""
+
 # milliseconds: a look at every frame would make the page draw frames, and measure its charts, as fast as it can
 INTERVAL = 50
 
@@ -61,7 +68,14 @@ class Shown:
         )
 
     def changes(self, act: Callable[[], object], charts: Sequence[int]) -> float:
-        """Act, wait until these charts show something new, and give the milliseconds until they did."""
+        """Act, wait until these charts show something new, and give the milliseconds until they did.
+
+        Charts that still show an earlier act are waited for first: they would be taken for the answer to this one.
+        """
+        self.page.evaluate(ANSWERED)
+        self.page.wait_for_function(
+            f"() => document.querySelector('{self.box} [aria-busy=true]') === null", polling=INTERVAL
+        )
         self.page.evaluate(f"() => {{ window.before = {self._pictures}; }}")
         act()
         self.page.wait_for_function(

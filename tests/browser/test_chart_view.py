@@ -100,6 +100,21 @@ def test_new_numbers_patch_the_chart_without_embedding_it_anew(bare):
     assert bare.outside == []
 
 
+def test_a_chart_says_that_it_is_busy_until_the_newest_numbers_are_drawn(bare):
+    view = ChartView(bars(5))
+    open_chart(bare, view)
+    busy = """(content) => {
+      const { el, model } = lab.charts.one;
+      model.set("content", content);
+      return el.ariaBusy;
+    }"""
+    for height in (10, 2.5):  # the second comes while the first is drawn
+        view.put(frame(height))
+        assert bare.page.evaluate(busy, state(view)["content"]) == "true"
+    wait_for(bare, "lab.charts.one.el.ariaBusy === 'false'")
+    assert heights(bare) == [30]
+
+
 def test_a_click_picks_a_layer_in_every_linked_chart_and_a_second_click_clears_it(bare):
     for name in ("one", "two"):
         open_chart(bare, ChartView(bars(5, 10, 5)), name)

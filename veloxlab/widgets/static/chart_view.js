@@ -201,11 +201,18 @@ class Chart {
 
   // One step at a time; a step always draws the newest state, so steps that find nothing new end at once.
   update() {
-    this.turn = this.turn.then(() => (this.closed ? undefined : this.step())).then(
-      (drew) => drew && this.say(""),
-      (error) => this.say(`This chart could not be drawn: ${error.message ?? error}`),
-    );
-    return this.turn;
+    this.el.ariaBusy = "true"; // until the newest step has ended
+    const turn = this.turn
+      .then(() => (this.closed ? undefined : this.step()))
+      .then(
+        (drew) => drew && this.say(""),
+        (error) => this.say(`This chart could not be drawn: ${error.message ?? error}`),
+      )
+      .then(() => {
+        if (this.turn === turn) this.el.ariaBusy = "false";
+      });
+    this.turn = turn;
+    return turn;
   }
 
   // On a page of tabs that is not open: what nobody sees is drawn once it is seen.
