@@ -18,7 +18,7 @@ from veloxlab.views.picture import Section, report
 from veloxlab.widgets.chart_view import PATIENCE, ChartView, ensure_bundle
 from veloxlab.widgets.chosen import Chosen, ChosenBits
 from veloxlab.widgets.glossary import note
-from veloxlab.widgets.layout import about, button, laid_out
+from veloxlab.widgets.layout import about, button, laid_out, status
 from veloxlab.widgets.lifetime import Ending, loosen, weakly
 from veloxlab.widgets.progress_bar import ProgressBar
 from veloxlab.widgets.selection import Selection
@@ -153,9 +153,19 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self.worker.retry()
         self._redraw()
 
-    def _laid_out(self, head: Iterable[ipywidgets.Widget], *parts: ipywidgets.Widget) -> None:
-        """Put together the page: a head that stays in sight, and what is below it."""
-        self.children = laid_out([*head, about(self.HELP)], *parts)
+    def _laid_out(
+        self, head: Iterable[ipywidgets.Widget], *parts: ipywidgets.Widget, told: ipywidgets.Widget | None = None
+    ) -> None:
+        """Put together the page: a head that stays in sight, with what is ``told`` and done, and what is below it."""
+        said = status([told or self._banner, self._message], self.progress())
+        self.children = laid_out([*head, said, about(self.HELP)], *parts)
+
+    def _saying(self, act: Callable[[], object]) -> None:
+        """Act, and say an `InputError`."""
+        try:
+            act()
+        except InputError as error:
+            self.say(str(error))
 
     def _put(self, charts: Mapping[str, alt.TopLevelMixin], slot: ipywidgets.Box) -> None:
         """Show charts, the first ones in ``slot``, later ones in the place of these."""
@@ -256,6 +266,12 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def _all_codes(self) -> ipywidgets.Widget:
         tip = "No exact tokens: sinks 0 and window 0, so that short texts are seen through codes too"
         return button("All through codes", tip, lambda: self.selection.choose(sinks=0, window=0))
+
+    def _of_cache(self, sinks: int = 64, window: int = 256, **of_window: Any) -> list[ipywidgets.Widget]:
+        """Controls of the method, of bits of keys and of values, and of sinks and window up to so many."""
+        bits = self._bits("key_bits", "K bits"), self._bits("value_bits", "V bits")
+        exact = self._slider("sinks", 0, sinks), self._slider("window", 0, window, **of_window)
+        return [self._methods(), *bits, *exact]
 
     def _bits(self, trait: str, words: str = "") -> ipywidgets.Widget:
         return self._control(ipywidgets.SelectionSlider, trait, words, options=self.selection.widths)

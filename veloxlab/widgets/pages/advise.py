@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -23,7 +22,7 @@ from veloxlab.runtime import device
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
 from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import broad, button, controls, status
+from veloxlab.widgets.layout import broad, button, controls
 from veloxlab.widgets.pages.advice_words import ROWS, advice_table, answer_said
 from veloxlab.widgets.pages.experiment import Experiment
 from veloxlab.widgets.pages.generation import PROMPT
@@ -82,7 +81,7 @@ class Advisor(Panel):
         self._narrowed, self._answered = ipywidgets.HTML(), ipywidgets.HTML()
         self._caches = ipywidgets.Dropdown(description="cache", tooltip=self.traits()["picked"].help.capitalize())
         self._laid_out(
-            [self._controls(), status([self._banner, self._message], self.progress())],
+            [self._controls()],
             *(self._verdict, self._acts(), self._narrowed, self._answered, self._table, self._code),
         )
         self.observe(lambda _: self._ask(), list(self.ASKED))
@@ -286,12 +285,6 @@ class Advisor(Panel):
         self._on_methods = [take, narrow, answer]
         self._on_model = [measure]
         return controls(self._caches, take, measure, narrow, self._use_narrow, broad(prompt), answer)
-
-    def _saying(self, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except InputError as error:
-            self.say(str(error))
 
     @t.default("memory_gb")
     def _memory_here(self) -> float:

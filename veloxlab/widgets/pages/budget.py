@@ -38,7 +38,7 @@ from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import link
 from veloxlab.widgets.chosen import Chosen
-from veloxlab.widgets.layout import button, columns, controls, status
+from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages.budget_charts import CHARTS, COORDINATES, by_of, frontiers, kind_of, names_of, unit_of
 from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
 from veloxlab.widgets.pages.charts import ChartPage, Look
@@ -173,7 +173,7 @@ class BudgetTuner(ChartPage):
         if self.rates is not None:
             return
         again = button("Measure tables", "Sensitivities and distortions of this model", self.start)
-        self._laid_out([controls(again), status([self._message], self.progress())])
+        self._laid_out([controls(again)])
         self.say(STARTING)
         measure = partial(kept_rate_budget, self._model, self._tokenizer, **self._rate_settings)
         self._submit("tables", lambda progress: measure(progress=progress), on_done=self._build)
@@ -265,9 +265,8 @@ class BudgetTuner(ChartPage):
         buttons = [button(words, tip, partial(self._saying, act), width="140px") for words, (tip, act) in acts.items()]
         for one in buttons:
             one.disabled = self._model is None
-        work = controls(*buttons)
-        head = [self._controls, work, status([self._told, self._message], self.progress())]
-        self._laid_out(head, columns(self.charts.values()), self._history, self._file)
+        head = [self._controls, controls(*buttons)]
+        self._laid_out(head, columns(self.charts.values()), self._history, self._file, told=self._told)
         self._ready = True
         self._redraw()
         self.add_class("ready")
@@ -289,12 +288,6 @@ class BudgetTuner(ChartPage):
 
         self._saying(ask)
         self._controls.show(self._now, self._spans(self._now))
-
-    def _saying(self, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except InputError as error:
-            self.say(str(error))
 
     def _converted(self, kind: type) -> Budget:
         found, tokens = self.allocation, self._controls.tokens.value

@@ -19,7 +19,7 @@ from veloxlab.mlxlm.probe import LayerFacts, probe
 from veloxlab.widgets.chart_view import ChartView, link
 from veloxlab.widgets.chosen import Checked, OfLayers
 from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import button, columns, controls, status
+from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.lifetime import loosen
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request, coded
 from veloxlab.widgets.pages.compare import Comparison
@@ -169,8 +169,7 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         t.link((self, "layer"), (self.errors, "picked"))
         self._code = CodeLines()
         self._own = ipywidgets.HBox(layout={"flex_flow": "row wrap"})  # a button a layer with bits of its own
-        head = [self._controls(), self._own, status([self._banner, self._message], self.progress())]
-        self._laid_out(head, columns(self.charts.values()), self._code)
+        self._laid_out([self._controls(), self._own], columns(self.charts.values()), self._code)
         self.follow()
 
     @property
@@ -201,13 +200,11 @@ class CachePage(OfExperiment, OfLayers, ChartPage):
         forget = partial(self.selection.choose, own_bits={}, layer=None)
         self._reset = button("Same for all", "Forget the bits of single layers", forget)
         measure = button("Measure fidelity", "Run the model with this cache and compare its predictions", self.measure)
+        method, *others = self._of_cache(step=16)
         return controls(
-            self._methods(),
+            method,
             metric,
-            self._bits("key_bits", "K bits"),
-            self._bits("value_bits", "V bits"),
-            self._slider("sinks", 0, 64),
-            self._slider("window", 0, 256, step=16),
+            others,
             layer,
             self._reset,
             self._all_codes(),

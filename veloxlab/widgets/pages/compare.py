@@ -14,7 +14,7 @@ from veloxlab.measure.equal import EQUAL, at_equal_bits
 from veloxlab.views import frontier
 from veloxlab.views.picture import Section
 from veloxlab.widgets.chosen import Checked
-from veloxlab.widgets.layout import button, columns, controls, status
+from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages.equal_bits import Layouts, around, comparable, equal_said, held_bits, layouts, points
 from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.selection import Choice
@@ -55,7 +55,7 @@ class Comparison(OfExperiment):
         bits = self._control(ipywidgets.BoundedFloatText, "equal_bits", "equal bits", min=0.5, max=16, step=0.5)
         self.observe(lambda _: self._draw_points(), ["context", "equal_bits"])
         head = controls(one, every, context, bits, equal, self._list, self._take)
-        self._laid_out([head, status([self._banner, self._message], self.progress())], self._slot, self._equal)
+        self._laid_out([head], self._slot, self._equal)
         self._watch(self.points, "every", self._show_points)
         self._show_points()
 

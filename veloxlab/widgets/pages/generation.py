@@ -17,7 +17,7 @@ from veloxlab.views import held_while_generating, strip_caption, token_strip
 from veloxlab.views.generation import lines_for
 from veloxlab.views.marks import bits_said
 from veloxlab.widgets.chosen import Checked, OfCache
-from veloxlab.widgets.layout import broad, button, columns, controls, status
+from veloxlab.widgets.layout import broad, button, columns, controls
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import CACHE, Choice, Fitting, Selection, pair_said
 from veloxlab.widgets.worker import Progress, Worker
@@ -75,7 +75,7 @@ class SideBySide(OfCache, Panel):
         selection = selection or Selection(Fitting(model, tokenizer, calibration), USUAL, **chosen)
         super().__init__(selection, worker, **settings)
         self._slot = columns()
-        self._laid_out([self._controls(), status([self._banner, self._message], self.progress())], self._slot)
+        self._laid_out([self._controls()], self._slot)
         self.follow()
 
     @property
@@ -147,15 +147,14 @@ class SideBySide(OfCache, Panel):
 
     def _controls(self) -> ipywidgets.Widget:
         large: dict[str, Any] = {"rows": 2, "continuous_update": False}
+        *coded, sinks, window = self._of_cache()
         generate = button("Generate", "Continue the prompt with both caches", self._press)
         return controls(
             broad(self._control(ipywidgets.Textarea, "prompt", **large)),
-            self._methods(),
-            self._bits("key_bits", "K bits"),
-            self._bits("value_bits", "V bits"),
+            coded,
             self._slider("tokens", 1, 512),
-            self._slider("sinks", 0, 64),
-            self._slider("window", 0, 256),
+            sinks,
+            window,
             generate,
             self._all_codes(),
         )

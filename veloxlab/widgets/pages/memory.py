@@ -21,7 +21,7 @@ from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
 from veloxlab.widgets.chosen import Checked, OfCache
 from veloxlab.widgets.code_lines import CodeLines
-from veloxlab.widgets.layout import button, columns, controls, status
+from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages.charts import Chart, ChartPage
 from veloxlab.widgets.pages.known_models import GIGABYTE, HERE, SIZES
 from veloxlab.widgets.pages.memory_words import losses_table
@@ -127,12 +127,7 @@ class MemoryPlanner(OfCache, ChartPage):
         self._draw([CHART])
         self.chart = self.charts["memory_plan"]
         self._code, self._losses, self._runs = CodeLines(), ipywidgets.HTML(), runs or Runs()
-        self._laid_out(
-            [self._controls(), status([self._banner, self._message], self.progress())],
-            columns([self.chart]),
-            self._losses,
-            self._code,
-        )
+        self._laid_out([self._controls()], columns([self.chart]), self._losses, self._code)
         self._watch(self._runs, "every", self._tell_losses)
         self.follow()
 
@@ -224,11 +219,7 @@ class MemoryPlanner(OfCache, ChartPage):
             context,
             box("batch", "batch"),
             memory,
-            self._methods(),
-            self._bits("key_bits", "K bits"),
-            self._bits("value_bits", "V bits"),
-            self._slider("sinks", 0, 256),
-            self._slider("window", 0, 1024),
+            self._of_cache(256, 1024),
             self._control(ipywidgets.BoundedFloatText, "machine_gb", "machine", min=1e-3, max=1e5, step=1),
             self._control(ipywidgets.BoundedIntText, "weight_bits", "weight bits", min=1, max=32),
             room,

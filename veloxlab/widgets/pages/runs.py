@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ import traitlets as t
 from veloxlab.errors import InputError
 from veloxlab.views.picture import Section, html_table
 from veloxlab.views.runs import window_losses
-from veloxlab.widgets.layout import button, columns, controls, status
+from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.runs import Run, apart
 from veloxlab.widgets.worker import Worker
@@ -80,9 +79,8 @@ class RunsPage(OfExperiment):
         self._name = ipywidgets.Text(description="name", tooltip=tip, continuous_update=False)
         self._said, self._pair, self._table = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self._slot = columns()
-        head = [self._controls(), status([self._banner, self._message], self.progress())]
         why = ipywidgets.HTML(f"<div>{ABOUT}</div>")
-        self._laid_out(head, why, self._said, self._slot, self._pair, self._table)
+        self._laid_out([self._controls()], why, self._said, self._slot, self._pair, self._table)
         for each, control in zip(PAIR, self._lists, strict=True):
             control.observe(lambda change, each=each: self.set_trait(each, change["new"] or 0), "value")
         self._name.observe(self._rename, "value")
@@ -157,12 +155,6 @@ class RunsPage(OfExperiment):
             "Save", f"Write all runs to {FILE}, in the folder of this notebook", partial(self._saying, self.save)
         )
         return controls(measure, windows, *self._lists, self._name, use, save)
-
-    def _saying(self, act: Callable[[], None]) -> None:
-        try:
-            act()
-        except InputError as error:
-            self.say(str(error))
 
 
 def _line(number: int, run: Run) -> tuple[str, ...]:

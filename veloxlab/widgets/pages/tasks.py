@@ -16,7 +16,7 @@ from veloxlab.measure.tasks import EVALUATION, ask, summary, unread
 from veloxlab.views.picture import Section, html_table
 from veloxlab.views.tasks import task_caption, task_scores
 from veloxlab.widgets.chosen import Checked, OfCache
-from veloxlab.widgets.layout import button, columns, controls, status
+from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.panel import Panel
 from veloxlab.widgets.selection import CACHE, Fitting, Selection
 from veloxlab.widgets.worker import Progress, Worker
@@ -66,8 +66,7 @@ class Tasks(OfCache, Panel):
         self.answered, self._of = pl.DataFrame(schema=EVALUATION), ""
         self._slot, self._table = columns(), ipywidgets.HTML()
         why = ipywidgets.HTML(f"<div>{WHY}</div>")
-        head = [self._controls(), status([self._banner, self._message], self.progress())]
-        self._laid_out(head, why, self._slot, self._table)
+        self._laid_out([self._controls()], why, self._slot, self._table)
         self.follow()
 
     def run(self) -> None:
@@ -103,11 +102,7 @@ class Tasks(OfCache, Panel):
             self._control(ipywidgets.SelectMultiple, "tasks", **several),
             self._slider("questions", 4, 128),
             self._control(ipywidgets.BoundedIntText, "context", min=1, max=MOST),
-            self._methods(),
-            self._bits("key_bits", "K bits"),
-            self._bits("value_bits", "V bits"),
-            self._slider("sinks", 0, 64),
-            self._slider("window", 0, 256),
+            self._of_cache(),
             button("Ask", "Ask with both caches; this takes a minute or two on a CPU", self.run),
             self._all_codes(),
         )

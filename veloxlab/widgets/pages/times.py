@@ -11,7 +11,7 @@ import polars as pl
 from veloxlab.measure.times import LAYER_TIMES, layer_times
 from veloxlab.views.picture import Section
 from veloxlab.views.times import times_by_layer, times_by_layer_caption
-from veloxlab.widgets.layout import button, columns, controls, status
+from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.worker import Progress, Worker
 
@@ -36,8 +36,7 @@ class Times(OfExperiment):
         self.timed, self._of = pl.DataFrame(schema=LAYER_TIMES), ""
         self._slot = columns()
         ask = button("Time this cache", "Store, decode and attend in every layer, nine times each", self.time)
-        head = [controls(ask), status([self._banner, self._message], self.progress())]
-        self._laid_out(head, ipywidgets.HTML(f"<div>{html.escape(ABOUT)}</div>"), self._slot)
+        self._laid_out([controls(ask)], ipywidgets.HTML(f"<div>{html.escape(ABOUT)}</div>"), self._slot)
         self.follow()
 
     def time(self) -> None:

@@ -22,7 +22,7 @@ from veloxlab.measure.tokens import (
 )
 from veloxlab.progress import Progress as Tell
 from veloxlab.widgets.chosen import Chosen, OfLayers
-from veloxlab.widgets.layout import button, columns, controls, status
+from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request
 from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.selection import Choice, Selection
@@ -200,9 +200,7 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
         self._steps = ipywidgets.IntSlider(description="token", min=FIRST, max=FIRST, value=FIRST, tooltip=tip)
         self._steps.observe(self._token_picked, "value")
         self._back = button("Captured text", "See the text of the laboratory again", self._leave, width="auto")
-        self._laid_out(
-            [self._controls(), status([self._banner, self._message], self.progress())], columns(self.charts.values())
-        )
+        self._laid_out([self._controls()], columns(self.charts.values()))
         self.follow()
 
     @property
@@ -268,11 +266,7 @@ class TokenPage(OfExperiment, OfLayers, ChartPage):
             self._steps,
             self._control(steps, "layer", options=self.selection.layers),
             self._control(steps, "head", options=range(self.selection.heads)),
-            self._methods(),
-            self._bits("key_bits", "K bits"),
-            self._bits("value_bits", "V bits"),
-            self._slider("sinks", 0, 64),
-            self._slider("window", 0, 256, step=16),
+            self._of_cache(step=16),
             worst,
             self._back,
             self._all_codes(),
