@@ -24,7 +24,7 @@ import polars as pl
 from veloxlab.cache.calibration import Calibration
 from veloxlab.codecs import METHODS
 from veloxlab.measure.experiments import mean_interval
-from veloxlab.measure.quality import Reference, evaluate, reference
+from veloxlab.measure.quality import Reference, fidelity_to, reference
 from veloxlab.store import write_atomically
 from veloxlab.texts import shipped_folder
 
@@ -119,7 +119,7 @@ def measured(
         made[:] = vl.make_cache(of, plan, sinks=sinks, window=0, chunk="codes", **given)
         return list(made)
 
-    frame = evaluate(wanted, make, per_token=True)
+    frame = fidelity_to(wanted, make, per_token=True)
     kls = frame.group_by("window", maintain_order=True).agg(pl.col("kl").mean())["kl"].to_list()
     mean, low, high = mean_interval(kls) if windows > 1 else (kls[0], None, None)
     held, exact_bytes = vl.report(made).filter(pl.col("layer").is_not_null())[["held_bytes", "fp16_bytes"]].sum().row(0)

@@ -29,7 +29,7 @@ import polars as pl
 
 from tests.cache_types import WIDTHS, registered
 from veloxlab.measure.activations import stretches
-from veloxlab.measure.quality import Reference, evaluate
+from veloxlab.measure.quality import Reference, fidelity_to
 from veloxlab.mlxlm.probe import own_cache
 from veloxlab.mlxlm.quantized import quantized_cache
 from veloxlab.store import write_atomically
@@ -174,7 +174,7 @@ def measured(job: Job) -> dict[str, Any]:
             return list(made)
 
     mode: Any = chosen.mode
-    frame = evaluate(wanted, make, mode=mode, prompt=DECODED_FROM, per_token=True)
+    frame = fidelity_to(wanted, make, mode=mode, prompt=DECODED_FROM, per_token=True)
     if job.text == "greedy":
         frame = frame.filter(pl.col("position") >= PROMPT - 1)
     along = frame.group_by(pl.col("position") // BIN, maintain_order=True).agg(pl.col("kl").mean())["kl"]

@@ -446,8 +446,8 @@ def test_allocated_bits_move_a_real_model_less_than_uniform_ones_in_the_same_byt
     """Calibrated on one text and evaluated on another, everything but four sinks through its codes."""
     budget = vl.allocate.AverageBits(bits + 16 / 64)
     solved = smollm2_rates.solve(budget, vl.allocate.Bounds(2, 5))
-    uniform = vl.measure.evaluate(exact, smollm2_rates.uniform(budget))
-    allocated = vl.measure.evaluate(exact, solved.plan)
+    uniform = vl.measure.fidelity_to(exact, smollm2_rates.uniform(budget))
+    allocated = vl.measure.fidelity_to(exact, solved.plan)
     assert allocated["held_bytes"][0] == uniform["held_bytes"][0]
     assert allocated["kl_mean"][0] < 0.85 * uniform["kl_mean"][0]
     # the prediction is of the second order, for small errors: it is right to a factor of 2 at these widths

@@ -158,8 +158,8 @@ OWN: dict[str, list[Any]] = {
     **{f"difference {name}": [5, "x", [1]] for name in ("first", "second")},
     "distortion_curves bits": WIDTHS,
     "distortion_curves sinks": [*COUNT, 10**6],
-    "evaluate.tasks cache": [5, "x", "", [5], b"turboquant", Path("no-such-plan.json")],
-    "evaluate.tasks context": [*AMOUNT, 20, 10**9],
+    "evaluate cache": [5, "x", "", [5], b"turboquant", Path("no-such-plan.json")],
+    "evaluate context": [*AMOUNT, 20, 10**9],
     "fidelity tokens": [*AMOUNT, 1],
     "load name": [*PATH, "no such model", "no-such.gguf", __file__],
     "advise context": AMOUNT,
@@ -185,6 +185,7 @@ OWN: dict[str, list[Any]] = {
     "Method timed": FLAG,
     "Method fractional": FLAG,
     "Method planned": FUNCTION,
+    "Method prediction": [5, "x", {}],
     "find_method name": [*WORDS, "x"],
     "registered kind": [5, "x", ["x"], {}],
     "search model": [5, "", (1, 2)],
@@ -238,8 +239,8 @@ KEYWORDS: dict[str, Sequence[str]] = {
     "calibrate": CODED[1:],
     "code_bits": CODED,
     "fidelity": (*CACHED, "mode", "chunk", "name", "per_token"),
+    "fidelity_to": CACHED,
     "evaluate": CACHED,
-    "evaluate.tasks": CACHED,
     "largest_contexts": CACHED,
     "layer_errors": CODED,
     "layer_times": CACHED,
@@ -262,7 +263,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     seen = vl.capture(model, tokenizer, tokens=24)
     rates = vl.rate_budget(model, tokenizer, bits=[2, 3], sequences=1, tokens=32, sinks=2, folder=folder)
     exact = vl.measure.reference(model, tokenizer, tokens=24)
-    predictions = vl.measure.evaluate(exact, per_token=True)
+    predictions = vl.measure.fidelity_to(exact, per_token=True)
     found = vl.search(model, tokenizer, methods=["turboquant"], bits=[3], tokens=16, windows=1, context=16)
     fitted = vl.calibrate(model, tokenizer, "turboquant", tokens=64, folder=folder)
     return SimpleNamespace(
@@ -339,8 +340,8 @@ CALLS: dict[str, Callable[[SimpleNamespace], partial[Any]]] = {
     "excerpt": lambda h: partial(vl.texts.excerpt),
     "find_method": lambda h: partial(vl.codecs.find_method, name="rvq"),
     "fidelity": lambda h: partial(vl.fidelity, **h.both, tokens=24),
-    "evaluate.tasks": lambda h: partial(vl.evaluate, **h.both, tasks=["copy"], questions=1, context=420),
-    "evaluate": lambda h: partial(vl.measure.evaluate, exact=h.exact, mode="decode", prompt=20),
+    "evaluate": lambda h: partial(vl.evaluate, **h.both, tasks=["copy"], questions=1, context=420),
+    "fidelity_to": lambda h: partial(vl.measure.fidelity_to, exact=h.exact, mode="decode", prompt=20),
     "largest_contexts": lambda h: partial(vl.measure.largest_contexts, model_or_config=h.shape, memory_bytes=1e6),
     "layer_errors": lambda h: partial(vl.measure.layer_errors, capture=h.capture),
     "layer_times": lambda h: partial(vl.measure.layer_times, model=h.model, capture=h.capture),
@@ -373,7 +374,7 @@ NOT_CALLED = {"InputError", "LayerCapture", "Reference", "first_parting", "Code"
     *("Cancelled", "ChartView", "Progress", "ProgressBar", "Status", "VegaRuntime", "Worker", "link"),
 }
 PLACES = (vl, vl.allocate, vl.codecs, vl.measure, vl.mlxlm, vl.models, vl.widgets)
-OURS = {"self", "cls", "selection", "worker"}  # what only veloxlab itself hands in
+OURS = {"self", "cls", "selection", "worker", "runs"}  # what only veloxlab itself hands in
 
 
 def bad_inputs(label: str, function: Callable[..., Any]) -> Iterator[tuple[str, Any]]:
@@ -538,7 +539,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("capture", {"tokens": np.int64(16)}),
     ("distortion_curves", {"bits": np.array([2, 3]), "tokens": np.int64(32)}),
     ("fidelity", {"mode": "decode", "prompt": np.int64(8), "per_token": np.bool_(True)}),
-    ("evaluate", {"calibration": None, "bits": None, "name": None}),
+    ("fidelity_to", {"calibration": None, "bits": None, "name": None}),
     ("largest_contexts", {"memory_bytes": np.float32(1e6), "batch": np.int64(2)}),
     ("make_cache", {"method_or_plan": "ratequant", "head_bits": np.array([2, 3])}),
     ("make_cache", {"calibration": []}),

@@ -145,8 +145,8 @@ def test_fidelity_of_the_exact_codec_is_perfect(smollm2):
 def test_fidelity_at_four_bits_meets_the_bar_and_beats_mlx_lms_cache(smollm2):
     """WikiText-2 test text, everything compressed. The bar of 0.07 nats is the best 4-bit cache known before ours."""
     exact = vl.measure.reference(*smollm2, tokens=256)
-    ours = vl.measure.evaluate(exact, bits=4, sinks=0, window=0)
-    theirs = vl.measure.evaluate(exact, lambda m: [QuantizedKVCache(64, 4) for _ in m.layers], name="mlx-lm 4")
+    ours = vl.measure.fidelity_to(exact, bits=4, sinks=0, window=0)
+    theirs = vl.measure.fidelity_to(exact, lambda m: [QuantizedKVCache(64, 4) for _ in m.layers], name="mlx-lm 4")
     assert ours["kl_mean"].item() < 0.07
     assert ours["kl_mean"].item() < theirs["kl_mean"].item()
     assert ours["held_bytes"].item() < theirs["held_bytes"].item()
@@ -175,8 +175,8 @@ def test_the_summary_of_predictions_that_are_not_numbers_says_so(smollm2):
 
 def test_one_reference_serves_many_caches(smollm2):
     exact = vl.measure.reference(*smollm2, tokens=24, windows=2)
-    vl.measure.evaluate(exact, bits=6, sinks=0, window=0)
-    once = vl.measure.evaluate(exact, bits=3, sinks=0, window=0)
+    vl.measure.fidelity_to(exact, bits=6, sinks=0, window=0)
+    once = vl.measure.fidelity_to(exact, bits=3, sinks=0, window=0)
     assert once.equals(vl.fidelity(*smollm2, bits=3, sinks=0, window=0, tokens=24, windows=2))
 
 
@@ -268,7 +268,7 @@ def test_memory_of_predictions_is_no_more_than_is_taken(smollm2):
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     exact = vl.measure.reference(*smollm2, tokens=128, windows=2)
-    vl.measure.evaluate(exact, "turboquant", bits=4)
+    vl.measure.fidelity_to(exact, "turboquant", bits=4)
     taken = mx.get_peak_memory() - before
     assert 0.7 < predicted_bytes(exact.model, [128, 128]) / taken < 1
 

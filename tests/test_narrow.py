@@ -7,7 +7,7 @@ from tests.letters import Letters
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
 from veloxlab.measure.narrow import NARROW, narrow_layers
-from veloxlab.measure.quality import evaluate, reference
+from veloxlab.measure.quality import fidelity_to, reference
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def plan(model):
 def lost(exact, plan, layers) -> float:
     for layer in layers:
         plan = plan.with_layer(layer, key_bits=2, value_bits=2)
-    return evaluate(exact, plan)["kl_mean"][0]
+    return fidelity_to(exact, plan)["kl_mean"][0]
 
 
 def test_as_many_layers_as_the_limit_bears_are_measured_together(exact, plan):

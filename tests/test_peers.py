@@ -45,7 +45,7 @@ def model():
 def test_a_row_is_that_of_the_same_cache_in_this_process(toys, model):
     toys(quantized)
     frame, left_out = compare_peers(model, Letters(), **WINDOWS)
-    own = vl.measure.evaluate(vl.measure.reference(model, Letters(), **WINDOWS), quantized)
+    own = vl.measure.fidelity_to(vl.measure.reference(model, Letters(), **WINDOWS), quantized)
     assert left_out == {}
     assert (frame["name"].item(), frame["mode"].item()) == ("toy 4 bit", "oneshot")
     for column in ("kl_mean", "kl_max", "perplexity"):

@@ -17,7 +17,7 @@ def test_no_more_than_twenty_names_are_at_the_top():
 def test_an_old_name_warns_and_is_the_new_one(name, module):
     with pytest.warns(DeprecationWarning, match=rf"vl\.{name} is now vl\.{module}\."):
         old = getattr(vl, name)
-    assert old is getattr(getattr(vl, module), {"judge": "evaluate"}.get(name, name))
+    assert old is getattr(getattr(vl, module), {"judge": "fidelity_to"}.get(name, name))
     assert name not in vl.__all__
 
 

@@ -32,7 +32,7 @@ from veloxlab.allocate.trials import Candidate, Trials, bytes_per_token, candida
 from veloxlab.cli.tables import front_table
 from veloxlab.errors import InputError
 from veloxlab.measure import experiments
-from veloxlab.measure.quality import evaluate, reference
+from veloxlab.measure.quality import fidelity_to, reference
 
 SETTINGS: dict[str, Any] = {"bits": (2, 4), "text": TEXT, "tokens": 40, "windows": 5, "context": 300}
 TWO = ("turboquant", "rabitq")
@@ -184,7 +184,7 @@ def test_the_frame_holds_what_judging_a_plan_gives(model, result):
     )
     exact = reference(model, Letters(), text=TEXT, tokens=40, windows=5)
     for row in result.front.iter_rows(named=True):
-        found_again = evaluate(exact, result.plan(row["row"]), chunk="codes")
+        found_again = fidelity_to(exact, result.plan(row["row"]), chunk="codes")
         assert found_again["kl_mean"][0] == pytest.approx(row["kl"], rel=1e-5)  # float32 sums of other lengths
         assert row["low"] <= row["kl"] <= row["high"]
 
@@ -253,7 +253,7 @@ def test_windows_are_evaluated_one_token_at_a_time(model):
     assert found.settings["mode"] == "decode"
     exact = reference(model, Letters(), text=TEXT, tokens=40, windows=3)
     for row in found.frame.filter(windows=3).iter_rows(named=True):
-        found_again = evaluate(exact, found.plan(row["row"]), chunk="codes", mode="decode", prompt=20)
+        found_again = fidelity_to(exact, found.plan(row["row"]), chunk="codes", mode="decode", prompt=20)
         assert found_again["kl_mean"][0] == pytest.approx(row["kl"], rel=1e-5)
 
 

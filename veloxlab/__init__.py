@@ -45,7 +45,7 @@ _MOVED = {
     "texts": "excerpt",
     "widgets": "BudgetTuner CacheExplorer ErrorExplorer KeyExplorer MemoryPlanner SideBySide",
 }
-_RENAMED = {"judge": "evaluate"}
+_RENAMED = {"judge": "fidelity_to"}
 
 
 def __getattr__(name: str) -> object:

@@ -101,7 +101,7 @@ def search(
     most_bytes_per_token, most_kl : a budget, and a floor of quality in nats; what costs more than need be never runs.
     context : tokens of the text at which bytes are counted.
     text, tokens, windows : the text, by default the WikiText-2 test excerpt, and length and number of its stretches.
-    mode, prompt : as for `vl.measure.evaluate`; by default ``"decode"`` if a candidate has a window, else
+    mode, prompt : as for `vl.measure.fidelity_to`; by default ``"decode"`` if a candidate has a window, else
         ``"oneshot"``, where most tokens would see their neighbours through codes.
     confidence : of the intervals, and of what is dropped.
     folder : keeps calibrations, and measurements until the end; by default the user's cache. Workers share it.

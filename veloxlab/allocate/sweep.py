@@ -25,7 +25,7 @@ from veloxlab.codecs import find_method
 from veloxlab.errors import InputError
 from veloxlab.measure.experiments import Experiment, mean_interval
 from veloxlab.measure.frames import in_schema, schema
-from veloxlab.measure.quality import Reference, evaluate, reference
+from veloxlab.measure.quality import Reference, fidelity_to, reference
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.progress import Progress, silent
 from veloxlab.store import Unfinished, digest
@@ -145,7 +145,7 @@ def _measured(exact: Reference, rates: Mapping[str, RateBudget], job: Job) -> pl
         return cache
 
     means = {"kl_mean": "kl", "top1_flips": "flip", "nll": "nll", "nll_exact": "nll_exact"}
-    found = evaluate(exact, make, per_token=True).group_by("window", maintain_order=True)
+    found = fidelity_to(exact, make, per_token=True).group_by("window", maintain_order=True)
     coded = plan.frame.filter(pl.col("key_method") != "none").select(pl.col("key_bits", "value_bits").mean())
     said = {"bits": mean_bits, "allocation": allocation, **coded.row(0, named=True)}
     said |= {"held_bytes": sum(entry.nbytes for entry in cache), "predicted_loss": own.predicted_loss(plan)}

@@ -25,7 +25,7 @@ from veloxlab.errors import InputError
 from veloxlab.measure.activations import stretches
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.memory import report
-from veloxlab.measure.quality import Mode, Reference, evaluate
+from veloxlab.measure.quality import Mode, Reference, fidelity_to
 from veloxlab.mlxlm.identity import fingerprint
 from veloxlab.mlxlm.probe import slots_of
 from veloxlab.models.loading import load
@@ -204,7 +204,7 @@ class Bench:
         given: Any = {"mode": self.trials.mode, "prompt": self.trials.prompt}
         plan, fitted = candidate.plan(self._shape), self._calibration(candidate.method)
         start = time.perf_counter()
-        row = evaluate(self._exact[window], plan, calibration=fitted, **given).row(0, named=True)
+        row = fidelity_to(self._exact[window], plan, calibration=fitted, **given).row(0, named=True)
         return Trial(row["kl_mean"], row["top1_flips"], time.perf_counter() - start)
 
     def _calibration(self, method: str) -> Calibration | None:

@@ -5,7 +5,7 @@ from .generation import first_parting, passkey, side_by_side
 from .memory import code_bits, memory_growth, predicted_growth, report
 from .paired import by_window, difference
 from .planned_memory import largest_contexts, plan_memory
-from .quality import Reference, evaluate, fidelity, reference
+from .quality import Reference, fidelity, fidelity_to, reference
 from .questions import Question, Task
 from .times import layer_times
 
@@ -19,8 +19,8 @@ __all__ = [
     "capture",
     "code_bits",
     "difference",
-    "evaluate",
     "fidelity",
+    "fidelity_to",
     "first_parting",
     "largest_contexts",
     "layer_errors",

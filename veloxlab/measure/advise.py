@@ -21,7 +21,7 @@ from veloxlab.measure.frames import schema
 from veloxlab.measure.known import DEMO, known_losses
 from veloxlab.measure.memory import bytes_of
 from veloxlab.measure.planned_memory import CacheLayout, cache_layouts
-from veloxlab.measure.quality import evaluate, reference
+from veloxlab.measure.quality import fidelity_to, reference
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, loaded, shape_of
 from veloxlab.progress import Progress, silent
 from veloxlab.runtime import device
@@ -179,7 +179,7 @@ def _measure(model: Module, tokenizer: Tokenizer, rows: list[dict[str, Any]], to
         settings: dict[str, Any] = {"bits": number_of_bits(row["bits"]), "sinks": DEFAULT_SINKS, "window": 0}
         if _fitted(row):
             settings["calibration"] = calibrate(model, tokenizer, row["method"], bits=settings["bits"])
-        found = evaluate(exact, row["method"], **settings).row(0, named=True)
+        found = fidelity_to(exact, row["method"], **settings).row(0, named=True)
         row |= {
             "kl_mean": found["kl_mean"],
             "top1_flips": found["top1_flips"],

@@ -24,7 +24,7 @@ from veloxlab.measure.bench.timing import FIRST_TRIES, seconds
 from veloxlab.measure.calibrate import calibrate
 from veloxlab.measure.experiments import Attempt, possible_rows
 from veloxlab.measure.frames import in_schema, schema
-from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, evaluate, reference
+from veloxlab.measure.quality import FIDELITY, CacheMaker, Reference, fidelity_to, reference
 from veloxlab.mlxlm.probe import probe, slot_of
 from veloxlab.mlxlm.quantized import quantized_cache
 from veloxlab.progress import OnRows, Progress, silent
@@ -82,7 +82,7 @@ def _row(
 ) -> pl.DataFrame:
     make = maker()
     chunk = pl.lit(None if name.startswith("mlx-lm") else "codes")
-    found = evaluate(exact, make, name=name).with_columns(chunk=chunk)
+    found = fidelity_to(exact, make, name=name).with_columns(chunk=chunk)
     if seen is None:
         return in_schema(found, COMPARED)
     return found.with_columns(**_times(exact.model, seen, make)).match_to_schema(COMPARED)

@@ -12,7 +12,7 @@ from veloxlab.cache.calibration import Calibration
 from veloxlab.cache.plan import Plan
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import schema
-from veloxlab.measure.quality import Reference, evaluate
+from veloxlab.measure.quality import Reference, fidelity_to
 from veloxlab.progress import Progress, silent
 
 NARROW = schema("layer bits kl_mean may")
@@ -60,7 +60,7 @@ def narrow_layers(
 
     Each of ``layers`` (by default all) is changed alone and measured. Those that lose least then change together: as
     many as the whole plan bears within ``limit`` nats a token, found by bisection, each step of it measured. Raises
-    `InputError` as `evaluate`; or if the method does not have so few bits, or there is no such layer.
+    `InputError` as `fidelity_to`; or if the method does not have so few bits, or there is no such layer.
     """
     tried = list(range(len(plan.layers)) if layers is None else layers)
     if not tried:
@@ -75,7 +75,7 @@ def narrow_layers(
         for layer in changed:
             made = made.with_layer(layer, key_bits=bits, value_bits=bits)
         given: dict[str, Any] = {} if calibration is None else {"calibration": calibration}
-        return float(evaluate(exact, made, **given)["kl_mean"][0])
+        return float(fidelity_to(exact, made, **given)["kl_mean"][0])
 
     before = lost([], "the plan unchanged")
     alone = sorted((lost([layer], f"layer {layer} at {bits} bits"), layer) for layer in tried)

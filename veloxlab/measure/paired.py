@@ -17,9 +17,9 @@ WINDOWS = schema("window positions kl_mean top1_flips perplexity perplexity_exac
 share of them whose most likely token changed; perplexity with this cache and with the exact one."""
 
 
-@checked(tokens=measured(TOKEN_FIDELITY, "vl.measure.evaluate with per_token=True"))
+@checked(tokens=measured(TOKEN_FIDELITY, "vl.measure.fidelity_to with per_token=True"))
 def by_window(tokens: pl.DataFrame) -> pl.DataFrame:
-    """A row for each window of what `veloxlab.measure.evaluate` gave ``per_token``: `WINDOWS`."""
+    """A row for each window of what `veloxlab.measure.fidelity_to` gave ``per_token``: `WINDOWS`."""
     nll, exact = (pl.col(name).mean().exp() for name in ("nll", "nll_exact"))
     means = {"kl_mean": pl.col("kl").mean(), "top1_flips": pl.col("flip").mean()}
     found = tokens.group_by("window", maintain_order=True).agg(

@@ -29,7 +29,7 @@ FIDELITY = schema(
     "name mode chunk positions kl_mean kl_median kl_p99 kl_max top1_flips perplexity perplexity_exact key_bits "
     "value_bits held_bits held_bytes table_bytes fp16_bytes"
 )
-"""Columns of `fidelity` and `evaluate`: name of the cache; how it was read, "oneshot" or "decode"; whether tokens of
+"""Columns of `fidelity` and `fidelity_to`: name of the cache; how it was read, "oneshot" or "decode"; whether tokens of
 one call attended to one another "exact" or through their "codes"; predictions compared; KL(exact ‖ compressed) of the
 next token in nats; share of predictions whose most likely token changed; perplexity of the text with this cache and
 with mlx-lm's own; true bits of a packed value, mean over layers, null for a cache that is not ours; held bytes · 8 /
@@ -37,8 +37,8 @@ values held, exact tokens and slack included; bytes of all layers at the end of 
 and of 16-bit keys and values of the same tokens."""
 
 TOKEN_FIDELITY = schema("window position token kl flip nll nll_exact")
-"""Columns of `evaluate` with ``per_token``: stretch of the text, position in it of the token that predicts, the token
-that came next; KL in nats; whether the most likely token changed; −log p(token) in nats, compressed and exact."""
+"""Columns of `fidelity_to` with ``per_token``: stretch of the text, position in it of the token that predicts, the
+token that came next; KL in nats; whether the most likely token changed; −log p(token) in nats, compressed and exact."""
 
 _OF_EVALUATE = ("mode", "prompt", "chunk", "name", "per_token")  # options that do not make a cache
 
@@ -139,7 +139,7 @@ def fidelity(
 ) -> pl.DataFrame:
     """Compare the model's predictions with a compressed cache and with its own, on the same text: one row, `FIDELITY`.
 
-    Raises `InputError`: as `evaluate`; or if the text is too short, or the predictions do not fit into memory.
+    Raises `InputError`: as `fidelity_to`; or if the text is too short, or the predictions do not fit into memory.
 
     Parameters
     ----------
@@ -147,13 +147,13 @@ def fidelity(
         to a prompt cache, such as one that makes mlx-lm's ``QuantizedKVCache``.
     text : the shipped WikiText-2 test excerpt by default.
     tokens, windows : length and number of stretches of text, one after the other, each with a fresh cache.
-    options : those of `evaluate`, and further arguments of `veloxlab.make_cache`, such as ``bits`` and ``window``.
+    options : those of `fidelity_to`, and further arguments of `veloxlab.make_cache`, such as ``bits`` and ``window``.
     """
     make_one = maker(method_or_plan, {n: v for n, v in options.items() if n not in _OF_EVALUATE})
     if not callable(method_or_plan):
         make_one(model)  # bad settings are refused before the model runs
     exact = reference(model, tokenizer, text=text, tokens=tokens, windows=windows, progress=progress)
-    return evaluate(exact, method_or_plan, progress=progress, **options)
+    return fidelity_to(exact, method_or_plan, progress=progress, **options)
 
 
 @checked(
@@ -161,7 +161,7 @@ def fidelity(
     calibration=CALIBRATIONS,
     exact=having("what vl.measure.reference gave", "stretches", "log_probs"),
 )
-def evaluate(
+def fidelity_to(
     exact: Reference,
     method_or_plan: str | Plan | CacheMaker = "turboquant",
     *,
@@ -203,7 +203,7 @@ def both(
     progress: Progress = silent,
     **settings: object,
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """What `evaluate` gives, of one run: a row of `FIDELITY`, and one for each prediction, `TOKEN_FIDELITY`."""
+    """What `fidelity_to` gives, of one run: a row of `FIDELITY`, and one for each prediction, `TOKEN_FIDELITY`."""
     method_or_plan = plan_of(method_or_plan)
     shortest = min(len(stretch) for stretch in exact.stretches)
     if mode == "decode" and not 1 <= prompt < shortest - 1:

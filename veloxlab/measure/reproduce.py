@@ -53,7 +53,7 @@ def steps(
         "Predictions, window by window",
         "Each window is read twice, by the exact cache and through the codes. KL is in nats a token.",
         f"exact = vl.measure.reference(model, tokenizer, {given}tokens={tokens}, windows={windows})\n"
-        "predictions = vl.measure.evaluate(exact, plan, per_token=True, calibration=calibration)\n"
+        "predictions = vl.measure.fidelity_to(exact, plan, per_token=True, calibration=calibration)\n"
         "windows = vl.measure.by_window(predictions)\nwindows",
     )
     yield Step("", "", "vl.views.kl_along(predictions)")
