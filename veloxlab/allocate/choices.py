@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from math import fsum
+from statistics import fmean
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -199,3 +201,18 @@ def even_widths(costs: Floats, room: float) -> Ints | None:
         if costs[every, more].sum() <= room * (1 + ROUNDING):
             return more
     return columns
+
+
+def nbytes_of(chosen: Chosen) -> float:
+    """Bytes of one packed token."""
+    return sum(choice.nbytes for choice in chosen.values())
+
+
+def loss_of(chosen: Chosen) -> float:
+    """The predicted loss, which is the same in any order."""
+    return fsum(choice.predicted_loss for choice in chosen.values())
+
+
+def mean_width(chosen: Chosen, *tensors: Tensor) -> float:
+    """Code bits of these tensors."""
+    return fmean(choice.mean_width for (_, tensor), choice in chosen.items() if tensor in tensors)

@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from math import fsum
 from pathlib import Path
-from statistics import fmean
 from typing import Any, Self
 
 import numpy as np
@@ -30,7 +28,7 @@ from veloxlab.allocate.budget import (
     PlannedModel,
     Spans,
 )
-from veloxlab.allocate.choices import Chosen, Offer
+from veloxlab.allocate.choices import Chosen, Offer, loss_of, mean_width, nbytes_of
 from veloxlab.allocate.sensitivity import NATS, SENSITIVITIES, frame_of
 from veloxlab.allocate.solve import ROUNDING
 from veloxlab.allocate.tables import CURVES, SPECTRA, Spectra, spectra_of
@@ -39,7 +37,7 @@ from veloxlab.cache.counts import Windows
 from veloxlab.cache.plan import DEFAULT_SINKS, DEFAULT_WINDOW, LayerSettings, Plan
 from veloxlab.checks import FILE, checked
 from veloxlab.codecs import find_method
-from veloxlab.codecs.method import TENSORS, Tensor
+from veloxlab.codecs.method import TENSORS
 from veloxlab.errors import InputError
 from veloxlab.measure.frames import PLACE, in_schema, schema
 from veloxlab.mlxlm.probe import LayerFacts
@@ -131,12 +129,12 @@ class RateBudget:
             solution = choices.problem.within(limit.nbytes)
         chosen = choices.chosen(solution.choice)
         even = self._offer.uniform(limit.tokens, solution.cost)
-        key_bits, value_bits = (_mean_width(chosen, tensor) for tensor in TENSORS)
-        nbytes, loss = _nbytes(chosen), _loss(chosen)
+        key_bits, value_bits = (mean_width(chosen, tensor) for tensor in TENSORS)
+        nbytes, loss = nbytes_of(chosen), loss_of(chosen)
         bits = 8 * nbytes / self._values
         plan = self._plan(chosen, name or f"allocated, {bits:.2f} bits")
         bound = solution.bound if limit.nbytes is not None and key_weight == 1 else None
-        uniform, uniform_loss = (None, None) if even is None else (self._uniform_plan(even), _loss(even))
+        uniform, uniform_loss = (None, None) if even is None else (self._uniform_plan(even), loss_of(even))
         only_least = bool(solution.cost <= least * (1 + ROUNDING))
         return Allocation(
             plan, nbytes, bits, key_bits, value_bits, loss, bound, uniform, uniform_loss, usual, only_least
@@ -212,11 +210,11 @@ class RateBudget:
 
     def predicted_loss(self, plan: Plan) -> float:
         """Predicted loss a token of a plan; what is exact loses nothing. Raises as `heads`."""
-        return _loss(self._chosen(plan))
+        return loss_of(self._chosen(plan))
 
     def bytes_per_token(self, plan: Plan) -> float:
         """Bytes of one packed token in all layers; exact layers are counted as they are. Raises as `heads`."""
-        return _nbytes(self._chosen(plan))
+        return nbytes_of(self._chosen(plan))
 
     def true_bits(self, plan: Plan) -> float:
         """Bits of each packed value on average, scales included. Raises as `heads`."""
@@ -299,17 +297,4 @@ class RateBudget:
         return shape.plan(layers, self.sinks, self.window, **said)
 
     def _uniform_plan(self, chosen: Chosen, name: str = "") -> Plan:
-        return self._plan(chosen, name or f"uniform, {_mean_width(chosen, *TENSORS):.2f} code bits")
-
-
-def _nbytes(chosen: Chosen) -> float:
-    return sum(choice.nbytes for choice in chosen.values())
-
-
-def _loss(chosen: Chosen) -> float:
-    """The predicted loss, which is the same in any order."""
-    return fsum(choice.predicted_loss for choice in chosen.values())
-
-
-def _mean_width(chosen: Chosen, *tensors: Tensor) -> float:
-    return fmean(choice.mean_width for (_, tensor), choice in chosen.items() if tensor in tensors)
+        return self._plan(chosen, name or f"uniform, {mean_width(chosen, *TENSORS):.2f} code bits")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, ClassVar, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
@@ -291,11 +291,6 @@ def not_fitted(method: str, options: str = "") -> InputError:
         f"{method} has to see activations before it can encode: make calibration = "
         f"vl.calibrate(model, tokenizer, {method.lower()!r}{options}), or call codec.fit(sample)."
     )
-
-
-def unbiased_keys(tensor: str, options: Mapping[str, object]) -> dict[str, Any]:
-    """``options``, with the unbiased scale for keys and the MSE scale for values, unless they say otherwise."""
-    return {"scale": "unbiased" if tensor == "keys" else "mse", **options}
 
 
 def per_kv_head(x: mx.array, kv_heads: int) -> mx.array:

@@ -33,7 +33,7 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import choice, many, whole
-from veloxlab.codecs.base import Code, Sample, check_vectors, not_fitted, unbiased_keys
+from veloxlab.codecs.base import Code, Sample, check_vectors, not_fitted
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import packing, polar, scales
 from veloxlab.codecs.parts.transforms import RotationName
@@ -174,7 +174,7 @@ def build(
 ) -> PolarQuant:
     """PolarQuant for keys (unbiased scale) or values (MSE scale), with the preset's ``levels`` or the given ones."""
     widths = preset(head_dim, bits, recursion) if levels is None else many(whole(1))("levels", levels)
-    return PolarQuant(head_dim, widths, **unbiased_keys(tensor, options))
+    return PolarQuant(head_dim, widths, **scales.unbiased_keys(tensor, options))
 
 
 METHOD = Method(

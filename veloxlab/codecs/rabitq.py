@@ -36,7 +36,7 @@ from typing import ClassVar, Literal, Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, Sample, check_heads, check_vectors, learnable, unbiased_keys
+from veloxlab.codecs.base import Code, Sample, check_heads, check_vectors, learnable
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import constant, in_turn, packing, scales
 from veloxlab.codecs.parts.scalar import paired_levels
@@ -263,7 +263,7 @@ def build(head_dim: int, bits: int, tensor: Tensor, *, centroid: bool = False, *
     """For keys (unbiased scale) or values (MSE scale, no ``bounds``), unless ``scale`` says otherwise."""
     if tensor == "values":
         options.pop("bounds", None)
-    return (CentredRaBitQ if centroid else RaBitQ)(head_dim, bits, **unbiased_keys(tensor, options))
+    return (CentredRaBitQ if centroid else RaBitQ)(head_dim, bits, **scales.unbiased_keys(tensor, options))
 
 
 METHOD = Method(

@@ -26,12 +26,12 @@ from typing import Literal
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, unbiased_keys
+from veloxlab.codecs.base import Code
 from veloxlab.codecs.method import Method
 from veloxlab.codecs.parts import Floats, scalar
 from veloxlab.codecs.parts.codebooks import STARTS, Codebook, CodebookName, coordinate_density, lloyd_max, reach_of
 from veloxlab.codecs.parts.packing import unpack
-from veloxlab.codecs.parts.scales import ScaleName, load_scale
+from veloxlab.codecs.parts.scales import ScaleName, load_scale, unbiased_keys
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.codecs.rotated import TableCodec
 

@@ -26,14 +26,14 @@ from typing import Any, ClassVar
 import mlx.core as mx
 
 from veloxlab.checks import choice
-from veloxlab.codecs.base import Code, unbiased_keys
+from veloxlab.codecs.base import Code
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.codebooks import CodebookName
 from veloxlab.codecs.parts.outliers import SplitCodec
 from veloxlab.codecs.parts.packing import BITS, WIDEST, Layout, packed
 from veloxlab.codecs.parts.scalar import ScalarQuantizer, quantizer_for
-from veloxlab.codecs.parts.scales import SCALE, ScaleName
+from veloxlab.codecs.parts.scales import SCALE, ScaleName, unbiased_keys
 from veloxlab.codecs.parts.transforms import RotationName, SignSketch, SketchName, make_sketch, pack_signs
 from veloxlab.codecs.rotated import RotatedCodec, TableCodec
 from veloxlab.errors import InputError

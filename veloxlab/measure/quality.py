@@ -210,8 +210,7 @@ def both(
         raise InputError(f"prompt={prompt} leaves nothing to decode of {shortest} tokens: take fewer, at least 1.")
     make = maker(method_or_plan, settings, chunk=chunk)
     start, windows = prompt if mode == "decode" else 0, len(exact.stretches)
-    frames = []
-    cache: list[Any] = []
+    frames, cache = list[pl.DataFrame](), list[Any]()
     for w, (stretch, log_probs) in enumerate(zip(exact.stretches, exact.log_probs, strict=True)):
         cache = make(exact.model)
         progress(w, windows, f"window {w + 1} of {windows}: compressed")
@@ -246,8 +245,7 @@ def judged(
 
 
 def _summary(frame: pl.DataFrame, cache: list[Any]) -> pl.DataFrame:
-    layers = report(cache)
-    sums = pl.col("held_bytes", "fp16_bytes").sum()
+    layers, sums = report(cache), pl.col("held_bytes", "fp16_bytes").sum()
     tables = layers.filter(path="shared")["held_bytes"].sum()
     held = layers.filter(pl.col("tokens") > 0).select(pl.col("key_bits", "value_bits").mean(), sums)
     held = held.with_columns(held_bits=16 * pl.col("held_bytes") / pl.col("fp16_bytes"), table_bytes=pl.lit(tables))
@@ -281,8 +279,7 @@ def _name(method_or_plan: str | Plan | CacheMaker, settings: dict[str, object]) 
     if not isinstance(method_or_plan, str):
         return getattr(method_or_plan, "name", None) or type(method_or_plan).__name__
     given = (settings.get(name) for name in ("bits", "key_bits", "value_bits"))
-    exact_bits = 16  # the name of an exact cache tells none
-    return cache_name(method_or_plan, tensor_bits(method_or_plan, exact_bits, *given))  # type: ignore[arg-type]
+    return cache_name(method_or_plan, tensor_bits(method_or_plan, 16, *given))  # type: ignore[arg-type]
 
 
 def _log_probs(logits: mx.array) -> mx.array:

@@ -51,8 +51,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self.worker = worker or Worker(f"veloxlab-{self.NAME}")
         self.charts: Mapping[str, ChartView] = {}
         self._ends: list[Callable[[], object]] = []
-        self._keys: set[str] = set()
-        self._bits_links: list[t.link] = []
+        self._keys, self._bits_links = set[str](), list[t.link]()
         self._message, self._banner = ipywidgets.HTML(), ipywidgets.HTML()
         loosen(self._message)  # what follows may fail
         loosen(self._banner)
@@ -143,8 +142,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
 
     def progress(self, **layout: Any) -> ProgressBar:
         """A bar of the worker, which can begin again what was cancelled."""
-        fitting = self.selection.fitting
-        worker = self.worker
+        fitting, worker = self.selection.fitting, self.worker
         return ProgressBar(worker, weakly(self.retry), lambda: worker.can_retry or bool(fitting.held), **layout)
 
     def retry(self) -> None:
@@ -232,10 +230,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def activate(self, active: bool) -> None:
         """Draw what is chosen from now on, or leave it."""
         self.active = active
-        if active:
-            with self.selection.lock:
-                self._tell_changes()
-                self._redraw()
+        Panel._selected(self)  # nobody turned a knob
 
     def _redraw(self) -> None:
         """Show what is chosen now."""
@@ -249,9 +244,8 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         own = self.traits()[trait]
         control = kind(value=getattr(self, trait), description=words or trait, **settings)
         ends = [settings[end] for end in ("min", "max") if end in settings]
-        control.tooltip = (tip or own.help[:1].upper() + own.help[1:]) + (
-            f", {ends[0]:,} to {ends[1]:,}" if len(ends) > 1 else ""
-        )
+        tip = tip or own.help[:1].upper() + own.help[1:]
+        control.tooltip = f"{tip}, {ends[0]:,} to {ends[1]:,}" if len(ends) > 1 else tip
         link = t.link((self, trait), (control, "value"))
         self._bits_links += [link] if isinstance(own, ChosenBits) else []
         return control
@@ -301,7 +295,6 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def save_pictures(self, folder: str | Path) -> list[Path]:
         """Write each chart as SVG and PNG and its rows as Parquet into ``folder``, and give the files."""
         self._settle()
-        folder = make_folder(folder)
         kinds = {"svg": ChartView.to_svg, "png": ChartView.to_png, "parquet": ChartView.to_parquet}
-        named = self.named.items()
+        folder, named = make_folder(folder), self.named.items()
         return [save(view, folder / f"{name}.{kind}") for name, view in named for kind, save in kinds.items()]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import mlx.core as mx
 
@@ -12,6 +13,11 @@ from veloxlab.codecs.parts.packing import Row
 ScaleName = Literal["unbiased", "mse", "norm"]
 """``"unbiased"``: inner products right on average; ``"mse"``: least squared error; ``"norm"``: the vector's length."""
 SCALE = Row(mx.float16, 1)  # what `store_scale` keeps of a vector
+
+
+def unbiased_keys(tensor: str, options: Mapping[str, object]) -> dict[str, Any]:
+    """``options``, with the unbiased scale for keys and the MSE scale for values, unless they say otherwise."""
+    return {"scale": "unbiased" if tensor == "keys" else "mse", **options}
 
 
 def scale_factor(scale: ScaleName, y: mx.array, quantized: mx.array) -> mx.array:

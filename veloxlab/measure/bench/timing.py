@@ -268,9 +268,8 @@ def _coded(shape: Shape, tokens: int, bits: float, method: str) -> tuple[list[Co
 
 def fitted(method: str, shape: Shape, tensor: Tensor, bits: float = METHOD_BITS, tokens: int = 0) -> Codec:
     """A codec of a method, fitted to random vectors; of RateQuant with heads of two widths."""
-    options: Row = {}
-    if METHODS[method].per_head:
-        options["head_bits"] = tuple(bits + (-1) ** head for head in range(shape.kv_heads))
+    each = {"head_bits": tuple(bits + (-1) ** head for head in range(shape.kv_heads))}
+    options: Row = each if METHODS[method].per_head else {}
     sample = Sample(vectors(shape, tokens or 2 * shape.head_dim), rope=Rope(shape.head_dim))
     return METHODS[method].codec(shape.head_dim, bits, tensor, **options).fit(sample)
 
@@ -297,13 +296,11 @@ def encode_steps(
             pairs = [[vectors(shape, count) for _ in codecs] for _ in range(IN_A_ROW)]
             mx.eval(pairs)
             times = microseconds([partial(_encode, codecs, pair) for pair in pairs])
-            spent = IN_A_ROW * times.evaluating
             row = {"cache": f"{name} {METHOD_BITS} bit", **asdict(shape), "layers": IN_A_ROW, "tokens": count}
-            row["spread"] = times.spread
-            rows.append(
-                row | {"microseconds": spent, "attention_microseconds": attention, "ratio": spent / (BLOCK * attention)}
-            )
-            progress(f"encoding {count} tokens of {IN_A_ROW} layers: {name}, {spent:.0f} µs")
+            spent = {"spread": times.spread, "microseconds": IN_A_ROW * times.evaluating}
+            ratio = spent["microseconds"] / (BLOCK * attention)
+            rows.append(row | spent | {"attention_microseconds": attention, "ratio": ratio})
+            progress(f"encoding {count} tokens of {IN_A_ROW} layers: {name}, {spent['microseconds']:.0f} µs")
             del pairs
             mx.clear_cache()
     return rows

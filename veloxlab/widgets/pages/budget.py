@@ -15,17 +15,7 @@ import traitlets as t
 from mlx.nn.layers.base import Module
 
 from veloxlab.allocate import budget as budgets
-from veloxlab.allocate.budget import (
-    BOUNDS,
-    BUDGET,
-    Allocation,
-    AverageBits,
-    Bounds,
-    Budget,
-    Setting,
-    Spans,
-    TokensInMemory,
-)
+from veloxlab.allocate.budget import Allocation, AverageBits, Bounds, Budget, Setting, Spans, TokensInMemory
 from veloxlab.allocate.ratequant import EVALUATED, evaluated, kept_rate_budget
 from veloxlab.allocate.rates import RateBudget
 from veloxlab.allocate.sensitivity import NATS
@@ -39,7 +29,7 @@ from veloxlab.mlxlm.probe import probe
 from veloxlab.widgets.chart_view import link
 from veloxlab.widgets.chosen import Chosen
 from veloxlab.widgets.layout import button, columns, controls
-from veloxlab.widgets.pages.budget_charts import CHARTS, COORDINATES, by_of, frontiers, kind_of, names_of, unit_of
+from veloxlab.widgets.pages import budget_charts as drawn
 from veloxlab.widgets.pages.budget_controls import PlanFile, SettingControl, history
 from veloxlab.widgets.pages.charts import ChartPage, Look
 from veloxlab.widgets.selection import Fitting, Selection
@@ -96,8 +86,8 @@ class BudgetTuner(ChartPage):
     @checked(
         rates=either(instance(RateBudget, "what vl.rate_budget measured"), MODEL),
         model=either(MODEL, TOKENIZER),
-        budget=BUDGET,
-        bounds=BOUNDS,
+        budget=budgets.BUDGET,
+        bounds=budgets.BOUNDS,
         tokens=whole(2),
         rate_settings=MAPPING,
     )
@@ -153,20 +143,12 @@ class BudgetTuner(ChartPage):
     @property
     def spent(self) -> str:
         """What the allocation takes."""
-        found = self.allocation
-        least = self.bounds.least_bits or found.least_bits
-        bits = f"code bits: keys {found.key_bits:.2f}, values {found.value_bits:.2f}"
-        said = f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; {bits}"
-        only = f"{said}. Nothing is allocated: the bounds' least width, {least}, is all that this pays for"
-        return only if found.only_least and kind_of(found.plan, self._tables) == "allocated" else said
+        return drawn.spent_said(self.allocation, self.bounds, self._tables)
 
     @property
     def predicted(self) -> str:
         """What the allocation, and uniform bits in the same bytes, are predicted to lose."""
-        found = self.allocation
-        said = f"Predicted loss {found.predicted_loss:.3g} {unit_of(self._tables)}"
-        uniform = found.predicted_uniform_loss
-        return said if uniform is None else f"{said}; of uniform bits in the same bytes {uniform:.3g}"
+        return drawn.predicted_said(self.allocation, self._tables)
 
     def start(self) -> None:
         """Measure the tables, or find them on disk, and show the tuner once they are there; nothing if they are."""
@@ -206,8 +188,8 @@ class BudgetTuner(ChartPage):
         plan = found.uniform if kind == "uniform" else found.plan
         if plan is None:
             raise InputError("No uniform bits take as few bytes as this plan: measure it at a larger budget.")
-        kind = kind if kind == "uniform" else kind_of(plan, self._tables)
-        plan = replace(plan, name=f"{kind if kind == 'uniform' else names_of(plan)} {found.true_bits:.2f} bits")
+        kind = kind if kind == "uniform" else drawn.kind_of(plan, self._tables)
+        plan = replace(plan, name=f"{kind if kind == 'uniform' else drawn.names_of(plan)} {found.true_bits:.2f} bits")
         fitting, sample = self.selection.fitting, self._sample
 
         def evaluate(progress: Progress) -> pl.DataFrame:
@@ -235,7 +217,7 @@ class BudgetTuner(ChartPage):
         self._ready = False
         self.widths = rates.curves["bits"].unique().sort().to_list() or [*range(1, WIDEST + 1)]
         least = None if rates.by_words else self.widths[0]
-        self.everything = frontiers(rates, Bounds(least, self.widths[-1]))
+        self.everything = drawn.frontiers(rates, Bounds(least, self.widths[-1]))
         budget, bounds, key_weight = self._first
         if budget is None:
             budget = AverageBits(round(sum(rates.spans(bounds, TOKENS).bits) / 2, 1))
@@ -243,7 +225,7 @@ class BudgetTuner(ChartPage):
         rates.solve(setting.budget, bounds, key_weight=key_weight)  # if it cannot be, there are no tables yet
         self.rates = rates
         self.set_trait("setting", setting)
-        self._draw([*CHARTS, COORDINATES] if rates.by_words else CHARTS)
+        self._draw([*drawn.CHARTS, drawn.COORDINATES] if rates.by_words else drawn.CHARTS)
         link(*(view for name, view in self.charts.items() if name not in ("frontier", "coordinates")))
         t.link((self, "layer"), (self.charts["bits"], "picked"))
         known = self.widths, len(rates.sizes), rates.methods
@@ -258,7 +240,7 @@ class BudgetTuner(ChartPage):
             )
             for words, kind in {"Measure": "allocated", "Measure uniform": "uniform"}.items()
         }
-        if not rates.by_words and by_of(rates) in NATS:
+        if not rates.by_words and drawn.by_of(rates) in NATS:
             said = f"Calibrate it, some minutes at first, and see its predictions{why}"
             addable = [method for method in METHODS.values() if method.prediction]
             acts |= {f"Add {method.name}": (said, partial(self.add, method.id)) for method in addable}

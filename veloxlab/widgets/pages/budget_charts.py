@@ -38,6 +38,21 @@ def names_of(plan: Plan) -> str:
     return " and ".join(sorted(methods - {EXACT})) or EXACT
 
 
+def spent_said(found: Allocation, bounds: Bounds, rates: RateBudget) -> str:
+    """What an allocation takes."""
+    least = bounds.least_bits or found.least_bits
+    bits = f"code bits: keys {found.key_bits:.2f}, values {found.value_bits:.2f}"
+    said = f"{found.true_bits:.2f} true bits a value, {found.bytes_per_token:,.0f} bytes a token; {bits}"
+    only = f"{said}. Nothing is allocated: the bounds' least width, {least}, is all that this pays for"
+    return only if found.only_least and kind_of(found.plan, rates) == "allocated" else said
+
+
+def predicted_said(found: Allocation, rates: RateBudget) -> str:
+    """What it, and uniform bits in the same bytes, are predicted to lose."""
+    said, uniform = f"Predicted loss {found.predicted_loss:.3g} {unit_of(rates)}", found.predicted_uniform_loss
+    return said if uniform is None else f"{said}; of uniform bits in the same bytes {uniform:.3g}"
+
+
 def _heads(look: Look) -> pl.DataFrame:
     """What each head gets, allocated and by uniform bits in the same bytes, where there are such."""
     found: Allocation = look.allocation
