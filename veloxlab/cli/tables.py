@@ -38,6 +38,12 @@ def _scaled(name: str, scale: float = 1, form: str = "{:,.1f}") -> Callable[[Row
 
 
 _PERCENT = _scaled("top1_flips", 100)
+_KILOBYTES = {  # of cells
+    "held": _scaled("held_bytes", 1e-3, "{:,.0f}"),
+    "tables": _scaled("table_bytes", 1e-3, "{:,.0f}"),
+    "held_ours": _scaled("held_bytes_ours", 1e-3, "{:,.0f}"),
+    "tables_ours": _scaled("table_bytes_ours", 1e-3, "{:,.0f}"),
+}
 
 
 def front_table(frame: pl.DataFrame) -> str:
@@ -93,8 +99,7 @@ def compared_table(frame: pl.DataFrame) -> str:
         "{store_us:.1f} | {attend_us:,.0f} ({attend_ratio:.1f}×)",
         frame.sort("held_bits", "name"),
         flips=_PERCENT,
-        held=_scaled("held_bytes", 1e-3, "{:,.0f}"),
-        tables=_scaled("table_bytes", 1e-3, "{:,.0f}"),
+        **_KILOBYTES,
     ).splitlines()
     return "\n".join([titles, marks, first, *lines])
 
@@ -106,8 +111,7 @@ def peers_table(frame: pl.DataFrame) -> str:
         "{name} | {held_bits:.2f} | {kl_mean:.4f} | {flips} % | {perplexity:.2f} | {held} | {tables} | {read}",
         frame.sort("held_bits", "name"),
         flips=_PERCENT,
-        held=_scaled("held_bytes", 1e-3, "{:,.0f}"),
-        tables=_scaled("table_bytes", 1e-3, "{:,.0f}"),
+        **_KILOBYTES,
         read=lambda row: "in one call" if row["mode"] == "oneshot" else "token by token",
     )
 
@@ -120,9 +124,7 @@ def beside_table(frame: pl.DataFrame) -> str:
         "{name} | {held} | {kl_mean:.4f} | {name_ours} | {held_ours} | {tables_ours} | {kl_mean_ours:.4f} | "
         "{ratio:.2f}×",
         frame,
-        held=_scaled("held_bytes", 1e-3, "{:,.0f}"),
-        held_ours=_scaled("held_bytes_ours", 1e-3, "{:,.0f}"),
-        tables_ours=_scaled("table_bytes_ours", 1e-3, "{:,.0f}"),
+        **_KILOBYTES,
     )
 
 

@@ -50,11 +50,10 @@ from .errors import (
     errors_by_bits,
     profile_caption,
 )
-from .fidelity import bytes_by_layer, bytes_caption, kl_along, kl_caption
+from .fidelity import bytes_by_layer, bytes_caption, kl_along, kl_caption, window_caption, window_losses
 from .generation import held_caption, held_while_generating, passkey_caption, passkey_map, strip_caption, token_strip
 from .memory import bit_allocation, bit_caption, memory_caption, memory_growth, memory_plan, plan_caption
 from .plane import best_pairs, bit_plane, plane_caption
-from .runs import window_caption, window_losses
 from .scores import logit_errors, logits_caption
 from .spectra import (
     dimensions_by_layer,

@@ -1,4 +1,4 @@
-"""What one cache changes in a model's predictions along a text, and what each of its layers holds."""
+"""What a cache changes in a model's predictions, along a text and in each window; and what each of its layers holds."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from veloxlab.views import columns, marks, theme
 
 POOLS = 64  # marks along a window
 MB = 1e6
+LOOKS = ((theme.NEUTRAL, "circle"), (theme.CHOSEN, "diamond"))  # of the first cache, and of the second
+STEP = 44  # pixels of a window
 
 
 def kl_along(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
@@ -44,6 +46,33 @@ def kl_caption(frame: pl.DataFrame) -> str:
     found = Mean.of(windows["kl_mean"].to_list())
     flips = frame["flip"].sum() / frame.height
     return f"Mean {found.mean:.3g} nats ({found.interval}); {flips:.1%} of first choices change."
+
+
+def window_losses(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
+    """Draw the mean divergence of two caches in each window, those of one window joined.
+
+    Rows of `veloxlab.measure.paired.WINDOWS` with a column ``cache``, a name of each.
+    """
+    shown = columns.require(frame, "window_losses", "window positions kl_mean top1_flips cache")
+    scale = columns.log_domain(shown["kl_mean"])
+    base = columns.on_log_scale(alt.Chart(), "kl_mean", scale)
+    x, y = columns.x("window:O", "window of the text"), columns.log_y("kl_mean", ["mean KL", "nats"], scale)
+    base, names = base.encode(x=x, y=y), shown["cache"].unique(maintain_order=True).to_list()
+    colours, shapes = (dict(zip(names, looks, strict=False)) for looks in zip(*LOOKS, strict=True))
+    colour, shape = marks.scaled(alt.Color, "cache", colours), marks.scaled(alt.Shape, "cache", shapes)
+    plot = marks.layered(
+        base.mark_line(strokeWidth=1.5, color=theme.NEUTRAL, opacity=0.5).encode(detail=alt.Detail("window:O")),
+        marks.points(base, columns.tips("cache window positions kl_mean top1_flips"), 80, color=colour, shape=shape),
+    )
+    plots = [marks.sized(plot, alt.Step(STEP), 160)]
+    return marks.framed(plots, shown, "Divergence window by window", caption or window_caption(frame))
+
+
+def window_caption(frame: pl.DataFrame) -> str:
+    """Say the mean of each cache over its windows."""
+    needed = columns.require(frame, "window_caption", "kl_mean cache")
+    means = needed.group_by("cache", maintain_order=True).agg(pl.col("kl_mean").mean())
+    return f"Mean KL in nats: {', '.join(f'{name} {kl:.3g}' for name, kl in means.iter_rows())}."
 
 
 def bytes_by_layer(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import ipywidgets
+import polars as pl
 import traitlets as t
 from mlx.nn.layers.base import Module
 
@@ -19,17 +20,19 @@ from veloxlab.measure.planned_memory import CacheLayout, cache_layouts, largest,
 from veloxlab.models.shapes import MODEL_OR_CONFIG, ModelOrConfig, ModelShape, shape_of
 from veloxlab.runtime import device
 from veloxlab.views import memory_plan, plan_caption
+from veloxlab.views.memory import amount
+from veloxlab.views.picture import html_table
 from veloxlab.widgets.chosen import Checked, OfCache
 from veloxlab.widgets.code_lines import CodeLines
 from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages.charts import Chart, ChartPage
 from veloxlab.widgets.pages.known_models import GIGABYTE, HERE, SIZES
-from veloxlab.widgets.pages.memory_words import losses_table
 from veloxlab.widgets.runs import Runs
 from veloxlab.widgets.selection import CACHE, Fitting, Selection
 from veloxlab.widgets.worker import Worker
 
 TYPED_IN = "typed in"
+TITLES = ["cache", "bytes held", "most tokens", "nats a token", "other first choice", "", "source"]
 LEAST, MOST = 8, 21  # powers of two between which the context slider runs
 TYPED = {"layers": "layers", "kv_heads": "KV heads", "head_dim": "head dim"}
 TYPED |= {"sliding_window": "sliding", "full_every": "full every"}
@@ -233,3 +236,23 @@ class MemoryPlanner(OfCache, ChartPage):
     @t.default("memory_gb")
     def _memory_here(self) -> float:
         return min(8.0, device().memory_bytes // (GIGABYTE // 10) / 10)
+
+
+def losses_table(plan: pl.DataFrame, largest: pl.DataFrame, loss: Callable[[str], Loss]) -> str:
+    """HTML: a row for each cache of `veloxlab.measure.planned_memory.LARGEST`, with its bytes of the `PLANNED` rows."""
+    held = dict(plan.group_by("cache").agg(pl.col("bytes").sum()).iter_rows())
+    rows = []
+    for row in largest.to_dicts():
+        lost = loss(row["cache"])
+        said = _range(lost.kl, "{:.2g}"), _range(lost.flips, "{:.0%}")
+        rows.append((row["cache"], amount(held[row["cache"]]), f"{row['tokens']:,}", *said, lost.kind, lost.source))
+    return html_table(TITLES, rows, cell="padding: 1px 14px 1px 0")
+
+
+def _range(ends: tuple[float | None, float | None], form: str) -> str:
+    least, most = ends
+    if most is None:
+        return "?"
+    if least is None:
+        return f"less than {form.format(most)}"
+    return form.format(most) if least == most else f"{form.format(least)} to {form.format(most)}"

@@ -11,8 +11,8 @@ import polars as pl
 import traitlets as t
 
 from veloxlab.errors import InputError
+from veloxlab.views.fidelity import window_losses
 from veloxlab.views.picture import Section, html_table
-from veloxlab.views.runs import window_losses
 from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages.experiment import Experiment, OfExperiment
 from veloxlab.widgets.runs import Run, apart
