@@ -1,6 +1,8 @@
 """Questions asked through a cache: they are scored as a run without a cache scores them, and see the codes."""
 
+import json
 import sys
+from datetime import UTC, datetime
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,10 +14,11 @@ import pytest
 from mlx_lm.models.cache import KVCache
 
 import veloxlab as vl
+from tests.knobs import controls
 from tests.letters import Readable
 from tests.tiny_models import tiny
 from veloxlab.errors import InputError
-from veloxlab.measure.questions import BUILT_IN, Question, Task, build
+from veloxlab.measure.questions import BUILT_IN, EXAMPLE, Question, Task, build
 from veloxlab.measure.tasks import ANSWERS, EVALUATION, summary
 from veloxlab.views import task_caption, task_scores
 
@@ -123,6 +126,51 @@ def test_what_cannot_be_asked_gets_one_sentence(model, task):
         Question("a", "b", "c", ("d",))
     with pytest.raises(InputError, match="question of a question is empty"):
         Question("a", " ", "c")
+
+
+LINES = """
+{"context": "a b c. ", "question": "it is", "answer": "b", "choices": ["b", " c"]}
+
+{"context": "a b c. ", "question": "Answer:\\n", "answer": "b"}
+"""
+
+
+def test_questions_of_ones_own_are_lines_of_json():
+    first, second = Task.of_lines(LINES).questions
+    assert first == Question("a b c. ", "it is", " b", (" b", " c"))  # an answer is a word of its own
+    assert second == Question("a b c. ", "Answer:\n", "b")
+    assert Task.of_lines(EXAMPLE).name == "own"
+    for line, words in (
+        ("[1", r"Line 2 is no question\. It is not JSON"),
+        ("5", "It needs context, question, answer"),
+        ('{"context": "a", "question": "b"}', "It needs context, question, answer"),
+        ('{"context": "a", "question": "b", "answer": "c", "choice": []}', "and may have choices"),
+        ('{"context": "a", "question": "b", "answer": "c", "choices": ["d"]}', "Line 2 .*'c' is none of the choices"),
+        ('{"context": "a", "question": "b", "answer": 5}', "answer=5"),
+    ):
+        with pytest.raises(InputError, match=words):
+            Task.of_lines(f"{EXAMPLE}\n{line}")
+    with pytest.raises(InputError, match="There are no questions"):
+        Task.of_lines(" \n")
+
+
+def test_the_page_asks_questions_of_ones_own(model):
+    page = vl.widgets.Tasks(model, Readable(), tasks=[], window=0, sinks=0)
+    knobs = controls(page)
+    ask, file = knobs["Ask"], knobs["From a file"]
+    ask.click()
+    assert "No task is chosen" in page._message.value
+    file.value = ({"name": "own", "type": "", "size": 1, "content": b"\xff", "last_modified": datetime.now(UTC)},)
+    assert "own is no text in UTF-8" in page._message.value
+    line = json.dumps({"context": CONTEXT, "question": "and?", "answer": "abc", "choices": ["abc", "xyz"]})
+    file.value = ({**file.value[0], "content": f"{line}\n{line}".encode()},)
+    ask.click()
+    assert page.wait(60)
+    assert page.answered.select("task", "questions", "chance").rows() == [("own", 2, 0.5)]
+    page.own = "x"
+    with pytest.raises(InputError, match="Line 1 is no question"):
+        page.run()
+    page.close()
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

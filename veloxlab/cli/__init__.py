@@ -158,6 +158,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         measurements.ask_tasks,
         *CACHE[:-1],
         _many("--tasks", "names of tasks; lm_eval:NAME for one of lm-evaluation-harness", default=[*TASKS]),
+        _one("--own", "questions of your own too: a file of JSON lines", Path, None, metavar="FILE"),
         _one("--questions", "questions of each task", int, 32),
         _one("--context", "tokens before a question", int, 512),
     ),

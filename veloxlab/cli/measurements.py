@@ -32,6 +32,7 @@ def ask_tasks(
     plan: Path | None,
     calibration: Sequence[Path],
     tasks: Sequence[str],
+    own: Path | None,
     questions: int,
     context: int,
     **settings: Any,
@@ -43,9 +44,14 @@ def ask_tasks(
 
     given = {name: value for name, value in settings.items() if value is not None}
     wanted = Wanted(plan_of(plan) or method, given, [*map(vl.Calibration.load, calibration)])
+    every: list[str | vl.measure.Task] = [*tasks]
+    if own is not None:
+        with reading("list of questions", own, "give a file of JSON lines"):
+            lines = own.read_text("utf-8")
+        every.append(vl.measure.Task.of_lines(lines))
     loaded, tokenizer = vl.load(model)
     make = wanted.maker(loaded, tokenizer, say)
-    asked: dict[str, Any] = {"tasks": tasks, "questions": questions, "context": context, "progress": say}
+    asked: dict[str, Any] = {"tasks": every, "questions": questions, "context": context, "progress": say}
     print(tables.tasks_table(vl.evaluate(loaded, tokenizer, lambda _: make(), **asked)))
 
 

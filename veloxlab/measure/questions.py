@@ -7,18 +7,24 @@ does not hold the answer.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
-from veloxlab.checks import WORDS, check_fields, instance, many
+from veloxlab.checks import WORDS, check_fields, checked, instance, many
 from veloxlab.errors import InputError
 from veloxlab.measure.generation import DEPTHS, DIGITS, PLAIN, QUESTION, hidden
 from veloxlab.texts import Tokenizer
 
 ASKED = 4  # questions about one context
 CHOICES = 4
+EXAMPLE = (
+    '{"context": "Ann lives in Rome.", "question": "Ann lives in", "answer": "Rome", "choices": ["Rome", "Paris"]}'
+)
+FIELDS = ("context", "question", "answer")  # that a line has to have
 SHOWN = 24  # sums that are shown before one is asked for
 
 _NAMES = (
@@ -65,10 +71,43 @@ class Task:
     def __post_init__(self) -> None:
         check_fields(self, name=WORDS, questions=many(instance(Question, "a vl.measure.Question")))
 
+    @classmethod
+    @checked(text=WORDS, name=WORDS)
+    def of_lines(cls, text: str, name: str = "own") -> Self:
+        """Questions of your own, a line of JSON each, with the fields of `Question`, such as `EXAMPLE`.
+
+        ``choices`` may be left out. An answer or choice that begins without a space gets one, unless the question ends
+        with a space or a line break. Raises `InputError` that names the line.
+        """
+        questions = []
+        for number, line in enumerate(text.split("\n"), 1):
+            try:
+                questions += [_of_line(line)] if line.strip() else []
+            except InputError as error:
+                raise InputError(f"Line {number} is no question. {error}") from None
+        if not questions:
+            raise InputError(f"There are no questions: give a line of JSON for each, such as {EXAMPLE}.")
+        return cls(name, tuple(questions))
+
     @property
     def chance(self) -> float:
         """Share of right answers of one who guesses; 0 where the answer is written."""
         return float(np.mean([1 / len(each.choices) if each.choices else 0.0 for each in self.questions]))
+
+
+def _of_line(line: str) -> Question:
+    try:
+        given = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"It is not JSON ({error}): give a line such as {EXAMPLE}.") from None
+    if not isinstance(given, dict) or not {*FIELDS} <= {*given} <= {*FIELDS, "choices"}:
+        raise InputError(f"It needs {', '.join(FIELDS)}, and may have choices: give a line such as {EXAMPLE}.")
+    found = Question(**given)
+
+    def spaced(words: str) -> str:
+        return words if found.question[-1].isspace() or words[:1].isspace() else f" {words}"
+
+    return replace(found, answer=spaced(found.answer), choices=tuple(map(spaced, found.choices)))
 
 
 Asked = tuple[str, str, list[str]]  # what is asked, its answer, and all answers that there are

@@ -72,7 +72,8 @@ def evaluate(
     ----------
     cache : a method's id or a `veloxlab.Plan`, as for `veloxlab.make_cache`; what that gave, still empty; or a function
         from the model to a prompt cache. ``settings`` are further arguments of `veloxlab.make_cache`.
-    tasks : names in `veloxlab.measure.questions.BUILT_IN`, by default all; tasks of your own; and ``"lm_eval:NAME"``
+    tasks : names in `veloxlab.measure.questions.BUILT_IN`, by default all; tasks of your own, such as
+        ``vl.measure.Task.of_lines`` reads; and ``"lm_eval:NAME"``
         for a task of lm-evaluation-harness, if that is installed.
     questions : how many of each task that is named.
     context : tokens before a question of a built-in task: what is asked for, and ``text`` behind it.

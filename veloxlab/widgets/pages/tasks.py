@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import html
+from functools import partial
 from typing import Any, ClassVar
 
 import ipywidgets
 import polars as pl
 from mlx.nn.layers.base import Module
 
-from veloxlab.checks import checked, choice, many, whole
+from veloxlab.checks import WORDS, checked, choice, many, whole
+from veloxlab.errors import InputError
 from veloxlab.measure.quality import maker
-from veloxlab.measure.questions import BUILT_IN
+from veloxlab.measure.questions import BUILT_IN, EXAMPLE, Task
 from veloxlab.measure.tasks import EVALUATION, ask, summary, unread
 from veloxlab.views.picture import Section, html_table
 from veloxlab.views.tasks import task_caption, task_scores
@@ -35,22 +37,25 @@ class Tasks(OfCache, Panel):
     ``model``, ``tokenizer``: as `veloxlab.load` gives them. ``settings``: first values of the traits, such as
     ``questions=64`` or ``method="rabitq"``. Raises `InputError` for an unknown method, task or setting.
 
-    The traits are ``tasks``, names in `veloxlab.measure.questions.BUILT_IN`; ``questions`` of each task; ``context``,
-    tokens that are read before a question; and ``method``, ``key_bits``, ``value_bits``, ``sinks`` and ``window``, as
-    for `veloxlab.make_cache`. *Ask* starts a run. ``answered`` has the newest one, rows of
-    `veloxlab.measure.tasks.EVALUATION`.
+    The traits are ``tasks``, names in `veloxlab.measure.questions.BUILT_IN`; ``questions`` of each of these;
+    ``context``, tokens that are read before one; ``own``, what `veloxlab.measure.Task.of_lines` reads; and ``method``,
+    ``key_bits``, ``value_bits``, ``sinks`` and ``window``, as for `veloxlab.make_cache`. *Ask* starts a run.
+    ``answered`` has the newest one, rows of `veloxlab.measure.tasks.EVALUATION`.
     """
 
     NAME = "tasks"
     HELP = "15_side_by_side_generation.ipynb#Find a number in a long text"
     WHY: ClassVar[dict[str, str]] = {"scores": "Whether answers that need the text are still right."}
-    SETTINGS = ("tasks", "questions", "context", *CACHE)
+    SETTINGS = ("tasks", "questions", "context", "own", *CACHE)
 
-    tasks = Checked(many(choice(*BUILT_IN)), BUILT_IN, help="which questions are asked; hold Ctrl to choose several")
+    tasks = Checked(
+        many(choice(*BUILT_IN), empty=True), BUILT_IN, help="which questions are asked; hold Ctrl to choose several"
+    )
     questions = Checked(whole(1, 1000), 16, help="questions of each task; more make a difference surer")
     context = Checked(whole(1, MOST), USUAL, help="tokens that are read before a question is asked")
+    own = Checked(WORDS, "", help="questions of your own, one in a line of JSON; they are asked beside the tasks")
 
-    @checked(tasks=many(choice(*BUILT_IN)), questions=whole(1, 1000), context=whole(1, MOST))
+    @checked(tasks=many(choice(*BUILT_IN), empty=True), own=WORDS, questions=whole(1, 1000), context=whole(1, MOST))
     def __init__(
         self,
         model: Module,
@@ -66,12 +71,15 @@ class Tasks(OfCache, Panel):
         self.answered, self._of = pl.DataFrame(schema=EVALUATION), ""
         self._slot, self._table = columns(), ipywidgets.HTML()
         why = ipywidgets.HTML(f"<div>{WHY}</div>")
-        self._laid_out([self._controls()], why, self._slot, self._table)
+        self._laid_out([self._controls()], why, self._own_questions(), self._slot, self._table)
         self.follow()
 
     def run(self) -> None:
-        """Ask with the present settings; an older run is ended."""
-        choice, tasks, asked = self.selection.choice, self.tasks, {"questions": self.questions, "context": self.context}
+        """Ask with the present settings; an older run is ended. Raises `InputError` if there is nothing to ask."""
+        choice, asked = self.selection.choice, {"questions": self.questions, "context": self.context}
+        tasks = [*self.tasks, *([Task.of_lines(self.own)] if self.own.strip() else [])]
+        if not tasks:
+            raise InputError("No task is chosen: choose one in the list, or write questions of your own.")
         self.selection.fitting.held.clear()
         self.say("")
 
@@ -103,9 +111,25 @@ class Tasks(OfCache, Panel):
             self._slider("questions", 4, 128),
             self._control(ipywidgets.BoundedIntText, "context", min=1, max=MOST),
             self._of_cache(),
-            button("Ask", "Ask with both caches; this takes a minute or two on a CPU", self.run),
+            button("Ask", "Ask with both caches; this takes a minute or two on a CPU", partial(self._saying, self.run)),
             self._all_codes(),
         )
+
+    def _own_questions(self) -> ipywidgets.Widget:
+        """A box for questions of one's own, and a button that fills it from a file."""
+        box = self._control(ipywidgets.Textarea, "own", "questions", rows=6, continuous_update=False)
+        box.placeholder, box.layout.width = EXAMPLE, "auto"
+        file = ipywidgets.FileUpload(description="From a file", accept=".jsonl,.json,.txt", tooltip="JSON lines")
+        file.observe(self._read, "value")
+        titles = ["Questions of your own"]
+        return ipywidgets.Accordion([ipywidgets.VBox([box, file])], titles=titles, selected_index=None)
+
+    def _read(self, change: dict[str, Any]) -> None:
+        for file in change["new"]:
+            try:
+                self.own = bytes(file["content"]).decode()
+            except UnicodeDecodeError:
+                self.say(f"{file['name']} is no text in UTF-8: save it as that.")
 
 
 def task_table(frame: pl.DataFrame) -> str:
