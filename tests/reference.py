@@ -42,16 +42,17 @@ def names(room: object) -> list[str]:
 
 def entry(prefix: str, name: str, thing: object) -> str:
     """A name as Markdown: signature, what it is for, and what tells shapes and units."""
-    signature = f"{prefix}.{name}"
-    if callable(thing):
+    signature, is_value = f"{prefix}.{name}", not inspect.isroutine(thing) and not inspect.isclass(thing)
+    if not is_value:
         try:
             signature += re.sub(r"<[^<>]* at 0x\w+>", "…", str(inspect.signature(thing)))
         except ValueError:
             signature += "(…)"
-    words = inspect.getdoc(thing) if callable(thing) else None
-    first, *rest = re.split(rf"\n\n(?=(?:{'|'.join(SECTIONS)})\n-+\n)", words or f"A table of {type(thing).__name__}.")
+    shown = f"A dictionary by {', '.join(map(repr, thing))}." if isinstance(thing, dict) else f"`{thing}`"
+    words = (not is_value and inspect.getdoc(thing)) or shown
+    first, *rest = re.split(rf"\n\n(?=(?:{'|'.join(SECTIONS)})\n-+\n)", words)
     # without such sections, shapes and units are told in the paragraphs behind the first
-    said = [paragraph.replace("\n", " ") for paragraph in first.split("\n\n")]
+    said = [re.sub(r"\n(?!- )\s*", " ", paragraph) for paragraph in first.split("\n\n")]
     lines = [f"### `{prefix}.{name}`", f"```python\n{signature}\n```", *(said[:1] if rest else said)]
     for section in rest:
         title, _, body = section.split("\n", 2)

@@ -296,7 +296,7 @@ def test_a_measured_plan_stands_beside_its_prediction(tuner_of, model, fitted):
     assert tuner.charts["frontier"].frame.filter(role="measured").height == 2
 
 
-def test_another_method_by_words_is_known_by_what_it_declares(rates, fitted):
+def test_another_method_with_a_prediction_is_known_by_what_it_declares(rates, fitted):
     vl.register(replace(METHODS["fisherquant"], id="other", name="Other", codecs=(FisherQuant,)))
     try:
         both = [rates.with_calibration(replace(fitted, method=method)) for method in ("fisherquant", "other")]

@@ -74,7 +74,7 @@ class BytesPerToken(_Amounts):
 
 @dataclass(frozen=True)
 class TokensInMemory(_Amounts):
-    """So many tokens in so many megabytes (10⁶ bytes): exact tokens, codes, scales and slack; tables do not count."""
+    """``tokens`` tokens in ``megabytes`` (10⁶ bytes): exact tokens, codes, scales and slack; tables do not count."""
 
     tokens: int
     megabytes: float
@@ -82,7 +82,7 @@ class TokensInMemory(_Amounts):
 
 @dataclass(frozen=True)
 class QualityFloor(_Amounts):
-    """The fewest bytes at a predicted loss of at most so much: nats a token, by gradients or by divergences."""
+    """The fewest bytes with at most this ``predicted_loss``: nats a token, by gradients or by divergences."""
 
     predicted_loss: float
 
@@ -127,14 +127,15 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What an allocation may do.
+    """Limits of an allocation.
 
-    Code widths are from ``least_bits`` to ``most_bits``, of those that were measured. By default the least is 2, as at
-    1 bit predicted losses are too low, and 1 for a budget that 2 bits for every head would all but spend. Of a method
-    with bits for each coordinate these are means over a layer's keys or values, and the default has no least. So many
-    first and last layers as are ``protected`` are left out: they get ``most_bits`` by the protection ``"widest"``, or
-    stay exact. With ``keys_over_values`` a layer's keys get as many bits as its values at least, on average over its
-    heads. ``methods`` are the only ones of those that were measured; by default all.
+    A head gets from ``least_bits`` to ``most_bits`` code bits, of the widths that were measured. By default the least
+    is 2, as losses at 1 bit are predicted too low. It is 1 for a budget that 2 bits for every head would all but spend.
+    Where a method gives each coordinate bits of its own, the limits are of the mean over a layer's keys or values, and
+    by default there is no least. The ``protected_first`` and ``protected_last`` layers are no part of the allocation:
+    they get ``most_bits`` (protection ``"widest"``) or stay exact (``"exact"``). With ``keys_over_values`` a layer's
+    keys get at least as many bits as its values, on average over its heads. ``methods``: the only ones that are used;
+    by default all that were measured.
     """
 
     least_bits: int | None = None

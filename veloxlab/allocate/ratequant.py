@@ -108,19 +108,19 @@ def rate_budget(
 
     Parameters
     ----------
-    methods : that a layer's keys or values may get. ``"ratequant"`` has a width for each head, ``"fisherquant"`` for
-        each coordinate: what the latter loses is read from its calibration, and nothing is measured for it.
+    methods : ids of the methods that a budget may choose from. ``"ratequant"`` has a width for each head,
+        ``"fisherquant"`` for each coordinate: its losses are predicted from its calibration, and not measured.
     sinks, window : of the plans to be made; sinks are left out of the measurements.
     calibrations : what `veloxlab.calibrate` gave at the widths ``bits``, for methods that have to be fitted.
     """
     sizes, fitted = layer_sizes(model), {calibration.method: calibration for calibration in calibrations}
     for calibration in calibrations:
         calibration.check_model(model)
-    by_words = [method for method in methods if find_method(method).prediction]
-    if missing := [method for method in by_words if method not in fitted]:
+    from_calibration = [method for method in methods if find_method(method).prediction]
+    if missing := [method for method in from_calibration if method not in fitted]:
         way_out = f"give calibrations=[vl.calibrate(model, tokenizer, {missing[0]!r})]"
         raise InputError(f"Losses of {missing[0]} are read from its calibration: {way_out}.")
-    ours = [method for method in methods if method not in by_words]
+    ours = [method for method in methods if method not in from_calibration]
     given: dict[str, Any] = {"sinks": sinks, "progress": progress}
     weights = sensitivities(model, tokenizer, text, sequences=sequences, tokens=tokens, by=by, folder=folder, **given)
     given |= {"bits": bits, "tokens": 2 * tokens, "calibrations": fitted}
@@ -129,7 +129,7 @@ def rate_budget(
     identities = {method: one.identity for method, one in fitted.items() if method in ours}
     facts = shape.model, shape.model_hash, shape.entries, sizes
     rates = RateBudget(*facts, weights, curves, sinks, window, identities)
-    for method in by_words:
+    for method in from_calibration:
         rates = rates.with_calibration(fitted[method])
     return rates
 
@@ -138,7 +138,7 @@ def rate_budget(
 def allocate_bits(
     model: Module, tokenizer: object, budget: Budget | float, bounds: Bounds | None = None, **measured: Any
 ) -> Plan:
-    """Measure by `rate_budget`, with the arguments ``measured``, and allocate one budget; for several keep that."""
+    """Measure by `rate_budget`, with the arguments ``measured``, and allocate one budget; for more, keep its result."""
     return rate_budget(model, tokenizer, **measured).plan(budget, bounds)
 
 
@@ -169,9 +169,9 @@ def _of_model(name: str, path: Path) -> RateBudget:
 
 
 EVALUATED = schema("kind true_bits bytes_per_token predicted_loss") | FIDELITY
-"""Columns of `evaluated`: "allocated", "uniform", or `by_words` for a plan of that alone; bits of each packed value;
-predicted as if all tokens behind the sinks were codes, and measured with the plan's window, which is exact: less is
-lost than without."""
+"""Columns of `evaluated`: "allocated", "uniform", or the `predicted_method` for a plan of that alone; bits of each
+packed value; loss as predicted if all tokens behind the sinks were codes. It is measured with the plan's window, which
+is exact: less is lost than without."""
 
 
 def evaluated(

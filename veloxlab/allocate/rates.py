@@ -65,11 +65,11 @@ COORDINATES = schema(PLACE + "coordinate method bits")
 
 @dataclass(frozen=True, eq=False)
 class RateBudget:
-    """What was measured of a model for allocating bits, so that a budget costs no further run.
+    """Measurements of a model from which any number of budgets is allocated, without a further run.
 
-    That is `SENSITIVITIES` and `CURVES`, and ``calibrations``, identities by method, of what the curves are of. Of
-    the method `by_words` it is ``spectra``, `SPECTRA`. ``entries`` is the length of the prompt cache, and ``sizes`` are
-    those of layers with keys and values.
+    It has `SENSITIVITIES` and `CURVES`. A method with a `prediction` has no curves: its calibration gives ``spectra``,
+    `SPECTRA`. ``calibrations`` are the identities, by method, of the calibrations that were used. ``entries`` is the
+    length of the prompt cache, and ``sizes`` are those of layers with keys and values.
     """
 
     model: str
@@ -93,21 +93,24 @@ class RateBudget:
         if not by <= {*NATS}:
             raise InputError(f"Losses of {method} are in nats, and these by {by.pop()!r} are not: take by='gradient'.")
         rows = spectra_of(calibration, {(size.layer, tensor) for size in self.sizes for tensor in TENSORS})
-        if self.by_words not in (None, method):
-            raise InputError(f"These tables know {self.by_words} already: make others for {method}.")
+        if self.predicted_method not in (None, method):
+            raise InputError(f"These tables know {self.predicted_method} already: make others for {method}.")
         identities = {**self.calibrations, method: calibration.identity}
         return replace(self, spectra=rows, calibrations=identities)
 
     @property
-    def by_words(self) -> str | None:
-        """The method that `with_calibration` added, which gives rows of words their bits."""
+    def predicted_method(self) -> str | None:
+        """Id of the method that ``spectra`` are of; None without them."""
         known = () if self.spectra.is_empty() else self.calibrations
         return next((method for method in known if find_method(method).prediction), None)
 
     @property
     def methods(self) -> list[str]:
         """Ids of what was measured, in the order of the measurements."""
-        return [*self.curves["method"].unique(maintain_order=True), *([self.by_words] if self.by_words else [])]
+        return [
+            *self.curves["method"].unique(maintain_order=True),
+            *([self.predicted_method] if self.predicted_method else []),
+        ]
 
     @checked(bounds=BOUNDS)
     def solve(
@@ -255,7 +258,7 @@ class RateBudget:
 
     @cached_property
     def _offer(self) -> Offer:
-        spectra = Spectra.of(self.by_words, self.spectra) if self.by_words else None
+        spectra = Spectra.of(self.predicted_method, self.spectra) if self.predicted_method else None
         return Offer.of(self.sizes, self.sensitivities, self.curves, spectra)
 
     @cached_property

@@ -98,7 +98,8 @@ def search(
         methods that take them, such as FisherQuant.
     sinks, window : numbers of exact tokens to try.
     protected : sets of layers to leave exact to try, such as ``[(), (0, -1)]``.
-    most_bytes_per_token, most_kl : a budget, and a floor of quality in nats; what costs more than need be never runs.
+    most_bytes_per_token : candidates that hold more are not run.
+    most_kl : in nats. The cheapest candidates run first, and the search ends once some have no more than this.
     context : tokens of the text at which bytes are counted.
     text, tokens, windows : the text, by default the WikiText-2 test excerpt, and length and number of its stretches.
     mode, prompt : as for `vl.measure.fidelity_to`; by default ``"decode"`` if a candidate has a window, else

@@ -89,8 +89,9 @@ def cache_name(method: str, widths: Mapping[Tensor, float]) -> str:
 class Plan:
     """What `veloxlab.make_cache` is to make for one model.
 
-    ``layers`` has settings for each entry of the prompt cache, idle where a layer keeps its own cache. ``allocation``
-    tells the measurements that bits were allocated by from others, and ``calibrations`` the calibrations, by method.
+    ``layers`` has settings for each entry of the prompt cache; those of a layer that keeps its own cache are not used.
+    ``allocation`` is the identity of the measurements by which bits were allocated, and ``calibrations`` has those of
+    calibrations, by method.
     """
 
     model_hash: str

@@ -62,7 +62,7 @@ _REGISTERED: WeakKeyDictionary[type, tuple[str, int]] = WeakKeyDictionary()
 
 @checked(method=instance(Method, "a veloxlab.codecs.Method"), replace=FLAG)
 def register(method: Method, *, replace: bool = False) -> Method:
-    """Make an algorithm from elsewhere one of the methods, of the process and until `unregister`; gives it back.
+    """Add an algorithm to the methods of this process, until `unregister`, and return it.
 
     A cache that is saved with it is read again where a method of this id and version is registered, with classes of the
     same names and fields.
@@ -103,7 +103,7 @@ def registered(kind: type) -> tuple[str, int] | None:
 
 @checked()
 def unregister(name: str) -> None:
-    """Undo `register`, but for caches that were made with it; raises `InputError` if that was not called."""
+    """Undo `register`; caches made with the method still work. Raises `InputError` for one of veloxlab's own."""
     if name in _OURS:
         raise InputError(f"The method {name!r} comes with veloxlab and stays.")
     del METHODS[find_method(name).id]

@@ -61,20 +61,20 @@ def _of(page: str, name: str) -> Any:  # noqa: ANN401 - a property
 
 
 class Lab(Experimenter, OfExperiment, OfLayers):
-    """See everything about one model's compressed cache, page by page, and take away what was found.
+    """The laboratory: pages that measure and show one model's compressed cache.
 
-    Method, bits, exact tokens, layer, head and token are one choice for all pages. A page is made when it is first
-    opened, and anew when it is opened after it was closed. All work is done by one thread, with progress; each page can
-    cancel it. Nothing here needs a network.
+    All pages share method, bits, exact tokens, layer, head and token. A page is made when it is opened, and made anew
+    after it was closed. One thread does all work, with progress; each page can cancel it. Nothing here needs a network.
 
-    Parameters, and what they raise, are those of `CacheExplorer`, and so are the attributes but for these: the trait
-    ``page`` is the name of the open page, one of ``cache``, ``advise``, ``errors``, ``keys``, ``tokens``, ``compare``,
-    ``generation``, ``runs``, ``times``, ``tasks``, ``budget`` and ``memory``; the traits ``head`` and ``token`` are the
-    chosen KV head, and the chosen token by its position in the text, None for the one that lost most; ``compact`` makes
-    charts small, so that a page fits one screen; ``pages`` are the pages that were made, by name, each a widget of its
-    own; ``points`` keeps what was measured: ``points.windows`` says on how many windows of text, ``points.table`` gives
-    all of it, ``points.save(path)`` writes it and ``points.open(path)`` adds what was written; and ``compare()``
-    measures every method that needs no fitting.
+    Parameters, and what they raise, are those of `CacheExplorer`, and so are the attributes, with these besides:
+
+    - ``page``, a trait: the open page, one of ``cache``, ``advise``, ``errors``, ``keys``, ``tokens``, ``compare``,
+      ``generation``, ``runs``, ``times``, ``tasks``, ``budget`` and ``memory``. ``pages``: those made so far, by name.
+    - ``head``, ``token``, traits: the chosen KV head, and the chosen token by its position in the text; None for the
+      token that lost most. ``compact``, a trait: small charts, so that a page fits one screen.
+    - ``points``: what was measured. ``points.windows`` is the number of windows of text, ``points.table`` a frame of
+      all runs; ``points.save(path)`` writes it, and ``points.open(path)`` adds what was written.
+    - ``compare()`` measures every method that needs no fitting.
     """
 
     NAME = "lab"

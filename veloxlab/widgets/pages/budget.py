@@ -58,7 +58,7 @@ class BudgetTuner(ChartPage):
     ``budget``: to begin with, of true bits if it is a number; by default half of what can be spent. ``bounds``,
     ``key_weight``: as `veloxlab.allocate.budget.Setting` has them. ``text``, ``tokens``, ``windows``: of measurements,
     as for `veloxlab.fidelity`. ``rate_settings``: further arguments of `veloxlab.rate_budget`, where tables are to be
-    measured. ``calibration``: of a method that the tables have by one, else made once needed. ``layer``: the
+    measured. ``calibration``: what `veloxlab.calibrate` gave; else it is made when it is needed. ``layer``: the
     picked one. Raises `InputError` if the tables are of another model, if the budget cannot
     be, or if a model came without its tokenizer.
 
@@ -216,7 +216,7 @@ class BudgetTuner(ChartPage):
         """Show the tuner of these tables. On the worker's thread, where they were measured."""
         self._ready = False
         self.widths = rates.curves["bits"].unique().sort().to_list() or [*range(1, WIDEST + 1)]
-        least = None if rates.by_words else self.widths[0]
+        least = None if rates.predicted_method else self.widths[0]
         self.everything = drawn.frontiers(rates, Bounds(least, self.widths[-1]))
         budget, bounds, key_weight = self._first
         if budget is None:
@@ -225,7 +225,7 @@ class BudgetTuner(ChartPage):
         rates.solve(setting.budget, bounds, key_weight=key_weight)  # if it cannot be, there are no tables yet
         self.rates = rates
         self.set_trait("setting", setting)
-        self._draw([*drawn.CHARTS, drawn.COORDINATES] if rates.by_words else drawn.CHARTS)
+        self._draw([*drawn.CHARTS, drawn.COORDINATES] if rates.predicted_method else drawn.CHARTS)
         link(*(view for name, view in self.charts.items() if name not in ("frontier", "coordinates")))
         t.link((self, "layer"), (self.charts["bits"], "picked"))
         known = self.widths, len(rates.sizes), rates.methods
@@ -240,7 +240,7 @@ class BudgetTuner(ChartPage):
             )
             for words, kind in {"Measure": "allocated", "Measure uniform": "uniform"}.items()
         }
-        if not rates.by_words and drawn.by_of(rates) in NATS:
+        if not rates.predicted_method and drawn.by_of(rates) in NATS:
             said = f"Calibrate it, some minutes at first, and see its predictions{why}"
             addable = [method for method in METHODS.values() if method.prediction]
             acts |= {f"Add {method.name}": (said, partial(self.add, method.id)) for method in addable}

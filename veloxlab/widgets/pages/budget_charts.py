@@ -29,7 +29,9 @@ def unit_of(rates: RateBudget, a: str = "token") -> str:
 
 def kind_of(plan: Plan, rates: RateBudget) -> str:
     """What charts call a plan that was allocated."""
-    return rates.by_words if rates.by_words and names_of(plan) == rates.by_words else "allocated"
+    return (
+        rates.predicted_method if rates.predicted_method and names_of(plan) == rates.predicted_method else "allocated"
+    )
 
 
 def names_of(plan: Plan) -> str:
@@ -63,12 +65,14 @@ def _heads(look: Look) -> pl.DataFrame:
 
 
 def frontiers(rates: RateBudget, bounds: Bounds) -> pl.DataFrame:
-    """Lines of what may be chosen and of uniform widths; with a method by words, of plans with it and without."""
-    by_words, asked = rates.by_words, list(bounds.methods or rates.methods)
-    others = [method for method in rates.methods if method != by_words] if asked == [by_words] else asked
+    """Lines of what may be chosen and of uniform widths; with a `predicted_method`, of plans with it and without."""
+    predicted_method, asked = rates.predicted_method, list(bounds.methods or rates.methods)
+    others = (
+        [method for method in rates.methods if method != predicted_method] if asked == [predicted_method] else asked
+    )
     lines = {"allocated": others} if others else {}
-    if by_words:
-        lines = {by_words: [by_words]} | lines
+    if predicted_method:
+        lines = {predicted_method: [predicted_method]} | lines
     parts = [rates.frontier(bounds).filter(kind="uniform")]
     for kind, methods in lines.items():
         own = rates.frontier(replace(bounds, methods=tuple(methods))).filter(kind="allocated")
@@ -149,4 +153,4 @@ COORDINATES = Chart(
     why="The same of single coordinates.",
     badge="predicted",
 )
-"""Of tables with a method by words."""
+"""Of tables with a method that gives each coordinate bits of its own."""
