@@ -440,8 +440,8 @@ def test_no_two_methods_look_alike():
 @pytest.mark.parametrize("name", CHARTS)
 def test_a_plain_chart_leaves_a_live_one_a_picture_and_a_line_in_the_notebook(name):
     data, metadata = CHARTS[name]()._repr_mimebundle_()
-    assert data[theme.LIVE]["$schema"].endswith("/v5.json")
-    assert data["text/plain"] == describe(data[theme.LIVE], data[theme.LIVE]["datasets"])
+    assert data[picture.LIVE]["$schema"].endswith("/v5.json")
+    assert data["text/plain"] == describe(data[picture.LIVE], data[picture.LIVE]["datasets"])
     assert "rows" in data["text/plain"]
     output = nbformat.v4.new_output("display_data", data=data, metadata=metadata)
     cell = nbformat.v4.new_code_cell(outputs=[output])
@@ -477,7 +477,7 @@ def png_rows(png: bytes) -> np.ndarray:
 
 def test_numbers_of_a_saved_chart_have_six_digits():
     chart = alt.Chart(pl.DataFrame({"x": [1 / 3, 2e-9 / 3], "n": [1234567, 2]})).mark_point().encode(x="x", y="n")
-    spec = chart._repr_mimebundle_()[0][theme.LIVE]
+    spec = chart._repr_mimebundle_()[0][picture.LIVE]
     assert spec["datasets"]["data-0"] == [{"x": 0.333333, "n": 1234567}, {"x": 6.66667e-10, "n": 2}]
 
 

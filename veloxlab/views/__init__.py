@@ -8,7 +8,7 @@ from types import FunctionType
 
 import lazy_loader
 
-from veloxlab.views import theme
+from veloxlab.views import picture
 from veloxlab.views.given import guarded
 
 _public, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
@@ -22,4 +22,4 @@ def __getattr__(name: str) -> object:
     return found
 
 
-theme.enable()
+picture.enable()

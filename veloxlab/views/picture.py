@@ -1,4 +1,4 @@
-"""Charts as files, made without a browser or a network: still pictures by vl-convert, and one whole HTML page."""
+"""Charts as outputs, made without a browser or a network: pictures by vl-convert, one HTML page, a notebook's cell."""
 
 from __future__ import annotations
 
@@ -12,18 +12,23 @@ from html import escape
 from importlib.resources import files
 from itertools import accumulate, count
 from string import Template
+from typing import Any
 
+import altair as alt
 import numpy as np
 import polars as pl
 import vl_convert
 from altair.utils import update_nested
 
 from veloxlab.views import theme
-from veloxlab.views.spec import Spec, compact, finite
+from veloxlab.views.spec import Spec, compact, describe, finite, join, split
 
 WIDTH = 700  # pixels: as wide as GitHub and nbviewer show an output
 CHANNELS = 4  # bytes of a pixel: vl-convert writes RGBA
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+DIGITS = 6  # of a number in a plain chart: more than a screen can show, and a third of a saved notebook's size less
+LIVE = "application/vnd.vegalite.v5+json"  # the newest that JupyterLab 4.6 draws; what our charts use is in v5 and v6
+V5 = "https://vega.github.io/schema/vega-lite/v5.json"
 
 
 def svg(spec: Spec) -> str:
@@ -169,3 +174,28 @@ def html_table(titles: Sequence[str], rows: Iterable[Sequence[object]], cell: st
 def _inert(value: object) -> str:
     """JSON in which HTML sees no mark of its own: neither ``</script`` nor ``<!--``, for there is no ``<``."""
     return compact(value).replace("<", "\\u003c")
+
+
+def enable() -> None:
+    """Make this Altair's theme and renderer; its own renderers need a network, or an older Vega-Lite in JupyterLab."""
+    alt.theme.register("veloxlab", enable=True)(lambda: alt.theme.ThemeConfig(config=theme.structure()))  # type: ignore[typeddict-item]
+    alt.renderers.register("veloxlab", render)
+    alt.renderers.enable("veloxlab")
+
+
+def render(spec: Spec, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Give a mime bundle (live chart, picture, text) of a spec with its data, and its metadata; it needs no kernel."""
+    bare, rows, params = split(spec)
+    rows = {name: [{key: _shortened(value) for key, value in row.items()} for row in own] for name, own in rows.items()}
+    whole = join(bare, rows, params)
+    bundle = {
+        LIVE: whole | {"$schema": V5},
+        "image/png": b64encode(png(whole)).decode(),
+        "text/plain": describe(bare, rows),
+    }
+    compact(bundle[LIVE])  # a notebook with what JSON does not have could not be saved
+    return bundle, {LIVE: {"embed_options": {"renderer": "svg", "actions": False}}}
+
+
+def _shortened(value: object) -> object:
+    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value

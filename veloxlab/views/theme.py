@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 from typing import Any, Literal
 
-import altair as alt
-
 from veloxlab import codecs
-from veloxlab.views import picture
-from veloxlab.views.spec import Spec, compact, describe, join, split
 
 Mode = Literal["light", "dark"]
 
@@ -96,33 +91,3 @@ def colours(mode: Mode) -> dict[str, Any]:
         "rule": {"color": ink["soft"]},
         "range": {"ramp": LOSS[mode], "heatmap": LOSS[mode]},
     }
-
-
-DIGITS = 6  # of a number in a plain chart: more than a screen can show, and a third of a saved notebook's size less
-LIVE = "application/vnd.vegalite.v5+json"  # the newest that JupyterLab 4.6 draws; what our charts use is in v5 and v6
-V5 = "https://vega.github.io/schema/vega-lite/v5.json"
-
-
-def enable() -> None:
-    """Make this Altair's theme and renderer; its own renderers need a network, or an older Vega-Lite in JupyterLab."""
-    alt.theme.register("veloxlab", enable=True)(lambda: alt.theme.ThemeConfig(config=structure()))  # type: ignore[typeddict-item]
-    alt.renderers.register("veloxlab", render)
-    alt.renderers.enable("veloxlab")
-
-
-def render(spec: Spec, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Give a mime bundle (live chart, picture, text) of a spec with its data, and its metadata; it needs no kernel."""
-    bare, rows, params = split(spec)
-    rows = {name: [{key: _shortened(value) for key, value in row.items()} for row in own] for name, own in rows.items()}
-    whole = join(bare, rows, params)
-    bundle = {
-        LIVE: whole | {"$schema": V5},
-        "image/png": base64.b64encode(picture.png(whole)).decode(),
-        "text/plain": describe(bare, rows),
-    }
-    compact(bundle[LIVE])  # a notebook with what JSON does not have could not be saved
-    return bundle, {LIVE: {"embed_options": {"renderer": "svg", "actions": False}}}
-
-
-def _shortened(value: object) -> object:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
