@@ -27,7 +27,7 @@ from veloxlab.measure.activations import LayerCapture
 from veloxlab.measure.bench import cpu, cpu_decode, host, models, shapes, timing
 from veloxlab.texts import shipped_folder
 
-SMALL = timing.Shape(4, 2, 128)
+SMALL = shapes.Shape(4, 2, 128)
 SMALL_MODEL = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -108,7 +108,7 @@ def test_attention_of_methods_reads_codes_of_their_own(quick):
 @pytest.mark.parametrize("method", [name for name in METHODS if name != "none"])
 def test_every_method_can_be_fitted_to_random_vectors(method):
     for tensor in ("keys", "values"):
-        codec = timing.fitted(method, timing.Shape(2, 1, 64), tensor, bits=2)
+        codec = timing.fitted(method, shapes.Shape(2, 1, 64), tensor, bits=2)
         assert codec.encode(mx.ones((1, 1, 3, 64))).tokens == 3
 
 
@@ -186,7 +186,7 @@ def test_the_command_writes_what_it_measured_and_can_measure_a_part_again(monkey
 def small_cpu(monkeypatch):
     """A CPU's parts, for two methods, a layer of two heads, and few tokens."""
     for name, value in {
-        "SHAPE": timing.Shape(2, 1, 64),
+        "SHAPE": shapes.Shape(2, 1, 64),
         "SAMPLE": 192,
         "LAYERS": 2,
         "ROUNDS": 2,
@@ -198,7 +198,7 @@ def small_cpu(monkeypatch):
         monkeypatch.setattr(cpu, name, value)
     for name, value in {"VOCABULARY": 96, "ROUNDS": 2, "STEPS": 2, "bandwidth": lambda: 10.0}.items():
         monkeypatch.setattr(cpu_decode, name, value)
-    monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", SMALL_MODEL)
+    monkeypatch.setitem(shapes.MODELS, "smollm2-135m", SMALL_MODEL)
 
 
 def test_a_cpu_is_measured_by_one_command_and_without_parts_only_written_again(small_cpu, tmp_path, capsys):
@@ -336,8 +336,8 @@ def test_the_committed_times_are_drawn():
 
 
 def test_memory_is_measured_by_length_and_a_failing_step_is_no_number(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", SMALL_MODEL)
-    monkeypatch.setitem(shapes.SHAPES, "one layer of 7B", SMALL_MODEL | {"num_hidden_layers": 1})
+    monkeypatch.setitem(shapes.MODELS, "smollm2-135m", SMALL_MODEL)
+    monkeypatch.setitem(shapes.MODELS, "one layer of 7B", SMALL_MODEL | {"num_hidden_layers": 1})
     path = tmp_path / "memory.json"
     words = ["memory", "--random", "--tokens", "200", "70", "--layer-tokens", "64", "--quantized", "4"]
     assert cli.main([*words, "--quantized-upto", "100", "--json", str(path)]) == 0
@@ -433,7 +433,7 @@ def test_lengths_that_a_cache_cannot_go_back_to_are_left_out():
 
 
 def test_lengths_are_on_disk_as_they_come(monkeypatch, tmp_path, capsys):
-    monkeypatch.setitem(shapes.SHAPES, "smollm2-135m", SMALL_MODEL | {"head_dim": 80})
+    monkeypatch.setitem(shapes.MODELS, "smollm2-135m", SMALL_MODEL | {"head_dim": 80})
     words = ["memory", "--random", "--tokens", "16", "--json", str(tmp_path / "memory.json")]
     assert cli.main(words) == 0
     results = json.loads((tmp_path / "memory.json").read_text())

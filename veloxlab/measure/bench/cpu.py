@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
 from statistics import median
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models import base
 
 from veloxlab import runtime
 from veloxlab.codecs import METHODS, TENSORS, Codec
@@ -26,9 +26,9 @@ from veloxlab.codecs.base import Sample
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.kernels.devices import SWITCH
 from veloxlab.measure.bench import timing
-from veloxlab.measure.bench.timing import Row, Shape, Tell
+from veloxlab.measure.bench.shapes import Shape
+from veloxlab.measure.bench.timing import Row, Tell
 from veloxlab.measure.memory import bytes_of
-from veloxlab.mlxlm.quantized import GROUP
 
 SHAPE = Shape(9, 3, 64)
 TOKENS = (512, 2048, 8192)
@@ -68,7 +68,9 @@ def attention_of_methods(tokens: Sequence[int] = TOKENS, progress: Tell = print)
     tiles = {name: [codec.encode(vectors(SAMPLE)) for codec in own] for name, own in codecs(progress).items()}
     rows: list[Row] = []
     for count in sorted({min(tokens), max(tokens)}):
-        ways: dict[str, Callable[[], timing.Cache]] = {EXACT: partial(_exact, count), MLX_LM: partial(_mlx_lm, count)}
+        of_float: dict[str, Any] = {"shape": SHAPE, "tokens": count, "dtype": mx.float32}
+        ways: dict[str, Callable[[], timing.Cache]] = {EXACT: partial(timing.exact, **of_float)}
+        ways[MLX_LM] = partial(timing.mlx_lm, bits=4, **of_float)
         for name, own in codecs().items():
             ways[titled(name)] = partial(timing.repeated, SHAPE, count, own, tiles[name])
         query = mx.random.normal((1, SHAPE.query_heads, 1, SHAPE.head_dim))
@@ -106,7 +108,9 @@ def _with_ratios(rows: Sequence[Row]) -> list[Row]:
 def encode(progress: Tell = print) -> list[Row]:
     """Encoding of `SAMPLE` tokens of one layer: ``cache, tokens, microseconds, least_microseconds, of_ops``, …"""
     x = [vectors(SAMPLE) for _ in TENSORS]
-    works: dict[str, list[Work]] = {titled(name): [partial(_encoded, own, x)] for name, own in codecs(progress).items()}
+    works: dict[str, list[Work]] = {
+        titled(name): [partial(timing.encoded, own, x)] for name, own in codecs(progress).items()
+    }
     return [_told(row, "encoding", progress) for row in _in_turn(works, _first(works))]
 
 
@@ -126,10 +130,6 @@ def _first(works: Mapping[str, Sequence[Work]]) -> dict[str, Work]:
 
 def _attended(attend: Callable[[mx.array], mx.array], query: mx.array) -> mx.array:
     return attend(mx.array(query))  # mlx-lm's quantized attention scales its query in place
-
-
-def _encoded(codecs: Sequence[Codec], x: Sequence[mx.array]) -> list[dict[str, mx.array]]:
-    return [codec.encode(part).arrays for codec, part in zip(codecs, x, strict=True)]
 
 
 def _told(row: Row, what: str, progress: Tell) -> Row:
@@ -193,20 +193,9 @@ def _operations() -> Iterator[None]:
 
 def vectors(tokens: int) -> mx.array:
     """Random keys or values of one layer."""
-    x = timing.vectors(SHAPE, tokens).astype(mx.float32)
+    x = timing.vectors(SHAPE, tokens, mx.float32)
     mx.eval(x)
     return x
-
-
-def _exact(tokens: int) -> timing.Cache:
-    k, v = vectors(tokens), vectors(tokens)
-    return lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=SHAPE.scale), (k, v)
-
-
-def _mlx_lm(tokens: int) -> timing.Cache:
-    k, v = (mx.quantize(vectors(tokens), group_size=GROUP, bits=4) for _ in TENSORS)
-    attend = partial(base.quantized_scaled_dot_product_attention, group_size=GROUP, bits=4)
-    return lambda q: attend(q, k, v, scale=SHAPE.scale, mask=None), (k, v)
 
 
 def _bits(method: str) -> int:

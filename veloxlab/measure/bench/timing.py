@@ -12,7 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache, partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from veloxlab.codecs.base import Code, Codec, Sample
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.kernels.checked import states
 from veloxlab.kernels.devices import current_backend
+from veloxlab.measure.bench.shapes import SHAPES, Shape
 from veloxlab.measure.memory import bytes_of
 from veloxlab.mlxlm.quantized import GROUP
 
@@ -38,23 +39,6 @@ REPEATS = 9
 FIRST_TRIES = 2
 IN_A_ROW = 32  # calls that are evaluated together: as many as a model of 8 billion parameters has layers
 LONGER = 4  # times as many are, to see what one more takes
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Query heads, KV heads and head dimension of a layer."""
-
-    query_heads: int
-    kv_heads: int
-    head_dim: int
-
-    @property
-    def scale(self) -> float:
-        """What attention multiplies q·k with."""
-        return float(self.head_dim**-0.5)
-
-
-SHAPES = (Shape(32, 8, 128), Shape(16, 2, 128), Shape(8, 1, 256))
 TOKENS = (4096, 32768, 131072)
 BITS = (2, 3, 4, 8)
 METHOD_BITS = 4
@@ -145,9 +129,9 @@ def _timed(work: Callable[[], object]) -> tuple[float, float]:
     return between - start, time.perf_counter() - between
 
 
-def vectors(shape: Shape, tokens: int) -> mx.array:
+def vectors(shape: Shape, tokens: int, dtype: mx.Dtype = mx.float16) -> mx.array:
     """Random keys or values."""
-    return mx.random.normal((1, shape.kv_heads, tokens, shape.head_dim)).astype(mx.float16)
+    return mx.random.normal((1, shape.kv_heads, tokens, shape.head_dim)).astype(dtype)
 
 
 def decode_attention(
@@ -231,15 +215,15 @@ def calls(shape: Shape, make: Callable[[], Cache]) -> tuple[list[Callable[[], mx
     return made, size
 
 
-def exact(shape: Shape, tokens: int) -> Cache:
-    """Attention to keys and values in 16 bits."""
-    k, v = vectors(shape, tokens), vectors(shape, tokens)
+def exact(shape: Shape, tokens: int, dtype: mx.Dtype = mx.float16) -> Cache:
+    """Attention to keys and values of a type."""
+    k, v = vectors(shape, tokens, dtype), vectors(shape, tokens, dtype)
     return lambda q: mx.fast.scaled_dot_product_attention(q, k, v, scale=shape.scale), (k, v)
 
 
-def mlx_lm(shape: Shape, tokens: int, bits: int) -> Cache:
+def mlx_lm(shape: Shape, tokens: int, bits: int, dtype: mx.Dtype = mx.float16) -> Cache:
     """Attention to mlx-lm's quantized cache."""
-    k, v = (mx.quantize(vectors(shape, tokens), group_size=GROUP, bits=bits) for _ in TENSORS)
+    k, v = (mx.quantize(vectors(shape, tokens, dtype), group_size=GROUP, bits=bits) for _ in TENSORS)
     settings: dict[str, Any] = {"scale": shape.scale, "mask": None, "group_size": GROUP, "bits": bits}
     return lambda q: base.quantized_scaled_dot_product_attention(q, k, v, **settings), (k, v)
 
@@ -295,7 +279,7 @@ def encode_steps(
         for count in (BLOCK, chunk):
             pairs = [[vectors(shape, count) for _ in codecs] for _ in range(IN_A_ROW)]
             mx.eval(pairs)
-            times = microseconds([partial(_encode, codecs, pair) for pair in pairs])
+            times = microseconds([partial(encoded, codecs, pair) for pair in pairs])
             row = {"cache": f"{name} {METHOD_BITS} bit", **asdict(shape), "layers": IN_A_ROW, "tokens": count}
             spent = {"spread": times.spread, "microseconds": IN_A_ROW * times.evaluating}
             ratio = spent["microseconds"] / (BLOCK * attention)
@@ -306,5 +290,6 @@ def encode_steps(
     return rows
 
 
-def _encode(codecs: Sequence[Codec], pair: Sequence[mx.array]) -> list[dict[str, mx.array]]:
+def encoded(codecs: Sequence[Codec], pair: Sequence[mx.array]) -> list[dict[str, mx.array]]:
+    """Codes of keys and of values."""
     return [codec.encode(x).arrays for codec, x in zip(codecs, pair, strict=True)]
