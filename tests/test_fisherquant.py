@@ -15,7 +15,8 @@ from tests.test_calibration import TEXT, Letters
 from tests.tiny_models import tiny
 from veloxlab.codecs import METHODS
 from veloxlab.codecs.base import Sample
-from veloxlab.codecs.fisherquant import FisherQuant, planned
+from veloxlab.codecs.fisherquant import FisherQuant
+from veloxlab.codecs.fisherquant_planning import planned
 from veloxlab.codecs.parts.rope import Rope
 from veloxlab.codecs.parts.trellis import TrellisRows, levels_of
 from veloxlab.codecs.parts.water_filling import shared_words

@@ -52,7 +52,6 @@ identity, and every head counts the same: only directions are known then, and no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Self
@@ -64,12 +63,12 @@ from veloxlab.checks import Check, check_fields, real, whole
 from veloxlab.codecs import fisherquant_fitting as fitting
 from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted
 from veloxlab.codecs.fisherquant_fitting import Axes, CentreName, MetricName
+from veloxlab.codecs.fisherquant_planning import planned, rows_of, variances_of
 from veloxlab.codecs.method import Method, Prediction, Tensor
-from veloxlab.codecs.parts import Floats, constant
+from veloxlab.codecs.parts import constant
 from veloxlab.codecs.parts.packing import WIDEST, Layout, Row
 from veloxlab.codecs.parts.rope import Rope, angles_from
-from veloxlab.codecs.parts.trellis import SCALE_BITS, CodeName, TrellisRows, Widths, levels_of
-from veloxlab.codecs.parts.water_filling import Rows, equal_words
+from veloxlab.codecs.parts.trellis import CodeName, TrellisRows, Widths, levels_of
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed
 from veloxlab.kernels.readers import TrellisReader
@@ -302,44 +301,6 @@ class FisherQuant(Codec):
         return self.forward, self.backward, self.mean
 
 
-def planned(
-    codecs: Mapping[Any, FisherQuant], bits: float, words: int | None = None, **options: Any
-) -> dict[Any, FisherQuant]:
-    """The same codecs, with widths that lose least together at ``bits`` a value, and other ``options``.
-
-    With ``words`` each has a row of so many 32-bit words, whatever the others have.
-    """
-    some = [codec.switched(bits=bits, **options) for codec in codecs.values()]
-    variances, rows = [np.array(codec.variances, np.float64) for codec in some], _rows(some[0].code, some[0].entries)
-    budget = round(sum(own.size for own in variances) * bits / 32)
-    if words is not None:
-        widths = [own for each in variances for own in rows.widths([each], words)]
-    elif some[0].planning == "model":
-        widths = rows.widths(variances, budget)
-    else:
-        savings = rows.savings(variances)
-        if some[0].planning == "none":  # every coordinate saves the same, and less with each bit
-            savings = [np.broadcast_to(-np.arange(WIDEST, dtype=np.float64), own.shape) for own in savings]
-        widths = [
-            w.reshape(own.shape[:2]) for w, own in zip(equal_words(savings, SCALE_BITS, budget), savings, strict=True)
-        ]
-    shares: list[Any] = [own.tolist() for own in widths]
-    planned = [replace(codec, widths=tuple(map(tuple, own))) for codec, own in zip(some, shares, strict=True)]
-    return dict(zip(codecs, planned, strict=True))
-
-
-def _rows(code: CodeName = "trellis", entries: int = 256) -> Rows:
-    """Rows of words of this code."""
-    return Rows(levels_of(code, entries).distortion, SCALE_BITS)
-
-
-def _variances(codec: FisherQuant) -> Floats:
-    """σ² of a fitted codec ``[H, D]``; `InputError` if it is not of the usual code."""
-    if (codec.code, codec.entries) != ("trellis", 256):
-        raise InputError(f"Losses are predicted of {METHOD.name}'s usual code: calibrate without code and entries.")
-    return np.array(codec.variances, np.float64)
-
-
 def build(head_dim: int, bits: float, tensor: Tensor, *, words: int | None = None, **options: Any) -> FisherQuant:
     """FisherQuant for keys or values, to be fitted; ``words`` are of a plan, which `planned` reads."""
     del words
@@ -359,7 +320,7 @@ METHOD = Method(
     version=8,
     timed=True,
     planned=planned,
-    prediction=Prediction(_variances, _rows),
+    prediction=Prediction(variances_of, rows_of),
     colour="#1c7c7d",
     mark="diamond",
 )
