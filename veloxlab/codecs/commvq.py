@@ -33,10 +33,11 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import whole
-from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, empty_code, learnable, not_fitted
+from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, empty_code, not_fitted
 from veloxlab.codecs.commvq_training import ENTRIES, ROUNDS, STARTS, train_tables
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import constant, packing, scales
+from veloxlab.codecs.parts.learning import learnable
 from veloxlab.codecs.parts.rope import Rope, angles_from
 from veloxlab.errors import InputError
 from veloxlab.kernels.checked import computed

@@ -61,11 +61,12 @@ import numpy as np
 
 from veloxlab.checks import Check, check_fields, real, whole
 from veloxlab.codecs import fisherquant_fitting as fitting
-from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted
+from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, not_fitted
 from veloxlab.codecs.fisherquant_fitting import Axes, CentreName, MetricName
 from veloxlab.codecs.fisherquant_planning import planned, rows_of, variances_of
 from veloxlab.codecs.method import Method, Prediction, Tensor
 from veloxlab.codecs.parts import constant
+from veloxlab.codecs.parts.learning import learnable
 from veloxlab.codecs.parts.packing import WIDEST, Layout, Row
 from veloxlab.codecs.parts.rope import Rope, angles_from
 from veloxlab.codecs.parts.trellis import CodeName, TrellisRows, Widths, levels_of

@@ -12,8 +12,8 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from veloxlab.codecs.base import per_head
 from veloxlab.codecs.parts import Floats
+from veloxlab.codecs.parts.learning import per_head
 from veloxlab.codecs.parts.rope import Rope
 
 Singles = NDArray[np.float32]

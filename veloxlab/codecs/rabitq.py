@@ -36,9 +36,10 @@ from typing import ClassVar, Literal, Self
 import mlx.core as mx
 import numpy as np
 
-from veloxlab.codecs.base import Code, Sample, check_heads, check_vectors, learnable
+from veloxlab.codecs.base import Code, Sample, check_heads, check_vectors
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import constant, in_turn, packing, scales
+from veloxlab.codecs.parts.learning import learnable
 from veloxlab.codecs.parts.scalar import paired_levels
 from veloxlab.codecs.parts.transforms import RotationName
 from veloxlab.codecs.rotated import RotatedCodec

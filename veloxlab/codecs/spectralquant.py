@@ -34,9 +34,10 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import real
-from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted, per_head
+from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, not_fitted
 from veloxlab.codecs.method import Method, Tensor
 from veloxlab.codecs.parts import Floats, constant, packing, scales
+from veloxlab.codecs.parts.learning import learnable, per_head
 from veloxlab.codecs.parts.scalar import PlannedQuantizer
 from veloxlab.codecs.parts.transforms import SignedHadamard
 from veloxlab.codecs.parts.water_filling import greedy_bits

@@ -11,8 +11,9 @@ import mlx.core as mx
 import numpy as np
 
 from veloxlab.checks import whole
-from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, learnable, not_fitted
+from veloxlab.codecs.base import Code, Codec, Sample, check_heads, check_vectors, not_fitted
 from veloxlab.codecs.parts import constant
+from veloxlab.codecs.parts.learning import learnable
 from veloxlab.codecs.parts.packing import Layout
 from veloxlab.errors import InputError
 

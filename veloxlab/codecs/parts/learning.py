@@ -1,0 +1,32 @@
+"""What a method learns from: the vectors of each KV head, if they are enough and not all the same."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+
+from veloxlab.codecs.parts import Floats
+from veloxlab.errors import InputError
+
+_LEAST_TOKENS = 16  # of a statistic of a layer: that of fewer says little, its own error a quarter of the spread
+_SAME = 1e-6  # variance, of a mean square of 1, below which all vectors are one
+
+
+def per_head(x: mx.array) -> Floats:
+    """``[B, H, S, D]`` to ``[H, B·S, D]``, float64."""
+    array = np.array(x.astype(mx.float32), np.float64).swapaxes(0, 1)
+    return np.asarray(array.reshape(array.shape[0], -1, array.shape[-1]))
+
+
+def learnable(x: mx.array, method: str, least: int = _LEAST_TOKENS) -> Floats:
+    """The same; raises `InputError` unless each head has ``least`` tokens that are not zero, and these vary."""
+    array = per_head(x)
+    tokens = int(array.any(axis=-1).sum(axis=-1).min()) if array.size else 0
+    if tokens < least:
+        raise InputError(
+            f"{method} cannot learn from {tokens} tokens that are not zero in a KV head: "
+            f"calibrate with a text of {least} such tokens or more, better {8 * least}."
+        )
+    if (array.var(axis=1).mean(axis=-1) < _SAME * np.square(array).mean(axis=(1, 2))).any():
+        raise InputError("All tokens of the sample are the same in one KV head: calibrate with a text that varies.")
+    return array
