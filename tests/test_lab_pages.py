@@ -17,8 +17,10 @@ from veloxlab.cache.counts import calls
 from veloxlab.errors import InputError
 from veloxlab.mlxlm.probe import LayerFacts
 from veloxlab.views.picture import png_size
+from veloxlab.widgets import ChartView, ProgressBar
 from veloxlab.widgets.lab import NAMES
 from veloxlab.widgets.lab import PAGES as KINDS
+from veloxlab.widgets.lifetime import TABLE, parts
 from veloxlab.widgets.pages.cache import CachePage, unusual
 
 PAGES = [name for name in NAMES if name not in ("cache", "compare")]
@@ -301,6 +303,46 @@ def test_state_names_head_and_page(lab):
     lab.restore(state)
     assert lab.wait(120)
     assert lab.state == state
+
+
+@pytest.mark.parametrize(
+    ("name", "step"),
+    [("cache", {"key_bits": 3}), ("errors", {"layer": 1}), ("keys", {"layer": 1}), ("tokens", {"token": 70})],
+)
+def test_what_is_put_into_a_chart_is_what_it_would_be_drawn_of(lab, name, step, monkeypatch):
+    page = lab.turn_to(name)
+    before = {chart: view.spec["id"] for chart, view in page.charts.items()}
+    monkeypatch.setattr(ChartView, "show", None)  # to draw one anew takes ten times as long
+    lab.selection.choose(**step)
+    assert page.wait(120)
+    monkeypatch.undo()
+    for chart, kind in page._kinds.items():
+        view, fresh = page.charts[chart], ChartView(kind.draw(page.shown[chart], page._look()))
+        assert view.spec["id"] == before[chart]
+        assert (view._bare, view.content["params"]) == (fresh._bare, fresh.content["params"])
+        drawn = fresh.frame
+        assert sorted(view.frame.select(drawn.columns).rows(), key=repr) == sorted(drawn.rows(), key=repr)
+    lab.selection.choose(token=None)
+
+
+def test_work_moves_the_bar_of_the_open_page_alone(lab):
+    for name in ("tokens", "errors"):
+        lab.turn_to(name)
+    bars = {name: next(part for part in parts(lab.pages[name]) if isinstance(part, ProgressBar)) for name in lab.pages}
+    moved = dict.fromkeys(bars, 0)
+
+    def count(name):
+        moved[name] += 1
+
+    for name, bar in bars.items():
+        bar.children[1].observe(lambda _, name=name: count(name), "value")
+    lab.worker.submit("test", lambda progress: progress(1, 4, "a step"))
+    assert lab.wait(120)
+    assert [name for name, times in moved.items() if times] == ["errors"]
+    following = [part for part in TABLE.values() if isinstance(part, ProgressBar) and part._worker is lab.worker]
+    assert {*following} == {
+        part for page in lab.pages.values() for part in parts(page) if isinstance(part, ProgressBar)
+    }
 
 
 def test_a_report_has_the_charts_of_every_page_that_was_made(lab, tmp_path):

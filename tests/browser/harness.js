@@ -24,6 +24,7 @@ window.lab = (() => {
   const model = (state, runtime, shared) => {
     const handlers = new Map();
     const sent = [];
+    let saves = 0;
     const of = (event) => handlers.get(event) ?? handlers.set(event, []).get(event);
     return {
       sent,
@@ -34,7 +35,8 @@ window.lab = (() => {
         state[key] = value;
         for (const handler of [...of(`change:${key}`)]) handler();
       },
-      save_changes() {},
+      save_changes: () => void saves++,
+      saves: () => saves,
       on: (event, handler) => of(event).push(handler),
       off: (event, handler) => handlers.set(event, of(event).filter((other) => other !== handler)),
       send(message) {
@@ -45,8 +47,24 @@ window.lab = (() => {
     };
   };
 
+  // what makes the page lay itself out
+  let measures = 0;
+  const counting = (owner, name) => {
+    const { get, value, ...rest } = Object.getOwnPropertyDescriptor(owner, name);
+    const counted = (whole) => whole && function (...given) {
+      measures++;
+      return whole.apply(this, given);
+    };
+    Object.defineProperty(owner, name, get ? { ...rest, get: counted(get) } : { ...rest, value: counted(value) });
+  };
+
   const charts = {};
   return {
+    measures: () => measures,
+    countMeasures() {
+      for (const name of ["offsetParent", "offsetWidth", "offsetHeight"]) counting(HTMLElement.prototype, name);
+      for (const name of ["clientWidth", "clientHeight", "getBoundingClientRect"]) counting(Element.prototype, name);
+    },
     charts,
     pageListeners: () => held.size,
     async open(name, code, state, runtime, shared = true) {

@@ -10,6 +10,7 @@ import polars as pl
 import pytest
 
 from veloxlab import views
+from veloxlab.measure.tokens import ATTENDED
 from veloxlab.widgets.chart_view import STATIC, ChartView
 
 pytestmark = pytest.mark.browser
@@ -35,7 +36,7 @@ def bars(*heights: float) -> alt.Chart:
 def state(view: ChartView) -> dict[str, Any]:
     datasets = {name: rows.decode() for name, rows in view.content["datasets"].items()}
     content = {**view.content, "datasets": datasets}
-    return {"runtime": "IPY_MODEL_r", "spec": view.spec, "content": content, "picked": view.picked, "rendered": 0}
+    return {"runtime": "IPY_MODEL_r", "spec": view.spec, "content": content, "picked": view.picked}
 
 
 def open_chart(bare, view: ChartView, name: str = "one", *, shared: bool = True) -> None:
@@ -49,7 +50,7 @@ def send(bare, view: ChartView, name: str = "one") -> None:
     now = state(view)
     for key in ("spec", "content", "picked"):
         bare.page.evaluate("([name, key, value]) => lab.charts[name].model.set(key, value)", [name, key, now[key]])
-    wait_for(bare, f"lab.charts.{name}.model.get('rendered') === {view.revision}")
+    wait_for(bare, f"document.querySelector('#{name} .veloxlab-chart').dataset.revision === '{view.revision}'")
 
 
 def wait_for(bare, condition: str) -> None:
@@ -113,6 +114,91 @@ def test_a_chart_says_that_it_is_busy_until_the_newest_numbers_are_drawn(bare):
         assert bare.page.evaluate(busy, state(view)["content"]) == "true"
     wait_for(bare, "lab.charts.one.el.ariaBusy === 'false'")
     assert heights(bare) == [30]
+
+
+# what a chart draws, whatever its order in the page, and what numbers Vega rounds by chance
+DRAWN = """(name) => [...document.querySelectorAll(`#${name} svg.marks :is(path, line, text, rect)`)]
+  .map((mark) => ["d", "transform", "fill", "opacity", "stroke", "x2", "y2"]
+    .map((own) => mark.getAttribute(own) ?? "")
+    .map((own) => own.replace(/url.*/, "url").replace(/-?\\d+\\.\\d+/g, (n) => Number(n).toFixed(3)))
+    .join() + mark.textContent)
+  .sort()"""
+
+
+def spent(*parts: tuple[int, str, str, float]) -> alt.VConcatChart:
+    rows = pl.DataFrame(parts, ["layer", "tensor", "part", "bits_per_value"], orient="row")
+    return views.bit_allocation(rows, greatest=9)
+
+
+def attended(*keys: tuple[int, float]) -> alt.VConcatChart:
+    rows = [
+        {"key": key, "key_end": key + 1, "weight": weight, "exact_weight": weight / 2, "error": 0.1, "state": "codes"}
+        for key, weight in keys
+    ]
+    return views.attended_keys(pl.DataFrame(rows, ATTENDED).with_columns(text=pl.format("word {}", "key")))
+
+
+def attended_moves() -> list[alt.VConcatChart]:
+    counts = ((1, 3), (2, 4), (3, 12), (4, 2))
+    return [attended(*((key, 0.5 / (key + i)) for key in range(count))) for i, count in counts]
+
+
+def stacked_moves() -> list[alt.VConcatChart]:
+    others = ((0, "keys", "scales", 0.5), (1, "keys", "codes", 2.0), (1, "keys", "scales", 1.0))
+    return [spent((0, "keys", "codes", bits), *others) for bits in (3.0, 5.0, 2.5)]
+
+
+def filtered_moves() -> list[alt.Chart]:
+    return [bars(*heights).transform_filter("datum.error > 3") for heights in ((5, 10, 2), (1, 10, 4), (5, 4, 2))]
+
+
+@pytest.mark.parametrize("make", [stacked_moves, attended_moves, filtered_moves])
+def test_a_chart_that_was_patched_looks_as_one_drawn_anew(bare, make):
+    moves = make()
+    view = ChartView(moves[0])
+    open_chart(bare, view)
+    tag_svg(bare)
+    for i, chart in enumerate([*moves, *moves]):
+        view.show(chart)
+        send(bare, view)
+        open_chart(bare, ChartView(chart), f"new{i}")
+        assert bare.page.evaluate(DRAWN, "one") == bare.page.evaluate(DRAWN, f"new{i}")
+    assert kept_svg(bare)
+    assert bare.errors == []
+
+
+def test_a_patch_keeps_the_marks_of_its_rows_measures_nothing_and_sends_the_kernel_nothing(bare):
+    log: list[str] = []
+    bare.page.on("console", lambda message: log.append(message.text))
+    view = ChartView(bars(5, 10).transform_filter("datum.error < 100").encode(y=alt.Y("error:Q").scale(domainMin=0)))
+    open_chart(bare, view)
+    view.put(frame(10, 5))
+    send(bare, view)
+    bare.page.evaluate("lab.countMeasures()")
+    bare.page.evaluate(f"document.querySelector('#one {BARS}').dataset.kept = 'yes'")
+    view.put(frame(2, 5), caption="moved")
+    send(bare, view)
+    assert heights(bare) == [48, 120]
+    assert bare.page.locator("#one path[data-kept]").count() == 1
+    view.put(frame(200, 200))  # a scale of no rows
+    send(bare, view)
+    assert bare.page.evaluate("[lab.measures(), lab.charts.one.model.saves()]") == [0, 0]
+    assert log == []  # Vega's warnings, which take a millisecond each
+
+
+def test_what_nobody_sees_is_drawn_once_it_is_seen(bare):
+    view = ChartView(bars(5, 10))
+    open_chart(bare, view)
+    box = "document.querySelector('#one')"
+    hidden = "new Promise((next) => requestAnimationFrame(() => setTimeout(next)))"
+    bare.page.evaluate(f"({box}.style.display = 'none', {hidden})")
+    view.put(frame(10, 5))
+    bare.page.evaluate("(content) => lab.charts.one.model.set('content', content)", state(view)["content"])
+    bare.page.evaluate(hidden)
+    assert bare.page.locator("#one .veloxlab-chart").get_attribute("data-revision") == "1"
+    bare.page.evaluate(f"{box}.style.display = ''")
+    wait_for(bare, f"{box}.querySelector('.veloxlab-chart').dataset.revision === '2'")
+    assert heights(bare) == [120, 60]
 
 
 def test_a_click_picks_a_layer_in_every_linked_chart_and_a_second_click_clears_it(bare):

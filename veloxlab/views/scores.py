@@ -18,13 +18,7 @@ def logit_errors(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     """
     shown = columns.require_head(frame, "logit_errors", "kind place wavelength bits share rms")
     kinds = [kind for kind in KINDS if kind in shown["kind"]]
-    group, words = marks.grouped(shown.filter(kind="coordinate").height, BARS, KINDS["coordinate"])
-    size = pl.when(pl.col("kind") == "coordinate").then(group).otherwise(1)
-    pooled = shown.group_by("kind", pl.col("place") // size * size, maintain_order=True).agg(
-        pl.col("share").sum(), pl.col("rms").pow(2).sum().sqrt(), pl.col("bits", "wavelength").mean()
-    )
-    place = pl.col("place")
-    pooled = pooled.with_columns(begin=place - 0.5 * size, end=place + 0.5 * size)
+    _, words = _grouped(shown)
 
     def bars(kind: str) -> alt.Chart:
         return marks.only(kind=kind).encode(x=columns.x("begin", "", nice=False), x2=alt.X2("end:Q"))
@@ -51,7 +45,21 @@ def logit_errors(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
     )
     plots.append(marks.sized(given, theme.WIDTH - 90, 36))
     heading = "Where the error of the logits comes from, and the bits given there"
-    return marks.framed(plots, pooled, heading, caption or logits_caption(frame))
+    return marks.framed(plots, logits_data(frame), heading, caption or logits_caption(frame))
+
+
+def logits_data(frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows of that chart: a bar each, from ``begin`` to ``end``."""
+    group, _ = _grouped(frame)
+    size, place = pl.when(pl.col("kind") == "coordinate").then(group).otherwise(1), pl.col("place")
+    pooled = frame.group_by("kind", place // size * size, maintain_order=True).agg(
+        pl.col("share").sum(), pl.col("rms").pow(2).sum().sqrt(), pl.col("bits", "wavelength").mean()
+    )
+    return pooled.with_columns(begin=place - 0.5 * size, end=place + 0.5 * size)
+
+
+def _grouped(frame: pl.DataFrame) -> tuple[int, str]:
+    return marks.grouped(frame.filter(kind="coordinate").height, BARS, KINDS["coordinate"])
 
 
 def logits_caption(frame: pl.DataFrame) -> str:

@@ -17,6 +17,7 @@ ERRORS = (1e-6, 1.0)  # relative squared
 PARTS = {"output": "output", "values": "its value", "keys": "its key"}
 WEIGHED = {"exact": "exact_weight", "compressed": "weight"}
 LIKELY = {"exact": "exact_probability", "compressed": "probability"}
+ATTENDED = "key key_end weight exact_weight error state text"  # columns that are drawn
 ROW = 17  # pixels of a line of a list
 
 
@@ -112,12 +113,7 @@ def attended_keys(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart
     Rows of `veloxlab.measure.tokens.ATTENDED`, with a column ``text``: what the key's token is. Many keys are drawn in
     blocks, each with its greatest weight.
     """
-    needed = columns.require(frame, "attended_keys", "key key_end weight exact_weight error state text")
-    blocks = pooled_keys(needed, BLOCKS).with_columns(kind=pl.lit("block"))
-    most = needed.sort(pl.max_horizontal("weight", "exact_weight"), descending=True).head(KEYS)
-    name = pl.format("{}  {}", "key", pl.col("text").str.strip_chars())
-    listed = most.with_columns(kind=pl.lit("key"), rank=pl.int_range(pl.len()), said=name)
-    shown = pl.concat([blocks, listed], how="diagonal")
+    shown = attended_data(columns.require(frame, "attended_keys", ATTENDED))
     drawn = {f"{side}_side": f"max(datum.{weight}, {WEIGHTS[0]})" for side, weight in WEIGHED.items()}
     along = marks.only(kind="block").transform_calculate(**drawn)
     along = along.encode(x=columns.x("key", nice=False), x2=alt.X2("key_end:Q"))
@@ -132,6 +128,16 @@ def attended_keys(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart
     listing = _beside(marks.only(kind="key"), WEIGHED, "weight, mean over the query heads", told)
     plots = [marks.sized(line, theme.WIDTH - 60, 70), marks.sized(listing, theme.WIDTH - 160, ROW * KEYS)]
     return marks.framed(plots, shown, "The keys that this token attends to", caption or attended_caption(frame))
+
+
+def attended_data(frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows of that chart: blocks of keys along the text, and the keys that are listed."""
+    needed = frame.select(ATTENDED.split())
+    blocks = pooled_keys(needed, BLOCKS).with_columns(kind=pl.lit("block"))
+    most = needed.sort(pl.max_horizontal("weight", "exact_weight"), descending=True).head(KEYS)
+    name = pl.format("{}  {}", "key", pl.col("text").str.strip_chars())
+    listed = most.with_columns(kind=pl.lit("key"), rank=pl.int_range(pl.len()), said=name)
+    return pl.concat([blocks, listed], how="diagonal")
 
 
 def attended_caption(frame: pl.DataFrame) -> str:
@@ -149,18 +155,23 @@ def alternatives(frame: pl.DataFrame, *, caption: str = "") -> alt.VConcatChart:
 
     Rows of one position of `veloxlab.measure.tokens.ALTERNATIVES`; the token that came is marked.
     """
-    needed = columns.require(frame, "alternatives", "position rank text probability exact_probability", one="position")
-    name = pl.col("text").str.replace_all("\n", "\u21b5").str.strip_chars(" ")
-    came = frame["came"]
-    shown = needed.with_columns(said=pl.when(came).then(pl.format("{}  \u25c0 text", name)).otherwise(name))
-    # two tokens may have one text; as many rows for every token keep the chart steady
-    shown = shown.sort(~came, "rank").head(CHOICES).sort("rank")
-    shown = shown.with_columns(said=pl.format("{}. {}", "rank", "said"))
+    columns.require(frame, "alternatives", "rank text probability exact_probability", one="position")
+    shown = alternatives_data(frame)
     told = columns.tips("said probability exact_probability")
     listing = _beside(alt.Chart(), LIKELY, "probability of the next token", told)
     plots = [marks.sized(listing, theme.WIDTH - 160, ROW * CHOICES)]
     heading = "What could stand there: the alternatives that it won or lost to"
     return marks.framed(plots, shown, heading, caption or alternatives_caption(frame))
+
+
+def alternatives_data(frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows of that chart: the tokens that are listed, and what they are called."""
+    name = pl.col("text").str.replace_all("\n", "\u21b5").str.strip_chars(" ")
+    came = pl.col("came")
+    said = pl.format("{}. {}", "rank", pl.when(came).then(pl.format("{}  \u25c0 text", name)).otherwise(name))
+    # two tokens may have one text; as many rows for every token keep the chart steady
+    shown = frame.sort(~came, "rank").head(CHOICES).sort("rank")
+    return shown.select("position", "rank", "text", "probability", "exact_probability", said=said)
 
 
 def alternatives_caption(frame: pl.DataFrame) -> str:

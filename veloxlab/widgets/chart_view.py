@@ -102,8 +102,6 @@ class ChartView(Ending, anywidget.AnyWidget):
     picked_token = t.Int(None, allow_none=True, help="the same of the token, its position").tag(sync=True)
     picked_point = t.Int(None, allow_none=True, help="the same of a cache, its number").tag(sync=True)
     note = t.Dict(help="a line above the chart: why it is there, and of what kind its numbers are").tag(sync=True)
-    # the page alone sets this, so an echo of it would only be one more message per move of a slider
-    rendered = t.Int(0, help="the revision last drawn in a page").tag(sync=True, echo_update=False)
 
     _numbers: ClassVar[itertools.count[int]] = itertools.count(1)
 
@@ -126,7 +124,7 @@ class ChartView(Ending, anywidget.AnyWidget):
 
     @property
     def revision(self) -> int:
-        """The number of the newest content; once ``rendered`` equals it, the page shows that content."""
+        """The number of the newest content."""
         return int(self.content["revision"])
 
     def show(self, chart: alt.TopLevelMixin, *, summary: str | None = None) -> None:

@@ -150,7 +150,7 @@ class Lab(Experimenter, OfExperiment, OfLayers):
         for each, panel in self.pages.items():
             panel.activate(each == name)
         if name not in self.pages:
-            self._places[name].children = [ipywidgets.HTML(WAITING), self.progress()]
+            self._put_in(name, ipywidgets.HTML(WAITING), self.progress())
             loosen(self)
 
             def make(progress: Progress) -> Panel:
@@ -170,8 +170,14 @@ class Lab(Experimenter, OfExperiment, OfLayers):
 
     def _show_page(self, name: str, panel: Panel) -> None:
         self._pages = self._pages | {name: panel}
-        self._places[name].children = [panel]
+        self._put_in(name, panel)
         panel.activate(name == self.page)
+
+    def _put_in(self, name: str, *widgets: ipywidgets.Widget) -> None:
+        """Show widgets in the place of a page, and close what was there: a bar would go on following the worker."""
+        before, self._places[name].children = self._places[name].children, widgets
+        for widget in before:
+            widget.close()
 
     @t.observe("compact")
     def _tighten(self, _: object) -> None:

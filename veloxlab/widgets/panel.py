@@ -50,8 +50,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self.selection, self._owns_worker = selection, worker is None
         self.worker = worker or Worker(f"veloxlab-{self.NAME}")
         self.charts: Mapping[str, ChartView] = {}
-        self._ends: list[Callable[[], object]] = []
-        self._keys, self._bits_links = set[str](), list[t.link]()
+        self._ends, self._keys, self._bits_links = list[Callable[[], object]](), set[str](), list[t.link]()
         self._message, self._banner = ipywidgets.HTML(), ipywidgets.HTML()
         loosen(self._message)  # what follows may fail
         loosen(self._banner)
@@ -155,7 +154,8 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
         self, head: Iterable[ipywidgets.Widget], *parts: ipywidgets.Widget, told: ipywidgets.Widget | None = None
     ) -> None:
         """Put together the page: a head that stays in sight, with what is ``told`` and done, and what is below it."""
-        said = status([told or self._banner, self._message], self.progress())
+        self._bar = self.progress()
+        said = status([told or self._banner, self._message], self._bar)
         self.children = laid_out([*head, said, about(self.HELP)], *parts)
 
     def _saying(self, act: Callable[[], object]) -> None:
@@ -230,6 +230,7 @@ class Panel(Ending, ipywidgets.VBox):  # type: ignore[misc]  # ipywidgets has no
     def activate(self, active: bool) -> None:
         """Draw what is chosen from now on, or leave it."""
         self.active = active
+        self._bar.activate(active)
         Panel._selected(self)  # nobody turned a knob
 
     def _redraw(self) -> None:

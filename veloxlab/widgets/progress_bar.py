@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
     """Show what a worker does, and let it be cancelled, and begun again. It keeps its place while nothing runs.
 
     ``retry``: what begins again; by default all that was cancelled. ``can_retry``: whether there is something.
+    A bar that nobody sees sends nothing until it is activated again.
     """
 
     def __init__(
@@ -29,6 +31,8 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
         **layout: Any,
     ) -> None:
         self._worker, self._moved, self._busy = worker, 0.0, False
+        self._newest: Status | None = None
+        self._active, self._changing = True, threading.Lock()
         self._retry = retry or worker.retry
         self._can_retry = can_retry or (lambda: worker.can_retry)
         self._bar = ipywidgets.FloatProgress(0, min=0, max=1, layout={"flex": "0 1 180px", "margin": "0 8px 0 0"})
@@ -46,7 +50,20 @@ class ProgressBar(ipywidgets.HBox):  # type: ignore[misc]  # ipywidgets has no t
     def __repr__(self) -> str:
         return f"ProgressBar({self._worker.name})"
 
+    def activate(self, active: bool) -> None:
+        """Follow the worker from now on, beginning with what was missed, or leave it."""
+        with self._changing:
+            self._active = active
+            if active and self._newest is not None:
+                self._tell(self._newest)
+
     def _follow(self, status: Status) -> None:
+        with self._changing:
+            self._newest = status
+            if self._active:
+                self._tell(status)
+
+    def _tell(self, status: Status) -> None:
         now, part_way = time.monotonic(), 0 < status.done < status.total
         if status.state == "running" and not (part_way and now - self._moved < PAUSE):
             self._moved = now if status.done else 0.0

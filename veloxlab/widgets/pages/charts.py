@@ -37,8 +37,9 @@ class Chart:
 
     ``depends``: the settings that it depends on. ``rows`` gives its rows from what was measured, ``draw`` the chart of
     rows, ``caption`` the line under its heading; without one it is always drawn as a whole. ``shape``: what its spec
-    depends on beside numbers; rows of one shape can be put into one chart. ``asks``: what has to be measured for it.
-    ``why``: what it is for, in a line above it. ``badge``: "measured", "predicted" or "measured, then predicted".
+    depends on beside numbers; rows of one shape can be put into one chart. ``data``: the chart's own rows, where it is
+    drawn from others. ``asks``: what has to be measured for it. ``why``: what it is for, in a line above it.
+    ``badge``: "measured", "predicted" or "measured, then predicted".
     """
 
     name: str
@@ -50,6 +51,7 @@ class Chart:
     asks: Callable[[Look], Iterable[Request]] = lambda look: ()
     why: str = ""
     badge: str = "measured"
+    data: Callable[[Any], pl.DataFrame] = lambda rows: rows
 
     def at(self, look: Look) -> tuple[object, ...]:
         """The settings that it depends on."""
@@ -185,7 +187,7 @@ class ChartPage(Panel):
             self.shown[kind.name] = rows = kind.rows(found, look)
             shape, view = kind.shape(rows, look), self.charts[kind.name]
             if kind.caption is not None and shape == old_shape:
-                view.put(rows, caption=kind.caption(rows, look))
+                view.put(kind.data(rows), caption=kind.caption(rows, look))
             else:
                 view.show(kind.draw(rows, look))
             self._at[kind.name] = at, shape

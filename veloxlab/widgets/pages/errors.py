@@ -13,6 +13,7 @@ from veloxlab.measure.errors import attention_map, error_densities, errors_along
 from veloxlab.measure.scores import score_errors
 from veloxlab.progress import Progress
 from veloxlab.views.marks import bits_said
+from veloxlab.views.scores import logits_data
 from veloxlab.widgets.pages.charts import ChartPage, Look, Measure, coded
 from veloxlab.widgets.pages.heads import CODED, HeadPage, head_chart
 
@@ -96,6 +97,7 @@ class ErrorExplorer(HeadPage):
             views.logit_errors,
             views.logits_caption,
             why="What hurts this head: bits are needed there.",
+            data=logits_data,
         ),
         head_chart(
             "by_bits",

@@ -29,6 +29,7 @@ def head_chart(
     shape: Callable[[pl.DataFrame, Look], object] = lambda rows, look: None,
     more: Callable[[Look], dict[str, Any]] = lambda look: {},
     why: str = "",
+    data: Callable[[pl.DataFrame], pl.DataFrame] = lambda rows: rows,
 ) -> Chart:
     """A chart of one KV head, from a frame of all heads that depends on some settings.
 
@@ -43,6 +44,7 @@ def head_chart(
         shape,
         lambda look: [(name, *(getattr(look, setting) for setting in depends))],
         why,
+        data=data,
     )
 
 

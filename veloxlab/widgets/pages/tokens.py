@@ -21,6 +21,7 @@ from veloxlab.measure.tokens import (
     worst_of_blocks,
 )
 from veloxlab.progress import Progress as Tell
+from veloxlab.views.tokens import alternatives_data, attended_data
 from veloxlab.widgets.chosen import Chosen, OfLayers
 from veloxlab.widgets.layout import button, columns, controls
 from veloxlab.widgets.pages.charts import Chart, ChartPage, Look, Measure, Request
@@ -130,34 +131,60 @@ def _alternatives(page: TokenPage, progress: Tell, *of: Any) -> pl.DataFrame:
     return found.alternatives(page.experiment.tokenizer, place)
 
 
-def _chart(
+def _of_text(
     name: str,
     why: str,
     rows: Callable[[Sequence[Any], Look], pl.DataFrame],
     draw: Callable[[pl.DataFrame], alt.TopLevelMixin],
     *depends: str,
-    of_text: bool = False,
 ) -> Chart:
-    """A chart of one token, from a measurement of the chart's name; or ``of_text``, from the predictions of it all."""
-    depends = ("ids", "cache", *depends) if of_text else ("ids", "cache", "token", *depends)
-
-    def asks(look: Look) -> list[Request]:
-        return _predictions_of(look) if of_text else [(name, *(getattr(look, setting) for setting in depends))]
-
-    return Chart(name, depends, rows, lambda own, _: draw(own), asks=asks, why=why)
+    """A chart of a whole text, from its predictions."""
+    return Chart(name, ("ids", "cache", *depends), rows, lambda own, _: draw(own), asks=_predictions_of, why=why)
 
 
-def _whole(found: Sequence[Any], _: Look) -> pl.DataFrame:
-    frame: pl.DataFrame = found[0]
-    return frame
+def _of_token(
+    name: str,
+    why: str,
+    draw: Callable[[pl.DataFrame], alt.TopLevelMixin],
+    caption: Callable[[pl.DataFrame], str],
+    *depends: str,
+    data: Callable[[pl.DataFrame], pl.DataFrame] = lambda rows: rows,
+) -> Chart:
+    """A chart of one token, from a measurement of the chart's name; a step to another token changes its rows alone."""
+    depends = ("ids", "cache", "token", *depends)
+    return Chart(
+        name,
+        depends,
+        lambda found, _: found[0],
+        lambda own, _: draw(own),
+        lambda own, _: caption(own),
+        lambda _, look: look.ids,
+        lambda look: [(name, *(getattr(look, setting) for setting in depends))],
+        why,
+        data=data,
+    )
 
 
 CHARTS = (
-    _chart("text", "Which words the cache hurts.", _strip_rows, _strip, "first", of_text=True),
-    _chart("along", "Where in the text they are.", _along_rows, views.losses_along, of_text=True),
-    _chart("alternatives", "Whether another token would be said.", _whole, views.alternatives),
-    _chart("heads", "Where the harm to this token begins.", _whole, views.token_heads),
-    _chart("keys", "Whether it still reads the same tokens.", _whole, views.attended_keys, "layer", "head"),
+    _of_text("text", "Which words the cache hurts.", _strip_rows, _strip, "first"),
+    _of_text("along", "Where in the text they are.", _along_rows, views.losses_along),
+    _of_token(
+        "alternatives",
+        "Whether another token would be said.",
+        views.alternatives,
+        views.alternatives_caption,
+        data=alternatives_data,
+    ),
+    _of_token("heads", "Where the harm to this token begins.", views.token_heads, views.heads_caption),
+    _of_token(
+        "keys",
+        "Whether it still reads the same tokens.",
+        views.attended_keys,
+        views.attended_caption,
+        "layer",
+        "head",
+        data=attended_data,
+    ),
 )
 
 

@@ -105,6 +105,7 @@ function specOf(json, theme, datasets, values) {
 
 // ---- as wide as its column: widths of plots are signals of a running view
 
+const ERRORS = 1; // that Vega logs, and no warnings: a scale of no rows has one at each move, which takes a millisecond
 const STRETCH = [0.35, 1.6]; // times a plot's own width, at least and at most
 const PADDING = 6; // of a chart, as in the theme
 const MARGIN = 12; // pixels of a chart that no word may take, beside those left of its plots
@@ -184,7 +185,7 @@ function valuesIn(datasets, fields) {
 class Chart {
   constructor(model, el, vega, themes) {
     Object.assign(this, { model, el, vega, themes, result: null, shown: {}, closed: false });
-    Object.assign(this, { picks: [], datasets: {}, room: null, left: 66, across: 1, down: 1, slope: null });
+    Object.assign(this, { picks: [], datasets: {}, isHidden: false, room: null, left: 66, across: 1, down: 1, slope: null });
     this.note = el.appendChild(document.createElement("div"));
     this.note.className = "veloxlab-note";
     this.annotate();
@@ -215,9 +216,11 @@ class Chart {
     return turn;
   }
 
-  // On a page of tabs that is not open: what nobody sees is drawn once it is seen.
-  get isHidden() {
-    return this.result !== null && this.el.isConnected && this.plot.offsetParent === null;
+  // On a page of tabs that is not open, what nobody sees is drawn once it is seen. The page tells of its size: to ask
+  // for it after a patch would lay out the page for each chart.
+  resize({ width }) {
+    this.isHidden = width === 0;
+    if (!this.isHidden) this.room = width;
   }
 
   // Why the chart is there, and whether its numbers are measured, predicted or stale.
@@ -246,7 +249,7 @@ class Chart {
     const spec = model.get("spec");
     const content = model.get("content");
     if (content.spec !== spec.id) return false; // its spec is still on the way
-    if (this.isHidden) return false;
+    if (this.result && this.isHidden) return false;
     const dark = isDark(this.el);
     const anew = !this.result || spec.id !== shown.spec || dark !== shown.dark;
     const misfit = this.stretches && shown.room !== this.room;
@@ -257,10 +260,8 @@ class Chart {
     this.tell();
     this.shown = { spec: spec.id, dark, revision: content.revision, room: this.room };
     await this.mark();
-    if (!this.closed && model.get("rendered") !== content.revision) {
-      model.set("rendered", content.revision);
-      model.save_changes();
-    }
+    // told to the page alone: a message to the kernel would come between those of the next charts
+    this.plot.dataset.revision = content.revision;
     return true;
   }
 
@@ -279,13 +280,16 @@ class Chart {
       whole.params = [...(whole.params ?? []), { name: "heading", value: "" }];
     }
     this.room ??= this.plot.clientWidth;
+    this.isHidden = this.plot.offsetParent === null;
     for (const param of whole.params ?? []) if (param.name in this.words) param.value = this.lines(param.name);
     const old = this.result;
     this.result = null;
+    this.held = {}; // by dataset: its fields, and its rows as they are in the view
     old?.finalize();
     const result = await this.vega.vegaEmbed(this.plot, whole, {
       renderer: "svg",
       actions: false,
+      logLevel: ERRORS,
       tooltip: { theme: dark ? "dark" : "light" },
       patch: (vega) => this.sized(vega),
     });
@@ -311,12 +315,40 @@ class Chart {
 
   async patch(content) {
     const { view } = this.result;
-    for (const [name, rows] of Object.entries(this.read(content))) view.data(name, rows);
+    for (const [name, rows] of Object.entries(this.read(content))) this.replace(name, rows);
     this.words.caption = content.params.caption;
     const params = Object.entries(content.params).filter(([name]) => this.signals.has(name));
     for (const [name, value] of params) view.signal(name, name === "caption" ? this.lines(name) : value);
     document.getElementById("vg-tooltip-element")?.classList.remove("visible"); // it tells of the numbers before
     await view.runAsync();
+  }
+
+  // Put rows in the place of those before them, one by one: a row that stays keeps its marks in the page, and Vega
+  // computes what depends on fields that changed.
+  replace(name, rows) {
+    const { view } = this.result;
+    const fields = Object.keys(rows[0] ?? {});
+    const held = this.held[name];
+    if (held?.fields !== fields.join()) {
+      view.data(name, rows);
+      this.held[name] = { fields: fields.join(), tuples: rows };
+      return;
+    }
+    const { tuples } = held;
+    const kept = Math.min(tuples.length, rows.length);
+    const changed = new Map();
+    for (let i = 0; i < kept; i++) {
+      for (const field of fields) {
+        if (tuples[i][field] === rows[i][field]) continue;
+        tuples[i][field] = rows[i][field];
+        changed.set(field, tuples[i]);
+      }
+    }
+    if (changed.size === 0 && tuples.length === rows.length) return;
+    const changes = view.changeset().reflow(); // all rows: a bar that stays moves with those that it is stacked on
+    for (const [field, tuple] of changed) changes.modify(tuple, field, tuple[field]);
+    view.change(name, changes.remove(tuples.slice(kept)).insert(rows.slice(kept)));
+    held.tuples = [...tuples.slice(0, kept), ...rows.slice(kept)];
   }
 
   // ---- its size
@@ -487,7 +519,7 @@ async function render({ model, el }) {
   listen(model, "change:note", () => chart.annotate());
   closers.push(onGround(update));
   const seen = new ResizeObserver(([{ contentRect }]) => {
-    if (contentRect.width > 0) chart.room = contentRect.width;
+    chart.resize(contentRect);
     chart.update().then(() => chart.mark());
   });
   seen.observe(chart.plot);
