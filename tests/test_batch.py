@@ -2,6 +2,7 @@
 
 import copy
 import random
+import weakref
 from typing import Any
 
 import mlx.core as mx
@@ -145,6 +146,15 @@ def test_a_batch_holds_the_bytes_of_its_rows_and_no_padding():
     assert one.nbytes == rows[1].nbytes
     one.update_and_fetch(tokens(5, 3), tokens(5, 4))
     assert (one.offset, batch.rows[1].offset) == (15, 10)
+
+
+def test_layers_of_a_step_share_a_mask_that_is_let_go_when_the_step_is_over():
+    """It has a byte for each column of each sequence, which no cache counts."""
+    mask, other = (CompressedKVCache.merge([make(), make()]).make_mask(1) for _ in range(2))
+    assert mask is other
+    held = weakref.ref(mask)
+    del mask, other
+    assert held() is None
 
 
 def test_what_rows_lend_is_let_go_when_the_step_is_over():

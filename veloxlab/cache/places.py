@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from threading import get_ident
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -122,11 +123,17 @@ def columns(form: Form, column: int, padding: int) -> tuple[int, ...]:
     return tuple(max(lengths) + padding - length for length in lengths)
 
 
-@lru_cache(maxsize=4)
 def mask_of_all(before: tuple[int, ...], width: int) -> mx.array:
-    """The mask of one more token of each sequence, which sees all of its own; it is one object for all layers."""
-    mask: mx.array = create_causal_mask(1, width, left_padding=_beyond(before, get_ident()))
+    """The mask of one more token of each sequence, which sees all of its own; one object for layers of one step."""
+    mask: mx.array | None = _masks.get((before, width))
+    if mask is None:
+        mask = create_causal_mask(1, width, left_padding=_beyond(before, get_ident()))
+        _masks[before, width] = mask
     return mask
+
+
+# while a step uses them: those of past steps would be bytes that no cache counts
+_masks: WeakValueDictionary[tuple[tuple[int, ...], int], mx.array] = WeakValueDictionary()
 
 
 def numbers(form: Form, padding: int, room: int) -> mx.array:

@@ -168,7 +168,10 @@ class Runs:
 
     @property
     def nbytes(self) -> int:
-        """Bytes held: sinks, codes, scales, window and growth slack."""
+        """Bytes held: sinks, codes, scales, window and growth slack.
+
+        MLX may give a buffer a used block of memory that is up to two pages larger than it needs.
+        """
         return sum(buffer.nbytes for buffer in self.buffers)
 
     def empty(self) -> bool:
